@@ -1,0 +1,75 @@
+# Everything runs from .venv, which the first target that needs it makes. `make` alone makes it and lists the targets.
+# Versions are those of constraints.txt. ARGS reaches the program behind a target: make test ARGS="tests/sampling -x"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := all
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet -c constraints.txt
+PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3.10 python3
+SUITABLE := import ensurepip, sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))
+DEMO := out/demo.mp4
+ARGS ?=
+
+export PIP_RETRIES ?= 5
+export PIP_DEFAULT_TIMEOUT ?= 60
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: all help .venv demo test check format bench demo-model clean
+
+all: .venv
+	@$(MAKE) --no-print-directory help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.venv: .venv/.test  ## the environment with everything for development
+
+.venv/.made:
+	for python in $(PYTHONS); do \
+	    if "$$python" -c '$(SUITABLE)' 2> /dev/null; then "$$python" -m venv .venv && touch $@; exit; fi; \
+	done; \
+	echo "kadr needs Python 3.10 to 3.13 with venv; found none. Name one: make PYTHON=/path/to/python" >&2; exit 1
+
+# torch goes first and alone: pinned, pip takes the build it finds for this machine and never tries a newer one with
+# gigabytes of CUDA. It brings setuptools, so kadr is then built without fetching a build environment.
+.venv/.core: .venv/.made pyproject.toml constraints.txt
+	$(PIP) torch
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+# The official package pins old versions of what it uses; without dependencies it works with today's.
+.venv/.test: .venv/.core
+	$(PIP) --no-build-isolation -e '.[test]'
+	$(PIP) --no-deps ltx-video
+	touch $@
+
+demo: .venv/.core  ## make out/demo.mp4 with the bundled model; no network once installed
+	mkdir -p $(dir $(DEMO))
+	HF_HUB_OFFLINE=1 .venv/bin/kadr generate "a red circle moving right on a black background" --output $(DEMO) $(ARGS)
+	@test -s $(DEMO) && echo $(DEMO)
+
+test: .venv/.test  ## the whole suite, on two cores
+	$(PY) -m pytest $(ARGS)
+
+check: .venv/.test  ## style, types and contracts, in about a minute
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest tests/contracts
+
+format: .venv/.test  ## put the code in shape
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: .venv/.test  ## time the demo model on this machine
+	$(PY) -m benchmarks.demo $(ARGS)
+
+demo-model: .venv/.test  ## train the bundled model again, from nothing
+	$(PY) -m train $(ARGS)
+
+clean:  ## remove what was built and made; .venv stays
+	rm -rf build dist out src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find src tests train benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2> /dev/null || true

@@ -1,0 +1,46 @@
+"""kadr makes video from text, images and clips with the LTX-Video family of models.
+
+    import kadr
+    engine = kadr.Engine.open("demo")
+    video = engine.generate(kadr.Request(prompt="a red circle moving right on a black background"))
+    video.save("circle.mp4")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kadr.version import __version__
+
+if TYPE_CHECKING:
+    from kadr.errors import KadrError, KadrWarning
+    from kadr.pipeline.engine import Engine
+    from kadr.pipeline.progress import Progress
+    from kadr.pipeline.request import Condition, Request
+    from kadr.pipeline.result import Video
+    from kadr.shapes import Size
+
+__all__ = ["Condition", "Engine", "KadrError", "KadrWarning", "Progress", "Request", "Size", "Video", "__version__"]
+
+# Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
+_HOMES = {
+    "Condition": "kadr.pipeline.request",
+    "Engine": "kadr.pipeline.engine",
+    "KadrError": "kadr.errors",
+    "KadrWarning": "kadr.errors",
+    "Progress": "kadr.pipeline.progress",
+    "Request": "kadr.pipeline.request",
+    "Size": "kadr.shapes",
+    "Video": "kadr.pipeline.result",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'kadr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

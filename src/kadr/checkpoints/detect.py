@@ -1,0 +1,287 @@
+"""Which model is in a file, from what its header says.
+
+The header's config is believed first, then the shapes of the tensors, then the name of the file; what they leave open
+is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from kadr.checkpoints.refuse import refuse_others
+from kadr.checkpoints.source import Source
+from kadr.errors import CheckpointError
+from kadr.models.registry import RELEASED, Released, by_file
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
+from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
+from kadr.sampling.schedule import Schedule
+
+# Prefix -> component. A file of one component may leave the prefix out; then these are the first words of its names.
+PREFIXES: Mapping[str, str] = {"model.diffusion_model.": "transformer", "vae.": "vae"}
+FIRST_WORDS: Mapping[str, str] = {
+    "patchify_proj": "transformer",
+    "adaln_single": "transformer",
+    "caption_projection": "transformer",
+    "transformer_blocks": "transformer",
+    "scale_shift_table": "transformer",
+    "proj_out": "transformer",
+    "encoder": "vae",
+    "decoder": "vae",
+    "per_channel_statistics": "vae",
+}
+VAE_FAMILIES: Mapping[str, VAEConfig] = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
+_SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+SCHEDULES: Mapping[str, Schedule] = {
+    "0.9": _SHIFTED,
+    "0.9.1": _SHIFTED,
+    "0.9.5": Schedule(sampler="LinearQuadratic"),
+}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detected:
+    """What a checkpoint is.
+
+    Args:
+        version: such as "0.9.6-dev" where `released` is known; else what is certain, such as "0.9.5 or later".
+        released: the released model this is; None where its name and its header leave that open.
+        layout: "single file" or "diffusers".
+        transformer, vae: sizes of the components; None where the component is not in the checkpoint.
+        vae_family: "0.9", "0.9.1" or "0.9.5", the VAE that the model was made for; None for one of its own.
+        schedule: how the model's noise levels are made.
+        dtype: what most weights are stored as.
+    """
+
+    version: str
+    released: Released | None
+    layout: str
+    transformer: TransformerConfig | None
+    vae: VAEConfig | None
+    vae_family: str | None
+    schedule: Schedule
+    dtype: torch.dtype
+
+    @property
+    def has_transformer(self) -> bool:
+        return self.transformer is not None
+
+    @property
+    def has_vae(self) -> bool:
+        return self.vae is not None
+
+
+def components(source: Source) -> dict[str, Source]:
+    """The components of a single file, each under its names without prefix: "transformer", "vae" or both.
+
+    Raises:
+        CheckpointError: it is a file of another kind, or holds tensors of no component.
+    """
+    refuse_others(source)
+    names: dict[str, dict[str, str]] = {}
+    strangers = []
+    for name in source.infos:
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        component = PREFIXES[prefix] if prefix else FIRST_WORDS.get(name.partition(".")[0])
+        if component is None:
+            strangers.append(name)
+        else:
+            names.setdefault(component, {})[name.removeprefix(prefix)] = name
+    if strangers or not names:
+        raise CheckpointError(
+            f"{source.path} is not a checkpoint of the LTX-Video family: {len(strangers)} of its {len(source.infos)} "
+            f"tensors are of no component that kadr knows, such as {', '.join(strangers[:5]) or 'none at all'}. "
+            "Name an official .safetensors (`kadr models` lists them) or a diffusers folder."
+        )
+    return {component: source.renamed(found) for component, found in names.items()}
+
+
+def detect(source: Source, parts: Mapping[str, Source], *, release: Released | None = None) -> Detected:
+    """Tell what a single file is.
+
+    Args:
+        parts: its `components`.
+        release: the model that the user says it is; else the name of the file is looked up.
+
+    Raises:
+        CheckpointError: the header cannot be understood, `release` is contradicted by what is in the file, or neither
+            header, shapes nor name tell the version.
+    """
+    config = header_config(source)
+    vae, family = _vae(source, parts.get("vae"), config)
+    transformer = _transformer(source, parts.get("transformer"), config)
+    allowed = config.get("allowed_inference_steps")
+    named = _confirmed(source, release or by_file(source.path.stem), transformer, family, allowed, asked=bool(release))
+    if "scheduler" in config:
+        schedule = _read(source, "scheduler", lambda: Schedule.from_header(config["scheduler"], allowed))
+    else:
+        schedule = SCHEDULES[_era(source, config, transformer, family, named)]
+    if transformer is not None and "transformer" not in config:
+        causal = _era(source, config, transformer, family, named) == "0.9.5"
+        transformer = replace(transformer, causal_positions=causal)
+    named = named or _distilled(transformer, schedule)
+    return Detected(
+        version=named.version if named else version_label(transformer, family),
+        released=named,
+        layout="single file",
+        transformer=transformer,
+        vae=vae,
+        vae_family=family,
+        schedule=schedule,
+        dtype=parts.get("transformer", source).dtype,
+    )
+
+
+def header_config(source: Source) -> dict[str, Any]:
+    """The official header's config; empty where a file was saved without."""
+    try:
+        config = json.loads(source.metadata.get("config", "{}"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source.path}: the config in its header is not JSON: {error}. Take the file as it was released."
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{source.path}: the config in its header is {config!r}; it must be a JSON object.")
+    return config
+
+
+def family_of(config: VAEConfig) -> str | None:
+    """Which of the three families a VAE is built as, whatever its widths and layer counts; None for another build."""
+    return next((family for family, known in VAE_FAMILIES.items() if _build(known) == _build(config)), None)
+
+
+def _build(config: VAEConfig) -> tuple[object, ...]:
+    return (
+        config.timestep_conditioning,
+        tuple(block.kind for block in config.encoder_blocks),
+        tuple((block.kind, block.residual, block.inject_noise) for block in config.decoder_blocks),
+    )
+
+
+def version_label(transformer: TransformerConfig | None, family: str | None) -> str:
+    """The version as far as the components tell it."""
+    if family in ("0.9", "0.9.1"):
+        return family
+    if transformer is None:
+        return "0.9.5 or later" if family else "unreleased"
+    if transformer.layers == TRANSFORMER_13B.layers:
+        return "0.9.7 or later"
+    return "0.9.5 or later" if transformer.causal_positions else "0.9 or 0.9.1"
+
+
+def _vae(source: Source, part: Source | None, config: Mapping[str, Any]) -> tuple[VAEConfig | None, str | None]:
+    """The VAE in the file, and the family of the VAE that the model was made for, in the file or not."""
+    if "vae" in config:
+        said = _read(source, "vae", lambda: VAEConfig.from_header(config["vae"]))
+        return (said if part else None), family_of(said)
+    if part is None:
+        return None, None
+    out = part.infos.get("encoder.conv_out.conv.weight")
+    width = out.shape[1] if out and len(out.shape) == 5 else None
+    conditioned = any(name.startswith("decoder.last_time_embedder.") for name in part.infos)
+    family = {2048: "0.9.5", 512: "0.9.1" if conditioned else "0.9"}.get(width or 0)
+    if family is None:
+        raise CheckpointError(
+            f"{source.path}: there is no config in its header, and a VAE whose encoder ends {width} wide is none of "
+            "the released ones (512 or 2048). Take a file that still has its header."
+        )
+    return VAE_FAMILIES[family], family
+
+
+def _transformer(source: Source, part: Source | None, config: Mapping[str, Any]) -> TransformerConfig | None:
+    """Sizes by header or by shape; by shape, whether positions are causal is still open."""
+    if part is None:
+        return None
+    if "transformer" in config:
+        return _read(source, "transformer", lambda: TransformerConfig.from_header(config["transformer"]))
+    layers = len({name.split(".")[1] for name in part.infos if name.startswith("transformer_blocks.")})
+    width = next((part.infos[name].shape[0] for name in ("patchify_proj.bias",) if name in part.infos), None)
+    for known in (TRANSFORMER_2B, TRANSFORMER_13B):
+        if (layers, width) == (known.layers, known.width):
+            return known
+    raise CheckpointError(
+        f"{source.path}: there is no config in its header, and {layers} layers {width} wide are none of the released "
+        "transformers (28 of 2048, 48 of 4096). Take a file that still has its header."
+    )
+
+
+def _read(source: Source, entry: str, reader: Callable[[], _T]) -> _T:
+    """Run a reader of the header and say which file it read."""
+    try:
+        return reader()
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source.path}: the config in its header has a {entry!r} that cannot be read ({error!r}). "
+            "Take the file as it was released."
+        ) from error
+
+
+def _confirmed(
+    source: Source,
+    named: Released | None,
+    transformer: TransformerConfig | None,
+    family: str | None,
+    allowed: object,
+    *,
+    asked: bool,
+) -> Released | None:
+    """The model that a name stands for, if what is in the file does not speak against it."""
+    if named is None:
+        return None
+    layers = transformer.layers if transformer else None
+    against = [
+        f"{what} {found}, not {expected}"
+        for what, found, expected in (("layers:", layers, named.layers), ("VAE:", family, named.vae_family))
+        if found is not None and expected is not None and found != expected
+    ]
+    if allowed is not None and named.recipe.levels is None:
+        against.append("it was distilled for certain noise levels")
+    if against and asked:
+        raise CheckpointError(f"{source.path} is not {named.name}: {'; '.join(against)}. Leave the name out.")
+    return None if against else named
+
+
+def _era(
+    source: Source,
+    config: Mapping[str, Any],
+    transformer: TransformerConfig | None,
+    family: str | None,
+    named: Released | None,
+) -> str:
+    """Whose positions and noise levels a file follows that does not say itself: those of a VAE's family."""
+    if family is not None:
+        return family
+    if transformer is None:
+        return "0.9.5"
+    if "transformer" in config:
+        return "0.9.5" if transformer.causal_positions else "0.9"
+    if transformer.layers == TRANSFORMER_13B.layers:
+        return "0.9.5"
+    if named is not None and named.vae_family is not None:
+        return named.vae_family
+    known = ", ".join(r.name for r in RELEASED if r.layers == transformer.layers)
+    raise CheckpointError(
+        f"{source.path} is a 2B transformer without VAE and without a config in its header: its shapes are the same "
+        f"in all versions, and its name says none. Name the version (release=...) or rename the file to one of {known}."
+    )
+
+
+def _distilled(transformer: TransformerConfig | None, schedule: Schedule) -> Released | None:
+    """The released model that only its list of allowed noise levels gives away."""
+    if transformer is None or schedule.allowed is None:
+        return None
+    return next(
+        (
+            released
+            for released in reversed(RELEASED)
+            if released.layers == transformer.layers and released.recipe.levels == schedule.allowed
+        ),
+        None,
+    )

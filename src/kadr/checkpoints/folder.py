@@ -1,0 +1,262 @@
+"""A diffusers folder: its config files, read into ours.
+
+A config of diffusers says the same as the official header in other words: lists per resolution instead of a list of
+blocks. Widths and layer counts are free; the build must be that of one of the three families.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kadr.checkpoints.detect import SCHEDULES, Detected, family_of, version_label
+from kadr.checkpoints.source import Source
+from kadr.errors import CheckpointError
+from kadr.models.registry import Released
+from kadr.models.transformer import TransformerConfig
+from kadr.models.vae.config import Block, VAEConfig
+from kadr.sampling.schedule import Schedule
+
+CLASSES: Mapping[str, str] = {"LTXVideoTransformer3DModel": "transformer", "AutoencoderKLLTXVideo": "vae"}
+_LTX2 = ("LTX2", "AVTransformer")  # how the class names of the next family begin
+
+# Keys that change what is computed, with the only value released weights use; it is also what an absent key means.
+_TRANSFORMER_FIXED: Mapping[str, Any] = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "qk_norm": "rms_norm_across_heads",
+}
+_VAE_FIXED: Mapping[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size_t": 1,
+    "resnet_norm_eps": 1e-6,
+    "scaling_factor": 1.0,
+    "encoder_causal": True,
+    "decoder_causal": False,
+}
+_SHIFT_FIXED: Mapping[str, Any] = {
+    "base_shift": 0.95,
+    "max_shift": 2.05,
+    "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096,
+    "shift": 1.0,
+    "num_train_timesteps": 1000,
+}
+_DOWN = {
+    "spatial": "compress_space_res",
+    "temporal": "compress_time_res",
+    "spatiotemporal": "compress_all_res",
+}
+
+
+def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detected, dict[str, Source]]:
+    """Read the headers of a diffusers folder, or of one component's folder.
+
+    Args:
+        path: holds transformer/ or vae/ or both; or is one of them.
+        release: the model that the user says it is.
+
+    Returns:
+        What it is, and its components' tensors under diffusers' names.
+
+    Raises:
+        CheckpointError: it is no such folder, or describes a build that is not of the family.
+    """
+    folders = _component_folders(path)
+    configs = {component: read_json(folder / "config.json") for component, folder in folders.items()}
+    sources = {component: Source.open(folder) for component, folder in folders.items()}
+    vae = read_vae(configs["vae"], folders["vae"]) if "vae" in folders else None
+    family = family_of(vae) if vae else None
+    transformer = None
+    if "transformer" in folders:
+        era = family or (release.vae_family if release else None)
+        if era is None:
+            raise CheckpointError(
+                f"{path} has a transformer and no VAE, so it does not say whether it is of 0.9.5 or of a version before. "
+                "Put the vae folder of the same model beside it, or name the version (release=...)."
+            )
+        transformer = read_transformer(configs["transformer"], folders["transformer"], causal=era == "0.9.5")
+    schedule = read_schedule(path / "scheduler" / "scheduler_config.json", family or "0.9.5")
+    detected = Detected(
+        version=release.version if release else version_label(transformer, family),
+        released=release,
+        layout="diffusers",
+        transformer=transformer,
+        vae=vae,
+        vae_family=family,
+        schedule=schedule,
+        dtype=sources.get("transformer", next(iter(sources.values()))).dtype,
+    )
+    return detected, sources
+
+
+def read_transformer(config: Mapping[str, Any], where: Path, *, causal: bool) -> TransformerConfig:
+    """Read transformer/config.json. causal: of the positions, which the file does not say."""
+    _check(config, _TRANSFORMER_FIXED, where)
+    read = TransformerConfig(
+        layers=_get(config, "num_layers", where),
+        heads=_get(config, "num_attention_heads", where),
+        head_width=_get(config, "attention_head_dim", where),
+        text_width=_get(config, "caption_channels", where),
+        channels=config.get("in_channels", 128),
+        causal_positions=causal,
+    )
+    same = {"cross_attention_dim": read.width, "out_channels": read.channels}
+    _check({key: config.get(key) or value for key, value in same.items()}, same, where)
+    return read
+
+
+def read_vae(config: Mapping[str, Any], where: Path) -> VAEConfig:
+    """Read vae/config.json.
+
+    Raises:
+        CheckpointError: its build is none of the three families'.
+    """
+    _check(config, _VAE_FIXED, where)
+    try:
+        conditioned = bool(config.get("timestep_conditioning", False))
+        encoder, encoder_width = _encoder(config)
+        decoder, decoder_width = _decoder(config)
+        read = VAEConfig(
+            encoder_blocks=encoder,
+            decoder_blocks=decoder,
+            timestep_conditioning=conditioned,
+            latent_channels=config.get("latent_channels", 128),
+            patch=config.get("patch_size", 4),
+            encoder_width=encoder_width,
+            decoder_width=decoder_width,
+        )
+    except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{where / 'config.json'} describes no VAE of this family: {error!r}. Take the folder as it was released."
+        ) from error
+    if family_of(read) is None:
+        raise CheckpointError(
+            f"{where / 'config.json'} describes a VAE that is built as none of 0.9, 0.9.1 and 0.9.5; diffusers' names "
+            "are known for those only. Take the official single file of this model."
+        )
+    return read
+
+
+def read_schedule(file: Path, family: str) -> Schedule:
+    """Read scheduler_config.json; where there is none, the schedule is that of the VAE's family.
+
+    Without dynamic shifting the official recipe is linear-quadratic, which diffusers makes outside of its scheduler.
+    """
+    if not file.is_file():
+        return SCHEDULES[family]
+    config = read_json(file)
+    if not config.get("use_dynamic_shifting", False):
+        return SCHEDULES["0.9.5"]
+    _check(config, _SHIFT_FIXED, file)
+    if config.get("time_shift_type", "exponential") != "exponential":
+        raise CheckpointError(f"{file} shifts by {config['time_shift_type']!r}; kadr knows only 'exponential'.")
+    return replace(SCHEDULES["0.9"], terminal=config.get("shift_terminal"))
+
+
+def _encoder(config: Mapping[str, Any]) -> tuple[tuple[Block, ...], int]:
+    """The blocks of the encoder and the width that it starts with."""
+    widths = config.get("block_out_channels", (128, 256, 512, 512))
+    layers = config.get("layers_per_block", (4, 3, 3, 3, 4))
+    scaling = config.get("spatio_temporal_scaling", (True, True, True, False))
+    new = str(config.get("down_block_types", ("LTXVideoDownBlock3D",))[-1]) == "LTXVideo095DownBlock3D"
+    kinds = config.get("downsample_type", ("conv",) * len(scaling))
+    after = widths[1:] if new else (*widths[1:], widths[-1])
+    blocks = []
+    for width, wider, depth, scales, kind in zip(widths, after, layers, scaling, kinds, strict=False):
+        blocks.append(Block(kind="res_x", layers=depth))
+        if scales and new:
+            blocks.append(Block(kind=_DOWN[kind], multiplier=_times(wider, width)))
+        elif scales:
+            blocks.append(Block(kind="compress_all"))
+        if not new and wider != width:
+            blocks.append(Block(kind="res_x_y", multiplier=_times(wider, width)))
+    return (*blocks, Block(kind="res_x", layers=layers[-1])), widths[0]
+
+
+def _decoder(config: Mapping[str, Any]) -> tuple[tuple[Block, ...], int]:
+    """The blocks of the decoder, in the order of the encoder, and the width that it ends with."""
+    widths = config.get("decoder_block_out_channels", (128, 256, 512, 512))
+    layers = config.get("decoder_layers_per_block", (4, 3, 3, 3, 4))
+    scaling = config.get("decoder_spatio_temporal_scaling", (True, True, True, False))
+    noisy = config.get("decoder_inject_noise", (False,) * len(layers))
+    residual = config.get("upsample_residual", (False,) * len(widths))
+    factors = config.get("upsample_factor", (1,) * len(widths))
+    made = [width // factor for width, factor in zip(widths, factors, strict=True)]
+    given = [*made[1:], widths[-1]]  # by the block before, which comes after in this order
+    blocks = []
+    for i, width in enumerate(made):
+        blocks.append(Block(kind="res_x", layers=layers[i], inject_noise=noisy[i]))
+        if scaling[i]:
+            blocks.append(Block(kind="compress_all", multiplier=factors[i], residual=residual[i]))
+        if given[i] // factors[i] != width:
+            multiplier = _times(given[i] // factors[i], width)
+            blocks.append(Block(kind="res_x_y", multiplier=multiplier, inject_noise=noisy[i]))
+    return (*blocks, Block(kind="res_x", layers=layers[-1], inject_noise=noisy[-1])), made[0]
+
+
+def _times(wider: int, width: int) -> int:
+    times, rest = divmod(wider, width)
+    if rest or not times:
+        raise ValueError(f"{wider} channels are no multiple of {width}")
+    return times
+
+
+def _component_folders(path: Path) -> dict[str, Path]:
+    """Component -> its folder."""
+    found = {component: path / component for component in ("transformer", "vae") if (path / component).is_dir()}
+    if not found and (path / "config.json").is_file():
+        kind = read_json(path / "config.json").get("_class_name")
+        if kind in CLASSES:
+            return {CLASSES[kind]: path}
+        if "T5" in str(read_json(path / "config.json").get("architectures")):
+            raise CheckpointError(
+                f"{path} is a T5 text encoder, not a model. Open the model, and give this folder as --text-encoder."
+            )
+    if not found:
+        held = sorted(entry.name for entry in path.glob("*.safetensors"))
+        way_out = f"Name one of the files in it: {', '.join(held[:5])}." if held else "Name a .safetensors instead."
+        raise CheckpointError(f"{path} is no diffusers folder: it has neither transformer/ nor vae/ in it. {way_out}")
+    for component, folder in found.items():
+        kind = str(read_json(folder / "config.json").get("_class_name"))
+        if kind.startswith(_LTX2) or kind.endswith("LTX2Video"):
+            raise CheckpointError(f"{path} is LTX-2, another family of models ({kind}). kadr runs 0.9 to 0.9.8.")
+        if CLASSES.get(kind) != component:
+            raise CheckpointError(
+                f"{folder} holds a {kind}; kadr runs {' and '.join(CLASSES)}, which are LTX-Video 0.9 to 0.9.8."
+            )
+    return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing. Download the whole folder.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Download it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is not a config: it must be a JSON object. Download it again.")
+    return config
+
+
+def _check(config: Mapping[str, Any], fixed: Mapping[str, Any], where: Path) -> None:
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(f"{where} has {key} = {config[key]!r} in its config; kadr knows only {value!r}.")
+
+
+def _get(config: Mapping[str, Any], key: str, where: Path) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{where} has {key} = {value!r} in its config; it must be a positive whole number.")
+    return value

@@ -1,0 +1,167 @@
+"""The header of a safetensors file: what is in it, without reading it.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes give the length of a JSON header, the
+header names every tensor with its dtype, shape and place, and the bytes of the tensors follow to the end of the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kadr.errors import CheckpointError
+
+LENGTH_BYTES = 8
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_AGAIN = "Download it again."
+# What a file that is not safetensors begins with, what it then is, and the way out.
+_IMPOSTORS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
+    (
+        (b"<!doctype", b"<html", b"<?xml"),
+        "a web page, not a checkpoint: the download was answered with a page to read",
+        "Take the file itself, by its download (resolve/main) link; log in first if its page asks you to.",
+    ),
+    (
+        (b"version https://git-lfs",),
+        "a git-lfs pointer: the note that git keeps instead of the file",
+        "Fetch the file with `git lfs pull`, or download it.",
+    ),
+    (
+        (b"gguf",),
+        "a GGUF file, which this version of kadr does not read yet",
+        "Take the .safetensors of the same model.",
+    ),
+)
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file, as its header describes it.
+
+    Args:
+        name: its name in the file.
+        start: of its bytes, counted from the start of the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    start: int
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata. No tensor is read.
+
+    Raises:
+        CheckpointError: the file is absent, unreadable, cut short, or something else than safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(512)
+            refuse_impostor(path, start, size)
+            length = int.from_bytes(start[:LENGTH_BYTES], "little")
+            if LENGTH_BYTES + length > size:
+                raise CheckpointError(
+                    f"{path} is cut short: it has {size:,} bytes, and its header alone takes "
+                    f"{LENGTH_BYTES + length:,}. {_AGAIN}"
+                )
+            file.seek(LENGTH_BYTES)
+            raw = file.read(length)
+    except OSError as error:
+        raise _unreachable(path, error) from error
+    header = _parse(path, raw)
+    metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+    infos = {name: _info(path, name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
+    promised = max((info.start + info.bytes for info in infos.values()), default=LENGTH_BYTES + length)
+    if size != promised:
+        state = "is cut short" if size < promised else "is too long"
+        raise CheckpointError(f"{path} {state}: it has {size:,} bytes, its header promises {promised:,}. {_AGAIN}")
+    return infos, metadata
+
+
+def refuse_impostor(path: Path, start: bytes, size: int) -> None:
+    """Say what a file is whose first bytes are not those of safetensors."""
+    lowered = start.lstrip().lower()
+    for beginnings, what, way_out in _IMPOSTORS:
+        if lowered.startswith(beginnings):
+            raise CheckpointError(f"{path} ({size:,} bytes) is {what}. {way_out}")
+    if start.startswith(_PICKLE_STARTS) or path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise CheckpointError(
+            f"{path} is a pickle: to read one is to run the code in it, whoever wrote it, so kadr never does. "
+            "Take the .safetensors of the same model, or convert this one where you trust it."
+        )
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    if (
+        len(start) <= LENGTH_BYTES
+        or not 2 <= length <= LONGEST_HEADER
+        or start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
+    ):
+        raise CheckpointError(
+            f"{path} ({size:,} bytes) is not a safetensors file: it does not begin with a header. "
+            "Check that the path names the checkpoint, or download it again."
+        )
+
+
+def _unreachable(path: Path, error: OSError) -> CheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path} does not exist. Check the path.")
+    return CheckpointError(f"{path} cannot be read: {error.strerror}. Make it readable, or name another file.")
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw)
+    except ValueError as error:  # JSON and UTF-8 errors both
+        raise CheckpointError(f"{path}: its header cannot be read: {error}. {_AGAIN}") from error
+    if not isinstance(header, dict) or not isinstance(header.get("__metadata__") or {}, dict):
+        raise CheckpointError(f"{path}: its header cannot be read: it is not a list of tensors. {_AGAIN}")
+    return header
+
+
+def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if dtype not in DTYPES:
+            raise CheckpointError(
+                f"{path}: its tensor {name} is stored as {dtype}, which kadr does not know; "
+                f"known are {', '.join(DTYPES)}. Take the bf16 file of this model."
+            )
+        info = TensorInfo(name, shape, DTYPES[dtype], path, base + begin)
+        if not all(isinstance(side, int) and side >= 0 for side in shape) or begin < 0 or end - begin != info.bytes:
+            raise ValueError(f"shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header cannot be read at the tensor {name}: {error}. {_AGAIN}") from error
+    return info

@@ -1,0 +1,193 @@
+"""The name of every tensor: ours, in the official single file, in a diffusers folder.
+
+{n} is a block, {i} a layer, * is weight or bias. {block} is a block's place, which differs between the two layouts
+and comes from the lists below. A component's table is total: what it does not name does not load.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+
+class Key(NamedTuple):
+    ours: str
+    single_file: str
+    diffusers: str
+
+
+def _same(ours: str, theirs: str) -> Key:
+    return Key(ours, theirs, theirs)
+
+
+_LAYER, _THEIR_LAYER = "layers.{i}", "transformer_blocks.{i}"
+TRANSFORMER = (
+    Key("patch_in.*", "patchify_proj.*", "proj_in.*"),
+    Key(
+        "level_embedding.first.*",
+        "adaln_single.emb.timestep_embedder.linear_1.*",
+        "time_embed.emb.timestep_embedder.linear_1.*",
+    ),
+    Key(
+        "level_embedding.second.*",
+        "adaln_single.emb.timestep_embedder.linear_2.*",
+        "time_embed.emb.timestep_embedder.linear_2.*",
+    ),
+    Key("level_bends.*", "adaln_single.linear.*", "time_embed.linear.*"),
+    _same("text_in.up.*", "caption_projection.linear_1.*"),
+    _same("text_in.down.*", "caption_projection.linear_2.*"),
+    _same("modulation", "scale_shift_table"),
+    _same("patch_out.*", "proj_out.*"),
+    _same(f"{_LAYER}.modulation", f"{_THEIR_LAYER}.scale_shift_table"),
+    *(
+        key
+        for ours, theirs in (("self_attention", "attn1"), ("text_attention", "attn2"))
+        for key in (
+            _same(f"{_LAYER}.{ours}.q.*", f"{_THEIR_LAYER}.{theirs}.to_q.*"),
+            _same(f"{_LAYER}.{ours}.k.*", f"{_THEIR_LAYER}.{theirs}.to_k.*"),
+            _same(f"{_LAYER}.{ours}.v.*", f"{_THEIR_LAYER}.{theirs}.to_v.*"),
+            _same(f"{_LAYER}.{ours}.out.*", f"{_THEIR_LAYER}.{theirs}.to_out.0.*"),
+            Key(
+                f"{_LAYER}.{ours}.q_norm.*",
+                f"{_THEIR_LAYER}.{theirs}.q_norm.*",
+                f"{_THEIR_LAYER}.{theirs}.norm_q.*",
+            ),
+            Key(
+                f"{_LAYER}.{ours}.k_norm.*",
+                f"{_THEIR_LAYER}.{theirs}.k_norm.*",
+                f"{_THEIR_LAYER}.{theirs}.norm_k.*",
+            ),
+        )
+    ),
+    _same(f"{_LAYER}.feed_forward.up.*", f"{_THEIR_LAYER}.ff.net.0.proj.*"),
+    _same(f"{_LAYER}.feed_forward.down.*", f"{_THEIR_LAYER}.ff.net.2.*"),
+)
+
+_TIME = "timestep_embedder.linear_"
+VAE = (
+    Key("statistics.mean", "per_channel_statistics.mean-of-means", "latents_mean"),
+    Key("statistics.deviation", "per_channel_statistics.std-of-means", "latents_std"),
+    _same("{side}.conv_in.*", "{side}.conv_in.conv.*"),
+    _same("{side}.conv_out.*", "{side}.conv_out.conv.*"),
+    Key("decoder.level_scale", "decoder.timestep_scale_multiplier", "decoder.timestep_scale_multiplier"),
+    Key(
+        "decoder.level_embedding.first.*", f"decoder.last_time_embedder.{_TIME}1.*", f"decoder.time_embedder.{_TIME}1.*"
+    ),
+    Key(
+        "decoder.level_embedding.second.*",
+        f"decoder.last_time_embedder.{_TIME}2.*",
+        f"decoder.time_embedder.{_TIME}2.*",
+    ),
+    Key("decoder.modulation", "decoder.last_scale_shift_table", "decoder.scale_shift_table"),
+    _same("{side}.blocks.{n}.level_embedding.first.*", f"{{side}}.{{block}}.time_embedder.{_TIME}1.*"),
+    _same("{side}.blocks.{n}.level_embedding.second.*", f"{{side}}.{{block}}.time_embedder.{_TIME}2.*"),
+    *(
+        key
+        for ours, single, diffusers in (
+            ("{side}.blocks.{n}.layers.{i}", "{side}.{block}.res_blocks.{i}", "{side}.{block}.resnets.{i}"),
+            ("{side}.blocks.{n}", "{side}.{block}", "{side}.{block}"),
+        )
+        for key in (
+            Key(f"{ours}.conv1.*", f"{single}.conv1.conv.*", f"{diffusers}.conv1.conv.*"),
+            Key(f"{ours}.conv2.*", f"{single}.conv2.conv.*", f"{diffusers}.conv2.conv.*"),
+            Key(f"{ours}.shortcut_norm.*", f"{single}.norm3.norm.*", f"{diffusers}.norm3.*"),
+            Key(f"{ours}.shortcut.*", f"{single}.conv_shortcut.*", f"{diffusers}.conv_shortcut.conv.*"),
+            Key(f"{ours}.modulation", f"{single}.scale_shift_table", f"{diffusers}.scale_shift_table"),
+            Key(f"{ours}.noise1", f"{single}.per_channel_scale1", f"{diffusers}.per_channel_scale1"),
+            Key(f"{ours}.noise2", f"{single}.per_channel_scale2", f"{diffusers}.per_channel_scale2"),
+        )
+    ),
+    _same("{side}.blocks.{n}.conv.*", "{side}.{block}.conv.conv.*"),  # folding and unfolding blocks
+    _same("{side}.blocks.{n}.*", "{side}.{block}.conv.*"),  # strided convolutions (0.9, 0.9.1)
+)
+# In the official file beside the two statistics that are used; nothing reads them.
+VAE_UNUSED = (
+    "per_channel_statistics.mean-of-stds",
+    "per_channel_statistics.mean-of-stds_over_std-of-means",
+    "per_channel_statistics.channel",
+)
+
+_ENCODER_STRIDED = (
+    "down_blocks.0", "down_blocks.0.downsamplers.0", "down_blocks.0.conv_out",
+    "down_blocks.1", "down_blocks.1.downsamplers.0", "down_blocks.1.conv_out",
+    "down_blocks.2", "down_blocks.2.downsamplers.0", "down_blocks.3", "mid_block",
+)  # fmt: skip
+_DECODER_UNFOLDING = (
+    "mid_block", "up_blocks.0.upsamplers.0", "up_blocks.0", "up_blocks.1.upsamplers.0",
+    "up_blocks.1", "up_blocks.2.upsamplers.0", "up_blocks.2",
+)  # fmt: skip
+# Where a diffusers folder keeps block {n} of encoder and decoder, by family.
+DIFFUSERS_BLOCKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "0.9": {
+        "encoder": _ENCODER_STRIDED,
+        "decoder": (
+            "mid_block", "up_blocks.0", "up_blocks.1.upsamplers.0", "up_blocks.1", "up_blocks.2.conv_in",
+            "up_blocks.2.upsamplers.0", "up_blocks.2", "up_blocks.3.conv_in", "up_blocks.3.upsamplers.0", "up_blocks.3",
+        ),
+    },
+    "0.9.1": {"encoder": _ENCODER_STRIDED, "decoder": _DECODER_UNFOLDING},
+    "0.9.5": {
+        "encoder": (
+            "down_blocks.0", "down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.1.downsamplers.0",
+            "down_blocks.2", "down_blocks.2.downsamplers.0", "down_blocks.3", "down_blocks.3.downsamplers.0", "mid_block",
+        ),
+        "decoder": _DECODER_UNFOLDING,
+    },
+}  # fmt: skip
+_SINGLE_FILE_BLOCKS = {"encoder": "down_blocks.{n}", "decoder": "up_blocks.{n}"}
+
+_T5_LAYER = "encoder.block.{i}.layer"
+T5 = (
+    _same("embedding.*", "shared.*"),
+    _same("position_bias.*", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.*"),
+    _same("final_norm.*", "encoder.final_layer_norm.*"),
+    _same("blocks.{i}.attention_norm.*", f"{_T5_LAYER}.0.layer_norm.*"),
+    *(_same(f"blocks.{{i}}.attention.{x}.*", f"{_T5_LAYER}.0.SelfAttention.{x}.*") for x in "qkvo"),
+    _same("blocks.{i}.feed_forward_norm.*", f"{_T5_LAYER}.1.layer_norm.*"),
+    _same("blocks.{i}.feed_forward.gate.*", f"{_T5_LAYER}.1.DenseReluDense.wi_0.*"),
+    _same("blocks.{i}.feed_forward.up.*", f"{_T5_LAYER}.1.DenseReluDense.wi_1.*"),
+    _same("blocks.{i}.feed_forward.down.*", f"{_T5_LAYER}.1.DenseReluDense.wo.*"),
+)
+# The embedding under its second name: the same tensor twice in some files.
+T5_UNUSED = ("encoder.embed_tokens.weight",)
+
+_HOLES = {
+    "{n}": r"(?P<n>\d+)",
+    "{i}": r"(?P<i>\d+)",
+    "{side}": r"(?P<side>encoder|decoder)",
+    "*": r"(?P<leaf>weight|bias)",
+}
+
+
+def _pattern(ours: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{n\}|\{i\}|\{side\}|\*)", ours)
+    return re.compile("".join(_HOLES.get(part, re.escape(part)) for part in parts))
+
+
+def names(
+    table: Iterable[Key], ours: Iterable[str], *, diffusers_family: str | None = None, diffusers: bool = False
+) -> dict[str, str]:
+    """Our name -> theirs, for every one of our names.
+
+    Args:
+        diffusers: give the names of a diffusers folder instead of the official single file's.
+        diffusers_family: which of `DIFFUSERS_BLOCKS` places a VAE's blocks; needed for a VAE with `diffusers`.
+
+    Raises:
+        KeyError: a name that the table does not know; the table is at fault.
+    """
+    rules = [(_pattern(key.ours), key.diffusers if diffusers else key.single_file) for key in table]
+    return {name: _translate(name, rules, diffusers_family) for name in ours}
+
+
+def _translate(name: str, rules: list[tuple[re.Pattern[str], str]], family: str | None) -> str:
+    for pattern, theirs in rules:
+        if found := pattern.fullmatch(name):
+            holes = found.groupdict()
+            if "{block}" in theirs:
+                side, n = holes["side"], int(holes["n"])
+                place = DIFFUSERS_BLOCKS[family][side][n] if family else _SINGLE_FILE_BLOCKS[side].format(n=n)
+                theirs = theirs.replace("{block}", place)
+            return theirs.replace("*", holes.get("leaf", "")).format(**holes)
+    raise KeyError(name)

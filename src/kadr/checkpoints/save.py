@@ -1,0 +1,172 @@
+"""Modules into files: the official single file, and a text encoder's folder. Written beside, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from kadr.checkpoints.header import DTYPES as STORED_DTYPES
+from kadr.checkpoints.header import LENGTH_BYTES
+from kadr.checkpoints.keys import T5, TRANSFORMER, Key, names
+from kadr.checkpoints.keys import VAE as VAE_KEYS
+from kadr.errors import CheckpointError
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.transformer import Transformer
+from kadr.models.vae import VAE
+from kadr.sampling.schedule import Schedule
+
+_STORED = {dtype: name for name, dtype in STORED_DTYPES.items()}
+_ALIGNMENT = 8  # bytes: where the tensors start, so that they can be mapped
+
+
+def write_single_file(
+    path: str | os.PathLike[str],
+    *,
+    transformer: Transformer | None = None,
+    vae: VAE | None = None,
+    schedule: Schedule,
+    dtype: torch.dtype = torch.bfloat16,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a checkpoint in the official layout, with its config in the header.
+
+    Args:
+        transformer, vae: on any device; at least one of them.
+        dtype: that every tensor is stored in.
+        metadata: more entries of the header, beside "config".
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    config: dict[str, Any] = {"scheduler": schedule.header()}
+    if schedule.allowed is not None:
+        config["allowed_inference_steps"] = list(schedule.allowed)
+    tensors: dict[str, Tensor] = {}
+    if transformer is not None:
+        config["transformer"] = transformer.config.header()
+        tensors |= _named(transformer, TRANSFORMER, "model.diffusion_model.")
+    if vae is not None:
+        config["vae"] = vae.config.header()
+        tensors |= _named(vae, VAE_KEYS, "vae.")
+    if not tensors:
+        raise ValueError("give a transformer, a VAE or both")
+    write_tensors(Path(path), tensors, dtype=dtype, metadata={**(metadata or {}), "config": json.dumps(config)})
+
+
+def write_text_encoder(
+    folder: str | os.PathLike[str],
+    encoder: T5Encoder,
+    tokenizer_file: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write `text_encoder` and `tokenizer` into a folder, as transformers and `TextEncoderFolder` read them.
+
+    Args:
+        folder: made if absent.
+        tokenizer_file: spiece.model or tokenizer.json; it is copied under that name.
+
+    Raises:
+        CheckpointError: the files cannot be written.
+    """
+    home, tokenizer_file = Path(folder), Path(tokenizer_file)
+    for made in (home / "text_encoder", home / "tokenizer"):
+        made.mkdir(parents=True, exist_ok=True)
+    write_tensors(home / "text_encoder" / "model.safetensors", _named(encoder, T5, ""), dtype=dtype)
+    _write_json(home / "text_encoder" / "config.json", _t5_header(encoder.config, dtype))
+    name = "tokenizer.json" if tokenizer_file.suffix == ".json" else "spiece.model"
+    with _beside(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as given:
+        shutil.copyfileobj(given, file)
+    _write_json(home / "tokenizer" / "tokenizer_config.json", _TOKENIZER_HEADER)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, one tensor at a time: no second copy of the model is made.
+
+    The same tensors give the same bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        start, end = end, end + prod(tensor.shape) * dtype.itemsize
+        header[name] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % _ALIGNMENT)
+    with _beside(path) as file:
+        file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
+        file.write(text)
+        for _, tensor in sorted(tensors.items()):
+            plain = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+            file.write(memoryview(plain.view(torch.uint8).numpy()))
+
+
+def _named(module: nn.Module, table: tuple[Key, ...], prefix: str) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return {prefix + theirs: state[ours] for ours, theirs in names(table, state).items()}
+
+
+def _t5_header(config: T5Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of transformers' T5EncoderModel."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": config.vocabulary,
+        "d_model": config.width,
+        "num_layers": config.layers,
+        "num_heads": config.heads,
+        "d_kv": config.head_width,
+        "d_ff": config.hidden,
+        "relative_attention_num_buckets": config.buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "layer_norm_epsilon": config.epsilon,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+# Without sentinels: the vocabulary is that of the file.
+_TOKENIZER_HEADER: Mapping[str, Any] = {
+    "tokenizer_class": "T5Tokenizer",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "extra_ids": 0,
+    "model_max_length": 512,
+}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with _beside(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name only when it is whole."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+        part.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}. Write it elsewhere.") from error
+    finally:
+        with suppress(FileNotFoundError):
+            part.unlink()

@@ -1,0 +1,173 @@
+"""Tensors by name, from one file or several: the header first, the bytes when they are asked for.
+
+Bytes are mapped, not read: a tensor shares memory with the page cache, and costs nothing until it is touched. The
+mapping goes when the last tensor of its file goes.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from kadr.checkpoints.header import TensorInfo, read_header
+from kadr.errors import CheckpointError
+
+STEMS = ("diffusion_pytorch_model", "model")  # of the weights in a component's folder: diffusers', transformers'
+VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran
+# Without it Linux would set memory aside for pages that nobody will write, and refuse files larger than its memory.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python names it from 3.13 on
+
+# Shared by all sources of a file, and gone with its last tensor. The key tells a file from one that replaced it.
+_maps: WeakValueDictionary[tuple[Path, int, int], mmap.mmap] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Source:
+    """One or several safetensors files, seen as one mapping of names.
+
+    Args:
+        path: what was opened, for messages.
+        infos: name -> what the header says of the tensor. A name may differ from the one in the file: see `renamed`.
+        metadata: of the header; of several files, the first one's.
+    """
+
+    path: Path
+    infos: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Source:
+        """Read the headers of a safetensors file, or of the weights in a component's folder (shards and variants too).
+
+        Raises:
+            CheckpointError: nothing is there, it is not safetensors, it is cut short, or a shard is missing.
+        """
+        path = Path(path)
+        files = _weights(path) if path.is_dir() else (path,)
+        infos: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] = {}
+        for file in files:
+            found, said = read_header(file)
+            twice = infos.keys() & found.keys()
+            if twice:
+                raise CheckpointError(
+                    f"{path}: the tensor {min(twice)} is in two of its files. Download the folder again."
+                )
+            infos |= found
+            metadata = metadata or said
+        return cls(path, infos, metadata)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensors, as they are stored."""
+        return sum(info.bytes for info in self.infos.values())
+
+    @property
+    def parameters(self) -> int:
+        return sum(info.count for info in self.infos.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What most of the bytes are stored as; float32 where there are none."""
+        weight: dict[torch.dtype, int] = {}
+        for info in self.infos.values():
+            weight[info.dtype] = weight.get(info.dtype, 0) + info.bytes
+        return max(weight, key=weight.__getitem__, default=torch.float32)
+
+    def renamed(self, names: Mapping[str, str]) -> Source:
+        """The same files under other names. names: new -> present; what it does not mention is left out."""
+        return Source(self.path, {new: self.infos[old] for new, old in names.items()}, self.metadata)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype and shape, on the CPU, sharing memory with the file.
+
+        Writing to it does not reach the file: written pages become the process's own.
+
+        Raises:
+            KeyError: no such name.
+            CheckpointError: the file went away or shrank since it was opened.
+        """
+        info = self.infos[name]
+        if not info.count:  # torch takes no empty buffer
+            return torch.empty(info.shape, dtype=info.dtype)
+        mapped = _map(info.file)
+        if len(mapped) < info.start + info.bytes:
+            raise CheckpointError(
+                f"{info.file} shrank to {len(mapped):,} bytes since it was opened. Download it again."
+            )
+        if info.start % info.dtype.itemsize:  # old writers did not align; torch wants whole numbers at whole places
+            piece = bytearray(mapped[info.start : info.start + info.bytes])
+            return torch.frombuffer(piece, dtype=info.dtype).view(info.shape)
+        flat = torch.frombuffer(mapped, dtype=info.dtype, count=info.count, offset=info.start)
+        return flat.view(info.shape)
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The file in memory: private, so it may be written to; kept for as long as a tensor uses it."""
+    try:
+        with path.open("rb") as file:
+            stat = os.fstat(file.fileno())
+            key = (path, stat.st_ino, stat.st_mtime_ns)
+            mapped = _maps.get(key)
+            if mapped is None:
+                mapped = _maps[key] = _mapping(file.fileno())
+            return mapped
+    except (OSError, ValueError) as error:  # ValueError: the file is empty by now
+        raise CheckpointError(f"{path} cannot be read any more: {error}. Open it again.") from error
+
+
+def _mapping(descriptor: int) -> mmap.mmap:
+    if os.name != "posix":
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    rights = mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=rights)
+
+
+def _weights(folder: Path) -> tuple[Path, ...]:
+    """The weight files of a component's folder: the shards that an index names, or one file."""
+    for variant in VARIANTS:
+        for stem in STEMS:
+            indexes = (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json")
+            for index in dict.fromkeys(folder / name for name in indexes):
+                if index.is_file():
+                    return _shards(index)
+            file = folder / f"{stem}{variant}.safetensors"
+            if file.is_file():
+                return (file,)
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    found = f" (it has {pickles[0]}, a pickle, which kadr never reads: it may run code)" if pickles else ""
+    raise CheckpointError(
+        f"{folder} has no weights in it{found}: none of {_listed(f'{stem}.safetensors' for stem in STEMS)}, "
+        "nor an index of shards. Name the .safetensors itself, or download the folder again."
+    )
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        places: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = sorted(set(places.values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it names no file, or one in another folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}. Download it again.") from error
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(absent)} of its {len(names)} shards: {_listed(absent)}. "
+            f"Download what is missing, beside {index.name}."
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,304 @@
+"""Video files: frames go to mp4 as they come, and come back with the request that made them.
+
+Frames here are RGB, full range; files hold BT.709, limited range, and say so, which is what players assume for mp4.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from kadr.errors import MediaError
+from kadr.shapes import Size
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+
+DEFAULT_CRF = 18  # visually lossless for most eyes
+MAXIMUM_CRF = 51  # of 8-bit H.264
+MAXIMUM_FPS = 1000
+
+# The readers FFmpeg may use. Its playlist readers, left out here, open whatever other files and addresses a file names.
+_READERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+_READABLE = "Supported: .mp4, .mov, .mkv, .webm and .avi."
+_KEY = "kadr"  # the comment tag holds {"kadr": request}, so that nobody else's JSON is taken for a request
+_BT709 = 1  # the same number in FFmpeg's lists of matrices, primaries and transfer curves
+_LIMITED, _FULL = 1, 2
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video that was read.
+
+    Args:
+        frames: uint8 (F, H, W, 3): RGB, full range.
+        fps: frames per second.
+        metadata: the request, if kadr made the file; else empty.
+    """
+
+    frames: np.ndarray
+    fps: Fraction
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class VideoWriter:
+    """Write an mp4 (H.264, 4:2:0) frame by frame; the file appears, or replaces an older one, only when it is whole.
+
+        with VideoWriter("out.mp4", Size(704, 480), fps=24) as writer:
+            for frames in chunks:
+                writer.write(frames)
+
+    Until then the frames are in a hidden file beside it, which is removed if anything at all interrupts.
+
+    Args:
+        path: ends in .mp4; its folder exists.
+        size: both sides even, which 4:2:0 colour demands.
+        fps: above 0, up to 1000. Whole numbers and ratios over at most 1001 are kept exactly; 23.976 is 2997/125.
+        crf: 0 (lossless) to 51.
+        metadata: the request, as JSON can hold it; `read_metadata` gives it back.
+
+    Raises:
+        MediaError: at construction, for every argument that cannot work; in the block, if the frames are of another
+            shape, none came, or the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        size: Size,
+        fps: float | Fraction,
+        *,
+        crf: int = DEFAULT_CRF,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.size = size
+        self.fps = _exact_fps(fps)
+        self.crf = crf
+        self.frames_written = 0
+        _check_target(self.path)
+        _check_even(size)
+        if not 0 <= crf <= MAXIMUM_CRF:
+            raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAXIMUM_CRF}.")
+        # ASCII, because a prompt may hold what is not valid UTF-8 and no tool on the way should get to spoil it.
+        self._comment = None if metadata is None else json.dumps({_KEY: dict(metadata)}, allow_nan=False)
+        self._partial = self.path.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")
+
+    def __enter__(self) -> VideoWriter:
+        try:
+            with self._explained():
+                self._open()
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, frames: ArrayLike) -> None:
+        """Append frames, uint8 (F, height, width, 3): RGB, full range, on the CPU. F may be anything, also 0."""
+        pixels = np.ascontiguousarray(frames)
+        height, width = self.size.height, self.size.width
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (height, width, 3):
+            raise MediaError(
+                f"frames are {pixels.dtype} {pixels.shape}; this file takes uint8 (F, {height}, {width}, 3)."
+            )
+        with self._explained():
+            for picture in pixels:
+                self._container.mux(self._stream.encode(self._convert(picture)))
+                self.frames_written += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._discard()
+
+    def _open(self) -> None:
+        import av
+
+        # mp4 counts a file's duration in 1/1000 s by default, which no frame rate over 1001 divides.
+        options = {"movflags": "+faststart", "movie_timescale": str(self.fps.numerator)}
+        self._container = av.open(str(self._partial.absolute()), "w", format="mp4", options=options)
+        if self._comment is not None:
+            self._container.metadata["comment"] = self._comment
+        self._stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
+        self._stream.width, self._stream.height = self.size.width, self.size.height
+        self._stream.pix_fmt = "yuv420p"
+        codec = self._stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+        codec.color_range = _LIMITED
+
+    def _convert(self, picture: np.ndarray) -> av.VideoFrame:
+        import av
+
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+            format="yuv420p",
+            dst_colorspace=_BT709,
+            src_color_range=_FULL,
+            dst_color_range=_LIMITED,
+            interpolation=_accurate(),
+        )
+        frame.pts, frame.time_base = self.frames_written, 1 / self.fps
+        return frame
+
+    def _finish(self) -> None:
+        if not self.frames_written:
+            raise MediaError(f"{self.path} was not written: no frames came.")
+        with self._explained():
+            self._container.mux(self._stream.encode())
+            self._container.close()
+            os.replace(self._partial, self.path)
+
+    def _discard(self) -> None:
+        """Close and remove the hidden file; after `_finish` there is none, and this does nothing."""
+        if hasattr(self, "_container"):
+            with suppress(Exception):  # closing writes the index, which fails again where the disk is full
+                self._container.close()
+        with suppress(OSError):
+            self._partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        import av
+
+        try:
+            yield
+        except OSError as error:  # PyAV's errors are also OSErrors where the system gave the number
+            reason = f"{self.path} could not be written: {error.strerror or error}."
+            raise MediaError(f"{reason} {_free_space(self.path.parent)}") from error
+        except av.error.FFmpegError as error:
+            raise MediaError(f"{self.path} could not be encoded: {error}.") from error
+
+
+def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
+    """Read a video, or its first `limit` frames, into memory.
+
+    The colour tags of the file are honoured, and so is the rotation that phones note down instead of turning pixels.
+
+    Raises:
+        MediaError: it is missing, not a video, damaged before the frames wanted, or does not tell its frame rate.
+    """
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        # Decoding stays in PyAV's default of threads within a frame: with whole frames in flight, FFmpeg ends a damaged
+        # file early and in silence.
+        frames = [_to_rgb(frame) for frame in islice(container.decode(stream), limit)]
+        fps = stream.average_rate or stream.guessed_rate
+        request = _find_request(container.metadata)
+    if not frames:
+        raise MediaError(f"{path} holds no frames.")
+    if not fps:
+        raise MediaError(f"{path} does not tell its frame rate. Convert it to an mp4 of constant frame rate.")
+    return Clip(np.stack(frames), Fraction(fps), request or {})
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Find the request that made a video. No frame is decoded.
+
+    Raises:
+        MediaError: the file is missing, not a video, or holds no request of kadr.
+    """
+    with _open_video(path) as container:
+        request = _find_request(container.metadata)
+    if request is None:
+        raise MediaError(
+            f"{path} holds no request of kadr: another program made it, or re-encoded it and dropped the comment tag."
+        )
+    return request
+
+
+@contextmanager
+def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
+    """Open for reading; what goes wrong in the block is explained as well."""
+    import av
+
+    if not Path(path).is_file():
+        raise MediaError(f"{path}: there is no such file.")
+    try:
+        # An absolute path, because FFmpeg takes "name:..." for an address.
+        with av.open(str(Path(path).absolute()), options={"format_whitelist": _READERS}) as container:
+            if not container.streams.video:
+                raise MediaError(f"{path} holds no video. {_READABLE}")
+            yield container
+    except (OSError, av.error.FFmpegError) as error:
+        raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_READABLE}") from error
+
+
+def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 (H, W, 3), upright."""
+    picture = frame.reformat(format="rgb24", interpolation=_accurate()).to_ndarray()
+    return np.rot90(picture, k=round(frame.rotation / 90))
+
+
+def _accurate() -> int:
+    """How to resample colour. FFmpeg's default repeats each sample twice: five times the mean error on a ramp."""
+    from av.video.reformatter import Interpolation as How
+
+    return How.BILINEAR | How.ACCURATE_RND | How.FULL_CHR_H_INT | How.FULL_CHR_H_INP
+
+
+def _find_request(tags: Mapping[str, str]) -> dict[str, Any] | None:
+    try:
+        request = json.loads(tags.get("comment", ""))[_KEY]
+    except (ValueError, TypeError, LookupError):
+        return None
+    return request if isinstance(request, dict) else None
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return f"The folder {folder.absolute()} is no longer there."
+    return f"{free} bytes are free in {folder.absolute()}; make room or choose another folder."
+
+
+def _exact_fps(fps: float | Fraction) -> Fraction:
+    try:
+        rate = Fraction(fps).limit_denominator(1001)
+    except (TypeError, ValueError, OverflowError):
+        rate = Fraction(0)
+    if not 0 < rate <= MAXIMUM_FPS:
+        raise MediaError(f"fps is {fps}; it must be a number above 0 and at most {MAXIMUM_FPS}, such as 24 or 29.97.")
+    return rate
+
+
+def _check_even(size: Size) -> None:
+    if size.width % 2 or size.height % 2:
+        below = Size(max(2, size.width // 2 * 2), max(2, size.height // 2 * 2))
+        above = Size(-(-size.width // 2) * 2, -(-size.height // 2) * 2)
+        nearest = " or ".join(dict.fromkeys((str(below), str(above))))
+        raise MediaError(f"size is {size}; an mp4 of this kind needs even sides. The nearest: {nearest}.")
+
+
+def _check_target(path: Path) -> None:
+    folder = path.parent
+    if path.is_dir():
+        raise MediaError(f"{path} is a folder. Name a file in it, such as {path / 'out.mp4'}.")
+    if path.suffix.lower() != ".mp4":
+        raise MediaError(
+            f"{path} ends in {path.suffix or 'nothing'!r}; only .mp4 can be written. Name it {path.stem}.mp4."
+        )
+    if not folder.exists():
+        raise MediaError(f"the folder {folder} does not exist. Make it first: mkdir -p {shlex.quote(str(folder))}")
+    if not folder.is_dir():
+        raise MediaError(f"{folder} is a file, not a folder; {path} cannot be in it.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MediaError(f"the folder {folder} may not be written to by this user. Choose another.")

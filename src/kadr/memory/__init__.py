@@ -1,0 +1,1 @@
+"""Where weights live, and for how long."""

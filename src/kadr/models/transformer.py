@@ -1,0 +1,208 @@
+"""The diffusion transformer: noisy latent tokens, a text and a noise level to a velocity.
+
+B batch, N tokens, L text positions, C latent channels, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kadr.errors import CheckpointError
+from kadr.nn.attention import Attention
+from kadr.nn.embedding import LevelEmbedding
+from kadr.nn.linear import Linear
+from kadr.nn.modulation import branch_bends
+from kadr.nn.norm import rms_norm
+from kadr.nn.rope import Rope, rope_table
+
+# Keys of the header that change what is computed, with the only value released weights use.
+FIXED: Mapping[str, Any] = {
+    "_class_name": "Transformer3DModel",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "double_self_attention": False,
+    "only_cross_attention": False,
+    "upcast_attention": False,
+    "dropout": 0.0,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "qk_norm": "rms_norm",
+    "standardization_norm": "rms_norm",
+    "adaptive_norm": "single_scale_shift",
+    "positional_embedding_type": "rope",
+    "timestep_scale_multiplier": 1000,
+}
+MASKED = -10000.0  # added to the logits of padded text: the official bias, kept finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Sizes of a transformer.
+
+    Args:
+        causal_positions: latent frame l stands at pixel frame max(0, 8l - 7), as from 0.9.5 on; before, at 8l.
+    """
+
+    layers: int
+    heads: int
+    head_width: int
+    text_width: int = 4096
+    channels: int = 128
+    theta: float = 10000.0
+    limits: tuple[float, float, float] = (20.0, 2048.0, 2048.0)
+    causal_positions: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width < 6 or self.width % 2:
+            raise CheckpointError(f"a transformer of width {self.width} has no room for three axes of rotation.")
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_width
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> TransformerConfig:
+        """Read the "transformer" entry of an official header.
+
+        Raises:
+            CheckpointError: a value that no released weights use.
+        """
+        for key, value in FIXED.items():
+            found = header.get(key, value)
+            if found != value:
+                raise CheckpointError(f"the transformer's header has {key} = {found!r}; kadr knows only {value!r}.")
+        config = cls(
+            layers=header["num_layers"],
+            heads=header["num_attention_heads"],
+            head_width=header["attention_head_dim"],
+            text_width=header["caption_channels"],
+            channels=header["in_channels"],
+            theta=float(header.get("positional_embedding_theta", 10000.0)),
+            limits=tuple(float(limit) for limit in header.get("positional_embedding_max_pos", (20, 2048, 2048))),
+            causal_positions=bool(header.get("causal_temporal_positioning", False)),
+        )
+        for key, value in (("cross_attention_dim", config.width), ("out_channels", config.channels)):
+            if header.get(key, value) != value:
+                raise CheckpointError(f"the transformer's header has {key} = {header[key]}; kadr expects {value}.")
+        return config
+
+    def header(self) -> dict[str, Any]:
+        """The "transformer" entry of an official header."""
+        return {
+            **FIXED,
+            "num_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head_width,
+            "cross_attention_dim": self.width,
+            "caption_channels": self.text_width,
+            "in_channels": self.channels,
+            "out_channels": self.channels,
+            "num_embeds_ada_norm": 1000,
+            "norm_num_groups": 32,
+            "attention_type": "default",
+            "use_linear_projection": False,
+            "positional_embedding_theta": self.theta,
+            "positional_embedding_max_pos": list(self.limits),
+            "causal_temporal_positioning": self.causal_positions,
+        }
+
+
+TRANSFORMER_2B = TransformerConfig(layers=28, heads=32, head_width=64)
+TRANSFORMER_13B = TransformerConfig(layers=48, heads=32, head_width=128)
+
+
+class FeedForward(nn.Module):
+    """Linear to `hidden`, GELU (tanh form), linear to `width_out`."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__()
+        self.up = Linear(width_in, hidden)
+        self.down = Linear(hidden, width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """Tokens look at each other, then at the text, then think alone.
+
+    The first and the last branch are bent by the noise level. The text branch is not, and reads the residual
+    stream without a norm: the released weights were trained that way.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.self_attention = Attention(width, config.heads)
+        self.text_attention = Attention(width, config.heads)
+        self.feed_forward = FeedForward(width, 4 * width, width)
+
+    def forward(self, x: Tensor, text: Tensor, embedding: Tensor, rope: Rope, bias: Tensor | None) -> Tensor:
+        """x (B, N, D), text (B, L, D), embedding (B, 1 or N, 6, D), bias (B, 1, 1, L) -> (B, N, D)."""
+        around_attention, around_thought = branch_bends(self.modulation, embedding)
+        x = x + around_attention.gate * self.self_attention(around_attention(rms_norm(x)), rope=rope)
+        x = x + self.text_attention(x, text, bias=bias)
+        return x + around_thought.gate * self.feed_forward(around_thought(rms_norm(x)))
+
+
+class Transformer(nn.Module):
+    """Velocity of a rectified flow: the noise minus the clean latents."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_in = Linear(config.channels, width)
+        self.level_embedding = LevelEmbedding(width)
+        self.level_bends = Linear(width, 6 * width)
+        self.text_in = FeedForward(config.text_width, width, width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.patch_out = Linear(width, config.channels)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """The table for positions (B, 3, N), fp32: seconds, pixels down, pixels right. Constant over the steps."""
+        dtype = self.patch_in.weight.dtype
+        return rope_table(
+            positions, self.config.width, limits=self.config.limits, theta=self.config.theta, dtype=dtype
+        )
+
+    def forward(
+        self, tokens: Tensor, rope: Rope, text: Tensor, text_mask: Tensor | None, level: Tensor
+    ) -> Tensor:
+        """The velocity of every token.
+
+        Args:
+            tokens: (B, N, C) normalised latents, frame by frame, row by row.
+            rope: the table made by `rope`.
+            text: (B, L, T) text encoding.
+            text_mask: (B, L), true where the text is not padding; None where nothing is padded.
+            level: (B, 1) or (B, N) noise levels in [0, 1], fp32.
+
+        Returns:
+            (B, N, C) in the dtype of the weights.
+        """
+        x = self.patch_in(tokens)
+        embedded, bends = self._embed(level, x.dtype)
+        text = self.text_in(text)
+        bias = None if text_mask is None else ((~text_mask.bool()).to(x.dtype) * MASKED)[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, text, bends, rope, bias)
+        # The last bend reads the embedding before its SiLU and its widening to six rows.
+        shift, scale = (self.modulation + embedded[..., None, :]).unbind(-2)
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return self.patch_out(x)
+
+    def _embed(self, level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """level (B, T) -> (B, T, D) and (B, T, 6, D). Tokens share few levels, so each distinct one is embedded once."""
+        distinct, where = level.unique(return_inverse=True)
+        embedded = self.level_embedding(distinct * 1000, dtype)
+        bends = self.level_bends(F.silu(embedded)).unflatten(-1, (6, -1))
+        return embedded[where], bends[where]

@@ -1,0 +1,191 @@
+"""The sizes of a video VAE, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from kadr.errors import CheckpointError
+
+Strides = tuple[int, int, int]  # over frames, rows, columns
+
+STRIDES: Mapping[str, Strides] = {
+    "compress_time": (2, 1, 1),
+    "compress_space": (1, 2, 2),
+    "compress_all": (2, 2, 2),
+    "compress_time_res": (2, 1, 1),
+    "compress_space_res": (1, 2, 2),
+    "compress_all_res": (2, 2, 2),
+}
+ENCODER_KINDS = ("res_x", "res_x_y", *STRIDES)
+DECODER_KINDS = ("res_x", "res_x_y", "compress_time", "compress_space", "compress_all")
+# Keys of the header that change what is computed, with the only value released weights use.
+FIXED: Mapping[str, Any] = {
+    "_class_name": "CausalVideoAutoencoder",
+    "dims": 3,
+    "in_channels": 3,
+    "out_channels": 3,
+    "norm_layer": "pixel_norm",
+    "latent_log_var": "uniform",
+    "use_quant_conv": False,
+    "causal_decoder": False,
+    "normalize_latent_channels": False,
+    "spatial_padding_mode": "zeros",
+    "scaling_factor": 1.0,
+}
+REQUIRED = ("latent_log_var", "norm_layer", "use_quant_conv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One entry of a block list, in the order of the encoder.
+
+    Args:
+        kind: its name in the header.
+        layers: residual layers of a "res_x".
+        multiplier: channels out per channel in, seen in the encoder's direction.
+        residual: a decoder's "compress_all" adds its input, re-arranged, to its output.
+        inject_noise: the residual layers add noise of a learned strength per channel.
+    """
+
+    kind: str
+    layers: int = 0
+    multiplier: int = 1
+    residual: bool = False
+    inject_noise: bool = False
+
+    @property
+    def strides(self) -> Strides:
+        return STRIDES.get(self.kind, (1, 1, 1))
+
+    @classmethod
+    def read(cls, entry: Sequence[Any], *, where: str, kinds: Sequence[str]) -> Block:
+        """Read ["res_x", 4] or ["compress_all", {"residual": true, "multiplier": 2}]."""
+        kind, detail = entry
+        if kind not in kinds:
+            raise CheckpointError(f"the VAE's {where} list a block {kind!r}; known are {', '.join(kinds)}.")
+        detail = {"num_layers": detail} if isinstance(detail, int) else dict(detail)
+        if kind != "res_x":
+            detail.pop("num_layers", None)  # ["compress_all", 1] is how 0.9 writes a block without layers
+        usual = 2 if kind == "res_x_y" or kind.endswith("_res") else 1
+        block = cls(
+            kind=kind,
+            layers=detail.pop("num_layers", 0),
+            multiplier=detail.pop("multiplier", usual),
+            residual=detail.pop("residual", False),
+            inject_noise=detail.pop("inject_noise", False),
+        )
+        if detail:
+            raise CheckpointError(f"the VAE's {where} set {', '.join(detail)} on {kind!r}, which kadr does not know.")
+        return block
+
+    def header(self) -> list[Any]:
+        """The entry as the official header writes it."""
+        if self.kind == "res_x":
+            return [self.kind, {"num_layers": self.layers, "inject_noise": self.inject_noise}]
+        detail: dict[str, Any] = {"multiplier": self.multiplier}
+        if self.kind == "compress_all":
+            detail["residual"] = self.residual
+        if self.kind == "res_x_y":
+            detail["inject_noise"] = self.inject_noise
+        return [self.kind, detail]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Sizes of a VAE. Block lists are in the order of the encoder; the decoder walks its own backwards."""
+
+    encoder_blocks: tuple[Block, ...]
+    decoder_blocks: tuple[Block, ...]
+    timestep_conditioning: bool
+    latent_channels: int = 128
+    patch: int = 4
+    encoder_width: int = 128
+    decoder_width: int = 128
+
+    def __post_init__(self) -> None:
+        for name, blocks in (("encoder_blocks", self.encoder_blocks), ("decoder_blocks", self.decoder_blocks)):
+            time = prod(block.strides[0] for block in blocks)
+            space = prod(block.strides[1] for block in blocks) * self.patch
+            if (time, space) != (8, 32):
+                raise CheckpointError(
+                    f"the VAE's {name} with patches of {self.patch} reduce time {time} and space {space} times; "
+                    "the family reduces them 8 and 32 times."
+                )
+
+    @property
+    def decoder_start_width(self) -> int:
+        return self.decoder_width * prod(block.multiplier for block in self.decoder_blocks)
+
+    @property
+    def injects_noise(self) -> bool:
+        return any(block.inject_noise for block in self.decoder_blocks)
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> VAEConfig:
+        """Read the "vae" entry of an official header.
+
+        Raises:
+            CheckpointError: a value that no released weights use, or an unknown block.
+        """
+        for key, value in FIXED.items():
+            found = header.get(key, None if key in REQUIRED else value)
+            if found != value:
+                raise CheckpointError(f"the VAE's header has {key} = {found!r}; kadr knows only {value!r}.")
+        shared = header.get("blocks", ())
+        encoder, decoder = header.get("encoder_blocks", shared), header.get("decoder_blocks", shared)
+        return cls(
+            encoder_blocks=tuple(Block.read(b, where="encoder_blocks", kinds=ENCODER_KINDS) for b in encoder),
+            decoder_blocks=tuple(Block.read(b, where="decoder_blocks", kinds=DECODER_KINDS) for b in decoder),
+            timestep_conditioning=header.get("timestep_conditioning", False),
+            latent_channels=header["latent_channels"],
+            patch=header.get("patch_size", 1),
+            encoder_width=header.get("encoder_base_channels", 128),
+            decoder_width=header.get("decoder_base_channels", 128),
+        )
+
+    def header(self) -> dict[str, Any]:
+        """The "vae" entry of an official header."""
+        return {
+            **FIXED,
+            "latent_channels": self.latent_channels,
+            "patch_size": self.patch,
+            "encoder_base_channels": self.encoder_width,
+            "decoder_base_channels": self.decoder_width,
+            "encoder_blocks": [block.header() for block in self.encoder_blocks],
+            "decoder_blocks": [block.header() for block in self.decoder_blocks],
+            "timestep_conditioning": self.timestep_conditioning,
+        }
+
+
+def _blocks(*entries: tuple[str, Any]) -> tuple[Block, ...]:
+    return tuple(Block.read(entry, where="released list", kinds=ENCODER_KINDS) for entry in entries)
+
+
+_STRIDED = _blocks(
+    ("res_x", 4), ("compress_all", 1), ("res_x_y", 1), ("res_x", 3), ("compress_all", 1),
+    ("res_x_y", 1), ("res_x", 3), ("compress_all", 1), ("res_x", 3), ("res_x", 4),
+)  # fmt: skip
+_UP = ("compress_all", {"residual": True, "multiplier": 2})
+
+VAE_0_9 = VAEConfig(encoder_blocks=_STRIDED, decoder_blocks=_STRIDED, timestep_conditioning=False)
+VAE_0_9_1 = VAEConfig(
+    encoder_blocks=_STRIDED,
+    decoder_blocks=_blocks(
+        ("res_x", {"num_layers": 5, "inject_noise": True}), _UP,
+        ("res_x", {"num_layers": 6, "inject_noise": True}), _UP,
+        ("res_x", {"num_layers": 7, "inject_noise": True}), _UP, ("res_x", 8),
+    ),
+    timestep_conditioning=True,
+)  # fmt: skip
+VAE_0_9_5 = VAEConfig(
+    encoder_blocks=_blocks(
+        ("res_x", 4), ("compress_space_res", {"multiplier": 2}), ("res_x", 6), ("compress_time_res", {"multiplier": 2}),
+        ("res_x", 6), ("compress_all_res", {"multiplier": 2}), ("res_x", 2), ("compress_all_res", {"multiplier": 2}),
+        ("res_x", 2),
+    ),
+    decoder_blocks=_blocks(("res_x", 5), _UP, ("res_x", 5), _UP, ("res_x", 5), _UP, ("res_x", 5)),
+    timestep_conditioning=True,
+)  # fmt: skip

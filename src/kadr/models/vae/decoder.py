@@ -1,0 +1,66 @@
+"""Latents to pixels, removing the last of the noise on the way where the decoder was trained to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer, ResidualStage, bends, unpatchify
+from kadr.models.vae.config import Block, VAEConfig
+from kadr.nn.conv import VideoConv
+from kadr.nn.embedding import LevelEmbedding
+from kadr.nn.norm import pixel_norm
+from kadr.nn.stream import Stream
+
+
+def _block(block: Block, width: int, level_conditioned: bool) -> tuple[nn.Module, int]:
+    """The module for one entry of the list, and the width it hands on."""
+    noise = block.inject_noise
+    if block.kind == "res_x":
+        stage = ResidualStage(
+            width, block.layers, causal=False, level_conditioned=level_conditioned, inject_noise=noise
+        )
+        return stage, width
+    narrower = width // block.multiplier
+    if block.kind == "res_x_y":
+        return ResidualLayer(width, narrower, causal=False, inject_noise=noise), narrower
+    # Only compress_all narrows; the others keep their width whatever the entry says, as the official decoder does.
+    multiplier = block.multiplier if block.kind == "compress_all" else 1
+    up = DepthToSpaceUp(width, block.strides, multiplier=multiplier, residual=block.residual)
+    return up, width // multiplier
+
+
+class Decoder(nn.Module):
+    """The decoder looks one frame ahead at every convolution; as a stream its frames lag behind its latents."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.patch = config.patch
+        width = config.decoder_start_width
+        self.conv_in = VideoConv(config.latent_channels, width, causal=False)
+        self.blocks = nn.ModuleList()
+        for entry in reversed(config.decoder_blocks):
+            module, width = _block(entry, width, config.timestep_conditioning)
+            self.blocks.append(module)
+        self.conv_out = VideoConv(width, 3 * config.patch**2, causal=False)
+        self.level_conditioned = config.timestep_conditioning
+        if self.level_conditioned:
+            self.level_scale = nn.Parameter(torch.tensor(1000.0))
+            self.level_embedding = LevelEmbedding(2 * width)
+            self.modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
+
+    def forward(self, latents: Tensor, stream: Stream, level: Tensor | None = None) -> Tensor:
+        """latents (B, C, f, h, w), level (B) in [0, 1] -> pixels (B, 3, F, H, W), about [-1, 1], not clamped."""
+        if self.level_conditioned:
+            if level is None:
+                raise ValueError("this decoder is conditioned on a noise level: give one")
+            level = level * self.level_scale
+        x = self.conv_in(latents, stream)
+        for block in self.blocks:
+            x = block(x, stream, level) if isinstance(block, ResidualStage) else block(x, stream)
+        x = pixel_norm(x)
+        if self.level_conditioned and level is not None:
+            (bend,) = bends(self.modulation, self.level_embedding(level, x.dtype))
+            x = bend(x)
+        return unpatchify(self.conv_out(F.silu(x), stream), self.patch)

@@ -1,0 +1,49 @@
+"""Convolution over time and space, as an exact stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kadr.nn.stream import Stream
+
+KERNEL = 3
+
+
+class VideoConv(nn.Conv3d):
+    """A 3 x 3 x 3 convolution: zeros around the picture, the edge frames repeated around the video.
+
+    Causal: the first frame is repeated twice in front, so an output frame sees no later one. Otherwise the first and
+    the last frame are repeated once each, and in a stream the output lags one frame behind.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, *, causal: bool, stride: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
+        super().__init__(channels_in, channels_out, KERNEL, stride=stride, padding=(0, 1, 1))
+        self.causal = causal
+
+    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+        """x (B, C, F, H, W) -> (B, C', F', H', W')."""
+        joined = self._with_edges(x, stream)
+        step = self.stride[0]
+        made = max(0, (joined.shape[2] - KERNEL) // step + 1)
+        if x.shape[2]:
+            stream.keep(self, joined[:, :, made * step :])
+        if not made:
+            return self._nothing(x)
+        return super().forward(joined)
+
+    def _with_edges(self, x: Tensor, stream: Stream) -> Tensor:
+        kept = stream.kept(self)
+        if kept is None:
+            front = 2 if self.causal else 1
+            kept = x[:, :, :1].expand(-1, -1, front if x.shape[2] else 0, -1, -1)
+        joined = torch.cat([kept, x], dim=2)
+        if stream.last and not self.causal:
+            joined = torch.cat([joined, joined[:, :, -1:]], dim=2)
+        return joined
+
+    def _nothing(self, x: Tensor) -> Tensor:
+        height, width = (-(-side // step) for side, step in zip(x.shape[3:], self.stride[1:], strict=True))
+        return x.new_empty(x.shape[0], self.out_channels, 0, height, width)

@@ -1,0 +1,24 @@
+"""How a noise level bends a branch of a transformer layer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Bend(NamedTuple):
+    """Shift, scale and gate, each (B, 1 or N, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * (1 + self.scale) + self.shift
+
+
+def branch_bends(table: Tensor, embedding: Tensor) -> tuple[Bend, Bend]:
+    """table (6, D) + embedding (B, 1 or N, 6, D) -> the bends around self-attention and around the feed-forward."""
+    rows = (table + embedding).unbind(-2)
+    return Bend(*rows[:3]), Bend(*rows[3:])

@@ -1,0 +1,70 @@
+"""What the temporal layers of one pass over a video remember from chunk to chunk.
+
+A video goes through the VAE in chunks of any length, first frame first. Each layer that looks across time keeps the
+frames it still needs, so that any way of cutting the video into chunks computes the same numbers; the whole video at
+once is a stream of one chunk. Tensors are (B, C, F, H, W); F may be 0 where a layer still waits for its next frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+NoiseSource = Callable[[tuple[int, ...]], Tensor]
+
+
+class Stream:
+    """The memory of one pass.
+
+    Args:
+        last: the chunk now going through ends the video. Set it before the last chunk.
+        noise: draws standard normal noise of a shape, for decoders with noise injection.
+    """
+
+    def __init__(self, *, last: bool = False, noise: NoiseSource | None = None) -> None:
+        self.last = last
+        self._noise = noise
+        self._kept: dict[Hashable, Tensor] = {}
+        self._drawn: dict[Hashable, Tensor] = {}
+
+    @classmethod
+    def whole(cls, noise: NoiseSource | None = None) -> Stream:
+        """The stream of a video that comes as one chunk."""
+        return cls(last=True, noise=noise)
+
+    def kept(self, owner: Hashable) -> Tensor | None:
+        """What `owner` kept from the chunk before; None before its first frame."""
+        return self._kept.get(owner)
+
+    def keep(self, owner: Hashable, x: Tensor) -> None:
+        """Keep `x` for `owner` until the next chunk. Cloned, or a view would hold the whole chunk in memory."""
+        if not self.last:
+            self._kept[owner] = x.clone()
+
+    def join(self, owner: Hashable, x: Tensor) -> Tensor:
+        """The frames `owner` kept, followed by `x`."""
+        kept = self.kept(owner)
+        return x if kept is None or not kept.shape[2] else torch.cat([kept, x], dim=2)
+
+    def delay(self, owner: Hashable, x: Tensor, frames: int) -> Tensor:
+        """The oldest `frames` frames not yet returned: holds a skip path back until the main path has caught up."""
+        x = self.join(owner, x)
+        self.keep(owner, x[:, :, frames:])
+        return x[:, :, :frames]
+
+    def is_first(self, owner: Hashable, x: Tensor) -> bool:
+        """True once: when the first frame of the video reaches `owner` in `x`."""
+        if not x.shape[2] or owner in self._kept:
+            return False
+        self._kept[owner] = x.new_empty(0)
+        return True
+
+    def noise(self, owner: Hashable, like: Tensor) -> Tensor:
+        """Noise (H, W) for `owner`: drawn once, the same for every frame, channel and sample of the video."""
+        if owner not in self._drawn:
+            if self._noise is None:
+                raise ValueError("this decoder injects noise: give its stream a source of noise")
+            self._drawn[owner] = self._noise(tuple(like.shape[-2:])).to(like)
+        return self._drawn[owner]

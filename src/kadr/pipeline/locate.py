@@ -1,0 +1,82 @@
+"""From what a person calls a model to the files it is in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import kadr
+from kadr.checkpoints import hub
+from kadr.errors import CheckpointError
+from kadr.models import registry
+from kadr.models.registry import Released
+
+SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
+TEXT_FOLDERS = ["text_encoder/*", "tokenizer/*"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a model.
+
+    Args:
+        name: as it was asked for.
+        vae: None where the VAE is in `model`.
+        released: the registry's entry; None for a path, whose header has to tell.
+    """
+
+    name: str
+    model: Path
+    text_encoder: Path
+    vae: Path | None
+    released: Released | None
+
+
+def locate(model: str | Path, *, text_encoder: str | Path | None, vae: str | Path | None) -> Found:
+    """Find the files; those of a released model are fetched from the hub where they are not on disk yet.
+
+    Raises:
+        RequestError: an unknown name.
+        CheckpointError: a path that is not there, or a file that cannot be fetched.
+    """
+    released = None if _is_path(model) else registry.find(str(model))
+    path = _released_file(released) if released else _existing(model, "the model")
+    if text_encoder is not None:
+        text = _existing(text_encoder, "the text encoder")
+    else:
+        text = _text_beside(path) or _fetched_text(released)
+    return Found(
+        name=str(model),
+        model=path,
+        text_encoder=text,
+        vae=None if vae is None else _existing(vae, "the VAE"),
+        released=released,
+    )
+
+
+def _is_path(model: str | Path) -> bool:
+    text = str(model)
+    return isinstance(model, Path) or "/" in text or "\\" in text or Path(text).suffix in SUFFIXES or Path(text).exists()
+
+
+def _existing(path: str | Path, what: str) -> Path:
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"{what} is not at {path}. Give an existing path, or a name that `kadr models` lists.")
+    return path
+
+
+def _released_file(released: Released) -> Path:
+    if released.repo is None:
+        return _existing(Path(kadr.__file__).parent / released.file, f"the bundled model {released.name}")
+    return hub.fetch(released.repo, released.file, size_bytes=released.size_bytes)
+
+
+def _text_beside(model: Path) -> Path | None:
+    """A text encoder that came with the model: in the same folder, or in the folder that the model is."""
+    folder = model if model.is_dir() else model.parent
+    return folder if (folder / "text_encoder").is_dir() else None
+
+
+def _fetched_text(released: Released | None) -> Path:
+    return hub.fetch_folder((released and released.text_encoder) or registry.TEXT_HUB, TEXT_FOLDERS)

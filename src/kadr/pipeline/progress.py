@@ -1,0 +1,52 @@
+"""How far a generation is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+STAGES = ("text", "encode", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report.
+
+    Args:
+        stage: "text", "encode" (only with pictures), "denoise" or "decode".
+        step: how many steps of the stage are done, 0 when it begins.
+        of: how many it has. Steps of "decode" are frames.
+        sigma: the noise level of the step just done, in "denoise" alone.
+        eta: seconds until the stage is done, at its pace so far; None before its first step.
+    """
+
+    stage: str
+    step: int
+    of: int
+    sigma: float | None = None
+    eta: float | None = None
+
+
+Watch = Callable[[Progress], None]
+
+
+def ignore(progress: Progress) -> None:
+    """Watch nothing."""
+
+
+@dataclass
+class Stage:
+    """The clock of one stage: reports to `watch` when it begins and after every step."""
+
+    name: str
+    of: int
+    watch: Watch
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.watch(Progress(self.name, 0, self.of))
+
+    def done(self, step: int, sigma: float | None = None) -> None:
+        pace = (time.monotonic() - self.began) / max(step, 1)
+        self.watch(Progress(self.name, step, self.of, sigma, pace * (self.of - step)))

@@ -1,0 +1,1 @@
+"""Diffusion as mathematics: no model, no file."""

@@ -1,0 +1,43 @@
+"""The loop. It knows a velocity, a state, a list of levels and a step; what guides or conditions them plugs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kadr.sampling.guidance import Estimate
+from kadr.sampling.state import LatentState
+from kadr.sampling.steps import Step, euler
+
+Prepare = Callable[[int, LatentState, Tensor], LatentState]
+Watch = Callable[[int, Tensor, LatentState], None]
+
+
+def denoise(
+    estimate: Estimate,
+    state: LatentState,
+    levels: Tensor,
+    *,
+    step: Step = euler,
+    prepare: Prepare = lambda index, state, now: state,
+    watch: Watch = lambda index, now, state: None,
+) -> LatentState:
+    """Carry a state from noise to picture.
+
+    Args:
+        estimate: tokens (B, N, C), level (B, 1 or N) -> velocity (B, N, C).
+        levels: (S) fp32, falling; after the last comes 0.
+        step: how tokens move.
+        prepare: changes the state before each estimate.
+        watch: sees each step's index, level and outcome.
+    """
+    path = torch.cat([levels, levels.new_zeros(1)])
+    for index, now in enumerate(levels):
+        state = prepare(index, state, now)
+        level = state.levels(now)
+        velocity = estimate(state.tokens, level).to(state.tokens.dtype)
+        state = state.advance(step(index, state.tokens, velocity, level, path), now)
+        watch(index, now, state)
+    return state

@@ -1,0 +1,34 @@
+"""One step along the flow: tokens (B, N, C), their velocity and their levels (B, 1 or N) to the tokens one level down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kadr.sampling.state import CLOSE
+
+Step = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]  # index, tokens, velocity, level, path -> tokens
+
+
+def next_level(level: Tensor, path: Tensor) -> Tensor:
+    """For every level, the highest level of `path` (S + 1; it ends in 0) that lies below it; 0 below the lowest."""
+    path = path[:, None, None]
+    return torch.where(path < level - CLOSE, path, 0.0).amax(dim=0)
+
+
+def euler(index: int, tokens: Tensor, velocity: Tensor, level: Tensor, path: Tensor) -> Tensor:
+    """Straight along the velocity to the next level. A token whose level is not on the path lands on it."""
+    return tokens - (level - next_level(level, path))[..., None] * velocity
+
+
+def stochastic(draw: Callable[[int, torch.Size], Tensor]) -> Step:
+    """Steps that guess the clean tokens and add fresh noise: `draw(index, shape)` gives it."""
+
+    def step(index: int, tokens: Tensor, velocity: Tensor, level: Tensor, path: Tensor) -> Tensor:
+        clean = tokens - level[..., None] * velocity
+        then = next_level(level, path)[..., None]
+        return (1 - then) * clean + then * draw(index, tokens.shape).to(tokens)
+
+    return step

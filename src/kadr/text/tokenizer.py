@@ -1,0 +1,175 @@
+"""Prompt to token ids, as the text encoder was trained on them.
+
+The released tokenizer is a SentencePiece unigram model (Kudo and Richardson 2018, arXiv:1808.06226). It is published as
+`spiece.model` and, converted, as `tokenizer.json`; either will do, and both give the same ids.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+import tokenizers
+import torch
+from torch import Tensor
+
+from kadr.errors import CheckpointError, RequestError
+
+LENGTH = 256  # tokens; what the released transformers were trained on
+PAD, EOS, UNKNOWN = 0, 1, 2
+_MARKERS = {"<pad>": PAD, "</s>": EOS, "<unk>": UNKNOWN}
+# The released SentencePiece model stops before T5's hundred sentinels; its users number them downwards from the end.
+_RELEASED_PIECES = 32000
+_SENTINELS = {f"<extra_id_{n}>": _RELEASED_PIECES + 99 - n for n in range(100)}
+_NAMES = ("spiece.model", "tokenizer.json")  # the original first, the conversion second
+_WAY_OUT = "Put spiece.model from google/t5-v1_1-xxl, or the tokenizer folder of Lightricks/LTX-Video, there."
+
+
+class Tokens(NamedTuple):
+    """One prompt, tokenized.
+
+    Fields:
+        ids: int64 (1, 256), padded at the end with 0. The last real token is 1, the end of the sequence.
+        mask: bool (1, 256), true where a token is real.
+        cut: the end of the prompt, from the first word that did not fit whole; "" when all of it fitted.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    cut: str
+
+
+class Tokenizer:
+    """Turns prompts into ids. Made by `Tokenizer.open`.
+
+    Args:
+        numbers: text to ids, without an end of sequence.
+        size: one more than the largest id it gives; the encoder's vocabulary must hold as many.
+    """
+
+    def __init__(self, numbers: Callable[[str], list[int]], size: int) -> None:
+        self._numbers = numbers
+        self.size = size
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read `spiece.model` or `tokenizer.json`.
+
+        Args:
+            path: one of the two files; or a folder, in which case they are looked for there, in its `tokenizer` and in
+                the `tokenizer` beside it; or any other file, which stands for its folder.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, or it is not T5's.
+        """
+        file = _find(Path(os.path.abspath(path)))
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{file} cannot be read: {error.strerror}. Make it readable, or name another."
+            ) from error
+        return cls(*(_from_json if file.suffix == ".json" else _from_sentencepiece)(data, file))
+
+    def encode(self, prompt: str) -> Tokens:
+        """Tokenize one prompt: surrounding space is dropped, nothing else is cleaned. "" is a lone end of sequence.
+
+        Raises:
+            RequestError: the prompt is not text that can be written down as UTF-8.
+        """
+        text = prompt.strip()
+        _check_characters(text)
+        numbers = self._numbers(text)
+        kept = numbers[: LENGTH - 1]
+        if kept[-1:] != [EOS]:  # a prompt that ends in a literal </s> does not get a second one
+            kept.append(EOS)
+        ids = torch.full((1, LENGTH), PAD, dtype=torch.int64)
+        ids[0, : len(kept)] = torch.tensor(kept)
+        mask = (torch.arange(LENGTH) < len(kept))[None]
+        return Tokens(ids, mask, self._cut(text) if len(numbers) > LENGTH - 1 else "")
+
+    def _cut(self, text: str) -> str:
+        """The end of a text that is too long. No token spans two words, so a count of tokens grows word by word."""
+        words = list(re.finditer(r"\S+", text))
+        whole = bisect_right(words, LENGTH - 1, key=lambda word: len(self._numbers(text[: word.end()])))
+        return text[words[whole].start() :]
+
+
+def _check_characters(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The prompt holds half a character, {text[error.start]!r}, at position {error.start}; "
+            "it was cut or decoded wrongly on its way here. Send the prompt as UTF-8."
+        ) from error
+
+
+def _find(path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist, so there is no tokenizer in it. Check the path.")
+    if path.is_file() and (path.name in _NAMES or path.suffix == ".model"):
+        return path
+    folder = path if path.is_dir() else path.parent
+    folders = (folder, folder / "tokenizer", folder.parent / "tokenizer")
+    candidates: Iterator[Path] = (place / name for place in folders for name in _NAMES)
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        places = ", ".join(map(str, folders))
+        raise CheckpointError(f"There is no tokenizer for {path}: no {' or '.join(_NAMES)} in {places}. {_WAY_OUT}")
+    return found
+
+
+def _from_sentencepiece(data: bytes, file: Path) -> tuple[Callable[[str], list[int]], int]:
+    """SentencePiece knows no markers in running text, so they are taken out before it."""
+    try:
+        if not data:  # which SentencePiece takes for "load nothing"
+            raise RuntimeError("the file is empty")
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise _unreadable(file, len(data), "SentencePiece model", error) from error
+    _check_family(file, processor.pad_id(), processor.eos_id(), processor.unk_id())
+    size = processor.get_piece_size()
+    markers = _MARKERS | (_SENTINELS if size == _RELEASED_PIECES else {})
+    splitter = re.compile("(" + "|".join(map(re.escape, markers)) + ")")
+
+    def numbers(text: str) -> list[int]:
+        parts = ([markers[part]] if part in markers else processor.encode(part) for part in splitter.split(text))
+        return [number for part in parts for number in part]
+
+    return numbers, max(size, *(number + 1 for number in markers.values()))
+
+
+def _from_json(data: bytes, file: Path) -> tuple[Callable[[str], list[int]], int]:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises nothing narrower
+        raise _unreadable(file, len(data), "tokenizer of the tokenizers library", error) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    _check_family(file, *(tokenizer.token_to_id(marker) for marker in _MARKERS))
+
+    def numbers(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return numbers, tokenizer.get_vocab_size()
+
+
+def _unreadable(file: Path, size: int, kind: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file} ({size} bytes) is not a {kind}: {error}. "
+        f"It may be cut short, or a git-lfs pointer instead of the file. {_WAY_OUT}"
+    )
+
+
+def _check_family(file: Path, pad: int | None, eos: int | None, unknown: int | None) -> None:
+    if (pad, eos, unknown) != (PAD, EOS, UNKNOWN):
+        raise CheckpointError(
+            f"{file} is not T5's tokenizer: it numbers <pad>, </s>, <unk> as {pad}, {eos}, {unknown}; "
+            f"T5's are {PAD}, {EOS}, {UNKNOWN}. {_WAY_OUT}"
+        )

@@ -1,0 +1,75 @@
+"""What every test may count on: two threads, no network, and a GPU only where it asks for one."""
+
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+THREADS = 2
+
+# Before torch and the hub are imported, and inherited by the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = str(min(THREADS, int(os.environ.get(_name) or THREADS)))
+if "torch" in sys.modules:  # a plugin was faster
+    sys.modules["torch"].set_num_threads(min(THREADS, sys.modules["torch"].get_num_threads()))
+
+
+class NetworkBlocked(RuntimeError):
+    """A test tried to leave this machine. Not an OSError, so that no code takes it for bad weather and tries again."""
+
+
+def is_local(host: Any) -> bool:
+    """Whether a host stays on this machine. None and "" are what servers bind to."""
+    name = host.decode() if isinstance(host, bytes) else host
+    if name in (None, "", "localhost", socket.gethostname()):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Refuse to look up or connect to any other machine, from the first fixture to the last."""
+    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+    def check(host: Any) -> None:
+        if not is_local(host):
+            raise NetworkBlocked(f"tests do not use the network; this one asked for {host!r}")
+
+    def guarded(call: Any) -> Any:
+        def guard(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6):
+                check(address[0])
+            return call(self, address)
+
+        return guard
+
+    def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        check(host)
+        return getaddrinfo(host, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded(connect))
+        patch.setattr(socket.socket, "connect_ex", guarded(connect_ex))
+        patch.setattr(socket, "getaddrinfo", look_up)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked gpu where there is no CUDA; torch is imported only if something is."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,49 @@
+"""The wheel holds the whole package, the demo model included, and nothing else."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 30_000_000  # bytes
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the sources: by the installed backend, so without the network."""
+    copy, built = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("built")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    done = subprocess.run([sys.executable, "-c", BUILD, str(built)], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = built.glob("kadr-*.whl")
+    return path
+
+
+def test_wheel_holds_every_file_of_the_package_and_no_other(wheel: Path) -> None:
+    sources = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in (ROOT / "src" / "kadr").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert any(name.startswith("kadr/assets/demo/") for name in sources), "the demo model is missing from the sources"
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert packed == sources
+
+
+def test_wheel_carries_its_licence_and_command(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
+        assert "Apache License" in archive.read(names["licenses/LICENSE"]).decode()
+        assert "kadr = kadr.cli.main:main" in archive.read(names["entry_points.txt"]).decode()
+
+
+def test_wheel_is_under_30_megabytes(wheel: Path) -> None:
+    assert wheel.stat().st_size < LIMIT

@@ -1,0 +1,229 @@
+"""The text encoder against transformers' T5EncoderModel, and its laws."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.t5.modeling_t5 import T5Attention as OracleAttention
+
+from kadr.errors import CheckpointError
+from kadr.models.t5 import T5Config, T5Encoder, distance_bucket, initialise
+
+TINY = T5Config(vocabulary=101, width=48, layers=3, heads=4, head_width=8, hidden=80)
+XXL_TWO_LAYERS = T5Config(vocabulary=64, width=4096, layers=2, heads=64, head_width=64, hidden=10240)
+
+LEAVES = {
+    "attention_norm": "layer.0.layer_norm",
+    "attention.q": "layer.0.SelfAttention.q",
+    "attention.k": "layer.0.SelfAttention.k",
+    "attention.v": "layer.0.SelfAttention.v",
+    "attention.o": "layer.0.SelfAttention.o",
+    "feed_forward_norm": "layer.1.layer_norm",
+    "feed_forward.gate": "layer.1.DenseReluDense.wi_0",
+    "feed_forward.up": "layer.1.DenseReluDense.wi_1",
+    "feed_forward.down": "layer.1.DenseReluDense.wo",
+}
+TOP = {
+    "embedding.weight": "shared.weight",
+    "position_bias.weight": "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "final_norm.weight": "encoder.final_layer_norm.weight",
+}
+
+
+def theirs(name: str) -> str:
+    if name in TOP:
+        return TOP[name]
+    index, leaf = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name).groups()
+    return f"encoder.block.{index}.{LEAVES[leaf]}.weight"
+
+
+def oracle_config(config: T5Config) -> transformers.T5Config:
+    return transformers.T5Config(
+        vocab_size=config.vocabulary,
+        d_model=config.width,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        d_kv=config.head_width,
+        d_ff=config.hidden,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+
+
+def fresh(config: T5Config) -> T5Encoder:
+    """Released-like weights, but with biases and norms far enough from 0 and 1 for a mistake in them to show."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.device("meta"):
+        encoder = T5Encoder(config)
+    encoder.to_empty(device="cpu")
+    initialise(encoder, generator)
+    with torch.no_grad():
+        encoder.position_bias.weight.normal_(generator=generator)
+        for name, weight in encoder.named_parameters():
+            if "norm" in name:
+                weight.uniform_(0.5, 1.5, generator=generator)
+    return encoder
+
+
+def oracle(encoder: T5Encoder) -> transformers.T5EncoderModel:
+    """Transformers' encoder on the very same memory."""
+    with torch.device("meta"):
+        model = transformers.T5EncoderModel(oracle_config(encoder.config)).eval()
+    weights = {theirs(name): weight for name, weight in encoder.named_parameters()}
+    model.load_state_dict(weights | {"encoder.embed_tokens.weight": encoder.embedding.weight}, assign=True)
+    return model
+
+
+def prompts(config: T5Config, lengths: list[int], longest: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(2, config.vocabulary, (len(lengths), longest), generator=torch.Generator().manual_seed(3))
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return ids * mask, mask
+
+
+def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    difference = ours - expected
+    assert difference.norm() / expected.norm() <= tolerance
+    assert difference.abs().max() / expected.abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    "config, lengths, longest",
+    [(TINY, [256, 1, 2, 30, 255], 256), (TINY, [9], 9), (XXL_TWO_LAYERS, [24, 1, 7], 24)],
+    ids=["tiny at 256 tokens", "tiny without padding", "XXL width"],
+)
+@torch.no_grad()
+def test_it_equals_transformers_in_float32(config, lengths, longest):
+    encoder = fresh(config)
+    ids, mask = prompts(config, lengths, longest)
+    expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    assert_close(encoder(ids, mask), expected)
+
+
+def test_its_gradients_equal_those_of_transformers():
+    encoder = fresh(TINY)
+    ids, mask = prompts(TINY, [40, 13, 1], 40)
+    model = oracle(encoder)
+    direction = torch.randn(3, 40, TINY.width, generator=torch.Generator().manual_seed(1))
+    outputs = encoder(ids, mask), model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    names, weights = zip(*encoder.named_parameters(), strict=True)
+    gradients = [torch.autograd.grad((out * direction).sum(), weights) for out in outputs]
+    for name, ours, expected in zip(names, *gradients, strict=True):
+        assert expected.norm() > 0, name
+        assert_close(ours, expected)
+
+
+def test_distances_fall_into_the_published_buckets():
+    distances = [-200, -127, -64, -20, -9, -8, -7, -1, 0, 1, 7, 8, 9, 12, 20, 64, 127, 200]
+    buckets = [15, 15, 14, 10, 8, 8, 7, 1, 0, 17, 23, 24, 24, 25, 26, 30, 31, 31]
+    assert distance_bucket(torch.tensor(distances)).tolist() == buckets
+
+
+@pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 20), (4, 100), (64, 256), (32, 100)])
+def test_buckets_equal_those_of_transformers_at_every_distance(buckets, max_distance):
+    distance = torch.arange(-3000, 3001)
+    expected = OracleAttention._relative_position_bucket(distance, num_buckets=buckets, max_distance=max_distance)
+    assert torch.equal(distance_bucket(distance, buckets=buckets, max_distance=max_distance), expected)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_for_real_tokens():
+    encoder = fresh(TINY)
+    ids, mask = prompts(TINY, [19], 256)
+    ids[~mask] = 5  # not even when the padding holds words
+    assert_close(encoder(ids, mask)[:, :19], encoder(ids[:, :19], mask[:, :19]))
+
+
+@torch.no_grad()
+def test_a_mask_of_integers_means_the_same_as_one_of_truths():
+    encoder = fresh(TINY)
+    ids, mask = prompts(TINY, [4, 11], 12)
+    assert torch.equal(encoder(ids, mask), encoder(ids, mask.long()))
+
+
+@torch.no_grad()
+def test_a_sample_that_is_all_padding_stays_finite():
+    ids, mask = prompts(TINY, [0, 5], 8)
+    assert fresh(TINY)(ids, mask).isfinite().all()
+
+
+@torch.no_grad()
+def test_bfloat16_is_finite_and_as_far_from_float32_as_that_of_transformers():
+    encoder = fresh(TINY)
+    ids, mask = prompts(TINY, [256, 40, 1], 256)
+    exact = encoder(ids, mask)
+    encoder.to(torch.bfloat16)
+    ours = encoder(ids, mask)
+    assert ours.dtype == torch.bfloat16
+    assert ours.isfinite().all()
+    theirs = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    error, their_error = ((out.float() - exact).norm() / exact.norm() for out in (ours, theirs))
+    assert error <= 1.2 * their_error
+    assert error <= 0.05
+
+
+@torch.no_grad()
+def test_the_norm_rounds_to_bfloat16_before_it_weighs():
+    encoder = fresh(TINY).to(torch.bfloat16)
+    x = torch.randn(64, TINY.width, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    assert torch.equal(encoder.final_norm(x), oracle(encoder).encoder.final_layer_norm(x))
+
+
+def test_fresh_weights_have_the_published_deviations_and_repeat():
+    config = T5Config(vocabulary=500, width=128, layers=1, heads=8, head_width=32, hidden=320)
+    encoder, again = T5Encoder(config), T5Encoder(config)
+    for each in (encoder, again):
+        initialise(each, torch.Generator().manual_seed(0))
+    block = encoder.blocks[0]
+    expected = {
+        encoder.embedding: 1.0,
+        encoder.position_bias: 128**-0.5,
+        block.attention.q: (128 * 32) ** -0.5,
+        block.attention.k: 128**-0.5,
+        block.attention.v: 128**-0.5,
+        block.attention.o: (8 * 32) ** -0.5,
+        block.feed_forward.gate: 128**-0.5,
+        block.feed_forward.up: 128**-0.5,
+        block.feed_forward.down: 320**-0.5,
+    }
+    for module, deviation in expected.items():
+        slack = 5 / module.weight.numel() ** 0.5
+        assert module.weight.std().item() == pytest.approx(deviation, rel=slack)
+    for norm in (block.attention_norm, block.feed_forward_norm, encoder.final_norm):
+        assert norm.weight.eq(1).all()
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, encoder.get_parameter(name)), name
+
+
+def test_a_header_written_by_transformers_is_read(tmp_path):
+    oracle_config(TINY).save_pretrained(tmp_path)
+    assert T5Config.from_header(json.loads((tmp_path / "config.json").read_text())) == TINY
+
+
+@pytest.mark.parametrize(
+    "change, value",
+    [
+        ("model_type", "umt5"),
+        ("feed_forward_proj", "relu"),
+        ("dense_act_fn", "silu"),
+        ("is_gated_act", False),
+        ("d_model", 0),
+        ("num_heads", "64"),
+        ("num_layers", True),
+        ("layer_norm_epsilon", float("nan")),
+        ("relative_attention_num_buckets", 30),
+        ("relative_attention_max_distance", 8),
+    ],
+)
+def test_a_header_that_no_released_encoder_has_is_refused_by_value(change, value):
+    with pytest.raises(CheckpointError, match=re.escape(repr(value))):
+        T5Config.from_header(oracle_config(TINY).to_dict() | {change: value})
+
+
+@pytest.mark.parametrize("absent", ["d_ff", "num_layers", "feed_forward_proj"])
+def test_a_header_that_leaves_out_what_shapes_the_encoder_is_refused(absent):
+    header = {name: value for name, value in oracle_config(TINY).to_dict().items() if name != absent}
+    with pytest.raises(CheckpointError, match=absent):
+        T5Config.from_header(header)

@@ -1,0 +1,186 @@
+"""The official and the diffusers modules on the very same weights as ours, joined through the key tables.
+
+Nothing is initialised twice: every module is built on the meta device, ours is filled with random numbers, and the
+oracles adopt the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
+from ltx_video.models.autoencoders.causal_video_autoencoder import CausalVideoAutoencoder
+from ltx_video.models.transformers.transformer3d import Transformer3DModel
+from torch import Tensor, nn
+
+from kadr.checkpoints import keys
+from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.vae import VAE, VAEConfig
+from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
+
+Module = TypeVar("Module", bound=nn.Module)
+
+VAES: Mapping[str, VAEConfig] = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
+
+_STRIDED_ENCODER: Mapping[str, Any] = {
+    "block_out_channels": (1, 2, 4, 4),
+    "down_block_types": ("LTXVideoDownBlock3D",) * 4,
+    "downsample_type": ("conv",) * 4,
+    "layers_per_block": (4, 3, 3, 3, 4),
+    "spatio_temporal_scaling": (True, True, True, False),
+}
+_UNFOLDING_DECODER: Mapping[str, Any] = {
+    "decoder_block_out_channels": (2, 4, 8),
+    "decoder_spatio_temporal_scaling": (True, True, True),
+    "upsample_residual": (True, True, True),
+    "upsample_factor": (2, 2, 2),
+    "timestep_conditioning": True,
+}
+# What the released diffusers folders have in vae/config.json, with widths in units of the first one.
+DIFFUSERS_VAES: Mapping[str, Mapping[str, Any]] = {
+    "0.9": {
+        **_STRIDED_ENCODER,
+        "decoder_block_out_channels": (1, 2, 4, 4),
+        "decoder_layers_per_block": (4, 3, 3, 3, 4),
+        "decoder_spatio_temporal_scaling": (True, True, True, False),
+        "decoder_inject_noise": (False,) * 5,
+        "upsample_residual": (False,) * 4,
+        "upsample_factor": (1,) * 4,
+        "timestep_conditioning": False,
+    },
+    "0.9.1": {
+        **_STRIDED_ENCODER,
+        **_UNFOLDING_DECODER,
+        "decoder_layers_per_block": (5, 6, 7, 8),
+        "decoder_inject_noise": (True, True, True, False),
+    },
+    "0.9.5": {
+        **_UNFOLDING_DECODER,
+        "block_out_channels": (1, 2, 4, 8, 16),
+        "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+        "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+        "layers_per_block": (4, 6, 6, 2, 2),
+        "spatio_temporal_scaling": (True, True, True, True),
+        "decoder_layers_per_block": (5, 5, 5, 5),
+        "decoder_inject_noise": (False,) * 4,
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    },
+}
+
+
+def reduced(config: VAEConfig, *, width: int = 16, latent_channels: int = 12) -> VAEConfig:
+    """The same blocks on few channels."""
+    return replace(config, encoder_width=width, decoder_width=width, latent_channels=latent_channels)
+
+
+# Weights
+
+
+def sown(build: Callable[[], Module], seed: int = 0) -> Module:
+    """A module in which every number is random, so that a tensor in the wrong place shows, and in which activations
+    keep their size from layer to layer."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        module = build().eval().requires_grad_(False)
+    module.to_empty(device="cpu")
+    for name, weight in module.state_dict().items():
+        _sow(name, weight, generator)
+    return module
+
+
+def _sow(name: str, weight: Tensor, generator: torch.Generator) -> None:
+    leaf = name.rpartition(".")[2]
+    if leaf == "level_scale":
+        weight.fill_(900.0)  # not the released 1000, which code might have written down
+    elif leaf == "deviation" or (leaf == "weight" and weight.ndim == 1):
+        weight.uniform_(0.5, 1.5, generator=generator)
+    elif leaf == "weight":
+        bound = (3 / prod(weight.shape[1:])) ** 0.5
+        weight.uniform_(-bound, bound, generator=generator)
+    else:  # biases, tables of modulation, strengths of noise, latent means
+        weight.normal_(std=0.3, generator=generator)
+
+
+def _adopt(oracle: Module, ours: nn.Module, names: Mapping[str, str]) -> Module:
+    state = {names[name]: weight for name, weight in ours.state_dict().items()}
+    nn.Module.load_state_dict(oracle, state, strict=True, assign=True)
+    return oracle.eval().requires_grad_(False)
+
+
+# Twins
+
+
+def official_vae_on_meta(config: VAEConfig) -> CausalVideoAutoencoder:
+    """Built from our own header. The statistics are declared as its loader does when it meets them in a file."""
+    with torch.device("meta"):
+        model = CausalVideoAutoencoder.from_config(config.header())
+        model.register_buffer("mean_of_means", torch.empty(config.latent_channels))
+        model.register_buffer("std_of_means", torch.empty(config.latent_channels))
+    return model
+
+
+def official_vae(ours: VAE) -> CausalVideoAutoencoder:
+    names = keys.names(keys.VAE, ours.state_dict())
+    names |= {"statistics.mean": "mean_of_means", "statistics.deviation": "std_of_means"}  # of the loaded module
+    return _adopt(official_vae_on_meta(ours.config), ours, names)
+
+
+def diffusers_vae_on_meta(config: VAEConfig, family: str) -> AutoencoderKLLTXVideo:
+    widths = {"block_out_channels": config.encoder_width, "decoder_block_out_channels": config.decoder_width}
+    released = dict(DIFFUSERS_VAES[family])
+    for name, unit in widths.items():
+        released[name] = tuple(unit * multiple for multiple in released[name])
+    with torch.device("meta"):
+        return AutoencoderKLLTXVideo(latent_channels=config.latent_channels, patch_size=config.patch, **released)
+
+
+def diffusers_vae(ours: VAE, family: str) -> AutoencoderKLLTXVideo:
+    names = keys.names(keys.VAE, ours.state_dict(), diffusers=True, diffusers_family=family)
+    return _adopt(diffusers_vae_on_meta(ours.config, family), ours, names)
+
+
+def official_transformer_on_meta(config: TransformerConfig) -> Transformer3DModel:
+    with torch.device("meta"):
+        return Transformer3DModel.from_config(config.header())
+
+
+def official_transformer(ours: Transformer) -> Transformer3DModel:
+    names = keys.names(keys.TRANSFORMER, ours.state_dict())
+    return _adopt(official_transformer_on_meta(ours.config), ours, names)
+
+
+def diffusers_transformer_on_meta(config: TransformerConfig) -> LTXVideoTransformer3DModel:
+    with torch.device("meta"):
+        return LTXVideoTransformer3DModel(
+            in_channels=config.channels,
+            out_channels=config.channels,
+            num_attention_heads=config.heads,
+            attention_head_dim=config.head_width,
+            cross_attention_dim=config.width,
+            num_layers=config.layers,
+            caption_channels=config.text_width,
+        )
+
+
+def diffusers_transformer(ours: Transformer) -> LTXVideoTransformer3DModel:
+    names = keys.names(keys.TRANSFORMER, ours.state_dict(), diffusers=True)
+    return _adopt(diffusers_transformer_on_meta(ours.config), ours, names)
+
+
+# Measures
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    """||ours - expected|| / ||expected||, in fp64. Refuses shapes that would broadcast."""
+    assert ours.shape == expected.shape
+    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

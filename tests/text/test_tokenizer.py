@@ -1,0 +1,275 @@
+"""The tokenizer on a small SentencePiece model trained here, against transformers' T5Tokenizer and closed forms."""
+
+import io
+import random
+import re
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+
+from kadr.errors import CheckpointError, RequestError
+from kadr.text.tokenizer import EOS, LENGTH, Tokenizer
+
+PLAIN = (
+    "a red circle moving right over the blue sea while birds fly slowly through golden light of evening cafés 42 , ."
+)
+PROMPTS = [
+    PLAIN,
+    "",
+    "  \n circle  \t  over\nthe   sea ",
+    "héllo wörld, 電影 and кадр!",
+    "cats 🐈🐈 and a family 👨\u200d👩\u200d👧",
+    "ﬁve ½ ① cafe\u0301 wide\u3000space no\u00a0break zero\u200bwidth",
+    "control\x01 characters\x1c and \x00 nothing",
+    "▁ already▁marked ▁",
+    "x" * 90,
+    "a </s> in the middle, <pad> and <unk>, and one at the end </s>",
+    "<pad>circle</s></s>",
+]
+
+
+def train(**ids: int) -> bytes:
+    """A unigram model of 150 pieces with T5's ids, unless told otherwise."""
+    draw = random.Random(0)
+    syllables = ["".join(draw.choices("aeiou", k=1) + draw.choices("bdfgklmnprstv", k=1)) for _ in range(40)]
+    words = PLAIN.split() + ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(400)]
+    lines = [" ".join(draw.choices(words, k=draw.randint(3, 14))) for _ in range(1500)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=150,
+        **({"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | ids),
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def field(message: bytes, number: int) -> bytes:
+    """One length-delimited field of a protocol buffer: spares the test a dependency on protobuf."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte, at = message[at], at + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while True:
+        tag = varint()
+        if tag & 7 == 0:
+            varint()
+            continue
+        if tag & 7 != 2:
+            at += {1: 8, 5: 4}[tag & 7]
+            continue
+        size = varint()
+        body, at = message[at : at + size], at + size
+        if tag >> 3 == number:
+            return body
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    return train()
+
+
+@pytest.fixture(scope="module")
+def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+@pytest.fixture(scope="module")
+def oracle(model: bytes, processor: sentencepiece.SentencePieceProcessor) -> transformers.T5Tokenizer:
+    """Transformers' tokenizer with the same pieces and normalisation (normalizer_spec.precompiled_charsmap)."""
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
+    charsmap = field(field(model, 3), 2)
+    return transformers.T5Tokenizer(vocab=pieces, _spm_precompiled_charsmap=charsmap, extra_ids=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, model: bytes, oracle: transformers.T5Tokenizer) -> Path:
+    """original/spiece.model and converted/tokenizer.json."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    (root / "original").mkdir()
+    (root / "original" / "spiece.model").write_bytes(model)
+    oracle.save_pretrained(root / "converted")
+    return root
+
+
+@pytest.fixture(params=["original", "converted"])
+def tokenizer(request: pytest.FixtureRequest, folder: Path) -> Tokenizer:
+    return Tokenizer.open(folder / request.param)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_ids_and_mask_equal_those_of_transformers(tokenizer, oracle, prompt):
+    ours = tokenizer.encode(prompt)
+    options = {"max_length": LENGTH, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    # The official tokenizer adds no end of sequence to a prompt that has one; the newer one compared with here does.
+    expected = oracle(re.sub("</s>$", "", prompt.strip()), **options)
+    assert torch.equal(ours.ids, expected.input_ids)
+    assert torch.equal(ours.mask, expected.attention_mask.bool())
+    assert ours.cut == ""
+
+
+def test_ids_are_the_pieces_then_the_end_then_padding(tokenizer, processor):
+    pieces = processor.encode(PLAIN)
+    ids, mask, cut = tokenizer.encode(f" {PLAIN}\n")
+    assert (ids.dtype, ids.shape, mask.dtype, mask.shape) == (torch.int64, (1, 256), torch.bool, (1, 256))
+    assert ids[0].tolist() == pieces + [1] + [0] * (255 - len(pieces))
+    assert mask.sum() == len(pieces) + 1
+    assert mask[0, : len(pieces) + 1].all()
+    assert cut == ""
+
+
+@pytest.mark.parametrize("prompt", ["", " \n "])
+def test_an_empty_prompt_is_a_lone_end_of_sequence(tokenizer, prompt):
+    ids, mask, _ = tokenizer.encode(prompt)
+    assert ids[0].tolist() == [1] + [0] * 255
+    assert mask[0].tolist() == [True] + [False] * 255
+
+
+def test_a_long_prompt_keeps_its_end_of_sequence_and_says_what_was_cut(tokenizer, processor):
+    prompt = "\n".join([PLAIN] * 8)
+    ids, mask, cut = tokenizer.encode(prompt)
+    assert ids[0].tolist() == processor.encode(prompt)[:255] + [EOS]
+    assert mask.all()
+    assert prompt.endswith(cut)
+    kept = prompt.removesuffix(cut)
+    first_cut_word = cut.split()[0]
+    assert len(processor.encode(kept)) <= 255 < len(processor.encode(kept + first_cut_word))
+
+
+def test_a_prompt_is_cut_from_one_token_too_many_on(tokenizer, processor):
+    word = "x"  # one token for the space, one for the unknown letter
+    assert len(processor.encode(word)) == 2
+    fits, too_long = " ".join([word] * 127), " ".join([word] * 128)
+    assert tokenizer.encode(fits).cut == ""
+    assert tokenizer.encode(fits).mask.sum() == 255
+    assert tokenizer.encode(too_long).cut == word
+    assert tokenizer.encode(too_long).mask.sum() == 256
+
+
+def test_one_endless_word_is_cut_as_a_whole(tokenizer):
+    tokens = tokenizer.encode("ab" * 600)
+    assert tokens.cut == "ab" * 600
+    assert tokens.ids[0, -1] == EOS
+
+
+def test_a_literal_end_of_sequence_is_not_followed_by_another(tokenizer, processor):
+    ids, mask, _ = tokenizer.encode("circle </s>")
+    assert ids[0, mask[0]].tolist() == processor.encode("circle") + [1]
+
+
+def test_both_files_give_the_same_ids_for_random_text(folder):
+    original, converted = Tokenizer.open(folder / "original"), Tokenizer.open(folder / "converted")
+    draw = random.Random(1)
+    alphabet = "abcdefghij KLMNOP 0123 .,;:!?'\"-()<>/\n\t éüñßжю電影ﬁ½²™🐈"
+    for _ in range(300):
+        prompt = "".join(draw.choices(alphabet, k=draw.randint(0, 400)))
+        ours, theirs = original.encode(prompt), converted.encode(prompt)
+        assert torch.equal(ours.ids, theirs.ids), prompt
+        assert ours.cut == theirs.cut
+
+
+def test_no_id_reaches_the_size(folder):
+    assert Tokenizer.open(folder / "original").size == 150
+    assert Tokenizer.open(folder / "converted").size == 150
+    prompt = "<extra_id_0> <extra_id_99>"
+    assert Tokenizer.open(folder / "original").encode(prompt).ids.max() < 150
+
+
+def test_the_released_size_brings_the_sentinels(monkeypatch, folder, processor):
+    monkeypatch.setattr("kadr.text.tokenizer._RELEASED_PIECES", 150)
+    tokenizer = Tokenizer.open(folder / "original")
+    ids, mask, _ = tokenizer.encode("circle <extra_id_0>sea<extra_id_99>")
+    assert ids[0, mask[0]].tolist() == [*processor.encode("circle"), 32099, *processor.encode("sea"), 32000, 1]
+    assert tokenizer.size == 32100
+
+
+@pytest.mark.parametrize("source", ["original/spiece.model", "converted/tokenizer.json"])
+@pytest.mark.parametrize(
+    "place, asked",
+    [("", ""), ("tokenizer", ""), ("tokenizer", "text_encoder"), ("", "file"), ("", "text_encoder.safetensors")],
+    ids=["in the folder", "in its tokenizer", "in the tokenizer beside it", "by name", "beside the weights"],
+)
+def test_the_tokenizer_is_found(folder, tmp_path, source, place, asked):
+    file = tmp_path / place / Path(source).name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes((folder / source).read_bytes())
+    if asked.endswith("safetensors"):
+        (tmp_path / asked).touch()
+    elif asked == "text_encoder":
+        (tmp_path / asked).mkdir()
+    path = file if asked == "file" else tmp_path / asked
+    assert Tokenizer.open(path).encode("circle").ids[0, 0] > 2
+    assert Tokenizer.open(str(path)).size == 150
+
+
+def test_the_original_is_preferred_to_its_conversion(folder, tmp_path):
+    (tmp_path / "spiece.model").write_bytes((folder / "original" / "spiece.model").read_bytes())
+    (tmp_path / "tokenizer.json").write_text("never read")
+    assert Tokenizer.open(tmp_path).size == 150
+
+
+def test_a_missing_tokenizer_is_refused_with_every_place_that_was_looked_in(tmp_path):
+    (tmp_path / "text_encoder").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.open(tmp_path / "text_encoder")
+    text = str(tmp_path / "text_encoder")
+    for part in (
+        f"{text},",
+        f"{text}/tokenizer,",
+        f"{tmp_path}/tokenizer.",
+        "spiece.model",
+        "tokenizer.json",
+        "google/t5",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        Tokenizer.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"{}", b"\xff\xfe\x00"])
+def test_a_broken_file_is_refused_by_name(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name} .* is not a .*git-lfs.*google/t5"):
+        Tokenizer.open(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path, model):
+    (tmp_path / "spiece.model").write_bytes(model[: len(model) // 2])
+    with pytest.raises(CheckpointError, match="not a SentencePiece model"):
+        Tokenizer.open(tmp_path)
+
+
+def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "spiece.model").touch()
+
+    def denied(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(CheckpointError, match=r"spiece.model cannot be read: Permission denied"):
+        Tokenizer.open(tmp_path)
+
+
+def test_the_tokenizer_of_another_family_is_refused(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(train(pad_id=-1, unk_id=0, bos_id=1, eos_id=2))
+    with pytest.raises(CheckpointError, match=r"not T5's tokenizer.* as -1, 2, 0"):
+        Tokenizer.open(tmp_path)
+
+
+def test_half_a_character_is_refused_where_it_stands(tokenizer):
+    with pytest.raises(RequestError, match="position 4"):
+        tokenizer.encode(" red \ud83d circle")

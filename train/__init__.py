@@ -1,0 +1,1 @@
+"""How the demo model is made, from nothing: its world, its training, its export."""

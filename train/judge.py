@@ -1,0 +1,192 @@
+"""What a clip of the demo world shows, measured: no learning, so that the verdict on a model cannot be learned either.
+
+The background is the colour of the border, the ink is the colour that differs most from it, and everything else follows
+from how much ink each pixel holds. The measures average over many pixels and frames, so the blur and the noise of a
+small VAE do not disturb them.
+"""
+
+import math
+from bisect import bisect_left
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from train.shapes import BACKGROUNDS, COLOURS, RING_HOLE, SHAPES, SQUARE_SIDE, STAGE, TRIANGLE_REACH, signed_distance
+
+LOOKED_AT = 13  # frames, evenly spaced: more would cost time and tell nothing new
+ROUGHEST_BACKGROUND = 30.0  # usual distance of the border's pixels from their middle colour, in RGB of 0 to 255
+FAINTEST_INK = 45.0  # distance from the background, in RGB of 0 to 255; the closest true pair is 100 apart
+FARTHEST_COLOUR, FARTHEST_BACKGROUND = 35.0, 25.0  # in CIELAB units; beyond, a colour has no name here
+SMALLEST_BLOB = 60.0  # area in pixels of the stage; the smallest true shape has 240
+LEAST_PRESENCE = 0.6  # share of the frames that must show the shape
+TRAVEL = 8.0  # displacement in pixels of the stage that counts as moving
+GROWTH = 1.2  # ratio of sizes that counts as growing
+LIKENESS = 0.65  # overlap with the best template below which a blob has no name
+VOTERS = 7  # frames that are compared with templates
+
+UNIT_AREA = {  # area of a shape of radius 1
+    "circle": math.pi,
+    "square": (2 * SQUARE_SIDE) ** 2,
+    "triangle": TRIANGLE_REACH**2 * math.sqrt(27) / 4,
+    "ring": math.pi * (1 - RING_HOLE**2),
+}
+
+
+class Verdict(NamedTuple):
+    """What was seen; None where it has no name. In the order of `shapes.Key`, so that the two compare."""
+
+    colour: str | None
+    shape: str | None
+    background: str | None
+    motion: str | None
+
+
+class Blob(NamedTuple):
+    """The shape in one frame. Pixels of the picture."""
+
+    frame: int
+    x: float
+    y: float
+    area: float
+    window: tuple[slice, slice]  # rows and columns that hold it
+
+
+def judge(frames: np.ndarray) -> Verdict:
+    """Name what a clip shows. frames: uint8 (F, H, W, 3), RGB, F at least 17 to tell growth."""
+    scale = min(frames.shape[1:3]) / STAGE
+    chosen = np.linspace(0, len(frames) - 1, min(len(frames), LOOKED_AT)).round().astype(int)
+    pixels = _smooth(frames[chosen].astype(np.float32))
+    border = _border(pixels, width=max(1, round(4 * scale)))
+    paper = np.median(border, axis=0)
+    if np.median(np.linalg.norm(border - paper, axis=-1)) > ROUGHEST_BACKGROUND:
+        return Verdict(None, None, None, None)
+    background = _nearest(paper, BACKGROUNDS, FARTHEST_BACKGROUND)
+    distance = np.linalg.norm(pixels - paper, axis=-1)
+    strongest = np.percentile(distance, 99.5)
+    if strongest < FAINTEST_INK:
+        return Verdict(None, None, background, None)
+    ink = np.median(pixels[distance > 0.8 * strongest], axis=0)
+    coverage = distance / np.linalg.norm(ink - paper)
+    coverage = np.clip((coverage - 0.15) / 0.7, 0, 1)  # leaves noise out at both ends
+    found = map(_find_blob, range(len(coverage)), coverage)
+    blobs = [blob for blob in found if blob and blob.area > SMALLEST_BLOB * scale**2]
+    colour = _nearest(ink, COLOURS, FARTHEST_COLOUR)
+    if len(blobs) < LEAST_PRESENCE * len(chosen):
+        return Verdict(colour, None, background, None)
+    return Verdict(colour, _shape(blobs, coverage), background, _motion(blobs, scale))
+
+
+def _smooth(pixels: np.ndarray) -> np.ndarray:
+    """Mean over 3 x 3 pixels: takes two thirds of the noise away. float32 (F, H, W, 3)."""
+    padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    return (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
+
+
+# Colour
+
+
+def _border(pixels: np.ndarray, width: int) -> np.ndarray:
+    """The pixels along the edge of the picture, of all frames. (N, 3)"""
+    across = np.concatenate((pixels[:, :width], pixels[:, -width:]), axis=1)
+    along = np.concatenate((pixels[:, :, :width], pixels[:, :, -width:]), axis=2)
+    return np.concatenate((across.reshape(-1, 3), along.reshape(-1, 3)))
+
+
+def _nearest(colour: np.ndarray, names: dict[str, tuple[int, int, int]], limit: float) -> str | None:
+    """The name of the colour that looks most alike, unless even that one is far off."""
+    distances = np.linalg.norm(_lab(np.array(list(names.values()))) - _lab(colour), axis=-1)
+    return list(names)[distances.argmin()] if distances.min() < limit else None
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB (D65) of sRGB from 0 to 255. (..., 3): equal distances look about equally different."""
+    rgb = rgb / 255
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    to_xyz = np.array(((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505)))
+    ratio = linear @ to_xyz.T / to_xyz.sum(1)
+    x, y, z = np.moveaxis(np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / (3 * (6 / 29) ** 2) + 4 / 29), -1, 0)
+    return np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), -1)
+
+
+# Place
+
+
+def _find_blob(frame: int, coverage: np.ndarray) -> Blob | None:
+    """The largest connected piece of ink in one frame. coverage (H, W) in [0, 1]."""
+    window = _largest_piece(coverage > 0.5)
+    if window is None:
+        return None
+    weights = coverage[window]
+    area = float(weights.sum())
+    rows, columns = (np.arange(part.start, part.stop) + 0.5 for part in window)
+    return Blob(frame, float(weights.sum(0) @ columns) / area, float(weights.sum(1) @ rows) / area, area, window)
+
+
+def _largest_piece(mask: np.ndarray) -> tuple[slice, slice] | None:
+    """The rows and columns of the largest connected piece, and two more all around for its soft edge. mask bool (H, W).
+
+    Pieces are built from the horizontal runs of each row: a run joins every piece that it touches in the row above.
+    """
+    framed = np.pad(mask, ((0, 0), (1, 1)))
+    rows, columns = (index.tolist() for index in np.nonzero(framed[:, 1:] != framed[:, :-1]))
+    pieces: list[list[tuple[int, int, int]]] = []  # runs (row, start, stop) from the top down
+    for row, start, stop in zip(rows[::2], columns[::2], columns[1::2], strict=True):
+        joined, apart = [(row, start, stop)], []
+        for piece in pieces:
+            lowest = piece[bisect_left(piece, (row - 1,)) :]
+            if any(a < stop and start < b for _, a, b in lowest):
+                joined = sorted(piece + joined)
+            else:
+                apart.append(piece)
+        pieces = [*apart, joined]
+    if not pieces:
+        return None
+    largest = max(pieces, key=lambda piece: sum(stop - start for _, start, stop in piece))
+    rows, starts, stops = zip(*largest, strict=True)
+    height, width = mask.shape
+    return (
+        slice(max(0, min(rows) - 2), min(height, max(rows) + 3)),
+        slice(max(0, min(starts) - 2), min(width, max(stops) + 2)),
+    )
+
+
+# Shape and motion
+
+
+def _shape(blobs: list[Blob], coverage: np.ndarray) -> str | None:
+    """The shape whose outline fits best, over the frames in which it is largest. coverage (F, H, W)."""
+    largest = sorted(blobs, key=lambda blob: blob.area)[-VOTERS:]
+    likeness = {shape: np.mean([_likeness(shape, blob, coverage) for blob in largest]) for shape in SHAPES}
+    best = max(likeness, key=likeness.__getitem__)
+    return best if likeness[best] > LIKENESS else None
+
+
+def _likeness(shape: str, blob: Blob, coverage: np.ndarray) -> float:
+    """Overlap of a blob with a shape of its place and area: intersection over union of soft masks, from 0 to 1."""
+    height, width = coverage.shape[1:]
+    x = torch.arange(width).view(1, 1, -1) + 0.5 - blob.x
+    y = torch.arange(height).view(1, -1, 1) + 0.5 - blob.y
+    radius = torch.tensor(math.sqrt(blob.area / UNIT_AREA[shape])).view(1, 1, 1)
+    template = (0.5 - signed_distance(shape, x, y, radius)).clamp(0, 1)[0].numpy()
+    seen = np.zeros_like(template)
+    seen[blob.window] = coverage[blob.frame][blob.window]
+    return float(np.minimum(seen, template).sum() / np.maximum(seen, template).sum())
+
+
+def _motion(blobs: list[Blob], scale: float) -> str:
+    """From straight lines through the places and sizes of all frames. Travel wins over growth."""
+    time = np.array([blob.frame for blob in blobs])
+    across, along, size = (
+        np.polynomial.Polynomial.fit(time, values, 1)(time[[0, -1]])
+        for values in ([blob.x for blob in blobs], [blob.y for blob in blobs], [math.sqrt(blob.area) for blob in blobs])
+    )
+    dx, dy, ratio = across[1] - across[0], along[1] - along[0], size[1] / size[0]
+    if max(abs(dx), abs(dy)) > TRAVEL * scale:
+        if abs(dx) > abs(dy):
+            return "moving right" if dx > 0 else "moving left"
+        return "moving down" if dy > 0 else "moving up"
+    if ratio > GROWTH:
+        return "growing"
+    return "shrinking" if ratio < 1 / GROWTH else "standing still"

@@ -1,0 +1,59 @@
+"""Muon for the matrices, AdamW for the rest.
+
+Muon (K. Jordan et al. 2024) makes each step of a matrix orthogonal, so that weak directions, colour among them, are
+learned as fast as strong ones. In this world it takes the VAE in 200 steps to where AdamW is after thousands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Optimizer:
+    """Both optimizers as one. A convolution counts as the matrix (channels out, channels in x taps).
+
+    Args:
+        is_matrix: which parameters of two or more axes Muon takes, by name.
+        matrix_rate, other_rate: peak learning rates; Muon's is scaled to the update size of AdamW.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, is_matrix: Callable[[str], bool], matrix_rate: float, other_rate: float
+    ) -> None:
+        named = dict(model.named_parameters())
+        self._matrices = [p for name, p in named.items() if p.ndim >= 2 and is_matrix(name)]
+        self._flat = [nn.Parameter(p.data.view(p.shape[0], -1)) for p in self._matrices]  # the same memory
+        others = [p for name, p in named.items() if not (p.ndim >= 2 and is_matrix(name))]
+        self._parts = (
+            torch.optim.Muon(self._flat, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=other_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self._rates = (matrix_rate, other_rate)
+        self._model = model
+
+    def step(self, share: float) -> None:
+        """Clip the gradients to norm 1, step at `share` of the peak rates, and forget the gradients."""
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        for flat, matrix in zip(self._flat, self._matrices, strict=True):
+            flat.grad = None if matrix.grad is None else matrix.grad.view(flat.shape)
+        for part, rate in zip(self._parts, self._rates, strict=True):
+            for group in part.param_groups:
+                group["lr"] = rate * share
+            part.step()
+        self._model.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self._parts[0].state_dict(), "adamw": self._parts[1].state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._parts[0].load_state_dict(state["muon"])
+        self._parts[1].load_state_dict(state["adamw"])
+
+
+def share_of_rate(step: int, steps: int, *, warmup: int, decay: float) -> float:
+    """Warm up, hold, then fall linearly over the last `decay` of the steps to 1 %."""
+    return min(1.0, (step + 1) / warmup, max(0.01, (steps - step) / (decay * steps)))

@@ -1,0 +1,315 @@
+"""The demo world: one captioned shape that moves, grows, shrinks or stands still before a plain background.
+
+Geometry is written for a square stage of 128 x 128 pixels and clips of 25 frames; `render` scales it to any size. x
+points right and y down, both measured from the top left corner, so the centre of the first pixel is (0.5, 0.5).
+"""
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+COLOURS = {
+    "red": (215, 25, 35),
+    "green": (45, 175, 60),
+    "blue": (40, 85, 245),
+    "yellow": (250, 230, 45),
+    "white": (245, 245, 245),
+    "orange": (255, 135, 20),
+    "purple": (170, 50, 205),
+    "cyan": (50, 215, 225),
+}
+BACKGROUNDS = {"black": (10, 10, 12), "gray": (95, 95, 95), "navy": (15, 20, 85), "brown": (85, 48, 18)}
+DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
+MOTIONS = (*DIRECTIONS, "growing", "shrinking", "standing still")
+SIZES = {"small": (14.0, 18.0), "medium": (19.0, 24.0), "large": (25.0, 31.0)}  # radius in the first frame, pixels
+SPEEDS = {"slowly": (28.0, 36.0), "": (40.0, 50.0), "quickly": (56.0, 70.0)}  # path over a whole clip, pixels
+
+STAGE = 128  # side of the square the geometry is written for
+CLIP_FRAMES = 25  # a scene keeps its shape inside the stage for this many frames
+MARGIN = 1.5  # pixels that stay free at the edge of the stage
+GROWTH = (1.6, 2.2)  # last radius over first for growing, first over last for shrinking
+SMALLEST, LARGEST = 11.0, 50.0  # radius that shrinking and growing may end at: still readable, still inside
+
+SQUARE_SIDE = 0.9  # half a side of the square, in radii
+TRIANGLE_REACH = 1.25  # from its centre to a corner, in radii: at 1 it would look too small beside the circle
+RING_HOLE = 0.55  # radius of the hole, in radii
+
+HELD_OUT_PERCENT = 12
+
+
+class Reach(NamedTuple):
+    """How far a shape of radius 1 extends from its centre."""
+
+    side: float
+    up: float
+    down: float
+
+
+SHAPES = {
+    "circle": Reach(1.0, 1.0, 1.0),
+    "square": Reach(SQUARE_SIDE, SQUARE_SIDE, SQUARE_SIDE),
+    "triangle": Reach(TRIANGLE_REACH * math.sqrt(3) / 2, TRIANGLE_REACH, TRIANGLE_REACH / 2),
+    "ring": Reach(1.0, 1.0, 1.0),
+}
+
+
+class Key(NamedTuple):
+    """What a scene shows, in words: the combination that is trained on or held out."""
+
+    colour: str
+    shape: str
+    background: str
+    motion: str
+
+
+KEYS = tuple(itertools.starmap(Key, itertools.product(COLOURS, SHAPES, BACKGROUNDS, MOTIONS)))
+
+
+def is_held_out(key: Key) -> bool:
+    """Whether training never sees this combination. A fixed function of the words, the same on every machine."""
+    digest = hashlib.sha256("/".join(key).encode()).digest()
+    return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One clip, exactly. Lengths are pixels of the stage; rates are pixels per frame, whatever the clip's length."""
+
+    colour: str
+    shape: str
+    background: str
+    motion: str
+    size_name: str  # of the first frame
+    speed_name: str  # "" for a middle speed, and for everything that does not travel
+    x: float  # centre in the first frame
+    y: float
+    radius: float  # in the first frame
+    dx: float = 0.0
+    dy: float = 0.0
+    growth: float = 0.0  # of the radius
+
+    @property
+    def key(self) -> Key:
+        return Key(self.colour, self.shape, self.background, self.motion)
+
+    @classmethod
+    def sample(cls, rng: Random, *, held_out: bool = False) -> "Scene":
+        """A random scene of the training combinations, or of the held-out ones."""
+        while is_held_out(key := rng.choice(KEYS)) != held_out:
+            pass
+        return cls.of(key, rng)
+
+    @classmethod
+    def of(cls, key: Key, rng: Random) -> "Scene":
+        """A random scene of this combination."""
+        size_name = rng.choice(_possible_sizes(key.motion))
+        speed_name = rng.choice(tuple(SPEEDS)) if key.motion in DIRECTIONS else ""
+        radius = rng.uniform(*SIZES[size_name])
+        growth = _growth(key.motion, radius, rng)
+        steps = CLIP_FRAMES - 1
+        reach = Reach(*(r * max(radius, radius + growth * steps) + MARGIN for r in SHAPES[key.shape]))
+        dx, dy = _velocity(key.motion, speed_name, reach, rng)
+        return cls(
+            *key,
+            size_name=size_name,
+            speed_name=speed_name,
+            x=rng.uniform(reach.side - min(0, dx * steps), STAGE - reach.side - max(0, dx * steps)),
+            y=rng.uniform(reach.up - min(0, dy * steps), STAGE - reach.down - max(0, dy * steps)),
+            radius=radius,
+            dx=dx,
+            dy=dy,
+            growth=growth,
+        )
+
+
+def _possible_sizes(motion: str) -> tuple[str, ...]:
+    """A large shape has no room to grow and a small one would shrink to a dot."""
+    return {"growing": ("small", "medium"), "shrinking": ("medium", "large")}.get(motion, tuple(SIZES))
+
+
+def _growth(motion: str, radius: float, rng: Random) -> float:
+    """Change of the radius per frame."""
+    low, high = GROWTH
+    if motion == "growing":
+        last = radius * rng.uniform(low, min(high, LARGEST / radius))
+    elif motion == "shrinking":
+        last = radius / rng.uniform(low, min(high, radius / SMALLEST))
+    else:
+        last = radius
+    return (last - radius) / (CLIP_FRAMES - 1)
+
+
+def _velocity(motion: str, speed_name: str, reach: Reach, rng: Random) -> tuple[float, float]:
+    """Travel per frame. A large quick shape is slowed to the path that the stage has room for."""
+    across, along = DIRECTIONS.get(motion, (0, 0))
+    room = STAGE - (2 * reach.side if across else reach.up + reach.down)
+    low, high = SPEEDS[speed_name]
+    speed = rng.uniform(low, min(high, room)) / (CLIP_FRAMES - 1)
+    return across * speed, along * speed
+
+
+# Pictures
+
+
+def render(scenes: list[Scene], frames: int, size: tuple[int, int] = (STAGE, STAGE), *, first_frame: int = 0) -> Tensor:
+    """Draw scenes as clips.
+
+    Args:
+        scenes: B of them.
+        frames: F. From the scene's frame `CLIP_FRAMES` on, the shape may leave the picture.
+        size: (H, W) in pixels. The stage is scaled to the shorter side and centred along the longer one.
+        first_frame: the scene's frame that the clip begins with.
+
+    Returns:
+        float32 (B, 3, F, H, W) in [-1, 1]: RGB, edges anti-aliased over one pixel.
+    """
+    height, width = size
+    scale = min(size) / STAGE
+    time = torch.arange(first_frame, first_frame + frames, dtype=torch.float32).view(-1, 1, 1)
+    rows = ((torch.arange(height) + 0.5 - height / 2) / scale + STAGE / 2).view(1, -1, 1)
+    columns = ((torch.arange(width) + 0.5 - width / 2) / scale + STAGE / 2).view(1, 1, -1)
+    clips = torch.empty(len(scenes), 3, frames, height, width)
+    for clip, scene in zip(clips, scenes, strict=True):  # one by one: what a clip needs fits in the cache
+        x = columns - (scene.x + scene.dx * time)
+        y = rows - (scene.y + scene.dy * time)
+        distance = signed_distance(scene.shape, x, y, scene.radius + scene.growth * time)
+        coverage = distance.mul_(-scale).add_(0.5).clamp_(0, 1)
+        for channel, ink, paper in zip(clip, COLOURS[scene.colour], BACKGROUNDS[scene.background], strict=True):
+            torch.mul(coverage, (ink - paper) / 127.5, out=channel).add_(paper / 127.5 - 1)
+    return clips
+
+
+def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Exact distance to the outline of a shape, negative inside.
+
+    x (F, 1, W) and y (F, H, 1) are relative to the centre, radius (F, 1, 1), all in one unit. The result is
+    a new tensor (F, H, W).
+    The square and the triangle follow Inigo Quilez, "2D distance functions".
+    """
+    if shape == "circle":
+        return (x * x + y * y).sqrt_().sub_(radius)
+    if shape == "ring":  # a circle drawn with a broad pen
+        middle, half_pen = radius * (1 + RING_HOLE) / 2, radius * (1 - RING_HOLE) / 2
+        return (x * x + y * y).sqrt_().sub_(middle).abs_().sub_(half_pen)
+    if shape == "square":
+        x, y = x.abs() - SQUARE_SIDE * radius, y.abs() - SQUARE_SIDE * radius
+        outside = (x.clamp(min=0).square() + y.clamp(min=0).square()).sqrt_()
+        return outside.add_(torch.maximum(x, y).clamp_(max=0))
+    if shape == "triangle":
+        return _triangle_distance(x, y, radius * TRIANGLE_REACH)
+    raise ValueError(f"shape is {shape!r}; the world has {', '.join(SHAPES)}")
+
+
+def _triangle_distance(x: Tensor, y: Tensor, reach: Tensor) -> Tensor:
+    """Equilateral, pointing up. Folded along its axes of symmetry until only the bottom side is left."""
+    root = math.sqrt(3)
+    half = reach * root / 2  # of a side
+    x, y = x.abs() - half, reach / 2 - y  # from the bottom right corner, up is positive
+    beyond = x + root * y > 0  # nearer to the right side than to the bottom one
+    along = torch.where(beyond, (x - root * y).div_(2), x)
+    above = torch.where(beyond, (-root * x - y).div_(2), y)
+    along -= torch.maximum(along, -2 * half).clamp_(max=0)  # the nearest point of the side
+    return torch.hypot(along, above).copysign_(-above)
+
+
+# Words
+
+DOING = {
+    "moving left": ("moving left", "moving to the left", "sliding left", "sliding to the left"),
+    "moving right": ("moving right", "moving to the right", "sliding right", "sliding to the right"),
+    "moving up": ("moving up", "moving upward", "rising"),
+    "moving down": ("moving down", "moving downward", "falling"),
+    "growing": ("growing", "getting bigger", "expanding"),
+    "shrinking": ("shrinking", "getting smaller"),
+    "standing still": ("standing still", "staying in place", "not moving"),
+}
+DOES = {
+    "moving left": ("moves left", "moves to the left", "slides left", "slides to the left"),
+    "moving right": ("moves right", "moves to the right", "slides right", "slides to the right"),
+    "moving up": ("moves up", "moves upward", "rises"),
+    "moving down": ("moves down", "moves downward", "falls"),
+    "growing": ("grows", "gets bigger", "expands"),
+    "shrinking": ("shrinks", "gets smaller"),
+    "standing still": ("stands still", "stays in place", "does not move"),
+}
+WORDINGS = (
+    "{a_thing} {doing} on a {background} background",
+    "{a_thing} {does} on a {background} background",
+    "a {background} background with {a_thing} {doing}",
+    "{thing}, {doing}, {background} background",
+    "on a {background} background, {a_thing} {does}",
+    "the {shape} is {colour} and {does}; the background is {background}",
+)
+
+
+def plain_caption(scene: Scene) -> str:
+    """The canonical wording: a red circle moving right on a black background."""
+    return f"{_with_article(f'{scene.colour} {scene.shape}')} {scene.motion} on a {scene.background} background"
+
+
+def caption(scene: Scene, rng: Random) -> str:
+    """A true sentence about the scene: the plain one half of the time, another wording the other half."""
+    if rng.random() < 0.5:
+        return plain_caption(scene)
+    size = scene.size_name if rng.random() < 0.5 else ""
+    speed = scene.speed_name if rng.random() < 0.5 else ""
+    thing = f"{size} {scene.colour} {scene.shape}".strip()
+    sentence = rng.choice(WORDINGS).format(
+        thing=thing,
+        a_thing=_with_article(thing),
+        shape=f"{size} {scene.shape}".strip(),
+        colour=scene.colour,
+        background=scene.background,
+        doing=_with_speed(rng.choice(DOING[scene.motion]), speed),
+        does=_with_speed(rng.choice(DOES[scene.motion]), speed),
+    )
+    if rng.random() < 0.3:
+        sentence = sentence[0].upper() + sentence[1:]
+    return sentence + "." if rng.random() < 0.3 else sentence
+
+
+def _with_article(thing: str) -> str:
+    return f"{'an' if thing.startswith('orange') else 'a'} {thing}"
+
+
+def _with_speed(motion: str, speed: str) -> str:
+    """moving quickly to the right, but moving up quickly."""
+    if not speed:
+        return motion
+    verb, to, side = motion.partition(" to ")
+    return f"{verb} {speed}{to}{side}"
+
+
+def vocabulary_corpus(rounds: int = 8, seed: int = 0) -> Iterator[str]:
+    """Sentences to train a tokenizer on: every combination, `rounds` times, in varying wordings."""
+    rng = Random(seed)
+    for key in KEYS * rounds:
+        yield caption(Scene.of(key, rng), rng)
+
+
+def held_out_captions(count: int, seed: int) -> list[tuple[str, Scene]]:
+    """Prompts that training has never seen, with a scene each; colours, shapes, backgrounds and motions are even."""
+    rng = Random(seed)
+    keys = [key for key in KEYS if is_held_out(key)]
+    rng.shuffle(keys)
+    used: Counter[str | Key] = Counter()
+    chosen = []
+    for _ in range(count):
+        key = min(keys, key=lambda key: (used[key], sum(used[word] * _alternatives(word) for word in key)))
+        used.update((key, *key))
+        scene = Scene.of(key, rng)
+        chosen.append((plain_caption(scene), scene))
+    return chosen
+
+
+def _alternatives(word: str) -> int:
+    """How many words compete for its place: a word of many is due less often."""
+    return next(len(words) for words in (COLOURS, SHAPES, BACKGROUNDS, MOTIONS) if word in words)

@@ -1,0 +1,213 @@
+"""The demo text encoder and transformer, trained together on the latents of the demo VAE.
+
+Rectified flow: x_t = (1 - t) x + t n, and the network learns n - x. Captions are dropped now and then, for guidance;
+the first latent frame is given clean now and then, for image-to-video.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import sentencepiece
+import torch
+from torch import Tensor, nn
+
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.t5 import initialise as initialise_t5
+from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.vae import VAE
+from kadr.nn.embedding import LevelEmbedding
+from kadr.nn.linear import Linear
+from kadr.nn.rope import Rope
+from kadr.sampling.positions import positions
+from kadr.shapes import LatentGrid
+from kadr.text.tokenizer import Tokenizer
+from train.optimizer import Optimizer, share_of_rate
+from train.progress import Average, Log, resume, save
+from train.shapes import CLIP_FRAMES, Scene, caption, render, vocabulary_corpus
+
+DEMO_T5 = T5Config(vocabulary=192, width=128, layers=2, heads=4, head_width=32, hidden=256)
+DEMO_TRANSFORMER = TransformerConfig(layers=8, heads=6, head_width=32, text_width=128, causal_positions=True)
+FRAMES_PER_SECOND = 24
+GRID = LatentGrid(frames=4, height=4, width=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one training of text encoder and transformer is."""
+
+    scenes: int = 16384
+    steps: int = 8000
+    batch: int = 64
+    matrix_rate: float = 2e-3  # Muon, scaled to the update size of AdamW
+    other_rate: float = 1e-3  # AdamW, for everything that is not a matrix inside the layers
+    caption_dropout: float = 0.1
+    image_share: float = 0.25  # samples whose first latent frame is given
+    image_noise: float = 0.15  # times t squared: what sampling adds to given frames
+    average: float = 0.999
+    seed: int = 0
+
+
+def make_tokenizer(folder: Path) -> Path:
+    """Train a SentencePiece model on the captions of the world; letters are spelled out where a word is unknown."""
+    path = folder / "spiece"
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(vocabulary_corpus()),
+        model_prefix=str(path),
+        model_type="unigram",
+        vocab_size=DEMO_T5.vocabulary,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        required_chars="".join(chr(code) for code in range(ord("a"), ord("z") + 1)) + ",.;A",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path.with_suffix(".vocab").unlink()
+    return path.with_suffix(".model")
+
+
+@dataclass(frozen=True)
+class World:
+    """Scenes and their normalised latents (N, 128, 4, 4, 4), float16."""
+
+    scenes: list[Scene]
+    latents: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def encode(cls, vae: VAE, recipe: Recipe, batch: int = 16) -> World:
+        rng = Random(recipe.seed + 7)
+        scenes = [Scene.sample(rng) for _ in range(recipe.scenes)]
+        made = []
+        for start in range(0, len(scenes), batch):
+            pixels = render(scenes[start : start + batch], CLIP_FRAMES)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                mean = vae.moments(pixels).mean
+            made.append(vae.statistics.normalise(mean.float()).half())
+            if start % (batch * 100) == 0:
+                print(f"encoded {start} of {len(scenes)} scenes", flush=True)
+        return cls(scenes, torch.cat(made))
+
+
+def initialise(text: T5Encoder, transformer: Transformer, seed: int) -> None:
+    """T5's own scheme for the text; Xavier matrices, closed gates and a silent last layer for the transformer."""
+    generator = torch.Generator().manual_seed(seed)
+    initialise_t5(text, generator)
+    for module in transformer.modules():
+        if isinstance(module, Linear):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, LevelEmbedding):
+            nn.init.normal_(module.first.weight, std=0.02, generator=generator)
+            nn.init.normal_(module.second.weight, std=0.02, generator=generator)
+    nn.init.zeros_(transformer.level_bends.weight)
+    nn.init.zeros_(transformer.patch_out.weight)
+    for layer in transformer.layers:
+        nn.init.zeros_(layer.modulation)
+        nn.init.zeros_(layer.text_attention.out.weight)
+    nn.init.zeros_(transformer.modulation)
+
+
+def tokens_of(latents: Tensor) -> Tensor:
+    """(B, C, f, h, w) -> (B, N, C)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+class Trainer:
+    """One training: the two networks, the world, and the noise levels it draws."""
+
+    def __init__(self, world: World, tokenizer: Tokenizer, recipe: Recipe) -> None:
+        self.world, self.tokenizer, self.recipe = world, tokenizer, recipe
+        self.model = nn.ModuleDict({"text": T5Encoder(DEMO_T5), "transformer": Transformer(DEMO_TRANSFORMER)})
+        initialise(self.model["text"], self.model["transformer"], recipe.seed)
+        places = positions(GRID, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_positions)
+        self.rope: Rope = self.model["transformer"].rope(places[None])
+        self.first = torch.arange(GRID.tokens) < GRID.height * GRID.width
+
+    def captions(self, rng: Random, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B, L), cut to the longest caption of the batch: padding would change nothing."""
+        texts = [
+            "" if rng.random() < self.recipe.caption_dropout else caption(self.world.scenes[i], rng) for i in chosen
+        ]
+        encoded = [self.tokenizer.encode(text) for text in texts]
+        ids, mask = torch.cat([e.ids for e in encoded]), torch.cat([e.mask for e in encoded])
+        longest = int(mask.sum(1).max())
+        return ids[:, :longest], mask[:, :longest]
+
+    def loss(self, rng: Random) -> Tensor:
+        """The loss of one batch, drawn from `rng` and torch's generator."""
+        recipe = self.recipe
+        chosen = [rng.randrange(len(self.world.scenes)) for _ in range(recipe.batch)]
+        clean = tokens_of(self.world.latents[chosen].float())
+        ids, mask = self.captions(rng, chosen)
+        noise = torch.randn_like(clean)
+        level = _levels(recipe.batch)[:, None]  # (B, 1)
+        given = (torch.rand(recipe.batch, 1) < recipe.image_share) & self.first  # (B, N)
+        noisy = (1 - level[..., None]) * clean + level[..., None] * noise
+        shaken = clean + recipe.image_noise * level[..., None] ** 2 * torch.randn_like(clean)
+        noisy = torch.where(given[..., None], shaken, noisy)
+        levels = torch.where(given, 0.0, level)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            text = self.model["text"](ids, mask)
+            velocity = self.model["transformer"](noisy, self.rope, text, mask, levels)
+        error = (velocity.float() - (noise - clean)).square().mean(-1)
+        return (error * ~given).sum() / (~given).sum()
+
+
+def _levels(count: int) -> Tensor:
+    """Half uniform, half leaning towards noise, where layout and motion are decided; spread evenly over the batch."""
+    even = (torch.randperm(count) + torch.rand(count)) / count
+    leaning = torch.sigmoid(1.2 + 1.3 * torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4)))
+    return torch.where(torch.rand(count) < 0.5, even, leaning)
+
+
+def _is_matrix(name: str) -> bool:
+    return (".layers." in name or ".blocks." in name) and "modulation" not in name
+
+
+def train(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> nn.ModuleDict:
+    """Train, or go on from `folder`/transformer.pt; returns the averaged weights."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = Tokenizer.open(make_tokenizer(folder / "tokenizer"))
+    trainer = Trainer(_world(folder, vae, recipe), tokenizer, recipe)
+    model = trainer.model
+    average = Average(model, recipe.average)
+    optimizer = Optimizer(
+        model, is_matrix=_is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate
+    )
+    parts = {"model": model, "average": average.model, "optimizer": optimizer}
+    state = folder / "transformer.pt"
+    start = resume(state, **parts)
+    log = Log(folder / "transformer.csv", ("step", "loss", "seconds"), every=50)
+    for name, part in model.items():
+        print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters", flush=True)
+    print(asdict(recipe), flush=True)
+    began = time.monotonic()
+    for step in range(start, recipe.steps):
+        torch.manual_seed(recipe.seed * 1_000_003 + step)
+        loss = trainer.loss(Random(recipe.seed * 1_000_003 + step))
+        loss.backward()
+        optimizer.step(share_of_rate(step, recipe.steps, warmup=100, decay=0.4))
+        average.update(model, step)
+        log.add(step=step, loss=loss.item(), seconds=time.monotonic() - began)
+        if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
+            save(state, step + 1, **parts)
+    return average.model
+
+
+def _world(folder: Path, vae: VAE, recipe: Recipe) -> World:
+    """The encoded scenes, kept in `folder` so that a resumed training need not encode them again."""
+    path = folder / "world.pt"
+    if path.exists():
+        rng = Random(recipe.seed + 7)
+        return World([Scene.sample(rng) for _ in range(recipe.scenes)], torch.load(path, weights_only=True))
+    world = World.encode(vae, recipe)
+    torch.save(world.latents, path)
+    return world
+
