@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,20 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.sampling.schedule import Schedule
+from kadr.text.tokenizer import Tokenizer
 from train.transformer import DEMO_T5, DEMO_TRANSFORMER
 from train.vae import DEMO_VAE
 
 LIMIT = 25_000_000  # bytes that may be shipped
+
+
+def _trimmed(text: T5Encoder, vocabulary: int) -> T5Encoder:
+    """The encoder without the rows of its embedding that no token uses."""
+    state = text.state_dict()
+    state["embedding.weight"] = state["embedding.weight"][:vocabulary]
+    smaller = T5Encoder(replace(text.config, vocabulary=vocabulary))
+    smaller.load_state_dict(state)
+    return smaller
 
 
 def export(runs: Path, assets: Path) -> None:
@@ -26,6 +37,7 @@ def export(runs: Path, assets: Path) -> None:
     state = torch.load(runs / "transformer.pt", weights_only=True)
     both = torch.nn.ModuleDict({"text": text, "transformer": transformer})
     both.load_state_dict(state["average"])
+    text = _trimmed(text, Tokenizer.open(runs / "tokenizer" / "spiece.model").size)
     assets.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(sampler="LinearQuadratic")
     write_single_file(

@@ -138,9 +138,7 @@ def train(folder: Path, recipe: Recipe = Recipe()) -> VAE:
     vae = VAE(DEMO_VAE)
     initialise(vae)
     average = Average(vae, recipe.average)
-    optimizer = Optimizer(
-        vae, is_matrix=_is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate
-    )
+    optimizer = Optimizer(vae, is_matrix=_is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate)
     state = folder / "vae.pt"
     start = resume(state, model=vae, average=average.model, optimizer=optimizer)
     log = Log(folder / "vae.csv", ("step", "frames", "loss", "psnr", "seconds"))

@@ -1,9 +1,9 @@
 """kadr makes video from text, images and clips with the LTX-Video family of models.
 
-    import kadr
-    engine = kadr.Engine.open("demo")
-    video = engine.generate(kadr.Request(prompt="a red circle moving right on a black background"))
-    video.save("circle.mp4")
+import kadr
+engine = kadr.Engine.open("demo")
+video = engine.generate(kadr.Request(prompt="a red circle moving right on a black background"))
+video.save("circle.mp4")
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def share_right(scenes: list[Scene], worsen: Callable[[Tensor], Tensor]) -> np.n
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_stays_inside_the_frame_for_the_whole_clip(shape):
     rng = Random(0)
-    scenes = [Scene.of(Key("white", shape, "black", motion), rng) for motion in MOTIONS * 6]
+    scenes = [Scene.of(Key("white", shape, "black", motion), rng) for motion in MOTIONS * 3]
     ink = render(scenes, CLIP_FRAMES)[:, 0] > -0.9  # (B, F, H, W); the black is at -0.92
     assert ink.any(dim=(-1, -2)).all()
     assert not ink[..., [0, -1], :].any()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -116,7 +117,8 @@ def detect(source: Source, parts: Mapping[str, Source], *, release: Released | N
     vae, family = _vae(source, parts.get("vae"), config)
     transformer = _transformer(source, parts.get("transformer"), config)
     allowed = config.get("allowed_inference_steps")
-    named = _confirmed(source, release or by_file(source.path.stem), transformer, family, allowed, asked=bool(release))
+    named = release or by_file(source.path.stem)
+    named = confirmed(source.path, named, transformer, family, allowed=allowed, asked=release is not None)
     if "scheduler" in config:
         schedule = _read(source, "scheduler", lambda: Schedule.from_header(config["scheduler"], allowed))
     else:
@@ -223,16 +225,22 @@ def _read(source: Source, entry: str, reader: Callable[[], _T]) -> _T:
         ) from error
 
 
-def _confirmed(
-    source: Source,
+def confirmed(
+    path: Path,
     named: Released | None,
     transformer: TransformerConfig | None,
     family: str | None,
-    allowed: object,
     *,
+    allowed: object = None,
     asked: bool,
 ) -> Released | None:
-    """The model that a name stands for, if what is in the file does not speak against it."""
+    """The model that a name stands for, if what is in the checkpoint does not speak against it.
+
+    Args:
+        family: of the VAE.
+        allowed: noise levels that the header restricts the model to.
+        asked: the user gave the name, so that a contradiction is an error.
+    """
     if named is None:
         return None
     layers = transformer.layers if transformer else None
@@ -244,7 +252,7 @@ def _confirmed(
     if allowed is not None and named.recipe.levels is None:
         against.append("it was distilled for certain noise levels")
     if against and asked:
-        raise CheckpointError(f"{source.path} is not {named.name}: {'; '.join(against)}. Leave the name out.")
+        raise CheckpointError(f"{path} is not {named.name}: {'; '.join(against)}. Leave the name out.")
     return None if against else named
 
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kadr.checkpoints.detect import SCHEDULES, Detected, family_of, version_label
+from kadr.checkpoints.detect import SCHEDULES, Detected, confirmed, family_of, version_label
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released
-from kadr.models.transformer import TransformerConfig
+from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
 from kadr.models.vae.config import Block, VAEConfig
 from kadr.sampling.schedule import Schedule
 
@@ -76,16 +76,19 @@ def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detecte
     sources = {component: Source.open(folder) for component, folder in folders.items()}
     vae = read_vae(configs["vae"], folders["vae"]) if "vae" in folders else None
     family = family_of(vae) if vae else None
+    era = family or (release.vae_family if release else None)
     transformer = None
     if "transformer" in folders:
-        era = family or (release.vae_family if release else None)
+        transformer = read_transformer(configs["transformer"], folders["transformer"], causal=era == "0.9.5")
+        if era is None and transformer.layers == TRANSFORMER_13B.layers:
+            era, transformer = "0.9.5", replace(transformer, causal_positions=True)
         if era is None:
             raise CheckpointError(
-                f"{path} has a transformer and no VAE, so it does not say whether it is of 0.9.5 or of a version before. "
+                f"{path} has a transformer and no VAE, so it does not say whether it is of 0.9.5 or of one before. "
                 "Put the vae folder of the same model beside it, or name the version (release=...)."
             )
-        transformer = read_transformer(configs["transformer"], folders["transformer"], causal=era == "0.9.5")
-    schedule = read_schedule(path / "scheduler" / "scheduler_config.json", family or "0.9.5")
+    release = confirmed(path, release, transformer, family, asked=True)
+    schedule = read_schedule(path / "scheduler" / "scheduler_config.json", era or "0.9.5")
     detected = Detected(
         version=release.version if release else version_label(transformer, family),
         released=release,

@@ -130,7 +130,8 @@ DIFFUSERS_BLOCKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "0.9.5": {
         "encoder": (
             "down_blocks.0", "down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.1.downsamplers.0",
-            "down_blocks.2", "down_blocks.2.downsamplers.0", "down_blocks.3", "down_blocks.3.downsamplers.0", "mid_block",
+            "down_blocks.2", "down_blocks.2.downsamplers.0", "down_blocks.3", "down_blocks.3.downsamplers.0",
+            "mid_block",
         ),
         "decoder": _DECODER_UNFOLDING,
     },

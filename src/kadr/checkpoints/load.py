@@ -17,6 +17,7 @@ from kadr.models.vae import VAE, VAEConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHOWN = 5  # tensors of each kind of complaint
+_T5_EMBEDDING = "shared.weight"
 
 
 def fill(
@@ -48,17 +49,21 @@ def account(module: nn.Module, source: Source, wanted: Mapping[str, str], *, kno
     """Check that module and source have the same tensors, from the header alone. As `fill`, without filling."""
     places = {wanted[ours]: tuple(tensor.shape) for ours, tensor in module.state_dict().items()}
     infos = source.infos
-    shared = places.keys() & infos.keys()
+    shared = [name for name in places if name in infos]
     complaints = [
         ("missing", [name for name in places if name not in infos]),
         ("left over", sorted(infos.keys() - places.keys() - set(known_unused))),
         (
             "of another shape",
-            [f"{n} is {_shape(infos[n].shape)}, not {_shape(places[n])}" for n in places if _differs(n, infos, places)],
+            [
+                f"{n} is {_shape(infos[n].shape)}, not {_shape(places[n])}"
+                for n in shared
+                if infos[n].shape != places[n]
+            ],
         ),
         (
             "stored in a dtype that is not read here",
-            [f"{n} in {_dtype(infos[n].dtype)}" for n in places if n in shared and infos[n].dtype not in DTYPES],
+            [f"{n} in {_dtype(infos[n].dtype)}" for n in shared if infos[n].dtype not in DTYPES],
         ),
     ]
     if any(found for _, found in complaints):
@@ -140,12 +145,11 @@ def load_text_encoder(config: T5Config, source: Source, *, dtype: torch.dtype | 
     """
     with torch.device("meta"):
         module = T5Encoder(config)
+    (second,) = T5_UNUSED
+    if second in source.infos and _T5_EMBEDDING not in source.infos:  # some writers keep this one of the two names
+        source = source.renamed({_T5_EMBEDDING if name == second else name: name for name in source.infos})
     fill(module, source, names(T5, module.state_dict()), dtype=dtype, known_unused=T5_UNUSED)
     return module
-
-
-def _differs(name: str, infos: Mapping[str, object], places: Mapping[str, tuple[int, ...]]) -> bool:
-    return name in infos and getattr(infos[name], "shape", None) != places[name]
 
 
 def _shape(shape: tuple[int, ...]) -> str:

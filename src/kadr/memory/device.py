@@ -27,7 +27,14 @@ def pick_device(name: str) -> torch.device:
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
     if not there[kind]:
         raise RequestError(f"device is {name!r}, but torch finds none here. Leave out --device, or give cpu.")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RequestError(f"device is {name!r}; after the colon stands a number, such as cuda:0.") from error
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise RequestError(f"device is {name!r}, but there are {count} here, numbered from 0. Leave out the number.")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:

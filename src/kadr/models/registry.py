@@ -15,6 +15,7 @@ from kadr.shapes import Size
 HUB = "Lightricks/LTX-Video"
 TEXT_HUB = "PixArt-alpha/PixArt-XL-2-1024-MS"
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
+_WIDE = Size(1216, 704)
 DISTILLED_LEVELS = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
 
 
@@ -40,7 +41,7 @@ class Recipe:
     levels: tuple[float, ...] | None = None
     stochastic: bool = False
     fps: float = 30.0
-    size: Size = Size(1216, 704)
+    size: Size = _WIDE
     frames: int = 121
     decode_timestep: float = 0.05
     decode_noise: float = 0.025
@@ -179,7 +180,8 @@ def find(name: str) -> Released:
     """
     if (released := BY_NAME.get(name)) is not None:
         return released
-    near = get_close_matches(name, BY_NAME, n=3, cutoff=0.5)
+    begun = [known for known in BY_NAME if name and known.startswith(name)]
+    near = list(dict.fromkeys([*begun, *get_close_matches(name.lower(), BY_NAME, n=3)]))[:3]
     advice = f"Did you mean {', '.join(near)}?" if near else f"Known are {', '.join(BY_NAME)}."
     raise RequestError(f"there is no model named {name!r}. {advice} A file is opened by its path.")
 

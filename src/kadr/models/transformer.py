@@ -170,13 +170,9 @@ class Transformer(nn.Module):
     def rope(self, positions: Tensor) -> Rope:
         """The table for positions (B, 3, N), fp32: seconds, pixels down, pixels right. Constant over the steps."""
         dtype = self.patch_in.weight.dtype
-        return rope_table(
-            positions, self.config.width, limits=self.config.limits, theta=self.config.theta, dtype=dtype
-        )
+        return rope_table(positions, self.config.width, limits=self.config.limits, theta=self.config.theta, dtype=dtype)
 
-    def forward(
-        self, tokens: Tensor, rope: Rope, text: Tensor, text_mask: Tensor | None, level: Tensor
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, rope: Rope, text: Tensor, text_mask: Tensor | None, level: Tensor) -> Tensor:
         """The velocity of every token.
 
         Args:
@@ -201,7 +197,7 @@ class Transformer(nn.Module):
         return self.patch_out(x)
 
     def _embed(self, level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """level (B, T) -> (B, T, D) and (B, T, 6, D). Tokens share few levels, so each distinct one is embedded once."""
+        """level (B, T) -> (B, T, D) and (B, T, 6, D). Tokens share few levels: each distinct one is embedded once."""
         distinct, where = level.unique(return_inverse=True)
         embedded = self.level_embedding(distinct * 1000, dtype)
         bends = self.level_bends(F.silu(embedded)).unflatten(-1, (6, -1))

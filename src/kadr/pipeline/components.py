@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
 
-
 from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.memory.device import free_bytes, pick_device, pick_dtype
@@ -79,5 +78,3 @@ def _transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
 def _require_vae(checkpoint: Checkpoint) -> None:
     if checkpoint.detected.vae is None:
         raise CheckpointError(f"{checkpoint.path} holds no VAE; give one with --vae, such as the full checkpoint.")
-
-

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
-from kadr.errors import Cancelled, KadrError
+from kadr.errors import Cancelled, KadrError, RequestError
 from kadr.media.image import DEFAULT_CRF
 from kadr.media.video import VideoWriter
 from kadr.models.registry import Recipe
@@ -138,16 +138,30 @@ class Engine:
             request=request,
         )
 
-    def denoise(self, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore) -> Tensor:
+    def denoise(
+        self, request: Request, *, noise: Tensor | None = None, start: Tensor | None = None, watch: Watch = ignore
+    ) -> Tensor:
         """Everything up to the decoder.
 
         Args:
             noise: (1, C, f, h, w), instead of the seed's.
+            start: normalised latents (1, C, f, h, w) to begin from instead of pure noise; the request's levels must
+                then begin below 1, through `skip_initial` or `levels`.
 
         Returns:
             Normalised latents (1, C, f, h, w), float32, on the device.
         """
-        return self._begin(request, watch).latents(noise)
+        return self._begin(request, watch).latents(noise, start=start)
+
+    def encode(self, request: Request, *, watch: Watch = ignore) -> Tensor:
+        """The request's picture through the VAE's encoder: normalised latents (1, C, 1, h, w), float32, on the device.
+
+        Raises:
+            RequestError: the request has no picture.
+        """
+        if not request.conditions:
+            raise RequestError("the request has no picture to encode; give it a Condition.")
+        return self._begin(request, watch).pictures_encoded()[0]
 
     def decode(
         self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore
@@ -190,5 +204,3 @@ def _guarded(watch: Watch) -> Watch:
             raise Cancelled(f"cancelled at {progress.stage} {progress.step} of {progress.of}") from reason
 
     return report
-
-

@@ -56,12 +56,17 @@ class Generation:
         # Pictures are read before any weight is: a file that cannot be read must cost nothing.
         self.pictures = [prepare_picture(c.media, self.size, _given(request.image_crf)) for c in request.conditions]
 
-    @torch.inference_mode()
-    def latents(self, noise: Tensor | None = None) -> Tensor:
-        """Everything up to the decoder: normalised latents (1, C, f, h, w), fp32, on the device."""
+    @torch.no_grad()
+    def latents(self, noise: Tensor | None = None, *, start: Tensor | None = None) -> Tensor:
+        """Everything up to the decoder: normalised latents (1, C, f, h, w), fp32, on the device.
+
+        Args:
+            noise: shaped as the latents, instead of the seed's.
+            start: normalised latents to begin from, at the first level of a schedule that leaves out pure noise.
+        """
+        begun = self._start(noise, start)
         text, negative = self._texts()
-        held = self._encoded()
-        state = self._start(noise, held)
+        state = self._conditioned(begun, self.pictures_encoded())
         with self.components.transformer() as transformer:
             rope = transformer.rope(state.positions[None].to(self.device))
             estimate = self._estimate(transformer, rope, text, negative)
@@ -81,9 +86,24 @@ class Generation:
             )
         return state.latents()
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def pictures_encoded(self) -> list[Tensor]:
+        """The conditions' latents, each (1, C, 1, h, w)."""
+        if not self.pictures:
+            return []
+        stage = Stage("encode", len(self.pictures), self.watch)
+        made = []
+        with self.components.encoder() as vae:
+            for done, picture in enumerate(self.pictures, 1):
+                latents = vae.encode(picture.to(self.device, self.dtype), chunk=ENCODE_FRAMES).float()
+                _check(latents, "encode", f"picture {done} of {len(self.pictures)}")
+                made.append(latents)
+                stage.done(done)
+        return made
+
+    @torch.no_grad()
     def pixels(self, latents: Tensor, noise: Tensor | None = None) -> Iterator[Tensor]:
-        """Decode latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed to what was asked."""
+        """Decode latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked."""
         stage = Stage("decode", self.frames, self.watch)
         done = 0
         with self.components.decoder() as vae:
@@ -91,7 +111,7 @@ class Generation:
             source = _Injection(self.noise)
             for chunk in vae.decode_stream(latents.to(self.dtype), level=level, noise=source):
                 _check(chunk, "decode", f"frame {done + 1} of {self.frames}")
-                frames = to_uint8(crop_margins(chunk[0].float(), self.size))[: self.frames - done].cpu()
+                frames = to_uint8(crop_margins(chunk[0], self.size).float())[: self.frames - done].cpu()
                 done += len(frames)
                 if len(frames):
                     yield frames
@@ -101,11 +121,6 @@ class Generation:
         schedule, request = self.components.schedule, self.request
         if request.levels is not None:
             return schedule.checked(explicit(request.levels))
-        if request.skip_initial:
-            raise RequestError(
-                f"skip_initial is {request.skip_initial}; it starts from a video that is given, "
-                "which kadr cannot take yet. Leave it out."
-            )
         steps = _given(request.steps)
         return schedule.levels(
             steps, tokens=self.grid.tokens, skip_initial=request.skip_initial, skip_final=request.skip_final
@@ -130,41 +145,43 @@ class Generation:
         tokens = self.components.tokenizer.encode(prompt)
         if tokens.cut:
             limit = tokens.ids.shape[1]
-            warnings.warn(f"the prompt is longer than {limit} tokens; cut off: {tokens.cut!r}", KadrWarning, stacklevel=2)
+            warnings.warn(
+                f"the prompt is longer than {limit} tokens; cut off: {tokens.cut!r}", KadrWarning, stacklevel=2
+            )
         return tokens
 
-    def _encoded(self) -> list[Tensor]:
-        """The conditions' latents, each (1, C, 1, h, w)."""
-        if not self.pictures:
-            return []
-        stage = Stage("encode", len(self.pictures), self.watch)
-        made = []
-        with self.components.encoder() as vae:
-            for done, picture in enumerate(self.pictures, 1):
-                latents = vae.encode(picture.to(self.device, self.dtype), chunk=ENCODE_FRAMES).float()
-                _check(latents, "encode", f"picture {done} of {len(self.pictures)}")
-                made.append(latents)
-                stage.done(done)
-        return made
+    def _start(self, noise: Tensor | None, start: Tensor | None) -> Tensor:
+        """The latents at the first level: noise, or what was given with so much noise mixed in."""
+        grid, first = self.grid, float(self.levels[0])
+        shape = (1, self.components.transformer_config.channels, grid.frames, grid.height, grid.width)
+        noise = self.noise.draw("initial", shape) if noise is None else noise.float()
+        for name, given in (("noise", noise), ("start", start)):
+            if given is not None and tuple(given.shape) != shape:
+                raise RequestError(
+                    f"the {name} is {tuple(given.shape)}; for {self.size} and {self.frames} frames it must be {shape}."
+                )
+        if start is None:
+            if self.request.skip_initial:
+                raise RequestError(
+                    f"skip_initial is {self.request.skip_initial}, but there are no latents to start from. "
+                    "Leave it out, or give `start`."
+                )
+            return noise.to(self.device)
+        if first >= 1:
+            raise RequestError("latents to start from are given, but the first level is 1: nothing of them would stay.")
+        return (first * noise + (1 - first) * start.to(noise)).to(self.device)
 
-    def _start(self, noise: Tensor | None, held: list[Tensor]) -> LatentState:
-        config, grid = self.components.transformer_config, self.grid
-        shape = (1, config.channels, grid.frames, grid.height, grid.width)
-        if noise is None:
-            noise = self.noise.draw("initial", shape)
-        if tuple(noise.shape) != shape:
-            raise RequestError(f"the noise is {tuple(noise.shape)}; for {self.size} and {self.frames} frames it is {shape}.")
-        where = positions(grid, fps=_given(self.request.fps), causal=config.causal_positions)
-        state = LatentState.of(noise.float().to(self.device), where, grid)
-        for condition, latents in zip(self.request.conditions, held, strict=True):
-            state = hold_first(state, latents, condition.strength)
+    def _conditioned(self, latents: Tensor, held: list[Tensor]) -> LatentState:
+        causal = self.components.transformer_config.causal_positions
+        where = positions(self.grid, fps=_given(self.request.fps), causal=causal)
+        state = LatentState.of(latents, where, self.grid)
+        for condition, picture in zip(self.request.conditions, held, strict=True):
+            state = hold_first(state, picture, condition.strength)
         return state
 
     def _estimate(self, transformer: Transformer, rope: Rope, text: Text, negative: Text | None) -> Estimate:
         def model(tokens: Tensor, level: Tensor, text: Text) -> Tensor:
-            both = len(tokens) > 1
-            here = Rope(rope.cosine.expand(len(tokens), -1, -1), rope.sine.expand(len(tokens), -1, -1)) if both else rope
-            return transformer(tokens.to(self.dtype), here, text.encoding, text.mask, level)
+            return transformer(tokens.to(self.dtype), rope, text.encoding, text.mask, level)
 
         if negative is None:
             return plain(model, text)

@@ -56,7 +56,9 @@ def locate(model: str | Path, *, text_encoder: str | Path | None, vae: str | Pat
 
 def _is_path(model: str | Path) -> bool:
     text = str(model)
-    return isinstance(model, Path) or "/" in text or "\\" in text or Path(text).suffix in SUFFIXES or Path(text).exists()
+    return (
+        isinstance(model, Path) or "/" in text or "\\" in text or Path(text).suffix in SUFFIXES or Path(text).exists()
+    )
 
 
 def _existing(path: str | Path, what: str) -> Path:

@@ -16,13 +16,18 @@ MAXIMUM_STEPS = 1000
 MAXIMUM_FPS = 240
 
 
-def _within(name: str, value: float | None, low: float, high: float, what: str = "") -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{name} is {value!r}; it must be a number.")
+def _within(name: str, value: Any, low: float, high: float, what: str = "", *, whole: bool = False) -> None:
+    """Refuse what is no number, or lies outside [low, high]."""
+    if not _is_number(value) or (whole and not isinstance(value, int)):
+        raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if whole else 'number'}.")
     if not low <= value <= high:
-        raise RequestError(f"{name} is {value:g}; it must lie between {low:g} and {high:g}{what}.")
+        raise RequestError(f"{name} is {value}; it must lie between {low:g} and {high:g}{what}.")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,18 @@ class Condition:
             raise RequestError("strength is 0: the picture would do nothing. Give more than 0, or leave it out.")
         if self.frame != 0:
             raise RequestError(f"frame is {self.frame}; a picture can be given at frame 0 only, so far.")
+
+
+# Field, lowest and highest value, and whether it must be whole.
+_LIMITS: tuple[tuple[str, float, float, bool], ...] = (
+    ("fps", 0.1, MAXIMUM_FPS, False),
+    ("steps", 1, MAXIMUM_STEPS, True),
+    ("guidance", 1.0, 100.0, False),
+    ("image_noise", 0.0, 10.0, False),
+    ("image_crf", 0, 51, True),
+    ("decode_timestep", 0.0, 1.0, False),
+    ("decode_noise", 0.0, 1.0, False),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,31 +111,29 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("the prompt is empty; say what to show, in quotes.")
-        if self.size is not None and not isinstance(self.size, Size):
-            object.__setattr__(self, "size", Size(*self.size))
+        if not isinstance(self.negative_prompt, str | None):
+            raise RequestError(f"the negative prompt is {self.negative_prompt!r}; it must be text.")
+        if not isinstance(self.size, Size | None):
+            object.__setattr__(self, "size", _size(self.size))
         if self.frames is not None:
             snap_frames(self.frames)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
-        object.__setattr__(self, "conditions", tuple(self.conditions))
+        object.__setattr__(self, "conditions", _conditions(self.conditions))
         if self.levels is not None:
-            object.__setattr__(self, "levels", tuple(self.levels))
-        if len(self.conditions) > 1:
-            raise RequestError(f"{len(self.conditions)} pictures are given for frame 0; one can stand there.")
-        _within("fps", self.fps, 0.1, MAXIMUM_FPS)
-        _within("steps", self.steps, 1, MAXIMUM_STEPS)
-        _within("guidance", self.guidance, 1.0, 100.0, "; 1 is off")
-        _within("image_noise", self.image_noise, 0.0, 10.0)
-        _within("image_crf", self.image_crf, 0, 51)
-        _within("decode_timestep", self.decode_timestep, 0.0, 1.0)
-        _within("decode_noise", self.decode_noise, 0.0, 1.0)
+            object.__setattr__(self, "levels", _levels(self.levels))
+        for name, low, high, whole in _LIMITS:
+            if (value := getattr(self, name)) is not None:
+                _within(name, value, low, high, "; 1 is off" if name == "guidance" else "", whole=whole)
+        for name in ("skip_initial", "skip_final"):
+            _within(name, getattr(self, name), 0, MAXIMUM_STEPS, whole=True)
         if self.levels is not None and (self.steps is not None or self.skip_initial or self.skip_final):
             raise RequestError("levels are given, and steps or skipped levels too; give the one or the other.")
 
     def filled(self, defaults: Mapping[str, Any]) -> Request:
         """The request with what was left out taken from `defaults`."""
         known = {field.name for field in fields(self)}
-        left_out = {k: v for k, v in defaults.items() if k in known and getattr(self, k) is None}
+        left_out = {k: v for k, v in defaults.items() if v is not None and k in known and getattr(self, k) is None}
         if self.steps is not None or self.skip_initial or self.skip_final:
             left_out.pop("levels", None)
         if self.levels is not None or "levels" in left_out:
@@ -136,19 +151,40 @@ class Request:
         """Read what `to_json` wrote.
 
         Raises:
-            RequestError: an unknown field, or a value out of its range.
+            RequestError: an unknown field, one that is missing, or a value out of its range.
         """
         data = dict(data)
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
-            raise RequestError(f"the request has {', '.join(sorted(unknown))}, which this version of kadr does not know.")
-        if data.get("size") is not None:
-            data["size"] = Size.parse(data["size"])
-        if data.get("levels") is not None:
-            data["levels"] = tuple(data["levels"])
-        data["conditions"] = tuple(Condition(**condition) for condition in data.get("conditions", ()))
-        return cls(**data)
+            raise RequestError(f"the request has {', '.join(sorted(unknown))}, unknown to this version of kadr.")
+        try:
+            if data.get("size") is not None:
+                data["size"] = Size.parse(data["size"])
+            data["conditions"] = tuple(Condition(**condition) for condition in data.get("conditions", ()))
+            return cls(**data)
+        except (TypeError, AttributeError) as error:
+            raise RequestError(f"the request cannot be read: {error}. Write it as `to_json` does.") from error
 
     def media(self) -> tuple[Path, ...]:
         """The files the request needs."""
         return tuple(Path(condition.media) for condition in self.conditions)
+
+
+def _size(given: Any) -> Size:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise RequestError(f"size is {given!r}; it must be a Size or a pair, (width, height) in pixels.")
+    return Size(*given)
+
+
+def _levels(given: Any) -> tuple[float, ...]:
+    if not isinstance(given, tuple | list) or not all(isinstance(level, int | float) for level in given):
+        raise RequestError(f"levels are {given!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
+    return tuple(given)
+
+
+def _conditions(given: Any) -> tuple[Condition, ...]:
+    if not isinstance(given, tuple | list) or not all(isinstance(one, Condition) for one in given):
+        raise RequestError(f"conditions are {given!r}; they must be a list of Condition(media=...).")
+    if len(given) > 1:
+        raise RequestError(f"{len(given)} pictures are given for frame 0; one can stand there.")
+    return tuple(given)

@@ -78,7 +78,9 @@ class Schedule:
         if steps < 1:
             raise RequestError(f"steps is {steps}; at least 1 is needed.")
         if min(skip_initial, skip_final) < 0 or skip_initial + skip_final >= steps:
-            raise RequestError(f"{steps} steps less {skip_initial} at the front and {skip_final} at the back leave none.")
+            raise RequestError(
+                f"{steps} steps, less {skip_initial} at the front and {skip_final} at the back, are none."
+            )
         made = uniform(steps) if self.sampler == "Uniform" else linear_quadratic(steps)
         if self.shifting == "SD3":
             made = sd3_shift(made, tokens)

@@ -1,4 +1,4 @@
-"""One step along the flow: tokens (B, N, C), their velocity and their levels (B, 1 or N) to the tokens one level down."""
+"""One step along the flow: tokens (B, N, C), velocity and levels (B, 1 or N) to the tokens one level down."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Encoder(nn.Module):
         self.conv_out = VideoConv(width, config.latent_channels + 1, causal=True)
 
     def forward(self, pixels: Tensor, stream: Stream) -> Tensor:
-        """pixels (B, 3, F, H, W) in [-1, 1] -> (B, C + 1, f, h, w): the mean, then one log variance for all channels."""
+        """pixels (B, 3, F, H, W) in [-1, 1] -> (B, C + 1, f, h, w): the mean, then one log variance for them all."""
         x = self.conv_in(patchify(pixels, self.patch), stream)
         for block in self.blocks:
             x = block(x, stream)

@@ -1,0 +1,1 @@
+"""Measurements: what kadr costs, in time and memory."""

@@ -1,0 +1,1 @@
+"""The command line: a small file per verb. Stdout is data, stderr is talk."""

@@ -1,0 +1,113 @@
+"""`kadr inspect`: what a file is, from its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kadr.cli import options
+from kadr.cli.table import columns, in_words
+from kadr.errors import CheckpointError
+
+VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
+TEXT_ENCODER = "text encoder"
+WAYS_OUT = {
+    "transformer": "give a checkpoint with one as --model, and this one as --vae",
+    "vae": "give a checkpoint with one as --vae",
+    TEXT_ENCODER: "fetched from the hub, or give a folder as --text-encoder",
+}
+Target = Annotated[
+    Path,
+    typer.Argument(metavar="PATH", help="A .safetensors, a folder, or an .mp4 that kadr made.", show_default=False),
+]
+
+
+def inspect(path: Target, as_json: options.Json = False) -> None:
+    """Tell what a file is.
+
+    Of a checkpoint: its version, its parts and what it lacks, from the header alone. Of a video: its request.
+    """
+    path = path.expanduser()
+    if path.suffix.lower() in VIDEOS:
+        found, lines = _video(path)
+    elif _is_text_encoder(path):
+        found, lines = _text_encoder(path)
+    else:
+        found, lines = _checkpoint(path)
+    print(json.dumps(found) if as_json else "\n".join(lines))
+
+
+def _video(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
+    from kadr.media.video import read_metadata
+
+    record = read_metadata(path)
+    return record, _fields(record)
+
+
+def _fields(record: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """A line per entry; what was left out is not shown."""
+    width = max(map(len, record), default=0)
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}"
+            yield from _fields(value, indent + "  ")
+        elif value is not None:
+            shown = value if isinstance(value, str) else json.dumps(value)
+            yield f"{indent}{name:<{width}}  {shown}"
+
+
+def _is_text_encoder(path: Path) -> bool:
+    """Whether a folder holds a text encoder and no model."""
+    if not path.is_dir() or (path / "transformer").exists() or (path / "vae").exists():
+        return False
+    if (path / "text_encoder").is_dir():
+        return True
+    try:
+        return json.loads((path / "config.json").read_text("utf-8")).get("model_type") == "t5"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
+    from kadr.checkpoints.open import TextEncoderFolder
+
+    part = asdict(TextEncoderFolder.open(path).describe())
+    found = {"path": str(path), "family": "T5", "parts": [part]}
+    return found, iter(("T5 text encoder", *_parts([part])))
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
+    from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
+
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
+    described = Checkpoint.open(path).describe()
+    found = {"path": str(path), "family": "LTX-Video", **asdict(described)}
+    found["parts"] = list(found["parts"])
+    if TEXT_ENCODER not in described.missing:
+        home = path if path.is_dir() else path.parent
+        found["parts"].append(asdict(TextEncoderFolder.open(home).describe()))
+    return found, _told(found)
+
+
+def _told(found: Mapping[str, Any]) -> Iterator[str]:
+    name = f" ({found['model']})" if found["model"] else ""
+    yield f"{found['family']} {found['version']}{name}, {found['layout']}"
+    yield f"VAE of {found['vae_family'] or 'its own kind'}, noise levels by {found['sampler']}"
+    yield from _parts(found["parts"])
+    for part in found["missing"]:
+        yield f"missing: {part} ({WAYS_OUT.get(part, 'give it beside this one')})"
+
+
+def _parts(parts: list[dict[str, Any]]) -> Iterator[str]:
+    rows = [("part", "tensors", "numbers", "bytes", "dtype", "sizes")]
+    for part in parts:
+        sizes = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in part["sizes"].items())
+        counts = (str(part["tensors"]), in_words(part["parameters"]), in_words(part["bytes"]))
+        rows.append((part["name"], *counts, part["dtype"], sizes))
+    yield from columns(rows)

@@ -1,0 +1,56 @@
+"""`kadr`: the verbs, put together. Nothing here loads torch, and no verb does before it is asked to."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kadr.cli import generate, inspect, models, rerun
+from kadr.cli.faults import explained
+from kadr.cli.official import OfficialCommand
+from kadr.version import __version__
+
+# Without markup, help is plain text: rich would take longer to load than everything else together.
+app = typer.Typer(
+    name="kadr",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"kadr {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Exit codes: 0 done, 1 an error that is explained, 2 bad usage, 130 cancelled.")
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Video from text and pictures with the LTX-Video family."""
+
+
+app.command(cls=OfficialCommand, epilog=generate.EPILOG)(explained()(generate.generate))
+app.command(epilog=rerun.EPILOG)(explained()(rerun.rerun))
+app.command()(explained()(inspect.inspect))
+app.command(epilog=models.EPILOG)(explained()(models.models))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with its exit code."""
+    # A polite kill is a Ctrl-C: half-written files are removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app(args=args, prog_name="kadr")
+
+
+if __name__ == "__main__":
+    main()

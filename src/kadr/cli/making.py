@@ -1,0 +1,94 @@
+"""What every verb that makes a video does: find a name for it, refuse early, make it, tell."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kadr.cli.faults import say
+from kadr.cli.progress import duration, shown
+from kadr.errors import MediaError
+from kadr.pipeline.request import Request
+from kadr.shapes import Size
+
+if TYPE_CHECKING:
+    from kadr.pipeline.engine import Engine
+    from kadr.pipeline.result import Made
+
+DEFAULT_OUTPUT = "out.mp4"
+
+
+def open_engine(model: str | Path, **options: Any) -> Engine:
+    """`Engine.open`, loaded when it is needed: with it comes torch."""
+    from kadr.pipeline.engine import Engine
+
+    return Engine.open(model, **options)
+
+
+def chosen_output(asked: Path | None) -> Path:
+    """Where the video goes. Nothing is replaced that was not named."""
+    if asked is None:
+        return free_name(Path(DEFAULT_OUTPUT))
+    return free_name(asked / DEFAULT_OUTPUT) if asked.is_dir() else asked
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the next of clip-2.mp4, clip-3.mp4, ... that is free."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return path if not path.exists() else next(other for other in others if not other.exists())
+
+
+def refuse_early(request: Request, output: Path, latents: Path | None) -> None:
+    """Say what cannot work before anything is loaded or fetched.
+
+    Raises:
+        MediaError: a picture is not there, or a file cannot be written where it should go.
+    """
+    from kadr.media.video import VideoWriter
+
+    absent = [str(path) for path in request.media() if not path.is_file()]
+    if absent:
+        raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the picture.")
+    size = request.size if isinstance(request.size, Size) else Size(2, 2)
+    VideoWriter(output, size, request.fps or 24)  # refuses at birth what it could not write
+    if latents is None:
+        return
+    if latents.suffix != ".safetensors":
+        raise MediaError(f"{latents} does not end in .safetensors. Name it {latents.stem}.safetensors.")
+    if not latents.parent.is_dir():
+        raise MediaError(f"the folder {latents.parent} does not exist. Make it first, or choose another.")
+
+
+def make(engine: Engine, request: Request, output: Path, *, latents: Path | None = None, as_json: bool = False) -> None:
+    """Make the video and print its path, or all about it as JSON, on stdout."""
+    with shown() as watch:
+        made = engine.write(request, output, watch=watch)
+    told = summary(engine, made)
+    if latents is not None:
+        save_latents(made, latents, told)
+    say(f"{made.frames} frames of {made.size} at {made.fps:g} per second, made in {duration(made.seconds)}")
+    print(json.dumps(told) if as_json else made.path)
+
+
+def summary(engine: Engine, made: Made) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "path": str(made.path),
+        "size": str(made.size),
+        "frames": made.frames,
+        "fps": made.fps,
+        "seconds": round(made.seconds, 3),
+        "model": engine.name,
+        "seed": made.request.seed,
+        "request": made.request.to_json(),
+    }
+
+
+def save_latents(made: Made, path: Path, told: dict[str, Any]) -> None:
+    """Write the latents, float32 (128, f, h, w), under the name "latents", and the request as metadata."""
+    from kadr.checkpoints.save import write_tensors
+
+    metadata = {"kadr": json.dumps({key: told[key] for key in ("model", "request")})}
+    write_tensors(path, {"latents": made.latents}, dtype=made.latents.dtype, metadata=metadata)

@@ -1,0 +1,107 @@
+"""`kadr rerun`: make a video again from what it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kadr.cli import making, options
+from kadr.cli.faults import say
+from kadr.errors import CheckpointError, MediaError
+from kadr.pipeline.request import Request
+
+if TYPE_CHECKING:
+    from kadr.pipeline.engine import Engine
+
+EPILOG = "On the same machine and device the frames are the same. Others round differently, and so may another version."
+File = Annotated[Path, typer.Argument(metavar="FILE", help="An .mp4 that kadr made.", show_default=False)]
+
+
+def rerun(
+    file: File,
+    output: options.Again = None,
+    seed: options.NewSeed = None,
+    model: options.Model = None,
+    device: options.SameDevice = None,
+    json: options.Json = False,
+) -> None:
+    """Make a video again, from its file.
+
+    An .mp4 that kadr made remembers its request. Prints the path of the new video.
+    """
+    record = recorded(file)
+    request = Request.from_json(record["request"])
+    if seed is not None:
+        request = replace(request, seed=seed)
+    output = making.free_name(file) if output is None else making.chosen_output(output)
+    making.refuse_early(request, output, None)
+    engine = reopened(record, model, device)
+    making.make(engine, request, output, as_json=json)
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """What kadr noted down when it made the file.
+
+    Raises:
+        MediaError: it is not a video, or not kadr's.
+    """
+    from kadr.media.video import read_metadata
+
+    record = read_metadata(file)
+    if not isinstance(record.get("request"), dict):
+        raise MediaError(f"{file} does not remember its request. Only what `kadr generate` wrote can be made again.")
+    return record
+
+
+def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -> Engine:
+    """The engine as it was, unless a model or a device is named.
+
+    Raises:
+        CheckpointError: a file of the model is no longer there.
+    """
+    from kadr.version import __version__
+
+    if record.get("version") != __version__:
+        say(f"warning: made with kadr {record.get('version')}, and this is {__version__}; the frames may differ")
+    device = device or str(record.get("device", "auto"))
+    if model is not None:
+        return making.open_engine(model, device=device, dtype=str(record.get("dtype", "auto")))
+    opened = _model(record)
+    # The VAE is the model's own where the same file is noted for both.
+    vae = None if record.get("vae") == record.get("model") else _there("VAE", record.get("vae"))
+    return making.open_engine(
+        opened, text_encoder=_text_encoder(record), vae=vae, device=device, dtype=str(record.get("dtype", "auto"))
+    )
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    """The file that made the video; where it has moved, the released model of that name."""
+    from kadr.models.registry import BY_NAME
+
+    path, name = str(record.get("model", "")), str(record.get("name", ""))
+    if name in BY_NAME and not Path(path).exists():
+        return name
+    return str(_there("model", path))
+
+
+def _text_encoder(record: Mapping[str, Any]) -> Path | None:
+    """Its folder; None, the model's own, where that of a released model has moved."""
+    from kadr.models.registry import BY_NAME
+
+    path = record.get("text_encoder")
+    if record.get("name") in BY_NAME and not (path and Path(path).exists()):
+        say(f"warning: the text encoder is no longer at {path}; the one that belongs to {record['name']} is taken")
+        return None
+    return _there("text encoder", path)
+
+
+def _there(what: str, path: str | None) -> Path:
+    if not path or not Path(path).exists():
+        raise CheckpointError(
+            f"the {what} was {path}, which is no longer there. Put it back, or name one with --model."
+        )
+    return Path(path)

@@ -1,0 +1,101 @@
+"""Checkpoint files for tests, written here and not by the code under test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kadr.checkpoints import keys
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.vae import VAE, VAEConfig
+from kadr.models.vae.config import VAE_0_9_5
+from kadr.sampling.schedule import Schedule
+
+SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I64": 8}
+Shapes = dict[str, tuple[int, ...]]
+
+SMALL_TRANSFORMER = TransformerConfig(layers=2, heads=2, head_width=16, text_width=24, channels=12)
+SMALL_VAE = replace(VAE_0_9_5, encoder_width=16, decoder_width=16, latent_channels=12)
+SMALL_T5 = T5Config(vocabulary=160, width=32, layers=2, heads=2, head_width=8, hidden=48)
+LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def shapes_of(
+    transformer: TransformerConfig | None = None, vae: VAEConfig | None = None, *, bare: bool = False
+) -> Shapes:
+    """Names and shapes of an official single file. bare: without the components' prefixes."""
+    made: Shapes = {}
+    for config, build, table, prefix in (
+        (transformer, Transformer, keys.TRANSFORMER, "model.diffusion_model."),
+        (vae, VAE, keys.VAE, "vae."),
+    ):
+        if config is not None:
+            state = on_meta(lambda build=build, config=config: build(config)).state_dict()
+            for ours, theirs in keys.names(table, state).items():
+                made[theirs if bare else prefix + theirs] = tuple(state[ours].shape)
+    return made
+
+
+def t5_shapes(config: T5Config) -> Shapes:
+    state = on_meta(lambda: T5Encoder(config)).state_dict()
+    return {theirs: tuple(state[ours].shape) for ours, theirs in keys.names(keys.T5, state).items()}
+
+
+def header(shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None) -> tuple[dict, int]:
+    """The header of a safetensors file and the bytes of its tensors."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + prod(shape) * SIZES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    return entries, end
+
+
+def sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None) -> Path:
+    """A whole safetensors file of zeros that takes no room on the disk."""
+    entries, size = header(shapes, dtype=dtype, metadata=metadata)
+    return framed(path, json.dumps(entries).encode(), size)
+
+
+def framed(path: Path, text: bytes, size: int) -> Path:
+    """Length, header, and `size` bytes of zeros."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    return path
+
+
+def config_of(
+    transformer: TransformerConfig | None = None,
+    vae: VAEConfig | None = None,
+    schedule: Schedule | None = LINEAR_QUADRATIC,
+    **more: Any,
+) -> dict[str, str]:
+    """The metadata of an official header. more: entries of the config beside the components'."""
+    parts = {"transformer": transformer, "vae": vae, "scheduler": schedule}
+    return {"config": json.dumps({name: part.header() for name, part in parts.items() if part is not None} | more)}
+
+
+def same(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether two modules hold the same numbers under the same names, the second one's rounded to `dtype`."""
+    first, second = ours.state_dict(), theirs.state_dict()
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor if dtype is None else tensor.to(dtype)
+
+    return list(first) == list(second) and all(torch.equal(first[name], rounded(second[name])) for name in first)

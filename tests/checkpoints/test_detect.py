@@ -1,0 +1,327 @@
+"""What a single file is: its header is believed, then its shapes, then its name; what stays open is asked for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kadr.checkpoints.detect import VAE_FAMILIES as VAES
+from kadr.checkpoints.open import Checkpoint
+from kadr.errors import CheckpointError
+from kadr.models.registry import DISTILLED_LEVELS, find
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
+from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
+from kadr.sampling.schedule import Schedule
+from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, SMALL_VAE, config_of, shapes_of, sparse
+
+SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+OLD_2B = replace(TRANSFORMER_2B, causal_positions=False)
+ERAS = {"0.9": (OLD_2B, SHIFTED), "0.9.1": (OLD_2B, SHIFTED), "0.9.5": (TRANSFORMER_2B, LINEAR_QUADRATIC)}
+
+
+def opened(
+    path: Path,
+    transformer: TransformerConfig | None = None,
+    vae: VAEConfig | None = None,
+    *,
+    metadata: Any = None,
+    bare: bool = False,
+    release: str | None = None,
+) -> Checkpoint:
+    sparse(path, shapes_of(transformer, vae, bare=bare), metadata=metadata)
+    return Checkpoint.open(path, release=find(release) if release else None)
+
+
+def refused(path: Path, shapes: dict[str, tuple[int, ...]], **more: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(sparse(path, shapes, **more))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+# The header
+
+
+@pytest.mark.parametrize("family", VAES)
+def test_a_header_is_read(tmp_path: Path, family: str) -> None:
+    transformer, schedule = ERAS[family]
+    metadata = config_of(transformer, VAES[family], schedule)
+    found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).detected
+    assert (found.transformer, found.vae, found.schedule) == (transformer, VAES[family], schedule)
+    assert (found.vae_family, found.layout, found.dtype) == (family, "single file", torch.bfloat16)
+    assert found.released is None
+    assert found.version == (family if family != "0.9.5" else "0.9.5 or later")
+
+
+def test_the_header_is_believed_before_the_shapes_and_the_name(tmp_path: Path) -> None:
+    metadata = config_of(OLD_2B, VAE_0_9_5, SHIFTED)
+    found = opened(
+        tmp_path / "ltxv-2b-0.9.6-dev-04-25.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata
+    ).detected
+    assert found.transformer == OLD_2B
+    assert found.schedule == SHIFTED
+
+
+def test_widths_of_ones_own_are_read_from_the_header(tmp_path: Path) -> None:
+    metadata = config_of(SMALL_TRANSFORMER, SMALL_VAE)
+    found = opened(tmp_path / "x.safetensors", SMALL_TRANSFORMER, SMALL_VAE, metadata=metadata).detected
+    assert (found.transformer, found.vae, found.vae_family) == (SMALL_TRANSFORMER, SMALL_VAE, "0.9.5")
+
+
+def test_a_header_without_causal_positions_has_none(tmp_path: Path) -> None:
+    header = TRANSFORMER_2B.header()
+    del header["causal_temporal_positioning"]
+    metadata = {"config": json.dumps({"transformer": header})}
+    found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, metadata=metadata).detected
+    assert found.transformer == OLD_2B
+    assert found.schedule == SHIFTED
+    assert found.version == "0.9 or 0.9.1"
+
+
+@pytest.mark.parametrize(("config", "name"), [(TRANSFORMER_2B, "ltxv-2b"), (TRANSFORMER_13B, "ltxv-13b")])
+def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: TransformerConfig, name: str) -> None:
+    metadata = config_of(config, VAE_0_9_5, allowed_inference_steps=DISTILLED_LEVELS)
+    found = opened(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).detected
+    assert found.schedule.allowed == DISTILLED_LEVELS
+    assert found.released is find(f"{name}-0.9.8-distilled")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"config": "{"}, "is not JSON"),
+        ({"config": "[]"}, "must be a JSON object"),
+        ({"config": '{"transformer": {}}'}, r"'transformer' that cannot be read .KeyError\('num_layers'"),
+        ({"config": '{"transformer": []}'}, "'transformer' that cannot be read"),
+        ({"config": '{"vae": {"dims": 3}}'}, "VAE's header has"),
+        ({"config": json.dumps({"scheduler": {"sampler": "Constant"}})}, "sampler is 'Constant'"),
+        ({"config": json.dumps({"transformer": {"qk_norm": "layer_norm"}})}, "qk_norm = 'layer_norm'"),
+    ],
+)
+def test_a_header_that_cannot_be_understood_is_refused(tmp_path: Path, metadata: Any, said: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors.*{said}"):
+        opened(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("family", VAES)
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["no metadata", "no config"])
+def test_without_a_header_the_vae_tells_the_era(tmp_path: Path, family: str, metadata: Any) -> None:
+    transformer, schedule = ERAS[family]
+    found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).detected
+    assert (found.transformer, found.vae, found.schedule) == (transformer, VAES[family], schedule)
+    assert found.vae_family == family
+
+
+def test_without_a_header_a_13b_transformer_is_0_9_7_or_later(tmp_path: Path) -> None:
+    found = opened(tmp_path / "x.safetensors", TRANSFORMER_13B, bare=True).detected
+    assert (found.transformer, found.vae, found.schedule) == (TRANSFORMER_13B, None, LINEAR_QUADRATIC)
+    assert found.version == "0.9.7 or later"
+
+
+@pytest.mark.parametrize("family", VAES)
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_vae_alone_is_recognised(tmp_path: Path, family: str, bare: bool) -> None:
+    checkpoint = opened(tmp_path / "x.safetensors", vae=VAES[family], bare=bare)
+    assert checkpoint.detected.vae == VAES[family]
+    assert not checkpoint.detected.has_transformer
+    assert checkpoint.describe().missing == ("transformer", "text encoder")
+    with pytest.raises(CheckpointError, match="has no transformer, only vae"):
+        checkpoint.load_transformer()
+
+
+@pytest.mark.parametrize(
+    ("transformer", "vae", "said"),
+    [
+        (SMALL_TRANSFORMER, VAE_0_9_5, "2 layers 32 wide are none of the released"),
+        (TRANSFORMER_2B, SMALL_VAE, "encoder ends 256 wide is none of the released"),
+    ],
+)
+def test_without_a_header_only_released_sizes_are_known(
+    tmp_path: Path, transformer: TransformerConfig, vae: VAEConfig, said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        opened(tmp_path / "x.safetensors", transformer, vae)
+
+
+# Names
+
+
+def test_without_header_and_vae_a_2b_transformer_asks_for_its_version(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Name the version .*ltxv-2b-0\.9\.6-dev"):
+        opened(tmp_path / "x.safetensors", TRANSFORMER_2B)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "schedule"),
+    [
+        ("ltx-video-2b-v0.9", OLD_2B, SHIFTED),
+        ("ltx-video-2b-v0.9.1", OLD_2B, SHIFTED),
+        ("ltxv-2b-0.9.6-dev-04-25", TRANSFORMER_2B, LINEAR_QUADRATIC),
+        ("LTXV-2B-0.9.8-distilled", TRANSFORMER_2B, LINEAR_QUADRATIC),
+    ],
+)
+def test_the_name_of_the_file_answers(
+    tmp_path: Path, name: str, expected: TransformerConfig, schedule: Schedule
+) -> None:
+    found = opened(tmp_path / f"{name}.safetensors", TRANSFORMER_2B, bare=True).detected
+    assert (found.transformer, found.schedule) == (expected, schedule)
+    assert found.released is not None
+    assert found.version == found.released.version
+
+
+def test_the_user_answers(tmp_path: Path) -> None:
+    found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, release="ltxv-2b-0.9.1").detected
+    assert (found.transformer, found.schedule, found.version) == (OLD_2B, SHIFTED, "0.9.1")
+
+
+def test_a_name_completes_what_the_header_says(tmp_path: Path) -> None:
+    metadata = config_of(TRANSFORMER_2B, VAE_0_9_5)
+    path = tmp_path / "ltxv-2b-0.9.6-distilled-04-25.safetensors"
+    found = opened(path, TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).detected
+    assert found.released is find("ltxv-2b-0.9.6-distilled")
+
+
+@pytest.mark.parametrize(
+    ("transformer", "vae", "more", "said"),
+    [
+        (TRANSFORMER_2B, VAE_0_9_5, {}, "layers: 28, not 48"),
+        (TRANSFORMER_13B, VAE_0_9_1, {}, "VAE: 0.9.1, not 0.9.5"),
+        (TRANSFORMER_13B, VAE_0_9_5, {"allowed_inference_steps": [1.0, 0.5]}, "distilled for certain noise levels"),
+    ],
+)
+def test_a_name_that_the_file_contradicts_is_dropped_or_if_the_user_said_it_refused(
+    tmp_path: Path, transformer: TransformerConfig, vae: VAEConfig, more: Any, said: str
+) -> None:
+    metadata = config_of(transformer, vae, **more)
+    found = opened(tmp_path / "ltxv-13b-0.9.8-dev.safetensors", transformer, vae, metadata=metadata).detected
+    assert found.released is None
+    with pytest.raises(CheckpointError, match=f"is not ltxv-13b-0.9.8-dev: {said}"):
+        opened(tmp_path / "x.safetensors", transformer, vae, metadata=metadata, release="ltxv-13b-0.9.8-dev")
+
+
+# Files of another kind
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "is a LoRA"),
+        ("diffusion_model.transformer_blocks.0.attn1.to_q.lora_B.default.weight", "is a LoRA"),
+        ("diffusion_model.transformer_blocks.0.attn1.to_q.lora_down.weight", "is a LoRA"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.alpha", "is a LoRA"),
+        ("model.diffusion_model.audio_patchify_proj.weight", "is LTX-2.*kadr runs LTX-Video 0.9 to 0.9.8"),
+        ("model.diffusion_model.transformer_blocks.0.audio_attn1.to_q.weight", "is LTX-2"),
+        ("model.diffusion_model.av_ca_video_scale_shift_adaln_single.linear.weight", "is LTX-2"),
+        ("audio_vae.decoder.conv_in.conv.weight", "is LTX-2"),
+        ("vocoder.conv_pre.weight", "is LTX-2"),
+        ("model.diffusion_model.video_embeddings_connector.learnable_registers", "is LTX-2"),
+        ("text_embedding_projection.aggregate_embed.weight", "is LTX-2"),
+        ("post_upsample_res_blocks.0.conv1.weight", "is a latent upscaler"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "is a T5 text encoder.*--text-encoder"),
+        ("shared.weight", "is a T5 text encoder"),
+        ("proj_in.weight", "one component of a diffusers folder"),
+        ("encoder.mid_block.resnets.0.conv1.conv.weight", "one component of a diffusers folder"),
+        ("model.layers.0.self_attn.q_proj.weight", "not a checkpoint of the LTX-Video family"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, said: str) -> None:
+    # Among tensors of a model, as in the files where such a name occurs.
+    shapes = {"model.diffusion_model.patchify_proj.weight": (4, 4), name: (4, 4)}
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(sparse(tmp_path / "x.safetensors", shapes))
+
+
+def test_ltx_2_is_known_by_its_header_too(tmp_path: Path) -> None:
+    metadata = {"config": json.dumps({"transformer": {"_class_name": "AVTransformer3DModel"}})}
+    assert "LTX-2" in refused(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_2B), metadata=metadata)
+
+
+def test_an_fp8_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    said = refused(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_2B, VAE_0_9_5), dtype="F8_E4M3")
+    assert "8-bit floats" in said
+    assert "Take the bf16 file" in said
+
+
+def test_a_tensor_of_no_component_is_named(tmp_path: Path) -> None:
+    shapes = shapes_of(TRANSFORMER_2B, VAE_0_9) | {"ema.decay": (1,)}
+    assert "1 of its 906 tensors" in (said := refused(tmp_path / "x.safetensors", shapes))
+    assert "ema.decay" in said
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    assert "none at all" in refused(tmp_path / "x.safetensors", {})
+
+
+# What inspect shows
+
+
+def test_a_checkpoint_is_described(tmp_path: Path) -> None:
+    metadata = config_of(TRANSFORMER_2B, VAE_0_9_1, SHIFTED)
+    checkpoint = opened(tmp_path / "ltx-video-2b-v0.9.1.safetensors", OLD_2B, VAE_0_9_1, metadata=metadata)
+    told = asdict(checkpoint.describe())
+    transformer, vae = told.pop("parts")
+    assert told == {
+        "path": str(checkpoint.path),
+        "layout": "single file",
+        "version": "0.9.1",
+        "model": "ltxv-2b-0.9.1",
+        "vae_family": "0.9.1",
+        "sampler": "Uniform",
+        "missing": ("text encoder",),
+    }
+    assert transformer == {
+        "name": "transformer",
+        "sizes": {"layers": 28, "width": 2048, "heads": 32},
+        "tensors": 28 * 25 + 15,
+        "parameters": 1_923_385_472,
+        "bytes": 2 * 1_923_385_472,
+        "dtype": "bfloat16",
+    }
+    assert (vae["name"], vae["tensors"], vae["sizes"]) == ("vae", 294, {"latent_channels": 128, "patch": 4})
+    assert checkpoint.size_bytes == transformer["bytes"] + vae["bytes"]
+    json.dumps(told)
+
+
+def test_a_text_encoder_beside_the_file_is_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    (tmp_path / "text_encoder" / "config.json").write_text("{}")
+    checkpoint = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=None)
+    assert checkpoint.describe().missing == ()
+
+
+INSPECT = """
+import sys, time, resource
+from kadr.checkpoints.detect import VAE_FAMILIES as VAES
+from kadr.checkpoints.open import Checkpoint
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+described = Checkpoint.open(sys.argv[1]).describe()
+seconds = time.process_time() - began
+print(described.model, sum(part.bytes for part in described.parts), seconds)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_28_gigabytes_are_inspected_in_less_than_a_second_and_without_being_read(tmp_path: Path) -> None:
+    metadata = config_of(TRANSFORMER_13B, VAE_0_9_5)
+    path = sparse(tmp_path / "ltxv-13b-0.9.7-dev.safetensors", shapes_of(TRANSFORMER_13B, VAE_0_9_5), metadata=metadata)
+    run = subprocess.run([sys.executable, "-c", INSPECT, str(path)], check=True, capture_output=True, text=True)
+    model, size, seconds, grown = run.stdout.split()
+    assert (model, int(size)) == ("ltxv-13b-0.9.7-dev", path.stat().st_size - header_bytes(path))
+    assert int(size) > 28e9
+    assert float(seconds) < 1
+    assert int(grown) < 30e6
+
+
+def header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")

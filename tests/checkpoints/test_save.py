@@ -1,0 +1,220 @@
+"""What kadr writes is read by kadr, by safetensors, by the official package and by transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from ltx_video.models.autoencoders.causal_video_autoencoder import CausalVideoAutoencoder
+from ltx_video.models.transformers.transformer3d import Transformer3DModel
+from ltx_video.schedulers.rf import RectifiedFlowScheduler
+from safetensors import safe_open
+
+from kadr.checkpoints import keys
+from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
+from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder
+from kadr.errors import CheckpointError
+from kadr.models.t5 import T5Encoder
+from kadr.models.transformer import Transformer
+from kadr.models.vae import VAE
+from kadr.sampling.positions import positions
+from kadr.sampling.schedule import Schedule
+from kadr.shapes import LatentGrid
+from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_T5, SMALL_TRANSFORMER, SMALL_VAE, same
+from tests.oracles import VAES, drawn, reduced, relative, sown
+from tests.text.test_tokenizer import train
+
+DISTILLED = Schedule(sampler="LinearQuadratic", allowed=(1.0, 0.5))
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Transformer:
+    return sown(lambda: Transformer(SMALL_TRANSFORMER))
+
+
+@pytest.fixture(scope="module")
+def vae() -> VAE:
+    return sown(lambda: VAE(SMALL_VAE))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory, transformer: Transformer, vae: VAE) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "x.safetensors"
+    write_single_file(
+        path,
+        transformer=transformer,
+        vae=vae,
+        schedule=DISTILLED,
+        dtype=torch.float32,
+        metadata={"trained_on": "shapes"},
+    )
+    return path
+
+
+# The official package
+
+
+@torch.inference_mode()
+def test_the_official_transformer_loads_the_file_and_computes_the_same(path: Path, transformer: Transformer) -> None:
+    official = Transformer3DModel.from_pretrained(path).eval()
+    where = positions(LatentGrid(2, 2, 2), fps=24, causal=True)[None]
+    noise, text, level = drawn(1, 8, 12), drawn(1, 5, 24, seed=2), torch.full((1, 1), 0.7)
+    mask = torch.arange(5)[None] < 3
+    theirs = official(
+        noise,
+        indices_grid=where,
+        encoder_hidden_states=text,
+        encoder_attention_mask=mask.long(),
+        timestep=level,
+        return_dict=False,
+    )[0]
+    assert relative(transformer(noise, transformer.rope(where), text, mask, level), theirs) < 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", VAES)
+def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, family: str) -> None:
+    ours = sown(lambda: VAE(reduced(VAES[family], width=8)))
+    write_single_file(tmp_path / "x.safetensors", vae=ours, schedule=LINEAR_QUADRATIC, dtype=torch.float32)
+    official = CausalVideoAutoencoder.from_pretrained(tmp_path / "x.safetensors").eval()
+    assert torch.equal(official.mean_of_means, ours.statistics.mean)
+    assert torch.equal(official.std_of_means, ours.statistics.deviation)
+    pixels = drawn(1, 3, 9, 32, 32)
+    assert relative(ours.moments(pixels).mean, official.encode(pixels).latent_dist.mean) < 1e-5
+    assert set(official.state_dict()) - {"mean_of_means", "std_of_means"} == {
+        name for name in keys.names(keys.VAE, ours.state_dict()).values() if "statistics" not in name
+    }
+
+
+def test_the_official_scheduler_loads_the_file(path: Path) -> None:
+    official = RectifiedFlowScheduler.from_pretrained(path)
+    official.set_timesteps(8, samples_shape=torch.Size((1, 128, 4, 4, 4)))
+    assert torch.allclose(official.timesteps, LINEAR_QUADRATIC.levels(8, tokens=64))
+
+
+# kadr and safetensors
+
+
+def test_what_was_written_is_opened_as_it_was(path: Path, transformer: Transformer, vae: VAE) -> None:
+    checkpoint = Checkpoint.open(path)
+    found = checkpoint.detected
+    assert (found.transformer, found.vae, found.schedule) == (SMALL_TRANSFORMER, SMALL_VAE, DISTILLED)
+    assert found.dtype == torch.float32
+    assert same(checkpoint.load_transformer(), transformer)
+    assert same(checkpoint.load_vae(), vae)
+
+
+def test_safetensors_reads_the_file_and_finds_the_metadata(path: Path, transformer: Transformer) -> None:
+    with safe_open(path, "pt") as file:
+        metadata, names = file.metadata(), set(file.keys())
+        first = file.get_tensor("model.diffusion_model.patchify_proj.weight")
+    assert torch.equal(first, transformer.patch_in.weight)
+    assert metadata["trained_on"] == "shapes"
+    assert metadata["format"] == "pt"
+    config = json.loads(metadata["config"])
+    assert config.keys() == {"transformer", "vae", "scheduler", "allowed_inference_steps"}
+    assert config["allowed_inference_steps"] == [1.0, 0.5]
+    assert {name.split(".")[0] for name in names} == {"model", "vae"}
+    assert not {f"vae.{name}" for name in keys.VAE_UNUSED} & names
+
+
+def test_levels_are_written_only_where_they_are_fixed(tmp_path: Path, vae: VAE) -> None:
+    write_single_file(tmp_path / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"]).keys() == {"vae", "scheduler"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_tensor_is_written_in_the_dtype_asked_for(tmp_path: Path, vae: VAE, dtype: torch.dtype) -> None:
+    write_single_file(tmp_path / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC, dtype=dtype)
+    checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
+    assert {info.dtype for info in checkpoint.sources["vae"].infos.values()} == {dtype}
+    assert same(checkpoint.load_vae(), vae, dtype)
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path, vae: VAE) -> None:
+    for name in ("one", "two"):
+        write_single_file(tmp_path / name, vae=vae, schedule=LINEAR_QUADRATIC)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_tensors_of_any_layout_are_written_as_they_read(tmp_path: Path) -> None:
+    tensors = {"turned": drawn(3, 5).T, "every other": drawn(10)[::2], "number": torch.tensor(2.0), "none": drawn(0, 4)}
+    write_tensors(tmp_path / "x.safetensors", tensors, dtype=torch.float32)
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_the_tensors_start_where_they_can_be_mapped(path: Path) -> None:
+    source = Checkpoint.open(path).sources["vae"]
+    assert all(info.start % 4 == 0 for info in source.infos.values())
+
+
+# Atomic
+
+
+def test_a_file_that_could_not_be_finished_leaves_the_old_one(tmp_path: Path, vae: VAE) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(NotImplementedError):  # a meta tensor has no numbers
+        write_tensors(path, {"a": drawn(4), "b": torch.empty(4, device="meta")}, dtype=torch.float32)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path: Path, vae: VAE) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written: No such file or directory"):
+        write_single_file(tmp_path / "none" / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC)
+
+
+def test_nothing_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a transformer, a VAE or both"):
+        write_single_file(tmp_path / "x.safetensors", schedule=LINEAR_QUADRATIC)
+
+
+# Text encoders
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "some.model").write_bytes(train())
+    encoder = sown(lambda: T5Encoder(SMALL_T5))
+    write_text_encoder(folder / "home", encoder, folder / "some.model", dtype=torch.float32)
+    return folder / "home"
+
+
+@torch.inference_mode()
+def test_transformers_loads_the_text_encoder_and_computes_the_same(text: Path) -> None:
+    theirs, loading = transformers.T5EncoderModel.from_pretrained(text / "text_encoder", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    ours = TextEncoderFolder.open(text).load()
+    tokens = TextEncoderFolder.open(text).tokenizer().encode("a red circle moving right")
+    expected = theirs.eval()(tokens.ids, attention_mask=tokens.mask).last_hidden_state
+    real = tokens.mask[0]
+    assert relative(ours(tokens.ids, tokens.mask)[:, real], expected[:, real]) < 1e-5
+
+
+def test_transformers_loads_the_tokenizer_and_gives_the_same_ids(text: Path) -> None:
+    ours = TextEncoderFolder.open(text).tokenizer().encode("a red circle moving right")
+    theirs = transformers.AutoTokenizer.from_pretrained(text / "tokenizer")("a red circle moving right").input_ids
+    assert theirs == ours.ids[ours.mask].tolist()
+
+
+def test_a_text_encoder_is_described(text: Path) -> None:
+    part = TextEncoderFolder.open(text).describe()
+    assert part.sizes == {"layers": 2, "width": 32, "vocabulary": 160}
+    assert (part.name, part.dtype, part.tensors) == ("text encoder", "float32", 2 * 9 + 3)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "some.model").write_bytes(train())
+    encoder = sown(lambda: T5Encoder(replace(SMALL_T5, vocabulary=149)))
+    write_text_encoder(tmp_path, encoder, tmp_path / "some.model")
+    with pytest.raises(CheckpointError, match="numbers up to 149, the encoder's vocabulary ends at 148"):
+        TextEncoderFolder.open(tmp_path).tokenizer()

@@ -1,0 +1,278 @@
+"""A source is safetensors without the reading: a header is believed where it can be checked, and bytes are mapped."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kadr.checkpoints.source import Source
+from kadr.errors import CheckpointError
+from tests.checkpoints.files import framed, sparse
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+]  # fmt: skip
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+def mapped(path: Path) -> list[range]:
+    """Where a file lies in this process's memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    bounds = [line.split()[0].split("-") for line in lines if line.endswith(str(path))]
+    return [range(int(start, 16), int(end, 16)) for start, end in bounds]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps")
+
+
+# Reading
+
+
+def test_every_dtype_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    tensors = {str(dtype): (drawn(3, 5, dtype=torch.float32) * 10).to(dtype) for dtype in DTYPES}
+    save_file(tensors, tmp_path / "x.safetensors", {"who": "a test"})
+    source = Source.open(tmp_path / "x.safetensors")
+    assert source.metadata == {"who": "a test"}
+    assert source.infos.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        read = source.read(name)
+        assert read.dtype == source.infos[name].dtype == tensor.dtype
+        assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_scalars_and_empty_tensors_come_back(tmp_path: Path) -> None:
+    save_file({"one": torch.tensor(7.0), "none": torch.zeros(3, 0)}, tmp_path / "x.safetensors")
+    source = Source.open(tmp_path / "x.safetensors")
+    assert source.read("one").shape == ()
+    assert source.read("one").item() == 7.0
+    assert source.read("none").shape == (3, 0)
+
+
+def test_a_tensor_at_an_odd_place_comes_back(tmp_path: Path) -> None:
+    values = drawn(4, dtype=torch.float32)
+    text = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    text += b" " * (1 - len(text) % 2)  # an odd length
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values.numpy().tobytes())
+    assert Source.open(path).infos["x"].start % 4
+    assert torch.equal(Source.open(path).read("x"), values)
+
+
+def test_sizes_are_counted_from_the_header(tmp_path: Path) -> None:
+    save_file({"a": drawn(10, 10), "b": drawn(3, dtype=torch.float32)}, tmp_path / "x.safetensors")
+    source = Source.open(tmp_path / "x.safetensors")
+    assert (source.size_bytes, source.parameters, source.dtype) == (212, 103, torch.bfloat16)
+
+
+# Mapping
+
+
+@needs_proc
+def test_a_tensor_shares_memory_with_its_file_until_it_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": drawn(300, 200), "b": drawn(64)}, path)
+    source = Source.open(path)
+    assert mapped(path) == []
+    first, second = source.read("a"), source.read("b")
+    (place,) = mapped(path)
+    assert first.data_ptr() in place
+    assert second.data_ptr() in place
+    view = first[1:]
+    del first, second
+    assert mapped(path)
+    del view
+    gc.collect()
+    assert mapped(path) == []
+
+
+def test_reading_26_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    shapes = {f"layer.{i}": (16384, 8192) for i in range(104)}
+    source = Source.open(sparse(tmp_path / "large.safetensors", shapes))
+    assert source.size_bytes > 26e9
+    before = psutil.Process().memory_info().rss
+    read = [source.read(name) for name in source.infos]
+    assert all(tensor[-1, -1] == 0 for tensor in read)  # one page each
+    assert psutil.Process().memory_info().rss - before < 20e6
+
+
+def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": drawn(8)}, path)
+    before = path.read_bytes()
+    Source.open(path).read("a").fill_(1.0)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_replaced_another_is_read_and_not_the_old_one(tmp_path: Path) -> None:
+    path, new = tmp_path / "x.safetensors", tmp_path / "new.safetensors"
+    save_file({"a": torch.zeros(4)}, path)
+    old = Source.open(path).read("a")
+    save_file({"a": torch.ones(4)}, new)
+    new.replace(path)
+    assert Source.open(path).read("a").tolist() == [1.0] * 4
+    assert old.tolist() == [0.0] * 4
+
+
+def test_a_file_that_shrank_after_it_was_opened_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": drawn(1000)}, path)
+    source = Source.open(path)
+    os.truncate(path, 200)
+    with pytest.raises(CheckpointError, match="shrank to 200 bytes"):
+        source.read("a")
+
+
+# Folders
+
+
+def shards(folder: Path, *, index: str = "model.safetensors.index.json", stem: str = "model") -> dict[str, Tensor]:
+    folder.mkdir(exist_ok=True)
+    tensors = {"a": drawn(3), "b": drawn(4, 2), "c": drawn(5)}
+    files = {name: f"{stem}-0000{i}-of-00003.safetensors" for i, name in enumerate(tensors, start=1)}
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, folder / files[name])
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("index", "stem"),
+    [
+        ("model.safetensors.index.json", "model"),
+        ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model"),
+        ("diffusion_pytorch_model.safetensors.index.fp16.json", "diffusion_pytorch_model.fp16"),
+        ("model.fp16.safetensors.index.json", "model.fp16"),
+    ],
+)
+def test_shards_are_seen_as_one_mapping(tmp_path: Path, index: str, stem: str) -> None:
+    tensors = shards(tmp_path, index=index, stem=stem)
+    source = Source.open(tmp_path)
+    assert source.infos.keys() == tensors.keys()
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("present", "taken"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], "model.safetensors"),
+        (["model.fp16.safetensors", "model.bf16.safetensors"], "model.bf16.safetensors"),
+        (["diffusion_pytorch_model.fp16.safetensors"], "diffusion_pytorch_model.fp16.safetensors"),
+        (["diffusion_pytorch_model.safetensors", "notes.safetensors"], "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_the_unmarked_weights_are_taken_before_a_variant(tmp_path: Path, present: list[str], taken: str) -> None:
+    for name in present:
+        save_file({name: drawn(1)}, tmp_path / name)
+    assert list(Source.open(tmp_path).infos) == [taken]
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    shards(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"1 of its 3 shards: model-00002-of-00003\.safetensors"):
+        Source.open(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    shards(tmp_path)
+    save_file({"a": drawn(3)}, tmp_path / "model-00002-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match="tensor a is in two"):
+        Source.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["", "[]", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": "../other/model.safetensors"}}'],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match="as an index of shards"):
+        Source.open(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no weights"):
+        Source.open(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle"):
+        Source.open(tmp_path)
+
+
+# Files that are something else
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.safetensors", b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
+        ("x.safetensors", b"\n <html lang=en>", "a web page"),
+        ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        ("x.safetensors", b"GGUF\x03\x00\x00\x00" + bytes(64), "a GGUF file"),
+        ("x.safetensors", b"PK\x03\x04" + bytes(64), "a pickle"),
+        ("x.ckpt", b"\x80\x02}q\x00." + bytes(64), "a pickle"),
+        ("x.pt", bytes(64), "a pickle"),
+        ("x.safetensors", b"", r"\(0 bytes\) is not a safetensors file"),
+        ("x.safetensors", b"\x02\x00\x00\x00", "is not a safetensors file"),
+        ("x.safetensors", bytes(64), "is not a safetensors file"),
+        ("x.safetensors", b'{"error": "not found"}', "is not a safetensors file"),
+        ("x.safetensors", (1 << 40).to_bytes(8, "little") + b"{", "is not a safetensors file"),
+        ("x.safetensors", (900).to_bytes(8, "little") + b'{"a":' + bytes(50), "cut short: it has 63 bytes, .* 908"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        Source.open(tmp_path / name)
+
+
+def test_a_file_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Source.open(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("change", "said"), [(-1, "is cut short"), (1, "is too long")])
+def test_a_file_that_is_not_as_long_as_its_header_promises_is_refused(tmp_path: Path, change: int, said: str) -> None:
+    path = sparse(tmp_path / "x.safetensors", {"a": (1000,)})
+    whole = path.stat().st_size
+    os.truncate(path, whole + change)
+    with pytest.raises(
+        CheckpointError, match=f"{said}: it has {whole + change:,} bytes, its header promises {whole:,}"
+    ):
+        Source.open(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"a": nonsense}', "header cannot be read"),
+        (b'{"a": "\xff\xfe"}', "header cannot be read"),
+        (b'{"__metadata__": [1]}', "not a list of tensors"),
+        (b'{"a": 3}', "at the tensor a"),
+        (b'{"a": {"dtype": "F32"}}', "at the tensor a"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}', "does not fill bytes 0 to 4"),
+        (b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}', "at the tensor a"),
+        (b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}', "at the tensor a"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-8, -4]}}', "at the tensor a"),
+        (b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}', "stored as F4"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        Source.open(framed(tmp_path / "x.safetensors", text, 4))
+
+
+def test_a_header_longer_than_the_first_look_is_read(tmp_path: Path) -> None:
+    shapes = {f"a tensor with a rather long name, number {i}": (1,) for i in range(50)}
+    assert Source.open(sparse(tmp_path / "x.safetensors", shapes)).infos.keys() == shapes.keys()

@@ -1,0 +1,92 @@
+"""The command line, run in this process, on an engine that makes nothing but notes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+from kadr.cli import making
+from kadr.cli.main import main
+from kadr.pipeline.progress import Progress
+from kadr.pipeline.request import Request
+from kadr.shapes import Size
+
+RECIPE = {"size": Size(64, 64), "frames": 9, "fps": 24.0, "steps": 4, "guidance": 3.0, "stochastic": False}
+
+
+class Ended(NamedTuple):
+    """How a run ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class FakeEngine:
+    """Notes what is asked, and writes a few bytes for a video."""
+
+    name: str = "fake"
+    opened: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    during: Callable[[], None] = lambda: None  # happens while the video is half written
+    latents: Any = None
+
+    def open(self, model: str | Path, **options: Any) -> FakeEngine:
+        self.opened.append((str(model), {name: value for name, value in options.items() if value is not None}))
+        self.name = str(model)
+        return self
+
+    def resolve(self, request: Request) -> Request:
+        return request.filled(RECIPE)
+
+    def write(self, request: Request, path: Path, *, watch: Callable[[Progress], None]) -> SimpleNamespace:
+        self.requests.append(request)
+        whole = self.resolve(request)
+        part = path.with_name(".part.mp4")
+        part.write_bytes(b"half")
+        try:
+            for step in range(3):
+                watch(Progress("denoise", step, 2, eta=1.0))
+            self.during()
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return SimpleNamespace(
+            path=path,
+            frames=whole.frames,
+            size=whole.size,
+            fps=whole.fps,
+            seconds=1.5,
+            latents=self.latents,
+            request=whole,
+        )
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
+    """The fake, in place of `Engine.open`, in an empty working directory."""
+    fake = FakeEngine()
+    monkeypatch.setattr(making, "open_engine", fake.open)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+@pytest.fixture
+def kadr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run `kadr` with these words."""
+
+    def run(*words: str | os.PathLike[str]) -> Ended:
+        with pytest.raises(SystemExit) as end:
+            main([os.fspath(word) for word in words])
+        out, err = capfd.readouterr()
+        code = end.value.code
+        return Ended(0 if code is None else int(code), out, err)
+
+    return run

@@ -1,0 +1,241 @@
+"""`kadr generate`: every flag reaches the request, and nothing but data reaches stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kadr.cli.official import LATER, RENAMED
+from kadr.errors import Cancelled, KadrWarning, NonFiniteError, RequestError
+from kadr.pipeline.request import Condition, Request
+from kadr.shapes import Size
+from tests.cli.conftest import Ended, FakeEngine
+
+Run = Callable[..., Ended]
+PROMPT = "a red circle"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    (tmp_path / "photo.jpg").write_bytes(b"looked at by the engine alone")
+    return "photo.jpg"
+
+
+@pytest.mark.parametrize(
+    "flags, field, value",
+    [
+        ("--size 704x480", "size", Size(704, 480)),
+        ("--frames 25", "frames", 25),
+        ("--seconds 2", "frames", 48),  # at the recipe's 24 per second
+        ("--seconds 2 --fps 30", "frames", 60),
+        ("--seconds 0.001", "frames", 1),
+        ("--fps 29.97", "fps", 29.97),
+        ("--seed 7", "seed", 7),
+        ("--steps 8", "steps", 8),
+        ("--levels 1.0,0.9,.5", "levels", (1.0, 0.9, 0.5)),
+        ("--skip-initial 2", "skip_initial", 2),
+        ("--skip-final 3", "skip_final", 3),
+        ("--guidance 4.5", "guidance", 4.5),
+        ("--guidance-batch", "guidance_batch", True),
+        ("--negative-prompt blurry", "negative_prompt", "blurry"),
+        ("--stochastic", "stochastic", True),
+        ("--no-stochastic", "stochastic", False),
+        ("--image-noise 0.2", "image_noise", 0.2),
+        ("--image-crf 0", "image_crf", 0),
+        ("--decode-timestep 0.1", "decode_timestep", 0.1),
+        ("--decode-noise 0", "decode_noise", 0.0),
+    ],
+)
+def test_flag_reaches_the_request(kadr: Run, engine: FakeEngine, flags: str, field: str, value: Any) -> None:
+    ended = kadr("generate", PROMPT, *flags.split())
+    assert ended.code == 0, ended.err
+    assert getattr(engine.requests[0], field) == value
+
+
+def test_what_is_left_out_is_left_to_the_recipe(kadr: Run, engine: FakeEngine) -> None:
+    assert kadr("generate", PROMPT).code == 0
+    assert engine.requests == [Request(prompt=PROMPT)]
+    assert engine.opened == [("demo", {"device": "auto", "dtype": "auto"})]
+
+
+def test_flags_of_the_model_reach_the_engine(kadr: Run, engine: FakeEngine) -> None:
+    parts = ("--model", "m.safetensors", "--text-encoder", "t5", "--vae", "v.safetensors")
+    assert kadr("generate", PROMPT, *parts, "--device", "cuda:1", "--dtype", "float32").code == 0
+    options = {"text_encoder": Path("t5"), "vae": Path("v.safetensors"), "device": "cuda:1", "dtype": "float32"}
+    assert engine.opened == [("m.safetensors", options)]
+
+
+@pytest.mark.parametrize("numbers, frame, strength", [((), 0, 1.0), (("0",), 0, 1.0), (("0", "0.8"), 0, 0.8)])
+def test_image_takes_its_numbers_or_leaves_them(
+    kadr: Run, engine: FakeEngine, picture: str, numbers: tuple[str, ...], frame: int, strength: float
+) -> None:
+    assert kadr("generate", "--image", picture, *numbers, PROMPT).code == 0
+    expected = Condition(media=os.path.abspath(picture), frame=frame, strength=strength)
+    assert engine.requests == [Request(prompt=PROMPT, conditions=(expected,))]
+
+
+def test_image_is_looked_for_before_the_model_is_opened(kadr: Run, engine: FakeEngine) -> None:
+    ended = kadr("generate", PROMPT, "--image", "absent.jpg", "0", "1")
+    assert (ended.code, ended.out, engine.opened) == (1, "", [])
+    assert "absent.jpg" in ended.err
+
+
+@pytest.mark.parametrize("official, ours", RENAMED.items())
+@pytest.mark.parametrize("joined", [False, True])
+def test_official_name_is_ours(kadr: Run, engine: FakeEngine, official: str, ours: str, joined: bool) -> None:
+    value = {"--output": "named.mp4", "--negative-prompt": "dull"}.get(ours, "1")
+    assert kadr("generate", PROMPT, ours, value).code == 0
+    words = (f"{official}={value}",) if joined else (official, value)
+    assert kadr("generate", PROMPT, *words).code == 0
+    assert engine.requests[0] == engine.requests[1]
+    assert ours != "--output" or sorted(os.listdir()) == ["named.mp4"]
+
+
+def test_official_command_line_is_understood(kadr: Run, engine: FakeEngine, picture: str) -> None:
+    words = f"--prompt|{PROMPT}|--conditioning_media_paths|{picture}|--conditioning_start_frames|0|"
+    words += "--conditioning_strengths|0.5|--height|480|--width=704|--num_frames|17|--seed|3"
+    assert kadr("generate", *words.split("|")).code == 0
+    condition = Condition(media=os.path.abspath(picture), frame=0, strength=0.5)
+    made = Request(prompt=PROMPT, size=(704, 480), frames=17, seed=3, conditions=(condition,))
+    assert engine.requests == [made]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"--prompt x {name} y" for name in LATER),
+        "x --height 480",
+        "x --conditioning_media_paths a.jpg b.jpg --conditioning_start_frames 0",
+        "x --image photo.jpg 0.5",  # a strength where the frame should be
+        "x --image",
+        "x --size 704",
+        "x --levels 1.0;0.9",
+        "x --frames many",
+        "x --frames 9 --seconds 1",
+        "x --device tpu",
+        "x --dtype int4",
+        "x --wat",
+        "x y",
+        "",
+    ],
+)
+def test_bad_usage_ends_with_2_and_says_why(kadr: Run, engine: FakeEngine, words: str) -> None:
+    ended = kadr("generate", *words.split())
+    assert (ended.code, ended.out, engine.opened) == (2, "", [])
+    assert "Error: " in ended.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["x --frames 0", "x --guidance 0.5", "x --seconds -1", "x --seconds nan", "x --output no/such/folder/v.mp4"]
+    + ["x --output v.gif", "x --size 63x63", "x --save-latents l.pt", "x --save-latents no/such/l.safetensors"],
+)
+def test_refused_request_ends_with_1_and_leaves_nothing(kadr: Run, engine: FakeEngine, words: str) -> None:
+    ended = kadr("generate", *words.split())
+    assert (ended.code, ended.out, os.listdir()) == (1, "", [])
+    assert ended.err.splitlines()[-1].startswith("error: ")
+
+
+def test_stdout_is_the_path_and_stderr_the_talk(kadr: Run, engine: FakeEngine) -> None:
+    ended = kadr("generate", PROMPT, "--model", "m.safetensors")
+    assert ended == (0, "out.mp4\n", "denoising: 2 of 2\n9 frames of 64x64 at 24 per second, made in 0:02\n")
+
+
+def test_demo_is_announced_only_where_no_model_is_named(kadr: Run, engine: FakeEngine) -> None:
+    assert "kadr models" in kadr("generate", PROMPT).err.splitlines()[0]
+    assert "kadr models" not in kadr("generate", PROMPT, "--model", "demo").err
+
+
+def test_json_is_one_object_that_holds_the_request(kadr: Run, engine: FakeEngine) -> None:
+    told = json.loads(kadr("generate", PROMPT, "--model", "demo", "--seed", "5", "--json").out)
+    assert Request.from_json(told.pop("request")) == engine.resolve(Request(prompt=PROMPT, seed=5))
+    made = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "model": "demo", "seed": 5}
+    assert told == made
+
+
+def test_default_name_replaces_nothing(kadr: Run, engine: FakeEngine) -> None:
+    assert [kadr("generate", PROMPT).out for _ in range(3)] == ["out.mp4\n", "out-2.mp4\n", "out-3.mp4\n"]
+
+
+def test_named_output_is_replaced_and_a_folder_gets_a_new_file(kadr: Run, engine: FakeEngine, tmp_path: Path) -> None:
+    (tmp_path / "mine.mp4").write_bytes(b"old")
+    assert kadr("generate", PROMPT, "--output", "mine.mp4").out == "mine.mp4\n"
+    assert (tmp_path / "mine.mp4").read_bytes() == b"half"
+    (tmp_path / "videos").mkdir()
+    assert kadr("generate", PROMPT, "--output", "videos").out == f"{Path('videos', 'out.mp4')}\n"
+
+
+def test_latents_are_saved_under_their_name_with_the_request(kadr: Run, engine: FakeEngine) -> None:
+    import torch
+    from safetensors import safe_open
+
+    engine.latents = torch.arange(24.0).reshape(6, 1, 2, 2)
+    assert kadr("generate", PROMPT, "--model", "demo", "--save-latents", "l.safetensors").code == 0
+    with safe_open("l.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("latents"), engine.latents)
+        stored = json.loads(file.metadata()["kadr"])
+    assert Request.from_json(stored["request"]) == engine.resolve(Request(prompt=PROMPT))
+    assert sorted(os.listdir()) == ["l.safetensors", "out.mp4"]
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def raise_it() -> None:
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Cancelled("the watcher asked")])
+def test_cancelling_ends_with_130_and_leaves_nothing(kadr: Run, engine: FakeEngine, error: BaseException) -> None:
+    engine.during = raising(error)
+    ended = kadr("generate", PROMPT, "--save-latents", "l.safetensors")
+    assert (ended.code, ended.out, os.listdir()) == (130, "", [])
+    assert ended.err.splitlines()[-1] == "cancelled"
+
+
+@pytest.mark.parametrize("error", [RequestError("no"), NonFiniteError("no", stage="decode")])
+def test_explained_error_is_one_line(kadr: Run, engine: FakeEngine, error: Exception) -> None:
+    engine.during = raising(error)
+    ended = kadr("generate", PROMPT)
+    assert (ended.code, ended.out, os.listdir()) == (1, "", [])
+    assert ended.err.splitlines()[-1] == "error: no"
+    assert "Traceback" not in ended.err
+
+
+def test_unexpected_error_asks_for_a_report_and_shows_its_traceback_on_demand(
+    kadr: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.during = raising(ZeroDivisionError("by nought\nand more"))
+    monkeypatch.delenv("KADR_DEBUG", raising=False)
+    ended = kadr("generate", PROMPT)
+    assert (ended.code, ended.out) == (1, "")
+    assert "ZeroDivisionError: by nought\n" in ended.err
+    assert "KADR_DEBUG=1" in ended.err
+    assert "Traceback" not in ended.err
+    monkeypatch.setenv("KADR_DEBUG", "1")
+    assert "Traceback" in kadr("generate", PROMPT).err
+
+
+def test_full_memory_is_no_bug(kadr: Run, engine: FakeEngine) -> None:
+    engine.during = raising(MemoryError())
+    ended = kadr("generate", PROMPT)
+    assert (ended.code, "--size" in ended.err, "bug" in ended.err) == (1, True, False)
+
+
+def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, engine: FakeEngine) -> None:
+    def warn() -> None:
+        warnings.warn("the prompt is cut:\n'tail'", KadrWarning, stacklevel=1)
+        warnings.warn("somebody else's", UserWarning, stacklevel=1)
+
+    engine.during = warn
+    ended = kadr("generate", PROMPT)
+    assert ended.code == 0
+    assert "warning: the prompt is cut: 'tail'\n" in ended.err
+    assert "somebody" not in ended.err
+    assert "test_generate" not in ended.err

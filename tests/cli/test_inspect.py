@@ -1,0 +1,112 @@
+"""`kadr inspect` and `kadr models`: what is in a file, and what can be named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kadr.cli.table import columns, in_words
+from kadr.media.video import VideoWriter
+from kadr.models.registry import RELEASED
+from kadr.shapes import Size
+from tests import tiny
+from tests.cli.conftest import Ended
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+def test_checkpoint_is_described_in_words(kadr: Run, home: Path) -> None:
+    ended = kadr("inspect", home / tiny.MODEL)
+    assert (ended.code, ended.err) == (0, "")
+    lines = ended.out.splitlines()
+    assert lines[0].startswith("LTX-Video 0.9.5")
+    assert "LinearQuadratic" in lines[1]
+    assert [line.split("  ")[0] for line in lines[2:]] == ["part", "transformer", "vae", "text encoder"]
+    assert "float32" in lines[3]
+
+
+def test_checkpoint_is_described_in_json(kadr: Run, home: Path) -> None:
+    told = json.loads(kadr("inspect", home / tiny.MODEL, "--json").out)
+    assert (told["family"], told["layout"], told["vae_family"]) == ("LTX-Video", "single file", "0.9.5")
+    parts = {part["name"]: part for part in told["parts"]}
+    assert parts["transformer"]["sizes"]["layers"] == 2
+    assert parts["text encoder"]["sizes"]["vocabulary"] == tiny.t5_config().vocabulary
+    whole = (home / tiny.MODEL).stat().st_size
+    assert 0.9 * whole < parts["transformer"]["bytes"] + parts["vae"]["bytes"] < whole
+
+
+def test_missing_part_is_named_with_the_way_out(kadr: Run, home: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.safetensors"
+    alone.symlink_to(home / tiny.MODEL)
+    assert "missing: text encoder (" in kadr("inspect", alone).out
+    assert json.loads(kadr("inspect", alone, "--json").out)["missing"] == ["text encoder"]
+
+
+@pytest.mark.parametrize("folder", [".", "text_encoder"])
+def test_text_encoder_is_described(kadr: Run, home: Path, folder: str) -> None:
+    ended = kadr("inspect", home / folder)
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[0] == "T5 text encoder"
+    assert json.loads(kadr("inspect", home / folder, "--json").out)["family"] == "T5"
+
+
+def test_video_shows_its_request(kadr: Run, tmp_path: Path) -> None:
+    record = {"version": "0.1.0", "request": {"prompt": "a red circle", "frames": 9, "fps": None}}
+    with VideoWriter(tmp_path / "v.mp4", Size(64, 64), 24, metadata=record) as writer:
+        writer.write(np.zeros((1, 64, 64, 3), np.uint8))
+    assert json.loads(kadr("inspect", tmp_path / "v.mp4", "--json").out) == record
+    lines = kadr("inspect", tmp_path / "v.mp4").out.splitlines()
+    assert lines == ["version  0.1.0", "request", "  prompt  a red circle", "  frames  9"]
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "absent.mp4", "note.txt", "other.mp4", "."])
+def test_file_that_is_no_model_is_explained(
+    kadr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("note.txt").write_text("not a model")
+    with VideoWriter("other.mp4", Size(64, 64), 24) as writer:
+        writer.write(np.zeros((1, 64, 64, 3), np.uint8))
+    ended = kadr("inspect", name)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("error: ")
+    assert len(ended.err.splitlines()) == 1
+
+
+def test_models_lists_every_released_one(kadr: Run) -> None:
+    ended = kadr("models")
+    assert ended.code == 0, ended.err
+    head, *rows = ended.out.splitlines()
+    assert head.split() == ["name", "version", "bytes", "on", "disk", "licence"]
+    assert [row.split()[0] for row in rows] == [released.name for released in RELEASED]
+    assert "kadr generate --model" in ended.err
+
+
+def test_models_says_what_is_on_disk(kadr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kadr.checkpoints import hub
+
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(7))
+    monkeypatch.setattr(hub, "on_disk", lambda repo, name: file if "0.9.8" in name and "2b" in name else None)
+    entries = {entry["name"]: entry for entry in json.loads(kadr("models", "--json").out)}
+    here = entries["ltxv-2b-0.9.8-distilled"]
+    assert (here["on_disk"], here["bytes"]) == (str(file), 7)
+    assert entries["ltxv-13b-0.9.8-dev"]["on_disk"] is None
+
+
+def test_columns_line_up() -> None:
+    assert list(columns([("a", "long"), ("bcd", "e")])) == ["a    long", "bcd  e"]
+
+
+@pytest.mark.parametrize("number, words", [(7, "7"), (1500, "1.5 k"), (6_341_000_000, "6.34 G"), (419e6, "419 M")])
+def test_large_numbers_are_short(number: int, words: str) -> None:
+    assert in_words(number) == words

@@ -1,0 +1,112 @@
+"""`kadr` itself: help, version, and what a terminal or a pipe sees of the progress."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kadr.cli import progress
+from kadr.pipeline.progress import Progress
+from kadr.version import __version__
+from tests.cli.conftest import Ended, FakeEngine
+
+Run = Callable[..., Ended]
+SOURCES = Path(__file__).parents[2] / "src"
+HEAVY = {"torch", "numpy", "av", "PIL", "safetensors", "huggingface_hub", "rich", "tokenizers"}
+
+
+def test_version_is_data(kadr: Run) -> None:
+    assert kadr("--version") == (0, f"kadr {__version__}\n", "")
+
+
+def test_help_names_every_verb(kadr: Run) -> None:
+    ended = kadr("--help")
+    assert (ended.code, ended.err) == (0, "")
+    assert all(verb in ended.out for verb in ("generate", "rerun", "inspect", "models"))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["rerun", "--help"], ["--version"]])
+def test_answer_that_needs_no_model_loads_nothing_heavy(words: list[str]) -> None:
+    code = "import sys; from kadr.cli.main import main\ntry: main(sys.argv[1:])\n"
+    code += "except SystemExit: print(*sys.modules, file=sys.stderr)"
+    answer = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "kadr.cli.main" in answer.stderr.split()
+    assert HEAVY.isdisjoint(answer.stderr.split())
+
+
+def test_module_is_the_command() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "kadr", "--version"],
+        env={**os.environ, "PYTHONPATH": str(SOURCES)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (answer.returncode, answer.stdout) == (0, f"kadr {__version__}\n")
+
+
+@pytest.mark.parametrize("words", [["dance"], ["generate", "x", "--wat"]])
+def test_bad_usage_ends_with_2(kadr: Run, words: list[str]) -> None:
+    ended = kadr(*words)
+    assert (ended.code, ended.out) == (2, "")
+    assert "Error: No such" in ended.err
+
+
+def test_polite_kill_is_a_cancel(kadr: Run, engine: FakeEngine) -> None:
+    engine.during = lambda: signal.raise_signal(signal.SIGTERM)
+    ended = kadr("generate", "x")
+    assert (ended.code, os.listdir()) == (130, [])
+
+
+def test_lines_come_every_few_seconds_and_at_the_end_of_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    watch = progress.lines(lambda: now)
+    watch(Progress("text", 0, 1))
+    watch(Progress("text", 1, 1, eta=0.0))
+    for step in range(8):
+        now += 2.0
+        watch(Progress("denoise", step + 1, 9, eta=2.0 * (8 - step)))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "reading the prompt: 1 of 1",
+        "denoising: 3 of 9, 0:12 left",
+        "denoising: 6 of 9, 0:06 left",
+    ]
+
+
+def test_terminal_gets_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.shown() as watch:
+        watch(Progress("denoise", 0, 4))
+        watch(Progress("denoise", 2, 4, eta=61.0))
+        print("data")
+        watch(Progress("decode", 9, 9, eta=0.0))
+    shown = terminal.getvalue()
+    assert all(text in shown for text in ("denoising", "2/4", "decoding", "9/9"))
+    assert "data" not in shown
+    assert capsys.readouterr().out == "data\n"
+
+
+@pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (61.0, "1:01"), (3723.2, "1:02:03")])
+def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
+    assert progress.duration(seconds) == text

@@ -1,0 +1,125 @@
+"""`kadr rerun`: a video is made again from what its file remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kadr.media.video import VideoWriter, read_metadata, read_video
+from kadr.pipeline.request import Condition, Request
+from kadr.shapes import Size
+from kadr.version import __version__
+from tests import tiny
+from tests.cli.conftest import Ended, FakeEngine
+
+Run = Callable[..., Ended]
+Film = Callable[..., Path]
+REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, fps=24.0, seed=3, steps=4)
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Film:
+    """Write film.mp4 with a record, some of it replaced."""
+    model, text = tmp_path / "m.safetensors", tmp_path / "t5"
+    model.touch()
+    text.mkdir()
+    usual = {
+        "version": __version__,
+        "name": "m.safetensors",
+        "model": str(model),
+        "text_encoder": str(text),
+        "vae": str(model),
+        "device": "cpu",
+        "dtype": "float32",
+        "request": REQUEST.to_json(),
+    }
+
+    def write(**replaced: Any) -> Path:
+        with VideoWriter(tmp_path / "film.mp4", Size(64, 64), 24, metadata={**usual, **replaced}) as writer:
+            writer.write(np.zeros((1, 64, 64, 3), np.uint8))
+        return tmp_path / "film.mp4"
+
+    return write
+
+
+def test_everything_is_as_it_was(kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path) -> None:
+    ended = kadr("rerun", film())
+    assert ended[:2] == (0, f"{tmp_path / 'film-2.mp4'}\n"), ended.err
+    assert engine.requests == [REQUEST]
+    options = {"text_encoder": tmp_path / "t5", "device": "cpu", "dtype": "float32"}
+    assert engine.opened == [(str(tmp_path / "m.safetensors"), options)]
+    assert "warning" not in ended.err
+
+
+def test_seed_output_and_device_may_change(kadr: Run, engine: FakeEngine, film: Film) -> None:
+    assert kadr("rerun", film(), "--seed", "9", "--output", "new.mp4", "--device", "auto").out == "new.mp4\n"
+    assert engine.requests[0].seed == 9
+    assert engine.opened[0][1]["device"] == "auto"
+
+
+def test_vae_of_its_own_is_taken_again(kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path) -> None:
+    vae = tmp_path / "v.safetensors"
+    vae.touch()
+    assert kadr("rerun", film(vae=str(vae))).code == 0
+    assert engine.opened[0][1]["vae"] == vae
+
+
+@pytest.mark.parametrize("part", ["model", "text_encoder", "vae"])
+def test_missing_part_of_the_model_is_named(kadr: Run, engine: FakeEngine, film: Film, part: str) -> None:
+    ended = kadr("rerun", film(**{part: "/gone/part"}))
+    assert (ended.code, ended.out, engine.opened) == (1, "", [])
+    assert "/gone/part" in ended.err
+
+
+def test_released_model_that_moved_is_opened_by_name(kadr: Run, engine: FakeEngine, film: Film) -> None:
+    file = film(name="demo", model="/gone/demo.safetensors", vae="/gone/demo.safetensors", text_encoder="/gone/t5")
+    ended = kadr("rerun", file)
+    assert ended.code == 0, ended.err
+    assert engine.opened == [("demo", {"device": "cpu", "dtype": "float32"})]
+    assert "/gone/t5" in ended.err
+
+
+def test_missing_picture_is_named(kadr: Run, engine: FakeEngine, film: Film) -> None:
+    request = Request(prompt="x", conditions=[Condition(media="/gone/photo.jpg")])
+    ended = kadr("rerun", film(request=request.to_json()))
+    assert (ended.code, ended.out, engine.opened) == (1, "", [])
+    assert "/gone/photo.jpg" in ended.err
+
+
+def test_another_version_is_pointed_out(kadr: Run, engine: FakeEngine, film: Film) -> None:
+    ended = kadr("rerun", film(version="0.0.1"))
+    assert ended.code == 0
+    assert "warning: made with kadr 0.0.1" in ended.err
+
+
+@pytest.mark.parametrize("request_", [None, "text", {"prompt": "x", "unheard_of": 1}])
+def test_record_that_cannot_be_read_is_explained(kadr: Run, engine: FakeEngine, film: Film, request_: Any) -> None:
+    ended = kadr("rerun", film(request=request_))
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("error: ")
+
+
+def test_file_that_is_not_there_is_explained(kadr: Run, engine: FakeEngine) -> None:
+    ended = kadr("rerun", "absent.mp4")
+    assert (ended.code, ended.out) == (1, "")
+    assert "absent.mp4" in ended.err
+
+
+def test_a_video_made_again_has_the_same_frames(kadr: Run, tmp_path: Path) -> None:
+    """The whole way, on a real engine with a model of random weights."""
+    home = tiny.write(tmp_path / "model")
+    first = tmp_path / "first.mp4"
+    flags = ["--size", "64x32", "--frames", "9", "--steps", "2", "--seed", "3", "--device", "cpu"]
+    made = kadr("generate", "a red circle", "--model", home / tiny.MODEL, *flags, "--output", first)
+    assert made.code == 0, made.err
+    again, other = kadr("rerun", first), kadr("rerun", first, "--seed", "4")
+    assert (again.code, other.code) == (0, 0), again.err + other.err
+    frames = [read_video(path.strip()).frames for path in (made.out, again.out, other.out)]
+    assert frames[0].shape == (9, 32, 64, 3)
+    assert np.array_equal(frames[0], frames[1])
+    assert not np.array_equal(frames[0], frames[2])
+    assert read_metadata(first)["request"] == read_metadata(again.out.strip())["request"]

@@ -1,0 +1,48 @@
+"""The words of the command line: scripts stand on them. Change this list only with a reason."""
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from kadr.cli.main import app
+from kadr.cli.official import LATER, MEDIA, RENAMED, SIDES, STARTS, STRENGTHS
+
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
+VERBS = {
+    "generate": """PROMPT --model --size --frames --seconds --fps --seed --image --negative-prompt --steps --guidance
+        --output --json --save-latents --device --dtype --text-encoder --vae --levels --skip-initial --skip-final
+        --stochastic --no-stochastic --guidance-batch --image-noise --image-crf --decode-timestep --decode-noise""",
+    "rerun": "FILE --output --seed --model --device --json",
+    "inspect": "PATH --json",
+    "models": "--json",
+}
+OFFICIAL = """--num_frames --frame_rate --num_inference_steps --guidance_scale --negative_prompt --output_path
+    --image_cond_noise_scale --skip_initial_inference_steps --skip_final_inference_steps --decode_timestep
+    --decode_noise_scale --width --height --conditioning_media_paths --conditioning_start_frames
+    --conditioning_strengths"""
+
+
+def test_verbs_are_these() -> None:
+    assert list(typer.main.get_command(app).commands) == list(VERBS)
+
+
+@pytest.mark.parametrize("verb, words", VERBS.items())
+def test_words_of_a_verb_are_these(verb: str, words: str) -> None:
+    command = typer.main.get_command(app).commands[verb]
+    found = []
+    for parameter in command.params:
+        options = parameter.param_type_name == "option"
+        found += [*parameter.opts, *parameter.secondary_opts] if options else [parameter.metavar]
+    assert found == words.split()
+
+
+def test_official_names_are_these() -> None:
+    assert {*RENAMED, *SIDES, MEDIA, STARTS, STRENGTHS} == set(OFFICIAL.split())
+    assert set(LATER) == {"--pipeline_config", "--input_media_path", "--offload_to_cpu"}
+
+
+def test_every_word_is_in_the_reference() -> None:
+    text = REFERENCE.read_text("utf-8")
+    words = [word for words in (*VERBS.values(), OFFICIAL) for word in words.split()]
+    assert [word for word in words if word.strip("-") not in text] == []

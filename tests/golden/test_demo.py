@@ -1,0 +1,120 @@
+"""The bundled demo model: it does what it is told, it is an ordinary checkpoint, and it is cheap."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kadr
+from kadr import Engine, Request
+from kadr.checkpoints.open import Checkpoint
+from kadr.media.video import read_video
+from kadr.sampling.positions import positions
+from kadr.shapes import LatentGrid
+from train.evaluate import kept, obeyed
+from train.shapes import held_out_captions
+
+ASSETS = Path(kadr.__file__).parent / "assets" / "demo"
+PROMPT = "a red circle moving right on a black background"
+CAPTIONS, PICTURES = 60, 40
+SEED = 2026
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.open("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def told(engine: Engine) -> dict[str, float]:
+    return obeyed(engine, held_out_captions(CAPTIONS, SEED))
+
+
+@pytest.mark.parametrize(("what", "share"), [("colour", 0.95), ("motion", 0.90), ("shape", 0.80), ("background", 0.95)])
+def test_the_demo_shows_what_unseen_captions_say(told: dict[str, float], what: str, share: float) -> None:
+    assert told[what] >= share
+
+
+def test_guidance_makes_the_demo_obey_more(engine: Engine, told: dict[str, float]) -> None:
+    unguided = obeyed(engine, held_out_captions(CAPTIONS, SEED), guidance=1.0)
+    assert sum(told.values()) > sum(unguided.values())
+
+
+def test_a_given_first_frame_is_kept_and_moves_as_told(engine: Engine) -> None:
+    figures = kept(engine, held_out_captions(PICTURES, SEED + 1))
+    assert figures["psnr_mean"] >= 28
+    assert figures["motion"] >= 0.85
+
+
+def test_the_demo_is_at_most_25_megabytes() -> None:
+    assert 1e6 < sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 25e6
+
+
+def test_the_command_needs_30_seconds_and_one_and_a_half_gigabytes(tmp_path: Path) -> None:
+    output = tmp_path / "demo.mp4"
+    command = [sys.executable, "-m", "kadr", "generate", PROMPT, "--output", str(output), "--json"]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert process.stdout is not None
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    assert time.monotonic() - began < 30
+    assert usage.ru_maxrss * 1024 < 1.5e9
+    assert json.loads(said)["path"] == str(output)
+    clip = read_video(output)
+    assert clip.frames.shape == (25, 128, 128, 3)
+    assert clip.fps == 24
+
+
+def test_the_official_package_computes_the_same_velocity_from_the_shipped_file() -> None:
+    from ltx_video.models.transformers.transformer3d import Transformer3DModel
+
+    official = Transformer3DModel.from_pretrained(ASSETS / "demo.safetensors").float().eval()
+    ours = Checkpoint.open(ASSETS / "demo.safetensors").load_transformer(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    grid = LatentGrid(4, 4, 4)
+    tokens = torch.randn(1, grid.tokens, 128, generator=generator)
+    text = torch.randn(1, 12, ours.config.text_width, generator=generator)
+    mask = torch.arange(12)[None] < 9
+    level = torch.full((1, 1), 0.7)
+    where = positions(grid, fps=24, causal=True)[None]
+    with torch.inference_mode():
+        theirs = official(
+            tokens,
+            indices_grid=where,
+            encoder_hidden_states=text,
+            encoder_attention_mask=mask.long(),
+            timestep=level,
+            return_dict=False,
+        )[0]
+        mine = ours(tokens, ours.rope(where), text, mask, level)
+    assert (mine - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_the_official_package_computes_the_same_pixels_from_the_shipped_file() -> None:
+    from ltx_video.models.autoencoders.causal_video_autoencoder import CausalVideoAutoencoder
+
+    official = CausalVideoAutoencoder.from_pretrained(ASSETS / "demo.safetensors").float().eval()
+    ours = Checkpoint.open(ASSETS / "demo.safetensors").load_vae(torch.float32)
+    latents = torch.randn(1, 128, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    level = torch.tensor([0.05])
+    with torch.inference_mode():
+        restored = ours.statistics.restore(latents)
+        theirs = official.decode(restored, target_shape=(1, 3, 25, 128, 128), timestep=level).sample
+        mine = ours.decode(latents, level=level)
+    assert (mine - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_a_seed_gives_the_same_video_and_another_seed_another(engine: Engine) -> None:
+    first, again, other = (engine.generate(Request(prompt=PROMPT, seed=seed)).frames for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)

@@ -1,0 +1,252 @@
+"""The transformer against the official and the diffusers modules, and the refusals of its config."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from ltx_video.utils.diffusers_config_mapping import OURS_TRANSFORMER_CONFIG
+from torch import Tensor
+
+from kadr.errors import CheckpointError
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
+from kadr.sampling.positions import positions
+from kadr.shapes import LatentGrid
+from tests.oracles import diffusers_transformer, drawn, official_transformer, relative, sown
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+GRID = LatentGrid(2, 3, 4)
+TINY = TransformerConfig(layers=3, heads=4, head_width=10, text_width=24, channels=8)  # 40 = 6 * 6 + 4
+RELEASED_WIDTHS = {"2B": replace(TRANSFORMER_2B, layers=2), "13B": replace(TRANSFORMER_13B, layers=1)}
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Transformer:
+    return sown(lambda: Transformer(TINY))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch of two: other latents, texts of other lengths, other noise levels for every token."""
+
+    tokens: Tensor
+    positions: Tensor
+    text: Tensor
+    text_mask: Tensor
+    levels: Tensor
+
+    @classmethod
+    def of(cls, config: TransformerConfig, *, grid: LatentGrid = GRID, text_length: int = 9) -> Inputs:
+        grids = [positions(grid, fps=fps, causal=config.causal_positions) for fps in (30.0, 24.0)]
+        levels = torch.tensor([0.9094, 0.3])[:, None].repeat(1, grid.tokens)
+        levels[0, : grid.height * grid.width] = 0.0  # a clean first frame
+        levels[1, ::3] = torch.rand(levels[1, ::3].shape, generator=torch.Generator().manual_seed(3))
+        return cls(
+            tokens=drawn(2, grid.tokens, config.channels, seed=4),
+            positions=torch.stack(grids),
+            text=drawn(2, text_length, config.text_width, seed=5),
+            text_mask=torch.arange(text_length) < torch.tensor([text_length, 4])[:, None],
+            levels=levels,
+        )
+
+
+def velocity(model: Transformer, given: Inputs, *, mask: bool = True) -> Tensor:
+    rope = model.rope(given.positions)
+    return model(given.tokens, rope, given.text, given.text_mask if mask else None, given.levels)
+
+
+def official_velocity(model: Transformer, given: Inputs) -> Tensor:
+    return official_transformer(model)(
+        given.tokens,
+        indices_grid=given.positions,
+        encoder_hidden_states=given.text,
+        encoder_attention_mask=given.text_mask,
+        timestep=given.levels,
+        return_dict=False,
+    )[0]
+
+
+def diffusers_velocity(model: Transformer, given: Inputs) -> Tensor:
+    return diffusers_transformer(model)(
+        given.tokens,
+        encoder_hidden_states=given.text,
+        encoder_attention_mask=given.text_mask.to(given.tokens.dtype),
+        timestep=given.levels * 1000,
+        video_coords=given.positions,
+        return_dict=False,
+    )[0]
+
+
+# Against the oracles
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_velocity_equals_the_official_and_that_of_diffusers(tiny, causal):
+    given = Inputs.of(replace(TINY, causal_positions=causal))
+    ours = velocity(tiny, given)
+    assert ours.shape == given.tokens.shape
+    assert relative(ours, official_velocity(tiny, given)) <= 1e-5
+    assert relative(ours, diffusers_velocity(tiny, given)) <= 1e-5
+
+
+@pytest.mark.parametrize("size", RELEASED_WIDTHS)
+def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(size):
+    model = sown(lambda: Transformer(RELEASED_WIDTHS[size]))
+    given = Inputs.of(model.config)
+    ours = velocity(model, given)
+    assert relative(ours, official_velocity(model, given)) <= 1e-5
+    assert relative(ours, diffusers_velocity(model, given)) <= 1e-5
+
+
+@pytest.mark.parametrize("heads, head_width", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
+def test_velocity_equals_the_official_at_every_remainder_of_the_width(heads, head_width):
+    model = sown(lambda: Transformer(replace(TINY, heads=heads, head_width=head_width, layers=1)))
+    given = Inputs.of(model.config)
+    assert relative(velocity(model, given), official_velocity(model, given)) <= 1e-5
+
+
+def test_velocity_equals_the_official_where_the_text_is_all_padding(tiny):
+    given = Inputs.of(TINY)
+    given = replace(given, text_mask=given.text_mask & torch.tensor([[False], [True]]))
+    assert relative(velocity(tiny, given), official_velocity(tiny, given)) <= 1e-5
+
+
+def test_bfloat16_is_no_further_from_float32_than_the_official_package(tiny):
+    given = Inputs.of(TINY)
+    half = deepcopy(tiny).to(torch.bfloat16)
+    rounded = replace(given, tokens=given.tokens.bfloat16(), text=given.text.bfloat16())
+    exact, ours, theirs = velocity(tiny, given), velocity(half, rounded), official_velocity(half, rounded)
+    assert ours.dtype == torch.bfloat16
+    assert relative(ours, exact) <= 1.2 * relative(theirs, exact)
+    assert relative(ours, theirs) <= 1e-2
+
+
+# Laws
+
+
+def test_one_level_for_all_tokens_is_the_same_as_that_level_on_each(tiny):
+    given = Inputs.of(TINY)
+    one = torch.tensor([[0.7], [0.2]])
+    each = one.expand(-1, GRID.tokens)
+    assert relative(velocity(tiny, replace(given, levels=one)), velocity(tiny, replace(given, levels=each))) <= 1e-6
+
+
+def test_one_level_for_all_tokens_equals_the_official(tiny):
+    given = replace(Inputs.of(TINY), levels=torch.tensor([[1.0], [0.025]]))
+    ours = velocity(tiny, given)
+    assert relative(ours, official_velocity(tiny, given)) <= 1e-5
+    assert relative(ours, diffusers_velocity(tiny, given)) <= 1e-5
+
+
+def test_padded_text_changes_nothing(tiny):
+    given = Inputs.of(TINY)
+    loud = torch.where(given.text_mask[..., None], given.text, 50.0)
+    assert torch.equal(velocity(tiny, replace(given, text=loud)), velocity(tiny, given))
+    alone = replace(given, text=given.text[:, :4], text_mask=given.text_mask[:, :4])
+    assert relative(velocity(tiny, alone)[1], velocity(tiny, given)[1]) <= 1e-6
+    assert relative(velocity(tiny, alone)[0], velocity(tiny, given)[0]) > 1e-3  # there, it was not padding
+
+
+def test_no_mask_means_that_nothing_is_padding(tiny):
+    given = Inputs.of(TINY)
+    full = replace(given, text_mask=torch.ones_like(given.text_mask))
+    assert relative(velocity(tiny, given, mask=False), velocity(tiny, full)) <= 1e-6
+
+
+def test_a_mask_of_integers_means_the_same_as_one_of_truths(tiny):
+    given = Inputs.of(TINY)
+    assert torch.equal(velocity(tiny, replace(given, text_mask=given.text_mask.long())), velocity(tiny, given))
+
+
+def test_samples_of_a_batch_do_not_touch(tiny):
+    given = Inputs.of(TINY)
+    whole = velocity(tiny, given)
+    for index in range(2):
+        only = Inputs(*(field[index : index + 1] for field in vars(given).values()))
+        assert relative(velocity(tiny, only), whole[index : index + 1]) <= 1e-6
+
+
+def test_tokens_are_known_by_their_positions_and_not_by_their_order(tiny):
+    given = Inputs.of(TINY)
+    order = torch.randperm(GRID.tokens, generator=torch.Generator().manual_seed(6))
+    shuffled = replace(
+        given,
+        tokens=given.tokens[:, order],
+        positions=given.positions[..., order],
+        levels=given.levels[:, order],
+    )
+    assert relative(velocity(tiny, shuffled), velocity(tiny, given)[:, order]) <= 1e-6
+
+
+# The header
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TRANSFORMER_2B,
+        TRANSFORMER_13B,
+        replace(TRANSFORMER_2B, causal_positions=False),
+        replace(TINY, theta=500.0, limits=(10.0, 64.0, 32.0)),
+    ],
+    ids=["2B", "13B", "2B before 0.9.5", "tiny"],
+)
+def test_a_header_comes_back_from_json_as_it_went(config):
+    assert TransformerConfig.from_header(json.loads(json.dumps(config.header()))) == config
+
+
+def test_the_released_headers_are_read_as_their_sizes():
+    before = TransformerConfig.from_header(OURS_TRANSFORMER_CONFIG)
+    assert before == replace(TRANSFORMER_2B, causal_positions=False)
+    since = {name: value for name, value in OURS_TRANSFORMER_CONFIG.items() if name != "project_to_2d_pos"}
+    since |= {"causal_temporal_positioning": True}
+    assert TransformerConfig.from_header(since) == TRANSFORMER_2B
+    larger = {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
+    assert TransformerConfig.from_header(since | larger) == TRANSFORMER_13B
+
+
+@pytest.mark.parametrize(
+    "change, value",
+    [
+        ("_class_name", "AVTransformer3DModel"),  # LTX-2
+        ("qk_norm", None),
+        ("qk_norm", "layer_norm"),
+        ("standardization_norm", "layer_norm"),
+        ("adaptive_norm", "single_scale"),
+        ("norm_elementwise_affine", True),
+        ("norm_eps", 1e-5),
+        ("activation_fn", "geglu"),
+        ("attention_bias", False),
+        ("only_cross_attention", True),
+        ("double_self_attention", True),
+        ("upcast_attention", True),
+        ("positional_embedding_type", "absolute"),
+        ("timestep_scale_multiplier", 1),
+        ("timestep_scale_multiplier", None),
+        ("dropout", 0.1),
+        ("cross_attention_dim", 1024),
+        ("out_channels", 64),
+    ],
+    ids=str,
+)
+def test_a_header_that_no_released_transformer_has_is_refused_by_value(change, value):
+    with pytest.raises(CheckpointError, match=f"{change} = {re.escape(repr(value))};"):
+        TransformerConfig.from_header(TRANSFORMER_2B.header() | {change: value})
+
+
+@pytest.mark.parametrize("heads, head_width", [(1, 4), (3, 3)])
+def test_a_width_without_room_for_rotations_is_refused_by_value(heads, head_width):
+    with pytest.raises(CheckpointError, match=str(heads * head_width)):
+        replace(TINY, heads=heads, head_width=head_width)

@@ -1,0 +1,226 @@
+"""Sinusoids, rotations, norms and attention against closed forms, the official and the diffusers layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.normalization import RMSNorm as OracleRMSNorm
+from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed, apply_rotary_emb
+from ltx_video.models.autoencoders.causal_video_autoencoder import LayerNorm as OfficialLayerNorm
+from ltx_video.models.autoencoders.pixel_norm import PixelNorm
+from ltx_video.models.transformers.attention import Attention as OfficialAttention
+from torch import Tensor
+
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
+from kadr.nn.attention import Attention
+from kadr.nn.embedding import LevelEmbedding, sinusoid
+from kadr.nn.linear import Linear
+from kadr.nn.modulation import branch_bends
+from kadr.nn.norm import ChannelLayerNorm, RMSNorm, pixel_norm, rms_norm
+from kadr.nn.rope import Rope, rope_table
+from kadr.sampling.positions import positions
+from kadr.shapes import LatentGrid
+from tests.oracles import drawn, official_transformer_on_meta, relative, sown
+
+LIMITS = (20.0, 2048.0, 2048.0)
+ONE_PLACE = torch.tensor([9 / 30, 64.0, 96.0]).view(1, 3, 1)
+
+
+def table(places: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rope:
+    return rope_table(places, width, limits=LIMITS, theta=10000.0, dtype=dtype)
+
+
+def in_pairs(*values: float) -> list[float]:
+    return [value for value in values for _ in range(2)]
+
+
+# The sinusoid
+
+
+@pytest.mark.parametrize(
+    "level, dimensions",
+    [
+        (50.0, [0.964966, -0.827987, 0.999986, -0.262375, 0.560747, 0.005373]),
+        (909.4, [-0.090923, -0.386665, 0.995229, -0.995858, -0.92222, 0.097569]),
+    ],
+)
+def test_the_sinusoid_has_the_published_values(level, dimensions):
+    row = sinusoid(torch.tensor([level]))[0]
+    assert row.shape == (256,)
+    assert row[[0, 1, 127, 128, 129, 255]].tolist() == pytest.approx(dimensions, abs=2e-5)
+
+
+def test_the_sinusoid_equals_that_of_diffusers():
+    levels = torch.cat([torch.linspace(0, 1000, 401), torch.tensor([0.03, 999.99])])
+    expected = get_timestep_embedding(levels, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert (sinusoid(levels) - expected).abs().max() <= 2e-4  # 1000 radians in fp32 are known to 6e-5
+    assert relative(sinusoid(levels), expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_a_level_is_embedded_in_the_dtype_asked_for_from_a_sinusoid_in_fp32():
+    embedding = sown(lambda: LevelEmbedding(32)).to(torch.bfloat16)
+    levels = torch.tensor([993.7, 50.0])
+    made = embedding(levels, torch.bfloat16)
+    expected = embedding.second(torch.nn.functional.silu(embedding.first(sinusoid(levels).bfloat16())))
+    assert made.dtype == torch.bfloat16
+    assert torch.equal(made, expected)
+
+
+# Rotations
+
+
+def test_the_rotation_of_the_2b_has_the_published_values():
+    cosine, sine = (part[0, 0] for part in table(ONE_PLACE, 2048))
+    assert cosine.shape == (2048,)
+    expected = in_pairs(1, 0.047106, 0.098017, 0.14673, 0.005284, 0.057705)
+    assert cosine[:12].tolist() == pytest.approx(expected, abs=2e-6)
+    expected = in_pairs(0, -0.99889, -0.995185, -0.989177, -0.999986, -0.998334)
+    assert sine[:12].tolist() == pytest.approx(expected, abs=2e-6)
+    assert cosine[-6:].tolist() == pytest.approx(in_pairs(1, 0.0003, -0.707), abs=1e-3)
+
+
+def test_the_rotation_of_the_13b_has_the_published_values():
+    cosine, sine = (part[0, 0] for part in table(ONE_PLACE, 4096))
+    expected = in_pairs(1, 1, 0.047106, 0.098017, 0.14673, 0.026374)
+    assert cosine[:12].tolist() == pytest.approx(expected, abs=2e-6)
+    expected = in_pairs(-0.99889, -0.995185, -0.989177, -0.999652)
+    assert sine[4:12].tolist() == pytest.approx(expected, abs=2e-6)
+    assert sine[:4].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig(layers=0, heads=2, head_width=20)],
+    ids=["2B", "13B", "40"],
+)
+def test_the_table_equals_the_official_and_that_of_diffusers(config):
+    grids = [positions(LatentGrid(16, 3, 4), fps=fps, causal=causal) for fps, causal in ((30, True), (24, False))]
+    places = torch.stack(grids)
+    made = table(places, config.width)
+    official = official_transformer_on_meta(replace(config, layers=0))
+    for part, expected in zip(made, official.precompute_freqs_cis(places), strict=True):
+        assert part.shape == (2, 192, config.width)
+        assert (part - expected).abs().max() <= 1e-6
+    from_diffusers = LTXVideoRotaryPosEmbed(dim=config.width)(torch.zeros(2, 1), video_coords=places)
+    for part, expected in zip(made, from_diffusers, strict=True):
+        assert (part - expected).abs().max() <= 1e-6
+
+
+def test_the_table_is_computed_in_fp32_and_only_then_rounded():
+    exact, rounded = table(ONE_PLACE, 2048), table(ONE_PLACE, 2048, torch.bfloat16)
+    for full, half in zip(exact, rounded, strict=True):
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, full.bfloat16())
+
+
+def test_a_rotation_equals_that_of_diffusers():
+    x, rope = drawn(2, 5, 40), table(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 40)
+    assert torch.equal(rope(x), apply_rotary_emb(x, tuple(rope)))
+
+
+def test_a_rotation_turns_pairs_and_keeps_their_length():
+    angle = torch.tensor([0.3, -1.2]).repeat_interleave(2)
+    x = torch.tensor([1.0, 0.0, 0.0, 2.0])
+    turned = Rope(angle.cos(), angle.sin())(x[None, None])[0, 0]
+    expected = [math.cos(0.3), math.sin(0.3), -2 * math.sin(-1.2), 2 * math.cos(-1.2)]
+    assert turned.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_does_not_divide_by_six_stands_in_front_and_is_not_rotated():
+    for width in (36, 38, 40):
+        rope = table(ONE_PLACE, width)
+        rest = width % 6
+        assert torch.equal(rope.cosine[..., :rest], torch.ones(1, 1, rest))
+        assert torch.equal(rope.sine[..., :rest], torch.zeros(1, 1, rest))
+        assert rope.sine[..., rest:].ne(0).all()
+
+
+# Norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_tokens_equals_the_official_one(dtype):
+    x = (3 * drawn(2, 7, 64)).to(dtype)
+    assert torch.equal(rms_norm(x), OracleRMSNorm(64, eps=1e-6, elementwise_affine=False)(x).to(dtype))
+    ours = sown(lambda: RMSNorm(64, 1e-5)).to(dtype)
+    expected = OracleRMSNorm(64, eps=1e-5).to(dtype)
+    expected.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(x), expected(x))
+
+
+def test_the_norm_of_pixels_equals_the_official_one():
+    x = drawn(2, 24, 3, 4, 5)
+    assert relative(pixel_norm(x), PixelNorm()(x)) <= 1e-6
+    tiny = x * 1e-5  # where the epsilon counts
+    assert relative(pixel_norm(tiny), PixelNorm()(tiny)) <= 1e-6
+
+
+@torch.no_grad()
+def test_the_norm_of_a_shortcut_equals_the_official_one():
+    ours, official = sown(lambda: ChannelLayerNorm(24, eps=1e-6)), OfficialLayerNorm(24, eps=1e-6)
+    official.norm.load_state_dict(ours.state_dict())
+    x = drawn(2, 24, 3, 4, 5)
+    assert torch.equal(ours(x), official(x))
+
+
+# Attention and modulation
+
+NAMES = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0", "q_norm": "q_norm", "k_norm": "k_norm"}
+
+
+def official_attention(ours: Attention, context_width: int | None, rope: bool) -> OfficialAttention:
+    width = ours.q.in_features
+    with torch.device("meta"):
+        model = OfficialAttention(
+            query_dim=width,
+            cross_attention_dim=context_width,
+            heads=ours.heads,
+            dim_head=width // ours.heads,
+            bias=True,
+            qk_norm="rms_norm",
+            use_rope=rope,
+        )
+    weights = {}
+    for name, weight in ours.state_dict().items():
+        module, _, leaf = name.partition(".")
+        weights[f"{NAMES[module]}.{leaf}"] = weight
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+@torch.no_grad()
+def test_attention_among_tokens_equals_the_official_one():
+    ours = sown(lambda: Attention(48, 4))
+    x, rope = drawn(2, 7, 48), table(ONE_PLACE * torch.arange(7.0), 48)
+    expected = official_attention(ours, None, True)(x, freqs_cis=tuple(rope))
+    assert relative(ours(x, rope=rope), expected) <= 1e-6
+
+
+@torch.no_grad()
+def test_attention_to_a_text_of_another_width_equals_the_official_one():
+    ours = sown(lambda: Attention(48, 4, context_width=20))
+    x, text, bias = drawn(2, 7, 48), drawn(2, 5, 20, seed=2), torch.zeros(2, 1, 1, 5)
+    bias[1, ..., 3:] = -10000.0
+    rope = tuple(table(ONE_PLACE * torch.arange(7.0), 48))  # the official layer leaves it aside
+    expected = official_attention(ours, 20, True)(x, rope, encoder_hidden_states=text, attention_mask=bias[:, 0])
+    assert relative(ours(x, text, bias=bias), expected) <= 1e-6
+
+
+def test_bends_are_shift_scale_and_gate_first_around_attention_then_around_the_feed_forward():
+    names = torch.arange(6.0)[:, None].expand(6, 3)
+    attention, thought = branch_bends(names, torch.zeros(1, 1, 6, 3))
+    assert [part.unique().tolist() for part in (*attention, *thought)] == [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]
+    assert torch.equal(thought(torch.ones(1, 2, 3)), torch.full((1, 2, 3), 1.0 * (1 + 4) + 3))
+
+
+def test_every_linear_of_the_transformer_may_be_stored_otherwise():
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig(layers=1, heads=2, head_width=12))
+    plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert plain == []
+    assert any(isinstance(module, Linear) for module in model.modules())

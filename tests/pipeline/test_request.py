@@ -1,0 +1,212 @@
+"""Requests: what is refused, how the rest is filled in, and their form as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kadr import Condition, Request, Size
+from kadr.errors import KadrError, RequestError
+from kadr.models.registry import DISTILLED_LEVELS
+
+PROMPT = "a red circle"
+PHOTO = Condition(media="photo.jpg")
+FULL = Request(
+    prompt='ein roter Kreis, 電影 "кадр"',
+    size=Size(704, 480),
+    frames=25,
+    fps=23.976,
+    seed=-(2**70),
+    steps=12,
+    skip_initial=1,
+    skip_final=2,
+    guidance=3,
+    guidance_batch=True,
+    negative_prompt="",
+    stochastic=False,
+    conditions=(Condition(media="/a b/photo.jpg", strength=0.6),),
+    image_noise=0.15,
+    image_crf=0,
+    decode_timestep=0.05,
+    decode_noise=0.0,
+)
+BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_LEVELS, stochastic=True)
+RECIPE: dict[str, Any] = {
+    "size": Size(1216, 704),
+    "frames": 121,
+    "fps": 30.0,
+    "steps": 40,
+    "levels": None,
+    "guidance": 3.0,
+    "negative_prompt": "blurry",
+    "stochastic": False,
+    "image_noise": 0.15,
+    "image_crf": 29,
+    "decode_timestep": 0.05,
+    "decode_noise": 0.025,
+}
+DISTILLED = {**RECIPE, "steps": 8, "levels": DISTILLED_LEVELS, "guidance": 1.0}
+NAN, INFINITY = float("nan"), float("inf")
+
+REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, what the message must say
+    *(("prompt", value, "prompt") for value in ("", "   ", "\n\t", None, 5, b"circle")),
+    *(("negative_prompt", value, repr(value)) for value in (5, b"blurry", ["blurry"])),
+    *(("size", value, repr(value)) for value in ((64,), (64, 64, 3), 64, "wide", ())),
+    *(("size", value, "between 1 and 8192") for value in ((0, 64), (64, -1), (64, 8193))),
+    *(("size", value, "whole number") for value in ((64.0, 64), (64, "64"), (NAN, 64), (None, 64))),
+    *(("frames", value, "between 1 and 4097") for value in (0, -1, 4098, 10**9)),
+    *(("frames", value, "whole number") for value in (25.0, "25", NAN, True)),
+    *(("fps", value, "between 0.1 and 240") for value in (0, -24, 0.01, 241, 1e9)),
+    *(("fps", value, "must be a number") for value in (NAN, INFINITY, -INFINITY, "24", True)),
+    *(("seed", value, "whole number") for value in (1.0, "1", None, True, NAN)),
+    *(("steps", value, "between 1 and 1000") for value in (0, -1, 1001)),
+    *(("steps", value, "whole number") for value in (2.5, "4", NAN, True)),
+    *(("levels", value, "levels") for value in (0.5, "abc", ("a",), (1.0, None))),
+    *(("skip_initial", value, "skip_initial") for value in (-1, 0.5, "1", None)),
+    *(("skip_final", value, "skip_final") for value in (-1, 0.5, "1", None)),
+    *(("guidance", value, "between 1 and 100; 1 is off") for value in (0.99, 0, -3, 101)),
+    *(("guidance", value, "must be a number") for value in (NAN, INFINITY, "3")),
+    *(("conditions", value, "Condition") for value in (["photo.jpg"], PHOTO, "photo.jpg", None, [None])),
+    ("conditions", (PHOTO, PHOTO), "2 pictures"),
+    *(("image_noise", value, "image_noise") for value in (-0.1, NAN, 11, "a")),
+    *(("image_crf", value, "between 0 and 51") for value in (-1, 52)),
+    ("image_crf", 28.5, "whole number"),
+    *(("decode_timestep", value, "between 0 and 1") for value in (-0.1, 1.1)),
+    *(("decode_noise", value, "between 0 and 1") for value in (-0.1, 1.1)),
+    *(("decode_noise", value, "must be a number") for value in (NAN, "a")),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), REFUSED, ids=[f"{name}={value!r}" for name, value, _ in REFUSED])
+def test_a_value_that_no_video_can_have_is_refused_with_its_limit(name: str, value: Any, says: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Request(**{"prompt": PROMPT, name: value})
+    assert says in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    if isinstance(value, (int, float)) and name != "prompt":
+        assert f"{value:g}" in str(caught.value) or repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        *(("strength", value, "between 0 and 1") for value in (-0.1, 1.1, 5)),
+        *(("strength", value, "must be a number") for value in (NAN, INFINITY, "1", None, True)),
+        ("strength", 0, "Give more than 0"),
+        *(("frame", value, "frame 0 only") for value in (1, 8, -1, None, "0")),
+    ],
+)
+def test_a_condition_that_cannot_be_kept_is_refused_with_its_limit(name: str, value: Any, says: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Condition(**{"media": "photo.jpg", name: value})
+    assert says in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_levels_and_steps_are_the_one_or_the_other() -> None:
+    for more in ({"steps": 3}, {"skip_initial": 1}, {"skip_final": 1}):
+        with pytest.raises(RequestError, match="the one or the other"):
+            Request(prompt=PROMPT, levels=(1.0, 0.5), **more)
+
+
+def test_a_size_may_be_a_pair_and_lists_become_tuples() -> None:
+    made = Request(prompt=PROMPT, size=(64, 32), levels=[1.0, 0.5], conditions=[PHOTO])
+    assert made == Request(prompt=PROMPT, size=Size(64, 32), levels=(1.0, 0.5), conditions=(PHOTO,))
+    assert hash(made) == hash(Request(prompt=PROMPT, size=Size(64, 32), levels=(1.0, 0.5), conditions=(PHOTO,)))
+    assert Condition(media=Path("photo.jpg")) == PHOTO
+    assert made.media() == (Path("photo.jpg"),)
+
+
+@pytest.mark.parametrize("request_", [FULL, BY_LEVELS, Request(prompt=PROMPT), FULL.filled(RECIPE)])
+def test_a_request_survives_json(request_: Request) -> None:
+    text = json.dumps(request_.to_json(), allow_nan=False)
+    assert Request.from_json(json.loads(text)) == request_
+
+
+def test_json_without_defaults_is_read() -> None:
+    assert Request.from_json({"prompt": PROMPT}) == Request(prompt=PROMPT)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"prompt": PROMPT, "promt": "x"},
+        {"prompt": PROMPT, "size": "wide"},
+        {"prompt": PROMPT, "size": [64, 64]},
+        {"prompt": PROMPT, "seed": 1.5},
+        {"prompt": PROMPT, "levels": "abc"},
+        {"prompt": PROMPT, "levels": 1},
+        {"prompt": PROMPT, "conditions": None},
+        {"prompt": PROMPT, "conditions": ["photo.jpg"]},
+        {"prompt": PROMPT, "conditions": [{"media": "a", "framme": 0}]},
+        {"prompt": PROMPT, "conditions": [{"strength": 1.0}]},
+        {"prompt": PROMPT, "conditions": [{"media": "a", "strength": 7}]},
+    ],
+    ids=str,
+)
+def test_json_that_is_no_request_is_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        Request.from_json(data)
+
+
+# --- filling in ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_comes_from_the_recipe_and_what_is_said_stays() -> None:
+    made = Request(prompt=PROMPT).filled(RECIPE)
+    assert {name: getattr(made, name) for name in RECIPE} == RECIPE
+    assert FULL.filled(RECIPE) == FULL
+
+
+def test_nothing_is_taken_for_left_out() -> None:
+    """0, "" and False are said."""
+    said = {"guidance": 1.0, "negative_prompt": "", "stochastic": False, "image_noise": 0.0, "image_crf": 0}
+    said |= {"decode_noise": 0.0, "decode_timestep": 0.0}
+    made = Request(prompt=PROMPT, **said).filled({**RECIPE, "stochastic": True})
+    assert {name: getattr(made, name) for name in said} == said
+
+
+@pytest.mark.parametrize(
+    ("asked", "recipe", "steps", "levels"),
+    [
+        ({}, RECIPE, 40, None),
+        ({}, DISTILLED, None, DISTILLED_LEVELS),
+        ({"steps": 5}, RECIPE, 5, None),
+        ({"steps": 5}, DISTILLED, 5, None),
+        ({"levels": (0.9, 0.5)}, RECIPE, None, (0.9, 0.5)),
+        ({"levels": (0.9, 0.5)}, DISTILLED, None, (0.9, 0.5)),
+        ({"skip_final": 1}, RECIPE, 40, None),
+        ({"skip_final": 1}, DISTILLED, 8, None),
+        ({"skip_initial": 2, "steps": 6}, DISTILLED, 6, None),
+    ],
+)
+def test_either_steps_or_levels_are_filled_in(
+    asked: dict[str, Any], recipe: dict[str, Any], steps: int | None, levels: tuple[float, ...] | None
+) -> None:
+    made = Request(prompt=PROMPT, **asked).filled(recipe)
+    assert (made.steps, made.levels) == (steps, levels)
+
+
+def test_filling_twice_changes_nothing() -> None:
+    for recipe in (RECIPE, DISTILLED):
+        for asked in (Request(prompt=PROMPT), Request(prompt=PROMPT, steps=5), FULL, BY_LEVELS):
+            once = asked.filled(recipe)
+            assert once.filled(recipe) == once
+
+
+def test_fields_that_a_recipe_does_not_know_are_left_alone() -> None:
+    made = Request(prompt=PROMPT).filled({**RECIPE, "colour": "red", "prompt": "another"})
+    assert made.prompt == PROMPT
+    assert {field.name for field in fields(made)} == {field.name for field in fields(Request)}
+
+
+def test_a_filled_request_is_checked_as_any_other() -> None:
+    with pytest.raises(KadrError, match="guidance"):
+        Request(prompt=PROMPT).filled({**RECIPE, "guidance": 0.0})
+    with pytest.raises(RequestError, match="fps"):
+        replace(FULL, fps=0)

@@ -1,0 +1,117 @@
+"""Sizes and frame counts, against the rounding of the official script."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kadr.errors import RequestError
+from kadr.shapes import MAXIMUM_FRAMES, MAXIMUM_SIDE, LatentGrid, Size, snap_frames
+
+SIDES = [*range(1, 130), 480, 481, 703, 704, 705, 1216, 8191, 8192]
+
+
+@pytest.fixture(scope="module")
+def calculate_padding() -> Callable[..., tuple[int, int, int, int]]:
+    """The official function alone: importing inference.py needs imageio, torchvision and the whole of transformers."""
+    found = importlib.util.find_spec("ltx_video")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the official package is not installed")
+    source = (Path(found.submodule_search_locations[0]) / "inference.py").read_text()
+    function = next(
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name == "calculate_padding"
+    )
+    scope: dict[str, Any] = {}
+    exec(compile(ast.Module([function], type_ignores=[]), "inference.py", "exec"), scope)
+    return scope["calculate_padding"]
+
+
+def test_sides_snap_up_to_multiples_of_32_as_in_the_official_script() -> None:
+    for side in SIDES:
+        assert Size(side, 64).snapped() == Size(((side - 1) // 32 + 1) * 32, 64)
+        assert Size(64, side).snapped() == Size(64, ((side - 1) // 32 + 1) * 32)
+
+
+def test_snapping_twice_changes_nothing() -> None:
+    for side in SIDES:
+        made = Size(side, side).snapped()
+        assert made.snapped() == made
+        assert made.margins() == (0, 0, 0, 0)
+
+
+def test_margins_are_those_of_the_official_calculate_padding(calculate_padding: Callable[..., Any]) -> None:
+    for width in SIDES:
+        for height in (1, 31, 32, 33, 100, 705):
+            size = Size(width, height)
+            made = size.snapped()
+            assert size.margins() == calculate_padding(height, width, made.height, made.width)
+            left, right, top, bottom = size.margins()
+            assert (left + width + right, top + height + bottom) == (made.width, made.height)
+
+
+def test_frames_snap_up_to_8k_plus_1_as_in_the_official_script() -> None:
+    for frames in [*range(1, 300), MAXIMUM_FRAMES - 1, MAXIMUM_FRAMES]:
+        made = snap_frames(frames)
+        assert made == ((frames - 2) // 8 + 1) * 8 + 1
+        assert made % 8 == 1
+        assert 0 <= made - frames < 8
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "grid", "tokens"),
+    [
+        (Size(1216, 704), 121, LatentGrid(16, 22, 38), 13376),
+        (Size(768, 512), 97, LatentGrid(13, 16, 24), 4992),
+        (Size(800, 448), 121, LatentGrid(16, 14, 25), 5600),
+        (Size(1280, 704), 257, LatentGrid(33, 22, 40), 29040),
+        (Size(1200, 700), 120, LatentGrid(16, 22, 38), 13376),
+        (Size(1, 1), 1, LatentGrid(1, 1, 1), 1),
+        (Size(33, 1), 2, LatentGrid(2, 1, 2), 4),
+    ],
+)
+def test_grids_are_those_of_the_fact_sheet(size: Size, frames: int, grid: LatentGrid, tokens: int) -> None:
+    made = LatentGrid.of(size, frames)
+    assert made == grid
+    assert made.tokens == tokens
+    assert made.size == size.snapped()
+    assert made.video_frames == snap_frames(frames)
+
+
+def test_a_size_is_read_back_from_its_text() -> None:
+    for size in (Size(1, 1), Size(704, 480), Size(8192, 8192)):
+        assert Size.parse(str(size)) == size
+    assert Size.parse("704×480") == Size.parse(" 704 X 480 ") == Size(704, 480)
+
+
+@pytest.mark.parametrize("text", ["", "704", "704x", "x480", "704x480x3", "704 480", "-64x64", "64.5x64", "axb"])
+def test_a_text_that_is_no_size_is_refused_by_value(text: str) -> None:
+    with pytest.raises(RequestError, match="WIDTHxHEIGHT") as caught:
+        Size.parse(text)
+    assert repr(text) in str(caught.value)
+    with pytest.raises(RequestError, match="width is 0"):
+        Size.parse("0x64")
+
+
+@pytest.mark.parametrize("side", [0, -1, MAXIMUM_SIDE + 1, 64.0, "64", None, True, float("nan")])
+def test_a_side_that_no_picture_has_is_refused_by_value_and_limit(side: Any) -> None:
+    for made, name in ((lambda: Size(side, 64), "width"), (lambda: Size(64, side), "height")):
+        with pytest.raises(RequestError) as caught:
+            made()
+        assert name in str(caught.value)
+        assert str(side) in str(caught.value)
+        assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("frames", [0, -8, MAXIMUM_FRAMES + 1, 10**9, 25.0, "25", None, True])
+def test_a_frame_count_that_no_video_has_is_refused_by_value_and_limit(frames: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        snap_frames(frames)
+    assert str(frames) in str(caught.value)
+    assert str(MAXIMUM_FRAMES) in str(caught.value) or "whole number" in str(caught.value)

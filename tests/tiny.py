@@ -1,0 +1,152 @@
+"""A checkpoint of every kind, small enough to run in a test: random weights in the released layout, on disk.
+
+    home = write(tmp_path, family="0.9.1")
+    engine = kadr.Engine.open(home / MODEL)
+
+The folder holds `model.safetensors`, `text_encoder` and `tokenizer`, as kadr finds them beside each other, and as the
+official package and transformers read them.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import sentencepiece
+import torch
+from torch import Tensor, nn
+
+from kadr.checkpoints.save import write_single_file, write_text_encoder
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.vae import VAE, VAEConfig
+from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, Block
+from kadr.sampling.schedule import Schedule
+
+MODEL = "model.safetensors"
+CHANNELS = 8
+TEXT_WIDTH = 24
+SENTENCE = "a red circle moving right over the blue sea while birds fly slowly through golden light of evening"
+VAES = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
+LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
+SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def vae_config(family: str) -> VAEConfig:
+    """The blocks of a released VAE, in their order, with one layer each and few channels."""
+
+    def thin(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        return tuple(replace(block, layers=min(block.layers, 1)) for block in blocks)
+
+    full = VAES[family]
+    return replace(
+        full,
+        encoder_blocks=thin(full.encoder_blocks),
+        decoder_blocks=thin(full.decoder_blocks),
+        latent_channels=CHANNELS,
+        encoder_width=8,
+        decoder_width=8,
+    )
+
+
+def transformer_config(*, causal: bool = True) -> TransformerConfig:
+    return TransformerConfig(
+        layers=2, heads=4, head_width=16, text_width=TEXT_WIDTH, channels=CHANNELS, causal_positions=causal
+    )
+
+
+def t5_config() -> T5Config:
+    return T5Config(vocabulary=64, width=TEXT_WIDTH, layers=2, heads=3, head_width=8, hidden=40)
+
+
+def sown(build: Callable[[], Module], seed: int) -> Module:
+    """A module in which every number is random and activations keep their size from layer to layer."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        module = build().eval().requires_grad_(False)
+    module.to_empty(device="cpu")
+    for name, weight in module.state_dict().items():
+        _sow(name.rpartition(".")[2], weight, generator)
+    return module
+
+
+def _sow(leaf: str, weight: Tensor, generator: torch.Generator) -> None:
+    if leaf == "level_scale":
+        weight.fill_(900.0)  # not the released 1000, which code might have written down
+    elif leaf == "deviation" or (leaf == "weight" and weight.ndim == 1):
+        weight.uniform_(0.5, 1.5, generator=generator)
+    elif leaf == "weight":
+        bound = (3 / prod(weight.shape[1:])) ** 0.5
+        weight.uniform_(-bound, bound, generator=generator)
+    else:  # biases, tables of modulation, strengths of noise, latent means
+        weight.normal_(std=0.3, generator=generator)
+
+
+@cache
+def sentencepiece_model() -> bytes:
+    """A unigram model with T5's ids for padding, end and unknown."""
+    draw, words = random.Random(0), SENTENCE.split()
+    lines = [" ".join(draw.choices(words, k=draw.randint(3, 12))) for _ in range(300)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=40,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+Change = Callable[[nn.Module], None]
+
+
+def write(
+    folder: Path,
+    *,
+    family: str = "0.9.5",
+    causal: bool = True,
+    schedule: Schedule = LINEAR_QUADRATIC,
+    seed: int = 0,
+    change: dict[str, Change] | None = None,
+) -> Path:
+    """Write a whole model into a folder, which is made if absent, and return the folder.
+
+    Args:
+        family: of the VAE.
+        causal: whether the positions are, as from 0.9.5 on.
+        change: "transformer", "vae" or "text encoder" -> what to do to its weights before they are written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    modules: dict[str, nn.Module] = {
+        "transformer": sown(lambda: Transformer(transformer_config(causal=causal)), seed + 1),
+        "vae": sown(lambda: VAE(vae_config(family)), seed + 2),
+        "text encoder": sown(lambda: T5Encoder(t5_config()), seed + 3),
+    }
+    for name, do in (change or {}).items():
+        do(modules[name])
+    write_single_file(
+        folder / MODEL,
+        transformer=modules["transformer"],
+        vae=modules["vae"],
+        schedule=schedule,
+        dtype=torch.float32,
+    )
+    spiece = folder / "spiece.model"
+    spiece.write_bytes(sentencepiece_model())
+    write_text_encoder(folder, modules["text encoder"], spiece, dtype=torch.float32)
+    spiece.unlink()
+    return folder
