@@ -71,8 +71,12 @@ def open_pipeline(home: Path) -> LTXVideoPipeline:
     return pipeline
 
 
-def run(pipeline: LTXVideoPipeline, request: Request) -> Run:
-    """What infer() of inference.py does with a request that leaves nothing to a recipe."""
+def run(pipeline: LTXVideoPipeline, request: Request, start: Tensor | None = None) -> Run:
+    """What infer() of inference.py does with a request that leaves nothing to a recipe.
+
+    Args:
+        start: normalised latents to begin from.
+    """
     size = request.size
     assert isinstance(size, Size)
     assert request.frames is not None
@@ -100,7 +104,9 @@ def run(pipeline: LTXVideoPipeline, request: Request) -> Run:
             negative_prompt=request.negative_prompt,
             num_inference_steps=request.steps,
             timesteps=None if request.levels is None else list(request.levels),
+            skip_initial_inference_steps=request.skip_initial,
             skip_final_inference_steps=request.skip_final,
+            latents=start,
             guidance_scale=request.guidance,
             stg_scale=0.0,
             rescaling_scale=1.0,

@@ -192,6 +192,25 @@ def test_latents_pixels_and_frames_are_the_official_ones(
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        case("0.9.5", steps=6, skip_initial=4),
+        case("0.9", 1.0, steps=6, skip_initial=3, skip_final=1),
+        case("0.9.8 distilled", 0.6, steps=None, levels=(0.9094, 0.725, 0.4219), guidance=1.0),
+    ],
+    ids=["linear-quadratic", "SD3, with a picture", "levels, with a picture at 0.6"],
+)
+def test_latents_to_start_from_are_mixed_with_noise_as_the_official_pipeline_does(
+    given: Case, engine: Callable[[str], Engine], oracle: Callable[[str], Any], photo: Path
+) -> None:
+    request = asked(given, photo)
+    start = NoiseStreams(99).draw("start", (1, CHANNELS, 3, 3, 2))
+    made = engine(given.model).denoise(request, start=start)
+    assert relative(made, official.run(oracle(given.model), request, start).latents) <= LATENTS
+    assert relative(made, engine(given.model).denoise(request, start=-start)) > 0.1
+
+
+@pytest.mark.parametrize(
     ("name", "drawn"),
     [
         ("text, linear-quadratic, causal", ["initial", "decode"]),

@@ -32,8 +32,7 @@ class Components:
         self, checkpoint: Checkpoint, text: TextEncoderFolder, vae: Checkpoint | None, *, device: str, dtype: str
     ) -> None:
         self.checkpoint, self.text, self.vae = checkpoint, text, vae or checkpoint
-        self.transformer_config = _transformer_config(checkpoint)
-        _require_vae(self.vae)
+        self.transformer_config = require_parts(checkpoint, self.vae)
         parameters = sum(source.parameters for source in checkpoint.sources.values())
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device, parameters)
@@ -69,12 +68,20 @@ class Components:
         return {name: str(Path(path).resolve()) for name, path in parts.items()}
 
 
-def _transformer_config(checkpoint: Checkpoint) -> TransformerConfig:
-    if checkpoint.detected.transformer is None:
+def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:
+    """Check that there are a transformer and a VAE and that they fit each other.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    transformer = checkpoint.detected.transformer
+    if transformer is None:
         raise CheckpointError(f"{checkpoint.path} holds no transformer; give a checkpoint that does as --model.")
-    return checkpoint.detected.transformer
-
-
-def _require_vae(checkpoint: Checkpoint) -> None:
-    if checkpoint.detected.vae is None:
-        raise CheckpointError(f"{checkpoint.path} holds no VAE; give one with --vae, such as the full checkpoint.")
+    if vae.detected.vae is None:
+        raise CheckpointError(f"{vae.path} holds no VAE; give one with --vae, such as the full checkpoint.")
+    if vae.detected.vae.latent_channels != transformer.channels:
+        raise CheckpointError(
+            f"the VAE of {vae.path} has {vae.detected.vae.latent_channels} latent channels, the transformer of "
+            f"{checkpoint.path} {transformer.channels}. Take both from the same release."
+        )
+    return transformer

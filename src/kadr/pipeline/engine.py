@@ -14,10 +14,11 @@ from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
 from kadr.errors import Cancelled, KadrError, RequestError
 from kadr.media.image import DEFAULT_CRF
 from kadr.media.video import VideoWriter
+from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe
-from kadr.pipeline.components import Components
+from kadr.pipeline.components import Components, require_parts
 from kadr.pipeline.generate import Generation
-from kadr.pipeline.locate import locate
+from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.request import Request
 from kadr.pipeline.result import Made, Video
@@ -55,15 +56,14 @@ class Engine:
             RequestError: an unknown name, device or dtype.
             CheckpointError: a file is missing, damaged, incomplete, or not of this family.
         """
+        # What cannot work is refused before gigabytes are fetched for it: the names first, the text encoder last.
+        pick_dtype(dtype, pick_device(device), 0)
         found = locate(model, text_encoder=text_encoder, vae=vae)
         checkpoint = Checkpoint.open(found.model, release=found.released)
-        components = Components(
-            checkpoint,
-            TextEncoderFolder.open(found.text_encoder),
-            Checkpoint.open(found.vae) if found.vae else None,
-            device=device,
-            dtype=dtype,
-        )
+        own_vae = Checkpoint.open(found.vae) if found.vae else None
+        require_parts(checkpoint, own_vae or checkpoint)
+        text = TextEncoderFolder.open(found.text_encoder or fetched_text(found.released))
+        components = Components(checkpoint, text, own_vae, device=device, dtype=dtype)
         released = found.released or checkpoint.detected.released
         return cls(name=found.name, components=components, recipe=released.recipe if released else Recipe())
 

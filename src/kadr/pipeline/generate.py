@@ -50,6 +50,7 @@ class Generation:
         self.size = request.size if isinstance(request.size, Size) else Size(*_given(request.size))
         self.frames = _given(request.frames)
         self.grid = LatentGrid.of(self.size, self.frames)
+        self.shape = (1, components.transformer_config.channels, self.grid.frames, self.grid.height, self.grid.width)
         self.noise = NoiseStreams(request.seed)
         self.device, self.dtype = components.device, components.dtype
         self.levels = self._levels()
@@ -104,6 +105,7 @@ class Generation:
     @torch.no_grad()
     def pixels(self, latents: Tensor, noise: Tensor | None = None) -> Iterator[Tensor]:
         """Decode latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked."""
+        self._require_shape(latents=latents, noise=noise)
         stage = Stage("decode", self.frames, self.watch)
         done = 0
         with self.components.decoder() as vae:
@@ -152,14 +154,9 @@ class Generation:
 
     def _start(self, noise: Tensor | None, start: Tensor | None) -> Tensor:
         """The latents at the first level: noise, or what was given with so much noise mixed in."""
-        grid, first = self.grid, float(self.levels[0])
-        shape = (1, self.components.transformer_config.channels, grid.frames, grid.height, grid.width)
-        noise = self.noise.draw("initial", shape) if noise is None else noise.float()
-        for name, given in (("noise", noise), ("start", start)):
-            if given is not None and tuple(given.shape) != shape:
-                raise RequestError(
-                    f"the {name} is {tuple(given.shape)}; for {self.size} and {self.frames} frames it must be {shape}."
-                )
+        first = float(self.levels[0])
+        noise = self.noise.draw("initial", self.shape) if noise is None else noise.float()
+        self._require_shape(noise=noise, start=start)
         if start is None:
             if self.request.skip_initial:
                 raise RequestError(
@@ -170,6 +167,14 @@ class Generation:
         if first >= 1:
             raise RequestError("latents to start from are given, but the first level is 1: nothing of them would stay.")
         return (first * noise + (1 - first) * start.to(noise)).to(self.device)
+
+    def _require_shape(self, **given: Tensor | None) -> None:
+        for name, tensor in given.items():
+            if tensor is not None and tuple(tensor.shape) != self.shape:
+                raise RequestError(
+                    f"{name}: the shape is {tuple(tensor.shape)}; for {self.size} and {self.frames} frames it must be "
+                    f"{self.shape}."
+                )
 
     def _conditioned(self, latents: Tensor, held: list[Tensor]) -> LatentState:
         causal = self.components.transformer_config.causal_positions
