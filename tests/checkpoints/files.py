@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,21 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+@cache
+def _shapes(config: Any, prefix: str) -> Shapes:
+    build, table = (Transformer, keys.TRANSFORMER) if isinstance(config, TransformerConfig) else (VAE, keys.VAE)
+    state = on_meta(lambda: build(config)).state_dict()
+    return {prefix + theirs: tuple(state[ours].shape) for ours, theirs in keys.names(table, state).items()}
+
+
 def shapes_of(
     transformer: TransformerConfig | None = None, vae: VAEConfig | None = None, *, bare: bool = False
 ) -> Shapes:
     """Names and shapes of an official single file. bare: without the components' prefixes."""
     made: Shapes = {}
-    for config, build, table, prefix in (
-        (transformer, Transformer, keys.TRANSFORMER, "model.diffusion_model."),
-        (vae, VAE, keys.VAE, "vae."),
-    ):
+    for config, prefix in ((transformer, "model.diffusion_model."), (vae, "vae.")):
         if config is not None:
-            state = on_meta(lambda build=build, config=config: build(config)).state_dict()
-            for ours, theirs in keys.names(table, state).items():
-                made[theirs if bare else prefix + theirs] = tuple(state[ours].shape)
+            made |= _shapes(config, "" if bare else prefix)
     return made
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kadr.checkpoints.detect import VAE_FAMILIES as VAES
+from kadr.checkpoints.families import VAE_FAMILIES as VAES
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError
 from kadr.models.registry import DISTILLED_LEVELS, find
@@ -196,7 +196,12 @@ def test_a_name_completes_what_the_header_says(tmp_path: Path) -> None:
     [
         (TRANSFORMER_2B, VAE_0_9_5, {}, "layers: 28, not 48"),
         (TRANSFORMER_13B, VAE_0_9_1, {}, "VAE: 0.9.1, not 0.9.5"),
-        (TRANSFORMER_13B, VAE_0_9_5, {"allowed_inference_steps": [1.0, 0.5]}, "distilled for certain noise levels"),
+        (
+            TRANSFORMER_13B,
+            VAE_0_9_5,
+            {"allowed_inference_steps": [1.0, 0.5]},
+            "it was distilled for certain noise levels",
+        ),
     ],
 )
 def test_a_name_that_the_file_contradicts_is_dropped_or_if_the_user_said_it_refused(
@@ -258,6 +263,11 @@ def test_a_tensor_of_no_component_is_named(tmp_path: Path) -> None:
     assert "ema.decay" in said
 
 
+def test_a_tensor_that_is_there_with_and_without_its_prefix_is_named(tmp_path: Path) -> None:
+    shapes = shapes_of(TRANSFORMER_2B, VAE_0_9) | {"decoder.conv_in.conv.bias": (512,)}
+    assert "such as decoder.conv_in.conv.bias" in refused(tmp_path / "x.safetensors", shapes)
+
+
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     assert "none at all" in refused(tmp_path / "x.safetensors", {})
 
@@ -301,7 +311,7 @@ def test_a_text_encoder_beside_the_file_is_not_missing(tmp_path: Path) -> None:
 
 INSPECT = """
 import sys, time, resource
-from kadr.checkpoints.detect import VAE_FAMILIES as VAES
+from kadr.checkpoints.families import VAE_FAMILIES as VAES
 from kadr.checkpoints.open import Checkpoint
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 described = Checkpoint.open(sys.argv[1]).describe()

@@ -25,8 +25,7 @@ ANSWER: Any = SimpleNamespace(status_code=404, headers={}, request=None)  # what
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, instead of this machine's."""
-    for module in (huggingface_hub.constants, huggingface_hub.file_download, huggingface_hub._snapshot_download):
-        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
 

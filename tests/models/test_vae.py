@@ -180,8 +180,20 @@ def test_blocks_that_no_released_vae_uses_equal_the_official_ones():
     assert relative(decoded(ours, latents, 0.05), expected) <= 1e-5
 
 
+def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(twins):
+    faint = deepcopy(twins.ours)
+    for name, weight in faint.state_dict().items():
+        if "conv" in name or ".shortcut." in name:
+            weight *= 1e-4
+    official = official_vae(faint)
+    pixels, latents = pixels_of(1, 3, 9, 64, 64), drawn(1, 12, 2, 2, 2)
+    assert relative(faint.moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
+    expected = official_decoded(official, latents, levels_of(faint, 0.05))
+    assert relative(decoded(faint, latents, 0.05), expected) <= 1e-5
+
+
 def test_bfloat16_is_no_further_from_float32_than_the_official_package(twins):
-    latents, pixels = drawn(2, 12, 2, 2, 2), pixels_of(1, 3, 9, 64, 64)
+    latents, pixels = drawn(2, 12, 2, 2, 2), pixels_of(2, 3, 9, 64, 96)
     level = levels_of(twins.ours, 0.05, 0.3)
     half = deepcopy(twins.ours).to(torch.bfloat16)
     official = official_vae(half)
@@ -197,7 +209,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_official_package(twins):
     exact = decode(twins.ours), twins.ours.moments(pixels).mean
     for made, expected, truth in zip(ours, theirs, exact, strict=True):
         assert made.dtype == torch.bfloat16
-        assert relative(made, truth) <= 1.2 * relative(expected, truth)
+        assert relative(made, truth) <= 1.3 * relative(expected, truth)
 
 
 def test_a_decoder_says_what_it_lacks():

@@ -108,6 +108,17 @@ def test_encoding_gives_the_latents_that_a_held_picture_starts_from(engine: Engi
     assert torch.equal(engine.encode(request), engine.denoise(request)[:, :, :1])
 
 
+def test_bfloat16_gives_nearly_the_video_of_float32(home: Path, engine: Engine, photo: Condition) -> None:
+    narrow = Engine.open(home / MODEL, device="cpu", dtype="bfloat16")
+    request = replace(REQUEST, conditions=(photo,))
+    one, other = engine.generate(request), narrow.generate(request)
+    assert narrow.record(request)["dtype"] == "bfloat16"
+    assert other.latents.dtype == torch.float32
+    assert ((one.latents - other.latents).norm() / one.latents.norm()).item() < 0.03
+    assert not torch.equal(one.latents, other.latents)
+    assert np.abs(one.frames.astype(int) - other.frames).mean() < 6
+
+
 # --- guidance and text --------------------------------------------------------------------------------------------
 
 

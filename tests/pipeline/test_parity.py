@@ -27,7 +27,7 @@ from kadr.shapes import LatentGrid, Size
 from tests.pipeline import official
 from tests.tiny import CHANNELS, LINEAR_QUADRATIC, MODEL, SHIFTED, write
 
-LATENTS, PIXELS = 1e-5, 2e-5  # relative errors; single precision carries 6e-8
+LATENTS, PIXELS = 5e-6, 1e-5  # relative errors; found were 6e-7 and 1e-6, ten times what one rounding makes
 DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
 MODELS: dict[str, dict[str, Any]] = {
     "0.9": {"family": "0.9", "causal": False, "schedule": SHIFTED},
@@ -254,7 +254,7 @@ def test_the_comparison_would_notice_another_frame_rate_position_or_noise(
         {"image_crf": 0},
     ):
         made = engine(given.model).denoise(replace(request, **change))
-        assert relative(made, expected) > 10 * LATENTS, change
+        assert relative(made, expected) > 100 * LATENTS, change
 
 
 def test_a_distilled_model_refuses_what_the_official_pipeline_refuses(

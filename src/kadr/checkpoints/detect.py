@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from kadr.checkpoints.families import SCHEDULES, VAE_FAMILIES, family_of, version_label
 from kadr.checkpoints.refuse import refuse_others
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import RELEASED, Released, by_file
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
-from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
+from kadr.models.vae.config import VAEConfig
 from kadr.sampling.schedule import Schedule
 
 # Prefix -> component. A file of one component may leave the prefix out; then these are the first words of its names.
@@ -34,13 +35,6 @@ FIRST_WORDS: Mapping[str, str] = {
     "encoder": "vae",
     "decoder": "vae",
     "per_channel_statistics": "vae",
-}
-VAE_FAMILIES: Mapping[str, VAEConfig] = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
-_SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
-SCHEDULES: Mapping[str, Schedule] = {
-    "0.9": _SHIFTED,
-    "0.9.1": _SHIFTED,
-    "0.9.5": Schedule(sampler="LinearQuadratic"),
 }
 _T = TypeVar("_T")
 
@@ -89,10 +83,11 @@ def components(source: Source) -> dict[str, Source]:
     for name in source.infos:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         component = PREFIXES[prefix] if prefix else FIRST_WORDS.get(name.partition(".")[0])
-        if component is None:
+        bare = name.removeprefix(prefix)
+        if component is None or bare in names.get(component, ()):  # known to neither, or there with and without prefix
             strangers.append(name)
         else:
-            names.setdefault(component, {})[name.removeprefix(prefix)] = name
+            names.setdefault(component, {})[bare] = name
     if strangers or not names:
         raise CheckpointError(
             f"{source.path} is not a checkpoint of the LTX-Video family: {len(strangers)} of its {len(source.infos)} "
@@ -150,30 +145,6 @@ def header_config(source: Source) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{source.path}: the config in its header is {config!r}; it must be a JSON object.")
     return config
-
-
-def family_of(config: VAEConfig) -> str | None:
-    """Which of the three families a VAE is built as, whatever its widths and layer counts; None for another build."""
-    return next((family for family, known in VAE_FAMILIES.items() if _build(known) == _build(config)), None)
-
-
-def _build(config: VAEConfig) -> tuple[object, ...]:
-    return (
-        config.timestep_conditioning,
-        tuple(block.kind for block in config.encoder_blocks),
-        tuple((block.kind, block.residual, block.inject_noise) for block in config.decoder_blocks),
-    )
-
-
-def version_label(transformer: TransformerConfig | None, family: str | None) -> str:
-    """The version as far as the components tell it."""
-    if family in ("0.9", "0.9.1"):
-        return family
-    if transformer is None:
-        return "0.9.5 or later" if family else "unreleased"
-    if transformer.layers == TRANSFORMER_13B.layers:
-        return "0.9.7 or later"
-    return "0.9.5 or later" if transformer.causal_positions else "0.9 or 0.9.1"
 
 
 def _vae(source: Source, part: Source | None, config: Mapping[str, Any]) -> tuple[VAEConfig | None, str | None]:

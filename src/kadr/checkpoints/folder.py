@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kadr.checkpoints.detect import SCHEDULES, Detected, confirmed, family_of, version_label
+from kadr.checkpoints.detect import Detected, confirmed
+from kadr.checkpoints.families import SCHEDULES, family_of, version_label
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released
