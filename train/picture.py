@@ -39,7 +39,7 @@ def main() -> None:
     chosen = parser.parse_args()
     engine = Engine.open("demo")
     videos = [engine.generate(Request(prompt=caption, seed=chosen.seed)).frames for caption in CAPTIONS]
-    frames = [Image.fromarray(frame) for frame in tiled(videos)]
+    frames = [Image.fromarray(frame).quantize(96, dither=Image.Dither.NONE) for frame in tiled(videos)]
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
     durations = [1000 // 24] * (len(frames) - 1) + [LAST_FRAME]
     frames[0].save(chosen.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -17,13 +17,23 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError
 from kadr.models.registry import find
-from kadr.models.transformer import Transformer
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedule import Schedule
 from kadr.shapes import LatentGrid
-from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, same
-from tests.oracles import DIFFUSERS_VAES, VAES, diffusers_transformer, diffusers_vae, drawn, reduced, sown
+from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, same, sparse
+from tests.oracles import (
+    DIFFUSERS_VAES,
+    VAES,
+    diffusers_transformer,
+    diffusers_transformer_on_meta,
+    diffusers_vae,
+    drawn,
+    reduced,
+    relative,
+    sown,
+)
 
 SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
 # scheduler_config.json of the released folders, cut down to what is read.
@@ -118,10 +128,10 @@ def test_a_folder_and_a_single_file_compute_the_same(tmp_path: Path, transformer
     where = positions(LatentGrid(2, 2, 1), fps=24, causal=True)[None]
     noise, text, level = drawn(1, 4, 12), drawn(1, 3, 24), torch.full((1, 1), 0.5)
     one, other = (model(noise, model.rope(where), text, None, level) for model in (c.load_transformer() for c in pair))
-    assert torch.equal(one, other)
+    assert relative(one, other) < 1e-6  # not equal: how far the tensors stand from a cache line differs
     latents = drawn(1, 12, 2, 1, 1)
     one, other = (model.decode(latents, level=level[0]) for model in (c.load_vae(encoder=False) for c in pair))
-    assert torch.equal(one, other)
+    assert relative(one, other) < 1e-6
 
 
 # Configs
@@ -164,9 +174,9 @@ def test_a_vae_of_another_build_is_refused(folder: Path, change: Mapping[str, An
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"qk_norm": "layer_norm"}, "qk_norm = 'layer_norm'; kadr knows only 'rms_norm_across_heads'"),
+        ({"qk_norm": "layer_norm"}, "qk_norm = 'layer_norm' .*; kadr knows only 'rms_norm_across_heads'"),
         ({"patch_size": 2}, "patch_size = 2"),
-        ({"cross_attention_dim": 31}, "cross_attention_dim = 31; kadr knows only 32"),
+        ({"cross_attention_dim": 31}, "cross_attention_dim = 31 .*; kadr knows only 32"),
         ({"num_layers": None}, "num_layers = None.*positive whole number"),
         ({"num_layers": 0}, "num_layers = 0"),
     ],
@@ -202,7 +212,7 @@ def test_without_a_scheduler_the_family_tells(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"base_shift": 0.5}, "base_shift = 0.5; kadr knows only 0.95"),
+        ({"base_shift": 0.5}, "base_shift = 0.5 .*; kadr knows only 0.95"),
         ({"max_image_seq_len": 9000}, "max_image_seq_len = 9000"),
         ({"time_shift_type": "linear"}, "shifts by 'linear'"),
     ],
@@ -222,16 +232,30 @@ def test_the_folder_of_one_component_is_opened(folder: Path) -> None:
     assert same(vae.load_vae(), Checkpoint.open(folder).load_vae())
 
 
-def test_a_transformer_without_vae_asks_for_its_version(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="name the version"):
-        Checkpoint.open(folder / "transformer")
-    old, new = (
-        Checkpoint.open(folder / "transformer", release=find(name)).detected.transformer
-        for name in ("ltxv-2b-0.9.1", "ltxv-2b-0.9.6-dev")
-    )
-    assert old is not None
-    assert new is not None
-    assert (old.causal_positions, new.causal_positions) == (False, True)
+def lone_transformer(folder: Path, config: TransformerConfig) -> Path:
+    """The config and header of a released transformer, without a VAE beside it."""
+    transformer = diffusers_transformer_on_meta(config)
+    transformer.save_config(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    sparse(folder / "diffusion_pytorch_model.safetensors", shapes)
+    return folder
+
+
+def test_a_2b_transformer_without_vae_asks_for_its_version(tmp_path: Path) -> None:
+    folder = lone_transformer(tmp_path / "transformer", TRANSFORMER_2B)
+    for path in (folder, tmp_path):
+        with pytest.raises(CheckpointError, match="name the version"):
+            Checkpoint.open(path)
+    old, new = (Checkpoint.open(folder, release=find(f"ltxv-2b-{version}")).detected for version in ("0.9.1", "0.9.5"))
+    assert (old.transformer, old.schedule) == (replace(TRANSFORMER_2B, causal_positions=False), SHIFTED)
+    assert (new.transformer, new.schedule) == (TRANSFORMER_2B, LINEAR_QUADRATIC)
+    with pytest.raises(CheckpointError, match=r"is not ltxv-13b-0\.9\.7-dev: layers: 28, not 48"):
+        Checkpoint.open(folder, release=find("ltxv-13b-0.9.7-dev"))
+
+
+def test_a_13b_transformer_without_vae_is_0_9_7_or_later(tmp_path: Path) -> None:
+    found = Checkpoint.open(lone_transformer(tmp_path / "transformer", TRANSFORMER_13B)).detected
+    assert (found.transformer, found.schedule, found.version) == (TRANSFORMER_13B, LINEAR_QUADRATIC, "0.9.7 or later")
 
 
 def test_a_folder_with_a_text_encoder_misses_nothing(folder: Path) -> None:

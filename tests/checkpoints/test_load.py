@@ -265,7 +265,7 @@ def test_a_folder_saved_by_transformers_is_read(
     tmp_path: Path, encoder: T5Encoder, oracle: transformers.T5EncoderModel, size: str
 ) -> None:
     oracle.save_pretrained(tmp_path / "text_encoder", max_shard_size=size)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == (1 if size == "5GB" else 3)
+    assert (len(list(tmp_path.rglob("*.safetensors"))) > 1) == (size == "20KB")
     for path in (tmp_path, tmp_path / "text_encoder"):
         opened = TextEncoderFolder.open(path)
         assert opened.config == SMALL_T5

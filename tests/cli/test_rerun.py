@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kadr.cli import rerun
 from kadr.media.video import VideoWriter, read_metadata, read_video
 from kadr.pipeline.request import Condition, Request
 from kadr.shapes import Size
@@ -81,6 +82,18 @@ def test_released_model_that_moved_is_opened_by_name(kadr: Run, engine: FakeEngi
     assert ended.code == 0, ended.err
     assert engine.opened == [("demo", {"device": "cpu", "dtype": "float32"})]
     assert "/gone/t5" in ended.err
+
+
+def test_released_model_keeps_its_name(
+    kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "m.safetensors"
+    monkeypatch.setattr(rerun, "on_disk", lambda released: here)
+    assert kadr("rerun", film(name="ltxv-2b-0.9.5")).code == 0
+    assert engine.opened[-1][0] == "ltxv-2b-0.9.5"
+    here = tmp_path / "another snapshot"
+    assert kadr("rerun", film(name="ltxv-2b-0.9.5")).code == 0
+    assert engine.opened[-1][0] == str(tmp_path / "m.safetensors")
 
 
 def test_missing_picture_is_named(kadr: Run, engine: FakeEngine, film: Film) -> None:

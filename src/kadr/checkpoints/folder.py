@@ -77,17 +77,11 @@ def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detecte
     sources = {component: Source.open(folder) for component, folder in folders.items()}
     vae = read_vae(configs["vae"], folders["vae"]) if "vae" in folders else None
     family = family_of(vae) if vae else None
-    era = family or (release.vae_family if release else None)
-    transformer = None
+    transformer, era = None, family or (release.vae_family if release else None)
     if "transformer" in folders:
-        transformer = read_transformer(configs["transformer"], folders["transformer"], causal=era == "0.9.5")
-        if era is None and transformer.layers == TRANSFORMER_13B.layers:
-            era, transformer = "0.9.5", replace(transformer, causal_positions=True)
-        if era is None:
-            raise CheckpointError(
-                f"{path} has a transformer and no VAE, so it does not say whether it is of 0.9.5 or of one before. "
-                "Put the vae folder of the same model beside it, or name the version (release=...)."
-            )
+        config = configs["transformer"]
+        era = era or _era_of_a_lone_transformer(path, config)
+        transformer = read_transformer(config, folders["transformer"], causal=era == "0.9.5")
     release = confirmed(path, release, transformer, family, asked=True)
     schedule = read_schedule(path / "scheduler" / "scheduler_config.json", era or "0.9.5")
     detected = Detected(
@@ -101,6 +95,16 @@ def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detecte
         dtype=sources.get("transformer", next(iter(sources.values()))).dtype,
     )
     return detected, sources
+
+
+def _era_of_a_lone_transformer(path: Path, config: Mapping[str, Any]) -> str:
+    """Whose positions and noise levels it follows: those of a VAE's family."""
+    if config.get("num_layers") == TRANSFORMER_13B.layers:
+        return "0.9.5"
+    raise CheckpointError(
+        f"{path} has a transformer and no VAE, so it does not say whether it is of 0.9.5 or of one before. "
+        "Put the vae folder of the same model beside it, or name the version (release=...)."
+    )
 
 
 def read_transformer(config: Mapping[str, Any], where: Path, *, causal: bool) -> TransformerConfig:
@@ -219,7 +223,7 @@ def _component_folders(path: Path) -> dict[str, Path]:
     """Component -> its folder."""
     found = {component: path / component for component in ("transformer", "vae") if (path / component).is_dir()}
     if not found and (path / "config.json").is_file():
-        kind = read_json(path / "config.json").get("_class_name")
+        kind = str(read_json(path / "config.json").get("_class_name"))
         if kind in CLASSES:
             return {CLASSES[kind]: path}
         if "T5" in str(read_json(path / "config.json").get("architectures")):

@@ -108,7 +108,7 @@ def write_tensors(
         file.write(text)
         for _, tensor in sorted(tensors.items()):
             plain = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
-            file.write(memoryview(plain.view(torch.uint8).numpy()))
+            file.write(plain.view(torch.uint8).numpy().data)
 
 
 def _named(module: nn.Module, table: tuple[Key, ...], prefix: str) -> dict[str, Tensor]:

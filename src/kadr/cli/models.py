@@ -34,7 +34,7 @@ def models(as_json: options.Json = False) -> None:
 
 
 def _entry(released: Released) -> dict[str, Any]:
-    place = _on_disk(released)
+    place = on_disk(released)
     return {
         "name": released.name,
         "version": released.version,
@@ -46,7 +46,7 @@ def _entry(released: Released) -> dict[str, Any]:
     }
 
 
-def _on_disk(released: Released) -> Path | None:
+def on_disk(released: Released) -> Path | None:
     """The file, if it is here already. Looks in folders only; the hub is not asked."""
     if released.repo is None:
         path = Path(kadr.__file__).parent / released.file

@@ -11,6 +11,7 @@ import typer
 
 from kadr.cli import making, options
 from kadr.cli.faults import say
+from kadr.cli.models import on_disk
 from kadr.errors import CheckpointError, MediaError
 from kadr.pipeline.request import Request
 
@@ -79,12 +80,14 @@ def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -
 
 
 def _model(record: Mapping[str, Any]) -> str:
-    """The file that made the video; where it has moved, the released model of that name."""
+    """The file that made the video; by its name, where that of a released model means the same file or it has moved."""
     from kadr.models.registry import BY_NAME
 
-    path, name = str(record.get("model", "")), str(record.get("name", ""))
-    if name in BY_NAME and not Path(path).exists():
-        return name
+    path, released = str(record.get("model", "")), BY_NAME.get(str(record.get("name", "")))
+    if released is not None:
+        here = on_disk(released)
+        if not Path(path).exists() or (here is not None and here.resolve() == Path(path).resolve()):
+            return released.name
     return str(_there("model", path))
 
 

@@ -77,6 +77,7 @@ class TransformerConfig:
             found = header.get(key, value)
             if found != value:
                 raise CheckpointError(f"the transformer's header has {key} = {found!r}; kadr knows only {value!r}.")
+        seconds, down, right = header.get("positional_embedding_max_pos", (20, 2048, 2048))
         config = cls(
             layers=header["num_layers"],
             heads=header["num_attention_heads"],
@@ -84,7 +85,7 @@ class TransformerConfig:
             text_width=header["caption_channels"],
             channels=header["in_channels"],
             theta=float(header.get("positional_embedding_theta", 10000.0)),
-            limits=tuple(float(limit) for limit in header.get("positional_embedding_max_pos", (20, 2048, 2048))),
+            limits=(float(seconds), float(down), float(right)),
             causal_positions=bool(header.get("causal_temporal_positioning", False)),
         )
         for key, value in (("cross_attention_dim", config.width), ("out_channels", config.channels)):

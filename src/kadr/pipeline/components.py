@@ -65,7 +65,8 @@ class Components:
     def sources(self) -> dict[str, str]:
         """Where the parts come from, for the record."""
         parts = {"model": self.checkpoint.path, "text_encoder": self.text.home, "vae": self.vae.path}
-        return {name: str(Path(path).resolve()) for name, path in parts.items()}
+        # Not resolved: in the hub's cache a link has the file's name, and what it points to has none.
+        return {name: str(Path(path).absolute()) for name, path in parts.items()}
 
 
 def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:

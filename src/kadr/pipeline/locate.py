@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import kadr
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError
 from kadr.models import registry
 from kadr.models.registry import Released
 
+PACKAGE = Path(__file__).parents[1]
 SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
 TEXT_FOLDERS = ["text_encoder/*", "tokenizer/*"]
 
@@ -70,7 +70,7 @@ def _existing(path: str | Path, what: str) -> Path:
 
 def _released_file(released: Released) -> Path:
     if released.repo is None:
-        return _existing(Path(kadr.__file__).parent / released.file, f"the bundled model {released.name}")
+        return _existing(PACKAGE / released.file, "the bundled model")
     return hub.fetch(released.repo, released.file, size_bytes=released.size_bytes)
 
 
