@@ -32,7 +32,6 @@ class Loads:
 @pytest.fixture(autouse=True)
 def no_collection() -> Iterator[None]:
     """A module must go when the last one looks away, not when Python next tidies up."""
-    gc.collect()
     gc.freeze()  # what is already there, so that looking for what is not takes no time
     gc.disable()
     yield

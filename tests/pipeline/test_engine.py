@@ -306,7 +306,6 @@ class Seen(Shelf):
 def seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     shelf = Seen()
     monkeypatch.setattr(engine.components, "shelf", shelf)
-    gc.collect()
     gc.freeze()  # what is already there, so that looking for what is not takes no time
     gc.disable()  # a module must go when the last one looks away, not when Python next tidies up
     yield shelf
