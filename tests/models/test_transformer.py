@@ -104,7 +104,7 @@ def test_velocity_equals_the_official_and_that_of_diffusers(tiny, causal):
 @pytest.mark.parametrize("size", RELEASED_WIDTHS)
 def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(size):
     model = sown(lambda: Transformer(RELEASED_WIDTHS[size]))
-    given = Inputs.of(model.config)
+    given = Inputs.of(model.config, grid=LatentGrid(2, 2, 2), text_length=6)
     ours = velocity(model, given)
     assert relative(ours, official_velocity(model, given)) <= 1e-5
     assert relative(ours, diffusers_velocity(model, given)) <= 1e-5

@@ -172,7 +172,7 @@ class Engine:
             request: the one the latents were made for; it holds the size, the frames and the decoder's settings.
             noise: shaped as the latents, instead of the seed's, for decoders that take noise.
         """
-        return torch.cat(list(self._begin(request, watch).pixels(latents, noise)))
+        return torch.cat(list(self._begin(request, watch, pictures=False).pixels(latents, noise)))
 
     def record(self, request: Request) -> dict[str, Any]:
         """What is stored beside the pictures: enough to make the same video again."""
@@ -188,8 +188,8 @@ class Engine:
             "request": replace(request, conditions=tuple(here)).to_json(),
         }
 
-    def _begin(self, request: Request, watch: Watch) -> Generation:
-        return Generation(self.components, self.resolve(request), _guarded(watch))
+    def _begin(self, request: Request, watch: Watch, *, pictures: bool = True) -> Generation:
+        return Generation(self.components, self.resolve(request), _guarded(watch), pictures=pictures)
 
 
 def _guarded(watch: Watch) -> Watch:

@@ -43,9 +43,10 @@ class Generation:
     Args:
         components: the model's parts, on disk until a stage needs them.
         watch: sees every step.
+        pictures: read the request's pictures; decoding alone does without.
     """
 
-    def __init__(self, components: Components, request: Request, watch: Watch) -> None:
+    def __init__(self, components: Components, request: Request, watch: Watch, *, pictures: bool = True) -> None:
         self.components, self.request, self.watch = components, request, watch
         self.size = request.size if isinstance(request.size, Size) else Size(*_given(request.size))
         self.frames = _given(request.frames)
@@ -55,7 +56,8 @@ class Generation:
         self.device, self.dtype = components.device, components.dtype
         self.levels = self._levels()
         # Pictures are read before any weight is: a file that cannot be read must cost nothing.
-        self.pictures = [prepare_picture(c.media, self.size, _given(request.image_crf)) for c in request.conditions]
+        wanted = request.conditions if pictures else ()
+        self.pictures = [prepare_picture(c.media, self.size, _given(request.image_crf)) for c in wanted]
 
     @torch.no_grad()
     def latents(self, noise: Tensor | None = None, *, start: Tensor | None = None) -> Tensor:

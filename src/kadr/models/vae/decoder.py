@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +15,9 @@ from kadr.nn.conv import VideoConv
 from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.norm import pixel_norm
 from kadr.nn.stream import Stream
+
+Stage = Callable[[Tensor, Stream], Tensor]
+SLICE = 4  # frames that a stage hands on at a time
 
 
 def _block(block: Block, width: int, level_conditioned: bool) -> tuple[nn.Module, int]:
@@ -52,15 +58,49 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, stream: Stream, level: Tensor | None = None) -> Tensor:
         """latents (B, C, f, h, w), level (B) in [0, 1] -> pixels (B, 3, F, H, W), about [-1, 1], not clamped."""
+        x = latents
+        for stage in self._stages(level):
+            x = stage(x, stream)
+        return x
+
+    def pieces(self, latents: Tensor, stream: Stream, level: Tensor | None = None) -> Iterator[Tensor]:
+        """As `forward`, but yields the pixels in pieces of a few frames.
+
+        The decoder looks 22 to 31 latent frames ahead, so the last chunk of a video sets free all the frames still in
+        flight, of a usual clip nearly all it has. Each stage therefore hands its output on in slices, and a slice goes
+        all the way to pixels before the next is touched.
+        """
+        yield from _depth_first(self._stages(level), latents, stream)
+
+    def _stages(self, level: Tensor | None) -> list[Stage]:
         if self.level_conditioned:
             if level is None:
                 raise ValueError("this decoder is conditioned on a noise level: give one")
             level = level * self.level_scale
-        x = self.conv_in(latents, stream)
-        for block in self.blocks:
-            x = block(x, stream, level) if isinstance(block, ResidualStage) else block(x, stream)
+        blocks = [_given(block, level) if isinstance(block, ResidualStage) else block for block in self.blocks]
+        return [self.conv_in, *blocks, partial(self._to_pixels, level=level)]
+
+    def _to_pixels(self, x: Tensor, stream: Stream, level: Tensor | None) -> Tensor:
         x = pixel_norm(x)
         if self.level_conditioned and level is not None:
             (bend,) = bends(self.modulation, self.level_embedding(level, x.dtype))
             x = bend(x)
         return unpatchify(self.conv_out(F.silu(x), stream), self.patch)
+
+
+def _given(block: ResidualStage, level: Tensor | None) -> Stage:
+    return lambda x, stream: block(x, stream, level)
+
+
+def _depth_first(stages: Sequence[Stage], x: Tensor, stream: Stream) -> Iterator[Tensor]:
+    """Send x through the stages, slice by slice; yields what comes out. Only the very last slice ends the video."""
+    if not stages:
+        if x.shape[2]:
+            yield x
+        return
+    last, made = stream.last, stages[0](x, stream)
+    slices = made.split(SLICE, dim=2) if made.shape[2] else (made,)
+    for index, part in enumerate(slices):
+        stream.last = last and index == len(slices) - 1
+        yield from _depth_first(stages[1:], part, stream)
+    stream.last = last

@@ -96,6 +96,4 @@ class VAE(nn.Module):
         for start in range(0, frames, chunk):
             stream.last = start + chunk >= frames
             part = self.statistics.restore(latents[:, :, start : start + chunk])
-            pixels = self.decoder(part, stream, level)
-            if pixels.shape[2]:
-                yield pixels
+            yield from self.decoder.pieces(part, stream, level)
