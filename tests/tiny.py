@@ -22,9 +22,10 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from kadr.checkpoints.save import write_single_file, write_text_encoder
+from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upsampler
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, Block
 from kadr.sampling.schedule import Schedule
@@ -57,9 +58,9 @@ def vae_config(family: str) -> VAEConfig:
     )
 
 
-def transformer_config(*, causal: bool = True) -> TransformerConfig:
+def transformer_config(*, causal: bool = True, layers: int = 2) -> TransformerConfig:
     return TransformerConfig(
-        layers=2, heads=4, head_width=16, text_width=TEXT_WIDTH, channels=CHANNELS, causal_positions=causal
+        layers=layers, heads=4, head_width=16, text_width=TEXT_WIDTH, channels=CHANNELS, causal_positions=causal
     )
 
 
@@ -119,6 +120,7 @@ def write(
     *,
     family: str = "0.9.5",
     causal: bool = True,
+    layers: int = 2,
     schedule: Schedule = LINEAR_QUADRATIC,
     seed: int = 0,
     change: dict[str, Change] | None = None,
@@ -128,11 +130,12 @@ def write(
     Args:
         family: of the VAE.
         causal: whether the positions are, as from 0.9.5 on.
+        layers: of the transformer.
         change: "transformer", "vae" or "text encoder" -> what to do to its weights before they are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     modules: dict[str, nn.Module] = {
-        "transformer": sown(lambda: Transformer(transformer_config(causal=causal)), seed + 1),
+        "transformer": sown(lambda: Transformer(transformer_config(causal=causal, layers=layers)), seed + 1),
         "vae": sown(lambda: VAE(vae_config(family)), seed + 2),
         "text encoder": sown(lambda: T5Encoder(t5_config()), seed + 3),
     }
@@ -150,3 +153,10 @@ def write(
     write_text_encoder(folder, modules["text encoder"], spiece, dtype=torch.float32)
     spiece.unlink()
     return folder
+
+
+def write_upscaler(path: Path, *, space: bool = True, time: bool = False, channels: int = CHANNELS) -> Path:
+    """Write a latent upscaler, and return its path."""
+    config = UpsamplerConfig(channels=channels, width=32, blocks=1, space=space, time=time)
+    write_upsampler(path, sown(lambda: LatentUpsampler(config), 4))
+    return path

@@ -125,12 +125,17 @@ def tokens_of(latents: Tensor) -> Tensor:
     return latents.flatten(2).transpose(1, 2)
 
 
+def build() -> nn.ModuleDict:
+    """The two networks, before any training."""
+    return nn.ModuleDict({"text": T5Encoder(DEMO_T5), "transformer": Transformer(DEMO_TRANSFORMER)})
+
+
 class Trainer:
     """One training: the two networks, the world, and the noise levels it draws."""
 
     def __init__(self, world: World, tokenizer: Tokenizer, recipe: Recipe) -> None:
         self.world, self.tokenizer, self.recipe = world, tokenizer, recipe
-        self.model = nn.ModuleDict({"text": T5Encoder(DEMO_T5), "transformer": Transformer(DEMO_TRANSFORMER)})
+        self.model = build()
         initialise(self.model["text"], self.model["transformer"], recipe.seed)
         places = positions(GRID, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_positions)
         self.rope: Rope = self.model["transformer"].rope(places[None])
@@ -153,7 +158,7 @@ class Trainer:
         clean = tokens_of(self.world.latents[chosen].float())
         ids, mask = self.captions(rng, chosen)
         noise = torch.randn_like(clean)
-        level = levels = _levels(recipe.batch)[:, None]  # (B, 1)
+        level = own = levels(recipe.batch)[:, None]  # (B, 1)
         noisy = (1 - level[..., None]) * clean + level[..., None] * noise
         given = torch.zeros_like(self.first)  # (N)
         # Whole batches with a given frame, the others without: only tokens of unlike levels need levels of their own.
@@ -161,22 +166,23 @@ class Trainer:
             given = self.first
             shaken = clean + recipe.image_noise * level[..., None] ** 2 * torch.randn_like(clean)
             noisy = torch.where(given[:, None], shaken, noisy)
-            levels = torch.where(given, 0.0, level)
+            own = torch.where(given, 0.0, level)
         # On a CPU the fused attention's backward takes three times as long as plain products at 64 tokens.
         with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             text = self.model["text"](ids, mask)
-            velocity = self.model["transformer"](noisy, self.rope, text, mask, levels)
+            velocity = self.model["transformer"](noisy, self.rope, text, mask, own)
         return (velocity.float() - (noise - clean)).square()[:, ~given].mean()
 
 
-def _levels(count: int) -> Tensor:
-    """Half uniform, half leaning towards noise, where layout and motion are decided; spread evenly over the batch."""
+def levels(count: int) -> Tensor:
+    """(count) levels, spread evenly: half uniform, half leaning towards noise, where layout and motion are decided."""
     even = (torch.randperm(count) + torch.rand(count)) / count
     leaning = torch.sigmoid(1.2 + 1.3 * torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4)))
     return torch.where(torch.rand(count) < 0.5, even, leaning)
 
 
-def _is_matrix(name: str) -> bool:
+def is_matrix(name: str) -> bool:
+    """Which parameters Muon takes."""
     return (".layers." in name or ".blocks." in name) and "modulation" not in name
 
 
@@ -187,7 +193,7 @@ def train(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> nn.ModuleDict:
     trainer = Trainer(_world(folder, vae, recipe), tokenizer, recipe)
     model = trainer.model
     average = Average(model, recipe.average)
-    optimizer = Optimizer(model, is_matrix=_is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate)
+    optimizer = Optimizer(model, is_matrix=is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate)
     parts = {"model": model, "average": average.model, "optimizer": optimizer}
     state = folder / "transformer.pt"
     start = resume(state, **parts)

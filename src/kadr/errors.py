@@ -46,7 +46,7 @@ class NonFiniteError(KadrError):
     """A stage produced NaN or infinity.
 
     Args:
-        stage: where it was first seen: "text", "encode", "denoise" or "decode".
+        stage: where it was first seen: "text", "encode", "denoise", "upscale", "refine" or "decode".
     """
 
     def __init__(self, message: str, *, stage: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kadr.checkpoints import keys
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.sampling.schedule import Schedule
@@ -26,6 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 SMALL_TRANSFORMER = TransformerConfig(layers=2, heads=2, head_width=16, text_width=24, channels=12)
 SMALL_VAE = replace(VAE_0_9_5, encoder_width=16, decoder_width=16, latent_channels=12)
 SMALL_T5 = T5Config(vocabulary=160, width=32, layers=2, heads=2, head_width=8, hidden=48)
+SMALL_UPSAMPLER = UpsamplerConfig(channels=12, width=32, blocks=2, space=True, time=False)
 LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
 
 
@@ -55,6 +57,11 @@ def shapes_of(
 def t5_shapes(config: T5Config) -> Shapes:
     state = on_meta(lambda: T5Encoder(config)).state_dict()
     return {theirs: tuple(state[ours].shape) for ours, theirs in keys.names(keys.T5, state).items()}
+
+
+def upsampler_shapes(config: UpsamplerConfig) -> Shapes:
+    state = on_meta(lambda: LatentUpsampler(config)).state_dict()
+    return {theirs: tuple(state[ours].shape) for ours, theirs in keys.names(keys.UPSAMPLER, state).items()}
 
 
 def header(shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None) -> tuple[dict, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,9 +18,19 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError
 from kadr.models.registry import DISTILLED_LEVELS, find
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
+from kadr.models.upsampler import SPATIAL, TEMPORAL, UpsamplerConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedule import Schedule
-from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, SMALL_VAE, config_of, shapes_of, sparse
+from tests.checkpoints.files import (
+    LINEAR_QUADRATIC,
+    SMALL_TRANSFORMER,
+    SMALL_UPSAMPLER,
+    SMALL_VAE,
+    config_of,
+    shapes_of,
+    sparse,
+    upsampler_shapes,
+)
 
 SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
 OLD_2B = replace(TRANSFORMER_2B, causal_positions=False)
@@ -91,6 +102,15 @@ def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: Tran
     found = opened(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).detected
     assert found.schedule.allowed == DISTILLED_LEVELS
     assert found.released is find(f"{name}-0.9.8-distilled")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [("BF16", "ltxv-13b-0.9.8-distilled"), ("F8_E4M3", "ltxv-13b-0.9.8-distilled-fp8")]
+)
+def test_the_dtype_tells_an_fp8_release_from_the_other(tmp_path: Path, dtype: str, name: str) -> None:
+    metadata = config_of(TRANSFORMER_13B, VAE_0_9_5, allowed_inference_steps=DISTILLED_LEVELS)
+    path = sparse(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_13B, VAE_0_9_5), dtype=dtype, metadata=metadata)
+    assert Checkpoint.open(path).detected.released is find(name)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +234,95 @@ def test_a_name_that_the_file_contradicts_is_dropped_or_if_the_user_said_it_refu
         opened(tmp_path / "x.safetensors", transformer, vae, metadata=metadata, release="ltxv-13b-0.9.8-dev")
 
 
+# Upscalers
+
+UPSCALERS = {
+    "header": SPATIAL,
+    "spatial": SPATIAL,
+    "temporal": TEMPORAL,
+    "both": replace(SPATIAL, time=True),
+    "small": SMALL_UPSAMPLER,
+}
+
+
+def upscaler(path: Path, config: UpsamplerConfig, *, header: bool = True, release: str | None = None) -> Checkpoint:
+    metadata = {"config": json.dumps(config.header())} if header else None
+    sparse(path, upsampler_shapes(config), dtype="F32", metadata=metadata)
+    return Checkpoint.open(path, release=find(release) if release else None)
+
+
+@pytest.mark.parametrize("which", UPSCALERS)
+def test_an_upscaler_is_recognised_by_its_header_and_without_one_by_its_shapes(tmp_path: Path, which: str) -> None:
+    config = UPSCALERS[which]
+    checkpoint = upscaler(tmp_path / "x.safetensors", config, header=which == "header")
+    found = checkpoint.detected
+    assert (found.upsampler, found.transformer, found.vae, found.vae_family) == (config, None, None, None)
+    assert (found.kind, found.layout, found.dtype) == (config.kind, "single file", torch.float32)
+    assert found.version == ("0.9.7 or 0.9.8" if config in (SPATIAL, TEMPORAL) else "unreleased")
+    assert (found.released, list(checkpoint.sources)) == (None, ["upsampler"])
+
+
+@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize(("config", "kind"), [(SPATIAL, "spatial"), (TEMPORAL, "temporal")])
+def test_the_name_of_an_upscaler_tells_its_version(
+    tmp_path: Path, config: UpsamplerConfig, kind: str, header: bool
+) -> None:
+    found = upscaler(tmp_path / f"ltxv-{kind}-upscaler-0.9.7.safetensors", config, header=header).detected
+    assert (found.released, found.version) == (find(f"ltxv-{kind}-upscaler-0.9.7"), "0.9.7")
+    other = tmp_path / f"ltxv-{'temporal' if kind == 'spatial' else 'spatial'}-upscaler-0.9.7.safetensors"
+    assert upscaler(other, config, header=header).detected.released is None
+
+
+def test_an_upscaler_is_no_model_and_a_model_no_upscaler(tmp_path: Path) -> None:
+    for release, kind in (("ltxv-2b-0.9.5", "model"), ("ltxv-temporal-upscaler-0.9.8", "temporal upscaler")):
+        with pytest.raises(CheckpointError, match=f"is not {release}: it is a spatial upscaler, not {kind}"):
+            upscaler(tmp_path / "x.safetensors", SPATIAL, release=release)
+    with pytest.raises(CheckpointError, match=r"is not ltxv-spatial.*: it is a model, not spatial upscaler"):
+        opened(tmp_path / "y.safetensors", TRANSFORMER_13B, release="ltxv-spatial-upscaler-0.9.8")
+
+
+@pytest.mark.parametrize(("part", "flag"), [("transformer", "model"), ("vae", "vae")])
+def test_an_upscaler_asked_for_a_part_of_a_model_says_what_it_is_and_where_it_goes(
+    tmp_path: Path, part: str, flag: str
+) -> None:
+    checkpoint = upscaler(tmp_path / "x.safetensors", SPATIAL)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"x\.safetensors is a spatial upscaler, not a model, and has no {part}.* as --upscaler, .*--{flag}",
+    ):
+        getattr(checkpoint, f"load_{part}")()
+
+
+def test_a_model_asked_for_an_upscaler_names_one(tmp_path: Path) -> None:
+    checkpoint = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5)
+    assert checkpoint.detected.upsampler is None
+    with pytest.raises(CheckpointError, match=r"has no upscaler, only transformer and vae\. Give one such as"):
+        checkpoint.load_upsampler()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (SPATIAL.header() | {"dims": 2}, "dims = 2"),
+        (SPATIAL.header() | {"spatial_scale": 1.5}, "spatial_scale, .*LTX-2"),
+        ({"vae": SMALL_VAE.header()}, "vae, "),
+    ],
+)
+def test_an_upscaler_whose_header_is_another_kinds_is_refused(tmp_path: Path, config: Any, said: str) -> None:
+    metadata = {"config": json.dumps(config)}
+    found = refused(tmp_path / "x.safetensors", upsampler_shapes(SPATIAL), metadata=metadata)
+    assert re.search(f"the upscaler's header has {said}", found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"upsampler.0.weight": (6 * 32, 32, 3, 3)}, {"upsampler.0.weight": (32,)}, {"initial_conv.weight": (32, 12)}],
+)
+def test_without_a_header_shapes_of_no_upscaler_are_refused(tmp_path: Path, change: Any) -> None:
+    said = refused(tmp_path / "x.safetensors", upsampler_shapes(SMALL_UPSAMPLER) | change)
+    assert "no upscaler of this family has initial_conv.weight of [32, 12" in said
+
+
 # Files of another kind
 
 
@@ -231,7 +340,12 @@ def test_a_name_that_the_file_contradicts_is_dropped_or_if_the_user_said_it_refu
         ("vocoder.conv_pre.weight", "is LTX-2"),
         ("model.diffusion_model.video_embeddings_connector.learnable_registers", "is LTX-2"),
         ("text_embedding_projection.aggregate_embed.weight", "is LTX-2"),
-        ("post_upsample_res_blocks.0.conv1.weight", "is a latent upscaler"),
+        ("post_upsample_res_blocks.0.conv1.weight", "has tensors of an upscaler.*Take the two files"),
+        (
+            "model.diffusion_model.transformer_blocks.0.attn1.to_q.scale_weight",
+            "is a checkpoint in scaled 8-bit floats",
+        ),
+        ("model.diffusion_model.scaled_fp8", "is a checkpoint in scaled 8-bit floats.*plain 8-bit floats"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "is a T5 text encoder.*--text-encoder"),
         ("shared.weight", "is a T5 text encoder"),
         ("proj_in.weight", "one component of a diffusers folder"),
@@ -249,12 +363,6 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, said: str) -
 def test_ltx_2_is_known_by_its_header_too(tmp_path: Path) -> None:
     metadata = {"config": json.dumps({"transformer": {"_class_name": "AVTransformer3DModel"}})}
     assert "LTX-2" in refused(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_2B), metadata=metadata)
-
-
-def test_an_fp8_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    said = refused(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_2B, VAE_0_9_5), dtype="F8_E4M3")
-    assert "8-bit floats" in said
-    assert "Take the bf16 file" in said
 
 
 def test_a_tensor_of_no_component_is_named(tmp_path: Path) -> None:
@@ -282,6 +390,7 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
     transformer, vae = told.pop("parts")
     assert told == {
         "path": str(checkpoint.path),
+        "kind": "model",
         "layout": "single file",
         "version": "0.9.1",
         "model": "ltxv-2b-0.9.1",
@@ -300,6 +409,29 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
     assert (vae["name"], vae["tensors"], vae["sizes"]) == ("vae", 294, {"latent_channels": 128, "patch": 4})
     assert checkpoint.size_bytes == transformer["bytes"] + vae["bytes"]
     json.dumps(told)
+
+
+def test_an_upscaler_is_described_and_misses_nothing(tmp_path: Path) -> None:
+    told = asdict(upscaler(tmp_path / "ltxv-spatial-upscaler-0.9.8.safetensors", SPATIAL).describe())
+    (part,) = told.pop("parts")
+    assert told == {
+        "path": str(tmp_path / "ltxv-spatial-upscaler-0.9.8.safetensors"),
+        "kind": "spatial upscaler",
+        "layout": "single file",
+        "version": "0.9.8",
+        "model": "ltxv-spatial-upscaler-0.9.8",
+        "vae_family": None,
+        "sampler": None,
+        "missing": (),
+    }
+    assert part == {
+        "name": "upscaler",
+        "sizes": {"channels": 128, "width": 512, "blocks": 4},
+        "tensors": 72,
+        "parameters": 126_250_624,
+        "bytes": 4 * 126_250_624,
+        "dtype": "float32",
+    }
 
 
 def test_a_text_encoder_beside_the_file_is_not_missing(tmp_path: Path) -> None:

@@ -11,18 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 
 from kadr.checkpoints.folder import read_schedule, read_vae
+from kadr.checkpoints.keys import UPSAMPLER, names
 from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError
 from kadr.models.registry import find
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
+from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedule import Schedule
 from kadr.shapes import LatentGrid
-from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, same, sparse
+from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, SMALL_UPSAMPLER, same, sparse
 from tests.oracles import (
     DIFFUSERS_VAES,
     VAES,
@@ -132,6 +135,39 @@ def test_a_folder_and_a_single_file_compute_the_same(tmp_path: Path, transformer
     latents = drawn(1, 12, 2, 1, 1)
     one, other = (model.decode(latents, level=level[0]) for model in (c.load_vae(encoder=False) for c in pair))
     assert relative(one, other) < 1e-6
+
+
+# Upscalers
+
+
+@pytest.fixture
+def upscaler(tmp_path: Path) -> Path:
+    """A folder as that of a released upscaler: with the VAE of its latents."""
+    ours = sown(lambda: LatentUpsampler(SMALL_UPSAMPLER))
+    theirs = LTXLatentUpsamplerModel(in_channels=12, mid_channels=32, num_blocks_per_stage=2)
+    known_as = names(UPSAMPLER, ours.state_dict(), diffusers=True)
+    theirs.load_state_dict({known_as[name]: tensor for name, tensor in ours.state_dict().items()})
+    theirs.save_pretrained(tmp_path / "upscaler" / "latent_upsampler")
+    return save(tmp_path / "upscaler", None, small_vae("0.9.5"), "0.9.5")
+
+
+def test_the_folder_of_an_upscaler_is_opened_with_its_vae_or_alone(upscaler: Path) -> None:
+    whole, alone = Checkpoint.open(upscaler), Checkpoint.open(upscaler / "latent_upsampler")
+    assert whole.detected.upsampler == alone.detected.upsampler == SMALL_UPSAMPLER
+    assert (whole.detected.vae_family, alone.detected.has_vae) == ("0.9.5", False)
+    for checkpoint in (whole, alone):
+        assert same(checkpoint.load_upsampler(), sown(lambda: LatentUpsampler(SMALL_UPSAMPLER)))
+        described = checkpoint.describe()
+        assert (described.kind, described.missing) == ("spatial upscaler", ())
+        with pytest.raises(CheckpointError, match="is a spatial upscaler, not a model"):
+            checkpoint.load_transformer()
+    assert same(whole.load_vae(), small_vae("0.9.5"))
+
+
+def test_a_config_of_no_released_upscaler_is_refused(upscaler: Path) -> None:
+    changed(upscaler / "latent_upsampler" / "config.json", dims=2)
+    with pytest.raises(CheckpointError, match=r"latent_upsampler.config\.json: .*dims = 2; kadr knows only 3"):
+        Checkpoint.open(upscaler)
 
 
 # Configs
@@ -267,7 +303,7 @@ def test_a_folder_with_a_text_encoder_misses_nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({}, "neither transformer/ nor vae/"),
+        ({}, "none of transformer/, vae/, latent_upsampler/ in it"),
         ({"a.safetensors": {}}, "Name one of the files in it: a.safetensors"),
         ({"config.json": {"architectures": ["T5EncoderModel"]}}, "is a T5 text encoder.*--text-encoder"),
         ({"transformer/config.json": {"_class_name": "LTX2VideoTransformer3DModel"}}, "is LTX-2"),

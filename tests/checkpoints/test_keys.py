@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
+from ltx_video.models.autoencoders.latent_upsampler import LatentUpsampler as OfficialUpsampler
 from ltx_video.utils.diffusers_config_mapping import TRANSFORMER_KEYS_RENAME_DICT, VAE_KEYS_RENAME_DICT
 from torch import nn
 
 from kadr.checkpoints import keys
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
+from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE
 from tests.oracles import (
     VAES,
@@ -99,6 +102,15 @@ def test_every_tensor_of_the_text_encoder_is_named_once_with_its_shape():
     ours = on_meta(lambda: T5Encoder(xxl))
     assert translated(ours, keys.T5) == translated(ours, keys.T5, diffusers=True) == expected
     assert unused == {"encoder.embed_tokens.weight": expected["shared.weight"]}
+
+
+@pytest.mark.parametrize("space, time", [(True, False), (False, True), (True, True)])
+def test_every_tensor_of_the_upscaler_is_named_once_with_its_shape_in_both_layouts(space, time):
+    ours = on_meta(lambda: LatentUpsampler(UpsamplerConfig(space=space, time=time)))
+    official = on_meta(lambda: OfficialUpsampler(spatial_upsample=space, temporal_upsample=time))
+    diffusers = on_meta(lambda: LTXLatentUpsamplerModel(spatial_upsample=space, temporal_upsample=time))
+    assert translated(ours, keys.UPSAMPLER) == shapes(official)
+    assert translated(ours, keys.UPSAMPLER, diffusers=True) == shapes(diffusers)
 
 
 # Against names written down elsewhere
@@ -207,6 +219,7 @@ def test_a_released_vae_has_the_published_count_of_parameters_and_tensors(family
         (keys.VAE, "middle.conv_in.weight"),
         (keys.VAE, ""),
         (keys.T5, "blocks.0.attention.w.weight"),
+        (keys.UPSAMPLER, "before.0.conv3.weight"),
     ],
 )
 def test_an_unknown_name_raises(table, name):

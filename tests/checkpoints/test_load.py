@@ -15,19 +15,22 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kadr.checkpoints import keys
 from kadr.checkpoints.keys import VAE_UNUSED
 from kadr.checkpoints.load import fill
 from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
-from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder
+from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upsampler
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
+from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from tests.checkpoints.files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
     SMALL_TRANSFORMER,
+    SMALL_UPSAMPLER,
     SMALL_VAE,
     config_of,
     on_meta,
@@ -142,6 +145,57 @@ def test_a_dtype_that_weights_are_not_held_in_is_refused(path: Path, dtype: torc
         Checkpoint.open(path).load_transformer(dtype)
 
 
+# 8-bit floats
+
+EIGHT_BIT = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def cast_as_released(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Store a file's weights as the released fp8 files do, by a plain cast; the file's tensors afterwards."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "transformer_blocks." in name and tensor.ndim == 2 and ("attn" in name or "ff." in name):
+                tensors[name] = tensor.to(dtype)
+
+    rewritten(path, change)
+    return load_file(path)
+
+
+@pytest.mark.parametrize("stored", EIGHT_BIT)
+@pytest.mark.parametrize("asked", FLOATS)
+def test_weights_in_plain_8_bit_floats_are_cast_to_the_dtype_asked_for(
+    path: Path, transformer: Transformer, stored: torch.dtype, asked: torch.dtype
+) -> None:
+    tensors = cast_as_released(path, stored)
+    assert sum(tensor.dtype == stored for tensor in tensors.values()) == 2 * (4 + 4 + 2)  # of 2 layers
+    checkpoint = Checkpoint.open(path)
+    loaded = checkpoint.load_transformer(asked).state_dict()
+    names = keys.names(keys.TRANSFORMER, loaded)
+    for ours, theirs in names.items():
+        assert torch.equal(loaded[ours], tensors[f"model.diffusion_model.{theirs}"].to(asked)), ours
+    changed = [name for name, theirs in names.items() if tensors[f"model.diffusion_model.{theirs}"].dtype == stored]
+    assert not any(torch.equal(loaded[name].float(), transformer.state_dict()[name]) for name in changed)
+    assert same(checkpoint.load_vae(), checkpoint.load_vae(torch.bfloat16))
+
+
+def test_8_bit_floats_are_not_computed_in(path: Path) -> None:
+    cast_as_released(path, torch.float8_e4m3fn)
+    with pytest.raises(
+        CheckpointError, match=r"stores 20 tensors in 8-bit floats, such as transformer_blocks\..*Ask for bfloat16"
+    ):
+        Checkpoint.open(path).load_transformer()
+
+
+def test_scaled_8_bit_floats_are_refused(path: Path) -> None:
+    scale = "model.diffusion_model.transformer_blocks.0.attn1.to_q.scale_weight"
+    rewritten(path, lambda tensors: tensors.update({scale: torch.ones(1)}))
+    with pytest.raises(
+        CheckpointError, match=r"scaled 8-bit floats.*it has the tensor .*to_q\.scale_weight.*bf16 file"
+    ):
+        Checkpoint.open(path)
+
+
 # Strictness
 
 
@@ -242,6 +296,34 @@ def test_the_half_that_is_not_asked_for_is_accounted_for(path: Path) -> None:
     rewritten(path, lambda tensors: tensors.pop("vae.encoder.conv_in.conv.bias"))
     with pytest.raises(CheckpointError, match=r"1 tensors missing: encoder\.conv_in\.conv\.bias"):
         Checkpoint.open(path).load_vae(encoder=False)
+
+
+# Upscalers
+
+
+@pytest.fixture(scope="module")
+def upsampler() -> LatentUpsampler:
+    return sown(lambda: LatentUpsampler(SMALL_UPSAMPLER))
+
+
+def test_an_upscaler_is_loaded_in_float32_unless_asked_otherwise(tmp_path: Path, upsampler: LatentUpsampler) -> None:
+    write_upsampler(tmp_path / "x.safetensors", upsampler, dtype=torch.bfloat16)
+    checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
+    assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upsampler())} == {torch.float32}
+    assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upsampler(None))} == {torch.bfloat16}
+    assert same(checkpoint.load_upsampler(torch.bfloat16), upsampler, torch.bfloat16)
+
+
+def test_an_upscaler_is_accounted_for_in_both_directions(tmp_path: Path, upsampler: LatentUpsampler) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["res_blocks.0.conv3.bias"] = tensors.pop("res_blocks.0.conv1.bias")
+
+    write_upsampler(tmp_path / "x.safetensors", upsampler)
+    rewritten(tmp_path / "x.safetensors", change)
+    with pytest.raises(
+        CheckpointError, match=r"missing: res_blocks\.0\.conv1\.bias; .*over: res_blocks\.0\.conv3\.bias"
+    ):
+        Checkpoint.open(tmp_path / "x.safetensors").load_upsampler()
 
 
 # Text encoders

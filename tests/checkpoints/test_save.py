@@ -10,21 +10,30 @@ import pytest
 import torch
 import transformers
 from ltx_video.models.autoencoders.causal_video_autoencoder import CausalVideoAutoencoder
+from ltx_video.models.autoencoders.latent_upsampler import LatentUpsampler as OfficialUpsampler
 from ltx_video.models.transformers.transformer3d import Transformer3DModel
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from safetensors import safe_open
 
 from kadr.checkpoints import keys
 from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
-from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder
+from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upsampler
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
+from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedule import Schedule
 from kadr.shapes import LatentGrid
-from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_T5, SMALL_TRANSFORMER, SMALL_VAE, same
+from tests.checkpoints.files import (
+    LINEAR_QUADRATIC,
+    SMALL_T5,
+    SMALL_TRANSFORMER,
+    SMALL_UPSAMPLER,
+    SMALL_VAE,
+    same,
+)
 from tests.oracles import VAES, drawn, reduced, relative, sown
 from tests.text.test_tokenizer import train
 
@@ -88,6 +97,21 @@ def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, f
     assert set(official.state_dict()) - {"mean_of_means", "std_of_means"} == {
         name for name in keys.names(keys.VAE, ours.state_dict()).values() if "statistics" not in name
     }
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("space, time", [(True, False), (False, True), (True, True)])
+def test_the_official_upscaler_loads_the_file_and_computes_the_same(tmp_path: Path, space: bool, time: bool) -> None:
+    ours = sown(lambda: LatentUpsampler(replace(SMALL_UPSAMPLER, space=space, time=time)))
+    path = tmp_path / "x.safetensors"
+    write_upsampler(path, ours, metadata={"trained_on": "shapes"})
+    latents = drawn(1, 12, 2, 3, 3)
+    assert relative(ours(latents), OfficialUpsampler.from_pretrained(path).eval()(latents)) < 1e-5
+    checkpoint = Checkpoint.open(path)
+    assert (checkpoint.detected.upsampler, checkpoint.detected.dtype) == (ours.config, torch.float32)
+    assert checkpoint.sources["upsampler"].metadata["trained_on"] == "shapes"
+    assert same(checkpoint.load_upsampler(), ours)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_official_scheduler_loads_the_file(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,11 +13,20 @@ import pytest
 
 from kadr.cli import making
 from kadr.cli.main import main
+from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
 from kadr.pipeline.request import Request
+from kadr.pipeline.resolve import resolve
+from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 
-RECIPE = {"size": Size(64, 64), "frames": 9, "fps": 24.0, "steps": 4, "guidance": 3.0, "stochastic": False}
+RECIPE = Recipe(
+    first=Pass(steps=4, guidance=Guidance(scale=3.0)),
+    second=Pass(levels=(0.9, 0.5)),
+    size=Size(64, 64),
+    frames=9,
+    fps=24.0,
+)
 
 
 class Ended(NamedTuple):
@@ -44,7 +53,7 @@ class FakeEngine:
         return self
 
     def resolve(self, request: Request) -> Request:
-        return request.filled(RECIPE)
+        return resolve(replace(request, video=None, video_strength=None), RECIPE)  # no file is looked into
 
     def write(self, request: Request, path: Path, *, watch: Callable[[Progress], None]) -> SimpleNamespace:
         self.requests.append(request)

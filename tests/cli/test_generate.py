@@ -13,12 +13,24 @@ import pytest
 
 from kadr.cli.official import LATER, RENAMED
 from kadr.errors import Cancelled, KadrWarning, NonFiniteError, RequestError
+from kadr.pipeline.official_config import OfficialConfig
 from kadr.pipeline.request import Condition, Request
+from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 from tests.cli.conftest import Ended, FakeEngine
+from tests.pipeline.official_configs import OFFICIAL
 
 Run = Callable[..., Ended]
 PROMPT = "a red circle"
+VALUES = {  # of official flags that take more than the number 1
+    "--output": "named.mp4",
+    "--negative-prompt": "dull",
+    "--config": "config.yaml",
+    "--input-video": "config.yaml",  # a file that exists
+    "--stg-mode": "attention_skip",
+    "--guidance-at": "1.0,0.9",
+}
+SKIPPING = Guidance(skip_blocks=((), (11, 25), (28,)), at=(1.0, 0.9, 0.5))
 
 
 @pytest.fixture
@@ -41,7 +53,26 @@ def picture(tmp_path: Path) -> str:
         ("--levels 1.0,0.9,.5", "levels", (1.0, 0.9, 0.5)),
         ("--skip-initial 2", "skip_initial", 2),
         ("--skip-final 3", "skip_final", 3),
-        ("--guidance 4.5", "guidance", 4.5),
+        ("--guidance 4.5", "guidance", Guidance(scale=4.5)),
+        ("--guidance 1,6 --guidance-at 1.0,.9", "guidance", Guidance(scale=(1.0, 6.0), at=(1.0, 0.9))),
+        ("--stg 1", "guidance", Guidance(stg=1.0)),
+        ("--stg 0,4 --guidance-at 1,.9", "guidance", Guidance(stg=(0.0, 4.0), at=(1.0, 0.9))),
+        ("--rescale .7", "guidance", Guidance(rescale=0.7)),
+        ("--rescale 1,.5 --guidance-at 1,.9", "guidance", Guidance(rescale=(1.0, 0.5), at=(1.0, 0.9))),
+        ("--skip-blocks 11,25", "guidance", Guidance(skip_blocks=(11, 25))),
+        ("--skip-blocks /11,25/28 --guidance-at 1,.9,.5", "guidance", SKIPPING),
+        ("--skip-blocks ;11,25;28 --guidance-at 1,.9,.5", "guidance", SKIPPING),
+        ("--stg-mode attention_skip", "guidance", Guidance(mode="attention_skip")),
+        ("--cfg-star", "guidance", Guidance(cfg_star=True)),
+        ("--no-cfg-star", "guidance", Guidance(cfg_star=False)),
+        ("--apg 0.5 --apg-norm 10", "guidance", Guidance(apg=0.5, apg_norm=10.0)),
+        ("--multi-scale", "multi_scale", True),
+        ("--single-pass", "multi_scale", False),
+        ("--second-steps 10 --second-skip-initial 6", "second", Pass(steps=10, skip_initial=6)),
+        ("--second-levels .9,.7", "second", Pass(levels=(0.9, 0.7))),
+        ("--second-guidance 2", "second", Pass(guidance=Guidance(scale=2.0))),
+        ("--second-tone-map .6", "second", Pass(tone_map=0.6)),
+        ("--tone-map .6", "tone_map", 0.6),
         ("--guidance-batch", "guidance_batch", True),
         ("--negative-prompt blurry", "negative_prompt", "blurry"),
         ("--stochastic", "stochastic", True),
@@ -65,10 +96,11 @@ def test_what_is_left_out_is_left_to_the_recipe(kadr: Run, engine: FakeEngine) -
 
 
 def test_flags_of_the_model_reach_the_engine(kadr: Run, engine: FakeEngine) -> None:
-    parts = ("--model", "m.safetensors", "--text-encoder", "t5", "--vae", "v.safetensors")
-    assert kadr("generate", PROMPT, *parts, "--device", "cuda:1", "--dtype", "float32").code == 0
-    options = {"text_encoder": Path("t5"), "vae": Path("v.safetensors"), "device": "cuda:1", "dtype": "float32"}
-    assert engine.opened == [("m.safetensors", options)]
+    parts = ("--model", "m.safetensors", "--text-encoder", "t5", "--vae", "v.safetensors", "--second-model", "n")
+    words = (*parts, "--upscaler", "s", "--upscaler", "t", "--device", "cuda:1", "--dtype", "float32")
+    assert kadr("generate", PROMPT, *words).code == 0
+    options = {"text_encoder": Path("t5"), "vae": Path("v.safetensors"), "second_model": "n", "upscaler": ["s", "t"]}
+    assert engine.opened == [("m.safetensors", {**options, "device": "cuda:1", "dtype": "float32"})]
 
 
 @pytest.mark.parametrize("numbers, frame, strength", [((), 0, 1.0), (("0",), 0, 1.0), (("0", "0.8"), 0, 0.8)])
@@ -80,21 +112,85 @@ def test_image_takes_its_numbers_or_leaves_them(
     assert engine.requests == [Request(prompt=PROMPT, conditions=(expected,))]
 
 
-def test_image_is_looked_for_before_the_model_is_opened(kadr: Run, engine: FakeEngine) -> None:
-    ended = kadr("generate", PROMPT, "--image", "absent.jpg", "0", "1")
+@pytest.mark.parametrize(
+    "words, frame, strength, part, box",
+    [
+        ("clip.mp4", 0, 1.0, None, None),
+        ("clip.mp4 -1 .5", -1, 0.5, None, None),
+        ("clip.mp4#-25: 96", 96, 1.0, (-25, None), None),
+        ("clip.mp4#8:33", 0, 1.0, (8, 33), None),
+        ("clip.mp4#:9 0 1 box=0,32,64,32", 0, 1.0, (None, 9), (0, 32, 64, 32)),
+        ("strange#name 0", 0, 1.0, None, None),
+    ],
+)
+def test_video_takes_a_part_and_numbers(
+    kadr: Run, engine: FakeEngine, words: str, frame: int, strength: float, part: Any, box: Any
+) -> None:
+    Path("clip.mp4").touch()
+    Path("strange#name").touch()
+    ended = kadr("generate", PROMPT, "--video", *words.split())
+    assert ended.code == 0, ended.err
+    path = words.split()[0].partition(".mp4")[0] + (".mp4" if "mp4" in words else "")
+    expected = Condition(media=os.path.abspath(path), frame=frame, strength=strength, clip=True, part=part, box=box)
+    assert engine.requests[0].conditions == (expected,)
+
+
+def test_image_takes_a_box_after_its_numbers_or_without(kadr: Run, engine: FakeEngine, picture: str) -> None:
+    for words in (["0", "1.0"], []):
+        assert kadr("generate", "--image", picture, *words, "box=0,0,32,64", PROMPT).code == 0
+    expected = Condition(media=os.path.abspath(picture), box=(0, 0, 32, 64))
+    assert [request.conditions for request in engine.requests] == [(expected,), (expected,)]
+
+
+def test_video_to_start_from_is_remembered_by_its_whole_path(kadr: Run, engine: FakeEngine) -> None:
+    Path("clip.mp4").touch()
+    assert kadr("generate", PROMPT, "--input-video", "clip.mp4", "--strength", ".4").code == 0
+    assert engine.requests == [Request(prompt=PROMPT, video=os.path.abspath("clip.mp4"), video_strength=0.4)]
+
+
+@pytest.mark.parametrize("flag", ["--image", "--video", "--input-video"])
+def test_absent_media_is_named_before_the_model_is_opened(kadr: Run, engine: FakeEngine, flag: str) -> None:
+    for words in ([], ["--dry-run"]):
+        ended = kadr("generate", PROMPT, flag, "absent.mp4", *words)
+        assert (ended.code, ended.out, engine.opened) == (1, "", [])
+        assert "absent.mp4" in ended.err
+
+
+def test_config_gives_model_parts_and_recipe_and_flags_go_first(kadr: Run, engine: FakeEngine) -> None:
+    config = Path("config.yaml")
+    config.write_text(OFFICIAL["ltxv-13b-0.9.8-dev"], "utf-8")
+    assert kadr("generate", PROMPT, "--config", config).code == 0
+    recipe = OfficialConfig.read(config).recipe
+    options = {"recipe": recipe, "upscaler": ["ltxv-spatial-upscaler-0.9.8"], "device": "auto", "dtype": "auto"}
+    assert engine.opened.pop() == ("ltxv-13b-0.9.8-dev", options)
+    assert kadr("generate", PROMPT, "--pipeline_config", config, "--model", "demo", "--single-pass").code == 0
+    assert engine.opened.pop() == ("demo", {"recipe": recipe, "device": "auto", "dtype": "auto"})
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [(None, "config.yaml"), ("stg_scall: 1", "stg_scale?"), ("stg_scale: [", "is not YAML"), ("stg_scale: x", "'x'")],
+)
+def test_bad_config_ends_with_1_and_is_named(kadr: Run, engine: FakeEngine, text: str | None, word: str) -> None:
+    if text is not None:
+        Path("config.yaml").write_text(text, "utf-8")
+    ended = kadr("generate", PROMPT, "--config", "config.yaml")
     assert (ended.code, ended.out, engine.opened) == (1, "", [])
-    assert "absent.jpg" in ended.err
+    assert "config.yaml" in ended.err
+    assert word in ended.err
 
 
 @pytest.mark.parametrize("official, ours", RENAMED.items())
 @pytest.mark.parametrize("joined", [False, True])
 def test_official_name_is_ours(kadr: Run, engine: FakeEngine, official: str, ours: str, joined: bool) -> None:
-    value = {"--output": "named.mp4", "--negative-prompt": "dull"}.get(ours, "1")
+    Path("config.yaml").write_text("checkpoint_path: demo", "utf-8")
+    value = VALUES.get(ours, "1")
     assert kadr("generate", PROMPT, ours, value).code == 0
     words = (f"{official}={value}",) if joined else (official, value)
     assert kadr("generate", PROMPT, *words).code == 0
     assert engine.requests[0] == engine.requests[1]
-    assert ours != "--output" or sorted(os.listdir()) == ["named.mp4"]
+    assert engine.opened[0] == engine.opened[1]
+    assert ours != "--output" or sorted(os.listdir()) == ["config.yaml", "named.mp4"]
 
 
 def test_official_command_line_is_understood(kadr: Run, engine: FakeEngine, picture: str) -> None:
@@ -106,10 +202,33 @@ def test_official_command_line_is_understood(kadr: Run, engine: FakeEngine, pict
     assert engine.requests == [made]
 
 
+def test_official_media_are_pictures_or_clips_by_their_endings(kadr: Run, engine: FakeEngine, picture: str) -> None:
+    Path("clip.MP4").touch()
+    words = ("--conditioning_media_paths", "clip.MP4", picture, "--conditioning_start_frames", "8", "0")
+    assert kadr("generate", PROMPT, *words).code == 0
+    first = Condition(media=os.path.abspath(picture), clip=False)
+    second = Condition(media=os.path.abspath("clip.MP4"), frame=8, clip=True)
+    assert engine.requests[0].conditions == (first, second)
+
+
 @pytest.mark.parametrize(
     "words",
     [
         *(f"--prompt x {name} y" for name in LATER),
+        "x --guidance 1,6,8",  # without --guidance-at
+        "x --stg 1,2",
+        "x --rescale 1,0",
+        "x --skip-blocks 1/2",
+        "x --skip-blocks 1,a",
+        "x --guidance strong",
+        "x --guidance-at 1;2",
+        "x --second-levels x",
+        "x --video clip.mp4#25",
+        "x --video clip.mp4#a:b",
+        "x --video clip.mp4#1:2:3",
+        "x --video clip.mp4#-:4",
+        "x --video clip.mp4 0.5",
+        "x --image photo.jpg box=1,2,3",
         "x --height 480",
         "x --conditioning_media_paths a.jpg b.jpg --conditioning_start_frames 0",
         "x --image photo.jpg 0.5",  # a strength where the frame should be
@@ -134,6 +253,8 @@ def test_bad_usage_ends_with_2_and_says_why(kadr: Run, engine: FakeEngine, words
 @pytest.mark.parametrize(
     "words",
     ["x --frames 0", "x --guidance 0.5", "x --seconds -1", "x --seconds nan", "x --output no/such/folder/v.mp4"]
+    + ["x --strength 0.5", "x --stg-mode residual", "x --skip-blocks -1", "x --apg 7", "x --tone-map 2"]
+    + ["x --second-levels .9 --second-skip-initial 1", "x --guidance 0.5,1 --guidance-at 1,0"]
     + ["x --output v.gif", "x --size 63x63", "x --save-latents l.pt", "x --save-latents no/such/l.safetensors"],
 )
 def test_refused_request_ends_with_1_and_leaves_nothing(kadr: Run, engine: FakeEngine, words: str) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kadr.checkpoints.save import write_upsampler
 from kadr.cli.table import columns, in_words
 from kadr.media.video import VideoWriter
 from kadr.models.registry import RELEASED
+from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.shapes import Size
 from tests import tiny
 from tests.cli.conftest import Ended
@@ -57,6 +59,18 @@ def test_text_encoder_is_described(kadr: Run, home: Path, folder: str) -> None:
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[0] == "T5 text encoder"
     assert json.loads(kadr("inspect", home / folder, "--json").out)["family"] == "T5"
+
+
+def test_upscaler_is_described_and_misses_nothing(kadr: Run, tmp_path: Path) -> None:
+    upsampler = LatentUpsampler(UpsamplerConfig(channels=8, width=32, blocks=1, space=False, time=True))
+    write_upsampler(tmp_path / "u.safetensors", upsampler)
+    ended = kadr("inspect", tmp_path / "u.safetensors")
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[:2] == ["LTX-Video unreleased temporal upscaler, single file", "for --upscaler, beside a model"]
+    assert [line.split("  ")[0] for line in lines[2:]] == ["part", "upscaler"]
+    told = json.loads(kadr("inspect", tmp_path / "u.safetensors", "--json").out)
+    assert (told["kind"], told["missing"]) == ("temporal upscaler", [])
 
 
 def test_video_shows_its_request(kadr: Run, tmp_path: Path) -> None:

@@ -1,38 +1,190 @@
-"""The registry is data: names that resolve, sizes that follow from the shapes, recipes that the samplers accept."""
+"""The registry is data: names that resolve, files that exist, sizes that follow from the shapes, the official recipes."""
 
 from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from kadr.errors import RequestError
-from kadr.models.registry import BY_NAME, RELEASED, Recipe, Released, by_file, find
+from kadr.models.registry import (
+    BY_NAME,
+    DISTILLED_LEVELS,
+    HUB,
+    MODELS,
+    NEGATIVE,
+    RELEASED,
+    TEXT,
+    TEXT_GGUF,
+    UPSCALER,
+    Recipe,
+    Released,
+    by_file,
+    find,
+    needs,
+)
+from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 from kadr.sampling.schedule import Schedule, explicit
-from kadr.shapes import snap_frames
+from kadr.sampling.settings import Guidance, Pass
+from kadr.shapes import Size, snap_frames
 
-HOSTED = [released for released in RELEASED if released.repo]
+HOSTED = [released for released in MODELS if released.repo]
+FP8 = [released for released in HOSTED if released.name.endswith("-fp8")]
+PARTS = [released for released in RELEASED if released.kind != "model"]
+MATRIX = re.compile(r"layers\.\d+\.(self_attention|text_attention|feed_forward)\.(q|k|v|out|up|down)\.weight")
+T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+
+# What the official configs say, configs/*.yaml of ltx_video: the settings of each pass.
+PLAIN_2B = ({"steps": 40, "guidance": {"scale": 3, "stg": 1, "rescale": 0.7, "skip_blocks": (19,)}},)
+STOCHASTIC_2B = ({"steps": 8, "stochastic": True, "guidance": {"scale": 1, "stg": 0, "rescale": 1}},)
+OFF = {"scale": 1, "stg": 0, "rescale": 1, "skip_blocks": (42,)}
+FEW = (
+    {"levels": (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725), "guidance": OFF},
+    {"levels": (0.9094, 0.725, 0.4219), "guidance": OFF},
+)
+FEW_13B = (FEW[0], {**FEW[1], "tone_map": 0.6})
+DEV_13B = (
+    {
+        "steps": 30,
+        "skip_final": 3,
+        "guidance": {
+            "at": (1.0, 0.996, 0.9933, 0.985, 0.9767, 0.9008, 0.6180),
+            "scale": (1, 1, 6, 8, 6, 1, 1),
+            "stg": (0, 0, 4, 4, 4, 2, 1),
+            "rescale": (1, 1, 0.5, 0.5, 1, 1, 1),
+            "skip_blocks": ((), (11, 25, 35, 39), (22, 35, 39), (28,), (28,), (28,), (28,)),
+            "cfg_star": True,
+        },
+    },
+    {
+        "steps": 30,
+        "skip_initial": 17,
+        "guidance": {
+            "at": (1.0,),
+            "scale": (1,),
+            "stg": (1,),
+            "rescale": (1,),
+            "skip_blocks": (27,),
+            "cfg_star": True,
+        },
+    },
+)
+# name: file without its suffix, layers, VAE, upscaler, passes
+OFFICIAL: dict[str, tuple[str, int, str, str | None, tuple[dict[str, Any], ...]]] = {
+    "ltxv-2b-0.9": ("ltx-video-2b-v0.9", 28, "0.9", None, PLAIN_2B),
+    "ltxv-2b-0.9.1": ("ltx-video-2b-v0.9.1", 28, "0.9.1", None, PLAIN_2B),
+    "ltxv-2b-0.9.5": ("ltx-video-2b-v0.9.5", 28, "0.9.5", None, PLAIN_2B),
+    "ltxv-2b-0.9.6-dev": ("ltxv-2b-0.9.6-dev-04-25", 28, "0.9.5", None, PLAIN_2B),
+    "ltxv-2b-0.9.6-distilled": ("ltxv-2b-0.9.6-distilled-04-25", 28, "0.9.5", None, STOCHASTIC_2B),
+    "ltxv-2b-0.9.8-distilled": ("ltxv-2b-0.9.8-distilled", 28, "0.9.5", "0.9.8", FEW),
+    "ltxv-2b-0.9.8-distilled-fp8": ("ltxv-2b-0.9.8-distilled-fp8", 28, "0.9.5", "0.9.8", FEW),
+    "ltxv-13b-0.9.7-dev": ("ltxv-13b-0.9.7-dev", 48, "0.9.5", "0.9.7", DEV_13B),
+    "ltxv-13b-0.9.7-dev-fp8": ("ltxv-13b-0.9.7-dev-fp8", 48, "0.9.5", "0.9.7", DEV_13B),
+    "ltxv-13b-0.9.7-distilled": ("ltxv-13b-0.9.7-distilled", 48, "0.9.5", "0.9.7", FEW),
+    "ltxv-13b-0.9.7-distilled-fp8": ("ltxv-13b-0.9.7-distilled-fp8", 48, "0.9.5", "0.9.7", FEW),
+    "ltxv-13b-0.9.8-dev": ("ltxv-13b-0.9.8-dev", 48, "0.9.5", "0.9.8", DEV_13B),
+    "ltxv-13b-0.9.8-dev-fp8": ("ltxv-13b-0.9.8-dev-fp8", 48, "0.9.5", "0.9.8", DEV_13B),
+    "ltxv-13b-0.9.8-distilled": ("ltxv-13b-0.9.8-distilled", 48, "0.9.5", "0.9.8", FEW_13B),
+    "ltxv-13b-0.9.8-distilled-fp8": ("ltxv-13b-0.9.8-distilled-fp8", 48, "0.9.5", "0.9.8", FEW_13B),
+}
+# name: kind, repository, file
+OFFICIAL_PARTS = {
+    "ltxv-spatial-upscaler-0.9.7": ("spatial upscaler", HUB, "ltxv-spatial-upscaler-0.9.7.safetensors"),
+    "ltxv-spatial-upscaler-0.9.8": ("spatial upscaler", HUB, "ltxv-spatial-upscaler-0.9.8.safetensors"),
+    "ltxv-temporal-upscaler-0.9.7": ("temporal upscaler", HUB, "ltxv-temporal-upscaler-0.9.7.safetensors"),
+    "ltxv-temporal-upscaler-0.9.8": ("temporal upscaler", HUB, "ltxv-temporal-upscaler-0.9.8.safetensors"),
+    "t5-v1.1-xxl": ("text encoder", "PixArt-alpha/PixArt-XL-2-1024-MS", "text_encoder/*"),
+    "t5-v1.1-xxl-q8-gguf": ("text encoder", "city96/t5-v1_1-xxl-encoder-gguf", "t5-v1_1-xxl-encoder-Q8_0.gguf"),
+}
 
 
-@pytest.fixture(scope="module")
-def numbers() -> dict[int | str, int]:
-    """How many numbers are in a transformer of so many layers, in a VAE of a family."""
-    with torch.device("meta"):
-        modules = {
-            28: Transformer(TRANSFORMER_2B),
-            48: Transformer(TRANSFORMER_13B),
-            "0.9": VAE(VAE_0_9),
-            "0.9.1": VAE(VAE_0_9_1),
-            "0.9.5": VAE(VAE_0_9_5),
-        }
-    return {key: sum(tensor.numel() for tensor in module.state_dict().values()) for key, module in modules.items()}
+def as_pass(told: dict[str, Any]) -> Pass:
+    return Pass(**{**told, "guidance": Guidance(**told["guidance"])})
 
 
-def test_every_name_finds_its_model() -> None:
-    assert len(BY_NAME) == len(RELEASED) == 11
+def test_every_name_is_an_official_one() -> None:
+    assert list(OFFICIAL) == [released.name for released in HOSTED]
+    assert list(OFFICIAL_PARTS) == [released.name for released in PARTS]
+    assert len(BY_NAME) == len(RELEASED)
     assert all(find(released.name) is released for released in RELEASED)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_model_is_the_official_file(name: str) -> None:
+    released = find(name)
+    file, layers, vae, upscaler, _ = OFFICIAL[name]
+    assert (released.kind, released.repo, released.file) == ("model", HUB, f"{file}.safetensors")
+    assert (released.layers, released.vae_family) == (layers, vae)
+    assert released.upscaler == (upscaler and f"ltxv-spatial-upscaler-{upscaler}")
+    assert (released.text_encoder, released.vae) == (TEXT, None)
+    assert released.distilled is ("distilled" in name)
+    assert released.version in name
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_recipe_is_the_official_one(name: str) -> None:
+    recipe, passes = find(name).recipe, OFFICIAL[name][-1]
+    assert [recipe.first, recipe.second][: len(passes)] == [as_pass(told) for told in passes]
+    assert recipe.multi_scale is (recipe.second is not None) is (len(passes) == 2)
+    # What all of those configs and the official script's defaults have in common.
+    assert (recipe.downscale, recipe.negative_prompt) == (0.6666666, NEGATIVE)
+    assert (recipe.size, recipe.frames, recipe.fps) == (Size(1216, 704), 121, 30.0)
+    assert (recipe.decode_timestep, recipe.decode_noise, recipe.image_noise) == (0.05, 0.025, 0.15)
+
+
+@pytest.mark.parametrize("name", OFFICIAL_PARTS)
+def test_a_part_is_the_official_file(name: str) -> None:
+    part = find(name)
+    assert (part.kind, part.repo, part.file) == OFFICIAL_PARTS[name]
+    assert part.version in name
+    assert needs(part) == (part,)
+    assert by_file(part.stem) is None  # it is no model
+
+
+@pytest.mark.parametrize("twin", FP8, ids=lambda released: released.name)
+def test_an_fp8_file_is_run_as_its_twin(twin: Released) -> None:
+    whole = find(twin.name.removesuffix("-fp8"))
+    own = {"name": whole.name, "file": whole.file, "size_bytes": whole.size_bytes}
+    assert replace(twin, **own) == whole
+    assert twin.size_bytes < whole.size_bytes
+
+
+def test_a_model_needs_itself_its_upscaler_and_its_text_encoder() -> None:
+    names = [entry.name for entry in needs(find("ltxv-13b-0.9.7-dev-fp8"))]
+    assert names == ["ltxv-13b-0.9.7-dev-fp8", "ltxv-spatial-upscaler-0.9.7", TEXT]
+    assert [entry.name for entry in needs(find("ltxv-2b-0.9.5"))] == ["ltxv-2b-0.9.5", TEXT]
+    assert needs(find("demo")) == (find("demo"),)
+
+
+def test_a_model_without_a_vae_needs_the_one_it_names_once() -> None:
+    bare = replace(find("ltxv-13b-0.9.8-dev"), vae="ltxv-2b-0.9.8-distilled")
+    names = [entry.name for entry in needs(bare)]
+    assert names == [bare.name, "ltxv-spatial-upscaler-0.9.8", "ltxv-2b-0.9.8-distilled", TEXT]
+    assert needs(replace(bare, vae=bare.upscaler)) == (replace(bare, vae=bare.upscaler), *needs(bare)[1::2])
+
+
+def test_a_text_encoder_of_many_files_comes_with_its_tokenizer() -> None:
+    assert find(TEXT).files == ("text_encoder/*", "tokenizer/*")
+    assert find(TEXT_GGUF).files == ("t5-v1_1-xxl-encoder-Q8_0.gguf",)
+    assert find("demo").files == ("assets/demo/demo.safetensors",)
+
+
+@pytest.mark.parametrize("released", RELEASED, ids=lambda released: released.name)
+def test_what_an_entry_names_is_what_it_should_be(released: Released) -> None:
+    for name, kind in (
+        (released.text_encoder, "text encoder"),
+        (released.upscaler, "spatial upscaler"),
+        (released.vae, "model"),
+    ):
+        assert name is None or find(name).kind == kind
+    assert (released.recipe.second is None) or released.upscaler is not None
+    assert find(UPSCALER).kind == "spatial upscaler"
 
 
 @pytest.mark.parametrize(
@@ -52,42 +204,93 @@ def test_a_name_near_to_none_is_answered_with_all() -> None:
 @pytest.mark.parametrize("released", HOSTED, ids=lambda released: released.name)
 def test_a_model_is_known_by_its_file_and_by_its_name(released: Released) -> None:
     assert by_file(released.stem) is by_file(released.stem.upper()) is by_file(released.name) is released
-    assert by_file(released.stem + "-fp8") is None
+    assert by_file(released.stem + "-copy") is None
 
 
 def test_a_file_that_happens_to_be_called_demo_is_not_the_demo() -> None:
     assert by_file("demo") is None
 
 
+@pytest.fixture(scope="module")
+def numbers() -> dict[int | str, int]:
+    """How many numbers are in a transformer of so many layers, in its layers' matrices, in a VAE of a family."""
+    with torch.device("meta"):
+        small, large = Transformer(TRANSFORMER_2B).state_dict(), Transformer(TRANSFORMER_13B).state_dict()
+        vaes = {"0.9": VAE(VAE_0_9), "0.9.1": VAE(VAE_0_9_1), "0.9.5": VAE(VAE_0_9_5)}
+    # In the official fp8 files these are stored in one byte, and everything else as in the others.
+    matrices = {
+        f"matrices of {layers}": {name: tensor for name, tensor in state.items() if MATRIX.fullmatch(name)}
+        for layers, state in ((28, small), (48, large))
+    }
+    states = {28: small, 48: large, **matrices, **{family: vae.state_dict() for family, vae in vaes.items()}}
+    return {key: sum(tensor.numel() for tensor in state.values()) for key, state in states.items()}
+
+
 @pytest.mark.parametrize("released", HOSTED, ids=lambda released: released.name)
 def test_the_size_of_a_file_follows_from_its_tensors(released: Released, numbers: dict[int | str, int]) -> None:
     width = 4 if released.version == "0.9" else 2
     counted = (numbers[released.layers] + numbers[released.vae_family]) * width
+    if released in FP8:
+        counted -= numbers[f"matrices of {released.layers}"]
     assert released.size_bytes == pytest.approx(counted, rel=0.001)
 
 
-@pytest.mark.parametrize("released", RELEASED, ids=lambda released: released.name)
+def test_the_size_of_the_text_encoder_follows_from_its_tensors() -> None:
+    with torch.device("meta"):
+        whole = sum(tensor.numel() for tensor in T5Encoder(T5_XXL).state_dict().values())
+    assert find(TEXT).size_bytes == pytest.approx(4 * whole, rel=0.01)
+    assert find(TEXT_GGUF).size_bytes == pytest.approx(34 / 32 * whole, rel=0.01)  # Q8_0: 32 numbers in 34 bytes
+
+
+@pytest.mark.parametrize("kind, size", [("spatial", 2048 * 512 * 9 + 2048), ("temporal", 1024 * 512 * 27 + 1024)])
+def test_the_size_of_an_upscaler_follows_from_its_tensors(kind: str, size: int) -> None:
+    conv, norm = 512 * 512 * 27 + 512, 2 * 512
+    ends = 128 * 512 * 27 + 512 + norm + 512 * 128 * 27 + 128
+    whole = ends + 16 * (conv + norm) + size  # eight residual blocks of two convolutions
+    for version in ("0.9.7", "0.9.8"):
+        assert find(f"ltxv-{kind}-upscaler-{version}").size_bytes == pytest.approx(4 * whole, rel=0.01)
+
+
+@pytest.mark.parametrize("released", MODELS, ids=lambda released: released.name)
 def test_a_recipe_can_be_sampled(released: Released) -> None:
     recipe = released.recipe
     assert recipe.size.snapped() == recipe.size
     assert snap_frames(recipe.frames) == recipe.frames
-    assert recipe.levels is None or len(explicit(recipe.levels)) == recipe.steps
-    assert (recipe.guidance == 1.0) == ("distilled" in released.name)
+    for one in filter(None, (recipe.first, recipe.second, recipe.alone)):
+        one.guidance.check_lists()
+        assert one.levels is None or len(explicit(one.levels)) == len(one.levels)
+        assert (one.levels is None) != (one.steps is None)
+        strong = [one.guidance.strengths(level / 100).scale > 1 for level in range(101)]
+        assert not (released.distilled and any(strong))
+
+
+def test_a_single_pass_goes_all_the_way_where_the_first_of_two_stops_early() -> None:
+    for released in HOSTED:
+        recipe = released.recipe
+        if recipe.multi_scale:
+            assert recipe.alone is not None
+            assert recipe.alone.skip_final == 0
+            assert recipe.alone.guidance == recipe.first.guidance
+            assert recipe.alone.levels in (None, DISTILLED_LEVELS)
+        else:
+            assert recipe.alone is None
 
 
 def test_the_distilled_levels_are_the_linear_quadratic_ones_rounded_down() -> None:
     made = Schedule(sampler="LinearQuadratic").levels(8, tokens=1)
-    levels = torch.tensor(find("ltxv-2b-0.9.8-distilled").recipe.levels)
-    assert torch.allclose(made, levels, atol=1e-4)
+    assert torch.allclose(made, torch.tensor(DISTILLED_LEVELS), atol=1e-4)
 
 
-def test_a_recipe_with_other_levels_than_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 steps, but 2 levels"):
-        Recipe(steps=3, levels=(1.0, 0.5))
+def test_a_recipe_of_two_passes_without_a_second_is_refused() -> None:
+    with pytest.raises(RequestError, match="multi-scale, and has no second pass"):
+        Recipe(multi_scale=True)
 
 
 def test_every_model_says_its_licence() -> None:
-    assert find("demo").licence == "Apache-2.0"
+    assert find("demo").licence == find(TEXT).licence == find(TEXT_GGUF).licence == "Apache-2.0"
     assert "research" in find("ltxv-2b-0.9").licence
     assert "v0.9.1.license" in find("ltxv-2b-0.9.1").licence
-    assert all(released.licence for released in RELEASED)
+    assert "OpenRAIL" in find("ltxv-2b-0.9.5").licence
+    later = [released for released in RELEASED if released.repo == HUB and released.version >= "0.9.6"]
+    assert len(later) == 16
+    assert all("Open-Weights-License-0.X" in released.licence for released in later)

@@ -7,8 +7,6 @@ draws from two generators is replaced by our named streams, so that the same num
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,20 +18,29 @@ import sentencepiece
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from ltx_video.models.autoencoders.causal_video_autoencoder import CausalVideoAutoencoder
+from ltx_video.models.autoencoders.latent_upsampler import LatentUpsampler
 from ltx_video.models.transformers.symmetric_patchifier import SymmetricPatchifier
 from ltx_video.models.transformers.transformer3d import Transformer3DModel
-from ltx_video.pipelines.pipeline_ltx_video import ConditioningItem, LTXVideoPipeline
+from ltx_video.pipelines.pipeline_ltx_video import ConditioningItem, LTXMultiScalePipeline, LTXVideoPipeline
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
+from ltx_video.utils.skip_layer_strategy import SkipLayerStrategy
 from safetensors import safe_open
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from kadr.media.image import prepare_picture
+from kadr.media.image import crop_to_aspect, load_picture, prepare_picture
+from kadr.pipeline.conditions import Placed, pixels_of, read_conditions, read_start
 from kadr.pipeline.request import Request
 from kadr.sampling.noise import NoiseStreams
+from kadr.sampling.settings import Pass
 from kadr.shapes import LatentGrid, Size
 from tests.tiny import CHANNELS, MODEL
 
+MODES = {
+    "attention_values": SkipLayerStrategy.AttentionValues,
+    "attention_skip": SkipLayerStrategy.AttentionSkip,
+    "transformer_block": SkipLayerStrategy.TransformerBlock,
+}
 _ENHANCERS = ("image_caption_model", "image_caption_processor", "llm_model", "llm_tokenizer")
 
 
@@ -71,11 +78,23 @@ def open_pipeline(home: Path) -> LTXVideoPipeline:
     return pipeline
 
 
-def run(pipeline: LTXVideoPipeline, request: Request, start: Tensor | None = None) -> Run:
+def open_upsampler(path: Path) -> LatentUpsampler:
+    """As create_latent_upsampler of inference.py."""
+    return LatentUpsampler.from_pretrained(path).eval()
+
+
+def run(
+    pipeline: LTXVideoPipeline,
+    request: Request,
+    start: Tensor | None = None,
+    *,
+    upsampler: LatentUpsampler | None = None,
+) -> Run:
     """What infer() of inference.py does with a request that leaves nothing to a recipe.
 
     Args:
         start: normalised latents to begin from.
+        upsampler: makes two passes.
     """
     size = request.size
     assert isinstance(size, Size)
@@ -92,36 +111,76 @@ def run(pipeline: LTXVideoPipeline, request: Request, start: Tensor | None = Non
         kept["tokens"] = step(*given, **more)
         return kept["tokens"]
 
-    with pytest.MonkeyPatch.context() as patch, _our_noise(patch, request, frames, size) as drawn:
+    common = {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "frame_rate": request.fps,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "decode_timestep": request.decode_timestep,
+        "decode_noise_scale": request.decode_noise,
+        "conditioning_items": _conditions(request, size),
+        "media_items": _video(request, size),
+        "image_cond_noise_scale": request.image_noise,
+        "is_video": True,
+        "vae_per_channel_normalize": True,
+        "output_type": "pt",
+    }
+    first = _settings(request.only_pass())
+    with pytest.MonkeyPatch.context() as patch:
+        noise = _Noise(patch, request)
         patch.setattr(official_module, "vae_decode", seen_decode)
         patch.setattr(pipeline, "denoising_step", seen_step)
-        images = pipeline(
-            height=height,
-            width=width,
-            num_frames=frames,
-            frame_rate=request.fps,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            num_inference_steps=request.steps,
-            timesteps=None if request.levels is None else list(request.levels),
-            skip_initial_inference_steps=request.skip_initial,
-            skip_final_inference_steps=request.skip_final,
-            latents=start,
-            guidance_scale=request.guidance,
-            stg_scale=0.0,
-            rescaling_scale=1.0,
-            stochastic_sampling=request.stochastic,
-            decode_timestep=request.decode_timestep,
-            decode_noise_scale=request.decode_noise,
-            conditioning_items=_conditions(request, size),
-            image_cond_noise_scale=request.image_noise,
-            is_video=True,
-            vae_per_channel_normalize=True,
-            output_type="pt",
-        ).images
-    grid = LatentGrid(frames // 8 + 1, height // 32, width // 32)
-    latents = kept["tokens"].transpose(1, 2).unflatten(2, (grid.frames, grid.height, grid.width))
-    return Run(latents, kept["pixels"], _cropped(images, request.frames, size, height, width), tuple(drawn))
+        if upsampler is None:
+            noise.begin(height, width)
+            images = pipeline(**common, **first, latents=start).images
+        else:
+            assert request.second is not None
+            scales = LTXMultiScalePipeline(_Watched(pipeline, noise), upsampler)
+            passes = {"first_pass": first, "second_pass": _settings(request.second)}
+            images = scales(0.6666666, **passes, **common).images
+    grid = noise.grid
+    latents = kept["tokens"][:, -grid.tokens :].transpose(1, 2).unflatten(2, (grid.frames, grid.height, grid.width))
+    cropped = _cropped(images, request.frames, size, height, width)
+    return Run(latents, kept["pixels"], cropped, tuple(noise.drawn))
+
+
+def _settings(settings: Pass) -> dict[str, Any]:
+    """A pass in the official words."""
+    guidance = settings.guidance
+    return {
+        "num_inference_steps": settings.steps,
+        "timesteps": None if settings.levels is None else list(settings.levels),
+        "skip_initial_inference_steps": settings.skip_initial,
+        "skip_final_inference_steps": settings.skip_final,
+        "guidance_scale": _plain(guidance.scale),
+        "stg_scale": _plain(guidance.stg) or 0.0,
+        "rescaling_scale": 1.0 if guidance.rescale is None else _plain(guidance.rescale),
+        "skip_block_list": None if guidance.skip_blocks is None else _plain(guidance.skip_blocks),
+        "guidance_timesteps": None if guidance.at is None else list(guidance.at),
+        "skip_layer_strategy": MODES[guidance.mode or "attention_values"],
+        "cfg_star_rescale": bool(guidance.cfg_star),
+        "stochastic_sampling": bool(settings.stochastic),
+        "tone_map_compression_ratio": settings.tone_map or 0.0,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists."""
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+class _Watched:
+    """The pipeline as the multi-scale one sees it; tells when a pass begins, and at what size."""
+
+    def __init__(self, pipeline: LTXVideoPipeline, noise: _Noise) -> None:
+        self.pipeline, self.noise = pipeline, noise
+        self.vae, self.vae_scale_factor = pipeline.vae, pipeline.vae_scale_factor
+
+    def __call__(self, **given: Any) -> Any:
+        self.noise.begin(given["height"], given["width"])
+        return self.pipeline(**given)
 
 
 def _tokenizer(home: Path) -> T5Tokenizer:
@@ -139,43 +198,82 @@ def _allowed(path: Path) -> list[float] | None:
 def _conditions(request: Request, size: Size) -> list[ConditioningItem] | None:
     assert request.image_crf is not None
     return [
-        ConditioningItem(prepare_picture(given.media, size, request.image_crf), given.frame, given.strength)
-        for given in request.conditions
+        ConditioningItem(_media(item, size, request.image_crf), item.start, item.condition.strength)
+        for item in read_conditions(request)
     ] or None
 
 
-@contextmanager
-def _our_noise(patch: pytest.MonkeyPatch, request: Request, frames: int, size: Size) -> Iterator[list[str]]:
-    """Answer every draw of the official code with the stream that kadr uses at that place."""
-    streams = NoiseStreams(request.seed)
-    drawn: list[str] = []
-    conditions, steps, injections = count(), count(), count(1)
-    real = torch.randn
+def _media(item: Placed, size: Size, crf: int) -> Tensor:
+    """As prepare_conditioning of inference.py hands it over: at its own resolution, with the margins of the output."""
+    pictures = []
+    for frame in item.frames:
+        own = crop_to_aspect(load_picture(frame), size)
+        left, right, top, bottom = size.margins()
+        made = Size(own.width // 2 * 2 + left + right, own.height // 2 * 2 + top + bottom)
+        pictures.append(prepare_picture(frame, size, crf, made))
+    return torch.cat(pictures, dim=2)
 
-    def draw(name: str, shape: Any) -> Tensor:
-        drawn.append(name)
-        return streams.draw(name, shape)
 
-    def randn_tensor(shape: Any, **_: Any) -> Tensor:
-        if drawn:
-            return draw(f"condition {next(conditions)}", shape)
-        grid = LatentGrid.of(size, frames)
-        first = draw("initial", (1, CHANNELS, grid.frames, grid.height, grid.width))
+def _video(request: Request, size: Size) -> Tensor | None:
+    if request.video is None:
+        return None
+    assert request.image_crf is not None
+    return pixels_of(read_start(request), size, request.image_crf, size.snapped(), resize=True)
+
+
+class _Noise:
+    """Answers every draw of the official code with the stream that kadr uses at that place."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, request: Request) -> None:
+        self.streams = NoiseStreams(request.seed)
+        self.frames = request.frames or 1
+        self.later = [i for i, item in enumerate(read_conditions(request)) if item.start > 0]
+        self.drawn: list[str] = []
+        self.passes = 0
+        self.injections = count(1)
+        real = torch.randn
+
+        def randn(*shape: Any, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+            if generator is not None:  # our own
+                return real(*shape, generator=generator, **options)
+            return self.draw(f"injection {next(self.injections)}", shape[0])
+
+        patch.setattr(official_module, "randn_tensor", self.randn_tensor)
+        patch.setattr(torch, "randn_like", self.randn_like)
+        patch.setattr(torch, "randn", randn)
+        patch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+
+    def begin(self, height: int, width: int) -> None:
+        """A pass of this size begins."""
+        self.grid = LatentGrid.of(Size(width, height), self.frames)
+        self.prefix = "second " if self.passes else ""
+        self.passes += 1
+        self.begun = False
+        self.keyframes, self.conditions, self.steps = iter(self.later), count(), count()
+
+    def draw(self, name: str, shape: Any) -> Tensor:
+        self.drawn.append(name)
+        return self.streams.draw(name, shape)
+
+    def randn_tensor(self, shape: Any, **_: Any) -> Tensor:
+        if len(shape) == 5:
+            return self.draw(f"{self.prefix}keyframe {next(self.keyframes)}", shape)
+        if self.begun:
+            return self.tokens(f"{self.prefix}condition {next(self.conditions)}", shape)
+        self.begun = True
+        grid = self.grid
+        first = self.draw(f"{self.prefix}initial", (1, CHANNELS, grid.frames, grid.height, grid.width))
         return first.flatten(2).transpose(1, 2).reshape(*shape)
 
-    def randn_like(like: Tensor) -> Tensor:
-        return draw("decode" if like.ndim == 5 else f"stochastic {next(steps)}", like.shape)
+    def randn_like(self, like: Tensor) -> Tensor:
+        if like.ndim == 5:
+            return self.draw("decode", like.shape)
+        return self.tokens(f"{self.prefix}stochastic {next(self.steps)}", like.shape)
 
-    def randn(*shape: Any, generator: torch.Generator | None = None, **options: Any) -> Tensor:
-        if generator is not None:  # our own
-            return real(*shape, generator=generator, **options)
-        return draw(f"injection {next(injections)}", shape[0])
-
-    patch.setattr(official_module, "randn_tensor", randn_tensor)
-    patch.setattr(torch, "randn_like", randn_like)
-    patch.setattr(torch, "randn", randn)
-    patch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
-    yield drawn
+    def tokens(self, name: str, shape: Any) -> Tensor:
+        """Noise for all tokens. Extra ones stand before the video's there, and behind them here."""
+        made = self.draw(name, shape)
+        return torch.cat([made[:, self.grid.tokens :], made[:, : self.grid.tokens]], dim=1)
 
 
 def _cropped(images: Tensor, frames: int, size: Size, height: int, width: int) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.sampling.conditions import hold_first, shake
+from kadr.sampling.conditions import hold, shake
 from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState, to_tokens
 from kadr.shapes import LatentGrid
@@ -35,7 +35,7 @@ PICTURE = drawn(1, 4, 1, GRID.height, GRID.width, seed=2)
 @pytest.mark.parametrize("frames", [1, 2])
 def test_the_first_frames_start_as_the_flow_has_them_at_one_minus_the_strength(strength: float, frames: int) -> None:
     given = drawn(1, 4, frames, GRID.height, GRID.width, seed=3)
-    state = hold_first(fresh(), given, strength)
+    state = hold(fresh(), given, strength)
     expected = noise()
     expected[:, :, :frames] = torch.lerp(expected[:, :, :frames], given, strength)
     assert torch.equal(state.latents(), expected)
@@ -50,15 +50,15 @@ def test_the_first_frames_start_as_the_flow_has_them_at_one_minus_the_strength(s
 
 
 def test_a_picture_held_with_strength_1_is_there_in_every_bit() -> None:
-    assert torch.equal(hold_first(fresh(), PICTURE, 1.0).latents()[:, :, :1], PICTURE)
+    assert torch.equal(hold(fresh(), PICTURE, 1.0).latents()[:, :, :1], PICTURE)
 
 
 def test_a_condition_changes_no_state_it_is_given() -> None:
     state = fresh()
     before = state.tokens.clone()
-    once = hold_first(state, PICTURE, 0.5)
+    once = hold(state, PICTURE, 0.5)
     kept, strength = once.tokens.clone(), once.strength.clone()
-    hold_first(once, PICTURE * 2, 1.0)
+    hold(once, PICTURE * 2, 1.0)
     assert torch.equal(state.tokens, before)
     assert state.strength is None
     assert torch.equal(once.tokens, kept)
@@ -67,7 +67,7 @@ def test_a_condition_changes_no_state_it_is_given() -> None:
 
 def test_a_later_condition_goes_over_an_earlier_one() -> None:
     """As the official code, which mixes into what stands there and overwrites the mask."""
-    state = hold_first(hold_first(fresh(), PICTURE, 0.5), PICTURE * 2, 0.25)
+    state = hold(hold(fresh(), PICTURE, 0.5), PICTURE * 2, 0.25)
     first = torch.lerp(torch.lerp(noise()[:, :, :1], PICTURE, 0.5), PICTURE * 2, 0.25)
     assert torch.equal(state.latents()[:, :, :1], first)
     assert state.strength[0, :FIRST].unique().tolist() == [0.25]
@@ -78,7 +78,7 @@ def test_a_later_condition_goes_over_an_earlier_one() -> None:
 def test_shaking_is_the_official_noise_on_conditioning_latents(
     scale: float, now: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = hold_first(hold_first(fresh(), drawn(1, 4, 2, 2, 2, seed=4), 0.9999), PICTURE, 1.0)
+    state = hold(hold(fresh(), drawn(1, 4, 2, 2, 2, seed=4), 0.9999), PICTURE, 1.0)
     state = state.advance(state.tokens + 1, torch.tensor(1e-5))  # moved off what was given
     shift = drawn(1, GRID.tokens, 4, seed=5)
     monkeypatch.setattr(official, "randn_tensor", lambda shape, **_: shift.reshape(shape))
@@ -91,7 +91,7 @@ def test_shaking_is_the_official_noise_on_conditioning_latents(
 
 
 def test_only_fully_held_tokens_are_shaken() -> None:
-    state = hold_first(hold_first(fresh(), drawn(1, 4, 2, 2, 2, seed=4), 0.99999), PICTURE, 1.0)
+    state = hold(hold(fresh(), drawn(1, 4, 2, 2, 2, seed=4), 0.99999), PICTURE, 1.0)
     made = shake(0.15, lambda index, shape: torch.ones(shape))(0, state, torch.tensor(0.8))
     moved = (made.tokens != state.tokens).any(dim=-1)[0]
     assert moved.tolist() == [True] * FIRST + [False] * (GRID.tokens - FIRST)
@@ -100,7 +100,7 @@ def test_only_fully_held_tokens_are_shaken() -> None:
 
 
 def test_shaking_does_not_add_up_over_steps() -> None:
-    state = hold_first(fresh(), PICTURE, 1.0)
+    state = hold(fresh(), PICTURE, 1.0)
     prepare = shake(0.15, lambda index, shape: drawn(*shape, seed=index))
     once = prepare(3, state, torch.tensor(0.5))
     again = prepare(3, prepare(2, prepare(1, state, torch.tensor(1.0)), torch.tensor(0.7)), torch.tensor(0.5))
@@ -108,7 +108,7 @@ def test_shaking_does_not_add_up_over_steps() -> None:
 
 
 def test_shaking_by_nothing_changes_nothing() -> None:
-    state = hold_first(fresh(), PICTURE, 1.0)
+    state = hold(fresh(), PICTURE, 1.0)
     made = shake(0.0, lambda index, shape: drawn(*shape, seed=index))(0, state, torch.tensor(1.0))
     assert torch.equal(made.tokens, state.tokens)
 
@@ -128,7 +128,7 @@ def test_each_step_asks_for_its_own_noise_over_all_tokens() -> None:
         asked.append((index, tuple(shape)))
         return torch.zeros(shape)
 
-    prepare, state = shake(0.15, draw), hold_first(fresh(), PICTURE, 1.0)
+    prepare, state = shake(0.15, draw), hold(fresh(), PICTURE, 1.0)
     for index in range(3):
         state = prepare(index, state, torch.tensor(0.5))
     assert asked == [(index, (1, GRID.tokens, 4)) for index in range(3)]

@@ -1,12 +1,16 @@
-"""Guidance as a rule over any model: together, one after the other, and its closed forms."""
+"""Guidance as a rule over any model: who is asked what, and its closed forms."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kadr.sampling.guidance import Text, classifier_free, plain
+from kadr.sampling.guidance import Disturb, Estimate, Text, guided, projected, shared
+from kadr.sampling.settings import Guidance
 
 WIDTH, CHANNELS, TOKENS, LENGTH = 12, 5, 7, 6
 
@@ -15,8 +19,8 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def text(seed: int, real: int) -> Text:
-    return Text(drawn(1, LENGTH, WIDTH, seed=seed), (torch.arange(LENGTH) < real)[None])
+def text(seed: int, real: int, batch: int = 1) -> Text:
+    return Text(drawn(batch, LENGTH, WIDTH, seed=seed), (torch.arange(LENGTH) < real).expand(batch, -1))
 
 
 class Model:
@@ -24,51 +28,155 @@ class Model:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, ...]] = []
+        self.disturbed: list[Disturb] = []
         torch.manual_seed(0)
         self.inner = nn.Linear(CHANNELS + WIDTH + 1, CHANNELS).requires_grad_(False)
 
-    def __call__(self, tokens: Tensor, level: Tensor, text: Text) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         self.asked.append(tuple(tokens.shape))
         assert text.encoding.shape[0] == text.mask.shape[0] == tokens.shape[0] == level.shape[0]
         said = (text.encoding * text.mask[..., None]).mean(dim=1, keepdim=True).expand(-1, tokens.shape[1], -1)
-        return self.inner(torch.cat([tokens, said, level.expand(-1, tokens.shape[1])[..., None]], dim=-1)).tanh()
+        made = self.inner(torch.cat([tokens, said, level.expand(-1, tokens.shape[1])[..., None]], dim=-1)).tanh()
+        if disturb is None:
+            return made, None
+        self.disturbed.append(disturb)
+        return made, made[disturb.rows] * 0.5 - 0.1
 
 
 POSITIVE, NEGATIVE = text(1, 5), text(2, 2)
 
 
+def estimate(model: Model, *, together: bool = False, batch: int = 1, **values: Any) -> Estimate:
+    guidance = Guidance(**values)
+    steps = [guidance.strengths(0.5)]
+    texts = (text(1, 5, batch), text(2, 2, batch))
+    return guided(model, *texts, guidance, steps, together=together)
+
+
 @pytest.fixture(params=["one level", "a level per token"])
 def level(request: pytest.FixtureRequest) -> Tensor:
-    return torch.tensor([[0.7]]) if request.param == "one level" else torch.linspace(0, 1, TOKENS)[None]
+    return torch.tensor([[0.7]]) if request.param == "one level" else torch.linspace(0.1, 1, TOKENS)[None]
 
 
-def test_together_gives_the_numbers_of_one_after_the_other(level: Tensor) -> None:
-    tokens = drawn(1, TOKENS, CHANNELS, seed=3)
+ALL: Sequence[dict[str, Any]] = (
+    {"scale": 3.0},
+    {"stg": 2.0, "skip_blocks": (1,)},
+    {"scale": 3.0, "stg": 2.0, "skip_blocks": (1, 4)},
+    {"scale": 3.0, "stg": 2.0, "skip_blocks": (1,), "rescale": 0.7, "cfg_star": True},
+    {"scale": 5.0, "apg": 0.2, "apg_norm": 0.5},
+)
+
+
+@pytest.mark.parametrize("values", ALL)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_together_gives_the_numbers_of_one_after_the_other(values: dict[str, Any], batch: int, level: Tensor) -> None:
+    tokens, level = drawn(batch, TOKENS, CHANNELS, seed=3), level.expand(batch, -1)
     apart, joined = Model(), Model()
-    one = classifier_free(apart, POSITIVE, NEGATIVE, 3.0)(tokens, level)
-    other = classifier_free(joined, POSITIVE, NEGATIVE, 3.0, together=True)(tokens, level)
+    one = estimate(apart, batch=batch, **values)(0, tokens, level)
+    other = estimate(joined, batch=batch, together=True, **values)(0, tokens, level)
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-    assert apart.asked == [(1, TOKENS, CHANNELS)] * 2
-    assert joined.asked == [(2, TOKENS, CHANNELS)]
+    guided = values.get("scale", 1.0) > 1
+    assert apart.asked == [(batch, TOKENS, CHANNELS)] * (1 + guided)
+    assert joined.asked == [(batch * (1 + guided), TOKENS, CHANNELS)]
+
+
+def test_guidance_goes_beyond_the_prompt_by_its_scale(level: Tensor) -> None:
+    tokens, model = drawn(1, TOKENS, CHANNELS, seed=4), Model()
+    (prompt, _), (negative, _) = model(tokens, level, POSITIVE), model(tokens, level, NEGATIVE)
+    for scale in (3.0, 7.5):
+        made = estimate(model, scale=scale)(0, tokens, level)
+        torch.testing.assert_close(made, negative + scale * (prompt - negative))
+
+
+def test_a_scale_of_1_asks_the_model_once_and_changes_nothing(level: Tensor) -> None:
+    tokens, model = drawn(1, TOKENS, CHANNELS, seed=5), Model()
+    unguided, _ = model(tokens, level, POSITIVE)
+    model.asked.clear()
+    assert torch.equal(estimate(model, scale=1.0)(0, tokens, level), unguided)
+    assert model.asked == [(1, TOKENS, CHANNELS)]
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_guidance_goes_beyond_the_prompt_by_its_scale(together: bool, level: Tensor) -> None:
-    tokens, model = drawn(1, TOKENS, CHANNELS, seed=4), Model()
-    with_text, without = model(tokens, level, POSITIVE), model(tokens, level, NEGATIVE)
-    for scale in (1.0, 3.0, 7.5):
-        made = classifier_free(model, POSITIVE, NEGATIVE, scale, together=together)(tokens, level)
-        torch.testing.assert_close(made, without + scale * (with_text - without))
+def test_stg_asks_for_the_prompt_s_rows_disturbed_and_no_others(together: bool, level: Tensor) -> None:
+    tokens, model = drawn(2, TOKENS, CHANNELS, seed=6), Model()
+    values = {"scale": 3.0, "stg": 1.0, "skip_blocks": (2, 5), "mode": "attention_skip"}
+    estimate(model, together=together, batch=2, **values)(0, tokens, level.expand(2, -1))
+    rows = slice(2, None) if together else slice(None)
+    assert model.disturbed == [Disturb((2, 5), "attention_skip", rows)]
 
 
-def test_a_scale_of_1_and_equal_prompts_are_no_guidance(level: Tensor) -> None:
-    tokens, model = drawn(1, TOKENS, CHANNELS, seed=5), Model()
-    unguided = plain(model, POSITIVE)(tokens, level)
-    torch.testing.assert_close(classifier_free(model, POSITIVE, NEGATIVE, 1.0)(tokens, level), unguided)
-    torch.testing.assert_close(classifier_free(model, POSITIVE, POSITIVE, 9.0)(tokens, level), unguided)
+def test_stg_goes_away_from_what_is_said_with_blocks_disturbed(level: Tensor) -> None:
+    tokens, model = drawn(1, TOKENS, CHANNELS, seed=7), Model()
+    prompt, _ = model(tokens, level, POSITIVE)
+    made = estimate(model, stg=2.0, skip_blocks=(0,))(0, tokens, level)
+    torch.testing.assert_close(made, prompt + 2.0 * (prompt - (prompt * 0.5 - 0.1)))
 
 
-def test_unguided_asks_the_model_once() -> None:
-    model = Model()
-    plain(model, POSITIVE)(drawn(1, TOKENS, CHANNELS, seed=6), torch.tensor([[0.5]]))
-    assert model.asked == [(1, TOKENS, CHANNELS)]
+def test_stg_without_blocks_is_nothing_and_costs_nothing(level: Tensor) -> None:
+    tokens, model = drawn(1, TOKENS, CHANNELS, seed=8), Model()
+    prompt, _ = model(tokens, level, POSITIVE)
+    model.asked.clear()
+    assert torch.equal(estimate(model, stg=4.0, skip_blocks=())(0, tokens, level), prompt)
+    assert len(model.asked) == 1
+    assert not model.disturbed
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7])
+def test_rescaling_takes_back_its_share_of_the_growth_in_deviation(rescale: float, level: Tensor) -> None:
+    tokens, model = drawn(1, TOKENS, CHANNELS, seed=9), Model()
+    prompt, _ = model(tokens, level, POSITIVE)
+    free = estimate(model, stg=3.0, skip_blocks=(0,))(0, tokens, level)
+    made = estimate(model, stg=3.0, skip_blocks=(0,), rescale=rescale)(0, tokens, level)
+    wanted = rescale * prompt.std() + (1 - rescale) * free.std()
+    torch.testing.assert_close(made.std(), wanted)
+    torch.testing.assert_close(made / made.std(), free / free.std())
+
+
+def test_a_rescale_of_1_is_off_and_so_is_one_without_stg(level: Tensor) -> None:
+    tokens, model = drawn(1, TOKENS, CHANNELS, seed=10), Model()
+    free = estimate(model, stg=3.0, skip_blocks=(0,))(0, tokens, level)
+    assert torch.equal(estimate(model, stg=3.0, skip_blocks=(0,), rescale=1.0)(0, tokens, level), free)
+    plain = estimate(model, scale=3.0)(0, tokens, level)
+    assert torch.equal(estimate(model, scale=3.0, rescale=0.5)(0, tokens, level), plain)
+
+
+def test_cfg_star_leaves_nothing_of_the_negative_direction_in_the_difference() -> None:
+    prompt, negative = drawn(3, TOKENS, CHANNELS, seed=11), drawn(3, TOKENS, CHANNELS, seed=12)
+    factor = shared(prompt, negative)
+    assert factor.shape == (3, 1, 1)
+    left = ((prompt - factor * negative) * negative).flatten(1).sum(1)
+    torch.testing.assert_close(left, torch.zeros(3), rtol=0, atol=1e-5)
+
+
+def test_projected_guidance_with_a_share_of_1_is_ordinary_guidance() -> None:
+    prompt, negative, tokens = (drawn(2, TOKENS, CHANNELS, seed=seed) for seed in (13, 14, 15))
+    level = torch.full((2, 1), 0.6)
+    made = projected(prompt, negative, 4.0, tokens, level, Guidance(apg=1.0))
+    torch.testing.assert_close(made, negative + 4.0 * (prompt - negative), rtol=1e-5, atol=1e-5)
+
+
+def test_projected_guidance_with_a_share_of_0_moves_no_channel_along_its_clean_picture() -> None:
+    prompt, negative, tokens = (drawn(2, TOKENS, CHANNELS, seed=seed) for seed in (16, 17, 18))
+    level = torch.full((2, 1), 0.6)
+    made = projected(prompt, negative, 4.0, tokens, level, Guidance(apg=0.0))
+    picture, push = tokens - 0.6 * prompt, -0.6 * (made - prompt)
+    torch.testing.assert_close((picture * push).sum(1), torch.zeros(2, CHANNELS), rtol=0, atol=1e-5)
+    assert push.abs().max() > 0.1
+
+
+def test_projected_guidance_leaves_clean_tokens_alone_and_keeps_to_its_norm() -> None:
+    prompt, negative, tokens = (drawn(1, TOKENS, CHANNELS, seed=seed) for seed in (19, 20, 21))
+    level = torch.full((1, TOKENS), 0.5)
+    level[0, 0] = 0.0
+    made = projected(prompt, negative, 2.0, tokens, level, Guidance(apg=1.0, apg_norm=0.25))
+    assert torch.equal(made[:, 0], prompt[:, 0])
+    torch.testing.assert_close((0.5 * (made - prompt)).norm(), torch.tensor(0.25))
+
+
+def test_guidance_without_a_negative_prompt_is_a_mistake_of_the_caller() -> None:
+    guidance = Guidance(scale=2.0)
+    asking = guided(Model(), POSITIVE, None, guidance, [guidance.strengths(0.5)])
+    with pytest.raises(ValueError, match="negative prompt"):
+        asking(0, drawn(1, TOKENS, CHANNELS, seed=22), torch.tensor([[0.5]]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.sampling.conditions import hold_first
+from kadr.sampling.conditions import hold
 from kadr.sampling.loop import denoise
 from kadr.sampling.positions import positions
 from kadr.sampling.schedule import Schedule, explicit
@@ -35,14 +35,14 @@ def fresh() -> LatentState:
     return LatentState.of(NOISE, positions(GRID, fps=24, causal=True), GRID)
 
 
-def exact(tokens: Tensor, level: Tensor) -> Tensor:
+def exact(index: int, tokens: Tensor, level: Tensor) -> Tensor:
     """The velocity of the straight flow from CLEAN to NOISE."""
     return to_tokens(NOISE - CLEAN)
 
 
 @pytest.mark.parametrize("levels", SCHEDULES.values(), ids=SCHEDULES)
 def test_the_exact_velocity_leads_to_the_clean_latents_with_any_schedule(levels: Tensor) -> None:
-    for state in (fresh(), hold_first(fresh(), CLEAN[:, :, :1], 1.0)):
+    for state in (fresh(), hold(fresh(), CLEAN[:, :, :1], 1.0)):
         made = denoise(exact, state, levels)
         torch.testing.assert_close(made.latents(), CLEAN, rtol=0, atol=5e-6)
 
@@ -54,7 +54,7 @@ def test_a_half_held_picture_joins_at_the_first_level_that_is_not_above_its_own(
 ) -> None:
     """It steps from there, as in the official code, and so keeps the noise between its own level and that one; all of
     its noise where even the last level lies above it."""
-    made = denoise(exact, hold_first(fresh(), CLEAN[:, :, :1], strength), levels)
+    made = denoise(exact, hold(fresh(), CLEAN[:, :, :1], strength), levels)
     own = 1 - strength
     joins = max((level for level in levels.tolist() if level <= own + 1e-6), default=0.0)
     expected = CLEAN.clone()
@@ -79,9 +79,9 @@ def test_the_last_step_goes_from_the_last_level_to_0(levels: Tensor) -> None:
 def test_each_step_prepares_asks_moves_and_reports_once_and_in_this_order() -> None:
     levels, seen = SCHEDULES["shifted"], []
 
-    def estimate(tokens: Tensor, level: Tensor) -> Tensor:
+    def estimate(index: int, tokens: Tensor, level: Tensor) -> Tensor:
         seen.append(("asked", level.item()))
-        return exact(tokens, level)
+        return exact(index, tokens, level)
 
     def prepare(index: int, state: LatentState, now: Tensor) -> LatentState:
         seen.append(("prepared", index))
@@ -100,7 +100,7 @@ def test_each_step_prepares_asks_moves_and_reports_once_and_in_this_order() -> N
 
 
 def test_tokens_stay_float32_when_the_model_computes_in_less() -> None:
-    made = denoise(lambda tokens, level: exact(tokens, level).bfloat16(), fresh(), SCHEDULES["shifted"])
+    made = denoise(lambda index, tokens, level: exact(index, tokens, level).bfloat16(), fresh(), SCHEDULES["shifted"])
     assert made.tokens.dtype == torch.float32
 
 
@@ -115,7 +115,7 @@ def test_a_sampling_changes_nothing_it_is_given() -> None:
 def test_an_exact_model_finds_the_clean_latents_through_fresh_noise() -> None:
     """A stochastic sampling with a model that knows the clean tokens ends on them, whatever noise comes between."""
 
-    def knowing(tokens: Tensor, level: Tensor) -> Tensor:
+    def knowing(index: int, tokens: Tensor, level: Tensor) -> Tensor:
         return (tokens - to_tokens(CLEAN)) / level[..., None]
 
     made = denoise(

@@ -15,27 +15,16 @@ from typing import Any, TypeVar
 import torch
 
 from kadr.checkpoints.families import SCHEDULES, VAE_FAMILIES, family_of, version_label
-from kadr.checkpoints.refuse import refuse_others
+from kadr.checkpoints.header import EIGHT_BIT
 from kadr.checkpoints.source import Source
+from kadr.checkpoints.upscaler import kind_of, read_upsampler, released_upscaler
 from kadr.errors import CheckpointError
-from kadr.models.registry import RELEASED, Released, by_file
+from kadr.models.registry import MODELS, RELEASED, Recipe, Released, by_file
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
+from kadr.models.upsampler import UpsamplerConfig
 from kadr.models.vae.config import VAEConfig
 from kadr.sampling.schedule import Schedule
 
-# Prefix -> component. A file of one component may leave the prefix out; then these are the first words of its names.
-PREFIXES: Mapping[str, str] = {"model.diffusion_model.": "transformer", "vae.": "vae"}
-FIRST_WORDS: Mapping[str, str] = {
-    "patchify_proj": "transformer",
-    "adaln_single": "transformer",
-    "caption_projection": "transformer",
-    "transformer_blocks": "transformer",
-    "scale_shift_table": "transformer",
-    "proj_out": "transformer",
-    "encoder": "vae",
-    "decoder": "vae",
-    "per_channel_statistics": "vae",
-}
 _T = TypeVar("_T")
 
 
@@ -47,9 +36,9 @@ class Detected:
         version: such as "0.9.6-dev" where `released` is known; else what is certain, such as "0.9.5 or later".
         released: the released model this is; None where its name and its header leave that open.
         layout: "single file" or "diffusers".
-        transformer, vae: sizes of the components; None where the component is not in the checkpoint.
+        transformer, vae, upsampler: sizes of the components; None where the component is not in the checkpoint.
         vae_family: "0.9", "0.9.1" or "0.9.5", the VAE that the model was made for; None for one of its own.
-        schedule: how the model's noise levels are made.
+        schedule: how the model's noise levels are made; of an upscaler, those of the models that it goes with.
         dtype: what most weights are stored as.
     """
 
@@ -61,6 +50,12 @@ class Detected:
     vae_family: str | None
     schedule: Schedule
     dtype: torch.dtype
+    upsampler: UpsamplerConfig | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "model", "spatial upscaler" or another kind of the registry's; a part of a model is a "model"."""
+        return kind_of(self.transformer, self.upsampler)
 
     @property
     def has_transformer(self) -> bool:
@@ -71,37 +66,11 @@ class Detected:
         return self.vae is not None
 
 
-def components(source: Source) -> dict[str, Source]:
-    """The components of a single file, each under its names without prefix: "transformer", "vae" or both.
-
-    Raises:
-        CheckpointError: it is a file of another kind, or holds tensors of no component.
-    """
-    refuse_others(source)
-    names: dict[str, dict[str, str]] = {}
-    strangers = []
-    for name in source.infos:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-        component = PREFIXES[prefix] if prefix else FIRST_WORDS.get(name.partition(".")[0])
-        bare = name.removeprefix(prefix)
-        if component is None or bare in names.get(component, ()):  # known to neither, or there with and without prefix
-            strangers.append(name)
-        else:
-            names.setdefault(component, {})[bare] = name
-    if strangers or not names:
-        raise CheckpointError(
-            f"{source.path} is not a checkpoint of the LTX-Video family: {len(strangers)} of its {len(source.infos)} "
-            f"tensors are of no component that kadr knows, such as {', '.join(strangers[:5]) or 'none at all'}. "
-            "Name an official .safetensors (`kadr models` lists them) or a diffusers folder."
-        )
-    return {component: source.renamed(found) for component, found in names.items()}
-
-
 def detect(source: Source, parts: Mapping[str, Source], *, release: Released | None = None) -> Detected:
     """Tell what a single file is.
 
     Args:
-        parts: its `components`.
+        parts: its components; see `components.split`.
         release: the model that the user says it is; else the name of the file is looked up.
 
     Raises:
@@ -109,11 +78,14 @@ def detect(source: Source, parts: Mapping[str, Source], *, release: Released | N
             header, shapes nor name tell the version.
     """
     config = header_config(source)
+    upsampler = read_upsampler(parts["upsampler"], config) if "upsampler" in parts else None
     vae, family = _vae(source, parts.get("vae"), config)
     transformer = _transformer(source, parts.get("transformer"), config)
     allowed = config.get("allowed_inference_steps")
-    named = release or by_file(source.path.stem)
-    named = confirmed(source.path, named, transformer, family, allowed=allowed, asked=release is not None)
+    stem = source.path.stem
+    named = release or (by_file(stem) if upsampler is None else released_upscaler(stem, upsampler))
+    kind = kind_of(transformer, upsampler)
+    named = confirmed(source.path, named, transformer, family, kind=kind, allowed=allowed, asked=release is not None)
     if "scheduler" in config:
         schedule = _read(source, "scheduler", lambda: Schedule.from_header(config["scheduler"], allowed))
     else:
@@ -121,16 +93,18 @@ def detect(source: Source, parts: Mapping[str, Source], *, release: Released | N
     if transformer is not None and "transformer" not in config:
         causal = _era(source, config, transformer, family, named) == "0.9.5"
         transformer = replace(transformer, causal_positions=causal)
-    named = named or _distilled(transformer, schedule)
+    dtype = next((parts[name] for name in ("transformer", "upsampler") if name in parts), source).dtype
+    named = named or _distilled(transformer, schedule, dtype)
     return Detected(
-        version=named.version if named else version_label(transformer, family),
+        version=named.version if named else version_label(transformer, family, upsampler),
         released=named,
         layout="single file",
         transformer=transformer,
         vae=vae,
         vae_family=family,
         schedule=schedule,
-        dtype=parts.get("transformer", source).dtype,
+        dtype=dtype,
+        upsampler=upsampler,
     )
 
 
@@ -202,6 +176,7 @@ def confirmed(
     transformer: TransformerConfig | None,
     family: str | None,
     *,
+    kind: str,
     allowed: object = None,
     asked: bool,
 ) -> Released | None:
@@ -217,10 +192,14 @@ def confirmed(
     layers = transformer.layers if transformer else None
     against = [
         f"{what} {found}, not {expected}"
-        for what, found, expected in (("layers:", layers, named.layers), ("VAE:", family, named.vae_family))
+        for what, found, expected in (
+            ("it is a", kind, named.kind),
+            ("layers:", layers, named.layers),
+            ("VAE:", family, named.vae_family),
+        )
         if found is not None and expected is not None and found != expected
     ]
-    if allowed is not None and named.recipe.levels is None:
+    if allowed is not None and named.recipe.first.levels is None:
         against.append("it was distilled for certain noise levels")
     if against and asked:
         raise CheckpointError(f"{path} is not {named.name}: {'; '.join(against)}. Leave the name out.")
@@ -252,15 +231,23 @@ def _era(
     )
 
 
-def _distilled(transformer: TransformerConfig | None, schedule: Schedule) -> Released | None:
+def _distilled(transformer: TransformerConfig | None, schedule: Schedule, dtype: torch.dtype) -> Released | None:
     """The released model that only its list of allowed noise levels gives away."""
     if transformer is None or schedule.allowed is None:
         return None
     return next(
         (
             released
-            for released in reversed(RELEASED)
-            if released.layers == transformer.layers and released.recipe.levels == schedule.allowed
+            for released in reversed(MODELS)
+            if released.layers == transformer.layers
+            and _levels(released.recipe) == set(schedule.allowed)
+            and released.name.endswith("fp8") == (dtype in EIGHT_BIT)
         ),
         None,
     )
+
+
+def _levels(recipe: Recipe) -> set[float]:
+    """The noise levels of all its passes, where it names them."""
+    passes = (recipe.first, recipe.second)
+    return {level for each in passes if each is not None for level in each.levels or ()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
+from kadr.models.upsampler import SPATIAL, TEMPORAL, UpsamplerConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedule import Schedule
 
@@ -30,8 +31,12 @@ def _build(config: VAEConfig) -> tuple[object, ...]:
     )
 
 
-def version_label(transformer: TransformerConfig | None, family: str | None) -> str:
+def version_label(
+    transformer: TransformerConfig | None, family: str | None, upsampler: UpsamplerConfig | None = None
+) -> str:
     """The version as far as the components tell it."""
+    if transformer is None and family is None and upsampler in (SPATIAL, TEMPORAL):
+        return "0.9.7 or 0.9.8"
     if family in ("0.9", "0.9.1"):
         return family
     if transformer is None:

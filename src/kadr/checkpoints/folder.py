@@ -15,13 +15,20 @@ from typing import Any
 from kadr.checkpoints.detect import Detected, confirmed
 from kadr.checkpoints.families import SCHEDULES, family_of, version_label
 from kadr.checkpoints.source import Source
+from kadr.checkpoints.upscaler import kind_of
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
+from kadr.models.upsampler import UpsamplerConfig
 from kadr.models.vae.config import Block, VAEConfig
 from kadr.sampling.schedule import Schedule
 
-CLASSES: Mapping[str, str] = {"LTXVideoTransformer3DModel": "transformer", "AutoencoderKLLTXVideo": "vae"}
+CLASSES: Mapping[str, str] = {
+    "LTXVideoTransformer3DModel": "transformer",
+    "AutoencoderKLLTXVideo": "vae",
+    "LTXLatentUpsamplerModel": "upsampler",
+}
+FOLDERS: Mapping[str, str] = {"transformer": "transformer", "vae": "vae", "upsampler": "latent_upsampler"}
 _LTX2 = ("LTX2", "AVTransformer")  # how the class names of the next family begin
 
 # Keys that change what is computed, with the only value released weights use; it is also what an absent key means.
@@ -63,7 +70,7 @@ def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detecte
     """Read the headers of a diffusers folder, or of one component's folder.
 
     Args:
-        path: holds transformer/ or vae/ or both; or is one of them.
+        path: holds transformer/ or vae/ or both, or latent_upsampler/; or is one of them.
         release: the model that the user says it is.
 
     Returns:
@@ -82,10 +89,11 @@ def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detecte
         config = configs["transformer"]
         era = era or _era_of_a_lone_transformer(path, config)
         transformer = read_transformer(config, folders["transformer"], causal=era == "0.9.5")
-    release = confirmed(path, release, transformer, family, asked=True)
+    upsampler = read_upsampler(configs["upsampler"], folders["upsampler"]) if "upsampler" in folders else None
+    release = confirmed(path, release, transformer, family, kind=kind_of(transformer, upsampler), asked=True)
     schedule = read_schedule(path / "scheduler" / "scheduler_config.json", era or "0.9.5")
     detected = Detected(
-        version=release.version if release else version_label(transformer, family),
+        version=release.version if release else version_label(transformer, family, upsampler),
         released=release,
         layout="diffusers",
         transformer=transformer,
@@ -93,6 +101,7 @@ def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detecte
         vae_family=family,
         schedule=schedule,
         dtype=sources.get("transformer", next(iter(sources.values()))).dtype,
+        upsampler=upsampler,
     )
     return detected, sources
 
@@ -153,6 +162,14 @@ def read_vae(config: Mapping[str, Any], where: Path) -> VAEConfig:
             "are known for those only. Take the official single file of this model."
         )
     return read
+
+
+def read_upsampler(config: Mapping[str, Any], where: Path) -> UpsamplerConfig:
+    """Read latent_upsampler/config.json, which says what the official header says."""
+    try:
+        return UpsamplerConfig.from_header({key: value for key, value in config.items() if not key.startswith("_")})
+    except CheckpointError as error:
+        raise CheckpointError(f"{where / 'config.json'}: {error}") from error
 
 
 def read_schedule(file: Path, family: str) -> Schedule:
@@ -221,7 +238,7 @@ def _times(wider: int, width: int) -> int:
 
 def _component_folders(path: Path) -> dict[str, Path]:
     """Component -> its folder."""
-    found = {component: path / component for component in ("transformer", "vae") if (path / component).is_dir()}
+    found = {component: path / name for component, name in FOLDERS.items() if (path / name).is_dir()}
     if not found and (path / "config.json").is_file():
         kind = str(read_json(path / "config.json").get("_class_name"))
         if kind in CLASSES:
@@ -233,14 +250,15 @@ def _component_folders(path: Path) -> dict[str, Path]:
     if not found:
         held = sorted(entry.name for entry in path.glob("*.safetensors"))
         way_out = f"Name one of the files in it: {', '.join(held[:5])}." if held else "Name a .safetensors instead."
-        raise CheckpointError(f"{path} is no diffusers folder: it has neither transformer/ nor vae/ in it. {way_out}")
+        folders = ", ".join(f"{name}/" for name in FOLDERS.values())
+        raise CheckpointError(f"{path} is no diffusers folder: it has none of {folders} in it. {way_out}")
     for component, folder in found.items():
         kind = str(read_json(folder / "config.json").get("_class_name"))
         if kind.startswith(_LTX2) or kind.endswith("LTX2Video"):
             raise CheckpointError(f"{path} is LTX-2, another family of models ({kind}). kadr runs 0.9 to 0.9.8.")
         if CLASSES.get(kind) != component:
             raise CheckpointError(
-                f"{folder} holds a {kind}; kadr runs {' and '.join(CLASSES)}, which are LTX-Video 0.9 to 0.9.8."
+                f"{folder} holds a {kind}; kadr runs {', '.join(CLASSES)}, which are LTX-Video 0.9 to 0.9.8."
             )
     return found
 

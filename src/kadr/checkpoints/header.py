@@ -33,6 +33,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)  # floats to store weights in: kadr computes in wider ones
 _AGAIN = "Download it again."
 # What a file that is not safetensors begins with, what it then is, and the way out.
 _IMPOSTORS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (

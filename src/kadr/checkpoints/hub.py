@@ -1,6 +1,7 @@
 """Checkpoints from the Hugging Face hub. Nothing else in kadr touches the network.
 
-What is in the local cache is used without asking; a download that broke off goes on where it stopped.
+What is in the local cache is used without asking. A large file that broke off goes on where it stopped, and whatever
+comes is compared with the hub's checksum before it is used.
 """
 
 from __future__ import annotations
@@ -8,12 +9,57 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kadr.checkpoints.digest import SHA256, digest_of, is_digest
 from kadr.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
 SPARE = 1 << 30  # bytes that a download leaves free on the disk
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file as the hub lists it.
+
+    Args:
+        repo: such as "Lightricks/LTX-Video".
+        name: within the repository.
+        digest: its checksum; see `digest`.
+    """
+
+    repo: str
+    name: str
+    size: int
+    digest: str
+
+    @property
+    def large(self) -> bool:
+        """Whether it is stored beside git, as everything of more than a few megabytes is."""
+        return len(self.digest) == SHA256
+
+    @property
+    def blob(self) -> Path:
+        """Where the library's cache keeps its bytes."""
+        return _home(self.repo) / "blobs" / self.digest
+
+    @property
+    def part(self) -> Path:
+        """Where they are gathered."""
+        return self.blob.with_name(f"{self.digest}.incomplete")
+
+    @property
+    def left(self) -> int:
+        """Bytes still to come."""
+        if self.blob.exists():
+            return 0
+        return max(self.size - (self.part.stat().st_size if self.part.exists() else 0), 0)
 
 
 def on_disk(repo: str, file: str) -> Path | None:
@@ -24,27 +70,54 @@ def on_disk(repo: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def fetch(repo: str, file: str, *, size_bytes: int | None = None) -> Path:
-    """Bring a file to this machine, unless it is here.
+def folder_on_disk(repo: str, patterns: Sequence[str]) -> Path | None:
+    """The folder of a repository in the cache, if all that patterns name is there. The network is not asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    Args:
-        repo: such as "Lightricks/LTX-Video".
-        size_bytes: of the file, if known; else the hub is asked.
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    # Older versions of the library also hand out what a broken download left behind.
+    held = _held(folder, patterns)
+    matched = all(fnmatch.filter(held, pattern) for pattern in patterns)
+    return folder if matched and all(path.is_file() for path in held.values()) else None
+
+
+def cached(repo: str, patterns: Sequence[str]) -> dict[str, Path]:
+    """The files that the cache knows of among those that patterns name, by name; some may be gone."""
+    commit = _home(repo) / "refs" / "main"
+    folder = _home(repo) / "snapshots" / (commit.read_text("utf-8").strip() if commit.is_file() else "main")
+    return _held(folder, patterns)
+
+
+def missing(repo: str, patterns: Sequence[str]) -> list[Remote]:
+    """What the hub has under these names and the cache has not.
 
     Raises:
-        CheckpointError: it is not in the cache, and there is no network, no such file, no leave or no room to take it.
+        CheckpointError: the hub does not answer, or has nothing of one of these names.
+    """
+    with _explaining(repo, patterns):
+        return [file for file in _listed(repo, patterns) if on_disk(repo, file.name) is None]
+
+
+def fetch(repo: str, file: str) -> Path:
+    """Bring a file to this machine, unless it is here.
+
+    Raises:
+        CheckpointError: it is not in the cache, and there is no network, no such file, no leave or no room to take it;
+            or what came is not what the hub has.
     """
     from huggingface_hub import hf_hub_download
 
     if (found := on_disk(repo, file)) is not None:
         return found
-    try:
-        _check_room(f"{file} of {repo}", _missing_bytes(repo, [file]) if size_bytes is None else size_bytes)
-        return Path(hf_hub_download(repo, file))
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library's own errors, and those of whichever HTTP client it is built on
-        raise _explained(repo, file, error) from error
+    with _explaining(repo, [file]):
+        rest = _bring_large(repo, [file])
+        path = Path(hf_hub_download(repo, file))
+        _require_intact(rest)
+    return path
 
 
 def fetch_folder(repo: str, patterns: Sequence[str]) -> Path:
@@ -60,50 +133,43 @@ def fetch_folder(repo: str, patterns: Sequence[str]) -> Path:
         CheckpointError: as `fetch`.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    if (found := folder_on_disk(repo, patterns)) is not None:
+        return found
+    with _explaining(repo, patterns):
+        rest = _bring_large(repo, patterns)
+        folder = Path(snapshot_download(repo, allow_patterns=list(patterns)))
+        _require_intact(rest)
+    return folder
+
+
+def digest_at(repo: str, name: str, path: Path) -> str | None:
+    """The checksum that the hub has for a file in the cache; None where it does not answer."""
+    revision = path.relative_to(_home(repo) / "snapshots").parts[0]
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
-        if _is_whole(folder, patterns):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
-    wanted = ", ".join(patterns)
-    try:
-        _check_room(f"{wanted} of {repo}", _missing_bytes(repo, patterns))
-        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+        with _explaining(repo, [name]):
+            return _listed(repo, [name], revision)[0].digest or None
     except CheckpointError:
-        raise
-    except Exception as error:  # as in `fetch`
-        raise _explained(repo, wanted, error) from error
+        return None
 
 
-def _is_whole(folder: Path, patterns: Sequence[str]) -> bool:
-    """Older versions of the library also hand out what a broken download left behind."""
-    held = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    if not all(fnmatch.filter(held, pattern) for pattern in patterns):
-        return False
-    for index in (folder / name for name in fnmatch.filter(held, "*.index.json")):
-        shards = json.loads(index.read_text("utf-8")).get("weight_map", {}).values()
-        if not all(index.with_name(shard).is_file() for shard in set(shards)):
-            return False
-    return True
+def digest_shown(path: Path, name: str, like: str) -> str:
+    """As `digest_of`, with a bar that looks as those of the library."""
+    from huggingface_hub.utils import tqdm
+
+    with tqdm(total=path.stat().st_size, desc=f"checking {name}", unit="B", unit_scale=True) as bar:
+        return digest_of(path, like=like, watch=bar.update)
 
 
-def _missing_bytes(repo: str, patterns: Sequence[str]) -> int:
-    """What is still to be fetched, by the hub's own count."""
-    from huggingface_hub import HfApi
+def check_room(what: str, needed: int) -> None:
+    """Refuse a download that would fill the disk.
 
-    files = HfApi().model_info(repo, files_metadata=True).siblings or ()
-    return sum(
-        file.size or 0
-        for file in files
-        if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in patterns)
-        and on_disk(repo, file.rfilename) is None
-    )
+    Args:
+        needed: bytes.
 
-
-def _check_room(what: str, needed: int) -> None:
+    Raises:
+        CheckpointError: there is no room for it.
+    """
     cache = _cache()
     free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
     if free < needed + SPARE:
@@ -113,21 +179,142 @@ def _check_room(what: str, needed: int) -> None:
         )
 
 
+def _held(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+    """What a folder has of these names, with the parts that an index names, whether they are there or not."""
+    held = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    held = {name: path for name, path in held.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+    for index in [path for name, path in held.items() if name.endswith(".index.json") and path.is_file()]:
+        for part in _parts(index):
+            path = index.with_name(part)
+            held.setdefault(path.relative_to(folder).as_posix(), path)
+    return held
+
+
+def _parts(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()  # damaged, which is for its checksum to tell
+
+
+def _listed(repo: str, patterns: Sequence[str], revision: str | None = None) -> list[Remote]:
+    from huggingface_hub import HfApi
+
+    files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or ()
+    for pattern in patterns:
+        if not fnmatch.filter([file.rfilename for file in files], pattern):
+            raise _lacks(repo, pattern)
+    wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in patterns)]
+    return [Remote(repo, file.rfilename, file.size or 0, _digest(file)) for file in wanted]
+
+
+def _digest(file: RepoSibling) -> str:
+    digest = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
+    return digest if is_digest(digest) else ""
+
+
+def _bring_large(repo: str, patterns: Sequence[str]) -> list[Remote]:
+    """Make sure of the room for a download, and bring its large files; those that are left to the library are returned.
+
+    The library leaves alone what lies in its cache already. Newer ones of it throw away what did come of a file when a
+    download breaks off: gigabytes, with these models.
+    """
+    files = missing(repo, patterns)
+    check_room(f"{', '.join(patterns)} of {repo}", sum(file.left for file in files))
+    own = [file for file in files if file.large and not file.blob.exists()] if _links() else []
+    for file in sorted(own, key=lambda file: file.size):
+        _download(file)
+    return [file for file in files if file not in own]
+
+
+def _require_intact(files: Iterable[Remote]) -> None:
+    for file in files:
+        if file.digest and (path := on_disk(file.repo, file.name)) is not None:
+            _require_digest(path, file)
+
+
+def _download(file: Remote) -> None:
+    """Bring the bytes of a file into the library's cache, beginning where an earlier attempt ended."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    lock = _cache() / ".locks" / _home(file.repo).name / f"{file.digest}.lock"  # the library's own
+    for folder in (lock.parent, file.part.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if file.blob.exists():  # another process was faster
+            return
+        begun = file.part.stat().st_size if file.part.exists() else 0
+        with file.part.open("ab" if begun <= file.size else "wb") as part:
+            http_get(
+                hf_hub_url(file.repo, file.name),
+                part,
+                resume_size=part.tell(),
+                headers=build_hf_headers(),
+                expected_size=file.size,
+                displayed_filename=file.name,
+            )
+        _require_digest(file.part, file)
+        file.part.replace(file.blob)
+
+
+def _require_digest(path: Path, file: Remote) -> None:
+    if (found := digest_shown(path, file.name, file.digest)) != file.digest:
+        path.resolve().unlink()  # not only the link to it
+        raise CheckpointError(
+            f"{file.name} of {file.repo} came damaged: its checksum is {found}, and the hub's is {file.digest}. What "
+            "came was thrown away; try again."
+        )
+
+
+def _links() -> bool:
+    from huggingface_hub.file_download import are_symlinks_supported
+
+    return are_symlinks_supported(_cache())
+
+
+@contextmanager
+def _explaining(repo: str, patterns: Iterable[str]) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library's own errors, and those of whichever HTTP client it is built on
+        raise _explained(repo, ", ".join(patterns), error) from error
+
+
 def _explained(repo: str, wanted: str, error: Exception) -> CheckpointError:
     from huggingface_hub import errors
 
-    url = f"https://huggingface.co/{repo}"
     if isinstance(error, errors.GatedRepoError):
-        return CheckpointError(f"{repo} asks for its licence to be accepted. Do so on {url}, then run `hf auth login`.")
+        return CheckpointError(
+            f"{repo} asks for its licence to be accepted. Do so on {_url(repo)}, then run `hf auth login`."
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return CheckpointError(f"there is no repository {repo} on the hub, or it is private. Check {url}.")
+        return CheckpointError(f"there is no repository {repo} on the hub, or it is private. Check {_url(repo)}.")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return CheckpointError(f"{repo} has no {wanted}. {url}/tree/main shows what it has.")
+        return _lacks(repo, wanted)
     reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return CheckpointError(
-        f"{wanted} of {repo} is not in the cache ({_cache()}) and could not be fetched: {reason}. "
-        f"Try again with a network; or download it from {url} on another machine and give its path instead of a name."
+        f"{wanted} of {repo} is not in the cache ({_cache()}) and could not be fetched: {reason}. Try again with a "
+        f"network; or download it from {_url(repo)} on another machine and give its path instead of a name."
     )
+
+
+def _lacks(repo: str, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{repo} has no {wanted}. {_url(repo)}/tree/main shows what it has.")
+
+
+def _url(repo: str) -> str:
+    return f"https://huggingface.co/{repo}"
+
+
+def _home(repo: str) -> Path:
+    """The folder of a repository in the cache."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    return _cache() / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 def _cache() -> Path:

@@ -153,6 +153,19 @@ T5 = (
 # The embedding under its second name: the same tensor twice in some files.
 T5_UNUSED = ("encoder.embed_tokens.weight",)
 
+# An upscaler's file; the two layouts agree.
+UPSAMPLER = (
+    _same("conv_in.*", "initial_conv.*"),
+    _same("norm_in.*", "initial_norm.*"),
+    _same("grow.*", "upsampler.0.*"),
+    _same("conv_out.*", "final_conv.*"),
+    *(
+        _same(f"{ours}.{{i}}.{leaf}.*", f"{theirs}.{{i}}.{leaf}.*")
+        for ours, theirs in (("before", "res_blocks"), ("after", "post_upsample_res_blocks"))
+        for leaf in ("conv1", "norm1", "conv2", "norm2")
+    ),
+)
+
 _HOLES = {
     "{n}": r"(?P<n>\d+)",
     "{i}": r"(?P<i>\d+)",

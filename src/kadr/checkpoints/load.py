@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from kadr.checkpoints.keys import T5, T5_UNUSED, TRANSFORMER, VAE_UNUSED, names
+from kadr.checkpoints.header import EIGHT_BIT
+from kadr.checkpoints.keys import T5, T5_UNUSED, TRANSFORMER, UPSAMPLER, VAE_UNUSED, names
 from kadr.checkpoints.keys import VAE as VAE_KEYS
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,7 +37,8 @@ def fill(
     Args:
         module: on the meta device.
         wanted: our name -> the source's, for every name in the module's state.
-        dtype: bf16, fp16 or fp32; None keeps each tensor as it is stored.
+        dtype: bf16, fp16 or fp32; None keeps each tensor as it is stored. Weights stored in 8-bit floats are read into
+            a wider dtype only.
         known_unused: names that the source may have and nobody reads.
 
     Raises:
@@ -63,7 +66,7 @@ def account(module: nn.Module, source: Source, wanted: Mapping[str, str], *, kno
         ),
         (
             "stored in a dtype that is not read here",
-            [f"{n} in {_dtype(infos[n].dtype)}" for n in shared if infos[n].dtype not in DTYPES],
+            [f"{n} in {_dtype(infos[n].dtype)}" for n in shared if infos[n].dtype not in (*DTYPES, *EIGHT_BIT)],
         ),
     ]
     if any(found for _, found in complaints):
@@ -78,6 +81,12 @@ def assign(module: nn.Module, source: Source, wanted: Mapping[str, str], *, dtyp
     """Put the tensors in their places. The module is then ready for inference: in eval mode, without gradients."""
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"weights cannot be held in {_dtype(dtype)}; use bfloat16, float16 or float32.")
+    eighths = [wanted[ours] for ours in module.state_dict() if source.infos[wanted[ours]].dtype in EIGHT_BIT]
+    if dtype is None and eighths:
+        raise CheckpointError(
+            f"{source.path} stores {len(eighths)} tensors in 8-bit floats, such as {eighths[0]}; nothing is computed "
+            "in those. Ask for bfloat16, float16 or float32."
+        )
     module.requires_grad_(False).eval()
     state = {}
     for ours in module.state_dict():
@@ -134,6 +143,24 @@ def load_vae(
         if not asked:
             setattr(module, part, None)
     assign(module, source, wanted, dtype=dtype)
+    return module
+
+
+def load_upsampler(
+    config: UpsamplerConfig, source: Source, *, dtype: torch.dtype | None = torch.float32
+) -> LatentUpsampler:
+    """The upscaler, on the CPU.
+
+    Args:
+        source: its tensors, of a single file or a diffusers folder: the names are the same.
+        dtype: float32 unless asked otherwise, which is what the released ones are stored and run in.
+
+    Raises:
+        CheckpointError: see `fill`.
+    """
+    with torch.device("meta"):
+        module = LatentUpsampler(config)
+    fill(module, source, names(UPSAMPLER, module.state_dict()), dtype=dtype)
     return module
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 
-from kadr.checkpoints.detect import Detected, components, detect
+from kadr.checkpoints.components import split
+from kadr.checkpoints.detect import Detected, detect
 from kadr.checkpoints.folder import open_folder, read_json
-from kadr.checkpoints.load import load_text_encoder, load_transformer, load_vae
+from kadr.checkpoints.load import load_text_encoder, load_transformer, load_upsampler, load_vae
 from kadr.checkpoints.source import Source
+from kadr.checkpoints.upscaler import MODEL
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
+from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.text.tokenizer import Tokenizer
 
@@ -26,7 +29,7 @@ class Part:
     """One component as it lies on disk.
 
     Args:
-        name: "transformer", "vae" or "text encoder".
+        name: "transformer", "vae", "upscaler" or "text encoder".
         sizes: what makes it the size it is, such as {"layers": 28, "width": 2048}.
         tensors, parameters, bytes: how many.
         dtype: what most of its bytes are stored as, such as "bfloat16".
@@ -45,16 +48,20 @@ class Description:
     """What `kadr inspect` says of a checkpoint. `dataclasses.asdict` of it is ready for JSON.
 
     Args:
-        model: the registry's name; None where the checkpoint is not a released model, or may be several.
-        missing: what a generation needs and this checkpoint does not have.
+        kind: see `Detected.kind`.
+        model: the registry's name; None where the checkpoint is not a released one, or may be several.
+        sampler: None for an upscaler, which makes no noise levels.
+        missing: what a generation needs and this checkpoint does not have; nothing for an upscaler, which is none of
+            the things that generate.
     """
 
     path: str
+    kind: str
     layout: str
     version: str
     model: str | None
     vae_family: str | None
-    sampler: str
+    sampler: str | None
     parts: tuple[Part, ...]
     missing: tuple[str, ...]
 
@@ -64,7 +71,7 @@ class Checkpoint:
     """A single file or a diffusers folder, opened by its header.
 
     Args:
-        sources: component -> its tensors; "transformer", "vae" or both.
+        sources: component -> its tensors; "transformer", "vae" or both; or "upsampler", in a folder beside a "vae".
     """
 
     path: Path
@@ -76,8 +83,9 @@ class Checkpoint:
         """Read headers and configs, no tensor.
 
         Args:
-            path: a .safetensors in the official layout, a diffusers folder, or the folder of one of its components.
-            release: the released model that this is, where the checkpoint alone does not say.
+            path: a .safetensors in the official layout, of a model or an upscaler; a diffusers folder, or the folder of
+                one of its components.
+            release: the released model or upscaler that this is, where the checkpoint alone does not say.
 
         Raises:
             CheckpointError: it is not a checkpoint kadr runs; the message says what it is.
@@ -87,7 +95,7 @@ class Checkpoint:
             detected, sources = open_folder(path, release=release)
         else:
             source = Source.open(path)
-            sources = components(source)
+            sources = split(source)
             detected = detect(source, sources, release=release)
         return cls(path, detected, sources)
 
@@ -102,14 +110,14 @@ class Checkpoint:
             CheckpointError: the checkpoint has none, or its tensors do not fit; see `load.fill`.
         """
         if self.detected.transformer is None:
-            raise self._lacks("transformer")
+            raise self.lacks("transformer")
         source = self.sources["transformer"]
         return load_transformer(self.detected.transformer, source, dtype=dtype, diffusers=self._diffusers)
 
     def load_vae(self, dtype: torch.dtype | None = None, *, encoder: bool = True, decoder: bool = True) -> VAE:
         """The VAE on the CPU; the part that is not asked for is None in it. As `load_transformer`."""
         if self.detected.vae is None:
-            raise self._lacks("vae")
+            raise self.lacks("vae")
         family = self.detected.vae_family if self._diffusers else None
         return load_vae(
             self.detected.vae,
@@ -120,36 +128,58 @@ class Checkpoint:
             decoder=decoder,
         )
 
+    def load_upsampler(self, dtype: torch.dtype | None = torch.float32) -> LatentUpsampler:
+        """The upscaler on the CPU, in float32 unless asked otherwise. As `load_transformer`."""
+        if self.detected.upsampler is None:
+            raise self.lacks("upsampler")
+        return load_upsampler(self.detected.upsampler, self.sources["upsampler"], dtype=dtype)
+
     def describe(self) -> Description:
         """Everything that the header tells."""
         detected = self.detected
+        model = detected.kind == MODEL
         sizes: dict[str, dict[str, int]] = {}
         if detected.transformer:
             config = detected.transformer
             sizes["transformer"] = {"layers": config.layers, "width": config.width, "heads": config.heads}
         if detected.vae:
             sizes["vae"] = {"latent_channels": detected.vae.latent_channels, "patch": detected.vae.patch}
+        if detected.upsampler:
+            larger = detected.upsampler
+            sizes["upsampler"] = {"channels": larger.channels, "width": larger.width, "blocks": larger.blocks}
         missing = [name for name in ("transformer", "vae") if name not in self.sources]
         if not _has_text_encoder(self.path):
             missing.append("text encoder")
         return Description(
             path=str(self.path),
+            kind=detected.kind,
             layout=detected.layout,
             version=detected.version,
             model=detected.released.name if detected.released else None,
             vae_family=detected.vae_family,
-            sampler=detected.schedule.sampler,
-            parts=tuple(_part(name, self.sources[name], numbers) for name, numbers in sizes.items()),
-            missing=tuple(missing),
+            sampler=detected.schedule.sampler if model else None,
+            parts=tuple(_part(_NAMES.get(name, name), self.sources[name], of) for name, of in sizes.items()),
+            missing=tuple(missing) if model else (),
         )
 
     @property
     def _diffusers(self) -> bool:
         return self.detected.layout == "diffusers"
 
-    def _lacks(self, component: str) -> CheckpointError:
+    def lacks(self, component: str) -> CheckpointError:
+        """The error to raise where a component is needed that this checkpoint does not have, saying what it is instead.
+
+        Args:
+            component: "transformer", "vae" or "upsampler".
+        """
+        kind, name = self.detected.kind, _NAMES.get(component, component)
+        if kind != MODEL:
+            return CheckpointError(
+                f"{self.path} is a {kind}, not a model, and has no {name}: it makes a model's latents larger. Give it "
+                f"as --upscaler, and {_WAYS_OUT[component]}."
+            )
         held = " and ".join(self.sources)
-        return CheckpointError(f"{self.path} has no {component}, only {held}. Give a file with one beside it.")
+        return CheckpointError(f"{self.path} has no {name}, only {held}. Give {_WAYS_OUT[component]}.")
 
 
 @dataclass(frozen=True)
@@ -221,6 +251,14 @@ class TextEncoderFolder:
         """What the header tells."""
         sizes = {"layers": self.config.layers, "width": self.config.width, "vocabulary": self.config.vocabulary}
         return _part("text encoder", self.source, sizes)
+
+
+_NAMES = {"upsampler": "upscaler"}  # component -> as people call it, where the two differ
+_WAYS_OUT = {
+    "transformer": "a checkpoint with a transformer as --model",
+    "vae": "a checkpoint with a VAE as --vae",
+    "upsampler": "one such as ltxv-spatial-upscaler-0.9.8 as --upscaler",
+}
 
 
 def _has_text_encoder(path: Path) -> bool:

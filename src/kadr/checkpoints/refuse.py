@@ -6,8 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 
-import torch
-
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
@@ -27,11 +25,6 @@ _OTHERS: tuple[tuple[re.Pattern[str], str, str], ...] = (
         _RUNS,
     ),
     (
-        re.compile(r"^post_upsample_res_blocks\."),
-        "a latent upscaler, not a model",
-        "Open the model that it belongs to; an upscaler is given beside it.",
-    ),
-    (
         re.compile(r"^(encoder\.block\.\d+\.layer\.|shared\.weight$|enc\.blk\.)"),
         "a T5 text encoder, not a model",
         "Open the model, and give the encoder's folder beside it (--text-encoder).",
@@ -41,8 +34,13 @@ _OTHERS: tuple[tuple[re.Pattern[str], str, str], ...] = (
         "one component of a diffusers folder",
         "Give the folder instead: the one with transformer/ and vae/ in it, or the component's own.",
     ),
+    (
+        # Without its scales such a file would be read as other weights than it holds.
+        re.compile(r"(^|\.)(scaled_fp8|scale_(weight|input)|(weight|input)_scale|comfy_quant)$"),
+        "a checkpoint in scaled 8-bit floats, which this version of kadr does not read yet",
+        "Take the bf16 file of the same model, or one in plain 8-bit floats such as those released as fp8.",
+    ),
 )
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _LTX2_CLASS = "AVTransformer3DModel"
 
 
@@ -58,12 +56,6 @@ def refuse_others(source: Source) -> None:
             raise CheckpointError(f"{source.path} is {what} (it has the tensor {example}). {way_out}")
     if _LTX2_CLASS in _class_name(source.metadata):
         raise CheckpointError(f"{source.path} is LTX-2, another family of models (a {_LTX2_CLASS}). {_RUNS}")
-    eighths = [name for name, info in source.infos.items() if info.dtype in _FLOAT8]
-    if eighths:
-        raise CheckpointError(
-            f"{source.path} stores {len(eighths)} of its {len(source.infos)} tensors in 8-bit floats, such as "
-            f"{eighths[0]}; this version of kadr reads bf16, fp16 and fp32. Take the bf16 file of the same model."
-        )
 
 
 def _class_name(metadata: Mapping[str, str]) -> str:

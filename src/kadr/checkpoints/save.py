@@ -1,4 +1,4 @@
-"""Modules into files: the official single file, and a text encoder's folder. Written beside, then renamed."""
+"""Modules into files: the official single files, and a text encoder's folder. Written beside, then renamed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from kadr.checkpoints.header import DTYPES as STORED_DTYPES
 from kadr.checkpoints.header import LENGTH_BYTES
-from kadr.checkpoints.keys import T5, TRANSFORMER, Key, names
+from kadr.checkpoints.keys import T5, TRANSFORMER, UPSAMPLER, Key, names
 from kadr.checkpoints.keys import VAE as VAE_KEYS
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
+from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.schedule import Schedule
 
@@ -60,6 +61,22 @@ def write_single_file(
     if not tensors:
         raise ValueError("give a transformer, a VAE or both")
     write_tensors(Path(path), tensors, dtype=dtype, metadata={**(metadata or {}), "config": json.dumps(config)})
+
+
+def write_upsampler(
+    path: str | os.PathLike[str],
+    upsampler: LatentUpsampler,
+    *,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an upscaler in the official layout, with its config in the header. As `write_single_file`.
+
+    Args:
+        dtype: float32, as the released ones are stored, unless said otherwise.
+    """
+    described = {**(metadata or {}), "config": json.dumps(upsampler.config.header())}
+    write_tensors(Path(path), _named(upsampler, UPSAMPLER, ""), dtype=dtype, metadata=described)
 
 
 def write_text_encoder(

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kadr.cli import making, options
+from kadr.cli import making, options, reading
 from kadr.cli.faults import say
-from kadr.cli.official import JOINT
+from kadr.cli.groups import taking
 from kadr.errors import RequestError
-from kadr.pipeline.request import Condition, Request
-from kadr.shapes import Size
+from kadr.pipeline.request import Request
+from kadr.sampling.settings import Guidance, Pass
 
 if TYPE_CHECKING:
+    from kadr.pipeline.dry import DryEngine
     from kadr.pipeline.engine import Engine
 
 DEMO = (
@@ -26,119 +26,173 @@ DEMO = (
 )
 EPILOG = (
     "What is left out is taken from the model's own recipe. The official script's names work too: --num_frames, "
-    "--frame_rate, --height with --width, --num_inference_steps, --guidance_scale, --output_path, "
+    "--frame_rate, --height with --width, --num_inference_steps, --guidance_scale, --output_path, --pipeline_config, "
     "--conditioning_media_paths and the rest."
 )
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "bfloat16", "float32")
 
 
-def generate(
-    prompt: options.Prompt,
-    model: options.Model = None,
-    size: options.SizeText = None,
-    frames: options.Frames = None,
-    seconds: options.Seconds = None,
-    fps: options.Fps = None,
-    seed: options.Seed = 0,
-    image: options.Image = None,
-    negative_prompt: options.Negative = None,
-    steps: options.Steps = None,
-    guidance: options.Guidance = None,
-    output: options.Output = None,
-    json: options.Json = False,
-    save_latents: options.SaveLatents = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    text_encoder: options.TextEncoder = None,
-    vae: options.Vae = None,
-    levels: options.Levels = None,
-    skip_initial: options.SkipInitial = 0,
-    skip_final: options.SkipFinal = 0,
-    stochastic: options.Stochastic = None,
-    guidance_batch: options.GuidanceBatch = False,
-    image_noise: options.ImageNoise = None,
-    image_crf: options.ImageCrf = None,
-    decode_timestep: options.DecodeTimestep = None,
-    decode_noise: options.DecodeNoise = None,
-) -> None:
+@taking(options.Flags)
+def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     """Make a video from a prompt.
 
-    With --image it starts from your picture. Prints the path of the video.
+    With --image or --video it shows your pictures and clips. Prints the path of the video.
     """
-    if frames is not None and seconds is not None:
-        raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
-    one_of("--device", device.partition(":")[0], DEVICES)
-    one_of("--dtype", dtype, DTYPES)
-    request = Request(
-        prompt=prompt,
-        size=parsed_size(size),
-        frames=frames,
-        fps=fps,
-        seed=seed,
-        steps=steps,
-        levels=parsed_levels(levels),
-        skip_initial=skip_initial,
-        skip_final=skip_final,
-        guidance=guidance,
-        guidance_batch=guidance_batch,
-        negative_prompt=negative_prompt,
-        stochastic=stochastic,
-        conditions=tuple(condition(text) for text in image or ()),
-        image_noise=image_noise,
-        image_crf=image_crf,
-        decode_timestep=decode_timestep,
-        decode_noise=decode_noise,
-    )
-    output = making.chosen_output(output)
-    making.refuse_early(request, output, save_latents)
-    if model is None:
+    _check_words(flags)
+    request = requested(prompt, flags)
+    parts = named_parts(flags.model, request)
+    making.refuse_absent(request)
+    if flags.output.dry_run:
+        _print_plan(request, parts, flags)
+        return
+    output = making.chosen_output(flags.output.output)
+    making.refuse_unwritable(request, output, flags.output.save_latents)
+    if "model" not in parts:
         say(DEMO)
-    engine = making.open_engine(model or "demo", text_encoder=text_encoder, vae=vae, device=device, dtype=dtype)
-    if seconds is not None:
-        request = replace(request, frames=frames_in(seconds, engine, request))
-    making.make(engine, request, output, latents=save_latents, as_json=json)
+    model = parts.pop("model", "demo")
+    engine = making.open_engine(model, **parts, device=flags.model.device, dtype=flags.model.dtype)
+    request = timed(request, flags.video.seconds, engine)
+    making.make(engine, request, output, latents=flags.output.save_latents, as_json=flags.output.json)
 
 
-def one_of(flag: str, value: str, known: Sequence[str]) -> None:
-    """Refuse what no device or dtype is called."""
-    if value not in known:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}.", param_hint=flag)
+def _check_words(flags: options.Flags) -> None:
+    """Refuse what the parser lets through."""
+    if flags.video.frames is not None and flags.video.seconds is not None:
+        raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
+    reading.one_of("--device", flags.model.device.partition(":")[0], DEVICES)
+    reading.one_of("--dtype", flags.model.dtype, DTYPES)
 
 
-def parsed_size(text: str | None) -> Size | None:
-    """Read "704x480"."""
-    try:
-        return None if text is None else Size.parse(text)
-    except RequestError as error:
-        raise typer.BadParameter(str(error), param_hint="--size") from error
+def requested(prompt: str, flags: options.Flags) -> Request:
+    """The request that the flags make; the length may still be open where it is given in seconds.
+
+    Raises:
+        RequestError: a value out of its range.
+    """
+    video, denoising, media = flags.video, flags.denoising, flags.media
+    return Request(
+        prompt=prompt,
+        size=reading.size(video.size),
+        frames=video.frames,
+        fps=video.fps,
+        seed=video.seed,
+        negative_prompt=video.negative_prompt,
+        steps=denoising.steps,
+        levels=reading.levels("--levels", denoising.levels),
+        skip_initial=denoising.skip_initial,
+        skip_final=denoising.skip_final,
+        stochastic=denoising.stochastic,
+        guidance=_guidance(flags.guidance),
+        guidance_batch=flags.guidance.guidance_batch,
+        multi_scale=flags.second.multi_scale,
+        second=_second(flags.second),
+        **_media(media),
+        tone_map=flags.decoding.tone_map,
+        decode_timestep=flags.decoding.decode_timestep,
+        decode_noise=flags.decoding.decode_noise,
+    )
 
 
-def parsed_levels(text: str | None) -> tuple[float, ...] | None:
-    """Read "1.0,0.9,0.725"."""
-    try:
-        return None if text is None else tuple(float(level) for level in text.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of numbers such as 1.0,0.9.", param_hint="--levels"
-        ) from error
+def _guidance(flags: options.GuidanceFlags) -> Guidance | None:
+    lists = {
+        "scale": reading.numbers("--guidance", flags.guidance),
+        "stg": reading.numbers("--stg", flags.stg),
+        "rescale": reading.numbers("--rescale", flags.rescale),
+        "skip_blocks": reading.blocks("--skip-blocks", flags.skip_blocks),
+    }
+    at = reading.levels("--guidance-at", flags.guidance_at)
+    if at is None:
+        _refuse_lists(lists)
+    given: dict[str, Any] = {
+        **lists,
+        "at": at,
+        "mode": flags.stg_mode,
+        "cfg_star": flags.cfg_star,
+        "apg": flags.apg,
+        "apg_norm": flags.apg_norm,
+    }
+    return None if all(value is None for value in given.values()) else Guidance(**given)
 
 
-def condition(text: str) -> Condition:
-    """Read the parts of one --image. The path is made absolute, because the video remembers it."""
-    path, *numbers = text.split(JOINT)
-    frame, strength = (*numbers, *("0", "1.0")[len(numbers) :])
-    try:
-        at, share = int(frame), float(strength)
-    except ValueError as error:
-        wanted = f"frame {frame!r} and strength {strength!r} must be a whole number and a number: PATH FRAME STRENGTH."
-        raise typer.BadParameter(wanted, param_hint="--image") from error
-    return Condition(media=os.path.abspath(os.path.expanduser(path)), frame=at, strength=share)
+def _refuse_lists(lists: Mapping[str, Any]) -> None:
+    """Refuse lists without the levels they are for: those of a model's own recipe are easily mistaken for others."""
+    scale, stg, rescale, blocks = lists.values()
+    nested = isinstance(blocks, tuple) and any(isinstance(part, tuple) for part in blocks)
+    for flag, is_list in (
+        ("--guidance", isinstance(scale, tuple)),
+        ("--stg", isinstance(stg, tuple)),
+        ("--rescale", isinstance(rescale, tuple)),
+        ("--skip-blocks", nested),
+    ):
+        if is_list:
+            raise typer.BadParameter(
+                "a value for each level needs the levels; give --guidance-at, such as --guidance-at 1.0,0.9.",
+                param_hint=flag,
+            )
 
 
-def frames_in(seconds: float, engine: Engine, request: Request) -> int:
-    """How many frames last so long, at the frame rate of the request or of the model."""
+def _second(flags: options.SecondFlags) -> Pass | None:
+    given: dict[str, Any] = {
+        "steps": flags.second_steps,
+        "levels": reading.levels("--second-levels", flags.second_levels),
+        "skip_initial": flags.second_skip_initial,
+        "guidance": None if flags.second_guidance is None else Guidance(scale=flags.second_guidance),
+        "tone_map": flags.second_tone_map,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return Pass(**given) if given else None
+
+
+def _media(flags: options.MediaFlags) -> dict[str, Any]:
+    """The fields of the request that are about pictures and clips."""
+    images = [reading.condition("--image", text) for text in flags.image or ()]
+    clips = [reading.condition("--video", text) for text in flags.video or ()]
+    return {
+        "conditions": (*images, *clips),
+        "video": None if flags.input_video is None else reading.absolute(flags.input_video),
+        "video_strength": flags.strength,
+        "image_noise": flags.image_noise,
+        "image_crf": flags.image_crf,
+    }
+
+
+def named_parts(flags: options.ModelFlags, request: Request) -> dict[str, Any]:
+    """The parts of the model that are named, by the words of `Engine.open`; a flag goes before the config file.
+
+    Raises:
+        RequestError: the config file cannot be read, or names what cannot be found.
+    """
+    named: dict[str, Any] = {
+        "model": flags.model,
+        "upscaler": flags.upscaler,
+        "second_model": flags.second_model,
+        "text_encoder": flags.text_encoder,
+        "vae": flags.vae,
+    }
+    named = {name: value for name, value in named.items() if value}
+    if flags.config is None:
+        return named
+    from kadr.pipeline.official_config import OfficialConfig  # loads the YAML reader
+
+    config = OfficialConfig.read(flags.config)
+    # An upscaler is not fetched for a single pass.
+    return config.parts(named, upscale=request.multi_scale is not False)
+
+
+def timed(request: Request, seconds: float | None, engine: Engine | DryEngine) -> Request:
+    """The request with the frames that last so long, at the frame rate of the request or of the model."""
+    if seconds is None:
+        return request
     fps = engine.resolve(request).fps
     if not 0 < seconds < math.inf or fps is None:
         raise RequestError(f"seconds is {seconds}; it must be a number above 0.")
-    return max(1, round(seconds * fps))
+    return replace(request, frames=max(1, round(seconds * fps)))
+
+
+def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags) -> None:
+    from kadr.cli import dry_run
+    from kadr.pipeline.dry import DryEngine  # loads torch
+
+    engine = DryEngine.open(**parts)
+    print(dry_run.told(engine.run(timed(request, flags.video.seconds, engine)), as_json=flags.output.json))

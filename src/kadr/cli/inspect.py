@@ -83,12 +83,15 @@ def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
+    from kadr.checkpoints.upscaler import MODEL
 
     if not path.exists():
         raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
     described = Checkpoint.open(path).describe()
     found = {"path": str(path), "family": "LTX-Video", **asdict(described)}
     found["parts"] = list(found["parts"])
+    if described.kind != MODEL:
+        return found, _told_of_upscaler(found)
     if TEXT_ENCODER not in described.missing:
         home = path if path.is_dir() else path.parent
         found["parts"].append(asdict(TextEncoderFolder.open(home).describe()))
@@ -102,6 +105,13 @@ def _told(found: Mapping[str, Any]) -> Iterator[str]:
     yield from _parts(found["parts"])
     for part in found["missing"]:
         yield f"missing: {part} ({WAYS_OUT.get(part, 'give it beside this one')})"
+
+
+def _told_of_upscaler(found: Mapping[str, Any]) -> Iterator[str]:
+    name = f" ({found['model']})" if found["model"] else ""
+    yield f"{found['family']} {found['version']} {found['kind']}{name}, {found['layout']}"
+    yield "for --upscaler, beside a model"
+    yield from _parts(found["parts"])
 
 
 def _parts(parts: list[dict[str, Any]]) -> Iterator[str]:

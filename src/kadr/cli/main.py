@@ -42,7 +42,7 @@ def _about(
 app.command(cls=OfficialCommand, epilog=generate.EPILOG)(explained()(generate.generate))
 app.command(epilog=rerun.EPILOG)(explained()(rerun.rerun))
 app.command()(explained()(inspect.inspect))
-app.command(epilog=models.EPILOG)(explained()(models.models))
+app.add_typer(models.app, name="models")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -40,17 +40,25 @@ def free_name(path: Path) -> Path:
     return path if not path.exists() else next(other for other in others if not other.exists())
 
 
-def refuse_early(request: Request, output: Path, latents: Path | None) -> None:
-    """Say what cannot work before anything is loaded or fetched.
+def refuse_absent(request: Request) -> None:
+    """Say which pictures and clips are not there, before anything is loaded or fetched.
 
     Raises:
-        MediaError: a picture is not there, or a file cannot be written where it should go.
+        MediaError: some are not.
+    """
+    absent = [str(path) for path in request.media() if not path.is_file()]
+    if absent:
+        raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the picture or clip.")
+
+
+def refuse_unwritable(request: Request, output: Path, latents: Path | None) -> None:
+    """Say what cannot be written, before anything is loaded or fetched.
+
+    Raises:
+        MediaError: a file cannot be written where it should go.
     """
     from kadr.media.video import VideoWriter
 
-    absent = [str(path) for path in request.media() if not path.is_file()]
-    if absent:
-        raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the picture.")
     size = request.size if isinstance(request.size, Size) else Size(2, 2)
     VideoWriter(output, size, request.fps or 24)  # refuses at birth what it could not write
     if latents is None:

@@ -1,4 +1,4 @@
-"""`kadr models`: what can be named."""
+"""`kadr models`: what can be named, and whether it is here."""
 
 from __future__ import annotations
 
@@ -6,39 +6,50 @@ import json
 from pathlib import Path
 from typing import Any
 
-import kadr
-from kadr.cli import options
-from kadr.cli.faults import say
+import typer
+
+from kadr.cli import options, pull, verify
+from kadr.cli.faults import explained, say
 from kadr.cli.table import columns, in_words
 from kadr.models.registry import RELEASED, Released
+from kadr.pipeline.locate import on_disk
 
-EPILOG = "A model that is not on disk is fetched from the hub by the first `kadr generate --model NAME` that needs it."
+EPILOG = (
+    "`kadr models pull NAME` fetches a model with all it needs, `kadr models verify NAME` compares it with the hub's "
+    "checksums. What is not on disk is also fetched by the first `kadr generate --model NAME` that needs it."
+)
 
 
-def models(as_json: options.Json = False) -> None:
-    """List the models known by name.
+def models(context: typer.Context, as_json: options.Json = False) -> None:
+    """List the models known by name; fetch them, check them.
 
     With their licences and sizes, and whether they are on disk.
     """
-    entries = [_entry(released) for released in RELEASED]
+    if context.invoked_subcommand is None:
+        listed(as_json)
+
+
+def listed(as_json: options.Json = False) -> None:
+    """List the models known by name, and the parts they need.
+
+    With their licences and sizes, and whether they are on disk.
+    """
+    entries = [_entry(released, on_disk(released)) for released in RELEASED]
     if as_json:
         print(json.dumps(entries))
         return
-    rows = [("name", "version", "bytes", "on disk", "licence")]
-    for entry in entries:
-        size = in_words(entry["bytes"]) if entry["bytes"] else ""
-        licence = entry["licence"].partition(",")[0]
-        rows.append((entry["name"], entry["version"], size, "yes" if entry["on_disk"] else "no", licence))
+    rows = [("name", "kind", "version", "bytes", "on disk", "licence")]
+    rows += [_row(released, entry) for released, entry in zip(RELEASED, entries, strict=True)]
     print("\n".join(columns(rows)))
     say(EPILOG)
 
 
-def _entry(released: Released) -> dict[str, Any]:
-    place = on_disk(released)
+def _entry(released: Released, place: Path | None) -> dict[str, Any]:
     return {
         "name": released.name,
+        "kind": released.kind,
         "version": released.version,
-        "bytes": place.stat().st_size if place else released.size_bytes,
+        "bytes": verify.size_of(released, place) if place else released.size_bytes,
         "on_disk": str(place) if place else None,
         "licence": released.licence,
         "repo": released.repo,
@@ -46,11 +57,16 @@ def _entry(released: Released) -> dict[str, Any]:
     }
 
 
-def on_disk(released: Released) -> Path | None:
-    """The file, if it is here already. Looks in folders only; the hub is not asked."""
-    if released.repo is None:
-        path = Path(kadr.__file__).parent / released.file
-        return path if path.is_file() else None
-    from kadr.checkpoints import hub
+def _row(released: Released, entry: dict[str, Any]) -> tuple[str, ...]:
+    size = entry["bytes"]
+    here = "no" if not entry["on_disk"] else "wrong size" if verify.wrong_size(released, size) else "yes"
+    licence = released.licence.partition(",")[0]
+    return released.name, released.kind, released.version, in_words(size) if size else "", here, licence
 
-    return hub.on_disk(released.repo, released.file)
+
+# Without markup, as in `main`.
+app = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
+app.callback(epilog=EPILOG)(explained()(models))
+app.command("list")(explained()(listed))
+app.command("pull", epilog=pull.EPILOG)(explained()(pull.pull))
+app.command("verify", epilog=verify.EPILOG)(explained()(verify.verify))

@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 import typer
-from typer.core import TyperCommand
+
+from kadr.cli.groups import GroupedCommand
+from kadr.pipeline.request import CLIPS
 
 RENAMED: Mapping[str, str] = {
     "--num_frames": "--frames",
@@ -24,20 +26,30 @@ RENAMED: Mapping[str, str] = {
     "--skip_final_inference_steps": "--skip-final",
     "--decode_timestep": "--decode-timestep",
     "--decode_noise_scale": "--decode-noise",
+    "--pipeline_config": "--config",
+    "--input_media_path": "--input-video",
+    "--spatial_upscaler_model_path": "--upscaler",
+    "--stg_scale": "--stg",
+    "--stg_mode": "--stg-mode",
+    "--rescaling_scale": "--rescale",
+    "--skip_block_list": "--skip-blocks",
+    "--guidance_timesteps": "--guidance-at",
+    "--timesteps": "--levels",
+    "--tone_map_compression_ratio": "--tone-map",
 }
 SIDES = ("--width", "--height")
 MEDIA, STARTS, STRENGTHS = "--conditioning_media_paths", "--conditioning_start_frames", "--conditioning_strengths"
 LATER: Mapping[str, str] = {
-    "--pipeline_config": "The released models bring their own recipe: name one with --model, and change it by flags.",
-    "--input_media_path": "Start from a picture with --image.",
     "--offload_to_cpu": "Leave it out: modules already leave the device after their stage where memory is tight.",
 }
-# Between the parts of one --image. The system ends every argument at this character, so no path holds it.
+MEDIA_FLAGS = ("--image", "--video")
+# Between the parts of one --image or --video. The system ends every argument at this character, so no path holds it.
 JOINT = "\0"
+BOX = "box="
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
-class OfficialCommand(TyperCommand):
+class OfficialCommand(GroupedCommand):
     """A command that also takes the official names."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -45,10 +57,10 @@ class OfficialCommand(TyperCommand):
 
 
 def translated(args: Sequence[str]) -> list[str]:
-    """The arguments in kadr's words; each --image with its numbers joined to one.
+    """The arguments in kadr's words; each --image and --video with what belongs to it joined to one.
 
     Raises:
-        typer.BadParameter: an official flag that kadr has no counterpart for yet, or lists that do not match.
+        typer.BadParameter: an official flag that kadr has no counterpart for, or lists that do not match.
     """
     ours: list[str] = []
     sides: dict[str, str] = {}
@@ -61,22 +73,22 @@ def translated(args: Sequence[str]) -> list[str]:
             prompts += rest
             break
         name, given, value = word.partition("=")
-        if given and name in {*RENAMED, *LATER, *SIDES, MEDIA, STARTS, STRENGTHS, "--prompt", "--image"}:
+        if given and name in {*RENAMED, *LATER, *SIDES, MEDIA, STARTS, STRENGTHS, "--prompt", *MEDIA_FLAGS}:
             rest.insert(0, value)
             word = name
         if word in LATER:
-            raise typer.BadParameter(f"kadr cannot do this yet. {LATER[word]}", param_hint=word)
+            raise typer.BadParameter(f"kadr does not take this. {LATER[word]}", param_hint=word)
         if word in SIDES:
             sides[word] = _value(word, rest)
         elif word in (MEDIA, STARTS, STRENGTHS):
             lists[word] = _values(rest)
         elif word == "--prompt":
             prompts.append(_value(word, rest))
-        elif word == "--image":
-            ours += ["--image", JOINT.join([_value(word, rest), *_numbers(rest)])]
+        elif word in MEDIA_FLAGS:
+            ours += [word, JOINT.join([_value(word, rest), *_numbers(rest), *_box(rest)])]
         else:
             ours.append(RENAMED.get(word, word))
-    return [*ours, *_size(sides), *_images(lists), *(["--", *prompts] if prompts else [])]
+    return [*ours, *_size(sides), *_media(lists), *(["--", *prompts] if prompts else [])]
 
 
 def _value(name: str, rest: list[str]) -> str:
@@ -101,6 +113,11 @@ def _numbers(rest: list[str]) -> list[str]:
     return numbers
 
 
+def _box(rest: list[str]) -> list[str]:
+    """The part of the picture that is covered, where it follows."""
+    return [rest.pop(0)] if rest and rest[0].startswith(BOX) else []
+
+
 def _size(sides: Mapping[str, str]) -> list[str]:
     if not sides:
         return []
@@ -109,7 +126,7 @@ def _size(sides: Mapping[str, str]) -> list[str]:
     return ["--size", "x".join(sides[side] for side in SIDES)]
 
 
-def _images(lists: Mapping[str, list[str]]) -> list[str]:
+def _media(lists: Mapping[str, list[str]]) -> list[str]:
     """The three lists, item by item."""
     if not lists:
         return []
@@ -120,5 +137,9 @@ def _images(lists: Mapping[str, list[str]]) -> list[str]:
             f"{len(media)} media, {len(starts)} start frames and {len(strengths)} strengths; give one of each to each.",
             param_hint=MEDIA,
         )
-    images = (JOINT.join(parts) for parts in zip(media, starts, strengths, strict=True))
-    return [word for image in images for word in ("--image", image)]
+    items = zip(media, starts, strengths, strict=True)
+    return [word for item in items for word in (_flag_for(item[0]), JOINT.join(item))]
+
+
+def _flag_for(path: str) -> str:
+    return "--video" if path.lower().endswith(CLIPS) else "--image"

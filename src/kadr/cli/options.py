@@ -1,7 +1,8 @@
-"""The flags, one line each: what a verb takes is the list of its parameters."""
+"""The flags, one entry each. What a verb takes is the list of its parameters; `generate` takes them in groups."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,60 +13,173 @@ def _flag(name: str, metavar: str | None, help: str) -> Any:
     return typer.Option(name, metavar=metavar, help=help, show_default=False)
 
 
+# What several verbs take, or others than `generate`.
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to show, in quotes.", show_default=False)]
-
-# the model
 Model = Annotated[
     str | None, _flag("--model", "NAME|PATH", "A name of `kadr models`, a .safetensors or a diffusers folder.")
 ]
-TextEncoder = Annotated[Path | None, _flag("--text-encoder", "PATH", "Folder of the T5 encoder and its tokenizer.")]
-Vae = Annotated[Path | None, _flag("--vae", "PATH", "Take the VAE from this checkpoint.")]
-Device = Annotated[str, _flag("--device", "auto|cpu|cuda|mps", "Where to compute; auto takes the fastest there is.")]
 SameDevice = Annotated[str | None, _flag("--device", "auto|cpu|cuda|mps", "Where to compute, if not as it was made.")]
-Dtype = Annotated[str, _flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with; auto suits the device.")]
-
-# the video
-SizeText = Annotated[str | None, _flag("--size", "WxH", "Width and height in pixels, such as 704x480.")]
-Frames = Annotated[int | None, _flag("--frames", "N", "How many frames.")]
-Seconds = Annotated[float | None, _flag("--seconds", "S", "How long, instead of --frames.")]
-Fps = Annotated[float | None, _flag("--fps", "N", "Frames per second; the model makes the motion for it.")]
-Seed = Annotated[int, _flag("--seed", "N", "The same seed gives the same noise on every device. [default: 0]")]
 NewSeed = Annotated[int | None, _flag("--seed", "N", "Another seed than the video was made with.")]
-Negative = Annotated[str | None, _flag("--negative-prompt", "TEXT", "What to guide away from.")]
-
-# denoising
-Steps = Annotated[int | None, _flag("--steps", "N", "Steps of denoising.")]
-Levels = Annotated[str | None, _flag("--levels", "1.0,0.9,...", "The noise levels themselves, instead of --steps.")]
-SkipInitial = Annotated[int, _flag("--skip-initial", "N", "Leave out the first N noise levels.")]
-SkipFinal = Annotated[int, _flag("--skip-final", "N", "Leave out the last N noise levels.")]
-Guidance = Annotated[float | None, _flag("--guidance", "X", "How far to go beyond the prompt; 1 is off.")]
-GuidanceBatch = Annotated[
-    bool, _flag("--guidance-batch", None, "Evaluate with and without prompt at once: faster, more memory.")
-]
-Stochastic = Annotated[
-    bool | None, _flag("--stochastic/--no-stochastic", None, "Fresh noise at every step, as some models were made for.")
-]
-
-# pictures
-Image = Annotated[
-    list[str] | None,
-    _flag("--image", "PATH [FRAME [STRENGTH]]", "A picture to show; at frame 0 with strength 1.0 if not said."),
-]
-ImageNoise = Annotated[
-    float | None, _flag("--image-noise", "X", "Noise on pictures at each step, times level squared.")
-]
-ImageCrf = Annotated[
-    int | None, _flag("--image-crf", "N", "H.264 quality that pictures are passed through first; 0 is off.")
-]
-
-# decoding
-DecodeTimestep = Annotated[float | None, _flag("--decode-timestep", "X", "The noise level that the decoder is told.")]
-DecodeNoise = Annotated[float | None, _flag("--decode-noise", "X", "Share of noise mixed in before decoding.")]
-
-# what comes out
-Output = Annotated[Path | None, _flag("--output", "PATH", "The .mp4 to write or replace; else out.mp4, out-2.mp4, ...")]
 Again = Annotated[Path | None, _flag("--output", "PATH", "The .mp4 to write or replace; else a new name beside FILE.")]
-SaveLatents = Annotated[
-    Path | None, _flag("--save-latents", "PATH", "Also write the latents, before decoding, as .safetensors.")
-]
 Json = Annotated[bool, _flag("--json", None, "Print one JSON object instead.")]
+
+_Float = float | None
+_Int = int | None
+_Text = str | None
+_Switch = bool | None
+
+
+@dataclass(frozen=True)
+class VideoFlags:
+    """The video"""
+
+    size: Annotated[_Text, _flag("--size", "WxH", "Width and height in pixels, such as 704x480.")] = None
+    frames: Annotated[_Int, _flag("--frames", "N", "How many frames.")] = None
+    seconds: Annotated[_Float, _flag("--seconds", "S", "How long, instead of --frames.")] = None
+    fps: Annotated[_Float, _flag("--fps", "N", "Frames per second; the model makes the motion for it.")] = None
+    seed: Annotated[int, _flag("--seed", "N", "The same seed gives the same noise on every device. [default: 0]")] = 0
+    negative_prompt: Annotated[_Text, _flag("--negative-prompt", "TEXT", "What to guide away from.")] = None
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """What comes out"""
+
+    output: Annotated[
+        Path | None, _flag("--output", "PATH", "The .mp4 to write or replace; else out.mp4, out-2.mp4, ...")
+    ] = None
+    json: Json = False
+    dry_run: Annotated[bool, _flag("--dry-run", None, "Print what would be done, step by step, and do nothing.")] = False
+    save_latents: Annotated[
+        Path | None, _flag("--save-latents", "PATH", "Also write the latents, before decoding, as .safetensors.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """The model"""
+
+    model: Model = None
+    config: Annotated[
+        Path | None, _flag("--config", "FILE.yaml", "Take model and recipe from an official pipeline config.")
+    ] = None
+    upscaler: Annotated[
+        list[str] | None, _flag("--upscaler", "NAME|PATH", "Latent upscaler for two passes; may be given twice.")
+    ] = None
+    second_model: Annotated[_Text, _flag("--second-model", "NAME|PATH", "Another model for the second pass.")] = None
+    text_encoder: Annotated[
+        Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 encoder and its tokenizer.")
+    ] = None
+    vae: Annotated[Path | None, _flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")] = None
+    device: Annotated[
+        str, _flag("--device", "auto|cpu|cuda|mps", "Where to compute; auto takes the fastest there is.")
+    ] = "auto"
+    dtype: Annotated[
+        str, _flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with; auto suits the device.")
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class MediaFlags:
+    """Pictures and clips"""
+
+    image: Annotated[
+        list[str] | None,
+        _flag("--image", "PATH [FRAME [STRENGTH]]", "A picture to show; at frame 0 with strength 1.0 if not said."),
+    ] = None
+    video: Annotated[
+        list[str] | None,
+        _flag("--video", "PATH[#A:B] [FRAME [STRENGTH]]", "A clip to show, or frames A to B of it; likewise."),
+    ] = None
+    input_video: Annotated[Path | None, _flag("--input-video", "PATH", "Make the video from this one.")] = None
+    strength: Annotated[
+        _Float, _flag("--strength", "S", "How much of --input-video is made anew, between 0 and 1.")
+    ] = None
+    image_noise: Annotated[
+        _Float, _flag("--image-noise", "X", "Noise on pictures at each step, times level squared.")
+    ] = None
+    image_crf: Annotated[
+        _Int, _flag("--image-crf", "N", "H.264 quality that pictures are passed through first; 0 is off.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class DenoisingFlags:
+    """Denoising"""
+
+    steps: Annotated[_Int, _flag("--steps", "N", "Steps of denoising.")] = None
+    levels: Annotated[_Text, _flag("--levels", "1.0,0.9,...", "The noise levels themselves, instead of --steps.")] = None
+    skip_initial: Annotated[int, _flag("--skip-initial", "N", "Leave out the first N noise levels.")] = 0
+    skip_final: Annotated[int, _flag("--skip-final", "N", "Leave out the last N noise levels.")] = 0
+    stochastic: Annotated[
+        _Switch, _flag("--stochastic/--no-stochastic", None, "Fresh noise at every step, as some models want.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class GuidanceFlags:
+    """Guidance; X,... is one value, or one for each level of --guidance-at"""
+
+    guidance: Annotated[_Text, _flag("--guidance", "X,...", "How far to go beyond the prompt; 1 is off.")] = None
+    guidance_at: Annotated[
+        _Text, _flag("--guidance-at", "1.0,0.9,...", "The noise levels that lists are for, falling.")
+    ] = None
+    stg: Annotated[_Text, _flag("--stg", "X,...", "Guidance away from disturbed blocks; 0 is off.")] = None
+    rescale: Annotated[_Text, _flag("--rescale", "X,...", "Contrast taken back where --stg acts; 1 is off.")] = None
+    skip_blocks: Annotated[
+        _Text, _flag("--skip-blocks", "N,.../...", "Blocks that --stg disturbs; / between the lists of two levels.")
+    ] = None
+    stg_mode: Annotated[
+        _Text, _flag("--stg-mode", "NAME", "How: attention_values, attention_skip or transformer_block.")
+    ] = None
+    cfg_star: Annotated[
+        _Switch, _flag("--cfg-star/--no-cfg-star", None, "Scale the negative prompt's velocity to the prompt's.")
+    ] = None
+    apg: Annotated[
+        _Float, _flag("--apg", "X", "Keep this share of the guidance along the picture; below 0 is off.")
+    ] = None
+    apg_norm: Annotated[_Float, _flag("--apg-norm", "X", "Limit on the norm of the guidance with --apg.")] = None
+    guidance_batch: Annotated[
+        bool, _flag("--guidance-batch", None, "Evaluate with and without prompt at once: faster, more memory.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class SecondFlags:
+    """The second pass"""
+
+    multi_scale: Annotated[
+        _Switch, _flag("--multi-scale/--single-pass", None, "Make it smaller first, upscale, refine; or in one pass.")
+    ] = None
+    second_steps: Annotated[_Int, _flag("--second-steps", "N", "Steps of the second pass.")] = None
+    second_levels: Annotated[_Text, _flag("--second-levels", "0.9,0.7,...", "Its noise levels themselves.")] = None
+    second_skip_initial: Annotated[_Int, _flag("--second-skip-initial", "N", "Leave out its first N levels.")] = None
+    second_guidance: Annotated[_Float, _flag("--second-guidance", "X", "Its guidance.")] = None
+    second_tone_map: Annotated[_Float, _flag("--second-tone-map", "X", "Its tone map.")] = None
+
+
+@dataclass(frozen=True)
+class DecodingFlags:
+    """Decoding"""
+
+    tone_map: Annotated[
+        _Float, _flag("--tone-map", "X", "How strongly extremes are pressed together, 0 to 1; of a single pass.")
+    ] = None
+    decode_timestep: Annotated[
+        _Float, _flag("--decode-timestep", "X", "The noise level that the decoder is told.")
+    ] = None
+    decode_noise: Annotated[_Float, _flag("--decode-noise", "X", "Share of noise mixed in before decoding.")] = None
+
+
+@dataclass(frozen=True)
+class Flags:
+    """All that `kadr generate` takes, in the order of its help."""
+
+    video: VideoFlags
+    output: OutputFlags
+    model: ModelFlags
+    media: MediaFlags
+    denoising: DenoisingFlags
+    guidance: GuidanceFlags
+    second: SecondFlags
+    decoding: DecodingFlags

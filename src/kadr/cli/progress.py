@@ -11,7 +11,14 @@ from kadr.cli.faults import say
 from kadr.pipeline.progress import Progress, Watch
 
 EVERY = 5.0  # seconds between two lines where there is no terminal
-NAMES = {"text": "reading the prompt", "encode": "looking at pictures", "denoise": "denoising", "decode": "decoding"}
+NAMES = {
+    "text": "reading the prompt",
+    "encode": "looking at pictures",
+    "denoise": "denoising",
+    "upscale": "upscaling",
+    "refine": "refining",
+    "decode": "decoding",
+}
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import typer
 
 from kadr.cli import making, options
 from kadr.cli.faults import say
-from kadr.cli.models import on_disk
 from kadr.errors import CheckpointError, MediaError
+from kadr.pipeline.locate import on_disk
 from kadr.pipeline.request import Request
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def rerun(
     if seed is not None:
         request = replace(request, seed=seed)
     output = making.free_name(file) if output is None else making.chosen_output(output)
-    making.refuse_early(request, output, None)
+    making.refuse_absent(request)
+    making.refuse_unwritable(request, output, None)
     engine = reopened(record, model, device)
     making.make(engine, request, output, as_json=json)
 
@@ -68,15 +69,33 @@ def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -
 
     if record.get("version") != __version__:
         say(f"warning: made with kadr {record.get('version')}, and this is {__version__}; the frames may differ")
+    parts = _second_parts(record)
+    if model is None:
+        model = _model(record)
+        # The VAE is the model's own where the same file is noted for both.
+        own = record.get("vae") == record.get("model")
+        parts |= {"text_encoder": _text_encoder(record), "vae": None if own else _there("VAE", record.get("vae"))}
     device = device or str(record.get("device", "auto"))
-    if model is not None:
-        return making.open_engine(model, device=device, dtype=str(record.get("dtype", "auto")))
-    opened = _model(record)
-    # The VAE is the model's own where the same file is noted for both.
-    vae = None if record.get("vae") == record.get("model") else _there("VAE", record.get("vae"))
-    return making.open_engine(
-        opened, text_encoder=_text_encoder(record), vae=vae, device=device, dtype=str(record.get("dtype", "auto"))
-    )
+    return making.open_engine(model, **parts, device=device, dtype=str(record.get("dtype", "auto")))
+
+
+def _second_parts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the second of two passes was made with."""
+    parts: dict[str, Any] = {}
+    if path := record.get("second_model"):
+        parts["second_model"] = _part("second model", path)
+    kinds = ("spatial", "temporal")
+    upscalers = [_part(f"{kind} upscaler", path) for kind in kinds if (path := record.get(f"{kind}_upscaler"))]
+    return parts | ({"upscaler": upscalers} if upscalers else {})
+
+
+def _part(what: str, path: str) -> str:
+    """The file that was used; by its name, where that of a released one has moved."""
+    from kadr.models.registry import RELEASED
+
+    file = Path(path).name
+    named = [entry.name for entry in RELEASED if entry.repo is not None and file == f"{entry.stem}.safetensors"]
+    return named[0] if named and not Path(path).exists() else str(_there(what, path, otherwise=""))
 
 
 def _model(record: Mapping[str, Any]) -> str:
@@ -102,9 +121,7 @@ def _text_encoder(record: Mapping[str, Any]) -> Path | None:
     return _there("text encoder", path)
 
 
-def _there(what: str, path: str | None) -> Path:
+def _there(what: str, path: str | None, otherwise: str = ", or name a model with --model") -> Path:
     if not path or not Path(path).exists():
-        raise CheckpointError(
-            f"the {what} was {path}, which is no longer there. Put it back, or name one with --model."
-        )
+        raise CheckpointError(f"the {what} was {path}, which is no longer there. Put it back{otherwise}.")
     return Path(path)

@@ -35,7 +35,9 @@ _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _DAMAGED = (OSError, SyntaxError, ValueError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
 
 
-def prepare_picture(picture: Picture, size: Size, crf: int = DEFAULT_CRF, made: Size | None = None) -> torch.Tensor:
+def prepare_picture(
+    picture: Picture, size: Size, crf: int = DEFAULT_CRF, made: Size | None = None, *, resize: bool = False
+) -> torch.Tensor:
     """Make of a picture what the video encoder is given.
 
     Args:
@@ -43,6 +45,8 @@ def prepare_picture(picture: Picture, size: Size, crf: int = DEFAULT_CRF, made: 
         size: the size asked for, before snapping to 32: the picture is cropped to its aspect.
         crf: H.264 quality of the compression, 1 (best) to 51; 0 leaves it out.
         made: the size of the pass that uses the picture, where it is not `size.snapped()` (multi-scale makes one).
+        resize: bring the picture to `size` before it is softened and compressed, as frames of a video to start from
+            are; conditions are compressed at their own resolution.
 
     Returns:
         float32 (1, 3, 1, H, W) in [-1, 1] at `made`; the margins hold 0, a middle grey.
@@ -56,6 +60,8 @@ def prepare_picture(picture: Picture, size: Size, crf: int = DEFAULT_CRF, made: 
     """
     made = made or size.snapped()
     cropped = crop_to_aspect(load_picture(picture), size, name=_name(picture))
+    if resize:
+        cropped = cropped.resize((size.width, size.height))
     unit = compress(blur(_to_tensor(cropped)), crf)
     signed = unit * 255.0 / 127.5 - 1.0
     padded = F.pad(signed[None], size.margins())

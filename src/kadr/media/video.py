@@ -209,6 +209,23 @@ def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
     return Clip(np.stack(frames), Fraction(fps), request or {})
 
 
+def read_length(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
+    """How many frames a video has, and how many per second. No frame is decoded.
+
+    Raises:
+        MediaError: it is missing, not a video, or does not tell its frame rate.
+    """
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        fps = stream.average_rate or stream.guessed_rate
+        frames = stream.frames or sum(bool(packet.size) for packet in container.demux(stream))
+    if not fps:
+        raise MediaError(f"{path} does not tell its frame rate. Convert it to an mp4 of constant frame rate.")
+    if not frames:
+        raise MediaError(f"{path} holds no frames.")
+    return frames, Fraction(fps)
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Find the request that made a video. No frame is decoded.
 

@@ -1,20 +1,24 @@
 """The released models and how each is meant to be run, as data.
 
-Recipes are those of the official configs, in one pass. Where a config is made for two passes or schedules its guidance
-(0.9.7 and 0.9.8 dev), the single-pass values of its first release stand here.
+Recipes are those of the official configs, ltx_video's configs/*.yaml. Those of 0.9.7 were removed there; the 13B models
+of both versions are run alike.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from typing import Any
 
 from kadr.errors import RequestError
+from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 
 HUB = "Lightricks/LTX-Video"
 TEXT_HUB = "PixArt-alpha/PixArt-XL-2-1024-MS"
+TEXT_FILES = ("text_encoder/*", "tokenizer/*")
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
+DOWNSCALE = 0.6666666  # of both sides, in the first of two passes: the official configs' own digits
 _WIDE = Size(1216, 704)
 DISTILLED_LEVELS = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
 
@@ -24,58 +28,67 @@ class Recipe:
     """What a request means when it does not say.
 
     Args:
-        steps: of the sampler; as many as there are `levels` where those are given.
-        guidance: scale of the classifier-free guidance; 1 is none.
-        levels: the noise levels that the model was distilled for; None where its schedule makes them.
-        stochastic: every step draws fresh noise instead of following the flow.
+        first: the only pass, or the first of two.
+        second: the pass at full size, on the upscaled latents of the first; None where there is none.
+        alone: the only pass, where that is not `first`: a first pass may stop early.
+        multi_scale: run both passes unless the request says otherwise.
+        downscale: of both sides, in the first of two passes.
         fps: frames per second that the positions are made with.
         size, frames: a picture size and a frame count the model is good at.
         decode_timestep: the noise level told to the VAE's decoder, where it is conditioned on one.
         decode_noise: how much noise is mixed into the latents for it.
-        image_cond_noise: how much noise conditioning pictures get, times the square of the level.
+        image_noise: how much noise conditioning pictures get, times the square of the level.
     """
 
-    steps: int = 40
-    guidance: float = 3.0
+    first: Pass = Pass(steps=40, guidance=Guidance(scale=3.0))
+    second: Pass | None = None
+    alone: Pass | None = None
+    multi_scale: bool = False
+    downscale: float = DOWNSCALE
     negative_prompt: str = NEGATIVE
-    levels: tuple[float, ...] | None = None
-    stochastic: bool = False
     fps: float = 30.0
     size: Size = _WIDE
     frames: int = 121
     decode_timestep: float = 0.05
     decode_noise: float = 0.025
-    image_cond_noise: float = 0.15
+    image_noise: float = 0.15
 
     def __post_init__(self) -> None:
-        if self.levels is not None and len(self.levels) != self.steps:
-            raise ValueError(f"{self.steps} steps, but {len(self.levels)} levels")
+        if self.multi_scale and self.second is None:
+            raise RequestError("the recipe is multi-scale, and has no second pass.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Released:
-    """One released model.
+    """One released model, or a part that models need.
 
     Args:
         name: what `Engine.open` takes.
         version: of the family.
-        repo: on the hub; None for a model that comes with kadr.
-        file: within the repository, or within the package.
+        kind: "model", "spatial upscaler", "temporal upscaler" or "text encoder".
+        repo: on the hub; None for what comes with kadr.
+        file: within the repository, or within the package; a pattern for a text encoder of many files.
         size_bytes: of the file, to within a percent; None where it does not matter.
         layers: of the transformer; tells a file from another of the same name. None: any.
         vae_family: which VAE is in the file: "0.9", "0.9.1" or "0.9.5"; None: its own.
-        text_encoder: repository with the folders text_encoder and tokenizer; None: they lie beside the file.
+        text_encoder: name of the entry with the text encoder; None: it lies beside the file.
+        upscaler: name of the entry with the spatial upscaler that the second pass needs.
+        vae: name of the entry that has the VAE, where this one has none.
+        recipe: of a model.
     """
 
     name: str
     version: str
     file: str
     licence: str
+    kind: str = "model"
     repo: str | None = HUB
     size_bytes: int | None = None
     layers: int | None = None
-    vae_family: str | None = "0.9.5"
-    text_encoder: str | None = TEXT_HUB
+    vae_family: str | None = None
+    text_encoder: str | None = None
+    upscaler: str | None = None
+    vae: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
     @property
@@ -83,15 +96,90 @@ class Released:
         """The name of the file, without folder and suffix."""
         return self.file.rpartition("/")[2].removesuffix(".safetensors")
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What is taken of the repository: names or patterns. A text encoder of many files comes with its tokenizer."""
+        return TEXT_FILES if self.file in TEXT_FILES else (self.file,)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it was made to run in few steps and without guidance."""
+        return "distilled" in self.version
+
 
 _RESEARCH = "RAIL-M for research, ltx-video-2b-v0.9.license.txt in the repository"
 _OPEN_RAIL = "OpenRAIL-M, ltx-video-2b-v0.9.5.license.txt in the repository"
 _OPEN_WEIGHTS = "LTXV Open Weights License 0.X, LTX-Video-Open-Weights-License-0.X.txt in the repository"
+TEXT, TEXT_GGUF = "t5-v1.1-xxl", "t5-v1.1-xxl-q8-gguf"
+UPSCALER = "ltxv-spatial-upscaler-0.9.8"
+
+_2B_GUIDANCE = Guidance(scale=3.0, stg=1.0, rescale=0.7, skip_blocks=(19,))
+_2B = Recipe(first=Pass(steps=40, guidance=_2B_GUIDANCE))
+_2B_STOCHASTIC = Recipe(first=Pass(steps=8, guidance=Guidance(scale=1.0, stg=0.0, rescale=1.0), stochastic=True))
+_NO_GUIDANCE = Guidance(scale=1.0, stg=0.0, rescale=1.0, skip_blocks=(42,))
+_DISTILLED = Recipe(
+    multi_scale=True,
+    first=Pass(levels=DISTILLED_LEVELS[:7], guidance=_NO_GUIDANCE),
+    second=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE),
+    alone=Pass(levels=DISTILLED_LEVELS, guidance=_NO_GUIDANCE),
+)
+_13B_DISTILLED = replace(
+    _DISTILLED, second=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE, tone_map=0.6)
+)
+_13B_GUIDANCE = Guidance(
+    at=(1.0, 0.996, 0.9933, 0.985, 0.9767, 0.9008, 0.618),
+    scale=(1.0, 1.0, 6.0, 8.0, 6.0, 1.0, 1.0),
+    stg=(0.0, 0.0, 4.0, 4.0, 4.0, 2.0, 1.0),
+    rescale=(1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0),
+    skip_blocks=((), (11, 25, 35, 39), (22, 35, 39), (28,), (28,), (28,), (28,)),
+    cfg_star=True,
+)
+_13B_DEV = Recipe(
+    multi_scale=True,
+    first=Pass(steps=30, skip_final=3, guidance=_13B_GUIDANCE),
+    alone=Pass(steps=30, guidance=_13B_GUIDANCE),
+    second=Pass(
+        steps=30,
+        skip_initial=17,
+        guidance=Guidance(
+            at=(1.0,), scale=(1.0,), stg=(1.0,), rescale=(1.0,), skip_blocks=(27,), cfg_star=True
+        ),
+    ),
+)
+_DEMO = Recipe(
+    first=Pass(steps=24, guidance=Guidance(scale=3.0)), negative_prompt="", fps=24.0, size=Size(128, 128), frames=25
+)
+
+
+def _model(name: str, version: str, file: str, size: int, layers: int, **more: Any) -> Released:
+    parts: dict[str, Any] = {"vae_family": "0.9.5", "text_encoder": TEXT, "licence": _OPEN_WEIGHTS, **more}
+    return Released(
+        name=name, version=version, file=f"{file}.safetensors", size_bytes=size, layers=layers, **parts
+    )
+
+
 # The sizes are tensors times bytes: 1923 M or 13043 M numbers of transformer, 419 M, 935 M or 1247 M of VAE; float32 in
-# the file of 0.9, bfloat16 in all others.
-_2B, _13B = 6_341_000_000, 28_579_000_000
-_DISTILLED = Recipe(steps=len(DISTILLED_LEVELS), guidance=1.0, levels=DISTILLED_LEVELS)
-_13B_DEV = Recipe(steps=30)
+# the file of 0.9, bfloat16 in all others, one byte for each weight of the blocks' matrices in those named fp8.
+_BYTES = {"2b": 6_341_000_000, "13b": 28_579_000_000, "2b-fp8": 4_461_000_000, "13b-fp8": 15_692_000_000}
+
+
+def _multi_scale(size: str, version: str, recipe: Recipe, fp8: str) -> Released:
+    name = f"ltxv-{size}-{version}{fp8}"
+    layers = {"2b": 28, "13b": 48}[size]
+    upscaler = f"ltxv-spatial-upscaler-{version.partition('-')[0]}"
+    return _model(name, version, name, _BYTES[size + fp8], layers, upscaler=upscaler, recipe=recipe)
+
+
+def _upscaler(kind: str, version: str, size: int) -> Released:
+    return Released(
+        name=f"ltxv-{kind}-upscaler-{version}",
+        version=version,
+        kind=f"{kind} upscaler",
+        file=f"ltxv-{kind}-upscaler-{version}.safetensors",
+        licence=_OPEN_WEIGHTS,
+        size_bytes=size,
+    )
+
 
 RELEASED: tuple[Released, ...] = (
     Released(
@@ -100,76 +188,72 @@ RELEASED: tuple[Released, ...] = (
         repo=None,
         file="assets/demo/demo.safetensors",
         licence="Apache-2.0",
-        vae_family=None,
-        text_encoder=None,
-        recipe=Recipe(steps=24, negative_prompt="", fps=24.0, size=Size(128, 128), frames=25),
+        recipe=_DEMO,
     ),
-    Released(
-        name="ltxv-2b-0.9",
-        version="0.9",
-        file="ltx-video-2b-v0.9.safetensors",
-        size_bytes=9_371_000_000,
+    _model(
+        "ltxv-2b-0.9",
+        "0.9",
+        "ltx-video-2b-v0.9",
+        9_371_000_000,
+        28,
         licence=_RESEARCH,
-        layers=28,
         vae_family="0.9",
+        recipe=_2B,
     ),
-    Released(
-        name="ltxv-2b-0.9.1",
-        version="0.9.1",
-        file="ltx-video-2b-v0.9.1.safetensors",
-        size_bytes=5_717_000_000,
+    _model(
+        "ltxv-2b-0.9.1",
+        "0.9.1",
+        "ltx-video-2b-v0.9.1",
+        5_717_000_000,
+        28,
         licence=_RESEARCH.replace("v0.9", "v0.9.1"),
-        layers=28,
         vae_family="0.9.1",
+        recipe=_2B,
     ),
-    Released(
-        name="ltxv-2b-0.9.5",
-        version="0.9.5",
-        file="ltx-video-2b-v0.9.5.safetensors",
-        size_bytes=_2B,
-        licence=_OPEN_RAIL,
-        layers=28,
+    _model("ltxv-2b-0.9.5", "0.9.5", "ltx-video-2b-v0.9.5", _BYTES["2b"], 28, licence=_OPEN_RAIL, recipe=_2B),
+    _model("ltxv-2b-0.9.6-dev", "0.9.6-dev", "ltxv-2b-0.9.6-dev-04-25", _BYTES["2b"], 28, recipe=_2B),
+    _model(
+        "ltxv-2b-0.9.6-distilled",
+        "0.9.6-distilled",
+        "ltxv-2b-0.9.6-distilled-04-25",
+        _BYTES["2b"],
+        28,
+        recipe=_2B_STOCHASTIC,
     ),
-    Released(
-        name="ltxv-2b-0.9.6-dev",
-        version="0.9.6-dev",
-        file="ltxv-2b-0.9.6-dev-04-25.safetensors",
-        size_bytes=_2B,
-        licence=_OPEN_WEIGHTS,
-        layers=28,
-    ),
-    Released(
-        name="ltxv-2b-0.9.6-distilled",
-        version="0.9.6-distilled",
-        file="ltxv-2b-0.9.6-distilled-04-25.safetensors",
-        size_bytes=_2B,
-        licence=_OPEN_WEIGHTS,
-        layers=28,
-        recipe=Recipe(steps=8, guidance=1.0, stochastic=True),
-    ),
-    Released(
-        name="ltxv-2b-0.9.8-distilled",
-        version="0.9.8-distilled",
-        file="ltxv-2b-0.9.8-distilled.safetensors",
-        size_bytes=_2B,
-        licence=_OPEN_WEIGHTS,
-        layers=28,
-        recipe=_DISTILLED,
-    ),
+    *(_multi_scale("2b", "0.9.8-distilled", _DISTILLED, fp8) for fp8 in ("", "-fp8")),
     *(
-        Released(
-            name=f"ltxv-13b-{version}",
-            version=version,
-            file=f"ltxv-13b-{version}.safetensors",
-            size_bytes=_13B,
-            licence=_OPEN_WEIGHTS,
-            layers=48,
-            recipe=_DISTILLED if version.endswith("distilled") else _13B_DEV,
+        _multi_scale("13b", version, recipe, fp8)
+        for version, recipe in (
+            ("0.9.7-dev", _13B_DEV),
+            ("0.9.7-distilled", _DISTILLED),
+            ("0.9.8-dev", _13B_DEV),
+            ("0.9.8-distilled", _13B_DISTILLED),
         )
-        for version in ("0.9.7-dev", "0.9.7-distilled", "0.9.8-dev", "0.9.8-distilled")
+        for fp8 in ("", "-fp8")
+    ),
+    *(_upscaler("spatial", version, 505_000_000) for version in ("0.9.7", "0.9.8")),
+    *(_upscaler("temporal", version, 524_000_000) for version in ("0.9.7", "0.9.8")),
+    Released(
+        name=TEXT,
+        version="1.1",
+        kind="text encoder",
+        repo=TEXT_HUB,
+        file="text_encoder/*",
+        size_bytes=19_060_000_000,
+        licence="Apache-2.0",
+    ),
+    Released(
+        name=TEXT_GGUF,
+        version="1.1",
+        kind="text encoder",
+        repo="city96/t5-v1_1-xxl-encoder-gguf",
+        file="t5-v1_1-xxl-encoder-Q8_0.gguf",
+        size_bytes=5_061_000_000,
+        licence="Apache-2.0",
     ),
 )
 BY_NAME = {released.name: released for released in RELEASED}
+MODELS = tuple(released for released in RELEASED if released.kind == "model")
 
 
 def find(name: str) -> Released:
@@ -186,6 +270,12 @@ def find(name: str) -> Released:
     raise RequestError(f"there is no model named {name!r}. {advice} A file is opened by its path.")
 
 
+def needs(released: Released) -> tuple[Released, ...]:
+    """The entries whose files it takes to run a model: itself, and those that it names. A part needs itself alone."""
+    named = (released.upscaler, released.vae, released.text_encoder)
+    return tuple(dict.fromkeys([released, *(BY_NAME[name] for name in named if name is not None)]))
+
+
 def by_file(stem: str) -> Released | None:
     """The model that was released under this file name (without folder and suffix), or is named so; else None."""
-    return next((r for r in RELEASED if r.repo is not None and stem.lower() in (r.stem, r.name)), None)
+    return next((r for r in MODELS if r.repo is not None and stem.lower() in (r.stem, r.name)), None)

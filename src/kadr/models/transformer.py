@@ -5,21 +5,22 @@ B batch, N tokens, L text positions, C latent channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
-from kadr.nn.attention import Attention
+from kadr.nn.attention import INPUT, VALUES, Attention
 from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.linear import Linear
 from kadr.nn.modulation import branch_bends
 from kadr.nn.norm import rms_norm
 from kadr.nn.rope import Rope, rope_table
+from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 
 # Keys of the header that change what is computed, with the only value released weights use.
 FIXED: Mapping[str, Any] = {
@@ -38,6 +39,8 @@ FIXED: Mapping[str, Any] = {
     "positional_embedding_type": "rope",
     "timestep_scale_multiplier": 1000,
 }
+# Modes of spatio-temporal guidance that disturb a layer's self-attention, and what then takes the place of its outcome.
+DISTURBED = {ATTENTION_VALUES: VALUES, ATTENTION_SKIP: INPUT}
 MASKED = -10000.0  # added to the logits of padded text: the official bias, kept finite
 
 
@@ -130,6 +133,26 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+class Given(NamedTuple):
+    """What all layers are given besides the tokens.
+
+    Args:
+        text: (B, L, D).
+        bends: (B, 1 or N, 6, D), of the noise level.
+        bias: (B, 1, 1, L) for the logits of the text; None where nothing is padded.
+    """
+
+    text: Tensor
+    bends: Tensor
+    rope: Rope
+    bias: Tensor | None
+
+    def rows(self, rows: slice) -> Given:
+        """Of some samples of the batch. The rotations are common to all."""
+        bias = None if self.bias is None else self.bias[rows]
+        return Given(self.text[rows], self.bends[rows], self.rope, bias)
+
+
 class Layer(nn.Module):
     """Tokens look at each other, then at the text, then think alone.
 
@@ -145,11 +168,15 @@ class Layer(nn.Module):
         self.text_attention = Attention(width, config.heads)
         self.feed_forward = FeedForward(width, 4 * width, width)
 
-    def forward(self, x: Tensor, text: Tensor, embedding: Tensor, rope: Rope, bias: Tensor | None) -> Tensor:
-        """x (B, N, D), text (B, L, D), embedding (B, 1 or N, 6, D), bias (B, 1, 1, L) -> (B, N, D)."""
-        around_attention, around_thought = branch_bends(self.modulation, embedding)
-        x = x + around_attention.gate * self.self_attention(around_attention(rms_norm(x)), rope=rope)
-        x = x + self.text_attention(x, text, bias=bias)
+    def forward(self, x: Tensor, given: Given, disturbed: str | None = None) -> Tensor:
+        """x (B, N, D) -> (B, N, D). `disturbed` is a mode of spatio-temporal guidance; see `DISTURBED`."""
+        if disturbed == TRANSFORMER_BLOCK:
+            return x
+        around_attention, around_thought = branch_bends(self.modulation, given.bends)
+        instead = DISTURBED[disturbed] if disturbed else None
+        attended = self.self_attention(around_attention(rms_norm(x)), rope=given.rope, instead=instead)
+        x = x + around_attention.gate * attended
+        x = x + self.text_attention(x, given.text, bias=given.bias)
         return x + around_thought.gate * self.feed_forward(around_thought(rms_norm(x)))
 
 
@@ -186,12 +213,55 @@ class Transformer(nn.Module):
         Returns:
             (B, N, C) in the dtype of the weights.
         """
+        x, given, embedded = self._enter(tokens, rope, text, text_mask, level)
+        for layer in self.layers:
+            x = layer(x, given)
+        return self._leave(x, embedded)
+
+    def with_disturbed(
+        self,
+        tokens: Tensor,
+        rope: Rope,
+        text: Tensor,
+        text_mask: Tensor | None,
+        level: Tensor,
+        *,
+        blocks: Collection[int],
+        mode: str,
+        rows: slice = slice(None),
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity of every token, and that of some samples with some blocks disturbed.
+
+        Up to the first disturbed block both are one, and computed once. Arguments as in `forward`, and:
+
+        Args:
+            blocks: which, at least one, counted from 0.
+            mode: how; see `DISTURBED`.
+            rows: samples of the batch that are evaluated both ways.
+
+        Returns:
+            (B, N, C), and (rows, N, C).
+        """
+        x, given, embedded = self._enter(tokens, rope, text, text_mask, level)
+        first = min(blocks)
+        for layer in self.layers[:first]:
+            x = layer(x, given)
+        aside, own = x[rows], given.rows(rows)
+        for index, layer in enumerate(self.layers[first:], first):
+            x = layer(x, given)
+            aside = layer(aside, own, mode if index in blocks else None)
+        return self._leave(x, embedded), self._leave(aside, embedded[rows])
+
+    def _enter(
+        self, tokens: Tensor, rope: Rope, text: Tensor, text_mask: Tensor | None, level: Tensor
+    ) -> tuple[Tensor, Given, Tensor]:
+        """What the first layer gets, and the embedded level (B, 1 or N, D), which the end reads again."""
         x = self.patch_in(tokens)
         embedded, bends = self._embed(level, x.dtype)
-        text = self.text_in(text)
         bias = None if text_mask is None else ((~text_mask.bool()).to(x.dtype) * MASKED)[:, None, None, :]
-        for layer in self.layers:
-            x = layer(x, text, bends, rope, bias)
+        return x, Given(self.text_in(text), bends, rope, bias), embedded
+
+    def _leave(self, x: Tensor, embedded: Tensor) -> Tensor:
         # The last bend reads the embedding before its SiLU and its widening to six rows.
         shift, scale = (self.modulation + embedded[..., None, :]).unbind(-2)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift

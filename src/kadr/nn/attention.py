@@ -10,6 +10,10 @@ from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
 
 
+# What may take the place of an attention's outcome, before its last layer.
+VALUES, INPUT = "values", "input"
+
+
 class Attention(nn.Module):
     """Queries and keys are normalised over all heads at once, then rotated, then split into heads."""
 
@@ -25,9 +29,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(width, 1e-5)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, *, rope: Rope | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        rope: Rope | None = None,
+        bias: Tensor | None = None,
+        instead: str | None = None,
     ) -> Tensor:
-        """x (B, N, D), context (B, M, X) or x itself, bias added to the logits (B, 1, 1, M) -> (B, N, D)."""
+        """x (B, N, D), context (B, M, X) or x itself, bias added to the logits (B, 1, 1, M) -> (B, N, D).
+
+        Args:
+            instead: "values" lets each token of x attend to itself alone, "input" lets the attention pass on what it
+                was given; both then go through the last layer.
+        """
+        if instead is not None:
+            return self.out(self.v(x) if instead == VALUES else x)
         context = x if context is None else context
         q, k, v = self.q_norm(self.q(x)), self.k_norm(self.k(context)), self.v(context)
         if rope is not None:

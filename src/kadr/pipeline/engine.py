@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,18 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
-from kadr.errors import Cancelled, KadrError, RequestError
-from kadr.media.image import DEFAULT_CRF
+from kadr.errors import Cancelled, KadrError, KadrWarning, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
-from kadr.models.registry import Recipe
+from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, require_parts
 from kadr.pipeline.generate import Generation
 from kadr.pipeline.locate import fetched_text, locate
+from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
+from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.request import Request
+from kadr.pipeline.resolve import resolve
 from kadr.pipeline.result import Made, Video
 from kadr.version import __version__
 
@@ -33,6 +37,8 @@ class Engine:
     components: Components
     recipe: Recipe
 
+    released: Released | None = None
+
     @classmethod
     def open(
         cls,
@@ -40,6 +46,9 @@ class Engine:
         *,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
+        upscaler: str | Path | Sequence[str | Path] = (),
+        second_model: str | Path | None = None,
+        recipe: Recipe | None = None,
         device: str = "auto",
         dtype: str = "auto",
     ) -> Engine:
@@ -49,6 +58,10 @@ class Engine:
             model: a name of the registry, an official .safetensors file, or a diffusers folder.
             text_encoder: a folder with a T5 encoder and its tokenizer; by default beside the model, else from the hub.
             vae: a checkpoint to take the VAE from instead of the model's own.
+            upscaler: names or paths of latent upscalers, one spatial and one temporal at most, for requests of two
+                passes; by default the one that belongs to the model.
+            second_model: take the second pass's transformer, and its recipe, from this model.
+            recipe: what requests mean when they do not say, instead of the model's own.
             device: "auto", "cpu", "cuda" or "mps".
             dtype: "auto", "bfloat16" or "float32".
 
@@ -62,30 +75,35 @@ class Engine:
         checkpoint = Checkpoint.open(found.model, release=found.released)
         own_vae = Checkpoint.open(found.vae) if found.vae else None
         require_parts(checkpoint, own_vae or checkpoint)
-        text = TextEncoderFolder.open(found.text_encoder or fetched_text(found.released))
-        components = Components(checkpoint, text, own_vae, device=device, dtype=dtype)
+        second, second_released = opened_second(second_model)
+        upscalers = opened_upscalers(upscaler)
         released = found.released or checkpoint.detected.released
-        return cls(name=found.name, components=components, recipe=released.recipe if released else Recipe())
+        text = TextEncoderFolder.open(found.text_encoder or fetched_text(released))
+        components = Components(checkpoint, text, own_vae, device=device, dtype=dtype, second=second)
+        for opened in upscalers:
+            components.add_upscaler(opened)
+        own = recipe or (released.recipe if released else Recipe())
+        if second_released is not None and second_released.recipe.second is not None:
+            own = replace(own, second=second_released.recipe.second, multi_scale=True)
+        return cls(name=found.name, components=components, recipe=own, released=released)
 
     def resolve(self, request: Request) -> Request:
-        """The request with everything it left out taken from the model's recipe."""
-        recipe = self.recipe
-        return request.filled(
-            {
-                "size": recipe.size,
-                "frames": recipe.frames,
-                "fps": recipe.fps,
-                "steps": recipe.steps,
-                "levels": recipe.levels,
-                "guidance": recipe.guidance,
-                "negative_prompt": recipe.negative_prompt,
-                "stochastic": recipe.stochastic,
-                "image_noise": recipe.image_cond_noise,
-                "image_crf": DEFAULT_CRF,
-                "decode_timestep": recipe.decode_timestep,
-                "decode_noise": recipe.decode_noise,
-            }
-        )
+        """The request with everything it left out taken from the model's recipe.
+
+        Raises:
+            RequestError: two passes are asked for, and there is no recipe for the second.
+            MediaError: the video to start from cannot be read.
+        """
+        return resolve(request, self.recipe)
+
+    def passes(self, request: Request) -> tuple[PassPlan, ...]:
+        """The passes the request comes to, with the level and the strengths of every step. Nothing is loaded.
+
+        Raises:
+            RequestError: the request does not fit this model.
+            CheckpointError: two passes are asked for, and there is no upscaler.
+        """
+        return self._begin(request, ignore, media=False).passes
 
     def generate(self, request: Request, *, watch: Watch = ignore) -> Video:
         """Make one video.
@@ -154,14 +172,14 @@ class Engine:
         return self._begin(request, watch).latents(noise, start=start)
 
     def encode(self, request: Request, *, watch: Watch = ignore) -> Tensor:
-        """The request's picture through the VAE's encoder: normalised latents (1, C, 1, h, w), float32, on the device.
+        """The request's first condition through the VAE's encoder: normalised latents (1, C, n, h, w), fp32, on the device.
 
         Raises:
-            RequestError: the request has no picture.
+            RequestError: the request has no condition.
         """
         if not request.conditions:
             raise RequestError("the request has no picture to encode; give it a Condition.")
-        return self._begin(request, watch).pictures_encoded()[0]
+        return self._begin(request, watch).media_encoded()[0].items[0][1]
 
     def decode(
         self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore
@@ -172,24 +190,49 @@ class Engine:
             request: the one the latents were made for; it holds the size, the frames and the decoder's settings.
             noise: shaped as the latents, instead of the seed's, for decoders that take noise.
         """
-        return torch.cat(list(self._begin(request, watch, pictures=False).pixels(latents, noise)))
+        return torch.cat(list(self._begin(request, watch, media=False).pixels(latents, noise)))
 
     def record(self, request: Request) -> dict[str, Any]:
         """What is stored beside the pictures: enough to make the same video again."""
         device, dtype = self.components.device, self.components.dtype
         # Absolute paths, so that the video can be made again from another folder.
-        here = [replace(c, media=str(Path(c.media).expanduser().resolve())) for c in request.conditions]
+        here = [replace(c, media=_absolute(c.media)) for c in request.conditions]
+        start = None if request.video is None else _absolute(request.video)
         return {
             "version": __version__,
             "name": self.name,
             **self.components.sources(),
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
-            "request": replace(request, conditions=tuple(here)).to_json(),
+            "request": replace(request, conditions=tuple(here), video=start).to_json(),
         }
 
-    def _begin(self, request: Request, watch: Watch, *, pictures: bool = True) -> Generation:
-        return Generation(self.components, self.resolve(request), _guarded(watch), pictures=pictures)
+    def _begin(self, request: Request, watch: Watch, *, media: bool = True) -> Generation:
+        request = self.resolve(request)
+        if request.multi_scale and not self.components.upscalers:
+            self.components.add_upscaler(own_upscaler(self.released))
+        downscale = self.recipe.downscale
+        generation = Generation(self.components, request, _guarded(watch), downscale=downscale, media=media)
+        for plan in generation.passes:
+            self._warn(plan)
+        return generation
+
+    def _warn(self, plan: PassPlan) -> None:
+        """Say what was asked for and does not suit the model."""
+        distilled = self.components.schedules[plan.number - 1].allowed is not None or (
+            self.released is not None and self.released.distilled
+        )
+        if distilled and plan.guided:
+            warnings.warn(
+                f"guidance is above 1, and {self.name} is distilled: it was made to run without, and guidance makes its "
+                "colours glaring. Leave --guidance out.",
+                KadrWarning,
+                stacklevel=4,
+            )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def _guarded(watch: Watch) -> Watch:

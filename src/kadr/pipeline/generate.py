@@ -1,4 +1,4 @@
-"""One generation, stage by stage: text, pictures, denoising, decoding.
+"""One generation, stage by stage: text, pictures, denoising, a second pass where one is asked for, decoding.
 
 Data goes one way. A stage takes its module from the shelf and gives it back before the next one takes its own.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -14,27 +15,42 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning, NonFiniteError, RequestError
-from kadr.media.frames import crop_margins, to_uint8
-from kadr.media.image import prepare_picture
+from kadr.media.frames import crop_margins, resize, to_uint8, to_unit
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import Components
+from kadr.pipeline.conditions import Fitted, fitted, pixels_of, put, read_conditions, read_start, slowed
+from kadr.pipeline.passes import PassPlan, check_blocks, plan_passes
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.request import Request
-from kadr.sampling.conditions import hold_first, shake
-from kadr.sampling.guidance import Estimate, Text, classifier_free, plain
+from kadr.sampling.conditions import shake
+from kadr.sampling.guidance import Disturb, Estimate, Text, guided
+from kadr.sampling.latents import adain, tone_map
 from kadr.sampling.loop import denoise
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
-from kadr.sampling.schedule import explicit
 from kadr.sampling.state import LatentState
 from kadr.sampling.steps import euler, stochastic
-from kadr.shapes import LatentGrid, Size
+from kadr.shapes import Size
 from kadr.text.tokenizer import Tokens
 
 T = TypeVar("T")
 ENCODE_FRAMES = 8  # pixel frames that go through the encoder at a time
+STAGE_NAMES = ("denoise", "refine")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the VAE made of the request's media for one pass.
+
+    Args:
+        items: the conditions with their latents, each (1, C, n, h, w).
+        start: latents of the video to start from; None where there is none.
+    """
+
+    items: list[tuple[Fitted, Tensor]]
+    start: Tensor | None = None
 
 
 class Generation:
@@ -43,96 +59,111 @@ class Generation:
     Args:
         components: the model's parts, on disk until a stage needs them.
         watch: sees every step.
-        pictures: read the request's pictures; decoding alone does without.
+        downscale: of both sides, in the first of two passes.
+        media: read the request's pictures and clips; decoding alone does without.
     """
 
-    def __init__(self, components: Components, request: Request, watch: Watch, *, pictures: bool = True) -> None:
+    def __init__(
+        self, components: Components, request: Request, watch: Watch, *, downscale: float, media: bool = True
+    ) -> None:
         self.components, self.request, self.watch = components, request, watch
-        self.size = request.size if isinstance(request.size, Size) else Size(*_given(request.size))
-        self.frames = _given(request.frames)
-        self.grid = LatentGrid.of(self.size, self.frames)
-        self.shape = (1, components.transformer_config.channels, self.grid.frames, self.grid.height, self.grid.width)
+        self.size = request.size if isinstance(request.size, Size) else Size(*given(request.size))
+        self.frames = given(request.frames)
+        self.passes = plan_passes(
+            request, components.schedules, downscale=downscale, upscaling=components.upscaling
+        )
+        for number, plan in enumerate(self.passes):
+            check_blocks(plan, components.config(number).layers)
         self.noise = NoiseStreams(request.seed)
         self.device, self.dtype = components.device, components.dtype
-        self.levels = self._levels()
-        # Pictures are read before any weight is: a file that cannot be read must cost nothing.
-        wanted = request.conditions if pictures else ()
-        self.pictures = [prepare_picture(c.media, self.size, _given(request.image_crf)) for c in wanted]
+        # Media is read before any weight is: a file that cannot be read must cost nothing.
+        self.placed = read_conditions(request) if media else []
+        self.start_frames = read_start(request) if media and request.video is not None else None
+        self.fitted = [self._fitted(plan) for plan in self.passes]
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Of the latents of a pass: (1, C, f, h, w)."""
+        grid = self.passes[number].grid
+        return 1, self.components.transformer_config.channels, grid.frames, grid.height, grid.width
 
     @torch.no_grad()
     def latents(self, noise: Tensor | None = None, *, start: Tensor | None = None) -> Tensor:
         """Everything up to the decoder: normalised latents (1, C, f, h, w), fp32, on the device.
 
         Args:
-            noise: shaped as the latents, instead of the seed's.
+            noise: shaped as the latents of the first pass, instead of the seed's.
             start: normalised latents to begin from, at the first level of a schedule that leaves out pure noise.
         """
-        begun = self._start(noise, start)
+        self._check_start(noise, start)
         text, negative = self._texts()
-        state = self._conditioned(begun, self.pictures_encoded())
-        with self.components.transformer() as transformer:
-            rope = transformer.rope(state.positions[None].to(self.device))
-            estimate = self._estimate(transformer, rope, text, negative)
-            stage = Stage("denoise", len(self.levels), self.watch)
-
-            def watch(index: int, now: Tensor, state: LatentState) -> None:
-                _check(state.tokens, "denoise", f"step {index + 1} of {len(self.levels)}")
-                stage.done(index + 1, float(now))
-
-            state = denoise(
-                estimate,
-                state,
-                self.levels.to(self.device),
-                step=stochastic(partial(self._step_noise, "stochastic")) if self.request.stochastic else euler,
-                prepare=shake(_given(self.request.image_noise), partial(self._step_noise, "condition")),
-                watch=watch,
-            )
-        return state.latents()
+        media = self.media_encoded()
+        latents = media[0].start if start is None else start
+        for number, plan in enumerate(self.passes):
+            if number:
+                latents = self._upscaled(latents)
+                noise = None
+            begun = self._begun(number, noise, latents)
+            state = self._conditioned(plan, begun, media[number].items)
+            latents = self._sampled(plan, state, text, negative)
+        return latents
 
     @torch.no_grad()
-    def pictures_encoded(self) -> list[Tensor]:
-        """The conditions' latents, each (1, C, 1, h, w)."""
-        if not self.pictures:
-            return []
-        stage = Stage("encode", len(self.pictures), self.watch)
-        made = []
+    def media_encoded(self) -> list[Encoded]:
+        """The request's media through the VAE's encoder, for each pass."""
+        count = sum(len(items) for items in self.fitted) + (self.start_frames is not None)
+        if not count:
+            return [Encoded([]) for _ in self.passes]
+        stage = Stage("encode", count, self.watch)
+        done, made = 0, []
         with self.components.encoder() as vae:
-            for done, picture in enumerate(self.pictures, 1):
-                latents = vae.encode(picture.to(self.device, self.dtype), chunk=ENCODE_FRAMES).float()
-                _check(latents, "encode", f"picture {done} of {len(self.pictures)}")
-                made.append(latents)
+
+            def encode(pixels: Tensor) -> Tensor:
+                nonlocal done
+                latents = vae.encode(pixels.to(self.device, self.dtype), chunk=ENCODE_FRAMES).float()
+                done += 1
+                _check(latents, "encode", f"item {done} of {count}")
                 stage.done(done)
+                return latents
+
+            for number, items in enumerate(self.fitted):
+                start = None
+                if number == 0 and self.start_frames is not None:
+                    start = encode(self._start_pixels())
+                made.append(Encoded([(item, encode(item.pixels)) for item in items], start))
         return made
 
     @torch.no_grad()
     def pixels(self, latents: Tensor, noise: Tensor | None = None) -> Iterator[Tensor]:
         """Decode latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked."""
-        self._require_shape(latents=latents, noise=noise)
+        last = len(self.passes) - 1
+        self._require_shape(last, latents=latents, noise=noise)
         stage = Stage("decode", self.frames, self.watch)
-        done = 0
+        made, done = self.size.snapped(), 0
         with self.components.decoder() as vae:
             level, latents = self._noised_for(vae, latents.to(self.device), noise)
-            source = _Injection(self.noise)
-            for chunk in vae.decode_stream(latents.to(self.dtype), level=level, noise=source):
+            latents = tone_map(latents, given(self.passes[last].settings.tone_map))
+            for chunk in vae.decode_stream(latents.to(self.dtype), level=level, noise=_Injection(self.noise)):
                 _check(chunk, "decode", f"frame {done + 1} of {self.frames}")
-                frames = to_uint8(crop_margins(chunk[0], self.size).float())[: self.frames - done].cpu()
+                unit = crop_margins(resize(to_unit(chunk[0]), made), self.size)
+                frames = to_uint8(unit)[: self.frames - done].cpu()
                 done += len(frames)
                 if len(frames):
                     yield frames
                     stage.done(done)
 
-    def _levels(self) -> Tensor:
-        schedule, request = self.components.schedule, self.request
-        if request.levels is not None:
-            return schedule.checked(explicit(request.levels))
-        steps = _given(request.steps)
-        return schedule.levels(
-            steps, tokens=self.grid.tokens, skip_initial=request.skip_initial, skip_final=request.skip_final
-        )
+    def _fitted(self, plan: PassPlan) -> list[Fitted]:
+        slow = plan.fps != given(self.request.fps)
+        return [fitted(slowed(item) if slow else item, self.request, plan) for item in self.placed]
+
+    def _start_pixels(self) -> Tensor:
+        plan, frames = self.passes[0], given(self.start_frames)
+        if plan.fps != given(self.request.fps):
+            frames = [frames[min(2 * index, len(frames) - 1)] for index in range(plan.frames)]
+        return pixels_of(frames, self.size, given(self.request.image_crf), plan.size, resize=True)
 
     def _texts(self) -> tuple[Text, Text | None]:
         """The prompt and, where guidance needs it, the negative prompt."""
-        guided = _given(self.request.guidance) > 1
+        guided = any(plan.guided for plan in self.passes)
         prompts = [self.request.prompt] + ([self.request.negative_prompt or ""] if guided else [])
         tokens = [self._tokens(prompt) for prompt in prompts]
         stage = Stage("text", len(prompts), self.watch)
@@ -154,58 +185,121 @@ class Generation:
             )
         return tokens
 
-    def _start(self, noise: Tensor | None, start: Tensor | None) -> Tensor:
-        """The latents at the first level: noise, or what was given with so much noise mixed in."""
-        first = float(self.levels[0])
-        noise = self.noise.draw("initial", self.shape) if noise is None else noise.float()
-        self._require_shape(noise=noise, start=start)
+    def _check_start(self, noise: Tensor | None, start: Tensor | None) -> None:
+        """Refuse noise and latents that do not fit, and schedules that do not fit what is started from."""
+        self._require_shape(0, noise=noise, start=start)
+        if start is not None and self.start_frames is not None:
+            raise RequestError("latents to start from are given, and a video too; give the one or the other.")
+        if start is None and self.start_frames is None:
+            if skipped := self.passes[0].settings.skip_initial:
+                raise RequestError(
+                    f"skip_initial is {skipped}, but there is nothing to start from. Leave it out, or give a video."
+                )
+        elif float(self.passes[0].levels[0]) >= 1:
+            raise RequestError(
+                "there is a video or latents to start from, but the first level is 1: nothing of them would stay. "
+                "Give a video strength below 1, or leave out levels at the front."
+            )
+
+    def _begun(self, number: int, noise: Tensor | None, start: Tensor | None) -> Tensor:
+        """The latents at the first level: noise, or what is there with so much noise mixed in."""
+        if noise is None:
+            noise = self.noise.draw(_stream(number, "initial"), self.shape(number))
+        noise = noise.float().to(self.device)
         if start is None:
-            if self.request.skip_initial:
-                raise RequestError(
-                    f"skip_initial is {self.request.skip_initial}, but there are no latents to start from. "
-                    "Leave it out, or give `start`."
-                )
-            return noise.to(self.device)
-        if first >= 1:
-            raise RequestError("latents to start from are given, but the first level is 1: nothing of them would stay.")
-        return (first * noise + (1 - first) * start.to(noise)).to(self.device)
+            return noise
+        first = float(self.passes[number].levels[0])
+        return first * noise + (1 - first) * start.to(noise)
 
-    def _require_shape(self, **given: Tensor | None) -> None:
-        for name, tensor in given.items():
-            if tensor is not None and tuple(tensor.shape) != self.shape:
+    def _require_shape(self, number: int, **tensors: Tensor | None) -> None:
+        plan, shape = self.passes[number], self.shape(number)
+        for name, tensor in tensors.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
                 raise RequestError(
-                    f"{name}: the shape is {tuple(tensor.shape)}; for {self.size} and {self.frames} frames it must be "
-                    f"{self.shape}."
+                    f"{name}: the shape is {tuple(tensor.shape)}; for {plan.size} and {plan.frames} frames it must be "
+                    f"{shape}."
                 )
 
-    def _conditioned(self, latents: Tensor, held: list[Tensor]) -> LatentState:
-        causal = self.components.transformer_config.causal_positions
-        where = positions(self.grid, fps=_given(self.request.fps), causal=causal)
-        state = LatentState.of(latents, where, self.grid)
-        for condition, picture in zip(self.request.conditions, held, strict=True):
-            state = hold_first(state, picture, condition.strength)
+    def _conditioned(self, plan: PassPlan, latents: Tensor, items: list[tuple[Fitted, Tensor]]) -> LatentState:
+        causal = self.components.config(plan.number - 1).causal_positions
+        state = LatentState.of(latents, positions(plan.grid, fps=plan.fps, causal=causal), plan.grid)
+        for index, (item, held) in enumerate(items):
+            name = _stream(plan.number - 1, f"keyframe {index}")
+            state = put(state, item, held, plan, causal=causal, draw=partial(self.noise.draw, name))
         return state
 
-    def _estimate(self, transformer: Transformer, rope: Rope, text: Text, negative: Text | None) -> Estimate:
-        def model(tokens: Tensor, level: Tensor, text: Text) -> Tensor:
-            return transformer(tokens.to(self.dtype), rope, text.encoding, text.mask, level)
+    def _sampled(self, plan: PassPlan, state: LatentState, text: Text, negative: Text | None) -> Tensor:
+        """The latents at the end of a pass."""
+        number, count = plan.number - 1, len(plan.levels)
+        stage_name = STAGE_NAMES[number]
+        with self.components.transformer(number) as transformer:
+            rope = transformer.rope(state.positions[None].to(self.device))
+            stage = Stage(stage_name, count, self.watch)
 
-        if negative is None:
-            return plain(model, text)
-        scale = _given(self.request.guidance)
-        return classifier_free(model, text, negative, scale, together=self.request.guidance_batch)
+            def watch(index: int, now: Tensor, state: LatentState) -> None:
+                _check(state.tokens, stage_name, f"step {index + 1} of {count}")
+                stage.done(index + 1, float(now))
 
-    def _step_noise(self, name: str, index: int, shape: torch.Size) -> Tensor:
-        return self.noise.draw(f"{name} {index}", shape)
+            state = denoise(
+                self._estimate(plan, transformer, rope, text, negative),
+                state,
+                plan.levels.to(self.device),
+                step=stochastic(self._step_noise(number, "stochastic")) if plan.settings.stochastic else euler,
+                prepare=shake(given(self.request.image_noise), self._step_noise(number, "condition")),
+                watch=watch,
+            )
+        return state.latents()
+
+    def _estimate(
+        self, plan: PassPlan, transformer: Transformer, rope: Rope, text: Text, negative: Text | None
+    ) -> Estimate:
+        def model(
+            tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None
+        ) -> tuple[Tensor, Tensor | None]:
+            arguments = (tokens.to(self.dtype), rope, text.encoding, text.mask, level)
+            if disturb is None:
+                return transformer(*arguments), None
+            return transformer.with_disturbed(*arguments, **disturb._asdict())
+
+        together = self.request.guidance_batch
+        return guided(model, text, negative, plan.settings.guidance, plan.steps, together=together)
+
+    def _step_noise(self, number: int, name: str) -> StepNoise:
+        return StepNoise(self.noise, _stream(number, name))
+
+    def _upscaled(self, latents: Tensor) -> Tensor:
+        """The latents at the size of the second pass, with the statistics they had before."""
+        with self.components.statistics() as vae:
+            statistics = vae.statistics
+            made = statistics.restore(latents.float())
+            kinds = self.components.upscalers
+            stage = Stage("upscale", len(kinds), self.watch)
+            for done, kind in enumerate(kinds, 1):
+                with self.components.upscaler(kind) as upscaler:
+                    made = upscaler(made)
+                _check(made, "upscale", f"{kind} upscaler")
+                stage.done(done)
+            return adain(statistics.normalise(made), latents)
 
     def _noised_for(self, vae: VAE, latents: Tensor, noise: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """The level the decoder is told, and the latents with the noise it expects mixed in, in normalised space."""
         if not vae.config.timestep_conditioning:
             return None, latents
-        share = _given(self.request.decode_noise)
+        share = given(self.request.decode_noise)
         noise = self.noise.draw("decode", latents.shape) if noise is None else noise
-        level = torch.full((len(latents),), _given(self.request.decode_timestep), device=self.device)
+        level = torch.full((len(latents),), given(self.request.decode_timestep), device=self.device)
         return level, (1 - share) * latents + share * noise.to(latents)
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """Noise for each step of a sampling, one stream each."""
+
+    noise: NoiseStreams
+    name: str
+
+    def __call__(self, index: int, shape: torch.Size) -> Tensor:
+        return self.noise.draw(f"{self.name} {index}", shape)
 
 
 class _Injection:
@@ -219,7 +313,12 @@ class _Injection:
         return self.noise.draw(f"injection {self.count}", shape)
 
 
-def _given(value: T | None) -> T:
+def _stream(number: int, name: str) -> str:
+    """The stream of a pass: those of the second have names of their own."""
+    return f"second {name}" if number else name
+
+
+def given(value: T | None) -> T:
     """A value that the recipe has filled in."""
     assert value is not None
     return value

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kadr.checkpoints import hub
-from kadr.errors import CheckpointError
+from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import Released
 
 PACKAGE = Path(__file__).parents[1]
 SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
-TEXT_FOLDERS = ["text_encoder/*", "tokenizer/*"]
+_FLAGS = {"spatial upscaler": "--upscaler", "temporal upscaler": "--upscaler", "text encoder": "--text-encoder"}
 
 
 @dataclass(frozen=True)
@@ -33,45 +33,136 @@ class Found:
     released: Released | None
 
 
-def locate(model: str | Path, *, text_encoder: str | Path | None, vae: str | Path | None) -> Found:
-    """Find the files; that of a released model is fetched from the hub where it is not on disk yet.
+def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: str | Path | None = None) -> Found:
+    """Find the files; what is named and not on disk yet is fetched from the hub.
+
+    Args:
+        text_encoder, vae: a path or a name of the registry, instead of the model's own.
 
     Raises:
-        RequestError: an unknown name.
+        RequestError: an unknown name, or that of something else.
         CheckpointError: a path that is not there, or a file that cannot be fetched.
     """
-    released = None if _is_path(model) else registry.find(str(model))
-    own_text = None if text_encoder is None else _existing(text_encoder, "the text encoder")
-    own_vae = None if vae is None else _existing(vae, "the VAE")
-    path = _released_file(released) if released else _existing(model, "the model")
+    released = None if is_path(model) else registry.find(str(model))
+    if released is not None:
+        _require_model(released)
+    own_text = None if text_encoder is None else _part(text_encoder, "text encoder")
+    own_vae = None if vae is None else _part(vae, "model", "VAE")
+    if own_vae is None and released is not None and released.vae is not None:
+        own_vae = registry.BY_NAME[released.vae]
+    path = released_file(released) if released else _existing(model, "model")
     return Found(
-        name=str(model), model=path, text_encoder=own_text or _text_beside(path), vae=own_vae, released=released
+        name=str(model),
+        model=path,
+        vae=_fetched(own_vae),
+        text_encoder=_fetched(own_text) or _text_beside(path),
+        released=released,
     )
 
 
 def fetched_text(released: Released | None) -> Path:
-    """The text encoder of a model that has none beside it, fetched from the hub where it is not on disk yet."""
-    return hub.fetch_folder((released and released.text_encoder) or registry.TEXT_HUB, TEXT_FOLDERS)
+    """The text encoder of a model that has none beside it, fetched from the hub where it is not on disk yet.
+
+    Raises:
+        CheckpointError: it cannot be fetched, or is of a kind that kadr does not open.
+    """
+    return released_file(_opened(registry.BY_NAME[(released and released.text_encoder) or registry.TEXT]))
 
 
-def _is_path(model: str | Path) -> bool:
+def fetched_upscaler(released: Released) -> Path:
+    """The upscaler that a model's second pass needs, fetched from the hub where it is not on disk yet.
+
+    Raises:
+        CheckpointError: it cannot be fetched, or there is none.
+    """
+    if released.upscaler is None:
+        raise CheckpointError(f"no upscaler was released for {released.name}. Give one with --upscaler.")
+    return released_file(registry.BY_NAME[released.upscaler])
+
+
+def released_file(released: Released) -> Path:
+    """The file of an entry, or the folder where it is of many, fetched from the hub where it is not on disk yet.
+
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
+    if released.repo is None:
+        return _existing(PACKAGE / released.file, "bundled file")
+    if _is_pattern(released):
+        return hub.fetch_folder(released.repo, released.files)
+    return hub.fetch(released.repo, released.file)
+
+
+def on_disk(released: Released) -> Path | None:
+    """As `released_file`, if all of it is here already; the network is not asked."""
+    if released.repo is None:
+        path = PACKAGE / released.file
+        return path if path.is_file() else None
+    if _is_pattern(released):
+        return hub.folder_on_disk(released.repo, released.files)
+    return hub.on_disk(released.repo, released.file)
+
+
+def is_path(model: str | Path) -> bool:
+    """Whether this is a path, and not a name."""
     text = str(model)
     return (
         isinstance(model, Path) or "/" in text or "\\" in text or Path(text).suffix in SUFFIXES or Path(text).exists()
     )
 
 
+def _is_pattern(released: Released) -> bool:
+    return "*" in released.file
+
+
+def _require_model(released: Released) -> None:
+    if released.kind != "model":
+        raise RequestError(
+            f"{released.name} is a {released.kind}, and no model. Give it as {_FLAGS[released.kind]}, and a model "
+            "that `kadr models` lists."
+        )
+
+
+def _part(given: str | Path, kind: str, what: str = "") -> Path | Released:
+    """A part that is given: a path that is there, or an entry of that kind."""
+    released = None if Path(given).exists() else registry.BY_NAME.get(str(given))
+    if released is None:
+        if kind == "text encoder" and Path(given).suffix == ".gguf":
+            raise _unopened(str(given))
+        return _existing(given, what or kind)
+    if released.kind != kind:
+        known = [entry.name for entry in registry.RELEASED if entry.kind == kind and entry.repo is not None]
+        raise RequestError(
+            f"{released.name} is a {released.kind}; for the {what or kind} give a path, or a name such as {known[0]}."
+        )
+    return _opened(released)
+
+
+def _opened(released: Released) -> Released:
+    """The entry, if kadr opens what it is stored as."""
+    if released.kind == "text encoder" and released.file.endswith(".gguf"):
+        raise _unopened(released.name)
+    return released
+
+
+def _unopened(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} is a text encoder in a GGUF file, which kadr does not open yet. Leave it out, and {registry.TEXT} is "
+        "taken; or give a folder with a T5 encoder and its tokenizer."
+    )
+
+
+def _fetched(part: Path | Released | None) -> Path | None:
+    return released_file(part) if isinstance(part, Released) else part
+
+
 def _existing(path: str | Path, what: str) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
-        raise CheckpointError(f"{what} is not at {path}. Give an existing path, or a name that `kadr models` lists.")
+        raise CheckpointError(
+            f"the {what} is not at {path}. Give an existing path, or a name that `kadr models` lists."
+        )
     return path
-
-
-def _released_file(released: Released) -> Path:
-    if released.repo is None:
-        return _existing(PACKAGE / released.file, "the bundled model")
-    return hub.fetch(released.repo, released.file, size_bytes=released.size_bytes)
 
 
 def _text_beside(model: Path) -> Path | None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-STAGES = ("text", "encode", "denoise", "decode")
+STAGES = ("text", "encode", "denoise", "upscale", "refine", "decode")
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,11 @@ class Progress:
     """One report.
 
     Args:
-        stage: "text", "encode" (only with pictures), "denoise" or "decode".
+        stage: "text", "encode" (only with pictures or clips), "denoise", then "upscale" and "refine" where there is a
+            second pass, and "decode".
         step: how many steps of the stage are done, 0 when it begins.
         of: how many it has. Steps of "decode" are frames.
-        sigma: the noise level of the step just done, in "denoise" alone.
+        sigma: the noise level of the step just done, in "denoise" and "refine" alone.
         eta: seconds until the stage is done, at its pace so far; None before its first step.
     """
 

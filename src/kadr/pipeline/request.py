@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
-from kadr.shapes import Size, snap_frames
+from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
+from kadr.shapes import MAXIMUM_FRAMES, Size, snap_frames
 
-MAXIMUM_STEPS = 1000
 MAXIMUM_FPS = 240
 
 
@@ -30,34 +30,70 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # endings that are taken for clips; others are pictures
+DEFAULT_VIDEO_STRENGTH = 0.75
+
+
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A picture that the video must show.
+    """A picture or clip that the video must show.
 
     Args:
-        media: path of a picture.
-        frame: pixel frame at which it stands; 0 is the first, and the only one so far.
-        strength: in (0, 1]. 1 keeps it as it is; less lets it be repainted from that noise level on.
+        media: path of a picture, or of a clip.
+        frame: pixel frame at which it begins; 0 is the first. Below 0 it is counted from the end: at -1 a picture is
+            the last frame, and a clip ends with it. A clip that does not begin at 0 begins at a multiple of 8.
+        strength: in (0, 1]. 1 keeps it as it is; less lets it be repainted from noise level 1 - strength on.
+        clip: whether `media` is a clip; None: as its ending says.
+        part: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
+        box: (x, y, width, height) of the video, in pixels, that it covers, at frame 0; None: all.
     """
 
     media: str
     frame: int = 0
     strength: float = 1.0
+    clip: bool | None = None
+    part: tuple[int | None, int | None] | None = None
+    box: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "media", str(self.media))
         _within("strength", self.strength, 0.0, 1.0)
         if self.strength == 0:
             raise RequestError("strength is 0: the picture would do nothing. Give more than 0, or leave it out.")
+        _within("frame", self.frame, -MAXIMUM_FRAMES, MAXIMUM_FRAMES, whole=True)
+        if self.clip is None:
+            object.__setattr__(self, "clip", Path(self.media).suffix.lower() in CLIPS)
+        if self.part is not None:
+            object.__setattr__(self, "part", self._part())
+        if self.box is not None:
+            object.__setattr__(self, "box", self._box())
+
+    def _part(self) -> tuple[int | None, int | None]:
+        part = self.part
+        whole = isinstance(part, tuple | list) and len(part) == 2
+        if not whole or not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in part):
+            raise RequestError(f"part is {part!r}; it must be (first, end) frames of the clip, or None where it is open.")
+        if not self.clip:
+            raise RequestError(f"part is given, but {self.media} is a picture. Only a clip has parts.")
+        return (part[0], part[1])
+
+    def _box(self) -> tuple[int, int, int, int]:
+        box = self.box
+        if not isinstance(box, tuple | list) or len(box) != 4 or not all(_is_number(side) for side in box):
+            raise RequestError(f"box is {box!r}; it must be (x, y, width, height) in pixels.")
+        x, y, width, height = (int(side) for side in box)
+        if min(x, y) < 0 or min(width, height) < 1:
+            raise RequestError(f"box is {box}; x and y must not be below 0, width and height not below 1.")
         if self.frame != 0:
-            raise RequestError(f"frame is {self.frame}; a picture can be given at frame 0 only, so far.")
+            raise RequestError(f"box is given at frame {self.frame}; only at frame 0 can a part of the picture be given.")
+        return x, y, width, height
 
 
 # Field, lowest and highest value, and whether it must be whole.
 _LIMITS: tuple[tuple[str, float, float, bool], ...] = (
     ("fps", 0.1, MAXIMUM_FPS, False),
     ("steps", 1, MAXIMUM_STEPS, True),
-    ("guidance", 1.0, 100.0, False),
+    ("tone_map", 0.0, 1.0, False),
     ("image_noise", 0.0, 10.0, False),
     ("image_crf", 0, 51, True),
     ("decode_timestep", 0.0, 1.0, False),
@@ -78,11 +114,16 @@ class Request:
         steps: of denoising.
         levels: the noise levels themselves, falling from at most 1, instead of `steps`.
         skip_initial, skip_final: levels left out at the front and at the back of the schedule.
-        guidance: how far to go beyond the prompt; 1 is off.
+        guidance: how far to go beyond the prompt, 1 is off; or a `Guidance`, of which this is the scale.
         guidance_batch: evaluate with and without the prompt in one batch instead of one after the other.
         negative_prompt: what to guide away from.
         stochastic: add fresh noise at every step, as some distilled models want.
-        conditions: pictures to keep.
+        tone_map: how strongly the latents' extremes are pressed together before decoding, 0 to 1.
+        multi_scale: make it smaller first, upscale the latents, and go over them once more.
+        second: the second pass of `multi_scale`; the settings above are those of the first, or only, one.
+        conditions: pictures and clips to show.
+        video: path of a video to make this one from, instead of from noise alone.
+        video_strength: how much of it is made anew: the noise level the sampling begins at, or the nearest below.
         image_noise: times level squared, the noise on kept pictures at each step.
         image_crf: H.264 quality a picture is passed through before it is encoded, as the training clips were; 0 is off.
         decode_timestep: the noise level the decoder is told.
@@ -98,11 +139,16 @@ class Request:
     levels: tuple[float, ...] | None = None
     skip_initial: int = 0
     skip_final: int = 0
-    guidance: float | None = None
+    guidance: Guidance | float | None = None
     guidance_batch: bool = False
     negative_prompt: str | None = None
     stochastic: bool | None = None
+    tone_map: float | None = None
+    multi_scale: bool | None = None
+    second: Pass | None = None
     conditions: tuple[Condition, ...] = ()
+    video: str | None = None
+    video_strength: float | None = None
     image_noise: float | None = None
     image_crf: int | None = None
     decode_timestep: float | None = None
@@ -121,24 +167,49 @@ class Request:
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
         object.__setattr__(self, "conditions", _conditions(self.conditions))
         if self.levels is not None:
-            object.__setattr__(self, "levels", _levels(self.levels))
+            object.__setattr__(self, "levels", as_levels(self.levels))
+        if self.guidance is not None and not isinstance(self.guidance, Guidance):
+            object.__setattr__(self, "guidance", Guidance(scale=self.guidance))
         for name, low, high, whole in _LIMITS:
             if (value := getattr(self, name)) is not None:
-                _within(name, value, low, high, "; 1 is off" if name == "guidance" else "", whole=whole)
+                _within(name, value, low, high, whole=whole)
         for name in ("skip_initial", "skip_final"):
             _within(name, getattr(self, name), 0, MAXIMUM_STEPS, whole=True)
         if self.levels is not None and (self.steps is not None or self.skip_initial or self.skip_final):
             raise RequestError("levels are given, and steps or skipped levels too; give the one or the other.")
+        self._check_video()
+
+    def _check_video(self) -> None:
+        if self.video is None:
+            if self.video_strength is not None:
+                raise RequestError("video_strength is given, and no video to start from.")
+            return
+        object.__setattr__(self, "video", str(self.video))
+        if self.video_strength is not None:
+            _within("video_strength", self.video_strength, 0.0, 1.0)
+            if self.video_strength in (0, 1):
+                nothing = "nothing would change" if self.video_strength == 0 else "nothing of the video would stay"
+                raise RequestError(f"video_strength is {self.video_strength}: {nothing}. Give a value between 0 and 1.")
+
+    def only_pass(self) -> Pass:
+        """The settings of the first pass, or of the only one."""
+        return Pass(
+            steps=self.steps,
+            levels=self.levels,
+            skip_initial=self.skip_initial,
+            skip_final=self.skip_final,
+            guidance=self.guidance if isinstance(self.guidance, Guidance) else Guidance(),
+            stochastic=self.stochastic,
+            tone_map=self.tone_map,
+        )
+
+    def with_passes(self, first: Pass, second: Pass | None) -> Request:
+        """The request with these settings for its passes."""
+        return replace(self, **{f.name: getattr(first, f.name) for f in fields(first)}, second=second)
 
     def filled(self, defaults: Mapping[str, Any]) -> Request:
-        """The request with what was left out taken from `defaults`."""
-        known = {field.name for field in fields(self)}
-        left_out = {k: v for k, v in defaults.items() if v is not None and k in known and getattr(self, k) is None}
-        if self.steps is not None or self.skip_initial or self.skip_final:
-            left_out.pop("levels", None)
-        if self.levels is not None or "levels" in left_out:
-            left_out.pop("steps", None)
-        return replace(self, **left_out)
+        """The request with what was left out taken from `defaults`, by field."""
+        return replace(self, **{k: v for k, v in defaults.items() if v is not None and getattr(self, k) is None})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. `from_json` reads it back to an equal request."""
@@ -161,13 +232,18 @@ class Request:
             if data.get("size") is not None:
                 data["size"] = Size.parse(data["size"])
             data["conditions"] = tuple(Condition(**condition) for condition in data.get("conditions", ()))
+            if isinstance(data.get("guidance"), Mapping):
+                data["guidance"] = Guidance(**data["guidance"])
+            if data.get("second") is not None:
+                data["second"] = Pass.from_json(data["second"])
             return cls(**data)
         except (TypeError, AttributeError) as error:
             raise RequestError(f"the request cannot be read: {error}. Write it as `to_json` does.") from error
 
     def media(self) -> tuple[Path, ...]:
         """The files the request needs."""
-        return tuple(Path(condition.media) for condition in self.conditions)
+        own = () if self.video is None else (self.video,)
+        return tuple(Path(path) for path in (*own, *(condition.media for condition in self.conditions)))
 
 
 def _size(given: Any) -> Size:
@@ -176,15 +252,7 @@ def _size(given: Any) -> Size:
     return Size(*given)
 
 
-def _levels(given: Any) -> tuple[float, ...]:
-    if not isinstance(given, tuple | list) or not all(isinstance(level, int | float) for level in given):
-        raise RequestError(f"levels are {given!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
-    return tuple(given)
-
-
 def _conditions(given: Any) -> tuple[Condition, ...]:
     if not isinstance(given, tuple | list) or not all(isinstance(one, Condition) for one in given):
         raise RequestError(f"conditions are {given!r}; they must be a list of Condition(media=...).")
-    if len(given) > 1:
-        raise RequestError(f"{len(given)} pictures are given for frame 0; one can stand there.")
     return tuple(given)

@@ -27,7 +27,7 @@ def denoise(
     """Carry a state from noise to picture.
 
     Args:
-        estimate: tokens (B, N, C), level (B, 1 or N) -> velocity (B, N, C).
+        estimate: step, tokens (B, N, C), level (B, 1 or N) -> velocity (B, N, C).
         levels: (S) fp32, falling; after the last comes 0.
         step: how tokens move.
         prepare: changes the state before each estimate.
@@ -37,7 +37,7 @@ def denoise(
     for index, now in enumerate(levels):
         state = prepare(index, state, now)
         level = state.levels(now)
-        velocity = estimate(state.tokens, level).to(state.tokens.dtype)
+        velocity = estimate(index, state.tokens, level).to(state.tokens.dtype)
         state = state.advance(step(index, state.tokens, velocity, level, path), now)
         watch(index, now, state)
     return state

@@ -1,0 +1,94 @@
+"""What --dry-run prints: the request with nothing left open, and a table of steps for each pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from kadr.cli.table import columns, in_words
+from kadr.pipeline.dry import DryPart, DryRun
+from kadr.pipeline.passes import PassPlan
+from kadr.pipeline.request import Condition
+from kadr.sampling.settings import ATTENTION_VALUES
+
+
+def told(run: DryRun, *, as_json: bool) -> str:
+    """All of it, as text or as one JSON object."""
+    return json.dumps(run.to_json()) if as_json else "\n".join(_lines(run))
+
+
+def _lines(run: DryRun) -> Iterator[str]:
+    yield from columns([*_parts(run), *_video(run), *_media(run), *_decoding(run)])
+    for plan in run.passes:
+        yield ""
+        yield _headline(plan)
+        yield from columns(list(_steps(plan)))
+    yield ""
+    yield f"The transformer is asked {run.evaluations} times."
+
+
+def _parts(run: DryRun) -> Iterator[tuple[str, str]]:
+    for part in run.parts:
+        yield part.role, f"{part.name}{_where(part)}"
+
+
+def _where(part: DryPart) -> str:
+    if part.path is not None:
+        return ""
+    size = f": {in_words(part.size_bytes)} bytes to fetch" if part.size_bytes else ""
+    return f", not on disk{size}"
+
+
+def _video(run: DryRun) -> Iterator[tuple[str, str]]:
+    request, (size, frames) = run.request, run.made
+    yield "prompt", request.prompt
+    if any(plan.guided for plan in run.passes):
+        yield "negative prompt", request.negative_prompt or "(empty)"
+    yield "size", f"{request.size}, made as {size}"
+    yield "frames", f"{request.frames}, made as {frames}"
+    yield "fps", f"{request.fps:g}"
+    yield "seed", str(request.seed)
+
+
+def _media(run: DryRun) -> Iterator[tuple[str, str]]:
+    request = run.request
+    if request.video is not None:
+        strength = "" if request.video_strength is None else f", strength {request.video_strength:g}"
+        yield "from video", f"{request.video}{strength}"
+    for item in run.placed:
+        yield "clip" if len(item.frames) > 1 else "picture", f"{item}{_held(item.condition)}"
+    if run.placed or request.video is not None:
+        yield "pictures", f"through H.264 at quality {request.image_crf}, noise {request.image_noise:g}"
+
+
+def _held(condition: Condition) -> str:
+    """How firmly a condition is held, and where, as far as that is not usual."""
+    box = "" if condition.box is None else f", box {','.join(map(str, condition.box))}"
+    return f", strength {condition.strength:g}{box}"
+
+
+def _decoding(run: DryRun) -> Iterator[tuple[str, str]]:
+    request, last = run.request, run.passes[-1].settings
+    tone_map = f", tone map {last.tone_map:g}" if last.tone_map else ""
+    yield "decoding", f"at level {request.decode_timestep:g}, noise {request.decode_noise:g}{tone_map}"
+
+
+def _headline(plan: PassPlan) -> str:
+    grid, settings = plan.grid, plan.settings
+    guidance = settings.guidance
+    ways = {
+        "fresh noise at every step": bool(settings.stochastic),
+        f"STG by {guidance.mode or ATTENTION_VALUES}": any(step.stg > 0 for step in plan.steps),
+        "CFG*": bool(guidance.cfg_star) and plan.guided,
+        f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and plan.guided,
+    }
+    made = f"{plan.size}, {plan.frames} frames at {plan.fps:g} per second"
+    latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.tokens} tokens"
+    return "; ".join([f"pass {plan.number}: {made}", latents, *(way for way, taken in ways.items() if taken)])
+
+
+def _steps(plan: PassPlan) -> Iterator[tuple[str, ...]]:
+    yield "step", "level", "guidance", "stg", "rescale", "blocks"
+    for number, (level, step) in enumerate(zip(plan.levels.tolist(), plan.steps, strict=True), 1):
+        values = (f"{value:g}" for value in (level, step.scale, step.stg, step.rescale))
+        yield str(number), *values, ",".join(map(str, step.skip_blocks)) or "-"

@@ -1,0 +1,78 @@
+"""Flags in groups: a verb is called with one object for all of them, and its help has a section for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, Signature, getdoc, signature
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+F = TypeVar("F")
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help lists flags by group."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                argument = parameter.param_type_name == "argument"
+                title = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Help"
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def taking(flags: type[F]) -> Callable[[Callable[[str, F], None]], Callable[..., None]]:
+    """Give a verb the flags of a dataclass of groups, each a dataclass of flags whose docstring is its title.
+
+    The verb is called with its first argument and the filled dataclass; the parser sees one long signature.
+    """
+    groups = {name: group for name, group in get_type_hints(flags).items() if name in {f.name for f in fields(flags)}}
+
+    def wrap(verb: Callable[[str, F], None]) -> Callable[..., None]:
+        @wraps(verb)
+        def run(prompt: str, **given: Any) -> None:
+            filled = {
+                name: group(**{flag.name: given[flag.name] for flag in fields(group)})
+                for name, group in groups.items()
+            }
+            verb(prompt, flags(**filled))
+
+        parameters = [_first(verb), *(parameter for group in groups.values() for parameter in _parameters(group))]
+        run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return run
+
+    return wrap
+
+
+def _first(verb: Callable[..., None]) -> Parameter:
+    name = next(iter(signature(verb).parameters))
+    hint = get_type_hints(verb, include_extras=True)[name]
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
+
+
+def _parameters(group: Any) -> list[Parameter]:
+    """The flags of a group, each told its section."""
+    hints, title = get_type_hints(group, include_extras=True), (getdoc(group) or "").rstrip(".")
+    made = []
+    for flag in fields(group):
+        kind, info = get_args(hints[flag.name])
+        assert isinstance(info, type(typer.Option()))
+        info = copy(info)  # several verbs may share a flag
+        info.rich_help_panel = title
+        made.append(
+            Parameter(
+                flag.name, Parameter.POSITIONAL_OR_KEYWORD, default=flag.default, annotation=Annotated[kind, info]
+            )
+        )
+    return made

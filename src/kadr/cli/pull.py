@@ -1,0 +1,60 @@
+"""`kadr models pull`: all that a model needs, brought to this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kadr.checkpoints import hub
+from kadr.cli import options
+from kadr.cli.faults import say
+from kadr.cli.table import in_words
+from kadr.cli.verify import Name, checked, require_whole
+from kadr.models.registry import Released, find, needs
+from kadr.pipeline.locate import on_disk, released_file
+
+if TYPE_CHECKING:
+    from kadr.checkpoints.hub import Remote
+
+EPILOG = "What broke off goes on where it stopped. The files lie in the hub's own cache, which HF_HOME moves."
+
+
+def pull(name: Name, as_json: options.Json = False) -> None:
+    """Fetch a model with its text encoder and upscaler.
+
+    Every file is compared with the hub's checksum, those that are there already too. Prints where they lie.
+    """
+    entries = needs(find(name))
+    coming = {entry: hub.missing(entry.repo, entry.files) for entry in entries if entry.repo and not on_disk(entry)}
+    _announce(entries, coming)
+    hub.check_room(name, sum(file.left for files in coming.values() for file in files))
+    places = {}
+    for entry in entries:
+        if entry not in coming:
+            require_whole(list(checked(entry)))
+        places[entry] = released_file(entry)
+    if as_json:
+        told = [
+            {"name": e.name, "kind": e.kind, "path": str(path), "fetched": e in coming} for e, path in places.items()
+        ]
+        print(json.dumps({"name": name, "files": told}))
+    else:
+        print("\n".join(map(str, places.values())))
+
+
+def _announce(entries: Sequence[Released], coming: Mapping[Released, Sequence[Remote]]) -> None:
+    for licence in dict.fromkeys(entry.licence for entry in entries):
+        say(f"licence of {', '.join(entry.name for entry in entries if entry.licence == licence)}: {licence}")
+    for entry in entries:
+        if entry in coming:
+            say(f"{entry.name} is to be fetched: {_bytes(coming[entry])}")
+        else:
+            say(f"{entry.name} {'is there already' if entry.repo else 'comes with kadr'}")
+    if len(coming) > 1:
+        say(f"together {_bytes([file for files in coming.values() for file in files])}")
+
+
+def _bytes(files: Sequence[Remote]) -> str:
+    size, left = sum(file.size for file in files), sum(file.left for file in files)
+    return f"{in_words(size)} bytes" + (f", {in_words(size - left)} of which have come before" if left < size else "")

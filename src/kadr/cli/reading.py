@@ -1,0 +1,105 @@
+"""Words of the command line into values; what cannot be read is bad usage."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+import typer
+
+from kadr.cli.official import BOX, JOINT
+from kadr.errors import RequestError
+from kadr.pipeline.request import Condition
+from kadr.sampling.settings import Blocks, Numbers
+from kadr.shapes import Size
+
+_PART = re.compile(r"(-?\d*):(-?\d*)")
+_BETWEEN_LISTS = re.compile("[/;]")
+
+
+def one_of(flag: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a word that is none of those known."""
+    if value not in known:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}.", param_hint=flag)
+
+
+def size(text: str | None) -> Size | None:
+    """Read "704x480"."""
+    try:
+        return None if text is None else Size.parse(text)
+    except RequestError as error:
+        raise typer.BadParameter(str(error), param_hint="--size") from error
+
+
+def levels(flag: str, text: str | None) -> tuple[float, ...] | None:
+    """Read "1.0,0.9,0.725"."""
+    try:
+        return None if text is None else tuple(float(level) for level in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1.0,0.9.", param_hint=flag) from error
+
+
+def numbers(flag: str, text: str | None) -> Numbers | None:
+    """Read "3" as a number, and "1,6,8" as one for each level."""
+    read = levels(flag, text)
+    return read[0] if read is not None and len(read) == 1 else read
+
+
+def blocks(flag: str, text: str | None) -> Blocks | None:
+    """Read "19" or "11,25" as blocks for all levels, and "/11,25/28" as lists, the first of them empty."""
+    if text is None:
+        return None
+    try:
+        lists = tuple(
+            tuple(int(block) for block in part.split(",") if block.strip()) for part in _BETWEEN_LISTS.split(text)
+        )
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of blocks such as 11,25, nor several with / between them.", param_hint=flag
+        ) from error
+    return lists[0] if len(lists) == 1 else lists
+
+
+def condition(flag: str, text: str) -> Condition:
+    """Read the parts of one --image or --video. The path is made absolute, because the video remembers it."""
+    path, *rest = text.split(JOINT)
+    box = _box(flag, rest.pop().removeprefix(BOX)) if rest and rest[-1].startswith(BOX) else None
+    frame, strength = (*rest, *("0", "1.0")[len(rest) :])
+    try:
+        at, share = int(frame), float(strength)
+    except ValueError as error:
+        wanted = f"frame {frame!r} and strength {strength!r} must be a whole number and a number: PATH FRAME STRENGTH."
+        raise typer.BadParameter(wanted, param_hint=flag) from error
+    clip, part = (True, None) if flag == "--video" else (None, None)
+    if clip:
+        path, part = _parted(flag, path)
+    return Condition(media=absolute(path), frame=at, strength=share, clip=clip, part=part, box=box)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _parted(flag: str, text: str) -> tuple[str, tuple[int | None, int | None] | None]:
+    """The path of a clip, and the frames that are taken of it: "clip.mp4#-25:" are its last 25."""
+    path, sign, part = text.rpartition("#")
+    if not sign or os.path.exists(absolute(text)):  # a file may have the sign in its name
+        return text, None
+    found = _PART.fullmatch(part)
+    if found is None or "-" in found.groups():
+        raise typer.BadParameter(
+            f"{part!r} is no part of a clip; write the first frame, a colon and the frame it ends before, such as "
+            f"{path}#0:25, or {path}#-25: for the last 25.",
+            param_hint=flag,
+        )
+    first, end = (int(number) if number else None for number in found.groups())
+    return path, (first, end)
+
+
+def _box(flag: str, text: str) -> tuple[int, int, int, int]:
+    try:
+        x, y, width, height = (int(side) for side in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"{BOX}{text} must be {BOX}X,Y,WIDTH,HEIGHT in pixels.", param_hint=flag) from error
+    return x, y, width, height

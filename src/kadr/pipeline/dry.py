@@ -1,0 +1,252 @@
+"""What a request would come to, from headers, the registry and the request alone: for models that are not here too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kadr.checkpoints.families import SCHEDULES
+from kadr.checkpoints.open import Checkpoint
+from kadr.errors import CheckpointError, RequestError
+from kadr.models import registry
+from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
+from kadr.pipeline.conditions import Placed, read_conditions, read_start
+from kadr.pipeline.locate import is_path, on_disk
+from kadr.pipeline.passes import PassPlan, Upscaling, check_blocks, plan_passes
+from kadr.pipeline.request import Request
+from kadr.pipeline.resolve import resolve
+from kadr.sampling.schedule import Schedule
+from kadr.shapes import Size, snap_frames
+
+
+@dataclass(frozen=True)
+class DryPart:
+    """A part that a generation would open.
+
+    Args:
+        role: "model", "second model", "upscaler", "text encoder" or "vae".
+        name: as it was asked for.
+        path: None where it would be fetched.
+        size_bytes: of what would be fetched, where that is known.
+    """
+
+    role: str
+    name: str
+    path: Path | None
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan needs to know of a model: from its header, or from the registry where there is no file.
+
+    Args:
+        layers: of its transformer.
+        released: the registry's entry; None for an unreleased one.
+    """
+
+    part: DryPart
+    schedule: Schedule
+    layers: int
+    released: Released | None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a request would come to.
+
+    Args:
+        request: with everything it left out filled in.
+        made: the size and the frames of the model's own grid, before they are cropped and trimmed.
+        passes: with the level and the strengths of every step.
+        placed: the conditions, and where they stand.
+    """
+
+    parts: tuple[DryPart, ...]
+    request: Request
+    made: tuple[Size, int]
+    passes: tuple[PassPlan, ...]
+    placed: tuple[Placed, ...]
+
+    @property
+    def evaluations(self) -> int:
+        """How often the transformer is asked."""
+        return sum(step.evaluations for plan in self.passes for step in plan.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        size, frames = self.made
+        return {
+            "parts": [{**asdict(part), "path": part.path and str(part.path)} for part in self.parts],
+            "size": {"asked": str(self.request.size), "made": str(size)},
+            "frames": {"asked": self.request.frames, "made": frames},
+            "fps": self.request.fps,
+            "evaluations": self.evaluations,
+            "passes": [_pass_told(plan) for plan in self.passes],
+            "conditions": [
+                {"media": item.condition.media, "first": item.start, "frames": len(item.frames)} for item in self.placed
+            ],
+            "request": self.request.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class DryEngine:
+    """As an `Engine`, for those who only want to know. No weight is read and nothing is fetched."""
+
+    models: tuple[Model, Model]
+    upscalers: tuple[tuple[DryPart, Upscaling], ...]
+    others: tuple[DryPart, ...]
+    recipe: Recipe
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path = "demo",
+        *,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        upscaler: str | Path | Sequence[str | Path] = (),
+        second_model: str | Path | None = None,
+        recipe: Recipe | None = None,
+    ) -> DryEngine:
+        """As `Engine.open`, without fetching what is not here.
+
+        Raises:
+            RequestError: an unknown name.
+            CheckpointError: a path that is not there, or a file that is not of this family.
+        """
+        first = _model("model", model)
+        second = first if second_model is None else _model("second model", second_model)
+        wanted = [upscaler] if isinstance(upscaler, str | Path) else list(upscaler)
+        own = recipe or (first.released.recipe if first.released else Recipe())
+        if second is not first and second.released is not None and second.released.recipe.second is not None:
+            own = replace(own, second=second.released.recipe.second, multi_scale=True)
+        others = [_text(text_encoder, first)]
+        if vae is not None:
+            others.append(_part("vae", vae, "model")[0])
+        return cls((first, second), tuple(_upscaler(one) for one in wanted), tuple(others), own)
+
+    def resolve(self, request: Request) -> Request:
+        """As `Engine.resolve`."""
+        return resolve(request, self.recipe)
+
+    def run(self, request: Request) -> DryRun:
+        """What the request would come to. Its pictures and clips are read.
+
+        Raises:
+            RequestError: the request does not fit this model.
+            MediaError: a picture or clip cannot be read.
+            CheckpointError: two passes are asked for, and there is no upscaler.
+        """
+        request = self.resolve(request)
+        upscalers = self.upscalers
+        if request.multi_scale and not upscalers:
+            upscalers = (_own_upscaler(self.models[0].released),)
+        doubled = Upscaling(any(kind.space for _, kind in upscalers), any(kind.time for _, kind in upscalers))
+        schedules = [model.schedule for model in self.models]
+        passes = plan_passes(request, schedules, downscale=self.recipe.downscale, upscaling=doubled)
+        for plan, model in zip(passes, self.models, strict=False):
+            check_blocks(plan, model.layers)
+        if request.video is not None:
+            read_start(request)  # refuses one that is too short
+        used = self.models[:1] if self.models[0] is self.models[1] else self.models
+        parts = [*(model.part for model in used), *(part for part, _ in upscalers), *self.others]
+        return DryRun(tuple(parts), request, _made(request), passes, tuple(read_conditions(request)))
+
+
+def _made(request: Request) -> tuple[Size, int]:
+    assert isinstance(request.size, Size)
+    assert request.frames is not None
+    return request.size.snapped(), snap_frames(request.frames)
+
+
+def _model(role: str, name: str | Path) -> Model:
+    part, released = _part(role, name, "model")
+    if part.path is not None:
+        detected = Checkpoint.open(part.path, release=released).detected
+        if detected.transformer is None:
+            raise CheckpointError(f"{part.path} holds no transformer; give a checkpoint that does as --model.")
+        return Model(part, detected.schedule, detected.transformer.layers, released or detected.released)
+    assert released is not None
+    assert released.vae_family is not None
+    assert released.layers is not None
+    schedule = SCHEDULES[released.vae_family]
+    if released.version.startswith("0.9.8-distilled"):
+        schedule = replace(schedule, allowed=DISTILLED_LEVELS)  # as its header says
+    return Model(part, schedule, released.layers, released)
+
+
+def _upscaler(name: str | Path) -> tuple[DryPart, Upscaling]:
+    part, released = _part("upscaler", name, "spatial upscaler", "temporal upscaler")
+    if part.path is None:
+        assert released is not None
+        return part, Upscaling(released.kind.startswith("spatial"), released.kind.startswith("temporal"))
+    config = Checkpoint.open(part.path).detected.upsampler
+    if config is None:
+        raise CheckpointError(f"{part.path} is no latent upscaler. `kadr models` lists those known.")
+    return part, Upscaling(config.space, config.time)
+
+
+def _own_upscaler(released: Released | None) -> tuple[DryPart, Upscaling]:
+    if released is None or released.upscaler is None:
+        raise CheckpointError(
+            "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or make a "
+            "single pass."
+        )
+    return _upscaler(released.upscaler)
+
+
+def _text(given: str | Path | None, model: Model) -> DryPart:
+    """The text encoder: the one that is given, the one beside the model, or the one of the registry."""
+    role = "text encoder"
+    if given is not None:
+        return _part(role, given, role)[0]
+    if model.part.path is not None:
+        folder = model.part.path if model.part.path.is_dir() else model.part.path.parent
+        if (folder / "text_encoder").is_dir():
+            return DryPart(role, "beside the model", folder)
+    entry = (model.released and model.released.text_encoder) or registry.TEXT
+    return _part(role, entry, role)[0]
+
+
+def _part(role: str, given: str | Path, *kinds: str) -> tuple[DryPart, Released | None]:
+    """Where a part is, and its entry in the registry if it is named by it."""
+    if is_path(str(given)):
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise CheckpointError(f"the {role} is not at {path}. Give an existing path, or a name of `kadr models`.")
+        return DryPart(role, str(given), path), None
+    released = registry.find(str(given))
+    if released.kind not in kinds:
+        raise RequestError(f"{released.name} is a {released.kind}; for the {role}, {_known(kinds)}.")
+    path = on_disk(released)
+    return DryPart(role, released.name, path, None if path else released.size_bytes), released
+
+
+def _known(kinds: Iterable[str]) -> str:
+    names = [entry.name for entry in registry.RELEASED if entry.kind in kinds and entry.repo is not None]
+    return f"give a path, or a name such as {names[0]}"
+
+
+def _pass_told(plan: PassPlan) -> dict[str, Any]:
+    guidance = plan.settings.guidance
+    steps = zip(plan.levels.tolist(), plan.steps, strict=True)
+    return {
+        "number": plan.number,
+        "size": str(plan.size),
+        "frames": plan.frames,
+        "fps": plan.fps,
+        "latents": [plan.grid.frames, plan.grid.height, plan.grid.width],
+        "stochastic": bool(plan.settings.stochastic),
+        "tone_map": plan.settings.tone_map,
+        "mode": guidance.mode,
+        "cfg_star": bool(guidance.cfg_star),
+        "apg": guidance.apg,
+        "apg_norm": guidance.apg_norm,
+        "steps": [
+            {"level": level, **strengths._asdict(), "evaluations": strengths.evaluations} for level, strengths in steps
+        ],
+    }

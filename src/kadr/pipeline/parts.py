@@ -1,0 +1,61 @@
+"""The parts a model can be given besides its own: another transformer for the second pass, latent upscalers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kadr.checkpoints.open import Checkpoint
+from kadr.errors import CheckpointError, RequestError
+from kadr.models import registry
+from kadr.models.registry import Released
+from kadr.pipeline.locate import fetched_upscaler, is_path, locate, released_file
+
+
+def opened_second(model: str | Path | None) -> tuple[Checkpoint | None, Released | None]:
+    """The checkpoint of the second pass's model, and its entry in the registry, where one is named.
+
+    Raises:
+        RequestError, CheckpointError: as `locate` and `Checkpoint.open`.
+    """
+    if model is None:
+        return None, None
+    found = locate(model, text_encoder=None, vae=None)
+    checkpoint = Checkpoint.open(found.model, release=found.released)
+    return checkpoint, found.released or checkpoint.detected.released
+
+
+def opened_upscalers(given: str | Path | Sequence[str | Path]) -> list[Checkpoint]:
+    """The checkpoints of upscalers, by name or path.
+
+    Raises:
+        RequestError, CheckpointError: an unknown name, or a path that is not there; and as `Checkpoint.open`.
+    """
+    wanted = [given] if isinstance(given, str | Path) else list(given)
+    return [Checkpoint.open(_located(one)) for one in wanted]
+
+
+def _located(upscaler: str | Path) -> Path:
+    if is_path(upscaler):
+        path = Path(upscaler).expanduser()
+        if not path.exists():
+            raise CheckpointError(f"the upscaler is not at {path}. Give an existing path, or a name of `kadr models`.")
+        return path
+    released = registry.find(str(upscaler))
+    if not released.kind.endswith("upscaler"):
+        raise RequestError(f"{released.name} is a {released.kind}, and no upscaler. `kadr models` lists those.")
+    return released_file(released)
+
+
+def own_upscaler(released: Released | None) -> Checkpoint:
+    """The upscaler that belongs to a model, fetched from the hub where it is not on disk yet.
+
+    Raises:
+        CheckpointError: the model has none, or it cannot be fetched.
+    """
+    if released is None or released.upscaler is None:
+        raise CheckpointError(
+            "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or make a "
+            "single pass."
+        )
+    return Checkpoint.open(fetched_upscaler(released))

@@ -1,0 +1,146 @@
+"""Which passes a request comes to: their sizes, levels and strengths, known before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kadr.errors import RequestError
+from kadr.pipeline.request import Request
+from kadr.sampling.schedule import Schedule, explicit
+from kadr.sampling.settings import Pass, Strengths
+from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """One pass, with nothing left open.
+
+    Args:
+        number: 1 or 2.
+        settings: as the request and the recipe have it.
+        size: in pixels, multiples of 32.
+        frames: 8k+1.
+        fps: that the positions are made with.
+        levels: fp32 (S), on the CPU.
+        steps: the strengths of each.
+    """
+
+    number: int
+    settings: Pass
+    size: Size
+    frames: int
+    fps: float
+    levels: Tensor
+    steps: tuple[Strengths, ...]
+
+    @property
+    def grid(self) -> LatentGrid:
+        return LatentGrid.of(self.size, self.frames)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs the negative prompt."""
+        return any(step.scale > 1 for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Upscaling:
+    """What happens to the latents between two passes: which sides double."""
+
+    space: bool
+    time: bool
+
+
+def plan_passes(
+    request: Request, schedules: Sequence[Schedule], *, downscale: float, upscaling: Upscaling
+) -> tuple[PassPlan, ...]:
+    """The passes of a request in which nothing is open that has a default.
+
+    Args:
+        schedules: of the first pass and of the second.
+        downscale: of both sides in the first of two passes.
+        upscaling: what the upscalers at hand do.
+
+    Raises:
+        RequestError: levels that the model does not allow, too few steps, or a size too small for two passes.
+    """
+    assert isinstance(request.size, Size)
+    assert request.frames is not None
+    assert request.fps is not None
+    size, frames, first = request.size.snapped(), snap_frames(request.frames), request.only_pass()
+    if not request.multi_scale:
+        return (_planned(1, first, size, frames, request.fps, schedules[0], _beginning(request)),)
+    assert request.second is not None
+    small, made = _sizes(size, downscale) if upscaling.space else (size, size)
+    few, many = _lengths(frames) if upscaling.time else (frames, frames)
+    rate = request.fps / 2 if upscaling.time else request.fps
+    return (
+        _planned(1, first, small, few, rate, schedules[0], _beginning(request)),
+        _planned(2, request.second, made, many, request.fps, schedules[1], None),
+    )
+
+
+def _beginning(request: Request) -> float | None:
+    """The highest level that a sampling from a video may begin at."""
+    return None if request.video is None else request.video_strength
+
+
+def _planned(
+    number: int, settings: Pass, size: Size, frames: int, fps: float, schedule: Schedule, highest: float | None
+) -> PassPlan:
+    levels = _levels(settings, schedule, LatentGrid.of(size, frames).tokens)
+    if highest is not None:
+        kept = levels[levels <= highest + 1e-6]
+        if not len(kept):
+            lowest = float(levels[-1])
+            raise RequestError(
+                f"video_strength is {highest:g}, below every noise level of this model; the least is {lowest:.4g}. "
+                "Give at least that, or more steps."
+            )
+        levels = kept
+    strengths = tuple(settings.guidance.strengths(float(level)) for level in levels)
+    return PassPlan(number, settings, size, frames, fps, levels, strengths)
+
+
+def _levels(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
+    if settings.levels is not None:
+        return schedule.checked(explicit(settings.levels))
+    assert settings.steps is not None
+    skipped = {"skip_initial": settings.skip_initial, "skip_final": settings.skip_final}
+    return schedule.levels(settings.steps, tokens=tokens, **skipped)
+
+
+def _sizes(size: Size, downscale: float) -> tuple[Size, Size]:
+    """The sizes of two passes. The second has twice the sides of the first, which need not be those asked for."""
+    sides = [int(side * downscale) // SPATIAL * SPATIAL for side in (size.width, size.height)]
+    if min(sides) < SPATIAL:
+        raise RequestError(
+            f"{size} is too small for two passes: the first would be made at {sides[0]}x{sides[1]}. "
+            f"Ask for a larger size, or for a single pass."
+        )
+    width, height = sides
+    return Size(width, height), Size(2 * width, 2 * height)
+
+
+def _lengths(frames: int) -> tuple[int, int]:
+    """The frames of two passes, the second with twice the groups of eight."""
+    groups = -(-((frames - 1) // TEMPORAL) // 2)
+    return groups * TEMPORAL + 1, 2 * groups * TEMPORAL + 1
+
+
+def check_blocks(plan: PassPlan, layers: int) -> None:
+    """Refuse a skipped block that the transformer does not have, where it would be skipped.
+
+    Raises:
+        RequestError: with the block and the last there is.
+    """
+    asked = {block for step in plan.steps if step.stg > 0 for block in step.skip_blocks}
+    if strange := sorted(block for block in asked if block >= layers):
+        raise RequestError(
+            f"skip_blocks has {', '.join(map(str, strange))}; this model has {layers} blocks, 0 to {layers - 1}."
+        )
+
+

@@ -1,0 +1,122 @@
+"""A file in the cache is compared with the hub's checksum, which its name there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kadr.checkpoints import hub
+from kadr.checkpoints.digest import digest_of, is_digest
+from kadr.checkpoints.verify import ABSENT, DAMAGED, OK, UNKNOWN, compare
+from tests.fakehub import COMMIT, FakeHub, digest, git_sha1, serving, sha256
+
+REPO = "some/text-encoder"
+FILES = {
+    "text_encoder/config.json": b"{}",
+    "text_encoder/x.index.json": b'{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}',
+    "text_encoder/1.safetensors": b"one" * 1000,
+    "text_encoder/2.safetensors": b"two" * 1000,
+    "tokenizer/spiece.model": b"pieces",
+}
+PATTERNS = ("text_encoder/*", "tokenizer/*")
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with serving(monkeypatch, tmp_path) as server:
+        server.repos[REPO] = dict(FILES)
+        yield server
+
+
+@pytest.fixture
+def folder(remote: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Everything in the cache, and no network any more."""
+    folder = hub.fetch_folder(REPO, PATTERNS)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return folder
+
+
+def states() -> dict[str, str]:
+    return {checked.name: checked.state for checked in compare(REPO, PATTERNS)}
+
+
+def spoil(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", bytes(5_000_000)], ids=len)
+def test_checksums_are_those_of_sha256_and_git(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    seen: list[int] = []
+    assert digest_of(tmp_path / "file", like="0" * 64, watch=seen.append) == sha256(content)
+    assert digest_of(tmp_path / "file", like="0" * 40) == git_sha1(content)
+    assert sum(seen) == len(content)
+
+
+def test_git_agrees_about_its_own_checksum(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"hello\n")
+    known = "ce013625030ba8dba906f756967f9e9ca394464a"  # printf 'hello\n' | git hash-object --stdin
+    assert digest_of(tmp_path / "file", like="0" * 40) == known
+
+
+@pytest.mark.parametrize("text", ["", "main", "0" * 39, "0" * 41, "0" * 64 + ".incomplete", "G" * 64, "../" + "0" * 61])
+def test_other_names_are_no_checksums(text: str) -> None:
+    assert not is_digest(text)
+    assert is_digest("0" * 40)
+    assert is_digest("a" * 64)
+
+
+def test_what_came_whole_is_found_whole_without_a_network(folder: Path) -> None:
+    assert states() == dict.fromkeys(FILES, OK)
+
+
+@pytest.mark.parametrize("name", ["text_encoder/1.safetensors", "text_encoder/config.json"], ids=["large", "small"])
+def test_a_changed_byte_is_found_with_both_checksums(folder: Path, name: str) -> None:
+    spoil(folder / name)
+    assert states() == {**dict.fromkeys(FILES, OK), name: DAMAGED}
+    (bad,) = [checked for checked in compare(REPO, PATTERNS) if checked.state == DAMAGED]
+    assert bad.path == folder / name
+    assert (bad.expected, bad.found) == (digest(name, FILES[name]), digest(name, (folder / name).read_bytes()))
+
+
+def test_files_that_are_shared_between_repositories_are_known_by_their_first_link(folder: Path, tmp_path: Path) -> None:
+    blob = (folder / "text_encoder/1.safetensors").resolve()
+    shared = tmp_path / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    assert states() == dict.fromkeys(FILES, OK)
+
+
+def test_what_is_gone_is_named(folder: Path) -> None:
+    (folder / "text_encoder/1.safetensors").unlink()  # the index still names it
+    (folder / "tokenizer/spiece.model").resolve().unlink()  # the link is left
+    gone = dict.fromkeys(["text_encoder/1.safetensors", "tokenizer/spiece.model"], ABSENT)
+    assert states() == {**dict.fromkeys(FILES, OK), **gone}
+
+
+def test_a_damaged_index_is_damaged_like_any_other_file(folder: Path) -> None:
+    (folder / "text_encoder/x.index.json").write_bytes(b"not json")
+    assert states()["text_encoder/x.index.json"] == DAMAGED
+
+
+def test_where_nothing_is_the_patterns_are_named(remote: FakeHub) -> None:
+    assert states() == dict.fromkeys(PATTERNS, ABSENT)
+
+
+def test_without_links_the_hub_is_asked_for_the_checksums_of_that_revision(
+    remote: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda cache_dir=None: False)
+    folder = hub.fetch_folder(REPO, PATTERNS)
+    assert folder.name == COMMIT
+    assert not any(path.is_symlink() for path in folder.rglob("*"))
+    assert states() == dict.fromkeys(FILES, OK)
+    spoil(folder / "text_encoder/2.safetensors")
+    assert states() == {**dict.fromkeys(FILES, OK), "text_encoder/2.safetensors": DAMAGED}
+    remote.refusal = (500, "")
+    assert states() == dict.fromkeys(FILES, UNKNOWN)

@@ -1,0 +1,182 @@
+"""A hub on this machine: a server that answers what huggingface_hub asks the real one for a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+
+COMMIT = "c" * 40
+CHUNK = 256  # bytes that the library writes at once; the rest of a broken one is lost
+LARGE = (".safetensors", ".gguf")  # what the real hub keeps beside git, too
+
+
+def is_large(name: str) -> bool:
+    return name.endswith(LARGE)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def digest(name: str, content: bytes) -> str:
+    return sha256(content) if is_large(name) else git_sha1(content)
+
+
+@dataclass
+class FakeHub:
+    """What the server has, how it misbehaves, and what it was asked.
+
+    Args:
+        repos: repository -> file -> content.
+        spoiled: file -> what is sent instead of its content.
+        cuts: file -> how many answers end half-way.
+        dead: after a cut, nothing is answered any more.
+        refusal: an HTTP status and the hub's name for it, for every question.
+        taken: (file, first byte) for every file that was sent, in order.
+    """
+
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    spoiled: dict[str, bytes] = field(default_factory=dict)
+    cuts: dict[str, int] = field(default_factory=dict)
+    dead: bool = False
+    refusal: tuple[int, str] | None = None
+    taken: list[tuple[str, int]] = field(default_factory=list)
+    silent: bool = False
+
+    def revive(self) -> None:
+        self.dead = self.silent = False
+
+
+class Answer(BaseHTTPRequestHandler):
+    """One answer. A large file is sent by another address, to which the first one points, as by the real hub."""
+
+    hub: FakeHub
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub = self.hub
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if hub.silent:
+            return self.hang_up()
+        if hub.refusal is not None:
+            return self.send(b"", status=hub.refusal[0], headers={"X-Error-Code": hub.refusal[1]})
+        place, _, rest = path.partition("/")
+        if place == "api":
+            return self.describe(rest.removeprefix("models/"))
+        if place == "store":
+            return self.send_file(*self.found(rest))
+        repo, _, file = path.partition("/resolve/")
+        return self.resolve(repo, file.partition("/")[2])
+
+    def describe(self, path: str) -> None:
+        """A repository, or the tree of one."""
+        repo = next((repo for repo in self.hub.repos if path == repo or path.startswith(f"{repo}/")), None)
+        if repo is None:
+            return self.send(b"", status=404, headers={"X-Error-Code": "RepoNotFound"})
+        files = self.hub.repos[repo].items()
+        if path.startswith(f"{repo}/tree/"):
+            return self.send_json([{"type": "file", "path": name, **described(name, data)} for name, data in files])
+        siblings = [{"rfilename": name, **described(name, data)} for name, data in files]
+        return self.send_json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings})
+
+    def resolve(self, repo: str, name: str) -> None:
+        content = self.hub.repos.get(repo, {}).get(name)
+        headers = {"X-Repo-Commit": COMMIT}
+        if content is None:
+            code = "EntryNotFound" if repo in self.hub.repos else "RepoNotFound"
+            return self.send(b"", status=404, headers={**headers, "X-Error-Code": code})
+        headers["ETag"] = f'"{digest(name, content)}"'
+        if not is_large(name):
+            return self.send_file(name, content, headers)
+        size = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(content))}
+        port = self.server.server_address[1]  # of another host: the library takes only such for the end of the way
+        where = f"http://localhost:{port}/store/{sha256(content)}"
+        return self.send(b"", status=302, headers={**headers, **size, "Location": where})
+
+    def found(self, sha: str) -> tuple[str, bytes]:
+        files = [pair for files in self.hub.repos.values() for pair in files.items()]
+        return next((name, content) for name, content in files if sha256(content) == sha)
+
+    def send_file(self, name: str, content: bytes, headers: Mapping[str, str] = {}) -> None:  # noqa: B006
+        """The bytes that were asked for: all, or from one on."""
+        hub, content = self.hub, self.hub.spoiled.get(name, content)
+        begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if self.command == "GET":
+            hub.taken.append((name, begin))
+        half = None
+        if self.command == "GET" and hub.cuts.get(name):
+            hub.cuts[name] -= 1
+            hub.silent = hub.dead
+            half = (len(content) - begin) // 2
+        more = {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"} if begin else {}
+        self.send(content[begin:], status=206 if begin else 200, headers={**headers, **more}, only=half)
+
+    def send_json(self, data: Any) -> None:
+        self.send(json.dumps(data).encode())
+
+    def send(self, body: bytes, *, status: int = 200, headers: Mapping[str, str] = {}, only: int | None = None) -> None:  # noqa: B006
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:only])
+
+    def hang_up(self) -> None:
+        self.close_connection = True
+
+
+def described(name: str, content: bytes) -> dict[str, Any]:
+    """A file, with what `siblings` and a tree call its properties."""
+    told: dict[str, Any] = {"size": len(content), "blobId": git_sha1(content), "oid": git_sha1(content)}
+    if is_large(name):
+        told["lfs"] = {"sha256": sha256(content), "oid": sha256(content), "size": len(content), "pointerSize": 130}
+    return told
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
+    """A hub with nothing in it, and an empty cache instead of this machine's."""
+    hub = FakeHub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundAnswer", (Answer,), {"hub": hub}))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(cache),
+        "DOWNLOAD_CHUNK_SIZE": CHUNK,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits a second before it tries again
+    huggingface_hub.utils.disable_progress_bars()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        huggingface_hub.utils.enable_progress_bars()

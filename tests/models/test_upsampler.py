@@ -1,0 +1,148 @@
+"""The latent upscaler against the official and the diffusers module, and its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
+from ltx_video.models.autoencoders.latent_upsampler import LatentUpsampler as OfficialUpsampler
+from torch import nn
+
+from kadr.checkpoints import keys
+from kadr.errors import CheckpointError
+from kadr.models.registry import RELEASED
+from kadr.models.upsampler import SPATIAL, TEMPORAL, LatentUpsampler, UpsamplerConfig
+from tests.oracles import drawn, relative, sown
+
+WAYS = {"space": (True, False), "time": (False, True), "both": (True, True)}
+KINDS = ("spatial upscaler", "temporal upscaler", "spatial and temporal upscaler")
+RELEASED_HEADER = {
+    "_class_name": "LatentUpsampler",
+    "in_channels": 128,
+    "mid_channels": 512,
+    "num_blocks_per_stage": 4,
+    "dims": 3,
+    "spatial_upsample": True,
+    "temporal_upsample": False,
+}
+
+
+def small(way: str, width: int = 32) -> UpsamplerConfig:
+    space, time = WAYS[way]
+    return UpsamplerConfig(channels=12, width=width, blocks=2, space=space, time=time)
+
+
+@pytest.fixture(params=WAYS)
+def ours(request: pytest.FixtureRequest) -> LatentUpsampler:
+    return sown(lambda: LatentUpsampler(small(request.param)))
+
+
+def with_weights_of(ours: LatentUpsampler, build: Any) -> nn.Module:
+    """Another module, built from our header, on our weights."""
+    entries = {key: value for key, value in ours.config.header().items() if key != "_class_name"}
+    with torch.device("meta"):
+        oracle = build(**entries)
+    names = keys.names(keys.UPSAMPLER, ours.state_dict())
+    state = {names[name]: weight for name, weight in ours.state_dict().items()}
+    nn.Module.load_state_dict(oracle, state, strict=True, assign=True)
+    return oracle.eval()
+
+
+# Numbers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("oracle", [OfficialUpsampler, LTXLatentUpsamplerModel], ids=["official", "diffusers"])
+@pytest.mark.parametrize("way", WAYS)
+def test_it_computes_what_the_other_implementations_do(way: str, oracle: Any) -> None:
+    ours = sown(lambda: LatentUpsampler(small(way, width=64)))  # two channels to a group
+    latents = drawn(1, 12, 3, 3, 4)
+    assert relative(ours(latents), with_weights_of(ours, oracle)(latents)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2, 4])
+def test_sides_double_and_frames_nearly_do(ours: LatentUpsampler, frames: int) -> None:
+    config = ours.config
+    sides = (8, 6) if config.space else (4, 3)
+    made = 2 * frames - 1 if config.time else frames
+    assert ours(drawn(1, 12, frames, 4, 3)).shape == (1, 12, made, *sides)
+
+
+@torch.no_grad()
+def test_each_video_of_a_batch_is_upscaled_as_if_alone(ours: LatentUpsampler) -> None:
+    batch = drawn(2, 12, 2, 4, 3)
+    alone = torch.cat([ours(video[None]) for video in batch])
+    assert relative(ours(batch), alone) < 1e-5
+
+
+def test_it_can_be_trained(ours: LatentUpsampler) -> None:
+    ours = LatentUpsampler(ours.config)
+    ours(drawn(1, 12, 2, 3, 3)).square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in ours.parameters())
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(("config", "parameters"), [(SPATIAL, 126_250_624), (TEMPORAL, 130_968_192)])
+def test_a_released_upscaler_has_the_published_count_of_parameters(config: UpsamplerConfig, parameters: int) -> None:
+    with torch.device("meta"):
+        module = LatentUpsampler(config)
+    assert sum(weight.numel() for weight in module.parameters()) == parameters
+    released = [entry for entry in RELEASED if entry.kind == config.kind]
+    assert [entry.size_bytes for entry in released] == [pytest.approx(4 * parameters, rel=0.01)] * 2
+
+
+@pytest.mark.parametrize(("way", "kind"), zip(WAYS, KINDS, strict=True))
+def test_the_kind_is_said_as_the_registry_names_it(way: str, kind: str) -> None:
+    assert small(way).kind == kind
+
+
+# Headers
+
+
+def test_the_released_header_is_read_and_written() -> None:
+    assert UpsamplerConfig.from_header(RELEASED_HEADER) == SPATIAL
+    assert SPATIAL.header() == RELEASED_HEADER
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_header_comes_back_as_it_was(way: str) -> None:
+    assert UpsamplerConfig.from_header(small(way).header()) == small(way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_official_class_reads_and_writes_the_same_header(way: str) -> None:
+    header = small(way).header()
+    with torch.device("meta"):
+        official = OfficialUpsampler.from_config(header)
+    assert OfficialUpsampler.config(official) == header
+
+
+def test_what_a_header_leaves_out_is_what_every_reader_takes_it_for() -> None:
+    header = {"in_channels": 12, "mid_channels": 64, "dims": 3}
+    assert UpsamplerConfig.from_header(header) == UpsamplerConfig(channels=12, width=64, space=True, time=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dims": 2}, "dims = 2; kadr knows only 3"),
+        ({"dims": None}, "dims = None"),
+        ({"_class_name": "LatentDownsampler"}, "_class_name = 'LatentDownsampler'"),
+        ({"spatial_upsample": False}, "neither space nor time larger"),
+        ({"spatial_upsample": 1}, "spatial_upsample = 1; it must be true or false"),
+        ({"mid_channels": 48}, "48 channels wide inside.*multiple of 32"),
+        ({"mid_channels": None}, "mid_channels = None; it must be a positive whole number"),
+        ({"in_channels": 0}, "in_channels = 0"),
+        ({"num_blocks_per_stage": True}, "num_blocks_per_stage = True"),
+        ({"spatial_scale": 1.5, "rational_resampler": True}, "has spatial_scale, rational_resampler.*LTX-2"),
+    ],
+)
+def test_a_header_that_no_released_upscaler_has_is_refused(change: Mapping[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        UpsamplerConfig.from_header({**RELEASED_HEADER, **change})

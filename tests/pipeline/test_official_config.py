@@ -1,0 +1,220 @@
+"""An official pipeline config becomes the recipe that the registry has for its model; a bad one says where it is bad."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kadr.errors import RequestError
+from kadr.models import registry
+from kadr.models.registry import DISTILLED_LEVELS, Recipe
+from kadr.pipeline.official_config import OfficialConfig
+from kadr.sampling.schedule import linear_quadratic, uniform
+from kadr.sampling.settings import Guidance, Pass
+from tests.pipeline.official_configs import OFFICIAL
+
+DEV, DISTILLED, TWO_B = "ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled", "ltxv-2b-0.9.5"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def read(folder: Path, text: str) -> OfficialConfig:
+    return OfficialConfig.read(written(folder, text))
+
+
+def flat(settings: Pass | None) -> Pass | None:
+    """A pass whose one list of blocks for each level, all the same, is that list: both mean the same."""
+    if settings is None:
+        return None
+    blocks: Any = settings.guidance.skip_blocks
+    if blocks and len(set(blocks)) == 1 and isinstance(blocks[0], tuple):
+        return replace(settings, guidance=replace(settings.guidance, skip_blocks=blocks[0]))
+    return settings
+
+
+def in_one_form(recipe: Recipe) -> Recipe:
+    first = flat(recipe.first)
+    assert first is not None
+    return replace(recipe, first=first, second=flat(recipe.second), alone=flat(recipe.alone))
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_config_of_a_released_model_is_the_recipe_of_the_registry(tmp_path: Path, name: str) -> None:
+    config = read(tmp_path, OFFICIAL[name])
+    released = registry.find(name)
+    assert in_one_form(config.recipe) == in_one_form(released.recipe)
+    assert config.checkpoint == released.file
+    assert config.precision == ("float8_e4m3fn" if name.endswith("fp8") else "bfloat16")
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_parts_are_named_as_the_registry_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, released = read(tmp_path, OFFICIAL[name]), registry.find(name)
+    upscaler = {"upscaler": [released.upscaler]} if released.upscaler else {}
+    assert config.parts() == {"model": name, "recipe": config.recipe, **upscaler}
+
+
+def test_every_released_model_has_its_config() -> None:
+    assert {model.name for model in registry.MODELS if model.repo == registry.HUB} == set(OFFICIAL)
+
+
+def test_files_beside_the_config_or_here_are_taken_before_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+    checkpoint, upscaler = there / f"{DEV}.safetensors", here / "ltxv-spatial-upscaler-0.9.8.safetensors"
+    checkpoint.touch()
+    upscaler.touch()
+    parts = read(there, OFFICIAL[DEV]).parts()
+    assert (parts["model"], parts["upscaler"]) == (str(checkpoint), [str(upscaler)])
+
+
+def test_given_parts_go_first_and_what_the_file_names_need_not_exist(tmp_path: Path) -> None:
+    text = OFFICIAL[DEV].replace(f"{DEV}.safetensors", "gone.safetensors")
+    config = read(tmp_path, text)
+    with pytest.raises(RequestError, match=r"config\.yaml: checkpoint_path is 'gone.safetensors'"):
+        config.parts()
+    parts = config.parts({"model": "demo", "upscaler": ["mine.safetensors"]})
+    assert (parts["model"], parts["upscaler"]) == ("demo", ["mine.safetensors"])
+    assert "upscaler" not in config.parts({"model": "demo"}, upscale=False)
+
+
+def test_what_is_left_out_means_what_it_means_there(tmp_path: Path) -> None:
+    recipe = read(tmp_path, "checkpoint_path: demo").recipe
+    guidance = Guidance(scale=4.5, stg=1.0, rescale=0.7)
+    assert recipe == Recipe(first=Pass(steps=20, guidance=guidance), decode_timestep=0.0, decode_noise=0.0)
+    assert read(tmp_path, "decode_timestep: 0.1").recipe.decode_noise == 0.1
+
+
+def test_top_holds_for_both_passes_unless_they_say_otherwise(tmp_path: Path) -> None:
+    text = OFFICIAL[DISTILLED].replace("stochastic_sampling: false", "stochastic_sampling: true\nguidance_scale: 7")
+    recipe = read(tmp_path, text).recipe
+    assert recipe.second is not None
+    for settings in (recipe.first, recipe.second):
+        assert settings.stochastic
+        assert settings.guidance.scale == 1
+
+
+def test_null_is_left_out(tmp_path: Path) -> None:
+    config = read(tmp_path, "skip_block_list:\nspatial_upscaler_model_path: null\nstg_scale: ~\n")
+    assert config.upscaler is None
+    assert config.recipe.first.guidance.stg == 1.0
+
+
+def test_pass_alone_goes_to_the_end(tmp_path: Path) -> None:
+    dev, distilled = (read(tmp_path, OFFICIAL[name]).recipe for name in (DEV, DISTILLED))
+    assert dev.alone == replace(dev.first, skip_final=0)
+    assert distilled.alone == replace(distilled.first, levels=DISTILLED_LEVELS)
+
+
+@pytest.mark.parametrize("said, mode", [("stg_as", "attention_skip"), ("Transformer_Block", "transformer_block")])
+def test_stg_mode_has_short_names(tmp_path: Path, said: str, mode: str) -> None:
+    text = OFFICIAL[TWO_B].replace('stg_mode: "attention_values"', f"stg_mode: {said}")
+    assert read(tmp_path, text).recipe.first.guidance.mode == mode
+
+
+@pytest.mark.parametrize("sampler, levels", [("uniform", uniform(40)), ("linear-quadratic", linear_quadratic(40))])
+def test_another_sampler_is_spelled_out_as_levels(tmp_path: Path, sampler: str, levels: Any) -> None:
+    text = OFFICIAL["ltxv-2b-0.9"].replace("from_checkpoint", sampler, 1)
+    first = read(tmp_path, text).recipe.first
+    assert first.levels == tuple(levels.tolist())
+    assert first.steps is None
+
+
+def test_another_sampler_skips_as_the_passes_say(tmp_path: Path) -> None:
+    recipe = read(tmp_path, OFFICIAL[DEV].replace("from_checkpoint", "uniform", 1)).recipe
+    levels = tuple(uniform(30).tolist())
+    assert recipe.second is not None
+    assert recipe.alone is not None
+    assert (recipe.first.levels, recipe.second.levels, recipe.alone.levels) == (levels[:27], levels[17:], levels)
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("stg_scale: 1", "stg_sacle: 1", ["stg_sacle", "stg_scale"]),
+        ("stg_scale: 1", "42: 1", ["42", "no key"]),
+        ("stg_scale: 1", "stg_scale: strong", ["stg_scale", "'strong'", "number"]),
+        ("stg_scale: 1", "stg_scale: true", ["stg_scale", "True"]),
+        ("stg_scale: 1", "stg_scale: [1, 2]", ["stg_scale", "guidance_timesteps"]),
+        ("guidance_scale: 3", "guidance_scale: 0.5", ["guidance_scale", "0.5", "1 is off"]),
+        ("steps: 40", "steps: 4.5", ["num_inference_steps", "4.5", "whole"]),
+        ("steps: 40", "steps: 40\nskip_final_inference_steps: -1", ["skip_final_inference_steps", "-1"]),
+        ("steps: 40", "steps: 40\ntimesteps: [0.5, 0.9]", ["timesteps", "fall"]),
+        ("steps: 40", "steps: 40\ntimesteps: [0.9, 0.5]\nskip_initial_inference_steps: 1", ["timesteps", "skipped"]),
+        ("skip_block_list: [19]", "skip_block_list: [x]", ["skip_block_list", "'x'"]),
+        ("stochastic_sampling: false", "stochastic_sampling: 0", ["stochastic_sampling", "true or false"]),
+        ('stg_mode: "attention_values"', "stg_mode: residual", ["stg_mode", "changes nothing"]),
+        ('stg_mode: "attention_values"', "stg_mode: [a]", ["stg_mode", "text"]),
+        ("decode_timestep: 0.05", "decode_timestep: [0.05]", ["decode_timestep", "number"]),
+        ("decode_timestep: 0.05", "decode_timestep: 2", ["decode_timestep", "2", "between 0 and 1"]),
+        ("pipeline_type: base", "pipeline_type: basic", ["pipeline_type", "multi-scale"]),
+        ("pipeline_type: base", "pipeline_type: base\nfirst_pass: {}", ["first_pass", "base"]),
+        ("pipeline_type: base", "pipeline_type: multi-scale", ["downscale_factor", "missing"]),
+        ('precision: "bfloat16"', "precision: int4", ["precision", "int4", "float8_e4m3fn"]),
+        ('sampler: "from_checkpoint"', "sampler: karras", ["sampler", "karras", "uniform"]),
+    ],
+)
+def test_bad_value_is_named_with_its_key_and_its_file(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in OFFICIAL[TWO_B]
+    with pytest.raises(RequestError) as refusal:
+        read(tmp_path, OFFICIAL[TWO_B].replace(old, new, 1))
+    message = str(refusal.value)
+    assert [word for word in ("config.yaml", *words) if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("  stg_scale: [1]", "  stg_scale: [1, 2]", ["second_pass: ", "2 values for 1"]),
+        ("  stg_scale: [1]", "  stg_scales: [1]", ["second_pass: stg_scales", "stg_scale?"]),
+        ("  stg_scale: [1]", "  precision: bfloat16", ["second_pass: precision", "top of the file"]),
+        ("downscale_factor: 0.6666666", "downscale_factor: 1.5", ["downscale_factor", "1.5"]),
+        ("second_pass:\n  guidance_scale: [1]", "second_pass: twice\nignored:", ["ignored"]),
+    ],
+)
+def test_bad_value_in_a_pass_is_named_with_the_pass(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in OFFICIAL[DEV]
+    with pytest.raises(RequestError) as refusal:
+        read(tmp_path, OFFICIAL[DEV].replace(old, new, 1))
+    assert [word for word in ("config.yaml", *words) if word not in str(refusal.value)] == []
+
+
+def test_pass_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    text = "pipeline_type: multi-scale\ndownscale_factor: 0.5\nfirst_pass: 1\nsecond_pass: 2\n"
+    with pytest.raises(RequestError, match="first_pass is 1"):
+        read(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- a\n- b", "a: [1", "a: !!python/object:os.system {}", "\0"])
+def test_what_is_no_config_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RequestError, match=r"config\.yaml"):
+        read(tmp_path, text)
+
+
+def test_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.yaml", tmp_path):
+        with pytest.raises(RequestError, match=path.name):
+            OfficialConfig.read(path)
+    large = tmp_path / "model.safetensors"
+    with large.open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(RequestError, match="too many"):
+        OfficialConfig.read(large)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(RequestError, match="not text"):
+        OfficialConfig.read(binary)

@@ -1,0 +1,38 @@
+"""Statistics and tone of whole latents, against the official code and in closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ltx_video.pipelines.pipeline_ltx_video import LTXVideoPipeline, adain_filter_latent
+
+from kadr.sampling.latents import adain, tone_map
+
+LATENTS = torch.randn(2, 6, 3, 4, 5, generator=torch.Generator().manual_seed(1)) * 2 + 0.5
+REFERENCE = torch.randn(2, 6, 3, 2, 3, generator=torch.Generator().manual_seed(2)) * 0.7 - 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_adain_is_the_official_one(share: float) -> None:
+    torch.testing.assert_close(adain(LATENTS, REFERENCE, share), adain_filter_latent(LATENTS, REFERENCE, share))
+
+
+def test_adain_gives_each_channel_the_reference_s_mean_and_deviation() -> None:
+    made = adain(LATENTS, REFERENCE)
+    for made_value, wanted in zip(torch.std_mean(made, (2, 3, 4)), torch.std_mean(REFERENCE, (2, 3, 4)), strict=True):
+        torch.testing.assert_close(made_value, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compression", [0.1, 0.6, 1.0])
+def test_tone_mapping_is_the_official_one(compression: float) -> None:
+    torch.testing.assert_close(tone_map(LATENTS, compression), LTXVideoPipeline.tone_map_latents(LATENTS, compression))
+
+
+def test_tone_mapping_has_the_known_values() -> None:
+    given = torch.tensor([-3, -1, -0.1, 0, 0.5, 2, 5])
+    known = torch.tensor([-1.948725, -0.82, -0.094053, 0, 0.447971, 1.382133, 3.201343])
+    torch.testing.assert_close(tone_map(given, 0.6), known, rtol=0, atol=1e-6)
+
+
+def test_no_compression_changes_nothing() -> None:
+    assert tone_map(LATENTS, 0.0) is LATENTS

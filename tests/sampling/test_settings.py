@@ -1,0 +1,116 @@
+"""Guidance and passes as data: lists over levels, what is left open, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from kadr.errors import RequestError
+from kadr.models.registry import BY_NAME
+from kadr.sampling.schedule import Schedule
+from kadr.sampling.settings import Guidance, Pass, Strengths
+
+DEV = BY_NAME["ltxv-13b-0.9.8-dev"].recipe
+LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
+# Step by step, as the official package resolves the lists of its config: see docs/parity.md.
+RESOLVED = (
+    (1, (1, 0, 1, ())),
+    (2, (1, 0, 1, (11, 25, 35, 39))),
+    (2, (6, 4, 0.5, (22, 35, 39))),
+    (5, (8, 4, 0.5, (28,))),
+    (4, (6, 4, 1, (28,))),
+    (5, (1, 2, 1, (28,))),
+    (8, (1, 1, 1, (28,))),
+)
+
+
+def test_the_first_pass_of_13b_dev_is_resolved_as_the_official_package_does() -> None:
+    levels = LINEAR_QUADRATIC.levels(30, tokens=5600, skip_final=3).tolist()
+    wanted = [Strengths(*values) for count, values in RESOLVED for _ in range(count)]
+    assert [DEV.first.guidance.strengths(level) for level in levels] == wanted
+
+
+def test_the_second_pass_of_13b_dev_is_resolved_as_the_official_package_does() -> None:
+    assert DEV.second is not None
+    levels = LINEAR_QUADRATIC.levels(30, tokens=22400, skip_initial=17).tolist()
+    assert len(levels) == 13
+    assert {DEV.second.guidance.strengths(level) for level in levels} == {Strengths(1, 1, 1, (27,))}
+
+
+def test_a_level_takes_the_first_entry_at_or_below_it_and_the_last_where_there_is_none() -> None:
+    guidance = Guidance(scale=(2.0, 3.0, 4.0), at=(1.0, 0.5, 0.25))
+    taken = {level: guidance.strengths(level).scale for level in (1.0, 0.9, 0.5, 0.3, 0.25, 0.1)}
+    assert taken == {1.0: 2.0, 0.9: 3.0, 0.5: 3.0, 0.3: 4.0, 0.25: 4.0, 0.1: 4.0}
+
+
+def test_levels_are_compared_as_float32() -> None:
+    almost = 0.1 + 1e-10  # the same float32 as 0.1
+    assert Guidance(scale=(2.0, 3.0), at=(almost, 0.0)).strengths(0.1).scale == 2.0
+
+
+def test_what_is_open_is_taken_from_the_other_and_is_off_in_the_end() -> None:
+    mixed = Guidance(scale=5.0).over(Guidance(scale=(1.0, 2.0), stg=(0.0, 1.0), at=(1.0, 0.5), skip_blocks=(3,)))
+    assert mixed.strengths(0.5) == Strengths(5.0, 1.0, 1.0, (3,))
+    assert Guidance().strengths(0.5) == Strengths(1.0, 0.0, 1.0, ())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"scale": 0.5}, "guidance is 0.5; it must lie between 1 and 100; 1 is off"),
+        ({"scale": float("nan")}, "guidance is nan"),
+        ({"scale": ()}, "guidance is an empty list"),
+        ({"scale": (1.0, "3")}, "guidance is '3'"),
+        ({"stg": -1}, "stg is -1"),
+        ({"rescale": 1.5}, "rescale is 1.5"),
+        ({"skip_blocks": (1, -2)}, "skipped blocks"),
+        ({"skip_blocks": ((1,), 2)}, "skipped blocks"),
+        ({"skip_blocks": 7}, "skipped blocks"),
+        ({"mode": "residual"}, "In these models it changes nothing"),
+        ({"mode": "attention"}, "must be one of attention_values, attention_skip, transformer_block"),
+        ({"at": (0.5, 1.0)}, "must fall"),
+        ({"cfg_star": 1}, "true or false"),
+    ],
+)
+def test_a_guidance_that_means_nothing_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match="(?i)" + told.replace("(", r"\(")):
+        Guidance(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"scale": (1.0, 2.0)}, "guidance has 2 values, and no levels"),
+        ({"stg": (1.0, 2.0), "at": (1.0,)}, "stg has 2 values for 1 levels"),
+        ({"skip_blocks": ((1,), (2,)), "at": (1.0, 0.5, 0.1)}, "the skipped blocks has 2 values for 3 levels"),
+    ],
+)
+def test_lists_that_do_not_fit_their_levels_are_refused_when_they_are_used(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError, match=told):
+        Guidance(**values).strengths(0.5)
+
+
+def test_a_pass_fills_its_timing_as_a_whole() -> None:
+    distilled = Pass(levels=(1.0, 0.7, 0.4), stochastic=False, tone_map=0.6)
+    assert Pass().over(distilled) == distilled
+    assert Pass(steps=5).over(distilled).levels is None
+    assert Pass(skip_final=1).over(distilled) == Pass(steps=3, skip_final=1, stochastic=False, tone_map=0.6)
+    assert Pass(levels=(0.9,)).over(Pass(steps=8, skip_initial=2)) == Pass(levels=(0.9,))
+
+
+@pytest.mark.parametrize("name", ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled"])
+def test_a_pass_comes_back_from_json(name: str) -> None:
+    second = BY_NAME[name].recipe.second
+    assert second is not None
+    assert Pass.from_json(json.loads(json.dumps(asdict(second)))) == second
+
+
+@pytest.mark.parametrize(
+    "values", [{"steps": 0}, {"steps": 2.5}, {"tone_map": 2}, {"levels": (1.0,), "skip_final": 1}, {"guidance": 3.0}]
+)
+def test_a_pass_that_means_nothing_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        Pass(**values)
