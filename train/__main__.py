@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from train import transformer, vae
+from train import distill, transformer, tuning, upsampler, vae
 from train.export import export
 
 ASSETS = Path(__file__).parent.parent / "src" / "kadr" / "assets" / "demo"
+
+
+STAGES: dict[str, Callable[[Path], object]] = {
+    "vae": vae.train,
+    "transformer": lambda runs: transformer.train(runs, vae.trained(runs)),
+    "tuning": lambda runs: tuning.tune(runs, vae.trained(runs)),
+    "distill": lambda runs: distill.distill(runs, vae.trained(runs)),
+    "upsampler": lambda runs: upsampler.train(runs, vae.trained(runs)),
+}
 
 
 def main() -> None:
@@ -18,13 +28,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="states, logs and the tokenizer")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="where the finished model goes")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--stage", choices=("all", "vae", "transformer", "export"), default="all")
+    parser.add_argument("--stage", choices=("all", *STAGES, "export"), default="all")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    if chosen.stage in ("all", "vae"):
-        vae.train(chosen.runs)
-    if chosen.stage in ("all", "transformer"):
-        transformer.train(chosen.runs, vae.trained(chosen.runs))
+    for name, train in STAGES.items():
+        if chosen.stage in ("all", name):
+            train(chosen.runs)
     if chosen.stage in ("all", "export"):
         export(chosen.runs, chosen.assets)
 

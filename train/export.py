@@ -9,16 +9,20 @@ from pathlib import Path
 
 import torch
 
-from kadr.checkpoints.save import write_single_file, write_text_encoder
+from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upsampler
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
+from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.schedule import Schedule
 from kadr.text.tokenizer import Tokenizer
-from train.transformer import DEMO_T5, DEMO_TRANSFORMER
+from train.distill import LEVELS
+from train.transformer import DEMO_TRANSFORMER, build
+from train.upsampler import DEMO_UPSAMPLER
 from train.vae import DEMO_VAE
 
-LIMIT = 25_000_000  # bytes that may be shipped
+LIMITS = {"demo.safetensors": 25_000_000, "demo-distilled.safetensors": 11_000_000, "demo-upscaler.safetensors": 5_000_000}
+CURVES = ("vae", "transformer", "tuned", "distilled", "upsampler")
 
 
 def _trimmed(text: T5Encoder, vocabulary: int) -> T5Encoder:
@@ -31,22 +35,29 @@ def _trimmed(text: T5Encoder, vocabulary: int) -> T5Encoder:
 
 
 def export(runs: Path, assets: Path) -> None:
-    """Write `assets`/demo.safetensors, text_encoder and tokenizer from the averaged weights in `runs`."""
-    vae, text, transformer = VAE(DEMO_VAE), T5Encoder(DEMO_T5), Transformer(DEMO_TRANSFORMER)
-    vae.load_state_dict(torch.load(runs / "vae.pt", weights_only=True)["average"])
-    state = torch.load(runs / "transformer.pt", weights_only=True)
-    both = torch.nn.ModuleDict({"text": text, "transformer": transformer})
-    both.load_state_dict(state["average"])
-    text = _trimmed(text, Tokenizer.open(runs / "tokenizer" / "spiece.model").size)
+    """Write the checkpoints, text_encoder and tokenizer into `assets` from the averaged weights in `runs`."""
     assets.mkdir(parents=True, exist_ok=True)
-    schedule = Schedule(sampler="LinearQuadratic")
+    both = build()
+    both.load_state_dict(_averaged(runs, "tuned"))
+    vae, distilled, upsampler = VAE(DEMO_VAE), Transformer(DEMO_TRANSFORMER), LatentUpsampler(DEMO_UPSAMPLER)
+    for module, name in ((vae, "vae"), (distilled, "distilled"), (upsampler, "upsampler")):
+        module.load_state_dict(_averaged(runs, name))
+    schedule, few = Schedule(sampler="LinearQuadratic"), Schedule(sampler="LinearQuadratic", allowed=LEVELS)
+    stored = {"dtype": torch.bfloat16}
     write_single_file(
-        assets / "demo.safetensors", transformer=transformer, vae=vae, schedule=schedule, dtype=torch.bfloat16
+        assets / "demo.safetensors", transformer=both["transformer"], vae=vae, schedule=schedule, **stored
     )
-    write_text_encoder(assets, text, runs / "tokenizer" / "spiece.model", dtype=torch.bfloat16)
-    for curve in ("vae.csv", "transformer.csv"):
-        shutil.copy(runs / curve, Path(__file__).parent / "curves" / curve)
-    size = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file())
-    print(json.dumps({"bytes": size, "limit": LIMIT, "steps": state["step"]}))
-    if size > LIMIT:
-        raise SystemExit(f"the demo model takes {size:,} bytes; at most {LIMIT:,} may be shipped")
+    write_single_file(assets / "demo-distilled.safetensors", transformer=distilled, schedule=few, **stored)
+    write_upsampler(assets / "demo-upscaler.safetensors", upsampler, **stored)
+    text = _trimmed(both["text"], Tokenizer.open(runs / "tokenizer" / "spiece.model").size)
+    write_text_encoder(assets, text, runs / "tokenizer" / "spiece.model", **stored)
+    for curve in CURVES:
+        shutil.copy(runs / f"{curve}.csv", Path(__file__).parent / "curves" / f"{curve}.csv")
+    sizes = {path.name: path.stat().st_size for path in assets.glob("*.safetensors")}
+    print(json.dumps({"bytes": sizes, "limits": LIMITS}))
+    if large := [name for name, size in sizes.items() if size > LIMITS[name]]:
+        raise SystemExit(f"{', '.join(large)} is larger than may be shipped")
+
+
+def _averaged(runs: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(runs / f"{name}.pt", weights_only=True)["average"]

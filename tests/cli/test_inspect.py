@@ -1,4 +1,4 @@
-"""`kadr inspect` and `kadr models`: what is in a file, and what can be named."""
+"""`kadr inspect`: what is in a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from kadr.checkpoints.save import write_upsampler
 from kadr.cli.table import columns, in_words
 from kadr.media.video import VideoWriter
-from kadr.models.registry import RELEASED
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.shapes import Size
 from tests import tiny
@@ -94,27 +93,6 @@ def test_file_that_is_no_model_is_explained(
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: ")
     assert len(ended.err.splitlines()) == 1
-
-
-def test_models_lists_every_released_one(kadr: Run) -> None:
-    ended = kadr("models")
-    assert ended.code == 0, ended.err
-    head, *rows = ended.out.splitlines()
-    assert head.split() == ["name", "version", "bytes", "on", "disk", "licence"]
-    assert [row.split()[0] for row in rows] == [released.name for released in RELEASED]
-    assert "kadr generate --model" in ended.err
-
-
-def test_models_says_what_is_on_disk(kadr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kadr.checkpoints import hub
-
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(7))
-    monkeypatch.setattr(hub, "on_disk", lambda repo, name: file if "0.9.8" in name and "2b" in name else None)
-    entries = {entry["name"]: entry for entry in json.loads(kadr("models", "--json").out)}
-    here = entries["ltxv-2b-0.9.8-distilled"]
-    assert (here["on_disk"], here["bytes"]) == (str(file), 7)
-    assert entries["ltxv-13b-0.9.8-dev"]["on_disk"] is None
 
 
 def test_columns_line_up() -> None:

@@ -19,6 +19,7 @@ from tests.cli.conftest import Ended, FakeEngine
 
 Run = Callable[..., Ended]
 Film = Callable[..., Path]
+UPSCALERS = ("spatial_upscaler", "temporal_upscaler")
 REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, fps=24.0, seed=3, steps=4)
 
 
@@ -69,7 +70,27 @@ def test_vae_of_its_own_is_taken_again(kadr: Run, engine: FakeEngine, film: Film
     assert engine.opened[0][1]["vae"] == vae
 
 
-@pytest.mark.parametrize("part", ["model", "text_encoder", "vae"])
+def test_parts_of_the_second_pass_are_taken_again(kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path) -> None:
+    paths = {name: str(tmp_path / f"{name}.safetensors") for name in ("second_model", *UPSCALERS)}
+    for path in paths.values():
+        Path(path).touch()
+    upscalers = [paths[name] for name in UPSCALERS]
+    assert kadr("rerun", film(**paths)).code == 0
+    assert kadr("rerun", film(**paths), "--model", "demo").code == 0
+    for _, options in engine.opened:
+        assert (options["second_model"], options["upscaler"]) == (paths["second_model"], upscalers)
+
+
+def test_released_parts_of_the_second_pass_that_moved_are_opened_by_name(
+    kadr: Run, engine: FakeEngine, film: Film
+) -> None:
+    model, upscaler = "/gone/ltx-video-2b-v0.9.5.safetensors", "/gone/ltxv-spatial-upscaler-0.9.8.safetensors"
+    assert kadr("rerun", film(second_model=model, spatial_upscaler=upscaler)).code == 0
+    options = engine.opened[0][1]
+    assert (options["second_model"], options["upscaler"]) == ("ltxv-2b-0.9.5", ["ltxv-spatial-upscaler-0.9.8"])
+
+
+@pytest.mark.parametrize("part", ["model", "text_encoder", "vae", "second_model", *UPSCALERS])
 def test_missing_part_of_the_model_is_named(kadr: Run, engine: FakeEngine, film: Film, part: str) -> None:
     ended = kadr("rerun", film(**{part: "/gone/part"}))
     assert (ended.code, ended.out, engine.opened) == (1, "", [])

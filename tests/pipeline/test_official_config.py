@@ -1,4 +1,4 @@
-"""An official pipeline config becomes the recipe that the registry has for its model; a bad one says where it is bad."""
+"""An official pipeline config becomes the recipe that the registry has for its model; a bad one says where."""
 
 from __future__ import annotations
 
@@ -29,35 +29,17 @@ def read(folder: Path, text: str) -> OfficialConfig:
     return OfficialConfig.read(written(folder, text))
 
 
-def flat(settings: Pass | None) -> Pass | None:
-    """A pass whose one list of blocks for each level, all the same, is that list: both mean the same."""
-    if settings is None:
-        return None
-    blocks: Any = settings.guidance.skip_blocks
-    if blocks and len(set(blocks)) == 1 and isinstance(blocks[0], tuple):
-        return replace(settings, guidance=replace(settings.guidance, skip_blocks=blocks[0]))
-    return settings
-
-
-def in_one_form(recipe: Recipe) -> Recipe:
-    first = flat(recipe.first)
-    assert first is not None
-    return replace(recipe, first=first, second=flat(recipe.second), alone=flat(recipe.alone))
-
-
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_config_of_a_released_model_is_the_recipe_of_the_registry(tmp_path: Path, name: str) -> None:
     config = read(tmp_path, OFFICIAL[name])
     released = registry.find(name)
-    assert in_one_form(config.recipe) == in_one_form(released.recipe)
+    assert config.recipe == released.recipe
     assert config.checkpoint == released.file
     assert config.precision == ("float8_e4m3fn" if name.endswith("fp8") else "bfloat16")
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_parts_are_named_as_the_registry_names_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_parts_are_named_as_the_registry_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     config, released = read(tmp_path, OFFICIAL[name]), registry.find(name)
     upscaler = {"upscaler": [released.upscaler]} if released.upscaler else {}

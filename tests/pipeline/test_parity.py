@@ -19,15 +19,18 @@ from torch import Tensor
 from kadr import Condition, Engine, Request
 from kadr.errors import RequestError
 from kadr.media.frames import to_unit
+from kadr.media.video import VideoWriter
 from kadr.models.registry import DISTILLED_LEVELS
 from kadr.pipeline import generate
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.schedule import Schedule
-from kadr.shapes import LatentGrid, Size
+from kadr.sampling.settings import Guidance, Pass
+from kadr.shapes import Size
 from tests.pipeline import official
-from tests.tiny import CHANNELS, LINEAR_QUADRATIC, MODEL, SHIFTED, write
+from tests.tiny import CHANNELS, LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
 
 LATENTS, PIXELS = 5e-6, 1e-5  # relative errors; found were 6e-7 and 1e-6, ten times what one rounding makes
+UPSCALER = "upscaler.safetensors"
 DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
 MODELS: dict[str, dict[str, Any]] = {
     "0.9": {"family": "0.9", "causal": False, "schedule": SHIFTED},
@@ -52,17 +55,42 @@ PLAIN: dict[str, Any] = {
 }
 
 
+GUIDED: dict[str, Any] = {"scale": 3.0, "stg": 1.5, "rescale": 0.7, "skip_blocks": (1,)}
+
+
+def guidance(**values: Any) -> Guidance:
+    return Guidance(**{**GUIDED, **values})
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model, what its request has of its own, and the strength of the picture at frame 0."""
+    """A model, what its request has of its own, and its conditions: kind, frame and strength of each."""
 
     model: str
-    strength: float | None = None
+    conditions: tuple[tuple[str, int, float], ...] = ()
     fields: dict[str, Any] = field(default_factory=dict)
 
 
 def case(model: str, strength: float | None = None, **fields: Any) -> Case:
-    return Case(model, strength, fields)
+    """With a picture at frame 0 of that strength."""
+    return Case(model, () if strength is None else (("picture", 0, strength),), fields)
+
+
+def given(*conditions: tuple[str, int, float], model: str = "0.9.5", **fields: Any) -> Case:
+    return Case(model, conditions, {"steps": 3, "frames": 25, "size": Size(64, 64), **fields})
+
+
+LEVELS = (0.9094, 0.725, 0.4219)
+MULTI_SCALE: dict[str, Any] = {
+    "multi_scale": True,
+    "size": Size(100, 70),
+    "frames": 9,
+    "steps": None,
+    "levels": (1.0, 0.95, 0.7),
+    "guidance": guidance(),
+    "tone_map": 0.3,  # of the first pass, which decodes nothing
+    "second": Pass(levels=LEVELS, guidance=Guidance(scale=1.0, stg=1.0, skip_blocks=(0,)), tone_map=0.6),
+}
 
 
 ODD = {"size": Size(50, 71), "frames": 12}
@@ -97,6 +125,65 @@ CASES = {
     "picture at 0.6, stochastic": case("0.9.1", 0.6, stochastic=True),
     "picture, uncompressed": case("0.9.5", 1.0, image_crf=0, steps=2),
     "picture, an odd size": case("0.9.5", 1.0, steps=2, **ODD),
+    "stg, attention values": case("0.9.5", guidance=guidance(rescale=1.0)),
+    "stg, attention skip": case("0.9.5", guidance=guidance(mode="attention_skip")),
+    "stg, whole blocks": case("0.9.5", guidance=guidance(mode="transformer_block", skip_blocks=(0,))),
+    "stg, both blocks, without guidance": case("0.9.5", guidance=guidance(scale=1.0, skip_blocks=(0, 1))),
+    "stg, no block": case("0.9.5", guidance=guidance(skip_blocks=())),
+    "cfg-star": case("0.9.5", guidance=guidance(cfg_star=True)),
+    "guidance by level": case(
+        "0.9.5",
+        steps=6,
+        guidance=Guidance(
+            scale=(1.0, 4.0, 6.0, 1.0),
+            stg=(0.0, 0.0, 2.0, 1.0),
+            rescale=(1.0, 1.0, 0.5, 0.5),
+            skip_blocks=((), (0,), (0, 1), (1,)),
+            at=(1.0, 0.985, 0.9, 0.3),
+            cfg_star=True,
+        ),
+    ),
+    "guidance and stg with a picture": case("0.9.5", 0.8, guidance=guidance(cfg_star=True)),
+    "clip at 0": given(("clip", 0, 1.0)),
+    "clip at 0, strength 0.6, stochastic": given(("clip", 0, 0.6), stochastic=True),
+    "keyframe": given(("picture", 13, 1.0)),
+    "keyframe, strength 0.5, not causal": given(("picture", 13, 0.5), model="0.9"),
+    "keyframe, stochastic": given(("picture", 24, 0.7), stochastic=True),
+    "sequence": given(("long clip", 8, 1.0)),
+    "sequence, strength 0.7": given(("long clip", 8, 0.7), guidance=guidance()),
+    "sequence of the first two latents alone": given(("clip", 16, 1.0)),
+    "picture and keyframe": given(("picture", 0, 1.0), ("picture", 20, 0.9)),
+    "keyframe, then picture, then clip": given(("picture", 12, 0.8), ("picture", 0, 0.6), ("clip", 16, 1.0)),
+    "clip at both ends": given(("clip", 0, 1.0), ("clip", 16, 1.0), image_noise=0.0),
+    "conditions of an odd size": given(("clip", 0, 1.0), ("picture", 11, 0.9), size=Size(71, 50), frames=18),
+    "video to video": given(video="moved", steps=6, skip_initial=4),
+    "video to video by levels, with a picture": given(
+        ("picture", 0, 1.0), model="0.9.8 distilled", video="moved", steps=None, levels=LEVELS, guidance=1.0
+    ),
+    "video to video of an odd size": given(video="moved", steps=6, skip_initial=4, size=Size(71, 50), frames=14),
+    "two passes": case("0.9.5", **MULTI_SCALE),
+    "two passes, distilled": case(
+        "0.9.8 distilled",
+        **{
+            **MULTI_SCALE,
+            "levels": (1.0, 0.9812, 0.725),
+            "guidance": 1.0,
+            "second": Pass(levels=LEVELS, guidance=Guidance(scale=1.0), tone_map=0.6),
+        },
+    ),
+    "two passes, steps of each": case(
+        "0.9.5",
+        **{
+            **MULTI_SCALE,
+            "levels": None,
+            "steps": 5,
+            "skip_final": 1,
+            "second": Pass(steps=6, skip_initial=4, guidance=guidance(), stochastic=True),
+        },
+    ),
+    "two passes with a picture and a keyframe": given(("picture", 0, 0.9), ("picture", 20, 0.8), **MULTI_SCALE | {"frames": 25}),
+    "two passes with a clip": given(("clip", 0, 1.0), **MULTI_SCALE | {"frames": 17}),
+    "two passes, not conditioned decoder": case("0.9", **MULTI_SCALE),
 }
 
 
@@ -116,7 +203,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(scope="module")
 def engine(home: Callable[[str], Path]) -> Callable[[str], Engine]:
     opened: dict[str, Engine] = {}
-    return lambda model: opened.setdefault(model, Engine.open(home(model) / MODEL, device="cpu"))
+
+    def find(model: str) -> Engine:
+        if model not in opened:
+            upscaler = write_upscaler(home(model) / UPSCALER)
+            opened[model] = Engine.open(home(model) / MODEL, upscaler=upscaler, device="cpu")
+        return opened[model]
+
+    return find
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +239,28 @@ def relative(ours: Tensor, expected: Tensor) -> float:
     return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def asked(given: Case, photo: Path) -> Request:
-    conditions = () if given.strength is None else (Condition(media=str(photo), strength=given.strength),)
-    return Request(**{**PLAIN, "conditions": conditions, **given.fields})
+@pytest.fixture(scope="module")
+def media(photo: Path) -> dict[str, Path]:
+    """A picture, and clips of 9, 17 and 25 frames in which it moves."""
+    with Image.open(photo) as picture:
+        pixels = np.asarray(picture)
+    made = {"picture": photo}
+    for name, frames in (("clip", 9), ("long clip", 17), ("moved", 25)):
+        made[name] = photo.with_name(f"{name}.mp4")
+        with VideoWriter(made[name], Size(100, 120), 24.0) as writer:
+            writer.write(np.stack([np.roll(pixels, (3 * frame, 2 * frame), (0, 1)) for frame in range(frames)]))
+    return made
+
+
+def asked(given: Case, media: dict[str, Path]) -> Request:
+    conditions = tuple(
+        Condition(media=str(media[kind]), frame=frame, strength=strength)
+        for kind, frame, strength in given.conditions
+    )
+    fields = {**PLAIN, "conditions": conditions, **given.fields}
+    if "video" in fields:
+        fields["video"] = str(media[fields["video"]])
+    return Request(**fields)
 
 
 def decoded(
@@ -160,31 +273,35 @@ def decoded(
     return torch.cat(kept, dim=1), frames
 
 
+def _asked_shape(request: Request) -> tuple[int, int, int]:
+    assert isinstance(request.size, Size)
+    assert request.frames is not None
+    return request.frames, request.size.height, request.size.width
+
+
 @pytest.mark.parametrize("given", CASES.values(), ids=CASES)
 def test_latents_pixels_and_frames_are_the_official_ones(
     given: Case,
+    home: Callable[[str], Path],
     engine: Callable[[str], Engine],
     oracle: Callable[[str], Any],
-    photo: Path,
+    media: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
-    request = asked(given, photo)
-    expected = official.run(oracle(given.model), request)
-    assert isinstance(request.size, Size)
-    assert request.frames is not None
-    grid, streams = LatentGrid.of(request.size, request.frames), NoiseStreams(request.seed)
-    shape = (1, CHANNELS, grid.frames, grid.height, grid.width)
-    latents = engine(given.model).denoise(request, noise=streams.draw("initial", shape))
-    noise = streams.draw("decode", shape)
-    pixels, frames = decoded(engine(given.model), latents, request, noise, monkeypatch)
-
+    request = asked(given, media)
+    upsampler = official.open_upsampler(home(given.model) / UPSCALER) if request.multi_scale else None
+    ours = engine(given.model)
+    expected = official.run(oracle(given.model), request, upsampler=upsampler)
+    latents = ours.denoise(request)
+    noise = NoiseStreams(request.seed).draw("decode", latents.shape)
+    pixels, frames = decoded(ours, latents, request, noise, monkeypatch)
     error = relative(latents, expected.latents), relative(pixels, expected.pixels[0])
     record_property("relative errors", error)
     assert error[0] <= LATENTS
     assert error[1] <= PIXELS
     off = (frames.int() - expected.frames.int()).abs()  # official frames are cut off, not rounded: a hair moves them
-    assert frames.shape == expected.frames.shape == (request.frames, request.size.height, request.size.width, 3)
+    assert frames.shape == expected.frames.shape == (*_asked_shape(request), 3)
     assert off.max() <= 1
     assert off.float().mean() < 1e-3
 
@@ -199,9 +316,9 @@ def test_latents_pixels_and_frames_are_the_official_ones(
     ids=["linear-quadratic", "SD3, with a picture", "levels, with a picture at 0.6"],
 )
 def test_latents_to_start_from_are_mixed_with_noise_as_the_official_pipeline_does(
-    given: Case, engine: Callable[[str], Engine], oracle: Callable[[str], Any], photo: Path
+    given: Case, engine: Callable[[str], Engine], oracle: Callable[[str], Any], media: dict[str, Path]
 ) -> None:
-    request = asked(given, photo)
+    request = asked(given, media)
     start = NoiseStreams(99).draw("start", (1, CHANNELS, 3, 3, 2))
     made = engine(given.model).denoise(request, start=start)
     assert relative(made, official.run(oracle(given.model), request, start).latents) <= LATENTS
@@ -223,12 +340,12 @@ def test_kadr_draws_a_stream_wherever_the_official_pipeline_draws_noise(
     drawn: list[str],
     engine: Callable[[str], Engine],
     oracle: Callable[[str], Any],
-    photo: Path,
+    media: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which also shows that the comparison above has fed every noise."""
     given = CASES[name]
-    request = asked(given, photo)
+    request = asked(given, media)
     assert list(official.run(oracle(given.model), request).drawn) == drawn
     ours: list[str] = []
     draw = NoiseStreams.draw
@@ -238,10 +355,10 @@ def test_kadr_draws_a_stream_wherever_the_official_pipeline_draws_noise(
 
 
 def test_the_comparison_would_notice_another_frame_rate_position_or_noise(
-    engine: Callable[[str], Engine], oracle: Callable[[str], Any], photo: Path
+    engine: Callable[[str], Engine], oracle: Callable[[str], Any], media: dict[str, Path]
 ) -> None:
     given = CASES["picture, linear-quadratic, causal"]
-    request = asked(given, photo)
+    request = asked(given, media)
     expected = official.run(oracle(given.model), request).latents
     for change in (
         {"fps": 23.0},
@@ -256,9 +373,9 @@ def test_the_comparison_would_notice_another_frame_rate_position_or_noise(
 
 
 def test_a_distilled_model_refuses_what_the_official_pipeline_refuses(
-    engine: Callable[[str], Engine], oracle: Callable[[str], Any], photo: Path
+    engine: Callable[[str], Engine], oracle: Callable[[str], Any], media: dict[str, Path]
 ) -> None:
-    request = asked(case("0.9.8 distilled", steps=6), photo)
+    request = asked(case("0.9.8 distilled", steps=6), media)
     with pytest.raises(AssertionError, match="Invalid inference timestep"):
         official.run(oracle("0.9.8 distilled"), request)
     with pytest.raises(RequestError, match="distilled for the noise levels"):

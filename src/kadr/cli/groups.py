@@ -36,14 +36,13 @@ def taking(flags: type[F]) -> Callable[[Callable[[str, F], None]], Callable[...,
 
     The verb is called with its first argument and the filled dataclass; the parser sees one long signature.
     """
-    groups = {name: group for name, group in get_type_hints(flags).items() if name in {f.name for f in fields(flags)}}
+    groups = get_type_hints(flags)
 
     def wrap(verb: Callable[[str, F], None]) -> Callable[..., None]:
         @wraps(verb)
         def run(prompt: str, **given: Any) -> None:
             filled = {
-                name: group(**{flag.name: given[flag.name] for flag in fields(group)})
-                for name, group in groups.items()
+                name: group(**{flag.name: given[flag.name] for flag in fields(group)}) for name, group in groups.items()
             }
             verb(prompt, flags(**filled))
 

@@ -49,7 +49,7 @@ class OutputFlags:
         Path | None, _flag("--output", "PATH", "The .mp4 to write or replace; else out.mp4, out-2.mp4, ...")
     ] = None
     json: Json = False
-    dry_run: Annotated[bool, _flag("--dry-run", None, "Print what would be done, step by step, and do nothing.")] = False
+    dry_run: Annotated[bool, _flag("--dry-run", None, "Print what would be done, step by step; make nothing.")] = False
     save_latents: Annotated[
         Path | None, _flag("--save-latents", "PATH", "Also write the latents, before decoding, as .safetensors.")
     ] = None
@@ -108,7 +108,7 @@ class DenoisingFlags:
     """Denoising"""
 
     steps: Annotated[_Int, _flag("--steps", "N", "Steps of denoising.")] = None
-    levels: Annotated[_Text, _flag("--levels", "1.0,0.9,...", "The noise levels themselves, instead of --steps.")] = None
+    levels: Annotated[_Text, _flag("--levels", "1.0,0.9,...", "Noise levels themselves, instead of --steps.")] = None
     skip_initial: Annotated[int, _flag("--skip-initial", "N", "Leave out the first N noise levels.")] = 0
     skip_final: Annotated[int, _flag("--skip-final", "N", "Leave out the last N noise levels.")] = 0
     stochastic: Annotated[
@@ -165,9 +165,7 @@ class DecodingFlags:
     tone_map: Annotated[
         _Float, _flag("--tone-map", "X", "How strongly extremes are pressed together, 0 to 1; of a single pass.")
     ] = None
-    decode_timestep: Annotated[
-        _Float, _flag("--decode-timestep", "X", "The noise level that the decoder is told.")
-    ] = None
+    decode_timestep: Annotated[_Float, _flag("--decode-timestep", "X", "Noise level that the decoder is told.")] = None
     decode_noise: Annotated[_Float, _flag("--decode-noise", "X", "Share of noise mixed in before decoding.")] = None
 
 

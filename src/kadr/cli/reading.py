@@ -71,10 +71,10 @@ def condition(flag: str, text: str) -> Condition:
     except ValueError as error:
         wanted = f"frame {frame!r} and strength {strength!r} must be a whole number and a number: PATH FRAME STRENGTH."
         raise typer.BadParameter(wanted, param_hint=flag) from error
-    clip, part = (True, None) if flag == "--video" else (None, None)
-    if clip:
-        path, part = _parted(flag, path)
-    return Condition(media=absolute(path), frame=at, strength=share, clip=clip, part=part, box=box)
+    if flag != "--video":
+        return Condition(media=absolute(path), frame=at, strength=share, box=box)
+    path, part = _parted(flag, path)
+    return Condition(media=absolute(path), frame=at, strength=share, clip=True, part=part, box=box)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

@@ -72,9 +72,7 @@ def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -
     parts = _second_parts(record)
     if model is None:
         model = _model(record)
-        # The VAE is the model's own where the same file is noted for both.
-        own = record.get("vae") == record.get("model")
-        parts |= {"text_encoder": _text_encoder(record), "vae": None if own else _there("VAE", record.get("vae"))}
+        parts |= {"text_encoder": _text_encoder(record), "vae": _vae(record, model)}
     device = device or str(record.get("device", "auto"))
     return making.open_engine(model, **parts, device=device, dtype=str(record.get("dtype", "auto")))
 
@@ -94,7 +92,7 @@ def _part(what: str, path: str) -> str:
     from kadr.models.registry import RELEASED
 
     file = Path(path).name
-    named = [entry.name for entry in RELEASED if entry.repo is not None and file == f"{entry.stem}.safetensors"]
+    named = [entry.name for entry in RELEASED if file == f"{entry.stem}.safetensors"]
     return named[0] if named and not Path(path).exists() else str(_there(what, path, otherwise=""))
 
 
@@ -108,6 +106,15 @@ def _model(record: Mapping[str, Any]) -> str:
         if not Path(path).exists() or (here is not None and here.resolve() == Path(path).resolve()):
             return released.name
     return str(_there("model", path))
+
+
+def _vae(record: Mapping[str, Any], model: str) -> Path | None:
+    """Its file; None, the model's own, where the same is noted for both or that of a released model has moved."""
+    from kadr.models.registry import BY_NAME
+
+    path, released = record.get("vae"), BY_NAME.get(model)
+    moved = released is not None and released.vae is not None and not (path and Path(path).exists())
+    return None if moved or path == record.get("model") else _there("VAE", path)
 
 
 def _text_encoder(record: Mapping[str, Any]) -> Path | None:

@@ -52,7 +52,7 @@ def checked(entry: Released) -> Iterator[Result]:
     """
     if entry.repo is not None:
         return (Result(entry, file) for file in compare(entry.repo, entry.files))
-    return (Result(entry, file) for file in _opened((PACKAGE / entry.file).parent))
+    return (Result(entry, file) for file in _opened(PACKAGE / entry.file))
 
 
 def require_whole(results: Sequence[Result], *, there: str = "") -> None:
@@ -83,12 +83,12 @@ def wrong_size(entry: Released, size: int) -> bool:
     return stated is not None and abs(size - stated) > CLOSE * stated
 
 
-def _opened(folder: Path) -> Iterator[Checked]:
+def _opened(file: Path) -> Iterator[Checked]:
     from kadr.checkpoints.header import read_header
 
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in (file, *sorted(file.parent.glob("text_encoder/*.safetensors"))):
         read_header(path)
-        yield Checked(path.relative_to(folder).as_posix(), path, OPENS)
+        yield Checked(path.relative_to(file.parent).as_posix(), path, OPENS)
 
 
 def _fault(result: Result) -> str:

@@ -146,8 +146,20 @@ _13B_DEV = Recipe(
         ),
     ),
 )
+DEMO_LEVELS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
+_DEMO_WAYS: dict[str, Any] = {"negative_prompt": "", "fps": 24.0, "frames": 25, "downscale": 0.5}
 _DEMO = Recipe(
-    first=Pass(steps=24, guidance=Guidance(scale=3.0)), negative_prompt="", fps=24.0, size=Size(128, 128), frames=25
+    first=Pass(steps=24, guidance=Guidance(scale=3.0)),
+    second=Pass(levels=DEMO_LEVELS[4:], guidance=Guidance(scale=1.0)),
+    size=Size(128, 128),
+    **_DEMO_WAYS,
+)
+_DEMO_DISTILLED = Recipe(
+    multi_scale=True,
+    first=Pass(levels=DEMO_LEVELS, guidance=Guidance(scale=1.0)),
+    second=Pass(levels=DEMO_LEVELS[4:], guidance=Guidance(scale=1.0)),
+    size=Size(256, 256),
+    **_DEMO_WAYS,
 )
 
 
@@ -188,7 +200,18 @@ RELEASED: tuple[Released, ...] = (
         repo=None,
         file="assets/demo/demo.safetensors",
         licence="Apache-2.0",
+        upscaler="demo-upscaler",
         recipe=_DEMO,
+    ),
+    Released(
+        name="demo-distilled",
+        version="demo-distilled",
+        repo=None,
+        file="assets/demo/demo-distilled.safetensors",
+        licence="Apache-2.0",
+        upscaler="demo-upscaler",
+        vae="demo",
+        recipe=_DEMO_DISTILLED,
     ),
     _model(
         "ltxv-2b-0.9",
@@ -230,6 +253,14 @@ RELEASED: tuple[Released, ...] = (
             ("0.9.8-distilled", _13B_DISTILLED),
         )
         for fp8 in ("", "-fp8")
+    ),
+    Released(
+        name="demo-upscaler",
+        version="demo",
+        kind="spatial upscaler",
+        repo=None,
+        file="assets/demo/demo-upscaler.safetensors",
+        licence="Apache-2.0",
     ),
     *(_upscaler("spatial", version, 505_000_000) for version in ("0.9.7", "0.9.8")),
     *(_upscaler("temporal", version, 524_000_000) for version in ("0.9.7", "0.9.8")),

@@ -124,9 +124,10 @@ class DryEngine:
         own = recipe or (first.released.recipe if first.released else Recipe())
         if second is not first and second.released is not None and second.released.recipe.second is not None:
             own = replace(own, second=second.released.recipe.second, multi_scale=True)
+        named = first.released if first.released and first.released.name == str(model) else None
         others = [_text(text_encoder, first)]
-        if vae is not None:
-            others.append(_part("vae", vae, "model")[0])
+        if wanted_vae := vae or (named and named.vae):
+            others.append(_part("vae", wanted_vae, "model")[0])
         return cls((first, second), tuple(_upscaler(one) for one in wanted), tuple(others), own)
 
     def resolve(self, request: Request) -> Request:
@@ -222,8 +223,8 @@ def _part(role: str, given: str | Path, *kinds: str) -> tuple[DryPart, Released 
     released = registry.find(str(given))
     if released.kind not in kinds:
         raise RequestError(f"{released.name} is a {released.kind}; for the {role}, {_known(kinds)}.")
-    path = on_disk(released)
-    return DryPart(role, released.name, path, None if path else released.size_bytes), released
+    here = on_disk(released)
+    return DryPart(role, released.name, here, None if here else released.size_bytes), released
 
 
 def _known(kinds: Iterable[str]) -> str:

@@ -206,7 +206,8 @@ def _refuse_unknown(place: _Place, data: Mapping[Any, Any], known: Sequence[str]
         if key in TOP:
             raise place.error(key, "stands in a pass; it belongs at the top of the file.")
         near = get_close_matches(str(key), known, n=1) or get_close_matches(str(key), TOP, n=1)
-        raise place.error(key, f"is no key of a pipeline config. {f'Did you mean {near[0]}?' if near else 'Remove it.'}")
+        advice = f"Did you mean {near[0]}?" if near else "Remove it."
+        raise place.error(key, f"is no key of a pipeline config. {advice}")
 
 
 def _check_top(place: _Place, data: Mapping[str, Any]) -> None:
@@ -311,7 +312,7 @@ def _alone(first: Pass, second: Pass) -> Pass | None:
 
 
 def _spelled_out(place: _Place, settings: Pass, sampler: str | None) -> Pass:
-    """The pass with the levels of a sampler that is not the checkpoint's: it shifts nothing, so any size has the same."""
+    """The pass with the levels of a sampler that is not the checkpoint's: it shifts nothing, so they fit any size."""
     if sampler is None or settings.steps is None:
         return settings
     from kadr.sampling.schedule import Schedule  # loads torch
