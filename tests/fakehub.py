@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import huggingface_hub
 import pytest
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 COMMIT = "c" * 40
+NONE: Mapping[str, str] = {}
 CHUNK = 256  # bytes that the library writes at once; the rest of a broken one is lost
 LARGE = (".safetensors", ".gguf")  # what the real hub keeps beside git, too
 
@@ -45,8 +46,9 @@ class FakeHub:
         repos: repository -> file -> content.
         spoiled: file -> what is sent instead of its content.
         cuts: file -> how many answers end half-way.
-        dead: after a cut, nothing is answered any more.
+        dead: after a cut it falls silent.
         refusal: an HTTP status and the hub's name for it, for every question.
+        silent: nothing is answered.
         taken: (file, first byte) for every file that was sent, in order.
     """
 
@@ -55,8 +57,8 @@ class FakeHub:
     cuts: dict[str, int] = field(default_factory=dict)
     dead: bool = False
     refusal: tuple[int, str] | None = None
-    taken: list[tuple[str, int]] = field(default_factory=list)
     silent: bool = False
+    taken: list[tuple[str, int]] = field(default_factory=list)
 
     def revive(self) -> None:
         self.dead = self.silent = False
@@ -117,7 +119,7 @@ class Answer(BaseHTTPRequestHandler):
         files = [pair for files in self.hub.repos.values() for pair in files.items()]
         return next((name, content) for name, content in files if sha256(content) == sha)
 
-    def send_file(self, name: str, content: bytes, headers: Mapping[str, str] = {}) -> None:  # noqa: B006
+    def send_file(self, name: str, content: bytes, headers: Mapping[str, str] = NONE) -> None:
         """The bytes that were asked for: all, or from one on."""
         hub, content = self.hub, self.hub.spoiled.get(name, content)
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
@@ -134,7 +136,9 @@ class Answer(BaseHTTPRequestHandler):
     def send_json(self, data: Any) -> None:
         self.send(json.dumps(data).encode())
 
-    def send(self, body: bytes, *, status: int = 200, headers: Mapping[str, str] = {}, only: int | None = None) -> None:  # noqa: B006
+    def send(
+        self, body: bytes, *, status: int = 200, headers: Mapping[str, str] = NONE, only: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -173,10 +177,10 @@ def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits a second before it tries again
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
     try:
         yield hub
     finally:
         server.shutdown()
         server.server_close()
-        huggingface_hub.utils.enable_progress_bars()
+        enable_progress_bars()

@@ -24,6 +24,7 @@ from train.progress import Average, Log, resume, save
 from train.transformer import is_matrix
 from train.tuning import Batch, Trainer, noised, shaken, tokenized, velocities, worlds
 
+BATCHES = tuning.Recipe(batch=48, large_batch=12, caption_dropout=0.0)
 LEVELS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
 
 
@@ -40,7 +41,7 @@ class Recipe:
     matrix_rate: float = 1.2e-3
     other_rate: float = 4e-4
     average: float = 0.97
-    batches: tuning.Recipe = tuning.Recipe(batch=48, large_batch=12, caption_dropout=0.0)
+    batches: tuning.Recipe = BATCHES
     seed: int = 2
 
 

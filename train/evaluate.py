@@ -10,6 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,17 @@ import torch
 from PIL import Image
 
 from kadr import Condition, Engine, Request
-from train.judge import judge
-from train.shapes import Scene, held_out_captions, plain_caption, render
+from kadr.media.video import VideoWriter
+from kadr.shapes import Size
+from train.judge import judge, track
+from train.shapes import CLIP_FRAMES, COLOURS, STAGE, Scene, held_out_captions, plain_caption, render
 
 PROPERTIES = ("colour", "shape", "background", "motion")
+FRAMES_PER_SECOND = 24.0
+MIDDLE = 13  # the frame of a keyframe
+JOINED = 6.0  # pixels of the stage
+FOLLOWED = 10.0
+RECOLOUR = 0.85  # strength of video to video
 
 
 def obeyed(engine: Engine, captions: Sequence[tuple[str, Scene]], *, guidance: float | None = None) -> dict[str, float]:
@@ -47,10 +55,113 @@ def kept(engine: Engine, captions: Sequence[tuple[str, Scene]]) -> dict[str, flo
     return {"psnr_mean": float(np.mean(kept_db)), "psnr_least": min(kept_db), "motion": moved / len(captions)}
 
 
-def picture(scene: Scene) -> np.ndarray:
-    """The first frame of a scene, uint8 (H, W, 3)."""
-    pixels = render([scene], 1)[0, :, 0]
-    return ((pixels / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
+def keyframes(engine: Engine, captions: Sequence[tuple[str, Scene]], frame: int = MIDDLE) -> dict[str, float]:
+    """A picture in the middle: how well it is met, in dB against the VAE's own round trip, and how the motion joins it.
+
+    "joins" is the share of videos whose shape is within JOINED pixels of its place in the scene at that frame, jumps
+    by no more than that from the line through its neighbours, and moves as told.
+    """
+    met, joined = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, (_, scene) in enumerate(captions):
+            path = Path(folder) / f"{seed}.png"
+            Image.fromarray(picture(scene, frame)).save(path)
+            condition = Condition(media=str(path), frame=frame)
+            video = engine.generate(Request(prompt=plain_caption(scene), seed=seed, conditions=(condition,)))
+            met.append(psnr(video.frames[frame], round_trip(engine, path)))
+            seen, true = track(video.frames), track(pictures(scene, CLIP_FRAMES))
+            jump = seen[frame] - (seen[frame - 2] + seen[frame + 2]) / 2
+            near = np.abs(seen[frame] - true[frame]).max() < JOINED and np.abs(jump).max() < JOINED
+            joined += bool(near) and judge(video.frames).motion == scene.motion
+    return {"psnr_mean": float(np.mean(met)), "psnr_least": min(met), "joins": joined / len(captions)}
+
+
+def extended(
+    engine: Engine, captions: Sequence[tuple[str, Scene]], *, given: int, backward: bool = False
+) -> dict[str, float]:
+    """A clip of `given` frames goes on, or is led up to: how far its shape is from the scene's own track.
+
+    Distances are of the centre, in pixels, at the frame farthest from what was given, and at the seam's neighbour.
+    "follows" is the share of videos within FOLLOWED at the far end.
+    """
+    far, near = (0, CLIP_FRAMES - given - 1) if backward else (CLIP_FRAMES - 1, given)
+    distances = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, (_, scene) in enumerate(captions):
+            path = Path(folder) / f"{seed}.mp4"
+            first = CLIP_FRAMES - given if backward else 0
+            true = pictures(scene, CLIP_FRAMES)
+            with VideoWriter(path, Size(STAGE, STAGE), FRAMES_PER_SECOND) as writer:
+                writer.write(true[first : first + given])
+            condition = Condition(media=str(path), frame=first)
+            video = engine.generate(Request(prompt=plain_caption(scene), seed=seed, conditions=(condition,)))
+            off = np.linalg.norm((track(video.frames) - track(true))[:, :2], axis=1)
+            distances.append((off[far], off[near]))
+    ends = np.nan_to_num(np.array(distances), nan=STAGE)
+    follows = float((ends[:, 0] < FOLLOWED).mean())
+    return {"far": float(np.median(ends[:, 0])), "near": float(np.median(ends[:, 1])), "follows": follows}
+
+
+def recoloured(engine: Engine, captions: Sequence[tuple[str, Scene]], strength: float = RECOLOUR) -> dict[str, float]:
+    """Video to video with another colour in the prompt: the shares that take it and that keep the motion."""
+    took = moved = 0
+    names = tuple(COLOURS)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, (_, scene) in enumerate(captions):
+            path = Path(folder) / f"{seed}.mp4"
+            with VideoWriter(path, Size(STAGE, STAGE), FRAMES_PER_SECOND) as writer:
+                writer.write(pictures(scene, CLIP_FRAMES))
+            other = replace(scene, colour=names[(names.index(scene.colour) + 3) % len(names)])
+            request = Request(prompt=plain_caption(other), seed=seed, video=str(path), video_strength=strength)
+            verdict = judge(engine.generate(request).frames)
+            took += verdict.colour == other.colour
+            moved += verdict.motion == scene.motion
+    return {"colour": took / len(captions), "motion": moved / len(captions)}
+
+
+def sharpened(engine: Engine, captions: Sequence[tuple[str, Scene]]) -> dict[str, float]:
+    """Two passes against the first one resized to the same size: how steep the edges are, and what is obeyed.
+
+    Steepness is the mean of the one per cent largest steps between neighbouring pixels, in grey levels of 255, over all
+    frames: edges, and nothing else, are that steep in this world.
+    """
+    steep: list[tuple[float, float, float]] = []
+    right = dict.fromkeys(PROPERTIES, 0)
+    for seed, (caption, scene) in enumerate(captions):
+        both = engine.generate(Request(prompt=caption, seed=seed, size=(256, 256), multi_scale=True))
+        first = engine.recipe.first
+        alone = Request(prompt=caption, seed=seed, size=(128, 128), multi_scale=False).with_passes(first, None)
+        resized = np.stack([np.asarray(Image.fromarray(f).resize((256, 256), Image.Resampling.BICUBIC))
+                            for f in engine.generate(alone).frames])  # fmt: skip
+        steep.append((steepness(both.frames), steepness(resized), steepness(pictures(scene, CLIP_FRAMES, 256))))
+        for name, seen, told in zip(PROPERTIES, judge(both.frames), scene.key, strict=True):
+            right[name] += seen == told
+    made, before, true = np.array(steep).T
+    return {
+        "two passes": float(made.mean()),
+        "resized": float(before.mean()),
+        "scenes": float(true.mean()),
+        "sharper": float((made > before).mean()),
+        **{name: count / len(captions) for name, count in right.items()},
+    }
+
+
+def steepness(frames: np.ndarray) -> float:
+    """See `sharpened`. frames: uint8 (F, H, W, 3)."""
+    grey = frames.astype(np.float32).mean(-1)
+    steps = np.abs(np.concatenate([np.diff(grey, axis=1).ravel(), np.diff(grey, axis=2).ravel()]))
+    return float(np.sort(steps)[-len(steps) // 100 :].mean())
+
+
+def picture(scene: Scene, frame: int = 0) -> np.ndarray:
+    """One frame of a scene, uint8 (H, W, 3)."""
+    return pictures(scene, 1, first=frame)[0]
+
+
+def pictures(scene: Scene, frames: int, side: int = STAGE, first: int = 0) -> np.ndarray:
+    """Frames of a scene, uint8 (F, H, W, 3)."""
+    pixels = render([scene], frames, (side, side), first_frame=first)[0]
+    return ((pixels / 2 + 0.5) * 255).round().byte().permute(1, 2, 3, 0).numpy()
 
 
 @torch.no_grad()

@@ -21,7 +21,11 @@ from train.transformer import DEMO_TRANSFORMER, build
 from train.upsampler import DEMO_UPSAMPLER
 from train.vae import DEMO_VAE
 
-LIMITS = {"demo.safetensors": 25_000_000, "demo-distilled.safetensors": 11_000_000, "demo-upscaler.safetensors": 5_000_000}
+LIMITS = {
+    "demo.safetensors": 25_000_000,
+    "demo-distilled.safetensors": 11_000_000,
+    "demo-upscaler.safetensors": 5_000_000,
+}
 CURVES = ("vae", "transformer", "tuned", "distilled", "upsampler")
 
 

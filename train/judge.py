@@ -77,6 +77,27 @@ def judge(frames: np.ndarray) -> Verdict:
     return Verdict(colour, _shape(blobs, coverage), background, _motion(blobs, scale))
 
 
+def track(frames: np.ndarray) -> np.ndarray:
+    """Where the shape is in every frame: float64 (F, 3), x, y and radius of a disc of its area, in pixels of the stage.
+
+    NaN where no shape is seen. frames: uint8 (F, H, W, 3).
+    """
+    scale = min(frames.shape[1:3]) / STAGE
+    pixels = _smooth(frames.astype(np.float32))
+    paper = np.median(_border(pixels, width=max(1, round(4 * scale))), axis=0)
+    distance = np.linalg.norm(pixels - paper, axis=-1)
+    strongest = np.percentile(distance, 99.5)
+    places = np.full((len(frames), 3), np.nan)
+    if strongest < FAINTEST_INK:
+        return places
+    ink = np.median(pixels[distance > 0.8 * strongest], axis=0)
+    coverage = np.clip((distance / np.linalg.norm(ink - paper) - 0.15) / 0.7, 0, 1)
+    for frame, blob in enumerate(map(_find_blob, range(len(coverage)), coverage)):
+        if blob and blob.area > SMALLEST_BLOB * scale**2:
+            places[frame] = blob.x / scale, blob.y / scale, math.sqrt(blob.area / math.pi) / scale
+    return places
+
+
 def _smooth(pixels: np.ndarray) -> np.ndarray:
     """Mean over 3 x 3 pixels: takes two thirds of the noise away. float32 (F, H, W, 3)."""
     padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")

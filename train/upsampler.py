@@ -77,5 +77,3 @@ def train(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> LatentUpsampler:
 
 def _is_matrix(name: str) -> bool:
     return "norm" not in name
-
-

@@ -94,7 +94,10 @@ def test_a_part_of_a_repository_is_fetched_and_the_rest_is_not(cache: Path, remo
         (["text_encoder/model.safetensors", "tokenizer/spiece.model"], True),
         (["text_encoder/model.safetensors"], False),
         (["text_encoder/1.safetensors", "text_encoder/x.index.json", "tokenizer/spiece.model"], False),
-        (["text_encoder/1.safetensors", "text_encoder/2.safetensors", "text_encoder/x.index.json", "tokenizer/t"], True),
+        (
+            ["text_encoder/1.safetensors", "text_encoder/2.safetensors", "text_encoder/x.index.json", "tokenizer/t"],
+            True,
+        ),
     ],
 )
 def test_a_part_of_a_repository_counts_as_here_when_all_of_it_is(cache: Path, files: list[str], whole: bool) -> None:
@@ -220,6 +223,6 @@ def test_what_breaks_on_the_way_is_said_in_words(
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(CheckpointError, match="could not be fetched: .*(cut|No space left)") as caught:
+    with pytest.raises(CheckpointError, match=r"could not be fetched: .*(cut|No space left)") as caught:
         hub.fetch(REPO, FILE)
     assert caught.value.__cause__ is error

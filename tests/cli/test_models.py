@@ -60,7 +60,8 @@ def test_list_says_what_is_on_disk_and_how_large_it_is(kadr: Run, remote: FakeHu
     kadr("models", "pull", NAME)
     for words in (["models", "--json"], ["models", "list", "--json"]):
         entries = {entry["name"]: entry for entry in json.loads(kadr(*words).out)}
-        assert {name for name, entry in entries.items() if entry["on_disk"]} == {"demo", NAME, UPSCALER, TEXT}
+        here = {name for name, entry in entries.items() if entry["on_disk"] and entry["repo"]}
+        assert here == {NAME, UPSCALER, TEXT}
         assert entries[NAME]["bytes"] == len(FILES[MODEL_FILE])
         assert entries[TEXT]["bytes"] == sum(map(len, TEXT_FILES.values()))
         assert (entries[UPSCALER]["kind"], entries[UPSCALER]["repo"]) == ("spatial upscaler", HUB)
@@ -209,12 +210,13 @@ def test_demo_comes_with_kadr(kadr: Run) -> None:
     pulled = kadr("models", "pull", "demo")
     assert pulled.code == 0, pulled.err
     assert "demo comes with kadr" in pulled.err
-    assert Path(pulled.out.strip()).is_file()
+    assert all(Path(line).is_file() for line in pulled.out.splitlines())
     verified = kadr("models", "verify", "demo")
     assert verified.code == 0, verified.err
     assert [row.split() for row in verified.out.splitlines()[1:]] == [
         ["demo.safetensors", "demo", "opens"],
         ["text_encoder/model.safetensors", "demo", "opens"],
+        ["demo-upscaler.safetensors", "demo-upscaler", "opens"],
     ]
 
 

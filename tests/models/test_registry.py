@@ -1,4 +1,4 @@
-"""The registry is data: names that resolve, files that exist, sizes that follow from the shapes, the official recipes."""
+"""The registry is data: names that resolve, sizes that follow from the shapes, the official recipes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from kadr.shapes import Size, snap_frames
 
 HOSTED = [released for released in MODELS if released.repo]
 FP8 = [released for released in HOSTED if released.name.endswith("-fp8")]
-PARTS = [released for released in RELEASED if released.kind != "model"]
+PARTS = [released for released in RELEASED if released.kind != "model" and released.repo]
 MATRIX = re.compile(r"layers\.\d+\.(self_attention|text_attention|feed_forward)\.(q|k|v|out|up|down)\.weight")
 T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
 
@@ -111,7 +111,9 @@ def as_pass(told: dict[str, Any]) -> Pass:
 def test_every_name_is_an_official_one() -> None:
     assert list(OFFICIAL) == [released.name for released in HOSTED]
     assert list(OFFICIAL_PARTS) == [released.name for released in PARTS]
-    assert len(BY_NAME) == len(RELEASED)
+    bundled = [released.name for released in RELEASED if released.repo is None]
+    assert bundled == ["demo", "demo-distilled", "demo-upscaler"]
+    assert len(BY_NAME) == len(RELEASED) == len(OFFICIAL) + len(OFFICIAL_PARTS) + len(bundled)
     assert all(find(released.name) is released for released in RELEASED)
 
 
@@ -159,7 +161,7 @@ def test_a_model_needs_itself_its_upscaler_and_its_text_encoder() -> None:
     names = [entry.name for entry in needs(find("ltxv-13b-0.9.7-dev-fp8"))]
     assert names == ["ltxv-13b-0.9.7-dev-fp8", "ltxv-spatial-upscaler-0.9.7", TEXT]
     assert [entry.name for entry in needs(find("ltxv-2b-0.9.5"))] == ["ltxv-2b-0.9.5", TEXT]
-    assert needs(find("demo")) == (find("demo"),)
+    assert [entry.name for entry in needs(find("demo-distilled"))] == ["demo-distilled", "demo-upscaler", "demo"]
 
 
 def test_a_model_without_a_vae_needs_the_one_it_names_once() -> None:
@@ -197,7 +199,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(asked: str, near: str) -> 
 
 
 def test_a_name_near_to_none_is_answered_with_all() -> None:
-    with pytest.raises(RequestError, match=r"Known are demo, ltxv-2b-0\.9,"):
+    with pytest.raises(RequestError, match=r"Known are demo, .*ltxv-2b-0\.9,.*t5-v1\.1-xxl"):
         find("zzzzzzzz")
 
 

@@ -181,7 +181,9 @@ CASES = {
             "second": Pass(steps=6, skip_initial=4, guidance=guidance(), stochastic=True),
         },
     ),
-    "two passes with a picture and a keyframe": given(("picture", 0, 0.9), ("picture", 20, 0.8), **MULTI_SCALE | {"frames": 25}),
+    "two passes with a picture and a keyframe": given(
+        ("picture", 0, 0.9), ("picture", 20, 0.8), **MULTI_SCALE | {"frames": 25}
+    ),
     "two passes with a clip": given(("clip", 0, 1.0), **MULTI_SCALE | {"frames": 17}),
     "two passes, not conditioned decoder": case("0.9", **MULTI_SCALE),
 }
@@ -254,8 +256,7 @@ def media(photo: Path) -> dict[str, Path]:
 
 def asked(given: Case, media: dict[str, Path]) -> Request:
     conditions = tuple(
-        Condition(media=str(media[kind]), frame=frame, strength=strength)
-        for kind, frame, strength in given.conditions
+        Condition(media=str(media[kind]), frame=frame, strength=strength) for kind, frame, strength in given.conditions
     )
     fields = {**PLAIN, "conditions": conditions, **given.fields}
     if "video" in fields:

@@ -154,10 +154,11 @@ def digest_at(repo: str, name: str, path: Path) -> str | None:
 
 
 def digest_shown(path: Path, name: str, like: str) -> str:
-    """As `digest_of`, with a bar that looks as those of the library."""
+    """As `digest_of`, with a bar on a terminal, as the library shows them."""
     from huggingface_hub.utils import tqdm
 
-    with tqdm(total=path.stat().st_size, desc=f"checking {name}", unit="B", unit_scale=True) as bar:
+    size = path.stat().st_size
+    with tqdm(total=size, desc=f"checking {name}", unit="B", unit_scale=True, disable=None) as bar:
         return digest_of(path, like=like, watch=bar.update)
 
 

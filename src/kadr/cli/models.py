@@ -38,9 +38,9 @@ def listed(as_json: options.Json = False) -> None:
     if as_json:
         print(json.dumps(entries))
         return
-    rows = [("name", "kind", "version", "bytes", "on disk", "licence")]
-    rows += [_row(released, entry) for released, entry in zip(RELEASED, entries, strict=True)]
-    print("\n".join(columns(rows)))
+    head = ("name", "kind", "version", "bytes", "on disk", "licence")
+    rows = [_row(released, entry) for released, entry in zip(RELEASED, entries, strict=True)]
+    print("\n".join(columns([head, *rows])))
     say(EPILOG)
 
 

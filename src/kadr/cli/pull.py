@@ -31,6 +31,7 @@ def pull(name: Name, as_json: options.Json = False) -> None:
     hub.check_room(name, sum(file.left for files in coming.values() for file in files))
     places = {}
     for entry in entries:
+        say(f"{'fetching' if entry in coming else 'checking'} {entry.name}")
         if entry not in coming:
             require_whole(list(checked(entry)))
         places[entry] = released_file(entry)

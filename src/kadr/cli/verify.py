@@ -52,7 +52,7 @@ def checked(entry: Released) -> Iterator[Result]:
     """
     if entry.repo is not None:
         return (Result(entry, file) for file in compare(entry.repo, entry.files))
-    return (Result(entry, file) for file in _opened(PACKAGE / entry.file))
+    return (Result(entry, file) for file in _opened(entry))
 
 
 def require_whole(results: Sequence[Result], *, there: str = "") -> None:
@@ -83,10 +83,12 @@ def wrong_size(entry: Released, size: int) -> bool:
     return stated is not None and abs(size - stated) > CLOSE * stated
 
 
-def _opened(file: Path) -> Iterator[Checked]:
+def _opened(entry: Released) -> Iterator[Checked]:
     from kadr.checkpoints.header import read_header
 
-    for path in (file, *sorted(file.parent.glob("text_encoder/*.safetensors"))):
+    file = PACKAGE / entry.file
+    beside = file.parent.glob("text_encoder/*.safetensors") if entry.kind == "model" else ()
+    for path in (file, *sorted(beside)):
         read_header(path)
         yield Checked(path.relative_to(file.parent).as_posix(), path, OPENS)
 
@@ -119,7 +121,7 @@ def _told(result: Result) -> dict[str, str | None]:
     return {
         "of": entry.name,
         "file": file.name,
-        "path": file.path and str(file.path),
+        "path": str(file.path) if file.path else None,
         "state": file.state,
         "expected": file.expected,
         "found": file.found,

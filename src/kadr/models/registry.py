@@ -20,6 +20,7 @@ TEXT_FILES = ("text_encoder/*", "tokenizer/*")
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 DOWNSCALE = 0.6666666  # of both sides, in the first of two passes: the official configs' own digits
 _WIDE = Size(1216, 704)
+_USUAL = Pass(steps=40, guidance=Guidance(scale=3.0))
 DISTILLED_LEVELS = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
 
 
@@ -40,7 +41,7 @@ class Recipe:
         image_noise: how much noise conditioning pictures get, times the square of the level.
     """
 
-    first: Pass = Pass(steps=40, guidance=Guidance(scale=3.0))
+    first: Pass = _USUAL
     second: Pass | None = None
     alone: Pass | None = None
     multi_scale: bool = False
@@ -123,9 +124,7 @@ _DISTILLED = Recipe(
     second=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE),
     alone=Pass(levels=DISTILLED_LEVELS, guidance=_NO_GUIDANCE),
 )
-_13B_DISTILLED = replace(
-    _DISTILLED, second=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE, tone_map=0.6)
-)
+_13B_DISTILLED = replace(_DISTILLED, second=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE, tone_map=0.6))
 _13B_GUIDANCE = Guidance(
     at=(1.0, 0.996, 0.9933, 0.985, 0.9767, 0.9008, 0.618),
     scale=(1.0, 1.0, 6.0, 8.0, 6.0, 1.0, 1.0),
@@ -141,9 +140,7 @@ _13B_DEV = Recipe(
     second=Pass(
         steps=30,
         skip_initial=17,
-        guidance=Guidance(
-            at=(1.0,), scale=(1.0,), stg=(1.0,), rescale=(1.0,), skip_blocks=(27,), cfg_star=True
-        ),
+        guidance=Guidance(at=(1.0,), scale=(1.0,), stg=(1.0,), rescale=(1.0,), skip_blocks=(27,), cfg_star=True),
     ),
 )
 DEMO_LEVELS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
@@ -165,9 +162,7 @@ _DEMO_DISTILLED = Recipe(
 
 def _model(name: str, version: str, file: str, size: int, layers: int, **more: Any) -> Released:
     parts: dict[str, Any] = {"vae_family": "0.9.5", "text_encoder": TEXT, "licence": _OPEN_WEIGHTS, **more}
-    return Released(
-        name=name, version=version, file=f"{file}.safetensors", size_bytes=size, layers=layers, **parts
-    )
+    return Released(name=name, version=version, file=f"{file}.safetensors", size_bytes=size, layers=layers, **parts)
 
 
 # The sizes are tensors times bytes: 1923 M or 13043 M numbers of transformer, 419 M, 935 M or 1247 M of VAE; float32 in

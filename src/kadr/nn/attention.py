@@ -9,7 +9,6 @@ from kadr.nn.linear import Linear
 from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
 
-
 # What may take the place of an attention's outcome, before its last layer.
 VALUES, INPUT = "values", "input"
 

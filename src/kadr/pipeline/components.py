@@ -148,9 +148,9 @@ def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:
     """
     transformer = checkpoint.detected.transformer
     if transformer is None:
-        raise CheckpointError(f"{checkpoint.path} holds no transformer; give a checkpoint that does as --model.")
+        raise checkpoint.lacks("transformer")
     if vae.detected.vae is None:
-        raise CheckpointError(f"{vae.path} holds no VAE; give one with --vae, such as the full checkpoint.")
+        raise vae.lacks("vae")
     if vae.detected.vae.latent_channels != transformer.channels:
         raise CheckpointError(
             f"the VAE of {vae.path} has {vae.detected.vae.latent_channels} latent channels, the transformer of "

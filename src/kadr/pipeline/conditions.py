@@ -97,7 +97,7 @@ def _read(condition: Condition, frames: int) -> Placed:
             f"{condition.media} is to begin at frame {start}; a clip begins at a multiple of {TEMPORAL}: "
             f"{below} or {below + TEMPORAL}."
         )
-    return Placed(condition, pictures, start)
+    return Placed(condition, list(pictures), start)
 
 
 def _part(condition: Condition) -> np.ndarray:
@@ -254,5 +254,3 @@ def slowed(placed: Placed) -> Placed:
             "leave out the temporal upscaler."
         )
     return replace(placed, start=placed.start // 2)
-
-

@@ -14,9 +14,9 @@ from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.pipeline.conditions import Placed, read_conditions, read_start
 from kadr.pipeline.locate import is_path, on_disk
-from kadr.pipeline.passes import PassPlan, Upscaling, check_blocks, plan_passes
+from kadr.pipeline.passes import PassPlan, Upscaling, check_beginning, check_blocks, plan_passes, warn_guided
 from kadr.pipeline.request import Request
-from kadr.pipeline.resolve import resolve
+from kadr.pipeline.resolve import resolve, with_second
 from kadr.sampling.schedule import Schedule
 from kadr.shapes import Size, snap_frames
 
@@ -122,8 +122,8 @@ class DryEngine:
         second = first if second_model is None else _model("second model", second_model)
         wanted = [upscaler] if isinstance(upscaler, str | Path) else list(upscaler)
         own = recipe or (first.released.recipe if first.released else Recipe())
-        if second is not first and second.released is not None and second.released.recipe.second is not None:
-            own = replace(own, second=second.released.recipe.second, multi_scale=True)
+        if second is not first:
+            own = with_second(own, second.released)
         named = first.released if first.released and first.released.name == str(model) else None
         others = [_text(text_encoder, first)]
         if wanted_vae := vae or (named and named.vae):
@@ -148,9 +148,11 @@ class DryEngine:
             upscalers = (_own_upscaler(self.models[0].released),)
         doubled = Upscaling(any(kind.space for _, kind in upscalers), any(kind.time for _, kind in upscalers))
         schedules = [model.schedule for model in self.models]
-        passes = plan_passes(request, schedules, downscale=self.recipe.downscale, upscaling=doubled)
+        passes = plan_passes(request, schedules, upscaling=doubled)
         for plan, model in zip(passes, self.models, strict=False):
             check_blocks(plan, model.layers)
+            warn_guided(plan, model.part.name, model.schedule, model.released)
+        check_beginning(passes[0], started=request.video is not None)
         if request.video is not None:
             read_start(request)  # refuses one that is too short
         used = self.models[:1] if self.models[0] is self.models[1] else self.models
@@ -169,7 +171,7 @@ def _model(role: str, name: str | Path) -> Model:
     if part.path is not None:
         detected = Checkpoint.open(part.path, release=released).detected
         if detected.transformer is None:
-            raise CheckpointError(f"{part.path} holds no transformer; give a checkpoint that does as --model.")
+            raise Checkpoint.open(part.path).lacks("transformer")
         return Model(part, detected.schedule, detected.transformer.layers, released or detected.released)
     assert released is not None
     assert released.vae_family is not None

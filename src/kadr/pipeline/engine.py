@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
-from kadr.errors import Cancelled, KadrError, KadrWarning, RequestError
+from kadr.errors import Cancelled, KadrError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe, Released
@@ -21,10 +20,10 @@ from kadr.pipeline.components import Components, require_parts
 from kadr.pipeline.generate import Generation
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
-from kadr.pipeline.passes import PassPlan
+from kadr.pipeline.passes import PassPlan, warn_guided
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.request import Request
-from kadr.pipeline.resolve import resolve
+from kadr.pipeline.resolve import resolve, with_second
 from kadr.pipeline.result import Made, Video
 from kadr.version import __version__
 
@@ -83,9 +82,8 @@ class Engine:
         for opened in upscalers:
             components.add_upscaler(opened)
         own = recipe or (released.recipe if released else Recipe())
-        if second_released is not None and second_released.recipe.second is not None:
-            own = replace(own, second=second_released.recipe.second, multi_scale=True)
-        return cls(name=found.name, components=components, recipe=own, released=released)
+        recipe = with_second(own, second_released)
+        return cls(name=found.name, components=components, recipe=recipe, released=released)
 
     def resolve(self, request: Request) -> Request:
         """The request with everything it left out taken from the model's recipe.
@@ -172,7 +170,7 @@ class Engine:
         return self._begin(request, watch).latents(noise, start=start)
 
     def encode(self, request: Request, *, watch: Watch = ignore) -> Tensor:
-        """The request's first condition through the VAE's encoder: normalised latents (1, C, n, h, w), fp32, on the device.
+        """The request's first condition through the VAE's encoder: normalised latents (1, C, n, h, w), on the device.
 
         Raises:
             RequestError: the request has no condition.
@@ -211,24 +209,10 @@ class Engine:
         request = self.resolve(request)
         if request.multi_scale and not self.components.upscalers:
             self.components.add_upscaler(own_upscaler(self.released))
-        downscale = self.recipe.downscale
-        generation = Generation(self.components, request, _guarded(watch), downscale=downscale, media=media)
-        for plan in generation.passes:
-            self._warn(plan)
+        generation = Generation(self.components, request, _guarded(watch), media=media)
+        for plan, schedule in zip(generation.passes, self.components.schedules, strict=False):
+            warn_guided(plan, self.name, schedule, self.released)
         return generation
-
-    def _warn(self, plan: PassPlan) -> None:
-        """Say what was asked for and does not suit the model."""
-        distilled = self.components.schedules[plan.number - 1].allowed is not None or (
-            self.released is not None and self.released.distilled
-        )
-        if distilled and plan.guided:
-            warnings.warn(
-                f"guidance is above 1, and {self.name} is distilled: it was made to run without, and guidance makes its "
-                "colours glaring. Leave --guidance out.",
-                KadrWarning,
-                stacklevel=4,
-            )
 
 
 def _absolute(path: str) -> str:

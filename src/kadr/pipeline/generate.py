@@ -21,7 +21,7 @@ from kadr.models.vae import VAE
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import Components
 from kadr.pipeline.conditions import Fitted, fitted, pixels_of, put, read_conditions, read_start, slowed
-from kadr.pipeline.passes import PassPlan, check_blocks, plan_passes
+from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.request import Request
 from kadr.sampling.conditions import shake
@@ -59,19 +59,14 @@ class Generation:
     Args:
         components: the model's parts, on disk until a stage needs them.
         watch: sees every step.
-        downscale: of both sides, in the first of two passes.
         media: read the request's pictures and clips; decoding alone does without.
     """
 
-    def __init__(
-        self, components: Components, request: Request, watch: Watch, *, downscale: float, media: bool = True
-    ) -> None:
+    def __init__(self, components: Components, request: Request, watch: Watch, *, media: bool = True) -> None:
         self.components, self.request, self.watch = components, request, watch
         self.size = request.size if isinstance(request.size, Size) else Size(*given(request.size))
         self.frames = given(request.frames)
-        self.passes = plan_passes(
-            request, components.schedules, downscale=downscale, upscaling=components.upscaling
-        )
+        self.passes = plan_passes(request, components.schedules, upscaling=components.upscaling)
         for number, plan in enumerate(self.passes):
             check_blocks(plan, components.config(number).layers)
         self.noise = NoiseStreams(request.seed)
@@ -97,14 +92,11 @@ class Generation:
         self._check_start(noise, start)
         text, negative = self._texts()
         media = self.media_encoded()
-        latents = media[0].start if start is None else start
-        for number, plan in enumerate(self.passes):
-            if number:
-                latents = self._upscaled(latents)
-                noise = None
-            begun = self._begun(number, noise, latents)
-            state = self._conditioned(plan, begun, media[number].items)
-            latents = self._sampled(plan, state, text, negative)
+        begun = self._begun(0, noise, media[0].start if start is None else start)
+        latents = self._sampled(self.passes[0], begun, media[0], text, negative)
+        for number, plan in enumerate(self.passes[1:], 1):
+            begun = self._begun(number, None, self._upscaled(latents))
+            latents = self._sampled(plan, begun, media[number], text, negative)
         return latents
 
     @torch.no_grad()
@@ -190,16 +182,7 @@ class Generation:
         self._require_shape(0, noise=noise, start=start)
         if start is not None and self.start_frames is not None:
             raise RequestError("latents to start from are given, and a video too; give the one or the other.")
-        if start is None and self.start_frames is None:
-            if skipped := self.passes[0].settings.skip_initial:
-                raise RequestError(
-                    f"skip_initial is {skipped}, but there is nothing to start from. Leave it out, or give a video."
-                )
-        elif float(self.passes[0].levels[0]) >= 1:
-            raise RequestError(
-                "there is a video or latents to start from, but the first level is 1: nothing of them would stay. "
-                "Give a video strength below 1, or leave out levels at the front."
-            )
+        check_beginning(self.passes[0], started=start is not None or self.start_frames is not None)
 
     def _begun(self, number: int, noise: Tensor | None, start: Tensor | None) -> Tensor:
         """The latents at the first level: noise, or what is there with so much noise mixed in."""
@@ -220,16 +203,17 @@ class Generation:
                     f"{shape}."
                 )
 
-    def _conditioned(self, plan: PassPlan, latents: Tensor, items: list[tuple[Fitted, Tensor]]) -> LatentState:
+    def _conditioned(self, plan: PassPlan, latents: Tensor, media: Encoded) -> LatentState:
         causal = self.components.config(plan.number - 1).causal_positions
         state = LatentState.of(latents, positions(plan.grid, fps=plan.fps, causal=causal), plan.grid)
-        for index, (item, held) in enumerate(items):
+        for index, (item, held) in enumerate(media.items):
             name = _stream(plan.number - 1, f"keyframe {index}")
             state = put(state, item, held, plan, causal=causal, draw=partial(self.noise.draw, name))
         return state
 
-    def _sampled(self, plan: PassPlan, state: LatentState, text: Text, negative: Text | None) -> Tensor:
-        """The latents at the end of a pass."""
+    def _sampled(self, plan: PassPlan, begun: Tensor, media: Encoded, text: Text, negative: Text | None) -> Tensor:
+        """The latents at the end of a pass, from those at its first level."""
+        state = self._conditioned(plan, begun, media)
         number, count = plan.number - 1, len(plan.levels)
         stage_name = STAGE_NAMES[number]
         with self.components.transformer(number) as transformer:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from kadr.errors import RequestError
+from kadr.errors import KadrWarning, RequestError
+from kadr.models.registry import Released
 from kadr.pipeline.request import Request
 from kadr.sampling.schedule import Schedule, explicit
 from kadr.sampling.settings import Pass, Strengths
@@ -54,14 +56,11 @@ class Upscaling:
     time: bool
 
 
-def plan_passes(
-    request: Request, schedules: Sequence[Schedule], *, downscale: float, upscaling: Upscaling
-) -> tuple[PassPlan, ...]:
+def plan_passes(request: Request, schedules: Sequence[Schedule], *, upscaling: Upscaling) -> tuple[PassPlan, ...]:
     """The passes of a request in which nothing is open that has a default.
 
     Args:
         schedules: of the first pass and of the second.
-        downscale: of both sides in the first of two passes.
         upscaling: what the upscalers at hand do.
 
     Raises:
@@ -74,7 +73,8 @@ def plan_passes(
     if not request.multi_scale:
         return (_planned(1, first, size, frames, request.fps, schedules[0], _beginning(request)),)
     assert request.second is not None
-    small, made = _sizes(size, downscale) if upscaling.space else (size, size)
+    assert request.downscale is not None
+    small, made = _sizes(size, request.downscale) if upscaling.space else (size, size)
     few, many = _lengths(frames) if upscaling.time else (frames, frames)
     rate = request.fps / 2 if upscaling.time else request.fps
     return (
@@ -144,3 +144,34 @@ def check_blocks(plan: PassPlan, layers: int) -> None:
         )
 
 
+def check_beginning(plan: PassPlan, *, started: bool) -> None:
+    """Refuse a first level that does not fit what the first pass begins from.
+
+    Args:
+        started: there is a video or latents to start from.
+
+    Raises:
+        RequestError: levels are left out and there is nothing to start from, or nothing of it would stay.
+    """
+    if not started and plan.settings.skip_initial:
+        raise RequestError(
+            f"skip_initial is {plan.settings.skip_initial}, but there is nothing to start from. Leave it out, or give "
+            "a video."
+        )
+    if started and float(plan.levels[0]) >= 1:
+        raise RequestError(
+            "there is a video or latents to start from, but the first level is 1: nothing of them would stay. "
+            "Give a video strength below 1, or leave out levels at the front."
+        )
+
+
+def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Released | None) -> None:
+    """Say where guidance is asked of a model that was made to run without."""
+    distilled = schedule.allowed is not None or (released is not None and released.distilled)
+    if distilled and plan.guided:
+        warnings.warn(
+            f"guidance is above 1, and {name} is distilled: it was made to run without, and guidance makes its colours "
+            "glaring. Leave it out.",
+            KadrWarning,
+            stacklevel=2,
+        )

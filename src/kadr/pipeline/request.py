@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,10 @@ CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # endings that are ta
 DEFAULT_VIDEO_STRENGTH = 0.75
 
 
+def _is_end(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Condition:
     """A picture or clip that the video must show.
@@ -48,7 +52,7 @@ class Condition:
         box: (x, y, width, height) of the video, in pixels, that it covers, at frame 0; None: all.
     """
 
-    media: str
+    media: str = field(kw_only=False)
     frame: int = 0
     strength: float = 1.0
     clip: bool | None = None
@@ -69,13 +73,12 @@ class Condition:
             object.__setattr__(self, "box", self._box())
 
     def _part(self) -> tuple[int | None, int | None]:
-        part = self.part
-        whole = isinstance(part, tuple | list) and len(part) == 2
-        if not whole or not all(end is None or (isinstance(end, int) and not isinstance(end, bool)) for end in part):
-            raise RequestError(f"part is {part!r}; it must be (first, end) frames of the clip, or None where it is open.")
+        part: Any = self.part
+        if not isinstance(part, tuple | list) or len(part) != 2 or not all(_is_end(end) for end in part):
+            raise RequestError(f"part is {part!r}; it must be (first, end) frames of the clip; None leaves one open.")
         if not self.clip:
             raise RequestError(f"part is given, but {self.media} is a picture. Only a clip has parts.")
-        return (part[0], part[1])
+        return part[0], part[1]
 
     def _box(self) -> tuple[int, int, int, int]:
         box = self.box
@@ -85,7 +88,9 @@ class Condition:
         if min(x, y) < 0 or min(width, height) < 1:
             raise RequestError(f"box is {box}; x and y must not be below 0, width and height not below 1.")
         if self.frame != 0:
-            raise RequestError(f"box is given at frame {self.frame}; only at frame 0 can a part of the picture be given.")
+            raise RequestError(
+                f"box is given at frame {self.frame}; only at frame 0 can a part of the picture be given."
+            )
         return x, y, width, height
 
 
@@ -94,6 +99,7 @@ _LIMITS: tuple[tuple[str, float, float, bool], ...] = (
     ("fps", 0.1, MAXIMUM_FPS, False),
     ("steps", 1, MAXIMUM_STEPS, True),
     ("tone_map", 0.0, 1.0, False),
+    ("downscale", 0.1, 1.0, False),
     ("image_noise", 0.0, 10.0, False),
     ("image_crf", 0, 51, True),
     ("decode_timestep", 0.0, 1.0, False),
@@ -120,7 +126,9 @@ class Request:
         stochastic: add fresh noise at every step, as some distilled models want.
         tone_map: how strongly the latents' extremes are pressed together before decoding, 0 to 1.
         multi_scale: make it smaller first, upscale the latents, and go over them once more.
-        second: the second pass of `multi_scale`; the settings above are those of the first, or only, one.
+        second: the second pass of `multi_scale`; the settings above are those of the first, or only, one. `tone_map` is
+            for what is decoded, and so for the second if it has none of its own.
+        downscale: of both sides, in the first of two passes.
         conditions: pictures and clips to show.
         video: path of a video to make this one from, instead of from noise alone.
         video_strength: how much of it is made anew: the noise level the sampling begins at, or the nearest below.
@@ -146,6 +154,7 @@ class Request:
     tone_map: float | None = None
     multi_scale: bool | None = None
     second: Pass | None = None
+    downscale: float | None = None
     conditions: tuple[Condition, ...] = ()
     video: str | None = None
     video_strength: float | None = None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from kadr.errors import RequestError
 from kadr.media.image import DEFAULT_CRF
 from kadr.media.video import read_length
-from kadr.models.registry import Recipe
+from kadr.models.registry import Recipe, Released
 from kadr.pipeline.request import DEFAULT_VIDEO_STRENGTH, Request
 from kadr.sampling.settings import Pass
 
@@ -36,6 +36,7 @@ def resolve(request: Request, recipe: Recipe) -> Request:
             "frames": recipe.frames,
             "fps": recipe.fps,
             "multi_scale": multi_scale,
+            "downscale": recipe.downscale,
             "negative_prompt": recipe.negative_prompt,
             "image_noise": recipe.image_noise,
             "image_crf": DEFAULT_CRF,
@@ -46,6 +47,13 @@ def resolve(request: Request, recipe: Recipe) -> Request:
     return _with_strength(filled)
 
 
+def with_second(recipe: Recipe, second: Released | None) -> Recipe:
+    """The recipe where another model makes the second pass, in the way of its own recipe if it has one."""
+    if second is None or second.recipe.second is None:
+        return recipe
+    return replace(recipe, second=second.recipe.second, multi_scale=True)
+
+
 def _passes(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:
     if not multi_scale:
         return request.only_pass().over(recipe.alone or recipe.first).over(PLAIN), None
@@ -54,7 +62,8 @@ def _passes(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, 
             "two passes are asked for, and this model's recipe has one only. Say how to run the second: --second-steps "
             "or --second-levels."
         )
-    second = (request.second or Pass()).over(recipe.second or Pass()).over(PLAIN)
+    asked = (request.second or Pass()).over(Pass(tone_map=request.tone_map))
+    second = asked.over(recipe.second or Pass()).over(PLAIN)
     if second.steps is None and second.levels is None:
         raise RequestError("the second pass has neither steps nor levels. Give --second-steps or --second-levels.")
     if (second.levels is None and not second.skip_initial) or (second.levels and second.levels[0] >= 1):

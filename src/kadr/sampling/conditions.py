@@ -27,7 +27,8 @@ def hold(state: LatentState, latents: Tensor, strength: float, *, at: tuple[int,
         at: latent frame, row and column of the video at which their first one stands.
     """
     video = state.grid.tokens
-    region = (..., *(slice(start, start + size) for start, size in zip(at, latents.shape[2:], strict=True)))
+    (frame, row, column), (frames, rows, columns) = at, latents.shape[2:]
+    region = (..., slice(frame, frame + frames), slice(row, row + rows), slice(column, column + columns))
     tokens = to_latents(state.tokens[:, :video], state.grid).clone()
     tokens[region] = torch.lerp(tokens[region], latents.to(tokens), strength)
     before = _strength(state)

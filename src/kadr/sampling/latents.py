@@ -22,7 +22,9 @@ def adain(latents: Tensor, reference: Tensor, share: float = 1.0) -> Tensor:
 
 
 def tone_map(latents: Tensor, compression: float) -> Tensor:
-    """Press the extremes of normalised latents together: x -> x (1 - 0.8 s sigmoid(4 s (|x| - 1))), s = 0.75 compression.
+    """Press the extremes of normalised latents together.
+
+    x -> x (1 - 0.8 s sigmoid(4 s (|x| - 1))) with s = 0.75 compression.
 
     Args:
         compression: in [0, 1]; 0 changes nothing.

@@ -93,7 +93,7 @@ class Guidance:
         self.check_lists()
         index = self._index(level)
         blocks = self.skip_blocks or ()
-        own = blocks[index] if _nested(blocks) else blocks
+        own: Any = blocks[index] if _nested(blocks) else blocks
         return Strengths(
             _pick(self.scale, index, 1.0), _pick(self.stg, index, 0.0), _pick(self.rescale, index, 1.0), tuple(own)
         )
@@ -163,7 +163,7 @@ class Pass:
             timing = ("steps", "levels", "skip_initial", "skip_final")
             made = replace(made, **{name: getattr(other, name) for name in timing})
         elif made.levels is None and made.steps is None:
-            made = replace(made, steps=other.steps or (other.levels and len(other.levels)))
+            made = replace(made, steps=other.steps or (len(other.levels) if other.levels else None))
         left = {n: getattr(other, n) for n in ("stochastic", "tone_map") if getattr(made, n) is None}
         return replace(made, **left)
 
@@ -230,7 +230,9 @@ def _blocks(given: Any) -> Blocks | None:
                 return tuple(tuple(part) for part in given)
         elif all(_is_block(block) for block in given):
             return tuple(given)
-    raise RequestError(f"the skipped blocks are {given!r}; they must be a list of whole numbers, or one list per level.")
+    raise RequestError(
+        f"the skipped blocks are {given!r}; they must be a list of whole numbers, or one list per level."
+    )
 
 
 def _is_block(value: Any) -> bool:

@@ -1,0 +1,60 @@
+"""Every released model's own recipe, whole, against the official pipeline: tiny layers, but as many as the model has.
+
+So the steps, their levels, guidance, disturbed blocks, passes and tone mapping are those that a user gets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kadr import Engine, Request
+from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, MODELS
+from kadr.pipeline.resolve import resolve
+from kadr.sampling.schedule import Schedule
+from kadr.shapes import Size
+from tests.pipeline import official
+from tests.tiny import LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
+
+NAMES = [model.name for model in MODELS if model.repo is not None and not model.name.endswith("-fp8")]
+LATENTS = 1e-5  # relative; 26 steps of up to three evaluations, guided by up to 8
+
+
+def written(folder: Path, name: str) -> Path:
+    """The checkpoint of a released model, but for the widths."""
+    released = BY_NAME[name]
+    old = released.version in ("0.9", "0.9.1")
+    few = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
+    stated = few if released.distilled and released.version != "0.9.6-distilled" else LINEAR_QUADRATIC
+    return write(
+        folder,
+        family=released.vae_family or "",
+        causal=not old,
+        layers=released.layers or 0,
+        schedule=SHIFTED if old else stated,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_released_recipe_gives_the_official_latents(name: str, tmp_path: Path, record_property: Any) -> None:
+    recipe = BY_NAME[name].recipe
+    home = written(tmp_path, name)
+    upscaler = write_upscaler(tmp_path / "upscaler.safetensors") if recipe.multi_scale else None
+    engine = Engine.open(home / MODEL, upscaler=upscaler or (), recipe=recipe, device="cpu")
+    request = resolve(Request(prompt="a red circle moving right", size=Size(96, 96), frames=9, seed=3), recipe)
+    upsampler = official.open_upsampler(upscaler) if upscaler else None
+    expected = official.run(official.open_pipeline(home), request, upsampler=upsampler)
+    made = engine.denoise(request)
+    error = ((made.double() - expected.latents.double()).norm() / expected.latents.double().norm()).item()
+    record_property("relative errors", (error,))
+    assert made.shape == expected.latents.shape
+    assert torch.isfinite(made).all()
+    assert error <= LATENTS
+
+
+@pytest.mark.parametrize("name", [model.name for model in MODELS if model.name.endswith("-fp8")])
+def test_an_fp8_twin_has_the_recipe_of_the_model_it_was_made_from(name: str) -> None:
+    assert BY_NAME[name].recipe == BY_NAME[name.removesuffix("-fp8")].recipe
