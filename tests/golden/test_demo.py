@@ -19,18 +19,23 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.media.video import read_video
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
-from train.evaluate import kept, obeyed
+from train.evaluate import extended, kept, keyframes, obeyed, recoloured, sharpened
 from train.shapes import held_out_captions
 
 ASSETS = Path(kadr.__file__).parent / "assets" / "demo"
 PROMPT = "a red circle moving right on a black background"
-CAPTIONS, PICTURES = 60, 40
+CAPTIONS, PICTURES, SOME = 60, 40, 24
 SEED = 2026
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine.open("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def distilled() -> Engine:
+    return Engine.open("demo-distilled", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +59,53 @@ def test_a_given_first_frame_is_kept_and_moves_as_told(engine: Engine) -> None:
     assert figures["motion"] >= 0.85
 
 
-def test_the_demo_is_at_most_25_megabytes() -> None:
-    assert 1e6 < sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) <= 25e6
+def test_a_picture_in_the_middle_is_met_there_and_the_motion_joins_it(engine: Engine) -> None:
+    figures = keyframes(engine, held_out_captions(SOME, SEED + 2))
+    assert figures["psnr_mean"] >= 25
+    assert figures["joins"] >= 0.6
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_an_extension_goes_on_with_the_track_of_what_it_was_given(engine: Engine, backward: bool) -> None:
+    figures = extended(engine, held_out_captions(SOME, SEED + 3), given=17, backward=backward)
+    assert figures["near"] < 3
+    assert figures["far"] < 8
+    assert figures["follows"] >= 0.6
+
+
+def test_a_video_keeps_its_motion_and_takes_the_new_colour(engine: Engine) -> None:
+    figures = recoloured(engine, held_out_captions(SOME, SEED + 4))
+    assert figures["colour"] >= 0.9
+    assert figures["motion"] >= 0.85
+
+
+def test_two_passes_are_sharper_than_the_first_resized(distilled: Engine) -> None:
+    figures = sharpened(distilled, held_out_captions(SOME // 2, SEED + 5))
+    assert figures["two passes"] > 1.3 * figures["resized"]
+    assert figures["sharper"] == 1.0
+    assert figures["motion"] >= 0.8
+    assert figures["colour"] >= 0.8
+
+
+def test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run(
+    distilled: Engine, told: dict[str, float]
+) -> None:
+    few = obeyed(distilled, held_out_captions(CAPTIONS, SEED), multi_scale=False, size=(128, 128))
+    assert len(distilled.recipe.first.levels or ()) == 6
+    for name, share in told.items():
+        assert few[name] >= 0.9 * share, name
+
+
+@pytest.mark.parametrize(
+    ("names", "limit"),
+    [
+        (("demo.safetensors", "text_encoder/*", "tokenizer/*"), 25e6),
+        (("demo-distilled.safetensors",), 11e6),
+        (("demo-upscaler.safetensors",), 5e6),
+    ],
+)
+def test_the_demo_models_are_small(names: tuple[str, ...], limit: float) -> None:
+    assert 1e6 < sum(path.stat().st_size for name in names for path in ASSETS.glob(name)) <= limit
 
 
 def test_the_command_needs_30_seconds_and_one_and_a_half_gigabytes(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_parts_that_are_missing_or_do_not_fit_are_refused_before_a_text_encoder_
     write_single_file(alone, vae=narrow, schedule=LINEAR_QUADRATIC, dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"12 latent channels.* 8"):
         Engine.open(home / MODEL, vae=alone)
-    with pytest.raises(CheckpointError, match="holds no transformer"):
+    with pytest.raises(CheckpointError, match="has no transformer"):
         Engine.open(alone)
 
 
@@ -259,7 +259,7 @@ DAMAGED: dict[str, tuple[dict[str, Change], str, str]] = {
         "prompt 1 of 1",
     ),
     "transformer": ({"transformer": spoil(lambda t: t.layers[1].feed_forward.down.weight)}, "denoise", "step 1 of 3"),
-    "encoder": ({"vae": spoil(lambda vae: vae.encoder.conv_in.bias)}, "encode", "picture 1 of 1"),
+    "encoder": ({"vae": spoil(lambda vae: vae.encoder.conv_in.bias)}, "encode", "picture or clip 1 of 1"),
     "decoder": ({"vae": spoil(lambda vae: vae.decoder.conv_out.bias)}, "decode", "frame 1 of 9"),
 }
 

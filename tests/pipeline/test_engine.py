@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
 from kadr.errors import Cancelled
-from kadr.media.frames import crop_margins, to_uint8
+from kadr.media.frames import crop_margins, to_uint8, to_unit
 from kadr.media.video import VideoWriter, read_metadata, read_video
 from kadr.memory.shelf import Shelf
 from kadr.models.t5 import T5Encoder
@@ -208,7 +208,7 @@ def test_decoding_as_a_stream_is_decoding_at_once(engine: Engine, injecting: Eng
                 level=level,
                 noise=lambda shape: streams.draw(f"injection {next(counted)}", shape),  # noqa: B023
             )
-        off = (torch.from_numpy(video.frames).int() - to_uint8(whole[0]).int()).abs()
+        off = (torch.from_numpy(video.frames).int() - to_uint8(to_unit(whole[0])).int()).abs()
         assert off.max() <= 1  # a hair on either side of a whole number
         assert off.float().mean() < 1e-3
 
@@ -259,12 +259,9 @@ def test_what_a_request_leaves_out_comes_from_the_model_s_recipe(engine: Engine)
     made = engine.resolve(Request(prompt="a red circle"))
     recipe = engine.recipe
     assert (made.size, made.frames, made.fps) == (recipe.size, recipe.frames, recipe.fps)
-    assert (made.steps, made.levels, made.guidance) == (recipe.steps, recipe.levels, recipe.guidance)
-    assert (made.negative_prompt, made.stochastic, made.image_noise) == (
-        recipe.negative_prompt,
-        recipe.stochastic,
-        recipe.image_cond_noise,
-    )
+    assert made.only_pass() == replace(recipe.first, stochastic=False, tone_map=0.0)
+    assert (made.negative_prompt, made.image_noise) == (recipe.negative_prompt, recipe.image_noise)
+    assert (made.multi_scale, made.second) == (False, None)
     assert (made.decode_timestep, made.decode_noise, made.image_crf) == (
         recipe.decode_timestep,
         recipe.decode_noise,
@@ -275,7 +272,7 @@ def test_what_a_request_leaves_out_comes_from_the_model_s_recipe(engine: Engine)
 def test_a_request_that_leaves_out_the_steps_makes_as_many_as_the_recipe(engine: Engine) -> None:
     seen: list[Progress] = []
     engine.denoise(Request(prompt="a red circle", size=(32, 32), frames=1, guidance=1), watch=seen.append)
-    assert max(report.of for report in seen if report.stage == "denoise") == engine.recipe.steps
+    assert max(report.of for report in seen if report.stage == "denoise") == engine.recipe.first.steps
 
 
 # --- what is in memory, and when -----------------------------------------------------------------------------------
@@ -381,7 +378,7 @@ def test_progress_counts_every_stage_from_0_to_its_end(
         assert mine[-1].eta == 0
     assert [report.stage for report in reports] == sorted((r.stage for r in reports), key=stages.index)
     sigmas = [report.sigma for report in reports if report.stage == "denoise"]
-    assert sigmas == [None, *engine.components.schedule.levels(3, tokens=6).tolist()]
+    assert sigmas == [None, *engine.components.schedules[0].levels(3, tokens=6).tolist()]
     assert all(report.sigma is None for report in reports if report.stage != "denoise")
 
 

@@ -11,7 +11,9 @@ import pytest
 
 from kadr import Condition, Request, Size
 from kadr.errors import KadrError, RequestError
-from kadr.models.registry import DISTILLED_LEVELS
+from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, Recipe
+from kadr.pipeline.resolve import resolve
+from kadr.sampling.settings import Pass
 
 PROMPT = "a red circle"
 PHOTO = Condition(media="photo.jpg")
@@ -35,21 +37,8 @@ FULL = Request(
     decode_noise=0.0,
 )
 BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_LEVELS, stochastic=True)
-RECIPE: dict[str, Any] = {
-    "size": Size(1216, 704),
-    "frames": 121,
-    "fps": 30.0,
-    "steps": 40,
-    "levels": None,
-    "guidance": 3.0,
-    "negative_prompt": "blurry",
-    "stochastic": False,
-    "image_noise": 0.15,
-    "image_crf": 29,
-    "decode_timestep": 0.05,
-    "decode_noise": 0.025,
-}
-DISTILLED = {**RECIPE, "steps": 8, "levels": DISTILLED_LEVELS, "guidance": 1.0}
+BASE = Recipe()  # one pass of 40 steps
+DISTILLED = BY_NAME["ltxv-2b-0.9.8-distilled"].recipe
 NAN, INFINITY = float("nan"), float("inf")
 
 REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, what the message must say
@@ -71,7 +60,8 @@ REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, w
     *(("guidance", value, "between 1 and 100; 1 is off") for value in (0.99, 0, -3, 101)),
     *(("guidance", value, "must be a number") for value in (NAN, INFINITY, "3")),
     *(("conditions", value, "Condition") for value in (["photo.jpg"], PHOTO, "photo.jpg", None, [None])),
-    ("conditions", (PHOTO, PHOTO), "2 pictures"),
+    *(("tone_map", value, "between 0 and 1") for value in (-0.1, 1.5)),
+    *(("video_strength", value, "no video to start from") for value in (0.5, 1)),
     *(("image_noise", value, "image_noise") for value in (-0.1, NAN, 11, "a")),
     *(("image_crf", value, "between 0 and 51") for value in (-1, 52)),
     ("image_crf", 28.5, "whole number"),
@@ -97,7 +87,12 @@ def test_a_value_that_no_video_can_have_is_refused_with_its_limit(name: str, val
         *(("strength", value, "between 0 and 1") for value in (-0.1, 1.1, 5)),
         *(("strength", value, "must be a number") for value in (NAN, INFINITY, "1", None, True)),
         ("strength", 0, "Give more than 0"),
-        *(("frame", value, "frame 0 only") for value in (1, 8, -1, None, "0")),
+        *(("frame", value, "must be a whole number") for value in (None, "0", 1.5)),
+        *(("frame", value, "between -4097 and 4097") for value in (-5000, 5000)),
+        *(("part", value, "(first, end)") for value in (3, (1,), (1, "2"), (0.5, 2))),
+        ("part", (0, 9), "Only a clip has parts"),
+        *(("box", value, "(x, y, width, height)") for value in (3, (1, 2, 3), (1, 2, 3, "4"))),
+        *(("box", value, "must not be below 0") for value in ((-1, 0, 32, 32), (0, 0, 0, 32))),
     ],
 )
 def test_a_condition_that_cannot_be_kept_is_refused_with_its_limit(name: str, value: Any, says: str) -> None:
@@ -121,7 +116,10 @@ def test_a_size_may_be_a_pair_and_lists_become_tuples() -> None:
     assert made.media() == (Path("photo.jpg"),)
 
 
-@pytest.mark.parametrize("request_", [FULL, BY_LEVELS, Request(prompt=PROMPT), FULL.filled(RECIPE)])
+RESOLVED = resolve(Request(prompt=PROMPT), DISTILLED)
+
+
+@pytest.mark.parametrize("request_", [FULL, BY_LEVELS, Request(prompt=PROMPT), RESOLVED])
 def test_a_request_survives_json(request_: Request) -> None:
     text = json.dumps(request_.to_json(), allow_nan=False)
     assert Request.from_json(json.loads(text)) == request_
@@ -158,55 +156,89 @@ def test_json_that_is_no_request_is_refused(data: dict[str, Any]) -> None:
 
 
 def test_what_is_left_out_comes_from_the_recipe_and_what_is_said_stays() -> None:
-    made = Request(prompt=PROMPT).filled(RECIPE)
-    assert {name: getattr(made, name) for name in RECIPE} == RECIPE
-    assert FULL.filled(RECIPE) == FULL
+    made = resolve(Request(prompt=PROMPT), BASE)
+    assert (made.size, made.frames, made.fps) == (BASE.size, BASE.frames, BASE.fps)
+    assert made.only_pass() == replace(BASE.first, stochastic=False, tone_map=0.0)
+    said = replace(FULL, multi_scale=False, downscale=0.5)
+    kept = resolve(said, BASE)
+    for field in fields(Request):
+        if field.name not in ("guidance", "tone_map") and getattr(said, field.name) is not None:
+            assert getattr(kept, field.name) == getattr(said, field.name), field.name
+    assert kept.only_pass().guidance.scale == said.only_pass().guidance.scale
 
 
 def test_nothing_is_taken_for_left_out() -> None:
     """0, "" and False are said."""
-    said = {"guidance": 1.0, "negative_prompt": "", "stochastic": False, "image_noise": 0.0, "image_crf": 0}
-    said |= {"decode_noise": 0.0, "decode_timestep": 0.0}
-    made = Request(prompt=PROMPT, **said).filled({**RECIPE, "stochastic": True})
+    said = {"negative_prompt": "", "stochastic": False, "image_noise": 0.0, "image_crf": 0, "multi_scale": False}
+    said |= {"decode_noise": 0.0, "decode_timestep": 0.0, "tone_map": 0.0}
+    made = resolve(Request(prompt=PROMPT, **said), DISTILLED)  # type: ignore[arg-type]
     assert {name: getattr(made, name) for name in said} == said
 
 
 @pytest.mark.parametrize(
     ("asked", "recipe", "steps", "levels"),
     [
-        ({}, RECIPE, 40, None),
-        ({}, DISTILLED, None, DISTILLED_LEVELS),
-        ({"steps": 5}, RECIPE, 5, None),
+        ({}, BASE, 40, None),
+        ({}, DISTILLED, None, DISTILLED_LEVELS[:7]),
+        ({"multi_scale": False}, DISTILLED, None, DISTILLED_LEVELS),
+        ({"steps": 5}, BASE, 5, None),
         ({"steps": 5}, DISTILLED, 5, None),
-        ({"levels": (0.9, 0.5)}, RECIPE, None, (0.9, 0.5)),
+        ({"levels": (0.9, 0.5)}, BASE, None, (0.9, 0.5)),
         ({"levels": (0.9, 0.5)}, DISTILLED, None, (0.9, 0.5)),
-        ({"skip_final": 1}, RECIPE, 40, None),
-        ({"skip_final": 1}, DISTILLED, 8, None),
+        ({"skip_final": 1}, BASE, 40, None),
+        ({"skip_final": 1, "multi_scale": False}, DISTILLED, 8, None),
         ({"skip_initial": 2, "steps": 6}, DISTILLED, 6, None),
     ],
 )
 def test_either_steps_or_levels_are_filled_in(
-    asked: dict[str, Any], recipe: dict[str, Any], steps: int | None, levels: tuple[float, ...] | None
+    asked: dict[str, Any], recipe: Recipe, steps: int | None, levels: tuple[float, ...] | None
 ) -> None:
-    made = Request(prompt=PROMPT, **asked).filled(recipe)
+    made = resolve(Request(prompt=PROMPT, **asked), recipe)
     assert (made.steps, made.levels) == (steps, levels)
 
 
-def test_filling_twice_changes_nothing() -> None:
-    for recipe in (RECIPE, DISTILLED):
-        for asked in (Request(prompt=PROMPT), Request(prompt=PROMPT, steps=5), FULL, BY_LEVELS):
-            once = asked.filled(recipe)
-            assert once.filled(recipe) == once
+@pytest.mark.parametrize("name", BY_NAME)
+def test_resolving_twice_changes_nothing(name: str) -> None:
+    recipe = BY_NAME[name].recipe
+    for asked in (Request(prompt=PROMPT), Request(prompt=PROMPT, steps=5), Request(prompt=PROMPT, guidance=2.0)):
+        once = resolve(asked, recipe)
+        assert resolve(once, recipe) == once
 
 
-def test_fields_that_a_recipe_does_not_know_are_left_alone() -> None:
-    made = Request(prompt=PROMPT).filled({**RECIPE, "colour": "red", "prompt": "another"})
-    assert made.prompt == PROMPT
-    assert {field.name for field in fields(made)} == {field.name for field in fields(Request)}
+def test_a_number_for_guidance_changes_its_scale_and_leaves_the_rest_to_the_recipe() -> None:
+    dev = BY_NAME["ltxv-13b-0.9.8-dev"].recipe
+    assert dev.second is not None
+    made = resolve(Request(prompt=PROMPT, guidance=5.0), dev)
+    assert made.guidance == replace(dev.first.guidance, scale=5.0)
+    assert made.second == replace(dev.second, stochastic=False, tone_map=0.0)
+
+
+def test_a_tone_map_is_for_what_is_decoded() -> None:
+    made = resolve(Request(prompt=PROMPT, tone_map=0.9), DISTILLED)
+    assert made.second is not None
+    assert made.second.tone_map == 0.9
+    own = resolve(Request(prompt=PROMPT, tone_map=0.9, second=Pass(tone_map=0.1)), DISTILLED)
+    assert own.second is not None
+    assert own.second.tone_map == 0.1
+
+
+@pytest.mark.parametrize(
+    ("asked", "recipe", "says"),
+    [
+        ({"multi_scale": True}, BASE, "this model's recipe has one only"),
+        ({"second": Pass(steps=4, skip_initial=2), "multi_scale": False}, DISTILLED, "a single pass is asked for"),
+        ({"second": Pass(steps=4)}, DISTILLED, "begins at level 1"),
+        ({"second": Pass(levels=(1.0, 0.5))}, DISTILLED, "begins at level 1"),
+        ({"second": Pass(skip_initial=2)}, BASE, "neither steps nor levels"),
+    ],
+)
+def test_two_passes_that_cannot_be_are_refused(asked: dict[str, Any], recipe: Recipe, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        resolve(Request(prompt=PROMPT, **asked), recipe)
 
 
 def test_a_filled_request_is_checked_as_any_other() -> None:
     with pytest.raises(KadrError, match="guidance"):
-        Request(prompt=PROMPT).filled({**RECIPE, "guidance": 0.0})
+        Request(prompt=PROMPT).filled({"guidance": 0.0})
     with pytest.raises(RequestError, match="fps"):
         replace(FULL, fps=0)

@@ -163,7 +163,7 @@ class DecodingFlags:
     """Decoding"""
 
     tone_map: Annotated[
-        _Float, _flag("--tone-map", "X", "How strongly extremes are pressed together, 0 to 1; of a single pass.")
+        _Float, _flag("--tone-map", "X", "How strongly extremes are pressed together before decoding, 0 to 1.")
     ] = None
     decode_timestep: Annotated[_Float, _flag("--decode-timestep", "X", "Noise level that the decoder is told.")] = None
     decode_noise: Annotated[_Float, _flag("--decode-noise", "X", "Share of noise mixed in before decoding.")] = None

@@ -13,7 +13,6 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from kadr.errors import KadrWarning, RequestError
@@ -26,7 +25,7 @@ from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
 
-Frames = Sequence["Image.Image | np.ndarray"]
+Frames = Sequence["str | np.ndarray"]
 Box = tuple[int, int, int, int]  # x, y, width and height
 
 
@@ -76,7 +75,10 @@ def _read(condition: Condition, frames: int) -> Placed:
                 f"{condition.media} is to stand at frame {condition.frame}, past the ends of a video of {frames} "
                 f"frames. Give 0 to {frames - 1}, or more frames."
             )
-        return Placed(condition, [load_picture(condition.media)], start)
+        load_picture(
+            condition.media
+        )  # refuses here what is no picture; later it is read by its path, which errors name
+        return Placed(condition, [condition.media], start)
     made = snap_frames(frames)
     pictures = _part(condition)
     if condition.frame < 0:

@@ -113,7 +113,7 @@ class Generation:
                 nonlocal done
                 latents = vae.encode(pixels.to(self.device, self.dtype), chunk=ENCODE_FRAMES).float()
                 done += 1
-                _check(latents, "encode", f"item {done} of {count}")
+                _check(latents, "encode", f"picture or clip {done} of {count}")
                 stage.done(done)
                 return latents
 

@@ -191,7 +191,7 @@ class Request:
     def _check_video(self) -> None:
         if self.video is None:
             if self.video_strength is not None:
-                raise RequestError("video_strength is given, and no video to start from.")
+                raise RequestError(f"video_strength is {self.video_strength}, and no video to start from is given.")
             return
         object.__setattr__(self, "video", str(self.video))
         if self.video_strength is not None:

@@ -83,7 +83,8 @@ def _as_video(request: Request) -> Request:
 
 def _with_strength(request: Request) -> Request:
     """The request with a strength, if it starts from a video and says in no other way at which level."""
-    own = request.skip_initial or (request.levels is not None and request.levels[0] < 1)
-    if request.video is None or request.video_strength is not None or own:
+    if request.video is None or request.video_strength is not None:
+        return request
+    if request.skip_initial or (request.levels and request.levels[0] < 1):
         return request
     return replace(request, video_strength=DEFAULT_VIDEO_STRENGTH)
