@@ -6,9 +6,8 @@ oracles adopt the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -79,31 +78,6 @@ def reduced(config: VAEConfig, *, width: int = 16, latent_channels: int = 12) ->
 
 
 # Weights
-
-
-def sown(build: Callable[[], Module], seed: int = 0) -> Module:
-    """A module in which every number is random, so that a tensor in the wrong place shows, and in which activations
-    keep their size from layer to layer."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        module = build().eval().requires_grad_(False)
-    module.to_empty(device="cpu")
-    for name, weight in module.state_dict().items():
-        _sow(name, weight, generator)
-    return module
-
-
-def _sow(name: str, weight: Tensor, generator: torch.Generator) -> None:
-    leaf = name.rpartition(".")[2]
-    if leaf == "level_scale":
-        weight.fill_(900.0)  # not the released 1000, which code might have written down
-    elif leaf == "deviation" or (leaf == "weight" and weight.ndim == 1):
-        weight.uniform_(0.5, 1.5, generator=generator)
-    elif leaf == "weight":
-        bound = (3 / prod(weight.shape[1:])) ** 0.5
-        weight.uniform_(-bound, bound, generator=generator)
-    else:  # biases, tables of modulation, strengths of noise, latent means
-        weight.normal_(std=0.3, generator=generator)
 
 
 def _adopt(oracle: Module, ours: nn.Module, names: Mapping[str, str]) -> Module:

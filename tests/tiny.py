@@ -68,8 +68,9 @@ def t5_config() -> T5Config:
     return T5Config(vocabulary=64, width=TEXT_WIDTH, layers=2, heads=3, head_width=8, hidden=40)
 
 
-def sown(build: Callable[[], Module], seed: int) -> Module:
-    """A module in which every number is random and activations keep their size from layer to layer."""
+def sown(build: Callable[[], Module], seed: int = 0) -> Module:
+    """A module in which every number is random, so that a tensor in the wrong place shows, and in which activations
+    keep their size from layer to layer."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         module = build().eval().requires_grad_(False)

@@ -37,7 +37,7 @@ class Recipe:
     """
 
     guidance: float = 3.0
-    steps: int = 260
+    steps: int = 200
     matrix_rate: float = 1.2e-3
     other_rate: float = 4e-4
     average: float = 0.97

@@ -35,8 +35,8 @@ from tests.oracles import (
     drawn,
     reduced,
     relative,
-    sown,
 )
+from tests.tiny import sown
 
 SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
 # scheduler_config.json of the released folders, cut down to what is read.

@@ -40,7 +40,7 @@ from tests.checkpoints.files import (
     t5_shapes,
 )
 from tests.checkpoints.test_source import mapped, needs_proc
-from tests.oracles import sown
+from tests.tiny import sown
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -34,8 +34,9 @@ from tests.checkpoints.files import (
     SMALL_VAE,
     same,
 )
-from tests.oracles import VAES, drawn, reduced, relative, sown
+from tests.oracles import VAES, drawn, reduced, relative
 from tests.text.test_tokenizer import train
+from tests.tiny import sown
 
 DISTILLED = Schedule(sampler="LinearQuadratic", allowed=(1.0, 0.5))
 

@@ -17,7 +17,8 @@ from kadr.errors import CheckpointError
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
-from tests.oracles import diffusers_transformer, drawn, official_transformer, relative, sown
+from tests.oracles import diffusers_transformer, drawn, official_transformer, relative
+from tests.tiny import sown
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -15,7 +15,8 @@ from kadr.checkpoints import keys
 from kadr.errors import CheckpointError
 from kadr.models.registry import RELEASED
 from kadr.models.upsampler import SPATIAL, TEMPORAL, LatentUpsampler, UpsamplerConfig
-from tests.oracles import drawn, relative, sown
+from tests.oracles import drawn, relative
+from tests.tiny import sown
 
 WAYS = {"space": (True, False), "time": (False, True), "both": (True, True)}
 KINDS = ("spatial upscaler", "temporal upscaler", "spatial and temporal upscaler")

@@ -26,7 +26,8 @@ from kadr.models.vae import model as vae_module
 from kadr.models.vae.blocks import patchify, unpatchify
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 from kadr.nn.stream import Stream
-from tests.oracles import VAES, diffusers_vae, drawn, official_vae, reduced, relative, sown
+from tests.oracles import VAES, diffusers_vae, drawn, official_vae, reduced, relative
+from tests.tiny import sown
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kadr.nn.conv import VideoConv
 from kadr.nn.stream import Stream
-from tests.oracles import drawn, relative, sown
+from tests.oracles import drawn, relative
+from tests.tiny import sown
 
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 1, 1), (1, 2, 2)]
 

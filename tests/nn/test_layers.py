@@ -24,7 +24,8 @@ from kadr.nn.norm import ChannelLayerNorm, RMSNorm, pixel_norm, rms_norm
 from kadr.nn.rope import Rope, rope_table
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
-from tests.oracles import drawn, official_transformer_on_meta, relative, sown
+from tests.oracles import drawn, official_transformer_on_meta, relative
+from tests.tiny import sown
 
 LIMITS = (20.0, 2048.0, 2048.0)
 ONE_PLACE = torch.tensor([9 / 30, 64.0, 96.0]).view(1, 3, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning, RequestError
 from kadr.media.image import load_picture, prepare_picture
-from kadr.media.video import read_video
+from kadr.media.video import read_length, read_video
 from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.request import Condition, Request
 from kadr.sampling.conditions import PREFIX, append, hold, join
@@ -68,49 +68,58 @@ def read_conditions(request: Request) -> list[Placed]:
 
 def _read(condition: Condition, frames: int) -> Placed:
     """The condition in a video of `frames` frames, made at the next 8k+1 up."""
-    if not condition.clip:
-        start = condition.frame if condition.frame >= 0 else frames + condition.frame
-        if not 0 <= start < frames:
-            raise RequestError(
-                f"{condition.media} is to stand at frame {condition.frame}, past the ends of a video of {frames} "
-                f"frames. Give 0 to {frames - 1}, or more frames."
-            )
-        load_picture(
-            condition.media
-        )  # refuses here what is no picture; later it is read by its path, which errors name
-        return Placed(condition, [condition.media], start)
-    made = snap_frames(frames)
-    pictures = _part(condition)
-    if condition.frame < 0:
-        pictures = _whole_groups(condition, pictures, made)
-        start = made + condition.frame + 1 - len(pictures)
-    else:
-        start = condition.frame
-        if start < made:
-            pictures = _whole_groups(condition, pictures, made - start)
-    if not 0 <= start < made:
-        raise RequestError(
-            f"{condition.media} has {len(pictures)} frames and is to stand at frame {condition.frame}, past the ends "
-            f"of a video of {made} frames. Give another frame, a part of the clip, or more frames."
-        )
+    if condition.clip:
+        return _clip(condition, frames)
+    start = condition.frame if condition.frame >= 0 else frames + condition.frame
+    if not 0 <= start < frames:
+        raise _past_the_ends(condition, frames)
+    load_picture(condition.media)  # refuses here what is no picture; later it is read by its path, which errors name
+    return Placed(condition, [condition.media], start)
+
+
+def _clip(condition: Condition, frames: int) -> Placed:
+    made, by_end = snap_frames(frames), condition.frame < 0
+    at = made + condition.frame if by_end else condition.frame  # where it ends, or begins
+    if not 0 <= at < (made if by_end else frames):
+        raise _past_the_ends(condition, frames)
+    pictures = _whole_groups(condition, _part(condition), at + 1 if by_end else made - at)
+    start = at + 1 - len(pictures) if by_end else at
+    if start >= frames:
+        raise _past_the_ends(condition, frames)
     if start % TEMPORAL and len(pictures) > 1:
         below = start // TEMPORAL * TEMPORAL
         raise RequestError(
             f"{condition.media} is to begin at frame {start}; a clip begins at a multiple of {TEMPORAL}: "
             f"{below} or {below + TEMPORAL}."
         )
+    if by_end and at >= frames:
+        _warn(
+            f"{condition.media} ends at frame {at}, and the video after {frames} frames, so its last {at + 1 - frames} "
+            f"are not shown. Ask for {made} frames."
+        )
     return Placed(condition, list(pictures), start)
+
+
+def _past_the_ends(condition: Condition, frames: int) -> RequestError:
+    return RequestError(
+        f"{condition.media} is to stand at frame {condition.frame}, past the ends of a video of {frames} frames. "
+        f"Give 0 to {frames - 1}, or more frames."
+    )
 
 
 def _part(condition: Condition) -> np.ndarray:
     first, end = condition.part or (None, None)
     # Only what is wanted is decoded, where that can be told from the front.
-    limit = end if end is not None and end >= 0 and (first is None or first >= 0) else None
-    frames = read_video(condition.media, limit).frames
-    chosen = frames[first:end]
+    limit = max(end, 1) if end is not None and end >= 0 and (first is None or first >= 0) else None
+    chosen = read_video(condition.media, limit).frames[first:end]
     if not len(chosen):
-        raise RequestError(f"the part {first}:{end} of {condition.media} is empty; the clip has {len(frames)} frames.")
+        count, _ = read_length(condition.media)
+        raise RequestError(f"the part {_told(first, end)} of {condition.media} is empty; the clip has {count} frames.")
     return chosen
+
+
+def _told(first: int | None, end: int | None) -> str:
+    return f"{'' if first is None else first}:{'' if end is None else end}"
 
 
 def _whole_groups(condition: Condition, pictures: np.ndarray, room: int) -> np.ndarray:
@@ -119,13 +128,15 @@ def _whole_groups(condition: Condition, pictures: np.ndarray, room: int) -> np.n
     kept = (count - 1) // TEMPORAL * TEMPORAL + 1
     if kept < len(pictures):
         which = "last" if condition.frame < 0 else "first"
-        warnings.warn(
+        _warn(
             f"{condition.media} has {len(pictures)} frames for {room}; clips are used in 8k+1, so its {which} {kept} "
-            "are.",
-            KadrWarning,
-            stacklevel=2,
+            "are."
         )
     return pictures[-kept:] if condition.frame < 0 else pictures[:kept]
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, KadrWarning, stacklevel=2)
 
 
 def _meet(one: Box | None, other: Box | None) -> bool:
