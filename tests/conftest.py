@@ -4,7 +4,7 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -61,6 +61,22 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect_ex", guarded(connect_ex))
         patch.setattr(socket, "getaddrinfo", look_up)
         yield
+
+
+@pytest.fixture
+def parity(record_property: Callable[[str, object], None]) -> Callable[[str, str, str, float], float]:
+    """Notes how far kadr is from an oracle, and returns the error that it is given.
+
+        assert parity("VAE decode", family, "official", relative(ours, expected)) <= 1e-5
+
+    `make parity` runs the tests that ask for this and writes the largest error of each into docs/parity.md.
+    """
+
+    def note(stage: str, family: str, oracle: str, error: float) -> float:
+        record_property("parity", (stage, family, oracle, error))
+        return error
+
+    return note
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

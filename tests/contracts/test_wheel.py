@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 30_000_000  # bytes
+LIMIT = 35_000_000  # bytes; 31 of them are the demo model, its distilled twin and its upscaler
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
@@ -45,5 +45,5 @@ def test_wheel_carries_its_licence_and_command(wheel: Path) -> None:
         assert "kadr = kadr.cli.main:main" in archive.read(names["entry_points.txt"]).decode()
 
 
-def test_wheel_is_under_30_megabytes(wheel: Path) -> None:
+def test_wheel_is_under_35_megabytes(wheel: Path) -> None:
     assert wheel.stat().st_size < LIMIT

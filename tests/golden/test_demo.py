@@ -24,7 +24,7 @@ from train.shapes import held_out_captions
 
 ASSETS = Path(kadr.__file__).parent / "assets" / "demo"
 PROMPT = "a red circle moving right on a black background"
-CAPTIONS, PICTURES, SOME = 60, 40, 24
+CAPTIONS, PICTURES, SOME = 60, 40, 12
 SEED = 2026
 
 

@@ -20,6 +20,7 @@ from kadr.errors import MediaError
 from kadr.media.frames import crop_margins, to_uint8
 from kadr.media.image import blur, compress, crop_to_aspect, load_picture, prepare_picture
 from kadr.shapes import Size
+from tests.oracles import relative
 
 
 def photograph(width: int, height: int) -> np.ndarray:
@@ -106,13 +107,14 @@ CASES = [
 
 @pytest.mark.parametrize(("given", "size"), CASES, ids=lambda value: str(value))
 @pytest.mark.parametrize("crf", [29, 0])
-def test_a_prepared_picture_equals_the_official_one(official, tmp_path, given, size, crf):
+def test_a_prepared_picture_equals_the_official_one(official, tmp_path, given, size, crf, parity):
     path = tmp_path / "picture.png"
     Image.fromarray(photograph(*given)).save(path)
     expected = official(str(path), size, crf, size.snapped())
     prepared = prepare_picture(path, size, crf)
     assert prepared.dtype == torch.float32
     assert prepared.shape == (1, 3, 1, size.snapped().height, size.snapped().width)
+    parity("picture", f"H.264 at CRF {crf}" if crf else "uncompressed", "official", relative(prepared, expected))
     assert (prepared - expected).abs().max() <= (0 if crf else 1e-6)
 
 

@@ -11,6 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention as OracleAttention
 
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder, distance_bucket, initialise
+from tests.oracles import relative
 
 TINY = T5Config(vocabulary=101, width=48, layers=3, heads=4, head_width=8, hidden=80)
 XXL_TWO_LAYERS = T5Config(vocabulary=64, width=4096, layers=2, heads=64, head_width=64, hidden=10240)
@@ -95,11 +96,13 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> Non
     ids=["tiny at 256 tokens", "tiny without padding", "XXL width"],
 )
 @torch.no_grad()
-def test_it_equals_transformers_in_float32(config, lengths, longest):
+def test_it_equals_transformers_in_float32(config, lengths, longest, parity):
     encoder = fresh(config)
     ids, mask = prompts(config, lengths, longest)
     expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-    assert_close(encoder(ids, mask), expected)
+    ours = encoder(ids, mask)
+    parity("text encoder", f"T5, width {config.width}", "transformers", relative(ours, expected))
+    assert_close(ours, expected)
 
 
 def test_its_gradients_equal_those_of_transformers():

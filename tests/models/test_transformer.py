@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from ltx_video.utils.diffusers_config_mapping import OURS_TRANSFORMER_CONFIG
+from ltx_video.utils.skip_layer_strategy import SkipLayerStrategy
 from torch import Tensor
 
 from kadr.errors import CheckpointError
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.sampling.positions import positions
+from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 from tests.oracles import diffusers_transformer, drawn, official_transformer, relative
 from tests.tiny import sown
@@ -103,12 +106,12 @@ def test_velocity_equals_the_official_and_that_of_diffusers(tiny, causal):
 
 
 @pytest.mark.parametrize("size", RELEASED_WIDTHS)
-def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(size):
+def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(size, parity):
     model = sown(lambda: Transformer(RELEASED_WIDTHS[size]))
     given = Inputs.of(model.config, grid=LatentGrid(2, 2, 2), text_length=6)
     ours = velocity(model, given)
-    assert relative(ours, official_velocity(model, given)) <= 1e-5
-    assert relative(ours, diffusers_velocity(model, given)) <= 1e-5
+    for oracle, theirs in {"official": official_velocity, "diffusers": diffusers_velocity}.items():
+        assert parity("transformer", size, oracle, relative(ours, theirs(model, given))) <= 1e-5
 
 
 @pytest.mark.parametrize("heads, head_width", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
@@ -198,6 +201,127 @@ def test_tokens_are_known_by_their_positions_and_not_by_their_order(tiny):
         levels=given.levels[:, order],
     )
     assert relative(velocity(tiny, shuffled), velocity(tiny, given)[:, order]) <= 1e-6
+
+
+# Some layers disturbed
+
+STRATEGIES = {
+    ATTENTION_VALUES: SkipLayerStrategy.AttentionValues,
+    ATTENTION_SKIP: SkipLayerStrategy.AttentionSkip,
+    TRANSFORMER_BLOCK: SkipLayerStrategy.TransformerBlock,
+}
+ROWS = {1: [slice(None)], 3: [slice(None), slice(1, None), slice(2), slice(1, 2)]}
+
+
+def inputs(batch: int) -> Inputs:
+    """One or three samples that differ in everything: positions, levels of each token, lengths of the text."""
+    two = Inputs.of(TINY)
+    rows = torch.tensor([1, 0, 1][:batch])
+    drawn_again = {"tokens": drawn(batch, GRID.tokens, TINY.channels, seed=7), "text": drawn(batch, 9, 24, seed=8)}
+    return replace(Inputs(*(field[rows] for field in vars(two).values())), **drawn_again)
+
+
+def both_ways(model: Transformer, given: Inputs, **disturbance: Any) -> tuple[Tensor, Tensor]:
+    rope = model.rope(given.positions)
+    return model.with_disturbed(given.tokens, rope, given.text, given.text_mask, given.levels, **disturbance)
+
+
+def disturbed_from_the_start(model: Transformer, given: Inputs, blocks: tuple[int, ...], mode: str) -> Tensor:
+    """A whole forward in which the listed layers are disturbed for every sample."""
+    hooks = [model.layers[index].register_forward_pre_hook(lambda layer, given: (*given[:2], mode)) for index in blocks]
+    made = velocity(model, given)
+    for hook in hooks:
+        hook.remove()
+    return made
+
+
+@pytest.mark.parametrize("mode", STRATEGIES)
+@pytest.mark.parametrize("blocks", [(0,), (1,), (2,), (0, 2), (2, 1), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_branching_off_at_the_first_disturbed_layer_is_a_disturbed_forward_of_those_rows(tiny, batch, blocks, mode):
+    given = inputs(batch)
+    plain = velocity(tiny, given)
+    expected = disturbed_from_the_start(tiny, given, blocks, mode)
+    assert relative(expected, plain) > 1e-2
+    for rows in ROWS[batch]:
+        made, disturbed = both_ways(tiny, given, blocks=blocks, mode=mode, rows=rows)
+        assert torch.equal(made, plain)
+        assert relative(disturbed, expected[rows]) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", STRATEGIES)
+@pytest.mark.parametrize("blocks", [(0,), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_disturbed_layers_equal_the_official_skip_layer_mask(tiny, batch, blocks, mode, parity):
+    """The mask is the transformer's own: what the official pipeline does wrong in batches is how it makes one."""
+    given = inputs(batch)
+    official = official_transformer(tiny)
+    for rows in ROWS[batch]:
+        mask = torch.ones(TINY.layers, batch)
+        mask[list(blocks), rows] = 0
+        theirs = official(
+            given.tokens,
+            indices_grid=given.positions,
+            encoder_hidden_states=given.text,
+            encoder_attention_mask=given.text_mask,
+            timestep=given.levels,
+            skip_layer_mask=mask,
+            skip_layer_strategy=STRATEGIES[mode],
+            return_dict=False,
+        )[0]
+        made, disturbed = both_ways(tiny, given, blocks=blocks, mode=mode, rows=rows)
+        together = made.clone()
+        together[rows] = disturbed
+        assert parity("disturbed transformer", mode, "official", relative(together, theirs)) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", STRATEGIES)
+def test_one_rope_for_all_samples_is_the_same_as_that_rope_for_each(tiny, mode):
+    given = inputs(3)
+    one = replace(given, positions=given.positions[:1])
+    each = replace(given, positions=given.positions[:1].expand(3, -1, -1))
+    for rows in ROWS[3]:
+        results = [both_ways(tiny, which, blocks=(1,), mode=mode, rows=rows) for which in (one, each)]
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_disturbed_rows_do_not_see_how_their_padded_text_reads(tiny):
+    given = inputs(3)
+    loud = replace(given, text=torch.where(given.text_mask[..., None], given.text, 50.0))
+    for rows in ROWS[3]:
+        quiet, noisy = (
+            both_ways(tiny, which, blocks=(1, 2), mode=ATTENTION_SKIP, rows=rows)[1] for which in (given, loud)
+        )
+        assert torch.equal(quiet, noisy)
+
+
+@pytest.mark.parametrize(
+    "blocks, calls", [((0,), [2, 2, 2]), ((1,), [1, 2, 2]), ((2,), [1, 1, 2]), ((2, 1), [1, 2, 2])], ids=str
+)
+def test_layers_before_the_first_disturbed_one_are_evaluated_once(tiny, blocks, calls):
+    counted = [0] * TINY.layers
+
+    def count(index: int) -> Callable[..., None]:
+        def hook(layer: Any, given: Any, made: Any) -> None:
+            counted[index] += 1
+
+        return hook
+
+    hooks = [layer.register_forward_hook(count(index)) for index, layer in enumerate(tiny.layers)]
+    both_ways(tiny, inputs(3), blocks=blocks, mode=ATTENTION_VALUES, rows=slice(1, None))
+    for hook in hooks:
+        hook.remove()
+    assert counted == calls
+
+
+def test_disturbing_changes_no_weight_and_no_input(tiny):
+    given = inputs(3)
+    before = [field.clone() for field in vars(given).values()]
+    plain = velocity(tiny, given)
+    for mode in STRATEGIES:
+        both_ways(tiny, given, blocks=(0, 2), mode=mode, rows=slice(1, None))
+    assert all(torch.equal(*pair) for pair in zip(before, vars(given).values(), strict=True))
+    assert torch.equal(velocity(tiny, given), plain)
 
 
 # The header

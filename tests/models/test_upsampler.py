@@ -19,6 +19,7 @@ from tests.oracles import drawn, relative
 from tests.tiny import sown
 
 WAYS = {"space": (True, False), "time": (False, True), "both": (True, True)}
+ORACLES = {"official": OfficialUpsampler, "diffusers": LTXLatentUpsamplerModel}
 KINDS = ("spatial upscaler", "temporal upscaler", "spatial and temporal upscaler")
 RELEASED_HEADER = {
     "_class_name": "LatentUpsampler",
@@ -56,12 +57,13 @@ def with_weights_of(ours: LatentUpsampler, build: Any) -> nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("oracle", [OfficialUpsampler, LTXLatentUpsamplerModel], ids=["official", "diffusers"])
+@pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize("way", WAYS)
-def test_it_computes_what_the_other_implementations_do(way: str, oracle: Any) -> None:
+def test_it_computes_what_the_other_implementations_do(way: str, oracle: str, parity: Any) -> None:
     ours = sown(lambda: LatentUpsampler(small(way, width=64)))  # two channels to a group
     latents = drawn(1, 12, 3, 3, 4)
-    assert relative(ours(latents), with_weights_of(ours, oracle)(latents)) < 1e-5
+    expected = with_weights_of(ours, ORACLES[oracle])(latents)
+    assert parity("upscaler", ours.config.kind, oracle, relative(ours(latents), expected)) < 1e-5
 
 
 @torch.no_grad()

@@ -122,13 +122,13 @@ def official_decoded(oracle: CausalVideoAutoencoder, latents: Tensor, level: Ten
 
 
 @pytest.mark.parametrize("batch, frames, height, width", [(2, 9, 64, 64), (1, 17, 64, 96), (1, 1, 32, 64)])
-def test_moments_equal_the_official_and_those_of_diffusers(twins, batch, frames, height, width):
+def test_moments_equal_the_official_and_those_of_diffusers(twins, family, batch, frames, height, width, parity):
     pixels = pixels_of(batch, 3, frames, height, width)
     moments = twins.ours.moments(pixels)
     assert moments.mean.shape == (batch, 12, (frames - 1) // 8 + 1, height // 32, width // 32)
-    for oracle in (twins.official, twins.diffusers):
-        expected = oracle.encode(pixels).latent_dist
-        assert relative(moments.mean, expected.mean) <= 1e-5
+    for oracle in ("official", "diffusers"):
+        expected = getattr(twins, oracle).encode(pixels).latent_dist
+        assert parity("VAE encode", family, oracle, relative(moments.mean, expected.mean)) <= 1e-5
         assert relative(moments.log_variance.clamp(-30, 20).expand_as(expected.logvar), expected.logvar) <= 1e-5
 
 
@@ -148,14 +148,17 @@ def test_a_sampled_latent_equals_the_official_sample_on_the_same_noise(twins):
 
 
 @pytest.mark.parametrize("levels", [(0.05, 0.3), (0.0, 1.0), (0.025, 0.025)], ids=str)
-def test_pixels_equal_the_official_and_those_of_diffusers_at_two_levels_in_one_batch(twins, levels):
+def test_pixels_equal_the_official_and_those_of_diffusers_at_two_levels_in_one_batch(twins, family, levels, parity):
     latents = drawn(2, 12, 2, 2, 2)
     ours, level = decoded(twins.ours, latents, *levels), levels_of(twins.ours, *levels)
     raw = twins.ours.statistics.restore(latents)
-    from_diffusers = seeded(lambda: twins.diffusers.decode(raw, level, return_dict=False)[0])
+    expected = {
+        "official": official_decoded(twins.official, latents, level),
+        "diffusers": seeded(lambda: twins.diffusers.decode(raw, level, return_dict=False)[0]),
+    }
     assert ours.shape == (2, 3, 9, 64, 64)
-    assert relative(ours, official_decoded(twins.official, latents, level)) <= 1e-5
-    assert relative(ours, from_diffusers) <= 1e-5
+    for oracle, theirs in expected.items():
+        assert parity("VAE decode", family, oracle, relative(ours, theirs)) <= 1e-5
 
 
 @pytest.mark.parametrize("frames, height, width", [(3, 2, 3), (1, 1, 1)])

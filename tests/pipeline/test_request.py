@@ -13,7 +13,7 @@ from kadr import Condition, Request, Size
 from kadr.errors import KadrError, RequestError
 from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, Recipe
 from kadr.pipeline.resolve import resolve
-from kadr.sampling.settings import Pass
+from kadr.sampling.settings import Guidance, Pass
 
 PROMPT = "a red circle"
 PHOTO = Condition(media="photo.jpg")
@@ -37,6 +37,37 @@ FULL = Request(
     decode_noise=0.0,
 )
 BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_LEVELS, stochastic=True)
+BY_LISTS = Guidance(
+    scale=(1.0, 4.0),
+    stg=(0.0, 2.0),
+    rescale=(1.0, 0.5),
+    skip_blocks=((), (3, 5)),
+    mode="attention_skip",
+    at=(1.0, 0.9),
+    cfg_star=True,
+    apg=-0.5,
+    apg_norm=2.5,
+)
+IN_TWO_PASSES = Request(
+    prompt=PROMPT,
+    guidance=BY_LISTS,
+    multi_scale=True,
+    downscale=0.5,
+    tone_map=0.25,
+    second=Pass(
+        levels=(0.9, 0.5), guidance=Guidance(scale=2.5, stg=1.0, skip_blocks=(0, 7)), stochastic=True, tone_map=0.6
+    ),
+    conditions=(
+        Condition(media="left.png", box=(0, 0, 352, 480)),
+        Condition(media="right.mp4", box=(352, 0, 352, 480), part=(-9, None), strength=0.5),
+        Condition(media="clip.mkv", frame=-1, part=(None, -16)),
+        Condition(media="frames.bin", frame=8, clip=True, part=(3, 20)),
+        Condition(media="odd.mp4", frame=40, clip=False),
+    ),
+)
+FROM_VIDEO = Request(
+    prompt=PROMPT, video="/a b/кадр.mp4", video_strength=0.6, second=Pass(steps=4, skip_initial=2, skip_final=1)
+)
 BASE = Recipe()  # one pass of 40 steps
 DISTILLED = BY_NAME["ltxv-2b-0.9.8-distilled"].recipe
 NAN, INFINITY = float("nan"), float("inf")
@@ -59,6 +90,12 @@ REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, w
     *(("skip_final", value, "skip_final") for value in (-1, 0.5, "1", None)),
     *(("guidance", value, "between 1 and 100; 1 is off") for value in (0.99, 0, -3, 101)),
     *(("guidance", value, "must be a number") for value in (NAN, INFINITY, "3")),
+    *(
+        (name, value, "true or false")
+        for name in ("guidance_batch", "stochastic", "multi_scale")
+        for value in ("no", 1)
+    ),
+    *(("second", value, "must be a Pass") for value in ({"steps": 3}, 3, "abc")),
     *(("conditions", value, "Condition") for value in (["photo.jpg"], PHOTO, "photo.jpg", None, [None])),
     *(("tone_map", value, "between 0 and 1") for value in (-0.1, 1.5)),
     *(("video_strength", value, "no video to start from") for value in (0.5, 1)),
@@ -91,6 +128,7 @@ def test_a_value_that_no_video_can_have_is_refused_with_its_limit(name: str, val
         *(("frame", value, "between -4097 and 4097") for value in (-5000, 5000)),
         *(("part", value, "(first, end)") for value in (3, (1,), (1, "2"), (0.5, 2))),
         ("part", (0, 9), "Only a clip has parts"),
+        *(("clip", value, "true or false") for value in ("no", 1, 0)),
         *(("box", value, "(x, y, width, height)") for value in (3, (1, 2, 3), (1, 2, 3, "4"))),
         *(("box", value, "must not be below 0") for value in ((-1, 0, 32, 32), (0, 0, 0, 32))),
     ],
@@ -119,10 +157,27 @@ def test_a_size_may_be_a_pair_and_lists_become_tuples() -> None:
 RESOLVED = resolve(Request(prompt=PROMPT), DISTILLED)
 
 
-@pytest.mark.parametrize("request_", [FULL, BY_LEVELS, Request(prompt=PROMPT), RESOLVED])
+@pytest.mark.parametrize("request_", [FULL, BY_LEVELS, IN_TWO_PASSES, FROM_VIDEO, Request(prompt=PROMPT), RESOLVED])
 def test_a_request_survives_json(request_: Request) -> None:
     text = json.dumps(request_.to_json(), allow_nan=False)
-    assert Request.from_json(json.loads(text)) == request_
+    made = Request.from_json(json.loads(text))
+    assert made == request_
+    assert hash(made) == hash(request_)
+
+
+def test_every_field_of_requests_passes_guidance_and_conditions_is_in_one_that_goes_through_json() -> None:
+    asked = (FULL, BY_LEVELS, IN_TWO_PASSES, FROM_VIDEO)
+    passes = [request.second or Pass() for request in asked]
+    guidances = [BY_LISTS, IN_TWO_PASSES.second.guidance] if IN_TWO_PASSES.second else []
+    shown = [condition for request in asked for condition in request.conditions]
+    for made, plain in (
+        (asked, Request(prompt="another")),
+        (passes, Pass()),
+        (guidances, Guidance()),
+        (shown, Condition(media="another")),
+    ):
+        for field in fields(plain):
+            assert any(getattr(one, field.name) != getattr(plain, field.name) for one in made), field.name
 
 
 def test_json_without_defaults_is_read() -> None:
@@ -144,10 +199,26 @@ def test_json_without_defaults_is_read() -> None:
         {"prompt": PROMPT, "conditions": [{"media": "a", "framme": 0}]},
         {"prompt": PROMPT, "conditions": [{"strength": 1.0}]},
         {"prompt": PROMPT, "conditions": [{"media": "a", "strength": 7}]},
+        {"prompt": PROMPT, "conditions": [{"media": "a", "clip": "no"}]},
+        {"prompt": PROMPT, "conditions": [{"media": "a.mp4", "part": "0:9"}]},
+        {"prompt": PROMPT, "guidance": {"scale": 0}},
+        {"prompt": PROMPT, "guidance": {"scael": 3}},
+        {"prompt": PROMPT, "guidance": "3"},
+        {"prompt": PROMPT, "second": "abc"},
+        {"prompt": PROMPT, "second": ["steps"]},
+        {"prompt": PROMPT, "second": {"stesp": 3}},
+        {"prompt": PROMPT, "second": {"steps": 3, "guidance": 3.0}},
+        {"prompt": PROMPT, "second": {"levels": [0.5], "stochastic": "no"}},
+        {"prompt": PROMPT, "multi_scale": "no"},
+        {"prompt": PROMPT, "stochastic": 1},
+        {"prompt": PROMPT, "guidance_batch": "false"},
+        "abc",
+        [PROMPT],
+        None,
     ],
     ids=str,
 )
-def test_json_that_is_no_request_is_refused(data: dict[str, Any]) -> None:
+def test_json_that_is_no_request_is_refused(data: Any) -> None:
     with pytest.raises(RequestError):
         Request.from_json(data)
 

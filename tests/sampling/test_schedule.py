@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import DISTILLED_LEVELS
 from kadr.sampling.schedule import Schedule, explicit, linear_quadratic, sd3_shift, stretch, uniform
+from tests.oracles import relative
 
 LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
 SD3 = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
@@ -79,18 +81,21 @@ def test_shifted_levels_are_those_of_the_fact_sheet(steps: int, count: int, pick
 
 
 @pytest.mark.parametrize("schedule", [LINEAR_QUADRATIC, Schedule()], ids=["linear-quadratic", "uniform"])
-def test_unshifted_levels_are_the_official_ones_in_every_bit(schedule: Schedule) -> None:
+def test_unshifted_levels_are_the_official_ones_in_every_bit(schedule: Schedule, parity: Any) -> None:
     for steps in COUNTS:
-        assert torch.equal(schedule.levels(steps, tokens=77), official_levels(schedule, steps, (1, 7, 11)))
+        made, expected = schedule.levels(steps, tokens=77), official_levels(schedule, steps, (1, 7, 11))
+        parity("noise levels", schedule.sampler, "official", relative(made, expected))
+        assert torch.equal(made, expected)
 
 
 @pytest.mark.parametrize("terminal", [0.1, None, 0.25])
-def test_shifted_levels_are_the_official_ones(terminal: float | None) -> None:
+def test_shifted_levels_are_the_official_ones(terminal: float | None, parity: Any) -> None:
     schedule = Schedule(shifting="SD3", terminal=terminal)
     for grid in GRIDS:
         for steps in COUNTS[1:]:
-            made = schedule.levels(steps, tokens=tokens(grid))
-            torch.testing.assert_close(made, official_levels(schedule, steps, grid), rtol=0, atol=5e-7)
+            made, expected = schedule.levels(steps, tokens=tokens(grid)), official_levels(schedule, steps, grid)
+            parity("noise levels", "SD3 shift", "official", relative(made, expected))
+            torch.testing.assert_close(made, expected, rtol=0, atol=5e-7)
 
 
 def test_a_linear_quadratic_schedule_may_be_shifted_too() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from kadr.sampling.schedule import Schedule, explicit
 from kadr.sampling.steps import euler, next_level, stochastic
+from tests.oracles import relative
 
 LISTS = {
     "distilled second pass": explicit((0.9094, 0.725, 0.4219)),
@@ -52,6 +55,15 @@ def test_a_level_a_hair_above_another_counts_as_the_same(levels: Tensor) -> None
         assert torch.equal(next_level((levels + shift)[None], down), down[1:][None])
 
 
+def test_each_video_of_a_batch_steps_by_its_own_levels() -> None:
+    """The official pipeline hands the scheduler the levels of the first one alone."""
+    tokens, velocity = drawn(2, 64, 3, seed=12), drawn(2, 64, 3, seed=13)
+    for levels in LISTS.values():
+        own = torch.cat([awkward(levels, 64), levels[-1].expand(1, 64)])
+        alone = [euler(0, tokens[i : i + 1], velocity[i : i + 1], own[i : i + 1], path(levels)) for i in range(2)]
+        assert torch.equal(euler(0, tokens, velocity, own, path(levels)), torch.cat(alone))
+
+
 def test_below_the_lowest_level_and_at_0_the_next_is_0() -> None:
     down = path(explicit((0.9094, 0.725, 0.4219)))
     assert next_level(torch.tensor([[0.4, 0.01, 1e-7, 0.0]]), down).tolist() == [[0, 0, 0, 0]]
@@ -69,16 +81,18 @@ def test_euler_is_the_official_step_where_all_tokens_share_a_level(levels: Tenso
 
 
 @pytest.mark.parametrize("levels", LISTS.values(), ids=LISTS)
-def test_euler_is_the_official_step_where_every_token_has_its_own_level(levels: Tensor) -> None:
+def test_euler_is_the_official_step_where_every_token_has_its_own_level(levels: Tensor, parity: Any) -> None:
     tokens, velocity = drawn(1, 64, 3, seed=3), drawn(1, 64, 3, seed=4)
     level = awkward(levels, 64)
     expected = official(levels).step(velocity, level, tokens, return_dict=False)[0]
-    assert torch.equal(euler(0, tokens, velocity, level, path(levels)), expected)
+    made = euler(0, tokens, velocity, level, path(levels))
+    parity("step", "Euler", "official", relative(made, expected))
+    assert torch.equal(made, expected)
 
 
 @pytest.mark.parametrize("levels", LISTS.values(), ids=LISTS)
 def test_a_stochastic_step_is_the_official_one_with_the_same_noise(
-    levels: Tensor, monkeypatch: pytest.MonkeyPatch
+    levels: Tensor, monkeypatch: pytest.MonkeyPatch, parity: Any
 ) -> None:
     tokens, velocity, noise = (drawn(1, 64, 3, seed=seed) for seed in (5, 6, 7))
     asked: list[tuple[int, torch.Size]] = []
@@ -93,6 +107,7 @@ def test_a_stochastic_step_is_the_official_one_with_the_same_noise(
     for index, level in enumerate((levels[:1, None], levels[-1:, None], awkward(levels, 64))):
         made = step(index, tokens, velocity, level, path(levels))
         expected = scheduler.step(velocity, level, tokens, return_dict=False, stochastic_sampling=True)[0]
+        parity("step", "stochastic", "official", relative(made, expected))
         torch.testing.assert_close(made, expected, rtol=0, atol=2e-6)
     assert asked == [(index, tokens.shape) for index in range(3)]
 

@@ -250,7 +250,9 @@ def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
         raise MediaError(f"{path}: there is no such file.")
     try:
         # An absolute path, because FFmpeg takes "name:..." for an address.
-        with av.open(str(Path(path).absolute()), options={"format_whitelist": _READERS}) as container:
+        name, options = str(Path(path).absolute()), {"format_whitelist": _READERS}
+        # Tags need not be UTF-8: other programs write what they like, and damage does.
+        with av.open(name, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise MediaError(f"{path} holds no video. {_READABLE}")
             yield container

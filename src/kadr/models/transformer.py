@@ -148,9 +148,9 @@ class Given(NamedTuple):
     bias: Tensor | None
 
     def rows(self, rows: slice) -> Given:
-        """Of some samples of the batch. The rotations are common to all."""
+        """Of some samples of the batch."""
         bias = None if self.bias is None else self.bias[rows]
-        return Given(self.text[rows], self.bends[rows], self.rope, bias)
+        return Given(self.text[rows], self.bends[rows], self.rope.rows(rows), bias)
 
 
 class Layer(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Rope(NamedTuple):
-    """Cosine and sine of every angle, each (B, N, D) with equal neighbours in pairs."""
+    """Cosine and sine of every angle, each (B, N, D), or (1, N, D) for all samples, with equal neighbours in pairs."""
 
     cosine: Tensor
     sine: Tensor
@@ -19,6 +19,10 @@ class Rope(NamedTuple):
         """Rotate the pairs (0, 1), (2, 3), ... of x (B, N, D)."""
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         return x * self.cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * self.sine
+
+    def rows(self, rows: slice) -> Rope:
+        """Of some samples of the batch."""
+        return self if len(self.cosine) == 1 else Rope(self.cosine[rows], self.sine[rows])
 
 
 def rope_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +23,6 @@ from kadr.text.tokenizer import Tokenizer
 
 UPSCALERS = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."
 ROOM = 4  # keep modules loaded when so many times their size is free
-
-
 SPACE, TIME = "spatial", "temporal"
 
 
@@ -50,8 +49,10 @@ class Components:
         self.checkpoint, self.text, self.vae = checkpoint, text, vae or checkpoint
         self.transformers = (checkpoint, second or checkpoint)
         self.transformer_config = require_parts(checkpoint, self.vae)
+        require_text(text, checkpoint)
         if second is not None:
             require_parts(second, self.vae)
+            require_text(text, second)
         self.upscalers: dict[str, Checkpoint] = {}
         parameters = sum(source.parameters for source in checkpoint.sources.values())
         self.device = pick_device(device)
@@ -66,21 +67,7 @@ class Components:
         Raises:
             CheckpointError: it is none, is for another model, or there is one of its kind already.
         """
-        config = checkpoint.detected.upsampler
-        if config is None:
-            raise CheckpointError(f"{checkpoint.path} is no latent upscaler. {UPSCALERS}")
-        if config.channels != self.transformer_config.channels:
-            raise CheckpointError(
-                f"the upscaler {checkpoint.path} is for latents of {config.channels} channels, and those of "
-                f"{self.checkpoint.path} have {self.transformer_config.channels}. {UPSCALERS}"
-            )
-        kind = SPACE if config.space else TIME
-        taken = {SPACE: self.upscaling.space, TIME: self.upscaling.time}
-        if (config.space and taken[SPACE]) or (config.time and taken[TIME]):
-            raise CheckpointError(f"{checkpoint.path} is a second {kind} upscaler; give one of each kind at most.")
-        self.upscalers[kind] = checkpoint
-        # The picture first: it is the smaller one that the other then has to double.
-        self.upscalers = dict(sorted(self.upscalers.items(), key=lambda item: item[0] != SPACE))
+        self.upscalers = ordered_upscalers([*self.upscalers.values(), checkpoint], self.checkpoint)
 
     @property
     def upscaling(self) -> Upscaling:
@@ -157,3 +144,43 @@ def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:
             f"{checkpoint.path} {transformer.channels}. Take both from the same release."
         )
     return transformer
+
+
+def require_text(text: TextEncoderFolder, checkpoint: Checkpoint) -> None:
+    """Check that a transformer reads what a text encoder writes.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    transformer = checkpoint.detected.transformer
+    if transformer is not None and transformer.text_width != text.config.width:
+        raise CheckpointError(
+            f"the text encoder of {text.path} is {text.config.width} wide, and the transformer of {checkpoint.path} "
+            f"reads text of {transformer.text_width}. Give the one it was trained with as --text-encoder."
+        )
+
+
+def ordered_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dict[str, Checkpoint]:
+    """The upscalers for a model's latents by what they double, in the order in which they work.
+
+    Raises:
+        CheckpointError: one is none, is for another model, or doubles what another doubles.
+    """
+    made: dict[str, Checkpoint] = {}
+    doubled: set[str] = set()
+    for upscaler in upscalers:
+        config = upscaler.detected.upsampler
+        if config is None:
+            raise CheckpointError(f"{upscaler.path} is no latent upscaler. {UPSCALERS}")
+        if model.detected.transformer is not None and config.channels != model.detected.transformer.channels:
+            raise CheckpointError(
+                f"the upscaler {upscaler.path} is for latents of {config.channels} channels, and those of "
+                f"{model.path} have {model.detected.transformer.channels}. {UPSCALERS}"
+            )
+        kinds = [kind for kind, doubles in ((SPACE, config.space), (TIME, config.time)) if doubles]
+        if again := [kind for kind in kinds if kind in doubled]:
+            raise CheckpointError(f"{upscaler.path} is a second {again[0]} upscaler; give one of each kind at most.")
+        doubled.update(kinds)
+        made[kinds[0]] = upscaler
+    # The picture first: it is the smaller one that the other then has to double.
+    return dict(sorted(made.items(), key=lambda item: item[0] != SPACE))

@@ -6,6 +6,7 @@ trim_conditioning_sequence does, with a warning.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +62,7 @@ def read_conditions(request: Request) -> list[Placed]:
     assert request.frames is not None
     placed = [_read(condition, request.frames) for condition in request.conditions]
     for one, other in combinations(placed, 2):
-        if one.start < other.end and other.start < one.end and _meet(one.condition.box, other.condition.box):
+        if _meet(one, other):
             raise RequestError(f"two conditions lie over each other: {one} and {other}. Leave one out, or move it.")
     return placed
 
@@ -139,10 +140,13 @@ def _warn(message: str) -> None:
     warnings.warn(message, KadrWarning, stacklevel=2)
 
 
-def _meet(one: Box | None, other: Box | None) -> bool:
-    if one is None or other is None:
+def _meet(one: Placed, other: Placed) -> bool:
+    """Whether there is a frame, and a pixel of it, that both cover."""
+    if one.end <= other.start or other.end <= one.start:
+        return False
+    if one.condition.box is None or other.condition.box is None:
         return True
-    (x, y, width, height), (u, v, across, down) = one, other
+    (x, y, width, height), (u, v, across, down) = one.condition.box, other.condition.box
     return x < u + across and u < x + width and y < v + down and v < y + height
 
 
@@ -187,17 +191,52 @@ class Fitted:
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
-def fitted(placed: Placed, request: Request, plan: PassPlan) -> Fitted:
-    """The condition for one pass.
+def settled(placed: Sequence[Placed], request: Request, plan: PassPlan) -> list[Placed]:
+    """The conditions where they stand in one pass.
 
     Raises:
-        RequestError: its box does not lie inside the video, or nothing would be left of it.
+        RequestError: a box does not lie inside the video, or nothing would be left of it; or the pass makes every
+            second frame, and there is a clip, whose frames do not fall on its own, or two pictures fall on one of them.
     """
+    made = list(placed)
+    if plan.fps != request.fps:
+        made = [_slowed(item) for item in placed]
+        for one, other in combinations(range(len(made)), 2):
+            if _meet(made[one], made[other]):
+                raise RequestError(
+                    f"two pictures fall on one frame of the first pass, which makes every second frame only: "
+                    f"{placed[one]} and {placed[other]}. Move one of them, or leave out the temporal upscaler."
+                )
+    for item in made:
+        if item.condition.box is not None:
+            _spot(item.condition.box, request, plan)
+    return made
+
+
+def _slowed(placed: Placed) -> Placed:
+    """The condition in a pass that makes every second frame."""
+    if len(placed.frames) > 1:
+        raise RequestError(
+            f"{placed.condition.media} is a clip, and the first pass makes every second frame only. Give pictures, or "
+            "leave out the temporal upscaler."
+        )
+    return replace(placed, start=placed.start // 2)
+
+
+def fitted(placed: Placed, request: Request, plan: PassPlan) -> Fitted:
+    """The condition for one pass, in which it is settled."""
     assert isinstance(request.size, Size)
     assert request.image_crf is not None
     if placed.condition.box is None:
         return Fitted(placed, pixels_of(placed.frames, request.size, request.image_crf, plan.size))
-    row, column, height, width = _on_grid(placed.condition.box, request.size, plan.grid)
+    size, corner, cut = _spot(placed.condition.box, request, plan)
+    return Fitted(placed, pixels_of(placed.frames, size, request.image_crf, size), corner, cut)
+
+
+def _spot(box: Box, request: Request, plan: PassPlan) -> tuple[Size, tuple[int, int], tuple[int, int, int, int]]:
+    """What a box becomes in a pass: its size in pixels, and its corner and what is cut of it as in `Fitted`."""
+    assert isinstance(request.size, Size)
+    row, column, height, width = _on_grid(box, request.size, plan.grid)
     size = Size(width * SPATIAL, height * SPATIAL)
     cut = (
         int(row > 0),
@@ -206,11 +245,13 @@ def fitted(placed: Placed, request: Request, plan: PassPlan) -> Fitted:
         int(column + width < plan.grid.width),
     )
     if height <= cut[0] + cut[1] or width <= cut[2] + cut[3]:
+        made = request.size.snapped()
+        least = math.ceil(3 * max(made.width / plan.grid.width, made.height / plan.grid.height))  # latents of this pass
         raise RequestError(
-            f"box {placed.condition.box} covers {size} pixels of a pass at {plan.size}: with its margins cut off, "
-            f"nothing is left. Give at least {3 * SPATIAL} pixels each way, or place it at the edge."
+            f"box {box} covers {size} pixels of a pass at {plan.size}: with its margins cut off, nothing is left. "
+            f"Give at least {least} pixels each way, or place it at the edge."
         )
-    return Fitted(placed, pixels_of(placed.frames, size, request.image_crf, size), (row, column), cut)
+    return size, (row, column), cut
 
 
 def _on_grid(box: Box, size: Size, grid: LatentGrid) -> Box:
@@ -221,9 +262,14 @@ def _on_grid(box: Box, size: Size, grid: LatentGrid) -> Box:
     left, _, top, _ = size.margins()
     made = size.snapped()
     across, down = grid.width / made.width, grid.height / made.height
-    column, row = round((x + left) * across), round((y + top) * down)
-    right, bottom = round((x + width + left) * across), round((y + height + top) * down)
+    column, row = _nearest((x + left) * across), _nearest((y + top) * down)
+    right, bottom = _nearest((x + width + left) * across), _nearest((y + height + top) * down)
     return row, column, max(bottom - row, 1), max(right - column, 1)
+
+
+def _nearest(position: float) -> int:
+    """Halves go up, always: as `round` has them, a box of three would be two or four wide, by where it stands."""
+    return math.floor(position + 0.5)
 
 
 def put(
@@ -253,17 +299,3 @@ def put(
     if latents.shape[2] == 1:
         return append(state, latents, where, strength, draw(own.shape))
     return join(state, latents, where, strength, draw(own.shape), frame=start // TEMPORAL)
-
-
-def slowed(placed: Placed) -> Placed:
-    """The condition in a pass that makes every second frame.
-
-    Raises:
-        RequestError: it is a clip, whose frames do not fall on those of the pass.
-    """
-    if len(placed.frames) > 1:
-        raise RequestError(
-            f"{placed.condition.media} is a clip, and the first pass makes every second frame only. Give pictures, or "
-            "leave out the temporal upscaler."
-        )
-    return replace(placed, start=placed.start // 2)

@@ -12,7 +12,7 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
-from kadr.pipeline.conditions import Placed, read_conditions, read_start
+from kadr.pipeline.conditions import Placed, read_conditions, read_start, settled
 from kadr.pipeline.locate import is_path, on_disk
 from kadr.pipeline.passes import PassPlan, Upscaling, check_beginning, check_blocks, plan_passes, warn_guided
 from kadr.pipeline.request import Request
@@ -128,7 +128,9 @@ class DryEngine:
         others = [_text(text_encoder, first)]
         if wanted_vae := vae or (named and named.vae):
             others.append(_part("vae", wanted_vae, "model")[0])
-        return cls((first, second), tuple(_upscaler(one) for one in wanted), tuple(others), own)
+        upscalers = tuple(_upscaler(one) for one in wanted)
+        _refuse_twice(upscalers)
+        return cls((first, second), upscalers, tuple(others), own)
 
     def resolve(self, request: Request) -> Request:
         """As `Engine.resolve`."""
@@ -155,9 +157,12 @@ class DryEngine:
         check_beginning(passes[0], started=request.video is not None)
         if request.video is not None:
             read_start(request)  # refuses one that is too short
+        placed = read_conditions(request)
+        for plan in passes:
+            settled(placed, request, plan)  # refuses what does not fit the pass
         used = self.models[:1] if self.models[0] is self.models[1] else self.models
         parts = [*(model.part for model in used), *(part for part, _ in upscalers), *self.others]
-        return DryRun(tuple(parts), request, _made(request), passes, tuple(read_conditions(request)))
+        return DryRun(tuple(parts), request, _made(request), passes, tuple(placed))
 
 
 def _made(request: Request) -> tuple[Size, int]:
@@ -191,6 +196,14 @@ def _upscaler(name: str | Path) -> tuple[DryPart, Upscaling]:
     if config is None:
         raise CheckpointError(f"{part.path} is no latent upscaler. `kadr models` lists those known.")
     return part, Upscaling(config.space, config.time)
+
+
+def _refuse_twice(upscalers: Iterable[tuple[DryPart, Upscaling]]) -> None:
+    space = [part.name for part, kind in upscalers if kind.space]
+    time = [part.name for part, kind in upscalers if kind.time]
+    for name, given in (("spatial", space), ("temporal", time)):
+        if len(given) > 1:
+            raise CheckpointError(f"{given[1]} is a second {name} upscaler; give one of each kind at most.")
 
 
 def _own_upscaler(released: Released | None) -> tuple[DryPart, Upscaling]:

@@ -16,7 +16,7 @@ from kadr.errors import Cancelled, KadrError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe, Released
-from kadr.pipeline.components import Components, require_parts
+from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.generate import Generation
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
@@ -30,13 +30,19 @@ from kadr.version import __version__
 
 @dataclass(frozen=True)
 class Engine:
-    """A model, known from its headers. Weights are read when a stage needs them."""
+    """A model, known from its headers. Weights are read when a stage needs them.
+
+    Args:
+        name: as it was asked for.
+        released: the registry's entry; None for an unreleased one.
+        second: name and entry of the model of the second pass, where it is another.
+    """
 
     name: str
     components: Components
     recipe: Recipe
-
     released: Released | None = None
+    second: tuple[str, Released | None] | None = None
 
     @classmethod
     def open(
@@ -75,7 +81,10 @@ class Engine:
         own_vae = Checkpoint.open(found.vae) if found.vae else None
         require_parts(checkpoint, own_vae or checkpoint)
         second, second_released = opened_second(second_model)
+        if second is not None:
+            require_parts(second, own_vae or checkpoint)
         upscalers = opened_upscalers(upscaler)
+        ordered_upscalers(upscalers, checkpoint)
         released = found.released or checkpoint.detected.released
         text = TextEncoderFolder.open(found.text_encoder or fetched_text(released))
         components = Components(checkpoint, text, own_vae, device=device, dtype=dtype, second=second)
@@ -83,7 +92,8 @@ class Engine:
             components.add_upscaler(opened)
         own = recipe or (released.recipe if released else Recipe())
         recipe = with_second(own, second_released)
-        return cls(name=found.name, components=components, recipe=recipe, released=released)
+        named = None if second_model is None else (str(second_model), second_released)
+        return cls(name=found.name, components=components, recipe=recipe, released=released, second=named)
 
     def resolve(self, request: Request) -> Request:
         """The request with everything it left out taken from the model's recipe.
@@ -210,8 +220,10 @@ class Engine:
         if request.multi_scale and not self.components.upscalers:
             self.components.add_upscaler(own_upscaler(self.released))
         generation = Generation(self.components, request, _guarded(watch), media=media)
-        for plan, schedule in zip(generation.passes, self.components.schedules, strict=False):
-            warn_guided(plan, self.name, schedule, self.released)
+        own = (self.name, self.released)
+        models = zip((own, self.second or own), self.components.schedules, strict=True)
+        for plan, ((name, released), schedule) in zip(generation.passes, models, strict=False):
+            warn_guided(plan, name, schedule, released)
         return generation
 
 

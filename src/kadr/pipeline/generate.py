@@ -20,7 +20,7 @@ from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import Components
-from kadr.pipeline.conditions import Fitted, fitted, pixels_of, put, read_conditions, read_start, slowed
+from kadr.pipeline.conditions import Fitted, fitted, pixels_of, put, read_conditions, read_start, settled
 from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.request import Request
@@ -144,8 +144,7 @@ class Generation:
                     stage.done(done)
 
     def _fitted(self, plan: PassPlan) -> list[Fitted]:
-        slow = plan.fps != given(self.request.fps)
-        return [fitted(slowed(item) if slow else item, self.request, plan) for item in self.placed]
+        return [fitted(item, self.request, plan) for item in settled(self.placed, self.request, plan)]
 
     def _start_pixels(self) -> Tensor:
         plan, frames = self.passes[0], given(self.start_frames)

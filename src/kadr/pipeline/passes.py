@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def plan_passes(request: Request, schedules: Sequence[Schedule], *, upscaling: U
         return (_planned(1, first, size, frames, request.fps, schedules[0], _beginning(request)),)
     assert request.second is not None
     assert request.downscale is not None
-    small, made = _sizes(size, request.downscale) if upscaling.space else (size, size)
+    small, made = _sizes(request.size, request.downscale) if upscaling.space else (size, size)
     few, many = _lengths(frames) if upscaling.time else (frames, frames)
     rate = request.fps / 2 if upscaling.time else request.fps
     return (
@@ -95,9 +96,9 @@ def _planned(
     if highest is not None:
         kept = levels[levels <= highest + 1e-6]
         if not len(kept):
-            lowest = float(levels[-1])
+            least = math.ceil(float(levels[-1]) * 1e4) / 1e4  # not rounded below the level, or giving it would not help
             raise RequestError(
-                f"video_strength is {highest:g}, below every noise level of this model; the least is {lowest:.4g}. "
+                f"video_strength is {highest:g}, below every noise level of this model; the least is {least:g}. "
                 "Give at least that, or more steps."
             )
         levels = kept
@@ -113,15 +114,15 @@ def _levels(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
     return schedule.levels(settings.steps, tokens=tokens, **skipped)
 
 
-def _sizes(size: Size, downscale: float) -> tuple[Size, Size]:
+def _sizes(asked: Size, downscale: float) -> tuple[Size, Size]:
     """The sizes of two passes. The second has twice the sides of the first, which need not be those asked for."""
-    sides = [int(side * downscale) // SPATIAL * SPATIAL for side in (size.width, size.height)]
-    if min(sides) < SPATIAL:
+    size = asked.snapped()
+    width, height = (int(side * downscale) // SPATIAL * SPATIAL for side in (size.width, size.height))
+    if min(width, height) < SPATIAL:
         raise RequestError(
-            f"{size} is too small for two passes: the first would be made at {sides[0]}x{sides[1]}. "
+            f"{asked} is too small for two passes: the first would be made at {width}x{height}. "
             f"Ask for a larger size, or for a single pass."
         )
-    width, height = sides
     return Size(width, height), Size(2 * width, 2 * height)
 
 

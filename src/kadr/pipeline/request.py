@@ -30,6 +30,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _true_or_false(name: str, value: Any) -> None:
+    if not isinstance(value, bool | None):
+        raise RequestError(f"{name} is {value!r}; it must be true or false.")
+
+
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # endings that are taken for clips; others are pictures
 DEFAULT_VIDEO_STRENGTH = 0.75
 
@@ -65,6 +70,7 @@ class Condition:
         if self.strength == 0:
             raise RequestError("strength is 0: the picture would do nothing. Give more than 0, or leave it out.")
         _within("frame", self.frame, -MAXIMUM_FRAMES, MAXIMUM_FRAMES, whole=True)
+        _true_or_false("clip", self.clip)
         if self.clip is None:
             object.__setattr__(self, "clip", Path(self.media).suffix.lower() in CLIPS)
         if self.part is not None:
@@ -184,6 +190,10 @@ class Request:
                 _within(name, value, low, high, whole=whole)
         for name in ("skip_initial", "skip_final"):
             _within(name, getattr(self, name), 0, MAXIMUM_STEPS, whole=True)
+        for name in ("guidance_batch", "stochastic", "multi_scale"):
+            _true_or_false(name, getattr(self, name))
+        if not isinstance(self.second, Pass | None):
+            raise RequestError(f"second is {self.second!r}; it must be a Pass.")
         if self.levels is not None and (self.steps is not None or self.skip_initial or self.skip_final):
             raise RequestError("levels are given, and steps or skipped levels too; give the one or the other.")
         self._check_video()
@@ -233,6 +243,8 @@ class Request:
         Raises:
             RequestError: an unknown field, one that is missing, or a value out of its range.
         """
+        if not isinstance(data, Mapping):
+            raise RequestError(f"the request is {data!r}; it must be an object of fields, as `to_json` writes it.")
         data = dict(data)
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
@@ -243,7 +255,7 @@ class Request:
             data["conditions"] = tuple(Condition(**condition) for condition in data.get("conditions", ()))
             if isinstance(data.get("guidance"), Mapping):
                 data["guidance"] = Guidance(**data["guidance"])
-            if data.get("second") is not None:
+            if isinstance(data.get("second"), Mapping):
                 data["second"] = Pass.from_json(data["second"])
             return cls(**data)
         except (TypeError, AttributeError) as error:

@@ -155,6 +155,8 @@ class Pass:
                 raise RequestError("levels are given, and skipped levels too; give the one or the other.")
         if not isinstance(self.guidance, Guidance):
             raise RequestError(f"guidance is {self.guidance!r}; it must be a Guidance.")
+        if not isinstance(self.stochastic, bool | None):
+            raise RequestError(f"stochastic is {self.stochastic!r}; it must be true or false.")
 
     def over(self, other: Pass) -> Pass:
         """This pass, with what it leaves open taken from `other`."""

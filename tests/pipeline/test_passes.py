@@ -1,0 +1,592 @@
+"""Two passes: what each comes to, what lies between them, and what is refused before it costs anything."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from kadr import Condition, Engine, KadrWarning, Progress, Request, Size
+from kadr.checkpoints import hub
+from kadr.checkpoints.save import write_single_file, write_text_encoder
+from kadr.errors import CheckpointError, KadrError, RequestError
+from kadr.media.video import VideoWriter
+from kadr.memory.shelf import Shelf
+from kadr.models.registry import BY_NAME, DISTILLED_LEVELS
+from kadr.models.t5 import T5Encoder
+from kadr.models.transformer import Transformer
+from kadr.models.upsampler import LatentUpsampler
+from kadr.models.vae import VAE
+from kadr.pipeline.dry import DryEngine
+from kadr.pipeline.passes import warn_guided
+from kadr.sampling.latents import adain
+from kadr.sampling.schedule import Schedule
+from kadr.sampling.settings import Guidance, Pass
+from kadr.shapes import snap_frames
+from tests.tiny import (
+    CHANNELS,
+    LINEAR_QUADRATIC,
+    MODEL,
+    SHIFTED,
+    sentencepiece_model,
+    sown,
+    t5_config,
+    transformer_config,
+    vae_config,
+    write,
+    write_upscaler,
+)
+
+LEVELS = (0.9, 0.4)
+REQUEST = Request(
+    prompt="a red circle",
+    size=Size(128, 64),
+    frames=17,
+    fps=24,
+    steps=2,
+    guidance=1.0,
+    multi_scale=True,
+    second=Pass(levels=LEVELS, guidance=Guidance(scale=1.0)),
+    image_noise=0.0,
+)
+DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
+Opened = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = write(tmp_path_factory.mktemp("model"))
+    write_upscaler(home / "spatial.safetensors")
+    write_upscaler(home / "temporal.safetensors", space=False, time=True)
+    write_upscaler(home / "both.safetensors", space=True, time=True)
+    write_upscaler(home / "wide.safetensors", channels=12)
+    return home
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model of the same latents: a third layer, other weights, an older schedule and older positions."""
+    return write(tmp_path_factory.mktemp("other"), layers=3, causal=False, schedule=SHIFTED, seed=20)
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("distilled"), schedule=DISTILLED, seed=30)
+
+
+@pytest.fixture(scope="module")
+def opened(home: Path) -> Opened:
+    """Engines by their upscalers."""
+    made: dict[tuple[str, ...], Engine] = {}
+
+    def find(*upscalers: str) -> Engine:
+        if upscalers not in made:
+            paths = [home / f"{name}.safetensors" for name in upscalers]
+            made[upscalers] = Engine.open(home / MODEL, upscaler=paths, device="cpu")
+        return made[upscalers]
+
+    return find
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight may be loaded."""
+
+    def take(self: Shelf, name: str, load: Callable[[], nn.Module]) -> Any:
+        raise AssertionError(f"the {name} was loaded")
+
+    monkeypatch.setattr(Shelf, "take", take)
+
+
+@pytest.fixture
+def unfetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any, **more: Any) -> Path:
+        raise AssertionError(f"something was fetched: {given}")
+
+    monkeypatch.setattr(hub, "fetch", refuse)
+    monkeypatch.setattr(hub, "fetch_folder", refuse)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def clip(photo: str) -> str:
+    path = Path(photo).with_name("clip.mp4")
+    with VideoWriter(path, Size(48, 48), 24) as writer:
+        writer.write(np.stack([np.full((48, 48, 3), 20 + 20 * frame, np.uint8) for frame in range(9)]))
+    return str(path)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, cls: type[nn.Module], name: str = "forward") -> list[tuple[Any, Tensor]]:
+    """Every call of a method: its module, and what it was given first."""
+    calls: list[tuple[Any, Tensor]] = []
+    method = getattr(cls, name)
+
+    def seen(self: nn.Module, given: Tensor, *more: Any) -> Any:
+        calls.append((self, given))
+        return method(self, given, *more)
+
+    monkeypatch.setattr(cls, name, seen)
+    return calls
+
+
+def refused(make: Callable[[], object], kind: type[KadrError], *says: str) -> None:
+    with pytest.raises(kind) as caught:
+        make()
+    assert all(what in str(caught.value) for what in says), str(caught.value)
+
+
+# --- sizes, lengths and rates --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [Size(48, 48), Size(96, 64), Size(160, 97), Size(1216, 704), Size(50, 200)])
+def test_the_first_pass_is_two_thirds_down_to_32_and_the_second_is_twice_that(opened: Opened, size: Size) -> None:
+    made = size.snapped()
+    first, second = opened("spatial").passes(replace(REQUEST, size=size))
+    sides = [int(side * 0.6666666) // 32 * 32 for side in (made.width, made.height)]
+    assert first.size == Size(*sides)
+    assert second.size == Size(2 * sides[0], 2 * sides[1])
+    assert (first.frames, second.frames, first.fps, second.fps) == (17, 17, 24, 24)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 9, 10, 17, 24, 25, 33, 97, 121, 257])
+def test_with_a_temporal_upscaler_the_first_pass_makes_half_the_groups_at_half_the_rate(
+    opened: Opened, frames: int
+) -> None:
+    first, second = opened("temporal").passes(replace(REQUEST, frames=frames, fps=25))
+    groups = (snap_frames(frames) - 1) // 8
+    assert first.frames == 8 * -(-groups // 2) + 1
+    assert second.frames == 2 * first.frames - 1
+    assert snap_frames(frames) <= second.frames <= snap_frames(frames) + 8
+    assert (first.fps, second.fps) == (12.5, 25)
+    assert first.size == second.size == Size(128, 64)
+    # What the upscaler makes of the one is the other.
+    assert 2 * first.grid.frames - 1 == second.grid.frames
+
+
+@pytest.mark.parametrize("names", [("temporal", "spatial"), ("both",)])
+def test_upscalers_of_both_kinds_halve_both(opened: Opened, names: tuple[str, ...]) -> None:
+    first, second = opened(*names).passes(REQUEST)
+    assert (first.size, first.frames, first.fps) == (Size(64, 32), 9, 12)
+    assert (second.size, second.frames, second.fps) == (Size(128, 64), 17, 24)
+
+
+@pytest.mark.parametrize("names", [("spatial",), ("temporal",), ("temporal", "spatial")], ids=str)
+def test_each_way_of_two_passes_gives_the_frames_that_were_asked_for(opened: Opened, names: tuple[str, ...]) -> None:
+    engine, stages = opened(*names), []
+    request = replace(REQUEST, size=Size(50, 60), frames=10, stochastic=True, tone_map=0.5)
+
+    def watch(report: Progress) -> None:
+        stages.append((report.stage, report.step, report.of))
+
+    video = engine.generate(request, watch=watch)
+    second = engine.passes(request)[1].grid
+    assert video.frames.shape == (10, 60, 50, 3)
+    assert video.latents.shape == (CHANNELS, second.frames, second.height, second.width)
+    assert list(dict.fromkeys(stage for stage, _, _ in stages)) == ["text", "denoise", "upscale", "refine", "decode"]
+    upscaled = [(step, of) for stage, step, of in stages if stage == "upscale"]
+    assert upscaled == [(step, len(names)) for step in range(len(names) + 1)]
+    assert len(video.frames) > 1
+    assert (video.frames[0] != video.frames[-1]).any()
+
+
+def test_space_is_doubled_before_time_whatever_the_order_they_are_given_in(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = spied(monkeypatch, LatentUpsampler)
+    results = [opened(*names).denoise(REQUEST) for names in (("spatial", "temporal"), ("temporal", "spatial"))]
+    assert torch.equal(*results)
+    assert [(module.config.kind, tuple(given.shape[2:])) for module, given in calls] == [
+        ("spatial upscaler", (2, 1, 2)),
+        ("temporal upscaler", (2, 2, 4)),
+    ] * 2
+
+
+def test_the_second_pass_begins_at_the_upscaled_first_with_its_statistics_and_noise(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened("spatial", "temporal")
+    grown, seen = spied(monkeypatch, LatentUpsampler), spied(monkeypatch, Transformer)
+    engine.denoise(REQUEST)
+    with engine.components.statistics() as vae, torch.no_grad():
+        first = vae.statistics.normalise(grown[0][1])
+        made = grown[0][1]
+        for kind in ("spatial", "temporal"):
+            with engine.components.upscaler(kind) as upscaler:
+                made = upscaler(made)
+        expected = adain(vae.statistics.normalise(made), first)
+    begun = seen[2][1].transpose(1, 2).reshape(expected.shape)  # after the two steps of the first pass
+    noise = (begun - 0.1 * expected) / 0.9
+    assert noise.std().item() == pytest.approx(1, abs=0.1)
+    assert noise.mean().item() == pytest.approx(0, abs=0.1)
+    mixed = torch.stack([noise.flatten(), expected.flatten()])
+    assert abs(torch.corrcoef(mixed)[0, 1].item()) < 0.1
+
+
+# --- conditions at half the rate -----------------------------------------------------------------------------------
+
+
+def test_a_picture_stands_at_half_its_frame_and_so_at_the_same_second(
+    opened: Opened, photo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = spied(monkeypatch, Transformer, "rope")
+    shown = tuple(Condition(photo, frame=frame) for frame in (0, 10, -1))
+    opened("temporal").denoise(replace(REQUEST, conditions=shown, fps=12))
+    for (_, where), latents, rate, frames in zip(told, (2, 3), (6, 12), ([5, 8], [10, 16]), strict=True):
+        assert where.shape == (1, 3, (latents + 2) * 8)
+        seconds = where[0, 0, latents * 8 :].view(2, 8)
+        torch.testing.assert_close(seconds, (torch.tensor(frames) / rate)[:, None].expand(2, 8))
+
+
+def test_a_clip_is_refused_where_the_first_pass_makes_every_second_frame(
+    opened: Opened, clip: str, untouched: None
+) -> None:
+    for fields in ({}, {"frame": 8}, {"frame": -1}):
+        request = replace(REQUEST, conditions=(Condition(clip, **fields),))
+        for names in (("temporal",), ("spatial", "temporal"), ("both",)):
+            refused(
+                lambda: opened(*names).denoise(request),  # noqa: B023
+                RequestError,
+                f"{clip} is a clip",
+                "every second frame",
+                "Give pictures, or leave out the temporal upscaler",
+            )
+    assert opened("spatial").passes(request)
+
+
+def test_one_frame_of_a_clip_is_a_picture(opened: Opened, clip: str) -> None:
+    request = replace(REQUEST, conditions=(Condition(clip, part=(4, 5), frame=10),))
+    assert opened("temporal").denoise(request).isfinite().all()
+
+
+def test_two_pictures_that_fall_on_one_frame_of_the_first_pass_are_refused(
+    opened: Opened, photo: str, untouched: None
+) -> None:
+    request = replace(REQUEST, conditions=(Condition(photo, frame=10), Condition(photo, frame=11)))
+    says = ("(frame 10)", "(frame 11)", "every second frame", "Move one of them")
+    refused(lambda: opened("temporal").denoise(request), RequestError, *says)
+
+
+# --- a video to start from, boxes and sizes ------------------------------------------------------------------------
+
+
+def test_a_video_to_start_from_is_for_the_first_pass(
+    opened: Opened, clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[tuple[int, ...]] = []
+    encode = VAE.encode
+    monkeypatch.setattr(
+        VAE,
+        "encode",
+        lambda self, pixels, **more: (encoded.append(tuple(pixels.shape)), encode(self, pixels, **more))[1],
+    )
+    request = replace(REQUEST, steps=8, frames=9, video=clip, video_strength=0.9)
+    opened("spatial").denoise(request)
+    opened("temporal").denoise(request)
+    assert encoded == [(1, 3, 9, 32, 64), (1, 3, 9, 64, 128)]
+    first, second = opened("spatial").passes(request)
+    assert float(first.levels[0]) <= 0.9
+    assert second.levels.tolist() == pytest.approx(LEVELS)
+
+
+def test_a_box_too_small_for_the_first_pass_is_refused_with_a_size_that_works(
+    opened: Opened, photo: str, untouched: None
+) -> None:
+    request = replace(REQUEST, size=Size(384, 384), frames=1)
+    engine = opened("spatial")
+    boxed = replace(request, conditions=(Condition(photo, box=(100, 100, 96, 96)),))
+    with pytest.raises(RequestError, match=r"a pass at 224x224.*Give at least (\d+) pixels") as caught:
+        engine.denoise(boxed)
+    least = int(re.findall(r"at least (\d+)", str(caught.value))[0])
+    assert least == 165  # the first pass has 7 latents across, of 384 / 7 pixels each
+    for x in (60, 100, 111, 150):
+        wide = replace(request, conditions=(Condition(photo, box=(x, x, least, least)),))
+        with pytest.raises(AssertionError, match="was loaded"):
+            engine.denoise(wide)
+
+
+@pytest.mark.parametrize("size", [Size(32, 96), Size(96, 20)])
+def test_a_size_too_small_for_two_passes_is_refused(
+    opened: Opened, size: Size, untouched: None, tmp_path: Path
+) -> None:
+    request = replace(REQUEST, size=size)
+    small = "0x32" if size.width == 32 else "32x0"
+    says = (f"{size} is too small for two passes", small, "or for a single pass")
+    refused(lambda: opened("spatial").generate(request), RequestError, *says)
+    refused(lambda: opened("both").write(request, tmp_path / "a.mp4"), RequestError, *says)
+    assert list(tmp_path.iterdir()) == []
+    assert opened("temporal").passes(request)[0].size == size.snapped()  # which are of one size
+
+
+# --- upscalers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["wide"], ("wide.safetensors", "12 channels", "have 8", "`kadr models`")),
+        (["spatial", "spatial"], ("spatial.safetensors is a second spatial upscaler", "one of each kind")),
+        (["temporal", "temporal"], ("temporal.safetensors is a second temporal upscaler",)),
+        (["both", "temporal"], ("temporal.safetensors is a second temporal upscaler",)),
+        (["temporal", "both"], ("both.safetensors is a second temporal upscaler",)),
+        (["both", "spatial"], ("spatial.safetensors is a second spatial upscaler",)),
+        (["model"], ("model.safetensors is no latent upscaler", "`kadr models`")),
+        (["gone"], ("the upscaler is not at", "gone.safetensors")),
+    ],
+    ids=str,
+)
+def test_upscalers_that_do_not_fit_are_refused_before_a_text_encoder_is_fetched_for_them(
+    names: list[str], says: tuple[str, ...], home: Path, tmp_path: Path, unfetched: None
+) -> None:
+    alone = tmp_path / MODEL
+    alone.symlink_to(home / MODEL)
+    upscalers = [home / f"{name}.safetensors" for name in names]
+    for model in (home / MODEL, alone):
+        refused(lambda: Engine.open(model, upscaler=upscalers, device="cpu"), CheckpointError, *says)  # noqa: B023
+
+
+@pytest.mark.parametrize("name", ["ltxv-2b-0.9.5", "t5-v1.1-xxl"])
+def test_a_name_that_is_no_upscaler_is_refused(name: str, home: Path, unfetched: None) -> None:
+    refused(lambda: Engine.open(home / MODEL, upscaler=name, device="cpu"), RequestError, name, "no upscaler")
+
+
+def test_two_passes_without_an_upscaler_are_refused(
+    opened: Opened, untouched: None, unfetched: None, tmp_path: Path
+) -> None:
+    says = ("two passes need a latent upscaler", "--upscaler", "single pass")
+    refused(lambda: opened().generate(REQUEST), CheckpointError, *says)
+    refused(lambda: opened().write(REQUEST, tmp_path / "a.mp4"), CheckpointError, *says)
+    refused(lambda: opened().passes(REQUEST), CheckpointError, *says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_upscalers_are_no_matter_to_a_single_pass(opened: Opened) -> None:
+    single = replace(REQUEST, multi_scale=False, second=None)
+    assert torch.equal(opened("spatial", "temporal").denoise(single), opened().denoise(single))
+
+
+@pytest.mark.parametrize(
+    ("names", "fields"),
+    [
+        (("temporal",), {"conditions": "clip"}),
+        (("spatial",), {"conditions": "box"}),
+        (("spatial",), {"size": Size(32, 32)}),
+        ((), {}),
+        (("spatial",), {"skip_initial": 1}),
+        (("spatial",), {"guidance": Guidance(stg=1.0, skip_blocks=(2,))}),
+    ],
+    ids=str,
+)
+def test_a_dry_run_refuses_what_a_run_refuses_in_the_same_words(
+    names: tuple[str, ...], fields: dict[str, Any], home: Path, opened: Opened, photo: str, clip: str, untouched: None
+) -> None:
+    shown = {"clip": Condition(clip), "box": Condition(photo, box=(0, 0, 32, 64))}
+    fields = {key: (shown[value],) if key == "conditions" else value for key, value in fields.items()}
+    request = replace(REQUEST, **fields)
+    with pytest.raises(KadrError) as wet:
+        opened(*names).denoise(request)
+    with pytest.raises(type(wet.value), match=re.escape(str(wet.value))):
+        DryEngine.open(home / MODEL, upscaler=[home / f"{name}.safetensors" for name in names]).run(request)
+
+
+def test_a_dry_run_refuses_two_upscalers_of_one_kind(home: Path) -> None:
+    for names, says in ((("temporal", "both"), "second temporal"), (("spatial", "spatial"), "second spatial")):
+        with pytest.raises(CheckpointError, match=says):
+            DryEngine.open(home / MODEL, upscaler=[home / f"{name}.safetensors" for name in names])
+
+
+# --- another model for the second pass -----------------------------------------------------------------------------
+
+
+def mixed(home: Path, second: Path) -> Engine:
+    return Engine.open(home / MODEL, second_model=second / MODEL, upscaler=home / "spatial.safetensors", device="cpu")
+
+
+def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model(
+    home: Path, other: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = mixed(home, other)
+    request = replace(REQUEST, second=Pass(steps=4, skip_initial=2, guidance=Guidance(scale=1.0)))
+    first, second = engine.passes(request)
+    assert first.levels.tolist() == LINEAR_QUADRATIC.levels(2, tokens=first.grid.tokens).tolist()
+    assert second.levels.tolist() == SHIFTED.levels(4, tokens=second.grid.tokens, skip_initial=2).tolist()
+    steps, told = spied(monkeypatch, Transformer), spied(monkeypatch, Transformer, "rope")
+    made = engine.denoise(request)
+    assert [len(module.layers) for module, _ in steps] == [2, 2, 3, 3]
+    weights = {}
+    for folder in (home, other):
+        with Engine.open(folder / MODEL, device="cpu").components.transformer() as transformer:
+            weights[folder] = transformer.state_dict()
+    for (module, _), folder in zip(steps, (home, home, other, other), strict=True):
+        assert all(torch.equal(weight, weights[folder][name]) for name, weight in module.state_dict().items())
+    (_, early), (_, late) = told
+    torch.testing.assert_close(early[0, 0].unique() * 24, torch.tensor([0.0, 1.0, 9.0]))  # causal
+    torch.testing.assert_close(late[0, 0].unique() * 24, torch.tensor([0.0, 8.0, 16.0]))
+    assert not torch.equal(
+        made, opened("spatial").denoise(replace(request, second=Pass(levels=tuple(second.levels.tolist()))))
+    )
+
+
+def test_the_first_pass_is_as_without_a_second_model(
+    home: Path, other: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grown = spied(monkeypatch, LatentUpsampler)
+    one, two = mixed(home, other).denoise(REQUEST), opened("spatial").denoise(REQUEST)
+    assert torch.equal(grown[0][1], grown[1][1])
+    assert not torch.equal(one, two)
+
+
+def test_the_same_model_twice_is_that_model(home: Path, opened: Opened) -> None:
+    assert torch.equal(mixed(home, home).denoise(REQUEST), opened("spatial").denoise(REQUEST))
+
+
+def test_a_record_names_the_second_model_and_the_upscalers(home: Path, other: Path) -> None:
+    engine = mixed(home, other)
+    record = engine.record(engine.resolve(REQUEST))
+    assert record["second_model"] == str(other / MODEL)
+    assert record["spatial_upscaler"] == str(home / "spatial.safetensors")
+    assert Request.from_json(record["request"]) == engine.resolve(REQUEST)
+
+
+def test_a_second_model_of_other_latents_is_refused_before_a_text_encoder_is_fetched_for_it(
+    home: Path, tmp_path: Path, unfetched: None
+) -> None:
+    alone, wide = tmp_path / MODEL, tmp_path / "wide.safetensors"
+    alone.symlink_to(home / MODEL)
+    config = replace(transformer_config(), channels=12)
+    vae = replace(vae_config("0.9.5"), latent_channels=12)
+    write_single_file(
+        wide,
+        transformer=sown(lambda: Transformer(config)),
+        vae=sown(lambda: VAE(vae)),
+        schedule=LINEAR_QUADRATIC,
+        dtype=torch.float32,
+    )
+    for model in (home / MODEL, alone):
+        says = ("8 latent channels", str(wide), "12", "same release")
+        refused(lambda: Engine.open(model, second_model=wide, device="cpu"), CheckpointError, *says)  # noqa: B023
+
+
+def test_a_text_encoder_of_another_width_is_refused_for_each_model_it_would_not_serve(
+    home: Path, other: Path, tmp_path: Path, untouched: None
+) -> None:
+    spiece = tmp_path / "spiece.model"
+    spiece.write_bytes(sentencepiece_model())
+    narrow = sown(lambda: T5Encoder(replace(t5_config(), width=16)))
+    write_text_encoder(tmp_path, narrow, spiece, dtype=torch.float32)
+    says = ("16 wide", "reads text of 24", "--text-encoder")
+    refused(lambda: Engine.open(home / MODEL, text_encoder=tmp_path, device="cpu"), CheckpointError, *says, str(home))
+    assert Engine.open(home / MODEL, second_model=other / MODEL, device="cpu")
+
+
+# --- guidance ------------------------------------------------------------------------------------------------------
+
+
+def skipping(block: int, stg: float) -> Guidance:
+    return Guidance(scale=1.0, stg=stg, skip_blocks=(block,))
+
+
+def test_a_skipped_block_past_the_last_is_refused_where_it_would_be_skipped(opened: Opened, untouched: None) -> None:
+    single = replace(REQUEST, multi_scale=False, second=None)
+    for stg, blocks in ((1.0, (2,)), (0.5, (0, 42))):
+        given = replace(single, guidance=Guidance(stg=stg, skip_blocks=blocks))
+        refused(lambda: opened().denoise(given), RequestError, str(blocks[-1]), "2 blocks, 0 to 1")  # noqa: B023
+    second = replace(REQUEST, second=Pass(levels=LEVELS, guidance=skipping(2, 1.0)))
+    refused(lambda: opened("spatial").denoise(second), RequestError, "skip_blocks has 2", "2 blocks, 0 to 1")
+    late = Guidance(scale=1.0, stg=(0.0, 1.0), skip_blocks=((7,), (3,)), at=(1.0, 0.5))
+    refused(
+        lambda: opened().denoise(replace(single, steps=None, levels=(1.0, 0.4), guidance=late)),
+        RequestError,
+        "skip_blocks has 3;",  # and not 7, which would not be skipped
+    )
+
+
+def test_a_skipped_block_past_the_last_is_no_matter_where_nothing_is_skipped(opened: Opened) -> None:
+    single = replace(REQUEST, multi_scale=False, second=None, steps=1)
+    made = opened().denoise(replace(single, guidance=skipping(42, 0.0)))
+    assert torch.equal(made, opened().denoise(single))
+    early = Guidance(scale=1.0, stg=(0.0, 1.0), skip_blocks=((7,), (0,)), at=(1.0, 0.5))
+    assert opened().passes(replace(single, steps=None, levels=(1.0, 0.4), guidance=early))
+
+
+def test_blocks_are_counted_in_the_model_of_the_pass(home: Path, other: Path) -> None:
+    engine = mixed(home, other)  # of two layers, and of three
+    assert engine.passes(replace(REQUEST, second=Pass(levels=LEVELS, guidance=skipping(2, 1.0))))
+    refused(lambda: engine.passes(replace(REQUEST, guidance=skipping(2, 1.0))), RequestError, "2 blocks, 0 to 1")
+    beyond = replace(REQUEST, second=Pass(levels=LEVELS, guidance=skipping(3, 1.0)))
+    refused(lambda: engine.passes(beyond), RequestError, "3 blocks, 0 to 2")
+
+
+FEW = replace(REQUEST, steps=None, levels=DISTILLED_LEVELS[:2], second=Pass(levels=DISTILLED_LEVELS[-2:]))
+
+
+def test_guidance_on_a_distilled_model_warns_by_name_for_each_pass_it_is_asked_of(home: Path, distilled: Path) -> None:
+    name = str(distilled / MODEL)
+    alone = Engine.open(name, upscaler=home / "spatial.safetensors", device="cpu")
+    guided = Pass(levels=DISTILLED_LEVELS[-2:], guidance=Guidance(scale=2.0))
+    for asked, times in (
+        (replace(FEW, multi_scale=False, second=None, guidance=3.0), 1),
+        (replace(FEW, guidance=3.0), 1),
+        (replace(FEW, guidance=1.0, second=guided), 1),
+        (replace(FEW, guidance=3.0, second=guided), 2),
+    ):
+        with pytest.warns(KadrWarning, match="distilled.*Leave it out") as told:
+            alone.passes(asked)
+        assert [name in str(warning.message) for warning in told] == [True] * times
+
+
+def test_a_distilled_model_without_guidance_is_not_warned_of(home: Path, distilled: Path) -> None:
+    alone = Engine.open(distilled / MODEL, upscaler=home / "spatial.safetensors", device="cpu")
+    stg = Guidance(scale=1.0, stg=1.0, skip_blocks=(0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for guidance in (1.0, stg, Guidance(scale=(1.0, 3.0), at=(0.9, 0.1))):
+            assert alone.passes(replace(FEW, guidance=guidance))
+
+
+def test_in_a_mix_the_model_that_is_distilled_is_the_one_that_is_warned_of(home: Path, distilled: Path) -> None:
+    second = Pass(levels=DISTILLED_LEVELS[-2:], guidance=Guidance(scale=2.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert mixed(home, distilled).passes(replace(FEW, guidance=3.0))
+        assert mixed(distilled_with(distilled, home), home).passes(replace(FEW, guidance=1.0, second=second))
+    for engine, asked in (
+        (mixed(home, distilled), replace(FEW, guidance=1.0, second=second)),
+        (mixed(distilled_with(distilled, home), home), replace(FEW, guidance=3.0)),
+    ):
+        with pytest.warns(KadrWarning) as told:
+            engine.passes(asked)
+        (message,) = [str(warning.message) for warning in told]
+        assert f"{distilled / MODEL} is distilled" in message
+
+
+def distilled_with(distilled: Path, home: Path) -> Path:
+    """The distilled model's folder, with an upscaler in it."""
+    path = distilled / "spatial.safetensors"
+    if not path.exists():
+        path.symlink_to(home / "spatial.safetensors")
+    return distilled
+
+
+def test_a_model_is_distilled_by_its_levels_or_by_its_name(opened: Opened) -> None:
+    (plan,) = opened().passes(replace(REQUEST, multi_scale=False, second=None, guidance=3.0))
+    for schedule, released in ((DISTILLED, None), (LINEAR_QUADRATIC, BY_NAME["ltxv-2b-0.9.6-distilled"])):
+        with pytest.warns(KadrWarning, match="it was made to run without"):
+            warn_guided(plan, "this", schedule, released)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_guided(plan, "this", LINEAR_QUADRATIC, BY_NAME["ltxv-2b-0.9.6-dev"])

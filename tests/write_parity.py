@@ -1,0 +1,94 @@
+"""Measures kadr against its oracles, and writes what it finds into docs/parity.md: `make parity`.
+
+Runs the tests that ask for `parity`, of tests/conftest.py. Nothing is written if one of them fails.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tests import pages
+
+PAGE = pages.DOCS / "parity.md"
+NAME = "make parity"
+HEAD = ("stage", "family or recipe", "oracle", "largest relative error", "test")
+# In the order of a generation: its parts, then the whole path, then the released recipes.
+STAGES = (
+    "noise levels",
+    "text encoder",
+    "picture",
+    "VAE encode",
+    "transformer",
+    "disturbed transformer",
+    "step",
+    "upscaler",
+    "AdaIN",
+    "tone map",
+    "VAE decode",
+    "text to video",
+    "picture to video",
+    "clip at frame 0",
+    "keyframe",
+    "sequence",
+    "several conditions",
+    "video to video",
+    "video from latents",
+    "two passes",
+    "guidance by level",
+    "CFG-star",
+    "STG by attention_values",
+    "STG by attention_skip",
+    "STG by transformer_block",
+    "recipe",
+)
+
+Row = tuple[str, str, str, str]  # stage, family, oracle, test
+
+
+class Notes:
+    """A plugin of pytest: keeps to the tests that note an error, and keeps the largest of each kind."""
+
+    def __init__(self) -> None:
+        self.largest: dict[Row, float] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items[:] = [item for item in items if "parity" in getattr(item, "fixturenames", ())]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        for name, value in report.user_properties:
+            if name == "parity":
+                stage, family, oracle, error = value
+                row = stage, family, oracle, report.nodeid.partition("[")[0]
+                self.largest[row] = max(error, self.largest.get(row, 0.0))
+
+
+def rendered(largest: dict[Row, float]) -> str:
+    """The table, sorted.
+
+    Raises:
+        ValueError: a stage that has no place in `STAGES`.
+    """
+    rows = sorted(largest, key=lambda row: (STAGES.index(row[0]), row))
+    return pages.table(HEAD, [(*row[:3], told(largest[row]), f"`{row[3]}`") for row in rows])
+
+
+def told(error: float) -> str:
+    """An error to one digit, such as 6e-7; 0 where every bit is the same."""
+    return "0" if error == 0 else f"{error:.0e}".replace("e-0", "e-")
+
+
+def main() -> int:
+    notes = Notes()
+    status = pytest.main(["--rootdir", str(pages.ROOT), str(pages.ROOT / "tests")], plugins=[notes])
+    if status == pytest.ExitCode.OK:
+        pages.write(PAGE, NAME, rendered(notes.largest))
+        print(PAGE)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
