@@ -17,7 +17,7 @@ export PIP_RETRIES ?= 5
 export PIP_DEFAULT_TIMEOUT ?= 60
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: all help .venv demo test check format bench demo-model clean
+.PHONY: all help .venv demo test check parity format bench demo-model clean
 
 all: .venv
 	@$(MAKE) --no-print-directory help
@@ -59,6 +59,10 @@ check: .venv/.test  ## style, types and contracts, in about a minute
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m pytest tests/contracts
+
+# One thread: the modules are small, and two threads would mostly wait for each other.
+parity: .venv/.test  ## measure kadr against its oracles and write docs/parity.md, in a few minutes
+	OMP_NUM_THREADS=1 $(PY) -m tests.write_parity
 
 format: .venv/.test  ## put the code in shape
 	$(PY) -m ruff check --fix .

@@ -16,8 +16,8 @@ def marks(name: str) -> tuple[str, str]:
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in Markdown."""
-    head = list(head)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+    first, *others = ["| " + " | ".join(cells) + " |\n" for cells in (head, *rows)]
+    return first + "|" + "---|" * (first.count(" | ") + 1) + "\n" + "".join(others)
 
 
 def inside(page: str, name: str) -> str:

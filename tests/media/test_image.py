@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kadr.errors import MediaError
-from kadr.media.frames import crop_margins, to_uint8
+from kadr.media.frames import crop_margins, to_uint8, to_unit
 from kadr.media.image import blur, compress, crop_to_aspect, load_picture, prepare_picture
 from kadr.shapes import Size
 from tests.oracles import relative
@@ -243,7 +243,7 @@ def test_a_picture_the_encoder_cannot_hold_is_refused_with_the_way_out():
 
 def test_frames_are_clamped_and_truncated_not_rounded():
     pixels = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 2.0]).view(1, 1, 1, 6).expand(3, 1, 1, 6)
-    frames = to_uint8(pixels)
+    frames = to_uint8(to_unit(pixels))
     assert frames.dtype == torch.uint8
     assert frames.shape == (1, 1, 6, 3)
     assert frames[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
@@ -254,7 +254,7 @@ def test_frames_equal_those_of_the_official_script(dtype):
     pixels = (torch.randn(3, 4, 8, 8) * 0.7).to(dtype)
     images = (pixels * 0.5 + 0.5).clamp(0, 1)  # VaeImageProcessor.denormalize
     expected = (images.permute(1, 2, 3, 0).float().numpy() * 255).astype(np.uint8)  # the end of inference.py
-    assert np.array_equal(to_uint8(pixels).numpy(), expected)
+    assert np.array_equal(to_uint8(to_unit(pixels)).numpy(), expected)
 
 
 @pytest.mark.parametrize("size", [Size(64, 32), Size(65, 33), Size(33, 100), Size(1, 1)])

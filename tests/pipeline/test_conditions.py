@@ -157,12 +157,16 @@ def test_a_condition_that_has_no_place_is_refused_before_any_weight_is_loaded(
     refused_by_all(untouched, replace(REQUEST, conditions=media.conditions(shown)), out, says, RequestError)
 
 
+@pytest.mark.parametrize(
+    "shown", [clip(9, frame=24), clip(9, part=(0, 1), frame=-1)], ids=["by its front", "by its end"]
+)
 def test_a_clip_that_would_begin_where_frames_are_trimmed_is_refused(
-    untouched: Engine, media: Media, out: Path
+    shown: Shown, untouched: Engine, media: Media, out: Path
 ) -> None:
     """18 frames are made as 25, and the last seven are not shown."""
-    request = replace(REQUEST, frames=18, conditions=media.conditions(clip(9, frame=24)))
-    refused_by_all(untouched, request, out, ["frame 24", "a video of 18 frames", "0 to 17"], RequestError)
+    request = replace(REQUEST, frames=18, conditions=media.conditions(shown))
+    says = [f"frame {shown.fields['frame']}", "a video of 18 frames", "0 to 17"]
+    refused_by_all(untouched, request, out, says, RequestError)
 
 
 OVERLAPPING: dict[str, tuple[list[Shown], list[str]]] = {

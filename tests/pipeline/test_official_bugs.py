@@ -156,5 +156,5 @@ def test_of_two_passes_both_read_one_encoding_of_the_prompt(
 
 
 def test_the_official_wrapper_of_two_passes_cuts_no_clip() -> None:
-    """Its script asks the pipeline for `trim_conditioning_sequence`, which the wrapper lacks; see test_conditions.py."""
+    """Its script asks the pipeline for `trim_conditioning_sequence`, which the wrapper lacks; see test_conditions."""
     assert not hasattr(LTXMultiScalePipeline, "trim_conditioning_sequence")

@@ -307,8 +307,8 @@ def test_latents_pixels_and_frames_are_the_official_ones(
 ) -> None:
     given = CASES[name]
     request = asked(given, media)
+    ours = engine(given.model)  # which writes the upscaler
     upsampler = official.open_upsampler(home(given.model) / UPSCALER) if request.multi_scale else None
-    ours = engine(given.model)
     expected = official.run(oracle(given.model), request, upsampler=upsampler)
     latents = ours.denoise(request)
     noise = NoiseStreams(request.seed).draw("decode", latents.shape)

@@ -54,7 +54,8 @@ class Components:
             require_parts(second, self.vae)
             require_text(text, second)
         self.upscalers: dict[str, Checkpoint] = {}
-        parameters = sum(source.parameters for source in checkpoint.sources.values())
+        checkpoints = {one.path: one for one in (*self.transformers, self.vae)}
+        parameters = sum(source.parameters for one in checkpoints.values() for source in one.sources.values())
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device, parameters)
         # Counted at the width they are computed in, whatever they are stored as.

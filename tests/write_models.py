@@ -1,0 +1,115 @@
+"""Writes the tables of docs/reference/models.md that follow from the registry: `python -m tests.write_models`.
+
+tests/contracts/test_documents.py holds the page to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from kadr.models.registry import MODELS, RELEASED, Recipe, Released
+from kadr.sampling.settings import Guidance, Pass
+from tests import pages
+
+PAGE = pages.DOCS / "reference" / "models.md"
+SIZES = {28: "2B, 28 blocks", 48: "13B, 48 blocks"}
+OFFICIAL = "tests/pipeline/test_recipes.py::test_a_released_recipe_gives_the_official_latents"
+FP8 = "tests/pipeline/test_recipes.py::test_an_fp8_twin_has_the_recipe_of_the_model_it_was_made_from"
+# What is tested of the models that are bundled, and of each kind of part.
+BUNDLED = {
+    "demo": "tests/golden/test_demo.py::test_the_demo_shows_what_unseen_captions_say",
+    "demo-distilled": (
+        "tests/golden/test_demo.py::test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run"
+    ),
+}
+UPSCALER = "tests/models/test_upsampler.py::test_it_computes_what_the_other_implementations_do"
+PARTS = {
+    "demo-upscaler": "tests/golden/test_demo.py::test_two_passes_are_sharper_than_the_first_resized",
+    "t5-v1.1-xxl": "tests/models/test_t5.py::test_it_equals_transformers_in_float32",
+    "t5-v1.1-xxl-q8-gguf": "tests/pipeline/test_locate.py::test_a_text_encoder_in_a_gguf_file_is_not_opened_yet",
+}
+
+
+def models() -> str:
+    """The released models."""
+    head = ("name", "transformer", "VAE", "text encoder", "upscaler", "recipe", "test")
+    return pages.table(head, map(_model, MODELS))
+
+
+def parts() -> str:
+    """The parts that models need."""
+    rest = [released for released in RELEASED if released not in MODELS]
+    rows = [(f"`{part.name}`", part.kind, f"`{PARTS.get(part.name, UPSCALER)}`") for part in rest]
+    return pages.table(("name", "kind", "test"), rows)
+
+
+def recipes() -> str:
+    """The passes of each recipe."""
+    head = ("recipe", "pass", "steps or levels", "guidance", "STG", "rescale", "disturbed blocks", "at levels", "more")
+    named = {first_with(model.recipe): model.recipe for model in MODELS}
+    return pages.table(head, [row for name, recipe in named.items() for row in _passes(name, recipe)])
+
+
+TABLES: dict[str, Callable[[], str]] = {"models": models, "parts": parts, "recipes": recipes}
+
+
+def first_with(recipe: Recipe) -> str:
+    """The first model that has a recipe, which is called by its name."""
+    return next(model.name for model in MODELS if model.recipe == recipe)
+
+
+def _model(model: Released) -> tuple[str, ...]:
+    test = BUNDLED.get(model.name) or (FP8 if model.name.endswith("-fp8") else OFFICIAL)
+    return (
+        f"`{model.name}`",
+        SIZES[model.layers] if model.layers else "small",
+        model.vae_family or (f"that of `{model.vae}`" if model.vae else "its own"),
+        f"`{model.text_encoder}`" if model.text_encoder else "its own",
+        f"`{model.upscaler}`" if model.upscaler else "–",
+        f"`{first_with(model.recipe)}`",
+        f"`{test}`",
+    )
+
+
+def _passes(name: str, recipe: Recipe) -> Iterator[tuple[str, ...]]:
+    first, second = ("first", "second") if recipe.multi_scale else ("only", "second, if asked for")
+    given = {first: recipe.first, second: recipe.second, "only, if asked for": recipe.alone}
+    for told, settings in given.items():
+        if settings is not None:
+            yield f"`{name}`", told, _timing(settings), *_guidance(settings.guidance), _more(settings)
+
+
+def _timing(settings: Pass) -> str:
+    if settings.levels is not None:
+        return _told(settings.levels)
+    left_out = {"first": settings.skip_initial, "last": settings.skip_final}
+    return f"{settings.steps} steps" + "".join(f", the {which} {n} left out" for which, n in left_out.items() if n)
+
+
+def _guidance(guidance: Guidance) -> tuple[str, ...]:
+    blocks = guidance.skip_blocks or ()
+    lists = [_told(each) for each in blocks if isinstance(each, tuple)]
+    blocks_told = " / ".join(each or "none" for each in lists) or _told(blocks)
+    values = (guidance.scale, guidance.stg, guidance.rescale)
+    return *(_told(value) for value in values), blocks_told or "–", _told(guidance.at)
+
+
+def _more(settings: Pass) -> str:
+    said = {
+        "fresh noise at every step": settings.stochastic,
+        "CFG-star": settings.guidance.cfg_star,
+        f"tone map {settings.tone_map}": settings.tone_map,
+    }
+    return ", ".join(name for name, holds in said.items() if holds) or "–"
+
+
+def _told(value: object) -> str:
+    if value is None:
+        return "–"
+    return ", ".join(f"{each:g}" for each in value) if isinstance(value, tuple) else f"{value:g}"
+
+
+if __name__ == "__main__":
+    for name, made in TABLES.items():
+        pages.write(PAGE, name, made())
+    print(PAGE)
