@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kadr.errors import CheckpointError
+from kadr.kernels.packing import Packing
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -63,7 +64,9 @@ class TensorInfo:
 
     Args:
         name: its name in the file.
+        dtype: uint8 where it is packed.
         start: of its bytes, counted from the start of the file.
+        packing: the blocks it is stored in, of a GGUF file; None where it is stored as plain numbers.
     """
 
     name: str
@@ -71,6 +74,7 @@ class TensorInfo:
     dtype: torch.dtype
     file: Path
     start: int
+    packing: Packing | None = None
 
     @property
     def count(self) -> int:
@@ -78,7 +82,14 @@ class TensorInfo:
         return prod(self.shape)
 
     @property
+    def stored(self) -> str:
+        """What it is stored as: "bfloat16", "Q4_K" and so on."""
+        return self.packing.name if self.packing else str(self.dtype).removeprefix("torch.")
+
+    @property
     def bytes(self) -> int:
+        if self.packing is not None:
+            return self.count // self.packing.elements * self.packing.bytes
         return self.count * self.dtype.itemsize
 
 

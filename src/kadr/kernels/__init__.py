@@ -1,0 +1,1 @@
+"""Operations worth writing twice: plainly, and fast."""

@@ -1,0 +1,1 @@
+"""How a weight may be stored."""
