@@ -1,4 +1,4 @@
-"""What every test may count on: two threads, no network, and a GPU only where it asks for one."""
+"""What every test may count on: two threads, no network, a cache of its own, and a GPU only where it asks for one."""
 
 import ipaddress
 import os
@@ -60,6 +60,14 @@ def no_network() -> Iterator[None]:
         patch.setattr(socket.socket, "connect", guarded(connect))
         patch.setattr(socket.socket, "connect_ex", guarded(connect_ex))
         patch.setattr(socket, "getaddrinfo", look_up)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in the home of who runs the tests, nor found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KADR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -26,7 +26,10 @@ UPSCALER = "tests/models/test_upsampler.py::test_it_computes_what_the_other_impl
 PARTS = {
     "demo-upscaler": "tests/golden/test_demo.py::test_two_passes_are_sharper_than_the_first_resized",
     "t5-v1.1-xxl": "tests/models/test_t5.py::test_it_equals_transformers_in_float32",
-    "t5-v1.1-xxl-q8-gguf": "tests/pipeline/test_locate.py::test_a_text_encoder_in_a_gguf_file_is_not_opened_yet",
+    "t5-v1.1-xxl-q8-gguf": (
+        "tests/checkpoints/test_gguf.py::"
+        "test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_tokenizer"
+    ),
 }
 
 

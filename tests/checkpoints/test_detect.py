@@ -341,11 +341,7 @@ def test_without_a_header_shapes_of_no_upscaler_are_refused(tmp_path: Path, chan
         ("model.diffusion_model.video_embeddings_connector.learnable_registers", "is LTX-2"),
         ("text_embedding_projection.aggregate_embed.weight", "is LTX-2"),
         ("post_upsample_res_blocks.0.conv1.weight", "has tensors of an upscaler.*Take the two files"),
-        (
-            "model.diffusion_model.transformer_blocks.0.attn1.to_q.scale_weight",
-            "is a checkpoint in scaled 8-bit floats",
-        ),
-        ("model.diffusion_model.scaled_fp8", "is a checkpoint in scaled 8-bit floats.*plain 8-bit floats"),
+        ("model.diffusion_model.transformer_blocks.0.attn1.to_q.comfy_quant", "ComfyUI's mixed precision.*bf16 file"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "is a T5 text encoder.*--text-encoder"),
         ("shared.weight", "is a T5 text encoder"),
         ("proj_in.weight", "one component of a diffusers folder"),
@@ -405,6 +401,7 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
         "parameters": 1_923_385_472,
         "bytes": 2 * 1_923_385_472,
         "dtype": "bfloat16",
+        "types": {"bfloat16": 28 * 25 + 15},
     }
     assert (vae["name"], vae["tensors"], vae["sizes"]) == ("vae", 294, {"latent_channels": 128, "patch": 4})
     assert checkpoint.size_bytes == transformer["bytes"] + vae["bytes"]
@@ -431,6 +428,7 @@ def test_an_upscaler_is_described_and_misses_nothing(tmp_path: Path) -> None:
         "parameters": 126_250_624,
         "bytes": 4 * 126_250_624,
         "dtype": "float32",
+        "types": {"float32": 72},
     }
 
 

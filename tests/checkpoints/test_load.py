@@ -18,14 +18,16 @@ from torch import nn
 from kadr.checkpoints import keys
 from kadr.checkpoints.keys import VAE_UNUSED
 from kadr.checkpoints.load import fill
-from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
+from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upsampler
 from kadr.checkpoints.source import Source
+from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
+from kadr.quant.stored import ScaledLinear
 from tests.checkpoints.files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
@@ -182,18 +184,82 @@ def test_weights_in_plain_8_bit_floats_are_cast_to_the_dtype_asked_for(
 def test_8_bit_floats_are_not_computed_in(path: Path) -> None:
     cast_as_released(path, torch.float8_e4m3fn)
     with pytest.raises(
-        CheckpointError, match=r"stores 20 tensors in 8-bit floats, such as transformer_blocks\..*Ask for bfloat16"
+        CheckpointError,
+        match=r"stores 20 tensors in 8-bit floats or blocks, such as .*transformer_blocks\..*Ask for bfloat16",
     ):
         Checkpoint.open(path).load_transformer()
 
 
-def test_scaled_8_bit_floats_are_refused(path: Path) -> None:
-    scale = "model.diffusion_model.transformer_blocks.0.attn1.to_q.scale_weight"
-    rewritten(path, lambda tensors: tensors.update({scale: torch.ones(1)}))
-    with pytest.raises(
-        CheckpointError, match=r"scaled 8-bit floats.*it has the tensor .*to_q\.scale_weight.*bf16 file"
-    ):
-        Checkpoint.open(path)
+PREFIX = "model.diffusion_model."
+
+
+def scale_as_comfy(path: Path, ending: str, *, by_row: bool = False) -> dict[str, torch.Tensor]:
+    """Store a file's weights in 8-bit floats with scales, under ComfyUI's names; what each weight then stands for."""
+    meant = {}
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in list(tensors.items()):
+            if "transformer_blocks." in name and tensor.ndim == 2 and ("attn" in name or "ff." in name):
+                scale = tensor.float().abs().amax(1 if by_row else None) / 448
+                stored = (tensor.float() / scale.reshape(-1, 1)).to(torch.float8_e4m3fn)
+                stem = name.removesuffix(".weight")
+                tensors |= {name: stored, stem + ending: scale, stem + ".scale_input": torch.ones(())}
+                meant[name.removeprefix(PREFIX)] = stored.float() * scale.reshape(-1, 1)
+        tensors[PREFIX + "scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+
+    rewritten(path, change)
+    return meant
+
+
+@pytest.mark.parametrize(
+    "ending, by_row", [(".scale_weight", False), (".scale_weight", True), (".weight_scale", False)]
+)
+def test_scales_of_8_bit_floats_are_multiplied_in(path: Path, ending: str, by_row: bool) -> None:
+    meant = scale_as_comfy(path, ending, by_row=by_row)
+    assert len(meant) == 20
+    for asked in (torch.float32, torch.bfloat16):
+        loaded = Checkpoint.open(path).load_transformer(asked).state_dict()
+        for ours, theirs in keys.names(keys.TRANSFORMER, loaded).items():
+            if theirs in meant:
+                assert torch.equal(loaded[ours], meant[theirs].to(asked)), ours
+
+
+def test_without_their_scales_they_would_be_other_weights(path: Path) -> None:
+    meant = scale_as_comfy(path, ".scale_weight")
+    raw = load_file(path)
+    assert not any(torch.allclose(raw[PREFIX + name].float(), weight, rtol=0.1) for name, weight in meant.items())
+
+
+# Held as stored
+
+
+def evaluated(transformer: Transformer) -> torch.Tensor:
+    """An answer of the transformer to fixed tokens."""
+    config, generator = transformer.config, torch.Generator().manual_seed(5)
+    dtype = transformer.modulation.dtype
+    tokens = torch.randn(2, 6, config.channels, generator=generator).to(dtype)
+    text = torch.randn(2, 3, config.text_width, generator=generator).to(dtype)
+    rope = transformer.rope(torch.rand(2, 3, 6, generator=generator) * 50)
+    with torch.no_grad():
+        return transformer(tokens, rope, text, None, torch.tensor([[1.0], [0.3]]))
+
+
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", ["bf16", "plain", "scaled"])
+def test_weights_held_as_stored_compute_as_converted_ones(path: Path, change: str, asked: torch.dtype) -> None:
+    if change == "plain":
+        cast_as_released(path, torch.float8_e4m3fn)
+    elif change == "scaled":
+        scale_as_comfy(path, ".scale_weight")
+    checkpoint = Checkpoint.open(path)
+    held = checkpoint.load_transformer(asked, as_stored=True)
+    assert torch.equal(evaluated(held), evaluated(checkpoint.load_transformer(asked)))
+    wide = [m for m in held.modules() if isinstance(m, ScaledLinear)]
+    assert len(wide) == (0 if change == "bf16" and asked == torch.bfloat16 else 20)
+    assert len({id(layer.scratch) for layer in wide}) <= 1
+    if wide:  # in the file's own memory
+        address = wide[0].weight.data_ptr()
+        assert checkpoint.sources["transformer"].read("transformer_blocks.0.attn1.to_q.weight").data_ptr() == address
 
 
 # Strictness
@@ -385,5 +451,5 @@ def test_a_folder_that_is_no_text_encoder_is_refused(tmp_path: Path, files: dict
 
 
 def test_a_file_given_as_text_encoder_is_sent_to_its_folder(path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a folder, so it is no text encoder"):
+    with pytest.raises(CheckpointError, match=r"is neither a folder nor a GGUF file, so .*text_encoder/.*or a \.gguf"):
         TextEncoderFolder.open(path)

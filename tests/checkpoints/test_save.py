@@ -16,8 +16,9 @@ from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from safetensors import safe_open
 
 from kadr.checkpoints import keys
-from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
+from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upsampler
+from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer

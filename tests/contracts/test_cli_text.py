@@ -18,6 +18,7 @@ VERBS = {
         --second-skip-initial --second-guidance --second-tone-map --tone-map --decode-timestep --decode-noise""",
     "rerun": "FILE --output --seed --model --device --json",
     "inspect": "PATH --json",
+    "quantize": "IN OUT --type --force",
     "models": "--json",
 }
 OFFICIAL = """--num_frames --frame_rate --num_inference_steps --guidance_scale --negative_prompt --output_path

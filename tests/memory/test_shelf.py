@@ -15,6 +15,12 @@ from kadr.memory.shelf import Shelf
 CPU = torch.device("cpu")
 
 
+def shelf_that_keeps(*names: str) -> Shelf:
+    shelf = Shelf(CPU, pages=lambda tensors: None)
+    shelf.keep = frozenset(names)
+    return shelf
+
+
 class Loads:
     """Counts what was loaded, and what of it is still alive."""
 
@@ -46,14 +52,14 @@ def used(shelf: Shelf, name: str, load: Loads) -> None:
 
 
 def test_what_is_not_kept_is_gone_after_its_block() -> None:
-    shelf, load = Shelf(keep=False, device=CPU), Loads()
+    shelf, load = shelf_that_keeps(), Loads()
     for turn in range(3):
         used(shelf, "a", load)
         assert (load.count, len(load.alive)) == (turn + 1, 0)
 
 
 def test_what_is_kept_is_loaded_once() -> None:
-    shelf, load, other = Shelf(keep=True, device=CPU), Loads(), Loads()
+    shelf, load, other = shelf_that_keeps("a", "b"), Loads(), Loads()
     for _ in range(3):
         used(shelf, "a", load)
         used(shelf, "b", other)
@@ -61,7 +67,7 @@ def test_what_is_kept_is_loaded_once() -> None:
 
 
 def test_clearing_lets_go_of_what_was_kept_and_it_is_loaded_again() -> None:
-    shelf, load = Shelf(keep=True, device=CPU), Loads()
+    shelf, load = shelf_that_keeps("a", "b"), Loads()
     used(shelf, "a", load)
     shelf.clear()
     assert not load.alive
@@ -70,7 +76,7 @@ def test_clearing_lets_go_of_what_was_kept_and_it_is_loaded_again() -> None:
 
 
 def test_what_is_not_kept_is_gone_after_an_error_too() -> None:
-    shelf, load = Shelf(keep=False, device=CPU), Loads()
+    shelf, load = shelf_that_keeps(), Loads()
     with pytest.raises(ZeroDivisionError), shelf.take("a", load):
         raise ZeroDivisionError
     gc.collect()  # the error's own frames
@@ -78,7 +84,7 @@ def test_what_is_not_kept_is_gone_after_an_error_too() -> None:
 
 
 def test_what_is_kept_outlives_an_error() -> None:
-    shelf, load = Shelf(keep=True, device=CPU), Loads()
+    shelf, load = shelf_that_keeps("a", "b"), Loads()
     with pytest.raises(ZeroDivisionError), shelf.take("a", load):
         raise ZeroDivisionError
     used(shelf, "a", load)
@@ -86,7 +92,7 @@ def test_what_is_kept_outlives_an_error() -> None:
 
 
 def test_a_load_that_fails_leaves_nothing_and_may_be_tried_again() -> None:
-    shelf, load = Shelf(keep=True, device=CPU), Loads()
+    shelf, load = shelf_that_keeps("a", "b"), Loads()
 
     def fail() -> nn.Linear:
         raise OSError("no such file")
@@ -98,7 +104,35 @@ def test_a_load_that_fails_leaves_nothing_and_may_be_tried_again() -> None:
 
 
 def test_modules_are_lent_ready_for_inference() -> None:
-    with Shelf(keep=False, device=CPU).take("a", Loads()) as module:
+    with shelf_that_keeps().take("a", Loads()) as module:
         assert not module.training
         assert not any(weight.requires_grad for weight in module.parameters())
         assert all(weight.device == CPU for weight in module.parameters())
+
+
+def test_what_was_kept_in_another_way_is_gone_before_it_is_loaded_anew() -> None:
+    shelf, load = shelf_that_keeps("a"), Loads()
+    with shelf.take("a", load, way="wide"):
+        pass
+    with shelf.take("a", load, way="narrow"):
+        assert (load.count, len(load.alive)) == (2, 1)
+    with shelf.take("a", load, way="narrow"):
+        assert load.count == 2
+
+
+def test_pages_of_files_are_let_go_of_even_where_the_module_stays() -> None:
+    gone: list[torch.Tensor] = []
+    shelf = Shelf(CPU, pages=gone.extend)
+    shelf.keep = {"a"}
+    with shelf.take("a", Loads()) as module:
+        assert not gone
+    assert {tensor.data_ptr() for tensor in gone} == {weight.data_ptr() for weight in module.parameters()}
+    assert shelf.kept == {"a"}
+
+
+def test_clearing_may_spare_some() -> None:
+    shelf, load, other = shelf_that_keeps("a", "b"), Loads(), Loads()
+    used(shelf, "a", load)
+    used(shelf, "b", other)
+    shelf.clear(but=["b", "c"])
+    assert (len(load.alive), len(other.alive)) == (0, 1)

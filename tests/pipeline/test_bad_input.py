@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,62 +25,27 @@ REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, st
 SHAPE = (1, CHANNELS, 2, 1, 2)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def engine(home: Path) -> Engine:
-    return Engine.open(home / MODEL, device="cpu")
-
-
-@pytest.fixture
-def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine that must not load a weight."""
-
-    def take(name: str, load: Callable[[], nn.Module]) -> Any:
-        raise AssertionError(f"the {name} was loaded")
-
-    monkeypatch.setattr(engine.components.shelf, "take", take)
-    return engine
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    (tmp_path / "in").mkdir()
-    path = tmp_path / "in" / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(path)
-    return path
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
-
-
 # --- pictures and files --------------------------------------------------------------------------------------------
 
 
-def broken_pictures(photo: Path) -> dict[str, tuple[Path, str]]:
+def broken_pictures(photo: Condition, folder: Path) -> dict[str, tuple[Path, str]]:
     """Name -> file, and what the message must say beside its name."""
-    whole = photo.read_bytes()
+    whole = Path(photo.media).read_bytes()
     contents = {"cut.png": whole[: len(whole) // 2], "text.jpg": b"not a picture", "empty.png": b""}
     for name, content in contents.items():
-        photo.with_name(name).write_bytes(content)
-    Image.new("RGB", (1, 1)).save(photo.with_name("dot.png"))
+        (folder / name).write_bytes(content)
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
     says = {"cut.png": "cannot be read", "text.jpg": "not a picture", "empty.png": "not a picture", "dot.png": "2x2"}
-    return {name: (photo.with_name(name), what) for name, what in says.items()} | {
-        "gone.png": (photo.with_name("gone.png"), "no such file")
+    return {name: (folder / name, what) for name, what in says.items()} | {
+        "gone.png": (folder / "gone.png", "no such file")
     }
 
 
 @pytest.mark.parametrize("name", ["cut.png", "text.jpg", "empty.png", "dot.png", "gone.png"])
 def test_a_picture_that_cannot_be_read_is_refused_before_any_weight_is_loaded(
-    untouched: Engine, photo: Path, out: Path, name: str
+    untouched: Engine, photo: Condition, out: Path, tmp_path: Path, name: str
 ) -> None:
-    path, says = broken_pictures(photo)[name]
+    path, says = broken_pictures(photo, tmp_path)[name]
     request = replace(REQUEST, conditions=(Condition(media=str(path)),))
     for make in (lambda: untouched.generate(request), lambda: untouched.write(request, out / "a.mp4")):
         with pytest.raises(MediaError) as caught:
@@ -266,17 +230,17 @@ DAMAGED: dict[str, tuple[dict[str, Change], str, str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_weights_are_found_at_the_first_number_that_is_none(
-    damage: str, photo: Path, tmp_path: Path, out: Path
+    damage: str, photo: Condition, tmp_path: Path, out: Path
 ) -> None:
     change, stage, where = DAMAGED[damage]
     engine = Engine.open(write(tmp_path / "model", change=change) / MODEL, device="cpu")
     stages: list[str] = []
-    request = replace(REQUEST, conditions=(Condition(media=str(photo)),))
+    request = replace(REQUEST, conditions=(photo,))
     with pytest.raises(NonFiniteError) as caught:
         engine.write(request, out / "a.mp4", watch=lambda progress: stages.append(progress.stage))
     assert caught.value.stage == stage == stages[-1]
     assert where in str(caught.value)
-    assert "--dtype float32" in str(caught.value)
+    assert "kadr models verify" in str(caught.value)
     assert list(out.iterdir()) == []
 
 

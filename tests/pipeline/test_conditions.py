@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +16,7 @@ import pytest
 import torch
 from ltx_video.pipelines.pipeline_ltx_video import ConditioningItem, LTXVideoPipeline
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from kadr import Condition, Engine, KadrWarning, Request, Size
 from kadr.errors import KadrError, MediaError, RequestError
@@ -29,36 +29,9 @@ from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
 from kadr.shapes import SPATIAL, LatentGrid
 from tests.oracles import drawn
-from tests.tiny import CHANNELS, MODEL, write, write_upscaler
+from tests.tiny import CHANNELS, MODEL, write_upscaler
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 64), frames=25, fps=24, steps=3, guidance=1.0)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def engine(home: Path) -> Engine:
-    return Engine.open(home / MODEL, device="cpu")
-
-
-@pytest.fixture
-def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine that must not load a weight."""
-
-    def take(name: str, load: Callable[[], nn.Module]) -> Any:
-        raise AssertionError(f"the {name} was loaded")
-
-    monkeypatch.setattr(engine.components.shelf, "take", take)
-    return engine
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
@@ -32,26 +31,11 @@ SHAPE = (1, CHANNELS, 2, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def engine(home: Path) -> Engine:
-    return Engine.open(home / MODEL, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def injecting(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """With a decoder that injects noise."""
-    return Engine.open(write(tmp_path_factory.mktemp("0.9.1"), family="0.9.1", causal=False) / MODEL, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Condition:
-    path = tmp_path_factory.mktemp("photo") / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(path)
-    return Condition(media=str(path))
+    return Engine.open(
+        write(tmp_path_factory.mktemp("0.9.1"), family="0.9.1", causal=False) / MODEL, device="cpu", prompt_cache=False
+    )
 
 
 def same(one: Video, other: Video) -> bool:
@@ -282,12 +266,20 @@ class Seen(Shelf):
     """A shelf that notes when modules come and go."""
 
     def __init__(self) -> None:
-        super().__init__(keep=False, device=torch.device("cpu"))
+        super().__init__(torch.device("cpu"), pages=lambda tensors: None)
         self.events: list[str] = []
         self.alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+    @property
+    def keep(self) -> frozenset[str]:
+        """Nothing stays, whatever the plan says."""
+        return frozenset()
+
+    @keep.setter
+    def keep(self, names: object) -> None: ...
+
     @contextmanager
-    def take(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
+    def take(self, name: str, load: Callable[[], Any], *, way: Any = None) -> Iterator[Any]:
         def noted() -> nn.Module:
             self.events.append(f"{name}, with {len(self.alive)} others")
             module = load()
@@ -295,7 +287,7 @@ class Seen(Shelf):
             weakref.finalize(module, self.events.append, f"{name} gone")
             return module
 
-        with super().take(name, noted) as module:
+        with super().take(name, noted, way=way) as module:
             yield module
 
 
@@ -312,7 +304,7 @@ def seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
 
 ORDER = [
     f"{name}{what}"
-    for name in ("text encoder", "encoder", "transformer", "decoder")
+    for name in ("text encoder", "VAE encoder", "transformer", "VAE decoder")
     for what in (", with 0 others", " gone")
 ]
 
@@ -332,7 +324,7 @@ def test_each_module_is_gone_before_the_next_is_loaded_and_none_stays(
 
 def test_without_a_picture_no_encoder_is_loaded(engine: Engine, seen: Seen) -> None:
     engine.generate(REQUEST)
-    assert seen.events == [event for event in ORDER if not event.startswith("encoder")]
+    assert seen.events == [event for event in ORDER if not event.startswith("VAE encoder")]
 
 
 def test_encoder_and_decoder_are_loaded_without_each_other(engine: Engine, photo: Condition) -> None:

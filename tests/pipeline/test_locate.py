@@ -12,7 +12,7 @@ from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import TEXT, TEXT_GGUF, TEXT_HUB, find
-from kadr.pipeline.locate import PACKAGE, fetched_text, fetched_upscaler, locate, on_disk, released_file
+from kadr.pipeline.locate import PACKAGE, fetched_text, fetched_upscaler, locate, on_disk
 
 HUB_FILES = "Lightricks/LTX-Video"
 
@@ -97,15 +97,18 @@ def test_a_part_of_another_kind_is_refused_with_one_that_fits(fetched: list[tupl
     assert fetched == []
 
 
-@pytest.mark.parametrize("given", [TEXT_GGUF, "folder/t5-Q8_0.gguf"])
-def test_a_text_encoder_in_a_gguf_file_is_not_opened_yet(fetched: list[tuple[str, ...]], given: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"{given} is a text encoder in a GGUF file, .*{TEXT} is\s+taken"):
-        locate("ltxv-2b-0.9.5", text_encoder=given)
-    with pytest.raises(CheckpointError, match="does not open yet"):
-        fetched_text(replace(find("ltxv-2b-0.9.5"), text_encoder=TEXT_GGUF))
-    assert fetched == []
-    released_file(find(TEXT_GGUF))  # it can be pulled all the same
-    assert len(fetched) == 1
+def test_a_text_encoder_in_a_gguf_file_comes_by_its_name_or_path(
+    fetched: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    released = find(TEXT_GGUF)
+    assert locate("demo", text_encoder=TEXT_GGUF).text_encoder == tmp_path / released.file
+    assert fetched_text(replace(find("ltxv-2b-0.9.5"), text_encoder=TEXT_GGUF)) == tmp_path / released.file
+    assert fetched == [(released.repo, released.file)] * 2
+    own = tmp_path / "own.gguf"
+    own.touch()
+    assert locate("demo", text_encoder=own).text_encoder == own
+    with pytest.raises(CheckpointError, match=r"the text encoder is not at folder/t5-Q8_0\.gguf"):
+        locate("demo", text_encoder="folder/t5-Q8_0.gguf")
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])

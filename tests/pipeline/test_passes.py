@@ -101,7 +101,7 @@ def opened(home: Path) -> Opened:
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weight may be loaded."""
 
-    def take(self: Shelf, name: str, load: Callable[[], nn.Module]) -> Any:
+    def take(self: Shelf, name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
         raise AssertionError(f"the {name} was loaded")
 
     monkeypatch.setattr(Shelf, "take", take)

@@ -26,6 +26,7 @@ FIRST_WORDS: Mapping[str, str] = {
     "upsampler": "upsampler",
     "post_upsample_res_blocks": "upsampler",
     "final_conv": "upsampler",
+    "scaled_fp8": "transformer",  # the marker of a file with scales; see `scales`
 }
 
 

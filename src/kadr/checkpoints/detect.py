@@ -7,6 +7,7 @@ is asked for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +16,20 @@ from typing import Any, TypeVar
 import torch
 
 from kadr.checkpoints.families import SCHEDULES, VAE_FAMILIES, family_of, version_label
+from kadr.checkpoints.gguf_header import ARCHITECTURE, NAME
 from kadr.checkpoints.header import EIGHT_BIT
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.upscaler import kind_of, read_upsampler, released_upscaler
+from kadr.checkpoints.upscaler import MODEL, kind_of, read_upsampler, released_upscaler
 from kadr.errors import CheckpointError
-from kadr.models.registry import MODELS, RELEASED, Recipe, Released, by_file
+from kadr.models.registry import BY_NAME, MODELS, RELEASED, Recipe, Released, by_file
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
 from kadr.models.upsampler import UpsamplerConfig
 from kadr.models.vae.config import VAEConfig
 from kadr.sampling.schedule import Schedule
 
 _T = TypeVar("_T")
+# How the names of GGUF files end: "-Q4_K_M", "_q8_0", ".bf16".
+_TYPE = re.compile(r"[-_.](ud-)?(i?q\d\w*|b?f16|f32|fp16|fp32)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +39,11 @@ class Detected:
     Args:
         version: such as "0.9.6-dev" where `released` is known; else what is certain, such as "0.9.5 or later".
         released: the released model this is; None where its name and its header leave that open.
-        layout: "single file" or "diffusers".
+        layout: "single file", "GGUF" or "diffusers".
         transformer, vae, upsampler: sizes of the components; None where the component is not in the checkpoint.
         vae_family: "0.9", "0.9.1" or "0.9.5", the VAE that the model was made for; None for one of its own.
         schedule: how the model's noise levels are made; of an upscaler, those of the models that it goes with.
-        dtype: what most weights are stored as.
+        dtype: what most weights are stored as; uint8 where they are packed.
     """
 
     version: str
@@ -82,8 +86,7 @@ def detect(source: Source, parts: Mapping[str, Source], *, release: Released | N
     vae, family = _vae(source, parts.get("vae"), config)
     transformer = _transformer(source, parts.get("transformer"), config)
     allowed = config.get("allowed_inference_steps")
-    stem = source.path.stem
-    named = release or (by_file(stem) if upsampler is None else released_upscaler(stem, upsampler))
+    named = release or _named(source, upsampler)
     kind = kind_of(transformer, upsampler)
     named = confirmed(source.path, named, transformer, family, kind=kind, allowed=allowed, asked=release is not None)
     if "scheduler" in config:
@@ -98,7 +101,7 @@ def detect(source: Source, parts: Mapping[str, Source], *, release: Released | N
     return Detected(
         version=named.version if named else version_label(transformer, family, upsampler),
         released=named,
-        layout="single file",
+        layout="GGUF" if _is_gguf(source) else "single file",
         transformer=transformer,
         vae=vae,
         vae_family=family,
@@ -106,6 +109,21 @@ def detect(source: Source, parts: Mapping[str, Source], *, release: Released | N
         dtype=dtype,
         upsampler=upsampler,
     )
+
+
+def _named(source: Source, upsampler: UpsamplerConfig | None) -> Released | None:
+    """The released model of this file's name; of a GGUF file first the one that it says it was made of."""
+    stem = source.path.stem
+    if upsampler is not None:
+        return released_upscaler(stem, upsampler)
+    made_of = BY_NAME.get(source.metadata.get(NAME, ""))
+    if made_of is not None and made_of.kind == MODEL:
+        return made_of
+    return by_file(_TYPE.sub("", stem) if _is_gguf(source) else stem)
+
+
+def _is_gguf(source: Source) -> bool:
+    return ARCHITECTURE in source.metadata or source.path.suffix.lower() == ".gguf"
 
 
 def header_config(source: Source) -> dict[str, Any]:

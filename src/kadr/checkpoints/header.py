@@ -48,11 +48,6 @@ _IMPOSTORS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
         "a git-lfs pointer: the note that git keeps instead of the file",
         "Fetch the file with `git lfs pull`, or download it.",
     ),
-    (
-        (b"gguf",),
-        "a GGUF file, which this version of kadr does not read yet",
-        "Take the .safetensors of the same model.",
-    ),
 )
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
@@ -80,6 +75,13 @@ class TensorInfo:
     def count(self) -> int:
         """How many numbers it holds."""
         return prod(self.shape)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the tensor that is read: where it is packed, its last axis counts bytes."""
+        if self.packing is None:
+            return self.shape
+        return (*self.shape[:-1], self.packing.row_bytes(self.shape[-1]))
 
     @property
     def stored(self) -> str:
@@ -141,8 +143,9 @@ def refuse_impostor(path: Path, start: bytes, size: int) -> None:
         or not 2 <= length <= LONGEST_HEADER
         or start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
     ):
+        kind = "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
         raise CheckpointError(
-            f"{path} ({size:,} bytes) is not a safetensors file: it does not begin with a header. "
+            f"{path} ({size:,} bytes) is not a {kind} file: it does not begin with a header. "
             "Check that the path names the checkpoint, or download it again."
         )
 

@@ -1,4 +1,4 @@
-"""The name of every tensor: ours, in the official single file, in a diffusers folder.
+"""The name of every tensor: ours, in the official single file, in a diffusers folder; a text encoder's in GGUF.
 
 {n} is a block, {i} a layer, * is weight or bias. {block} is a block's place, which differs between the two layouts
 and comes from the lists below. A component's table is total: what it does not name does not load.
@@ -152,6 +152,18 @@ T5 = (
 )
 # The embedding under its second name: the same tensor twice in some files.
 T5_UNUSED = ("encoder.embed_tokens.weight",)
+
+_T5_GGUF_LAYER = "enc.blk.{i}"
+# As llama.cpp names them.
+T5_GGUF = (
+    _same("embedding.*", "token_embd.*"),
+    _same("position_bias.*", "enc.blk.0.attn_rel_b.*"),
+    _same("final_norm.*", "enc.output_norm.*"),
+    _same("blocks.{i}.attention_norm.*", f"{_T5_GGUF_LAYER}.attn_norm.*"),
+    *(_same(f"blocks.{{i}}.attention.{x}.*", f"{_T5_GGUF_LAYER}.attn_{x}.*") for x in "qkvo"),
+    _same("blocks.{i}.feed_forward_norm.*", f"{_T5_GGUF_LAYER}.ffn_norm.*"),
+    *(_same(f"blocks.{{i}}.feed_forward.{x}.*", f"{_T5_GGUF_LAYER}.ffn_{x}.*") for x in ("gate", "up", "down")),
+)
 
 # An upscaler's file; the two layouts agree.
 UPSAMPLER = (

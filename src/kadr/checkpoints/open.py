@@ -11,17 +11,15 @@ import torch
 
 from kadr.checkpoints.components import split
 from kadr.checkpoints.detect import Detected, detect
-from kadr.checkpoints.folder import open_folder, read_json
-from kadr.checkpoints.load import load_text_encoder, load_transformer, load_upsampler, load_vae
+from kadr.checkpoints.folder import open_folder
+from kadr.checkpoints.load import load_transformer, load_upsampler, load_vae
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.upscaler import MODEL
 from kadr.errors import CheckpointError
-from kadr.models.registry import Released
-from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.registry import MODELS, Released
 from kadr.models.transformer import Transformer
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,8 @@ class Part:
         name: "transformer", "vae", "upscaler" or "text encoder".
         sizes: what makes it the size it is, such as {"layers": 28, "width": 2048}.
         tensors, parameters, bytes: how many.
-        dtype: what most of its bytes are stored as, such as "bfloat16".
+        dtype: what most of its bytes are stored as, such as "bfloat16" or "Q4_K".
+        types: what its tensors are stored as -> how many, most bytes first.
     """
 
     name: str
@@ -41,6 +40,7 @@ class Part:
     parameters: int
     bytes: int
     dtype: str
+    types: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A single file or a diffusers folder, opened by its header.
+    """A single file, a GGUF file or a diffusers folder, opened by its header.
 
     Args:
         sources: component -> its tensors; "transformer", "vae" or both; or "upsampler", in a folder beside a "vae".
@@ -83,8 +83,8 @@ class Checkpoint:
         """Read headers and configs, no tensor.
 
         Args:
-            path: a .safetensors in the official layout, of a model or an upscaler; a diffusers folder, or the folder of
-                one of its components.
+            path: a .safetensors in the official layout, of a model or an upscaler; a .gguf of a transformer; a folder
+                of diffusers, or the folder of one of its components.
             release: the released model or upscaler that this is, where the checkpoint alone does not say.
 
         Raises:
@@ -103,8 +103,11 @@ class Checkpoint:
     def size_bytes(self) -> int:
         return sum(source.size_bytes for source in self.sources.values())
 
-    def load_transformer(self, dtype: torch.dtype | None = None) -> Transformer:
+    def load_transformer(self, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> Transformer:
         """The transformer on the CPU, sharing memory with the file where `dtype` (None: as stored) agrees.
+
+        Args:
+            as_stored: see `load.fill`.
 
         Raises:
             CheckpointError: the checkpoint has none, or its tensors do not fit; see `load.fill`.
@@ -112,7 +115,9 @@ class Checkpoint:
         if self.detected.transformer is None:
             raise self.lacks("transformer")
         source = self.sources["transformer"]
-        return load_transformer(self.detected.transformer, source, dtype=dtype, diffusers=self._diffusers)
+        return load_transformer(
+            self.detected.transformer, source, dtype=dtype, diffusers=self._diffusers, as_stored=as_stored
+        )
 
     def load_vae(self, dtype: torch.dtype | None = None, *, encoder: bool = True, decoder: bool = True) -> VAE:
         """The VAE on the CPU; the part that is not asked for is None in it. As `load_transformer`."""
@@ -158,7 +163,7 @@ class Checkpoint:
             model=detected.released.name if detected.released else None,
             vae_family=detected.vae_family,
             sampler=detected.schedule.sampler if model else None,
-            parts=tuple(_part(_NAMES.get(name, name), self.sources[name], of) for name, of in sizes.items()),
+            parts=tuple(part_of(_NAMES.get(name, name), self.sources[name], of) for name, of in sizes.items()),
             missing=tuple(missing) if model else (),
         )
 
@@ -179,78 +184,17 @@ class Checkpoint:
                 f"as --upscaler, and {_WAYS_OUT[component]}."
             )
         held = " and ".join(self.sources)
-        return CheckpointError(f"{self.path} has no {name}, only {held}. Give {_WAYS_OUT[component]}.")
-
-
-@dataclass(frozen=True)
-class TextEncoderFolder:
-    """A T5 encoder and its tokenizer, opened by their headers.
-
-    Args:
-        path: of the weights and config.json.
-        home: where the tokenizer is looked for.
-    """
-
-    path: Path
-    home: Path
-    config: T5Config
-    source: Source
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> TextEncoderFolder:
-        """Read config and headers, no tensor.
-
-        Args:
-            path: the encoder's own folder, with the tokenizer in it or in the folder `tokenizer` in or beside it; or
-                the folder that holds `text_encoder` and `tokenizer`.
-
-        Raises:
-            CheckpointError: it is no text encoder that kadr runs.
-        """
-        home = Path(path)
-        folder = home / "text_encoder" if (home / "text_encoder").is_dir() else home
-        if not (folder / "config.json").is_file():
-            state = "has no config.json" if folder.is_dir() else "is not a folder"
-            raise CheckpointError(
-                f"{folder} {state}, so it is no text encoder. Give the folder with text_encoder/ and tokenizer/ in it, "
-                "such as that of PixArt-alpha/PixArt-XL-2-1024-MS."
-            )
-        try:
-            config = T5Config.from_header(read_json(folder / "config.json"))
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error}") from error
-        return cls(folder, home, config, Source.open(folder))
+        such = f", such as {self._vae_elsewhere}" if component == "vae" else ""
+        return CheckpointError(f"{self.path} has no {name}, only {held}. Give {_WAYS_OUT[component]}{such}.")
 
     @property
-    def size_bytes(self) -> int:
-        return self.source.size_bytes
-
-    def load(self, dtype: torch.dtype | None = None) -> T5Encoder:
-        """The encoder on the CPU, sharing memory with the files where `dtype` (None: as stored) agrees.
-
-        Raises:
-            CheckpointError: its tensors do not fit the config; see `load.fill`.
-        """
-        return load_text_encoder(self.config, self.source, dtype=dtype)
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that belongs to it.
-
-        Raises:
-            CheckpointError: there is none, or the encoder's vocabulary is too small for it.
-        """
-        tokenizer = Tokenizer.open(self.home)
-        if tokenizer.size > self.config.vocabulary:
-            raise CheckpointError(
-                f"the tokenizer of {self.home} numbers up to {tokenizer.size - 1}, the encoder's vocabulary ends at "
-                f"{self.config.vocabulary - 1}. Take both from the same place."
-            )
-        return tokenizer
-
-    def describe(self) -> Part:
-        """What the header tells."""
-        sizes = {"layers": self.config.layers, "width": self.config.width, "vocabulary": self.config.vocabulary}
-        return _part("text encoder", self.source, sizes)
+    def _vae_elsewhere(self) -> str:
+        """The entry of the registry whose VAE the model was made for, or the nearest that is known."""
+        released, layers = self.detected.released, getattr(self.detected.transformer, "layers", None)
+        if released is not None:
+            return released.vae or released.name
+        fitting = [r.name for r in MODELS if r.layers == layers and self.detected.vae_family in (None, r.vae_family)]
+        return next((name for name in reversed(fitting) if not name.endswith("fp8")), "ltxv-2b-0.9.5")
 
 
 _NAMES = {"upsampler": "upscaler"}  # component -> as people call it, where the two differ
@@ -266,6 +210,8 @@ def _has_text_encoder(path: Path) -> bool:
     return (home / "text_encoder" / "config.json").is_file()
 
 
-def _part(name: str, source: Source, sizes: Mapping[str, int]) -> Part:
-    dtype = str(source.dtype).removeprefix("torch.")
-    return Part(name, sizes, len(source.infos), source.parameters, source.size_bytes, dtype)
+def part_of(name: str, source: Source, sizes: Mapping[str, int]) -> Part:
+    """What a header tells of a component."""
+    stored = source.stored
+    dtype = next(iter(stored), "float32")
+    return Part(name, sizes, len(source.infos), source.parameters, source.size_bytes, dtype, stored)

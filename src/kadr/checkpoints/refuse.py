@@ -27,7 +27,7 @@ _OTHERS: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
         re.compile(r"^(encoder\.block\.\d+\.layer\.|shared\.weight$|enc\.blk\.)"),
         "a T5 text encoder, not a model",
-        "Open the model, and give the encoder's folder beside it (--text-encoder).",
+        "Open the model, and give the encoder beside it (--text-encoder).",
     ),
     (
         re.compile(r"^(proj_in\.weight|time_embed\.|latents_mean$|(en|de)coder\.mid_block\.)"),
@@ -35,10 +35,10 @@ _OTHERS: tuple[tuple[re.Pattern[str], str, str], ...] = (
         "Give the folder instead: the one with transformer/ and vae/ in it, or the component's own.",
     ),
     (
-        # Without its scales such a file would be read as other weights than it holds.
-        re.compile(r"(^|\.)(scaled_fp8|scale_(weight|input)|(weight|input)_scale|comfy_quant)$"),
-        "a checkpoint in scaled 8-bit floats, which this version of kadr does not read yet",
-        "Take the bf16 file of the same model, or one in plain 8-bit floats such as those released as fp8.",
+        # Read without what the marker says, its weights would be others than it holds.
+        re.compile(r"(^|\.)comfy_quant$"),
+        "a checkpoint in ComfyUI's mixed precision, which kadr does not read",
+        "Take the bf16 file of the same model, or one in 8-bit floats with or without scales.",
     ),
 )
 _LTX2_CLASS = "AVTransformer3DModel"

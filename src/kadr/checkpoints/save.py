@@ -177,10 +177,20 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 @contextmanager
 def _beside(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name only when it is whole."""
+    with beside(path) as part, part.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A place to write a file to, which takes its name only when the block ends well, and else is gone.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            yield file
+        yield part
         part.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}. Write it elsewhere.") from error

@@ -7,32 +7,27 @@ mapping goes when the last tensor of its file goes.
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from kadr.checkpoints.gguf_header import is_gguf, read_gguf
 from kadr.checkpoints.header import TensorInfo, read_header
+from kadr.checkpoints.mapped import map_file
 from kadr.errors import CheckpointError
 
 STEMS = ("diffusion_pytorch_model", "model")  # of the weights in a component's folder: diffusers', transformers'
 VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran
-# Without it Linux would set memory aside for pages that nobody will write, and refuse files larger than its memory.
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python names it from 3.13 on
-
-# Shared by all sources of a file, and gone with its last tensor. The key tells a file from one that replaced it.
-_maps: WeakValueDictionary[tuple[Path, int, int], mmap.mmap] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class Source:
-    """One or several safetensors files, seen as one mapping of names.
+    """One or several safetensors files, or a GGUF file, seen as one mapping of names.
 
     Args:
         path: what was opened, for messages.
@@ -46,24 +41,25 @@ class Source:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Source:
-        """Read the headers of a safetensors file, or of the weights in a component's folder (shards and variants too).
+        """Read the header of a safetensors or a GGUF file, told apart by how they begin; or those of the weights in a
+        component's folder (shards and variants too).
 
         Raises:
-            CheckpointError: nothing is there, it is not safetensors, it is cut short, or a shard is missing.
+            CheckpointError: nothing is there, it is neither of the two, it is cut short, or a shard is missing.
         """
         path = Path(path)
         files = _weights(path) if path.is_dir() else (path,)
         infos: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         for file in files:
-            found, said = read_header(file)
+            found, said = _header(file)
             twice = infos.keys() & found.keys()
             if twice:
                 raise CheckpointError(
                     f"{path}: the tensor {min(twice)} is in two of its files. Download the folder again."
                 )
             infos |= found
-            metadata = metadata or said
+            metadata = metadata or dict(said)
         return cls(path, infos, metadata)
 
     @property
@@ -77,11 +73,20 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most of the bytes are stored as; float32 where there are none."""
+        """What most of the bytes are stored as: uint8 where they are packed, float32 where there are none."""
         weight: dict[torch.dtype, int] = {}
         for info in self.infos.values():
             weight[info.dtype] = weight.get(info.dtype, 0) + info.bytes
         return max(weight, key=weight.__getitem__, default=torch.float32)
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """What the tensors are stored as ("bfloat16", "Q4_K" and so on) -> how many, most bytes first."""
+        weight, count = Counter[str](), Counter[str]()
+        for info in self.infos.values():
+            weight[info.stored] += info.bytes
+            count[info.stored] += 1
+        return {name: count[name] for name, _ in weight.most_common()}
 
     def renamed(self, names: Mapping[str, str]) -> Source:
         """The same files under other names. names: new -> present; what it does not mention is left out."""
@@ -90,6 +95,7 @@ class Source:
     def read(self, name: str) -> Tensor:
         """A tensor in its stored dtype and shape, on the CPU, sharing memory with the file.
 
+        One that is packed comes as the bytes of its blocks, uint8 (rows, bytes of a row): see its `packing`.
         Writing to it does not reach the file: written pages become the process's own.
 
         Raises:
@@ -98,38 +104,25 @@ class Source:
         """
         info = self.infos[name]
         if not info.count:  # torch takes no empty buffer
-            return torch.empty(info.shape, dtype=info.dtype)
-        mapped = _map(info.file)
+            return torch.empty(info.stored_shape, dtype=info.dtype)
+        mapped = map_file(info.file)
         if len(mapped) < info.start + info.bytes:
             raise CheckpointError(
                 f"{info.file} shrank to {len(mapped):,} bytes since it was opened. Download it again."
             )
         if info.start % info.dtype.itemsize:  # old writers did not align; torch wants whole numbers at whole places
             piece = bytearray(mapped[info.start : info.start + info.bytes])
-            return torch.frombuffer(piece, dtype=info.dtype).view(info.shape)
-        flat = torch.frombuffer(mapped, dtype=info.dtype, count=info.count, offset=info.start)
-        return flat.view(info.shape)
+            return torch.frombuffer(piece, dtype=info.dtype).view(info.stored_shape)
+        count = info.bytes // info.dtype.itemsize
+        flat = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=info.start)
+        return flat.view(info.stored_shape)
 
 
-def _map(path: Path) -> mmap.mmap:
-    """The file in memory: private, so it may be written to; kept for as long as a tensor uses it."""
-    try:
-        with path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            key = (path, stat.st_ino, stat.st_mtime_ns)
-            mapped = _maps.get(key)
-            if mapped is None:
-                mapped = _maps[key] = _mapping(file.fileno())
-            return mapped
-    except (OSError, ValueError) as error:  # ValueError: the file is empty by now
-        raise CheckpointError(f"{path} cannot be read any more: {error}. Open it again.") from error
-
-
-def _mapping(descriptor: int) -> mmap.mmap:
-    if os.name != "posix":
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    rights = mmap.PROT_READ | mmap.PROT_WRITE
-    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=rights)
+def _header(file: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
+    if not is_gguf(file):
+        return read_header(file)
+    header = read_gguf(file)
+    return header.infos, header.metadata
 
 
 def _weights(folder: Path) -> tuple[Path, ...]:

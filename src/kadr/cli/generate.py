@@ -13,7 +13,9 @@ from kadr.cli import making, options, reading
 from kadr.cli.faults import say
 from kadr.cli.groups import taking
 from kadr.errors import RequestError
+from kadr.memory.plan import OFFLOAD
 from kadr.pipeline.request import Request
+from kadr.quant.scheme import SCHEMES
 from kadr.sampling.settings import Guidance, Pass
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
 
     With --image or --video it shows your pictures and clips. Prints the path of the video.
     """
-    _check_words(flags)
+    check_words(flags)
     request = requested(prompt, flags)
     parts = named_parts(flags.model, request)
     making.refuse_absent(request)
@@ -51,20 +53,27 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     if "model" not in parts:
         say(DEMO)
     model = parts.pop("model", "demo")
-    engine = making.open_engine(model, **parts, device=flags.model.device, dtype=flags.model.dtype)
+    engine = making.open_engine(model, **parts, **held(flags.model))
     request = timed(request, flags.video.seconds, engine)
     making.make(engine, request, output, latents=flags.output.save_latents, as_json=flags.output.json)
 
 
-def _check_words(flags: options.Flags) -> None:
+def held(flags: options.ModelFlags) -> dict[str, str]:
+    """Where and how the model's weights are held, by the words of `Engine.open`."""
+    return {"device": flags.device, "dtype": flags.dtype, "quant": flags.quant, "offload": flags.offload}
+
+
+def check_words(flags: options.Flags | options.PlanFlags) -> None:
     """Refuse what the parser lets through."""
     if flags.video.frames is not None and flags.video.seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
     reading.one_of("--device", flags.model.device.partition(":")[0], DEVICES)
     reading.one_of("--dtype", flags.model.dtype, DTYPES)
+    reading.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in SCHEMES])
+    reading.one_of("--offload", flags.model.offload, OFFLOAD)
 
 
-def requested(prompt: str, flags: options.Flags) -> Request:
+def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
     """The request that the flags make; the length may still be open where it is given in seconds.
 
     Raises:

@@ -13,17 +13,20 @@ import typer
 from kadr.cli import options
 from kadr.cli.table import columns, in_words
 from kadr.errors import CheckpointError
+from kadr.kernels.packing import PACKINGS
 
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 TEXT_ENCODER = "text encoder"
 WAYS_OUT = {
     "transformer": "give a checkpoint with one as --model, and this one as --vae",
     "vae": "give a checkpoint with one as --vae",
-    TEXT_ENCODER: "fetched from the hub, or give a folder as --text-encoder",
+    TEXT_ENCODER: "fetched from the hub, or give a folder or a .gguf as --text-encoder",
 }
 Target = Annotated[
     Path,
-    typer.Argument(metavar="PATH", help="A .safetensors, a folder, or an .mp4 that kadr made.", show_default=False),
+    typer.Argument(
+        metavar="PATH", help="A .safetensors, a .gguf, a folder, or an .mp4 that kadr made.", show_default=False
+    ),
 ]
 
 
@@ -35,10 +38,8 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
     path = path.expanduser()
     if path.suffix.lower() in VIDEOS:
         found, lines = _video(path)
-    elif _is_text_encoder(path):
-        found, lines = _text_encoder(path)
     else:
-        found, lines = _checkpoint(path)
+        found, lines = _weights(path)
     print(json.dumps(found) if as_json else "\n".join(lines))
 
 
@@ -61,20 +62,16 @@ def _fields(record: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name:<{width}}  {shown}"
 
 
-def _is_text_encoder(path: Path) -> bool:
-    """Whether a folder holds a text encoder and no model."""
-    if not path.is_dir() or (path / "transformer").exists() or (path / "vae").exists():
-        return False
-    if (path / "text_encoder").is_dir():
-        return True
-    try:
-        return json.loads((path / "config.json").read_text("utf-8")).get("model_type") == "t5"
-    except (OSError, ValueError, AttributeError):
-        return False
+def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
+    from kadr.checkpoints.text_encoder import is_text_encoder
+
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
+    return _text_encoder(path) if is_text_encoder(path) else _checkpoint(path)
 
 
 def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.checkpoints.open import TextEncoderFolder
+    from kadr.checkpoints.text_encoder import TextEncoderFolder
 
     part = asdict(TextEncoderFolder.open(path).describe())
     found = {"path": str(path), "family": "T5", "parts": [part]}
@@ -82,11 +79,10 @@ def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
+    from kadr.checkpoints.open import Checkpoint
+    from kadr.checkpoints.text_encoder import TextEncoderFolder
     from kadr.checkpoints.upscaler import MODEL
 
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
     described = Checkpoint.open(path).describe()
     found = {"path": str(path), "family": "LTX-Video", **asdict(described)}
     found["parts"] = list(found["parts"])
@@ -119,5 +115,12 @@ def _parts(parts: list[dict[str, Any]]) -> Iterator[str]:
     for part in parts:
         sizes = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in part["sizes"].items())
         counts = (str(part["tensors"]), in_words(part["parameters"]), in_words(part["bytes"]))
-        rows.append((part["name"], *counts, part["dtype"], sizes))
+        rows.append((part["name"], *counts, _types(part), sizes))
     yield from columns(rows)
+
+
+def _types(part: Mapping[str, Any]) -> str:
+    """What most of a part is stored as; where some is in blocks, each type with its number of tensors."""
+    types: Mapping[str, int] = part["types"]
+    packed = any(name in PACKINGS for name in types)
+    return ", ".join(f"{name} ({count})" for name, count in types.items()) if packed else str(part["dtype"])

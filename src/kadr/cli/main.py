@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kadr.cli import generate, inspect, models, rerun
+from kadr.cli import generate, inspect, models, plan, quantize, rerun
 from kadr.cli.faults import explained
 from kadr.cli.official import OfficialCommand
 from kadr.version import __version__
@@ -40,8 +40,10 @@ def _about(
 
 
 app.command(cls=OfficialCommand, epilog=generate.EPILOG)(explained()(generate.generate))
+app.command(cls=OfficialCommand, epilog=plan.EPILOG)(explained()(plan.plan))
 app.command(epilog=rerun.EPILOG)(explained()(rerun.rerun))
 app.command()(explained()(inspect.inspect))
+app.command(epilog=quantize.EPILOG)(explained()(quantize.quantize))
 app.add_typer(models.app, name="models")
 
 

@@ -39,9 +39,7 @@ RENAMED: Mapping[str, str] = {
 }
 SIDES = ("--width", "--height")
 MEDIA, STARTS, STRENGTHS = "--conditioning_media_paths", "--conditioning_start_frames", "--conditioning_strengths"
-LATER: Mapping[str, str] = {
-    "--offload_to_cpu": "Leave it out: modules already leave the device after their stage where memory is tight.",
-}
+OFFLOAD, STAGES = "--offload_to_cpu", ["--offload", "stages"]  # a switch, with or without a word for yes or no
 MEDIA_FLAGS = ("--image", "--video")
 # Between the parts of one --image or --video. The system ends every argument at this character, so no path holds it.
 JOINT = "\0"
@@ -60,7 +58,7 @@ def translated(args: Sequence[str]) -> list[str]:
     """The arguments in kadr's words; each --image and --video with what belongs to it joined to one.
 
     Raises:
-        typer.BadParameter: an official flag that kadr has no counterpart for, or lists that do not match.
+        typer.BadParameter: lists that do not match, or a flag whose value is missing.
     """
     ours: list[str] = []
     sides: dict[str, str] = {}
@@ -73,12 +71,12 @@ def translated(args: Sequence[str]) -> list[str]:
             prompts += rest
             break
         name, given, value = word.partition("=")
-        if given and name in {*RENAMED, *LATER, *SIDES, MEDIA, STARTS, STRENGTHS, "--prompt", *MEDIA_FLAGS}:
+        if given and name in {*RENAMED, OFFLOAD, *SIDES, MEDIA, STARTS, STRENGTHS, "--prompt", *MEDIA_FLAGS}:
             rest.insert(0, value)
             word = name
-        if word in LATER:
-            raise typer.BadParameter(f"kadr does not take this. {LATER[word]}", param_hint=word)
-        if word in SIDES:
+        if word == OFFLOAD:
+            ours += STAGES if _switched_on(rest) else []
+        elif word in SIDES:
             sides[word] = _value(word, rest)
         elif word in (MEDIA, STARTS, STRENGTHS):
             lists[word] = _values(rest)
@@ -95,6 +93,13 @@ def _value(name: str, rest: list[str]) -> str:
     if not rest:
         raise typer.BadParameter("a value must follow.", param_hint=name)
     return rest.pop(0)
+
+
+def _switched_on(rest: list[str]) -> bool:
+    """Whether a switch is on; the word that says so is taken away."""
+    if rest and rest[0].lower() in ("true", "false", "1", "0", "yes", "no"):
+        return rest.pop(0).lower() in ("true", "1", "yes")
+    return True
 
 
 def _values(rest: list[str]) -> list[str]:

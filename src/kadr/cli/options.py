@@ -16,7 +16,7 @@ def _flag(name: str, metavar: str | None, help: str) -> Any:
 # What several verbs take, or others than `generate`.
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to show, in quotes.", show_default=False)]
 Model = Annotated[
-    str | None, _flag("--model", "NAME|PATH", "A name of `kadr models`, a .safetensors or a diffusers folder.")
+    str | None, _flag("--model", "NAME|PATH", "A name of `kadr models`, a .safetensors, a .gguf or a diffusers folder.")
 ]
 SameDevice = Annotated[str | None, _flag("--device", "auto|cpu|cuda|mps", "Where to compute, if not as it was made.")]
 NewSeed = Annotated[int | None, _flag("--seed", "N", "Another seed than the video was made with.")]
@@ -68,7 +68,7 @@ class ModelFlags:
     ] = None
     second_model: Annotated[_Text, _flag("--second-model", "NAME|PATH", "Another model for the second pass.")] = None
     text_encoder: Annotated[
-        Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 encoder and its tokenizer.")
+        Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 encoder and its tokenizer, or a .gguf.")
     ] = None
     vae: Annotated[Path | None, _flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")] = None
     device: Annotated[
@@ -76,6 +76,23 @@ class ModelFlags:
     ] = "auto"
     dtype: Annotated[
         str, _flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with; auto suits the device.")
+    ] = "auto"
+    quant: Annotated[
+        str,
+        _flag(
+            "--quant",
+            "none|auto|int8|fp8|Q8_0|...",
+            "Hold the transformer's weights in fewer bits: int8, int8-weights, fp8, Q8_0, Q6_K, Q5_K, Q4_K and so on; "
+            "auto does so where nothing else fits. [default: none]",
+        ),
+    ] = "none"
+    offload: Annotated[
+        str,
+        _flag(
+            "--offload",
+            "auto|none|stages|blocks",
+            "What is done where memory is short: modules leave it after their stage, or blocks of them come and go.",
+        ),
     ] = "auto"
 
 
@@ -175,6 +192,27 @@ class Flags:
 
     video: VideoFlags
     output: OutputFlags
+    model: ModelFlags
+    media: MediaFlags
+    denoising: DenoisingFlags
+    guidance: GuidanceFlags
+    second: SecondFlags
+    decoding: DecodingFlags
+
+
+@dataclass(frozen=True)
+class ToldFlags:
+    """What comes out"""
+
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """All that `kadr plan` takes: what `kadr generate` does, and nothing to write."""
+
+    video: VideoFlags
+    output: ToldFlags
     model: ModelFlags
     media: MediaFlags
     denoising: DenoisingFlags

@@ -74,7 +74,8 @@ def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -
         model = _model(record)
         parts |= {"text_encoder": _text_encoder(record), "vae": _vae(record, model)}
     device = device or str(record.get("device", "auto"))
-    return making.open_engine(model, **parts, device=device, dtype=str(record.get("dtype", "auto")))
+    own = {word: str(record[word]) for word in ("dtype", "quant") if record.get(word)}
+    return making.open_engine(model, **parts, device=device, **own)
 
 
 def _second_parts(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import os
+import ctypes
+import sys
+from functools import cache
+from pathlib import Path
 
+import psutil
 import torch
 
 from kadr.errors import RequestError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Where a container's limit and its use stand: control groups of version 2, then of version 1.
+_GROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 SMALL = 500_000_000  # parameters: below this, fp32 costs little anywhere
 
 
@@ -56,19 +65,67 @@ def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
 
 def _cpu_has_bfloat16() -> bool:
     """Whether products in bfloat16 have units of their own: AVX512-BF16 or AMX on x86, BF16 on Arm."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or _arm_bfloat16()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or _arm_has("bf16")
 
 
-def _arm_bfloat16() -> bool:
+def has_fast_int8() -> bool:
+    """Whether this CPU has units for products in 8 bits: VNNI or AMX on x86, the dot products of Arm."""
+    return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported() or _arm_has("asimddp")
+
+
+def _arm_has(feature: str) -> bool:
     try:
         with open("/proc/cpuinfo") as info:
-            return any("bf16" in line for line in info if line.startswith("Features"))
+            return any(feature in line for line in info if line.startswith("Features"))
     except OSError:
         return False
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device now; for the CPU, what the system could give."""
+    """Memory that can be had on the device now; for the CPU, what the system could give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(psutil.virtual_memory().available, _left_to_group())
+
+
+def resident_bytes() -> int:
+    """What this process takes of the memory of the host now, by the account of the system."""
+    return psutil.Process().memory_info().rss
+
+
+def give_back() -> None:
+    """Give the system what is free inside the process: glibc keeps it for itself otherwise."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _left_to_group() -> int:
+    """What a container's limit leaves, on Linux; a great deal where there is none."""
+    for limit, used in _GROUP_FILES:
+        try:
+            most, now = Path(limit).read_text(), Path(used).read_text()
+        except OSError:
+            continue
+        if most.strip().isdecimal():
+            return max(0, int(most) - int(now) + _inactive())
+    return sys.maxsize
+
+
+def _inactive() -> int:
+    """Bytes of files in the container's account that go when memory is asked for."""
+    for path, word in (
+        ("/sys/fs/cgroup/memory.stat", "inactive_file"),
+        ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
+    ):
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            continue
+        return next((int(line.split()[1]) for line in lines if line.startswith(f"{word} ")), 0)
+    return 0

@@ -1,49 +1,81 @@
-"""Modules that are in memory only while their stage runs."""
+"""Modules that are in memory only while their stage runs, or for as long as there is room."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from kadr.memory.device import give_back
+from kadr.memory.offload import Pages, weights
+
 M = TypeVar("M", bound=nn.Module)
 
 
+class _Kept(NamedTuple):
+    module: nn.Module
+    way: Hashable
+
+
 class Shelf:
-    """Lends modules and lets go of them afterwards.
+    """Lends modules. Afterwards it keeps those named in `keep`, and lets go of the others.
+
+    A module that is kept on the CPU lets go of its pages of files all the same: the system has them at hand still, and
+    gives them to others if it must. What it made for itself stays.
 
     Args:
-        keep: keep them for the next time instead: right where all of them fit beside each other with room to spare.
+        pages: lets go of the pages under tensors.
     """
 
-    def __init__(self, *, keep: bool, device: torch.device) -> None:
-        self.keep = keep
+    def __init__(self, device: torch.device, *, pages: Pages) -> None:
         self.device = device
-        self._kept: dict[str, nn.Module] = {}
+        self.keep: Collection[str] = frozenset()
+        self._pages = pages
+        self._kept: dict[str, _Kept] = {}
 
     @contextmanager
-    def take(self, name: str, load: Callable[[], M]) -> Iterator[M]:
-        """The module of that name on the device, loaded unless it was kept."""
-        module = self._kept.pop(name, None) or load().to(self.device).eval().requires_grad_(False)
+    def take(self, name: str, load: Callable[[], M], *, way: Hashable = None) -> Iterator[M]:
+        """The module of that name, loaded unless it was kept.
+
+        Args:
+            load: makes it, on the device.
+            way: how it is held; one that was kept in another way is let go of first.
+        """
+        kept = self._kept.pop(name, None)
+        module = kept.module if kept is not None and kept.way == way else None
+        kept, another = None, kept is not None and module is None
+        if another:
+            self._release()
+        if module is None:
+            module = load().eval().requires_grad_(False)
         try:
             yield module  # type: ignore[misc]
         finally:
-            if self.keep:
-                self._kept[name] = module
-            else:
-                del module
-                self._release()
+            self._pages(weights(module))
+            if name in self.keep:
+                self._kept[name] = _Kept(module, way)
+            del module
+            self._release()
 
-    def clear(self) -> None:
-        """Let go of everything that is kept."""
-        self._kept.clear()
-        self._release()
+    @property
+    def kept(self) -> frozenset[str]:
+        """The names of the modules it has."""
+        return frozenset(self._kept)
+
+    def clear(self, *, but: Collection[str] = ()) -> None:
+        """Let go of everything that is kept, but for some names."""
+        gone = self._kept.keys() - set(but)
+        for name in gone:
+            del self._kept[name]
+        if gone:
+            self._release()
 
     def _release(self) -> None:
         gc.collect()
+        give_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

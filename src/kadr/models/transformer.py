@@ -197,7 +197,7 @@ class Transformer(nn.Module):
 
     def rope(self, positions: Tensor) -> Rope:
         """The table for positions (B, 3, N), fp32: seconds, pixels down, pixels right. Constant over the steps."""
-        dtype = self.patch_in.weight.dtype
+        dtype = self.modulation.dtype
         return rope_table(positions, self.config.width, limits=self.config.limits, theta=self.config.theta, dtype=dtype)
 
     def forward(self, tokens: Tensor, rope: Rope, text: Tensor, text_mask: Tensor | None, level: Tensor) -> Tensor:

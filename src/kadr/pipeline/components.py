@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
+from kadr.checkpoints.mapped import release
+from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
-from kadr.memory.device import free_bytes, pick_device, pick_dtype
+from kadr.memory.device import DTYPES, pick_device, pick_dtype
+from kadr.memory.plan import AS_STORED, OFFLOAD_AUTO, Choice, Plan
 from kadr.memory.shelf import Shelf
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
+from kadr.pipeline.holding import placed, settled_scheme
 from kadr.pipeline.passes import Upscaling
+from kadr.pipeline.prompt_cache import PromptCache
+from kadr.pipeline.selfcheck import needs_look, rotation_of
+from kadr.quant.rotation import turn
 from kadr.sampling.schedule import Schedule
 from kadr.text.tokenizer import Tokenizer
 
 UPSCALERS = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."
-ROOM = 4  # keep modules loaded when so many times their size is free
+TEXT_ENCODER, ENCODER, DECODER = "text encoder", "VAE encoder", "VAE decoder"
+TRANSFORMER, SECOND_TRANSFORMER = "transformer", "second transformer"
+PASS_STAGES = ("denoise", "refine")
+M = TypeVar("M", bound=nn.Module)
 SPACE, TIME = "spatial", "temporal"
 
 
@@ -34,6 +47,7 @@ class Components:
         text: the text encoder's folder.
         vae: another checkpoint to take the VAE from.
         second: another checkpoint to take the second pass's transformer from.
+        quant, offload, prompt_cache: see `Engine.open`.
     """
 
     def __init__(
@@ -45,6 +59,9 @@ class Components:
         device: str,
         dtype: str,
         second: Checkpoint | None = None,
+        quant: str | None = None,
+        offload: str = OFFLOAD_AUTO,
+        prompt_cache: bool | Path = True,
     ) -> None:
         self.checkpoint, self.text, self.vae = checkpoint, text, vae or checkpoint
         self.transformers = (checkpoint, second or checkpoint)
@@ -58,9 +75,18 @@ class Components:
         parameters = sum(source.parameters for one in checkpoints.values() for source in one.sources.values())
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device, parameters)
-        # Counted at the width they are computed in, whatever they are stored as.
-        size = (parameters + text.source.parameters) * self.dtype.itemsize
-        self.shelf = Shelf(keep=size * ROOM < free_bytes(self.device), device=self.device)
+        self.quant, self.offload = settled_scheme(quant, self.transformers, self.device), offload
+        # However the text encoder is held, it computes the same numbers.
+        self.prompts = PromptCache.of(prompt_cache, text, dtype=self.dtype, device=self.device.type)
+        self.shelf = Shelf(self.device, pages=release)
+        self.plan: Plan | None = None
+        self._rotations: dict[Path, int | None] = {}  # of the transformers that were looked at
+
+    def follow(self, plan: Plan) -> None:
+        """Lend modules as a plan has it, from now on."""
+        self.plan = plan
+        self.shelf.keep = plan.kept
+        self.shelf.clear(but=plan.kept)
 
     def add_upscaler(self, checkpoint: Checkpoint) -> None:
         """Take a latent upscaler for the way between two passes.
@@ -92,31 +118,88 @@ class Components:
     def tokenizer(self) -> Tokenizer:
         return self.text.tokenizer()
 
-    def text_encoder(self) -> AbstractContextManager[T5Encoder]:
-        return self.shelf.take("text encoder", partial(self.text.load, dtype=self.dtype))
+    def text_encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[T5Encoder]:
+        """Args: dtype: to compute in, instead of the plan's; this one is not kept. So for the others."""
+        return self._lent(TEXT_ENCODER, "text", self.text.load, dtype)
 
-    def transformer(self, number: int = 0) -> AbstractContextManager[Transformer]:
+    def transformer(self, number: int = 0, dtype: torch.dtype | None = None) -> AbstractContextManager[Transformer]:
         """The transformer of a pass, 0 or 1."""
+        stage = PASS_STAGES[number]
+        return self._lent(self.transformer_name(number), stage, partial(self._load_transformer, number), dtype)
+
+    def _load_transformer(self, number: int, dtype: torch.dtype, *, as_stored: bool) -> Transformer:
         checkpoint = self.transformers[number]
-        name = "transformer" if checkpoint is self.checkpoint else "second transformer"
-        return self.shelf.take(name, partial(checkpoint.load_transformer, dtype=self.dtype))
+        if checkpoint.path not in self._rotations:
+            looked = needs_look(checkpoint)
+            self._rotations[checkpoint.path] = rotation_of(checkpoint, dtype, self.device) if looked else None
+        module = checkpoint.load_transformer(dtype, as_stored=as_stored)
+        rotation = self._rotations[checkpoint.path]
+        if rotation is not None:
+            turn(module, rotation)
+        return module
+
+    def transformer_name(self, number: int) -> str:
+        """What the shelf calls the transformer of a pass."""
+        return TRANSFORMER if self.transformers[number] is self.checkpoint else SECOND_TRANSFORMER
 
     def upscaler(self, kind: str) -> AbstractContextManager[LatentUpsampler]:
         """A latent upscaler, in float32 as in the official package."""
-        return self.shelf.take(f"{kind} upscaler", partial(self.upscalers[kind].load_upsampler, dtype=torch.float32))
+        checkpoint = self.upscalers[kind]
+        return self.shelf.take(f"{kind} upscaler", lambda: checkpoint.load_upsampler(torch.float32).to(self.device))
 
     def statistics(self) -> AbstractContextManager[VAE]:
         """The VAE with neither encoder nor decoder: the statistics of its latents."""
-        load = partial(self.vae.load_vae, dtype=torch.float32, encoder=False, decoder=False)
-        return self.shelf.take("statistics", load)
+        load = partial(self.vae.load_vae, torch.float32, encoder=False, decoder=False)
+        return self.shelf.take("statistics", lambda: load().to(self.device))
 
-    def encoder(self) -> AbstractContextManager[VAE]:
+    def encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[VAE]:
         """The VAE without its decoder."""
-        return self.shelf.take("encoder", partial(self.vae.load_vae, dtype=self.dtype, decoder=False))
+        return self._lent(ENCODER, "encode", self._vae_part(decoder=False), dtype)
 
-    def decoder(self) -> AbstractContextManager[VAE]:
+    def decoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[VAE]:
         """The VAE without its encoder."""
-        return self.shelf.take("decoder", partial(self.vae.load_vae, dtype=self.dtype, encoder=False))
+        return self._lent(DECODER, "decode", self._vae_part(encoder=False), dtype)
+
+    def _vae_part(self, **parts: bool) -> Callable[..., VAE]:
+        def load(dtype: torch.dtype, *, as_stored: bool) -> VAE:
+            return self.vae.load_vae(dtype, **parts)
+
+        return load
+
+    def _lent(
+        self, name: str, stage: str, load: Callable[..., M], dtype: torch.dtype | None
+    ) -> AbstractContextManager[M]:
+        """A module as the plan has it for a stage; in another dtype for this time only."""
+        choice = self.choice(stage)
+        if dtype is not None:
+            # Weights that stay as they are stored take no more memory than before, whatever is computed in.
+            choice = replace(choice, dtype=_name(dtype), hold=AS_STORED)
+
+        def made() -> M:
+            module = load(DTYPES[choice.dtype], as_stored=choice.hold == AS_STORED)
+            return placed(module, choice, self.device)
+
+        if dtype is not None:
+            self.shelf.clear(but=self.shelf.kept - {name})
+        kept_name = name if dtype is None else f"{name} in {choice.dtype}"
+        return self.shelf.take(kept_name, made, way=(choice.dtype, choice.hold, choice.streamed))
+
+    @property
+    def held_bytes(self) -> int:
+        """What the modules that are kept take of their own: it is there for those who use them."""
+        stages = () if self.plan is None else self.plan.stages
+        own = {stage.part: stage.choice.own for stage in stages}
+        return sum(own.get(name, 0) for name in self.shelf.kept)
+
+    def choice(self, stage: str) -> Choice:
+        """How the module of a stage is held; the plain way where there is no plan."""
+        planned = () if self.plan is None else self.plan.stages
+        plain = Choice(dtype=_name(self.dtype))
+        return next((each.choice for each in planned if each.stage == stage), plain)
+
+    def dtype_of(self, stage: str) -> torch.dtype:
+        """What a stage is computed in."""
+        return DTYPES[self.choice(stage).dtype]
 
     def sources(self) -> dict[str, str]:
         """Where the parts come from, for the record."""
@@ -126,6 +209,10 @@ class Components:
         parts |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in self.upscalers.items()}
         # Not resolved: in the hub's cache a link has the file's name, and what it points to has none.
         return {name: str(Path(path).absolute()) for name, path in parts.items()}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:

@@ -190,6 +190,18 @@ class Fitted:
     corner: tuple[int, int] = (0, 0)
     cut: tuple[int, int, int, int] = (0, 0, 0, 0)
 
+    @property
+    def grid(self) -> LatentGrid:
+        """Of its latents."""
+        frames, height, width = self.pixels.shape[2:]
+        return LatentGrid((frames - 1) // TEMPORAL + 1, height // SPATIAL, width // SPATIAL)
+
+
+def added(item: Fitted) -> int:
+    """How many tokens of its own a condition has behind the video's; see `put`."""
+    grid = item.grid
+    return 0 if item.placed.start == 0 else min(grid.frames, PREFIX) * grid.height * grid.width
+
 
 def settled(placed: Sequence[Placed], request: Request, plan: PassPlan) -> list[Placed]:
     """The conditions where they stand in one pass.

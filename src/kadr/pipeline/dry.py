@@ -118,7 +118,7 @@ class DryEngine:
             RequestError: an unknown name.
             CheckpointError: a path that is not there, or a file that is not of this family.
         """
-        first = _model("model", model)
+        first = _model("model", model, needs_vae=vae is None)
         second = first if second_model is None else _model("second model", second_model)
         wanted = [upscaler] if isinstance(upscaler, str | Path) else list(upscaler)
         own = recipe or (first.released.recipe if first.released else Recipe())
@@ -131,6 +131,12 @@ class DryEngine:
         upscalers = tuple(_upscaler(one) for one in wanted)
         _refuse_twice(upscalers)
         return cls((first, second), upscalers, tuple(others), own)
+
+    @property
+    def parts(self) -> tuple[DryPart, ...]:
+        """What every generation would open, and the upscalers that are named."""
+        used = self.models[:1] if self.models[0] is self.models[1] else self.models
+        return (*(model.part for model in used), *(part for part, _ in self.upscalers), *self.others)
 
     def resolve(self, request: Request) -> Request:
         """As `Engine.resolve`."""
@@ -171,12 +177,15 @@ def _made(request: Request) -> tuple[Size, int]:
     return request.size.snapped(), snap_frames(request.frames)
 
 
-def _model(role: str, name: str | Path) -> Model:
+def _model(role: str, name: str | Path, *, needs_vae: bool = False) -> Model:
     part, released = _part(role, name, "model")
     if part.path is not None:
-        detected = Checkpoint.open(part.path, release=released).detected
+        checkpoint = Checkpoint.open(part.path, release=released)
+        detected = checkpoint.detected
         if detected.transformer is None:
-            raise Checkpoint.open(part.path).lacks("transformer")
+            raise checkpoint.lacks("transformer")
+        if needs_vae and detected.vae is None and not (released and released.vae):
+            raise checkpoint.lacks("vae")
         return Model(part, detected.schedule, detected.transformer.layers, released or detected.released)
     assert released is not None
     assert released.vae_family is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.checkpoints.open import Checkpoint, TextEncoderFolder
-from kadr.errors import Cancelled, KadrError, RequestError
+from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.errors import Cancelled, KadrError, PlanError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
+from kadr.memory.plan import Plan
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.generate import Generation
+from kadr.pipeline.holding import check_offload
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.pipeline.passes import PassPlan, warn_guided
+from kadr.pipeline.planning import Planner, nearest
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.request import Request
 from kadr.pipeline.resolve import resolve, with_second
 from kadr.pipeline.result import Made, Video
+from kadr.quant.scheme import NONE, check_scheme
 from kadr.version import __version__
 
 
@@ -56,6 +61,9 @@ class Engine:
         recipe: Recipe | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        quant: str | None = None,
+        offload: str = "auto",
+        prompt_cache: bool | Path = True,
     ) -> Engine:
         """Open a model.
 
@@ -69,13 +77,21 @@ class Engine:
             recipe: what requests mean when they do not say, instead of the model's own.
             device: "auto", "cpu", "cuda" or "mps".
             dtype: "auto", "bfloat16" or "float32".
+            quant: how the transformer's weights are stored in memory; see `kadr.quant.scheme.SCHEMES`. None leaves
+                them as the file has them, which is exact. GGUF and fp8 files need none.
+            offload: what is done with what does not fit: "auto" (whatever keeps the most speed), "none" (nothing),
+                "stages" (modules leave memory after their stage) or "blocks" (blocks are in memory while they run).
+            prompt_cache: keep encoded prompts on disk, so that one that was encoded before does not touch the text
+                encoder: in `prompts` in $KADR_CACHE or the system's folder for caches, 512 MB at most; or a folder.
 
         Raises:
-            RequestError: an unknown name, device or dtype.
+            RequestError: an unknown name, device, dtype or way.
             CheckpointError: a file is missing, damaged, incomplete, or not of this family.
         """
         # What cannot work is refused before gigabytes are fetched for it: the names first, the text encoder last.
         pick_dtype(dtype, pick_device(device), 0)
+        check_scheme(quant or NONE)
+        check_offload(offload)
         found = locate(model, text_encoder=text_encoder, vae=vae)
         checkpoint = Checkpoint.open(found.model, release=found.released)
         own_vae = Checkpoint.open(found.vae) if found.vae else None
@@ -87,7 +103,17 @@ class Engine:
         ordered_upscalers(upscalers, checkpoint)
         released = found.released or checkpoint.detected.released
         text = TextEncoderFolder.open(found.text_encoder or fetched_text(released))
-        components = Components(checkpoint, text, own_vae, device=device, dtype=dtype, second=second)
+        components = Components(
+            checkpoint,
+            text,
+            own_vae,
+            device=device,
+            dtype=dtype,
+            second=second,
+            quant=quant,
+            offload=offload,
+            prompt_cache=prompt_cache,
+        )
         for opened in upscalers:
             components.add_upscaler(opened)
         own = recipe or (released.recipe if released else Recipe())
@@ -111,7 +137,18 @@ class Engine:
             RequestError: the request does not fit this model.
             CheckpointError: two passes are asked for, and there is no upscaler.
         """
-        return self._begin(request, ignore, media=False).passes
+        return self._opened(request, ignore, media=False).passes
+
+    def plan(self, request: Request) -> Plan:
+        """What a run will need and how it is made to fit: what is in memory when, how long it takes, and why.
+
+        Arithmetic on headers; no weight is read. Its pictures and clips are.
+
+        Raises:
+            RequestError: the request does not fit this model.
+            PlanError: it does not fit in memory; carries the shortfall in bytes, and says what would fit.
+        """
+        return self._planned(self._opened(request, ignore), request)
 
     def generate(self, request: Request, *, watch: Watch = ignore) -> Video:
         """Make one video.
@@ -177,7 +214,8 @@ class Engine:
         Returns:
             Normalised latents (1, C, f, h, w), float32, on the device.
         """
-        return self._begin(request, watch).latents(noise, start=start)
+        stages = ("text", "encode", "denoise", "upscale", "refine")
+        return self._begin(request, watch, stages=stages).latents(noise, start=start)
 
     def encode(self, request: Request, *, watch: Watch = ignore) -> Tensor:
         """The request's first condition through the VAE's encoder: normalised latents (1, C, n, h, w), on the device.
@@ -187,7 +225,7 @@ class Engine:
         """
         if not request.conditions:
             raise RequestError("the request has no picture to encode; give it a Condition.")
-        return self._begin(request, watch).media_encoded()[0].items[0][1]
+        return self._begin(request, watch, stages=("encode",)).media_encoded()[0].items[0][1]
 
     def decode(
         self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore
@@ -198,7 +236,8 @@ class Engine:
             request: the one the latents were made for; it holds the size, the frames and the decoder's settings.
             noise: shaped as the latents, instead of the seed's, for decoders that take noise.
         """
-        return torch.cat(list(self._begin(request, watch, media=False).pixels(latents, noise)))
+        generation = self._begin(request, watch, media=False, stages=("decode",))
+        return torch.cat(list(generation.pixels(latents, noise)))
 
     def record(self, request: Request) -> dict[str, Any]:
         """What is stored beside the pictures: enough to make the same video again."""
@@ -212,10 +251,17 @@ class Engine:
             **self.components.sources(),
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
+            "quant": self.components.quant,
             "request": replace(request, conditions=tuple(here), video=start).to_json(),
         }
 
-    def _begin(self, request: Request, watch: Watch, *, media: bool = True) -> Generation:
+    def _begin(self, request: Request, watch: Watch, *, media: bool = True, stages: Collection[str] = ()) -> Generation:
+        """The request on its way: checked, planned, and nothing loaded yet. stages: those to be run; () is all."""
+        generation = self._opened(request, watch, media=media)
+        self.components.follow(self._planned(generation, request, stages))
+        return generation
+
+    def _opened(self, request: Request, watch: Watch, *, media: bool = True) -> Generation:
         request = self.resolve(request)
         if request.multi_scale and not self.components.upscalers:
             self.components.add_upscaler(own_upscaler(self.released))
@@ -225,6 +271,14 @@ class Engine:
         for plan, ((name, released), schedule) in zip(generation.passes, models, strict=False):
             warn_guided(plan, name, schedule, released)
         return generation
+
+    def _planned(self, generation: Generation, request: Request, stages: Collection[str] = ()) -> Plan:
+        work = generation.work(stages)
+        try:
+            return Planner(self.components, work).plan()
+        except PlanError as error:
+            way_out = nearest(self.components, work, generation.request)
+            raise PlanError(f"{error} {way_out}", shortfall=error.shortfall) from error
 
 
 def _absolute(path: str) -> str:

@@ -5,8 +5,7 @@ Data goes one way. A stage takes its module from the shelf and gives it back bef
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -14,15 +13,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kadr.errors import KadrWarning, NonFiniteError, RequestError
+from kadr.errors import RequestError
 from kadr.media.frames import crop_margins, resize, to_uint8, to_unit
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
+from kadr.models.vae.decoder import SLICE
 from kadr.nn.rope import Rope
-from kadr.pipeline.components import Components
-from kadr.pipeline.conditions import Fitted, fitted, pixels_of, put, read_conditions, read_start, settled
+from kadr.pipeline.components import PASS_STAGES, Components
+from kadr.pipeline.conditions import Fitted, added, fitted, pixels_of, put, read_conditions, read_start, settled
+from kadr.pipeline.guard import Watchman, guarded, guarded_frames
 from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes
+from kadr.pipeline.planning import Work
 from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.request import Request
 from kadr.sampling.conditions import shake
 from kadr.sampling.guidance import Disturb, Estimate, Text, guided
@@ -33,11 +36,9 @@ from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState
 from kadr.sampling.steps import euler, stochastic
 from kadr.shapes import Size
-from kadr.text.tokenizer import Tokens
 
 T = TypeVar("T")
 ENCODE_FRAMES = 8  # pixel frames that go through the encoder at a time
-STAGE_NAMES = ("denoise", "refine")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Generation:
         for number, plan in enumerate(self.passes):
             check_blocks(plan, components.config(number).layers)
         self.noise = NoiseStreams(request.seed)
-        self.device, self.dtype = components.device, components.dtype
+        self.device = components.device
+        self.guided = any(plan.guided for plan in self.passes)
+        self.prompts = Prompts(components, [request.prompt, *([request.negative_prompt or ""] * self.guided)])
         # Media is read before any weight is: a file that cannot be read must cost nothing.
         self.placed = read_conditions(request) if media else []
         self.start_frames = read_start(request) if media and request.video is not None else None
@@ -81,6 +84,21 @@ class Generation:
         grid = self.passes[number].grid
         return 1, self.components.transformer_config.channels, grid.frames, grid.height, grid.width
 
+    def work(self, stages: Collection[str] = ()) -> Work:
+        """What is to be done, for the plan. stages: those to be run; () is all."""
+        media = [[item.grid for item in items] for items in self.fitted]
+        if self.start_frames is not None:
+            media[0].append(self.passes[0].grid)
+        return Work(
+            passes=self.passes,
+            prompts=self.prompts.missing if not stages or "text" in stages else 0,
+            media=tuple(tuple(grids) for grids in media),
+            extra=tuple(sum(added(item) for item in items) for items in self.fitted),
+            held=tuple(bool(items) for items in self.fitted),
+            together=bool(self.request.guidance_batch),
+            stages=frozenset(stages),
+        )
+
     @torch.no_grad()
     def latents(self, noise: Tensor | None = None, *, start: Tensor | None = None) -> Tensor:
         """Everything up to the decoder: normalised latents (1, C, f, h, w), fp32, on the device.
@@ -90,30 +108,34 @@ class Generation:
             start: normalised latents to begin from, at the first level of a schedule that leaves out pure noise.
         """
         self._check_start(noise, start)
-        text, negative = self._texts()
+        texts = self.prompts.encoded(self.watch)
         media = self.media_encoded()
         begun = self._begun(0, noise, media[0].start if start is None else start)
-        latents = self._sampled(self.passes[0], begun, media[0], text, negative)
+        latents = self._sampled(self.passes[0], begun, media[0], texts)
         for number, plan in enumerate(self.passes[1:], 1):
-            begun = self._begun(number, None, self._upscaled(latents))
-            latents = self._sampled(plan, begun, media[number], text, negative)
+            larger = guarded("upscale", torch.float32, partial(self._upscaled, latents))
+            begun = self._begun(number, None, larger)
+            latents = self._sampled(plan, begun, media[number], texts)
         return latents
 
     @torch.no_grad()
     def media_encoded(self) -> list[Encoded]:
         """The request's media through the VAE's encoder, for each pass."""
-        count = sum(len(items) for items in self.fitted) + (self.start_frames is not None)
-        if not count:
+        if not any(self.fitted) and self.start_frames is None:
             return [Encoded([]) for _ in self.passes]
-        stage = Stage("encode", count, self.watch)
-        done, made = 0, []
-        with self.components.encoder() as vae:
+        return guarded("encode", self.components.dtype_of("encode"), self._media_encoded)
+
+    def _media_encoded(self, dtype: torch.dtype | None) -> list[Encoded]:
+        count = sum(len(items) for items in self.fitted) + (self.start_frames is not None)
+        stage, watchman = Stage("encode", count, self.watch), Watchman.on(self.device)
+        own, done, made = dtype or self.components.dtype_of("encode"), 0, []
+        with self.components.encoder(dtype) as vae:
 
             def encode(pixels: Tensor) -> Tensor:
                 nonlocal done
-                latents = vae.encode(pixels.to(self.device, self.dtype), chunk=ENCODE_FRAMES).float()
+                latents = vae.encode(pixels.to(self.device, own), chunk=ENCODE_FRAMES).float()
                 done += 1
-                _check(latents, "encode", f"picture or clip {done} of {count}")
+                watchman.look(latents, f"picture or clip {done} of {count}")
                 stage.done(done)
                 return latents
 
@@ -122,22 +144,31 @@ class Generation:
                 if number == 0 and self.start_frames is not None:
                     start = encode(self._start_pixels())
                 made.append(Encoded([(item, encode(item.pixels)) for item in items], start))
+            watchman.settle()
         return made
 
     @torch.no_grad()
     def pixels(self, latents: Tensor, noise: Tensor | None = None) -> Iterator[Tensor]:
         """Decode latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked."""
-        last = len(self.passes) - 1
-        self._require_shape(last, latents=latents, noise=noise)
-        stage = Stage("decode", self.frames, self.watch)
+        self._require_shape(len(self.passes) - 1, latents=latents, noise=noise)
+        yield from guarded_frames(
+            "decode", self.components.dtype_of("decode"), partial(self._decoded, latents.to(self.device), noise)
+        )
+
+    def _decoded(self, latents: Tensor, noise: Tensor | None, dtype: torch.dtype | None) -> Iterator[Tensor]:
+        """As `pixels`; dtype: to compute in, instead of the plan's."""
+        stage, watchman = Stage("decode", self.frames, self.watch), Watchman.on(self.device)
         made, done = self.size.snapped(), 0
-        with self.components.decoder() as vae:
-            level, latents = self._noised_for(vae, latents.to(self.device), noise)
-            latents = tone_map(latents, given(self.passes[last].settings.tone_map))
-            for chunk in vae.decode_stream(latents.to(self.dtype), level=level, noise=_Injection(self.noise)):
-                _check(chunk, "decode", f"frame {done + 1} of {self.frames}")
+        own = dtype or self.components.dtype_of("decode")
+        handed = self.components.choice("decode").frames or SLICE
+        with self.components.decoder(dtype) as vae:
+            level, latents = self._noised_for(vae, latents, noise)
+            latents = tone_map(latents, given(self.passes[-1].settings.tone_map)).to(own)
+            for chunk in vae.decode_stream(latents, level=level, noise=_Injection(self.noise), handed=handed):
+                watchman.look(chunk, f"frame {done + 1} of {self.frames}")
                 unit = crop_margins(resize(to_unit(chunk[0]), made), self.size)
                 frames = to_uint8(unit)[: self.frames - done].cpu()
+                watchman.settle()  # the frames have come, so the answer has
                 done += len(frames)
                 if len(frames):
                     yield frames
@@ -151,30 +182,6 @@ class Generation:
         if plan.fps != given(self.request.fps):
             frames = [frames[min(2 * index, len(frames) - 1)] for index in range(plan.frames)]
         return pixels_of(frames, self.size, given(self.request.image_crf), plan.size, resize=True)
-
-    def _texts(self) -> tuple[Text, Text | None]:
-        """The prompt and, where guidance needs it, the negative prompt."""
-        guided = any(plan.guided for plan in self.passes)
-        prompts = [self.request.prompt] + ([self.request.negative_prompt or ""] if guided else [])
-        tokens = [self._tokens(prompt) for prompt in prompts]
-        stage = Stage("text", len(prompts), self.watch)
-        texts = []
-        with self.components.text_encoder() as encoder:
-            for done, token in enumerate(tokens, 1):
-                encoding = encoder(token.ids.to(self.device), token.mask.to(self.device))
-                _check(encoding[token.mask.to(self.device)], "text", f"prompt {done} of {len(prompts)}")
-                texts.append(Text(encoding, token.mask.to(self.device)))
-                stage.done(done)
-        return texts[0], texts[1] if guided else None
-
-    def _tokens(self, prompt: str) -> Tokens:
-        tokens = self.components.tokenizer.encode(prompt)
-        if tokens.cut:
-            limit = tokens.ids.shape[1]
-            warnings.warn(
-                f"the prompt is longer than {limit} tokens; cut off: {tokens.cut!r}", KadrWarning, stacklevel=2
-            )
-        return tokens
 
     def _check_start(self, noise: Tensor | None, start: Tensor | None) -> None:
         """Refuse noise and latents that do not fit, and schedules that do not fit what is started from."""
@@ -210,58 +217,71 @@ class Generation:
             state = put(state, item, held, plan, causal=causal, draw=partial(self.noise.draw, name))
         return state
 
-    def _sampled(self, plan: PassPlan, begun: Tensor, media: Encoded, text: Text, negative: Text | None) -> Tensor:
-        """The latents at the end of a pass, from those at its first level."""
-        state = self._conditioned(plan, begun, media)
+    def _sampled(self, plan: PassPlan, begun: Tensor, media: Encoded, texts: Sequence[Text]) -> Tensor:
+        """The latents at the end of a pass, from those at its first level. texts: as `Prompts.encoded` gives them."""
+        state, stage = self._conditioned(plan, begun, media), PASS_STAGES[plan.number - 1]
+        run = partial(self._denoised, plan, state, texts)
+        return guarded(stage, self.components.dtype_of(stage), run).latents()
+
+    def _denoised(
+        self, plan: PassPlan, state: LatentState, texts: Sequence[Text], dtype: torch.dtype | None
+    ) -> LatentState:
         number, count = plan.number - 1, len(plan.levels)
-        stage_name = STAGE_NAMES[number]
-        with self.components.transformer(number) as transformer:
+        name, watchman = PASS_STAGES[number], Watchman.on(self.device)
+        own = dtype or self.components.dtype_of(name)
+        with self.components.transformer(number, dtype) as transformer:
             rope = transformer.rope(state.positions[None].to(self.device))
-            stage = Stage(stage_name, count, self.watch)
+            stage = Stage(name, count, self.watch)
 
             def watch(index: int, now: Tensor, state: LatentState) -> None:
-                _check(state.tokens, stage_name, f"step {index + 1} of {count}")
-                stage.done(index + 1, float(now))
+                watchman.look(state.tokens, f"step {index + 1} of {count}")
+                stage.done(index + 1, float(plan.levels[index]))  # not `now`, which lies on the device
 
             state = denoise(
-                self._estimate(plan, transformer, rope, text, negative),
+                self._estimate(
+                    plan, transformer, rope, [text._replace(encoding=text.encoding.to(own)) for text in texts]
+                ),
                 state,
                 plan.levels.to(self.device),
                 step=stochastic(self._step_noise(number, "stochastic")) if plan.settings.stochastic else euler,
                 prepare=shake(given(self.request.image_noise), self._step_noise(number, "condition")),
                 watch=watch,
             )
-        return state.latents()
+            watchman.settle()
+        return state
 
-    def _estimate(
-        self, plan: PassPlan, transformer: Transformer, rope: Rope, text: Text, negative: Text | None
-    ) -> Estimate:
+    def _estimate(self, plan: PassPlan, transformer: Transformer, rope: Rope, texts: Sequence[Text]) -> Estimate:
+        dtype = texts[0].encoding.dtype
+
         def model(
             tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None
         ) -> tuple[Tensor, Tensor | None]:
-            arguments = (tokens.to(self.dtype), rope, text.encoding, text.mask, level)
+            arguments = (tokens.to(dtype), rope, text.encoding, text.mask, level)
             if disturb is None:
                 return transformer(*arguments), None
             return transformer.with_disturbed(*arguments, **disturb._asdict())
 
+        text, negative = (*texts, None)[:2]
+        assert text is not None
         together = self.request.guidance_batch
         return guided(model, text, negative, plan.settings.guidance, plan.steps, together=together)
 
     def _step_noise(self, number: int, name: str) -> StepNoise:
         return StepNoise(self.noise, _stream(number, name))
 
-    def _upscaled(self, latents: Tensor) -> Tensor:
-        """The latents at the size of the second pass, with the statistics they had before."""
+    def _upscaled(self, latents: Tensor, _: torch.dtype | None) -> Tensor:
+        """The latents at the size of the second pass, with the statistics they had before; in float32, always."""
         with self.components.statistics() as vae:
             statistics = vae.statistics
             made = statistics.restore(latents.float())
             kinds = self.components.upscalers
-            stage = Stage("upscale", len(kinds), self.watch)
+            stage, watchman = Stage("upscale", len(kinds), self.watch), Watchman.on(self.device)
             for done, kind in enumerate(kinds, 1):
                 with self.components.upscaler(kind) as upscaler:
                     made = upscaler(made)
-                _check(made, "upscale", f"{kind} upscaler")
+                watchman.look(made, f"{kind} upscaler")
                 stage.done(done)
+            watchman.settle()
             return adain(statistics.normalise(made), latents)
 
     def _noised_for(self, vae: VAE, latents: Tensor, noise: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -305,12 +325,3 @@ def given(value: T | None) -> T:
     """A value that the recipe has filled in."""
     assert value is not None
     return value
-
-
-def _check(x: Tensor, stage: str, where: str) -> None:
-    if not bool(torch.isfinite(x).all()):
-        raise NonFiniteError(
-            f"{stage} gave numbers that are not finite at {where}. The weights are damaged, or the dtype is too "
-            "narrow for them: verify the file, or try --dtype float32.",
-            stage=stage,
-        )

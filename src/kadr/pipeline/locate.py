@@ -64,9 +64,9 @@ def fetched_text(released: Released | None) -> Path:
     """The text encoder of a model that has none beside it, fetched from the hub where it is not on disk yet.
 
     Raises:
-        CheckpointError: it cannot be fetched, or is of a kind that kadr does not open.
+        CheckpointError: it cannot be fetched.
     """
-    return released_file(_opened(registry.BY_NAME[(released and released.text_encoder) or registry.TEXT]))
+    return released_file(registry.BY_NAME[(released and released.text_encoder) or registry.TEXT])
 
 
 def fetched_upscaler(released: Released) -> Path:
@@ -127,29 +127,13 @@ def _part(given: str | Path, kind: str, what: str = "") -> Path | Released:
     """A part that is given: a path that is there, or an entry of that kind."""
     released = None if Path(given).exists() else registry.BY_NAME.get(str(given))
     if released is None:
-        if kind == "text encoder" and Path(given).suffix == ".gguf":
-            raise _unopened(str(given))
         return _existing(given, what or kind)
     if released.kind != kind:
         known = [entry.name for entry in registry.RELEASED if entry.kind == kind and entry.repo is not None]
         raise RequestError(
             f"{released.name} is a {released.kind}; for the {what or kind} give a path, or a name such as {known[0]}."
         )
-    return _opened(released)
-
-
-def _opened(released: Released) -> Released:
-    """The entry, if kadr opens what it is stored as."""
-    if released.kind == "text encoder" and released.file.endswith(".gguf"):
-        raise _unopened(released.name)
     return released
-
-
-def _unopened(name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{name} is a text encoder in a GGUF file, which kadr does not open yet. Leave it out, and {registry.TEXT} is "
-        "taken; or give a folder with a T5 encoder and its tokenizer."
-    )
 
 
 def _fetched(part: Path | Released | None) -> Path | None:

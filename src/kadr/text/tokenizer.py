@@ -1,7 +1,7 @@
 """Prompt to token ids, as the text encoder was trained on them.
 
 The released tokenizer is a SentencePiece unigram model (Kudo and Richardson 2018, arXiv:1808.06226). It is published as
-`spiece.model` and, converted, as `tokenizer.json`; either will do, and both give the same ids.
+`spiece.model` and, converted, as `tokenizer.json` or inside of a GGUF file; any will do, and all give the same ids.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import sentencepiece
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import CheckpointError, RequestError
+from kadr.text.pieces import Pieces, write_pieces
 
 LENGTH = 256  # tokens; what the released transformers were trained on
 PAD, EOS, UNKNOWN = 0, 1, 2
@@ -45,7 +47,7 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """Turns prompts into ids. Made by `Tokenizer.open`.
+    """Turns prompts into ids. Made by `Tokenizer.open` or `Tokenizer.of`.
 
     Args:
         numbers: text to ids, without an end of sequence.
@@ -67,7 +69,7 @@ class Tokenizer:
         Raises:
             CheckpointError: there is none, it cannot be read, or it is not T5's.
         """
-        file = _find(Path(os.path.abspath(path)))
+        file = tokenizer_file(path)
         try:
             data = file.read_bytes()
         except OSError as error:
@@ -75,6 +77,20 @@ class Tokenizer:
                 f"{file} cannot be read: {error.strerror}. Make it readable, or name another."
             ) from error
         return cls(*(_from_json if file.suffix == ".json" else _from_sentencepiece)(data, file))
+
+    @classmethod
+    def of(cls, pieces: Pieces, file: Path) -> Tokenizer:
+        """Take a vocabulary that comes with the weights.
+
+        Args:
+            pieces: to the end of the encoder's vocabulary.
+            file: where they come from, for messages.
+
+        Raises:
+            CheckpointError: it is not T5's.
+        """
+        kept, markers = pieces.cut()
+        return cls(*_from_sentencepiece(write_pieces(kept), file, markers))
 
     def encode(self, prompt: str) -> Tokens:
         """Tokenize one prompt: surrounding space is dropped, nothing else is cleaned. "" is a lone end of sequence.
@@ -110,7 +126,9 @@ def _check_characters(text: str) -> None:
         ) from error
 
 
-def _find(path: Path) -> Path:
+def tokenizer_file(path: str | os.PathLike[str]) -> Path:
+    """The `spiece.model` or `tokenizer.json` that `Tokenizer.open` reads."""
+    path = Path(os.path.abspath(path))
     if not path.exists():
         raise CheckpointError(f"{path} does not exist, so there is no tokenizer in it. Check the path.")
     if path.is_file() and (path.name in _NAMES or path.suffix == ".model"):
@@ -125,8 +143,10 @@ def _find(path: Path) -> Path:
     return found
 
 
-def _from_sentencepiece(data: bytes, file: Path) -> tuple[Callable[[str], list[int]], int]:
-    """SentencePiece knows no markers in running text, so they are taken out before it."""
+def _from_sentencepiece(
+    data: bytes, file: Path, more: Mapping[str, int] = MappingProxyType({})
+) -> tuple[Callable[[str], list[int]], int]:
+    """SentencePiece knows no markers in running text, so they are taken out before it. more: of them, with ids."""
     try:
         if not data:  # which SentencePiece takes for "load nothing"
             raise RuntimeError("the file is empty")
@@ -135,7 +155,7 @@ def _from_sentencepiece(data: bytes, file: Path) -> tuple[Callable[[str], list[i
         raise _unreadable(file, len(data), "SentencePiece model", error) from error
     _check_family(file, processor.pad_id(), processor.eos_id(), processor.unk_id())
     size = processor.get_piece_size()
-    markers = _MARKERS | (_SENTINELS if size == _RELEASED_PIECES else {})
+    markers = {**(_SENTINELS if size == _RELEASED_PIECES else {}), **more, **_MARKERS}
     splitter = re.compile("(" + "|".join(map(re.escape, markers)) + ")")
 
     def numbers(text: str) -> list[int]:

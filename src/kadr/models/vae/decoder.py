@@ -17,7 +17,7 @@ from kadr.nn.norm import pixel_norm
 from kadr.nn.stream import Stream
 
 Stage = Callable[[Tensor, Stream], Tensor]
-SLICE = 4  # frames that a stage hands on at a time
+SLICE = 4  # frames that a stage hands on at a time, unless told otherwise
 
 
 def _block(block: Block, width: int, level_conditioned: bool) -> tuple[nn.Module, int]:
@@ -63,14 +63,19 @@ class Decoder(nn.Module):
             x = stage(x, stream)
         return x
 
-    def pieces(self, latents: Tensor, stream: Stream, level: Tensor | None = None) -> Iterator[Tensor]:
+    def pieces(
+        self, latents: Tensor, stream: Stream, level: Tensor | None = None, *, handed: int = SLICE
+    ) -> Iterator[Tensor]:
         """As `forward`, but yields the pixels in pieces of a few frames.
 
         The decoder looks 22 to 31 latent frames ahead, so the last chunk of a video sets free all the frames still in
         flight, of a usual clip nearly all it has. Each stage therefore hands its output on in slices, and a slice goes
         all the way to pixels before the next is touched.
+
+        Args:
+            handed: frames in a slice. Fewer take less memory and more time; the pixels are the same.
         """
-        yield from _depth_first(self._stages(level), latents, stream)
+        yield from _depth_first(self._stages(level), latents, stream, handed)
 
     def _stages(self, level: Tensor | None) -> list[Stage]:
         if self.level_conditioned:
@@ -92,15 +97,15 @@ def _given(block: ResidualStage, level: Tensor | None) -> Stage:
     return lambda x, stream: block(x, stream, level)
 
 
-def _depth_first(stages: Sequence[Stage], x: Tensor, stream: Stream) -> Iterator[Tensor]:
+def _depth_first(stages: Sequence[Stage], x: Tensor, stream: Stream, handed: int) -> Iterator[Tensor]:
     """Send x through the stages, slice by slice; yields what comes out. Only the very last slice ends the video."""
     if not stages:
         if x.shape[2]:
             yield x
         return
     last, made = stream.last, stages[0](x, stream)
-    slices = made.split(SLICE, dim=2) if made.shape[2] else (made,)
+    slices = made.split(handed, dim=2) if made.shape[2] else (made,)
     for index, part in enumerate(slices):
         stream.last = last and index == len(slices) - 1
-        yield from _depth_first(stages[1:], part, stream)
+        yield from _depth_first(stages[1:], part, stream, handed)
     stream.last = last

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kadr.models.vae.config import VAEConfig
-from kadr.models.vae.decoder import Decoder
+from kadr.models.vae.decoder import SLICE, Decoder
 from kadr.models.vae.encoder import Encoder
 from kadr.nn.stream import NoiseSource, Stream
 
@@ -85,15 +85,24 @@ class VAE(nn.Module):
         return self.decoder(self.statistics.restore(latents), Stream.whole(noise), level)
 
     def decode_stream(
-        self, latents: Tensor, *, level: Tensor | None = None, noise: NoiseSource | None = None, chunk: int = 1
+        self,
+        latents: Tensor,
+        *,
+        level: Tensor | None = None,
+        noise: NoiseSource | None = None,
+        chunk: int = 1,
+        handed: int = SLICE,
     ) -> Iterator[Tensor]:
         """As `decode`, `chunk` latent frames at a time: yields pixels (B, 3, n, H, W) as they are ready.
 
         The pixels are the same; the memory does not grow with the number of frames.
+
+        Args:
+            handed: see `Decoder.pieces`.
         """
         stream = Stream(noise=noise)
         frames = latents.shape[2]
         for start in range(0, frames, chunk):
             stream.last = start + chunk >= frames
             part = self.statistics.restore(latents[:, :, start : start + chunk])
-            yield from self.decoder.pieces(part, stream, level)
+            yield from self.decoder.pieces(part, stream, level, handed=handed)

@@ -1,0 +1,120 @@
+"""A text encoder in a GGUF file, as llama.cpp's converter writes T5: its sizes and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kadr.checkpoints.gguf_header import TEXT_ENCODER, GGUFHeader, read_gguf
+from kadr.checkpoints.source import Source
+from kadr.errors import CheckpointError
+from kadr.models.registry import TEXT_GGUF
+from kadr.models.t5 import T5Config
+from kadr.text.pieces import UNUSED, Pieces
+from kadr.text.tokenizer import EOS, PAD, UNKNOWN
+
+EMBEDDING = "token_embd.weight"
+CONTEXT = 512  # tokens that T5 was trained on; a converter's note, nothing depends on it
+_SIZES: Mapping[str, str] = {  # ours: the name of the value
+    "width": "embedding_length",
+    "layers": "block_count",
+    "heads": "attention.head_count",
+    "head_width": "attention.key_length",
+    "hidden": "feed_forward_length",
+    "buckets": "attention.relative_buckets_count",
+    "epsilon": "attention.layer_norm_rms_epsilon",
+}
+_WORDS = "tokenizer.ggml."
+_FILLER_SCORE = -10000.0
+
+
+def open_text_encoder(path: Path) -> tuple[T5Config, Source]:
+    """Read the header of a GGUF file.
+
+    Returns:
+        The encoder's sizes; and its tensors, under llama.cpp's names (`keys.T5_GGUF`).
+
+    Raises:
+        CheckpointError: it is no T5 encoder, or lacks one of its sizes.
+    """
+    header = read_gguf(path)
+    if header.architecture != TEXT_ENCODER and EMBEDDING not in header.infos:
+        raise CheckpointError(
+            f"{path} is no text encoder: its architecture is {header.architecture}, and it has no {EMBEDDING}. "
+            f"A transformer is given as --model; as the text encoder give {TEXT_GGUF}."
+        )
+    return _config(header), Source(path, header.infos, header.metadata)
+
+
+def stored_pieces(path: Path) -> Pieces | None:
+    """The pieces of the tokenizer in a GGUF file; None where it has none.
+
+    Raises:
+        CheckpointError: it has one of another kind than T5's, or a part of one.
+    """
+    header = read_gguf(path)
+    kind = header.fields.get(f"{_WORDS}model")
+    if kind is None:
+        return None
+    tokens, scores, kinds = (header.entries(_WORDS + name) for name in ("tokens", "scores", "token_type"))
+    if kind != "t5" or tokens is None or scores is None or kinds is None:
+        raise CheckpointError(
+            f"{path} has a tokenizer that is not T5's, or not all of one (its kind is {kind!r}). Take another file of "
+            f"the encoder, such as {TEXT_GGUF}."
+        )
+    try:
+        return Pieces(
+            tuple(tokens),
+            tuple(scores),
+            tuple(kinds),
+            charsmap=bytes(header.entries(f"{_WORDS}precompiled_charsmap") or b""),
+            add_space=bool(header.fields.get(f"{_WORDS}add_space_prefix", True)),
+            squeeze=bool(header.fields.get(f"{_WORDS}remove_extra_whitespaces", True)),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its tokenizer is damaged: {error}. Download it again.") from error
+
+
+def text_fields(config: T5Config, pieces: Pieces) -> dict[str, Any]:
+    """What llama.cpp needs to know of an encoder, and of its tokenizer, filled up to the encoder's vocabulary."""
+    sizes = {f"{TEXT_ENCODER}.{name}": getattr(config, ours) for ours, name in _SIZES.items()}
+    missing = range(len(pieces.texts), config.vocabulary)
+    words = {
+        "model": "t5",
+        "pre": "default",
+        "tokens": [*pieces.texts, *(f"[PAD{i}]" for i in missing)],
+        "scores": [*pieces.scores, *(_FILLER_SCORE for _ in missing)],
+        "token_type": [*pieces.kinds, *(UNUSED for _ in missing)],
+        "add_space_prefix": pieces.add_space,
+        "remove_extra_whitespaces": pieces.squeeze,
+        "eos_token_id": EOS,
+        "unknown_token_id": UNKNOWN,
+        "padding_token_id": PAD,
+        "add_bos_token": False,
+        "add_eos_token": True,
+    }
+    if pieces.charsmap:
+        words["precompiled_charsmap"] = pieces.charsmap
+    return {
+        f"{TEXT_ENCODER}.context_length": CONTEXT,
+        **sizes,
+        f"{TEXT_ENCODER}.attention.value_length": config.head_width,
+        f"{TEXT_ENCODER}.attention.layer_norm_epsilon": config.epsilon,
+        **{_WORDS + name: value for name, value in words.items()},
+    }
+
+
+def _config(header: GGUFHeader) -> T5Config:
+    known = {ours: header.fields.get(f"{TEXT_ENCODER}.{name}") for ours, name in _SIZES.items()}
+    defaults = ("buckets", "epsilon")
+    absent = [_SIZES[ours] for ours, value in known.items() if value is None and ours not in defaults]
+    if absent or EMBEDDING not in header.infos:
+        raise CheckpointError(
+            f"{header.path} lacks {', '.join(absent) or EMBEDDING} of a T5 encoder. Take {TEXT_GGUF}."
+        )
+    try:
+        vocabulary = header.infos[EMBEDDING].shape[0]
+        return T5Config(vocabulary=vocabulary, **{ours: value for ours, value in known.items() if value is not None})
+    except CheckpointError as error:
+        raise CheckpointError(f"{header.path}: {error}") from error

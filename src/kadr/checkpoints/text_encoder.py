@@ -1,0 +1,113 @@
+"""A text encoder on disk: what it is, at once and for nothing; its module and tokenizer, when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kadr.checkpoints.folder import read_json
+from kadr.checkpoints.gguf_header import TEXT_ENCODER, is_gguf, read_gguf
+from kadr.checkpoints.gguf_text import open_text_encoder, stored_pieces
+from kadr.checkpoints.keys import T5, T5_GGUF, Key
+from kadr.checkpoints.load import load_text_encoder
+from kadr.checkpoints.open import Part, part_of
+from kadr.checkpoints.source import Source
+from kadr.errors import CheckpointError
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextEncoderFolder:
+    """A T5 encoder and its tokenizer, opened by their headers.
+
+    Args:
+        path: of the weights and config.json; or a .gguf, which has all in it.
+        home: where the tokenizer is looked for, if it is not in `path`.
+        table: of the names in `source`.
+    """
+
+    path: Path
+    home: Path
+    config: T5Config
+    source: Source
+    table: tuple[Key, ...] = T5
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TextEncoderFolder:
+        """Read config and headers, no tensor.
+
+        Args:
+            path: the encoder's own folder, with the tokenizer in it or in the folder `tokenizer` in or beside it; or
+                the folder that holds `text_encoder` and `tokenizer`; or a .gguf.
+
+        Raises:
+            CheckpointError: it is no text encoder that kadr runs.
+        """
+        home = Path(path)
+        if is_gguf(home):
+            return cls(home, home, *open_text_encoder(home), table=T5_GGUF)
+        folder = home / "text_encoder" if (home / "text_encoder").is_dir() else home
+        if not (folder / "config.json").is_file():
+            state = "has no config.json" if folder.is_dir() else "is neither a folder nor a GGUF file"
+            raise CheckpointError(
+                f"{folder} {state}, so it is no text encoder. Give the folder with text_encoder/ and tokenizer/ in it, "
+                "such as that of PixArt-alpha/PixArt-XL-2-1024-MS, or a .gguf of the encoder."
+            )
+        try:
+            config = T5Config.from_header(read_json(folder / "config.json"))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        return cls(folder, home, config, Source.open(folder))
+
+    @property
+    def size_bytes(self) -> int:
+        return self.source.size_bytes
+
+    def load(self, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> T5Encoder:
+        """The encoder on the CPU, sharing memory with the files where `dtype` (None: as stored) agrees.
+
+        Args:
+            as_stored: see `load.fill`.
+
+        Raises:
+            CheckpointError: its tensors do not fit the config; see `load.fill`.
+        """
+        return load_text_encoder(self.config, self.source, dtype=dtype, as_stored=as_stored, table=self.table)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to it.
+
+        Raises:
+            CheckpointError: there is none, or the encoder's vocabulary is too small for it.
+        """
+        pieces = stored_pieces(self.path) if is_gguf(self.path) else None
+        tokenizer = Tokenizer.of(pieces, self.path) if pieces is not None else Tokenizer.open(self.home)
+        if tokenizer.size > self.config.vocabulary:
+            raise CheckpointError(
+                f"the tokenizer of {self.home} numbers up to {tokenizer.size - 1}, the encoder's vocabulary ends at "
+                f"{self.config.vocabulary - 1}. Take both from the same place."
+            )
+        return tokenizer
+
+    def describe(self) -> Part:
+        """What the header tells."""
+        sizes = {"layers": self.config.layers, "width": self.config.width, "vocabulary": self.config.vocabulary}
+        return part_of("text encoder", self.source, sizes)
+
+
+def is_text_encoder(path: Path) -> bool:
+    """Whether a path is that of a text encoder, and of no model."""
+    if not path.is_dir():
+        return is_gguf(path) and read_gguf(path).architecture == TEXT_ENCODER
+    if (path / "transformer").exists() or (path / "vae").exists():
+        return False
+    if (path / "text_encoder").is_dir():
+        return True
+    try:
+        return read_json(path / "config.json").get("model_type") == "t5"
+    except CheckpointError:
+        return False

@@ -1,0 +1,47 @@
+"""`kadr plan`: what a request would take of this machine, and how it is made to fit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kadr.cli import generate, making, options
+from kadr.cli.groups import taking
+from kadr.errors import CheckpointError
+
+EPILOG = "The flags are those of `kadr generate`. Nothing is loaded and nothing is fetched."
+
+
+@taking(options.PlanFlags)
+def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
+    """Say what a video would take: memory and time, stage by stage.
+
+    Takes the same flags as `kadr generate`, and prints how each part would be held and why. Ends with an error where
+    nothing fits, and says what would.
+    """
+    generate.check_words(flags)
+    request = generate.requested(prompt, flags)
+    parts = generate.named_parts(flags.model, request)
+    making.refuse_absent(request)
+    _refuse_unfetched(parts)
+    model = parts.pop("model", "demo")
+    engine = making.open_engine(model, **parts, **generate.held(flags.model))
+    made = engine.plan(generate.timed(request, flags.video.seconds, engine))
+    print(json.dumps(made.to_json()) if flags.output.json else made)
+
+
+def _refuse_unfetched(parts: dict[str, Any]) -> None:
+    """Say what is not on disk: a plan is made from headers, and gigabytes are not fetched for it.
+
+    Raises:
+        CheckpointError: something is not.
+    """
+    from kadr.pipeline.dry import DryEngine
+
+    absent = [part for part in DryEngine.open(**parts).parts if part.path is None]
+    if absent:
+        names = ", ".join(part.name for part in absent)
+        raise CheckpointError(
+            f"{names} is not on disk, and a plan is made from what the files say. Get it with `kadr models pull "
+            f"{absent[0].name}`, or see what the request comes to with `kadr generate --dry-run`."
+        )

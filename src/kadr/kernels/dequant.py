@@ -1,0 +1,187 @@
+"""Numbers out of the block formats of GGML.
+
+Every format says: number = scale * code, or scale * code + offset. A scale belongs to a block of 32 numbers; in the K
+formats to a group of 16 or 32 inside a block of 256, and is itself a small whole number times the block's own factor.
+Codes are split among bytes so that neighbours in a block are neighbours in different bytes, which vector instructions
+like; `_spread` puts them in order.
+
+Products of a float16 factor with whole numbers of so few bits are exact in fp32, so a result is rounded at most once
+there (by the offset), and once more where `out` is narrower. The layouts are in
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kadr.kernels.packing import Packing
+
+PIECE = 131_072  # numbers unpacked at a time by each thread: what comes up on the way stays in a core's cache
+PIECE_ELSEWHERE = 4_194_304  # on an accelerator, where a piece must outlast the launch of a dozen operations
+
+
+def dequantize(packed: Tensor, packing: Packing, out: Tensor) -> Tensor:
+    """Write the numbers that `packed` stands for into `out`.
+
+    Args:
+        packed: uint8 (rows, bytes of a row), only read.
+        packing: how they are packed.
+        out: (rows, columns) in fp32, bf16 or fp16, on the same device.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: the two shapes do not belong together.
+    """
+    rows, columns = out.shape
+    if packed.shape != (rows, packing.row_bytes(columns)):
+        raise ValueError(f"{packing.name} of shape {tuple(packed.shape)} does not unpack to {tuple(out.shape)}")
+    unpack = _UNPACK[packing.name]
+    piece = PIECE * torch.get_num_threads() if out.device.type == "cpu" else PIECE_ELSEWHERE
+    step = max(1, piece // max(1, columns))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        blocks = packed[part].reshape(-1, packing.bytes)
+        out[part] = unpack(blocks).view(-1, columns)
+    return out
+
+
+def _q8_0(blocks: Tensor) -> Tensor:
+    """Scale; 32 codes in int8."""
+    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+
+
+def _q4_0(blocks: Tensor) -> Tensor:
+    """Scale; 16 bytes: the first 16 codes in the lower halves, the others in the upper. 8 stands for nothing."""
+    return _lowered(_spread(blocks[:, 2:], 4), 8).float().mul_(_half(blocks, 0))
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    """Scale, offset; codes as in Q4_0, from 0."""
+    return _spread(blocks[:, 4:], 4).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    """Scale; 4 bytes with the fifth bit of each code, in order; the other four as in Q4_0. 16 stands for nothing."""
+    codes = _spread(blocks[:, 6:], 4).bitwise_or_(_fifth_bits(blocks[:, 2:6]))
+    return _lowered(codes, 16).float().mul_(_half(blocks, 0))
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    """Scale, offset; codes as in Q5_0, from 0."""
+    codes = _spread(blocks[:, 8:], 4).bitwise_or_(_fifth_bits(blocks[:, 4:8]))
+    return codes.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    """16 bytes for as many groups of 16: scale below, offset above, 4 bits each; 64 bytes of codes; the two factors."""
+    codes = _spread(blocks[:, 16:80], 2, width=32)
+    scales, offsets = _spread(blocks[:, :16], 4).float().view(-1, 2, 16).unbind(1)
+    return _scaled(codes, scales.mul_(_half(blocks, 80)), offsets.mul_(_half(blocks, 82)))
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    """32 bytes with the third bit of each code, 64 with the other two; 16 scales of 6 bits; factor.
+
+    4 stands for nothing in a code, 32 in a scale. Scales: 8 bytes of lower halves, 4 with two bits of each.
+    """
+    codes = _spread(blocks[:, 32:96], 2, width=32).bitwise_or_(_spread(blocks[:, :32], 1).mul_(4))
+    scales = _spread(blocks[:, 96:104], 4).bitwise_or_(_spread(blocks[:, 104:108], 2).mul_(16))
+    return _scaled(_lowered(codes, 4), _lowered(scales, 32).float().mul_(_half(blocks, 108)))
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    """Factors of scales and of offsets; 8 of each in 12 bytes; 128 bytes of codes, 32 in the halves of 32 bytes."""
+    return _scaled(_spread(blocks[:, 16:], 4, width=32), *_scales_and_offsets(blocks))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    """As Q4_K, with 32 bytes for the fifth bits before the other four."""
+    codes = _spread(blocks[:, 48:], 4, width=32).bitwise_or_(_spread(blocks[:, 16:48], 1).mul_(16))
+    return _scaled(codes, *_scales_and_offsets(blocks))
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    """128 bytes with four bits of each code, 64 with the other two; 16 scales in int8; factor. 32 stands for nothing."""
+    codes = _spread(blocks[:, :128], 4, width=64).bitwise_or_(_spread(blocks[:, 128:192], 2, width=32).mul_(16))
+    scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
+    return _scaled(_lowered(codes, 32), scales)
+
+
+def _spread(packed: Tensor, bits: int, width: int | None = None) -> Tensor:
+    """Whole numbers of so many bits, out of bytes that hold several each.
+
+    Args:
+        packed: uint8 (N, bytes). A run of `width` bytes (all of them if None) holds the first `width` numbers in its
+            lowest bits, the next in those above, and so on; then comes the next run.
+
+    Returns:
+        uint8 (N, bytes * 8 / bits).
+    """
+    runs = packed.unflatten(1, (-1, width or packed.shape[1])).view(torch.int16).contiguous()  # two bytes at a time
+    planes = [runs >> shift if shift else runs for shift in range(0, 8, bits)]
+    return torch.stack(planes, 2).bitwise_and_(257 * ((1 << bits) - 1)).view(torch.uint8).flatten(1)
+
+
+def _fifth_bits(packed: Tensor) -> Tensor:
+    """uint8 (N, 4), a bit for each of 32 codes -> uint8 (N, 32), the bits at their place in a code."""
+    eight = _fifth_bits_of_bytes(packed.device).index_select(0, packed.flatten().int())
+    return eight.view(torch.uint8).view(-1, 32)
+
+
+@cache
+def _fifth_bits_of_bytes(device: torch.device) -> Tensor:
+    """int64 (256): for each byte what its bits become, 16 or 0, as the eight bytes of one number."""
+    every = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    bits = (every >> torch.arange(8, dtype=torch.uint8, device=device)).bitwise_and_(1)
+    return bits.mul_(16).view(torch.int64).flatten()
+
+
+def _scales_and_offsets(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of Q4_K and Q5_K, fp32 (N, 8) each, out of the first 16 bytes.
+
+    After the factors come 4 bytes of scales, 4 of offsets, and 4 bytes whose halves are the lower bits of the scales
+    and offsets 4 to 7; their upper two bits are on top of the first eight bytes. Worked out four bytes at a time.
+    """
+    words = blocks[:, 4:16].view(torch.int32)
+    first, last = words[:, :2].contiguous(), words[:, 2].contiguous()
+    lower = torch.stack((last, last >> 4), 1).bitwise_and_(0x0F0F0F0F)
+    upper = (first >> 2).bitwise_and_(0x30303030)
+    both = torch.stack((first.bitwise_and_(0x3F3F3F3F), lower.bitwise_or_(upper)), 2)
+    scales, offsets = both.view(torch.uint8).float().unbind(1)
+    return scales.mul_(_half(blocks, 0)), offsets.mul_(_half(blocks, 2))
+
+
+def _scaled(codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """scale * code - offset. codes (N, 256) of bytes; scales and offsets fp32 (N, groups)."""
+    numbers = codes.float().unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None])
+    return numbers if offsets is None else numbers.sub_(offsets[..., None])
+
+
+def _lowered(codes: Tensor, nothing: int) -> Tensor:
+    """codes, uint8, with `nothing` at 0: int8 in the same memory."""
+    return codes.view(torch.int8).sub_(nothing)
+
+
+def _half(blocks: Tensor, start: int) -> Tensor:
+    """The float16 that starts at a byte of each block: fp32 (N, 1)."""
+    return blocks[:, start : start + 2].view(torch.float16).float()
+
+
+_UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q8_0": _q8_0,
+    "Q6_K": _q6_k,
+    "Q5_K": _q5_k,
+    "Q5_1": _q5_1,
+    "Q5_0": _q5_0,
+    "Q4_K": _q4_k,
+    "Q4_1": _q4_1,
+    "Q4_0": _q4_0,
+    "Q3_K": _q3_k,
+    "Q2_K": _q2_k,
+}

@@ -1,0 +1,160 @@
+"""What a stage takes at work, besides its weights: bytes, products and seconds, from configs and sizes alone.
+
+Bytes are those of the tensors that exist at the worst moment, counted along the code of `models`, and those that
+kernels on a CPU take besides, measured. They hold where freed memory goes back to the system at once; see
+`memory.heap`. FLOPs are twice the multiplications of matrices, convolutions and attentions (performance.md, B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import prod
+
+from kadr.memory.weights import level_embedding
+from kadr.models.t5 import T5Config
+from kadr.models.transformer import TransformerConfig
+from kadr.models.upsampler import UpsamplerConfig
+from kadr.sampling.settings import ATTENTION_VALUES, TRANSFORMER_BLOCK
+from kadr.shapes import LatentGrid
+
+TEXT = 256  # positions that a prompt is padded to
+SCRATCH = 3 << 20  # bytes that kernels on a CPU take besides, whatever the size: measured, 2 to 3 MB
+_SINGLE, _INDEX = 4, 8  # bytes of a float32 and of an int64
+
+
+def rope_bytes(config: TransformerConfig, tokens: int, size: int) -> tuple[int, int]:
+    """Of the table of rotations: while it is made, and afterwards. Cosines and sines, made in float32."""
+    return 3 * tokens * config.width * _SINGLE, 2 * tokens * config.width * size
+
+
+def transformer_bytes(
+    config: TransformerConfig,
+    tokens: int,
+    size: int,
+    *,
+    batch: int = 1,
+    text: int = TEXT,
+    per_token: bool = False,
+    disturbed: int = 0,
+) -> int:
+    """Of one evaluation, besides weights, the table of rotations, tokens and text.
+
+    Args:
+        size: bytes per number: 2 or 4.
+        batch: samples evaluated together: 2 where guidance asks for both prompts at once.
+        per_token: tokens have noise levels of their own, as with conditions.
+        disturbed: samples that are evaluated a second time with some blocks disturbed.
+    """
+    width = config.width
+    x, words, levels = batch * tokens * width, batch * text * width, batch * (tokens if per_token else 1)
+    # In the feed-forward: the layer's input, the sum so far, what the attention gave, the bent sum; then four times as
+    # much hidden, and its GELU.
+    thinking = (4 + 4 + 4) * x
+    # In the text's attention: input, sum, what the attention gave, queries; then the norm of the keys.
+    looking = 4 * x + _norm(size) * words
+    bends = (1 + 6 + 6) * levels * width  # the embedded level, its six rows for all layers, and those of a layer
+    return (max(thinking, looking) + words + bends + disturbed * tokens * width) * size + SCRATCH
+
+
+def _norm(size: int) -> int:
+    """How many times its input, of `size` bytes per number, RMSNorm holds at most, the input among them."""
+    return 3 if size == _SINGLE else 6  # the root is taken of a float32 copy, and two of those exist at once
+
+
+def text_bytes(config: T5Config, size: int, *, batch: int = 1, length: int = TEXT) -> int:
+    """Of encoding a prompt, besides the weights. Arguments as for `transformer_bytes`; length: in tokens, padded."""
+    x, hidden = (batch * length * width for width in (config.width, config.hidden))
+    bias = batch * config.heads * length**2
+    thinking = bias + 3 * x + 3 * hidden  # in the feed-forward: input, sum and its norm; gate, up and their product
+    distances = 2 * length**2 * _INDEX  # while the bias is looked up: distances and their buckets
+    return max((3 * bias + x) * size + distances, thinking * size) + SCRATCH
+
+
+def upsampler_bytes(config: UpsamplerConfig, grid: LatentGrid, size: int = _SINGLE) -> int:
+    """Of upscaling latents of `grid`, besides weights and latents.
+
+    A convolution holds its input, its output and a copy each of input and weights; see `memory.vae_working`.
+    """
+    x = config.width * grid.tokens
+    grown = x * prod(config.strides)
+    weights = 27 * config.width**2
+    growing = (27 if config.time else 9) * config.width * config.width * prod(config.strides)
+    at_grow = 2 * x + grown + max(x + growing, grown)
+    in_block = 4 * grown + weights
+    return max(at_grow, in_block) * size + SCRATCH
+
+
+def transformer_flops(
+    config: TransformerConfig, tokens: int, *, batch: int = 1, text: int = TEXT, levels: int = 1
+) -> int:
+    """Of one evaluation.
+
+    Args:
+        levels: how many different noise levels the tokens have.
+    """
+    width = config.width
+    layers = config.layers * _layer_flops(config, tokens, text)
+    ends = 2 * 2 * tokens * config.channels * width
+    caption = 2 * text * (config.text_width + width) * width
+    return batch * (layers + ends + caption) + 2 * levels * (level_embedding(width) - 2 * width + 6 * width**2)
+
+
+def disturbed_flops(
+    config: TransformerConfig,
+    tokens: int,
+    blocks: Collection[int],
+    mode: str,
+    *,
+    batch: int = 1,
+    text: int = TEXT,
+) -> int:
+    """What evaluating some samples once more with `blocks` disturbed adds: from the first of them on.
+
+    Args:
+        batch: how many samples.
+        mode: see `models.transformer.DISTURBED`.
+    """
+    width = config.width
+    plain = _layer_flops(config, tokens, text)
+    if mode == TRANSFORMER_BLOCK:
+        saved = plain
+    else:  # no queries, no keys, no logits; where values do not take their place, no values either
+        saved = (4 if mode == ATTENTION_VALUES else 6) * tokens * width**2 + 4 * tokens**2 * width
+    layers = (config.layers - min(blocks)) * plain - len(set(blocks)) * saved
+    return batch * (layers + 2 * tokens * config.channels * width)
+
+
+def _layer_flops(config: TransformerConfig, tokens: int, text: int) -> int:
+    """28 N D² + 4 N² D + 4 N T D + 4 T D² (performance.md, B.1)."""
+    width = config.width
+    return (28 * tokens + 4 * text) * width**2 + 4 * tokens * (tokens + text) * width
+
+
+def text_flops(config: T5Config, *, batch: int = 1, length: int = TEXT) -> int:
+    """Of encoding a prompt: 2 L (4 D I + 3 D H) + 4 L² I per block, where I is the width of all heads (B.3)."""
+    inner = config.heads * config.head_width
+    block = 2 * length * (4 * inner + 3 * config.hidden) * config.width + 4 * length**2 * inner
+    return batch * config.layers * block
+
+
+def upsampler_flops(config: UpsamplerConfig, grid: LatentGrid) -> int:
+    """Of upscaling latents of `grid`."""
+    width, before = config.width, grid.tokens
+    rows = prod(config.strides[1:])
+    after = (2 * grid.frames - 1 if config.time else grid.frames) * grid.height * grid.width * rows
+    taps = 27 if config.time else 9
+    return 2 * (
+        27 * config.channels * width * (before + after)
+        + 27 * width**2 * 2 * config.blocks * (before + after)
+        + taps * width**2 * prod(config.strides) * before
+    )
+
+
+def seconds(flops: int, rate: float, *, read: int = 0, disk_rate: float | None = None) -> float:
+    """How long a stage takes.
+
+    Args:
+        rate: FLOPs per second; see `memory.rate`.
+        read: bytes of weights that come from files, at `disk_rate` bytes per second; None where they are in memory.
+    """
+    return flops / rate + (read / disk_rate if disk_rate else 0.0)

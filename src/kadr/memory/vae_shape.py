@@ -1,0 +1,166 @@
+"""What the halves of a VAE consist of, stage by stage, from its config alone.
+
+The stages are those of `models.vae`, in the order in which they run. Widths are channels; a place is a position of the
+latents' or the pixels' grid at which a stage works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from kadr.memory.weights import Weights, level_embedding
+from kadr.models.vae.config import Block, Strides, VAEConfig
+from kadr.nn.embedding import SINUSOID_WIDTH
+from kadr.shapes import SPATIAL, LatentGrid
+
+IN, OUT = "in", "out"  # the convolutions at both ends; the decoder's last one is bent by the noise level
+LAYERS, WIDER = "residual layers", "residual layer that changes the width"
+UP, DOWN, STRIDED = "up", "down", "strided"
+TAPS = 27  # of a 3 x 3 x 3 convolution
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEStage:
+    """One stage.
+
+    Args:
+        width_in, width: channels before and after.
+        layers: residual layers.
+        strides: by how much frames, rows and columns grow or shrink.
+        level: it is conditioned on the noise level.
+        noise: its residual layers add noise.
+        adds: an UP adds its input to what it made.
+    """
+
+    kind: str
+    width_in: int
+    width: int
+    layers: int = 0
+    strides: Strides = (1, 1, 1)
+    level: bool = False
+    noise: bool = False
+    adds: bool = False
+
+    @property
+    def convolutions(self) -> list[tuple[int, int]]:
+        """Channels in and out of every 3 x 3 x 3 convolution."""
+        if self.kind == LAYERS:
+            return [(self.width, self.width)] * (2 * self.layers)
+        if self.kind == WIDER:
+            return [(self.width_in, self.width), (self.width, self.width)]
+        if self.kind == UP:
+            return [(self.width_in, self.width * prod(self.strides))]
+        if self.kind == DOWN:
+            return [(self.width_in, self.width // prod(self.strides))]
+        return [(self.width_in, self.width)]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its weights."""
+        made = sum((TAPS * before + 1) * after for before, after in self.convolutions)
+        layers = 1 if self.kind == WIDER else self.layers
+        if self.kind == WIDER:  # a norm and a 1 x 1 x 1 convolution beside them
+            made += 2 * self.width_in + (self.width_in + 1) * self.width
+        if self.noise:
+            made += 2 * layers * self.width_in
+        if self.level and self.kind == LAYERS:
+            made += 4 * layers * self.width + level_embedding(4 * self.width)
+        if self.level and self.kind == OUT:  # and the scale of the level itself
+            made += 2 * self.width_in + level_embedding(2 * self.width_in) + 1
+        return made
+
+
+def encoder_stages(config: VAEConfig) -> list[VAEStage]:
+    """From pixels to latents; 3·p·p channels enter, the latents' and one more leave."""
+    width = config.encoder_width
+    stages = [VAEStage(kind=IN, width_in=3 * config.patch**2, width=width)]
+    for block in config.encoder_blocks:
+        stages.append(_encoder_stage(block, width))
+        width = stages[-1].width
+    return [*stages, VAEStage(kind=OUT, width_in=width, width=config.latent_channels + 1)]
+
+
+def _encoder_stage(block: Block, width: int) -> VAEStage:
+    if block.kind == "res_x":
+        return VAEStage(kind=LAYERS, width_in=width, width=width, layers=block.layers)
+    if block.kind == "res_x_y":
+        return VAEStage(kind=WIDER, width_in=width, width=width * block.multiplier)
+    if block.kind.endswith("_res"):
+        return VAEStage(kind=DOWN, width_in=width, width=width * block.multiplier, strides=block.strides)
+    return VAEStage(kind=STRIDED, width_in=width, width=width, strides=block.strides)
+
+
+def decoder_stages(config: VAEConfig) -> list[VAEStage]:
+    """From latents to pixels; 3·p·p channels leave."""
+    width, level = config.decoder_start_width, config.timestep_conditioning
+    stages = [VAEStage(kind=IN, width_in=config.latent_channels, width=width)]
+    for block in reversed(config.decoder_blocks):
+        stages.append(_decoder_stage(block, width, level))
+        width = stages[-1].width
+    return [*stages, VAEStage(kind=OUT, width_in=width, width=3 * config.patch**2, level=level)]
+
+
+def _decoder_stage(block: Block, width: int, level: bool) -> VAEStage:
+    noise = block.inject_noise
+    if block.kind == "res_x":
+        return VAEStage(kind=LAYERS, width_in=width, width=width, layers=block.layers, level=level, noise=noise)
+    if block.kind == "res_x_y":
+        return VAEStage(kind=WIDER, width_in=width, width=width // block.multiplier, noise=noise)
+    narrower = width // (block.multiplier if block.kind == "compress_all" else 1)
+    return VAEStage(kind=UP, width_in=width, width=narrower, strides=block.strides, adds=block.residual)
+
+
+def encoder_weights(config: VAEConfig) -> Weights:
+    """Of the encoder."""
+    return Weights(rest=sum(stage.parameters for stage in encoder_stages(config)))
+
+
+def decoder_weights(config: VAEConfig) -> Weights:
+    """Of the decoder."""
+    return Weights(rest=sum(stage.parameters for stage in decoder_stages(config)))
+
+
+def statistics_weights(config: VAEConfig) -> Weights:
+    """Of the latents' mean and deviation."""
+    return Weights(rest=2 * config.latent_channels)
+
+
+def encoder_flops(config: VAEConfig, grid: LatentGrid) -> int:
+    """To encode a video that becomes `grid`."""
+    places = (SPATIAL // config.patch) ** 2 * grid.height * grid.width
+    return sum(_stage_flops(*placed) for placed in _placed(encoder_stages(config), grid.video_frames, places))
+
+
+def decoder_flops(config: VAEConfig, grid: LatentGrid) -> int:
+    """To decode it: 54 times channels in, channels out and places (performance.md, B.2), and what embeds the level."""
+    placed = _placed(decoder_stages(config), grid.frames, grid.height * grid.width)
+    return sum(_stage_flops(*each) for each in placed)
+
+
+def _placed(stages: list[VAEStage], frames: int, places: int) -> Iterator[tuple[VAEStage, int, int, int, int]]:
+    """Each stage with the frames and the places per frame at which its convolutions begin, and those where they end."""
+    for stage in stages:
+        time, rows, columns = stage.strides
+        if stage.kind == UP:
+            yield stage, frames, places, frames, places
+            frames, places = frames * time - (time - 1), places * rows * columns
+        elif stage.kind == DOWN:  # it folds after the convolution, and doubles the first frame before
+            frames = frames + time - 1
+            yield stage, frames, places, frames, places
+            frames, places = frames // time, places // (rows * columns)
+        else:
+            after = (frames + time - 1) // time, places // (rows * columns)
+            yield stage, frames, places, *after
+            frames, places = after
+
+
+def _stage_flops(stage: VAEStage, frames: int, places: int, frames_out: int, places_out: int) -> int:
+    made = sum(2 * TAPS * before * after for before, after in stage.convolutions) * frames_out * places_out
+    if stage.kind == WIDER:
+        made += 2 * stage.width_in * stage.width * frames * places
+    if stage.level:
+        width = 4 * stage.width if stage.kind == LAYERS else 2 * stage.width_in
+        made += 2 * (SINUSOID_WIDTH + width) * width
+    return made

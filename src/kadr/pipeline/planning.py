@@ -1,0 +1,339 @@
+"""The plan of a request: its stages with the ways each can be run, from headers, the request and what is free here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from kadr.checkpoints.source import Source
+from kadr.errors import PlanError
+from kadr.memory import costs
+from kadr.memory.device import free_bytes, has_fast_int8, resident_bytes
+from kadr.memory.plan import (
+    AS_STORED,
+    CONVERTED,
+    OFFLOAD_AUTO,
+    OFFLOAD_BLOCKS,
+    OFFLOAD_NONE,
+    OFFLOAD_STAGES,
+    Choice,
+    Needs,
+    Plan,
+    make_plan,
+)
+from kadr.memory.rate import measure_rate
+from kadr.memory.vae_shape import decoder_flops, encoder_flops
+from kadr.memory.vae_working import decode_bytes, encode_bytes
+from kadr.models.vae.decoder import SLICE
+from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, Components
+from kadr.pipeline.holding import Weights, is_quantized, weigh
+from kadr.pipeline.passes import PassPlan
+from kadr.pipeline.request import Request
+from kadr.quant.scheme import AUTO, INT8, INT8_WEIGHTS, NONE
+from kadr.sampling.settings import ATTENTION_VALUES
+from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
+
+RESERVE = 0.05  # of what is free, left to the system and to what cannot be foreseen
+DISK_RATE = 1.5e9  # bytes a second, of weights that are read from files
+FASTER = {INT8: 1.6}  # products in 8 bits against those in the dtype
+SMALL = 500_000_000  # bytes: a text encoder of no more is not worth streaming
+STARTING = 60_000_000  # bytes of libraries that are loaded on the way: codecs, kernels
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, as far as memory and time depend on it.
+
+    Args:
+        prompts: how many are encoded; those that are remembered are not.
+        media: for each pass, the grids of what the VAE encodes.
+        extra: for each pass, tokens that conditions add.
+        held: for each pass, whether tokens have noise levels of their own.
+        together: both prompts are evaluated in one batch.
+        stages: what is run; all of it where empty.
+    """
+
+    passes: tuple[PassPlan, ...]
+    prompts: int
+    media: tuple[tuple[LatentGrid, ...], ...]
+    extra: tuple[int, ...]
+    held: tuple[bool, ...]
+    together: bool = False
+    stages: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to hold a part: see `Choice`. streams: its blocks come and go."""
+
+    hold: str
+    streams: bool = False
+    why: str = ""
+
+
+class Planner:
+    """Makes the plan of one request.
+
+    Args:
+        components: the model's parts, known by their headers.
+    """
+
+    def __init__(self, components: Components, work: Work) -> None:
+        self.components, self.work = components, work
+        self.device, self.dtype = components.device, components.dtype
+        self.size = self.dtype.itemsize
+        self.on_host = self.device.type == "cpu"
+
+    def plan(self) -> Plan:
+        """The plan.
+
+        Raises:
+            PlanError: a stage cannot be run in what is free.
+        """
+        held = self.components.held_bytes
+        free = free_bytes(self.device) + held
+        host = free if self.on_host else free_bytes(torch.device("cpu"))
+        base = resident_bytes() - held + STARTING if self.on_host else 0
+        plan = make_plan(
+            list(self.needs()),
+            device=str(self.device),
+            base=base,
+            free=int(free * (1 - RESERVE)),
+            host_free=int(host * (1 - RESERVE)),
+        )
+        return replace(plan, kept=frozenset()) if self.components.offload == OFFLOAD_STAGES else plan
+
+    def needs(self) -> Iterator[Needs]:
+        """The stages, in the order they run."""
+        for need in self._all():
+            if not self.work.stages or need.stage in self.work.stages:
+                yield need
+
+    def _all(self) -> Iterator[Needs]:
+        if self.work.prompts:
+            yield self._text()
+        if any(self.work.media):
+            yield self._encode()
+        for number, plan in enumerate(self.work.passes):
+            if number:
+                yield self._upscale()
+            yield self._sampled(number, plan)
+        yield self._decode()
+
+    @cached_property
+    def rate(self) -> float:
+        """FLOPs a second."""
+        return measure_rate(self.dtype, self.device)
+
+    def _text(self) -> Needs:
+        text = self.components.text
+        working = costs.text_bytes(text.config, self.size)
+        flops = self.work.prompts * costs.text_flops(text.config)
+        choices = []
+        for way in self._text_ways(text.source):
+            weights = weigh(text.source, self.dtype, way.hold, looked_up=True)
+            choices.append(self._choice(way, weights, working, flops, text.source.size_bytes))
+        return Needs(stage="text", part=TEXT_ENCODER, choices=tuple(choices))
+
+    def _text_ways(self, source: Source) -> list[_Way]:
+        streamed = _Way(AS_STORED, streams=True, why="the text encoder is read block by block, once per prompt")
+        resident = _Way(CONVERTED)
+        offload = self.components.offload
+        if offload == OFFLOAD_NONE or source.size_bytes <= SMALL:
+            return [resident, streamed] if offload != OFFLOAD_NONE else [resident]
+        # On a CPU streaming costs nothing: the pages are the system's, in memory or not.
+        return [streamed] if self.on_host or offload == OFFLOAD_BLOCKS else [resident, streamed]
+
+    def _encode(self) -> Needs:
+        vae = self.components.vae
+        config = vae.detected.vae
+        assert config is not None
+        grids = [grid for grids in self.work.media for grid in grids]
+        working = max(encode_bytes(config, grid, self.size) for grid in grids)
+        flops = sum(encoder_flops(config, grid) for grid in grids)
+        choice = self._choice(_Way(CONVERTED), self._vae_weights("encoder"), working, flops, 0)
+        return Needs(stage="encode", part=ENCODER, choices=(choice,))
+
+    def _decode(self) -> Needs:
+        config = self.components.vae.detected.vae
+        assert config is not None
+        grid, weights = self.work.passes[-1].grid, self._vae_weights("decoder")
+        choices = []
+        for handed in (SLICE, 2, 1):
+            working = decode_bytes(config, grid, self.size, handed=handed)
+            why = "" if handed == SLICE else f"the decoder hands on {handed} frames at a time"
+            way = _Way(CONVERTED, why=why)
+            choice = self._choice(way, weights, working, decoder_flops(config, grid), 0)
+            choices.append(replace(choice, frames=handed, seconds=choice.seconds * (1 + 0.1 * (SLICE - handed))))
+        return Needs(stage="decode", part=DECODER, choices=tuple(choices))
+
+    def _vae_weights(self, half: str) -> Weights:
+        source = self.components.vae.sources["vae"]
+        infos = {name: info for name, info in source.infos.items() if name.startswith(f"{half}.")}
+        return weigh(replace(source, infos=infos), self.dtype, CONVERTED)
+
+    def _upscale(self) -> Needs:
+        grid, most = self.work.passes[0].grid, Choice(dtype="float32")
+        for checkpoint in self.components.upscalers.values():
+            config, source = checkpoint.detected.upsampler, checkpoint.sources["upsampler"]
+            assert config is not None
+            weights = weigh(source, torch.float32, CONVERTED)
+            working, flops = costs.upsampler_bytes(config, grid), costs.upsampler_flops(config, grid)
+            one = self._choice(_Way(CONVERTED), weights, working, flops, 0)
+            most = replace(max(most, one, key=lambda choice: choice.bytes), seconds=most.seconds + one.seconds)
+        return Needs(stage="upscale", part="upscaler", choices=(replace(most, dtype="float32"),))
+
+    def _sampled(self, number: int, plan: PassPlan) -> Needs:
+        checkpoint = self.components.transformers[number]
+        source, config = checkpoint.sources["transformer"], self.components.config(number)
+        tokens = plan.grid.tokens + self.work.extra[number]
+        working, flops = self._working(number, plan, tokens), self._flops(number, plan, tokens)
+        choices = []
+        for way in self._ways(source):
+            weights = weigh(source, self.dtype, way.hold)
+            read = source.size_bytes * (len(plan.steps) if way.streams else 1)
+            choices.append(self._choice(way, weights, working, flops, read))
+        stage = PASS_STAGES[number]
+        assert config.layers
+        return Needs(stage=stage, part=self.components.transformer_name(number), choices=tuple(choices))
+
+    def _ways(self, source: Source) -> list[_Way]:
+        """How a transformer can be held, best first."""
+        scheme, offload = self.components.quant, self.components.offload
+        plain = source.dtype == self.dtype or any(info.packing is not None for info in source.infos.values())
+        resident = [_Way(CONVERTED)] if plain else [_Way(CONVERTED), _Way(AS_STORED, why="weights stay as stored")]
+        streamed = [_Way(AS_STORED, streams=True, why="the transformer's blocks come and go")]
+        if scheme not in (NONE, AUTO):
+            # On a CPU blocks can come and go only where they lie in a file.
+            resident = [_Way(scheme)]
+            streamed = [] if self.on_host else [_Way(scheme, streams=True, why=streamed[0].why)]
+        elif scheme == AUTO and not is_quantized(source):
+            small = INT8 if not self.on_host or has_fast_int8() else INT8_WEIGHTS
+            resident.append(_Way(small, why="weights in 8 bits, as --quant auto allows"))
+        if offload == OFFLOAD_NONE:
+            return resident
+        return streamed if offload == OFFLOAD_BLOCKS and streamed else resident + streamed
+
+    def _working(self, number: int, plan: PassPlan, tokens: int) -> int:
+        config = self.components.config(number)
+        while_made, afterwards = costs.rope_bytes(config, tokens, self.size)
+        both = self.work.together and plan.guided
+        evaluation = costs.transformer_bytes(
+            config,
+            tokens,
+            self.size,
+            batch=2 if both else 1,
+            per_token=self.work.held[number],
+            disturbed=int(any(step.stg > 0 and step.skip_blocks for step in plan.steps)),
+        )
+        states = 8 * tokens * config.channels * 4  # latents, noise, velocities of the guidance
+        return max(while_made, afterwards + evaluation) + states
+
+    def _flops(self, number: int, plan: PassPlan, tokens: int) -> int:
+        config, total = self.components.config(number), 0
+        levels = 2 if self.work.held[number] else 1
+        for step in plan.steps:
+            total += (1 + (step.scale > 1)) * costs.transformer_flops(config, tokens, levels=levels)
+            if step.stg > 0 and step.skip_blocks:
+                mode = plan.settings.guidance.mode or ATTENTION_VALUES
+                total += costs.disturbed_flops(config, tokens, step.skip_blocks, mode)
+        return total
+
+    def _choice(self, way: _Way, weights: Weights, working: int, flops: int, read: int) -> Choice:
+        rate = self.rate * FASTER.get(way.hold, 1.0)
+        choice = Choice(
+            dtype=str(self.dtype).removeprefix("torch."),
+            hold=way.hold,
+            mapped=weights.mapped,
+            own=weights.own,
+            working=working + weights.scratch,
+            seconds=costs.seconds(flops, rate, read=read, disk_rate=DISK_RATE),
+            why=way.why,
+        )
+        if not self.on_host:
+            choice = replace(choice, mapped=0, own=weights.mapped + weights.own)
+        return self._streamed(choice, weights) if way.streams else choice
+
+    def _streamed(self, choice: Choice, weights: Weights) -> Choice:
+        """With the blocks in memory only while they run."""
+        if self.on_host:
+            # One block runs; of the next, what the system has read ahead is not the process's.
+            mapped = weights.mapped - weights.blocks + weights.block
+            return replace(choice, streamed=weights.count, mapped=mapped)
+        blocks = weights.all_blocks
+        block = blocks // max(1, weights.count)
+        return replace(choice, streamed=weights.count, own=choice.own - blocks + 2 * block, host=blocks)
+
+
+def nearest(components: Components, work: Work, request: Request) -> str:
+    """What would fit where a request does not: a setting, and the nearest smaller request. As advice, in words."""
+    ways = [words for words, other in _settings(components) if _fits(Planner(other, work))]
+    smaller = _smaller(components, work, request)
+    if smaller is not None:
+        ways.append(smaller)
+    if not ways:
+        return "Nothing smaller fits either: close other programs, or use a machine with more memory."
+    return f"What would fit: {'; '.join(ways)}."
+
+
+def _fits(planner: Planner) -> bool:
+    try:
+        planner.plan()
+    except PlanError:
+        return False
+    return True
+
+
+def _settings(components: Components) -> Iterator[tuple[str, Components]]:
+    """Settings that take less memory, each with the components under it."""
+    for words, changed in (
+        ("--offload auto", {"offload": OFFLOAD_AUTO, "quant": components.quant}),
+        ("--quant int8", {"offload": components.offload, "quant": INT8}),
+        ("--offload auto --quant int8", {"offload": OFFLOAD_AUTO, "quant": INT8}),
+    ):
+        quantized = any(is_quantized(one.sources["transformer"]) for one in components.transformers)
+        if changed["quant"] != components.quant and quantized:
+            continue
+        other = copy(components)
+        other.offload, other.quant = changed["offload"], changed["quant"]
+        if (other.offload, other.quant) != (components.offload, components.quant):
+            yield words, other
+
+
+def _smaller(components: Components, work: Work, request: Request) -> str | None:
+    """The nearest request that fits: fewer frames of this size, or else a smaller size with them."""
+    for size, frames in _shrunk(request):
+        passes = tuple(_resized(plan, size, frames, request) for plan in work.passes)
+        if _fits(Planner(components, replace(work, passes=passes))):
+            return f"--size {size} --frames {frames}"
+    return None
+
+
+def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
+    assert isinstance(request.size, Size)
+    assert request.frames is not None
+    size, frames = request.size, request.frames
+    for count in range(snap_frames(frames) - TEMPORAL, frames // 2, -TEMPORAL):
+        yield size, count
+    for step in range(19, 4, -1):
+        smaller = Size(*(max(SPATIAL, side * step // 20 // SPATIAL * SPATIAL) for side in (size.width, size.height)))
+        for count in (frames, snap_frames(max(1, frames // 2)), 1):
+            yield smaller, count
+
+
+def _resized(plan: PassPlan, size: Size, frames: int, request: Request) -> PassPlan:
+    """A pass of a smaller request: smaller by as much."""
+    assert isinstance(request.size, Size)
+    sides = (
+        max(SPATIAL, own * new // old // SPATIAL * SPATIAL)
+        for own, new, old in (
+            (plan.size.width, size.width, request.size.width),
+            (plan.size.height, size.height, request.size.height),
+        )
+    )
+    assert request.frames is not None
+    return replace(plan, size=Size(*sides), frames=snap_frames(max(1, plan.frames * frames // request.frames)))

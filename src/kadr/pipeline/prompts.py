@@ -1,0 +1,95 @@
+"""The first stage: prompts to encodings, from the text encoder or, where they were encoded before, from disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from kadr.errors import KadrWarning
+from kadr.models.t5 import T5Encoder
+from kadr.pipeline.components import Components
+from kadr.pipeline.guard import Watchman, guarded
+from kadr.pipeline.progress import Stage, Watch
+from kadr.sampling.guidance import Text
+from kadr.text.tokenizer import Tokens
+
+
+class Prompts:
+    """The prompts of one request.
+
+    Args:
+        texts: the prompt and, where guidance needs it, the negative prompt.
+    """
+
+    def __init__(self, components: Components, texts: Sequence[str]) -> None:
+        self.components, self.texts = components, texts
+
+    @cached_property
+    def tokens(self) -> list[Tokens]:
+        """Of each prompt. What does not fit is cut off with a warning.
+
+        Raises:
+            RequestError: a prompt holds half a character.
+        """
+        return [self._tokens(text) for text in self.texts]
+
+    @cached_property
+    def _rows(self) -> list[Tensor | None]:
+        """What is known of each prompt: rows (n, D) for its n real tokens, on the CPU."""
+        return [self.components.prompts.find(tokens) for tokens in self.tokens]
+
+    @property
+    def missing(self) -> int:
+        """How many have to be encoded."""
+        return sum(rows is None for rows in self._rows)
+
+    def encoded(self, watch: Watch) -> list[Text]:
+        """The encodings, (1, 256, D) each, on the device; zero where there is no token.
+
+        Raises:
+            NonFiniteError: the encoder gave NaN or infinity, in float32 too.
+        """
+        guarded("text", self.components.dtype_of("text"), partial(self._encode, watch))
+        return [self._text(*each) for each in zip(self.tokens, self._rows, strict=True)]
+
+    def _encode(self, watch: Watch, dtype: torch.dtype | None) -> None:
+        """Encode what is missing. What one prompt comes to does not depend on those beside it, nor on their failing."""
+        count, watchman = len(self.texts), Watchman.on(self.components.device)
+        stage = Stage("text", count, watch)
+        with self.components.text_encoder(dtype) if self.missing else nullcontext() as encoder:
+            for index, tokens in enumerate(self.tokens):
+                if self._rows[index] is None:
+                    assert encoder is not None
+                    rows = self._encoded(encoder, tokens, watchman, f"prompt {index + 1} of {count}")
+                    self.components.prompts.keep(tokens, rows)
+                    self._rows[index] = rows
+                stage.done(index + 1)
+
+    def _encoded(self, encoder: T5Encoder, tokens: Tokens, watchman: Watchman, place: str) -> Tensor:
+        ids, mask = tokens.ids.to(self.components.device), tokens.mask.to(self.components.device)
+        rows = encoder(ids, mask)[mask]
+        watchman.look(rows, place)
+        rows = rows.cpu()
+        watchman.settle()
+        return rows
+
+    def _text(self, tokens: Tokens, rows: Tensor | None) -> Text:
+        assert rows is not None
+        encoding = rows.new_zeros(*tokens.ids.shape, rows.shape[1])
+        encoding[tokens.mask] = rows
+        device = self.components.device
+        return Text(encoding.to(device), tokens.mask.to(device))
+
+    def _tokens(self, text: str) -> Tokens:
+        tokens = self.components.tokenizer.encode(text)
+        if tokens.cut:
+            limit = tokens.ids.shape[1]
+            warnings.warn(
+                f"the prompt is longer than {limit} tokens; cut off: {tokens.cut!r}", KadrWarning, stacklevel=2
+            )
+        return tokens

@@ -1,0 +1,448 @@
+"""GGUF files of others are opened for what they are, and their tensors are where the gguf package finds them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from kadr.checkpoints import gguf_header, keys
+from kadr.checkpoints.gguf_header import read_gguf
+from kadr.checkpoints.load import account
+from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.save import write_single_file, write_text_encoder
+from kadr.checkpoints.source import Source
+from kadr.checkpoints.text_encoder import TextEncoderFolder, is_text_encoder
+from kadr.errors import CheckpointError
+from kadr.kernels.packing import PACKINGS
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
+from kadr.models.vae.config import VAE_0_9_5
+from kadr.pipeline.engine import Engine
+from kadr.pipeline.locate import PACKAGE
+from kadr.sampling.schedule import Schedule
+from tests import tiny
+from tests.checkpoints import gguf_files
+from tests.checkpoints.files import (
+    LINEAR_QUADRATIC,
+    SMALL_T5,
+    SMALL_TRANSFORMER,
+    config_of,
+    on_meta,
+    same,
+    shapes_of,
+    t5_shapes,
+)
+
+XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+SPIECE = (PACKAGE / "assets" / "demo" / "tokenizer" / "spiece.model").read_bytes()
+OLD = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+
+
+def drawn(*shape: int) -> np.ndarray:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).numpy()
+
+
+def numbers_of(source: Source, name: str) -> np.ndarray:
+    """A tensor as the package unpacks it."""
+    info, tensor = source.infos[name], source.read(name)
+    if info.packing is None:
+        return tensor.float().numpy()
+    return gguf.quants.dequantize(tensor.numpy(), Type[info.packing.name])
+
+
+def released(tmp_path: Path, name: str, sizes: Any = TRANSFORMER_2B, kind: str = "Q8_0", **fields: Any) -> Path:
+    """A published file of a released transformer's sizes, of zeros."""
+    types = gguf_files.image_types(shapes_of(sizes, bare=True), kind)
+    return gguf_files.sparse(tmp_path / name, "ltxv", types, **fields)
+
+
+# The container
+
+
+def test_types_are_numbered_and_sized_as_in_the_package() -> None:
+    known = {number: str(dtype).removeprefix("torch.") for number, dtype in gguf_header.PLAIN.items()}
+    assert known == {Type.F32: "float32", Type.F16: "float16", Type.BF16: "bfloat16"}
+    assert {Type(number).name for number in gguf_header.PACKED} == PACKINGS.keys()
+    for number, name in gguf_header.PACKED.items():
+        assert Type(number).name == name
+        assert gguf.GGML_QUANT_SIZES[Type(number)] == (PACKINGS[name].elements, PACKINGS[name].bytes)
+
+
+def test_tensors_and_values_are_those_that_the_package_wrote(tmp_path: Path) -> None:
+    kinds = ("F32", "F16", "BF16", *gguf_files.PACKED_BY_THE_PACKAGE)
+    tensors = {kind: (drawn(6, 64), kind) for kind in kinds} | {"one": (drawn(7), "F32")}
+    fields = {"text": "ünï", "yes": True, "number": 7, "small": 1e-6, "list": [1.5, 2.5], "words": ["a", "▁b"]}
+    path = gguf_files.write(tmp_path / "x.gguf", "ltxv", tensors, {**fields, "bytes": bytes(range(9))})
+    source, header, oracle = Source.open(path), read_gguf(path), gguf.GGUFReader(path)
+    assert list(source.infos) == [tensor.name for tensor in oracle.tensors]
+    for tensor in oracle.tensors:
+        assert np.array_equal(source.read(tensor.name).view(torch.uint8).numpy(), tensor.data.view(np.uint8))
+        assert np.array_equal(numbers_of(source, tensor.name), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    assert source.infos["Q4_0"].shape == (6, 64)
+    assert source.stored == {kind if kind in PACKINGS else str(source.read(kind).dtype)[6:]: 1 for kind in kinds} | {
+        "float32": 2
+    }
+    assert source.size_bytes == sum(int(tensor.n_bytes) for tensor in oracle.tensors)
+    assert {name: header.fields[name] for name in ("text", "yes", "number", "small")} == {
+        name: fields[name] for name in ("text", "yes", "number", "small")
+    }
+    assert list(header.entries("words") or ()) == ["a", "▁b"]
+    assert list(header.entries("list") or ()) == [1.5, 2.5]
+    assert header.entries("bytes") == bytes(range(9))
+    assert header.entries("text") is header.entries("absent") is None
+    assert "words" not in source.metadata
+
+
+def test_a_packed_tensor_is_the_file_itself(tmp_path: Path) -> None:
+    path = gguf_files.write(tmp_path / "x.gguf", "ltxv", {"a": (drawn(4, 64), "Q8_0")})
+    source = Source.open(path)
+    first, second = source.read("a"), source.read("a")
+    assert first.data_ptr() == second.data_ptr()
+    assert (first.dtype, tuple(first.shape)) == (torch.uint8, (4, 68))
+
+
+def test_a_reshaped_tensor_has_the_shape_it_had(tmp_path: Path) -> None:
+    numbers = drawn(4, 64)
+    shape = {"comfy.gguf.orig_shape.a": [2, 2, 64], "comfy.gguf.orig_shape.b": [8, 32]}
+    path = gguf_files.write(tmp_path / "x.gguf", "ltxv", {"a": (numbers, "F16"), "b": (numbers, "Q8_0")}, shape)
+    source = Source.open(path)
+    assert (source.read("a").shape, source.read("b").shape) == ((2, 2, 64), (8, 34))
+    packed = gguf.quants.quantize(numbers, Type.Q8_0)
+    assert np.array_equal(numbers_of(source, "b").ravel(), gguf.quants.dequantize(packed, Type.Q8_0).ravel())
+
+
+def test_a_file_as_large_as_t5_xxl_opens_at_once(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    pieces = [f"▁{''.join(draw.choices('abcdefgh', k=6))}{i}" for i in range(XXL.vocabulary)]
+    types = {name: (shape, "F32" if len(shape) == 1 else "Q8_0") for name, shape in gguf_files.text_shapes(XXL).items()}
+    words = {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [-1.5] * len(pieces),
+    }
+    path = gguf_files.sparse(tmp_path / "t5.gguf", "t5encoder", types, **gguf_files.text_fields(XXL), **words)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        opened = TextEncoderFolder.open(path)
+        times.append(time.perf_counter() - start)
+    assert opened.config == XXL
+    assert opened.size_bytes > 5e9
+    assert min(times) < 0.5
+
+
+# Transformers
+
+
+def test_a_published_13b_file_is_known_by_its_layers(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(released(tmp_path, "anything.gguf", TRANSFORMER_13B, "Q4_K"))
+    detected = checkpoint.detected
+    assert (detected.layout, detected.transformer, detected.released) == ("GGUF", TRANSFORMER_13B, None)
+    assert (detected.schedule, detected.version) == (LINEAR_QUADRATIC, "0.9.7 or later")
+    assert (detected.vae, checkpoint.describe().missing) == (None, ("vae", "text encoder"))
+
+
+@pytest.mark.parametrize(
+    "name, model, schedule, causal",
+    [
+        ("ltx-video-2b-v0.9-Q4_K_M.gguf", "ltxv-2b-0.9", OLD, False),
+        ("ltx-video-2b-v0.9.1-q8_0.gguf", "ltxv-2b-0.9.1", OLD, False),
+        ("ltx-video-2b-v0.9.5_Q5_K_S.gguf", "ltxv-2b-0.9.5", LINEAR_QUADRATIC, True),
+        ("ltxv-2b-0.9.6-distilled-04-25-BF16.gguf", "ltxv-2b-0.9.6-distilled", LINEAR_QUADRATIC, True),
+        ("LTXV-2B-0.9.8-distilled.Q6_K.gguf", "ltxv-2b-0.9.8-distilled", LINEAR_QUADRATIC, True),
+        ("ltxv-2b-0.9.6-dev.gguf", "ltxv-2b-0.9.6-dev", LINEAR_QUADRATIC, True),
+    ],
+)
+def test_the_name_of_a_2b_file_tells_its_version(
+    tmp_path: Path, name: str, model: str, schedule: Schedule, causal: bool
+) -> None:
+    detected = Checkpoint.open(released(tmp_path, name)).detected
+    assert detected.released is not None
+    assert (detected.released.name, detected.schedule) == (model, schedule)
+    assert detected.transformer is not None
+    assert detected.transformer.causal_positions is causal
+
+
+def test_a_2b_file_of_another_name_asks_for_its_version(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"2B transformer without VAE.*rename the file to one of ltxv-2b-0\.9,"):
+        Checkpoint.open(released(tmp_path, "model-Q8_0.gguf"))
+
+
+def test_a_config_in_the_file_is_believed_before_its_name(tmp_path: Path) -> None:
+    levels = [1.0, 0.75]
+    config = config_of(TRANSFORMER_2B, VAE_0_9_5, LINEAR_QUADRATIC, allowed_inference_steps=levels)
+    detected = Checkpoint.open(released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **config)).detected
+    assert (detected.released, detected.vae_family, detected.vae) == (None, "0.9.5", None)
+    assert detected.schedule == Schedule(sampler="LinearQuadratic", allowed=tuple(levels))
+
+
+def test_the_model_that_a_file_says_it_was_made_of_is_believed_before_its_name(tmp_path: Path) -> None:
+    path = released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **{"general.name": "ltxv-2b-0.9.6-dev"})
+    found = Checkpoint.open(path).detected.released
+    assert found is not None
+    assert found.name == "ltxv-2b-0.9.6-dev"
+
+
+@pytest.mark.parametrize("architecture", ["ltxv", "pig"])
+def test_a_file_of_plain_numbers_loads_as_the_official_one(tmp_path: Path, architecture: str) -> None:
+    module = tiny.sown(lambda: Transformer(SMALL_TRANSFORMER))
+    write_single_file(tmp_path / "x.safetensors", transformer=module, schedule=OLD, dtype=torch.float32)
+    official = Checkpoint.open(tmp_path / "x.safetensors")
+    types = gguf_files.image_types(shapes_of(SMALL_TRANSFORMER, bare=True), "BF16")
+    source = official.sources["transformer"]
+    tensors = {name: (source.read(name).numpy(), kind) for name, (_, kind) in types.items()}
+    path = gguf_files.write(tmp_path / "x.gguf", architecture, tensors, config_of(SMALL_TRANSFORMER, None, OLD))
+    opened = Checkpoint.open(path)
+    assert opened.detected.transformer == official.detected.transformer
+    assert opened.detected.schedule == OLD
+    assert same(opened.load_transformer(torch.bfloat16), official.load_transformer(torch.bfloat16))
+
+
+def test_a_model_without_its_vae_asks_for_one_and_names_it(tmp_path: Path) -> None:
+    path = released(tmp_path, "ltxv-13b-0.9.8-distilled-Q4_K_M.gguf", TRANSFORMER_13B)
+    with pytest.raises(
+        CheckpointError, match=r"has no vae, only transformer\. Give .* as --vae, such as ltxv-13b-0\.9\.8-distilled\.$"
+    ):
+        Engine.open(path)
+    with pytest.raises(CheckpointError, match=r"as --vae, such as ltxv-13b-0\.9\.8-distilled\.$"):
+        Engine.open(released(tmp_path, "unnamed.gguf", TRANSFORMER_13B))
+    config = config_of(TRANSFORMER_2B, VAE_0_9_5)
+    with pytest.raises(CheckpointError, match=r"as --vae, such as ltxv-2b-0\.9\.8-distilled\.$"):
+        Engine.open(released(tmp_path, "own.gguf", **config))
+
+
+# Text encoders
+
+
+def test_names_of_a_text_encoder_are_those_of_the_package_both_ways() -> None:
+    state = on_meta(lambda: T5Encoder(SMALL_T5)).state_dict()
+    ours, theirs = keys.names(keys.T5_GGUF, state), keys.names(keys.T5, state)
+    oracle = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, SMALL_T5.layers)
+    for name, llama in ours.items():
+        assert f"{oracle.get_name(theirs[name].removesuffix('.weight'))}.weight" == llama
+    shapes = {llama: tuple(state[name].shape) for name, llama in ours.items()}
+    assert shapes == gguf_files.text_shapes(SMALL_T5)
+    assert len(shapes) == len(state) == len(t5_shapes(SMALL_T5))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> tuple[Path, Path]:
+    """An encoder with its tokenizer: in a folder, and in a GGUF file as llama.cpp's converter writes it."""
+    encoder = tiny.sown(lambda: T5Encoder(SMALL_T5))
+    spiece = tmp_path / "spiece.model"
+    spiece.write_bytes(tiny.sentencepiece_model())
+    write_text_encoder(tmp_path / "folder", encoder, spiece, dtype=torch.float32)
+    return tmp_path / "folder", converted(tmp_path / "t5.gguf", encoder, "F32", spiece.read_bytes())
+
+
+def converted(path: Path, encoder: T5Encoder, kind: str, spiece: bytes = SPIECE, **change: Any) -> Path:
+    state = encoder.state_dict()
+    named = keys.names(keys.T5_GGUF, state)
+    types = {name: "F32" if tensor.ndim == 1 or "bias" in name else kind for name, tensor in state.items()}
+    tensors = {named[name]: (tensor.numpy(), types[name]) for name, tensor in state.items()}
+    fields = gguf_files.text_fields(encoder.config, spiece) | change
+    return gguf_files.write(path, "t5encoder", tensors, {k: v for k, v in fields.items() if v is not None})
+
+
+def test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_tokenizer(
+    text: tuple[Path, Path],
+) -> None:
+    folder, file = (TextEncoderFolder.open(path) for path in text)
+    assert file.config == folder.config == SMALL_T5
+    assert same(file.load(torch.float32), folder.load(torch.float32))
+    for prompt in ("", "a red circle  moving\nright </s> x"):
+        assert torch.equal(file.tokenizer().encode(prompt).ids, folder.tokenizer().encode(prompt).ids)
+    assert is_text_encoder(text[1])
+    assert file.describe().name == "text encoder"
+
+
+def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> None:
+    home = tiny.write(tmp_path / "model")
+    encoder = TextEncoderFolder.open(home).load()
+    path = converted(tmp_path / "t5.gguf", encoder, "F32", tiny.sentencepiece_model())
+    engine = Engine.open(home / tiny.MODEL, text_encoder=path)
+    assert engine.components.text.path == path
+    assert engine.components.sources()["text_encoder"] == str(path)
+
+
+def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:
+    wide = T5Config(vocabulary=128, width=32, layers=2, heads=2, head_width=16, hidden=64)
+    opened = TextEncoderFolder.open(converted(tmp_path / "t5.gguf", tiny.sown(lambda: T5Encoder(wide)), "Q8_0"))
+    assert opened.describe().dtype == "Q8_0"
+    assert opened.describe().types == {"Q8_0": 15, "float32": 6}
+    module = on_meta(lambda: T5Encoder(wide))
+    account(module, opened.source, keys.names(opened.table, module.state_dict()))
+
+
+def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: Path) -> None:
+    path = converted(
+        tmp_path / "t5.gguf", tiny.sown(lambda: T5Encoder(SMALL_T5)), "F16", **{"tokenizer.ggml.model": None}
+    )
+    opened = TextEncoderFolder.open(path)
+    with pytest.raises(CheckpointError, match="There is no tokenizer for"):
+        opened.tokenizer()
+    (tmp_path / "spiece.model").write_bytes(tiny.sentencepiece_model())
+    assert opened.tokenizer().size == 40
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"t5encoder.block_count": None}, "lacks block_count of a T5 encoder"),
+        (
+            {"t5encoder.embedding_length": None, "t5encoder.feed_forward_length": None},
+            "lacks embedding_length, feed_fo",
+        ),
+        ({"t5encoder.attention.head_count": 0}, r"t5\.gguf: The text encoder's heads is 0"),
+        ({"t5encoder.block_count": 3}, r"tensors missing: enc\.blk\.2\.attn_norm\.weight"),
+        ({"t5encoder.block_count": 1}, r"9 tensors left over: enc\.blk\.1\.attn_k\.weight"),
+        ({"tokenizer.ggml.model": "gpt2"}, "has a tokenizer that is not T5's.*'gpt2'"),
+        ({"tokenizer.ggml.scores": None}, "not all of one"),
+        ({"tokenizer.ggml.scores": [0.5]}, "tokenizer is damaged: .* differ in number: 160, 1, 160"),
+    ],
+)
+def test_a_text_encoder_that_lacks_something_is_refused(tmp_path: Path, change: Mapping[str, Any], said: str) -> None:
+    path = converted(tmp_path / "t5.gguf", tiny.sown(lambda: T5Encoder(SMALL_T5)), "F16", **change)
+
+    def use() -> None:
+        opened = TextEncoderFolder.open(path)
+        opened.tokenizer()
+        opened.load(torch.float32)
+
+    with pytest.raises(CheckpointError, match=said):
+        use()
+
+
+# Files of other kinds
+
+
+@pytest.mark.parametrize(
+    "architecture, name, fields, said",
+    [
+        (
+            "llama",
+            "blk.0.attn_q.weight",
+            {"llama.context_length": 8},
+            r"a language model \(its architecture is llama\)",
+        ),
+        ("qwen3", "token_embd.weight", {"tokenizer.ggml.model": "gpt2"}, "a language model"),
+        (
+            "flux",
+            "double_blocks.0.img_mlp.0.weight",
+            {},
+            r"another family \(its architecture is flux\).*0\.9 to 0\.9\.8",
+        ),
+        ("t5", "enc.blk.0.attn_q.weight", {}, "a whole T5.*Take the encoder alone"),
+        ("t5encoder", "enc.blk.0.attn_q.weight", {}, "is a T5 text encoder, not a model.*--text-encoder"),
+        ("ltxv", "audio_adaln_single.linear.weight", {}, "is LTX-2, another family"),
+        ("pig", "model.layers.0.self_attn.q_proj.weight", {}, "not a checkpoint of the LTX-Video family"),
+        ("ltxv", "x", {"split.count": 3}, "one of 3 parts.*gguf-split --merge"),
+        ("ltxv", "x", {"general.alignment": 33}, "aligned to 33 bytes"),
+        ("ltxv", "x", {"split.count": "3"}, "its header cannot be read"),
+        ("ltxv", "x", {"comfy.gguf.orig_shape.x": [5]}, r"is said to have been \[5\]"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(
+    tmp_path: Path, architecture: str, name: str, fields: Mapping[str, Any], said: str
+) -> None:
+    path = gguf_files.write(tmp_path / "x.gguf", architecture, {name: (drawn(4, 32), "Q8_0")}, fields)
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(path)
+
+
+def test_a_transformer_is_no_text_encoder(tmp_path: Path) -> None:
+    path = released(tmp_path, "x.gguf")
+    with pytest.raises(CheckpointError, match=r"no text encoder: its architecture is ltxv.*--model.*q8-gguf"):
+        TextEncoderFolder.open(path)
+    assert not is_text_encoder(path)
+
+
+@pytest.mark.parametrize("kind", ["IQ4_XS", "TQ1_0", "F64", "Q8_K"])
+def test_a_type_that_is_not_read_is_named_with_its_tensor_and_those_that_are(tmp_path: Path, kind: str) -> None:
+    path = gguf_files.sparse(tmp_path / "x.gguf", "ltxv", {"a": ((2, 256), "Q8_0"), "odd": ((2, 256), kind)})
+    with pytest.raises(
+        CheckpointError, match=rf"tensor odd is stored as {kind}, which .* Q6_K, .*Take a file .*Q4_K_M"
+    ):
+        Checkpoint.open(path)
+
+
+def small(tmp_path: Path) -> Path:
+    fields = {"config": "{}", "list": ["a", "bc"], "numbers": [1, 2], "ratio": 0.5}
+    return gguf_files.write(tmp_path / "x.gguf", "ltxv", {"a": (drawn(4, 64), "Q8_0"), "b": (drawn(9), "F32")}, fields)
+
+
+def overwritten(path: Path, at: int, *new: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at : at + len(new)] = bytes(new)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "new, said", [((1,), "version 1 of the format"), ((0, 0, 0, 3), "big-endian machines"), ((9,), "version 9")]
+)
+def test_a_version_that_is_not_read_is_named(tmp_path: Path, new: tuple[int, ...], said: str) -> None:
+    path = small(tmp_path)
+    overwritten(path, 4, *new)
+    with pytest.raises(CheckpointError, match=said):
+        Source.open(path)
+
+
+def test_a_type_without_a_name_is_told_by_its_number(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    at = path.read_bytes().index(b"\x01\0\0\0\0\0\0\0b") + 9 + 4 + 8  # behind the name, the count of axes and the axis
+    overwritten(path, at, 201)
+    with pytest.raises(CheckpointError, match="tensor b is stored as type 201 of GGML"):
+        Source.open(path)
+
+
+def test_a_file_cut_anywhere_is_said_to_be_cut(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    whole = path.read_bytes()
+    needed = max(info.start + info.bytes for info in Source.open(path).infos.values())
+    for size in range(4, needed, 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"is cut short: .* bytes.*Download it again"):
+            Source.open(path)
+
+
+def test_a_damaged_header_is_opened_or_refused_and_nothing_else(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    end = min(info.start for info in Source.open(path).infos.values())
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(4, end)] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            source = Source.open(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert all(isinstance(source.read(name), Tensor) for name in source.infos)
+    assert refused > 100
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = small(tmp_path)
+    overwritten(path, path.read_bytes().index(b"\x01\0\0\0\0\0\0\0b") + 8, ord("a"))
+    with pytest.raises(CheckpointError, match="two tensors have the same name"):
+        Source.open(path)
+
+
+@pytest.mark.parametrize("read", [Checkpoint.open, TextEncoderFolder.open])
+def test_a_gguf_file_is_known_by_how_it_begins(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = small(tmp_path).rename(tmp_path / "x.safetensors")
+    assert Source.open(path).infos.keys() == {"a", "b"}
+    with pytest.raises(CheckpointError):
+        read(path)

@@ -1,0 +1,144 @@
+"""What each tensor is stored as: as the published files of this family have it, and for text encoders as llama.cpp."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import gguf
+import pytest
+
+from kadr.kernels.packing import PACKINGS
+from kadr.models.t5 import T5Config
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
+from kadr.quant.mixes import FALLBACK, MIXES, PLAIN, SHORT, TYPES, assign_types, find_mix
+from tests.checkpoints import gguf_files
+from tests.checkpoints.files import shapes_of
+
+XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+# For 24 layers: the first and the last eighth, and every third between.
+ENDS = {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
+
+
+def of_transformer(name: str, layers: int = 28) -> dict[str, str]:
+    shapes = shapes_of({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], bare=True)
+    mix = find_mix(name)
+    return assign_types(mix, mix.transformer, {tensor: (shape, "BF16") for tensor, shape in shapes.items()})
+
+
+def of_text(name: str) -> dict[str, str]:
+    mix = find_mix(name)
+    return assign_types(mix, mix.text, {tensor: (s, "BF16") for tensor, s in gguf_files.text_shapes(XXL).items()})
+
+
+def layers_of(types: dict[str, str], leaf: str, kind: str) -> set[int]:
+    """The layers whose tensor is stored as that."""
+    end = f"{leaf}.weight"
+    return {int(name.split(".")[2]) for name, found in types.items() if name.endswith(end) and found == kind}
+
+
+def test_every_type_is_numbered_as_llama_cpp_does() -> None:
+    for mix in MIXES.values():
+        known = gguf.LlamaFileType["ALL_F32" if mix.name == "F32" else f"MOSTLY_{mix.name}"]
+        assert mix.file_type == known
+        assert mix.base in (*PLAIN, *PACKINGS)
+    assert {name: mix.base for name, mix in MIXES.items() if name in PACKINGS} == {
+        name: name for name in MIXES if name in PACKINGS
+    }
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_type_is_found_in_small_letters_too(name: str) -> None:
+    assert find_mix(name.lower()) is find_mix(name) is MIXES[SHORT.get(name, name)]
+
+
+def test_another_type_is_not_found() -> None:
+    with pytest.raises(KeyError):
+        find_mix("IQ4_XS")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_what_is_never_packed_is_kept_exact(name: str) -> None:
+    for layers in (28, 48):
+        types = of_transformer(name, layers)
+        shapes = shapes_of({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], bare=True)
+        around = find_mix(name).base if find_mix(name).base in PLAIN else "BF16"
+        expected = gguf_files.image_types(shapes, "packed", kept=around)
+        for tensor, (_, kind) in expected.items():
+            assert types[tensor] == kind or (kind == "packed" and types[tensor] in (*PACKINGS, around)), tensor
+    words = of_text(name)
+    assert {words[tensor] for tensor in words if "norm" in tensor or "attn_rel_b" in tensor} == {"F32"}
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q5_K_S", "Q5_1", "Q4_1", "Q3_K_S"])
+def test_a_type_without_a_mix_is_one_type(name: str) -> None:
+    base = find_mix(name).base
+    assert set(of_transformer(name).values()) == {base, "F32", "BF16"}
+    embedding = "Q8_0" if name == "Q8_0" else "Q6_K"
+    assert set(of_text(name).values()) == {base, "F32", embedding}
+
+
+# Values (twice a block) and the way down of the feed-forward, and what all else in a block is.
+@pytest.mark.parametrize(
+    "name, values, down, rest",
+    [
+        ("Q5_K_M", {"Q6_K": 56}, {"Q6_K": 28}, "Q5_K"),
+        ("Q5_0", {"Q5_0": 56}, {"Q5_1": 28}, "Q5_0"),
+        ("Q4_K_M", {"Q6_K": 56}, {"Q6_K": 28}, "Q4_K"),
+        ("Q4_K_S", {"Q5_K": 4, "Q4_K": 52}, {"Q5_K": 28}, "Q4_K"),
+        ("Q4_0", {"Q4_0": 56}, {"Q4_1": 28}, "Q4_0"),
+        ("Q3_K_L", {"Q5_K": 56}, {"Q5_K": 28}, "Q3_K"),
+        ("Q3_K_M", {"Q5_K": 2, "Q4_K": 54}, {"Q4_K": 28}, "Q3_K"),
+        ("Q2_K", {"Q3_K": 56}, {"Q2_K": 28}, "Q2_K"),
+    ],
+)
+def test_a_transformer_is_mixed_as_the_published_files(
+    name: str, values: dict[str, int], down: dict[str, int], rest: str
+) -> None:
+    types = of_transformer(name)
+    assert Counter(types[tensor] for tensor in types if tensor.endswith(".to_v.weight")) == values
+    assert Counter(types[tensor] for tensor in types if tensor.endswith(".ff.net.2.weight")) == down
+    others = (".to_q.weight", ".to_k.weight", ".to_out.0.weight", ".ff.net.0.proj.weight")
+    assert {types[tensor] for tensor in types if tensor.endswith(others)} == {rest}
+    first = [tensor for tensor in types if tensor.endswith(".to_v.weight")][: next(iter(values.values()))]
+    assert {types[tensor] for tensor in first} == {next(iter(values))}
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q5_K_M"])
+def test_a_text_encoder_has_more_bits_at_both_ends_and_in_every_third_layer_between(name: str) -> None:
+    types = of_text(name)
+    assert layers_of(types, "attn_v", "Q6_K") == layers_of(types, "ffn_down", "Q6_K") == ENDS
+    assert layers_of(types, "ffn_up", name[:4]) == layers_of(types, "attn_o", name[:4]) == set(range(24))
+    assert types["token_embd.weight"] == "Q6_K"
+
+
+@pytest.mark.parametrize(
+    "name, values, down",
+    [
+        ("Q4_K_S", {"Q5_K": set(range(4))}, {"Q5_K": set(range(3))}),
+        ("Q3_K_M", {"Q5_K": {0, 1}, "Q4_K": set(range(2, 24))}, {"Q5_K": {0}, "Q4_K": set(range(1, 24))}),
+        ("Q3_K_L", {"Q5_K": set(range(24))}, {"Q5_K": set(range(24))}),
+        ("Q2_K", {"Q3_K": set(range(24))}, {"Q3_K": set(range(24))}),
+        ("Q4_0", {"Q4_0": set(range(24))}, {"Q4_0": set(range(24))}),
+    ],
+)
+def test_a_text_encoder_is_mixed_as_llama_cpp_does(
+    name: str, values: dict[str, set[int]], down: dict[str, set[int]]
+) -> None:
+    types = of_text(name)
+    for leaf, expected in (("attn_v", values), ("ffn_down", down)):
+        assert {kind: layers_of(types, leaf, kind) for kind in expected} == expected
+
+
+@pytest.mark.parametrize("wanted, nearest", FALLBACK.items())
+def test_rows_that_blocks_of_256_do_not_fill_take_the_nearest_type_of_32(wanted: str, nearest: str) -> None:
+    mix = next(mix for mix in MIXES.values() if mix.base == wanted)
+    tensors = {f"x{columns}": ((64, columns), "F16") for columns in (256, 32, 96, 1000, 24)}
+    types = assign_types(mix, mix.transformer, tensors)
+    assert types == {"x256": wanted, "x32": nearest, "x96": nearest, "x1000": "F16", "x24": "F16"}
+
+
+def test_the_types_can_be_listed_without_torch() -> None:
+    code = "import sys, kadr.quant.mixes; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": "src"})

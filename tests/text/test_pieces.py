@@ -1,0 +1,161 @@
+"""Pieces taken out of a SentencePiece model, or listed in a GGUF file, cut text as SentencePiece does."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from sentencepiece import sentencepiece_model_pb2 as protobuf
+
+from kadr.errors import CheckpointError
+from kadr.text.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, read_pieces, write_pieces
+from kadr.text.tokenizer import Tokenizer
+from tests.checkpoints.gguf_files import tokenizer_fields
+
+DEMO = Path(__file__).parents[2] / "src" / "kadr" / "assets" / "demo" / "tokenizer" / "spiece.model"
+TEXT = """a red circle moving right over the blue sea while birds fly slowly through golden light of evening café 42 , .
+кадр кино город 電影 東京 naïve façade ½ ﬁne isn't co-op 1,000 №"""
+PROMPTS = [
+    "a red circle moving right on a black background",
+    "",
+    "  two  spaces,\nnew lines\r\n and\ttabs  ",
+    "héllo wörld, 電影 and кадр! ﬁve ½ ① cafe\u0301 wide\u3000space no\u00a0break zero\u200bwidth",
+    "cats 🐈🐈 and a family 👨\u200d👩\u200d👧, unknown ꙮ 𒀀",
+    "a </s> in the middle, <pad> and <unk>, and one at the end </s>",
+    "<extra_id_0> and <extra_id_99>, [PAD130] is none",
+    "▁ already▁marked ▁",
+    "x" * 90,
+]
+
+
+@cache
+def trained(size: int, **more: object) -> bytes:
+    draw, model = random.Random(0), io.BytesIO()
+    made = ["".join(draw.choices("abcdefghiklmnoprstu", k=draw.randint(2, 9))) for _ in range(4000)]
+    lines = [" ".join(draw.choices(TEXT.split() + made, k=draw.randint(3, 14))) for _ in range(3000)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type=more.pop("model_type", "unigram"),
+        vocab_size=size,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+        **more,
+    )
+    return model.getvalue()
+
+
+MODELS = {
+    "demo": DEMO.read_bytes,
+    "large": lambda: trained(2000),
+    "bytes": lambda: trained(600, byte_fallback=True),
+    "unsqueezed": lambda: trained(300, remove_extra_whitespaces=False, add_dummy_prefix=False),
+    "lowered": lambda: trained(300, normalization_rule_name="nmt_nfkc_cf"),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> bytes:
+    return MODELS[request.param]()
+
+
+def listed(fields: Mapping[str, object]) -> Pieces:
+    """The pieces of a GGUF file."""
+    own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
+    return Pieces(
+        tuple(own["tokens"]),
+        tuple(own["scores"]),
+        tuple(own["token_type"]),
+        charsmap=own.get("precompiled_charsmap", b""),
+        add_space=own["add_space_prefix"],
+        squeeze=own["remove_extra_whitespaces"],
+    )
+
+
+def test_pieces_are_those_that_protobuf_reads(model: bytes) -> None:
+    ours, oracle = read_pieces(model), protobuf.ModelProto.FromString(model)
+    assert ours.texts == tuple(piece.piece for piece in oracle.pieces)
+    assert ours.scores == tuple(piece.score for piece in oracle.pieces)
+    assert ours.kinds == tuple(piece.type for piece in oracle.pieces)
+    rules = oracle.normalizer_spec
+    assert ours.charsmap == rules.precompiled_charsmap
+    assert (ours.add_space, ours.squeeze) == (rules.add_dummy_prefix, rules.remove_extra_whitespaces)
+
+
+def test_pieces_are_read_as_they_were_written(model: bytes) -> None:
+    pieces = read_pieces(model)
+    assert read_pieces(write_pieces(pieces)) == pieces
+    protobuf.ModelProto.FromString(write_pieces(pieces))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_pieces_of_a_gguf_file_give_the_ids_of_sentencepiece(tmp_path: Path, model: bytes, prompt: str) -> None:
+    (tmp_path / "spiece.model").write_bytes(model)
+    original = Tokenizer.open(tmp_path)
+    pieces = listed(tokenizer_fields(model, original.size + 28))
+    ours = Tokenizer.of(pieces, tmp_path / "t5.gguf")
+    assert torch.equal(ours.encode(prompt).ids, original.encode(prompt).ids)
+    assert ours.size == original.size
+
+
+def t5(size: int = 32000) -> bytes:
+    """As many pieces as the released tokenizer has."""
+    texts = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz", *(f"▁w{i}" for i in range(size - 30))]
+    kinds = [CONTROL, CONTROL, UNKNOWN, *[NORMAL] * (size - 3)]
+    return write_pieces(Pieces(tuple(texts), tuple(-float(i) / size for i in range(size)), tuple(kinds)))
+
+
+@pytest.mark.parametrize("added", [{}, {f"<extra_id_{n}>": 32099 - n for n in range(100)}], ids=["filled up", "named"])
+def test_sentinels_have_the_ids_of_the_released_tokenizer(tmp_path: Path, added: Mapping[str, int]) -> None:
+    model = t5()
+    (tmp_path / "spiece.model").write_bytes(model)
+    original = Tokenizer.open(tmp_path)
+    ours = Tokenizer.of(listed(tokenizer_fields(model, 32128, added)), tmp_path / "t5.gguf")
+    for prompt in ("a <extra_id_0> b", "x<extra_id_7><extra_id_99> w12 </s>", "[PAD32100]"):
+        assert torch.equal(ours.encode(prompt).ids, original.encode(prompt).ids)
+    assert 32099 in ours.encode("a <extra_id_0> b").ids
+    assert ours.size <= 32128
+
+
+def test_what_fills_up_a_vocabulary_is_cut_off_behind_and_kept_between() -> None:
+    kinds = (CONTROL, UNUSED, NORMAL, UNUSED, USER_DEFINED, UNUSED)
+    kept, markers = Pieces(tuple("abcdef"), (0.0,) * 6, kinds).cut()
+    assert (kept.texts, kept.kinds) == (tuple("abc"), kinds[:3])
+    assert markers == {"e": 4}
+
+
+def test_a_vocabulary_of_another_family_is_refused() -> None:
+    pieces = Pieces(("<unk>", "<s>", "</s>", "a"), (0.0,) * 4, (UNKNOWN, CONTROL, CONTROL, NORMAL))
+    with pytest.raises(CheckpointError, match=r"x\.gguf is not T5's .* numbers <pad>, </s>, <unk> as -1, 2, 0"):
+        Tokenizer.of(pieces, Path("x.gguf"))
+
+
+@pytest.mark.parametrize(
+    "model, said",
+    [
+        (lambda: trained(300, model_type="bpe"), "no unigram model"),
+        (lambda: trained(300, treat_whitespace_as_suffix=True), "treats spaces in another way"),
+        (lambda: DEMO.read_bytes()[:-3], "cut short"),
+        (lambda: b"\x0b\x01", "in way 3"),
+        (lambda: b"\x08\x01", "a number stands where text should"),
+        (lambda: b"\x80" * 20, "cut short"),
+    ],
+)
+def test_a_file_that_pieces_cannot_stand_for_is_refused(model: object, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_pieces(model())
+
+
+def test_lists_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="differ in number: 2, 1, 2"):
+        Pieces(("a", "b"), (0.0,), (NORMAL, NORMAL))
