@@ -1,8 +1,8 @@
-"""A random checkpoint of full size, to try what no small one can: `python -m benchmarks.full_size FOLDER`.
+"""Random checkpoints of full size, to try what no small one can: `python -m benchmarks.full_size FOLDER [--model 13b]`.
 
-Writes a 2B model of the 0.9.8 layout (bfloat16, official names and header) and a T5-XXL folder beside it, 15 GB
-together. The weights are noise, scaled so that nothing overflows: it loads and runs as the released model does and
-costs the same, and shows noise.
+Writes a 2B or 13B model of the 0.9.8 layout (bfloat16, official names and header; 6.3 or 28.6 GB) and a T5-XXL folder
+(9.5 GB) beside it, tensor by tensor: no module is ever in memory. The weights are noise, scaled so that nothing
+overflows: it loads and runs as the released model does and costs the same, and shows noise.
 """
 
 from __future__ import annotations
@@ -10,38 +10,44 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from zlib import crc32
 
 import sentencepiece
 import torch
-from torch import nn
+from torch import Tensor
 
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.models.t5 import T5Config, T5Encoder
-from kadr.models.transformer import TRANSFORMER_2B, Transformer
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.sampling.schedule import Schedule
 
 T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
 ALLOWED = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
-FILE = "random-2b-0.9.8-distilled.safetensors"
+MODELS = {"2b": TRANSFORMER_2B, "13b": TRANSFORMER_13B}
 WORDS = ("a", "red", "circle", "moving", "right", "on", "the", "river", "while", "light", "follows", "an", "old", "man")
+POOL = (1 << 24) + 1  # numbers drawn once; odd, so that rows of a tensor that goes round are not alike
 
 
-def randomised(module: nn.Module, seed: int) -> nn.Module:
-    """A module built on meta, filled with bfloat16 noise that keeps activations near their size."""
-    module = module.to(torch.bfloat16).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in module.state_dict().items():
-        if name.endswith(("norm.weight", "deviation")):
-            tensor.fill_(1.0)
-        elif name.endswith("level_scale"):
-            tensor.fill_(1000.0)
-        elif tensor.ndim < 2:
-            tensor.zero_()
-        else:
-            tensor.normal_(0.0, tensor[0].numel() ** -0.5, generator=generator)
-    return module
+class Noise:
+    """Numbers for tensors, by name: pieces of one pool, so that writing is limited by the disk."""
+
+    def __init__(self) -> None:
+        self.pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """Numbers of the shape of `tensor` that keep activations near their size."""
+        if name.endswith(("norm.weight", "layer_norm.weight", "std-of-means")):
+            return torch.ones(tensor.shape)
+        if name.endswith("timestep_scale_multiplier"):
+            return torch.full(tensor.shape, 1000.0)
+        if tensor.ndim < 2:
+            return torch.zeros(tensor.shape)
+        start = crc32(name.encode()) % POOL
+        count = tensor.numel()
+        around = self.pool.roll(-start).repeat(-(-count // POOL))[:count]
+        return around.view(tensor.shape) * tensor[0].numel() ** -0.5
 
 
 def tokenizer(folder: Path) -> Path:
@@ -61,32 +67,29 @@ def tokenizer(folder: Path) -> Path:
     return folder / "spiece.model"
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, model: str = "2b") -> Path:
     """Write the checkpoint and its text encoder; returns the checkpoint's path. What is there already stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
+    path, noise = folder / f"random-{model}-0.9.8-distilled.safetensors", Noise()
     if not path.exists():
         with torch.device("meta"):
-            transformer, vae = Transformer(TRANSFORMER_2B), VAE(VAE_0_9_5)
-        write_single_file(
-            path,
-            transformer=randomised(transformer, 0),
-            vae=randomised(vae, 1),
-            schedule=Schedule(sampler="LinearQuadratic", allowed=ALLOWED),
-        )
-        del transformer, vae
+            transformer, vae = Transformer(MODELS[model]), VAE(VAE_0_9_5)
+        schedule = Schedule(sampler="LinearQuadratic", allowed=ALLOWED)
+        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, filled=noise)
     if not (folder / "text_encoder" / "config.json").exists():
         with torch.device("meta"):
             encoder = T5Encoder(T5_XXL)
-        write_text_encoder(folder, randomised(encoder, 2), tokenizer(folder / "made"))
+        write_text_encoder(folder, encoder, tokenizer(folder / "made"), filled=noise)
     return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="2b")
+    asked = parser.parse_args()
     began = time.monotonic()
-    path = write(parser.parse_args().folder)
+    path = write(asked.folder, asked.model)
     print(f"{path}  ({time.monotonic() - began:.0f} s)")
 
 

@@ -1,5 +1,6 @@
 """What every test may count on: two threads, no network, a cache of its own, and a GPU only where it asks for one."""
 
+import gc
 import ipaddress
 import os
 import socket
@@ -69,6 +70,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KADR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def quick_collection() -> Iterator[None]:
+    """Look for garbage among what the test itself makes: torch and the oracles alone would take a quarter of a second,
+    each time a module leaves memory."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -103,6 +103,11 @@ def test_flags_of_the_model_reach_the_engine(kadr: Run, engine: FakeEngine) -> N
     assert engine.opened == [("m.safetensors", {**options, "device": "cuda:1", "dtype": "float32"})]
 
 
+def test_the_prompt_cache_is_used_unless_a_flag_says_otherwise(kadr: Run, engine: FakeEngine) -> None:
+    assert kadr("generate", PROMPT).code == kadr("generate", PROMPT, "--no-prompt-cache").code == 0
+    assert [options.get("prompt_cache", True) for _, options in engine.opened] == [True, False]
+
+
 @pytest.mark.parametrize("numbers, frame, strength", [((), 0, 1.0), (("0",), 0, 1.0), (("0", "0.8"), 0, 0.8)])
 def test_image_takes_its_numbers_or_leaves_them(
     kadr: Run, engine: FakeEngine, picture: str, numbers: tuple[str, ...], frame: int, strength: float

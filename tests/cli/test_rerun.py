@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kadr.cli import rerun
-from kadr.media.video import VideoWriter, read_metadata, read_video
+from kadr.media.clip import read_metadata, read_video
+from kadr.media.video import VideoWriter
 from kadr.pipeline.request import Condition, Request
 from kadr.shapes import Size
 from kadr.version import __version__

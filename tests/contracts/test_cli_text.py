@@ -12,7 +12,7 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 VERBS = {
     "generate": """PROMPT --size --frames --seconds --fps --seed --negative-prompt --output --json --dry-run
         --save-latents --model --config --upscaler --second-model --text-encoder --vae --device --dtype --image --video
-        --input-video --strength --image-noise --image-crf --steps --levels --skip-initial --skip-final --stochastic
+        --no-prompt-cache --input-video --strength --image-noise --image-crf --steps --levels --skip-initial --skip-final --stochastic
         --no-stochastic --guidance --guidance-at --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star
         --apg --apg-norm --guidance-batch --multi-scale --single-pass --second-steps --second-levels
         --second-skip-initial --second-guidance --second-tone-map --tone-map --decode-timestep --decode-noise""",

@@ -16,7 +16,7 @@ import torch
 import kadr
 from kadr import Engine, Request
 from kadr.checkpoints.open import Checkpoint
-from kadr.media.video import read_video
+from kadr.media.clip import read_video
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
 from train.evaluate import extended, kept, keyframes, obeyed, recoloured, sharpened

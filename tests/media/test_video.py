@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from kadr.errors import MediaError
-from kadr.media.video import VideoWriter, read_metadata, read_video
+from kadr.media.clip import read_metadata, read_video
+from kadr.media.video import VideoWriter
 from kadr.shapes import Size
 
 SIZE = Size(64, 48)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from kadr import Condition, Engine, KadrWarning, Request, Size
 from kadr.errors import KadrError, MediaError, RequestError
-from kadr.media.video import VideoWriter, read_video
+from kadr.media.clip import read_video
+from kadr.media.video import VideoWriter
 from kadr.models.transformer import Transformer
 from kadr.pipeline.conditions import Fitted, Placed, fitted, put, read_conditions, read_start, settled
 from kadr.pipeline.passes import PassPlan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.schedule import Schedule
 
+Filled = Callable[[str, Tensor], Tensor]
 _STORED = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _ALIGNMENT = 8  # bytes: where the tensors start, so that they can be mapped
 
@@ -37,12 +38,14 @@ def write_single_file(
     schedule: Schedule,
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str] | None = None,
+    filled: Filled | None = None,
 ) -> None:
     """Write a checkpoint in the official layout, with its config in the header.
 
     Args:
         transformer, vae: on any device; at least one of them.
         dtype: that every tensor is stored in.
+        filled: see `write_tensors`.
         metadata: more entries of the header, beside "config".
 
     Raises:
@@ -60,7 +63,8 @@ def write_single_file(
         tensors |= _named(vae, VAE_KEYS, "vae.")
     if not tensors:
         raise ValueError("give a transformer, a VAE or both")
-    write_tensors(Path(path), tensors, dtype=dtype, metadata={**(metadata or {}), "config": json.dumps(config)})
+    described = {**(metadata or {}), "config": json.dumps(config)}
+    write_tensors(Path(path), tensors, dtype=dtype, metadata=described, filled=filled)
 
 
 def write_upsampler(
@@ -85,12 +89,14 @@ def write_text_encoder(
     tokenizer_file: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.bfloat16,
+    filled: Filled | None = None,
 ) -> None:
     """Write `text_encoder` and `tokenizer` into a folder, as transformers and `TextEncoderFolder` read them.
 
     Args:
         folder: made if absent.
         tokenizer_file: spiece.model or tokenizer.json; it is copied under that name.
+        filled: see `write_tensors`.
 
     Raises:
         CheckpointError: the files cannot be written.
@@ -98,7 +104,7 @@ def write_text_encoder(
     home, tokenizer_file = Path(folder), Path(tokenizer_file)
     for made in (home / "text_encoder", home / "tokenizer"):
         made.mkdir(parents=True, exist_ok=True)
-    write_tensors(home / "text_encoder" / "model.safetensors", _named(encoder, T5, ""), dtype=dtype)
+    write_tensors(home / "text_encoder" / "model.safetensors", _named(encoder, T5, ""), dtype=dtype, filled=filled)
     _write_json(home / "text_encoder" / "config.json", _t5_header(encoder.config, dtype))
     name = "tokenizer.json" if tokenizer_file.suffix == ".json" else "spiece.model"
     with _beside(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as given:
@@ -107,11 +113,19 @@ def write_text_encoder(
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str] | None = None,
+    filled: Filled | None = None,
 ) -> None:
     """Write a safetensors file, one tensor at a time: no second copy of the model is made.
 
     The same tensors give the same bytes.
+
+    Args:
+        filled: gives the numbers of a tensor, by its name, when its turn has come; `tensors` may then be on meta.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -123,7 +137,8 @@ def write_tensors(
     with _beside(path) as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
         file.write(text)
-        for _, tensor in sorted(tensors.items()):
+        for name, tensor in sorted(tensors.items()):
+            tensor = tensor if filled is None else filled(name, tensor)
             plain = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
             file.write(plain.view(torch.uint8).numpy().data)
 

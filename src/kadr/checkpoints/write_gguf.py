@@ -117,7 +117,7 @@ def _stored(entry: Entry, path: Path) -> Tensor:
 
 
 def _rounded(piece: Tensor, entry: Entry, path: Path) -> Tensor:
-    numbers = piece.float() if entry.type in PACKINGS or piece.dtype in EIGHT_BIT else piece
+    numbers = piece.float() if piece.dtype in EIGHT_BIT else piece
     largest = max(abs(float(end)) for end in torch.aminmax(numbers))
     if not math.isfinite(largest):
         raise CheckpointError(

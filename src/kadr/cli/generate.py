@@ -53,6 +53,8 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     if "model" not in parts:
         say(DEMO)
     model = parts.pop("model", "demo")
+    if flags.model.no_prompt_cache:
+        parts["prompt_cache"] = False
     engine = making.open_engine(model, **parts, **held(flags.model))
     request = timed(request, flags.video.seconds, engine)
     making.make(engine, request, output, latents=flags.output.save_latents, as_json=flags.output.json)

@@ -44,7 +44,7 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
 
 
 def _video(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.media.video import read_metadata
+    from kadr.media.clip import read_metadata
 
     record = read_metadata(path)
     return record, _fields(record)

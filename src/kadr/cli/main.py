@@ -11,6 +11,7 @@ import typer
 from kadr.cli import generate, inspect, models, plan, quantize, rerun
 from kadr.cli.faults import explained
 from kadr.cli.official import OfficialCommand
+from kadr.memory.heap import give_back_at_once
 from kadr.version import __version__
 
 # Without markup, help is plain text: rich would take longer to load than everything else together.
@@ -51,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     # A polite kill is a Ctrl-C: half-written files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    give_back_at_once()
     app(args=args, prog_name="kadr")
 
 

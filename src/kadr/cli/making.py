@@ -14,6 +14,7 @@ from kadr.pipeline.request import Request
 from kadr.shapes import Size
 
 if TYPE_CHECKING:
+    from kadr.memory.plan import Plan
     from kadr.pipeline.engine import Engine
     from kadr.pipeline.result import Made
 
@@ -72,12 +73,19 @@ def refuse_unwritable(request: Request, output: Path, latents: Path | None) -> N
 def make(engine: Engine, request: Request, output: Path, *, latents: Path | None = None, as_json: bool = False) -> None:
     """Make the video and print its path, or all about it as JSON, on stdout."""
     with shown() as watch:
-        made = engine.write(request, output, watch=watch)
+        made = engine.write(request, output, watch=watch, planned=tell_plan)
     told = summary(engine, made)
     if latents is not None:
         save_latents(made, latents, told)
     say(f"{made.frames} frames of {made.size} at {made.fps:g} per second, made in {duration(made.seconds)}")
     print(json.dumps(told) if as_json else made.path)
+
+
+def tell_plan(plan: Plan) -> None:
+    """Say what the run will take, and what is done about it."""
+    say(f"plan: {plan.summary()}")
+    for reason in plan.reasons():
+        say(f"plan: {reason}")
 
 
 def summary(engine: Engine, made: Made) -> dict[str, Any]:

@@ -77,6 +77,9 @@ class ModelFlags:
     dtype: Annotated[
         str, _flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with; auto suits the device.")
     ] = "auto"
+    no_prompt_cache: Annotated[
+        bool, _flag("--no-prompt-cache", None, "Encode the prompts anew, and do not keep what they come to.")
+    ] = False
     quant: Annotated[
         str,
         _flag(

@@ -8,6 +8,7 @@ from typing import Any
 from kadr.cli import generate, making, options
 from kadr.cli.groups import taking
 from kadr.errors import CheckpointError
+from kadr.pipeline.request import Request
 
 EPILOG = "The flags are those of `kadr generate`. Nothing is loaded and nothing is fetched."
 
@@ -23,14 +24,14 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     request = generate.requested(prompt, flags)
     parts = generate.named_parts(flags.model, request)
     making.refuse_absent(request)
-    _refuse_unfetched(parts)
+    _refuse_unfetched(parts, request, flags.video.seconds)
     model = parts.pop("model", "demo")
     engine = making.open_engine(model, **parts, **generate.held(flags.model))
     made = engine.plan(generate.timed(request, flags.video.seconds, engine))
     print(json.dumps(made.to_json()) if flags.output.json else made)
 
 
-def _refuse_unfetched(parts: dict[str, Any]) -> None:
+def _refuse_unfetched(parts: dict[str, Any], request: Request, seconds: float | None) -> None:
     """Say what is not on disk: a plan is made from headers, and gigabytes are not fetched for it.
 
     Raises:
@@ -38,10 +39,12 @@ def _refuse_unfetched(parts: dict[str, Any]) -> None:
     """
     from kadr.pipeline.dry import DryEngine
 
-    absent = [part for part in DryEngine.open(**parts).parts if part.path is None]
+    engine = DryEngine.open(**parts)
+    absent = [part for part in engine.run(generate.timed(request, seconds, engine)).parts if part.path is None]
     if absent:
-        names = ", ".join(part.name for part in absent)
+        names = " and ".join(part.name for part in absent)
         raise CheckpointError(
-            f"{names} is not on disk, and a plan is made from what the files say. Get it with `kadr models pull "
-            f"{absent[0].name}`, or see what the request comes to with `kadr generate --dry-run`."
+            f"{names} {'is' if len(absent) == 1 else 'are'} not on disk, and a plan is made from what the files say. "
+            f"Get it with `kadr models pull {absent[0].name}`, or see what the request comes to with `kadr generate "
+            "--dry-run`."
         )

@@ -51,7 +51,7 @@ def recorded(file: Path) -> dict[str, Any]:
     Raises:
         MediaError: it is not a video, or not kadr's.
     """
-    from kadr.media.video import read_metadata
+    from kadr.media.clip import read_metadata
 
     record = read_metadata(file)
     if not isinstance(record.get("request"), dict):

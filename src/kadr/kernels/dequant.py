@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kadr.kernels.packing import Packing
 
-PIECE = 131_072  # numbers unpacked at a time by each thread: what comes up on the way stays in a core's cache
+PIECE = 262_144  # numbers unpacked at a time by each thread: what comes up on the way stays in a core's cache
 PIECE_ELSEWHERE = 4_194_304  # on an accelerator, where a piece must outlast the launch of a dozen operations
 
 
@@ -148,11 +148,11 @@ def _scales_and_offsets(blocks: Tensor) -> tuple[Tensor, Tensor]:
     After the factors come 4 bytes of scales, 4 of offsets, and 4 bytes whose halves are the lower bits of the scales
     and offsets 4 to 7; their upper two bits are on top of the first eight bytes. Worked out four bytes at a time.
     """
-    words = blocks[:, 4:16].view(torch.int32)
-    first, last = words[:, :2].contiguous(), words[:, 2].contiguous()
+    words = blocks[:, 4:16].view(torch.int32).contiguous()
+    first, last = words[:, :2], words[:, 2]
     lower = torch.stack((last, last >> 4), 1).bitwise_and_(0x0F0F0F0F)
     upper = (first >> 2).bitwise_and_(0x30303030)
-    both = torch.stack((first.bitwise_and_(0x3F3F3F3F), lower.bitwise_or_(upper)), 2)
+    both = torch.stack((first & 0x3F3F3F3F, lower.bitwise_or_(upper)), 2)
     scales, offsets = both.view(torch.uint8).float().unbind(1)
     return scales.mul_(_half(blocks, 0)), offsets.mul_(_half(blocks, 2))
 

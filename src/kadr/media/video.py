@@ -1,4 +1,4 @@
-"""Video files: frames go to mp4 as they come, and come back with the request that made them.
+"""Video files that are written: frames go to mp4 as they come, and the request that made them goes along.
 
 Frames here are RGB, full range; files hold BT.709, limited range, and say so, which is what players assume for mp4.
 """
@@ -12,9 +12,7 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -27,33 +25,14 @@ from kadr.shapes import Size
 
 if TYPE_CHECKING:
     import av
-    from av.container import InputContainer
 
 DEFAULT_CRF = 18  # visually lossless for most eyes
 MAXIMUM_CRF = 51  # of 8-bit H.264
 MAXIMUM_FPS = 1000
 
-# The readers FFmpeg may use. Its playlist readers, left out here, open whatever other files and addresses a file names.
-_READERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-_READABLE = "Supported: .mp4, .mov, .mkv, .webm and .avi."
-_KEY = "kadr"  # the comment tag holds {"kadr": request}, so that nobody else's JSON is taken for a request
+COMMENT_KEY = "kadr"  # the comment tag holds {"kadr": request}, so that nobody else's JSON is taken for a request
 _BT709 = 1  # the same number in FFmpeg's lists of matrices, primaries and transfer curves
 _LIMITED, _FULL = 1, 2
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A video that was read.
-
-    Args:
-        frames: uint8 (F, H, W, 3): RGB, full range.
-        fps: frames per second.
-        metadata: the request, if kadr made the file; else empty.
-    """
-
-    frames: np.ndarray
-    fps: Fraction
-    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 class VideoWriter:
@@ -96,7 +75,7 @@ class VideoWriter:
         if not 0 <= crf <= MAXIMUM_CRF:
             raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAXIMUM_CRF}.")
         # ASCII, because a prompt may hold what is not valid UTF-8 and no tool on the way should get to spoil it.
-        self._comment = None if metadata is None else json.dumps({_KEY: dict(metadata)}, allow_nan=False)
+        self._comment = None if metadata is None else json.dumps({COMMENT_KEY: dict(metadata)}, allow_nan=False)
         self._partial = self.path.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")
 
     def __enter__(self) -> VideoWriter:
@@ -153,7 +132,7 @@ class VideoWriter:
             dst_colorspace=_BT709,
             src_color_range=_FULL,
             dst_color_range=_LIMITED,
-            interpolation=_accurate(),
+            interpolation=accurate(),
         )
         frame.pts, frame.time_base = self.frames_written, 1 / self.fps
         return frame
@@ -187,98 +166,11 @@ class VideoWriter:
             raise MediaError(f"{self.path} could not be encoded: {error}.") from error
 
 
-def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
-    """Read a video, or its first `limit` frames, into memory.
-
-    The colour tags of the file are honoured, and so is the rotation that phones note down instead of turning pixels.
-
-    Raises:
-        MediaError: it is missing, not a video, damaged before the frames wanted, or does not tell its frame rate.
-    """
-    with _open_video(path) as container:
-        stream = container.streams.video[0]
-        # Decoding stays in PyAV's default of threads within a frame: with whole frames in flight, FFmpeg ends a damaged
-        # file early and in silence.
-        frames = [_to_rgb(frame) for frame in islice(container.decode(stream), limit)]
-        fps = stream.average_rate or stream.guessed_rate
-        request = _find_request(container.metadata)
-    if not frames:
-        raise MediaError(f"{path} holds no frames.")
-    if not fps:
-        raise MediaError(f"{path} does not tell its frame rate. Convert it to an mp4 of constant frame rate.")
-    return Clip(np.stack(frames), Fraction(fps), request or {})
-
-
-def read_length(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
-    """How many frames a video has, and how many per second. No frame is decoded.
-
-    Raises:
-        MediaError: it is missing, not a video, or does not tell its frame rate.
-    """
-    with _open_video(path) as container:
-        stream = container.streams.video[0]
-        fps = stream.average_rate or stream.guessed_rate
-        frames = stream.frames or sum(bool(packet.size) for packet in container.demux(stream))
-    if not fps:
-        raise MediaError(f"{path} does not tell its frame rate. Convert it to an mp4 of constant frame rate.")
-    if not frames:
-        raise MediaError(f"{path} holds no frames.")
-    return frames, Fraction(fps)
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Find the request that made a video. No frame is decoded.
-
-    Raises:
-        MediaError: the file is missing, not a video, or holds no request of kadr.
-    """
-    with _open_video(path) as container:
-        request = _find_request(container.metadata)
-    if request is None:
-        raise MediaError(
-            f"{path} holds no request of kadr: another program made it, or re-encoded it and dropped the comment tag."
-        )
-    return request
-
-
-@contextmanager
-def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
-    """Open for reading; what goes wrong in the block is explained as well."""
-    import av
-
-    if not Path(path).is_file():
-        raise MediaError(f"{path}: there is no such file.")
-    try:
-        # An absolute path, because FFmpeg takes "name:..." for an address.
-        name, options = str(Path(path).absolute()), {"format_whitelist": _READERS}
-        # Tags need not be UTF-8: other programs write what they like, and damage does.
-        with av.open(name, options=options, metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise MediaError(f"{path} holds no video. {_READABLE}")
-            yield container
-    except (OSError, av.error.FFmpegError) as error:
-        raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_READABLE}") from error
-
-
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 (H, W, 3), upright."""
-    picture = frame.reformat(format="rgb24", interpolation=_accurate()).to_ndarray()
-    return np.rot90(picture, k=round(frame.rotation / 90))
-
-
-def _accurate() -> int:
+def accurate() -> int:
     """How to resample colour. FFmpeg's default repeats each sample twice: five times the mean error on a ramp."""
     from av.video.reformatter import Interpolation as How
 
     return How.BILINEAR | How.ACCURATE_RND | How.FULL_CHR_H_INT | How.FULL_CHR_H_INP
-
-
-def _find_request(tags: Mapping[str, str]) -> dict[str, Any] | None:
-    try:
-        request = json.loads(tags.get("comment", ""))[_KEY]
-    except (ValueError, TypeError, LookupError):
-        return None
-    return request if isinstance(request, dict) else None
 
 
 def _free_space(folder: Path) -> str:

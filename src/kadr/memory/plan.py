@@ -201,19 +201,23 @@ def make_plan(needs: Sequence[Needs], *, device: str, base: int, free: int, host
     Raises:
         PlanError: a stage has no way that fits; it carries the shortfall.
     """
-    stages = []
+    taken: dict[str, int] = {}  # part -> the number of its way: a module is held in one way by all who use it
     for need in needs:
         fitting = [
             number for number, choice in enumerate(need.choices) if choice.bytes <= free and choice.host <= host_free
         ]
         if not fitting:
             raise _unfit(need, free, host_free, device)
-        first = fitting[0]
-        passed = need.choices[0] if first else None
-        rest = need.choices[first + 1 :]
-        stages.append(StagePlan(stage=need.stage, part=need.part, choice=need.choices[first], rest=rest, passed=passed))
+        taken[need.part] = max(taken.get(need.part, 0), fitting[0])
+    stages = [_decided(need, taken[need.part]) for need in needs]
     plan = Plan(device=device, base=base, free=free, stages=tuple(stages))
     return replace(plan, kept=_kept(plan))
+
+
+def _decided(need: Needs, number: int) -> StagePlan:
+    passed = need.choices[0] if number else None
+    rest = need.choices[number + 1 :]
+    return StagePlan(stage=need.stage, part=need.part, choice=need.choices[number], rest=rest, passed=passed)
 
 
 def _unfit(need: Needs, free: int, host_free: int, device: str) -> PlanError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -181,6 +182,7 @@ class Components:
 
         if dtype is not None:
             self.shelf.clear(but=self.shelf.kept - {name})
+            gc.collect()  # the one that was used before may hang in a circle of hooks
         kept_name = name if dtype is None else f"{name} in {choice.dtype}"
         return self.shelf.take(kept_name, made, way=(choice.dtype, choice.hold, choice.streamed))
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning, RequestError
+from kadr.media.clip import read_length, read_video
 from kadr.media.image import load_picture, prepare_picture
-from kadr.media.video import read_length, read_video
 from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.request import Condition, Request
 from kadr.sampling.conditions import PREFIX, append, hold, join

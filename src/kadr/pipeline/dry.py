@@ -132,12 +132,6 @@ class DryEngine:
         _refuse_twice(upscalers)
         return cls((first, second), upscalers, tuple(others), own)
 
-    @property
-    def parts(self) -> tuple[DryPart, ...]:
-        """What every generation would open, and the upscalers that are named."""
-        used = self.models[:1] if self.models[0] is self.models[1] else self.models
-        return (*(model.part for model in used), *(part for part, _ in self.upscalers), *self.others)
-
     def resolve(self, request: Request) -> Request:
         """As `Engine.resolve`."""
         return resolve(request, self.recipe)

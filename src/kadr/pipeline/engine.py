@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,10 +174,21 @@ class Engine:
         request = generation.request
         return Video(frames, latents[0].cpu(), float(request.fps or 0), request, self.record(request))
 
-    def write(self, request: Request, path: str | Path, *, watch: Watch = ignore) -> Made:
+    def write(
+        self,
+        request: Request,
+        path: str | Path,
+        *,
+        watch: Watch = ignore,
+        planned: Callable[[Plan], object] | None = None,
+    ) -> Made:
         """Make one video straight into an mp4: frames are written as they are decoded.
 
         Memory does not grow with the length. The file is written beside `path` and renamed when it is whole.
+
+        Args:
+            watch: as of `generate`.
+            planned: told the plan, before anything is loaded.
 
         Raises:
             As `generate`, and MediaError where the file cannot be written: found before anything is computed where
@@ -185,6 +196,8 @@ class Engine:
         """
         began = time.monotonic()
         generation = self._begin(request, watch)
+        if planned is not None and self.components.plan is not None:
+            planned(self.components.plan)
         request = generation.request
         fps = float(request.fps or 0)
         with VideoWriter(path, generation.size, fps, metadata=self.record(request)) as writer:

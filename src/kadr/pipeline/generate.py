@@ -27,6 +27,7 @@ from kadr.pipeline.planning import Work
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.request import Request
+from kadr.pipeline.rescue import rescued, rescued_frames
 from kadr.sampling.conditions import shake
 from kadr.sampling.guidance import Disturb, Estimate, Text, guided
 from kadr.sampling.latents import adain, tone_map
@@ -123,7 +124,8 @@ class Generation:
         """The request's media through the VAE's encoder, for each pass."""
         if not any(self.fitted) and self.start_frames is None:
             return [Encoded([]) for _ in self.passes]
-        return guarded("encode", self.components.dtype_of("encode"), self._media_encoded)
+        run = rescued(self.components, "encode", self._media_encoded)
+        return guarded("encode", self.components.dtype_of("encode"), run)
 
     def _media_encoded(self, dtype: torch.dtype | None) -> list[Encoded]:
         count = sum(len(items) for items in self.fitted) + (self.start_frames is not None)
@@ -152,7 +154,9 @@ class Generation:
         """Decode latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked."""
         self._require_shape(len(self.passes) - 1, latents=latents, noise=noise)
         yield from guarded_frames(
-            "decode", self.components.dtype_of("decode"), partial(self._decoded, latents.to(self.device), noise)
+            "decode",
+            self.components.dtype_of("decode"),
+            rescued_frames(self.components, "decode", partial(self._decoded, latents.to(self.device), noise)),
         )
 
     def _decoded(self, latents: Tensor, noise: Tensor | None, dtype: torch.dtype | None) -> Iterator[Tensor]:
@@ -220,7 +224,7 @@ class Generation:
     def _sampled(self, plan: PassPlan, begun: Tensor, media: Encoded, texts: Sequence[Text]) -> Tensor:
         """The latents at the end of a pass, from those at its first level. texts: as `Prompts.encoded` gives them."""
         state, stage = self._conditioned(plan, begun, media), PASS_STAGES[plan.number - 1]
-        run = partial(self._denoised, plan, state, texts)
+        run = rescued(self.components, stage, partial(self._denoised, plan, state, texts))
         return guarded(stage, self.components.dtype_of(stage), run).latents()
 
     def _denoised(

@@ -15,6 +15,7 @@ from kadr.models.t5 import T5Encoder
 from kadr.pipeline.components import Components
 from kadr.pipeline.guard import Watchman, guarded
 from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.rescue import rescued
 from kadr.sampling.guidance import Text
 from kadr.text.tokenizer import Tokens
 
@@ -54,7 +55,8 @@ class Prompts:
         Raises:
             NonFiniteError: the encoder gave NaN or infinity, in float32 too.
         """
-        guarded("text", self.components.dtype_of("text"), partial(self._encode, watch))
+        run = rescued(self.components, "text", partial(self._encode, watch))
+        guarded("text", self.components.dtype_of("text"), run)
         return [self._text(*each) for each in zip(self.tokens, self._rows, strict=True)]
 
     def _encode(self, watch: Watch, dtype: torch.dtype | None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kadr.errors import RequestError
+from kadr.media.clip import read_length
 from kadr.media.image import DEFAULT_CRF
-from kadr.media.video import read_length
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.request import DEFAULT_VIDEO_STRENGTH, Request
 from kadr.sampling.settings import Pass

@@ -1,0 +1,141 @@
+"""The plan against what happens: `python -m benchmarks.memory FOLDER`. Writes the table of docs/reference/memory.md.
+
+Each case runs in a process of its own: `kadr plan` says what it will take, `kadr generate` takes it, and the operating
+system says how much that was at most (the largest resident set, pages of mapped files and all). FOLDER holds the random
+models of `python -m benchmarks.full_size FOLDER`, and of 13B the file that `kadr quantize` made of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "memory.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+PROMPT = "a red circle moving right on a black background"
+TWO_STEPS = ("--levels", "1.0,0.725", "--single-pass")
+FILE_2B, FILE_13B, GGUF_13B = (
+    "random-2b-0.9.8-distilled.safetensors",
+    "random-13b-0.9.8-distilled.safetensors",
+    "random-13b-Q4_K_M.gguf",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A video to make.
+
+    Args:
+        model: a file in the folder; None is the demo.
+        vae: as `model`; None is the model's own.
+        picture: give it a first frame.
+    """
+
+    name: str
+    flags: str
+    model: str | None = None
+    vae: str | None = None
+    picture: bool = False
+
+
+CASES = (
+    Case("demo 128x128x25", ""),
+    Case("demo 256x256x49", "--size 256x256 --frames 49 --steps 4"),
+    Case("demo 128x128x25, first frame given", "--steps 4", picture=True),
+    Case("demo distilled, two passes to 256x256", "--model demo-distilled"),
+    Case("demo 512x512x97, int8", "--size 512x512 --frames 97 --steps 2 --quant int8"),
+    Case("2B bf16 256x256x9", "--size 256x256 --frames 9", FILE_2B),
+    Case("2B bf16 512x320x25", "--size 512x320 --frames 25", FILE_2B),
+    Case("2B bf16 512x320x121", "--size 512x320 --frames 121", FILE_2B),
+    Case("2B bf16 704x480x25, first frame given", "--size 704x480 --frames 25", FILE_2B, picture=True),
+    Case("2B, blocks streamed, 512x320x25", "--size 512x320 --frames 25 --offload blocks", FILE_2B),
+    Case("2B int8 512x320x25", "--size 512x320 --frames 25 --quant int8", FILE_2B),
+    Case("13B Q4_K 256x256x9", "--size 256x256 --frames 9", GGUF_13B, vae=FILE_13B),
+    Case("13B Q4_K, blocks streamed, 256x256x9", "--size 256x256 --frames 9 --offload blocks", GGUF_13B, vae=FILE_13B),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Bytes and seconds."""
+
+    predicted: int
+    measured: int
+    predicted_seconds: float
+    seconds: float
+
+
+def arguments(case: Case, folder: Path, scratch: Path) -> list[str]:
+    """What `kadr plan` and `kadr generate` are given."""
+    made = [PROMPT, *case.flags.split()]
+    if case.model is not None:
+        made += ["--model", str(folder / case.model), *TWO_STEPS, "--text-encoder", str(folder)]
+    if case.vae is not None:
+        made += ["--vae", str(folder / case.vae)]
+    if case.picture:
+        Image.linear_gradient("L").convert("RGB").save(scratch / "picture.png")
+        made += ["--image", str(scratch / "picture.png"), "0"]
+    return made
+
+
+def run(case: Case, folder: Path) -> Outcome:
+    """Plan the case and make its video, in fresh processes that remember no prompt."""
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        environment = {**os.environ, "KADR_CACHE": name}
+        given = arguments(case, folder, scratch)
+        kadr = [sys.executable, "-m", "kadr"]
+        plan = subprocess.run([*kadr, "plan", *given, "--json"], env=environment, stdout=subprocess.PIPE, check=True)
+        told = json.loads(plan.stdout)
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [*kadr, "generate", *given, "--output", str(scratch / "out.mp4")],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{case.name}: kadr generate ended with {os.waitstatus_to_exitcode(status)}")
+        seconds = time.monotonic() - began
+    return Outcome(told["peak_bytes"], usage.ru_maxrss * 1024, told["seconds"], seconds)
+
+
+def row(case: Case, outcome: Outcome) -> list[str]:
+    ratio = outcome.predicted / outcome.measured
+    gigabytes = [f"{size / 1e9:.2f} GB" for size in (outcome.predicted, outcome.measured)]
+    return [case.name, *gigabytes, f"{ratio:.3f}", f"{outcome.predicted_seconds:.0f} s", f"{outcome.seconds:.0f} s"]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    head = ("case", "predicted peak", "measured peak", "predicted / measured", "predicted time", "measured time")
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="", help="cases whose name holds this; nothing is written then")
+    asked = parser.parse_args()
+    rows = []
+    for case in CASES:
+        if asked.only in case.name and (case.model is None or (asked.folder / case.model).exists()):
+            rows.append(row(case, run(case, asked.folder)))
+            print(*rows[-1], sep="  ", flush=True)
+    if not asked.only:
+        before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Video files that are read: into memory, or frame by frame as often as they are asked for.
+
+Frames are RGB, full range, whatever the file holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kadr.errors import MediaError
+from kadr.media.video import COMMENT_KEY, accurate
+
+if TYPE_CHECKING:
+    import av
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+# The readers FFmpeg may use. Its playlist readers, left out here, open whatever other files and addresses a file names.
+_READERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+_READABLE = "Supported: .mp4, .mov, .mkv, .webm and .avi."
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video in memory.
+
+    Args:
+        frames: uint8 (F, H, W, 3): RGB, full range.
+        fps: frames per second.
+        metadata: the request, if kadr made the file; else empty.
+    """
+
+    frames: np.ndarray
+    fps: Fraction
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Film:
+    """Frames of a video file, decoded each time they are gone through: none is kept but one.
+
+    Args:
+        path: of the file.
+        picks: which of its frames, counted from 0. None comes before the one in front of it; one may come again.
+        sample: the first frame of the file, uint8 (H, W, 3): what the others are like.
+    """
+
+    path: str | os.PathLike[str]
+    picks: Sequence[int]
+    sample: np.ndarray = field(repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], limit: int | None = None) -> Film:
+        """A video, or its first `limit` frames. They are decoded once, so that what is damaged is known from here on.
+
+        Raises:
+            MediaError: as `read_video`.
+        """
+        with _open_video(path) as container:
+            stream = container.streams.video[0]
+            frames = islice(container.decode(stream), limit)
+            first = next(frames, None)
+            sample = None if first is None else _to_rgb(first)
+            count = 1 + sum(1 for _ in frames)
+            _frame_rate(path, stream)
+        if sample is None:
+            raise MediaError(f"{path} holds no frames.")
+        return cls(path, range(count), sample)
+
+    def __len__(self) -> int:
+        return len(self.picks)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Each uint8 (H, W, 3): RGB, full range, upright.
+
+        Raises:
+            MediaError: the file was changed since it was opened.
+        """
+        with closing(_decoded(self.path)) as frames:
+            at, picture = -1, self.sample
+            for pick in self.picks:
+                if at < pick:
+                    frame = next(islice(frames, pick - at - 1, None), None)
+                    if frame is None:
+                        raise MediaError(
+                            f"{self.path} has fewer frames than when it was opened. Leave it as it is until the video "
+                            "is made."
+                        )
+                    at, picture = pick, _to_rgb(frame)
+                yield picture
+
+    def chosen(self, places: Iterable[int]) -> Film:
+        """Those at some places among these, which must not fall: `film.chosen([0, 2, 2])` is three frames."""
+        return Film(self.path, [self.picks[place] for place in places], self.sample)
+
+
+def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
+    """Read a video, or its first `limit` frames, into memory.
+
+    The colour tags of the file are honoured, and so is the rotation that phones note down instead of turning pixels.
+
+    Raises:
+        MediaError: it is missing, not a video, damaged before the frames wanted, or does not tell its frame rate.
+    """
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        # Decoding stays in PyAV's default of threads within a frame: with whole frames in flight, FFmpeg ends a damaged
+        # file early and in silence.
+        frames = [_to_rgb(frame) for frame in islice(container.decode(stream), limit)]
+        request = _find_request(container.metadata)
+        if not frames:
+            raise MediaError(f"{path} holds no frames.")
+        return Clip(np.stack(frames), _frame_rate(path, stream), request or {})
+
+
+def read_length(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
+    """How many frames a video has, and how many per second. No frame is decoded.
+
+    Raises:
+        MediaError: it is missing, not a video, or does not tell its frame rate.
+    """
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        frames = stream.frames or sum(bool(packet.size) for packet in container.demux(stream))
+        if not frames:
+            raise MediaError(f"{path} holds no frames.")
+        return frames, _frame_rate(path, stream)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Find the request that made a video. No frame is decoded.
+
+    Raises:
+        MediaError: the file is missing, not a video, or holds no request of kadr.
+    """
+    with _open_video(path) as container:
+        request = _find_request(container.metadata)
+    if request is None:
+        raise MediaError(
+            f"{path} holds no request of kadr: another program made it, or re-encoded it and dropped the comment tag."
+        )
+    return request
+
+
+def _frame_rate(path: str | os.PathLike[str], stream: VideoStream) -> Fraction:
+    fps = stream.average_rate or stream.guessed_rate
+    if not fps:
+        raise MediaError(f"{path} does not tell its frame rate. Convert it to an mp4 of constant frame rate.")
+    return Fraction(fps)
+
+
+def _decoded(path: str | os.PathLike[str]) -> Iterator[av.VideoFrame]:
+    with _open_video(path) as container:
+        yield from container.decode(container.streams.video[0])
+
+
+@contextmanager
+def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
+    """Open for reading; what goes wrong in the block is explained as well."""
+    import av
+
+    if not Path(path).is_file():
+        raise MediaError(f"{path}: there is no such file.")
+    try:
+        # An absolute path, because FFmpeg takes "name:..." for an address.
+        name, options = str(Path(path).absolute()), {"format_whitelist": _READERS}
+        # Tags need not be UTF-8: other programs write what they like, and damage does.
+        with av.open(name, options=options, metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise MediaError(f"{path} holds no video. {_READABLE}")
+            yield container
+    except (OSError, av.error.FFmpegError) as error:
+        raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_READABLE}") from error
+
+
+def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 (H, W, 3), upright."""
+    picture = frame.reformat(format="rgb24", interpolation=accurate()).to_ndarray()
+    return np.rot90(picture, k=round(frame.rotation / 90))
+
+
+def _find_request(tags: Mapping[str, str]) -> dict[str, Any] | None:
+    try:
+        request = json.loads(tags.get("comment", ""))[COMMENT_KEY]
+    except (ValueError, TypeError, LookupError):
+        return None
+    return request if isinstance(request, dict) else None

@@ -1,0 +1,233 @@
+"""What a request is planned to take: which ways there are, which is taken, and what is said when none fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kadr.checkpoints.open import Checkpoint
+from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
+from kadr.memory.plan import AS_STORED, CONVERTED, Plan
+from kadr.pipeline import holding, planning
+from kadr.pipeline.engine import Engine
+from kadr.pipeline.holding import spread, weigh
+from kadr.pipeline.request import Condition, Request
+from tests import tiny
+from tests.checkpoints.test_load import cast_as_released
+
+REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def opened(home: Path) -> Callable[..., Engine]:
+    def engine(**how: object) -> Engine:
+        return Engine.open(home / tiny.MODEL, prompt_cache=False, **{"device": "cpu", "dtype": "float32", **how})
+
+    return engine
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """So much memory, and no more, can be had."""
+    monkeypatch.setattr(planning, "free_bytes", lambda device: size)
+
+
+def ways(plan: Plan) -> dict[str, tuple[str, bool]]:
+    return {stage.stage: (stage.choice.hold, bool(stage.choice.streamed)) for stage in plan.stages}
+
+
+def test_with_room_everything_is_converted_and_stays(opened: Callable[..., Engine]) -> None:
+    plan = opened().plan(REQUEST)
+    assert ways(plan) == dict.fromkeys(("text", "denoise", "decode"), (CONVERTED, False))
+    assert plan.kept == {"text encoder", "transformer", "VAE decoder"}
+    assert plan.peak_bytes - plan.base < 50e6
+    assert 0 < plan.seconds < 10
+
+
+def test_nothing_is_loaded_to_make_a_plan(opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = opened()
+
+    def take(*given: object, **more: object) -> None:
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr(engine.components.shelf, "take", take)
+    engine.plan(replace(REQUEST, guidance=3.0))
+
+
+def test_the_second_request_loads_nothing_again(opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, loaded = opened(), []
+    load = Checkpoint.load_transformer
+    monkeypatch.setattr(Checkpoint, "load_transformer", lambda *a, **k: loaded.append("transformer") or load(*a, **k))
+    vae = Checkpoint.load_vae
+    monkeypatch.setattr(Checkpoint, "load_vae", lambda *a, **k: loaded.append("vae") or vae(*a, **k))
+    first = engine.generate(REQUEST).frames
+    assert loaded == ["transformer", "vae"]
+    assert (engine.generate(replace(REQUEST, seed=1)).frames != first).any()
+    assert (engine.generate(REQUEST).frames == first).all()
+    assert loaded == ["transformer", "vae"]
+
+
+@pytest.mark.parametrize(
+    "offload, streamed, kept", [("none", False, True), ("stages", False, False), ("blocks", True, True)]
+)
+def test_offload_says_what_leaves_memory(
+    opened: Callable[..., Engine], offload: str, streamed: bool, kept: bool
+) -> None:
+    engine = opened(offload=offload)
+    plan = engine.plan(REQUEST)
+    assert ways(plan)["denoise"][1] is streamed
+    assert bool(plan.kept) is kept
+    engine.generate(REQUEST)
+    assert engine.components.shelf.kept == plan.kept
+
+
+@pytest.mark.parametrize(
+    "how", [{"offload": "blocks"}, {"offload": "stages"}, {"offload": "blocks", "dtype": "bfloat16"}]
+)
+def test_the_same_video_comes_out_however_it_is_held(opened: Callable[..., Engine], how: dict[str, str]) -> None:
+    plain = {key: value for key, value in how.items() if key == "dtype"}
+    right = opened(**plain).generate(REQUEST)
+    made = opened(**how).generate(REQUEST)
+    assert torch.equal(made.latents, right.latents)
+    assert (made.frames == right.frames).all()
+
+
+def test_blocks_come_and_go_where_the_transformer_does_not_fit(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened()
+    roomy = engine.plan(REQUEST).of("denoise")
+    streamed = next(choice for choice in roomy.rest if choice.streamed)
+    assert streamed.bytes < roomy.choice.bytes
+    monkeypatch.setattr(planning, "RESERVE", 0.0)
+    needs = {stage.stage: stage.choice.bytes for stage in engine.plan(REQUEST).stages}
+    if max(needs["text"], needs["decode"]) < roomy.choice.bytes:
+        with_free(monkeypatch, roomy.choice.bytes - 1)
+        plan = engine.plan(REQUEST)
+        assert ways(plan)["denoise"] == (AS_STORED, True)
+        assert any(re.search(r"denoise: .*come and go, because .* do not fit into", why) for why in plan.reasons())
+
+
+def test_the_decoder_hands_on_fewer_frames_where_memory_is_short(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, long = opened(), replace(REQUEST, frames=121, size=(96, 96))
+    right = engine.plan(long).of("decode")
+    fewer = [choice.frames for choice in right.rest]
+    assert (right.choice.frames, fewer) == (4, [2, 1])
+    assert right.choice.bytes > right.rest[0].bytes > right.rest[1].bytes
+    monkeypatch.setattr(planning, "RESERVE", 0.0)
+    with_free(monkeypatch, right.rest[1].bytes)
+    plan = engine.plan(long)
+    assert plan.of("decode").choice.frames == 1
+    assert (
+        engine.generate(replace(long, frames=25)).frames == opened().generate(replace(long, frames=25)).frames
+    ).all()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded_with_what_would(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened()
+    big = replace(REQUEST, size=(1024, 1024), frames=121)
+    monkeypatch.setattr(planning, "RESERVE", 0.0)
+    with_free(monkeypatch, engine.plan(replace(big, size=(512, 512))).peak_bytes - engine.plan(big).base)
+    monkeypatch.setattr(engine.components.shelf, "take", lambda *a, **k: pytest.fail("something was loaded"))
+    with pytest.raises(PlanError, match=r"are missing\. What would fit: .*--size \d+x\d+ --frames \d+\.") as said:
+        engine.generate(big)
+    assert said.value.shortfall > 0
+    width, height, frames = map(int, re.findall(r"--size (\d+)x(\d+) --frames (\d+)", str(said.value))[0])
+    fitting = replace(big, size=(width, height), frames=frames)
+    assert engine.plan(fitting).stages  # what is advised does fit
+    assert width * height * frames < 1024 * 1024 * 121
+
+
+def test_where_nothing_fits_it_says_so(opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = opened()
+    with_free(monkeypatch, 1000)
+    with pytest.raises(PlanError, match=r"Nothing smaller fits either"):
+        engine.plan(REQUEST)
+
+
+def test_conditions_and_guidance_are_in_the_plan(opened: Callable[..., Engine], tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    engine = opened()
+    plain = engine.plan(REQUEST)
+    held = engine.plan(replace(REQUEST, conditions=(Condition(str(tmp_path / "a.png"), frame=0),)))
+    assert [stage.stage for stage in held.stages] == ["text", "encode", "denoise", "decode"]
+    extra = engine.plan(replace(REQUEST, conditions=(Condition(str(tmp_path / "a.png"), frame=8),)))
+    assert extra.of("denoise").choice.working > held.of("denoise").choice.working > plain.of("denoise").choice.working
+    together = engine.plan(replace(REQUEST, guidance=3.0, guidance_batch=True))
+    assert together.of("denoise").choice.working > plain.of("denoise").choice.working
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "Q8_0", "q4_0"])
+def test_a_scheme_halves_the_weights_or_more_and_makes_a_video(opened: Callable[..., Engine], scheme: str) -> None:
+    plain, engine = opened(), opened(quant=scheme)
+    full, less = (e.plan(REQUEST).of("denoise").choice for e in (plain, engine))
+    assert less.own < 0.5 * (full.own + full.mapped)
+    right, made = plain.generate(REQUEST), engine.generate(REQUEST)
+    difference = float((made.latents - right.latents).norm() / right.latents.norm())
+    assert 0 < difference < 0.2
+
+
+def test_auto_stores_weights_in_8_bits_only_where_the_files_own_do_not_fit(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened(quant="auto", dtype="bfloat16", offload="none")
+    monkeypatch.setattr(planning, "RESERVE", 0.0)
+    assert ways(engine.plan(REQUEST))["denoise"] == (CONVERTED, False)
+    holds = [choice.hold for choice in engine.plan(REQUEST).of("denoise").rest]
+    assert holds == [AS_STORED, "int8" if planning.has_fast_int8() else "int8-weights"]  # the file is in float32
+
+
+def test_an_fp8_file_is_not_rounded_again(home: Path, tmp_path: Path) -> None:
+    tiny.write(tmp_path)
+    cast_as_released(tmp_path / tiny.MODEL, torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match=r"is stored as float8_e4m3fn already, and to round it to fp8 would lose"):
+        Engine.open(tmp_path / tiny.MODEL, quant="fp8")
+
+
+def test_without_fast_int8_weights_alone_are_stored_so_and_it_is_said(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "has_fast_int8", lambda: False)
+    with pytest.warns(KadrWarning, match=r"no instructions for products in 8 bits \(VNNI\).*\(int8-weights\)"):
+        engine = opened(quant="int8")
+    assert engine.plan(REQUEST).of("denoise").choice.hold == "int8-weights"
+
+
+@pytest.mark.parametrize(
+    "how, said", [({"quant": "int3"}, "quant is 'int3'; it must be one of"), ({"offload": "cpu"}, "offload is 'cpu'")]
+)
+def test_unknown_ways_are_refused(opened: Callable[..., Engine], how: dict[str, str], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        opened(**how)
+
+
+def test_weighing_a_header_is_what_the_modules_take(home: Path) -> None:
+    checkpoint = Checkpoint.open(home / tiny.MODEL)
+    source = checkpoint.sources["transformer"]
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = weigh(source, dtype, CONVERTED)
+        module = checkpoint.load_transformer(dtype)
+        assert weights.mapped + weights.own == sum(w.nbytes for w in module.state_dict().values())
+        assert (weights.own == 0) is (dtype == source.dtype)
+        assert weights.count == len(module.layers)
+
+
+def test_streamed_blocks_lie_as_far_from_each_other_as_can_be() -> None:
+    assert spread(28, 4) == {0, 7, 14, 21}
+    assert spread(5, 5) == {0, 1, 2, 3, 4}
+    assert len(spread(48, 31)) == 31
