@@ -13,6 +13,7 @@ import pytest
 
 from kadr.cli import making
 from kadr.cli.main import main
+from kadr.memory.plan import Choice, Plan, StagePlan
 from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
 from kadr.pipeline.request import Request
@@ -55,8 +56,16 @@ class FakeEngine:
     def resolve(self, request: Request) -> Request:
         return resolve(replace(request, video=None, video_strength=None), RECIPE)  # no file is looked into
 
-    def write(self, request: Request, path: Path, *, watch: Callable[[Progress], None]) -> SimpleNamespace:
+    def plan(self, request: Request) -> Plan:
         self.requests.append(request)
+        choice = Choice(dtype="bfloat16", own=10**9, seconds=60.0, why="it is a fake")
+        stage = StagePlan(stage="denoise", part="transformer", choice=choice)
+        return Plan(device="cpu", base=0, free=2 * 10**9, stages=(stage,))
+
+    def write(
+        self, request: Request, path: Path, *, watch: Callable[[Progress], None], planned: Callable[[Plan], None]
+    ) -> SimpleNamespace:
+        planned(self.plan(request))
         whole = self.resolve(request)
         part = path.with_name(".part.mp4")
         part.write_bytes(b"half")

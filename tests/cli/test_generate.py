@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kadr.cli.official import LATER, RENAMED
+from kadr.cli.official import RENAMED
 from kadr.errors import Cancelled, KadrWarning, NonFiniteError, RequestError
 from kadr.pipeline.official_config import OfficialConfig
 from kadr.pipeline.request import Condition, Request
@@ -219,7 +219,8 @@ def test_official_media_are_pictures_or_clips_by_their_endings(kadr: Run, engine
 @pytest.mark.parametrize(
     "words",
     [
-        *(f"--prompt x {name} y" for name in LATER),
+        "x --quant int3",
+        "x --offload cpu",
         "x --guidance 1,6,8",  # without --guidance-at
         "x --stg 1,2",
         "x --rescale 1,0",
@@ -270,7 +271,9 @@ def test_refused_request_ends_with_1_and_leaves_nothing(kadr: Run, engine: FakeE
 
 def test_stdout_is_the_path_and_stderr_the_talk(kadr: Run, engine: FakeEngine) -> None:
     ended = kadr("generate", PROMPT, "--model", "m.safetensors")
-    assert ended == (0, "out.mp4\n", "denoising: 2 of 2\n9 frames of 64x64 at 24 per second, made in 0:02\n")
+    assert (ended.code, ended.out) == (0, "out.mp4\n")
+    talk = [line for line in ended.err.splitlines() if not line.startswith("plan: ")]
+    assert talk == ["denoising: 2 of 2", "9 frames of 64x64 at 24 per second, made in 0:02"]
 
 
 def test_demo_is_announced_only_where_no_model_is_named(kadr: Run, engine: FakeEngine) -> None:
@@ -365,3 +368,43 @@ def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, eng
     assert "warning: the prompt is cut: 'tail'\n" in ended.err
     assert "somebody" not in ended.err
     assert "test_generate" not in ended.err
+
+
+@pytest.mark.parametrize(
+    "words, given",
+    [
+        ("", {}),
+        ("--quant q4_k", {"quant": "q4_k"}),
+        ("--quant none --offload blocks", {"offload": "blocks"}),
+        ("--offload_to_cpu", {"offload": "stages"}),
+        ("--offload_to_cpu True", {"offload": "stages"}),
+        ("--offload_to_cpu=False", {}),
+    ],
+)
+def test_how_weights_are_held_is_passed_on(kadr: Run, engine: FakeEngine, words: str, given: dict[str, str]) -> None:
+    assert kadr("generate", PROMPT, *words.split()).code == 0
+    options = engine.opened[0][1]
+    assert {name: options[name] for name in ("quant", "offload") if name in options} == given
+
+
+def test_the_plan_is_said_before_the_video_is_made(kadr: Run, engine: FakeEngine) -> None:
+    ended = kadr("generate", PROMPT)
+    assert "plan: peak 1.0 GB on cpu, where 2.0 GB can be had; about 60 s\nplan: denoise: it is a fake" in ended.err
+    assert ended.out == "out.mp4\n"
+
+
+def test_plan_prints_the_plan_and_makes_nothing(kadr: Run, engine: FakeEngine) -> None:
+    ended = kadr("plan", PROMPT, "--size", "64x64", "--seconds", "0.5")
+    assert ended.code == 0
+    assert "denoise  transformer  bfloat16  1.0 GB  60 s" in ended.out
+    assert engine.requests == [Request(prompt=PROMPT, size=(64, 64), frames=12)]
+    assert json.loads(kadr("plan", PROMPT, "--json").out)["peak_bytes"] == 10**9
+    assert not list(Path().iterdir())
+
+
+def test_plan_fetches_nothing(kadr: Run, engine: FakeEngine) -> None:
+    ended = kadr("plan", PROMPT, "--model", "ltxv-2b-0.9.5")
+    assert ended.code == 1
+    assert "ltxv-2b-0.9.5" in ended.err
+    assert "kadr models pull" in ended.err
+    assert not engine.opened

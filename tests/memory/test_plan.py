@@ -67,7 +67,9 @@ def test_what_fits_nowhere_is_refused_with_the_shortfall_of_the_smallest_way() -
 def test_the_host_must_hold_what_waits_for_the_device() -> None:
     away = way(100, 100, host=5000)
     assert planned(needs(denoise=(BIG, away)), 500, host_free=5000).of("denoise").choice is away
-    with pytest.raises(PlanError, match=r"denoise needs 5\.0 GB on the host at the least, and 4\.8 GB are free") as said:
+    with pytest.raises(
+        PlanError, match=r"denoise needs 5\.0 GB on the host at the least, and 4\.8 GB are free"
+    ) as said:
         planned(needs(denoise=(BIG, away)), 500, host_free=4800)
     assert said.value.shortfall == 200 * MB
     with pytest.raises(PlanError, match=r"denoise needs 1\.0 GB on cpu"):  # the way that lacks the least

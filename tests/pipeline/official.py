@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from kadr.media.image import crop_to_aspect, load_picture, prepare_picture
-from kadr.pipeline.conditions import Placed, pixels_of, read_conditions, read_start
+from kadr.pipeline.conditions import Placed, read_conditions, read_start
 from kadr.pipeline.request import Request
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.settings import Pass
@@ -218,7 +218,8 @@ def _video(request: Request, size: Size) -> Tensor | None:
     if request.video is None:
         return None
     assert request.image_crf is not None
-    return pixels_of(read_start(request), size, request.image_crf, size.snapped(), resize=True)
+    frames = read_start(request)
+    return torch.cat([prepare_picture(frame, size, request.image_crf, resize=True) for frame in frames], dim=2)
 
 
 class _Noise:

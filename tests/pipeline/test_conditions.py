@@ -23,12 +23,13 @@ from kadr.errors import KadrError, MediaError, RequestError
 from kadr.media.clip import read_video
 from kadr.media.video import VideoWriter
 from kadr.models.transformer import Transformer
-from kadr.pipeline.conditions import Fitted, Placed, fitted, put, read_conditions, read_start, settled
+from kadr.pipeline.conditions import Placed, read_conditions, read_start
+from kadr.pipeline.fitting import Fitted, Pixels, fitted, put, settled
 from kadr.pipeline.passes import PassPlan
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
-from kadr.shapes import SPATIAL, LatentGrid
+from kadr.shapes import LatentGrid
 from tests.oracles import drawn
 from tests.tiny import CHANNELS, MODEL, write_upscaler
 
@@ -424,7 +425,7 @@ def state_with(item: Placed, *, causal: bool, request: Request = REQUEST) -> Lat
         drawn(1, CHANNELS, grid.frames, grid.height, grid.width), positions(grid, fps=plan.fps, causal=causal), grid
     )
     latents = drawn(1, CHANNELS, (len(item.frames) - 1) // 8 + 1, grid.height, grid.width, seed=2)
-    pixels = torch.zeros(1, 3, len(item.frames), plan.size.height, plan.size.width)
+    pixels = Pixels(item.frames, plan.size, 0, plan.size)
     return put(state, Fitted(item, pixels), latents, plan, causal=causal, draw=lambda shape: drawn(*shape, seed=3))
 
 
@@ -494,7 +495,7 @@ def in_box(box: tuple[int, int, int, int], size: Size, media: Media) -> tuple[La
     (condition,) = media.conditions(photo(box=box))
     (item,) = settled(read_conditions(replace(request, conditions=(condition,))), request, plan)
     fit = fitted(item, request, plan)
-    latents = drawn(1, CHANNELS, 1, fit.pixels.shape[-2] // SPATIAL, fit.pixels.shape[-1] // SPATIAL, seed=5)
+    latents = drawn(1, CHANNELS, fit.grid.frames, fit.grid.height, fit.grid.width, seed=5)
     grid = plan.grid
     noise = drawn(1, CHANNELS, 1, grid.height, grid.width, seed=6)
     state = LatentState.of(noise, positions(grid, fps=plan.fps, causal=True), grid)
@@ -526,7 +527,7 @@ def test_a_box_holds_what_the_official_pipeline_holds_wherever_it_lies_on_the_gr
                 in_box(box, size, media)
             continue
         state, latents, fit = in_box(box, size, media)
-        assert fit.pixels.shape == pixels.shape
+        assert fit.pixels.made == Size(pixels.shape[-1], pixels.shape[-2])
         assert torch.equal(latents, given)
         rows, columns = slice(row, row + kept.shape[-2]), slice(column, column + kept.shape[-1])
         expected = torch.zeros(down, across, dtype=torch.bool)
@@ -542,7 +543,7 @@ def test_a_box_moves_with_its_place_and_keeps_its_size(media: Media) -> None:
     """Off the grid too, where halves go up: three latents, of which one is cut off on each side within the video."""
     for x in range(0, 97, 8):
         state, _, fit = in_box((x, 0, 96, 64), Size(192, 64), media)
-        assert fit.pixels.shape[-2:] == (64, 96), x
+        assert fit.pixels.made == Size(96, 64), x
         column = (x + 16) // 32
         first, end = column + (column > 0), column + 3 - (column + 3 < 6)
         assert held_in(state).tolist() == [[first <= at < end for at in range(6)]] * 2, x
@@ -552,7 +553,7 @@ def test_a_box_moves_with_its_place_and_keeps_its_size(media: Media) -> None:
 def test_a_box_of_the_whole_video_holds_all_of_it(side: int, media: Media) -> None:
     size = Size(side, 130 - side)
     state, _, fit = in_box((0, 0, size.width, size.height), size, media)
-    assert fit.pixels.shape[-2:] == (size.snapped().height, size.snapped().width)
+    assert fit.pixels.made == size.snapped()
     assert held_in(state).all()
 
 

@@ -191,13 +191,13 @@ def spoil_text(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> No
 
 
 def spoil_encoder(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> None:
-    moments = VAE.encode
+    encode = VAE.encode_stream
 
     def spoiled(self: VAE, *given: Any, **more: Any) -> Tensor:
-        made = moments(self, *given, **more)
+        made = encode(self, *given, **more)
         return made * math.nan if made.dtype in dtypes else made
 
-    patch.setattr(VAE, "encode", spoiled)
+    patch.setattr(VAE, "encode_stream", spoiled)
 
 
 def spoil_transformer(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -80,7 +80,7 @@ def test_a_second_time_it_is_an_error() -> None:
 
 def test_without_another_way_it_says_so() -> None:
     parts: Any = Parts(1)
-    with pytest.raises(PlanError, match="denoise ran out of memory in spite of the plan .*smaller --size") as said:
+    with pytest.raises(PlanError, match=r"denoise ran out of memory in spite of the plan .*smaller --size") as said:
         rescued(parts, "denoise", Failing(1))(None)
     assert isinstance(said.value.__cause__, RuntimeError)
 

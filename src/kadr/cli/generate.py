@@ -13,9 +13,9 @@ from kadr.cli import making, options, reading
 from kadr.cli.faults import say
 from kadr.cli.groups import taking
 from kadr.errors import RequestError
-from kadr.memory.plan import OFFLOAD
+from kadr.memory.plan import OFFLOAD, OFFLOAD_AUTO
 from kadr.pipeline.request import Request
-from kadr.quant.scheme import SCHEMES
+from kadr.quant.scheme import NONE, SCHEMES
 from kadr.sampling.settings import Guidance, Pass
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
 
 def held(flags: options.ModelFlags) -> dict[str, str]:
     """Where and how the model's weights are held, by the words of `Engine.open`."""
-    return {"device": flags.device, "dtype": flags.dtype, "quant": flags.quant, "offload": flags.offload}
+    asked = {} if flags.quant == NONE else {"quant": flags.quant}
+    asked |= {} if flags.offload == OFFLOAD_AUTO else {"offload": flags.offload}
+    return {"device": flags.device, "dtype": flags.dtype, **asked}
 
 
 def check_words(flags: options.Flags | options.PlanFlags) -> None:

@@ -57,7 +57,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    """Scale; 16 bytes: the first 16 codes in the lower halves, the others in the upper. 8 stands for nothing."""
+    """Scale; 16 bytes: the first 16 codes in the lower halves, the others in the upper. The code of 0 is 8."""
     return _lowered(_spread(blocks[:, 2:], 4), 8).float().mul_(_half(blocks, 0))
 
 
@@ -67,7 +67,7 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    """Scale; 4 bytes with the fifth bit of each code, in order; the other four as in Q4_0. 16 stands for nothing."""
+    """Scale; 4 bytes with the fifth bit of each code, in order; the other four as in Q4_0. The code of 0 is 16."""
     codes = _spread(blocks[:, 6:], 4).bitwise_or_(_fifth_bits(blocks[:, 2:6]))
     return _lowered(codes, 16).float().mul_(_half(blocks, 0))
 
@@ -88,7 +88,7 @@ def _q2_k(blocks: Tensor) -> Tensor:
 def _q3_k(blocks: Tensor) -> Tensor:
     """32 bytes with the third bit of each code, 64 with the other two; 16 scales of 6 bits; factor.
 
-    4 stands for nothing in a code, 32 in a scale. Scales: 8 bytes of lower halves, 4 with two bits of each.
+    The code of 0 is 4. Scales lie 32 higher: 8 bytes with four bits of each, 4 with the other two.
     """
     codes = _spread(blocks[:, 32:96], 2, width=32).bitwise_or_(_spread(blocks[:, :32], 1).mul_(4))
     scales = _spread(blocks[:, 96:104], 4).bitwise_or_(_spread(blocks[:, 104:108], 2).mul_(16))
@@ -107,7 +107,7 @@ def _q5_k(blocks: Tensor) -> Tensor:
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    """128 bytes with four bits of each code, 64 with the other two; 16 scales in int8; factor. 32 stands for nothing."""
+    """128 bytes with four bits of each code, 64 with the other two; 16 scales in int8; factor. The code of 0 is 32."""
     codes = _spread(blocks[:, :128], 4, width=64).bitwise_or_(_spread(blocks[:, 128:192], 2, width=32).mul_(16))
     scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
     return _scaled(_lowered(codes, 32), scales)
@@ -163,9 +163,9 @@ def _scaled(codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Ten
     return numbers if offsets is None else numbers.sub_(offsets[..., None])
 
 
-def _lowered(codes: Tensor, nothing: int) -> Tensor:
-    """codes, uint8, with `nothing` at 0: int8 in the same memory."""
-    return codes.view(torch.int8).sub_(nothing)
+def _lowered(codes: Tensor, by: int) -> Tensor:
+    """codes - by: uint8 -> int8 in the same memory."""
+    return codes.view(torch.int8).sub_(by)
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
@@ -23,7 +23,6 @@ from kadr.media.video import COMMENT_KEY, accurate
 if TYPE_CHECKING:
     import av
     from av.container import InputContainer
-    from av.video.stream import VideoStream
 
 # The readers FFmpeg may use. Its playlist readers, left out here, open whatever other files and addresses a file names.
 _READERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
@@ -67,14 +66,12 @@ class Film:
             MediaError: as `read_video`.
         """
         with _open_video(path) as container:
-            stream = container.streams.video[0]
-            frames = islice(container.decode(stream), limit)
+            frames = islice(_decoded(container), limit)
             first = next(frames, None)
-            sample = None if first is None else _to_rgb(first)
-            count = 1 + sum(1 for _ in frames)
-            _frame_rate(path, stream)
-        if sample is None:
-            raise MediaError(f"{path} holds no frames.")
+            if first is None:
+                raise MediaError(f"{path} holds no frames.")
+            sample, count = _to_rgb(first), 1 + sum(1 for _ in frames)
+            _frame_rate(path, container)
         return cls(path, range(count), sample)
 
     def __len__(self) -> int:
@@ -86,8 +83,8 @@ class Film:
         Raises:
             MediaError: the file was changed since it was opened.
         """
-        with closing(_decoded(self.path)) as frames:
-            at, picture = -1, self.sample
+        with _open_video(self.path) as container:
+            frames, at, picture = _decoded(container), -1, self.sample
             for pick in self.picks:
                 if at < pick:
                     frame = next(islice(frames, pick - at - 1, None), None)
@@ -113,14 +110,10 @@ def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
         MediaError: it is missing, not a video, damaged before the frames wanted, or does not tell its frame rate.
     """
     with _open_video(path) as container:
-        stream = container.streams.video[0]
-        # Decoding stays in PyAV's default of threads within a frame: with whole frames in flight, FFmpeg ends a damaged
-        # file early and in silence.
-        frames = [_to_rgb(frame) for frame in islice(container.decode(stream), limit)]
-        request = _find_request(container.metadata)
+        frames = [_to_rgb(frame) for frame in islice(_decoded(container), limit)]
         if not frames:
             raise MediaError(f"{path} holds no frames.")
-        return Clip(np.stack(frames), _frame_rate(path, stream), request or {})
+        return Clip(np.stack(frames), _frame_rate(path, container), _find_request(container.metadata) or {})
 
 
 def read_length(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
@@ -134,7 +127,7 @@ def read_length(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
         frames = stream.frames or sum(bool(packet.size) for packet in container.demux(stream))
         if not frames:
             raise MediaError(f"{path} holds no frames.")
-        return frames, _frame_rate(path, stream)
+        return frames, _frame_rate(path, container)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -152,16 +145,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return request
 
 
-def _frame_rate(path: str | os.PathLike[str], stream: VideoStream) -> Fraction:
+def _frame_rate(path: str | os.PathLike[str], container: InputContainer) -> Fraction:
+    stream = container.streams.video[0]
     fps = stream.average_rate or stream.guessed_rate
     if not fps:
         raise MediaError(f"{path} does not tell its frame rate. Convert it to an mp4 of constant frame rate.")
     return Fraction(fps)
 
 
-def _decoded(path: str | os.PathLike[str]) -> Iterator[av.VideoFrame]:
-    with _open_video(path) as container:
-        yield from container.decode(container.streams.video[0])
+def _decoded(container: InputContainer) -> Iterator[av.VideoFrame]:
+    # In PyAV's default of threads within a frame: with whole frames in flight, FFmpeg ends a damaged file early and in
+    # silence.
+    yield from container.decode(container.streams.video[0])
 
 
 @contextmanager

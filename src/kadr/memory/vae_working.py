@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from math import prod
 
-from kadr.memory.costs import SCRATCH
+from kadr.memory import costs
 from kadr.memory.vae_shape import DOWN, LAYERS, OUT, STRIDED, TAPS, UP, WIDER, VAEStage, decoder_stages, encoder_stages
 from kadr.models.vae.config import VAEConfig
 from kadr.models.vae.decoder import SLICE
@@ -56,9 +56,6 @@ class _Kept:
 class _Convolution:
     """A 3 x 3 x 3 convolution; see `nn.conv`.
 
-    oneDNN takes copies besides, in its own order of channels: of input and weights while it computes, then of the
-    output. Measured for bfloat16 and float32 alike.
-
     Args:
         frame_in, frame: bytes of one frame before and after.
         weights: bytes.
@@ -87,7 +84,7 @@ class _Convolution:
                 self.kept.keep(count - made * self.step, others + joined)
         if made:
             out = made * self.frame
-            self.ledger.moment(others + joined + out + max(joined + self.weights, out))
+            self.ledger.moment(others + joined + out + costs.copied(joined, self.weights, out))
         return made
 
 
@@ -207,7 +204,7 @@ def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int 
     taken = 3 * handed * prod((SPATIAL, SPATIAL, grid.height, grid.width)) * (size + 1)
     for frame in range(frames):
         _descend(ledger, stages, 1, taken, handed, frame == frames - 1)
-    return ledger.peak + SCRATCH
+    return ledger.peak + costs.SCRATCH
 
 
 def _descend(ledger: _Ledger, stages: tuple[_Stage, ...], frames: int, others: int, handed: int, last: bool) -> None:
@@ -239,4 +236,4 @@ def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int =
         given = made * stages[0].frame_in  # the patches
         for stage in stages:
             made, given = stage.run(made, given, start + chunk >= frames)
-    return ledger.peak + SCRATCH
+    return ledger.peak + costs.SCRATCH

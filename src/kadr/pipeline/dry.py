@@ -12,7 +12,8 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
-from kadr.pipeline.conditions import Placed, read_conditions, read_start, settled
+from kadr.pipeline.conditions import Placed, read_conditions, read_start
+from kadr.pipeline.fitting import settled
 from kadr.pipeline.locate import is_path, on_disk
 from kadr.pipeline.passes import PassPlan, Upscaling, check_beginning, check_blocks, plan_passes, warn_guided
 from kadr.pipeline.request import Request

@@ -20,7 +20,8 @@ from kadr.models.vae import VAE
 from kadr.models.vae.decoder import SLICE
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import PASS_STAGES, Components
-from kadr.pipeline.conditions import Fitted, added, fitted, pixels_of, put, read_conditions, read_start, settled
+from kadr.pipeline.conditions import read_conditions, read_start
+from kadr.pipeline.fitting import Fitted, Pixels, added, fitted, put, settled
 from kadr.pipeline.guard import Watchman, guarded, guarded_frames
 from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes
 from kadr.pipeline.planning import Work
@@ -77,7 +78,7 @@ class Generation:
         self.prompts = Prompts(components, [request.prompt, *([request.negative_prompt or ""] * self.guided)])
         # Media is read before any weight is: a file that cannot be read must cost nothing.
         self.placed = read_conditions(request) if media else []
-        self.start_frames = read_start(request) if media and request.video is not None else None
+        self.start = self._start_pixels() if media and request.video is not None else None
         self.fitted = [self._fitted(plan) for plan in self.passes]
 
     def shape(self, number: int) -> tuple[int, ...]:
@@ -88,8 +89,8 @@ class Generation:
     def work(self, stages: Collection[str] = ()) -> Work:
         """What is to be done, for the plan. stages: those to be run; () is all."""
         media = [[item.grid for item in items] for items in self.fitted]
-        if self.start_frames is not None:
-            media[0].append(self.passes[0].grid)
+        if self.start is not None:
+            media[0].append(self.start.grid)
         return Work(
             passes=self.passes,
             prompts=self.prompts.missing if not stages or "text" in stages else 0,
@@ -122,29 +123,28 @@ class Generation:
     @torch.no_grad()
     def media_encoded(self) -> list[Encoded]:
         """The request's media through the VAE's encoder, for each pass."""
-        if not any(self.fitted) and self.start_frames is None:
+        if not any(self.fitted) and self.start is None:
             return [Encoded([]) for _ in self.passes]
         run = rescued(self.components, "encode", self._media_encoded)
         return guarded("encode", self.components.dtype_of("encode"), run)
 
     def _media_encoded(self, dtype: torch.dtype | None) -> list[Encoded]:
-        count = sum(len(items) for items in self.fitted) + (self.start_frames is not None)
+        count = sum(len(items) for items in self.fitted) + (self.start is not None)
         stage, watchman = Stage("encode", count, self.watch), Watchman.on(self.device)
         own, done, made = dtype or self.components.dtype_of("encode"), 0, []
         with self.components.encoder(dtype) as vae:
 
-            def encode(pixels: Tensor) -> Tensor:
+            def encode(pixels: Pixels) -> Tensor:
                 nonlocal done
-                latents = vae.encode(pixels.to(self.device, own), chunk=ENCODE_FRAMES).float()
+                chunks = pixels.chunks(ENCODE_FRAMES, device=self.device, dtype=own)
+                latents = vae.encode_stream(chunks, len(pixels.frames)).float()
                 done += 1
                 watchman.look(latents, f"picture or clip {done} of {count}")
                 stage.done(done)
                 return latents
 
             for number, items in enumerate(self.fitted):
-                start = None
-                if number == 0 and self.start_frames is not None:
-                    start = encode(self._start_pixels())
+                start = encode(self.start) if number == 0 and self.start is not None else None
                 made.append(Encoded([(item, encode(item.pixels)) for item in items], start))
             watchman.settle()
         return made
@@ -181,18 +181,20 @@ class Generation:
     def _fitted(self, plan: PassPlan) -> list[Fitted]:
         return [fitted(item, self.request, plan) for item in settled(self.placed, self.request, plan)]
 
-    def _start_pixels(self) -> Tensor:
-        plan, frames = self.passes[0], given(self.start_frames)
+    def _start_pixels(self) -> Pixels:
+        """Of the video to start from; of every second frame, where the first pass makes only those."""
+        plan, film = self.passes[0], read_start(self.request)
         if plan.fps != given(self.request.fps):
-            frames = [frames[min(2 * index, len(frames) - 1)] for index in range(plan.frames)]
-        return pixels_of(frames, self.size, given(self.request.image_crf), plan.size, resize=True)
+            last = len(film) - 1
+            film = film.chosen(min(2 * index, last) for index in range(plan.frames))
+        return Pixels.of(film, self.size, given(self.request.image_crf), plan.size, resize=True)
 
     def _check_start(self, noise: Tensor | None, start: Tensor | None) -> None:
         """Refuse noise and latents that do not fit, and schedules that do not fit what is started from."""
         self._require_shape(0, noise=noise, start=start)
-        if start is not None and self.start_frames is not None:
+        if start is not None and self.start is not None:
             raise RequestError("latents to start from are given, and a video too; give the one or the other.")
-        check_beginning(self.passes[0], started=start is not None or self.start_frames is not None)
+        check_beginning(self.passes[0], started=start is not None or self.start is not None)
 
     def _begun(self, number: int, noise: Tensor | None, start: Tensor | None) -> Tensor:
         """The latents at the first level: noise, or what is there with so much noise mixed in."""

@@ -129,13 +129,18 @@ def guarded_frames(stage: str, dtype: torch.dtype, run: Run[Iterator[Tensor]]) -
     except NotFinite as found:
         _again(stage, found.place, dtype)
     try:
-        for frames in run(torch.float32):
-            known = min(handed, len(frames))
-            handed -= known
-            if known < len(frames):
-                yield frames[known:]
+        yield from after(handed, run(torch.float32))
     except NotFinite as found:
         raise _failed(stage, found.place) from None
+
+
+def after(count: int, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Frames (n, ...) as they come, without the first `count`."""
+    for frames in pieces:
+        known = min(count, len(frames))
+        count -= known
+        if known < len(frames):
+            yield frames[known:]
 
 
 def _again(stage: str, place: str, dtype: torch.dtype) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kadr.kernels.packing import Packing
-from kadr.quant.kquants import gathered, halves, inverse, q2_k, q3_k, q4_k, q5_k, q6_k
+from kadr.quant.kquants import gathered, halves, in_bytes, q2_k, q3_k, q4_k, q5_k, q6_k
+from kadr.quant.search import inverse
 
 PIECE = 262_144  # numbers that are worked on at a time: a dozen temporaries of this size stay near the cores
 
@@ -59,7 +60,7 @@ def _q8_0(numbers: Tensor) -> Tensor:
     scaled = numbers * inverse(scale)
     whole = scaled.trunc()
     codes = scaled.sub_(whole).mul_(2).trunc_().add_(whole)  # halves away from zero, where round goes to the even
-    return torch.cat([halves(scale), codes.to(torch.int8).view(torch.uint8)])
+    return torch.cat([halves(scale), in_bytes(codes)])
 
 
 def _q4_0(numbers: Tensor) -> Tensor:
@@ -86,11 +87,13 @@ def _q5_1(numbers: Tensor) -> Tensor:
     return torch.cat([scale, lowest, gathered(codes >> 4, 1, 1), gathered(codes & 15, 4, 16)])
 
 
-def _around_zero(numbers: Tensor, nothing: int) -> tuple[Tensor, Tensor]:
-    """scale * (code - nothing): the scale in bytes, and codes uint8. The first number of the largest magnitude gets 0."""
-    extreme = numbers.gather(0, numbers.abs().argmax(0, keepdim=True))
-    scale = extreme / -nothing
-    codes = (numbers * inverse(scale)).add_(nothing + 0.5).to(torch.uint8).clamp_(max=2 * nothing - 1)
+def _around_zero(numbers: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """scale * (code - half): the scale in bytes, and codes uint8 below 2 * half.
+
+    Code 0 goes to the number of the largest magnitude, the first if there are several: their signs may differ.
+    """
+    scale = numbers.gather(0, numbers.abs().argmax(0, keepdim=True)) / -half
+    codes = in_bytes((numbers * inverse(scale)).add_(half + 0.5)).clamp_(max=2 * half - 1)
     return halves(scale), codes
 
 
@@ -98,7 +101,7 @@ def _above_lowest(numbers: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """scale * code + lowest: the two in bytes, and codes uint8 from 0 to `top`."""
     lowest = numbers.amin(0, keepdim=True)
     scale = (numbers.amax(0, keepdim=True) - lowest) / top
-    codes = (numbers - lowest).mul_(inverse(scale)).add_(0.5).to(torch.uint8).clamp_(max=top)
+    codes = in_bytes((numbers - lowest).mul_(inverse(scale)).add_(0.5)).clamp_(max=top)
     return halves(scale), halves(lowest), codes
 
 

@@ -61,12 +61,21 @@ class VAE(nn.Module):
     def moments(self, pixels: Tensor, *, chunk: int | None = None) -> Moments:
         """pixels (B, 3, 8k+1, 32h, 32w) in [-1, 1] -> moments, not normalised. `chunk` frames go through at a time."""
         frames = pixels.shape[2]
-        stream = Stream()
-        made = []
-        for start in range(0, frames, chunk or frames):
-            part = pixels[:, :, start : start + (chunk or frames)]
-            stream.last = start + part.shape[2] >= frames
+        return self.moments_stream(iter(pixels.split(chunk or frames, dim=2)), frames)
+
+    def moments_stream(self, chunks: Iterator[Tensor], frames: int) -> Moments:
+        """As `moments`, of pixels (B, 3, n, 32h, 32w) that come one chunk after the other, `frames` of them in all.
+
+        The moments are the same; no chunk is held while the next one is made.
+        """
+        stream, done, made = Stream(), 0, []
+        for part in chunks:
+            done += part.shape[2]
+            stream.last = done >= frames
             made.append(self.encoder(part, stream))
+            del part
+        if done != frames:
+            raise ValueError(f"{done} frames came, and {frames} were to come")
         joined = torch.cat(made, dim=2)
         return Moments(joined[:, :-1], joined[:, -1:])
 
@@ -74,6 +83,10 @@ class VAE(nn.Module):
         """pixels -> normalised latents (B, C, f, h, w): the mean, or with `noise` (shaped as the latents) a sample."""
         moments = self.moments(pixels, chunk=chunk)
         return self.statistics.normalise(moments.mean if noise is None else moments.sample(noise))
+
+    def encode_stream(self, chunks: Iterator[Tensor], frames: int) -> Tensor:
+        """As `encode`, the mean, of pixels that come in chunks; see `moments_stream`."""
+        return self.statistics.normalise(self.moments_stream(chunks, frames).mean)
 
     def decode(self, latents: Tensor, *, level: Tensor | None = None, noise: NoiseSource | None = None) -> Tensor:
         """Normalised latents (B, C, f, h, w) -> pixels (B, 3, 8(f-1)+1, 32h, 32w), about [-1, 1].

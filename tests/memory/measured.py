@@ -1,0 +1,84 @@
+"""What parts of a model take of the system's memory at work, beside what was predicted: one JSON object, on stdout."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from kadr.memory import costs
+from kadr.memory.vae_working import decode_bytes, encode_bytes
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.vae import VAE
+from kadr.models.vae.config import VAE_0_9_5
+from kadr.shapes import LatentGrid
+
+WIDE = TransformerConfig(layers=2, heads=16, head_width=64, text_width=512)
+WIDE_T5 = T5Config(vocabulary=100, width=2048, layers=2, heads=32, head_width=64, hidden=5120)
+VAE_HALF = replace(VAE_0_9_5, encoder_width=64, decoder_width=64)
+GRID = LatentGrid(2, 6, 6)
+
+
+def resident(word: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(word))
+
+
+def taken(run: Callable[[], object]) -> int:
+    """Bytes that the process grew by at most while something ran. It runs twice: the first time loads kernels."""
+    run()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as marks:
+        marks.write("5")  # the most there was is now what there is
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> list[int]:
+    module = Transformer(WIDE).to(dtype)
+    rope, mask = module.rope(torch.rand(1, 3, tokens)), torch.arange(256)[None] < 20
+    x, text = torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 256, 512, dtype=dtype)
+    level = torch.full((1, tokens if per_token else 1), 0.5)
+    predicted = costs.transformer_bytes(WIDE, tokens, dtype.itemsize, per_token=per_token)
+    return [taken(lambda: module(x, rope, text, mask, level)), predicted]
+
+
+def text() -> list[int]:
+    module, ids = T5Encoder(WIDE_T5).bfloat16(), torch.zeros(1, 256, dtype=torch.int64)
+    return [taken(lambda: module(ids, ids == 0)), costs.text_bytes(WIDE_T5, 2)]
+
+
+def decoder(dtype: torch.dtype) -> list[int]:
+    module, latents = VAE(VAE_HALF).to(dtype), torch.randn(1, 128, GRID.frames, GRID.height, GRID.width, dtype=dtype)
+
+    def decode() -> None:
+        for _ in module.decode_stream(latents, level=torch.tensor([0.05])):
+            pass
+
+    return [taken(decode), decode_bytes(VAE_HALF, GRID, dtype.itemsize)]
+
+
+def encoder() -> list[int]:
+    pixels = torch.randn(1, 3, GRID.video_frames, 32 * GRID.height, 32 * GRID.width)
+    module = VAE(VAE_HALF)
+    return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(VAE_HALF, GRID, 4)]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        report = {
+            "transformer": transformer(torch.bfloat16, 1024),
+            "transformer in float32": transformer(torch.float32, 512),
+            "conditioned": transformer(torch.float32, 512, per_token=True),
+            "text": text(),
+            "decoder": decoder(torch.bfloat16),
+            "decoder in float32": decoder(torch.float32),
+            "encoder": encoder(),
+        }
+    print(json.dumps(report))
