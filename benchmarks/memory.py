@@ -65,16 +65,6 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Bytes and seconds."""
-
-    predicted: int
-    measured: int
-    predicted_seconds: float
-    seconds: float
-
-
 def arguments(case: Case, folder: Path, scratch: Path) -> list[str]:
     """What `kadr plan` and `kadr generate` are given."""
     made = [PROMPT, *case.flags.split()]
@@ -88,33 +78,38 @@ def arguments(case: Case, folder: Path, scratch: Path) -> list[str]:
     return made
 
 
-def run(case: Case, folder: Path) -> Outcome:
-    """Plan the case and make its video, in fresh processes that remember no prompt."""
+def planned(case: Case, folder: Path) -> dict[str, float]:
+    """What `kadr plan` says, in a fresh process that remembers no prompt."""
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+        command = [sys.executable, "-m", "kadr", "plan", *arguments(case, folder, Path(name)), "--json"]
         environment = {**os.environ, "KADR_CACHE": name}
-        given = arguments(case, folder, scratch)
-        kadr = [sys.executable, "-m", "kadr"]
-        plan = subprocess.run([*kadr, "plan", *given, "--json"], env=environment, stdout=subprocess.PIPE, check=True)
-        told = json.loads(plan.stdout)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    told: dict[str, float] = json.loads(done.stdout)
+    return told
+
+
+def measured(case: Case, folder: Path) -> list[float]:
+    """Bytes at the peak and seconds, of `kadr generate` in a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        given = [*arguments(case, folder, Path(name)), "--output", str(Path(name) / "out.mp4")]
         began = time.monotonic()
         process = subprocess.Popen(
-            [*kadr, "generate", *given, "--output", str(scratch / "out.mp4")],
-            env=environment,
+            [sys.executable, "-m", "kadr", "generate", *given],
+            env={**os.environ, "KADR_CACHE": name},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{case.name}: kadr generate ended with {os.waitstatus_to_exitcode(status)}")
-        seconds = time.monotonic() - began
-    return Outcome(told["peak_bytes"], usage.ru_maxrss * 1024, told["seconds"], seconds)
+        return [usage.ru_maxrss * 1024, time.monotonic() - began]
 
 
-def row(case: Case, outcome: Outcome) -> list[str]:
-    ratio = outcome.predicted / outcome.measured
-    gigabytes = [f"{size / 1e9:.2f} GB" for size in (outcome.predicted, outcome.measured)]
-    return [case.name, *gigabytes, f"{ratio:.3f}", f"{outcome.predicted_seconds:.0f} s", f"{outcome.seconds:.0f} s"]
+def row(case: Case, plan: dict[str, float], taken: Sequence[float]) -> list[str]:
+    peak, seconds = taken
+    gigabytes = [f"{size / 1e9:.2f} GB" for size in (plan["peak_bytes"], peak)]
+    ratio = f"{plan['peak_bytes'] / peak:.3f}"
+    return [case.name, *gigabytes, ratio, f"{plan['seconds']:.0f} s", f"{seconds:.0f} s"]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -125,16 +120,22 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="", help="cases whose name holds this; nothing is written then")
+    parser.add_argument("--plan-only", action="store_true", help="measured figures are those of the last run")
     asked = parser.parse_args()
+    kept = asked.folder / "measured.json"
+    known = json.loads(kept.read_text()) if asked.plan_only else {}
     rows = []
     for case in CASES:
-        if asked.only in case.name and (case.model is None or (asked.folder / case.model).exists()):
-            rows.append(row(case, run(case, asked.folder)))
+        if case.model is not None and not (asked.folder / case.model).exists():
+            continue
+        if not asked.plan_only:
+            known[case.name] = measured(case, asked.folder)
+            kept.write_text(json.dumps(known, indent=1))
+        if case.name in known:
+            rows.append(row(case, planned(case, asked.folder), known[case.name]))
             print(*rows[-1], sep="  ", flush=True)
-    if not asked.only:
-        before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}", "utf-8")
+    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kadr.shapes import LatentGrid
 WIDE = TransformerConfig(layers=2, heads=16, head_width=64, text_width=512)
 WIDE_T5 = T5Config(vocabulary=100, width=2048, layers=2, heads=32, head_width=64, hidden=5120)
 VAE_HALF = replace(VAE_0_9_5, encoder_width=64, decoder_width=64)
-GRID = LatentGrid(2, 6, 6)
+GRID = LatentGrid(2, 8, 8)
 
 
 def resident(word: str) -> int:

@@ -39,9 +39,13 @@ CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
+def plainly() -> Iterator[None]:
+    """Without gradients; in one thread, for what is counted here is too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -214,8 +218,7 @@ def test_an_upscaler_holds_the_bytes_that_are_predicted(config: UpsamplerConfig)
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("handed", [1, 2, 4])
-@pytest.mark.parametrize("frames", [1, 2, 3, 8])
+@pytest.mark.parametrize(("frames", "handed"), [(1, 4), (2, 4), (3, 4), (6, 4), (3, 1)])
 @pytest.mark.parametrize("family", VAES)
 def test_a_decoder_holds_the_bytes_that_are_predicted_wherever_its_stream_is(
     family: str, frames: int, handed: int

@@ -24,7 +24,8 @@ from kadr.pipeline.conditions import read_start
 from kadr.pipeline.fitting import Pixels
 from kadr.pipeline.generate import Generation
 
-REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=57, fps=24, steps=1, guidance=1.0)
+# Without H.264, which takes longer than all the rest.
+REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=57, fps=24, levels=(0.5,), guidance=1.0, image_crf=0)
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
@@ -89,13 +90,15 @@ def whole(pixels: Pixels) -> Tensor:
 
 @pytest.mark.parametrize(
     "condition",
-    [{}, {"part": (3, 28)}, {"part": (-25, None), "frame": -1}, {"frame": 8}, {"box": (0, 0, 64, 32)}],
+    [{}, {"part": (3, 28)}, {"part": (-25, None), "frame": -1}, {"part": (0, 17), "frame": 8}, {"box": (0, 0, 64, 32)}],
     ids=str,
 )
 def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
     condition: dict[str, Any], engine: Engine, film: Path
 ) -> None:
-    request = replace(REQUEST, frames=33, conditions=(Condition(str(film), **condition),))
+    request = replace(
+        REQUEST, image_crf=29 if "box" in condition else 0, conditions=(Condition(str(film), **condition),)
+    )
     generation = engine._opened(request, lambda progress: None)
     ((item, latents),) = generation.media_encoded()[0].items
     pixels = whole(item.pixels)

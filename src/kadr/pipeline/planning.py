@@ -41,7 +41,12 @@ RESERVE = 0.05  # of what is free, left to the system and to what cannot be fore
 DISK_RATE = 1.5e9  # bytes a second, of weights that are read from files
 FASTER = {INT8: 1.6}  # products in 8 bits against those in the dtype
 SMALL = 500_000_000  # bytes: a text encoder of no more is not worth streaming
-STARTING = 60_000_000  # bytes of libraries that are loaded on the way: codecs, kernels
+# Bytes that a process takes on the way whatever it makes: codecs, kernels and their threads, what the heap keeps back.
+# Measured, 110 to 160 MB.
+STARTING = 150_000_000
+# The way of decoded frames into a file: copies of a slice in float32, as they are scaled, resized and made bytes of;
+# and the frames that the video encoder looks ahead at. Measured.
+COPIES, LOOKED_AHEAD, BYTES_AHEAD = 8, 60, 3
 
 
 @dataclass(frozen=True)
@@ -164,12 +169,18 @@ class Planner:
         grid, weights = self.work.passes[-1].grid, self._vae_weights("decoder")
         choices = []
         for handed in (SLICE, 2, 1):
-            working = decode_bytes(config, grid, self.size, handed=handed)
+            working = decode_bytes(config, grid, self.size, handed=handed) + self._frames(handed)
             why = "" if handed == SLICE else f"the decoder hands on {handed} frames at a time"
             way = _Way(CONVERTED, why=why)
             choice = self._choice(way, weights, working, decoder_flops(config, grid), 0)
             choices.append(replace(choice, frames=handed, seconds=choice.seconds * (1 + 0.1 * (SLICE - handed))))
         return Needs(stage="decode", part=DECODER, choices=tuple(choices))
+
+    def _frames(self, handed: int) -> int:
+        """Of decoded frames on their way into a file."""
+        plan = self.work.passes[-1]
+        pixels = plan.size.width * plan.size.height
+        return pixels * (COPIES * handed * 3 * 4 + BYTES_AHEAD * min(plan.frames, LOOKED_AHEAD))
 
     def _vae_weights(self, half: str) -> Weights:
         source = self.components.vae.sources["vae"]
