@@ -85,8 +85,10 @@ def upsampler_bytes(config: UpsamplerConfig, grid: LatentGrid, size: int = _SING
     grown, taps = x * prod(config.strides), 27 if config.time else 9
     square = config.width**2 * size
     growing = 2 * x + grown + copied(x, taps * square * prod(config.strides), grown)  # its frames lie in another order
-    thinking = 3 * grown + copied(grown, 27 * square, grown)  # in a block's second convolution
-    adding = 4 * grown  # its input, what it made, the norm of that, and their sum
+    # Of the frames that came of the first one, one is dropped: it stays in memory, and what comes after is smaller.
+    made = grown * (2 * grid.frames - 1) // (2 * grid.frames) if config.time else grown
+    thinking = grown + 2 * made + copied(made, 27 * square, made)  # in a block's second convolution
+    adding = grown + 3 * made  # its input, what it made, the norm of that, and their sum
     return max(growing, thinking, adding) + SCRATCH
 
 

@@ -41,12 +41,11 @@ RESERVE = 0.05  # of what is free, left to the system and to what cannot be fore
 DISK_RATE = 1.5e9  # bytes a second, of weights that are read from files
 FASTER = {INT8: 1.6}  # products in 8 bits against those in the dtype
 SMALL = 500_000_000  # bytes: a text encoder of no more is not worth streaming
-# Bytes that a process takes on the way whatever it makes: codecs, kernels and their threads, what the heap keeps back.
-# Measured, 110 to 160 MB.
-STARTING = 150_000_000
-# The way of decoded frames into a file: copies of a slice in float32, as they are scaled, resized and made bytes of;
-# and the frames that the video encoder looks ahead at. Measured.
-COPIES, LOOKED_AHEAD, BYTES_AHEAD = 8, 60, 3
+# Bytes that a process takes on the way whatever it makes: kernels, their threads, what the heap keeps back. Measured.
+STARTING = 125_000_000
+# The way of decoded frames into a file: the video encoder itself; copies of a slice in float32, as they are scaled,
+# resized and made bytes of; and the frames that the encoder looks ahead at. Measured.
+CODEC, COPIES, LOOKED_AHEAD, BYTES_AHEAD = 25_000_000, 8, 60, 3
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class Planner:
         """Of decoded frames on their way into a file."""
         plan = self.work.passes[-1]
         pixels = plan.size.width * plan.size.height
-        return pixels * (COPIES * handed * 3 * 4 + BYTES_AHEAD * min(plan.frames, LOOKED_AHEAD))
+        return CODEC + pixels * (COPIES * handed * 3 * 4 + BYTES_AHEAD * min(plan.frames, LOOKED_AHEAD))
 
     def _vae_weights(self, half: str) -> Weights:
         source = self.components.vae.sources["vae"]
