@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -38,6 +39,16 @@ def written(path: Path, frames: np.ndarray, fps: float | Fraction = 24, **option
     with VideoWriter(path, Size(frames.shape[2], frames.shape[1]), fps, **options) as writer:
         writer.write(frames)
     return path
+
+
+def frames_on_disk(folder: Path) -> int:
+    """How many whole pictures of H.264 the hidden file in a folder holds so far."""
+    content = b"".join(path.read_bytes() for path in folder.glob(".kadr-*"))
+    at, count = content.find(b"mdat") + 4, 0
+    while 4 <= at <= len(content) - 5:  # the length of a unit, and the unit, whose first byte tells its kind
+        kind, at = content[at + 4] & 31, at + 4 + int.from_bytes(content[at : at + 4], "big")
+        count += kind in (1, 5) and at <= len(content)
+    return count
 
 
 # --- there and back --------------------------------------------------------------------------------------------------
@@ -252,6 +263,19 @@ def test_a_quality_that_does_not_exist_is_refused(tmp_path, crf):
 
 
 # --- all or nothing --------------------------------------------------------------------------------------------------
+
+
+def test_frames_are_on_disk_long_before_the_last_one_comes(tmp_path):
+    """All but those that the encoder looks ahead at: its memory does not grow with the video, nor does anybody's."""
+    landed = []
+    with VideoWriter(tmp_path / "out.mp4", SIZE, 24) as writer:
+        for frame in noise(121, SIZE)[:, None]:
+            writer.write(frame)
+            landed.append(frames_on_disk(tmp_path))
+    assert landed == sorted(landed)
+    assert landed[45] > 0
+    assert landed[-1] > 121 - 45
+    assert all(after - before <= 4 for before, after in pairwise(landed[50:]))
 
 
 def test_the_target_appears_only_when_the_block_ends(tmp_path):

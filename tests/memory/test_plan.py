@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kadr.errors import PlanError
-from kadr.memory.plan import AS_STORED, CONVERTED, Choice, Needs, Plan, make_plan
+from kadr.memory.plan import AS_STORED, CONVERTED, Choice, Needs, Plan, lasting, make_plan
 
 MB = 10**6
 
@@ -120,3 +120,10 @@ def test_a_plan_is_told_as_text_and_as_plain_data() -> None:
     assert [stage["stage"] for stage in told["stages"]] == ["text", "denoise"]
     assert told["stages"][1]["streamed_blocks"] == 28
     assert told["stages"][0]["hold"] == CONVERTED
+
+
+@pytest.mark.parametrize(
+    "seconds, said", [(0.2, "0 s"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h")]
+)
+def test_times_are_told_in_the_unit_people_use(seconds: float, said: str) -> None:
+    assert lasting(seconds) == said

@@ -221,6 +221,22 @@ def test_frames_that_go_straight_to_a_file_are_those_of_generate(
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
+def test_the_first_frames_are_on_disk_before_the_last_are_decoded(engine: Engine, out: Path) -> None:
+    sizes: dict[int, int] = {}
+
+    def watch(progress: Progress) -> None:
+        if progress.stage == "decode":
+            sizes[progress.step] = sum(path.stat().st_size for path in out.glob(".kadr-*"))
+
+    made = engine.write(
+        replace(REQUEST, size=Size(32, 32), frames=121, steps=1, guidance=1.0), out / "a.mp4", watch=watch
+    )
+    early = [size for frames, size in sizes.items() if 60 <= frames < 121]
+    assert early[0] > 1000, "a header and first frames"
+    assert all(one < other for one, other in pairwise(early)), "and more with every piece"
+    assert early[-1] > made.path.stat().st_size / 4
+
+
 def test_a_file_remembers_a_request_that_makes_the_same_video_again(
     engine: Engine, photo: Condition, tmp_path: Path
 ) -> None:

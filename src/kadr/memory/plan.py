@@ -170,7 +170,7 @@ class Plan:
         rows = [("stage", "part", "held", "peak", "about")]
         for stage in self.stages:
             peak = in_words(self.base + self.bytes_of(stage))
-            rows.append((stage.stage, stage.part, held(stage.choice), peak, f"{stage.choice.seconds:.0f} s"))
+            rows.append((stage.stage, stage.part, held(stage.choice), peak, lasting(stage.choice.seconds)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, self.summary(), *self.reasons()])
@@ -179,7 +179,7 @@ class Plan:
         """The plan in one line."""
         return (
             f"peak {in_words(self.peak_bytes)} on {self.device}, where {in_words(self.base + self.free)} can be had; "
-            f"about {self.seconds:.0f} s"
+            f"about {lasting(self.seconds)}"
         )
 
 
@@ -259,6 +259,13 @@ def _left_by(before: Sequence[StagePlan], part: str, kept: frozenset[str]) -> in
 def _own(stages: Sequence[StagePlan], part: str) -> int:
     """What stays in memory of a part that is kept: pages of files are let go of."""
     return max(stage.choice.own for stage in stages if stage.part == part)
+
+
+def lasting(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def in_words(size: int) -> str:
