@@ -149,7 +149,7 @@ def video_rows(folder: Path, videos: int, captions: int) -> list[list[str]]:
         engine = opened()
         figures = compared(engine, right, requests)
         row = [name, f"{figures.latents:.1f} dB", f"{figures.frames:.1f} dB", f"{figures.least:.1f} dB"]
-        rows.append([*row, obeys(engine, captions) if name in (INT8, "Q8_0") else ""])
+        rows.append([*row, obeys(engine, captions) if captions and name in (INT8, "Q8_0") else ""])
         print(*rows[-1], sep="  ", flush=True)
     return rows
 

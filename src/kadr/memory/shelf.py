@@ -56,10 +56,14 @@ class Shelf:
             yield module  # type: ignore[misc]
         finally:
             self._pages(weights(module))
-            if name in self.keep:
+            stays = name in self.keep
+            if stays:
                 self._kept[name] = _Kept(module, way)
             del module
-            self._release()
+            if stays:
+                give_back()  # what it worked with; to look for cycles would take longer than a small model's step
+            else:
+                self._release()
 
     @property
     def kept(self) -> frozenset[str]:
