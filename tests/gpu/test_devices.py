@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from kadr import Engine, Request
+from kadr.pipeline.guard import NotFinite, Watchman
 
 pytestmark = pytest.mark.gpu
 REQUEST = Request(prompt="a blue square moving left on a gray background", seed=5)
@@ -23,3 +25,52 @@ def test_bfloat16_on_a_gpu_stays_finite_and_close() -> None:
     exact = Engine.open("demo", device="cuda", dtype="float32").generate(REQUEST)
     narrow = Engine.open("demo", device="cuda", dtype="bfloat16").generate(REQUEST)
     assert np.abs(exact.frames.astype(int) - narrow.frames.astype(int)).mean() < 12
+
+
+def test_looking_for_numbers_that_are_none_does_not_wait_for_the_device() -> None:
+    watchman, x = Watchman.on(torch.device("cuda")), torch.ones(1000, 128, device="cuda")
+    for warm in range(3):  # the first answers allocate memory on the host
+        watchman.look(x, f"step {warm}")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 9):
+            watchman.look(x, f"step {step}")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    watchman.look(x / 0, "step 9")
+    with pytest.raises(NotFinite, match="step 9"):
+        watchman.look(x, "step 10")
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_blocks_that_pass_through_two_places_compute_as_blocks_that_stay(pinned: bool) -> None:
+    from kadr.memory.offload import Carousel
+
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList(torch.nn.Linear(512, 512) for _ in range(7)).requires_grad_(False)
+    x = torch.randn(64, 512, device="cuda")
+
+    def through() -> torch.Tensor:
+        made = x
+        for block in blocks:
+            made = torch.tanh(block(made))
+        return made
+
+    blocks.to("cuda")
+    right = through()
+    blocks.to("cpu")
+    carousel = Carousel(list(blocks), torch.device("cuda"), pinned=pinned)
+    for _ in range(3):
+        torch.testing.assert_close(through(), right)
+    assert len(carousel.places) == 2
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "Q8_0", "Q4_0"])
+def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(scheme: str) -> None:
+    from kadr.quant.apply import requantize
+    from tests.quant.test_apply import answer, apart, made
+
+    here, there = made(), made()
+    requantize(here, scheme, device=torch.device("cpu"))
+    requantize(there, scheme, device=torch.device("cuda"))
+    assert apart(answer(there.to("cpu")), answer(here)) < 1e-3
