@@ -44,7 +44,7 @@ DEMO = PACKAGE / "assets" / "demo"
 SPIECE = DEMO / "tokenizer" / "spiece.model"
 # Wide enough for blocks of 256.
 WIDE = TransformerConfig(layers=1, heads=8, head_width=32, text_width=64, channels=12)
-WORDS = T5Config(vocabulary=128, width=256, layers=2, heads=4, head_width=64, hidden=512)
+WORDS = T5Config(vocabulary=128, width=256, layers=1, heads=4, head_width=64, hidden=512)
 LEVELS = Schedule(sampler="LinearQuadratic", allowed=(1.0, 0.9937, 0.725))
 PREFIX = "model.diffusion_model."
 
@@ -122,7 +122,7 @@ def test_the_file_says_all_of_itself(home: Path, tmp_path: Path) -> None:
 
 def test_the_name_of_a_released_model_goes_with_it(tmp_path: Path) -> None:
     demo = Checkpoint.open(DEMO / "demo-distilled.safetensors", release=find("demo-distilled"))
-    transformer_to_gguf(demo, tmp_path / "x.gguf", find_mix("Q8_0"))
+    transformer_to_gguf(demo, tmp_path / "x.gguf", find_mix("BF16"))
     opened = Checkpoint.open(tmp_path / "x.gguf")
     assert opened.detected.released is find("demo-distilled")
     assert opened.detected.schedule == demo.detected.schedule
@@ -294,13 +294,13 @@ def test_a_quantized_file_is_not_quantized_again(home: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "BF16", "F32"])
 def test_a_weight_that_is_not_finite_is_named(home: Path, tmp_path: Path, kind: str, number: float) -> None:
-    name = f"{PREFIX}transformer_blocks.0.ff.net.2.weight"
+    name = f"{PREFIX}transformer_blocks.0.attn1.to_q.weight"
 
     def spoil(tensors: Mapping[str, Tensor]) -> None:
         tensors[name][3, 5] = number
 
     checkpoint = changed(home, tmp_path / "x.safetensors", spoil)
-    with pytest.raises(CheckpointError, match=r"tensor transformer_blocks\.0\.ff\.net\.2\.weight has .* not finite"):
+    with pytest.raises(CheckpointError, match=r"tensor transformer_blocks\.0\.attn1\.to_q\.weight has .* not finite"):
         transformer_to_gguf(checkpoint, tmp_path / "x.gguf", find_mix(kind))
     assert os.listdir(tmp_path) == ["x.safetensors"]
 

@@ -19,8 +19,8 @@ from kadr.shapes import LatentGrid
 
 WIDE = TransformerConfig(layers=2, heads=16, head_width=64, text_width=512)
 WIDE_T5 = T5Config(vocabulary=100, width=2048, layers=2, heads=32, head_width=64, hidden=5120)
-VAE_HALF = replace(VAE_0_9_5, encoder_width=64, decoder_width=64)
-GRID = LatentGrid(2, 8, 8)
+THIN_VAE = replace(VAE_0_9_5, encoder_width=32, decoder_width=32)
+GRID = LatentGrid(3, 8, 12)
 
 
 def resident(word: str) -> int:
@@ -54,19 +54,19 @@ def text() -> list[int]:
 
 
 def decoder(dtype: torch.dtype) -> list[int]:
-    module, latents = VAE(VAE_HALF).to(dtype), torch.randn(1, 128, GRID.frames, GRID.height, GRID.width, dtype=dtype)
+    module, latents = VAE(THIN_VAE).to(dtype), torch.randn(1, 128, GRID.frames, GRID.height, GRID.width, dtype=dtype)
 
     def decode() -> None:
         for _ in module.decode_stream(latents, level=torch.tensor([0.05])):
             pass
 
-    return [taken(decode), decode_bytes(VAE_HALF, GRID, dtype.itemsize)]
+    return [taken(decode), decode_bytes(THIN_VAE, GRID, dtype.itemsize)]
 
 
 def encoder() -> list[int]:
     pixels = torch.randn(1, 3, GRID.video_frames, 32 * GRID.height, 32 * GRID.width)
-    module = VAE(VAE_HALF)
-    return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(VAE_HALF, GRID, 4)]
+    module = VAE(THIN_VAE)
+    return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(THIN_VAE, GRID, 4)]
 
 
 if __name__ == "__main__":

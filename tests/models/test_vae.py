@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -266,6 +267,28 @@ def test_a_streamed_encode_gives_the_latents_of_the_whole(small, chunk):
     whole, pieces = small.encode(pixels), small.encode(pixels, chunk=chunk)
     assert pieces.shape == whole.shape
     assert (pieces - whole).abs().max() <= 1e-5 * (whole.max() - whole.min())
+
+
+@pytest.mark.parametrize("sizes", [(9, 8, 8), (1, 24), (8, 8, 8, 1)], ids=str)
+def test_chunks_that_come_one_by_one_are_encoded_as_the_whole_and_each_is_gone_before_the_next(small, sizes):
+    pixels, alive = pixels_of(1, 3, 25, 32, 64), weakref.WeakSet()
+
+    def chunks():
+        at = 0
+        for size in sizes:
+            assert not alive
+            chunk = pixels[:, :, at : (at := at + size)].clone()
+            alive.add(chunk)
+            handed = [chunk]
+            del chunk
+            yield handed.pop()
+
+    assert relative(small.encode_stream(chunks(), 25), small.encode(pixels)) <= 1e-5
+
+
+def test_fewer_frames_than_were_to_come_are_no_video(small):
+    with pytest.raises(ValueError, match="9 frames came, and 17 were to come"):
+        small.encode_stream(iter([pixels_of(1, 3, 9, 32, 32)]), 17)
 
 
 def test_one_picture_is_encoded_as_the_first_frame_of_a_clip_is(small):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -288,12 +288,14 @@ def test_a_video_to_start_from_is_for_the_first_pass(
     opened: Opened, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[tuple[int, ...]] = []
-    encode = VAE.encode
-    monkeypatch.setattr(
-        VAE,
-        "encode",
-        lambda self, pixels, **more: (encoded.append(tuple(pixels.shape)), encode(self, pixels, **more))[1],
-    )
+    encode = VAE.encode_stream
+
+    def watched(self: VAE, chunks: Iterator[Tensor], frames: int) -> Tensor:
+        pixels = torch.cat(list(chunks), dim=2)
+        encoded.append(tuple(pixels.shape))
+        return encode(self, iter([pixels]), frames)
+
+    monkeypatch.setattr(VAE, "encode_stream", watched)
     request = replace(REQUEST, steps=8, frames=9, video=clip, video_strength=0.9)
     opened("spatial").denoise(request)
     opened("temporal").denoise(request)

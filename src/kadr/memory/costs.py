@@ -19,16 +19,27 @@ from kadr.shapes import LatentGrid
 
 TEXT = 256  # positions that a prompt is padded to
 SCRATCH = 3 << 20  # bytes that kernels on a CPU take besides, whatever the size: measured, 2 to 3 MB
+# Channels times frames times rows: up to here torch finds a convolution small (ConvParams::use_mkldnn).
+UNFOLDED = 20480
 _SINGLE, _INDEX = 4, 8  # bytes of a float32 and of an int64
+Sides = tuple[int, int, int]  # frames, rows, columns
 
 
-def copied(given: int, weights: int, made: int) -> int:
-    """Bytes that oneDNN takes for a convolution besides what it is given and what it makes.
+def convolution_bytes(channels: tuple[int, int], before: Sides, after: Sides, size: int, taps: int = 27) -> int:
+    """What a convolution takes besides its input, its weights and its output, for one sample. Measured.
 
-    Copies in its own order of channels: of input and weights while it computes, then of the output before that is put
-    into the usual order. Measured, for bfloat16 and float32 alike.
+    oneDNN copies input and weights into its own order of channels while it computes, then the output from that order
+    into the usual one. Those that torch finds small it does itself in float32, by unfolding the whole input.
+
+    Args:
+        channels: of the input and of the output.
+        before, after: frames, rows and columns of the input and of the output.
+        taps: places that an output sees; 9 for one over single frames, which are its samples.
     """
-    return max(given + weights, made)
+    lines = channels[0] * before[1] * (before[0] if taps == 27 else 1)
+    if size == _SINGLE and lines <= UNFOLDED and (taps == 27 or before[0] == 1):
+        return taps * channels[0] * prod(after) * size
+    return max(channels[0] * (prod(before) + taps * channels[1]), channels[1] * prod(after)) * size
 
 
 def rope_bytes(config: TransformerConfig, tokens: int, size: int) -> tuple[int, int]:
@@ -81,13 +92,15 @@ def text_bytes(config: T5Config, size: int, *, batch: int = 1, length: int = TEX
 
 def upsampler_bytes(config: UpsamplerConfig, grid: LatentGrid, size: int = _SINGLE) -> int:
     """Of upscaling latents of `grid`, besides weights and latents."""
-    x = config.width * grid.tokens * size
-    grown, taps = x * prod(config.strides), 27 if config.time else 9
-    square = config.width**2 * size
-    growing = 2 * x + grown + copied(x, taps * square * prod(config.strides), grown)  # its frames lie in another order
-    # Of the frames that came of the first one, one is dropped: it stays in memory, and what comes after is smaller.
-    made = grown * (2 * grid.frames - 1) // (2 * grid.frames) if config.time else grown
-    thinking = grown + 2 * made + copied(made, 27 * square, made)  # in a block's second convolution
+    time, rows, columns = config.strides
+    before = (grid.frames, grid.height, grid.width)
+    after = (time * grid.frames - (time - 1), rows * grid.height, columns * grid.width)
+    x, made = (config.width * prod(sides) * size for sides in (before, after))
+    square = (config.width, config.width)
+    # Of the frames that come of the first one, one is dropped: it stays in memory.
+    grown, wide = x * prod(config.strides), (config.width, config.width * prod(config.strides))
+    growing = 2 * x + grown + convolution_bytes(wide, before, before, size, 27 if config.time else 9)
+    thinking = grown + 2 * made + convolution_bytes(square, after, after, size)  # a block's second convolution
     adding = grown + 3 * made  # its input, what it made, the norm of that, and their sum
     return max(growing, thinking, adding) + SCRATCH
 

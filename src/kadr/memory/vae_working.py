@@ -14,8 +14,8 @@ from functools import cache
 from math import prod
 
 from kadr.memory import costs
-from kadr.memory.vae_shape import DOWN, LAYERS, OUT, STRIDED, TAPS, UP, WIDER, VAEStage, decoder_stages, encoder_stages
-from kadr.models.vae.config import VAEConfig
+from kadr.memory.vae_shape import DOWN, LAYERS, OUT, STRIDED, UP, WIDER, VAEStage, decoder_stages, encoder_stages
+from kadr.models.vae.config import Strides, VAEConfig
 from kadr.models.vae.decoder import SLICE
 from kadr.nn.conv import KERNEL
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid
@@ -24,6 +24,7 @@ ENCODED = 8  # pixel frames that go through the encoder at a time
 # Latent frames after which a stream has come into its stride: the deepest stage waits for 31 at most, and from there on
 # the pattern repeats with every one. A longer stream has no worse moment.
 SETTLED = 40
+Plane = tuple[int, int]  # rows, columns
 
 
 class _Ledger:
@@ -57,17 +58,20 @@ class _Convolution:
     """A 3 x 3 x 3 convolution; see `nn.conv`.
 
     Args:
-        frame_in, frame: bytes of one frame before and after.
-        weights: bytes.
-        step: its stride in time.
+        channels: before and after.
+        plane: rows and columns before.
+        strides: over frames, rows and columns.
     """
 
     def __init__(
-        self, ledger: _Ledger, frame_in: int, frame: int, weights: int, *, causal: bool, step: int = 1
+        self, ledger: _Ledger, channels: tuple[int, int], plane: Plane, size: int, strides: Strides, *, causal: bool
     ) -> None:
-        self.ledger, self.frame_in, self.frame, self.weights = ledger, frame_in, frame, weights
-        self.causal, self.step = causal, step
-        self.kept, self.begun = _Kept(ledger, frame_in), False
+        self.ledger, self.channels, self.plane, self.size, self.causal = ledger, channels, plane, size, causal
+        self.step, down, across = strides
+        self.plane_after = (plane[0] // down, plane[1] // across)
+        self.frame_in = channels[0] * prod(plane) * size
+        self.frame = channels[1] * prod(self.plane_after) * size
+        self.kept, self.begun = _Kept(ledger, self.frame_in), False
 
     def __call__(self, frames: int, others: int, last: bool) -> int:
         """Frames in -> frames out."""
@@ -83,8 +87,8 @@ class _Convolution:
             if not last:
                 self.kept.keep(count - made * self.step, others + joined)
         if made:
-            out = made * self.frame
-            self.ledger.moment(others + joined + out + costs.copied(joined, self.weights, out))
+            besides = costs.convolution_bytes(self.channels, (count, *self.plane), (made, *self.plane_after), self.size)
+            self.ledger.moment(others + joined + made * self.frame + besides)
         return made
 
 
@@ -92,19 +96,19 @@ class _Stage:
     """A stage at work. A call takes frames and returns frames, and the bytes of the tensor that they lie in.
 
     Args:
-        places: per frame, before it.
+        plane: rows and columns before it.
         size: bytes per number.
     """
 
-    def __init__(self, ledger: _Ledger, stage: VAEStage, places: int, size: int, *, causal: bool) -> None:
+    def __init__(self, ledger: _Ledger, stage: VAEStage, plane: Plane, size: int, *, causal: bool) -> None:
         self.ledger, self.stage, self.causal = ledger, stage, causal
-        time, *space = stage.strides
-        self.places = places * prod(space) if stage.kind == UP else places // prod(space)
-        self.frame_in, self.frame = stage.width_in * places * size, stage.width * self.places * size
-        after, step = (self.places, time) if stage.kind == STRIDED else (places, 1)
+        _, down, across = stage.strides
+        grows = stage.kind == UP
+        self.plane = (plane[0] * down, plane[1] * across) if grows else (plane[0] // down, plane[1] // across)
+        self.frame_in, self.frame = stage.width_in * prod(plane) * size, stage.width * prod(self.plane) * size
+        strides = stage.strides if stage.kind == STRIDED else (1, 1, 1)  # others fold what a plain one made
         self.convolutions = [
-            _Convolution(ledger, a * places * size, b * after * size, TAPS * a * b * size, causal=causal, step=step)
-            for a, b in stage.convolutions
+            _Convolution(ledger, channels, plane, size, strides, causal=causal) for channels in stage.convolutions
         ]
         self.skips = [_Kept(ledger, self.frame_in) for _ in self.convolutions[::2]]
         self.begun = False
@@ -182,10 +186,10 @@ class _Stage:
         return made, made * self.frame
 
 
-def _set_up(ledger: _Ledger, stages: Sequence[VAEStage], places: int, size: int, *, causal: bool) -> Iterator[_Stage]:
+def _set_up(ledger: _Ledger, stages: Sequence[VAEStage], plane: Plane, size: int, *, causal: bool) -> Iterator[_Stage]:
     for stage in stages:
-        made = _Stage(ledger, stage, places, size, causal=causal)
-        places = made.places
+        made = _Stage(ledger, stage, plane, size, causal=causal)
+        plane = made.plane
         yield made
 
 
@@ -198,7 +202,7 @@ def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int 
         handed: frames that a stage hands on at a time.
     """
     ledger = _Ledger()
-    stages = tuple(_set_up(ledger, decoder_stages(config), grid.height * grid.width, size, causal=False))
+    stages = tuple(_set_up(ledger, decoder_stages(config), (grid.height, grid.width), size, causal=False))
     frames = min(grid.frames, SETTLED)
     # Whoever takes the pixels holds the last slice, and its bytes as a picture, while the next is made.
     taken = 3 * handed * prod((SPATIAL, SPATIAL, grid.height, grid.width)) * (size + 1)
@@ -228,8 +232,9 @@ def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int =
         chunk: pixel frames that go through at a time.
     """
     ledger = _Ledger()
-    places = (SPATIAL // config.patch) ** 2 * grid.height * grid.width
-    stages = tuple(_set_up(ledger, encoder_stages(config), places, size, causal=True))
+    patches = SPATIAL // config.patch
+    plane = (patches * grid.height, patches * grid.width)
+    stages = tuple(_set_up(ledger, encoder_stages(config), plane, size, causal=True))
     frames = min(grid.video_frames, SETTLED * TEMPORAL)
     for start in range(0, frames, chunk):
         made = min(chunk, frames - start)
