@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -85,11 +85,11 @@ def decibels(a: Tensor, b: Tensor, peak: float) -> float:
     return float(10 * torch.log10(peak**2 / (a.double() - b.double()).square().mean().clamp(min=1e-20)))
 
 
-def compared(engine: Engine, right: Sequence[kadr.Video], requests: Sequence[Request]) -> Video:
-    """The videos of an engine against those of another."""
+def compared(engine: Engine, right: Sequence[kadr.Video]) -> Video:
+    """The videos of an engine against those of another, asked for alike: a file does not know the demo's recipe."""
     latents, frames = [], []
-    for video, request in zip(right, requests, strict=True):
-        made = engine.generate(request)
+    for video in right:
+        made = engine.generate(video.request)
         span = float(video.latents.max() - video.latents.min())
         latents.append(decibels(made.latents, video.latents, span))
         frames.append(decibels(torch.from_numpy(made.frames), torch.from_numpy(video.frames), 255.0))
@@ -147,16 +147,17 @@ def video_rows(folder: Path, videos: int, captions: int) -> list[list[str]]:
     rows = []
     for name, opened in made.items():
         engine = opened()
-        figures = compared(engine, right, requests)
+        figures = compared(engine, right)
         row = [name, f"{figures.latents:.1f} dB", f"{figures.frames:.1f} dB", f"{figures.least:.1f} dB"]
-        rows.append([*row, obeys(engine, captions) if captions and name in (INT8, "Q8_0") else ""])
+        rows.append([*row, obeys(engine, right[0].request, captions) if captions and name in (INT8, "Q8_0") else ""])
         print(*rows[-1], sep="  ", flush=True)
     return rows
 
 
-def obeys(engine: Engine, captions: int) -> str:
-    """How often its videos show what unseen captions say."""
-    shares = obeyed(engine, held_out_captions(captions, 2026))
+def obeys(engine: Engine, like: Request, captions: int) -> str:
+    """How often its videos show what unseen captions say. like: a request whose settings they are made with."""
+    settings = {field.name: getattr(like, field.name) for field in fields(like) if field.name not in ("prompt", "seed")}
+    shares = obeyed(engine, held_out_captions(captions, 2026), **settings)
     return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
 
 
