@@ -15,6 +15,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
+from kadr.quant.packed import pack_convolutions
 from kadr.shapes import LatentGrid
 
 WIDE = TransformerConfig(layers=2, heads=16, head_width=64, text_width=512)
@@ -44,7 +45,8 @@ def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> 
     rope, mask = module.rope(torch.rand(1, 3, tokens)), torch.arange(256)[None] < 20
     x, text = torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 256, 512, dtype=dtype)
     level = torch.full((1, tokens if per_token else 1), 0.5)
-    predicted = costs.transformer_bytes(WIDE, tokens, dtype.itemsize, per_token=per_token)
+    predicted = costs.transformer_bytes(WIDE, tokens, dtype.itemsize, text=20, per_token=per_token)
+    predicted += costs.reading_bytes(WIDE, dtype.itemsize, text=20)
     return [taken(lambda: module(x, rope, text, mask, level)), predicted]
 
 
@@ -53,20 +55,24 @@ def text() -> list[int]:
     return [taken(lambda: module(ids, ids == 0)), costs.text_bytes(WIDE_T5, 2)]
 
 
-def decoder(dtype: torch.dtype) -> list[int]:
+def decoder(dtype: torch.dtype, *, packed: bool = False) -> list[int]:
     module, latents = VAE(THIN_VAE).to(dtype), torch.randn(1, 128, GRID.frames, GRID.height, GRID.width, dtype=dtype)
+    if packed:
+        pack_convolutions(module)
 
     def decode() -> None:
         for _ in module.decode_stream(latents, level=torch.tensor([0.05])):
             pass
 
-    return [taken(decode), decode_bytes(THIN_VAE, GRID, dtype.itemsize)]
+    return [taken(decode), decode_bytes(THIN_VAE, GRID, dtype.itemsize, packed=packed)]
 
 
-def encoder() -> list[int]:
+def encoder(*, packed: bool = False) -> list[int]:
     pixels = torch.randn(1, 3, GRID.video_frames, 32 * GRID.height, 32 * GRID.width)
     module = VAE(THIN_VAE)
-    return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(THIN_VAE, GRID, 4)]
+    if packed:
+        pack_convolutions(module)
+    return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(THIN_VAE, GRID, 4, packed=packed)]
 
 
 if __name__ == "__main__":
@@ -80,5 +86,8 @@ if __name__ == "__main__":
             "decoder": decoder(torch.bfloat16),
             "decoder in float32": decoder(torch.float32),
             "encoder": encoder(),
+            "packed decoder": decoder(torch.bfloat16, packed=True),
+            "packed decoder in float32": decoder(torch.float32, packed=True),
+            "packed encoder": encoder(packed=True),
         }
     print(json.dumps(report))

@@ -93,7 +93,8 @@ def live(run: Callable[[], object]) -> int:
 
 
 def arguments(batch: int, tokens: int, *, per_token: bool = False) -> tuple[Any, ...]:
-    mask = torch.arange(TEXT)[None].expand(batch, -1) < 7
+    # Padding between words costs what they do; what is behind them is left out.
+    mask = (torch.arange(TEXT)[None].expand(batch, -1) < 7) | (torch.arange(TEXT) == TEXT - 1)
     level = torch.full((batch, tokens if per_token else 1), 0.7)
     level[:, 1:] = 0.1
     text = torch.randn(batch, TEXT, SMALL.text_width)
@@ -141,7 +142,18 @@ def test_the_products_of_a_transformer_are_those_that_torch_counts(levels: int) 
     module, (tokens, text, mask, level) = Transformer(SMALL), arguments(2, 12, per_token=levels == 2)
     rope = module.rope(torch.rand(1, 3, 12))
     counted = flops(lambda: module(tokens, rope, text, mask, level))
-    assert counted == costs.transformer_flops(SMALL, 12, batch=2, text=TEXT, levels=levels)
+    reading = costs.reading_flops(SMALL, batch=2, text=TEXT)
+    assert counted == reading + costs.transformer_flops(SMALL, 12, batch=2, text=TEXT, levels=levels)
+
+
+def test_a_text_that_was_read_costs_a_step_no_products() -> None:
+    module, (tokens, text, mask, level) = Transformer(SMALL), arguments(2, 12)
+    rope, reading = module.rope(torch.rand(1, 3, 12)), module.read(text, mask)
+    first = flops(lambda: module(tokens, rope, reading, None, level))
+    second = flops(lambda: module(tokens, rope, reading, None, level))
+    assert second == costs.transformer_flops(SMALL, 12, batch=2, text=TEXT)
+    kept = 4 * SMALL.layers * 2 * TEXT * SMALL.width**2
+    assert first == second + kept
 
 
 @pytest.mark.parametrize("mode", [*DISTURBED, TRANSFORMER_BLOCK])
@@ -152,7 +164,8 @@ def test_the_products_of_a_disturbed_evaluation_are_those_that_torch_counts(mode
     disturb: dict[str, Any] = {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
     both = flops(lambda: module.with_disturbed(tokens, rope, text, mask, level, **disturb))
     added = costs.disturbed_flops(SMALL, 12, (1,), mode, text=TEXT)
-    assert both == costs.transformer_flops(SMALL, 12, batch=2, text=TEXT) + added
+    reading = costs.reading_flops(SMALL, batch=2, text=TEXT)
+    assert both == reading + costs.transformer_flops(SMALL, 12, batch=2, text=TEXT) + added
 
 
 def test_the_products_of_a_text_encoder_are_those_that_torch_counts() -> None:
@@ -206,6 +219,7 @@ def test_a_transformer_holds_the_bytes_that_are_predicted(
     predicted = costs.transformer_bytes(
         SMALL, tokens, dtype.itemsize, batch=batch, text=TEXT, per_token=per_token, disturbed=disturbed
     )
+    predicted += costs.reading_bytes(SMALL, dtype.itemsize, batch=batch, text=TEXT)
     assert counted == pytest.approx(predicted, rel=0.02, abs=20_000)
 
 
@@ -306,7 +320,19 @@ def measured() -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    "part", ["transformer", "transformer in float32", "conditioned", "text", "decoder", "decoder in float32", "encoder"]
+    "part",
+    [
+        "transformer",
+        "transformer in float32",
+        "conditioned",
+        "text",
+        "decoder",
+        "decoder in float32",
+        "encoder",
+        "packed decoder",
+        "packed decoder in float32",
+        "packed encoder",
+    ],
 )
 def test_a_part_at_work_takes_the_memory_that_was_predicted(part: str, measured: dict[str, list[int]]) -> None:
     taken, predicted = measured[part]

@@ -209,7 +209,7 @@ def test_attention_to_a_text_of_another_width_equals_the_official_one():
     bias[1, ..., 3:] = -10000.0
     rope = tuple(table(ONE_PLACE * torch.arange(7.0), 48))  # the official layer leaves it aside
     expected = official_attention(ours, 20, True)(x, rope, encoder_hidden_states=text, attention_mask=bias[:, 0])
-    assert relative(ours(x, text, bias=bias), expected) <= 1e-6
+    assert relative(ours(x, ours.keys_values(text), bias=bias), expected) <= 1e-6
 
 
 def test_bends_are_shift_scale_and_gate_first_around_attention_then_around_the_feed_forward():

@@ -42,9 +42,24 @@ def convolution_bytes(channels: tuple[int, int], before: Sides, after: Sides, si
     return max(channels[0] * (prod(before) + taps * channels[1]), channels[1] * prod(after)) * size
 
 
+def packed_convolution_bytes(channels: tuple[int, int], before: Sides, after: Sides, size: int) -> int:
+    """As `convolution_bytes`, of `kernels.winograd.convolve`; its kernels lie as they are read, so none is copied.
+
+    While the first frames of all pairs are made: what goes into that product, sum and difference of the two products
+    that both frames share, and the frames themselves before they are put among the others.
+    """
+    pictures = max(1, after[0] // 2)
+    return pictures * (channels[0] * prod(before[1:]) + 3 * channels[1] * prod(after[1:])) * size
+
+
 def rope_bytes(config: TransformerConfig, tokens: int, size: int) -> tuple[int, int]:
     """Of the table of rotations: while it is made, and afterwards. Cosines and sines, made in float32."""
     return 3 * tokens * config.width * _SINGLE, 2 * tokens * config.width * size
+
+
+def reading_bytes(config: TransformerConfig, size: int, *, batch: int = 1, text: int = TEXT) -> int:
+    """Of a text as the layers read it: the text itself, and keys and values of every layer, kept over the steps."""
+    return batch * text * config.width * (1 + 2 * config.layers) * size
 
 
 def transformer_bytes(
@@ -62,6 +77,7 @@ def transformer_bytes(
     Args:
         size: bytes per number: 2 or 4.
         batch: samples evaluated together: 2 where guidance asks for both prompts at once.
+        text: positions of the longest prompt.
         per_token: tokens have noise levels of their own, as with conditions.
         disturbed: samples that are evaluated a second time with some blocks disturbed.
     """
@@ -70,10 +86,10 @@ def transformer_bytes(
     # In the feed-forward: the layer's input, the sum so far, what the attention gave, the bent sum; then four times as
     # much hidden, and its GELU.
     thinking = (4 + 4 + 4) * x
-    # In the text's attention: input, sum, what the attention gave, queries; then the norm of the keys.
-    looking = 4 * x + _norm(size) * words
+    # While a layer reads the text for the first time: what the attention gave, the sum; then the norm of the keys.
+    looking = 3 * x + _norm(size) * words
     bends = (1 + 6 + 6) * levels * width  # the embedded level, its six rows for all layers, and those of a layer
-    return (max(thinking, looking) + words + bends + disturbed * tokens * width) * size + SCRATCH
+    return (max(thinking, looking) + bends + disturbed * tokens * width) * size + SCRATCH
 
 
 def _norm(size: int) -> int:
@@ -108,16 +124,22 @@ def upsampler_bytes(config: UpsamplerConfig, grid: LatentGrid, size: int = _SING
 def transformer_flops(
     config: TransformerConfig, tokens: int, *, batch: int = 1, text: int = TEXT, levels: int = 1
 ) -> int:
-    """Of one evaluation.
+    """Of one evaluation, where the text was read already.
 
     Args:
+        text: positions of the longest prompt.
         levels: how many different noise levels the tokens have.
     """
     width = config.width
     layers = config.layers * _layer_flops(config, tokens, text)
     ends = 2 * 2 * tokens * config.channels * width
-    caption = 2 * text * (config.text_width + width) * width
-    return batch * (layers + ends + caption) + 2 * levels * (level_embedding(width) - 2 * width + 6 * width**2)
+    return batch * (layers + ends) + 2 * levels * (level_embedding(width) - 2 * width + 6 * width**2)
+
+
+def reading_flops(config: TransformerConfig, *, batch: int = 1, text: int = TEXT) -> int:
+    """Of reading a text: once for all steps."""
+    width = config.width
+    return batch * text * (2 * (config.text_width + width) + 4 * config.layers * width) * width
 
 
 def disturbed_flops(
@@ -146,9 +168,9 @@ def disturbed_flops(
 
 
 def _layer_flops(config: TransformerConfig, tokens: int, text: int) -> int:
-    """28 N D² + 4 N² D + 4 N T D + 4 T D² (performance.md, B.1)."""
+    """28 N D² + 4 N² D + 4 N T D: the 4 T D² of keys and values of a text are those of reading it."""
     width = config.width
-    return (28 * tokens + 4 * text) * width**2 + 4 * tokens * (tokens + text) * width
+    return 28 * tokens * width**2 + 4 * tokens * (tokens + text) * width
 
 
 def text_flops(config: T5Config, *, batch: int = 1, length: int = TEXT) -> int:

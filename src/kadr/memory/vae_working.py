@@ -28,10 +28,14 @@ Plane = tuple[int, int]  # rows, columns
 
 
 class _Ledger:
-    """Bytes that layers keep from call to call, and the most that there were at any moment."""
+    """Bytes that layers keep from call to call, and the most that there were at any moment.
 
-    def __init__(self) -> None:
+    packed: convolutions of stride 1 are.
+    """
+
+    def __init__(self, *, packed: bool) -> None:
         self.kept = self.peak = 0
+        self.packed = packed
 
     def moment(self, others: int) -> None:
         self.peak = max(self.peak, self.kept + others)
@@ -87,7 +91,11 @@ class _Convolution:
             if not last:
                 self.kept.keep(count - made * self.step, others + joined)
         if made:
-            besides = costs.convolution_bytes(self.channels, (count, *self.plane), (made, *self.plane_after), self.size)
+            before, after = (count, *self.plane), (made, *self.plane_after)
+            if self.ledger.packed and self.plane == self.plane_after and self.step == 1:
+                besides = costs.packed_convolution_bytes(self.channels, before, after, self.size)
+            else:
+                besides = costs.convolution_bytes(self.channels, before, after, self.size)
             self.ledger.moment(others + joined + made * self.frame + besides)
         return made
 
@@ -194,20 +202,21 @@ def _set_up(ledger: _Ledger, stages: Sequence[VAEStage], plane: Plane, size: int
 
 
 @cache
-def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int = SLICE) -> int:
-    """The most that `VAE.decode_stream` takes besides weights and latents, one latent frame at a time.
+def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int = SLICE, packed: bool = False) -> int:
+    """The most that `VAE.decode_stream` takes besides weights and latents.
 
     Args:
         size: bytes per number: 2 or 4.
-        handed: frames that a stage hands on at a time.
+        handed: frames that a stage hands on at a time, and latent frames that come in.
+        packed: the convolutions are; see `costs.convolution_bytes`.
     """
-    ledger = _Ledger()
+    ledger = _Ledger(packed=packed)
     stages = tuple(_set_up(ledger, decoder_stages(config), (grid.height, grid.width), size, causal=False))
     frames = min(grid.frames, SETTLED)
     # Whoever takes the pixels holds the last slice, and its bytes as a picture, while the next is made.
     taken = 3 * handed * prod((SPATIAL, SPATIAL, grid.height, grid.width)) * (size + 1)
-    for frame in range(frames):
-        _descend(ledger, stages, 1, taken, handed, frame == frames - 1)
+    for start in range(0, frames, handed):
+        _descend(ledger, stages, min(handed, frames - start), taken, handed, start + handed >= frames)
     return ledger.peak + costs.SCRATCH
 
 
@@ -223,15 +232,16 @@ def _descend(ledger: _Ledger, stages: tuple[_Stage, ...], frames: int, others: i
 
 
 @cache
-def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int = ENCODED) -> int:
+def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int = ENCODED, packed: bool = False) -> int:
     """The most that `VAE.encode` takes besides weights and pixels.
 
     Args:
         grid: of the latents that come out.
         size: bytes per number: 2 or 4.
         chunk: pixel frames that go through at a time.
+        packed: the convolutions are; see `costs.convolution_bytes`.
     """
-    ledger = _Ledger()
+    ledger = _Ledger(packed=packed)
     patches = SPATIAL // config.patch
     plane = (patches * grid.height, patches * grid.width)
     stages = tuple(_set_up(ledger, encoder_stages(config), plane, size, causal=True))

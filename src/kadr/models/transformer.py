@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
-from kadr.nn.attention import INPUT, VALUES, Attention
+from kadr.nn.attention import INPUT, VALUES, Attention, KeysValues
 from kadr.nn.embedding import LevelEmbedding
-from kadr.nn.linear import Linear
+from kadr.nn.linear import Linear, through_gelu
 from kadr.nn.modulation import branch_bends
 from kadr.nn.norm import rms_norm
 from kadr.nn.rope import Rope, rope_table
@@ -130,27 +130,44 @@ class FeedForward(nn.Module):
         self.down = Linear(hidden, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return through_gelu(self.up, self.down, x)
+
+
+class Reading:
+    """A text as the layers read it: keys and values of each layer are computed once, however many steps come.
+
+    Args:
+        text: (B, L, D).
+        bias: (B, 1, 1, L) for the logits of the text; None where nothing is padded.
+    """
+
+    def __init__(self, text: Tensor, bias: Tensor | None) -> None:
+        self.text, self.bias = text, bias
+        self._kept: dict[nn.Module, KeysValues] = {}
+
+    def of(self, attention: Attention) -> KeysValues:
+        """The keys and values of a layer's attention."""
+        if attention not in self._kept:
+            self._kept[attention] = attention.keys_values(self.text)
+        return self._kept[attention]
 
 
 class Given(NamedTuple):
     """What all layers are given besides the tokens.
 
     Args:
-        text: (B, L, D).
         bends: (B, 1 or N, 6, D), of the noise level.
-        bias: (B, 1, 1, L) for the logits of the text; None where nothing is padded.
+        samples: of the reading's batch, those that the tokens belong to.
     """
 
-    text: Tensor
+    reading: Reading
     bends: Tensor
     rope: Rope
-    bias: Tensor | None
+    samples: slice = slice(None)
 
     def rows(self, rows: slice) -> Given:
         """Of some samples of the batch."""
-        bias = None if self.bias is None else self.bias[rows]
-        return Given(self.text[rows], self.bends[rows], self.rope.rows(rows), bias)
+        return Given(self.reading, self.bends[rows], self.rope.rows(rows), rows)
 
 
 class Layer(nn.Module):
@@ -175,9 +192,11 @@ class Layer(nn.Module):
         around_attention, around_thought = branch_bends(self.modulation, given.bends)
         instead = DISTURBED[disturbed] if disturbed else None
         attended = self.self_attention(around_attention(rms_norm(x)), rope=given.rope, instead=instead)
-        x = x + around_attention.gate * attended
-        x = x + self.text_attention(x, given.text, bias=given.bias)
-        return x + around_thought.gate * self.feed_forward(around_thought(rms_norm(x)))
+        x = torch.addcmul(x, around_attention.gate, attended)
+        reading, samples = given.reading, given.samples
+        bias = None if reading.bias is None else reading.bias[samples]
+        x = x + self.text_attention(x, reading.of(self.text_attention).rows(samples), bias=bias)
+        return torch.addcmul(x, around_thought.gate, self.feed_forward(around_thought(rms_norm(x))))
 
 
 class Transformer(nn.Module):
@@ -200,13 +219,34 @@ class Transformer(nn.Module):
         dtype = self.modulation.dtype
         return rope_table(positions, self.config.width, limits=self.config.limits, theta=self.config.theta, dtype=dtype)
 
-    def forward(self, tokens: Tensor, rope: Rope, text: Tensor, text_mask: Tensor | None, level: Tensor) -> Tensor:
+    def read(self, text: Tensor, text_mask: Tensor | None) -> Reading:
+        """A text for the layers. Constant over the steps, and much is computed but once where it is kept.
+
+        Padding behind the longest text is left out. What is padded before that gets a bias that no weight survives, as
+        in the official package, so the velocity is the same. A sample that is all padding attends to all of it there,
+        and so it does here.
+
+        Args:
+            text: (B, L, T) text encoding.
+            text_mask: (B, L), true where the text is not padding; None where nothing is padded.
+        """
+        bias = None
+        if text_mask is not None and bool((text_mask := text_mask.bool()).any(1).all()):
+            longest = int(text_mask.any(0).nonzero().max()) + 1
+            text, text_mask = text[:, :longest], text_mask[:, :longest]
+        if text_mask is not None and not bool(text_mask.all()):
+            bias = ((~text_mask).to(text.dtype) * MASKED)[:, None, None, :]
+        return Reading(self.text_in(text), bias)
+
+    def forward(
+        self, tokens: Tensor, rope: Rope, text: Tensor | Reading, text_mask: Tensor | None, level: Tensor
+    ) -> Tensor:
         """The velocity of every token.
 
         Args:
             tokens: (B, N, C) normalised latents, frame by frame, row by row.
             rope: the table made by `rope`.
-            text: (B, L, T) text encoding.
+            text: (B, L, T) text encoding, or what `read` made of it, with no mask then.
             text_mask: (B, L), true where the text is not padding; None where nothing is padded.
             level: (B, 1) or (B, N) noise levels in [0, 1], fp32.
 
@@ -222,7 +262,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         rope: Rope,
-        text: Tensor,
+        text: Tensor | Reading,
         text_mask: Tensor | None,
         level: Tensor,
         *,
@@ -253,19 +293,18 @@ class Transformer(nn.Module):
         return self._leave(x, embedded), self._leave(aside, embedded[rows])
 
     def _enter(
-        self, tokens: Tensor, rope: Rope, text: Tensor, text_mask: Tensor | None, level: Tensor
+        self, tokens: Tensor, rope: Rope, text: Tensor | Reading, text_mask: Tensor | None, level: Tensor
     ) -> tuple[Tensor, Given, Tensor]:
         """What the first layer gets, and the embedded level (B, 1 or N, D), which the end reads again."""
         x = self.patch_in(tokens)
         embedded, bends = self._embed(level, x.dtype)
-        bias = None if text_mask is None else ((~text_mask.bool()).to(x.dtype) * MASKED)[:, None, None, :]
-        return x, Given(self.text_in(text), bends, rope, bias), embedded
+        reading = text if isinstance(text, Reading) else self.read(text, text_mask)
+        return x, Given(reading, bends, rope), embedded
 
     def _leave(self, x: Tensor, embedded: Tensor) -> Tensor:
         # The last bend reads the embedding before its SiLU and its widening to six rows.
         shift, scale = (self.modulation + embedded[..., None, :]).unbind(-2)
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        return self.patch_out(x)
+        return self.patch_out(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale))
 
     def _embed(self, level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """level (B, T) -> (B, T, D) and (B, T, 6, D). Tokens share few levels: each distinct one is embedded once."""

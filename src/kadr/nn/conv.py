@@ -10,18 +10,16 @@ from kadr.nn.stream import Stream
 KERNEL = 3
 
 
-class VideoConv(nn.Conv3d):
+class StreamedConv(nn.Module):
     """A 3 x 3 x 3 convolution: zeros around the picture, the edge frames repeated around the video.
 
     Causal: the first frame is repeated twice in front, so an output frame sees no later one. Otherwise the first and
     the last frame are repeated once each, and in a stream the output lags one frame behind.
     """
 
-    def __init__(
-        self, channels_in: int, channels_out: int, *, causal: bool, stride: tuple[int, int, int] = (1, 1, 1)
-    ) -> None:
-        super().__init__(channels_in, channels_out, KERNEL, stride=stride, padding=(0, 1, 1))
-        self.causal = causal
+    causal: bool
+    stride: tuple[int, ...]
+    out_channels: int
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """x (B, C, F, H, W) -> (B, C', F', H', W')."""
@@ -32,7 +30,11 @@ class VideoConv(nn.Conv3d):
             stream.keep(self, joined[:, :, made * step :])
         if not made:
             return self._nothing(x)
-        return super().forward(joined)
+        return self.convolve(joined)
+
+    def convolve(self, joined: Tensor) -> Tensor:
+        """joined (B, C, F + 2, H, W), with its edges -> (B, C', F', H', W')."""
+        raise NotImplementedError
 
     def _with_edges(self, x: Tensor, stream: Stream) -> Tensor:
         kept = stream.kept(self)
@@ -47,3 +49,17 @@ class VideoConv(nn.Conv3d):
     def _nothing(self, x: Tensor) -> Tensor:
         height, width = (-(-side // step) for side, step in zip(x.shape[3:], self.stride[1:], strict=True))
         return x.new_empty(x.shape[0], self.out_channels, 0, height, width)
+
+
+class VideoConv(StreamedConv, nn.Conv3d):
+    """A streamed convolution with plain weights (C', C, 3, 3, 3) and bias (C')."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, *, causal: bool, stride: tuple[int, int, int] = (1, 1, 1)
+    ) -> None:
+        super().__init__(channels_in, channels_out, KERNEL, stride=stride, padding=(0, 1, 1))
+        self.causal = causal
+
+    def convolve(self, joined: Tensor) -> Tensor:
+        """See `StreamedConv.convolve`."""
+        return self._conv_forward(joined, self.weight, self.bias)

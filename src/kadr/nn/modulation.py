@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +16,7 @@ class Bend(NamedTuple):
     gate: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x * (1 + self.scale) + self.shift
+        return torch.addcmul(self.shift, x, 1 + self.scale)
 
 
 def branch_bends(table: Tensor, embedding: Tensor) -> tuple[Bend, Bend]:

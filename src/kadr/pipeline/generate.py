@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kadr.errors import RequestError
 from kadr.media.frames import crop_margins, resize, to_uint8, to_unit
-from kadr.models.transformer import Transformer
+from kadr.models.transformer import Reading, Transformer
 from kadr.models.vae import VAE
 from kadr.models.vae.decoder import SLICE
 from kadr.nn.rope import Rope
@@ -94,6 +94,7 @@ class Generation:
         return Work(
             passes=self.passes,
             prompts=self.prompts.missing if not stages or "text" in stages else 0,
+            texts=self.prompts.lengths,
             media=tuple(tuple(grids) for grids in media),
             extra=tuple(sum(added(item) for item in items) for items in self.fitted),
             held=tuple(bool(items) for items in self.fitted),
@@ -258,11 +259,14 @@ class Generation:
 
     def _estimate(self, plan: PassPlan, transformer: Transformer, rope: Rope, texts: Sequence[Text]) -> Estimate:
         dtype = texts[0].encoding.dtype
+        readings: dict[int, Reading] = {}  # by the identity of texts, which are there as long as the steps are
 
         def model(
             tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None
         ) -> tuple[Tensor, Tensor | None]:
-            arguments = (tokens.to(dtype), rope, text.encoding, text.mask, level)
+            if id(text) not in readings:
+                readings[id(text)] = transformer.read(*text)
+            arguments = (tokens.to(dtype), rope, readings[id(text)], None, level)
             if disturb is None:
                 return transformer(*arguments), None
             return transformer.with_disturbed(*arguments, **disturb._asdict())

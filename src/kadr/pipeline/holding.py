@@ -16,10 +16,13 @@ from kadr.checkpoints.mapped import prefetch, release
 from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
-from kadr.memory.device import has_fast_int8
+from kadr.memory.device import DTYPES, has_fast_int8
 from kadr.memory.offload import Carousel, stream_pages
 from kadr.memory.plan import AS_STORED, CONVERTED, OFFLOAD, Choice
+from kadr.models.transformer import Transformer
+from kadr.models.vae import VAE
 from kadr.quant.apply import blocks_of, packing_for, requantize
+from kadr.quant.packed import CONVOLUTION, pack_convolutions, pack_matrices, packs_convolutions
 from kadr.quant.scheme import AUTO, FP8, INT8, INT8_WEIGHTS, NONE, check_scheme
 
 # What the names of the blocks begin with, in every layout; the number of the block follows.
@@ -52,11 +55,12 @@ class Weights:
     scratch: int = 0
 
 
-def weigh(source: Source, dtype: torch.dtype, hold: str, *, looked_up: bool = False) -> Weights:
+def weigh(source: Source, dtype: torch.dtype, hold: str, *, looked_up: bool = False, packed: bool = False) -> Weights:
     """The bytes of a component held in some way.
 
     Args:
         hold: see `memory.plan.Choice`.
+        packed: matrices and convolutions are packed once they are loaded; see `quant.packed`.
         looked_up: the component is a text encoder, of whose embedding only some rows are read.
     """
     mapped, own, scratch, everything = 0, 0, 0, 0
@@ -64,6 +68,11 @@ def weigh(source: Source, dtype: torch.dtype, hold: str, *, looked_up: bool = Fa
     for name, info in source.infos.items():
         number = block_of(name)
         taken, made = _held_bytes(name, info, dtype, hold, number)
+        if packed and hold == CONVERTED and info.packing is None and name.endswith(".weight"):
+            if len(info.shape) == 5:
+                taken, made = 0, int(info.count * dtype.itemsize * CONVOLUTION)
+            elif len(info.shape) == 2:
+                taken, made = 0, info.count * dtype.itemsize
         if looked_up and name in EMBEDDINGS and not made:
             taken = min(taken, LOOKED_UP)
         mapped, own = mapped + taken, own + made
@@ -176,7 +185,7 @@ def placed(module: nn.Module, choice: Choice, device: torch.device) -> nn.Module
     if choice.hold not in (AS_STORED, CONVERTED):
         requantize(module, choice.hold, device=device, release=release)
     if not choice.streamed:
-        return module.to(device)
+        return packed(module.to(device), DTYPES[choice.dtype], device)
     blocks = list(blocks_of(module))
     if device.type == "cpu":
         stream_pages(blocks, release=release, prefetch=prefetch)
@@ -184,6 +193,15 @@ def placed(module: nn.Module, choice: Choice, device: torch.device) -> nn.Module
     away = spread(len(blocks), choice.streamed)
     _move_others(module, [block for index, block in enumerate(blocks) if index in away], device)
     Carousel([blocks[index] for index in sorted(away)], device)
+    return module
+
+
+def packed(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A module with its weights in the order that this machine's kernels read them, where that is of use."""
+    if isinstance(module, Transformer) and device.type == "cpu":
+        pack_matrices(module, release=release)
+    elif isinstance(module, VAE) and packs_convolutions(dtype, device):
+        pack_convolutions(module, release=release)
     return module
 
 

@@ -33,6 +33,7 @@ from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER
 from kadr.pipeline.holding import Weights, is_quantized, weigh
 from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.request import Request
+from kadr.quant.packed import packs_convolutions, packs_matrices
 from kadr.quant.scheme import AUTO, INT8, INT8_WEIGHTS, NONE
 from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
@@ -54,6 +55,7 @@ class Work:
 
     Args:
         prompts: how many are encoded; those that are remembered are not.
+        texts: how many tokens each has that the transformer reads.
         media: for each pass, the grids of what the VAE encodes.
         extra: for each pass, tokens that conditions add.
         held: for each pass, whether tokens have noise levels of their own.
@@ -63,6 +65,7 @@ class Work:
 
     passes: tuple[PassPlan, ...]
     prompts: int
+    texts: tuple[int, ...]
     media: tuple[tuple[LatentGrid, ...], ...]
     extra: tuple[int, ...]
     held: tuple[bool, ...]
@@ -157,7 +160,8 @@ class Planner:
         config = vae.detected.vae
         assert config is not None
         grids = [grid for grids in self.work.media for grid in grids]
-        working = max(encode_bytes(config, grid, self.size) for grid in grids)
+        packed = packs_convolutions(self.dtype, self.device)
+        working = max(encode_bytes(config, grid, self.size, packed=packed) for grid in grids)
         flops = sum(encoder_flops(config, grid) for grid in grids)
         choice = self._choice(_Way(CONVERTED), self._vae_weights("encoder"), working, flops, 0)
         return Needs(stage="encode", part=ENCODER, choices=(choice,))
@@ -166,9 +170,10 @@ class Planner:
         config = self.components.vae.detected.vae
         assert config is not None
         grid, weights = self.work.passes[-1].grid, self._vae_weights("decoder")
+        packed = packs_convolutions(self.dtype, self.device)
         choices = []
         for handed in (SLICE, 2, 1):
-            working = decode_bytes(config, grid, self.size, handed=handed) + self._frames(handed)
+            working = decode_bytes(config, grid, self.size, handed=handed, packed=packed) + self._frames(handed)
             why = "" if handed == SLICE else f"the decoder hands on {handed} frames at a time"
             way = _Way(CONVERTED, why=why)
             choice = self._choice(way, weights, working, decoder_flops(config, grid), 0)
@@ -184,7 +189,8 @@ class Planner:
     def _vae_weights(self, half: str) -> Weights:
         source = self.components.vae.sources["vae"]
         infos = {name: info for name, info in source.infos.items() if name.startswith(f"{half}.")}
-        return weigh(replace(source, infos=infos), self.dtype, CONVERTED)
+        packed = packs_convolutions(self.dtype, self.device)
+        return weigh(replace(source, infos=infos), self.dtype, CONVERTED, packed=packed)
 
     def _upscale(self) -> Needs:
         grid, most = self.work.passes[0].grid, Choice(dtype="float32")
@@ -204,7 +210,8 @@ class Planner:
         working, flops = self._working(number, plan, tokens), self._flops(number, plan, tokens)
         choices = []
         for way in self._ways(source):
-            weights = weigh(source, self.dtype, way.hold)
+            packed = not way.streams and packs_matrices(self.dtype, self.device)
+            weights = weigh(source, self.dtype, way.hold, packed=packed)
             read = source.size_bytes * (len(plan.steps) if way.streams else 1)
             choices.append(self._choice(way, weights, working, flops, read))
         stage = PASS_STAGES[number]
@@ -229,28 +236,35 @@ class Planner:
         return streamed if offload == OFFLOAD_BLOCKS and streamed else resident + streamed
 
     def _working(self, number: int, plan: PassPlan, tokens: int) -> int:
-        config = self.components.config(number)
+        config, texts = self.components.config(number), self._texts(plan)
         while_made, afterwards = costs.rope_bytes(config, tokens, self.size)
-        both = self.work.together and plan.guided
+        both, longest = self.work.together and plan.guided, max(texts)
         evaluation = costs.transformer_bytes(
             config,
             tokens,
             self.size,
             batch=2 if both else 1,
+            text=longest,
             per_token=self.work.held[number],
             disturbed=int(any(step.stg > 0 and step.skip_blocks for step in plan.steps)),
         )
         states = 8 * tokens * config.channels * 4  # latents, noise, velocities of the guidance
-        return max(while_made, afterwards + evaluation) + states
+        read = len(texts) * longest if both else sum(texts)
+        return max(while_made, afterwards + evaluation) + costs.reading_bytes(config, self.size, text=read) + states
+
+    def _texts(self, plan: PassPlan) -> tuple[int, ...]:
+        """Tokens of the prompts that a pass reads."""
+        return self.work.texts if plan.guided else self.work.texts[:1]
 
     def _flops(self, number: int, plan: PassPlan, tokens: int) -> int:
-        config, total = self.components.config(number), 0
-        levels = 2 if self.work.held[number] else 1
+        config, texts = self.components.config(number), self._texts(plan)
+        total = costs.reading_flops(config, text=sum(texts))
+        levels, longest = 2 if self.work.held[number] else 1, max(texts)
         for step in plan.steps:
-            total += (1 + (step.scale > 1)) * costs.transformer_flops(config, tokens, levels=levels)
+            total += (1 + (step.scale > 1)) * costs.transformer_flops(config, tokens, text=longest, levels=levels)
             if step.stg > 0 and step.skip_blocks:
                 mode = plan.settings.guidance.mode or ATTENTION_VALUES
-                total += costs.disturbed_flops(config, tokens, step.skip_blocks, mode)
+                total += costs.disturbed_flops(config, tokens, step.skip_blocks, mode, text=longest)
         return total
 
     def _choice(self, way: _Way, weights: Weights, working: int, flops: int, read: int) -> Choice:

@@ -39,6 +39,11 @@ class Prompts:
         """
         return [self._tokens(text) for text in self.texts]
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens each prompt has."""
+        return tuple(int(tokens.mask.sum()) for tokens in self.tokens)
+
     @cached_property
     def _rows(self) -> list[Tensor | None]:
         """What is known of each prompt: rows (n, D) for its n real tokens, on the CPU."""

@@ -65,9 +65,12 @@ def guided(
         together: evaluate both prompts in one batch: twice the activations, fewer kernel launches, the same numbers.
     """
 
+    # One object for all steps: a model may keep what it makes of a text.
+    both = Text(*(torch.cat(pair) for pair in zip(negative, text, strict=True))) if negative and together else None
+
     def estimate(index: int, tokens: Tensor, level: Tensor) -> Tensor:
         strengths = steps[index]
-        said = _ask(model, tokens, level, text, negative, strengths, guidance.mode or ATTENTION_VALUES, together)
+        said = _ask(model, tokens, level, text, negative, both, strengths, guidance.mode or ATTENTION_VALUES)
         return combine(said, strengths, guidance, tokens, level)
 
     return estimate
@@ -79,10 +82,11 @@ def _ask(
     level: Tensor,
     text: Text,
     negative: Text | None,
+    both: Text | None,
     strengths: Strengths,
     mode: str,
-    together: bool,
 ) -> Said:
+    """both: the negative prompt and the prompt, where they are evaluated in one batch."""
     batch = len(tokens)
     disturb = None
     if strengths.stg > 0 and strengths.skip_blocks:
@@ -92,8 +96,7 @@ def _ask(
         without = None
     elif negative is None:
         raise ValueError(f"guidance is {strengths.scale}, and there is no negative prompt")
-    elif together:
-        both = Text(*(torch.cat(pair) for pair in zip(negative, text, strict=True)))
+    elif both is not None:
         disturb = disturb and disturb._replace(rows=slice(batch, None))
         said, disturbed = model(torch.cat([tokens, tokens]), torch.cat([level, level]), both, disturb)
         without, prompt = said.chunk(2)

@@ -103,7 +103,7 @@ class VAE(nn.Module):
         *,
         level: Tensor | None = None,
         noise: NoiseSource | None = None,
-        chunk: int = 1,
+        chunk: int | None = None,
         handed: int = SLICE,
     ) -> Iterator[Tensor]:
         """As `decode`, `chunk` latent frames at a time: yields pixels (B, 3, n, H, W) as they are ready.
@@ -111,8 +111,10 @@ class VAE(nn.Module):
         The pixels are the same; the memory does not grow with the number of frames.
 
         Args:
+            chunk: as many as are handed on, unless told otherwise.
             handed: see `Decoder.pieces`.
         """
+        chunk = chunk or handed
         stream = Stream(noise=noise)
         frames = latents.shape[2]
         for start in range(0, frames, chunk):

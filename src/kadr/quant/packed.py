@@ -1,0 +1,144 @@
+"""Weights in the order that this CPU's kernels read them: the same numbers, sooner multiplied.
+
+oneDNN puts a weight into blocks before every product. A weight that is multiplied with many times is better put there
+once. A packed matrix takes as many bytes as the plain one, and the four kernels of a convolution a third more; see
+`kernels.winograd`. The plain ones are let go of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from kadr.kernels import int8, switch, winograd
+from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
+from kadr.nn.linear import Linear
+from kadr.quant.stored import Int8Linear
+
+CONVOLUTION = 4 / 3  # bytes of the packed kernels to those of the weight
+Release = Callable[[Iterable[Tensor]], None]
+
+
+def nothing(tensors: Iterable[Tensor]) -> None:
+    """Let go of nothing."""
+
+
+def packs_matrices(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrices in that dtype are worth packing there: bfloat16 on CPUs with units for it."""
+    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype == torch.bfloat16 and bool(units) and _here(device)
+
+
+def packs_convolutions(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether convolutions in that dtype are worth packing there."""
+    return (dtype == torch.float32 or packs_matrices(dtype, device)) and _here(device)
+
+
+def _here(device: torch.device) -> bool:
+    return device.type == "cpu" and switch.current() != switch.REFERENCE and _has_onednn()
+
+
+@cache
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available()) and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+class PackedMatrix(nn.Module):
+    """y = x Wᵀ + b in bfloat16, with W packed; with or without a GELU before the sums are rounded."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, "none", "")
+
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """gelu(x Wᵀ + b), in the tanh form."""
+        return self._product(x, "gelu", "tanh")
+
+    def _product(self, x: Tensor, ending: str, form: str) -> Tensor:
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, ending, [], form)
+        return made
+
+
+class PackedInt8Linear(nn.Module):
+    """`Int8Linear` through oneDNN; see `kernels.int8.packed_linear`."""
+
+    scale: Tensor
+
+    def __init__(self, plain: Int8Linear) -> None:
+        super().__init__()
+        self.packed = int8.pack(plain.weight)
+        self.register_buffer("scale", plain.scale)
+        self.register_buffer("bias", plain.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finished(self.prepared(x))
+
+    def prepared(self, x: Tensor, *, gelu: bool = False) -> tuple[int8.Rows, torch.Size]:
+        """x (..., K), or its GELU, in 8 bits; and the shape of what is around the rows."""
+        return int8.rows_of(x.reshape(-1, x.shape[-1]), gelu=gelu), x.shape[:-1]
+
+    def finished(self, prepared: tuple[int8.Rows, torch.Size]) -> Tensor:
+        """The product (..., O)."""
+        rows, around = prepared
+        return int8.packed_linear(rows, self.packed, self.scale, self.bias).view(*around, -1)
+
+
+class PackedConv(StreamedConv):
+    """A streamed convolution of stride 1 by four kernels over single pictures.
+
+    They are packed when the first pictures come: which order is best depends on their size.
+    """
+
+    def __init__(self, plain: VideoConv) -> None:
+        super().__init__()
+        self.causal, self.stride, self.out_channels = plain.causal, plain.stride, plain.out_channels
+        self.kernels = list(winograd.taps(plain.weight.detach()))
+        self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
+        self.is_packed = False
+
+    def convolve(self, joined: Tensor) -> Tensor:
+        """See `StreamedConv.convolve`. The result lies channels last."""
+        x = joined.movedim(1, -1).contiguous()
+        if not self.is_packed:
+            pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL + 1) // 2)
+            for index, kernel in enumerate(self.kernels):  # one by one: the plain one goes when the packed one is there
+                self.kernels[index] = winograd.pack(kernel, pictures, x.shape[2], x.shape[3])
+            self.is_packed = True
+        return winograd.convolve(x, self.kernels, self.bias).movedim(-1, 1)
+
+
+def pack_matrices(module: nn.Module, *, release: Release = nothing) -> None:
+    """Pack the matrices of a module, one after the other: those in bfloat16, and those in 8 bits.
+
+    Args:
+        release: told of each weight that is not needed any more.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear) and packs_matrices(child.weight.dtype, child.weight.device):
+                weight = child.weight.detach()
+                setattr(parent, name, PackedMatrix(weight, child.bias).eval())
+                release([weight])
+            elif isinstance(child, Int8Linear) and int8.packs() and switch.current() != switch.REFERENCE:
+                setattr(parent, name, PackedInt8Linear(child).eval())
+
+
+def pack_convolutions(module: nn.Module, *, release: Release = nothing) -> None:
+    """Pack the convolutions of a VAE's half, one after the other; see `pack_matrices`."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, VideoConv) and set(child.stride) == {1}:
+                weight = child.weight.detach()
+                packed = PackedConv(child).eval()
+                if isinstance(parent, nn.ModuleList):
+                    parent[int(name)] = packed
+                else:
+                    setattr(parent, name, packed)
+                release([weight])
