@@ -15,11 +15,12 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
-from kadr.quant.packed import pack_convolutions
+from kadr.quant.packed import pack_convolutions, packs_matrices
 from kadr.shapes import LatentGrid
 
 WIDE = TransformerConfig(layers=2, heads=16, head_width=64, text_width=512)
 WIDE_T5 = T5Config(vocabulary=100, width=2048, layers=2, heads=32, head_width=64, hidden=5120)
+CPU = torch.device("cpu")
 THIN_VAE = replace(VAE_0_9_5, encoder_width=32, decoder_width=32)
 GRID = LatentGrid(3, 8, 12)
 
@@ -45,7 +46,9 @@ def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> 
     rope, mask = module.rope(torch.rand(1, 3, tokens)), torch.arange(256)[None] < 20
     x, text = torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 256, 512, dtype=dtype)
     level = torch.full((1, tokens if per_token else 1), 0.5)
-    predicted = costs.transformer_bytes(WIDE, tokens, dtype.itemsize, text=20, per_token=per_token)
+    predicted = costs.transformer_bytes(
+        WIDE, tokens, dtype.itemsize, text=20, per_token=per_token, fused=packs_matrices(dtype, CPU)
+    )
     predicted += costs.reading_bytes(WIDE, dtype.itemsize, text=20)
     return [taken(lambda: module(x, rope, text, mask, level)), predicted]
 

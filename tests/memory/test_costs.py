@@ -23,6 +23,7 @@ from kadr.models.transformer import DISTURBED, TRANSFORMER_2B, TRANSFORMER_13B, 
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
+from kadr.quant.packed import packs_matrices
 from kadr.sampling.settings import TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 from tests.live import LiveBytes
@@ -36,6 +37,7 @@ GRID = LatentGrid(3, 4, 2)
 SMALL = TransformerConfig(layers=3, heads=4, head_width=64, text_width=48, channels=8)
 SMALL_T5 = T5Config(vocabulary=50, width=256, layers=2, heads=4, head_width=64, hidden=640)
 TEXT = 24
+CPU = torch.device("cpu")
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -217,7 +219,14 @@ def test_a_transformer_holds_the_bytes_that_are_predicted(
     else:
         counted = live(lambda: module(*given))
     predicted = costs.transformer_bytes(
-        SMALL, tokens, dtype.itemsize, batch=batch, text=TEXT, per_token=per_token, disturbed=disturbed
+        SMALL,
+        tokens,
+        dtype.itemsize,
+        batch=batch,
+        text=TEXT,
+        per_token=per_token,
+        disturbed=disturbed,
+        fused=packs_matrices(dtype, CPU),
     )
     predicted += costs.reading_bytes(SMALL, dtype.itemsize, batch=batch, text=TEXT)
     assert counted == pytest.approx(predicted, rel=0.02, abs=20_000)
@@ -336,4 +345,7 @@ def measured() -> dict[str, list[int]]:
 )
 def test_a_part_at_work_takes_the_memory_that_was_predicted(part: str, measured: dict[str, list[int]]) -> None:
     taken, predicted = measured[part]
-    assert taken == pytest.approx(predicted, rel=0.05, abs=6_000_000)
+    # Packed convolutions take a little less than is said: the plan may be above what happens, and hardly below.
+    bound = 0.15 if part.startswith("packed") else 0.05
+    assert taken <= 1.05 * predicted + 6_000_000
+    assert taken >= (1 - bound) * predicted - 6_000_000

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import prod
 
+from kadr.kernels import cpu_attention
 from kadr.memory.weights import level_embedding
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
@@ -71,6 +72,7 @@ def transformer_bytes(
     text: int = TEXT,
     per_token: bool = False,
     disturbed: int = 0,
+    fused: bool = False,
 ) -> int:
     """Of one evaluation, besides weights, the table of rotations, tokens and text.
 
@@ -80,16 +82,45 @@ def transformer_bytes(
         text: positions of the longest prompt.
         per_token: tokens have noise levels of their own, as with conditions.
         disturbed: samples that are evaluated a second time with some blocks disturbed.
+        fused: in bfloat16 by oneDNN: there is no hidden layer without its GELU; see `kernels.products`.
     """
     width = config.width
     x, words, levels = batch * tokens * width, batch * text * width, batch * (tokens if per_token else 1)
     # In the feed-forward: the layer's input, the sum so far, what the attention gave, the bent sum; then four times as
     # much hidden, and its GELU.
     thinking = (4 + 4 + 4) * x
+    attending = 0
+    if fused:
+        # Then the worst is in the attention, where RMSNorm holds float32 copies beside queries, keys and values.
+        attending = _logits(config, tokens)
+        thinking = (11 if attending else 10) * x
     # While a layer reads the text for the first time: what the attention gave, the sum; then the norm of the keys.
     looking = 3 * x + _norm(size) * words
     bends = (1 + 6 + 6) * levels * width  # the embedded level, its six rows for all layers, and those of a layer
-    return (max(thinking, looking) + bends + disturbed * tokens * width) * size + SCRATCH
+    return (max(thinking, looking) + bends + disturbed * tokens * width) * size + attending + SCRATCH
+
+
+def _logits(config: TransformerConfig, tokens: int) -> int:
+    """Of `kernels.cpu_attention`: logits of some heads, in float32, and what becomes of them in bfloat16."""
+    head = 4 * tokens**2
+    if tokens < cpu_attention.FEWEST or config.head_width > cpu_attention.WIDEST or head > cpu_attention.CACHED:
+        return 0
+    return min(config.heads, cpu_attention.CACHED // head) * (head * 3 // 2 + 2 * tokens * config.head_width)
+
+
+def step_cache_bytes(
+    config: TransformerConfig, tokens: int, size: int, *, points: int, streams: int, batch: int = 1
+) -> int:
+    """Of a step cache: the residuals that it keeps, and what a step holds back that would be gone without it.
+
+    That is the tokens before and after the first layer, and what it added on the last computed step.
+
+    Args:
+        points: computed steps that are remembered.
+        streams: evaluations of a step, the disturbed one among them.
+        batch: samples evaluated together.
+    """
+    return (points * streams + 2 * batch + 1) * tokens * config.width * size
 
 
 def _norm(size: int) -> int:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kadr.nn.linear import Linear, several
+from kadr.kernels import attention, cpu_attention
+from kadr.nn.linear import Linear, Prepares, several
 from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
 
@@ -59,25 +59,40 @@ class Attention(nn.Module):
         """
         if instead is not None:
             return self.out(self.v(x) if instead == VALUES else x)
-        if kept is None:
-            q, k, v = several(x, self.q, self.k, self.v)
-            kept = KeysValues(self._keys(k, rope), self._split(v))
-        else:
-            q = self.q(x)
-        q = self.q_norm(q)
-        q = self._split(q if rope is None else rope(q))
-        attended = F.scaled_dot_product_attention(q, *kept, attn_mask=bias)
+        q, kept = self._among(x, rope) if kept is None else (self.q(x), kept)
+        q = self._normalised(q, self.q_norm, rope)
+        # Queries and keys of 8-bit products are off by a per cent: logits rounded to bfloat16 add little to that.
+        attended = attend(q, *kept, bias, coarse=isinstance(self.q, Prepares))
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """Of context (B, M, X): they are the same for every x."""
         k, v = several(context, self.k, self.v)
-        return KeysValues(self._keys(k, None), self._split(v))
+        return KeysValues(self._normalised(k, self.k_norm, None), self._split(v))
 
-    def _keys(self, k: Tensor, rope: Rope | None) -> Tensor:
-        k = self.k_norm(k)
-        return self._split(k if rope is None else rope(k))
+    def _among(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, KeysValues]:
+        """Queries as they come, and keys and values of x itself."""
+        q, k, v = several(x, self.q, self.k, self.v)
+        return q, KeysValues(self._normalised(k, self.k_norm, rope), self._split(v))
+
+    def _normalised(self, t: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
+        t = norm(t)
+        return self._split(t if rope is None else rope(t))
 
     def _split(self, t: Tensor) -> Tensor:
         """(B, M, D) -> (B, H, M, d)."""
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, coarse: bool) -> Tensor:
+    """softmax(q kᵀ / √d + bias) v, by what is fastest for these inputs where they lie.
+
+    Args:
+        q: (B, H, N, d).
+        k, v: (B, H, M, d).
+        bias: (B, 1, 1, M).
+        coarse: logits may be rounded to the dtype of q.
+    """
+    if cpu_attention.suits(q, k, bias, coarse=coarse):
+        return cpu_attention.attend(q, k, v, coarse=coarse)
+    return attention.attend(q, k, v, bias)

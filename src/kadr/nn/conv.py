@@ -23,6 +23,8 @@ class StreamedConv(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """x (B, C, F, H, W) -> (B, C', F', H', W')."""
+        # A first frame that is alone sees nothing but itself: the frames before it, and after the last, are its copies.
+        still = stream.kept(self) is None and x.shape[2] == 1 and (self.causal or stream.last)
         joined = self._with_edges(x, stream)
         step = self.stride[0]
         made = max(0, (joined.shape[2] - KERNEL) // step + 1)
@@ -30,6 +32,10 @@ class StreamedConv(nn.Module):
             stream.keep(self, joined[:, :, made * step :])
         if not made:
             return self._nothing(x)
+        return self.convolve_still(joined) if still else self.convolve(joined)
+
+    def convolve_still(self, joined: Tensor) -> Tensor:
+        """`convolve`, of frames that are one and the same."""
         return self.convolve(joined)
 
     def convolve(self, joined: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.request import Request
 from kadr.quant.packed import packs_convolutions, packs_matrices
 from kadr.quant.scheme import AUTO, INT8, INT8_WEIGHTS, NONE
+from kadr.sampling.cache import StepCache
 from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
 
@@ -60,6 +61,7 @@ class Work:
         extra: for each pass, tokens that conditions add.
         held: for each pass, whether tokens have noise levels of their own.
         together: both prompts are evaluated in one batch.
+        cache: what is kept from step to step.
         stages: what is run; all of it where empty.
     """
 
@@ -70,6 +72,7 @@ class Work:
     extra: tuple[int, ...]
     held: tuple[bool, ...]
     together: bool = False
+    cache: StepCache | None = None
     stages: frozenset[str] = frozenset()
 
 
@@ -247,7 +250,17 @@ class Planner:
             text=longest,
             per_token=self.work.held[number],
             disturbed=int(any(step.stg > 0 and step.skip_blocks for step in plan.steps)),
+            fused=packs_matrices(self.dtype, self.device),
         )
+        if self.work.cache is not None:
+            evaluation += costs.step_cache_bytes(
+                config,
+                tokens,
+                self.size,
+                points=self.work.cache.points,
+                streams=max(step.evaluations for step in plan.steps),
+                batch=2 if both else 1,
+            )
         states = 8 * tokens * config.channels * 4  # latents, noise, velocities of the guidance
         read = len(texts) * longest if both else sum(texts)
         return max(while_made, afterwards + evaluation) + costs.reading_bytes(config, self.size, text=read) + states

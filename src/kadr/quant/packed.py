@@ -7,13 +7,14 @@ once. A packed matrix takes as many bytes as the plain one, and the four kernels
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from kadr.kernels import int8, switch, winograd
+from kadr.kernels.products import has_bfloat16, linear, linear_gelu
 from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
 from kadr.nn.linear import Linear
 from kadr.quant.stored import Int8Linear
@@ -28,8 +29,7 @@ def nothing(tensors: Iterable[Tensor]) -> None:
 
 def packs_matrices(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether matrices in that dtype are worth packing there: bfloat16 on CPUs with units for it."""
-    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return dtype == torch.bfloat16 and bool(units) and _here(device)
+    return dtype == torch.bfloat16 and has_bfloat16() and _here(device)
 
 
 def packs_convolutions(dtype: torch.dtype, device: torch.device) -> bool:
@@ -55,15 +55,11 @@ class PackedMatrix(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x, "none", "")
+        return linear(x, self.packed, self.bias)
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """gelu(x Wᵀ + b), in the tanh form."""
-        return self._product(x, "gelu", "tanh")
-
-    def _product(self, x: Tensor, ending: str, form: str) -> Tensor:
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, ending, [], form)
-        return made
+        return linear_gelu(x, self.packed, self.bias)
 
 
 class PackedInt8Linear(nn.Module):
@@ -106,12 +102,21 @@ class PackedConv(StreamedConv):
     def convolve(self, joined: Tensor) -> Tensor:
         """See `StreamedConv.convolve`. The result lies channels last."""
         x = joined.movedim(1, -1).contiguous()
+        return winograd.convolve(x, self._ready(x), self.bias).movedim(-1, 1)
+
+    def convolve_still(self, joined: Tensor) -> Tensor:
+        """See `StreamedConv.convolve_still`: a third of the products."""
+        x = joined[:, :, :1].movedim(1, -1).contiguous()
+        return winograd.convolve_still(x, self._ready(joined.movedim(1, -1)), self.bias).movedim(-1, 1)
+
+    def _ready(self, x: Tensor) -> Sequence[Tensor]:
+        """The kernels, packed for x (B, F + 2, H, W, C)."""
         if not self.is_packed:
             pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL + 1) // 2)
             for index, kernel in enumerate(self.kernels):  # one by one: the plain one goes when the packed one is there
                 self.kernels[index] = winograd.pack(kernel, pictures, x.shape[2], x.shape[3])
             self.is_packed = True
-        return winograd.convolve(x, self.kernels, self.bias).movedim(-1, 1)
+        return self.kernels
 
 
 def pack_matrices(module: nn.Module, *, release: Release = nothing) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kadr.kernels import int8
 from kadr.kernels.dequant import dequantize
 from kadr.kernels.hadamard import rotate
 from kadr.kernels.packing import Packing
+from kadr.kernels.products import linear, linear_gelu
 
 PIECE = 262_144  # numbers that are converted at a time: what stays in a core's cache
 
@@ -42,9 +42,16 @@ class StoredLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self._unpacked(x), self.bias)
+
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """gelu(x Wᵀ + b), in the tanh form."""
+        return linear_gelu(x, self._unpacked(x), self.bias)
+
+    def _unpacked(self, x: Tensor) -> Tensor:
         weight = self.scratch.take(self.outputs, self.columns, x)
         self.unpack(weight)
-        return F.linear(x, weight, self.bias)
+        return weight
 
     def unpack(self, out: Tensor) -> None:
         """Write the weight into `out` (outputs, columns)."""
@@ -88,7 +95,14 @@ class ScaledLinear(StoredLinear):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if self.rotation is None else rotate(x, self.rotation))
+        return super().forward(self._turned(x))
+
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """gelu(x Wᵀ + b), in the tanh form."""
+        return super().with_gelu(self._turned(x))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else rotate(x, self.rotation)
 
     def unpack(self, out: Tensor) -> None:
         convert(self.weight, self.scale, out)

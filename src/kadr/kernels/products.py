@@ -1,0 +1,54 @@
+"""Products of matrices with what comes right after them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kadr.kernels import switch
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether this CPU has units for products in bfloat16, and torch was built with the kernels that use them."""
+    units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(units and torch.backends.mkldnn.is_available())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b, by the same kernel whether the weight is packed or not: the same numbers, to the bit.
+
+    Args:
+        x: (..., K).
+        weight: (O, K), plain or packed.
+        bias: (O).
+    """
+    if takes(x) and not _learning(x, weight):
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return made
+    return F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu(x Wᵀ + b), in the tanh form.
+
+    In bfloat16 on a CPU the GELU is taken of the sums before they are rounded: one pass over memory less, and one
+    rounding. Arguments as for `linear`.
+    """
+    if takes(x) and not _learning(x, weight):
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+        return made
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _learning(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether oneDNN is to multiply x with weights: bfloat16, on a CPU with units for it."""
+    here = x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_bfloat16()
+    return here and switch.current() != switch.REFERENCE and not torch.compiler.is_compiling()

@@ -1,0 +1,174 @@
+"""Weights in the order of the CPU's kernels: the same answers, and a switch that leaves them as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kadr.kernels import int8, switch
+from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.models.vae import VAE
+from kadr.nn.linear import EndsInGelu, Linear, Prepares, several, through_gelu
+from kadr.quant.apply import requantize
+from kadr.quant.packed import (
+    PackedConv,
+    PackedInt8Linear,
+    PackedMatrix,
+    pack_convolutions,
+    pack_matrices,
+    packs_convolutions,
+    packs_matrices,
+)
+from kadr.quant.stored import Int8Linear
+from tests.oracles import drawn, relative
+from tests.tiny import sown, vae_config
+
+CPU = torch.device("cpu")
+CONFIG = TransformerConfig(layers=2, heads=4, head_width=64, text_width=32, channels=8)
+bfloat16 = pytest.mark.skipif(not packs_matrices(torch.bfloat16, CPU), reason="this CPU has no units for bfloat16")
+vnni = pytest.mark.skipif(not int8.packs(), reason="this CPU has no units for products in 8 bits")
+convolutions = pytest.mark.skipif(not packs_convolutions(torch.float32, CPU), reason="torch has no oneDNN here")
+
+
+def linear(columns: int = 64, outputs: int = 48) -> Linear:
+    return sown(lambda: Linear(columns, outputs))
+
+
+def answer(transformer: Transformer, dtype: torch.dtype) -> torch.Tensor:
+    tokens, text = drawn(1, 200, 8).to(dtype), drawn(1, 5, 32, seed=2).to(dtype)
+    rope = transformer.rope(40 * torch.rand(1, 3, 200, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        return transformer(tokens, rope, text, None, torch.tensor([[0.7]])).float()
+
+
+@bfloat16
+def test_a_packed_matrix_gives_what_the_plain_one_gives() -> None:
+    plain = linear().bfloat16()
+    packed, x = PackedMatrix(plain.weight, plain.bias), drawn(2, 7, 64, seed=3).bfloat16()
+    assert isinstance(packed, EndsInGelu)
+    exact = F.linear(x.float(), plain.weight.float(), plain.bias.float())
+    assert torch.equal(packed(x), plain(x))
+    assert torch.equal(packed.with_gelu(x), plain.with_gelu(x))
+    bent = F.gelu(exact, approximate="tanh")
+    in_two = F.gelu(plain(x), approximate="tanh").float()
+    assert relative(packed.with_gelu(x).float(), bent) < relative(in_two, bent)
+    with switch.using(switch.REFERENCE):
+        assert torch.equal(plain.with_gelu(x).float(), in_two)
+
+
+@vnni
+def test_a_packed_layer_in_8_bits_gives_what_the_plain_one_gives() -> None:
+    numbers, scale = int8.quantize_rows(drawn(48, 64) / 8)
+    x, bias = drawn(2, 7, 64, seed=3), drawn(48, seed=2)
+    plain = Int8Linear(numbers, scale.flatten(), bias)
+    assert relative(PackedInt8Linear(plain)(x), plain(x)) <= 1e-5
+    exact = F.linear(x, numbers * scale, bias)
+    narrow = Int8Linear(numbers, scale.flatten(), bias.bfloat16())
+    packed = PackedInt8Linear(narrow)
+    assert isinstance(packed, Prepares)
+    own, theirs = packed(x.bfloat16()).float(), narrow(x.bfloat16()).float()
+    assert relative(own, exact) <= 1.2 * relative(theirs, exact)
+
+
+@vnni
+def test_rows_in_8_bits_come_back_within_a_step_and_zeros_as_zeros() -> None:
+    x = drawn(5, 64) * torch.tensor([1e-6, 1.0, 300.0, 1e4, 0.0])[:, None]
+    for dtype, step in ((torch.float32, 0.5001), (torch.bfloat16, 0.51)):
+        own = x.to(dtype)
+        before = own.clone()
+        rows = int8.rows_of(own)
+        back = (rows.numbers.float() - int8.ZERO) * rows.scale.float()
+        assert torch.equal(own, before)
+        assert ((back - own.float()).abs() <= step * rows.scale.float()).all()
+        assert not back[4].any()
+
+
+@vnni
+def test_the_gelu_of_rows_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "CACHED", 3 * 64)
+    x = 3 * drawn(10, 64)
+    rows, bent = int8.rows_of(x, gelu=True), F.gelu(x, approximate="tanh")
+    back = (rows.numbers.float() - int8.ZERO) * rows.scale
+    assert ((back - bent).abs() <= 0.51 * rows.scale).all()
+
+
+def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> None:
+    class Counting(nn.Module):
+        times = 0
+
+        def prepared(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+            Counting.times += 1
+            return F.gelu(x, approximate="tanh") if gelu else x
+
+        def finished(self, prepared: torch.Tensor) -> torch.Tensor:
+            return 2 * prepared
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.finished(self.prepared(x))
+
+    x, up = drawn(3, 64), linear()
+    assert torch.equal(several(x, Counting(), Counting(), Counting())[2], 2 * x)
+    assert Counting.times == 1
+    assert [made.shape for made in several(x, up, Counting())] == [(3, 48), (3, 64)]
+    down = Counting()
+    torch.testing.assert_close(through_gelu(up, down, x), 2 * F.gelu(up(x), approximate="tanh"))
+
+
+@bfloat16
+def test_a_packed_transformer_gives_what_the_plain_one_gives() -> None:
+    exact = answer(sown(lambda: Transformer(CONFIG)), torch.float32)
+    module = sown(lambda: Transformer(CONFIG)).bfloat16()
+    with switch.using(switch.REFERENCE):
+        reference = relative(answer(module, torch.bfloat16), exact)
+    plain = answer(module, torch.bfloat16)
+    pack_matrices(module)
+    assert not [child for child in module.modules() if isinstance(child, Linear)]
+    assert torch.equal(answer(module, torch.bfloat16), plain)
+    assert relative(plain, exact) <= 1.1 * reference
+
+
+@vnni
+def test_a_packed_transformer_in_8_bits_is_as_near_as_the_plain_one() -> None:
+    exact = answer(sown(lambda: Transformer(CONFIG)), torch.float32)
+    module = sown(lambda: Transformer(CONFIG)).bfloat16()
+    requantize(module, "int8", device=CPU)
+    plain = relative(answer(module, torch.bfloat16), exact)
+    pack_matrices(module)
+    assert [child for child in module.modules() if isinstance(child, PackedInt8Linear)]
+    assert relative(answer(module, torch.bfloat16), exact) <= 1.2 * plain
+
+
+@convolutions
+@pytest.mark.parametrize("family", ["0.9", "0.9.1", "0.9.5"])
+@pytest.mark.parametrize("frames", [1, 9, 25])
+def test_a_packed_vae_gives_what_the_plain_one_gives(family: str, frames: int) -> None:
+    module = sown(lambda: VAE(vae_config(family)))
+    pixels, latents = drawn(2, 3, frames, 32, 64), drawn(2, module.config.latent_channels, (frames - 1) // 8 + 1, 1, 2)
+    given = {"level": torch.tensor([0.05, 0.1]), "noise": lambda shape: torch.ones(shape)}
+    encoded, decoded = module.encode(pixels), module.decode(latents, **given)
+    pack_convolutions(module)
+    assert [child for child in module.modules() if isinstance(child, PackedConv)]
+    assert relative(module.encode(pixels), encoded) <= 1e-5
+    assert relative(module.decode(latents, **given), decoded) <= 1e-5
+    streamed = torch.cat(list(module.decode_stream(latents, handed=2, **given)), dim=2)
+    assert relative(streamed, decoded) <= 1e-5
+
+
+def test_the_switch_leaves_weights_as_they_are() -> None:
+    module = sown(lambda: Transformer(CONFIG)).bfloat16()
+    requantized = sown(lambda: Transformer(CONFIG)).bfloat16()
+    requantize(requantized, "int8", device=CPU)
+    with switch.using(switch.REFERENCE):
+        assert not packs_convolutions(torch.float32, CPU)
+        pack_matrices(module)
+        pack_matrices(requantized)
+    assert not [child for child in module.modules() if isinstance(child, PackedMatrix)]
+    assert not [child for child in requantized.modules() if isinstance(child, PackedInt8Linear)]
+
+
+def test_who_needed_a_packed_weight_no_more_is_told() -> None:
+    module, told = sown(lambda: VAE(vae_config("0.9.5"))), []
+    pack_convolutions(module, release=told.extend)
+    assert len(told) == len([child for child in module.modules() if isinstance(child, PackedConv)]) > 0
