@@ -10,44 +10,20 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from zlib import crc32
 
 import sentencepiece
 import torch
-from torch import Tensor
 
+from kadr.bench.models import T5_XXL, TRANSFORMERS, Noise
 from kadr.checkpoints.save import write_single_file, write_text_encoder
-from kadr.models.t5 import T5Config, T5Encoder
-from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
+from kadr.models.t5 import T5Encoder
+from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.sampling.schedule import Schedule
 
-T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
 ALLOWED = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
-MODELS = {"2b": TRANSFORMER_2B, "13b": TRANSFORMER_13B}
 WORDS = ("a", "red", "circle", "moving", "right", "on", "the", "river", "while", "light", "follows", "an", "old", "man")
-POOL = (1 << 24) + 1  # numbers drawn once; odd, so that rows of a tensor that goes round are not alike
-
-
-class Noise:
-    """Numbers for tensors, by name: pieces of one pool, so that writing is limited by the disk."""
-
-    def __init__(self) -> None:
-        self.pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """Numbers of the shape of `tensor` that keep activations near their size."""
-        if name.endswith(("norm.weight", "layer_norm.weight", "std-of-means")):
-            return torch.ones(tensor.shape)
-        if name.endswith("timestep_scale_multiplier"):
-            return torch.full(tensor.shape, 1000.0)
-        if tensor.ndim < 2:
-            return torch.zeros(tensor.shape)
-        start = crc32(name.encode()) % POOL
-        count = tensor.numel()
-        around = self.pool.roll(-start).repeat(-(-count // POOL))[:count]
-        return around.view(tensor.shape) * tensor[0].numel() ** -0.5
 
 
 def tokenizer(folder: Path) -> Path:
@@ -73,7 +49,7 @@ def write(folder: Path, model: str = "2b") -> Path:
     path, noise = folder / f"random-{model}-0.9.8-distilled.safetensors", Noise()
     if not path.exists():
         with torch.device("meta"):
-            transformer, vae = Transformer(MODELS[model]), VAE(VAE_0_9_5)
+            transformer, vae = Transformer(TRANSFORMERS[model]), VAE(VAE_0_9_5)
         schedule = Schedule(sampler="LinearQuadratic", allowed=ALLOWED)
         write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, filled=noise)
     if not (folder / "text_encoder" / "config.json").exists():
@@ -86,7 +62,7 @@ def write(folder: Path, model: str = "2b") -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", choices=MODELS, default="2b")
+    parser.add_argument("--model", choices=TRANSFORMERS, default="2b")
     asked = parser.parse_args()
     began = time.monotonic()
     path = write(asked.folder, asked.model)

@@ -19,9 +19,21 @@ if TYPE_CHECKING:
     from kadr.pipeline.progress import Progress
     from kadr.pipeline.request import Condition, Request
     from kadr.pipeline.result import Video
+    from kadr.sampling.cache import StepCache
     from kadr.shapes import Size
 
-__all__ = ["Condition", "Engine", "KadrError", "KadrWarning", "Progress", "Request", "Size", "Video", "__version__"]
+__all__ = [
+    "Condition",
+    "Engine",
+    "KadrError",
+    "KadrWarning",
+    "Progress",
+    "Request",
+    "Size",
+    "StepCache",
+    "Video",
+    "__version__",
+]
 
 # Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
 _HOMES = {
@@ -32,6 +44,7 @@ _HOMES = {
     "Progress": "kadr.pipeline.progress",
     "Request": "kadr.pipeline.request",
     "Size": "kadr.shapes",
+    "StepCache": "kadr.sampling.cache",
     "Video": "kadr.pipeline.result",
 }
 

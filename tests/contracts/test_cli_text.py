@@ -12,8 +12,8 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _MODEL = """--model --config --upscaler --second-model --text-encoder --vae --device --dtype --no-prompt-cache --quant
     --offload"""
 _REST = """--image --video --input-video --strength --image-noise --image-crf --steps --levels --skip-initial
-    --skip-final --stochastic --no-stochastic --guidance --guidance-at --stg --rescale --skip-blocks --stg-mode
-    --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch --multi-scale --single-pass --second-steps
+    --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval
+    --guidance --guidance-at --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch --multi-scale --single-pass --second-steps
     --second-levels --second-skip-initial --second-guidance --second-tone-map --tone-map --decode-timestep
     --decode-noise"""
 VERBS = {
@@ -24,6 +24,7 @@ VERBS = {
     "rerun": "FILE --output --seed --model --device --json",
     "inspect": "PATH --json",
     "quantize": "IN OUT --type --force",
+    "bench": "--model --size --stage --schedule --way --layers --rounds --no-reference --device --models --json",
     "models": "--json",
 }
 OFFICIAL = """--num_frames --frame_rate --num_inference_steps --guidance_scale --negative_prompt --output_path

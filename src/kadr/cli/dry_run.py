@@ -48,6 +48,8 @@ def _video(run: DryRun) -> Iterator[tuple[str, str]]:
     yield "frames", f"{request.frames}, made as {frames}"
     yield "fps", f"{request.fps:g}"
     yield "seed", str(request.seed)
+    if request.cache is not None:
+        yield "step cache", str(request.cache)
 
 
 def _media(run: DryRun) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from kadr.errors import RequestError
 from kadr.memory.plan import OFFLOAD, OFFLOAD_AUTO
 from kadr.pipeline.request import Request
 from kadr.quant.scheme import NONE, SCHEMES
+from kadr.sampling.cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache
 from kadr.sampling.settings import Guidance, Pass
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def check_words(flags: options.Flags | options.PlanFlags) -> None:
     reading.one_of("--dtype", flags.model.dtype, DTYPES)
     reading.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in SCHEMES])
     reading.one_of("--offload", flags.model.offload, OFFLOAD)
+    reading.one_of("--cache", flags.denoising.cache, (NONE, *KINDS))
 
 
 def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
@@ -96,6 +98,7 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
         skip_initial=denoising.skip_initial,
         skip_final=denoising.skip_final,
         stochastic=denoising.stochastic,
+        cache=_cache(denoising),
         guidance=_guidance(flags.guidance),
         guidance_batch=flags.guidance.guidance_batch,
         multi_scale=flags.second.multi_scale,
@@ -105,6 +108,17 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
         decode_timestep=flags.decoding.decode_timestep,
         decode_noise=flags.decoding.decode_noise,
     )
+
+
+def _cache(flags: options.DenoisingFlags) -> StepCache | None:
+    given: dict[str, Any] = {"threshold": flags.cache_threshold, "interval": flags.cache_interval}
+    if flags.cache != NONE:
+        return StepCache(flags.cache, **given)
+    for name, value in given.items():
+        if value is not None:
+            kind = FIRST_BLOCK if name == "threshold" else TAYLOR
+            raise typer.BadParameter(f"it needs --cache {kind}.", param_hint=f"--cache-{name}")
+    return None
 
 
 def _guidance(flags: options.GuidanceFlags) -> Guidance | None:

@@ -134,6 +134,13 @@ class DenoisingFlags:
     stochastic: Annotated[
         _Switch, _flag("--stochastic/--no-stochastic", None, "Fresh noise at every step, as some models want.")
     ] = None
+    cache: Annotated[
+        str, _flag("--cache", "none|first-block|taylor", "Skip layers on some of many steps: faster, not the same.")
+    ] = "none"
+    cache_threshold: Annotated[
+        _Float, _flag("--cache-threshold", "X", "Of first-block: the change below which a step is skipped.")
+    ] = None
+    cache_interval: Annotated[_Int, _flag("--cache-interval", "N", "Of taylor: every N-th step is computed.")] = None
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,8 @@ def transformer_bytes(
     """
     width = config.width
     x, words, levels = batch * tokens * width, batch * text * width, batch * (tokens if per_token else 1)
-    # In the feed-forward: the layer's input, the sum so far, what the attention gave, the bent sum; then four times as
-    # much hidden, and its GELU.
-    thinking = (4 + 4 + 4) * x
+    # In the feed-forward: the layer's input, the sum so far, the bent sum; four times as much hidden, and its GELU.
+    thinking = (3 + 4 + 4) * x
     attending = 0
     if fused:
         # Then the worst is in the attention, where RMSNorm holds float32 copies beside queries, keys and values.

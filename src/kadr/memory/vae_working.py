@@ -144,10 +144,10 @@ class _Stage:
         return frames, given
 
     def _half(self, convolution: _Convolution, frames: int, others: int, last: bool) -> int:
-        """Norm, bend and SiLU, whose input stays, then the convolution, then noise."""
+        """Norm, bend and SiLU, then the convolution, then noise."""
         x = frames * convolution.frame_in
         self.ledger.moment(others + (3 if self.stage.level else 2) * x)
-        made = convolution(frames, others + 2 * x, last)
+        made = convolution(frames, others + x, last)
         if self.stage.noise:
             self.ledger.moment(others + (2 * made + 1) * convolution.frame)
         return made
@@ -188,9 +188,9 @@ class _Stage:
         """Norm, bend, SiLU and the convolution; of the decoder, then from patches to pixels."""
         x = frames * self.frame_in
         self.ledger.moment(others + (3 if self.stage.level else 2) * x)
-        made = self.convolutions[0](frames, others + (1 if self.causal else 2) * x, last)
+        made = self.convolutions[0](frames, others + x, last)
         if not self.causal:
-            self.ledger.moment(others + 2 * x + 2 * made * self.frame)
+            self.ledger.moment(others + 2 * made * self.frame)
         return made, made * self.frame
 
 

@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
+from kadr.kernels import fused
+from kadr.models.skipping import through
 from kadr.nn.attention import INPUT, VALUES, Attention, KeysValues
 from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.linear import Linear, through_gelu
 from kadr.nn.modulation import branch_bends
-from kadr.nn.norm import rms_norm
 from kadr.nn.rope import Rope, rope_table
+from kadr.sampling.cache import Stream
+from kadr.sampling.guidance import Disturb
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 
 # Keys of the header that change what is computed, with the only value released weights use.
@@ -191,12 +194,19 @@ class Layer(nn.Module):
             return x
         around_attention, around_thought = branch_bends(self.modulation, given.bends)
         instead = DISTURBED[disturbed] if disturbed else None
-        attended = self.self_attention(around_attention(rms_norm(x)), rope=given.rope, instead=instead)
-        x = torch.addcmul(x, around_attention.gate, attended)
+        bent = fused.norm_modulate(x, around_attention.scale, around_attention.shift)
+        bent = self.self_attention(bent, rope=given.rope, instead=instead)
+        x = fused.gate_residual(x, around_attention.gate, bent)
+        # What is not needed any more keeps no name: it would stay in memory until the layer ends.
+        bent = self._read(x, given)
+        x, bent = fused.gate_residual_norm_modulate(x, None, bent, around_thought.scale, around_thought.shift)
+        return fused.gate_residual(x, around_thought.gate, self.feed_forward(bent))
+
+    def _read(self, x: Tensor, given: Given) -> Tensor:
+        """What the tokens take from the text."""
         reading, samples = given.reading, given.samples
         bias = None if reading.bias is None else reading.bias[samples]
-        x = x + self.text_attention(x, reading.of(self.text_attention).rows(samples), bias=bias)
-        return torch.addcmul(x, around_thought.gate, self.feed_forward(around_thought(rms_norm(x))))
+        return self.text_attention(x, reading.of(self.text_attention).rows(samples), bias=bias)
 
 
 class Transformer(nn.Module):
@@ -239,7 +249,14 @@ class Transformer(nn.Module):
         return Reading(self.text_in(text), bias)
 
     def forward(
-        self, tokens: Tensor, rope: Rope, text: Tensor | Reading, text_mask: Tensor | None, level: Tensor
+        self,
+        tokens: Tensor,
+        rope: Rope,
+        text: Tensor | Reading,
+        text_mask: Tensor | None,
+        level: Tensor,
+        *,
+        cache: Stream | None = None,
     ) -> Tensor:
         """The velocity of every token.
 
@@ -249,11 +266,14 @@ class Transformer(nn.Module):
             text: (B, L, T) text encoding, or what `read` made of it, with no mask then.
             text_mask: (B, L), true where the text is not padding; None where nothing is padded.
             level: (B, 1) or (B, N) noise levels in [0, 1], fp32.
+            cache: stands in for the layers after the first where it can; None: all are run.
 
         Returns:
             (B, N, C) in the dtype of the weights.
         """
         x, given, embedded = self._enter(tokens, rope, text, text_mask, level)
+        if cache is not None:
+            return self._leave(through(self.layers, x, given, cache)[0], embedded)
         for layer in self.layers:
             x = layer(x, given)
         return self._leave(x, embedded)
@@ -269,6 +289,7 @@ class Transformer(nn.Module):
         blocks: Collection[int],
         mode: str,
         rows: slice = slice(None),
+        cache: Stream | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The velocity of every token, and that of some samples with some blocks disturbed.
 
@@ -283,6 +304,9 @@ class Transformer(nn.Module):
             (B, N, C), and (rows, N, C).
         """
         x, given, embedded = self._enter(tokens, rope, text, text_mask, level)
+        if cache is not None:
+            x, aside = through(self.layers, x, given, cache, Disturb(tuple(blocks), mode, rows))
+            return self._leave(x, embedded), self._leave(aside, embedded[rows])
         first = min(blocks)
         for layer in self.layers[:first]:
             x = layer(x, given)

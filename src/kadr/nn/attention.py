@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from kadr.kernels import attention, cpu_attention
+from kadr.kernels import attention, cpu_attention, fused
 from kadr.nn.linear import Linear, Prepares, several
 from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
@@ -76,8 +76,9 @@ class Attention(nn.Module):
         return q, KeysValues(self._normalised(k, self.k_norm, rope), self._split(v))
 
     def _normalised(self, t: Tensor, norm: RMSNorm, rope: Rope | None) -> Tensor:
-        t = norm(t)
-        return self._split(t if rope is None else rope(t))
+        if rope is None:
+            return self._split(norm(t))
+        return self._split(fused.norm_rope(t, norm.weight, rope.cosine, rope.sine, norm.epsilon))
 
     def _split(self, t: Tensor) -> Tensor:
         """(B, M, D) -> (B, H, M, d)."""

@@ -5,18 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-
-def pixel_norm(x: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """Divide each position of x (B, C, ...) by the root mean square of its channels, in x's own dtype."""
-    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + epsilon)
-
-
-def rms_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Divide x (..., D) by its root mean square over D; the mean square in fp32, as the official RMSNorm has it."""
-    if x.dtype == torch.float32:
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon)
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + epsilon)).to(x.dtype)
+from kadr.kernels.reference import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,15 @@ from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.pipeline.conditions import Placed, read_conditions, read_start
 from kadr.pipeline.fitting import settled
 from kadr.pipeline.locate import is_path, on_disk
-from kadr.pipeline.passes import PassPlan, Upscaling, check_beginning, check_blocks, plan_passes, warn_guided
+from kadr.pipeline.passes import (
+    PassPlan,
+    Upscaling,
+    check_beginning,
+    check_blocks,
+    plan_passes,
+    warn_cached,
+    warn_guided,
+)
 from kadr.pipeline.request import Request
 from kadr.pipeline.resolve import resolve, with_second
 from kadr.sampling.schedule import Schedule
@@ -155,6 +163,7 @@ class DryEngine:
         for plan, model in zip(passes, self.models, strict=False):
             check_blocks(plan, model.layers)
             warn_guided(plan, model.part.name, model.schedule, model.released)
+            warn_cached(plan, request.step_cache)
         check_beginning(passes[0], started=request.video is not None)
         if request.video is not None:
             read_start(request)  # refuses one that is too short

@@ -23,12 +23,13 @@ from kadr.pipeline.components import PASS_STAGES, Components
 from kadr.pipeline.conditions import read_conditions, read_start
 from kadr.pipeline.fitting import Fitted, Pixels, added, fitted, put, settled
 from kadr.pipeline.guard import Watchman, guarded, guarded_frames
-from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes
+from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes, warn_cached
 from kadr.pipeline.planning import Work
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.request import Request
 from kadr.pipeline.rescue import rescued, rescued_frames
+from kadr.sampling.cache import PassCache
 from kadr.sampling.conditions import shake
 from kadr.sampling.guidance import Disturb, Estimate, Text, guided
 from kadr.sampling.latents import adain, tone_map
@@ -72,6 +73,7 @@ class Generation:
         self.passes = plan_passes(request, components.schedules, upscaling=components.upscaling)
         for number, plan in enumerate(self.passes):
             check_blocks(plan, components.config(number).layers)
+            warn_cached(plan, request.step_cache)
         self.noise = NoiseStreams(request.seed)
         self.device = components.device
         self.guided = any(plan.guided for plan in self.passes)
@@ -99,6 +101,7 @@ class Generation:
             extra=tuple(sum(added(item) for item in items) for items in self.fitted),
             held=tuple(bool(items) for items in self.fitted),
             together=bool(self.request.guidance_batch),
+            cache=self.request.step_cache,
             stages=frozenset(stages),
         )
 
@@ -259,6 +262,8 @@ class Generation:
 
     def _estimate(self, plan: PassPlan, transformer: Transformer, rope: Rope, texts: Sequence[Text]) -> Estimate:
         dtype = texts[0].encoding.dtype
+        caching = self.request.step_cache
+        cached = None if caching is None else PassCache(caching, plan.steps)
         readings: dict[int, Reading] = {}  # by the identity of texts, which are there as long as the steps are
 
         def model(
@@ -267,14 +272,16 @@ class Generation:
             if id(text) not in readings:
                 readings[id(text)] = transformer.read(*text)
             arguments = (tokens.to(dtype), rope, readings[id(text)], None, level)
+            cache = None if cached is None else cached.stream(id(text))
             if disturb is None:
-                return transformer(*arguments), None
-            return transformer.with_disturbed(*arguments, **disturb._asdict())
+                return transformer(*arguments, cache=cache), None
+            return transformer.with_disturbed(*arguments, **disturb._asdict(), cache=cache)
 
         text, negative = (*texts, None)[:2]
         assert text is not None
         together = self.request.guidance_batch
-        return guided(model, text, negative, plan.settings.guidance, plan.steps, together=together)
+        estimate = guided(model, text, negative, plan.settings.guidance, plan.steps, together=together)
+        return estimate if cached is None else cached.over(estimate)
 
     def _step_noise(self, number: int, name: str) -> StepNoise:
         return StepNoise(self.noise, _stream(number, name))

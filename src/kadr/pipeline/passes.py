@@ -12,6 +12,7 @@ from torch import Tensor
 from kadr.errors import KadrWarning, RequestError
 from kadr.models.registry import Released
 from kadr.pipeline.request import Request
+from kadr.sampling.cache import SHORT, StepCache
 from kadr.sampling.schedule import Schedule, explicit
 from kadr.sampling.settings import Pass, Strengths
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
@@ -173,6 +174,17 @@ def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Release
         warnings.warn(
             f"guidance is above 1, and {name} is distilled: it was made to run without, and guidance makes its colours "
             "glaring. Leave it out.",
+            KadrWarning,
+            stacklevel=2,
+        )
+
+
+def warn_cached(plan: PassPlan, cache: StepCache | None) -> None:
+    """Say where a step cache is asked of a pass that gains little by it."""
+    if cache is not None and len(plan.levels) < SHORT:
+        warnings.warn(
+            f"steps are cached, and pass {plan.number} has {len(plan.levels)}: with fewer than {SHORT} that costs "
+            "quality and saves little time. Leave it out, or give more steps.",
             KadrWarning,
             stacklevel=2,
         )

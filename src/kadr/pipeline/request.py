@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.sampling.cache import StepCache
 from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
 from kadr.shapes import MAXIMUM_FRAMES, Size, snap_frames
 
@@ -130,6 +131,7 @@ class Request:
         guidance_batch: evaluate with and without the prompt in one batch instead of one after the other.
         negative_prompt: what to guide away from.
         stochastic: add fresh noise at every step, as some distilled models want.
+        cache: skip layers on some steps, a `StepCache` or its kind; faster, and another picture. None is off.
         tone_map: how strongly the latents' extremes are pressed together before decoding, 0 to 1.
         multi_scale: make it smaller first, upscale the latents, and go over them once more.
         second: the second pass of `multi_scale`; the settings above are those of the first, or only, one. `tone_map` is
@@ -157,6 +159,7 @@ class Request:
     guidance_batch: bool = False
     negative_prompt: str | None = None
     stochastic: bool | None = None
+    cache: StepCache | str | None = None
     tone_map: float | None = None
     multi_scale: bool | None = None
     second: Pass | None = None
@@ -181,6 +184,7 @@ class Request:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
         object.__setattr__(self, "conditions", _conditions(self.conditions))
+        object.__setattr__(self, "cache", StepCache.of(self.cache))
         if self.levels is not None:
             object.__setattr__(self, "levels", as_levels(self.levels))
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
@@ -209,6 +213,11 @@ class Request:
             if self.video_strength in (0, 1):
                 nothing = "nothing would change" if self.video_strength == 0 else "nothing of the video would stay"
                 raise RequestError(f"video_strength is {self.video_strength}: {nothing}. Give a value between 0 and 1.")
+
+    @property
+    def step_cache(self) -> StepCache | None:
+        """`cache`, in the form that it has since birth."""
+        return StepCache.of(self.cache)
 
     def only_pass(self) -> Pass:
         """The settings of the first pass, or of the only one."""

@@ -6,13 +6,13 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kadr.kernels import fused
 from kadr.models.vae.config import Strides
 from kadr.nn.conv import VideoConv
 from kadr.nn.embedding import LevelEmbedding
-from kadr.nn.norm import ChannelLayerNorm, pixel_norm
+from kadr.nn.norm import ChannelLayerNorm
 from kadr.nn.stream import Stream
 
 
@@ -49,18 +49,15 @@ def depth_to_space(x: Tensor, strides: Strides) -> Tensor:
 
 
 class Bend(NamedTuple):
-    """A shift and a scale per channel, each (B, C, 1, 1, 1)."""
+    """A shift and a scale per channel, each (B, C)."""
 
     shift: Tensor
     scale: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return x * (1 + self.scale) + self.shift
-
 
 def bends(table: Tensor, embedding: Tensor) -> list[Bend]:
     """table (2n, C) + embedding (B, 2n·C) -> n bends; the rows are shift, scale, shift, scale, ..."""
-    rows = (table[None] + embedding.unflatten(1, table.shape))[..., None, None, None].unbind(1)
+    rows = (table[None] + embedding.unflatten(1, table.shape)).unbind(1)
     return [Bend(shift, scale) for shift, scale in zip(rows[::2], rows[1::2], strict=True)]
 
 
@@ -98,8 +95,8 @@ class ResidualLayer(nn.Module):
         return skip + main
 
     def _half(self, x: Tensor, stream: Stream, conv: VideoConv, bend: Bend | None, noise: str) -> Tensor:
-        x = pixel_norm(x)
-        x = conv(F.silu(bend(x) if bend else x), stream)
+        scale, shift = (bend.scale, bend.shift) if bend else (None, None)
+        x = conv(fused.pixel_norm_modulate_silu(x, scale, shift), stream)
         if self.inject_noise:
             x = x + stream.noise((self, noise), like=x) * getattr(self, noise)[None, :, None]
         return x

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kadr.kernels import fused
 from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer, ResidualStage, bends, unpatchify
 from kadr.models.vae.config import Block, VAEConfig
 from kadr.nn.conv import VideoConv
 from kadr.nn.embedding import LevelEmbedding
-from kadr.nn.norm import pixel_norm
 from kadr.nn.stream import Stream
 
 Stage = Callable[[Tensor, Stream], Tensor]
@@ -86,11 +85,10 @@ class Decoder(nn.Module):
         return [self.conv_in, *blocks, partial(self._to_pixels, level=level)]
 
     def _to_pixels(self, x: Tensor, stream: Stream, level: Tensor | None) -> Tensor:
-        x = pixel_norm(x)
+        scale = shift = None
         if self.level_conditioned and level is not None:
-            (bend,) = bends(self.modulation, self.level_embedding(level, x.dtype))
-            x = bend(x)
-        return unpatchify(self.conv_out(F.silu(x), stream), self.patch)
+            ((shift, scale),) = bends(self.modulation, self.level_embedding(level, x.dtype))
+        return unpatchify(self.conv_out(fused.pixel_norm_modulate_silu(x, scale, shift), stream), self.patch)
 
 
 def _given(block: ResidualStage, level: Tensor | None) -> Stage:

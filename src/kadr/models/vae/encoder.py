@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kadr.kernels import fused
 from kadr.models.vae.blocks import ResidualLayer, ResidualStage, SpaceToDepthDown, patchify
 from kadr.models.vae.config import Block, VAEConfig
 from kadr.nn.conv import VideoConv
-from kadr.nn.norm import pixel_norm
 from kadr.nn.stream import Stream
 
 
@@ -43,4 +42,4 @@ class Encoder(nn.Module):
         x = self.conv_in(patchify(pixels, self.patch), stream)
         for block in self.blocks:
             x = block(x, stream)
-        return self.conv_out(F.silu(pixel_norm(x)), stream)
+        return self.conv_out(fused.pixel_norm_modulate_silu(x), stream)

@@ -1,0 +1,93 @@
+"""kadr and other engines on the same work: `python -m benchmarks`, or `make bench`.
+
+The cases of `kadr bench`, with the peers run in turn with kadr's own ways, on the same weights. Writes
+benchmarks/results/NAME.json, which `python -m benchmarks.report` puts into docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.peers import PEERS, entrants
+from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS, Clip, Selection
+from kadr.bench.run import run
+from kadr.bench.telling import lines
+from kadr.errors import KadrError
+from kadr.memory.heap import give_back_at_once
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def several(text: str) -> list[str]:
+    return text.split(",")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+
+    def listed(name: str, known: Sequence[object], default: Sequence[str]) -> None:
+        made.add_argument(name, type=several, default=list(default), metavar=",".join(map(str, known)))
+
+    listed("--model", MODELS, ("demo",))
+    listed("--size", CLIPS, ())
+    listed("--stage", STAGES, STAGES)
+    listed("--schedule", tuple(SCHEDULES), ("8",))
+    listed("--way", tuple(WAYS), USUAL_WAYS)
+    listed("--peer", tuple(PEERS), tuple(PEERS))
+    made.add_argument("--layers", type=int, help="only so many of a random model's transformer and text encoder")
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--device", default="auto")
+    made.add_argument("--no-reference", action="store_true", help="do not compare the results with float32")
+    made.add_argument("--no-peers", action="store_true")
+    made.add_argument("--matmul", type=int, help="sides of the yardstick's matrices")
+    made.add_argument("--models", type=Path, metavar="FOLDER", help="keep the random models there")
+    made.add_argument("--name", help="of the file of results; else made of what was run")
+    made.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    made.add_argument("--usual-heap", action="store_true", help="leave freed memory to glibc, as a guest has to")
+    return made
+
+
+def name_of(asked: argparse.Namespace, device: str) -> str:
+    """Such as cuda-2b-512x320-dit."""
+    stages = [] if tuple(asked.stage) == STAGES else asked.stage
+    cut = [] if asked.layers is None else [f"{asked.layers}-layers"]
+    return "-".join([device, *asked.model, *cut, *asked.size, *stages, *(s for s in asked.schedule if s != "8")])
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    asked = parser().parse_args(words)
+    if not asked.usual_heap:
+        give_back_at_once()  # as the program `kadr` does
+    try:
+        selection = Selection(
+            models=asked.model,
+            clips=[Clip.parse(size) for size in asked.size],
+            stages=asked.stage,
+            schedules=asked.schedule,
+            ways=asked.way,
+            layers=asked.layers,
+            rounds=asked.rounds,
+            reference=not asked.no_reference,
+            device=asked.device,
+            matmul=asked.matmul,
+        )
+        peers = entrants([] if asked.no_peers else asked.peer)
+        made = run(selection, peers, folder=asked.models, say=lambda line: print(line, file=sys.stderr, flush=True))
+    except KadrError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    made["command"] = " ".join(["python -m benchmarks", *(sys.argv[1:] if words is None else words)])
+    made["heap"] = "usual" if asked.usual_heap else "given back at once"
+    asked.results.mkdir(parents=True, exist_ok=True)
+    path = asked.results / f"{asked.name or name_of(asked, made['machine']['device'])}.json"
+    path.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+    print(*lines(made), "", path, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

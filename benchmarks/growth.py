@@ -1,0 +1,159 @@
+"""Whether costs grow as they must: `python -m benchmarks.growth`.
+
+Times the transformer against tokens, and the decoder's time and memory against frames, and fits a power to each. What
+the power must be comes from the same formulas that count the products. All sizes of all contenders run in turns.
+Writes benchmarks/results/growth-DEVICE-MODEL.json, of which `python -m benchmarks.report` makes a table and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers import PEERS, entrants
+from kadr.bench.cases import DECODE, DIT, MODELS, WAYS, Clip, Selection
+from kadr.bench.machine import describe
+from kadr.bench.models import opened
+from kadr.bench.own import ways
+from kadr.bench.peak import cuda_peak, host_peak
+from kadr.bench.runner import Absent, Contender, Measured, cuda_clock, host_clock, measure
+from kadr.bench.work import Work
+from kadr.memory.device import pick_device
+from kadr.memory.heap import give_back_at_once
+from kadr.shapes import Size
+
+RESULTS = Path(__file__).parent / "results"
+SIDES = {"demo": (256, 384, 512, 768), "2b": (128, 192, 256, 384), "13b": (128, 192, 256, 384)}  # of 25 frames
+FRAMES = (17, 33, 65, 129)
+DECODED = Size(256, 256)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What something costs at some sizes.
+
+    Args:
+        what: "DiT step", "decode" or "decode's memory"; in seconds or bytes.
+        over: what grows: "tokens" or "frames".
+        exponent: of the power that fits best; None where it cannot be fitted.
+        expected: that the formulas have.
+    """
+
+    what: str
+    over: str
+    contender: str
+    x: list[int]
+    y: list[float]
+    exponent: float | None
+    expected: float
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """p of the c·x^p nearest to y: the slope of the logarithms by least squares. None where a y is not above 0."""
+    if len(x) < 2 or min(y) <= 0:
+        return None
+    across, up = ([math.log(value) for value in values] for values in (x, y))
+    middle, height = sum(across) / len(across), sum(up) / len(up)
+    moved = [value - middle for value in across]
+    return sum(a * (b - height) for a, b in zip(moved, up, strict=True)) / sum(a * a for a in moved)
+
+
+def curves(works: Sequence[Work], enter: Callable[[Work, ExitStack], Iterator[Any]], rounds: int) -> Iterator[Curve]:
+    """Time, and of a decoder also memory, of every contender over all works, which are of one stage."""
+    first = works[0]
+    on_cuda, decoding = first.device.type == "cuda", first.stage == DECODE
+    over = "frames" if decoding else "tokens"
+    x = [work.clip.frames if decoding else work.clip.grid.tokens for work in works]
+    with ExitStack() as stack:
+        ready = [each for work in works for each in enter(work, stack) if isinstance(each, Contender)]
+        noted, failed = measure(
+            ready,
+            rounds=rounds,
+            warm_ups=3 if on_cuda else 1,
+            clock=cuda_clock if on_cuda else host_clock,
+            peak=cuda_peak if on_cuda else host_peak,
+        )
+    if failed:
+        raise SystemExit("; ".join(f"{each.name} {each.reason}" for each in failed))
+    work_done = [float(work.flops or 0) for work in works]
+    for name in dict.fromkeys(each.contender.name for each in noted):
+        own = [each for each in noted if each.contender.name == name]
+        yield _curve("decode" if decoding else "DiT step", over, name, x, [each.median for each in own], work_done)
+        if decoding:
+            yield _memory(name, x, own)
+
+
+def _curve(what: str, over: str, name: str, x: list[int], y: list[float], must: Sequence[float]) -> Curve:
+    expected = exponent(x, must)
+    assert expected is not None
+    return Curve(what, over, name, x, y, exponent(x, y), expected)
+
+
+def _memory(name: str, x: list[int], noted: Sequence[Measured]) -> Curve:
+    """Kadr hands frames on, so what it takes must not grow; who returns the whole clip takes it whole."""
+    y = [float(each.peak or 0) for each in noted]
+    return Curve("decode's memory", "frames", name, x, y, exponent(x, y), 0.0 if name.startswith("kadr") else 1.0)
+
+
+def streamed(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
+    """kadr's decoder whose frames are handed on and not kept, as when they go into a file."""
+    engine = work.engine(WAYS["auto"])
+    parts = engine.components
+    parts.follow(engine.plan(work.request))
+    vae = stack.enter_context(parts.decoder())
+    latents, level = work.given["latents"].to(parts.dtype), work.given["level"]
+
+    def run() -> None:
+        for _ in vae.decode_stream(latents, level=level if work.vae.timestep_conditioning else None):
+            pass
+
+    yield Contender(name="kadr auto", run=run, dtype=str(parts.dtype).removeprefix("torch."), own=True)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="demo")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--side", type=int, nargs="+", help="of the pictures that the transformer gets")
+    parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="that are decoded")
+    parser.add_argument("--peer", choices=PEERS, nargs="*", help="the official package for the demo, else diffusers")
+    parser.add_argument("--models", type=Path, metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args(words)
+    give_back_at_once()
+    device = pick_device(asked.device)
+    selection = Selection(models=(asked.model,), layers=asked.layers, stages=(DIT, DECODE))
+    others = entrants(asked.peer if asked.peer is not None else ["official" if asked.model == "demo" else "diffusers"])
+
+    def everyone(own: Any) -> Callable[[Work, ExitStack], Iterator[Any]]:
+        return lambda work, stack: (each for enter in (own, *others) for each in enter(work, stack))
+
+    made: dict[str, Any] = {"machine": describe(device), "model": asked.model, "layers": asked.layers}
+    with opened(asked.model, selection, asked.models) as source, torch.no_grad():
+        sized = [Clip(Size(side, side), 25) for side in asked.side or SIDES[asked.model]]
+        long = [Clip(DECODED, frames) for frames in asked.frames]
+        steps = curves([Work(source, clip, DIT, device) for clip in sized], everyone(ways(("auto",))), asked.rounds)
+        decodes = curves([Work(source, clip, DECODE, device) for clip in long], everyone(streamed), asked.rounds)
+        made["curves"] = [asdict(curve) for curve in (*steps, *decodes)]
+    asked.results.mkdir(parents=True, exist_ok=True)
+    path = asked.results / f"growth-{device.type}-{asked.model}.json"
+    path.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+    for curve in made["curves"]:
+        print("{what} over {over}, {contender}: {exponent}, expected {expected:.2f}".format(**curve))
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

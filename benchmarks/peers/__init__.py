@@ -1,0 +1,61 @@
+"""Other engines on the same work and the same weights. One that is not installed says so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+
+from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, STARTUP, TEXT
+from kadr.bench.runner import Absent, Contender, told
+from kadr.bench.work import Entrants, Work
+
+# OpenVINO and NNCF tell their makers what they are used for, unless this package cannot be imported.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One engine.
+
+    Args:
+        module: with `enter`, of the form of `work.Entrants`; it imports the engine.
+        stages: that it runs.
+    """
+
+    module: str
+    stages: tuple[str, ...]
+
+
+PEERS: Mapping[str, Peer] = {
+    "diffusers": Peer("benchmarks.peers.diffusers", (DIT, ENCODE, DECODE, END_TO_END)),
+    "diffusers compiled": Peer("benchmarks.peers.compiled", (DIT, DECODE, END_TO_END)),
+    "transformers": Peer("benchmarks.peers.transformers", (TEXT,)),
+    "official": Peer("benchmarks.peers.official", (DIT, ENCODE, DECODE)),
+    "openvino": Peer("benchmarks.peers.openvino", (DIT,)),
+    "LTXPipeline": Peer("benchmarks.peers.startup", (STARTUP,)),
+}
+
+
+def entrants(names: Sequence[str]) -> list[Entrants]:
+    """Those peers."""
+    return [_entrant(name, PEERS[name]) for name in names]
+
+
+def _entrant(name: str, peer: Peer) -> Entrants:
+    def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
+        if work.stage not in peer.stages:
+            return
+        try:
+            module = import_module(peer.module)
+        except ImportError as error:
+            yield Absent(name, f"not installed: {told(error)}")
+            return
+        try:
+            yield from module.enter(work, stack)
+        except Exception as error:  # a peer that cannot be built is told, and the others run
+            yield Absent(name, f"failed: {told(error)}")
+
+    return enter

@@ -1,0 +1,66 @@
+"""The start of a diffusers program: `LTXPipeline` on the demo's transformer and text encoder, in a diffusers folder.
+
+diffusers has no VAE of the demo's shape, so the folder gets one of the 0.9.5 layout with random weights that takes
+fewer products; it cannot be compared by its pictures.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline
+from transformers import AutoTokenizer, T5EncoderModel
+
+from benchmarks.peers.diffusers import transformer
+from kadr.bench.runner import Absent, Contender
+from kadr.bench.startup import Program
+from kadr.bench.work import PROMPT, Work
+from kadr.memory.vae_shape import decoder_flops
+from kadr.models.vae.config import VAE_0_9_5, VAEConfig
+from tests.oracles import DIFFUSERS_VAES
+
+NAME = "LTXPipeline"
+# Run by its path, from a folder of its own: it finds diffusers there and nothing of ours.
+PROGRAM = Path(__file__).parents[1] / "programs" / "start_diffusers.py"
+WIDTH = 16  # of the decoder's last stage
+
+
+def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
+    folder = written(work, work.source.scratch / "diffusers")
+    words = [sys.executable, str(PROGRAM), str(folder), PROMPT, work.device.type]
+    more = decoder_flops(thin(), work.clip.grid) / decoder_flops(work.vae, work.clip.grid)
+    note = f"its VAE's decoder has {100 * more:.0f} % of the products of the demo's"
+    yield Program(words, {"HF_HUB_OFFLINE": "1"}).contender(NAME, "float32", note=note)
+
+
+def thin() -> VAEConfig:
+    """A VAE of the 0.9.5 layout with one residual layer a stage."""
+    encoder, decoder = (
+        tuple(replace(block, layers=min(block.layers, 1)) for block in blocks)
+        for blocks in (VAE_0_9_5.encoder_blocks, VAE_0_9_5.decoder_blocks)
+    )
+    return replace(VAE_0_9_5, encoder_blocks=encoder, decoder_blocks=decoder, encoder_width=8, decoder_width=WIDTH)
+
+
+def written(work: Work, folder: Path) -> Path:
+    """The folder, as `from_pretrained` reads it."""
+    config, released = thin(), dict(DIFFUSERS_VAES["0.9.5"])
+    for name, unit in (("block_out_channels", config.encoder_width), ("decoder_block_out_channels", WIDTH)):
+        released[name] = tuple(unit * multiple for multiple in released[name])
+    for name in ("layers_per_block", "decoder_layers_per_block"):
+        released[name] = (1,) * len(released[name])
+    torch.manual_seed(0)
+    pipeline = LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLLTXVideo(latent_channels=config.latent_channels, patch_size=config.patch, **released),
+        text_encoder=T5EncoderModel.from_pretrained(work.source.text / "text_encoder", dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(work.source.text / "tokenizer"),
+        transformer=transformer(work).float(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder

@@ -1,0 +1,86 @@
+"""Puts benchmarks/results/*.json into docs/performance.md, between its marks: `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kadr.bench import telling
+from tests import pages
+
+RESULTS = Path(__file__).parent / "results"
+PAGE, PICTURE = pages.DOCS / "performance.md", pages.DOCS / "images" / "growth.svg"
+MEASURED, GROWTH = "python -m benchmarks", "python -m benchmarks.growth"
+Result = Mapping[str, Any]
+
+
+def read(folder: Path) -> tuple[list[Result], list[Result]]:
+    """The results of cases, and those of growth, by the names of their files."""
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [each for each in found if "cases" in each], [each for each in found if "curves" in each]
+
+
+def measured(results: Sequence[Result]) -> str:
+    """A section for each run: on what, when and how; a table for each of its cases."""
+    parts = []
+    for result in results:
+        machine, date = result["machine"], result["date"].partition("T")[0]
+        busy = f"; the load before was {machine['load']:.1f}" if machine["load"] is not None else ""
+        parts.append(f"\n`{result['command']}`, {date}: {telling.about(machine)}{busy}.\n")
+        parts += [_case(case) for case in result["cases"]]
+    return "".join(parts) or "\nNothing yet.\n"
+
+
+def _case(case: Mapping[str, Any]) -> str:
+    rows = [telling.HEAD, *(telling.row(each) for each in case["contenders"])]
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    head, *body = zip(*columns, strict=True)
+    rate = telling.rate(case)
+    title = f"\n**{telling.title(case)}**" + (f" (matmul: {rate})" if rate else "") + "\n\n"
+    notes = "".join(f"- {line}\n" for line in telling.absences(case))
+    return title + pages.table(head, body) + (f"\n{notes}" if notes else "")
+
+
+def growth(results: Sequence[Result]) -> str:
+    """A line for each curve, and the picture."""
+    if not results:
+        return "\nNothing yet.\n"
+    head = ("model", "what", "over", "", "measured exponent", "expected")
+    rows = []
+    for result in results:
+        for curve in result["curves"]:
+            fitted = "" if curve["exponent"] is None else f"{curve['exponent']:.2f}"
+            over = f"{curve['x'][0]} to {curve['x'][-1]} {curve['over']}"
+            model = result["model"] + (f", {result['layers']} layers" if result["layers"] else "")
+            rows.append((model, curve["what"], over, curve["contender"], fitted, f"{curve['expected']:.2f}"))
+    where = "; ".join(dict.fromkeys(telling.about(result["machine"]) for result in results))
+    picture = "![time and memory over tokens and frames, with the expected slopes dotted](images/growth.svg)"
+    return f"\n{pages.table(head, rows)}\n{where}.\n\n{picture}\n"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    asked = parser.parse_args(words)
+    cases, grown = read(asked.results)
+    if grown:
+        try:
+            from benchmarks.plot import draw
+        except ImportError as error:
+            print(f"error: {error}; install kadr[bench]", file=sys.stderr)
+            return 1
+        draw(asked.picture, grown[0]["curves"])
+    pages.write(asked.page, MEASURED, measured(cases))
+    pages.write(asked.page, GROWTH, growth(grown))
+    print(asked.page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""What step caching saves and costs: `python -m benchmarks.step_caching`. Writes docs/guides/step-caching.md.
+
+The demo's own long recipe, the same captions and seeds with and without a cache. Every round makes all videos of one
+seed, one way after the other, so a machine that is busy for a while is busy for all ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from kadr import Engine, Request, StepCache
+from kadr.memory.heap import give_back_at_once
+from tests import pages
+from train.evaluate import psnr
+from train.judge import judge
+from train.shapes import held_out_captions
+
+PAGE = pages.DOCS / "guides" / "step-caching.md"
+BEGIN, END = "<!-- step caching: begin -->\n", "<!-- step caching: end -->\n"
+SEED = 77
+WAYS: Mapping[str, StepCache | None] = {
+    "none": None,
+    **{f"first-block {x}": StepCache("first-block", threshold=x) for x in (0.04, 0.08, 0.15)},
+    **{f"taylor {n}": StepCache("taylor", interval=n) for n in (2, 3, 4)},
+}
+
+
+@dataclass
+class Figures:
+    """Of one way, a number for each video: seconds of denoising, calls of layers, dB, and how many of four obey."""
+
+    seconds: list[float] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    decibels: list[float] = field(default_factory=list)
+    obeyed: list[int] = field(default_factory=list)
+
+
+@contextmanager
+def counted(engine: Engine) -> Iterator[list[int]]:
+    """How often layers are run inside the block."""
+    calls = [0]
+    with engine.components.transformer(0, None) as transformer:
+        hooks = [
+            layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for layer in transformer.layers
+        ]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+def measured(engine: Engine, videos: int, steps: int) -> dict[str, Figures]:
+    """All ways in turn, for each of the videos."""
+    found = {name: Figures() for name in WAYS}
+    engine.denoise(Request(prompt="a red circle", steps=2))  # what is set up once is not timed
+    for seed, (caption, scene) in enumerate(held_out_captions(videos, SEED)):
+        right: np.ndarray | None = None
+        for name, cache in WAYS.items():
+            request, own = Request(prompt=caption, seed=seed, steps=steps, cache=cache), found[name]
+            with counted(engine) as calls:
+                began = time.perf_counter()
+                latents = engine.denoise(request)
+                own.seconds.append(time.perf_counter() - began)
+            frames = engine.decode(latents, engine.resolve(request)).numpy()
+            right = frames if right is None else right
+            own.layers.append(calls[0])
+            own.decibels.append(psnr(frames, right))
+            own.obeyed.append(sum(seen == told for seen, told in zip(judge(frames), scene.key, strict=True)))
+    return found
+
+
+def rows(found: Mapping[str, Figures]) -> Iterator[Sequence[str]]:
+    plain = found["none"]
+    for name, own in found.items():
+        ratios = [before / after for before, after in zip(plain.seconds, own.seconds, strict=True)]
+        skipped = 1 - sum(own.layers) / sum(plain.layers)
+        quality = ("", "") if own is plain else (f"{np.mean(own.decibels):.1f}", f"{min(own.decibels):.1f}")
+        yield name, f"{skipped:.0%}", f"{median(ratios):.2f}x", *quality, f"{np.mean(own.obeyed) / 4:.0%}"
+
+
+def written(found: Mapping[str, Figures], videos: int, steps: int) -> str:
+    head = ("cache", "layers skipped", "denoising, faster", "PSNR, mean", "worst", "obeyed")
+    made = f"{videos} videos of the demo, {steps} guided steps, float32, {torch.get_num_threads()} thread(s) of a CPU"
+    return f"\n{pages.table(head, rows(found))}\n{made}; dB against the video without a cache.\n\n"
+
+
+def put(path: Path, made: str) -> None:
+    """Write the table between its marks."""
+    page = path.read_text("utf-8")
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"{path} has no place for the table: it must have {BEGIN!r} and {END!r}, once each")
+    before, _, rest = page.partition(BEGIN)
+    path.write_text(before + BEGIN + made + END + rest.partition(END)[2], "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_caching", description=__doc__)
+    parser.add_argument("--videos", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=24)
+    asked = parser.parse_args()
+    give_back_at_once()
+    found = measured(Engine.open("demo", device="cpu", dtype="float32"), asked.videos, asked.steps)
+    made = written(found, asked.videos, asked.steps)
+    put(PAGE, made)
+    print(made)
+
+
+if __name__ == "__main__":
+    main()

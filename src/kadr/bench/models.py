@@ -1,0 +1,150 @@
+"""The models that are measured: the bundled one, and random weights at the sizes of the released ones, on disk.
+
+All go through the files, so that what is measured is what a user gets who opens a model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from kadr.bench.cases import DEMO, TEXT, Selection
+from kadr.checkpoints.save import write_single_file, write_text_encoder
+from kadr.errors import CheckpointError
+from kadr.memory.vae_shape import decoder_weights, encoder_weights
+from kadr.memory.weights import text_encoder_weights, transformer_weights
+from kadr.models.registry import find
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
+from kadr.models.vae import VAE
+from kadr.models.vae.config import VAE_0_9_5
+from kadr.pipeline.locate import released_file
+from kadr.sampling.schedule import Schedule
+
+T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+# Where nobody measures the text encoder: as wide as it must be, and next to nothing besides.
+T5_STANDING_IN = replace(T5_XXL, vocabulary=512, layers=1, heads=1, hidden=64)
+TRANSFORMERS = {"2b": TRANSFORMER_2B, "13b": TRANSFORMER_13B}
+POOL = (1 << 24) + 1  # numbers drawn once; odd, so that rows of a tensor that goes round are not alike
+FAINT = 0.02  # of biases: there, and small
+
+
+class Noise:
+    """Numbers for tensors, by name: pieces of one pool, so that writing is limited by the disk."""
+
+    def __init__(self) -> None:
+        self.pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """Numbers of the shape of `tensor` that keep activations near their size."""
+        if name.endswith(("norm.weight", "norm_q.weight", "norm_k.weight", "std-of-means")):
+            return torch.ones(tensor.shape)
+        if name.endswith("timestep_scale_multiplier"):
+            return torch.full(tensor.shape, 1000.0)
+        start = crc32(name.encode()) % POOL
+        count = tensor.numel()
+        around = self.pool.roll(-start).repeat(-(-count // POOL))[:count]
+        return around.view(tensor.shape) * (FAINT if tensor.ndim < 2 else tensor[0].numel() ** -0.5)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    Args:
+        path: its file.
+        text: the folder with `text_encoder` and `tokenizer`.
+        scratch: a folder for what is made on the way.
+        layers: of the transformer: how many there are, and how many the model would have; None where these are all.
+        text_layers: of the text encoder, likewise.
+    """
+
+    name: str
+    path: Path
+    text: Path
+    scratch: Path
+    layers: tuple[int, int] | None = None
+    text_layers: tuple[int, int] | None = None
+
+
+@contextmanager
+def opened(name: str, selection: Selection, folder: Path | None = None) -> Iterator[Source]:
+    """The files of a model, for as long as the block runs.
+
+    Args:
+        folder: keeps random models, and has those that were kept; None is a temporary one.
+
+    Raises:
+        CheckpointError: there is no room for them.
+    """
+    with tempfile.TemporaryDirectory(prefix="kadr-bench-") as scratch:
+        if name == DEMO:
+            path = released_file(find(DEMO))
+            yield Source(name, path, path.parent, Path(scratch))
+        else:
+            yield random_model(name, selection, folder or Path(scratch) / "models", Path(scratch))
+
+
+def random_model(name: str, selection: Selection, folder: Path, scratch: Path) -> Source:
+    """Write a model of the 0.9.8 layout in bfloat16, with official names and header; what is there already stays."""
+    full = TRANSFORMERS[name]
+    config = replace(full, layers=min(selection.layers or full.layers, full.layers))
+    cut = "" if config == full else f"-{config.layers}-layers"
+    text = text_config(selection)
+    path = folder / f"random-{name}{cut}.safetensors"
+    home = folder / ("t5-standing-in" if text is T5_STANDING_IN else f"t5-{text.layers}-layers")
+    absent, no_text = not path.exists(), not (home / "text_encoder" / "config.json").exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_room(folder, (_model_bytes(config) if absent else 0) + (_text_bytes(text) if no_text else 0))
+    noise = Noise() if absent or no_text else None
+    if absent:
+        with torch.device("meta"):
+            transformer, vae = Transformer(config), VAE(VAE_0_9_5)
+        schedule = Schedule(sampler="LinearQuadratic")
+        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, filled=noise)
+    if no_text:
+        with torch.device("meta"):
+            encoder = T5Encoder(text)
+        tokenizer = released_file(find(DEMO)).parent / "tokenizer" / "spiece.model"
+        write_text_encoder(home, encoder, tokenizer, filled=noise)
+    return Source(
+        name,
+        path,
+        home,
+        scratch,
+        layers=None if config == full else (config.layers, full.layers),
+        text_layers=None if text.layers == T5_XXL.layers else (text.layers, T5_XXL.layers),
+    )
+
+
+def text_config(selection: Selection) -> T5Config:
+    """The text encoder of random models: T5-XXL where it is measured."""
+    if TEXT not in selection.stages:
+        return T5_STANDING_IN
+    return replace(T5_XXL, layers=min(selection.layers or T5_XXL.layers, T5_XXL.layers))
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"the random weights take {needed / 1e9:.1f} GB, and {folder} has room for {free / 1e9:.1f}. Take fewer "
+            "layers, or another folder (--models, or TMPDIR)."
+        )
+
+
+def _model_bytes(config: TransformerConfig) -> int:
+    halves = encoder_weights(VAE_0_9_5).total + decoder_weights(VAE_0_9_5).total
+    return 2 * (transformer_weights(config).total + halves)
+
+
+def _text_bytes(config: T5Config) -> int:
+    return 2 * text_encoder_weights(config).total

@@ -1,0 +1,48 @@
+"""How much memory a run takes at most, besides what was there before it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kadr.bench.runner import Run
+from kadr.memory.device import give_back
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_FORGET_PEAK = "5"  # of proc(5): the highest mark becomes what is resident now
+_LINE = re.compile(r"^Vm(HWM|RSS):\s+(\d+) kB$", re.MULTILINE)
+
+
+def host_peak(run: Run) -> int | None:
+    """By the system's account of this process, pages of files and all; None where it cannot be asked.
+
+    Its highest mark is set back before the run, so what other contenders took does not count.
+    """
+    give_back()
+    try:
+        RESET.write_text(_FORGET_PEAK)
+        before = _resident()["RSS"]
+    except OSError:
+        return None
+    kept: Any = run()
+    after = _resident()["HWM"]
+    del kept  # the result is part of what the run takes
+    return max(0, after - before)
+
+
+def _resident() -> dict[str, int]:
+    return {name: int(size) * 1024 for name, size in _LINE.findall(STATUS.read_text())}
+
+
+def cuda_peak(run: Run) -> int | None:
+    """By torch's account of the device."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept: Any = run()
+    torch.cuda.synchronize()
+    del kept
+    return int(torch.cuda.max_memory_allocated() - before)

@@ -1,0 +1,175 @@
+"""The work of a stage: what goes in, and how many products it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from kadr.bench.cases import (
+    DECODE,
+    DIT,
+    ENCODE,
+    END_TO_END,
+    FPS,
+    REFERENCE,
+    STARTUP,
+    TEXT,
+    WAYS,
+    Clip,
+    Way,
+    schedule,
+)
+from kadr.bench.models import Source
+from kadr.bench.runner import Absent, Contender
+from kadr.checkpoints.open import Checkpoint
+from kadr.memory import costs
+from kadr.memory.vae_shape import decoder_flops, encoder_flops
+from kadr.models.transformer import TransformerConfig
+from kadr.models.vae import VAEConfig
+from kadr.pipeline.engine import Engine
+from kadr.pipeline.passes import PassPlan
+from kadr.pipeline.request import Request
+from kadr.sampling.positions import positions
+from kadr.sampling.settings import ATTENTION_VALUES
+
+LENGTH = costs.TEXT  # positions that a prompt is padded to
+REAL = 100  # of them, those that are not padding: a prompt of some seventy words
+LEVEL, DECODE_LEVEL = 0.7, 0.05
+PROMPT, NEGATIVE = "a red circle moving right on a black background", "blurry"
+SEED = 0
+Entrants = Callable[["Work", ExitStack], "Iterator[Contender | Absent]"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage of one case, for all who do it.
+
+    Args:
+        schedule: only of what has one.
+    """
+
+    source: Source
+    clip: Clip
+    stage: str
+    device: torch.device
+    schedule: str | None = None
+
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        """How many layers run of how many, where that changes this stage; None where all do."""
+        if self.stage == TEXT:
+            return self.source.text_layers
+        return self.source.layers if self.stage in (DIT, END_TO_END) else None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint.open(self.source.path)
+
+    @property
+    def transformer(self) -> TransformerConfig:
+        config = self.checkpoint.detected.transformer
+        assert config is not None
+        return config
+
+    @property
+    def vae(self) -> VAEConfig:
+        config = self.checkpoint.detected.vae
+        assert config is not None
+        return config
+
+    def engine(self, way: Way) -> Engine:
+        """The model, opened as a user would open it."""
+        return Engine.open(
+            self.source.path,
+            text_encoder=self.source.text,
+            device=str(self.device),
+            dtype=way.dtype,
+            quant=way.quant,
+            prompt_cache=self.source.scratch / "prompts" if self.stage == END_TO_END else False,
+        )
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What a user gets who says nothing; peers compute in it too."""
+        return self.engine(WAYS["auto"]).components.dtype
+
+    @cached_property
+    def request(self) -> Request:
+        """Of the whole way. No noise is mixed in for the decoder: engines do not agree on where."""
+        chosen = schedule(self.schedule or "8", self.transformer.layers)
+        return Request(
+            prompt=PROMPT,
+            negative_prompt=NEGATIVE,
+            size=self.clip.size,
+            frames=self.clip.frames,
+            fps=FPS,
+            seed=SEED,
+            steps=chosen.steps,
+            guidance=chosen.guidance,
+            decode_timestep=DECODE_LEVEL,
+            decode_noise=0.0,
+            tone_map=0.0,
+        )
+
+    @cached_property
+    def given(self) -> dict[str, Tensor]:
+        """What goes in, in float32, on the device."""
+        generator = torch.Generator().manual_seed(SEED)
+        grid, channels = self.clip.grid, self.transformer.channels
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        made: dict[str, Tensor] = {"mask": torch.arange(LENGTH)[None] < REAL}
+        if self.stage == DIT:
+            made["tokens"] = drawn(1, grid.tokens, channels)
+            made["positions"] = positions(grid, fps=FPS, causal=self.transformer.causal_positions)[None]
+            made["text"] = drawn(1, LENGTH, self.transformer.text_width)
+            made["level"] = torch.full((1, 1), LEVEL)
+        elif self.stage == TEXT:
+            made["ids"] = torch.randint(3, 100, (1, LENGTH), generator=generator)
+        elif self.stage == DECODE:
+            made["latents"] = drawn(1, channels, grid.frames, grid.height, grid.width)
+            made["level"] = torch.full((1,), DECODE_LEVEL)
+        elif self.stage == ENCODE:
+            made["pixels"] = drawn(1, 3, self.clip.frames, self.clip.size.height, self.clip.size.width).tanh()
+        return {name: tensor.to(self.device) for name, tensor in made.items()}
+
+    @cached_property
+    def flops(self) -> int | None:
+        """Twice the products that the formulas count; None where that says nothing."""
+        grid = self.clip.grid
+        if self.stage == STARTUP:
+            return None
+        if self.stage == TEXT:
+            return costs.text_flops(self.engine(REFERENCE).components.text.config, length=LENGTH)
+        if self.stage == ENCODE:
+            return encoder_flops(self.vae, grid)
+        if self.stage == DECODE:
+            return decoder_flops(self.vae, grid)
+        if self.stage == DIT:
+            return costs.transformer_flops(self.transformer, grid.tokens, text=LENGTH)
+        (plan,) = self.engine(REFERENCE).passes(self.request)
+        return pass_flops(self.transformer, plan) + decoder_flops(self.vae, grid)
+
+
+def pass_flops(config: TransformerConfig, plan: PassPlan) -> int:
+    """Of all evaluations of a pass."""
+    total, tokens = 0, plan.grid.tokens
+    for step in plan.steps:
+        total += (1 + (step.scale > 1)) * costs.transformer_flops(config, tokens, text=LENGTH)
+        if step.stg > 0 and step.skip_blocks:
+            mode = plan.settings.guidance.mode or ATTENTION_VALUES
+            total += costs.disturbed_flops(config, tokens, step.skip_blocks, mode, text=LENGTH)
+    return total
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Of all its weights, as they are stored."""
+    return sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))

@@ -1,0 +1,130 @@
+"""Products of 8-bit floats (e4m3): weights by output channel, activations by token, as `int8` has it of whole numbers.
+
+GPUs since Ada and Hopper multiply them twice as fast as 16 bits. Scales by row and column are part of the product where
+the chip's library has such a kernel; where it has not, the codes are multiplied as they are, which every one of these
+chips can, and scaled afterwards.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kadr.errors import KadrWarning
+from kadr.kernels import fused, reference
+
+E4M3 = torch.float8_e4m3fn
+MULTIPLE = 16  # that both sides of a weight must be
+OLDEST = (8, 9)  # the capability of the first chips that multiply them, Ada
+SCALED, BARE, WIDENED = "scaled", "bare", "widened"  # ways to a product, fastest first; see `way`
+BOUND = 0.01  # relative error of a product that is right; bfloat16 rounds to 0.003
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b with x in 8-bit floats by row and W in 8-bit floats by output channel (W8A8), summed in fp32 or nearly.
+
+    Nearly: products are asked for with fast accumulation, and Hopper's units then add numbers aligned to about 14 bits
+    (DeepSeek-V3, arXiv 2412.19437, section 3.5.2). The codes have 4.
+
+    Args:
+        x: (..., columns) in fp32, bf16 or fp16.
+        weight: float8_e4m3fn (outputs, columns).
+        scale: fp32 (outputs); see `reference.quantize_rows`.
+        bias: (outputs).
+
+    Returns:
+        (..., outputs) in x's dtype.
+    """
+    codes, scales = fused.quantize_rows(x.reshape(-1, x.shape[-1]), E4M3)
+    return product(codes, scales, weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+
+
+def product(
+    codes: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linear` of rows that are in 8 bits already: codes (R, K) and what they are multiplied with, fp32 (R, 1)."""
+    return _WAYS[way(codes.device, dtype)](codes, scales, weight, scale, bias, dtype)
+
+
+def has_units(device: torch.device) -> bool:
+    """Whether a device multiplies 8-bit floats faster than wider ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST
+
+
+def fits(outputs: int, columns: int) -> bool:
+    """Whether a product of these sides can be had on every device."""
+    return not outputs % MULTIPLE and not columns % MULTIPLE
+
+
+@cache
+def way(device: torch.device, dtype: torch.dtype) -> str:
+    """How products into `dtype` are computed on a device: the first way that gives the right numbers there.
+
+    "scaled" applies the scales inside the product, "bare" behind it, "widened" multiplies in fp32: the definition.
+    """
+    if not has_units(device):
+        return WIDENED
+    reasons = []
+    for name in (SCALED, BARE):
+        reason = _fault(name, device, dtype)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    warnings.warn(
+        f"{device} multiplies 8-bit floats, but torch's products of them fail there ({'; '.join(reasons)}). They are "
+        "computed in float32, which is slow: bfloat16 is faster.",
+        KadrWarning,
+        stacklevel=3,
+    )
+    return WIDENED
+
+
+def _fault(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a way cannot be gone, found out with a small product; None where it can."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(count, 128, generator=generator).to(device) for count in (48, 96))
+    (codes, scales), (numbers, scale) = (reference.quantize_rows(tensor, E4M3) for tensor in (x, weight))
+    given = (codes, scales, numbers, scale.flatten(), torch.ones(96, dtype=dtype, device=device))
+    right = _widened(*given, torch.float32)
+    try:
+        made = _WAYS[name](*given, dtype).float()
+    except Exception as refusal:  # RuntimeError, NotImplementedError, ValueError, by chip and version
+        return f"{type(refusal).__name__}: {refusal}"
+    error = float((made - right).norm() / right.norm())
+    return None if error <= BOUND else f"wrong by {100 * error:.2g} %"
+
+
+def _scaled(
+    codes: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return torch._scaled_mm(
+        codes,
+        weight.t(),
+        scale_a=scales,
+        scale_b=scale[None],
+        bias=None if bias is None else bias.to(dtype),
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+
+
+def _bare(
+    codes: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    # Sums of codes reach 448² · K, which float16 cannot hold; in bfloat16 they take half the memory.
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    one = scales.new_ones(())
+    sums = torch._scaled_mm(codes, weight.t(), scale_a=one, scale_b=one, out_dtype=wide, use_fast_accum=True)
+    return fused.rescale(sums, scales, scale, bias, dtype)
+
+
+def _widened(
+    codes: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return reference.rescale(codes.float() @ weight.float().t(), scales, scale, bias, dtype)
+
+
+_WAYS = {SCALED: _scaled, BARE: _bare, WIDENED: _widened}
