@@ -160,9 +160,9 @@ class _Stage:
             skip, small = self.skips[0], made * self.frame_in
             joined = skip.joined(frames)
             if not last:
-                skip.keep(skip.frames + frames - made, others + 2 * out + joined)
-            self.ledger.moment(others + 2 * out + joined + small)
-            self.ledger.moment(others + 4 * out + small)  # before and after unfolding, the tiled skip, and the sum
+                skip.keep(skip.frames + frames - made, others + out + joined)
+            self.ledger.moment(others + out + joined + small)
+            self.ledger.moment(others + 2 * out + small)  # unfolded, the unfolded skip, and the sum
         time = self.stage.strides[0]
         dropped = time == 2 and made > 0 and not self.begun
         self.begun = self.begun or made > 0
