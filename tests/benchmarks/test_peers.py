@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import peers
+from kadr.bench import runner
+from kadr.bench.runner import Contender, relative
+from tests.benchmarks.test_cases import demo_work
 
 LEAST = ["--size", "64x64x9", "--rounds", "1", "--matmul", "64", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once() -> Iterator[None]:
+    """Nothing is repeated only because it is short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "LEAST", 0.0)
+        yield
 
 
 def run(folder: Path, *words: str) -> dict[str, Any]:
@@ -88,16 +103,9 @@ def test_the_whole_way_is_that_of_the_engine(tmp_path: Path) -> None:
 
 def test_openvino_computes_the_same() -> None:
     pytest.importorskip("openvino")
-    from contextlib import ExitStack
-
-    import torch
-
     from benchmarks.peers import openvino
-    from kadr.bench.runner import Contender, relative
-    from tests.benchmarks.test_cases import demo_work
 
-    work = demo_work("8")
-    object.__setattr__(work, "stage", "dit")
+    work = replace(demo_work("8"), stage="dit")
     with torch.no_grad(), ExitStack() as stack:
         module = work.checkpoint.load_transformer(torch.float32)
         given = work.given

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kadr.bench import run
+from kadr.bench import run, runner
 from tests.cli.conftest import Ended
 
 Run = Callable[..., Ended]
@@ -15,8 +15,9 @@ LEAST = ("--size", "64x64x9", "--rounds", "2", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
-def short_yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(run.SIDES, "cpu", 64)
+    monkeypatch.setattr(runner, "LEAST", 0.0)
 
 
 def test_a_table_is_data_and_progress_is_talk(kadr: Run) -> None:
