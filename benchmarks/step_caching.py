@@ -105,7 +105,7 @@ def put(path: Path, made: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_caching", description=__doc__)
-    parser.add_argument("--videos", type=int, default=6)
+    parser.add_argument("--videos", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
     asked = parser.parse_args()
     give_back_at_once()
