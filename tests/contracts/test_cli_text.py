@@ -12,10 +12,10 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _MODEL = """--model --config --upscaler --second-model --text-encoder --vae --device --dtype --no-prompt-cache --quant
     --offload"""
 _REST = """--image --video --input-video --strength --image-noise --image-crf --steps --levels --skip-initial
-    --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval
-    --guidance --guidance-at --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch --multi-scale --single-pass --second-steps
-    --second-levels --second-skip-initial --second-guidance --second-tone-map --tone-map --decode-timestep
-    --decode-noise"""
+    --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval --guidance --guidance-at
+    --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch
+    --multi-scale --single-pass --second-steps --second-levels --second-skip-initial --second-guidance
+    --second-tone-map --tone-map --decode-timestep --decode-noise"""
 VERBS = {
     "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --output --json --dry-run
         --save-latents {_MODEL} {_REST}""",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kadr import Condition, Request, Size
+from kadr import Condition, Request, Size, StepCache
 from kadr.errors import KadrError, RequestError
 from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, Recipe
 from kadr.pipeline.resolve import resolve
@@ -30,6 +30,7 @@ FULL = Request(
     guidance_batch=True,
     negative_prompt="",
     stochastic=False,
+    cache=StepCache("taylor", interval=2),
     conditions=(Condition(media="/a b/photo.jpg", strength=0.6),),
     image_noise=0.15,
     image_crf=0,

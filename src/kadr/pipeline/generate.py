@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -272,10 +272,10 @@ class Generation:
             if id(text) not in readings:
                 readings[id(text)] = transformer.read(*text)
             arguments = (tokens.to(dtype), rope, readings[id(text)], None, level)
-            cache = None if cached is None else cached.stream(id(text))
+            how: dict[str, Any] = {} if cached is None else {"cache": cached.stream(id(text))}
             if disturb is None:
-                return transformer(*arguments, cache=cache), None
-            return transformer.with_disturbed(*arguments, **disturb._asdict(), cache=cache)
+                return transformer(*arguments, **how), None
+            return transformer.with_disturbed(*arguments, **disturb._asdict() | how)
 
         text, negative = (*texts, None)[:2]
         assert text is not None
