@@ -203,8 +203,12 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.position_bias = nn.Embedding(config.buckets, config.heads)
+        self.embedding = nn.Embedding(
+            config.vocabulary, config.width, _weight=torch.randn(config.vocabulary, config.width)
+        )
+        self.position_bias = nn.Embedding(
+            config.buckets, config.heads, _weight=torch.randn(config.buckets, config.heads)
+        )
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.layers))
         self.final_norm = T5Norm(config.width, config.epsilon)
 

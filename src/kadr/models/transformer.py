@@ -19,7 +19,7 @@ from kadr.models.skipping import through
 from kadr.nn.attention import INPUT, VALUES, Attention, KeysValues
 from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.linear import Linear, through_gelu
-from kadr.nn.modulation import branch_bends
+from kadr.nn.modulation import branch_bends, learned_table
 from kadr.nn.rope import Rope, rope_table
 from kadr.sampling.cache import Stream
 from kadr.sampling.guidance import Disturb
@@ -183,7 +183,7 @@ class Layer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         width = config.width
-        self.modulation = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.modulation = learned_table(6, width)
         self.self_attention = Attention(width, config.heads)
         self.text_attention = Attention(width, config.heads)
         self.feed_forward = FeedForward(width, 4 * width, width)
@@ -221,7 +221,7 @@ class Transformer(nn.Module):
         self.level_bends = Linear(width, 6 * width)
         self.text_in = FeedForward(config.text_width, width, width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.modulation = learned_table(2, width)
         self.patch_out = Linear(width, config.channels)
 
     def rope(self, positions: Tensor) -> Rope:

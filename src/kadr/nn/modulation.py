@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Bend(NamedTuple):
@@ -17,6 +17,15 @@ class Bend(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.shift, x, 1 + self.scale)
+
+
+def learned_table(rows: int, width: int) -> nn.Parameter:
+    """Rows that are added to what the noise level says, (rows, width), as they are before training.
+
+    On the meta device nothing is multiplied: there torch would load its compiler for it, a second and 80 MB.
+    """
+    drawn = torch.randn(rows, width)
+    return nn.Parameter(drawn if drawn.is_meta else drawn * width**-0.5)
 
 
 def branch_bends(table: Tensor, embedding: Tensor) -> tuple[Bend, Bend]:

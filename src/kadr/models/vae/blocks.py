@@ -12,6 +12,7 @@ from kadr.kernels import fused
 from kadr.models.vae.config import Strides
 from kadr.nn.conv import VideoConv
 from kadr.nn.embedding import LevelEmbedding
+from kadr.nn.modulation import learned_table
 from kadr.nn.norm import ChannelLayerNorm
 from kadr.nn.stream import Stream
 
@@ -78,7 +79,7 @@ class ResidualLayer(nn.Module):
             self.shortcut_norm = ChannelLayerNorm(width_in, eps=1e-6)
             self.shortcut = nn.Conv3d(width_in, width, 1)
         if level_conditioned:
-            self.modulation = nn.Parameter(torch.randn(4, width_in) / width_in**0.5)
+            self.modulation = learned_table(4, width_in)
         if inject_noise:
             self.noise1 = nn.Parameter(torch.zeros(width_in, 1, 1))
             self.noise2 = nn.Parameter(torch.zeros(width_in, 1, 1))

@@ -13,6 +13,7 @@ from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer, ResidualStage,
 from kadr.models.vae.config import Block, VAEConfig
 from kadr.nn.conv import VideoConv
 from kadr.nn.embedding import LevelEmbedding
+from kadr.nn.modulation import learned_table
 from kadr.nn.stream import Stream
 
 Stage = Callable[[Tensor, Stream], Tensor]
@@ -53,7 +54,7 @@ class Decoder(nn.Module):
         if self.level_conditioned:
             self.level_scale = nn.Parameter(torch.tensor(1000.0))
             self.level_embedding = LevelEmbedding(2 * width)
-            self.modulation = nn.Parameter(torch.randn(2, width) / width**0.5)
+            self.modulation = learned_table(2, width)
 
     def forward(self, latents: Tensor, stream: Stream, level: Tensor | None = None) -> Tensor:
         """latents (B, C, f, h, w), level (B) in [0, 1] -> pixels (B, 3, F, H, W), about [-1, 1], not clamped."""
