@@ -147,8 +147,10 @@ def pixel_norm_modulate_silu(
     """
     x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + epsilon)
     if scale is not None and shift is not None:
-        x = x * (1 + scale[..., None, None, None]) + shift[..., None, None, None]
-    return F.silu(x)
+        scale, shift = (1 + scale)[..., None, None, None], shift[..., None, None, None]
+        # Without gradients the same sums go into one tensor: fresh memory takes longer than they do.
+        x = x * scale + shift if torch.is_grad_enabled() else x.mul_(scale).add_(shift)
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def bias_residual(x: Tensor, bias: Tensor | None, skip: Tensor) -> Tensor:

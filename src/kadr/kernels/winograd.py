@@ -57,19 +57,13 @@ def convolve(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> Tenso
         (B, F, H, W, O), contiguous.
     """
     frames = x.shape[1] - 2
-    pairs = frames // 2
-    first, second, third, fourth = (x[:, start : start + 2 * pairs : 2] for start in range(4))
-    m1, m2, m3, m4 = kernels
-    joined = torch.empty(x.shape[0], frames, *x.shape[2:4], m1.shape[0], dtype=x.dtype)
-    if pairs:
-        shared, difference = _shared(second, third, m2, m3)
-        joined[:, 0 : 2 * pairs : 2] = _picture(first - third, m1, bias, shared)
-        del shared
-        joined[:, 1 : 2 * pairs : 2] = _picture(second - fourth, m4, bias, difference)
+    made = torch.empty(x.shape[0], frames, *x.shape[2:4], kernels[0].shape[0], dtype=x.dtype)
+    if pairs := frames // 2:
+        seen = [x[:, start : start + 2 * pairs : 2] for start in range(4)]
+        _pairs(seen, kernels, bias, made[:, 0 : 2 * pairs : 2], made[:, 1 : 2 * pairs : 2])
     if frames % 2:
-        before, now, after = (x[:, start : start + 1] for start in range(frames - 1, frames + 2))
-        joined[:, -1:] = _picture(before - after, m1, bias, _shared(now, after, m2, m3)[0])
-    return joined
+        _pairs([x[:, start : start + 1] for start in range(frames - 1, frames + 2)], kernels, bias, made[:, -1:])
+    return made
 
 
 def convolve_still(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -77,20 +71,36 @@ def convolve_still(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) ->
     return _picture(2 * x, kernels[1], bias)
 
 
-def _shared(second: Tensor, third: Tensor, m2: Tensor, m3: Tensor) -> tuple[Tensor, Tensor]:
-    """m2 + m3 and m2 - m3."""
-    middle, inner = _picture(second + third, m2), _picture(third - second, m3)
-    return middle + inner, middle.sub_(inner)
+def _pairs(
+    seen: Sequence[Tensor], kernels: Sequence[Tensor], bias: Tensor | None, first: Tensor, second: Tensor | None = None
+) -> None:
+    """Write the first and the second frames of pairs. seen: the frames that each pair sees; three without a second.
+
+    One tensor is used again for all that goes into the products: fresh memory costs more than the sums do.
+    """
+    m1, m2, m3, m4 = kernels
+    before, now, after, *beyond = seen
+    shared = _picture(now + after, m2)
+    outer = after - now
+    inner = _picture(outer, m3)
+    # Written through copies: to add to what is there, oneDNN would round the product first.
+    first.copy_(_picture(torch.sub(before, after, out=outer), m1, bias, shared + inner))
+    if second is not None:
+        second.copy_(_picture(torch.sub(now, *beyond, out=outer), m4, bias, shared.sub_(inner)))
 
 
 def _picture(x: Tensor, kernel: Tensor, bias: Tensor | None = None, added: Tensor | None = None) -> Tensor:
     """A 3 x 3 convolution of pictures x (B, F, H, W, C) -> (B, F, H, W, O), plus the bias and what else is added."""
-    pictures = x.flatten(0, 1).permute(0, 3, 1, 2)
+    pictures = _batch(x)
     if added is None:
         made = torch.ops.mkldnn._convolution_pointwise(pictures, kernel, bias, EDGE, _ONES, _ONES, 1, "none", [], "")
     else:
-        more = added.flatten(0, 1).permute(0, 3, 1, 2)
         made = torch.ops.mkldnn._convolution_pointwise.binary(
-            pictures, more, kernel, bias, EDGE, _ONES, _ONES, 1, "add", 1.0, None, [], None
+            pictures, _batch(added), kernel, bias, EDGE, _ONES, _ONES, 1, "add", 1.0, None, [], None
         )
     return made.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+def _batch(x: Tensor) -> Tensor:
+    """x (B, F, H, W, C) -> (B F, C, H, W), in channels_last memory."""
+    return x.flatten(0, 1).permute(0, 3, 1, 2)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from kadr.nn.stream import Stream
+from kadr.nn.stream import Stream, in_turn
 
 KERNEL = 3
 
@@ -47,10 +46,9 @@ class StreamedConv(nn.Module):
         if kept is None:
             front = 2 if self.causal else 1
             kept = x[:, :, :1].expand(-1, -1, front if x.shape[2] else 0, -1, -1)
-        joined = torch.cat([kept, x], dim=2)
-        if stream.last and not self.causal:
-            joined = torch.cat([joined, joined[:, :, -1:]], dim=2)
-        return joined
+        # Where no frame comes any more, what was kept ends the video.
+        end = [(x if x.shape[2] else kept)[:, :, -1:]] if stream.last and not self.causal else []
+        return in_turn(kept, x, *end)
 
     def _nothing(self, x: Tensor) -> Tensor:
         height, width = (-(-side // step) for side, step in zip(x.shape[3:], self.stride[1:], strict=True))

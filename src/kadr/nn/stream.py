@@ -15,6 +15,17 @@ from torch import Tensor
 NoiseSource = Callable[[tuple[int, ...]], Tensor]
 
 
+def in_turn(*parts: Tensor) -> Tensor:
+    """Frames (B, C, F, H, W) of several tensors, one after the other, channels last in memory if the last part is.
+
+    `torch.cat` puts the channels first as soon as one part says nothing of its order, as a repeated frame does, and
+    from there on every sum has to reorder.
+    """
+    if parts[-1].movedim(1, -1).is_contiguous():
+        return torch.cat([part.movedim(1, -1) for part in parts], dim=1).movedim(-1, 1)
+    return torch.cat(parts, dim=2)
+
+
 class Stream:
     """The memory of one pass.
 
@@ -39,14 +50,23 @@ class Stream:
         return self._kept.get(owner)
 
     def keep(self, owner: Hashable, x: Tensor) -> None:
-        """Keep `x` for `owner` until the next chunk. Cloned, or a view would hold the whole chunk in memory."""
-        if not self.last:
+        """Keep `x` for `owner` until the next chunk, where the frames of the chunk before lay if they are as many.
+
+        Copied, or a view would hold the whole chunk in memory. In the same place, because what stays long among what
+        comes and goes leaves holes in the heap that nothing fits.
+        """
+        if self.last:
+            return
+        kept = self._kept.get(owner)
+        if kept is None or kept.shape != x.shape:
             self._kept[owner] = x.clone()
+        else:
+            kept.copy_(x)
 
     def join(self, owner: Hashable, x: Tensor) -> Tensor:
         """The frames `owner` kept, followed by `x`."""
         kept = self.kept(owner)
-        return x if kept is None or not kept.shape[2] else torch.cat([kept, x], dim=2)
+        return x if kept is None or not kept.shape[2] else in_turn(kept, x)
 
     def delay(self, owner: Hashable, x: Tensor, frames: int) -> Tensor:
         """The oldest `frames` frames not yet returned: holds a skip path back until the main path has caught up."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.memory.device import DTYPES, pick_device, pick_dtype
+from kadr.memory.heap import at_work
 from kadr.memory.plan import AS_STORED, OFFLOAD_AUTO, Choice, Plan
 from kadr.memory.shelf import Shelf
 from kadr.models.t5 import T5Encoder
@@ -167,9 +168,8 @@ class Components:
 
         return load
 
-    def _lent(
-        self, name: str, stage: str, load: Callable[..., M], dtype: torch.dtype | None
-    ) -> AbstractContextManager[M]:
+    @contextmanager
+    def _lent(self, name: str, stage: str, load: Callable[..., M], dtype: torch.dtype | None) -> Iterator[M]:
         """A module as the plan has it for a stage; in another dtype for this time only."""
         choice = self.choice(stage)
         if dtype is not None:
@@ -184,7 +184,8 @@ class Components:
             self.shelf.clear(but=self.shelf.kept - {name})
             gc.collect()  # the one that was used before may hang in a circle of hooks
         kept_name = name if dtype is None else f"{name} in {choice.dtype}"
-        return self.shelf.take(kept_name, made, way=(choice.dtype, choice.hold, choice.streamed))
+        with self.shelf.take(kept_name, made, way=(choice.dtype, choice.hold, choice.streamed)) as module, at_work():
+            yield module
 
     @property
     def held_bytes(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kadr.kernels import int8, switch, winograd
 from kadr.kernels.products import has_bfloat16, linear, linear_gelu
+from kadr.memory.heap import to_stay
 from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
 from kadr.nn.linear import Linear
 from kadr.quant.stored import Int8Linear
@@ -114,7 +115,8 @@ class PackedConv(StreamedConv):
         if not self.is_packed:
             pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL + 1) // 2)
             for index, kernel in enumerate(self.kernels):  # one by one: the plain one goes when the packed one is there
-                self.kernels[index] = winograd.pack(kernel, pictures, x.shape[2], x.shape[3])
+                with to_stay():
+                    self.kernels[index] = winograd.pack(kernel, pictures, x.shape[2], x.shape[3])
             self.is_packed = True
         return self.kernels
 

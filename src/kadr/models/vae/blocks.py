@@ -14,7 +14,7 @@ from kadr.nn.conv import VideoConv
 from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.modulation import learned_table
 from kadr.nn.norm import ChannelLayerNorm
-from kadr.nn.stream import Stream
+from kadr.nn.stream import Stream, in_turn
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
@@ -97,7 +97,7 @@ class ResidualLayer(nn.Module):
             return main  # still waiting; native convolutions refuse a tensor without frames
         if self.widens:
             skip = self.shortcut(self.shortcut_norm(skip))
-        return skip + main
+        return main.add_(skip)
 
     def _half(self, x: Tensor, stream: Stream, conv: VideoConv, bend: Bend | None, noise: str) -> Tensor:
         scale, shift = (bend.scale, bend.shift) if bend else (None, None)
@@ -150,7 +150,7 @@ class SpaceToDepthDown(nn.Module):
 
     def _paired(self, x: Tensor, stream: Stream) -> Tensor:
         if stream.is_first((self, "doubled"), x):
-            x = torch.cat([x[:, :, :1], x], dim=2)
+            x = in_turn(x[:, :, :1], x)
         x = stream.join(self, x)
         even = x.shape[2] // 2 * 2
         stream.keep(self, x[:, :, even:])
