@@ -43,8 +43,9 @@ RESERVE = 0.05  # of what is free, left to the system and to what cannot be fore
 DISK_RATE = 1.5e9  # bytes a second, of weights that are read from files
 FASTER = {INT8: 1.6}  # products in 8 bits against those in the dtype
 SMALL = 500_000_000  # bytes: a text encoder of no more is not worth streaming
-# Bytes that a process takes on the way whatever it makes: kernels, their threads, what the heap keeps back. Measured.
-STARTING = 125_000_000
+# Bytes that a process takes on the way whatever it makes: kernels, their threads. Measured.
+STARTING = 45_000_000
+HOLES = 0.35  # of what a stage works in: what the heap keeps back between blocks on the host. Measured.
 # The way of decoded frames into a file: the video encoder itself; copies of a slice in float32, as they are scaled,
 # resized and made bytes of; and the frames that the encoder looks ahead at. Measured.
 CODEC, COPIES, LOOKED_AHEAD, BYTES_AHEAD = 25_000_000, 8, 60, 3
@@ -287,7 +288,7 @@ class Planner:
             hold=way.hold,
             mapped=weights.mapped,
             own=weights.own,
-            working=working + weights.scratch,
+            working=working + int(HOLES * working * self.on_host) + weights.scratch,
             seconds=costs.seconds(flops, rate, read=read, disk_rate=DISK_RATE),
             why=way.why,
         )
