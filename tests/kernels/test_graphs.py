@@ -161,6 +161,20 @@ def test_the_graph_that_was_longest_not_used_goes_first() -> None:
     assert notes.recorded == 5
 
 
+def test_a_replay_that_is_wrong_is_not_trusted() -> None:
+    class Wrong(Notes):
+        def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+            _, made = super().record(call, device)
+            return lambda: made.fill_(1.0), made
+
+    graphed = Graphed(turned, backend=Wrong())
+    graphed(*inputs(seed=0))
+    with pytest.warns(KadrWarning, match=r"its results were .* % off"):
+        assert torch.equal(graphed(*inputs(seed=1)), turned(*inputs(seed=1)))
+    assert torch.equal(graphed(*inputs(seed=2)), turned(*inputs(seed=2)))
+    assert graphed.replays == 0
+
+
 def test_where_recording_fails_it_is_called_as_it_is_and_told_once() -> None:
     notes = Notes(refuses=True)
     graphed = Graphed(turned, backend=notes)

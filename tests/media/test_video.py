@@ -8,6 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -304,6 +306,37 @@ def test_an_interruption_leaves_the_older_file_and_nothing_else(tmp_path, troubl
         write_until_trouble()
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "older"
+
+
+def test_slices_are_written_while_the_next_one_is_made_and_make_the_same_file(tmp_path):
+    frames, began, threads = noise(9, SIZE), threading.Event(), set()
+
+    class Watched(VideoWriter):
+        def write(self, frames: np.ndarray) -> None:
+            threads.add(threading.get_ident())
+            began.set()
+            super().write(frames)
+
+    def slices() -> Iterator[np.ndarray]:
+        for start in range(0, 9, 2):
+            assert not start or began.wait(60)  # the slice before is being written now
+            began.clear()
+            yield frames[start : start + 2]
+
+    with Watched(tmp_path / "behind.mp4", SIZE, 24) as writer:
+        writer.write_all(slices())
+    assert writer.frames_written == 9
+    assert threads.isdisjoint({threading.get_ident()})
+    assert (tmp_path / "behind.mp4").read_bytes() == written(tmp_path / "plain.mp4", frames).read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_goes_wrong_behind_is_told_and_nothing_is_left(tmp_path, count):
+    slices = [noise(2, SIZE)] * count
+    slices[-1] = slices[-1][:, 1:]
+    with pytest.raises(MediaError, match="frames are uint8"), VideoWriter(tmp_path / "out.mp4", SIZE, 24) as writer:
+        writer.write_all(slices)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("frames", [greys(1, Size(32, 48)), greys(1).astype(np.float32), greys(1)[0]])

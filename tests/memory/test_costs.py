@@ -139,13 +139,15 @@ def test_matrices_may_be_stored_in_fewer_bits_than_the_rest() -> None:
     assert weights.blocks * weights.block_bytes(2) + 2 * weights.rest == weights.bytes(2)
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-def test_the_products_of_a_transformer_are_those_that_torch_counts(levels: int) -> None:
-    module, (tokens, text, mask, level) = Transformer(SMALL), arguments(2, 12, per_token=levels == 2)
+@pytest.mark.parametrize(("batch", "per_token", "levels"), [(1, False, None), (2, False, None), (2, True, 2)])
+def test_the_products_of_a_transformer_are_those_that_torch_counts(
+    batch: int, per_token: bool, levels: int | None
+) -> None:
+    module, (tokens, text, mask, level) = Transformer(SMALL), arguments(batch, 12, per_token=per_token)
     rope = module.rope(torch.rand(1, 3, 12))
     counted = flops(lambda: module(tokens, rope, text, mask, level))
-    reading = costs.reading_flops(SMALL, batch=2, text=TEXT)
-    assert counted == reading + costs.transformer_flops(SMALL, 12, batch=2, text=TEXT, levels=levels)
+    reading = costs.reading_flops(SMALL, batch=batch, text=TEXT)
+    assert counted == reading + costs.transformer_flops(SMALL, 12, batch=batch, text=TEXT, levels=levels)
 
 
 def test_a_text_that_was_read_costs_a_step_no_products() -> None:

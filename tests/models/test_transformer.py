@@ -20,6 +20,7 @@ from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
+from tests.kernels.test_graphs import Notes
 from tests.oracles import diffusers_transformer, drawn, official_transformer, relative
 from tests.tiny import sown
 
@@ -312,6 +313,39 @@ def test_layers_before_the_first_disturbed_one_are_evaluated_once(tiny, blocks, 
     for hook in hooks:
         hook.remove()
     assert counted == calls
+
+
+@pytest.mark.parametrize("mode", [None, ATTENTION_VALUES, TRANSFORMER_BLOCK])
+@pytest.mark.parametrize("masked", [False, True])
+def test_replayed_layers_give_what_layers_give_that_are_not(tiny, mode, masked):
+    given, notes, replayed = inputs(2), Notes(), deepcopy(tiny)
+    replayed.replay(notes)
+    rope, mask = tiny.rope(given.positions), given.text_mask if masked else None
+    reading, other = replayed.read(given.text, mask), replayed.read(given.text.flip(0), None)
+    how = {} if mode is None else {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
+    for step, levels in enumerate((given.levels, given.levels / 2, given.levels / 3, given.levels / 4)):
+        tokens = given.tokens + step
+        made, right = (
+            (model if mode is None else model.with_disturbed)(tokens, rope, *text, levels, **how)
+            for model, text in ((replayed, (reading, None)), (tiny, (given.text, mask)))
+        )
+        assert all(map(torch.equal, made, right))
+        assert replayed(tokens, rope, other, None, levels).isfinite().all()  # another text in between
+    assert notes.warmed
+    assert notes.recorded
+    assert notes.replayed >= 2
+    replayed.forget()
+    assert not replayed._graphed._graphs
+
+
+def test_too_many_tokens_for_a_graph_are_computed_without_one(tiny, monkeypatch):
+    given, notes, replayed = inputs(2), Notes(), deepcopy(tiny)
+    monkeypatch.setattr("kadr.models.transformer.REPLAYED", given.tokens.shape[1] * 2 - 1)
+    replayed.replay(notes)
+    reading = replayed.read(given.text, None)
+    for _ in range(3):
+        replayed(given.tokens, replayed.rope(given.positions), reading, None, given.levels)
+    assert not notes.warmed
 
 
 def test_disturbing_changes_no_weight_and_no_input(tiny):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.nn.stream import Stream
+from kadr.nn.stream import Stream, in_turn
 from tests.oracles import drawn
 
 
@@ -17,6 +17,28 @@ def frames_of(count: int) -> Tensor:
 def test_the_stream_of_a_whole_video_is_at_its_last_chunk():
     assert Stream.whole().last
     assert not Stream().last
+
+
+def test_as_many_frames_are_kept_in_the_same_place():
+    stream = Stream()
+    stream.keep("a", frames_of(2))
+    place = stream.kept("a").data_ptr()
+    chunk = frames_of(2) + 1
+    stream.keep("a", chunk)
+    assert stream.kept("a").data_ptr() == place
+    assert torch.equal(stream.kept("a"), chunk)
+    stream.keep("a", chunk[:, :, :1])
+    assert torch.equal(stream.kept("a"), chunk[:, :, :1])
+
+
+def test_frames_in_turn_lie_as_the_last_of_them():
+    first, last = frames_of(1).expand(-1, -1, 2, -1, -1), frames_of(3)
+    plain = torch.cat([first, last], dim=2)
+    for order, channels_last in ((torch.contiguous_format, False), (torch.channels_last_3d, True)):
+        joined = in_turn(first, last.contiguous(memory_format=order))
+        assert torch.equal(joined, plain)
+        assert joined.movedim(1, -1).is_contiguous() == channels_last
+        assert joined.is_contiguous() != channels_last
 
 
 def test_an_owner_has_kept_nothing_before_its_first_frame():

@@ -10,6 +10,7 @@ from torch import nn
 from kadr.kernels import int8, switch
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
+from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
 from kadr.nn.linear import EndsInGelu, Linear, Prepares, several, through_gelu
 from kadr.quant.apply import requantize
 from kadr.quant.packed import (
@@ -154,6 +155,39 @@ def test_a_packed_vae_gives_what_the_plain_one_gives(family: str, frames: int) -
     assert relative(module.decode(latents, **given), decoded) <= 1e-5
     streamed = torch.cat(list(module.decode_stream(latents, handed=2, **given)), dim=2)
     assert relative(streamed, decoded) <= 1e-5
+
+
+@convolutions
+def test_videos_keep_their_channels_last_all_the_way() -> None:
+    """What reorders a video costs as much as a convolution; its numbers say nothing of it."""
+    module = sown(lambda: VAE(vae_config("0.9.5"))).eval()
+    pack_convolutions(module)
+    seen = 0
+
+    def lies_last(layer: nn.Module, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> None:
+        nonlocal seen
+        for video in (made, *given[:1]) if layer is not module.decoder.conv_in else (made,):
+            seen += bool(video.shape[2])
+            assert not video.shape[2] or video.movedim(1, -1).is_contiguous(), (type(layer).__name__, video.shape)
+
+    for layer in module.decoder.modules():
+        if isinstance(layer, (PackedConv, ResidualLayer, DepthToSpaceUp)):
+            layer.register_forward_hook(lies_last)
+    latents = drawn(1, module.config.latent_channels, 9, 2, 3)
+    with torch.no_grad():
+        frames = sum(part.shape[2] for part in module.decode_stream(latents, level=torch.tensor([0.05]), handed=2))
+    assert frames == 65
+    assert seen > 100
+
+
+def test_without_gradients_a_vae_works_in_place_and_gives_the_same() -> None:
+    module = sown(lambda: VAE(vae_config("0.9.5")))
+    latents = drawn(1, module.config.latent_channels, 2, 1, 2)
+    taught = module.requires_grad_(True).decode(latents, level=torch.tensor([0.05]))
+    assert taught.requires_grad
+    taught.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(module.decode(latents, level=torch.tensor([0.05])), taught)
 
 
 def test_the_switch_leaves_weights_as_they_are() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning
 
+BOUND = 0.01  # relative distance of a replay from the plain call, from which on it is not trusted
 MOST = 4  # graphs that are kept: two passes, with and without disturbed blocks
 SEEN = 64  # shapes that are remembered from their first call
 
@@ -71,14 +72,19 @@ class CudaGraphs:
 
 
 class Recorded:
-    """One graph, with the places that it reads from and writes to."""
+    """One graph, with the places that it reads from and writes to.
+
+    Attributes:
+        plain: the same work on the same places, without the graph.
+    """
 
     def __init__(self, call: Callable[..., Any], arguments: tuple[Any, ...], backend: Backend) -> None:
         own = _places(arguments)
         self._places = tensors_in(own)
         self._held: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(self._places)
         self._fill(tensors_in(arguments))
-        self._replay, self._made = backend.record(lambda: call(*own), self._places[0].device)
+        self.plain = lambda: call(*own)
+        self._replay, self._made = backend.record(self.plain, self._places[0].device)
 
     def __call__(self, arguments: tuple[Any, ...]) -> Any:
         self._fill(tensors_in(arguments))
@@ -101,7 +107,8 @@ class Graphed:
     """A function of tensors that replays a CUDA graph where it has seen the shapes before.
 
     A shape is run as it is the first time, recorded the second, and replayed from then on: work that comes once pays
-    nothing. The first run also settles what may not happen in a recording: kernels that are compiled or tried.
+    nothing. The first run also settles what may not happen in a recording: kernels that are compiled or tried. The
+    first replay is compared with a plain call before it is trusted.
 
     For the same shapes the function must do the same work: not look at numbers on the host, hold no state, and read
     what is no argument (weights) from memory that stays where it is. Off CUDA, and where a recording fails, it is
@@ -130,17 +137,16 @@ class Graphed:
         if not self._takes(given):
             return self.call(*arguments)
         shape = _mapped(_described, arguments)
-        if shape not in self._graphs:
-            if shape in self._hopeless:
-                return self.call(*arguments)
-            if shape not in self._seen:
-                self._seen.append(shape)
-                return self._warm(arguments)
-            if not self._record(shape, arguments):
-                return self.call(*arguments)
-        self._graphs.move_to_end(shape)
-        self.replays += 1
-        return self._graphs[shape](arguments)
+        if shape in self._graphs:
+            self._graphs.move_to_end(shape)
+            self.replays += 1
+            return self._graphs[shape](arguments)
+        if shape in self._hopeless:
+            return self.call(*arguments)
+        if shape not in self._seen:
+            self._seen.append(shape)
+            return self._warm(arguments)
+        return self._record(shape, arguments)
 
     def clear(self) -> None:
         """Drop all graphs, and with them the memory they hold: before weights move, for instance."""
@@ -158,19 +164,36 @@ class Graphed:
             place.copy_(tensor)
         return _copied(self._backend.warm(lambda: self.call(*own), tensors_in(own)[0].device))
 
-    def _record(self, shape: Hashable, arguments: tuple[Any, ...]) -> bool:
+    def _record(self, shape: Hashable, arguments: tuple[Any, ...]) -> Any:
+        """Record, and give back what the first replay made if it is right."""
         while len(self._graphs) >= self.most:
             self._graphs.popitem(last=False)
         try:
-            self._graphs[shape] = Recorded(self.call, arguments, self._backend)
+            graph = Recorded(self.call, arguments, self._backend)
+            made = graph(arguments)
+            trouble = _fault(made, graph.plain())
         except RuntimeError as error:
-            self._hopeless.append(shape)
-            warnings.warn(
-                f"no CUDA graph could be recorded, so the GPU is told each step by step: {error}",
-                KadrWarning,
-                stacklevel=3,
-            )
-        return shape in self._graphs
+            trouble = str(error)
+        if trouble is None:
+            self._graphs[shape] = graph
+            self.replays += 1
+            return made
+        self._hopeless.append(shape)
+        warnings.warn(
+            f"no CUDA graph could be recorded, so the GPU is told each step by step: {trouble}",
+            KadrWarning,
+            stacklevel=3,
+        )
+        return self.call(*arguments)
+
+
+def _fault(made: Any, right: Any) -> str | None:
+    """What is wrong with the results of a replay; None where they are right."""
+    for own, plain in zip(tensors_in(made), tensors_in(right), strict=True):
+        error = float((own.float() - plain.float()).norm() / plain.float().norm().clamp_min(1e-30))
+        if not error <= BOUND:
+            return f"its results were {100 * error:.2g} % off"
+    return None
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -10,7 +10,8 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -100,6 +101,17 @@ class VideoWriter:
             for picture in pixels:
                 self._container.mux(self._stream.encode(self._convert(picture)))
                 self.frames_written += 1
+
+    def write_all(self, slices: Iterable[ArrayLike]) -> None:
+        """`write` each slice of frames in a thread, while the next one is made. At most one is under way."""
+        with ThreadPoolExecutor(1, "video encoder") as thread:
+            writing: Future[None] | None = None
+            for frames in slices:
+                if writing is not None:
+                    writing.result()
+                writing = thread.submit(self.write, frames)
+            if writing is not None:
+                writing.result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -152,17 +152,18 @@ def upsampler_bytes(config: UpsamplerConfig, grid: LatentGrid, size: int = _SING
 
 
 def transformer_flops(
-    config: TransformerConfig, tokens: int, *, batch: int = 1, text: int = TEXT, levels: int = 1
+    config: TransformerConfig, tokens: int, *, batch: int = 1, text: int = TEXT, levels: int | None = None
 ) -> int:
     """Of one evaluation, where the text was read already.
 
     Args:
         text: positions of the longest prompt.
-        levels: how many different noise levels the tokens have.
+        levels: how many different noise levels the tokens have; None is one for each sample.
     """
     width = config.width
     layers = config.layers * _layer_flops(config, tokens, text)
     ends = 2 * 2 * tokens * config.channels * width
+    levels = batch if levels is None else levels
     return batch * (layers + ends) + 2 * levels * (level_embedding(width) - 2 * width + 6 * width**2)
 
 

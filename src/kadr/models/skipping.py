@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -37,24 +36,32 @@ def through(
     added = cache.recall(x, first)
     if added is not None:
         return tuple(start + part for start, part in zip(starts, added, strict=True))
-    ends = _after_first(layers, starts, given, disturb)
+    ends = onward(layers, list(starts), given, disturb, begin=1)
     cache.keep(starts, ends)
-    return tuple(ends)
+    return ends
 
 
-def _after_first(
-    layers: nn.ModuleList, starts: Sequence[Tensor], given: Given, disturb: Disturb | None
-) -> list[Tensor]:
-    x = starts[0]
+def onward(
+    layers: nn.ModuleList, starts: list[Tensor], given: Given, disturb: Disturb | None, *, begin: int = 0
+) -> tuple[Tensor, ...]:
+    """What comes out of the last layer, and where `disturb` is given what some samples come to disturbed.
+
+    Args:
+        starts: (B, N, D) before layer `begin`, and where a block before it was disturbed also (rows, N, D). They are
+            taken out of the list: who keeps them keeps them in memory.
+    """
+    x = starts.pop(0)
     if disturb is None:
-        for layer in layers[1:]:
+        for layer in layers[begin:]:
             x = layer(x, given)
-        return [x]
-    apart, own, aside = min(disturb.blocks), given.rows(disturb.rows), starts[1]
-    for index, layer in enumerate(layers[1:], 1):
-        if index == apart:
+        return (x,)
+    aside, own = starts.pop() if starts else None, given.rows(disturb.rows)
+    apart = begin if aside is not None else min(disturb.blocks)
+    for index, layer in enumerate(layers[begin:], begin):
+        if aside is None and index == apart:
             aside = x[disturb.rows]  # up to here both are one
         x = layer(x, given)
         if index >= apart:
             aside = layer(aside, own, disturb.mode if index in disturb.blocks else None)
-    return [x, aside]
+    assert aside is not None
+    return x, aside

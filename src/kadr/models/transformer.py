@@ -5,9 +5,9 @@ B batch, N tokens, L text positions, C latent channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
 from kadr.kernels import fused
-from kadr.models.skipping import through
+from kadr.kernels.graphs import Backend, Graphed
+from kadr.models.skipping import onward, through
 from kadr.nn.attention import INPUT, VALUES, Attention, KeysValues
 from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.linear import Linear, through_gelu
@@ -44,6 +45,7 @@ FIXED: Mapping[str, Any] = {
 }
 # Modes of spatio-temporal guidance that disturb a layer's self-attention, and what then takes the place of its outcome.
 DISTURBED = {ATTENTION_VALUES: VALUES, ATTENTION_SKIP: INPUT}
+REPLAYED = 2048  # tokens of all samples: a GPU needs longer for more of them than the host for telling it what to do
 MASKED = -10000.0  # added to the logits of padded text: the official bias, kept finite
 
 
@@ -140,19 +142,28 @@ class Reading:
     """A text as the layers read it: keys and values of each layer are computed once, however many steps come.
 
     Args:
-        text: (B, L, D).
+        text: (B, L, D); None where all keys and values are there.
         bias: (B, 1, 1, L) for the logits of the text; None where nothing is padded.
+        kept: keys and values by their attention, as far as they are there.
     """
 
-    def __init__(self, text: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, text: Tensor | None, bias: Tensor | None, kept: Mapping[nn.Module, KeysValues] | None = None
+    ) -> None:
         self.text, self.bias = text, bias
-        self._kept: dict[nn.Module, KeysValues] = {}
+        self._kept = dict(kept or {})
 
     def of(self, attention: Attention) -> KeysValues:
         """The keys and values of a layer's attention."""
         if attention not in self._kept:
+            assert self.text is not None
             self._kept[attention] = attention.keys_values(self.text)
         return self._kept[attention]
+
+    def all(self, attentions: Sequence[Attention]) -> tuple[KeysValues, ...] | None:
+        """The keys and values of some layers' attentions; None as long as some are not there."""
+        found = tuple(self._kept[attention] for attention in attentions if attention in self._kept)
+        return found if len(found) == len(attentions) else None
 
 
 class Given(NamedTuple):
@@ -223,6 +234,19 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.modulation = learned_table(2, width)
         self.patch_out = Linear(width, config.channels)
+        self._graphed: Graphed | None = None
+
+    def replay(self, backend: Backend | None = None) -> None:
+        """Have the layers run as CUDA graphs from now on, where they have seen a shape before; see `kernels.graphs`.
+
+        For weights that stay where they are, texts that all layers have read once, and up to `REPLAYED` tokens.
+        """
+        self._graphed = Graphed(self._replayed, backend=backend)
+
+    def forget(self) -> None:
+        """Drop what was recorded, and the memory that it holds."""
+        if self._graphed is not None:
+            self._graphed.clear()
 
     def rope(self, positions: Tensor) -> Rope:
         """The table for positions (B, 3, N), fp32: seconds, pixels down, pixels right. Constant over the steps."""
@@ -274,9 +298,9 @@ class Transformer(nn.Module):
         x, given, embedded = self._enter(tokens, rope, text, text_mask, level)
         if cache is not None:
             return self._leave(through(self.layers, x, given, cache)[0], embedded)
-        for layer in self.layers:
-            x = layer(x, given)
-        return self._leave(x, embedded)
+        starts = [x]
+        del x
+        return self._leave(self._through(starts, given)[0], embedded)
 
     def with_disturbed(
         self,
@@ -304,17 +328,41 @@ class Transformer(nn.Module):
             (B, N, C), and (rows, N, C).
         """
         x, given, embedded = self._enter(tokens, rope, text, text_mask, level)
+        disturb = Disturb(tuple(blocks), mode, rows)
         if cache is not None:
-            x, aside = through(self.layers, x, given, cache, Disturb(tuple(blocks), mode, rows))
-            return self._leave(x, embedded), self._leave(aside, embedded[rows])
-        first = min(blocks)
-        for layer in self.layers[:first]:
-            x = layer(x, given)
-        aside, own = x[rows], given.rows(rows)
-        for index, layer in enumerate(self.layers[first:], first):
-            x = layer(x, given)
-            aside = layer(aside, own, mode if index in blocks else None)
+            x, aside = through(self.layers, x, given, cache, disturb)
+        else:
+            starts = [x]
+            del x
+            x, aside = self._through(starts, given, disturb)
         return self._leave(x, embedded), self._leave(aside, embedded[rows])
+
+    def _through(self, starts: list[Tensor], given: Given, disturb: Disturb | None = None) -> tuple[Tensor, ...]:
+        """All layers, replayed where they can be. starts: x (B, N, D) alone; see `onward`."""
+        kept, tokens = None, starts[0].shape[0] * starts[0].shape[1]
+        if self._graphed is not None and tokens <= REPLAYED:
+            kept = given.reading.all(self._text_attentions)
+        if self._graphed is None or kept is None:
+            return onward(self.layers, starts, given, disturb)
+        made: tuple[Tensor, ...] = self._graphed(*starts, given.bends, given.rope, given.reading.bias, kept, disturb)
+        return made
+
+    def _replayed(
+        self,
+        x: Tensor,
+        bends: Tensor,
+        rope: Rope,
+        bias: Tensor | None,
+        kept: tuple[KeysValues, ...],
+        disturb: Disturb | None,
+    ) -> tuple[Tensor, ...]:
+        """`onward`, with every tensor that it reads an argument."""
+        reading = Reading(None, bias, dict(zip(self._text_attentions, kept, strict=True)))
+        return onward(self.layers, [x], Given(reading, bends, rope), disturb)
+
+    @property
+    def _text_attentions(self) -> list[Attention]:
+        return [cast(Layer, layer).text_attention for layer in self.layers]
 
     def _enter(
         self, tokens: Tensor, rope: Rope, text: Tensor | Reading, text_mask: Tensor | None, level: Tensor
@@ -332,6 +380,9 @@ class Transformer(nn.Module):
 
     def _embed(self, level: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """level (B, T) -> (B, T, D) and (B, T, 6, D). Tokens share few levels: each distinct one is embedded once."""
+        if level.shape[1] == 1:  # nothing to look for, which a GPU would have to be waited for
+            embedded = self.level_embedding(level[:, 0] * 1000, dtype)
+            return embedded[:, None], self.level_bends(F.silu(embedded)).unflatten(-1, (6, -1))[:, None]
         distinct, where = level.unique(return_inverse=True)
         embedded = self.level_embedding(distinct * 1000, dtype)
         bends = self.level_bends(F.silu(embedded)).unflatten(-1, (6, -1))

@@ -202,8 +202,7 @@ class Engine:
         fps = float(request.fps or 0)
         with VideoWriter(path, generation.size, fps, metadata=self.record(request)) as writer:
             latents = generation.latents()
-            for frames in generation.pixels(latents):
-                writer.write(frames.numpy())
+            writer.write_all(frames.numpy() for frames in generation.pixels(latents))
         return Made(
             path=Path(path),
             frames=generation.frames,

@@ -16,6 +16,7 @@ from kadr.checkpoints.mapped import prefetch, release
 from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
+from kadr.kernels import switch
 from kadr.memory.device import DTYPES, has_fast_int8
 from kadr.memory.offload import Carousel, stream_pages
 from kadr.memory.plan import AS_STORED, CONVERTED, OFFLOAD, Choice
@@ -197,11 +198,16 @@ def placed(module: nn.Module, choice: Choice, device: torch.device) -> nn.Module
 
 
 def packed(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A module with its weights in the order that this machine's kernels read them, where that is of use."""
+    """A module that stays where it is, as it runs fastest on this machine.
+
+    On a CPU its weights are put into the order that kernels read them in; on a GPU a transformer's layers are recorded.
+    """
     if isinstance(module, Transformer) and device.type == "cpu":
         pack_matrices(module, release=release)
     elif isinstance(module, VAE) and packs_convolutions(dtype, device):
         pack_convolutions(module, release=release)
+    elif isinstance(module, Transformer) and device.type == "cuda" and switch.current() != switch.REFERENCE:
+        module.replay()
     return module
 
 

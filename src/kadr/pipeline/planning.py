@@ -28,6 +28,7 @@ from kadr.memory.plan import (
 from kadr.memory.rate import measure_rate
 from kadr.memory.vae_shape import decoder_flops, encoder_flops
 from kadr.memory.vae_working import decode_bytes, encode_bytes
+from kadr.models.transformer import REPLAYED
 from kadr.models.vae.decoder import SLICE
 from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, Components
 from kadr.pipeline.holding import Weights, is_quantized, weigh
@@ -263,8 +264,10 @@ class Planner:
                 batch=2 if both else 1,
             )
         states = 8 * tokens * config.channels * 4  # latents, noise, velocities of the guidance
-        read = len(texts) * longest if both else sum(texts)
-        return max(while_made, afterwards + evaluation) + costs.reading_bytes(config, self.size, text=read) + states
+        read = costs.reading_bytes(config, self.size, text=len(texts) * longest if both else sum(texts))
+        if not self.on_host and (2 if both else 1) * tokens <= REPLAYED:
+            evaluation, read = 2 * evaluation, 2 * read  # a graph has memory and inputs of its own
+        return max(while_made, afterwards + evaluation) + read + states
 
     def _texts(self, plan: PassPlan) -> tuple[int, ...]:
         """Tokens of the prompts that a pass reads."""

@@ -1,0 +1,63 @@
+"""What glibc is told about large blocks, seen in what a process holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from kadr.memory import heap
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is glibc's heap only on Linux")
+
+# Prints how many MB more the process holds after each step than before it; 8 blocks of 8 MB come and go.
+PROGRAM = """
+from pathlib import Path
+import resource
+import torch
+from kadr.memory.heap import at_work, give_back_at_once, to_stay
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+def blocks():
+    return [torch.ones(1 << 21) for _ in range(8)]
+
+assert give_back_at_once()
+blocks()
+before = held()
+blocks()
+outside = held() - before
+with at_work():
+    with to_stay():
+        blocks()
+    stayed = held() - before
+    blocks()
+    inside = held() - before
+    with at_work():
+        pass
+    nested = held() - before
+print(outside, stayed, inside, nested, held() - before)
+"""
+
+
+@linux
+def test_blocks_wait_for_the_next_ones_only_while_a_model_runs() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    outside, stayed, inside, nested, after = map(float, done.stdout.split())
+    assert max(outside, stayed, after) < 8
+    assert min(inside, nested) > 40
+
+
+def test_who_does_not_own_the_process_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(heap, "_mallopt", lambda: lambda *option: told.append(option) or 1)
+    monkeypatch.setattr(heap._Process, "owned", False)
+    with heap.at_work(), heap.to_stay():
+        pass
+    assert not told
+    monkeypatch.setattr(heap._Process, "owned", True)
+    with heap.at_work():
+        assert told[-2:] == [(-3, heap.LARGE_AT_WORK), (-1, heap.KEPT_AT_WORK)]
+    assert told[-2:] == [(-3, heap.LARGE), (-1, heap.LARGE)]
