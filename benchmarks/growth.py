@@ -27,8 +27,8 @@ from kadr.bench.own import ways
 from kadr.bench.peak import cuda_peak, host_peak
 from kadr.bench.runner import Absent, Contender, Measured, cuda_clock, host_clock, measure
 from kadr.bench.work import Work
+from kadr.kernels.heap import give_back_at_once
 from kadr.memory.device import pick_device
-from kadr.memory.heap import give_back_at_once
 from kadr.shapes import Size
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,6 +18,7 @@ from kadr.cli.main import main
 from kadr.errors import RequestError
 from kadr.memory import costs
 from kadr.models.transformer import Transformer
+from kadr.pipeline.planning import HOLES
 from kadr.sampling.cache import PassCache
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import Guidance, Strengths
@@ -222,7 +223,7 @@ def test_the_plan_of_a_request_holds_what_its_cache_keeps(engine: Engine) -> Non
     (kept,) = [stage for stage in cached.stages if stage.stage == "denoise"]
     tokens, config = LatentGrid(2, 2, 2).tokens, tiny.transformer_config(layers=LAYERS)
     expected = costs.step_cache_bytes(config, tokens, 4, points=2, streams=2)
-    assert kept.choice.working - without.choice.working == expected
+    assert abs(kept.choice.working - without.choice.working - (1 + HOLES) * expected) <= 1
 
 
 def told(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

@@ -2,7 +2,7 @@
 
 Bytes are those of the tensors that exist at the worst moment, counted along the code of `models`, and those that
 kernels on a CPU take besides, measured. They hold where freed memory goes back to the system at once; see
-`memory.heap`. FLOPs are twice the multiplications of matrices, convolutions and attentions (performance.md, B).
+`kernels.heap`. FLOPs are twice the multiplications of matrices, convolutions and attentions (performance.md, B).
 """
 
 from __future__ import annotations

@@ -47,18 +47,17 @@ def onward(
     """What comes out of the last layer, and where `disturb` is given what some samples come to disturbed.
 
     Args:
-        starts: (B, N, D) before layer `begin`, and where a block before it was disturbed also (rows, N, D). They are
-            taken out of the list: who keeps them keeps them in memory.
+        starts: (B, N, D) before layer `begin`; and (rows, N, D), which counts where a block before it is disturbed.
+            They are taken out of the list: who keeps them keeps them in memory.
     """
     x = starts.pop(0)
     if disturb is None:
         for layer in layers[begin:]:
             x = layer(x, given)
         return (x,)
-    aside, own = starts.pop() if starts else None, given.rows(disturb.rows)
-    apart = begin if aside is not None else min(disturb.blocks)
+    aside, own, apart = starts.pop() if starts else None, given.rows(disturb.rows), min(disturb.blocks)
     for index, layer in enumerate(layers[begin:], begin):
-        if aside is None and index == apart:
+        if index == apart:
             aside = x[disturb.rows]  # up to here both are one
         x = layer(x, given)
         if index >= apart:

@@ -17,8 +17,8 @@ from kadr.checkpoints.mapped import release
 from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
+from kadr.kernels.heap import at_work
 from kadr.memory.device import DTYPES, pick_device, pick_dtype
-from kadr.memory.heap import at_work
 from kadr.memory.plan import AS_STORED, OFFLOAD_AUTO, Choice, Plan
 from kadr.memory.shelf import Shelf
 from kadr.models.t5 import T5Encoder

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kadr.kernels import int8, switch, winograd
+from kadr.kernels.heap import to_stay
 from kadr.kernels.products import has_bfloat16, linear, linear_gelu
-from kadr.memory.heap import to_stay
 from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
 from kadr.nn.linear import Linear
 from kadr.quant.stored import Int8Linear

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kadr.memory import heap
+from kadr.kernels import heap
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is glibc's heap only on Linux")
 
@@ -16,7 +16,7 @@ PROGRAM = """
 from pathlib import Path
 import resource
 import torch
-from kadr.memory.heap import at_work, give_back_at_once, to_stay
+from kadr.kernels.heap import at_work, give_back_at_once, to_stay
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
