@@ -28,7 +28,7 @@ from kadr.kernels.dequant import dequantize
 from kadr.kernels.packing import PACKINGS
 from kadr.quant.apply import block_linears, packing_for, quantize_fp8
 from kadr.quant.ggml import quantize as pack
-from kadr.quant.scheme import BITS, FP8, INT8, INT8_WEIGHTS
+from kadr.quant.scheme import BITS, EIGHT, FP8_WEIGHTS, INT8, INT8_WEIGHTS
 from train.evaluate import obeyed
 from train.shapes import held_out_captions
 
@@ -36,7 +36,7 @@ DEMO = Path(kadr.__file__).parent / "assets" / "demo" / "demo.safetensors"
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "quantization.md"
 MIXES = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K")
 SIMPLE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-AT_LOAD = (INT8, INT8_WEIGHTS, FP8)
+AT_LOAD = (INT8, INT8_WEIGHTS, FP8_WEIGHTS)
 # Rows of 192 numbers fill no block of 256, so a file of the demo has other types there; pure ones are filled up.
 PADDED = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -54,8 +54,8 @@ class Video:
 
 def rounded(name: str, weight: Tensor) -> Tensor:
     """The weight as it comes back from being stored."""
-    if name in (INT8, INT8_WEIGHTS, FP8):
-        numbers, scale = (quantize_fp8 if name == FP8 else int8.quantize_rows)(weight)
+    if name in EIGHT:
+        numbers, scale = (quantize_fp8 if name == FP8_WEIGHTS else int8.quantize_rows)(weight)
         return numbers.float() * scale
     packing = packing_for(name, weight.shape[1])
     return dequantize(pack(weight, packing), packing, torch.empty(weight.shape))
@@ -131,7 +131,7 @@ def padded(name: str, folder: Path) -> Engine:
 def weight_rows() -> list[list[str]]:
     own, drawn = demo_weights(), heavy_tailed()
     rows = []
-    for name in (*AT_LOAD[:1], FP8, *PACKINGS):
+    for name in (*AT_LOAD[:1], FP8_WEIGHTS, *PACKINGS):
         errors = [error(name, weight) for weight in own]
         bits = f"{BITS[name]:g}"
         rows.append([name, bits, f"{100 * np.mean(errors):.2f} %", f"{100 * error(name, drawn):.2f} %"])

@@ -65,7 +65,7 @@ def test_blocks_that_pass_through_two_places_compute_as_blocks_that_stay(pinned:
     assert len(carousel.places) == 2
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "fp8-weights", "Q8_0", "Q4_0"])
 def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(scheme: str) -> None:
     from kadr.quant.apply import requantize
     from tests.quant.test_apply import answer, apart, made

@@ -13,10 +13,11 @@ import torch
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
 from kadr.memory.plan import AS_STORED, CONVERTED, Plan
-from kadr.pipeline import holding, planning
+from kadr.pipeline import components, holding, planning
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.holding import spread, weigh
 from kadr.pipeline.request import Condition, Request
+from kadr.quant.stored import Fp8Linear
 from tests import tiny
 from tests.checkpoints.test_load import cast_as_released
 
@@ -39,6 +40,10 @@ def opened(home: Path) -> Callable[..., Engine]:
 def with_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """So much memory, and no more, can be had."""
     monkeypatch.setattr(planning, "free_bytes", lambda device: size)
+
+
+def relative(made: torch.Tensor, right: torch.Tensor) -> float:
+    return float((made - right).norm() / right.norm())
 
 
 def ways(plan: Plan) -> dict[str, tuple[str, bool]]:
@@ -172,14 +177,17 @@ def test_conditions_and_guidance_are_in_the_plan(opened: Callable[..., Engine], 
     assert together.of("denoise").choice.working > plain.of("denoise").choice.working
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "Q8_0", "q4_0"])
-def test_a_scheme_halves_the_weights_or_more_and_makes_a_video(opened: Callable[..., Engine], scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "fp8-weights", "Q8_0", "q4_0"])
+def test_a_scheme_halves_the_weights_or_more_and_makes_a_video(
+    opened: Callable[..., Engine], scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding.fp8, "has_units", lambda device: True)
+    monkeypatch.setattr(holding.fp8, "way", lambda device, dtype: holding.fp8.WIDENED)
     plain, engine = opened(), opened(quant=scheme)
     full, less = (e.plan(REQUEST).of("denoise").choice for e in (plain, engine))
     assert less.own < 0.5 * (full.own + full.mapped)
     right, made = plain.generate(REQUEST), engine.generate(REQUEST)
-    difference = float((made.latents - right.latents).norm() / right.latents.norm())
-    assert 0 < difference < 0.2
+    assert 0 < relative(made.latents, right.latents) < 0.2
 
 
 def test_auto_stores_weights_in_8_bits_only_where_the_files_own_do_not_fit(
@@ -192,11 +200,47 @@ def test_auto_stores_weights_in_8_bits_only_where_the_files_own_do_not_fit(
     assert holds == [AS_STORED, "int8" if planning.has_fast_int8() else "int8-weights"]  # the file is in float32
 
 
-def test_an_fp8_file_is_not_rounded_again(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind, scheme", [(torch.float8_e4m3fn, "int8"), (torch.float8_e4m3fn, "fp8-weights"), (torch.float8_e5m2, "fp8")]
+)
+def test_an_fp8_file_is_not_rounded_again(home: Path, tmp_path: Path, kind: torch.dtype, scheme: str) -> None:
+    tiny.write(tmp_path)
+    cast_as_released(tmp_path / tiny.MODEL, kind)
+    with pytest.raises(
+        CheckpointError, match=rf"is stored as float8_\w+ already, and to round it to {scheme} would lose"
+    ):
+        Engine.open(tmp_path / tiny.MODEL, quant=scheme)
+
+
+def test_an_fp8_file_is_multiplied_in_8_bits_as_it_is_where_a_gpu_does_that(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny.write(tmp_path)
     cast_as_released(tmp_path / tiny.MODEL, torch.float8_e4m3fn)
-    with pytest.raises(CheckpointError, match=r"is stored as float8_e4m3fn already, and to round it to fp8 would lose"):
-        Engine.open(tmp_path / tiny.MODEL, quant="fp8")
+    monkeypatch.setattr(holding.fp8, "has_units", lambda device: True)
+    monkeypatch.setattr(holding.fp8, "way", lambda device, dtype: holding.fp8.WIDENED)
+    monkeypatch.setattr(components, "needs_look", lambda checkpoint: False)  # nobody trained it
+    plain, engine = (Engine.open(tmp_path / tiny.MODEL, quant=quant) for quant in (None, "fp8"))
+    for opened in (plain, engine):
+        opened.components.follow(opened.plan(REQUEST))
+    with plain.components.transformer() as right, engine.components.transformer() as made:
+        assert {type(layer) for layer in made.layers[0].modules() if hasattr(layer, "scale")} == {Fp8Linear}
+        stored = made.layers[0].self_attention.q.weight
+        assert torch.equal(stored.float(), right.layers[0].self_attention.q.weight.float())
+    assert 0 < relative(engine.generate(REQUEST).latents, plain.generate(REQUEST).latents) < 0.2
+
+
+def test_where_no_8_bit_floats_are_multiplied_weights_alone_are_stored_so_and_it_is_said(
+    opened: Callable[..., Engine], tmp_path: Path
+) -> None:
+    with pytest.warns(KadrWarning, match=r"cpu does not multiply 8-bit floats.*\(fp8-weights\)"):
+        engine = opened(quant="fp8")
+    assert engine.components.quant == "fp8-weights"
+    tiny.write(tmp_path / "cast")
+    cast_as_released(tmp_path / "cast" / tiny.MODEL, torch.float8_e4m3fn)
+    with pytest.warns(KadrWarning, match="cpu does not multiply 8-bit floats"):
+        engine = Engine.open(tmp_path / "cast" / tiny.MODEL, quant="fp8")
+    assert engine.components.quant == "none"
 
 
 def test_without_fast_int8_weights_alone_are_stored_so_and_it_is_said(

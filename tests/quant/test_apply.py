@@ -11,15 +11,24 @@ from kadr.kernels.packing import PACKINGS
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.quant.apply import block_linears, packing_for, requantize
 from kadr.quant.rotation import find_rotation, likeness, turn
-from kadr.quant.scheme import BITS, FP8, INT8, INT8_WEIGHTS, SCHEMES, check_scheme
-from kadr.quant.stored import Int8Linear, PackedLinear, ScaledLinear, Scratch
+from kadr.quant.scheme import BITS, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, SCHEMES, check_scheme
+from kadr.quant.stored import EightBitLinear, Fp8Linear, PackedLinear, ScaledLinear, Scratch
 from tests.tiny import sown
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(layers=2, heads=4, head_width=64, text_width=32, channels=8)
-QUANTIZED = (Int8Linear, PackedLinear, ScaledLinear)
+QUANTIZED = (EightBitLinear, PackedLinear, ScaledLinear)
 # The largest error of the answer, relative, that each way may make with these weights; measured, and a fifth more.
-BOUNDS = {INT8: 0.016, INT8_WEIGHTS: 0.011, FP8: 0.035, "Q8_0": 0.008, "Q6_K": 0.03, "Q5_K": 0.06, "Q4_K": 0.12}
+BOUNDS = {
+    INT8: 0.016,
+    INT8_WEIGHTS: 0.011,
+    FP8: 0.06,
+    FP8_WEIGHTS: 0.035,
+    "Q8_0": 0.008,
+    "Q6_K": 0.03,
+    "Q5_K": 0.06,
+    "Q4_K": 0.12,
+}
 
 
 def made() -> Transformer:
@@ -92,6 +101,42 @@ def test_what_is_quantized_is_not_quantized_again(first: str, second: str) -> No
     requantize(transformer, first, device=CPU)
     with pytest.raises(CheckpointError, match=r"layers\.0\..*would lose twice.*Leave --quant out"):
         requantize(transformer, second, device=CPU)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_weights_in_8_bit_floats_are_multiplied_as_they_are_stored(by_row: bool) -> None:
+    transformer = made()
+    requantize(transformer, FP8_WEIGHTS, device=CPU)
+    stored = {name: child for name, child in transformer.named_modules() if isinstance(child, ScaledLinear)}
+    for child in stored.values():
+        child.scale = child.scale if by_row else None
+    right = answer(transformer)
+    requantize(transformer, FP8, device=CPU)
+    for name, before in stored.items():
+        now = transformer.get_submodule(name)
+        assert isinstance(now, Fp8Linear)
+        assert torch.equal(now.weight.float(), before.weight.float())
+        assert torch.equal(now.scale[:, None], torch.ones(len(now.weight), 1) if before.scale is None else before.scale)
+    assert len(stored) == 20
+    assert 0 < apart(answer(transformer), right) < BOUNDS[FP8]
+
+
+def test_turned_weights_are_multiplied_as_before() -> None:
+    transformer = made()
+    requantize(transformer, FP8_WEIGHTS, device=CPU)
+    assert turn(transformer, 64)
+    right = answer(transformer)
+    requantize(transformer, FP8, device=CPU)
+    assert not [child for child in transformer.modules() if isinstance(child, Fp8Linear)]
+    assert torch.equal(answer(transformer), right)
+
+
+def test_a_layer_of_other_sides_than_gpus_multiply_is_stored_alone() -> None:
+    transformer = sown(
+        lambda: Transformer(TransformerConfig(layers=1, heads=3, head_width=8, text_width=8, channels=8))
+    )
+    requantize(transformer, FP8, device=CPU)
+    assert isinstance(transformer.layers[0].self_attention.q, ScaledLinear)  # 24 x 24
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

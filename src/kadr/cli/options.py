@@ -85,8 +85,8 @@ class ModelFlags:
         _flag(
             "--quant",
             "none|auto|int8|fp8|Q8_0|...",
-            "Hold the transformer's weights in fewer bits: int8, int8-weights, fp8, Q8_0, Q6_K, Q5_K, Q4_K and so on; "
-            "auto does so where nothing else fits. [default: none]",
+            "Hold the transformer's weights in fewer bits: int8, int8-weights, fp8, fp8-weights, Q8_0, Q6_K, Q5_K "
+            "and so on; auto does so where nothing else fits. [default: none]",
         ),
     ] = "none"
     offload: Annotated[

@@ -1,6 +1,7 @@
 """Products of 8-bit whole numbers: weights by output channel, activations by token.
 
-`linear` is the definition, and runs everywhere. On x86 CPUs with VNNI, `pack`, `rows_of` and `packed_linear` do the
+`linear` is the definition, and runs everywhere; on CUDA what is around the product goes through `fused`. On x86 CPUs
+with VNNI, `pack`, `rows_of` and `packed_linear` do the
 same through oneDNN: the weight lies in the order its kernels read, activations are unsigned (those kernels multiply
 unsigned by signed), and the scale of the output channels is applied before the sums leave the registers.
 """
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kadr.kernels import fused, reference
+from kadr.kernels.reference import SMALLEST
+
 LARGEST = 127  # of the 8 bits; -128 is left out, so that the range is symmetric
-SMALLEST = 1e-12  # a row of zeros must not divide by zero
 PIECE = 131_072  # products that are scaled at a time: what stays in a core's cache
 CACHED = 262_144  # activations that are quantized at a time, for the same reason; measured
 ZERO = 128  # what stands for 0 in unsigned activations
@@ -30,8 +33,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Symmetric: the largest magnitude of a row becomes 127.
     """
-    largest = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=SMALLEST)
-    return torch.mul(x.float(), LARGEST / largest).round_().to(torch.int8), largest / LARGEST
+    return reference.quantize_rows(x, torch.int8)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -46,18 +48,26 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     Returns:
         (..., outputs) in x's dtype.
     """
-    rows, scales = quantize_rows(x.reshape(-1, x.shape[-1]))
-    sums = _product(rows, weight)
-    made = torch.empty(sums.shape, dtype=x.dtype, device=x.device)
-    step = max(1, PIECE // sums.shape[1]) if x.device.type == "cpu" else len(sums)
+    codes, scales = fused.quantize_rows(x.reshape(-1, x.shape[-1]), torch.int8)
+    return product(codes, scales, weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+
+
+def product(
+    codes: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linear` of rows that are in 8 bits already: codes (R, K) and what they are multiplied with, fp32 (R, 1)."""
+    sums = _sums(codes, weight)
+    if codes.device.type != "cpu":
+        return fused.rescale(sums, scales, scale, bias, dtype)
+    made = torch.empty(sums.shape, dtype=dtype)
+    step = max(1, PIECE // sums.shape[1])
     for start in range(0, len(sums), step):
         piece = slice(start, start + step)
-        scaled = sums[piece].float().mul_(scale).mul_(scales[piece])
-        made[piece] = scaled if bias is None else scaled.add_(bias)
-    return made.view(*x.shape[:-1], -1)
+        made[piece] = reference.rescale(sums[piece], scales[piece], scale, bias, dtype)
+    return made
 
 
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
+def _sums(rows: Tensor, weight: Tensor) -> Tensor:
     """int8 (R, K) and (O, K) -> int32 (R, O)."""
     count = len(rows)
     if rows.is_cuda and count < FEWEST_ROWS:

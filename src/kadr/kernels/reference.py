@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kadr.kernels.int8 import SMALLEST
-
 # The dtypes of 8 bits, and the number that the largest magnitude of a row becomes in each.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SMALLEST = 1e-12  # a row of zeros must not divide by zero
 
 
 def rms_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:

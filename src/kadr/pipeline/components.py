@@ -25,11 +25,12 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.pipeline.holding import placed, settled_scheme
+from kadr.pipeline.holding import is_quantized, placed, settled_scheme
 from kadr.pipeline.passes import Upscaling
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
 from kadr.quant.rotation import turn
+from kadr.quant.scheme import FP8
 from kadr.sampling.schedule import Schedule
 from kadr.text.tokenizer import Tokenizer
 
@@ -134,6 +135,8 @@ class Components:
         if checkpoint.path not in self._rotations:
             looked = needs_look(checkpoint)
             self._rotations[checkpoint.path] = rotation_of(checkpoint, dtype, self.device) if looked else None
+        # What is stored in 8-bit floats is multiplied as it is: to widen and to round it again would lose twice.
+        as_stored = as_stored or (self.quant == FP8 and is_quantized(checkpoint.sources["transformer"]))
         module = checkpoint.load_transformer(dtype, as_stored=as_stored)
         rotation = self._rotations[checkpoint.path]
         if rotation is not None:

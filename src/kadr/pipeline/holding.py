@@ -16,7 +16,7 @@ from kadr.checkpoints.mapped import prefetch, release
 from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
-from kadr.kernels import switch
+from kadr.kernels import fp8, switch
 from kadr.memory.device import DTYPES, has_fast_int8
 from kadr.memory.offload import Carousel, stream_pages
 from kadr.memory.plan import AS_STORED, CONVERTED, OFFLOAD, Choice
@@ -24,7 +24,7 @@ from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.quant.apply import blocks_of, packing_for, requantize
 from kadr.quant.packed import CONVOLUTION, pack_convolutions, pack_matrices, packs_convolutions
-from kadr.quant.scheme import AUTO, FP8, INT8, INT8_WEIGHTS, NONE, check_scheme
+from kadr.quant.scheme import AUTO, EIGHT, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, NONE, check_scheme
 
 # What the names of the blocks begin with, in every layout; the number of the block follows.
 BLOCKS = ("transformer_blocks.", "encoder.block.", "enc.blk.")
@@ -102,7 +102,7 @@ def _held_bytes(name: str, info: TensorInfo, dtype: torch.dtype, hold: str, numb
 
 def _quantized_bytes(info: TensorInfo, scheme: str) -> int:
     rows, columns = info.shape
-    if scheme in (INT8, INT8_WEIGHTS, FP8):
+    if scheme in EIGHT:
         return rows * (columns + 4)
     return rows * packing_for(scheme, columns).row_bytes(columns)
 
@@ -147,12 +147,14 @@ def settled_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
         return scheme
     for checkpoint in transformers:
         source = checkpoint.sources["transformer"]
-        if is_quantized(source):
+        if is_quantized(source) and not (scheme == FP8 and multiplies_as_stored(source)):
             stored = max(stored_counts(source).items(), key=itemgetter(1))[0]
             raise CheckpointError(
                 f"{checkpoint.path} is stored as {stored} already, and to round it to {scheme} would lose twice. "
                 "Leave --quant out, or take the bf16 file of the model."
             )
+    if scheme == FP8 and not fp8.has_units(device):
+        return _without_units([checkpoint.sources["transformer"] for checkpoint in transformers], device)
     if scheme == INT8 and device.type == "cpu" and not has_fast_int8():
         warnings.warn(
             f"this CPU has no instructions for products in 8 bits (VNNI), so {INT8} would be slower than it is now; "
@@ -162,6 +164,23 @@ def settled_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
         )
         return INT8_WEIGHTS
     return scheme
+
+
+def _without_units(sources: Sequence[Source], device: torch.device) -> str:
+    """What comes nearest to products in 8-bit floats where there are none."""
+    warnings.warn(
+        f"{device} does not multiply 8-bit floats (GPUs since Ada and Hopper do): weights are stored in 8 bits and "
+        f"computed with in a wider dtype instead ({FP8_WEIGHTS}).",
+        KadrWarning,
+        stacklevel=3,
+    )
+    return NONE if any(is_quantized(source) for source in sources) else FP8_WEIGHTS
+
+
+def multiplies_as_stored(source: Source) -> bool:
+    """Whether all weights of blocks that are stored in fewer bits are the 8-bit floats that GPUs multiply."""
+    blocks = (info for name, info in source.infos.items() if block_of(name) is not None)
+    return all(info.packing is None and info.dtype != torch.float8_e5m2 for info in blocks)
 
 
 def stored_counts(source: Source) -> Mapping[str, int]:

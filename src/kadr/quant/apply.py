@@ -12,16 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
-from kadr.kernels import int8
+from kadr.kernels import fp8, int8, reference
 from kadr.kernels.packing import PACKINGS, Packing
 from kadr.nn.linear import Linear
 from kadr.quant.ggml import quantize
 from kadr.quant.mixes import FALLBACK
-from kadr.quant.scheme import FP8, INT8, INT8_WEIGHTS
-from kadr.quant.stored import Int8Linear, PackedLinear, ScaledLinear, Scratch, StoredEmbedding
+from kadr.quant.scheme import FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS
+from kadr.quant.stored import (
+    EightBitLinear,
+    Fp8Linear,
+    Int8Linear,
+    PackedLinear,
+    ScaledLinear,
+    Scratch,
+    StoredEmbedding,
+)
 
 BLOCKS = ("layers", "blocks")  # where a transformer and a text encoder have theirs
-LARGEST_E4M3 = 448.0
 Release = Callable[[Iterable[Tensor]], None]
 
 
@@ -76,7 +83,7 @@ def requantize(module: nn.Module, scheme: str, *, device: torch.device, release:
     """Store the layers inside the blocks otherwise, one after the other: no second copy of the module is made.
 
     Args:
-        module: its weights are plain numbers.
+        module: its weights are plain numbers; for "fp8" they may be 8-bit floats already, which stay what they are.
         scheme: of `scheme.SCHEMES`, neither "none" nor "auto".
         device: where the new weights go; the arithmetic is done there.
         release: told of each weight that is not needed any more.
@@ -85,6 +92,8 @@ def requantize(module: nn.Module, scheme: str, *, device: torch.device, release:
         CheckpointError: a weight that is stored in fewer bits already, or that is not finite.
     """
     scratch = Scratch()
+    if scheme == FP8 and _multiply_as_stored(module, device):
+        return
     refuse_quantized(module)
     for name, linear in block_linears(module):
         weight, bias = linear.weight.detach(), linear.bias
@@ -99,11 +108,29 @@ def requantize(module: nn.Module, scheme: str, *, device: torch.device, release:
 def refuse_quantized(module: nn.Module) -> None:
     """Refuse to quantize what is quantized: it would lose twice."""
     for name, child in module.named_modules():
-        if in_block(name) and isinstance(child, PackedLinear | ScaledLinear | Int8Linear):
+        if in_block(name) and isinstance(child, PackedLinear | ScaledLinear | EightBitLinear):
             raise CheckpointError(
                 f"{name} is stored in fewer bits already, and to round it again would lose twice. Leave --quant out, "
                 "or take the bf16 file of the model."
             )
+
+
+def _multiply_as_stored(module: nn.Module, device: torch.device) -> bool:
+    """Multiply in 8 bits what is stored in 8-bit floats. False where nothing is.
+
+    Turned weights stay as they are, and so does what GPUs do not multiply for its sides.
+    """
+    stored = [
+        (name, child)
+        for name, child in module.named_modules()
+        if in_block(name) and isinstance(child, ScaledLinear) and child.weight.dtype == fp8.E4M3
+    ]
+    for name, child in stored:
+        if child.rotation is None and fp8.fits(*child.weight.shape):
+            scale = child.weight.new_ones(1, 1, dtype=torch.float32) if child.scale is None else child.scale
+            rows = scale.expand(len(child.weight), 1).flatten()
+            replace(module, name, Fp8Linear(child.weight, rows, child.bias).to(device))
+    return bool(stored)
 
 
 def replace(module: nn.Module, name: str, child: nn.Module) -> None:
@@ -120,16 +147,18 @@ def _made(weight: Tensor, bias: Tensor | None, scheme: str, scratch: Scratch) ->
         if scheme == INT8 and int8.fits(*weight.shape):
             return Int8Linear(numbers, scale.flatten(), bias)
         return ScaledLinear(numbers, scale, bias, scratch)
-    if scheme == FP8:
-        return ScaledLinear(*_by_rows(weight, quantize_fp8), bias, scratch)
+    if scheme in (FP8, FP8_WEIGHTS):
+        numbers, scale = _by_rows(weight, quantize_fp8)
+        if scheme == FP8 and fp8.fits(*weight.shape):
+            return Fp8Linear(numbers, scale.flatten(), bias)
+        return ScaledLinear(numbers, scale, bias, scratch)
     packing = packing_for(scheme, weight.shape[1])
     return PackedLinear(quantize(weight, packing), packing, weight.shape[1], bias, scratch)
 
 
 def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (rows, columns) -> float8_e4m3fn, and the scale (rows, 1) in fp32 that gives it back."""
-    largest = weight.abs().amax(dim=-1, keepdim=True).float().clamp_(min=int8.SMALLEST)
-    return torch.mul(weight.float(), LARGEST_E4M3 / largest).to(torch.float8_e4m3fn), largest / LARGEST_E4M3
+    return reference.quantize_rows(weight, fp8.E4M3)
 
 
 def packing_for(name: str, columns: int) -> Packing:

@@ -6,18 +6,20 @@ from kadr.errors import RequestError
 from kadr.kernels.packing import PACKINGS
 
 NONE, AUTO = "none", "auto"
-INT8, INT8_WEIGHTS, FP8 = "int8", "int8-weights", "fp8"
+INT8, INT8_WEIGHTS, FP8, FP8_WEIGHTS = "int8", "int8-weights", "fp8", "fp8-weights"
 # What each is, for help and documents.
 SCHEMES = {
     NONE: "as the file has them",
     AUTO: "as the file has them where that fits, else in 8 bits",
     INT8: "8-bit whole numbers, weights and activations: twice as fast on CPUs with VNNI",
     INT8_WEIGHTS: "8-bit whole numbers, weights alone: keeps more of the picture, and is not faster",
-    FP8: "8-bit floats, weights alone",
+    FP8: "8-bit floats, weights and activations: faster on GPUs since Ada and Hopper",
+    FP8_WEIGHTS: "8-bit floats, weights alone",
     **{name: f"{packing.bits:g} bits a weight, in GGML's {name} blocks" for name, packing in PACKINGS.items()},
 }
+EIGHT = (INT8, INT8_WEIGHTS, FP8, FP8_WEIGHTS)  # with a scale for each row
 # Bits per weight, without what a row costs.
-BITS = {INT8: 8.0, INT8_WEIGHTS: 8.0, FP8: 8.0, **{name: packing.bits for name, packing in PACKINGS.items()}}
+BITS = {**dict.fromkeys(EIGHT, 8.0), **{name: packing.bits for name, packing in PACKINGS.items()}}
 
 
 def check_scheme(name: str) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from kadr.kernels import int8
+from kadr.kernels import fp8, fused, int8
 from kadr.kernels.dequant import dequantize
 from kadr.kernels.hadamard import rotate
 from kadr.kernels.packing import Packing
@@ -108,11 +111,22 @@ class ScaledLinear(StoredLinear):
         convert(self.weight, self.scale, out)
 
 
-class Int8Linear(nn.Module):
-    """The product itself is in 8 bits; see `kernels.int8.linear`. weight: int8 (outputs, columns), scale: (outputs)."""
+class Codes(NamedTuple):
+    """Activations (R, K) in 8 bits and their scales (R, 1), with the shape around the rows and the dtype they had."""
 
+    numbers: Tensor
+    scales: Tensor
+    around: torch.Size
+    dtype: torch.dtype
+
+
+class EightBitLinear(nn.Module):
+    """The product itself is in 8 bits. weight: (outputs, columns), scale: fp32 (outputs)."""
+
+    product: ClassVar[Callable[..., Tensor]]  # codes by codes, scaled
     weight: Tensor
     scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -121,7 +135,30 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8.linear(x, self.weight, self.scale, self.bias)
+        return self.finished(self.prepared(x))
+
+    def prepared(self, x: Tensor, *, gelu: bool = False) -> Codes:
+        """x (..., K), or its GELU, in 8 bits."""
+        rows, kind = x.reshape(-1, x.shape[-1]), self.weight.dtype
+        numbers, scales = fused.gelu_quantize(rows, kind) if gelu else fused.quantize_rows(rows, kind)
+        return Codes(numbers, scales, x.shape[:-1], x.dtype)
+
+    def finished(self, codes: Codes) -> Tensor:
+        """The product (..., O)."""
+        made = self.product(codes.numbers, codes.scales, self.weight, self.scale, self.bias, codes.dtype)
+        return made.view(*codes.around, -1)
+
+
+class Int8Linear(EightBitLinear):
+    """See `kernels.int8`. weight: int8."""
+
+    product = staticmethod(int8.product)
+
+
+class Fp8Linear(EightBitLinear):
+    """See `kernels.fp8`. weight: float8_e4m3fn."""
+
+    product = staticmethod(fp8.product)
 
 
 class StoredEmbedding(nn.Module):

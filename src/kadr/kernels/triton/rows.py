@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels import int8
+from kadr.kernels import reference
 
-SMALLEST = tl.constexpr(int8.SMALLEST)
+SMALLEST = tl.constexpr(reference.SMALLEST)
 # Numbers below 2^22 that are added to it lose their fraction, to the even side of a tie, as all fp32 sums do.
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
 NUMBERS_PER_WARP = 512  # 16 for each thread: enough to hide the wait for memory, few enough to stay in registers
