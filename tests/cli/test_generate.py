@@ -379,12 +379,13 @@ def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, eng
         ("--offload_to_cpu", {"offload": "stages"}),
         ("--offload_to_cpu True", {"offload": "stages"}),
         ("--offload_to_cpu=False", {}),
+        ("--compile", {"compiled": True}),
     ],
 )
-def test_how_weights_are_held_is_passed_on(kadr: Run, engine: FakeEngine, words: str, given: dict[str, str]) -> None:
+def test_how_weights_are_held_is_passed_on(kadr: Run, engine: FakeEngine, words: str, given: dict[str, object]) -> None:
     assert kadr("generate", PROMPT, *words.split()).code == 0
     options = engine.opened[0][1]
-    assert {name: options[name] for name in ("quant", "offload") if name in options} == given
+    assert {name: options[name] for name in ("quant", "offload", "compiled") if name in options} == given
 
 
 def test_the_plan_is_said_before_the_video_is_made(kadr: Run, engine: FakeEngine) -> None:

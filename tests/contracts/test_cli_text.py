@@ -10,7 +10,7 @@ from kadr.cli.official import MEDIA, OFFLOAD, RENAMED, SIDES, STARTS, STRENGTHS
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _MODEL = """--model --config --upscaler --second-model --text-encoder --vae --device --dtype --no-prompt-cache --quant
-    --offload"""
+    --compile --offload"""
 _REST = """--image --video --input-video --strength --image-noise --image-crf --steps --levels --skip-initial
     --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval --guidance --guidance-at
     --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from kadr import Engine, Request
+from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
+from kadr.nn.conv import StreamedConv
 from kadr.pipeline.guard import NotFinite, Watchman
 
 pytestmark = pytest.mark.gpu
@@ -74,3 +76,33 @@ def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(scheme: str) -> None:
     requantize(here, scheme, device=torch.device("cpu"))
     requantize(there, scheme, device=torch.device("cuda"))
     assert apart(answer(there.to("cpu")), answer(here)) < 1e-3
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "fp8", "Q8_0"])
+def test_compiled_layers_give_what_the_plain_ones_give(scheme: str | None) -> None:
+    plain, compiled = (
+        Engine.open("demo", device="cuda", dtype="float32", quant=scheme, compiled=c).generate(REQUEST)
+        for c in (False, True)
+    )
+    error = (compiled.latents - plain.latents).norm() / plain.latents.norm()
+    assert error < (1e-3 if scheme is None else 0.02)
+
+
+def test_videos_keep_their_channels_last_through_the_vae() -> None:
+    engine = Engine.open("demo", device="cuda", dtype="bfloat16")
+    engine.components.follow(engine.plan(REQUEST))
+    seen = 0
+
+    def lies_last(layer: torch.nn.Module, given: object, made: torch.Tensor) -> None:
+        nonlocal seen
+        seen += 1
+        assert not made.shape[2] or made.movedim(1, -1).is_contiguous(), type(layer).__name__
+
+    with engine.components.decoder() as vae, torch.no_grad():
+        for layer in vae.modules():
+            if isinstance(layer, StreamedConv | ResidualLayer | DepthToSpaceUp):
+                layer.register_forward_hook(lies_last)
+        latents = torch.randn(1, vae.config.latent_channels, 3, 4, 4, device="cuda", dtype=torch.bfloat16)
+        level = torch.tensor([0.05], device="cuda")
+        assert sum(part.shape[2] for part in vae.decode_stream(latents, level=level)) == 17
+    assert seen > 10

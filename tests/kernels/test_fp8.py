@@ -33,10 +33,10 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(fp8, "has_units", lambda device: True)
         for name, run in ways.items():
             monkeypatch.setitem(fp8._WAYS, name, run)
-        fp8.way.cache_clear()
+        fp8.forget()
 
     yield pretend
-    fp8.way.cache_clear()
+    fp8.forget()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

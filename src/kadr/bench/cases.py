@@ -86,13 +86,14 @@ class Way:
     """A way to run kadr.
 
     Args:
-        dtype, quant: see `Engine.open`; the dtype that is "auto" is what a user gets who says nothing.
+        dtype, quant, compiled: see `Engine.open`; the dtype that is "auto" is what a user gets who says nothing.
         stages: that it changes; where it changes none, it is not run.
     """
 
     name: str
     dtype: str = "auto"
     quant: str | None = None
+    compiled: bool = False
     stages: tuple[str, ...] = STAGES[1:]
 
 
@@ -102,6 +103,8 @@ WAYS = {
     for way in (
         Way("auto"),
         Way("int8", quant="int8", stages=(DIT, END_TO_END)),
+        Way("fp8", quant="fp8", stages=(DIT, END_TO_END)),
+        Way("compile", compiled=True, stages=(DIT, END_TO_END)),
         Way("bfloat16", dtype="bfloat16"),
         REFERENCE,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, TEXT, WAYS, Way
 from kadr.bench.runner import Absent, Contender
 from kadr.bench.work import Entrants, Work
+from kadr.errors import RequestError
 from kadr.memory.vae_shape import encoder_weights
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.generate import ENCODE_FRAMES
@@ -23,12 +24,16 @@ def ways(names: Iterable[str]) -> Entrants:
     """Kadr, in these ways; those that do the same in a stage as the first run once."""
 
     def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
-        seen: set[tuple[torch.dtype, str | None]] = set()
+        seen: set[tuple[torch.dtype, str | None, bool]] = set()
         for way in (WAYS[name] for name in names):
             if work.stage not in way.stages:
                 continue
-            engine = work.engine(way)
-            kind = engine.components.dtype, way.quant
+            try:
+                engine = work.engine(way)
+            except RequestError as error:  # not on this device
+                yield Absent(f"kadr {way.name}", str(error))
+                continue
+            kind = engine.components.dtype, way.quant, way.compiled
             if kind not in seen:
                 seen.add(kind)
                 yield own(work, way, engine, stack)

@@ -91,6 +91,7 @@ class Work:
             device=str(self.device),
             dtype=way.dtype,
             quant=way.quant,
+            compiled=way.compiled,
             prompt_cache=self.source.scratch / "prompts" if self.stage == END_TO_END else False,
         )
 

@@ -61,10 +61,11 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     making.make(engine, request, output, latents=flags.output.save_latents, as_json=flags.output.json)
 
 
-def held(flags: options.ModelFlags) -> dict[str, str]:
+def held(flags: options.ModelFlags) -> dict[str, Any]:
     """Where and how the model's weights are held, by the words of `Engine.open`."""
-    asked = {} if flags.quant == NONE else {"quant": flags.quant}
+    asked: dict[str, Any] = {} if flags.quant == NONE else {"quant": flags.quant}
     asked |= {} if flags.offload == OFFLOAD_AUTO else {"offload": flags.offload}
+    asked |= {"compiled": True} if flags.compiled else {}
     return {"device": flags.device, "dtype": flags.dtype, **asked}
 
 

@@ -89,6 +89,10 @@ class ModelFlags:
             "and so on; auto does so where nothing else fits. [default: none]",
         ),
     ] = "none"
+    compiled: Annotated[
+        bool,
+        _flag("--compile", None, "Compile the transformer's layers, on CUDA: the first video waits a minute for it."),
+    ] = False
     offload: Annotated[
         str,
         _flag(

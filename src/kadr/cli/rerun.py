@@ -74,7 +74,9 @@ def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -
         model = _model(record)
         parts |= {"text_encoder": _text_encoder(record), "vae": _vae(record, model)}
     device = device or str(record.get("device", "auto"))
-    own = {word: str(record[word]) for word in ("dtype", "quant") if record.get(word)}
+    own: dict[str, Any] = {word: str(record[word]) for word in ("dtype", "quant") if record.get(word)}
+    if record.get("compiled") and device.startswith("cuda"):
+        own["compiled"] = True
     return making.open_engine(model, **parts, device=device, **own)
 
 

@@ -8,7 +8,6 @@ chips can, and scaled afterwards.
 from __future__ import annotations
 
 import warnings
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ MULTIPLE = 16  # that both sides of a weight must be
 OLDEST = (8, 9)  # the capability of the first chips that multiply them, Ada
 SCALED, BARE, WIDENED = "scaled", "bare", "widened"  # ways to a product, fastest first; see `way`
 BOUND = 0.01  # relative error of a product that is right; bfloat16 rounds to 0.003
+
+_found: dict[tuple[torch.device, torch.dtype], str] = {}  # ways; a cache that torch's compiler can look through
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,12 +60,22 @@ def fits(outputs: int, columns: int) -> bool:
     return not outputs % MULTIPLE and not columns % MULTIPLE
 
 
-@cache
 def way(device: torch.device, dtype: torch.dtype) -> str:
     """How products into `dtype` are computed on a device: the first way that gives the right numbers there.
 
     "scaled" applies the scales inside the product, "bare" behind it, "widened" multiplies in fp32: the definition.
     """
+    if (device, dtype) not in _found:
+        _found[device, dtype] = _first(device, dtype)
+    return _found[device, dtype]
+
+
+def forget() -> None:
+    """Find out again."""
+    _found.clear()
+
+
+def _first(device: torch.device, dtype: torch.dtype) -> str:
     if not has_units(device):
         return WIDENED
     reasons = []
@@ -77,7 +88,7 @@ def way(device: torch.device, dtype: torch.dtype) -> str:
         f"{device} multiplies 8-bit floats, but torch's products of them fail there ({'; '.join(reasons)}). They are "
         "computed in float32, which is slow: bfloat16 is faster.",
         KadrWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return WIDENED
 

@@ -5,8 +5,9 @@ B batch, N tokens, L text positions, C latent channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -198,26 +199,41 @@ class Layer(nn.Module):
         self.self_attention = Attention(width, config.heads)
         self.text_attention = Attention(width, config.heads)
         self.feed_forward = FeedForward(width, 4 * width, width)
+        self.compiled: Callable[..., Tensor] | None = None  # `compute`, where a compiler has seen it
 
     def forward(self, x: Tensor, given: Given, disturbed: str | None = None) -> Tensor:
         """x (B, N, D) -> (B, N, D). `disturbed` is a mode of spatio-temporal guidance; see `DISTURBED`."""
         if disturbed == TRANSFORMER_BLOCK:
             return x
-        around_attention, around_thought = branch_bends(self.modulation, given.bends)
-        instead = DISTURBED[disturbed] if disturbed else None
+        reading, samples = given.reading, given.samples
+        read, bias = reading.of(self.text_attention).rows(samples), reading.bias
+        compute = self.compiled or self.compute
+        return compute(
+            x,
+            given.bends,
+            given.rope,
+            read,
+            None if bias is None else bias[samples],
+            DISTURBED[disturbed] if disturbed else None,
+        )
+
+    def compute(
+        self, x: Tensor, bends: Tensor, rope: Rope, read: KeysValues, bias: Tensor | None, instead: str | None
+    ) -> Tensor:
+        """The three branches.
+
+        Args:
+            read: keys and values of the text; bias: (B, 1, 1, L) for its logits.
+            instead: of what the attention among tokens comes to; see `Attention.forward`.
+        """
+        around_attention, around_thought = branch_bends(self.modulation, bends)
         bent = fused.norm_modulate(x, around_attention.scale, around_attention.shift)
-        bent = self.self_attention(bent, rope=given.rope, instead=instead)
+        bent = self.self_attention(bent, rope=rope, instead=instead)
         x = fused.gate_residual(x, around_attention.gate, bent)
         # What is not needed any more keeps no name: it would stay in memory until the layer ends.
-        bent = self._read(x, given)
+        bent = self.text_attention(x, read, bias=bias)
         x, bent = fused.gate_residual_norm_modulate(x, None, bent, around_thought.scale, around_thought.shift)
         return fused.gate_residual(x, around_thought.gate, self.feed_forward(bent))
-
-    def _read(self, x: Tensor, given: Given) -> Tensor:
-        """What the tokens take from the text."""
-        reading, samples = given.reading, given.samples
-        bias = None if reading.bias is None else reading.bias[samples]
-        return self.text_attention(x, reading.of(self.text_attention).rows(samples), bias=bias)
 
 
 class Transformer(nn.Module):
@@ -242,6 +258,18 @@ class Transformer(nn.Module):
         For weights that stay where they are, texts that all layers have read once, and up to `REPLAYED` tokens.
         """
         self._graphed = Graphed(self._replayed, backend=backend)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Have torch's compiler fuse what the layers compute, when they first run: one compilation serves all of them.
+
+        Takes the better part of a minute for each kind of input (with and without a padded text, or disturbed blocks).
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        compiled = torch.compile(Layer.compute, backend=backend)
+        for layer in self.layers:
+            cast(Layer, layer).compiled = partial(compiled, layer)
 
     def forget(self) -> None:
         """Drop what was recorded, and the memory that it holds."""

@@ -20,8 +20,8 @@ class StreamedConv(nn.Module):
     stride: tuple[int, ...]
     out_channels: int
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """x (B, C, F, H, W) -> (B, C', F', H', W')."""
+    def forward(self, x: Tensor, stream: Stream, *, biased: bool = True) -> Tensor:
+        """x (B, C, F, H, W) -> (B, C', F', H', W'). Who adds the bias later, with something else, wants it unbiased."""
         # A first frame that is alone sees nothing but itself: the frames before it, and after the last, are its copies.
         still = stream.kept(self) is None and x.shape[2] == 1 and (self.causal or stream.last)
         joined = self._with_edges(x, stream)
@@ -31,13 +31,13 @@ class StreamedConv(nn.Module):
             stream.keep(self, joined[:, :, made * step :])
         if not made:
             return self._nothing(x)
-        return self.convolve_still(joined) if still else self.convolve(joined)
+        return (self.convolve_still if still else self.convolve)(joined, biased=biased)
 
-    def convolve_still(self, joined: Tensor) -> Tensor:
+    def convolve_still(self, joined: Tensor, *, biased: bool) -> Tensor:
         """`convolve`, of frames that are one and the same."""
-        return self.convolve(joined)
+        return self.convolve(joined, biased=biased)
 
-    def convolve(self, joined: Tensor) -> Tensor:
+    def convolve(self, joined: Tensor, *, biased: bool) -> Tensor:
         """joined (B, C, F + 2, H, W), with its edges -> (B, C', F', H', W')."""
         raise NotImplementedError
 
@@ -64,6 +64,6 @@ class VideoConv(StreamedConv, nn.Conv3d):
         super().__init__(channels_in, channels_out, KERNEL, stride=stride, padding=(0, 1, 1))
         self.causal = causal
 
-    def convolve(self, joined: Tensor) -> Tensor:
-        """See `StreamedConv.convolve`."""
-        return self._conv_forward(joined, self.weight, self.bias)
+    def convolve(self, joined: Tensor, *, biased: bool) -> Tensor:
+        """See `StreamedConv.convolve`. On CUDA the result lies channels last where the weight does."""
+        return self._conv_forward(joined, self.weight, self.bias if biased else None)

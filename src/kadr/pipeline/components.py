@@ -25,7 +25,7 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.pipeline.holding import is_quantized, placed, settled_scheme
+from kadr.pipeline.holding import check_compiled, is_quantized, placed, settled_scheme
 from kadr.pipeline.passes import Upscaling
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
@@ -50,7 +50,7 @@ class Components:
         text: the text encoder's folder.
         vae: another checkpoint to take the VAE from.
         second: another checkpoint to take the second pass's transformer from.
-        quant, offload, prompt_cache: see `Engine.open`.
+        quant, offload, compiled, prompt_cache: see `Engine.open`.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Components:
         second: Checkpoint | None = None,
         quant: str | None = None,
         offload: str = OFFLOAD_AUTO,
+        compiled: bool = False,
         prompt_cache: bool | Path = True,
     ) -> None:
         self.checkpoint, self.text, self.vae = checkpoint, text, vae or checkpoint
@@ -79,6 +80,7 @@ class Components:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device, parameters)
         self.quant, self.offload = settled_scheme(quant, self.transformers, self.device), offload
+        self.compiled = check_compiled(compiled, self.device)
         # However the text encoder is held, it computes the same numbers.
         self.prompts = PromptCache.of(prompt_cache, text, dtype=self.dtype, device=self.device.type)
         self.shelf = Shelf(self.device, pages=release)
@@ -181,7 +183,7 @@ class Components:
 
         def made() -> M:
             module = load(DTYPES[choice.dtype], as_stored=choice.hold == AS_STORED)
-            return placed(module, choice, self.device)
+            return placed(module, choice, self.device, compiled=self.compiled)
 
         if dtype is not None:
             self.shelf.clear(but=self.shelf.kept - {name})

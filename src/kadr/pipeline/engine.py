@@ -20,7 +20,7 @@ from kadr.memory.plan import Plan
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.generate import Generation
-from kadr.pipeline.holding import check_offload
+from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.pipeline.passes import PassPlan, warn_guided
@@ -63,6 +63,7 @@ class Engine:
         dtype: str = "auto",
         quant: str | None = None,
         offload: str = "auto",
+        compiled: bool = False,
         prompt_cache: bool | Path = True,
     ) -> Engine:
         """Open a model.
@@ -81,6 +82,8 @@ class Engine:
                 them as the file has them, which is exact. GGUF and fp8 files need none.
             offload: what is done with what does not fit: "auto" (whatever keeps the most speed), "none" (nothing),
                 "stages" (modules leave memory after their stage) or "blocks" (blocks are in memory while they run).
+            compiled: have torch's compiler fuse what the transformer's layers compute, on CUDA: the first video waits
+                for it, the better part of a minute.
             prompt_cache: keep encoded prompts on disk, so that one that was encoded before does not touch the text
                 encoder: in `prompts` in $KADR_CACHE or the system's folder for caches, 512 MB at most; or a folder.
 
@@ -89,7 +92,9 @@ class Engine:
             CheckpointError: a file is missing, damaged, incomplete, or not of this family.
         """
         # What cannot work is refused before gigabytes are fetched for it: the names first, the text encoder last.
-        pick_dtype(dtype, pick_device(device), 0)
+        picked = pick_device(device)
+        pick_dtype(dtype, picked, 0)
+        check_compiled(compiled, picked)
         check_scheme(quant or NONE)
         check_offload(offload)
         found = locate(model, text_encoder=text_encoder, vae=vae)
@@ -112,6 +117,7 @@ class Engine:
             second=second,
             quant=quant,
             offload=offload,
+            compiled=compiled,
             prompt_cache=prompt_cache,
         )
         for opened in upscalers:
@@ -264,6 +270,7 @@ class Engine:
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
+            "compiled": self.components.compiled,
             "request": replace(request, conditions=tuple(here), video=start).to_json(),
         }
 

@@ -25,6 +25,7 @@ from kadr.models.vae import VAE
 from kadr.quant.apply import blocks_of, packing_for, requantize
 from kadr.quant.packed import CONVOLUTION, pack_convolutions, pack_matrices, packs_convolutions
 from kadr.quant.scheme import AUTO, EIGHT, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, NONE, check_scheme
+from kadr.quant.stored import StoredLinear
 
 # What the names of the blocks begin with, in every layout; the number of the block follows.
 BLOCKS = ("transformer_blocks.", "encoder.block.", "enc.blk.")
@@ -200,10 +201,41 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def placed(module: nn.Module, choice: Choice, device: torch.device) -> nn.Module:
-    """A module that was just loaded, held as the plan has it and ready to run."""
+def check_compiled(asked: bool, device: torch.device) -> bool:
+    """Whether a transformer's layers are to be compiled.
+
+    Raises:
+        RequestError: on a device where that is no gain.
+    """
+    if asked and device.type != "cuda":
+        raise RequestError(
+            f"layers are compiled for CUDA alone: on {device.type} it takes longer than it saves, and weights could "
+            "not stay in the order of its kernels. Leave --compile out."
+        )
+    return asked
+
+
+def compile_layers(module: Transformer, backend: str = "inductor") -> None:
+    """Compile a transformer's layers but for the unpacking of weights, which has kernels of its own."""
+    for child in module.modules():
+        if isinstance(child, StoredLinear):
+            child.forward = torch.compiler.disable(child.forward)  # type: ignore[method-assign]
+            child.with_gelu = torch.compiler.disable(child.with_gelu)  # type: ignore[method-assign]
+    module.compile_layers(backend)
+
+
+def placed(module: nn.Module, choice: Choice, device: torch.device, *, compiled: bool = False) -> nn.Module:
+    """A module that was just loaded, held as the plan has it and ready to run.
+
+    Args:
+        compiled: compile the layers of a transformer.
+    """
     if choice.hold not in (AS_STORED, CONVERTED):
         requantize(module, choice.hold, device=device, release=release)
+    if compiled and isinstance(module, Transformer):
+        if choice.hold == FP8:
+            fp8.way(device, DTYPES[choice.dtype])  # found out by trying, which the compiler is not to see
+        compile_layers(module)
     if not choice.streamed:
         return packed(module.to(device), DTYPES[choice.dtype], device)
     blocks = list(blocks_of(module))
@@ -219,14 +251,18 @@ def placed(module: nn.Module, choice: Choice, device: torch.device) -> nn.Module
 def packed(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A module that stays where it is, as it runs fastest on this machine.
 
-    On a CPU its weights are put into the order that kernels read them in; on a GPU a transformer's layers are recorded.
+    On a CPU its weights are put into the order that kernels read them in. On a GPU a transformer's layers are recorded,
+    and videos go through a VAE channels last.
     """
+    recorded = device.type == "cuda" and switch.current() != switch.REFERENCE
     if isinstance(module, Transformer) and device.type == "cpu":
         pack_matrices(module, release=release)
+    elif isinstance(module, Transformer) and recorded:
+        module.replay()
     elif isinstance(module, VAE) and packs_convolutions(dtype, device):
         pack_convolutions(module, release=release)
-    elif isinstance(module, Transformer) and device.type == "cuda" and switch.current() != switch.REFERENCE:
-        module.replay()
+    elif isinstance(module, VAE) and recorded:
+        module.to(memory_format=torch.channels_last_3d)
     return module
 
 

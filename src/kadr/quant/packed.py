@@ -100,15 +100,16 @@ class PackedConv(StreamedConv):
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
         self.is_packed = False
 
-    def convolve(self, joined: Tensor) -> Tensor:
+    def convolve(self, joined: Tensor, *, biased: bool) -> Tensor:
         """See `StreamedConv.convolve`. The result lies channels last."""
         x = joined.movedim(1, -1).contiguous()
-        return winograd.convolve(x, self._ready(x), self.bias).movedim(-1, 1)
+        return winograd.convolve(x, self._ready(x), self.bias if biased else None).movedim(-1, 1)
 
-    def convolve_still(self, joined: Tensor) -> Tensor:
+    def convolve_still(self, joined: Tensor, *, biased: bool) -> Tensor:
         """See `StreamedConv.convolve_still`: a third of the products."""
         x = joined[:, :, :1].movedim(1, -1).contiguous()
-        return winograd.convolve_still(x, self._ready(joined.movedim(1, -1)), self.bias).movedim(-1, 1)
+        kernels = self._ready(joined.movedim(1, -1))
+        return winograd.convolve_still(x, kernels, self.bias if biased else None).movedim(-1, 1)
 
     def _ready(self, x: Tensor) -> Sequence[Tensor]:
         """The kernels, packed for x (B, F + 2, H, W, C)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kadr.kernels import fp8, fused, int8
-from kadr.kernels.dequant import dequantize
+from kadr.kernels.fused import dequantize
 from kadr.kernels.hadamard import rotate
 from kadr.kernels.packing import Packing
 from kadr.kernels.products import linear, linear_gelu

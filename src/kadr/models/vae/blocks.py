@@ -66,6 +66,11 @@ def bends(table: Tensor, embedding: Tensor) -> list[Bend]:
     return [Bend(shift, scale) for shift, scale in zip(rows[::2], rows[1::2], strict=True)]
 
 
+def adds_bias_to_skip(x: Tensor) -> bool:
+    """Whether a bias is better added with the skip: on a GPU, a convolution would take a pass of its own for it."""
+    return x.is_cuda
+
+
 class ResidualLayer(nn.Module):
     """Two convolutions around a residual path; optionally bent by the noise level, optionally with noise added."""
 
@@ -91,17 +96,20 @@ class ResidualLayer(nn.Module):
         if self.level_conditioned and level is not None:
             bend1, bend2 = bends(self.modulation, level)
         main = self._half(x, stream, self.conv1, bend1, "noise1")
-        main = self._half(main, stream, self.conv2, bend2, "noise2")
+        together = adds_bias_to_skip(main)
+        main = self._half(main, stream, self.conv2, bend2, "noise2", biased=not together)
         skip = stream.delay(self, x, main.shape[2])
         if not main.shape[2]:
             return main  # still waiting; native convolutions refuse a tensor without frames
         if self.widens:
             skip = self.shortcut(self.shortcut_norm(skip))
-        return main.add_(skip)
+        return fused.bias_residual(main, self.conv2.bias, skip) if together else main.add_(skip)
 
-    def _half(self, x: Tensor, stream: Stream, conv: VideoConv, bend: Bend | None, noise: str) -> Tensor:
+    def _half(
+        self, x: Tensor, stream: Stream, conv: VideoConv, bend: Bend | None, noise: str, *, biased: bool = True
+    ) -> Tensor:
         scale, shift = (bend.scale, bend.shift) if bend else (None, None)
-        x = conv(fused.pixel_norm_modulate_silu(x, scale, shift), stream)
+        x = conv(fused.pixel_norm_modulate_silu(x, scale, shift), stream, biased=biased)
         if self.inject_noise:
             x = x + stream.noise((self, noise), like=x) * getattr(self, noise)[None, :, None]
         return x
