@@ -397,7 +397,7 @@ def test_the_plan_is_said_before_the_video_is_made(kadr: Run, engine: FakeEngine
 def test_plan_prints_the_plan_and_makes_nothing(kadr: Run, engine: FakeEngine) -> None:
     ended = kadr("plan", PROMPT, "--size", "64x64", "--seconds", "0.5")
     assert ended.code == 0
-    assert "denoise  transformer  bfloat16  1.0 GB  60 s" in ended.out
+    assert "denoise  transformer  bfloat16  torch  1.0 GB  60 s" in ended.out
     assert engine.requests == [Request(prompt=PROMPT, size=(64, 64), frames=12)]
     assert json.loads(kadr("plan", PROMPT, "--json").out)["peak_bytes"] == 10**9
     assert not list(Path().iterdir())

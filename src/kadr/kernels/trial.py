@@ -58,7 +58,12 @@ def wanted(tensors: Iterable[Tensor | None], oldest: Capability = OLDEST) -> boo
         return False
     if any(tensor.device != given[0].device for tensor in given):
         return False
-    return switch.current() == switch.EVERYWHERE or (given[0].is_cuda and _capability(given[0].device) >= oldest)
+    return switch.current() == switch.EVERYWHERE or runs_on(given[0].device, oldest)
+
+
+def runs_on(device: torch.device, oldest: Capability = OLDEST) -> bool:
+    """Whether a device is one that kernels are written for."""
+    return device.type == "cuda" and _capability(device) >= oldest
 
 
 def forget() -> None:

@@ -31,6 +31,7 @@ class Choice:
         working: bytes besides: activations, buffers.
         host: bytes on the host, where the device is another.
         seconds: about.
+        path: what its products are computed by, of the ways there are, in words.
         why: what speaks for it or made it necessary; "" for the plain way.
     """
 
@@ -43,6 +44,7 @@ class Choice:
     working: int = 0
     host: int = 0
     seconds: float = 0.0
+    path: str = "torch"
     why: str = ""
 
     @property
@@ -155,6 +157,7 @@ class Plan:
                     "part": stage.part,
                     "dtype": stage.choice.dtype,
                     "hold": stage.choice.hold,
+                    "path": stage.choice.path,
                     "streamed_blocks": stage.choice.streamed,
                     "weight_bytes": stage.choice.mapped + stage.choice.own,
                     "working_bytes": stage.choice.working,
@@ -167,10 +170,11 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        rows = [("stage", "part", "held", "peak", "about")]
+        rows = [("stage", "part", "held", "by", "peak", "about")]
         for stage in self.stages:
             peak = in_words(self.base + self.bytes_of(stage))
-            rows.append((stage.stage, stage.part, held(stage.choice), peak, lasting(stage.choice.seconds)))
+            way = held(stage.choice), stage.choice.path
+            rows.append((stage.stage, stage.part, *way, peak, lasting(stage.choice.seconds)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, self.summary(), *self.reasons()])

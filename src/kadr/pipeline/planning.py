@@ -30,6 +30,7 @@ from kadr.memory.vae_shape import decoder_flops, encoder_flops
 from kadr.memory.vae_working import decode_bytes, encode_bytes
 from kadr.models.transformer import REPLAYED
 from kadr.models.vae.decoder import SLICE
+from kadr.pipeline import paths
 from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, Components
 from kadr.pipeline.holding import Weights, is_quantized, weigh
 from kadr.pipeline.passes import PassPlan
@@ -148,7 +149,8 @@ class Planner:
         choices = []
         for way in self._text_ways(text.source):
             weights = weigh(text.source, self.dtype, way.hold, looked_up=True)
-            choices.append(self._choice(way, weights, working, flops, text.source.size_bytes))
+            path = paths.of_matrices(self.dtype, self.device, way.hold, streamed=True)  # never packed: it runs once
+            choices.append(self._choice(way, weights, working, flops, text.source.size_bytes, path))
         return Needs(stage="text", part=TEXT_ENCODER, choices=tuple(choices))
 
     def _text_ways(self, source: Source) -> list[_Way]:
@@ -168,7 +170,8 @@ class Planner:
         packed = packs_convolutions(self.dtype, self.device)
         working = max(encode_bytes(config, grid, self.size, packed=packed) for grid in grids)
         flops = sum(encoder_flops(config, grid) for grid in grids)
-        choice = self._choice(_Way(CONVERTED), self._vae_weights("encoder"), working, flops, 0)
+        path = paths.of_convolutions(self.dtype, self.device)
+        choice = self._choice(_Way(CONVERTED), self._vae_weights("encoder"), working, flops, 0, path)
         return Needs(stage="encode", part=ENCODER, choices=(choice,))
 
     def _decode(self) -> Needs:
@@ -181,7 +184,8 @@ class Planner:
             working = decode_bytes(config, grid, self.size, handed=handed, packed=packed) + self._frames(handed)
             why = "" if handed == SLICE else f"the decoder hands on {handed} frames at a time"
             way = _Way(CONVERTED, why=why)
-            choice = self._choice(way, weights, working, decoder_flops(config, grid), 0)
+            path = paths.of_convolutions(self.dtype, self.device)
+            choice = self._choice(way, weights, working, decoder_flops(config, grid), 0, path)
             choices.append(replace(choice, frames=handed, seconds=choice.seconds * (1 + 0.1 * (SLICE - handed))))
         return Needs(stage="decode", part=DECODER, choices=tuple(choices))
 
@@ -218,7 +222,8 @@ class Planner:
             packed = not way.streams and packs_matrices(self.dtype, self.device)
             weights = weigh(source, self.dtype, way.hold, packed=packed)
             read = source.size_bytes * (len(plan.steps) if way.streams else 1)
-            choices.append(self._choice(way, weights, working, flops, read))
+            path = paths.of_matrices(self.dtype, self.device, way.hold, streamed=way.streams)
+            choices.append(self._choice(way, weights, working, flops, read, path))
         stage = PASS_STAGES[number]
         assert config.layers
         return Needs(stage=stage, part=self.components.transformer_name(number), choices=tuple(choices))
@@ -284,7 +289,9 @@ class Planner:
                 total += costs.disturbed_flops(config, tokens, step.skip_blocks, mode, text=longest)
         return total
 
-    def _choice(self, way: _Way, weights: Weights, working: int, flops: int, read: int) -> Choice:
+    def _choice(
+        self, way: _Way, weights: Weights, working: int, flops: int, read: int, path: str = paths.PLAIN
+    ) -> Choice:
         rate = self.rate * FASTER.get(way.hold, 1.0)
         choice = Choice(
             dtype=str(self.dtype).removeprefix("torch."),
@@ -293,6 +300,7 @@ class Planner:
             own=weights.own,
             working=working + int(HOLES * working * self.on_host) + weights.scratch,
             seconds=costs.seconds(flops, rate, read=read, disk_rate=DISK_RATE),
+            path=path,
             why=way.why,
         )
         if not self.on_host:

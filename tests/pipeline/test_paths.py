@@ -1,0 +1,69 @@
+"""What a plan says that a stage is computed by is what its modules then are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kadr.kernels import switch
+from kadr.memory.plan import AS_STORED, CONVERTED, Choice
+from kadr.models.transformer import Transformer
+from kadr.models.vae import VAE
+from kadr.pipeline import paths
+from kadr.pipeline.engine import Engine
+from kadr.pipeline.holding import placed
+from kadr.pipeline.request import Request
+from kadr.quant.packed import PackedConv, PackedInt8Linear, PackedMatrix
+from tests.pipeline.test_compiled import CONFIG
+from tests.tiny import sown, vae_config
+
+CPU = torch.device("cpu")
+
+
+def has(module: torch.nn.Module, kind: type) -> bool:
+    return any(isinstance(child, kind) for child in module.modules())
+
+
+@pytest.mark.parametrize("kernels", [switch.AUTO, switch.REFERENCE])
+@pytest.mark.parametrize("hold", [CONVERTED, "int8", "int8-weights"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matrices(dtype: str, hold: str, kernels: str) -> None:
+    with switch.using(kernels):
+        kind = getattr(torch, dtype)
+        module = placed(sown(lambda: Transformer(CONFIG)).to(kind), Choice(dtype=dtype, hold=hold), CPU)
+        said = paths.of_matrices(kind, CPU, hold, streamed=False)
+    packed = has(module, PackedInt8Linear) if hold == "int8" else has(module, PackedMatrix)
+    assert ("packed weights" in said) == packed
+    assert ("KADR_KERNELS=reference" in said) == (kernels == switch.REFERENCE)
+    assert not (packed and kernels == switch.REFERENCE)
+
+
+def test_streamed_blocks_are_not_packed() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "packed" not in paths.of_matrices(dtype, CPU, AS_STORED, streamed=True)
+
+
+@pytest.mark.parametrize("kernels", [switch.AUTO, switch.REFERENCE])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convolutions(dtype: str, kernels: str) -> None:
+    with switch.using(kernels):
+        kind = getattr(torch, dtype)
+        module = placed(sown(lambda: VAE(vae_config("0.9.5"))).to(kind), Choice(dtype=dtype), CPU)
+        assert paths.of_convolutions(kind, CPU).startswith("Winograd") == has(module, PackedConv)
+
+
+def test_a_gpu_that_kernels_are_not_written_for_computes_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (7, 5), (9, 0)
+    for capability, said in ((old, "torch"), (new, "fused kernels")):
+        monkeypatch.setattr(paths.trial, "_capability", lambda device, found=capability: found)
+        assert paths.of_matrices(torch.bfloat16, torch.device("cuda"), CONVERTED, streamed=False) == said
+        assert paths.of_convolutions(torch.bfloat16, torch.device("cuda")) == f"{said}, channels last"
+
+
+def test_the_plan_says_it() -> None:
+    request = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2)
+    plan = Engine.open("demo", device="cpu").plan(request)
+    path = paths.of_convolutions(torch.float32, CPU)
+    assert plan.of("decode").choice.path == path
+    assert plan.to_json()["stages"][-1]["path"] == path
+    assert f"  {path}  " in str(plan)
