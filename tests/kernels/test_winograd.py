@@ -10,11 +10,12 @@ from torch import Tensor
 from kadr.kernels import winograd
 from tests.oracles import drawn, relative
 
+together = pytest.mark.parametrize("together", [winograd.PAIRS, winograd.FOURS])
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
-def packed(weight: Tensor, height: int, width: int) -> list[Tensor]:
-    return [winograd.pack(kernel, 1, height, width) for kernel in winograd.taps(weight)]
+def packed(weight: Tensor, height: int, width: int, together: int) -> list[Tensor]:
+    return [winograd.pack(kernel, 1, height, width) for kernel in winograd.taps(weight, together)]
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -22,23 +23,27 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv3d(x.movedim(-1, 1), weight, bias, padding=(0, 1, 1)).movedim(1, -1)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 4, 7])
+@together
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7, 9])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_it_equals_the_plain_convolution_for_any_count_of_frames(batch: int, frames: int) -> None:
+def test_it_equals_the_plain_convolution_for_any_count_of_frames(batch: int, frames: int, together: int) -> None:
     x, weight, bias = drawn(batch, frames + 2, 5, 6, 24), drawn(40, 24, 3, 3, 3, seed=2) / 25, drawn(40, seed=3)
-    made = winograd.convolve(x, packed(weight, 5, 6), bias)
+    made = winograd.convolve(x, packed(weight, 5, 6, together), bias)
     assert made.is_contiguous()
     assert relative(made, plain(x, weight, bias)) <= 2e-6
 
 
-def test_it_does_without_a_bias() -> None:
-    x, weight = drawn(1, 6, 4, 4, 16), drawn(16, 16, 3, 3, 3, seed=2) / 20
-    assert relative(winograd.convolve(x, packed(weight, 4, 4), None), plain(x, weight, None)) <= 2e-6
+@together
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_it_does_without_a_bias(frames: int, together: int) -> None:
+    x, weight = drawn(1, frames + 2, 4, 4, 16), drawn(16, 16, 3, 3, 3, seed=2) / 20
+    assert relative(winograd.convolve(x, packed(weight, 4, 4, together), None), plain(x, weight, None)) <= 2e-6
 
 
-def test_three_equal_frames_cost_one_product() -> None:
+@together
+def test_three_equal_frames_are_one_picture(together: int) -> None:
     x, weight, bias = drawn(2, 1, 5, 6, 24), drawn(40, 24, 3, 3, 3, seed=2) / 25, drawn(40, seed=3)
-    made = winograd.convolve_still(x, packed(weight, 5, 6), bias)
+    made = winograd.convolve_still(x, packed(weight, 5, 6, together), bias)
     assert relative(made, plain(x.expand(-1, 3, -1, -1, -1), weight, bias)) <= 2e-6
 
 
@@ -46,12 +51,13 @@ def test_in_bfloat16_its_error_is_less_than_twice_that_of_the_plain_one() -> Non
     x, weight, bias = drawn(1, 10, 16, 16, 128), drawn(128, 128, 3, 3, 3, seed=2) / 59, drawn(128, seed=3)
     narrow = [tensor.bfloat16() for tensor in (x, weight, bias)]
     exact = plain(*(tensor.float() for tensor in narrow))
-    own = relative(winograd.convolve(narrow[0], packed(narrow[1], 16, 16), narrow[2]).float(), exact)
+    own = relative(winograd.convolve(narrow[0], packed(narrow[1], 16, 16, winograd.PAIRS), narrow[2]).float(), exact)
     assert 0.001 < own < 2 * relative(plain(*narrow).float(), exact)
 
 
-def test_a_large_weight_is_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@together
+def test_a_large_weight_is_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
     weight = drawn(10, 8, 3, 3, 3)
-    whole = winograd.taps(weight)
+    whole = winograd.taps(weight, together)
     monkeypatch.setattr(winograd, "PIECE", 3 * weight[0].numel())
-    assert all(torch.equal(one, other) for one, other in zip(winograd.taps(weight), whole, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(winograd.taps(weight, together), whole, strict=True))

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from kadr.kernels.winograd import FOURS, PAIRS
 from kadr.memory import costs
 from kadr.memory.vae_working import decode_bytes, encode_bytes
 from kadr.models.t5 import T5Config, T5Encoder
@@ -58,24 +59,24 @@ def text() -> list[int]:
     return [taken(lambda: module(ids, ids == 0)), costs.text_bytes(WIDE_T5, 2)]
 
 
-def decoder(dtype: torch.dtype, *, packed: bool = False) -> list[int]:
+def decoder(dtype: torch.dtype, *, together: int = 0) -> list[int]:
     module, latents = VAE(THIN_VAE).to(dtype), torch.randn(1, 128, GRID.frames, GRID.height, GRID.width, dtype=dtype)
-    if packed:
-        pack_convolutions(module)
+    if together:
+        pack_convolutions(module, together=together)
 
     def decode() -> None:
         for _ in module.decode_stream(latents, level=torch.tensor([0.05])):
             pass
 
-    return [taken(decode), decode_bytes(THIN_VAE, GRID, dtype.itemsize, packed=packed)]
+    return [taken(decode), decode_bytes(THIN_VAE, GRID, dtype.itemsize, together=together)]
 
 
-def encoder(*, packed: bool = False) -> list[int]:
+def encoder(*, together: int = 0) -> list[int]:
     pixels = torch.randn(1, 3, GRID.video_frames, 32 * GRID.height, 32 * GRID.width)
     module = VAE(THIN_VAE)
-    if packed:
-        pack_convolutions(module)
-    return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(THIN_VAE, GRID, 4, packed=packed)]
+    if together:
+        pack_convolutions(module, together=together)
+    return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(THIN_VAE, GRID, 4, together=together)]
 
 
 if __name__ == "__main__":
@@ -89,8 +90,9 @@ if __name__ == "__main__":
             "decoder": decoder(torch.bfloat16),
             "decoder in float32": decoder(torch.float32),
             "encoder": encoder(),
-            "packed decoder": decoder(torch.bfloat16, packed=True),
-            "packed decoder in float32": decoder(torch.float32, packed=True),
-            "packed encoder": encoder(packed=True),
+            "packed decoder": decoder(torch.bfloat16, together=FOURS),
+            "packed decoder in float32": decoder(torch.float32, together=FOURS),
+            "decoder packed for pairs": decoder(torch.bfloat16, together=PAIRS),
+            "packed encoder": encoder(together=PAIRS),
         }
     print(json.dumps(report))

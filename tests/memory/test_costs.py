@@ -342,12 +342,13 @@ def measured() -> dict[str, list[int]]:
         "encoder",
         "packed decoder",
         "packed decoder in float32",
+        "decoder packed for pairs",
         "packed encoder",
     ],
 )
 def test_a_part_at_work_takes_the_memory_that_was_predicted(part: str, measured: dict[str, list[int]]) -> None:
     taken, predicted = measured[part]
     # Packed convolutions take a little less than is said: the plan may be above what happens, and hardly below.
-    bound = 0.15 if part.startswith("packed") else 0.05
+    bound = 0.15 if "packed" in part else 0.05
     assert taken <= 1.05 * predicted + 6_000_000
     assert taken >= (1 - bound) * predicted - 6_000_000

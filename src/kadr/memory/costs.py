@@ -43,14 +43,18 @@ def convolution_bytes(channels: tuple[int, int], before: Sides, after: Sides, si
     return max(channels[0] * (prod(before) + taps * channels[1]), channels[1] * prod(after)) * size
 
 
-def packed_convolution_bytes(channels: tuple[int, int], before: Sides, after: Sides, size: int) -> int:
+def packed_convolution_bytes(channels: tuple[int, int], before: Sides, after: Sides, size: int, together: int) -> int:
     """As `convolution_bytes`, of `kernels.winograd.convolve`; its kernels lie as they are read, so none is copied.
 
-    While the first frames of all pairs are made: what goes into that product, sum and difference of the two products
-    that both frames share, and the frames themselves before they are put among the others.
+    While the first frames of all groups are made. Of pairs: what goes into that product, sum and difference of the two
+    products that both frames share, and the frames themselves before they are put among the others. Of fours: what goes
+    into that product and into a later one, sums and differences of four products, the sum of two of those, the frames.
+
+    Args:
+        together: frames of a group, 2 or 4.
     """
-    pictures = max(1, after[0] // 2)
-    return pictures * (channels[0] * prod(before[1:]) + 3 * channels[1] * prod(after[1:])) * size
+    groups, (given, made) = max(1, after[0] // together), {2: (1, 3), 4: (2, 6)}[together]
+    return groups * (given * channels[0] * prod(before[1:]) + made * channels[1] * prod(after[1:])) * size
 
 
 def rope_bytes(config: TransformerConfig, tokens: int, size: int) -> tuple[int, int]:

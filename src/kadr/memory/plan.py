@@ -26,6 +26,7 @@ class Choice:
         hold: "as stored" (converted while it is used), "converted" when it is loaded, or a scheme of `quant.scheme`.
         streamed: how many blocks are in memory only while they run.
         frames: that the decoder's stages hand on at a time; 0 for other stages.
+        together: frames that packed convolutions make at a time; 0 where none are packed.
         mapped, own: bytes of weights in memory at once, on the device: in the pages of files, which can be let go of
             at any time, and others.
         working: bytes besides: activations, buffers.
@@ -39,6 +40,7 @@ class Choice:
     hold: str = CONVERTED
     streamed: int = 0
     frames: int = 0
+    together: int = 0
     mapped: int = 0
     own: int = 0
     working: int = 0

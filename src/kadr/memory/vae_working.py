@@ -30,12 +30,12 @@ Plane = tuple[int, int]  # rows, columns
 class _Ledger:
     """Bytes that layers keep from call to call, and the most that there were at any moment.
 
-    packed: convolutions of stride 1 are.
+    together: frames that packed convolutions of stride 1 make at a time; 0 where they are not packed.
     """
 
-    def __init__(self, *, packed: bool) -> None:
+    def __init__(self, *, together: int) -> None:
         self.kept = self.peak = 0
-        self.packed = packed
+        self.together = together
 
     def moment(self, others: int) -> None:
         self.peak = max(self.peak, self.kept + others)
@@ -92,8 +92,8 @@ class _Convolution:
                 self.kept.keep(count - made * self.step, others + joined)
         if made:
             before, after = (count, *self.plane), (made, *self.plane_after)
-            if self.ledger.packed and self.plane == self.plane_after and self.step == 1:
-                besides = costs.packed_convolution_bytes(self.channels, before, after, self.size)
+            if self.ledger.together and self.plane == self.plane_after and self.step == 1:
+                besides = costs.packed_convolution_bytes(self.channels, before, after, self.size, self.ledger.together)
             else:
                 besides = costs.convolution_bytes(self.channels, before, after, self.size)
             self.ledger.moment(others + joined + made * self.frame + besides)
@@ -202,15 +202,15 @@ def _set_up(ledger: _Ledger, stages: Sequence[VAEStage], plane: Plane, size: int
 
 
 @cache
-def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int = SLICE, packed: bool = False) -> int:
+def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int = SLICE, together: int = 0) -> int:
     """The most that `VAE.decode_stream` takes besides weights and latents.
 
     Args:
         size: bytes per number: 2 or 4.
         handed: frames that a stage hands on at a time, and latent frames that come in.
-        packed: the convolutions are; see `costs.convolution_bytes`.
+        together: frames that packed convolutions make at a time; 0 where they are not packed.
     """
-    ledger = _Ledger(packed=packed)
+    ledger = _Ledger(together=together)
     stages = tuple(_set_up(ledger, decoder_stages(config), (grid.height, grid.width), size, causal=False))
     frames = min(grid.frames, SETTLED)
     # Whoever takes the pixels holds the last slice, and its bytes as a picture, while the next is made.
@@ -232,16 +232,16 @@ def _descend(ledger: _Ledger, stages: tuple[_Stage, ...], frames: int, others: i
 
 
 @cache
-def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int = ENCODED, packed: bool = False) -> int:
+def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int = ENCODED, together: int = 0) -> int:
     """The most that `VAE.encode` takes besides weights and pixels.
 
     Args:
         grid: of the latents that come out.
         size: bytes per number: 2 or 4.
         chunk: pixel frames that go through at a time.
-        packed: the convolutions are; see `costs.convolution_bytes`.
+        together: frames that packed convolutions make at a time; 0 where they are not packed.
     """
-    ledger = _Ledger(packed=packed)
+    ledger = _Ledger(together=together)
     patches = SPATIAL // config.patch
     plane = (patches * grid.height, patches * grid.width)
     stages = tuple(_set_up(ledger, encoder_stages(config), plane, size, causal=True))

@@ -189,7 +189,12 @@ class Components:
             self.shelf.clear(but=self.shelf.kept - {name})
             gc.collect()  # the one that was used before may hang in a circle of hooks
         kept_name = name if dtype is None else f"{name} in {choice.dtype}"
-        with self.shelf.take(kept_name, made, way=(choice.dtype, choice.hold, choice.streamed)) as module, at_work():
+        with (
+            self.shelf.take(
+                kept_name, made, way=(choice.dtype, choice.hold, choice.streamed, choice.together)
+            ) as module,
+            at_work(),
+        ):
             yield module
 
     @property

@@ -17,6 +17,7 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.kernels import fp8, switch
+from kadr.kernels.winograd import PAIRS
 from kadr.memory.device import DTYPES, has_fast_int8
 from kadr.memory.offload import Carousel, stream_pages
 from kadr.memory.plan import AS_STORED, CONVERTED, OFFLOAD, Choice
@@ -57,12 +58,21 @@ class Weights:
     scratch: int = 0
 
 
-def weigh(source: Source, dtype: torch.dtype, hold: str, *, looked_up: bool = False, packed: bool = False) -> Weights:
+def weigh(
+    source: Source,
+    dtype: torch.dtype,
+    hold: str,
+    *,
+    looked_up: bool = False,
+    packed: bool = False,
+    together: int = 0,
+) -> Weights:
     """The bytes of a component held in some way.
 
     Args:
         hold: see `memory.plan.Choice`.
-        packed: matrices and convolutions are packed once they are loaded; see `quant.packed`.
+        packed: matrices are packed once they are loaded; see `quant.packed`.
+        together: so are convolutions, for so many frames at a time; 0 where they are not.
         looked_up: the component is a text encoder, of whose embedding only some rows are read.
     """
     mapped, own, scratch, everything = 0, 0, 0, 0
@@ -70,10 +80,10 @@ def weigh(source: Source, dtype: torch.dtype, hold: str, *, looked_up: bool = Fa
     for name, info in source.infos.items():
         number = block_of(name)
         taken, made = _held_bytes(name, info, dtype, hold, number)
-        if packed and hold == CONVERTED and info.packing is None and name.endswith(".weight"):
-            if len(info.shape) == 5:
-                taken, made = 0, int(info.count * dtype.itemsize * CONVOLUTION)
-            elif len(info.shape) == 2:
+        if hold == CONVERTED and info.packing is None and name.endswith(".weight"):
+            if together and len(info.shape) == 5:
+                taken, made = 0, int(info.count * dtype.itemsize * CONVOLUTION[together])
+            elif packed and len(info.shape) == 2:
                 taken, made = 0, info.count * dtype.itemsize
         if looked_up and name in EMBEDDINGS and not made:
             taken = min(taken, LOOKED_UP)
@@ -237,7 +247,7 @@ def placed(module: nn.Module, choice: Choice, device: torch.device, *, compiled:
             fp8.way(device, DTYPES[choice.dtype])  # found out by trying, which the compiler is not to see
         compile_layers(module)
     if not choice.streamed:
-        return packed(module.to(device), DTYPES[choice.dtype], device)
+        return packed(module.to(device), DTYPES[choice.dtype], device, choice.together)
     blocks = list(blocks_of(module))
     if device.type == "cpu":
         stream_pages(blocks, release=release, prefetch=prefetch)
@@ -248,7 +258,7 @@ def placed(module: nn.Module, choice: Choice, device: torch.device, *, compiled:
     return module
 
 
-def packed(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def packed(module: nn.Module, dtype: torch.dtype, device: torch.device, together: int) -> nn.Module:
     """A module that stays where it is, as it runs fastest on this machine.
 
     On a CPU its weights are put into the order that kernels read them in. On a GPU a transformer's layers are recorded,
@@ -260,7 +270,7 @@ def packed(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
     elif isinstance(module, Transformer) and recorded:
         module.replay()
     elif isinstance(module, VAE) and packs_convolutions(dtype, device):
-        pack_convolutions(module, release=release)
+        pack_convolutions(module, together=together or PAIRS, release=release)
     elif isinstance(module, VAE) and recorded:
         module.to(memory_format=torch.channels_last_3d)
     return module

@@ -11,6 +11,7 @@ import torch
 
 from kadr.checkpoints.source import Source
 from kadr.errors import PlanError
+from kadr.kernels.winograd import FOURS, PAIRS
 from kadr.memory import costs
 from kadr.memory.device import free_bytes, has_fast_int8, resident_bytes
 from kadr.memory.plan import (
@@ -167,27 +168,36 @@ class Planner:
         config = vae.detected.vae
         assert config is not None
         grids = [grid for grids in self.work.media for grid in grids]
-        packed = packs_convolutions(self.dtype, self.device)
-        working = max(encode_bytes(config, grid, self.size, packed=packed) for grid in grids)
+        # Of pictures, pairs make a single product.
+        together = PAIRS if packs_convolutions(self.dtype, self.device) else 0
+        working = max(encode_bytes(config, grid, self.size, together=together) for grid in grids)
         flops = sum(encoder_flops(config, grid) for grid in grids)
         path = paths.of_convolutions(self.dtype, self.device)
-        choice = self._choice(_Way(CONVERTED), self._vae_weights("encoder"), working, flops, 0, path)
-        return Needs(stage="encode", part=ENCODER, choices=(choice,))
+        weights = self._vae_weights("encoder", together)
+        choice = self._choice(_Way(CONVERTED), weights, working, flops, 0, path)
+        return Needs(stage="encode", part=ENCODER, choices=(replace(choice, together=together),))
 
     def _decode(self) -> Needs:
         config = self.components.vae.detected.vae
         assert config is not None
-        grid, weights = self.work.passes[-1].grid, self._vae_weights("decoder")
-        packed = packs_convolutions(self.dtype, self.device)
-        choices = []
-        for handed in (SLICE, 2, 1):
-            working = decode_bytes(config, grid, self.size, handed=handed, packed=packed) + self._frames(handed)
+        grid, path = self.work.passes[-1].grid, paths.of_convolutions(self.dtype, self.device)
+        flops, choices = decoder_flops(config, grid), []
+        for handed, together in self._slices():
+            working = decode_bytes(config, grid, self.size, handed=handed, together=together) + self._frames(handed)
             why = "" if handed == SLICE else f"the decoder hands on {handed} frames at a time"
-            way = _Way(CONVERTED, why=why)
-            path = paths.of_convolutions(self.dtype, self.device)
-            choice = self._choice(way, weights, working, decoder_flops(config, grid), 0, path)
-            choices.append(replace(choice, frames=handed, seconds=choice.seconds * (1 + 0.1 * (SLICE - handed))))
+            if together == PAIRS and handed == SLICE:
+                why = "its convolutions make 2 frames at a time"
+            weights = self._vae_weights("decoder", together)
+            choice = self._choice(_Way(CONVERTED, why=why), weights, working, flops, 0, path)
+            slower = 1 + 0.1 * (SLICE - handed) + 0.2 * (together == PAIRS)
+            choices.append(replace(choice, frames=handed, together=together, seconds=choice.seconds * slower))
         return Needs(stage="decode", part=DECODER, choices=tuple(choices))
+
+    def _slices(self) -> list[tuple[int, int]]:
+        """Frames that the decoder hands on, and that its convolutions make at a time, the fastest first."""
+        if not packs_convolutions(self.dtype, self.device):
+            return [(SLICE, 0), (2, 0), (1, 0)]
+        return [(SLICE, FOURS), (SLICE, PAIRS), (2, PAIRS), (1, PAIRS)]
 
     def _frames(self, handed: int) -> int:
         """Of decoded frames on their way into a file."""
@@ -195,11 +205,10 @@ class Planner:
         pixels = plan.size.width * plan.size.height
         return CODEC + pixels * (COPIES * handed * 3 * 4 + BYTES_AHEAD * min(plan.frames, LOOKED_AHEAD))
 
-    def _vae_weights(self, half: str) -> Weights:
+    def _vae_weights(self, half: str, together: int) -> Weights:
         source = self.components.vae.sources["vae"]
         infos = {name: info for name, info in source.infos.items() if name.startswith(f"{half}.")}
-        packed = packs_convolutions(self.dtype, self.device)
-        return weigh(replace(source, infos=infos), self.dtype, CONVERTED, packed=packed)
+        return weigh(replace(source, infos=infos), self.dtype, CONVERTED, together=together)
 
     def _upscale(self) -> Needs:
         grid, most = self.work.passes[0].grid, Choice(dtype="float32")

@@ -20,7 +20,8 @@ from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
 from kadr.nn.linear import Linear
 from kadr.quant.stored import Int8Linear
 
-CONVOLUTION = 4 / 3  # bytes of the packed kernels to those of the weight
+# Bytes of the packed kernels to those of the weight, by how many frames are made at a time.
+CONVOLUTION = {winograd.PAIRS: 4 / 3, winograd.FOURS: 2.0}
 Release = Callable[[Iterable[Tensor]], None]
 
 
@@ -88,15 +89,16 @@ class PackedInt8Linear(nn.Module):
 
 
 class PackedConv(StreamedConv):
-    """A streamed convolution of stride 1 by four kernels over single pictures.
+    """A streamed convolution of stride 1 by four kernels over single pictures, or by six; see `kernels.winograd`.
 
     They are packed when the first pictures come: which order is best depends on their size.
     """
 
-    def __init__(self, plain: VideoConv) -> None:
+    def __init__(self, plain: VideoConv, together: int) -> None:
         super().__init__()
+        self.together = together
         self.causal, self.stride, self.out_channels = plain.causal, plain.stride, plain.out_channels
-        self.kernels = list(winograd.taps(plain.weight.detach()))
+        self.kernels = list(winograd.taps(plain.weight.detach(), together))
         self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
         self.is_packed = False
 
@@ -114,7 +116,7 @@ class PackedConv(StreamedConv):
     def _ready(self, x: Tensor) -> Sequence[Tensor]:
         """The kernels, packed for x (B, F + 2, H, W, C)."""
         if not self.is_packed:
-            pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL + 1) // 2)
+            pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL + 1) // self.together)
             for index, kernel in enumerate(self.kernels):  # one by one: the plain one goes when the packed one is there
                 with to_stay():
                     self.kernels[index] = winograd.pack(kernel, pictures, x.shape[2], x.shape[3])
@@ -138,13 +140,17 @@ def pack_matrices(module: nn.Module, *, release: Release = nothing) -> None:
                 setattr(parent, name, PackedInt8Linear(child).eval())
 
 
-def pack_convolutions(module: nn.Module, *, release: Release = nothing) -> None:
-    """Pack the convolutions of a VAE's half, one after the other; see `pack_matrices`."""
+def pack_convolutions(module: nn.Module, *, together: int = winograd.FOURS, release: Release = nothing) -> None:
+    """Pack the convolutions of a VAE's half, one after the other; see `pack_matrices`.
+
+    Args:
+        together: frames that are made at a time, `winograd.PAIRS` or `FOURS`.
+    """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, VideoConv) and set(child.stride) == {1}:
                 weight = child.weight.detach()
-                packed = PackedConv(child).eval()
+                packed = PackedConv(child, together).eval()
                 if isinstance(parent, nn.ModuleList):
                     parent[int(name)] = packed
                 else:
