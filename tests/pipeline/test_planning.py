@@ -139,6 +139,7 @@ def test_the_decoder_hands_on_fewer_frames_where_memory_is_short(
     monkeypatch.setattr(planning, "RESERVE", 0.0)
     for choice in right.rest:
         with_free(monkeypatch, choice.bytes)
+        engine = opened()
         assert engine.plan(long).of("decode").choice.frames == choice.frames
         assert engine.plan(long).of("decode").choice.together == choice.together
         apart = np.abs(engine.generate(replace(long, frames=25)).frames.astype(int) - frames)
