@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kadr.kernels import dequant, reference, trial
+from kadr.kernels import cpu_pixels, dequant, reference, trial
 from kadr.kernels.packing import Packing
 
 WIDEST = 16_384  # numbers of a row that a program holds in registers; the hidden layer of 13B has as many
@@ -108,6 +108,8 @@ def pixel_norm_modulate_silu(
     fits = fits and all(tensor.shape in ((1, x.shape[1]), x.shape[:2]) for tensor in bends)
     if fits and trial.wanted((x, *bends)):
         return trial.run("pixels", reference.pixel_norm_modulate_silu, x, scale, shift, epsilon)
+    if cpu_pixels.suits(x, scale, shift):
+        return cpu_pixels.pixel_norm_modulate_silu(x, scale, shift, epsilon)
     return reference.pixel_norm_modulate_silu(x, scale, shift, epsilon)
 
 

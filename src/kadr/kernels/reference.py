@@ -92,9 +92,19 @@ def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: 
     Returns:
         (B, N, D) in x's dtype.
     """
-    x = rms_norm(x, epsilon) * weight
+    return turned(rms_norm(x, epsilon) * weight, cosine, sine)
+
+
+def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """The pairs (0, 1), (2, 3), ... of x (B, N, D) rotated by angles of which (B or 1, N, D) are cosines and sines."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine
+    if torch.is_grad_enabled():
+        return x * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine
+    crosswise = torch.empty_like(x)  # written to in its place: half the time
+    first, second = crosswise.unflatten(-1, (-1, 2)).unbind(-1)
+    torch.neg(odd, out=first)
+    second.copy_(even)
+    return torch.addcmul(x * cosine, crosswise, sine)
 
 
 def quantize_rows(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kadr.kernels.reference import turned
+
 
 class Rope(NamedTuple):
     """Cosine and sine of every angle, each (B, N, D), or (1, N, D) for all samples, with equal neighbours in pairs."""
@@ -17,8 +19,7 @@ class Rope(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate the pairs (0, 1), (2, 3), ... of x (B, N, D)."""
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return x * self.cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * self.sine
+        return turned(x, self.cosine, self.sine)
 
     def rows(self, rows: slice) -> Rope:
         """Of some samples of the batch."""

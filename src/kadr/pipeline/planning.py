@@ -45,6 +45,7 @@ from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
 RESERVE = 0.05  # of what is free, left to the system and to what cannot be foreseen
 DISK_RATE = 1.5e9  # bytes a second, of weights that are read from files
 FASTER = {INT8: 1.6}  # products in 8 bits against those in the dtype
+TOGETHER = {0: 1.0, PAIRS: 0.75, FOURS: 0.6}  # of a decoder's time, by frames that its convolutions make; measured
 SMALL = 500_000_000  # bytes: a text encoder of no more is not worth streaming
 # Bytes that a process takes on the way whatever it makes: kernels, their threads. Measured.
 STARTING = 45_000_000
@@ -189,8 +190,8 @@ class Planner:
                 why = "its convolutions make 2 frames at a time"
             weights = self._vae_weights("decoder", together)
             choice = self._choice(_Way(CONVERTED, why=why), weights, working, flops, 0, path)
-            slower = 1 + 0.1 * (SLICE - handed) + 0.2 * (together == PAIRS)
-            choices.append(replace(choice, frames=handed, together=together, seconds=choice.seconds * slower))
+            seconds = choice.seconds * TOGETHER[together] * (1 + 0.1 * (SLICE - handed))
+            choices.append(replace(choice, frames=handed, together=together, seconds=seconds))
         return Needs(stage="decode", part=DECODER, choices=tuple(choices))
 
     def _slices(self) -> list[tuple[int, int]]:

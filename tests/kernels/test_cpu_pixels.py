@@ -1,0 +1,52 @@
+"""Norm, modulation and SiLU by pieces: the same numbers as at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kadr.kernels import cpu_pixels, fused, reference, switch
+from tests.oracles import drawn, relative
+
+
+def video(dtype: torch.dtype, batch: int = 2) -> Tensor:
+    x = drawn(batch, 32, 3, 5, 4).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.fixture(params=[1, 40 * 32, 10**6])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(cpu_pixels, "CACHED", request.param)
+    return request.param
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_equals_the_definition(dtype: torch.dtype, rows: int, piece: int) -> None:
+    x, given = video(dtype), video(dtype)
+    bends = [drawn(rows, 32, seed=seed).to(dtype) for seed in (1, 2)] if rows else [None, None]
+    made = cpu_pixels.pixel_norm_modulate_silu(x, *bends)
+    exact = reference.pixel_norm_modulate_silu(x.double(), *(None if b is None else b.double() for b in bends))
+    right = reference.pixel_norm_modulate_silu(x, *bends)
+    assert made.dtype == dtype
+    assert made.movedim(1, -1).is_contiguous()
+    assert relative(made.double(), exact) <= (
+        1e-6 if dtype == torch.float32 else 1.05 * relative(right.double(), exact)
+    )
+    assert torch.equal(x, given)
+
+
+def test_it_is_taken_where_it_suits() -> None:
+    x, bend = video(torch.bfloat16), torch.ones(1, 32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert cpu_pixels.suits(x, bend, bend)
+        assert cpu_pixels.suits(x, None, None)
+        assert torch.equal(fused.pixel_norm_modulate_silu(x), cpu_pixels.pixel_norm_modulate_silu(x))
+        assert not cpu_pixels.suits(x.contiguous(), bend, bend)
+        assert not cpu_pixels.suits(x[:, :, :0], bend, bend)
+        assert not cpu_pixels.suits(x.double(), bend, bend)
+        with switch.using(switch.REFERENCE):
+            assert not cpu_pixels.suits(x, bend, bend)
+    assert not cpu_pixels.suits(x, bend, bend)  # gradients are wanted
