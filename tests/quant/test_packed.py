@@ -99,7 +99,7 @@ def test_the_gelu_of_rows_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> None:
-    class Counting(nn.Module):
+    class Counting(Prepares):
         times = 0
 
         def prepared(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:

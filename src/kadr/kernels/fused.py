@@ -140,7 +140,13 @@ def _tokens(x: Tensor, *shared: Tensor | None, whole: tuple[Tensor, ...] = (), k
         whole: of x's shape.
         kind: what comes out in 8 bits, if anything.
     """
-    if x.dim() != 3 or not x.numel() or x.shape[-1] > WIDEST or not _alike(x, x, *shared, *whole):
+    if (
+        not trial.possible(x)
+        or x.dim() != 3
+        or not x.numel()
+        or x.shape[-1] > WIDEST
+        or not _alike(x, x, *shared, *whole)
+    ):
         return False
     if any(tensor.shape != x.shape for tensor in whole):
         return False
@@ -152,13 +158,13 @@ def _tokens(x: Tensor, *shared: Tensor | None, whole: tuple[Tensor, ...] = (), k
 
 def _matrix(x: Tensor, kind: torch.dtype) -> bool:
     """Whether there is a kernel for the rows of x (R, K), and may run."""
-    fits = x.dim() == 2 and bool(x.numel()) and x.shape[-1] <= WIDEST and _alike(x, x)
+    fits = trial.possible(x) and x.dim() == 2 and bool(x.numel()) and x.shape[-1] <= WIDEST and _alike(x, x)
     return fits and trial.wanted((x,), OLDEST[kind])
 
 
 def _positions(x: Tensor) -> bool:
     """Whether the channels of x (B, C, F, H, W) lie next to each other, and its positions evenly spaced."""
-    if x.dim() != 5 or not x.numel() or x.stride(1) != 1 or x.shape[1] > WIDEST:
+    if not trial.possible(x) or x.dim() != 5 or not x.numel() or x.stride(1) != 1 or x.shape[1] > WIDEST:
         return False
     sides = [(x.shape[axis], x.stride(axis)) for axis in (4, 3, 2) if x.shape[axis] > 1]
     return all(outer == side * inner for (side, inner), (_, outer) in pairwise(sides))

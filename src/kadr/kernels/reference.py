@@ -98,7 +98,7 @@ def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: 
 def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """The pairs (0, 1), (2, 3), ... of x (B, N, D) rotated by angles of which (B or 1, N, D) are cosines and sines."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return x * cosine + torch.stack([-odd, even], dim=-1).flatten(-2) * sine
     crosswise = torch.empty_like(x)  # written to in its place: half the time
     first, second = crosswise.unflatten(-1, (-1, 2)).unbind(-1)

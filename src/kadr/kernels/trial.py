@@ -61,6 +61,11 @@ def wanted(tensors: Iterable[Tensor | None], oldest: Capability = OLDEST) -> boo
     return switch.current() == switch.EVERYWHERE or runs_on(given[0].device, oldest)
 
 
+def possible(x: Tensor) -> bool:
+    """Whether a kernel could run on x at all: asked first, for it is soon answered."""
+    return x.is_cuda or switch.current() == switch.EVERYWHERE
+
+
 def runs_on(device: torch.device, oldest: Capability = OLDEST) -> bool:
     """Whether a device is one that kernels are written for."""
     return device.type == "cuda" and _capability(device) >= oldest

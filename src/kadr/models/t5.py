@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
 from kadr.nn.linear import Linear
+from kadr.nn.start import normal
 
 _HEADER_NAMES = {  # ours: the name in config.json
     "vocabulary": "vocab_size",
@@ -203,12 +204,8 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(
-            config.vocabulary, config.width, _weight=torch.randn(config.vocabulary, config.width)
-        )
-        self.position_bias = nn.Embedding(
-            config.buckets, config.heads, _weight=torch.randn(config.buckets, config.heads)
-        )
+        self.embedding = nn.Embedding(config.vocabulary, config.width, _weight=normal(config.vocabulary, config.width))
+        self.position_bias = nn.Embedding(config.buckets, config.heads, _weight=normal(config.buckets, config.heads))
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.layers))
         self.final_norm = T5Norm(config.width, config.epsilon)
 

@@ -6,7 +6,7 @@ of one input, and take the GELU between two layers into the product before or af
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +14,27 @@ from torch import Tensor, nn
 from kadr.kernels.products import linear, linear_gelu
 
 
-class Linear(nn.Linear):
+class Prepares(nn.Module):
+    """A layer whose input is changed first, in a way that does not depend on its weight."""
+
+    def prepared(self, x: Tensor, *, gelu: bool = False) -> Any:
+        """What `finished` takes; of gelu(x) where asked."""
+        raise NotImplementedError
+
+    def finished(self, prepared: Any) -> Tensor:
+        """The layer's outcome."""
+        raise NotImplementedError
+
+
+class EndsInGelu(nn.Module):
+    """A layer that gives gelu(x Wᵀ + b) for little more than x Wᵀ + b."""
+
+    def with_gelu(self, x: Tensor) -> Tensor:
+        """gelu(x Wᵀ + b), in the tanh form."""
+        raise NotImplementedError
+
+
+class Linear(nn.Linear, EndsInGelu):
     """y = x Wᵀ + b. Quantization and packing replace instances of this class and of no other."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,25 +43,6 @@ class Linear(nn.Linear):
     def with_gelu(self, x: Tensor) -> Tensor:
         """gelu(x Wᵀ + b), in the tanh form."""
         return linear_gelu(x, self.weight, self.bias)
-
-
-@runtime_checkable
-class Prepares(Protocol):
-    """A layer whose input is changed first, in a way that does not depend on its weight."""
-
-    def prepared(self, x: Tensor, *, gelu: bool = False) -> Any:
-        """What `finished` takes; of gelu(x) where asked."""
-
-    def finished(self, prepared: Any) -> Tensor:
-        """The layer's outcome."""
-
-
-@runtime_checkable
-class EndsInGelu(Protocol):
-    """A layer that gives gelu(x Wᵀ + b) for little more than x Wᵀ + b."""
-
-    def with_gelu(self, x: Tensor) -> Tensor:
-        """gelu(x Wᵀ + b), in the tanh form."""
 
 
 def several(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kadr.nn.start import normal
+
 
 class Bend(NamedTuple):
     """Shift, scale and gate, each (B, 1 or N, D)."""
@@ -20,11 +22,8 @@ class Bend(NamedTuple):
 
 
 def learned_table(rows: int, width: int) -> nn.Parameter:
-    """Rows that are added to what the noise level says, (rows, width), as they are before training.
-
-    On the meta device nothing is multiplied: there torch would load its compiler for it, a second and 80 MB.
-    """
-    drawn = torch.randn(rows, width)
+    """Rows that are added to what the noise level says, (rows, width), as they are before training."""
+    drawn = normal(rows, width)
     return nn.Parameter(drawn if drawn.is_meta else drawn * width**-0.5)
 
 

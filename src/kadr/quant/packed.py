@@ -17,7 +17,7 @@ from kadr.kernels import int8, switch, winograd
 from kadr.kernels.heap import to_stay
 from kadr.kernels.products import has_bfloat16, linear, linear_gelu
 from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
-from kadr.nn.linear import Linear
+from kadr.nn.linear import EndsInGelu, Linear, Prepares
 from kadr.quant.stored import Int8Linear
 
 # Bytes of the packed kernels to those of the weight, by how many frames are made at a time.
@@ -48,7 +48,7 @@ def _has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available()) and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-class PackedMatrix(nn.Module):
+class PackedMatrix(EndsInGelu):
     """y = x Wᵀ + b in bfloat16, with W packed; with or without a GELU before the sums are rounded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -64,7 +64,7 @@ class PackedMatrix(nn.Module):
         return linear_gelu(x, self.packed, self.bias)
 
 
-class PackedInt8Linear(nn.Module):
+class PackedInt8Linear(Prepares):
     """`Int8Linear` through oneDNN; see `kernels.int8.packed_linear`."""
 
     scale: Tensor

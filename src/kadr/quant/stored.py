@@ -13,6 +13,7 @@ from kadr.kernels.fused import dequantize
 from kadr.kernels.hadamard import rotate
 from kadr.kernels.packing import Packing
 from kadr.kernels.products import linear, linear_gelu
+from kadr.nn.linear import EndsInGelu, Prepares
 
 PIECE = 262_144  # numbers that are converted at a time: what stays in a core's cache
 
@@ -36,7 +37,7 @@ class Scratch:
         return buffer[: rows * columns].view(rows, columns)
 
 
-class StoredLinear(nn.Module):
+class StoredLinear(EndsInGelu):
     """y = x Wᵀ + b, with W unpacked into the scratch buffer for the time of the product."""
 
     def __init__(self, outputs: int, columns: int, bias: Tensor | None, scratch: Scratch) -> None:
@@ -120,7 +121,7 @@ class Codes(NamedTuple):
     dtype: torch.dtype
 
 
-class EightBitLinear(nn.Module):
+class EightBitLinear(Prepares):
     """The product itself is in 8 bits. weight: (outputs, columns), scale: fp32 (outputs)."""
 
     product: ClassVar[Callable[..., Tensor]]  # codes by codes, scaled

@@ -1,0 +1,29 @@
+"""What a start may not load."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+COMPILER = ("sympy", "torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes")
+CODE = f"""
+import sys
+import torch
+from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.transformer import TRANSFORMER_2B, Transformer
+from kadr.models.vae import VAE
+from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
+
+with torch.device("meta"):
+    Transformer(TRANSFORMER_2B)
+    T5Encoder(T5Config(vocabulary=101, width=48, layers=3, heads=4, head_width=8, hidden=80))
+    for config in (VAE_0_9, VAE_0_9_1, VAE_0_9_5):
+        VAE(config)
+print(*(name for name in {COMPILER} if name in sys.modules))
+"""
+
+
+def test_models_without_weights_do_not_load_the_compiler() -> None:
+    """torch loads it for some operations on the meta device: most of a second of every start, and 80 MB."""
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == []
