@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
 from kadr.errors import NonFiniteError
 from kadr.media.video import VideoWriter
-from kadr.memory.plan import Choice
+from kadr.memory.plan import CONVERTED
 from kadr.memory.shelf import Shelf
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
@@ -174,9 +174,11 @@ def narrow(home: Path) -> Engine:
 def float32_in(engine: Engine, stage: str) -> Iterator[None]:
     """One stage is planned in float32."""
     components = engine.components
-    choice = components.choice
+    choice, wide = components.choice, {"dtype": "float32", "hold": CONVERTED, "streamed": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "choice", lambda asked: Choice(dtype="float32") if asked == stage else choice(asked))
+        patch.setattr(
+            components, "choice", lambda asked: replace(choice(asked), **wide) if asked == stage else choice(asked)
+        )
         yield
 
 

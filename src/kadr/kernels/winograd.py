@@ -8,7 +8,7 @@ With frames d0 to d3 that they see, and the three taps g0 to g2 of the kernel, e
 
 `FOURS`, F(4, 3): four frames of six products where the plain way takes twelve, by the polynomials through 0, plus and
 minus s, plus and minus t, and infinity. With s t = 1, none of their factors is far from 1; with s = sqrt(1/2) the error
-in bfloat16 is two thirds of what it is with the usual 1 and 2 (measured).
+in bfloat16 is three quarters of what it is with the usual 1 and 2 (measured).
 
     m0 = g0 (d0 - 5/2 d2 + d4)    m5 = g2 (d1 - 5/2 d3 + d5)
     m1, m2 = (g0 +- s g1 + s^2 g2)/(-3/2) ((d4 - 2 d2) +- s (d3 - 2 d1))

@@ -48,7 +48,7 @@ FASTER = {INT8: 1.6}  # products in 8 bits against those in the dtype
 TOGETHER = {0: 1.0, PAIRS: 0.75, FOURS: 0.6}  # of a decoder's time, by frames that its convolutions make; measured
 SMALL = 500_000_000  # bytes: a text encoder of no more is not worth streaming
 # Bytes that a process takes on the way whatever it makes: kernels, their threads. Measured.
-STARTING = 45_000_000
+STARTING = 15_000_000
 HOLES = 0.35  # of what a stage works in: what the heap keeps back between blocks on the host. Measured.
 # The way of decoded frames into a file: the video encoder itself; copies of a slice in float32, as they are scaled,
 # resized and made bytes of; and the frames that the encoder looks ahead at. Measured.
