@@ -33,8 +33,16 @@ def host_peak(run: Run) -> int | None:
     return max(0, after - before)
 
 
-def _resident() -> dict[str, int]:
-    return {name: int(size) * 1024 for name, size in _LINE.findall(STATUS.read_text())}
+def process_peak(pid: int) -> int | None:
+    """The highest mark of a process that runs, so far; None where it cannot be asked."""
+    try:
+        return _resident(Path(f"/proc/{pid}/status")).get("HWM")
+    except OSError:
+        return None
+
+
+def _resident(status: Path = STATUS) -> dict[str, int]:
+    return {name: int(size) * 1024 for name, size in _LINE.findall(status.read_text())}
 
 
 def cuda_peak(run: Run) -> int | None:

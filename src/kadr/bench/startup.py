@@ -11,8 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kadr.bench.cases import STARTUP
+from kadr.bench.peak import process_peak
 from kadr.bench.runner import Absent, Contender
 from kadr.bench.work import PROMPT, Work
+
+LOOK = 0.02  # seconds between looks at a program that runs
 
 
 class Program:
@@ -49,13 +52,16 @@ class Program:
                 raise RuntimeError(f"{' '.join(self.command[:4])} ended with {status}: {lines[-1] if lines else ''}")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        if not hasattr(os, "wait4"):
-            return process.wait()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        unit = 1 if sys.platform == "darwin" else 1024
-        self.peak = max(self.peak or 0, usage.ru_maxrss * unit)
-        return process.returncode
+        """Until it ends, with a look at its highest mark now and then.
+
+        What the system says of it afterwards (`ru_maxrss`) counts this process, which it began as a copy of.
+        """
+        while True:
+            try:
+                return process.wait(timeout=LOOK)
+            except subprocess.TimeoutExpired:
+                if (peak := process_peak(process.pid)) is not None:
+                    self.peak = max(self.peak or 0, peak)
 
     def contender(self, name: str, dtype: str, *, own: bool = False, note: str = "") -> Contender:
         return Contender(name=name, run=self, dtype=dtype, own=own, note=note, peak=lambda _: self.peak)
