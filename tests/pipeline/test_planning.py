@@ -238,6 +238,19 @@ def test_an_fp8_file_is_multiplied_in_8_bits_as_it_is_where_a_gpu_does_that(
     assert 0 < relative(engine.generate(REQUEST).latents, plain.generate(REQUEST).latents) < 0.2
 
 
+def test_a_module_that_waits_holds_no_buffer_for_unpacked_weights(opened: Callable[..., Engine]) -> None:
+    """A weight of 13B unpacked is 134 MB, and the decoder's stage was planned without it."""
+    engine = opened(quant="int8-weights")
+    engine.generate(REQUEST)
+    assert "transformer" in engine.components.shelf.kept
+    with engine.components.transformer() as transformer:
+        layer = transformer.layers[0].feed_forward.up
+        assert not layer.scratch._buffers
+        layer(torch.zeros(1, layer.columns, dtype=engine.components.dtype))
+        assert layer.scratch._buffers
+    assert not layer.scratch._buffers
+
+
 def test_where_no_8_bit_floats_are_multiplied_weights_alone_are_stored_so_and_it_is_said(
     opened: Callable[..., Engine], tmp_path: Path
 ) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 EDGE = [1, 1]  # padding, and with that stride and dilation, of a picture
 _ONES = [1, 1]
-PIECE = 4_194_304  # numbers of a weight that are worked on at a time, in float32
+PIECE = 1_048_576  # numbers of a weight that are worked on at a time, in float32: what stays in the cache
 PAIRS, FOURS = 2, 4  # frames at a time
 S, T = 0.5**0.5, 2**0.5
 # Of each kernel, how much of the three taps it has.
@@ -48,23 +48,25 @@ SHARES = {
 
 
 def taps(weight: Tensor, together: int) -> tuple[Tensor, ...]:
-    """weight (O, C, 3, 3, 3) -> the kernels for so many frames at a time, each (O, C, 3, 3) in the weight's dtype.
+    """weight (O, C, 3, 3, 3) -> the kernels for so many frames at a time, each (O, C, 3, 3) in the weight's dtype and
+    channels last in memory, where `pack` has the least to do.
 
     Of `PAIRS` they are those of m1, m2, m3 and -m4; of `FOURS`, of m0 to m5.
     """
     outputs, channels, _, *sides = weight.shape
-    made = tuple(weight.new_empty(outputs, channels, *sides) for _ in SHARES[together])
+    made = tuple(weight.new_empty(outputs, *sides, channels) for _ in SHARES[together])
     step = max(1, PIECE // weight[0].numel())
     for start in range(0, outputs, step):
         piece = slice(start, start + step)
-        first, middle, last = weight[piece].float().unbind(2)
+        # Sorted first, while the piece is in the cache: sums of what lies apart would take four times as long.
+        first, middle, last = weight[piece].permute(2, 0, 3, 4, 1).contiguous().float().unbind(0)
         for kernel, (of_first, of_middle, of_last) in zip(made, SHARES[together], strict=True):
             if of_middle:
                 total = torch.mul(first, of_first).add_(middle, alpha=of_middle).add_(last, alpha=of_last)
             else:
                 total = of_first * first if of_first else of_last * last
             kernel[piece] = total
-    return made
+    return tuple(kernel.permute(0, 3, 1, 2) for kernel in made)
 
 
 def pack(kernel: Tensor, pictures: int, height: int, width: int) -> Tensor:

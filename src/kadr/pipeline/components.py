@@ -31,6 +31,7 @@ from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
 from kadr.quant.rotation import turn
 from kadr.quant.scheme import FP8
+from kadr.quant.stored import clear_scratch
 from kadr.sampling.schedule import Schedule
 from kadr.text.tokenizer import Tokenizer
 
@@ -195,7 +196,10 @@ class Components:
             ) as module,
             at_work(),
         ):
-            yield module
+            try:
+                yield module
+            finally:
+                clear_scratch(module)
 
     @property
     def held_bytes(self) -> int:

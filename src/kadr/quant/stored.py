@@ -36,6 +36,17 @@ class Scratch:
             buffer = self._buffers[place] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
         return buffer[: rows * columns].view(rows, columns)
 
+    def clear(self) -> None:
+        """Let go of the buffer. It comes back when it is needed."""
+        self._buffers.clear()
+
+
+def clear_scratch(module: nn.Module) -> None:
+    """Let go of what a module's weights were unpacked into: nobody else can use it while the module waits."""
+    for child in module.modules():
+        if isinstance(child, StoredLinear):
+            child.scratch.clear()
+
 
 class StoredLinear(EndsInGelu):
     """y = x Wᵀ + b, with W unpacked into the scratch buffer for the time of the product."""
