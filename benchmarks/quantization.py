@@ -28,7 +28,7 @@ from kadr.kernels.dequant import dequantize
 from kadr.kernels.packing import PACKINGS
 from kadr.quant.apply import block_linears, packing_for, quantize_fp8
 from kadr.quant.ggml import quantize as pack
-from kadr.quant.scheme import BITS, EIGHT, FP8_WEIGHTS, INT8, INT8_WEIGHTS
+from kadr.quant.scheme import BITS, EIGHT, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS
 from train.evaluate import obeyed
 from train.shapes import held_out_captions
 
@@ -55,7 +55,7 @@ class Video:
 def rounded(name: str, weight: Tensor) -> Tensor:
     """The weight as it comes back from being stored."""
     if name in EIGHT:
-        numbers, scale = (quantize_fp8 if name == FP8_WEIGHTS else int8.quantize_rows)(weight)
+        numbers, scale = (quantize_fp8 if name in (FP8, FP8_WEIGHTS) else int8.quantize_rows)(weight)
         return numbers.float() * scale
     packing = packing_for(name, weight.shape[1])
     return dequantize(pack(weight, packing), packing, torch.empty(weight.shape))

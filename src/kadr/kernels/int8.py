@@ -1,9 +1,9 @@
 """Products of 8-bit whole numbers: weights by output channel, activations by token.
 
 `linear` is the definition, and runs everywhere; on CUDA what is around the product goes through `fused`. On x86 CPUs
-with VNNI, `pack`, `rows_of` and `packed_linear` do the
-same through oneDNN: the weight lies in the order its kernels read, activations are unsigned (those kernels multiply
-unsigned by signed), and the scale of the output channels is applied before the sums leave the registers.
+with VNNI, `pack`, `rows_of` and `packed_linear` do the same through oneDNN: the weight lies in the order its kernels
+read, activations are unsigned (those kernels multiply unsigned by signed), and the scale of the output channels is
+applied before the sums leave the registers.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import nn
 
 from kadr.memory.device import give_back
 from kadr.memory.offload import Pages, weights
+from kadr.quant.stored import clear_scratch
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,7 +26,8 @@ class Shelf:
     """Lends modules. Afterwards it keeps those named in `keep`, and lets go of the others.
 
     A module that is kept on the CPU lets go of its pages of files all the same: the system has them at hand still, and
-    gives them to others if it must. What it made for itself stays.
+    gives them to others if it must. It lets go of what weights were unpacked into, too. Weights that it made for itself
+    stay.
 
     Args:
         pages: lets go of the pages under tensors.
@@ -56,6 +58,7 @@ class Shelf:
             yield module  # type: ignore[misc]
         finally:
             self._pages(weights(module))
+            clear_scratch(module)
             stays = name in self.keep
             if stays:
                 self._kept[name] = _Kept(module, way)

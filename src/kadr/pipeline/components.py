@@ -31,7 +31,6 @@ from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
 from kadr.quant.rotation import turn
 from kadr.quant.scheme import FP8
-from kadr.quant.stored import clear_scratch
 from kadr.sampling.schedule import Schedule
 from kadr.text.tokenizer import Tokenizer
 
@@ -196,10 +195,7 @@ class Components:
             ) as module,
             at_work(),
         ):
-            try:
-                yield module
-            finally:
-                clear_scratch(module)
+            yield module
 
     @property
     def held_bytes(self) -> int:
