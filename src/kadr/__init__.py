@@ -16,6 +16,7 @@ from kadr.version import __version__
 if TYPE_CHECKING:
     from kadr.errors import KadrError, KadrWarning
     from kadr.pipeline.engine import Engine
+    from kadr.pipeline.loras import Lora
     from kadr.pipeline.progress import Progress
     from kadr.pipeline.request import Condition, Request
     from kadr.pipeline.result import Video
@@ -27,6 +28,7 @@ __all__ = [
     "Engine",
     "KadrError",
     "KadrWarning",
+    "Lora",
     "Progress",
     "Request",
     "Size",
@@ -41,6 +43,7 @@ _HOMES = {
     "Engine": "kadr.pipeline.engine",
     "KadrError": "kadr.errors",
     "KadrWarning": "kadr.errors",
+    "Lora": "kadr.pipeline.loras",
     "Progress": "kadr.pipeline.progress",
     "Request": "kadr.pipeline.request",
     "Size": "kadr.shapes",

@@ -9,7 +9,7 @@ from kadr.cli.main import app
 from kadr.cli.official import MEDIA, OFFLOAD, RENAMED, SIDES, STARTS, STRENGTHS
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
-_MODEL = """--model --config --upscaler --second-model --text-encoder --vae --device --dtype --no-prompt-cache --quant
+_MODEL = """--model --config --upscaler --second-model --text-encoder --vae --lora --lora-partial --merge-loras --device --dtype --no-prompt-cache --quant
     --compile --offload"""
 _REST = """--image --video --input-video --strength --image-noise --image-crf --steps --levels --skip-initial
     --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval --guidance --guidance-at

@@ -62,10 +62,13 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
 
 
 def held(flags: options.ModelFlags) -> dict[str, Any]:
-    """Where and how the model's weights are held, by the words of `Engine.open`."""
+    """Where and how the model's weights are held, and what is added to them, by the words of `Engine.open`."""
     asked: dict[str, Any] = {} if flags.quant == NONE else {"quant": flags.quant}
     asked |= {} if flags.offload == OFFLOAD_AUTO else {"offload": flags.offload}
     asked |= {"compiled": True} if flags.compiled else {}
+    asked |= {"loras": [reading.lora(text) for text in flags.lora]} if flags.lora else {}
+    asked |= {"lora_partial": True} if flags.lora_partial else {}
+    asked |= {"merge_loras": True} if flags.merge_loras else {}
     return {"device": flags.device, "dtype": flags.dtype, **asked}
 
 

@@ -63,11 +63,14 @@ def _fields(record: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
+    from kadr.checkpoints.lora import is_lora
     from kadr.checkpoints.text_encoder import is_text_encoder
 
     if not path.exists():
         raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
-    return _text_encoder(path) if is_text_encoder(path) else _checkpoint(path)
+    if is_text_encoder(path):
+        return _text_encoder(path)
+    return _lora(path) if is_lora(path) else _checkpoint(path)
 
 
 def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
@@ -76,6 +79,28 @@ def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     part = asdict(TextEncoderFolder.open(path).describe())
     found = {"path": str(path), "family": "T5", "parts": [part]}
     return found, iter(("T5 text encoder", *_parts([part])))
+
+
+def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
+    from kadr.checkpoints.lora import LoraFile
+
+    # What is strange in it is told, as everything else.
+    found = {"kind": "LoRA", **asdict(LoraFile.open(path, partial=True).describe())}
+    return found, _told_of_lora(found)
+
+
+def _told_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
+    fits = f" for {found['fits']}" if found["fits"] else ""
+    yield f"LTX-Video LoRA{fits}, with the names of {found['family']}"
+    ranks, alphas = (", ".join(f"{value:g}" for value in found[name]) for name in ("ranks", "alphas"))
+    yield f"rank {ranks}, alpha {alphas or 'the same'}"
+    yield f"{found['layers']} layers in {found['blocks']} blocks, {in_words(found['bytes'])} in {found['dtype']}"
+    yield from columns([("layer", "how many"), *((name, str(count)) for name, count in found["targets"].items())])
+    if found["reference_downscale"]:
+        yield f"in context: its reference is {found['reference_downscale']} times smaller"
+    for name in found["strangers"]:
+        yield f"of no layer: {name}"
+    yield from _fields(found["metadata"])
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:

@@ -41,7 +41,8 @@ SIDES = ("--width", "--height")
 MEDIA, STARTS, STRENGTHS = "--conditioning_media_paths", "--conditioning_start_frames", "--conditioning_strengths"
 OFFLOAD, STAGES = "--offload_to_cpu", ["--offload", "stages"]  # a switch, with or without a word for yes or no
 MEDIA_FLAGS = ("--image", "--video")
-# Between the parts of one --image or --video. The system ends every argument at this character, so no path holds it.
+LORA = "--lora"
+# Between the parts of one --image, --video or --lora. The system ends every argument at this character, so no path holds it.
 JOINT = "\0"
 BOX = "box="
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
@@ -55,7 +56,7 @@ class OfficialCommand(GroupedCommand):
 
 
 def translated(args: Sequence[str]) -> list[str]:
-    """The arguments in kadr's words; each --image and --video with what belongs to it joined to one.
+    """The arguments in kadr's words; each --image, --video and --lora with what belongs to it joined to one.
 
     Raises:
         typer.BadParameter: lists that do not match, or a flag whose value is missing.
@@ -71,7 +72,7 @@ def translated(args: Sequence[str]) -> list[str]:
             prompts += rest
             break
         name, given, value = word.partition("=")
-        if given and name in {*RENAMED, OFFLOAD, *SIDES, MEDIA, STARTS, STRENGTHS, "--prompt", *MEDIA_FLAGS}:
+        if given and name in {*RENAMED, OFFLOAD, *SIDES, MEDIA, STARTS, STRENGTHS, "--prompt", LORA, *MEDIA_FLAGS}:
             rest.insert(0, value)
             word = name
         if word == OFFLOAD:
@@ -84,6 +85,8 @@ def translated(args: Sequence[str]) -> list[str]:
             prompts.append(_value(word, rest))
         elif word in MEDIA_FLAGS:
             ours += [word, JOINT.join([_value(word, rest), *_numbers(rest), *_box(rest)])]
+        elif word == LORA:
+            ours += [word, JOINT.join([_value(word, rest), *_numbers(rest)])]
         else:
             ours.append(RENAMED.get(word, word))
     return [*ours, *_size(sides), *_media(lists), *(["--", *prompts] if prompts else [])]
@@ -111,7 +114,7 @@ def _values(rest: list[str]) -> list[str]:
 
 
 def _numbers(rest: list[str]) -> list[str]:
-    """The frame and the strength, where they follow."""
+    """The frame and the strength, or the two strengths, where they follow."""
     numbers: list[str] = []
     while rest and len(numbers) < 2 and _NUMBER.fullmatch(rest[0]):
         numbers.append(rest.pop(0))

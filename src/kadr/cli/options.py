@@ -71,6 +71,16 @@ class ModelFlags:
         Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 encoder and its tokenizer, or a .gguf.")
     ] = None
     vae: Annotated[Path | None, _flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")] = None
+    lora: Annotated[
+        list[str] | None,
+        _flag("--lora", "PATH [STRENGTH [SECOND]]", "A LoRA, with strength 1.0 if not said; another in a second pass."),
+    ] = None
+    lora_partial: Annotated[
+        bool, _flag("--lora-partial", None, "Leave out what a LoRA has for layers that are not there.")
+    ] = False
+    merge_loras: Annotated[
+        bool, _flag("--merge-loras", None, "Add LoRAs to the weights once, instead of beside them at every step.")
+    ] = False
     device: Annotated[
         str, _flag("--device", "auto|cpu|cuda|mps", "Where to compute; auto takes the fastest there is.")
     ] = "auto"

@@ -77,6 +77,12 @@ def condition(flag: str, text: str) -> Condition:
     return Condition(media=absolute(path), frame=at, strength=share, clip=True, part=part, box=box)
 
 
+def lora(text: str) -> tuple[str, *tuple[float, ...]]:
+    """Read the parts of one --lora: a path, its strength, and that in the second pass."""
+    path, *strengths = text.split(JOINT)
+    return path, *map(float, strengths)
+
+
 def absolute(path: str | os.PathLike[str]) -> str:
     return os.path.abspath(os.path.expanduser(path))
 

@@ -75,6 +75,7 @@ def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -
         parts |= {"text_encoder": _text_encoder(record), "vae": _vae(record, model)}
     device = device or str(record.get("device", "auto"))
     own: dict[str, Any] = {word: str(record[word]) for word in ("dtype", "quant") if record.get(word)}
+    own |= _loras(record)
     if record.get("compiled") and device.startswith("cuda"):
         own["compiled"] = True
     return making.open_engine(model, **parts, device=device, **own)
@@ -88,6 +89,13 @@ def _second_parts(record: Mapping[str, Any]) -> dict[str, Any]:
     kinds = ("spatial", "temporal")
     upscalers = [_part(f"{kind} upscaler", path) for kind in kinds if (path := record.get(f"{kind}_upscaler"))]
     return parts | ({"upscaler": upscalers} if upscalers else {})
+
+
+def _loras(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was added to the weights."""
+    own: dict[str, Any] = {word: True for word in ("lora_partial", "merge_loras") if record.get(word)}
+    loras = [(_part("LoRA", lora["path"]), lora["strength"], lora["second"]) for lora in record.get("loras", ())]
+    return own | ({"loras": loras} if loras else {})
 
 
 def _part(what: str, path: str) -> str:

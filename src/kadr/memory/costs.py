@@ -103,6 +103,21 @@ def transformer_bytes(
     return (max(thinking, looking) + bends + disturbed * tokens * width) * size + attending + SCRATCH
 
 
+def lora_bytes(tokens: int, size: int, *, rank: int, widest: int, batch: int = 1) -> int:
+    """What LoRAs add to an evaluation, at the worst layer: what comes of A, and of B before it is added.
+
+    Args:
+        rank: of all LoRAs of a layer together.
+        widest: what a changed layer gives at most.
+    """
+    return batch * tokens * (2 * rank * _SINGLE + 2 * widest * size)
+
+
+def lora_flops(parameters: int, tokens: int) -> int:
+    """Of the products with A and B of all layers, for tokens or the positions of a text alike."""
+    return 2 * parameters * tokens
+
+
 def _logits(config: TransformerConfig, tokens: int) -> int:
     """Of `kernels.cpu_attention`: logits of some heads, in float32, and what becomes of them in bfloat16."""
     head = 4 * tokens**2

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kadr.kernels import attention, cpu_attention, fused
-from kadr.nn.linear import Linear, Prepares, several
+from kadr.nn.linear import Linear, is_coarse, several
 from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
 
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         q, kept = self._among(x, rope) if kept is None else (self.q(x), kept)
         q = self._normalised(q, self.q_norm, rope)
         # Queries and keys of 8-bit products are off by a per cent: logits rounded to bfloat16 add little to that.
-        attended = attend(q, *kept, bias, coarse=isinstance(self.q, Prepares))
+        attended = attend(q, *kept, bias, coarse=is_coarse(self.q))
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def keys_values(self, context: Tensor) -> KeysValues:

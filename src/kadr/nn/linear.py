@@ -1,4 +1,4 @@
-"""The one seam where weights may be stored other than as plain numbers.
+"""The one seam where weights may be stored other than as plain numbers, and where others may be added to them.
 
 What stands in the place of a `Linear` may also do two things faster than it can: begin with what several layers share
 of one input, and take the GELU between two layers into the product before or after it.
@@ -6,7 +6,7 @@ of one input, and take the GELU between two layers into the product before or af
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,8 +45,78 @@ class Linear(nn.Linear, EndsInGelu):
         return linear_gelu(x, self.weight, self.bias)
 
 
+class _Both(NamedTuple):
+    """What the layer underneath takes, and the input itself."""
+
+    prepared: Any
+    x: Tensor
+
+
+class Adapted(Prepares):
+    """y = base(x) + B S A x: a layer and what LoRAs add to it, whatever its own weight is stored as.
+
+    The LoRAs of a layer are one: the rows of their A stand under each other, the columns of their B side by side, and S
+    is diagonal. While S is 0 the layer stands aside: what is computed is `base`, and nothing else.
+
+    Args:
+        base: the layer.
+        down: A, (R, K): ranks of all LoRAs, inputs.
+        up: B, (O, R).
+    """
+
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+        self.scale: Tensor | None = None
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Take another S. scale: its diagonal, fp32 (R), where x will lie.
+
+        It is no buffer: those of a streamed block are on their way to and fro, and one that is changed may come late.
+        """
+        self.scale = scale if bool(scale.any()) else None
+
+    @property
+    def adds(self) -> bool:
+        """Whether S is anything but 0."""
+        return self.scale is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finished(self.prepared(x)) if self.adds else self.base(x)
+
+    def prepared(self, x: Tensor, *, gelu: bool = False) -> _Both:
+        """What `finished` takes; of gelu(x) where asked."""
+        activated = F.gelu(x, approximate="tanh") if gelu else x
+        own = self.base.prepared(x, gelu=gelu) if isinstance(self.base, Prepares) else activated
+        return _Both(own, activated)
+
+    def finished(self, both: _Both) -> Tensor:
+        """The sum of the two."""
+        base = self.base
+        made: Tensor = base.finished(both.prepared) if isinstance(base, Prepares) else base(both.prepared)
+        assert self.scale is not None
+        low = linear(both.x, self.down, None)
+        return made + linear((low * self.scale).to(low.dtype), self.up, None)
+
+
+def acting(layer: nn.Module) -> nn.Module:
+    """The layer, or the one underneath where nothing is added to it."""
+    return layer.base if isinstance(layer, Adapted) and not layer.adds else layer
+
+
+def is_coarse(layer: nn.Module) -> bool:
+    """Whether a layer's products are in 8 bits."""
+    return isinstance(layer.base if isinstance(layer, Adapted) else layer, Prepares)
+
+
 def several(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each of some layers, all stored alike, makes of one x."""
+    layers = tuple(map(acting, layers))
     first = layers[0]
     if not isinstance(first, Prepares) or any(type(layer) is not type(first) for layer in layers):
         return tuple(layer(x) for layer in layers)
@@ -56,6 +126,7 @@ def several(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 def through_gelu(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
     """down(gelu(up(x))), in the tanh form."""
+    up, down = acting(up), acting(down)
     if isinstance(up, EndsInGelu):
         made: Tensor = down(up.with_gelu(x))
     elif isinstance(down, Prepares):

@@ -21,11 +21,13 @@ from kadr.kernels.heap import at_work
 from kadr.memory.device import DTYPES, pick_device, pick_dtype
 from kadr.memory.plan import AS_STORED, OFFLOAD_AUTO, Choice, Plan
 from kadr.memory.shelf import Shelf
+from kadr.models.adapters import merge, set_strengths
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.pipeline.holding import check_compiled, is_quantized, placed, settled_scheme
+from kadr.pipeline.holding import check_compiled, is_quantized, placed, refuse_merging, settled_scheme
+from kadr.pipeline.loras import Loras, Strength
 from kadr.pipeline.passes import Upscaling
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
@@ -50,6 +52,7 @@ class Components:
         text: the text encoder's folder.
         vae: another checkpoint to take the VAE from.
         second: another checkpoint to take the second pass's transformer from.
+        loras: for the transformers of both passes.
         quant, offload, compiled, prompt_cache: see `Engine.open`.
     """
 
@@ -62,6 +65,7 @@ class Components:
         device: str,
         dtype: str,
         second: Checkpoint | None = None,
+        loras: Loras | None = None,
         quant: str | None = None,
         offload: str = OFFLOAD_AUTO,
         compiled: bool = False,
@@ -74,12 +78,16 @@ class Components:
         if second is not None:
             require_parts(second, self.vae)
             require_text(text, second)
+        self.loras = loras or Loras(())
+        self.loras.check(self.transformers)
         self.upscalers: dict[str, Checkpoint] = {}
         checkpoints = {one.path: one for one in (*self.transformers, self.vae)}
         parameters = sum(source.parameters for one in checkpoints.values() for source in one.sources.values())
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device, parameters)
         self.quant, self.offload = settled_scheme(quant, self.transformers, self.device), offload
+        if self.loras.merged:
+            refuse_merging(self.transformers)
         self.compiled = check_compiled(compiled, self.device)
         # However the text encoder is held, it computes the same numbers.
         self.prompts = PromptCache.of(prompt_cache, text, dtype=self.dtype, device=self.device.type)
@@ -127,10 +135,20 @@ class Components:
         """Args: dtype: to compute in, instead of the plan's; this one is not kept. So for the others."""
         return self._lent(TEXT_ENCODER, "text", self.text.load, dtype)
 
-    def transformer(self, number: int = 0, dtype: torch.dtype | None = None) -> AbstractContextManager[Transformer]:
-        """The transformer of a pass, 0 or 1."""
-        stage = PASS_STAGES[number]
-        return self._lent(self.transformer_name(number), stage, partial(self._load_transformer, number), dtype)
+    @contextmanager
+    def transformer(
+        self, number: int = 0, dtype: torch.dtype | None = None, strengths: Sequence[Strength] | None = None
+    ) -> Iterator[Transformer]:
+        """The transformer of a pass, 0 or 1.
+
+        Args:
+            strengths: of the LoRAs; see `Loras.strengths`.
+        """
+        stage, acting = PASS_STAGES[number], self.loras.strengths(number, strengths)
+        load = partial(self._load_transformer, number)
+        with self._lent(self.transformer_name(number), stage, load, dtype, adapted=True) as module:
+            set_strengths(module, acting, self.device)
+            yield module
 
     def _load_transformer(self, number: int, dtype: torch.dtype, *, as_stored: bool) -> Transformer:
         checkpoint = self.transformers[number]
@@ -139,10 +157,13 @@ class Components:
             self._rotations[checkpoint.path] = rotation_of(checkpoint, dtype, self.device) if looked else None
         # What is stored in 8-bit floats is multiplied as it is: to widen and to round it again would lose twice.
         as_stored = as_stored or (self.quant == FP8 and is_quantized(checkpoint.sources["transformer"]))
+        as_stored = as_stored and not self.loras.merged  # they are added to plain weights
         module = checkpoint.load_transformer(dtype, as_stored=as_stored)
         rotation = self._rotations[checkpoint.path]
         if rotation is not None:
             turn(module, rotation)
+        if self.loras.merged:
+            merge(module, self.loras.additions(), self.loras.strengths(number))
         return module
 
     def transformer_name(self, number: int) -> str:
@@ -174,8 +195,14 @@ class Components:
         return load
 
     @contextmanager
-    def _lent(self, name: str, stage: str, load: Callable[..., M], dtype: torch.dtype | None) -> Iterator[M]:
-        """A module as the plan has it for a stage; in another dtype for this time only."""
+    def _lent(
+        self, name: str, stage: str, load: Callable[..., M], dtype: torch.dtype | None, *, adapted: bool = False
+    ) -> Iterator[M]:
+        """A module as the plan has it for a stage; in another dtype for this time only.
+
+        Args:
+            adapted: with the LoRAs beside its weights.
+        """
         choice = self.choice(stage)
         if dtype is not None:
             # Weights that stay as they are stored take no more memory than before, whatever is computed in.
@@ -183,7 +210,8 @@ class Components:
 
         def made() -> M:
             module = load(DTYPES[choice.dtype], as_stored=choice.hold == AS_STORED)
-            return placed(module, choice, self.device, compiled=self.compiled)
+            loras = self.loras.additions() if adapted and not self.loras.merged else ()
+            return placed(module, choice, self.device, compiled=self.compiled, loras=loras)
 
         if dtype is not None:
             self.shelf.clear(but=self.shelf.kept - {name})

@@ -21,6 +21,7 @@ from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.generate import Generation
 from kadr.pipeline.holding import check_compiled, check_offload
+from kadr.pipeline.loras import Loras
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.pipeline.passes import PassPlan, warn_guided
@@ -59,6 +60,9 @@ class Engine:
         upscaler: str | Path | Sequence[str | Path] = (),
         second_model: str | Path | None = None,
         recipe: Recipe | None = None,
+        loras: Sequence[Any] = (),
+        lora_partial: bool = False,
+        merge_loras: bool = False,
         device: str = "auto",
         dtype: str = "auto",
         quant: str | None = None,
@@ -76,6 +80,12 @@ class Engine:
                 passes; by default the one that belongs to the model.
             second_model: take the second pass's transformer, and its recipe, from this model.
             recipe: what requests mean when they do not say, instead of the model's own.
+            loras: `Lora`s, paths, or tuples of a path and its strength; of its strength in the second pass, too. They
+                act beside the weights, however those are stored, and a request may say how strongly.
+            lora_partial: leave out what a LoRA has for layers that the transformer does not have, with a warning,
+                instead of refusing it.
+            merge_loras: add the LoRAs to the weights when those are loaded: a little faster, and rounded to what the
+                weights are stored as. Their strengths are fixed then.
             device: "auto", "cpu", "cuda" or "mps".
             dtype: "auto", "bfloat16" or "float32".
             quant: how the transformer's weights are stored in memory; see `kadr.quant.scheme.SCHEMES`. None leaves
@@ -104,6 +114,8 @@ class Engine:
         second, second_released = opened_second(second_model)
         if second is not None:
             require_parts(second, own_vae or checkpoint)
+        adapters = Loras(loras, partial=lora_partial, merged=merge_loras)
+        adapters.check((checkpoint, second or checkpoint))
         upscalers = opened_upscalers(upscaler)
         ordered_upscalers(upscalers, checkpoint)
         released = found.released or checkpoint.detected.released
@@ -115,6 +127,7 @@ class Engine:
             device=device,
             dtype=dtype,
             second=second,
+            loras=adapters,
             quant=quant,
             offload=offload,
             compiled=compiled,
@@ -267,6 +280,7 @@ class Engine:
             "version": __version__,
             "name": self.name,
             **self.components.sources(),
+            **self.components.loras.record(),
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,

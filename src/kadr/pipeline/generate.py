@@ -74,6 +74,7 @@ class Generation:
         for number, plan in enumerate(self.passes):
             check_blocks(plan, components.config(number).layers)
             warn_cached(plan, request.step_cache)
+            components.loras.strengths(number, request.lora_strengths)  # refuses what is none
         self.noise = NoiseStreams(request.seed)
         self.device = components.device
         self.guided = any(plan.guided for plan in self.passes)
@@ -239,7 +240,7 @@ class Generation:
         number, count = plan.number - 1, len(plan.levels)
         name, watchman = PASS_STAGES[number], Watchman.on(self.device)
         own = dtype or self.components.dtype_of(name)
-        with self.components.transformer(number, dtype) as transformer:
+        with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
             rope = transformer.rope(state.positions[None].to(self.device))
             stage = Stage(name, count, self.watch)
 

@@ -21,6 +21,7 @@ from kadr.kernels.winograd import PAIRS
 from kadr.memory.device import DTYPES, has_fast_int8
 from kadr.memory.offload import Carousel, stream_pages
 from kadr.memory.plan import AS_STORED, CONVERTED, OFFLOAD, Choice
+from kadr.models.adapters import Additions, attach
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.quant.apply import blocks_of, packing_for, requantize
@@ -211,6 +212,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def refuse_merging(transformers: Sequence[Checkpoint]) -> None:
+    """Refuse to add LoRAs to weights that are stored in fewer bits: they would have to be rounded again.
+
+    Raises:
+        CheckpointError: some are.
+    """
+    for checkpoint in transformers:
+        source = checkpoint.sources["transformer"]
+        if is_quantized(source):
+            stored = max(stored_counts(source).items(), key=itemgetter(1))[0]
+            raise CheckpointError(
+                f"{checkpoint.path} is stored as {stored}, and to merge a LoRA its weights would be rounded a second "
+                "time. Leave --merge-loras out: beside the weights it loses nothing."
+            )
+
+
 def check_compiled(asked: bool, device: torch.device) -> bool:
     """Whether a transformer's layers are to be compiled.
 
@@ -234,14 +251,24 @@ def compile_layers(module: Transformer, backend: str = "inductor") -> None:
     module.compile_layers(backend)
 
 
-def placed(module: nn.Module, choice: Choice, device: torch.device, *, compiled: bool = False) -> nn.Module:
+def placed(
+    module: nn.Module,
+    choice: Choice,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    loras: Sequence[Additions] = (),
+) -> nn.Module:
     """A module that was just loaded, held as the plan has it and ready to run.
 
     Args:
         compiled: compile the layers of a transformer.
+        loras: put beside its weights.
     """
     if choice.hold not in (AS_STORED, CONVERTED):
         requantize(module, choice.hold, device=device, release=release)
+    if loras:
+        attach(module, loras, DTYPES[choice.dtype])
     if compiled and isinstance(module, Transformer):
         if choice.hold == FP8:
             fp8.way(device, DTYPES[choice.dtype])  # found out by trying, which the compiler is not to see

@@ -230,7 +230,7 @@ class Planner:
         choices = []
         for way in self._ways(source):
             packed = not way.streams and packs_matrices(self.dtype, self.device)
-            weights = weigh(source, self.dtype, way.hold, packed=packed)
+            weights = self._with_loras(weigh(source, self.dtype, way.hold, packed=packed), way)
             read = source.size_bytes * (len(plan.steps) if way.streams else 1)
             path = paths.of_matrices(self.dtype, self.device, way.hold, streamed=way.streams)
             choices.append(self._choice(way, weights, working, flops, read, path))
@@ -242,10 +242,15 @@ class Planner:
         """How a transformer can be held, best first."""
         scheme, offload = self.components.quant, self.components.offload
         plain = source.dtype == self.dtype or any(info.packing is not None for info in source.infos.values())
-        resident = [_Way(CONVERTED)] if plain else [_Way(CONVERTED), _Way(AS_STORED, why="weights stay as stored")]
+        merged = self.components.loras.merged
+        resident = [_Way(CONVERTED)]
+        if not plain and not merged:
+            resident.append(_Way(AS_STORED, why="weights stay as stored"))
         streamed = [_Way(AS_STORED, streams=True, why="the transformer's blocks come and go")]
-        if scheme not in (NONE, AUTO):
+        if merged:
             # On a CPU blocks can come and go only where they lie in a file.
+            streamed = [] if self.on_host else [replace(streamed[0], hold=CONVERTED)]
+        if scheme not in (NONE, AUTO):
             resident = [_Way(scheme)]
             streamed = [] if self.on_host else [_Way(scheme, streams=True, why=streamed[0].why)]
         elif scheme == AUTO and not is_quantized(source):
@@ -254,6 +259,16 @@ class Planner:
         if offload == OFFLOAD_NONE:
             return resident
         return streamed if offload == OFFLOAD_BLOCKS and streamed else resident + streamed
+
+    def _with_loras(self, weights: Weights, way: _Way) -> Weights:
+        """The bytes with those of the LoRAs: beside the weights, or of weights that are the file's no more."""
+        loras = self.components.loras
+        if not loras:
+            return weights
+        if not loras.merged:
+            return replace(weights, own=weights.own + loras.bytes(self.dtype))
+        changed = min(weights.mapped, loras.changed_bytes(self.dtype)) if way.hold == CONVERTED else 0
+        return replace(weights, mapped=weights.mapped - changed, own=weights.own + changed)
 
     def _working(self, number: int, plan: PassPlan, tokens: int) -> int:
         config, texts = self.components.config(number), self._texts(plan)
@@ -269,6 +284,11 @@ class Planner:
             disturbed=int(any(step.stg > 0 and step.skip_blocks for step in plan.steps)),
             fused=packs_matrices(self.dtype, self.device),
         )
+        loras = self.components.loras
+        if loras and not loras.merged:
+            evaluation += costs.lora_bytes(
+                tokens, self.size, rank=loras.rank, widest=loras.widest, batch=2 if both else 1
+            )
         if self.work.cache is not None:
             evaluation += costs.step_cache_bytes(
                 config,
@@ -291,9 +311,11 @@ class Planner:
     def _flops(self, number: int, plan: PassPlan, tokens: int) -> int:
         config, texts = self.components.config(number), self._texts(plan)
         total = costs.reading_flops(config, text=sum(texts))
-        levels, longest = 2 if self.work.held[number] else 1, max(texts)
+        levels, longest, loras = 2 if self.work.held[number] else 1, max(texts), self.components.loras
+        beside = 0 if loras.merged else costs.lora_flops(sum(loras.parameters), tokens)
         for step in plan.steps:
-            total += (1 + (step.scale > 1)) * costs.transformer_flops(config, tokens, text=longest, levels=levels)
+            own = costs.transformer_flops(config, tokens, text=longest, levels=levels)
+            total += (1 + (step.scale > 1)) * (own + beside)
             if step.stg > 0 and step.skip_blocks:
                 mode = plan.settings.guidance.mode or ATTENTION_VALUES
                 total += costs.disturbed_flops(config, tokens, step.skip_blocks, mode, text=longest)

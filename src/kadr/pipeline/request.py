@@ -15,6 +15,8 @@ from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
 from kadr.shapes import MAXIMUM_FRAMES, Size, snap_frames
 
 MAXIMUM_FPS = 240
+STRONGEST = 10.0  # beyond it any LoRA makes noise: somebody meant per cent
+Strength = float | tuple[float, float]  # of a LoRA: in all passes, or in the first and in the second
 
 
 def _within(name: str, value: Any, low: float, high: float, what: str = "", *, whole: bool = False) -> None:
@@ -138,6 +140,8 @@ class Request:
             for what is decoded, and so for the second if it has none of its own.
         downscale: of both sides, in the first of two passes.
         conditions: pictures and clips to show.
+        lora_strengths: of the engine's LoRAs, in their order: one number each, or (first pass, second pass); None: as
+            the engine was opened with.
         video: path of a video to make this one from, instead of from noise alone.
         video_strength: how much of it is made anew: the noise level the sampling begins at, or the nearest below.
         image_noise: times level squared, the noise on kept pictures at each step.
@@ -165,6 +169,7 @@ class Request:
     second: Pass | None = None
     downscale: float | None = None
     conditions: tuple[Condition, ...] = ()
+    lora_strengths: tuple[Strength, ...] | None = None
     video: str | None = None
     video_strength: float | None = None
     image_noise: float | None = None
@@ -185,6 +190,7 @@ class Request:
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
         object.__setattr__(self, "conditions", _conditions(self.conditions))
         object.__setattr__(self, "cache", StepCache.of(self.cache))
+        object.__setattr__(self, "lora_strengths", _strengths(self.lora_strengths))
         if self.levels is not None:
             object.__setattr__(self, "levels", as_levels(self.levels))
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
@@ -280,6 +286,38 @@ def _size(given: Any) -> Size:
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise RequestError(f"size is {given!r}; it must be a Size or a pair, (width, height) in pixels.")
     return Size(*given)
+
+
+def check_strength(value: Any) -> float:
+    """The strength of a LoRA, if it is one.
+
+    Raises:
+        RequestError: it is no number, or none that a LoRA survives.
+    """
+    if not _is_number(value):
+        raise RequestError(f"the strength of a LoRA is {value!r}; it must be a number.")
+    if abs(value) > STRONGEST:
+        raise RequestError(
+            f"the strength of a LoRA is {value:g}; it must lie between {-STRONGEST:g} and {STRONGEST:g}, and 1 is as "
+            "it was trained."
+        )
+    return float(value)
+
+
+def _strengths(given: Any) -> tuple[Strength, ...] | None:
+    if given is None:
+        return None
+    if not isinstance(given, tuple | list):
+        raise RequestError(f"lora_strengths is {given!r}; it must be a list, one for each LoRA of the engine.")
+    made: list[Strength] = []
+    for each in given:
+        if isinstance(each, tuple | list):
+            if len(each) != 2:
+                raise RequestError(f"a LoRA's strength is {each!r}; it must be one number, or one for each of two passes.")
+            made.append((check_strength(each[0]), check_strength(each[1])))
+        else:
+            made.append(check_strength(each))
+    return tuple(made)
 
 
 def _conditions(given: Any) -> tuple[Condition, ...]:

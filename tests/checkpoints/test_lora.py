@@ -1,0 +1,182 @@
+"""LoRA files: every family of names comes to the same layers, and what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kadr.checkpoints.lora import LoraFile, is_lora
+from kadr.errors import CheckpointError, KadrWarning
+from kadr.models.transformer import TRANSFORMER_2B
+from tests import lora_files, tiny
+from tests.lora_files import ATTENTION, FEED_FORWARD, RANK, SPELLINGS, comfy, diffusers, kohya, pairs, write
+
+OURS = {
+    f"layers.{block}.{kind}_attention.{part}" for block in (0, 1) for kind in ("self", "text") for part in ("q", "k", "v", "out")
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "lora.safetensors"
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_family_of_names_comes_to_the_same_layers_and_numbers(spelling: str, file: Path) -> None:
+    halves = pairs()
+    lora = LoraFile.open(write(file, halves, SPELLINGS[spelling]))
+    assert lora.layers.keys() == OURS
+    assert lora.family == {"diffusers, with the adapter's name": "diffusers", "lycoris": "kohya", "Comfy, down and up": "Comfy"}.get(spelling, spelling)
+    made = lora.load()["layers.1.text_attention.out"]
+    down, up = halves["transformer_blocks.1.attn2.to_out.0"]
+    assert torch.equal(made.down, down)
+    assert torch.equal(made.up, up)
+    assert made.scale == 1.0
+
+
+@pytest.mark.parametrize("spelling", [diffusers, comfy, kohya])
+def test_layers_around_the_blocks_go_by_either_layouts_names(spelling: Callable[[str], tuple[str, str]], tmp_path: Path) -> None:
+    renamed = {"patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear", "proj_out": "proj_out"}
+    single = LoraFile.open(write(tmp_path / "a.safetensors", lora_files.around(), spelling))
+    folder = {renamed[name]: halves for name, halves in lora_files.around().items()}
+    assert single.layers.keys() == {"patch_in", "level_bends", "patch_out"}
+    assert LoraFile.open(write(tmp_path / "b.safetensors", folder, spelling)).layers.keys() == single.layers.keys()
+
+
+def test_alpha_is_a_tensor_of_its_own_or_said_by_the_adapters_config_or_else_the_rank(tmp_path: Path) -> None:
+    halves = pairs(ATTENTION[:1])
+
+    def scale(name: str, **more: object) -> float:
+        lora = LoraFile.open(write(tmp_path / f"{name}.safetensors", halves, **more))  # type: ignore[arg-type]
+        return lora.layers["layers.1.self_attention.q"].scale
+
+    assert scale("plain") == 1.0
+    assert scale("tensor", alpha=2.0) == 2.0 / RANK
+    assert scale("config", config={"r": RANK, "lora_alpha": 8}, spelling=diffusers) == 8 / RANK
+    assert scale("stable", config={"lora_alpha": 8, "use_rslora": True}, spelling=diffusers) == 8 / RANK**0.5
+    patterned = {"lora_alpha": 8, "alpha_pattern": {"transformer_blocks.1.attn1.to_q": 12}}
+    assert scale("pattern", config=patterned, spelling=diffusers) == 12 / RANK
+    assert scale("both", config={"lora_alpha": 8}, alpha=2.0, spelling=diffusers) == 2.0 / RANK
+
+
+def test_pefts_folder_is_read_with_its_config(tmp_path: Path) -> None:
+    write(tmp_path / "adapter_model.safetensors", pairs(), lora_files.peft)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 2 * RANK}))
+    assert is_lora(tmp_path)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        assert {layer.scale for layer in LoraFile.open(path).layers.values()} == {2.0}
+
+
+@pytest.mark.parametrize("key", ["use_dora", "lora_bias"])
+def test_an_adapter_that_is_more_than_pairs_is_refused(key: str, file: Path) -> None:
+    write(file, pairs(), diffusers, config={"lora_alpha": 4, key: True})
+    with pytest.raises(CheckpointError, match=f"{key} = True"):
+        LoraFile.open(file)
+
+
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        "diffusion_model.transformer_blocks.0.attn3.to_q.lora_A.weight",  # a module that does not exist
+        "diffusion_model.transformer_blocks.0.attn1.q_norm.lora_A.weight",  # one that is no matrix
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",  # of a text encoder
+        "diffusion_model.transformer_blocks.0.attn1.to_q.dora_scale",
+        "diffusion_model.transformer_blocks.0.attn1.to_q.diff_b",
+        "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight",  # there twice, under two prefixes
+        "epoch",
+    ],
+)
+def test_a_stranger_is_named_and_the_file_refused_or_taken_without_it(stranger: str, file: Path) -> None:
+    write(file, pairs(), more={stranger: torch.zeros(RANK, 64)})
+    with pytest.raises(CheckpointError, match="1 of the 33 tensors") as refused:
+        LoraFile.open(file)
+    assert stranger in str(refused.value)
+    assert "--lora-partial" in str(refused.value)
+    with pytest.warns(KadrWarning, match="left out") as told:
+        lora = LoraFile.open(file, partial=True)
+    assert stranger in str(told[0].message)
+    assert lora.layers.keys() == OURS
+    assert lora.strangers == (stranger,)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_lora_for_ltx2_is_called_that(partial: bool, file: Path) -> None:
+    name = "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight"
+    write(file, pairs(), more={name: torch.zeros(RANK, 64)})
+    with pytest.raises(CheckpointError, match="LTX-2, another family"):
+        LoraFile.open(file, partial=partial)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_half_of_a_pair_is_no_lora(half: int, file: Path) -> None:
+    halves = pairs()
+    gone = comfy("transformer_blocks.1.attn1.to_k")[half]
+    write(file, halves)
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != gone}, file)
+    with pytest.raises(CheckpointError, match="not the other half") as refused:
+        LoraFile.open(file, partial=True)
+    assert comfy("transformer_blocks.1.attn1.to_k")[1 - half] in str(refused.value)
+
+
+def test_halves_of_different_ranks_are_refused_with_their_shapes(file: Path) -> None:
+    halves = pairs(ATTENTION[:1])
+    down, up = halves["transformer_blocks.0.attn1.to_q"]
+    write(file, halves | {"transformer_blocks.0.attn1.to_q": (down[:3], up)})
+    with pytest.raises(CheckpointError, match="3x64 and .* is 64x4"):
+        LoraFile.open(file)
+
+
+def test_a_model_is_no_lora_and_other_files_are_not_either(tmp_path: Path, file: Path) -> None:
+    home = tiny.write(tmp_path / "home")
+    assert not is_lora(home / tiny.MODEL)
+    with pytest.raises(CheckpointError, match="not a LoRA for LTX-Video"):
+        LoraFile.open(home / tiny.MODEL)
+    with pytest.raises(CheckpointError, match="folder without a LoRA"):
+        LoraFile.open(home)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        LoraFile.open(tmp_path / "none.safetensors")
+
+
+def test_a_lora_of_another_width_or_with_more_blocks_does_not_fit_and_says_whose_it_is(file: Path) -> None:
+    wide = LoraFile.open(write(file, pairs(ATTENTION[:1], width=4096, layers=1)))
+    assert wide.fits == "13B"
+    with pytest.raises(CheckpointError, match=r"takes 2048 and gives 2048, the LoRA 4096 and 4096.*for 13B"):
+        wide.check_fits(TRANSFORMER_2B, Path("model.safetensors"))
+    deep = LoraFile.open(write(file, pairs(ATTENTION[:1], layers=3)))
+    with pytest.raises(CheckpointError, match=r"layers.2.self_attention.q is not there \(the model has 2 blocks\)"):
+        deep.check_fits(tiny.transformer_config(), Path("model.safetensors"))
+
+
+def test_numbers_that_are_not_finite_are_refused_where_they_are_read(file: Path) -> None:
+    halves = pairs(ATTENTION[:1])
+    halves["transformer_blocks.1.attn1.to_q"][1][3, 1] = float("nan")
+    lora = LoraFile.open(write(file, halves))
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn1\.to_q\.lora_B\.weight has numbers that are not finite"):
+        lora.load()
+
+
+def test_a_lora_describes_itself(file: Path) -> None:
+    write(file, pairs((*ATTENTION, *FEED_FORWARD)), alpha=2.0, metadata={"reference_downscale_factor": "2", "ss_tag": "x"})
+    told = LoraFile.open(file).describe()
+    assert (told.family, told.fits, told.layers, told.blocks) == ("Comfy", None, 20, 2)
+    assert (told.ranks, told.alphas, told.reference_downscale) == ((RANK,), (2.0,), 2)
+    assert told.targets == {
+        **{f"{kind}_attention.{part}": 2 for kind in ("self", "text") for part in ("q", "k", "v", "out")},
+        "feed_forward.up": 2,
+        "feed_forward.down": 2,
+    }
+    assert told.parameters == 2 * RANK * (8 * 128 + 2 * 320)
+    assert told.metadata["ss_tag"] == "x"
+
+
+@pytest.mark.parametrize("factor", ["0", "1.5", "nan", "two"])
+def test_a_reference_that_is_no_whole_number_of_times_smaller_is_refused(factor: str, file: Path) -> None:
+    write(file, pairs(), metadata={"reference_downscale_factor": factor})
+    with pytest.raises(CheckpointError, match="reference_downscale_factor"):
+        LoraFile.open(file).describe()

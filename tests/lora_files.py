@@ -1,0 +1,124 @@
+"""LoRA files of every family of names, random, for the tiny model or for layers of any width."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests import tiny
+
+WIDTH = 64  # of the tiny transformer
+ATTENTION = tuple(f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0"))
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+RANK = 4
+Pairs = Mapping[str, tuple[Tensor, Tensor]]  # their name of a layer -> down (r, in), up (out, r)
+
+
+def pairs(
+    targets: Iterable[str] = ATTENTION, *, layers: int = 2, rank: int = RANK, width: int = WIDTH, seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random halves for layers of every block, by their names in files."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"ff.net.0.proj": (width, 4 * width), "ff.net.2": (4 * width, width)}
+    made = {}
+    for block in range(layers):
+        for target in targets:
+            inputs, outputs = sizes.get(target, (width, width))
+            down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+            made[f"transformer_blocks.{block}.{target}"] = (down, torch.randn(outputs, rank, generator=generator) / rank)
+    return made
+
+
+def around() -> dict[str, tuple[Tensor, Tensor]]:
+    """Of layers around the blocks, by their names in the single file."""
+    generator = torch.Generator().manual_seed(9)
+    sizes = {"patchify_proj": (tiny.CHANNELS, WIDTH), "proj_out": (WIDTH, tiny.CHANNELS), "adaln_single.linear": (WIDTH, 6 * WIDTH)}
+    return {
+        name: (torch.randn(2, inputs, generator=generator), torch.randn(outputs, 2, generator=generator) / 8)
+        for name, (inputs, outputs) in sizes.items()
+    }
+
+
+def diffusers(name: str) -> tuple[str, str]:
+    return f"transformer.{name}.lora_A.weight", f"transformer.{name}.lora_B.weight"
+
+
+def comfy(name: str) -> tuple[str, str]:
+    return f"diffusion_model.{name}.lora_A.weight", f"diffusion_model.{name}.lora_B.weight"
+
+
+def peft(name: str) -> tuple[str, str]:
+    return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
+
+
+def infixed(name: str) -> tuple[str, str]:
+    return f"transformer.{name}.lora_A.default.weight", f"transformer.{name}.lora_B.default.weight"
+
+
+def kohya(name: str) -> tuple[str, str]:
+    flat = f"lora_unet_{name.replace('.', '_')}"
+    return f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"
+
+
+def lycoris(name: str) -> tuple[str, str]:
+    flat = f"lycoris_{name.replace('.', '_')}"
+    return f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"
+
+
+def dotted(name: str) -> tuple[str, str]:
+    return f"diffusion_model.{name}.lora_down.weight", f"diffusion_model.{name}.lora_up.weight"
+
+
+def plain(name: str) -> tuple[str, str]:
+    return f"{name}.lora.down.weight", f"{name}.lora.up.weight"
+
+
+FAMILIES = {
+    "diffusers": diffusers,
+    "Comfy": comfy,
+    "PEFT": peft,
+    "kohya": kohya,
+    "plain": plain,
+}
+SPELLINGS: Mapping[str, Callable[[str], tuple[str, str]]] = {
+    **FAMILIES,
+    "diffusers, with the adapter's name": infixed,
+    "lycoris": lycoris,
+    "Comfy, down and up": dotted,
+}
+
+
+def write(
+    path: Path,
+    halves: Pairs,
+    spelling: Callable[[str], tuple[str, str]] = comfy,
+    *,
+    alpha: float | None = None,
+    config: Mapping[str, Any] | None = None,
+    more: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a LoRA.
+
+    Args:
+        alpha: a tensor of its own for every layer.
+        config: PEFT's, in the header as diffusers keeps it.
+        more: other tensors.
+    """
+    tensors = {}
+    for name, (down, up) in halves.items():
+        first, second = spelling(name)
+        tensors |= {first: down.contiguous(), second: up.contiguous()}
+        if alpha is not None:
+            tensors[f"{first.rpartition('.lora')[0]}.alpha"] = torch.tensor(alpha)
+    described = dict(metadata or {})
+    if config is not None:
+        described["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    save_file({**tensors, **(more or {})}, path, metadata={"format": "pt", **described})
+    return path

@@ -1,0 +1,135 @@
+"""LoRAs as PEFT and diffusers save them, loaded here; ours, loaded there; the same numbers come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import LTXPipeline
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from kadr.checkpoints.lora import LoraFile, write_lora
+from kadr.models.adapters import attach, set_strengths
+from kadr.models.transformer import Transformer, TransformerConfig
+from tests.models.test_transformer import Inputs, velocity
+from tests.oracles import diffusers_transformer, relative
+from tests.tiny import sown
+
+TINY = TransformerConfig(layers=3, heads=4, head_width=10, text_width=24, channels=8)
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "time_embed.linear"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def ours() -> Transformer:
+    return sown(lambda: Transformer(TINY))
+
+
+@pytest.fixture(scope="module")
+def given() -> Inputs:
+    return Inputs.of(TINY)
+
+
+def ask(module: torch.nn.Module, given: Inputs) -> Tensor:
+    return module(
+        given.tokens,
+        encoder_hidden_states=given.text,
+        encoder_attention_mask=given.text_mask.to(given.tokens.dtype),
+        timestep=given.levels * 1000,
+        video_coords=given.positions,
+        return_dict=False,
+    )[0]
+
+
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    """PEFT begins with B = 0."""
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in module.named_parameters():
+        if "lora_B" in name:
+            weight.normal_(std=0.2, generator=generator)
+    return module
+
+
+def with_file(ours: Transformer, path: Path, given: Inputs, strength: float = 1.0) -> Tensor:
+    module = sown(lambda: Transformer(TINY))
+    module.load_state_dict(ours.state_dict())
+    file = LoraFile.open(path)
+    file.check_fits(TINY, Path("model"))
+    attach(module, [file.load()], torch.float32)
+    set_strengths(module, [strength], CPU)
+    return velocity(module, given)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 4, "lora_alpha": 4},
+        {"r": 4, "lora_alpha": 10},
+        {"r": 4, "lora_alpha": 6, "use_rslora": True},
+        {"r": 4, "lora_alpha": 6, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"attn1.to_v": 12, "to_q": 5}},
+    ],
+    ids=["alpha is the rank", "another alpha", "by the root of the rank", "patterns"],
+)
+def test_what_peft_saves_gives_the_same_velocity(config: dict, ours: Transformer, given: Inputs, tmp_path: Path) -> None:
+    theirs = filled(get_peft_model(diffusers_transformer(ours), LoraConfig(target_modules=TARGETS, **config)))
+    theirs.save_pretrained(tmp_path)
+    expected = ask(theirs, given)
+    assert relative(velocity(ours, given), expected) > 0.05
+    assert relative(with_file(ours, tmp_path, given), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("alpha", [4, 10])
+def test_what_diffusers_saves_gives_the_same_velocity(alpha: int, ours: Transformer, given: Inputs, tmp_path: Path) -> None:
+    theirs, config = diffusers_transformer(ours), LoraConfig(r=4, lora_alpha=alpha, target_modules=TARGETS)
+    theirs.add_adapter(config)
+    filled(theirs)
+    LTXPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(theirs),
+        transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": TARGETS},
+    )
+    assert relative(with_file(ours, tmp_path, given), ask(theirs, given)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["Comfy", "diffusers"])
+def test_what_kadr_saves_gives_the_same_velocity_in_diffusers(
+    family: str, ours: Transformer, given: Inputs, tmp_path: Path
+) -> None:
+    theirs = filled(get_peft_model(diffusers_transformer(ours), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[:6])))
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "ours.safetensors"
+    write_lora(path, LoraFile.open(tmp_path).load(), family=family)
+    expected = with_file(ours, path, given, 0.7)
+    pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
+    pipeline.load_lora_weights(path, adapter_name="ours")
+    pipeline.set_adapters(["ours"], [0.7])
+    assert relative(ask(pipeline.transformer, given), expected) <= 1e-5
+
+
+def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_path: Path) -> None:
+    files = []
+    for number, rank in enumerate((4, 2)):
+        adapter = get_peft_model(diffusers_transformer(ours), LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[:4]))
+        filled(adapter).save_pretrained(tmp_path / str(number))
+        files.append(tmp_path / f"{number}.safetensors")
+        write_lora(files[-1], LoraFile.open(tmp_path / str(number)).load(), family="diffusers")
+    pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
+    for number, path in enumerate(files):
+        pipeline.load_lora_weights(path, adapter_name=str(number))
+    pipeline.set_adapters(["0", "1"], [0.8, -0.5])
+    module = sown(lambda: Transformer(replace(TINY)))
+    module.load_state_dict(ours.state_dict())
+    attach(module, [LoraFile.open(path).load() for path in files], torch.float32)
+    set_strengths(module, [0.8, -0.5], CPU)
+    assert relative(velocity(module, given), ask(pipeline.transformer, given)) <= 1e-5
