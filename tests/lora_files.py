@@ -31,14 +31,21 @@ def pairs(
         for target in targets:
             inputs, outputs = sizes.get(target, (width, width))
             down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
-            made[f"transformer_blocks.{block}.{target}"] = (down, torch.randn(outputs, rank, generator=generator) / rank)
+            made[f"transformer_blocks.{block}.{target}"] = (
+                down,
+                torch.randn(outputs, rank, generator=generator) / rank,
+            )
     return made
 
 
 def around() -> dict[str, tuple[Tensor, Tensor]]:
     """Of layers around the blocks, by their names in the single file."""
     generator = torch.Generator().manual_seed(9)
-    sizes = {"patchify_proj": (tiny.CHANNELS, WIDTH), "proj_out": (WIDTH, tiny.CHANNELS), "adaln_single.linear": (WIDTH, 6 * WIDTH)}
+    sizes = {
+        "patchify_proj": (tiny.CHANNELS, WIDTH),
+        "proj_out": (WIDTH, tiny.CHANNELS),
+        "adaln_single.linear": (WIDTH, 6 * WIDTH),
+    }
     return {
         name: (torch.randn(2, inputs, generator=generator), torch.randn(outputs, 2, generator=generator) / 8)
         for name, (inputs, outputs) in sizes.items()

@@ -16,7 +16,10 @@ from tests import lora_files, tiny
 from tests.lora_files import ATTENTION, FEED_FORWARD, RANK, SPELLINGS, comfy, diffusers, kohya, pairs, write
 
 OURS = {
-    f"layers.{block}.{kind}_attention.{part}" for block in (0, 1) for kind in ("self", "text") for part in ("q", "k", "v", "out")
+    f"layers.{block}.{kind}_attention.{part}"
+    for block in (0, 1)
+    for kind in ("self", "text")
+    for part in ("q", "k", "v", "out")
 }
 
 
@@ -30,7 +33,8 @@ def test_every_family_of_names_comes_to_the_same_layers_and_numbers(spelling: st
     halves = pairs()
     lora = LoraFile.open(write(file, halves, SPELLINGS[spelling]))
     assert lora.layers.keys() == OURS
-    assert lora.family == {"diffusers, with the adapter's name": "diffusers", "lycoris": "kohya", "Comfy, down and up": "Comfy"}.get(spelling, spelling)
+    families = {"diffusers, with the adapter's name": "diffusers", "lycoris": "kohya", "Comfy, down and up": "Comfy"}
+    assert lora.family == families.get(spelling, spelling)
     made = lora.load()["layers.1.text_attention.out"]
     down, up = halves["transformer_blocks.1.attn2.to_out.0"]
     assert torch.equal(made.down, down)
@@ -39,7 +43,9 @@ def test_every_family_of_names_comes_to_the_same_layers_and_numbers(spelling: st
 
 
 @pytest.mark.parametrize("spelling", [diffusers, comfy, kohya])
-def test_layers_around_the_blocks_go_by_either_layouts_names(spelling: Callable[[str], tuple[str, str]], tmp_path: Path) -> None:
+def test_layers_around_the_blocks_go_by_either_layouts_names(
+    spelling: Callable[[str], tuple[str, str]], tmp_path: Path
+) -> None:
     renamed = {"patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear", "proj_out": "proj_out"}
     single = LoraFile.open(write(tmp_path / "a.safetensors", lora_files.around(), spelling))
     folder = {renamed[name]: halves for name, halves in lora_files.around().items()}
@@ -128,7 +134,7 @@ def test_halves_of_different_ranks_are_refused_with_their_shapes(file: Path) -> 
     halves = pairs(ATTENTION[:1])
     down, up = halves["transformer_blocks.0.attn1.to_q"]
     write(file, halves | {"transformer_blocks.0.attn1.to_q": (down[:3], up)})
-    with pytest.raises(CheckpointError, match="3x64 and .* is 64x4"):
+    with pytest.raises(CheckpointError, match=r"3x64 and .* is 64x4"):
         LoraFile.open(file)
 
 
@@ -157,12 +163,16 @@ def test_numbers_that_are_not_finite_are_refused_where_they_are_read(file: Path)
     halves = pairs(ATTENTION[:1])
     halves["transformer_blocks.1.attn1.to_q"][1][3, 1] = float("nan")
     lora = LoraFile.open(write(file, halves))
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.attn1\.to_q\.lora_B\.weight has numbers that are not finite"):
+    with pytest.raises(
+        CheckpointError, match=r"blocks\.1\.attn1\.to_q\.lora_B\.weight has numbers that are not finite"
+    ):
         lora.load()
 
 
 def test_a_lora_describes_itself(file: Path) -> None:
-    write(file, pairs((*ATTENTION, *FEED_FORWARD)), alpha=2.0, metadata={"reference_downscale_factor": "2", "ss_tag": "x"})
+    write(
+        file, pairs((*ATTENTION, *FEED_FORWARD)), alpha=2.0, metadata={"reference_downscale_factor": "2", "ss_tag": "x"}
+    )
     told = LoraFile.open(file).describe()
     assert (told.family, told.fits, told.layers, told.blocks) == ("Comfy", None, 20, 2)
     assert (told.ranks, told.alphas, told.reference_downscale) == ((RANK,), (2.0,), 2)

@@ -224,6 +224,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         ("x.safetensors", b"PK\x03\x04" + bytes(64), "a pickle"),
         ("x.ckpt", b"\x80\x02}q\x00." + bytes(64), "a pickle"),
         ("x.pt", bytes(64), "a pickle"),
+        ("x.safetensors", b"\x80\x02}q\x00." + bytes(64), "a pickle"),
         ("x.safetensors", b"", r"\(0 bytes\) is not a safetensors file"),
         ("x.safetensors", b"\x02\x00\x00\x00", "is not a safetensors file"),
         ("x.safetensors", bytes(64), "is not a safetensors file"),

@@ -16,7 +16,7 @@ from kadr.quant.apply import requantize
 from kadr.quant.packed import pack_matrices
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
-from tests import lora_files, tiny
+from tests import tiny
 
 CPU = torch.device("cpu")
 GRID = LatentGrid(2, 4, 4)
@@ -136,7 +136,11 @@ def test_layers_of_8_bit_products_still_round_a_shared_input_once(monkeypatch: p
     counted = []
     for layer in (module.layers[0].self_attention.q, module.layers[0].self_attention.k):
         original = layer.base.prepared
-        monkeypatch.setattr(layer.base, "prepared", lambda x, *, gelu=False, original=original: (counted.append(1), original(x, gelu=gelu))[1])
+        monkeypatch.setattr(
+            layer.base,
+            "prepared",
+            lambda x, *, gelu=False, original=original: (counted.append(1), original(x, gelu=gelu))[1],
+        )
     set_strengths(module, [1.0], CPU)
     run(module)
     assert len(counted) == 1

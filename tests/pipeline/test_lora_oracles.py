@@ -81,7 +81,9 @@ def with_file(ours: Transformer, path: Path, given: Inputs, strength: float = 1.
     ],
     ids=["alpha is the rank", "another alpha", "by the root of the rank", "patterns"],
 )
-def test_what_peft_saves_gives_the_same_velocity(config: dict, ours: Transformer, given: Inputs, tmp_path: Path) -> None:
+def test_what_peft_saves_gives_the_same_velocity(
+    config: dict, ours: Transformer, given: Inputs, tmp_path: Path
+) -> None:
     theirs = filled(get_peft_model(diffusers_transformer(ours), LoraConfig(target_modules=TARGETS, **config)))
     theirs.save_pretrained(tmp_path)
     expected = ask(theirs, given)
@@ -90,7 +92,9 @@ def test_what_peft_saves_gives_the_same_velocity(config: dict, ours: Transformer
 
 
 @pytest.mark.parametrize("alpha", [4, 10])
-def test_what_diffusers_saves_gives_the_same_velocity(alpha: int, ours: Transformer, given: Inputs, tmp_path: Path) -> None:
+def test_what_diffusers_saves_gives_the_same_velocity(
+    alpha: int, ours: Transformer, given: Inputs, tmp_path: Path
+) -> None:
     theirs, config = diffusers_transformer(ours), LoraConfig(r=4, lora_alpha=alpha, target_modules=TARGETS)
     theirs.add_adapter(config)
     filled(theirs)
@@ -106,7 +110,9 @@ def test_what_diffusers_saves_gives_the_same_velocity(alpha: int, ours: Transfor
 def test_what_kadr_saves_gives_the_same_velocity_in_diffusers(
     family: str, ours: Transformer, given: Inputs, tmp_path: Path
 ) -> None:
-    theirs = filled(get_peft_model(diffusers_transformer(ours), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[:6])))
+    theirs = filled(
+        get_peft_model(diffusers_transformer(ours), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[:6]))
+    )
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "ours.safetensors"
     write_lora(path, LoraFile.open(tmp_path).load(), family=family)
@@ -120,7 +126,9 @@ def test_what_kadr_saves_gives_the_same_velocity_in_diffusers(
 def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_path: Path) -> None:
     files = []
     for number, rank in enumerate((4, 2)):
-        adapter = get_peft_model(diffusers_transformer(ours), LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[:4]))
+        adapter = get_peft_model(
+            diffusers_transformer(ours), LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[:4])
+        )
         filled(adapter).save_pretrained(tmp_path / str(number))
         files.append(tmp_path / f"{number}.safetensors")
         write_lora(files[-1], LoraFile.open(tmp_path / str(number)).load(), family="diffusers")

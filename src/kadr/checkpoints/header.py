@@ -132,7 +132,9 @@ def refuse_impostor(path: Path, start: bytes, size: int) -> None:
     for beginnings, what, way_out in _IMPOSTORS:
         if lowered.startswith(beginnings):
             raise CheckpointError(f"{path} ({size:,} bytes) is {what}. {way_out}")
-    if start.startswith(_PICKLE_STARTS) or path.suffix.lower() in _PICKLE_SUFFIXES:
+    # The length of a header may begin as a pickle does; what follows it then is the header's own brace.
+    pickled = start.startswith(_PICKLE_STARTS) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
+    if pickled or path.suffix.lower() in _PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{path} is a pickle: to read one is to run the code in it, whoever wrote it, so kadr never does. "
             "Take the .safetensors of the same model, or convert this one where you trust it."

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -265,7 +265,7 @@ def write_lora(
     """
     prefix = {"Comfy": "diffusion_model.", "diffusers": "transformer."}[family]
     theirs = names(TRANSFORMER, [f"{name}{_WEIGHT}" for name in additions], diffusers=family == "diffusers")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, each in additions.items():
         start = prefix + theirs[f"{name}{_WEIGHT}"].removesuffix(_WEIGHT)
         tensors |= {f"{start}.lora_A.weight": each.down, f"{start}.lora_B.weight": each.up * each.scale}
@@ -330,7 +330,7 @@ def _linears() -> dict[str, str]:
     with torch.device("meta"):
         module = Transformer(TransformerConfig(layers=1, heads=1, head_width=8))
     ours = [name for name, child in module.named_modules() if isinstance(child, Linear)]
-    made = {}
+    made: dict[str, str] = {}
     for diffusers in (False, True):
         table = names(TRANSFORMER, [f"{name}{_WEIGHT}" for name in ours], diffusers=diffusers)
         made |= {
@@ -346,7 +346,8 @@ def _no_lora(source: Source) -> CheckpointError:
     example = next(iter(source.infos), "none at all")
     return CheckpointError(
         f"{source.path} is not a LoRA for LTX-Video: none of its {len(source.infos)} tensors, such as {example}, is "
-        "the half of a pair (lora_A and lora_B, lora_down and lora_up) for a layer of the transformer. A model is given as --model."
+        "the half of a pair (lora_A and lora_B, lora_down and lora_up) for a layer of the transformer. A model is "
+        "given as --model."
     )
 
 
@@ -377,14 +378,15 @@ def _layer(source: Source, name: str, parts: Mapping[str, str], scales: _Scales)
         if role not in parts:
             has = parts.get(other) or parts["alpha"]
             raise CheckpointError(
-                f"{source.path} has {has}, and not the other half of the pair. The file is incomplete; download it again."
+                f"{source.path} has {has}, and not the other half of the pair. The file is incomplete; download it "
+                "again."
             )
     down, up = source.infos[parts["down"]], source.infos[parts["up"]]
     ends = (down.shape, up.shape)
     if any(len(shape) < 2 or any(side != 1 for side in shape[2:]) for shape in ends) or down.shape[0] != up.shape[1]:
         raise CheckpointError(
-            f"{source.path}: {down.name} is {_shape(down.shape)} and {up.name} is {_shape(up.shape)}; the first side of "
-            "the one must be the second of the other. Download the file again."
+            f"{source.path}: {down.name} is {_shape(down.shape)} and {up.name} is {_shape(up.shape)}; the first side "
+            "of the one must be the second of the other. Download the file again."
         )
     rank = down.shape[0]
     alpha, scale = scales.of_layer(parts, rank)
@@ -444,12 +446,14 @@ def _config(source: Source) -> Mapping[str, Any]:
         else:
             return {}
     except (ValueError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{source.path}: the adapter's config cannot be read: {error}. Download it again.") from error
+        raise CheckpointError(
+            f"{source.path}: the adapter's config cannot be read: {error}. Download it again."
+        ) from error
     for key in ("use_dora", "lora_bias"):
         if said.get(key):
             raise CheckpointError(
-                f"{source.path}: its config has {key} = {said[key]!r}: more than pairs of matrices, which kadr does not "
-                "read. Take the LoRA without it."
+                f"{source.path}: its config has {key} = {said[key]!r}: more than pairs of matrices, which kadr does "
+                "not read. Take the LoRA without it."
             )
     return said
 

@@ -42,7 +42,8 @@ MEDIA, STARTS, STRENGTHS = "--conditioning_media_paths", "--conditioning_start_f
 OFFLOAD, STAGES = "--offload_to_cpu", ["--offload", "stages"]  # a switch, with or without a word for yes or no
 MEDIA_FLAGS = ("--image", "--video")
 LORA = "--lora"
-# Between the parts of one --image, --video or --lora. The system ends every argument at this character, so no path holds it.
+# Between the parts of one --image, --video or --lora. The system ends every argument at this character, so no path
+# holds it.
 JOINT = "\0"
 BOX = "box="
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")

@@ -77,7 +77,7 @@ def condition(flag: str, text: str) -> Condition:
     return Condition(media=absolute(path), frame=at, strength=share, clip=True, part=part, box=box)
 
 
-def lora(text: str) -> tuple[str, *tuple[float, ...]]:
+def lora(text: str) -> tuple[str | float, ...]:
     """Read the parts of one --lora: a path, its strength, and that in the second pass."""
     path, *strengths = text.split(JOINT)
     return path, *map(float, strengths)

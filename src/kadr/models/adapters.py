@@ -1,4 +1,4 @@
-"""LoRAs on a finished module: put beside the weights, where their strengths can be changed, or added to them for good."""
+"""LoRAs on a finished module: put beside the weights, where their strengths can change, or added to them for good."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.generate import Generation
 from kadr.pipeline.holding import check_compiled, check_offload
-from kadr.pipeline.loras import Loras
 from kadr.pipeline.locate import fetched_text, locate
+from kadr.pipeline.loras import Loras
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.pipeline.passes import PassPlan, warn_guided
 from kadr.pipeline.planning import Planner, nearest

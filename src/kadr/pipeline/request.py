@@ -313,7 +313,9 @@ def _strengths(given: Any) -> tuple[Strength, ...] | None:
     for each in given:
         if isinstance(each, tuple | list):
             if len(each) != 2:
-                raise RequestError(f"a LoRA's strength is {each!r}; it must be one number, or one for each of two passes.")
+                raise RequestError(
+                    f"a LoRA's strength is {each!r}; it must be one number, or one for each of two passes."
+                )
             made.append((check_strength(each[0]), check_strength(each[1])))
         else:
             made.append(check_strength(each))
