@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kadr.models.registry import MODELS, RELEASED, Recipe, Released
+from kadr.models.registry import LORA, MODELS, RELEASED, Recipe, Released
 from kadr.sampling.settings import Guidance, Pass
 from tests import pages
 
@@ -22,6 +22,7 @@ BUNDLED = {
         "tests/golden/test_demo.py::test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run"
     ),
 }
+LORA_TEST = "tests/checkpoints/test_lora.py::test_a_released_lora_is_read_whole_and_fits_the_13b_model"
 UPSCALER = "tests/models/test_upsampler.py::test_it_computes_what_the_other_implementations_do"
 PARTS = {
     "demo-upscaler": "tests/golden/test_demo.py::test_two_passes_are_sharper_than_the_first_resized",
@@ -42,7 +43,9 @@ def models() -> str:
 def parts() -> str:
     """The parts that models need."""
     rest = [released for released in RELEASED if released not in MODELS]
-    rows = [(f"`{part.name}`", part.kind, f"`{PARTS.get(part.name, UPSCALER)}`") for part in rest]
+    of_kind = {LORA: LORA_TEST}
+    tests = {part: PARTS.get(part.name, of_kind.get(part.kind, UPSCALER)) for part in rest}
+    rows = [(f"`{part.name}`", part.kind, f"`{test}`") for part, test in tests.items()]
     return pages.table(("name", "kind", "test"), rows)
 
 

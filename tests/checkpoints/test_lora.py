@@ -11,7 +11,7 @@ import torch
 
 from kadr.checkpoints.lora import LoraFile, is_lora
 from kadr.errors import CheckpointError, KadrWarning
-from kadr.models.transformer import TRANSFORMER_2B
+from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
 from tests import lora_files, tiny
 from tests.lora_files import ATTENTION, FEED_FORWARD, RANK, SPELLINGS, comfy, diffusers, kohya, pairs, write
 
@@ -157,6 +157,37 @@ def test_a_lora_of_another_width_or_with_more_blocks_does_not_fit_and_says_whose
     deep = LoraFile.open(write(file, pairs(ATTENTION[:1], layers=3)))
     with pytest.raises(CheckpointError, match=r"layers.2.self_attention.q is not there \(the model has 2 blocks\)"):
         deep.check_fits(tiny.transformer_config(), Path("model.safetensors"))
+
+
+# What the headers of the released files have: spelling, targets of each block, rank, and whether all around the blocks.
+RELEASED = {
+    "distilled": (comfy, (*ATTENTION, *FEED_FORWARD), 1, True),
+    "canny and depth": (comfy, (*ATTENTION, *FEED_FORWARD), 1, False),
+    "pose, for diffusers": (diffusers, ATTENTION, 3, False),
+    "detailer": (comfy, (*ATTENTION, *FEED_FORWARD), 2, False),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_lora_is_read_whole_and_fits_the_13b_model(name: str, file: Path) -> None:
+    """Their names and widths, at a lower rank."""
+    spelling, targets, rank, around = RELEASED[name]
+    halves = pairs(targets, layers=48, rank=rank, width=4096)
+    if around:
+        sizes = {
+            "patchify_proj": (128, 4096),
+            "adaln_single.emb.timestep_embedder.linear_1": (256, 4096),
+            "adaln_single.emb.timestep_embedder.linear_2": (4096, 4096),
+            "adaln_single.linear": (4096, 6 * 4096),
+            "caption_projection.linear_1": (4096, 4096),
+            "caption_projection.linear_2": (4096, 4096),
+            "proj_out": (4096, 128),
+        }
+        halves |= {name: (torch.ones(1, inputs), torch.ones(outputs, 1)) for name, (inputs, outputs) in sizes.items()}
+        assert len(halves) == 974 // 2  # tensors of the released file
+    lora = LoraFile.open(write(file, halves, spelling))
+    assert (lora.fits, len(lora.layers), lora.strangers) == ("13B", len(halves), ())
+    lora.check_fits(TRANSFORMER_13B, Path("model.safetensors"))
 
 
 def test_numbers_that_are_not_finite_are_refused_where_they_are_read(file: Path) -> None:

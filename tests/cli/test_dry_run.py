@@ -16,6 +16,7 @@ from kadr.media.video import VideoWriter
 from kadr.models.registry import Released
 from kadr.pipeline import dry, locate
 from kadr.shapes import Size
+from tests import lora_files
 from tests.cli.conftest import Ended
 from tests.pipeline.official_configs import OFFICIAL
 from tests.pipeline.test_dry import FIRST, SECOND
@@ -99,6 +100,19 @@ def test_every_official_config_has_a_plan(kadr: Run, name: str) -> None:
     told = json.loads(ended.out)
     assert [part["name"] for part in told["parts"] if part["role"] == "model"] == [name]
     assert len(told["passes"]) == (2 if "second_pass" in OFFICIAL[name] else 1)
+
+
+def test_loras_are_listed_and_looked_into_where_they_are_here(kadr: Run, tmp_path: Path) -> None:
+    lora = tmp_path / "style.safetensors"
+    lora_files.write(lora, lora_files.pairs(("attn1.to_q",), layers=1, width=192))
+    ended = kadr("generate", "a", "--lora", lora, "0.5", "--lora", "ltxv-13b-0.9.7-ic-lora-pose", "1", "0", "--dry-run")
+    assert ended.code == 0, ended.err
+    told = [" ".join(line.split()) for line in ended.out.splitlines() if line.startswith("LoRA")]
+    absent = "LoRA ltxv-13b-0.9.7-ic-lora-pose, not on disk: 151 M bytes to fetch, strength 1, 0 in a second pass"
+    assert told == [f"LoRA {lora}, strength 0.5", absent]
+    lora_files.write(lora, lora_files.pairs(("attn1.to_q",), layers=1, width=2048))
+    ended = kadr("generate", "a", "--lora", lora, "--dry-run")
+    assert (ended.code, "does not fit" in ended.err) == (1, True)
 
 
 def test_plan_in_json_holds_request_and_steps(kadr: Run) -> None:

@@ -103,6 +103,16 @@ def test_flags_of_the_model_reach_the_engine(kadr: Run, engine: FakeEngine) -> N
     assert engine.opened == [("m.safetensors", {**options, "device": "cuda:1", "dtype": "float32"})]
 
 
+def test_loras_reach_the_engine_with_their_strengths(kadr: Run, engine: FakeEngine) -> None:
+    words = "--lora a.safetensors --lora b.safetensors 0.5 --lora=c.safetensors -.5 2 --lora-partial --merge-loras"
+    assert kadr("generate", PROMPT, *words.split()).code == 0
+    _, options = engine.opened[0]
+    assert options["loras"] == [("a.safetensors",), ("b.safetensors", 0.5), ("c.safetensors", -0.5, 2.0)]
+    assert (options["lora_partial"], options["merge_loras"]) == (True, True)
+    assert kadr("generate", PROMPT).code == 0
+    assert not {"loras", "lora_partial", "merge_loras"} & engine.opened[1][1].keys()
+
+
 def test_the_prompt_cache_is_used_unless_a_flag_says_otherwise(kadr: Run, engine: FakeEngine) -> None:
     assert kadr("generate", PROMPT).code == kadr("generate", PROMPT, "--no-prompt-cache").code == 0
     assert [options.get("prompt_cache", True) for _, options in engine.opened] == [True, False]

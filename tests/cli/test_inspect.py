@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from kadr.checkpoints.save import write_upsampler
 from kadr.cli.table import columns, in_words
 from kadr.media.video import VideoWriter
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.shapes import Size
-from tests import tiny
+from tests import lora_files, tiny
 from tests.cli.conftest import Ended
 
 Run = Callable[..., Ended]
@@ -58,6 +59,26 @@ def test_text_encoder_is_described(kadr: Run, home: Path, folder: str) -> None:
     assert ended.code == 0, ended.err
     assert ended.out.splitlines()[0] == "T5 text encoder"
     assert json.loads(kadr("inspect", home / folder, "--json").out)["family"] == "T5"
+
+
+def test_lora_is_described_with_what_it_changes_and_what_is_strange_in_it(kadr: Run, tmp_path: Path) -> None:
+    halves = lora_files.pairs(("attn1.to_q", "ff.net.2"), width=2048)
+    more = {"diffusion_model.head.lora_A.weight": torch.ones(4, 64)}
+    metadata = {"reference_downscale_factor": "2", "made_by": "somebody"}
+    path = lora_files.write(tmp_path / "l.safetensors", halves, alpha=2.0, more=more, metadata=metadata)
+    ended = kadr("inspect", path)
+    assert ended.code == 0, ended.err
+    for line in (
+        "LTX-Video LoRA for 2B, with the names of Comfy",
+        "rank 4, alpha 2",
+        "in context: the reference is made 1/2 the size of the video",
+        "of no layer: diffusion_model.head.lora_A.weight",
+    ):
+        assert line in ended.out.splitlines()
+    assert "self_attention.q   2" in ended.out
+    assert "somebody" in ended.out
+    told = json.loads(kadr("inspect", path, "--json").out)
+    assert (told["kind"], told["fits"], told["layers"], told["blocks"]) == ("LoRA", "2B", 4, 2)
 
 
 def test_upscaler_is_described_and_misses_nothing(kadr: Run, tmp_path: Path) -> None:

@@ -82,6 +82,25 @@ def test_parts_of_the_second_pass_are_taken_again(kadr: Run, engine: FakeEngine,
         assert (options["second_model"], options["upscaler"]) == (paths["second_model"], upscalers)
 
 
+def test_loras_are_taken_again_with_their_strengths(kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path) -> None:
+    (tmp_path / "style.safetensors").touch()
+    loras = [
+        {"path": str(tmp_path / "style.safetensors"), "strength": 0.5, "second": None},
+        {"path": str(tmp_path / "ltxv-097-ic-lora-canny-control-comfyui.safetensors"), "strength": 1.0, "second": 0.0},
+    ]
+    ended = kadr("rerun", film(loras=loras, merge_loras=True))
+    assert ended.code == 0, ended.err
+    _, options = engine.opened[0]
+    assert options["loras"] == [
+        (str(tmp_path / "style.safetensors"), 0.5, None),
+        ("ltxv-13b-0.9.7-ic-lora-canny", 1.0, 0.0),  # which is no longer there, and known by name
+    ]
+    assert (options["merge_loras"], "lora_partial" in options) == (True, False)
+    (tmp_path / "style.safetensors").unlink()
+    ended = kadr("rerun", film(loras=loras))
+    assert (ended.code, "the LoRA was" in ended.err, "style.safetensors" in ended.err) == (1, True, True)
+
+
 def test_released_parts_of_the_second_pass_that_moved_are_opened_by_name(
     kadr: Run, engine: FakeEngine, film: Film
 ) -> None:

@@ -93,12 +93,34 @@ OFFICIAL: dict[str, tuple[str, int, str, str | None, tuple[dict[str, Any], ...]]
     "ltxv-13b-0.9.8-distilled": ("ltxv-13b-0.9.8-distilled", 48, "0.9.5", "0.9.8", FEW_13B),
     "ltxv-13b-0.9.8-distilled-fp8": ("ltxv-13b-0.9.8-distilled-fp8", 48, "0.9.5", "0.9.8", FEW_13B),
 }
+IN_CONTEXT = "Lightricks/LTX-Video-ICLoRA"
 # name: kind, repository, file
 OFFICIAL_PARTS = {
     "ltxv-spatial-upscaler-0.9.7": ("spatial upscaler", HUB, "ltxv-spatial-upscaler-0.9.7.safetensors"),
     "ltxv-spatial-upscaler-0.9.8": ("spatial upscaler", HUB, "ltxv-spatial-upscaler-0.9.8.safetensors"),
     "ltxv-temporal-upscaler-0.9.7": ("temporal upscaler", HUB, "ltxv-temporal-upscaler-0.9.7.safetensors"),
     "ltxv-temporal-upscaler-0.9.8": ("temporal upscaler", HUB, "ltxv-temporal-upscaler-0.9.8.safetensors"),
+    "ltxv-13b-0.9.7-distilled-lora": ("LoRA", HUB, "ltxv-13b-0.9.7-distilled-lora128.safetensors"),
+    "ltxv-13b-0.9.7-ic-lora-canny": (
+        "LoRA",
+        f"{IN_CONTEXT}-canny-13b-0.9.7",
+        "ltxv-097-ic-lora-canny-control-comfyui.safetensors",
+    ),
+    "ltxv-13b-0.9.7-ic-lora-depth": (
+        "LoRA",
+        f"{IN_CONTEXT}-depth-13b-0.9.7",
+        "ltxv-097-ic-lora-depth-control-comfyui.safetensors",
+    ),
+    "ltxv-13b-0.9.7-ic-lora-pose": (
+        "LoRA",
+        f"{IN_CONTEXT}-pose-13b-0.9.7",
+        "ltxv-097-ic-lora-pose-control-comfyui.safetensors",
+    ),
+    "ltxv-13b-0.9.8-ic-lora-detailer": (
+        "LoRA",
+        f"{IN_CONTEXT}-detailer-13b-0.9.8",
+        "ltxv-098-ic-lora-detailer-comfyui.safetensors",
+    ),
     "t5-v1.1-xxl": ("text encoder", "PixArt-alpha/PixArt-XL-2-1024-MS", "text_encoder/*"),
     "t5-v1.1-xxl-q8-gguf": ("text encoder", "city96/t5-v1_1-xxl-encoder-gguf", "t5-v1_1-xxl-encoder-Q8_0.gguf"),
 }
@@ -294,5 +316,5 @@ def test_every_model_says_its_licence() -> None:
     assert "v0.9.1.license" in find("ltxv-2b-0.9.1").licence
     assert "OpenRAIL" in find("ltxv-2b-0.9.5").licence
     later = [released for released in RELEASED if released.repo == HUB and released.version >= "0.9.6"]
-    assert len(later) == 16
+    assert len(later) == 17
     assert all("Open-Weights-License-0.X" in released.licence for released in later)

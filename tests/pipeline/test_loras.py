@@ -12,7 +12,7 @@ import torch
 
 from kadr import Engine, Lora, Request
 from kadr.errors import CheckpointError, KadrWarning, RequestError
-from kadr.pipeline import components
+from kadr.pipeline import components, locate
 from kadr.sampling.settings import Pass
 from tests import lora_files, tiny
 from tests.checkpoints.test_load import cast_as_released
@@ -179,6 +179,24 @@ def test_a_lora_of_another_model_is_refused_when_the_engine_opens(
     with pytest.warns(KadrWarning, match="left out: diffusion_model.head"):
         engine = opened(loras=[strange], lora_partial=True)
     assert relative(engine.denoise(REQUEST), opened().denoise(REQUEST)) > 0.01
+
+
+def test_a_lora_may_be_named_as_the_registry_has_it(
+    opened: Callable[..., Engine], one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[tuple[str, str]] = []
+    monkeypatch.setattr(locate.hub, "fetch", lambda repo, file: fetched.append((repo, file)) or one)
+    engine = opened(loras=[("ltxv-13b-0.9.7-ic-lora-canny", 0.5)])
+    assert fetched == [
+        ("Lightricks/LTX-Video-ICLoRA-canny-13b-0.9.7", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
+    ]
+    assert engine.record(REQUEST)["loras"] == [{"path": str(one), "strength": 0.5, "second": None}]
+    with pytest.raises(RequestError, match=r"is a LoRA, and no model\. Give it as --lora"):
+        Engine.open("ltxv-13b-0.9.7-ic-lora-canny")
+    with pytest.raises(RequestError, match=r"is a spatial upscaler; for the LoRA give a path, or a name such as ltxv"):
+        opened(loras=["ltxv-spatial-upscaler-0.9.8"])
+    with pytest.raises(CheckpointError, match="the LoRA is not at nowhere"):
+        opened(loras=["nowhere"])
 
 
 def test_a_request_with_strengths_comes_back_from_json(one: Path) -> None:

@@ -29,7 +29,7 @@ def _lines(run: DryRun) -> Iterator[str]:
 
 def _parts(run: DryRun) -> Iterator[tuple[str, str]]:
     for part in run.parts:
-        yield part.role, f"{part.name}{_where(part)}"
+        yield part.role, f"{part.name}{_where(part)}{_strengths(part)}"
 
 
 def _where(part: DryPart) -> str:
@@ -37,6 +37,13 @@ def _where(part: DryPart) -> str:
         return ""
     size = f": {in_words(part.size_bytes)} bytes to fetch" if part.size_bytes else ""
     return f", not on disk{size}"
+
+
+def _strengths(part: DryPart) -> str:
+    if part.strengths is None:
+        return ""
+    first, second = part.strengths
+    return f", strength {first:g}" + (f", {second:g} in a second pass" if second != first else "")
 
 
 def _video(run: DryRun) -> Iterator[tuple[str, str]]:

@@ -66,10 +66,14 @@ def held(flags: options.ModelFlags) -> dict[str, Any]:
     asked: dict[str, Any] = {} if flags.quant == NONE else {"quant": flags.quant}
     asked |= {} if flags.offload == OFFLOAD_AUTO else {"offload": flags.offload}
     asked |= {"compiled": True} if flags.compiled else {}
-    asked |= {"loras": [reading.lora(text) for text in flags.lora]} if flags.lora else {}
-    asked |= {"lora_partial": True} if flags.lora_partial else {}
     asked |= {"merge_loras": True} if flags.merge_loras else {}
-    return {"device": flags.device, "dtype": flags.dtype, **asked}
+    return {"device": flags.device, "dtype": flags.dtype, **asked, **added(flags)}
+
+
+def added(flags: options.ModelFlags) -> dict[str, Any]:
+    """The LoRAs, by the words of `Engine.open`."""
+    loras: dict[str, Any] = {"loras": [reading.lora(text) for text in flags.lora]} if flags.lora else {}
+    return loras | ({"lora_partial": True} if flags.lora_partial else {})
 
 
 def check_words(flags: options.Flags | options.PlanFlags) -> None:
@@ -225,5 +229,5 @@ def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags
     from kadr.cli import dry_run
     from kadr.pipeline.dry import DryEngine  # loads torch
 
-    engine = DryEngine.open(**parts)
+    engine = DryEngine.open(**parts, **added(flags.model))
     print(dry_run.told(engine.run(timed(request, flags.video.seconds, engine)), as_json=flags.output.json))

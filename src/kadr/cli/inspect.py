@@ -33,7 +33,8 @@ Target = Annotated[
 def inspect(path: Target, as_json: options.Json = False) -> None:
     """Tell what a file is.
 
-    Of a checkpoint: its version, its parts and what it lacks, from the header alone. Of a video: its request.
+    Of a checkpoint: its version, its parts and what it lacks, from the header alone. Of a LoRA: what it changes, and
+    for which model. Of a video: its request.
     """
     path = path.expanduser()
     if path.suffix.lower() in VIDEOS:
@@ -97,7 +98,7 @@ def _told_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{found['layers']} layers in {found['blocks']} blocks, {in_words(found['bytes'])} in {found['dtype']}"
     yield from columns([("layer", "how many"), *((name, str(count)) for name, count in found["targets"].items())])
     if found["reference_downscale"]:
-        yield f"in context: its reference is {found['reference_downscale']} times smaller"
+        yield f"in context: the reference is made 1/{found['reference_downscale']} the size of the video"
     for name in found["strangers"]:
         yield f"of no layer: {name}"
     yield from _fields(found["metadata"])

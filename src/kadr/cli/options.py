@@ -73,7 +73,9 @@ class ModelFlags:
     vae: Annotated[Path | None, _flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")] = None
     lora: Annotated[
         list[str] | None,
-        _flag("--lora", "PATH [STRENGTH [SECOND]]", "A LoRA, with strength 1.0 if not said; another in a second pass."),
+        _flag(
+            "--lora", "NAME|PATH [STRENGTH [SECOND]]", "A LoRA, at strength 1.0 if not said; SECOND in a second pass."
+        ),
     ] = None
     lora_partial: Annotated[
         bool, _flag("--lora-partial", None, "Leave out what a LoRA has for layers that are not there.")

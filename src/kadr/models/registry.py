@@ -66,7 +66,7 @@ class Released:
     Args:
         name: what `Engine.open` takes.
         version: of the family.
-        kind: "model", "spatial upscaler", "temporal upscaler" or "text encoder".
+        kind: "model", "spatial upscaler", "temporal upscaler", "text encoder" or "LoRA".
         repo: on the hub; None for what comes with kadr.
         file: within the repository, or within the package; a pattern for a text encoder of many files.
         size_bytes: of the file, to within a percent; None where it does not matter.
@@ -111,6 +111,7 @@ class Released:
 _RESEARCH = "RAIL-M for research, ltx-video-2b-v0.9.license.txt in the repository"
 _OPEN_RAIL = "OpenRAIL-M, ltx-video-2b-v0.9.5.license.txt in the repository"
 _OPEN_WEIGHTS = "LTXV Open Weights License 0.X, LTX-Video-Open-Weights-License-0.X.txt in the repository"
+LORA = "LoRA"
 TEXT, TEXT_GGUF = "t5-v1.1-xxl", "t5-v1.1-xxl-q8-gguf"
 UPSCALER = "ltxv-spatial-upscaler-0.9.8"
 
@@ -188,6 +189,21 @@ def _upscaler(kind: str, version: str, size: int) -> Released:
     )
 
 
+def _lora(name: str, version: str, repo: str, file: str, size: int) -> Released:
+    licence = f"{_OPEN_WEIGHTS.partition(',')[0]}, as of the model it is for; see the repository"
+    return Released(
+        name=name, version=version, kind=LORA, repo=repo, file=f"{file}.safetensors", licence=licence, size_bytes=size
+    )
+
+
+# Each is there in two spellings of its names; this is the one that most engines read.
+_IN_CONTEXT = {
+    ("canny", "0.9.7"): ("ltxv-097-ic-lora-canny-control-comfyui", 81_800_000),
+    ("depth", "0.9.7"): ("ltxv-097-ic-lora-depth-control-comfyui", 81_800_000),
+    ("pose", "0.9.7"): ("ltxv-097-ic-lora-pose-control-comfyui", 151_000_000),
+    ("detailer", "0.9.8"): ("ltxv-098-ic-lora-detailer-comfyui", 1_309_000_000),
+}
+
 RELEASED: tuple[Released, ...] = (
     Released(
         name="demo",
@@ -259,6 +275,13 @@ RELEASED: tuple[Released, ...] = (
     ),
     *(_upscaler("spatial", version, 505_000_000) for version in ("0.9.7", "0.9.8")),
     *(_upscaler("temporal", version, 524_000_000) for version in ("0.9.7", "0.9.8")),
+    _lora("ltxv-13b-0.9.7-distilled-lora", "0.9.7", HUB, "ltxv-13b-0.9.7-distilled-lora128", 1_325_000_000),
+    *(
+        _lora(
+            f"ltxv-13b-{version}-ic-lora-{what}", version, f"Lightricks/LTX-Video-ICLoRA-{what}-13b-{version}", *of_file
+        )
+        for (what, version), of_file in _IN_CONTEXT.items()
+    ),
     Released(
         name=TEXT,
         version="1.1",

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from kadr.checkpoints.families import SCHEDULES
+from kadr.checkpoints.lora import LoraFile
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
+from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.conditions import Placed, read_conditions, read_start
 from kadr.pipeline.fitting import settled
 from kadr.pipeline.locate import is_path, on_disk
+from kadr.pipeline.loras import Lora
 from kadr.pipeline.passes import (
     PassPlan,
     Upscaling,
@@ -35,16 +38,18 @@ class DryPart:
     """A part that a generation would open.
 
     Args:
-        role: "model", "second model", "upscaler", "text encoder" or "vae".
+        role: "model", "second model", "upscaler", "text encoder", "vae" or "LoRA".
         name: as it was asked for.
         path: None where it would be fetched.
         size_bytes: of what would be fetched, where that is known.
+        strengths: of a LoRA, in each pass.
     """
 
     role: str
     name: str
     path: Path | None
     size_bytes: int | None = None
+    strengths: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,14 @@ class Model:
     Args:
         layers: of its transformer.
         released: the registry's entry; None for an unreleased one.
+        config: of its transformer; None where there is no file.
     """
 
     part: DryPart
     schedule: Schedule
     layers: int
     released: Released | None
+    config: TransformerConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -120,12 +127,14 @@ class DryEngine:
         upscaler: str | Path | Sequence[str | Path] = (),
         second_model: str | Path | None = None,
         recipe: Recipe | None = None,
+        loras: Sequence[Any] = (),
+        lora_partial: bool = False,
     ) -> DryEngine:
         """As `Engine.open`, without fetching what is not here.
 
         Raises:
             RequestError: an unknown name.
-            CheckpointError: a path that is not there, or a file that is not of this family.
+            CheckpointError: a path that is not there, a file that is not of this family, or a LoRA for another model.
         """
         first = _model("model", model, needs_vae=vae is None)
         second = first if second_model is None else _model("second model", second_model)
@@ -137,6 +146,7 @@ class DryEngine:
         others = [_text(text_encoder, first)]
         if wanted_vae := vae or (named and named.vae):
             others.append(_part("vae", wanted_vae, "model")[0])
+        others += [_lora(Lora.of(one), (first, second), partial=lora_partial) for one in loras]
         upscalers = tuple(_upscaler(one) for one in wanted)
         _refuse_twice(upscalers)
         return cls((first, second), upscalers, tuple(others), own)
@@ -190,7 +200,8 @@ def _model(role: str, name: str | Path, *, needs_vae: bool = False) -> Model:
             raise checkpoint.lacks("transformer")
         if needs_vae and detected.vae is None and not (released and released.vae):
             raise checkpoint.lacks("vae")
-        return Model(part, detected.schedule, detected.transformer.layers, released or detected.released)
+        config = detected.transformer
+        return Model(part, detected.schedule, config.layers, released or detected.released, config)
     assert released is not None
     assert released.vae_family is not None
     assert released.layers is not None
@@ -198,6 +209,16 @@ def _model(role: str, name: str | Path, *, needs_vae: bool = False) -> Model:
     if released.version.startswith("0.9.8-distilled"):
         schedule = replace(schedule, allowed=DISTILLED_LEVELS)  # as its header says
     return Model(part, schedule, released.layers, released)
+
+
+def _lora(use: Lora, models: Iterable[Model], *, partial: bool) -> DryPart:
+    part, _ = _part(registry.LORA, use.path, registry.LORA)
+    if part.path is not None:
+        file = LoraFile.open(part.path, partial=partial)
+        for model in models:
+            if model.config is not None and model.part.path is not None:
+                file.check_fits(model.config, model.part.path)
+    return replace(part, strengths=use.strengths())
 
 
 def _upscaler(name: str | Path) -> tuple[DryPart, Upscaling]:

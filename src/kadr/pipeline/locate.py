@@ -12,7 +12,12 @@ from kadr.models.registry import Released
 
 PACKAGE = Path(__file__).parents[1]
 SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
-_FLAGS = {"spatial upscaler": "--upscaler", "temporal upscaler": "--upscaler", "text encoder": "--text-encoder"}
+_FLAGS = {
+    "spatial upscaler": "--upscaler",
+    "temporal upscaler": "--upscaler",
+    "text encoder": "--text-encoder",
+    registry.LORA: "--lora",
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,18 @@ def fetched_upscaler(released: Released) -> Path:
     if released.upscaler is None:
         raise CheckpointError(f"no upscaler was released for {released.name}. Give one with --upscaler.")
     return released_file(registry.BY_NAME[released.upscaler])
+
+
+def located_lora(given: str | Path) -> Path:
+    """The file, or folder, of a LoRA that is given by its path or by a name of the registry.
+
+    Raises:
+        RequestError: it is the name of something else.
+        CheckpointError: it is not there, or cannot be fetched.
+    """
+    located = _fetched(_part(given, registry.LORA))
+    assert located is not None
+    return located
 
 
 def released_file(released: Released) -> Path:

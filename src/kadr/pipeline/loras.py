@@ -13,6 +13,7 @@ from kadr.checkpoints.lora import LoraFile
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import RequestError
 from kadr.models.adapters import Additions
+from kadr.pipeline.locate import located_lora
 from kadr.pipeline.request import Strength, check_strength
 
 
@@ -21,7 +22,7 @@ class Lora:
     """A LoRA for a model, and how strongly it acts where a request does not say.
 
     Args:
-        path: a .safetensors, or a folder as PEFT and diffusers write them.
+        path: a .safetensors, a folder as PEFT and diffusers write them, or a name of the registry.
         strength: 1 is as it was trained, 0 is without it, below 0 is away from it.
         second: in the second of two passes; None: as `strength`.
     """
@@ -69,7 +70,7 @@ class Loras:
         if isinstance(given, str | Path):
             raise RequestError(f"loras is {given!r}; it must be a list, such as [({given!r}, 1.0)].")
         self.uses = tuple(Lora.of(one) for one in given)
-        self.files = tuple(LoraFile.open(Path(use.path).expanduser(), partial=partial) for use in self.uses)
+        self.files = tuple(LoraFile.open(located_lora(use.path), partial=partial) for use in self.uses)
         self.partial, self.merged = partial, merged and bool(self.uses)
 
     def __bool__(self) -> bool:
@@ -160,7 +161,10 @@ class Loras:
         if not self.uses:
             return {}
         made: dict[str, Any] = {
-            "loras": [{**asdict(use), "path": str(Path(use.path).expanduser().absolute())} for use in self.uses]
+            "loras": [
+                {**asdict(use), "path": str(file.path.absolute())}
+                for use, file in zip(self.uses, self.files, strict=True)
+            ]
         }
         made |= {"lora_partial": True} if self.partial else {}
         return made | ({"merge_loras": True} if self.merged else {})
