@@ -190,7 +190,8 @@ def _upscaler(kind: str, version: str, size: int) -> Released:
 
 
 def _lora(name: str, version: str, repo: str, file: str, size: int) -> Released:
-    licence = f"{_OPEN_WEIGHTS.partition(',')[0]}, as of the model it is for; see the repository"
+    told = f"{_OPEN_WEIGHTS.partition(',')[0]}, as of the model it is for; see the repository"
+    licence = _OPEN_WEIGHTS if repo == HUB else told
     return Released(
         name=name, version=version, kind=LORA, repo=repo, file=f"{file}.safetensors", licence=licence, size_bytes=size
     )
