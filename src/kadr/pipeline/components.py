@@ -24,7 +24,7 @@ from kadr.memory.shelf import Shelf
 from kadr.models.adapters import merge, set_strengths
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE
 from kadr.pipeline.holding import check_compiled, is_quantized, placed, refuse_merging, settled_scheme
 from kadr.pipeline.loras import Loras, Strength
@@ -289,6 +289,23 @@ def require_text(text: TextEncoderFolder, checkpoint: Checkpoint) -> None:
         )
 
 
+def fitting_upscaler(upscaler: Checkpoint, transformer: TransformerConfig | None, model: Path) -> UpsamplerConfig:
+    """What an upscaler does, if it is one for a model's latents.
+
+    Raises:
+        CheckpointError: it is none, or is for another model.
+    """
+    config = upscaler.detected.upsampler
+    if config is None:
+        raise CheckpointError(f"{upscaler.path} is no latent upscaler. {UPSCALERS}")
+    if transformer is not None and config.channels != transformer.channels:
+        raise CheckpointError(
+            f"the upscaler {upscaler.path} is for latents of {config.channels} channels, and those of {model} have "
+            f"{transformer.channels}. {UPSCALERS}"
+        )
+    return config
+
+
 def ordered_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dict[str, Checkpoint]:
     """The upscalers for a model's latents by what they double, in the order in which they work.
 
@@ -298,14 +315,7 @@ def ordered_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dic
     made: dict[str, Checkpoint] = {}
     doubled: set[str] = set()
     for upscaler in upscalers:
-        config = upscaler.detected.upsampler
-        if config is None:
-            raise CheckpointError(f"{upscaler.path} is no latent upscaler. {UPSCALERS}")
-        if model.detected.transformer is not None and config.channels != model.detected.transformer.channels:
-            raise CheckpointError(
-                f"the upscaler {upscaler.path} is for latents of {config.channels} channels, and those of "
-                f"{model.path} have {model.detected.transformer.channels}. {UPSCALERS}"
-            )
+        config = fitting_upscaler(upscaler, model.detected.transformer, model.path)
         kinds = [kind for kind, doubles in ((SPACE, config.space), (TIME, config.time)) if doubles]
         if again := [kind for kind in kinds if kind in doubled]:
             raise CheckpointError(f"{upscaler.path} is a second {again[0]} upscaler; give one of each kind at most.")

@@ -14,6 +14,7 @@ from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.models.transformer import TransformerConfig
+from kadr.pipeline.components import fitting_upscaler
 from kadr.pipeline.conditions import Placed, read_conditions, read_start
 from kadr.pipeline.fitting import settled
 from kadr.pipeline.locate import is_path, on_disk
@@ -24,8 +25,10 @@ from kadr.pipeline.passes import (
     check_beginning,
     check_blocks,
     plan_passes,
+    unused_parts,
     warn_cached,
     warn_guided,
+    warn_single,
 )
 from kadr.pipeline.request import Request
 from kadr.pipeline.resolve import resolve, with_second
@@ -147,7 +150,7 @@ class DryEngine:
         if wanted_vae := vae or (named and named.vae):
             others.append(_part("vae", wanted_vae, "model")[0])
         others += [_lora(Lora.of(one), (first, second), partial=lora_partial) for one in loras]
-        upscalers = tuple(_upscaler(one) for one in wanted)
+        upscalers = tuple(_upscaler(one, first) for one in wanted)
         _refuse_twice(upscalers)
         return cls((first, second), upscalers, tuple(others), own)
 
@@ -166,7 +169,7 @@ class DryEngine:
         request = self.resolve(request)
         upscalers = self.upscalers
         if request.multi_scale and not upscalers:
-            upscalers = (_own_upscaler(self.models[0].released),)
+            upscalers = (_own_upscaler(self.models[0]),)
         doubled = Upscaling(any(kind.space for _, kind in upscalers), any(kind.time for _, kind in upscalers))
         schedules = [model.schedule for model in self.models]
         passes = plan_passes(request, schedules, upscaling=doubled)
@@ -174,6 +177,7 @@ class DryEngine:
             check_blocks(plan, model.layers)
             warn_guided(plan, model.part.name, model.schedule, model.released)
             warn_cached(plan, request.step_cache)
+        warn_single(request, unused_parts(upscaler=bool(self.upscalers), model=self.models[0] is not self.models[1]))
         check_beginning(passes[0], started=request.video is not None)
         if request.video is not None:
             read_start(request)  # refuses one that is too short
@@ -221,14 +225,12 @@ def _lora(use: Lora, models: Iterable[Model], *, partial: bool) -> DryPart:
     return replace(part, strengths=use.strengths())
 
 
-def _upscaler(name: str | Path) -> tuple[DryPart, Upscaling]:
+def _upscaler(name: str | Path, model: Model) -> tuple[DryPart, Upscaling]:
     part, released = _part("upscaler", name, "spatial upscaler", "temporal upscaler")
     if part.path is None:
         assert released is not None
         return part, Upscaling(released.kind.startswith("spatial"), released.kind.startswith("temporal"))
-    config = Checkpoint.open(part.path).detected.upsampler
-    if config is None:
-        raise CheckpointError(f"{part.path} is no latent upscaler. `kadr models` lists those known.")
+    config = fitting_upscaler(Checkpoint.open(part.path), model.config, model.part.path or Path(model.part.name))
     return part, Upscaling(config.space, config.time)
 
 
@@ -240,13 +242,14 @@ def _refuse_twice(upscalers: Iterable[tuple[DryPart, Upscaling]]) -> None:
             raise CheckpointError(f"{given[1]} is a second {name} upscaler; give one of each kind at most.")
 
 
-def _own_upscaler(released: Released | None) -> tuple[DryPart, Upscaling]:
+def _own_upscaler(model: Model) -> tuple[DryPart, Upscaling]:
+    released = model.released
     if released is None or released.upscaler is None:
         raise CheckpointError(
             "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or make a "
             "single pass."
         )
-    return _upscaler(released.upscaler)
+    return _upscaler(released.upscaler, model)
 
 
 def _text(given: str | Path | None, model: Model) -> DryPart:

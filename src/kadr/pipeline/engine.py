@@ -24,7 +24,7 @@ from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.loras import Loras
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
-from kadr.pipeline.passes import PassPlan, warn_guided
+from kadr.pipeline.passes import PassPlan, unused_parts, warn_guided, warn_single
 from kadr.pipeline.planning import Planner, nearest
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.request import Request
@@ -42,6 +42,7 @@ class Engine:
         name: as it was asked for.
         released: the registry's entry; None for an unreleased one.
         second: name and entry of the model of the second pass, where it is another.
+        upscaled: an upscaler was named.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Engine:
     recipe: Recipe
     released: Released | None = None
     second: tuple[str, Released | None] | None = None
+    upscaled: bool = False
 
     @classmethod
     def open(
@@ -138,7 +140,14 @@ class Engine:
         own = recipe or (released.recipe if released else Recipe())
         recipe = with_second(own, second_released)
         named = None if second_model is None else (str(second_model), second_released)
-        return cls(name=found.name, components=components, recipe=recipe, released=released, second=named)
+        return cls(
+            name=found.name,
+            components=components,
+            recipe=recipe,
+            released=released,
+            second=named,
+            upscaled=bool(upscalers),
+        )
 
     def resolve(self, request: Request) -> Request:
         """The request with everything it left out taken from the model's recipe.
@@ -301,6 +310,7 @@ class Engine:
         generation = Generation(self.components, request, _guarded(watch), media=media)
         own = (self.name, self.released)
         models = zip((own, self.second or own), self.components.schedules, strict=True)
+        warn_single(request, unused_parts(upscaler=self.upscaled, model=self.second is not None))
         for plan, ((name, released), schedule) in zip(generation.passes, models, strict=False):
             warn_guided(plan, name, schedule, released)
         return generation

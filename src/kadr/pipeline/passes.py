@@ -179,6 +179,22 @@ def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Release
         )
 
 
+def unused_parts(*, upscaler: bool, model: bool) -> tuple[str, ...]:
+    """What was named for a second pass, in words."""
+    return (*(["the upscaler"] * upscaler), *(["the model"] * model))
+
+
+def warn_single(request: Request, unused: Sequence[str]) -> None:
+    """Say what was named for a second pass that is not made. unused: see `unused_parts`."""
+    if unused and not request.multi_scale:
+        warnings.warn(
+            f"a single pass is made, and {' and '.join(unused)} given for a second is not used. Ask for two passes "
+            "with --multi-scale, or leave it out.",
+            KadrWarning,
+            stacklevel=2,
+        )
+
+
 def warn_cached(plan: PassPlan, cache: StepCache | None) -> None:
     """Say where a step cache is asked of a pass that gains little by it."""
     if cache is not None and len(plan.levels) < SHORT:
