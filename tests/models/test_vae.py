@@ -286,6 +286,12 @@ def test_chunks_that_come_one_by_one_are_encoded_as_the_whole_and_each_is_gone_b
     assert relative(small.encode_stream(chunks(), 25), small.encode(pixels)) <= 1e-5
 
 
+@pytest.mark.parametrize("frames", [8, 10, 24])
+def test_frames_whose_last_would_be_lost_are_refused(small, frames):
+    with pytest.raises(ValueError, match=f"{frames} frames; the encoder takes 8k"):
+        small.encode(pixels_of(1, 3, frames, 32, 32))
+
+
 def test_fewer_frames_than_were_to_come_are_no_video(small):
     with pytest.raises(ValueError, match="9 frames came, and 17 were to come"):
         small.encode_stream(iter([pixels_of(1, 3, 9, 32, 32)]), 17)

@@ -12,6 +12,7 @@ from kadr.models.vae.config import VAEConfig
 from kadr.models.vae.decoder import SLICE, Decoder
 from kadr.models.vae.encoder import Encoder
 from kadr.nn.stream import NoiseSource, Stream
+from kadr.shapes import TEMPORAL
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ class VAE(nn.Module):
         """As `moments`, of pixels (B, 3, n, 32h, 32w) that come one chunk after the other, `frames` of them in all.
 
         The moments are the same; no chunk is held while the next one is made.
+
+        Raises:
+            ValueError: the frames are not 8k+1, or not as many come.
         """
+        if frames % TEMPORAL != 1:
+            raise ValueError(f"{frames} frames; the encoder takes {TEMPORAL}k+1, and what is over would be lost")
         stream, done, made = Stream(), 0, []
         for part in chunks:
             done += part.shape[2]
