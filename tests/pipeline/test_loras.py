@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from kadr import Engine, Lora, Request
+from kadr import Engine, Lora, Progress, Request
 from kadr.errors import CheckpointError, KadrWarning, RequestError
+from kadr.models.transformer import Transformer
 from kadr.pipeline import components, locate
 from kadr.sampling.settings import Pass
 from tests import lora_files, tiny
@@ -63,6 +64,22 @@ def test_a_request_says_how_strongly_and_0_is_without_to_the_bit(
     assert 0 < relative(half, plain) < relative(own, plain)
     right = opened(loras=[(one, 0.5)]).denoise(REQUEST)
     assert relative(half, right) < 1e-6
+
+
+def test_what_is_recorded_with_some_strengths_is_forgotten_also_where_a_step_is_cancelled(
+    opened: Callable[..., Engine], one: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[Transformer] = []
+    monkeypatch.setattr(Transformer, "forget", lambda module: forgotten.append(module))
+    engine = opened(loras=[one])
+
+    def cancel(progress: Progress) -> None:
+        if progress.stage == "denoise":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(REQUEST, watch=cancel)
+    assert len(forgotten) == 1
 
 
 def test_each_of_two_passes_has_a_strength_of_its_own(opened: Callable[..., Engine], one: Path, tmp_path: Path) -> None:

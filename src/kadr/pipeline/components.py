@@ -148,7 +148,10 @@ class Components:
         load = partial(self._load_transformer, number)
         with self._lent(self.transformer_name(number), stage, load, dtype, adapted=True) as module:
             set_strengths(module, acting, self.device)
-            yield module
+            try:
+                yield module
+            finally:
+                module.forget()  # also where a step was cancelled: what is recorded has these strengths in it
 
     def _load_transformer(self, number: int, dtype: torch.dtype, *, as_stored: bool) -> Transformer:
         checkpoint = self.transformers[number]

@@ -259,7 +259,6 @@ class Generation:
                 watch=watch,
             )
             watchman.settle()
-            transformer.forget()
         return state
 
     def _estimate(self, plan: PassPlan, transformer: Transformer, rope: Rope, texts: Sequence[Text]) -> Estimate:
