@@ -28,7 +28,7 @@ from kadr.pipeline.passes import (
     unused_parts,
     warn_cached,
     warn_guided,
-    warn_single,
+    warn_unused,
 )
 from kadr.pipeline.request import Request
 from kadr.pipeline.resolve import resolve, with_second
@@ -177,7 +177,7 @@ class DryEngine:
             check_blocks(plan, model.layers)
             warn_guided(plan, model.part.name, model.schedule, model.released)
             warn_cached(plan, request.step_cache)
-        warn_single(request, unused_parts(upscaler=bool(self.upscalers), model=self.models[0] is not self.models[1]))
+        warn_unused(request, unused_parts(upscaler=bool(self.upscalers), model=self.models[0] is not self.models[1]))
         check_beginning(passes[0], started=request.video is not None)
         if request.video is not None:
             read_start(request)  # refuses one that is too short

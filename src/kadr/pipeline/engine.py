@@ -24,7 +24,7 @@ from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.loras import Loras
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
-from kadr.pipeline.passes import PassPlan, unused_parts, warn_guided, warn_single
+from kadr.pipeline.passes import PassPlan, unused_parts, warn_guided, warn_unused
 from kadr.pipeline.planning import Planner, nearest
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.request import Request
@@ -310,7 +310,7 @@ class Engine:
         generation = Generation(self.components, request, _guarded(watch), media=media)
         own = (self.name, self.released)
         models = zip((own, self.second or own), self.components.schedules, strict=True)
-        warn_single(request, unused_parts(upscaler=self.upscaled, model=self.second is not None))
+        warn_unused(request, unused_parts(upscaler=self.upscaled, model=self.second is not None))
         for plan, ((name, released), schedule) in zip(generation.passes, models, strict=False):
             warn_guided(plan, name, schedule, released)
         return generation

@@ -184,7 +184,7 @@ def unused_parts(*, upscaler: bool, model: bool) -> tuple[str, ...]:
     return (*(["the upscaler"] * upscaler), *(["the model"] * model))
 
 
-def warn_single(request: Request, unused: Sequence[str]) -> None:
+def warn_unused(request: Request, unused: Sequence[str]) -> None:
     """Say what was named for a second pass that is not made. unused: see `unused_parts`."""
     if unused and not request.multi_scale:
         warnings.warn(
