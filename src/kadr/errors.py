@@ -5,6 +5,7 @@
     ├── MediaError             a picture or a video cannot be read or written
     ├── CheckpointError        a file is not the checkpoint it should be
     ├── PlanError              no placement fits in memory
+    ├── EnhanceError           a prompt was not enhanced
     ├── NonFiniteError         numbers stopped being numbers; carries the stage
     └── Cancelled              the watcher asked to stop
 
@@ -40,6 +41,10 @@ class PlanError(KadrError):
     def __init__(self, message: str, *, shortfall: int) -> None:
         super().__init__(message)
         self.shortfall = shortfall
+
+
+class EnhanceError(KadrError):
+    """An endpoint did not enhance a prompt: it is down, slow, refuses, or answers what is no prompt."""
 
 
 class NonFiniteError(KadrError):

@@ -1,0 +1,172 @@
+"""What a chat endpoint answers, read with mistrust: JSON to the answer's text, and that to one paragraph."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+MOST_WORDS = 190  # at 1.35 tokens per English word, what goes into the 256 tokens of the text encoder
+FEWEST_WORDS = 4  # fewer are an "OK.", not a description
+TOLD = 200  # characters of somebody else's message that are passed on
+
+_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_THOUGHT_END = re.compile(r"\A.*</(think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"^\s*(```|~~~).*$", re.MULTILINE)
+_MARKS = re.compile(r"^\s*(#{1,6}|>|[-*•])\s+", re.MULTILINE)  # of headings, quotations and lists
+_STARS = re.compile(r"\*\*|__")
+# "Here is your prompt:", alone or before the paragraph; and a bare label.
+_OPENING = re.compile(
+    r"\A\s*((sure|certainly|of course|absolutely|okay|ok|great)\b[^\n:]{0,40}[!.,:]\s*)?"
+    r"((here(['’]s| is| are)|this is|below is)\b[^\n:]{0,120}:|"
+    r"((enhanced|improved|rewritten|expanded|final|video|new|revised)\s+){0,3}"
+    r"(prompt|paragraph|description|caption|scene \d+)( \([^)\n]{0,40}\))?\s*:)\s*",
+    re.IGNORECASE,
+)
+_CLOSING = re.compile(
+    r"\n\s*\(?(let me know|feel free|would you like|i hope|note\b|word count|\d+ words)[^\n]*\s*\Z", re.IGNORECASE
+)
+_REFUSAL = re.compile(
+    r"\A((i['’]?m|i am) (really |very |so )?(sorry|unable|not able)|(i['’]?m|i am) (just )?an ai\b|as an ai\b|sorry[,.!]|"
+    r"(unfortunately, )?i (can['’]?t|cannot|can not|won['’]?t|will not|must decline|don['’]?t|do not)\b)",
+    re.IGNORECASE,
+)
+_QUOTES = (('"', '"'), ("'", "'"), ("“", "”"), ("„", "“"), ("«", "»"), ("`", "`"))
+_SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*(?=\s|\Z)")
+
+
+class Unusable(Exception):
+    """An answer that is none. Its message goes on from the name of the endpoint: "answered with HTML, not JSON"."""
+
+
+def content(body: bytes) -> str:
+    """The text that a chat completion holds.
+
+    Raises:
+        Unusable: it is no chat completion, holds no text, or says that it was refused or cut off.
+    """
+    try:
+        data = json.loads(body)
+    except ValueError:
+        raise Unusable(f"answered with {_kind(body)}, not JSON") from None
+    except RecursionError:
+        raise Unusable("answered with JSON of too many levels") from None
+    if isinstance(data, dict) and data.get("error"):
+        raise Unusable(f"answered with an error: {message(body) or 'it does not say which'}")
+    choices = data.get("choices") if isinstance(data, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise Unusable("answered without choices, so it is no chat endpoint or not a whole answer")
+    said = choices[0].get("message")
+    said = said if isinstance(said, dict) else {}
+    if said.get("refusal"):
+        raise Unusable(f"declined: {plain(str(said['refusal']))}")
+    if choices[0].get("finish_reason") == "content_filter":
+        raise Unusable("let its filter hold the answer back")
+    if choices[0].get("finish_reason") == "length":
+        raise Unusable("cut its answer off at its own limit of tokens; raise that limit, or take a model that thinks less")
+    return _joined(said.get("content"))
+
+
+def paragraph(answer: str) -> str:
+    """The one paragraph of an answer, without what chat models put around it.
+
+    Raises:
+        Unusable: nothing is left, or what is left is no description.
+    """
+    text = _THOUGHT_END.sub("", _THOUGHT.sub("", answer))
+    if answer.strip() and not text.strip():
+        raise Unusable("answered with thoughts alone")
+    text = _STARS.sub("", _MARKS.sub("", _FENCE.sub("", text)))
+    text = _CLOSING.sub("", _OPENING.sub("", _unquoted(text)))
+    text = _unquoted(_plain(text.replace("|", " ")))
+    if not text:
+        raise Unusable("answered with nothing")
+    if text[0] in "{[<":
+        raise Unusable(f"answered with data instead of a description: {_short(text)}")
+    if _REFUSAL.match(text):
+        raise Unusable(f"declined: {_short(text)}")
+    if len(text.split()) < FEWEST_WORDS:
+        raise Unusable(f"answered with no description, but with {text!r}")
+    return text
+
+
+def shortened(text: str) -> str:
+    """The whole sentences at the beginning of a text that the text encoder has room for; all of a text that fits.
+
+    Raises:
+        Unusable: its first sentence alone is too long.
+    """
+    words = list(re.finditer(r"\S+", text))
+    if len(words) <= MOST_WORDS:
+        return text
+    room = text[: words[MOST_WORDS - 1].end()]
+    ends = [found.end() for found in _SENTENCE_END.finditer(room)]
+    if not ends:
+        raise Unusable(f"answered with {len(words)} words without an end of a sentence among the first {MOST_WORDS}")
+    return room[: ends[-1]]
+
+
+def message(body: bytes) -> str:
+    """What a server says of an error, in one short line; "" where it says nothing readable."""
+    text = body.decode("utf-8", "replace")
+    try:
+        return plain(_found(json.loads(text)))
+    except (ValueError, RecursionError):
+        return "" if "<" in text[:200] else plain(text)
+
+
+def plain(text: str) -> str:
+    """Somebody else's words for a message of ours: one line, short, nothing that would steer a terminal."""
+    return _short(_plain(text)).rstrip(".")
+
+
+def _found(data: Any) -> str:
+    """The message in an answer about an error, in any of the forms that are about."""
+    while isinstance(data, dict):
+        data = next((data[name] for name in ("error", "message", "detail", "msg") if data.get(name)), "")
+    return data if isinstance(data, str) else json.dumps(data)
+
+
+def _joined(said: Any) -> str:
+    """The content of a message: text, or parts of which some are text."""
+    if isinstance(said, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in said]
+        said = " ".join(part for part in parts if isinstance(part, str))
+    if said is None or said == "":
+        raise Unusable("answered with nothing")
+    if not isinstance(said, str):
+        raise Unusable(f"answered with content that is no text: {_short(json.dumps(said))}")
+    try:
+        said.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Unusable("answered with half a character") from None
+    return said
+
+
+def _kind(body: bytes) -> str:
+    start = body.lstrip()[:200].lower()
+    if not start:
+        return "nothing"
+    if start.startswith(b"data:"):
+        return "a stream of events"
+    return "HTML" if start.startswith(b"<") else "something else"
+
+
+def _unquoted(text: str) -> str:
+    """Without the quotation marks that stand around all of it; those of lettering at both ends stay."""
+    text = text.strip()
+    for begin, end in _QUOTES:
+        inner = text[1:-1]
+        if len(text) > 1 and text[0] == begin and text[-1] == end and begin not in inner and end not in inner:
+            return inner.strip()
+    return text
+
+
+def _plain(text: str) -> str:
+    spaced = " ".join(text.split())
+    return "".join(sign for sign in spaced if unicodedata.category(sign) not in ("Cc", "Cs"))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= TOLD else f"{text[:TOLD]}..."
