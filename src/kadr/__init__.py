@@ -16,16 +16,19 @@ from kadr.version import __version__
 if TYPE_CHECKING:
     from kadr.errors import KadrError, KadrWarning
     from kadr.pipeline.engine import Engine
+    from kadr.pipeline.enhance import enhanced
     from kadr.pipeline.loras import Lora
     from kadr.pipeline.progress import Progress
     from kadr.pipeline.request import Condition, Request
     from kadr.pipeline.result import Video
     from kadr.sampling.cache import StepCache
     from kadr.shapes import Size
+    from kadr.text.enhance import Enhancer
 
 __all__ = [
     "Condition",
     "Engine",
+    "Enhancer",
     "KadrError",
     "KadrWarning",
     "Lora",
@@ -35,12 +38,14 @@ __all__ = [
     "StepCache",
     "Video",
     "__version__",
+    "enhanced",
 ]
 
 # Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
 _HOMES = {
     "Condition": "kadr.pipeline.request",
     "Engine": "kadr.pipeline.engine",
+    "Enhancer": "kadr.text.enhance",
     "KadrError": "kadr.errors",
     "KadrWarning": "kadr.errors",
     "Lora": "kadr.pipeline.loras",
@@ -49,6 +54,7 @@ _HOMES = {
     "Size": "kadr.shapes",
     "StepCache": "kadr.sampling.cache",
     "Video": "kadr.pipeline.result",
+    "enhanced": "kadr.pipeline.enhance",
 }
 
 

@@ -17,7 +17,8 @@ _REST = """--image --video --input-video --strength --image-noise --image-crf --
     --multi-scale --single-pass --second-steps --second-levels --second-skip-initial --second-guidance
     --second-tone-map --tone-map --decode-timestep --decode-noise"""
 VERBS = {
-    "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --output --json --dry-run
+    "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --enhance --enhance-model
+        --enhance-required --enhance-timeout --output --json --dry-run
         --save-latents {_MODEL} {_REST}""",
     "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --json
         {_MODEL} {_REST}""",

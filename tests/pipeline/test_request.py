@@ -36,6 +36,7 @@ FULL = Request(
     image_crf=0,
     decode_timestep=0.05,
     decode_noise=0.0,
+    original_prompt='Kreis "кадр"',
 )
 BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_LEVELS, stochastic=True)
 BY_LISTS = Guidance(
@@ -76,6 +77,7 @@ NAN, INFINITY = float("nan"), float("inf")
 REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, what the message must say
     *(("prompt", value, "prompt") for value in ("", "   ", "\n\t", None, 5, b"circle")),
     *(("negative_prompt", value, repr(value)) for value in (5, b"blurry", ["blurry"])),
+    *(("original_prompt", value, repr(value)) for value in (5, b"circle", "")),
     *(("size", value, repr(value)) for value in ((64,), (64, 64, 3), 64, "wide", ())),
     *(("size", value, "between 1 and 8192") for value in ((0, 64), (64, -1), (64, 8193))),
     *(("size", value, "whole number") for value in ((64.0, 64), (64, "64"), (NAN, 64), (None, 64))),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kadr.cli import making, options, reading
+from kadr.cli import enhancing, making, options, reading
 from kadr.cli.faults import say
 from kadr.cli.groups import taking
 from kadr.errors import RequestError
@@ -46,7 +46,9 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     request = requested(prompt, flags)
     parts = named_parts(flags.model, request)
     making.refuse_absent(request)
+    enhancer = enhancing.asked(flags.enhance)
     if flags.output.dry_run:
+        enhancing.announce(enhancer)
         _print_plan(request, parts, flags)
         return
     output = making.chosen_output(flags.output.output)
@@ -57,7 +59,7 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     if flags.model.no_prompt_cache:
         parts["prompt_cache"] = False
     engine = making.open_engine(model, **parts, **held(flags.model))
-    request = timed(request, flags.video.seconds, engine)
+    request = enhancing.enhanced(timed(request, flags.video.seconds, engine), enhancer)
     making.make(engine, request, output, latents=flags.output.save_latents, as_json=flags.output.json)
 
 

@@ -42,6 +42,24 @@ class VideoFlags:
 
 
 @dataclass(frozen=True)
+class EnhanceFlags:
+    """Prompt enhancement"""
+
+    enhance: Annotated[
+        _Text, _flag("--enhance", "URL", "Have a chat model write the prompt out: an OpenAI-compatible endpoint.")
+    ] = None
+    enhance_model: Annotated[
+        _Text, _flag("--enhance-model", "NAME", "The model's name there. Its key is taken from KADR_ENHANCE_KEY.")
+    ] = None
+    enhance_required: Annotated[
+        bool, _flag("--enhance-required", None, "Stop where the endpoint fails, instead of using your own words.")
+    ] = False
+    enhance_timeout: Annotated[
+        _Float, _flag("--enhance-timeout", "S", "Seconds to wait for an answer. [default: 60]")
+    ] = None
+
+
+@dataclass(frozen=True)
 class OutputFlags:
     """What comes out"""
 
@@ -217,6 +235,7 @@ class Flags:
     """All that `kadr generate` takes, in the order of its help."""
 
     video: VideoFlags
+    enhance: EnhanceFlags
     output: OutputFlags
     model: ModelFlags
     media: MediaFlags
@@ -235,7 +254,7 @@ class ToldFlags:
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """All that `kadr plan` takes: what `kadr generate` does, and nothing to write."""
+    """All that `kadr plan` takes: what `kadr generate` does, and nothing to write or to ask others."""
 
     video: VideoFlags
     output: ToldFlags

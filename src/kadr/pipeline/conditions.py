@@ -75,7 +75,7 @@ def _clip(condition: Condition, frames: int) -> Placed:
     at = made + condition.frame if by_end else condition.frame  # where it ends, or begins
     if not 0 <= at < (made if by_end else frames):
         raise _past_the_ends(condition, frames)
-    pictures = _whole_groups(condition, _part(condition), at + 1 if by_end else made - at)
+    pictures = _whole_groups(condition, chosen_part(condition), at + 1 if by_end else made - at)
     start = at + 1 - len(pictures) if by_end else at
     if start >= frames:
         raise _past_the_ends(condition, frames)
@@ -100,7 +100,13 @@ def _past_the_ends(condition: Condition, frames: int) -> RequestError:
     )
 
 
-def _part(condition: Condition) -> Film:
+def chosen_part(condition: Condition) -> Film:
+    """The frames of a clip that are asked for.
+
+    Raises:
+        MediaError: it cannot be read.
+        RequestError: there is none.
+    """
     first, end = condition.part or (None, None)
     # Only what is wanted is looked into, where that can be told from the front.
     limit = max(end, 1) if end is not None and end >= 0 and (first is None or first >= 0) else None

@@ -148,6 +148,7 @@ class Request:
         image_crf: H.264 quality a picture is passed through before it is encoded, as the training clips were; 0 is off.
         decode_timestep: the noise level the decoder is told.
         decode_noise: the share of noise mixed into the latents before they are decoded.
+        original_prompt: the user's own words, where `prompt` was enhanced; no model sees them.
     """
 
     prompt: str
@@ -176,12 +177,15 @@ class Request:
     image_crf: int | None = None
     decode_timestep: float | None = None
     decode_noise: float | None = None
+    original_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("the prompt is empty; say what to show, in quotes.")
         if not isinstance(self.negative_prompt, str | None):
             raise RequestError(f"the negative prompt is {self.negative_prompt!r}; it must be text.")
+        if self.original_prompt is not None and (not isinstance(self.original_prompt, str) or not self.original_prompt):
+            raise RequestError(f"original_prompt is {self.original_prompt!r}; it must be text, or None.")
         if not isinstance(self.size, Size | None):
             object.__setattr__(self, "size", _size(self.size))
         if self.frames is not None:

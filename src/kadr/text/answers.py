@@ -7,7 +7,7 @@ import re
 import unicodedata
 from typing import Any
 
-MOST_WORDS = 190  # at 1.35 tokens per English word, what goes into the 256 tokens of the text encoder
+MOST_WORDS = 190  # at about 1.3 tokens per English word, what goes into the 256 tokens of the text encoder
 FEWEST_WORDS = 4  # fewer are an "OK.", not a description
 TOLD = 200  # characters of somebody else's message that are passed on
 
@@ -15,7 +15,7 @@ _THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?(</\1>|\Z)", re.D
 _THOUGHT_END = re.compile(r"\A.*</(think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"^\s*(```|~~~).*$", re.MULTILINE)
 _MARKS = re.compile(r"^\s*(#{1,6}|>|[-*•])\s+", re.MULTILINE)  # of headings, quotations and lists
-_STARS = re.compile(r"\*\*|__")
+_STARS = re.compile(r"\*\*")
 # "Here is your prompt:", alone or before the paragraph; and a bare label.
 _OPENING = re.compile(
     r"\A\s*((sure|certainly|of course|absolutely|okay|ok|great)\b[^\n:]{0,40}[!.,:]\s*)?"
@@ -28,7 +28,7 @@ _CLOSING = re.compile(
     r"\n\s*\(?(let me know|feel free|would you like|i hope|note\b|word count|\d+ words)[^\n]*\s*\Z", re.IGNORECASE
 )
 _REFUSAL = re.compile(
-    r"\A((i['’]?m|i am) (really |very |so )?(sorry|unable|not able)|(i['’]?m|i am) (just )?an ai\b|as an ai\b|sorry[,.!]|"
+    r"\A((i['’]?m|i am) ((really |very |so )?(sorry|unable|not able)|(just )?an ai\b)|as an ai\b|sorry[,.!]|"
     r"(unfortunately, )?i (can['’]?t|cannot|can not|won['’]?t|will not|must decline|don['’]?t|do not)\b)",
     re.IGNORECASE,
 )
@@ -64,7 +64,7 @@ def content(body: bytes) -> str:
     if choices[0].get("finish_reason") == "content_filter":
         raise Unusable("let its filter hold the answer back")
     if choices[0].get("finish_reason") == "length":
-        raise Unusable("cut its answer off at its own limit of tokens; raise that limit, or take a model that thinks less")
+        raise Unusable("cut its answer off at its limit of tokens; raise that, or take a model that thinks less")
     return _joined(said.get("content"))
 
 
