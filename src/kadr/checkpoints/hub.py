@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face hub. Nothing else in kadr touches the network.
+"""Checkpoints from the Hugging Face hub. Nothing else in kadr touches the network but `text/enhance.py`.
 
 What is in the local cache is used without asking. A large file that broke off goes on where it stopped, and whatever
 comes is compared with the hub's checksum before it is used.

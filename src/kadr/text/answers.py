@@ -97,14 +97,19 @@ def shortened(text: str) -> str:
     Raises:
         Unusable: its first sentence alone is too long.
     """
-    words = list(re.finditer(r"\S+", text))
-    if len(words) <= MOST_WORDS:
+    found = list(re.finditer(r"\S+", text))
+    if len(found) <= MOST_WORDS:
         return text
-    room = text[: words[MOST_WORDS - 1].end()]
-    ends = [found.end() for found in _SENTENCE_END.finditer(room)]
+    room = text[: found[MOST_WORDS - 1].end()]
+    ends = [end.end() for end in _SENTENCE_END.finditer(room)]
     if not ends:
-        raise Unusable(f"answered with {len(words)} words without an end of a sentence among the first {MOST_WORDS}")
+        raise Unusable(f"answered with {len(found)} words without an end of a sentence among the first {MOST_WORDS}")
     return room[: ends[-1]]
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, without punctuation and capitals: what is the same in two ways to write it."""
+    return re.findall(r"\w+", text.lower())
 
 
 def message(body: bytes) -> str:
@@ -118,7 +123,7 @@ def message(body: bytes) -> str:
 
 def plain(text: str) -> str:
     """Somebody else's words for a message of ours: one line, short, nothing that would steer a terminal."""
-    return _short(_plain(text)).rstrip(".")
+    return _short(_plain(text).rstrip("."))
 
 
 def _found(data: Any) -> str:
@@ -156,11 +161,14 @@ def _kind(body: bytes) -> str:
 def _unquoted(text: str) -> str:
     """Without the quotation marks that stand around all of it; those of lettering at both ends stay."""
     text = text.strip()
-    for begin, end in _QUOTES:
-        inner = text[1:-1]
-        if len(text) > 1 and text[0] == begin and text[-1] == end and begin not in inner and end not in inner:
-            return inner.strip()
-    return text
+    inner = text[1:-1]
+    if not inner or (text[0], text[-1]) not in _QUOTES:
+        return text
+    begin, end = text[0], text[-1]
+    first = min((place for place in (inner.find(begin), inner.find(end)) if place >= 0), default=None)
+    # The first mark inside must open a quotation of its own, else it ends the one that the text begins with.
+    opens = first is None or (inner[first] == begin and (begin != end or inner[first - 1 : first].isspace()))
+    return inner.strip() if opens else text
 
 
 def _plain(text: str) -> str:

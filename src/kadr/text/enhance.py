@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kadr.errors import EnhanceError, KadrWarning, RequestError
-from kadr.text.answers import MOST_WORDS, Unusable, content, message, paragraph, plain, shortened
+from kadr.text.answers import MOST_WORDS, Unusable, content, message, paragraph, plain, shortened, words
 from kadr.text.endpoint import KEY, check_key, checked_address, completions, is_here, shown
 from kadr.text.instructions import Picture, conversation
 from kadr.version import __version__
@@ -158,7 +158,7 @@ class Enhancer:
 
     def _fitting(self, text: str, scene: str) -> str:
         """The paragraph, as far as the text encoder has room for it."""
-        if text.split() == scene.split():
+        if words(text) == words(scene):
             raise Unusable("gave the same words back")
         cut = shortened(text)
         if cut != text:
@@ -222,7 +222,7 @@ def _exchange(request: urllib.request.Request, until: float, key: str | None) ->
 
 
 def _hidden(body: bytes, key: str | None) -> bytes:
-    return body.replace(key.encode(), b"***") if key else body
+    return body.replace(key.encode(), b"(the key)") if key else body
 
 
 def _read(response: Any, until: float) -> bytes:

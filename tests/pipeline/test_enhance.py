@@ -1,0 +1,148 @@
+"""A request that an endpoint enhances: what it is shown, what the request holds after, and what happens to failures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kadr import Condition, Enhancer, Request, enhanced
+from kadr.errors import EnhanceError, KadrWarning, MediaError, RequestError
+from kadr.media.video import VideoWriter
+from kadr.pipeline.enhance import LONGEST_SIDE
+from kadr.shapes import Size
+from tests.fakechat import PARAGRAPH, FakeChat, refused, said, serving
+
+REQUEST = Request(prompt="a red fox", seed=3, frames=9)
+
+
+@pytest.fixture
+def chat() -> Iterator[FakeChat]:
+    with serving() as chat:
+        yield chat
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    """17 frames of 64x48, each as bright as its number times 10."""
+    with VideoWriter(tmp_path / "clip.mp4", Size(64, 48), 24) as writer:
+        writer.write(np.stack([np.full((48, 64, 3), 10 * number, np.uint8) for number in range(17)]))
+    return str(tmp_path / "clip.mp4")
+
+
+def seen(url: str) -> Image.Image:
+    kind, _, data = url.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert image.format == "JPEG"
+    return image
+
+
+def test_the_prompt_is_what_the_endpoint_made_and_the_users_words_stay_beside_it(chat: FakeChat) -> None:
+    made = enhanced(REQUEST, Enhancer(chat.url))
+    assert made == replace(REQUEST, prompt=PARAGRAPH, original_prompt="a red fox")
+    assert Request.from_json(made.to_json()) == made
+
+
+def test_what_is_enhanced_again_still_has_the_users_words(chat: FakeChat) -> None:
+    once = enhanced(REQUEST, Enhancer(chat.url))
+    chat.reply = said("Another paragraph about the fox.")
+    twice = enhanced(once, Enhancer(chat.url))
+    assert (twice.prompt, twice.original_prompt) == ("Another paragraph about the fox.", "a red fox")
+
+
+def test_scenes_are_enhanced_one_by_one_and_joined_again(chat: FakeChat) -> None:
+    chat.reply = lambda asked: said(f"Scene {len(chat.asked)}: fox | number {len(chat.asked)} walks | on.")
+    made = enhanced(replace(REQUEST, prompt=" a fox|a hare |  an owl"), Enhancer(chat.url))
+    assert made.prompt == "fox number 1 walks on. | fox number 2 walks on. | fox number 3 walks on."
+    assert made.original_prompt == " a fox|a hare |  an owl"
+    assert [asked.words.rpartition("\n")[2] for asked in chat.asked] == ["a fox", "a hare", "an owl"]
+
+
+def test_failure_leaves_the_request_as_it_was_with_a_warning(chat: FakeChat) -> None:
+    chat.reply = refused(500, "out of memory")
+    with pytest.warns(KadrWarning, match=r"out of memory\)\. The prompt is used as it was written\."):
+        assert enhanced(REQUEST, Enhancer(chat.url)) is REQUEST
+
+
+def test_one_scene_that_fails_leaves_all_as_they_were(chat: FakeChat) -> None:
+    chat.reply = lambda asked: said(PARAGRAPH if len(chat.asked) == 1 else "")
+    request = replace(REQUEST, prompt="a fox | a hare")
+    with pytest.warns(KadrWarning, match="answered with nothing"):
+        assert enhanced(request, Enhancer(chat.url)) is request
+
+
+def test_failure_is_an_error_where_it_is_required(chat: FakeChat) -> None:
+    chat.reply = refused(500, "out of memory")
+    with pytest.raises(EnhanceError, match="out of memory"):
+        enhanced(REQUEST, Enhancer(chat.url, required=True))
+
+
+def test_a_picture_is_shown_small_and_with_its_place(chat: FakeChat, tmp_path: Path) -> None:
+    Image.new("RGBA", (2000, 1000), (250, 10, 10, 255)).save(tmp_path / "large.png")
+    Image.new("RGB", (60, 90), (10, 10, 250)).save(tmp_path / "small.png")
+    large, small = str(tmp_path / "large.png"), str(tmp_path / "small.png")
+    conditions = (
+        Condition(large),
+        Condition(small, frame=-1),
+        Condition(small, frame=40),
+        Condition(small, frame=-9),
+        Condition(small, box=(32, 0, 64, 96)),
+    )
+    enhanced(replace(REQUEST, conditions=conditions), Enhancer(chat.url))
+    (asked,) = chat.asked
+    images = [seen(url) for url in asked.pictures]
+    assert [image.size for image in images] == [(LONGEST_SIDE, LONGEST_SIDE // 2), *[(60, 90)] * 4]
+    assert images[0].getpixel((9, 9)) == pytest.approx((250, 10, 10), abs=6)
+    assert images[1].getpixel((9, 9)) == pytest.approx((10, 10, 250), abs=6)
+    assert [part["text"] for part in asked.parts[:-1] if part["type"] == "text"] == [
+        "Picture 1 is the first frame of the video:",
+        "Picture 2 is the last frame of the video:",
+        "Picture 3 is frame 40 of the video:",
+        "Picture 4 is frame 8 before the last of the video:",
+        "Picture 5 is the first frame of the video, but only its part of 64x96 pixels, 32 from the left and 0 from the "
+        "top:",
+    ]
+
+
+def test_of_a_clip_the_first_frame_that_is_taken_is_shown(chat: FakeChat, clip: str) -> None:
+    conditions = (
+        Condition(clip),
+        Condition(clip, frame=16, part=(8, None)),
+        Condition(clip, frame=-1, part=(-5, None)),
+        Condition(clip, frame=-9, part=(12, 13)),
+    )
+    enhanced(replace(REQUEST, conditions=conditions, video=clip), Enhancer(chat.url))
+    (asked,) = chat.asked
+    levels = [np.asarray(seen(url)).mean() for url in asked.pictures]
+    assert levels == pytest.approx([0, 0, 80, 120, 120], abs=4)
+    places = [part["text"] for part in asked.parts[:-1] if part["type"] == "text"]
+    assert places == [
+        "Picture 1 is the first frame of the video that this one is made from:",
+        "Picture 2 is the first frame of a clip that the video begins with:",
+        "Picture 3 is the first frame of a clip that the video shows from frame 16 on:",
+        "Picture 4 is the first frame of a clip that the video ends with:",
+        "Picture 5 is the first frame of a clip that the video shows near its end:",
+    ]
+
+
+@pytest.mark.parametrize("name", ["gone.png", "odd.png"])
+def test_a_picture_that_cannot_be_read_is_told_before_anyone_is_asked(
+    chat: FakeChat, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "odd.png").write_bytes(b"no picture")
+    with pytest.raises(MediaError, match=name):
+        enhanced(replace(REQUEST, conditions=(Condition(str(tmp_path / name)),)), Enhancer(chat.url))
+    assert chat.asked == []
+
+
+def test_a_part_that_a_clip_does_not_have_is_told_before_anyone_is_asked(chat: FakeChat, clip: str) -> None:
+    with pytest.raises(RequestError, match="has 17 frames"):
+        enhanced(replace(REQUEST, conditions=(Condition(clip, part=(20, 25)),)), Enhancer(chat.url))
+    assert chat.asked == []

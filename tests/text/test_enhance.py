@@ -1,0 +1,480 @@
+"""Prompt enhancement against a real server on this machine, well-behaved and not."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kadr import Enhancer
+from kadr.errors import EnhanceError, KadrWarning, RequestError
+from kadr.text.answers import MOST_WORDS
+from kadr.text.enhance import LARGEST
+from kadr.text.instructions import Picture
+from tests.fakechat import PARAGRAPH, Asked, FakeChat, Reply, at_most, refused, said, serving, told
+
+PROMPT = 'a red fox in snow, a sign says "ЗИМА"'
+KEY = "sk-very-secret-0123456789"
+PICTURES = [Picture(b"\xff\xd8first", "the first frame of the video"), Picture(b"\xff\xd8last", "the last frame")]
+PATIENCE = 0.3  # seconds
+SOON = 10.0  # seconds: far more than a client that waits no longer needs, less than those servers drip
+
+
+@pytest.fixture
+def chat() -> Iterator[FakeChat]:
+    with serving() as chat:
+        yield chat
+
+
+def failure(chat: FakeChat, reply: Reply, **options: Any) -> str:
+    """What is said where the answer is this one."""
+    chat.reply = reply
+    with pytest.raises(EnhanceError) as caught:
+        Enhancer(chat.url, **options).enhance(PROMPT)
+    told = str(caught.value)
+    assert told.startswith(f"the prompt was not enhanced: {chat.url} ")
+    assert told.endswith(".")
+    assert "\n" not in told
+    assert caught.value.__cause__ is None
+    return told
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tail", ["", "/", "/chat/completions", "/chat/completions/"])
+def test_a_url_may_be_written_as_users_do(chat: FakeChat, tail: str) -> None:
+    assert Enhancer(chat.url + tail).enhance(PROMPT) == PARAGRAPH
+    assert (chat.asked[0].method, chat.asked[0].path) == ("POST", "/v1/chat/completions")
+
+
+def test_a_query_stays_at_its_place_and_out_of_messages(chat: FakeChat) -> None:
+    url = f"{chat.url}?api-version=3&code=abc"
+    assert Enhancer(url).enhance(PROMPT) == PARAGRAPH
+    assert chat.asked[0].path == "/v1/chat/completions?api-version=3&code=abc"
+    assert Enhancer(url).place == chat.url
+
+
+def test_the_prompt_is_sent_whole_with_instructions_of_our_own(chat: FakeChat) -> None:
+    Enhancer(chat.url, "some-model:4b").enhance(PROMPT)
+    (asked,) = chat.asked
+    assert asked.body.keys() == {"model", "messages", "stream"}
+    assert (asked.body["model"], asked.body["stream"]) == ("some-model:4b", False)
+    assert [message["role"] for message in asked.body["messages"]] == ["system", "user"]
+    assert asked.words == f"The request:\n{PROMPT}"
+    assert "one flowing paragraph" in asked.system
+    assert "held to pictures" not in asked.system
+    assert "Authorization" not in asked.headers
+
+
+def test_without_a_model_none_is_sent(chat: FakeChat) -> None:
+    Enhancer(chat.url).enhance(PROMPT)
+    assert "model" not in chat.asked[0].body
+
+
+def test_the_key_is_in_one_header_and_nowhere_else(chat: FakeChat) -> None:
+    enhancer = Enhancer(chat.url, key=KEY)
+    assert KEY not in repr(enhancer)
+    enhancer.enhance(PROMPT)
+    (asked,) = chat.asked
+    assert asked.headers.pop("Authorization") == f"Bearer {KEY}"
+    assert KEY not in str(asked)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        refused(401, f"Incorrect API key provided: {KEY}"),
+        refused(400, f"{'long ' * 38}{KEY}"),  # cut in its middle
+        Reply(f"no {KEY}".encode(), 500),
+        Reply(status=307, headers={"Location": f"http://127.0.0.1:9/?key={KEY}"}),
+        said(f"{{{KEY}}}"),
+        said(KEY),
+        told({"error": KEY}),
+    ],
+)
+def test_a_key_that_the_endpoint_repeats_is_in_no_message(chat: FakeChat, reply: Reply) -> None:
+    message = failure(chat, reply, key=KEY)
+    assert KEY[:6] not in message
+
+
+def test_a_key_that_the_endpoint_repeats_is_not_in_the_prompt(chat: FakeChat) -> None:
+    chat.reply = said(f"A fox runs past a wall that says {KEY} in the snow.")
+    assert Enhancer(chat.url, key=KEY).enhance(PROMPT) == "A fox runs past a wall that says (the key) in the snow."
+
+
+# --- pictures and scenes ------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_sent_each_after_its_place(chat: FakeChat) -> None:
+    Enhancer(chat.url).enhance(PROMPT, PICTURES)
+    (asked,) = chat.asked
+    assert [part["type"] for part in asked.parts] == ["text", "image_url", "text", "image_url", "text"]
+    assert asked.parts[0]["text"] == "Picture 1 is the first frame of the video:"
+    assert asked.pictures == ["data:image/jpeg;base64,/9hmaXJzdA==", "data:image/jpeg;base64,/9hsYXN0"]
+    assert "that you are shown" in asked.system
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        refused(400, "Invalid content type. image_url is only supported by certain models."),
+        refused(413, "too much"),
+        refused(415, ""),
+        refused(422, "messages.1.content: Input should be a valid string"),
+        refused(500, "image input is not supported - hint: you may need to provide the mmproj"),
+        refused(404, "No endpoints found that support image input"),
+    ],
+)
+def test_an_endpoint_that_cannot_see_is_asked_once_more_without_pictures(chat: FakeChat, refusal: Reply) -> None:
+    chat.reply = lambda asked: refusal if asked.pictures else said(PARAGRAPH)
+    with pytest.warns(KadrWarning, match=rf"cannot see: .* HTTP {refusal.status}"):
+        assert Enhancer(chat.url).enhance(PROMPT, PICTURES) == PARAGRAPH
+    seeing, blind = chat.asked
+    assert (len(seeing.pictures), blind.pictures) == (2, [])
+    assert "that you cannot be shown" in blind.system
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 408, 429, 502, 503])
+def test_what_is_not_about_pictures_is_not_asked_again(chat: FakeChat, status: int) -> None:
+    chat.reply = refused(status, "no")
+    with pytest.raises(EnhanceError, match=f"HTTP {status}"):
+        Enhancer(chat.url).enhance(PROMPT, PICTURES)
+    assert len(chat.asked) == 1
+
+
+def test_an_endpoint_that_refuses_without_pictures_too_has_failed(chat: FakeChat) -> None:
+    chat.reply = refused(400, "no")
+    with warnings.catch_warnings(record=True) as noted, pytest.raises(EnhanceError, match="HTTP 400"):
+        Enhancer(chat.url, "m").enhance(PROMPT, PICTURES)
+    assert (len(chat.asked), noted) == (2, [])
+
+
+def test_each_scene_is_asked_for_with_the_others_in_view(chat: FakeChat) -> None:
+    chat.reply = lambda asked: said(f"A long and whole scene of number {len(chat.asked)}.")
+    made = Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
+    assert made == [f"A long and whole scene of number {number}." for number in (1, 2, 3)]
+    first, second, third = (asked.words for asked in chat.asked)
+    assert "Write scene 2 alone" in second
+    assert second.endswith("The request:\na hare")
+    assert "Scene 1: A long and whole scene of number 1.\nScene 3: an owl" in second
+    assert "Scene 2: a hare\nScene 3: an owl" in first
+    assert "Scene 3" not in third
+
+
+def test_a_blind_endpoint_is_shown_the_pictures_of_one_scene_only(chat: FakeChat) -> None:
+    chat.reply = lambda asked: refused(400, "no images") if asked.pictures else said(PARAGRAPH)
+    with pytest.warns(KadrWarning, match="cannot see") as noted:
+        Enhancer(chat.url).enhance_scenes(["a fox", "a hare"], PICTURES)
+    assert [len(asked.pictures) for asked in chat.asked] == [2, 0, 0]
+    assert len(noted) == 1
+    assert all("cannot be shown" in asked.system for asked in chat.asked[1:])
+
+
+def test_one_scene_that_fails_fails_all(chat: FakeChat) -> None:
+    chat.reply = lambda asked: said(PARAGRAPH if len(chat.asked) < 2 else "")
+    with pytest.raises(EnhanceError, match="answered with nothing"):
+        Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
+    assert len(chat.asked) == 2
+
+
+# --- slow, down, refusing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(said(PARAGRAPH).body, wait=60.0),
+        Reply(said(PARAGRAPH).body, drip=0.2),
+        Reply(said(PARAGRAPH).body, drip_headers=0.2),
+        Reply(refused(500, "long" * 99).body, status=500, drip=0.2),
+    ],
+    ids=["silent", "dripping", "dripping headers", "dripping an error"],
+)
+def test_a_slow_answer_ends_in_time(chat: FakeChat, reply: Reply) -> None:
+    with at_most(SOON):
+        assert "did not answer within 0.3 s" in failure(chat, reply, timeout=PATIENCE)
+
+
+def test_a_second_try_without_pictures_has_what_is_left_of_the_time(chat: FakeChat) -> None:
+    chat.reply = lambda asked: Reply(refused(400, "no").body, 400, wait=0.2) if asked.pictures else Reply(wait=60.0)
+    with at_most(SOON), pytest.raises(EnhanceError, match="within 1 s"):
+        Enhancer(chat.url, "m", timeout=1.0).enhance(PROMPT, PICTURES)
+    assert len(chat.asked) == 2
+
+
+def test_a_name_that_is_not_found_in_time_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: threading.Event().wait(30))
+    with at_most(SOON), pytest.raises(EnhanceError, match="did not answer within"):
+        Enhancer("https://chat.example/v1", timeout=PATIENCE).enhance(PROMPT)
+
+
+def test_a_name_that_nobody_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*args: Any, **more: Any) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(EnhanceError, match=r"cannot be reached \(Name or service not known\); check the address"):
+        Enhancer("https://chat.example/v1").enhance(PROMPT)
+
+
+def test_a_server_that_is_down_is_told() -> None:
+    with serving() as chat:
+        url = chat.url
+    with pytest.raises(EnhanceError, match=r"refuses the connection; is it running, and is the port right\?"):
+        Enhancer(url).enhance(PROMPT)
+
+
+def test_a_server_without_tls_is_told(chat: FakeChat) -> None:
+    with pytest.raises(EnhanceError, match=r"over TLS .* http or https"):
+        Enhancer(chat.url.replace("http:", "https:"), timeout=SOON).enhance(PROMPT)
+
+
+@pytest.mark.parametrize(
+    "reply, words",
+    [
+        (refused(401, "No key."), ["HTTP 401 (No key)", "KADR_ENHANCE_KEY"]),
+        (refused(403, "No."), ["HTTP 403 (No)", "KADR_ENHANCE_KEY"]),
+        (refused(404, 'model "x" not found, try pulling it first'), ["HTTP 404", "try pulling it first", "/v1"]),
+        (refused(429, "You exceeded your current quota"), ["HTTP 429", "exceeded", "account"]),
+        (refused(500, "out of memory"), ["HTTP 500 (out of memory)"]),
+        (told({"error": "a string"}, 400), ["HTTP 400 (a string; no model was named)"]),
+        (told({"message": "plain"}, 400), ["(plain; no model was named)"]),
+        (told({"detail": [{"msg": "field required"}]}, 422), ["field required"]),
+        (told(["odd"], 500), ['HTTP 500 (["odd"])']),
+        (Reply(b"<html><body>Bad Gateway</body></html>", 502), ["HTTP 502."]),
+        (Reply(b"upstream\n\x1b[31mfailed\x00", 503), ["HTTP 503 (upstream [31mfailed)"]),
+        (Reply(b"", 400), ["HTTP 400 (no model was named)"]),
+        (Reply(b"\xff\xfe", 500), ["HTTP 500"]),
+        (refused(500, "x" * 5000), ["HTTP 500", "x..."]),
+        (Reply(b"y" * (LARGEST + 9), 500), ["HTTP 500."]),
+    ],
+)
+def test_a_refusal_is_told_in_the_endpoints_words_but_short(chat: FakeChat, reply: Reply, words: list[str]) -> None:
+    message = failure(chat, reply)
+    assert [word for word in words if word not in message] == []
+    assert len(message) < 500
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_told_and_not_followed(chat: FakeChat, status: int) -> None:
+    with serving() as other:
+        message = failure(chat, Reply(status=status, headers={"Location": f"{other.url}/chat/completions"}), key=KEY)
+        assert f"{other.url}/chat/completions" in message
+        assert (len(chat.asked), other.asked) == (1, [])
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
+    chat: FakeChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert Enhancer(chat.url).enhance(PROMPT) == PARAGRAPH
+
+
+# --- nonsense -----------------------------------------------------------------------------------------------------
+
+NONSENSE: dict[str, tuple[Reply, str]] = {
+    "no bytes": (Reply(b""), "answered with nothing, not JSON"),
+    "HTML": (Reply(b"<!doctype html><title>hi</title>"), "answered with HTML, not JSON"),
+    "not JSON": (Reply(b"A fox runs."), "answered with something else, not JSON"),
+    "not text": (Reply(bytes(range(256))), "not JSON"),
+    "cut JSON": (Reply(said(PARAGRAPH).body, only=40), "not JSON"),
+    "a stream": (Reply(b'data: {"choices": []}\n\n'), "answered with a stream of events"),
+    "deep JSON": (Reply(b"[" * 200_000), "JSON"),
+    "not HTTP": (Reply(raw=b"SSH-2.0-OpenSSH_9.6\r\n"), "does not speak HTTP"),
+    "hung up": (Reply(raw=b""), "hung up"),
+    "a bad chunk": (Reply(raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "hung up"),
+    "too much": (Reply(b" " * (LARGEST + 1)), "more than 1 MB"),
+    "a number": (told(5), "without choices"),
+    "null": (told(None), "without choices"),
+    "no choices": (told({"id": 1}), "without choices"),
+    "empty choices": (told({"choices": []}), "without choices"),
+    "odd choices": (told({"choices": ["x"]}), "without choices"),
+    "choices of another kind": (told({"choices": {"0": 1}}), "without choices"),
+    "no message": (told({"choices": [{}]}), "answered with nothing"),
+    "odd message": (told({"choices": [{"message": "x"}]}), "answered with nothing"),
+    "an error that is no status": (told({"error": {"message": "overloaded"}}), "with an error: overloaded"),
+    "null content": (said(None), "answered with nothing"),
+    "empty": (said(""), "answered with nothing"),
+    "space": (said(" \n\t"), "answered with nothing"),
+    "a number for text": (said(7), "no text: 7"),
+    "an object for text": (said({"a": 1}), "no text"),
+    "no part of text": (said([{"type": "image"}]), "answered with nothing"),
+    "half a character": (said("A fox \ud83d runs in the snow."), "half a character"),
+    "a refusal": (said(None, refusal="I can't help with that."), "declined: I can't help with that."),
+    "a refusal in words": (said("I’m sorry, but I can’t assist with this request."), "declined: I’m sorry"),
+    "another": (said("I cannot create content that shows foxes in the snow."), "declined: I cannot"),
+    "a filter": (said("", "content_filter"), "filter"),
+    "a cut answer": (said("A fox runs through the snow and", "length"), "cut its answer off"),
+    "thoughts alone": (said("<think>The user wants a fox. Let me see.</think>\n"), "thoughts alone"),
+    "thoughts without an end": (said("<think>The user wants a fox. Let me see."), "thoughts alone"),
+    "the same words": (said(f'"{PROMPT}"'), "the same words back"),
+    "OK": (said("Sure!"), "no description, but with 'Sure!'"),
+    "JSON in text": (said('```json\n{"prompt": "a fox runs in snow"}\n```'), "data instead of a description"),
+    "HTML in text": (said("<div>a fox runs through the snow</div>"), "data instead of a description"),
+    "fences alone": (said("```\n```"), "answered with nothing"),
+    "a heading alone": (said("**Enhanced prompt:**"), "answered with nothing"),
+    "bars alone": (said("| | |"), "answered with nothing"),
+    "one endless sentence": (said("a fox runs and " * 200), "800 words"),
+}
+
+
+@pytest.mark.parametrize("reply, words", NONSENSE.values(), ids=NONSENSE)
+def test_nonsense_is_told_and_never_a_prompt(chat: FakeChat, reply: Reply, words: str) -> None:
+    message = failure(chat, reply, timeout=SOON)
+    assert words in message
+    assert len(message) < 500
+
+
+# --- clean-up -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"  {PARAGRAPH}\n",
+        PARAGRAPH.replace(", ", ",\n\n"),
+        f'"{PARAGRAPH}"',
+        f"“{PARAGRAPH}”",
+        f"Prompt: '{PARAGRAPH}'",
+        f"'{PARAGRAPH}'",
+        f"```\n{PARAGRAPH}\n```",
+        f"```text\n{PARAGRAPH}\n```",
+        f"<think>\nA fox. Short.\n</think>\n\n{PARAGRAPH}",
+        f"A fox. Short.\n</think>\n{PARAGRAPH}",
+        f"Prompt: {PARAGRAPH}",
+        f"**Prompt:** {PARAGRAPH}",
+        f"### Enhanced Video Prompt:\n\n{PARAGRAPH}",
+        f"Here is the enhanced prompt:\n\n{PARAGRAPH}",
+        f"Here's a detailed paragraph for your video:\n{PARAGRAPH}",
+        f'Sure! Here is your prompt: "{PARAGRAPH}"',
+        f"Certainly, here are the words you asked for:\n> {PARAGRAPH}",
+        f"{PARAGRAPH}\n\nLet me know if you would like another version!",
+        f"{PARAGRAPH}\n\n(Word count: 37)",
+        f"- {PARAGRAPH}",
+        PARAGRAPH.replace(" while", " | while"),
+        PARAGRAPH.replace(" while", "\x00 \x1bwhile"),
+        PARAGRAPH.replace("red", "**red**"),
+    ],
+)
+def test_what_stands_around_the_paragraph_is_taken_off(chat: FakeChat, answer: str) -> None:
+    chat.reply = said(answer)
+    assert Enhancer(chat.url).enhance(PROMPT) == PARAGRAPH
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '"OPEN" glows on a red sign, and beside it "CLOSED"',
+        "A sign reads: here is the prompt of the day",
+        'A woman says "I\'m sorry" and closes the door.',
+        "Der Fuchs läuft über den Schnee, 狐は走る.",
+        "Thinking hard, a man sits before 3 < 4 on a blackboard.",
+        "The family's fox runs past the owners' house",
+    ],
+)
+def test_what_is_part_of_the_paragraph_stays(chat: FakeChat, answer: str) -> None:
+    chat.reply = said(answer)
+    assert Enhancer(chat.url).enhance(PROMPT) == answer
+
+
+def test_marks_around_a_paragraph_with_lettering_are_taken_off(chat: FakeChat) -> None:
+    for begin, end in ('""', "“”"):
+        inner = f"A fox walks past a sign that says {begin}ЗИМА{end}"
+        chat.reply = said(f"{begin}{inner}{end}")
+        assert Enhancer(chat.url).enhance("a fox") == inner
+
+
+def test_content_in_parts_is_put_together(chat: FakeChat) -> None:
+    half = PARAGRAPH.index("while")
+    parts = [{"type": "text", "text": PARAGRAPH[:half]}, {"type": "text", "text": PARAGRAPH[half:]}]
+    chat.reply = said([{"type": "reasoning", "summary": []}, *parts])
+    assert Enhancer(chat.url).enhance(PROMPT) == PARAGRAPH
+
+
+def test_a_long_answer_is_cut_after_a_whole_sentence_and_says_so(chat: FakeChat) -> None:
+    sentence = "The fox turns its head and walks on through the snow."  # 11 words
+    chat.reply = said(" ".join([sentence] * 30))
+    with pytest.warns(KadrWarning, match=f"330 words.*{MOST_WORDS // 11 * 11} words"):
+        made = Enhancer(chat.url).enhance(PROMPT)
+    assert made == " ".join([sentence] * (MOST_WORDS // 11))
+
+
+def test_an_answer_that_just_fits_is_not_cut(chat: FakeChat) -> None:
+    chat.reply = said(" ".join(["word"] * MOST_WORDS))
+    assert len(Enhancer(chat.url).enhance(PROMPT).split()) == MOST_WORDS
+
+
+# --- what is refused at birth -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:11434/v1", "ftp://localhost/v1", "http://", "http:///v1", "http://a b/v1", "http://h:port/v1", None]
+    + [
+        "http://h:99999/v1",
+        "http://h/v1#part",
+        "http://[::1/v1",
+        "http://h/ключ",
+        "file:///etc/passwd",
+        "http://h\n/v1",
+    ],
+)
+def test_what_is_no_url_of_an_endpoint_is_refused(url: Any) -> None:
+    with pytest.raises(RequestError, match=r"It looks like http://localhost:11434/v1\."):
+        Enhancer(url)
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(RequestError, match="KADR_ENHANCE_KEY") as caught:
+        Enhancer("https://me:hunter2@chat.example/v1")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["chat.example", "192.168.1.5:8000", "localhost.example", "0.0.0.0", "[fe80::1]"])
+def test_a_key_is_not_sent_where_others_can_read_it(host: str) -> None:
+    with pytest.raises(RequestError, match="everyone on the way could read it") as caught:
+        Enhancer(f"http://{host}/v1", key=KEY)
+    assert KEY not in str(caught.value)
+    Enhancer(f"http://{host}/v1")
+    Enhancer(f"https://{host}/v1", key=KEY)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:80", "127.0.0.1:9", "127.8.8.8", "[::1]:8080"])
+def test_a_key_may_be_sent_to_this_machine(host: str) -> None:
+    Enhancer(f"http://{host}/v1", key=KEY)
+
+
+@pytest.mark.parametrize("key", ["", "two words", "line\nend", "ключ", 5])
+def test_what_is_no_key_is_refused_and_not_repeated(key: Any) -> None:
+    with pytest.raises(RequestError, match="KADR_ENHANCE_KEY") as caught:
+        Enhancer("https://chat.example/v1", key=key)
+    assert not key or repr(key).strip("'") not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "option", [{"timeout": 0}, {"timeout": -1.0}, {"timeout": float("nan")}, {"timeout": 3601}, {"timeout": "60"}]
+    + [{"model": ""}, {"model": "  "}, {"model": 5}],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(option))):
+        Enhancer("https://chat.example/v1", **option)
+
+
+def test_the_fake_server_is_a_real_one(chat: FakeChat) -> None:
+    """What these tests stand on: bytes over a socket of this machine."""
+    with socket.create_connection(("127.0.0.1", int(chat.url.split(":")[2].removesuffix("/v1")))) as line:
+        line.sendall(b"GET /v1/chat/completions HTTP/1.0\r\n\r\n")
+        answer = b"".join(iter(lambda: line.recv(4096), b""))
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"] == PARAGRAPH
+    assert isinstance(chat.asked[0], Asked)
+    assert issubclass(http.server.ThreadingHTTPServer, http.server.HTTPServer)
