@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL import Image
 from kadr.media.clip import read_metadata, read_video
 from kadr.pipeline.request import Request
 from tests.cli.conftest import Ended, FakeEngine
-from tests.fakechat import PARAGRAPH, FakeChat, Reply, refused, said, serving
+from tests.fakechat import PARAGRAPH, Asked, FakeChat, Reply, at_most, refused, said, serving
 
 Run = Callable[..., Ended]
 PROMPT = "a red circle"
@@ -120,6 +122,18 @@ def test_a_server_that_is_down_is_a_warning(kadr: Run, engine: FakeEngine) -> No
     ended = kadr("generate", PROMPT, "--enhance", url)
     assert (ended.code, engine.requests) == (0, [Request(prompt=PROMPT)])
     assert "refuses the connection" in ended.err
+
+
+def test_waiting_can_be_cancelled(kadr: Run, engine: FakeEngine, chat: FakeChat) -> None:
+    def interrupt(asked: Asked) -> Reply:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        return Reply(wait=60.0)
+
+    chat.reply = interrupt
+    with at_most(10):
+        ended = kadr("generate", PROMPT, "--enhance", chat.url)
+    assert (ended.code, ended.out, engine.requests, os.listdir()) == (130, "", [], [])
+    assert ended.err.splitlines()[-1] == "cancelled"
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])

@@ -149,6 +149,12 @@ def test_what_is_not_about_pictures_is_not_asked_again(chat: FakeChat, status: i
     assert len(chat.asked) == 1
 
 
+@pytest.mark.parametrize("status", [400, 500])
+def test_without_pictures_a_refusal_is_final(chat: FakeChat, status: int) -> None:
+    failure(chat, refused(status, "no"))
+    assert len(chat.asked) == 1
+
+
 def test_an_endpoint_that_refuses_without_pictures_too_has_failed(chat: FakeChat) -> None:
     chat.reply = refused(400, "no")
     with warnings.catch_warnings(record=True) as noted, pytest.raises(EnhanceError, match="HTTP 400"):
@@ -200,6 +206,14 @@ def test_one_scene_that_fails_fails_all(chat: FakeChat) -> None:
 def test_a_slow_answer_ends_in_time(chat: FakeChat, reply: Reply) -> None:
     with at_most(SOON):
         assert "did not answer within 0.3 s" in failure(chat, reply, timeout=PATIENCE)
+
+
+def test_an_answer_that_drips_is_left_behind_for_good(chat: FakeChat) -> None:
+    before = set(threading.enumerate())
+    failure(chat, Reply(said(PARAGRAPH).body, drip=0.2), timeout=PATIENCE)
+    (left,) = [each for each in set(threading.enumerate()) - before if each.name == "kadr enhance"]
+    left.join(SOON)
+    assert not left.is_alive()
 
 
 def test_a_second_try_without_pictures_has_what_is_left_of_the_time(chat: FakeChat) -> None:
@@ -318,6 +332,7 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
     "thoughts alone": (said("<think>The user wants a fox. Let me see.</think>\n"), "thoughts alone"),
     "thoughts without an end": (said("<think>The user wants a fox. Let me see."), "thoughts alone"),
     "the same words": (said(f'"{PROMPT}"'), "the same words back"),
+    "hardly other words": (said('A red fox in snow; a sign says: "ЗИМА".'), "the same words back"),
     "OK": (said("Sure!"), "no description, but with 'Sure!'"),
     "JSON in text": (said('```json\n{"prompt": "a fox runs in snow"}\n```'), "data instead of a description"),
     "HTML in text": (said("<div>a fox runs through the snow</div>"), "data instead of a description"),
