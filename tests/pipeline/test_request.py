@@ -51,6 +51,7 @@ BY_LISTS = Guidance(
     apg_norm=2.5,
 )
 IN_TWO_PASSES = Request(
+    lora_strengths=(0.5, (1.0, 0.0)),
     prompt=PROMPT,
     guidance=BY_LISTS,
     multi_scale=True,
