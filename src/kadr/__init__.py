@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kadr.pipeline.enhance import enhanced
     from kadr.pipeline.loras import Lora
     from kadr.pipeline.progress import Progress
-    from kadr.pipeline.request import Condition, Request
+    from kadr.pipeline.request import Condition, Control, Request
     from kadr.pipeline.result import Video
     from kadr.sampling.cache import StepCache
     from kadr.shapes import Size
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Condition",
+    "Control",
     "Engine",
     "Enhancer",
     "KadrError",
@@ -44,6 +45,7 @@ __all__ = [
 # Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
 _HOMES = {
     "Condition": "kadr.pipeline.request",
+    "Control": "kadr.pipeline.request",
     "Engine": "kadr.pipeline.engine",
     "Enhancer": "kadr.text.enhance",
     "KadrError": "kadr.errors",

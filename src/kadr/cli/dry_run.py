@@ -66,6 +66,8 @@ def _media(run: DryRun) -> Iterator[tuple[str, str]]:
         yield "from video", f"{request.video}{strength}"
     for item in run.placed:
         yield "clip" if len(item.frames) > 1 else "picture", f"{item}{_held(item.condition)}"
+    for followed in run.followed:
+        yield "control", f"{followed.control} (frames 0 to {len(followed.frames) - 1})"
     if run.placed or request.video is not None:
         yield "pictures", f"through H.264 at quality {request.image_crf}, noise {request.image_noise:g}"
 

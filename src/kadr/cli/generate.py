@@ -40,7 +40,8 @@ DTYPES = ("auto", "bfloat16", "float32")
 def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     """Make a video from a prompt.
 
-    With --image or --video it shows your pictures and clips. Prints the path of the video.
+    With --image or --video it shows your pictures and clips, with --control it follows a clip. Prints the path of the
+    video.
     """
     check_words(flags)
     request = requested(prompt, flags)
@@ -187,6 +188,7 @@ def _media(flags: options.MediaFlags) -> dict[str, Any]:
     clips = [reading.condition("--video", text) for text in flags.video or ()]
     return {
         "conditions": (*images, *clips),
+        "controls": tuple(reading.control(text) for text in flags.control or ()),
         "video": None if flags.input_video is None else reading.absolute(flags.input_video),
         "video_strength": flags.strength,
         "image_noise": flags.image_noise,
@@ -229,7 +231,9 @@ def timed(request: Request, seconds: float | None, engine: Engine | DryEngine) -
 
 def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags) -> None:
     from kadr.cli import dry_run
+    from kadr.pipeline.controls import warn_unheard
     from kadr.pipeline.dry import DryEngine  # loads torch
 
     engine = DryEngine.open(**parts, **added(flags.model))
+    warn_unheard(request, loras=bool(flags.model.lora))
     print(dry_run.told(engine.run(timed(request, flags.video.seconds, engine)), as_json=flags.output.json))

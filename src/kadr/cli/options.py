@@ -145,6 +145,10 @@ class MediaFlags:
         list[str] | None,
         _flag("--video", "PATH[#A:B] [FRAME [STRENGTH]]", "A clip to show, or frames A to B of it; likewise."),
     ] = None
+    control: Annotated[
+        list[str] | None,
+        _flag("--control", "[KIND:]PATH[#A:B]", "A clip for an in-context LoRA to follow, or canny, depth, pose of it."),
+    ] = None
     input_video: Annotated[Path | None, _flag("--input-video", "PATH", "Make the video from this one.")] = None
     strength: Annotated[
         _Float, _flag("--strength", "S", "How much of --input-video is made anew, between 0 and 1.")

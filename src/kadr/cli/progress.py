@@ -13,6 +13,7 @@ from kadr.pipeline.progress import Progress, Watch
 EVERY = 5.0  # seconds between two lines where there is no terminal
 NAMES = {
     "text": "reading the prompt",
+    "control": "making controls",
     "encode": "looking at pictures",
     "denoise": "denoising",
     "upscale": "upscaling",

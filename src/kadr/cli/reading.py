@@ -10,7 +10,7 @@ import typer
 
 from kadr.cli.official import BOX, JOINT
 from kadr.errors import RequestError
-from kadr.pipeline.request import Condition
+from kadr.pipeline.request import CONTROLS, READY, Condition, Control
 from kadr.sampling.settings import Blocks, Numbers
 from kadr.shapes import Size
 
@@ -75,6 +75,21 @@ def condition(flag: str, text: str) -> Condition:
         return Condition(media=absolute(path), frame=at, strength=share, box=box)
     path, part = _parted(flag, path)
     return Condition(media=absolute(path), frame=at, strength=share, clip=True, part=part, box=box)
+
+
+def control(text: str) -> Control:
+    """Read the parts of one --control: "canny:clip.mp4#0:25", or a path alone."""
+    kind, colon, path = text.partition(":")
+    if not colon or kind not in CONTROLS:
+        # What looks like a kind is none, unless a file or a drive has that name.
+        if colon and kind.isalpha() and len(kind) > 1 and not os.path.exists(absolute(text)):
+            raise typer.BadParameter(
+                f"{kind!r} is no kind of control: give one of {', '.join(CONTROLS)}, or a path alone.",
+                param_hint="--control",
+            )
+        kind, path = READY, text
+    path, part = _parted("--control", path)
+    return Control(media=absolute(path), kind=kind, part=part)
 
 
 def lora(text: str) -> tuple[str | float, ...]:

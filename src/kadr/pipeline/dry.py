@@ -16,6 +16,7 @@ from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.components import fitting_upscaler
 from kadr.pipeline.conditions import Placed, read_conditions, read_start
+from kadr.pipeline.controls import Followed, read_controls, reference
 from kadr.pipeline.fitting import settled
 from kadr.pipeline.locate import is_path, on_disk
 from kadr.pipeline.loras import Lora
@@ -81,6 +82,7 @@ class DryRun:
         made: the size and the frames of the model's own grid, before they are cropped and trimmed.
         passes: with the level and the strengths of every step.
         placed: the conditions, and where they stand.
+        followed: the controls.
     """
 
     parts: tuple[DryPart, ...]
@@ -88,6 +90,7 @@ class DryRun:
     made: tuple[Size, int]
     passes: tuple[PassPlan, ...]
     placed: tuple[Placed, ...]
+    followed: tuple[Followed, ...] = ()
 
     @property
     def evaluations(self) -> int:
@@ -106,6 +109,10 @@ class DryRun:
             "passes": [_pass_told(plan) for plan in self.passes],
             "conditions": [
                 {"media": item.condition.media, "first": item.start, "frames": len(item.frames)} for item in self.placed
+            ],
+            "controls": [
+                {"media": one.control.media, "kind": one.control.kind, "frames": len(one.frames)}
+                for one in self.followed
             ],
             "request": self.request.to_json(),
         }
@@ -184,9 +191,13 @@ class DryEngine:
         placed = read_conditions(request)
         for plan in passes:
             settled(placed, request, plan)  # refuses what does not fit the pass
+        followed = read_controls(request)
+        for plan in passes:
+            for one in followed:
+                reference(one, request, plan)  # refuses what is too small
         used = self.models[:1] if self.models[0] is self.models[1] else self.models
         parts = [*(model.part for model in used), *(part for part, _ in upscalers), *self.others]
-        return DryRun(tuple(parts), request, _made(request), passes, tuple(placed))
+        return DryRun(tuple(parts), request, _made(request), passes, tuple(placed), tuple(followed))
 
 
 def _made(request: Request) -> tuple[Size, int]:

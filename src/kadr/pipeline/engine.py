@@ -284,6 +284,7 @@ class Engine:
         device, dtype = self.components.device, self.components.dtype
         # Absolute paths, so that the video can be made again from another folder.
         here = [replace(c, media=_absolute(c.media)) for c in request.conditions]
+        followed = tuple(replace(c, media=_absolute(c.media)) for c in request.controls)
         start = None if request.video is None else _absolute(request.video)
         return {
             "version": __version__,
@@ -294,7 +295,7 @@ class Engine:
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
             "compiled": self.components.compiled,
-            "request": replace(request, conditions=tuple(here), video=start).to_json(),
+            "request": replace(request, conditions=tuple(here), controls=followed, video=start).to_json(),
         }
 
     def _begin(self, request: Request, watch: Watch, *, media: bool = True, stages: Collection[str] = ()) -> Generation:

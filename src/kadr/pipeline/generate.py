@@ -6,8 +6,9 @@ Data goes one way. A stage takes its module from the shelf and gives it back bef
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from kadr.models.vae.decoder import SLICE
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import PASS_STAGES, Components
 from kadr.pipeline.conditions import read_conditions, read_start
+from kadr.pipeline.controls import Reference, drawings, fetched, read_controls, reference, warn_unheard
 from kadr.pipeline.fitting import Fitted, Pixels, added, fitted, put, settled
 from kadr.pipeline.guard import Watchman, guarded, guarded_frames
 from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes, warn_cached
@@ -31,6 +33,7 @@ from kadr.pipeline.request import Request
 from kadr.pipeline.rescue import rescued, rescued_frames
 from kadr.sampling.cache import PassCache
 from kadr.sampling.conditions import shake
+from kadr.sampling.context import Context
 from kadr.sampling.guidance import Disturb, Estimate, Text, guided
 from kadr.sampling.latents import adain, tone_map
 from kadr.sampling.loop import denoise
@@ -51,10 +54,12 @@ class Encoded:
     Args:
         items: the conditions with their latents, each (1, C, n, h, w).
         start: latents of the video to start from; None where there is none.
+        references: latents of the controls, each (1, C, f, h, w).
     """
 
     items: list[tuple[Fitted, Tensor]]
     start: Tensor | None = None
+    references: list[Tensor] = field(default_factory=list)
 
 
 class Generation:
@@ -83,6 +88,10 @@ class Generation:
         self.placed = read_conditions(request) if media else []
         self.start = self._start_pixels() if media and request.video is not None else None
         self.fitted = [self._fitted(plan) for plan in self.passes]
+        self.followed = read_controls(request) if media else []
+        self.downscale = components.loras.reference_downscale if self.followed else 1
+        self.references = [self._references(plan) for plan in self.passes]
+        warn_unheard(request, loras=bool(components.loras))
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Of the latents of a pass: (1, C, f, h, w)."""
@@ -92,14 +101,16 @@ class Generation:
     def work(self, stages: Collection[str] = ()) -> Work:
         """What is to be done, for the plan. stages: those to be run; () is all."""
         media = [[item.grid for item in items] for items in self.fitted]
+        seen = [[one.grid for one in references] for references in self.references]
         if self.start is not None:
             media[0].append(self.start.grid)
         return Work(
             passes=self.passes,
             prompts=self.prompts.missing if not stages or "text" in stages else 0,
             texts=self.prompts.lengths,
-            media=tuple(tuple(grids) for grids in media),
+            media=tuple((*shown, *followed) for shown, followed in zip(media, seen, strict=True)),
             extra=tuple(sum(added(item) for item in items) for items in self.fitted),
+            context=tuple(sum(grid.tokens for grid in grids) for grids in seen),
             held=tuple(bool(items) for items in self.fitted),
             together=bool(self.request.guidance_batch),
             cache=self.request.step_cache,
@@ -115,8 +126,9 @@ class Generation:
             start: normalised latents to begin from, at the first level of a schedule that leaves out pure noise.
         """
         self._check_start(noise, start)
+        networks = fetched(self.followed)
         texts = self.prompts.encoded(self.watch)
-        media = self.media_encoded()
+        media = self.media_encoded(networks)
         begun = self._begun(0, noise, media[0].start if start is None else start)
         latents = self._sampled(self.passes[0], begun, media[0], texts)
         for number, plan in enumerate(self.passes[1:], 1):
@@ -126,20 +138,26 @@ class Generation:
         return latents
 
     @torch.no_grad()
-    def media_encoded(self) -> list[Encoded]:
-        """The request's media through the VAE's encoder, for each pass."""
-        if not any(self.fitted) and self.start is None:
+    def media_encoded(self, networks: dict[str, list[Path]] | None = None) -> list[Encoded]:
+        """The request's media through the VAE's encoder, for each pass. networks: as `fetched` gives them."""
+        if not any(self.fitted) and not any(self.references) and self.start is None:
             return [Encoded([]) for _ in self.passes]
+        drawn = drawings(self.followed, fetched(self.followed) if networks is None else networks, self.watch)
+        self.references = [
+            [replace(one, drawn=way) for one, way in zip(references, drawn, strict=True)]
+            for references in self.references
+        ]
         run = rescued(self.components, "encode", self._media_encoded)
         return guarded("encode", self.components.dtype_of("encode"), run)
 
     def _media_encoded(self, dtype: torch.dtype | None) -> list[Encoded]:
-        count = sum(len(items) for items in self.fitted) + (self.start is not None)
+        count = sum(len(items) for items in self.fitted) + sum(len(items) for items in self.references)
+        count += self.start is not None
         stage, watchman = Stage("encode", count, self.watch), Watchman.on(self.device)
         own, done, made = dtype or self.components.dtype_of("encode"), 0, []
         with self.components.encoder(dtype) as vae:
 
-            def encode(pixels: Pixels) -> Tensor:
+            def encode(pixels: Pixels | Reference) -> Tensor:
                 nonlocal done
                 chunks = pixels.chunks(ENCODE_FRAMES, device=self.device, dtype=own)
                 latents = vae.encode_stream(chunks, len(pixels.frames)).float()
@@ -148,9 +166,10 @@ class Generation:
                 stage.done(done)
                 return latents
 
-            for number, items in enumerate(self.fitted):
+            for number, (items, references) in enumerate(zip(self.fitted, self.references, strict=True)):
                 start = encode(self.start) if number == 0 and self.start is not None else None
-                made.append(Encoded([(item, encode(item.pixels)) for item in items], start))
+                shown = [(item, encode(item.pixels)) for item in items]
+                made.append(Encoded(shown, start, [encode(one) for one in references]))
             watchman.settle()
         return made
 
@@ -185,6 +204,9 @@ class Generation:
 
     def _fitted(self, plan: PassPlan) -> list[Fitted]:
         return [fitted(item, self.request, plan) for item in settled(self.placed, self.request, plan)]
+
+    def _references(self, plan: PassPlan) -> list[Reference]:
+        return [reference(one, self.request, plan, self.downscale) for one in self.followed]
 
     def _start_pixels(self) -> Pixels:
         """Of the video to start from; of every second frame, where the first pass makes only those."""
@@ -228,20 +250,31 @@ class Generation:
             state = put(state, item, held, plan, causal=causal, draw=partial(self.noise.draw, name))
         return state
 
+    def _context(self, plan: PassPlan, media: Encoded) -> Context | None:
+        if not media.references:
+            return None
+        causal = self.components.config(plan.number - 1).causal_positions
+        return Context.of(media.references, fps=plan.fps, causal=causal, downscale=self.downscale)
+
     def _sampled(self, plan: PassPlan, begun: Tensor, media: Encoded, texts: Sequence[Text]) -> Tensor:
         """The latents at the end of a pass, from those at its first level. texts: as `Prompts.encoded` gives them."""
         state, stage = self._conditioned(plan, begun, media), PASS_STAGES[plan.number - 1]
-        run = rescued(self.components, stage, partial(self._denoised, plan, state, texts))
+        run = rescued(self.components, stage, partial(self._denoised, plan, state, self._context(plan, media), texts))
         return guarded(stage, self.components.dtype_of(stage), run).latents()
 
     def _denoised(
-        self, plan: PassPlan, state: LatentState, texts: Sequence[Text], dtype: torch.dtype | None
+        self,
+        plan: PassPlan,
+        state: LatentState,
+        context: Context | None,
+        texts: Sequence[Text],
+        dtype: torch.dtype | None,
     ) -> LatentState:
         number, count = plan.number - 1, len(plan.levels)
         name, watchman = PASS_STAGES[number], Watchman.on(self.device)
         own = dtype or self.components.dtype_of(name)
         with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
-            rope = transformer.rope(state.positions[None].to(self.device))
+            rope = transformer.rope(_positions(state, context)[None].to(self.device))
             stage = Stage(name, count, self.watch)
 
             def watch(index: int, now: Tensor, state: LatentState) -> None:
@@ -250,7 +283,7 @@ class Generation:
 
             state = denoise(
                 self._estimate(
-                    plan, transformer, rope, [text._replace(encoding=text.encoding.to(own)) for text in texts]
+                    plan, transformer, rope, context, [text._replace(encoding=text.encoding.to(own)) for text in texts]
                 ),
                 state,
                 plan.levels.to(self.device),
@@ -261,7 +294,9 @@ class Generation:
             watchman.settle()
         return state
 
-    def _estimate(self, plan: PassPlan, transformer: Transformer, rope: Rope, texts: Sequence[Text]) -> Estimate:
+    def _estimate(
+        self, plan: PassPlan, transformer: Transformer, rope: Rope, context: Context | None, texts: Sequence[Text]
+    ) -> Estimate:
         dtype = texts[0].encoding.dtype
         caching = self.request.step_cache
         cached = None if caching is None else PassCache(caching, plan.steps)
@@ -272,11 +307,15 @@ class Generation:
         ) -> tuple[Tensor, Tensor | None]:
             if id(text) not in readings:
                 readings[id(text)] = transformer.read(*text)
+            count = tokens.shape[1]
+            if context is not None:
+                tokens, level = context.behind(tokens, level)
             arguments = (tokens.to(dtype), rope, readings[id(text)], None, level)
             how: dict[str, Any] = {} if cached is None else {"cache": cached.stream(id(text))}
             if disturb is None:
-                return transformer(*arguments, **how), None
-            return transformer.with_disturbed(*arguments, **disturb._asdict() | how)
+                return transformer(*arguments, **how)[:, :count], None
+            said, disturbed = transformer.with_disturbed(*arguments, **disturb._asdict() | how)
+            return said[:, :count], disturbed[:, :count]
 
         text, negative = (*texts, None)[:2]
         assert text is not None
@@ -332,6 +371,13 @@ class _Injection:
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         self.count += 1
         return self.noise.draw(f"injection {self.count}", shape)
+
+
+def _positions(state: LatentState, context: Context | None) -> Tensor:
+    """Of all that the network sees, (3, N+M)."""
+    if context is None:
+        return state.positions
+    return torch.cat([state.positions, context.positions.to(state.positions)], dim=1)
 
 
 def _stream(number: int, name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kadr.checkpoints.lora import LoraFile
+from kadr.checkpoints.lora import DOWNSCALE, LoraFile
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import RequestError
 from kadr.models.adapters import Additions
@@ -120,6 +120,19 @@ class Loras:
     def additions(self) -> tuple[Additions, ...]:
         """What they add, read from their files."""
         return tuple(file.load() for file in self.files)
+
+    @property
+    def reference_downscale(self) -> int:
+        """How many times smaller than the video the references of these are; 1 where none says.
+
+        Raises:
+            RequestError: two say differently.
+        """
+        said = {file.path: file.reference_downscale for file in self.files if DOWNSCALE in file.source.metadata}
+        if len(set(said.values())) > 1:
+            told = ", ".join(f"{path} {factor}" for path, factor in said.items())
+            raise RequestError(f"these LoRAs were trained with references of other sizes: {told}. Use one at a time.")
+        return next(iter(said.values()), 1)
 
     @property
     def targets(self) -> frozenset[str]:

@@ -64,9 +64,10 @@ class Work:
         texts: how many tokens each has that the transformer reads.
         media: for each pass, the grids of what the VAE encodes.
         extra: for each pass, tokens that conditions add.
-        held: for each pass, whether tokens have noise levels of their own.
+        held: for each pass, whether conditions give tokens noise levels of their own.
         together: both prompts are evaluated in one batch.
         cache: what is kept from step to step.
+        context: for each pass, tokens of controls; () where there are none.
         stages: what is run; all of it where empty.
     """
 
@@ -78,7 +79,16 @@ class Work:
     held: tuple[bool, ...]
     together: bool = False
     cache: StepCache | None = None
+    context: tuple[int, ...] = ()
     stages: frozenset[str] = frozenset()
+
+    def beside(self, number: int) -> int:
+        """Tokens of a pass that are not of its video's grid."""
+        return self.extra[number] + (self.context[number] if self.context else 0)
+
+    def levels(self, number: int) -> bool:
+        """Whether the tokens of a pass have noise levels of their own."""
+        return self.held[number] or any(self.context)
 
 
 @dataclass(frozen=True)
@@ -175,8 +185,16 @@ class Planner:
         flops = sum(encoder_flops(config, grid) for grid in grids)
         path = paths.of_convolutions(self.dtype, self.device)
         weights = self._vae_weights("encoder", together)
-        choice = self._choice(_Way(CONVERTED), weights, working, flops, 0, path)
+        choice = self._choice(_Way(CONVERTED, why=self._context()), weights, working, flops, 0, path)
         return Needs(stage="encode", part=ENCODER, choices=(replace(choice, together=together),))
+
+    def _context(self) -> str:
+        """What controls cost, in words."""
+        if not any(self.work.context):
+            return ""
+        pairs = zip(self.work.context, self.work.passes, strict=True)
+        told = ", ".join(f"{tokens} beside {plan.grid.tokens} of the video" for tokens, plan in pairs)
+        return f"the transformer sees tokens of controls: {told}"
 
     def _decode(self) -> Needs:
         config = self.components.vae.detected.vae
@@ -225,7 +243,7 @@ class Planner:
     def _sampled(self, number: int, plan: PassPlan) -> Needs:
         checkpoint = self.components.transformers[number]
         source, config = checkpoint.sources["transformer"], self.components.config(number)
-        tokens = plan.grid.tokens + self.work.extra[number]
+        tokens = plan.grid.tokens + self.work.beside(number)
         working, flops = self._working(number, plan, tokens), self._flops(number, plan, tokens)
         choices = []
         for way in self._ways(source):
@@ -280,7 +298,7 @@ class Planner:
             self.size,
             batch=2 if both else 1,
             text=longest,
-            per_token=self.work.held[number],
+            per_token=self.work.levels(number),
             disturbed=int(any(step.stg > 0 and step.skip_blocks for step in plan.steps)),
             fused=packs_matrices(self.dtype, self.device),
         )
@@ -311,7 +329,7 @@ class Planner:
     def _flops(self, number: int, plan: PassPlan, tokens: int) -> int:
         config, texts = self.components.config(number), self._texts(plan)
         total = costs.reading_flops(config, text=sum(texts))
-        levels, longest, loras = 2 if self.work.held[number] else 1, max(texts), self.components.loras
+        levels, longest, loras = 2 if self.work.levels(number) else 1, max(texts), self.components.loras
         beside = 0 if loras.merged else costs.lora_flops(sum(loras.parameters), tokens)
         for step in plan.steps:
             own = costs.transformer_flops(config, tokens, text=longest, levels=levels)

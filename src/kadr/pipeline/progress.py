@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-STAGES = ("text", "encode", "denoise", "upscale", "refine", "decode")
+STAGES = ("text", "control", "encode", "denoise", "upscale", "refine", "decode")
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,10 @@ class Progress:
     """One report.
 
     Args:
-        stage: "text", "encode" (only with pictures or clips), "denoise", then "upscale" and "refine" where there is a
-            second pass, and "decode".
+        stage: "text", "control" (where a network looks for depth or poses), "encode" (only with pictures or clips),
+            "denoise", then "upscale" and "refine" where there is a second pass, and "decode".
         step: how many steps of the stage are done, 0 when it begins.
-        of: how many it has. Steps of "decode" are frames.
+        of: how many it has. Steps of "control" and "decode" are frames.
         sigma: the noise level of the step just done, in "denoise" and "refine" alone.
         eta: seconds until the stage is done, at its pace so far; None before its first step.
     """

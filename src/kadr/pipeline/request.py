@@ -77,17 +77,9 @@ class Condition:
         if self.clip is None:
             object.__setattr__(self, "clip", Path(self.media).suffix.lower() in CLIPS)
         if self.part is not None:
-            object.__setattr__(self, "part", self._part())
+            object.__setattr__(self, "part", _part(self.part, self.media, clip=bool(self.clip)))
         if self.box is not None:
             object.__setattr__(self, "box", self._box())
-
-    def _part(self) -> tuple[int | None, int | None]:
-        part: Any = self.part
-        if not isinstance(part, tuple | list) or len(part) != 2 or not all(_is_end(end) for end in part):
-            raise RequestError(f"part is {part!r}; it must be (first, end) frames of the clip; None leaves one open.")
-        if not self.clip:
-            raise RequestError(f"part is given, but {self.media} is a picture. Only a clip has parts.")
-        return part[0], part[1]
 
     def _box(self) -> tuple[int, int, int, int]:
         box = self.box
@@ -101,6 +93,43 @@ class Condition:
                 f"box is given at frame {self.frame}; only at frame 0 can a part of the picture be given."
             )
         return x, y, width, height
+
+
+CANNY, DEPTH, POSE, READY = "canny", "depth", "pose", "ready"
+CONTROLS = (CANNY, DEPTH, POSE, READY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A video that the new one follows, frame by frame, through an in-context LoRA.
+
+    How closely is the LoRA's strength: the references that these were trained with are always clean.
+
+    Args:
+        media: path of a clip, or of a picture for a video of one frame.
+        kind: what the LoRA is shown of it: "canny" (edges), "depth" (near is bright), "pose" (skeletons), each made
+            from `media`; or "ready", `media` as it is.
+        part: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
+    """
+
+    media: str = field(kw_only=False)
+    kind: str = READY
+    part: tuple[int | None, int | None] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "media", str(self.media))
+        if self.kind not in CONTROLS:
+            raise RequestError(f"the kind of control is {self.kind!r}; it must be one of {', '.join(CONTROLS)}.")
+        if self.part is not None:
+            object.__setattr__(self, "part", _part(self.part, self.media, clip=self.clip))
+
+    @property
+    def clip(self) -> bool:
+        """Whether `media` is a clip, by its ending."""
+        return Path(self.media).suffix.lower() in CLIPS
+
+    def __str__(self) -> str:
+        return self.media if self.kind == READY else f"{self.kind} of {self.media}"
 
 
 # Field, lowest and highest value, and whether it must be whole.
@@ -140,6 +169,7 @@ class Request:
             for what is decoded, and so for the second if it has none of its own.
         downscale: of both sides, in the first of two passes.
         conditions: pictures and clips to show.
+        controls: videos to follow, through in-context LoRAs.
         lora_strengths: of the engine's LoRAs, in their order: one number each, or (first pass, second pass); None: as
             the engine was opened with.
         video: path of a video to make this one from, instead of from noise alone.
@@ -170,6 +200,7 @@ class Request:
     second: Pass | None = None
     downscale: float | None = None
     conditions: tuple[Condition, ...] = ()
+    controls: tuple[Control, ...] = ()
     lora_strengths: tuple[Strength, ...] | None = None
     video: str | None = None
     video_strength: float | None = None
@@ -193,6 +224,7 @@ class Request:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
         object.__setattr__(self, "conditions", _conditions(self.conditions))
+        object.__setattr__(self, "controls", _controls(self.controls))
         object.__setattr__(self, "cache", StepCache.of(self.cache))
         object.__setattr__(self, "lora_strengths", _strengths(self.lora_strengths))
         if self.levels is not None:
@@ -272,6 +304,7 @@ class Request:
             if data.get("size") is not None:
                 data["size"] = Size.parse(data["size"])
             data["conditions"] = tuple(Condition(**condition) for condition in data.get("conditions", ()))
+            data["controls"] = tuple(Control(**control) for control in data.get("controls", ()))
             if isinstance(data.get("guidance"), Mapping):
                 data["guidance"] = Guidance(**data["guidance"])
             if isinstance(data.get("second"), Mapping):
@@ -283,7 +316,16 @@ class Request:
     def media(self) -> tuple[Path, ...]:
         """The files the request needs."""
         own = () if self.video is None else (self.video,)
-        return tuple(Path(path) for path in (*own, *(condition.media for condition in self.conditions)))
+        shown = (one.media for one in (*self.conditions, *self.controls))
+        return tuple(Path(path) for path in (*own, *shown))
+
+
+def _part(part: Any, media: str, *, clip: bool) -> tuple[int | None, int | None]:
+    if not isinstance(part, tuple | list) or len(part) != 2 or not all(_is_end(end) for end in part):
+        raise RequestError(f"part is {part!r}; it must be (first, end) frames of the clip; None leaves one open.")
+    if not clip:
+        raise RequestError(f"part is given, but {media} is a picture. Only a clip has parts.")
+    return part[0], part[1]
 
 
 def _size(given: Any) -> Size:
@@ -329,4 +371,10 @@ def _strengths(given: Any) -> tuple[Strength, ...] | None:
 def _conditions(given: Any) -> tuple[Condition, ...]:
     if not isinstance(given, tuple | list) or not all(isinstance(one, Condition) for one in given):
         raise RequestError(f"conditions are {given!r}; they must be a list of Condition(media=...).")
+    return tuple(given)
+
+
+def _controls(given: Any) -> tuple[Control, ...]:
+    if not isinstance(given, tuple | list) or not all(isinstance(one, Control) for one in given):
+        raise RequestError(f"controls are {given!r}; they must be a list of Control(media=...).")
     return tuple(given)
