@@ -49,7 +49,8 @@ class DepthNetwork:
         mean, deviation = (np.asarray(numbers, np.float32) for numbers in (MEAN, DEVIATION))
         scaled = (np.asarray(given, np.float32) / 255 - mean) / deviation
         (made, *_) = self.session.run(None, {self.input.name: scaled.transpose(2, 0, 1)[None]})
-        found = np.squeeze(made).astype(np.float16)
+        with np.errstate(over="ignore"):
+            found = np.squeeze(made).astype(np.float16)
         if found.ndim != 2 or not np.isfinite(found).all():
             raise MediaError(f"{self.path} gives {made.shape}, not a finite number for every pixel. Fetch it again.")
         return found
