@@ -11,7 +11,7 @@ from kadr.cli.official import MEDIA, OFFLOAD, RENAMED, SIDES, STARTS, STRENGTHS
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _MODEL = """--model --config --upscaler --second-model --text-encoder --vae --lora --lora-partial --merge-loras
     --device --dtype --no-prompt-cache --quant --compile --offload"""
-_REST = """--image --video --input-video --strength --image-noise --image-crf --steps --levels --skip-initial
+_REST = """--image --video --control --input-video --strength --image-noise --image-crf --steps --levels --skip-initial
     --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval --guidance --guidance-at
     --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch
     --multi-scale --single-pass --second-steps --second-levels --second-skip-initial --second-guidance

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kadr import Condition, Request, Size, StepCache
+from kadr import Condition, Control, Request, Size, StepCache
 from kadr.errors import KadrError, RequestError
 from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, Recipe
 from kadr.pipeline.resolve import resolve
@@ -32,6 +32,7 @@ FULL = Request(
     stochastic=False,
     cache=StepCache("taylor", interval=2),
     conditions=(Condition(media="/a b/photo.jpg", strength=0.6),),
+    controls=(Control(media="/a b/walk.mp4", kind="canny", part=(3, None)),),
     image_noise=0.15,
     image_crf=0,
     decode_timestep=0.05,
@@ -144,6 +145,28 @@ def test_a_condition_that_cannot_be_kept_is_refused_with_its_limit(name: str, va
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        *(("kind", value, "one of canny, depth, pose, ready") for value in ("dog", None, 3)),
+        *(("part", value, "(first, end)") for value in (3, (1,), (1, "2"), (0.5, 2))),
+    ],
+)
+def test_a_control_that_cannot_be_followed_is_refused_with_what_can(name: str, value: Any, says: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        Control(**{"media": "walk.mp4", name: value})
+    assert says in str(caught.value)
+    assert name in str(caught.value)
+
+
+def test_controls_are_a_list_of_controls_and_a_picture_has_no_parts() -> None:
+    for given in ("walk.mp4", Control("walk.mp4"), ["walk.mp4"]):
+        with pytest.raises(RequestError, match="must be a list of Control"):
+            Request(prompt=PROMPT, controls=given)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="Only a clip has parts"):
+        Control("photo.jpg", part=(0, 9))
+
+
 def test_levels_and_steps_are_the_one_or_the_other() -> None:
     for more in ({"steps": 3}, {"skip_initial": 1}, {"skip_final": 1}):
         with pytest.raises(RequestError, match="the one or the other"):
@@ -174,11 +197,13 @@ def test_every_field_of_requests_passes_guidance_and_conditions_is_in_one_that_g
     passes = [request.second or Pass() for request in asked]
     guidances = [BY_LISTS, IN_TWO_PASSES.second.guidance] if IN_TWO_PASSES.second else []
     shown = [condition for request in asked for condition in request.conditions]
+    followed = [control for request in asked for control in request.controls]
     for made, plain in (
         (asked, Request(prompt="another")),
         (passes, Pass()),
         (guidances, Guidance()),
         (shown, Condition(media="another")),
+        (followed, Control(media="another")),
     ):
         for field in fields(plain):
             assert any(getattr(one, field.name) != getattr(plain, field.name) for one in made), field.name

@@ -1,0 +1,93 @@
+"""`--control`: its words, what is refused, and what --dry-run tells of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kadr import Control, Request
+from kadr.media.video import VideoWriter
+from kadr.shapes import Size
+from tests.cli.conftest import Ended, FakeEngine
+
+Run = Callable[..., Ended]
+PROMPT = "a red circle"
+
+
+@pytest.fixture
+def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A clip of nine frames, and a name that a colon or a sign could be taken out of."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("walk.mp4", "canny:odd.mp4", "dog:odd.mp4", "walk#1:2.mp4"):
+        with VideoWriter(name, Size(64, 64), 24) as writer:
+            writer.write(np.zeros((9, 64, 64, 3), np.uint8))
+    return "walk.mp4"
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "fields"),
+    [
+        ("walk.mp4", "walk.mp4", {}),
+        ("ready:walk.mp4", "walk.mp4", {}),
+        ("canny:walk.mp4", "walk.mp4", {"kind": "canny"}),
+        ("depth:walk.mp4#0:9", "walk.mp4", {"kind": "depth", "part": (0, 9)}),
+        ("pose:walk.mp4#-5:", "walk.mp4", {"kind": "pose", "part": (-5, None)}),
+        ("canny:./canny:odd.mp4", "canny:odd.mp4", {"kind": "canny"}),
+        ("dog:odd.mp4", "dog:odd.mp4", {}),
+        ("canny:walk#1:2.mp4", "walk#1:2.mp4", {"kind": "canny"}),
+    ],
+)
+def test_control_takes_a_kind_and_a_part_or_leaves_them(
+    kadr: Run, engine: FakeEngine, clip: str, words: str, name: str, fields: dict[str, Any]
+) -> None:
+    assert kadr("generate", PROMPT, "--control", words).code == 0
+    assert engine.requests == [Request(prompt=PROMPT, controls=(Control(os.path.abspath(name), **fields),))]
+
+
+def test_controls_may_be_many_and_stand_beside_pictures(kadr: Run, engine: FakeEngine, clip: str) -> None:
+    words = ("--control", f"canny:{clip}", "--control", clip, "--video", clip)
+    assert kadr("plan", PROMPT, *words, "--frames", "9").code == 0
+    (request,) = engine.requests
+    assert [control.kind for control in request.controls] == ["canny", "ready"]
+    assert len(request.conditions) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("dog:walk.mp4", 2, "'dog' is no kind of control: give one of canny, depth, pose, ready"),
+        ("canny:gone.mp4", 1, "there is no file"),
+        ("canny:walk.mp4#3", 2, "'3' is no part of a clip"),
+    ],
+)
+def test_what_is_no_control_is_refused(
+    kadr: Run, engine: FakeEngine, clip: str, words: str, code: int, says: str
+) -> None:
+    ended = kadr("generate", PROMPT, "--control", words)
+    assert ended.code == code
+    assert says in " ".join(ended.err.replace("│", " ").split())
+    assert engine.requests == []
+
+
+def test_dry_run_tells_of_controls(kadr: Run, clip: str) -> None:
+    words = ("generate", PROMPT, "--frames", "9", "--control", f"canny:{clip}", "--dry-run")
+    ended = kadr(*words)
+    path = os.path.abspath(clip)
+    assert ended.code == 0
+    assert f"control          canny of {path} (frames 0 to 8)" in ended.out.splitlines()
+    assert "a control is given, and no LoRA" in ended.err
+    told = json.loads(kadr(*words, "--json", "--lora", "any.safetensors").out)
+    assert told["controls"] == [{"media": path, "kind": "canny", "frames": 9}]
+    assert told["request"]["controls"] == [{"media": path, "kind": "canny", "part": None}]
+
+
+def test_dry_run_refuses_a_clip_that_is_too_short(kadr: Run, clip: str) -> None:
+    ended = kadr("generate", PROMPT, "--frames", "17", "--control", clip, "--dry-run")
+    assert (ended.code, ended.out) == (1, "")
+    assert "has 9 frames, and the video has 17: a control must be as long. Ask for 9 or fewer." in ended.err

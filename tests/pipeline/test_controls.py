@@ -1,0 +1,570 @@
+"""Controls: reference videos beside the video's tokens, against diffusers' transformer in a plain loop, and what is
+refused before it costs anything."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ltx_video.models.autoencoders.vae_encode import normalize_latents
+from PIL import Image
+from torch import Tensor
+
+from kadr import Condition, Control, Engine, KadrWarning, Progress, Request, Size
+from kadr.checkpoints.lora import DOWNSCALE, LoraFile
+from kadr.errors import CheckpointError, KadrError, MediaError, RequestError
+from kadr.media.clip import Film, read_video
+from kadr.media.control import edges
+from kadr.media.image import prepare_picture
+from kadr.media.video import VideoWriter
+from kadr.models.adapters import merge
+from kadr.models.transformer import Transformer
+from kadr.models.vae import VAE
+from kadr.pipeline.controls import NETWORKS, Followed, read_controls, reference
+from kadr.pipeline.dry import DryEngine
+from kadr.pipeline.progress import ignore
+from kadr.pipeline.prompts import Prompts
+from kadr.sampling import guidance as guiding
+from kadr.sampling.cache import StepCache
+from kadr.sampling.context import Context
+from kadr.sampling.noise import NoiseStreams
+from kadr.sampling.positions import positions
+from kadr.sampling.settings import Guidance, Pass
+from kadr.shapes import LatentGrid
+from tests import lora_files, onnx_files
+from tests.fakehub import FakeHub, serving
+from tests.oracles import diffusers_transformer, drawn, official_vae, relative
+from tests.tiny import CHANNELS, MODEL, sown, transformer_config, vae_config, write_upscaler
+
+LEVELS = (1.0, 0.8, 0.35)
+REQUEST = Request(
+    prompt="a red circle",
+    negative_prompt="blue sea",
+    size=Size(128, 64),
+    frames=17,
+    fps=24,
+    levels=LEVELS,
+    guidance=1.0,
+    image_noise=0.15,
+)
+AT = 8  # pixel frame of the keyframe
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Clips of a square that moves, and gets brighter from frame to frame."""
+    folder = tmp_path_factory.mktemp("clips")
+
+    def clip(frames: int) -> str:
+        path = folder / f"{frames} frames.mp4"
+        if not path.exists():
+            made = np.full((frames, 64, 128, 3), 20, np.uint8)
+            for frame in range(frames):
+                made[frame, 16:48, 2 * frame : 2 * frame + 32] = 60 + 4 * frame
+            with VideoWriter(path, Size(128, 64), 24) as writer:
+                writer.write(made)
+        return str(path)
+
+    return clip
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """In-context LoRAs, with a factor in their header or none."""
+    folder = tmp_path_factory.mktemp("loras")
+
+    def made(factor: str | None = None) -> Path:
+        metadata = {} if factor is None else {DOWNSCALE: factor}
+        return lora_files.write(folder / f"{factor}.safetensors", lora_files.pairs(), metadata=metadata)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def opened(home: Path, lora: Callable[..., Path]) -> Callable[..., Engine]:
+    """An engine with an in-context LoRA of that factor, and that strength."""
+    made: dict[Any, Engine] = {}
+
+    def engine(factor: str | None = None, strength: float = 0.0) -> Engine:
+        key = factor, strength
+        if key not in made:
+            loras = [(lora(factor), strength)]
+            made[key] = Engine.open(home / MODEL, device="cpu", loras=loras, prompt_cache=False)
+        return made[key]
+
+    return engine
+
+
+# --- the oracle ----------------------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """In-context sampling with the official VAE and diffusers' transformer: tokens side by side, a level and a place
+    for each, in a plain loop. The LoRA is added to the weights."""
+
+    def __init__(self, engine: Engine, lora: Path, strength: float) -> None:
+        self.engine = engine
+        transformer = sown(lambda: Transformer(transformer_config()), 1)  # as `tiny.write` sows them
+        merge(transformer, [LoraFile.open(lora).load()], [strength])
+        self.transformer = diffusers_transformer(transformer)
+        self.vae = official_vae(sown(lambda: VAE(vae_config("0.9.5")), 2))
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """(1, 3, F, H, W) -> (1, C, f, h, w)."""
+        return normalize_latents(self.vae.encode(pixels).latent_dist.mode(), self.vae, True)
+
+    def velocity(self, text: Any, tokens: Tensor, level: Tensor, where: Tensor) -> Tensor:
+        return self.transformer(
+            tokens,
+            encoder_hidden_states=text.encoding,
+            encoder_attention_mask=text.mask.float(),
+            timestep=level * 1000,
+            video_coords=where[None],
+            return_dict=False,
+        )[0]
+
+    def denoise(
+        self, request: Request, noise: Tensor, references: list[Tensor], factor: int, shown: dict[int, Tensor]
+    ) -> Tensor:
+        """references: pixels of each; shown: frame -> pixels of a picture that is held there with strength 1."""
+        texts = Prompts(self.engine.components, [request.prompt, request.negative_prompt or ""]).encoded(ignore)
+        tokens, where = flat(noise), places(noise.shape[2:])
+        given, held = tokens.clone(), torch.zeros(tokens.shape[1])
+        for frame, pixels in shown.items():
+            made = flat(self.latents(pixels))
+            count = made.shape[1]
+            if frame == 0:
+                given[:, :count], held[:count] = made, 1
+            else:
+                given, held = torch.cat([given, made], 1), torch.cat([held, torch.ones(count)])
+                where = torch.cat([where, places((1, *noise.shape[3:]), first=frame)], 1)
+        context = [self.latents(pixels) for pixels in references]
+        clean = torch.cat([flat(one) for one in context], 1)
+        spread = torch.tensor([1, factor, factor])[:, None]
+        where = torch.cat([where, *(spread * places(one.shape[2:]) for one in context)], 1)
+        count, x, path = given.shape[1], given, [*LEVELS, 0.0]
+        streams, still = NoiseStreams(request.seed), held.bool()[None, :, None]
+        for index, (now, then) in enumerate(pairwise(path)):
+            shake = given + 0.15 * now**2 * streams.draw(f"condition {index}", given.shape)
+            x = torch.where(still, shake, x)
+            level = torch.cat([torch.minimum(torch.tensor(now), 1 - held), torch.zeros(clean.shape[1])])[None]
+            seen = torch.cat([x, clean], 1)
+            made = self.velocity(texts[0], seen, level, where)[:, :count]
+            scale = request.guidance.scale if isinstance(request.guidance, Guidance) else 1
+            if scale > 1:
+                without = self.velocity(texts[1], seen, level, where)[:, :count]
+                made = without + scale * (made - without)
+            x = torch.where(still, x, x - (now - then) * made)
+        frames, height, width = noise.shape[2:]
+        return x[:, : frames * height * width].transpose(1, 2).unflatten(2, (frames, height, width))
+
+
+def flat(latents: Tensor) -> Tensor:
+    return latents.flatten(2).transpose(1, 2)
+
+
+def places(shape: tuple[int, ...], *, first: int = 0) -> Tensor:
+    """Seconds, pixels down and pixels right of every latent, frame by frame, row by row; causal, at 24 a second."""
+    rows = [
+        ((max(8 * frame - 7, 0) + first) / 24, 32 * row, 32 * column)
+        for frame in range(shape[0])
+        for row in range(shape[1])
+        for column in range(shape[2])
+    ]
+    return torch.tensor(rows, dtype=torch.float32).T
+
+
+def as_pixels(frames: np.ndarray) -> Tensor:
+    """uint8 (F, H, W, 3) -> (1, 3, F, H, W)."""
+    return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].float() / 255 * 2 - 1
+
+
+def halved(frames: np.ndarray) -> np.ndarray:
+    return np.stack([np.asarray(Image.fromarray(frame).resize((64, 32))) for frame in frames])
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "ready": {},
+    "edges": {"kinds": ("canny",)},
+    "two controls": {"kinds": ("ready", "canny")},
+    "guidance": {"guidance": 3.0},
+    "prompts in one batch": {"guidance": 3.0, "guidance_batch": True},
+    "with a first frame": {"shown": (0,)},
+    "with a first frame and a keyframe, guided": {"shown": (0, AT), "guidance": 3.0},
+    "half the size": {"factor": 2, "size": Size(128, 64)},
+    "half the size, edges, with a first frame and a keyframe": {"factor": 2, "kinds": ("canny",), "shown": (0, AT)},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
+    name: str, opened: Callable[..., Engine], lora: Callable[..., Path], clips: Callable[..., str], photo: Condition
+) -> None:
+    case = dict(CASES[name])
+    kinds, frames, factor = case.pop("kinds", ("ready",)), case.pop("shown", ()), case.pop("factor", 1)
+    said = None if factor == 1 else str(factor)
+    shown = tuple(replace(photo, frame=frame) for frame in frames)
+    controls = tuple(Control(clips(17), kind=kind) for kind in kinds)
+    request = replace(REQUEST, conditions=shown, controls=controls, seed=3, **case)
+    noise = drawn(1, CHANNELS, 3, 2, 4, seed=8)
+    engine = opened(said, 0.7)
+    film = read_video(clips(17)).frames
+    film = film if factor == 1 else halved(film)
+    traced = np.stack([edges(frame) for frame in film])
+    references = [as_pixels(traced if kind == "canny" else film) for kind in kinds]
+    pictures = {frame: prepare_picture(photo.media, Size(128, 64), 29) for frame in frames}
+    oracle = Oracle(engine, lora(said), 0.7)
+    expected = oracle.denoise(replace(request, image_crf=29), noise, references, factor, pictures)
+    made = engine.denoise(request, noise=noise)
+    assert relative(made, expected) <= 5e-6
+    assert relative(engine.denoise(replace(request, controls=()), noise=noise), expected) > 1e-2
+
+
+def test_tokens_of_a_context_are_clean_and_stand_where_the_videos_do() -> None:
+    latents = drawn(1, 4, 2, 2, 2)
+    context = Context.of([latents], fps=24, causal=True)
+    assert torch.equal(context.positions, positions(LatentGrid(2, 2, 2), fps=24, causal=True))
+    tokens, level = context.behind(drawn(2, 6, 4), torch.tensor([[0.9], [0.4]]))
+    assert tokens.shape == (2, 14, 4)
+    assert torch.equal(tokens[1, 6:], flat(latents)[0])
+    assert level[:, :6].unique(dim=1).tolist() == [[pytest.approx(0.9)], [pytest.approx(0.4)]]
+    assert not level[:, 6:].any()
+
+
+def test_a_smaller_context_covers_the_same_pixels_at_the_same_times() -> None:
+    small = Context.of([drawn(1, 4, 3, 1, 2)], fps=24, causal=True, downscale=2).positions
+    large = positions(LatentGrid(3, 2, 4), fps=24, causal=True).unflatten(1, (3, 2, 4))
+    assert torch.equal(small, large[:, :, ::2, ::2].flatten(1))
+
+
+# --- what a control leaves alone -------------------------------------------------------------------------------------
+
+
+def test_a_control_changes_no_noise(
+    opened: Callable[..., Engine], clips: Callable[..., str], photo: Condition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_before, real = [], NoiseStreams.draw
+
+    def draw(self: NoiseStreams, name: str, shape: Any) -> Tensor:
+        drawn_before.append((name, tuple(shape)))
+        return real(self, name, shape)
+
+    monkeypatch.setattr(NoiseStreams, "draw", draw)
+    request = replace(REQUEST, stochastic=True, conditions=(photo, replace(photo, frame=AT, strength=0.5)))
+    opened().denoise(request)
+    without = list(drawn_before)
+    drawn_before.clear()
+    opened().denoise(replace(request, controls=(Control(clips(17)),)))
+    assert drawn_before == without
+    assert {name for name, _ in without} >= {"initial", "keyframe 1", "condition 0", "stochastic 2"}
+
+
+def test_guidance_sums_over_the_tokens_of_the_video_alone(
+    opened: Callable[..., Engine], clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Size] = []
+    real = guiding.combine
+
+    def combine(said: Any, strengths: Any, guidance: Any, tokens: Tensor, level: Tensor) -> Tensor:
+        seen.extend(one.shape for one in (*said, tokens))
+        return real(said, strengths, guidance, tokens, level)
+
+    monkeypatch.setattr(guiding, "combine", combine)
+    guidance = Guidance(scale=3.0, stg=1.0, rescale=0.7, skip_blocks=(1,), cfg_star=True)
+    made = opened().denoise(replace(REQUEST, guidance=guidance, controls=(Control(clips(17)),)))
+    assert set(seen) == {(1, 3 * 2 * 4, CHANNELS)}
+    assert made.isfinite().all()
+
+
+@pytest.mark.parametrize("cache", [StepCache("first-block", threshold=0.5), StepCache("taylor")], ids=str)
+def test_steps_are_cached_beside_a_control(
+    cache: StepCache, opened: Callable[..., Engine], clips: Callable[..., str]
+) -> None:
+    request = replace(REQUEST, levels=None, steps=12, controls=(Control(clips(17)),))
+    full = opened().denoise(request)
+    assert 0 < relative(opened().denoise(replace(request, cache=cache)), full) < 0.5
+    none = replace(cache, threshold=0.0) if cache.threshold is not None else replace(cache, interval=1)
+    assert relative(opened().denoise(replace(request, cache=none)), full) < 1e-6
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+TWO = replace(
+    REQUEST,
+    multi_scale=True,
+    downscale=0.5,
+    second=Pass(levels=(0.9, 0.4), guidance=Guidance(scale=1.0)),
+    guidance=Guidance(scale=1.0),
+    fps=24.0,
+)
+
+
+def test_each_pass_sees_the_control_at_its_own_size(
+    home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    upscaler = write_upscaler(tmp_path / "up.safetensors")
+    engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
+    generation = engine._opened(replace(TWO, controls=(Control(clips(17)),)), ignore)
+    assert [plan.size for plan in generation.passes] == [Size(64, 32), Size(128, 64)]
+    assert generation.work().media == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
+    assert [[one.shape[2:] for one in each.references] for each in generation.media_encoded()] == [
+        [(3, 1, 2)],
+        [(3, 2, 4)],
+    ]
+    noise = drawn(1, CHANNELS, 3, 1, 2)
+    plain = engine.denoise(TWO, noise=noise)
+    led = engine.denoise(replace(TWO, controls=(Control(clips(17)),)), noise=noise)
+    assert led.shape == plain.shape
+    assert relative(led, plain) > 1e-2
+
+
+def test_a_first_pass_of_every_second_frame_sees_every_second_frame_of_the_control(
+    home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    upscaler = write_upscaler(tmp_path / "up.safetensors", space=False, time=True)
+    engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
+    generation = engine._opened(replace(TWO, controls=(Control(clips(33)),), frames=33), ignore)
+    first, second = (references[0] for references in generation.references)
+    assert list(first.places) == list(range(0, 33, 2))
+    assert list(second.places) == list(range(33))
+    assert engine.denoise(replace(TWO, controls=(Control(clips(33)),), frames=33)).shape[2] == 5
+
+
+# --- lengths, parts, pictures ----------------------------------------------------------------------------------------
+
+
+def brightness(followed: Followed) -> list[int]:
+    """Which frames of its clip were taken, told by how bright the square is."""
+    return [round((float(frame.max()) - 60) / 4) for frame in followed.pictures()]
+
+
+@pytest.mark.parametrize(
+    ("clip", "part", "frames", "taken"),
+    [
+        (17, None, 17, [*range(17)]),
+        (20, None, 20, [*range(20), 19, 19, 19, 19, 19]),  # made at 25: the last is repeated
+        (20, (3, None), 17, [*range(3, 20)]),
+        (20, (-9, None), 9, [*range(11, 20)]),
+        (20, (2, 11), 9, [*range(2, 11)]),
+    ],
+)
+def test_frames_are_followed_one_by_one(
+    clip: int, part: tuple[int, int] | None, frames: int, taken: list[int], clips: Callable[..., str]
+) -> None:
+    (followed,) = read_controls(replace(REQUEST, frames=frames, controls=(Control(clips(clip), part=part),)))
+    assert brightness(followed) == taken
+
+
+def test_a_longer_clip_is_cut_with_a_warning(clips: Callable[..., str]) -> None:
+    with pytest.warns(KadrWarning, match="has 25 frames for a video of 9; its first 9 are followed"):
+        (followed,) = read_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
+    assert brightness(followed) == [*range(9)]
+
+
+def test_a_picture_leads_a_video_of_one_frame(opened: Callable[..., Engine], photo: Condition) -> None:
+    request = replace(REQUEST, frames=1, controls=(Control(photo.media),))
+    assert relative(opened().denoise(request), opened().denoise(replace(request, controls=()))) > 1e-3
+
+
+# --- what is refused and what is told ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("control", "fields", "says", "kind"),
+    [
+        ({}, {"frames": 25}, ["has 17 frames", "the video has 25", "Ask for 17 or fewer"], RequestError),
+        ({"part": (4, 12)}, {}, ["17 frames, 8 of them taken", "Ask for 8 or fewer"], RequestError),
+        ({"part": (20, None)}, {}, ["0 of them taken", "Take another part"], RequestError),
+        ({"media": "photo"}, {}, ["is a picture", "17 frames", "Give a clip"], RequestError),
+        ({"media": "gone.mp4"}, {}, ["gone.mp4", "no such file"], MediaError),
+        ({"media": "text.mp4"}, {}, ["text.mp4", "cannot be read as a video"], MediaError),
+        ({"media": "thin.mp4"}, {"size": Size(2000, 32)}, ["thin.mp4 is 2x64"], MediaError),
+    ],
+    ids=["short", "a short part", "an empty part", "a picture", "absent", "no clip", "too small"],
+)
+def test_what_cannot_lead_a_video_is_refused_before_anything_is_loaded(
+    control: dict[str, Any],
+    fields: dict[str, Any],
+    says: list[str],
+    kind: type[KadrError],
+    untouched: Engine,
+    clips: Callable[..., str],
+    photo: Condition,
+    out: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.mp4").write_text("no clip")
+    with VideoWriter(tmp_path / "thin.mp4", Size(2, 64), 24) as writer:
+        writer.write(np.zeros((17, 64, 2, 3), np.uint8))
+    name = control.get("media")
+    media = clips(17) if name is None else photo.media if name == "photo" else str(tmp_path / name)
+    request = replace(REQUEST, controls=(Control(**{**control, "media": media}),), **fields)
+    for make in (untouched.generate, untouched.plan, lambda asked: untouched.write(asked, out / "a.mp4")):
+        with pytest.raises(kind) as caught:
+            make(request)
+        assert all(what in str(caught.value) for what in says), str(caught.value)
+    assert list(out.iterdir()) == []
+    with pytest.raises(kind, match=re.escape(says[0])):
+        DryEngine.open(untouched.components.checkpoint.path).run(request)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "extra"),
+    [("canny", "cv2", "control"), ("depth", "onnxruntime", "depth"), ("pose", "rtmlib", "pose")],
+)
+def test_a_kind_whose_library_is_absent_is_refused_before_anything_is_loaded(
+    kind: str, module: str, extra: str, untouched: Engine, clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RequestError, match=re.escape(f"pip install 'kadr[{extra}]'")):
+        untouched.generate(replace(REQUEST, controls=(Control(clips(17), kind=kind),)))
+
+
+def test_sides_that_a_smaller_reference_does_not_divide_are_refused(
+    opened: Callable[..., Engine], clips: Callable[..., str]
+) -> None:
+    request = replace(REQUEST, size=Size(160, 64), controls=(Control(clips(17)),))
+    with pytest.raises(
+        RequestError, match=r"2 times smaller .* pass 1 is made at 160x64: .* multiples of 64\. Ask for 192x64"
+    ):
+        opened("2").plan(request)
+
+
+def test_loras_that_want_references_of_other_sizes_are_refused(
+    home: Path, lora: Callable[..., Path], clips: Callable[..., str]
+) -> None:
+    engine = Engine.open(home / MODEL, device="cpu", loras=[lora("2"), lora("3"), lora()], prompt_cache=False)
+    with pytest.raises(RequestError, match=r"references of other sizes: .*2\.safetensors 2, .*3\.safetensors 3"):
+        engine.plan(replace(REQUEST, controls=(Control(clips(17)),)))
+    engine.plan(REQUEST)  # which has none
+
+
+def test_a_factor_of_one_lora_counts_beside_others_that_name_none(home: Path, lora: Callable[..., Path]) -> None:
+    engine = Engine.open(home / MODEL, device="cpu", loras=[lora(), lora("2")], prompt_cache=False)
+    assert engine.components.loras.reference_downscale == 2
+
+
+def test_a_control_without_a_lora_is_warned_of(
+    engine: Engine, opened: Callable[..., Engine], clips: Callable[..., str]
+) -> None:
+    request = replace(REQUEST, controls=(Control(clips(17)),))
+    with pytest.warns(KadrWarning, match="a control is given, and no LoRA"):
+        engine.plan(request)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened().plan(request)
+        engine.plan(REQUEST)
+
+
+def test_a_plan_counts_the_control_and_tells_it(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
+    large = replace(REQUEST, size=Size(512, 512))
+    plain, led = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(17)),)))
+    assert led.of("denoise").choice.working > 1.8 * plain.of("denoise").choice.working
+    assert led.of("denoise").choice.seconds > 1.8 * plain.of("denoise").choice.seconds
+    assert led.reasons() == ["encode: the transformer sees tokens of controls: 768 beside 768 of the video"]
+
+
+def test_a_video_remembers_its_control_by_its_whole_path(
+    opened: Callable[..., Engine], clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(clips(17))
+    monkeypatch.chdir(path.parent)
+    request = replace(REQUEST, controls=(Control(path.name, kind="canny", part=(0, 17)),))
+    made = Request.from_json(opened().record(request)["request"])
+    assert made.controls == (Control(str(path), kind="canny", part=(0, 17)),)
+    assert made.media() == (path,)
+
+
+# --- networks that find what a control shows ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with networks of a few nodes, by the names of the real ones."""
+    person = [(160.0, 160.0, 480.0, 480.0, 0)]
+    files = (
+        onnx_files.depth(tmp_path / "depth.onnx"),
+        onnx_files.people(tmp_path / "people.onnx", person),
+        onnx_files.joints(tmp_path / "joints.onnx", {0: (144.0, 100.0), 5: (194.0, 200.0), 6: (94.0, 200.0)}),
+    )
+    names = [(repo, name) for repo, found in NETWORKS.values() for name in found]
+    with serving(monkeypatch, tmp_path / "cache") as hub:
+        for (repo, name), file in zip(names, files, strict=True):
+            hub.repos.setdefault(repo, {})[name] = file.read_bytes()
+        yield hub
+
+
+@pytest.mark.parametrize("kind", ["depth", "pose"])
+def test_a_network_is_fetched_once_and_goes_through_the_clip_once_for_all_passes(
+    kind: str, remote: FakeHub, home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
+) -> None:
+    upscaler = write_upscaler(tmp_path / "up.safetensors")
+    engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
+    request, told = replace(TWO, controls=(Control(clips(17), kind=kind),)), list[Progress]()
+    led = engine.denoise(request, watch=told.append)
+    assert [report.step for report in told if report.stage == "control"] == [*range(18)]
+    assert [report.stage for report in told].index("control") < [report.stage for report in told].index("encode")
+    assert sorted(name for name, _ in remote.taken) == sorted(NETWORKS[kind][1])
+    assert relative(led, engine.denoise(replace(TWO, controls=(Control(clips(17)),)))) > 1e-4  # the clip as it is
+    remote.silent = True
+    assert torch.equal(engine.denoise(request), led)
+
+
+def test_depth_that_is_encoded_is_bright_where_the_network_says_near(
+    remote: FakeHub, opened: Callable[..., Engine], clips: Callable[..., str]
+) -> None:
+    generation = opened()._opened(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)), ignore)
+    generation.components.follow(opened().plan(generation.request))
+    generation.media_encoded()
+    (seen,) = generation.references[0]
+    chunks = torch.cat(list(seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)), dim=2)
+    assert chunks.shape == (1, 3, 17, 64, 128)
+    assert chunks[0, :, 0, 24:40, 4:28].mean() < chunks[0, :, 16, 24:40, 36:60].mean()  # the square gets redder
+    assert chunks[0, :, 0, 24:40, 40:].max() < -0.8  # what is farthest in the clip is black
+    assert chunks.max() > 0.7  # what is sharp overshoots where it is resized, and nothing else is nearer
+
+
+def test_a_network_that_cannot_be_fetched_is_told_before_anything_is_loaded(
+    untouched: Engine, clips: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("kadr.pipeline.generate.warn_unheard", lambda request, loras: None)
+    with pytest.raises(
+        CheckpointError, match=r"onnx/model\.onnx of onnx-community.*shows the depth already needs none"
+    ):
+        untouched.generate(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)))
+
+
+def test_a_plan_fetches_no_network(
+    opened: Callable[..., Engine], clips: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    plan = opened().plan(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)))
+    assert plan.of("encode").choice.seconds > 0
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_reference_is_drawn_when_it_is_asked_for_and_not_kept(
+    clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (followed,) = read_controls(replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),)))
+    assert isinstance(followed.frames, Film)
+    generation = Engine.open("demo", device="cpu").passes(replace(REQUEST, frames=25))
+    seen = reference(followed, replace(REQUEST, frames=25), generation[0])
+    sizes = [chunk.shape[2] for chunk in seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)]
+    assert sizes == [8, 8, 8, 1]
