@@ -40,10 +40,11 @@ help:  ## list the targets
 	$(PIP) --no-build-isolation -e .
 	touch $@
 
-# The official package pins old versions of what it uses; without dependencies it works with today's.
+# The official package pins old versions of what it uses; without dependencies it works with today's. rtmlib asks for two
+# more builds of OpenCV, which would lie over the one that is there.
 .venv/.test: .venv/.core
 	$(PIP) --no-build-isolation -e '.[test]'
-	$(PIP) --no-deps ltx-video
+	$(PIP) --no-deps ltx-video rtmlib
 	touch $@
 
 demo: .venv/.core  ## make out/demo.mp4 with the bundled model; no network once installed

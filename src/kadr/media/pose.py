@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class PoseNetwork:
     def __init__(self, people: Path, joints: Path) -> None:
         rtmlib = library("rtmlib", "pose")
         try:
-            with redirect_stdout(sys.stderr):  # it tells what it loads, and stdout is ours
+            with redirect_stdout(StringIO()):  # it tells what it loads, and stdout is for data
                 self.things = rtmlib.YOLOX(
                     str(people), model_input_size=(640, 640), det_mode="multiclass", score_thr=SURE
                 )
