@@ -33,6 +33,7 @@ STAGES = (
     "keyframe",
     "sequence",
     "several conditions",
+    "control",
     "video to video",
     "video from latents",
     "two passes",

@@ -82,6 +82,6 @@ def library(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise RequestError(
-            f"this kind of control is made with {module}, which is not installed: pip install 'kadr[{extra}]'. Or give a "
-            "clip that is made already, with no kind in front of its path."
+            f"this kind of control is made with {module}, which is not installed: pip install 'kadr[{extra}]'. Or give "
+            "a clip that is made already, with no kind in front of its path."
         ) from error

@@ -106,8 +106,8 @@ def warn_unheard(request: Request, *, loras: bool) -> None:
     """Say where controls are given, and no LoRA that could read them."""
     if request.controls and not loras:
         warnings.warn(
-            "a control is given, and no LoRA: the model itself never learned to follow one. Add the in-context LoRA that "
-            "was trained for it with --lora.",
+            "a control is given, and no LoRA: the model itself never learned to follow one. Add the in-context LoRA "
+            "that was trained for it with --lora.",
             KadrWarning,
             stacklevel=2,
         )

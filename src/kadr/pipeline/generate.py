@@ -91,7 +91,8 @@ class Generation:
         self.followed = read_controls(request) if media else []
         self.downscale = components.loras.reference_downscale if self.followed else 1
         self.references = [self._references(plan) for plan in self.passes]
-        warn_unheard(request, loras=bool(components.loras))
+        if media:
+            warn_unheard(request, loras=bool(components.loras))
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Of the latents of a pass: (1, C, f, h, w)."""
@@ -143,15 +144,14 @@ class Generation:
         if not any(self.fitted) and not any(self.references) and self.start is None:
             return [Encoded([]) for _ in self.passes]
         drawn = drawings(self.followed, fetched(self.followed) if networks is None else networks, self.watch)
-        self.references = [
-            [replace(one, drawn=way) for one, way in zip(references, drawn, strict=True)]
-            for references in self.references
+        references = [
+            [replace(one, drawn=way) for one, way in zip(each, drawn, strict=True)] for each in self.references
         ]
-        run = rescued(self.components, "encode", self._media_encoded)
+        run = rescued(self.components, "encode", partial(self._media_encoded, references))
         return guarded("encode", self.components.dtype_of("encode"), run)
 
-    def _media_encoded(self, dtype: torch.dtype | None) -> list[Encoded]:
-        count = sum(len(items) for items in self.fitted) + sum(len(items) for items in self.references)
+    def _media_encoded(self, drawn: list[list[Reference]], dtype: torch.dtype | None) -> list[Encoded]:
+        count = sum(len(items) for items in self.fitted) + sum(len(references) for references in drawn)
         count += self.start is not None
         stage, watchman = Stage("encode", count, self.watch), Watchman.on(self.device)
         own, done, made = dtype or self.components.dtype_of("encode"), 0, []
@@ -166,7 +166,7 @@ class Generation:
                 stage.done(done)
                 return latents
 
-            for number, (items, references) in enumerate(zip(self.fitted, self.references, strict=True)):
+            for number, (items, references) in enumerate(zip(self.fitted, drawn, strict=True)):
                 start = encode(self.start) if number == 0 and self.start is not None else None
                 shown = [(item, encode(item.pixels)) for item in items]
                 made.append(Encoded(shown, start, [encode(one) for one in references]))

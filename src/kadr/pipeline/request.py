@@ -316,8 +316,8 @@ class Request:
     def media(self) -> tuple[Path, ...]:
         """The files the request needs."""
         own = () if self.video is None else (self.video,)
-        shown = (one.media for one in (*self.conditions, *self.controls))
-        return tuple(Path(path) for path in (*own, *shown))
+        shown, followed = [one.media for one in self.conditions], [one.media for one in self.controls]
+        return tuple(Path(path) for path in (*own, *shown, *followed))
 
 
 def _part(part: Any, media: str, *, clip: bool) -> tuple[int | None, int | None]:
