@@ -147,7 +147,7 @@ class MediaFlags:
     ] = None
     control: Annotated[
         list[str] | None,
-        _flag("--control", "[KIND:]PATH[#A:B]", "A clip to follow through an in-context LoRA; KIND: canny, depth, pose."),
+        _flag("--control", "[KIND:]PATH[#A:B]", "A clip for an in-context LoRA to follow. KIND: canny, depth or pose."),
     ] = None
     input_video: Annotated[Path | None, _flag("--input-video", "PATH", "Make the video from this one.")] = None
     strength: Annotated[

@@ -122,6 +122,7 @@ class Reference:
         frames: those.
         size: of the video, as it was asked for.
         made: of the reference.
+        drawn: draws what a network has found; None where none has looked.
     """
 
     control: Control
@@ -175,10 +176,9 @@ def reference(followed: Followed, request: Request, plan: PassPlan, downscale: i
     places = [min(step * place, last) for place in range(plan.frames)]
     frames = followed.frames.chosen(places) if isinstance(followed.frames, Film) else followed.frames
     made = Size(plan.size.width // downscale, plan.size.height // downscale)
-    made_of = Reference(followed.control, places, frames, request.size, made)
     first = frames.sample if isinstance(frames, Film) else frames[0]
     cover(first, request.size, made, name=followed.control.media)  # refuses here what is too small
-    return made_of
+    return Reference(followed.control, places, frames, request.size, made)
 
 
 def _divisible(request: Request, plan: PassPlan, unit: int) -> str:
