@@ -313,7 +313,8 @@ def test_guidance_sums_over_the_tokens_of_the_video_alone(
 def test_steps_are_cached_beside_a_control(
     cache: StepCache, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
-    request = replace(REQUEST, levels=None, steps=12, controls=(Control(clips(17)),))
+    small = {"size": Size(64, 64), "frames": 9, "levels": None, "steps": 10}
+    request = replace(REQUEST, controls=(Control(clips(9)),), **small)
     full = opened().denoise(request)
     assert 0 < relative(opened().denoise(replace(request, cache=cache)), full) < 0.5
     none = replace(cache, threshold=0.0) if cache.threshold is not None else replace(cache, interval=1)
@@ -356,11 +357,11 @@ def test_a_first_pass_of_every_second_frame_sees_every_second_frame_of_the_contr
 ) -> None:
     upscaler = write_upscaler(tmp_path / "up.safetensors", space=False, time=True)
     engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
-    generation = engine._opened(replace(TWO, controls=(Control(clips(33)),), frames=33), ignore)
-    first, second = (references[0] for references in generation.references)
-    assert list(first.places) == list(range(0, 33, 2))
-    assert list(second.places) == list(range(33))
-    assert engine.denoise(replace(TWO, controls=(Control(clips(33)),), frames=33)).shape[2] == 5
+    request = replace(TWO, controls=(Control(clips(17)),), size=Size(64, 64))
+    first, second = (references[0] for references in engine._opened(request, ignore).references)
+    assert list(first.places) == list(range(0, 17, 2))
+    assert list(second.places) == list(range(17))
+    assert engine.denoise(request).shape[2] == 3
 
 
 # --- lengths, parts, pictures ----------------------------------------------------------------------------------------
