@@ -13,7 +13,8 @@ from kadr.errors import RequestError
 SPATIAL = 32  # pixels per latent position, each way
 TEMPORAL = 8  # frames per latent frame, after the first
 MAXIMUM_SIDE = 8192  # pixels; above this no released model makes a picture and a typing error is likelier
-MAXIMUM_FRAMES = 4097
+MAXIMUM_FRAMES = 36001  # twenty minutes at 30 per second
+MAXIMUM_AT_ONCE = 4097  # in one sampling; more are made in windows
 
 
 @dataclass(frozen=True)

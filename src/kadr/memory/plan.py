@@ -32,6 +32,7 @@ class Choice:
         working: bytes besides: activations, buffers.
         host: bytes on the host, where the device is another.
         seconds: about.
+        windows: of a long video, in how many it is made; 0 where it is made at once.
         path: what its products are computed by, of the ways there are, in words.
         why: what speaks for it or made it necessary; "" for the plain way.
     """
@@ -46,6 +47,7 @@ class Choice:
     working: int = 0
     host: int = 0
     seconds: float = 0.0
+    windows: int = 0
     path: str = "torch"
     why: str = ""
 
@@ -141,6 +143,8 @@ class Plan:
                 why = f"{why}, because {lacking}" if why else lacking
             if why:
                 told.append(f"{stage.stage}: {why}")
+            if stage.choice.windows:
+                told.append(f"{stage.stage}: {stage.choice.windows} windows, one after the other")
         return told
 
     def to_json(self) -> dict[str, Any]:
@@ -161,6 +165,7 @@ class Plan:
                     "hold": stage.choice.hold,
                     "path": stage.choice.path,
                     "streamed_blocks": stage.choice.streamed,
+                    "windows": stage.choice.windows,
                     "weight_bytes": stage.choice.mapped + stage.choice.own,
                     "working_bytes": stage.choice.working,
                     "host_bytes": stage.choice.host,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -253,6 +253,19 @@ class Components:
         parts |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in self.upscalers.items()}
         # Not resolved: in the hub's cache a link has the file's name, and what it points to has none.
         return {name: str(Path(path).absolute()) for name, path in parts.items()}
+
+    def state_of_files(self, others: Iterable[Path] = ()) -> dict[str, Any]:
+        """Size and time of change of every file that the pictures depend on. others: besides those of the model."""
+        checkpoints = {id(one): one for one in (*self.transformers, self.vae)}.values()
+        sources = [self.text.source, *(source for one in checkpoints for source in one.sources.values())]
+        files = {info.file for source in sources for info in source.infos.values()}
+        files |= {Path(lora["path"]) for lora in self.loras.record().get("loras", ())}
+        return {"files": {str(path.absolute()): _state(path) for path in sorted({*files, *others})}}
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -28,8 +28,9 @@ from kadr.pipeline.passes import PassPlan, unused_parts, warn_guided, warn_unuse
 from kadr.pipeline.planning import Planner, nearest
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.request import Request
-from kadr.pipeline.resolve import resolve, with_second
+from kadr.pipeline.resolve import resolve, warn_single, with_second
 from kadr.pipeline.result import Made, Video
+from kadr.pipeline.window_folder import HELD, WindowFolder, folder_of
 from kadr.quant.scheme import NONE, check_scheme
 from kadr.version import __version__
 
@@ -209,14 +210,17 @@ class Engine:
         *,
         watch: Watch = ignore,
         planned: Callable[[Plan], object] | None = None,
+        resume: bool = False,
     ) -> Made:
         """Make one video straight into an mp4: frames are written as they are decoded.
 
-        Memory does not grow with the length. The file is written beside `path` and renamed when it is whole.
+        Memory does not grow with the length. The file is written beside `path` and renamed when it is whole. Of a
+        long video each finished window is kept in a folder beside it, `clip.windows` for `clip.mp4`, until then.
 
         Args:
             watch: as of `generate`.
             planned: told the plan, before anything is loaded.
+            resume: go on with the windows that a run of the same request has left there.
 
         Raises:
             As `generate`, and MediaError where the file cannot be written: found before anything is computed where
@@ -224,13 +228,21 @@ class Engine:
         """
         began = time.monotonic()
         generation = self._begin(request, watch)
+        request = generation.request
+        fps, record = float(request.fps or 0), self.record(request)
+        writer = VideoWriter(path, generation.size, fps, metadata=record)
+        kept = self._kept(generation, Path(path), record, resume)
         if planned is not None and self.components.plan is not None:
             planned(self.components.plan)
-        request = generation.request
-        fps = float(request.fps or 0)
-        with VideoWriter(path, generation.size, fps, metadata=self.record(request)) as writer:
-            latents = generation.latents()
+        # A run that is cut off while it makes windows is to leave nothing but them.
+        pieces = None if kept is None else generation.windowed(kept)
+        with writer:
+            latents = generation.latents() if pieces is None else pieces
             writer.write_all(frames.numpy() for frames in generation.pixels(latents))
+        if not isinstance(latents, Tensor):
+            latents = latents.whole()
+        if kept is not None:
+            kept.remove()
         return Made(
             path=Path(path),
             frames=generation.frames,
@@ -240,6 +252,16 @@ class Engine:
             latents=latents[0].cpu(),
             request=request,
         )
+
+    def _kept(self, generation: Generation, path: Path, record: dict[str, Any], resume: bool) -> WindowFolder | None:
+        """Where the windows of a long video are kept; None for any other."""
+        if not generation.windows:
+            if resume:
+                raise RequestError("there is nothing to go on with: a video without windows is made at once.")
+            return None
+        held = repr(replace(self.components.choice("denoise"), seconds=0.0, working=0, windows=0))
+        identity = {**record, **self.components.state_of_files(generation.request.media()), HELD: held}
+        return WindowFolder.open(folder_of(path), identity, resume=resume)
 
     def denoise(
         self, request: Request, *, noise: Tensor | None = None, start: Tensor | None = None, watch: Watch = ignore
@@ -305,7 +327,8 @@ class Engine:
         return generation
 
     def _opened(self, request: Request, watch: Watch, *, media: bool = True) -> Generation:
-        request = self.resolve(request)
+        asked, request = request, self.resolve(request)
+        warn_single(asked, request, self.recipe)
         if request.multi_scale and not self.components.upscalers:
             self.components.add_upscaler(own_upscaler(self.released))
         generation = Generation(self.components, request, _guarded(watch), media=media)

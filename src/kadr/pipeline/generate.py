@@ -17,7 +17,6 @@ from torch import Tensor
 from kadr.errors import RequestError
 from kadr.media.frames import crop_margins, resize, to_uint8, to_unit
 from kadr.models.transformer import Reading, Transformer
-from kadr.models.vae import VAE
 from kadr.models.vae.decoder import SLICE
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import PASS_STAGES, Components
@@ -25,8 +24,19 @@ from kadr.pipeline.conditions import read_conditions, read_start
 from kadr.pipeline.controls import Reference, drawings, fetched, read_controls, reference, warn_unheard
 from kadr.pipeline.fitting import Fitted, Pixels, added, fitted, put, settled
 from kadr.pipeline.guard import Watchman, guarded, guarded_frames
-from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes, warn_cached
-from kadr.pipeline.planning import Work
+from kadr.pipeline.long import (
+    Guide,
+    InMemory,
+    Kept,
+    Pieces,
+    check_placed,
+    in_window,
+    is_first_picture,
+    rechunked,
+    sample_windows,
+)
+from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, warn_cached
+from kadr.pipeline.planning import WindowWork, Work
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.request import Request
@@ -80,12 +90,17 @@ class Generation:
             check_blocks(plan, components.config(number).layers)
             warn_cached(plan, request.step_cache)
             components.loras.strengths(number, request.lora_strengths)  # refuses what is none
+        self.windows = plan_windows(request, components.schedules[0])
+        self.spans = () if request.windows is None else request.windows.spans(self.frames)
         self.noise = NoiseStreams(request.seed)
         self.device = components.device
         self.guided = any(plan.guided for plan in self.passes)
-        self.prompts = Prompts(components, [request.prompt, *([request.negative_prompt or ""] * self.guided)])
+        own = dict.fromkeys(request.prompts)
+        self.prompts = Prompts(components, [*own, *([request.negative_prompt or ""] * self.guided)])
         # Media is read before any weight is: a file that cannot be read must cost nothing.
         self.placed = read_conditions(request) if media else []
+        if self.spans:
+            check_placed(self.placed, self.spans)
         self.start = self._start_pixels() if media and request.video is not None else None
         self.fitted = [self._fitted(plan) for plan in self.passes]
         self.followed = read_controls(request) if media else []
@@ -96,7 +111,10 @@ class Generation:
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Of the latents of a pass: (1, C, f, h, w)."""
-        grid = self.passes[number].grid
+        return self._shape(self.passes[number])
+
+    def _shape(self, plan: PassPlan) -> tuple[int, ...]:
+        grid = plan.grid
         return 1, self.components.transformer_config.channels, grid.frames, grid.height, grid.width
 
     def work(self, stages: Collection[str] = ()) -> Work:
@@ -116,7 +134,25 @@ class Generation:
             together=bool(self.request.guidance_batch),
             cache=self.request.step_cache,
             stages=frozenset(stages),
+            windows=tuple(self._window_work(plan) for plan in self.windows),
         )
+
+    def _window_work(self, plan: PassPlan) -> WindowWork:
+        items, windows = in_window(self.fitted[0], self.spans[plan.window]), self.request.windows
+        assert windows is not None
+        shown = (windows.latents[1] if plan.window else 0) + bool(windows.remember)
+        lengths = self.prompts.lengths
+        return WindowWork(
+            plan=plan,
+            texts=(lengths[self._prompt(plan.window)], *lengths[-1:] * self.guided),
+            extra=sum(map(added, items.values())) + shown * plan.grid.height * plan.grid.width,
+            held=bool(items) or shown > 0,
+        )
+
+    def _prompt(self, window: int) -> int:
+        """Which of the prompts that are encoded a window shows; the last one holds for the rest."""
+        prompts = self.request.prompts
+        return self.prompts.texts.index(prompts[min(window, len(prompts) - 1)])
 
     @torch.no_grad()
     def latents(self, noise: Tensor | None = None, *, start: Tensor | None = None) -> Tensor:
@@ -127,16 +163,43 @@ class Generation:
             start: normalised latents to begin from, at the first level of a schedule that leaves out pure noise.
         """
         self._check_start(noise, start)
+        if self.windows:
+            return self.windowed(InMemory(), noise).whole().to(self.device)
         networks = fetched(self.followed)
         texts = self.prompts.encoded(self.watch)
         media = self.media_encoded(networks)
-        begun = self._begun(0, noise, media[0].start if start is None else start)
+        begun = self._begun(self.passes[0], noise, media[0].start if start is None else start)
         latents = self._sampled(self.passes[0], begun, media[0], texts)
         for number, plan in enumerate(self.passes[1:], 1):
             larger = guarded("upscale", torch.float32, partial(self._upscaled, latents))
-            begun = self._begun(number, None, larger)
+            begun = self._begun(plan, None, larger)
             latents = self._sampled(plan, begun, media[number], texts)
         return latents
+
+    @torch.no_grad()
+    def windowed(self, kept: Kept, noise: Tensor | None = None) -> Pieces:
+        """The latents of a long video; the windows that `kept` does not have are made, one by one.
+
+        Args:
+            noise: (1, C, f, h, w) of the whole video, instead of the seed's.
+        """
+        windows = given(self.request.windows)
+        if kept.finished == len(self.spans):
+            return Pieces(self.spans, kept.read)
+        texts = self.prompts.encoded(self.watch)
+        media = self.media_encoded()[0].items
+        latents = [held for _, held in media]
+
+        def sample(number: int, guides: Sequence[Guide]) -> Tensor:
+            plan, span = self.windows[number], self.spans[number]
+            own = None if noise is None else noise[:, :, span.start : span.end]
+            items = in_window((item for item, _ in media), span)
+            shown = Encoded([(item, latents[index]) for index, item in items.items()])
+            read = [texts[self._prompt(number)], *texts[-1:] * plan.guided]
+            return self._sampled(plan, self._begun(plan, own, None), shown, read, guides)
+
+        picture = next((held for item, held in media if is_first_picture(item)), None) if windows.remember else None
+        return sample_windows(windows, self.spans, kept, sample, picture)
 
     @torch.no_grad()
     def media_encoded(self, networks: dict[str, list[Path]] | None = None) -> list[Encoded]:
@@ -174,25 +237,33 @@ class Generation:
         return made
 
     @torch.no_grad()
-    def pixels(self, latents: Tensor, noise: Tensor | None = None) -> Iterator[Tensor]:
-        """Decode latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked."""
-        self._require_shape(len(self.passes) - 1, latents=latents, noise=noise)
+    def pixels(self, latents: Tensor | Pieces, noise: Tensor | None = None) -> Iterator[Tensor]:
+        """Decode latents (1, C, f, h, w): yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked.
+
+        Those of a long video may come piece by piece.
+        """
+        if isinstance(latents, Tensor):
+            self._require_shape(len(self.passes) - 1, latents=latents, noise=noise)
+            latents = Pieces.of(latents, self.spans) if self.spans else latents.to(self.device)
         yield from guarded_frames(
             "decode",
             self.components.dtype_of("decode"),
-            rescued_frames(self.components, "decode", partial(self._decoded, latents.to(self.device), noise)),
+            rescued_frames(self.components, "decode", partial(self._decoded, latents, noise)),
         )
 
-    def _decoded(self, latents: Tensor, noise: Tensor | None, dtype: torch.dtype | None) -> Iterator[Tensor]:
+    def _decoded(self, latents: Tensor | Pieces, noise: Tensor | None, dtype: torch.dtype | None) -> Iterator[Tensor]:
         """As `pixels`; dtype: to compute in, instead of the plan's."""
         stage, watchman = Stage("decode", self.frames, self.watch), Watchman.on(self.device)
         made, done = self.size.snapped(), 0
         own = dtype or self.components.dtype_of("decode")
         handed = self.components.choice("decode").frames or SLICE
         with self.components.decoder(dtype) as vae:
-            level, latents = self._noised_for(vae, latents, noise)
-            latents = tone_map(latents, given(self.passes[-1].settings.tone_map)).to(own)
-            for chunk in vae.decode_stream(latents, level=level, noise=_Injection(self.noise), handed=handed):
+            conditioned, injected = vae.config.timestep_conditioning, _Injection(self.noise)
+            level = torch.full((1,), given(self.request.decode_timestep), device=self.device) if conditioned else None
+            chunks = rechunked((part.to(own) for part in self._noised(latents, noise, mixed=conditioned)), handed)
+            for chunk in vae.decode_chunks(
+                chunks, self.passes[-1].grid.frames, level=level, noise=injected, handed=handed
+            ):
                 watchman.look(chunk, f"frame {done + 1} of {self.frames}")
                 unit = crop_margins(resize(to_unit(chunk[0]), made), self.size)
                 frames = to_uint8(unit)[: self.frames - done].cpu()
@@ -219,18 +290,20 @@ class Generation:
     def _check_start(self, noise: Tensor | None, start: Tensor | None) -> None:
         """Refuse noise and latents that do not fit, and schedules that do not fit what is started from."""
         self._require_shape(0, noise=noise, start=start)
+        if start is not None and self.windows:
+            raise RequestError("latents to start from are given, and windows too; a long video begins at noise alone.")
         if start is not None and self.start is not None:
             raise RequestError("latents to start from are given, and a video too; give the one or the other.")
         check_beginning(self.passes[0], started=start is not None or self.start is not None)
 
-    def _begun(self, number: int, noise: Tensor | None, start: Tensor | None) -> Tensor:
+    def _begun(self, plan: PassPlan, noise: Tensor | None, start: Tensor | None) -> Tensor:
         """The latents at the first level: noise, or what is there with so much noise mixed in."""
         if noise is None:
-            noise = self.noise.draw(_stream(number, "initial"), self.shape(number))
+            noise = self.noise.draw(_stream(plan, "initial"), self._shape(plan))
         noise = noise.float().to(self.device)
         if start is None:
             return noise
-        first = float(self.passes[number].levels[0])
+        first = float(plan.levels[0])
         return first * noise + (1 - first) * start.to(noise)
 
     def _require_shape(self, number: int, **tensors: Tensor | None) -> None:
@@ -242,12 +315,17 @@ class Generation:
                     f"{shape}."
                 )
 
-    def _conditioned(self, plan: PassPlan, latents: Tensor, media: Encoded) -> LatentState:
+    def _conditioned(
+        self, plan: PassPlan, latents: Tensor, media: Encoded, guides: Sequence[Guide] = ()
+    ) -> LatentState:
         causal = self.components.config(plan.number - 1).causal_positions
         state = LatentState.of(latents, positions(plan.grid, fps=plan.fps, causal=causal), plan.grid)
         for index, (item, held) in enumerate(media.items):
-            name = _stream(plan.number - 1, f"keyframe {index}")
+            name = _stream(plan, f"keyframe {index}")
             state = put(state, item, held, plan, causal=causal, draw=partial(self.noise.draw, name))
+        for guide in guides:
+            draw = partial(self.noise.draw, _stream(plan, guide.name))
+            state = guide.shown(state, plan, causal=causal, draw=draw)
         return state
 
     def _context(self, plan: PassPlan, media: Encoded) -> Context | None:
@@ -256,9 +334,20 @@ class Generation:
         causal = self.components.config(plan.number - 1).causal_positions
         return Context.of(media.references, fps=plan.fps, causal=causal, downscale=self.downscale)
 
-    def _sampled(self, plan: PassPlan, begun: Tensor, media: Encoded, texts: Sequence[Text]) -> Tensor:
-        """The latents at the end of a pass, from those at its first level. texts: as `Prompts.encoded` gives them."""
-        state, stage = self._conditioned(plan, begun, media), PASS_STAGES[plan.number - 1]
+    def _sampled(
+        self,
+        plan: PassPlan,
+        begun: Tensor,
+        media: Encoded,
+        texts: Sequence[Text],
+        guides: Sequence[Guide] = (),
+    ) -> Tensor:
+        """The latents at the end of a pass or window, from those at its first level.
+
+        Args:
+            texts: of the prompt and, where guidance needs it, the negative prompt.
+        """
+        state, stage = self._conditioned(plan, begun, media, guides), PASS_STAGES[plan.number - 1]
         run = rescued(self.components, stage, partial(self._denoised, plan, state, self._context(plan, media), texts))
         return guarded(stage, self.components.dtype_of(stage), run).latents()
 
@@ -275,10 +364,12 @@ class Generation:
         own = dtype or self.components.dtype_of(name)
         with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
             rope = transformer.rope(_positions(state, context)[None].to(self.device))
-            stage = Stage(name, count, self.watch)
+            long = (plan.window + 1, plan.windows) if plan.windows > 1 else None
+            stage = Stage(name, count * plan.windows, self.watch, count * plan.window, long)
 
             def watch(index: int, now: Tensor, state: LatentState) -> None:
-                watchman.look(state.tokens, f"step {index + 1} of {count}")
+                place = f" of window {plan.window + 1}" if plan.windows > 1 else ""
+                watchman.look(state.tokens, f"step {index + 1} of {count}{place}")
                 stage.done(index + 1, float(plan.levels[index]))  # not `now`, which lies on the device
 
             state = denoise(
@@ -287,8 +378,8 @@ class Generation:
                 ),
                 state,
                 plan.levels.to(self.device),
-                step=stochastic(self._step_noise(number, "stochastic")) if plan.settings.stochastic else euler,
-                prepare=shake(given(self.request.image_noise), self._step_noise(number, "condition")),
+                step=stochastic(self._step_noise(plan, "stochastic")) if plan.settings.stochastic else euler,
+                prepare=shake(given(self.request.image_noise), self._step_noise(plan, "condition")),
                 watch=watch,
             )
             watchman.settle()
@@ -323,8 +414,8 @@ class Generation:
         estimate = guided(model, text, negative, plan.settings.guidance, plan.steps, together=together)
         return estimate if cached is None else cached.over(estimate)
 
-    def _step_noise(self, number: int, name: str) -> StepNoise:
-        return StepNoise(self.noise, _stream(number, name))
+    def _step_noise(self, plan: PassPlan, name: str) -> StepNoise:
+        return StepNoise(self.noise, _stream(plan, name))
 
     def _upscaled(self, latents: Tensor, _: torch.dtype | None) -> Tensor:
         """The latents at the size of the second pass, with the statistics they had before; in float32, always."""
@@ -341,14 +432,17 @@ class Generation:
             watchman.settle()
             return adain(statistics.normalise(made), latents)
 
-    def _noised_for(self, vae: VAE, latents: Tensor, noise: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """The level the decoder is told, and the latents with the noise it expects mixed in, in normalised space."""
-        if not vae.config.timestep_conditioning:
-            return None, latents
-        share = given(self.request.decode_noise)
-        noise = self.noise.draw("decode", latents.shape) if noise is None else noise
-        level = torch.full((len(latents),), given(self.request.decode_timestep), device=self.device)
-        return level, (1 - share) * latents + share * noise.to(latents)
+    def _noised(self, latents: Tensor | Pieces, noise: Tensor | None, *, mixed: bool) -> Iterator[Tensor]:
+        """The latents, tone mapped, with the noise mixed in that the decoder may expect; those of each window apart."""
+        share, pressed = given(self.request.decode_noise), given(self.passes[-1].settings.tone_map)
+        for number, part in enumerate([latents] if isinstance(latents, Tensor) else latents):
+            part = part.to(self.device)
+            if mixed:
+                own = self.noise.draw(_in_window("decode", number), part.shape) if noise is None else noise
+                if noise is not None and self.spans:
+                    own = noise[:, :, (start := self.spans[number].kept_from) : start + part.shape[2]]
+                part = (1 - share) * part + share * own.to(part)
+            yield tone_map(part, pressed)
 
 
 @dataclass(frozen=True)
@@ -380,9 +474,13 @@ def _positions(state: LatentState, context: Context | None) -> Tensor:
     return torch.cat([state.positions, context.positions.to(state.positions)], dim=1)
 
 
-def _stream(number: int, name: str) -> str:
-    """The stream of a pass: those of the second have names of their own."""
-    return f"second {name}" if number else name
+def _stream(plan: PassPlan, name: str) -> str:
+    """The stream of a pass or window: those of the second pass, and of each later window, have names of their own."""
+    return f"second {name}" if plan.number > 1 else _in_window(name, plan.window)
+
+
+def _in_window(name: str, window: int) -> str:
+    return f"window {window + 1} {name}" if window else name
 
 
 def given(value: T | None) -> T:

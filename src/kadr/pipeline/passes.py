@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ class PassPlan:
         fps: that the positions are made with.
         levels: fp32 (S), on the CPU.
         steps: the strengths of each.
+        window, windows: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
+            the levels of its first one.
     """
 
     number: int
@@ -39,6 +41,8 @@ class PassPlan:
     fps: float
     levels: Tensor
     steps: tuple[Strengths, ...]
+    window: int = 0
+    windows: int = 1
 
     @property
     def grid(self) -> LatentGrid:
@@ -72,6 +76,8 @@ def plan_passes(request: Request, schedules: Sequence[Schedule], *, upscaling: U
     assert request.frames is not None
     assert request.fps is not None
     size, frames, first = request.size.snapped(), snap_frames(request.frames), request.only_pass()
+    if request.windows is not None:
+        return (replace(plan_windows(request, schedules[0])[0], frames=frames),)
     if not request.multi_scale:
         return (_planned(1, first, size, frames, request.fps, schedules[0], _beginning(request)),)
     assert request.second is not None
@@ -83,6 +89,25 @@ def plan_passes(request: Request, schedules: Sequence[Schedule], *, upscaling: U
         _planned(1, first, small, few, rate, schedules[0], _beginning(request)),
         _planned(2, request.second, made, many, request.fps, schedules[1], None),
     )
+
+
+def plan_windows(request: Request, schedule: Schedule) -> tuple[PassPlan, ...]:
+    """The windows of a request in which nothing is open, each as a pass of its own; none where there are none.
+
+    Raises:
+        RequestError: as `plan_passes`.
+    """
+    if request.windows is None:
+        return ()
+    assert isinstance(request.size, Size)
+    assert request.frames is not None
+    assert request.fps is not None
+    size, spans = request.size.snapped(), request.windows.spans(request.frames)
+    made: dict[int, PassPlan] = {}  # by frames: all but the last are alike
+    for span in spans:
+        if span.frames not in made:
+            made[span.frames] = _planned(1, request.only_pass(), size, span.frames, request.fps, schedule, None)
+    return tuple(replace(made[span.frames], window=number, windows=len(spans)) for number, span in enumerate(spans))
 
 
 def _beginning(request: Request) -> float | None:

@@ -69,6 +69,7 @@ class Work:
         cache: what is kept from step to step.
         context: for each pass, tokens of controls; () where there are none.
         stages: what is run; all of it where empty.
+        windows: those of a long video, in the place of its only pass.
     """
 
     passes: tuple[PassPlan, ...]
@@ -81,6 +82,23 @@ class Work:
     cache: StepCache | None = None
     context: tuple[int, ...] = ()
     stages: frozenset[str] = frozenset()
+    windows: tuple[WindowWork, ...] = ()
+
+
+@dataclass(frozen=True)
+class WindowWork:
+    """What is to be done for one window.
+
+    Args:
+        texts: how many tokens each prompt has that the transformer reads.
+        extra: tokens that conditions, the overlap and what is remembered add.
+        held: whether tokens have noise levels of their own.
+    """
+
+    plan: PassPlan
+    texts: tuple[int, ...]
+    extra: int
+    held: bool
 
     def beside(self, number: int) -> int:
         """Tokens of a pass that are not of its video's grid."""
@@ -146,7 +164,7 @@ class Planner:
         for number, plan in enumerate(self.work.passes):
             if number:
                 yield self._upscale()
-            yield self._sampled(number, plan)
+            yield self._in_windows() if self.work.windows else self._sampled(number, plan)
         yield self._decode()
 
     @cached_property
@@ -239,6 +257,25 @@ class Planner:
             one = self._choice(_Way(CONVERTED), weights, working, flops, 0)
             most = replace(max(most, one, key=lambda choice: choice.bytes), seconds=most.seconds + one.seconds)
         return Needs(stage="upscale", part="upscaler", choices=(replace(most, dtype="float32"),))
+
+    def _in_windows(self) -> Needs:
+        """As much memory as the largest window takes, and the time of all."""
+        kinds: dict[tuple[object, ...], list[WindowWork]] = {}  # all but the first and the last are mostly alike
+        for window in self.work.windows:
+            kinds.setdefault((window.plan.frames, window.texts, window.extra, window.held), []).append(window)
+        needs = []
+        for alike in kinds.values():
+            one = alike[0]
+            work = replace(
+                self.work, passes=(one.plan,), texts=one.texts, extra=(one.extra,), held=(one.held,), windows=()
+            )
+            needs.append((len(alike), Planner(self.components, work)._sampled(0, one.plan)))
+        choices = []
+        for same in zip(*(need.choices for _, need in needs), strict=True):
+            seconds = sum(count * choice.seconds for (count, _), choice in zip(needs, same, strict=True))
+            largest = max(same, key=lambda choice: choice.bytes)
+            choices.append(replace(largest, seconds=seconds, windows=len(self.work.windows)))
+        return replace(needs[0][1], choices=tuple(choices))
 
     def _sampled(self, number: int, plan: PassPlan) -> Needs:
         checkpoint = self.components.transformers[number]
@@ -407,7 +444,8 @@ def _smaller(components: Components, work: Work, request: Request) -> str | None
     """The nearest request that fits: fewer frames of this size, or else a smaller size with them."""
     for size, frames in _shrunk(request):
         passes = tuple(_resized(plan, size, frames, request) for plan in work.passes)
-        if _fits(Planner(components, replace(work, passes=passes))):
+        windows = tuple(_window_resized(window, size, request) for window in work.windows)
+        if _fits(Planner(components, replace(work, passes=passes, windows=windows))):
             return f"--size {size} --frames {frames}"
     return None
 
@@ -416,12 +454,20 @@ def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
     assert isinstance(request.size, Size)
     assert request.frames is not None
     size, frames = request.size, request.frames
-    for count in range(snap_frames(frames) - TEMPORAL, frames // 2, -TEMPORAL):
-        yield size, count
+    if request.windows is None:
+        for count in range(snap_frames(frames) - TEMPORAL, frames // 2, -TEMPORAL):
+            yield size, count
     for step in range(19, 4, -1):
         smaller = Size(*(max(SPATIAL, side * step // 20 // SPATIAL * SPATIAL) for side in (size.width, size.height)))
-        for count in (frames, snap_frames(max(1, frames // 2)), 1):
+        # Of a long video the number of windows costs no memory.
+        for count in (frames, snap_frames(max(1, frames // 2)), 1) if request.windows is None else (frames,):
             yield smaller, count
+
+
+def _window_resized(window: WindowWork, size: Size, request: Request) -> WindowWork:
+    assert request.frames is not None
+    plan = _resized(window.plan, size, request.frames, request)
+    return replace(window, plan=plan, extra=window.extra * plan.grid.tokens // window.plan.grid.tokens)
 
 
 def _resized(plan: PassPlan, size: Size, frames: int, request: Request) -> PassPlan:

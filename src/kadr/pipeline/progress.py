@@ -20,6 +20,7 @@ class Progress:
         of: how many it has. Steps of "control" and "decode" are frames.
         sigma: the noise level of the step just done, in "denoise" and "refine" alone.
         eta: seconds until the stage is done, at its pace so far; None before its first step.
+        window: of a long video, which window is being made and how many there are, from 1. The steps are those of all.
     """
 
     stage: str
@@ -27,6 +28,7 @@ class Progress:
     of: int
     sigma: float | None = None
     eta: float | None = None
+    window: tuple[int, int] | None = None
 
 
 Watch = Callable[[Progress], None]
@@ -38,16 +40,24 @@ def ignore(progress: Progress) -> None:
 
 @dataclass
 class Stage:
-    """The clock of one stage: reports to `watch` when it begins and after every step."""
+    """The clock of one stage: reports to `watch` when it begins and after every step.
+
+    Args:
+        before: steps of the stage that are done already.
+        window: as of `Progress`.
+    """
 
     name: str
     of: int
     watch: Watch
+    before: int = 0
+    window: tuple[int, int] | None = None
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.watch(Progress(self.name, 0, self.of))
+        self.watch(Progress(self.name, self.before, self.of, window=self.window))
 
     def done(self, step: int, sigma: float | None = None) -> None:
-        pace = (time.monotonic() - self.began) / max(step, 1)
-        self.watch(Progress(self.name, step, self.of, sigma, pace * (self.of - step)))
+        """step: how many are done, besides those of before."""
+        pace, done = (time.monotonic() - self.began) / max(step, 1), self.before + step
+        self.watch(Progress(self.name, done, self.of, sigma, pace * (self.of - done), self.window))

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.pipeline.windows import Windows, prompts_of
 from kadr.sampling.cache import StepCache
 from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
-from kadr.shapes import MAXIMUM_FRAMES, Size, snap_frames
+from kadr.shapes import MAXIMUM_AT_ONCE, MAXIMUM_FRAMES, Size, snap_frames
 
 MAXIMUM_FPS = 240
 STRONGEST = 10.0  # beyond it any LoRA makes noise: somebody meant per cent
@@ -150,7 +151,7 @@ class Request:
     """One video. What is None is taken from the model's own recipe.
 
     Args:
-        prompt: what to show.
+        prompt: what to show. With windows, one for each of them with | between; the last one holds for the rest.
         size: width and height in pixels, a `Size` or a pair. Made at the next multiples of 32 up, then cropped.
         frames: made at the next 8k+1 up, then trimmed.
         fps: frames per second. The model hears of it: it decides how fast things move.
@@ -172,6 +173,7 @@ class Request:
         controls: videos to follow, through in-context LoRAs.
         lora_strengths: of the engine's LoRAs, in their order: one number each, or (first pass, second pass); None: as
             the engine was opened with.
+        windows: make a video longer than these window by window; None makes it at once.
         video: path of a video to make this one from, instead of from noise alone.
         video_strength: how much of it is made anew: the noise level the sampling begins at, or the nearest below.
         image_noise: times level squared, the noise on kept pictures at each step.
@@ -202,6 +204,7 @@ class Request:
     conditions: tuple[Condition, ...] = ()
     controls: tuple[Control, ...] = ()
     lora_strengths: tuple[Strength, ...] | None = None
+    windows: Windows | None = None
     video: str | None = None
     video_strength: float | None = None
     image_noise: float | None = None
@@ -219,8 +222,10 @@ class Request:
             raise RequestError(f"original_prompt is {self.original_prompt!r}; it must be text, or None.")
         if not isinstance(self.size, Size | None):
             object.__setattr__(self, "size", _size(self.size))
+        object.__setattr__(self, "windows", Windows.of(self.windows))
         if self.frames is not None:
             snap_frames(self.frames)
+        self._check_windows()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
         object.__setattr__(self, "conditions", _conditions(self.conditions))
@@ -243,6 +248,23 @@ class Request:
         if self.levels is not None and (self.steps is not None or self.skip_initial or self.skip_final):
             raise RequestError("levels are given, and steps or skipped levels too; give the one or the other.")
         self._check_video()
+
+    def _check_windows(self) -> None:
+        if self.windows is None:
+            if self.frames is not None and self.frames > MAXIMUM_AT_ONCE:
+                raise RequestError(
+                    f"frames is {self.frames}; at once a video has at most {MAXIMUM_AT_ONCE}. Make it in windows, with "
+                    "--window."
+                )
+            return
+        prompts_of(self.prompt)  # refuses empty ones
+        if self.video is not None:
+            raise RequestError("windows are given, and a video to start from too; give the one or the other.")
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One for each window, as far as they differ; a single one where there are no windows."""
+        return (self.prompt,) if self.windows is None else prompts_of(self.prompt)
 
     def _check_video(self) -> None:
         if self.video is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
-from kadr.errors import RequestError
+from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import read_length
 from kadr.media.image import DEFAULT_CRF
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.request import DEFAULT_VIDEO_STRENGTH, Request
+from kadr.pipeline.windows import check_prompts
 from kadr.sampling.settings import Pass
 
 PLAIN = Pass(stochastic=False, tone_map=0.0)  # what holds where neither request nor recipe says anything
@@ -17,7 +19,7 @@ PLAIN = Pass(stochastic=False, tone_map=0.0)  # what holds where neither request
 def resolve(request: Request, recipe: Recipe) -> Request:
     """The request with everything it left out taken from a recipe.
 
-    A video to start from gives its own length and rate.
+    A video to start from gives its own length and rate. Windows are left out where one of them is the whole video.
 
     Raises:
         RequestError: two passes are asked for, and neither says how to run the second.
@@ -25,6 +27,8 @@ def resolve(request: Request, recipe: Recipe) -> Request:
     """
     if request.video is not None:
         request = _as_video(request)
+    if request.windows is not None:
+        request = _in_windows(request, recipe)
     wanted = recipe.multi_scale if request.second is None else True
     multi_scale = wanted if request.multi_scale is None else request.multi_scale
     if request.second is not None and not multi_scale:
@@ -79,6 +83,43 @@ def _as_video(request: Request) -> Request:
     assert request.video is not None
     frames, fps = read_length(request.video)
     return request.filled({"frames": frames, "fps": float(fps)})
+
+
+def _in_windows(request: Request, recipe: Recipe) -> Request:
+    """The request with nothing left open about its windows and their number.
+
+    Raises:
+        RequestError: two passes are asked for, or there are more prompts than windows.
+    """
+    assert request.windows is not None
+    picture = any(each.frame == 0 and not each.clip and each.box is None for each in request.conditions)
+    windows, prompts = request.windows.filled(recipe.frames, picture=picture), request.prompts
+    frames = request.frames or (windows.lasting(len(prompts)) if len(prompts) > 1 else recipe.frames)
+    count = len(windows.spans(frames))
+    check_prompts(prompts, count)
+    if count == 1:
+        return replace(request, windows=None, frames=frames)
+    if request.multi_scale or request.second is not None:
+        raise RequestError(
+            f"{count} windows are asked for, and two passes: windows are made in one. Give --single-pass and no "
+            "settings of a second pass, or no windows."
+        )
+    return replace(request, windows=windows, frames=frames, multi_scale=False)
+
+
+def warn_single(asked: Request, request: Request, recipe: Recipe) -> None:
+    """Say where windows take the place of a recipe's two passes.
+
+    Args:
+        asked: the request before it was resolved.
+    """
+    if request.windows is not None and recipe.multi_scale and asked.multi_scale is None:
+        warnings.warn(
+            "this model's recipe has two passes, and windows are made in one: the video is made at its full size at "
+            "once. --single-pass says so without this warning.",
+            KadrWarning,
+            stacklevel=2,
+        )
 
 
 def _with_strength(request: Request) -> Request:

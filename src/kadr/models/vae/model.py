@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -120,10 +120,21 @@ class VAE(nn.Module):
             chunk: as many as are handed on, unless told otherwise.
             handed: see `Decoder.pieces`.
         """
-        chunk = chunk or handed
-        stream = Stream(noise=noise)
-        frames = latents.shape[2]
-        for start in range(0, frames, chunk):
-            stream.last = start + chunk >= frames
-            part = self.statistics.restore(latents[:, :, start : start + chunk])
-            yield from self.decoder.pieces(part, stream, level, handed=handed)
+        chunks = latents.split(chunk or handed, dim=2)
+        yield from self.decode_chunks(chunks, latents.shape[2], level=level, noise=noise, handed=handed)
+
+    def decode_chunks(
+        self,
+        chunks: Iterable[Tensor],
+        frames: int,
+        *,
+        level: Tensor | None = None,
+        noise: NoiseSource | None = None,
+        handed: int = SLICE,
+    ) -> Iterator[Tensor]:
+        """As `decode_stream`, of latents (B, C, n, h, w) that come in chunks, `frames` of them in all."""
+        stream, done = Stream(noise=noise), 0
+        for part in chunks:
+            done += part.shape[2]
+            stream.last = done >= frames
+            yield from self.decoder.pieces(self.statistics.restore(part), stream, level, handed=handed)

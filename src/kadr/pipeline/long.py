@@ -1,0 +1,187 @@
+"""A long video, window by window. Nothing is carried from one to the next but latents that are kept.
+
+So a run that was cut off goes on from what it kept, and comes to the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kadr.errors import RequestError
+from kadr.pipeline.conditions import Placed
+from kadr.pipeline.fitting import Fitted
+from kadr.pipeline.passes import PassPlan
+from kadr.pipeline.windows import Span, Windows
+from kadr.sampling.conditions import append
+from kadr.sampling.positions import positions
+from kadr.sampling.seams import continued
+from kadr.sampling.state import LatentState
+from kadr.shapes import TEMPORAL, LatentGrid
+
+BEFORE = -TEMPORAL  # pixel frame at which the remembered picture stands: one latent before the window
+
+
+class Guide(NamedTuple):
+    """Latents that a window is shown beside its own, as tokens that are taken away afterwards.
+
+    Args:
+        name: of its stream of noise.
+        latents: (1, C, n, h, w), normalised.
+        first_frame: pixel frame of the window at which they stand.
+        strength: in (0, 1].
+    """
+
+    name: str
+    latents: Tensor
+    first_frame: int
+    strength: float
+
+    def shown(
+        self, state: LatentState, plan: PassPlan, *, causal: bool, draw: Callable[[torch.Size], Tensor]
+    ) -> LatentState:
+        """The state with them behind it."""
+        grid = LatentGrid(*self.latents.shape[2:])
+        where = positions(grid, fps=plan.fps, causal=causal, first_frame=self.first_frame)
+        return append(state, self.latents, where, self.strength, draw(self.latents.shape))
+
+
+class Kept(Protocol):
+    """Where finished windows are: what each added to the video, (1, C, n, h, w), fp32, on the CPU."""
+
+    @property
+    def finished(self) -> int:
+        """How many there are."""
+
+    def keep(self, number: int, latents: Tensor) -> None:
+        """Keep what window `number` added, from 0."""
+
+    def read(self, number: int) -> Tensor:
+        """What it added. The end of it is taken back by the next window, which crosses over."""
+
+
+class InMemory:
+    """Finished windows that are only needed until the run ends."""
+
+    def __init__(self) -> None:
+        self.made: list[Tensor] = []
+
+    @property
+    def finished(self) -> int:
+        return len(self.made)
+
+    def keep(self, number: int, latents: Tensor) -> None:
+        assert number == len(self.made)
+        self.made.append(latents)
+
+    def read(self, number: int) -> Tensor:
+        return self.made[number]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The latents of a long video, one piece (1, C, n, h, w) for each window, read when its turn has come.
+
+    Args:
+        spans: of the windows.
+        read: the latents from a window's first kept one on, at least up to where the next window's begin.
+    """
+
+    spans: tuple[Span, ...]
+    read: Callable[[int], Tensor]
+
+    @classmethod
+    def of(cls, latents: Tensor, spans: tuple[Span, ...]) -> Pieces:
+        """Those of a whole video, (1, C, f, h, w)."""
+        return cls(spans, lambda number: latents[:, :, spans[number].kept_from : spans[number].end])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        ends = [*(span.kept_from for span in self.spans[1:]), self.spans[-1].end]
+        for number, (span, end) in enumerate(zip(self.spans, ends, strict=True)):
+            yield self.read(number)[:, :, : end - span.kept_from]
+
+    def whole(self) -> Tensor:
+        """All of them, (1, C, f, h, w)."""
+        return torch.cat(list(self), dim=2)
+
+
+def sample_windows(
+    windows: Windows,
+    spans: tuple[Span, ...],
+    kept: Kept,
+    sample: Callable[[int, Sequence[Guide]], Tensor],
+    picture: Tensor | None,
+) -> Pieces:
+    """Make the windows that are not there yet.
+
+    Args:
+        sample: makes a window, by its number, from 0, and what it is shown: latents (1, C, n, h, w).
+        picture: the latent (1, C, 1, h, w) that is to be remembered.
+    """
+    _, overlap = windows.latents
+    remembered = [] if picture is None else [Guide("remembered", picture, BEFORE, float(windows.remember or 0))]
+    for number in range(kept.finished, len(spans)):
+        if number == 0:
+            kept.keep(0, sample(0, remembered).cpu())
+            continue
+        before = kept.read(number - 1)
+        end = Guide("overlap", before[:, :, -overlap:], 0, windows.strength)
+        made = sample(number, [end, *remembered]).cpu()
+        kept.keep(number, continued(made, before, kept.read(0), overlap=overlap, share=windows.adain))
+    return Pieces(spans, kept.read)
+
+
+def rechunked(parts: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """Latents (1, C, n, h, w) that come in any pieces, `count` frames at a time; the last ones perhaps fewer."""
+    waiting: Tensor | None = None
+    for part in parts:
+        waiting = part if waiting is None else torch.cat([waiting, part], dim=2)
+        whole = waiting.shape[2] // count * count
+        yield from waiting[:, :, :whole].split(count, dim=2) if whole else ()
+        waiting = waiting[:, :, whole:]
+    if waiting is not None and waiting.shape[2]:
+        yield waiting
+
+
+def in_window(items: Iterable[Fitted], span: Span) -> dict[int, Fitted]:
+    """The conditions that lie wholly inside a window, where they stand in it, by their numbers.
+
+    Of a later window the first latent is dropped; what would stand at its frame 0 is the end of the one before.
+    """
+    made = {}
+    for number, item in enumerate(items):
+        start = item.placed.start - span.first_frame
+        if _lies_in(item.placed, span):
+            made[number] = replace(item, placed=replace(item.placed, start=start))
+    return made
+
+
+def is_first_picture(item: Fitted) -> bool:
+    """Whether a condition is a whole picture at frame 0, which a long video can remember."""
+    return item.placed.start == 0 and len(item.placed.frames) == 1 and item.placed.condition.box is None
+
+
+def check_placed(placed: Iterable[Placed], spans: Sequence[Span]) -> None:
+    """Refuse clips that lie over the end of a window.
+
+    Raises:
+        RequestError: with the windows.
+    """
+    for item in placed:
+        if not any(_lies_in(item, span) for span in spans):
+            longest = max(span.frames for span in spans)
+            ranges = ", ".join(f"{span.first_frame} to {span.first_frame + span.frames - 1}" for span in spans[:4])
+            raise RequestError(
+                f"{item} does not lie inside one window; they have at most {longest} frames: {ranges}"
+                f"{' and so on' if len(spans) > 4 else ''}. Move it, take a part of it, or give a longer --window."
+            )
+
+
+def _lies_in(placed: Placed, span: Span) -> bool:
+    start = placed.start - span.first_frame
+    first = 1 if span.start else 0
+    return first <= start and start + len(placed.frames) <= span.frames
