@@ -47,6 +47,7 @@ class FakeEngine:
     requests: list[Request] = field(default_factory=list)
     during: Callable[[], None] = lambda: None  # happens while the video is half written
     latents: Any = None
+    resumed: list[bool] = field(default_factory=list)
 
     def open(self, model: str | Path, **options: Any) -> FakeEngine:
         self.opened.append((str(model), {name: value for name, value in options.items() if value is not None}))
@@ -63,8 +64,15 @@ class FakeEngine:
         return Plan(device="cpu", base=0, free=2 * 10**9, stages=(stage,))
 
     def write(
-        self, request: Request, path: Path, *, watch: Callable[[Progress], None], planned: Callable[[Plan], None]
+        self,
+        request: Request,
+        path: Path,
+        *,
+        watch: Callable[[Progress], None],
+        planned: Callable[[Plan], None],
+        resume: bool = False,
     ) -> SimpleNamespace:
+        self.resumed.append(resume)
         planned(self.plan(request))
         whole = self.resolve(request)
         part = path.with_name(".part.mp4")

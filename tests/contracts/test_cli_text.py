@@ -16,13 +16,14 @@ _REST = """--image --video --control --input-video --strength --image-noise --im
     --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch
     --multi-scale --single-pass --second-steps --second-levels --second-skip-initial --second-guidance
     --second-tone-map --tone-map --decode-timestep --decode-noise"""
+_WINDOWS = "--window --overlap --overlap-strength --adain --remember"
 VERBS = {
     "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --enhance --enhance-model
-        --enhance-required --enhance-timeout --output --json --dry-run
+        --enhance-required --enhance-timeout {_WINDOWS} --output --resume --json --dry-run
         --save-latents {_MODEL} {_REST}""",
-    "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --json
+    "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json
         {_MODEL} {_REST}""",
-    "rerun": "FILE --output --seed --model --device --json",
+    "rerun": "FILE --output --seed --model --device --resume --json",
     "inspect": "PATH --json",
     "quantize": "IN OUT --type --force",
     "bench": "--model --size --stage --schedule --way --layers --rounds --no-reference --device --models --json",

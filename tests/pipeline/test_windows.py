@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from kadr import Condition, Engine, Request
 from kadr.pipeline.windows import Windows

@@ -9,6 +9,7 @@ from kadr.cli.table import columns, in_words
 from kadr.pipeline.dry import DryPart, DryRun
 from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.request import Condition
+from kadr.pipeline.windows import Windows
 from kadr.sampling.settings import ATTENTION_VALUES
 
 
@@ -48,7 +49,10 @@ def _strengths(part: DryPart) -> str:
 
 def _video(run: DryRun) -> Iterator[tuple[str, str]]:
     request, (size, frames) = run.request, run.made
-    yield "prompt", request.prompt
+    if request.windows is None:
+        yield "prompt", request.prompt
+    else:
+        yield from _windows(run, request.windows)
     if any(plan.guided for plan in run.passes):
         yield "negative prompt", request.negative_prompt or "(empty)"
     yield "size", f"{request.size}, made as {size}"
@@ -57,6 +61,17 @@ def _video(run: DryRun) -> Iterator[tuple[str, str]]:
     yield "seed", str(request.seed)
     if request.cache is not None:
         yield "step cache", str(request.cache)
+
+
+def _windows(run: DryRun, windows: Windows) -> Iterator[tuple[str, str]]:
+    last = len(run.request.prompts)
+    for number, prompt in enumerate(run.request.prompts, 1):
+        which = f"window {number}" if number < last else f"from window {number} on"
+        yield "prompt", f"{prompt} ({which})"
+    share = f"AdaIN {windows.adain:g}, strength {windows.strength:g}"
+    yield "windows", f"{run.windows} of up to {windows.frames} frames, of which {windows.overlap} overlap; {share}"
+    if windows.remember:
+        yield "remembered", f"the picture at frame 0, strength {windows.remember:g}"
 
 
 def _media(run: DryRun) -> Iterator[tuple[str, str]]:
@@ -95,7 +110,8 @@ def _headline(plan: PassPlan) -> str:
     }
     made = f"{plan.size}, {plan.frames} frames at {plan.fps:g} per second"
     latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.tokens} tokens"
-    return "; ".join([f"pass {plan.number}: {made}", latents, *(way for way, taken in ways.items() if taken)])
+    which = f"pass {plan.number}" if plan.windows == 1 else f"each of {plan.windows} windows"
+    return "; ".join([f"{which}: {made}", latents, *(way for way, taken in ways.items() if taken)])
 
 
 def _steps(plan: PassPlan) -> Iterator[tuple[str, ...]]:

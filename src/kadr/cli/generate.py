@@ -12,9 +12,11 @@ import typer
 from kadr.cli import enhancing, making, options, reading
 from kadr.cli.faults import say
 from kadr.cli.groups import taking
+from kadr.cli.official import JOINT
 from kadr.errors import RequestError
 from kadr.memory.plan import OFFLOAD, OFFLOAD_AUTO
 from kadr.pipeline.request import Request
+from kadr.pipeline.windows import BETWEEN, Windows
 from kadr.quant.scheme import NONE, SCHEMES
 from kadr.sampling.cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache
 from kadr.sampling.settings import Guidance, Pass
@@ -61,7 +63,8 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
         parts["prompt_cache"] = False
     engine = making.open_engine(model, **parts, **held(flags.model))
     request = enhancing.enhanced(timed(request, flags.video.seconds, engine), enhancer)
-    making.make(engine, request, output, latents=flags.output.save_latents, as_json=flags.output.json)
+    latents, resume = flags.output.save_latents, flags.output.resume
+    making.make(engine, request, output, latents=latents, as_json=flags.output.json, resume=resume)
 
 
 def held(flags: options.ModelFlags) -> dict[str, Any]:
@@ -98,7 +101,8 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
     """
     video, denoising, media = flags.video, flags.denoising, flags.media
     return Request(
-        prompt=prompt,
+        prompt=prompt.replace(JOINT, f" {BETWEEN} "),
+        windows=_windows(flags.windows, several=JOINT in prompt),
         size=reading.size(video.size),
         frames=video.frames,
         fps=video.fps,
@@ -119,6 +123,19 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
         decode_timestep=flags.decoding.decode_timestep,
         decode_noise=flags.decoding.decode_noise,
     )
+
+
+def _windows(flags: options.WindowFlags, *, several: bool) -> Windows | None:
+    """several: there is more than one --prompt."""
+    given = {
+        "frames": flags.window,
+        "overlap": flags.overlap,
+        "strength": flags.overlap_strength,
+        "adain": flags.adain,
+        "remember": flags.remember,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return Windows(**given) if given or several else None
 
 
 def _cache(flags: options.DenoisingFlags) -> StepCache | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kadr.cli.faults import say
 from kadr.cli.progress import duration, shown
-from kadr.errors import MediaError
+from kadr.errors import MediaError, RequestError
 from kadr.pipeline.request import Request
 from kadr.shapes import Size
 
@@ -70,15 +72,39 @@ def refuse_unwritable(request: Request, output: Path, latents: Path | None) -> N
         raise MediaError(f"the folder {latents.parent} does not exist. Make it first, or choose another.")
 
 
-def make(engine: Engine, request: Request, output: Path, *, latents: Path | None = None, as_json: bool = False) -> None:
-    """Make the video and print its path, or all about it as JSON, on stdout."""
-    with shown() as watch:
-        made = engine.write(request, output, watch=watch, planned=tell_plan)
+def make(
+    engine: Engine,
+    request: Request,
+    output: Path,
+    *,
+    latents: Path | None = None,
+    as_json: bool = False,
+    resume: bool = False,
+) -> None:
+    """Make the video and print its path, or all about it as JSON, on stdout. resume: as of `Engine.write`."""
+    with _windows_told(output), shown() as watch:
+        made = engine.write(request, output, watch=watch, planned=tell_plan, resume=resume)
     told = summary(engine, made)
     if latents is not None:
         save_latents(made, latents, told)
     say(f"{made.frames} frames of {made.size} at {made.fps:g} per second, made in {duration(made.seconds)}")
     print(json.dumps(told) if as_json else made.path)
+
+
+@contextmanager
+def _windows_told(output: Path) -> Iterator[None]:
+    """Say what has been kept of a long video, if it is not finished."""
+    try:
+        yield
+    except BaseException as error:
+        from kadr.pipeline.window_folder import finished_in, folder_of  # loads torch
+
+        count = finished_in(folder_of(output))
+        if count and not isinstance(error, RequestError):
+            say(
+                f"{count} finished {'window is' if count == 1 else 'windows are'} kept; --resume goes on with the video"
+            )
+        raise
 
 
 def tell_plan(plan: Plan) -> None:

@@ -41,9 +41,9 @@ SIDES = ("--width", "--height")
 MEDIA, STARTS, STRENGTHS = "--conditioning_media_paths", "--conditioning_start_frames", "--conditioning_strengths"
 OFFLOAD, STAGES = "--offload_to_cpu", ["--offload", "stages"]  # a switch, with or without a word for yes or no
 MEDIA_FLAGS = ("--image", "--video")
-LORA = "--lora"
-# Between the parts of one --image, --video or --lora. The system ends every argument at this character, so no path
-# holds it.
+LORA, PROMPT = "--lora", "--prompt"
+# Between the parts of one --image, --video or --lora, and between prompts. The system ends every argument at this
+# character, so none of them holds it.
 JOINT = "\0"
 BOX = "box="
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
@@ -66,14 +66,15 @@ def translated(args: Sequence[str]) -> list[str]:
     sides: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     prompts: list[str] = []
+    plain: list[str] = []  # what follows --
     rest = list(args)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            prompts += rest
+            plain = rest
             break
         name, given, value = word.partition("=")
-        if given and name in {*RENAMED, OFFLOAD, *SIDES, MEDIA, STARTS, STRENGTHS, "--prompt", LORA, *MEDIA_FLAGS}:
+        if given and name in {*RENAMED, OFFLOAD, *SIDES, MEDIA, STARTS, STRENGTHS, PROMPT, LORA, *MEDIA_FLAGS}:
             rest.insert(0, value)
             word = name
         if word == OFFLOAD:
@@ -82,7 +83,7 @@ def translated(args: Sequence[str]) -> list[str]:
             sides[word] = _value(word, rest)
         elif word in (MEDIA, STARTS, STRENGTHS):
             lists[word] = _values(rest)
-        elif word == "--prompt":
+        elif word == PROMPT:
             prompts.append(_value(word, rest))
         elif word in MEDIA_FLAGS:
             ours += [word, JOINT.join([_value(word, rest), *_numbers(rest), *_box(rest)])]
@@ -90,7 +91,12 @@ def translated(args: Sequence[str]) -> list[str]:
             ours += [word, JOINT.join([_value(word, rest), *_numbers(rest)])]
         else:
             ours.append(RENAMED.get(word, word))
-    return [*ours, *_size(sides), *_media(lists), *(["--", *prompts] if prompts else [])]
+    if prompts and plain:
+        raise typer.BadParameter(
+            f"a prompt is given as {plain[0]!r} too; give the one or the other.", param_hint=PROMPT
+        )
+    last = [JOINT.join(prompts)] if prompts else plain
+    return [*ours, *_size(sides), *_media(lists), *(["--", *last] if last else [])]
 
 
 def _value(name: str, rest: list[str]) -> str:

@@ -21,6 +21,9 @@ Model = Annotated[
 SameDevice = Annotated[str | None, _flag("--device", "auto|cpu|cuda|mps", "Where to compute, if not as it was made.")]
 NewSeed = Annotated[int | None, _flag("--seed", "N", "Another seed than the video was made with.")]
 Again = Annotated[Path | None, _flag("--output", "PATH", "The .mp4 to write or replace; else a new name beside FILE.")]
+Resume = Annotated[
+    bool, _flag("--resume", None, "Go on with a long video that was cut off: its finished windows are beside it.")
+]
 Json = Annotated[bool, _flag("--json", None, "Print one JSON object instead.")]
 
 _Float = float | None
@@ -60,12 +63,34 @@ class EnhanceFlags:
 
 
 @dataclass(frozen=True)
+class WindowFlags:
+    """Long videos; any of these, or several --prompt, makes the video window by window"""
+
+    window: Annotated[
+        _Int, _flag("--window", "N", "Frames of a window; left out, as many as the model is good at.")
+    ] = None
+    overlap: Annotated[
+        _Int, _flag("--overlap", "N", "Frames that a window has in common with the one before, a multiple of 8.")
+    ] = None
+    overlap_strength: Annotated[
+        _Float, _flag("--overlap-strength", "S", "How firmly a window is held to the end of the one before, up to 1.")
+    ] = None
+    adain: Annotated[
+        _Float, _flag("--adain", "A", "How far each window's colours are moved to those of the first, 0 to 1.")
+    ] = None
+    remember: Annotated[
+        _Float, _flag("--remember", "S", "How firmly every window is shown the picture at frame 0; 0 does not.")
+    ] = None
+
+
+@dataclass(frozen=True)
 class OutputFlags:
     """What comes out"""
 
     output: Annotated[
         Path | None, _flag("--output", "PATH", "The .mp4 to write or replace; else out.mp4, out-2.mp4, ...")
     ] = None
+    resume: Resume = False
     json: Json = False
     dry_run: Annotated[bool, _flag("--dry-run", None, "Print what would be done, step by step; make nothing.")] = False
     save_latents: Annotated[
@@ -240,6 +265,7 @@ class Flags:
 
     video: VideoFlags
     enhance: EnhanceFlags
+    windows: WindowFlags
     output: OutputFlags
     model: ModelFlags
     media: MediaFlags
@@ -261,6 +287,7 @@ class PlanFlags:
     """All that `kadr plan` takes: what `kadr generate` does, and nothing to write or to ask others."""
 
     video: VideoFlags
+    windows: WindowFlags
     output: ToldFlags
     model: ModelFlags
     media: MediaFlags

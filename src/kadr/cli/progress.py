@@ -40,7 +40,7 @@ def lines(clock: Callable[[], float] = time.monotonic) -> Watch:
         nonlocal last
         if 0 < progress.step == progress.of or clock() - last >= EVERY:
             last = clock()
-            say(f"{NAMES.get(progress.stage, progress.stage)}: {progress.step} of {progress.of}{_left(progress, ', ')}")
+            say(f"{_name(progress)}: {progress.step} of {progress.of}{_left(progress, ', ')}")
 
     return watch
 
@@ -64,9 +64,15 @@ def _bars() -> Iterator[Watch]:
         def watch(progress: Progress) -> None:
             if progress.step == 0 or progress.stage not in tasks:
                 tasks[progress.stage] = bars.add_task(NAMES.get(progress.stage, progress.stage), left="")
-            bars.update(tasks[progress.stage], completed=progress.step, total=progress.of, left=_left(progress))
+            left, name = _left(progress), _name(progress)
+            bars.update(tasks[progress.stage], description=name, completed=progress.step, total=progress.of, left=left)
 
         yield watch
+
+
+def _name(progress: Progress) -> str:
+    name = NAMES.get(progress.stage, progress.stage)
+    return name if progress.window is None else "{}, window {} of {}".format(name, *progress.window)
 
 
 def _left(progress: Progress, before: str = "") -> str:

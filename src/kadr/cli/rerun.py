@@ -28,6 +28,7 @@ def rerun(
     seed: options.NewSeed = None,
     model: options.Model = None,
     device: options.SameDevice = None,
+    resume: options.Resume = False,
     json: options.Json = False,
 ) -> None:
     """Make a video again, from its file.
@@ -42,7 +43,7 @@ def rerun(
     making.refuse_absent(request)
     making.refuse_unwritable(request, output, None)
     engine = reopened(record, model, device)
-    making.make(engine, request, output, as_json=json)
+    making.make(engine, request, output, as_json=json, resume=resume)
 
 
 def recorded(file: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from kadr.pipeline.conditions import Placed, read_conditions, read_start
 from kadr.pipeline.controls import Followed, read_controls, reference
 from kadr.pipeline.fitting import settled
 from kadr.pipeline.locate import is_path, on_disk
+from kadr.pipeline.long import check_placed
 from kadr.pipeline.loras import Lora
 from kadr.pipeline.passes import (
     PassPlan,
@@ -26,13 +27,14 @@ from kadr.pipeline.passes import (
     check_beginning,
     check_blocks,
     plan_passes,
+    plan_windows,
     unused_parts,
     warn_cached,
     warn_guided,
     warn_unused,
 )
 from kadr.pipeline.request import Request
-from kadr.pipeline.resolve import resolve, with_second
+from kadr.pipeline.resolve import resolve, warn_single, with_second
 from kadr.sampling.schedule import Schedule
 from kadr.shapes import Size, snap_frames
 
@@ -80,9 +82,10 @@ class DryRun:
     Args:
         request: with everything it left out filled in.
         made: the size and the frames of the model's own grid, before they are cropped and trimmed.
-        passes: with the level and the strengths of every step.
+        passes: with the level and the strengths of every step. Of a long video its first window.
         placed: the conditions, and where they stand.
         followed: the controls.
+        windows: how many there are of a long video; 1 of any other.
     """
 
     parts: tuple[DryPart, ...]
@@ -91,11 +94,12 @@ class DryRun:
     passes: tuple[PassPlan, ...]
     placed: tuple[Placed, ...]
     followed: tuple[Followed, ...] = ()
+    windows: int = 1
 
     @property
     def evaluations(self) -> int:
         """How often the transformer is asked."""
-        return sum(step.evaluations for plan in self.passes for step in plan.steps)
+        return self.windows * sum(step.evaluations for plan in self.passes for step in plan.steps)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -106,6 +110,7 @@ class DryRun:
             "frames": {"asked": self.request.frames, "made": frames},
             "fps": self.request.fps,
             "evaluations": self.evaluations,
+            "windows": self.windows,
             "passes": [_pass_told(plan) for plan in self.passes],
             "conditions": [
                 {"media": item.condition.media, "first": item.start, "frames": len(item.frames)} for item in self.placed
@@ -173,7 +178,8 @@ class DryEngine:
             MediaError: a picture or clip cannot be read.
             CheckpointError: two passes are asked for, and there is no upscaler.
         """
-        request = self.resolve(request)
+        asked, request = request, self.resolve(request)
+        warn_single(asked, request, self.recipe)
         upscalers = self.upscalers
         if request.multi_scale and not upscalers:
             upscalers = (_own_upscaler(self.models[0]),)
@@ -189,6 +195,9 @@ class DryEngine:
         if request.video is not None:
             read_start(request)  # refuses one that is too short
         placed = read_conditions(request)
+        windows = plan_windows(request, schedules[0])
+        if request.windows is not None:
+            check_placed(placed, request.windows.spans(_made(request)[1]))
         for plan in passes:
             settled(placed, request, plan)  # refuses what does not fit the pass
         followed = read_controls(request)
@@ -197,7 +206,10 @@ class DryEngine:
                 reference(one, request, plan)  # refuses what is too small
         used = self.models[:1] if self.models[0] is self.models[1] else self.models
         parts = [*(model.part for model in used), *(part for part, _ in upscalers), *self.others]
-        return DryRun(tuple(parts), request, _made(request), passes, tuple(placed), tuple(followed))
+        shown = windows[:1] or passes
+        return DryRun(
+            tuple(parts), request, _made(request), shown, tuple(placed), tuple(followed), windows=len(windows) or 1
+        )
 
 
 def _made(request: Request) -> tuple[Size, int]:
