@@ -1,0 +1,214 @@
+"""A long video that was cut off goes on from its finished windows, and is the same as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from kadr import Condition, Engine, Request
+from kadr.errors import Cancelled, CheckpointError, KadrWarning, RequestError
+from kadr.media.clip import read_video
+from kadr.pipeline.progress import Progress
+from kadr.pipeline.window_folder import REQUEST, finished_in, folder_of
+from kadr.pipeline.windows import Windows
+from kadr.sampling.settings import Guidance
+from kadr.shapes import Size
+from tests.tiny import MODEL, write
+
+LONG = Request(
+    prompt="birds fly | blue sea | golden light",
+    size=Size(64, 64),
+    frames=73,
+    fps=24.0,
+    seed=5,
+    levels=(1.0, 0.7, 0.4),
+    guidance=Guidance(scale=2.0, stg=0.0),
+    windows=Windows(frames=25, overlap=16),
+)
+
+
+def at(window: int, step: int) -> Callable[[Progress], None]:
+    """Cancel at a step of a window, from 1."""
+
+    def watch(progress: Progress) -> None:
+        if progress.window == (window, 4) and progress.step == 3 * (window - 1) + step:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+def cut_off(engine: Engine, path: Path, request: Request = LONG, window: int = 3) -> None:
+    with pytest.raises((KeyboardInterrupt, Cancelled)):
+        engine.write(request, path, watch=at(window, 2))
+
+
+@pytest.fixture
+def picture(out: Path) -> Condition:
+    Image.new("RGB", (64, 64), (200, 30, 40)).save(out / "first.png")
+    return Condition(str(out / "first.png"))
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+def test_a_video_that_was_cut_off_in_any_window_ends_as_one_that_was_not(
+    window: int, engine: Engine, out: Path, picture: Condition
+) -> None:
+    request = replace(LONG, conditions=(picture,), stochastic=True)
+    whole = engine.write(request, out / "whole.mp4")
+    cut_off(engine, out / "cut.mp4", request, window)
+    folder = folder_of(out / "cut.mp4")
+    assert finished_in(folder) == window - 1
+    assert sorted(path.name for path in out.iterdir()) == ["cut.windows", "first.png", "whole.mp4"]
+    seen: list[Progress] = []
+    made = engine.write(request, out / "cut.mp4", watch=seen.append, resume=True)
+    steps = [progress.step for progress in seen if progress.stage == "denoise"]
+    assert steps[0] == 3 * (window - 1)  # what is finished is not made again
+    assert steps[-1] == 12
+    assert made.latents.equal(whole.latents)
+    own, others = (read_video(out / name).frames for name in ("cut.mp4", "whole.mp4"))
+    assert (own == others).all()
+    assert not folder.exists()
+
+
+def test_a_video_on_disk_is_the_one_in_memory(engine: Engine, out: Path) -> None:
+    made, video = engine.write(LONG, out / "clip.mp4"), engine.generate(LONG)
+    assert made.latents.equal(video.latents)
+    video.save(out / "other.mp4")
+    assert (read_video(out / "clip.mp4").frames == read_video(out / "other.mp4").frames).all()
+    assert (engine.decode(video.latents[None], LONG).numpy() == video.frames).all()
+
+
+def test_all_windows_finished_and_the_file_not_written_is_gone_on_with(
+    engine: Engine, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **more: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    whole = engine.write(LONG, out / "whole.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr("kadr.pipeline.generate.Generation.pixels", full)
+        with pytest.raises(OSError, match="No space"):
+            engine.write(LONG, out / "clip.mp4")
+    assert finished_in(folder_of(out / "clip.mp4")) == 4
+    stages: set[str] = set()
+    made = engine.write(LONG, out / "clip.mp4", resume=True, watch=lambda progress: stages.add(progress.stage))
+    assert stages == {"decode"}
+    assert made.latents.equal(whole.latents)
+
+
+def test_finished_windows_are_never_written_over(engine: Engine, out: Path) -> None:
+    cut_off(engine, out / "clip.mp4")
+    kept = {path: path.read_bytes() for path in folder_of(out / "clip.mp4").iterdir()}
+    with pytest.raises(RequestError, match=r"clip.windows holds 2 finished windows .*--resume, delete the folder, or"):
+        engine.write(LONG, out / "clip.mp4")
+    assert {path: path.read_bytes() for path in folder_of(out / "clip.mp4").iterdir()} == kept
+
+
+def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, out: Path) -> None:
+    cut_off(engine, out / "clip.mp4", window=1)
+    assert finished_in(folder_of(out / "clip.mp4")) == 0
+    engine.write(replace(LONG, seed=6), out / "clip.mp4")
+    assert [path.name for path in out.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 6}, "seed is 5 there and 6 now"),
+        ({"prompt": "birds fly | blue sea"}, "prompt is 'birds fly | blue sea | golden light' there and 'birds fly |"),
+        ({"windows": Windows(frames=25, overlap=16, adain=0.5)}, "windows.adain is 0.25 there and 0.5 now"),
+        ({"frames": 89, "fps": 25.0}, "frames is 73 there and 89 now; fps is 24.0 there and 25.0 now"),
+    ],
+    ids=["seed", "prompt", "windows", "frames"],
+)
+def test_the_windows_of_another_request_are_refused_with_what_differs(
+    change: dict[str, Any], said: str, engine: Engine, out: Path
+) -> None:
+    cut_off(engine, out / "clip.mp4")
+    with pytest.raises(RequestError) as caught:
+        engine.write(replace(LONG, **change), out / "clip.mp4", resume=True)
+    assert said in str(caught.value)
+    assert finished_in(folder_of(out / "clip.mp4")) == 2
+
+
+def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, tmp_path: Path) -> None:
+    home = write(tmp_path / "model")
+    engine = Engine.open(home / MODEL, device="cpu", prompt_cache=False)
+    photo = out / "first.png"
+    Image.new("RGB", (64, 64), (200, 30, 40)).save(photo)
+    request = replace(LONG, conditions=(Condition(str(photo)),))
+    cut_off(engine, out / "clip.mp4", request)
+
+    def refused(name: str) -> None:
+        again = Engine.open(home / MODEL, device="cpu", prompt_cache=False)
+        with pytest.raises(RequestError, match=f"is of another video: .*{name}"):
+            again.write(request, out / "clip.mp4", resume=True)
+
+    times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (photo, home / MODEL)}
+    for path, (_, changed) in times.items():
+        os.utime(path, ns=(changed, changed + 10**9))
+        refused(path.name)
+        os.utime(path, ns=times[path])
+    known = json.loads((folder_of(out / "clip.mp4") / REQUEST).read_text())
+    (folder_of(out / "clip.mp4") / REQUEST).write_text(json.dumps({**known, "version": "0.0.1"}))
+    refused("version is '0.0.1' there")
+
+
+def test_a_transformer_that_is_held_in_another_way_is_told(home: Path, out: Path) -> None:
+    engine = Engine.open(home / MODEL, device="cpu")
+    cut_off(engine, out / "clip.mp4")
+    streamed = Engine.open(home / MODEL, device="cpu", offload="blocks")
+    with pytest.warns(KadrWarning, match="held in another way than before"):
+        streamed.write(LONG, out / "clip.mp4", resume=True)
+
+
+def test_nothing_to_go_on_with_is_refused_before_a_weight_is_loaded(untouched: Engine, out: Path) -> None:
+    with pytest.raises(RequestError, match=r"clip.windows is not there. Leave out --resume to begin"):
+        untouched.write(LONG, out / "clip.mp4", resume=True)
+    with pytest.raises(RequestError, match="a video without windows is made at once"):
+        untouched.write(replace(LONG, windows=None, prompt="birds"), out / "clip.mp4", resume=True)
+    assert list(out.iterdir()) == []
+
+
+def test_a_damaged_window_is_named(engine: Engine, out: Path) -> None:
+    cut_off(engine, out / "clip.mp4")
+    damaged = folder_of(out / "clip.mp4") / "window-0002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"window-0002.safetensors cannot be read.*Delete it and those after it"):
+        engine.write(LONG, out / "clip.mp4", resume=True)
+    damaged.unlink()
+    made = engine.write(LONG, out / "clip.mp4", resume=True)
+    assert made.latents.equal(engine.denoise(LONG)[0])
+
+
+def test_only_what_is_kadrs_is_removed(engine: Engine, out: Path) -> None:
+    cut_off(engine, out / "clip.mp4")
+    notes = folder_of(out / "clip.mp4") / "notes.txt"
+    notes.write_text("mine")
+    engine.write(LONG, out / "clip.mp4", resume=True)
+    assert list(folder_of(out / "clip.mp4").iterdir()) == [notes]
+
+
+def test_windows_leave_memory_when_they_are_on_disk(engine: Engine, out: Path) -> None:
+    """While a window is made, of all latents only what it is shown is in memory."""
+    import gc
+
+    alive: list[int] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.stage == "denoise" and progress.window is not None and progress.step % 3 == 1:
+            gc.collect()
+            own = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape[1:2] == (8,) and x.dim() == 5]
+            alive.append(sum(x.numel() for x in own))
+
+    request = replace(LONG, frames=25 + 16 * 9, prompt="birds fly")
+    engine.write(request, out / "clip.mp4", watch=watch)
+    assert len(alive) == 10
+    assert max(alive[3:]) == alive[2]
