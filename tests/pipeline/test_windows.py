@@ -251,9 +251,7 @@ def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -
     recipe = Recipe(first=Pass(steps=2), second=Pass(levels=(0.5,)), alone=Pass(steps=3), multi_scale=True)
     engine = Engine.open(home / MODEL, device="cpu", recipe=recipe)
     request = replace(short(), levels=None, guidance=None)
-    with pytest.warns(
-        KadrWarning, match="the recipe has two passes|recipe has two passes, and windows are made in one"
-    ):
+    with pytest.warns(KadrWarning, match="recipe has two passes, and windows are made in one"):
         (plan,) = engine.passes(request)
     assert (len(plan.levels), plan.windows) == (3, 3)
     with warnings.catch_warnings():
