@@ -92,9 +92,7 @@ def _resident(pid: int) -> int:
 
 def changes(frames: np.ndarray) -> np.ndarray:
     """Between each frame and the next, (F - 1)."""
-    return np.array(
-        [np.abs(one.astype(np.int16) - other).mean() for one, other in pairwise(frames)]
-    )
+    return np.array([np.abs(one.astype(np.int16) - other).mean() for one, other in pairwise(frames)])
 
 
 def seams(spans: Sequence[Span], overlap: int) -> list[int]:

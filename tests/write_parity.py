@@ -37,6 +37,7 @@ STAGES = (
     "video to video",
     "video from latents",
     "two passes",
+    "long video",
     "guidance by level",
     "CFG-star",
     "STG by attention_values",

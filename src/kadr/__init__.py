@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kadr.pipeline.progress import Progress
     from kadr.pipeline.request import Condition, Control, Request
     from kadr.pipeline.result import Video
+    from kadr.pipeline.windows import Windows
     from kadr.sampling.cache import StepCache
     from kadr.shapes import Size
     from kadr.text.enhance import Enhancer
@@ -38,6 +39,7 @@ __all__ = [
     "Size",
     "StepCache",
     "Video",
+    "Windows",
     "__version__",
     "enhanced",
 ]
@@ -56,6 +58,7 @@ _HOMES = {
     "Size": "kadr.shapes",
     "StepCache": "kadr.sampling.cache",
     "Video": "kadr.pipeline.result",
+    "Windows": "kadr.pipeline.windows",
     "enhanced": "kadr.pipeline.enhance",
 }
 

@@ -117,7 +117,8 @@ def test_loras_are_listed_and_looked_into_where_they_are_here(kadr: Run, tmp_pat
 
 def test_plan_in_json_holds_request_and_steps(kadr: Run) -> None:
     told = json.loads(kadr("generate", "x", "--model", "ltxv-13b-0.9.8-distilled", "--dry-run", "--json").out)
-    assert set(told) == {"parts", "size", "frames", "fps", "evaluations", "passes", "conditions", "controls", "request"}
+    keys = {"parts", "size", "frames", "fps", "evaluations", "windows", "passes", "conditions", "controls", "request"}
+    assert set(told) == keys
     assert [len(one["steps"]) for one in told["passes"]] == [7, 3]
     step = {"level": pytest.approx(0.9094), "scale": 1, "stg": 0, "rescale": 1, "skip_blocks": [42], "evaluations": 1}
     assert told["passes"][1]["steps"][0] == step

@@ -92,6 +92,17 @@ def test_what_windows_cannot_be_is_an_error_that_says_what_they_can(
     assert said in ended.err
 
 
+@pytest.mark.parametrize("verb", ["generate", "plan"])
+@pytest.mark.parametrize("flag", ["--upscaler", "--second-model"])
+def test_what_is_for_a_second_pass_is_refused_beside_windows(
+    kadr: Run, engine: FakeEngine, verb: str, flag: str
+) -> None:
+    ended = kadr(verb, PROMPT, "--window", "9", flag, "demo-upscaler")
+    assert ended.code == 2
+    assert "for a second pass, and windows are made in one" in " ".join(ended.err.replace("│", " ").split())
+    assert engine.opened == []
+
+
 def test_minutes_are_allowed_in_windows(kadr: Run, engine: FakeEngine) -> None:
     assert kadr("generate", PROMPT, "--seconds", "600", "--fps", "30", "--window", "121").code == 0
     assert engine.requests[0].frames == 18000

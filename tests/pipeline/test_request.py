@@ -13,6 +13,7 @@ from kadr import Condition, Control, Request, Size, StepCache
 from kadr.errors import KadrError, RequestError
 from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, Recipe
 from kadr.pipeline.resolve import resolve
+from kadr.pipeline.windows import Windows
 from kadr.sampling.settings import Guidance, Pass
 
 PROMPT = "a red circle"
@@ -39,7 +40,8 @@ FULL = Request(
     decode_noise=0.0,
     original_prompt='Kreis "кадр"',
 )
-BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_LEVELS, stochastic=True)
+IN_WINDOWS = Windows(frames=41, overlap=16, strength=0.75, adain=0.5, remember=0.25)
+BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_LEVELS, stochastic=True, windows=IN_WINDOWS)
 BY_LISTS = Guidance(
     scale=(1.0, 4.0),
     stg=(0.0, 2.0),
@@ -83,7 +85,7 @@ REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, w
     *(("size", value, repr(value)) for value in ((64,), (64, 64, 3), 64, "wide", ())),
     *(("size", value, "between 1 and 8192") for value in ((0, 64), (64, -1), (64, 8193))),
     *(("size", value, "whole number") for value in ((64.0, 64), (64, "64"), (NAN, 64), (None, 64))),
-    *(("frames", value, "between 1 and 4097") for value in (0, -1, 4098, 10**9)),
+    *(("frames", value, "between 1 and 36001") for value in (0, -1, 10**9)),
     *(("frames", value, "whole number") for value in (25.0, "25", NAN, True)),
     *(("fps", value, "between 0.1 and 240") for value in (0, -24, 0.01, 241, 1e9)),
     *(("fps", value, "must be a number") for value in (NAN, INFINITY, -INFINITY, "24", True)),
@@ -130,7 +132,7 @@ def test_a_value_that_no_video_can_have_is_refused_with_its_limit(name: str, val
         *(("strength", value, "must be a number") for value in (NAN, INFINITY, "1", None, True)),
         ("strength", 0, "Give more than 0"),
         *(("frame", value, "must be a whole number") for value in (None, "0", 1.5)),
-        *(("frame", value, "between -4097 and 4097") for value in (-5000, 5000)),
+        *(("frame", value, "between -36001 and 36001") for value in (-40000, 40000)),
         *(("part", value, "(first, end)") for value in (3, (1,), (1, "2"), (0.5, 2))),
         ("part", (0, 9), "Only a clip has parts"),
         *(("clip", value, "true or false") for value in ("no", 1, 0)),
@@ -204,6 +206,7 @@ def test_every_field_of_requests_passes_guidance_and_conditions_is_in_one_that_g
         (guidances, Guidance()),
         (shown, Condition(media="another")),
         (followed, Control(media="another")),
+        ([IN_WINDOWS], Windows()),
     ):
         for field in fields(plain):
             assert any(getattr(one, field.name) != getattr(plain, field.name) for one in made), field.name

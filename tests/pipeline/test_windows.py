@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from kadr import Condition, Engine, Request
-from kadr.errors import KadrWarning, RequestError
+from kadr.errors import KadrWarning, PlanError, RequestError
 from kadr.media.video import VideoWriter
+from kadr.memory.plan import Choice
 from kadr.models.registry import Recipe
+from kadr.pipeline import planning
 from kadr.pipeline.long import in_window
 from kadr.pipeline.progress import Progress
 from kadr.pipeline.windows import Windows
@@ -285,3 +287,19 @@ def test_progress_counts_the_steps_of_all_windows(engine: Engine) -> None:
     assert [progress.step for progress in steps] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9]
     assert [progress.window for progress in steps] == [(number, 3) for number in (1, 2, 3) for _ in range(4)]
     assert steps[-1].eta == 0
+
+
+@pytest.mark.parametrize(("free", "said"), [(60, "--window "), (12, "--size ")])
+def test_a_window_that_does_not_fit_is_refused_with_a_shorter_one_or_a_size_that_does(
+    free: int, said: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(request: Request) -> Choice:
+        return engine._planned(engine._opened(request, lambda progress: None), request, ("denoise",)).stages[0].choice
+
+    request = short(size=Size(768, 768), frames=1441, windows=Windows(frames=121))
+    monkeypatch.setattr(planning, "free_bytes", lambda device: free * 10**6)
+    with pytest.raises(PlanError, match=said) as caught:
+        planned(request)
+    value = str(caught.value).partition(said)[2].partition(" ")[0].rstrip(".")
+    fitting = {"windows": Windows(frames=int(value))} if "window" in said else {"size": Size.parse(value)}
+    assert planned(replace(request, **fitting)).windows > 1

@@ -47,6 +47,7 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     """
     check_words(flags)
     request = requested(prompt, flags)
+    check_single(request, flags.model)
     parts = named_parts(flags.model, request)
     making.refuse_absent(request)
     enhancer = enhancing.asked(flags.enhance)
@@ -93,6 +94,13 @@ def check_words(flags: options.Flags | options.PlanFlags) -> None:
     reading.one_of("--cache", flags.denoising.cache, (NONE, *KINDS))
 
 
+def check_single(request: Request, flags: options.ModelFlags) -> None:
+    """Refuse what is for a second pass where there are windows, before it is fetched."""
+    for name, value in (("--upscaler", flags.upscaler), ("--second-model", flags.second_model)):
+        if value and request.windows is not None:
+            raise typer.BadParameter("it is for a second pass, and windows are made in one.", param_hint=name)
+
+
 def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
     """The request that the flags make; the length may still be open where it is given in seconds.
 
@@ -127,7 +135,7 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
 
 def _windows(flags: options.WindowFlags, *, several: bool) -> Windows | None:
     """several: there is more than one --prompt."""
-    given = {
+    given: dict[str, Any] = {
         "frames": flags.window,
         "overlap": flags.overlap,
         "strength": flags.overlap_strength,

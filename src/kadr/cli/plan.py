@@ -22,6 +22,7 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     """
     generate.check_words(flags)
     request = generate.requested(prompt, flags)
+    generate.check_single(request, flags.model)
     parts = generate.named_parts(flags.model, request)
     making.refuse_absent(request)
     _refuse_unfetched(parts, request, flags.video.seconds)

@@ -16,7 +16,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import Cancelled, KadrError, PlanError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
-from kadr.memory.plan import Plan
+from kadr.memory.plan import Plan, held
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.generate import Generation
@@ -259,8 +259,9 @@ class Engine:
             if resume:
                 raise RequestError("there is nothing to go on with: a video without windows is made at once.")
             return None
-        held = repr(replace(self.components.choice("denoise"), seconds=0.0, working=0, windows=0))
-        identity = {**record, **self.components.state_of_files(generation.request.media()), HELD: held}
+        choice = self.components.choice("denoise")
+        way = f"{held(choice)}, by {choice.path}, {torch.get_num_threads()} threads"
+        identity = {**record, **self.components.state_of_files(generation.request.media()), HELD: way}
         return WindowFolder.open(folder_of(path), identity, resume=resume)
 
     def denoise(

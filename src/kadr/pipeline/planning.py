@@ -408,7 +408,7 @@ class Planner:
 def nearest(components: Components, work: Work, request: Request) -> str:
     """What would fit where a request does not: a setting, and the nearest smaller request. As advice, in words."""
     ways = [words for words, other in _settings(components) if _fits(Planner(other, work))]
-    smaller = _smaller(components, work, request)
+    smaller = _shorter_window(components, work, request) or _smaller(components, work, request)
     if smaller is not None:
         ways.append(smaller)
     if not ways:
@@ -438,6 +438,22 @@ def _settings(components: Components) -> Iterator[tuple[str, Components]]:
         other.offload, other.quant = changed["offload"], changed["quant"]
         if (other.offload, other.quant) != (components.offload, components.quant):
             yield words, other
+
+
+def _shorter_window(components: Components, work: Work, request: Request) -> str | None:
+    """The longest window with which a long video fits."""
+    if request.windows is None:
+        return None
+    assert request.windows.frames is not None
+    assert request.windows.overlap is not None
+    for frames in range(request.windows.frames - TEMPORAL, request.windows.overlap, -TEMPORAL):
+        windows = tuple(
+            replace(window, plan=replace(window.plan, frames=min(window.plan.frames, frames)))
+            for window in work.windows[:2]
+        )
+        if _fits(Planner(components, replace(work, windows=windows))):
+            return f"--window {frames}"
+    return None
 
 
 def _smaller(components: Components, work: Work, request: Request) -> str | None:

@@ -21,7 +21,7 @@ from kadr.checkpoints.save import beside, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 
 REQUEST = "request.json"
-HELD = "held"  # how the plan has the transformer: another way rounds otherwise
+HELD = "held"  # how the transformer is held and computed with: another way rounds otherwise
 _NAME, _LATENTS = re.compile(r"window-(\d{4,})\.safetensors"), "latents"
 _SAID = 3  # differences that are named
 
@@ -93,7 +93,7 @@ class WindowFolder:
         """Raises: CheckpointError: the file is gone or damaged."""
         file = _file(self.folder, number)
         try:
-            return load_file(file)[_LATENTS]
+            return load_file(file)[_LATENTS].clone()  # not the file's own memory: it is to be deleted
         except (OSError, KeyError, SafetensorError) as error:
             raise CheckpointError(
                 f"{file} cannot be read: {error}. Delete it and those after it, and go on with --resume."
@@ -129,7 +129,7 @@ def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
     differences = list(_differences(known, identity))
     if held := [line for name, line in differences if name == HELD]:
         warnings.warn(
-            f"the transformer is held in another way than before ({held[0]}), so the rest may be rounded differently.",
+            f"the transformer is held in another way than before: {held[0]}. The rest may be rounded differently.",
             KadrWarning,
             stacklevel=3,
         )
