@@ -40,6 +40,7 @@ FPS, WINDOWS = 24, Windows(frames=25, overlap=16)  # what the demo was trained o
 THERE, BACK = (f"a red circle moving {way} on a black background" for way in ("right", "left"))
 STILL = "a red circle standing still on a black background"
 TURN = 2  # windows until it turns round: it crosses the picture in that time
+NEAR = 2  # frames
 INK = 0.8  # of the strongest distance from the background: what is nearer is edge
 
 
@@ -96,8 +97,10 @@ def changes(frames: np.ndarray) -> np.ndarray:
 
 
 def seams(spans: Sequence[Span], overlap: int) -> list[int]:
-    """The changes across which the share of a window in the latents changes: at both ends of each latent of a seam."""
-    return [8 * latent for span in spans[1:] for latent in range(span.start, span.start + overlap)]
+    """The changes where the share of a window in the latents changes, at both ends of each latent of a seam, and the
+    `NEAR` before and after each: the decoder sees a latent's neighbours, so a jump need not fall on its edge."""
+    edges = [8 * latent for span in spans[1:] for latent in range(span.start, span.start + overlap)]
+    return sorted({edge + off for edge in edges for off in range(-NEAR, NEAR + 1)})
 
 
 def seen(frames: np.ndarray) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from kadr.errors import RequestError
 from kadr.shapes import MAXIMUM_AT_ONCE, TEMPORAL, snap_frames
 
-OVERLAP, STRENGTH, ADAIN, REMEMBER = 24, 0.5, 0.25, 1.0
+OVERLAP, STRENGTH, ADAIN, REMEMBER = 24, 1.0, 0.25, 1.0
 SHORTEST = TEMPORAL + 1  # frames: two latents, of which one may overlap
 BETWEEN = "|"  # the prompts of two windows
 
