@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from kadr import Condition, Engine, Request
+from kadr import Condition, Control, Engine, Request
 from kadr.errors import KadrWarning, PlanError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.plan import Choice
@@ -213,6 +213,7 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
         ({"prompt": "a|b|c|d"}, "4 prompts are given, one for each window, and the video has 3 windows"),
         ({"prompt": "a||c"}, "prompt 2 of 3 is empty"),
         ({"video": "clip.mp4"}, "windows are given, and a video to start from too"),
+        ({"controls": (Control("clip.mp4"),)}, "windows are given, and a control too"),
         ({"windows": Windows(remember=0.5)}, "there is no picture at frame 0 to be remembered"),
         ({"windows": {"frames": 25, "overlap": 32}}, "the overlap is 32 frames, and a window has 25"),
         ({"windows": {"overlap": 12}}, "it must be a multiple of 8, such as 8"),

@@ -84,6 +84,14 @@ class Work:
     stages: frozenset[str] = frozenset()
     windows: tuple[WindowWork, ...] = ()
 
+    def beside(self, number: int) -> int:
+        """Tokens of a pass that are not of its video's grid."""
+        return self.extra[number] + (self.context[number] if self.context else 0)
+
+    def levels(self, number: int) -> bool:
+        """Whether the tokens of a pass have noise levels of their own."""
+        return self.held[number] or any(self.context)
+
 
 @dataclass(frozen=True)
 class WindowWork:
@@ -99,14 +107,6 @@ class WindowWork:
     texts: tuple[int, ...]
     extra: int
     held: bool
-
-    def beside(self, number: int) -> int:
-        """Tokens of a pass that are not of its video's grid."""
-        return self.extra[number] + (self.context[number] if self.context else 0)
-
-    def levels(self, number: int) -> bool:
-        """Whether the tokens of a pass have noise levels of their own."""
-        return self.held[number] or any(self.context)
 
 
 @dataclass(frozen=True)
