@@ -93,6 +93,7 @@ class Components:
         self.prompts = PromptCache.of(prompt_cache, text, dtype=self.dtype, device=self.device.type)
         self.shelf = Shelf(self.device, pages=release)
         self.plan: Plan | None = None
+        self.borrowed: Transformer | None = None
         self._rotations: dict[Path, int | None] = {}  # of the transformers that were looked at
 
     def follow(self, plan: Plan) -> None:
@@ -139,13 +140,16 @@ class Components:
     def transformer(
         self, number: int = 0, dtype: torch.dtype | None = None, strengths: Sequence[Strength] | None = None
     ) -> Iterator[Transformer]:
-        """The transformer of a pass, 0 or 1.
+        """The transformer of a pass, 0 or 1; the one that is `borrowed`, where it is in memory for another end.
 
         Args:
             strengths: of the LoRAs; see `Loras.strengths`.
         """
+        if self.borrowed is not None:
+            yield self.borrowed
+            return
         stage, acting = PASS_STAGES[number], self.loras.strengths(number, strengths)
-        load = partial(self._load_transformer, number)
+        load = partial(self.load_transformer, number)
         with self._lent(self.transformer_name(number), stage, load, dtype, adapted=True) as module:
             set_strengths(module, acting, self.device)
             try:
@@ -153,7 +157,8 @@ class Components:
             finally:
                 module.forget()  # also where a step was cancelled: what is recorded has these strengths in it
 
-    def _load_transformer(self, number: int, dtype: torch.dtype, *, as_stored: bool) -> Transformer:
+    def load_transformer(self, number: int, dtype: torch.dtype, *, as_stored: bool) -> Transformer:
+        """The transformer of a pass as its file has it, with merged LoRAs in it; not held in any way yet."""
         checkpoint = self.transformers[number]
         if checkpoint.path not in self._rotations:
             looked = needs_look(checkpoint)

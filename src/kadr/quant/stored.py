@@ -57,13 +57,14 @@ class StoredLinear(EndsInGelu):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self._unpacked(x), self.bias)
+        return linear(x, self.unpacked(x), self.bias)
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """gelu(x Wᵀ + b), in the tanh form."""
-        return linear_gelu(x, self._unpacked(x), self.bias)
+        return linear_gelu(x, self.unpacked(x), self.bias)
 
-    def _unpacked(self, x: Tensor) -> Tensor:
+    def unpacked(self, x: Tensor) -> Tensor:
+        """The weight (outputs, columns) in the dtype of x, until another layer's is asked for."""
         weight = self.scratch.take(self.outputs, self.columns, x)
         self.unpack(weight)
         return weight
@@ -154,6 +155,12 @@ class EightBitLinear(Prepares):
         rows, kind = x.reshape(-1, x.shape[-1]), self.weight.dtype
         numbers, scales = fused.gelu_quantize(rows, kind) if gelu else fused.quantize_rows(rows, kind)
         return Codes(numbers, scales, x.shape[:-1], x.dtype)
+
+    def unpacked(self, x: Tensor) -> Tensor:
+        """The weight (outputs, columns) in the dtype of x."""
+        made = x.new_empty(self.weight.shape)
+        convert(self.weight, self.scale[:, None], made)
+        return made
 
     def finished(self, codes: Codes) -> Tensor:
         """The product (..., O)."""

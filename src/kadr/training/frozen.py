@@ -1,0 +1,56 @@
+"""Weights that do not learn, however they are stored: gradients pass through them to what comes before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kadr.kernels.hadamard import rotate
+from kadr.quant.stored import EightBitLinear, ScaledLinear, StoredLinear
+
+
+class Frozen(nn.Module):
+    """A layer whose weight is unpacked once for the product, and once more for its gradient.
+
+    torch would keep every unpacked weight until then, and those are what was saved by storing them in fewer bits. Of
+    products in 8 bits the gradient is that of the unrounded input: rounding has none.
+    """
+
+    def __init__(self, base: StoredLinear | EightBitLinear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        learning = torch.is_grad_enabled() and x.requires_grad
+        made: Tensor = _Product.apply(x, self.base) if learning else self.base(x)
+        return made
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, base: nn.Module) -> Tensor:
+        context.base = base
+        made: Tensor = base(x)
+        return made
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return turned_back(gradient @ context.base.unpacked(gradient), context.base), None
+
+
+def turned_back(gradient: Tensor, base: nn.Module) -> Tensor:
+    """The gradient of what came in, where that was turned before the product; see `ScaledLinear`."""
+    if isinstance(base, ScaledLinear) and base.rotation is not None:
+        return rotate(gradient, base.rotation)
+    return gradient
+
+
+def freeze(module: nn.Module) -> None:
+    """Have gradients pass through all layers of a module whose weights are stored in fewer bits."""
+    module.requires_grad_(False)
+    for name, child in list(module.named_modules()):
+        if isinstance(child, StoredLinear | EightBitLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, Frozen(child))

@@ -1,0 +1,98 @@
+"""The matrices that learn, beside the layers of a finished transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kadr.errors import RequestError
+from kadr.models.adapters import LowRank
+from kadr.models.transformer import Transformer, TransformerConfig
+from kadr.nn.linear import Linear
+from kadr.sampling.noise import NoiseStreams
+from kadr.training.frozen import freeze
+
+ATTENTION = tuple(f".{kind}_attention.{part}" for kind in ("self", "text") for part in ("q", "k", "v", "out"))
+FEED_FORWARD = (".feed_forward.up", ".feed_forward.down")
+# What a LoRA may change: the ends of layers' names. The official trainer's default is the first.
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "attention": ATTENTION,
+    "attention+feed-forward": (*ATTENTION, *FEED_FORWARD),
+    "all": ("",),
+}
+
+
+class Learning(nn.Module):
+    """y = base(x) + B A x, with A and B in fp32. B begins at 0, so at first nothing is added.
+
+    Args:
+        down: A, (rank, inputs), as it begins.
+        outputs: of the layer.
+    """
+
+    def __init__(self, base: nn.Module, down: Tensor, outputs: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(down.new_zeros(outputs, len(down)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.base(x) + added
+
+
+def target_layers(config: TransformerConfig, targets: str) -> dict[str, tuple[int, int]]:
+    """The layers that a LoRA changes, with what they take and give.
+
+    Raises:
+        RequestError: there is no such choice.
+    """
+    if targets not in TARGETS:
+        raise RequestError(f"targets are {targets!r}; they must be one of {', '.join(TARGETS)}.")
+    with torch.device("meta"):
+        module = Transformer(config)
+    return {
+        name: (child.in_features, child.out_features)
+        for name, child in module.named_modules()
+        if isinstance(child, Linear) and name.endswith(TARGETS[targets])
+    }
+
+
+def learn(
+    module: Transformer, layers: Mapping[str, tuple[int, int]], rank: int, noise: NoiseStreams
+) -> dict[str, Learning]:
+    """Put matrices that learn beside some layers of a transformer, and let nothing else of it learn.
+
+    Args:
+        layers: as `target_layers` gives them.
+        noise: A begins with numbers of the streams "lora NAME", with deviation 1 / sqrt(3 inputs): as Kaiming's uniform
+            start has, which PEFT takes.
+    """
+    freeze(module)
+    made = {}
+    for name, (inputs, outputs) in layers.items():
+        base = module.get_submodule(name)
+        place = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+        down = noise.draw(f"lora {name}", (rank, inputs)) * (3 * inputs) ** -0.5
+        made[name] = Learning(base, down.to(place), outputs)
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, made[name])
+    return made
+
+
+def learned(layers: Mapping[str, Learning]) -> dict[str, LowRank]:
+    """What they add by now."""
+    return {name: LowRank(layer.down.detach(), layer.up.detach()) for name, layer in layers.items()}
+
+
+def recompute(blocks: Iterable[nn.Module]) -> None:
+    """Keep only what each block was given, and compute the rest of it again when gradients pass: half as much time
+    again, for a small part of the memory."""
+    for block in blocks:
+        compute: Callable[..., Tensor] = block.compute  # type: ignore[assignment]
+        block.compiled = partial(checkpoint, compute, use_reentrant=False)  # type: ignore[assignment]

@@ -1,0 +1,57 @@
+"""What a rectified flow learns: x_t = (1 - t) x + t n, and the network says n - x.
+
+Levels are drawn as the official trainer draws them (ShiftedLogitNormalTimestepSampler of LTX-Video-Trainer), evenly, or
+spread so that a batch has one of each part of the range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FEW, MANY = (1024, 0.95), (4096, 2.05)  # tokens, and the mean of the normal that levels are the sigmoid of
+LEANING = (1.2, 1.3)  # mean and deviation of the normal, where levels are spread
+EDGE = 1e-4  # of the range between 0 and 1, that an inverse of the normal does not reach
+
+
+def noised(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """What lies between: clean (B, N, C) with so much noise as its level (B, 1 or N) says."""
+    share = level[..., None]
+    return (1 - share) * clean + share * noise
+
+
+def squared_error(velocity: Tensor, clean: Tensor, noise: Tensor, learned: Tensor) -> Tensor:
+    """The loss: the mean square of what a velocity (B, N, C) is off.
+
+    Args:
+        learned: (N), true for the tokens that count. Those that were given tell nothing.
+    """
+    return (velocity.float() - (noise - clean)).square()[:, learned].mean()
+
+
+def shifted(normal: Tensor, tokens: int) -> Tensor:
+    """Levels from standard normal numbers: the more tokens a video has, the nearer to 1.
+
+    More tokens show the same picture, so it takes more noise to hide as much of it.
+    """
+    (few, low), (many, high) = FEW, MANY
+    return torch.sigmoid(normal + low + (tokens - few) * (high - low) / (many - few))
+
+
+def uniform(normal: Tensor, tokens: int) -> Tensor:
+    """Levels from standard normal numbers: none is likelier than another."""
+    return torch.special.ndtr(normal)
+
+
+DISTRIBUTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"shifted": shifted, "uniform": uniform}
+
+
+def spread(count: int) -> Tensor:
+    """(count) levels, drawn from torch's generator: half even, half leaning towards noise, where layout and motion are
+    decided; one in each of `count` parts of the range."""
+    mean, deviation = LEANING
+    even = (torch.randperm(count) + torch.rand(count)) / count
+    leaning = torch.sigmoid(mean + deviation * torch.special.ndtri(even.clamp(EDGE, 1 - EDGE)))
+    return torch.where(torch.rand(count) < 0.5, even, leaning)
