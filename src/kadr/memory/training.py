@@ -1,0 +1,53 @@
+"""What the training of a LoRA takes, from configs and sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kadr.memory.costs import TEXT
+from kadr.memory.weights import transformer_weights
+from kadr.models.transformer import TransformerConfig
+
+LEARNED = 16  # bytes of a number that learns, all in fp32: itself, its gradient, and AdamW's two moments
+WITHIN = 48  # rows of the model's width that one layer keeps for each token until its gradient has passed; counted
+TABLES = 12  # of them more where every token has a level of its own
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Of the training of a LoRA, by what they are for.
+
+    Args:
+        weights: of the transformer, as they are held.
+        learned: of the matrices that learn, with what the optimizer keeps of them.
+        activations: at the worst moment, where each layer is computed again for its gradient.
+    """
+
+    weights: int
+    learned: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.learned + self.activations
+
+
+def training_bytes(
+    config: TransformerConfig, *, parameters: int, tokens: int, batch: int, size: int, linear: float
+) -> TrainingBytes:
+    """What the training of a LoRA takes.
+
+    Args:
+        parameters: numbers that learn.
+        tokens: of one example, with those of its reference.
+        size: bytes of a number that is computed with.
+        linear: bytes of a number in the blocks' matrices.
+    """
+    row = batch * tokens * config.width * size
+    text = batch * TEXT * config.width * size
+    kept = config.layers * (row + 4 * text)  # what each layer was given; keys and values of the text, and before them
+    return TrainingBytes(
+        weights=transformer_weights(config).bytes(size, linear),
+        learned=parameters * LEARNED,
+        activations=kept + (WITHIN + TABLES) * row,
+    )

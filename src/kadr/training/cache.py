@@ -1,0 +1,144 @@
+"""Examples as the network sees them: encoded once, and kept in a folder that later trainings find again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from kadr.checkpoints.save import write_tensors
+from kadr.errors import CheckpointError, MediaError
+from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.request import Condition, Control, Request
+from kadr.shapes import LatentGrid
+from kadr.training.dataset import Example
+from kadr.training.settings import CANNY, FILES, TrainingSettings
+
+if TYPE_CHECKING:
+    from kadr.pipeline.engine import Engine
+
+VERSION = 1  # of what a file holds
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example on disk.
+
+    Args:
+        file: with "latents" (1, C, f, h, w), normalised, "text" (n, D), and "reference" as the latents where there is
+            one; fp32.
+        fps: that its positions are made with.
+        grid: of the latents.
+    """
+
+    example: Example
+    file: Path
+    fps: float
+    grid: LatentGrid
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors.
+
+        Raises:
+            CheckpointError: the file went away, or was changed.
+        """
+        try:
+            return load_file(self.file)
+        except Exception as error:  # safetensors has one of its own, the system others
+            raise CheckpointError(
+                f"{self.file} cannot be read: {error}. Remove it; it is made again when the training goes on."
+            ) from error
+
+
+def encoded(
+    engine: Engine, examples: Sequence[Example], settings: TrainingSettings, folder: Path, watch: Watch
+) -> list[Encoded]:
+    """The examples through the VAE and the text encoder, those that are not there yet.
+
+    Raises:
+        MediaError: the folder cannot be written, or a clip cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MediaError(f"{folder} cannot be made: {error.strerror or error}. Give another --output.") from error
+    files = [folder / f"{_key(engine, example, settings)}.safetensors" for example in examples]
+    absent = [(example, file) for example, file in zip(examples, files, strict=True) if not file.is_file()]
+    if absent:
+        texts = _texts(engine, [example for example, _ in absent], settings, watch)
+        stage = Stage("encode", len(absent), watch)
+        for done, ((example, file), text) in enumerate(zip(absent, texts, strict=True), 1):
+            write_tensors(file, {"text": text, **_latents(engine, example, settings)}, dtype=torch.float32)
+            stage.done(done)
+    return [_known(engine, *pair, settings) for pair in zip(examples, files, strict=True)]
+
+
+def request_of(example: Example, settings: TrainingSettings) -> Request:
+    """What a generation would be asked to be given this clip as its beginning, and its reference."""
+    conditions = (Condition(str(example.media), part=(0, example.frames) if example.fps is not None else None),)
+    controls: tuple[Control, ...] = ()
+    if settings.references == FILES:
+        assert example.reference is not None
+        controls = (Control(str(example.reference), part=_part(example)),)
+    elif settings.references == CANNY:
+        controls = (Control(str(example.media), kind=CANNY, part=_part(example)),)
+    return Request(
+        prompt=example.caption,
+        size=settings.size,
+        frames=example.frames,
+        fps=None if example.fps is None else float(example.fps),
+        conditions=conditions,
+        controls=controls,
+        multi_scale=False,
+        image_crf=0,  # what is learned is the clip, and not what H.264 leaves of it
+    )
+
+
+def _part(example: Example) -> tuple[int, int] | None:
+    return None if example.fps is None else (0, example.frames)
+
+
+def _texts(
+    engine: Engine, examples: Sequence[Example], settings: TrainingSettings, watch: Watch
+) -> list[Tensor]:
+    request = request_of(examples[0], settings)
+    return [rows.float() for rows in engine.encode_prompts(request, [one.caption for one in examples], watch=watch)]
+
+
+def _latents(engine: Engine, example: Example, settings: TrainingSettings) -> dict[str, Tensor]:
+    media = engine.encode_media(request_of(example, settings))
+    made = {"latents": media.items[0][1]}
+    return made | ({"reference": media.references[0]} if settings.in_context else {})
+
+
+def _known(engine: Engine, example: Example, file: Path, settings: TrainingSettings) -> Encoded:
+    request = engine.resolve(request_of(example, settings))
+    assert request.fps is not None
+    grid = LatentGrid.of(settings.size.snapped(), example.frames)
+    return Encoded(example, file, float(request.fps), grid)
+
+
+def _key(engine: Engine, example: Example, settings: TrainingSettings) -> str:
+    """A name that changes with all that decides what is encoded."""
+    told = {
+        "version": VERSION,
+        "request": request_of(example, settings).to_json(),
+        "files": [_stamp(path) for path in (example.media, example.reference) if path is not None],
+        "vae": _stamp(engine.components.vae.path),
+        "text": _stamp(engine.components.text.home),
+        "dtype": str(engine.components.dtype),
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """What tells a file from another, or from itself after a change."""
+    state = Path(path).stat()
+    return str(Path(path).resolve()), state.st_size, state.st_mtime_ns

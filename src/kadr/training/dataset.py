@@ -1,0 +1,123 @@
+"""A folder of clips and pictures with captions beside them: looked into, and what cannot be used is named."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from kadr.errors import KadrError, KadrWarning, MediaError, RequestError
+from kadr.media.clip import Film, read_length
+from kadr.media.image import load_picture
+from kadr.pipeline.request import CLIPS
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+REFERENCE = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4
+CAPTION = ".txt"
+SHOWN = 10  # of what cannot be used
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn from.
+
+    Args:
+        media: a clip or a picture.
+        frames: that are learned, the first ones of a clip; 1 of a picture.
+        fps: of the clip; None of a picture.
+        reference: a clip or picture beside it; None where none is learned to be followed.
+    """
+
+    media: Path
+    caption: str
+    frames: int
+    fps: Fraction | None
+    reference: Path | None = None
+
+
+def read_folder(folder: Path, frames: int, *, references: bool = False, skip_broken: bool = False) -> list[Example]:
+    """The examples of a folder, by their names. Every clip is decoded once.
+
+    Args:
+        frames: that are learned of a clip, 8k+1. A clip must have as many; a picture is learned as one frame.
+        references: each has a reference beside it, such as walk.reference.mp4 for walk.mp4.
+        skip_broken: leave out what cannot be used, with a warning.
+
+    Raises:
+        MediaError: some cannot be used, with their names and why; or there is nothing to learn from.
+    """
+    if not folder.is_dir():
+        raise MediaError(f"there is no folder {folder}. Give one with clips, and a caption beside each (.txt).")
+    media = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in (*CLIPS, *PICTURES)]
+    media = [path for path in media if not path.stem.endswith(REFERENCE)]
+    made, broken = [], []
+    for path in media:
+        try:
+            made.append(_example(path, frames, references=references))
+        except KadrError as error:
+            broken.append(str(error))
+    if broken and not skip_broken:
+        raise MediaError(
+            f"{len(broken)} of the {len(media)} clips and pictures of {folder} cannot be used: {_told(broken)} Mend or "
+            "remove them, or leave them out with --skip-broken."
+        )
+    if broken:
+        told = f"{len(broken)} of the {len(media)} clips and pictures of {folder} are left out: {_told(broken)}"
+        warnings.warn(told, KadrWarning, stacklevel=2)
+    if not made:
+        endings = ", ".join((*CLIPS, *PICTURES))
+        raise MediaError(f"{folder} has nothing to learn from: clips or pictures ({endings}), each with a caption.")
+    return made
+
+
+def _told(broken: Sequence[str]) -> str:
+    more = f" And {len(broken) - SHOWN} more." if len(broken) > SHOWN else ""
+    return " ".join(broken[:SHOWN]) + more
+
+
+def _example(path: Path, frames: int, *, references: bool) -> Example:
+    caption = _caption(path)
+    if path.suffix.lower() in PICTURES:
+        load_picture(path)
+        return Example(path, caption, 1, None, _reference(path, 1) if references else None)
+    count, fps = read_length(path)
+    _require_length(path, count, frames)
+    return Example(path, caption, frames, fps, _reference(path, frames) if references else None)
+
+
+def _caption(path: Path) -> str:
+    beside = path.with_suffix(CAPTION)
+    try:
+        caption = " ".join(beside.read_text("utf-8").split())
+    except FileNotFoundError:
+        raise RequestError(f"{path.name} has no caption: write what it shows into {beside.name}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"the caption {beside.name} cannot be read as UTF-8 text: {error}.") from error
+    if not caption:
+        raise RequestError(f"the caption {beside.name} is empty; write what {path.name} shows.")
+    return caption
+
+
+def _require_length(path: Path, count: int, frames: int) -> None:
+    """Decode what is learned, so that what is damaged is known before anything is computed."""
+    if count < frames:
+        raise RequestError(f"{path.name} has {count} frames, and {frames} of each clip are learned (--frames).")
+    readable = len(Film.open(path, frames))
+    if readable < frames:
+        raise MediaError(f"{path.name} says it has {count} frames, and {readable} can be read.")
+
+
+def _reference(path: Path, frames: int) -> Path:
+    found = [beside for end in (*CLIPS, *PICTURES) if (beside := path.with_suffix(REFERENCE + end)).is_file()]
+    if not found:
+        raise RequestError(f"{path.name} has no reference: put one beside it as {path.stem}{REFERENCE}{path.suffix}.")
+    reference = found[0]
+    if reference.suffix.lower() in PICTURES:
+        load_picture(reference)
+        if frames > 1:
+            raise RequestError(f"{reference.name} is a picture, and {path.name} a clip; give a clip of as many frames.")
+    else:
+        _require_length(reference, read_length(reference)[0], frames)
+    return reference

@@ -1,0 +1,84 @@
+"""What one training is: numbers with their limits, checked at birth."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kadr.errors import RequestError
+from kadr.shapes import Size, snap_frames
+from kadr.training.low_rank import TARGETS
+from kadr.training.objective import DISTRIBUTIONS
+
+OFF, FILES, CANNY = "off", "files", "canny"
+REFERENCES = (OFF, FILES, CANNY)
+# Field, lowest and highest value.
+_LIMITS: tuple[tuple[str, float, float], ...] = (
+    ("rank", 1, 1024),
+    ("steps", 1, 1_000_000),
+    ("batch", 1, 256),
+    ("rate", 1e-8, 1.0),
+    ("warmup", 0, 100_000),
+    ("first_frame", 0.0, 1.0),
+    ("caption_dropout", 0.0, 1.0),
+)
+EXTENDABLE = ("steps",)  # what may be changed when a training goes on
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """One training.
+
+    Args:
+        size: that clips are cropped and resized to; made at the next multiples of 32 up, as videos are.
+        frames: of each clip, 8k+1.
+        rank: of the matrices; alpha is the same, so that a strength of 1 is as trained.
+        targets: which layers; see `low_rank.TARGETS`.
+        steps: updates of the matrices.
+        batch: examples of a step.
+        rate: of AdamW, constant after `warmup` steps: so a training may be made longer when it has ended.
+        levels: how noise levels are drawn; see `objective.DISTRIBUTIONS`.
+        first_frame: share of steps in which the first latent frame is given clean and not learned.
+        caption_dropout: share of steps that are learned without their captions.
+        references: "off"; "files", a reference beside each clip, given clean behind its tokens; or "canny", where it is
+            the clip's own edges.
+        seed: of everything that is drawn.
+    """
+
+    size: Size
+    frames: int
+    rank: int = 32
+    targets: str = "attention"
+    steps: int = 1000
+    batch: int = 1
+    rate: float = 2e-4
+    warmup: int = 10
+    levels: str = "shifted"
+    first_frame: float = 0.1
+    caption_dropout: float = 0.0
+    references: str = OFF
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in _LIMITS:
+            value = getattr(self, name)
+            whole = isinstance(low, int)
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                raise RequestError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number.")
+            if not low <= value <= high:
+                raise RequestError(f"{name} is {value:g}; it must lie between {low:g} and {high:g}.")
+        for name, known in (("targets", TARGETS), ("levels", DISTRIBUTIONS), ("references", REFERENCES)):
+            if getattr(self, name) not in known:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
+        if snap_frames(self.frames) != self.frames:
+            below = max(1, snap_frames(self.frames) - 8)
+            raise RequestError(f"frames is {self.frames}; clips are learned in 8k+1, such as {below}.")
+
+    @property
+    def in_context(self) -> bool:
+        """Whether a reference is learned to be followed."""
+        return self.references != OFF
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "size": str(self.size)}
