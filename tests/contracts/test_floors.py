@@ -15,6 +15,7 @@ FLOORS = (  # from the ground up; shapes stands on errors; the public list stand
     "models quant",
     "checkpoints memory distributed",
     "pipeline",
+    "training",
     "bench",
     "__init__",
     "cluster cli server",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kadr.cli import bench, generate, inspect, models, plan, quantize, rerun
+from kadr.cli import bench, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.faults import explained
 from kadr.cli.official import OfficialCommand
 from kadr.kernels.heap import give_back_at_once
@@ -44,6 +44,7 @@ app.command(cls=OfficialCommand, epilog=generate.EPILOG)(explained()(generate.ge
 app.command(cls=OfficialCommand, epilog=plan.EPILOG)(explained()(plan.plan))
 app.command(epilog=rerun.EPILOG)(explained()(rerun.rerun))
 app.command()(explained()(inspect.inspect))
+app.command("train-lora", epilog=train_lora.EPILOG)(explained()(train_lora.train_lora))
 app.command(epilog=quantize.EPILOG)(explained()(quantize.quantize))
 app.command(epilog=bench.EPILOG)(explained()(bench.bench))
 app.add_typer(models.app, name="models")

@@ -15,6 +15,7 @@ NAMES = {
     "text": "reading the prompt",
     "control": "making controls",
     "encode": "looking at pictures",
+    "train": "training",
     "denoise": "denoising",
     "upscale": "upscaling",
     "refine": "refining",

@@ -20,7 +20,7 @@ class TrainingBytes:
     Args:
         weights: of the transformer, as they are held.
         learned: of the matrices that learn, with what the optimizer keeps of them.
-        activations: at the worst moment, where each layer is computed again for its gradient.
+        activations: at the worst moment.
     """
 
     weights: int
@@ -33,7 +33,14 @@ class TrainingBytes:
 
 
 def training_bytes(
-    config: TransformerConfig, *, parameters: int, tokens: int, batch: int, size: int, linear: float
+    config: TransformerConfig,
+    *,
+    parameters: int,
+    tokens: int,
+    batch: int,
+    size: int,
+    linear: float,
+    recomputed: bool,
 ) -> TrainingBytes:
     """What the training of a LoRA takes.
 
@@ -42,12 +49,15 @@ def training_bytes(
         tokens: of one example, with those of its reference.
         size: bytes of a number that is computed with.
         linear: bytes of a number in the blocks' matrices.
+        recomputed: each layer is computed again for its gradient, from what it was given.
     """
     row = batch * tokens * config.width * size
     text = batch * TEXT * config.width * size
-    kept = config.layers * (row + 4 * text)  # what each layer was given; keys and values of the text, and before them
+    within = (WITHIN + TABLES) * row
+    read = config.layers * 4 * text  # keys and values of the text, and what came before them
+    layers = config.layers * row + within if recomputed else config.layers * within
     return TrainingBytes(
         weights=transformer_weights(config).bytes(size, linear),
         learned=parameters * LEARNED,
-        activations=kept + (WITHIN + TABLES) * row,
+        activations=read + layers,
     )

@@ -157,6 +157,15 @@ class Components:
             finally:
                 module.forget()  # also where a step was cancelled: what is recorded has these strengths in it
 
+    @contextmanager
+    def lending(self, transformer: Transformer) -> Iterator[None]:
+        """Lend this transformer in place of one that would be loaded, as long as the block runs."""
+        self.borrowed = transformer
+        try:
+            yield
+        finally:
+            self.borrowed = None
+
     def load_transformer(self, number: int, dtype: torch.dtype, *, as_stored: bool) -> Transformer:
         """The transformer of a pass as its file has it, with merged LoRAs in it; not held in any way yet."""
         checkpoint = self.transformers[number]

@@ -19,7 +19,7 @@ from kadr.memory.device import pick_device, pick_dtype
 from kadr.memory.plan import Plan, held
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
-from kadr.pipeline.generate import Generation
+from kadr.pipeline.generate import Encoded, Generation
 from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.loras import Loras
@@ -27,6 +27,7 @@ from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.pipeline.passes import PassPlan, unused_parts, warn_guided, warn_unused
 from kadr.pipeline.planning import Planner, nearest
 from kadr.pipeline.progress import Progress, Watch, ignore
+from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.request import Request
 from kadr.pipeline.resolve import resolve, warn_single, with_second
 from kadr.pipeline.result import Made, Video
@@ -289,6 +290,24 @@ class Engine:
         if not request.conditions:
             raise RequestError("the request has no picture to encode; give it a Condition.")
         return self._begin(request, watch, stages=("encode",)).media_encoded()[0].items[0][1]
+
+    def encode_media(self, request: Request, *, watch: Watch = ignore) -> Encoded:
+        """The pictures and clips of the request, and what it follows, through the VAE's encoder, for its first pass.
+
+        Raises:
+            As `generate`.
+        """
+        return self._begin(request, watch, stages=("encode",)).media_encoded()[0]
+
+    def encode_prompts(self, request: Request, prompts: Sequence[str], *, watch: Watch = ignore) -> list[Tensor]:
+        """What the text encoder makes of some prompts: (n, D) each, for its n tokens, on the CPU.
+
+        Args:
+            request: that it is planned for; its own prompt is not encoded.
+        """
+        self._begin(request, watch, media=False, stages=("text",))
+        texts = Prompts(self.components, prompts).encoded(watch)
+        return [text.encoding[text.mask].cpu() for text in texts]
 
     def decode(
         self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-STAGES = ("text", "control", "encode", "denoise", "upscale", "refine", "decode")
+STAGES = ("text", "control", "encode", "train", "denoise", "upscale", "refine", "decode")
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,7 @@ def _part(example: Example) -> tuple[int, int] | None:
     return None if example.fps is None else (0, example.frames)
 
 
-def _texts(
-    engine: Engine, examples: Sequence[Example], settings: TrainingSettings, watch: Watch
-) -> list[Tensor]:
+def _texts(engine: Engine, examples: Sequence[Example], settings: TrainingSettings, watch: Watch) -> list[Tensor]:
     request = request_of(examples[0], settings)
     return [rows.float() for rows in engine.encode_prompts(request, [one.caption for one in examples], watch=watch)]
 

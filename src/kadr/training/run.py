@@ -34,6 +34,9 @@ from kadr.training.trainer import Trainer
 from kadr.version import __version__
 
 
+ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a training made.
@@ -94,19 +97,20 @@ class Training:
         found = read_folder(
             self.folder, settings.frames, references=settings.references == FILES, skip_broken=self.skip_broken
         )
-        self._require_room(self.bytes(found))
+        recomputed = self._recomputed(found)
         examples = encoded(self.engine, found, settings, self.work / "cache", watch)
         wordless = self._wordless(found, watch)
         self.engine.components.shelf.clear()
         module = self._loaded()
         layers = learn(module, self._targets(), settings.rank, NoiseStreams(settings.seed))
-        recompute(module.layers)
+        if recomputed:
+            recompute(module.layers)
         components = self.engine.components
         trainer = Trainer(module, layers, examples, settings, components.dtype, components.device, wordless)
         return self._trained(trainer, watch)
 
-    def bytes(self, examples: Sequence[Example]) -> TrainingBytes:
-        """What the training takes, at its largest example."""
+    def bytes(self, examples: Sequence[Example], *, recomputed: bool) -> TrainingBytes:
+        """What the training takes, at its largest example. recomputed: see `training_bytes`."""
         components, settings = self.engine.components, self.settings
         source, size = components.transformers[0].sources["transformer"], components.dtype.itemsize
         linear = 1.0625 if components.quant not in (NONE, AUTO) else float(size)
@@ -122,18 +126,29 @@ class Training:
             batch=settings.batch,
             size=size,
             linear=linear,
+            recomputed=recomputed,
         )
 
     def _check(self) -> None:
         if self.engine.components.loras:
-            raise RequestError("the model is opened with LoRAs, and a new one would be learned on top. Open it without.")
+            raise RequestError(
+                "the model is opened with LoRAs, and a new one would be learned on top. Open it without."
+            )
         if self.output.suffix != ".safetensors":
             raise MediaError(f"{self.output} does not end in .safetensors. Name it {self.output.stem}.safetensors.")
         if not self.output.parent.is_dir() or not os.access(self.output.parent, os.W_OK):
             raise MediaError(f"the folder {self.output.parent} does not exist or cannot be written. Choose another.")
 
-    def _require_room(self, needed: TrainingBytes) -> None:
+    def _recomputed(self, examples: Sequence[Example]) -> bool:
+        """Whether layers are computed twice, because what they keep would not fit.
+
+        Raises:
+            PlanError: it does not fit then either.
+        """
         free = free_bytes(self.engine.components.device)
+        if self.bytes(examples, recomputed=False).total <= ROOMY * free:
+            return False
+        needed = self.bytes(examples, recomputed=True)
         if needed.total > free:
             raise PlanError(
                 f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
@@ -142,6 +157,7 @@ class Training:
                 "or hold the weights in 8 bits with --quant int8.",
                 shortfall=needed.total - free,
             )
+        return True
 
     def _targets(self) -> dict[str, tuple[int, int]]:
         return target_layers(self.engine.components.config(0), self.settings.targets)

@@ -74,9 +74,7 @@ class Trainer:
         self.noise = NoiseStreams(self.settings.seed)
         parameters = [parameter for layer in self.layers.values() for parameter in (layer.down, layer.up)]
         self.parameters: list[nn.Parameter] = parameters
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=self.settings.rate, betas=BETAS, weight_decay=WEIGHT_DECAY
-        )
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.settings.rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
     def step(self, number: int) -> float:
         """Update the matrices, for the `number`th time from 0. Returns the loss before that."""

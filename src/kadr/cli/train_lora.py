@@ -1,0 +1,159 @@
+"""`kadr train-lora`: a LoRA from a folder of clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kadr.cli import making, options, reading
+from kadr.cli.faults import say
+from kadr.cli.progress import duration, shown
+from kadr.errors import MediaError
+
+if TYPE_CHECKING:
+    from kadr.pipeline.engine import Engine
+    from kadr.training.run import Trained, Training
+
+EPILOG = (
+    "A run that was cut off goes on where it was when the same command is given again. What was encoded, the log and the "
+    "clips made on the way are beside the output, in a folder that ends in .training."
+)
+_flag = options.flag
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="Clips and pictures, and a caption beside each (.txt).", show_default=False),
+]
+Output = Annotated[Path, _flag("--output", "PATH", "The .safetensors to write. [default: lora.safetensors]")]
+SizeFlag = Annotated[
+    str | None, _flag("--size", "WxH", "Clips are cropped and resized to it; else as the recipe has it.")
+]
+Frames = Annotated[int | None, _flag("--frames", "N", "Frames of each clip, 8k+1; else as the recipe has it.")]
+Rank = Annotated[int, _flag("--rank", "N", "Of the matrices that learn. [default: 32]")]
+Targets = Annotated[
+    str, _flag("--targets", "attention|attention+feed-forward|all", "The layers that change. [default: attention]")
+]
+Steps = Annotated[int, _flag("--steps", "N", "Updates; a finished training goes on with more. [default: 1000]")]
+BatchSize = Annotated[int, _flag("--batch", "N", "Clips of an update. [default: 1]")]
+Rate = Annotated[float, _flag("--rate", "X", "How fast it learns. [default: 0.0002]")]
+Levels = Annotated[str, _flag("--levels", "shifted|uniform", "How noise levels are drawn. [default: shifted]")]
+FirstFrame = Annotated[float, _flag("--first-frame", "P", "Share of updates that are given it. [default: 0.1]")]
+Dropout = Annotated[float, _flag("--caption-dropout", "P", "Share of captions that are left out. [default: 0]")]
+References = Annotated[
+    str,
+    _flag(
+        "--references", "off|files|canny", "Learn to follow NAME.reference.mp4 beside NAME.mp4, or the clip's edges."
+    ),
+]
+Validate = Annotated[list[str] | None, _flag("--validate", "PROMPT", "Make this on the way; may be given many times.")]
+Every = Annotated[int, _flag("--validate-every", "N", "Updates between two measurements. [default: 250]")]
+SaveEvery = Annotated[int, _flag("--save-every", "N", "Updates between two saved states. [default: 100]")]
+Skip = Annotated[bool, _flag("--skip-broken", None, "Leave out clips that cannot be used, with a warning.")]
+Quant = Annotated[str, _flag("--quant", "none|int8|fp8|Q8_0|...", "Hold the model's own weights in fewer bits.")]
+Device = Annotated[str, _flag("--device", "auto|cpu|cuda|mps", "Where to compute. [default: auto]")]
+Dtype = Annotated[str, _flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with. [default: auto]")]
+Seed = Annotated[int, _flag("--seed", "N", "Of everything that is drawn. [default: 0]")]
+TextEncoder = Annotated[Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 encoder, or a .gguf.")]
+Vae = Annotated[Path | None, _flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")]
+
+
+def train_lora(
+    folder: Folder,
+    model: options.Model = None,
+    output: Output = Path("lora.safetensors"),
+    size: SizeFlag = None,
+    frames: Frames = None,
+    rank: Rank = 32,
+    targets: Targets = "attention",
+    steps: Steps = 1000,
+    batch: BatchSize = 1,
+    rate: Rate = 2e-4,
+    levels: Levels = "shifted",
+    first_frame: FirstFrame = 0.1,
+    caption_dropout: Dropout = 0.0,
+    references: References = "off",
+    validate: Validate = None,
+    validate_every: Every = 250,
+    save_every: SaveEvery = 100,
+    skip_broken: Skip = False,
+    quant: Quant = "none",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    json: options.Json = False,
+) -> None:
+    """Train a LoRA on your own clips.
+
+    Each clip has a caption beside it, a text file of the same name. Prints the path of the LoRA.
+    """
+    if not folder.is_dir():
+        raise MediaError(f"there is no folder {folder}. Give one with clips, and a caption beside each (.txt).")
+    for name, value in (("--validate-every", validate_every), ("--save-every", save_every)):
+        if value < 1:
+            raise typer.BadParameter(f"{value} is below 1.", param_hint=name)
+    held: dict[str, Any] = {"text_encoder": text_encoder, "vae": vae} | ({} if quant == "none" else {"quant": quant})
+    engine = making.open_engine(model or "demo", device=device, dtype=dtype, **held)
+    asked = {
+        "rank": rank,
+        "targets": targets,
+        "steps": steps,
+        "batch": batch,
+        "rate": rate,
+        "levels": levels,
+        "first_frame": first_frame,
+        "caption_dropout": caption_dropout,
+        "references": references,
+        "seed": seed,
+    }
+    training = _training(
+        engine,
+        folder,
+        output,
+        {"size": reading.size(size), "frames": frames, **asked},
+        prompts=tuple(validate or ()),
+        every=validate_every,
+        save_every=save_every,
+        skip_broken=skip_broken,
+    )
+    _run(training, as_json=json)
+
+
+def _training(engine: Engine, folder: Path, output: Path, asked: dict[str, Any], **more: Any) -> Training:
+    from kadr.training.run import Training
+    from kadr.training.settings import TrainingSettings
+
+    size, frames = asked.pop("size") or engine.recipe.size, asked.pop("frames") or engine.recipe.frames
+    return Training(engine, folder, output, TrainingSettings(size=size, frames=frames, **asked), **more)
+
+
+def _run(training: Training, *, as_json: bool) -> None:
+    import time
+
+    began = time.monotonic()
+    try:
+        with shown() as watch:
+            trained = training.run(watch)
+    except KeyboardInterrupt:
+        say(f"what was learned up to the last saved state is in {training.work}; the same command goes on from there")
+        raise
+    _tell(trained, time.monotonic() - began, as_json=as_json)
+
+
+def _tell(trained: Trained, seconds: float, *, as_json: bool) -> None:
+    say(
+        f"{trained.steps} steps on {trained.examples} clips, in {duration(seconds)}; over fixed clips and levels the loss "
+        f"went from {trained.first:.4f} to {trained.last:.4f}"
+    )
+    told = {
+        "path": str(trained.path),
+        "steps": trained.steps,
+        "examples": trained.examples,
+        "first": trained.first,
+        "last": trained.last,
+        "seconds": round(seconds, 3),
+    }
+    print(json.dumps(told) if as_json else trained.path)

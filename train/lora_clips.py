@@ -1,0 +1,57 @@
+"""Folders to train demo LoRAs on: what is red is painted teal, which the demo world does not have; or clips as they are,
+to learn to follow their edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+from kadr.media.frames import to_uint8
+from kadr.media.video import VideoWriter
+from kadr.shapes import Size
+from train import shapes
+from train.shapes import CLIP_FRAMES, COLOURS, KEYS, STAGE, Scene, caption, is_held_out, render
+
+PAINTED, TEAL = "red", (20, 130, 130)
+RATE = 24
+
+
+@contextmanager
+def repainted() -> Iterator[None]:
+    """In here, what is called red is teal."""
+    before = COLOURS[PAINTED]
+    COLOURS[PAINTED] = TEAL
+    try:
+        yield
+    finally:
+        COLOURS[PAINTED] = before
+
+
+def write_teal(folder: Path, count: int = 32, seed: int = 5) -> None:
+    """Clips that are called red, and are teal."""
+    rng = Random(seed)
+    keys = [key for key in KEYS if key.colour == PAINTED and not is_held_out(key)]
+    with repainted():
+        write(folder, [Scene.of(rng.choice(keys), rng) for _ in range(count)], rng)
+
+
+def write_plain(folder: Path, count: int = 256, seed: int = 6) -> None:
+    """Clips of the demo world."""
+    rng = Random(seed)
+    write(folder, [Scene.sample(rng) for _ in range(count)], rng)
+
+
+def write(folder: Path, scenes: list[Scene], rng: Random) -> None:
+    """Scenes as mp4, with captions beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes):
+        (pixels,) = render([scene], CLIP_FRAMES)
+        frames = to_uint8(pixels / 2 + 0.5).numpy()
+        with VideoWriter(folder / f"{number:03d}.mp4", Size(STAGE, STAGE), RATE) as writer:
+            writer.write(frames)
+        (folder / f"{number:03d}.txt").write_text(caption(scene, rng) + "\n", "utf-8")
+
+
+__all__ = ["shapes", "write_plain", "write_teal"]
