@@ -18,6 +18,7 @@ from torch import Tensor
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.text.tokenizer import Tokenizer
+from kadr.training.objective import squared_error
 from train import tuning
 from train.optimizer import Optimizer, share_of_rate
 from train.progress import Average, Log, resume, save
@@ -72,7 +73,7 @@ class Distiller:
         free = torch.ones(batch.grid.tokens, dtype=torch.bool)
         if state.strength is not None:
             free = state.strength[0, : batch.grid.tokens] == 0
-        return (said - target)[:, : batch.grid.tokens].square()[:, free].mean()
+        return squared_error(said[:, : batch.grid.tokens], target[:, : batch.grid.tokens], free)
 
     def _unprompted(self, batch: Batch) -> Batch:
         ids, mask = (part.expand(len(batch.ids), -1) for part in self.empty)

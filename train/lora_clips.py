@@ -1,5 +1,8 @@
-"""Folders to train demo LoRAs on: what is red is painted teal, which the demo world does not have; or clips as they are,
-to learn to follow their edges."""
+"""Folders to train demo LoRAs on.
+
+In one, what is called red is painted teal, which the demo world does not have. In the other clips are as they are, to
+learn to follow their edges.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from random import Random
 from kadr.media.frames import to_uint8
 from kadr.media.video import VideoWriter
 from kadr.shapes import Size
-from train import shapes
 from train.shapes import CLIP_FRAMES, COLOURS, KEYS, STAGE, Scene, caption, is_held_out, render
 
 PAINTED, TEAL = "red", (20, 130, 130)
@@ -52,6 +54,3 @@ def write(folder: Path, scenes: list[Scene], rng: Random) -> None:
         with VideoWriter(folder / f"{number:03d}.mp4", Size(STAGE, STAGE), RATE) as writer:
             writer.write(frames)
         (folder / f"{number:03d}.txt").write_text(caption(scene, rng) + "\n", "utf-8")
-
-
-__all__ = ["shapes", "write_plain", "write_teal"]

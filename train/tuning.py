@@ -23,10 +23,12 @@ from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState, to_tokens
 from kadr.shapes import LatentGrid
 from kadr.text.tokenizer import Tokenizer
+from kadr.training import objective
+from kadr.training.objective import spread, squared_error, velocity
 from train.optimizer import Optimizer, share_of_rate
 from train.progress import Average, Log, resume, save
 from train.shapes import CLIP_FRAMES, Scene, caption, render
-from train.transformer import DEMO_TRANSFORMER, FRAMES_PER_SECOND, GRID, build, is_matrix, levels
+from train.transformer import DEMO_TRANSFORMER, FRAMES_PER_SECOND, GRID, build, is_matrix
 
 LARGE = LatentGrid(frames=4, height=8, width=8)
 ENDINGS = (9, 17)  # frames of the clips that a video is made to end with
@@ -175,11 +177,11 @@ class Trainer:
         state, target, level = noised(batch, torch.randn_like(batch.clean))
         state = self.given(rng, batch, state)
         tokens = shaken(state, level, self.recipe.image_noise)
-        velocity = velocities(self.model["transformer"], self.model["text"], state, tokens, level, batch)
+        said = velocities(self.model["transformer"], self.model["text"], state, tokens, level, batch)
         free = torch.ones(batch.grid.tokens, dtype=torch.bool)
         if state.strength is not None:
             free = state.strength[0, : batch.grid.tokens] == 0
-        return (velocity[:, : batch.grid.tokens].float() - target).square()[:, free].mean()
+        return squared_error(said[:, : batch.grid.tokens], target, free)
 
 
 def tokenized(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -197,10 +199,9 @@ def places(grid: LatentGrid, start: int = 0) -> Tensor:
 
 def noised(batch: Batch, noise: Tensor, level: Tensor | None = None) -> tuple[LatentState, Tensor, Tensor]:
     """The state at random levels (B, 1), the velocity (B, N, C) it should be seen to have, and the levels."""
-    level = levels(len(batch.clean))[:, None] if level is None else level
-    share = level[:, :, None, None, None]
-    state = LatentState.of((1 - share) * batch.clean + share * noise, places(batch.grid), batch.grid)
-    return state, to_tokens(noise - batch.clean), level
+    level = spread(len(batch.clean))[:, None] if level is None else level
+    between = objective.noised(batch.clean, noise, level[:, :, None, None, None])
+    return LatentState.of(between, places(batch.grid), batch.grid), to_tokens(velocity(batch.clean, noise)), level
 
 
 def shaken(state: LatentState, level: Tensor, scale: float) -> Tensor:

@@ -562,7 +562,7 @@ def test_a_network_that_cannot_be_fetched_is_told_before_anything_is_loaded(
     untouched: Engine, clips: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr("kadr.pipeline.generate.warn_unheard", lambda request, loras: None)
+    monkeypatch.setattr("kadr.pipeline.engine.warn_unheard", lambda request, loras: None)
     with pytest.raises(
         CheckpointError, match=r"onnx/model\.onnx of onnx-community.*shows the depth already needs none"
     ):

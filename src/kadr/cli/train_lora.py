@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from kadr.training.run import Trained, Training
 
 EPILOG = (
-    "A run that was cut off goes on where it was when the same command is given again. What was encoded, the log and the "
-    "clips made on the way are beside the output, in a folder that ends in .training."
+    "A run that was cut off goes on where it was when the same command is given again. What was encoded, the log and "
+    "the clips made on the way are beside the output, in a folder that ends in .training."
 )
 _flag = options.flag
 Folder = Annotated[
@@ -145,8 +145,8 @@ def _run(training: Training, *, as_json: bool) -> None:
 
 def _tell(trained: Trained, seconds: float, *, as_json: bool) -> None:
     say(
-        f"{trained.steps} steps on {trained.examples} clips, in {duration(seconds)}; over fixed clips and levels the loss "
-        f"went from {trained.first:.4f} to {trained.last:.4f}"
+        f"{trained.steps} steps on {trained.examples} clips, in {duration(seconds)}; over fixed clips and levels the "
+        f"loss went from {trained.first:.4f} to {trained.last:.4f}"
     )
     told = {
         "path": str(trained.path),

@@ -19,6 +19,7 @@ from kadr.memory.device import pick_device, pick_dtype
 from kadr.memory.plan import Plan, held
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
+from kadr.pipeline.controls import warn_unheard
 from kadr.pipeline.generate import Encoded, Generation
 from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
@@ -178,7 +179,9 @@ class Engine:
             RequestError: the request does not fit this model.
             PlanError: it does not fit in memory; carries the shortfall in bytes, and says what would fit.
         """
-        return self._planned(self._opened(request, ignore), request)
+        generation = self._opened(request, ignore)
+        warn_unheard(request, loras=bool(self.components.loras))
+        return self._planned(generation, request)
 
     def generate(self, request: Request, *, watch: Watch = ignore) -> Video:
         """Make one video.
@@ -343,6 +346,8 @@ class Engine:
     def _begin(self, request: Request, watch: Watch, *, media: bool = True, stages: Collection[str] = ()) -> Generation:
         """The request on its way: checked, planned, and nothing loaded yet. stages: those to be run; () is all."""
         generation = self._opened(request, watch, media=media)
+        if not stages or "denoise" in stages:
+            warn_unheard(request, loras=bool(self.components.loras) or self.components.borrowed is not None)
         self.components.follow(self._planned(generation, request, stages))
         return generation
 

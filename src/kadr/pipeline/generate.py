@@ -21,7 +21,7 @@ from kadr.models.vae.decoder import SLICE
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import PASS_STAGES, Components
 from kadr.pipeline.conditions import read_conditions, read_start
-from kadr.pipeline.controls import Reference, drawings, fetched, read_controls, reference, warn_unheard
+from kadr.pipeline.controls import Reference, drawings, fetched, read_controls, reference
 from kadr.pipeline.fitting import Fitted, Pixels, added, fitted, put, settled
 from kadr.pipeline.guard import Watchman, guarded, guarded_frames
 from kadr.pipeline.long import (
@@ -106,8 +106,6 @@ class Generation:
         self.followed = read_controls(request) if media else []
         self.downscale = components.loras.reference_downscale if self.followed else 1
         self.references = [self._references(plan) for plan in self.passes]
-        if media:
-            warn_unheard(request, loras=bool(components.loras))
 
     def shape(self, number: int) -> tuple[int, ...]:
         """Of the latents of a pass: (1, C, f, h, w)."""

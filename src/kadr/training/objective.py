@@ -17,18 +17,22 @@ EDGE = 1e-4  # of the range between 0 and 1, that an inverse of the normal does 
 
 
 def noised(clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-    """What lies between: clean (B, N, C) with so much noise as its level (B, 1 or N) says."""
-    share = level[..., None]
-    return (1 - share) * clean + share * noise
+    """What lies between: tokens or latents, with as much noise as a level says that is spread over them."""
+    return (1 - level) * clean + level * noise
 
 
-def squared_error(velocity: Tensor, clean: Tensor, noise: Tensor, learned: Tensor) -> Tensor:
+def velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """What the network is to say, at any level."""
+    return noise - clean
+
+
+def squared_error(said: Tensor, right: Tensor, learned: Tensor) -> Tensor:
     """The loss: the mean square of what a velocity (B, N, C) is off.
 
     Args:
         learned: (N), true for the tokens that count. Those that were given tell nothing.
     """
-    return (velocity.float() - (noise - clean)).square()[:, learned].mean()
+    return (said.float() - right).square()[:, learned].mean()
 
 
 def shifted(normal: Tensor, tokens: int) -> Tensor:

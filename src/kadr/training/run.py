@@ -25,14 +25,13 @@ from kadr.pipeline.request import Control, Request
 from kadr.quant.apply import requantize
 from kadr.quant.scheme import AUTO, NONE
 from kadr.sampling.noise import NoiseStreams
-from kadr.training.cache import Encoded, encoded, request_of
+from kadr.training.cache import encoded, request_of
 from kadr.training.dataset import Example, read_folder
 from kadr.training.low_rank import learn, learned, recompute, target_layers
 from kadr.training.settings import FILES, TrainingSettings
 from kadr.training.state import load_state, save_state
 from kadr.training.trainer import Trainer
 from kadr.version import __version__
-
 
 ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
 
@@ -153,8 +152,8 @@ class Training:
             raise PlanError(
                 f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
                 f"{needed.learned / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and "
-                f"{free / 1e9:.1f} are free on {self.engine.components.device}. Take a smaller --size or fewer --frames, "
-                "or hold the weights in 8 bits with --quant int8.",
+                f"{free / 1e9:.1f} are free on {self.engine.components.device}. Take a smaller --size or fewer "
+                "--frames, or hold the weights in 8 bits with --quant int8.",
                 shortfall=needed.total - free,
             )
         return True
@@ -196,8 +195,8 @@ class Training:
             loss = trainer.step(number)
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise NonFiniteError(
-                    f"the loss is {loss} at step {number + 1}. The last state that was saved is kept in {self.work}; go "
-                    "on with a lower --rate and another --output.",
+                    f"the loss is {loss} at step {number + 1}. The last state that was saved is kept in {self.work}; "
+                    "go on with a lower --rate and another --output.",
                     stage="train",
                 )
             done = number + 1

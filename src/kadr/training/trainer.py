@@ -19,7 +19,7 @@ from kadr.sampling.positions import positions
 from kadr.sampling.state import to_tokens
 from kadr.training.cache import Encoded
 from kadr.training.low_rank import Learning
-from kadr.training.objective import DISTRIBUTIONS, noised, squared_error
+from kadr.training.objective import DISTRIBUTIONS, noised, squared_error, velocity
 from kadr.training.settings import TrainingSettings
 
 WEIGHT_DECAY, BETAS, LARGEST_GRADIENT = 0.01, (0.9, 0.999), 1.0
@@ -147,7 +147,7 @@ class Trainer:
         return Draw(noise.to(self.device), level.to(self.device), given.to(self.device))
 
     def _loss(self, batch: Batch, drawn: Draw) -> Tensor:
-        tokens, level = noised(batch.clean, drawn.noise, drawn.level), drawn.level
+        tokens, level = noised(batch.clean, drawn.noise, drawn.level[..., None]), drawn.level
         if bool(drawn.given.any()):
             tokens = torch.where(drawn.given[:, None], batch.clean, tokens)
             level = torch.where(drawn.given, 0.0, level)
@@ -159,5 +159,6 @@ class Trainer:
             tokens, level = context.behind(tokens, level)
             where = torch.cat([where, where], dim=1)
         rope = self.module.rope(where[None].to(self.device))
-        velocity = self.module(tokens.to(self.dtype), rope, batch.text, batch.mask, level)
-        return squared_error(velocity[:, : batch.clean.shape[1]], batch.clean, drawn.noise, ~drawn.given)
+        said = self.module(tokens.to(self.dtype), rope, batch.text, batch.mask, level)
+        right = velocity(batch.clean, drawn.noise)
+        return squared_error(said[:, : right.shape[1]], right, ~drawn.given)

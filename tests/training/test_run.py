@@ -1,0 +1,237 @@
+"""A whole training, of a tiny model: what it writes, how it goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kadr import Engine, Request
+from kadr.checkpoints.lora import LoraFile
+from kadr.errors import CheckpointError, MediaError, PlanError, RequestError
+from kadr.media.clip import read_metadata
+from kadr.pipeline.progress import Progress
+from kadr.training import run
+from kadr.training.cache import encoded, request_of
+from kadr.training.dataset import read_folder
+from kadr.training.low_rank import recompute
+from kadr.training.run import Training
+from kadr.training.settings import CANNY, FILES, TrainingSettings
+from tests.tiny import MODEL
+from tests.training.conftest import FRAMES, SIZE
+
+SETTINGS = TrainingSettings(size=SIZE, frames=FRAMES, rank=3, steps=4, batch=2, rate=1e-2, warmup=1, first_frame=0.5)
+REQUEST = Request(prompt="a red circle", size=SIZE, frames=FRAMES, steps=2, guidance=1.0)
+
+
+class Cut(Exception):
+    """Somebody pulled the plug."""
+
+
+def training(engine: Engine, folder: Path, output: Path, **more: Any) -> Training:
+    settings = replace(SETTINGS, **{name: more.pop(name) for name in list(more) if hasattr(SETTINGS, name)})
+    return Training(engine, folder, output, settings, **more)
+
+
+def cut_at(step: int) -> Callable[[Progress], None]:
+    def watch(progress: Progress) -> None:
+        if progress.stage == "train" and progress.step == step:
+            raise Cut
+
+    return watch
+
+
+def test_what_is_trained_is_a_lora_that_opens_and_acts(
+    engine: Engine, folder: Path, home: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "lora.safetensors"
+    made = training(engine, folder, output).run()
+    assert (made.path, made.steps, made.examples) == (output, 4, 4)
+    told = LoraFile.open(output).describe()
+    assert (told.family, told.layers, told.ranks, told.strangers) == ("Comfy", 16, (3,), ())
+    assert (told.metadata["kadr_steps"], told.reference_downscale) == ("4", None)
+    with_it = Engine.open(home / MODEL, device="cpu", prompt_cache=False, loras=[output])
+    plain = engine.denoise(REQUEST)
+    assert not torch.equal(with_it.denoise(REQUEST), plain)
+    assert torch.equal(with_it.denoise(replace(REQUEST, lora_strengths=(0.0,))), plain)
+
+
+def test_a_broken_run_goes_on_to_the_same_lora(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    whole = training(engine, folder, tmp_path / "whole.safetensors").run()
+    broken = training(engine, folder, tmp_path / "broken.safetensors", save_every=2)
+    with pytest.raises(Cut):
+        broken.run(cut_at(3))  # the third step is done, and not saved
+    assert not broken.output.exists()
+    made = broken.run()
+    ours, right = load_file(made.path), load_file(whole.path)
+    assert ours.keys() == right.keys()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
+    assert (made.first, made.last) == pytest.approx((whole.first, whole.last), rel=1e-4)
+    rows = list(csv.DictReader((broken.work / "log.csv").read_text("utf-8").splitlines()))
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_finished_training_goes_on_with_more_steps_as_if_it_had_been_longer(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    longer = training(engine, folder, tmp_path / "longer.safetensors", steps=4).run()
+    training(engine, folder, tmp_path / "more.safetensors", steps=2).run()
+    more = training(engine, folder, tmp_path / "more.safetensors", steps=4).run()
+    ours, right = load_file(more.path), load_file(longer.path)
+    assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
+
+
+def test_another_training_in_the_same_place_is_refused_and_nothing_is_lost(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "lora.safetensors"
+    training(engine, folder, output, steps=1).run()
+    before = output.read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds a training with rank = 3, and now it is 4"):
+        training(engine, folder, output, steps=1, rank=4).run()
+    (output.with_suffix(".training") / "state.safetensors").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="cannot be read as a training"):
+        training(engine, folder, output, steps=1).run()
+    assert output.read_bytes() == before
+
+
+def test_it_learns_what_it_is_shown(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    made = training(engine, folder, tmp_path / "lora.safetensors", steps=30, batch=4, rate=3e-2, rank=8).run()
+    assert made.last < 0.8 * made.first
+
+
+def test_clips_are_encoded_once_and_again_when_they_change(
+    engine: Engine, folder: Path, tmp_path: Path, make_clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    encode = Engine.encode_media
+    monkeypatch.setattr(
+        Engine, "encode_media", lambda *given, **more: (asked.append(given[1].prompt), encode(*given, **more))[1]
+    )
+
+    def look() -> list[str]:
+        asked.clear()
+        encoded(engine, read_folder(folder, FRAMES), SETTINGS, tmp_path / "cache", lambda progress: None)
+        return list(asked)
+
+    assert len(look()) == 4
+    assert look() == []
+    make_clip(folder / "1.mp4", seed=77, caption="a blue sea")
+    assert look() == ["a blue sea"]
+    (folder / "2.txt").write_text("birds fly")
+    assert look() == ["birds fly"]
+
+
+def test_what_is_learned_is_what_a_generation_would_be_given(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    examples = read_folder(folder, FRAMES)
+    made = encoded(engine, examples, SETTINGS, tmp_path / "cache", lambda progress: None)
+    for example, known in zip(examples, made, strict=True):
+        request = request_of(example, SETTINGS)
+        read = known.read()
+        assert torch.equal(read["latents"], engine.encode(request))
+        assert read["latents"].shape[2:] == (known.grid.frames, known.grid.height, known.grid.width)
+        (text,) = engine.encode_prompts(request, [example.caption])
+        assert torch.equal(read["text"], text.float())
+        assert "reference" not in read
+
+
+@pytest.mark.parametrize("references", [FILES, CANNY])
+def test_in_context_a_reference_is_encoded_and_the_file_says_so(
+    references: str, engine: Engine, folder: Path, tmp_path: Path, make_clip: Callable[..., Path]
+) -> None:
+    for name in ("0", "1", "2"):
+        make_clip(folder / f"{name}.reference.mp4", seed=50, caption=None)
+    (folder / "still.reference.png").write_bytes((folder / "still.png").read_bytes())
+    wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=2, references=references)
+    made = wanted.run()
+    assert LoraFile.open(made.path).reference_downscale == 1
+    read = [load_file(path) for path in (wanted.work / "cache").iterdir()]
+    assert all(each["reference"].shape == each["latents"].shape for each in read)
+    assert not any(torch.equal(each["reference"], each["latents"]) for each in read if each["latents"].shape[2] > 1)
+
+
+def test_clips_are_made_on_the_way_with_what_is_learned_by_then(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    wanted = training(engine, folder, tmp_path / "lora.safetensors", prompts=("a blue sea",), every=2)
+    wanted.run()
+    assert sorted(path.name for path in wanted.work.glob("*.mp4")) == ["step-000002-1.mp4", "step-000004-1.mp4"]
+    assert read_metadata(wanted.work / "step-000004-1.mp4")["request"]["prompt"] == "a blue sea"
+    early, late = ((wanted.work / f"step-00000{step}-1.mp4").read_bytes() for step in (2, 4))
+    assert early != late
+    assert engine.components.borrowed is None
+
+
+def test_captions_are_left_out_as_often_as_was_asked_for(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = training(engine, folder, tmp_path / "plain.safetensors", steps=2).run()
+    never = training(engine, folder, tmp_path / "never.safetensors", steps=2, caption_dropout=1.0).run()
+    ours, right = load_file(never.path), load_file(plain.path)
+    assert any(not torch.equal(tensor, right[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("quant", ["int8-weights", "Q8_0"])
+def test_a_base_in_fewer_bits_is_trained_beside(quant: str, home: Path, folder: Path, tmp_path: Path) -> None:
+    engine = Engine.open(home / MODEL, device="cpu", prompt_cache=False, quant=quant)
+    made = training(engine, folder, tmp_path / "lora.safetensors", steps=6, batch=4, rate=3e-2).run()
+    assert made.last < made.first
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_encoded(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "free_bytes", lambda device: 1_000_000)
+    wanted = training(engine, folder, tmp_path / "lora.safetensors")
+    with pytest.raises(PlanError, match=r"training takes about .* and 0\.0 are free on cpu\. Take a smaller --size"):
+        wanted.run()
+    assert not wanted.work.exists()
+
+
+def test_layers_are_computed_twice_where_memory_asks_for_it_and_it_comes_to_the_same(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = load_file(training(engine, folder, tmp_path / "a.safetensors", steps=2).run().path)
+    wanted = training(engine, folder, tmp_path / "b.safetensors", steps=2)
+    found = read_folder(folder, FRAMES)
+    roomy, tight = (wanted.bytes(found, recomputed=twice).total for twice in (False, True))
+    assert tight < roomy
+    monkeypatch.setattr(run, "free_bytes", lambda device: roomy)
+    asked: list[object] = []
+    monkeypatch.setattr(run, "recompute", lambda blocks: (asked.append(blocks), recompute(blocks)))
+    ours = load_file(wanted.run().path)
+    assert asked
+    assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
+
+
+def test_what_cannot_be_trained_is_refused(engine: Engine, home: Path, folder: Path, tmp_path: Path) -> None:
+    made = training(engine, folder, tmp_path / "a.safetensors", steps=1).run()
+    opened = Engine.open(home / MODEL, device="cpu", prompt_cache=False, loras=[made.path])
+    with pytest.raises(RequestError, match="opened with LoRAs"):
+        training(opened, folder, tmp_path / "b.safetensors").run()
+    with pytest.raises(MediaError, match=r"does not end in \.safetensors"):
+        training(engine, folder, tmp_path / "b.pt").run()
+    with pytest.raises(MediaError, match="does not exist or cannot be written"):
+        training(engine, folder, tmp_path / "none" / "b.safetensors").run()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("rank", 0, "rank is 0; it must lie between 1 and 1024"),
+        ("rank", 1.5, "must be a whole number"),
+        ("rate", 2, "between 1e-08 and 1"),
+        ("first_frame", -0.1, "between 0 and 1"),
+        ("levels", "even", "must be one of shifted, uniform"),
+        ("targets", "heads", "must be one of attention"),
+        ("references", "depth", "must be one of off, files, canny"),
+        ("frames", 10, "clips are learned in 8k[+]1, such as 9"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused(field: str, value: Any, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        replace(SETTINGS, **{field: value})
