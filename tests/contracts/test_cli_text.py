@@ -25,6 +25,9 @@ VERBS = {
         {_MODEL} {_REST}""",
     "rerun": "FILE --output --seed --model --device --resume --json",
     "inspect": "PATH --json",
+    "train-lora": """DIR --model --output --size --frames --rank --targets --steps --batch --rate --levels --first-frame
+        --caption-dropout --references --validate --validate-every --save-every --skip-broken --quant --device --dtype
+        --seed --text-encoder --vae --json""",
     "quantize": "IN OUT --type --force",
     "bench": "--model --size --stage --schedule --way --layers --rounds --no-reference --device --models --json",
     "models": "--json",
