@@ -66,9 +66,9 @@ class EnhanceFlags:
 class WindowFlags:
     """Long videos; any of these, or several --prompt, makes the video window by window"""
 
-    window: Annotated[
-        _Int, flag("--window", "N", "Frames of a window; left out, as many as the model is good at.")
-    ] = None
+    window: Annotated[_Int, flag("--window", "N", "Frames of a window; left out, as many as the model is good at.")] = (
+        None
+    )
     overlap: Annotated[
         _Int, flag("--overlap", "N", "Frames that a window has in common with the one before, a multiple of 8.")
     ] = None
@@ -175,9 +175,9 @@ class MediaFlags:
         flag("--control", "[KIND:]PATH[#A:B]", "A clip for an in-context LoRA to follow. KIND: canny, depth or pose."),
     ] = None
     input_video: Annotated[Path | None, flag("--input-video", "PATH", "Make the video from this one.")] = None
-    strength: Annotated[
-        _Float, flag("--strength", "S", "How much of --input-video is made anew, between 0 and 1.")
-    ] = None
+    strength: Annotated[_Float, flag("--strength", "S", "How much of --input-video is made anew, between 0 and 1.")] = (
+        None
+    )
     image_noise: Annotated[
         _Float, flag("--image-noise", "X", "Noise on pictures at each step, times level squared.")
     ] = None
@@ -225,9 +225,9 @@ class GuidanceFlags:
     cfg_star: Annotated[
         _Switch, flag("--cfg-star/--no-cfg-star", None, "Scale the negative prompt's velocity to the prompt's.")
     ] = None
-    apg: Annotated[
-        _Float, flag("--apg", "X", "Keep this share of the guidance along the picture; below 0 is off.")
-    ] = None
+    apg: Annotated[_Float, flag("--apg", "X", "Keep this share of the guidance along the picture; below 0 is off.")] = (
+        None
+    )
     apg_norm: Annotated[_Float, flag("--apg-norm", "X", "Limit on the norm of the guidance with --apg.")] = None
     guidance_batch: Annotated[
         bool, flag("--guidance-batch", None, "Evaluate with and without prompt at once: faster, more memory.")

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (O, K), plain or packed.
         bias: (O).
     """
-    if takes(x) and not _learning(x, weight):
+    if takes(x) and weight.dtype == x.dtype and not _learning(x, weight):
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return made
     return F.linear(x, weight, bias)
@@ -38,7 +38,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     In bfloat16 on a CPU the GELU is taken of the sums before they are rounded: one pass over memory less, and one
     rounding. Arguments as for `linear`.
     """
-    if takes(x) and not _learning(x, weight):
+    if takes(x) and weight.dtype == x.dtype and not _learning(x, weight):
         made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return made
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
