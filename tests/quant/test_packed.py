@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kadr.kernels import int8, switch
+from kadr.kernels import int8, products, switch
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE, blocks
 from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
@@ -224,3 +224,11 @@ def test_who_needed_a_packed_weight_no_more_is_told() -> None:
     module, told = sown(lambda: VAE(vae_config("0.9.5"))), []
     pack_convolutions(module, release=told.extend)
     assert len(told) == len([child for child in module.modules() if isinstance(child, PackedConv)]) > 0
+
+
+def test_under_autocast_without_gradients_wider_weights_are_multiplied_too() -> None:
+    x, weight, bias = torch.randn(3, 16).bfloat16(), torch.randn(8, 16), torch.randn(8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(products.linear(x, weight, bias), F.linear(x, weight, bias))
+        right = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+        assert torch.equal(products.linear_gelu(x, weight, bias), right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -219,7 +220,7 @@ class Training:
             "kadr": __version__,
             "kadr_base_model": self.engine.name,
             "kadr_steps": str(steps),
-            "kadr_settings": str(settings.to_json()),
+            "kadr_settings": json.dumps(settings.to_json()),
             **({"reference_downscale_factor": "1"} if settings.in_context else {}),
         }
         write_lora(self.output, learned(trainer.layers), dtype=torch.bfloat16, metadata=metadata)

@@ -1,0 +1,103 @@
+"""`kadr train-lora`: a folder of clips in, a LoRA out, in words that scripts can read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kadr.checkpoints.lora import LoraFile
+from kadr.training.trainer import Trainer
+from tests import tiny
+from tests.cli.conftest import Ended, FakeEngine
+from tests.training.conftest import clip
+
+Run = Callable[..., Ended]
+SMALL = ["--size", "64x32", "--frames", "9", "--rank", "2", "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("tiny")) / tiny.MODEL
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(2):
+        clip(folder / f"{number}.mp4", seed=number)
+    return folder
+
+
+def test_a_lora_is_trained_and_its_path_printed(kadr: Run, model: Path, clips: Path, tmp_path: Path) -> None:
+    output = tmp_path / "made.safetensors"
+    ended = kadr("train-lora", clips, "--model", model, "--output", output, *SMALL)
+    assert (ended.code, ended.out) == (0, f"{output}\n"), ended.err
+    assert "2 steps on 2 clips, in 0:0" in ended.err
+    assert LoraFile.open(output).describe().ranks == (2,)
+    told = json.loads(kadr("train-lora", clips, "--model", model, "--output", output, *SMALL, "--json").out)
+    assert (told["path"], told["steps"], told["examples"]) == (str(output), 2, 2)  # nothing was left to do
+    assert set(told) == {"path", "steps", "examples", "first", "last", "seconds"}
+
+
+def test_flags_reach_the_training(kadr: Run, model: Path, clips: Path, tmp_path: Path) -> None:
+    words = "--targets attention+feed-forward --batch 2 --rate 0.01 --levels uniform --first-frame 0 --seed 3"
+    output = tmp_path / "made.safetensors"
+    ended = kadr(
+        "train-lora", clips, "--model", model, "--output", output, *SMALL, *words.split(), "--references", "canny"
+    )
+    assert ended.code == 0, ended.err
+    told = LoraFile.open(output).describe()
+    settings = json.loads(told.metadata["kadr_settings"])
+    asked = {"targets": "attention+feed-forward", "batch": 2, "rate": 0.01, "levels": "uniform", "seed": 3}
+    assert asked.items() <= settings.items()
+    assert (settings["first_frame"], settings["references"], told.layers) == (0, "canny", 20)
+
+
+def test_a_broken_clip_is_named_and_left_out_when_told_to(kadr: Run, model: Path, clips: Path, tmp_path: Path) -> None:
+    (clips / "torn.mp4").write_bytes(b"torn")
+    (clips / "torn.txt").write_text("torn")
+    words = ("train-lora", clips, "--model", model, "--output", tmp_path / "made.safetensors", *SMALL)
+    ended = kadr(*words)
+    assert (ended.code, "torn.mp4 cannot be read" in ended.err, "--skip-broken" in ended.err) == (1, True, True)
+    ended = kadr(*words, "--skip-broken")
+    assert (ended.code, "1 of the 3 clips and pictures" in ended.err) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("--rank 0", 1, "rank is 0; it must lie between 1 and 1024"),
+        ("--frames 10", 1, "clips are learned in 8k+1"),
+        ("--save-every 0", 2, "0 is below 1"),
+        ("--size big", 2, "--size"),
+        ("--output lora.pt", 1, "does not end in .safetensors"),
+        ("--targets heads", 1, "must be one of attention"),
+    ],
+)
+def test_what_cannot_be_is_refused(kadr: Run, model: Path, clips: Path, words: str, code: int, says: str) -> None:
+    ended = kadr("train-lora", clips, "--model", model, "--device", "cpu", *words.split())
+    assert (ended.code, ended.out) == (code, "")
+    assert says in ended.err
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_model_is_opened(kadr: Run, engine: FakeEngine) -> None:
+    ended = kadr("train-lora", "nowhere")
+    assert (ended.code, "there is no folder nowhere" in ended.err, engine.opened) == (1, True, [])
+
+
+def test_a_training_that_is_cut_off_says_how_to_go_on(
+    kadr: Run, model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: Trainer, number: int) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", step)
+    output = tmp_path / "made.safetensors"
+    ended = kadr("train-lora", clips, "--model", model, "--output", output, *SMALL)
+    assert ended.code == 130
+    assert "the same command goes on from there" in ended.err
+    assert not output.exists()
