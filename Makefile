@@ -52,8 +52,9 @@ demo: .venv/.core  ## make out/demo.mp4 with the bundled model; no network once 
 	HF_HUB_OFFLINE=1 .venv/bin/kadr generate "a red circle moving right on a black background" --output $(DEMO) $(ARGS)
 	@test -s $(DEMO) && echo $(DEMO)
 
+# Two processes of one thread each: most tests are too small for two threads to help each other.
 test: .venv/.test  ## the whole suite, on two cores
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: .venv/.test  ## style, types and contracts, in about a minute
 	$(PY) -m ruff check .

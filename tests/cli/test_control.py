@@ -82,7 +82,7 @@ def test_dry_run_tells_of_controls(kadr: Run, clip: str) -> None:
     assert ended.code == 0
     assert f"control          canny of {path} (frames 0 to 8)" in ended.out.splitlines()
     assert "a control is given, and no LoRA" in ended.err
-    told = json.loads(kadr(*words, "--json", "--lora", "any.safetensors").out)
+    told = json.loads(kadr(*words, "--json", "--lora", "ltxv-13b-0.9.7-ic-lora-canny").out)
     assert told["controls"] == [{"media": path, "kind": "canny", "frames": 9}]
     assert told["request"]["controls"] == [{"media": path, "kind": "canny", "part": None}]
 
