@@ -84,6 +84,24 @@ def test_what_the_model_was_given_is_in_the_file_and_a_rerun_asks_nobody(kadr: R
     assert (read_video(tmp_path / "plain.mp4").frames == read_video(output).frames).all()
 
 
+def test_a_long_video_goes_on_with_the_prompt_that_was_enhanced_when_it_began(
+    kadr: Run, engine: FakeEngine, chat: FakeChat, tmp_path: Path
+) -> None:
+    windows = tmp_path / "out.windows"
+    windows.mkdir()
+    begun = Request(prompt=WRITTEN_OUT, original_prompt=PROMPT)
+    (windows / "request.json").write_text(json.dumps({"request": begun.to_json()}))
+    words = ("--enhance", chat.url, "--window", "9", "--output", tmp_path / "out.mp4", "--resume")
+    for extra in (words, words[2:]):  # the endpoint need not be named again
+        ended = kadr("generate", PROMPT, *extra)
+        assert ended.code == 0, ended.err
+        assert (engine.requests[-1].prompt, engine.requests[-1].original_prompt) == (WRITTEN_OUT, PROMPT)
+        assert f"enhanced when the video was begun: {WRITTEN_OUT}" in ended.err
+    assert chat.asked == []
+    assert kadr("generate", "other words", *words).code == 0
+    assert len(chat.asked) == 1  # those of another video; the engine refuses the folder
+
+
 def test_a_failure_is_a_warning_and_the_users_own_words_are_used(kadr: Run, tmp_path: Path, chat: FakeChat) -> None:
     output = tmp_path / "out.mp4"
     chat.reply = refused(429, "You exceeded your quota.")

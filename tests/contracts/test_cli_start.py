@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter
+from resource import RUSAGE_CHILDREN, getrusage
 
 SOURCES = Path(__file__).parents[2] / "src"
-LIMIT = 0.4  # seconds, from the start of the process to its end
+LIMIT = 0.4  # seconds of a CPU, from the start of the process to its end
 
 
 def ask_for_help(*python_flags: str) -> subprocess.CompletedProcess[str]:
@@ -37,10 +37,12 @@ def test_help_does_not_load_torch() -> None:
 
 
 def test_help_answers_in_under_400_milliseconds() -> None:
+    """Of a CPU: other tests run beside this one, and it waits for nothing else."""
     times = []
     for _ in range(5):
-        start = perf_counter()
+        before = getrusage(RUSAGE_CHILDREN)
         answer = ask_for_help()
-        times.append(perf_counter() - start)
+        after = getrusage(RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert answer.returncode == 0, answer.stderr
     assert min(times) < LIMIT, f"the best of {[f'{seconds:.2f} s' for seconds in times]} is over {LIMIT} s"

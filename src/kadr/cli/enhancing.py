@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -41,15 +43,25 @@ def announce(enhancer: Enhancer | None) -> None:
         say(f"{enhancer.place} would enhance the prompt; it was not asked, and the prompt is shown as it was written")
 
 
-def enhanced(request: Request, enhancer: Enhancer | None) -> Request:
+def enhanced(request: Request, enhancer: Enhancer | None, windows: Path | None = None) -> Request:
     """The request with the prompt that the endpoint made of it, which is said.
+
+    Args:
+        windows: the folder of a long video that is gone on with. Where these words were enhanced when it was begun,
+            the same prompt is taken, and nobody is asked: another answer would be another video.
 
     Raises:
         EnhanceError: the endpoint fails, and --enhance-required is given.
     """
+    if windows is not None:
+        from kadr.pipeline.window_folder import enhanced_in  # loads torch
+
+        if (prompt := enhanced_in(windows, request.prompt)) is not None:
+            say(f"enhanced when the video was begun: {prompt}")
+            return replace(request, prompt=prompt, original_prompt=request.prompt)
     if enhancer is None:
         return request
-    from kadr.pipeline import enhance  # loads torch
+    from kadr.pipeline import enhance
 
     say(f"{enhancer.place} is asked to enhance the prompt")
     made = enhance.enhanced(request, enhancer)

@@ -63,8 +63,9 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     if flags.model.no_prompt_cache:
         parts["prompt_cache"] = False
     engine = making.open_engine(model, **parts, **held(flags.model))
-    request = enhancing.enhanced(timed(request, flags.video.seconds, engine), enhancer)
     latents, resume = flags.output.save_latents, flags.output.resume
+    kept = making.windows_of(output) if resume else None
+    request = enhancing.enhanced(timed(request, flags.video.seconds, engine), enhancer, kept)
     making.make(engine, request, output, latents=latents, as_json=flags.output.json, resume=resume)
 
 

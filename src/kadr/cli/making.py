@@ -91,15 +91,22 @@ def make(
     print(json.dumps(told) if as_json else made.path)
 
 
+def windows_of(output: Path) -> Path:
+    """Where the finished windows of a long video are kept until it is written."""
+    from kadr.pipeline.window_folder import folder_of  # loads torch
+
+    return folder_of(output)
+
+
 @contextmanager
 def _windows_told(output: Path) -> Iterator[None]:
     """Say what has been kept of a long video, if it is not finished."""
     try:
         yield
     except BaseException as error:
-        from kadr.pipeline.window_folder import finished_in, folder_of  # loads torch
+        from kadr.pipeline.window_folder import finished_in
 
-        count = finished_in(folder_of(output))
+        count = finished_in(windows_of(output))
         if count and not isinstance(error, RequestError):
             say(
                 f"{count} finished {'window is' if count == 1 else 'windows are'} kept; --resume goes on with the video"

@@ -39,6 +39,15 @@ def finished_in(folder: Path) -> int:
     return number
 
 
+def enhanced_in(folder: Path, words: str) -> str | None:
+    """The prompt that somebody's words were enhanced to when a video was begun; None where they were not."""
+    try:
+        request = json.loads((folder / REQUEST).read_text("utf-8"))["request"]
+        return request["prompt"] if request["original_prompt"] == words else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None  # what is wrong with the folder is said when it is opened
+
+
 class WindowFolder:
     """The windows of one video, kept on disk. See `long.Kept`.
 
