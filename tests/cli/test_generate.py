@@ -113,6 +113,13 @@ def test_loras_reach_the_engine_with_their_strengths(kadr: Run, engine: FakeEngi
     assert not {"loras", "lora_partial", "merge_loras"} & engine.opened[1][1].keys()
 
 
+def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(kadr: Run, engine: FakeEngine) -> None:
+    for words in ("--upscaler u.safetensors", "--second-model m.safetensors"):
+        ended = kadr("generate", PROMPT, *words.split())
+        assert (ended.code, "a single pass is made, and the" in ended.err) == (0, True)
+        assert "a single pass" not in kadr("generate", PROMPT, *words.split(), "--multi-scale").err
+
+
 def test_the_prompt_cache_is_used_unless_a_flag_says_otherwise(kadr: Run, engine: FakeEngine) -> None:
     assert kadr("generate", PROMPT).code == kadr("generate", PROMPT, "--no-prompt-cache").code == 0
     assert [options.get("prompt_cache", True) for _, options in engine.opened] == [True, False]

@@ -63,6 +63,7 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     if flags.model.no_prompt_cache:
         parts["prompt_cache"] = False
     engine = making.open_engine(model, **parts, **held(flags.model))
+    tell_unused(timed(request, flags.video.seconds, engine), flags.model, engine)
     latents, resume = flags.output.save_latents, flags.output.resume
     kept = making.windows_of(output) if resume else None
     request = enhancing.enhanced(timed(request, flags.video.seconds, engine), enhancer, kept)
@@ -100,6 +101,15 @@ def check_single(request: Request, flags: options.ModelFlags) -> None:
     for name, value in (("--upscaler", flags.upscaler), ("--second-model", flags.second_model)):
         if value and request.windows is not None:
             raise typer.BadParameter("it is for a second pass, and windows are made in one.", param_hint=name)
+
+
+def tell_unused(request: Request, flags: options.ModelFlags, engine: Engine) -> None:
+    """Say what is named for a second pass that the recipe does not make."""
+    if flags.upscaler or flags.second_model:
+        from kadr.pipeline.passes import unused_parts, warn_unused  # loads torch
+
+        unused = unused_parts(upscaler=bool(flags.upscaler), model=bool(flags.second_model))
+        warn_unused(engine.resolve(request), unused)
 
 
 def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:

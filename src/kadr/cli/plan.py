@@ -25,7 +25,7 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     generate.check_single(request, flags.model)
     parts = generate.named_parts(flags.model, request)
     making.refuse_absent(request)
-    _refuse_unfetched(parts, request, flags.video.seconds)
+    _refuse_unfetched({**parts, **generate.added(flags.model)}, request, flags.video.seconds)
     model = parts.pop("model", "demo")
     engine = making.open_engine(model, **parts, **generate.held(flags.model))
     made = engine.plan(generate.timed(request, flags.video.seconds, engine))

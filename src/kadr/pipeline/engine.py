@@ -25,7 +25,7 @@ from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.loras import Loras
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
-from kadr.pipeline.passes import PassPlan, unused_parts, warn_guided, warn_unused
+from kadr.pipeline.passes import PassPlan, warn_guided
 from kadr.pipeline.planning import Planner, nearest
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.prompts import Prompts
@@ -45,7 +45,6 @@ class Engine:
         name: as it was asked for.
         released: the registry's entry; None for an unreleased one.
         second: name and entry of the model of the second pass, where it is another.
-        upscaled: an upscaler was named.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Engine:
     recipe: Recipe
     released: Released | None = None
     second: tuple[str, Released | None] | None = None
-    upscaled: bool = False
 
     @classmethod
     def open(
@@ -143,14 +141,7 @@ class Engine:
         own = recipe or (released.recipe if released else Recipe())
         recipe = with_second(own, second_released)
         named = None if second_model is None else (str(second_model), second_released)
-        return cls(
-            name=found.name,
-            components=components,
-            recipe=recipe,
-            released=released,
-            second=named,
-            upscaled=bool(upscalers),
-        )
+        return cls(name=found.name, components=components, recipe=recipe, released=released, second=named)
 
     def resolve(self, request: Request) -> Request:
         """The request with everything it left out taken from the model's recipe.
@@ -359,7 +350,6 @@ class Engine:
         generation = Generation(self.components, request, _guarded(watch), media=media)
         own = (self.name, self.released)
         models = zip((own, self.second or own), self.components.schedules, strict=True)
-        warn_unused(request, unused_parts(upscaler=self.upscaled, model=self.second is not None))
         for plan, ((name, released), schedule) in zip(generation.passes, models, strict=False):
             warn_guided(plan, name, schedule, released)
         return generation
