@@ -272,13 +272,13 @@ def test_the_first_step_that_is_not_finite_is_named_and_no_other_is_made(
 def test_a_decoder_that_fails_on_the_way_leaves_no_part_of_a_file(
     engine: Engine, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = VAE.decode_stream
+    stream = VAE.decode_chunks
 
     def failing(self: VAE, *given: Any, **more: Any) -> Any:
         for count, pixels in enumerate(stream(self, *given, **more)):
             yield pixels / 0.0 if count == 1 else pixels
 
-    monkeypatch.setattr(VAE, "decode_stream", failing)
+    monkeypatch.setattr(VAE, "decode_chunks", failing)
     with pytest.raises(NonFiniteError, match=r"frame \d+ of 70") as caught:
         engine.write(replace(REQUEST, frames=70, steps=1), out / "a.mp4")
     assert caught.value.stage == "decode"

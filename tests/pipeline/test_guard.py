@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -218,13 +219,15 @@ def spoil_transformer(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]
 
 def spoil_decoder(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> None:
     """From its second piece on."""
-    stream = VAE.decode_stream
+    stream = VAE.decode_chunks
 
-    def spoiled(self: VAE, latents: Tensor, **more: Any) -> Iterator[Tensor]:
-        for number, pixels in enumerate(stream(self, latents, **more)):
-            yield pixels / 0 if number and latents.dtype in dtypes else pixels
+    def spoiled(self: VAE, chunks: Iterable[Tensor], *given: Any, **more: Any) -> Iterator[Tensor]:
+        chunks, looked_at = tee(chunks)
+        dtype = next(looked_at).dtype
+        for number, pixels in enumerate(stream(self, chunks, *given, **more)):
+            yield pixels / 0 if number and dtype in dtypes else pixels
 
-    patch.setattr(VAE, "decode_stream", spoiled)
+    patch.setattr(VAE, "decode_chunks", spoiled)
 
 
 Spoil = Callable[[pytest.MonkeyPatch, tuple[torch.dtype, ...]], None]
