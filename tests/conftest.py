@@ -1,4 +1,4 @@
-"""What every test may count on: two threads, no network, a cache of its own, and a GPU only where it asks for one."""
+"""What every test may count on: two threads at most, no network, a cache of its own, and a GPU only where it asks for one."""
 
 import gc
 import ipaddress
@@ -14,10 +14,11 @@ THREADS = 2
 
 # Before torch and the hub are imported, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = str(min(THREADS, int(os.environ.get(_name) or THREADS)))
+_threads = min(THREADS, int(os.environ.get("OMP_NUM_THREADS") or THREADS))
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # torch takes the latter for both
+    os.environ[_name] = str(_threads)
 if "torch" in sys.modules:  # a plugin was faster
-    sys.modules["torch"].set_num_threads(min(THREADS, sys.modules["torch"].get_num_threads()))
+    sys.modules["torch"].set_num_threads(_threads)
 
 
 class NetworkBlocked(RuntimeError):
