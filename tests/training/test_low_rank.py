@@ -7,8 +7,10 @@ from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from kadr.checkpoints.keys import TRANSFORMER, names
 from kadr.errors import RequestError
 from kadr.kernels import switch
 from kadr.models.adapters import attach, set_strengths
@@ -22,6 +24,8 @@ from kadr.shapes import LatentGrid
 from kadr.training.frozen import Frozen
 from kadr.training.low_rank import TARGETS, learn, learned, recompute, target_layers
 from tests import tiny
+from tests.models.test_transformer import Inputs, velocity
+from tests.oracles import diffusers_transformer
 
 GRID, CPU = LatentGrid(2, 2, 3), torch.device("cpu")
 SCHEMES = (None, "int8", "int8-weights", "fp8-weights", "Q8_0")
@@ -165,3 +169,33 @@ def test_the_model_itself_is_not_changed() -> None:
     for name, weight in before.items():
         base = module.get_submodule(name)
         assert torch.equal(getattr(base, "base", base).weight, weight)
+
+
+def test_gradients_are_those_of_peft() -> None:
+    config = tiny.transformer_config()
+    module, given = tiny.sown(lambda: Transformer(config), seed=3), Inputs.of(config)
+    adapter = LoraConfig(
+        r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+    )
+    theirs = get_peft_model(diffusers_transformer(module), adapter)
+    layers, parameters = trained(module, "attention+feed-forward"), dict(theirs.named_parameters())
+    table = names(TRANSFORMER, [f"{name}.weight" for name in layers], diffusers=True)
+    pairs = []
+    for name, layer in layers.items():
+        start = f"base_model.model.{table[f'{name}.weight'].removesuffix('.weight')}"
+        pairs += [(layer.down, parameters[f"{start}.lora_A.default.weight"])]
+        pairs += [(layer.up, parameters[f"{start}.lora_B.default.weight"])]
+    with torch.no_grad():
+        for ours, other in pairs:
+            other.copy_(ours)
+    velocity(module, given).square().mean().backward()
+    theirs(
+        given.tokens,
+        encoder_hidden_states=given.text,
+        encoder_attention_mask=given.text_mask.to(given.tokens.dtype),
+        timestep=given.levels * 1000,
+        video_coords=given.positions,
+        return_dict=False,
+    )[0].square().mean().backward()
+    for ours, other in pairs:
+        assert relative(ours.grad, other.grad) < 1e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from kadr.checkpoints.save import write_tensors
 from kadr.errors import CheckpointError, MediaError
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.request import Condition, Control, Request
+from kadr.pipeline.request import Control, Request
 from kadr.shapes import LatentGrid
 from kadr.training.dataset import Example
 from kadr.training.settings import CANNY, FILES, TrainingSettings
@@ -24,7 +24,7 @@ from kadr.training.settings import CANNY, FILES, TrainingSettings
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
 
-VERSION = 1  # of what a file holds
+VERSION = 2  # of what a file holds
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def encoded(
 
 
 def request_of(example: Example, settings: TrainingSettings) -> Request:
-    """What a generation would be asked to be given this clip as its beginning, and its reference."""
-    conditions = (Condition(str(example.media), part=(0, example.frames) if example.fps is not None else None),)
+    """What a generation would be asked to make such a clip, with its reference."""
     controls: tuple[Control, ...] = ()
     if settings.references == FILES:
         assert example.reference is not None
@@ -94,10 +93,8 @@ def request_of(example: Example, settings: TrainingSettings) -> Request:
         size=settings.size,
         frames=example.frames,
         fps=None if example.fps is None else float(example.fps),
-        conditions=conditions,
         controls=controls,
         multi_scale=False,
-        image_crf=0,  # what is learned is the clip, and not what H.264 leaves of it
     )
 
 
@@ -111,9 +108,12 @@ def _texts(engine: Engine, examples: Sequence[Example], settings: TrainingSettin
 
 
 def _latents(engine: Engine, example: Example, settings: TrainingSettings) -> dict[str, Tensor]:
-    media = engine.encode_media(request_of(example, settings))
-    made = {"latents": media.items[0][1]}
-    return made | ({"reference": media.references[0]} if settings.in_context else {})
+    """The clip goes to the encoder as references do. As a condition it would be blurred, and made smaller without
+    regard to what lies between the pixels: a LoRA would learn that."""
+    request = request_of(example, settings)
+    own = Control(str(example.media), part=_part(example))
+    media = engine.encode_media(replace(request, controls=(own, *request.controls)))
+    return dict(zip(("latents", "reference"), media.references, strict=False))
 
 
 def _known(engine: Engine, example: Example, file: Path, settings: TrainingSettings) -> Encoded:
