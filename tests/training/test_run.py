@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kadr import Engine, Request
@@ -69,8 +71,12 @@ def test_what_is_trained_is_a_lora_that_opens_and_acts(
 def test_a_broken_run_goes_on_to_the_same_lora(engine: Engine, folder: Path, tmp_path: Path) -> None:
     whole = training(engine, folder, tmp_path / "whole.safetensors").run()
     broken = training(engine, folder, tmp_path / "broken.safetensors", save_every=2)
+    state, kept = broken.work / "state.safetensors", []
     with pytest.raises(Cut):
-        broken.run(cut_at(3))  # the third step is done, and not saved
+        broken.run(
+            lambda progress: (kept.append(state.read_bytes()) if progress.step == 2 else None, cut_at(3)(progress))[1]
+        )
+    state.write_bytes(kept[-1])  # the third step is done, and not saved: nothing runs any more when the power fails
     assert not broken.output.exists()
     made = broken.run()
     ours, right = load_file(made.path), load_file(whole.path)
@@ -79,6 +85,37 @@ def test_a_broken_run_goes_on_to_the_same_lora(engine: Engine, folder: Path, tmp
     assert (made.first, made.last) == pytest.approx((whole.first, whole.last), rel=1e-4)
     rows = list(csv.DictReader((broken.work / "log.csv").read_text("utf-8").splitlines()))
     assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_run_that_is_stopped_keeps_every_step_that_is_done(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    whole = training(engine, folder, tmp_path / "whole.safetensors").run()
+    stopped = training(engine, folder, tmp_path / "stopped.safetensors", save_every=100)
+    with pytest.raises(Cut):
+        stopped.run(cut_at(3))
+    seen: list[int] = []
+    made = stopped.run(lambda progress: seen.append(progress.step) if progress.stage == "train" else None)
+    assert seen == [0, 4]
+    ours, right = load_file(made.path), load_file(whole.path)
+    assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
+
+
+def test_a_run_that_is_stopped_inside_of_an_update_keeps_what_was_saved_before(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = training(engine, folder, tmp_path / "stopped.safetensors", save_every=2)
+    step, calls = torch.optim.AdamW.step, []
+
+    def half(self: torch.optim.AdamW) -> None:
+        step(self)
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    with safe_open(stopped.work / "state.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["kadr_training"])["step"] == 2
 
 
 def test_a_finished_training_goes_on_with_more_steps_as_if_it_had_been_longer(

@@ -138,7 +138,7 @@ def _run(training: Training, *, as_json: bool) -> None:
         with shown() as watch:
             trained = training.run(watch)
     except KeyboardInterrupt:
-        say(f"what was learned up to the last saved state is in {training.work}; the same command goes on from there")
+        say(f"what was learned is in {training.work}; the same command goes on from there")
         raise
     _tell(trained, time.monotonic() - began, as_json=as_json)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -186,33 +188,39 @@ class Training:
 
     def _trained(self, trainer: Trainer, watch: Watch) -> Trained:
         settings, state, told = self.settings, self.work / "state.safetensors", self._told()
-        start = load_state(state, trainer.layers, trainer.optimizer, told)
+        start = trainer.done = load_state(state, trainer.layers, trainer.optimizer, told)
         log = Log(self.work / "log.csv", start)
         first = trainer.measure() if start == 0 else log.first()
         stage, began, last = Stage("train", settings.steps, watch), time.monotonic(), first
         if start == 0:
             log.add(0, held=first)
-        for number in range(start, settings.steps):
-            loss = trainer.step(number)
-            if loss != loss or loss in (float("inf"), float("-inf")):
-                raise NonFiniteError(
-                    f"the loss is {loss} at step {number + 1}. The last state that was saved is kept in {self.work}; "
-                    "go on with a lower --rate and another --output.",
-                    stage="train",
-                )
-            done = number + 1
-            ended, due = done == settings.steps, done % self.every == 0
-            if ended or done % self.save_every == 0:
-                save_state(state, done, trainer.layers, trainer.optimizer, told)
-            if ended or due:
-                last = trainer.measure()
-                self._shown(trainer, done)
-            log.add(done, loss=loss, held=last if ended or due else None, seconds=time.monotonic() - began)
-            stage.done(done)
+        with self._saved(trainer, state, told):
+            for done in range(start + 1, settings.steps + 1):
+                loss = trainer.step(done - 1)
+                _require_finite(loss, done, self.work)
+                ended, due = done == settings.steps, done % self.every == 0
+                if ended or done % self.save_every == 0:
+                    save_state(state, done, trainer.layers, trainer.optimizer, told)
+                if ended or due:
+                    last = trainer.measure()
+                    self._shown(trainer, done)
+                log.add(done, loss=loss, held=last if ended or due else None, seconds=time.monotonic() - began)
+                stage.done(done)
         if start >= settings.steps:
             last = trainer.measure()
         self._export(trainer, max(start, settings.steps))
         return Trained(self.output, max(start, settings.steps), len(trainer.examples), first, last)
+
+    @contextmanager
+    def _saved(self, trainer: Trainer, state: Path, told: Mapping[str, Any]) -> Iterator[None]:
+        """Whatever ends the block, Ctrl-C among it, the steps that are done are not lost."""
+        start = trainer.done
+        try:
+            yield
+        except BaseException as error:
+            if trainer.whole and trainer.done > start and not isinstance(error, NonFiniteError):
+                save_state(state, trainer.done, trainer.layers, trainer.optimizer, told)
+            raise
 
     def _export(self, trainer: Trainer, steps: int) -> None:
         settings = self.settings
@@ -241,6 +249,15 @@ class Training:
             )
             with self.engine.components.lending(trainer.module):
                 self.engine.write(request, self.work / f"step-{step:06d}-{number}.mp4")
+
+
+def _require_finite(loss: float, step: int, work: Path) -> None:
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss is {loss} at step {step}. The last state that was saved is kept in {work}; go on with a lower "
+            "--rate and another --output.",
+            stage="train",
+        )
 
 
 class Log:

@@ -4,7 +4,7 @@ that was cut off goes on as if it had not been."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import NamedTuple
 
@@ -70,6 +70,9 @@ class Trainer:
     device: torch.device
     wordless: Tensor | None = None
 
+    done: int = field(default=0, init=False)  # steps, as far as the matrices are
+    whole: bool = field(default=True, init=False)  # matrices and moments are of one step: not so inside of an update
+
     def __post_init__(self) -> None:
         self.noise = NoiseStreams(self.settings.seed)
         parameters = [parameter for layer in self.layers.values() for parameter in (layer.down, layer.up)]
@@ -84,7 +87,9 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * min(1.0, (number + 1) / (self.settings.warmup + 1))
+        self.whole = False
         self.optimizer.step()
+        self.done, self.whole = number + 1, True
         self.optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
