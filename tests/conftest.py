@@ -1,4 +1,4 @@
-"""What every test may count on: two threads at most, no network, a cache of its own, and a GPU only where it asks for one."""
+"""What every test may count on: at most two threads, no network, its own cache, a GPU only where it asks for one."""
 
 import gc
 import ipaddress

@@ -71,11 +71,15 @@ def test_what_is_trained_is_a_lora_that_opens_and_acts(
 def test_a_broken_run_goes_on_to_the_same_lora(engine: Engine, folder: Path, tmp_path: Path) -> None:
     whole = training(engine, folder, tmp_path / "whole.safetensors").run()
     broken = training(engine, folder, tmp_path / "broken.safetensors", save_every=2)
-    state, kept = broken.work / "state.safetensors", []
+    state, kept, cut = broken.work / "state.safetensors", [], cut_at(3)
+
+    def watch(progress: Progress) -> None:
+        if (progress.stage, progress.step) == ("train", 2):
+            kept.append(state.read_bytes())
+        cut(progress)
+
     with pytest.raises(Cut):
-        broken.run(
-            lambda progress: (kept.append(state.read_bytes()) if progress.step == 2 else None, cut_at(3)(progress))[1]
-        )
+        broken.run(watch)
     state.write_bytes(kept[-1])  # the third step is done, and not saved: nothing runs any more when the power fails
     assert not broken.output.exists()
     made = broken.run()
