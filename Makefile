@@ -54,7 +54,7 @@ demo: .venv/.core  ## make out/demo.mp4 with the bundled model; no network once 
 
 # Two processes of one thread each: most tests are too small for two threads to help each other.
 test: .venv/.test  ## the whole suite, on two cores
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.test  ## style, types and contracts, in about a minute
 	$(PY) -m ruff check .

@@ -108,18 +108,26 @@ def test_the_demo_models_are_small(names: tuple[str, ...], limit: float) -> None
     assert 1e6 < sum(path.stat().st_size for name in names for path in ASSETS.glob(name)) <= limit
 
 
+# A process begins with its parent's highest mark, and the one that runs the tests has a high one.
+IN_BETWEEN = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(code)
+"""
+
+
 def test_the_command_needs_30_seconds_and_one_and_a_half_gigabytes(tmp_path: Path) -> None:
     output = tmp_path / "demo.mp4"
     command = [sys.executable, "-m", "kadr", "generate", PROMPT, "--output", str(output), "--json"]
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
+    process = subprocess.run(
+        [sys.executable, "-c", IN_BETWEEN, *command], capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert process.returncode == 0
     assert time.monotonic() - began < 30
-    assert usage.ru_maxrss * 1024 < 1.5e9
-    assert json.loads(said)["path"] == str(output)
+    assert 1e8 < int(process.stderr.split()[-1]) * 1024 < 1.5e9
+    assert json.loads(process.stdout)["path"] == str(output)
     clip = read_video(output)
     assert clip.frames.shape == (25, 128, 128, 3)
     assert clip.fps == 24
