@@ -29,6 +29,7 @@ from PIL import Image
 
 from kadr import Control, Engine, Request
 from kadr.bench.machine import describe
+from kadr.media.clip import read_video
 from train.judge import _border, _smooth
 from train.lora_clips import PAINTED, TEAL, write, write_plain, write_teal
 from train.shapes import BACKGROUNDS, CLIP_FRAMES, COLOURS, MOTIONS, SHAPES, STAGE, Key, Scene, plain_caption
@@ -151,7 +152,7 @@ def edges(lora: Path, count: int, home: Path) -> tuple[dict[str, Any], np.ndarra
     plain = Engine.open("demo")
     for number, scene in enumerate(scenes):
         clip = folder / f"{number:03d}.mp4"
-        right = np.stack([np.asarray(frame) for frame in read(clip)])
+        right = read_video(clip).frames
         request = {"prompt": plain_caption(scene), "seed": 2000 + number, **EXTENT}
         led = engine.generate(Request(controls=(Control(str(clip), kind="canny"),), **request)).frames
         free = engine.generate(Request(**request)).frames
@@ -165,13 +166,6 @@ def edges(lora: Path, count: int, home: Path) -> tuple[dict[str, Any], np.ndarra
         "better_with": sum(a > b for a, b in zip(scores["with"], scores["without"], strict=True)),
     }
     return told, np.concatenate(rows[:6])
-
-
-def read(clip: Path) -> np.ndarray:
-    """Its frames."""
-    from kadr.media.clip import read_video
-
-    return read_video(clip).frames
 
 
 def main() -> int:

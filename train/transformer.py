@@ -24,6 +24,7 @@ from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.linear import Linear
 from kadr.nn.rope import Rope
 from kadr.sampling.positions import positions
+from kadr.sampling.state import to_tokens
 from kadr.shapes import LatentGrid
 from kadr.text.tokenizer import Tokenizer
 from kadr.training.objective import noised, spread, squared_error, velocity
@@ -121,11 +122,6 @@ def initialise(text: T5Encoder, transformer: Transformer, seed: int) -> None:
     nn.init.zeros_(transformer.modulation)
 
 
-def tokens_of(latents: Tensor) -> Tensor:
-    """(B, C, f, h, w) -> (B, N, C)."""
-    return latents.flatten(2).transpose(1, 2)
-
-
 def build() -> nn.ModuleDict:
     """The two networks, before any training."""
     return nn.ModuleDict({"text": T5Encoder(DEMO_T5), "transformer": Transformer(DEMO_TRANSFORMER)})
@@ -156,7 +152,7 @@ class Trainer:
         """The loss of one batch, drawn from `rng` and torch's generator."""
         recipe = self.recipe
         chosen = [rng.randrange(len(self.world.scenes)) for _ in range(recipe.batch)]
-        clean = tokens_of(self.world.latents[chosen].float())
+        clean = to_tokens(self.world.latents[chosen].float())
         ids, mask = self.captions(rng, chosen)
         noise = torch.randn_like(clean)
         level = own = spread(recipe.batch)[:, None]  # (B, 1)

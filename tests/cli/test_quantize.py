@@ -104,6 +104,7 @@ def test_the_demo_remembers_its_name(kadr: Run, tmp_path: Path) -> None:
     "given, said",
     [
         ("ltxv-spatial-upscaler-0.9.8", "is a spatial upscaler"),
+        ("ltxv-13b-0.9.7-ic-lora-canny", "is a LoRA"),
         (TEXT_GGUF, f"is quantized already, and to do it again loses twice. Take {TEXT}"),
         ("ltxv-2b-0.9.55", "there is no model named"),
         ("absent.safetensors", "does not exist"),

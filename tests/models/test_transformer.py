@@ -84,7 +84,12 @@ def official_velocity(model: Transformer, given: Inputs) -> Tensor:
 
 
 def diffusers_velocity(model: Transformer, given: Inputs) -> Tensor:
-    return diffusers_transformer(model)(
+    return asked_of_diffusers(diffusers_transformer(model), given)
+
+
+def asked_of_diffusers(module: torch.nn.Module, given: Inputs) -> Tensor:
+    """The velocity by diffusers' transformer, or by one with adapters of PEFT."""
+    return module(
         given.tokens,
         encoder_hidden_states=given.text,
         encoder_attention_mask=given.text_mask.to(given.tokens.dtype),

@@ -16,7 +16,7 @@ from torch import Tensor
 from kadr.checkpoints.lora import LoraFile, write_lora
 from kadr.models.adapters import attach, set_strengths
 from kadr.models.transformer import Transformer, TransformerConfig
-from tests.models.test_transformer import Inputs, velocity
+from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
 from tests.oracles import diffusers_transformer, relative
 from tests.tiny import sown
 
@@ -39,17 +39,6 @@ def ours() -> Transformer:
 @pytest.fixture(scope="module")
 def given() -> Inputs:
     return Inputs.of(TINY)
-
-
-def ask(module: torch.nn.Module, given: Inputs) -> Tensor:
-    return module(
-        given.tokens,
-        encoder_hidden_states=given.text,
-        encoder_attention_mask=given.text_mask.to(given.tokens.dtype),
-        timestep=given.levels * 1000,
-        video_coords=given.positions,
-        return_dict=False,
-    )[0]
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
@@ -86,7 +75,7 @@ def test_what_peft_saves_gives_the_same_velocity(
 ) -> None:
     theirs = filled(get_peft_model(diffusers_transformer(ours), LoraConfig(target_modules=TARGETS, **config)))
     theirs.save_pretrained(tmp_path)
-    expected = ask(theirs, given)
+    expected = asked_of_diffusers(theirs, given)
     assert relative(velocity(ours, given), expected) > 0.05
     assert relative(with_file(ours, tmp_path, given), expected) <= 1e-5
 
@@ -103,7 +92,7 @@ def test_what_diffusers_saves_gives_the_same_velocity(
         transformer_lora_layers=get_peft_model_state_dict(theirs),
         transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": TARGETS},
     )
-    assert relative(with_file(ours, tmp_path, given), ask(theirs, given)) <= 1e-5
+    assert relative(with_file(ours, tmp_path, given), asked_of_diffusers(theirs, given)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["Comfy", "diffusers"])
@@ -120,7 +109,7 @@ def test_what_kadr_saves_gives_the_same_velocity_in_diffusers(
     pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
     pipeline.load_lora_weights(path, adapter_name="ours")
     pipeline.set_adapters(["ours"], [0.7])
-    assert relative(ask(pipeline.transformer, given), expected) <= 1e-5
+    assert relative(asked_of_diffusers(pipeline.transformer, given), expected) <= 1e-5
 
 
 def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_path: Path) -> None:
@@ -140,4 +129,4 @@ def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_p
     module.load_state_dict(ours.state_dict())
     attach(module, [LoraFile.open(path).load() for path in files], torch.float32)
     set_strengths(module, [0.8, -0.5], CPU)
-    assert relative(velocity(module, given), ask(pipeline.transformer, given)) <= 1e-5
+    assert relative(velocity(module, given), asked_of_diffusers(pipeline.transformer, given)) <= 1e-5

@@ -24,7 +24,7 @@ from kadr.shapes import LatentGrid
 from kadr.training.frozen import Frozen
 from kadr.training.low_rank import TARGETS, learn, learned, recompute, target_layers
 from tests import tiny
-from tests.models.test_transformer import Inputs, velocity
+from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
 from tests.oracles import diffusers_transformer
 
 GRID, CPU = LatentGrid(2, 2, 3), torch.device("cpu")
@@ -189,13 +189,6 @@ def test_gradients_are_those_of_peft() -> None:
         for ours, other in pairs:
             other.copy_(ours)
     velocity(module, given).square().mean().backward()
-    theirs(
-        given.tokens,
-        encoder_hidden_states=given.text,
-        encoder_attention_mask=given.text_mask.to(given.tokens.dtype),
-        timestep=given.levels * 1000,
-        video_coords=given.positions,
-        return_dict=False,
-    )[0].square().mean().backward()
+    asked_of_diffusers(theirs, given).square().mean().backward()
     for ours, other in pairs:
         assert relative(ours.grad, other.grad) < 1e-4

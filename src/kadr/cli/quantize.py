@@ -68,7 +68,7 @@ def _located(given: str) -> tuple[Path, Released | None]:
             raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
         return path, None
     released = find(given)
-    if released.kind.endswith("upscaler"):
+    if released.kind not in ("model", "text encoder"):
         raise RequestError(f"{given} is a {released.kind}: small enough. Only models and text encoders are quantized.")
     if released.file.endswith(SUFFIX):
         raise RequestError(f"{given} is quantized already, and to do it again loses twice. Take {TEXT}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kadr.memory.costs import TEXT
-from kadr.memory.weights import transformer_weights
 from kadr.models.transformer import TransformerConfig
 
 LEARNED = 16  # bytes of a number that learns, all in fp32: itself, its gradient, and AdamW's two moments
@@ -35,20 +34,20 @@ class TrainingBytes:
 def training_bytes(
     config: TransformerConfig,
     *,
+    weights: int,
     parameters: int,
     tokens: int,
     batch: int,
     size: int,
-    linear: float,
     recomputed: bool,
 ) -> TrainingBytes:
     """What the training of a LoRA takes.
 
     Args:
+        weights: bytes of the transformer's, as they are held.
         parameters: numbers that learn.
         tokens: of one example, with those of its reference.
         size: bytes of a number that is computed with.
-        linear: bytes of a number in the blocks' matrices.
         recomputed: each layer is computed again for its gradient, from what it was given.
     """
     row = batch * tokens * config.width * size
@@ -57,7 +56,7 @@ def training_bytes(
     read = config.layers * 4 * text  # keys and values of the text, and what came before them
     layers = config.layers * row + within if recomputed else config.layers * within
     return TrainingBytes(
-        weights=transformer_weights(config).bytes(size, linear),
+        weights=weights,
         learned=parameters * LEARNED,
         activations=read + layers,
     )

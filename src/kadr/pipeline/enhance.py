@@ -13,10 +13,10 @@ from kadr.media.clip import read_video
 from kadr.media.image import load_picture
 from kadr.pipeline.conditions import chosen_part
 from kadr.pipeline.request import Condition, Request
+from kadr.pipeline.windows import BETWEEN
 from kadr.text.enhance import Enhancer
 from kadr.text.instructions import Picture
 
-SCENES = "|"  # between the scenes of a prompt
 LONGEST_SIDE = 512  # pixels that an endpoint is shown; vision models see little more, and each costs time
 JPEG_QUALITY = 85
 
@@ -34,7 +34,7 @@ def enhanced(request: Request, enhancer: Enhancer) -> Request:
         EnhanceError: the endpoint fails, and is `required`.
         MediaError, RequestError: a picture or clip cannot be read, or has no such part.
     """
-    scenes = [scene.strip() for scene in request.prompt.split(SCENES)]
+    scenes = [scene.strip() for scene in request.prompt.split(BETWEEN)]
     scenes = [scene for scene in scenes if scene] or [request.prompt]
     pictures = shown(request)
     try:
@@ -44,7 +44,7 @@ def enhanced(request: Request, enhancer: Enhancer) -> Request:
             raise
         warnings.warn(f"{error} The prompt is used as it was written.", KadrWarning, stacklevel=2)
         return request
-    prompt = f" {SCENES} ".join(made)
+    prompt = f" {BETWEEN} ".join(made)
     return replace(request, prompt=prompt, original_prompt=request.original_prompt or request.prompt)
 
 

@@ -20,8 +20,12 @@ STRONGEST = 10.0  # beyond it any LoRA makes noise: somebody meant per cent
 Strength = float | tuple[float, float]  # of a LoRA: in all passes, or in the first and in the second
 
 
-def _within(name: str, value: Any, low: float, high: float, what: str = "", *, whole: bool = False) -> None:
-    """Refuse what is no number, or lies outside [low, high]."""
+def within(name: str, value: Any, low: float, high: float, what: str = "", *, whole: bool = False) -> None:
+    """Refuse what is no number, or lies outside [low, high].
+
+    Raises:
+        RequestError: with the value and the limits, and `what` behind them.
+    """
     if not _is_number(value) or (whole and not isinstance(value, int)):
         raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if whole else 'number'}.")
     if not low <= value <= high:
@@ -70,10 +74,10 @@ class Condition:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "media", str(self.media))
-        _within("strength", self.strength, 0.0, 1.0)
+        within("strength", self.strength, 0.0, 1.0)
         if self.strength == 0:
             raise RequestError("strength is 0: the picture would do nothing. Give more than 0, or leave it out.")
-        _within("frame", self.frame, -MAXIMUM_FRAMES, MAXIMUM_FRAMES, whole=True)
+        within("frame", self.frame, -MAXIMUM_FRAMES, MAXIMUM_FRAMES, whole=True)
         _true_or_false("clip", self.clip)
         if self.clip is None:
             object.__setattr__(self, "clip", Path(self.media).suffix.lower() in CLIPS)
@@ -238,9 +242,9 @@ class Request:
             object.__setattr__(self, "guidance", Guidance(scale=self.guidance))
         for name, low, high, whole in _LIMITS:
             if (value := getattr(self, name)) is not None:
-                _within(name, value, low, high, whole=whole)
+                within(name, value, low, high, whole=whole)
         for name in ("skip_initial", "skip_final"):
-            _within(name, getattr(self, name), 0, MAXIMUM_STEPS, whole=True)
+            within(name, getattr(self, name), 0, MAXIMUM_STEPS, whole=True)
         for name in ("guidance_batch", "stochastic", "multi_scale"):
             _true_or_false(name, getattr(self, name))
         if not isinstance(self.second, Pass | None):
@@ -278,7 +282,7 @@ class Request:
             return
         object.__setattr__(self, "video", str(self.video))
         if self.video_strength is not None:
-            _within("video_strength", self.video_strength, 0.0, 1.0)
+            within("video_strength", self.video_strength, 0.0, 1.0)
             if self.video_strength in (0, 1):
                 nothing = "nothing would change" if self.video_strength == 0 else "nothing of the video would stay"
                 raise RequestError(f"video_strength is {self.video_strength}: {nothing}. Give a value between 0 and 1.")

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from torch import Tensor
 from kadr.checkpoints.lora import write_lora
 from kadr.errors import MediaError, NonFiniteError, PlanError, RequestError
 from kadr.memory.device import free_bytes
+from kadr.memory.plan import AS_STORED, CONVERTED
 from kadr.memory.training import TrainingBytes, training_bytes
 from kadr.models.transformer import Transformer
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.holding import is_quantized
+from kadr.pipeline.holding import is_quantized, weigh
 from kadr.pipeline.progress import Stage, Watch, ignore
 from kadr.pipeline.request import Control, Request
 from kadr.quant.apply import requantize
 from kadr.quant.scheme import AUTO, NONE
 from kadr.sampling.noise import NoiseStreams
+from kadr.shapes import LatentGrid
 from kadr.training.cache import encoded, request_of
 from kadr.training.dataset import Example, read_folder
 from kadr.training.low_rank import learn, learned, recompute, target_layers
@@ -114,20 +116,16 @@ class Training:
     def bytes(self, examples: Sequence[Example], *, recomputed: bool) -> TrainingBytes:
         """What the training takes, at its largest example. recomputed: see `training_bytes`."""
         components, settings = self.engine.components, self.settings
-        source, size = components.transformers[0].sources["transformer"], components.dtype.itemsize
-        linear = 1.0625 if components.quant not in (NONE, AUTO) else float(size)
-        if is_quantized(source):
-            linear = source.size_bytes / source.parameters
-        frames = max(example.frames for example in examples)
-        grid = self.engine.passes(replace(request_of(examples[0], settings), frames=frames))[0].grid
+        weights = weigh(components.transformers[0].sources["transformer"], components.dtype, self._hold)
+        grid = LatentGrid.of(settings.size.snapped(), max(example.frames for example in examples))
         parameters = sum(settings.rank * (inputs + outputs) for inputs, outputs in self._targets().values())
         return training_bytes(
             components.config(0),
+            weights=weights.mapped + weights.own + weights.scratch,
             parameters=parameters,
             tokens=grid.tokens * (2 if settings.in_context else 1),
             batch=settings.batch,
-            size=size,
-            linear=linear,
+            size=components.dtype.itemsize,
             recomputed=recomputed,
         )
 
@@ -170,14 +168,20 @@ class Training:
         request = request_of(examples[0], self.settings)
         return self.engine.encode_prompts(request, [""], watch=watch)[0].float()
 
+    @property
+    def _hold(self) -> str:
+        """How the transformer's weights are held; see `memory.plan.Choice`."""
+        components = self.engine.components
+        if is_quantized(components.transformers[0].sources["transformer"]):
+            return AS_STORED
+        return CONVERTED if components.quant in (NONE, AUTO) else components.quant
+
     def _loaded(self) -> Transformer:
         """The transformer on its device, its weights held as asked for, not in the order of any kernel."""
-        components = self.engine.components
-        asked = components.quant not in (NONE, AUTO)
-        stored = is_quantized(components.transformers[0].sources["transformer"])
-        module = components.load_transformer(0, components.dtype, as_stored=stored)
-        if asked and not stored:
-            requantize(module, components.quant, device=components.device)
+        components, hold = self.engine.components, self._hold
+        module = components.load_transformer(0, components.dtype, as_stored=hold == AS_STORED)
+        if hold not in (AS_STORED, CONVERTED):
+            requantize(module, hold, device=components.device)
         return module.to(components.device)
 
     def _told(self) -> dict[str, Any]:

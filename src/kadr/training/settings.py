@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.pipeline.request import within
 from kadr.shapes import Size, snap_frames
 from kadr.training.low_rank import TARGETS
 from kadr.training.objective import DISTRIBUTIONS
@@ -61,12 +62,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, low, high in _LIMITS:
-            value = getattr(self, name)
-            whole = isinstance(low, int)
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                raise RequestError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number.")
-            if not low <= value <= high:
-                raise RequestError(f"{name} is {value:g}; it must lie between {low:g} and {high:g}.")
+            within(name, getattr(self, name), low, high, whole=isinstance(low, int))
         for name, known in (("targets", TARGETS), ("levels", DISTRIBUTIONS), ("references", REFERENCES)):
             if getattr(self, name) not in known:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from random import Random
 from typing import NamedTuple
 
@@ -106,9 +107,12 @@ class Trainer:
 
     def _chosen(self, number: int) -> list[Encoded]:
         """The examples of a step: all of them come once before one comes again, but where a last batch is filled up."""
-        batches = self._batches(0)
-        turn, place = divmod(number, len(batches))
-        return self._batches(turn)[place] if turn else batches[place]
+        turn, place = divmod(number, self._in_a_turn)
+        return self._batches(turn)[place]
+
+    @cached_property
+    def _in_a_turn(self) -> int:
+        return len(self._batches(0))
 
     def _batches(self, turn: int) -> list[list[Encoded]]:
         rng, alike = Random(f"{self.settings.seed} order {turn}"), dict[object, list[Encoded]]()
