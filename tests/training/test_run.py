@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import LTXPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ from kadr.errors import CheckpointError, MediaError, PlanError, RequestError
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.control import signed
 from kadr.media.image import crop_to_aspect, load_picture
+from kadr.models.adapters import attach, set_strengths
 from kadr.pipeline.progress import Progress
 from kadr.training import run
 from kadr.training.cache import encoded, request_of
@@ -28,7 +30,8 @@ from kadr.training.dataset import read_folder
 from kadr.training.low_rank import recompute
 from kadr.training.run import Training
 from kadr.training.settings import CANNY, FILES, TrainingSettings
-from tests.oracles import relative
+from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
+from tests.oracles import diffusers_transformer, relative
 from tests.tiny import MODEL
 from tests.training.conftest import FRAMES, SIZE
 
@@ -66,6 +69,21 @@ def test_what_is_trained_is_a_lora_that_opens_and_acts(
     plain = engine.denoise(REQUEST)
     assert not torch.equal(with_it.denoise(REQUEST), plain)
     assert torch.equal(with_it.denoise(replace(REQUEST, lora_strengths=(0.0,))), plain)
+
+
+def test_what_is_trained_gives_the_same_velocity_in_diffusers(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    made = training(engine, folder, tmp_path / "lora.safetensors", targets="attention+feed-forward").run()
+    module = engine.components.load_transformer(0, torch.float32, as_stored=False)
+    given, pipeline = Inputs.of(module.config), LTXPipeline(None, None, None, None, diffusers_transformer(module))
+    with torch.no_grad():
+        without = velocity(module, given)
+        pipeline.load_lora_weights(made.path, adapter_name="ours")
+        pipeline.set_adapters(["ours"], [0.7])
+        theirs = asked_of_diffusers(pipeline.transformer, given)
+        attach(module, [LoraFile.open(made.path).load()], torch.float32)
+        set_strengths(module, [0.7], torch.device("cpu"))
+        assert relative(theirs, without) > 1e-3
+        assert relative(velocity(module, given), theirs) <= 1e-5
 
 
 def test_a_broken_run_goes_on_to_the_same_lora(engine: Engine, folder: Path, tmp_path: Path) -> None:
