@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +52,13 @@ class Film:
         path: of the file.
         picks: which of its frames, counted from 0. None comes before the one in front of it; one may come again.
         sample: the first frame of the file, uint8 (H, W, 3): what the others are like.
+        entries: the frames that decoding can begin at, and their time stamps, in order.
     """
 
     path: str | os.PathLike[str]
     picks: Sequence[int]
     sample: np.ndarray = field(repr=False, compare=False)
+    entries: Sequence[tuple[int, int]] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], limit: int | None = None) -> Film:
@@ -66,13 +68,16 @@ class Film:
             MediaError: as `read_video`.
         """
         with _open_video(path) as container:
-            frames = islice(_decoded(container), limit)
-            first = next(frames, None)
-            if first is None:
+            sample, count, entries = None, 0, []
+            for frame in islice(_decoded(container), limit):
+                sample = _to_rgb(frame) if sample is None else sample
+                if frame.key_frame and frame.pts is not None:
+                    entries.append((count, frame.pts))
+                count += 1
+            if sample is None:
                 raise MediaError(f"{path} holds no frames.")
-            sample, count = _to_rgb(first), 1 + sum(1 for _ in frames)
             _frame_rate(path, container)
-        return cls(path, range(count), sample)
+        return cls(path, range(count), sample, entries)
 
     def __len__(self) -> int:
         return len(self.picks)
@@ -84,7 +89,7 @@ class Film:
             MediaError: the file was changed since it was opened.
         """
         with _open_video(self.path) as container:
-            frames, at, picture = _decoded(container), -1, self.sample
+            (frames, at), picture = self._from_entry(container), self.sample
             for pick in self.picks:
                 if at < pick:
                     frame = next(islice(frames, pick - at - 1, None), None)
@@ -98,7 +103,25 @@ class Film:
 
     def chosen(self, places: Iterable[int]) -> Film:
         """Those at some places among these, which must not fall: `film.chosen([0, 2, 2])` is three frames."""
-        return Film(self.path, [self.picks[place] for place in places], self.sample)
+        return Film(self.path, [self.picks[place] for place in places], self.sample, self.entries)
+
+    def _from_entry(self, container: InputContainer) -> tuple[Iterator[av.VideoFrame], int]:
+        """Frames from the last entry before the first pick on, and the number of the frame before them.
+
+        Long videos are read window by window: from the front each time, reading would grow with the square of their
+        length. Where the file does not lead to that very frame, it is read from the front.
+        """
+        first = self.picks[0] if self.picks else 0
+        entry = max((entry for entry in self.entries if entry[0] <= first), default=(0, 0))
+        stream = container.streams.video[0]
+        if entry[0]:
+            container.seek(entry[1], stream=stream)
+            frames = dropwhile(lambda frame: frame.pts is None or frame.pts < entry[1], _decoded(container))
+            found = next(frames, None)
+            if found is not None and found.pts == entry[1]:
+                return chain([found], frames), entry[0] - 1
+            container.seek(self.entries[0][1], stream=stream)
+        return _decoded(container), -1
 
 
 def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:

@@ -1,0 +1,62 @@
+"""A film gives the frames of its file, wherever it begins to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from kadr.media import clip
+
+FRAMES, APART = 100, 20  # of a file; between the frames that decoding can begin at
+FILES = {
+    "closed.mp4": ("libx264", {"g": str(APART), "bf": "3"}),
+    "open.mp4": ("libx264", {"x264-params": f"keyint={APART}:open-gop=1:bframes=3"}),
+    "refreshed.mkv": ("libx264", {"x264-params": f"intra-refresh=1:keyint={APART}"}),  # it has one entry: the front
+    "vp9.webm": ("libvpx-vp9", {"g": str(APART)}),
+    "mpeg4.avi": ("mpeg4", {"g": str(APART)}),
+}
+
+
+def written(path: Path) -> Path:
+    codec, options = FILES[path.name]
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=24, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(FRAMES):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, number, axis=1), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_frames_from_the_middle_of_a_file_are_those_that_are_read_from_the_front(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path / name)
+    whole, film = clip.read_video(path).frames, clip.Film.open(path)
+    assert len(film) == FRAMES
+    for first in (0, 1, APART - 1, APART, APART + 1, 3 * APART - 2, FRAMES - 9):
+        made = np.stack(list(film.chosen(range(first, first + 9))))
+        assert np.array_equal(made, whole[first : first + 9]), first
+
+
+def test_what_is_read_of_a_long_file_is_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    film, seen, decoded = clip.Film.open(written(tmp_path / "closed.mp4")), [], clip._decoded
+
+    def noted(container: object) -> object:
+        for frame in decoded(container):
+            seen.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(clip, "_decoded", noted)
+    list(film.chosen(range(70, 79)))
+    assert len(seen) <= APART + 9
+
+
+def test_a_file_whose_entries_moved_is_read_from_the_front(tmp_path: Path) -> None:
+    path = written(tmp_path / "closed.mp4")
+    film, whole = clip.Film.open(path), clip.read_video(path).frames
+    moved = clip.Film(path, range(50, 55), film.sample, [(0, 0), (40, 20481)])
+    assert np.array_equal(np.stack(list(moved)), whole[50:55])
