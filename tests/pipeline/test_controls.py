@@ -33,6 +33,7 @@ from kadr.pipeline.controls import NETWORKS, Followed, drawings, fetched, read_c
 from kadr.pipeline.dry import DryEngine
 from kadr.pipeline.progress import ignore
 from kadr.pipeline.prompts import Prompts
+from kadr.pipeline.windows import Windows
 from kadr.sampling import guidance as guiding
 from kadr.sampling.cache import StepCache
 from kadr.sampling.context import Context
@@ -139,9 +140,19 @@ class Oracle:
         )[0]
 
     def denoise(
-        self, request: Request, noise: Tensor, references: list[Tensor], factor: int, shown: dict[int, Tensor]
+        self,
+        request: Request,
+        noise: Tensor,
+        references: list[Tensor],
+        factor: int,
+        shown: dict[int, Tensor],
+        *,
+        guide: Tensor | None = None,
+        stream: str = "",
+        levels: tuple[float, ...] = LEVELS,
     ) -> Tensor:
-        """references: pixels of each; shown: frame -> pixels of a picture that is held there with strength 1."""
+        """references: pixels of each; shown: frame -> pixels of a picture that is held there with strength 1; guide:
+        latents that are held beside the first frames; stream: before the names of all noise."""
         texts = Prompts(self.engine.components, [request.prompt, request.negative_prompt or ""]).encoded(ignore)
         tokens, where = flat(noise), places(noise.shape[2:])
         given, held = tokens.clone(), torch.zeros(tokens.shape[1])
@@ -153,14 +164,17 @@ class Oracle:
             else:
                 given, held = torch.cat([given, made], 1), torch.cat([held, torch.ones(count)])
                 where = torch.cat([where, places((1, *noise.shape[3:]), first=frame)], 1)
+        if guide is not None:
+            given, held = torch.cat([given, flat(guide)], 1), torch.cat([held, torch.ones(flat(guide).shape[1])])
+            where = torch.cat([where, places(guide.shape[2:])], 1)
         context = [self.latents(pixels) for pixels in references]
-        clean = torch.cat([flat(one) for one in context], 1)
+        clean = torch.cat([tokens[:, :0], *(flat(one) for one in context)], 1)
         spread = torch.tensor([1, factor, factor])[:, None]
         where = torch.cat([where, *(spread * places(one.shape[2:]) for one in context)], 1)
-        count, x, path = given.shape[1], given, [*LEVELS, 0.0]
+        count, x, path = given.shape[1], given, [*levels, 0.0]
         streams, still = NoiseStreams(request.seed), held.bool()[None, :, None]
         for index, (now, then) in enumerate(pairwise(path)):
-            shake = given + 0.15 * now**2 * streams.draw(f"condition {index}", given.shape)
+            shake = given + 0.15 * now**2 * streams.draw(f"{stream}condition {index}", given.shape)
             x = torch.where(still, shake, x)
             level = torch.cat([torch.minimum(torch.tensor(now), 1 - held), torch.zeros(clean.shape[1])])[None]
             seen = torch.cat([x, clean], 1)
@@ -358,10 +372,96 @@ def test_a_first_pass_of_every_second_frame_sees_every_second_frame_of_the_contr
     upscaler = write_upscaler(tmp_path / "up.safetensors", space=False, time=True)
     engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     request = replace(TWO, controls=(Control(clips(17)),), size=Size(64, 64))
-    first, second = (references[0] for references in engine._opened(request, ignore).references)
+    first, second = (one.references[0] for one in engine._opened(request, ignore).media.shown)
     assert list(first.places) == list(range(0, 17, 2))
     assert list(second.places) == list(range(17))
     assert engine.denoise(request).shape[2] == 3
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+SIZE = Size(128, 64)
+LONG = replace(REQUEST, frames=41, windows=Windows(frames=17, overlap=8, adain=0.0), seed=4)  # windows at 0, 16, 32
+
+
+def windowed(request: Request, oracle: Oracle, film: np.ndarray, *, led: bool, begun: float | None) -> Tensor:
+    """What a long video is to be: each window by the oracle, from its own frames of the clip.
+
+    Args:
+        led: the clip is the reference.
+        begun: the level at which it starts from the clip; None: it starts from noise alone.
+    """
+    streams, made, latents = NoiseStreams(request.seed), [], None
+    levels = LEVELS if begun is None else tuple(level for level in LEVELS if level <= begun)
+    for number, first in enumerate((0, 16, 32)):
+        name, pixels = f"window {number + 1} " * (number > 0), as_pixels(film[first : first + 17])
+        count = (pixels.shape[2] - 1) // 8 + 1
+        noise = streams.draw(f"{name}initial", (1, CHANNELS, count, 2, 4))
+        if begun is not None:
+            start = torch.cat([prepare_picture(one, SIZE, 0, SIZE, resize=True) for one in film[first : first + 17]], 2)
+            noise = levels[0] * noise + (1 - levels[0]) * oracle.latents(start)
+        guide = None if latents is None else latents[:, :, -1:]
+        references = [pixels] * led
+        latents = oracle.denoise(request, noise, references, 1, {}, guide=guide, stream=name, levels=levels)
+        made.append(latents if number == 0 else latents[:, :, 1:])
+    return torch.cat(made, dim=2)
+
+
+@pytest.mark.parametrize("case", ["control", "video to start from", "both"])
+def test_each_window_follows_its_own_frames_as_diffusers_transformer_does(
+    case: str,
+    opened: Callable[..., Engine],
+    oracle: Callable[..., Oracle],
+    clips: Callable[..., str],
+    parity: Callable[[str, str, str, float], float],
+) -> None:
+    led, begun = case != "video to start from", 0.8 if case != "control" else None
+    film, path = read_video(clips(41)).frames, clips(41)
+    fields: dict[str, Any] = {"controls": (Control(path),)} if led else {}
+    if begun is not None:
+        fields |= {"video": path, "video_strength": begun, "image_crf": 0}
+    request = replace(LONG, **fields)
+    expected = windowed(request, oracle(None), film, led=led, begun=begun)
+    made = opened(None, 0.7).denoise(request)
+    assert made.shape == expected.shape == (1, CHANNELS, 6, 2, 4)
+    assert parity("control", "windows", "diffusers", relative(made, expected)) <= 5e-6
+
+
+def test_a_window_sees_the_frames_that_it_makes(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
+    request = replace(LONG, frames=44, controls=(Control(clips(44)),), video=clips(44), video_strength=0.8)
+    shown = opened()._opened(request, ignore).media.shown
+    expected = [[*range(17)], [*range(16, 33)], [*range(32, 44), *[43] * 5]]
+    assert [[*one.references[0].frames.picks] for one in shown] == expected
+    assert [[*one.start.frames.picks] for one in shown if one.start is not None] == expected
+
+
+def test_a_long_video_that_is_led_goes_on_where_it_was_cut_off(
+    opened: Callable[..., Engine], clips: Callable[..., str], out: Path
+) -> None:
+    request = replace(LONG, controls=(Control(clips(41), kind="canny"),), video=clips(41), video_strength=0.8)
+    engine, told = opened(), list[Progress]()
+
+    class Cut(Exception):
+        pass
+
+    def cut(progress: Progress) -> None:
+        if progress.stage == "denoise" and progress.window == (3, 3):
+            raise Cut
+
+    whole = engine.write(request, out / "whole.mp4")
+    with pytest.raises(KadrError):
+        engine.write(request, out / "cut.mp4", watch=cut)
+    made = engine.write(request, out / "cut.mp4", resume=True, watch=told.append)
+    assert torch.equal(made.latents, whole.latents)
+    assert max(report.of for report in told if report.stage == "encode") == 2  # of the last window alone
+
+
+def test_a_plan_counts_the_control_of_each_window(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
+    large = replace(LONG, size=Size(512, 512))
+    plain, led = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(41)),)))
+    assert led.of("denoise").choice.working > 1.4 * plain.of("denoise").choice.working
+    assert led.of("denoise").choice.windows == 3
+    assert "encode: the transformer sees tokens of controls: 768 beside 768 of a window" in led.reasons()
 
 
 # --- lengths, parts, pictures ----------------------------------------------------------------------------------------
@@ -549,8 +649,8 @@ def test_depth_that_is_encoded_is_bright_where_the_network_says_near(
     remote: FakeHub, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
     generation = opened()._opened(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)), ignore)
-    (way,) = drawings(generation.followed, fetched(generation.followed), ignore)
-    seen = replace(generation.references[0][0], drawn=way)
+    (way,) = drawings(generation.media.followed, fetched(generation.media.followed), ignore)
+    seen = replace(generation.media.shown[0].references[0], drawn=way)
     chunks = torch.cat(list(seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)), dim=2)
     assert chunks.shape == (1, 3, 17, 64, 128)
     assert chunks[0, :, 0, 24:40, 4:28].mean() < chunks[0, :, 16, 24:40, 36:60].mean()  # the square gets redder

@@ -186,7 +186,8 @@ def test_a_picture_is_remembered_by_every_window(engine: Engine, photo: Conditio
 def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, photo: Condition) -> None:
     generation = engine._opened(short(conditions=(replace(photo, frame=30),), frames=73), lambda progress: None)
     places = [
-        [item.placed.start for item in in_window(generation.fitted[0], span).values()] for span in generation.spans
+        [item.placed.start for item in in_window(generation.media.fitted[0], span).values()]
+        for span in generation.spans
     ]
     assert places == [[], [14], [], []]
     assert [span.first_frame for span in generation.spans] == [0, 16, 32, 48]
@@ -212,8 +213,6 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
         ({"multi_scale": True}, "3 windows are asked for, and two passes"),
         ({"prompt": "a|b|c|d"}, "4 prompts are given, one for each window, and the video has 3 windows"),
         ({"prompt": "a||c"}, "prompt 2 of 3 is empty"),
-        ({"video": "clip.mp4"}, "windows are given, and a video to start from too"),
-        ({"controls": (Control("clip.mp4"),)}, "windows are given, and a control too"),
         ({"windows": Windows(remember=0.5)}, "there is no picture at frame 0 to be remembered"),
         ({"windows": {"frames": 25, "overlap": 32}}, "the overlap is 32 frames, and a window has 25"),
         ({"windows": {"overlap": 12}}, "it must be a multiple of 8, such as 8"),
@@ -232,7 +231,7 @@ def test_what_cannot_be_made_in_windows_is_refused(untouched: Engine, fields: di
 
 
 def test_latents_to_start_from_are_refused(untouched: Engine) -> None:
-    with pytest.raises(RequestError, match="a long video begins at noise alone"):
+    with pytest.raises(RequestError, match="a long video begins at noise, or from a video"):
         untouched.denoise(short(), start=torch.zeros(1, CHANNELS, 8, 2, 2))
 
 

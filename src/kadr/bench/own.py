@@ -15,7 +15,7 @@ from kadr.bench.work import Entrants, Work
 from kadr.errors import RequestError
 from kadr.memory.vae_shape import encoder_weights
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.generate import ENCODE_FRAMES
+from kadr.pipeline.encoding import ENCODE_FRAMES
 
 PLANNED = {TEXT: "text", DIT: "denoise", DECODE: "decode"}  # what plans call these stages
 

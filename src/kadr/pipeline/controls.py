@@ -156,7 +156,7 @@ class Reference:
 
 
 def reference(followed: Followed, request: Request, plan: PassPlan, downscale: int = 1) -> Reference:
-    """A control for one pass; every second frame of it, where the pass makes only those.
+    """A control for one pass or window; every second frame of it, where the pass makes only those.
 
     Args:
         downscale: how many times smaller than the video the references of the LoRA are.
@@ -173,7 +173,7 @@ def reference(followed: Followed, request: Request, plan: PassPlan, downscale: i
             f"at {plan.size}: both sides must be multiples of {unit}. {_divisible(request, plan, unit)}"
         )
     step, last = (1 if plan.fps == request.fps else 2), len(followed.frames) - 1
-    places = [min(step * place, last) for place in range(plan.frames)]
+    places = [min(plan.first_frame + step * place, last) for place in range(plan.frames)]
     frames = followed.frames.chosen(places) if isinstance(followed.frames, Film) else followed.frames
     made = Size(plan.size.width // downscale, plan.size.height // downscale)
     first = frames.sample if isinstance(frames, Film) else frames[0]

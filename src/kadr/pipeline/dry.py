@@ -201,7 +201,7 @@ class DryEngine:
         for plan in passes:
             settled(placed, request, plan)  # refuses what does not fit the pass
         followed = read_controls(request)
-        for plan in passes:
+        for plan in windows[:1] or passes:
             for one in followed:
                 reference(one, request, plan)  # refuses what is too small
         used = self.models[:1] if self.models[0] is self.models[1] else self.models

@@ -20,7 +20,8 @@ from kadr.memory.plan import Plan, held
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.controls import warn_unheard
-from kadr.pipeline.generate import Encoded, Generation
+from kadr.pipeline.encoding import Encoded
+from kadr.pipeline.generate import Generation
 from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.loras import Loras
@@ -283,7 +284,10 @@ class Engine:
         """
         if not request.conditions:
             raise RequestError("the request has no picture to encode; give it a Condition.")
-        return self._begin(request, watch, stages=("encode",)).media_encoded()[0].items[0][1]
+        generation = self._begin(request, watch, stages=("encode",))
+        first = generation.media.fitted[0][0].pixels
+        shown = (pair for one in generation.media_encoded() for pair in one.items)
+        return next(latents for item, latents in shown if item.pixels is first)
 
     def encode_media(self, request: Request, *, watch: Watch = ignore) -> Encoded:
         """The pictures and clips of the request, and what it follows, through the VAE's encoder, for its first pass.

@@ -32,6 +32,7 @@ class PassPlan:
         steps: the strengths of each.
         window, windows: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
             the levels of its first one.
+        first_frame: of the whole video, that is the window's frame 0.
     """
 
     number: int
@@ -43,6 +44,7 @@ class PassPlan:
     steps: tuple[Strengths, ...]
     window: int = 0
     windows: int = 1
+    first_frame: int = 0
 
     @property
     def grid(self) -> LatentGrid:
@@ -106,8 +108,23 @@ def plan_windows(request: Request, schedule: Schedule) -> tuple[PassPlan, ...]:
     made: dict[int, PassPlan] = {}  # by frames: all but the last are alike
     for span in spans:
         if span.frames not in made:
-            made[span.frames] = _planned(1, request.only_pass(), size, span.frames, request.fps, schedule, None)
-    return tuple(replace(made[span.frames], window=number, windows=len(spans)) for number, span in enumerate(spans))
+            made[span.frames] = _planned(
+                1, request.only_pass(), size, span.frames, request.fps, schedule, _beginning(request)
+            )
+    return tuple(
+        replace(made[span.frames], window=number, windows=len(spans), first_frame=span.first_frame)
+        for number, span in enumerate(spans)
+    )
+
+
+def stream(plan: PassPlan, name: str) -> str:
+    """The stream of noise of a pass or window: the second pass, and each later window, has streams of its own."""
+    return f"second {name}" if plan.number > 1 else in_window_named(name, plan.window)
+
+
+def in_window_named(name: str, window: int) -> str:
+    """The stream of a window, from 0."""
+    return f"window {window + 1} {name}" if window else name
 
 
 def _beginning(request: Request) -> float | None:

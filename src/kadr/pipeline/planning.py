@@ -67,7 +67,7 @@ class Work:
         held: for each pass, whether conditions give tokens noise levels of their own.
         together: both prompts are evaluated in one batch.
         cache: what is kept from step to step.
-        context: for each pass, tokens of controls; () where there are none.
+        context: for each pass, tokens of controls; () where there are none. Of a long video those of its windows count.
         stages: what is run; all of it where empty.
         windows: those of a long video, in the place of its only pass.
     """
@@ -101,12 +101,14 @@ class WindowWork:
         texts: how many tokens each prompt has that the transformer reads.
         extra: tokens that conditions, the overlap and what is remembered add.
         held: whether tokens have noise levels of their own.
+        context: tokens of controls.
     """
 
     plan: PassPlan
     texts: tuple[int, ...]
     extra: int
     held: bool
+    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,10 +210,15 @@ class Planner:
 
     def _context(self) -> str:
         """What controls cost, in words."""
-        if not any(self.work.context):
+        if self.work.windows:
+            one = max(self.work.windows, key=lambda window: window.context)
+            pairs = [(one.context, one.plan)]
+        else:
+            pairs = list(zip(self.work.context, self.work.passes, strict=False))
+        if not any(tokens for tokens, _ in pairs):
             return ""
-        pairs = zip(self.work.context, self.work.passes, strict=True)
-        told = ", ".join(f"{tokens} beside {plan.grid.tokens} of the video" for tokens, plan in pairs)
+        of = "a window" if self.work.windows else "the video"
+        told = ", ".join(f"{tokens} beside {plan.grid.tokens} of {of}" for tokens, plan in pairs)
         return f"the transformer sees tokens of controls: {told}"
 
     def _decode(self) -> Needs:
@@ -262,14 +269,20 @@ class Planner:
         """As much memory as the largest window takes, and the time of all."""
         kinds: dict[tuple[object, ...], list[WindowWork]] = {}  # all but the first and the last are mostly alike
         for window in self.work.windows:
-            kinds.setdefault((window.plan.frames, window.texts, window.extra, window.held), []).append(window)
+            alike = (window.plan.frames, window.texts, window.extra, window.held, window.context)
+            kinds.setdefault(alike, []).append(window)
         needs = []
-        for alike in kinds.values():
-            one = alike[0]
+        for one, *others in kinds.values():
             work = replace(
-                self.work, passes=(one.plan,), texts=one.texts, extra=(one.extra,), held=(one.held,), windows=()
+                self.work,
+                passes=(one.plan,),
+                texts=one.texts,
+                extra=(one.extra,),
+                held=(one.held,),
+                context=(one.context,),
+                windows=(),
             )
-            needs.append((len(alike), Planner(self.components, work)._sampled(0, one.plan)))
+            needs.append((1 + len(others), Planner(self.components, work)._sampled(0, one.plan)))
         choices = []
         for same in zip(*(need.choices for _, need in needs), strict=True):
             seconds = sum(count * choice.seconds for (count, _), choice in zip(needs, same, strict=True))
@@ -483,7 +496,9 @@ def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
 def _window_resized(window: WindowWork, size: Size, request: Request) -> WindowWork:
     assert request.frames is not None
     plan = _resized(window.plan, size, request.frames, request)
-    return replace(window, plan=plan, extra=window.extra * plan.grid.tokens // window.plan.grid.tokens)
+    before = window.plan.grid.tokens
+    extra, context = (tokens * plan.grid.tokens // before for tokens in (window.extra, window.context))
+    return replace(window, plan=plan, extra=extra, context=context)
 
 
 def _resized(plan: PassPlan, size: Size, frames: int, request: Request) -> PassPlan:

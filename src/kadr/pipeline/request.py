@@ -262,13 +262,6 @@ class Request:
                 )
             return
         prompts_of(self.prompt)  # refuses empty ones
-        if self.video is not None:
-            raise RequestError("windows are given, and a video to start from too; give the one or the other.")
-        if self.controls:
-            raise RequestError(
-                "windows are given, and a control too: a reference leads a video that is made at once. Give the one or "
-                "the other."
-            )
 
     @property
     def prompts(self) -> tuple[str, ...]:

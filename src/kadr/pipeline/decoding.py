@@ -1,0 +1,103 @@
+"""The last stage: latents to frames, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kadr.media.frames import crop_margins, resize, to_uint8, to_unit
+from kadr.models.vae.decoder import SLICE
+from kadr.pipeline.components import Components
+from kadr.pipeline.guard import Watchman, guarded_frames
+from kadr.pipeline.long import Pieces, rechunked
+from kadr.pipeline.passes import PassPlan, in_window_named
+from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.request import Request
+from kadr.pipeline.rescue import rescued_frames
+from kadr.pipeline.windows import Span
+from kadr.sampling.latents import tone_map
+from kadr.sampling.noise import NoiseStreams
+from kadr.shapes import LatentGrid, Size
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the frames of one request are made with.
+
+    Args:
+        request: nothing in it is open that has a default.
+        plan: of the last pass.
+        spans: the windows of a long video; () of any other.
+    """
+
+    components: Components
+    request: Request
+    plan: PassPlan
+    spans: tuple[Span, ...]
+    noise: NoiseStreams
+    watch: Watch
+
+    def frames(self, latents: Tensor | Pieces, noise: Tensor | None) -> Iterator[Tensor]:
+        """uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked, of latents (1, C, f, h, w).
+
+        Args:
+            noise: shaped as the latents, instead of the seed's, for decoders that take noise.
+        """
+        run = rescued_frames(self.components, "decode", partial(self._decoded, latents, noise))
+        yield from guarded_frames("decode", self.components.dtype_of("decode"), run)
+
+    def _decoded(self, latents: Tensor | Pieces, noise: Tensor | None, dtype: torch.dtype | None) -> Iterator[Tensor]:
+        """As `frames`; dtype: to compute in, instead of the plan's."""
+        components, request = self.components, self.request
+        assert isinstance(request.size, Size)
+        assert request.frames is not None
+        stage, watchman = Stage("decode", request.frames, self.watch), Watchman.on(components.device)
+        made, done = request.size.snapped(), 0
+        own = dtype or components.dtype_of("decode")
+        with components.decoder(dtype) as vae:
+            conditioned, injected = vae.config.timestep_conditioning, _Injection(self.noise)
+            level = None
+            if conditioned:
+                assert request.decode_timestep is not None
+                level = torch.full((1,), request.decode_timestep, device=components.device)
+            handed = components.choice("decode").frames or SLICE
+            chunks = rechunked((part.to(own) for part in self._noised(latents, noise, mixed=conditioned)), handed)
+            count = LatentGrid.of(self.plan.size, self.plan.frames).frames
+            for chunk in vae.decode_chunks(chunks, count, level=level, noise=injected, handed=handed):
+                watchman.look(chunk, f"frame {done + 1} of {request.frames}")
+                unit = crop_margins(resize(to_unit(chunk[0]), made), request.size)
+                frames = to_uint8(unit)[: request.frames - done].cpu()
+                watchman.settle()  # the frames have come, so the answer has
+                done += len(frames)
+                if len(frames):
+                    yield frames
+                    stage.done(done)
+
+    def _noised(self, latents: Tensor | Pieces, noise: Tensor | None, *, mixed: bool) -> Iterator[Tensor]:
+        """The latents, tone mapped, with the noise mixed in that the decoder may expect; those of each window apart."""
+        share, pressed = self.request.decode_noise, self.plan.settings.tone_map
+        assert share is not None
+        assert pressed is not None
+        for number, part in enumerate([latents] if isinstance(latents, Tensor) else latents):
+            part = part.to(self.components.device)
+            if mixed:
+                own = self.noise.draw(in_window_named("decode", number), part.shape) if noise is None else noise
+                if noise is not None and self.spans:
+                    own = noise[:, :, (start := self.spans[number].kept_from) : start + part.shape[2]]
+                part = (1 - share) * part + share * own.to(part)
+            yield tone_map(part, pressed)
+
+
+class _Injection:
+    """Noise for the places where a decoder injects it, one stream each, in the order they come up."""
+
+    def __init__(self, noise: NoiseStreams) -> None:
+        self.noise, self.count = noise, 0
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        self.count += 1
+        return self.noise.draw(f"injection {self.count}", shape)

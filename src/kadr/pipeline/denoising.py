@@ -1,0 +1,170 @@
+"""The stage that samples: a pass, or a window of a long video, from noise to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kadr.models.transformer import Reading, Transformer
+from kadr.nn.rope import Rope
+from kadr.pipeline.components import PASS_STAGES, Components
+from kadr.pipeline.encoding import Encoded
+from kadr.pipeline.fitting import put
+from kadr.pipeline.guard import Watchman, guarded
+from kadr.pipeline.long import Guide
+from kadr.pipeline.passes import PassPlan, stream
+from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.request import Request
+from kadr.pipeline.rescue import rescued
+from kadr.sampling.cache import PassCache
+from kadr.sampling.conditions import shake
+from kadr.sampling.context import Context
+from kadr.sampling.guidance import Disturb, Estimate, Text, guided
+from kadr.sampling.loop import denoise
+from kadr.sampling.noise import NoiseStreams
+from kadr.sampling.positions import positions
+from kadr.sampling.state import LatentState
+from kadr.sampling.steps import euler, stochastic
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """What the passes of one request are sampled with.
+
+    Args:
+        request: nothing in it is open that has a default.
+        downscale: how many times smaller than the video its references are.
+    """
+
+    components: Components
+    request: Request
+    noise: NoiseStreams
+    watch: Watch
+    downscale: int = 1
+
+    def sampled(
+        self,
+        plan: PassPlan,
+        begun: Tensor,
+        media: Encoded,
+        texts: Sequence[Text],
+        guides: Sequence[Guide] = (),
+    ) -> Tensor:
+        """The latents at the end of a pass or window, from those at its first level.
+
+        Args:
+            begun: (1, C, f, h, w).
+            texts: of the prompt and, where guidance needs it, the negative prompt.
+            guides: of a window.
+        """
+        state, stage = self._conditioned(plan, begun, media, guides), PASS_STAGES[plan.number - 1]
+        run = rescued(self.components, stage, partial(self._denoised, plan, state, self._context(plan, media), texts))
+        return guarded(stage, self.components.dtype_of(stage), run).latents()
+
+    def _causal(self, plan: PassPlan) -> bool:
+        return self.components.config(plan.number - 1).causal_positions
+
+    def _conditioned(self, plan: PassPlan, latents: Tensor, media: Encoded, guides: Sequence[Guide]) -> LatentState:
+        causal = self._causal(plan)
+        state = LatentState.of(latents, positions(plan.grid, fps=plan.fps, causal=causal), plan.grid)
+        for index, (item, held) in enumerate(media.items):
+            name = stream(plan, f"keyframe {index}")
+            state = put(state, item, held, plan, causal=causal, draw=partial(self.noise.draw, name))
+        for guide in guides:
+            draw = partial(self.noise.draw, stream(plan, guide.name))
+            state = guide.shown(state, plan, causal=causal, draw=draw)
+        return state
+
+    def _context(self, plan: PassPlan, media: Encoded) -> Context | None:
+        if not media.references:
+            return None
+        return Context.of(media.references, fps=plan.fps, causal=self._causal(plan), downscale=self.downscale)
+
+    def _denoised(
+        self,
+        plan: PassPlan,
+        state: LatentState,
+        context: Context | None,
+        texts: Sequence[Text],
+        dtype: torch.dtype | None,
+    ) -> LatentState:
+        number, count, device = plan.number - 1, len(plan.levels), self.components.device
+        name, watchman = PASS_STAGES[number], Watchman.on(device)
+        own = dtype or self.components.dtype_of(name)
+        assert self.request.image_noise is not None
+        with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
+            rope = transformer.rope(_positions(state, context)[None].to(device))
+            long = (plan.window + 1, plan.windows) if plan.windows > 1 else None
+            stage = Stage(name, count * plan.windows, self.watch, count * plan.window, long)
+
+            def watch(index: int, now: Tensor, state: LatentState) -> None:
+                place = f" of window {plan.window + 1}" if plan.windows > 1 else ""
+                watchman.look(state.tokens, f"step {index + 1} of {count}{place}")
+                stage.done(index + 1, float(plan.levels[index]))  # not `now`, which lies on the device
+
+            read = [text._replace(encoding=text.encoding.to(own)) for text in texts]
+            state = denoise(
+                self._estimate(plan, transformer, rope, context, read),
+                state,
+                plan.levels.to(device),
+                step=stochastic(self._step_noise(plan, "stochastic")) if plan.settings.stochastic else euler,
+                prepare=shake(self.request.image_noise, self._step_noise(plan, "condition")),
+                watch=watch,
+            )
+            watchman.settle()
+        return state
+
+    def _estimate(
+        self, plan: PassPlan, transformer: Transformer, rope: Rope, context: Context | None, texts: Sequence[Text]
+    ) -> Estimate:
+        dtype = texts[0].encoding.dtype
+        caching = self.request.step_cache
+        cached = None if caching is None else PassCache(caching, plan.steps)
+        readings: dict[int, Reading] = {}  # by the identity of texts, which are there as long as the steps are
+
+        def model(
+            tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None
+        ) -> tuple[Tensor, Tensor | None]:
+            if id(text) not in readings:
+                readings[id(text)] = transformer.read(*text)
+            count = tokens.shape[1]
+            if context is not None:
+                tokens, level = context.behind(tokens, level)
+            arguments = (tokens.to(dtype), rope, readings[id(text)], None, level)
+            how: dict[str, Any] = {} if cached is None else {"cache": cached.stream(id(text))}
+            if disturb is None:
+                return transformer(*arguments, **how)[:, :count], None
+            said, disturbed = transformer.with_disturbed(*arguments, **disturb._asdict() | how)
+            return said[:, :count], disturbed[:, :count]
+
+        text, negative = (*texts, None)[:2]
+        assert text is not None
+        together = self.request.guidance_batch
+        estimate = guided(model, text, negative, plan.settings.guidance, plan.steps, together=together)
+        return estimate if cached is None else cached.over(estimate)
+
+    def _step_noise(self, plan: PassPlan, name: str) -> StepNoise:
+        return StepNoise(self.noise, stream(plan, name))
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """Noise for each step of a sampling, one stream each."""
+
+    noise: NoiseStreams
+    name: str
+
+    def __call__(self, index: int, shape: torch.Size) -> Tensor:
+        return self.noise.draw(f"{self.name} {index}", shape)
+
+
+def _positions(state: LatentState, context: Context | None) -> Tensor:
+    """Of all that the network sees, (3, N+M)."""
+    if context is None:
+        return state.positions
+    return torch.cat([state.positions, context.positions.to(state.positions)], dim=1)

@@ -1,0 +1,180 @@
+"""The stage of pictures and clips: looked into before anything is loaded, and through the VAE's encoder.
+
+What is encoded is fitted to what is sampled by itself: a pass, or a window of a long video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kadr.pipeline.components import Components
+from kadr.pipeline.conditions import read_conditions, read_start
+from kadr.pipeline.controls import Reference, drawings, fetched, read_controls, reference
+from kadr.pipeline.fitting import Fitted, Pixels, fitted, settled
+from kadr.pipeline.guard import Watchman, guarded
+from kadr.pipeline.long import check_placed, in_window
+from kadr.pipeline.passes import PassPlan
+from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.request import Request
+from kadr.pipeline.rescue import rescued
+from kadr.pipeline.windows import Span
+from kadr.shapes import LatentGrid, Size
+
+ENCODE_FRAMES = 8  # pixel frames that go through the encoder at a time
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one pass or window is shown.
+
+    Args:
+        items: the conditions, where they stand in it.
+        start: of the video that it starts from; None where there is none.
+        references: the controls.
+    """
+
+    items: Sequence[Fitted]
+    start: Pixels | None
+    references: Sequence[Reference]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the VAE made of that.
+
+    Args:
+        items: the conditions with their latents, each (1, C, n, h, w).
+        start: latents of the video to start from; None where there is none.
+        references: latents of the controls, each (1, C, f, h, w).
+    """
+
+    items: list[tuple[Fitted, Tensor]]
+    start: Tensor | None = None
+    references: list[Tensor] = field(default_factory=list)
+
+
+class Media:
+    """The pictures and clips of one request, in which nothing is open that has a default.
+
+    Args:
+        windows: of a long video, with their `spans`; both empty for any other.
+        read: look into them; decoding alone does without.
+
+    Raises:
+        MediaError: one cannot be read, or is too small.
+        RequestError: one has no place.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        request: Request,
+        passes: Sequence[PassPlan],
+        windows: Sequence[PassPlan] = (),
+        spans: Sequence[Span] = (),
+        *,
+        read: bool = True,
+    ) -> None:
+        self.components, self.request = components, request
+        self.placed = read_conditions(request) if read else []
+        if spans:
+            check_placed(self.placed, spans)
+        self.followed = read_controls(request) if read else []
+        self.downscale = components.loras.reference_downscale if self.followed else 1
+        self.film = read_start(request) if read and request.video is not None else None
+        self.fitted = [self._fitted(plan) for plan in passes]
+        stretches = windows or passes
+        own = [list(in_window(self.fitted[0], span).values()) for span in spans] if spans else self.fitted
+        self.shown = [
+            Shown(items, self._start(plan), self._references(plan))
+            for items, plan in zip(own, stretches, strict=True)
+        ]
+
+    def _fitted(self, plan: PassPlan) -> list[Fitted]:
+        return [fitted(item, self.request, plan) for item in settled(self.placed, self.request, plan)]
+
+    def _references(self, plan: PassPlan) -> list[Reference]:
+        return [reference(one, self.request, plan, self.downscale) for one in self.followed]
+
+    def _start(self, plan: PassPlan) -> Pixels | None:
+        """What a pass or window makes of the video to start from; of every second frame, where it makes only those."""
+        if self.film is None or plan.number > 1:
+            return None
+        request = self.request
+        assert isinstance(request.size, Size)
+        assert request.image_crf is not None
+        step, last = (1 if plan.fps == request.fps else 2), len(self.film) - 1
+        film = self.film.chosen(min(plan.first_frame + step * place, last) for place in range(plan.frames))
+        return Pixels.of(film, request.size, request.image_crf, plan.size, resize=True)
+
+    def grids(self, number: int) -> tuple[LatentGrid, ...]:
+        """Of all that is encoded for a pass; of a long video, for all of it."""
+        if len(self.fitted) == len(self.shown):
+            return self._grids(self.fitted[number], [self.shown[number]])
+        return self._grids(self.fitted[number], self.shown)
+
+    @staticmethod
+    def _grids(items: Sequence[Fitted], shown: Sequence[Shown]) -> tuple[LatentGrid, ...]:
+        starts = [one.start.grid for one in shown if one.start is not None]
+        references = [each.grid for one in shown for each in one.references]
+        return (*(item.grid for item in items), *references, *starts)
+
+    @torch.no_grad()
+    def encoded(self, watch: Watch, *, networks: dict[str, list[Path]] | None = None, first: int = 0) -> list[Encoded]:
+        """All of it through the encoder, for each pass or window.
+
+        Args:
+            networks: that find what controls show, as `fetched` gives them.
+            first: the window that is made first. Those before it are there; of what they were shown, the first one's
+                conditions alone are encoded, because a picture may be remembered.
+        """
+        if not any(one.items or one.references or one.start for one in self.shown):
+            return [Encoded([]) for _ in self.shown]
+        ways = drawings(self.followed, fetched(self.followed) if networks is None else networks, watch)
+        shown = []
+        for number, one in enumerate(self.shown):
+            drawn = [replace(each, drawn=way) for each, way in zip(one.references, ways, strict=True)]
+            if number < first:
+                shown.append(Shown([] if number else one.items, None, []))
+            else:
+                shown.append(Shown(one.items, one.start, drawn))
+        run = rescued(self.components, "encode", partial(self._through, shown, watch))
+        return guarded("encode", self.components.dtype_of("encode"), run)
+
+    def _through(self, shown: Sequence[Shown], watch: Watch, dtype: torch.dtype | None) -> list[Encoded]:
+        known: dict[int, Tensor] = {}  # by the identity of its pixels: a picture may stand in several windows
+        count = len({id(item.pixels) for one in shown for item in one.items})
+        count += sum(len(one.references) + (one.start is not None) for one in shown)
+        device = self.components.device
+        stage, watchman = Stage("encode", count, watch), Watchman.on(device)
+        own, done = dtype or self.components.dtype_of("encode"), 0
+        with self.components.encoder(dtype) as vae:
+
+            def encode(pixels: Pixels | Reference) -> Tensor:
+                nonlocal done
+                if id(pixels) in known:
+                    return known[id(pixels)]
+                chunks = pixels.chunks(ENCODE_FRAMES, device=device, dtype=own)
+                latents = vae.encode_stream(chunks, len(pixels.frames)).float()
+                done += 1
+                watchman.look(latents, f"picture or clip {done} of {count}")
+                stage.done(done)
+                known[id(pixels)] = latents
+                return latents
+
+            made = [
+                Encoded(
+                    [(item, encode(item.pixels)) for item in one.items],
+                    None if one.start is None else encode(one.start),
+                    [encode(each) for each in one.references],
+                )
+                for one in shown
+            ]
+            watchman.settle()
+        return made
