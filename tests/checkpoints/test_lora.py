@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,6 @@ def test_an_adapter_that_is_more_than_pairs_is_refused(key: str, file: Path) -> 
         "diffusion_model.transformer_blocks.0.attn3.to_q.lora_A.weight",  # a module that does not exist
         "diffusion_model.transformer_blocks.0.attn1.q_norm.lora_A.weight",  # one that is no matrix
         "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",  # of a text encoder
-        "diffusion_model.transformer_blocks.0.attn1.to_q.dora_scale",
         "diffusion_model.transformer_blocks.0.attn1.to_q.diff_b",
         "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight",  # there twice, under two prefixes
         "epoch",
@@ -107,6 +107,94 @@ def test_a_stranger_is_named_and_the_file_refused_or_taken_without_it(stranger: 
     assert stranger in str(told[0].message)
     assert lora.layers.keys() == OURS
     assert lora.strangers == (stranger,)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        ("diffusion_model.transformer_blocks.0.attn1.to_q.dora_scale", "DoRA"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector", "DoRA"),
+        ("base_model.model.transformer_blocks.0.attn1.to_q.lora_magnitude_vector.default.weight", "DoRA"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_B.bias", "a LoRA with biases"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lora_mid.weight", "LoCon with a matrix between"),
+        ("lycoris_transformer_blocks_0_attn1_to_q.hada_w1_a", "LoHa"),
+        ("lycoris_transformer_blocks_0_attn1_to_q.lokr_w2", "LoKr"),
+    ],
+)
+def test_what_is_more_than_pairs_is_refused_in_any_case(tensor: str, kind: str, partial: bool, file: Path) -> None:
+    """Without these tensors it would run, and draw something else."""
+    write(file, pairs(), more={tensor: torch.zeros(RANK, 64)})
+    with pytest.raises(CheckpointError, match=f"is {kind} ") as refused:
+        LoraFile.open(file, partial=partial)
+    assert tensor in str(refused.value)
+    assert is_lora(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"lora_alpha": None}, "is None, no number"),
+        ({"lora_alpha": "x"}, "is 'x', no number"),
+        ({"lora_alpha": [1]}, "no number"),
+        ({"lora_alpha": 4, "alpha_pattern": {"attn1.(": 4}}, "alpha_pattern of its config cannot be read"),
+        ({"lora_alpha": 4, "alpha_pattern": {"to_q": "q"}}, "is 'q', no number"),
+        ({"lora_alpha": 4, "alpha_pattern": [1]}, "alpha_pattern of its config cannot be read"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused_with_what_it_says(config: dict, says: str, file: Path) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        LoraFile.open(write(file, pairs(), diffusers, config=config))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "null", "5", "{"])
+def test_a_config_beside_a_lora_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    write(tmp_path / "adapter_model.safetensors", pairs(), lora_files.peft)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="the adapter's config cannot be read"):
+        LoraFile.open(tmp_path)
+
+
+@pytest.mark.parametrize("alpha", [torch.zeros(0), torch.tensor([1.0, 2.0]), torch.tensor(float("nan"))])
+def test_an_alpha_that_is_no_number_is_refused(alpha: torch.Tensor, file: Path) -> None:
+    name = "diffusion_model.transformer_blocks.0.attn1.to_q.alpha"
+    with pytest.raises(CheckpointError, match=r"alpha of .*blocks\.0\.attn1\.to_q is .*no number"):
+        LoraFile.open(write(file, pairs(), more={name: alpha}))
+
+
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
+def test_an_adapter_whose_base_was_changed_is_refused(begun: str, file: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"init_lora_weights = '{begun}'"):
+        LoraFile.open(write(file, pairs(), diffusers, config={"lora_alpha": 4, "init_lora_weights": begun}))
+    LoraFile.open(write(file, pairs(), diffusers, config={"lora_alpha": 4, "init_lora_weights": "gaussian"}))
+
+
+def test_pefts_names_without_its_config_are_warned_of(file: Path) -> None:
+    with pytest.warns(KadrWarning, match=r"no adapter_config\.json that says its alpha; it is taken to be the rank"):
+        LoraFile.open(write(file, pairs(), lora_files.peft))
+
+
+def test_matrices_of_no_rank_and_convolutions_are_refused(file: Path) -> None:
+    name = "transformer_blocks.0.attn1.to_q"
+    with pytest.raises(CheckpointError, match=r"0x64 and .* is 64x0; .* at least 1"):
+        LoraFile.open(write(file, {name: (torch.zeros(0, 64), torch.zeros(64, 0))}))
+    with pytest.raises(CheckpointError, match=r"4x64x3x3 .*the layers of this family are matrices"):
+        LoraFile.open(write(file, {name: (torch.zeros(4, 64, 3, 3), torch.zeros(64, 4, 1, 1))}))
+
+
+def test_an_adapter_is_known_as_one_whatever_its_file_is_called(tmp_path: Path) -> None:
+    assert is_lora(write(tmp_path / "lora", pairs()))
+    (tmp_path / "notes.txt").write_text("no weights")
+    assert not is_lora(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("said", ["LTX-2", "ltx2-19b-dev", "Lightricks/LTX-2.3", "ltx_2"])
+def test_a_header_that_names_ltx2_is_believed(said: str, file: Path) -> None:
+    """Its layers for pictures are as wide as those of the 13B model, and have the same names."""
+    with pytest.raises(CheckpointError, match="LTX-2, another family"):
+        LoraFile.open(write(file, pairs(), metadata={"base_model": said}))
+    for other in ("ltxv-2b-0.9.8-distilled", "ltx-2b", "LTX-Video 0.9.7", "ltx_2024-05-01"):
+        LoraFile.open(write(file, pairs(), metadata={"base_model": other}))
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -152,11 +240,25 @@ def test_a_model_is_no_lora_and_other_files_are_not_either(tmp_path: Path, file:
 def test_a_lora_of_another_width_or_with_more_blocks_does_not_fit_and_says_whose_it_is(file: Path) -> None:
     wide = LoraFile.open(write(file, pairs(ATTENTION[:1], width=4096, layers=1)))
     assert wide.fits == "13B"
-    with pytest.raises(CheckpointError, match=r"takes 2048 and gives 2048, the LoRA 4096 and 4096.*for 13B"):
-        wide.check_fits(TRANSFORMER_2B, Path("model.safetensors"))
-    deep = LoraFile.open(write(file, pairs(ATTENTION[:1], layers=3)))
-    with pytest.raises(CheckpointError, match=r"layers.2.self_attention.q is not there \(the model has 2 blocks\)"):
-        deep.check_fits(tiny.transformer_config(), Path("model.safetensors"))
+    other = r"1 of its 1 layers are of other widths, such as diffusion_model\.transformer_blocks\.0\.attn1\.to_q"
+    numbers = "takes 2048 and gives 2048, the LoRA's 4096 and 4096"
+    for fit in (wide.check_fits, wide.fitted):
+        with pytest.raises(CheckpointError, match=f"{other}: the model's {numbers}.*for 13B"):
+            fit(TRANSFORMER_2B, Path("model.safetensors"))
+
+
+def test_a_lora_for_more_blocks_does_not_fit_or_is_taken_without_them(file: Path) -> None:
+    deep, model = LoraFile.open(write(file, pairs(ATTENTION[:1], layers=3))), Path("model.safetensors")
+    absent = r"1 of its 3 layers are not there, such as diffusion_model\.transformer_blocks\.2\.attn1\.to_q"
+    with pytest.raises(CheckpointError, match=rf"{absent} \(the model has 2 blocks\).*or --lora-partial takes it"):
+        deep.check_fits(tiny.transformer_config(), model)
+    with pytest.warns(KadrWarning, match=r"1 of the 3 layers of .* are left out: .*blocks\.2\.attn1\.to_q\."):
+        kept = deep.fitted(tiny.transformer_config(), model)
+    assert kept.layers.keys() == {f"layers.{block}.self_attention.q" for block in (0, 1)}
+    assert kept.load().keys() == kept.layers.keys()
+    none = replace(deep, layers={name: layer for name, layer in deep.layers.items() if ".2." in name})
+    with pytest.raises(CheckpointError, match="1 of its 1 layers are not there"):
+        none.fitted(tiny.transformer_config(), model)
 
 
 # What the headers of the released files have: spelling, targets of each block, rank, and whether all around the blocks.
@@ -206,7 +308,7 @@ def test_a_lora_describes_itself(file: Path) -> None:
     )
     told = LoraFile.open(file).describe()
     assert (told.family, told.fits, told.layers, told.blocks) == ("Comfy", None, 20, 2)
-    assert (told.ranks, told.alphas, told.reference_downscale) == ((RANK,), (2.0,), 2)
+    assert (told.ranks, told.alphas, told.scales, told.reference_downscale) == ((RANK,), (2.0,), (2.0 / RANK,), 2)
     assert told.targets == {
         **{f"{kind}_attention.{part}": 2 for kind in ("self", "text") for part in ("q", "k", "v", "out")},
         "feed_forward.up": 2,
@@ -216,8 +318,11 @@ def test_a_lora_describes_itself(file: Path) -> None:
     assert told.metadata["ss_tag"] == "x"
 
 
-@pytest.mark.parametrize("factor", ["0", "1.5", "nan", "two"])
+@pytest.mark.parametrize("factor", ["0", "1.5", "nan", "1e400", "two"])
 def test_a_reference_that_is_no_whole_number_of_times_smaller_is_refused(factor: str, file: Path) -> None:
     write(file, pairs(), metadata={"reference_downscale_factor": factor})
+    lora = LoraFile.open(file)
     with pytest.raises(CheckpointError, match="reference_downscale_factor"):
-        LoraFile.open(file).describe()
+        _ = lora.reference_downscale
+    told = lora.describe()  # without a control it runs, so it can be looked at
+    assert (told.reference_downscale, told.metadata["reference_downscale_factor"]) == (None, factor)

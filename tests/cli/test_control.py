@@ -40,6 +40,9 @@ def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("pose:walk.mp4#-5:", "walk.mp4", {"kind": "pose", "part": (-5, None)}),
         ("canny:./canny:odd.mp4", "canny:odd.mp4", {"kind": "canny"}),
         ("dog:odd.mp4", "dog:odd.mp4", {}),
+        ("dog:odd.mp4#0:5", "dog:odd.mp4", {"part": (0, 5)}),
+        ("canny:odd.mp4", "canny:odd.mp4", {}),  # a file that is called so
+        ("canny:odd.mp4#-3:", "canny:odd.mp4", {"part": (-3, None)}),
         ("canny:walk#1:2.mp4", "walk#1:2.mp4", {"kind": "canny"}),
     ],
 )
@@ -64,6 +67,8 @@ def test_controls_may_be_many_and_stand_beside_pictures(kadr: Run, engine: FakeE
         ("dog:walk.mp4", 2, "'dog' is no kind of control: give one of canny, depth, pose, ready"),
         ("canny:gone.mp4", 1, "there is no file"),
         ("canny:walk.mp4#3", 2, "'3' is no part of a clip"),
+        ("canny:", 2, "'canny:' names no clip"),
+        ("", 2, "'' names no clip"),
     ],
 )
 def test_what_is_no_control_is_refused(

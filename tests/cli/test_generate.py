@@ -104,7 +104,7 @@ def test_flags_of_the_model_reach_the_engine(kadr: Run, engine: FakeEngine) -> N
 
 
 def test_loras_reach_the_engine_with_their_strengths(kadr: Run, engine: FakeEngine) -> None:
-    words = "--lora a.safetensors --lora b.safetensors 0.5 --lora=c.safetensors -.5 2 --lora-partial --merge-loras"
+    words = "--lora a.safetensors --lora b.safetensors 0.5 --lora=c.safetensors -5e-1 2 --lora-partial --merge-loras"
     assert kadr("generate", PROMPT, *words.split()).code == 0
     _, options = engine.opened[0]
     assert options["loras"] == [("a.safetensors",), ("b.safetensors", 0.5), ("c.safetensors", -0.5, 2.0)]
@@ -114,7 +114,8 @@ def test_loras_reach_the_engine_with_their_strengths(kadr: Run, engine: FakeEngi
 
 
 def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(kadr: Run, engine: FakeEngine) -> None:
-    for words in ("--upscaler u.safetensors", "--second-model m.safetensors"):
+    assert "a single pass" not in kadr("generate", PROMPT, *["--lora", "l.safetensors", "1", "1"]).err
+    for words in ("--upscaler u.safetensors", "--second-model m.safetensors", "--lora l.safetensors 1 0.5"):
         ended = kadr("generate", PROMPT, *words.split())
         assert (ended.code, "a single pass is made, and the" in ended.err) == (0, True)
         assert "a single pass" not in kadr("generate", PROMPT, *words.split(), "--multi-scale").err
@@ -315,6 +316,19 @@ def test_named_output_is_replaced_and_a_folder_gets_a_new_file(kadr: Run, engine
     assert (tmp_path / "mine.mp4").read_bytes() == b"half"
     (tmp_path / "videos").mkdir()
     assert kadr("generate", PROMPT, "--output", "videos").out == f"{Path('videos', 'out.mp4')}\n"
+
+
+@pytest.mark.parametrize("flag", ["--image", "--video", "--input-video", "--control"])
+def test_what_a_video_is_made_from_is_never_written_over(
+    kadr: Run, engine: FakeEngine, tmp_path: Path, flag: str
+) -> None:
+    (tmp_path / "own.mp4").write_bytes(b"mine")
+    (tmp_path / "link.mp4").symlink_to("own.mp4")
+    for output in ("own.mp4", "./own.mp4", "link.mp4"):
+        ended = kadr("generate", PROMPT, flag, "own.mp4", "--output", output)
+        assert (ended.code, engine.opened) == (1, [])
+        assert "the video is made from it: it would be lost" in ended.err
+    assert (tmp_path / "own.mp4").read_bytes() == b"mine"
 
 
 def test_latents_are_saved_under_their_name_with_the_request(kadr: Run, engine: FakeEngine) -> None:

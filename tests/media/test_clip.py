@@ -60,3 +60,20 @@ def test_a_file_whose_entries_moved_is_read_from_the_front(tmp_path: Path) -> No
     film, whole = clip.Film.open(path), clip.read_video(path).frames
     moved = clip.Film(path, range(50, 55), film.sample, [(0, 0), (40, 20481)])
     assert np.array_equal(np.stack(list(moved)), whole[50:55])
+
+
+def test_frames_that_an_edit_list_leaves_out_are_not_counted(tmp_path: Path) -> None:
+    """As a phone or a cut without encoding writes it: the header counts all that is in the file."""
+    path, cut = written(tmp_path / "closed.mp4"), tmp_path / "cut.mp4"
+    with av.open(str(path)) as source, av.open(str(cut), "w", options={"avoid_negative_ts": "disabled"}) as container:
+        stream = source.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        shift = int(APART / 24 / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                container.mux(packet)
+    with av.open(str(cut)) as container:
+        assert container.streams.video[0].frames == FRAMES
+    assert clip.read_length(cut)[0] == FRAMES - APART == len(clip.Film.open(cut))
+    assert np.array_equal(clip.read_video(cut).frames, clip.read_video(path).frames[APART:])

@@ -490,7 +490,7 @@ def test_frames_are_followed_one_by_one(
 
 
 def test_a_longer_clip_is_cut_with_a_warning(clips: Callable[..., str]) -> None:
-    with pytest.warns(KadrWarning, match="has 25 frames for a video of 9; its first 9 are followed"):
+    with pytest.warns(KadrWarning, match="has 25 frames, for a video of 9; the first 9 of them are followed"):
         (followed,) = read_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
     assert brightness(followed) == [*range(9)]
 
@@ -561,7 +561,20 @@ def test_sides_that_a_smaller_reference_does_not_divide_are_refused(
     with pytest.raises(
         RequestError, match=r"2 times smaller .* pass 1 is made at 160x64: .* multiples of 64\. Ask for 192x64"
     ):
-        opened("2").plan(request)
+        opened("2", 0.7).plan(request)
+    loras = [(opened("2", 0.7).components.loras.uses[0].path, 0.7)]
+    dry = DryEngine.open(opened("2").components.checkpoint.path, loras=loras)
+    with pytest.raises(RequestError, match=r"multiples of 64\. Ask for 192x64"):
+        dry.run(request)
+
+
+def test_a_lora_at_strength_0_says_nothing_of_the_size_of_references(
+    home: Path, opened: Callable[..., Engine], lora: Callable[..., Path], clips: Callable[..., str]
+) -> None:
+    request = replace(REQUEST, controls=(Control(clips(17)),))
+    both = Engine.open(home / MODEL, device="cpu", loras=[(lora(), 0.7), lora("2")], prompt_cache=False)
+    assert torch.equal(both.denoise(replace(request, lora_strengths=(0.7, 0.0))), opened(None, 0.7).denoise(request))
+    assert relative(both.denoise(request), opened(None, 0.7).denoise(request)) > 1e-3
 
 
 def test_loras_that_want_references_of_other_sizes_are_refused(
@@ -570,12 +583,15 @@ def test_loras_that_want_references_of_other_sizes_are_refused(
     engine = Engine.open(home / MODEL, device="cpu", loras=[lora("2"), lora("3"), lora()], prompt_cache=False)
     with pytest.raises(RequestError, match=r"references of other sizes: .*2\.safetensors 2, .*3\.safetensors 3"):
         engine.plan(replace(REQUEST, controls=(Control(clips(17)),)))
+    dry = DryEngine.open(home / MODEL, loras=[lora("2"), lora("3")])
+    with pytest.raises(RequestError, match="references of other sizes"):
+        dry.run(replace(REQUEST, controls=(Control(clips(17)),)))
     engine.plan(REQUEST)  # which has none
 
 
 def test_a_factor_of_one_lora_counts_beside_others_that_name_none(home: Path, lora: Callable[..., Path]) -> None:
     engine = Engine.open(home / MODEL, device="cpu", loras=[lora(), lora("2")], prompt_cache=False)
-    assert engine.components.loras.reference_downscale == 2
+    assert engine.components.loras.reference_downscale() == 2
 
 
 def test_a_control_without_a_lora_is_warned_of(

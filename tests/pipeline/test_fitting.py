@@ -21,8 +21,8 @@ from kadr.media.video import VideoWriter
 from kadr.models.vae.encoder import Encoder
 from kadr.pipeline import fitting
 from kadr.pipeline.conditions import read_start
-from kadr.pipeline.fitting import Pixels
 from kadr.pipeline.encoding import Media
+from kadr.pipeline.fitting import Pixels
 from kadr.pipeline.generate import Generation
 
 # Without H.264, which takes longer than all the rest.

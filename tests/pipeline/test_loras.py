@@ -171,15 +171,22 @@ def test_strengths_that_cannot_be_are_refused_before_anything_is_loaded(
             opened(loras=[(one, strength)])
     with pytest.raises(RequestError, match="one for each of two passes"):
         replace(REQUEST, lora_strengths=((1, 2, 3),))
-    with pytest.raises(RequestError, match="must be a list"):
-        opened(loras=str(one))
+    for no_list in (str(one), {str(one): 0.5}, None, 5):
+        with pytest.raises(RequestError, match="must be a list"):
+            opened(loras=no_list)
     with pytest.raises(RequestError, match="must be a path"):
         opened(loras=[3])
 
 
-def test_one_transformer_cannot_have_two_strengths_merged(opened: Callable[..., Engine], one: Path) -> None:
+def test_one_transformer_cannot_have_two_strengths_merged(
+    opened: Callable[..., Engine], one: Path, tmp_path: Path
+) -> None:
+    upscaler = tiny.write_upscaler(tmp_path / "up.safetensors")
+    engine = opened(loras=[(one, 1, 0)], merge_loras=True, upscaler=upscaler)
     with pytest.raises(RequestError, match="strength 1 in the first pass and 0 in the second"):
-        opened(loras=[(one, 1, 0)], merge_loras=True)
+        engine.plan(replace(TWO_PASSES, second=Pass(levels=(0.6,))))
+    single = engine.denoise(REQUEST)  # there is no second pass
+    assert relative(single, opened(loras=[one]).denoise(REQUEST)) < 1e-5
 
 
 def test_a_lora_of_another_model_is_refused_when_the_engine_opens(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from kadr import Condition, Control, Engine, Request
+from kadr import Condition, Engine, Request
 from kadr.errors import KadrWarning, PlanError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.plan import Choice

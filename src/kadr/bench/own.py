@@ -14,8 +14,8 @@ from kadr.bench.runner import Absent, Contender
 from kadr.bench.work import Entrants, Work
 from kadr.errors import RequestError
 from kadr.memory.vae_shape import encoder_weights
-from kadr.pipeline.engine import Engine
 from kadr.pipeline.encoding import ENCODE_FRAMES
+from kadr.pipeline.engine import Engine
 
 PLANNED = {TEXT: "text", DIT: "denoise", DECODE: "decode"}  # what plans call these stages
 

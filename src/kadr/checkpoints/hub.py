@@ -299,7 +299,8 @@ def _explained(repo: str, wanted: str, error: Exception) -> CheckpointError:
     reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return CheckpointError(
         f"{wanted} of {repo} is not in the cache ({_cache()}) and could not be fetched: {reason}. Try again with a "
-        f"network; or download it from {_url(repo)} on another machine and give its path instead of a name."
+        f"network; or download it from {_url(repo)} on another machine and give its path instead of a name, or copy "
+        f"{_home(repo).name} from that machine's cache."
     )
 
 

@@ -1,30 +1,21 @@
-"""LoRA files: which layers they change, in whosever words; every tensor has its layer, or is named as a stranger.
-
-Families of names, for a layer m such as transformer_blocks.7.attn1.to_q:
-
-    diffusers   transformer.m.lora_A.weight                   as diffusers saves them, and trainers for it
-    Comfy       diffusion_model.m.lora_A.weight               Lightricks' own releases
-    PEFT        base_model.model.m.lora_A.weight              beside an adapter_config.json
-    kohya       lora_unet_m.lora_down.weight, ....alpha       with _ for every dot of m, or with dots
-"""
+"""LoRA files: which layers they change, and by what; every tensor has its layer, or is named as a stranger."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from kadr.checkpoints.keys import TRANSFORMER, names
+from kadr.checkpoints.lora_names import LAYERS, WEIGHT, Sorted, bare, is_half, is_of_ltx2, other_kind
+from kadr.checkpoints.lora_scales import ADAPTER_FILE, Scales
 from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning
@@ -32,29 +23,11 @@ from kadr.models.adapters import Additions, LowRank
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 
-ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a folder that PEFT wrote
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' copy of that config, in the header
 DOWNSCALE = "reference_downscale_factor"  # of an in-context LoRA: how much smaller its reference videos were
 SHOWN = 5  # strangers that an error names
-_FAMILIES = {
-    "base_model.model.": "PEFT",
-    "model.diffusion_model.": "Comfy",
-    "diffusion_model.": "Comfy",
-    "transformer.": "diffusers",
-    "lora_unet_": "kohya",
-    "lora_transformer_": "kohya",
-    "lycoris_": "kohya",
-}
-_PLAIN = "plain"  # names without any of these prefixes
-# What the end of a name says that the tensor is. PEFT may put the name of the adapter in between: lora_A.default.
-_ENDS = (
-    ("down", re.compile(r"\.(lora_A(\.[^.]+)?|lora_down|lora\.down)\.weight$")),
-    ("up", re.compile(r"\.(lora_B(\.[^.]+)?|lora_up|lora\.up)\.weight$")),
-    ("alpha", re.compile(r"\.alpha$")),
-)
-_OF_LTX2 = re.compile(r"(^|[._])(audio_|av_ca_|video_to_audio|video_embeddings_connector|vocoder)")
-_LAYERS, _WEIGHT = "layers.", ".weight"
+# A header that names LTX-2 as its base. Layers alone do not tell: those for pictures are as wide as the 13B's.
+_LTX2 = re.compile(r"\bltx[-_ ]?2(?![\db])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -84,12 +57,13 @@ class LoraDescription:
     """What `kadr inspect` says of a LoRA. `dataclasses.asdict` of it is ready for JSON.
 
     Args:
-        family: whose names it has: "diffusers", "Comfy", "PEFT", "kohya" or "plain".
+        family: whose names it has: "diffusers", "Comfy", "PEFT", "kohya" or "plain"; see `lora_names`.
         fits: which transformers: "2B", "13B", or None where the widths are of neither.
         layers: how many it changes.
         blocks: of the transformer, how many have such layers.
         targets: which layers of a block, or around the blocks -> how many.
         ranks, alphas: every one there is. No alpha: it is the rank.
+        scales: what the products of the pairs are multiplied with at strength 1, every one there is.
         strangers: tensors that belong to no layer of the transformer.
         metadata: of the header, as it is.
     """
@@ -102,6 +76,7 @@ class LoraDescription:
     targets: Mapping[str, int]
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
+    scales: tuple[float, ...]
     dtype: str
     parameters: int
     bytes: int
@@ -135,18 +110,18 @@ class LoraFile:
             partial: leave out what belongs to no layer, with a warning, instead of refusing the file.
 
         Raises:
-            CheckpointError: it is no LoRA, is for another family of models, has one half of a pair, or tensors that
-                belong to no layer of the transformer.
+            CheckpointError: it is no LoRA, is for another family of models, is more than pairs of matrices, has one
+                half of a pair, or tensors that belong to no layer of the transformer.
         """
-        file = _file(Path(path))
-        source = Source.open(file)
-        found, strangers, family = _sorted(source)
-        if not any(parts.keys() & {"down", "up"} for parts in found.values()):
+        source = Source.open(_file(Path(path)))
+        _refuse_others(source)
+        found = Sorted.of(source.infos)
+        if not any(parts.keys() & {"down", "up"} for parts in found.layers.values()):
             raise _no_lora(source)
-        _refuse_strangers(source, strangers, partial)
-        scales = _Scales.of(source)
-        layers = {name: _layer(source, name, parts, scales) for name, parts in found.items()}
-        return cls(Path(path), source, family, layers, tuple(strangers))
+        _refuse_strangers(source, found.strangers, partial)
+        scales = Scales.of(source, found.family)
+        layers = {name: _layer(source, name, parts, scales) for name, parts in found.layers.items()}
+        return cls(Path(path), source, found.family, layers, found.strangers)
 
     @property
     def reference_downscale(self) -> int:
@@ -156,7 +131,7 @@ class LoraFile:
             factor = float(said)
         except ValueError:
             factor = math.nan
-        if not factor >= 1 or factor != int(factor):
+        if not 1 <= factor < math.inf or factor != int(factor):
             raise CheckpointError(f"{self.path}: its header has {DOWNSCALE} = {said!r}; kadr knows whole numbers.")
         return int(factor)
 
@@ -164,26 +139,63 @@ class LoraFile:
         """Check that every layer is there and as wide as the LoRA was made for.
 
         Raises:
-            CheckpointError: with the first layers that differ.
+            CheckpointError: with what differs.
         """
+        absent, wrong = self._apart(config)
+        told = []
+        if absent:
+            which = f"{len(absent)} of its {len(self.layers)} layers are not there, such as {self._theirs(absent[0])}"
+            told.append(f"{which} (the model has {config.layers} blocks)")
+        if wrong:
+            name, (inputs, outputs) = next(iter(wrong.items()))
+            layer = self.layers[name]
+            told.append(
+                f"{len(wrong)} of its {len(self.layers)} layers are of other widths, such as {self._theirs(name)}: the "
+                f"model's takes {inputs} and gives {outputs}, the LoRA's {layer.inputs} and {layer.outputs}"
+            )
+        if told:
+            made_for = f" It looks like one for {fits}." if (fits := self.fits) else ""
+            way = "Take the LoRA that was trained for this model."
+            if absent and not wrong and len(absent) < len(self.layers):
+                way = f"{way.removesuffix('.')}; or --lora-partial takes it without them."
+            raise CheckpointError(f"the LoRA {self.path} does not fit {model}: {'; '.join(told)}.{made_for} {way}")
+
+    def fitted(self, config: TransformerConfig, model: Path) -> LoraFile:
+        """The LoRA without the layers that a model does not have, with a warning.
+
+        Raises:
+            CheckpointError: it has none of them, or some are of another width.
+        """
+        absent, wrong = self._apart(config)
+        if wrong or len(absent) == len(self.layers):
+            self.check_fits(config, model)
+        if not absent:
+            return self
+        warnings.warn(
+            f"{len(absent)} of the {len(self.layers)} layers of {self.path} are not in {model} and are left out: "
+            f"{_some([self._theirs(name) for name in absent])}.",
+            KadrWarning,
+            stacklevel=3,
+        )
+        kept = {name: layer for name, layer in self.layers.items() if name not in absent}
+        return replace(self, layers=kept)
+
+    def _apart(self, config: TransformerConfig) -> tuple[list[str], dict[str, tuple[int, int]]]:
+        """Layers that a model does not have; and those of other widths, with the model's."""
         with torch.device("meta"):
             module = Transformer(config)
-        wrong = []
-        for layer in self.layers.values():
-            own = _submodule(module, layer.name)
+        absent, wrong = [], dict[str, tuple[int, int]]()
+        for name, layer in self.layers.items():
+            own = _submodule(module, name)
             if own is None:
-                wrong.append(f"{layer.name} is not there (the model has {config.layers} blocks)")
+                absent.append(name)
             elif (own.in_features, own.out_features) != (layer.inputs, layer.outputs):
-                wrong.append(
-                    f"{layer.name} takes {own.in_features} and gives {own.out_features}, the LoRA {layer.inputs} and "
-                    f"{layer.outputs}"
-                )
-        if wrong:
-            made_for = f" It looks like one for {fits}." if (fits := self.fits) else ""
-            raise CheckpointError(
-                f"the LoRA {self.path} does not fit {model}: {_some(wrong)}.{made_for} Take the LoRA that was trained "
-                "for this model."
-            )
+                wrong[name] = own.in_features, own.out_features
+        return absent, wrong
+
+    def _theirs(self, name: str) -> str:
+        """A layer's name in the file's words."""
+        return bare(self.layers[name].down)
 
     def load(self) -> dict[str, LowRank]:
         """What it adds to each layer, by name; tensors share memory with the file.
@@ -206,12 +218,21 @@ class LoraFile:
         widths = {layer.inputs for name, layer in self.layers.items() if name.endswith("_attention.q")}
         return {frozenset({2048}): "2B", frozenset({4096}): "13B"}.get(frozenset(widths))
 
+    def _told_downscale(self) -> int | None:
+        """None where it is not said, or in a way that is refused once a control is there."""
+        if DOWNSCALE not in self.source.metadata:
+            return None
+        try:
+            return self.reference_downscale
+        except CheckpointError:
+            return None
+
     def describe(self) -> LoraDescription:
         """Everything that the header tells."""
         targets: dict[str, int] = {}
         blocks = set()
         for name in self.layers:
-            inside = name.startswith(_LAYERS)
+            inside = name.startswith(LAYERS)
             target = name.split(".", 2)[2] if inside else name
             targets[target] = targets.get(target, 0) + 1
             if inside:
@@ -226,23 +247,27 @@ class LoraFile:
             targets=targets,
             ranks=tuple(sorted({layer.rank for layer in self.layers.values()})),
             alphas=tuple(sorted({layer.alpha for layer in self.layers.values() if layer.alpha is not None})),
+            scales=tuple(sorted({layer.scale for layer in self.layers.values()})),
             dtype=next(iter(self.source.stored)),
             parameters=sum(info.count for info in own),
             bytes=sum(info.bytes for info in own),
-            reference_downscale=self.reference_downscale if DOWNSCALE in self.source.metadata else None,
+            reference_downscale=self._told_downscale(),
             strangers=self.strangers,
             metadata=dict(self.source.metadata),
         )
 
 
 def is_lora(path: str | os.PathLike[str]) -> bool:
-    """Whether a file, or a folder, is a LoRA rather than a model."""
+    """Whether a file, or a folder, is an adapter rather than a model. Of kinds that are refused as well."""
     path = Path(path)
     if path.is_dir():
         return any((path / name).is_file() for name in (ADAPTER_FILE, DIFFUSERS_FILE))
-    if path.suffix.lower() != ".safetensors":
-        return False
-    return any(_end(name) is not None and _end(name) != "alpha" for name in Source.open(path).infos)
+    try:
+        return any(map(is_half, Source.open(path).infos))
+    except CheckpointError:
+        if path.suffix.lower() == ".safetensors":
+            raise
+        return False  # some other kind of file
 
 
 def write_lora(
@@ -264,10 +289,10 @@ def write_lora(
         CheckpointError: the file cannot be written.
     """
     prefix = {"Comfy": "diffusion_model.", "diffusers": "transformer."}[family]
-    theirs = names(TRANSFORMER, [f"{name}{_WEIGHT}" for name in additions], diffusers=family == "diffusers")
+    theirs = names(TRANSFORMER, [f"{name}{WEIGHT}" for name in additions], diffusers=family == "diffusers")
     tensors: dict[str, torch.Tensor] = {}
     for name, each in additions.items():
-        start = prefix + theirs[f"{name}{_WEIGHT}"].removesuffix(_WEIGHT)
+        start = prefix + theirs[f"{name}{WEIGHT}"].removesuffix(WEIGHT)
         tensors |= {f"{start}.lora_A.weight": each.down, f"{start}.lora_B.weight": each.up * each.scale}
     write_tensors(Path(path), tensors, dtype=dtype, metadata=metadata)
 
@@ -283,66 +308,23 @@ def _file(path: Path) -> Path:
     )
 
 
-def _end(name: str) -> str | None:
-    return next((role for role, pattern in _ENDS if pattern.search(name)), None)
-
-
-def _sorted(source: Source) -> tuple[dict[str, dict[str, str]], list[str], str]:
-    """Layer -> its tensors by role; names of no layer; and the family."""
-    found: dict[str, dict[str, str]] = {}
-    strangers, families = [], dict[str, int]()
+def _refuse_others(source: Source) -> None:
+    """Refuse adapters of LTX-2, and those that are more than pairs of matrices: left out in part they would run, and
+    draw something else."""
     for name in source.infos:
-        split = _split(name)
-        family, layer, role = split if split is not None else ("", None, "")
-        if layer is None or role in found.get(layer, ()):
-            strangers.append(name)
-            continue
-        found.setdefault(layer, {})[role] = name
-        families[family] = families.get(family, 0) + 1
-    return found, strangers, max(families, key=families.__getitem__, default=_PLAIN)
-
-
-def _split(name: str) -> tuple[str, str | None, str] | None:
-    """Family, our name of the layer (None where there is no such), and role of a tensor; None where it has no role."""
-    role = _end(name)
-    if role is None:
-        return None
-    pattern = dict(_ENDS)[role]
-    theirs, family = pattern.sub("", name), _PLAIN
-    while prefix := next((prefix for prefix in _FAMILIES if theirs.startswith(prefix)), None):
-        family, theirs = _FAMILIES[prefix] if family == _PLAIN else family, theirs.removeprefix(prefix)
-    return family, _ours(theirs), role
-
-
-def _ours(theirs: str) -> str | None:
-    """Our name of a layer, of one in any layout, with dots or underscores."""
-    number = re.match(r"(?:transformer_blocks[._])(\d+)[._]", theirs)
-    inside = theirs if number is None else f"transformer_blocks.0.{theirs[number.end() :]}"
-    known = _linears().get(inside.replace(".", "_"))
-    if known is None or number is None:
-        return known
-    return known.replace(f"{_LAYERS}0.", f"{_LAYERS}{int(number[1])}.", 1)
-
-
-@cache
-def _linears() -> dict[str, str]:
-    """Their names of all layers that have a weight, with _ for every dot, of one block -> ours."""
-    with torch.device("meta"):
-        module = Transformer(TransformerConfig(layers=1, heads=1, head_width=8))
-    ours = [name for name, child in module.named_modules() if isinstance(child, Linear)]
-    made: dict[str, str] = {}
-    for diffusers in (False, True):
-        table = names(TRANSFORMER, [f"{name}{_WEIGHT}" for name in ours], diffusers=diffusers)
-        made |= {
-            theirs.removesuffix(_WEIGHT).replace(".", "_"): our
-            for our, theirs in zip(ours, table.values(), strict=True)
-        }
-    return made
+        if is_of_ltx2(name):
+            raise _of_ltx2(source, f"it has {name}")
+        if (kind := other_kind(name)) is not None:
+            raise CheckpointError(
+                f"{source.path} is {kind} (it has {name}): more than pairs of matrices, which kadr does not read. Take "
+                "a plain LoRA."
+            )
+    for key, value in source.metadata.items():
+        if _LTX2.search(value):
+            raise _of_ltx2(source, f"{key} in its header is {value[:60]!r}")
 
 
 def _no_lora(source: Source) -> CheckpointError:
-    if any(_OF_LTX2.search(name) for name in source.infos):
-        return _of_ltx2(source)
     example = next(iter(source.infos), "none at all")
     return CheckpointError(
         f"{source.path} is not a LoRA for LTX-Video: none of its {len(source.infos)} tensors, such as {example}, is "
@@ -351,28 +333,28 @@ def _no_lora(source: Source) -> CheckpointError:
     )
 
 
-def _of_ltx2(source: Source) -> CheckpointError:
-    example = next(name for name in source.infos if _OF_LTX2.search(name))
+def _of_ltx2(source: Source, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{source.path} is a LoRA for LTX-2, another family of models, which makes sound too (it has {example}). "
+        f"{source.path} is a LoRA for LTX-2, another family of models, which makes sound too ({why}). "
         "kadr runs LTX-Video 0.9 to 0.9.8; take a LoRA for one of those."
     )
 
 
-def _refuse_strangers(source: Source, strangers: list[str], partial: bool) -> None:
+def _refuse_strangers(source: Source, strangers: Collection[str], partial: bool) -> None:
     if not strangers:
         return
-    if any(_OF_LTX2.search(name) for name in strangers):
-        raise _of_ltx2(source)
-    told = f"{len(strangers)} of the {len(source.infos)} tensors of {source.path} belong to no layer of the transformer"
+    told = (
+        f"{len(strangers)} of the {len(source.infos)} tensors of {source.path} belong to no layer of the transformer, "
+        "or to one that another tensor is for already"
+    )
     if not partial:
         raise CheckpointError(
             f"{told}: {_some(strangers)}. The LoRA would be half of itself; --lora-partial takes it without them."
         )
-    warnings.warn(f"{told} and are left out: {_some(strangers)}.", KadrWarning, stacklevel=3)
+    warnings.warn(f"{told}, and are left out: {_some(strangers)}.", KadrWarning, stacklevel=3)
 
 
-def _layer(source: Source, name: str, parts: Mapping[str, str], scales: _Scales) -> LoraLayer:
+def _layer(source: Source, name: str, parts: Mapping[str, str], scales: Scales) -> LoraLayer:
     """Check a layer's tensors against each other."""
     for role, other in (("down", "up"), ("up", "down")):
         if role not in parts:
@@ -382,80 +364,17 @@ def _layer(source: Source, name: str, parts: Mapping[str, str], scales: _Scales)
                 "again."
             )
     down, up = source.infos[parts["down"]], source.infos[parts["up"]]
-    ends = (down.shape, up.shape)
-    if any(len(shape) < 2 or any(side != 1 for side in shape[2:]) for shape in ends) or down.shape[0] != up.shape[1]:
+    told = f"{source.path}: {down.name} is {_shape(down.shape)} and {up.name} is {_shape(up.shape)}"
+    if any(len(shape) < 2 or any(side != 1 for side in shape[2:]) for shape in (down.shape, up.shape)):
+        raise CheckpointError(f"{told}; the layers of this family are matrices. It is a LoRA for another model.")
+    if down.shape[0] != up.shape[1] or not down.shape[0]:
         raise CheckpointError(
-            f"{source.path}: {down.name} is {_shape(down.shape)} and {up.name} is {_shape(up.shape)}; the first side "
-            "of the one must be the second of the other. Download the file again."
+            f"{told}; the first side of the one must be the second of the other, and at least 1. Download the file "
+            "again."
         )
     rank = down.shape[0]
     alpha, scale = scales.of_layer(parts, rank)
     return LoraLayer(name, parts["down"], parts["up"], rank, down.shape[1], up.shape[0], alpha, scale)
-
-
-@dataclass(frozen=True)
-class _Scales:
-    """Where alphas come from: a tensor of their own, PEFT's config, or diffusers' copy of it in the header."""
-
-    source: Source
-    config: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, source: Source) -> _Scales:
-        return cls(source, _config(source))
-
-    def of_layer(self, parts: Mapping[str, str], rank: int) -> tuple[float | None, float]:
-        """Alpha and scale."""
-        if "alpha" in parts:
-            alpha = float(self.source.read(parts["alpha"]).float().reshape(-1)[0])
-        elif "lora_alpha" in self.config:
-            theirs = re.sub(r"^(base_model\.model\.|transformer\.)+", "", _bare(parts["down"]))
-            alpha = float(_patterned(self.config.get("alpha_pattern"), theirs, self.config["lora_alpha"]))
-        else:
-            return None, 1.0
-        if not math.isfinite(alpha):
-            raise CheckpointError(f"{self.source.path}: alpha of {_bare(parts['down'])} is {alpha}. Download it again.")
-        return alpha, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-
-def _bare(name: str) -> str:
-    return _ENDS[0][1].sub("", name)
-
-
-def _patterned(patterns: object, layer: str, default: object) -> Any:
-    """The value of the first pattern that a layer's name ends with, as PEFT matches them."""
-    for pattern, value in (patterns or {}).items() if isinstance(patterns, Mapping | None) else ():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return default
-
-
-def _config(source: Source) -> Mapping[str, Any]:
-    """PEFT's config of the adapter; empty where there is none.
-
-    Raises:
-        CheckpointError: it cannot be read, or says that the adapter is more than pairs of matrices.
-    """
-    beside = source.path.parent / ADAPTER_CONFIG
-    try:
-        if ADAPTER_METADATA in source.metadata:
-            packed = json.loads(source.metadata[ADAPTER_METADATA])
-            said = {key.removeprefix("transformer."): value for key, value in packed.items()}
-        elif source.path.name == ADAPTER_FILE and beside.is_file():
-            said = dict(json.loads(beside.read_text("utf-8")))
-        else:
-            return {}
-    except (ValueError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            f"{source.path}: the adapter's config cannot be read: {error}. Download it again."
-        ) from error
-    for key in ("use_dora", "lora_bias"):
-        if said.get(key):
-            raise CheckpointError(
-                f"{source.path}: its config has {key} = {said[key]!r}: more than pairs of matrices, which kadr does "
-                "not read. Take the LoRA without it."
-            )
-    return said
 
 
 def _submodule(module: nn.Module, name: str) -> Linear | None:
@@ -470,5 +389,5 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a single number"
 
 
-def _some(found: list[str]) -> str:
-    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+def _some(found: Collection[str]) -> str:
+    return ", ".join(list(found)[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")

@@ -105,10 +105,11 @@ def check_single(request: Request, flags: options.ModelFlags) -> None:
 
 def tell_unused(request: Request, flags: options.ModelFlags, engine: Engine) -> None:
     """Say what is named for a second pass that the recipe does not make."""
-    if flags.upscaler or flags.second_model:
+    second = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(reading.lora, flags.lora or ()))
+    if flags.upscaler or flags.second_model or second:
         from kadr.pipeline.passes import unused_parts, warn_unused  # loads torch
 
-        unused = unused_parts(upscaler=bool(flags.upscaler), model=bool(flags.second_model))
+        unused = unused_parts(upscaler=bool(flags.upscaler), model=bool(flags.second_model), strength=second)
         warn_unused(engine.resolve(request), unused)
 
 
@@ -270,6 +271,6 @@ def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags
     from kadr.pipeline.controls import warn_unheard
     from kadr.pipeline.dry import DryEngine  # loads torch
 
-    engine = DryEngine.open(**parts, **added(flags.model))
+    engine = DryEngine.open(**parts, **added(flags.model), merge_loras=flags.model.merge_loras)
     warn_unheard(request, loras=bool(flags.model.lora))
     print(dry_run.told(engine.run(timed(request, flags.video.seconds, engine)), as_json=flags.output.json))

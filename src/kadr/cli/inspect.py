@@ -17,6 +17,7 @@ from kadr.kernels.packing import PACKINGS
 
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 TEXT_ENCODER = "text encoder"
+STRANGERS = 20  # of a LoRA, that are named; --json has all
 WAYS_OUT = {
     "transformer": "give a checkpoint with one as --model, and this one as --vae",
     "vae": "give a checkpoint with one as --vae",
@@ -93,14 +94,17 @@ def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 def _told_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
     fits = f" for {found['fits']}" if found["fits"] else ""
     yield f"LTX-Video LoRA{fits}, with the names of {found['family']}"
-    ranks, alphas = (", ".join(f"{value:g}" for value in found[name]) for name in ("ranks", "alphas"))
-    yield f"rank {ranks}, alpha {alphas or 'the same'}"
-    yield f"{found['layers']} layers in {found['blocks']} blocks, {in_words(found['bytes'])} in {found['dtype']}"
+    ranks, alphas, scales = (", ".join(f"{value:g}" for value in found[name]) for name in ("ranks", "alphas", "scales"))
+    yield f"rank {ranks}, alpha {alphas or 'the same'}; at strength 1 its products count {scales} times"
+    yield f"{found['layers']} layers in {found['blocks']} blocks, {in_words(found['bytes'])}B in {found['dtype']}"
     yield from columns([("layer", "how many"), *((name, str(count)) for name, count in found["targets"].items())])
     if found["reference_downscale"]:
         yield f"in context: the reference is made 1/{found['reference_downscale']} the size of the video"
-    for name in found["strangers"]:
+    strangers = found["strangers"]
+    for name in strangers[:STRANGERS]:
         yield f"of no layer: {name}"
+    if len(strangers) > STRANGERS:
+        yield f"of no layer: {len(strangers) - STRANGERS} more"
     yield from _fields(found["metadata"])
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kadr.cli.faults import say
 from kadr.cli.progress import duration, shown
 from kadr.errors import MediaError, RequestError
-from kadr.pipeline.request import Request
+from kadr.pipeline.request import Request, refuse_overwriting
 from kadr.shapes import Size
 
 if TYPE_CHECKING:
@@ -59,9 +59,11 @@ def refuse_unwritable(request: Request, output: Path, latents: Path | None) -> N
 
     Raises:
         MediaError: a file cannot be written where it should go.
+        RequestError: the video would replace what it is made from.
     """
     from kadr.media.video import VideoWriter
 
+    refuse_overwriting(request, output)
     size = request.size if isinstance(request.size, Size) else Size(2, 2)
     VideoWriter(output, size, request.fps or 24)  # refuses at birth what it could not write
     if latents is None:

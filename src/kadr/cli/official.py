@@ -46,7 +46,7 @@ LORA, PROMPT = "--lora", "--prompt"
 # character, so none of them holds it.
 JOINT = "\0"
 BOX = "box="
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
 class OfficialCommand(GroupedCommand):

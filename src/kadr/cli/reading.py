@@ -78,18 +78,29 @@ def condition(flag: str, text: str) -> Condition:
 
 
 def control(text: str) -> Control:
-    """Read the parts of one --control: "canny:clip.mp4#0:25", or a path alone."""
+    """Read the parts of one --control: "canny:clip.mp4#0:25", or a path alone.
+
+    A file that is called so goes before a kind.
+    """
     kind, colon, path = text.partition(":")
-    if not colon or kind not in CONTROLS:
-        # What looks like a kind is none, unless a file or a drive has that name.
-        if colon and kind.isalpha() and len(kind) > 1 and not os.path.exists(absolute(text)):
+    if not colon or _is_there(text):
+        kind, path = READY, text
+    elif kind not in CONTROLS:
+        if kind.isalpha() and len(kind) > 1:  # what looks like a kind is none, unless it is a drive
             raise typer.BadParameter(
                 f"{kind!r} is no kind of control: give one of {', '.join(CONTROLS)}, or a path alone.",
                 param_hint="--control",
             )
         kind, path = READY, text
     path, part = _parted("--control", path)
+    if not path:
+        raise typer.BadParameter(f"{text!r} names no clip; write KIND:PATH, or a path alone.", param_hint="--control")
     return Control(media=absolute(path), kind=kind, part=part)
+
+
+def _is_there(text: str) -> bool:
+    """Whether there is a file that is called so, with a part of it behind the name or not."""
+    return any(name and os.path.exists(absolute(name)) for name in (text, text.rpartition("#")[0]))
 
 
 def lora(text: str) -> tuple[str | float, ...]:

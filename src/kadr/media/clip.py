@@ -142,12 +142,15 @@ def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
 def read_length(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
     """How many frames a video has, and how many per second. No frame is decoded.
 
+    They are counted: the number in a header is also of those that an edit list leaves out, as phones and cuts without
+    encoding make one.
+
     Raises:
         MediaError: it is missing, not a video, or does not tell its frame rate.
     """
     with _open_video(path) as container:
         stream = container.streams.video[0]
-        frames = stream.frames or sum(bool(packet.size) for packet in container.demux(stream))
+        frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
         if not frames:
             raise MediaError(f"{path} holds no frames.")
         return frames, _frame_rate(path, container)

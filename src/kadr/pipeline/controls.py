@@ -84,15 +84,13 @@ def _film(control: Control, frames: int) -> Film:
     """As many frames as are made: the last is repeated where only those asked for are there."""
     whole, _ = read_length(control.media)
     kept = range(whole)[slice(*(control.part or (None, None)))]
+    which = f"{control.media} has {whole} frames" + (f", {len(kept)} of them taken" if control.part else "")
     if len(kept) < frames:
-        which = f"{control.media} has {whole} frames" + (f", {len(kept)} of them taken" if control.part else "")
         way = f"Ask for {len(kept)} or fewer" if kept else "Take another part"
         raise RequestError(f"{which}, and the video has {frames}: a control must be as long. {way}.")
     if len(kept) > frames:
         warnings.warn(
-            f"{control.media} has {len(kept)} frames for a video of {frames}; its first {frames} are followed.",
-            KadrWarning,
-            stacklevel=2,
+            f"{which}, for a video of {frames}; the first {frames} of them are followed.", KadrWarning, stacklevel=2
         )
     made = snap_frames(frames)
     wanted = kept[:made]

@@ -20,7 +20,7 @@ from kadr.pipeline.controls import Followed, read_controls, reference
 from kadr.pipeline.fitting import settled
 from kadr.pipeline.locate import is_path, on_disk
 from kadr.pipeline.long import check_placed
-from kadr.pipeline.loras import Lora
+from kadr.pipeline.loras import Lora, downscale_of, refuse_merged_twice
 from kadr.pipeline.passes import (
     PassPlan,
     Upscaling,
@@ -131,6 +131,8 @@ class DryEngine:
     upscalers: tuple[tuple[DryPart, Upscaling], ...]
     others: tuple[DryPart, ...]
     recipe: Recipe
+    loras: tuple[tuple[Lora, LoraFile | None], ...] = ()  # no file where it would be fetched
+    merged: bool = False
 
     @classmethod
     def open(
@@ -144,6 +146,7 @@ class DryEngine:
         recipe: Recipe | None = None,
         loras: Sequence[Any] = (),
         lora_partial: bool = False,
+        merge_loras: bool = False,
     ) -> DryEngine:
         """As `Engine.open`, without fetching what is not here.
 
@@ -161,10 +164,13 @@ class DryEngine:
         others = [_text(text_encoder, first)]
         if wanted_vae := vae or (named and named.vae):
             others.append(_part("vae", wanted_vae, "model")[0])
-        others += [_lora(Lora.of(one), (first, second), partial=lora_partial) for one in loras]
+        uses = [Lora.of(one) for one in loras]
+        added = [_lora(use, (first, second), partial=lora_partial) for use in uses]
+        others += [part for part, _ in added]
         upscalers = tuple(_upscaler(one, first) for one in wanted)
         _refuse_twice(upscalers)
-        return cls((first, second), upscalers, tuple(others), own)
+        files = tuple(zip(uses, (file for _, file in added), strict=True))
+        return cls((first, second), upscalers, tuple(others), own, files, merge_loras)
 
     def resolve(self, request: Request) -> Request:
         """As `Engine.resolve`."""
@@ -190,7 +196,9 @@ class DryEngine:
             check_blocks(plan, model.layers)
             warn_guided(plan, model.part.name, model.schedule, model.released)
             warn_cached(plan, request.step_cache)
-        warn_unused(request, unused_parts(upscaler=bool(self.upscalers), model=self.models[0] is not self.models[1]))
+        strength = any(use.second not in (None, use.strength) for use, _ in self.loras)
+        others = self.models[0] is not self.models[1]
+        warn_unused(request, unused_parts(upscaler=bool(self.upscalers), model=others, strength=strength))
         check_beginning(passes[0], started=request.video is not None)
         if request.video is not None:
             read_start(request)  # refuses one that is too short
@@ -200,10 +208,14 @@ class DryEngine:
             check_placed(placed, request.windows.spans(_made(request)[1]))
         for plan in passes:
             settled(placed, request, plan)  # refuses what does not fit the pass
+        if self.merged and request.multi_scale and self.models[0] is self.models[1]:
+            refuse_merged_twice(use for use, _ in self.loras)
         followed = read_controls(request)
+        acting = [file for use, file in self.loras if file is not None and any(use.strengths())]
+        downscale = downscale_of(acting) if followed else 1
         for plan in windows[:1] or passes:
             for one in followed:
-                reference(one, request, plan)  # refuses what is too small
+                reference(one, request, plan, downscale)  # refuses what is too small or cannot be divided
         used = self.models[:1] if self.models[0] is self.models[1] else self.models
         parts = [*(model.part for model in used), *(part for part, _ in upscalers), *self.others]
         shown = windows[:1] or passes
@@ -238,14 +250,15 @@ def _model(role: str, name: str | Path, *, needs_vae: bool = False) -> Model:
     return Model(part, schedule, released.layers, released)
 
 
-def _lora(use: Lora, models: Iterable[Model], *, partial: bool) -> DryPart:
+def _lora(use: Lora, models: Iterable[Model], *, partial: bool) -> tuple[DryPart, LoraFile | None]:
+    """The part, and its file where it is here; with `partial`, without the layers that a model lacks."""
     part, _ = _part(registry.LORA, use.path, registry.LORA)
-    if part.path is not None:
-        file = LoraFile.open(part.path, partial=partial)
-        for model in models:
-            if model.config is not None and model.part.path is not None:
-                file.check_fits(model.config, model.part.path)
-    return replace(part, strengths=use.strengths())
+    file = None if part.path is None else LoraFile.open(part.path, partial=partial)
+    for model in models:
+        if file is not None and model.config is not None and model.part.path is not None:
+            file = file.fitted(model.config, model.part.path) if partial else file
+            file.check_fits(model.config, model.part.path)
+    return replace(part, strengths=use.strengths()), file
 
 
 def _upscaler(name: str | Path, model: Model) -> tuple[DryPart, Upscaling]:

@@ -86,14 +86,13 @@ class Media:
         if spans:
             check_placed(self.placed, spans)
         self.followed = read_controls(request) if read else []
-        self.downscale = components.loras.reference_downscale if self.followed else 1
+        self.downscale = components.loras.reference_downscale(request.lora_strengths) if self.followed else 1
         self.film = read_start(request) if read and request.video is not None else None
         self.fitted = [self._fitted(plan) for plan in passes]
         stretches = windows or passes
         own = [list(in_window(self.fitted[0], span).values()) for span in spans] if spans else self.fitted
         self.shown = [
-            Shown(items, self._start(plan), self._references(plan))
-            for items, plan in zip(own, stretches, strict=True)
+            Shown(items, self._start(plan), self._references(plan)) for items, plan in zip(own, stretches, strict=True)
         ]
 
     def _fitted(self, plan: PassPlan) -> list[Fitted]:

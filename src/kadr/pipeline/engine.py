@@ -30,7 +30,7 @@ from kadr.pipeline.passes import PassPlan, warn_guided
 from kadr.pipeline.planning import Planner, nearest
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.prompts import Prompts
-from kadr.pipeline.request import Request
+from kadr.pipeline.request import Request, refuse_overwriting
 from kadr.pipeline.resolve import resolve, warn_single, with_second
 from kadr.pipeline.result import Made, Video
 from kadr.pipeline.window_folder import HELD, WindowFolder, folder_of
@@ -223,6 +223,7 @@ class Engine:
             that can be known.
         """
         began = time.monotonic()
+        refuse_overwriting(request, Path(path))
         generation = self._begin(request, watch)
         request = generation.request
         fps, record = float(request.fps or 0), self.record(request)

@@ -50,6 +50,7 @@ class Generation:
             check_blocks(plan, components.config(number).layers)
             warn_cached(plan, request.step_cache)
             components.loras.strengths(number, request.lora_strengths)  # refuses what is none
+        components.loras.check_merged(len(self.passes), components.transformers)
         self.windows = plan_windows(request, components.schedules[0])
         self.spans = () if request.windows is None else request.windows.spans(self.frames)
         self.noise = NoiseStreams(request.seed)
@@ -147,7 +148,9 @@ class Generation:
             plan, span = self.windows[number], self.spans[number]
             own = None if noise is None else noise[:, :, span.start : span.end]
             read = [texts[self._prompt(number)], *texts[-1:] * plan.guided]
-            return self.denoising.sampled(plan, self._begun(plan, own, media[number].start), media[number], read, guides)
+            return self.denoising.sampled(
+                plan, self._begun(plan, own, media[number].start), media[number], read, guides
+            )
 
         pictures = (held for item, held in media[0].items if is_first_picture(item))
         picture = next(pictures, None) if windows.remember else None

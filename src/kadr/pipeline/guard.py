@@ -157,6 +157,7 @@ def _again(stage: str, place: str, dtype: torch.dtype) -> None:
 def _failed(stage: str, place: str) -> NonFiniteError:
     return NonFiniteError(
         f"{stage} gave numbers that are not finite at {place}, in float32. The weights are damaged, or what was given "
-        "is: `kadr models verify` compares released files with what they should be; download others again.",
+        "is: `kadr models verify` compares released files with what they should be; download others again. Where LoRAs "
+        "are given, give less of them.",
         stage=stage,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,8 @@ class Loras:
     """
 
     def __init__(self, given: Sequence[Any], *, partial: bool = False, merged: bool = False) -> None:
-        if isinstance(given, str | Path):
-            raise RequestError(f"loras is {given!r}; it must be a list, such as [({given!r}, 1.0)].")
+        if not isinstance(given, list | tuple):
+            raise RequestError(f"loras is {given!r}; it must be a list, such as [('style.safetensors', 0.8)].")
         self.uses = tuple(Lora.of(one) for one in given)
         self.files = tuple(LoraFile.open(located_lora(use.path), partial=partial) for use in self.uses)
         self.partial, self.merged = partial, merged and bool(self.uses)
@@ -77,24 +77,27 @@ class Loras:
         return bool(self.uses)
 
     def check(self, transformers: Sequence[Checkpoint]) -> None:
-        """Check that they fit the transformers of both passes, and can be merged where they are to be.
+        """Check that they fit the transformers of both passes; with `partial`, leave out the layers that they lack.
 
         Raises:
             CheckpointError: one does not fit.
-            RequestError: they are to be merged, with other strengths for each pass of one transformer.
         """
         for checkpoint in {one.path: one for one in transformers}.values():
-            assert checkpoint.detected.transformer is not None
+            config = checkpoint.detected.transformer
+            assert config is not None
+            if self.partial:
+                self.files = tuple(file.fitted(config, checkpoint.path) for file in self.files)
             for file in self.files:
-                file.check_fits(checkpoint.detected.transformer, checkpoint.path)
-        if self.merged and transformers[0] is transformers[1]:
-            for use in self.uses:
-                first, second = use.strengths()
-                if first != second:
-                    raise RequestError(
-                        f"{use.path} is to be merged, with strength {first:g} in the first pass and {second:g} in the "
-                        "second: one transformer makes both. Leave --merge-loras out."
-                    )
+                file.check_fits(config, checkpoint.path)
+
+    def check_merged(self, passes: int, transformers: Sequence[Checkpoint]) -> None:
+        """Check that they can be merged as they are to act.
+
+        Raises:
+            RequestError: one transformer makes two passes, and is to have other strengths in each.
+        """
+        if self.merged and passes > 1 and transformers[0] is transformers[1]:
+            refuse_merged_twice(self.uses)
 
     def strengths(self, number: int, asked: Sequence[Strength] | None = None) -> tuple[float, ...]:
         """How much of each acts in a pass, 0 or 1.
@@ -121,18 +124,17 @@ class Loras:
         """What they add, read from their files."""
         return tuple(file.load() for file in self.files)
 
-    @property
-    def reference_downscale(self) -> int:
-        """How many times smaller than the video the references of these are; 1 where none says.
+    def reference_downscale(self, asked: Sequence[Strength] | None = None) -> int:
+        """How many times smaller than the video the references of these are; 1 where none says, of those that act.
+
+        Args:
+            asked: as of `strengths`.
 
         Raises:
             RequestError: two say differently.
         """
-        said = {file.path: file.reference_downscale for file in self.files if DOWNSCALE in file.source.metadata}
-        if len(set(said.values())) > 1:
-            told = ", ".join(f"{path} {factor}" for path, factor in said.items())
-            raise RequestError(f"these LoRAs were trained with references of other sizes: {told}. Use one at a time.")
-        return next(iter(said.values()), 1)
+        both = zip(*(self.strengths(number, asked) for number in (0, 1)), strict=True)
+        return downscale_of(file for file, strengths in zip(self.files, both, strict=True) if any(strengths))
 
     @property
     def targets(self) -> frozenset[str]:
@@ -181,3 +183,31 @@ class Loras:
         }
         made |= {"lora_partial": True} if self.partial else {}
         return made | ({"merge_loras": True} if self.merged else {})
+
+
+def downscale_of(files: Iterable[LoraFile]) -> int:
+    """How many times smaller than the video the references of some LoRAs are; 1 where none says.
+
+    Raises:
+        RequestError: two say differently.
+    """
+    said = {file.path: file.reference_downscale for file in files if DOWNSCALE in file.source.metadata}
+    if len(set(said.values())) > 1:
+        told = ", ".join(f"{path} {factor}" for path, factor in said.items())
+        raise RequestError(f"these LoRAs were trained with references of other sizes: {told}. Use one at a time.")
+    return next(iter(said.values()), 1)
+
+
+def refuse_merged_twice(uses: Iterable[Lora]) -> None:
+    """Refuse other strengths in each of two passes that are made with the same merged weights.
+
+    Raises:
+        RequestError: with the first.
+    """
+    for use in uses:
+        first, second = use.strengths()
+        if first != second:
+            raise RequestError(
+                f"{use.path} is to be merged, with strength {first:g} in the first pass and {second:g} in the second: "
+                "one transformer makes both. Leave --merge-loras out."
+            )

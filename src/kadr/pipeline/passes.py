@@ -221,9 +221,13 @@ def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Release
         )
 
 
-def unused_parts(*, upscaler: bool, model: bool) -> tuple[str, ...]:
-    """What was named for a second pass, in words."""
-    return (*(["the upscaler"] * upscaler), *(["the model"] * model))
+def unused_parts(*, upscaler: bool, model: bool, strength: bool = False) -> tuple[str, ...]:
+    """What was named for a second pass, in words. strength: of a LoRA."""
+    return (
+        *(["the upscaler"] * upscaler),
+        *(["the model"] * model),
+        *(["the strength of a LoRA"] * strength),
+    )
 
 
 def warn_unused(request: Request, unused: Sequence[str]) -> None:

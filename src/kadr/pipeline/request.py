@@ -402,3 +402,17 @@ def _controls(given: Any) -> tuple[Control, ...]:
     if not isinstance(given, tuple | list) or not all(isinstance(one, Control) for one in given):
         raise RequestError(f"controls are {given!r}; they must be a list of Control(media=...).")
     return tuple(given)
+
+
+def refuse_overwriting(request: Request, output: Path) -> None:
+    """Refuse a file that the request is made from as the place of what is made.
+
+    Raises:
+        RequestError: with the file.
+    """
+    for medium in request.media():
+        if medium.exists() and output.exists() and medium.samefile(output):
+            raise RequestError(
+                f"{output} is to be written, and the video is made from it: it would be lost, and the video could not "
+                "be made again. Name another --output."
+            )

@@ -1,0 +1,112 @@
+"""How strongly a LoRA file means its layers: alphas, from a tensor of their own or from the adapter's config."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kadr.checkpoints.lora_names import PEFT, bare, without_prefix
+from kadr.checkpoints.source import Source
+from kadr.errors import CheckpointError, KadrWarning
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a folder that PEFT wrote
+ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' copy of that config, in the header
+# Ways to begin with which PEFT takes away from the base what the adapter begins as: to the base as it is, the adapter
+# means something else.
+_OFF_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_MORE_THAN_PAIRS = ("use_dora", "lora_bias")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Where alphas come from: a tensor of their own, PEFT's config, or diffusers' copy of it in the header."""
+
+    source: Source
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Source, family: str) -> Scales:
+        """Of a file whose names are of a family.
+
+        Raises:
+            CheckpointError: the config cannot be read, or says that the adapter is more than pairs of matrices for the
+                model as it is.
+        """
+        config = _config(source)
+        if family == PEFT and not config and not any(name.endswith(".alpha") for name in source.infos):
+            warnings.warn(
+                f"{source.path} has the names of PEFT, and no {ADAPTER_CONFIG} that says its alpha; it is taken to be "
+                f"the rank. Keep the config beside it, and the name {ADAPTER_FILE}, or give the folder.",
+                KadrWarning,
+                stacklevel=4,
+            )
+        return cls(source, config)
+
+    def of_layer(self, parts: Mapping[str, str], rank: int) -> tuple[float | None, float]:
+        """Alpha, None where the file does not say, and what up · down is multiplied with at strength 1.
+
+        Raises:
+            CheckpointError: alpha is no finite number.
+        """
+        layer = bare(parts["down"])
+        if "alpha" in parts:
+            said: Any = self.source.read(parts["alpha"]).float().reshape(-1).tolist()
+            said = said[0] if len(said) == 1 else said
+        elif "lora_alpha" in self.config:
+            said = self._patterned(without_prefix(layer))
+        else:
+            return None, 1.0
+        if not isinstance(said, int | float) or isinstance(said, bool) or not math.isfinite(said):
+            raise CheckpointError(f"{self.source.path}: alpha of {layer} is {said!r}, no number. Download it again.")
+        return float(said), said / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _patterned(self, layer: str) -> Any:
+        """Alpha by the first pattern that a layer's name ends with, as PEFT matches them; else that of all."""
+        patterns = self.config.get("alpha_pattern") or {}
+        try:
+            found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+            return next(found, self.config["lora_alpha"])
+        except (AttributeError, re.error) as error:
+            raise CheckpointError(
+                f"{self.source.path}: alpha_pattern of its config cannot be read: {error}. Download it again."
+            ) from error
+
+
+def _config(source: Source) -> Mapping[str, Any]:
+    """PEFT's config of the adapter; empty where there is none."""
+    beside = source.path.parent / ADAPTER_CONFIG
+    try:
+        if ADAPTER_METADATA in source.metadata:
+            packed = json.loads(source.metadata[ADAPTER_METADATA])
+            said = {key.removeprefix("transformer."): value for key, value in packed.items()}
+        elif source.path.name == ADAPTER_FILE and beside.is_file():
+            said = dict(json.loads(beside.read_text("utf-8")))
+        else:
+            return {}
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{source.path}: the adapter's config cannot be read: {error}. Download it again."
+        ) from error
+    _refuse_more(source, said)
+    return said
+
+
+def _refuse_more(source: Source, config: Mapping[str, Any]) -> None:
+    for key in _MORE_THAN_PAIRS:
+        if config.get(key):
+            raise CheckpointError(
+                f"{source.path}: its config has {key} = {config[key]!r}: more than pairs of matrices, which kadr does "
+                "not read. Take the LoRA without it."
+            )
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_OFF_THE_BASE):
+        raise CheckpointError(
+            f"{source.path}: its config has init_lora_weights = {begun!r}: it was trained on a base from which its "
+            "beginning was taken away, and does not fit the model as it is. Save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it."
+        )
