@@ -40,7 +40,8 @@ def test_a_lora_is_trained_and_its_path_printed(kadr: Run, model: Path, clips: P
     assert LoraFile.open(output).describe().ranks == (2,)
     told = json.loads(kadr("train-lora", clips, "--model", model, "--output", output, *SMALL, "--json").out)
     assert (told["path"], told["steps"], told["examples"]) == (str(output), 2, 2)  # nothing was left to do
-    assert set(told) == {"path", "steps", "examples", "first", "last", "seconds"}
+    assert told["begun"] == 2
+    assert set(told) == {"path", "steps", "begun", "examples", "first", "last", "seconds"}
 
 
 def test_flags_reach_the_training(kadr: Run, model: Path, clips: Path, tmp_path: Path) -> None:
@@ -82,6 +83,23 @@ def test_what_cannot_be_is_refused(kadr: Run, model: Path, clips: Path, words: s
     ended = kadr("train-lora", clips, "--model", model, "--device", "cpu", *words.split())
     assert (ended.code, ended.out) == (code, "")
     assert says in ended.err
+
+
+def test_a_file_that_no_training_made_is_never_written_over(
+    kadr: Run, model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lora.safetensors").write_bytes(b"precious")
+    ended = kadr("train-lora", clips, "--model", model, *SMALL)
+    assert (ended.code, "lora.safetensors is there, and is not of a training" in ended.err) == (1, True)
+    assert Path("lora.safetensors").read_bytes() == b"precious"
+
+
+def test_no_frames_are_refused_and_not_taken_for_those_of_the_recipe(
+    kadr: Run, model: Path, clips: Path, tmp_path: Path
+) -> None:
+    ended = kadr("train-lora", clips, "--model", model, "--output", tmp_path / "a.safetensors", "--frames", "0")
+    assert (ended.code, "frames is 0" in ended.err) == (1, True)
 
 
 def test_a_folder_that_is_not_there_is_told_before_the_model_is_opened(kadr: Run, engine: FakeEngine) -> None:

@@ -21,6 +21,21 @@ def test_clips_and_pictures_come_by_name_with_their_captions_and_rates(folder: P
     assert [(example.frames, example.fps) for example in found[2:]] == [(9, Fraction(24)), (1, None)]
 
 
+def test_hidden_files_are_no_clips_and_a_mark_of_byte_order_is_no_word(folder: Path) -> None:
+    (folder / "._0.mp4").write_bytes(b"of the system")
+    (folder / "1.txt").write_text("a red circle", "utf-8-sig")
+    found = read_folder(folder, 9)
+    assert [example.media.name for example in found] == ["0.mp4", "1.mp4", "2.mp4", "still.png"]
+    assert found[1].caption == "a red circle"
+
+
+def test_clips_in_folders_inside_are_pointed_out(folder: Path, make_clip: Clip) -> None:
+    (folder / "more").mkdir()
+    make_clip(folder / "more" / "9.mp4")
+    with pytest.warns(KadrWarning, match=r"1 clips and pictures in folders inside of .*, such as more/9\.mp4, are not"):
+        assert len(read_folder(folder, 9)) == 4
+
+
 def test_a_reference_is_no_clip_of_its_own(folder: Path, make_clip: Clip) -> None:
     for name in ("0", "1", "2"):
         make_clip(folder / f"{name}.reference.mp4", frames=12, caption=None)

@@ -18,18 +18,21 @@ from safetensors.torch import load_file
 
 from kadr import Engine, Request
 from kadr.checkpoints.lora import LoraFile
-from kadr.errors import CheckpointError, MediaError, PlanError, RequestError
+from kadr.errors import CheckpointError, KadrError, KadrWarning, MediaError, PlanError, RequestError
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.control import signed
 from kadr.media.image import crop_to_aspect, load_picture
 from kadr.models.adapters import attach, set_strengths
+from kadr.pipeline.claim import claimed
 from kadr.pipeline.progress import Progress
+from kadr.shapes import Size
 from kadr.training import run
 from kadr.training.cache import encoded, request_of
 from kadr.training.dataset import read_folder
 from kadr.training.low_rank import recompute
 from kadr.training.run import Training
 from kadr.training.settings import CANNY, FILES, TrainingSettings
+from kadr.training.trainer import Trainer
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
 from tests.oracles import diffusers_transformer, relative
 from tests.tiny import MODEL
@@ -116,7 +119,8 @@ def test_a_run_that_is_stopped_keeps_every_step_that_is_done(engine: Engine, fol
         stopped.run(cut_at(3))
     seen: list[int] = []
     made = stopped.run(lambda progress: seen.append(progress.step) if progress.stage == "train" else None)
-    assert seen == [0, 4]
+    assert seen == [3, 4]
+    assert (made.begun, made.steps) == (3, 4)
     ours, right = load_file(made.path), load_file(whole.path)
     assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
 
@@ -162,6 +166,106 @@ def test_another_training_in_the_same_place_is_refused_and_nothing_is_lost(
     with pytest.raises(CheckpointError, match="cannot be read as a training"):
         training(engine, folder, output, steps=1).run()
     assert output.read_bytes() == before
+
+
+def test_another_training_is_refused_before_anything_is_encoded(
+    engine: Engine, folder: Path, tmp_path: Path, make_clip: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "lora.safetensors"
+    first = training(engine, folder, output, steps=2).run()
+    before = output.read_bytes()
+    monkeypatch.setattr(run, "encoded", lambda *given: pytest.fail("something was encoded"))
+    with pytest.raises(CheckpointError, match="holds a training with size = 64x32, and now it is 96x32"):
+        training(engine, folder, output, steps=2, size=Size(96, 32)).run()
+    with pytest.raises(RequestError, match="has done 2 steps, and 1 are asked for"):
+        training(engine, folder, output, steps=1).run()
+    (folder / "2.txt").write_text("birds fly")
+    (folder / "still.png").unlink()
+    make_clip(folder / "3.mp4", seed=3)
+    make_clip(folder / "4.mp4", seed=4)
+    with pytest.raises(CheckpointError) as refused:
+        training(engine, folder, output, steps=2).run()
+    assert "other clips or captions: still.png gone, 3.mp4 and 1 more new, 2.mp4 changed." in str(refused.value)
+    assert (first.begun, output.read_bytes()) == (0, before)
+
+
+def test_a_training_goes_on_where_its_folder_was_moved_to(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    longer = training(engine, folder, tmp_path / "longer.safetensors").run()
+    training(engine, folder, tmp_path / "more.safetensors", steps=2).run()
+    more = training(engine, folder.rename(tmp_path / "elsewhere"), tmp_path / "more.safetensors").run()
+    assert more.begun == 2
+    ours, right = load_file(more.path), load_file(longer.path)
+    assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
+
+
+def test_what_cannot_be_made_on_the_way_is_refused_before_anything_is_computed(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "read_folder", lambda *given, **more: pytest.fail("the folder was read"))
+    output = tmp_path / "lora.safetensors"
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        training(engine, folder, output, prompts=("a red circle", "")).run()
+    with pytest.raises(KadrError, match="63x31"):
+        training(engine, folder, output, prompts=("a red circle",), size=Size(63, 31)).run()
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(MediaError, match=r"folder\.safetensors is there"):
+        training(engine, folder, tmp_path / "folder.safetensors").run()
+
+
+def test_a_clip_that_fails_at_the_end_costs_no_lora(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **more: Any) -> None:
+        raise MediaError("no room")
+
+    monkeypatch.setattr(Engine, "write", fail)
+    wanted = training(engine, folder, tmp_path / "lora.safetensors", prompts=("a blue sea",))
+    with pytest.raises(MediaError, match="no room"):
+        wanted.run()
+    assert LoraFile.open(wanted.output).describe().metadata["kadr_steps"] == "4"
+
+
+def test_the_lora_of_every_measurement_is_kept(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=5, every=2)
+    wanted.run()
+    kept = sorted(wanted.work.glob("step-*.safetensors"))
+    assert [path.name for path in kept] == ["step-000002.safetensors", "step-000004.safetensors"]
+    shorter = training(engine, folder, tmp_path / "shorter.safetensors", steps=4).run()
+    ours, right = load_file(kept[1]), load_file(shorter.path)
+    assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
+
+
+def test_a_loss_that_goes_up_is_warned_of(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter((0.5, 0.75))
+    monkeypatch.setattr(Trainer, "measure", lambda self: next(losses))
+    with pytest.warns(KadrWarning, match=r"went up, from 0\.5000 to 0\.7500: nothing was learned"):
+        training(engine, folder, tmp_path / "lora.safetensors", steps=1).run()
+
+
+def test_two_runs_do_not_train_in_one_place(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=1)
+    with claimed(wanted.work), pytest.raises(RequestError, match="another run works in"):
+        wanted.run()
+    wanted.run()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "step;loss\n1;2\n", "step,loss,held,seconds\n0,,9.5,\n1,x,,\nrubbish,1", "\0\xff"]
+)
+def test_a_log_that_cannot_be_read_stops_no_training(text: str, engine: Engine, folder: Path, tmp_path: Path) -> None:
+    wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=2)
+    wanted.run()
+    (wanted.work / "log.csv").write_text(text, "latin-1")
+    made = training(engine, folder, wanted.output, steps=3).run()
+    assert made.first == (9.5 if "9.5" in text else None)
+    rows = list(csv.DictReader((wanted.work / "log.csv").read_text("utf-8").splitlines()))
+    assert rows[-1]["step"] == "3"
+    (wanted.work / "log.csv").unlink()
+    (wanted.work / "log.csv").mkdir()
+    with pytest.raises(MediaError, match=r"log\.csv cannot be used as the log"):
+        training(engine, folder, wanted.output, steps=4).run()
 
 
 def test_it_learns_what_it_is_shown(engine: Engine, folder: Path, tmp_path: Path) -> None:
@@ -256,7 +360,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_encoded(
 ) -> None:
     monkeypatch.setattr(run, "free_bytes", lambda device: 1_000_000)
     wanted = training(engine, folder, tmp_path / "lora.safetensors")
-    with pytest.raises(PlanError, match=r"training takes about .* and 0\.0 are free on cpu\. Take a smaller --size"):
+    with pytest.raises(PlanError, match=r"training takes about .* and 0\.0 are free on cpu\. Take a smaller --batch"):
         wanted.run()
     assert not wanted.work.exists()
 

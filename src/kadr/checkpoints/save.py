@@ -119,12 +119,14 @@ def write_tensors(
     dtype: torch.dtype,
     metadata: Mapping[str, str] | None = None,
     filled: Filled | None = None,
+    lasting: bool = False,
 ) -> None:
     """Write a safetensors file, one tensor at a time: no second copy of the model is made.
 
     The same tensors give the same bytes.
 
     Args:
+        lasting: wait until the disk has it, so that a power cut leaves it whole or as it was before.
         filled: gives the numbers of a tensor, by its name, when its turn has come; `tensors` may then be on meta.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -134,7 +136,7 @@ def write_tensors(
         header[name] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(LENGTH_BYTES + len(text)) % _ALIGNMENT)
-    with _beside(path) as file:
+    with _beside(path, lasting=lasting) as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
         file.write(text)
         for name, tensor in sorted(tensors.items()):
@@ -190,10 +192,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[BinaryIO]:
+def _beside(path: Path, *, lasting: bool = False) -> Iterator[BinaryIO]:
     """A file that takes its name only when it is whole."""
     with beside(path) as part, part.open("wb") as file:
         yield file
+        if lasting:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager

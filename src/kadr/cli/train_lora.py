@@ -126,7 +126,8 @@ def _training(engine: Engine, folder: Path, output: Path, asked: dict[str, Any],
     from kadr.training.run import Training
     from kadr.training.settings import TrainingSettings
 
-    size, frames = asked.pop("size") or engine.recipe.size, asked.pop("frames") or engine.recipe.frames
+    size, frames = asked.pop("size") or engine.recipe.size, asked.pop("frames")
+    frames = engine.recipe.frames if frames is None else frames
     return Training(engine, folder, output, TrainingSettings(size=size, frames=frames, **asked), **more)
 
 
@@ -138,19 +139,22 @@ def _run(training: Training, *, as_json: bool) -> None:
         with shown() as watch:
             trained = training.run(watch)
     except KeyboardInterrupt:
-        say(f"what was learned is in {training.work}; the same command goes on from there")
+        say(f"what is done is in {training.work}; the same command goes on from there")
         raise
     _tell(trained, time.monotonic() - began, as_json=as_json)
 
 
 def _tell(trained: Trained, seconds: float, *, as_json: bool) -> None:
+    before = f", {trained.begun} of them before" if trained.begun else ""
+    first = "" if trained.first is None else f"from {trained.first:.4f} "
     say(
-        f"{trained.steps} steps on {trained.examples} clips, in {duration(seconds)}; over fixed clips and levels the "
-        f"loss went from {trained.first:.4f} to {trained.last:.4f}"
+        f"{trained.steps} steps on {trained.examples} clips{before}, in {duration(seconds)}; over fixed clips and "
+        f"levels the loss went {first}to {trained.last:.4f}"
     )
     told = {
         "path": str(trained.path),
         "steps": trained.steps,
+        "begun": trained.begun,
         "examples": trained.examples,
         "first": trained.first,
         "last": trained.last,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +38,11 @@ class Example:
     fps: Fraction | None
     reference: Path | None = None
 
+    def mark(self) -> str:
+        """What tells it from another of its name, wherever the folder is."""
+        sizes = [path.stat().st_size for path in (self.media, self.reference) if path is not None]
+        return hashlib.sha256(json.dumps([self.caption, sizes]).encode()).hexdigest()[:16]
+
 
 def read_folder(folder: Path, frames: int, *, references: bool = False, skip_broken: bool = False) -> list[Example]:
     """The examples of a folder, by their names. Every clip is decoded once.
@@ -50,8 +57,8 @@ def read_folder(folder: Path, frames: int, *, references: bool = False, skip_bro
     """
     if not folder.is_dir():
         raise MediaError(f"there is no folder {folder}. Give one with clips, and a caption beside each (.txt).")
-    media = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in (*CLIPS, *PICTURES)]
-    media = [path for path in media if not path.stem.endswith(REFERENCE)]
+    media = [path for path in sorted(folder.iterdir()) if _is_medium(path) and not path.stem.endswith(REFERENCE)]
+    _warn_below(folder)
     made, broken = [], []
     for path in media:
         try:
@@ -72,6 +79,23 @@ def read_folder(folder: Path, frames: int, *, references: bool = False, skip_bro
     return made
 
 
+def _is_medium(path: Path) -> bool:
+    """Hidden files are none: systems put files of their own beside others, under names that end alike."""
+    return path.suffix.lower() in (*CLIPS, *PICTURES) and not path.name.startswith(".")
+
+
+def _warn_below(folder: Path) -> None:
+    """Say where clips lie in folders inside of the folder."""
+    inner = [path for path in folder.rglob("*") if path.parent != folder and _is_medium(path)]
+    if inner:
+        warnings.warn(
+            f"{len(inner)} clips and pictures in folders inside of {folder}, such as {inner[0].relative_to(folder)}, "
+            "are not read: only those in the folder itself are.",
+            KadrWarning,
+            stacklevel=3,
+        )
+
+
 def _told(broken: Sequence[str]) -> str:
     more = f" And {len(broken) - SHOWN} more." if len(broken) > SHOWN else ""
     return " ".join(broken[:SHOWN]) + more
@@ -90,7 +114,7 @@ def _example(path: Path, frames: int, *, references: bool) -> Example:
 def _caption(path: Path) -> str:
     beside = path.with_suffix(CAPTION)
     try:
-        caption = " ".join(beside.read_text("utf-8").split())
+        caption = " ".join(beside.read_text("utf-8-sig").split())
     except FileNotFoundError:
         raise RequestError(f"{path.name} has no caption: write what it shows into {beside.name}.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.lora import write_lora
-from kadr.errors import MediaError, NonFiniteError, PlanError, RequestError
+from kadr.errors import KadrWarning, MediaError, NonFiniteError, PlanError, RequestError
+from kadr.media.video import VideoWriter
 from kadr.memory.device import free_bytes
 from kadr.memory.plan import AS_STORED, CONVERTED
 from kadr.memory.training import TrainingBytes, training_bytes
 from kadr.models.transformer import Transformer
+from kadr.pipeline.claim import claimed
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.holding import is_quantized, weigh
 from kadr.pipeline.progress import Stage, Watch, ignore
@@ -32,12 +34,14 @@ from kadr.sampling.noise import NoiseStreams
 from kadr.shapes import LatentGrid
 from kadr.training.cache import encoded, request_of
 from kadr.training.dataset import Example, read_folder
+from kadr.training.log import Log
 from kadr.training.low_rank import learn, learned, recompute, target_layers
 from kadr.training.settings import FILES, TrainingSettings
-from kadr.training.state import load_state, save_state
+from kadr.training.state import CLIPS, check_state, load_state, save_state
 from kadr.training.trainer import Trainer
 from kadr.version import __version__
 
+RATE = 24  # of a clip that is made on the way, as far as its size is checked
 ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
 
 
@@ -48,14 +52,17 @@ class Trained:
     Args:
         path: of the LoRA.
         steps: done, in all.
+        begun: of these, done by earlier runs.
         examples: it learned from.
-        first, last: the loss over fixed examples and levels, before and after.
+        first, last: the loss over fixed examples and levels, before and after; the first is None where the log of the
+            run that measured it is gone.
     """
 
     path: Path
     steps: int
+    begun: int
     examples: int
-    first: float
+    first: float | None
     last: float
 
 
@@ -82,6 +89,10 @@ class Training:
     save_every: int = 100
     skip_broken: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("folder", "output"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+
     @property
     def work(self) -> Path:
         """Where the cache, the state, the log and the clips made on the way are."""
@@ -93,6 +104,7 @@ class Training:
         Raises:
             MediaError: a clip or a folder cannot be used.
             PlanError: it does not fit in memory.
+            RequestError: something cannot be made that is to be made on the way, or another run trains there.
             CheckpointError: the work folder holds another training; or as `Engine.generate`.
             NonFiniteError: the loss is NaN or infinite.
         """
@@ -102,16 +114,19 @@ class Training:
             self.folder, settings.frames, references=settings.references == FILES, skip_broken=self.skip_broken
         )
         recomputed = self._recomputed(found)
-        examples = encoded(self.engine, found, settings, self.work / "cache", watch)
-        wordless = self._wordless(found, watch)
-        self.engine.components.shelf.clear()
-        module = self._loaded()
-        layers = learn(module, self._targets(), settings.rank, NoiseStreams(settings.seed))
-        if recomputed:
-            recompute(module.layers)
-        components = self.engine.components
-        trainer = Trainer(module, layers, examples, settings, components.dtype, components.device, wordless)
-        return self._trained(trainer, watch)
+        with claimed(self.work):
+            told = self._told(found)
+            check_state(self._state, told, settings.steps)
+            examples = encoded(self.engine, found, settings, self.work / "cache", watch)
+            wordless = self._wordless(found, watch)
+            self.engine.components.shelf.clear()
+            module = self._loaded()
+            layers = learn(module, self._targets(), settings.rank, NoiseStreams(settings.seed))
+            if recomputed:
+                recompute(module.layers)
+            components = self.engine.components
+            trainer = Trainer(module, layers, examples, settings, components.dtype, components.device, wordless)
+            return self._trained(trainer, told, watch)
 
     def bytes(self, examples: Sequence[Example], *, recomputed: bool) -> TrainingBytes:
         """What the training takes, at its largest example. recomputed: see `training_bytes`."""
@@ -129,6 +144,10 @@ class Training:
             recomputed=recomputed,
         )
 
+    @property
+    def _state(self) -> Path:
+        return self.work / "state.safetensors"
+
     def _check(self) -> None:
         if self.engine.components.loras:
             raise RequestError(
@@ -138,6 +157,15 @@ class Training:
             raise MediaError(f"{self.output} does not end in .safetensors. Name it {self.output.stem}.safetensors.")
         if not self.output.parent.is_dir() or not os.access(self.output.parent, os.W_OK):
             raise MediaError(f"the folder {self.output.parent} does not exist or cannot be written. Choose another.")
+        if self.output.exists() and not self._state.is_file():
+            raise MediaError(
+                f"{self.output} is there, and is not of a training that goes on. Name another --output, or move it "
+                "away."
+            )
+        for number, prompt in enumerate(self.prompts, 1):
+            self.engine.resolve(self._validation(prompt, number, self.settings.frames, None))
+        if self.prompts:
+            VideoWriter(self.output.with_suffix(".mp4"), self.settings.size, RATE)  # refuses what it could not write
 
     def _recomputed(self, examples: Sequence[Example]) -> bool:
         """Whether layers are computed twice, because what they keep would not fit.
@@ -153,8 +181,9 @@ class Training:
             raise PlanError(
                 f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
                 f"{needed.learned / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and "
-                f"{free / 1e9:.1f} are free on {self.engine.components.device}. Take a smaller --size or fewer "
-                "--frames, or hold the weights in 8 bits with --quant int8.",
+                f"{free / 1e9:.1f} are free on {self.engine.components.device}. Take "
+                f"{'a smaller --batch, ' if self.settings.batch > 1 else ''}a smaller --size or fewer --frames, or "
+                "hold the weights in 8 bits with --quant int8.",
                 shortfall=needed.total - free,
             )
         return True
@@ -184,49 +213,58 @@ class Training:
             requantize(module, hold, device=components.device)
         return module.to(components.device)
 
-    def _told(self) -> dict[str, Any]:
+    def _told(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What a training goes on with, and no other."""
-        model = self.engine.components.transformers[0].path
-        quant = self.engine.components.quant
-        return {**self.settings.to_json(), "model": str(Path(model).absolute()), "quant": quant}
+        components = self.engine.components
+        return {
+            **self.settings.to_json(),
+            "model": str(Path(components.transformers[0].path).absolute()),
+            "quant": components.quant,
+            "dtype": str(components.dtype).removeprefix("torch."),
+            CLIPS: {example.media.name: example.mark() for example in examples},
+        }
 
-    def _trained(self, trainer: Trainer, watch: Watch) -> Trained:
-        settings, state, told = self.settings, self.work / "state.safetensors", self._told()
-        start = trainer.done = load_state(state, trainer.layers, trainer.optimizer, told)
+    def _trained(self, trainer: Trainer, told: Mapping[str, Any], watch: Watch) -> Trained:
+        settings = self.settings
+        start = trainer.done = load_state(self._state, trainer.layers, trainer.optimizer)
         log = Log(self.work / "log.csv", start)
-        first = trainer.measure() if start == 0 else log.first()
-        stage, began, last = Stage("train", settings.steps, watch), time.monotonic(), first
+        first = trainer.measure() if start == 0 else log.first
+        stage, began = Stage("train", settings.steps, watch, start), time.monotonic()
         if start == 0:
             log.add(0, held=first)
-        with self._saved(trainer, state, told):
+        last = None
+        with self._saved(trainer, told):
             for done in range(start + 1, settings.steps + 1):
                 loss = trainer.step(done - 1)
                 _require_finite(loss, done, self.work)
                 ended, due = done == settings.steps, done % self.every == 0
                 if ended or done % self.save_every == 0:
-                    save_state(state, done, trainer.layers, trainer.optimizer, told)
-                if ended or due:
-                    last = trainer.measure()
+                    save_state(self._state, done, trainer.layers, trainer.optimizer, told)
+                last = trainer.measure() if ended or due else None
+                log.add(done, loss=loss, held=last, seconds=time.monotonic() - began)
+                stage.done(done - start)
+                if due and not ended:
+                    self._export(trainer, done, self.work / f"step-{done:06d}.safetensors")
                     self._shown(trainer, done)
-                log.add(done, loss=loss, held=last if ended or due else None, seconds=time.monotonic() - began)
-                stage.done(done)
-        if start >= settings.steps:
-            last = trainer.measure()
-        self._export(trainer, max(start, settings.steps))
-        return Trained(self.output, max(start, settings.steps), len(trainer.examples), first, last)
+        last = trainer.measure() if last is None else last
+        self._export(trainer, settings.steps, self.output)
+        if start < settings.steps:
+            self._shown(trainer, settings.steps)
+        _warn_worse(first, last)
+        return Trained(self.output, settings.steps, start, len(trainer.examples), first, last)
 
     @contextmanager
-    def _saved(self, trainer: Trainer, state: Path, told: Mapping[str, Any]) -> Iterator[None]:
+    def _saved(self, trainer: Trainer, told: Mapping[str, Any]) -> Iterator[None]:
         """Whatever ends the block, Ctrl-C among it, the steps that are done are not lost."""
         start = trainer.done
         try:
             yield
         except BaseException as error:
             if trainer.whole and trainer.done > start and not isinstance(error, NonFiniteError):
-                save_state(state, trainer.done, trainer.layers, trainer.optimizer, told)
+                save_state(self._state, trainer.done, trainer.layers, trainer.optimizer, told)
             raise
 
-    def _export(self, trainer: Trainer, steps: int) -> None:
+    def _export(self, trainer: Trainer, steps: int, path: Path) -> None:
         settings = self.settings
         metadata = {
             "kadr": __version__,
@@ -235,24 +273,42 @@ class Training:
             "kadr_settings": json.dumps(settings.to_json()),
             **({"reference_downscale_factor": "1"} if settings.in_context else {}),
         }
-        write_lora(self.output, learned(trainer.layers), dtype=torch.bfloat16, metadata=metadata)
+        write_lora(path, learned(trainer.layers), dtype=torch.bfloat16, metadata=metadata)
+
+    def _validation(self, prompt: str, number: int, frames: int, example: Example | None) -> Request:
+        """A clip that is made on the way; of an in-context LoRA, led by an example's reference."""
+        controls: tuple[Control, ...] = ()
+        fps = None
+        if example is not None:
+            controls = request_of(example, self.settings).controls
+            fps = None if example.fps is None else float(example.fps)
+        return Request(
+            prompt=prompt,
+            size=self.settings.size,
+            frames=frames,
+            fps=fps,
+            seed=number,
+            controls=controls,
+            multi_scale=False,
+        )
 
     def _shown(self, trainer: Trainer, step: int) -> None:
         """Make a clip of each prompt with what is learned by now."""
         for number, prompt in enumerate(self.prompts, 1):
             example = trainer.examples[(number - 1) % len(trainer.examples)].example
-            controls: tuple[Control, ...] = request_of(example, self.settings).controls
-            request = Request(
-                prompt=prompt,
-                size=self.settings.size,
-                frames=example.frames,
-                fps=None if example.fps is None else float(example.fps),
-                seed=number,
-                controls=controls,
-                multi_scale=False,
-            )
+            request = self._validation(prompt, number, example.frames, example)
             with self.engine.components.lending(trainer.module):
                 self.engine.write(request, self.work / f"step-{step:06d}-{number}.mp4")
+
+
+def _warn_worse(first: float | None, last: float) -> None:
+    if first is not None and last > first:
+        warnings.warn(
+            f"the loss over fixed clips and levels went up, from {first:.4f} to {last:.4f}: nothing was learned. Try a "
+            "lower --rate and another --output.",
+            KadrWarning,
+            stacklevel=3,
+        )
 
 
 def _require_finite(loss: float, step: int, work: Path) -> None:
@@ -262,28 +318,3 @@ def _require_finite(loss: float, step: int, work: Path) -> None:
             "--rate and another --output.",
             stage="train",
         )
-
-
-class Log:
-    """A line of log.csv for each step; those of steps that will be done again are dropped."""
-
-    NAMES = ("step", "loss", "held", "seconds")
-
-    def __init__(self, path: Path, start: int) -> None:
-        self.path, self.rows = path, list[Mapping[str, str]]()
-        if start and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.NAMES)
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def first(self) -> float:
-        """The first loss that was measured."""
-        return next((float(row["held"]) for row in self.rows if row["held"]), float("nan"))
-
-    def add(self, step: int, **values: float | None) -> None:
-        told = {name: "" if values.get(name) is None else f"{values[name]:.6g}" for name in self.NAMES[1:]}
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.NAMES).writerow({"step": step, **told})

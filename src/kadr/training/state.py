@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
-from kadr.errors import CheckpointError
+from kadr.errors import CheckpointError, RequestError
 from kadr.training.low_rank import Learning
 from kadr.training.settings import EXTENDABLE
 
+CLIPS = "clips"  # of what is told: names of clips, with what tells a clip and its caption from others
 HALVES, MOMENTS = ("down", "up"), ("exp_avg", "exp_avg_sq")
 
 
@@ -38,44 +39,94 @@ def save_state(
             for moment in MOMENTS:
                 tensors[f"{name}.{half}.{moment}"] = optimizer.state[parameter][moment]
     metadata = {"kadr_training": json.dumps({"step": step, **told})}
-    write_tensors(path, tensors, dtype=torch.float32, metadata=metadata)
+    write_tensors(path, tensors, dtype=torch.float32, metadata=metadata, lasting=True)
 
 
-def load_state(
-    path: Path, layers: Mapping[str, Learning], optimizer: torch.optim.AdamW, told: Mapping[str, Any]
-) -> int:
+def check_state(path: Path, told: Mapping[str, Any], steps: int) -> None:
+    """Look at the header of a training that is to go on, if it is there, before anything is computed.
+
+    Args:
+        told: as of `save_state`.
+        steps: that are to be done in all.
+
+    Raises:
+        CheckpointError: it is of another training, or damaged.
+        RequestError: it has done more steps already.
+    """
+    if not path.is_file():
+        return
+    found = _header(path)
+    _require_same(path, found, told)
+    if found["step"] > steps:
+        raise RequestError(
+            f"{path.parent} holds a training that has done {found['step']} steps, and {steps} are asked for. Ask for "
+            "as many or more, or give another --output."
+        )
+
+
+def load_state(path: Path, layers: Mapping[str, Learning], optimizer: torch.optim.AdamW) -> int:
     """Go on from a file, if it is there.
 
     Returns:
         How many steps are done.
 
     Raises:
-        CheckpointError: it is of another training, or damaged.
+        CheckpointError: it is damaged.
     """
     if not path.is_file():
         return 0
+    step = int(_header(path)["step"])
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {})["kadr_training"])
-            _require_same(path, found, told)
             for name, layer in layers.items():
                 for half in HALVES:
                     parameter = getattr(layer, half)
                     parameter.data.copy_(file.get_tensor(f"{name}.{half}"))
                     moments = {moment: file.get_tensor(f"{name}.{half}.{moment}") for moment in MOMENTS}
                     state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(found["step"])), **state}
-    except CheckpointError:
-        raise
+                    optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
     except Exception as error:  # safetensors has one of its own
-        raise CheckpointError(f"{path} cannot be read as a training: {error}. Remove it to begin anew.") from error
-    return int(found["step"])
+        raise _unreadable(path, error) from error
+    return step
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = json.loads((file.metadata() or {})["kadr_training"])
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            raise ValueError("its header says no step")
+    except Exception as error:  # safetensors has one of its own
+        raise _unreadable(path, error) from error
+    return found
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read as a training: {error}. Remove it to begin anew.")
 
 
 def _require_same(path: Path, found: Mapping[str, Any], told: Mapping[str, Any]) -> None:
     for name, value in told.items():
-        if name not in EXTENDABLE and found.get(name) != value:
-            raise CheckpointError(
-                f"{path.parent} holds a training with {name} = {found.get(name)}, and now it is {value}. Go on with "
-                "the same, give another --output, or remove the folder to begin anew."
-            )
+        if name in EXTENDABLE or found.get(name) == value:
+            continue
+        what = f"{name} = {found.get(name)}, and now it is {value}"
+        if name == CLIPS:
+            what = f"other clips or captions: {_apart(found.get(name) or {}, value)}"
+        raise CheckpointError(
+            f"{path.parent} holds a training with {what}. Go on with the same, give another --output, or remove the "
+            "folder to begin anew."
+        )
+
+
+def _apart(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How two folders of clips differ, in words."""
+    words = {
+        "gone": [name for name in before if name not in now],
+        "new": [name for name in now if name not in before],
+        "changed": [name for name in now if name in before and now[name] != before[name]],
+    }
+    return ", ".join(f"{_first(names)} {word}" for word, names in words.items() if names)
+
+
+def _first(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

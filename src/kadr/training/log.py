@@ -1,0 +1,60 @@
+"""A line of log.csv for each step, as spreadsheets read it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from kadr.errors import MediaError
+
+NAMES = ("step", "loss", "held", "seconds")
+
+
+class Log:
+    """The lines of one training. Those of steps that will be done again are dropped, and those that cannot be read.
+
+    Args:
+        start: steps that are done.
+
+    Raises:
+        MediaError: the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self.path, self.rows = path, list[Mapping[str, str]]()
+        try:
+            if start and path.is_file():
+                with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                    self.rows = [row for row in csv.DictReader(file) if _step(row, start) is not None]
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, NAMES, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.rows)
+        except (OSError, csv.Error) as error:
+            told = getattr(error, "strerror", None) or error
+            raise MediaError(f"{path} cannot be used as the log: {told}. Move it away.") from error
+
+    @property
+    def first(self) -> float | None:
+        """The first loss that was measured; None where it is not there any more."""
+        return next((loss for row in self.rows if (loss := _number(row.get("held"))) is not None), None)
+
+    def add(self, step: int, **values: float | None) -> None:
+        """A line."""
+        told = {name: "" if values.get(name) is None else f"{values[name]:.6g}" for name in NAMES[1:]}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, NAMES).writerow({"step": step, **told})
+
+
+def _step(row: Mapping[str, str], start: int) -> int | None:
+    step = _number(row.get("step"))
+    return int(step) if step is not None and 0 <= step <= start else None
+
+
+def _number(text: object) -> float | None:
+    try:
+        made = float(str(text))
+    except ValueError:
+        return None
+    return made if abs(made) < float("inf") else None
