@@ -30,8 +30,8 @@ from PIL import Image
 from kadr.bench.machine import describe
 from kadr.bench.peak import process_peak
 from kadr.media.clip import read_video
-from kadr.pipeline.window_folder import finished_in, folder_of
-from kadr.pipeline.windows import Span, Windows
+from kadr.pipeline.window_folder import kept_in
+from kadr.pipeline.windows import Span, Windows, folder_of
 from tests import pages
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,7 +73,7 @@ def run(words: Sequence[str], clip: Path, *, kill_in: int | None = None) -> Ran:
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, process_peak(process.pid) or 0)
-        if (count := finished_in(folder_of(clip))) > done:
+        if (count := len(kept_in(folder_of(clip)))) > done:
             done = count
             resident.append(_resident(process.pid))
             if kill_in is not None and done == kill_in - 1:
@@ -188,7 +188,7 @@ def main() -> int:
         run(command("still", asked.seconds, clips["still"], *more), clips["still"])
         killed = command("moving", asked.seconds, clips["killed"], *more)
         run(killed, clips["killed"], kill_in=3)
-        finished = finished_in(folder_of(clips["killed"]))
+        finished = len(kept_in(folder_of(clips["killed"])))
         run([*killed, "--resume"], clips["killed"])
         own, others = (read_video(clips[name]).frames for name in ("killed", "moving"))
         made: dict[str, Any] = {

@@ -44,7 +44,8 @@ class FakeEngine:
 
     name: str = "fake"
     opened: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)  # planned, as all are that are made
+    made: list[Request] = field(default_factory=list)
     during: Callable[[], None] = lambda: None  # happens while the video is half written
     latents: Any = None
     resumed: list[bool] = field(default_factory=list)
@@ -73,6 +74,7 @@ class FakeEngine:
         resume: bool = False,
     ) -> SimpleNamespace:
         self.resumed.append(resume)
+        self.made.append(request)
         planned(self.plan(request))
         whole = self.resolve(request)
         part = path.with_name(".part.mp4")

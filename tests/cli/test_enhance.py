@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from kadr.errors import RequestError
 from kadr.media.clip import read_metadata, read_video
 from kadr.pipeline.request import Request
 from tests.cli.conftest import Ended, FakeEngine
@@ -41,7 +42,7 @@ def test_flags_and_the_key_of_the_environment_reach_the_endpoint(
     (asked,) = chat.asked
     assert asked.body["model"] == "m:4b"
     assert asked.headers["Authorization"] == f"Bearer {KEY}"
-    assert engine.requests == [Request(prompt=PARAGRAPH, original_prompt=PROMPT)]
+    assert engine.made == [Request(prompt=PARAGRAPH, original_prompt=PROMPT)]
     assert f"{chat.url} is asked to enhance the prompt\nenhanced: {PARAGRAPH}\n" in ended.err
     assert KEY not in ended.err
 
@@ -59,7 +60,7 @@ def test_without_a_key_of_its_own_none_is_sent(
 def test_off_by_default(kadr: Run, engine: FakeEngine, chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KADR_ENHANCE_KEY", KEY)
     ended = kadr("generate", PROMPT)
-    assert engine.requests == [Request(prompt=PROMPT)]
+    assert engine.made == [Request(prompt=PROMPT)]
     assert (chat.asked, "enhance" in ended.err) == ([], False)
 
 
@@ -95,11 +96,45 @@ def test_a_long_video_goes_on_with_the_prompt_that_was_enhanced_when_it_began(
     for extra in (words, words[2:]):  # the endpoint need not be named again
         ended = kadr("generate", PROMPT, *extra)
         assert ended.code == 0, ended.err
-        assert (engine.requests[-1].prompt, engine.requests[-1].original_prompt) == (WRITTEN_OUT, PROMPT)
+        assert (engine.made[-1].prompt, engine.made[-1].original_prompt) == (WRITTEN_OUT, PROMPT)
         assert f"enhanced when the video was begun: {WRITTEN_OUT}" in ended.err
     assert chat.asked == []
     assert kadr("generate", "other words", *words).code == 0
     assert len(chat.asked) == 1  # those of another video; the engine refuses the folder
+
+
+def test_a_long_video_that_was_begun_with_the_users_words_goes_on_with_them(
+    kadr: Run, engine: FakeEngine, chat: FakeChat, tmp_path: Path
+) -> None:
+    """The endpoint had failed when it began, and is there now."""
+    windows = tmp_path / "out.windows"
+    windows.mkdir()
+    (windows / "request.json").write_text(json.dumps({"request": Request(prompt=PROMPT).to_json()}))
+    words = ("--enhance", chat.url, "--window", "9", "--output", tmp_path / "out.mp4", "--resume")
+    assert kadr("generate", PROMPT, *words).code == 0
+    assert (engine.made[-1].prompt, engine.made[-1].original_prompt) == (PROMPT, None)
+    assert chat.asked == []
+
+
+def test_nobody_is_asked_for_a_video_that_cannot_be_made(
+    kadr: Run, engine: FakeEngine, chat: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = ("--window", "9", "--frames", "25", "--enhance", chat.url)
+    assert "there is nothing to go on with" in kadr("generate", PROMPT, *long, "--resume").err
+    (tmp_path / "a.windows").mkdir()
+    (tmp_path / "a.windows" / "window-0001.safetensors").touch()
+    assert "holds 1 finished window" in kadr("generate", PROMPT, *long, "--output", tmp_path / "a.mp4").err
+    too_many = kadr("generate", "--prompt", "one", "--prompt", "two", "--prompt", "three", *long[:2], *long[4:])
+    assert too_many.code == 0  # a window for each
+    chat.asked.clear()
+    assert "4 prompts are given" in kadr("generate", "a | b | c | d", "--window", "9", "--frames", "9", *long[4:]).err
+
+    def refuse(request: Request) -> None:
+        raise RequestError("it does not fit")
+
+    monkeypatch.setattr(engine, "plan", refuse)
+    assert "it does not fit" in kadr("generate", PROMPT, "--enhance", chat.url).err
+    assert chat.asked == []
 
 
 def test_a_failure_is_a_warning_and_the_users_own_words_are_used(kadr: Run, tmp_path: Path, chat: FakeChat) -> None:
@@ -127,10 +162,10 @@ def test_a_bad_endpoint_is_a_warning_or_where_it_is_required_an_error(
     words = ("--enhance-timeout", "0.3", *(["--enhance-required"] if required else []))
     ended = kadr("generate", PROMPT, "--enhance", chat.url, *words)
     if required:
-        assert (ended.code, ended.out, engine.requests, os.listdir()) == (1, "", [], [])
+        assert (ended.code, ended.out, engine.made, os.listdir()) == (1, "", [], [])
         assert ended.err.splitlines()[-1].startswith(f"error: the prompt was not enhanced: {chat.url} ")
     else:
-        assert (ended.code, ended.out, engine.requests) == (0, "out.mp4\n", [Request(prompt=PROMPT)])
+        assert (ended.code, ended.out, engine.made) == (0, "out.mp4\n", [Request(prompt=PROMPT)])
         assert f"warning: the prompt was not enhanced: {chat.url} " in ended.err
 
 
@@ -138,7 +173,7 @@ def test_a_server_that_is_down_is_a_warning(kadr: Run, engine: FakeEngine) -> No
     with serving() as chat:
         url = chat.url
     ended = kadr("generate", PROMPT, "--enhance", url)
-    assert (ended.code, engine.requests) == (0, [Request(prompt=PROMPT)])
+    assert (ended.code, engine.made) == (0, [Request(prompt=PROMPT)])
     assert "refuses the connection" in ended.err
 
 
@@ -150,7 +185,7 @@ def test_waiting_can_be_cancelled(kadr: Run, engine: FakeEngine, chat: FakeChat)
     chat.reply = interrupt
     with at_most(10):
         ended = kadr("generate", PROMPT, "--enhance", chat.url)
-    assert (ended.code, ended.out, engine.requests, os.listdir()) == (130, "", [], [])
+    assert (ended.code, ended.out, engine.made, os.listdir()) == (130, "", [], [])
     assert ended.err.splitlines()[-1] == "cancelled"
 
 

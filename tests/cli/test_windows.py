@@ -16,7 +16,7 @@ import pytest
 
 from kadr.errors import RequestError
 from kadr.media.clip import read_video
-from kadr.pipeline.window_folder import finished_in
+from kadr.pipeline.window_folder import kept_in
 from kadr.pipeline.windows import Windows
 from tests.cli.conftest import Ended, FakeEngine
 
@@ -114,6 +114,17 @@ def test_resume_reaches_the_engine(kadr: Run, engine: FakeEngine) -> None:
     assert engine.resumed == [True, False]
 
 
+def test_a_video_that_is_not_finished_keeps_its_name_and_is_found_again(
+    kadr: Run, engine: FakeEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "out.windows").mkdir()
+    assert kadr("generate", PROMPT).out == "out-2.mp4\n"
+    assert kadr("generate", PROMPT, "--window", "9", "--resume").out == "out.mp4\n"
+    (tmp_path / "out-3.windows").mkdir()
+    ended = kadr("generate", PROMPT, "--window", "9", "--resume")
+    assert (ended.code, "several videos are not finished: out-3.mp4, out.mp4." in ended.err) == (1, True)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RequestError("seed")])
 def test_what_is_kept_is_told_where_a_run_ends_early(
     kadr: Run, engine: FakeEngine, tmp_path: Path, error: BaseException
@@ -161,11 +172,11 @@ def test_a_run_that_is_killed_in_a_later_window_goes_on_to_the_same_frames(tmp_p
     command = [sys.executable, "-m", "kadr", "generate", *words, "--output", str(clip)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while finished_in(folder) < 2 and process.poll() is None and time.monotonic() < until:
+    while len(kept_in(folder)) < 2 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    count = finished_in(folder)
+    count = len(kept_in(folder))
     assert 2 <= count < 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.windows"]  # and nothing that looks like a video
     refused = kadr("generate", *words, "--output", clip)

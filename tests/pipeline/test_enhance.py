@@ -16,6 +16,7 @@ from kadr import Condition, Enhancer, Request, enhanced
 from kadr.errors import EnhanceError, KadrWarning, MediaError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.pipeline.enhance import LONGEST_SIDE
+from kadr.pipeline.windows import Windows
 from kadr.shapes import Size
 from tests.fakechat import PARAGRAPH, FakeChat, refused, said, serving
 
@@ -59,7 +60,7 @@ def test_what_is_enhanced_again_still_has_the_users_words(chat: FakeChat) -> Non
 
 def test_scenes_are_enhanced_one_by_one_and_joined_again(chat: FakeChat) -> None:
     chat.reply = lambda asked: said(f"Scene {len(chat.asked)}: fox | number {len(chat.asked)} walks | on.")
-    made = enhanced(replace(REQUEST, prompt=" a fox|a hare |  an owl"), Enhancer(chat.url))
+    made = enhanced(replace(REQUEST, prompt=" a fox|a hare |  an owl", windows=Windows()), Enhancer(chat.url))
     assert made.prompt == "fox number 1 walks on. | fox number 2 walks on. | fox number 3 walks on."
     assert made.original_prompt == " a fox|a hare |  an owl"
     assert [asked.words.rpartition("\n")[2] for asked in chat.asked] == ["a fox", "a hare", "an owl"]
@@ -71,9 +72,14 @@ def test_failure_leaves_the_request_as_it_was_with_a_warning(chat: FakeChat) -> 
         assert enhanced(REQUEST, Enhancer(chat.url)) is REQUEST
 
 
+def test_without_windows_a_prompt_is_one_scene_whatever_stands_in_it(chat: FakeChat) -> None:
+    made = enhanced(replace(REQUEST, prompt="a fox | a hare"), Enhancer(chat.url))
+    assert (made.prompt, len(chat.asked)) == (PARAGRAPH, 1)
+
+
 def test_one_scene_that_fails_leaves_all_as_they_were(chat: FakeChat) -> None:
     chat.reply = lambda asked: said(PARAGRAPH if len(chat.asked) == 1 else "")
-    request = replace(REQUEST, prompt="a fox | a hare")
+    request = replace(REQUEST, prompt="a fox | a hare", windows=Windows())
     with pytest.warns(KadrWarning, match="answered with nothing"):
         assert enhanced(request, Enhancer(chat.url)) is request
 

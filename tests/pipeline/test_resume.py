@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from kadr import Condition, Engine, Request
 from kadr.errors import Cancelled, CheckpointError, KadrWarning, RequestError
 from kadr.media.clip import read_video
 from kadr.pipeline.progress import Progress
 from kadr.pipeline.result import Made
-from kadr.pipeline.window_folder import REQUEST, finished_in, folder_of
-from kadr.pipeline.windows import Windows
+from kadr.pipeline.window_folder import REQUEST, kept_in
+from kadr.pipeline.windows import Windows, folder_of
 from kadr.sampling.settings import Guidance
 from kadr.shapes import Size
 from tests.tiny import MODEL, write
@@ -67,7 +68,7 @@ def test_a_video_that_was_cut_off_in_any_window_ends_as_one_that_was_not(
     request = unbroken.request
     cut_off(engine, out / "cut.mp4", request, window)
     folder = folder_of(out / "cut.mp4")
-    assert finished_in(folder) == window - 1
+    assert len(kept_in(folder)) == window - 1
     assert [path.name for path in out.iterdir()] == ["cut.windows"]
     seen: list[Progress] = []
     made = engine.write(request, out / "cut.mp4", watch=seen.append, resume=True)
@@ -98,7 +99,7 @@ def test_all_windows_finished_and_the_file_not_written_is_gone_on_with(
         patch.setattr("kadr.pipeline.generate.Generation.pixels", full)
         with pytest.raises(OSError, match="No space"):
             engine.write(LONG, out / "clip.mp4")
-    assert finished_in(folder_of(out / "clip.mp4")) == 4
+    assert len(kept_in(folder_of(out / "clip.mp4"))) == 4
     stages: set[str] = set()
     made = engine.write(LONG, out / "clip.mp4", resume=True, watch=lambda progress: stages.add(progress.stage))
     assert stages == {"decode"}
@@ -115,7 +116,7 @@ def test_finished_windows_are_never_written_over(engine: Engine, out: Path) -> N
 
 def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4", window=1)
-    assert finished_in(folder_of(out / "clip.mp4")) == 0
+    assert len(kept_in(folder_of(out / "clip.mp4"))) == 0
     engine.write(replace(LONG, seed=6), out / "clip.mp4")
     assert [path.name for path in out.iterdir()] == ["clip.mp4"]
 
@@ -137,7 +138,7 @@ def test_the_windows_of_another_request_are_refused_with_what_differs(
     with pytest.raises(RequestError) as caught:
         engine.write(replace(LONG, **change), out / "clip.mp4", resume=True)
     assert said in str(caught.value)
-    assert finished_in(folder_of(out / "clip.mp4")) == 2
+    assert len(kept_in(folder_of(out / "clip.mp4"))) == 2
 
 
 def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, tmp_path: Path) -> None:
@@ -179,15 +180,52 @@ def test_nothing_to_go_on_with_is_refused_before_a_weight_is_loaded(untouched: E
     assert list(out.iterdir()) == []
 
 
-def test_a_damaged_window_is_named(engine: Engine, out: Path) -> None:
-    cut_off(engine, out / "clip.mp4")
+@pytest.mark.parametrize("damage", ["cut short", "empty", "of another shape"])
+def test_a_damaged_window_is_made_again_and_no_other(damage: str, engine: Engine, out: Path) -> None:
+    cut_off(engine, out / "clip.mp4", window=4)
     damaged = folder_of(out / "clip.mp4") / "window-0002.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"window-0002.safetensors cannot be read.*Delete it and those after it"):
-        engine.write(LONG, out / "clip.mp4", resume=True)
-    damaged.unlink()
-    made = engine.write(LONG, out / "clip.mp4", resume=True)
+    if damage == "of another shape":
+        save_file({"latents": torch.zeros(1, 2, 3, 4, 5)}, damaged)
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:-8] if damage == "cut short" else b"")
+    seen: list[Progress] = []
+    with pytest.warns(KadrWarning, match=r"window-0002.safetensors is damaged or of another video .* made again"):
+        made = engine.write(LONG, out / "clip.mp4", resume=True, watch=seen.append)
+    assert {progress.window[0] for progress in seen if progress.window} == {2, 4}
     assert made.latents.equal(engine.denoise(LONG)[0])
+
+
+def test_windows_of_another_video_are_never_taken_up(engine: Engine, out: Path) -> None:
+    """Also where the first of them is gone."""
+    cut_off(engine, out / "clip.mp4", window=3)
+    folder = folder_of(out / "clip.mp4")
+    (folder / "window-0001.safetensors").unlink()
+    with pytest.raises(RequestError, match="holds 1 finished window of a video"):
+        engine.write(replace(LONG, seed=9), out / "clip.mp4")
+    (folder / REQUEST).unlink()
+    with pytest.raises(RequestError, match=r"finished. Delete the folder, or name another"):
+        engine.write(LONG, out / "clip.mp4")
+    with pytest.raises(RequestError, match=r"has no request.json that says what its windows are of. Delete it"):
+        engine.write(LONG, out / "clip.mp4", resume=True)
+
+
+def test_two_runs_do_not_make_one_video(engine: Engine, out: Path) -> None:
+    def another(progress: Progress) -> None:
+        if progress.stage == "denoise" and progress.step == 1:
+            with pytest.raises(RequestError, match=r"another run works in .*clip.windows"):
+                engine.write(replace(LONG, seed=9), out / "clip.mp4")
+
+    made = engine.write(LONG, out / "clip.mp4", watch=another)
+    assert made.latents.equal(engine.denoise(LONG)[0])
+    assert [path.name for path in out.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "null"])
+def test_what_says_nothing_of_the_windows_is_named(text: str, engine: Engine, out: Path) -> None:
+    cut_off(engine, out / "clip.mp4")
+    (folder_of(out / "clip.mp4") / REQUEST).write_text(text)
+    with pytest.raises(CheckpointError, match=r"request.json cannot be read: .* Delete .*clip.windows"):
+        engine.write(LONG, out / "clip.mp4", resume=True)
 
 
 def test_only_what_is_kadrs_is_removed(engine: Engine, out: Path) -> None:

@@ -183,6 +183,11 @@ def test_a_picture_is_remembered_by_every_window(engine: Engine, photo: Conditio
         assert all(relative(made[share][:, :, i], made[1.0][:, :, i]) > 1e-3 for i in range(1, 10))
 
 
+def test_a_picture_counted_from_the_end_that_stands_first_is_remembered(engine: Engine, photo: Condition) -> None:
+    front = engine.denoise(short(conditions=(photo,)))
+    assert engine.denoise(short(conditions=(replace(photo, frame=-57),))).equal(front)
+
+
 def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, photo: Condition) -> None:
     generation = engine._opened(short(conditions=(replace(photo, frame=30),), frames=73), lambda progress: None)
     places = [
@@ -201,7 +206,9 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
     clip = tmp_path / "clip.mp4"
     with VideoWriter(clip, Size(64, 64), 24) as writer:
         writer.write(np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8))
-    with pytest.raises(RequestError, match=r"clip.mp4 \(frames 16 to 32\) does not lie inside one window.*0 to 24, 16"):
+    with pytest.raises(
+        RequestError, match=r"clip.mp4 \(frames 16 to 32\) does not lie inside one window.*0 to 24, 17 to 40"
+    ):
         engine.denoise(short(conditions=(Condition(str(clip), frame=16),)))
     made = engine.denoise(short(conditions=(Condition(str(clip), frame=24),)))
     assert relative(made, engine.denoise(short())) > 1e-2
@@ -217,7 +224,10 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
         ({"windows": {"frames": 25, "overlap": 32}}, "the overlap is 32 frames, and a window has 25"),
         ({"windows": {"overlap": 12}}, "it must be a multiple of 8, such as 8"),
         ({"windows": {"overlap": "24"}}, "it must be a whole number of frames"),
-        ({"windows": {"frames": 1}}, "it must have between 9 and 4097"),
+        ({"windows": {"frames": 1}}, "a window has 1 frames; it must have between 9 and 4097"),
+        ({"windows": {"frames": 0}}, "a window has 0 frames; it must have between 9 and 4097"),
+        ({"windows": {"frames": -5}}, "a window has -5 frames; it must have between 9 and 4097"),
+        ({"windows": {"frames": 24.5}}, "a window has 24.5 frames; it must be a whole number"),
         ({"windows": {"strength": 0}}, "windows would know nothing of each other"),
         ({"windows": {"adain": 1.5}}, "adain of windows is 1.5; it must be a number between 0 and 1"),
         ({"windows": 121}, "windows is 121; it must be a Windows"),

@@ -301,7 +301,13 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
     "HTML": (Reply(b"<!doctype html><title>hi</title>"), "answered with HTML, not JSON"),
     "not JSON": (Reply(b"A fox runs."), "answered with something else, not JSON"),
     "not text": (Reply(bytes(range(256))), "not JSON"),
-    "cut JSON": (Reply(said(PARAGRAPH).body, only=40), "not JSON"),
+    "cut JSON": (Reply(said(PARAGRAPH).body, only=40), "hung up before its answer was whole."),
+    "one endless word": (said("A fox runs fast " + "y" * 9000), "no description, but with 'A fox runs fast yyy"),
+    "no spaces": (said("y" * 100_000), "no description"),
+    "another script": (
+        said("一只红色的小狐狸从左到右在新雪中小跑，" * 9),
+        "letters that the text encoder does not read",
+    ),
     "a stream": (Reply(b'data: {"choices": []}\n\n'), "answered with a stream of events"),
     "deep JSON": (Reply(b"[" * 200_000), "JSON"),
     "not HTTP": (Reply(raw=b"SSH-2.0-OpenSSH_9.6\r\n"), "does not speak HTTP"),
@@ -343,6 +349,58 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
 }
 
 
+@pytest.mark.parametrize("key", ["x", "none", "key", "content", "token123"])
+def test_a_word_in_the_place_of_a_key_is_taken_out_of_nothing(chat: FakeChat, key: str) -> None:
+    """Servers without keys are given any."""
+    text = PARAGRAPH.replace("fox", "fox, the content key, none of token123 x")
+    chat.reply = said(text)
+    assert Enhancer(chat.url, key=key).enhance("a red fox") == text
+
+
+def test_a_key_is_taken_out_however_json_spells_it(chat: FakeChat) -> None:
+    key = "c2Vj/cmV0+a/0123=="
+    body = json.dumps({"error": {"message": f"bad key {key}"}}).replace("/", "\\/")
+    for reply in (Reply(body.encode(), 401), said(f"{PARAGRAPH} {key}")):
+        chat.reply = reply
+        try:
+            told = Enhancer(chat.url, key=key).enhance("a red fox")
+        except EnhanceError as error:
+            told = str(error)
+        assert "(the key)" in told
+        assert key not in told
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        'This is a close-up of a neon sign that slowly lights up with the words: "OPEN" and a fox runs past it.',
+        "Sorry! reads the sign in the shop window while a fox runs past it in the snow.",
+        "Here is where the river bends, and a fox drinks: its red coat shines in the low sun.",
+    ],
+)
+def test_a_description_keeps_its_beginning(chat: FakeChat, answer: str) -> None:
+    chat.reply = said(answer)
+    assert Enhancer(chat.url).enhance("a red fox") == answer
+
+
+def test_a_long_prompt_may_be_given_back_as_it_is_and_a_short_one_not(chat: FakeChat) -> None:
+    long = (
+        f"{PARAGRAPH} It stops at the edge of the wood and looks back over its shoulder, and snow falls from a branch."
+    )
+    chat.reply = said(long)
+    assert Enhancer(chat.url).enhance(long) == long
+    chat.reply = said("a red fox runs")
+    with pytest.raises(EnhanceError, match="gave the same words back"):
+        Enhancer(chat.url).enhance("A red fox runs.")
+
+
+def test_a_message_ends_once(chat: FakeChat) -> None:
+    with serving() as other:
+        url = other.url
+    with pytest.raises(EnhanceError, match=r"is the port right\?$"):
+        Enhancer(url).enhance("a red fox")
+
+
 @pytest.mark.parametrize("reply, words", NONSENSE.values(), ids=NONSENSE)
 def test_nonsense_is_told_and_never_a_prompt(chat: FakeChat, reply: Reply, words: str) -> None:
     message = failure(chat, reply, timeout=SOON)
@@ -376,6 +434,8 @@ def test_nonsense_is_told_and_never_a_prompt(chat: FakeChat, reply: Reply, words
         f"{PARAGRAPH}\n\nLet me know if you would like another version!",
         f"{PARAGRAPH}\n\n(Word count: 37)",
         f"- {PARAGRAPH}",
+        f"[THINK]A fox. Short.[/THINK]{PARAGRAPH}",
+        f"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{PARAGRAPH}<|return|>",
         PARAGRAPH.replace(" while", " | while"),
         PARAGRAPH.replace(" while", "\x00 \x1bwhile"),
         PARAGRAPH.replace("red", "**red**"),

@@ -12,9 +12,11 @@ import typer
 from kadr.cli import options
 from kadr.cli.faults import say
 from kadr.pipeline.request import Request
+from kadr.pipeline.windows import folder_of
 from kadr.text.endpoint import KEY
 
 if TYPE_CHECKING:
+    from kadr.pipeline.engine import Engine
     from kadr.text.enhance import Enhancer
 
 
@@ -43,28 +45,42 @@ def announce(enhancer: Enhancer | None) -> None:
         say(f"{enhancer.place} would enhance the prompt; it was not asked, and the prompt is shown as it was written")
 
 
-def enhanced(request: Request, enhancer: Enhancer | None, windows: Path | None = None) -> Request:
+def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output: Path, *, resume: bool) -> Request:
     """The request with the prompt that the endpoint made of it, which is said.
 
     Args:
-        windows: the folder of a long video that is gone on with. Where these words were enhanced when it was begun,
-            the same prompt is taken, and nobody is asked: another answer would be another video.
+        resume: a long video is gone on with. The prompt that it was begun with is taken, and nobody is asked: another
+            answer would be another video.
 
     Raises:
         EnhanceError: the endpoint fails, and --enhance-required is given.
+        KadrError: the video cannot be made; nobody is asked then.
     """
-    if windows is not None:
-        from kadr.pipeline.window_folder import enhanced_in  # loads torch
-
-        if (prompt := enhanced_in(windows, request.prompt)) is not None:
-            say(f"enhanced when the video was begun: {prompt}")
-            return replace(request, prompt=prompt, original_prompt=request.prompt)
+    if resume and (begun := _begun_with(folder_of(output), request)) is not None:
+        return begun
     if enhancer is None:
         return request
     from kadr.pipeline import enhance
+    from kadr.pipeline.window_folder import check_resumable  # loads torch
 
+    if engine.resolve(request).windows is not None:
+        check_resumable(folder_of(output), resume=resume)
+    engine.plan(request)  # an answer may cost money, and does not change what can be made
     say(f"{enhancer.place} is asked to enhance the prompt")
     made = enhance.enhanced(request, enhancer)
     if made is not request:
         say(f"enhanced: {made.prompt}")
     return made
+
+
+def _begun_with(folder: Path, request: Request) -> Request | None:
+    """The request with the prompt that a long video was begun with, if that was made of the same words."""
+    from kadr.pipeline.window_folder import begun_with  # loads torch
+
+    found = begun_with(folder, request.prompt)
+    if found is None:
+        return None
+    prompt, original = found
+    if original is not None:
+        say(f"enhanced when the video was begun: {prompt}")
+    return replace(request, prompt=prompt, original_prompt=original)

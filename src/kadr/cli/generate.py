@@ -55,7 +55,7 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
         enhancing.announce(enhancer)
         _print_plan(request, parts, flags)
         return
-    output = making.chosen_output(flags.output.output)
+    output = making.chosen_output(flags.output.output, resume=flags.output.resume)
     making.refuse_unwritable(request, output, flags.output.save_latents)
     if "model" not in parts:
         say(DEMO)
@@ -65,8 +65,7 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     engine = making.open_engine(model, **parts, **held(flags.model))
     tell_unused(timed(request, flags.video.seconds, engine), flags.model, engine)
     latents, resume = flags.output.save_latents, flags.output.resume
-    kept = making.windows_of(output) if resume else None
-    request = enhancing.enhanced(timed(request, flags.video.seconds, engine), enhancer, kept)
+    request = enhancing.enhanced(engine, timed(request, flags.video.seconds, engine), enhancer, output, resume=resume)
     making.make(engine, request, output, latents=latents, as_json=flags.output.json, resume=resume)
 
 

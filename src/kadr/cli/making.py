@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from kadr.cli.faults import say
 from kadr.cli.progress import duration, shown
 from kadr.errors import MediaError, RequestError
 from kadr.pipeline.request import Request, refuse_overwriting
+from kadr.pipeline.windows import FOLDER, folder_of
 from kadr.shapes import Size
 
 if TYPE_CHECKING:
@@ -30,17 +32,43 @@ def open_engine(model: str | Path, **options: Any) -> Engine:
     return Engine.open(model, **options)
 
 
-def chosen_output(asked: Path | None) -> Path:
-    """Where the video goes. Nothing is replaced that was not named."""
-    if asked is None:
-        return free_name(Path(DEFAULT_OUTPUT))
-    return free_name(asked / DEFAULT_OUTPUT) if asked.is_dir() else asked
+def chosen_output(asked: Path | None, *, resume: bool = False) -> Path:
+    """Where the video goes. Nothing is replaced that was not named, and no video that is not finished.
+
+    Args:
+        resume: a long video that was cut off is to be gone on with.
+
+    Raises:
+        RequestError: there are several of these.
+    """
+    if asked is not None and not asked.is_dir():
+        return asked
+    return unnamed(Path(asked or "") / DEFAULT_OUTPUT, resume=resume)
 
 
-def free_name(path: Path) -> Path:
-    """The path, or the next of clip-2.mp4, clip-3.mp4, ... that is free."""
+def unnamed(path: Path, *, resume: bool = False) -> Path:
+    """The path, or the next of clip-2.mp4, clip-3.mp4, ... that is free; or that of a video that is not finished.
+
+    Raises:
+        RequestError: as `chosen_output`.
+    """
+    if resume:
+        return _begun(path)
     others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
-    return path if not path.exists() else next(other for other in others if not other.exists())
+    return path if _is_free(path) else next(filter(_is_free, others))
+
+
+def _is_free(path: Path) -> bool:
+    return not path.exists() and not folder_of(path).exists()
+
+
+def _begun(usual: Path) -> Path:
+    """The video, of those that would be called so, that is not finished."""
+    found = sorted(folder for folder in usual.parent.glob(f"{glob.escape(usual.stem)}*{FOLDER}") if folder.is_dir())
+    if len(found) > 1:
+        names = ", ".join(str(folder.with_suffix(usual.suffix)) for folder in found)
+        raise RequestError(f"several videos are not finished: {names}. Name the one to go on with as --output.")
+    return found[0].with_suffix(usual.suffix) if found else usual
 
 
 def refuse_absent(request: Request) -> None:
@@ -93,26 +121,17 @@ def make(
     print(json.dumps(told) if as_json else made.path)
 
 
-def windows_of(output: Path) -> Path:
-    """Where the finished windows of a long video are kept until it is written."""
-    from kadr.pipeline.window_folder import folder_of  # loads torch
-
-    return folder_of(output)
-
-
 @contextmanager
 def _windows_told(output: Path) -> Iterator[None]:
     """Say what has been kept of a long video, if it is not finished."""
     try:
         yield
     except BaseException as error:
-        from kadr.pipeline.window_folder import finished_in
+        from kadr.pipeline.window_folder import kept_in  # loads torch
 
-        count = finished_in(windows_of(output))
-        if count and not isinstance(error, RequestError):
-            say(
-                f"{count} finished {'window is' if count == 1 else 'windows are'} kept; --resume goes on with the video"
-            )
+        kept = len(kept_in(folder_of(output)))
+        if kept and not isinstance(error, RequestError):
+            say(f"{kept} finished {'window is' if kept == 1 else 'windows are'} kept; --resume goes on with the video")
         raise
 
 

@@ -39,7 +39,7 @@ def rerun(
     request = Request.from_json(record["request"])
     if seed is not None:
         request = replace(request, seed=seed)
-    output = making.free_name(file) if output is None else making.chosen_output(output)
+    output = making.unnamed(file, resume=resume) if output is None else making.chosen_output(output, resume=resume)
     making.refuse_absent(request)
     making.refuse_unwritable(request, output, None)
     engine = reopened(record, model, device)

@@ -5,7 +5,7 @@ What is encoded is fitted to what is sampled by itself: a pass, or a window of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -125,13 +125,15 @@ class Media:
         return (*(item.grid for item in items), *references, *starts)
 
     @torch.no_grad()
-    def encoded(self, watch: Watch, *, networks: dict[str, list[Path]] | None = None, first: int = 0) -> list[Encoded]:
+    def encoded(
+        self, watch: Watch, *, networks: dict[str, list[Path]] | None = None, wanted: Collection[int] | None = None
+    ) -> list[Encoded]:
         """All of it through the encoder, for each pass or window.
 
         Args:
             networks: that find what controls show, as `fetched` gives them.
-            first: the window that is made first. Those before it are there; of what they were shown, the first one's
-                conditions alone are encoded, because a picture may be remembered.
+            wanted: the windows that are to be made; None: all. Of what the others were shown, the conditions of the
+                first one alone are encoded, because a picture may be remembered.
         """
         if not any(one.items or one.references or one.start for one in self.shown):
             return [Encoded([]) for _ in self.shown]
@@ -139,10 +141,10 @@ class Media:
         shown = []
         for number, one in enumerate(self.shown):
             drawn = [replace(each, drawn=way) for each, way in zip(one.references, ways, strict=True)]
-            if number < first:
-                shown.append(Shown([] if number else one.items, None, []))
-            else:
+            if wanted is None or number in wanted:
                 shown.append(Shown(one.items, one.start, drawn))
+            else:
+                shown.append(Shown([] if number else one.items, None, []))
         run = rescued(self.components, "encode", partial(self._through, shown, watch))
         return guarded("encode", self.components.dtype_of("encode"), run)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.request import Request, refuse_overwriting
 from kadr.pipeline.resolve import resolve, warn_single, with_second
 from kadr.pipeline.result import Made, Video
-from kadr.pipeline.window_folder import HELD, WindowFolder, folder_of
+from kadr.pipeline.window_folder import HELD, WindowFolder
+from kadr.pipeline.windows import folder_of
 from kadr.quant.scheme import NONE, check_scheme
 from kadr.version import __version__
 
@@ -210,8 +212,9 @@ class Engine:
     ) -> Made:
         """Make one video straight into an mp4: frames are written as they are decoded.
 
-        Memory does not grow with the length. The file is written beside `path` and renamed when it is whole. Of a
-        long video each finished window is kept in a folder beside it, `clip.windows` for `clip.mp4`, until then.
+        Memory does not grow with the length, but for the latents: half a megabyte a second at 704x480. The file is
+        written beside `path` and renamed when it is whole. Of a long video each finished window is kept in a folder
+        beside it, `clip.windows` for `clip.mp4`, until then.
 
         Args:
             watch: as of `generate`.
@@ -228,18 +231,18 @@ class Engine:
         request = generation.request
         fps, record = float(request.fps or 0), self.record(request)
         writer = VideoWriter(path, generation.size, fps, metadata=record)
-        kept = self._kept(generation, Path(path), record, resume)
-        if planned is not None and self.components.plan is not None:
-            planned(self.components.plan)
-        # A run that is cut off while it makes windows is to leave nothing but them.
-        pieces = None if kept is None else generation.windowed(kept)
-        with writer:
-            latents = generation.latents() if pieces is None else pieces
-            writer.write_all(frames.numpy() for frames in generation.pixels(latents))
-        if not isinstance(latents, Tensor):
-            latents = latents.whole()
-        if kept is not None:
-            kept.remove()
+        with self._kept(generation, Path(path), record, resume) as kept:
+            if planned is not None and self.components.plan is not None:
+                planned(self.components.plan)
+            # A run that is cut off while it makes windows is to leave nothing but them.
+            pieces = None if kept is None else generation.windowed(kept)
+            with writer:
+                latents = generation.latents() if pieces is None else pieces
+                writer.write_all(frames.numpy() for frames in generation.pixels(latents))
+            if not isinstance(latents, Tensor):
+                latents = latents.whole()
+            if kept is not None:
+                kept.remove()
         return Made(
             path=Path(path),
             frames=generation.frames,
@@ -250,16 +253,21 @@ class Engine:
             request=request,
         )
 
-    def _kept(self, generation: Generation, path: Path, record: dict[str, Any], resume: bool) -> WindowFolder | None:
+    @contextmanager
+    def _kept(
+        self, generation: Generation, path: Path, record: dict[str, Any], resume: bool
+    ) -> Iterator[WindowFolder | None]:
         """Where the windows of a long video are kept; None for any other."""
         if not generation.windows:
             if resume:
                 raise RequestError("there is nothing to go on with: a video without windows is made at once.")
-            return None
+            yield None
+            return
         choice = self.components.choice("denoise")
         way = f"{held(choice)}, by {choice.path}, {torch.get_num_threads()} threads"
         identity = {**record, **self.components.state_of_files(generation.request.media()), HELD: way}
-        return WindowFolder.open(folder_of(path), identity, resume=resume)
+        with WindowFolder.open(folder_of(path), identity, generation.kept_shapes(), resume=resume) as kept:
+            yield kept
 
     def denoise(
         self, request: Request, *, noise: Tensor | None = None, start: Tensor | None = None, watch: Watch = ignore

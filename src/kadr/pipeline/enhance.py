@@ -24,8 +24,8 @@ JPEG_QUALITY = 85
 def enhanced(request: Request, enhancer: Enhancer) -> Request:
     """The request with its prompt written out by an endpoint, and the user's own words as its `original_prompt`.
 
-    Each scene of a prompt, between "|", is written out by itself. The endpoint is shown the request's pictures, and
-    the first frames of its clips. What comes is part of the request: to make the video again takes no endpoint.
+    The prompt of each window of a long video is written out by itself. The endpoint is shown the request's pictures,
+    and the first frames of its clips. What comes is part of the request: to make the video again takes no endpoint.
 
     Returns:
         The same request, with a warning, where the endpoint fails and is not `required`.
@@ -34,8 +34,7 @@ def enhanced(request: Request, enhancer: Enhancer) -> Request:
         EnhanceError: the endpoint fails, and is `required`.
         MediaError, RequestError: a picture or clip cannot be read, or has no such part.
     """
-    scenes = [scene.strip() for scene in request.prompt.split(BETWEEN)]
-    scenes = [scene for scene in scenes if scene] or [request.prompt]
+    scenes = list(request.prompts)
     pictures = shown(request)
     try:
         made = enhancer.enhance_scenes(scenes, pictures)

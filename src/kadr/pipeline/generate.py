@@ -20,7 +20,7 @@ from kadr.pipeline.denoising import Denoising
 from kadr.pipeline.encoding import Encoded, Media
 from kadr.pipeline.fitting import added
 from kadr.pipeline.guard import Watchman, guarded
-from kadr.pipeline.long import Guide, InMemory, Kept, Pieces, is_first_picture, sample_windows
+from kadr.pipeline.long import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
 from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, stream, warn_cached
 from kadr.pipeline.planning import WindowWork, Work
 from kadr.pipeline.progress import Stage, Watch
@@ -138,11 +138,12 @@ class Generation:
         windows = self.request.windows
         assert windows is not None
         self._check_start(noise, None)
-        if kept.finished == len(self.spans):
+        wanted = missing(kept, self.spans)
+        if not wanted:
             return Pieces(self.spans, kept.read)
         networks = fetched(self.media.followed)
         texts = self.prompts.encoded(self.watch)
-        media = self.media_encoded(networks, first=kept.finished)
+        media = self.media_encoded(networks, wanted)
 
         def sample(number: int, guides: Sequence[Guide]) -> Tensor:
             plan, span = self.windows[number], self.spans[number]
@@ -156,9 +157,16 @@ class Generation:
         picture = next(pictures, None) if windows.remember else None
         return sample_windows(windows, self.spans, kept, sample, picture)
 
-    def media_encoded(self, networks: dict[str, list[Path]] | None = None, *, first: int = 0) -> list[Encoded]:
+    def media_encoded(
+        self, networks: dict[str, list[Path]] | None = None, wanted: Collection[int] | None = None
+    ) -> list[Encoded]:
         """The request's media through the VAE's encoder, for each pass or window; see `Media.encoded`."""
-        return self.media.encoded(self.watch, networks=networks, first=first)
+        return self.media.encoded(self.watch, networks=networks, wanted=wanted)
+
+    def kept_shapes(self) -> list[tuple[int, ...]]:
+        """Of what each window keeps, (1, C, n, h, w)."""
+        _, channels, _, height, width = self.shape(0)
+        return [(1, channels, span.end - span.kept_from, height, width) for span in self.spans]
 
     @torch.no_grad()
     def pixels(self, latents: Tensor | Pieces, noise: Tensor | None = None) -> Iterator[Tensor]:

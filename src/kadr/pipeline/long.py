@@ -53,9 +53,8 @@ class Guide(NamedTuple):
 class Kept(Protocol):
     """Where finished windows are: what each added to the video, (1, C, n, h, w), fp32, on the CPU."""
 
-    @property
-    def finished(self) -> int:
-        """How many there are."""
+    def has(self, number: int) -> bool:
+        """Whether window `number` is there, from 0."""
 
     def keep(self, number: int, latents: Tensor) -> None:
         """Keep what window `number` added, from 0."""
@@ -70,9 +69,8 @@ class InMemory:
     def __init__(self) -> None:
         self.made: list[Tensor] = []
 
-    @property
-    def finished(self) -> int:
-        return len(self.made)
+    def has(self, number: int) -> bool:
+        return number < len(self.made)
 
     def keep(self, number: int, latents: Tensor) -> None:
         assert number == len(self.made)
@@ -109,6 +107,11 @@ class Pieces:
         return torch.cat(list(self), dim=2)
 
 
+def missing(kept: Kept, spans: Sequence[Span]) -> list[int]:
+    """The numbers of the windows that are to be made."""
+    return [number for number in range(len(spans)) if not kept.has(number)]
+
+
 def sample_windows(
     windows: Windows,
     spans: tuple[Span, ...],
@@ -116,7 +119,7 @@ def sample_windows(
     sample: Callable[[int, Sequence[Guide]], Tensor],
     picture: Tensor | None,
 ) -> Pieces:
-    """Make the windows that are not there yet.
+    """Make the windows that are not there yet. Those after one that is made again were made from one just like it.
 
     Args:
         sample: makes a window, by its number, from 0, and what it is shown: latents (1, C, n, h, w).
@@ -124,7 +127,7 @@ def sample_windows(
     """
     _, overlap = windows.latents
     remembered = [] if picture is None else [Guide("remembered", picture, BEFORE, float(windows.remember or 0))]
-    for number in range(kept.finished, len(spans)):
+    for number in missing(kept, spans):
         if number == 0:
             kept.keep(0, sample(0, remembered).cpu())
             continue
@@ -173,10 +176,11 @@ def check_placed(placed: Iterable[Placed], spans: Sequence[Span]) -> None:
     """
     for item in placed:
         if not any(_lies_in(item, span) for span in spans):
-            longest = max(span.frames for span in spans)
-            ranges = ", ".join(f"{span.first_frame} to {span.first_frame + span.frames - 1}" for span in spans[:4])
+            ranges = ", ".join(
+                f"{span.first_frame + bool(span.start)} to {span.first_frame + span.frames - 1}" for span in spans[:4]
+            )
             raise RequestError(
-                f"{item} does not lie inside one window; they have at most {longest} frames: {ranges}"
+                f"{item} does not lie inside one window; they make the frames {ranges}"
                 f"{' and so on' if len(spans) > 4 else ''}. Move it, take a part of it, or give a longer --window."
             )
 

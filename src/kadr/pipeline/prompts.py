@@ -19,6 +19,8 @@ from kadr.pipeline.rescue import rescued
 from kadr.sampling.guidance import Text
 from kadr.text.tokenizer import Tokens
 
+SHOWN = 80  # characters of a prompt that a warning names
+
 
 class Prompts:
     """The prompts of one request.
@@ -95,8 +97,15 @@ class Prompts:
     def _tokens(self, text: str) -> Tokens:
         tokens = self.components.tokenizer.encode(text)
         if tokens.cut:
-            limit = tokens.ids.shape[1]
             warnings.warn(
-                f"the prompt is longer than {limit} tokens; cut off: {tokens.cut!r}", KadrWarning, stacklevel=2
+                f"the prompt {_short(text)!r} is longer than {tokens.ids.shape[1]} tokens; cut off: "
+                f"{_short(tokens.cut)!r}",
+                KadrWarning,
+                stacklevel=2,
             )
         return tokens
+
+
+def _short(text: str) -> str:
+    """Its beginning and its end."""
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"

@@ -92,7 +92,8 @@ def _in_windows(request: Request, recipe: Recipe) -> Request:
         RequestError: two passes are asked for, or there are more prompts than windows.
     """
     assert request.windows is not None
-    picture = any(each.frame == 0 and not each.clip and each.box is None for each in request.conditions)
+    first = (0,) if request.frames is None else (0, -request.frames)
+    picture = any(each.frame in first and not each.clip and each.box is None for each in request.conditions)
     windows, prompts = request.windows.filled(recipe.frames, picture=picture), request.prompts
     frames = request.frames or (windows.lasting(len(prompts)) if len(prompts) > 1 else recipe.frames)
     count = len(windows.spans(frames))

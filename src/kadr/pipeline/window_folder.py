@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from kadr.checkpoints.save import beside, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
+from kadr.pipeline.claim import claimed
 
 REQUEST = "request.json"
 HELD = "held"  # how the transformer is held and computed with: another way rounds otherwise
@@ -26,26 +28,39 @@ _NAME, _LATENTS = re.compile(r"window-(\d{4,})\.safetensors"), "latents"
 _SAID = 3  # differences that are named
 
 
-def folder_of(video: Path) -> Path:
-    """Where the windows of a video are kept while it is made."""
-    return video.with_suffix(".windows")
+def kept_in(folder: Path) -> list[int]:
+    """The numbers of the windows that are there, from 0."""
+    found = (_NAME.fullmatch(file.name) for file in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(name[1]) - 1 for name in found if name is not None)
 
 
-def finished_in(folder: Path) -> int:
-    """How many windows are there, one after the other from the first."""
-    number = 0
-    while _file(folder, number).is_file():
-        number += 1
-    return number
-
-
-def enhanced_in(folder: Path, words: str) -> str | None:
-    """The prompt that somebody's words were enhanced to when a video was begun; None where they were not."""
+def begun_with(folder: Path, words: str) -> tuple[str, str | None] | None:
+    """The prompt that a video was begun with, and the words it was enhanced from; None where that were other words."""
     try:
         request = json.loads((folder / REQUEST).read_text("utf-8"))["request"]
-        return request["prompt"] if request["original_prompt"] == words else None
+        prompt, original = request["prompt"], request["original_prompt"]
     except (OSError, ValueError, LookupError, TypeError):
         return None  # what is wrong with the folder is said when it is opened
+    return (prompt, original) if words == (prompt if original is None else original) else None
+
+
+def check_resumable(folder: Path, *, resume: bool) -> None:
+    """Refuse to go on with nothing, and to begin where windows are.
+
+    Raises:
+        RequestError: with the way out.
+    """
+    kept, there = kept_in(folder), (folder / REQUEST).is_file()
+    if resume and not there:
+        lost = f"{folder} has no {REQUEST} that says what its windows are of" if kept else f"{folder} is not there"
+        way = "Delete it and begin anew" if kept else "Leave out --resume to begin"
+        raise RequestError(f"there is nothing to go on with: {lost}. {way}.")
+    if kept and not resume:
+        way = "Go on with it with --resume, delete the folder" if there else "Delete the folder"
+        raise RequestError(
+            f"{folder} holds {len(kept)} finished {'window' if len(kept) == 1 else 'windows'} of a video that was not "
+            f"finished. {way}, or name another --output."
+        )
 
 
 class WindowFolder:
@@ -53,50 +68,50 @@ class WindowFolder:
 
     Args:
         folder: exists, and is of this video.
+        kept: the numbers of those that are finished.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, kept: Collection[int] = ()) -> None:
+        self.folder, self.kept = folder, set(kept)
 
     @classmethod
-    def open(cls, folder: Path, identity: Mapping[str, Any], *, resume: bool) -> WindowFolder:
-        """The folder of a video that begins, or goes on.
+    @contextmanager
+    def open(
+        cls, folder: Path, identity: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], *, resume: bool
+    ) -> Iterator[WindowFolder]:
+        """The folder of a video that begins, or goes on; no other run has it meanwhile.
 
         Args:
             identity: everything that the latents depend on, as JSON can hold it.
+            shapes: of what each window keeps. One that is damaged, or has another, is made again, with a warning.
 
         Raises:
             RequestError: there are windows and they are not to be gone on with; or there is nothing to go on with, or
-                it is of another video.
+                it is of another video; or another run has it.
             CheckpointError: it cannot be written or read.
         """
         identity = json.loads(json.dumps(identity))
-        if resume:
-            _check_same(folder, identity)
-            return cls(folder)
-        if count := finished_in(folder):
-            raise RequestError(
-                f"{folder} holds {count} finished {'window' if count == 1 else 'windows'} of a video that was not "
-                "finished. Go on with it with --resume, delete the folder, or name another --output."
-            )
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"the folder {folder} for finished windows cannot be made: {error.strerror or error}. Name another "
-                "--output."
-            ) from error
-        with beside(folder / REQUEST) as part:
-            part.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
-        return cls(folder)
+        check_resumable(folder, resume=resume)  # before the folder is made
+        with claimed(folder):
+            check_resumable(folder, resume=resume)
+            if resume:
+                _check_same(folder, identity)
+                opened = cls(folder, _whole(folder, shapes))
+            else:
+                with beside(folder / REQUEST) as part:
+                    part.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
+                opened = cls(folder)
+            yield opened
+        if not any(folder.iterdir()):  # the video is written; or somebody has put something else there
+            folder.rmdir()
 
-    @property
-    def finished(self) -> int:
-        return finished_in(self.folder)
+    def has(self, number: int) -> bool:
+        return number in self.kept
 
     def keep(self, number: int, latents: Tensor) -> None:
         """Raises: CheckpointError: it cannot be written."""
-        write_tensors(_file(self.folder, number), {_LATENTS: latents}, dtype=torch.float32)
+        write_tensors(_file(self.folder, number), {_LATENTS: latents}, dtype=torch.float32, lasting=True)
+        self.kept.add(number)
 
     def read(self, number: int) -> Tensor:
         """Raises: CheckpointError: the file is gone or damaged."""
@@ -105,16 +120,38 @@ class WindowFolder:
             return load_file(file)[_LATENTS].clone()  # not the file's own memory: it is to be deleted
         except (OSError, KeyError, SafetensorError) as error:
             raise CheckpointError(
-                f"{file} cannot be read: {error}. Delete it and those after it, and go on with --resume."
+                f"{file} cannot be read: {error}. Go on with --resume: it is made again, and the others are not."
             ) from error
 
     def remove(self) -> None:
-        """Everything that was kept, and the folder, unless somebody has put something else there."""
+        """Everything that was kept."""
         for file in [self.folder / REQUEST, *self.folder.iterdir()]:
             if file.name == REQUEST or _NAME.fullmatch(file.name):
                 file.unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        self.kept.clear()
+
+
+def _whole(folder: Path, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """The windows that can be gone on with; what else is called so is deleted."""
+    whole = []
+    for number in kept_in(folder):
+        file, found = _file(folder, number), ""
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shape = tuple(opened.get_slice(_LATENTS).get_shape())
+                found = f"latents of {shape}"
+        except (OSError, KeyError, SafetensorError) as error:
+            shape, found = (), str(error)
+        if number < len(shapes) and shape == shapes[number]:
+            whole.append(number)
+            continue
+        warnings.warn(
+            f"{file} is damaged or of another video ({found}); it is deleted, and made again.",
+            KadrWarning,
+            stacklevel=4,
+        )
+        file.unlink()
+    return whole
 
 
 def _file(folder: Path, number: int) -> Path:
@@ -129,10 +166,10 @@ def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
         CheckpointError: what is kept cannot be read.
     """
     file = folder / REQUEST
-    if not file.is_file():
-        raise RequestError(f"there is nothing to go on with: {folder} is not there. Leave out --resume to begin.")
     try:
         known = json.loads(file.read_text("utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("it is no object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}. Delete {folder} and begin anew.") from error
     differences = list(_differences(known, identity))

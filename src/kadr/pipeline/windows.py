@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kadr.errors import RequestError
@@ -16,6 +17,7 @@ from kadr.shapes import MAXIMUM_AT_ONCE, TEMPORAL, snap_frames
 OVERLAP, STRENGTH, ADAIN, REMEMBER = 24, 1.0, 0.25, 1.0
 SHORTEST = TEMPORAL + 1  # frames: two latents, of which one may overlap
 BETWEEN = "|"  # the prompts of two windows
+FOLDER = ".windows"  # the ending of where finished windows are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +42,13 @@ class Windows:
 
     def __post_init__(self) -> None:
         if self.frames is not None:
-            object.__setattr__(self, "frames", snap_frames(self.frames))
-            if not SHORTEST <= self.frames <= MAXIMUM_AT_ONCE:
+            if not isinstance(self.frames, int) or isinstance(self.frames, bool):
+                raise RequestError(f"a window has {self.frames!r} frames; it must be a whole number of them.")
+            if not 1 < self.frames <= MAXIMUM_AT_ONCE:
                 raise RequestError(
                     f"a window has {self.frames} frames; it must have between {SHORTEST} and {MAXIMUM_AT_ONCE}."
                 )
+            object.__setattr__(self, "frames", snap_frames(self.frames))
         if self.overlap is not None:
             self._check_overlap()
         for name in ("strength", "adain", "remember"):
@@ -146,6 +150,11 @@ class Span(NamedTuple):
     def kept_from(self) -> int:
         """The first latent frame of the whole video that comes from this window."""
         return self.start + 1 if self.start else 0
+
+
+def folder_of(video: Path) -> Path:
+    """Where the finished windows of a video are kept while it is made."""
+    return video.with_suffix(FOLDER)
 
 
 def prompts_of(prompt: str) -> tuple[str, ...]:

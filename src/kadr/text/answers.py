@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 MOST_WORDS = 190  # at about 1.3 tokens per English word, what goes into the 256 tokens of the text encoder
 FEWEST_WORDS = 4  # fewer are an "OK.", not a description
+LONGEST_WORD = 60  # letters: what is longer is data, or noise
 TOLD = 200  # characters of somebody else's message that are passed on
+LATIN = 0x250  # letters below are of alphabets that the text encoder reads
 
-_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
-_THOUGHT_END = re.compile(r"\A.*</(think|thinking|thought|reasoning)>", re.DOTALL | re.IGNORECASE)
+_NAMES = "think|thinking|thought|reasoning"
+_THOUGHT = re.compile(rf"<({_NAMES})>.*?(</\1>|\Z)|\[({_NAMES})\].*?(\[/\3\]|\Z)", re.DOTALL | re.IGNORECASE)
+_THOUGHT_END = re.compile(rf"\A.*(</({_NAMES})>|\[/({_NAMES})\])", re.DOTALL | re.IGNORECASE)
+# gpt-oss marks what it thinks and what it says as channels, which some servers pass on.
+_CHANNEL = re.compile(r"\A.*<\|channel\|>\s*final\s*(<\|constrain\|>\w+\s*)?<\|message\|>", re.DOTALL)
+_CHANNEL_END = re.compile(r"<\|(end|return)\|>.*\Z", re.DOTALL)
 _FENCE = re.compile(r"^\s*(```|~~~).*$", re.MULTILINE)
 _MARKS = re.compile(r"^\s*(#{1,6}|>|[-*•])\s+", re.MULTILINE)  # of headings, quotations and lists
 _STARS = re.compile(r"\*\*")
-# "Here is your prompt:", alone or before the paragraph; and a bare label.
+# "Here is your prompt:", alone or before the paragraph; and a bare label. A paragraph may begin with such words itself,
+# so they count at the end of a line, or where they speak of a text.
 _OPENING = re.compile(
     r"\A\s*((sure|certainly|of course|absolutely|okay|ok|great)\b[^\n:]{0,40}[!.,:]\s*)?"
-    r"((here(['’]s| is| are)|this is|below is)\b[^\n:]{0,120}:|"
+    r"((here(['’]s| is| are)|below is)\b[^\n:]{0,120}:(?=\s*\n)|"
+    r"(here(['’]s| is| are)|this is|below is)\b[^\n:.!?]{0,80}"
+    r"\b(prompt|paragraph|description|caption|version|rewrite)s?\b[^\n:.!?]{0,60}:|"
     r"((enhanced|improved|rewritten|expanded|final|video|new|revised)\s+){0,3}"
     r"(prompt|paragraph|description|caption|scene \d+)( \([^)\n]{0,40}\))?\s*:)\s*",
     re.IGNORECASE,
@@ -28,7 +38,8 @@ _CLOSING = re.compile(
     r"\n\s*\(?(let me know|feel free|would you like|i hope|note\b|word count|\d+ words)[^\n]*\s*\Z", re.IGNORECASE
 )
 _REFUSAL = re.compile(
-    r"\A((i['’]?m|i am) ((really |very |so )?(sorry|unable|not able)|(just )?an ai\b)|as an ai\b|sorry[,.!]|"
+    r"\A((i['’]?m|i am) ((really |very |so )?(sorry|unable|not able)|(just )?an ai\b)|as an ai\b|"
+    r"sorry[,.!]? (but )?i\b|"
     r"(unfortunately, )?i (can['’]?t|cannot|can not|won['’]?t|will not|must decline|don['’]?t|do not)\b)",
     re.IGNORECASE,
 )
@@ -40,7 +51,10 @@ class Unusable(Exception):
     """An answer that is none. Its message goes on from the name of the endpoint: "answered with HTML, not JSON"."""
 
 
-def content(body: bytes) -> str:
+Hide = Callable[[str], str]  # takes out what is nobody's business
+
+
+def content(body: bytes, hide: Hide = str) -> str:
     """The text that a chat completion holds.
 
     Raises:
@@ -53,19 +67,19 @@ def content(body: bytes) -> str:
     except RecursionError:
         raise Unusable("answered with JSON of too many levels") from None
     if isinstance(data, dict) and data.get("error"):
-        raise Unusable(f"answered with an error: {message(body) or 'it does not say which'}")
+        raise Unusable(f"answered with an error: {message(body, hide) or 'it does not say which'}")
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise Unusable("answered without choices, so it is no chat endpoint or not a whole answer")
     said = choices[0].get("message")
     said = said if isinstance(said, dict) else {}
     if said.get("refusal"):
-        raise Unusable(f"declined: {plain(str(said['refusal']))}")
+        raise Unusable(f"declined: {plain(hide(str(said['refusal'])))}")
     if choices[0].get("finish_reason") == "content_filter":
         raise Unusable("let its filter hold the answer back")
     if choices[0].get("finish_reason") == "length":
         raise Unusable("cut its answer off at its limit of tokens; raise that, or take a model that thinks less")
-    return _joined(said.get("content"))
+    return _joined(said.get("content"), hide)
 
 
 def paragraph(answer: str) -> str:
@@ -74,7 +88,8 @@ def paragraph(answer: str) -> str:
     Raises:
         Unusable: nothing is left, or what is left is no description.
     """
-    text = _THOUGHT_END.sub("", _THOUGHT.sub("", answer))
+    text = _CHANNEL_END.sub("", _CHANNEL.sub("", answer))
+    text = _THOUGHT_END.sub("", _THOUGHT.sub("", text))
     if answer.strip() and not text.strip():
         raise Unusable("answered with thoughts alone")
     text = _STARS.sub("", _MARKS.sub("", _FENCE.sub("", text)))
@@ -86,8 +101,11 @@ def paragraph(answer: str) -> str:
         raise Unusable(f"answered with data instead of a description: {_short(text)}")
     if _REFUSAL.match(text):
         raise Unusable(f"declined: {_short(text)}")
-    if len(text.split()) < FEWEST_WORDS:
-        raise Unusable(f"answered with no description, but with {text!r}")
+    letters = [sign for sign in text if sign.isalpha()]
+    if sum(ord(sign) < LATIN for sign in letters) < len(letters) / 2:
+        raise Unusable(f"answered in letters that the text encoder does not read: {_short(text)}")
+    if len(text.split()) < FEWEST_WORDS or max(map(len, text.split())) > LONGEST_WORD:
+        raise Unusable(f"answered with no description, but with {_short(text)!r}")
     return text
 
 
@@ -112,13 +130,13 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def message(body: bytes) -> str:
+def message(body: bytes, hide: Hide = str) -> str:
     """What a server says of an error, in one short line; "" where it says nothing readable."""
     text = body.decode("utf-8", "replace")
     try:
-        return plain(_found(json.loads(text)))
+        return plain(hide(_found(json.loads(text))))
     except (ValueError, RecursionError):
-        return "" if "<" in text[:200] else plain(text)
+        return "" if "<" in text[:200] else plain(hide(text))
 
 
 def plain(text: str) -> str:
@@ -133,7 +151,7 @@ def _found(data: Any) -> str:
     return data if isinstance(data, str) else json.dumps(data)
 
 
-def _joined(said: Any) -> str:
+def _joined(said: Any, hide: Hide) -> str:
     """The content of a message: text, or parts of which some are text."""
     if isinstance(said, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in said]
@@ -141,12 +159,12 @@ def _joined(said: Any) -> str:
     if said is None or said == "":
         raise Unusable("answered with nothing")
     if not isinstance(said, str):
-        raise Unusable(f"answered with content that is no text: {_short(json.dumps(said))}")
+        raise Unusable(f"answered with content that is no text: {_short(hide(json.dumps(said)))}")
     try:
         said.encode("utf-8")
     except UnicodeEncodeError:
         raise Unusable("answered with half a character") from None
-    return said
+    return hide(said)
 
 
 def _kind(body: bytes) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kadr.errors import EnhanceError, KadrWarning, RequestError
-from kadr.text.answers import MOST_WORDS, Unusable, content, message, paragraph, plain, shortened, words
+from kadr.text.answers import MOST_WORDS, Hide, Unusable, content, message, paragraph, plain, shortened, words
 from kadr.text.endpoint import KEY, check_key, checked_address, completions, is_here, shown
 from kadr.text.instructions import Picture, conversation
 from kadr.version import __version__
@@ -30,6 +30,8 @@ from kadr.version import __version__
 TIMEOUT = 60.0  # seconds
 LONGEST_TIMEOUT = 3600.0
 LARGEST = 1 << 20  # bytes of an answer
+SECRET = 12  # letters: a shorter key is a word that servers without keys are given, and may stand in any text
+ENOUGH = 40  # words: a prompt that has as many may be given back as it is
 _WAYS_OUT = {
     401: f"; give it its key, on the command line in {KEY} in the environment",
     403: f"; give it its key, on the command line in {KEY} in the environment",
@@ -123,7 +125,8 @@ class Enhancer:
                 answer, blind = self._answer(scene, pictures, blind=blind, **around)
                 made.append(self._fitting(paragraph(answer), scene))
             except Unusable as reason:
-                raise EnhanceError(f"the prompt was not enhanced: {self.place} {reason}.") from None
+                told = f"{self.place} {reason}"
+                raise EnhanceError(f"the prompt was not enhanced: {told}{'' if told[-1] in '.!?' else '.'}") from None
         return made
 
     def _answer(self, scene: str, pictures: Sequence[Picture], *, blind: bool, **around: Any) -> tuple[str, bool]:
@@ -149,16 +152,20 @@ class Enhancer:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(completions(self.url), json.dumps(body).encode(), headers, method="POST")
         try:
-            return content(_in_time(lambda: _exchange(request, until, self.key), self.timeout, until))
+            return content(_in_time(lambda: _exchange(request, until, self._hide), self.timeout, until), self._hide)
         except _Refused as refused:
             if self.model is None and refused.status in (400, 404, 422):
                 said = f"{refused.reason}; " if refused.reason else ""
                 raise _Refused(refused.status, f"{said}no model was named") from None
             raise
 
+    def _hide(self, text: str) -> str:
+        """A text without the key, should an endpoint repeat it."""
+        return text.replace(self.key, "(the key)") if self.key and len(self.key) >= SECRET else text
+
     def _fitting(self, text: str, scene: str) -> str:
         """The paragraph, as far as the text encoder has room for it."""
-        if words(text) == words(scene):
+        if words(text) == words(scene) and len(words(scene)) < ENOUGH:
             raise Unusable("gave the same words back")
         cut = shortened(text)
         if cut != text:
@@ -200,40 +207,38 @@ def _in_time(exchange: Any, seconds: float, until: float) -> bytes:
         raise Unusable(_unreached(reason)) from None
 
 
-def _exchange(request: urllib.request.Request, until: float, key: str | None) -> bytes:
-    """Ask, and take in the answer; the key is taken out of it, should the endpoint repeat it."""
+def _exchange(request: urllib.request.Request, until: float, hide: Hide) -> bytes:
+    """Ask, and take in the answer."""
     proxies: dict[str, str] | None = (
         {} if is_here(urlsplit(request.full_url).hostname) else None
     )  # None: as the environment says
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), _NoRedirect)
     try:
         with opener.open(request, timeout=max(until - time.monotonic(), 0.01)) as response:
-            return _hidden(_read(response, until), key)
+            return _read(response, until)
     except urllib.error.HTTPError as error:
         with error:
             if 300 <= error.code < 400:
-                where = plain(_hidden((error.headers.get("Location") or "nowhere").encode(), key).decode())
+                where = plain(hide(error.headers.get("Location") or "nowhere"))
                 raise _Refused(error.code, f"it points to {where}; name that, if you trust it") from None
             try:
-                reason = message(_hidden(_read(error, until), key))
+                reason = message(_read(error, until), hide)
             except (Unusable, OSError, http.client.HTTPException):  # the status says enough
                 reason = ""
             raise _Refused(error.code, reason) from None
 
 
-def _hidden(body: bytes, key: str | None) -> bytes:
-    return body.replace(key.encode(), b"(the key)") if key else body
-
-
 def _read(response: Any, until: float) -> bytes:
     """All of a body, as long as it keeps to time and size."""
-    body = b""
+    body, length = b"", response.headers.get("Content-Length")
     while piece := response.read1(1 << 16):
         body += piece
         if len(body) > LARGEST:
             raise Unusable(f"answered with more than {LARGEST >> 20} MB")
         if time.monotonic() > until:
             raise TimeoutError
+    if length is not None and length.isdecimal() and len(body) < int(length):
+        raise http.client.IncompleteRead(body, int(length) - len(body))
     return body
 
 
