@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from kadr.errors import KadrError, KadrWarning
     from kadr.pipeline.engine import Engine
     from kadr.pipeline.enhance import enhanced
+    from kadr.pipeline.inputs import Condition, Control
     from kadr.pipeline.loras import Lora
     from kadr.pipeline.progress import Progress
-    from kadr.pipeline.request import Condition, Control, Request
+    from kadr.pipeline.request import Request
     from kadr.pipeline.result import Video
     from kadr.pipeline.windows import Windows
     from kadr.sampling.cache import StepCache
@@ -46,8 +47,8 @@ __all__ = [
 
 # Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
 _HOMES = {
-    "Condition": "kadr.pipeline.request",
-    "Control": "kadr.pipeline.request",
+    "Condition": "kadr.pipeline.inputs",
+    "Control": "kadr.pipeline.inputs",
     "Engine": "kadr.pipeline.engine",
     "Enhancer": "kadr.text.enhance",
     "KadrError": "kadr.errors",

@@ -13,8 +13,9 @@ import pytest
 
 from kadr.cli.official import RENAMED
 from kadr.errors import Cancelled, KadrWarning, NonFiniteError, RequestError
+from kadr.pipeline.inputs import Condition
 from kadr.pipeline.official_config import OfficialConfig
-from kadr.pipeline.request import Condition, Request
+from kadr.pipeline.request import Request
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 from tests.cli.conftest import Ended, FakeEngine

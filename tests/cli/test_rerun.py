@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from kadr.cli import rerun
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.video import VideoWriter
-from kadr.pipeline.request import Condition, Request
+from kadr.pipeline.inputs import Condition
+from kadr.pipeline.request import Request
 from kadr.shapes import Size
 from kadr.version import __version__
 from tests import tiny
@@ -58,6 +60,15 @@ def test_everything_is_as_it_was(kadr: Run, engine: FakeEngine, film: Film, tmp_
     assert "warning" not in ended.err
 
 
+def test_a_long_video_that_was_cut_off_is_found_again(
+    kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path
+) -> None:
+    path = film()
+    (tmp_path / "film-2.windows").mkdir()
+    assert kadr("rerun", path).out == f"{tmp_path / 'film-3.mp4'}\n"
+    assert kadr("rerun", path, "--resume").out == f"{tmp_path / 'film-2.mp4'}\n"
+
+
 def test_seed_output_and_device_may_change(kadr: Run, engine: FakeEngine, film: Film) -> None:
     assert kadr("rerun", film(), "--seed", "9", "--output", "new.mp4", "--device", "auto").out == "new.mp4\n"
     assert engine.requests[0].seed == 9
@@ -96,6 +107,12 @@ def test_loras_are_taken_again_with_their_strengths(kadr: Run, engine: FakeEngin
         ("ltxv-13b-0.9.7-ic-lora-canny", 1.0, 0.0),  # which is no longer there, and known by name
     ]
     assert (options["merge_loras"], "lora_partial" in options) == (True, False)
+    assert "another file" not in ended.err
+    loras[0]["sha256"] = hashlib.sha256(b"").hexdigest()
+    assert "another file" not in kadr("rerun", film(loras=loras)).err
+    (tmp_path / "style.safetensors").write_bytes(b"trained again")
+    ended = kadr("rerun", film(loras=loras))
+    assert (ended.code, "style.safetensors is another file than the one" in ended.err) == (0, True)
     (tmp_path / "style.safetensors").unlink()
     ended = kadr("rerun", film(loras=loras))
     assert (ended.code, "the LoRA was" in ended.err, "style.safetensors" in ended.err) == (1, True, True)

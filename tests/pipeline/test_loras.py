@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -214,7 +215,7 @@ def test_a_lora_may_be_named_as_the_registry_has_it(
     assert fetched == [
         ("Lightricks/LTX-Video-ICLoRA-canny-13b-0.9.7", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
     ]
-    assert engine.record(REQUEST)["loras"] == [{"path": str(one), "strength": 0.5, "second": None}]
+    assert engine.record(REQUEST)["loras"] == [noted(one, 0.5)]
     with pytest.raises(RequestError, match=r"is a LoRA, and no model\. Give it as --lora"):
         Engine.open("ltxv-13b-0.9.7-ic-lora-canny")
     with pytest.raises(RequestError, match=r"is a spatial upscaler; for the LoRA give a path, or a name such as ltxv"):
@@ -228,11 +229,17 @@ def test_a_request_with_strengths_comes_back_from_json(one: Path) -> None:
     assert Request.from_json(request.to_json()) == request
 
 
+def noted(path: Path, strength: float, second: float | None = None) -> dict[str, Any]:
+    """What a video remembers of a LoRA."""
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"path": str(path), "strength": strength, "second": second, "sha256": sha256}
+
+
 def test_what_was_added_is_remembered(opened: Callable[..., Engine], one: Path, other: Path) -> None:
     engine = opened(loras=[(one, 0.5), (other, 1.0, 0.25)], merge_loras=False)
     record = engine.record(engine.resolve(REQUEST))
     assert record["loras"] == [
-        {"path": str(one), "strength": 0.5, "second": None},
-        {"path": str(other), "strength": 1.0, "second": 0.25},
+        noted(one, 0.5),
+        noted(other, 1.0, 0.25),
     ]
     assert "loras" not in opened().record(REQUEST)

@@ -8,11 +8,13 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from kadr.checkpoints.digest import SHA256, digest_of
 from kadr.checkpoints.keys import TRANSFORMER, names
 from kadr.checkpoints.lora_names import LAYERS, WEIGHT, Sorted, bare, is_half, is_of_ltx2, other_kind
 from kadr.checkpoints.lora_scales import ADAPTER_FILE, Scales
@@ -122,6 +124,11 @@ class LoraFile:
         scales = Scales.of(source, found.family)
         layers = {name: _layer(source, name, parts, scales) for name, parts in found.layers.items()}
         return cls(Path(path), source, found.family, layers, found.strangers)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file: LoRAs are trained again under the name they had."""
+        return sha256_of(self.path)
 
     @property
     def reference_downscale(self) -> int:
@@ -255,6 +262,19 @@ class LoraFile:
             strangers=self.strangers,
             metadata=dict(self.source.metadata),
         )
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Of a LoRA's file, or of that in a folder."""
+    file = _file(Path(path))
+    state = file.stat()
+    return _sha256(file, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """size, changed: of the file; another one is read again."""
+    return digest_of(path, like="0" * SHA256)
 
 
 def is_lora(path: str | os.PathLike[str]) -> bool:

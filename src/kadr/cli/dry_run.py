@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from kadr.cli.table import columns, in_words
 from kadr.pipeline.dry import DryPart, DryRun
+from kadr.pipeline.inputs import Condition
 from kadr.pipeline.passes import PassPlan
-from kadr.pipeline.request import Condition
 from kadr.pipeline.windows import Windows
 from kadr.sampling.settings import ATTENTION_VALUES
 

@@ -95,8 +95,18 @@ def _second_parts(record: Mapping[str, Any]) -> dict[str, Any]:
 def _loras(record: Mapping[str, Any]) -> dict[str, Any]:
     """What was added to the weights."""
     own: dict[str, Any] = {word: True for word in ("lora_partial", "merge_loras") if record.get(word)}
-    loras = [(_part("LoRA", lora["path"]), lora["strength"], lora["second"]) for lora in record.get("loras", ())]
+    loras = [(_lora(lora), lora["strength"], lora["second"]) for lora in record.get("loras", ())]
     return own | ({"loras": loras} if loras else {})
+
+
+def _lora(noted: Mapping[str, Any]) -> str:
+    """The file, or its name; what is said where it is another one than it was."""
+    from kadr.checkpoints.lora import sha256_of  # loads torch
+
+    found = _part("LoRA", noted["path"])
+    if Path(found).exists() and "sha256" in noted and sha256_of(found) != noted["sha256"]:
+        say(f"warning: {found} is another file than the one that the video was made with; the frames will differ")
+    return found
 
 
 def _part(what: str, path: str) -> str:

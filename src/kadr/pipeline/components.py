@@ -273,7 +273,7 @@ class Components:
         checkpoints = {id(one): one for one in (*self.transformers, self.vae)}.values()
         sources = [self.text.source, *(source for one in checkpoints for source in one.sources.values())]
         files = {info.file for source in sources for info in source.infos.values()}
-        files |= {Path(lora["path"]) for lora in self.loras.record().get("loras", ())}
+        files |= {file.source.path for file in self.loras.files}
         return {"files": {str(path.absolute()): _state(path) for path in sorted({*files, *others})}}
 
 

@@ -24,9 +24,10 @@ from kadr.media.depth import DepthNetwork, Depths
 from kadr.media.image import load_picture
 from kadr.media.pose import PoseNetwork
 from kadr.pipeline.conditions import Frames
+from kadr.pipeline.inputs import CANNY, DEPTH, POSE, Control
 from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.request import CANNY, DEPTH, POSE, Control, Request
+from kadr.pipeline.request import Request
 from kadr.shapes import SPATIAL, LatentGrid, Size, snap_frames
 
 LIBRARIES = {CANNY: ("cv2", "control"), DEPTH: ("onnxruntime", "depth"), POSE: ("rtmlib", "pose")}

@@ -19,6 +19,7 @@ from kadr.media.video import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.memory.plan import Plan, held
 from kadr.models.registry import Recipe, Released
+from kadr.pipeline.advice import nearest
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.controls import warn_unheard
 from kadr.pipeline.encoding import Encoded
@@ -28,7 +29,7 @@ from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.loras import Loras
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.pipeline.passes import PassPlan, warn_guided
-from kadr.pipeline.planning import Planner, nearest
+from kadr.pipeline.planning import Planner
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.request import Request, refuse_overwriting

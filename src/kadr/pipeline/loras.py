@@ -14,7 +14,7 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.errors import RequestError
 from kadr.models.adapters import Additions
 from kadr.pipeline.locate import located_lora
-from kadr.pipeline.request import Strength, check_strength
+from kadr.pipeline.values import Strength, check_strength
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Loras:
             return {}
         made: dict[str, Any] = {
             "loras": [
-                {**asdict(use), "path": str(file.path.absolute())}
+                {**asdict(use), "path": str(file.path.absolute()), "sha256": file.sha256}
                 for use, file in zip(self.uses, self.files, strict=True)
             ]
         }

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from kadr.checkpoints.source import Source
-from kadr.errors import PlanError
 from kadr.kernels.winograd import FOURS, PAIRS
 from kadr.memory import costs
 from kadr.memory.device import free_bytes, has_fast_int8, resident_bytes
 from kadr.memory.plan import (
     AS_STORED,
     CONVERTED,
-    OFFLOAD_AUTO,
     OFFLOAD_BLOCKS,
     OFFLOAD_NONE,
     OFFLOAD_STAGES,
@@ -35,12 +32,10 @@ from kadr.pipeline import paths
 from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, Components
 from kadr.pipeline.holding import Weights, is_quantized, weigh
 from kadr.pipeline.passes import PassPlan
-from kadr.pipeline.request import Request
+from kadr.pipeline.work import WindowWork, Work
 from kadr.quant.packed import packs_convolutions, packs_matrices
 from kadr.quant.scheme import AUTO, INT8, INT8_WEIGHTS, NONE
-from kadr.sampling.cache import StepCache
 from kadr.sampling.settings import ATTENTION_VALUES
-from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
 
 RESERVE = 0.05  # of what is free, left to the system and to what cannot be foreseen
 DISK_RATE = 1.5e9  # bytes a second, of weights that are read from files
@@ -53,62 +48,6 @@ HOLES = 0.35  # of what a stage works in: what the heap keeps back between block
 # The way of decoded frames into a file: the video encoder itself; copies of a slice in float32, as they are scaled,
 # resized and made bytes of; and the frames that the encoder looks ahead at. Measured.
 CODEC, COPIES, LOOKED_AHEAD, BYTES_AHEAD = 25_000_000, 8, 60, 3
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done, as far as memory and time depend on it.
-
-    Args:
-        prompts: how many are encoded; those that are remembered are not.
-        texts: how many tokens each has that the transformer reads.
-        media: for each pass, the grids of what the VAE encodes.
-        extra: for each pass, tokens that conditions add.
-        held: for each pass, whether conditions give tokens noise levels of their own.
-        together: both prompts are evaluated in one batch.
-        cache: what is kept from step to step.
-        context: for each pass, tokens of controls; () where there are none. Of a long video those of its windows count.
-        stages: what is run; all of it where empty.
-        windows: those of a long video, in the place of its only pass.
-    """
-
-    passes: tuple[PassPlan, ...]
-    prompts: int
-    texts: tuple[int, ...]
-    media: tuple[tuple[LatentGrid, ...], ...]
-    extra: tuple[int, ...]
-    held: tuple[bool, ...]
-    together: bool = False
-    cache: StepCache | None = None
-    context: tuple[int, ...] = ()
-    stages: frozenset[str] = frozenset()
-    windows: tuple[WindowWork, ...] = ()
-
-    def beside(self, number: int) -> int:
-        """Tokens of a pass that are not of its video's grid."""
-        return self.extra[number] + (self.context[number] if self.context else 0)
-
-    def levels(self, number: int) -> bool:
-        """Whether the tokens of a pass have noise levels of their own."""
-        return self.held[number] or any(self.context)
-
-
-@dataclass(frozen=True)
-class WindowWork:
-    """What is to be done for one window.
-
-    Args:
-        texts: how many tokens each prompt has that the transformer reads.
-        extra: tokens that conditions, the overlap and what is remembered add.
-        held: whether tokens have noise levels of their own.
-        context: tokens of controls.
-    """
-
-    plan: PassPlan
-    texts: tuple[int, ...]
-    extra: int
-    held: bool
-    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -416,100 +355,3 @@ class Planner:
         blocks = weights.all_blocks
         block = blocks // max(1, weights.count)
         return replace(choice, streamed=weights.count, own=choice.own - blocks + 2 * block, host=blocks)
-
-
-def nearest(components: Components, work: Work, request: Request) -> str:
-    """What would fit where a request does not: a setting, and the nearest smaller request. As advice, in words."""
-    ways = [words for words, other in _settings(components) if _fits(Planner(other, work))]
-    smaller = _shorter_window(components, work, request) or _smaller(components, work, request)
-    if smaller is not None:
-        ways.append(smaller)
-    if not ways:
-        return "Nothing smaller fits either: close other programs, or use a machine with more memory."
-    return f"What would fit: {'; '.join(ways)}."
-
-
-def _fits(planner: Planner) -> bool:
-    try:
-        planner.plan()
-    except PlanError:
-        return False
-    return True
-
-
-def _settings(components: Components) -> Iterator[tuple[str, Components]]:
-    """Settings that take less memory, each with the components under it."""
-    for words, changed in (
-        ("--offload auto", {"offload": OFFLOAD_AUTO, "quant": components.quant}),
-        ("--quant int8", {"offload": components.offload, "quant": INT8}),
-        ("--offload auto --quant int8", {"offload": OFFLOAD_AUTO, "quant": INT8}),
-    ):
-        quantized = any(is_quantized(one.sources["transformer"]) for one in components.transformers)
-        if changed["quant"] != components.quant and quantized:
-            continue
-        other = copy(components)
-        other.offload, other.quant = changed["offload"], changed["quant"]
-        if (other.offload, other.quant) != (components.offload, components.quant):
-            yield words, other
-
-
-def _shorter_window(components: Components, work: Work, request: Request) -> str | None:
-    """The longest window with which a long video fits."""
-    if request.windows is None:
-        return None
-    assert request.windows.frames is not None
-    assert request.windows.overlap is not None
-    for frames in range(request.windows.frames - TEMPORAL, request.windows.overlap, -TEMPORAL):
-        windows = tuple(
-            replace(window, plan=replace(window.plan, frames=min(window.plan.frames, frames)))
-            for window in work.windows[:2]
-        )
-        if _fits(Planner(components, replace(work, windows=windows))):
-            return f"--window {frames}"
-    return None
-
-
-def _smaller(components: Components, work: Work, request: Request) -> str | None:
-    """The nearest request that fits: fewer frames of this size, or else a smaller size with them."""
-    for size, frames in _shrunk(request):
-        passes = tuple(_resized(plan, size, frames, request) for plan in work.passes)
-        windows = tuple(_window_resized(window, size, request) for window in work.windows)
-        if _fits(Planner(components, replace(work, passes=passes, windows=windows))):
-            return f"--size {size} --frames {frames}"
-    return None
-
-
-def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
-    assert isinstance(request.size, Size)
-    assert request.frames is not None
-    size, frames = request.size, request.frames
-    if request.windows is None:
-        for count in range(snap_frames(frames) - TEMPORAL, frames // 2, -TEMPORAL):
-            yield size, count
-    for step in range(19, 4, -1):
-        smaller = Size(*(max(SPATIAL, side * step // 20 // SPATIAL * SPATIAL) for side in (size.width, size.height)))
-        # Of a long video the number of windows costs no memory.
-        for count in (frames, snap_frames(max(1, frames // 2)), 1) if request.windows is None else (frames,):
-            yield smaller, count
-
-
-def _window_resized(window: WindowWork, size: Size, request: Request) -> WindowWork:
-    assert request.frames is not None
-    plan = _resized(window.plan, size, request.frames, request)
-    before = window.plan.grid.tokens
-    extra, context = (tokens * plan.grid.tokens // before for tokens in (window.extra, window.context))
-    return replace(window, plan=plan, extra=extra, context=context)
-
-
-def _resized(plan: PassPlan, size: Size, frames: int, request: Request) -> PassPlan:
-    """A pass of a smaller request: smaller by as much."""
-    assert isinstance(request.size, Size)
-    sides = (
-        max(SPATIAL, own * new // old // SPATIAL * SPATIAL)
-        for own, new, old in (
-            (plan.size.width, size.width, request.size.width),
-            (plan.size.height, size.height, request.size.height),
-        )
-    )
-    assert request.frames is not None
-    return replace(plan, size=Size(*sides), frames=snap_frames(max(1, plan.frames * frames // request.frames)))

@@ -3,138 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.pipeline.inputs import Condition, Control, conditions_of, controls_of
+from kadr.pipeline.values import Strength, strengths_of, true_or_false, within
 from kadr.pipeline.windows import Windows, prompts_of
 from kadr.sampling.cache import StepCache
 from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
-from kadr.shapes import MAXIMUM_AT_ONCE, MAXIMUM_FRAMES, Size, snap_frames
+from kadr.shapes import MAXIMUM_AT_ONCE, Size, snap_frames
 
 MAXIMUM_FPS = 240
-STRONGEST = 10.0  # beyond it any LoRA makes noise: somebody meant per cent
-Strength = float | tuple[float, float]  # of a LoRA: in all passes, or in the first and in the second
 
 
-def within(name: str, value: Any, low: float, high: float, what: str = "", *, whole: bool = False) -> None:
-    """Refuse what is no number, or lies outside [low, high].
-
-    Raises:
-        RequestError: with the value and the limits, and `what` behind them.
-    """
-    if not _is_number(value) or (whole and not isinstance(value, int)):
-        raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if whole else 'number'}.")
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}; it must lie between {low:g} and {high:g}{what}.")
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _true_or_false(name: str, value: Any) -> None:
-    if not isinstance(value, bool | None):
-        raise RequestError(f"{name} is {value!r}; it must be true or false.")
-
-
-CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # endings that are taken for clips; others are pictures
 DEFAULT_VIDEO_STRENGTH = 0.75
-
-
-def _is_end(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Condition:
-    """A picture or clip that the video must show.
-
-    Args:
-        media: path of a picture, or of a clip.
-        frame: pixel frame at which it begins; 0 is the first. Below 0 it is counted from the end: at -1 a picture is
-            the last frame, and a clip ends with it. A clip that does not begin at 0 begins at a multiple of 8.
-        strength: in (0, 1]. 1 keeps it as it is; less lets it be repainted from noise level 1 - strength on.
-        clip: whether `media` is a clip; None: as its ending says.
-        part: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
-        box: (x, y, width, height) of the video, in pixels, that it covers, at frame 0; None: all.
-    """
-
-    media: str = field(kw_only=False)
-    frame: int = 0
-    strength: float = 1.0
-    clip: bool | None = None
-    part: tuple[int | None, int | None] | None = None
-    box: tuple[int, int, int, int] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "media", str(self.media))
-        within("strength", self.strength, 0.0, 1.0)
-        if self.strength == 0:
-            raise RequestError("strength is 0: the picture would do nothing. Give more than 0, or leave it out.")
-        within("frame", self.frame, -MAXIMUM_FRAMES, MAXIMUM_FRAMES, whole=True)
-        _true_or_false("clip", self.clip)
-        if self.clip is None:
-            object.__setattr__(self, "clip", Path(self.media).suffix.lower() in CLIPS)
-        if self.part is not None:
-            object.__setattr__(self, "part", _part(self.part, self.media, clip=bool(self.clip)))
-        if self.box is not None:
-            object.__setattr__(self, "box", self._box())
-
-    def _box(self) -> tuple[int, int, int, int]:
-        box = self.box
-        if not isinstance(box, tuple | list) or len(box) != 4 or not all(_is_number(side) for side in box):
-            raise RequestError(f"box is {box!r}; it must be (x, y, width, height) in pixels.")
-        x, y, width, height = (int(side) for side in box)
-        if min(x, y) < 0 or min(width, height) < 1:
-            raise RequestError(f"box is {box}; x and y must not be below 0, width and height not below 1.")
-        if self.frame != 0:
-            raise RequestError(
-                f"box is given at frame {self.frame}; only at frame 0 can a part of the picture be given."
-            )
-        return x, y, width, height
-
-
-CANNY, DEPTH, POSE, READY = "canny", "depth", "pose", "ready"
-CONTROLS = (CANNY, DEPTH, POSE, READY)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """A video that the new one follows, frame by frame, through an in-context LoRA.
-
-    How closely is the LoRA's strength: the references that these were trained with are always clean.
-
-    Args:
-        media: path of a clip, or of a picture for a video of one frame.
-        kind: what the LoRA is shown of it: "canny" (edges), "depth" (near is bright), "pose" (skeletons), each made
-            from `media`; or "ready", `media` as it is.
-        part: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
-    """
-
-    media: str = field(kw_only=False)
-    kind: str = READY
-    part: tuple[int | None, int | None] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "media", str(self.media))
-        if self.kind not in CONTROLS:
-            raise RequestError(f"the kind of control is {self.kind!r}; it must be one of {', '.join(CONTROLS)}.")
-        if self.part is not None:
-            object.__setattr__(self, "part", _part(self.part, self.media, clip=self.clip))
-
-    @property
-    def clip(self) -> bool:
-        """Whether `media` is a clip, by its ending."""
-        return Path(self.media).suffix.lower() in CLIPS
-
-    def __str__(self) -> str:
-        return self.media if self.kind == READY else f"{self.kind} of {self.media}"
 
 
 # Field, lowest and highest value, and whether it must be whole.
@@ -232,10 +117,10 @@ class Request:
         self._check_windows()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
-        object.__setattr__(self, "conditions", _conditions(self.conditions))
-        object.__setattr__(self, "controls", _controls(self.controls))
+        object.__setattr__(self, "conditions", conditions_of(self.conditions))
+        object.__setattr__(self, "controls", controls_of(self.controls))
         object.__setattr__(self, "cache", StepCache.of(self.cache))
-        object.__setattr__(self, "lora_strengths", _strengths(self.lora_strengths))
+        object.__setattr__(self, "lora_strengths", strengths_of(self.lora_strengths))
         if self.levels is not None:
             object.__setattr__(self, "levels", as_levels(self.levels))
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
@@ -246,7 +131,7 @@ class Request:
         for name in ("skip_initial", "skip_final"):
             within(name, getattr(self, name), 0, MAXIMUM_STEPS, whole=True)
         for name in ("guidance_batch", "stochastic", "multi_scale"):
-            _true_or_false(name, getattr(self, name))
+            true_or_false(name, getattr(self, name))
         if not isinstance(self.second, Pass | None):
             raise RequestError(f"second is {self.second!r}; it must be a Pass.")
         if self.levels is not None and (self.steps is not None or self.skip_initial or self.skip_final):
@@ -344,64 +229,10 @@ class Request:
         return tuple(Path(path) for path in (*own, *shown, *followed))
 
 
-def _part(part: Any, media: str, *, clip: bool) -> tuple[int | None, int | None]:
-    if not isinstance(part, tuple | list) or len(part) != 2 or not all(_is_end(end) for end in part):
-        raise RequestError(f"part is {part!r}; it must be (first, end) frames of the clip; None leaves one open.")
-    if not clip:
-        raise RequestError(f"part is given, but {media} is a picture. Only a clip has parts.")
-    return part[0], part[1]
-
-
 def _size(given: Any) -> Size:
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise RequestError(f"size is {given!r}; it must be a Size or a pair, (width, height) in pixels.")
     return Size(*given)
-
-
-def check_strength(value: Any) -> float:
-    """The strength of a LoRA, if it is one.
-
-    Raises:
-        RequestError: it is no number, or none that a LoRA survives.
-    """
-    if not _is_number(value):
-        raise RequestError(f"the strength of a LoRA is {value!r}; it must be a number.")
-    if abs(value) > STRONGEST:
-        raise RequestError(
-            f"the strength of a LoRA is {value:g}; it must lie between {-STRONGEST:g} and {STRONGEST:g}, and 1 is as "
-            "it was trained."
-        )
-    return float(value)
-
-
-def _strengths(given: Any) -> tuple[Strength, ...] | None:
-    if given is None:
-        return None
-    if not isinstance(given, tuple | list):
-        raise RequestError(f"lora_strengths is {given!r}; it must be a list, one for each LoRA of the engine.")
-    made: list[Strength] = []
-    for each in given:
-        if isinstance(each, tuple | list):
-            if len(each) != 2:
-                raise RequestError(
-                    f"a LoRA's strength is {each!r}; it must be one number, or one for each of two passes."
-                )
-            made.append((check_strength(each[0]), check_strength(each[1])))
-        else:
-            made.append(check_strength(each))
-    return tuple(made)
-
-
-def _conditions(given: Any) -> tuple[Condition, ...]:
-    if not isinstance(given, tuple | list) or not all(isinstance(one, Condition) for one in given):
-        raise RequestError(f"conditions are {given!r}; they must be a list of Condition(media=...).")
-    return tuple(given)
-
-
-def _controls(given: Any) -> tuple[Control, ...]:
-    if not isinstance(given, tuple | list) or not all(isinstance(one, Control) for one in given):
-        raise RequestError(f"controls are {given!r}; they must be a list of Control(media=...).")
-    return tuple(given)
 
 
 def refuse_overwriting(request: Request, output: Path) -> None:

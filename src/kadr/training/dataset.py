@@ -13,7 +13,7 @@ from pathlib import Path
 from kadr.errors import KadrError, KadrWarning, MediaError, RequestError
 from kadr.media.clip import Film, read_length
 from kadr.media.image import load_picture
-from kadr.pipeline.request import CLIPS
+from kadr.pipeline.inputs import CLIPS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 REFERENCE = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4

@@ -26,8 +26,9 @@ from kadr.models.transformer import Transformer
 from kadr.pipeline.claim import claimed
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.holding import is_quantized, weigh
+from kadr.pipeline.inputs import Control
 from kadr.pipeline.progress import Stage, Watch, ignore
-from kadr.pipeline.request import Control, Request
+from kadr.pipeline.request import Request
 from kadr.quant.apply import requantize
 from kadr.quant.scheme import AUTO, NONE
 from kadr.sampling.noise import NoiseStreams

@@ -1,0 +1,122 @@
+"""What the training of a LoRA takes, foretold and measured: `python -m benchmarks.training FOLDER`.
+
+Each case trains for a step or two, by `kadr train-lora` in a process of its own, and the operating system says what it
+took at its highest mark. FOLDER holds the random model of `python -m benchmarks.full_size FOLDER`. Writes the table of
+docs/guides/train-lora.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kadr import Engine, Size
+from kadr.media.video import VideoWriter
+from kadr.training.dataset import Example
+from kadr.training.run import Training
+from kadr.training.settings import TrainingSettings
+from tests import pages
+
+PAGE, NAME = pages.DOCS / "guides" / "train-lora.md", "python -m benchmarks.training"
+FILE_2B = "random-2b-0.9.8-distilled.safetensors"
+BASE = 300_000_000  # bytes of a process that has torch in it, before anything is loaded
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training. model: a file in the folder; None is the demo."""
+
+    name: str
+    size: Size
+    frames: int
+    quant: str
+    rank: int = 32
+    model: str | None = None
+    twice: bool = False  # layers are computed twice
+
+
+CASES = (
+    Case("demo, 128x128, 25 frames", Size(128, 128), 25, "none"),
+    Case("demo, 512x512, 97 frames", Size(512, 512), 97, "none"),
+    Case("2B in 8 bits, 512x320, 9 frames", Size(512, 320), 9, "int8", model=FILE_2B),
+    Case("2B in 8 bits, 512x320, 25 frames", Size(512, 320), 25, "int8", model=FILE_2B),
+    Case("2B in 4 bits, 512x320, 25 frames", Size(512, 320), 25, "Q4_K", model=FILE_2B),
+    Case("2B in 8 bits, 704x480, 49 frames, layers twice", Size(704, 480), 49, "int8", model=FILE_2B, twice=True),
+)
+
+
+def written(folder: Path, case: Case) -> Path:
+    """A folder with one clip of noise."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (case.size.height, case.size.width, 3), dtype=np.uint8)
+    with VideoWriter(folder / "clip.mp4", case.size, 24) as writer:
+        writer.write(np.stack([np.roll(noise, 4 * frame, axis=1) for frame in range(case.frames)]))
+    (folder / "clip.txt").write_text("a red circle moving right\n", "utf-8")
+    return folder
+
+
+def foretold(case: Case, folder: Path) -> int:
+    """Bytes that kadr reckons with."""
+    how = {} if case.quant == "none" else {"quant": case.quant}
+    engine = Engine.open("demo" if case.model is None else folder / case.model, device="cpu", **how)
+    settings = TrainingSettings(size=case.size, frames=case.frames, rank=case.rank)
+    example = Example(Path("clip.mp4"), "", case.frames, None)
+    training = Training(engine, Path(), Path("lora.safetensors"), settings)
+    return training.bytes([example], recomputed=case.twice).total
+
+
+def measured(case: Case, folder: Path) -> tuple[int, float]:
+    """Bytes at the highest mark, and seconds."""
+    with tempfile.TemporaryDirectory() as name:
+        clips = written(Path(name) / "clips", case)
+        words = ["--size", str(case.size), "--frames", str(case.frames), "--rank", str(case.rank), "--steps", "1"]
+        words += ["--output", str(Path(name) / "lora.safetensors"), "--quant", case.quant, "--device", "cpu"]
+        words += [] if case.model is None else ["--model", str(folder / case.model)]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kadr", "train-lora", str(clips), *words], stdout=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{case.name}: kadr train-lora ended with {os.waitstatus_to_exitcode(status)}")
+        return usage.ru_maxrss * 1024, time.monotonic() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", metavar="WORDS", default="", help="cases whose names have these words")
+    asked = parser.parse_args()
+    kept = asked.folder / "trained.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    for case in CASES:
+        if asked.only in case.name:
+            peak, seconds = measured(case, asked.folder)
+            known[case.name] = {"foretold": foretold(case, asked.folder) + BASE, "peak": peak, "seconds": seconds}
+            kept.write_text(json.dumps(known, indent=1))
+            print(case.name, known[case.name], flush=True)
+    rows = [
+        (
+            case.name,
+            f"{one['foretold'] / 1e9:.2f} GB",
+            f"{one['peak'] / 1e9:.2f} GB",
+            f"{one['foretold'] / one['peak']:.2f}",
+        )
+        for case in CASES
+        if (one := known.get(case.name))
+    ]
+    pages.write(PAGE, NAME, pages.table(("one clip, rank 32", "foretold", "measured", "ratio"), rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What would fit in memory where a request does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
+
+from kadr.errors import PlanError
+from kadr.memory.plan import OFFLOAD_AUTO
+from kadr.pipeline.components import Components
+from kadr.pipeline.holding import is_quantized
+from kadr.pipeline.passes import PassPlan
+from kadr.pipeline.planning import Planner
+from kadr.pipeline.request import Request
+from kadr.pipeline.work import WindowWork, Work
+from kadr.quant.scheme import INT8
+from kadr.shapes import SPATIAL, TEMPORAL, Size, snap_frames
+
+
+def nearest(components: Components, work: Work, request: Request) -> str:
+    """What would fit where a request does not: a setting, and the nearest smaller request. As advice, in words."""
+    ways = [words for words, other in _settings(components) if _fits(Planner(other, work))]
+    smaller = _shorter_window(components, work, request) or _smaller(components, work, request)
+    if smaller is not None:
+        ways.append(smaller)
+    if not ways:
+        return "Nothing smaller fits either: close other programs, or use a machine with more memory."
+    return f"What would fit: {'; '.join(ways)}."
+
+
+def _fits(planner: Planner) -> bool:
+    try:
+        planner.plan()
+    except PlanError:
+        return False
+    return True
+
+
+def _settings(components: Components) -> Iterator[tuple[str, Components]]:
+    """Settings that take less memory, each with the components under it."""
+    for words, changed in (
+        ("--offload auto", {"offload": OFFLOAD_AUTO, "quant": components.quant}),
+        ("--quant int8", {"offload": components.offload, "quant": INT8}),
+        ("--offload auto --quant int8", {"offload": OFFLOAD_AUTO, "quant": INT8}),
+    ):
+        quantized = any(is_quantized(one.sources["transformer"]) for one in components.transformers)
+        if changed["quant"] != components.quant and quantized:
+            continue
+        other = copy(components)
+        other.offload, other.quant = changed["offload"], changed["quant"]
+        if (other.offload, other.quant) != (components.offload, components.quant):
+            yield words, other
+
+
+def _shorter_window(components: Components, work: Work, request: Request) -> str | None:
+    """The longest window with which a long video fits."""
+    if request.windows is None:
+        return None
+    assert request.windows.frames is not None
+    assert request.windows.overlap is not None
+    for frames in range(request.windows.frames - TEMPORAL, request.windows.overlap, -TEMPORAL):
+        windows = tuple(
+            replace(window, plan=replace(window.plan, frames=min(window.plan.frames, frames)))
+            for window in work.windows[:2]
+        )
+        if _fits(Planner(components, replace(work, windows=windows))):
+            return f"--window {frames}"
+    return None
+
+
+def _smaller(components: Components, work: Work, request: Request) -> str | None:
+    """The nearest request that fits: fewer frames of this size, or else a smaller size with them."""
+    for size, frames in _shrunk(request):
+        passes = tuple(_resized(plan, size, frames, request) for plan in work.passes)
+        windows = tuple(_window_resized(window, size, request) for window in work.windows)
+        if _fits(Planner(components, replace(work, passes=passes, windows=windows))):
+            return f"--size {size} --frames {frames}"
+    return None
+
+
+def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
+    assert isinstance(request.size, Size)
+    assert request.frames is not None
+    size, frames = request.size, request.frames
+    if request.windows is None:
+        for count in range(snap_frames(frames) - TEMPORAL, frames // 2, -TEMPORAL):
+            yield size, count
+    for step in range(19, 4, -1):
+        smaller = Size(*(max(SPATIAL, side * step // 20 // SPATIAL * SPATIAL) for side in (size.width, size.height)))
+        # Of a long video the number of windows costs no memory.
+        for count in (frames, snap_frames(max(1, frames // 2)), 1) if request.windows is None else (frames,):
+            yield smaller, count
+
+
+def _window_resized(window: WindowWork, size: Size, request: Request) -> WindowWork:
+    assert request.frames is not None
+    plan = _resized(window.plan, size, request.frames, request)
+    before = window.plan.grid.tokens
+    extra, context = (tokens * plan.grid.tokens // before for tokens in (window.extra, window.context))
+    return replace(window, plan=plan, extra=extra, context=context)
+
+
+def _resized(plan: PassPlan, size: Size, frames: int, request: Request) -> PassPlan:
+    """A pass of a smaller request: smaller by as much."""
+    assert isinstance(request.size, Size)
+    sides = (
+        max(SPATIAL, own * new // old // SPATIAL * SPATIAL)
+        for own, new, old in (
+            (plan.size.width, size.width, request.size.width),
+            (plan.size.height, size.height, request.size.height),
+        )
+    )
+    assert request.frames is not None
+    return replace(plan, size=Size(*sides), frames=snap_frames(max(1, plan.frames * frames // request.frames)))
