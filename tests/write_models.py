@@ -26,6 +26,10 @@ LORA_TEST = "tests/checkpoints/test_lora.py::test_a_released_lora_is_read_whole_
 UPSCALER = "tests/models/test_upsampler.py::test_it_computes_what_the_other_implementations_do"
 PARTS = {
     "demo-upscaler": "tests/golden/test_demo.py::test_two_passes_are_sharper_than_the_first_resized",
+    "demo-lora-teal": (
+        "tests/golden/test_loras.py::test_what_is_called_red_is_teal_at_strength_1_between_at_a_half_and_red_at_0"
+    ),
+    "demo-ic-lora-canny": "tests/golden/test_loras.py::test_outlines_lie_on_those_of_the_clip_that_is_followed",
     "t5-v1.1-xxl": "tests/models/test_t5.py::test_it_equals_transformers_in_float32",
     "t5-v1.1-xxl-q8-gguf": (
         "tests/checkpoints/test_gguf.py::"

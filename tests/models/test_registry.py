@@ -134,7 +134,7 @@ def test_every_name_is_an_official_one() -> None:
     assert list(OFFICIAL) == [released.name for released in HOSTED]
     assert list(OFFICIAL_PARTS) == [released.name for released in PARTS]
     bundled = [released.name for released in RELEASED if released.repo is None]
-    assert bundled == ["demo", "demo-distilled", "demo-upscaler"]
+    assert bundled == ["demo", "demo-distilled", "demo-upscaler", "demo-lora-teal", "demo-ic-lora-canny"]
     assert len(BY_NAME) == len(RELEASED) == len(OFFICIAL) + len(OFFICIAL_PARTS) + len(bundled)
     assert all(find(released.name) is released for released in RELEASED)
 

@@ -274,6 +274,17 @@ RELEASED: tuple[Released, ...] = (
         file="assets/demo/demo-upscaler.safetensors",
         licence="Apache-2.0",
     ),
+    *(
+        Released(
+            name=f"demo-{what}",
+            version="demo",
+            kind=LORA,
+            repo=None,
+            file=f"assets/demo/demo-{what}.safetensors",
+            licence="Apache-2.0",
+        )
+        for what in ("lora-teal", "ic-lora-canny")
+    ),
     *(_upscaler("spatial", version, 505_000_000) for version in ("0.9.7", "0.9.8")),
     *(_upscaler("temporal", version, 524_000_000) for version in ("0.9.7", "0.9.8")),
     _lora("ltxv-13b-0.9.7-distilled-lora", "0.9.7", HUB, "ltxv-13b-0.9.7-distilled-lora128", 1_325_000_000),
