@@ -22,7 +22,7 @@ import numpy as np
 from kadr import Engine, Size
 from kadr.media.video import VideoWriter
 from kadr.training.dataset import Example
-from kadr.training.run import Training
+from kadr.training.room import bytes_of
 from kadr.training.settings import TrainingSettings
 from tests import pages
 
@@ -70,8 +70,7 @@ def foretold(case: Case, folder: Path) -> int:
     engine = Engine.open("demo" if case.model is None else folder / case.model, device="cpu", **how)
     settings = TrainingSettings(size=case.size, frames=case.frames, rank=case.rank)
     example = Example(Path("clip.mp4"), "", case.frames, None)
-    training = Training(engine, Path(), Path("lora.safetensors"), settings)
-    return training.bytes([example], recomputed=case.twice).total
+    return bytes_of(engine, settings, [example], recomputed=case.twice).total
 
 
 def measured(case: Case, folder: Path) -> tuple[int, float]:

@@ -26,10 +26,11 @@ from kadr.models.adapters import attach, set_strengths
 from kadr.pipeline.claim import claimed
 from kadr.pipeline.progress import Progress
 from kadr.shapes import Size
-from kadr.training import run
+from kadr.training import room, run
 from kadr.training.cache import encoded, request_of
 from kadr.training.dataset import read_folder
 from kadr.training.low_rank import recompute
+from kadr.training.room import bytes_of
 from kadr.training.run import Training
 from kadr.training.settings import CANNY, FILES, TrainingSettings
 from kadr.training.trainer import Trainer
@@ -358,7 +359,7 @@ def test_a_base_in_fewer_bits_is_trained_beside(quant: str, home: Path, folder: 
 def test_what_does_not_fit_is_refused_before_anything_is_encoded(
     engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1_000_000)
     wanted = training(engine, folder, tmp_path / "lora.safetensors")
     with pytest.raises(PlanError, match=r"training takes about .* and 0\.0 are free on cpu\. Take a smaller --batch"):
         wanted.run()
@@ -371,9 +372,9 @@ def test_layers_are_computed_twice_where_memory_asks_for_it_and_it_comes_to_the_
     right = load_file(training(engine, folder, tmp_path / "a.safetensors", steps=2).run().path)
     wanted = training(engine, folder, tmp_path / "b.safetensors", steps=2)
     found = read_folder(folder, FRAMES)
-    roomy, tight = (wanted.bytes(found, recomputed=twice).total for twice in (False, True))
+    roomy, tight = (bytes_of(engine, wanted.settings, found, recomputed=twice).total for twice in (False, True))
     assert tight < roomy
-    monkeypatch.setattr(run, "free_bytes", lambda device: roomy)
+    monkeypatch.setattr(room, "free_bytes", lambda device: roomy)
     asked: list[object] = []
     monkeypatch.setattr(run, "recompute", lambda blocks: (asked.append(blocks), recompute(blocks)))
     ours = load_file(wanted.run().path)

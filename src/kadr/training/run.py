@@ -17,33 +17,28 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.lora import write_lora
-from kadr.errors import KadrWarning, MediaError, NonFiniteError, PlanError, RequestError
+from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.video import VideoWriter
-from kadr.memory.device import free_bytes
 from kadr.memory.plan import AS_STORED, CONVERTED
-from kadr.memory.training import TrainingBytes, training_bytes
 from kadr.models.transformer import Transformer
 from kadr.pipeline.claim import claimed
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.holding import is_quantized, weigh
 from kadr.pipeline.inputs import Control
 from kadr.pipeline.progress import Stage, Watch, ignore
 from kadr.pipeline.request import Request
 from kadr.quant.apply import requantize
-from kadr.quant.scheme import AUTO, NONE
 from kadr.sampling.noise import NoiseStreams
-from kadr.shapes import LatentGrid
 from kadr.training.cache import encoded, request_of
 from kadr.training.dataset import Example, read_folder
 from kadr.training.log import Log
 from kadr.training.low_rank import learn, learned, recompute, target_layers
+from kadr.training.room import hold_of, must_recompute
 from kadr.training.settings import FILES, TrainingSettings
 from kadr.training.state import CLIPS, check_state, load_state, save_state
 from kadr.training.trainer import Trainer
 from kadr.version import __version__
 
 RATE = 24  # of a clip that is made on the way, as far as its size is checked
-ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ class Training:
         found = read_folder(
             self.folder, settings.frames, references=settings.references == FILES, skip_broken=self.skip_broken
         )
-        recomputed = self._recomputed(found)
+        recomputed = must_recompute(self.engine, settings, found)
         with claimed(self.work):
             told = self._told(found)
             check_state(self._state, told, settings.steps)
@@ -122,28 +117,14 @@ class Training:
             wordless = self._wordless(found, watch)
             self.engine.components.shelf.clear()
             module = self._loaded()
-            layers = learn(module, self._targets(), settings.rank, NoiseStreams(settings.seed))
+            layers = learn(
+                module, target_layers(module.config, settings.targets), settings.rank, NoiseStreams(settings.seed)
+            )
             if recomputed:
                 recompute(module.layers)
             components = self.engine.components
             trainer = Trainer(module, layers, examples, settings, components.dtype, components.device, wordless)
             return self._trained(trainer, told, watch)
-
-    def bytes(self, examples: Sequence[Example], *, recomputed: bool) -> TrainingBytes:
-        """What the training takes, at its largest example. recomputed: see `training_bytes`."""
-        components, settings = self.engine.components, self.settings
-        weights = weigh(components.transformers[0].sources["transformer"], components.dtype, self._hold)
-        grid = LatentGrid.of(settings.size.snapped(), max(example.frames for example in examples))
-        parameters = sum(settings.rank * (inputs + outputs) for inputs, outputs in self._targets().values())
-        return training_bytes(
-            components.config(0),
-            weights=weights.mapped + weights.own + weights.scratch,
-            parameters=parameters,
-            tokens=grid.tokens * (2 if settings.in_context else 1),
-            batch=settings.batch,
-            size=components.dtype.itemsize,
-            recomputed=recomputed,
-        )
 
     @property
     def _state(self) -> Path:
@@ -168,47 +149,15 @@ class Training:
         if self.prompts:
             VideoWriter(self.output.with_suffix(".mp4"), self.settings.size, RATE)  # refuses what it could not write
 
-    def _recomputed(self, examples: Sequence[Example]) -> bool:
-        """Whether layers are computed twice, because what they keep would not fit.
-
-        Raises:
-            PlanError: it does not fit then either.
-        """
-        free = free_bytes(self.engine.components.device)
-        if self.bytes(examples, recomputed=False).total <= ROOMY * free:
-            return False
-        needed = self.bytes(examples, recomputed=True)
-        if needed.total > free:
-            raise PlanError(
-                f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
-                f"{needed.learned / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and "
-                f"{free / 1e9:.1f} are free on {self.engine.components.device}. Take "
-                f"{'a smaller --batch, ' if self.settings.batch > 1 else ''}a smaller --size or fewer --frames, or "
-                "hold the weights in 8 bits with --quant int8.",
-                shortfall=needed.total - free,
-            )
-        return True
-
-    def _targets(self) -> dict[str, tuple[int, int]]:
-        return target_layers(self.engine.components.config(0), self.settings.targets)
-
     def _wordless(self, examples: Sequence[Example], watch: Watch) -> Tensor | None:
         if not self.settings.caption_dropout:
             return None
         request = request_of(examples[0], self.settings)
         return self.engine.encode_prompts(request, [""], watch=watch)[0].float()
 
-    @property
-    def _hold(self) -> str:
-        """How the transformer's weights are held; see `memory.plan.Choice`."""
-        components = self.engine.components
-        if is_quantized(components.transformers[0].sources["transformer"]):
-            return AS_STORED
-        return CONVERTED if components.quant in (NONE, AUTO) else components.quant
-
     def _loaded(self) -> Transformer:
         """The transformer on its device, its weights held as asked for, not in the order of any kernel."""
-        components, hold = self.engine.components, self._hold
+        components, hold = self.engine.components, hold_of(self.engine)
         module = components.load_transformer(0, components.dtype, as_stored=hold == AS_STORED)
         if hold not in (AS_STORED, CONVERTED):
             requantize(module, hold, device=components.device)

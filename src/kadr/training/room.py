@@ -1,0 +1,69 @@
+"""Whether a training has room: what it takes at its largest example, against what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kadr.errors import PlanError
+from kadr.memory.device import free_bytes
+from kadr.memory.plan import AS_STORED, CONVERTED
+from kadr.memory.training import TrainingBytes, training_bytes
+from kadr.pipeline.engine import Engine
+from kadr.pipeline.holding import is_quantized, weigh
+from kadr.quant.scheme import AUTO, NONE
+from kadr.shapes import LatentGrid
+from kadr.training.dataset import Example
+from kadr.training.low_rank import target_layers
+from kadr.training.settings import TrainingSettings
+
+ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
+
+
+def hold_of(engine: Engine) -> str:
+    """How the transformer's weights are held while it learns; see `memory.plan.Choice`."""
+    components = engine.components
+    if is_quantized(components.transformers[0].sources["transformer"]):
+        return AS_STORED
+    return CONVERTED if components.quant in (NONE, AUTO) else components.quant
+
+
+def bytes_of(
+    engine: Engine, settings: TrainingSettings, examples: Sequence[Example], *, recomputed: bool
+) -> TrainingBytes:
+    """What a training takes. recomputed: see `training_bytes`."""
+    components, config = engine.components, engine.components.config(0)
+    weights = weigh(components.transformers[0].sources["transformer"], components.dtype, hold_of(engine))
+    grid = LatentGrid.of(settings.size.snapped(), max(example.frames for example in examples))
+    layers = target_layers(config, settings.targets)
+    return training_bytes(
+        config,
+        weights=weights.mapped + weights.own + weights.scratch,
+        parameters=sum(settings.rank * (inputs + outputs) for inputs, outputs in layers.values()),
+        tokens=grid.tokens * (2 if settings.in_context else 1),
+        batch=settings.batch,
+        size=components.dtype.itemsize,
+        recomputed=recomputed,
+    )
+
+
+def must_recompute(engine: Engine, settings: TrainingSettings, examples: Sequence[Example]) -> bool:
+    """Whether layers are computed twice, because what they keep would not fit.
+
+    Raises:
+        PlanError: it does not fit then either.
+    """
+    device = engine.components.device
+    free = free_bytes(device)
+    if bytes_of(engine, settings, examples, recomputed=False).total <= ROOMY * free:
+        return False
+    needed = bytes_of(engine, settings, examples, recomputed=True)
+    if needed.total > free:
+        batch = "a smaller --batch, " if settings.batch > 1 else ""
+        raise PlanError(
+            f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
+            f"{needed.learned / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and {free / 1e9:.1f} "
+            f"are free on {device}. Take {batch}a smaller --size or fewer --frames, or hold the weights in 8 bits with "
+            "--quant int8.",
+            shortfall=needed.total - free,
+        )
+    return True
