@@ -88,6 +88,7 @@ class Media:
         self.followed = read_controls(request) if read else []
         self.downscale = components.loras.reference_downscale(request.lora_strengths) if self.followed else 1
         self.film = read_start(request) if read and request.video is not None else None
+        self.windowed = bool(spans)
         self.fitted = [self._fitted(plan) for plan in passes]
         stretches = windows or passes
         own = [list(in_window(self.fitted[0], span).values()) for span in spans] if spans else self.fitted
@@ -114,15 +115,10 @@ class Media:
 
     def grids(self, number: int) -> tuple[LatentGrid, ...]:
         """Of all that is encoded for a pass; of a long video, for all of it."""
-        if len(self.fitted) == len(self.shown):
-            return self._grids(self.fitted[number], [self.shown[number]])
-        return self._grids(self.fitted[number], self.shown)
-
-    @staticmethod
-    def _grids(items: Sequence[Fitted], shown: Sequence[Shown]) -> tuple[LatentGrid, ...]:
+        shown = self.shown if self.windowed else [self.shown[number]]
         starts = [one.start.grid for one in shown if one.start is not None]
         references = [each.grid for one in shown for each in one.references]
-        return (*(item.grid for item in items), *references, *starts)
+        return (*(item.grid for item in self.fitted[number]), *references, *starts)
 
     @torch.no_grad()
     def encoded(
