@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -17,15 +18,18 @@ FILES = {
     "refreshed.mkv": ("libx264", {"x264-params": f"intra-refresh=1:keyint={APART}"}),  # it has one entry: the front
     "vp9.webm": ("libvpx-vp9", {"g": str(APART)}),
     "mpeg4.avi": ("mpeg4", {"g": str(APART)}),
+    "b-frames.avi": ("libx264", {"g": str(APART), "bf": "3"}),
+    "vp9.mkv": ("libvpx-vp9", {"g": str(APART)}),
+    "intra.mkv": ("mjpeg", {}),
 }
 
 
-def written(path: Path) -> Path:
+def written(path: Path, rate: int = 24) -> Path:
     codec, options = FILES[path.name]
     noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=24, options=options)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for number in range(FRAMES):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, number, axis=1), format="rgb24")))
         container.mux(stream.encode())
@@ -55,11 +59,31 @@ def test_what_is_read_of_a_long_file_is_what_is_wanted(tmp_path: Path, monkeypat
     assert len(seen) <= APART + 9
 
 
-def test_a_file_whose_entries_moved_is_read_from_the_front(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"stamp": 20481}, {"digest": b"another"}, {"stamp": 10**12}])
+def test_a_file_that_does_not_lead_to_an_entry_is_read_from_the_front(change: dict, tmp_path: Path) -> None:
     path = written(tmp_path / "closed.mp4")
     film, whole = clip.Film.open(path), clip.read_video(path).frames
-    moved = clip.Film(path, range(50, 55), film.sample, [(0, 0), (40, 20481)])
+    moved = replace(film.chosen(range(50, 55)), entries=[entry._replace(**change) for entry in film.entries])
     assert np.array_equal(np.stack(list(moved)), whole[50:55])
+
+
+@pytest.mark.parametrize("name", ["mpeg4.avi", "b-frames.avi"])
+def test_a_file_without_its_index_gives_the_frames_of_a_plain_decode(name: str, tmp_path: Path) -> None:
+    """Time stamps are counted then from wherever reading begins."""
+    path = written(tmp_path / name)
+    path.write_bytes(path.read_bytes().replace(b"idx1", b"JUNK"))
+    whole, film = clip.read_video(path).frames, clip.Film.open(path)
+    for first in (0, APART, 30, 50, FRAMES - 20):
+        assert np.array_equal(np.stack(list(film.chosen(range(first, first + 9)))), whole[first : first + 9])
+
+
+@pytest.mark.parametrize("name", ["vp9.mkv", "intra.mkv"])
+def test_frames_of_equal_times_are_told_apart(name: str, tmp_path: Path) -> None:
+    """As a file of so many frames a second has them, that two fall on one unit of its time."""
+    path = written(tmp_path / name, rate=2400)
+    whole, film = clip.read_video(path).frames, clip.Film.open(path)
+    for first in range(0, FRAMES - 9, 7):
+        assert np.array_equal(np.stack(list(film.chosen(range(first, first + 9)))), whole[first : first + 9]), first
 
 
 def test_frames_that_an_edit_list_leaves_out_are_not_counted(tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ Frames are RGB, full range, whatever the file holds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # The readers FFmpeg may use. Its playlist readers, left out here, open whatever other files and addresses a file names.
 _READERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+_LEADS = re.compile("mp4|matroska")  # containers whose time stamps lead to a frame: those of AVI are counted on the way
 _READABLE = "Supported: .mp4, .mov, .mkv, .webm and .avi."
 
 
@@ -44,6 +47,44 @@ class Clip:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+class Entry(NamedTuple):
+    """A frame that decoding can begin at: long videos are read window by window, and from the front each time, reading
+    would grow with the square of their length.
+
+    Args:
+        number: of the frame, from 0.
+        stamp: its time, in units of the stream's; later than that of every frame before it.
+        digest: of its picture. An index may be wrong.
+    """
+
+    number: int
+    stamp: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, number: int, frame: av.VideoFrame) -> Entry:
+        assert frame.pts is not None
+        return cls(number, frame.pts, _digest(frame))
+
+    def found(self, container: InputContainer) -> Iterator[av.VideoFrame] | None:
+        """The frames from this one on; None where the file does not lead to it."""
+        import av
+
+        try:
+            container.seek(self.stamp, stream=container.streams.video[0])
+            frames = dropwhile(lambda frame: frame.pts is None or frame.pts < self.stamp, _decoded(container))
+            first = next(frames, None)
+        except (OSError, av.error.FFmpegError):
+            return None
+        if first is None or first.pts != self.stamp or _digest(first) != self.digest:
+            return None
+        return chain([first], frames)
+
+
+def _digest(frame: av.VideoFrame) -> bytes:
+    return hashlib.blake2b(bytes(frame.planes[0]), digest_size=8).digest()
+
+
 @dataclass(frozen=True)
 class Film:
     """Frames of a video file, decoded each time they are gone through: none is kept but one.
@@ -52,13 +93,13 @@ class Film:
         path: of the file.
         picks: which of its frames, counted from 0. None comes before the one in front of it; one may come again.
         sample: the first frame of the file, uint8 (H, W, 3): what the others are like.
-        entries: the frames that decoding can begin at, and their time stamps, in order.
+        entries: where decoding can begin but at the front, in order.
     """
 
     path: str | os.PathLike[str]
     picks: Sequence[int]
     sample: np.ndarray = field(repr=False, compare=False)
-    entries: Sequence[tuple[int, int]] = field(default=(), repr=False, compare=False)
+    entries: Sequence[Entry] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], limit: int | None = None) -> Film:
@@ -68,11 +109,13 @@ class Film:
             MediaError: as `read_video`.
         """
         with _open_video(path) as container:
-            sample, count, entries = None, 0, []
+            sample, count, last, entries = None, 0, None, list[Entry]()
+            found = _LEADS.search(container.format.name) is not None
             for frame in islice(_decoded(container), limit):
                 sample = _to_rgb(frame) if sample is None else sample
-                if frame.key_frame and frame.pts is not None:
-                    entries.append((count, frame.pts))
+                if found and count and frame.key_frame and frame.pts is not None and frame.pts > (last or 0):
+                    entries.append(Entry.of(count, frame))
+                last = max(last or 0, frame.pts or 0)
                 count += 1
             if sample is None:
                 raise MediaError(f"{path} holds no frames.")
@@ -88,40 +131,32 @@ class Film:
         Raises:
             MediaError: the file was changed since it was opened.
         """
+        first = self.picks[0] if self.picks else 0
+        if (entry := next((one for one in reversed(self.entries) if one.number <= first), None)) is not None:
+            with _open_video(self.path) as container:
+                if (frames := entry.found(container)) is not None:
+                    yield from self._picked(frames, entry.number - 1)
+                    return
         with _open_video(self.path) as container:
-            (frames, at), picture = self._from_entry(container), self.sample
-            for pick in self.picks:
-                if at < pick:
-                    frame = next(islice(frames, pick - at - 1, None), None)
-                    if frame is None:
-                        raise MediaError(
-                            f"{self.path} has fewer frames than when it was opened. Leave it as it is until the video "
-                            "is made."
-                        )
-                    at, picture = pick, _to_rgb(frame)
-                yield picture
+            yield from self._picked(_decoded(container), -1)
+
+    def _picked(self, frames: Iterator[av.VideoFrame], at: int) -> Iterator[np.ndarray]:
+        """The picks among frames. at: the number of the frame before them."""
+        picture = self.sample
+        for pick in self.picks:
+            if at < pick:
+                frame = next(islice(frames, pick - at - 1, None), None)
+                if frame is None:
+                    raise MediaError(
+                        f"{self.path} has fewer frames than when it was opened. Leave it as it is until the video is "
+                        "made."
+                    )
+                at, picture = pick, _to_rgb(frame)
+            yield picture
 
     def chosen(self, places: Iterable[int]) -> Film:
         """Those at some places among these, which must not fall: `film.chosen([0, 2, 2])` is three frames."""
         return Film(self.path, [self.picks[place] for place in places], self.sample, self.entries)
-
-    def _from_entry(self, container: InputContainer) -> tuple[Iterator[av.VideoFrame], int]:
-        """Frames from the last entry before the first pick on, and the number of the frame before them.
-
-        Long videos are read window by window: from the front each time, reading would grow with the square of their
-        length. Where the file does not lead to that very frame, it is read from the front.
-        """
-        first = self.picks[0] if self.picks else 0
-        entry = max((entry for entry in self.entries if entry[0] <= first), default=(0, 0))
-        stream = container.streams.video[0]
-        if entry[0]:
-            container.seek(entry[1], stream=stream)
-            frames = dropwhile(lambda frame: frame.pts is None or frame.pts < entry[1], _decoded(container))
-            found = next(frames, None)
-            if found is not None and found.pts == entry[1]:
-                return chain([found], frames), entry[0] - 1
-            container.seek(self.entries[0][1], stream=stream)
-        return _decoded(container), -1
 
 
 def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
