@@ -490,7 +490,7 @@ def test_frames_are_followed_one_by_one(
 
 
 def test_a_longer_clip_is_cut_with_a_warning(clips: Callable[..., str]) -> None:
-    with pytest.warns(KadrWarning, match="has 25 frames, for a video of 9; the first 9 of them are followed"):
+    with pytest.warns(KadrWarning, match="goes on after the 9 frames of the video; the first 9 are followed"):
         (followed,) = read_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
     assert brightness(followed) == [*range(9)]
 

@@ -123,7 +123,7 @@ def test_of_a_video_to_start_from_the_first_pass_takes_what_it_makes(engine: Eng
     assert np.array_equal(np.stack(list(read_start(request))), frames[[*range(20), *[19] * 5]])
     generation = Generation(engine.components, request, lambda progress: None)
     plan = replace(generation.passes[0], fps=12.0, frames=17)  # as with a temporal upscaler
-    pixels = Media(engine.components, request, [plan]).shown[0].start
+    pixels = Media(request, [plan]).shown[0].start
     assert pixels is not None
     assert isinstance(pixels.frames, clip.Film)
     assert list(pixels.frames.picks) == [*range(0, 20, 2), *[19] * 7]

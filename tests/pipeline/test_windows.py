@@ -190,10 +190,7 @@ def test_a_picture_counted_from_the_end_that_stands_first_is_remembered(engine: 
 
 def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, photo: Condition) -> None:
     generation = engine._opened(short(conditions=(replace(photo, frame=30),), frames=73), lambda progress: None)
-    places = [
-        [item.placed.start for item in in_window(generation.media.fitted[0], span).values()]
-        for span in generation.spans
-    ]
+    places = [[item.placed.start for item in in_window(generation.media.fitted[0], span)] for span in generation.spans]
     assert places == [[], [14], [], []]
     assert [span.first_frame for span in generation.spans] == [0, 16, 32, 48]
     with_it = engine.denoise(generation.request)

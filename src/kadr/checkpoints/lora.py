@@ -28,7 +28,8 @@ from kadr.nn.linear import Linear
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DOWNSCALE = "reference_downscale_factor"  # of an in-context LoRA: how much smaller its reference videos were
 SHOWN = 5  # strangers that an error names
-# A header that names LTX-2 as its base. Layers alone do not tell: those for pictures are as wide as the 13B's.
+# Headers that name LTX-2 as their base. Layers alone do not tell: those for pictures are as wide as the 13B's.
+_BASE = re.compile(r"base_model|architecture|model_name|model_version", re.IGNORECASE)
 _LTX2 = re.compile(r"\bltx[-_ ]?2(?![\db])", re.IGNORECASE)
 
 
@@ -340,7 +341,7 @@ def _refuse_others(source: Source) -> None:
                 "a plain LoRA."
             )
     for key, value in source.metadata.items():
-        if _LTX2.search(value):
+        if _BASE.search(key) and _LTX2.search(value):
             raise _of_ltx2(source, f"{key} in its header is {value[:60]!r}")
 
 

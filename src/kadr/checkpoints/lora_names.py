@@ -123,7 +123,7 @@ def _split(name: str) -> tuple[str, str | None, str]:
 
 def _ours(theirs: str) -> str | None:
     """kadr's name of a layer, of one in any layout, with dots or underscores."""
-    number = re.match(r"(?:transformer_blocks[._])(\d+)[._]", theirs)
+    number = re.match(r"(?:transformer_blocks[._])(\d{1,4})[._]", theirs)
     inside = theirs if number is None else f"transformer_blocks.0.{theirs[number.end() :]}"
     known = _linears().get(inside.replace(".", "_"))
     if known is None or number is None:

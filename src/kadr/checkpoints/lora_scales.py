@@ -19,6 +19,7 @@ ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers' copy of that config, in
 # Ways to begin with which PEFT takes away from the base what the adapter begins as: to the base as it is, the adapter
 # means something else.
 _OFF_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+LARGEST = 1e9  # an alpha that is no damage
 _MORE_THAN_PAIRS = ("use_dora", "lora_bias")
 
 
@@ -61,8 +62,9 @@ class Scales:
             said = self._patterned(without_prefix(layer))
         else:
             return None, 1.0
-        if not isinstance(said, int | float) or isinstance(said, bool) or not math.isfinite(said):
-            raise CheckpointError(f"{self.source.path}: alpha of {layer} is {said!r}, no number. Download it again.")
+        if not isinstance(said, int | float) or isinstance(said, bool) or not abs(said) <= LARGEST:
+            told = repr(said)[:40]
+            raise CheckpointError(f"{self.source.path}: alpha of {layer} is {told}, no number. Download it again.")
         return float(said), said / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _patterned(self, layer: str) -> Any:
@@ -88,7 +90,7 @@ def _config(source: Source) -> Mapping[str, Any]:
             said = dict(json.loads(beside.read_text("utf-8")))
         else:
             return {}
-    except (ValueError, AttributeError, TypeError, OSError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise CheckpointError(
             f"{source.path}: the adapter's config cannot be read: {error}. Download it again."
         ) from error

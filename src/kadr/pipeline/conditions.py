@@ -108,15 +108,30 @@ def chosen_part(condition: Condition) -> Film:
         MediaError: it cannot be read.
         RequestError: there is none.
     """
-    first, end = condition.part or (None, None)
-    # Only what is wanted is looked into, where that can be told from the front.
-    limit = max(end, 1) if end is not None and end >= 0 and (first is None or first >= 0) else None
-    film = Film.open(condition.media, limit)
-    chosen = film.chosen(range(len(film))[first:end])
+    chosen = film_part(condition.media, condition.part)
     if not len(chosen):
         count, _ = read_length(condition.media)
-        raise RequestError(f"the part {_told(first, end)} of {condition.media} is empty; the clip has {count} frames.")
+        told = _told(*(condition.part or (None, None)))
+        raise RequestError(f"the part {told} of {condition.media} is empty; the clip has {count} frames.")
     return chosen
+
+
+def film_part(media: str, part: tuple[int | None, int | None] | None, most: int | None = None) -> Film:
+    """A part of a clip, as a slice of Python's: some of the frames that can be read, or none.
+
+    Args:
+        most: frames that are wanted; more are not looked into where that can be told from the front.
+
+    Raises:
+        MediaError: it cannot be read.
+    """
+    first, end = part or (None, None)
+    limit = None
+    if (first is None or first >= 0) and (end is None or end >= 0):
+        ends = [*([end] if end is not None else []), *([(first or 0) + most] if most is not None else [])]
+        limit = max(1, min(ends)) if ends else None
+    film = Film.open(media, limit)
+    return film.chosen(range(len(film))[first:end])
 
 
 def _told(first: int | None, end: int | None) -> str:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints import hub
-from kadr.errors import CheckpointError, KadrWarning, MediaError, RequestError
+from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.media.clip import Film, read_length
 from kadr.media.control import cover, edges, library, signed
 from kadr.media.depth import DepthNetwork, Depths
 from kadr.media.image import load_picture
 from kadr.media.pose import PoseNetwork
-from kadr.pipeline.conditions import Frames
+from kadr.pipeline.conditions import Frames, film_part
 from kadr.pipeline.inputs import CANNY, DEPTH, POSE, Control
 from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.progress import Stage, Watch
@@ -83,22 +83,21 @@ def _read(control: Control, request: Request) -> Followed:
 
 def _film(control: Control, frames: int) -> Film:
     """As many frames as are made: the last is repeated where only those asked for are there."""
-    whole, _ = read_length(control.media)
-    kept = range(whole)[slice(*(control.part or (None, None)))]
-    which = f"{control.media} has {whole} frames" + (f", {len(kept)} of them taken" if control.part else "")
+    made = snap_frames(frames)
+    kept = film_part(control.media, control.part, most=made + 1)
     if len(kept) < frames:
-        way = f"Ask for {len(kept)} or fewer" if kept else "Take another part"
+        whole = read_length(control.media)[0]
+        which = f"{control.media} has {whole} frames" + (f", {len(kept)} of them taken" if control.part else "")
+        way = f"Ask for {len(kept)} or fewer" if len(kept) else "Take another part"
         raise RequestError(f"{which}, and the video has {frames}: a control must be as long. {way}.")
     if len(kept) > frames:
         warnings.warn(
-            f"{which}, for a video of {frames}; the first {frames} of them are followed.", KadrWarning, stacklevel=2
+            f"{control.media} goes on after the {frames} frames of the video; the first {frames} "
+            f"{'that are taken ' if control.part else ''}are followed.",
+            KadrWarning,
+            stacklevel=2,
         )
-    made = snap_frames(frames)
-    wanted = kept[:made]
-    film = Film.open(control.media, wanted[-1] + 1)
-    if len(film) <= wanted[-1]:
-        raise MediaError(f"{control.media} names {whole} frames, and {len(film)} can be read. Convert it to an mp4.")
-    return film.chosen(wanted[min(place, len(wanted) - 1)] for place in range(made))
+    return kept.chosen(min(place, len(kept) - 1) for place in range(made))
 
 
 def warn_unheard(request: Request, *, loras: bool) -> None:
@@ -171,8 +170,7 @@ def reference(followed: Followed, request: Request, plan: PassPlan, downscale: i
             f"the references of this LoRA are {downscale} times smaller than the video, and pass {plan.number} is made "
             f"at {plan.size}: both sides must be multiples of {unit}. {_divisible(request, plan, unit)}"
         )
-    step, last = (1 if plan.fps == request.fps else 2), len(followed.frames) - 1
-    places = [min(plan.first_frame + step * place, last) for place in range(plan.frames)]
+    places = plan.seen(request.fps, len(followed.frames))
     frames = followed.frames.chosen(places) if isinstance(followed.frames, Film) else followed.frames
     made = Size(plan.size.width // downscale, plan.size.height // downscale)
     first = frames.sample if isinstance(frames, Film) else frames[0]

@@ -100,7 +100,7 @@ class Denoising:
         with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
             rope = transformer.rope(_positions(state, context)[None].to(device))
             long = (plan.window + 1, plan.windows) if plan.windows > 1 else None
-            stage = Stage(name, count * plan.windows, self.watch, count * plan.window, long)
+            stage = Stage(name, plan.in_all or count, self.watch, plan.before, long)
 
             def watch(index: int, now: Tensor, state: LatentState) -> None:
                 place = f" of window {plan.window + 1}" if plan.windows > 1 else ""

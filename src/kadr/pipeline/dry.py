@@ -15,11 +15,10 @@ from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.components import fitting_upscaler
-from kadr.pipeline.conditions import Placed, read_conditions, read_start
-from kadr.pipeline.controls import Followed, read_controls, reference
-from kadr.pipeline.fitting import settled
+from kadr.pipeline.conditions import Placed
+from kadr.pipeline.controls import Followed
+from kadr.pipeline.encoding import Media
 from kadr.pipeline.locate import is_path, on_disk
-from kadr.pipeline.long import check_placed
 from kadr.pipeline.loras import Lora, downscale_of, refuse_merged_twice
 from kadr.pipeline.passes import (
     PassPlan,
@@ -85,6 +84,7 @@ class DryRun:
         passes: with the level and the strengths of every step. Of a long video its first window.
         placed: the conditions, and where they stand.
         followed: the controls.
+        evaluations: how often the transformer is asked.
         windows: how many there are of a long video; 1 of any other.
     """
 
@@ -93,13 +93,9 @@ class DryRun:
     made: tuple[Size, int]
     passes: tuple[PassPlan, ...]
     placed: tuple[Placed, ...]
-    followed: tuple[Followed, ...] = ()
+    followed: tuple[Followed, ...]
+    evaluations: int
     windows: int = 1
-
-    @property
-    def evaluations(self) -> int:
-        """How often the transformer is asked."""
-        return self.windows * sum(step.evaluations for plan in self.passes for step in plan.steps)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -200,27 +196,25 @@ class DryEngine:
         others = self.models[0] is not self.models[1]
         warn_unused(request, unused_parts(upscaler=bool(self.upscalers), model=others, strength=strength))
         check_beginning(passes[0], started=request.video is not None)
-        if request.video is not None:
-            read_start(request)  # refuses one that is too short
-        placed = read_conditions(request)
-        windows = plan_windows(request, schedules[0])
-        if request.windows is not None:
-            check_placed(placed, request.windows.spans(_made(request)[1]))
-        for plan in passes:
-            settled(placed, request, plan)  # refuses what does not fit the pass
         if self.merged and request.multi_scale and self.models[0] is self.models[1]:
             refuse_merged_twice(use for use, _ in self.loras)
-        followed = read_controls(request)
+        windows = plan_windows(request, schedules[0])
+        spans = () if request.windows is None else request.windows.spans(_made(request)[1])
         acting = [file for use, file in self.loras if file is not None and any(use.strengths())]
-        downscale = downscale_of(acting) if followed else 1
-        for plan in windows[:1] or passes:
-            for one in followed:
-                reference(one, request, plan, downscale)  # refuses what is too small or cannot be divided
+        # Refuses what does not fit, as a run does.
+        media = Media(request, passes, windows, spans, downscale=lambda: downscale_of(acting))
         used = self.models[:1] if self.models[0] is self.models[1] else self.models
         parts = [*(model.part for model in used), *(part for part, _ in upscalers), *self.others]
-        shown = windows[:1] or passes
+        evaluations = sum(step.evaluations for plan in windows or passes for step in plan.steps)
         return DryRun(
-            tuple(parts), request, _made(request), shown, tuple(placed), tuple(followed), windows=len(windows) or 1
+            tuple(parts),
+            request,
+            _made(request),
+            windows[:1] or passes,
+            tuple(media.placed),
+            tuple(media.followed),
+            evaluations,
+            windows=len(windows) or 1,
         )
 
 

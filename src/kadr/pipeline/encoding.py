@@ -5,7 +5,7 @@ What is encoded is fitted to what is sampled by itself: a pass, or a window of a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ class Media:
 
     Args:
         windows: of a long video, with their `spans`; both empty for any other.
+        downscale: says how many times smaller than the video references are, if there are any.
         read: look into them; decoding alone does without.
 
     Raises:
@@ -73,25 +74,25 @@ class Media:
 
     def __init__(
         self,
-        components: Components,
         request: Request,
         passes: Sequence[PassPlan],
         windows: Sequence[PassPlan] = (),
         spans: Sequence[Span] = (),
         *,
+        downscale: Callable[[], int] = lambda: 1,
         read: bool = True,
     ) -> None:
-        self.components, self.request = components, request
+        self.request = request
         self.placed = read_conditions(request) if read else []
         if spans:
             check_placed(self.placed, spans)
         self.followed = read_controls(request) if read else []
-        self.downscale = components.loras.reference_downscale(request.lora_strengths) if self.followed else 1
+        self.downscale = downscale() if self.followed else 1
         self.film = read_start(request) if read and request.video is not None else None
         self.windowed = bool(spans)
         self.fitted = [self._fitted(plan) for plan in passes]
         stretches = windows or passes
-        own = [list(in_window(self.fitted[0], span).values()) for span in spans] if spans else self.fitted
+        own = [in_window(self.fitted[0], span) for span in spans] if spans else self.fitted
         self.shown = [
             Shown(items, self._start(plan), self._references(plan)) for items, plan in zip(own, stretches, strict=True)
         ]
@@ -109,8 +110,7 @@ class Media:
         request = self.request
         assert isinstance(request.size, Size)
         assert request.image_crf is not None
-        step, last = (1 if plan.fps == request.fps else 2), len(self.film) - 1
-        film = self.film.chosen(min(plan.first_frame + step * place, last) for place in range(plan.frames))
+        film = self.film.chosen(plan.seen(request.fps, len(self.film)))
         return Pixels.of(film, request.size, request.image_crf, plan.size, resize=True)
 
     def grids(self, number: int) -> tuple[LatentGrid, ...]:
@@ -122,7 +122,12 @@ class Media:
 
     @torch.no_grad()
     def encoded(
-        self, watch: Watch, *, networks: dict[str, list[Path]] | None = None, wanted: Collection[int] | None = None
+        self,
+        components: Components,
+        watch: Watch,
+        *,
+        networks: dict[str, list[Path]] | None = None,
+        wanted: Collection[int] | None = None,
     ) -> list[Encoded]:
         """All of it through the encoder, for each pass or window.
 
@@ -141,37 +146,39 @@ class Media:
                 shown.append(Shown(one.items, one.start, drawn))
             else:
                 shown.append(Shown([] if number else one.items, None, []))
-        run = rescued(self.components, "encode", partial(self._through, shown, watch))
-        return guarded("encode", self.components.dtype_of("encode"), run)
+        run = rescued(components, "encode", partial(_through, components, shown, watch))
+        return guarded("encode", components.dtype_of("encode"), run)
 
-    def _through(self, shown: Sequence[Shown], watch: Watch, dtype: torch.dtype | None) -> list[Encoded]:
-        known: dict[int, Tensor] = {}  # by the identity of its pixels: a picture may stand in several windows
-        count = len({id(item.pixels) for one in shown for item in one.items})
-        count += sum(len(one.references) + (one.start is not None) for one in shown)
-        device = self.components.device
-        stage, watchman = Stage("encode", count, watch), Watchman.on(device)
-        own, done = dtype or self.components.dtype_of("encode"), 0
-        with self.components.encoder(dtype) as vae:
 
-            def encode(pixels: Pixels | Reference) -> Tensor:
-                nonlocal done
-                if id(pixels) in known:
-                    return known[id(pixels)]
-                chunks = pixels.chunks(ENCODE_FRAMES, device=device, dtype=own)
-                latents = vae.encode_stream(chunks, len(pixels.frames)).float()
-                done += 1
-                watchman.look(latents, f"picture or clip {done} of {count}")
-                stage.done(done)
-                known[id(pixels)] = latents
-                return latents
+def _through(components: Components, shown: Sequence[Shown], watch: Watch, dtype: torch.dtype | None) -> list[Encoded]:
+    """All that is shown through the encoder. dtype: to compute in, instead of the plan's."""
+    known: dict[int, Tensor] = {}  # by the identity of its pixels: a picture may stand in several windows
+    count = len({id(item.pixels) for one in shown for item in one.items})
+    count += sum(len(one.references) + (one.start is not None) for one in shown)
+    device = components.device
+    stage, watchman = Stage("encode", count, watch), Watchman.on(device)
+    own, done = dtype or components.dtype_of("encode"), 0
+    with components.encoder(dtype) as vae:
 
-            made = [
-                Encoded(
-                    [(item, encode(item.pixels)) for item in one.items],
-                    None if one.start is None else encode(one.start),
-                    [encode(each) for each in one.references],
-                )
-                for one in shown
-            ]
-            watchman.settle()
-        return made
+        def encode(pixels: Pixels | Reference) -> Tensor:
+            nonlocal done
+            if id(pixels) in known:
+                return known[id(pixels)]
+            chunks = pixels.chunks(ENCODE_FRAMES, device=device, dtype=own)
+            latents = vae.encode_stream(chunks, len(pixels.frames)).float()
+            done += 1
+            watchman.look(latents, f"picture or clip {done} of {count}")
+            stage.done(done)
+            known[id(pixels)] = latents
+            return latents
+
+        made = [
+            Encoded(
+                [(item, encode(item.pixels)) for item in one.items],
+                None if one.start is None else encode(one.start),
+                [encode(each) for each in one.references],
+            )
+            for one in shown
+        ]
+        watchman.settle()
+    return made

@@ -175,6 +175,7 @@ class Engine:
             PlanError: it does not fit in memory; carries the shortfall in bytes, and says what would fit.
         """
         generation = self._opened(request, ignore)
+        generation.check_beginning()
         warn_unheard(request, loras=bool(self.components.loras))
         return self._planned(generation, request)
 
@@ -229,6 +230,7 @@ class Engine:
         began = time.monotonic()
         refuse_overwriting(request, Path(path))
         generation = self._begin(request, watch)
+        generation.check_beginning()
         request = generation.request
         fps, record = float(request.fps or 0), self.record(request)
         writer = VideoWriter(path, generation.size, fps, metadata=record)
@@ -296,16 +298,18 @@ class Engine:
             raise RequestError("the request has no picture to encode; give it a Condition.")
         generation = self._begin(request, watch, stages=("encode",))
         first = generation.media.fitted[0][0].pixels
-        shown = (pair for one in generation.media_encoded() for pair in one.items)
-        return next(latents for item, latents in shown if item.pixels is first)
+        places = [[item.pixels is first for item in one.items] for one in generation.media.shown]
+        where = next(number for number, found in enumerate(places) if any(found))
+        return generation.media_encoded(wanted=(where,))[where].items[places[where].index(True)][1]
 
     def encode_media(self, request: Request, *, watch: Watch = ignore) -> Encoded:
-        """The pictures and clips of the request, and what it follows, through the VAE's encoder, for its first pass.
+        """The pictures and clips of the request, and what it follows, through the VAE's encoder, for its first pass or
+        window.
 
         Raises:
             As `generate`.
         """
-        return self._begin(request, watch, stages=("encode",)).media_encoded()[0]
+        return self._begin(request, watch, stages=("encode",)).media_encoded(wanted=(0,))[0]
 
     def encode_prompts(self, request: Request, prompts: Sequence[str], *, watch: Watch = ignore) -> list[Tensor]:
         """What the text encoder makes of some prompts: (n, D) each, for its n tokens, on the CPU.

@@ -59,7 +59,8 @@ class Generation:
         own = dict.fromkeys(request.prompts)
         self.prompts = Prompts(components, [*own, *([request.negative_prompt or ""] * self.guided)])
         # Media is read before any weight is: a file that cannot be read must cost nothing.
-        self.media = Media(components, request, self.passes, self.windows, self.spans, read=media)
+        downscale = partial(components.loras.reference_downscale, request.lora_strengths)
+        self.media = Media(request, self.passes, self.windows, self.spans, downscale=downscale, read=media)
         self.denoising = Denoising(components, request, self.noise, watch, self.media.downscale)
 
     def shape(self, number: int) -> tuple[int, ...]:
@@ -161,7 +162,7 @@ class Generation:
         self, networks: dict[str, list[Path]] | None = None, wanted: Collection[int] | None = None
     ) -> list[Encoded]:
         """The request's media through the VAE's encoder, for each pass or window; see `Media.encoded`."""
-        return self.media.encoded(self.watch, networks=networks, wanted=wanted)
+        return self.media.encoded(self.components, self.watch, networks=networks, wanted=wanted)
 
     def kept_shapes(self) -> list[tuple[int, ...]]:
         """Of what each window keeps, (1, C, n, h, w)."""
@@ -187,10 +188,17 @@ class Generation:
             raise RequestError(
                 "latents to start from are given, and windows too; a long video begins at noise, or from a video."
             )
-        filmed = self.media.film is not None
-        if start is not None and filmed:
+        if start is not None and self.media.film is not None:
             raise RequestError("latents to start from are given, and a video too; give the one or the other.")
-        check_beginning(self.passes[0], started=start is not None or filmed)
+        self.check_beginning(started=start is not None)
+
+    def check_beginning(self, *, started: bool = False) -> None:
+        """Refuse levels that do not fit what is begun from. started: latents to start from are given.
+
+        Raises:
+            RequestError: see `passes.check_beginning`.
+        """
+        check_beginning(self.passes[0], started=started or self.media.film is not None)
 
     def _begun(self, plan: PassPlan, noise: Tensor | None, start: Tensor | None) -> Tensor:
         """The latents at the first level: noise, or what is there with so much noise mixed in."""

@@ -150,17 +150,16 @@ def rechunked(parts: Iterable[Tensor], count: int) -> Iterator[Tensor]:
         yield waiting
 
 
-def in_window(items: Iterable[Fitted], span: Span) -> dict[int, Fitted]:
-    """The conditions that lie wholly inside a window, where they stand in it, by their numbers.
+def in_window(items: Iterable[Fitted], span: Span) -> list[Fitted]:
+    """The conditions that lie wholly inside a window, where they stand in it.
 
     Of a later window the first latent is dropped; what would stand at its frame 0 is the end of the one before.
     """
-    made = {}
-    for number, item in enumerate(items):
-        start = item.placed.start - span.first_frame
-        if _lies_in(item.placed, span):
-            made[number] = replace(item, placed=replace(item.placed, start=start))
-    return made
+    return [
+        replace(item, placed=replace(item.placed, start=item.placed.start - span.first_frame))
+        for item in items
+        if _lies_in(item.placed, span)
+    ]
 
 
 def is_first_picture(item: Fitted) -> bool:

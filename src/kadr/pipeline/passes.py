@@ -33,6 +33,7 @@ class PassPlan:
         window, windows: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
             the levels of its first one.
         first_frame: of the whole video, that is the window's frame 0.
+        before, in_all: steps of the windows before this one, and of all of them.
     """
 
     number: int
@@ -45,6 +46,8 @@ class PassPlan:
     window: int = 0
     windows: int = 1
     first_frame: int = 0
+    before: int = 0
+    in_all: int = 0
 
     @property
     def grid(self) -> LatentGrid:
@@ -54,6 +57,16 @@ class PassPlan:
     def guided(self) -> bool:
         """Whether any step needs the negative prompt."""
         return any(step.scale > 1 for step in self.steps)
+
+    def seen(self, fps: float | None, count: int) -> list[int]:
+        """Which frames of a clip this makes, or follows: every second one, where it makes only those.
+
+        Args:
+            fps: of the video.
+            count: frames of the clip; its last one is repeated where it ends before.
+        """
+        step = 1 if self.fps == fps else 2
+        return [min(self.first_frame + step * place, count - 1) for place in range(self.frames)]
 
 
 @dataclass(frozen=True)
@@ -111,9 +124,18 @@ def plan_windows(request: Request, schedule: Schedule) -> tuple[PassPlan, ...]:
             made[span.frames] = _planned(
                 1, request.only_pass(), size, span.frames, request.fps, schedule, _beginning(request)
             )
+    plans = [made[span.frames] for span in spans]  # of a schedule that depends on tokens, the last may have more steps
+    counts = [len(plan.levels) for plan in plans]
     return tuple(
-        replace(made[span.frames], window=number, windows=len(spans), first_frame=span.first_frame)
-        for number, span in enumerate(spans)
+        replace(
+            plan,
+            window=number,
+            windows=len(spans),
+            first_frame=span.first_frame,
+            before=sum(counts[:number]),
+            in_all=sum(counts),
+        )
+        for number, (plan, span) in enumerate(zip(plans, spans, strict=True))
     )
 
 

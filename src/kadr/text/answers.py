@@ -20,8 +20,8 @@ _THOUGHT_END = re.compile(rf"\A.*(</({_NAMES})>|\[/({_NAMES})\])", re.DOTALL | r
 # gpt-oss marks what it thinks and what it says as channels, which some servers pass on.
 _CHANNEL = re.compile(r"\A.*<\|channel\|>\s*final\s*(<\|constrain\|>\w+\s*)?<\|message\|>", re.DOTALL)
 _CHANNEL_END = re.compile(r"<\|(end|return)\|>.*\Z", re.DOTALL)
-_FENCE = re.compile(r"^\s*(```|~~~).*$", re.MULTILINE)
-_MARKS = re.compile(r"^\s*(#{1,6}|>|[-*•])\s+", re.MULTILINE)  # of headings, quotations and lists
+_FENCE = re.compile(r"^[^\S\n]*(```|~~~).*$", re.MULTILINE)
+_MARKS = re.compile(r"^[^\S\n]*(#{1,6}|>|[-*•])[^\S\n]+", re.MULTILINE)  # of headings, quotations and lists
 _STARS = re.compile(r"\*\*")
 # "Here is your prompt:", alone or before the paragraph; and a bare label. A paragraph may begin with such words itself,
 # so they count at the end of a line, or where they speak of a text.
@@ -34,9 +34,7 @@ _OPENING = re.compile(
     r"(prompt|paragraph|description|caption|scene \d+)( \([^)\n]{0,40}\))?\s*:)\s*",
     re.IGNORECASE,
 )
-_CLOSING = re.compile(
-    r"\n\s*\(?(let me know|feel free|would you like|i hope|note\b|word count|\d+ words)[^\n]*\s*\Z", re.IGNORECASE
-)
+_CLOSING = re.compile(r"\(?(let me know|feel free|would you like|i hope|note\b|word count|\d+ words)", re.IGNORECASE)
 _REFUSAL = re.compile(
     r"\A((i['’]?m|i am) ((really |very |so )?(sorry|unable|not able)|(just )?an ai\b)|as an ai\b|"
     r"sorry[,.!]? (but )?i\b|"
@@ -74,7 +72,7 @@ def content(body: bytes, hide: Hide = str) -> str:
     said = choices[0].get("message")
     said = said if isinstance(said, dict) else {}
     if said.get("refusal"):
-        raise Unusable(f"declined: {plain(hide(str(said['refusal'])))}")
+        raise Unusable(f"declined: {plain(str(said['refusal']), hide)}")
     if choices[0].get("finish_reason") == "content_filter":
         raise Unusable("let its filter hold the answer back")
     if choices[0].get("finish_reason") == "length":
@@ -82,7 +80,7 @@ def content(body: bytes, hide: Hide = str) -> str:
     return _joined(said.get("content"), hide)
 
 
-def paragraph(answer: str) -> str:
+def paragraph(answer: str, hide: Hide = str) -> str:
     """The one paragraph of an answer, without what chat models put around it.
 
     Raises:
@@ -93,8 +91,8 @@ def paragraph(answer: str) -> str:
     if answer.strip() and not text.strip():
         raise Unusable("answered with thoughts alone")
     text = _STARS.sub("", _MARKS.sub("", _FENCE.sub("", text)))
-    text = _CLOSING.sub("", _OPENING.sub("", _unquoted(text)))
-    text = _unquoted(_plain(text.replace("|", " ")))
+    text = _unclosed(_OPENING.sub("", _unquoted(text)))
+    text = hide(_unquoted(_plain(text.replace("|", " "))))
     if not text:
         raise Unusable("answered with nothing")
     if text[0] in "{[<":
@@ -134,14 +132,14 @@ def message(body: bytes, hide: Hide = str) -> str:
     """What a server says of an error, in one short line; "" where it says nothing readable."""
     text = body.decode("utf-8", "replace")
     try:
-        return plain(hide(_found(json.loads(text))))
+        return plain(_found(json.loads(text)), hide)
     except (ValueError, RecursionError):
-        return "" if "<" in text[:200] else plain(hide(text))
+        return "" if "<" in text[:200] else plain(text, hide)
 
 
-def plain(text: str) -> str:
+def plain(text: str, hide: Hide = str) -> str:
     """Somebody else's words for a message of ours: one line, short, nothing that would steer a terminal."""
-    return _short(_plain(text).rstrip("."))
+    return _short(hide(_plain(text)).rstrip("."))
 
 
 def _found(data: Any) -> str:
@@ -159,12 +157,12 @@ def _joined(said: Any, hide: Hide) -> str:
     if said is None or said == "":
         raise Unusable("answered with nothing")
     if not isinstance(said, str):
-        raise Unusable(f"answered with content that is no text: {_short(hide(json.dumps(said)))}")
+        raise Unusable(f"answered with content that is no text: {plain(json.dumps(said), hide)}")
     try:
         said.encode("utf-8")
     except UnicodeEncodeError:
         raise Unusable("answered with half a character") from None
-    return hide(said)
+    return said
 
 
 def _kind(body: bytes) -> str:
@@ -174,6 +172,12 @@ def _kind(body: bytes) -> str:
     if start.startswith(b"data:"):
         return "a stream of events"
     return "HTML" if start.startswith(b"<") else "something else"
+
+
+def _unclosed(text: str) -> str:
+    """Without a last line that speaks to the user."""
+    before, _, last = text.rstrip().rpartition("\n")
+    return before if before.strip() and _CLOSING.match(last.lstrip()) else text
 
 
 def _unquoted(text: str) -> str:

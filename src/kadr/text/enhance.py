@@ -123,7 +123,7 @@ class Enhancer:
             around = {"before": tuple(made), "after": scenes[index + 1 :]}
             try:
                 answer, blind = self._answer(scene, pictures, blind=blind, **around)
-                made.append(self._fitting(paragraph(answer), scene))
+                made.append(self._fitting(paragraph(answer, self._hide), scene))
             except Unusable as reason:
                 told = f"{self.place} {reason}"
                 raise EnhanceError(f"the prompt was not enhanced: {told}{'' if told[-1] in '.!?' else '.'}") from None
@@ -219,7 +219,7 @@ def _exchange(request: urllib.request.Request, until: float, hide: Hide) -> byte
     except urllib.error.HTTPError as error:
         with error:
             if 300 <= error.code < 400:
-                where = plain(hide(error.headers.get("Location") or "nowhere"))
+                where = plain(error.headers.get("Location") or "nowhere", hide)
                 raise _Refused(error.code, f"it points to {where}; name that, if you trust it") from None
             try:
                 reason = message(_read(error, until), hide)
@@ -230,15 +230,15 @@ def _exchange(request: urllib.request.Request, until: float, hide: Hide) -> byte
 
 def _read(response: Any, until: float) -> bytes:
     """All of a body, as long as it keeps to time and size."""
-    body, length = b"", response.headers.get("Content-Length")
+    body = b""
     while piece := response.read1(1 << 16):
         body += piece
         if len(body) > LARGEST:
             raise Unusable(f"answered with more than {LARGEST >> 20} MB")
         if time.monotonic() > until:
             raise TimeoutError
-    if length is not None and length.isdecimal() and len(body) < int(length):
-        raise http.client.IncompleteRead(body, int(length) - len(body))
+    if missing := getattr(response, "length", None):  # what was announced and never came
+        raise http.client.IncompleteRead(body, missing)
     return body
 
 

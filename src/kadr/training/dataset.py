@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from kadr.checkpoints.digest import SHA256, digest_of
 from kadr.errors import KadrError, KadrWarning, MediaError, RequestError
 from kadr.media.clip import Film, read_length
 from kadr.media.image import load_picture
@@ -39,9 +40,9 @@ class Example:
     reference: Path | None = None
 
     def mark(self) -> str:
-        """What tells it from another of its name, wherever the folder is."""
-        sizes = [path.stat().st_size for path in (self.media, self.reference) if path is not None]
-        return hashlib.sha256(json.dumps([self.caption, sizes]).encode()).hexdigest()[:16]
+        """What tells it from another of its name, wherever the folder is: a checksum of caption and files."""
+        files = [digest_of(path, like="0" * SHA256) for path in (self.media, self.reference) if path is not None]
+        return hashlib.sha256(json.dumps([self.caption, files]).encode()).hexdigest()[:16]
 
 
 def read_folder(folder: Path, frames: int, *, references: bool = False, skip_broken: bool = False) -> list[Example]:

@@ -6,7 +6,8 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from kadr.errors import MediaError
+from kadr.checkpoints.save import beside
+from kadr.errors import CheckpointError, MediaError
 
 NAMES = ("step", "loss", "held", "seconds")
 
@@ -26,12 +27,12 @@ class Log:
         try:
             if start and path.is_file():
                 with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                    self.rows = [row for row in csv.DictReader(file) if _step(row, start) is not None]
-            with path.open("w", newline="", encoding="utf-8") as file:
+                    self.rows = [row for row in csv.DictReader(file) if _is_done(row, start)]
+            with beside(path) as part, part.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, NAMES, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.rows)
-        except (OSError, csv.Error) as error:
+        except (OSError, csv.Error, CheckpointError) as error:
             told = getattr(error, "strerror", None) or error
             raise MediaError(f"{path} cannot be used as the log: {told}. Move it away.") from error
 
@@ -47,9 +48,9 @@ class Log:
             csv.DictWriter(file, NAMES).writerow({"step": step, **told})
 
 
-def _step(row: Mapping[str, str], start: int) -> int | None:
+def _is_done(row: Mapping[str, str], start: int) -> bool:
     step = _number(row.get("step"))
-    return int(step) if step is not None and 0 <= step <= start else None
+    return step is not None and 0 <= step <= start
 
 
 def _number(text: object) -> float | None:

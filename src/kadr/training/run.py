@@ -169,6 +169,8 @@ class Training:
         return {
             **self.settings.to_json(),
             "model": str(Path(components.transformers[0].path).absolute()),
+            "vae": str(Path(components.vae.path).absolute()),
+            "text_encoder": str(Path(components.text.home).absolute()),
             "quant": components.quant,
             "dtype": str(components.dtype).removeprefix("torch."),
             CLIPS: {example.media.name: example.mark() for example in examples},
