@@ -65,6 +65,7 @@ def test_a_long_video_that_was_cut_off_is_found_again(
 ) -> None:
     path = film()
     (tmp_path / "film-2.windows").mkdir()
+    (tmp_path / "film-2.windows" / "window-0001.safetensors").touch()
     assert kadr("rerun", path).out == f"{tmp_path / 'film-3.mp4'}\n"
     assert kadr("rerun", path, "--resume").out == f"{tmp_path / 'film-2.mp4'}\n"
 

@@ -114,13 +114,21 @@ def test_resume_reaches_the_engine(kadr: Run, engine: FakeEngine) -> None:
     assert engine.resumed == [True, False]
 
 
+def begun(tmp_path: Path, name: str) -> None:
+    """A folder with a finished window."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "window-0001.safetensors").touch()
+
+
 def test_a_video_that_is_not_finished_keeps_its_name_and_is_found_again(
     kadr: Run, engine: FakeEngine, tmp_path: Path
 ) -> None:
-    (tmp_path / "out.windows").mkdir()
+    begun(tmp_path, "out.windows")
+    begun(tmp_path, "outdoor.windows")
+    (tmp_path / "out-2.windows").mkdir()  # of a run that ended before it had a window
     assert kadr("generate", PROMPT).out == "out-2.mp4\n"
     assert kadr("generate", PROMPT, "--window", "9", "--resume").out == "out.mp4\n"
-    (tmp_path / "out-3.windows").mkdir()
+    begun(tmp_path, "out-3.windows")
     ended = kadr("generate", PROMPT, "--window", "9", "--resume")
     assert (ended.code, "several videos are not finished: out-3.mp4, out.mp4." in ended.err) == (1, True)
 

@@ -61,7 +61,7 @@ def unbroken(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return engine.write(request, home / "whole.mp4")
 
 
-@pytest.mark.parametrize("window", [1, 3, 4])
+@pytest.mark.parametrize("window", [2, 3, 4])
 def test_a_video_that_was_cut_off_in_any_window_ends_as_one_that_was_not(
     window: int, engine: Engine, out: Path, unbroken: Made
 ) -> None:
@@ -172,24 +172,34 @@ def test_a_transformer_that_is_held_in_another_way_is_told(home: Path, out: Path
         streamed.write(LONG, out / "clip.mp4", resume=True)
 
 
-def test_nothing_to_go_on_with_is_refused_before_a_weight_is_loaded(untouched: Engine, out: Path) -> None:
-    with pytest.raises(RequestError, match=r"clip.windows is not there. Leave out --resume to begin"):
-        untouched.write(LONG, out / "clip.mp4", resume=True)
+def test_where_there_is_nothing_to_go_on_with_a_video_is_begun(engine: Engine, out: Path) -> None:
+    """So one command does, however often a machine goes down."""
+    cut_off(engine, out / "clip.mp4", window=1)
+    assert list(out.iterdir()) == []
+    with pytest.warns(KadrWarning, match=r"nothing to go on with in .*clip.windows; the video is begun"):
+        made = engine.write(LONG, out / "clip.mp4", resume=True)
+    assert made.latents.equal(engine.denoise(LONG)[0])
+
+
+def test_a_video_without_windows_is_not_gone_on_with(untouched: Engine, out: Path) -> None:
     with pytest.raises(RequestError, match="a video without windows is made at once"):
         untouched.write(replace(LONG, windows=None, prompt="birds"), out / "clip.mp4", resume=True)
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "of another shape"])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "of another shape", "of other numbers"])
 def test_a_damaged_window_is_made_again_and_no_other(damage: str, engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4", window=4)
     damaged = folder_of(out / "clip.mp4") / "window-0002.safetensors"
     if damage == "of another shape":
         save_file({"latents": torch.zeros(1, 2, 3, 4, 5)}, damaged)
+    elif damage == "of other numbers":
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:-4] + b"\0\0\xc0\x7f")
     else:
         damaged.write_bytes(damaged.read_bytes()[:-8] if damage == "cut short" else b"")
     seen: list[Progress] = []
-    with pytest.warns(KadrWarning, match=r"window-0002.safetensors is damaged or of another video .* made again"):
+    with pytest.warns(KadrWarning, match=r"window-0002.safetensors is damaged or of another video: .* made again"):
         made = engine.write(LONG, out / "clip.mp4", resume=True, watch=seen.append)
     assert {progress.window[0] for progress in seen if progress.window} == {2, 4}
     assert made.latents.equal(engine.denoise(LONG)[0])
@@ -203,10 +213,25 @@ def test_windows_of_another_video_are_never_taken_up(engine: Engine, out: Path) 
     with pytest.raises(RequestError, match="holds 1 finished window of a video"):
         engine.write(replace(LONG, seed=9), out / "clip.mp4")
     (folder / REQUEST).unlink()
-    with pytest.raises(RequestError, match=r"finished. Delete the folder, or name another"):
-        engine.write(LONG, out / "clip.mp4")
-    with pytest.raises(RequestError, match=r"has no request.json that says what its windows are of. Delete it"):
-        engine.write(LONG, out / "clip.mp4", resume=True)
+    for resume in (False, True):
+        with pytest.raises(RequestError, match=r"holds 1 finished window and no request.json that says of what. Del"):
+            engine.write(LONG, out / "clip.mp4", resume=resume)
+
+
+def test_a_request_that_cannot_be_made_leaves_nothing(engine: Engine, out: Path) -> None:
+    request = replace(LONG, levels=None, steps=4, skip_initial=2)
+    for make in (engine.plan, lambda asked: engine.write(asked, out / "clip.mp4")):
+        with pytest.raises(RequestError, match="there is nothing to start from"):
+            make(request)
+    cut_off(engine, out / "clip.mp4", window=1)
+    assert list(out.iterdir()) == []
+
+
+def test_a_folder_that_is_a_link_stays_one(engine: Engine, out: Path) -> None:
+    (out / "elsewhere").mkdir()
+    folder_of(out / "clip.mp4").symlink_to(out / "elsewhere")
+    engine.write(LONG, out / "clip.mp4")
+    assert sorted(path.name for path in out.iterdir()) == ["clip.mp4", "clip.windows", "elsewhere"]
 
 
 def test_two_runs_do_not_make_one_video(engine: Engine, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import typer
 
 from kadr.cli import options
 from kadr.cli.faults import say
+from kadr.errors import KadrWarning
 from kadr.pipeline.request import Request
 from kadr.pipeline.windows import folder_of
 from kadr.text.endpoint import KEY
@@ -65,7 +67,9 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
 
     if engine.resolve(request).windows is not None:
         check_resumable(folder_of(output), resume=resume)
-    engine.plan(request)  # an answer may cost money, and does not change what can be made
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KadrWarning)  # it is said when the video is made
+        engine.plan(request)  # an answer may cost money, and does not change what can be made
     say(f"{enhancer.place} is asked to enhance the prompt")
     made = enhance.enhanced(request, enhancer)
     if made is not request:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -59,12 +59,18 @@ def unnamed(path: Path, *, resume: bool = False) -> Path:
 
 
 def _is_free(path: Path) -> bool:
-    return not path.exists() and not folder_of(path).exists()
+    return not path.exists() and not _has_windows(folder_of(path))
+
+
+def _has_windows(folder: Path) -> bool:
+    return any(folder.glob("window-*.safetensors"))
 
 
 def _begun(usual: Path) -> Path:
     """The video, of those that would be called so, that is not finished."""
-    found = sorted(folder for folder in usual.parent.glob(f"{glob.escape(usual.stem)}*{FOLDER}") if folder.is_dir())
+    numbered = re.compile(rf"{re.escape(usual.stem)}(-\d+)?{re.escape(FOLDER)}")
+    home = usual.parent.iterdir() if usual.parent.is_dir() else ()
+    found = sorted(folder for folder in home if numbered.fullmatch(folder.name) and _has_windows(folder))
     if len(found) > 1:
         names = ", ".join(str(folder.with_suffix(usual.suffix)) for folder in found)
         raise RequestError(f"several videos are not finished: {names}. Name the one to go on with as --output.")

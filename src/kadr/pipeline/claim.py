@@ -36,6 +36,11 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # it may be gone with its folder
-            (folder / LOCK).unlink()
         lock.release()
+
+
+def cleared(folder: Path) -> None:
+    """Take away the claim of a folder, and the folder where nothing else is in it; a link to one stays."""
+    with suppress(OSError):
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()

@@ -5,6 +5,7 @@ Each is a file of its own that takes its name when it is whole, so whatever ends
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -20,17 +21,18 @@ from torch import Tensor
 
 from kadr.checkpoints.save import beside, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
-from kadr.pipeline.claim import claimed
+from kadr.pipeline.claim import claimed, cleared
 
 REQUEST = "request.json"
 HELD = "held"  # how the transformer is held and computed with: another way rounds otherwise
-_NAME, _LATENTS = re.compile(r"window-(\d{4,})\.safetensors"), "latents"
+_NAME, _LATENTS, _DIGEST = re.compile(r"window-(\d{4,})\.safetensors"), "latents", "sha256"
 _SAID = 3  # differences that are named
 
 
 def kept_in(folder: Path) -> list[int]:
     """The numbers of the windows that are there, from 0."""
-    found = (_NAME.fullmatch(file.name) for file in folder.iterdir()) if folder.is_dir() else ()
+    files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    found = (_NAME.fullmatch(file.name) for file in files)
     return sorted(int(name[1]) - 1 for name in found if name is not None)
 
 
@@ -45,22 +47,25 @@ def begun_with(folder: Path, words: str) -> tuple[str, str | None] | None:
 
 
 def check_resumable(folder: Path, *, resume: bool) -> None:
-    """Refuse to go on with nothing, and to begin where windows are.
+    """Refuse to begin where windows are, and to go on with windows of nobody knows what.
 
     Raises:
         RequestError: with the way out.
     """
     kept, there = kept_in(folder), (folder / REQUEST).is_file()
-    if resume and not there:
-        lost = f"{folder} has no {REQUEST} that says what its windows are of" if kept else f"{folder} is not there"
-        way = "Delete it and begin anew" if kept else "Leave out --resume to begin"
-        raise RequestError(f"there is nothing to go on with: {lost}. {way}.")
-    if kept and not resume:
-        way = "Go on with it with --resume, delete the folder" if there else "Delete the folder"
+    if kept and not there:
         raise RequestError(
-            f"{folder} holds {len(kept)} finished {'window' if len(kept) == 1 else 'windows'} of a video that was not "
-            f"finished. {way}, or name another --output."
+            f"{folder} holds {_windows(kept)} and no {REQUEST} that says of what. Delete it, or name another --output."
         )
+    if kept and not resume:
+        raise RequestError(
+            f"{folder} holds {_windows(kept)} of a video that was not finished. Go on with it with --resume, delete "
+            "the folder, or name another --output."
+        )
+
+
+def _windows(kept: Sequence[int]) -> str:
+    return f"{len(kept)} finished {'window' if len(kept) == 1 else 'windows'}"
 
 
 class WindowFolder:
@@ -72,7 +77,7 @@ class WindowFolder:
     """
 
     def __init__(self, folder: Path, kept: Collection[int] = ()) -> None:
-        self.folder, self.kept = folder, set(kept)
+        self.folder, self._kept = folder, set(kept)
 
     @classmethod
     @contextmanager
@@ -86,32 +91,39 @@ class WindowFolder:
             shapes: of what each window keeps. One that is damaged, or has another, is made again, with a warning.
 
         Raises:
-            RequestError: there are windows and they are not to be gone on with; or there is nothing to go on with, or
-                it is of another video; or another run has it.
+            RequestError: there are windows, and they are not to be gone on with, or are of another video; or another
+                run has it.
             CheckpointError: it cannot be written or read.
         """
         identity = json.loads(json.dumps(identity))
-        check_resumable(folder, resume=resume)  # before the folder is made
         with claimed(folder):
-            check_resumable(folder, resume=resume)
-            if resume:
-                _check_same(folder, identity)
-                opened = cls(folder, _whole(folder, shapes))
-            else:
-                with beside(folder / REQUEST) as part:
-                    part.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
-                opened = cls(folder)
-            yield opened
-        if not any(folder.iterdir()):  # the video is written; or somebody has put something else there
-            folder.rmdir()
+            opened = cls(folder)
+            try:
+                check_resumable(folder, resume=resume)
+                if kept_in(folder):
+                    _check_same(folder, identity)
+                    opened = cls(folder, _whole(folder, shapes))
+                else:
+                    _warn_begun(folder, resume=resume)
+                    with beside(folder / REQUEST) as part:
+                        part.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
+                yield opened
+            finally:
+                if not kept_in(folder):  # nothing that could be gone on with
+                    (folder / REQUEST).unlink(missing_ok=True)
+                    cleared(folder)
 
     def has(self, number: int) -> bool:
-        return number in self.kept
+        return number in self._kept
 
     def keep(self, number: int, latents: Tensor) -> None:
         """Raises: CheckpointError: it cannot be written."""
-        write_tensors(_file(self.folder, number), {_LATENTS: latents}, dtype=torch.float32, lasting=True)
-        self.kept.add(number)
+        latents = latents.float().contiguous()
+        metadata = {_DIGEST: _digest(latents)}
+        write_tensors(
+            _file(self.folder, number), {_LATENTS: latents}, dtype=torch.float32, metadata=metadata, lasting=True
+        )
+        self._kept.add(number)
 
     def read(self, number: int) -> Tensor:
         """Raises: CheckpointError: the file is gone or damaged."""
@@ -125,33 +137,48 @@ class WindowFolder:
 
     def remove(self) -> None:
         """Everything that was kept."""
-        for file in [self.folder / REQUEST, *self.folder.iterdir()]:
-            if file.name == REQUEST or _NAME.fullmatch(file.name):
-                file.unlink(missing_ok=True)
-        self.kept.clear()
+        for number in kept_in(self.folder):
+            _file(self.folder, number).unlink()
+        self._kept.clear()
+
+
+def _warn_begun(folder: Path, *, resume: bool) -> None:
+    if resume:
+        warnings.warn(f"there is nothing to go on with in {folder}; the video is begun.", KadrWarning, stacklevel=5)
 
 
 def _whole(folder: Path, shapes: Sequence[tuple[int, ...]]) -> list[int]:
     """The windows that can be gone on with; what else is called so is deleted."""
     whole = []
     for number in kept_in(folder):
-        file, found = _file(folder, number), ""
-        try:
-            with safe_open(file, framework="pt") as opened:
-                shape = tuple(opened.get_slice(_LATENTS).get_shape())
-                found = f"latents of {shape}"
-        except (OSError, KeyError, SafetensorError) as error:
-            shape, found = (), str(error)
-        if number < len(shapes) and shape == shapes[number]:
+        file = _file(folder, number)
+        wrong = "there is no such window" if number >= len(shapes) else _wrong(file, shapes[number])
+        if wrong is None:
             whole.append(number)
             continue
         warnings.warn(
-            f"{file} is damaged or of another video ({found}); it is deleted, and made again.",
+            f"{file} is damaged or of another video: {wrong}. It is deleted, and made again.",
             KadrWarning,
             stacklevel=4,
         )
         file.unlink()
     return whole
+
+
+def _wrong(file: Path, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with a window's file; None where nothing is."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            digest, latents = (opened.metadata() or {}).get(_DIGEST), opened.get_tensor(_LATENTS)
+    except (OSError, KeyError, SafetensorError) as error:
+        return str(error)
+    if latents.dtype != torch.float32 or tuple(latents.shape) != shape:
+        return f"its latents are {latents.dtype} of {tuple(latents.shape)}"
+    return None if digest == _digest(latents) else "its checksum is another"
+
+
+def _digest(latents: Tensor) -> str:
+    return hashlib.sha256(latents.numpy().tobytes()).hexdigest()
 
 
 def _file(folder: Path, number: int) -> Path:
