@@ -155,6 +155,15 @@ def test_a_config_beside_a_lora_that_is_none_is_refused(text: str, tmp_path: Pat
         LoraFile.open(tmp_path)
 
 
+def test_headers_that_no_reader_survives_are_refused(file: Path) -> None:
+    for packed in ("[" * 100_000, '{"lora_alpha": 1' + "0" * 400 + "}"):
+        with pytest.raises(CheckpointError, match=r"config cannot be read|no number"):
+            LoraFile.open(write(file, pairs(), diffusers, metadata={"lora_adapter_metadata": packed}))
+    name = f"diffusion_model.transformer_blocks.{'9' * 5000}.attn1.to_q.lora_A.weight"
+    with pytest.raises(CheckpointError, match="belong to no layer"):
+        LoraFile.open(write(file, pairs(), more={name: torch.zeros(RANK, 64)}))
+
+
 @pytest.mark.parametrize("alpha", [torch.zeros(0), torch.tensor([1.0, 2.0]), torch.tensor(float("nan"))])
 def test_an_alpha_that_is_no_number_is_refused(alpha: torch.Tensor, file: Path) -> None:
     name = "diffusion_model.transformer_blocks.0.attn1.to_q.alpha"
@@ -191,8 +200,10 @@ def test_an_adapter_is_known_as_one_whatever_its_file_is_called(tmp_path: Path) 
 @pytest.mark.parametrize("said", ["LTX-2", "ltx2-19b-dev", "Lightricks/LTX-2.3", "ltx_2"])
 def test_a_header_that_names_ltx2_is_believed(said: str, file: Path) -> None:
     """Its layers for pictures are as wide as those of the 13B model, and have the same names."""
-    with pytest.raises(CheckpointError, match="LTX-2, another family"):
-        LoraFile.open(write(file, pairs(), metadata={"base_model": said}))
+    for key in ("base_model", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name"):
+        with pytest.raises(CheckpointError, match="LTX-2, another family"):
+            LoraFile.open(write(file, pairs(), metadata={key: said}))
+    LoraFile.open(write(file, pairs(), metadata={"description": f"It does not work with {said}."}))
     for other in ("ltxv-2b-0.9.8-distilled", "ltx-2b", "LTX-Video 0.9.7", "ltx_2024-05-01"):
         LoraFile.open(write(file, pairs(), metadata={"base_model": other}))
 

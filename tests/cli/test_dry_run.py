@@ -56,8 +56,9 @@ def nothing_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def media() -> None:
-    """photo.png and a clip of 30 frames."""
+    """photo.png, one of a single pixel, and a clip of 30 frames."""
     Image.new("RGB", (64, 64)).save("photo.png")
+    Image.new("RGB", (1, 1)).save("dot.png")
     with VideoWriter("clip.mp4", Size(64, 64), 24) as writer:
         writer.write(np.zeros((30, 64, 64, 3), np.uint8))
 
@@ -172,6 +173,7 @@ def test_only_what_a_single_pass_needs_is_listed(kadr: Run) -> None:
         ("--model ltxv-2b-0.9.8-distilled --steps 9", "distilled"),
         ("--model ltxv-13b-0.9.8-dev --guidance 1,2 --guidance-at 1,0.9", "7 values for 2 levels"),
         ("--video clip.mp4 4 --size 64x64 --frames 49", "multiple of 8"),
+        ("--image dot.png --size 64x64 --frames 9", "dot.png is 1x1 pixels"),
     ],
 )
 @pytest.mark.usefixtures("media")

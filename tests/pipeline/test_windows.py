@@ -22,9 +22,11 @@ from kadr.memory.plan import Choice
 from kadr.models.registry import Recipe
 from kadr.pipeline import planning
 from kadr.pipeline.long import in_window
+from kadr.pipeline.passes import plan_windows
 from kadr.pipeline.progress import Progress
 from kadr.pipeline.windows import Windows
 from kadr.sampling.noise import NoiseStreams
+from kadr.sampling.schedule import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import LatentGrid, Size, snap_frames
 from tests.oracles import relative
@@ -294,6 +296,17 @@ def test_progress_counts_the_steps_of_all_windows(engine: Engine) -> None:
     assert [progress.step for progress in steps] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9]
     assert [progress.window for progress in steps] == [(number, 3) for number in (1, 2, 3) for _ in range(4)]
     assert steps[-1].eta == 0
+
+
+def test_steps_are_those_of_each_window_where_they_differ(engine: Engine) -> None:
+    """Levels that depend on tokens: the last window is shorter, and has others up to a strength."""
+    windows = Windows(frames=97, overlap=24)
+    long = short(size=Size(704, 480), video="clip.mp4", video_strength=0.5, levels=None, steps=40, windows=windows)
+    request = replace(long, frames=129, fps=24.0)
+    plans = plan_windows(request, Schedule(sampler="Uniform", shifting="SD3", terminal=0.1))
+    one, other = (len(plan.levels) for plan in plans)
+    assert one < other
+    assert [(plan.before, plan.in_all) for plan in plans] == [(0, one + other), (one, one + other)]
 
 
 @pytest.mark.parametrize(("free", "said"), [(60, "--window "), (12, "--size ")])

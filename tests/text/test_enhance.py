@@ -8,13 +8,14 @@ import socket
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from kadr import Enhancer
 from kadr.errors import EnhanceError, KadrWarning, RequestError
-from kadr.text.answers import MOST_WORDS
+from kadr.text.answers import MOST_WORDS, Unusable, paragraph
 from kadr.text.enhance import LARGEST
 from kadr.text.instructions import Picture
 from tests.fakechat import PARAGRAPH, Asked, FakeChat, Reply, at_most, refused, said, serving, told
@@ -361,6 +362,30 @@ def test_a_key_is_taken_out_however_json_spells_it(chat: FakeChat) -> None:
     key = "c2Vj/cmV0+a/0123=="
     body = json.dumps({"error": {"message": f"bad key {key}"}}).replace("/", "\\/")
     for reply in (Reply(body.encode(), 401), said(f"{PARAGRAPH} {key}")):
+        chat.reply = reply
+        try:
+            told = Enhancer(chat.url, key=key).enhance("a red fox")
+        except EnhanceError as error:
+            told = str(error)
+        assert "(the key)" in told
+        assert key not in told
+
+
+@pytest.mark.parametrize(
+    "noise", ["\n", "\n ", " \n", "\nnote ", "<think>", "**", "- ", '"', "Here is ", "```\n", "sorry "]
+)
+def test_an_answer_of_any_shape_is_read_in_no_time(noise: str) -> None:
+    """An endpoint may send a megabyte of anything."""
+    times = 300_000 // len(noise)
+    with at_most(5):
+        for text in (noise * times, PARAGRAPH + noise * times + "x", noise * times + PARAGRAPH):
+            with suppress(Unusable):
+                paragraph(text)
+
+
+def test_a_key_is_not_put_together_again_when_signs_are_taken_out(chat: FakeChat) -> None:
+    key = "sk-abcdefghij1234"
+    for reply in (refused(401, "bad key sk-abcdef\u0007ghij1234"), said(f"{PARAGRAPH} sk-abcdef\u0007ghij1234")):
         chat.reply = reply
         try:
             told = Enhancer(chat.url, key=key).enhance("a red fox")

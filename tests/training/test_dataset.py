@@ -6,7 +6,9 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from kadr.errors import KadrWarning, MediaError
 from kadr.training.dataset import read_folder
@@ -105,3 +107,14 @@ def test_a_folder_without_anything_to_learn_from_is_refused(tmp_path: Path) -> N
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(MediaError, match="nothing to learn from"):
         read_folder(tmp_path, 9)
+
+
+def test_a_clip_is_told_from_another_of_its_name_and_size_and_not_by_its_place(folder: Path, tmp_path: Path) -> None:
+    before = {example.media.name: example.mark() for example in read_folder(folder, 9)}
+    picture = folder / "still.png"
+    size = picture.stat().st_size
+    Image.fromarray(np.random.default_rng(10).integers(0, 256, (40, 72, 3), dtype=np.uint8)).save(picture)
+    assert picture.stat().st_size == size
+    moved = folder.rename(tmp_path / "elsewhere")
+    after = {example.media.name: example.mark() for example in read_folder(moved, 9)}
+    assert {name for name in after if after[name] != before[name]} == {"still.png"}
