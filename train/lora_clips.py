@@ -1,16 +1,18 @@
 """Folders to train demo LoRAs on.
 
 In one, what is called red is painted teal, which the demo world does not have. In the other clips are as they are, to
-learn to follow their edges.
+learn to follow their edges, and every second one as the demo itself would draw it, whose outlines are softer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+from kadr import Control, Engine, Request
 from kadr.media.frames import to_uint8
 from kadr.media.video import VideoWriter
 from kadr.shapes import Size
@@ -40,9 +42,17 @@ def write_teal(folder: Path, count: int = 32, seed: int = 5) -> None:
 
 
 def write_plain(folder: Path, count: int = 256, seed: int = 6) -> None:
-    """Clips of the demo world."""
+    """Clips of the demo world, every second one through the demo's VAE and back."""
     rng = Random(seed)
     write(folder, [Scene.sample(rng) for _ in range(count)], rng)
+    engine = Engine.open("demo", device="cpu")
+    for number in range(0, count, 2):
+        clip = folder / f"{number:03d}.mp4"
+        request = Request(prompt="", size=(STAGE, STAGE), frames=CLIP_FRAMES, controls=(Control(str(clip)),))
+        (latents,) = engine.encode_media(request).references
+        frames = engine.decode(latents, replace(request, controls=()))
+        with VideoWriter(clip, Size(STAGE, STAGE), RATE) as writer:
+            writer.write(frames.numpy())
 
 
 def write(folder: Path, scenes: list[Scene], rng: Random) -> None:
