@@ -40,7 +40,7 @@ NEAR = 3  # pixels within which two outlines lie on each other
 TRAINED = {
     "teal": "--rank 8 --steps 300 --batch 8 --rate 0.002 --levels uniform --validate-every 50",
     "edges": (
-        "--rank 16 --targets attention+feed-forward --steps 2400 --batch 8 --rate 0.002 --levels uniform "
+        "--rank 16 --targets attention+feed-forward --steps 1600 --batch 8 --rate 0.002 --levels uniform "
         "--references canny --first-frame 0 --validate-every 200"
     ),
 }

@@ -48,7 +48,7 @@ def write_plain(folder: Path, count: int = 256, seed: int = 6) -> None:
     engine = Engine.open("demo", device="cpu")
     for number in range(0, count, 2):
         clip = folder / f"{number:03d}.mp4"
-        request = Request(prompt="", size=(STAGE, STAGE), frames=CLIP_FRAMES, controls=(Control(str(clip)),))
+        request = Request(prompt="a shape", size=(STAGE, STAGE), frames=CLIP_FRAMES, controls=(Control(str(clip)),))
         (latents,) = engine.encode_media(request).references
         frames = engine.decode(latents, replace(request, controls=()))
         with VideoWriter(clip, Size(STAGE, STAGE), RATE) as writer:

@@ -70,8 +70,8 @@ def test_lora_is_described_with_what_it_changes_and_what_is_strange_in_it(kadr: 
     assert ended.code == 0, ended.err
     for line in (
         "LTX-Video LoRA for 2B, with the names of Comfy",
-        "rank 4, alpha 2; at strength 1 its products count 0.5 times",
-        "in context: the reference is made 1/2 the size of the video",
+        "rank 4, alpha 2; scale 0.5 at strength 1",
+        "in context: its reference has the size of the video divided by 2",
         "of no layer: diffusion_model.head.lora_A.weight",
     ):
         assert line in ended.out.splitlines()

@@ -461,7 +461,7 @@ def test_a_plan_counts_the_control_of_each_window(opened: Callable[..., Engine],
     plain, led = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(41)),)))
     assert led.of("denoise").choice.working > 1.4 * plain.of("denoise").choice.working
     assert led.of("denoise").choice.windows == 3
-    assert "encode: the transformer sees tokens of controls: 768 beside 768 of a window" in led.reasons()
+    assert "encode: the transformer works on tokens of controls, too: 768 beside a window's 768" in led.reasons()
 
 
 # --- lengths, parts, pictures ----------------------------------------------------------------------------------------
@@ -611,7 +611,7 @@ def test_a_plan_counts_the_control_and_tells_it(opened: Callable[..., Engine], c
     plain, led = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(17)),)))
     assert led.of("denoise").choice.working > 1.8 * plain.of("denoise").choice.working
     assert led.of("denoise").choice.seconds > 1.8 * plain.of("denoise").choice.seconds
-    assert led.reasons() == ["encode: the transformer sees tokens of controls: 768 beside 768 of the video"]
+    assert led.reasons() == ["encode: the transformer works on tokens of controls, too: 768 beside the video's 768"]
 
 
 def test_a_video_remembers_its_control_by_its_whole_path(

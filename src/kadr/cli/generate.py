@@ -267,9 +267,7 @@ def timed(request: Request, seconds: float | None, engine: Engine | DryEngine) -
 
 def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags) -> None:
     from kadr.cli import dry_run
-    from kadr.pipeline.controls import warn_unheard
     from kadr.pipeline.dry import DryEngine  # loads torch
 
     engine = DryEngine.open(**parts, **added(flags.model), merge_loras=flags.model.merge_loras)
-    warn_unheard(request, loras=bool(flags.model.lora))
     print(dry_run.told(engine.run(timed(request, flags.video.seconds, engine)), as_json=flags.output.json))

@@ -37,12 +37,21 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
     Of a checkpoint: its version, its parts and what it lacks, from the header alone. Of a LoRA: what it changes, and
     for which model. Of a video: its request.
     """
-    path = path.expanduser()
+    path = _by_name(path.expanduser())
     if path.suffix.lower() in VIDEOS:
         found, lines = _video(path)
     else:
         found, lines = _weights(path)
     print(json.dumps(found) if as_json else "\n".join(lines))
+
+
+def _by_name(path: Path) -> Path:
+    """The file of a name that `kadr models` lists and that is on disk."""
+    from kadr.models.registry import BY_NAME
+    from kadr.pipeline.locate import on_disk
+
+    found = None if path.exists() or str(path) not in BY_NAME else on_disk(BY_NAME[str(path)])
+    return path if found is None else found
 
 
 def _video(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
@@ -95,11 +104,12 @@ def _told_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
     fits = f" for {found['fits']}" if found["fits"] else ""
     yield f"LTX-Video LoRA{fits}, with the names of {found['family']}"
     ranks, alphas, scales = (", ".join(f"{value:g}" for value in found[name]) for name in ("ranks", "alphas", "scales"))
-    yield f"rank {ranks}, alpha {alphas or 'the same'}; at strength 1 its products count {scales} times"
+    yield f"rank {ranks}, alpha {alphas or 'the same'}; scale {scales} at strength 1"
     yield f"{found['layers']} layers in {found['blocks']} blocks, {in_words(found['bytes'])}B in {found['dtype']}"
     yield from columns([("layer", "how many"), *((name, str(count)) for name, count in found["targets"].items())])
     if found["reference_downscale"]:
-        yield f"in context: the reference is made 1/{found['reference_downscale']} the size of the video"
+        times = found["reference_downscale"]
+        yield f"in context: its reference has the size of the video{f' divided by {times}' if times > 1 else ''}"
     strangers = found["strangers"]
     for name in strangers[:STRANGERS]:
         yield f"of no layer: {name}"

@@ -47,6 +47,7 @@ LORA, PROMPT = "--lora", "--prompt"
 JOINT = "\0"
 BOX = "box="
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_MEANT = re.compile(r"[+-]?[\d.,]+%?|[+-]?(nan|inf)", re.IGNORECASE)  # a strength, by its looks
 
 
 class OfficialCommand(GroupedCommand):
@@ -89,6 +90,7 @@ def translated(args: Sequence[str]) -> list[str]:
             ours += [word, JOINT.join([_value(word, rest), *_numbers(rest), *_box(rest)])]
         elif word == LORA:
             ours += [word, JOINT.join([_value(word, rest), *_numbers(rest)])]
+            _refuse_no_strength(rest)
         else:
             ours.append(RENAMED.get(word, word))
     if prompts and plain:
@@ -126,6 +128,15 @@ def _numbers(rest: list[str]) -> list[str]:
     while rest and len(numbers) < 2 and _NUMBER.fullmatch(rest[0]):
         numbers.append(rest.pop(0))
     return numbers
+
+
+def _refuse_no_strength(rest: list[str]) -> None:
+    """Refuse what was meant for a strength and is none: a prompt is no such word."""
+    if rest and _MEANT.fullmatch(rest[0]):
+        raise typer.BadParameter(
+            f"{rest[0]!r} is no strength: write PATH, a number such as 0.8 and, for a second pass, another.",
+            param_hint=LORA,
+        )
 
 
 def _box(rest: list[str]) -> list[str]:

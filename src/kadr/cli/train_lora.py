@@ -31,7 +31,7 @@ SizeFlag = Annotated[
     str | None, _flag("--size", "WxH", "Clips are cropped and resized to it; else as the recipe has it.")
 ]
 Frames = Annotated[int | None, _flag("--frames", "N", "Frames of each clip, 8k+1; else as the recipe has it.")]
-Rank = Annotated[int, _flag("--rank", "N", "Of the matrices that learn. [default: 32]")]
+Rank = Annotated[int, _flag("--rank", "N", "Rank of the LoRA: how much it can learn. [default: 32]")]
 Targets = Annotated[
     str, _flag("--targets", "attention|attention+feed-forward|all", "The layers that change. [default: attention]")
 ]
@@ -39,7 +39,7 @@ Steps = Annotated[int, _flag("--steps", "N", "Updates; a finished training goes 
 BatchSize = Annotated[int, _flag("--batch", "N", "Clips of an update. [default: 1]")]
 Rate = Annotated[float, _flag("--rate", "X", "How fast it learns. [default: 0.0002]")]
 Levels = Annotated[str, _flag("--levels", "shifted|uniform", "How noise levels are drawn. [default: shifted]")]
-FirstFrame = Annotated[float, _flag("--first-frame", "P", "Share of updates that are given it. [default: 0.1]")]
+FirstFrame = Annotated[float, _flag("--first-frame", "P", "Share of updates given the first frame. [default: 0.1]")]
 Dropout = Annotated[float, _flag("--caption-dropout", "P", "Share of captions that are left out. [default: 0]")]
 References = Annotated[
     str,
@@ -54,7 +54,7 @@ Skip = Annotated[bool, _flag("--skip-broken", None, "Leave out clips that cannot
 Quant = Annotated[str, _flag("--quant", "none|int8|fp8|Q8_0|...", "Hold the model's own weights in fewer bits.")]
 Device = Annotated[str, _flag("--device", "auto|cpu|cuda|mps", "Where to compute. [default: auto]")]
 Dtype = Annotated[str, _flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with. [default: auto]")]
-Seed = Annotated[int, _flag("--seed", "N", "Of everything that is drawn. [default: 0]")]
+Seed = Annotated[int, _flag("--seed", "N", "Seed of all that is drawn at random. [default: 0]")]
 TextEncoder = Annotated[Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 encoder, or a .gguf.")]
 Vae = Annotated[Path | None, _flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")]
 
@@ -146,9 +146,10 @@ def _run(training: Training, *, as_json: bool) -> None:
 
 def _tell(trained: Trained, seconds: float, *, as_json: bool) -> None:
     before = f", {trained.begun} of them before" if trained.begun else ""
+    clips = "clip" if trained.examples == 1 else "clips"
     first = "" if trained.first is None else f"from {trained.first:.4f} "
     say(
-        f"{trained.steps} steps on {trained.examples} clips{before}, in {duration(seconds)}; over fixed clips and "
+        f"{trained.steps} steps on {trained.examples} {clips}{before}, in {duration(seconds)}; over fixed clips and "
         f"levels the loss went {first}to {trained.last:.4f}"
     )
     told = {

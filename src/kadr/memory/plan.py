@@ -274,6 +274,8 @@ def _own(stages: Sequence[StagePlan], part: str) -> int:
 
 def lasting(seconds: float) -> str:
     """A time as people say it."""
+    if seconds < 1:
+        return "a second"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

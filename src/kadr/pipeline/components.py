@@ -94,6 +94,7 @@ class Components:
         self.shelf = Shelf(self.device, pages=release)
         self.plan: Plan | None = None
         self.borrowed: Transformer | None = None
+        self.borrowed_lora: Path | None = None  # that it is written as
         self._rotations: dict[Path, int | None] = {}  # of the transformers that were looked at
 
     def follow(self, plan: Plan) -> None:
@@ -158,13 +159,17 @@ class Components:
                 module.forget()  # also where a step was cancelled: what is recorded has these strengths in it
 
     @contextmanager
-    def lending(self, transformer: Transformer) -> Iterator[None]:
-        """Lend this transformer in place of one that would be loaded, as long as the block runs."""
-        self.borrowed = transformer
+    def lending(self, transformer: Transformer, lora: Path) -> Iterator[None]:
+        """Lend this transformer in place of one that would be loaded, as long as the block runs.
+
+        Args:
+            lora: what it has learned, on disk: for the record.
+        """
+        self.borrowed, self.borrowed_lora = transformer, lora
         try:
             yield
         finally:
-            self.borrowed = None
+            self.borrowed = self.borrowed_lora = None
 
     def load_transformer(self, number: int, dtype: torch.dtype, *, as_stored: bool) -> Transformer:
         """The transformer of a pass as its file has it, with merged LoRAs in it; not held in any way yet."""

@@ -100,8 +100,19 @@ def _film(control: Control, frames: int) -> Film:
     return kept.chosen(min(place, len(kept) - 1) for place in range(made))
 
 
-def warn_unheard(request: Request, *, loras: bool) -> None:
-    """Say where controls are given, and no LoRA that could read them."""
+def warn_unheard(request: Request, *, loras: bool, in_context: bool) -> None:
+    """Say where controls are given, and no LoRA that could read them; and where a LoRA waits for one.
+
+    Args:
+        loras: there are some.
+        in_context: one of them says that it was trained with a reference.
+    """
+    if in_context and not request.controls:
+        warnings.warn(
+            "a LoRA is given that was trained to follow a reference, and no control. Give one with --control.",
+            KadrWarning,
+            stacklevel=2,
+        )
     if request.controls and not loras:
         warnings.warn(
             "a control is given, and no LoRA: the model itself never learned to follow one. Add the in-context LoRA "

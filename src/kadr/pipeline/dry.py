@@ -16,10 +16,10 @@ from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.components import fitting_upscaler
 from kadr.pipeline.conditions import Placed
-from kadr.pipeline.controls import Followed
+from kadr.pipeline.controls import Followed, warn_unheard
 from kadr.pipeline.encoding import Media
 from kadr.pipeline.locate import is_path, on_disk
-from kadr.pipeline.loras import Lora, downscale_of, refuse_merged_twice
+from kadr.pipeline.loras import Lora, downscale_of, is_in_context, refuse_merged_twice
 from kadr.pipeline.passes import (
     PassPlan,
     Upscaling,
@@ -201,6 +201,7 @@ class DryEngine:
         windows = plan_windows(request, schedules[0])
         spans = () if request.windows is None else request.windows.spans(_made(request)[1])
         acting = [file for use, file in self.loras if file is not None and any(use.strengths())]
+        warn_unheard(request, loras=bool(self.loras), in_context=any(map(is_in_context, acting)))
         # Refuses what does not fit, as a run does.
         media = Media(request, passes, windows, spans, downscale=lambda: downscale_of(acting))
         used = self.models[:1] if self.models[0] is self.models[1] else self.models

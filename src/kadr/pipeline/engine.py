@@ -26,7 +26,7 @@ from kadr.pipeline.encoding import Encoded
 from kadr.pipeline.generate import Generation
 from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
-from kadr.pipeline.loras import Loras
+from kadr.pipeline.loras import Loras, check_loras_named
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.pipeline.passes import PassPlan, warn_guided
 from kadr.pipeline.planning import Planner
@@ -35,7 +35,7 @@ from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.request import Request, refuse_overwriting
 from kadr.pipeline.resolve import resolve, warn_single, with_second
 from kadr.pipeline.result import Made, Video
-from kadr.pipeline.window_folder import HELD, WindowFolder
+from kadr.pipeline.window_folder import HELD, WindowFolder, check_resumable
 from kadr.pipeline.windows import folder_of
 from kadr.quant.scheme import NONE, check_scheme
 from kadr.version import __version__
@@ -114,6 +114,7 @@ class Engine:
         check_compiled(compiled, picked)
         check_scheme(quant or NONE)
         check_offload(offload)
+        check_loras_named(loras)
         found = locate(model, text_encoder=text_encoder, vae=vae)
         checkpoint = Checkpoint.open(found.model, release=found.released)
         own_vae = Checkpoint.open(found.vae) if found.vae else None
@@ -176,7 +177,7 @@ class Engine:
         """
         generation = self._opened(request, ignore)
         generation.check_beginning()
-        warn_unheard(request, loras=bool(self.components.loras))
+        self._warn_followed(request)
         return self._planned(generation, request)
 
     def generate(self, request: Request, *, watch: Watch = ignore) -> Video:
@@ -264,6 +265,7 @@ class Engine:
         if not generation.windows:
             if resume:
                 raise RequestError("there is nothing to go on with: a video without windows is made at once.")
+            check_resumable(folder_of(path), resume=False)  # another video is to be written there
             yield None
             return
         choice = self.components.choice("denoise")
@@ -344,7 +346,7 @@ class Engine:
             "version": __version__,
             "name": self.name,
             **self.components.sources(),
-            **self.components.loras.record(),
+            **self._loras(),
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
@@ -352,11 +354,21 @@ class Engine:
             "request": replace(request, conditions=tuple(here), controls=followed, video=start).to_json(),
         }
 
+    def _warn_followed(self, request: Request) -> None:
+        loras = self.components.loras
+        if self.components.borrowed is None:
+            warn_unheard(request, loras=bool(loras), in_context=loras.in_context(request.lora_strengths))
+
+    def _loras(self) -> dict[str, Any]:
+        """What is added to the weights; of a transformer that learns, what it has learned by now."""
+        learned = self.components.borrowed_lora
+        return (Loras([learned]) if learned is not None else self.components.loras).record()
+
     def _begin(self, request: Request, watch: Watch, *, media: bool = True, stages: Collection[str] = ()) -> Generation:
         """The request on its way: checked, planned, and nothing loaded yet. stages: those to be run; () is all."""
         generation = self._opened(request, watch, media=media)
         if not stages or "denoise" in stages:
-            warn_unheard(request, loras=bool(self.components.loras) or self.components.borrowed is not None)
+            self._warn_followed(request)
         self.components.follow(self._planned(generation, request, stages))
         return generation
 

@@ -97,6 +97,11 @@ def located_lora(given: str | Path) -> Path:
     return located
 
 
+def check_lora(given: str | Path) -> None:
+    """As `located_lora`, and nothing is fetched."""
+    _part(given, registry.LORA)
+
+
 def released_file(released: Released) -> Path:
     """The file of an entry, or the folder where it is of many, fetched from the hub where it is not on disk yet.
 

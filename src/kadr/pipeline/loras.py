@@ -13,7 +13,7 @@ from kadr.checkpoints.lora import DOWNSCALE, LoraFile
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import RequestError
 from kadr.models.adapters import Additions
-from kadr.pipeline.locate import located_lora
+from kadr.pipeline.locate import check_lora, located_lora
 from kadr.pipeline.values import Strength, check_strength
 
 
@@ -124,6 +124,15 @@ class Loras:
         """What they add, read from their files."""
         return tuple(file.load() for file in self.files)
 
+    def in_context(self, asked: Sequence[Strength] | None = None) -> bool:
+        """Whether one that acts says that it was trained with a reference. asked: as of `strengths`."""
+        return any(is_in_context(file) for file in self._acting(asked))
+
+    def _acting(self, asked: Sequence[Strength] | None) -> list[LoraFile]:
+        """Those with a strength other than 0 in a pass."""
+        both = zip(*(self.strengths(number, asked) for number in (0, 1)), strict=True)
+        return [file for file, strengths in zip(self.files, both, strict=True) if any(strengths)]
+
     def reference_downscale(self, asked: Sequence[Strength] | None = None) -> int:
         """How many times smaller than the video the references of these are; 1 where none says, of those that act.
 
@@ -133,8 +142,7 @@ class Loras:
         Raises:
             RequestError: two say differently.
         """
-        both = zip(*(self.strengths(number, asked) for number in (0, 1)), strict=True)
-        return downscale_of(file for file, strengths in zip(self.files, both, strict=True) if any(strengths))
+        return downscale_of(self._acting(asked))
 
     @property
     def targets(self) -> frozenset[str]:
@@ -185,13 +193,30 @@ class Loras:
         return made | ({"merge_loras": True} if self.merged else {})
 
 
+def check_loras_named(given: Any) -> None:
+    """Refuse LoRAs that are not there, before gigabytes are fetched for them.
+
+    Raises:
+        RequestError: one is the name of something else, or none.
+        CheckpointError: a path that is not there.
+    """
+    if isinstance(given, list | tuple):
+        for one in given:
+            check_lora(Lora.of(one).path)
+
+
+def is_in_context(file: LoraFile) -> bool:
+    """Whether a LoRA says that it was trained with a reference. The released ones do not."""
+    return DOWNSCALE in file.source.metadata
+
+
 def downscale_of(files: Iterable[LoraFile]) -> int:
     """How many times smaller than the video the references of some LoRAs are; 1 where none says.
 
     Raises:
         RequestError: two say differently.
     """
-    said = {file.path: file.reference_downscale for file in files if DOWNSCALE in file.source.metadata}
+    said = {file.path: file.reference_downscale for file in files if is_in_context(file)}
     if len(set(said.values())) > 1:
         told = ", ".join(f"{path} {factor}" for path, factor in said.items())
         raise RequestError(f"these LoRAs were trained with references of other sizes: {told}. Use one at a time.")

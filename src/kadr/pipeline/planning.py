@@ -156,9 +156,9 @@ class Planner:
             pairs = list(zip(self.work.context, self.work.passes, strict=False))
         if not any(tokens for tokens, _ in pairs):
             return ""
-        of = "a window" if self.work.windows else "the video"
-        told = ", ".join(f"{tokens} beside {plan.grid.tokens} of {of}" for tokens, plan in pairs)
-        return f"the transformer sees tokens of controls: {told}"
+        of = "a window's" if self.work.windows else "the video's"
+        told = ", ".join(f"{tokens} beside {of} {plan.grid.tokens}" for tokens, plan in pairs)
+        return f"the transformer works on tokens of controls, too: {told}"
 
     def _decode(self) -> Needs:
         config = self.components.vae.detected.vae

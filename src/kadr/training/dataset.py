@@ -68,11 +68,11 @@ def read_folder(folder: Path, frames: int, *, references: bool = False, skip_bro
             broken.append(str(error))
     if broken and not skip_broken:
         raise MediaError(
-            f"{len(broken)} of the {len(media)} clips and pictures of {folder} cannot be used: {_told(broken)} Mend or "
-            "remove them, or leave them out with --skip-broken."
+            f"{len(broken)} of the {len(media)} clips and pictures of {folder} cannot be used:{_told(broken)}\n"
+            "Mend or remove them, or leave them out with --skip-broken."
         )
     if broken:
-        told = f"{len(broken)} of the {len(media)} clips and pictures of {folder} are left out: {_told(broken)}"
+        told = f"{len(broken)} of the {len(media)} clips and pictures of {folder} are left out:{_told(broken)}"
         warnings.warn(told, KadrWarning, stacklevel=2)
     if not made:
         endings = ", ".join((*CLIPS, *PICTURES))
@@ -98,8 +98,9 @@ def _warn_below(folder: Path) -> None:
 
 
 def _told(broken: Sequence[str]) -> str:
-    more = f" And {len(broken) - SHOWN} more." if len(broken) > SHOWN else ""
-    return " ".join(broken[:SHOWN]) + more
+    """A line for each."""
+    more = [f"and {len(broken) - SHOWN} more"] if len(broken) > SHOWN else []
+    return "".join(f"\n  {one}" for one in [*broken[:SHOWN], *more])
 
 
 def _example(path: Path, frames: int, *, references: bool) -> Example:

@@ -195,8 +195,9 @@ class Training:
                 last = trainer.measure() if ended or due else None
                 log.add(done, loss=loss, held=last, seconds=time.monotonic() - began)
                 stage.done(done - start)
+                if due or ended:
+                    self._export(trainer, done, self._at(done))
                 if due and not ended:
-                    self._export(trainer, done, self.work / f"step-{done:06d}.safetensors")
                     self._shown(trainer, done)
         last = trainer.measure() if last is None else last
         self._export(trainer, settings.steps, self.output)
@@ -227,6 +228,10 @@ class Training:
         }
         write_lora(path, learned(trainer.layers), dtype=torch.bfloat16, metadata=metadata)
 
+    def _at(self, step: int) -> Path:
+        """The LoRA as it was at a step."""
+        return self.work / f"step-{step:06d}.safetensors"
+
     def _validation(self, prompt: str, number: int, frames: int, example: Example | None) -> Request:
         """A clip that is made on the way; of an in-context LoRA, led by an example's reference."""
         controls: tuple[Control, ...] = ()
@@ -249,7 +254,7 @@ class Training:
         for number, prompt in enumerate(self.prompts, 1):
             example = trainer.examples[(number - 1) % len(trainer.examples)].example
             request = self._validation(prompt, number, example.frames, example)
-            with self.engine.components.lending(trainer.module):
+            with self.engine.components.lending(trainer.module, self._at(step)):
                 self.engine.write(request, self.work / f"step-{step:06d}-{number}.mp4")
 
 
