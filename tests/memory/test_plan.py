@@ -123,7 +123,7 @@ def test_a_plan_is_told_as_text_and_as_plain_data() -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds, said", [(0.2, "0 s"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h")]
+    "seconds, said", [(0.2, "a second"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h")]
 )
 def test_times_are_told_in_the_unit_people_use(seconds: float, said: str) -> None:
     assert lasting(seconds) == said

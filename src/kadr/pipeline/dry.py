@@ -201,9 +201,9 @@ class DryEngine:
         windows = plan_windows(request, schedules[0])
         spans = () if request.windows is None else request.windows.spans(_made(request)[1])
         acting = [file for use, file in self.loras if file is not None and any(use.strengths())]
-        warn_unheard(request, loras=bool(self.loras), in_context=any(map(is_in_context, acting)))
         # Refuses what does not fit, as a run does.
         media = Media(request, passes, windows, spans, downscale=lambda: downscale_of(acting))
+        warn_unheard(request, loras=bool(self.loras), in_context=any(map(is_in_context, acting)))
         used = self.models[:1] if self.models[0] is self.models[1] else self.models
         parts = [*(model.part for model in used), *(part for part, _ in upscalers), *self.others]
         evaluations = sum(step.evaluations for plan in windows or passes for step in plan.steps)
