@@ -319,6 +319,15 @@ def test_named_output_is_replaced_and_a_folder_gets_a_new_file(kadr: Run, engine
     assert kadr("generate", PROMPT, "--output", "videos").out == f"{Path('videos', 'out.mp4')}\n"
 
 
+@pytest.mark.parametrize("strength", ["50%", "0,5", "nan", "-inf", "0.5,0.7"])
+def test_what_is_no_strength_of_a_lora_is_called_that(kadr: Run, engine: FakeEngine, strength: str) -> None:
+    ended = kadr("generate", PROMPT, "--lora", "l.safetensors", strength)
+    assert (ended.code, engine.opened) == (2, [])
+    assert f"'{strength}' is no strength: write PATH, a number such as 0.8" in " ".join(
+        ended.err.replace("│", " ").split()
+    )
+
+
 @pytest.mark.parametrize("flag", ["--image", "--video", "--input-video", "--control"])
 def test_what_a_video_is_made_from_is_never_written_over(
     kadr: Run, engine: FakeEngine, tmp_path: Path, flag: str

@@ -81,6 +81,13 @@ def test_lora_is_described_with_what_it_changes_and_what_is_strange_in_it(kadr: 
     assert (told["kind"], told["fits"], told["layers"], told["blocks"]) == ("LoRA", "2B", 4, 2)
 
 
+def test_a_name_that_is_on_disk_is_inspected(kadr: Run) -> None:
+    ended = kadr("inspect", "demo-ic-lora-canny")
+    assert ended.code == 0, ended.err
+    assert "in context: its reference has the size of the video" in ended.out
+    assert "kadr models" in kadr("inspect", "demo-lora-tael").err
+
+
 def test_upscaler_is_described_and_misses_nothing(kadr: Run, tmp_path: Path) -> None:
     upsampler = LatentUpsampler(UpsamplerConfig(channels=8, width=32, blocks=1, space=False, time=True))
     write_upsampler(tmp_path / "u.safetensors", upsampler)

@@ -224,6 +224,11 @@ def test_a_lora_may_be_named_as_the_registry_has_it(
         opened(loras=["nowhere"])
 
 
+def test_a_lora_that_is_not_there_is_told_before_a_model_is_fetched() -> None:
+    with pytest.raises(CheckpointError, match=r"the LoRA is not at gone\.safetensors"):
+        Engine.open("ltxv-13b-0.9.8-distilled", loras=["gone.safetensors"])  # no test reaches the network
+
+
 def test_a_request_with_strengths_comes_back_from_json(one: Path) -> None:
     request = replace(REQUEST, lora_strengths=(1, (0.5, 0.25)))
     assert Request.from_json(request.to_json()) == request

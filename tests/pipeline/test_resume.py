@@ -227,6 +227,13 @@ def test_a_request_that_cannot_be_made_leaves_nothing(engine: Engine, out: Path)
     assert list(out.iterdir()) == []
 
 
+def test_another_video_is_not_written_where_one_is_unfinished(engine: Engine, out: Path) -> None:
+    cut_off(engine, out / "clip.mp4")
+    with pytest.raises(RequestError, match="holds 2 finished windows of a video that was not finished"):
+        engine.write(replace(LONG, windows=None, prompt="birds", frames=9), out / "clip.mp4")
+    assert not (out / "clip.mp4").exists()
+
+
 def test_a_folder_that_is_a_link_stays_one(engine: Engine, out: Path) -> None:
     (out / "elsewhere").mkdir()
     folder_of(out / "clip.mp4").symlink_to(out / "elsewhere")

@@ -338,6 +338,10 @@ def test_clips_are_made_on_the_way_with_what_is_learned_by_then(engine: Engine, 
     early, late = ((wanted.work / f"step-00000{step}-1.mp4").read_bytes() for step in (2, 4))
     assert early != late
     assert engine.components.borrowed is None
+    for step in (2, 4):
+        (noted,) = read_metadata(wanted.work / f"step-00000{step}-1.mp4")["loras"]
+        assert noted["path"] == str(wanted.work / f"step-00000{step}.safetensors")
+        assert noted["sha256"] == LoraFile.open(noted["path"]).sha256
 
 
 def test_captions_are_left_out_as_often_as_was_asked_for(
