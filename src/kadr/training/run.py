@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.lora import write_lora
+from kadr.checkpoints.mapped import release
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.plan import AS_STORED, CONVERTED
@@ -160,7 +161,7 @@ class Training:
         components, hold = self.engine.components, hold_of(self.engine)
         module = components.load_transformer(0, components.dtype, as_stored=hold == AS_STORED)
         if hold not in (AS_STORED, CONVERTED):
-            requantize(module, hold, device=components.device)
+            requantize(module, hold, device=components.device, release=release)
         return module.to(components.device)
 
     def _told(self, examples: Sequence[Example]) -> dict[str, Any]:
