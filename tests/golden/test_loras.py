@@ -37,7 +37,7 @@ def test_outlines_lie_on_those_of_the_clip_that_is_followed(tmp_path: Path) -> N
     told, _ = measured.edges(located_lora(CANNY), VIDEOS, tmp_path)
     scores = told["outlines_on_each_other"]
     assert told["better_with"] == VIDEOS
-    assert scores["with"] > 0.5
+    assert scores["with"] > 0.4
     assert scores["with"] > 2.5 * max(scores["without"], scores["without_lora"])
 
 
