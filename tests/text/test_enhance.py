@@ -358,15 +358,20 @@ def test_a_word_in_the_place_of_a_key_is_taken_out_of_nothing(chat: FakeChat, ke
     assert Enhancer(chat.url, key=key).enhance("a red fox") == text
 
 
+def heard(chat: FakeChat, reply: Reply, key: str) -> str:
+    """The prompt, or the message, that an answer comes to."""
+    chat.reply = reply
+    try:
+        return Enhancer(chat.url, key=key).enhance("a red fox")
+    except EnhanceError as error:
+        return str(error)
+
+
 def test_a_key_is_taken_out_however_json_spells_it(chat: FakeChat) -> None:
     key = "c2Vj/cmV0+a/0123=="
     body = json.dumps({"error": {"message": f"bad key {key}"}}).replace("/", "\\/")
     for reply in (Reply(body.encode(), 401), said(f"{PARAGRAPH} {key}")):
-        chat.reply = reply
-        try:
-            told = Enhancer(chat.url, key=key).enhance("a red fox")
-        except EnhanceError as error:
-            told = str(error)
+        told = heard(chat, reply, key)
         assert "(the key)" in told
         assert key not in told
 
@@ -386,11 +391,7 @@ def test_an_answer_of_any_shape_is_read_in_no_time(noise: str) -> None:
 def test_a_key_is_not_put_together_again_when_signs_are_taken_out(chat: FakeChat) -> None:
     key = "sk-abcdefghij1234"
     for reply in (refused(401, "bad key sk-abcdef\u0007ghij1234"), said(f"{PARAGRAPH} sk-abcdef\u0007ghij1234")):
-        chat.reply = reply
-        try:
-            told = Enhancer(chat.url, key=key).enhance("a red fox")
-        except EnhanceError as error:
-            told = str(error)
+        told = heard(chat, reply, key)
         assert "(the key)" in told
         assert key not in told
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kadr.errors import RequestError
 from kadr.pipeline.values import is_number, true_or_false, within
 from kadr.shapes import MAXIMUM_FRAMES
 
+Given = TypeVar("Given", bound="Condition | Control")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # endings that are taken for clips; others are pictures
 CANNY, DEPTH, POSE, READY = "canny", "depth", "pose", "ready"
 CONTROLS = (CANNY, DEPTH, POSE, READY)
@@ -109,23 +110,12 @@ def _is_end(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def conditions_of(given: Any) -> tuple[Condition, ...]:
-    """Conditions, if they are.
+def all_of(kind: type[Given], given: Any, name: str) -> tuple[Given, ...]:
+    """Conditions, or controls, if they are.
 
     Raises:
-        RequestError: with what they are.
+        RequestError: with what they are. name: as a message calls them.
     """
-    if not isinstance(given, tuple | list) or not all(isinstance(one, Condition) for one in given):
-        raise RequestError(f"conditions are {given!r}; they must be a list of Condition(media=...).")
-    return tuple(given)
-
-
-def controls_of(given: Any) -> tuple[Control, ...]:
-    """Controls, if they are.
-
-    Raises:
-        RequestError: with what they are.
-    """
-    if not isinstance(given, tuple | list) or not all(isinstance(one, Control) for one in given):
-        raise RequestError(f"controls are {given!r}; they must be a list of Control(media=...).")
+    if not isinstance(given, tuple | list) or not all(isinstance(one, kind) for one in given):
+        raise RequestError(f"{name} are {given!r}; they must be a list of {kind.__name__}(media=...).")
     return tuple(given)

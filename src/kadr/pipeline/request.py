@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
-from kadr.pipeline.inputs import Condition, Control, conditions_of, controls_of
+from kadr.pipeline.inputs import Condition, Control, all_of
 from kadr.pipeline.values import Strength, strengths_of, true_or_false, within
 from kadr.pipeline.windows import Windows, prompts_of
 from kadr.sampling.cache import StepCache
@@ -117,8 +117,8 @@ class Request:
         self._check_windows()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
-        object.__setattr__(self, "conditions", conditions_of(self.conditions))
-        object.__setattr__(self, "controls", controls_of(self.controls))
+        object.__setattr__(self, "conditions", all_of(Condition, self.conditions, "conditions"))
+        object.__setattr__(self, "controls", all_of(Control, self.controls, "controls"))
         object.__setattr__(self, "cache", StepCache.of(self.cache))
         object.__setattr__(self, "lora_strengths", strengths_of(self.lora_strengths))
         if self.levels is not None:
