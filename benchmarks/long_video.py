@@ -35,7 +35,7 @@ from kadr.bench.machine import describe
 from kadr.bench.peak import process_peak
 from kadr.media.clip import read_metadata, read_video
 from kadr.pipeline.window_folder import kept_in
-from kadr.pipeline.windows import Span, Windows, folder_of
+from kadr.request.windows import Span, Windows, folder_of
 from tests import pages
 
 RESULTS = Path(__file__).parent / "results"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 THREADS = 2
+pytest_plugins = ["tests.tiny_engine"]
 
 # Before torch and the hub are imported, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"

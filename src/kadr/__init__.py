@@ -16,13 +16,13 @@ from kadr.version import __version__
 if TYPE_CHECKING:
     from kadr.errors import KadrError, KadrWarning
     from kadr.pipeline.engine import Engine
-    from kadr.pipeline.enhance import enhanced
-    from kadr.pipeline.inputs import Condition, Control
     from kadr.pipeline.loras import Lora
     from kadr.pipeline.progress import Progress
-    from kadr.pipeline.request import Request
     from kadr.pipeline.result import Video
-    from kadr.pipeline.windows import Windows
+    from kadr.request.enhance import enhanced
+    from kadr.request.inputs import Condition, Control
+    from kadr.request.request import Request
+    from kadr.request.windows import Windows
     from kadr.sampling.cache import StepCache
     from kadr.shapes import Size
     from kadr.text.enhance import Enhancer
@@ -47,20 +47,20 @@ __all__ = [
 
 # Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
 _HOMES = {
-    "Condition": "kadr.pipeline.inputs",
-    "Control": "kadr.pipeline.inputs",
+    "Condition": "kadr.request.inputs",
+    "Control": "kadr.request.inputs",
     "Engine": "kadr.pipeline.engine",
     "Enhancer": "kadr.text.enhance",
     "KadrError": "kadr.errors",
     "KadrWarning": "kadr.errors",
     "Lora": "kadr.pipeline.loras",
     "Progress": "kadr.pipeline.progress",
-    "Request": "kadr.pipeline.request",
+    "Request": "kadr.request.request",
     "Size": "kadr.shapes",
     "StepCache": "kadr.sampling.cache",
     "Video": "kadr.pipeline.result",
-    "Windows": "kadr.pipeline.windows",
-    "enhanced": "kadr.pipeline.enhance",
+    "Windows": "kadr.request.windows",
+    "enhanced": "kadr.request.enhance",
 }
 
 

@@ -16,8 +16,8 @@ from kadr.cli.main import main
 from kadr.memory.plan import Choice, Plan, StagePlan
 from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
-from kadr.pipeline.request import Request
-from kadr.pipeline.resolve import resolve
+from kadr.request.request import Request
+from kadr.request.resolve import resolve
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 

@@ -18,8 +18,8 @@ from kadr.pipeline import dry, locate
 from kadr.shapes import Size
 from tests import lora_files
 from tests.cli.conftest import Ended
-from tests.pipeline.official_configs import OFFICIAL
 from tests.pipeline.test_dry import FIRST, SECOND
+from tests.request.official_configs import OFFICIAL
 
 Run = Callable[..., Ended]
 DEMO = """\

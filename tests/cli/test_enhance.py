@@ -14,7 +14,7 @@ from PIL import Image
 
 from kadr.errors import RequestError
 from kadr.media.clip import read_metadata, read_video
-from kadr.pipeline.request import Request
+from kadr.request.request import Request
 from tests.cli.conftest import Ended, FakeEngine
 from tests.fakechat import PARAGRAPH, Asked, FakeChat, Reply, at_most, refused, said, serving
 

@@ -13,13 +13,13 @@ import pytest
 
 from kadr.cli.official import RENAMED
 from kadr.errors import Cancelled, KadrWarning, NonFiniteError, RequestError
-from kadr.pipeline.inputs import Condition
-from kadr.pipeline.official_config import OfficialConfig
-from kadr.pipeline.request import Request
+from kadr.request.inputs import Condition
+from kadr.request.official_config import OfficialConfig
+from kadr.request.request import Request
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 from tests.cli.conftest import Ended, FakeEngine
-from tests.pipeline.official_configs import OFFICIAL
+from tests.request.official_configs import OFFICIAL
 
 Run = Callable[..., Ended]
 PROMPT = "a red circle"

@@ -13,8 +13,8 @@ import pytest
 from kadr.cli import rerun
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.video import VideoWriter
-from kadr.pipeline.inputs import Condition
-from kadr.pipeline.request import Request
+from kadr.request.inputs import Condition
+from kadr.request.request import Request
 from kadr.shapes import Size
 from kadr.version import __version__
 from tests import tiny

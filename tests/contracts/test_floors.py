@@ -14,6 +14,7 @@ FLOORS = (  # from the ground up; shapes stands on errors; the public list stand
     "nn",
     "models quant",
     "checkpoints memory distributed",
+    "request",
     "pipeline",
     "training",
     "bench",

@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from kadr.media.image import crop_to_aspect, load_picture, prepare_picture
-from kadr.pipeline.conditions import Placed, read_conditions, read_start
-from kadr.pipeline.request import Request
+from kadr.request.conditions import Placed, read_conditions, read_start
+from kadr.request.request import Request
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.settings import Pass
 from kadr.shapes import LatentGrid, Size

@@ -23,9 +23,9 @@ from kadr.errors import KadrError, MediaError, RequestError
 from kadr.media.clip import read_video
 from kadr.media.video import VideoWriter
 from kadr.models.transformer import Transformer
-from kadr.pipeline.conditions import Placed, read_conditions, read_start
 from kadr.pipeline.fitting import Fitted, Pixels, fitted, put, settled
-from kadr.pipeline.passes import PassPlan
+from kadr.request.conditions import Placed, read_conditions, read_start
+from kadr.request.passes import PassPlan
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents

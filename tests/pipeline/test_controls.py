@@ -33,7 +33,7 @@ from kadr.pipeline.controls import NETWORKS, Followed, drawings, fetched, read_c
 from kadr.pipeline.dry import DryEngine
 from kadr.pipeline.progress import ignore
 from kadr.pipeline.prompts import Prompts
-from kadr.pipeline.windows import Windows
+from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
 from kadr.sampling.cache import StepCache
 from kadr.sampling.context import Context

@@ -14,11 +14,11 @@ from kadr.models.registry import MODELS, Recipe, Released
 from kadr.pipeline import dry, locate
 from kadr.pipeline.dry import DryEngine
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.official_config import OfficialConfig
-from kadr.pipeline.request import Request
+from kadr.request.official_config import OfficialConfig
+from kadr.request.request import Request
 from kadr.sampling.settings import Guidance, Pass
 from tests import tiny
-from tests.pipeline.official_configs import OFFICIAL
+from tests.request.official_configs import OFFICIAL
 
 REQUEST = Request(prompt="a red circle")
 # The table of the official 13B dev config: index of guidance_timesteps -> guidance, STG, rescale, blocks, levels.

@@ -20,10 +20,10 @@ from kadr.media.image import prepare_picture
 from kadr.media.video import VideoWriter
 from kadr.models.vae.encoder import Encoder
 from kadr.pipeline import fitting
-from kadr.pipeline.conditions import read_start
 from kadr.pipeline.encoding import Media
 from kadr.pipeline.fitting import Pixels
 from kadr.pipeline.generate import Generation
+from kadr.request.conditions import read_start
 
 # Without H.264, which takes longer than all the rest.
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=33, fps=24, levels=(0.5,), guidance=1.0, image_crf=0)

@@ -12,8 +12,8 @@ from kadr.models.vae import VAE
 from kadr.pipeline import paths
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.holding import placed
-from kadr.pipeline.request import Request
 from kadr.quant.packed import PackedConv, PackedInt8Linear, PackedMatrix
+from kadr.request.request import Request
 from tests.pipeline.test_compiled import CONFIG
 from tests.tiny import sown, vae_config
 

@@ -18,10 +18,10 @@ from kadr.memory.plan import AS_STORED, CONVERTED, Plan
 from kadr.pipeline import components, holding, planning
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.holding import spread, weigh
-from kadr.pipeline.inputs import Condition
-from kadr.pipeline.request import Request
 from kadr.quant.packed import packs_convolutions
 from kadr.quant.stored import Fp8Linear
+from kadr.request.inputs import Condition
+from kadr.request.request import Request
 from tests import tiny
 from tests.checkpoints.test_load import cast_as_released
 

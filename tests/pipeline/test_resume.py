@@ -20,7 +20,7 @@ from kadr.media.clip import read_video
 from kadr.pipeline.progress import Progress
 from kadr.pipeline.result import Made
 from kadr.pipeline.window_folder import REQUEST, kept_in
-from kadr.pipeline.windows import Windows, folder_of
+from kadr.request.windows import Windows, folder_of
 from kadr.sampling.settings import Guidance
 from kadr.shapes import Size
 from tests.tiny import MODEL, write

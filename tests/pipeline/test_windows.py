@@ -22,9 +22,9 @@ from kadr.memory.plan import Choice
 from kadr.models.registry import Recipe
 from kadr.pipeline import planning
 from kadr.pipeline.long import in_window
-from kadr.pipeline.passes import plan_windows
 from kadr.pipeline.progress import Progress
-from kadr.pipeline.windows import Windows
+from kadr.request.passes import plan_windows
+from kadr.request.windows import Windows
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.schedule import Schedule
 from kadr.sampling.settings import Guidance, Pass

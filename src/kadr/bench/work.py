@@ -33,8 +33,8 @@ from kadr.memory.vae_shape import decoder_flops, encoder_flops
 from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.passes import PassPlan
-from kadr.pipeline.request import Request
+from kadr.request.passes import PassPlan
+from kadr.request.request import Request
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import ATTENTION_VALUES
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from kadr.cli.table import columns, in_words
 from kadr.pipeline.dry import DryPart, DryRun
-from kadr.pipeline.inputs import Condition
-from kadr.pipeline.passes import PassPlan
-from kadr.pipeline.windows import Windows
+from kadr.request.inputs import Condition
+from kadr.request.passes import PassPlan
+from kadr.request.windows import Windows
 from kadr.sampling.settings import ATTENTION_VALUES
 
 

@@ -13,8 +13,8 @@ import typer
 from kadr.cli import options
 from kadr.cli.faults import say
 from kadr.errors import KadrWarning
-from kadr.pipeline.request import Request
-from kadr.pipeline.windows import folder_of
+from kadr.request.request import Request
+from kadr.request.windows import folder_of
 from kadr.text.endpoint import KEY
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
         return begun
     if enhancer is None:
         return request
-    from kadr.pipeline import enhance
     from kadr.pipeline.window_folder import check_resumable  # loads torch
+    from kadr.request import enhance
 
     if engine.resolve(request).windows is not None:
         check_resumable(folder_of(output), resume=resume)

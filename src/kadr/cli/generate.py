@@ -15,9 +15,9 @@ from kadr.cli.groups import taking
 from kadr.cli.official import JOINT
 from kadr.errors import RequestError
 from kadr.memory.plan import OFFLOAD, OFFLOAD_AUTO
-from kadr.pipeline.request import Request
-from kadr.pipeline.windows import BETWEEN, Windows
 from kadr.quant.scheme import NONE, SCHEMES
+from kadr.request.request import Request
+from kadr.request.windows import BETWEEN, Windows
 from kadr.sampling.cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache
 from kadr.sampling.settings import Guidance, Pass
 
@@ -106,7 +106,7 @@ def tell_unused(request: Request, flags: options.ModelFlags, engine: Engine) -> 
     """Say what is named for a second pass that the recipe does not make."""
     second = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(reading.lora, flags.lora or ()))
     if flags.upscaler or flags.second_model or second:
-        from kadr.pipeline.passes import unused_parts, warn_unused  # loads torch
+        from kadr.request.passes import unused_parts, warn_unused  # loads torch
 
         unused = unused_parts(upscaler=bool(flags.upscaler), model=bool(flags.second_model), strength=second)
         warn_unused(engine.resolve(request), unused)
@@ -248,7 +248,7 @@ def named_parts(flags: options.ModelFlags, request: Request) -> dict[str, Any]:
     named = {name: value for name, value in named.items() if value}
     if flags.config is None:
         return named
-    from kadr.pipeline.official_config import OfficialConfig  # loads the YAML reader
+    from kadr.request.official_config import OfficialConfig  # loads the YAML reader
 
     config = OfficialConfig.read(flags.config)
     # An upscaler is not fetched for a single pass.

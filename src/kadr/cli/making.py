@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from kadr.cli.faults import say
 from kadr.cli.progress import duration, shown
 from kadr.errors import MediaError, RequestError
-from kadr.pipeline.request import Request, refuse_overwriting
-from kadr.pipeline.windows import FOLDER, folder_of
+from kadr.request.request import Request, refuse_overwriting
+from kadr.request.windows import FOLDER, folder_of
 from kadr.shapes import Size
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import typer
 
 from kadr.cli.groups import GroupedCommand
-from kadr.pipeline.inputs import CLIPS
+from kadr.request.inputs import CLIPS
 
 RENAMED: Mapping[str, str] = {
     "--num_frames": "--frames",

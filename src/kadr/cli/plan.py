@@ -8,7 +8,7 @@ from typing import Any
 from kadr.cli import generate, making, options
 from kadr.cli.groups import taking
 from kadr.errors import CheckpointError
-from kadr.pipeline.request import Request
+from kadr.request.request import Request
 
 EPILOG = "The flags are those of `kadr generate`. Nothing is loaded and nothing is fetched."
 

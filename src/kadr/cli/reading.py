@@ -10,7 +10,7 @@ import typer
 
 from kadr.cli.official import BOX, JOINT
 from kadr.errors import RequestError
-from kadr.pipeline.inputs import CONTROLS, READY, Condition, Control
+from kadr.request.inputs import CONTROLS, READY, Condition, Control
 from kadr.sampling.settings import Blocks, Numbers
 from kadr.shapes import Size
 

@@ -13,7 +13,7 @@ from kadr.cli import making, options
 from kadr.cli.faults import say
 from kadr.errors import CheckpointError, MediaError
 from kadr.pipeline.locate import on_disk
-from kadr.pipeline.request import Request
+from kadr.request.request import Request
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine

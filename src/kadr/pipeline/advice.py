@@ -10,11 +10,11 @@ from kadr.errors import PlanError
 from kadr.memory.plan import OFFLOAD_AUTO
 from kadr.pipeline.components import Components
 from kadr.pipeline.holding import is_quantized
-from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.planning import Planner
-from kadr.pipeline.request import Request
 from kadr.pipeline.work import WindowWork, Work
 from kadr.quant.scheme import INT8
+from kadr.request.passes import PassPlan
+from kadr.request.request import Request
 from kadr.shapes import SPATIAL, TEMPORAL, Size, snap_frames
 
 

@@ -23,11 +23,11 @@ from kadr.media.control import cover, edges, library, signed
 from kadr.media.depth import DepthNetwork, Depths
 from kadr.media.image import load_picture
 from kadr.media.pose import PoseNetwork
-from kadr.pipeline.conditions import Frames, film_part
-from kadr.pipeline.inputs import CANNY, DEPTH, POSE, Control
-from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.request import Request
+from kadr.request.conditions import Frames, film_part
+from kadr.request.inputs import CANNY, DEPTH, POSE, Control
+from kadr.request.passes import PassPlan
+from kadr.request.request import Request
 from kadr.shapes import SPATIAL, LatentGrid, Size, snap_frames
 
 LIBRARIES = {CANNY: ("cv2", "control"), DEPTH: ("onnxruntime", "depth"), POSE: ("rtmlib", "pose")}

@@ -14,11 +14,11 @@ from kadr.models.vae.decoder import SLICE
 from kadr.pipeline.components import Components
 from kadr.pipeline.guard import Watchman, guarded_frames
 from kadr.pipeline.long import Pieces, rechunked
-from kadr.pipeline.passes import PassPlan, in_window_named
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.request import Request
 from kadr.pipeline.rescue import rescued_frames
-from kadr.pipeline.windows import Span
+from kadr.request.passes import PassPlan, in_window_named
+from kadr.request.request import Request
+from kadr.request.windows import Span
 from kadr.sampling.latents import tone_map
 from kadr.sampling.noise import NoiseStreams
 from kadr.shapes import LatentGrid, Size

@@ -17,10 +17,10 @@ from kadr.pipeline.encoding import Encoded
 from kadr.pipeline.fitting import put
 from kadr.pipeline.guard import Watchman, guarded
 from kadr.pipeline.long import Guide
-from kadr.pipeline.passes import PassPlan, stream
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.request import Request
 from kadr.pipeline.rescue import rescued
+from kadr.request.passes import PassPlan, stream
+from kadr.request.request import Request
 from kadr.sampling.cache import PassCache
 from kadr.sampling.conditions import shake
 from kadr.sampling.context import Context

@@ -15,12 +15,12 @@ from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.components import fitting_upscaler
-from kadr.pipeline.conditions import Placed
 from kadr.pipeline.controls import Followed, warn_unheard
 from kadr.pipeline.encoding import Media
 from kadr.pipeline.locate import is_path, on_disk
 from kadr.pipeline.loras import Lora, downscale_of, is_in_context, refuse_merged_twice
-from kadr.pipeline.passes import (
+from kadr.request.conditions import Placed
+from kadr.request.passes import (
     PassPlan,
     Upscaling,
     check_beginning,
@@ -32,8 +32,8 @@ from kadr.pipeline.passes import (
     warn_guided,
     warn_unused,
 )
-from kadr.pipeline.request import Request
-from kadr.pipeline.resolve import resolve, warn_single, with_second
+from kadr.request.request import Request
+from kadr.request.resolve import resolve, warn_single, with_second
 from kadr.sampling.schedule import Schedule
 from kadr.shapes import Size, snap_frames
 

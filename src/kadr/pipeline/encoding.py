@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from kadr.pipeline.components import Components
-from kadr.pipeline.conditions import read_conditions, read_start
 from kadr.pipeline.controls import Reference, drawings, fetched, read_controls, reference
 from kadr.pipeline.fitting import Fitted, Pixels, fitted, settled
 from kadr.pipeline.guard import Watchman, guarded
 from kadr.pipeline.long import check_placed, in_window
-from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.request import Request
 from kadr.pipeline.rescue import rescued
-from kadr.pipeline.windows import Span
+from kadr.request.conditions import read_conditions, read_start
+from kadr.request.passes import PassPlan
+from kadr.request.request import Request
+from kadr.request.windows import Span
 from kadr.shapes import LatentGrid, Size
 
 ENCODE_FRAMES = 8  # pixel frames that go through the encoder at a time

@@ -28,16 +28,16 @@ from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.locate import fetched_text, locate
 from kadr.pipeline.loras import Loras, check_loras_named
 from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
-from kadr.pipeline.passes import PassPlan, warn_guided
 from kadr.pipeline.planning import Planner
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.prompts import Prompts
-from kadr.pipeline.request import Request, refuse_overwriting
-from kadr.pipeline.resolve import resolve, warn_single, with_second
 from kadr.pipeline.result import Made, Video
 from kadr.pipeline.window_folder import HELD, WindowFolder, check_resumable
-from kadr.pipeline.windows import folder_of
 from kadr.quant.scheme import NONE, check_scheme
+from kadr.request.passes import PassPlan, warn_guided
+from kadr.request.request import Request, refuse_overwriting
+from kadr.request.resolve import resolve, warn_single, with_second
+from kadr.request.windows import folder_of
 from kadr.version import __version__
 
 

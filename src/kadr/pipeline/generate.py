@@ -21,11 +21,11 @@ from kadr.pipeline.encoding import Encoded, Media
 from kadr.pipeline.fitting import added
 from kadr.pipeline.guard import Watchman, guarded
 from kadr.pipeline.long import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
-from kadr.pipeline.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, stream, warn_cached
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.prompts import Prompts
-from kadr.pipeline.request import Request
 from kadr.pipeline.work import WindowWork, Work
+from kadr.request.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, stream, warn_cached
+from kadr.request.request import Request
 from kadr.sampling.latents import adain
 from kadr.sampling.noise import NoiseStreams
 from kadr.shapes import Size

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kadr.errors import RequestError
-from kadr.pipeline.conditions import Placed
 from kadr.pipeline.fitting import Fitted
-from kadr.pipeline.passes import PassPlan
-from kadr.pipeline.windows import Span, Windows
+from kadr.request.conditions import Placed
+from kadr.request.passes import PassPlan
+from kadr.request.windows import Span, Windows
 from kadr.sampling.conditions import append
 from kadr.sampling.positions import positions
 from kadr.sampling.seams import continued

@@ -14,7 +14,7 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.errors import RequestError
 from kadr.models.adapters import Additions
 from kadr.pipeline.locate import check_lora, located_lora
-from kadr.pipeline.values import Strength, check_strength
+from kadr.request.values import Strength, check_strength
 
 
 @dataclass(frozen=True)

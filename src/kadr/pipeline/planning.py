@@ -31,10 +31,10 @@ from kadr.models.vae.decoder import SLICE
 from kadr.pipeline import paths
 from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, Components
 from kadr.pipeline.holding import Weights, is_quantized, weigh
-from kadr.pipeline.passes import PassPlan
 from kadr.pipeline.work import WindowWork, Work
 from kadr.quant.packed import packs_convolutions, packs_matrices
 from kadr.quant.scheme import AUTO, INT8, INT8_WEIGHTS, NONE
+from kadr.request.passes import PassPlan
 from kadr.sampling.settings import ATTENTION_VALUES
 
 RESERVE = 0.05  # of what is free, left to the system and to what cannot be foreseen

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from kadr.media.video import VideoWriter
-from kadr.pipeline.request import Request
+from kadr.request.request import Request
 from kadr.shapes import Size
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kadr.pipeline.passes import PassPlan
+from kadr.request.passes import PassPlan
 from kadr.sampling.cache import StepCache
 from kadr.shapes import LatentGrid
 

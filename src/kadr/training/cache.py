@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
 from kadr.errors import CheckpointError, MediaError
-from kadr.pipeline.inputs import Control
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.request import Request
+from kadr.request.inputs import Control
+from kadr.request.request import Request
 from kadr.shapes import LatentGrid
 from kadr.training.dataset import Example
 from kadr.training.settings import CANNY, FILES, TrainingSettings

@@ -14,7 +14,7 @@ from kadr.checkpoints.digest import SHA256, digest_of
 from kadr.errors import KadrError, KadrWarning, MediaError, RequestError
 from kadr.media.clip import Film, read_length
 from kadr.media.image import load_picture
-from kadr.pipeline.inputs import CLIPS
+from kadr.request.inputs import CLIPS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 REFERENCE = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4

@@ -24,10 +24,10 @@ from kadr.memory.plan import AS_STORED, CONVERTED
 from kadr.models.transformer import Transformer
 from kadr.pipeline.claim import claimed
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.inputs import Control
 from kadr.pipeline.progress import Stage, Watch, ignore
-from kadr.pipeline.request import Request
 from kadr.quant.apply import requantize
+from kadr.request.inputs import Control
+from kadr.request.request import Request
 from kadr.sampling.noise import NoiseStreams
 from kadr.training.cache import encoded, request_of
 from kadr.training.dataset import Example, read_folder

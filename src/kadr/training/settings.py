@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kadr.errors import RequestError
-from kadr.pipeline.values import within
+from kadr.request.values import within
 from kadr.shapes import Size, snap_frames
 from kadr.training.low_rank import TARGETS
 from kadr.training.objective import DISTRIBUTIONS

@@ -15,8 +15,8 @@ from PIL import Image
 from kadr import Condition, Enhancer, Request, enhanced
 from kadr.errors import EnhanceError, KadrWarning, MediaError, RequestError
 from kadr.media.video import VideoWriter
-from kadr.pipeline.enhance import LONGEST_SIDE
-from kadr.pipeline.windows import Windows
+from kadr.request.enhance import LONGEST_SIDE
+from kadr.request.windows import Windows
 from kadr.shapes import Size
 from tests.fakechat import PARAGRAPH, FakeChat, refused, said, serving
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning, RequestError
 from kadr.models.registry import Released
-from kadr.pipeline.request import Request
+from kadr.request.request import Request
 from kadr.sampling.cache import SHORT, StepCache
 from kadr.sampling.schedule import Schedule, explicit
 from kadr.sampling.settings import Pass, Strengths

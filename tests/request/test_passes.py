@@ -27,7 +27,7 @@ from kadr.models.transformer import Transformer
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.pipeline.dry import DryEngine
-from kadr.pipeline.passes import warn_guided
+from kadr.request.passes import warn_guided
 from kadr.sampling.latents import adain
 from kadr.sampling.schedule import Schedule
 from kadr.sampling.settings import Guidance, Pass

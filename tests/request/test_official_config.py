@@ -11,10 +11,10 @@ import pytest
 from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe
-from kadr.pipeline.official_config import OfficialConfig
+from kadr.request.official_config import OfficialConfig
 from kadr.sampling.schedule import linear_quadratic, uniform
 from kadr.sampling.settings import Guidance, Pass
-from tests.pipeline.official_configs import OFFICIAL
+from tests.request.official_configs import OFFICIAL
 
 DEV, DISTILLED, TWO_B = "ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled", "ltxv-2b-0.9.5"
 

@@ -9,8 +9,8 @@ from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import read_length
 from kadr.media.image import DEFAULT_CRF
 from kadr.models.registry import Recipe, Released
-from kadr.pipeline.request import DEFAULT_VIDEO_STRENGTH, Request
-from kadr.pipeline.windows import check_prompts
+from kadr.request.request import DEFAULT_VIDEO_STRENGTH, Request
+from kadr.request.windows import check_prompts
 from kadr.sampling.settings import Pass
 
 PLAIN = Pass(stochastic=False, tone_map=0.0)  # what holds where neither request nor recipe says anything

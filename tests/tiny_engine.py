@@ -1,4 +1,4 @@
-"""A tiny model that all tests of the pipeline share, and a picture to show it."""
+"""Fixtures: a tiny model and its engine, which the tests of several rooms share, and a photo to show it."""
 
 from __future__ import annotations
 

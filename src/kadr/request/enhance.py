@@ -11,10 +11,10 @@ from PIL import Image
 from kadr.errors import EnhanceError, KadrWarning
 from kadr.media.clip import read_video
 from kadr.media.image import load_picture
-from kadr.pipeline.conditions import chosen_part
-from kadr.pipeline.inputs import Condition
-from kadr.pipeline.request import Request
-from kadr.pipeline.windows import BETWEEN
+from kadr.request.conditions import chosen_part
+from kadr.request.inputs import Condition
+from kadr.request.request import Request
+from kadr.request.windows import BETWEEN
 from kadr.text.enhance import Enhancer
 from kadr.text.instructions import Picture
 

@@ -15,8 +15,8 @@ import numpy as np
 from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import Film, read_length
 from kadr.media.image import load_picture
-from kadr.pipeline.inputs import Condition
-from kadr.pipeline.request import Request
+from kadr.request.inputs import Condition
+from kadr.request.request import Request
 from kadr.shapes import TEMPORAL, snap_frames
 
 Frames = Sequence["str | np.ndarray"] | Film

@@ -12,8 +12,8 @@ import pytest
 from kadr import Condition, Control, Request, Size, StepCache
 from kadr.errors import KadrError, RequestError
 from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, Recipe
-from kadr.pipeline.resolve import resolve
-from kadr.pipeline.windows import Windows
+from kadr.request.resolve import resolve
+from kadr.request.windows import Windows
 from kadr.sampling.settings import Guidance, Pass
 
 PROMPT = "a red circle"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
-from kadr.pipeline.inputs import Condition, Control, all_of
-from kadr.pipeline.values import Strength, strengths_of, true_or_false, within
-from kadr.pipeline.windows import Windows, prompts_of
+from kadr.request.inputs import Condition, Control, all_of
+from kadr.request.values import Strength, strengths_of, true_or_false, within
+from kadr.request.windows import Windows, prompts_of
 from kadr.sampling.cache import StepCache
 from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
 from kadr.shapes import MAXIMUM_AT_ONCE, Size, snap_frames

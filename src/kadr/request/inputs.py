@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kadr.errors import RequestError
-from kadr.pipeline.values import is_number, true_or_false, within
+from kadr.request.values import is_number, true_or_false, within
 from kadr.shapes import MAXIMUM_FRAMES
 
 Given = TypeVar("Given", bound="Condition | Control")
