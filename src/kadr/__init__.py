@@ -16,7 +16,6 @@ from kadr.version import __version__
 if TYPE_CHECKING:
     from kadr.errors import KadrError, KadrWarning
     from kadr.pipeline.engine import Engine
-    from kadr.pipeline.loras import Lora
     from kadr.pipeline.progress import Progress
     from kadr.pipeline.result import Video
     from kadr.request.enhance import enhanced
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from kadr.request.windows import Windows
     from kadr.sampling.cache import StepCache
     from kadr.shapes import Size
+    from kadr.spec.loras import Lora
     from kadr.text.enhance import Enhancer
 
 __all__ = [
@@ -53,7 +53,7 @@ _HOMES = {
     "Enhancer": "kadr.text.enhance",
     "KadrError": "kadr.errors",
     "KadrWarning": "kadr.errors",
-    "Lora": "kadr.pipeline.loras",
+    "Lora": "kadr.spec.loras",
     "Progress": "kadr.pipeline.progress",
     "Request": "kadr.request.request",
     "Size": "kadr.shapes",

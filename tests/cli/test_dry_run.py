@@ -14,8 +14,9 @@ from PIL import Image
 
 from kadr.media.video import VideoWriter
 from kadr.models.registry import Released
-from kadr.pipeline import dry, locate
+from kadr.pipeline import dry
 from kadr.shapes import Size
+from kadr.spec import locate
 from tests import lora_files
 from tests.cli.conftest import Ended
 from tests.pipeline.test_dry import FIRST, SECOND

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import lora as measured
 from kadr.checkpoints.lora import LoraFile
-from kadr.pipeline.locate import located_lora
+from kadr.spec.locate import located_lora
 
 TEAL, CANNY = "demo-lora-teal", "demo-ic-lora-canny"
 VIDEOS = 5

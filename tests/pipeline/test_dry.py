@@ -11,12 +11,13 @@ import torch
 
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import MODELS, Recipe, Released
-from kadr.pipeline import dry, locate
+from kadr.pipeline import dry
 from kadr.pipeline.dry import DryEngine
 from kadr.pipeline.engine import Engine
 from kadr.request.official_config import OfficialConfig
 from kadr.request.request import Request
 from kadr.sampling.settings import Guidance, Pass
+from kadr.spec import locate
 from tests import tiny
 from tests.request.official_configs import OFFICIAL
 

@@ -14,8 +14,9 @@ import torch
 from kadr import Engine, Lora, Progress, Request
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.models.transformer import Transformer
-from kadr.pipeline import components, locate
+from kadr.pipeline import components
 from kadr.sampling.settings import Pass
+from kadr.spec import locate
 from tests import lora_files, tiny
 from tests.checkpoints.test_load import cast_as_released
 from tests.lora_files import ATTENTION, FEED_FORWARD, pairs, write

@@ -26,8 +26,8 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
-from kadr.pipeline.locate import released_file
 from kadr.sampling.schedule import Schedule
+from kadr.spec.locate import released_file
 
 T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
 # Where nobody measures the text encoder: as wide as it must be, and next to nothing besides.

@@ -12,7 +12,7 @@ from kadr.cli import options, pull, verify
 from kadr.cli.faults import explained, say
 from kadr.cli.table import columns, in_words
 from kadr.models.registry import RELEASED, Released
-from kadr.pipeline.locate import on_disk
+from kadr.spec.locate import on_disk
 
 EPILOG = (
     "`kadr models pull NAME` fetches a model with all it needs, `kadr models verify NAME` compares it with the hub's "

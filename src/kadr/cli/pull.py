@@ -12,7 +12,7 @@ from kadr.cli.faults import say
 from kadr.cli.table import in_words
 from kadr.cli.verify import Name, checked, require_whole
 from kadr.models.registry import Released, find, needs
-from kadr.pipeline.locate import on_disk, released_file
+from kadr.spec.locate import on_disk, released_file
 
 if TYPE_CHECKING:
     from kadr.checkpoints.hub import Remote

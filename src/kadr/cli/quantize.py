@@ -14,9 +14,9 @@ from kadr.cli.reading import one_of
 from kadr.cli.table import in_words
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import TEXT, Released, find
-from kadr.pipeline.locate import is_path, released_file
 from kadr.pipeline.progress import Stage, Watch
 from kadr.quant.mixes import TYPES, Mix, find_mix
+from kadr.spec.locate import is_path, released_file
 
 if TYPE_CHECKING:
     from kadr.checkpoints.to_gguf import Written

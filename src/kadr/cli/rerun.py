@@ -12,8 +12,8 @@ import typer
 from kadr.cli import making, options
 from kadr.cli.faults import say
 from kadr.errors import CheckpointError, MediaError
-from kadr.pipeline.locate import on_disk
 from kadr.request.request import Request
+from kadr.spec.locate import on_disk
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine

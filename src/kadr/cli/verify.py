@@ -15,7 +15,7 @@ from kadr.cli import options
 from kadr.cli.table import columns, in_words
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released, find, needs
-from kadr.pipeline.locate import PACKAGE
+from kadr.spec.locate import PACKAGE
 
 EPILOG = "Needs no network where the cache is made of links, as it is everywhere but on most Windows machines."
 CLOSE = 0.01  # the sizes that the registry states are right to within this share

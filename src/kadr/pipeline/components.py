@@ -27,13 +27,13 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE
 from kadr.pipeline.holding import check_compiled, is_quantized, placed, refuse_merging, settled_scheme
-from kadr.pipeline.loras import Loras, Strength
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
 from kadr.quant.rotation import turn
 from kadr.quant.scheme import FP8
 from kadr.request.passes import Upscaling
 from kadr.sampling.schedule import Schedule
+from kadr.spec.loras import Loras, Strength
 from kadr.text.tokenizer import Tokenizer
 
 UPSCALERS = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."

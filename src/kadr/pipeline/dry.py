@@ -17,8 +17,6 @@ from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.components import fitting_upscaler
 from kadr.pipeline.controls import Followed, warn_unheard
 from kadr.pipeline.encoding import Media
-from kadr.pipeline.locate import is_path, on_disk
-from kadr.pipeline.loras import Lora, downscale_of, is_in_context, refuse_merged_twice
 from kadr.request.conditions import Placed
 from kadr.request.passes import (
     PassPlan,
@@ -36,6 +34,8 @@ from kadr.request.request import Request
 from kadr.request.resolve import resolve, warn_single, with_second
 from kadr.sampling.schedule import Schedule
 from kadr.shapes import Size, snap_frames
+from kadr.spec.locate import is_path, on_disk
+from kadr.spec.loras import Lora, downscale_of, is_in_context, refuse_merged_twice
 
 
 @dataclass(frozen=True)

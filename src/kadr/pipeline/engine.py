@@ -25,9 +25,6 @@ from kadr.pipeline.controls import warn_unheard
 from kadr.pipeline.encoding import Encoded
 from kadr.pipeline.generate import Generation
 from kadr.pipeline.holding import check_compiled, check_offload
-from kadr.pipeline.locate import fetched_text, locate
-from kadr.pipeline.loras import Loras, check_loras_named
-from kadr.pipeline.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.pipeline.planning import Planner
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.prompts import Prompts
@@ -38,6 +35,9 @@ from kadr.request.passes import PassPlan, warn_guided
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.resolve import resolve, warn_single, with_second
 from kadr.request.windows import folder_of
+from kadr.spec.locate import fetched_text, locate
+from kadr.spec.loras import Loras, check_loras_named
+from kadr.spec.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.version import __version__
 
 

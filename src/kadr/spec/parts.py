@@ -9,7 +9,7 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import Released
-from kadr.pipeline.locate import fetched_upscaler, is_path, locate, released_file
+from kadr.spec.locate import fetched_upscaler, is_path, locate, released_file
 
 
 def opened_second(model: str | Path | None) -> tuple[Checkpoint | None, Released | None]:

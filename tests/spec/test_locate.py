@@ -12,7 +12,7 @@ from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import TEXT, TEXT_GGUF, TEXT_HUB, find
-from kadr.pipeline.locate import PACKAGE, fetched_text, fetched_upscaler, locate, on_disk
+from kadr.spec.locate import PACKAGE, fetched_text, fetched_upscaler, locate, on_disk
 
 HUB_FILES = "Lightricks/LTX-Video"
 

@@ -13,8 +13,8 @@ from kadr.checkpoints.lora import DOWNSCALE, LoraFile
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import RequestError
 from kadr.models.adapters import Additions
-from kadr.pipeline.locate import check_lora, located_lora
 from kadr.request.values import Strength, check_strength
+from kadr.spec.locate import check_lora, located_lora
 
 
 @dataclass(frozen=True)

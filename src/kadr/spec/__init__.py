@@ -1,0 +1,1 @@
+"""Which components a model has: from headers and the registry, never a weight."""
