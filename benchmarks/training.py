@@ -22,7 +22,7 @@ import numpy as np
 from kadr import Engine, Size
 from kadr.media.video import VideoWriter
 from kadr.memory.device import resident_bytes
-from kadr.pipeline.planning import STARTING
+from kadr.planning.planner import STARTING
 from kadr.training.dataset import Example
 from kadr.training.room import bytes_of
 from kadr.training.settings import TrainingSettings

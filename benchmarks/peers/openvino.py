@@ -19,7 +19,7 @@ from benchmarks.peers import diffusers
 from kadr.bench.runner import Absent, Contender, told
 from kadr.bench.work import Work
 from kadr.memory.device import free_bytes, give_back
-from kadr.memory.weights import transformer_weights
+from kadr.planning.parameters import transformer_weights
 
 NAME = "OpenVINO"
 HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}

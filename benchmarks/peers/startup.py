@@ -20,8 +20,8 @@ from benchmarks.peers.diffusers import transformer
 from kadr.bench.runner import Absent, Contender
 from kadr.bench.startup import Program
 from kadr.bench.work import PROMPT, Work
-from kadr.memory.vae_shape import decoder_flops
 from kadr.models.vae.config import VAE_0_9_5, VAEConfig
+from kadr.planning.vae_stages import decoder_flops
 from tests.oracles import DIFFUSERS_VAES
 
 NAME = "LTXPipeline"

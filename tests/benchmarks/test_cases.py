@@ -15,9 +15,9 @@ from kadr.bench.run import _stages
 from kadr.bench.work import LENGTH, Work
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, RequestError
-from kadr.memory import costs
-from kadr.memory.vae_shape import decoder_flops
 from kadr.models.transformer import TransformerConfig
+from kadr.planning import costs
+from kadr.planning.vae_stages import decoder_flops
 from tests.tiny import vae_config
 
 SMALL = TransformerConfig(layers=3, heads=4, head_width=16, text_width=4096)

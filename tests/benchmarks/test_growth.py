@@ -10,8 +10,8 @@ import pytest
 from benchmarks import growth, report
 from kadr.bench import runner
 from kadr.bench.cases import Clip
-from kadr.memory import costs
 from kadr.models.transformer import TRANSFORMER_2B
+from kadr.planning import costs
 from kadr.shapes import Size
 from tests import pages
 

@@ -13,9 +13,9 @@ import pytest
 
 from kadr.cli import making
 from kadr.cli.main import main
-from kadr.memory.plan import Choice, Plan, StagePlan
 from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
+from kadr.planning.plan import Choice, Plan, StagePlan
 from kadr.request.request import Request
 from kadr.request.resolve import resolve
 from kadr.sampling.settings import Guidance, Pass

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
 from kadr.errors import NonFiniteError
 from kadr.media.video import VideoWriter
-from kadr.memory.plan import CONVERTED
 from kadr.memory.shelf import Shelf
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.guard import NotFinite, Watchman, guarded, guarded_frames, is_finite
+from kadr.planning.plan import CONVERTED
 from tests.tiny import MODEL, write
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, seed=7, steps=3, guidance=1.0)

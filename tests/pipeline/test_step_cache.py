@@ -16,9 +16,9 @@ from torch import Tensor
 from kadr import Engine, KadrWarning, Request, StepCache
 from kadr.cli.main import main
 from kadr.errors import RequestError
-from kadr.memory import costs
 from kadr.models.transformer import Transformer
-from kadr.pipeline.planning import HOLES
+from kadr.planning import costs
+from kadr.planning.planner import HOLES
 from kadr.sampling.cache import PassCache
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import Guidance, Strengths

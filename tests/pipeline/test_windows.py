@@ -18,11 +18,11 @@ import torch
 from kadr import Condition, Engine, Request
 from kadr.errors import KadrWarning, PlanError, RequestError
 from kadr.media.video import VideoWriter
-from kadr.memory.plan import Choice
 from kadr.models.registry import Recipe
-from kadr.pipeline import planning
 from kadr.pipeline.long import in_window
 from kadr.pipeline.progress import Progress
+from kadr.planning import planner
+from kadr.planning.plan import Choice
 from kadr.request.passes import plan_windows
 from kadr.request.windows import Windows
 from kadr.sampling.noise import NoiseStreams
@@ -317,7 +317,7 @@ def test_a_window_that_does_not_fit_is_refused_with_a_shorter_one_or_a_size_that
         return engine._planned(engine._opened(request, lambda progress: None), request, ("denoise",)).stages[0].choice
 
     request = short(size=Size(768, 768), frames=1441, windows=Windows(frames=121))
-    monkeypatch.setattr(planning, "free_bytes", lambda device: free * 10**6)
+    monkeypatch.setattr(planner, "free_bytes", lambda device: free * 10**6)
     with pytest.raises(PlanError, match=said) as caught:
         planned(request)
     value = str(caught.value).partition(said)[2].partition(" ")[0].rstrip(".")

@@ -19,13 +19,13 @@ from torch import Tensor
 from kadr.bench.cases import DEMO, TEXT, Selection
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.errors import CheckpointError
-from kadr.memory.vae_shape import decoder_weights, encoder_weights
-from kadr.memory.weights import text_encoder_weights, transformer_weights
 from kadr.models.registry import find
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
+from kadr.planning.parameters import text_encoder_weights, transformer_weights
+from kadr.planning.vae_stages import decoder_weights, encoder_weights
 from kadr.sampling.schedule import Schedule
 from kadr.spec.locate import released_file
 

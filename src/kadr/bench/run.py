@@ -21,8 +21,8 @@ from kadr.bench.runner import Absent, Contender, Measured, cuda_clock, host_cloc
 from kadr.bench.startup import command
 from kadr.bench.work import Entrants, Work
 from kadr.memory.device import free_bytes, pick_device
-from kadr.memory.vae_shape import decoder_weights, encoder_weights
-from kadr.memory.weights import text_encoder_weights, transformer_weights
+from kadr.planning.parameters import text_encoder_weights, transformer_weights
+from kadr.planning.vae_stages import decoder_weights, encoder_weights
 
 WARM_UPS = {"cuda": 3}  # else 1
 FEWER = {STARTUP: 3}  # rounds at most: a process each time

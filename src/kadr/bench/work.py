@@ -28,11 +28,11 @@ from kadr.bench.cases import (
 from kadr.bench.models import Source
 from kadr.bench.runner import Absent, Contender
 from kadr.checkpoints.open import Checkpoint
-from kadr.memory import costs
-from kadr.memory.vae_shape import decoder_flops, encoder_flops
 from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
 from kadr.pipeline.engine import Engine
+from kadr.planning import costs
+from kadr.planning.vae_stages import decoder_flops, encoder_flops
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
 from kadr.sampling.positions import positions

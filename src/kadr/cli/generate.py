@@ -14,7 +14,7 @@ from kadr.cli.faults import say
 from kadr.cli.groups import taking
 from kadr.cli.official import JOINT
 from kadr.errors import RequestError
-from kadr.memory.plan import OFFLOAD, OFFLOAD_AUTO
+from kadr.planning.plan import OFFLOAD, OFFLOAD_AUTO
 from kadr.quant.scheme import NONE, SCHEMES
 from kadr.request.request import Request
 from kadr.request.windows import BETWEEN, Windows

@@ -18,9 +18,9 @@ from kadr.request.windows import FOLDER, folder_of
 from kadr.shapes import Size
 
 if TYPE_CHECKING:
-    from kadr.memory.plan import Plan
     from kadr.pipeline.engine import Engine
     from kadr.pipeline.result import Made
+    from kadr.planning.plan import Plan
 
 DEFAULT_OUTPUT = "out.mp4"
 

@@ -19,7 +19,6 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.kernels.heap import at_work
 from kadr.memory.device import DTYPES, pick_device, pick_dtype
-from kadr.memory.plan import AS_STORED, OFFLOAD_AUTO, Choice, Plan
 from kadr.memory.shelf import Shelf
 from kadr.models.adapters import merge, set_strengths
 from kadr.models.t5 import T5Encoder
@@ -29,6 +28,7 @@ from kadr.models.vae import VAE
 from kadr.pipeline.holding import check_compiled, is_quantized, placed, refuse_merging, settled_scheme
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
+from kadr.planning.plan import AS_STORED, OFFLOAD_AUTO, Choice, Plan
 from kadr.quant.rotation import turn
 from kadr.quant.scheme import FP8
 from kadr.request.passes import Upscaling

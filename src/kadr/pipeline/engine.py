@@ -17,19 +17,19 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import Cancelled, KadrError, PlanError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
-from kadr.memory.plan import Plan, held
 from kadr.models.registry import Recipe, Released
-from kadr.pipeline.advice import nearest
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.controls import warn_unheard
 from kadr.pipeline.encoding import Encoded
 from kadr.pipeline.generate import Generation
 from kadr.pipeline.holding import check_compiled, check_offload
-from kadr.pipeline.planning import Planner
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.prompts import Prompts
 from kadr.pipeline.result import Made, Video
 from kadr.pipeline.window_folder import HELD, WindowFolder, check_resumable
+from kadr.planning.plan import Plan, held
+from kadr.planning.planner import Planner
+from kadr.planning.suggest import nearest
 from kadr.quant.scheme import NONE, check_scheme
 from kadr.request.passes import PassPlan, warn_guided
 from kadr.request.request import Request, refuse_overwriting

@@ -23,7 +23,7 @@ from kadr.pipeline.guard import Watchman, guarded
 from kadr.pipeline.long import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.prompts import Prompts
-from kadr.pipeline.work import WindowWork, Work
+from kadr.planning.workload import WindowWork, Work
 from kadr.request.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, stream, warn_cached
 from kadr.request.request import Request
 from kadr.sampling.latents import adain

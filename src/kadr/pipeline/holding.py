@@ -20,10 +20,10 @@ from kadr.kernels import fp8, switch
 from kadr.kernels.winograd import PAIRS
 from kadr.memory.device import DTYPES, has_fast_int8
 from kadr.memory.offload import Carousel, stream_pages
-from kadr.memory.plan import AS_STORED, CONVERTED, OFFLOAD, Choice
 from kadr.models.adapters import Additions, attach
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
+from kadr.planning.plan import AS_STORED, CONVERTED, OFFLOAD, Choice
 from kadr.quant.apply import blocks_of, packing_for, requantize
 from kadr.quant.packed import CONVOLUTION, pack_convolutions, pack_matrices, packs_convolutions
 from kadr.quant.scheme import AUTO, EIGHT, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, NONE, check_scheme
@@ -71,7 +71,7 @@ def weigh(
     """The bytes of a component held in some way.
 
     Args:
-        hold: see `memory.plan.Choice`.
+        hold: see `planning.plan.Choice`.
         packed: matrices are packed once they are loaded; see `quant.packed`.
         together: so are convolutions, for so many frames at a time; 0 where they are not.
         looked_up: the component is a text encoder, of whose embedding only some rows are read.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning, PlanError
-from kadr.memory.plan import in_words
 from kadr.pipeline.components import Components
 from kadr.pipeline.guard import Run
+from kadr.planning.plan import in_words
 
 T = TypeVar("T")
 _SAID = ("can't allocate memory", "not enough memory", "out of memory")  # by torch, on a CPU or on Apple's GPUs

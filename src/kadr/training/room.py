@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from kadr.errors import PlanError
 from kadr.memory.device import free_bytes
-from kadr.memory.plan import AS_STORED, CONVERTED
-from kadr.memory.training import TrainingBytes, training_bytes
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.holding import is_quantized, weigh
+from kadr.planning.plan import AS_STORED, CONVERTED
+from kadr.planning.training import TrainingBytes, training_bytes
 from kadr.quant.scheme import AUTO, NONE
 from kadr.shapes import LatentGrid
 from kadr.training.dataset import Example
@@ -20,7 +20,7 @@ ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
 
 
 def hold_of(engine: Engine) -> str:
-    """How the transformer's weights are held while it learns; see `memory.plan.Choice`."""
+    """How the transformer's weights are held while it learns; see `planning.plan.Choice`."""
     components = engine.components
     if is_quantized(components.transformers[0].sources["transformer"]):
         return AS_STORED

@@ -20,11 +20,11 @@ from kadr.checkpoints.lora import write_lora
 from kadr.checkpoints.mapped import release
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.video import VideoWriter
-from kadr.memory.plan import AS_STORED, CONVERTED
 from kadr.models.transformer import Transformer
 from kadr.pipeline.claim import claimed
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.progress import Stage, Watch, ignore
+from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.quant.apply import requantize
 from kadr.request.inputs import Control
 from kadr.request.request import Request

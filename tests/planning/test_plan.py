@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from kadr.errors import PlanError
-from kadr.memory.plan import AS_STORED, CONVERTED, Choice, Needs, Plan, lasting, make_plan
+from kadr.planning.plan import AS_STORED, CONVERTED, Choice, Needs, Plan, lasting, make_plan
 
 MB = 10**6
 

@@ -10,9 +10,14 @@ import torch
 
 from kadr.checkpoints.source import Source
 from kadr.kernels.winograd import FOURS, PAIRS
-from kadr.memory import costs
 from kadr.memory.device import free_bytes, has_fast_int8, resident_bytes
-from kadr.memory.plan import (
+from kadr.models.transformer import REPLAYED
+from kadr.models.vae.decoder import SLICE
+from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, Components
+from kadr.pipeline.holding import Weights, is_quantized, weigh
+from kadr.planning import backends, costs
+from kadr.planning.calibration import measure_rate
+from kadr.planning.plan import (
     AS_STORED,
     CONVERTED,
     OFFLOAD_BLOCKS,
@@ -23,15 +28,9 @@ from kadr.memory.plan import (
     Plan,
     make_plan,
 )
-from kadr.memory.rate import measure_rate
-from kadr.memory.vae_shape import decoder_flops, encoder_flops
-from kadr.memory.vae_working import decode_bytes, encode_bytes
-from kadr.models.transformer import REPLAYED
-from kadr.models.vae.decoder import SLICE
-from kadr.pipeline import paths
-from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, Components
-from kadr.pipeline.holding import Weights, is_quantized, weigh
-from kadr.pipeline.work import WindowWork, Work
+from kadr.planning.vae_activations import decode_bytes, encode_bytes
+from kadr.planning.vae_stages import decoder_flops, encoder_flops
+from kadr.planning.workload import WindowWork, Work
 from kadr.quant.packed import packs_convolutions, packs_matrices
 from kadr.quant.scheme import AUTO, INT8, INT8_WEIGHTS, NONE
 from kadr.request.passes import PassPlan
@@ -120,7 +119,7 @@ class Planner:
         choices = []
         for way in self._text_ways(text.source):
             weights = weigh(text.source, self.dtype, way.hold, looked_up=True)
-            path = paths.of_matrices(self.dtype, self.device, way.hold, streamed=True)  # never packed: it runs once
+            path = backends.of_matrices(self.dtype, self.device, way.hold, streamed=True)  # never packed: it runs once
             choices.append(self._choice(way, weights, working, flops, text.source.size_bytes, path))
         return Needs(stage="text", part=TEXT_ENCODER, choices=tuple(choices))
 
@@ -142,7 +141,7 @@ class Planner:
         together = PAIRS if packs_convolutions(self.dtype, self.device) else 0
         working = max(encode_bytes(config, grid, self.size, together=together) for grid in grids)
         flops = sum(encoder_flops(config, grid) for grid in grids)
-        path = paths.of_convolutions(self.dtype, self.device)
+        path = backends.of_convolutions(self.dtype, self.device)
         weights = self._vae_weights("encoder", together)
         choice = self._choice(_Way(CONVERTED, why=self._context()), weights, working, flops, 0, path)
         return Needs(stage="encode", part=ENCODER, choices=(replace(choice, together=together),))
@@ -163,7 +162,7 @@ class Planner:
     def _decode(self) -> Needs:
         config = self.components.vae.detected.vae
         assert config is not None
-        grid, path = self.work.passes[-1].grid, paths.of_convolutions(self.dtype, self.device)
+        grid, path = self.work.passes[-1].grid, backends.of_convolutions(self.dtype, self.device)
         flops, choices = decoder_flops(config, grid), []
         for handed, together in self._slices():
             working = decode_bytes(config, grid, self.size, handed=handed, together=together) + self._frames(handed)
@@ -239,7 +238,7 @@ class Planner:
             packed = not way.streams and packs_matrices(self.dtype, self.device)
             weights = self._with_loras(weigh(source, self.dtype, way.hold, packed=packed), way)
             read = source.size_bytes * (len(plan.steps) if way.streams else 1)
-            path = paths.of_matrices(self.dtype, self.device, way.hold, streamed=way.streams)
+            path = backends.of_matrices(self.dtype, self.device, way.hold, streamed=way.streams)
             choices.append(self._choice(way, weights, working, flops, read, path))
         stage = PASS_STAGES[number]
         assert config.layers
@@ -329,7 +328,7 @@ class Planner:
         return total
 
     def _choice(
-        self, way: _Way, weights: Weights, working: int, flops: int, read: int, path: str = paths.PLAIN
+        self, way: _Way, weights: Weights, working: int, flops: int, read: int, path: str = backends.PLAIN
     ) -> Choice:
         rate = self.rate * FASTER.get(way.hold, 1.0)
         choice = Choice(

@@ -7,11 +7,11 @@ from copy import copy
 from dataclasses import replace
 
 from kadr.errors import PlanError
-from kadr.memory.plan import OFFLOAD_AUTO
 from kadr.pipeline.components import Components
 from kadr.pipeline.holding import is_quantized
-from kadr.pipeline.planning import Planner
-from kadr.pipeline.work import WindowWork, Work
+from kadr.planning.plan import OFFLOAD_AUTO
+from kadr.planning.planner import Planner
+from kadr.planning.workload import WindowWork, Work
 from kadr.quant.scheme import INT8
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request

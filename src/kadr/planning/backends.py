@@ -16,7 +16,7 @@ def of_matrices(dtype: torch.dtype, device: torch.device, hold: str, *, streamed
     """What a transformer's products are computed by.
 
     Args:
-        hold: see `memory.plan.Choice`.
+        hold: see `planning.plan.Choice`.
         streamed: blocks come and go, so their weights stay in the order of the file.
     """
     if switch.current() == switch.REFERENCE:

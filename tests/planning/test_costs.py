@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from kadr.memory import costs, vae_working
-from kadr.memory.vae_shape import decoder_flops, decoder_weights, encoder_flops, encoder_weights, statistics_weights
-from kadr.memory.weights import text_encoder_weights, transformer_weights, upsampler_weights
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import DISTURBED, TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
+from kadr.planning import costs, vae_activations
+from kadr.planning.parameters import text_encoder_weights, transformer_weights, upsampler_weights
+from kadr.planning.vae_stages import decoder_flops, decoder_weights, encoder_flops, encoder_weights, statistics_weights
 from kadr.quant.packed import packs_matrices
 from kadr.sampling.settings import TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
@@ -277,7 +277,7 @@ def test_a_decoder_holds_the_bytes_that_are_predicted_wherever_its_stream_is(
         counted = live(decode)
     # A loop holds the pixels of the turn before; that they are made into bytes as well is the pipeline's doing.
     as_bytes = 3 * handed * 128 * 64
-    predicted = vae_working.decode_bytes.__wrapped__(config, grid, 2, handed=handed) - as_bytes
+    predicted = vae_activations.decode_bytes.__wrapped__(config, grid, 2, handed=handed) - as_bytes
     assert counted == pytest.approx(predicted, rel=0.02, abs=3 * handed * 128 * 64 * 2)
 
 
@@ -290,19 +290,20 @@ def test_an_encoder_holds_the_bytes_that_are_predicted(family: str, frames: int)
         module = VAE(config).bfloat16()
         pixels = torch.empty(1, 3, 8 * frames - 7, 128, 64, dtype=torch.bfloat16)
         counted = live(lambda: module.encode(pixels, chunk=8))
-    predicted = vae_working.encode_bytes.__wrapped__(config, LatentGrid(frames, 4, 2), 2)
+    predicted = vae_activations.encode_bytes.__wrapped__(config, LatentGrid(frames, 4, 2), 2)
     assert counted == pytest.approx(predicted, rel=0.01, abs=100_000)
 
 
 def test_fewer_frames_handed_on_take_less() -> None:
     grid = LatentGrid(4, 10, 16)
-    four, two, one = (vae_working.decode_bytes(VAE_0_9_5, grid, 2, handed=handed) for handed in (4, 2, 1))
+    four, two, one = (vae_activations.decode_bytes(VAE_0_9_5, grid, 2, handed=handed) for handed in (4, 2, 1))
     assert four > two > one
 
 
 def test_a_long_video_takes_no_more_to_decode_than_one_that_has_settled() -> None:
     settled, long, longer = (
-        vae_working.decode_bytes(VAE_0_9_5, LatentGrid(frames, 10, 16), 2) for frames in (30, vae_working.SETTLED, 500)
+        vae_activations.decode_bytes(VAE_0_9_5, LatentGrid(frames, 10, 16), 2)
+        for frames in (30, vae_activations.SETTLED, 500)
     )
     assert settled == pytest.approx(long, rel=0.01)
     assert long == longer
@@ -321,7 +322,7 @@ def measured() -> dict[str, list[int]]:
     # All blocks but the smallest go back when they are freed, so that what is measured is what was in use.
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "passive"}
     environment = {**os.environ, **settings}
-    command = [sys.executable, "-m", "tests.memory.measured"]
+    command = [sys.executable, "-m", "tests.planning.measured"]
     paths = os.pathsep.join([os.getcwd(), *sys.path])
     done = subprocess.run(
         command, env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300, check=False

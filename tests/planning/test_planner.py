@@ -14,10 +14,11 @@ import torch
 
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
-from kadr.memory.plan import AS_STORED, CONVERTED, Plan
-from kadr.pipeline import components, holding, planning
+from kadr.pipeline import components, holding
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.holding import spread, weigh
+from kadr.planning import planner
+from kadr.planning.plan import AS_STORED, CONVERTED, Plan
 from kadr.quant.packed import packs_convolutions
 from kadr.quant.stored import Fp8Linear
 from kadr.request.inputs import Condition
@@ -43,7 +44,7 @@ def opened(home: Path) -> Callable[..., Engine]:
 
 def with_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """So much memory, and no more, can be had."""
-    monkeypatch.setattr(planning, "free_bytes", lambda device: size)
+    monkeypatch.setattr(planner, "free_bytes", lambda device: size)
 
 
 def relative(made: torch.Tensor, right: torch.Tensor) -> float:
@@ -117,7 +118,7 @@ def test_blocks_come_and_go_where_the_transformer_does_not_fit(
     roomy = engine.plan(REQUEST).of("denoise")
     streamed = next(choice for choice in roomy.rest if choice.streamed)
     assert streamed.bytes < roomy.choice.bytes
-    monkeypatch.setattr(planning, "RESERVE", 0.0)
+    monkeypatch.setattr(planner, "RESERVE", 0.0)
     needs = {stage.stage: stage.choice.bytes for stage in engine.plan(REQUEST).stages}
     if max(needs["text"], needs["decode"]) < roomy.choice.bytes:
         with_free(monkeypatch, roomy.choice.bytes - 1)
@@ -137,7 +138,7 @@ def test_the_decoder_hands_on_fewer_frames_where_memory_is_short(
     assert [(choice.frames, choice.together) for choice in choices] == ways
     assert all(more.bytes > less.bytes for more, less in pairwise(choices))
     frames = opened().generate(replace(long, frames=25)).frames
-    monkeypatch.setattr(planning, "RESERVE", 0.0)
+    monkeypatch.setattr(planner, "RESERVE", 0.0)
     for choice in right.rest:
         with_free(monkeypatch, choice.bytes)
         engine = opened()
@@ -153,7 +154,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded_with_what_would(
 ) -> None:
     engine = opened()
     big = replace(REQUEST, size=(1024, 1024), frames=121)
-    monkeypatch.setattr(planning, "RESERVE", 0.0)
+    monkeypatch.setattr(planner, "RESERVE", 0.0)
     with_free(monkeypatch, engine.plan(replace(big, size=(512, 512))).peak_bytes - engine.plan(big).base)
     monkeypatch.setattr(engine.components.shelf, "take", lambda *a, **k: pytest.fail("something was loaded"))
     with pytest.raises(PlanError, match=r"are missing\. What would fit: .*--size \d+x\d+ --frames \d+\.") as said:
@@ -203,10 +204,10 @@ def test_auto_stores_weights_in_8_bits_only_where_the_files_own_do_not_fit(
     opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = opened(quant="auto", dtype="bfloat16", offload="none")
-    monkeypatch.setattr(planning, "RESERVE", 0.0)
+    monkeypatch.setattr(planner, "RESERVE", 0.0)
     assert ways(engine.plan(REQUEST))["denoise"] == (CONVERTED, False)
     holds = [choice.hold for choice in engine.plan(REQUEST).of("denoise").rest]
-    assert holds == [AS_STORED, "int8" if planning.has_fast_int8() else "int8-weights"]  # the file is in float32
+    assert holds == [AS_STORED, "int8" if planner.has_fast_int8() else "int8-weights"]  # the file is in float32
 
 
 @pytest.mark.parametrize(

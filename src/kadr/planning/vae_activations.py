@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from math import prod
 
-from kadr.memory import costs
-from kadr.memory.vae_shape import DOWN, LAYERS, OUT, STRIDED, UP, WIDER, VAEStage, decoder_stages, encoder_stages
 from kadr.models.vae.config import Strides, VAEConfig
 from kadr.models.vae.decoder import SLICE
 from kadr.nn.conv import KERNEL
+from kadr.planning import costs
+from kadr.planning.vae_stages import DOWN, LAYERS, OUT, STRIDED, UP, WIDER, VAEStage, decoder_stages, encoder_stages
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid
 
 ENCODED = 8  # pixel frames that go through the encoder at a time

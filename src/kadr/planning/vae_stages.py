@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from kadr.memory.weights import Weights, level_embedding
 from kadr.models.vae.config import Block, Strides, VAEConfig
 from kadr.nn.embedding import SINUSOID_WIDTH
+from kadr.planning.parameters import Weights, level_embedding
 from kadr.shapes import SPATIAL, LatentGrid
 
 IN, OUT = "in", "out"  # the convolutions at both ends; the decoder's last one is bent by the noise level

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kadr.memory.costs import TEXT
 from kadr.models.transformer import TransformerConfig
+from kadr.planning.costs import TEXT
 
 LEARNED = 16  # bytes of a number that learns, all in fp32: itself, its gradient, and AdamW's two moments
 WITHIN = 48  # rows of the model's width that one layer keeps for each token until its gradient has passed; counted

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from kadr.kernels import switch
-from kadr.memory.plan import AS_STORED, CONVERTED, Choice
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from kadr.pipeline import paths
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.holding import placed
+from kadr.planning import backends
+from kadr.planning.plan import AS_STORED, CONVERTED, Choice
 from kadr.quant.packed import PackedConv, PackedInt8Linear, PackedMatrix
 from kadr.request.request import Request
 from tests.pipeline.test_compiled import CONFIG
@@ -31,7 +31,7 @@ def test_matrices(dtype: str, hold: str, kernels: str) -> None:
     with switch.using(kernels):
         kind = getattr(torch, dtype)
         module = placed(sown(lambda: Transformer(CONFIG)).to(kind), Choice(dtype=dtype, hold=hold), CPU)
-        said = paths.of_matrices(kind, CPU, hold, streamed=False)
+        said = backends.of_matrices(kind, CPU, hold, streamed=False)
     packed = has(module, PackedInt8Linear) if hold == "int8" else has(module, PackedMatrix)
     assert ("packed weights" in said) == packed
     assert ("KADR_KERNELS=reference" in said) == (kernels == switch.REFERENCE)
@@ -40,7 +40,7 @@ def test_matrices(dtype: str, hold: str, kernels: str) -> None:
 
 def test_streamed_blocks_are_not_packed() -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        assert "packed" not in paths.of_matrices(dtype, CPU, AS_STORED, streamed=True)
+        assert "packed" not in backends.of_matrices(dtype, CPU, AS_STORED, streamed=True)
 
 
 @pytest.mark.parametrize("kernels", [switch.AUTO, switch.REFERENCE])
@@ -49,21 +49,21 @@ def test_convolutions(dtype: str, kernels: str) -> None:
     with switch.using(kernels):
         kind = getattr(torch, dtype)
         module = placed(sown(lambda: VAE(vae_config("0.9.5"))).to(kind), Choice(dtype=dtype), CPU)
-        assert paths.of_convolutions(kind, CPU).startswith("Winograd") == has(module, PackedConv)
+        assert backends.of_convolutions(kind, CPU).startswith("Winograd") == has(module, PackedConv)
 
 
 def test_a_gpu_that_kernels_are_not_written_for_computes_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = (7, 5), (9, 0)
     for capability, said in ((old, "torch"), (new, "fused kernels")):
-        monkeypatch.setattr(paths.trial, "_capability", lambda device, found=capability: found)
-        assert paths.of_matrices(torch.bfloat16, torch.device("cuda"), CONVERTED, streamed=False) == said
-        assert paths.of_convolutions(torch.bfloat16, torch.device("cuda")) == f"{said}, channels last"
+        monkeypatch.setattr(backends.trial, "_capability", lambda device, found=capability: found)
+        assert backends.of_matrices(torch.bfloat16, torch.device("cuda"), CONVERTED, streamed=False) == said
+        assert backends.of_convolutions(torch.bfloat16, torch.device("cuda")) == f"{said}, channels last"
 
 
 def test_the_plan_says_it() -> None:
     request = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2)
     plan = Engine.open("demo", device="cpu").plan(request)
-    path = paths.of_convolutions(torch.float32, CPU)
+    path = backends.of_convolutions(torch.float32, CPU)
     assert plan.of("decode").choice.path == path
     assert plan.to_json()["stages"][-1]["path"] == path
     assert f"  {path}  " in str(plan)

@@ -11,10 +11,10 @@ from collections.abc import Collection
 from math import prod
 
 from kadr.kernels import cpu_attention
-from kadr.memory.weights import level_embedding
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upsampler import UpsamplerConfig
+from kadr.planning.parameters import level_embedding
 from kadr.sampling.settings import ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 
@@ -247,7 +247,7 @@ def seconds(flops: int, rate: float, *, read: int = 0, disk_rate: float | None =
     """How long a stage takes.
 
     Args:
-        rate: FLOPs per second; see `memory.rate`.
+        rate: FLOPs per second; see `planning.calibration`.
         read: bytes of weights that come from files, at `disk_rate` bytes per second; None where they are in memory.
     """
     return flops / rate + (read / disk_rate if disk_rate else 0.0)

@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 
 from kadr.kernels.winograd import FOURS, PAIRS
-from kadr.memory import costs
-from kadr.memory.vae_working import decode_bytes, encode_bytes
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
+from kadr.planning import costs
+from kadr.planning.vae_activations import decode_bytes, encode_bytes
 from kadr.quant.packed import pack_convolutions, packs_matrices
 from kadr.shapes import LatentGrid
 
