@@ -46,7 +46,7 @@ def test_looking_for_numbers_that_are_none_does_not_wait_for_the_device() -> Non
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_blocks_that_pass_through_two_places_compute_as_blocks_that_stay(pinned: bool) -> None:
-    from kadr.memory.offload import Carousel
+    from kadr.memory.block_swap import Carousel
 
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(torch.nn.Linear(512, 512) for _ in range(7)).requires_grad_(False)

@@ -21,7 +21,7 @@ from kadr.errors import Cancelled
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.frames import crop_margins, to_uint8, to_unit
 from kadr.media.video import VideoWriter
-from kadr.memory.shelf import Shelf
+from kadr.memory.module_cache import Shelf
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.sampling.noise import NoiseStreams

@@ -20,7 +20,7 @@ from kadr.checkpoints import hub
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.errors import CheckpointError, KadrError, RequestError
 from kadr.media.video import VideoWriter
-from kadr.memory.shelf import Shelf
+from kadr.memory.module_cache import Shelf
 from kadr.models.registry import BY_NAME, DISTILLED_LEVELS
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer

@@ -1,1 +1,1 @@
-"""Where weights live, and for how long."""
+"""What holds modules in memory: the device, the cache of modules, block swapping."""

@@ -19,7 +19,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.kernels.heap import at_work
 from kadr.memory.device import DTYPES, pick_device, pick_dtype
-from kadr.memory.shelf import Shelf
+from kadr.memory.module_cache import Shelf
 from kadr.models.adapters import merge, set_strengths
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig

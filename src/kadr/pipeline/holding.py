@@ -18,8 +18,8 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.kernels import fp8, switch
 from kadr.kernels.winograd import PAIRS
+from kadr.memory.block_swap import Carousel, stream_pages
 from kadr.memory.device import DTYPES, has_fast_int8
-from kadr.memory.offload import Carousel, stream_pages
 from kadr.models.adapters import Additions, attach
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE

@@ -10,8 +10,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from kadr.memory.block_swap import Pages, weights
 from kadr.memory.device import give_back
-from kadr.memory.offload import Pages, weights
 from kadr.quant.stored import clear_scratch
 
 M = TypeVar("M", bound=nn.Module)

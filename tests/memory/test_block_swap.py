@@ -11,7 +11,7 @@ from torch import nn
 
 from kadr.checkpoints import mapped
 from kadr.checkpoints.source import Source
-from kadr.memory.offload import Carousel, stream_pages, weights
+from kadr.memory.block_swap import Carousel, stream_pages, weights
 
 CPU = torch.device("cpu")
 WIDTH = 24

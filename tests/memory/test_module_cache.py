@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kadr.memory.shelf import Shelf
+from kadr.memory.module_cache import Shelf
 
 CPU = torch.device("cpu")
 
