@@ -34,7 +34,7 @@ from kadr import Engine, Request
 from kadr.bench.machine import describe
 from kadr.bench.peak import process_peak
 from kadr.media.clip import read_metadata, read_video
-from kadr.pipeline.window_folder import kept_in
+from kadr.pipeline.longvideo.window_folder import kept_in
 from kadr.request.windows import Span, Windows, folder_of
 from tests import pages
 

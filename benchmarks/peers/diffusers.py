@@ -15,7 +15,7 @@ from kadr.bench.runner import Absent, Contender
 from kadr.bench.work import NEGATIVE, PROMPT, SEED, Work, stored_bytes
 from kadr.media.frames import to_uint8
 from kadr.pipeline.progress import ignore
-from kadr.pipeline.prompts import Prompts
+from kadr.pipeline.stages.text import Prompts
 from kadr.sampling.noise import NoiseStreams
 from tests.oracles import diffusers_transformer, diffusers_vae
 

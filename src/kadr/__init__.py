@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kadr.errors import KadrError, KadrWarning
     from kadr.pipeline.engine import Engine
     from kadr.pipeline.progress import Progress
-    from kadr.pipeline.result import Video
+    from kadr.pipeline.video import Video
     from kadr.request.enhance import enhanced
     from kadr.request.inputs import Condition, Control
     from kadr.request.request import Request
@@ -58,7 +58,7 @@ _HOMES = {
     "Request": "kadr.request.request",
     "Size": "kadr.shapes",
     "StepCache": "kadr.sampling.cache",
-    "Video": "kadr.pipeline.result",
+    "Video": "kadr.pipeline.video",
     "Windows": "kadr.request.windows",
     "enhanced": "kadr.request.enhance",
 }

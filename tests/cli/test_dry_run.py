@@ -14,12 +14,12 @@ from PIL import Image
 
 from kadr.media.video import VideoWriter
 from kadr.models.registry import Released
-from kadr.pipeline import dry
+from kadr.pipeline import dry_run
 from kadr.shapes import Size
 from kadr.spec import locate
 from tests import lora_files
 from tests.cli.conftest import Ended
-from tests.pipeline.test_dry import FIRST, SECOND
+from tests.pipeline.test_dry_run import FIRST, SECOND
 from tests.request.official_configs import OFFICIAL
 
 Run = Callable[..., Ended]
@@ -51,7 +51,7 @@ def nothing_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def on_disk(released: Released) -> Path | None:
         return locate.on_disk(released) if released.repo is None else None
 
-    monkeypatch.setattr(dry, "on_disk", on_disk)
+    monkeypatch.setattr(dry_run, "on_disk", on_disk)
     monkeypatch.chdir(tmp_path)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from kadr.errors import RequestError
 from kadr.media.clip import read_video
-from kadr.pipeline.window_folder import kept_in
+from kadr.pipeline.longvideo.window_folder import kept_in
 from kadr.request.windows import Windows
 from tests.cli.conftest import Ended, FakeEngine
 

@@ -9,7 +9,7 @@ import torch
 from kadr import Engine, Request
 from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
 from kadr.nn.conv import StreamedConv
-from kadr.pipeline.guard import NotFinite, Watchman
+from kadr.pipeline.finite_check import NotFinite, Watchman
 
 pytestmark = pytest.mark.gpu
 REQUEST = Request(prompt="a blue square moving left on a gray background", seed=5)

@@ -19,10 +19,10 @@ from kadr.media import clip
 from kadr.media.image import prepare_picture
 from kadr.media.video import VideoWriter
 from kadr.models.vae.encoder import Encoder
-from kadr.pipeline import fitting
-from kadr.pipeline.encoding import Media
-from kadr.pipeline.fitting import Pixels
-from kadr.pipeline.generate import Generation
+from kadr.pipeline.generation import Generation
+from kadr.pipeline.stages import conditions
+from kadr.pipeline.stages.conditions import Pixels
+from kadr.pipeline.stages.encode import Media
 from kadr.request.conditions import read_start
 
 # Without H.264, which takes longer than all the rest.
@@ -62,7 +62,7 @@ def living(monkeypatch: pytest.MonkeyPatch) -> dict[str, Living]:
     kinds = {kind: Living() for kind in ("decoded", "prepared", "chunks")}
     to_rgb, prepare, forward = clip._to_rgb, prepare_picture, Encoder.forward
     monkeypatch.setattr(clip, "_to_rgb", lambda frame: kinds["decoded"].note(to_rgb(frame)))
-    monkeypatch.setattr(fitting, "prepare_picture", lambda *a, **more: kinds["prepared"].note(prepare(*a, **more)))
+    monkeypatch.setattr(conditions, "prepare_picture", lambda *a, **more: kinds["prepared"].note(prepare(*a, **more)))
     monkeypatch.setattr(Encoder, "forward", lambda self, x, stream: forward(self, kinds["chunks"].note(x), stream))
     return kinds
 
@@ -110,7 +110,7 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
         torch.testing.assert_close(latents, vae.encode(pixels), rtol=1e-4, atol=1e-5)
 
 
-def decoded(path: Path, item: fitting.Fitted) -> Iterator[np.ndarray]:
+def decoded(path: Path, item: conditions.Fitted) -> Iterator[np.ndarray]:
     """The frames of a condition, from the whole clip in memory."""
     picks = item.placed.frames
     assert isinstance(picks, clip.Film)

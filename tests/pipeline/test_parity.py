@@ -21,7 +21,7 @@ from kadr.errors import RequestError
 from kadr.media.frames import to_unit
 from kadr.media.video import VideoWriter
 from kadr.models.registry import DISTILLED_LEVELS
-from kadr.pipeline import decoding
+from kadr.pipeline.stages import decode
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.schedule import Schedule
 from kadr.sampling.settings import Guidance, Pass
@@ -284,7 +284,7 @@ def decoded(
 ) -> tuple[Tensor, Tensor]:
     """Pixels (3, F, H, W) as they are decoded, with their margins, and the frames."""
     kept: list[Tensor] = []
-    patch.setattr(decoding, "to_unit", lambda pixels: (kept.append(pixels), to_unit(pixels))[1])
+    patch.setattr(decode, "to_unit", lambda pixels: (kept.append(pixels), to_unit(pixels))[1])
     frames = engine.decode(latents, request, noise=noise)
     return torch.cat(kept, dim=1), frames
 

@@ -26,7 +26,7 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.pipeline.dry import DryEngine
+from kadr.pipeline.dry_run import DryEngine
 from kadr.request.passes import warn_guided
 from kadr.sampling.latents import adain
 from kadr.sampling.schedule import Schedule

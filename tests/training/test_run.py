@@ -23,7 +23,7 @@ from kadr.media.clip import read_metadata, read_video
 from kadr.media.control import signed
 from kadr.media.image import crop_to_aspect, load_picture
 from kadr.models.adapters import attach, set_strengths
-from kadr.pipeline.claim import claimed
+from kadr.pipeline.longvideo.folder_lock import claimed
 from kadr.pipeline.progress import Progress
 from kadr.shapes import Size
 from kadr.training import room, run

@@ -13,8 +13,8 @@ from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, TEXT, WAYS, Way
 from kadr.bench.runner import Absent, Contender
 from kadr.bench.work import Entrants, Work
 from kadr.errors import RequestError
-from kadr.pipeline.encoding import ENCODE_FRAMES
 from kadr.pipeline.engine import Engine
+from kadr.pipeline.stages.encode import ENCODE_FRAMES
 from kadr.planning.vae_stages import encoder_weights
 
 PLANNED = {TEXT: "text", DIT: "denoise", DECODE: "decode"}  # what plans call these stages

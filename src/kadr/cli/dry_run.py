@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from kadr.cli.table import columns, in_words
-from kadr.pipeline.dry import DryPart, DryRun
+from kadr.pipeline.dry_run import DryPart, DryRun
 from kadr.request.inputs import Condition
 from kadr.request.passes import PassPlan
 from kadr.request.windows import Windows

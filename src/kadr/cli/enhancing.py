@@ -62,7 +62,7 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
         return begun
     if enhancer is None:
         return request
-    from kadr.pipeline.window_folder import check_resumable  # loads torch
+    from kadr.pipeline.longvideo.window_folder import check_resumable  # loads torch
     from kadr.request import enhance
 
     if engine.resolve(request).windows is not None:
@@ -79,7 +79,7 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
 
 def _begun_with(folder: Path, request: Request) -> Request | None:
     """The request with the prompt that a long video was begun with, if that was made of the same words."""
-    from kadr.pipeline.window_folder import begun_with  # loads torch
+    from kadr.pipeline.longvideo.window_folder import begun_with  # loads torch
 
     found = begun_with(folder, request.prompt)
     if found is None:

@@ -22,7 +22,7 @@ from kadr.sampling.cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache
 from kadr.sampling.settings import Guidance, Pass
 
 if TYPE_CHECKING:
-    from kadr.pipeline.dry import DryEngine
+    from kadr.pipeline.dry_run import DryEngine
     from kadr.pipeline.engine import Engine
 
 DEMO = (
@@ -267,7 +267,7 @@ def timed(request: Request, seconds: float | None, engine: Engine | DryEngine) -
 
 def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags) -> None:
     from kadr.cli import dry_run
-    from kadr.pipeline.dry import DryEngine  # loads torch
+    from kadr.pipeline.dry_run import DryEngine  # loads torch
 
     engine = DryEngine.open(**parts, **added(flags.model), merge_loras=flags.model.merge_loras)
     print(dry_run.told(engine.run(timed(request, flags.video.seconds, engine)), as_json=flags.output.json))

@@ -19,7 +19,7 @@ from kadr.shapes import Size
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
-    from kadr.pipeline.result import Made
+    from kadr.pipeline.video import Made
     from kadr.planning.plan import Plan
 
 DEFAULT_OUTPUT = "out.mp4"
@@ -133,7 +133,7 @@ def _windows_told(output: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        from kadr.pipeline.window_folder import kept_in  # loads torch
+        from kadr.pipeline.longvideo.window_folder import kept_in  # loads torch
 
         kept = len(kept_in(folder_of(output)))
         if kept and not isinstance(error, RequestError):

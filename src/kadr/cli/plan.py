@@ -38,7 +38,7 @@ def _refuse_unfetched(parts: dict[str, Any], request: Request, seconds: float | 
     Raises:
         CheckpointError: something is not.
     """
-    from kadr.pipeline.dry import DryEngine
+    from kadr.pipeline.dry_run import DryEngine
 
     engine = DryEngine.open(**parts)
     absent = [part for part in engine.run(generate.timed(request, seconds, engine)).parts if part.path is None]

@@ -20,13 +20,13 @@ from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components, ordered_upscalers, require_parts
 from kadr.pipeline.controls import warn_unheard
-from kadr.pipeline.encoding import Encoded
-from kadr.pipeline.generate import Generation
+from kadr.pipeline.generation import Generation
 from kadr.pipeline.holding import check_compiled, check_offload
+from kadr.pipeline.longvideo.window_folder import HELD, WindowFolder, check_resumable
 from kadr.pipeline.progress import Progress, Watch, ignore
-from kadr.pipeline.prompts import Prompts
-from kadr.pipeline.result import Made, Video
-from kadr.pipeline.window_folder import HELD, WindowFolder, check_resumable
+from kadr.pipeline.stages.encode import Encoded
+from kadr.pipeline.stages.text import Prompts
+from kadr.pipeline.video import Made, Video
 from kadr.planning.plan import Plan, held
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import nearest

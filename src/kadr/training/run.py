@@ -21,8 +21,8 @@ from kadr.checkpoints.mapped import release
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.models.transformer import Transformer
-from kadr.pipeline.claim import claimed
 from kadr.pipeline.engine import Engine
+from kadr.pipeline.longvideo.folder_lock import claimed
 from kadr.pipeline.progress import Stage, Watch, ignore
 from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.quant.apply import requantize

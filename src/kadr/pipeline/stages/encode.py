@@ -15,11 +15,11 @@ from torch import Tensor
 
 from kadr.pipeline.components import Components
 from kadr.pipeline.controls import Reference, drawings, fetched, read_controls, reference
-from kadr.pipeline.fitting import Fitted, Pixels, fitted, settled
-from kadr.pipeline.guard import Watchman, guarded
-from kadr.pipeline.long import check_placed, in_window
+from kadr.pipeline.finite_check import Watchman, guarded
+from kadr.pipeline.longvideo.sampling import check_placed, in_window
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.rescue import rescued
+from kadr.pipeline.retry import rescued
+from kadr.pipeline.stages.conditions import Fitted, Pixels, fitted, settled
 from kadr.request.conditions import read_conditions, read_start
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kadr.checkpoints.save import beside, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
-from kadr.pipeline.claim import claimed, cleared
+from kadr.pipeline.longvideo.folder_lock import claimed, cleared
 
 REQUEST = "request.json"
 HELD = "held"  # how the transformer is held and computed with: another way rounds otherwise

@@ -15,14 +15,14 @@ from torch import Tensor
 from kadr.errors import RequestError
 from kadr.pipeline.components import Components
 from kadr.pipeline.controls import fetched
-from kadr.pipeline.decoding import Decoding
-from kadr.pipeline.denoising import Denoising
-from kadr.pipeline.encoding import Encoded, Media
-from kadr.pipeline.fitting import added
-from kadr.pipeline.guard import Watchman, guarded
-from kadr.pipeline.long import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
+from kadr.pipeline.finite_check import Watchman, guarded
+from kadr.pipeline.longvideo.sampling import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.prompts import Prompts
+from kadr.pipeline.stages.conditions import added
+from kadr.pipeline.stages.decode import Decoding
+from kadr.pipeline.stages.denoise import Denoising
+from kadr.pipeline.stages.encode import Encoded, Media
+from kadr.pipeline.stages.text import Prompts
 from kadr.planning.workload import WindowWork, Work
 from kadr.request.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, stream, warn_cached
 from kadr.request.request import Request

@@ -11,8 +11,8 @@ import torch
 
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import MODELS, Recipe, Released
-from kadr.pipeline import dry
-from kadr.pipeline.dry import DryEngine
+from kadr.pipeline import dry_run
+from kadr.pipeline.dry_run import DryEngine
 from kadr.pipeline.engine import Engine
 from kadr.request.official_config import OfficialConfig
 from kadr.request.request import Request
@@ -41,7 +41,7 @@ def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_disk(released: Released) -> Path | None:
         return locate.on_disk(released) if released.repo is None else None
 
-    monkeypatch.setattr(dry, "on_disk", on_disk)
+    monkeypatch.setattr(dry_run, "on_disk", on_disk)
 
 
 @pytest.fixture(scope="module")

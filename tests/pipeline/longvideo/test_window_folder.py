@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from kadr import Condition, Engine, Request
 from kadr.errors import Cancelled, CheckpointError, KadrWarning, RequestError
 from kadr.media.clip import read_video
+from kadr.pipeline.longvideo.window_folder import REQUEST, kept_in
 from kadr.pipeline.progress import Progress
-from kadr.pipeline.result import Made
-from kadr.pipeline.window_folder import REQUEST, kept_in
+from kadr.pipeline.video import Made
 from kadr.request.windows import Windows, folder_of
 from kadr.sampling.settings import Guidance
 from kadr.shapes import Size
@@ -96,7 +96,7 @@ def test_all_windows_finished_and_the_file_not_written_is_gone_on_with(
 
     whole = engine.write(LONG, out / "whole.mp4")
     with monkeypatch.context() as patch:
-        patch.setattr("kadr.pipeline.generate.Generation.pixels", full)
+        patch.setattr("kadr.pipeline.generation.Generation.pixels", full)
         with pytest.raises(OSError, match="No space"):
             engine.write(LONG, out / "clip.mp4")
     assert len(kept_in(folder_of(out / "clip.mp4"))) == 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kadr.errors import KadrWarning, PlanError
-from kadr.pipeline.rescue import is_out_of_memory, rescued, rescued_frames
+from kadr.pipeline.retry import is_out_of_memory, rescued, rescued_frames
 from kadr.planning.plan import Choice, Plan, StagePlan
 
 SAID = "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."

@@ -30,9 +30,9 @@ from kadr.models.adapters import merge
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.controls import NETWORKS, Followed, drawings, fetched, read_controls, reference
-from kadr.pipeline.dry import DryEngine
+from kadr.pipeline.dry_run import DryEngine
 from kadr.pipeline.progress import ignore
-from kadr.pipeline.prompts import Prompts
+from kadr.pipeline.stages.text import Prompts
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
 from kadr.sampling.cache import StepCache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import RequestError
-from kadr.pipeline.fitting import Fitted
+from kadr.pipeline.stages.conditions import Fitted
 from kadr.request.conditions import Placed
 from kadr.request.passes import PassPlan
 from kadr.request.windows import Span, Windows

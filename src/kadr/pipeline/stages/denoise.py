@@ -13,12 +13,12 @@ from torch import Tensor
 from kadr.models.transformer import Reading, Transformer
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import PASS_STAGES, Components
-from kadr.pipeline.encoding import Encoded
-from kadr.pipeline.fitting import put
-from kadr.pipeline.guard import Watchman, guarded
-from kadr.pipeline.long import Guide
+from kadr.pipeline.finite_check import Watchman, guarded
+from kadr.pipeline.longvideo.sampling import Guide
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.rescue import rescued
+from kadr.pipeline.retry import rescued
+from kadr.pipeline.stages.conditions import put
+from kadr.pipeline.stages.encode import Encoded
 from kadr.request.passes import PassPlan, stream
 from kadr.request.request import Request
 from kadr.sampling.cache import PassCache

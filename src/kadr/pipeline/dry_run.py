@@ -16,7 +16,7 @@ from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.components import fitting_upscaler
 from kadr.pipeline.controls import Followed, warn_unheard
-from kadr.pipeline.encoding import Media
+from kadr.pipeline.stages.encode import Media
 from kadr.request.conditions import Placed
 from kadr.request.passes import (
     PassPlan,

@@ -19,7 +19,7 @@ from kadr import Condition, Engine, Request
 from kadr.errors import KadrWarning, PlanError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.models.registry import Recipe
-from kadr.pipeline.long import in_window
+from kadr.pipeline.longvideo.sampling import in_window
 from kadr.pipeline.progress import Progress
 from kadr.planning import planner
 from kadr.planning.plan import Choice
@@ -30,7 +30,7 @@ from kadr.sampling.schedule import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import LatentGrid, Size, snap_frames
 from tests.oracles import relative
-from tests.pipeline import long_diffusers
+from tests.pipeline.longvideo import diffusers_long
 from tests.tiny import CHANNELS, MODEL
 
 LATENTS = 1e-5  # relative error; asked were 1e-4
@@ -78,7 +78,7 @@ def test_a_long_video_has_the_latents_of_diffusers(
 ) -> None:
     fields = dict(CASES[name])
     request = asked(conditions=[photo] * fields.pop("picture", False), **fields)
-    expected = long_diffusers.run(engine, request)
+    expected = diffusers_long.run(engine, request)
     made = engine.denoise(request)
     assert made.shape == expected.shape
     assert parity("long video", "0.9.5", "diffusers", relative(made, expected)) <= LATENTS
@@ -88,15 +88,15 @@ def test_at_full_strength_diffusers_as_it_is_agrees_and_below_it_tells_the_netwo
     engine: Engine,
 ) -> None:
     request = asked(prompt="birds fly", guidance=Guidance(scale=1.0))
-    assert relative(engine.denoise(request), long_diffusers.run(engine, request, as_it_is=True)) <= LATENTS
+    assert relative(engine.denoise(request), diffusers_long.run(engine, request, as_it_is=True)) <= LATENTS
     half = asked(prompt="birds fly", guidance=Guidance(scale=1.0), windows=Windows(frames=41, strength=0.5))
-    assert relative(engine.denoise(half), long_diffusers.run(engine, half, as_it_is=True)) > 1e-3
+    assert relative(engine.denoise(half), diffusers_long.run(engine, half, as_it_is=True)) > 1e-3
 
 
 def test_diffusers_makes_a_latent_too_many_at_every_seam_of_two_and_kadr_crosses_over(engine: Engine) -> None:
     request = asked(windows=Windows(frames=41, overlap=16, strength=1.0, adain=0.0), frames=97)
     spans = request.windows.spans(97) if request.windows else ()
-    made, theirs = engine.denoise(request), long_diffusers.run(engine, request)
+    made, theirs = engine.denoise(request), diffusers_long.run(engine, request)
     assert made.shape[2] == 13
     assert theirs.shape[2] == 13 + len(spans) - 1
     assert relative(made[:, :, :5], theirs[:, :, :5]) <= LATENTS

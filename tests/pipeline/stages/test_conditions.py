@@ -23,7 +23,7 @@ from kadr.errors import KadrError, MediaError, RequestError
 from kadr.media.clip import read_video
 from kadr.media.video import VideoWriter
 from kadr.models.transformer import Transformer
-from kadr.pipeline.fitting import Fitted, Pixels, fitted, put, settled
+from kadr.pipeline.stages.conditions import Fitted, Pixels, fitted, put, settled
 from kadr.request.conditions import Placed, read_conditions, read_start
 from kadr.request.passes import PassPlan
 from kadr.sampling.positions import positions

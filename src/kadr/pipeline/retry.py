@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning, PlanError
 from kadr.pipeline.components import Components
-from kadr.pipeline.guard import Run
+from kadr.pipeline.finite_check import Run
 from kadr.planning.plan import in_words
 
 T = TypeVar("T")

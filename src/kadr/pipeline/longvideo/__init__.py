@@ -1,0 +1,1 @@
+"""Videos longer than one window: sampled window by window, resumable."""
