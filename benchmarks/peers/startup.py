@@ -21,7 +21,7 @@ from kadr.bench.runner import Absent, Contender
 from kadr.bench.startup import Program
 from kadr.bench.work import PROMPT, Work
 from kadr.models.vae.config import VAE_0_9_5, VAEConfig
-from kadr.planning.vae_stages import decoder_flops
+from kadr.planning.vae_flops import decoder_flops
 from tests.oracles import DIFFUSERS_VAES
 
 NAME = "LTXPipeline"

@@ -16,8 +16,8 @@ from kadr.bench.work import LENGTH, Work
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.transformer import TransformerConfig
-from kadr.planning import costs
-from kadr.planning.vae_stages import decoder_flops
+from kadr.planning.flops import disturbed_flops, transformer_flops
+from kadr.planning.vae_flops import decoder_flops
 from tests.tiny import vae_config
 
 SMALL = TransformerConfig(layers=3, heads=4, head_width=16, text_width=4096)
@@ -115,11 +115,11 @@ def test_the_products_of_the_whole_way_are_those_of_its_evaluations_and_the_deco
     work = demo_work(name)
     chosen = schedule(name, work.transformer.layers)
     tokens, guidance = work.clip.grid.tokens, chosen.guidance
-    once = costs.transformer_flops(work.transformer, tokens, text=LENGTH)
+    once = transformer_flops(work.transformer, tokens, text=LENGTH)
     each = once * (1 + (guidance.scale > 1))  # type: ignore[operator]
     if guidance.stg:
         blocks = guidance.skip_blocks
-        each += costs.disturbed_flops(work.transformer, tokens, blocks, guidance.mode, text=LENGTH)  # type: ignore[arg-type]
+        each += disturbed_flops(work.transformer, tokens, blocks, guidance.mode, text=LENGTH)  # type: ignore[arg-type]
     assert work.flops == chosen.steps * each + decoder_flops(work.vae, work.clip.grid)
 
 

@@ -11,7 +11,7 @@ from benchmarks import growth, report
 from kadr.bench import runner
 from kadr.bench.cases import Clip
 from kadr.models.transformer import TRANSFORMER_2B
-from kadr.planning import costs
+from kadr.planning.flops import transformer_flops
 from kadr.shapes import Size
 from tests import pages
 
@@ -29,7 +29,7 @@ def test_an_exponent_is_not_made_up() -> None:
 
 def test_a_transformer_grows_with_tokens_from_their_first_power_to_their_second() -> None:
     few, many = [64, 128, 256], [200_000, 400_000]
-    slopes = [growth.exponent(x, [costs.transformer_flops(TRANSFORMER_2B, n) for n in x]) for x in (few, many)]
+    slopes = [growth.exponent(x, [transformer_flops(TRANSFORMER_2B, n) for n in x]) for x in (few, many)]
     assert slopes[0] == pytest.approx(0.9, abs=0.15)  # below 1, because of the text
     assert slopes[1] == pytest.approx(2, abs=0.1)
 

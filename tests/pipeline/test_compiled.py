@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.holding import compile_layers
+from kadr.pipeline.module_placement import compile_layers
 from kadr.quant.apply import requantize
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES
 from tests.oracles import drawn

@@ -23,7 +23,8 @@ from kadr.memory.module_cache import Shelf
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from kadr.pipeline.finite_check import NotFinite, Watchman, guarded, guarded_frames, is_finite
+from kadr.pipeline.finite_check import NotFinite, Watchman, is_finite
+from kadr.pipeline.retry import guarded, guarded_frames
 from kadr.planning.plan import CONVERTED
 from tests.tiny import MODEL, write
 

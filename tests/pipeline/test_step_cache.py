@@ -17,7 +17,7 @@ from kadr import Engine, KadrWarning, Request, StepCache
 from kadr.cli.main import main
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
-from kadr.planning import costs
+from kadr.planning import activations
 from kadr.planning.planner import HOLES
 from kadr.sampling.cache import PassCache
 from kadr.sampling.positions import positions
@@ -212,7 +212,7 @@ def peak(transformer: Transformer, request: Request, cache: StepCache | None) ->
 def test_what_a_cache_keeps_is_what_is_planned(transformer: Transformer, way: str, cache: StepCache) -> None:
     streams = {"plain": 1, "guided": 2, "disturbed": 3}[way]
     grown = peak(transformer, WAYS[way], cache) - peak(transformer, WAYS[way], None)
-    planned = costs.step_cache_bytes(transformer.config, GRID.tokens, 4, points=cache.points, streams=streams)
+    planned = activations.step_cache_bytes(transformer.config, GRID.tokens, 4, points=cache.points, streams=streams)
     one = GRID.tokens * transformer.config.width * 4
     assert planned - 2 * one <= grown <= planned
 
@@ -222,7 +222,7 @@ def test_the_plan_of_a_request_holds_what_its_cache_keeps(engine: Engine) -> Non
     cached = engine.plan(replace(WAYS["guided"], cache="taylor"))
     (kept,) = [stage for stage in cached.stages if stage.stage == "denoise"]
     tokens, config = LatentGrid(2, 2, 2).tokens, tiny.transformer_config(layers=LAYERS)
-    expected = costs.step_cache_bytes(config, tokens, 4, points=2, streams=2)
+    expected = activations.step_cache_bytes(config, tokens, 4, points=2, streams=2)
     assert abs(kept.choice.working - without.choice.working - (1 + HOLES) * expected) <= 1
 
 

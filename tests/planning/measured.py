@@ -14,7 +14,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
-from kadr.planning import costs
+from kadr.planning import activations
 from kadr.planning.vae_activations import decode_bytes, encode_bytes
 from kadr.quant.packed import pack_convolutions, packs_matrices
 from kadr.shapes import LatentGrid
@@ -47,16 +47,16 @@ def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> 
     rope, mask = module.rope(torch.rand(1, 3, tokens)), torch.arange(256)[None] < 20
     x, text = torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 256, 512, dtype=dtype)
     level = torch.full((1, tokens if per_token else 1), 0.5)
-    predicted = costs.transformer_bytes(
+    predicted = activations.transformer_bytes(
         WIDE, tokens, dtype.itemsize, text=20, per_token=per_token, fused=packs_matrices(dtype, CPU)
     )
-    predicted += costs.reading_bytes(WIDE, dtype.itemsize, text=20)
+    predicted += activations.reading_bytes(WIDE, dtype.itemsize, text=20)
     return [taken(lambda: module(x, rope, text, mask, level)), predicted]
 
 
 def text() -> list[int]:
     module, ids = T5Encoder(WIDE_T5).bfloat16(), torch.zeros(1, 256, dtype=torch.int64)
-    return [taken(lambda: module(ids, ids == 0)), costs.text_bytes(WIDE_T5, 2)]
+    return [taken(lambda: module(ids, ids == 0)), activations.text_bytes(WIDE_T5, 2)]
 
 
 def decoder(dtype: torch.dtype, *, together: int = 0) -> list[int]:

@@ -9,7 +9,7 @@ from kadr.kernels import switch
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.holding import placed
+from kadr.pipeline.module_placement import placed
 from kadr.planning import backends
 from kadr.planning.plan import AS_STORED, CONVERTED, Choice
 from kadr.quant.packed import PackedConv, PackedInt8Linear, PackedMatrix

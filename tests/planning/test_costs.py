@@ -20,9 +20,11 @@ from kadr.models.transformer import DISTURBED, TRANSFORMER_2B, TRANSFORMER_13B, 
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
-from kadr.planning import costs, vae_activations
+from kadr.planning import activations, vae_activations
+from kadr.planning.flops import disturbed_flops, reading_flops, seconds, text_flops, transformer_flops, upsampler_flops
 from kadr.planning.parameters import text_encoder_weights, transformer_weights, upsampler_weights
-from kadr.planning.vae_stages import decoder_flops, decoder_weights, encoder_flops, encoder_weights, statistics_weights
+from kadr.planning.vae_flops import decoder_flops, encoder_flops
+from kadr.planning.vae_stages import decoder_weights, encoder_weights, statistics_weights
 from kadr.quant.packed import packs_matrices
 from kadr.sampling.settings import TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
@@ -54,8 +56,8 @@ def plainly() -> Iterator[None]:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what kernels take besides their tensors: torch's own account does not have it."""
-    monkeypatch.setattr(costs, "SCRATCH", 0)
-    monkeypatch.setattr(costs, "convolution_bytes", lambda *_: 0)
+    monkeypatch.setattr(activations, "SCRATCH", 0)
+    monkeypatch.setattr(activations, "convolution_bytes", lambda *_: 0)
 
 
 def thinned(family: str, layers: int) -> VAEConfig:
@@ -146,8 +148,8 @@ def test_the_products_of_a_transformer_are_those_that_torch_counts(
     module, (tokens, text, mask, level) = Transformer(SMALL), arguments(batch, 12, per_token=per_token)
     rope = module.rope(torch.rand(1, 3, 12))
     counted = flops(lambda: module(tokens, rope, text, mask, level))
-    reading = costs.reading_flops(SMALL, batch=batch, text=TEXT)
-    assert counted == reading + costs.transformer_flops(SMALL, 12, batch=batch, text=TEXT, levels=levels)
+    reading = reading_flops(SMALL, batch=batch, text=TEXT)
+    assert counted == reading + transformer_flops(SMALL, 12, batch=batch, text=TEXT, levels=levels)
 
 
 def test_a_text_that_was_read_costs_a_step_no_products() -> None:
@@ -155,7 +157,7 @@ def test_a_text_that_was_read_costs_a_step_no_products() -> None:
     rope, reading = module.rope(torch.rand(1, 3, 12)), module.read(text, mask)
     first = flops(lambda: module(tokens, rope, reading, None, level))
     second = flops(lambda: module(tokens, rope, reading, None, level))
-    assert second == costs.transformer_flops(SMALL, 12, batch=2, text=TEXT)
+    assert second == transformer_flops(SMALL, 12, batch=2, text=TEXT)
     kept = 4 * SMALL.layers * 2 * TEXT * SMALL.width**2
     assert first == second + kept
 
@@ -167,14 +169,14 @@ def test_the_products_of_a_disturbed_evaluation_are_those_that_torch_counts(mode
     rope = module.rope(torch.rand(1, 3, 12))
     disturb: dict[str, Any] = {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
     both = flops(lambda: module.with_disturbed(tokens, rope, text, mask, level, **disturb))
-    added = costs.disturbed_flops(SMALL, 12, (1,), mode, text=TEXT)
-    reading = costs.reading_flops(SMALL, batch=2, text=TEXT)
-    assert both == reading + costs.transformer_flops(SMALL, 12, batch=2, text=TEXT) + added
+    added = disturbed_flops(SMALL, 12, (1,), mode, text=TEXT)
+    reading = reading_flops(SMALL, batch=2, text=TEXT)
+    assert both == reading + transformer_flops(SMALL, 12, batch=2, text=TEXT) + added
 
 
 def test_the_products_of_a_text_encoder_are_those_that_torch_counts() -> None:
     module, ids = T5Encoder(SMALL_T5), torch.zeros(2, TEXT, dtype=torch.int64)
-    assert flops(lambda: module(ids, ids == 0)) == costs.text_flops(SMALL_T5, batch=2, length=TEXT)
+    assert flops(lambda: module(ids, ids == 0)) == text_flops(SMALL_T5, batch=2, length=TEXT)
 
 
 @pytest.mark.parametrize("family", VAES)
@@ -193,7 +195,7 @@ def test_the_products_of_a_vae_are_those_that_torch_counts(family: str) -> None:
 def test_the_products_of_an_upscaler_are_those_that_torch_counts(config: UpsamplerConfig) -> None:
     with torch.device("meta"):
         module, latents = LatentUpsampler(config), torch.empty(1, 128, 3, 4, 2)
-        assert flops(lambda: module(latents)) == costs.upsampler_flops(config, GRID)
+        assert flops(lambda: module(latents)) == upsampler_flops(config, GRID)
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -220,7 +222,7 @@ def test_a_transformer_holds_the_bytes_that_are_predicted(
         counted = live(lambda: module.with_disturbed(*given, **disturb))
     else:
         counted = live(lambda: module(*given))
-    predicted = costs.transformer_bytes(
+    predicted = activations.transformer_bytes(
         SMALL,
         tokens,
         dtype.itemsize,
@@ -230,14 +232,14 @@ def test_a_transformer_holds_the_bytes_that_are_predicted(
         disturbed=disturbed,
         fused=packs_matrices(dtype, CPU),
     )
-    predicted += costs.reading_bytes(SMALL, dtype.itemsize, batch=batch, text=TEXT)
+    predicted += activations.reading_bytes(SMALL, dtype.itemsize, batch=batch, text=TEXT)
     assert counted == pytest.approx(predicted, rel=0.02, abs=20_000)
 
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_table_of_rotations_holds_the_bytes_that_are_predicted(dtype: torch.dtype) -> None:
-    module, (making, made) = Transformer(SMALL).to(dtype), costs.rope_bytes(SMALL, 600, dtype.itemsize)
+    module, (making, made) = Transformer(SMALL).to(dtype), activations.rope_bytes(SMALL, 600, dtype.itemsize)
     rope = module.rope(torch.rand(1, 3, 600))
     assert sum(part.nbytes for part in rope) == made
     assert live(lambda: module.rope(torch.rand(1, 3, 600))) == pytest.approx(making, rel=0.02)
@@ -249,7 +251,7 @@ def test_a_table_of_rotations_holds_the_bytes_that_are_predicted(dtype: torch.dt
 def test_a_text_encoder_holds_the_bytes_that_are_predicted(length: int, dtype: torch.dtype) -> None:
     module, ids = T5Encoder(SMALL_T5).to(dtype), torch.zeros(1, length, dtype=torch.int64)
     counted = live(lambda: module(ids, ids == 0))
-    assert counted == pytest.approx(costs.text_bytes(SMALL_T5, dtype.itemsize, length=length), rel=0.04)
+    assert counted == pytest.approx(activations.text_bytes(SMALL_T5, dtype.itemsize, length=length), rel=0.04)
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -257,7 +259,7 @@ def test_a_text_encoder_holds_the_bytes_that_are_predicted(length: int, dtype: t
 def test_an_upscaler_holds_the_bytes_that_are_predicted(config: UpsamplerConfig) -> None:
     with torch.device("meta"):
         module, latents = LatentUpsampler(config), torch.empty(1, 128, 3, 4, 2)
-        assert live(lambda: module(latents)) == pytest.approx(costs.upsampler_bytes(config, GRID), rel=0.08)
+        assert live(lambda: module(latents)) == pytest.approx(activations.upsampler_bytes(config, GRID), rel=0.08)
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -310,8 +312,8 @@ def test_a_long_video_takes_no_more_to_decode_than_one_that_has_settled() -> Non
 
 
 def test_seconds_are_of_computing_and_of_reading() -> None:
-    assert costs.seconds(10**12, 10**11) == 10
-    assert costs.seconds(10**12, 10**11, read=3 * 10**9, disk_rate=10**9) == 13
+    assert seconds(10**12, 10**11) == 10
+    assert seconds(10**12, 10**11, read=3 * 10**9, disk_rate=10**9) == 13
 
 
 @pytest.fixture(scope="module")

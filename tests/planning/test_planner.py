@@ -14,11 +14,12 @@ import torch
 
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
-from kadr.pipeline import components, holding
+from kadr.pipeline import components, module_placement
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.holding import spread, weigh
+from kadr.pipeline.module_placement import spread
 from kadr.planning import planner
 from kadr.planning.plan import AS_STORED, CONVERTED, Plan
+from kadr.planning.weight_bytes import weigh
 from kadr.quant.packed import packs_convolutions
 from kadr.quant.stored import Fp8Linear
 from kadr.request.inputs import Condition
@@ -191,8 +192,8 @@ def test_conditions_and_guidance_are_in_the_plan(opened: Callable[..., Engine], 
 def test_a_scheme_halves_the_weights_or_more_and_makes_a_video(
     opened: Callable[..., Engine], scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holding.fp8, "has_units", lambda device: True)
-    monkeypatch.setattr(holding.fp8, "way", lambda device, dtype: holding.fp8.WIDENED)
+    monkeypatch.setattr(module_placement.fp8, "has_units", lambda device: True)
+    monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.WIDENED)
     plain, engine = opened(), opened(quant=scheme)
     full, less = (e.plan(REQUEST).of("denoise").choice for e in (plain, engine))
     assert less.own < 0.5 * (full.own + full.mapped)
@@ -227,8 +228,8 @@ def test_an_fp8_file_is_multiplied_in_8_bits_as_it_is_where_a_gpu_does_that(
 ) -> None:
     tiny.write(tmp_path)
     cast_as_released(tmp_path / tiny.MODEL, torch.float8_e4m3fn)
-    monkeypatch.setattr(holding.fp8, "has_units", lambda device: True)
-    monkeypatch.setattr(holding.fp8, "way", lambda device, dtype: holding.fp8.WIDENED)
+    monkeypatch.setattr(module_placement.fp8, "has_units", lambda device: True)
+    monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.WIDENED)
     monkeypatch.setattr(components, "needs_look", lambda checkpoint: False)  # nobody trained it
     plain, engine = (Engine.open(tmp_path / tiny.MODEL, quant=quant) for quant in (None, "fp8"))
     for opened in (plain, engine):
@@ -269,7 +270,7 @@ def test_where_no_8_bit_floats_are_multiplied_weights_alone_are_stored_so_and_it
 def test_without_fast_int8_weights_alone_are_stored_so_and_it_is_said(
     opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(holding, "has_fast_int8", lambda: False)
+    monkeypatch.setattr(module_placement, "has_fast_int8", lambda: False)
     with pytest.warns(KadrWarning, match=r"no instructions for products in 8 bits \(VNNI\).*\(int8-weights\)"):
         engine = opened(quant="int8")
     assert engine.plan(REQUEST).of("denoise").choice.hold == "int8-weights"

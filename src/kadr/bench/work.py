@@ -31,14 +31,15 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
 from kadr.pipeline.engine import Engine
-from kadr.planning import costs
-from kadr.planning.vae_stages import decoder_flops, encoder_flops
+from kadr.planning import activations
+from kadr.planning.flops import disturbed_flops, text_flops, transformer_flops
+from kadr.planning.vae_flops import decoder_flops, encoder_flops
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import ATTENTION_VALUES
 
-LENGTH = costs.TEXT  # positions that a prompt is padded to
+LENGTH = activations.TEXT  # positions that a prompt is padded to
 REAL = 100  # of them, those that are not padding: a prompt of some seventy words
 LEVEL, DECODE_LEVEL = 0.7, 0.05
 PROMPT, NEGATIVE = "a red circle moving right on a black background", "blurry"
@@ -149,13 +150,13 @@ class Work:
         if self.stage == STARTUP:
             return None
         if self.stage == TEXT:
-            return costs.text_flops(self.engine(REFERENCE).components.text.config, length=LENGTH)
+            return text_flops(self.engine(REFERENCE).components.text.config, length=LENGTH)
         if self.stage == ENCODE:
             return encoder_flops(self.vae, grid)
         if self.stage == DECODE:
             return decoder_flops(self.vae, grid)
         if self.stage == DIT:
-            return costs.transformer_flops(self.transformer, grid.tokens, text=LENGTH)
+            return transformer_flops(self.transformer, grid.tokens, text=LENGTH)
         (plan,) = self.engine(REFERENCE).passes(self.request)
         return pass_flops(self.transformer, plan) + decoder_flops(self.vae, grid)
 
@@ -164,10 +165,10 @@ def pass_flops(config: TransformerConfig, plan: PassPlan) -> int:
     """Of all evaluations of a pass."""
     total, tokens = 0, plan.grid.tokens
     for step in plan.steps:
-        total += (1 + (step.scale > 1)) * costs.transformer_flops(config, tokens, text=LENGTH)
+        total += (1 + (step.scale > 1)) * transformer_flops(config, tokens, text=LENGTH)
         if step.stg > 0 and step.skip_blocks:
             mode = plan.settings.guidance.mode or ATTENTION_VALUES
-            total += costs.disturbed_flops(config, tokens, step.skip_blocks, mode, text=LENGTH)
+            total += disturbed_flops(config, tokens, step.skip_blocks, mode, text=LENGTH)
     return total
 
 

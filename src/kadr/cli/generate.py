@@ -14,12 +14,12 @@ from kadr.cli.faults import say
 from kadr.cli.groups import taking
 from kadr.cli.official import JOINT
 from kadr.errors import RequestError
-from kadr.planning.plan import OFFLOAD, OFFLOAD_AUTO
 from kadr.quant.scheme import NONE, SCHEMES
 from kadr.request.request import Request
 from kadr.request.windows import BETWEEN, Windows
 from kadr.sampling.cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache
 from kadr.sampling.settings import Guidance, Pass
+from kadr.spec.options import OFFLOAD, OFFLOAD_AUTO
 
 if TYPE_CHECKING:
     from kadr.pipeline.dry_run import DryEngine

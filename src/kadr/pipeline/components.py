@@ -1,14 +1,14 @@
-"""The parts of a model: known from their headers, in memory only while a stage runs."""
+"""The modules of a model: in memory only while a stage runs."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,44 +16,40 @@ from torch import nn
 from kadr.checkpoints.mapped import release
 from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderFolder
-from kadr.errors import CheckpointError
 from kadr.kernels.heap import at_work
-from kadr.memory.device import DTYPES, pick_device, pick_dtype
+from kadr.memory.device import DTYPES
 from kadr.memory.module_cache import Shelf
 from kadr.models.adapters import merge, set_strengths
 from kadr.models.t5 import T5Encoder
-from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
+from kadr.models.transformer import Transformer
+from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.pipeline.holding import check_compiled, is_quantized, placed, refuse_merging, settled_scheme
+from kadr.pipeline.module_placement import placed
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
-from kadr.planning.plan import AS_STORED, OFFLOAD_AUTO, Choice, Plan
+from kadr.planning.plan import AS_STORED, Choice, Plan
 from kadr.quant.rotation import turn
 from kadr.quant.scheme import FP8
-from kadr.request.passes import Upscaling
-from kadr.sampling.schedule import Schedule
 from kadr.spec.loras import Loras, Strength
+from kadr.spec.model import (
+    DECODER,
+    ENCODER,
+    PASS_STAGES,
+    TEXT_ENCODER,
+    ModelSpec,
+)
+from kadr.spec.options import OFFLOAD_AUTO
+from kadr.spec.weights import is_quantized
 from kadr.text.tokenizer import Tokenizer
 
-UPSCALERS = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."
-TEXT_ENCODER, ENCODER, DECODER = "text encoder", "VAE encoder", "VAE decoder"
-TRANSFORMER, SECOND_TRANSFORMER = "transformer", "second transformer"
-PASS_STAGES = ("denoise", "refine")
 M = TypeVar("M", bound=nn.Module)
-SPACE, TIME = "spatial", "temporal"
 
 
-class Components:
+class Components(ModelSpec):
     """What a generation takes its modules from.
 
     Args:
-        checkpoint: with the transformer, and the VAE unless `vae` brings it.
-        text: the text encoder's folder.
-        vae: another checkpoint to take the VAE from.
-        second: another checkpoint to take the second pass's transformer from.
-        loras: for the transformers of both passes.
-        quant, offload, compiled, prompt_cache: see `Engine.open`.
+        prompt_cache: see `Engine.open`; the others as of `ModelSpec`.
     """
 
     def __init__(
@@ -71,24 +67,18 @@ class Components:
         compiled: bool = False,
         prompt_cache: bool | Path = True,
     ) -> None:
-        self.checkpoint, self.text, self.vae = checkpoint, text, vae or checkpoint
-        self.transformers = (checkpoint, second or checkpoint)
-        self.transformer_config = require_parts(checkpoint, self.vae)
-        require_text(text, checkpoint)
-        if second is not None:
-            require_parts(second, self.vae)
-            require_text(text, second)
-        self.loras = loras or Loras(())
-        self.loras.check(self.transformers)
-        self.upscalers: dict[str, Checkpoint] = {}
-        checkpoints = {one.path: one for one in (*self.transformers, self.vae)}
-        parameters = sum(source.parameters for one in checkpoints.values() for source in one.sources.values())
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device, parameters)
-        self.quant, self.offload = settled_scheme(quant, self.transformers, self.device), offload
-        if self.loras.merged:
-            refuse_merging(self.transformers)
-        self.compiled = check_compiled(compiled, self.device)
+        super().__init__(
+            checkpoint,
+            text,
+            vae,
+            device=device,
+            dtype=dtype,
+            second=second,
+            loras=loras,
+            quant=quant,
+            offload=offload,
+            compiled=compiled,
+        )
         # However the text encoder is held, it computes the same numbers.
         self.prompts = PromptCache.of(prompt_cache, text, dtype=self.dtype, device=self.device.type)
         self.shelf = Shelf(self.device, pages=release)
@@ -102,32 +92,6 @@ class Components:
         self.plan = plan
         self.shelf.keep = plan.kept
         self.shelf.clear(but=plan.kept)
-
-    def add_upscaler(self, checkpoint: Checkpoint) -> None:
-        """Take a latent upscaler for the way between two passes.
-
-        Raises:
-            CheckpointError: it is none, is for another model, or there is one of its kind already.
-        """
-        self.upscalers = ordered_upscalers([*self.upscalers.values(), checkpoint], self.checkpoint)
-
-    @property
-    def upscaling(self) -> Upscaling:
-        """What the upscalers double."""
-        configs = [made for one in self.upscalers.values() if (made := one.detected.upsampler) is not None]
-        return Upscaling(any(config.space for config in configs), any(config.time for config in configs))
-
-    @property
-    def schedules(self) -> tuple[Schedule, Schedule]:
-        """Of the first pass and of the second."""
-        first, second = self.transformers
-        return first.detected.schedule, second.detected.schedule
-
-    def config(self, number: int) -> TransformerConfig:
-        """Of the transformer of a pass, 0 or 1."""
-        config = self.transformers[number].detected.transformer
-        assert config is not None
-        return config
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -187,10 +151,6 @@ class Components:
         if self.loras.merged:
             merge(module, self.loras.additions(), self.loras.strengths(number))
         return module
-
-    def transformer_name(self, number: int) -> str:
-        """What the shelf calls the transformer of a pass."""
-        return TRANSFORMER if self.transformers[number] is self.checkpoint else SECOND_TRANSFORMER
 
     def upscaler(self, kind: str) -> AbstractContextManager[LatentUpsampler]:
         """A latent upscaler, in float32 as in the official package."""
@@ -264,97 +224,6 @@ class Components:
         """What a stage is computed in."""
         return DTYPES[self.choice(stage).dtype]
 
-    def sources(self) -> dict[str, str]:
-        """Where the parts come from, for the record."""
-        parts = {"model": self.checkpoint.path, "text_encoder": self.text.home, "vae": self.vae.path}
-        if self.transformers[1] is not self.checkpoint:
-            parts["second_model"] = self.transformers[1].path
-        parts |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in self.upscalers.items()}
-        # Not resolved: in the hub's cache a link has the file's name, and what it points to has none.
-        return {name: str(Path(path).absolute()) for name, path in parts.items()}
-
-    def state_of_files(self, others: Iterable[Path] = ()) -> dict[str, Any]:
-        """Size and time of change of every file that the pictures depend on. others: besides those of the model."""
-        checkpoints = {id(one): one for one in (*self.transformers, self.vae)}.values()
-        sources = [self.text.source, *(source for one in checkpoints for source in one.sources.values())]
-        files = {info.file for source in sources for info in source.infos.values()}
-        files |= {file.source.path for file in self.loras.files}
-        return {"files": {str(path.absolute()): _state(path) for path in sorted({*files, *others})}}
-
-
-def _state(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
-
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:
-    """Check that there are a transformer and a VAE and that they fit each other.
-
-    Raises:
-        CheckpointError: they do not.
-    """
-    transformer = checkpoint.detected.transformer
-    if transformer is None:
-        raise checkpoint.lacks("transformer")
-    if vae.detected.vae is None:
-        raise vae.lacks("vae")
-    if vae.detected.vae.latent_channels != transformer.channels:
-        raise CheckpointError(
-            f"the VAE of {vae.path} has {vae.detected.vae.latent_channels} latent channels, the transformer of "
-            f"{checkpoint.path} {transformer.channels}. Take both from the same release."
-        )
-    return transformer
-
-
-def require_text(text: TextEncoderFolder, checkpoint: Checkpoint) -> None:
-    """Check that a transformer reads what a text encoder writes.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    transformer = checkpoint.detected.transformer
-    if transformer is not None and transformer.text_width != text.config.width:
-        raise CheckpointError(
-            f"the text encoder of {text.path} is {text.config.width} wide, and the transformer of {checkpoint.path} "
-            f"reads text of {transformer.text_width}. Give the one it was trained with as --text-encoder."
-        )
-
-
-def fitting_upscaler(upscaler: Checkpoint, transformer: TransformerConfig | None, model: Path) -> UpsamplerConfig:
-    """What an upscaler does, if it is one for a model's latents.
-
-    Raises:
-        CheckpointError: it is none, or is for another model.
-    """
-    config = upscaler.detected.upsampler
-    if config is None:
-        raise CheckpointError(f"{upscaler.path} is no latent upscaler. {UPSCALERS}")
-    if transformer is not None and config.channels != transformer.channels:
-        raise CheckpointError(
-            f"the upscaler {upscaler.path} is for latents of {config.channels} channels, and those of {model} have "
-            f"{transformer.channels}. {UPSCALERS}"
-        )
-    return config
-
-
-def ordered_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dict[str, Checkpoint]:
-    """The upscalers for a model's latents by what they double, in the order in which they work.
-
-    Raises:
-        CheckpointError: one is none, is for another model, or doubles what another doubles.
-    """
-    made: dict[str, Checkpoint] = {}
-    doubled: set[str] = set()
-    for upscaler in upscalers:
-        config = fitting_upscaler(upscaler, model.detected.transformer, model.path)
-        kinds = [kind for kind, doubles in ((SPACE, config.space), (TIME, config.time)) if doubles]
-        if again := [kind for kind in kinds if kind in doubled]:
-            raise CheckpointError(f"{upscaler.path} is a second {again[0]} upscaler; give one of each kind at most.")
-        doubled.update(kinds)
-        made[kinds[0]] = upscaler
-    # The picture first: it is the smaller one that the other then has to double.
-    return dict(sorted(made.items(), key=lambda item: item[0] != SPACE))

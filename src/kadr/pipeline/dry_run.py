@@ -14,13 +14,11 @@ from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.models.transformer import TransformerConfig
-from kadr.pipeline.components import fitting_upscaler
-from kadr.pipeline.controls import Followed, warn_unheard
 from kadr.pipeline.stages.encode import Media
 from kadr.request.conditions import Placed
+from kadr.request.controls import Followed, warn_unheard
 from kadr.request.passes import (
     PassPlan,
-    Upscaling,
     check_beginning,
     check_blocks,
     plan_passes,
@@ -36,6 +34,7 @@ from kadr.sampling.schedule import Schedule
 from kadr.shapes import Size, snap_frames
 from kadr.spec.locate import is_path, on_disk
 from kadr.spec.loras import Lora, downscale_of, is_in_context, refuse_merged_twice
+from kadr.spec.model import Upscaling, fitting_upscaler
 
 
 @dataclass(frozen=True)

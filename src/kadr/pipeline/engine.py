@@ -18,10 +18,8 @@ from kadr.errors import Cancelled, KadrError, PlanError, RequestError
 from kadr.media.video import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe, Released
-from kadr.pipeline.components import Components, ordered_upscalers, require_parts
-from kadr.pipeline.controls import warn_unheard
+from kadr.pipeline.components import Components
 from kadr.pipeline.generation import Generation
-from kadr.pipeline.holding import check_compiled, check_offload
 from kadr.pipeline.longvideo.window_folder import HELD, WindowFolder, check_resumable
 from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.stages.encode import Encoded
@@ -31,12 +29,15 @@ from kadr.planning.plan import Plan, held
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import nearest
 from kadr.quant.scheme import NONE, check_scheme
+from kadr.request.controls import warn_unheard
 from kadr.request.passes import PassPlan, warn_guided
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.resolve import resolve, warn_single, with_second
 from kadr.request.windows import folder_of
 from kadr.spec.locate import fetched_text, locate
 from kadr.spec.loras import Loras, check_loras_named
+from kadr.spec.model import ordered_upscalers, require_parts
+from kadr.spec.options import check_compiled, check_offload
 from kadr.spec.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.version import __version__
 
@@ -385,11 +386,11 @@ class Engine:
         return generation
 
     def _planned(self, generation: Generation, request: Request, stages: Collection[str] = ()) -> Plan:
-        work = generation.work(stages)
+        work, cached = generation.work(stages), self.components.held_bytes
         try:
-            return Planner(self.components, work).plan()
+            return Planner(self.components, work, cached=cached).plan()
         except PlanError as error:
-            way_out = nearest(self.components, work, generation.request)
+            way_out = nearest(self.components, work, generation.request, cached=cached)
             raise PlanError(f"{error} {way_out}", shortfall=error.shortfall) from error
 
 

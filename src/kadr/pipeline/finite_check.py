@@ -5,17 +5,11 @@ bfloat16 runs out of digits, not of range, but what it rounds away can still end
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kadr.errors import KadrWarning, NonFiniteError
-
-T = TypeVar("T")
-Run = Callable[["torch.dtype | None"], T]  # a stage: None as it is planned, or in another dtype than that
 Answer = Callable[[], bool]
 
 
@@ -95,69 +89,3 @@ def _sent(answer: Tensor) -> Answer:
         return bool(host)
 
     return answered
-
-
-def guarded(stage: str, dtype: torch.dtype, run: Run[T]) -> T:
-    """What a stage comes to; done again in float32 where it gave NaN or infinity in a narrower dtype.
-
-    Args:
-        dtype: that the stage is planned in.
-        run: the stage. Raises `NotFinite`; keeps no module when it does.
-
-    Raises:
-        NonFiniteError: it was float32, or fails in float32 too.
-    """
-    try:
-        return run(None)
-    except NotFinite as found:
-        _again(stage, found.place, dtype)
-    # Outside of the handler: the exception holds on to what the first run had in memory.
-    try:
-        return run(torch.float32)
-    except NotFinite as found:
-        raise _failed(stage, found.place) from None
-
-
-def guarded_frames(stage: str, dtype: torch.dtype, run: Run[Iterator[Tensor]]) -> Iterator[Tensor]:
-    """As `guarded`, for a stage that hands on frames (n, ...) as they come. None is handed on twice."""
-    handed = 0
-    try:
-        for frames in run(None):
-            handed += len(frames)
-            yield frames
-        return
-    except NotFinite as found:
-        _again(stage, found.place, dtype)
-    try:
-        yield from after(handed, run(torch.float32))
-    except NotFinite as found:
-        raise _failed(stage, found.place) from None
-
-
-def after(count: int, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Frames (n, ...) as they come, without the first `count`."""
-    for frames in pieces:
-        known = min(count, len(frames))
-        count -= known
-        if known < len(frames):
-            yield frames[known:]
-
-
-def _again(stage: str, place: str, dtype: torch.dtype) -> None:
-    if dtype == torch.float32:
-        raise _failed(stage, place) from None
-    warnings.warn(
-        f"{stage} gave numbers that are not finite at {place} in {str(dtype).removeprefix('torch.')}; doing it again "
-        "in float32, which is slower and takes more memory.",
-        KadrWarning,
-        stacklevel=4,
-    )
-
-
-def _failed(stage: str, place: str) -> NonFiniteError:
-    return NonFiniteError(
-        f"{stage} gave numbers that are not finite at {place}, in float32. The weights are damaged, or what was given "
-        "is: `kadr models verify` compares released files with what they should be; download others again. Where LoRAs "
-        "are given, give less of them.",
-        stage=stage,
-    )

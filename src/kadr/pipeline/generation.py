@@ -14,19 +14,19 @@ from torch import Tensor
 
 from kadr.errors import RequestError
 from kadr.pipeline.components import Components
-from kadr.pipeline.controls import fetched
-from kadr.pipeline.finite_check import Watchman, guarded
 from kadr.pipeline.longvideo.sampling import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
-from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.progress import Watch
+from kadr.pipeline.retry import guarded
 from kadr.pipeline.stages.conditions import added
+from kadr.pipeline.stages.control_networks import fetched
 from kadr.pipeline.stages.decode import Decoding
 from kadr.pipeline.stages.denoise import Denoising
 from kadr.pipeline.stages.encode import Encoded, Media
 from kadr.pipeline.stages.text import Prompts
+from kadr.pipeline.stages.upscale import upscaled
 from kadr.planning.workload import WindowWork, Work
 from kadr.request.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, stream, warn_cached
 from kadr.request.request import Request
-from kadr.sampling.latents import adain
 from kadr.sampling.noise import NoiseStreams
 from kadr.shapes import Size
 
@@ -125,7 +125,7 @@ class Generation:
         begun = self._begun(self.passes[0], noise, media[0].start if start is None else start)
         latents = self.denoising.sampled(self.passes[0], begun, media[0], texts)
         for number, plan in enumerate(self.passes[1:], 1):
-            larger = guarded("upscale", torch.float32, partial(self._upscaled, latents))
+            larger = guarded("upscale", torch.float32, partial(upscaled, self.components, latents, self.watch))
             latents = self.denoising.sampled(plan, self._begun(plan, None, larger), media[number], texts)
         return latents
 
@@ -218,18 +218,3 @@ class Generation:
                     f"{name}: the shape is {tuple(tensor.shape)}; for {plan.size} and {plan.frames} frames it must be "
                     f"{shape}."
                 )
-
-    def _upscaled(self, latents: Tensor, _: torch.dtype | None) -> Tensor:
-        """The latents at the size of the second pass, with the statistics they had before; in float32, always."""
-        with self.components.statistics() as vae:
-            statistics = vae.statistics
-            made = statistics.restore(latents.float())
-            kinds = self.components.upscalers
-            stage, watchman = Stage("upscale", len(kinds), self.watch), Watchman.on(self.device)
-            for done, kind in enumerate(kinds, 1):
-                with self.components.upscaler(kind) as upscaler:
-                    made = upscaler(made)
-                watchman.look(made, f"{kind} upscaler")
-                stage.done(done)
-            watchman.settle()
-            return adain(statistics.normalise(made), latents)

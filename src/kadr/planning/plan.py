@@ -13,8 +13,6 @@ from typing import Any
 from kadr.errors import PlanError
 
 AS_STORED, CONVERTED = "as stored", "converted"
-# What is done with what does not fit: whatever helps; nothing; modules leave after their stage; blocks come and go.
-OFFLOAD = OFFLOAD_AUTO, OFFLOAD_NONE, OFFLOAD_STAGES, OFFLOAD_BLOCKS = "auto", "none", "stages", "blocks"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,28 +13,29 @@ from kadr.kernels.winograd import FOURS, PAIRS
 from kadr.memory.device import free_bytes, has_fast_int8, resident_bytes
 from kadr.models.transformer import REPLAYED
 from kadr.models.vae.decoder import SLICE
-from kadr.pipeline.components import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, Components
-from kadr.pipeline.holding import Weights, is_quantized, weigh
-from kadr.planning import backends, costs
+from kadr.planning import activations, backends
 from kadr.planning.calibration import measure_rate
-from kadr.planning.plan import (
-    AS_STORED,
-    CONVERTED,
-    OFFLOAD_BLOCKS,
-    OFFLOAD_NONE,
-    OFFLOAD_STAGES,
-    Choice,
-    Needs,
-    Plan,
-    make_plan,
+from kadr.planning.flops import (
+    disturbed_flops,
+    lora_flops,
+    reading_flops,
+    seconds,
+    text_flops,
+    transformer_flops,
+    upsampler_flops,
 )
+from kadr.planning.plan import AS_STORED, CONVERTED, Choice, Needs, Plan, make_plan
 from kadr.planning.vae_activations import decode_bytes, encode_bytes
-from kadr.planning.vae_stages import decoder_flops, encoder_flops
+from kadr.planning.vae_flops import decoder_flops, encoder_flops
+from kadr.planning.weight_bytes import Weights, weigh
 from kadr.planning.workload import WindowWork, Work
 from kadr.quant.packed import packs_convolutions, packs_matrices
 from kadr.quant.scheme import AUTO, INT8, INT8_WEIGHTS, NONE
 from kadr.request.passes import PassPlan
 from kadr.sampling.settings import ATTENTION_VALUES
+from kadr.spec.model import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, ModelSpec
+from kadr.spec.options import OFFLOAD_BLOCKS, OFFLOAD_NONE, OFFLOAD_STAGES
+from kadr.spec.weights import is_quantized
 
 RESERVE = 0.05  # of what is free, left to the system and to what cannot be foreseen
 DISK_RATE = 1.5e9  # bytes a second, of weights that are read from files
@@ -62,12 +63,13 @@ class Planner:
     """Makes the plan of one request.
 
     Args:
-        components: the model's parts, known by their headers.
+        spec: the model's components, known by their headers.
+        cached: private bytes of modules that are in memory already: there for those who use them.
     """
 
-    def __init__(self, components: Components, work: Work) -> None:
-        self.components, self.work = components, work
-        self.device, self.dtype = components.device, components.dtype
+    def __init__(self, spec: ModelSpec, work: Work, *, cached: int = 0) -> None:
+        self.spec, self.work, self.cached = spec, work, cached
+        self.device, self.dtype = spec.device, spec.dtype
         self.size = self.dtype.itemsize
         self.on_host = self.device.type == "cpu"
 
@@ -77,7 +79,7 @@ class Planner:
         Raises:
             PlanError: a stage cannot be run in what is free.
         """
-        held = self.components.held_bytes
+        held = self.cached
         free = free_bytes(self.device) + held
         host = free if self.on_host else free_bytes(torch.device("cpu"))
         base = resident_bytes() - held + STARTING if self.on_host else 0
@@ -88,7 +90,7 @@ class Planner:
             free=int(free * (1 - RESERVE)),
             host_free=int(host * (1 - RESERVE)),
         )
-        return replace(plan, kept=frozenset()) if self.components.offload == OFFLOAD_STAGES else plan
+        return replace(plan, kept=frozenset()) if self.spec.offload == OFFLOAD_STAGES else plan
 
     def needs(self) -> Iterator[Needs]:
         """The stages, in the order they run."""
@@ -113,9 +115,9 @@ class Planner:
         return measure_rate(self.dtype, self.device)
 
     def _text(self) -> Needs:
-        text = self.components.text
-        working = costs.text_bytes(text.config, self.size)
-        flops = self.work.prompts * costs.text_flops(text.config)
+        text = self.spec.text
+        working = activations.text_bytes(text.config, self.size)
+        flops = self.work.prompts * text_flops(text.config)
         choices = []
         for way in self._text_ways(text.source):
             weights = weigh(text.source, self.dtype, way.hold, looked_up=True)
@@ -126,14 +128,14 @@ class Planner:
     def _text_ways(self, source: Source) -> list[_Way]:
         streamed = _Way(AS_STORED, streams=True, why="the text encoder is read block by block, once per prompt")
         resident = _Way(CONVERTED)
-        offload = self.components.offload
+        offload = self.spec.offload
         if offload == OFFLOAD_NONE or source.size_bytes <= SMALL:
             return [resident, streamed] if offload != OFFLOAD_NONE else [resident]
         # On a CPU streaming costs nothing: the pages are the system's, in memory or not.
         return [streamed] if self.on_host or offload == OFFLOAD_BLOCKS else [resident, streamed]
 
     def _encode(self) -> Needs:
-        vae = self.components.vae
+        vae = self.spec.vae
         config = vae.detected.vae
         assert config is not None
         grids = [grid for grids in self.work.media for grid in grids]
@@ -160,7 +162,7 @@ class Planner:
         return f"the transformer works on tokens of controls, too: {told}"
 
     def _decode(self) -> Needs:
-        config = self.components.vae.detected.vae
+        config = self.spec.vae.detected.vae
         assert config is not None
         grid, path = self.work.passes[-1].grid, backends.of_convolutions(self.dtype, self.device)
         flops, choices = decoder_flops(config, grid), []
@@ -188,17 +190,17 @@ class Planner:
         return CODEC + pixels * (COPIES * handed * 3 * 4 + BYTES_AHEAD * min(plan.frames, LOOKED_AHEAD))
 
     def _vae_weights(self, half: str, together: int) -> Weights:
-        source = self.components.vae.sources["vae"]
+        source = self.spec.vae.sources["vae"]
         infos = {name: info for name, info in source.infos.items() if name.startswith(f"{half}.")}
         return weigh(replace(source, infos=infos), self.dtype, CONVERTED, together=together)
 
     def _upscale(self) -> Needs:
         grid, most = self.work.passes[0].grid, Choice(dtype="float32")
-        for checkpoint in self.components.upscalers.values():
+        for checkpoint in self.spec.upscalers.values():
             config, source = checkpoint.detected.upsampler, checkpoint.sources["upsampler"]
             assert config is not None
             weights = weigh(source, torch.float32, CONVERTED)
-            working, flops = costs.upsampler_bytes(config, grid), costs.upsampler_flops(config, grid)
+            working, flops = activations.upsampler_bytes(config, grid), upsampler_flops(config, grid)
             one = self._choice(_Way(CONVERTED), weights, working, flops, 0)
             most = replace(max(most, one, key=lambda choice: choice.bytes), seconds=most.seconds + one.seconds)
         return Needs(stage="upscale", part="upscaler", choices=(replace(most, dtype="float32"),))
@@ -220,7 +222,7 @@ class Planner:
                 context=(one.context,),
                 windows=(),
             )
-            needs.append((1 + len(others), Planner(self.components, work)._sampled(0, one.plan)))
+            needs.append((1 + len(others), Planner(self.spec, work)._sampled(0, one.plan)))
         choices = []
         for same in zip(*(need.choices for _, need in needs), strict=True):
             seconds = sum(count * choice.seconds for (count, _), choice in zip(needs, same, strict=True))
@@ -229,8 +231,8 @@ class Planner:
         return replace(needs[0][1], choices=tuple(choices))
 
     def _sampled(self, number: int, plan: PassPlan) -> Needs:
-        checkpoint = self.components.transformers[number]
-        source, config = checkpoint.sources["transformer"], self.components.config(number)
+        checkpoint = self.spec.transformers[number]
+        source, config = checkpoint.sources["transformer"], self.spec.config(number)
         tokens = plan.grid.tokens + self.work.beside(number)
         working, flops = self._working(number, plan, tokens), self._flops(number, plan, tokens)
         choices = []
@@ -242,13 +244,13 @@ class Planner:
             choices.append(self._choice(way, weights, working, flops, read, path))
         stage = PASS_STAGES[number]
         assert config.layers
-        return Needs(stage=stage, part=self.components.transformer_name(number), choices=tuple(choices))
+        return Needs(stage=stage, part=self.spec.transformer_name(number), choices=tuple(choices))
 
     def _ways(self, source: Source) -> list[_Way]:
         """How a transformer can be held, best first."""
-        scheme, offload = self.components.quant, self.components.offload
+        scheme, offload = self.spec.quant, self.spec.offload
         plain = source.dtype == self.dtype or any(info.packing is not None for info in source.infos.values())
-        merged = self.components.loras.merged
+        merged = self.spec.loras.merged
         resident = [_Way(CONVERTED)]
         if not plain and not merged:
             resident.append(_Way(AS_STORED, why="weights stay as stored"))
@@ -268,7 +270,7 @@ class Planner:
 
     def _with_loras(self, weights: Weights, way: _Way) -> Weights:
         """The bytes with those of the LoRAs: beside the weights, or of weights that are the file's no more."""
-        loras = self.components.loras
+        loras = self.spec.loras
         if not loras:
             return weights
         if not loras.merged:
@@ -277,10 +279,10 @@ class Planner:
         return replace(weights, mapped=weights.mapped - changed, own=weights.own + changed)
 
     def _working(self, number: int, plan: PassPlan, tokens: int) -> int:
-        config, texts = self.components.config(number), self._texts(plan)
-        while_made, afterwards = costs.rope_bytes(config, tokens, self.size)
+        config, texts = self.spec.config(number), self._texts(plan)
+        while_made, afterwards = activations.rope_bytes(config, tokens, self.size)
         both, longest = self.work.together and plan.guided, max(texts)
-        evaluation = costs.transformer_bytes(
+        evaluation = activations.transformer_bytes(
             config,
             tokens,
             self.size,
@@ -290,13 +292,13 @@ class Planner:
             disturbed=int(any(step.stg > 0 and step.skip_blocks for step in plan.steps)),
             fused=packs_matrices(self.dtype, self.device),
         )
-        loras = self.components.loras
+        loras = self.spec.loras
         if loras and not loras.merged:
-            evaluation += costs.lora_bytes(
+            evaluation += activations.lora_bytes(
                 tokens, self.size, rank=loras.rank, widest=loras.widest, batch=2 if both else 1
             )
         if self.work.cache is not None:
-            evaluation += costs.step_cache_bytes(
+            evaluation += activations.step_cache_bytes(
                 config,
                 tokens,
                 self.size,
@@ -305,7 +307,7 @@ class Planner:
                 batch=2 if both else 1,
             )
         states = 8 * tokens * config.channels * 4  # latents, noise, velocities of the guidance
-        read = costs.reading_bytes(config, self.size, text=len(texts) * longest if both else sum(texts))
+        read = activations.reading_bytes(config, self.size, text=len(texts) * longest if both else sum(texts))
         if not self.on_host and (2 if both else 1) * tokens <= REPLAYED:
             evaluation, read = 2 * evaluation, 2 * read  # a graph has memory and inputs of its own
         return max(while_made, afterwards + evaluation) + read + states
@@ -315,16 +317,16 @@ class Planner:
         return self.work.texts if plan.guided else self.work.texts[:1]
 
     def _flops(self, number: int, plan: PassPlan, tokens: int) -> int:
-        config, texts = self.components.config(number), self._texts(plan)
-        total = costs.reading_flops(config, text=sum(texts))
-        levels, longest, loras = 2 if self.work.levels(number) else 1, max(texts), self.components.loras
-        beside = 0 if loras.merged else costs.lora_flops(sum(loras.parameters), tokens)
+        config, texts = self.spec.config(number), self._texts(plan)
+        total = reading_flops(config, text=sum(texts))
+        levels, longest, loras = 2 if self.work.levels(number) else 1, max(texts), self.spec.loras
+        beside = 0 if loras.merged else lora_flops(sum(loras.parameters), tokens)
         for step in plan.steps:
-            own = costs.transformer_flops(config, tokens, text=longest, levels=levels)
+            own = transformer_flops(config, tokens, text=longest, levels=levels)
             total += (1 + (step.scale > 1)) * (own + beside)
             if step.stg > 0 and step.skip_blocks:
                 mode = plan.settings.guidance.mode or ATTENTION_VALUES
-                total += costs.disturbed_flops(config, tokens, step.skip_blocks, mode, text=longest)
+                total += disturbed_flops(config, tokens, step.skip_blocks, mode, text=longest)
         return total
 
     def _choice(
@@ -337,7 +339,7 @@ class Planner:
             mapped=weights.mapped,
             own=weights.own,
             working=working + int(HOLES * working * self.on_host) + weights.scratch,
-            seconds=costs.seconds(flops, rate, read=read, disk_rate=DISK_RATE),
+            seconds=seconds(flops, rate, read=read, disk_rate=DISK_RATE),
             path=path,
             why=way.why,
         )

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
 
 from kadr.errors import PlanError
-from kadr.pipeline.components import Components
-from kadr.pipeline.holding import is_quantized
-from kadr.planning.plan import OFFLOAD_AUTO
 from kadr.planning.planner import Planner
 from kadr.planning.workload import WindowWork, Work
 from kadr.quant.scheme import INT8
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
 from kadr.shapes import SPATIAL, TEMPORAL, Size, snap_frames
+from kadr.spec.model import ModelSpec
+from kadr.spec.options import OFFLOAD_AUTO
+from kadr.spec.weights import is_quantized
+
+Fits = Callable[[ModelSpec, Work], bool]
 
 
-def nearest(components: Components, work: Work, request: Request) -> str:
-    """What would fit where a request does not: a setting, and the nearest smaller request. As advice, in words."""
-    ways = [words for words, other in _settings(components) if _fits(Planner(other, work))]
-    smaller = _shorter_window(components, work, request) or _smaller(components, work, request)
+def nearest(spec: ModelSpec, work: Work, request: Request, *, cached: int = 0) -> str:
+    """What would fit where a request does not: a setting, and the nearest smaller request. As advice, in words.
+
+    Args:
+        cached: as of `Planner`.
+    """
+
+    def fits(spec: ModelSpec, work: Work) -> bool:
+        return _fits(Planner(spec, work, cached=cached))
+
+    ways = [words for words, other in _settings(spec) if fits(other, work)]
+    smaller = _shorter_window(spec, work, request, fits) or _smaller(spec, work, request, fits)
     if smaller is not None:
         ways.append(smaller)
     if not ways:
@@ -37,23 +47,23 @@ def _fits(planner: Planner) -> bool:
     return True
 
 
-def _settings(components: Components) -> Iterator[tuple[str, Components]]:
-    """Settings that take less memory, each with the components under it."""
+def _settings(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
+    """Settings that take less memory, each with the spec under it."""
     for words, changed in (
-        ("--offload auto", {"offload": OFFLOAD_AUTO, "quant": components.quant}),
-        ("--quant int8", {"offload": components.offload, "quant": INT8}),
+        ("--offload auto", {"offload": OFFLOAD_AUTO, "quant": spec.quant}),
+        ("--quant int8", {"offload": spec.offload, "quant": INT8}),
         ("--offload auto --quant int8", {"offload": OFFLOAD_AUTO, "quant": INT8}),
     ):
-        quantized = any(is_quantized(one.sources["transformer"]) for one in components.transformers)
-        if changed["quant"] != components.quant and quantized:
+        quantized = any(is_quantized(one.sources["transformer"]) for one in spec.transformers)
+        if changed["quant"] != spec.quant and quantized:
             continue
-        other = copy(components)
+        other = copy(spec)
         other.offload, other.quant = changed["offload"], changed["quant"]
-        if (other.offload, other.quant) != (components.offload, components.quant):
+        if (other.offload, other.quant) != (spec.offload, spec.quant):
             yield words, other
 
 
-def _shorter_window(components: Components, work: Work, request: Request) -> str | None:
+def _shorter_window(spec: ModelSpec, work: Work, request: Request, fits: Fits) -> str | None:
     """The longest window with which a long video fits."""
     if request.windows is None:
         return None
@@ -64,17 +74,17 @@ def _shorter_window(components: Components, work: Work, request: Request) -> str
             replace(window, plan=replace(window.plan, frames=min(window.plan.frames, frames)))
             for window in work.windows[:2]
         )
-        if _fits(Planner(components, replace(work, windows=windows))):
+        if fits(spec, replace(work, windows=windows)):
             return f"--window {frames}"
     return None
 
 
-def _smaller(components: Components, work: Work, request: Request) -> str | None:
+def _smaller(spec: ModelSpec, work: Work, request: Request, fits: Fits) -> str | None:
     """The nearest request that fits: fewer frames of this size, or else a smaller size with them."""
     for size, frames in _shrunk(request):
         passes = tuple(_resized(plan, size, frames, request) for plan in work.passes)
         windows = tuple(_window_resized(window, size, request) for window in work.windows)
-        if _fits(Planner(components, replace(work, passes=passes, windows=windows))):
+        if fits(spec, replace(work, passes=passes, windows=windows)):
             return f"--size {size} --frames {frames}"
     return None
 

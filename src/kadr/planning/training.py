@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kadr.models.transformer import TransformerConfig
-from kadr.planning.costs import TEXT
+from kadr.planning.activations import TEXT
 
 LEARNED = 16  # bytes of a number that learns, all in fp32: itself, its gradient, and AdamW's two moments
 WITHIN = 48  # rows of the model's width that one layer keeps for each token until its gradient has passed; counted

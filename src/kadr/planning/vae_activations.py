@@ -16,7 +16,7 @@ from math import prod
 from kadr.models.vae.config import Strides, VAEConfig
 from kadr.models.vae.decoder import SLICE
 from kadr.nn.conv import KERNEL
-from kadr.planning import costs
+from kadr.planning import activations
 from kadr.planning.vae_stages import DOWN, LAYERS, OUT, STRIDED, UP, WIDER, VAEStage, decoder_stages, encoder_stages
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid
 
@@ -93,9 +93,11 @@ class _Convolution:
         if made:
             before, after = (count, *self.plane), (made, *self.plane_after)
             if self.ledger.together and self.plane == self.plane_after and self.step == 1:
-                besides = costs.packed_convolution_bytes(self.channels, before, after, self.size, self.ledger.together)
+                besides = activations.packed_convolution_bytes(
+                    self.channels, before, after, self.size, self.ledger.together
+                )
             else:
-                besides = costs.convolution_bytes(self.channels, before, after, self.size)
+                besides = activations.convolution_bytes(self.channels, before, after, self.size)
             self.ledger.moment(others + joined + made * self.frame + besides)
         return made
 
@@ -217,7 +219,7 @@ def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int 
     taken = 3 * handed * prod((SPATIAL, SPATIAL, grid.height, grid.width)) * (size + 1)
     for start in range(0, frames, handed):
         _descend(ledger, stages, min(handed, frames - start), taken, handed, start + handed >= frames)
-    return ledger.peak + costs.SCRATCH
+    return ledger.peak + activations.SCRATCH
 
 
 def _descend(ledger: _Ledger, stages: tuple[_Stage, ...], frames: int, others: int, handed: int, last: bool) -> None:
@@ -251,4 +253,4 @@ def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int =
         given = made * stages[0].frame_in  # the patches
         for stage in stages:
             made, given = stage.run(made, given, start + chunk >= frames)
-    return ledger.peak + costs.SCRATCH
+    return ledger.peak + activations.SCRATCH

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kadr.errors import RequestError
-from kadr.request.values import is_number, true_or_false, within
 from kadr.shapes import MAXIMUM_FRAMES
+from kadr.validation import is_number, true_or_false, within
 
 Given = TypeVar("Given", bound="Condition | Control")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # endings that are taken for clips; others are pictures

@@ -16,6 +16,7 @@ from kadr.sampling.cache import SHORT, StepCache
 from kadr.sampling.schedule import Schedule, explicit
 from kadr.sampling.settings import Pass, Strengths
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
+from kadr.spec.model import Upscaling
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,6 @@ class PassPlan:
         """
         step = 1 if self.fps == fps else 2
         return [min(self.first_frame + step * place, count - 1) for place in range(self.frames)]
-
-
-@dataclass(frozen=True)
-class Upscaling:
-    """What happens to the latents between two passes: which sides double."""
-
-    space: bool
-    time: bool
 
 
 def plan_passes(request: Request, schedules: Sequence[Schedule], *, upscaling: Upscaling) -> tuple[PassPlan, ...]:

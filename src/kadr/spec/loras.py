@@ -13,8 +13,11 @@ from kadr.checkpoints.lora import DOWNSCALE, LoraFile
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import RequestError
 from kadr.models.adapters import Additions
-from kadr.request.values import Strength, check_strength
 from kadr.spec.locate import check_lora, located_lora
+from kadr.validation import is_number
+
+STRONGEST = 10.0  # beyond it any LoRA makes noise: somebody meant per cent
+Strength = float | tuple[float, float]  # of a LoRA: in all passes, or in the first and in the second
 
 
 @dataclass(frozen=True)
@@ -236,3 +239,42 @@ def refuse_merged_twice(uses: Iterable[Lora]) -> None:
                 f"{use.path} is to be merged, with strength {first:g} in the first pass and {second:g} in the second: "
                 "one transformer makes both. Leave --merge-loras out."
             )
+
+
+def check_strength(value: Any) -> float:
+    """The strength of a LoRA, if it is one.
+
+    Raises:
+        RequestError: it is no number, or none that a LoRA survives.
+    """
+    if not is_number(value):
+        raise RequestError(f"the strength of a LoRA is {value!r}; it must be a number.")
+    if abs(value) > STRONGEST:
+        raise RequestError(
+            f"the strength of a LoRA is {value:g}; it must lie between {-STRONGEST:g} and {STRONGEST:g}, and 1 is as "
+            "it was trained."
+        )
+    return float(value)
+
+
+def strengths_of(given: Any) -> tuple[Strength, ...] | None:
+    """Strengths of LoRAs, one or two for each; None is none.
+
+    Raises:
+        RequestError: as `check_strength`.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, tuple | list):
+        raise RequestError(f"lora_strengths is {given!r}; it must be a list, one for each LoRA of the engine.")
+    made: list[Strength] = []
+    for each in given:
+        if isinstance(each, tuple | list):
+            if len(each) != 2:
+                raise RequestError(
+                    f"a LoRA's strength is {each!r}; it must be one number, or one for each of two passes."
+                )
+            made.append((check_strength(each[0]), check_strength(each[1])))
+        else:
+            made.append(check_strength(each))
+    return tuple(made)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from kadr.errors import PlanError
 from kadr.memory.device import free_bytes
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.holding import is_quantized, weigh
 from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.planning.training import TrainingBytes, training_bytes
+from kadr.planning.weight_bytes import weigh
 from kadr.quant.scheme import AUTO, NONE
 from kadr.shapes import LatentGrid
+from kadr.spec.weights import is_quantized
 from kadr.training.dataset import Example
 from kadr.training.low_rank import target_layers
 from kadr.training.settings import TrainingSettings

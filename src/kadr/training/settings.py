@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kadr.errors import RequestError
-from kadr.request.values import within
 from kadr.shapes import Size, snap_frames
 from kadr.training.low_rank import TARGETS
 from kadr.training.objective import DISTRIBUTIONS
+from kadr.validation import within
 
 OFF, FILES, CANNY = "off", "files", "canny"
 REFERENCES = (OFF, FILES, CANNY)

@@ -29,10 +29,12 @@ from kadr.media.video import VideoWriter
 from kadr.models.adapters import merge
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from kadr.pipeline.controls import NETWORKS, Followed, drawings, fetched, read_controls, reference
 from kadr.pipeline.dry_run import DryEngine
 from kadr.pipeline.progress import ignore
+from kadr.pipeline.stages.control_networks import NETWORKS, drawings, fetched
+from kadr.pipeline.stages.references import reference
 from kadr.pipeline.stages.text import Prompts
+from kadr.request.controls import Followed, read_controls
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
 from kadr.sampling.cache import StepCache

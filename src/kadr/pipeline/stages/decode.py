@@ -12,10 +12,10 @@ from torch import Tensor
 from kadr.media.frames import crop_margins, resize, to_uint8, to_unit
 from kadr.models.vae.decoder import SLICE
 from kadr.pipeline.components import Components
-from kadr.pipeline.finite_check import Watchman, guarded_frames
+from kadr.pipeline.finite_check import Watchman
 from kadr.pipeline.longvideo.sampling import Pieces, rechunked
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.retry import rescued_frames
+from kadr.pipeline.retry import guarded_frames, rescued_frames
 from kadr.request.passes import PassPlan, in_window_named
 from kadr.request.request import Request
 from kadr.request.windows import Span

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kadr.models.transformer import Reading, Transformer
 from kadr.nn.rope import Rope
-from kadr.pipeline.components import PASS_STAGES, Components
-from kadr.pipeline.finite_check import Watchman, guarded
+from kadr.pipeline.components import Components
+from kadr.pipeline.finite_check import Watchman
 from kadr.pipeline.longvideo.sampling import Guide
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.retry import rescued
+from kadr.pipeline.retry import guarded, rescued
 from kadr.pipeline.stages.conditions import put
 from kadr.pipeline.stages.encode import Encoded
 from kadr.request.passes import PassPlan, stream
@@ -30,6 +30,7 @@ from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState
 from kadr.sampling.steps import euler, stochastic
+from kadr.spec.model import PASS_STAGES
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 from kadr.errors import KadrWarning
 from kadr.models.t5 import T5Encoder
 from kadr.pipeline.components import Components
-from kadr.pipeline.finite_check import Watchman, guarded
+from kadr.pipeline.finite_check import Watchman
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.retry import rescued
+from kadr.pipeline.retry import guarded, rescued
 from kadr.sampling.guidance import Text
 from kadr.text.tokenizer import Tokens
 

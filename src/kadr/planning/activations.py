@@ -7,15 +7,12 @@ kernels on a CPU take besides, measured. They hold where freed memory goes back 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from math import prod
 
 from kadr.kernels import cpu_attention
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upsampler import UpsamplerConfig
-from kadr.planning.parameters import level_embedding
-from kadr.sampling.settings import ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 
 TEXT = 256  # positions that a prompt is padded to
@@ -113,11 +110,6 @@ def lora_bytes(tokens: int, size: int, *, rank: int, widest: int, batch: int = 1
     return batch * tokens * (2 * rank * _SINGLE + 2 * widest * size)
 
 
-def lora_flops(parameters: int, tokens: int) -> int:
-    """Of the products with A and B of all layers, for tokens or the positions of a text alike."""
-    return 2 * parameters * tokens
-
-
 def _logits(config: TransformerConfig, tokens: int) -> int:
     """Of `kernels.cpu_attention`: logits of some heads, in float32, and what becomes of them in bfloat16."""
     head = 4 * tokens**2
@@ -168,86 +160,3 @@ def upsampler_bytes(config: UpsamplerConfig, grid: LatentGrid, size: int = _SING
     thinking = grown + 2 * made + convolution_bytes(square, after, after, size)  # a block's second convolution
     adding = grown + 3 * made  # its input, what it made, the norm of that, and their sum
     return max(growing, thinking, adding) + SCRATCH
-
-
-def transformer_flops(
-    config: TransformerConfig, tokens: int, *, batch: int = 1, text: int = TEXT, levels: int | None = None
-) -> int:
-    """Of one evaluation, where the text was read already.
-
-    Args:
-        text: positions of the longest prompt.
-        levels: how many different noise levels the tokens have; None is one for each sample.
-    """
-    width = config.width
-    layers = config.layers * _layer_flops(config, tokens, text)
-    ends = 2 * 2 * tokens * config.channels * width
-    levels = batch if levels is None else levels
-    return batch * (layers + ends) + 2 * levels * (level_embedding(width) - 2 * width + 6 * width**2)
-
-
-def reading_flops(config: TransformerConfig, *, batch: int = 1, text: int = TEXT) -> int:
-    """Of reading a text: once for all steps."""
-    width = config.width
-    return batch * text * (2 * (config.text_width + width) + 4 * config.layers * width) * width
-
-
-def disturbed_flops(
-    config: TransformerConfig,
-    tokens: int,
-    blocks: Collection[int],
-    mode: str,
-    *,
-    batch: int = 1,
-    text: int = TEXT,
-) -> int:
-    """What evaluating some samples once more with `blocks` disturbed adds: from the first of them on.
-
-    Args:
-        batch: how many samples.
-        mode: see `models.transformer.DISTURBED`.
-    """
-    width = config.width
-    plain = _layer_flops(config, tokens, text)
-    if mode == TRANSFORMER_BLOCK:
-        saved = plain
-    else:  # no queries, no keys, no logits; where values do not take their place, no values either
-        saved = (4 if mode == ATTENTION_VALUES else 6) * tokens * width**2 + 4 * tokens**2 * width
-    layers = (config.layers - min(blocks)) * plain - len(set(blocks)) * saved
-    return batch * (layers + 2 * tokens * config.channels * width)
-
-
-def _layer_flops(config: TransformerConfig, tokens: int, text: int) -> int:
-    """28 N D² + 4 N² D + 4 N T D: the 4 T D² of keys and values of a text are those of reading it."""
-    width = config.width
-    return 28 * tokens * width**2 + 4 * tokens * (tokens + text) * width
-
-
-def text_flops(config: T5Config, *, batch: int = 1, length: int = TEXT) -> int:
-    """Of encoding a prompt: 2 L (4 D I + 3 D H) + 4 L² I per block, where I is the width of all heads (B.3)."""
-    inner = config.heads * config.head_width
-    block = 2 * length * (4 * inner + 3 * config.hidden) * config.width + 4 * length**2 * inner
-    return batch * config.layers * block
-
-
-def upsampler_flops(config: UpsamplerConfig, grid: LatentGrid) -> int:
-    """Of upscaling latents of `grid`."""
-    width, before = config.width, grid.tokens
-    rows = prod(config.strides[1:])
-    after = (2 * grid.frames - 1 if config.time else grid.frames) * grid.height * grid.width * rows
-    taps = 27 if config.time else 9
-    return 2 * (
-        27 * config.channels * width * (before + after)
-        + 27 * width**2 * 2 * config.blocks * (before + after)
-        + taps * width**2 * prod(config.strides) * before
-    )
-
-
-def seconds(flops: int, rate: float, *, read: int = 0, disk_rate: float | None = None) -> float:
-    """How long a stage takes.
-
-    Args:
-        rate: FLOPs per second; see `planning.calibration`.
-        read: bytes of weights that come from files, at `disk_rate` bytes per second; None where they are in memory.
-    """
-    return flops / rate + (read / disk_rate if disk_rate else 0.0)

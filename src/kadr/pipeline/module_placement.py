@@ -1,0 +1,96 @@
+"""How the weights of a part are held, and the bytes that it takes: told from the header, then done to the module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from kadr.checkpoints.mapped import prefetch, release
+from kadr.kernels import fp8, switch
+from kadr.kernels.winograd import PAIRS
+from kadr.memory.block_swap import Carousel, stream_pages
+from kadr.memory.device import DTYPES
+from kadr.models.adapters import Additions, attach
+from kadr.models.transformer import Transformer
+from kadr.models.vae import VAE
+from kadr.planning.plan import AS_STORED, CONVERTED, Choice
+from kadr.quant.apply import blocks_of, requantize
+from kadr.quant.packed import pack_convolutions, pack_matrices, packs_convolutions
+from kadr.quant.scheme import FP8
+from kadr.quant.stored import StoredLinear
+
+
+def compile_layers(module: Transformer, backend: str = "inductor") -> None:
+    """Compile a transformer's layers but for the unpacking of weights, which has kernels of its own."""
+    for child in module.modules():
+        if isinstance(child, StoredLinear):
+            child.forward = torch.compiler.disable(child.forward)  # type: ignore[method-assign]
+            child.with_gelu = torch.compiler.disable(child.with_gelu)  # type: ignore[method-assign]
+    module.compile_layers(backend)
+
+
+def placed(
+    module: nn.Module,
+    choice: Choice,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    loras: Sequence[Additions] = (),
+) -> nn.Module:
+    """A module that was just loaded, held as the plan has it and ready to run.
+
+    Args:
+        compiled: compile the layers of a transformer.
+        loras: put beside its weights.
+    """
+    if choice.hold not in (AS_STORED, CONVERTED):
+        requantize(module, choice.hold, device=device, release=release)
+    if loras:
+        attach(module, loras, DTYPES[choice.dtype])
+    if compiled and isinstance(module, Transformer):
+        if choice.hold == FP8:
+            fp8.way(device, DTYPES[choice.dtype])  # found out by trying, which the compiler is not to see
+        compile_layers(module)
+    if not choice.streamed:
+        return packed(module.to(device), DTYPES[choice.dtype], device, choice.together)
+    blocks = list(blocks_of(module))
+    if device.type == "cpu":
+        stream_pages(blocks, release=release, prefetch=prefetch)
+        return module
+    away = spread(len(blocks), choice.streamed)
+    _move_others(module, [block for index, block in enumerate(blocks) if index in away], device)
+    Carousel([blocks[index] for index in sorted(away)], device)
+    return module
+
+
+def packed(module: nn.Module, dtype: torch.dtype, device: torch.device, together: int) -> nn.Module:
+    """A module that stays where it is, as it runs fastest on this machine.
+
+    On a CPU its weights are put into the order that kernels read them in. On a GPU a transformer's layers are recorded,
+    and videos go through a VAE channels last.
+    """
+    recorded = device.type == "cuda" and switch.current() != switch.REFERENCE
+    if isinstance(module, Transformer) and device.type == "cpu":
+        pack_matrices(module, release=release)
+    elif isinstance(module, Transformer) and recorded:
+        module.replay()
+    elif isinstance(module, VAE) and packs_convolutions(dtype, device):
+        pack_convolutions(module, together=together or PAIRS, release=release)
+    elif isinstance(module, VAE) and recorded:
+        module.to(memory_format=torch.channels_last_3d)
+    return module
+
+
+def spread(count: int, chosen: int) -> set[int]:
+    """`chosen` of `count` blocks, as far from each other as can be: each copy then has the most work to hide under."""
+    return {index * count // chosen for index in range(chosen)}
+
+
+def _move_others(module: nn.Module, staying: list[nn.Module], device: torch.device) -> None:
+    """Move all tensors of a module to a device, but for those of some of its blocks."""
+    kept = {id(tensor) for block in staying for tensor in (*block.parameters(), *block.buffers())}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in kept:
+            tensor.data = tensor.data.to(device)

@@ -1,0 +1,71 @@
+"""Networks that find the depth or the poses a control shows: fetched, and run over its frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kadr.checkpoints import hub
+from kadr.errors import CheckpointError
+from kadr.media.depth import DepthNetwork, Depths
+from kadr.media.pose import PoseNetwork
+from kadr.pipeline.progress import Stage, Watch
+from kadr.request.controls import Followed
+from kadr.request.inputs import DEPTH, POSE
+
+NETWORKS = {  # repository and files on the hub
+    DEPTH: ("onnx-community/depth-anything-v2-small", ("onnx/model.onnx",)),
+    POSE: ("yzd-v/DWPose", ("yolox_l.onnx", "dw-ll_ucoco_384.onnx")),
+}
+
+
+Drawn = Callable[[int, np.ndarray], np.ndarray]  # place and frame -> the picture of it, uint8 (H, W, 3)
+
+
+def fetched(controls: Sequence[Followed]) -> dict[str, list[Path]]:
+    """The networks that find what kinds of control show, brought to this machine.
+
+    Raises:
+        CheckpointError: one cannot be fetched.
+    """
+    kinds = {one.control.kind for one in controls} & NETWORKS.keys()
+    try:
+        return {kind: [hub.fetch(NETWORKS[kind][0], file) for file in NETWORKS[kind][1]] for kind in sorted(kinds)}
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} A clip that shows the {' or '.join(sorted(kinds))} already needs none of this: give it with no "
+            "kind in front of its path."
+        ) from error
+
+
+def drawings(controls: Sequence[Followed], networks: dict[str, list[Path]], watch: Watch) -> list[Drawn | None]:
+    """For each control what draws its frames, once a network has gone through all of them; None where none has to."""
+    count = sum(len(one.frames) for one in controls if one.control.kind in networks)
+    if not count:
+        return [None] * len(controls)
+    stage, done = Stage("control", count, watch), 0
+
+    def gone_through(followed: Followed) -> Iterator[np.ndarray]:
+        nonlocal done
+        for picture in followed.pictures():
+            yield picture
+            done += 1
+            stage.done(done)
+
+    return [_drawing(one, networks, gone_through) for one in controls]
+
+
+def _drawing(
+    followed: Followed, networks: dict[str, list[Path]], pictures: Callable[[Followed], Iterator[np.ndarray]]
+) -> Drawn | None:
+    if followed.control.kind == DEPTH:
+        depth = DepthNetwork(*networks[DEPTH])
+        depths = Depths([depth(picture) for picture in pictures(followed)])
+        return lambda place, frame: depths.picture(place, frame.shape[1], frame.shape[0])
+    if followed.control.kind == POSE:
+        pose = PoseNetwork(*networks[POSE])
+        poses = [pose(picture) for picture in pictures(followed)]
+        return lambda place, frame: poses[place].picture()
+    return None

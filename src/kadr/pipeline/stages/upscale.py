@@ -1,0 +1,27 @@
+"""The stage between two passes: latents to twice their sides, or twice their rate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kadr.pipeline.components import Components
+from kadr.pipeline.finite_check import Watchman
+from kadr.pipeline.progress import Stage, Watch
+from kadr.sampling.latents import adain
+
+
+def upscaled(components: Components, latents: Tensor, watch: Watch, _: torch.dtype | None) -> Tensor:
+    """The latents at the size of the second pass, with the statistics they had before; in float32, always."""
+    with components.statistics() as vae:
+        statistics = vae.statistics
+        made = statistics.restore(latents.float())
+        kinds = components.upscalers
+        stage, watchman = Stage("upscale", len(kinds), watch), Watchman.on(components.device)
+        for done, kind in enumerate(kinds, 1):
+            with components.upscaler(kind) as upscaler:
+                made = upscaler(made)
+            watchman.look(made, f"{kind} upscaler")
+            stage.done(done)
+        watchman.settle()
+        return adain(statistics.normalise(made), latents)

@@ -1,0 +1,108 @@
+"""Bytes that the weights of a component take in memory, from its header and how they are held."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from kadr.checkpoints.header import TensorInfo
+from kadr.checkpoints.source import Source
+from kadr.planning.plan import AS_STORED, CONVERTED
+from kadr.quant.apply import packing_for
+from kadr.quant.packed import CONVOLUTION
+from kadr.quant.scheme import EIGHT
+from kadr.spec.weights import block_of, is_linear_weight
+
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight")
+
+
+LOOKED_UP = 20_000_000  # bytes of an embedding's rows that the tokens of a prompt touch, in whole pages read around
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The bytes of a part's weights in memory.
+
+    Args:
+        mapped: in the pages of files.
+        own: others.
+        block: of `mapped`, what the largest block has.
+        blocks: of `mapped`, what all blocks have.
+        all_blocks: of both, what all blocks have.
+        count: how many blocks.
+        scratch: the largest weight, unpacked; what is made while one weight is changed.
+    """
+
+    mapped: int
+    own: int
+    block: int = 0
+    blocks: int = 0
+    all_blocks: int = 0
+    count: int = 0
+    scratch: int = 0
+
+
+def weigh(
+    source: Source,
+    dtype: torch.dtype,
+    hold: str,
+    *,
+    looked_up: bool = False,
+    packed: bool = False,
+    together: int = 0,
+) -> Weights:
+    """The bytes of a component held in some way.
+
+    Args:
+        hold: see `planning.plan.Choice`.
+        packed: matrices are packed once they are loaded; see `quant.packed`.
+        together: so are convolutions, for so many frames at a time; 0 where they are not.
+        looked_up: the component is a text encoder, of whose embedding only some rows are read.
+    """
+    mapped, own, scratch, everything = 0, 0, 0, 0
+    blocks: dict[int, int] = defaultdict(int)
+    for name, info in source.infos.items():
+        number = block_of(name)
+        taken, made = _held_bytes(name, info, dtype, hold, number)
+        if hold == CONVERTED and info.packing is None and name.endswith(".weight"):
+            if together and len(info.shape) == 5:
+                taken, made = 0, int(info.count * dtype.itemsize * CONVOLUTION[together])
+            elif packed and len(info.shape) == 2:
+                taken, made = 0, info.count * dtype.itemsize
+        if looked_up and name in EMBEDDINGS and not made:
+            taken = min(taken, LOOKED_UP)
+        mapped, own = mapped + taken, own + made
+        if number is not None:
+            blocks[number] += taken
+            everything += taken + made
+            if is_linear_weight(name, info) and info.stored != _name(dtype):
+                scratch = max(scratch, info.count * dtype.itemsize)
+    largest = max(blocks.values(), default=0)
+    return Weights(mapped, own, largest, sum(blocks.values()), everything, len(blocks), scratch)
+
+
+def _held_bytes(name: str, info: TensorInfo, dtype: torch.dtype, hold: str, number: int | None) -> tuple[int, int]:
+    """Bytes of one tensor in mapped pages, and of the process's own."""
+    in_block = number is not None and is_linear_weight(name, info)
+    if in_block and hold not in (AS_STORED, CONVERTED):
+        return 0, _quantized_bytes(info, hold)
+    if info.stored == _name(dtype):
+        return info.bytes, 0
+    if info.packing is not None and name.endswith(".weight") and len(info.shape) == 2:
+        return info.bytes, 0
+    if in_block and hold == AS_STORED:
+        return info.bytes, 0
+    return 0, info.count * dtype.itemsize
+
+
+def _quantized_bytes(info: TensorInfo, scheme: str) -> int:
+    rows, columns = info.shape
+    if scheme in EIGHT:
+        return rows * (columns + 4)
+    return rows * packing_for(scheme, columns).row_bytes(columns)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,199 @@
+"""A model, known from its headers: which components it has, and whether they fit each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.errors import CheckpointError
+from kadr.memory.device import pick_device, pick_dtype
+from kadr.models.transformer import TransformerConfig
+from kadr.models.upsampler import UpsamplerConfig
+from kadr.sampling.schedule import Schedule
+from kadr.spec.loras import Loras
+from kadr.spec.options import OFFLOAD_AUTO, check_compiled, refuse_merging, settled_scheme
+
+UPSCALERS = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."
+TEXT_ENCODER, ENCODER, DECODER = "text encoder", "VAE encoder", "VAE decoder"
+TRANSFORMER, SECOND_TRANSFORMER = "transformer", "second transformer"
+PASS_STAGES = ("denoise", "refine")
+SPACE, TIME = "spatial", "temporal"
+
+
+@dataclass(frozen=True)
+class Upscaling:
+    """What happens to the latents between two passes: which sides double."""
+
+    space: bool
+    time: bool
+
+
+class ModelSpec:
+    """A model whose headers are read, and how it is to be run here. No weight is in memory.
+
+    Args:
+        checkpoint: with the transformer, and the VAE unless `vae` brings it.
+        text: the text encoder's folder.
+        vae: another checkpoint to take the VAE from.
+        second: another checkpoint to take the second pass's transformer from.
+        loras: for the transformers of both passes.
+        quant, offload, compiled: see `Engine.open`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        text: TextEncoderFolder,
+        vae: Checkpoint | None,
+        *,
+        device: str,
+        dtype: str,
+        second: Checkpoint | None = None,
+        loras: Loras | None = None,
+        quant: str | None = None,
+        offload: str = OFFLOAD_AUTO,
+        compiled: bool = False,
+    ) -> None:
+        self.checkpoint, self.text, self.vae = checkpoint, text, vae or checkpoint
+        self.transformers = (checkpoint, second or checkpoint)
+        self.transformer_config = require_parts(checkpoint, self.vae)
+        require_text(text, checkpoint)
+        if second is not None:
+            require_parts(second, self.vae)
+            require_text(text, second)
+        self.loras = loras or Loras(())
+        self.loras.check(self.transformers)
+        self.upscalers: dict[str, Checkpoint] = {}
+        checkpoints = {one.path: one for one in (*self.transformers, self.vae)}
+        parameters = sum(source.parameters for one in checkpoints.values() for source in one.sources.values())
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device, parameters)
+        self.quant, self.offload = settled_scheme(quant, self.transformers, self.device), offload
+        if self.loras.merged:
+            refuse_merging(self.transformers)
+        self.compiled = check_compiled(compiled, self.device)
+
+    def add_upscaler(self, checkpoint: Checkpoint) -> None:
+        """Take a latent upscaler for the way between two passes.
+
+        Raises:
+            CheckpointError: it is none, is for another model, or there is one of its kind already.
+        """
+        self.upscalers = ordered_upscalers([*self.upscalers.values(), checkpoint], self.checkpoint)
+
+    @property
+    def upscaling(self) -> Upscaling:
+        """What the upscalers double."""
+        configs = [made for one in self.upscalers.values() if (made := one.detected.upsampler) is not None]
+        return Upscaling(any(config.space for config in configs), any(config.time for config in configs))
+
+    @property
+    def schedules(self) -> tuple[Schedule, Schedule]:
+        """Of the first pass and of the second."""
+        first, second = self.transformers
+        return first.detected.schedule, second.detected.schedule
+
+    def config(self, number: int) -> TransformerConfig:
+        """Of the transformer of a pass, 0 or 1."""
+        config = self.transformers[number].detected.transformer
+        assert config is not None
+        return config
+
+    def transformer_name(self, number: int) -> str:
+        """What the shelf calls the transformer of a pass."""
+        return TRANSFORMER if self.transformers[number] is self.checkpoint else SECOND_TRANSFORMER
+
+    def sources(self) -> dict[str, str]:
+        """Where the parts come from, for the record."""
+        parts = {"model": self.checkpoint.path, "text_encoder": self.text.home, "vae": self.vae.path}
+        if self.transformers[1] is not self.checkpoint:
+            parts["second_model"] = self.transformers[1].path
+        parts |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in self.upscalers.items()}
+        # Not resolved: in the hub's cache a link has the file's name, and what it points to has none.
+        return {name: str(Path(path).absolute()) for name, path in parts.items()}
+
+    def state_of_files(self, others: Iterable[Path] = ()) -> dict[str, Any]:
+        """Size and time of change of every file that the pictures depend on. others: besides those of the model."""
+        checkpoints = {id(one): one for one in (*self.transformers, self.vae)}.values()
+        sources = [self.text.source, *(source for one in checkpoints for source in one.sources.values())]
+        files = {info.file for source in sources for info in source.infos.values()}
+        files |= {file.source.path for file in self.loras.files}
+        return {"files": {str(path.absolute()): _state(path) for path in sorted({*files, *others})}}
+
+
+def _state(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:
+    """Check that there are a transformer and a VAE and that they fit each other.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    transformer = checkpoint.detected.transformer
+    if transformer is None:
+        raise checkpoint.lacks("transformer")
+    if vae.detected.vae is None:
+        raise vae.lacks("vae")
+    if vae.detected.vae.latent_channels != transformer.channels:
+        raise CheckpointError(
+            f"the VAE of {vae.path} has {vae.detected.vae.latent_channels} latent channels, the transformer of "
+            f"{checkpoint.path} {transformer.channels}. Take both from the same release."
+        )
+    return transformer
+
+
+def require_text(text: TextEncoderFolder, checkpoint: Checkpoint) -> None:
+    """Check that a transformer reads what a text encoder writes.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    transformer = checkpoint.detected.transformer
+    if transformer is not None and transformer.text_width != text.config.width:
+        raise CheckpointError(
+            f"the text encoder of {text.path} is {text.config.width} wide, and the transformer of {checkpoint.path} "
+            f"reads text of {transformer.text_width}. Give the one it was trained with as --text-encoder."
+        )
+
+
+def fitting_upscaler(upscaler: Checkpoint, transformer: TransformerConfig | None, model: Path) -> UpsamplerConfig:
+    """What an upscaler does, if it is one for a model's latents.
+
+    Raises:
+        CheckpointError: it is none, or is for another model.
+    """
+    config = upscaler.detected.upsampler
+    if config is None:
+        raise CheckpointError(f"{upscaler.path} is no latent upscaler. {UPSCALERS}")
+    if transformer is not None and config.channels != transformer.channels:
+        raise CheckpointError(
+            f"the upscaler {upscaler.path} is for latents of {config.channels} channels, and those of {model} have "
+            f"{transformer.channels}. {UPSCALERS}"
+        )
+    return config
+
+
+def ordered_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dict[str, Checkpoint]:
+    """The upscalers for a model's latents by what they double, in the order in which they work.
+
+    Raises:
+        CheckpointError: one is none, is for another model, or doubles what another doubles.
+    """
+    made: dict[str, Checkpoint] = {}
+    doubled: set[str] = set()
+    for upscaler in upscalers:
+        config = fitting_upscaler(upscaler, model.detected.transformer, model.path)
+        kinds = [kind for kind, doubles in ((SPACE, config.space), (TIME, config.time)) if doubles]
+        if again := [kind for kind in kinds if kind in doubled]:
+            raise CheckpointError(f"{upscaler.path} is a second {again[0]} upscaler; give one of each kind at most.")
+        doubled.update(kinds)
+        made[kinds[0]] = upscaler
+    # The picture first: it is the smaller one that the other then has to double.
+    return dict(sorted(made.items(), key=lambda item: item[0] != SPACE))
