@@ -17,7 +17,7 @@ from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS,
 from kadr.bench.run import run
 from kadr.bench.telling import lines
 from kadr.errors import KadrError
-from kadr.kernels.heap import give_back_at_once
+from kadr.kernels.cpu.malloc import give_back_at_once
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,7 +27,7 @@ from kadr.bench.own import ways
 from kadr.bench.peak import cuda_peak, host_peak
 from kadr.bench.runner import Absent, Contender, Measured, cuda_clock, host_clock, measure
 from kadr.bench.work import Work
-from kadr.kernels.heap import give_back_at_once
+from kadr.kernels.cpu.malloc import give_back_at_once
 from kadr.memory.device import pick_device
 from kadr.shapes import Size
 

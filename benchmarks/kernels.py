@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kadr.kernels import attention, dequant, fp8, fused, int8, reference
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 
 WARM, RUNS, FLUSH = 3, 15, 256 << 20  # bytes that are written before each run, more than any cache holds
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def definition(self) -> Callable[..., Any]:
-        return getattr(dequant if self.family == "blocks" else reference, self.name)
+        return getattr(dequant if self.family == "ggml" else reference, self.name)
 
     @property
     def kernel(self) -> Callable[..., Any]:
@@ -97,26 +97,26 @@ def cases(
     width = size.width
     x, branch = drawn(1, size.tokens, 3 * width)[..., :width], drawn(1, size.tokens, width)
     shift, scale, gate = drawn(1, 1, 6, width).unbind(-2)[:3]
-    yield Case("norm_modulate", "norms", (x, scale, shift))
-    yield Case("gate_residual", "norms", (branch, gate, x))
-    yield Case("gate_residual_norm_modulate", "norms", (branch, gate, x, scale, shift))
-    yield Case("norm_rope", "rotations", (x, shift[0, 0], branch.cos(), branch.sin()))
+    yield Case("norm_modulate", "adaln", (x, scale, shift))
+    yield Case("gate_residual", "adaln", (branch, gate, x))
+    yield Case("gate_residual_norm_modulate", "adaln", (branch, gate, x, scale, shift))
+    yield Case("norm_rope", "rope", (x, shift[0, 0], branch.cos(), branch.sin()))
     hidden = drawn(size.tokens, 4 * width)
     for kind in kinds:
         note = str(kind).removeprefix("torch.")
-        yield Case("norm_modulate_quantize", "norms", (x, scale, shift, kind), note)
-        yield Case("gate_residual_norm_modulate_quantize", "norms", (branch, gate, x, scale, shift, kind), note)
-        yield Case("quantize_rows", "rounding", (x[0], kind), note)
-        yield Case("gelu_quantize", "rounding", (hidden, kind), note)
+        yield Case("norm_modulate_quantize", "adaln", (x, scale, shift, kind), note)
+        yield Case("gate_residual_norm_modulate_quantize", "adaln", (branch, gate, x, scale, shift, kind), note)
+        yield Case("quantize_rows", "quantization", (x[0], kind), note)
+        yield Case("gelu_quantize", "quantization", (hidden, kind), note)
     sums, rows, columns = (hidden * 1000).int(), drawn(size.tokens, 1).float().abs(), hidden[0].float().abs()
-    yield Case("rescale", "rounding", (sums, rows, columns, hidden[1], dtype))
+    yield Case("rescale", "quantization", (sums, rows, columns, hidden[1], dtype))
     for stage in size.stages:
         clip = drawn(1, *stage).contiguous(memory_format=torch.channels_last_3d)
         bend = drawn(1, 4, stage[0]).unbind(1)[:2]
-        yield Case("pixel_norm_modulate_silu", "pixels", (clip, *bend), f"{stage[0]} channels")
-        yield Case("bias_residual", "pixels", (clip, bend[0][0], clip), f"{stage[0]} channels")
+        yield Case("pixel_norm_modulate_silu", "vae", (clip, *bend), f"{stage[0]} channels")
+        yield Case("bias_residual", "vae", (clip, bend[0][0], clip), f"{stage[0]} channels")
     for name in fused.PACKED:
-        yield Case("dequantize", "blocks", packed(name, size.outputs, width, device, dtype), name)
+        yield Case("dequantize", "ggml", packed(name, size.outputs, width, device, dtype), name)
 
 
 def packed(name: str, rows: int, columns: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kadr import Engine, Request, StepCache
-from kadr.kernels.heap import give_back_at_once
+from kadr.kernels.cpu.malloc import give_back_at_once
 from tests import pages
 from train.evaluate import psnr
 from train.judge import judge

@@ -23,7 +23,7 @@ from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder, is_text_encoder
 from kadr.errors import CheckpointError
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae.config import VAE_0_9_5

@@ -27,7 +27,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.checkpoints.to_gguf import Written, text_encoder_to_gguf, transformer_to_gguf
 from kadr.checkpoints.write_gguf import Entry
 from kadr.errors import CheckpointError
-from kadr.kernels.packing import PACKINGS, Packing
+from kadr.kernels.ggml_types import PACKINGS, Packing
 from kadr.models.registry import find
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig

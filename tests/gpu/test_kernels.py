@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.kernels import SIZES, Case, Size, apart, cases, exact, kinds_here, numbers, seconds
 from kadr.kernels import attention, fp8, fused, reference, trial
-from kadr.kernels.graphs import Graphed
+from kadr.kernels.cuda_graphs import Graphed
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

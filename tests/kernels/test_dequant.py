@@ -11,7 +11,7 @@ import torch
 
 from kadr.kernels import dequant
 from kadr.kernels.dequant import dequantize
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 
 HALVES = {  # where the float16 of a block start
     "Q8_0": (0,),

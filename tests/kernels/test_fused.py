@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning, RequestError
-from kadr.kernels import dequant, fused, reference, switch, trial
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels import dequant, fused, mode, reference, trial
+from kadr.kernels.ggml_types import PACKINGS
 
 SOURCES = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(switch.VARIABLE, raising=False)
-    monkeypatch.setattr(switch, "_current", None)
+    monkeypatch.delenv(mode.VARIABLE, raising=False)
+    monkeypatch.setattr(mode, "_current", None)
     trial.forget()
     yield
     trial.forget()
@@ -50,7 +50,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """Kernels everywhere, without triton."""
     made = Kernels()
     monkeypatch.setattr(trial, "import_module", lambda name: made)
-    with switch.using(switch.EVERYWHERE):
+    with mode.using(mode.EVERYWHERE):
         yield made
 
 
@@ -63,31 +63,33 @@ def entry(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_the_environment_is_read_when_it_is_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert switch.current() == switch.AUTO
-    monkeypatch.setattr(switch, "_current", None)
-    monkeypatch.setenv(switch.VARIABLE, "reference")
-    assert switch.current() == switch.REFERENCE
-    with switch.using(switch.EVERYWHERE):
-        assert switch.current() == switch.EVERYWHERE
-    assert switch.current() == switch.REFERENCE
+    assert mode.current() == mode.AUTO
+    monkeypatch.setattr(mode, "_current", None)
+    monkeypatch.setenv(mode.VARIABLE, "reference")
+    assert mode.current() == mode.REFERENCE
+    with mode.using(mode.EVERYWHERE):
+        assert mode.current() == mode.EVERYWHERE
+    assert mode.current() == mode.REFERENCE
 
 
 def test_a_choice_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(switch.VARIABLE, "fastest")
+    monkeypatch.setenv(mode.VARIABLE, "fastest")
     with pytest.raises(RequestError, match="KADR_KERNELS is 'fastest'; it must be one of auto, reference, everywhere"):
-        switch.current()
-    with pytest.raises(RequestError, match="'none'"), switch.using("none"):
+        mode.current()
+    with pytest.raises(RequestError, match="'none'"), mode.using("none"):
         pass
 
 
 def test_a_choice_ends_with_its_block_even_in_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), switch.using(switch.REFERENCE):
+    with pytest.raises(ZeroDivisionError), mode.using(mode.REFERENCE):
         raise ZeroDivisionError
-    assert switch.current() == switch.AUTO
+    assert mode.current() == mode.AUTO
 
 
 def test_importing_the_dispatch_brings_no_triton() -> None:
-    script = "import kadr.kernels.fused, kadr.kernels.attention, kadr.kernels.fp8, kadr.kernels.graphs, sys, torch;"
+    script = (
+        "import kadr.kernels.fused, kadr.kernels.attention, kadr.kernels.fp8, kadr.kernels.cuda_graphs, sys, torch;"
+    )
     script += "assert 'triton' not in sys.modules; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(SOURCES)})
 
@@ -181,7 +183,7 @@ def test_who_wants_gradients_gets_the_definition(kernels: Kernels) -> None:
 
 
 def test_the_switch_turns_all_kernels_off(kernels: Kernels) -> None:
-    with switch.using(switch.REFERENCE):
+    with mode.using(mode.REFERENCE):
         fused.norm_modulate(*entry())
     assert not kernels.called
 
@@ -235,6 +237,6 @@ def test_a_kernel_waits_while_a_graph_is_recorded(kernels: Kernels, monkeypatch:
 
     x = OnGpu(is_cuda=True, device="cuda:0", shape=(2, 3, 8), dim=lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert trial.run("norms", lambda given: "by definition", x) == "by definition"
+    assert trial.run("adaln", lambda given: "by definition", x) == "by definition"
     assert not kernels.called
     assert not trial._verdicts

@@ -67,7 +67,7 @@ def test_every_kernel_compiles(capability: int, size: str, compiled: Callable[[i
         case.kernel(*case.arguments)
         (kernel,) = made
         assert kernel.asm["cubin"], case
-        assert case.family == "blocks" or WIDE_LOAD.search(kernel.asm["ptx"]), case
+        assert case.family == "ggml" or WIDE_LOAD.search(kernel.asm["ptx"]), case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -15,10 +15,10 @@ from torch import Tensor
 from benchmarks.kernels import Case, Size, apart, cases, exact, numbers
 from benchmarks.kernels import wide as in_fp32
 from kadr.kernels import dequant, fused, reference, trial
-from kadr.kernels.packing import PACKINGS
-from kadr.kernels.triton import blocks, norms, pixels, rotations, rounding
-from tests.kernels.interpreted import kernels_everywhere, rounding_to_nearest  # noqa: F401
+from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.triton import adaln, ggml, quantization, rope, vae
 from tests.kernels.test_dequant import any_bytes
+from tests.kernels.triton_interpreter import kernels_everywhere, rounding_to_nearest  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = (torch.int8, torch.float8_e4m3fn)
@@ -76,7 +76,7 @@ def codes_agree(made: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> No
 def test_the_entry_of_a_branch(width: int, dtype: torch.dtype, shared: str) -> None:
     shift, scale, _ = bends(width, dtype, shared)
     given = (tokens(width, dtype), scale, shift, 1e-6)
-    agrees(norms.norm_modulate(*given), reference.norm_modulate(*wide(given)), dtype)
+    agrees(adaln.norm_modulate(*given), reference.norm_modulate(*wide(given)), dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +85,7 @@ def test_the_entry_of_a_branch(width: int, dtype: torch.dtype, shared: str) -> N
 def test_the_entry_of_a_branch_in_eight_bits(width: int, dtype: torch.dtype, kind: torch.dtype) -> None:
     shift, scale, _ = bends(width, dtype, "sample")
     given = (tokens(width, dtype), scale, shift, kind, 1e-6)
-    codes_agree(norms.norm_modulate_quantize(*given), reference.norm_modulate_quantize(*wide(given)))
+    codes_agree(adaln.norm_modulate_quantize(*given), reference.norm_modulate_quantize(*wide(given)))
 
 
 @pytest.mark.parametrize("shared", [*SHARED, None])
@@ -93,7 +93,7 @@ def test_the_entry_of_a_branch_in_eight_bits(width: int, dtype: torch.dtype, kin
 def test_the_end_of_a_branch(dtype: torch.dtype, shared: str | None) -> None:
     gate = bends(100, dtype, shared)[2] if shared else None
     given = (tokens(100, dtype), gate, tokens(100, dtype, seed=2))
-    agrees(norms.gate_residual(*given), reference.gate_residual(*wide(given)), dtype)
+    agrees(adaln.gate_residual(*given), reference.gate_residual(*wide(given)), dtype)
 
 
 @pytest.mark.parametrize("shared", [*SHARED, None])
@@ -103,11 +103,11 @@ def test_the_end_of_a_branch_and_the_entry_of_the_next(width: int, dtype: torch.
     shift, scale, gate = bends(width, dtype, shared or "sample")
     x, branch = tokens(width, dtype), tokens(width, dtype, seed=2)
     given = (x, gate if shared else None, branch)
-    ended, entered = norms.gate_residual_norm_modulate(*given, scale, shift, 1e-6)
+    ended, entered = adaln.gate_residual_norm_modulate(*given, scale, shift, 1e-6)
     agrees(ended, reference.gate_residual(*wide(given)), dtype)
     agrees(entered, reference.norm_modulate(*wide((ended, scale, shift)), 1e-6), dtype)
     for kind in KINDS:
-        again, *coded = norms.gate_residual_norm_modulate_quantize(*given, scale, shift, kind, 1e-6)
+        again, *coded = adaln.gate_residual_norm_modulate_quantize(*given, scale, shift, kind, 1e-6)
         assert torch.equal(again, ended)
         codes_agree(tuple(coded), reference.norm_modulate_quantize(*wide((ended, scale, shift)), kind, 1e-6))
 
@@ -120,7 +120,7 @@ def test_queries_are_normalised_and_turned(width: int, dtype: torch.dtype, sampl
     table = drawn(samples, TOKENS, width, seed=3).cos(), drawn(samples, TOKENS, width, seed=4).sin()
     weight = drawn(width, seed=5, dtype=dtype)
     given = (tokens(width, dtype), weight, table[0].to(dtype), table[1].to(dtype), 1e-5)
-    agrees(rotations.norm_rope(*given), reference.norm_rope(*wide(given)), dtype)
+    agrees(rope.norm_rope(*given), reference.norm_rope(*wide(given)), dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,8 +130,8 @@ def test_rows_become_eight_bits(width: int, dtype: torch.dtype, kind: torch.dtyp
     x = tokens(width, torch.float32)[0] * torch.tensor([1e-6, 1.0, 300.0])[:, None]
     x[1] = 0
     given = (x.to(dtype) if dtype != torch.float16 else tokens(width, dtype)[0], kind)
-    codes_agree(rounding.quantize_rows(*given), reference.quantize_rows(*wide(given)))
-    codes_agree(rounding.gelu_quantize(*given), reference.gelu_quantize(*wide(given)))
+    codes_agree(quantization.quantize_rows(*given), reference.quantize_rows(*wide(given)))
+    codes_agree(quantization.gelu_quantize(*given), reference.gelu_quantize(*wide(given)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,14 +139,14 @@ def test_a_row_that_holds_no_number_shows_it(kind: torch.dtype) -> None:
     for odd in (torch.nan, torch.inf, -torch.inf):
         x = drawn(2, 100)
         x[1, 7] = odd
-        codes, scale = rounding.quantize_rows(x, kind)
+        codes, scale = quantization.quantize_rows(x, kind)
         assert (codes.float() * scale)[0].isfinite().all()
         assert not scale[1].isfinite().all()
 
 
 def test_gelu_holds_at_its_ends() -> None:
     x = torch.tensor([[-1e4, -40.0, -10.0, -0.0, 0.0, 10.0, 40.0, 1e4]])
-    codes, scale = rounding.gelu_quantize(x, torch.int8)
+    codes, scale = quantization.gelu_quantize(x, torch.int8)
     assert (codes * scale)[0, -1] == pytest.approx(1e4)
     assert codes[0, :5].eq(0).all()
 
@@ -159,7 +159,7 @@ def test_sums_of_codes_become_numbers(sums: torch.dtype, dtype: torch.dtype, bia
     rows, columns = drawn(3, 1, seed=1).abs() * 1e-3, drawn(1100, seed=2).abs() * 1e-2
     bias = drawn(1100, seed=3, dtype=dtype) if biased else None
     agrees(
-        rounding.rescale(codes, rows, columns, bias, dtype),
+        quantization.rescale(codes, rows, columns, bias, dtype),
         reference.rescale(codes, rows, columns, bias, torch.float32),
         dtype,
     )
@@ -171,7 +171,7 @@ def test_sums_of_codes_become_numbers(sums: torch.dtype, dtype: torch.dtype, bia
 def test_channels_are_normalised_bent_and_activated(channels: int, bent: int, dtype: torch.dtype) -> None:
     bend = drawn(bent, 4, channels, seed=1, dtype=dtype).unbind(1)[:2] if bent else (None, None)
     for x in (video(channels, dtype), video(channels, dtype)[:, :, 1:], video(2 * channels, dtype)[:, channels:]):
-        made = pixels.pixel_norm_modulate_silu(x, *bend, 1e-8)
+        made = vae.pixel_norm_modulate_silu(x, *bend, 1e-8)
         assert made.is_contiguous(memory_format=torch.channels_last_3d)
         agrees(made, reference.pixel_norm_modulate_silu(*wide((x, *bend)), 1e-8), dtype)
 
@@ -182,7 +182,7 @@ def test_a_bias_and_a_skip_are_added(biased: bool, dtype: torch.dtype) -> None:
     x, bias = video(100, dtype), drawn(100, seed=1, dtype=dtype) if biased else None
     longer = torch.cat([video(100, dtype, seed=2)] * 2, dim=2).contiguous(memory_format=torch.channels_last_3d)
     for skip in (video(100, dtype, seed=2), longer[:, :, 1:4]):
-        made = pixels.bias_residual(x, bias, skip)
+        made = vae.bias_residual(x, bias, skip)
         assert made.is_contiguous(memory_format=torch.channels_last_3d)
         agrees(made, reference.bias_residual(*wide((x, bias, skip))), dtype)
 
@@ -193,7 +193,7 @@ def test_sides_of_one_do_not_matter(shape: tuple[int, ...]) -> None:
     x = drawn(samples, 3 * channels, *sides).contiguous(memory_format=torch.channels_last_3d)[
         :, channels : 2 * channels
     ]
-    agrees(pixels.bias_residual(x, None, x), 2 * x, torch.float32)
+    agrees(vae.bias_residual(x, None, x), 2 * x, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,7 +206,7 @@ def test_blocks_unpack_to_the_bit(name: str, dtype: torch.dtype) -> None:
     odd = torch.zeros(3, packed.shape[1] + 1, dtype=torch.uint8)
     odd[:, 1:] = packed
     for given in (packed, odd[:, 1:]):  # blocks may begin at an odd byte
-        made = blocks.dequantize(given, packing, buffer[1:, 32:])
+        made = ggml.dequantize(given, packing, buffer[1:, 32:])
         bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
         assert torch.equal(made.contiguous().view(bits), right.view(bits))
         assert (buffer[0] == 7).all()

@@ -20,7 +20,7 @@ from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
-from tests.kernels.test_graphs import Notes
+from tests.kernels.test_cuda_graphs import Notes
 from tests.oracles import diffusers_transformer, drawn, official_transformer, relative
 from tests.tiny import sown
 

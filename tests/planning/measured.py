@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from kadr.kernels.winograd import FOURS, PAIRS
+from kadr.kernels.cpu.winograd import FOURS, PAIRS
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kadr.kernels import switch
+from kadr.kernels import mode
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.engine import Engine
@@ -24,18 +24,18 @@ def has(module: torch.nn.Module, kind: type) -> bool:
     return any(isinstance(child, kind) for child in module.modules())
 
 
-@pytest.mark.parametrize("kernels", [switch.AUTO, switch.REFERENCE])
+@pytest.mark.parametrize("kernels", [mode.AUTO, mode.REFERENCE])
 @pytest.mark.parametrize("hold", [CONVERTED, "int8", "int8-weights"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_matrices(dtype: str, hold: str, kernels: str) -> None:
-    with switch.using(kernels):
+    with mode.using(kernels):
         kind = getattr(torch, dtype)
         module = placed(sown(lambda: Transformer(CONFIG)).to(kind), Choice(dtype=dtype, hold=hold), CPU)
         said = backends.of_matrices(kind, CPU, hold, streamed=False)
     packed = has(module, PackedInt8Linear) if hold == "int8" else has(module, PackedMatrix)
     assert ("packed weights" in said) == packed
-    assert ("KADR_KERNELS=reference" in said) == (kernels == switch.REFERENCE)
-    assert not (packed and kernels == switch.REFERENCE)
+    assert ("KADR_KERNELS=reference" in said) == (kernels == mode.REFERENCE)
+    assert not (packed and kernels == mode.REFERENCE)
 
 
 def test_streamed_blocks_are_not_packed() -> None:
@@ -43,10 +43,10 @@ def test_streamed_blocks_are_not_packed() -> None:
         assert "packed" not in backends.of_matrices(dtype, CPU, AS_STORED, streamed=True)
 
 
-@pytest.mark.parametrize("kernels", [switch.AUTO, switch.REFERENCE])
+@pytest.mark.parametrize("kernels", [mode.AUTO, mode.REFERENCE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convolutions(dtype: str, kernels: str) -> None:
-    with switch.using(kernels):
+    with mode.using(kernels):
         kind = getattr(torch, dtype)
         module = placed(sown(lambda: VAE(vae_config("0.9.5"))).to(kind), Choice(dtype=dtype), CPU)
         assert backends.of_convolutions(kind, CPU).startswith("Winograd") == has(module, PackedConv)

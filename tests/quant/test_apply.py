@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kadr.errors import CheckpointError, RequestError
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.quant.apply import block_linears, packing_for, requantize
 from kadr.quant.rotation import find_rotation, likeness, turn

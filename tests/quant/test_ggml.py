@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kadr.kernels.dequant import dequantize
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 from kadr.quant import ggml
 from kadr.quant.ggml import quantize
 

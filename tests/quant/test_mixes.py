@@ -9,7 +9,7 @@ from collections import Counter
 import gguf
 import pytest
 
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
 from kadr.quant.mixes import FALLBACK, MIXES, PLAIN, SHORT, TYPES, assign_types, find_mix

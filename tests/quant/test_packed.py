@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kadr.kernels import int8, products, switch
+from kadr.kernels import int8, matmul, mode
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE, blocks
 from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
@@ -58,7 +58,7 @@ def test_a_packed_matrix_gives_what_the_plain_one_gives() -> None:
     bent = F.gelu(exact, approximate="tanh")
     in_two = F.gelu(plain(x), approximate="tanh").float()
     assert relative(packed.with_gelu(x).float(), bent) < relative(in_two, bent)
-    with switch.using(switch.REFERENCE):
+    with mode.using(mode.REFERENCE):
         assert torch.equal(plain.with_gelu(x).float(), in_two)
 
 
@@ -124,7 +124,7 @@ def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> Non
 def test_a_packed_transformer_gives_what_the_plain_one_gives() -> None:
     exact = answer(sown(lambda: Transformer(CONFIG)), torch.float32)
     module = sown(lambda: Transformer(CONFIG)).bfloat16()
-    with switch.using(switch.REFERENCE):
+    with mode.using(mode.REFERENCE):
         reference = relative(answer(module, torch.bfloat16), exact)
     plain = answer(module, torch.bfloat16)
     pack_matrices(module)
@@ -212,7 +212,7 @@ def test_the_switch_leaves_weights_as_they_are() -> None:
     module = sown(lambda: Transformer(CONFIG)).bfloat16()
     requantized = sown(lambda: Transformer(CONFIG)).bfloat16()
     requantize(requantized, "int8", device=CPU)
-    with switch.using(switch.REFERENCE):
+    with mode.using(mode.REFERENCE):
         assert not packs_convolutions(torch.float32, CPU)
         pack_matrices(module)
         pack_matrices(requantized)
@@ -229,6 +229,6 @@ def test_who_needed_a_packed_weight_no_more_is_told() -> None:
 def test_under_autocast_without_gradients_wider_weights_are_multiplied_too() -> None:
     x, weight, bias = torch.randn(3, 16).bfloat16(), torch.randn(8, 16), torch.randn(8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(products.linear(x, weight, bias), F.linear(x, weight, bias))
+        assert torch.equal(matmul.linear(x, weight, bias), F.linear(x, weight, bias))
         right = F.gelu(F.linear(x, weight, bias), approximate="tanh")
-        assert torch.equal(products.linear_gelu(x, weight, bias), right)
+        assert torch.equal(matmul.linear_gelu(x, weight, bias), right)

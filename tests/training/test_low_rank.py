@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kadr.checkpoints.keys import TRANSFORMER, names
 from kadr.errors import RequestError
-from kadr.kernels import switch
+from kadr.kernels import mode
 from kadr.models.adapters import attach, set_strengths
 from kadr.models.transformer import TRANSFORMER_2B, Transformer
 from kadr.nn.linear import Linear
@@ -33,7 +33,7 @@ SCHEMES = (None, "int8", "int8-weights", "fp8-weights", "Q8_0")
 
 @pytest.fixture(autouse=True)
 def plain_kernels() -> Iterator[None]:
-    with switch.using(switch.REFERENCE):
+    with mode.using(mode.REFERENCE):
         yield
 
 

@@ -15,7 +15,7 @@ import torch
 from kadr.checkpoints.gguf_format import ALIGNMENT, MAGIC, VERSIONS, Cursor, Head, Stretch, entries
 from kadr.checkpoints.header import TensorInfo
 from kadr.errors import CheckpointError
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 
 ARCHITECTURE, NAME, CONFIG = "general.architecture", "general.name", "config"
 TRANSFORMER, TEXT_ENCODER = "ltxv", "t5encoder"  # architectures

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kadr.errors import CheckpointError
-from kadr.kernels.packing import Packing
+from kadr.kernels.ggml_types import Packing
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit

@@ -18,7 +18,7 @@ from kadr.checkpoints.header import EIGHT_BIT
 from kadr.checkpoints.mapped import release
 from kadr.checkpoints.save import beside
 from kadr.errors import CheckpointError
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 from kadr.quant.ggml import quantize
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

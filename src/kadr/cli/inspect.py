@@ -13,7 +13,7 @@ import typer
 from kadr.cli import options
 from kadr.cli.table import columns, in_words
 from kadr.errors import CheckpointError
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 TEXT_ENCODER = "text encoder"

@@ -11,7 +11,7 @@ import typer
 from kadr.cli import bench, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.faults import explained
 from kadr.cli.official import OfficialCommand
-from kadr.kernels.heap import give_back_at_once
+from kadr.kernels.cpu.malloc import give_back_at_once
 from kadr.version import __version__
 
 # Without markup, help is plain text: rich would take longer to load than everything else together.

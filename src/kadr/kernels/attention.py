@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kadr.kernels import switch
+from kadr.kernels import mode
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 SECONDS = 0.02  # that trying one candidate takes, besides its first run
@@ -129,7 +129,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
         (B, H, N, d) in q's dtype.
     """
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    if not q.is_cuda or learning or torch.compiler.is_compiling() or switch.current() == switch.REFERENCE:
+    if not q.is_cuda or learning or torch.compiler.is_compiling() or mode.current() == mode.REFERENCE:
         return plain(q, k, v, bias)
     return chooser(q.device).pick(q, k, v, bias).run(q, k, v, bias)
 

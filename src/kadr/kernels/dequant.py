@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kadr.kernels.packing import Packing
+from kadr.kernels.ggml_types import Packing
 
 PIECE = 262_144  # numbers unpacked at a time by each thread: what comes up on the way stays in a core's cache
 PIECE_ELSEWHERE = 4_194_304  # on an accelerator, where a piece must outlast the launch of a dozen operations

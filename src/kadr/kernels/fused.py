@@ -11,8 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kadr.kernels import cpu_pixels, dequant, reference, trial
-from kadr.kernels.packing import Packing
+from kadr.kernels import dequant, reference, trial
+from kadr.kernels.cpu import pixel_norm
+from kadr.kernels.ggml_types import Packing
 
 WIDEST = 16_384  # numbers of a row that a program holds in registers; the hidden layer of 13B has as many
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,7 +24,7 @@ PACKED = ("Q8_0", "Q6_K", "Q4_K")  # formats of GGML that there are kernels for
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float = 1e-6) -> Tensor:
     """See `reference.norm_modulate`."""
     if _tokens(x, scale, shift):
-        return trial.run("norms", reference.norm_modulate, x, scale, shift, epsilon)
+        return trial.run("adaln", reference.norm_modulate, x, scale, shift, epsilon)
     return reference.norm_modulate(x, scale, shift, epsilon)
 
 
@@ -32,14 +33,14 @@ def norm_modulate_quantize(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.norm_modulate_quantize`."""
     if _tokens(x, scale, shift, kind=kind):
-        return trial.run("norms", reference.norm_modulate_quantize, x, scale, shift, kind, epsilon)
+        return trial.run("adaln", reference.norm_modulate_quantize, x, scale, shift, kind, epsilon)
     return reference.norm_modulate_quantize(x, scale, shift, kind, epsilon)
 
 
 def gate_residual(x: Tensor, gate: Tensor | None, branch: Tensor) -> Tensor:
     """See `reference.gate_residual`."""
     if _tokens(x, gate, whole=(branch,)):
-        return trial.run("norms", reference.gate_residual, x, gate, branch)
+        return trial.run("adaln", reference.gate_residual, x, gate, branch)
     return reference.gate_residual(x, gate, branch)
 
 
@@ -48,7 +49,7 @@ def gate_residual_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.gate_residual_norm_modulate`."""
     if _tokens(x, gate, scale, shift, whole=(branch,)):
-        return trial.run("norms", reference.gate_residual_norm_modulate, x, gate, branch, scale, shift, epsilon)
+        return trial.run("adaln", reference.gate_residual_norm_modulate, x, gate, branch, scale, shift, epsilon)
     return reference.gate_residual_norm_modulate(x, gate, branch, scale, shift, epsilon)
 
 
@@ -64,28 +65,28 @@ def gate_residual_norm_modulate_quantize(
     """See `reference.gate_residual_norm_modulate_quantize`."""
     arguments = (x, gate, branch, scale, shift, kind, epsilon)
     if _tokens(x, gate, scale, shift, whole=(branch,), kind=kind):
-        return trial.run("norms", reference.gate_residual_norm_modulate_quantize, *arguments)
+        return trial.run("adaln", reference.gate_residual_norm_modulate_quantize, *arguments)
     return reference.gate_residual_norm_modulate_quantize(*arguments)
 
 
 def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: float = 1e-5) -> Tensor:
     """See `reference.norm_rope`."""
     if x.shape[-1] % 2 == 0 and _tokens(x, weight[None, None], cosine, sine):
-        return trial.run("rotations", reference.norm_rope, x, weight, cosine, sine, epsilon)
+        return trial.run("rope", reference.norm_rope, x, weight, cosine, sine, epsilon)
     return reference.norm_rope(x, weight, cosine, sine, epsilon)
 
 
 def quantize_rows(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `reference.quantize_rows`."""
     if _matrix(x, kind):
-        return trial.run("rounding", reference.quantize_rows, x, kind)
+        return trial.run("quantization", reference.quantize_rows, x, kind)
     return reference.quantize_rows(x, kind)
 
 
 def gelu_quantize(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `reference.gelu_quantize`."""
     if _matrix(x, kind):
-        return trial.run("rounding", reference.gelu_quantize, x, kind)
+        return trial.run("quantization", reference.gelu_quantize, x, kind)
     return reference.gelu_quantize(x, kind)
 
 
@@ -95,7 +96,7 @@ def rescale(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dt
     fits = sums.dim() == 2 and sums.stride(1) == 1 and rows.is_contiguous() and rows.shape == (len(sums), 1)
     fits = fits and all(tensor.is_contiguous() and tensor.shape == sums.shape[1:] for tensor in shared)
     if fits and sums.numel() and trial.wanted((sums, rows, *shared)):
-        return trial.run("rounding", reference.rescale, sums, rows, columns, bias, dtype)
+        return trial.run("quantization", reference.rescale, sums, rows, columns, bias, dtype)
     return reference.rescale(sums, rows, columns, bias, dtype)
 
 
@@ -107,9 +108,9 @@ def pixel_norm_modulate_silu(
     fits = _positions(x) and len(bends) != 1 and _alike(x, x.movedim(1, -1), *bends)
     fits = fits and all(tensor.shape in ((1, x.shape[1]), x.shape[:2]) for tensor in bends)
     if fits and trial.wanted((x, *bends)):
-        return trial.run("pixels", reference.pixel_norm_modulate_silu, x, scale, shift, epsilon)
-    if cpu_pixels.suits(x, scale, shift):
-        return cpu_pixels.pixel_norm_modulate_silu(x, scale, shift, epsilon)
+        return trial.run("vae", reference.pixel_norm_modulate_silu, x, scale, shift, epsilon)
+    if pixel_norm.suits(x, scale, shift):
+        return pixel_norm.pixel_norm_modulate_silu(x, scale, shift, epsilon)
     return reference.pixel_norm_modulate_silu(x, scale, shift, epsilon)
 
 
@@ -118,7 +119,7 @@ def bias_residual(x: Tensor, bias: Tensor | None, skip: Tensor) -> Tensor:
     fits = _positions(x) and _positions(skip) and x.shape == skip.shape and _alike(x, bias, skip.movedim(1, -1))
     fits = fits and (bias is None or bias.shape == x.shape[1:2])
     if fits and trial.wanted((x, bias, skip)):
-        return trial.run("pixels", reference.bias_residual, x, bias, skip)
+        return trial.run("vae", reference.bias_residual, x, bias, skip)
     return reference.bias_residual(x, bias, skip)
 
 
@@ -128,7 +129,7 @@ def dequantize(packed: Tensor, packing: Packing, out: Tensor) -> Tensor:
     lies = rows and columns and packed.stride(-1) == out.stride(-1) == 1 and out.dtype in DTYPES
     fits = lies and packing.name in PACKED and packed.shape == (rows, packing.row_bytes(columns))
     if fits and trial.wanted((packed, out)):
-        return trial.run("blocks", dequant.dequantize, packed, packing, out)
+        return trial.run("ggml", dequant.dequantize, packed, packing, out)
     return dequant.dequantize(packed, packing, out)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning
-from kadr.kernels import switch
+from kadr.kernels import mode
 
 Made = TypeVar("Made")
 Capability = tuple[int, int]
@@ -52,18 +52,18 @@ def wanted(tensors: Iterable[Tensor | None], oldest: Capability = OLDEST) -> boo
     Code that is being compiled keeps the definitions, which the compiler fuses by itself.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    if switch.current() == switch.REFERENCE or torch.compiler.is_compiling():
+    if mode.current() == mode.REFERENCE or torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
     if any(tensor.device != given[0].device for tensor in given):
         return False
-    return switch.current() == switch.EVERYWHERE or runs_on(given[0].device, oldest)
+    return mode.current() == mode.EVERYWHERE or runs_on(given[0].device, oldest)
 
 
 def possible(x: Tensor) -> bool:
     """Whether a kernel could run on x at all: asked first, for it is soon answered."""
-    return x.is_cuda or switch.current() == switch.EVERYWHERE
+    return x.is_cuda or mode.current() == mode.EVERYWHERE
 
 
 def runs_on(device: torch.device, oldest: Capability = OLDEST) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
 from kadr.kernels import fused
-from kadr.kernels.graphs import Backend, Graphed
+from kadr.kernels.cuda_graphs import Backend, Graphed
 from kadr.models.skipping import onward, through
 from kadr.nn.attention import INPUT, VALUES, Attention, KeysValues
 from kadr.nn.embedding import LevelEmbedding
@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         self._graphed: Graphed | None = None
 
     def replay(self, backend: Backend | None = None) -> None:
-        """Have the layers run as CUDA graphs from now on, where they have seen a shape before; see `kernels.graphs`.
+        """Have the layers run as CUDA graphs from now on, where they have seen a shape before; see `kernels.cuda_graphs`.
 
         For weights that stay where they are, texts that all layers have read once, and up to `REPLAYED` tokens.
         """

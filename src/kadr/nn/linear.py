@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kadr.kernels.products import linear, linear_gelu
+from kadr.kernels.matmul import linear, linear_gelu
 
 
 class Prepares(nn.Module):

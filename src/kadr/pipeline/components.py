@@ -16,7 +16,7 @@ from torch import nn
 from kadr.checkpoints.mapped import release
 from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderFolder
-from kadr.kernels.heap import at_work
+from kadr.kernels.cpu.malloc import at_work
 from kadr.memory.device import DTYPES
 from kadr.memory.module_cache import Shelf
 from kadr.models.adapters import merge, set_strengths

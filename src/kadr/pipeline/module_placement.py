@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from kadr.checkpoints.mapped import prefetch, release
-from kadr.kernels import fp8, switch
-from kadr.kernels.winograd import PAIRS
+from kadr.kernels import fp8, mode
+from kadr.kernels.cpu.winograd import PAIRS
 from kadr.memory.block_swap import Carousel, stream_pages
 from kadr.memory.device import DTYPES
 from kadr.models.adapters import Additions, attach
@@ -71,7 +71,7 @@ def packed(module: nn.Module, dtype: torch.dtype, device: torch.device, together
     On a CPU its weights are put into the order that kernels read them in. On a GPU a transformer's layers are recorded,
     and videos go through a VAE channels last.
     """
-    recorded = device.type == "cuda" and switch.current() != switch.REFERENCE
+    recorded = device.type == "cuda" and mode.current() != mode.REFERENCE
     if isinstance(module, Transformer) and device.type == "cpu":
         pack_matrices(module, release=release)
     elif isinstance(module, Transformer) and recorded:

@@ -2,14 +2,14 @@
 
 Bytes are those of the tensors that exist at the worst moment, counted along the code of `models`, and those that
 kernels on a CPU take besides, measured. They hold where freed memory goes back to the system at once; see
-`kernels.heap`. FLOPs are twice the multiplications of matrices, convolutions and attentions (performance.md, B).
+`kernels.cpu.malloc`. FLOPs are twice the multiplications of matrices, convolutions and attentions (performance.md, B).
 """
 
 from __future__ import annotations
 
 from math import prod
 
-from kadr.kernels import cpu_attention
+from kadr.kernels.cpu import attention
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upsampler import UpsamplerConfig
@@ -41,7 +41,7 @@ def convolution_bytes(channels: tuple[int, int], before: Sides, after: Sides, si
 
 
 def packed_convolution_bytes(channels: tuple[int, int], before: Sides, after: Sides, size: int, together: int) -> int:
-    """As `convolution_bytes`, of `kernels.winograd.convolve`; its kernels lie as they are read, so none is copied.
+    """As `convolution_bytes`, of `kernels.cpu.winograd.convolve`; its kernels lie as they are read, so none is copied.
 
     While the first frames of all groups are made. Of pairs: what goes into that product, sum and difference of the two
     products that both frames share, and the frames themselves before they are put among the others. Of fours: what goes
@@ -83,7 +83,7 @@ def transformer_bytes(
         text: positions of the longest prompt.
         per_token: tokens have noise levels of their own, as with conditions.
         disturbed: samples that are evaluated a second time with some blocks disturbed.
-        fused: in bfloat16 by oneDNN: there is no hidden layer without its GELU; see `kernels.products`.
+        fused: in bfloat16 by oneDNN: there is no hidden layer without its GELU; see `kernels.matmul`.
     """
     width = config.width
     x, words, levels = batch * tokens * width, batch * text * width, batch * (tokens if per_token else 1)
@@ -111,11 +111,11 @@ def lora_bytes(tokens: int, size: int, *, rank: int, widest: int, batch: int = 1
 
 
 def _logits(config: TransformerConfig, tokens: int) -> int:
-    """Of `kernels.cpu_attention`: logits of some heads, in float32, and what becomes of them in bfloat16."""
+    """Of `kernels.cpu.attention`: logits of some heads, in float32, and what becomes of them in bfloat16."""
     head = 4 * tokens**2
-    if tokens < cpu_attention.FEWEST or config.head_width > cpu_attention.WIDEST or head > cpu_attention.CACHED:
+    if tokens < attention.FEWEST or config.head_width > attention.WIDEST or head > attention.CACHED:
         return 0
-    return min(config.heads, cpu_attention.CACHED // head) * (head * 3 // 2 + 2 * tokens * config.head_width)
+    return min(config.heads, attention.CACHED // head) * (head * 3 // 2 + 2 * tokens * config.head_width)
 
 
 def step_cache_bytes(

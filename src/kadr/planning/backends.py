@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from kadr.kernels import int8, switch, trial
-from kadr.kernels.products import has_bfloat16
+from kadr.kernels import int8, mode, trial
+from kadr.kernels.matmul import has_bfloat16
 from kadr.quant.packed import packs_convolutions, packs_matrices
 from kadr.quant.scheme import INT8
 
@@ -19,7 +19,7 @@ def of_matrices(dtype: torch.dtype, device: torch.device, hold: str, *, streamed
         hold: see `planning.plan.Choice`.
         streamed: blocks come and go, so their weights stay in the order of the file.
     """
-    if switch.current() == switch.REFERENCE:
+    if mode.current() == mode.REFERENCE:
         return _left_out()
     if device.type == "cuda":
         return _fused(device)
@@ -34,7 +34,7 @@ def of_matrices(dtype: torch.dtype, device: torch.device, hold: str, *, streamed
 
 def of_convolutions(dtype: torch.dtype, device: torch.device) -> str:
     """What a VAE's convolutions are computed by."""
-    if switch.current() == switch.REFERENCE:
+    if mode.current() == mode.REFERENCE:
         return _left_out()
     if device.type == "cuda":
         return f"{_fused(device)}, channels last"

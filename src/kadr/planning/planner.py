@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from kadr.checkpoints.source import Source
-from kadr.kernels.winograd import FOURS, PAIRS
+from kadr.kernels.cpu.winograd import FOURS, PAIRS
 from kadr.memory.device import free_bytes, has_fast_int8, resident_bytes
 from kadr.models.transformer import REPLAYED
 from kadr.models.vae.decoder import SLICE

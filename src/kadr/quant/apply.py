@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
 from kadr.kernels import fp8, int8, reference
-from kadr.kernels.packing import PACKINGS, Packing
+from kadr.kernels.ggml_types import PACKINGS, Packing
 from kadr.nn.linear import Linear
 from kadr.quant.ggml import quantize
 from kadr.quant.mixes import FALLBACK

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kadr.kernels.packing import Packing
+from kadr.kernels.ggml_types import Packing
 from kadr.quant.kquants import gathered, halves, in_bytes, q2_k, q3_k, q4_k, q5_k, q6_k
 from kadr.quant.search import inverse
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
 
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 
 PLAIN = ("F32", "F16", "BF16")
 SMALL = 1024  # numbers; a tensor of no more stays F32

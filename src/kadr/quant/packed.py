@@ -2,7 +2,7 @@
 
 oneDNN puts a weight into blocks before every product. A weight that is multiplied with many times is better put there
 once. A packed matrix takes as many bytes as the plain one, and the four kernels of a convolution a third more; see
-`kernels.winograd`. The plain ones are let go of.
+`kernels.cpu.winograd`. The plain ones are let go of.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from kadr.kernels import int8, switch, winograd
-from kadr.kernels.heap import to_stay
-from kadr.kernels.products import has_bfloat16, linear, linear_gelu
+from kadr.kernels import int8, mode
+from kadr.kernels.cpu import winograd
+from kadr.kernels.cpu.malloc import to_stay
+from kadr.kernels.matmul import has_bfloat16, linear, linear_gelu
 from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
 from kadr.nn.linear import EndsInGelu, Linear, Prepares
 from kadr.quant.stored import Int8Linear
@@ -40,7 +41,7 @@ def packs_convolutions(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _here(device: torch.device) -> bool:
-    return device.type == "cpu" and switch.current() != switch.REFERENCE and _has_onednn()
+    return device.type == "cpu" and mode.current() != mode.REFERENCE and _has_onednn()
 
 
 @cache
@@ -89,7 +90,7 @@ class PackedInt8Linear(Prepares):
 
 
 class PackedConv(StreamedConv):
-    """A streamed convolution of stride 1 by four kernels over single pictures, or by six; see `kernels.winograd`.
+    """A streamed convolution of stride 1 by four kernels over single pictures, or by six; see `kernels.cpu.winograd`.
 
     They are packed when the first pictures come: which order is best depends on their size.
     """
@@ -136,7 +137,7 @@ def pack_matrices(module: nn.Module, *, release: Release = nothing) -> None:
                 weight = child.weight.detach()
                 setattr(parent, name, PackedMatrix(weight, child.bias).eval())
                 release([weight])
-            elif isinstance(child, Int8Linear) and int8.packs() and switch.current() != switch.REFERENCE:
+            elif isinstance(child, Int8Linear) and int8.packs() and mode.current() != mode.REFERENCE:
                 setattr(parent, name, PackedInt8Linear(child).eval())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kadr.errors import RequestError
-from kadr.kernels.packing import PACKINGS
+from kadr.kernels.ggml_types import PACKINGS
 
 NONE, AUTO = "none", "auto"
 INT8, INT8_WEIGHTS, FP8, FP8_WEIGHTS = "int8", "int8-weights", "fp8", "fp8-weights"

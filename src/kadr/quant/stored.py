@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from kadr.kernels import fp8, fused, int8
 from kadr.kernels.fused import dequantize
+from kadr.kernels.ggml_types import Packing
 from kadr.kernels.hadamard import rotate
-from kadr.kernels.packing import Packing
-from kadr.kernels.products import linear, linear_gelu
+from kadr.kernels.matmul import linear, linear_gelu
 from kadr.nn.linear import EndsInGelu, Prepares
 
 PIECE = 262_144  # numbers that are converted at a time: what stays in a core's cache

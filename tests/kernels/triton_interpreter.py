@@ -12,7 +12,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import interpreter
 
-from kadr.kernels import switch, trial
+from kadr.kernels import mode, trial
 
 assert knobs.runtime.interpret, "set TRITON_INTERPRET=1"
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.int8}
@@ -35,5 +35,5 @@ def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels_everywhere() -> Iterator[None]:
     """And none tried yet."""
     trial.forget()
-    with switch.using(switch.EVERYWHERE):
+    with mode.using(mode.EVERYWHERE):
         yield

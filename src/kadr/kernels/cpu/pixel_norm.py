@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kadr.kernels import switch
+from kadr.kernels import mode
 
 CACHED = 2_097_152  # numbers at a time; measured
 DTYPES = (torch.float32, torch.bfloat16)
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def suits(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
     """Whether `pixel_norm_modulate_silu` may take the place of its definition."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES or switch.current() == switch.REFERENCE:
+    if x.device.type != "cpu" or x.dtype not in DTYPES or mode.current() == mode.REFERENCE:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
         return False

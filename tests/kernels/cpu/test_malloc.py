@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kadr.kernels import heap
+from kadr.kernels.cpu import malloc
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is glibc's heap only on Linux")
 
@@ -17,7 +17,7 @@ PROGRAM = """
 from pathlib import Path
 import resource
 import torch
-from kadr.kernels.heap import at_work, give_back_at_once, to_stay
+from kadr.kernels.cpu.malloc import at_work, give_back_at_once, to_stay
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
@@ -53,12 +53,12 @@ def test_blocks_wait_for_the_next_ones_only_while_a_model_runs() -> None:
 
 def test_who_does_not_own_the_process_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(heap, "_mallopt", lambda: lambda *option: told.append(option) or 1)
-    monkeypatch.setattr(heap._Process, "owned", False)
-    with heap.at_work(), heap.to_stay():
+    monkeypatch.setattr(malloc, "_mallopt", lambda: lambda *option: told.append(option) or 1)
+    monkeypatch.setattr(malloc._Process, "owned", False)
+    with malloc.at_work(), malloc.to_stay():
         pass
     assert not told
-    monkeypatch.setattr(heap._Process, "owned", True)
-    with heap.at_work():
-        assert told[-2:] == [(-3, heap.LARGE_AT_WORK), (-1, heap.KEPT_AT_WORK)]
-    assert told[-2:] == [(-3, heap.LARGE), (-1, heap.LARGE)]
+    monkeypatch.setattr(malloc._Process, "owned", True)
+    with malloc.at_work():
+        assert told[-2:] == [(-3, malloc.LARGE_AT_WORK), (-1, malloc.KEPT_AT_WORK)]
+    assert told[-2:] == [(-3, malloc.LARGE), (-1, malloc.LARGE)]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kadr.kernels.reference import LARGEST as LARGEST_OF
-from kadr.kernels.triton.rows import block_of, device_of, in_eight_bits, warps_for
+from kadr.kernels.triton.common import block_of, device_of, in_eight_bits, warps_for
 
 COLUMNS = 1024  # of a product that a program scales; it takes one row
 

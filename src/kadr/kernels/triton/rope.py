@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.triton.rows import block_of, device_of, inverse_rms, steps, warps_for
+from kadr.kernels.triton.common import block_of, device_of, inverse_rms, steps, warps_for
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.triton.rows import block_of, device_of, inverse_rms, warps_for
+from kadr.kernels.triton.common import block_of, device_of, inverse_rms, warps_for
 
 NUMBERS = 4096  # of all positions that a program takes
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.kernels import cpu_pixels, fused, reference, switch
+from kadr.kernels import fused, mode, reference
+from kadr.kernels.cpu import pixel_norm
 from tests.oracles import drawn, relative
 
 
@@ -17,7 +18,7 @@ def video(dtype: torch.dtype, batch: int = 2) -> Tensor:
 
 @pytest.fixture(params=[1, 40 * 32, 10**6])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(cpu_pixels, "CACHED", request.param)
+    monkeypatch.setattr(pixel_norm, "CACHED", request.param)
     return request.param
 
 
@@ -27,7 +28,7 @@ def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def test_it_equals_the_definition(dtype: torch.dtype, rows: int, piece: int) -> None:
     x, given = video(dtype), video(dtype)
     bends = [drawn(rows, 32, seed=seed).to(dtype) for seed in (1, 2)] if rows else [None, None]
-    made = cpu_pixels.pixel_norm_modulate_silu(x, *bends)
+    made = pixel_norm.pixel_norm_modulate_silu(x, *bends)
     exact = reference.pixel_norm_modulate_silu(x.double(), *(None if b is None else b.double() for b in bends))
     right = reference.pixel_norm_modulate_silu(x, *bends)
     assert made.dtype == dtype
@@ -41,12 +42,12 @@ def test_it_equals_the_definition(dtype: torch.dtype, rows: int, piece: int) -> 
 def test_it_is_taken_where_it_suits() -> None:
     x, bend = video(torch.bfloat16), torch.ones(1, 32, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert cpu_pixels.suits(x, bend, bend)
-        assert cpu_pixels.suits(x, None, None)
-        assert torch.equal(fused.pixel_norm_modulate_silu(x), cpu_pixels.pixel_norm_modulate_silu(x))
-        assert not cpu_pixels.suits(x.contiguous(), bend, bend)
-        assert not cpu_pixels.suits(x[:, :, :0], bend, bend)
-        assert not cpu_pixels.suits(x.double(), bend, bend)
-        with switch.using(switch.REFERENCE):
-            assert not cpu_pixels.suits(x, bend, bend)
-    assert not cpu_pixels.suits(x, bend, bend)  # gradients are wanted
+        assert pixel_norm.suits(x, bend, bend)
+        assert pixel_norm.suits(x, None, None)
+        assert torch.equal(fused.pixel_norm_modulate_silu(x), pixel_norm.pixel_norm_modulate_silu(x))
+        assert not pixel_norm.suits(x.contiguous(), bend, bend)
+        assert not pixel_norm.suits(x[:, :, :0], bend, bend)
+        assert not pixel_norm.suits(x.double(), bend, bend)
+        with mode.using(mode.REFERENCE):
+            assert not pixel_norm.suits(x, bend, bend)
+    assert not pixel_norm.suits(x, bend, bend)  # gradients are wanted

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning
-from kadr.kernels.graphs import CudaGraphs, Graphed, tensors_in
+from kadr.kernels.cuda_graphs import CudaGraphs, Graphed, tensors_in
 
 
 class Notes:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kadr.kernels import winograd
+from kadr.kernels.cpu import winograd
 from tests.oracles import drawn, relative
 
 together = pytest.mark.parametrize("together", [winograd.PAIRS, winograd.FOURS])

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kadr.kernels.products import takes
+from kadr.kernels.matmul import takes
 
 CACHED = 4_000_000  # bytes of logits at a time
 FEWEST, FEWEST_COARSE = 512, 128  # queries and keys from which on it is ahead; with fewer, calls cost more

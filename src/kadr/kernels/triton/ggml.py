@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.packing import Packing
-from kadr.kernels.triton.rows import device_of, warps_for
+from kadr.kernels.ggml_types import Packing
+from kadr.kernels.triton.common import device_of, warps_for
 
 NUMBERS = 4096  # that a program unpacks
 

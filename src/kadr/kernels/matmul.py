@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kadr.kernels import switch
+from kadr.kernels import mode
 
 
 @cache
@@ -51,4 +51,4 @@ def _learning(x: Tensor, weight: Tensor) -> bool:
 def takes(x: Tensor) -> bool:
     """Whether oneDNN is to multiply x with weights: bfloat16, on a CPU with units for it."""
     here = x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_bfloat16()
-    return here and switch.current() != switch.REFERENCE and not torch.compiler.is_compiling()
+    return here and mode.current() != mode.REFERENCE and not torch.compiler.is_compiling()
