@@ -26,9 +26,9 @@ from kadr.cli.quantize import quantize
 from kadr.kernels import int8
 from kadr.kernels.dequant import dequantize
 from kadr.kernels.ggml_types import PACKINGS
-from kadr.quant.apply import block_linears, packing_for, quantize_fp8
+from kadr.quant.convert import block_linears, packing_for, quantize_fp8
 from kadr.quant.ggml import quantize as pack
-from kadr.quant.scheme import BITS, EIGHT, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS
+from kadr.quant.weight_formats import BITS, EIGHT, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS
 from train.evaluate import obeyed
 from train.shapes import held_out_captions
 

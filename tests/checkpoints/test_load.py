@@ -27,7 +27,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.quant.stored import ScaledLinear
+from kadr.quant.layers import ScaledLinear
 from tests.checkpoints.files import (
     LINEAR_QUADRATIC,
     SMALL_T5,

@@ -69,8 +69,8 @@ def test_blocks_that_pass_through_two_places_compute_as_blocks_that_stay(pinned:
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "fp8-weights", "Q8_0", "Q4_0"])
 def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(scheme: str) -> None:
-    from kadr.quant.apply import requantize
-    from tests.quant.test_apply import answer, apart, made
+    from kadr.quant.convert import requantize
+    from tests.quant.test_convert import answer, apart, made
 
     here, there = made(), made()
     requantize(here, scheme, device=torch.device("cpu"))

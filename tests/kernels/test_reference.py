@@ -14,7 +14,7 @@ from kadr.nn.modulation import Bend
 from kadr.nn.norm import RMSNorm, rms_norm
 from kadr.nn.rope import rope_table
 from kadr.nn.stream import Stream
-from kadr.quant.apply import quantize_fp8
+from kadr.quant.convert import quantize_fp8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn

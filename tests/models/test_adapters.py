@@ -12,8 +12,8 @@ from kadr.kernels import int8
 from kadr.models.adapters import Additions, LowRank, adapted, attach, merge, set_strengths
 from kadr.models.transformer import Transformer
 from kadr.nn.linear import Adapted
-from kadr.quant.apply import requantize
-from kadr.quant.packed import pack_matrices
+from kadr.quant.convert import requantize
+from kadr.quant.prepack import pack_matrices
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
 from tests import tiny

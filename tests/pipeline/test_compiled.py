@@ -12,7 +12,7 @@ from kadr.errors import RequestError
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.module_placement import compile_layers
-from kadr.quant.apply import requantize
+from kadr.quant.convert import requantize
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES
 from tests.oracles import drawn
 from tests.tiny import sown

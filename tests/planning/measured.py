@@ -16,7 +16,7 @@ from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.planning import activations
 from kadr.planning.vae_activations import decode_bytes, encode_bytes
-from kadr.quant.packed import pack_convolutions, packs_matrices
+from kadr.quant.prepack import pack_convolutions, packs_matrices
 from kadr.shapes import LatentGrid
 
 WIDE = TransformerConfig(layers=2, heads=16, head_width=64, text_width=512)

@@ -12,7 +12,7 @@ from kadr.pipeline.engine import Engine
 from kadr.pipeline.module_placement import placed
 from kadr.planning import backends
 from kadr.planning.plan import AS_STORED, CONVERTED, Choice
-from kadr.quant.packed import PackedConv, PackedInt8Linear, PackedMatrix
+from kadr.quant.prepack import PackedConv, PackedInt8Linear, PackedMatrix
 from kadr.request.request import Request
 from tests.pipeline.test_compiled import CONFIG
 from tests.tiny import sown, vae_config

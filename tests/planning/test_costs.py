@@ -25,7 +25,7 @@ from kadr.planning.flops import disturbed_flops, reading_flops, seconds, text_fl
 from kadr.planning.parameters import text_encoder_weights, transformer_weights, upsampler_weights
 from kadr.planning.vae_flops import decoder_flops, encoder_flops
 from kadr.planning.vae_stages import decoder_weights, encoder_weights, statistics_weights
-from kadr.quant.packed import packs_matrices
+from kadr.quant.prepack import packs_matrices
 from kadr.sampling.settings import TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 from tests.live import LiveBytes

@@ -20,8 +20,8 @@ from kadr.pipeline.module_placement import spread
 from kadr.planning import planner
 from kadr.planning.plan import AS_STORED, CONVERTED, Plan
 from kadr.planning.weight_bytes import weigh
-from kadr.quant.packed import packs_convolutions
-from kadr.quant.stored import Fp8Linear
+from kadr.quant.layers import Fp8Linear
+from kadr.quant.prepack import packs_convolutions
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from tests import tiny

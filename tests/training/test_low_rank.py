@@ -16,8 +16,8 @@ from kadr.kernels import mode
 from kadr.models.adapters import attach, set_strengths
 from kadr.models.transformer import TRANSFORMER_2B, Transformer
 from kadr.nn.linear import Linear
-from kadr.quant.apply import requantize
-from kadr.quant.stored import EightBitLinear, ScaledLinear, Scratch, StoredLinear
+from kadr.quant.convert import requantize
+from kadr.quant.layers import EightBitLinear, ScaledLinear, Scratch, StoredLinear
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid

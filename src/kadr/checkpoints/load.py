@@ -22,8 +22,8 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.nn.linear import Linear
-from kadr.quant.apply import held, in_block, replace
-from kadr.quant.stored import Scratch
+from kadr.quant.convert import held, in_block, replace
+from kadr.quant.layers import Scratch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHOWN = 5  # tensors of each kind of complaint

@@ -14,7 +14,7 @@ from kadr.cli.faults import say
 from kadr.cli.groups import taking
 from kadr.cli.official import JOINT
 from kadr.errors import RequestError
-from kadr.quant.scheme import NONE, SCHEMES
+from kadr.quant.weight_formats import NONE, SCHEMES
 from kadr.request.request import Request
 from kadr.request.windows import BETWEEN, Windows
 from kadr.sampling.cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache

@@ -12,7 +12,7 @@ from torch import nn
 
 from kadr.memory.block_swap import Pages, weights
 from kadr.memory.device import give_back
-from kadr.quant.stored import clear_scratch
+from kadr.quant.layers import clear_scratch
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -29,7 +29,7 @@ from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.selfcheck import needs_look, rotation_of
 from kadr.planning.plan import AS_STORED, Choice, Plan
 from kadr.quant.rotation import turn
-from kadr.quant.scheme import FP8
+from kadr.quant.weight_formats import FP8
 from kadr.spec.loras import Loras, Strength
 from kadr.spec.model import (
     DECODER,

@@ -28,7 +28,7 @@ from kadr.pipeline.video import Made, Video
 from kadr.planning.plan import Plan, held
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import nearest
-from kadr.quant.scheme import NONE, check_scheme
+from kadr.quant.weight_formats import NONE, check_scheme
 from kadr.request.controls import warn_unheard
 from kadr.request.passes import PassPlan, warn_guided
 from kadr.request.request import Request, refuse_overwriting
@@ -96,7 +96,7 @@ class Engine:
                 weights are stored as. Their strengths are fixed then.
             device: "auto", "cpu", "cuda" or "mps".
             dtype: "auto", "bfloat16" or "float32".
-            quant: how the transformer's weights are stored in memory; see `kadr.quant.scheme.SCHEMES`. None leaves
+            quant: how the transformer's weights are stored in memory; see `kadr.quant.weight_formats.SCHEMES`. None leaves
                 them as the file has them, which is exact. GGUF and fp8 files need none.
             offload: what is done with what does not fit: "auto" (whatever keeps the most speed), "none" (nothing),
                 "stages" (modules leave memory after their stage) or "blocks" (blocks are in memory while they run).

@@ -16,10 +16,10 @@ from kadr.models.adapters import Additions, attach
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.planning.plan import AS_STORED, CONVERTED, Choice
-from kadr.quant.apply import blocks_of, requantize
-from kadr.quant.packed import pack_convolutions, pack_matrices, packs_convolutions
-from kadr.quant.scheme import FP8
-from kadr.quant.stored import StoredLinear
+from kadr.quant.convert import blocks_of, requantize
+from kadr.quant.layers import StoredLinear
+from kadr.quant.prepack import pack_convolutions, pack_matrices, packs_convolutions
+from kadr.quant.weight_formats import FP8
 
 
 def compile_layers(module: Transformer, backend: str = "inductor") -> None:

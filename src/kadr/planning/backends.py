@@ -6,8 +6,8 @@ import torch
 
 from kadr.kernels import int8, mode, trial
 from kadr.kernels.matmul import has_bfloat16
-from kadr.quant.packed import packs_convolutions, packs_matrices
-from kadr.quant.scheme import INT8
+from kadr.quant.prepack import packs_convolutions, packs_matrices
+from kadr.quant.weight_formats import INT8
 
 PLAIN = "torch"
 

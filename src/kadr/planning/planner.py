@@ -29,8 +29,8 @@ from kadr.planning.vae_activations import decode_bytes, encode_bytes
 from kadr.planning.vae_flops import decoder_flops, encoder_flops
 from kadr.planning.weight_bytes import Weights, weigh
 from kadr.planning.workload import WindowWork, Work
-from kadr.quant.packed import packs_convolutions, packs_matrices
-from kadr.quant.scheme import AUTO, INT8, INT8_WEIGHTS, NONE
+from kadr.quant.prepack import packs_convolutions, packs_matrices
+from kadr.quant.weight_formats import AUTO, INT8, INT8_WEIGHTS, NONE
 from kadr.request.passes import PassPlan
 from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.spec.model import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, ModelSpec

@@ -9,7 +9,7 @@ from dataclasses import replace
 from kadr.errors import PlanError
 from kadr.planning.planner import Planner
 from kadr.planning.workload import WindowWork, Work
-from kadr.quant.scheme import INT8
+from kadr.quant.weight_formats import INT8
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
 from kadr.shapes import SPATIAL, TEMPORAL, Size, snap_frames

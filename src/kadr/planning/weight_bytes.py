@@ -10,9 +10,9 @@ import torch
 from kadr.checkpoints.header import TensorInfo
 from kadr.checkpoints.source import Source
 from kadr.planning.plan import AS_STORED, CONVERTED
-from kadr.quant.apply import packing_for
-from kadr.quant.packed import CONVOLUTION
-from kadr.quant.scheme import EIGHT
+from kadr.quant.convert import packing_for
+from kadr.quant.prepack import CONVOLUTION
+from kadr.quant.weight_formats import EIGHT
 from kadr.spec.weights import block_of, is_linear_weight
 
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight")
@@ -57,7 +57,7 @@ def weigh(
 
     Args:
         hold: see `planning.plan.Choice`.
-        packed: matrices are packed once they are loaded; see `quant.packed`.
+        packed: matrices are packed once they are loaded; see `quant.prepack`.
         together: so are convolutions, for so many frames at a time; 0 where they are not.
         looked_up: the component is a text encoder, of whose embedding only some rows are read.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kadr.kernels.ggml_types import Packing
 from kadr.quant.kquants import gathered, halves, in_bytes, q2_k, q3_k, q4_k, q5_k, q6_k
-from kadr.quant.search import inverse
+from kadr.quant.scale_search import inverse
 
 PIECE = 262_144  # numbers that are worked on at a time: a dozen temporaries of this size stay near the cores
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kadr.quant.search import round_around_zero, round_with_offsets
+from kadr.quant.scale_search import round_around_zero, round_with_offsets
 
 
 def q2_k(numbers: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kadr.kernels.hadamard import rotate
 from kadr.nn.linear import Linear
-from kadr.quant.apply import in_block
-from kadr.quant.stored import ScaledLinear
+from kadr.quant.convert import in_block
+from kadr.quant.layers import ScaledLinear
 
 # Of the answer to the noise, from here on a model is taken for a trained one: those reach 0.9, distilled ones 0.7. With
 # turned weights only what goes around the blocks is left of it, at most 0.5.

@@ -13,7 +13,7 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.kernels import fp8
 from kadr.memory.device import has_fast_int8
-from kadr.quant.scheme import AUTO, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, NONE, check_scheme
+from kadr.quant.weight_formats import AUTO, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, NONE, check_scheme
 from kadr.spec.weights import is_quantized, multiplies_as_stored, stored_counts
 
 # What is done with what does not fit: whatever helps; nothing; modules leave after their stage; blocks come and go.

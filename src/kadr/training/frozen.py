@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kadr.kernels.hadamard import rotate
-from kadr.quant.stored import EightBitLinear, ScaledLinear, StoredLinear
+from kadr.quant.layers import EightBitLinear, ScaledLinear, StoredLinear
 
 
 class Frozen(nn.Module):

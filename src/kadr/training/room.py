@@ -10,7 +10,7 @@ from kadr.pipeline.engine import Engine
 from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.planning.training import TrainingBytes, training_bytes
 from kadr.planning.weight_bytes import weigh
-from kadr.quant.scheme import AUTO, NONE
+from kadr.quant.weight_formats import AUTO, NONE
 from kadr.shapes import LatentGrid
 from kadr.spec.weights import is_quantized
 from kadr.training.dataset import Example

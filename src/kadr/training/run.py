@@ -25,7 +25,7 @@ from kadr.pipeline.engine import Engine
 from kadr.pipeline.longvideo.folder_lock import claimed
 from kadr.pipeline.progress import Stage, Watch, ignore
 from kadr.planning.plan import AS_STORED, CONVERTED
-from kadr.quant.apply import requantize
+from kadr.quant.convert import requantize
 from kadr.request.inputs import Control
 from kadr.request.request import Request
 from kadr.sampling.noise import NoiseStreams

@@ -16,9 +16,7 @@ from kadr.kernels import fp8, int8, reference
 from kadr.kernels.ggml_types import PACKINGS, Packing
 from kadr.nn.linear import Linear
 from kadr.quant.ggml import quantize
-from kadr.quant.mixes import FALLBACK
-from kadr.quant.scheme import FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS
-from kadr.quant.stored import (
+from kadr.quant.layers import (
     EightBitLinear,
     Fp8Linear,
     Int8Linear,
@@ -27,6 +25,8 @@ from kadr.quant.stored import (
     Scratch,
     StoredEmbedding,
 )
+from kadr.quant.mixes import FALLBACK
+from kadr.quant.weight_formats import FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS
 
 BLOCKS = ("layers", "blocks")  # where a transformer and a text encoder have theirs
 Release = Callable[[Iterable[Tensor]], None]

@@ -9,10 +9,10 @@ from torch import nn
 from kadr.errors import CheckpointError, RequestError
 from kadr.kernels.ggml_types import PACKINGS
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.quant.apply import block_linears, packing_for, requantize
+from kadr.quant.convert import block_linears, packing_for, requantize
+from kadr.quant.layers import EightBitLinear, Fp8Linear, PackedLinear, ScaledLinear, Scratch
 from kadr.quant.rotation import find_rotation, likeness, turn
-from kadr.quant.scheme import BITS, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, SCHEMES, check_scheme
-from kadr.quant.stored import EightBitLinear, Fp8Linear, PackedLinear, ScaledLinear, Scratch
+from kadr.quant.weight_formats import BITS, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, SCHEMES, check_scheme
 from tests.tiny import sown
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from kadr.kernels.cpu.malloc import to_stay
 from kadr.kernels.matmul import has_bfloat16, linear, linear_gelu
 from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
 from kadr.nn.linear import EndsInGelu, Linear, Prepares
-from kadr.quant.stored import Int8Linear
+from kadr.quant.layers import Int8Linear
 
 # Bytes of the packed kernels to those of the weight, by how many frames are made at a time.
 CONVOLUTION = {winograd.PAIRS: 4 / 3, winograd.FOURS: 2.0}

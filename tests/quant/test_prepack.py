@@ -15,8 +15,9 @@ from kadr.models.vae import VAE, blocks
 from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
 from kadr.nn.conv import StreamedConv, VideoConv
 from kadr.nn.linear import EndsInGelu, Linear, Prepares, several, through_gelu
-from kadr.quant.apply import requantize
-from kadr.quant.packed import (
+from kadr.quant.convert import requantize
+from kadr.quant.layers import Int8Linear
+from kadr.quant.prepack import (
     PackedConv,
     PackedInt8Linear,
     PackedMatrix,
@@ -25,7 +26,6 @@ from kadr.quant.packed import (
     packs_convolutions,
     packs_matrices,
 )
-from kadr.quant.stored import Int8Linear
 from tests.oracles import drawn, relative
 from tests.tiny import sown, vae_config
 
