@@ -28,7 +28,7 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, Block
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 
 MODEL = "model.safetensors"
 CHANNELS = 8

@@ -14,7 +14,7 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.text.tokenizer import Tokenizer
 from train.distill import LEVELS
 from train.transformer import DEMO_TRANSFORMER, build

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from kadr.sampling.conditions import append, hold, join
+from kadr.sampling.conditioning import append, hold, join
 from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState, to_tokens
 from kadr.shapes import LatentGrid

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kadr.request.inputs import Condition, Control
     from kadr.request.request import Request
     from kadr.request.windows import Windows
-    from kadr.sampling.cache import StepCache
+    from kadr.sampling.step_cache import StepCache
     from kadr.shapes import Size
     from kadr.spec.loras import Lora
     from kadr.text.enhance import Enhancer
@@ -57,7 +57,7 @@ _HOMES = {
     "Progress": "kadr.pipeline.progress",
     "Request": "kadr.request.request",
     "Size": "kadr.shapes",
-    "StepCache": "kadr.sampling.cache",
+    "StepCache": "kadr.sampling.step_cache",
     "Video": "kadr.pipeline.video",
     "Windows": "kadr.request.windows",
     "enhanced": "kadr.request.enhance",

@@ -19,7 +19,7 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9_5
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I64": 8}
 Shapes = dict[str, tuple[int, ...]]

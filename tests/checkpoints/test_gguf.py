@@ -28,7 +28,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.pipeline.engine import Engine
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import PACKAGE
 from tests import tiny
 from tests.checkpoints import gguf_files

@@ -25,7 +25,7 @@ from kadr.models.transformer import Transformer
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.shapes import LatentGrid
 from tests.checkpoints.files import (
     LINEAR_QUADRATIC,

@@ -33,7 +33,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.quant.mixes import assign_types, find_mix
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import PACKAGE
 from tests import tiny
 from tests.checkpoints import gguf_files

@@ -30,7 +30,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
-from kadr.sampling.schedule import Schedule, explicit
+from kadr.sampling.schedules import Schedule, explicit
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size, snap_frames
 

@@ -23,7 +23,7 @@ from kadr.media.video import VideoWriter
 from kadr.models.registry import DISTILLED_LEVELS
 from kadr.pipeline.stages import decode
 from kadr.sampling.noise import NoiseStreams
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 from tests.oracles import relative

@@ -14,7 +14,7 @@ import torch
 from kadr import Engine, Request
 from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, MODELS
 from kadr.request.resolve import resolve
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size
 from tests.oracles import relative
 from tests.pipeline import official

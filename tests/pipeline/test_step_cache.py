@@ -19,9 +19,9 @@ from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
 from kadr.planning import activations
 from kadr.planning.planner import HOLES
-from kadr.sampling.cache import PassCache
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import Guidance, Strengths
+from kadr.sampling.step_cache import PassCache
 from kadr.shapes import LatentGrid
 from tests import tiny
 from tests.live import LiveBytes

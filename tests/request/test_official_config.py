@@ -12,7 +12,7 @@ from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe
 from kadr.request.official_config import OfficialConfig
-from kadr.sampling.schedule import linear_quadratic, uniform
+from kadr.sampling.schedules import linear_quadratic, uniform
 from kadr.sampling.settings import Guidance, Pass
 from tests.request.official_configs import OFFICIAL
 

@@ -29,7 +29,7 @@ from kadr.models.vae import VAE
 from kadr.pipeline.dry_run import DryEngine
 from kadr.request.passes import warn_guided
 from kadr.sampling.latents import adain
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import snap_frames
 from tests.tiny import (

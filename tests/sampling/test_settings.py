@@ -10,7 +10,7 @@ import pytest
 
 from kadr.errors import RequestError
 from kadr.models.registry import BY_NAME
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass, Strengths
 
 DEV = BY_NAME["ltxv-13b-0.9.8-dev"].recipe

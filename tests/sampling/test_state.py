@@ -13,7 +13,7 @@ from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from torch import Tensor
 
 from kadr.sampling.positions import positions
-from kadr.sampling.schedule import explicit
+from kadr.sampling.schedules import explicit
 from kadr.sampling.state import LatentState, to_latents, to_tokens
 from kadr.sampling.steps import euler
 from kadr.shapes import LatentGrid

@@ -9,7 +9,7 @@ import torch
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from torch import Tensor
 
-from kadr.sampling.schedule import Schedule, explicit
+from kadr.sampling.schedules import Schedule, explicit
 from kadr.sampling.steps import euler, next_level, stochastic
 from tests.oracles import relative
 

@@ -26,7 +26,7 @@ from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.planning.parameters import text_encoder_weights, transformer_weights
 from kadr.planning.vae_stages import decoder_weights, encoder_weights
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import released_file
 
 T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)

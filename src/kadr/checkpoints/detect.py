@@ -25,7 +25,7 @@ from kadr.models.registry import BY_NAME, MODELS, RELEASED, Recipe, Released, by
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
 from kadr.models.upsampler import UpsamplerConfig
 from kadr.models.vae.config import VAEConfig
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 
 _T = TypeVar("_T")
 # How the names of GGUF files end: "-Q4_K_M", "_q8_0", ".bf16".

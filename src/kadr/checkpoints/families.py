@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
 from kadr.models.upsampler import SPATIAL, TEMPORAL, UpsamplerConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 
 VAE_FAMILIES: Mapping[str, VAEConfig] = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
 _SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)

@@ -21,7 +21,7 @@ from kadr.models.registry import Released
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
 from kadr.models.upsampler import UpsamplerConfig
 from kadr.models.vae.config import Block, VAEConfig
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 
 CLASSES: Mapping[str, str] = {
     "LTXVideoTransformer3DModel": "transformer",

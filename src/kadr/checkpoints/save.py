@@ -23,7 +23,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upsampler import LatentUpsampler
 from kadr.models.vae import VAE
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 
 Filled = Callable[[str, Tensor], Tensor]
 _STORED = {dtype: name for name, dtype in STORED_DTYPES.items()}

@@ -17,8 +17,8 @@ from kadr.errors import RequestError
 from kadr.quant.weight_formats import NONE, SCHEMES
 from kadr.request.request import Request
 from kadr.request.windows import BETWEEN, Windows
-from kadr.sampling.cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache
 from kadr.sampling.settings import Guidance, Pass
+from kadr.sampling.step_cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache
 from kadr.spec.options import OFFLOAD, OFFLOAD_AUTO
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A network's layers where a step cache may stand in for those after the first; see `sampling.cache`."""
+"""A network's layers where a step cache may stand in for those after the first; see `sampling.step_cache`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from kadr.sampling.cache import Stream
 from kadr.sampling.guidance import Disturb
+from kadr.sampling.step_cache import Stream
 
 if TYPE_CHECKING:
     from kadr.models.transformer import Given

@@ -23,9 +23,9 @@ from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.linear import Linear, through_gelu
 from kadr.nn.modulation import branch_bends, learned_table
 from kadr.nn.rope import Rope, rope_table
-from kadr.sampling.cache import Stream
 from kadr.sampling.guidance import Disturb
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
+from kadr.sampling.step_cache import Stream
 
 # Keys of the header that change what is computed, with the only value released weights use.
 FIXED: Mapping[str, Any] = {

@@ -30,7 +30,7 @@ from kadr.request.passes import (
 )
 from kadr.request.request import Request
 from kadr.request.resolve import resolve, warn_single, with_second
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size, snap_frames
 from kadr.spec.locate import is_path, on_disk
 from kadr.spec.loras import Lora, downscale_of, is_in_context, refuse_merged_twice

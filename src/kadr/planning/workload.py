@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kadr.request.passes import PassPlan
-from kadr.sampling.cache import StepCache
+from kadr.sampling.step_cache import StepCache
 from kadr.shapes import LatentGrid
 
 

@@ -315,7 +315,7 @@ def _spelled_out(place: _Place, settings: Pass, sampler: str | None) -> Pass:
     """The pass with the levels of a sampler that is not the checkpoint's: it shifts nothing, so they fit any size."""
     if sampler is None or settings.steps is None:
         return settings
-    from kadr.sampling.schedule import Schedule  # loads torch
+    from kadr.sampling.schedules import Schedule  # loads torch
 
     steps, skips = settings.steps, {name: getattr(settings, name) for name in ("skip_initial", "skip_final")}
     levels = place.checked("sampler", Schedule(sampler=sampler).levels, steps=steps, tokens=0, **skips)

@@ -12,9 +12,9 @@ from torch import Tensor
 from kadr.errors import KadrWarning, RequestError
 from kadr.models.registry import Released
 from kadr.request.request import Request
-from kadr.sampling.cache import SHORT, StepCache
-from kadr.sampling.schedule import Schedule, explicit
+from kadr.sampling.schedules import Schedule, explicit
 from kadr.sampling.settings import Pass, Strengths
+from kadr.sampling.step_cache import SHORT, StepCache
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
 from kadr.spec.model import Upscaling
 

@@ -11,8 +11,8 @@ from typing import Any
 from kadr.errors import RequestError
 from kadr.request.inputs import Condition, Control, all_of
 from kadr.request.windows import Windows, prompts_of
-from kadr.sampling.cache import StepCache
 from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
+from kadr.sampling.step_cache import StepCache
 from kadr.shapes import MAXIMUM_AT_ONCE, Size, snap_frames
 from kadr.spec.loras import Strength, strengths_of
 from kadr.validation import true_or_false, within

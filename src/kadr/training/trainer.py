@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kadr.models.transformer import Transformer
-from kadr.sampling.context import Context
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
+from kadr.sampling.reference_tokens import Context
 from kadr.sampling.state import to_tokens
 from kadr.training.cache import Encoded
 from kadr.training.low_rank import Learning

@@ -26,7 +26,7 @@ from kadr.planning.plan import Choice
 from kadr.request.passes import plan_windows
 from kadr.request.windows import Windows
 from kadr.sampling.noise import NoiseStreams
-from kadr.sampling.schedule import Schedule
+from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import LatentGrid, Size, snap_frames
 from tests.oracles import relative

@@ -37,11 +37,11 @@ from kadr.pipeline.stages.text import Prompts
 from kadr.request.controls import Followed, read_controls
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
-from kadr.sampling.cache import StepCache
-from kadr.sampling.context import Context
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
+from kadr.sampling.reference_tokens import Context
 from kadr.sampling.settings import Guidance, Pass
+from kadr.sampling.step_cache import StepCache
 from kadr.shapes import LatentGrid
 from tests import lora_files, onnx_files
 from tests.fakehub import FakeHub, serving

@@ -17,9 +17,9 @@ from kadr.pipeline.stages.conditions import Fitted
 from kadr.request.conditions import Placed
 from kadr.request.passes import PassPlan
 from kadr.request.windows import Span, Windows
-from kadr.sampling.conditions import append
+from kadr.sampling.blending import continued
+from kadr.sampling.conditioning import append
 from kadr.sampling.positions import positions
-from kadr.sampling.seams import continued
 from kadr.sampling.state import LatentState
 from kadr.shapes import TEMPORAL, LatentGrid
 

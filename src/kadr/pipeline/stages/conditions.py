@@ -19,7 +19,7 @@ from kadr.media.image import prepare_picture
 from kadr.request.conditions import Box, Frames, Placed, meet
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
-from kadr.sampling.conditions import PREFIX, append, hold, join
+from kadr.sampling.conditioning import PREFIX, append, hold, join
 from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState
 from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size

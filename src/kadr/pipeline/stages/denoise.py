@@ -21,14 +21,14 @@ from kadr.pipeline.stages.conditions import put
 from kadr.pipeline.stages.encode import Encoded
 from kadr.request.passes import PassPlan, stream
 from kadr.request.request import Request
-from kadr.sampling.cache import PassCache
-from kadr.sampling.conditions import shake
-from kadr.sampling.context import Context
+from kadr.sampling.conditioning import shake
 from kadr.sampling.guidance import Disturb, Estimate, Text, guided
-from kadr.sampling.loop import denoise
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
+from kadr.sampling.reference_tokens import Context
+from kadr.sampling.samplers import denoise
 from kadr.sampling.state import LatentState
+from kadr.sampling.step_cache import PassCache
 from kadr.sampling.steps import euler, stochastic
 from kadr.spec.model import PASS_STAGES
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kadr.errors import RequestError
-from kadr.sampling.cache import EARLY, LATE, PassCache, StepCache, weights
 from kadr.sampling.settings import Guidance, Strengths
+from kadr.sampling.step_cache import EARLY, LATE, PassCache, StepCache, weights
 
 STEPS = 20
 GUIDED = Guidance(scale=3.0, stg=1.0, skip_blocks=(1,)).strengths(0.5)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kadr.sampling.blending import continued
 from kadr.sampling.latents import adain
-from kadr.sampling.seams import continued
 
 
 def drawn(frames: int, seed: int) -> Tensor:

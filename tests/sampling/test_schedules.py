@@ -12,7 +12,7 @@ from ltx_video.schedulers.rf import RectifiedFlowScheduler
 
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import DISTILLED_LEVELS
-from kadr.sampling.schedule import Schedule, explicit, linear_quadratic, sd3_shift, stretch, uniform
+from kadr.sampling.schedules import Schedule, explicit, linear_quadratic, sd3_shift, stretch, uniform
 from tests.oracles import relative
 
 LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.sampling.conditions import hold
-from kadr.sampling.loop import denoise
+from kadr.sampling.conditioning import hold
 from kadr.sampling.positions import positions
-from kadr.sampling.schedule import Schedule, explicit
+from kadr.sampling.samplers import denoise
+from kadr.sampling.schedules import Schedule, explicit
 from kadr.sampling.state import LatentState, to_tokens
 from kadr.sampling.steps import stochastic
 from kadr.shapes import LatentGrid

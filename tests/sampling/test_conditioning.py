@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.sampling.conditions import hold, shake
+from kadr.sampling.conditioning import hold, shake
 from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState, to_tokens
 from kadr.shapes import LatentGrid
