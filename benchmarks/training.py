@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from kadr import Engine, Size
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.memory.device import resident_bytes
 from kadr.planning.planner import STARTING
 from kadr.training.dataset import Example

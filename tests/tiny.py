@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upsampler
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, Block
 from kadr.sampling.schedules import Schedule

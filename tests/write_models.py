@@ -23,7 +23,7 @@ BUNDLED = {
     ),
 }
 LORA_TEST = "tests/checkpoints/test_lora.py::test_a_released_lora_is_read_whole_and_fits_the_13b_model"
-UPSCALER = "tests/models/test_upsampler.py::test_it_computes_what_the_other_implementations_do"
+UPSCALER = "tests/models/test_upscaler.py::test_it_computes_what_the_other_implementations_do"
 PARTS = {
     "demo-upscaler": "tests/golden/test_demo.py::test_two_passes_are_sharper_than_the_first_resized",
     "demo-lora-teal": (

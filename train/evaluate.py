@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from kadr import Condition, Engine, Request
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
 from train.judge import judge, track
 from train.shapes import CLIP_FRAMES, COLOURS, STAGE, Scene, held_out_captions, plain_caption, render

@@ -12,7 +12,7 @@ import torch
 from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upsampler
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.schedules import Schedule
 from kadr.text.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 
 from kadr import Control, Engine, Request
-from kadr.media.frames import to_uint8
-from kadr.media.video import VideoWriter
+from kadr.media.postprocess import to_uint8
+from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
 from train.shapes import CLIP_FRAMES, COLOURS, KEYS, STAGE, Scene, caption, is_held_out, render
 

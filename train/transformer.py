@@ -20,9 +20,9 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.t5 import initialise as initialise_t5
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
-from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.linear import Linear
 from kadr.nn.rope import Rope
+from kadr.nn.timestep_embedding import LevelEmbedding
 from kadr.sampling.positions import positions
 from kadr.sampling.state import to_tokens
 from kadr.shapes import LatentGrid

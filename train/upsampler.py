@@ -14,7 +14,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE
 from train.optimizer import Optimizer, share_of_rate
 from train.progress import Average, Log, resume, save

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kadr.models.vae import VAE, Block, VAEConfig
-from kadr.nn.embedding import LevelEmbedding
+from kadr.nn.timestep_embedding import LevelEmbedding
 from train.optimizer import Optimizer, share_of_rate
 from train.progress import Average, Log, resume, save
 from train.shapes import Scene, render

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kadr.checkpoints import keys
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.sampling.schedules import Schedule

@@ -18,7 +18,7 @@ from kadr.checkpoints.open import Checkpoint
 from kadr.errors import CheckpointError
 from kadr.models.registry import DISTILLED_LEVELS, find
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
-from kadr.models.upsampler import SPATIAL, TEMPORAL, UpsamplerConfig
+from kadr.models.upscaler import SPATIAL, TEMPORAL, UpsamplerConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedules import Schedule
 from tests.checkpoints.files import (

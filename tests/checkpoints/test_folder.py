@@ -20,7 +20,7 @@ from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError
 from kadr.models.registry import find
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedules import Schedule

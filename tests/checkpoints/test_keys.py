@@ -16,7 +16,7 @@ from torch import nn
 from kadr.checkpoints import keys
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
-from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE
 from tests.oracles import (
     VAES,

@@ -25,7 +25,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.quant.layers import ScaledLinear
 from tests.checkpoints.files import (

@@ -22,7 +22,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedules import Schedule

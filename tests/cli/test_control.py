@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kadr import Control, Request
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
 from tests.cli.conftest import Ended, FakeEngine
 

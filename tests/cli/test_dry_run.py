@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.models.registry import Released
 from kadr.pipeline import dry_run
 from kadr.shapes import Size

@@ -12,8 +12,8 @@ import torch
 
 from kadr.checkpoints.save import write_upsampler
 from kadr.cli.table import columns, in_words
-from kadr.media.video import VideoWriter
-from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
+from kadr.media.writer import VideoWriter
+from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.shapes import Size
 from tests import lora_files, tiny
 from tests.cli.conftest import Ended

@@ -12,7 +12,7 @@ import pytest
 
 from kadr.cli import rerun
 from kadr.media.clip import read_metadata, read_video
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from kadr.shapes import Size

@@ -13,7 +13,7 @@ from kadr.models.vae.blocks import ResidualLayer
 from kadr.nn.modulation import Bend
 from kadr.nn.norm import RMSNorm, rms_norm
 from kadr.nn.rope import rope_table
-from kadr.nn.stream import Stream
+from kadr.nn.temporal_cache import Stream
 from kadr.quant.convert import quantize_fp8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kadr.errors import MediaError
-from kadr.media.frames import crop_margins, to_uint8, to_unit
 from kadr.media.image import blur, compress, crop_to_aspect, load_picture, prepare_picture
+from kadr.media.postprocess import crop_margins, to_uint8, to_unit
 from kadr.shapes import Size
 from tests.oracles import relative
 

@@ -26,7 +26,7 @@ from kadr.models.vae import VAE, Block, VAEConfig
 from kadr.models.vae import model as vae_module
 from kadr.models.vae.blocks import patchify, unpatchify
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
-from kadr.nn.stream import Stream
+from kadr.nn.temporal_cache import Stream
 from tests.oracles import VAES, diffusers_vae, drawn, official_vae, reduced, relative
 from tests.tiny import sown
 

@@ -8,7 +8,7 @@ from ltx_video.models.autoencoders.causal_conv3d import CausalConv3d
 from torch import Tensor
 
 from kadr.nn.conv import VideoConv
-from kadr.nn.stream import Stream
+from kadr.nn.temporal_cache import Stream
 from tests.oracles import drawn, relative
 from tests.tiny import sown
 

@@ -19,11 +19,11 @@ from torch.nn.functional import silu
 from kadr.kernels.reference import pixel_norm_modulate_silu
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.nn.attention import Attention
-from kadr.nn.embedding import LevelEmbedding, sinusoid
 from kadr.nn.linear import Linear
 from kadr.nn.modulation import branch_bends
 from kadr.nn.norm import ChannelLayerNorm, RMSNorm, rms_norm
 from kadr.nn.rope import Rope, rope_table
+from kadr.nn.timestep_embedding import LevelEmbedding, sinusoid
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
 from tests.oracles import drawn, official_transformer_on_meta, relative

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
 from kadr.errors import Cancelled
 from kadr.media.clip import read_metadata, read_video
-from kadr.media.frames import crop_margins, to_uint8, to_unit
-from kadr.media.video import VideoWriter
+from kadr.media.postprocess import crop_margins, to_uint8, to_unit
+from kadr.media.writer import VideoWriter
 from kadr.memory.module_cache import Shelf
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer

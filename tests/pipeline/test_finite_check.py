@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
 from kadr.errors import NonFiniteError
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.memory.module_cache import Shelf
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer

@@ -17,7 +17,7 @@ from kadr import Condition, Engine, Request, Size
 from kadr.errors import MediaError
 from kadr.media import clip
 from kadr.media.image import prepare_picture
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.models.vae.encoder import Encoder
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.stages import conditions

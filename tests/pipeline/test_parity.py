@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kadr import Condition, Engine, Request
 from kadr.errors import RequestError
-from kadr.media.frames import to_unit
-from kadr.media.video import VideoWriter
+from kadr.media.postprocess import to_unit
+from kadr.media.writer import VideoWriter
 from kadr.models.registry import DISTILLED_LEVELS
 from kadr.pipeline.stages import decode
 from kadr.sampling.noise import NoiseStreams

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import DISTURBED, TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
-from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 from kadr.planning import activations, vae_activations

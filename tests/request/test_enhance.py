@@ -14,7 +14,7 @@ from PIL import Image
 
 from kadr import Condition, Enhancer, Request, enhanced
 from kadr.errors import EnhanceError, KadrWarning, MediaError, RequestError
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.request.enhance import LONGEST_SIDE
 from kadr.request.windows import Windows
 from kadr.shapes import Size

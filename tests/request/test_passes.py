@@ -19,12 +19,12 @@ from kadr import Condition, Engine, KadrWarning, Progress, Request, Size
 from kadr.checkpoints import hub
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.errors import CheckpointError, KadrError, RequestError
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.memory.module_cache import Shelf
 from kadr.models.registry import BY_NAME, DISTILLED_LEVELS
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.pipeline.dry_run import DryEngine
 from kadr.request.passes import warn_guided

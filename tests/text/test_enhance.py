@@ -15,9 +15,9 @@ import pytest
 
 from kadr import Enhancer
 from kadr.errors import EnhanceError, KadrWarning, RequestError
-from kadr.text.answers import MOST_WORDS, Unusable, paragraph
+from kadr.text.chat_completion import MOST_WORDS, Unusable, paragraph
+from kadr.text.chat_messages import Picture
 from kadr.text.enhance import LARGEST
-from kadr.text.instructions import Picture
 from tests.fakechat import PARAGRAPH, Asked, FakeChat, Reply, at_most, refused, said, serving, told
 
 PROMPT = 'a red fox in snow, a sign says "ЗИМА"'

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from kadr import Engine
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
 from tests.tiny import MODEL, write
 

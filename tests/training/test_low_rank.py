@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kadr.checkpoints.keys import TRANSFORMER, names
 from kadr.errors import RequestError
 from kadr.kernels import mode
-from kadr.models.adapters import attach, set_strengths
+from kadr.models.lora_layers import attach, set_strengths
 from kadr.models.transformer import TRANSFORMER_2B, Transformer
 from kadr.nn.linear import Linear
 from kadr.quant.convert import requantize

@@ -20,9 +20,9 @@ from kadr import Engine, Request
 from kadr.checkpoints.lora import LoraFile
 from kadr.errors import CheckpointError, KadrError, KadrWarning, MediaError, PlanError, RequestError
 from kadr.media.clip import read_metadata, read_video
-from kadr.media.control import signed
+from kadr.media.control_maps import signed
 from kadr.media.image import crop_to_aspect, load_picture
-from kadr.models.adapters import attach, set_strengths
+from kadr.models.lora_layers import attach, set_strengths
 from kadr.pipeline.longvideo.folder_lock import claimed
 from kadr.pipeline.progress import Progress
 from kadr.shapes import Size

@@ -23,7 +23,7 @@ from kadr.checkpoints.upscaler import MODEL, kind_of, read_upsampler, released_u
 from kadr.errors import CheckpointError
 from kadr.models.registry import BY_NAME, MODELS, RELEASED, Recipe, Released, by_file
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
-from kadr.models.upsampler import UpsamplerConfig
+from kadr.models.upscaler import UpsamplerConfig
 from kadr.models.vae.config import VAEConfig
 from kadr.sampling.schedules import Schedule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
-from kadr.models.upsampler import SPATIAL, TEMPORAL, UpsamplerConfig
+from kadr.models.upscaler import SPATIAL, TEMPORAL, UpsamplerConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedules import Schedule
 

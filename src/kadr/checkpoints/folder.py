@@ -19,7 +19,7 @@ from kadr.checkpoints.upscaler import kind_of
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
-from kadr.models.upsampler import UpsamplerConfig
+from kadr.models.upscaler import UpsamplerConfig
 from kadr.models.vae.config import Block, VAEConfig
 from kadr.sampling.schedules import Schedule
 

@@ -11,7 +11,7 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import TEXT_GGUF
 from kadr.models.t5 import T5Config
-from kadr.text.pieces import UNUSED, Pieces
+from kadr.text.sentencepiece_model import UNUSED, Pieces
 from kadr.text.tokenizer import EOS, PAD, UNKNOWN
 
 EMBEDDING = "token_embd.weight"

@@ -19,7 +19,7 @@ from kadr.errors import CheckpointError
 from kadr.kernels.dequant import dequantize
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.models.upsampler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.nn.linear import Linear
 from kadr.quant.convert import held, in_block, replace

@@ -21,7 +21,7 @@ from kadr.checkpoints.lora_scales import ADAPTER_FILE, Scales
 from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning
-from kadr.models.adapters import Additions, LowRank
+from kadr.models.lora_layers import Additions, LowRank
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 

@@ -18,7 +18,7 @@ from kadr.checkpoints.upscaler import MODEL
 from kadr.errors import CheckpointError
 from kadr.models.registry import MODELS, Released
 from kadr.models.transformer import Transformer
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 
 

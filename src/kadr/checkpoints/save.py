@@ -21,7 +21,7 @@ from kadr.checkpoints.keys import VAE as VAE_KEYS
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.sampling.schedules import Schedule
 

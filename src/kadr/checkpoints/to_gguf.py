@@ -29,7 +29,7 @@ from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.quant.mixes import Mix, assign_types
-from kadr.text.pieces import Pieces, read_pieces
+from kadr.text.sentencepiece_model import Pieces, read_pieces
 from kadr.text.tokenizer import tokenizer_file
 
 QUANTIZATION_VERSION = 2  # of the layouts of blocks, as llama.cpp counts them

@@ -9,7 +9,7 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import RELEASED, Released
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upsampler import UpsamplerConfig
+from kadr.models.upscaler import UpsamplerConfig
 
 MODEL = "model"  # the kind of what is no upscaler, as the registry names it
 _FIRST, _GROWING = "initial_conv.weight", "upsampler.0.weight"

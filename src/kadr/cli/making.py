@@ -95,7 +95,7 @@ def refuse_unwritable(request: Request, output: Path, latents: Path | None) -> N
         MediaError: a file cannot be written where it should go.
         RequestError: the video would replace what it is made from.
     """
-    from kadr.media.video import VideoWriter
+    from kadr.media.writer import VideoWriter
 
     refuse_overwriting(request, output)
     size = request.size if isinstance(request.size, Size) else Size(2, 2)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kadr.errors import MediaError
-from kadr.media.video import COMMENT_KEY, accurate
+from kadr.media.writer import COMMENT_KEY, accurate
 
 if TYPE_CHECKING:
     import av

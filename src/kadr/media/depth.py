@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kadr.errors import MediaError
-from kadr.media.control import library
+from kadr.media.control_maps import library
 
 SIDE, PATCH = 518, 14  # the side that the network was trained with, and that of its patches
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kadr.errors import MediaError
-from kadr.media.control import library
+from kadr.media.control_maps import library
 
 SIDE = 512  # the shorter side that skeletons are drawn at, of the released workflow: it decides how thick they are
 SURE = 0.3  # people and joints that a network is less sure of are left out

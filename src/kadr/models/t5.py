@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
+from kadr.nn.init import normal
 from kadr.nn.linear import Linear
-from kadr.nn.start import normal
 
 _HEADER_NAMES = {  # ours: the name in config.json
     "vocabulary": "vocab_size",

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from kadr.errors import CheckpointError
 from kadr.kernels import fused
 from kadr.kernels.cuda_graphs import Backend, Graphed
-from kadr.models.skipping import onward, through
+from kadr.models.block_loop import onward, through
 from kadr.nn.attention import INPUT, VALUES, Attention, KeysValues
-from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.linear import Linear, through_gelu
 from kadr.nn.modulation import branch_bends, learned_table
 from kadr.nn.rope import Rope, rope_table
+from kadr.nn.timestep_embedding import LevelEmbedding
 from kadr.sampling.guidance import Disturb
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.sampling.step_cache import Stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kadr.nn.stream import Stream, in_turn
+from kadr.nn.temporal_cache import Stream, in_turn
 
 KERNEL = 3
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kadr.nn.start import normal
+from kadr.nn.init import normal
 
 
 class Bend(NamedTuple):

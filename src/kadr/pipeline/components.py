@@ -19,10 +19,10 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.kernels.cpu.malloc import at_work
 from kadr.memory.device import DTYPES
 from kadr.memory.module_cache import Shelf
-from kadr.models.adapters import merge, set_strengths
+from kadr.models.lora_layers import merge, set_strengths
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upsampler import LatentUpsampler
+from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.pipeline.module_placement import placed
 from kadr.pipeline.prompt_cache import PromptCache

@@ -15,7 +15,7 @@ from torch import Tensor
 from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import Cancelled, KadrError, PlanError, RequestError
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe, Released
 from kadr.pipeline.components import Components

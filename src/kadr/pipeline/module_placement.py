@@ -12,7 +12,7 @@ from kadr.kernels import fp8, mode
 from kadr.kernels.cpu.winograd import PAIRS
 from kadr.memory.block_swap import Carousel, stream_pages
 from kadr.memory.device import DTYPES
-from kadr.models.adapters import Additions, attach
+from kadr.models.lora_layers import Additions, attach
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.planning.plan import AS_STORED, CONVERTED, Choice

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.request.request import Request
 from kadr.shapes import Size
 

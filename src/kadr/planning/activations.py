@@ -12,7 +12,7 @@ from math import prod
 from kadr.kernels.cpu import attention
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upsampler import UpsamplerConfig
+from kadr.models.upscaler import UpsamplerConfig
 from kadr.shapes import LatentGrid
 
 TEXT = 256  # positions that a prompt is padded to

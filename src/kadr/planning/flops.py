@@ -7,7 +7,7 @@ from math import prod
 
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upsampler import UpsamplerConfig
+from kadr.models.upscaler import UpsamplerConfig
 from kadr.planning.activations import TEXT
 from kadr.planning.parameters import level_embedding
 from kadr.sampling.settings import ATTENTION_VALUES, TRANSFORMER_BLOCK

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upsampler import UpsamplerConfig
-from kadr.nn.embedding import SINUSOID_WIDTH
+from kadr.models.upscaler import UpsamplerConfig
+from kadr.nn.timestep_embedding import SINUSOID_WIDTH
 
 
 @dataclass(frozen=True, kw_only=True)

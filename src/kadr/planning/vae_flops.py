@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kadr.models.vae.config import VAEConfig
-from kadr.nn.embedding import SINUSOID_WIDTH
+from kadr.nn.timestep_embedding import SINUSOID_WIDTH
 from kadr.planning.vae_stages import DOWN, LAYERS, TAPS, UP, WIDER, VAEStage, decoder_stages, encoder_stages
 from kadr.shapes import SPATIAL, LatentGrid
 

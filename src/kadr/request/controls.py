@@ -14,7 +14,7 @@ import numpy as np
 
 from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import Film, read_length
-from kadr.media.control import library
+from kadr.media.control_maps import library
 from kadr.media.image import load_picture
 from kadr.request.conditions import Frames, film_part
 from kadr.request.inputs import CANNY, DEPTH, POSE, Control

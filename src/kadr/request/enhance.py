@@ -15,8 +15,8 @@ from kadr.request.conditions import chosen_part
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from kadr.request.windows import BETWEEN
+from kadr.text.chat_messages import Picture
 from kadr.text.enhance import Enhancer
-from kadr.text.instructions import Picture
 
 LONGEST_SIDE = 512  # pixels that an endpoint is shown; vision models see little more, and each costs time
 JPEG_QUALITY = 85

@@ -12,7 +12,7 @@ import torch
 from kadr.checkpoints.lora import DOWNSCALE, LoraFile
 from kadr.checkpoints.open import Checkpoint
 from kadr.errors import RequestError
-from kadr.models.adapters import Additions
+from kadr.models.lora_layers import Additions
 from kadr.spec.locate import check_lora, located_lora
 from kadr.validation import is_number
 

@@ -12,7 +12,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upsampler import UpsamplerConfig
+from kadr.models.upscaler import UpsamplerConfig
 from kadr.sampling.schedules import Schedule
 from kadr.spec.loras import Loras
 from kadr.spec.options import OFFLOAD_AUTO, check_compiled, refuse_merging, settled_scheme

@@ -22,9 +22,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kadr.errors import EnhanceError, KadrWarning, RequestError
-from kadr.text.answers import MOST_WORDS, Hide, Unusable, content, message, paragraph, plain, shortened, words
+from kadr.text.chat_completion import MOST_WORDS, Hide, Unusable, content, message, paragraph, plain, shortened, words
+from kadr.text.chat_messages import Picture, conversation
 from kadr.text.endpoint import KEY, check_key, checked_address, completions, is_here, shown
-from kadr.text.instructions import Picture, conversation
 from kadr.version import __version__
 
 TIMEOUT = 60.0  # seconds

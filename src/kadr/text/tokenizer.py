@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import CheckpointError, RequestError
-from kadr.text.pieces import Pieces, write_pieces
+from kadr.text.sentencepiece_model import Pieces, write_pieces
 
 LENGTH = 256  # tokens; what the released transformers were trained on
 PAD, EOS, UNKNOWN = 0, 1, 2

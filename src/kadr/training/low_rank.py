@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kadr.errors import RequestError
-from kadr.models.adapters import LowRank
+from kadr.models.lora_layers import LowRank
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 from kadr.sampling.noise import NoiseStreams

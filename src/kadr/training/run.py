@@ -19,7 +19,7 @@ from torch import Tensor
 from kadr.checkpoints.lora import write_lora
 from kadr.checkpoints.mapped import release
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.longvideo.folder_lock import claimed

@@ -17,7 +17,7 @@ import torch
 
 from kadr import Condition, Engine, Request
 from kadr.errors import KadrWarning, PlanError, RequestError
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.models.registry import Recipe
 from kadr.pipeline.longvideo.sampling import in_window
 from kadr.pipeline.progress import Progress

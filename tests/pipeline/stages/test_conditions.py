@@ -21,7 +21,7 @@ from torch import Tensor
 from kadr import Condition, Engine, KadrWarning, Request, Size
 from kadr.errors import KadrError, MediaError, RequestError
 from kadr.media.clip import read_video
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
 from kadr.pipeline.stages.conditions import Fitted, Pixels, fitted, put, settled
 from kadr.request.conditions import Placed, read_conditions, read_start

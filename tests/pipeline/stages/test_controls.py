@@ -23,10 +23,10 @@ from kadr import Condition, Control, Engine, KadrWarning, Progress, Request, Siz
 from kadr.checkpoints.lora import DOWNSCALE, LoraFile
 from kadr.errors import CheckpointError, KadrError, MediaError, RequestError
 from kadr.media.clip import Film, read_video
-from kadr.media.control import edges
+from kadr.media.control_maps import edges
 from kadr.media.image import prepare_picture
-from kadr.media.video import VideoWriter
-from kadr.models.adapters import merge
+from kadr.media.writer import VideoWriter
+from kadr.models.lora_layers import merge
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.dry_run import DryEngine

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from kadr.kernels import fused
 from kadr.models.vae.config import Strides
 from kadr.nn.conv import VideoConv
-from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.modulation import learned_table
 from kadr.nn.norm import ChannelLayerNorm
-from kadr.nn.stream import Stream, in_turn
+from kadr.nn.temporal_cache import Stream, in_turn
+from kadr.nn.timestep_embedding import LevelEmbedding
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:

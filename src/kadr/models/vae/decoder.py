@@ -12,9 +12,9 @@ from kadr.kernels import fused
 from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer, ResidualStage, bends, unpatchify
 from kadr.models.vae.config import Block, VAEConfig
 from kadr.nn.conv import VideoConv
-from kadr.nn.embedding import LevelEmbedding
 from kadr.nn.modulation import learned_table
-from kadr.nn.stream import Stream
+from kadr.nn.temporal_cache import Stream
+from kadr.nn.timestep_embedding import LevelEmbedding
 
 Stage = Callable[[Tensor, Stream], Tensor]
 SLICE = 4  # frames that a stage hands on at a time, unless told otherwise

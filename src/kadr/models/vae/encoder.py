@@ -8,7 +8,7 @@ from kadr.kernels import fused
 from kadr.models.vae.blocks import ResidualLayer, ResidualStage, SpaceToDepthDown, patchify
 from kadr.models.vae.config import Block, VAEConfig
 from kadr.nn.conv import VideoConv
-from kadr.nn.stream import Stream
+from kadr.nn.temporal_cache import Stream
 
 
 def _block(block: Block, width: int) -> tuple[nn.Module, int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kadr.models.vae.config import VAEConfig
 from kadr.models.vae.decoder import SLICE, Decoder
 from kadr.models.vae.encoder import Encoder
-from kadr.nn.stream import NoiseSource, Stream
+from kadr.nn.temporal_cache import NoiseSource, Stream
 from kadr.shapes import TEMPORAL
 
 

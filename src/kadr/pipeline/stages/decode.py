@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kadr.media.frames import crop_margins, resize, to_uint8, to_unit
+from kadr.media.postprocess import crop_margins, resize, to_uint8, to_unit
 from kadr.models.vae.decoder import SLICE
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import Watchman

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kadr.errors import RequestError
 from kadr.media.clip import Film
-from kadr.media.control import cover, edges, signed
+from kadr.media.control_maps import cover, edges, signed
 from kadr.media.image import load_picture
 from kadr.pipeline.stages.control_networks import Drawn
 from kadr.request.conditions import Frames

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kadr.errors import MediaError, RequestError
-from kadr.media.control import cover, edges, library, signed
+from kadr.media.control_maps import cover, edges, library, signed
 from kadr.media.depth import DepthNetwork, Depths
 from kadr.media.pose import PERSON, PoseNetwork
 from kadr.shapes import Size

@@ -14,7 +14,16 @@ import torch
 from sentencepiece import sentencepiece_model_pb2 as protobuf
 
 from kadr.errors import CheckpointError
-from kadr.text.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Pieces, read_pieces, write_pieces
+from kadr.text.sentencepiece_model import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Pieces,
+    read_pieces,
+    write_pieces,
+)
 from kadr.text.tokenizer import Tokenizer
 from tests.checkpoints.gguf_files import tokenizer_fields
 

@@ -20,7 +20,7 @@ import pytest
 
 from kadr.errors import MediaError
 from kadr.media.clip import read_metadata, read_video
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
 
 SIZE = Size(64, 48)
@@ -371,7 +371,7 @@ def test_a_file_that_may_not_grow_is_explained_with_the_free_bytes_and_removed(t
 ON_A_FULL_DISK = """
 import sys, pathlib, numpy
 from kadr.errors import MediaError
-from kadr.media.video import VideoWriter
+from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
 frames = numpy.random.default_rng(0).integers(0, 256, (12, 240, 320, 3), dtype=numpy.uint8)
 folder = pathlib.Path(sys.argv[1])
@@ -447,6 +447,6 @@ def test_what_is_not_a_whole_video_is_refused_by_name(tmp_path, kind):
 
 
 def test_importing_the_video_module_loads_neither_torch_nor_ffmpeg():
-    code = "import sys, kadr.media.video; print([m for m in ('torch', 'av') if m in sys.modules])"
+    code = "import sys, kadr.media.writer; print([m for m in ('torch', 'av') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SRC)})
     assert done.stdout.strip() == "[]"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.nn.stream import Stream, in_turn
+from kadr.nn.temporal_cache import Stream, in_turn
 from tests.oracles import drawn
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kadr.kernels import int8
-from kadr.models.adapters import Additions, LowRank, adapted, attach, merge, set_strengths
+from kadr.models.lora_layers import Additions, LowRank, adapted, attach, merge, set_strengths
 from kadr.models.transformer import Transformer
 from kadr.nn.linear import Adapted
 from kadr.quant.convert import requantize

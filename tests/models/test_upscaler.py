@@ -14,7 +14,7 @@ from torch import nn
 from kadr.checkpoints import keys
 from kadr.errors import CheckpointError
 from kadr.models.registry import RELEASED
-from kadr.models.upsampler import SPATIAL, TEMPORAL, LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import SPATIAL, TEMPORAL, LatentUpsampler, UpsamplerConfig
 from tests.oracles import drawn, relative
 from tests.tiny import sown
 
