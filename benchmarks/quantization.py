@@ -20,7 +20,7 @@ from torch import Tensor
 
 import kadr
 from kadr import Engine, Request
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.save import write_single_file
 from kadr.cli.quantize import quantize
 from kadr.kernels import int8

@@ -22,7 +22,7 @@ BUNDLED = {
         "tests/golden/test_demo.py::test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run"
     ),
 }
-LORA_TEST = "tests/checkpoints/test_lora.py::test_a_released_lora_is_read_whole_and_fits_the_13b_model"
+LORA_TEST = "tests/checkpoints/lora/test_file.py::test_a_released_lora_is_read_whole_and_fits_the_13b_model"
 UPSCALER = "tests/models/test_upscaler.py::test_it_computes_what_the_other_implementations_do"
 PARTS = {
     "demo-upscaler": "tests/golden/test_demo.py::test_two_passes_are_sharper_than_the_first_resized",
@@ -32,7 +32,7 @@ PARTS = {
     "demo-ic-lora-canny": "tests/golden/test_loras.py::test_outlines_lie_on_those_of_the_clip_that_is_followed",
     "t5-v1.1-xxl": "tests/models/test_t5.py::test_it_equals_transformers_in_float32",
     "t5-v1.1-xxl-q8-gguf": (
-        "tests/checkpoints/test_gguf.py::"
+        "tests/checkpoints/gguf/test_gguf.py::"
         "test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_tokenizer"
     ),
 }

@@ -13,7 +13,7 @@ from kadr.bench.cases import CLIPS, END_TO_END, OWN, SCHEDULES, STAGES, Clip, Se
 from kadr.bench.models import Noise, Source, opened
 from kadr.bench.run import _stages
 from kadr.bench.work import LENGTH, Work
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.transformer import TransformerConfig
 from kadr.planning.flops import disturbed_flops, transformer_flops

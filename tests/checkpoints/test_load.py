@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kadr.checkpoints import keys
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.keys import VAE_UNUSED
 from kadr.checkpoints.load import fill
-from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upsampler
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
@@ -28,7 +28,7 @@ from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.quant.layers import ScaledLinear
-from tests.checkpoints.files import (
+from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
     SMALL_TRANSFORMER,

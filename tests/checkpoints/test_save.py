@@ -16,7 +16,7 @@ from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from safetensors import safe_open
 
 from kadr.checkpoints import keys
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upsampler
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
@@ -27,7 +27,7 @@ from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import LatentGrid
-from tests.checkpoints.files import (
+from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
     SMALL_TRANSFORMER,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
-from tests.checkpoints.files import framed, sparse
+from tests.checkpoints.checkpoint_files import framed, sparse
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,

@@ -190,6 +190,6 @@ def test_no_weight_is_read(kadr: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were asked for")
 
     for name in ("load_transformer", "load_vae", "load_upsampler"):
-        monkeypatch.setattr(f"kadr.checkpoints.open.{name}", refuse)
+        monkeypatch.setattr(f"kadr.checkpoints.checkpoint.{name}", refuse)
     monkeypatch.setattr("kadr.checkpoints.hub.fetch", refuse)
     assert kadr("generate", "x", "--dry-run").code == 0

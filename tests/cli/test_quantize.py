@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kadr.checkpoints import hub
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.models.registry import TEXT, TEXT_GGUF, find
@@ -160,7 +160,7 @@ def test_cancelling_leaves_nothing(kadr: Run, home: Path, tmp_path: Path, monkey
     def interrupt(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kadr.checkpoints.write_gguf.release", interrupt)
+    monkeypatch.setattr("kadr.checkpoints.gguf.writer.release", interrupt)
     ended = kadr("quantize", home / tiny.MODEL, tmp_path / "x.gguf", "--type", "Q8_0")
     assert (ended.code, ended.out) == (130, "")
     assert "cancelled" in ended.err

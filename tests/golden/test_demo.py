@@ -15,7 +15,7 @@ import torch
 
 import kadr
 from kadr import Engine, Request
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.media.clip import read_video
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid

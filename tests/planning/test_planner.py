@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
 from kadr.pipeline import components, module_placement
 from kadr.pipeline.engine import Engine

@@ -13,8 +13,8 @@ from kadr.kernels.ggml_types import PACKINGS
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
 from kadr.quant.mixes import FALLBACK, MIXES, PLAIN, SHORT, TYPES, assign_types, find_mix
-from tests.checkpoints import gguf_files
-from tests.checkpoints.files import shapes_of
+from tests.checkpoints.checkpoint_files import shapes_of
+from tests.checkpoints.gguf import gguf_files
 
 XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
 # For 24 layers: the first and the last eighth, and every third between.

@@ -25,7 +25,7 @@ from kadr.text.sentencepiece_model import (
     write_pieces,
 )
 from kadr.text.tokenizer import Tokenizer
-from tests.checkpoints.gguf_files import tokenizer_fields
+from tests.checkpoints.gguf.gguf_files import tokenizer_fields
 
 DEMO = Path(__file__).parents[2] / "src" / "kadr" / "assets" / "demo" / "tokenizer" / "spiece.model"
 TEXT = """a red circle moving right over the blue sea while birds fly slowly through golden light of evening café 42 , .

@@ -27,7 +27,7 @@ from kadr.bench.cases import (
 )
 from kadr.bench.models import Source
 from kadr.bench.runner import Absent, Contender
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
 from kadr.pipeline.engine import Engine

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kadr.checkpoints.fp8_scales import belonging, scaled, scales_of
 from kadr.checkpoints.header import EIGHT_BIT, TensorInfo
 from kadr.checkpoints.keys import T5, T5_UNUSED, TRANSFORMER, UPSAMPLER, VAE_UNUSED, Key, names
 from kadr.checkpoints.keys import VAE as VAE_KEYS
-from kadr.checkpoints.scales import belonging, scaled, scales_of
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.kernels.dequant import dequantize

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kadr.checkpoints.gguf_header import is_gguf, read_gguf
+from kadr.checkpoints.gguf.header import is_gguf, read_gguf
 from kadr.checkpoints.header import TensorInfo, read_header
-from kadr.checkpoints.mapped import map_file
+from kadr.checkpoints.memory_map import map_file
 from kadr.errors import CheckpointError
 
 STEMS = ("diffusion_pytorch_model", "model")  # of the weights in a component's folder: diffusers', transformers'

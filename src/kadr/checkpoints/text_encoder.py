@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from kadr.checkpoints.folder import read_json
-from kadr.checkpoints.gguf_header import TEXT_ENCODER, is_gguf, read_gguf
-from kadr.checkpoints.gguf_text import open_text_encoder, stored_pieces
+from kadr.checkpoints.checkpoint import Part, part_of
+from kadr.checkpoints.detect.single_file.diffusers_folder import read_json
+from kadr.checkpoints.gguf.header import TEXT_ENCODER, is_gguf, read_gguf
+from kadr.checkpoints.gguf.t5_fields import open_text_encoder, stored_pieces
 from kadr.checkpoints.keys import T5, T5_GGUF, Key
 from kadr.checkpoints.load import load_text_encoder
-from kadr.checkpoints.open import Part, part_of
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder

@@ -74,7 +74,7 @@ def _fields(record: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.checkpoints.lora import is_lora
+    from kadr.checkpoints.lora.file.file import is_lora
     from kadr.checkpoints.text_encoder import is_text_encoder
 
     if not path.exists():
@@ -93,7 +93,7 @@ def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
 
 def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.checkpoints.lora import LoraFile
+    from kadr.checkpoints.lora.file.file import LoraFile
 
     # What is strange in it is told, as everything else.
     found = {"kind": "LoRA", **asdict(LoraFile.open(path, partial=True).describe())}
@@ -119,9 +119,9 @@ def _told_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.checkpoints.open import Checkpoint
+    from kadr.checkpoints.checkpoint import Checkpoint
+    from kadr.checkpoints.detect.single_file.upscaler import MODEL
     from kadr.checkpoints.text_encoder import TextEncoderFolder
-    from kadr.checkpoints.upscaler import MODEL
 
     described = Checkpoint.open(path).describe()
     found = {"path": str(path), "family": "LTX-Video", **asdict(described)}

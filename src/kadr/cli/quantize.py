@@ -19,7 +19,7 @@ from kadr.quant.mixes import TYPES, Mix, find_mix
 from kadr.spec.locate import is_path, released_file
 
 if TYPE_CHECKING:
-    from kadr.checkpoints.to_gguf import Written
+    from kadr.checkpoints.gguf.convert import Written
 
 EPILOG = (
     "The types are listed from large to small: the fewer bits, the smaller the file, and the farther from the model. "
@@ -79,9 +79,9 @@ def _written(
     path: Path, released: Released | None, wanted: Path, mix: Mix, told: Callable[[int, int], None]
 ) -> tuple[Written, str]:
     """What was written, and what a user has to know is not in the file."""
-    from kadr.checkpoints.open import Checkpoint
+    from kadr.checkpoints.checkpoint import Checkpoint
+    from kadr.checkpoints.gguf.convert import text_encoder_to_gguf, transformer_to_gguf
     from kadr.checkpoints.text_encoder import TextEncoderFolder, is_text_encoder
-    from kadr.checkpoints.to_gguf import text_encoder_to_gguf, transformer_to_gguf
 
     if is_text_encoder(path):
         return text_encoder_to_gguf(TextEncoderFolder.open(path), wanted, mix, watch=told), ""

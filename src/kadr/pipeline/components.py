@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from kadr.checkpoints.mapped import release
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.memory_map import release
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.kernels.cpu.malloc import at_work
 from kadr.memory.device import DTYPES

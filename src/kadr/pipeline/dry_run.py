@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kadr.checkpoints.families import SCHEDULES
-from kadr.checkpoints.lora import LoraFile
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.detect.single_file.vae_families import SCHEDULES
+from kadr.checkpoints.lora.file.file import LoraFile
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released

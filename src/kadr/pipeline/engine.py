@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import Cancelled, KadrError, PlanError, RequestError
 from kadr.media.writer import VideoWriter

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from kadr.checkpoints.mapped import prefetch, release
+from kadr.checkpoints.memory_map import prefetch, release
 from kadr.kernels import fp8, mode
 from kadr.kernels.cpu.winograd import PAIRS
 from kadr.memory.block_swap import Carousel, stream_pages

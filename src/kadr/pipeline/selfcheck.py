@@ -7,9 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.fp8_scales import scales_of
 from kadr.checkpoints.header import EIGHT_BIT
-from kadr.checkpoints.open import Checkpoint
-from kadr.checkpoints.scales import scales_of
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.quant.rotation import FULL, LIKENESS, find_rotation
 from kadr.sampling.positions import positions

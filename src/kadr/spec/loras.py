@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kadr.checkpoints.lora import DOWNSCALE, LoraFile
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.lora.file.file import DOWNSCALE, LoraFile
 from kadr.errors import RequestError
 from kadr.models.lora_layers import Additions
 from kadr.spec.locate import check_lora, located_lora

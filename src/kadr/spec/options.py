@@ -8,7 +8,7 @@ from operator import itemgetter
 
 import torch
 
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.kernels import fp8

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.checkpoints.lora import write_lora
-from kadr.checkpoints.mapped import release
+from kadr.checkpoints.lora.file.file import write_lora
+from kadr.checkpoints.memory_map import release
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.header import EIGHT_BIT
-from kadr.checkpoints.mapped import release
+from kadr.checkpoints.memory_map import release
 from kadr.checkpoints.save import beside
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import PACKINGS

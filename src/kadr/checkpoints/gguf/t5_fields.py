@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kadr.checkpoints.gguf_header import TEXT_ENCODER, GGUFHeader, read_gguf
+from kadr.checkpoints.gguf.header import TEXT_ENCODER, GGUFHeader, read_gguf
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import TEXT_GGUF

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.checkpoints.detect import header_config
-from kadr.checkpoints.families import VAE_FAMILIES
-from kadr.checkpoints.gguf_header import CONFIG, NAME, TEXT_ENCODER, TRANSFORMER, is_gguf
-from kadr.checkpoints.gguf_text import stored_pieces, text_fields
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.detect.single_file.single_file import header_config
+from kadr.checkpoints.detect.single_file.vae_families import VAE_FAMILIES
+from kadr.checkpoints.fp8_scales import scaled, scales_of
+from kadr.checkpoints.gguf.header import CONFIG, NAME, TEXT_ENCODER, TRANSFORMER, is_gguf
+from kadr.checkpoints.gguf.t5_fields import stored_pieces, text_fields
+from kadr.checkpoints.gguf.writer import Entry, Watch, write_gguf
 from kadr.checkpoints.keys import T5_GGUF, T5_UNUSED, names
 from kadr.checkpoints.keys import TRANSFORMER as TRANSFORMER_KEYS
 from kadr.checkpoints.load import account
-from kadr.checkpoints.open import Checkpoint
-from kadr.checkpoints.scales import scaled, scales_of
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
-from kadr.checkpoints.write_gguf import Entry, Watch, write_gguf
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer

@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 
-from kadr.checkpoints.folder import read_schedule, read_vae
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.detect.single_file.diffusers_folder import read_schedule, read_vae
 from kadr.checkpoints.keys import UPSAMPLER, names
-from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError
 from kadr.models.registry import find
@@ -25,7 +25,7 @@ from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import LatentGrid
-from tests.checkpoints.files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, SMALL_UPSAMPLER, same, sparse
+from tests.checkpoints.checkpoint_files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, SMALL_UPSAMPLER, same, sparse
 from tests.oracles import (
     DIFFUSERS_VAES,
     VAES,

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from kadr.checkpoints.families import VAE_FAMILIES as VAES
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.detect.single_file.vae_families import VAE_FAMILIES as VAES
 from kadr.errors import CheckpointError
 from kadr.models.registry import DISTILLED_LEVELS, find
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
 from kadr.models.upscaler import SPATIAL, TEMPORAL, UpsamplerConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedules import Schedule
-from tests.checkpoints.files import (
+from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_TRANSFORMER,
     SMALL_UPSAMPLER,
@@ -441,8 +441,8 @@ def test_a_text_encoder_beside_the_file_is_not_missing(tmp_path: Path) -> None:
 
 INSPECT = """
 import sys, time, resource
-from kadr.checkpoints.families import VAE_FAMILIES as VAES
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.detect.single_file.vae_families import VAE_FAMILIES as VAES
+from kadr.checkpoints.checkpoint import Checkpoint
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 described = Checkpoint.open(sys.argv[1]).describe()
 seconds = time.process_time() - began

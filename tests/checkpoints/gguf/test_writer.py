@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kadr.checkpoints import write_gguf
-from kadr.checkpoints.gguf_header import read_gguf
-from kadr.checkpoints.open import Checkpoint
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.gguf import writer
+from kadr.checkpoints.gguf.convert import Written, text_encoder_to_gguf, transformer_to_gguf
+from kadr.checkpoints.gguf.header import read_gguf
+from kadr.checkpoints.gguf.writer import Entry
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
-from kadr.checkpoints.to_gguf import Written, text_encoder_to_gguf, transformer_to_gguf
-from kadr.checkpoints.write_gguf import Entry
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import PACKINGS, Packing
 from kadr.models.registry import find
@@ -36,8 +36,8 @@ from kadr.quant.mixes import assign_types, find_mix
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import PACKAGE
 from tests import tiny
-from tests.checkpoints import gguf_files
-from tests.checkpoints.files import SMALL_VAE, same
+from tests.checkpoints.checkpoint_files import SMALL_VAE, same
+from tests.checkpoints.gguf import gguf_files
 from tests.oracles import VAES, diffusers_transformer, diffusers_vae, reduced, relative
 
 DEMO = PACKAGE / "assets" / "demo"
@@ -349,8 +349,8 @@ def test_a_file_that_has_no_room_or_no_folder_is_refused_before_it_is_begun(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"there is no folder .*/absent\. Make it"):
         written(home, tmp_path / "absent" / "x.gguf", "Q8_0")
-    usage = write_gguf.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(write_gguf.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = writer.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match=r"x\.gguf will take 0\.0 GB, and its disk has 0\.0 GB free"):
         written(home, tmp_path / "x.gguf", "Q8_0")
     assert os.listdir(tmp_path) == []
@@ -365,17 +365,17 @@ def test_the_watcher_is_told_of_every_tensor(home: Path, tmp_path: Path) -> None
 
 def test_a_tensor_is_rounded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    real = write_gguf.quantize
+    real = writer.quantize
 
     def counting(piece: Tensor, packing: Packing) -> Tensor:
         sizes.append(piece.numel())
         return real(piece, packing)
 
-    monkeypatch.setattr(write_gguf, "PIECE", 1000)
-    monkeypatch.setattr(write_gguf, "quantize", counting)
+    monkeypatch.setattr(writer, "PIECE", 1000)
+    monkeypatch.setattr(writer, "quantize", counting)
     numbers = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     entries = [Entry(name, (50, 64), "Q8_0", lambda: numbers) for name in "ab"]
-    write_gguf.write_gguf(tmp_path / "x.gguf", "ltxv", {}, entries)
+    writer.write_gguf(tmp_path / "x.gguf", "ltxv", {}, entries)
     assert max(sizes) <= 1000
     assert sum(sizes) == 2 * numbers.numel()
     expected = real(numbers, PACKINGS["Q8_0"]).numpy()

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kadr.checkpoints.detect import Detected, confirmed
-from kadr.checkpoints.families import SCHEDULES, family_of, version_label
+from kadr.checkpoints.detect.single_file.single_file import Detected, confirmed
+from kadr.checkpoints.detect.single_file.upscaler import kind_of
+from kadr.checkpoints.detect.single_file.vae_families import SCHEDULES, family_of, version_label
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.upscaler import kind_of
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig

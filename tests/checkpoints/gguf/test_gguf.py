@@ -15,10 +15,11 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from kadr.checkpoints import gguf_header, keys
-from kadr.checkpoints.gguf_header import read_gguf
+from kadr.checkpoints import keys
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.gguf import header
+from kadr.checkpoints.gguf.header import read_gguf
 from kadr.checkpoints.load import account
-from kadr.checkpoints.open import Checkpoint
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder, is_text_encoder
@@ -31,8 +32,7 @@ from kadr.pipeline.engine import Engine
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import PACKAGE
 from tests import tiny
-from tests.checkpoints import gguf_files
-from tests.checkpoints.files import (
+from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
     SMALL_TRANSFORMER,
@@ -42,6 +42,7 @@ from tests.checkpoints.files import (
     shapes_of,
     t5_shapes,
 )
+from tests.checkpoints.gguf import gguf_files
 
 XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
 SPIECE = (PACKAGE / "assets" / "demo" / "tokenizer" / "spiece.model").read_bytes()
@@ -70,10 +71,10 @@ def released(tmp_path: Path, name: str, sizes: Any = TRANSFORMER_2B, kind: str =
 
 
 def test_types_are_numbered_and_sized_as_in_the_package() -> None:
-    known = {number: str(dtype).removeprefix("torch.") for number, dtype in gguf_header.PLAIN.items()}
+    known = {number: str(dtype).removeprefix("torch.") for number, dtype in header.PLAIN.items()}
     assert known == {Type.F32: "float32", Type.F16: "float16", Type.BF16: "bfloat16"}
-    assert {Type(number).name for number in gguf_header.PACKED} == PACKINGS.keys()
-    for number, name in gguf_header.PACKED.items():
+    assert {Type(number).name for number in header.PACKED} == PACKINGS.keys()
+    for number, name in header.PACKED.items():
         assert Type(number).name == name
         assert gguf.GGML_QUANT_SIZES[Type(number)] == (PACKINGS[name].elements, PACKINGS[name].bytes)
 

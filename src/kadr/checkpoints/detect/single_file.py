@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from kadr.checkpoints.families import SCHEDULES, VAE_FAMILIES, family_of, version_label
-from kadr.checkpoints.gguf_header import ARCHITECTURE, NAME
+from kadr.checkpoints.detect.single_file.upscaler import MODEL, kind_of, read_upsampler, released_upscaler
+from kadr.checkpoints.detect.single_file.vae_families import SCHEDULES, VAE_FAMILIES, family_of, version_label
+from kadr.checkpoints.gguf.header import ARCHITECTURE, NAME
 from kadr.checkpoints.header import EIGHT_BIT
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.upscaler import MODEL, kind_of, read_upsampler, released_upscaler
 from kadr.errors import CheckpointError
 from kadr.models.registry import BY_NAME, MODELS, RELEASED, Recipe, Released, by_file
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig

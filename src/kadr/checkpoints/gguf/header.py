@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kadr.checkpoints.gguf_format import ALIGNMENT, MAGIC, VERSIONS, Cursor, Head, Stretch, entries
+from kadr.checkpoints.gguf.parser import ALIGNMENT, MAGIC, VERSIONS, Cursor, Head, Stretch, entries
 from kadr.checkpoints.header import TensorInfo
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import PACKINGS

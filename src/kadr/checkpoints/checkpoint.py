@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from kadr.checkpoints.components import split
-from kadr.checkpoints.detect import Detected, detect
-from kadr.checkpoints.folder import open_folder
+from kadr.checkpoints.detect.single_file.diffusers_folder import open_folder
+from kadr.checkpoints.detect.single_file.single_file import Detected, detect
+from kadr.checkpoints.detect.single_file.split import split
+from kadr.checkpoints.detect.single_file.upscaler import MODEL
 from kadr.checkpoints.load import load_transformer, load_upsampler, load_vae
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.upscaler import MODEL
 from kadr.errors import CheckpointError
 from kadr.models.registry import MODELS, Released
 from kadr.models.transformer import Transformer

@@ -1,0 +1,1 @@
+"""LoRA files of every trainer: opened, matched to layers, scaled."""
