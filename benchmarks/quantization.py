@@ -22,7 +22,7 @@ import kadr
 from kadr import Engine, Request
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.save import write_single_file
-from kadr.cli.quantize import quantize
+from kadr.cli.commands.quantize import quantize
 from kadr.kernels import int8
 from kadr.kernels.dequant import dequantize
 from kadr.kernels.ggml_types import PACKINGS

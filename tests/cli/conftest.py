@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kadr.cli import making
+from kadr.cli import run
 from kadr.cli.main import main
 from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
@@ -101,7 +101,7 @@ class FakeEngine:
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
     """The fake, in place of `Engine.open`, in an empty working directory."""
     fake = FakeEngine()
-    monkeypatch.setattr(making, "open_engine", fake.open)
+    monkeypatch.setattr(run, "open_engine", fake.open)
     monkeypatch.chdir(tmp_path)
     return fake
 

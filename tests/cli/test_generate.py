@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kadr.cli.official import RENAMED
+from kadr.cli.flags.official import RENAMED
 from kadr.errors import Cancelled, KadrWarning, NonFiniteError, RequestError
 from kadr.request.inputs import Condition
 from kadr.request.official_config import OfficialConfig

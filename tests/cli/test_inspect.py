@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kadr.checkpoints.save import write_upsampler
-from kadr.cli.table import columns, in_words
+from kadr.cli.terminal.table import columns, in_words
 from kadr.media.writer import VideoWriter
 from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.shapes import Size

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kadr.cli import progress
+from kadr.cli.terminal import progress
 from kadr.pipeline.progress import Progress
 from kadr.version import __version__
 from tests.cli.conftest import Ended, FakeEngine

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kadr.checkpoints import hub
-from kadr.cli import pull, verify
+from kadr.cli.commands import pull, verify
 from kadr.models.registry import HUB, RELEASED, TEXT, TEXT_GGUF, TEXT_HUB, find
 from tests.cli.conftest import Ended
 from tests.fakehub import FakeHub, digest, serving

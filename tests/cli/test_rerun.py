@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kadr.cli import rerun
+from kadr.cli.commands import rerun
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.writer import VideoWriter
 from kadr.request.inputs import Condition

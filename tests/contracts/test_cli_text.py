@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from kadr.cli.flags.official import MEDIA, OFFLOAD, RENAMED, SIDES, STARTS, STRENGTHS
 from kadr.cli.main import app
-from kadr.cli.official import MEDIA, OFFLOAD, RENAMED, SIDES, STARTS, STRENGTHS
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _MODEL = """--model --config --upscaler --second-model --text-encoder --vae --lora --lora-partial --merge-loras

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import kadr
 from kadr import Engine, Request, Video
 from kadr.checkpoints.source import Source
-from kadr.cli.quantize import quantize
+from kadr.cli.commands.quantize import quantize
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.kernels.hadamard import rotate
 from train.evaluate import psnr

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kadr.cli import bench, generate, inspect, models, plan, quantize, rerun, train_lora
-from kadr.cli.faults import explained
-from kadr.cli.official import OfficialCommand
+from kadr.cli.commands import bench, generate, inspect, models, plan, quantize, rerun, train_lora
+from kadr.cli.flags.official import OfficialCommand
+from kadr.cli.terminal.errors import explained
 from kadr.kernels.cpu.malloc import give_back_at_once
 from kadr.version import __version__
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import typer
 
-from kadr.cli import options, pull, verify
-from kadr.cli.faults import explained, say
-from kadr.cli.table import columns, in_words
+from kadr.cli.commands import pull, verify
+from kadr.cli.flags import options
+from kadr.cli.terminal.errors import explained, say
+from kadr.cli.terminal.table import columns, in_words
 from kadr.models.registry import RELEASED, Released
 from kadr.spec.locate import on_disk
 

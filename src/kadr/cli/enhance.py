@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kadr.cli import options
-from kadr.cli.faults import say
+from kadr.cli.flags import options
+from kadr.cli.terminal.errors import say
 from kadr.errors import KadrWarning
 from kadr.request.request import Request
 from kadr.request.windows import folder_of

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kadr.checkpoints import hub
-from kadr.cli import options
-from kadr.cli.faults import say
-from kadr.cli.table import in_words
-from kadr.cli.verify import Name, checked, require_whole
+from kadr.cli.commands.verify import Name, checked, require_whole
+from kadr.cli.flags import options
+from kadr.cli.terminal.errors import say
+from kadr.cli.terminal.table import in_words
 from kadr.models.registry import Released, find, needs
 from kadr.spec.locate import on_disk, released_file
 

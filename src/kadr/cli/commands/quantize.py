@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kadr.cli.faults import say
-from kadr.cli.progress import shown
-from kadr.cli.reading import one_of
-from kadr.cli.table import in_words
+from kadr.cli.flags.parse import one_of
+from kadr.cli.terminal.errors import say
+from kadr.cli.terminal.progress import shown
+from kadr.cli.terminal.table import in_words
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import TEXT, Released, find
 from kadr.pipeline.progress import Stage, Watch

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from kadr.cli.official import BOX, JOINT
+from kadr.cli.flags.official import BOX, JOINT
 from kadr.errors import RequestError
 from kadr.request.inputs import CONTROLS, READY, Condition, Control
 from kadr.sampling.settings import Blocks, Numbers

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from kadr.cli import generate, making, options
-from kadr.cli.groups import taking
+from kadr.cli import run
+from kadr.cli.commands import generate
+from kadr.cli.flags import options
+from kadr.cli.flags.groups import taking
 from kadr.errors import CheckpointError
 from kadr.request.request import Request
 
@@ -24,10 +26,10 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     request = generate.requested(prompt, flags)
     generate.check_single(request, flags.model)
     parts = generate.named_parts(flags.model, request)
-    making.refuse_absent(request)
+    run.refuse_absent(request)
     _refuse_unfetched({**parts, **generate.added(flags.model)}, request, flags.video.seconds)
     model = parts.pop("model", "demo")
-    engine = making.open_engine(model, **parts, **generate.held(flags.model))
+    engine = run.open_engine(model, **parts, **generate.held(flags.model))
     made = engine.plan(generate.timed(request, flags.video.seconds, engine))
     print(json.dumps(made.to_json()) if flags.output.json else made)
 

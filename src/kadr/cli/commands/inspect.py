@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kadr.cli import options
-from kadr.cli.table import columns, in_words
+from kadr.cli.flags import options
+from kadr.cli.terminal.table import columns, in_words
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import PACKINGS
 

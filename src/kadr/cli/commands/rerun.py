@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kadr.cli import making, options
-from kadr.cli.faults import say
+from kadr.cli import run
+from kadr.cli.flags import options
+from kadr.cli.terminal.errors import say
 from kadr.errors import CheckpointError, MediaError
 from kadr.request.request import Request
 from kadr.spec.locate import on_disk
@@ -39,11 +40,11 @@ def rerun(
     request = Request.from_json(record["request"])
     if seed is not None:
         request = replace(request, seed=seed)
-    output = making.unnamed(file, resume=resume) if output is None else making.chosen_output(output, resume=resume)
-    making.refuse_absent(request)
-    making.refuse_unwritable(request, output, None)
+    output = run.unnamed(file, resume=resume) if output is None else run.chosen_output(output, resume=resume)
+    run.refuse_absent(request)
+    run.refuse_unwritable(request, output, None)
     engine = reopened(record, model, device)
-    making.make(engine, request, output, as_json=json, resume=resume)
+    run.make(engine, request, output, as_json=json, resume=resume)
 
 
 def recorded(file: Path) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -
     own |= _loras(record)
     if record.get("compiled") and device.startswith("cuda"):
         own["compiled"] = True
-    return making.open_engine(model, **parts, device=device, **own)
+    return run.open_engine(model, **parts, device=device, **own)
 
 
 def _second_parts(record: Mapping[str, Any]) -> dict[str, Any]:

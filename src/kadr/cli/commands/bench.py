@@ -10,7 +10,7 @@ import typer
 
 from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS, Clip, Selection
 from kadr.bench.telling import lines
-from kadr.cli.faults import say
+from kadr.cli.terminal.errors import say
 from kadr.errors import RequestError
 
 ALL_STAGES, BOTH_WAYS = ",".join(STAGES), ",".join(USUAL_WAYS)

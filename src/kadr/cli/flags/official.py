@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import typer
 
-from kadr.cli.groups import GroupedCommand
+from kadr.cli.flags.groups import GroupedCommand
 from kadr.request.inputs import CLIPS
 
 RENAMED: Mapping[str, str] = {

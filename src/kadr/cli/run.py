@@ -10,8 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kadr.cli.faults import say
-from kadr.cli.progress import duration, shown
+from kadr.cli.terminal.errors import say
+from kadr.cli.terminal.progress import duration, shown
 from kadr.errors import MediaError, RequestError
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.windows import FOLDER, folder_of

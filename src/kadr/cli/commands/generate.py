@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kadr.cli import enhancing, making, options, reading
-from kadr.cli.faults import say
-from kadr.cli.groups import taking
-from kadr.cli.official import JOINT
+from kadr.cli import enhance, run
+from kadr.cli.flags import options, parse
+from kadr.cli.flags.groups import taking
+from kadr.cli.flags.official import JOINT
+from kadr.cli.terminal.errors import say
 from kadr.errors import RequestError
 from kadr.quant.weight_formats import NONE, SCHEMES
 from kadr.request.request import Request
@@ -49,24 +50,24 @@ def generate(prompt: options.Prompt, flags: options.Flags) -> None:
     request = requested(prompt, flags)
     check_single(request, flags.model)
     parts = named_parts(flags.model, request)
-    making.refuse_absent(request)
-    enhancer = enhancing.asked(flags.enhance)
+    run.refuse_absent(request)
+    enhancer = enhance.asked(flags.enhance)
     if flags.output.dry_run:
-        enhancing.announce(enhancer)
+        enhance.announce(enhancer)
         _print_plan(request, parts, flags)
         return
-    output = making.chosen_output(flags.output.output, resume=flags.output.resume)
-    making.refuse_unwritable(request, output, flags.output.save_latents)
+    output = run.chosen_output(flags.output.output, resume=flags.output.resume)
+    run.refuse_unwritable(request, output, flags.output.save_latents)
     if "model" not in parts:
         say(DEMO)
     model = parts.pop("model", "demo")
     if flags.model.no_prompt_cache:
         parts["prompt_cache"] = False
-    engine = making.open_engine(model, **parts, **held(flags.model))
+    engine = run.open_engine(model, **parts, **held(flags.model))
     tell_unused(timed(request, flags.video.seconds, engine), flags.model, engine)
     latents, resume = flags.output.save_latents, flags.output.resume
-    request = enhancing.enhanced(engine, timed(request, flags.video.seconds, engine), enhancer, output, resume=resume)
-    making.make(engine, request, output, latents=latents, as_json=flags.output.json, resume=resume)
+    request = enhance.enhanced(engine, timed(request, flags.video.seconds, engine), enhancer, output, resume=resume)
+    run.make(engine, request, output, latents=latents, as_json=flags.output.json, resume=resume)
 
 
 def held(flags: options.ModelFlags) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def held(flags: options.ModelFlags) -> dict[str, Any]:
 
 def added(flags: options.ModelFlags) -> dict[str, Any]:
     """The LoRAs, by the words of `Engine.open`."""
-    loras: dict[str, Any] = {"loras": [reading.lora(text) for text in flags.lora]} if flags.lora else {}
+    loras: dict[str, Any] = {"loras": [parse.lora(text) for text in flags.lora]} if flags.lora else {}
     return loras | ({"lora_partial": True} if flags.lora_partial else {})
 
 
@@ -88,11 +89,11 @@ def check_words(flags: options.Flags | options.PlanFlags) -> None:
     """Refuse what the parser lets through."""
     if flags.video.frames is not None and flags.video.seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
-    reading.one_of("--device", flags.model.device.partition(":")[0], DEVICES)
-    reading.one_of("--dtype", flags.model.dtype, DTYPES)
-    reading.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in SCHEMES])
-    reading.one_of("--offload", flags.model.offload, OFFLOAD)
-    reading.one_of("--cache", flags.denoising.cache, (NONE, *KINDS))
+    parse.one_of("--device", flags.model.device.partition(":")[0], DEVICES)
+    parse.one_of("--dtype", flags.model.dtype, DTYPES)
+    parse.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in SCHEMES])
+    parse.one_of("--offload", flags.model.offload, OFFLOAD)
+    parse.one_of("--cache", flags.denoising.cache, (NONE, *KINDS))
 
 
 def check_single(request: Request, flags: options.ModelFlags) -> None:
@@ -104,7 +105,7 @@ def check_single(request: Request, flags: options.ModelFlags) -> None:
 
 def tell_unused(request: Request, flags: options.ModelFlags, engine: Engine) -> None:
     """Say what is named for a second pass that the recipe does not make."""
-    second = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(reading.lora, flags.lora or ()))
+    second = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(parse.lora, flags.lora or ()))
     if flags.upscaler or flags.second_model or second:
         from kadr.request.passes import unused_parts, warn_unused  # loads torch
 
@@ -122,13 +123,13 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
     return Request(
         prompt=prompt.replace(JOINT, f" {BETWEEN} "),
         windows=_windows(flags.windows, several=JOINT in prompt),
-        size=reading.size(video.size),
+        size=parse.size(video.size),
         frames=video.frames,
         fps=video.fps,
         seed=video.seed,
         negative_prompt=video.negative_prompt,
         steps=denoising.steps,
-        levels=reading.levels("--levels", denoising.levels),
+        levels=parse.levels("--levels", denoising.levels),
         skip_initial=denoising.skip_initial,
         skip_final=denoising.skip_final,
         stochastic=denoising.stochastic,
@@ -170,12 +171,12 @@ def _cache(flags: options.DenoisingFlags) -> StepCache | None:
 
 def _guidance(flags: options.GuidanceFlags) -> Guidance | None:
     lists = {
-        "scale": reading.numbers("--guidance", flags.guidance),
-        "stg": reading.numbers("--stg", flags.stg),
-        "rescale": reading.numbers("--rescale", flags.rescale),
-        "skip_blocks": reading.blocks("--skip-blocks", flags.skip_blocks),
+        "scale": parse.numbers("--guidance", flags.guidance),
+        "stg": parse.numbers("--stg", flags.stg),
+        "rescale": parse.numbers("--rescale", flags.rescale),
+        "skip_blocks": parse.blocks("--skip-blocks", flags.skip_blocks),
     }
-    at = reading.levels("--guidance-at", flags.guidance_at)
+    at = parse.levels("--guidance-at", flags.guidance_at)
     if at is None:
         _refuse_lists(lists)
     given: dict[str, Any] = {
@@ -209,7 +210,7 @@ def _refuse_lists(lists: Mapping[str, Any]) -> None:
 def _second(flags: options.SecondFlags) -> Pass | None:
     given: dict[str, Any] = {
         "steps": flags.second_steps,
-        "levels": reading.levels("--second-levels", flags.second_levels),
+        "levels": parse.levels("--second-levels", flags.second_levels),
         "skip_initial": flags.second_skip_initial,
         "guidance": None if flags.second_guidance is None else Guidance(scale=flags.second_guidance),
         "tone_map": flags.second_tone_map,
@@ -220,12 +221,12 @@ def _second(flags: options.SecondFlags) -> Pass | None:
 
 def _media(flags: options.MediaFlags) -> dict[str, Any]:
     """The fields of the request that are about pictures and clips."""
-    images = [reading.condition("--image", text) for text in flags.image or ()]
-    clips = [reading.condition("--video", text) for text in flags.video or ()]
+    images = [parse.condition("--image", text) for text in flags.image or ()]
+    clips = [parse.condition("--video", text) for text in flags.video or ()]
     return {
         "conditions": (*images, *clips),
-        "controls": tuple(reading.control(text) for text in flags.control or ()),
-        "video": None if flags.input_video is None else reading.absolute(flags.input_video),
+        "controls": tuple(parse.control(text) for text in flags.control or ()),
+        "video": None if flags.input_video is None else parse.absolute(flags.input_video),
         "video_strength": flags.strength,
         "image_noise": flags.image_noise,
         "image_crf": flags.image_crf,
@@ -266,7 +267,7 @@ def timed(request: Request, seconds: float | None, engine: Engine | DryEngine) -
 
 
 def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags) -> None:
-    from kadr.cli import dry_run
+    from kadr.cli.terminal import dry_run
     from kadr.pipeline.dry_run import DryEngine  # loads torch
 
     engine = DryEngine.open(**parts, **added(flags.model), merge_loras=flags.model.merge_loras)

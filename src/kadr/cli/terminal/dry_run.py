@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from kadr.cli.table import columns, in_words
+from kadr.cli.terminal.table import columns, in_words
 from kadr.pipeline.dry_run import DryPart, DryRun
 from kadr.request.inputs import Condition
 from kadr.request.passes import PassPlan

@@ -11,8 +11,8 @@ import typer
 
 from kadr.checkpoints import hub
 from kadr.checkpoints.verify import ABSENT, DAMAGED, UNKNOWN, Checked, compare
-from kadr.cli import options
-from kadr.cli.table import columns, in_words
+from kadr.cli.flags import options
+from kadr.cli.terminal.table import columns, in_words
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released, find, needs
 from kadr.spec.locate import PACKAGE

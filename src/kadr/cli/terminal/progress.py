@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kadr.cli.faults import say
+from kadr.cli.terminal.errors import say
 from kadr.pipeline.progress import Progress, Watch
 
 EVERY = 5.0  # seconds between two lines where there is no terminal

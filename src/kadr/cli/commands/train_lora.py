@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kadr.cli import making, options, reading
-from kadr.cli.faults import say
-from kadr.cli.progress import duration, shown
+from kadr.cli import run
+from kadr.cli.flags import options, parse
+from kadr.cli.terminal.errors import say
+from kadr.cli.terminal.progress import duration, shown
 from kadr.errors import MediaError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def train_lora(
         if value < 1:
             raise typer.BadParameter(f"{value} is below 1.", param_hint=name)
     held: dict[str, Any] = {"text_encoder": text_encoder, "vae": vae} | ({} if quant == "none" else {"quant": quant})
-    engine = making.open_engine(model or "demo", device=device, dtype=dtype, **held)
+    engine = run.open_engine(model or "demo", device=device, dtype=dtype, **held)
     asked = {
         "rank": rank,
         "targets": targets,
@@ -113,7 +114,7 @@ def train_lora(
         engine,
         folder,
         output,
-        {"size": reading.size(size), "frames": frames, **asked},
+        {"size": parse.size(size), "frames": frames, **asked},
         prompts=tuple(validate or ()),
         every=validate_every,
         save_every=save_every,

@@ -1,0 +1,1 @@
+"""Flags, until they are a request and the options of an engine."""
