@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers import PEERS, entrants
+from kadr.bench.benchmark import run
 from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS, Clip, Selection
-from kadr.bench.run import run
-from kadr.bench.telling import lines
+from kadr.bench.text_report import lines
 from kadr.errors import KadrError
 from kadr.kernels.cpu.malloc import give_back_at_once
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from kadr.bench.models import T5_XXL, TRANSFORMERS, Noise
+from kadr.bench.model_files import T5_XXL, TRANSFORMERS, Noise
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer

@@ -21,12 +21,12 @@ import torch
 
 from benchmarks.peers import PEERS, entrants
 from kadr.bench.cases import DECODE, DIT, MODELS, WAYS, Clip, Selection
+from kadr.bench.kadr_contenders import ways
 from kadr.bench.machine import describe
-from kadr.bench.models import opened
-from kadr.bench.own import ways
-from kadr.bench.peak import cuda_peak, host_peak
+from kadr.bench.model_files import opened
+from kadr.bench.peak_memory import cuda_peak, host_peak
 from kadr.bench.runner import Absent, Contender, Measured, cuda_clock, host_clock, measure
-from kadr.bench.work import Work
+from kadr.bench.stage_case import Work
 from kadr.kernels.cpu.malloc import give_back_at_once
 from kadr.memory.device import pick_device
 from kadr.shapes import Size

@@ -32,14 +32,14 @@ from safetensors.torch import load_file
 
 from kadr import Engine, Request
 from kadr.bench.machine import describe
-from kadr.bench.peak import process_peak
+from kadr.bench.peak_memory import process_peak
 from kadr.media.clip import read_metadata, read_video
 from kadr.pipeline.longvideo.window_folder import kept_in
 from kadr.request.windows import Span, Windows, folder_of
-from tests import pages
+from tests import doc_tables
 
 RESULTS = Path(__file__).parent / "results"
-PAGE, NAME = pages.DOCS / "guides" / "long-video.md", "python -m benchmarks.long_video"
+PAGE, NAME = doc_tables.DOCS / "guides" / "long-video.md", "python -m benchmarks.long_video"
 FPS, WINDOWS = 24, Windows(frames=25, overlap=16)  # what the demo was trained on; the usual overlap for it
 THERE, BACK = (f"a red circle moving {way} on a black background" for way in ("right", "left"))
 STILL = "a red circle standing still on a black background"
@@ -228,7 +228,9 @@ def main() -> int:
     path = asked.results / "long-cpu-demo.json"
     path.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
     if asked.results == RESULTS:
-        pages.write(PAGE, NAME, pages.table((f"{asked.seconds:g} s of the demo", "moving", "still"), rows(made)))
+        doc_tables.write(
+            PAGE, NAME, doc_tables.table((f"{asked.seconds:g} s of the demo", "moving", "still"), rows(made))
+        )
     print(*(": ".join([what, ", ".join(cells)]) for what, *cells in rows(made)), made["killed"], sep="\n")
     print({name: each["peak"] for name, each in made["memory"].items()}, made["took"], path)
     return 0

@@ -33,7 +33,7 @@ from kadr.bench.machine import describe
 from kadr.media.clip import read_video
 from train.judge import _border, _smooth
 from train.lora_clips import PAINTED, TEAL, write, write_plain, write_teal
-from train.shapes import BACKGROUNDS, CLIP_FRAMES, COLOURS, MOTIONS, SHAPES, STAGE, Key, Scene, plain_caption
+from train.scenes import BACKGROUNDS, CLIP_FRAMES, COLOURS, MOTIONS, SHAPES, STAGE, Key, Scene, plain_caption
 
 RESULTS = Path(__file__).parent / "results"
 STRENGTHS = (0.0, 0.5, 1.0)

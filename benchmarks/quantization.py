@@ -30,7 +30,7 @@ from kadr.quant.convert import block_linears, packing_for, quantize_fp8
 from kadr.quant.ggml import quantize as pack
 from kadr.quant.weight_formats import BITS, EIGHT, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS
 from train.evaluate import obeyed
-from train.shapes import held_out_captions
+from train.scenes import held_out_captions
 
 DEMO = Path(kadr.__file__).parent / "assets" / "demo" / "demo.safetensors"
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "quantization.md"

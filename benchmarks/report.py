@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kadr.bench import telling
-from tests import pages
+from kadr.bench import text_report
+from tests import doc_tables
 
 RESULTS = Path(__file__).parent / "results"
-PAGE, PICTURE = pages.DOCS / "performance.md", pages.DOCS / "images" / "growth.svg"
+PAGE, PICTURE = doc_tables.DOCS / "performance.md", doc_tables.DOCS / "images" / "growth.svg"
 MEASURED, GROWTH = "python -m benchmarks", "python -m benchmarks.growth"
 Result = Mapping[str, Any]
 
@@ -36,13 +36,13 @@ def measured(results: Sequence[Result]) -> str:
 
 
 def _case(case: Mapping[str, Any]) -> str:
-    rows = [telling.HEAD, *(telling.row(each) for each in case["contenders"])]
+    rows = [text_report.HEAD, *(text_report.row(each) for each in case["contenders"])]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     head, *body = zip(*columns, strict=True)
-    rate = telling.rate(case)
+    rate = text_report.rate(case)
     title = f"\n**{telling.title(case)}**" + (f" (matmul: {rate})" if rate else "") + "\n\n"
-    notes = "".join(f"- {line}\n" for line in telling.absences(case))
-    return title + pages.table(head, body) + (f"\n{notes}" if notes else "")
+    notes = "".join(f"- {line}\n" for line in text_report.absences(case))
+    return title + doc_tables.table(head, body) + (f"\n{notes}" if notes else "")
 
 
 def growth(results: Sequence[Result]) -> str:
@@ -57,7 +57,7 @@ def growth(results: Sequence[Result]) -> str:
             over = f"{curve['x'][0]} to {curve['x'][-1]} {curve['over']}"
             model = result["model"] + (f", {result['layers']} layers" if result["layers"] else "")
             rows.append((model, curve["what"], over, curve["contender"], fitted, f"{curve['expected']:.2f}"))
-    where = "; ".join(dict.fromkeys(telling.about(result["machine"]) for result in results))
+    where = "; ".join(dict.fromkeys(text_report.about(result["machine"]) for result in results))
     picture = "![time and memory over tokens and frames, with the expected slopes dotted](images/growth.svg)"
     return f"\n{pages.table(head, rows)}\n{where}.\n\n{picture}\n"
 
@@ -76,8 +76,8 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"error: {error}; install kadr[bench]", file=sys.stderr)
             return 1
         draw(asked.picture, grown[0]["curves"])
-    pages.write(asked.page, MEASURED, measured(cases))
-    pages.write(asked.page, GROWTH, growth(grown))
+    doc_tables.write(asked.page, MEASURED, measured(cases))
+    doc_tables.write(asked.page, GROWTH, growth(grown))
     print(asked.page)
     return 0
 

@@ -19,12 +19,12 @@ import torch
 
 from kadr import Engine, Request, StepCache
 from kadr.kernels.cpu.malloc import give_back_at_once
-from tests import pages
+from tests import doc_tables
 from train.evaluate import psnr
 from train.judge import judge
-from train.shapes import held_out_captions
+from train.scenes import held_out_captions
 
-PAGE = pages.DOCS / "guides" / "step-caching.md"
+PAGE = doc_tables.DOCS / "guides" / "step-caching.md"
 BEGIN, END = "<!-- step caching: begin -->\n", "<!-- step caching: end -->\n"
 SEED = 77
 WAYS: Mapping[str, StepCache | None] = {

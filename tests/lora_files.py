@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests import tiny
+from tests import tiny_models
 
 WIDTH = 64  # of the tiny transformer
 ATTENTION = tuple(f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0"))
@@ -42,8 +42,8 @@ def around() -> dict[str, tuple[Tensor, Tensor]]:
     """Of layers around the blocks, by their names in the single file."""
     generator = torch.Generator().manual_seed(9)
     sizes = {
-        "patchify_proj": (tiny.CHANNELS, WIDTH),
-        "proj_out": (WIDTH, tiny.CHANNELS),
+        "patchify_proj": (tiny_models.CHANNELS, WIDTH),
+        "proj_out": (WIDTH, tiny_models.CHANNELS),
         "adaln_single.linear": (WIDTH, 6 * WIDTH),
     }
     return {

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from kadr import Condition, Engine
-from tests.tiny import MODEL, write
+from tests.tiny_models import MODEL, write
 
 
 @pytest.fixture(scope="session")

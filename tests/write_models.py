@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 from kadr.models.registry import LORA, MODELS, RELEASED, Recipe, Released
 from kadr.sampling.settings import Guidance, Pass
-from tests import pages
+from tests import doc_tables
 
-PAGE = pages.DOCS / "reference" / "models.md"
+PAGE = doc_tables.DOCS / "reference" / "models.md"
 SIZES = {28: "2B, 28 blocks", 48: "13B, 48 blocks"}
 OFFICIAL = "tests/pipeline/test_recipes.py::test_a_released_recipe_gives_the_official_latents"
 FP8 = "tests/pipeline/test_recipes.py::test_an_fp8_twin_has_the_recipe_of_the_model_it_was_made_from"
@@ -41,7 +41,7 @@ PARTS = {
 def models() -> str:
     """The released models."""
     head = ("name", "transformer", "VAE", "text encoder", "upscaler", "recipe", "test")
-    return pages.table(head, map(_model, MODELS))
+    return doc_tables.table(head, map(_model, MODELS))
 
 
 def parts() -> str:
@@ -50,14 +50,14 @@ def parts() -> str:
     of_kind = {LORA: LORA_TEST}
     tests = {part: PARTS.get(part.name, of_kind.get(part.kind, UPSCALER)) for part in rest}
     rows = [(f"`{part.name}`", part.kind, f"`{test}`") for part, test in tests.items()]
-    return pages.table(("name", "kind", "test"), rows)
+    return doc_tables.table(("name", "kind", "test"), rows)
 
 
 def recipes() -> str:
     """The passes of each recipe."""
     head = ("recipe", "pass", "steps or levels", "guidance", "STG", "rescale", "disturbed blocks", "at levels", "more")
     named = {first_with(model.recipe): model.recipe for model in MODELS}
-    return pages.table(head, [row for name, recipe in named.items() for row in _passes(name, recipe)])
+    return doc_tables.table(head, [row for name, recipe in named.items() for row in _passes(name, recipe)])
 
 
 TABLES: dict[str, Callable[[], str]] = {"models": models, "parts": parts, "recipes": recipes}
@@ -121,5 +121,5 @@ def _told(value: object) -> str:
 
 if __name__ == "__main__":
     for name, made in TABLES.items():
-        pages.write(PAGE, name, made())
+        doc_tables.write(PAGE, name, made())
     print(PAGE)

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from tests import pages
+from tests import doc_tables
 
-PAGE = pages.DOCS / "parity.md"
+PAGE = doc_tables.DOCS / "parity.md"
 NAME = "make parity"
 HEAD = ("stage", "family or recipe", "oracle", "largest relative error", "test")
 # In the order of a generation: its parts, then the whole path, then the released recipes.
@@ -75,7 +75,7 @@ def rendered(largest: dict[Row, float]) -> str:
         ValueError: a stage that has no place in `STAGES`.
     """
     rows = sorted(largest, key=lambda row: (STAGES.index(row[0]), row))
-    return pages.table(HEAD, [(*row[:3], told(largest[row]), f"`{row[3]}`") for row in rows])
+    return doc_tables.table(HEAD, [(*row[:3], told(largest[row]), f"`{row[3]}`") for row in rows])
 
 
 def told(error: float) -> str:
@@ -85,9 +85,9 @@ def told(error: float) -> str:
 
 def main() -> int:
     notes = Notes()
-    status = pytest.main(["--rootdir", str(pages.ROOT), str(pages.ROOT / "tests")], plugins=[notes])
+    status = pytest.main(["--rootdir", str(doc_tables.ROOT), str(doc_tables.ROOT / "tests")], plugins=[notes])
     if status == pytest.ExitCode.OK:
-        pages.write(PAGE, NAME, rendered(notes.largest))
+        doc_tables.write(PAGE, NAME, rendered(notes.largest))
         print(PAGE)
     return status
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from train import distill, transformer, tuning, upsampler, vae
+from train import distill, transformer, tuning, upscaler, vae
 from train.export import export
 
 ASSETS = Path(__file__).parent.parent / "src" / "kadr" / "assets" / "demo"
@@ -19,7 +19,7 @@ STAGES: dict[str, Callable[[Path], object]] = {
     "transformer": lambda runs: transformer.train(runs, vae.trained(runs)),
     "tuning": lambda runs: tuning.tune(runs, vae.trained(runs)),
     "distill": lambda runs: distill.distill(runs, vae.trained(runs)),
-    "upsampler": lambda runs: upsampler.train(runs, vae.trained(runs)),
+    "upsampler": lambda runs: upscaler.train(runs, vae.trained(runs)),
 }
 
 

@@ -20,8 +20,8 @@ from kadr.models.vae import VAE
 from kadr.text.tokenizer import Tokenizer
 from kadr.training.objective import squared_error
 from train import tuning
+from train.checkpointing import Average, Log, resume, save
 from train.optimizer import Optimizer, share_of_rate
-from train.progress import Average, Log, resume, save
 from train.transformer import is_matrix
 from train.tuning import Batch, Trainer, noised, shaken, tokenized, velocities, worlds
 

@@ -22,7 +22,7 @@ from kadr import Condition, Engine, Request
 from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
 from train.judge import judge, track
-from train.shapes import CLIP_FRAMES, COLOURS, STAGE, Scene, held_out_captions, plain_caption, render
+from train.scenes import CLIP_FRAMES, COLOURS, STAGE, Scene, held_out_captions, plain_caption, render
 
 PROPERTIES = ("colour", "shape", "background", "motion")
 FRAMES_PER_SECOND = 24.0

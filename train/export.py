@@ -18,7 +18,7 @@ from kadr.sampling.schedules import Schedule
 from kadr.text.tokenizer import Tokenizer
 from train.distill import LEVELS
 from train.transformer import DEMO_TRANSFORMER, build
-from train.upsampler import DEMO_UPSAMPLER
+from train.upscaler import DEMO_UPSAMPLER
 from train.vae import DEMO_VAE
 
 LIMITS = {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from train.shapes import BACKGROUNDS, COLOURS, RING_HOLE, SHAPES, SQUARE_SIDE, STAGE, TRIANGLE_REACH, signed_distance
+from train.scenes import BACKGROUNDS, COLOURS, RING_HOLE, SHAPES, SQUARE_SIDE, STAGE, TRIANGLE_REACH, signed_distance
 
 LOOKED_AT = 13  # frames, evenly spaced: more would cost time and tell nothing new
 ROUGHEST_BACKGROUND = 30.0  # usual distance of the border's pixels from their middle colour, in RGB of 0 to 255

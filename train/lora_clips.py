@@ -16,7 +16,7 @@ from kadr import Control, Engine, Request
 from kadr.media.postprocess import to_uint8
 from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
-from train.shapes import CLIP_FRAMES, COLOURS, KEYS, STAGE, Scene, caption, is_held_out, render
+from train.scenes import CLIP_FRAMES, COLOURS, KEYS, STAGE, Scene, caption, is_held_out, render
 
 PAINTED, TEAL = "red", (20, 130, 130)
 RATE = 24

@@ -28,9 +28,9 @@ from kadr.sampling.state import to_tokens
 from kadr.shapes import LatentGrid
 from kadr.text.tokenizer import Tokenizer
 from kadr.training.objective import noised, spread, squared_error, velocity
+from train.checkpointing import Average, Log, resume, save
 from train.optimizer import Optimizer, share_of_rate
-from train.progress import Average, Log, resume, save
-from train.shapes import CLIP_FRAMES, Scene, caption, render, vocabulary_corpus
+from train.scenes import CLIP_FRAMES, Scene, caption, render, vocabulary_corpus
 
 DEMO_T5 = T5Config(vocabulary=192, width=128, layers=2, heads=4, head_width=32, hidden=256)
 DEMO_TRANSFORMER = TransformerConfig(layers=8, heads=6, head_width=32, text_width=128, causal_positions=True)

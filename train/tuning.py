@@ -25,9 +25,9 @@ from kadr.shapes import LatentGrid
 from kadr.text.tokenizer import Tokenizer
 from kadr.training import objective
 from kadr.training.objective import spread, squared_error, velocity
+from train.checkpointing import Average, Log, resume, save
 from train.optimizer import Optimizer, share_of_rate
-from train.progress import Average, Log, resume, save
-from train.shapes import CLIP_FRAMES, Scene, caption, render
+from train.scenes import CLIP_FRAMES, Scene, caption, render
 from train.transformer import DEMO_TRANSFORMER, FRAMES_PER_SECOND, GRID, build, is_matrix
 
 LARGE = LatentGrid(frames=4, height=8, width=8)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from kadr.models.vae import VAE, Block, VAEConfig
 from kadr.nn.timestep_embedding import LevelEmbedding
+from train.checkpointing import Average, Log, resume, save
 from train.optimizer import Optimizer, share_of_rate
-from train.progress import Average, Log, resume, save
-from train.shapes import Scene, render
+from train.scenes import Scene, render
 
 
 def _block(kind: str, **detail: int | bool) -> Block:

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, STARTUP, TEXT
 from kadr.bench.runner import Absent, Contender, told
-from kadr.bench.work import Entrants, Work
+from kadr.bench.stage_case import Entrants, Work
 
 # OpenVINO and NNCF tell their makers what they are used for, unless this package cannot be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.peers import diffusers
 from kadr.bench.runner import Absent, Contender
-from kadr.bench.work import Work
+from kadr.bench.stage_case import Work
 
 NAME = "diffusers compiled"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kadr.bench.cases import DECODE, DIT, END_TO_END, FPS, SCHEDULES, WAYS
 from kadr.bench.runner import Absent, Contender
-from kadr.bench.work import NEGATIVE, PROMPT, SEED, Work, stored_bytes
+from kadr.bench.stage_case import NEGATIVE, PROMPT, SEED, Work, stored_bytes
 from kadr.media.postprocess import to_uint8
 from kadr.pipeline.progress import ignore
 from kadr.pipeline.stages.text import Prompts

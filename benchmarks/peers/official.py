@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kadr.bench.cases import DECODE, DIT
 from kadr.bench.runner import Absent, Contender
-from kadr.bench.work import Work, stored_bytes
+from kadr.bench.stage_case import Work, stored_bytes
 from tests.oracles import official_transformer, official_vae
 
 NAME = "official"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import diffusers
 from kadr.bench.runner import Absent, Contender, told
-from kadr.bench.work import Work
+from kadr.bench.stage_case import Work
 from kadr.memory.device import free_bytes, give_back
 from kadr.planning.parameters import transformer_weights
 

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from benchmarks.peers.diffusers import transformer
 from kadr.bench.runner import Absent, Contender
+from kadr.bench.stage_case import PROMPT, Work
 from kadr.bench.startup import Program
-from kadr.bench.work import PROMPT, Work
 from kadr.models.vae.config import VAE_0_9_5, VAEConfig
 from kadr.planning.vae_flops import decoder_flops
 from tests.oracles import DIFFUSERS_VAES

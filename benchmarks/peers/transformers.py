@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from kadr.bench.runner import Absent, Contender
-from kadr.bench.work import Work, stored_bytes
+from kadr.bench.stage_case import Work, stored_bytes
 
 
 def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
     from kadr.pipeline.progress import Progress
     from kadr.pipeline.video import Video
-    from kadr.request.enhance import enhanced
     from kadr.request.inputs import Condition, Control
+    from kadr.request.prompt_enhancement import enhanced
     from kadr.request.request import Request
     from kadr.request.windows import Windows
     from kadr.sampling.step_cache import StepCache
@@ -60,7 +60,7 @@ _HOMES = {
     "StepCache": "kadr.sampling.step_cache",
     "Video": "kadr.pipeline.video",
     "Windows": "kadr.request.windows",
-    "enhanced": "kadr.request.enhance",
+    "enhanced": "kadr.request.prompt_enhancement",
 }
 
 

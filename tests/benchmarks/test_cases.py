@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kadr.bench import models
+from kadr.bench import model_files
+from kadr.bench.benchmark import _stages
 from kadr.bench.cases import CLIPS, END_TO_END, OWN, SCHEDULES, STAGES, Clip, Selection, schedule
-from kadr.bench.models import Noise, Source, opened
-from kadr.bench.run import _stages
-from kadr.bench.work import LENGTH, Work
+from kadr.bench.model_files import Noise, Source, opened
+from kadr.bench.stage_case import LENGTH, Work
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.transformer import TransformerConfig
 from kadr.planning.flops import disturbed_flops, transformer_flops
 from kadr.planning.vae_flops import decoder_flops
-from tests.tiny import vae_config
+from tests.tiny_models import vae_config
 
 SMALL = TransformerConfig(layers=3, heads=4, head_width=16, text_width=4096)
 
@@ -26,9 +26,9 @@ SMALL = TransformerConfig(layers=3, heads=4, head_width=16, text_width=4096)
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of the released shape and next to no size."""
-    monkeypatch.setitem(models.TRANSFORMERS, "2b", SMALL)
-    monkeypatch.setattr(models, "VAE_0_9_5", replace(vae_config("0.9.5"), latent_channels=128))
-    monkeypatch.setattr(models, "POOL", (1 << 12) + 1)
+    monkeypatch.setitem(model_files.TRANSFORMERS, "2b", SMALL)
+    monkeypatch.setattr(model_files, "VAE_0_9_5", replace(vae_config("0.9.5"), latent_channels=128))
+    monkeypatch.setattr(model_files, "POOL", (1 << 12) + 1)
 
 
 @pytest.mark.parametrize("text", ["512x320x25", "512x320"])
@@ -89,7 +89,7 @@ def test_random_models_are_written_once_and_open_as_any_other(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("small")
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(model_files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match=r"has room for 0\.0"), opened("2b", Selection(models=("2b",)), tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -105,7 +105,7 @@ def test_no_weight_is_zero_and_activations_keep_their_size() -> None:
 
 
 def demo_work(name: str) -> Work:
-    path = Path(models.__file__).parents[1] / "assets" / "demo" / "demo.safetensors"
+    path = Path(model_files.__file__).parents[1] / "assets" / "demo" / "demo.safetensors"
     source = Source("demo", path, path.parent, Path())
     return Work(source, Clip.parse("128x128x25"), END_TO_END, torch.device("cpu"), name)
 

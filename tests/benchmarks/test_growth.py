@@ -13,7 +13,7 @@ from kadr.bench.cases import Clip
 from kadr.models.transformer import TRANSFORMER_2B
 from kadr.planning.flops import transformer_flops
 from kadr.shapes import Size
-from tests import pages
+from tests import doc_tables
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.37, 2.0])
@@ -53,7 +53,7 @@ def test_growth_of_the_demo_is_measured_told_and_drawn(tmp_path: Path, monkeypat
     assert made["curves"][0]["x"] == [Clip(Size(side, side), 25).grid.tokens for side in (64, 128)]
     assert [curve["expected"] for curve in made["curves"] if "memory" in curve["what"]] == [0.0, 1.0]
     page, picture = tmp_path / "page.md", tmp_path / "images" / "growth.svg"
-    page.write_text("".join("".join(pages.marks(name)) for name in (report.MEASURED, report.GROWTH)))
+    page.write_text("".join("".join(doc_tables.marks(name)) for name in (report.MEASURED, report.GROWTH)))
     drawn = []
     for _ in range(2):
         assert report.main(["--results", str(tmp_path), "--page", str(page), "--picture", str(picture)]) == 0

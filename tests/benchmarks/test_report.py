@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from kadr.bench import telling
-from tests import pages
+from kadr.bench import text_report
+from tests import doc_tables
 
 MACHINE = {
     "cpu": "Test 3000",
@@ -58,7 +58,7 @@ RESULT: dict[str, Any] = {
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
     path = tmp_path / "performance.md"
-    tables = ["".join(pages.marks(name)) for name in (report.MEASURED, report.GROWTH)]
+    tables = ["".join(doc_tables.marks(name)) for name in (report.MEASURED, report.GROWTH)]
     path.write_text(f"# Before\n{tables[0]}between\n{tables[1]}after\n", "utf-8")
     return path
 
@@ -97,12 +97,12 @@ def test_a_table_says_how_many_layers_ran_and_who_did_not() -> None:
 
 
 def test_what_was_not_compared_is_told() -> None:
-    assert "not compared: too large" in telling.absences({**CASE, "compared": "not compared: too large"})
+    assert "not compared: too large" in text_report.absences({**CASE, "compared": "not compared: too large"})
 
 
 def test_columns_that_are_empty_are_left_out() -> None:
     bare = {**FIGURE, "flops_per_second": None, "share_of_matmul": None, "matmul_per_second": None, "weights": None}
-    head = next(telling.aligned([telling.HEAD, telling.row(bare)]))
+    head = next(text_report.aligned([text_report.HEAD, text_report.row(bare)]))
     assert head.split("  ")[-3:] == ["time / kadr's", "memory", " error"]
 
 
@@ -110,12 +110,12 @@ def test_columns_that_are_empty_are_left_out() -> None:
     "value, words", [(0.01234, "12.3 ms"), (1.0, "1 s"), (93.26, "93.3 s"), (1234.5, "1234 s")], ids=str
 )
 def test_times_have_three_digits(value: float, words: str) -> None:
-    assert telling.seconds(value) == words
+    assert text_report.seconds(value) == words
 
 
 def test_the_page_has_what_the_results_say() -> None:
     """Where it has not: python -m benchmarks.report."""
     cases, grown = report.read(report.RESULTS)
     page = report.PAGE.read_text("utf-8")
-    assert pages.inside(page, report.MEASURED) == report.measured(cases)
-    assert pages.inside(page, report.GROWTH) == report.growth(grown)
+    assert doc_tables.inside(page, report.MEASURED) == report.measured(cases)
+    assert doc_tables.inside(page, report.GROWTH) == report.growth(grown)

@@ -9,7 +9,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from kadr.bench.peak import RESET, host_peak
+from kadr.bench.peak_memory import RESET, host_peak
 from kadr.bench.runner import Contender, Measured, Run, measure, relative, spread
 from kadr.bench.startup import Program
 

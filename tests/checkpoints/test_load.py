@@ -42,7 +42,7 @@ from tests.checkpoints.checkpoint_files import (
     t5_shapes,
 )
 from tests.checkpoints.test_source import mapped, needs_proc
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 

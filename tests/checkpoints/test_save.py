@@ -37,7 +37,7 @@ from tests.checkpoints.checkpoint_files import (
 )
 from tests.oracles import VAES, drawn, reduced, relative
 from tests.text.test_tokenizer import train
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 DISTILLED = Schedule(sampler="LinearQuadratic", allowed=(1.0, 0.5))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kadr.bench import run, runner
+from kadr.bench import benchmark, runner
 from tests.cli.conftest import Ended
 
 Run = Callable[..., Ended]
@@ -16,7 +16,7 @@ LEAST = ("--size", "64x64x9", "--rounds", "2", "--device", "cpu")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(run.SIDES, "cpu", 64)
+    monkeypatch.setitem(benchmark.SIDES, "cpu", 64)
     monkeypatch.setattr(runner, "LEAST", 0.0)
 
 

@@ -15,7 +15,7 @@ from kadr.cli.terminal.table import columns, in_words
 from kadr.media.writer import VideoWriter
 from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.shapes import Size
-from tests import lora_files, tiny
+from tests import lora_files, tiny_models
 from tests.cli.conftest import Ended
 
 Run = Callable[..., Ended]
@@ -23,11 +23,11 @@ Run = Callable[..., Ended]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("tiny"))
+    return tiny_models.write(tmp_path_factory.mktemp("tiny"))
 
 
 def test_checkpoint_is_described_in_words(kadr: Run, home: Path) -> None:
-    ended = kadr("inspect", home / tiny.MODEL)
+    ended = kadr("inspect", home / tiny_models.MODEL)
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
     assert lines[0].startswith("LTX-Video 0.9.5")
@@ -37,18 +37,18 @@ def test_checkpoint_is_described_in_words(kadr: Run, home: Path) -> None:
 
 
 def test_checkpoint_is_described_in_json(kadr: Run, home: Path) -> None:
-    told = json.loads(kadr("inspect", home / tiny.MODEL, "--json").out)
+    told = json.loads(kadr("inspect", home / tiny_models.MODEL, "--json").out)
     assert (told["family"], told["layout"], told["vae_family"]) == ("LTX-Video", "single file", "0.9.5")
     parts = {part["name"]: part for part in told["parts"]}
     assert parts["transformer"]["sizes"]["layers"] == 2
-    assert parts["text encoder"]["sizes"]["vocabulary"] == tiny.t5_config().vocabulary
-    whole = (home / tiny.MODEL).stat().st_size
+    assert parts["text encoder"]["sizes"]["vocabulary"] == tiny_models.t5_config().vocabulary
+    whole = (home / tiny_models.MODEL).stat().st_size
     assert 0.9 * whole < parts["transformer"]["bytes"] + parts["vae"]["bytes"] < whole
 
 
 def test_missing_part_is_named_with_the_way_out(kadr: Run, home: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.safetensors"
-    alone.symlink_to(home / tiny.MODEL)
+    alone.symlink_to(home / tiny_models.MODEL)
     assert "missing: text encoder (" in kadr("inspect", alone).out
     assert json.loads(kadr("inspect", alone, "--json").out)["missing"] == ["text encoder"]
 

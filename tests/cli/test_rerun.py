@@ -17,7 +17,7 @@ from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from kadr.shapes import Size
 from kadr.version import __version__
-from tests import tiny
+from tests import tiny_models
 from tests.cli.conftest import Ended, FakeEngine
 
 Run = Callable[..., Ended]
@@ -183,10 +183,10 @@ def test_file_that_is_not_there_is_explained(kadr: Run, engine: FakeEngine) -> N
 
 def test_a_video_made_again_has_the_same_frames(kadr: Run, tmp_path: Path) -> None:
     """The whole way, on a real engine with a model of random weights."""
-    home = tiny.write(tmp_path / "model")
+    home = tiny_models.write(tmp_path / "model")
     first = tmp_path / "first.mp4"
     flags = ["--size", "64x32", "--frames", "9", "--steps", "2", "--seed", "3", "--device", "cpu"]
-    made = kadr("generate", "a red circle", "--model", home / tiny.MODEL, *flags, "--output", first)
+    made = kadr("generate", "a red circle", "--model", home / tiny_models.MODEL, *flags, "--output", first)
     assert made.code == 0, made.err
     again, other = kadr("rerun", first), kadr("rerun", first, "--seed", "4")
     assert (again.code, other.code) == (0, 0), again.err + other.err

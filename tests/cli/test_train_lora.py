@@ -10,7 +10,7 @@ import pytest
 
 from kadr.checkpoints.lora.file.file import LoraFile
 from kadr.training.trainer import Trainer
-from tests import tiny
+from tests import tiny_models
 from tests.cli.conftest import Ended, FakeEngine
 from tests.training.conftest import clip
 
@@ -20,7 +20,7 @@ SMALL = ["--size", "64x32", "--frames", "9", "--rank", "2", "--steps", "2", "--d
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("tiny")) / tiny.MODEL
+    return tiny_models.write(tmp_path_factory.mktemp("tiny")) / tiny_models.MODEL
 
 
 @pytest.fixture

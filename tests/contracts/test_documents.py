@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kadr.models.registry import RELEASED
-from tests import pages, write_models, write_parity
-from tests.pages import DOCS, ROOT
+from tests import doc_tables, write_models, write_parity
+from tests.doc_tables import DOCS, ROOT
 
 DOCUMENTS = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 PACKAGE = ROOT / "src" / "kadr"
@@ -53,12 +53,12 @@ def test_a_test_that_does_not_exist_would_be_noticed() -> None:
 @pytest.mark.parametrize("name", write_models.TABLES)
 def test_the_page_of_models_is_what_the_registry_says(name: str) -> None:
     """Where it is not: python -m tests.write_models."""
-    assert pages.inside(write_models.PAGE.read_text("utf-8"), name) == write_models.TABLES[name]()
+    assert doc_tables.inside(write_models.PAGE.read_text("utf-8"), name) == write_models.TABLES[name]()
 
 
 def test_every_entry_of_the_registry_is_in_the_page_of_models_with_its_test() -> None:
     page = write_models.PAGE.read_text("utf-8")
-    rows = [line for name in ("models", "parts") for line in pages.inside(page, name).splitlines()]
+    rows = [line for name in ("models", "parts") for line in doc_tables.inside(page, name).splitlines()]
     for released in RELEASED:
         (row,) = [row for row in rows if row.startswith(f"| `{released.name}` |")]
         assert NAMED.search(row)
@@ -66,7 +66,7 @@ def test_every_entry_of_the_registry_is_in_the_page_of_models_with_its_test() ->
 
 def test_every_test_that_notes_an_error_is_in_the_page_of_parity_and_no_other() -> None:
     """Where it is not: make parity."""
-    table = pages.inside(write_parity.PAGE.read_text("utf-8"), write_parity.NAME)
+    table = doc_tables.inside(write_parity.PAGE.read_text("utf-8"), write_parity.NAME)
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     asking = {
         (path.relative_to(ROOT).as_posix(), test)

@@ -20,7 +20,7 @@ from kadr.media.clip import read_video
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
 from train.evaluate import extended, kept, keyframes, obeyed, recoloured, sharpened
-from train.shapes import held_out_captions
+from train.scenes import held_out_captions
 
 ASSETS = Path(kadr.__file__).parent / "assets" / "demo"
 PROMPT = "a red circle moving right on a black background"

@@ -17,7 +17,7 @@ from kadr.cli.commands.quantize import quantize
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.kernels.hadamard import rotate
 from train.evaluate import psnr
-from train.shapes import held_out_captions
+from train.scenes import held_out_captions
 
 DEMO = Path(kadr.__file__).parent / "assets" / "demo" / "demo.safetensors"
 REQUESTS = [Request(prompt=caption, seed=seed) for seed, (caption, _) in enumerate(held_out_captions(2, 77))]

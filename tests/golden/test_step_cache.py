@@ -6,7 +6,7 @@ import pytest
 
 from kadr import Engine, Request, StepCache
 from train.evaluate import psnr
-from train.shapes import held_out_captions
+from train.scenes import held_out_captions
 
 # The cache, the least share of layers that is skipped, and a bound on the PSNR; measured there: 39.6 and 41.3 dB.
 WAYS = {

@@ -16,7 +16,7 @@ from kadr.quant.convert import requantize
 from kadr.quant.prepack import pack_matrices
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
-from tests import tiny
+from tests import tiny_models
 
 CPU = torch.device("cpu")
 GRID = LatentGrid(2, 4, 4)
@@ -31,7 +31,7 @@ def additions(seed: int = 0, *, targets: Sequence[str] = ("q", "k", "v", "out"),
         down = torch.randn(4, inputs, generator=generator) / inputs**0.5
         return LowRank(down, torch.randn(outputs, 4, generator=generator) / 2, scale)
 
-    made = {"patch_in": pair(tiny.CHANNELS, 64), "patch_out": pair(64, tiny.CHANNELS)}
+    made = {"patch_in": pair(tiny_models.CHANNELS, 64), "patch_out": pair(64, tiny_models.CHANNELS)}
     for block in range(2):
         for kind in OURS.values():
             made |= {f"layers.{block}.{kind}.{target}": pair(64, 64) for target in targets}
@@ -41,13 +41,13 @@ def additions(seed: int = 0, *, targets: Sequence[str] = ("q", "k", "v", "out"),
 
 
 def transformer() -> Transformer:
-    return tiny.sown(lambda: Transformer(tiny.transformer_config()), 1)
+    return tiny_models.sown(lambda: Transformer(tiny_models.transformer_config()), 1)
 
 
 def run(module: Transformer, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randn(1, GRID.tokens, tiny.CHANNELS, generator=generator).to(dtype)
-    text = torch.randn(1, 6, tiny.TEXT_WIDTH, generator=generator).to(dtype)
+    tokens = torch.randn(1, GRID.tokens, tiny_models.CHANNELS, generator=generator).to(dtype)
+    text = torch.randn(1, 6, tiny_models.TEXT_WIDTH, generator=generator).to(dtype)
     rope = module.rope(positions(GRID, fps=24, causal=True)[None])
     return module(tokens, rope, text, None, torch.tensor([[0.7]]))
 

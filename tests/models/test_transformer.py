@@ -22,7 +22,7 @@ from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER
 from kadr.shapes import LatentGrid
 from tests.kernels.test_cuda_graphs import Notes
 from tests.oracles import diffusers_transformer, drawn, official_transformer, relative
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -16,7 +16,7 @@ from kadr.errors import CheckpointError
 from kadr.models.registry import RELEASED
 from kadr.models.upscaler import SPATIAL, TEMPORAL, LatentUpsampler, UpsamplerConfig
 from tests.oracles import drawn, relative
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 WAYS = {"space": (True, False), "time": (False, True), "both": (True, True)}
 ORACLES = {"official": OfficialUpsampler, "diffusers": LTXLatentUpsamplerModel}

@@ -28,7 +28,7 @@ from kadr.models.vae.blocks import patchify, unpatchify
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 from kadr.nn.temporal_cache import Stream
 from tests.oracles import VAES, diffusers_vae, drawn, official_vae, reduced, relative
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kadr.nn.conv import VideoConv
 from kadr.nn.temporal_cache import Stream
 from tests.oracles import drawn, relative
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 1, 1), (1, 2, 2)]
 

@@ -27,7 +27,7 @@ from kadr.nn.timestep_embedding import LevelEmbedding, sinusoid
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
 from tests.oracles import drawn, official_transformer_on_meta, relative
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 LIMITS = (20.0, 2048.0, 2048.0)
 ONE_PLACE = torch.tensor([9 / 30, 64.0, 96.0]).view(1, 3, 1)

@@ -19,7 +19,7 @@ from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError, KadrError, MediaError, NonFiniteError, RequestError
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from tests.tiny import CHANNELS, LINEAR_QUADRATIC, MODEL, Change, sown, vae_config, write
+from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL, Change, sown, vae_config, write
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, steps=3, guidance=1.0)
 SHAPE = (1, CHANNELS, 2, 1, 2)

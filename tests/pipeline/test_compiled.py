@@ -15,7 +15,7 @@ from kadr.pipeline.module_placement import compile_layers
 from kadr.quant.convert import requantize
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES
 from tests.oracles import drawn
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 CONFIG = TransformerConfig(layers=3, heads=4, head_width=16, text_width=32, channels=8)
 BACKEND = "aot_eager"  # all of the compiler but for its last stage, which needs one of C++ or of CUDA

@@ -18,7 +18,7 @@ from kadr.request.official_config import OfficialConfig
 from kadr.request.request import Request
 from kadr.sampling.settings import Guidance, Pass
 from kadr.spec import locate
-from tests import tiny
+from tests import tiny_models
 from tests.request.official_configs import OFFICIAL
 
 REQUEST = Request(prompt="a red circle")
@@ -46,13 +46,13 @@ def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("tiny"))
+    return tiny_models.write(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def upscaler(home: Path) -> Callable[..., Path]:
     def write(**kind: bool) -> Path:
-        return tiny.write_upscaler(home / f"{'-'.join(kind) or 'space'}.safetensors", **kind)
+        return tiny_models.write_upscaler(home / f"{'-'.join(kind) or 'space'}.safetensors", **kind)
 
     return write
 
@@ -110,7 +110,7 @@ SETTINGS = (
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_plan_is_that_of_the_engine(home: Path, settings: dict[str, Any]) -> None:
     request = Request(**{"prompt": "x", "size": (64, 64), "frames": 9, "steps": 4, **settings})
-    ours, theirs = DryEngine.open(home / tiny.MODEL), Engine.open(home / tiny.MODEL, device="cpu")
+    ours, theirs = DryEngine.open(home / tiny_models.MODEL), Engine.open(home / tiny_models.MODEL, device="cpu")
     assert ours.resolve(request) == theirs.resolve(request)
     _same(ours.run(request).passes, theirs.passes(request))
 
@@ -120,9 +120,9 @@ def test_plan_of_two_passes_is_that_of_the_engine(
     home: Path, upscaler: Callable[..., Path], kind: dict[str, bool]
 ) -> None:
     request = Request(prompt="x", size=(128, 96), frames=17, steps=4, second=Pass(levels=(0.9, 0.5)))
-    parts = {"upscaler": [upscaler(**kind)], "second_model": home / tiny.MODEL}
-    ours = DryEngine.open(home / tiny.MODEL, **parts)
-    theirs = Engine.open(home / tiny.MODEL, **parts, device="cpu")
+    parts = {"upscaler": [upscaler(**kind)], "second_model": home / tiny_models.MODEL}
+    ours = DryEngine.open(home / tiny_models.MODEL, **parts)
+    theirs = Engine.open(home / tiny_models.MODEL, **parts, device="cpu")
     _same(ours.run(request).passes, theirs.passes(request))
 
 

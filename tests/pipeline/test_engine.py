@@ -25,7 +25,7 @@ from kadr.memory.module_cache import Shelf
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.sampling.noise import NoiseStreams
-from tests.tiny import CHANNELS, MODEL, SENTENCE, write
+from tests.tiny_models import CHANNELS, MODEL, SENTENCE, write
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, seed=7, steps=3, guidance=3.0)
 SHAPE = (1, CHANNELS, 2, 1, 2)

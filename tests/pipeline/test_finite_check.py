@@ -26,7 +26,7 @@ from kadr.models.vae import VAE
 from kadr.pipeline.finite_check import NotFinite, Watchman, is_finite
 from kadr.pipeline.retry import guarded, guarded_frames
 from kadr.planning.plan import CONVERTED
-from tests.tiny import MODEL, write
+from tests.tiny_models import MODEL, write
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, seed=7, steps=3, guidance=1.0)
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32

@@ -18,7 +18,7 @@ from kadr.models.lora_layers import attach, set_strengths
 from kadr.models.transformer import Transformer, TransformerConfig
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
 from tests.oracles import diffusers_transformer, relative
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 TINY = TransformerConfig(layers=3, heads=4, head_width=10, text_width=24, channels=8)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "time_embed.linear"]

@@ -17,7 +17,7 @@ from kadr.models.transformer import Transformer
 from kadr.pipeline import components
 from kadr.sampling.settings import Pass
 from kadr.spec import locate
-from tests import lora_files, tiny
+from tests import lora_files, tiny_models
 from tests.checkpoints.test_load import cast_as_released
 from tests.lora_files import ATTENTION, FEED_FORWARD, pairs, write
 
@@ -38,7 +38,9 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def opened(home: Path) -> Callable[..., Engine]:
     def engine(**how: Any) -> Engine:
-        return Engine.open(home / tiny.MODEL, **{"prompt_cache": False, "device": "cpu", "dtype": "float32", **how})
+        return Engine.open(
+            home / tiny_models.MODEL, **{"prompt_cache": False, "device": "cpu", "dtype": "float32", **how}
+        )
 
     return engine
 
@@ -85,7 +87,7 @@ def test_what_is_recorded_with_some_strengths_is_forgotten_also_where_a_step_is_
 
 
 def test_each_of_two_passes_has_a_strength_of_its_own(opened: Callable[..., Engine], one: Path, tmp_path: Path) -> None:
-    upscaler = tiny.write_upscaler(tmp_path / "up.safetensors")
+    upscaler = tiny_models.write_upscaler(tmp_path / "up.safetensors")
     request = replace(TWO_PASSES, second=Pass(levels=(0.6,)))
     made = {
         strengths: opened(loras=[(one, *strengths)], upscaler=upscaler).denoise(request)
@@ -113,15 +115,15 @@ def test_a_file_in_8_bit_floats_takes_a_lora_beside_and_none_merged(
     tmp_path: Path, one: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(components, "needs_look", lambda checkpoint: False)  # nobody trained it
-    tiny.write(tmp_path)
-    right = Engine.open(tmp_path / tiny.MODEL, device="cpu", dtype="float32", loras=[one], prompt_cache=False).denoise(
-        REQUEST
-    )
-    cast_as_released(tmp_path / tiny.MODEL, torch.float8_e4m3fn)
-    engine = Engine.open(tmp_path / tiny.MODEL, device="cpu", dtype="float32", loras=[one], prompt_cache=False)
+    tiny_models.write(tmp_path)
+    right = Engine.open(
+        tmp_path / tiny_models.MODEL, device="cpu", dtype="float32", loras=[one], prompt_cache=False
+    ).denoise(REQUEST)
+    cast_as_released(tmp_path / tiny_models.MODEL, torch.float8_e4m3fn)
+    engine = Engine.open(tmp_path / tiny_models.MODEL, device="cpu", dtype="float32", loras=[one], prompt_cache=False)
     assert relative(engine.denoise(REQUEST), right) < 0.2
     with pytest.raises(CheckpointError, match="float8_e4m3fn, and to merge a LoRA its weights would be rounded"):
-        Engine.open(tmp_path / tiny.MODEL, device="cpu", loras=[one], merge_loras=True)
+        Engine.open(tmp_path / tiny_models.MODEL, device="cpu", loras=[one], merge_loras=True)
 
 
 def test_blocks_that_come_and_go_bring_their_loras(opened: Callable[..., Engine], one: Path) -> None:
@@ -183,7 +185,7 @@ def test_strengths_that_cannot_be_are_refused_before_anything_is_loaded(
 def test_one_transformer_cannot_have_two_strengths_merged(
     opened: Callable[..., Engine], one: Path, tmp_path: Path
 ) -> None:
-    upscaler = tiny.write_upscaler(tmp_path / "up.safetensors")
+    upscaler = tiny_models.write_upscaler(tmp_path / "up.safetensors")
     engine = opened(loras=[(one, 1, 0)], merge_loras=True, upscaler=upscaler)
     with pytest.raises(RequestError, match="strength 1 in the first pass and 0 in the second"):
         engine.plan(replace(TWO_PASSES, second=Pass(levels=(0.6,))))

@@ -26,8 +26,8 @@ from kadr.sampling.positions import positions
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import LatentGrid, Size
 from tests.oracles import drawn, relative
-from tests.pipeline import official
-from tests.tiny import CHANNELS, MODEL, TEXT_WIDTH, sown, transformer_config, write, write_upscaler
+from tests.pipeline import official_pipeline
+from tests.tiny_models import CHANNELS, MODEL, TEXT_WIDTH, sown, transformer_config, write, write_upscaler
 
 REQUEST = Request(
     prompt="a red circle moving right",
@@ -59,7 +59,7 @@ def engine(home: Path) -> Engine:
 
 @pytest.fixture(scope="module")
 def pipeline(home: Path) -> Any:
-    return official.open_pipeline(home)
+    return official_pipeline.open_pipeline(home)
 
 
 def test_stg_disturbs_the_samples_with_the_prompt_where_the_official_mask_takes_others() -> None:
@@ -81,7 +81,7 @@ def test_stg_disturbs_the_samples_with_the_prompt_where_the_official_mask_takes_
 
 
 @pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("mode", official.MODES)
+@pytest.mark.parametrize("mode", official_pipeline.MODES)
 @torch.no_grad()
 def test_each_video_of_a_batch_is_guided_as_if_alone(mode: str, together: bool) -> None:
     transformer = sown(lambda: Transformer(transformer_config()), 1)
@@ -105,11 +105,11 @@ def test_each_video_of_a_batch_is_guided_as_if_alone(mode: str, together: bool) 
 
 
 def test_the_official_residual_mode_does_nothing_and_is_refused(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = official.run(pipeline, replace(REQUEST, guidance=Guidance(scale=3.0, stg=0.0, rescale=1.0)))
-    with_it = official.run(pipeline, replace(REQUEST, guidance=STG))
+    without = official_pipeline.run(pipeline, replace(REQUEST, guidance=Guidance(scale=3.0, stg=0.0, rescale=1.0)))
+    with_it = official_pipeline.run(pipeline, replace(REQUEST, guidance=STG))
     assert relative(with_it.latents, without.latents) > 1e-2
-    monkeypatch.setitem(official.MODES, "attention_values", SkipLayerStrategy.Residual)
-    assert relative(official.run(pipeline, replace(REQUEST, guidance=STG)).latents, without.latents) <= 1e-5
+    monkeypatch.setitem(official_pipeline.MODES, "attention_values", SkipLayerStrategy.Residual)
+    assert relative(official_pipeline.run(pipeline, replace(REQUEST, guidance=STG)).latents, without.latents) <= 1e-5
     with pytest.raises(RequestError, match="changes nothing"):
         Guidance(mode="residual")
 
@@ -119,7 +119,7 @@ def test_lists_without_their_levels_are_refused_where_the_official_pipeline_brea
 ) -> None:
     request = replace(REQUEST, guidance=Guidance(scale=(3.0, 1.0), stg=0.0, rescale=1.0))
     with pytest.raises(NameError):
-        official.run(pipeline, request)
+        official_pipeline.run(pipeline, request)
     with pytest.raises(RequestError, match=r"guidance has 2 values, and no levels that they are for. Give `at`"):
         engine.denoise(request)
 
@@ -127,10 +127,10 @@ def test_lists_without_their_levels_are_refused_where_the_official_pipeline_brea
 def test_a_block_that_is_not_there_is_refused_only_where_it_would_be_disturbed(engine: Engine, pipeline: Any) -> None:
     """As 42 of the 28 blocks of 2B 0.9.8 distilled, whose config has STG at 0."""
     off = replace(REQUEST, guidance=Guidance(scale=3.0, stg=0.0, rescale=1.0, skip_blocks=(42,)))
-    assert relative(engine.denoise(off), official.run(pipeline, off).latents) <= 1e-5
+    assert relative(engine.denoise(off), official_pipeline.run(pipeline, off).latents) <= 1e-5
     on = replace(REQUEST, guidance=replace(STG, skip_blocks=(42,)))
     with pytest.raises(IndexError):
-        official.run(pipeline, on)
+        official_pipeline.run(pipeline, on)
     with pytest.raises(RequestError, match="skip_blocks has 42; this model has 2 blocks, 0 to 1"):
         engine.denoise(on)
 
@@ -148,7 +148,7 @@ def test_of_two_passes_both_read_one_encoding_of_the_prompt(
         return encode(self, prompt, *given, **more)
 
     monkeypatch.setattr(type(pipeline), "encode_prompt", counted)
-    official.run(pipeline, request, upsampler=official.open_upsampler(home / "upscaler.safetensors"))
+    official_pipeline.run(pipeline, request, upsampler=official_pipeline.open_upsampler(home / "upscaler.safetensors"))
     assert encoded == {REQUEST.prompt: 2}
     told: list[tuple[str, int, int]] = []
     engine.denoise(request, watch=lambda progress: told.append((progress.stage, progress.step, progress.of)))

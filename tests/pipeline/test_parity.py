@@ -27,8 +27,8 @@ from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 from tests.oracles import relative
-from tests.pipeline import official
-from tests.tiny import CHANNELS, LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
+from tests.pipeline import official_pipeline
+from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
 
 LATENTS, PIXELS = 5e-6, 1e-5  # relative errors; found were 6e-7 and 1e-6, ten times what one rounding makes
 UPSCALER = "upscaler.safetensors"
@@ -241,7 +241,7 @@ def oracle(home: Callable[[str], Path]) -> Callable[[str], Any]:
 
     def find(model: str) -> Any:
         if model not in opened:
-            opened[model] = official.open_pipeline(home(model))
+            opened[model] = official_pipeline.open_pipeline(home(model))
         return opened[model]
 
     return find
@@ -308,8 +308,8 @@ def test_latents_pixels_and_frames_are_the_official_ones(
     given = CASES[name]
     request = asked(given, media)
     ours = engine(given.model)  # which writes the upscaler
-    upsampler = official.open_upsampler(home(given.model) / UPSCALER) if request.multi_scale else None
-    expected = official.run(oracle(given.model), request, upsampler=upsampler)
+    upsampler = official_pipeline.open_upsampler(home(given.model) / UPSCALER) if request.multi_scale else None
+    expected = official_pipeline.run(oracle(given.model), request, upsampler=upsampler)
     latents = ours.denoise(request)
     noise = NoiseStreams(request.seed).draw("decode", latents.shape)
     pixels, frames = decoded(ours, latents, request, noise, monkeypatch)
@@ -339,7 +339,7 @@ def test_latents_to_start_from_are_mixed_with_noise_as_the_official_pipeline_doe
     request = asked(given, media)
     start = NoiseStreams(99).draw("start", (1, CHANNELS, 3, 3, 2))
     made = engine(given.model).denoise(request, start=start)
-    error = relative(made, official.run(oracle(given.model), request, start).latents)
+    error = relative(made, official_pipeline.run(oracle(given.model), request, start).latents)
     assert parity("video from latents", given.model, "official", error) <= LATENTS
     assert relative(made, engine(given.model).denoise(request, start=-start)) > 0.1
 
@@ -365,7 +365,7 @@ def test_kadr_draws_a_stream_wherever_the_official_pipeline_draws_noise(
     """Which also shows that the comparison above has fed every noise."""
     given = CASES[name]
     request = asked(given, media)
-    assert list(official.run(oracle(given.model), request).drawn) == drawn
+    assert list(official_pipeline.run(oracle(given.model), request).drawn) == drawn
     ours: list[str] = []
     draw = NoiseStreams.draw
     monkeypatch.setattr(NoiseStreams, "draw", lambda self, name, shape: (ours.append(name), draw(self, name, shape))[1])
@@ -378,7 +378,7 @@ def test_the_comparison_would_notice_another_frame_rate_position_or_noise(
 ) -> None:
     given = CASES["picture, linear-quadratic, causal"]
     request = asked(given, media)
-    expected = official.run(oracle(given.model), request).latents
+    expected = official_pipeline.run(oracle(given.model), request).latents
     for change in (
         {"fps": 23.0},
         {"guidance": 3.1},
@@ -396,6 +396,6 @@ def test_a_distilled_model_refuses_what_the_official_pipeline_refuses(
 ) -> None:
     request = asked(case("0.9.8 distilled", steps=6), media)
     with pytest.raises(AssertionError, match="Invalid inference timestep"):
-        official.run(oracle("0.9.8 distilled"), request)
+        official_pipeline.run(oracle("0.9.8 distilled"), request)
     with pytest.raises(RequestError, match="distilled for the noise levels"):
         engine("0.9.8 distilled").denoise(request)

@@ -22,7 +22,7 @@ from kadr.models.t5 import T5Encoder
 from kadr.pipeline import prompt_cache
 from kadr.pipeline.prompt_cache import PromptCache, cache_home
 from kadr.text.tokenizer import Tokens
-from tests.tiny import MODEL, TEXT_WIDTH
+from tests.tiny_models import MODEL, TEXT_WIDTH
 
 REQUEST = Request(prompt="a red circle", size=Size(32, 32), frames=1, fps=24, steps=1, guidance=3.0)
 BLUE = "over the blue sea"

@@ -17,8 +17,8 @@ from kadr.request.resolve import resolve
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size
 from tests.oracles import relative
-from tests.pipeline import official
-from tests.tiny import LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
+from tests.pipeline import official_pipeline
+from tests.tiny_models import LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
 
 NAMES = [model.name for model in MODELS if model.repo is not None and not model.name.endswith("-fp8")]
 LATENTS = 1e-5  # relative; 26 steps of up to three evaluations, guided by up to 8
@@ -46,8 +46,8 @@ def test_a_released_recipe_gives_the_official_latents(name: str, tmp_path: Path,
     upscaler = write_upscaler(tmp_path / "upscaler.safetensors") if recipe.multi_scale else None
     engine = Engine.open(home / MODEL, upscaler=upscaler or (), recipe=recipe, device="cpu")
     request = resolve(Request(prompt="a red circle moving right", size=Size(96, 96), frames=9, seed=3), recipe)
-    upsampler = official.open_upsampler(upscaler) if upscaler else None
-    expected = official.run(official.open_pipeline(home), request, upsampler=upsampler)
+    upsampler = official_pipeline.open_upsampler(upscaler) if upscaler else None
+    expected = official_pipeline.run(official_pipeline.open_pipeline(home), request, upsampler=upsampler)
     made = engine.denoise(request)
     assert torch.isfinite(made).all()
     assert parity("recipe", name, "official", relative(made, expected.latents)) <= LATENTS

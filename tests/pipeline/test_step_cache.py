@@ -23,8 +23,8 @@ from kadr.sampling.positions import positions
 from kadr.sampling.settings import Guidance, Strengths
 from kadr.sampling.step_cache import PassCache
 from kadr.shapes import LatentGrid
-from tests import tiny
-from tests.live import LiveBytes
+from tests import tiny_models
+from tests.live_bytes import LiveBytes
 from tests.oracles import drawn
 
 LAYERS, STEPS = 4, 12
@@ -46,8 +46,8 @@ ALL_COMPUTED = (StepCache("first-block", threshold=0), StepCache("taylor", inter
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    home = tiny.write(tmp_path_factory.mktemp("model"), layers=LAYERS)
-    engine = Engine.open(home / tiny.MODEL, device="cpu", dtype="float32", prompt_cache=False)
+    home = tiny_models.write(tmp_path_factory.mktemp("model"), layers=LAYERS)
+    engine = Engine.open(home / tiny_models.MODEL, device="cpu", dtype="float32", prompt_cache=False)
     engine.denoise(replace(BASE, steps=1))  # the transformer stays from now on
     return engine
 
@@ -107,7 +107,7 @@ def test_prompts_in_one_batch_are_skipped_on_the_same_steps_as_one_after_the_oth
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return tiny.sown(lambda: Transformer(tiny.transformer_config(layers=LAYERS)))
+    return tiny_models.sown(lambda: Transformer(tiny_models.transformer_config(layers=LAYERS)))
 
 
 GRID = LatentGrid(2, 3, 4)
@@ -117,9 +117,13 @@ PLAIN = Strengths(1.0, 0.0, 1.0, ())
 def asked(transformer: Transformer, step: int, seed: int, **how: Any) -> Any:
     """A velocity on one of twelve steps that are near each other, with the text of that seed."""
     rope = transformer.rope(positions(GRID, fps=24.0, causal=True)[None])
-    tokens = drawn(1, GRID.tokens, tiny.CHANNELS, seed=1) + 0.02 * step * drawn(1, GRID.tokens, tiny.CHANNELS, seed=2)
+    tokens = drawn(1, GRID.tokens, tiny_models.CHANNELS, seed=1) + 0.02 * step * drawn(
+        1, GRID.tokens, tiny_models.CHANNELS, seed=2
+    )
     call = transformer.with_disturbed if "blocks" in how else transformer
-    return call(tokens, rope, drawn(1, 5, tiny.TEXT_WIDTH, seed=seed), None, torch.tensor([[1 - step / 40]]), **how)
+    return call(
+        tokens, rope, drawn(1, 5, tiny_models.TEXT_WIDTH, seed=seed), None, torch.tensor([[1 - step / 40]]), **how
+    )
 
 
 @torch.no_grad()
@@ -221,7 +225,7 @@ def test_the_plan_of_a_request_holds_what_its_cache_keeps(engine: Engine) -> Non
     (without,) = [stage for stage in engine.plan(WAYS["guided"]).stages if stage.stage == "denoise"]
     cached = engine.plan(replace(WAYS["guided"], cache="taylor"))
     (kept,) = [stage for stage in cached.stages if stage.stage == "denoise"]
-    tokens, config = LatentGrid(2, 2, 2).tokens, tiny.transformer_config(layers=LAYERS)
+    tokens, config = LatentGrid(2, 2, 2).tokens, tiny_models.transformer_config(layers=LAYERS)
     expected = activations.step_cache_bytes(config, tokens, 4, points=2, streams=2)
     assert abs(kept.choice.working - without.choice.working - (1 + HOLES) * expected) <= 1
 

@@ -15,7 +15,7 @@ from kadr.planning.plan import AS_STORED, CONVERTED, Choice
 from kadr.quant.prepack import PackedConv, PackedInt8Linear, PackedMatrix
 from kadr.request.request import Request
 from tests.pipeline.test_compiled import CONFIG
-from tests.tiny import sown, vae_config
+from tests.tiny_models import sown, vae_config
 
 CPU = torch.device("cpu")
 

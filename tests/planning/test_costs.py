@@ -28,8 +28,8 @@ from kadr.planning.vae_stages import decoder_weights, encoder_weights, statistic
 from kadr.quant.prepack import packs_matrices
 from kadr.sampling.settings import TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
-from tests.live import LiveBytes
-from tests.tiny import vae_config
+from tests.live_bytes import LiveBytes
+from tests.tiny_models import vae_config
 
 DEMO = TransformerConfig(layers=8, heads=4, head_width=64, text_width=256)
 XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
@@ -324,7 +324,7 @@ def measured() -> dict[str, list[int]]:
     # All blocks but the smallest go back when they are freed, so that what is measured is what was in use.
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "passive"}
     environment = {**os.environ, **settings}
-    command = [sys.executable, "-m", "tests.planning.measured"]
+    command = [sys.executable, "-m", "tests.planning.measure_memory"]
     paths = os.pathsep.join([os.getcwd(), *sys.path])
     done = subprocess.run(
         command, env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300, check=False

@@ -24,7 +24,7 @@ from kadr.quant.layers import Fp8Linear
 from kadr.quant.prepack import packs_convolutions
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
-from tests import tiny
+from tests import tiny_models
 from tests.checkpoints.test_load import cast_as_released
 
 REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2, guidance=1.0)
@@ -32,13 +32,13 @@ REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2, guida
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("model"))
+    return tiny_models.write(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def opened(home: Path) -> Callable[..., Engine]:
     def engine(**how: object) -> Engine:
-        return Engine.open(home / tiny.MODEL, prompt_cache=False, **{"device": "cpu", "dtype": "float32", **how})
+        return Engine.open(home / tiny_models.MODEL, prompt_cache=False, **{"device": "cpu", "dtype": "float32", **how})
 
     return engine
 
@@ -215,23 +215,23 @@ def test_auto_stores_weights_in_8_bits_only_where_the_files_own_do_not_fit(
     "kind, scheme", [(torch.float8_e4m3fn, "int8"), (torch.float8_e4m3fn, "fp8-weights"), (torch.float8_e5m2, "fp8")]
 )
 def test_an_fp8_file_is_not_rounded_again(home: Path, tmp_path: Path, kind: torch.dtype, scheme: str) -> None:
-    tiny.write(tmp_path)
-    cast_as_released(tmp_path / tiny.MODEL, kind)
+    tiny_models.write(tmp_path)
+    cast_as_released(tmp_path / tiny_models.MODEL, kind)
     with pytest.raises(
         CheckpointError, match=rf"is stored as float8_\w+ already, and to round it to {scheme} would lose"
     ):
-        Engine.open(tmp_path / tiny.MODEL, quant=scheme)
+        Engine.open(tmp_path / tiny_models.MODEL, quant=scheme)
 
 
 def test_an_fp8_file_is_multiplied_in_8_bits_as_it_is_where_a_gpu_does_that(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.write(tmp_path)
-    cast_as_released(tmp_path / tiny.MODEL, torch.float8_e4m3fn)
+    tiny_models.write(tmp_path)
+    cast_as_released(tmp_path / tiny_models.MODEL, torch.float8_e4m3fn)
     monkeypatch.setattr(module_placement.fp8, "has_units", lambda device: True)
     monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.WIDENED)
     monkeypatch.setattr(components, "needs_look", lambda checkpoint: False)  # nobody trained it
-    plain, engine = (Engine.open(tmp_path / tiny.MODEL, quant=quant) for quant in (None, "fp8"))
+    plain, engine = (Engine.open(tmp_path / tiny_models.MODEL, quant=quant) for quant in (None, "fp8"))
     for opened in (plain, engine):
         opened.components.follow(opened.plan(REQUEST))
     with plain.components.transformer() as right, engine.components.transformer() as made:
@@ -260,10 +260,10 @@ def test_where_no_8_bit_floats_are_multiplied_weights_alone_are_stored_so_and_it
     with pytest.warns(KadrWarning, match=r"cpu does not multiply 8-bit floats.*\(fp8-weights\)"):
         engine = opened(quant="fp8")
     assert engine.components.quant == "fp8-weights"
-    tiny.write(tmp_path / "cast")
-    cast_as_released(tmp_path / "cast" / tiny.MODEL, torch.float8_e4m3fn)
+    tiny_models.write(tmp_path / "cast")
+    cast_as_released(tmp_path / "cast" / tiny_models.MODEL, torch.float8_e4m3fn)
     with pytest.warns(KadrWarning, match="cpu does not multiply 8-bit floats"):
-        engine = Engine.open(tmp_path / "cast" / tiny.MODEL, quant="fp8")
+        engine = Engine.open(tmp_path / "cast" / tiny_models.MODEL, quant="fp8")
     assert engine.components.quant == "none"
 
 
@@ -285,7 +285,7 @@ def test_unknown_ways_are_refused(opened: Callable[..., Engine], how: dict[str, 
 
 
 def test_weighing_a_header_is_what_the_modules_take(home: Path) -> None:
-    checkpoint = Checkpoint.open(home / tiny.MODEL)
+    checkpoint = Checkpoint.open(home / tiny_models.MODEL)
     source = checkpoint.sources["transformer"]
     for dtype in (torch.float32, torch.bfloat16):
         weights = weigh(source, dtype, CONVERTED)

@@ -13,7 +13,7 @@ from kadr.quant.convert import block_linears, packing_for, requantize
 from kadr.quant.layers import EightBitLinear, Fp8Linear, PackedLinear, ScaledLinear, Scratch
 from kadr.quant.rotation import find_rotation, likeness, turn
 from kadr.quant.weight_formats import BITS, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, SCHEMES, check_scheme
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(layers=2, heads=4, head_width=64, text_width=32, channels=8)

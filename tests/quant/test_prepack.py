@@ -27,7 +27,7 @@ from kadr.quant.prepack import (
     packs_matrices,
 )
 from tests.oracles import drawn, relative
-from tests.tiny import sown, vae_config
+from tests.tiny_models import sown, vae_config
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(layers=2, heads=4, head_width=64, text_width=32, channels=8)

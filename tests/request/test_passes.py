@@ -32,7 +32,7 @@ from kadr.sampling.latents import adain
 from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import snap_frames
-from tests.tiny import (
+from tests.tiny_models import (
     CHANNELS,
     LINEAR_QUADRATIC,
     MODEL,

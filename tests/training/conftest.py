@@ -12,7 +12,7 @@ from PIL import Image
 from kadr import Engine
 from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
-from tests.tiny import MODEL, write
+from tests.tiny_models import MODEL, write
 
 SIZE, FRAMES = Size(64, 32), 9
 

@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kadr.bench.cases import STARTUP
-from kadr.bench.peak import process_peak
+from kadr.bench.peak_memory import process_peak
 from kadr.bench.runner import Absent, Contender
-from kadr.bench.work import PROMPT, Work
+from kadr.bench.stage_case import PROMPT, Work
 
 LOOK = 0.02  # seconds between looks at a program that runs
 

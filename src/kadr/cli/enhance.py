@@ -63,7 +63,7 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
     if enhancer is None:
         return request
     from kadr.pipeline.longvideo.window_folder import check_resumable  # loads torch
-    from kadr.request import enhance
+    from kadr.request import prompt_enhancement
 
     if engine.resolve(request).windows is not None:
         check_resumable(folder_of(output), resume=resume)
@@ -71,7 +71,7 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
         warnings.simplefilter("ignore", KadrWarning)  # it is said when the video is made
         engine.plan(request)  # an answer may cost money, and does not change what can be made
     say(f"{enhancer.place} is asked to enhance the prompt")
-    made = enhance.enhanced(request, enhancer)
+    made = prompt_enhancement.enhanced(request, enhancer)
     if made is not request:
         say(f"enhanced: {made.prompt}")
     return made

@@ -26,7 +26,7 @@ from kadr.models.upscaler import LatentUpsampler
 from kadr.models.vae import VAE
 from kadr.pipeline.module_placement import placed
 from kadr.pipeline.prompt_cache import PromptCache
-from kadr.pipeline.selfcheck import needs_look, rotation_of
+from kadr.pipeline.rotation_check import needs_look, rotation_of
 from kadr.planning.plan import AS_STORED, Choice, Plan
 from kadr.quant.rotation import turn
 from kadr.quant.weight_formats import FP8

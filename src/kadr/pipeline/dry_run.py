@@ -15,8 +15,6 @@ from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
 from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.stages.encode import Media
-from kadr.request.conditions import Placed
-from kadr.request.controls import Followed, warn_unheard
 from kadr.request.passes import (
     PassPlan,
     check_beginning,
@@ -30,6 +28,8 @@ from kadr.request.passes import (
 )
 from kadr.request.request import Request
 from kadr.request.resolve import resolve, warn_single, with_second
+from kadr.request.resolved_conditions import Placed
+from kadr.request.resolved_controls import Followed, warn_unheard
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size, snap_frames
 from kadr.spec.locate import is_path, on_disk

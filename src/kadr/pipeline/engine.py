@@ -29,16 +29,16 @@ from kadr.planning.plan import Plan, held
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import nearest
 from kadr.quant.weight_formats import NONE, check_scheme
-from kadr.request.controls import warn_unheard
 from kadr.request.passes import PassPlan, warn_guided
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.resolve import resolve, warn_single, with_second
+from kadr.request.resolved_controls import warn_unheard
 from kadr.request.windows import folder_of
 from kadr.spec.locate import fetched_text, locate
 from kadr.spec.loras import Loras, check_loras_named
 from kadr.spec.model import ordered_upscalers, require_parts
+from kadr.spec.optional_components import opened_second, opened_upscalers, own_upscaler
 from kadr.spec.options import check_compiled, check_offload
-from kadr.spec.parts import opened_second, opened_upscalers, own_upscaler
 from kadr.version import __version__
 
 

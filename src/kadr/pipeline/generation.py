@@ -17,11 +17,11 @@ from kadr.pipeline.components import Components
 from kadr.pipeline.longvideo.sampling import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
 from kadr.pipeline.progress import Watch
 from kadr.pipeline.retry import guarded
-from kadr.pipeline.stages.conditions import added
 from kadr.pipeline.stages.control_networks import fetched
 from kadr.pipeline.stages.decode import Decoding
 from kadr.pipeline.stages.denoise import Denoising
 from kadr.pipeline.stages.encode import Encoded, Media
+from kadr.pipeline.stages.prepared_conditions import added
 from kadr.pipeline.stages.text import Prompts
 from kadr.pipeline.stages.upscale import upscaled
 from kadr.planning.workload import WindowWork, Work

@@ -7,8 +7,8 @@ from typing import Any
 
 from kadr.errors import RequestError
 from kadr.shapes import Size, snap_frames
-from kadr.training.low_rank import TARGETS
 from kadr.training.objective import DISTRIBUTIONS
+from kadr.training.trainable_lora import TARGETS
 from kadr.validation import within
 
 OFF, FILES, CANNY = "off", "files", "canny"

@@ -18,10 +18,10 @@ from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
 from kadr.sampling.reference_tokens import Context
 from kadr.sampling.state import to_tokens
-from kadr.training.cache import Encoded
-from kadr.training.low_rank import Learning
+from kadr.training.example_cache import Encoded
 from kadr.training.objective import DISTRIBUTIONS, noised, squared_error, velocity
 from kadr.training.settings import TrainingSettings
+from kadr.training.trainable_lora import Learning
 
 WEIGHT_DECAY, BETAS, LARGEST_GRADIENT = 0.01, (0.9, 0.999), 1.0
 HELD = 16  # examples and levels that the loss is measured with on the way

@@ -36,7 +36,7 @@ from tests.oracles import (
     reduced,
     relative,
 )
-from tests.tiny import sown
+from tests.tiny_models import sown
 
 SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
 # scheduler_config.json of the released folders, cut down to what is read.

@@ -31,7 +31,7 @@ from kadr.models.vae.config import VAE_0_9_5
 from kadr.pipeline.engine import Engine
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import PACKAGE
-from tests import tiny
+from tests import tiny_models
 from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
@@ -196,7 +196,7 @@ def test_the_model_that_a_file_says_it_was_made_of_is_believed_before_its_name(t
 
 @pytest.mark.parametrize("architecture", ["ltxv", "pig"])
 def test_a_file_of_plain_numbers_loads_as_the_official_one(tmp_path: Path, architecture: str) -> None:
-    module = tiny.sown(lambda: Transformer(SMALL_TRANSFORMER))
+    module = tiny_models.sown(lambda: Transformer(SMALL_TRANSFORMER))
     write_single_file(tmp_path / "x.safetensors", transformer=module, schedule=OLD, dtype=torch.float32)
     official = Checkpoint.open(tmp_path / "x.safetensors")
     types = gguf_files.image_types(shapes_of(SMALL_TRANSFORMER, bare=True), "BF16")
@@ -239,9 +239,9 @@ def test_names_of_a_text_encoder_are_those_of_the_package_both_ways() -> None:
 @pytest.fixture
 def text(tmp_path: Path) -> tuple[Path, Path]:
     """An encoder with its tokenizer: in a folder, and in a GGUF file as llama.cpp's converter writes it."""
-    encoder = tiny.sown(lambda: T5Encoder(SMALL_T5))
+    encoder = tiny_models.sown(lambda: T5Encoder(SMALL_T5))
     spiece = tmp_path / "spiece.model"
-    spiece.write_bytes(tiny.sentencepiece_model())
+    spiece.write_bytes(tiny_models.sentencepiece_model())
     write_text_encoder(tmp_path / "folder", encoder, spiece, dtype=torch.float32)
     return tmp_path / "folder", converted(tmp_path / "t5.gguf", encoder, "F32", spiece.read_bytes())
 
@@ -268,17 +268,17 @@ def test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_to
 
 
 def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> None:
-    home = tiny.write(tmp_path / "model")
+    home = tiny_models.write(tmp_path / "model")
     encoder = TextEncoderFolder.open(home).load()
-    path = converted(tmp_path / "t5.gguf", encoder, "F32", tiny.sentencepiece_model())
-    engine = Engine.open(home / tiny.MODEL, text_encoder=path)
+    path = converted(tmp_path / "t5.gguf", encoder, "F32", tiny_models.sentencepiece_model())
+    engine = Engine.open(home / tiny_models.MODEL, text_encoder=path)
     assert engine.components.text.path == path
     assert engine.components.sources()["text_encoder"] == str(path)
 
 
 def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:
     wide = T5Config(vocabulary=128, width=32, layers=2, heads=2, head_width=16, hidden=64)
-    opened = TextEncoderFolder.open(converted(tmp_path / "t5.gguf", tiny.sown(lambda: T5Encoder(wide)), "Q8_0"))
+    opened = TextEncoderFolder.open(converted(tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(wide)), "Q8_0"))
     assert opened.describe().dtype == "Q8_0"
     assert opened.describe().types == {"Q8_0": 15, "float32": 6}
     module = on_meta(lambda: T5Encoder(wide))
@@ -287,12 +287,12 @@ def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> N
 
 def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: Path) -> None:
     path = converted(
-        tmp_path / "t5.gguf", tiny.sown(lambda: T5Encoder(SMALL_T5)), "F16", **{"tokenizer.ggml.model": None}
+        tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(SMALL_T5)), "F16", **{"tokenizer.ggml.model": None}
     )
     opened = TextEncoderFolder.open(path)
     with pytest.raises(CheckpointError, match="There is no tokenizer for"):
         opened.tokenizer()
-    (tmp_path / "spiece.model").write_bytes(tiny.sentencepiece_model())
+    (tmp_path / "spiece.model").write_bytes(tiny_models.sentencepiece_model())
     assert opened.tokenizer().size == 40
 
 
@@ -313,7 +313,7 @@ def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: P
     ],
 )
 def test_a_text_encoder_that_lacks_something_is_refused(tmp_path: Path, change: Mapping[str, Any], said: str) -> None:
-    path = converted(tmp_path / "t5.gguf", tiny.sown(lambda: T5Encoder(SMALL_T5)), "F16", **change)
+    path = converted(tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(SMALL_T5)), "F16", **change)
 
     def use() -> None:
         opened = TextEncoderFolder.open(path)

@@ -35,7 +35,7 @@ from kadr.models.vae import VAE
 from kadr.quant.mixes import assign_types, find_mix
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import PACKAGE
-from tests import tiny
+from tests import tiny_models
 from tests.checkpoints.checkpoint_files import SMALL_VAE, same
 from tests.checkpoints.gguf import gguf_files
 from tests.oracles import VAES, diffusers_transformer, diffusers_vae, reduced, relative
@@ -51,16 +51,16 @@ PREFIX = "model.diffusion_model."
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return tiny.sown(lambda: Transformer(WIDE))
+    return tiny_models.sown(lambda: Transformer(WIDE))
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, transformer: Transformer) -> Path:
     """x.safetensors in bf16, of a transformer and a VAE; and text, a text encoder's folder."""
     home = tmp_path_factory.mktemp("wide")
-    vae = tiny.sown(lambda: VAE(SMALL_VAE))
+    vae = tiny_models.sown(lambda: VAE(SMALL_VAE))
     write_single_file(home / "x.safetensors", transformer=transformer, vae=vae, schedule=LEVELS)
-    write_text_encoder(home / "text", tiny.sown(lambda: T5Encoder(WORDS)), SPIECE)
+    write_text_encoder(home / "text", tiny_models.sown(lambda: T5Encoder(WORDS)), SPIECE)
     return home
 
 
@@ -134,7 +134,7 @@ def test_the_name_of_a_released_model_goes_with_it(tmp_path: Path) -> None:
 def test_a_folder_of_diffusers_gives_the_same_tensors_under_the_official_names(
     tmp_path: Path, transformer: Transformer, family: str
 ) -> None:
-    folder, vae = tmp_path / "folder", tiny.sown(lambda: VAE(reduced(VAES[family], width=4)))
+    folder, vae = tmp_path / "folder", tiny_models.sown(lambda: VAE(reduced(VAES[family], width=4)))
     diffusers_transformer(transformer).save_pretrained(folder / "transformer")
     diffusers_vae(vae, family).save_pretrained(folder / "vae")
     one = Checkpoint.open(folder)
@@ -228,10 +228,10 @@ def test_the_values_of_a_text_encoder_are_those_that_llama_cpp_writes(home: Path
 
 
 def test_the_rules_of_a_tokenizer_are_written_too(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "spiece.model").write_bytes(tiny.sentencepiece_model())
+    (tmp_path / "spiece.model").write_bytes(tiny_models.sentencepiece_model())
     text = replace(TextEncoderFolder.open(home / "text"), home=tmp_path)
     text_encoder_to_gguf(text, tmp_path / "t5.gguf", find_mix("Q4_0"))
-    rules = gguf_files.tokenizer_fields(tiny.sentencepiece_model(), 64)["tokenizer.ggml.precompiled_charsmap"]
+    rules = gguf_files.tokenizer_fields(tiny_models.sentencepiece_model(), 64)["tokenizer.ggml.precompiled_charsmap"]
     assert read_gguf(tmp_path / "t5.gguf").entries("tokenizer.ggml.precompiled_charsmap") == rules
     opened = TextEncoderFolder.open(tmp_path / "t5.gguf")
     assert torch.equal(opened.tokenizer().encode("ﬁve ½").ids, text.tokenizer().encode("ﬁve ½").ids)

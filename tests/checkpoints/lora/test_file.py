@@ -13,7 +13,7 @@ import torch
 from kadr.checkpoints.lora.file.file import LoraFile, is_lora
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
-from tests import lora_files, tiny
+from tests import lora_files, tiny_models
 from tests.lora_files import ATTENTION, FEED_FORWARD, RANK, SPELLINGS, comfy, diffusers, kohya, pairs, write
 
 OURS = {
@@ -238,10 +238,10 @@ def test_halves_of_different_ranks_are_refused_with_their_shapes(file: Path) -> 
 
 
 def test_a_model_is_no_lora_and_other_files_are_not_either(tmp_path: Path, file: Path) -> None:
-    home = tiny.write(tmp_path / "home")
-    assert not is_lora(home / tiny.MODEL)
+    home = tiny_models.write(tmp_path / "home")
+    assert not is_lora(home / tiny_models.MODEL)
     with pytest.raises(CheckpointError, match="not a LoRA for LTX-Video"):
-        LoraFile.open(home / tiny.MODEL)
+        LoraFile.open(home / tiny_models.MODEL)
     with pytest.raises(CheckpointError, match="folder without a LoRA"):
         LoraFile.open(home)
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -262,14 +262,14 @@ def test_a_lora_for_more_blocks_does_not_fit_or_is_taken_without_them(file: Path
     deep, model = LoraFile.open(write(file, pairs(ATTENTION[:1], layers=3))), Path("model.safetensors")
     absent = r"1 of its 3 layers are not there, such as diffusion_model\.transformer_blocks\.2\.attn1\.to_q"
     with pytest.raises(CheckpointError, match=rf"{absent} \(the model has 2 blocks\).*or --lora-partial takes it"):
-        deep.check_fits(tiny.transformer_config(), model)
+        deep.check_fits(tiny_models.transformer_config(), model)
     with pytest.warns(KadrWarning, match=r"1 of the 3 layers of .* are left out: .*blocks\.2\.attn1\.to_q\."):
-        kept = deep.fitted(tiny.transformer_config(), model)
+        kept = deep.fitted(tiny_models.transformer_config(), model)
     assert kept.layers.keys() == {f"layers.{block}.self_attention.q" for block in (0, 1)}
     assert kept.load().keys() == kept.layers.keys()
     none = replace(deep, layers={name: layer for name, layer in deep.layers.items() if ".2." in name})
     with pytest.raises(CheckpointError, match="1 of its 1 layers are not there"):
-        none.fitted(tiny.transformer_config(), model)
+        none.fitted(tiny_models.transformer_config(), model)
 
 
 # What the headers of the released files have: spelling, targets of each block, rank, and whether all around the blocks.

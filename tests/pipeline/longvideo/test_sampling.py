@@ -31,7 +31,7 @@ from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import LatentGrid, Size, snap_frames
 from tests.oracles import relative
 from tests.pipeline.longvideo import diffusers_long
-from tests.tiny import CHANNELS, MODEL
+from tests.tiny_models import CHANNELS, MODEL
 
 LATENTS = 1e-5  # relative error; asked were 1e-4
 PROMPTS = "a red circle | birds fly slowly | blue sea"

@@ -23,7 +23,7 @@ from kadr.pipeline.video import Made
 from kadr.request.windows import Windows, folder_of
 from kadr.sampling.settings import Guidance
 from kadr.shapes import Size
-from tests.tiny import MODEL, write
+from tests.tiny_models import MODEL, write
 
 LONG = Request(
     prompt="birds fly | blue sea | golden light",

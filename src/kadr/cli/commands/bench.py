@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS, Clip, Selection
-from kadr.bench.telling import lines
+from kadr.bench.text_report import lines
 from kadr.cli.terminal.errors import say
 from kadr.errors import RequestError
 
@@ -70,7 +70,7 @@ def bench(
         )
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
-    from kadr.bench.run import run
+    from kadr.bench.benchmark import run
 
     made = run(selection, folder=models, say=say)
     print(json.dumps(made) if json_ else "\n".join(lines(made)))

@@ -16,7 +16,7 @@ from kadr.errors import MediaError
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
-    from kadr.training.run import Trained, Training
+    from kadr.training.lora_training import Trained, Training
 
 EPILOG = (
     "A run that was cut off goes on where it was when the same command is given again. What was encoded, the log and "
@@ -124,7 +124,7 @@ def train_lora(
 
 
 def _training(engine: Engine, folder: Path, output: Path, asked: dict[str, Any], **more: Any) -> Training:
-    from kadr.training.run import Training
+    from kadr.training.lora_training import Training
     from kadr.training.settings import TrainingSettings
 
     size, frames = asked.pop("size") or engine.recipe.size, asked.pop("frames")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kadr.errors import RequestError
-from kadr.pipeline.stages.conditions import Fitted
-from kadr.request.conditions import Placed
+from kadr.pipeline.stages.prepared_conditions import Fitted
 from kadr.request.passes import PassPlan
+from kadr.request.resolved_conditions import Placed
 from kadr.request.windows import Span, Windows
 from kadr.sampling.blending import continued
 from kadr.sampling.conditioning import append

@@ -12,8 +12,8 @@ from kadr.errors import CheckpointError
 from kadr.media.depth import DepthNetwork, Depths
 from kadr.media.pose import PoseNetwork
 from kadr.pipeline.progress import Stage, Watch
-from kadr.request.controls import Followed
 from kadr.request.inputs import DEPTH, POSE
+from kadr.request.resolved_controls import Followed
 
 NETWORKS = {  # repository and files on the hub
     DEPTH: ("onnx-community/depth-anything-v2-small", ("onnx/model.onnx",)),

@@ -17,8 +17,8 @@ from kadr.pipeline.finite_check import Watchman
 from kadr.pipeline.longvideo.sampling import Guide
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.retry import guarded, rescued
-from kadr.pipeline.stages.conditions import put
 from kadr.pipeline.stages.encode import Encoded
+from kadr.pipeline.stages.prepared_conditions import put
 from kadr.request.passes import PassPlan, stream
 from kadr.request.request import Request
 from kadr.sampling.conditioning import shake

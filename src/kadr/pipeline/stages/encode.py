@@ -18,13 +18,13 @@ from kadr.pipeline.finite_check import Watchman
 from kadr.pipeline.longvideo.sampling import check_placed, in_window
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.retry import guarded, rescued
-from kadr.pipeline.stages.conditions import Fitted, Pixels, fitted, settled
 from kadr.pipeline.stages.control_networks import drawings, fetched
-from kadr.pipeline.stages.references import Reference, reference
-from kadr.request.conditions import read_conditions, read_start
-from kadr.request.controls import read_controls
+from kadr.pipeline.stages.prepared_conditions import Fitted, Pixels, fitted, settled
+from kadr.pipeline.stages.prepared_controls import Reference, reference
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
+from kadr.request.resolved_conditions import read_conditions, read_start
+from kadr.request.resolved_controls import read_controls
 from kadr.request.windows import Span
 from kadr.shapes import LatentGrid, Size
 

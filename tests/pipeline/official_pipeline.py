@@ -29,12 +29,12 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from kadr.media.image import crop_to_aspect, load_picture, prepare_picture
-from kadr.request.conditions import Placed, read_conditions, read_start
 from kadr.request.request import Request
+from kadr.request.resolved_conditions import Placed, read_conditions, read_start
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.settings import Pass
 from kadr.shapes import LatentGrid, Size
-from tests.tiny import CHANNELS, MODEL
+from tests.tiny_models import CHANNELS, MODEL
 
 MODES = {
     "attention_values": SkipLayerStrategy.AttentionValues,

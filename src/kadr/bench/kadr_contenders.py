@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, TEXT, WAYS, Way
 from kadr.bench.runner import Absent, Contender
-from kadr.bench.work import Entrants, Work
+from kadr.bench.stage_case import Entrants, Work
 from kadr.errors import RequestError
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.stages.encode import ENCODE_FRAMES

@@ -14,8 +14,8 @@ from kadr.quant.weight_formats import AUTO, NONE
 from kadr.shapes import LatentGrid
 from kadr.spec.weights import is_quantized
 from kadr.training.dataset import Example
-from kadr.training.low_rank import target_layers
 from kadr.training.settings import TrainingSettings
+from kadr.training.trainable_lora import target_layers
 
 ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from kadr.errors import RequestError
 from kadr.media.clip import Film
 from kadr.media.image import prepare_picture
-from kadr.request.conditions import Box, Frames, Placed, meet
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
+from kadr.request.resolved_conditions import Box, Frames, Placed, meet
 from kadr.sampling.conditioning import PREFIX, append, hold, join
 from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState

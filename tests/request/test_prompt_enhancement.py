@@ -15,7 +15,7 @@ from PIL import Image
 from kadr import Condition, Enhancer, Request, enhanced
 from kadr.errors import EnhanceError, KadrWarning, MediaError, RequestError
 from kadr.media.writer import VideoWriter
-from kadr.request.enhance import LONGEST_SIDE
+from kadr.request.prompt_enhancement import LONGEST_SIDE
 from kadr.request.windows import Windows
 from kadr.shapes import Size
 from tests.fakechat import PARAGRAPH, FakeChat, refused, said, serving

@@ -15,11 +15,11 @@ from kadr.media.clip import Film
 from kadr.media.control_maps import cover, edges, signed
 from kadr.media.image import load_picture
 from kadr.pipeline.stages.control_networks import Drawn
-from kadr.request.conditions import Frames
-from kadr.request.controls import Followed
 from kadr.request.inputs import CANNY, Control
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
+from kadr.request.resolved_conditions import Frames
+from kadr.request.resolved_controls import Followed
 from kadr.shapes import SPATIAL, LatentGrid, Size
 
 

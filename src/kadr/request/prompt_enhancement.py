@@ -11,9 +11,9 @@ from PIL import Image
 from kadr.errors import EnhanceError, KadrWarning
 from kadr.media.clip import read_video
 from kadr.media.image import load_picture
-from kadr.request.conditions import chosen_part
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
+from kadr.request.resolved_conditions import chosen_part
 from kadr.request.windows import BETWEEN
 from kadr.text.chat_messages import Picture
 from kadr.text.enhance import Enhancer

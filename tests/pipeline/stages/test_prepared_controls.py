@@ -32,9 +32,9 @@ from kadr.models.vae import VAE
 from kadr.pipeline.dry_run import DryEngine
 from kadr.pipeline.progress import ignore
 from kadr.pipeline.stages.control_networks import NETWORKS, drawings, fetched
-from kadr.pipeline.stages.references import reference
+from kadr.pipeline.stages.prepared_controls import reference
 from kadr.pipeline.stages.text import Prompts
-from kadr.request.controls import Followed, read_controls
+from kadr.request.resolved_controls import Followed, read_controls
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
 from kadr.sampling.noise import NoiseStreams
@@ -46,7 +46,7 @@ from kadr.shapes import LatentGrid
 from tests import lora_files, onnx_files
 from tests.fakehub import FakeHub, serving
 from tests.oracles import diffusers_transformer, drawn, official_vae, relative
-from tests.tiny import CHANNELS, MODEL, sown, transformer_config, vae_config, write_upscaler
+from tests.tiny_models import CHANNELS, MODEL, sown, transformer_config, vae_config, write_upscaler
 
 LEVELS = (1.0, 0.8, 0.35)
 REQUEST = Request(

@@ -25,7 +25,7 @@ from kadr.bench.cases import (
     Way,
     schedule,
 )
-from kadr.bench.models import Source
+from kadr.bench.model_files import Source
 from kadr.bench.runner import Absent, Contender
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.models.transformer import TransformerConfig

@@ -29,14 +29,14 @@ from kadr.quant.convert import requantize
 from kadr.request.inputs import Control
 from kadr.request.request import Request
 from kadr.sampling.noise import NoiseStreams
-from kadr.training.cache import encoded, request_of
 from kadr.training.dataset import Example, read_folder
-from kadr.training.log import Log
-from kadr.training.low_rank import learn, learned, recompute, target_layers
-from kadr.training.room import hold_of, must_recompute
+from kadr.training.example_cache import encoded, request_of
+from kadr.training.memory_check import hold_of, must_recompute
 from kadr.training.settings import FILES, TrainingSettings
-from kadr.training.state import CLIPS, check_state, load_state, save_state
+from kadr.training.trainable_lora import learn, learned, recompute, target_layers
 from kadr.training.trainer import Trainer
+from kadr.training.training_log import Log
+from kadr.training.training_state import CLIPS, check_state, load_state, save_state
 from kadr.version import __version__
 
 RATE = 24  # of a clip that is made on the way, as far as its size is checked

@@ -26,17 +26,17 @@ from kadr.models.lora_layers import attach, set_strengths
 from kadr.pipeline.longvideo.folder_lock import claimed
 from kadr.pipeline.progress import Progress
 from kadr.shapes import Size
-from kadr.training import room, run
-from kadr.training.cache import encoded, request_of
+from kadr.training import lora_training, memory_check
 from kadr.training.dataset import read_folder
-from kadr.training.low_rank import recompute
-from kadr.training.room import bytes_of
-from kadr.training.run import Training
+from kadr.training.example_cache import encoded, request_of
+from kadr.training.lora_training import Training
+from kadr.training.memory_check import bytes_of
 from kadr.training.settings import CANNY, FILES, TrainingSettings
+from kadr.training.trainable_lora import recompute
 from kadr.training.trainer import Trainer
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
 from tests.oracles import diffusers_transformer, relative
-from tests.tiny import MODEL
+from tests.tiny_models import MODEL
 from tests.training.conftest import FRAMES, SIZE
 
 SETTINGS = TrainingSettings(size=SIZE, frames=FRAMES, rank=3, steps=4, batch=2, rate=1e-2, warmup=1, first_frame=0.5)
@@ -175,7 +175,7 @@ def test_another_training_is_refused_before_anything_is_encoded(
     output = tmp_path / "lora.safetensors"
     first = training(engine, folder, output, steps=2).run()
     before = output.read_bytes()
-    monkeypatch.setattr(run, "encoded", lambda *given: pytest.fail("something was encoded"))
+    monkeypatch.setattr(lora_training, "encoded", lambda *given: pytest.fail("something was encoded"))
     with pytest.raises(CheckpointError, match="holds a training with size = 64x32, and now it is 96x32"):
         training(engine, folder, output, steps=2, size=Size(96, 32)).run()
     with pytest.raises(RequestError, match="has done 2 steps, and 1 are asked for"):
@@ -202,7 +202,7 @@ def test_a_training_goes_on_where_its_folder_was_moved_to(engine: Engine, folder
 def test_what_cannot_be_made_on_the_way_is_refused_before_anything_is_computed(
     engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "read_folder", lambda *given, **more: pytest.fail("the folder was read"))
+    monkeypatch.setattr(lora_training, "read_folder", lambda *given, **more: pytest.fail("the folder was read"))
     output = tmp_path / "lora.safetensors"
     with pytest.raises(RequestError, match="the prompt is empty"):
         training(engine, folder, output, prompts=("a red circle", "")).run()
@@ -363,7 +363,7 @@ def test_a_base_in_fewer_bits_is_trained_beside(quant: str, home: Path, folder: 
 def test_what_does_not_fit_is_refused_before_anything_is_encoded(
     engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: 1_000_000)
     wanted = training(engine, folder, tmp_path / "lora.safetensors")
     with pytest.raises(PlanError, match=r"training takes about .* and 0\.0 are free on cpu\. Take a smaller --batch"):
         wanted.run()
@@ -378,9 +378,9 @@ def test_layers_are_computed_twice_where_memory_asks_for_it_and_it_comes_to_the_
     found = read_folder(folder, FRAMES)
     roomy, tight = (bytes_of(engine, wanted.settings, found, recomputed=twice).total for twice in (False, True))
     assert tight < roomy
-    monkeypatch.setattr(room, "free_bytes", lambda device: roomy)
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: roomy)
     asked: list[object] = []
-    monkeypatch.setattr(run, "recompute", lambda blocks: (asked.append(blocks), recompute(blocks)))
+    monkeypatch.setattr(lora_training, "recompute", lambda blocks: (asked.append(blocks), recompute(blocks)))
     ours = load_file(wanted.run().path)
     assert asked
     assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())

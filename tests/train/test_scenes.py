@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from train.judge import Verdict, judge
-from train.shapes import (
+from train.scenes import (
     BACKGROUNDS,
     CLIP_FRAMES,
     COLOURS,

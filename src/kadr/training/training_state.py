@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
 from kadr.errors import CheckpointError, RequestError
-from kadr.training.low_rank import Learning
 from kadr.training.settings import EXTENDABLE
+from kadr.training.trainable_lora import Learning
 
 CLIPS = "clips"  # of what is told: names of clips, with what tells a clip and its caption from others
 HALVES, MOMENTS = ("down", "up"), ("exp_avg", "exp_avg_sq")

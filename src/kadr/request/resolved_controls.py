@@ -16,9 +16,9 @@ from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import Film, read_length
 from kadr.media.control_maps import library
 from kadr.media.image import load_picture
-from kadr.request.conditions import Frames, film_part
 from kadr.request.inputs import CANNY, DEPTH, POSE, Control
 from kadr.request.request import Request
+from kadr.request.resolved_conditions import Frames, film_part
 from kadr.shapes import snap_frames
 
 LIBRARIES = {CANNY: ("cv2", "control"), DEPTH: ("onnxruntime", "depth"), POSE: ("rtmlib", "pose")}

@@ -23,15 +23,15 @@ from kadr.errors import KadrError, MediaError, RequestError
 from kadr.media.clip import read_video
 from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
-from kadr.pipeline.stages.conditions import Fitted, Pixels, fitted, put, settled
-from kadr.request.conditions import Placed, read_conditions, read_start
+from kadr.pipeline.stages.prepared_conditions import Fitted, Pixels, fitted, put, settled
 from kadr.request.passes import PassPlan
+from kadr.request.resolved_conditions import Placed, read_conditions, read_start
 from kadr.sampling.positions import positions
 from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
 from kadr.shapes import LatentGrid
 from tests.oracles import drawn
-from tests.tiny import CHANNELS, MODEL, write_upscaler
+from tests.tiny_models import CHANNELS, MODEL, write_upscaler
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 64), frames=25, fps=24, steps=3, guidance=1.0)
 

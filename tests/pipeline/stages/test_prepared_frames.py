@@ -20,10 +20,10 @@ from kadr.media.image import prepare_picture
 from kadr.media.writer import VideoWriter
 from kadr.models.vae.encoder import Encoder
 from kadr.pipeline.generation import Generation
-from kadr.pipeline.stages import conditions
-from kadr.pipeline.stages.conditions import Pixels
+from kadr.pipeline.stages import prepared_conditions
 from kadr.pipeline.stages.encode import Media
-from kadr.request.conditions import read_start
+from kadr.pipeline.stages.prepared_conditions import Pixels
+from kadr.request.resolved_conditions import read_start
 
 # Without H.264, which takes longer than all the rest.
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=33, fps=24, levels=(0.5,), guidance=1.0, image_crf=0)
@@ -62,7 +62,9 @@ def living(monkeypatch: pytest.MonkeyPatch) -> dict[str, Living]:
     kinds = {kind: Living() for kind in ("decoded", "prepared", "chunks")}
     to_rgb, prepare, forward = clip._to_rgb, prepare_picture, Encoder.forward
     monkeypatch.setattr(clip, "_to_rgb", lambda frame: kinds["decoded"].note(to_rgb(frame)))
-    monkeypatch.setattr(conditions, "prepare_picture", lambda *a, **more: kinds["prepared"].note(prepare(*a, **more)))
+    monkeypatch.setattr(
+        prepared_conditions, "prepare_picture", lambda *a, **more: kinds["prepared"].note(prepare(*a, **more))
+    )
     monkeypatch.setattr(Encoder, "forward", lambda self, x, stream: forward(self, kinds["chunks"].note(x), stream))
     return kinds
 
@@ -110,7 +112,7 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
         torch.testing.assert_close(latents, vae.encode(pixels), rtol=1e-4, atol=1e-5)
 
 
-def decoded(path: Path, item: conditions.Fitted) -> Iterator[np.ndarray]:
+def decoded(path: Path, item: prepared_conditions.Fitted) -> Iterator[np.ndarray]:
     """The frames of a condition, from the whole clip in memory."""
     picks = item.placed.frames
     assert isinstance(picks, clip.Film)

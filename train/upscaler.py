@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE
+from train.checkpointing import Average, Log, resume, save
 from train.optimizer import Optimizer, share_of_rate
-from train.progress import Average, Log, resume, save
-from train.shapes import CLIP_FRAMES
+from train.scenes import CLIP_FRAMES
 from train.tuning import Recipe as Tuning
 from train.tuning import encoded, worlds
 

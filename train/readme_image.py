@@ -1,4 +1,4 @@
-"""The README's picture: eight captions, eight videos of the demo model, side by side: `python -m train.picture`."""
+"""The README's picture: eight captions, eight videos of the demo model, side by side: `python -m train.readme_image`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiled(videos: list[np.ndarray]) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m train.picture", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m train.readme_image", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/images/demo.gif"))
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()

@@ -15,7 +15,7 @@ from kadr.models.lora_layers import LowRank
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 from kadr.sampling.noise import NoiseStreams
-from kadr.training.frozen import freeze
+from kadr.training.frozen_linear import freeze
 
 ATTENTION = tuple(f".{kind}_attention.{part}" for kind in ("self", "text") for part in ("q", "k", "v", "out"))
 FEED_FORWARD = (".feed_forward.up", ".feed_forward.down")

@@ -21,9 +21,9 @@ from kadr.quant.layers import EightBitLinear, ScaledLinear, Scratch, StoredLinea
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
-from kadr.training.frozen import Frozen
-from kadr.training.low_rank import TARGETS, learn, learned, recompute, target_layers
-from tests import tiny
+from kadr.training.frozen_linear import Frozen
+from kadr.training.trainable_lora import TARGETS, learn, learned, recompute, target_layers
+from tests import tiny_models
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
 from tests.oracles import diffusers_transformer
 
@@ -38,13 +38,13 @@ def plain_kernels() -> Iterator[None]:
 
 
 def transformer() -> Transformer:
-    return tiny.sown(lambda: Transformer(tiny.transformer_config()), seed=3)
+    return tiny_models.sown(lambda: Transformer(tiny_models.transformer_config()), seed=3)
 
 
 def run(module: Transformer, tokens: Tensor | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(2, GRID.tokens, tiny.CHANNELS, generator=generator)
-    text = torch.randn(2, 5, tiny.TEXT_WIDTH, generator=generator)
+    noise = torch.randn(2, GRID.tokens, tiny_models.CHANNELS, generator=generator)
+    text = torch.randn(2, 5, tiny_models.TEXT_WIDTH, generator=generator)
     rope = module.rope(positions(GRID, fps=24, causal=True)[None])
     return module(noise if tokens is None else tokens, rope, text, None, torch.tensor([[0.4], [0.9]]))
 
@@ -80,7 +80,7 @@ def test_what_learns_is_what_was_asked_for_and_begins_without_a_trace(targets: s
 
 def test_unknown_targets_are_refused() -> None:
     with pytest.raises(RequestError, match=r"targets are 'everything'; they must be one of attention, attention\+feed"):
-        target_layers(tiny.transformer_config(), "everything")
+        target_layers(tiny_models.transformer_config(), "everything")
 
 
 def test_a_lora_of_a_2b_model_has_the_size_that_the_official_trainer_gives_it() -> None:
@@ -172,8 +172,8 @@ def test_the_model_itself_is_not_changed() -> None:
 
 
 def test_gradients_are_those_of_peft() -> None:
-    config = tiny.transformer_config()
-    module, given = tiny.sown(lambda: Transformer(config), seed=3), Inputs.of(config)
+    config = tiny_models.transformer_config()
+    module, given = tiny_models.sown(lambda: Transformer(config), seed=3), Inputs.of(config)
     adapter = LoraConfig(
         r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     )

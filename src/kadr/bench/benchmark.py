@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kadr.bench.cases import DEMO, END_TO_END, REFERENCE, STARTUP, Selection
+from kadr.bench.kadr_contenders import own, ways
 from kadr.bench.machine import SIDES, describe, yardstick, yardstick_flops
-from kadr.bench.models import opened
-from kadr.bench.own import own, ways
-from kadr.bench.peak import cuda_peak, host_peak
+from kadr.bench.model_files import opened
+from kadr.bench.peak_memory import cuda_peak, host_peak
 from kadr.bench.runner import Absent, Contender, Measured, cuda_clock, host_clock, measure, told
+from kadr.bench.stage_case import Entrants, Work
 from kadr.bench.startup import command
-from kadr.bench.work import Entrants, Work
 from kadr.memory.device import free_bytes, pick_device
 from kadr.planning.parameters import text_encoder_weights, transformer_weights
 from kadr.planning.vae_stages import decoder_weights, encoder_weights

@@ -1,4 +1,4 @@
-"""What the training of a LoRA takes, foretold and measured: `python -m benchmarks.training FOLDER`.
+"""What the training of a LoRA takes, foretold and measured: `python -m benchmarks.training_memory FOLDER`.
 
 Each case trains for a step or two, by `kadr train-lora` in a process of its own, and the operating system says what it
 took at its highest mark. FOLDER holds the random model of `python -m benchmarks.full_size FOLDER`. Writes the table of
@@ -24,11 +24,11 @@ from kadr.media.writer import VideoWriter
 from kadr.memory.device import resident_bytes
 from kadr.planning.planner import STARTING
 from kadr.training.dataset import Example
-from kadr.training.room import bytes_of
+from kadr.training.memory_check import bytes_of
 from kadr.training.settings import TrainingSettings
-from tests import pages
+from tests import doc_tables
 
-PAGE, NAME = pages.DOCS / "guides" / "train-lora.md", "python -m benchmarks.training"
+PAGE, NAME = doc_tables.DOCS / "guides" / "train-lora.md", "python -m benchmarks.training_memory"
 FILE_2B = "random-2b-0.9.8-distilled.safetensors"
 
 
@@ -93,7 +93,7 @@ def measured(case: Case, folder: Path) -> tuple[int, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_memory", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", metavar="WORDS", default="", help="cases whose names have these words")
     parser.add_argument("--table-only", action="store_true", help="measured figures are those of earlier runs")
@@ -111,7 +111,7 @@ def main() -> int:
             told, peak = foretold(case, asked.folder), known[case.name][0]
             rows.append((case.name, f"{told / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB", f"{told / peak:.2f}"))
             print(*rows[-1], sep="  ")
-    pages.write(PAGE, NAME, pages.table(("one clip, rank 32", "foretold", "measured", "ratio"), rows))
+    doc_tables.write(PAGE, NAME, doc_tables.table(("one clip, rank 32", "foretold", "measured", "ratio"), rows))
     return 0
 
 
