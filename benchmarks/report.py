@@ -30,7 +30,7 @@ def measured(results: Sequence[Result]) -> str:
     for result in results:
         machine, date = result["machine"], result["date"].partition("T")[0]
         busy = f"; the load before was {machine['load']:.1f}" if machine["load"] is not None else ""
-        parts.append(f"\n`{result['command']}`, {date}: {telling.about(machine)}{busy}.\n")
+        parts.append(f"\n`{result['command']}`, {date}: {text_report.about(machine)}{busy}.\n")
         parts += [_case(case) for case in result["cases"]]
     return "".join(parts) or "\nNothing yet.\n"
 
@@ -40,7 +40,7 @@ def _case(case: Mapping[str, Any]) -> str:
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     head, *body = zip(*columns, strict=True)
     rate = text_report.rate(case)
-    title = f"\n**{telling.title(case)}**" + (f" (matmul: {rate})" if rate else "") + "\n\n"
+    title = f"\n**{text_report.title(case)}**" + (f" (matmul: {rate})" if rate else "") + "\n\n"
     notes = "".join(f"- {line}\n" for line in text_report.absences(case))
     return title + doc_tables.table(head, body) + (f"\n{notes}" if notes else "")
 
@@ -59,7 +59,7 @@ def growth(results: Sequence[Result]) -> str:
             rows.append((model, curve["what"], over, curve["contender"], fitted, f"{curve['expected']:.2f}"))
     where = "; ".join(dict.fromkeys(text_report.about(result["machine"]) for result in results))
     picture = "![time and memory over tokens and frames, with the expected slopes dotted](images/growth.svg)"
-    return f"\n{pages.table(head, rows)}\n{where}.\n\n{picture}\n"
+    return f"\n{doc_tables.table(head, rows)}\n{where}.\n\n{picture}\n"
 
 
 def main(words: Sequence[str] | None = None) -> int:

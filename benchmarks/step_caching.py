@@ -91,7 +91,7 @@ def rows(found: Mapping[str, Figures]) -> Iterator[Sequence[str]]:
 def written(found: Mapping[str, Figures], videos: int, steps: int) -> str:
     head = ("cache", "layers skipped", "denoising, faster", "PSNR, mean", "worst", "obeyed")
     made = f"{videos} videos of the demo, {steps} guided steps, float32, {torch.get_num_threads()} thread(s) of a CPU"
-    return f"\n{pages.table(head, rows(found))}\n{made}; dB against the video without a cache.\n\n"
+    return f"\n{doc_tables.table(head, rows(found))}\n{made}; dB against the video without a cache.\n\n"
 
 
 def put(path: Path, made: str) -> None:

@@ -46,7 +46,7 @@ def test_a_model_is_written_and_its_path_printed(kadr: Run, home: Path, tmp_path
     assert lines[0].startswith(f"quantizing: {len(ours.sources['transformer'].infos)} of ")
     assert "bytes before, " in lines[1]
     assert "Q8_0 (" in lines[1]
-    assert lines[2] == f"the VAE is not in this file: give it with --vae {home / tiny.MODEL}"
+    assert lines[2] == f"the VAE is not in this file: give it with --vae {home / tiny_models.MODEL}"
 
 
 def test_the_file_is_what_inspect_says(kadr: Run, home: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def _distrust(question: Hashable, definition: Callable[..., Made], arguments: tu
     _verdicts[question] = None
     warnings.warn(
         f"the kernel {definition.__name__} is not used on {arguments[0].device}: {reason}. Plain torch computes the "
-        f"same, only slower. {switch.VARIABLE}={switch.REFERENCE} leaves out all kernels, and this warning.",
+        f"same, only slower. {mode.VARIABLE}={mode.REFERENCE} leaves out all kernels, and this warning.",
         KadrWarning,
         stacklevel=4,
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from kadr.kernels import attention, fused
-from kadr.kernels.cpu import attention
+from kadr.kernels.cpu import attention as cpu_attention
 from kadr.nn.linear import Linear, is_coarse, several
 from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
@@ -95,6 +95,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, coarse: bool
         bias: (B, 1, 1, M).
         coarse: logits may be rounded to the dtype of q.
     """
-    if attention.suits(q, k, bias, coarse=coarse):
-        return attention.attend(q, k, v, coarse=coarse)
+    if cpu_attention.suits(q, k, bias, coarse=coarse):
+        return cpu_attention.attend(q, k, v, coarse=coarse)
     return attention.attend(q, k, v, bias)

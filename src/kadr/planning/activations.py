@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import prod
 
-from kadr.kernels.cpu import attention
+from kadr.kernels.cpu import attention as cpu_attention
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpsamplerConfig
@@ -113,9 +113,9 @@ def lora_bytes(tokens: int, size: int, *, rank: int, widest: int, batch: int = 1
 def _logits(config: TransformerConfig, tokens: int) -> int:
     """Of `kernels.cpu.attention`: logits of some heads, in float32, and what becomes of them in bfloat16."""
     head = 4 * tokens**2
-    if tokens < attention.FEWEST or config.head_width > attention.WIDEST or head > attention.CACHED:
+    if tokens < cpu_attention.FEWEST or config.head_width > cpu_attention.WIDEST or head > cpu_attention.CACHED:
         return 0
-    return min(config.heads, attention.CACHED // head) * (head * 3 // 2 + 2 * tokens * config.head_width)
+    return min(config.heads, cpu_attention.CACHED // head) * (head * 3 // 2 + 2 * tokens * config.head_width)
 
 
 def step_cache_bytes(

@@ -52,4 +52,4 @@ def _fused(device: torch.device) -> str:
 
 
 def _left_out() -> str:
-    return f"{PLAIN}, as {switch.VARIABLE}={switch.REFERENCE} has it"
+    return f"{PLAIN}, as {mode.VARIABLE}={mode.REFERENCE} has it"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kadr.kernels import mode
-from kadr.kernels.cpu import attention
+from kadr.kernels.cpu import attention as cpu_attention
 from kadr.kernels.matmul import has_bfloat16
 from tests.oracles import drawn, relative
 
@@ -28,11 +28,11 @@ def inputs(queries: int, keys: int, heads: int = 4, width: int = 64) -> tuple[Te
 def test_it_is_attention_however_it_is_cut(
     queries: int, keys: int, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "CACHED", cached)
+    monkeypatch.setattr(cpu_attention, "CACHED", cached)
     q, k, v = inputs(queries, keys)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert relative(attention.attend(q, k, v), exact) <= 0.004
-    assert relative(attention.attend(q, k, v, coarse=True), exact) <= 0.008
+    assert relative(cpu_attention.attend(q, k, v), exact) <= 0.004
+    assert relative(cpu_attention.attend(q, k, v, coarse=True), exact) <= 0.008
 
 
 def test_its_error_is_about_that_of_torch() -> None:
@@ -40,7 +40,7 @@ def test_its_error_is_about_that_of_torch() -> None:
     q = 8 * q  # logits as far from 0 as trained models have them
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     own, theirs = (
-        relative(attention.attend(q, k, v), exact),
+        relative(cpu_attention.attend(q, k, v), exact),
         relative(F.scaled_dot_product_attention(q, k, v), exact),
     )
     assert own <= 1.3 * theirs
@@ -50,16 +50,16 @@ def test_its_error_is_about_that_of_torch() -> None:
 def test_it_is_taken_where_it_was_measured_to_be_ahead() -> None:
     q, k, _ = inputs(640, 640)
     wide = inputs(640, 640, width=128)[:2]
-    assert attention.suits(q, k, None, coarse=False)
-    assert attention.suits(*wide, None, coarse=True)
-    assert not attention.suits(*wide, None, coarse=False)
-    assert not attention.suits(q[:, :, :100], k[:, :, :100], None, coarse=True)
-    assert not attention.suits(q, k, torch.zeros(2, 1, 1, 640), coarse=True)
-    assert not attention.suits(q.float(), k.float(), None, coarse=True)
+    assert cpu_attention.suits(q, k, None, coarse=False)
+    assert cpu_attention.suits(*wide, None, coarse=True)
+    assert not cpu_attention.suits(*wide, None, coarse=False)
+    assert not cpu_attention.suits(q[:, :, :100], k[:, :, :100], None, coarse=True)
+    assert not cpu_attention.suits(q, k, torch.zeros(2, 1, 1, 640), coarse=True)
+    assert not cpu_attention.suits(q.float(), k.float(), None, coarse=True)
     with mode.using(mode.REFERENCE):
-        assert not attention.suits(q, k, None, coarse=True)
+        assert not cpu_attention.suits(q, k, None, coarse=True)
 
 
 def test_it_leaves_learning_to_torch() -> None:
     q, k, _ = inputs(640, 640)
-    assert not attention.suits(q.requires_grad_(), k, None, coarse=False)
+    assert not cpu_attention.suits(q.requires_grad_(), k, None, coarse=False)
