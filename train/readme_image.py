@@ -1,4 +1,4 @@
-"""The README's picture: eight captions, eight videos of the demo model, side by side: `python -m train.readme_image`."""
+"""The README's image: eight captions, eight videos of the demo model: `python -m train.readme_image`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kadr.checkpoints.lora.file.file import LoraFile
+from kadr.checkpoints.lora.file import LoraFile
 from kadr.training.trainer import Trainer
 from tests import tiny_models
 from tests.cli.conftest import Ended, FakeEngine

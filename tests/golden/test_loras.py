@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import lora as measured
-from kadr.checkpoints.lora.file.file import LoraFile
+from kadr.checkpoints.lora.file import LoraFile
 from kadr.spec.locate import located_lora
 
 TEAL, CANNY = "demo-lora-teal", "demo-ic-lora-canny"

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from kadr.checkpoints.lora.file.file import LoraFile, write_lora
+from kadr.checkpoints.lora.file import LoraFile, write_lora
 from kadr.models.lora_layers import attach, set_strengths
 from kadr.models.transformer import Transformer, TransformerConfig
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kadr import Engine, Request
-from kadr.checkpoints.lora.file.file import LoraFile
+from kadr.checkpoints.lora.file import LoraFile
 from kadr.errors import CheckpointError, KadrError, KadrWarning, MediaError, PlanError, RequestError
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.control_maps import signed

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from kadr.checkpoints.detect.single_file.diffusers_folder import open_folder
-from kadr.checkpoints.detect.single_file.single_file import Detected, detect
-from kadr.checkpoints.detect.single_file.split import split
-from kadr.checkpoints.detect.single_file.upscaler import MODEL
+from kadr.checkpoints.detect.diffusers_folder import open_folder
+from kadr.checkpoints.detect.single_file import Detected, detect
+from kadr.checkpoints.detect.split import split
+from kadr.checkpoints.detect.upscaler import MODEL
 from kadr.checkpoints.load import load_transformer, load_upsampler, load_vae
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError

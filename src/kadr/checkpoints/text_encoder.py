@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from kadr.checkpoints.checkpoint import Part, part_of
-from kadr.checkpoints.detect.single_file.diffusers_folder import read_json
+from kadr.checkpoints.detect.diffusers_folder import read_json
 from kadr.checkpoints.gguf.header import TEXT_ENCODER, is_gguf, read_gguf
 from kadr.checkpoints.gguf.t5_fields import open_text_encoder, stored_pieces
 from kadr.checkpoints.keys import T5, T5_GGUF, Key

@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         self._graphed: Graphed | None = None
 
     def replay(self, backend: Backend | None = None) -> None:
-        """Have the layers run as CUDA graphs from now on, where they have seen a shape before; see `kernels.cuda_graphs`.
+        """Run the layers as CUDA graphs from now on, where they have seen a shape before; see `kernels.cuda_graphs`.
 
         For weights that stay where they are, texts that all layers have read once, and up to `REPLAYED` tokens.
         """

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.detect.single_file.vae_families import SCHEDULES
-from kadr.checkpoints.lora.file.file import LoraFile
+from kadr.checkpoints.detect.vae_families import SCHEDULES
+from kadr.checkpoints.lora.file import LoraFile
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released

@@ -96,8 +96,8 @@ class Engine:
                 weights are stored as. Their strengths are fixed then.
             device: "auto", "cpu", "cuda" or "mps".
             dtype: "auto", "bfloat16" or "float32".
-            quant: how the transformer's weights are stored in memory; see `kadr.quant.weight_formats.SCHEMES`. None leaves
-                them as the file has them, which is exact. GGUF and fp8 files need none.
+            quant: how the transformer's weights are stored in memory; see `kadr.quant.weight_formats.SCHEMES`. None
+                leaves them as the file has them, which is exact. GGUF and fp8 files need none.
             offload: what is done with what does not fit: "auto" (whatever keeps the most speed), "none" (nothing),
                 "stages" (modules leave memory after their stage) or "blocks" (blocks are in memory while they run).
             compiled: have torch's compiler fuse what the transformer's layers compute, on CUDA: the first video waits

@@ -21,7 +21,8 @@ class Choice:
 
     Args:
         dtype: that is computed in: "bfloat16" or "float32".
-        hold: "as stored" (converted while it is used), "converted" when it is loaded, or a scheme of `quant.weight_formats`.
+        hold: "as stored" (converted while it is used), "converted" when it is loaded, or one of
+            `quant.weight_formats`.
         streamed: how many blocks are in memory only while they run.
         frames: that the decoder's stages hand on at a time; 0 for other stages.
         together: frames that packed convolutions make at a time; 0 where none are packed.

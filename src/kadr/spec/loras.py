@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.lora.file.file import DOWNSCALE, LoraFile
+from kadr.checkpoints.lora.file import DOWNSCALE, LoraFile
 from kadr.errors import RequestError
 from kadr.models.lora_layers import Additions
 from kadr.spec.locate import check_lora, located_lora

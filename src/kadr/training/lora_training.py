@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.checkpoints.lora.file.file import write_lora
+from kadr.checkpoints.lora.file import write_lora
 from kadr.checkpoints.memory_map import release
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.writer import VideoWriter

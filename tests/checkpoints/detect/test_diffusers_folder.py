@@ -14,7 +14,7 @@ import torch
 from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.detect.single_file.diffusers_folder import read_schedule, read_vae
+from kadr.checkpoints.detect.diffusers_folder import read_schedule, read_vae
 from kadr.checkpoints.keys import UPSAMPLER, names
 from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.detect.single_file.vae_families import VAE_FAMILIES as VAES
+from kadr.checkpoints.detect.vae_families import VAE_FAMILIES as VAES
 from kadr.errors import CheckpointError
 from kadr.models.registry import DISTILLED_LEVELS, find
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
@@ -441,7 +441,7 @@ def test_a_text_encoder_beside_the_file_is_not_missing(tmp_path: Path) -> None:
 
 INSPECT = """
 import sys, time, resource
-from kadr.checkpoints.detect.single_file.vae_families import VAE_FAMILIES as VAES
+from kadr.checkpoints.detect.vae_families import VAE_FAMILIES as VAES
 from kadr.checkpoints.checkpoint import Checkpoint
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 described = Checkpoint.open(sys.argv[1]).describe()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kadr.checkpoints.lora.file.file import LoraFile, is_lora
+from kadr.checkpoints.lora.file import LoraFile, is_lora
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
 from tests import lora_files, tiny_models

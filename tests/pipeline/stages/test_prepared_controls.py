@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from kadr import Condition, Control, Engine, KadrWarning, Progress, Request, Size
-from kadr.checkpoints.lora.file.file import DOWNSCALE, LoraFile
+from kadr.checkpoints.lora.file import DOWNSCALE, LoraFile
 from kadr.errors import CheckpointError, KadrError, MediaError, RequestError
 from kadr.media.clip import Film, read_video
 from kadr.media.control_maps import edges

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kadr.checkpoints.detect.single_file.single_file import Detected, confirmed
-from kadr.checkpoints.detect.single_file.upscaler import kind_of
-from kadr.checkpoints.detect.single_file.vae_families import SCHEDULES, family_of, version_label
+from kadr.checkpoints.detect.single_file import Detected, confirmed
+from kadr.checkpoints.detect.upscaler import kind_of
+from kadr.checkpoints.detect.vae_families import SCHEDULES, family_of, version_label
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import Released

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from kadr.checkpoints.detect.single_file.upscaler import MODEL, kind_of, read_upsampler, released_upscaler
-from kadr.checkpoints.detect.single_file.vae_families import SCHEDULES, VAE_FAMILIES, family_of, version_label
+from kadr.checkpoints.detect.upscaler import MODEL, kind_of, read_upsampler, released_upscaler
+from kadr.checkpoints.detect.vae_families import SCHEDULES, VAE_FAMILIES, family_of, version_label
 from kadr.checkpoints.gguf.header import ARCHITECTURE, NAME
 from kadr.checkpoints.header import EIGHT_BIT
 from kadr.checkpoints.source import Source

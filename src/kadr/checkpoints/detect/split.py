@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kadr.checkpoints.detect.single_file.unsupported import refuse_others
+from kadr.checkpoints.detect.unsupported import refuse_others
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 

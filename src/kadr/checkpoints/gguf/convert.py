@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.detect.single_file.single_file import header_config
-from kadr.checkpoints.detect.single_file.vae_families import VAE_FAMILIES
+from kadr.checkpoints.detect.single_file import header_config
+from kadr.checkpoints.detect.vae_families import VAE_FAMILIES
 from kadr.checkpoints.fp8_scales import scaled, scales_of
 from kadr.checkpoints.gguf.header import CONFIG, NAME, TEXT_ENCODER, TRANSFORMER, is_gguf
 from kadr.checkpoints.gguf.t5_fields import stored_pieces, text_fields

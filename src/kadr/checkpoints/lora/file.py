@@ -16,8 +16,8 @@ from torch import nn
 
 from kadr.checkpoints.digest import SHA256, digest_of
 from kadr.checkpoints.keys import TRANSFORMER, names
-from kadr.checkpoints.lora.file.key_formats import LAYERS, WEIGHT, Sorted, bare, is_half, is_of_ltx2, other_kind
-from kadr.checkpoints.lora.file.scaling import ADAPTER_FILE, Scales
+from kadr.checkpoints.lora.key_formats import LAYERS, WEIGHT, Sorted, bare, is_half, is_of_ltx2, other_kind
+from kadr.checkpoints.lora.scaling import ADAPTER_FILE, Scales
 from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kadr.checkpoints.lora.file.key_formats import PEFT, bare, without_prefix
+from kadr.checkpoints.lora.key_formats import PEFT, bare, without_prefix
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning
 

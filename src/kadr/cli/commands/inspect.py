@@ -74,7 +74,7 @@ def _fields(record: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.checkpoints.lora.file.file import is_lora
+    from kadr.checkpoints.lora.file import is_lora
     from kadr.checkpoints.text_encoder import is_text_encoder
 
     if not path.exists():
@@ -93,7 +93,7 @@ def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
 
 def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.checkpoints.lora.file.file import LoraFile
+    from kadr.checkpoints.lora.file import LoraFile
 
     # What is strange in it is told, as everything else.
     found = {"kind": "LoRA", **asdict(LoraFile.open(path, partial=True).describe())}
@@ -120,7 +120,7 @@ def _told_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.checkpoint import Checkpoint
-    from kadr.checkpoints.detect.single_file.upscaler import MODEL
+    from kadr.checkpoints.detect.upscaler import MODEL
     from kadr.checkpoints.text_encoder import TextEncoderFolder
 
     described = Checkpoint.open(path).describe()
