@@ -17,7 +17,7 @@ from kadr.bench.benchmark import run
 from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS, Clip, Selection
 from kadr.bench.text_report import lines
 from kadr.errors import KadrError
-from kadr.kernels.cpu.malloc import give_back_at_once
+from kadr.kernels.cpu.malloc import tune_malloc
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,7 +61,7 @@ def name_of(asked: argparse.Namespace, device: str) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     asked = parser().parse_args(words)
     if not asked.usual_heap:
-        give_back_at_once()  # as the program `kadr` does
+        tune_malloc()  # as the program `kadr` does
     try:
         selection = Selection(
             models=asked.model,

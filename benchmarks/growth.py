@@ -27,7 +27,7 @@ from kadr.bench.model_files import opened
 from kadr.bench.peak_memory import cuda_peak, host_peak
 from kadr.bench.runner import Absent, Contender, Measured, cuda_clock, host_clock, measure
 from kadr.bench.stage_case import Work
-from kadr.kernels.cpu.malloc import give_back_at_once
+from kadr.kernels.cpu.malloc import tune_malloc
 from kadr.memory.device import pick_device
 from kadr.shapes import Size
 
@@ -131,7 +131,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, metavar="FOLDER")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args(words)
-    give_back_at_once()
+    tune_malloc()
     device = pick_device(asked.device)
     selection = Selection(models=(asked.model,), layers=asked.layers, stages=(DIT, DECODE))
     others = entrants(asked.peer if asked.peer is not None else ["official" if asked.model == "demo" else "diffusers"])

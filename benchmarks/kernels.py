@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kadr.kernels import attention, dequant, fp8, fused, int8, reference
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 
 WARM, RUNS, FLUSH = 3, 15, 256 << 20  # bytes that are written before each run, more than any cache holds
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
@@ -115,14 +115,14 @@ def cases(
         bend = drawn(1, 4, stage[0]).unbind(1)[:2]
         yield Case("pixel_norm_modulate_silu", "vae", (clip, *bend), f"{stage[0]} channels")
         yield Case("bias_residual", "vae", (clip, bend[0][0], clip), f"{stage[0]} channels")
-    for name in fused.PACKED:
+    for name in fused.GGML_KERNEL_TYPES:
         yield Case("dequantize", "ggml", packed(name, size.outputs, width, device, dtype), name)
 
 
 def packed(name: str, rows: int, columns: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     """Random bytes of a format with scales that are numbers, and where what they stand for goes."""
-    packing = PACKINGS[name]
-    blocks = torch.randint(0, 256, (rows, columns // packing.elements, packing.bytes), dtype=torch.uint8)
+    packing = GGML_TYPES[name]
+    blocks = torch.randint(0, 256, (rows, columns // packing.block_size, packing.type_size), dtype=torch.uint8)
     for start in {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2)}[name]:
         blocks[..., start + 1] &= 0x3B  # below 1, and no infinity
     return blocks.flatten(1).to(device), packing, torch.empty(rows, columns, dtype=dtype, device=device)
@@ -130,7 +130,7 @@ def packed(name: str, rows: int, columns: int, device: str, dtype: torch.dtype) 
 
 def kinds_here() -> tuple[torch.dtype, ...]:
     """Of 8 bits, those that the CUDA device can round to."""
-    return EIGHT_BITS if fp8.has_units(torch.device("cuda")) else EIGHT_BITS[:1]
+    return EIGHT_BITS if fp8.has_fp8_units(torch.device("cuda")) else EIGHT_BITS[:1]
 
 
 def seconds(run: Callable[..., Any], *arguments: Any) -> float:
@@ -188,20 +188,20 @@ def measured(case: Case, size: Size) -> Row:
 
 def attentions(size: Size) -> Iterator[Row]:
     """Attention among the tokens, and to the text, with a bias and without."""
-    chooser = attention.chooser(torch.device("cuda"))
+    chooser = attention.autotuner_for(torch.device("cuda"))
     for keys, biased in ((size.tokens, False), (size.text, False), (size.text, True)):
         shapes = ((1, length, size.heads, size.width // size.heads) for length in (size.tokens, keys, keys))
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for shape in shapes)
         given = (q, k, v, torch.zeros(1, 1, 1, keys, device="cuda", dtype=torch.bfloat16) if biased else None)
-        plain = seconds(attention.plain, *given)
+        plain = seconds(attention.torch_sdpa, *given)
         for candidate in chooser.candidates:
-            outcome = chooser.outcome(candidate, *given)
+            outcome = chooser.try_candidate(candidate, *given)
             if isinstance(outcome, str):
                 print(f"{candidate.name}, {keys} keys: {outcome}", file=sys.stderr)
                 continue
             name = f"attention by {candidate.name}, {keys} keys{', bias' if biased else ''}"
             spent = seconds(candidate.run, *given)
-            errors = (attention.error(run(*given), *given) for run in (attention.plain, candidate.run))
+            errors = (attention.relative_error(run(*given), *given) for run in (attention.torch_sdpa, candidate.run))
             yield Row(name, size.name, plain, spent, 4 * size.tokens * keys * size.width / spent / 1e12, *errors)
 
 

@@ -25,10 +25,10 @@ from kadr.checkpoints.save import write_single_file
 from kadr.cli.commands.quantize import quantize
 from kadr.kernels import int8
 from kadr.kernels.dequant import dequantize
-from kadr.kernels.ggml_types import PACKINGS
-from kadr.quant.convert import block_linears, packing_for, quantize_fp8
+from kadr.kernels.ggml_types import GGML_TYPES
+from kadr.quant.convert import ggml_type_for, linears_in_blocks, quantize_rows_fp8
 from kadr.quant.ggml import quantize as pack
-from kadr.quant.weight_formats import BITS, EIGHT, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS
+from kadr.quant.weight_formats import BITS_PER_WEIGHT, EIGHT_BIT_FORMATS, FP8, FP8_WEIGHT_ONLY, INT8, INT8_WEIGHT_ONLY
 from train.evaluate import obeyed
 from train.scenes import held_out_captions
 
@@ -36,7 +36,7 @@ DEMO = Path(kadr.__file__).parent / "assets" / "demo" / "demo.safetensors"
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "quantization.md"
 MIXES = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K")
 SIMPLE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-AT_LOAD = (INT8, INT8_WEIGHTS, FP8_WEIGHTS)
+AT_LOAD = (INT8, INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY)
 # Rows of 192 numbers fill no block of 256, so a file of the demo has other types there; pure ones are filled up.
 PADDED = ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -54,10 +54,10 @@ class Video:
 
 def rounded(name: str, weight: Tensor) -> Tensor:
     """The weight as it comes back from being stored."""
-    if name in EIGHT:
-        numbers, scale = (quantize_fp8 if name in (FP8, FP8_WEIGHTS) else int8.quantize_rows)(weight)
+    if name in EIGHT_BIT_FORMATS:
+        numbers, scale = (quantize_rows_fp8 if name in (FP8, FP8_WEIGHT_ONLY) else int8.quantize_rows)(weight)
         return numbers.float() * scale
-    packing = packing_for(name, weight.shape[1])
+    packing = ggml_type_for(name, weight.shape[1])
     return dequantize(pack(weight, packing), packing, torch.empty(weight.shape))
 
 
@@ -78,7 +78,7 @@ def heavy_tailed() -> Tensor:
 def demo_weights() -> list[Tensor]:
     """The matrices of the demo transformer's blocks whose rows every packing can hold."""
     transformer = Checkpoint.open(DEMO).load_transformer(torch.float32)
-    return [linear.weight for _, linear in block_linears(transformer) if linear.weight.shape[1] % 256 == 0]
+    return [linear.weight for _, linear in linears_in_blocks(transformer) if linear.weight.shape[1] % 256 == 0]
 
 
 def decibels(a: Tensor, b: Tensor, peak: float) -> float:
@@ -119,9 +119,9 @@ def padded(name: str, folder: Path) -> Engine:
     """The demo with weights that went through a packing whose blocks its rows do not fill, filled up with zeros."""
     checkpoint = Checkpoint.open(DEMO)
     transformer = checkpoint.load_transformer(torch.float32)
-    for _, linear in block_linears(transformer):
+    for _, linear in linears_in_blocks(transformer):
         columns = linear.weight.shape[1]
-        wide = torch.nn.functional.pad(linear.weight, (0, -columns % PACKINGS[name].elements))
+        wide = torch.nn.functional.pad(linear.weight, (0, -columns % GGML_TYPES[name].block_size))
         linear.weight = torch.nn.Parameter(rounded(name, wide)[:, :columns].contiguous(), requires_grad=False)
     path = folder / f"demo-{name}-padded.safetensors"
     write_single_file(path, transformer=transformer, schedule=checkpoint.detected.schedule, dtype=torch.float32)
@@ -131,9 +131,9 @@ def padded(name: str, folder: Path) -> Engine:
 def weight_rows() -> list[list[str]]:
     own, drawn = demo_weights(), heavy_tailed()
     rows = []
-    for name in (*AT_LOAD[:1], FP8_WEIGHTS, *PACKINGS):
+    for name in (*AT_LOAD[:1], FP8_WEIGHT_ONLY, *GGML_TYPES):
         errors = [error(name, weight) for weight in own]
-        bits = f"{BITS[name]:g}"
+        bits = f"{BITS_PER_WEIGHT[name]:g}"
         rows.append([name, bits, f"{100 * np.mean(errors):.2f} %", f"{100 * error(name, drawn):.2f} %"])
     return rows
 

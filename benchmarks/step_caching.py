@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from kadr import Engine, Request, StepCache
-from kadr.kernels.cpu.malloc import give_back_at_once
+from kadr.kernels.cpu.malloc import tune_malloc
 from tests import doc_tables
 from train.evaluate import psnr
 from train.judge import judge
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
     asked = parser.parse_args()
-    give_back_at_once()
+    tune_malloc()
     found = measured(asked.videos, asked.steps)
     made = written(found, asked.videos, asked.steps)
     put(PAGE, made)

@@ -14,7 +14,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.models.registry import TEXT, TEXT_GGUF, find
-from kadr.quant.mixes import TYPES
+from kadr.quant.mixes import MIX_NAMES
 from tests import tiny_models
 from tests.cli.conftest import Ended
 
@@ -142,7 +142,7 @@ def test_another_ending_is_bad_usage(kadr: Run, home: Path, tmp_path: Path) -> N
 
 def test_help_names_every_type(kadr: Run) -> None:
     told = " ".join(kadr("quantize", "--help").out.split())
-    assert ", ".join(TYPES) in told
+    assert ", ".join(MIX_NAMES) in told
 
 
 def test_what_is_there_is_replaced_only_by_force(kadr: Run, home: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from kadr import Engine, Request, Video
 from kadr.checkpoints.source import Source
 from kadr.cli.commands.quantize import quantize
 from kadr.errors import CheckpointError, KadrWarning
-from kadr.kernels.hadamard import rotate
+from kadr.kernels.hadamard import hadamard_transform
 from train.evaluate import psnr
 from train.scenes import held_out_captions
 
@@ -56,7 +56,7 @@ def as_fp8(path: Path, *, turned: int | None) -> Path:
     tensors = load_file(DEMO)
     for name, tensor in tensors.items():
         if name.startswith(f"{PREFIX}transformer_blocks.") and tensor.ndim == 2 and name.endswith(".weight"):
-            weight = tensor.float() if turned is None else rotate(tensor.float(), turned)
+            weight = tensor.float() if turned is None else hadamard_transform(tensor.float(), turned)
             tensors[name] = weight.to(torch.float8_e4m3fn)
     save_file(tensors, path, dict(Source.open(DEMO).metadata))
     return path

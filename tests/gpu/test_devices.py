@@ -69,12 +69,12 @@ def test_blocks_that_pass_through_two_places_compute_as_blocks_that_stay(pinned:
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "fp8-weights", "Q8_0", "Q4_0"])
 def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(scheme: str) -> None:
-    from kadr.quant.convert import requantize
+    from kadr.quant.convert import quantize_blocks
     from tests.quant.test_convert import answer, apart, made
 
     here, there = made(), made()
-    requantize(here, scheme, device=torch.device("cpu"))
-    requantize(there, scheme, device=torch.device("cuda"))
+    quantize_blocks(here, scheme, device=torch.device("cpu"))
+    quantize_blocks(there, scheme, device=torch.device("cuda"))
     assert apart(answer(there.to("cpu")), answer(here)) < 1e-3
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.kernels import SIZES, Case, Size, apart, cases, exact, kinds_here, numbers, seconds
 from kadr.kernels import attention, fp8, fused, reference, trial
-from kadr.kernels.cuda_graphs import Graphed
+from kadr.kernels.cuda_graphs import GraphedCallable
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Nothing tried yet, and a warning (of a kernel that is left alone, say) is an error."""
-    trial.forget()
+    trial.reset()
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.filterwarnings("error", module="kadr")
         yield
@@ -107,14 +107,14 @@ def test_attention_is_right_whoever_computes_it(width: int, keys: int, biased: b
         made = attention.attend(q, k, v, bias)
     right = F.scaled_dot_product_attention(*(t.float() for t in (q, k, v)), None if bias is None else bias.float())
     assert float((made.float() - right).norm() / right.norm()) < {torch.float32: 1e-4}.get(dtype, 0.01)
-    print(attention.chooser(q.device).tried[attention.Bucket.of(q, k, bias)])
+    print(attention.autotuner_for(q.device).outcomes[attention.Bucket.from_tensors(q, k, bias)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_of_eight_bit_floats_use_the_chip(dtype: torch.dtype) -> None:
-    if not fp8.has_units(DEVICE):
+    if not fp8.has_fp8_units(DEVICE):
         pytest.skip("needs Ada or newer")
-    assert fp8.way(DEVICE, dtype) != fp8.WIDENED
+    assert fp8.select_matmul(DEVICE, dtype) != fp8.FP32_MATMUL
     weight, scale = reference.quantize_rows(drawn(8192, 2048, seed=1, dtype=dtype), fp8.E4M3)
     x, bias = drawn(1, 1000, 2048, dtype=dtype), drawn(8192, seed=2, dtype=dtype)
     made = fp8.linear(x, weight, scale.flatten(), bias)
@@ -133,13 +133,13 @@ def test_a_graph_replays_kernels_attention_and_products() -> None:
         attended = attention.attend(q, k, v).transpose(1, 2).flatten(2)
         return fused.gate_residual_norm_modulate(x, gate, F.linear(attended, weights[3]), scale, shift)
 
-    graphed, bends = Graphed(layer), tuple(drawn(1, 1, 3, 2048, seed=9).unbind(-2))
+    graphed, bends = GraphedCallable(layer), tuple(drawn(1, 1, 3, 2048, seed=9).unbind(-2))
     for seed in range(6):
         for tokens in (640, 384):
             x = drawn(1, tokens, 2048, seed=seed)
             for made, right in zip(graphed(x, bends), layer(x, bends), strict=True):
                 torch.testing.assert_close(made, right, rtol=0.02, atol=0.02)
-    assert graphed.replays == 10
+    assert graphed.replay_count == 10
     x = drawn(1, 384, 2048)
     plain, fast = seconds(layer, x, bends), seconds(graphed, x, bends)
     print(f"graph of a layer's half, 384 tokens: {plain * 1e6:.1f} / {fast * 1e6:.1f} µs = {plain / fast:.2f}")

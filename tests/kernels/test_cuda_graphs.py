@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning
-from kadr.kernels.cuda_graphs import CudaGraphs, Graphed, tensors_in
+from kadr.kernels.cuda_graphs import CudaGraphBackend, GraphedCallable, tensors_in
 
 
 class Notes:
@@ -61,19 +61,19 @@ def inputs(rows: int = 3, seed: int = 0) -> tuple[Tensor, Table]:
 
 def test_the_first_call_warms_the_second_records_and_all_others_replay() -> None:
     notes = Notes()
-    graphed = Graphed(turned, backend=notes)
+    graphed = GraphedCallable(turned, backend=notes)
     counts = []
     for seed in range(4):
         given = inputs(seed=seed)
         assert torch.equal(graphed(*given), turned(*given))
         counts.append((notes.warmed, notes.recorded, notes.replayed))
     assert counts == [(1, 0, 0), (1, 1, 1), (1, 1, 2), (1, 1, 3)]
-    assert graphed.replays == 3
+    assert graphed.replay_count == 3
 
 
 def test_each_shape_dtype_and_constant_has_a_graph_of_its_own() -> None:
     notes = Notes()
-    graphed = Graphed(turned, backend=notes, most=9)
+    graphed = GraphedCallable(turned, backend=notes, max_graphs=9)
     x, table = inputs()
     kinds: list[tuple[Any, ...]] = [(x, table), inputs(5), (x.double(), table), (x, table, 2.0), (x, table, 1.0, x[0])]
     for _ in range(3):
@@ -84,7 +84,7 @@ def test_each_shape_dtype_and_constant_has_a_graph_of_its_own() -> None:
 
 def test_a_slice_may_be_an_argument() -> None:
     notes = Notes()
-    graphed = Graphed(lambda x, rows: x[rows] * 2, backend=notes)
+    graphed = GraphedCallable(lambda x, rows: x[rows] * 2, backend=notes)
     x = torch.arange(6.0)
     for rows in (slice(0, 2), slice(2, 6)) * 3:
         assert torch.equal(graphed(x, rows), x[rows] * 2)
@@ -92,7 +92,7 @@ def test_a_slice_may_be_an_argument() -> None:
 
 
 def test_what_came_back_is_not_overwritten_by_the_next_replay() -> None:
-    graphed = Graphed(lambda x: (x + 1, x * 2), backend=Notes())
+    graphed = GraphedCallable(lambda x: (x + 1, x * 2), backend=Notes())
     x = torch.arange(3.0)
     made = [graphed(x + step) for step in range(4)]
     for step, (sum_, product) in enumerate(made):
@@ -101,7 +101,7 @@ def test_what_came_back_is_not_overwritten_by_the_next_replay() -> None:
 
 
 def test_a_result_may_be_the_next_input() -> None:
-    graphed = Graphed(lambda x: x * 2, backend=Notes())
+    graphed = GraphedCallable(lambda x: x * 2, backend=Notes())
     x = torch.ones(2)
     for _ in range(5):
         x = graphed(x)
@@ -112,7 +112,7 @@ def test_an_input_that_stays_is_copied_once_and_one_that_changes_in_place_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     notes, copies = Notes(), []
-    graphed = Graphed(turned, backend=notes)
+    graphed = GraphedCallable(turned, backend=notes)
     x, table = inputs()
     graphed(x, table)
     graphed(x, table)
@@ -127,7 +127,7 @@ def test_an_input_that_stays_is_copied_once_and_one_that_changes_in_place_again(
 
 
 def test_inputs_of_inference_mode_are_always_copied() -> None:
-    graphed = Graphed(lambda x: x * 2, backend=Notes())
+    graphed = GraphedCallable(lambda x: x * 2, backend=Notes())
     with torch.inference_mode():
         x = torch.ones(3)
         for value in range(5):
@@ -138,7 +138,7 @@ def test_inputs_of_inference_mode_are_always_copied() -> None:
 
 def test_the_first_call_runs_on_tensors_that_lie_as_those_of_the_recording() -> None:
     strides = []
-    graphed = Graphed(lambda x: strides.append((x.stride(), x.data_ptr() % 64)) or x * 2, backend=Notes())
+    graphed = GraphedCallable(lambda x: strides.append((x.stride(), x.data_ptr() % 64)) or x * 2, backend=Notes())
     whole = torch.arange(40.0).view(4, 10)
     for _ in range(3):
         assert torch.equal(graphed(whole[:, 1:6]), whole[:, 1:6] * 2)
@@ -147,7 +147,7 @@ def test_the_first_call_runs_on_tensors_that_lie_as_those_of_the_recording() -> 
 
 def test_the_graph_that_was_longest_not_used_goes_first() -> None:
     notes = Notes()
-    graphed = Graphed(turned, backend=notes, most=2)
+    graphed = GraphedCallable(turned, backend=notes, max_graphs=2)
     for rows in (1, 1, 2, 2, 1, 3, 3):  # the third takes the place of the second
         graphed(*inputs(rows))
     assert notes.recorded == 3
@@ -167,28 +167,28 @@ def test_a_replay_that_is_wrong_is_not_trusted() -> None:
             _, made = super().record(call, device)
             return lambda: made.fill_(1.0), made
 
-    graphed = Graphed(turned, backend=Wrong())
+    graphed = GraphedCallable(turned, backend=Wrong())
     graphed(*inputs(seed=0))
     with pytest.warns(KadrWarning, match=r"its results were .* % off"):
         assert torch.equal(graphed(*inputs(seed=1)), turned(*inputs(seed=1)))
     assert torch.equal(graphed(*inputs(seed=2)), turned(*inputs(seed=2)))
-    assert graphed.replays == 0
+    assert graphed.replay_count == 0
 
 
 def test_where_recording_fails_it_is_called_as_it_is_and_told_once() -> None:
     notes = Notes(refuses=True)
-    graphed = Graphed(turned, backend=notes)
+    graphed = GraphedCallable(turned, backend=notes)
     graphed(*inputs())
     with pytest.warns(KadrWarning, match="not permitted when stream is capturing"):
         assert torch.equal(graphed(*inputs()), turned(*inputs()))
     assert torch.equal(graphed(*inputs()), turned(*inputs()))
-    assert graphed.replays == 0
+    assert graphed.replay_count == 0
 
 
-@pytest.mark.parametrize("backend", [None, CudaGraphs()])
-def test_without_cuda_it_is_called_as_it_is(backend: CudaGraphs | None) -> None:
+@pytest.mark.parametrize("backend", [None, CudaGraphBackend()])
+def test_without_cuda_it_is_called_as_it_is(backend: CudaGraphBackend | None) -> None:
     calls = []
-    graphed = Graphed(lambda x: calls.append(x) or x, backend=backend)
+    graphed = GraphedCallable(lambda x: calls.append(x) or x, backend=backend)
     x = torch.ones(2)
     for _ in range(3):
         assert graphed(x) is x
@@ -197,7 +197,7 @@ def test_without_cuda_it_is_called_as_it_is(backend: CudaGraphs | None) -> None:
 
 def test_what_is_learned_from_or_has_no_tensors_is_called_as_it_is() -> None:
     notes = Notes()
-    graphed = Graphed(lambda x: x * 2, backend=notes)
+    graphed = GraphedCallable(lambda x: x * 2, backend=notes)
     for _ in range(3):
         assert graphed(3) == 6
         assert graphed(torch.ones(2, requires_grad=True)).requires_grad

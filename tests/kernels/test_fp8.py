@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning
 from kadr.kernels import fp8, reference
-from kadr.kernels.fp8 import BARE, E4M3, SCALED, WIDENED
+from kadr.kernels.fp8 import E4M3, FP32_MATMUL, SCALED_MM, UNSCALED_MM
 
 HERE = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,23 +30,23 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Take the CPU for a GPU with units for 8-bit floats, whose library may lack some ways."""
 
     def pretend(**ways: Any) -> None:
-        monkeypatch.setattr(fp8, "has_units", lambda device: True)
+        monkeypatch.setattr(fp8, "has_fp8_units", lambda device: True)
         for name, run in ways.items():
-            monkeypatch.setitem(fp8._WAYS, name, run)
-        fp8.forget()
+            monkeypatch.setitem(fp8._MATMULS, name, run)
+        fp8.reset()
 
     yield pretend
-    fp8.forget()
+    fp8.reset()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("name", [SCALED, BARE, WIDENED])
+@pytest.mark.parametrize("name", [SCALED_MM, UNSCALED_MM, FP32_MATMUL])
 def test_every_way_gives_the_product_of_the_codes(name: str, biased: bool, dtype: torch.dtype) -> None:
     (codes, scales), (weight, scale) = coded(33, 64, 0), coded(48, 64, 1)
     bias = drawn(48, seed=2).to(dtype) if biased else None
     exact = (codes.double() * scales) @ (weight.double() * scale).T + (bias.double() if bias is not None else 0)
-    made = fp8._WAYS[name](codes, scales, weight, scale.flatten(), bias, dtype)
+    made = fp8._MATMULS[name](codes, scales, weight, scale.flatten(), bias, dtype)
     assert made.dtype == dtype
     error = (made.double() - exact).norm() / exact.norm()
     assert error < {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 3e-4}[dtype]
@@ -77,8 +77,8 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
 
 
 def test_without_a_gpu_it_is_the_definition() -> None:
-    assert not fp8.has_units(HERE)
-    assert fp8.way(HERE, torch.bfloat16) == WIDENED
+    assert not fp8.has_fp8_units(HERE)
+    assert fp8.select_matmul(HERE, torch.bfloat16) == FP32_MATMUL
 
 
 def test_the_first_way_that_works_is_gone(a_gpu: Callable[..., None]) -> None:
@@ -86,18 +86,18 @@ def test_the_first_way_that_works_is_gone(a_gpu: Callable[..., None]) -> None:
         raise RuntimeError("Invalid scaling configuration")
 
     def wrong(*given: Any) -> Tensor:
-        return fp8._widened(*given) * 1.1
+        return fp8._fp32_matmul(*given) * 1.1
 
     a_gpu()
-    assert fp8.way(HERE, torch.bfloat16) == SCALED
+    assert fp8.select_matmul(HERE, torch.bfloat16) == SCALED_MM
     for broken in (lacks, wrong):
         a_gpu(scaled=broken)
-        assert fp8.way(HERE, torch.bfloat16) == BARE
+        assert fp8.select_matmul(HERE, torch.bfloat16) == UNSCALED_MM
     a_gpu(scaled=lacks, bare=wrong)
     with pytest.warns(KadrWarning, match="Invalid scaling configuration; bare: wrong by 10 %"):
-        assert fp8.way(HERE, torch.bfloat16) == WIDENED
+        assert fp8.select_matmul(HERE, torch.bfloat16) == FP32_MATMUL
 
 
 @pytest.mark.parametrize("sides, right", [((48, 64), True), ((40, 64), False), ((48, 72), False)])
 def test_sides_must_be_multiples_of_sixteen(sides: tuple[int, int], right: bool) -> None:
-    assert fp8.fits(*sides) is right
+    assert fp8.supports_shape(*sides) is right

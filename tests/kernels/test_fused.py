@@ -16,18 +16,18 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning, RequestError
 from kadr.kernels import dequant, fused, mode, reference, trial
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 
 SOURCES = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv(mode.VARIABLE, raising=False)
-    monkeypatch.setattr(mode, "_current", None)
-    trial.forget()
+    monkeypatch.delenv(mode.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(mode, "_current_mode", None)
+    trial.reset()
     yield
-    trial.forget()
+    trial.reset()
 
 
 class Kernels:
@@ -50,7 +50,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     """Kernels everywhere, without triton."""
     made = Kernels()
     monkeypatch.setattr(trial, "import_module", lambda name: made)
-    with mode.using(mode.EVERYWHERE):
+    with mode.override(mode.EVERYWHERE):
         yield made
 
 
@@ -64,24 +64,24 @@ def entry(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_the_environment_is_read_when_it_is_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mode.current() == mode.AUTO
-    monkeypatch.setattr(mode, "_current", None)
-    monkeypatch.setenv(mode.VARIABLE, "reference")
+    monkeypatch.setattr(mode, "_current_mode", None)
+    monkeypatch.setenv(mode.ENVIRONMENT_VARIABLE, "reference")
     assert mode.current() == mode.REFERENCE
-    with mode.using(mode.EVERYWHERE):
+    with mode.override(mode.EVERYWHERE):
         assert mode.current() == mode.EVERYWHERE
     assert mode.current() == mode.REFERENCE
 
 
 def test_a_choice_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(mode.VARIABLE, "fastest")
+    monkeypatch.setenv(mode.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(RequestError, match="KADR_KERNELS is 'fastest'; it must be one of auto, reference, everywhere"):
         mode.current()
-    with pytest.raises(RequestError, match="'none'"), mode.using("none"):
+    with pytest.raises(RequestError, match="'none'"), mode.override("none"):
         pass
 
 
 def test_a_choice_ends_with_its_block_even_in_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), mode.using(mode.REFERENCE):
+    with pytest.raises(ZeroDivisionError), mode.override(mode.REFERENCE):
         raise ZeroDivisionError
     assert mode.current() == mode.AUTO
 
@@ -98,7 +98,7 @@ def test_without_a_gpu_definitions_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "import_module", lambda name: pytest.fail("a kernel was asked for"))
     assert torch.equal(fused.norm_modulate(*entry()), reference.norm_modulate(*entry()))
     packed, out = torch.zeros(2, 34, dtype=torch.uint8), torch.ones(2, 32)
-    assert fused.dequantize(packed, PACKINGS["Q8_0"], out) is out
+    assert fused.dequantize(packed, GGML_TYPES["Q8_0"], out) is out
     assert out.eq(0).all()
 
 
@@ -109,7 +109,7 @@ def test_a_kernel_that_agrees_is_tried_once_and_then_runs_alone(
         assert torch.equal(fused.norm_modulate(*entry()), reference.norm_modulate(*entry()))
     assert kernels.called == ["norm_modulate"] * 3
     compared: list[Any] = []
-    monkeypatch.setattr(trial, "_apart", lambda *given: compared.append(given) or 0.0)
+    monkeypatch.setattr(trial, "_relative_error", lambda *given: compared.append(given) or 0.0)
     fused.norm_modulate(*entry())
     assert not compared
     fused.norm_modulate(*entry(torch.bfloat16))  # compiled anew for another dtype, and so tried anew
@@ -151,10 +151,10 @@ def test_of_a_tuple_every_part_is_compared(kernels: Kernels) -> None:
 
 def test_what_is_written_in_place_is_compared_with_what_was_right(kernels: Kernels) -> None:
     packed, out = torch.full((2, 34), 20, dtype=torch.uint8), torch.empty(2, 32)
-    right = dequant.dequantize(packed, PACKINGS["Q8_0"], torch.empty(2, 32))
+    right = dequant.dequantize(packed, GGML_TYPES["Q8_0"], torch.empty(2, 32))
     kernels.spoil = lambda made: made.mul_(2)
     with pytest.warns(KadrWarning, match="dequantize"):
-        assert fused.dequantize(packed, PACKINGS["Q8_0"], out) is out
+        assert fused.dequantize(packed, GGML_TYPES["Q8_0"], out) is out
     assert torch.equal(out, right)
 
 
@@ -183,7 +183,7 @@ def test_who_wants_gradients_gets_the_definition(kernels: Kernels) -> None:
 
 
 def test_the_switch_turns_all_kernels_off(kernels: Kernels) -> None:
-    with mode.using(mode.REFERENCE):
+    with mode.override(mode.REFERENCE):
         fused.norm_modulate(*entry())
     assert not kernels.called
 
@@ -217,8 +217,8 @@ CLIP = clip(2, 8, 3, 2, 2)
         ("rescale", (drawn(8, 2).t(), drawn(2, 1), drawn(8), None, torch.float32)),
         ("bias_residual", (CLIP, drawn(8), drawn(2, 8, 3, 2, 2))),
         ("bias_residual", (CLIP, drawn(8), clip(1, 8, 3, 2, 2))),
-        ("dequantize", (torch.zeros(2, 132, dtype=torch.uint8), PACKINGS["Q5_0"], torch.empty(2, 192))),
-        ("dequantize", (torch.zeros(2, 34, dtype=torch.uint8), PACKINGS["Q8_0"], torch.empty(2, 32).double())),
+        ("dequantize", (torch.zeros(2, 132, dtype=torch.uint8), GGML_TYPES["Q5_0"], torch.empty(2, 192))),
+        ("dequantize", (torch.zeros(2, 34, dtype=torch.uint8), GGML_TYPES["Q8_0"], torch.empty(2, 32).double())),
     ],
 )
 def test_what_no_kernel_is_written_for_is_computed_by_definition(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kadr.kernels import int8
-from kadr.kernels.hadamard import rotate
+from kadr.kernels.hadamard import hadamard_transform
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,9 +51,9 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
 @pytest.mark.parametrize("block", [2, 64, 128, 256, 1024])
 def test_the_rotation_is_orthogonal_and_its_own_inverse(block: int) -> None:
     x = drawn(3, 1024)
-    turned = rotate(x, block)
+    turned = hadamard_transform(x, block)
     torch.testing.assert_close(turned.norm(), x.norm())
-    torch.testing.assert_close(rotate(turned, block), x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hadamard_transform(turned, block), x, rtol=1e-4, atol=1e-5)
     assert (turned - x).norm() > 0.5 * x.norm()
 
 
@@ -62,10 +62,12 @@ def test_the_rotation_is_that_of_sylvester() -> None:
     for _ in range(8):
         right = torch.cat([torch.cat([right, right], 1), torch.cat([right, -right], 1)])
     x = drawn(2, 512)
-    torch.testing.assert_close(rotate(x, 256), (x.view(2, 2, 256) @ right / 16).view(2, 512), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        hadamard_transform(x, 256), (x.view(2, 2, 256) @ right / 16).view(2, 512), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("block", [0, 3, 96, 2048])
 def test_a_rotation_that_does_not_fit_is_refused(block: int) -> None:
     with pytest.raises(ValueError, match="power of two that divides 1024"):
-        rotate(torch.zeros(1, 1024), block)
+        hadamard_transform(torch.zeros(1, 1024), block)

@@ -14,7 +14,7 @@ from kadr.nn.modulation import Bend
 from kadr.nn.norm import RMSNorm, rms_norm
 from kadr.nn.rope import rope_table
 from kadr.nn.temporal_cache import Stream
-from kadr.quant.convert import quantize_fp8
+from kadr.quant.convert import quantize_rows_fp8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 E4M3 = torch.float8_e4m3fn
@@ -71,7 +71,7 @@ def test_queries_are_normalised_and_turned_as_in_attention(dtype: torch.dtype, s
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_eight_bits_are_those_that_weights_are_stored_in(dtype: torch.dtype) -> None:
     x = drawn(5, 64, dtype=dtype) * torch.tensor([1e-3, 1.0, 30.0, 0.0, 1e3]).to(dtype)[:, None]
-    for kind, right in ((torch.int8, int8.quantize_rows(x)), (E4M3, quantize_fp8(x))):
+    for kind, right in ((torch.int8, int8.quantize_rows(x)), (E4M3, quantize_rows_fp8(x))):
         codes, scale = reference.quantize_rows(x, kind)
         assert codes.dtype == kind
         assert torch.equal(codes.float(), right[0].float())

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.kernels import Case, Size, apart, cases, exact, numbers
 from benchmarks.kernels import wide as in_fp32
 from kadr.kernels import dequant, fused, reference, trial
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.kernels.triton import adaln, ggml, quantization, rope, vae
 from tests.kernels.test_dequant import any_bytes
 from tests.kernels.triton_interpreter import kernels_everywhere, rounding_to_nearest  # noqa: F401
@@ -197,11 +197,11 @@ def test_sides_of_one_do_not_matter(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", fused.PACKED)
+@pytest.mark.parametrize("name", fused.GGML_KERNEL_TYPES)
 def test_blocks_unpack_to_the_bit(name: str, dtype: torch.dtype) -> None:
-    packing = PACKINGS[name]
+    packing = GGML_TYPES[name]
     packed = any_bytes(name, 3, 5)
-    right = dequant.dequantize(packed, packing, torch.empty(3, 5 * packing.elements, dtype=dtype))
+    right = dequant.dequantize(packed, packing, torch.empty(3, 5 * packing.block_size, dtype=dtype))
     buffer = torch.full((4, right.shape[1] + 32), 7.0, dtype=dtype)
     odd = torch.zeros(3, packed.shape[1] + 1, dtype=torch.uint8)
     odd[:, 1:] = packed
@@ -239,7 +239,7 @@ def test_the_dispatch_reaches_every_kernel_and_trusts_it() -> None:
         "rescale": (sums, sums[:, :1].contiguous(), sums[0], None, torch.float32),
         "pixel_norm_modulate_silu": (clip, shift[:, 0, :16], scale[:, 0, :16]),
         "bias_residual": (clip, shift[0, 0, :16], clip),
-        "dequantize": (packed, PACKINGS["Q8_0"], torch.empty(3, 64)),
+        "dequantize": (packed, GGML_TYPES["Q8_0"], torch.empty(3, 64)),
     }
     defined = {
         name for name, value in vars(reference).items() if getattr(value, "__module__", "") == reference.__name__

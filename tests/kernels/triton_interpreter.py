@@ -34,6 +34,6 @@ def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def kernels_everywhere() -> Iterator[None]:
     """And none tried yet."""
-    trial.forget()
-    with mode.using(mode.EVERYWHERE):
+    trial.reset()
+    with mode.override(mode.EVERYWHERE):
         yield

@@ -12,8 +12,8 @@ from kadr.kernels import int8
 from kadr.models.lora_layers import Additions, LowRank, adapted, attach, merge, set_strengths
 from kadr.models.transformer import Transformer
 from kadr.nn.linear import Adapted
-from kadr.quant.convert import requantize
-from kadr.quant.prepack import pack_matrices
+from kadr.quant.convert import quantize_blocks
+from kadr.quant.prepack import prepack_linears
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
 from tests import tiny_models
@@ -106,7 +106,7 @@ def test_one_of_two_at_0_is_the_other_alone() -> None:
 
 
 def quantized(scheme: str) -> Callable[[nn.Module], None]:
-    return lambda module: requantize(module, scheme, device=CPU)
+    return lambda module: quantize_blocks(module, scheme, device=CPU)
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def test_layers_of_8_bit_products_still_round_a_shared_input_once(monkeypatch: p
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not int8.packs(), reason="this CPU multiplies no 8-bit numbers by oneDNN")
+@pytest.mark.skipif(not int8.has_int8_units(), reason="this CPU multiplies no 8-bit numbers by oneDNN")
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_the_layers_underneath_are_packed_as_they_were(scheme: str | None) -> None:
     module, plain = transformer().bfloat16(), transformer().bfloat16()
@@ -156,7 +156,7 @@ def test_the_layers_underneath_are_packed_as_they_were(scheme: str | None) -> No
             quantized(scheme)(each)
     attach(module, [additions()], torch.bfloat16)
     for each in (module, plain):
-        pack_matrices(each)
+        prepack_linears(each)
     right = run(plain, torch.bfloat16)
     assert torch.equal(run(module, torch.bfloat16), right)
     set_strengths(module, [1.0], CPU)

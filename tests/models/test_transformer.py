@@ -122,7 +122,7 @@ def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(s
 
 @pytest.mark.parametrize("heads, head_width", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
 def test_velocity_equals_the_official_at_every_remainder_of_the_width(heads, head_width):
-    model = sown(lambda: Transformer(replace(TINY, heads=heads, head_width=head_width, layers=1)))
+    model = sown(lambda: Transformer(replace(TINY, heads=heads, head_dim=head_width, layers=1)))
     given = Inputs.of(model.config)
     assert relative(velocity(model, given), official_velocity(model, given)) <= 1e-5
 
@@ -422,4 +422,4 @@ def test_a_header_that_no_released_transformer_has_is_refused_by_value(change, v
 @pytest.mark.parametrize("heads, head_width", [(1, 4), (3, 3)])
 def test_a_width_without_room_for_rotations_is_refused_by_value(heads, head_width):
     with pytest.raises(CheckpointError, match=str(heads * head_width)):
-        replace(TINY, heads=heads, head_width=head_width)
+        replace(TINY, heads=heads, head_dim=head_width)

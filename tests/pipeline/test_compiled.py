@@ -12,7 +12,7 @@ from kadr.errors import RequestError
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.module_placement import compile_layers
-from kadr.quant.convert import requantize
+from kadr.quant.convert import quantize_blocks
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES
 from tests.oracles import drawn
 from tests.tiny_models import sown
@@ -34,7 +34,7 @@ def anew() -> Iterator[None]:
 def made(scheme: str | None) -> Transformer:
     transformer = sown(lambda: Transformer(CONFIG))
     if scheme is not None:
-        requantize(transformer, scheme, device=torch.device("cpu"))
+        quantize_blocks(transformer, scheme, device=torch.device("cpu"))
     return transformer
 
 

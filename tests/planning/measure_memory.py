@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import torch
 
-from kadr.kernels.cpu.winograd import FOURS, PAIRS
+from kadr.kernels.cpu.winograd import F23, F43
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.planning import activations
 from kadr.planning.vae_activations import decode_bytes, encode_bytes
-from kadr.quant.prepack import pack_convolutions, packs_matrices
+from kadr.quant.prepack import prepack_convs, should_prepack_linears
 from kadr.shapes import LatentGrid
 
 WIDE = TransformerConfig(layers=2, heads=16, head_width=64, text_width=512)
@@ -48,7 +48,7 @@ def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> 
     x, text = torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 256, 512, dtype=dtype)
     level = torch.full((1, tokens if per_token else 1), 0.5)
     predicted = activations.transformer_bytes(
-        WIDE, tokens, dtype.itemsize, text=20, per_token=per_token, fused=packs_matrices(dtype, CPU)
+        WIDE, tokens, dtype.itemsize, text=20, per_token=per_token, fused=should_prepack_linears(dtype, CPU)
     )
     predicted += activations.reading_bytes(WIDE, dtype.itemsize, text=20)
     return [taken(lambda: module(x, rope, text, mask, level)), predicted]
@@ -62,7 +62,7 @@ def text() -> list[int]:
 def decoder(dtype: torch.dtype, *, together: int = 0) -> list[int]:
     module, latents = VAE(THIN_VAE).to(dtype), torch.randn(1, 128, GRID.frames, GRID.height, GRID.width, dtype=dtype)
     if together:
-        pack_convolutions(module, together=together)
+        prepack_convs(module, winograd_frames=together)
 
     def decode() -> None:
         for _ in module.decode_stream(latents, level=torch.tensor([0.05])):
@@ -75,7 +75,7 @@ def encoder(*, together: int = 0) -> list[int]:
     pixels = torch.randn(1, 3, GRID.video_frames, 32 * GRID.height, 32 * GRID.width)
     module = VAE(THIN_VAE)
     if together:
-        pack_convolutions(module, together=together)
+        prepack_convs(module, winograd_frames=together)
     return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(THIN_VAE, GRID, 4, together=together)]
 
 
@@ -90,9 +90,9 @@ if __name__ == "__main__":
             "decoder": decoder(torch.bfloat16),
             "decoder in float32": decoder(torch.float32),
             "encoder": encoder(),
-            "packed decoder": decoder(torch.bfloat16, together=FOURS),
-            "packed decoder in float32": decoder(torch.float32, together=FOURS),
-            "decoder packed for pairs": decoder(torch.bfloat16, together=PAIRS),
-            "packed encoder": encoder(together=PAIRS),
+            "packed decoder": decoder(torch.bfloat16, together=F43),
+            "packed decoder in float32": decoder(torch.float32, together=F43),
+            "decoder packed for pairs": decoder(torch.bfloat16, together=F23),
+            "packed encoder": encoder(together=F23),
         }
     print(json.dumps(report))

@@ -12,7 +12,7 @@ from kadr.pipeline.engine import Engine
 from kadr.pipeline.module_placement import placed
 from kadr.planning import backends
 from kadr.planning.plan import AS_STORED, CONVERTED, Choice
-from kadr.quant.prepack import PackedConv, PackedInt8Linear, PackedMatrix
+from kadr.quant.prepack import PrepackedInt8Linear, PrepackedLinear, WinogradConv3d
 from kadr.request.request import Request
 from tests.pipeline.test_compiled import CONFIG
 from tests.tiny_models import sown, vae_config
@@ -28,11 +28,11 @@ def has(module: torch.nn.Module, kind: type) -> bool:
 @pytest.mark.parametrize("hold", [CONVERTED, "int8", "int8-weights"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_matrices(dtype: str, hold: str, kernels: str) -> None:
-    with mode.using(kernels):
+    with mode.override(kernels):
         kind = getattr(torch, dtype)
         module = placed(sown(lambda: Transformer(CONFIG)).to(kind), Choice(dtype=dtype, hold=hold), CPU)
         said = backends.of_matrices(kind, CPU, hold, streamed=False)
-    packed = has(module, PackedInt8Linear) if hold == "int8" else has(module, PackedMatrix)
+    packed = has(module, PrepackedInt8Linear) if hold == "int8" else has(module, PrepackedLinear)
     assert ("packed weights" in said) == packed
     assert ("KADR_KERNELS=reference" in said) == (kernels == mode.REFERENCE)
     assert not (packed and kernels == mode.REFERENCE)
@@ -46,10 +46,10 @@ def test_streamed_blocks_are_not_packed() -> None:
 @pytest.mark.parametrize("kernels", [mode.AUTO, mode.REFERENCE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convolutions(dtype: str, kernels: str) -> None:
-    with mode.using(kernels):
+    with mode.override(kernels):
         kind = getattr(torch, dtype)
         module = placed(sown(lambda: VAE(vae_config("0.9.5"))).to(kind), Choice(dtype=dtype), CPU)
-        assert backends.of_convolutions(kind, CPU).startswith("Winograd") == has(module, PackedConv)
+        assert backends.of_convolutions(kind, CPU).startswith("Winograd") == has(module, WinogradConv3d)
 
 
 def test_a_gpu_that_kernels_are_not_written_for_computes_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from kadr.planning.flops import disturbed_flops, reading_flops, seconds, text_fl
 from kadr.planning.parameters import text_encoder_weights, transformer_weights, upsampler_weights
 from kadr.planning.vae_flops import decoder_flops, encoder_flops
 from kadr.planning.vae_stages import decoder_weights, encoder_weights, statistics_weights
-from kadr.quant.prepack import packs_matrices
+from kadr.quant.prepack import should_prepack_linears
 from kadr.sampling.settings import TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 from tests.live_bytes import LiveBytes
@@ -230,7 +230,7 @@ def test_a_transformer_holds_the_bytes_that_are_predicted(
         text=TEXT,
         per_token=per_token,
         disturbed=disturbed,
-        fused=packs_matrices(dtype, CPU),
+        fused=should_prepack_linears(dtype, CPU),
     )
     predicted += activations.reading_bytes(SMALL, dtype.itemsize, batch=batch, text=TEXT)
     assert counted == pytest.approx(predicted, rel=0.02, abs=20_000)

@@ -21,7 +21,7 @@ from kadr.planning import planner
 from kadr.planning.plan import AS_STORED, CONVERTED, Plan
 from kadr.planning.weight_bytes import weigh
 from kadr.quant.layers import Fp8Linear
-from kadr.quant.prepack import packs_convolutions
+from kadr.quant.prepack import should_prepack_convs
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from tests import tiny_models
@@ -134,7 +134,7 @@ def test_the_decoder_hands_on_fewer_frames_where_memory_is_short(
     engine, long = opened(), replace(REQUEST, frames=121, size=(96, 96))
     right = engine.plan(long).of("decode")
     choices = [right.choice, *right.rest]
-    packs = packs_convolutions(torch.float32, torch.device("cpu"))
+    packs = should_prepack_convs(torch.float32, torch.device("cpu"))
     ways = [(4, 4), (4, 2), (2, 2), (1, 2)] if packs else [(4, 0), (2, 0), (1, 0)]
     assert [(choice.frames, choice.together) for choice in choices] == ways
     assert all(more.bytes > less.bytes for more, less in pairwise(choices))
@@ -193,7 +193,7 @@ def test_a_scheme_halves_the_weights_or_more_and_makes_a_video(
     opened: Callable[..., Engine], scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module_placement.fp8, "has_units", lambda device: True)
-    monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.WIDENED)
+    monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.FP32_MATMUL)
     plain, engine = opened(), opened(quant=scheme)
     full, less = (e.plan(REQUEST).of("denoise").choice for e in (plain, engine))
     assert less.own < 0.5 * (full.own + full.mapped)
@@ -229,7 +229,7 @@ def test_an_fp8_file_is_multiplied_in_8_bits_as_it_is_where_a_gpu_does_that(
     tiny_models.write(tmp_path)
     cast_as_released(tmp_path / tiny_models.MODEL, torch.float8_e4m3fn)
     monkeypatch.setattr(module_placement.fp8, "has_units", lambda device: True)
-    monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.WIDENED)
+    monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.FP32_MATMUL)
     monkeypatch.setattr(components, "needs_look", lambda checkpoint: False)  # nobody trained it
     plain, engine = (Engine.open(tmp_path / tiny_models.MODEL, quant=quant) for quant in (None, "fp8"))
     for opened in (plain, engine):

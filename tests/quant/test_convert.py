@@ -7,23 +7,31 @@ import torch
 from torch import nn
 
 from kadr.errors import CheckpointError, RequestError
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.quant.convert import block_linears, packing_for, requantize
-from kadr.quant.layers import EightBitLinear, Fp8Linear, PackedLinear, ScaledLinear, Scratch
-from kadr.quant.rotation import find_rotation, likeness, turn
-from kadr.quant.weight_formats import BITS, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, SCHEMES, check_scheme
+from kadr.quant.convert import ggml_type_for, linears_in_blocks, quantize_blocks
+from kadr.quant.layers import Fp8Linear, GGMLLinear, ScaledLinear, Scratch, W8A8Linear
+from kadr.quant.rotation import detect_and_undo_rotation, noise_correlation, rotate_weights
+from kadr.quant.weight_formats import (
+    BITS_PER_WEIGHT,
+    FP8,
+    FP8_WEIGHT_ONLY,
+    INT8,
+    INT8_WEIGHT_ONLY,
+    WEIGHT_FORMATS,
+    check_weight_format,
+)
 from tests.tiny_models import sown
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(layers=2, heads=4, head_width=64, text_width=32, channels=8)
-QUANTIZED = (EightBitLinear, PackedLinear, ScaledLinear)
+QUANTIZED = (W8A8Linear, GGMLLinear, ScaledLinear)
 # The largest error of the answer, relative, that each way may make with these weights; measured, and a fifth more.
 BOUNDS = {
     INT8: 0.016,
-    INT8_WEIGHTS: 0.011,
+    INT8_WEIGHT_ONLY: 0.011,
     FP8: 0.06,
-    FP8_WEIGHTS: 0.035,
+    FP8_WEIGHT_ONLY: 0.035,
     "Q8_0": 0.008,
     "Q6_K": 0.03,
     "Q5_K": 0.06,
@@ -50,16 +58,16 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("scheme", BOUNDS)
 def test_each_scheme_answers_nearly_as_the_plain_model(scheme: str) -> None:
     right, transformer = answer(made()), made()
-    requantize(transformer, scheme, device=CPU)
+    quantize_blocks(transformer, scheme, device=CPU)
     assert 0 < apart(answer(transformer), right) < BOUNDS[scheme]
 
 
-@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name in BITS])
+@pytest.mark.parametrize("scheme", [name for name in WEIGHT_FORMATS if name in BITS_PER_WEIGHT])
 def test_only_the_matrices_of_the_blocks_change_and_take_the_bits_they_should(scheme: str) -> None:
     plain, transformer = made(), made()
-    linears = {name: linear.weight.numel() for name, linear in block_linears(plain)}
+    linears = {name: linear.weight.numel() for name, linear in linears_in_blocks(plain)}
     assert len(linears) == 20
-    requantize(transformer, scheme, device=CPU)
+    quantize_blocks(transformer, scheme, device=CPU)
     changed = {name for name, child in transformer.named_modules() if isinstance(child, QUANTIZED)}
     assert changed == linears.keys()
     stored = sum(
@@ -68,8 +76,8 @@ def test_only_the_matrices_of_the_blocks_change_and_take_the_bits_they_should(sc
         for own, tensor in transformer.get_submodule(name).named_buffers()
         if own != "bias"
     )
-    by_row = 0 if scheme in PACKINGS else 4 * sum(linear.weight.shape[0] for _, linear in block_linears(plain))
-    assert stored * 8 == BITS[scheme] * sum(linears.values()) + 8 * by_row
+    by_row = 0 if scheme in GGML_TYPES else 4 * sum(linear.weight.shape[0] for _, linear in linears_in_blocks(plain))
+    assert stored * 8 == BITS_PER_WEIGHT[scheme] * sum(linears.values()) + 8 * by_row
     weights = {f"{name}.weight" for name in changed}
     before, after = plain.state_dict(), transformer.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in weights)
@@ -77,41 +85,41 @@ def test_only_the_matrices_of_the_blocks_change_and_take_the_bits_they_should(sc
 
 def test_unpacking_shares_one_buffer_and_equals_the_unpacked_weight() -> None:
     transformer = made()
-    requantize(transformer, "Q8_0", device=CPU)
-    layers = [child for child in transformer.modules() if isinstance(child, PackedLinear)]
+    quantize_blocks(transformer, "Q8_0", device=CPU)
+    layers = [child for child in transformer.modules() if isinstance(child, GGMLLinear)]
     assert len({id(layer.scratch) for layer in layers}) == 1
-    x = torch.randn(3, layers[0].columns)
-    weight = torch.empty(layers[0].outputs, layers[0].columns)
-    layers[0].unpack(weight)
+    x = torch.randn(3, layers[0].in_features)
+    weight = torch.empty(layers[0].out_features, layers[0].in_features)
+    layers[0].dequantize_into(weight)
     assert torch.equal(layers[0](x), nn.functional.linear(x, weight, layers[0].bias))
 
 
 def test_the_scratch_buffer_grows_to_the_largest_weight_and_is_used_again() -> None:
     scratch, like = Scratch(), torch.empty(0)
-    small = scratch.take(3, 4, like)
-    large = scratch.take(8, 8, like)
+    small = scratch.get_buffer(3, 4, like)
+    large = scratch.get_buffer(8, 8, like)
     assert large.shape == (8, 8)
-    assert scratch.take(3, 4, like).data_ptr() == large.data_ptr() != small.data_ptr()
-    assert scratch.take(2, 2, torch.empty(0, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert scratch.get_buffer(3, 4, like).data_ptr() == large.data_ptr() != small.data_ptr()
+    assert scratch.get_buffer(2, 2, torch.empty(0, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("first, second", [(FP8, FP8), ("Q8_0", INT8), (INT8, "Q4_K")])
 def test_what_is_quantized_is_not_quantized_again(first: str, second: str) -> None:
     transformer = made()
-    requantize(transformer, first, device=CPU)
+    quantize_blocks(transformer, first, device=CPU)
     with pytest.raises(CheckpointError, match=r"layers\.0\..*would lose twice.*Leave --quant out"):
-        requantize(transformer, second, device=CPU)
+        quantize_blocks(transformer, second, device=CPU)
 
 
 @pytest.mark.parametrize("by_row", [True, False])
 def test_weights_in_8_bit_floats_are_multiplied_as_they_are_stored(by_row: bool) -> None:
     transformer = made()
-    requantize(transformer, FP8_WEIGHTS, device=CPU)
+    quantize_blocks(transformer, FP8_WEIGHT_ONLY, device=CPU)
     stored = {name: child for name, child in transformer.named_modules() if isinstance(child, ScaledLinear)}
     for child in stored.values():
         child.scale = child.scale if by_row else None
     right = answer(transformer)
-    requantize(transformer, FP8, device=CPU)
+    quantize_blocks(transformer, FP8, device=CPU)
     for name, before in stored.items():
         now = transformer.get_submodule(name)
         assert isinstance(now, Fp8Linear)
@@ -123,10 +131,10 @@ def test_weights_in_8_bit_floats_are_multiplied_as_they_are_stored(by_row: bool)
 
 def test_turned_weights_are_multiplied_as_before() -> None:
     transformer = made()
-    requantize(transformer, FP8_WEIGHTS, device=CPU)
-    assert turn(transformer, 64)
+    quantize_blocks(transformer, FP8_WEIGHT_ONLY, device=CPU)
+    assert rotate_weights(transformer, 64)
     right = answer(transformer)
-    requantize(transformer, FP8, device=CPU)
+    quantize_blocks(transformer, FP8, device=CPU)
     assert not [child for child in transformer.modules() if isinstance(child, Fp8Linear)]
     assert torch.equal(answer(transformer), right)
 
@@ -135,7 +143,7 @@ def test_a_layer_of_other_sides_than_gpus_multiply_is_stored_alone() -> None:
     transformer = sown(
         lambda: Transformer(TransformerConfig(layers=1, heads=3, head_width=8, text_width=8, channels=8))
     )
-    requantize(transformer, FP8, device=CPU)
+    quantize_blocks(transformer, FP8, device=CPU)
     assert isinstance(transformer.layers[0].self_attention.q, ScaledLinear)  # 24 x 24
 
 
@@ -145,31 +153,31 @@ def test_a_weight_that_is_not_finite_is_named(scheme: str, value: float) -> None
     transformer = made()
     transformer.layers[1].feed_forward.up.weight[3, 5] = value
     with pytest.raises(CheckpointError, match=r"layers\.1\.feed_forward\.up cannot be stored as .*not finite"):
-        requantize(transformer, scheme, device=CPU)
+        quantize_blocks(transformer, scheme, device=CPU)
 
 
 def test_each_weight_is_let_go_of_when_it_is_done() -> None:
     transformer = made()
-    weights = [linear.weight for _, linear in block_linears(transformer)]
+    weights = [linear.weight for _, linear in linears_in_blocks(transformer)]
     gone: list[int] = []
-    requantize(transformer, INT8, device=CPU, release=lambda tensors: gone.extend(t.data_ptr() for t in tensors))
+    quantize_blocks(transformer, INT8, device=CPU, release=lambda tensors: gone.extend(t.data_ptr() for t in tensors))
     assert gone == [weight.data_ptr() for weight in weights]
 
 
 def test_rows_that_are_no_whole_blocks_fall_back_as_llama_cpp_does() -> None:
-    assert [packing_for(name, 192).name for name in ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q8_0")] == [
+    assert [ggml_type_for(name, 192).name for name in ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q8_0")] == [
         "Q8_0", "Q5_1", "Q5_0", "Q4_0", "Q4_0", "Q8_0",
     ]  # fmt: skip
-    assert packing_for("Q4_K", 512).name == "Q4_K"
+    assert ggml_type_for("Q4_K", 512).name == "Q4_K"
     with pytest.raises(CheckpointError, match=r"rows of 40 numbers.*int8-weights or fp8"):
-        packing_for("Q4_K", 40)
+        ggml_type_for("Q4_K", 40)
 
 
 def test_names_of_schemes_are_known_in_any_case_and_others_refused() -> None:
-    assert check_scheme("q4_k") == "Q4_K"
-    assert check_scheme("INT8") == INT8
+    assert check_weight_format("q4_k") == "Q4_K"
+    assert check_weight_format("INT8") == INT8
     with pytest.raises(RequestError, match=r"quant is 'int4'; it must be one of none, auto, int8"):
-        check_scheme("int4")
+        check_weight_format("int4")
 
 
 # Turned weights
@@ -182,10 +190,10 @@ def drawn() -> torch.Tensor:
 def test_the_likeness_of_an_answer_to_its_noise() -> None:
     noise = drawn()
     other = torch.randn(noise.shape, generator=torch.Generator().manual_seed(10))
-    assert likeness(lambda x: 3 * x + 1, noise) == pytest.approx(1.0)
-    assert likeness(lambda x: -x, noise) == pytest.approx(-1.0)
-    assert abs(likeness(lambda x: other, noise)) < 0.3
-    assert likeness(lambda x: x * float("nan"), noise) == likeness(torch.zeros_like, noise) == 0.0
+    assert noise_correlation(lambda x: 3 * x + 1, noise) == pytest.approx(1.0)
+    assert noise_correlation(lambda x: -x, noise) == pytest.approx(-1.0)
+    assert abs(noise_correlation(lambda x: other, noise)) < 0.3
+    assert noise_correlation(lambda x: x * float("nan"), noise) == noise_correlation(torch.zeros_like, noise) == 0.0
 
 
 class Through(nn.Module):
@@ -203,10 +211,10 @@ class Through(nn.Module):
 
 
 def turned_and_stored(module: Through, size: int) -> None:
-    from kadr.kernels.hadamard import rotate
+    from kadr.kernels.hadamard import hadamard_transform
 
     for layer in module.layers:
-        layer.weight = rotate(layer.weight, size)
+        layer.weight = hadamard_transform(layer.weight, size)
 
 
 @pytest.mark.parametrize("size, found", [(None, None), (64, 0)])
@@ -215,8 +223,8 @@ def test_turned_weights_are_found_and_turned_back(size: int | None, found: int |
     right = module(noise)
     if size is not None:
         turned_and_stored(module, size)
-        assert likeness(module, noise) < 0.5
-    assert find_rotation(module, module, noise) == found
+        assert noise_correlation(module, noise) < 0.5
+    assert detect_and_undo_rotation(module, module, noise) == found
     torch.testing.assert_close(module(noise), right, rtol=1e-3, atol=1e-4)
 
 
@@ -224,14 +232,14 @@ def test_weights_that_answer_in_no_way_are_refused() -> None:
     module, noise = Through(), torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(4))
     module.layers[0].weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(8))
     with pytest.raises(ValueError, match=r"^-?0\.\d\d$"):
-        find_rotation(module, module, noise)
+        detect_and_undo_rotation(module, module, noise)
     assert all(layer.rotation is None for layer in module.layers)
 
 
 def test_turning_plain_weights_twice_gives_them_back() -> None:
     transformer, right = made(), answer(made())
-    assert turn(transformer, 64)
+    assert rotate_weights(transformer, 64)
     assert apart(answer(transformer), right) > 0.1
-    assert turn(transformer, 64)
+    assert rotate_weights(transformer, 64)
     assert apart(answer(transformer), right) < 1e-4
-    assert not turn(transformer, 512)  # wider than a row
+    assert not rotate_weights(transformer, 512)  # wider than a row

@@ -9,10 +9,10 @@ from collections import Counter
 import gguf
 import pytest
 
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
-from kadr.quant.mixes import FALLBACK, MIXES, PLAIN, SHORT, TYPES, assign_types, find_mix
+from kadr.quant.mixes import ALIASES, FALLBACK_TYPES, FLOAT_TYPES, MIX_NAMES, MIXES, assign_types, find_mix
 from tests.checkpoints.checkpoint_files import shapes_of
 from tests.checkpoints.gguf import gguf_files
 
@@ -29,7 +29,9 @@ def of_transformer(name: str, layers: int = 28) -> dict[str, str]:
 
 def of_text(name: str) -> dict[str, str]:
     mix = find_mix(name)
-    return assign_types(mix, mix.text, {tensor: (s, "BF16") for tensor, s in gguf_files.text_shapes(XXL).items()})
+    return assign_types(
+        mix, mix.text_encoder, {tensor: (s, "BF16") for tensor, s in gguf_files.text_shapes(XXL).items()}
+    )
 
 
 def layers_of(types: dict[str, str], leaf: str, kind: str) -> set[int]:
@@ -42,15 +44,15 @@ def test_every_type_is_numbered_as_llama_cpp_does() -> None:
     for mix in MIXES.values():
         known = gguf.LlamaFileType["ALL_F32" if mix.name == "F32" else f"MOSTLY_{mix.name}"]
         assert mix.file_type == known
-        assert mix.base in (*PLAIN, *PACKINGS)
-    assert {name: mix.base for name, mix in MIXES.items() if name in PACKINGS} == {
-        name: name for name in MIXES if name in PACKINGS
+        assert mix.base_type in (*FLOAT_TYPES, *GGML_TYPES)
+    assert {name: mix.base_type for name, mix in MIXES.items() if name in GGML_TYPES} == {
+        name: name for name in MIXES if name in GGML_TYPES
     }
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", MIX_NAMES)
 def test_a_type_is_found_in_small_letters_too(name: str) -> None:
-    assert find_mix(name.lower()) is find_mix(name) is MIXES[SHORT.get(name, name)]
+    assert find_mix(name.lower()) is find_mix(name) is MIXES[ALIASES.get(name, name)]
 
 
 def test_another_type_is_not_found() -> None:
@@ -58,22 +60,22 @@ def test_another_type_is_not_found() -> None:
         find_mix("IQ4_XS")
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", MIX_NAMES)
 def test_what_is_never_packed_is_kept_exact(name: str) -> None:
     for layers in (28, 48):
         types = of_transformer(name, layers)
         shapes = shapes_of({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], bare=True)
-        around = find_mix(name).base if find_mix(name).base in PLAIN else "BF16"
+        around = find_mix(name).base_type if find_mix(name).base_type in FLOAT_TYPES else "BF16"
         expected = gguf_files.image_types(shapes, "packed", kept=around)
         for tensor, (_, kind) in expected.items():
-            assert types[tensor] == kind or (kind == "packed" and types[tensor] in (*PACKINGS, around)), tensor
+            assert types[tensor] == kind or (kind == "packed" and types[tensor] in (*GGML_TYPES, around)), tensor
     words = of_text(name)
     assert {words[tensor] for tensor in words if "norm" in tensor or "attn_rel_b" in tensor} == {"F32"}
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q5_K_S", "Q5_1", "Q4_1", "Q3_K_S"])
 def test_a_type_without_a_mix_is_one_type(name: str) -> None:
-    base = find_mix(name).base
+    base = find_mix(name).base_type
     assert set(of_transformer(name).values()) == {base, "F32", "BF16"}
     embedding = "Q8_0" if name == "Q8_0" else "Q6_K"
     assert set(of_text(name).values()) == {base, "F32", embedding}
@@ -131,9 +133,9 @@ def test_a_text_encoder_is_mixed_as_llama_cpp_does(
         assert {kind: layers_of(types, leaf, kind) for kind in expected} == expected
 
 
-@pytest.mark.parametrize("wanted, nearest", FALLBACK.items())
+@pytest.mark.parametrize("wanted, nearest", FALLBACK_TYPES.items())
 def test_rows_that_blocks_of_256_do_not_fill_take_the_nearest_type_of_32(wanted: str, nearest: str) -> None:
-    mix = next(mix for mix in MIXES.values() if mix.base == wanted)
+    mix = next(mix for mix in MIXES.values() if mix.base_type == wanted)
     tensors = {f"x{columns}": ((64, columns), "F16") for columns in (256, 32, 96, 1000, 24)}
     types = assign_types(mix, mix.transformer, tensors)
     assert types == {"x256": wanted, "x32": nearest, "x96": nearest, "x1000": "F16", "x24": "F16"}

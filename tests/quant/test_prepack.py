@@ -15,25 +15,27 @@ from kadr.models.vae import VAE, blocks
 from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
 from kadr.nn.conv import StreamedConv, VideoConv
 from kadr.nn.linear import EndsInGelu, Linear, Prepares, several, through_gelu
-from kadr.quant.convert import requantize
+from kadr.quant.convert import quantize_blocks
 from kadr.quant.layers import Int8Linear
 from kadr.quant.prepack import (
-    PackedConv,
-    PackedInt8Linear,
-    PackedMatrix,
-    pack_convolutions,
-    pack_matrices,
-    packs_convolutions,
-    packs_matrices,
+    PrepackedInt8Linear,
+    PrepackedLinear,
+    WinogradConv3d,
+    prepack_convs,
+    prepack_linears,
+    should_prepack_convs,
+    should_prepack_linears,
 )
 from tests.oracles import drawn, relative
 from tests.tiny_models import sown, vae_config
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(layers=2, heads=4, head_width=64, text_width=32, channels=8)
-bfloat16 = pytest.mark.skipif(not packs_matrices(torch.bfloat16, CPU), reason="this CPU has no units for bfloat16")
-vnni = pytest.mark.skipif(not int8.packs(), reason="this CPU has no units for products in 8 bits")
-convolutions = pytest.mark.skipif(not packs_convolutions(torch.float32, CPU), reason="torch has no oneDNN here")
+bfloat16 = pytest.mark.skipif(
+    not should_prepack_linears(torch.bfloat16, CPU), reason="this CPU has no units for bfloat16"
+)
+vnni = pytest.mark.skipif(not int8.has_int8_units(), reason="this CPU has no units for products in 8 bits")
+convolutions = pytest.mark.skipif(not should_prepack_convs(torch.float32, CPU), reason="torch has no oneDNN here")
 
 
 def linear(columns: int = 64, outputs: int = 48) -> Linear:
@@ -50,7 +52,7 @@ def answer(transformer: Transformer, dtype: torch.dtype) -> torch.Tensor:
 @bfloat16
 def test_a_packed_matrix_gives_what_the_plain_one_gives() -> None:
     plain = linear().bfloat16()
-    packed, x = PackedMatrix(plain.weight, plain.bias), drawn(2, 7, 64, seed=3).bfloat16()
+    packed, x = PrepackedLinear(plain.weight, plain.bias), drawn(2, 7, 64, seed=3).bfloat16()
     assert isinstance(packed, EndsInGelu)
     exact = F.linear(x.float(), plain.weight.float(), plain.bias.float())
     assert torch.equal(packed(x), plain(x))
@@ -58,7 +60,7 @@ def test_a_packed_matrix_gives_what_the_plain_one_gives() -> None:
     bent = F.gelu(exact, approximate="tanh")
     in_two = F.gelu(plain(x), approximate="tanh").float()
     assert relative(packed.with_gelu(x).float(), bent) < relative(in_two, bent)
-    with mode.using(mode.REFERENCE):
+    with mode.override(mode.REFERENCE):
         assert torch.equal(plain.with_gelu(x).float(), in_two)
 
 
@@ -67,10 +69,10 @@ def test_a_packed_layer_in_8_bits_gives_what_the_plain_one_gives() -> None:
     numbers, scale = int8.quantize_rows(drawn(48, 64) / 8)
     x, bias = drawn(2, 7, 64, seed=3), drawn(48, seed=2)
     plain = Int8Linear(numbers, scale.flatten(), bias)
-    assert relative(PackedInt8Linear(plain)(x), plain(x)) <= 1e-5
+    assert relative(PrepackedInt8Linear(plain)(x), plain(x)) <= 1e-5
     exact = F.linear(x, numbers * scale, bias)
     narrow = Int8Linear(numbers, scale.flatten(), bias.bfloat16())
-    packed = PackedInt8Linear(narrow)
+    packed = PrepackedInt8Linear(narrow)
     assert isinstance(packed, Prepares)
     own, theirs = packed(x.bfloat16()).float(), narrow(x.bfloat16()).float()
     assert relative(own, exact) <= 1.2 * relative(theirs, exact)
@@ -82,20 +84,20 @@ def test_rows_in_8_bits_come_back_within_a_step_and_zeros_as_zeros() -> None:
     for dtype, step in ((torch.float32, 0.5001), (torch.bfloat16, 0.51)):
         own = x.to(dtype)
         before = own.clone()
-        rows = int8.rows_of(own)
-        back = (rows.numbers.float() - int8.ZERO) * rows.scale.float()
+        rows = int8.quantize_rows_unsigned(own)
+        back = (rows.codes.float() - int8.ZERO_POINT) * rows.scales.float()
         assert torch.equal(own, before)
-        assert ((back - own.float()).abs() <= step * rows.scale.float()).all()
+        assert ((back - own.float()).abs() <= step * rows.scales.float()).all()
         assert not back[4].any()
 
 
 @vnni
 def test_the_gelu_of_rows_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "CACHED", 3 * 64)
+    monkeypatch.setattr(int8, "QUANTIZE_SLICE_ELEMENTS", 3 * 64)
     x = 3 * drawn(10, 64)
-    rows, bent = int8.rows_of(x, gelu=True), F.gelu(x, approximate="tanh")
-    back = (rows.numbers.float() - int8.ZERO) * rows.scale
-    assert ((back - bent).abs() <= 0.51 * rows.scale).all()
+    rows, bent = int8.quantize_rows_unsigned(x, gelu=True), F.gelu(x, approximate="tanh")
+    back = (rows.codes.float() - int8.ZERO_POINT) * rows.scales
+    assert ((back - bent).abs() <= 0.51 * rows.scales).all()
 
 
 def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> None:
@@ -124,10 +126,10 @@ def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> Non
 def test_a_packed_transformer_gives_what_the_plain_one_gives() -> None:
     exact = answer(sown(lambda: Transformer(CONFIG)), torch.float32)
     module = sown(lambda: Transformer(CONFIG)).bfloat16()
-    with mode.using(mode.REFERENCE):
+    with mode.override(mode.REFERENCE):
         reference = relative(answer(module, torch.bfloat16), exact)
     plain = answer(module, torch.bfloat16)
-    pack_matrices(module)
+    prepack_linears(module)
     assert not [child for child in module.modules() if isinstance(child, Linear)]
     assert torch.equal(answer(module, torch.bfloat16), plain)
     assert relative(plain, exact) <= 1.1 * reference
@@ -137,10 +139,10 @@ def test_a_packed_transformer_gives_what_the_plain_one_gives() -> None:
 def test_a_packed_transformer_in_8_bits_is_as_near_as_the_plain_one() -> None:
     exact = answer(sown(lambda: Transformer(CONFIG)), torch.float32)
     module = sown(lambda: Transformer(CONFIG)).bfloat16()
-    requantize(module, "int8", device=CPU)
+    quantize_blocks(module, "int8", device=CPU)
     plain = relative(answer(module, torch.bfloat16), exact)
-    pack_matrices(module)
-    assert [child for child in module.modules() if isinstance(child, PackedInt8Linear)]
+    prepack_linears(module)
+    assert [child for child in module.modules() if isinstance(child, PrepackedInt8Linear)]
     assert relative(answer(module, torch.bfloat16), exact) <= 1.2 * plain
 
 
@@ -152,8 +154,8 @@ def test_a_packed_vae_gives_what_the_plain_one_gives(family: str, frames: int) -
     pixels, latents = drawn(2, 3, frames, 32, 64), drawn(2, module.config.latent_channels, (frames - 1) // 8 + 1, 1, 2)
     given = {"level": torch.tensor([0.05, 0.1]), "noise": lambda shape: torch.ones(shape)}
     encoded, decoded = module.encode(pixels), module.decode(latents, **given)
-    pack_convolutions(module)
-    assert [child for child in module.modules() if isinstance(child, PackedConv)]
+    prepack_convs(module)
+    assert [child for child in module.modules() if isinstance(child, WinogradConv3d)]
     assert relative(module.encode(pixels), encoded) <= 1e-5
     assert relative(module.decode(latents, **given), decoded) <= 1e-5
     streamed = torch.cat(list(module.decode_stream(latents, handed=2, **given)), dim=2)
@@ -171,7 +173,7 @@ def lay(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("ready", [pytest.param(pack_convolutions, marks=convolutions), lay])
+@pytest.mark.parametrize("ready", [pytest.param(prepack_convs, marks=convolutions), lay])
 def test_videos_keep_their_channels_last_all_the_way(
     ready: Callable[[nn.Module], None], together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,19 +213,19 @@ def test_without_gradients_a_vae_works_in_place_and_gives_the_same() -> None:
 def test_the_switch_leaves_weights_as_they_are() -> None:
     module = sown(lambda: Transformer(CONFIG)).bfloat16()
     requantized = sown(lambda: Transformer(CONFIG)).bfloat16()
-    requantize(requantized, "int8", device=CPU)
-    with mode.using(mode.REFERENCE):
-        assert not packs_convolutions(torch.float32, CPU)
-        pack_matrices(module)
-        pack_matrices(requantized)
-    assert not [child for child in module.modules() if isinstance(child, PackedMatrix)]
-    assert not [child for child in requantized.modules() if isinstance(child, PackedInt8Linear)]
+    quantize_blocks(requantized, "int8", device=CPU)
+    with mode.override(mode.REFERENCE):
+        assert not should_prepack_convs(torch.float32, CPU)
+        prepack_linears(module)
+        prepack_linears(requantized)
+    assert not [child for child in module.modules() if isinstance(child, PrepackedLinear)]
+    assert not [child for child in requantized.modules() if isinstance(child, PrepackedInt8Linear)]
 
 
 def test_who_needed_a_packed_weight_no_more_is_told() -> None:
     module, told = sown(lambda: VAE(vae_config("0.9.5"))), []
-    pack_convolutions(module, release=told.extend)
-    assert len(told) == len([child for child in module.modules() if isinstance(child, PackedConv)]) > 0
+    prepack_convs(module, release=told.extend)
+    assert len(told) == len([child for child in module.modules() if isinstance(child, WinogradConv3d)]) > 0
 
 
 def test_under_autocast_without_gradients_wider_weights_are_multiplied_too() -> None:

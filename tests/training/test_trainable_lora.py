@@ -16,8 +16,8 @@ from kadr.kernels import mode
 from kadr.models.lora_layers import attach, set_strengths
 from kadr.models.transformer import TRANSFORMER_2B, Transformer
 from kadr.nn.linear import Linear
-from kadr.quant.convert import requantize
-from kadr.quant.layers import EightBitLinear, ScaledLinear, Scratch, StoredLinear
+from kadr.quant.convert import quantize_blocks
+from kadr.quant.layers import DequantizingLinear, ScaledLinear, Scratch, W8A8Linear
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
@@ -33,7 +33,7 @@ SCHEMES = (None, "int8", "int8-weights", "fp8-weights", "Q8_0")
 
 @pytest.fixture(autouse=True)
 def plain_kernels() -> Iterator[None]:
-    with mode.using(mode.REFERENCE):
+    with mode.override(mode.REFERENCE):
         yield
 
 
@@ -94,7 +94,7 @@ def test_what_was_learned_adds_the_same_when_it_is_attached(scheme: str | None) 
     module, plain = transformer(), transformer()
     for each in (module, plain):
         if scheme is not None:
-            requantize(each, scheme, device=CPU)
+            quantize_blocks(each, scheme, device=CPU)
     layers = trained(module, "attention+feed-forward")
     attach(plain, [learned(layers)], torch.float32)
     set_strengths(plain, [1.0], CPU)
@@ -105,11 +105,11 @@ def test_what_was_learned_adds_the_same_when_it_is_attached(scheme: str | None) 
 def test_gradients_pass_through_stored_weights_as_through_the_plain_ones_they_stand_for(scheme: str | None) -> None:
     module, plain = transformer(), transformer()
     if scheme is not None:
-        requantize(module, scheme, device=CPU)
+        quantize_blocks(module, scheme, device=CPU)
         for name, child in module.named_modules():
-            if isinstance(child, StoredLinear | EightBitLinear):
+            if isinstance(child, DequantizingLinear | W8A8Linear):
                 own = plain.get_submodule(name)
-                own.weight.data = child.unpacked(own.weight).clone()
+                own.weight.data = child.dequantize_weight(own.weight).clone()
     made = []
     for each in (module, plain):
         layers = trained(each)
@@ -122,10 +122,10 @@ def test_gradients_pass_through_stored_weights_as_through_the_plain_ones_they_st
 
 @pytest.mark.parametrize("block", [8, 64])
 def test_a_gradient_is_turned_back_where_the_weight_was_stored_turned(block: int) -> None:
-    from kadr.kernels.hadamard import rotate
+    from kadr.kernels.hadamard import hadamard_transform
 
     weight, x = torch.randn(6, 64), torch.randn(3, 64, requires_grad=True)
-    turned = ScaledLinear(rotate(weight, block), None, None, Scratch(), rotation=block)
+    turned = ScaledLinear(hadamard_transform(weight, block), None, None, Scratch(), rotation_size=block)
     again = x.detach().clone().requires_grad_()
     Frozen(turned)(x).square().sum().backward()
     nn.functional.linear(again, weight).square().sum().backward()
@@ -134,7 +134,7 @@ def test_a_gradient_is_turned_back_where_the_weight_was_stored_turned(block: int
 
 def test_unpacked_weights_are_not_kept_for_the_gradient() -> None:
     module = transformer()
-    requantize(module, "Q8_0", device=CPU)
+    quantize_blocks(module, "Q8_0", device=CPU)
     trained(module)
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda t: t):

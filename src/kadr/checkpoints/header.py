@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kadr.errors import CheckpointError
-from kadr.kernels.ggml_types import Packing
+from kadr.kernels.ggml_types import GGMLType
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -69,7 +69,7 @@ class TensorInfo:
     dtype: torch.dtype
     file: Path
     start: int
-    packing: Packing | None = None
+    packing: GGMLType | None = None
 
     @property
     def count(self) -> int:
@@ -91,7 +91,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         if self.packing is not None:
-            return self.count // self.packing.elements * self.packing.bytes
+            return self.count // self.packing.block_size * self.packing.type_size
         return self.count * self.dtype.itemsize
 
 

@@ -22,7 +22,7 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.nn.linear import Linear
-from kadr.quant.convert import held, in_block, replace
+from kadr.quant.convert import in_block, replace_module, wrap_stored_weight
 from kadr.quant.layers import Scratch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -120,7 +120,7 @@ def assign(
         owner = module.get_submodule(name)
         own = dtype or torch.bfloat16
         bias = state.pop(f"{name}.bias", None)
-        replace(module, name, held(owner, bias=bias, dtype=own, scratch=scratch, **weight))
+        replace_module(module, name, wrap_stored_weight(owner, bias=bias, dtype=own, scratch=scratch, **weight))
     module.load_state_dict(state, strict=not stored, assign=True)
 
 

@@ -11,7 +11,7 @@ import typer
 from kadr.cli.commands import bench, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.flags.official import OfficialCommand
 from kadr.cli.terminal.errors import explained
-from kadr.kernels.cpu.malloc import give_back_at_once
+from kadr.kernels.cpu.malloc import tune_malloc
 from kadr.version import __version__
 
 # Without markup, help is plain text: rich would take longer to load than everything else together.
@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     # A polite kill is a Ctrl-C: half-written files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    give_back_at_once()
+    tune_malloc()
     app(args=args, prog_name="kadr")
 
 

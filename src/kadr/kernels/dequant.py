@@ -3,7 +3,7 @@
 Every format says: number = scale * code, or scale * code + offset. A scale belongs to a block of 32 numbers; in the K
 formats to a group of 16 or 32 inside a block of 256, and is itself a small whole number times the block's own factor.
 Codes are split among bytes so that neighbours in a block are neighbours in different bytes, which vector instructions
-like; `_spread` puts them in order.
+like; `_unpack_bits` puts them in order.
 
 Products of a float16 factor with whole numbers of so few bits are exact in fp32, so a result is rounded at most once
 there (by the offset), and once more where `out` is narrower. The layouts are in
@@ -18,17 +18,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kadr.kernels.ggml_types import Packing
+from kadr.kernels.ggml_types import GGMLType
 
-PIECE = 262_144  # numbers unpacked at a time by each thread: what comes up on the way stays in a core's cache
-PIECE_ELSEWHERE = 4_194_304  # on an accelerator, where a piece must outlast the launch of a dozen operations
+CPU_SLICE_ELEMENTS = (
+    262_144  # numbers unpacked at a time by each thread: what comes up on the way stays in a core's cache
+)
+ACCELERATOR_SLICE_ELEMENTS = 4_194_304  # on an accelerator, where a piece must outlast the launch of a dozen operations
 
 
-def dequantize(packed: Tensor, packing: Packing, out: Tensor) -> Tensor:
-    """Write the numbers that `packed` stands for into `out`.
+def dequantize(quantized_weight: Tensor, ggml_type: GGMLType, out: Tensor) -> Tensor:
+    """Write the numbers that `quantized_weight` stands for into `out`.
 
     Args:
-        packed: uint8 (rows, bytes of a row), only read.
+        quantized_weight: uint8 (rows, bytes of a row), only read.
         packing: how they are packed.
         out: (rows, columns) in fp32, bf16 or fp16, on the same device.
 
@@ -39,50 +41,52 @@ def dequantize(packed: Tensor, packing: Packing, out: Tensor) -> Tensor:
         ValueError: the two shapes do not belong together.
     """
     rows, columns = out.shape
-    if packed.shape != (rows, packing.row_bytes(columns)):
-        raise ValueError(f"{packing.name} of shape {tuple(packed.shape)} does not unpack to {tuple(out.shape)}")
-    unpack = _UNPACK[packing.name]
-    piece = PIECE * torch.get_num_threads() if out.device.type == "cpu" else PIECE_ELSEWHERE
+    if quantized_weight.shape != (rows, ggml_type.row_bytes(columns)):
+        raise ValueError(
+            f"{ggml_type.name} of shape {tuple(quantized_weight.shape)} does not unpack to {tuple(out.shape)}"
+        )
+    unpack = _DEQUANTIZERS[ggml_type.name]
+    piece = CPU_SLICE_ELEMENTS * torch.get_num_threads() if out.device.type == "cpu" else ACCELERATOR_SLICE_ELEMENTS
     step = max(1, piece // max(1, columns))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        blocks = packed[part].reshape(-1, packing.bytes)
+        blocks = quantized_weight[part].reshape(-1, ggml_type.type_size)
         out[part] = unpack(blocks).view(-1, columns)
     return out
 
 
 def _q8_0(blocks: Tensor) -> Tensor:
     """Scale; 32 codes in int8."""
-    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+    return blocks[:, 2:].view(torch.int8).float().mul_(_read_fp16(blocks, 0))
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
     """Scale; 16 bytes: the first 16 codes in the lower halves, the others in the upper. The code of 0 is 8."""
-    return _lowered(_spread(blocks[:, 2:], 4), 8).float().mul_(_half(blocks, 0))
+    return _subtract(_unpack_bits(blocks[:, 2:], 4), 8).float().mul_(_read_fp16(blocks, 0))
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
     """Scale, offset; codes as in Q4_0, from 0."""
-    return _spread(blocks[:, 4:], 4).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    return _unpack_bits(blocks[:, 4:], 4).float().mul_(_read_fp16(blocks, 0)).add_(_read_fp16(blocks, 2))
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
     """Scale; 4 bytes with the fifth bit of each code, in order; the other four as in Q4_0. The code of 0 is 16."""
-    codes = _spread(blocks[:, 6:], 4).bitwise_or_(_fifth_bits(blocks[:, 2:6]))
-    return _lowered(codes, 16).float().mul_(_half(blocks, 0))
+    codes = _unpack_bits(blocks[:, 6:], 4).bitwise_or_(_fifth_bits(blocks[:, 2:6]))
+    return _subtract(codes, 16).float().mul_(_read_fp16(blocks, 0))
 
 
 def _q5_1(blocks: Tensor) -> Tensor:
     """Scale, offset; codes as in Q5_0, from 0."""
-    codes = _spread(blocks[:, 8:], 4).bitwise_or_(_fifth_bits(blocks[:, 4:8]))
-    return codes.float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    codes = _unpack_bits(blocks[:, 8:], 4).bitwise_or_(_fifth_bits(blocks[:, 4:8]))
+    return codes.float().mul_(_read_fp16(blocks, 0)).add_(_read_fp16(blocks, 2))
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
     """16 bytes for as many groups of 16: scale below, offset above, 4 bits each; 64 bytes of codes; the two factors."""
-    codes = _spread(blocks[:, 16:80], 2, width=32)
-    scales, offsets = _spread(blocks[:, :16], 4).float().view(-1, 2, 16).unbind(1)
-    return _scaled(codes, scales.mul_(_half(blocks, 80)), offsets.mul_(_half(blocks, 82)))
+    codes = _unpack_bits(blocks[:, 16:80], 2, width=32)
+    scales, offsets = _unpack_bits(blocks[:, :16], 4).float().view(-1, 2, 16).unbind(1)
+    return _apply_scales(codes, scales.mul_(_read_fp16(blocks, 80)), offsets.mul_(_read_fp16(blocks, 82)))
 
 
 def _q3_k(blocks: Tensor) -> Tensor:
@@ -90,30 +94,32 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
     The code of 0 is 4. Scales lie 32 higher: 8 bytes with four bits of each, 4 with the other two.
     """
-    codes = _spread(blocks[:, 32:96], 2, width=32).bitwise_or_(_spread(blocks[:, :32], 1).mul_(4))
-    scales = _spread(blocks[:, 96:104], 4).bitwise_or_(_spread(blocks[:, 104:108], 2).mul_(16))
-    return _scaled(_lowered(codes, 4), _lowered(scales, 32).float().mul_(_half(blocks, 108)))
+    codes = _unpack_bits(blocks[:, 32:96], 2, width=32).bitwise_or_(_unpack_bits(blocks[:, :32], 1).mul_(4))
+    scales = _unpack_bits(blocks[:, 96:104], 4).bitwise_or_(_unpack_bits(blocks[:, 104:108], 2).mul_(16))
+    return _apply_scales(_subtract(codes, 4), _subtract(scales, 32).float().mul_(_read_fp16(blocks, 108)))
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
     """Factors of scales and of offsets; 8 of each in 12 bytes; 128 bytes of codes, 32 in the halves of 32 bytes."""
-    return _scaled(_spread(blocks[:, 16:], 4, width=32), *_scales_and_offsets(blocks))
+    return _apply_scales(_unpack_bits(blocks[:, 16:], 4, width=32), *_scales_and_offsets(blocks))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
     """As Q4_K, with 32 bytes for the fifth bits before the other four."""
-    codes = _spread(blocks[:, 48:], 4, width=32).bitwise_or_(_spread(blocks[:, 16:48], 1).mul_(16))
-    return _scaled(codes, *_scales_and_offsets(blocks))
+    codes = _unpack_bits(blocks[:, 48:], 4, width=32).bitwise_or_(_unpack_bits(blocks[:, 16:48], 1).mul_(16))
+    return _apply_scales(codes, *_scales_and_offsets(blocks))
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
     """128 bytes with four bits of each code, 64 with the other two; 16 scales in int8; factor. The code of 0 is 32."""
-    codes = _spread(blocks[:, :128], 4, width=64).bitwise_or_(_spread(blocks[:, 128:192], 2, width=32).mul_(16))
-    scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
-    return _scaled(_lowered(codes, 32), scales)
+    codes = _unpack_bits(blocks[:, :128], 4, width=64).bitwise_or_(
+        _unpack_bits(blocks[:, 128:192], 2, width=32).mul_(16)
+    )
+    scales = blocks[:, 192:208].view(torch.int8).float().mul_(_read_fp16(blocks, 208))
+    return _apply_scales(_subtract(codes, 32), scales)
 
 
-def _spread(packed: Tensor, bits: int, width: int | None = None) -> Tensor:
+def _unpack_bits(packed: Tensor, bits: int, width: int | None = None) -> Tensor:
     """Whole numbers of so many bits, out of bytes that hold several each.
 
     Args:
@@ -130,12 +136,12 @@ def _spread(packed: Tensor, bits: int, width: int | None = None) -> Tensor:
 
 def _fifth_bits(packed: Tensor) -> Tensor:
     """uint8 (N, 4), a bit for each of 32 codes -> uint8 (N, 32), the bits at their place in a code."""
-    eight = _fifth_bits_of_bytes(packed.device).index_select(0, packed.flatten().int())
+    eight = _fifth_bit_table(packed.device).index_select(0, packed.flatten().int())
     return eight.view(torch.uint8).view(-1, 32)
 
 
 @cache
-def _fifth_bits_of_bytes(device: torch.device) -> Tensor:
+def _fifth_bit_table(device: torch.device) -> Tensor:
     """int64 (256): for each byte what its bits become, 16 or 0, as the eight bytes of one number."""
     every = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
     bits = (every >> torch.arange(8, dtype=torch.uint8, device=device)).bitwise_and_(1)
@@ -154,26 +160,26 @@ def _scales_and_offsets(blocks: Tensor) -> tuple[Tensor, Tensor]:
     upper = (first >> 2).bitwise_and_(0x30303030)
     both = torch.stack((first & 0x3F3F3F3F, lower.bitwise_or_(upper)), 2)
     scales, offsets = both.view(torch.uint8).float().unbind(1)
-    return scales.mul_(_half(blocks, 0)), offsets.mul_(_half(blocks, 2))
+    return scales.mul_(_read_fp16(blocks, 0)), offsets.mul_(_read_fp16(blocks, 2))
 
 
-def _scaled(codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
+def _apply_scales(codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
     """scale * code - offset. codes (N, 256) of bytes; scales and offsets fp32 (N, groups)."""
     numbers = codes.float().unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None])
     return numbers if offsets is None else numbers.sub_(offsets[..., None])
 
 
-def _lowered(codes: Tensor, by: int) -> Tensor:
+def _subtract(codes: Tensor, offset: int) -> Tensor:
     """codes - by: uint8 -> int8 in the same memory."""
-    return codes.view(torch.int8).sub_(by)
+    return codes.view(torch.int8).sub_(offset)
 
 
-def _half(blocks: Tensor, start: int) -> Tensor:
+def _read_fp16(blocks: Tensor, start: int) -> Tensor:
     """The float16 that starts at a byte of each block: fp32 (N, 1)."""
     return blocks[:, start : start + 2].view(torch.float16).float()
 
 
-_UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
+_DEQUANTIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "Q8_0": _q8_0,
     "Q6_K": _q6_k,
     "Q5_K": _q5_k,

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Packing:
+class GGMLType:
     """One block format. Blocks lie along the last axis of a weight, row after row.
 
     Args:
         name: as GGML has it, such as "Q4_K".
-        elements: numbers in a block.
-        bytes: that a block takes.
+        block_size: numbers in a block.
+        type_size: that a block takes.
     """
 
     name: str
-    elements: int
-    bytes: int
+    block_size: int
+    type_size: int
 
     @property
-    def bits(self) -> float:
+    def bits_per_weight(self) -> float:
         """Per number."""
-        return 8 * self.bytes / self.elements
+        return 8 * self.type_size / self.block_size
 
     def row_bytes(self, columns: int) -> int:
         """Of a row of so many numbers.
@@ -33,24 +33,26 @@ class Packing:
         Raises:
             ValueError: the row is no whole number of blocks.
         """
-        blocks, rest = divmod(columns, self.elements)
+        blocks, rest = divmod(columns, self.block_size)
         if rest:
-            raise ValueError(f"a row of {columns} numbers is no whole number of {self.name} blocks of {self.elements}")
-        return blocks * self.bytes
+            raise ValueError(
+                f"a row of {columns} numbers is no whole number of {self.name} blocks of {self.block_size}"
+            )
+        return blocks * self.type_size
 
 
-PACKINGS = {
+GGML_TYPES = {
     packing.name: packing
     for packing in (
-        Packing("Q8_0", 32, 34),
-        Packing("Q6_K", 256, 210),
-        Packing("Q5_K", 256, 176),
-        Packing("Q5_1", 32, 24),
-        Packing("Q5_0", 32, 22),
-        Packing("Q4_K", 256, 144),
-        Packing("Q4_1", 32, 20),
-        Packing("Q4_0", 32, 18),
-        Packing("Q3_K", 256, 110),
-        Packing("Q2_K", 256, 84),
+        GGMLType("Q8_0", 32, 34),
+        GGMLType("Q6_K", 256, 210),
+        GGMLType("Q5_K", 256, 176),
+        GGMLType("Q5_1", 32, 24),
+        GGMLType("Q5_0", 32, 22),
+        GGMLType("Q4_K", 256, 144),
+        GGMLType("Q4_1", 32, 20),
+        GGMLType("Q4_0", 32, 18),
+        GGMLType("Q3_K", 256, 110),
+        GGMLType("Q2_K", 256, 84),
     )
 }

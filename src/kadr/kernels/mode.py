@@ -8,45 +8,45 @@ from contextlib import contextmanager
 
 from kadr.errors import RequestError
 
-VARIABLE = "KADR_KERNELS"
+ENVIRONMENT_VARIABLE = "KADR_KERNELS"
 AUTO, REFERENCE, EVERYWHERE = "auto", "reference", "everywhere"
-NAMES = {
+MODES = {
     AUTO: "the fast version where the device has one",
     REFERENCE: "the plain version, always",
     EVERYWHERE: "the fast version on every device: for tests, where an interpreter stands in for a GPU",
 }
 
-_current: str | None = None  # None until somebody asks
+_current_mode: str | None = None  # None until somebody asks
 
 
 def current() -> str:
-    """A name of `NAMES`: what the environment says when it is first asked for, or what `using` says inside it.
+    """A name of `MODES`: what the environment says when it is first asked for, or what `override` says inside it.
 
     Raises:
         RequestError: the environment names no such thing.
     """
-    global _current
-    if _current is None:
-        _current = _checked(os.environ.get(VARIABLE, AUTO), VARIABLE)
-    return _current
+    global _current_mode
+    if _current_mode is None:
+        _current_mode = _check(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
+    return _current_mode
 
 
 @contextmanager
-def using(name: str) -> Iterator[None]:
+def override(name: str) -> Iterator[None]:
     """Choose otherwise for a while, in all threads.
 
     Raises:
         RequestError: there is no such name.
     """
-    global _current
-    before, _current = _current, _checked(name, "the choice of kernels")
+    global _current_mode
+    before, _current_mode = _current_mode, _check(name, "the choice of kernels")
     try:
         yield
     finally:
-        _current = before
+        _current_mode = before
 
 
-def _checked(name: str, where: str) -> str:
-    if name not in NAMES:
-        raise RequestError(f"{where} is {name!r}; it must be one of {', '.join(NAMES)}.")
+def _check(name: str, source: str) -> str:
+    if name not in MODES:
+        raise RequestError(f"{source} is {name!r}; it must be one of {', '.join(MODES)}.")
     return name

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The dtypes of 8 bits, and the number that the largest magnitude of a row becomes in each.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-SMALLEST = 1e-12  # a row of zeros must not divide by zero
+MAX_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+MIN_ABS_MAX = 1e-12  # a row of zeros must not divide by zero
 
 
 def rms_norm(x: Tensor, epsilon: float = 1e-6) -> Tensor:
@@ -40,10 +40,10 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float = 1e-6
 
 
 def norm_modulate_quantize(
-    x: Tensor, scale: Tensor, shift: Tensor, kind: torch.dtype, epsilon: float = 1e-6
+    x: Tensor, scale: Tensor, shift: Tensor, code_dtype: torch.dtype, epsilon: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """`norm_modulate`, then `quantize_rows`: codes (B, N, D) and what each token's are multiplied with (B, N, 1)."""
-    return quantize_rows(norm_modulate(x, scale, shift, epsilon), kind)
+    return quantize_rows(norm_modulate(x, scale, shift, epsilon), code_dtype)
 
 
 def gate_residual(x: Tensor, gate: Tensor | None, branch: Tensor) -> Tensor:
@@ -73,12 +73,12 @@ def gate_residual_norm_modulate_quantize(
     branch: Tensor,
     scale: Tensor,
     shift: Tensor,
-    kind: torch.dtype,
+    code_dtype: torch.dtype,
     epsilon: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gate_residual`, and `norm_modulate_quantize` of what that gives: x, codes (B, N, D), scales (B, N, 1)."""
     x = gate_residual(x, gate, branch)
-    return x, *norm_modulate_quantize(x, scale, shift, kind, epsilon)
+    return x, *norm_modulate_quantize(x, scale, shift, code_dtype, epsilon)
 
 
 def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -92,10 +92,10 @@ def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: 
     Returns:
         (B, N, D) in x's dtype.
     """
-    return turned(rms_norm(x, epsilon) * weight, cosine, sine)
+    return apply_rope(rms_norm(x, epsilon) * weight, cosine, sine)
 
 
-def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """The pairs (0, 1), (2, 3), ... of x (B, N, D) rotated by angles of which (B or 1, N, D) are cosines and sines."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -107,38 +107,38 @@ def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.addcmul(x * cosine, crosswise, sine)
 
 
-def quantize_rows(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x (..., K) to 8 bits, each row with a scale of its own, from 0 both ways.
 
     Args:
-        kind: a dtype of `LARGEST`. Ties go to the even neighbour in both.
+        code_dtype: a dtype of `MAX_CODE`. Ties go to the even neighbour in both.
 
     Returns:
         codes (..., K) of that dtype, and fp32 (..., 1), what they are multiplied with.
     """
-    largest = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=SMALLEST)
-    scaled = torch.mul(x.float(), LARGEST[kind] / largest)
-    return (scaled.round_() if kind == torch.int8 else scaled).to(kind), largest / LARGEST[kind]
+    largest = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=MIN_ABS_MAX)
+    scaled = torch.mul(x.float(), MAX_CODE[code_dtype] / largest)
+    return (scaled.round_() if code_dtype == torch.int8 else scaled).to(code_dtype), largest / MAX_CODE[code_dtype]
 
 
-def gelu_quantize(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def gelu_quantize(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The middle of a feed-forward: GELU in its tanh form, then `quantize_rows`. x (R, K)."""
-    return quantize_rows(F.gelu(x, approximate="tanh"), kind)
+    return quantize_rows(F.gelu(x, approximate="tanh"), code_dtype)
 
 
-def rescale(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rescale(sums: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The end of a product in 8 bits: sums * rows * columns + bias.
 
     Args:
         sums: (R, O), the product of the codes, int32 or a float dtype.
-        rows: fp32 (R, 1), the scales of what came in.
-        columns: fp32 (O), those of the weight.
+        row_scales: fp32 (R, 1), the scales of what came in.
+        column_scales: fp32 (O), those of the weight.
         bias: (O).
 
     Returns:
         (R, O) in `dtype`.
     """
-    made = sums.float() * columns * rows
+    made = sums.float() * column_scales * row_scales
     return (made if bias is None else made + bias).to(dtype)
 
 

@@ -19,20 +19,22 @@ from torch import Tensor
 from kadr.errors import KadrWarning
 from kadr.kernels import mode
 
-Made = TypeVar("Made")
+Result = TypeVar("Made")
 Capability = tuple[int, int]
-OLDEST: Capability = (8, 0)  # the first with bfloat16, Ampere
-BOUND = 0.05  # relative; rounding to bfloat16 on the way moves a twentieth of fp8's codes by a step, 0.015 in all
-CORNER = 8  # from the end of each axis; the numbers that lie furthest in memory are the ones to compare
+MIN_CAPABILITY: Capability = (8, 0)  # the first with bfloat16, Ampere
+MAX_RELATIVE_ERROR = (
+    0.05  # relative; rounding to bfloat16 on the way moves a twentieth of fp8's codes by a step, 0.015 in all
+)
+CORNER_SIZE = 8  # from the end of each axis; the numbers that lie furthest in memory are the ones to compare
 
 _verdicts: dict[Hashable, Callable[..., Any] | None] = {}  # the kernel, or None where it is not to be trusted
 
 
-def run(family: str, definition: Callable[..., Made], *arguments: Any) -> Made:
+def run(module_name: str, definition: Callable[..., Result], *arguments: Any) -> Result:
     """What `definition` computes, by the kernel of the same name if that can be trusted.
 
     Args:
-        family: the module of `kernels.triton` that has it.
+        module_name: the module of `kernels.triton` that has it.
         arguments: a tensor, and whatever else the definition takes, in its order.
     """
     x, name = arguments[0], definition.__name__
@@ -43,10 +45,10 @@ def run(family: str, definition: Callable[..., Made], *arguments: Any) -> Made:
         return (_verdicts[question] or definition)(*arguments)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return definition(*arguments)  # a capture can compare nothing
-    return _first(family, definition, arguments, question)
+    return _try_kernel(module_name, definition, arguments, question)
 
 
-def wanted(tensors: Iterable[Tensor | None], oldest: Capability = OLDEST) -> bool:
+def should_use_kernel(tensors: Iterable[Tensor | None], min_capability: Capability = MIN_CAPABILITY) -> bool:
     """Whether a kernel is to run on these: the switch allows it, their device can, and nobody asks for gradients.
 
     Code that is being compiled keeps the definitions, which the compiler fuses by itself.
@@ -58,20 +60,20 @@ def wanted(tensors: Iterable[Tensor | None], oldest: Capability = OLDEST) -> boo
         return False
     if any(tensor.device != given[0].device for tensor in given):
         return False
-    return mode.current() == mode.EVERYWHERE or runs_on(given[0].device, oldest)
+    return mode.current() == mode.EVERYWHERE or is_supported(given[0].device, min_capability)
 
 
-def possible(x: Tensor) -> bool:
+def may_use_kernel(x: Tensor) -> bool:
     """Whether a kernel could run on x at all: asked first, for it is soon answered."""
     return x.is_cuda or mode.current() == mode.EVERYWHERE
 
 
-def runs_on(device: torch.device, oldest: Capability = OLDEST) -> bool:
+def is_supported(device: torch.device, min_capability: Capability = MIN_CAPABILITY) -> bool:
     """Whether a device is one that kernels are written for."""
-    return device.type == "cuda" and _capability(device) >= oldest
+    return device.type == "cuda" and _capability(device) >= min_capability
 
 
-def forget() -> None:
+def reset() -> None:
     """Ask again of every kernel."""
     _verdicts.clear()
 
@@ -82,40 +84,42 @@ def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device) if importlib.util.find_spec("triton") else (0, 0)
 
 
-def _first(family: str, definition: Callable[..., Made], arguments: tuple[Any, ...], question: Hashable) -> Made:
+def _try_kernel(
+    module_name: str, definition: Callable[..., Result], arguments: tuple[Any, ...], key: Hashable
+) -> Result:
     right = definition(*arguments)
     if any(right is argument for argument in arguments):  # it was told where to write; so will the kernel be
         right = right.clone()  # type: ignore[attr-defined]
     try:
-        kernel = getattr(import_module(f"kadr.kernels.triton.{family}"), definition.__name__)
+        kernel = getattr(import_module(f"kadr.kernels.triton.{module_name}"), definition.__name__)
         made = kernel(*arguments)
-        apart = _apart(made, right)
+        apart = _relative_error(made, right)
     except torch.OutOfMemoryError:
         return right  # both did not fit side by side: says nothing about the kernel
     except Exception as error:  # compilers, linkers and drivers fail in their own ways
-        return _distrust(question, definition, arguments, f"it fails with {type(error).__name__}: {error}")
+        return _reject_kernel(key, definition, arguments, f"it fails with {type(error).__name__}: {error}")
     if apart is None:
         return right
-    if apart > BOUND:
-        return _distrust(question, definition, arguments, f"its result is {100 * apart:.1f} % off")
-    _verdicts[question] = kernel
+    if apart > MAX_RELATIVE_ERROR:
+        return _reject_kernel(key, definition, arguments, f"its result is {100 * apart:.1f} % off")
+    _verdicts[key] = kernel
     return made
 
 
-def _distrust(question: Hashable, definition: Callable[..., Made], arguments: tuple[Any, ...], reason: str) -> Made:
-    _verdicts[question] = None
+def _reject_kernel(key: Hashable, definition: Callable[..., Result], arguments: tuple[Any, ...], reason: str) -> Result:
+    _verdicts[key] = None
     warnings.warn(
         f"the kernel {definition.__name__} is not used on {arguments[0].device}: {reason}. Plain torch computes the "
-        f"same, only slower. {mode.VARIABLE}={mode.REFERENCE} leaves out all kernels, and this warning.",
+        f"same, only slower. {mode.ENVIRONMENT_VARIABLE}={mode.REFERENCE} leaves out all kernels, and this warning.",
         KadrWarning,
         stacklevel=4,
     )
     return definition(*arguments)
 
 
-def _apart(made: Any, right: Any) -> float | None:
+def _relative_error(output: Any, expected: Any) -> float | None:
     """The largest relative error of the tensors that came out; None where the right ones are no numbers themselves."""
-    pairs = [(made, right)] if isinstance(right, Tensor) else list(zip(made, right, strict=True))
+    pairs = [(output, expected)] if isinstance(expected, Tensor) else list(zip(output, expected, strict=True))
     if any(one.shape != other.shape or one.dtype != other.dtype for one, other in pairs):
         return float("inf")
     errors = []
@@ -130,4 +134,4 @@ def _apart(made: Any, right: Any) -> float | None:
 def _corner(x: Tensor) -> Tensor:
     """The end of x along every axis but that of its rows, in fp32."""
     along = 1 if x.dim() == 5 else x.dim() - 1
-    return x[tuple(slice(None) if axis == along else slice(-CORNER, None) for axis in range(x.dim()))].float()
+    return x[tuple(slice(None) if axis == along else slice(-CORNER_SIZE, None) for axis in range(x.dim()))].float()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
 from kadr.kernels import fused
-from kadr.kernels.cuda_graphs import Backend, Graphed
+from kadr.kernels.cuda_graphs import GraphBackend, GraphedCallable
 from kadr.models.block_loop import onward, through
 from kadr.nn.attention import INPUT, VALUES, Attention, KeysValues
 from kadr.nn.linear import Linear, through_gelu
@@ -250,14 +250,14 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.modulation = learned_table(2, width)
         self.patch_out = Linear(width, config.channels)
-        self._graphed: Graphed | None = None
+        self._graphed: GraphedCallable | None = None
 
-    def replay(self, backend: Backend | None = None) -> None:
+    def replay(self, backend: GraphBackend | None = None) -> None:
         """Run the layers as CUDA graphs from now on, where they have seen a shape before; see `kernels.cuda_graphs`.
 
         For weights that stay where they are, texts that all layers have read once, and up to `REPLAYED` tokens.
         """
-        self._graphed = Graphed(self._replayed, backend=backend)
+        self._graphed = GraphedCallable(self._replayed, backend=backend)
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Have torch's compiler fuse what the layers compute, when they first run: one compilation serves all of them.

@@ -93,8 +93,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, coarse: bool
         q: (B, H, N, d).
         k, v: (B, H, M, d).
         bias: (B, 1, 1, M).
-        coarse: logits may be rounded to the dtype of q.
+        bf16_logits: logits may be rounded to the dtype of q.
     """
-    if cpu_attention.suits(q, k, bias, coarse=coarse):
-        return cpu_attention.attend(q, k, v, coarse=coarse)
+    if cpu_attention.is_faster_than_torch(q, k, bias, bf16_logits=coarse):
+        return cpu_attention.attend(q, k, v, bf16_logits=coarse)
     return attention.attend(q, k, v, bias)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kadr.kernels.reference import turned
+from kadr.kernels.reference import apply_rope
 
 
 class Rope(NamedTuple):
@@ -19,7 +19,7 @@ class Rope(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate the pairs (0, 1), (2, 3), ... of x (B, N, D)."""
-        return turned(x, self.cosine, self.sine)
+        return apply_rope(x, self.cosine, self.sine)
 
     def rows(self, rows: slice) -> Rope:
         """Of some samples of the batch."""

@@ -16,7 +16,7 @@ from torch import nn
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.memory_map import release
 from kadr.checkpoints.text_encoder import TextEncoderFolder
-from kadr.kernels.cpu.malloc import at_work
+from kadr.kernels.cpu.malloc import retain_freed_memory
 from kadr.memory.device import DTYPES
 from kadr.memory.module_cache import Shelf
 from kadr.models.lora_layers import merge, set_strengths
@@ -28,7 +28,7 @@ from kadr.pipeline.module_placement import placed
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.rotation_check import needs_look, rotation_of
 from kadr.planning.plan import AS_STORED, Choice, Plan
-from kadr.quant.rotation import turn
+from kadr.quant.rotation import rotate_weights
 from kadr.quant.weight_formats import FP8
 from kadr.spec.loras import Loras, Strength
 from kadr.spec.model import (
@@ -147,7 +147,7 @@ class Components(ModelSpec):
         module = checkpoint.load_transformer(dtype, as_stored=as_stored)
         rotation = self._rotations[checkpoint.path]
         if rotation is not None:
-            turn(module, rotation)
+            rotate_weights(module, rotation)
         if self.loras.merged:
             merge(module, self.loras.additions(), self.loras.strengths(number))
         return module
@@ -203,7 +203,7 @@ class Components(ModelSpec):
             self.shelf.take(
                 kept_name, made, way=(choice.dtype, choice.hold, choice.streamed, choice.together)
             ) as module,
-            at_work(),
+            retain_freed_memory(),
         ):
             yield module
 

@@ -28,7 +28,7 @@ from kadr.pipeline.video import Made, Video
 from kadr.planning.plan import Plan, held
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import nearest
-from kadr.quant.weight_formats import NONE, check_scheme
+from kadr.quant.weight_formats import NONE, check_weight_format
 from kadr.request.passes import PassPlan, warn_guided
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.resolve import resolve, warn_single, with_second
@@ -113,7 +113,7 @@ class Engine:
         picked = pick_device(device)
         pick_dtype(dtype, picked, 0)
         check_compiled(compiled, picked)
-        check_scheme(quant or NONE)
+        check_weight_format(quant or NONE)
         check_offload(offload)
         check_loras_named(loras)
         found = locate(model, text_encoder=text_encoder, vae=vae)

@@ -9,23 +9,23 @@ from torch import nn
 
 from kadr.checkpoints.memory_map import prefetch, release
 from kadr.kernels import fp8, mode
-from kadr.kernels.cpu.winograd import PAIRS
+from kadr.kernels.cpu.winograd import F23
 from kadr.memory.block_swap import Carousel, stream_pages
 from kadr.memory.device import DTYPES
 from kadr.models.lora_layers import Additions, attach
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.planning.plan import AS_STORED, CONVERTED, Choice
-from kadr.quant.convert import blocks_of, requantize
-from kadr.quant.layers import StoredLinear
-from kadr.quant.prepack import pack_convolutions, pack_matrices, packs_convolutions
+from kadr.quant.convert import blocks_of, quantize_blocks
+from kadr.quant.layers import DequantizingLinear
+from kadr.quant.prepack import prepack_convs, prepack_linears, should_prepack_convs
 from kadr.quant.weight_formats import FP8
 
 
 def compile_layers(module: Transformer, backend: str = "inductor") -> None:
     """Compile a transformer's layers but for the unpacking of weights, which has kernels of its own."""
     for child in module.modules():
-        if isinstance(child, StoredLinear):
+        if isinstance(child, DequantizingLinear):
             child.forward = torch.compiler.disable(child.forward)  # type: ignore[method-assign]
             child.with_gelu = torch.compiler.disable(child.with_gelu)  # type: ignore[method-assign]
     module.compile_layers(backend)
@@ -46,12 +46,12 @@ def placed(
         loras: put beside its weights.
     """
     if choice.hold not in (AS_STORED, CONVERTED):
-        requantize(module, choice.hold, device=device, release=release)
+        quantize_blocks(module, choice.hold, device=device, release=release)
     if loras:
         attach(module, loras, DTYPES[choice.dtype])
     if compiled and isinstance(module, Transformer):
         if choice.hold == FP8:
-            fp8.way(device, DTYPES[choice.dtype])  # found out by trying, which the compiler is not to see
+            fp8.select_matmul(device, DTYPES[choice.dtype])  # found out by trying, which the compiler is not to see
         compile_layers(module)
     if not choice.streamed:
         return packed(module.to(device), DTYPES[choice.dtype], device, choice.together)
@@ -73,11 +73,11 @@ def packed(module: nn.Module, dtype: torch.dtype, device: torch.device, together
     """
     recorded = device.type == "cuda" and mode.current() != mode.REFERENCE
     if isinstance(module, Transformer) and device.type == "cpu":
-        pack_matrices(module, release=release)
+        prepack_linears(module, release=release)
     elif isinstance(module, Transformer) and recorded:
         module.replay()
-    elif isinstance(module, VAE) and packs_convolutions(dtype, device):
-        pack_convolutions(module, together=together or PAIRS, release=release)
+    elif isinstance(module, VAE) and should_prepack_convs(dtype, device):
+        prepack_convs(module, winograd_frames=together or F23, release=release)
     elif isinstance(module, VAE) and recorded:
         module.to(memory_format=torch.channels_last_3d)
     return module

@@ -11,7 +11,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.fp8_scales import scales_of
 from kadr.checkpoints.header import EIGHT_BIT
 from kadr.errors import CheckpointError, KadrWarning
-from kadr.quant.rotation import FULL, LIKENESS, find_rotation
+from kadr.quant.rotation import FULL_ROW, MIN_NOISE_CORRELATION, detect_and_undo_rotation
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
 
@@ -32,7 +32,7 @@ def rotation_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     One evaluation on a few tokens of noise, more of them where the first answer is no answer.
 
     Returns:
-        As `find_rotation`.
+        As `detect_and_undo_rotation`.
 
     Raises:
         CheckpointError: it answers as no trained model does.
@@ -48,15 +48,15 @@ def rotation_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         return module(tokens.to(device, dtype), rope, text, None, level).cpu()
 
     try:
-        size = find_rotation(module, velocity, noise)
+        size = detect_and_undo_rotation(module, velocity, noise)
     except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.path} does not answer noise as a trained model does (likeness {error}; at least {LIKENESS} "
+            f"{checkpoint.path} does not answer noise as a trained model does (likeness {error}; at least {MIN_NOISE_CORRELATION} "
             "is expected), with its weights taken as they are or as turned by a rotation: its pictures would be "
             "noise. Download it again, or take the bf16 file of the model."
         ) from error
     if size is not None:
-        told = "whole rows" if size == FULL else f"{size} columns"
+        told = "whole rows" if size == FULL_ROW else f"{size} columns"
         warnings.warn(
             f"{checkpoint.path} holds weights that were turned by a Walsh-Hadamard rotation of {told}, as the first "
             "fp8 upload of 0.9.7 did; they are turned back.",

@@ -48,7 +48,7 @@ def packed_convolution_bytes(channels: tuple[int, int], before: Sides, after: Si
     into that product and into a later one, sums and differences of four products, the sum of two of those, the frames.
 
     Args:
-        together: frames of a group, 2 or 4.
+        winograd_frames: frames of a group, 2 or 4.
     """
     groups, (given, made) = max(1, after[0] // together), {2: (1, 3), 4: (2, 6)}[together]
     return groups * (given * channels[0] * prod(before[1:]) + made * channels[1] * prod(after[1:])) * size
@@ -113,9 +113,13 @@ def lora_bytes(tokens: int, size: int, *, rank: int, widest: int, batch: int = 1
 def _logits(config: TransformerConfig, tokens: int) -> int:
     """Of `kernels.cpu.attention`: logits of some heads, in float32, and what becomes of them in bfloat16."""
     head = 4 * tokens**2
-    if tokens < cpu_attention.FEWEST or config.head_width > cpu_attention.WIDEST or head > cpu_attention.CACHED:
+    if (
+        tokens < cpu_attention.MIN_LENGTH
+        or config.head_width > cpu_attention.MAX_HEAD_DIM
+        or head > cpu_attention.MAX_LOGIT_BYTES
+    ):
         return 0
-    return min(config.heads, cpu_attention.CACHED // head) * (head * 3 // 2 + 2 * tokens * config.head_width)
+    return min(config.heads, cpu_attention.MAX_LOGIT_BYTES // head) * (head * 3 // 2 + 2 * tokens * config.head_width)
 
 
 def step_cache_bytes(

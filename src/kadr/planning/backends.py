@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from kadr.kernels import int8, mode, trial
-from kadr.kernels.matmul import has_bfloat16
-from kadr.quant.prepack import packs_convolutions, packs_matrices
+from kadr.kernels.matmul import has_bf16_units
+from kadr.quant.prepack import should_prepack_convs, should_prepack_linears
 from kadr.quant.weight_formats import INT8
 
 PLAIN = "torch"
@@ -25,11 +25,15 @@ def of_matrices(dtype: torch.dtype, device: torch.device, hold: str, *, streamed
         return _fused(device)
     if device.type != "cpu":
         return PLAIN
-    if hold == INT8 and int8.packs():
+    if hold == INT8 and int8.has_int8_units():
         return "8-bit units" if streamed else f"{_units('VNNI')}, packed weights"
-    if not has_bfloat16() or dtype != torch.bfloat16:
+    if not has_bf16_units() or dtype != torch.bfloat16:
         return PLAIN
-    return f"{_units('AVX512-BF16')}, packed weights" if packs_matrices(dtype, device) and not streamed else "oneDNN"
+    return (
+        f"{_units('AVX512-BF16')}, packed weights"
+        if should_prepack_linears(dtype, device) and not streamed
+        else "oneDNN"
+    )
 
 
 def of_convolutions(dtype: torch.dtype, device: torch.device) -> str:
@@ -38,7 +42,7 @@ def of_convolutions(dtype: torch.dtype, device: torch.device) -> str:
         return _left_out()
     if device.type == "cuda":
         return f"{_fused(device)}, channels last"
-    if not packs_convolutions(dtype, device):
+    if not should_prepack_convs(dtype, device):
         return PLAIN
     return f"Winograd on {_units('AVX512-BF16')}" if dtype == torch.bfloat16 else "Winograd"
 
@@ -48,8 +52,8 @@ def _units(without_amx: str) -> str:
 
 
 def _fused(device: torch.device) -> str:
-    return "fused kernels" if trial.runs_on(device) else PLAIN
+    return "fused kernels" if trial.is_supported(device) else PLAIN
 
 
 def _left_out() -> str:
-    return f"{PLAIN}, as {mode.VARIABLE}={mode.REFERENCE} has it"
+    return f"{PLAIN}, as {mode.ENVIRONMENT_VARIABLE}={mode.REFERENCE} has it"

@@ -25,7 +25,7 @@ class Choice:
             `quant.weight_formats`.
         streamed: how many blocks are in memory only while they run.
         frames: that the decoder's stages hand on at a time; 0 for other stages.
-        together: frames that packed convolutions make at a time; 0 where none are packed.
+        winograd_frames: frames that packed convolutions make at a time; 0 where none are packed.
         mapped, own: bytes of weights in memory at once, on the device: in the pages of files, which can be let go of
             at any time, and others.
         working: bytes besides: activations, buffers.

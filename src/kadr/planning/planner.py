@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from kadr.checkpoints.source import Source
-from kadr.kernels.cpu.winograd import FOURS, PAIRS
+from kadr.kernels.cpu.winograd import F23, F43
 from kadr.memory.device import free_bytes, has_fast_int8, resident_bytes
 from kadr.models.transformer import REPLAYED
 from kadr.models.vae.decoder import SLICE
@@ -29,8 +29,8 @@ from kadr.planning.vae_activations import decode_bytes, encode_bytes
 from kadr.planning.vae_flops import decoder_flops, encoder_flops
 from kadr.planning.weight_bytes import Weights, weigh
 from kadr.planning.workload import WindowWork, Work
-from kadr.quant.prepack import packs_convolutions, packs_matrices
-from kadr.quant.weight_formats import AUTO, INT8, INT8_WEIGHTS, NONE
+from kadr.quant.prepack import should_prepack_convs, should_prepack_linears
+from kadr.quant.weight_formats import AUTO, INT8, INT8_WEIGHT_ONLY, NONE
 from kadr.request.passes import PassPlan
 from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.spec.model import DECODER, ENCODER, PASS_STAGES, TEXT_ENCODER, ModelSpec
@@ -40,7 +40,7 @@ from kadr.spec.weights import is_quantized
 RESERVE = 0.05  # of what is free, left to the system and to what cannot be foreseen
 DISK_RATE = 1.5e9  # bytes a second, of weights that are read from files
 FASTER = {INT8: 1.6}  # products in 8 bits against those in the dtype
-TOGETHER = {0: 1.0, PAIRS: 0.75, FOURS: 0.6}  # of a decoder's time, by frames that its convolutions make; measured
+TOGETHER = {0: 1.0, F23: 0.75, F43: 0.6}  # of a decoder's time, by frames that its convolutions make; measured
 SMALL = 500_000_000  # bytes: a text encoder of no more is not worth streaming
 # Bytes that a process takes on the way whatever it makes: kernels, their threads. Measured.
 STARTING = 15_000_000
@@ -140,13 +140,13 @@ class Planner:
         assert config is not None
         grids = [grid for grids in self.work.media for grid in grids]
         # Of pictures, pairs make a single product.
-        together = PAIRS if packs_convolutions(self.dtype, self.device) else 0
+        together = F23 if should_prepack_convs(self.dtype, self.device) else 0
         working = max(encode_bytes(config, grid, self.size, together=together) for grid in grids)
         flops = sum(encoder_flops(config, grid) for grid in grids)
         path = backends.of_convolutions(self.dtype, self.device)
         weights = self._vae_weights("encoder", together)
         choice = self._choice(_Way(CONVERTED, why=self._context()), weights, working, flops, 0, path)
-        return Needs(stage="encode", part=ENCODER, choices=(replace(choice, together=together),))
+        return Needs(stage="encode", part=ENCODER, choices=(replace(choice, winograd_frames=together),))
 
     def _context(self) -> str:
         """What controls cost, in words."""
@@ -169,19 +169,19 @@ class Planner:
         for handed, together in self._slices():
             working = decode_bytes(config, grid, self.size, handed=handed, together=together) + self._frames(handed)
             why = "" if handed == SLICE else f"the decoder hands on {handed} frames at a time"
-            if together == PAIRS and handed == SLICE:
+            if together == F23 and handed == SLICE:
                 why = "its convolutions make 2 frames at a time"
             weights = self._vae_weights("decoder", together)
             choice = self._choice(_Way(CONVERTED, why=why), weights, working, flops, 0, path)
             seconds = choice.seconds * TOGETHER[together] * (1 + 0.1 * (SLICE - handed))
-            choices.append(replace(choice, frames=handed, together=together, seconds=seconds))
+            choices.append(replace(choice, frames=handed, winograd_frames=together, seconds=seconds))
         return Needs(stage="decode", part=DECODER, choices=tuple(choices))
 
     def _slices(self) -> list[tuple[int, int]]:
         """Frames that the decoder hands on, and that its convolutions make at a time, the fastest first."""
-        if not packs_convolutions(self.dtype, self.device):
+        if not should_prepack_convs(self.dtype, self.device):
             return [(SLICE, 0), (2, 0), (1, 0)]
-        return [(SLICE, FOURS), (SLICE, PAIRS), (2, PAIRS), (1, PAIRS)]
+        return [(SLICE, F43), (SLICE, F23), (2, F23), (1, F23)]
 
     def _frames(self, handed: int) -> int:
         """Of decoded frames on their way into a file."""
@@ -237,7 +237,7 @@ class Planner:
         working, flops = self._working(number, plan, tokens), self._flops(number, plan, tokens)
         choices = []
         for way in self._ways(source):
-            packed = not way.streams and packs_matrices(self.dtype, self.device)
+            packed = not way.streams and should_prepack_linears(self.dtype, self.device)
             weights = self._with_loras(weigh(source, self.dtype, way.hold, packed=packed), way)
             read = source.size_bytes * (len(plan.steps) if way.streams else 1)
             path = backends.of_matrices(self.dtype, self.device, way.hold, streamed=way.streams)
@@ -262,7 +262,7 @@ class Planner:
             resident = [_Way(scheme)]
             streamed = [] if self.on_host else [_Way(scheme, streams=True, why=streamed[0].why)]
         elif scheme == AUTO and not is_quantized(source):
-            small = INT8 if not self.on_host or has_fast_int8() else INT8_WEIGHTS
+            small = INT8 if not self.on_host or has_fast_int8() else INT8_WEIGHT_ONLY
             resident.append(_Way(small, why="weights in 8 bits, as --quant auto allows"))
         if offload == OFFLOAD_NONE:
             return resident
@@ -290,7 +290,7 @@ class Planner:
             text=longest,
             per_token=self.work.levels(number),
             disturbed=int(any(step.stg > 0 and step.skip_blocks for step in plan.steps)),
-            fused=packs_matrices(self.dtype, self.device),
+            fused=should_prepack_linears(self.dtype, self.device),
         )
         loras = self.spec.loras
         if loras and not loras.merged:

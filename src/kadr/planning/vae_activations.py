@@ -30,7 +30,7 @@ Plane = tuple[int, int]  # rows, columns
 class _Ledger:
     """Bytes that layers keep from call to call, and the most that there were at any moment.
 
-    together: frames that packed convolutions of stride 1 make at a time; 0 where they are not packed.
+    winograd_frames: frames that packed convolutions of stride 1 make at a time; 0 where they are not packed.
     """
 
     def __init__(self, *, together: int) -> None:
@@ -210,7 +210,7 @@ def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int 
     Args:
         size: bytes per number: 2 or 4.
         handed: frames that a stage hands on at a time, and latent frames that come in.
-        together: frames that packed convolutions make at a time; 0 where they are not packed.
+        winograd_frames: frames that packed convolutions make at a time; 0 where they are not packed.
     """
     ledger = _Ledger(together=together)
     stages = tuple(_set_up(ledger, decoder_stages(config), (grid.height, grid.width), size, causal=False))
@@ -241,7 +241,7 @@ def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int =
         grid: of the latents that come out.
         size: bytes per number: 2 or 4.
         chunk: pixel frames that go through at a time.
-        together: frames that packed convolutions make at a time; 0 where they are not packed.
+        winograd_frames: frames that packed convolutions make at a time; 0 where they are not packed.
     """
     ledger = _Ledger(together=together)
     patches = SPATIAL // config.patch

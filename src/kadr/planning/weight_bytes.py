@@ -10,9 +10,9 @@ import torch
 from kadr.checkpoints.header import TensorInfo
 from kadr.checkpoints.source import Source
 from kadr.planning.plan import AS_STORED, CONVERTED
-from kadr.quant.convert import packing_for
-from kadr.quant.prepack import CONVOLUTION
-from kadr.quant.weight_formats import EIGHT
+from kadr.quant.convert import ggml_type_for
+from kadr.quant.prepack import WINOGRAD_BYTES_RATIO
+from kadr.quant.weight_formats import EIGHT_BIT_FORMATS
 from kadr.spec.weights import block_of, is_linear_weight
 
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight")
@@ -58,7 +58,7 @@ def weigh(
     Args:
         hold: see `planning.plan.Choice`.
         packed: matrices are packed once they are loaded; see `quant.prepack`.
-        together: so are convolutions, for so many frames at a time; 0 where they are not.
+        winograd_frames: so are convolutions, for so many frames at a time; 0 where they are not.
         looked_up: the component is a text encoder, of whose embedding only some rows are read.
     """
     mapped, own, scratch, everything = 0, 0, 0, 0
@@ -68,7 +68,7 @@ def weigh(
         taken, made = _held_bytes(name, info, dtype, hold, number)
         if hold == CONVERTED and info.packing is None and name.endswith(".weight"):
             if together and len(info.shape) == 5:
-                taken, made = 0, int(info.count * dtype.itemsize * CONVOLUTION[together])
+                taken, made = 0, int(info.count * dtype.itemsize * WINOGRAD_BYTES_RATIO[together])
             elif packed and len(info.shape) == 2:
                 taken, made = 0, info.count * dtype.itemsize
         if looked_up and name in EMBEDDINGS and not made:
@@ -99,9 +99,9 @@ def _held_bytes(name: str, info: TensorInfo, dtype: torch.dtype, hold: str, numb
 
 def _quantized_bytes(info: TensorInfo, scheme: str) -> int:
     rows, columns = info.shape
-    if scheme in EIGHT:
+    if scheme in EIGHT_BIT_FORMATS:
         return rows * (columns + 4)
-    return rows * packing_for(scheme, columns).row_bytes(columns)
+    return rows * ggml_type_for(scheme, columns).row_bytes(columns)
 
 
 def _name(dtype: torch.dtype) -> str:

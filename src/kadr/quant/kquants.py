@@ -9,43 +9,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kadr.quant.scale_search import round_around_zero, round_with_offsets
+from kadr.quant.scale_search import quantize_affine, quantize_symmetric
 
 
-def q2_k(numbers: Tensor) -> Tensor:
+def q2_k(values: Tensor) -> Tensor:
     """fp32 (256, N) -> bytes (84, N)."""
-    codes, scales, offsets, factors = _with_offsets(numbers, 16, 3, 15)
-    return torch.cat([gathered(torch.cat([scales, offsets]), 4, 16), gathered(codes, 2, 32), factors])
+    codes, scales, offsets, factors = _quantize_affine(values, 16, 3, 15)
+    return torch.cat([pack_bits(torch.cat([scales, offsets]), 4, 16), pack_bits(codes, 2, 32), factors])
 
 
-def q3_k(numbers: Tensor) -> Tensor:
+def q3_k(values: Tensor) -> Tensor:
     """fp32 (256, N) -> bytes (110, N)."""
-    codes, scales, factor = _around_zero(numbers, 16, 4, 32)
+    codes, scales, factor = _quantize_symmetric(values, 16, 4, 32)
     scales = scales.add_(32).view(torch.uint8)
-    split = [gathered(scales & 15, 4, 8), gathered(scales >> 4, 2, 4)]
-    return torch.cat([gathered(codes >> 2, 1, 32), gathered(codes & 3, 2, 32), *split, factor])
+    split = [pack_bits(scales & 15, 4, 8), pack_bits(scales >> 4, 2, 4)]
+    return torch.cat([pack_bits(codes >> 2, 1, 32), pack_bits(codes & 3, 2, 32), *split, factor])
 
 
-def q4_k(numbers: Tensor) -> Tensor:
+def q4_k(values: Tensor) -> Tensor:
     """fp32 (256, N) -> bytes (144, N)."""
-    codes, scales, offsets, factors = _with_offsets(numbers, 8, 15, 63)
-    return torch.cat([factors, _in_twelve_bytes(scales, offsets), gathered(codes, 4, 32)])
+    codes, scales, offsets, factors = _quantize_affine(values, 8, 15, 63)
+    return torch.cat([factors, _pack_6bit_scales(scales, offsets), pack_bits(codes, 4, 32)])
 
 
-def q5_k(numbers: Tensor) -> Tensor:
+def q5_k(values: Tensor) -> Tensor:
     """fp32 (256, N) -> bytes (176, N)."""
-    codes, scales, offsets, factors = _with_offsets(numbers, 8, 31, 63)
-    split = [gathered(codes >> 4, 1, 32), gathered(codes & 15, 4, 32)]
-    return torch.cat([factors, _in_twelve_bytes(scales, offsets), *split])
+    codes, scales, offsets, factors = _quantize_affine(values, 8, 31, 63)
+    split = [pack_bits(codes >> 4, 1, 32), pack_bits(codes & 15, 4, 32)]
+    return torch.cat([factors, _pack_6bit_scales(scales, offsets), *split])
 
 
-def q6_k(numbers: Tensor) -> Tensor:
+def q6_k(values: Tensor) -> Tensor:
     """fp32 (256, N) -> bytes (210, N)."""
-    codes, scales, factor = _around_zero(numbers, 16, 32, 128)
-    return torch.cat([gathered(codes & 15, 4, 64), gathered(codes >> 4, 2, 32), scales.view(torch.uint8), factor])
+    codes, scales, factor = _quantize_symmetric(values, 16, 32, 128)
+    return torch.cat([pack_bits(codes & 15, 4, 64), pack_bits(codes >> 4, 2, 32), scales.view(torch.uint8), factor])
 
 
-def gathered(codes: Tensor, bits: int, width: int) -> Tensor:
+def pack_bits(codes: Tensor, bits: int, width: int) -> Tensor:
     """Whole numbers of so many bits, several to a byte.
 
     Args:
@@ -62,12 +62,12 @@ def gathered(codes: Tensor, bits: int, width: int) -> Tensor:
     return made.flatten(0, 1)
 
 
-def in_bytes(numbers: Tensor) -> Tensor:
+def to_uint8(values: Tensor) -> Tensor:
     """Whole numbers below 128 in uint8; a fraction is cut off. The detour by int8 is six times as fast on a CPU."""
-    return numbers.to(torch.int8).view(torch.uint8)
+    return values.to(torch.int8).view(torch.uint8)
 
 
-def halves(values: Tensor) -> Tensor:
+def fp16_bytes(values: Tensor) -> Tensor:
     """values (1, N) as float16: bytes (2, N).
 
     Raises:
@@ -79,21 +79,23 @@ def halves(values: Tensor) -> Tensor:
     return half.view(torch.uint8).view(-1, 2).t()
 
 
-def _in_twelve_bytes(scales: Tensor, offsets: Tensor) -> Tensor:
+def _pack_6bit_scales(scales: Tensor, offsets: Tensor) -> Tensor:
     """Of Q4_K and Q5_K; uint8 (8, N) each, of 6 bits."""
     first = [part[:4] | part[4:] >> 4 << 6 for part in (scales, offsets)]
     return torch.cat([*first, scales[4:] & 15 | offsets[4:] << 4])
 
 
-def _with_offsets(numbers: Tensor, groups: int, top: int, top_scale: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize_affine(
+    values: Tensor, groups: int, max_code: int, max_scale: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes uint8 (256, N); scales and offsets uint8 (groups, N); their two factors in bytes (4, N)."""
-    x = numbers.unflatten(0, (groups, -1))
-    codes, scales, offsets, factor, offset_factor = round_with_offsets(x, top, top_scale)
-    factors = torch.cat([halves(factor[0]), halves(offset_factor[0])])
-    return in_bytes(codes).flatten(0, 1), in_bytes(scales[:, 0]), in_bytes(offsets[:, 0]), factors
+    x = values.unflatten(0, (groups, -1))
+    codes, scales, offsets, factor, offset_factor = quantize_affine(x, max_code, max_scale)
+    factors = torch.cat([fp16_bytes(factor[0]), fp16_bytes(offset_factor[0])])
+    return to_uint8(codes).flatten(0, 1), to_uint8(scales[:, 0]), to_uint8(offsets[:, 0]), factors
 
 
-def _around_zero(numbers: Tensor, groups: int, top: int, top_scale: int) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_symmetric(values: Tensor, groups: int, max_code: int, max_scale: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes from 0, uint8 (256, N); scales int8 (groups, N); their factor in bytes (2, N)."""
-    codes, scales, factor = round_around_zero(numbers.unflatten(0, (groups, -1)), top, top_scale)
-    return in_bytes(codes.add_(top)).flatten(0, 1), scales[:, 0].to(torch.int8), halves(factor[0])
+    codes, scales, factor = quantize_symmetric(values.unflatten(0, (groups, -1)), max_code, max_scale)
+    return to_uint8(codes.add_(max_code)).flatten(0, 1), scales[:, 0].to(torch.int8), fp16_bytes(factor[0])

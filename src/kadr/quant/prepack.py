@@ -15,117 +15,117 @@ from torch import Tensor, nn
 
 from kadr.kernels import int8, mode
 from kadr.kernels.cpu import winograd
-from kadr.kernels.cpu.malloc import to_stay
-from kadr.kernels.matmul import has_bfloat16, linear, linear_gelu
+from kadr.kernels.cpu.malloc import mmap_large_allocations
+from kadr.kernels.matmul import has_bf16_units, linear, linear_gelu
 from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
 from kadr.nn.linear import EndsInGelu, Linear, Prepares
 from kadr.quant.layers import Int8Linear
 
 # Bytes of the packed kernels to those of the weight, by how many frames are made at a time.
-CONVOLUTION = {winograd.PAIRS: 4 / 3, winograd.FOURS: 2.0}
-Release = Callable[[Iterable[Tensor]], None]
+WINOGRAD_BYTES_RATIO = {winograd.F23: 4 / 3, winograd.F43: 2.0}
+ReleaseTensors = Callable[[Iterable[Tensor]], None]
 
 
-def nothing(tensors: Iterable[Tensor]) -> None:
+def release_nothing(tensors: Iterable[Tensor]) -> None:
     """Let go of nothing."""
 
 
-def packs_matrices(dtype: torch.dtype, device: torch.device) -> bool:
+def should_prepack_linears(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether matrices in that dtype are worth packing there: bfloat16 on CPUs with units for it."""
-    return dtype == torch.bfloat16 and has_bfloat16() and _here(device)
+    return dtype == torch.bfloat16 and has_bf16_units() and _is_enabled(device)
 
 
-def packs_convolutions(dtype: torch.dtype, device: torch.device) -> bool:
+def should_prepack_convs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether convolutions in that dtype are worth packing there."""
-    return (dtype == torch.float32 or packs_matrices(dtype, device)) and _here(device)
+    return (dtype == torch.float32 or should_prepack_linears(dtype, device)) and _is_enabled(device)
 
 
-def _here(device: torch.device) -> bool:
-    return device.type == "cpu" and mode.current() != mode.REFERENCE and _has_onednn()
+def _is_enabled(device: torch.device) -> bool:
+    return device.type == "cpu" and mode.current() != mode.REFERENCE and _has_onednn_avx()
 
 
 @cache
-def _has_onednn() -> bool:
+def _has_onednn_avx() -> bool:
     return bool(torch.backends.mkldnn.is_available()) and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-class PackedMatrix(EndsInGelu):
+class PrepackedLinear(EndsInGelu):
     """y = x Wᵀ + b in bfloat16, with W packed; with or without a GELU before the sums are rounded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.prepacked_weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.packed, self.bias)
+        return linear(x, self.prepacked_weight, self.bias)
 
     def with_gelu(self, x: Tensor) -> Tensor:
         """gelu(x Wᵀ + b), in the tanh form."""
-        return linear_gelu(x, self.packed, self.bias)
+        return linear_gelu(x, self.prepacked_weight, self.bias)
 
 
-class PackedInt8Linear(Prepares):
+class PrepackedInt8Linear(Prepares):
     """`Int8Linear` through oneDNN; see `kernels.int8.packed_linear`."""
 
     scale: Tensor
 
-    def __init__(self, plain: Int8Linear) -> None:
+    def __init__(self, layer: Int8Linear) -> None:
         super().__init__()
-        self.packed = int8.pack(plain.weight)
-        self.register_buffer("scale", plain.scale)
-        self.register_buffer("bias", plain.bias)
+        self.prepacked_weight = int8.prepack_weight(layer.weight)
+        self.register_buffer("scale", layer.scale)
+        self.register_buffer("bias", layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finished(self.prepared(x))
+        return self.matmul(self.quantize_input(x))
 
-    def prepared(self, x: Tensor, *, gelu: bool = False) -> tuple[int8.Rows, torch.Size]:
+    def quantize_input(self, x: Tensor, *, gelu: bool = False) -> tuple[int8.UnsignedRows, torch.Size]:
         """x (..., K), or its GELU, in 8 bits; and the shape of what is around the rows."""
-        return int8.rows_of(x.reshape(-1, x.shape[-1]), gelu=gelu), x.shape[:-1]
+        return int8.quantize_rows_unsigned(x.reshape(-1, x.shape[-1]), gelu=gelu), x.shape[:-1]
 
-    def finished(self, prepared: tuple[int8.Rows, torch.Size]) -> Tensor:
+    def matmul(self, quantized: tuple[int8.UnsignedRows, torch.Size]) -> Tensor:
         """The product (..., O)."""
-        rows, around = prepared
-        return int8.packed_linear(rows, self.packed, self.scale, self.bias).view(*around, -1)
+        rows, around = quantized
+        return int8.prepacked_linear(rows, self.prepacked_weight, self.scale, self.bias).view(*around, -1)
 
 
-class PackedConv(StreamedConv):
+class WinogradConv3d(StreamedConv):
     """A streamed convolution of stride 1 by four kernels over single pictures, or by six; see `kernels.cpu.winograd`.
 
     They are packed when the first pictures come: which order is best depends on their size.
     """
 
-    def __init__(self, plain: VideoConv, together: int) -> None:
+    def __init__(self, conv: VideoConv, winograd_frames: int) -> None:
         super().__init__()
-        self.together = together
-        self.causal, self.stride, self.out_channels = plain.causal, plain.stride, plain.out_channels
-        self.kernels = list(winograd.taps(plain.weight.detach(), together))
-        self.register_buffer("bias", None if plain.bias is None else plain.bias.detach().clone())
-        self.is_packed = False
+        self.winograd_frames = winograd_frames
+        self.causal, self.stride, self.out_channels = conv.causal, conv.stride, conv.out_channels
+        self.kernels = list(winograd.transform_kernel(conv.weight.detach(), winograd_frames))
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
+        self.is_prepacked = False
 
-    def convolve(self, joined: Tensor, *, biased: bool) -> Tensor:
+    def convolve(self, padded: Tensor, *, add_bias: bool) -> Tensor:
         """See `StreamedConv.convolve`. The result lies channels last."""
-        x = joined.movedim(1, -1).contiguous()
-        return winograd.convolve(x, self._ready(x), self.bias if biased else None).movedim(-1, 1)
+        x = padded.movedim(1, -1).contiguous()
+        return winograd.convolve(x, self._prepacked_kernels(x), self.bias if add_bias else None).movedim(-1, 1)
 
-    def convolve_still(self, joined: Tensor, *, biased: bool) -> Tensor:
-        """See `StreamedConv.convolve_still`: a third of the products."""
-        x = joined[:, :, :1].movedim(1, -1).contiguous()
-        kernels = self._ready(joined.movedim(1, -1))
-        return winograd.convolve_still(x, kernels, self.bias if biased else None).movedim(-1, 1)
+    def convolve_repeated_frame(self, padded: Tensor, *, add_bias: bool) -> Tensor:
+        """See `StreamedConv.convolve_repeated_frame`: a third of the products."""
+        x = padded[:, :, :1].movedim(1, -1).contiguous()
+        kernels = self._prepacked_kernels(padded.movedim(1, -1))
+        return winograd.convolve_repeated_frame(x, kernels, self.bias if add_bias else None).movedim(-1, 1)
 
-    def _ready(self, x: Tensor) -> Sequence[Tensor]:
+    def _prepacked_kernels(self, x: Tensor) -> Sequence[Tensor]:
         """The kernels, packed for x (B, F + 2, H, W, C)."""
-        if not self.is_packed:
-            pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL + 1) // self.together)
+        if not self.is_prepacked:
+            pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL + 1) // self.winograd_frames)
             for index, kernel in enumerate(self.kernels):  # one by one: the plain one goes when the packed one is there
-                with to_stay():
-                    self.kernels[index] = winograd.pack(kernel, pictures, x.shape[2], x.shape[3])
-            self.is_packed = True
+                with mmap_large_allocations():
+                    self.kernels[index] = winograd.prepack_kernel(kernel, pictures, x.shape[2], x.shape[3])
+            self.is_prepacked = True
         return self.kernels
 
 
-def pack_matrices(module: nn.Module, *, release: Release = nothing) -> None:
+def prepack_linears(module: nn.Module, *, release: ReleaseTensors = release_nothing) -> None:
     """Pack the matrices of a module, one after the other: those in bfloat16, and those in 8 bits.
 
     Args:
@@ -133,25 +133,27 @@ def pack_matrices(module: nn.Module, *, release: Release = nothing) -> None:
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and packs_matrices(child.weight.dtype, child.weight.device):
+            if isinstance(child, Linear) and should_prepack_linears(child.weight.dtype, child.weight.device):
                 weight = child.weight.detach()
-                setattr(parent, name, PackedMatrix(weight, child.bias).eval())
+                setattr(parent, name, PrepackedLinear(weight, child.bias).eval())
                 release([weight])
-            elif isinstance(child, Int8Linear) and int8.packs() and mode.current() != mode.REFERENCE:
-                setattr(parent, name, PackedInt8Linear(child).eval())
+            elif isinstance(child, Int8Linear) and int8.has_int8_units() and mode.current() != mode.REFERENCE:
+                setattr(parent, name, PrepackedInt8Linear(child).eval())
 
 
-def pack_convolutions(module: nn.Module, *, together: int = winograd.FOURS, release: Release = nothing) -> None:
-    """Pack the convolutions of a VAE's half, one after the other; see `pack_matrices`.
+def prepack_convs(
+    module: nn.Module, *, winograd_frames: int = winograd.F43, release: ReleaseTensors = release_nothing
+) -> None:
+    """Pack the convolutions of a VAE's half, one after the other; see `prepack_linears`.
 
     Args:
-        together: frames that are made at a time, `winograd.PAIRS` or `FOURS`.
+        winograd_frames: frames that are made at a time, `winograd.PAIRS` or `F43`.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, VideoConv) and set(child.stride) == {1}:
                 weight = child.weight.detach()
-                packed = PackedConv(child, together).eval()
+                packed = WinogradConv3d(child, winograd_frames).eval()
                 if isinstance(parent, nn.ModuleList):
                     parent[int(name)] = packed
                 else:

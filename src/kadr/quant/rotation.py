@@ -13,22 +13,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kadr.kernels.hadamard import rotate
+from kadr.kernels.hadamard import hadamard_transform
 from kadr.nn.linear import Linear
 from kadr.quant.convert import in_block
 from kadr.quant.layers import ScaledLinear
 
 # Of the answer to the noise, from here on a model is taken for a trained one: those reach 0.9, distilled ones 0.7. With
 # turned weights only what goes around the blocks is left of it, at most 0.5.
-LIKENESS = 0.55
-FULL = 0  # turned over the whole row
-SIZES = (FULL, 4096, 2048, 1024, 512, 256, 128, 64)  # columns that may have been turned together, tried in this order
+MIN_NOISE_CORRELATION = 0.55
+FULL_ROW = 0  # turned over the whole row
+ROTATION_SIZES = (
+    FULL_ROW,
+    4096,
+    2048,
+    1024,
+    512,
+    256,
+    128,
+    64,
+)  # columns that may have been turned together, tried in this order
 
-Velocity = Callable[[Tensor], Tensor]
-_TURNED = (Linear, ScaledLinear)
+VelocityFunction = Callable[[Tensor], Tensor]
+_ROTATABLE_LAYERS = (Linear, ScaledLinear)
 
 
-def likeness(velocity: Velocity, noise: Tensor) -> float:
+def noise_correlation(velocity: VelocityFunction, noise: Tensor) -> float:
     """How much of the noise is in the answer to it: the correlation of the two, in [-1, 1]; 0 if it is not finite.
 
     Args:
@@ -41,7 +50,7 @@ def likeness(velocity: Velocity, noise: Tensor) -> float:
     return value if value == value else 0.0
 
 
-def find_rotation(module: nn.Module, velocity: Velocity, noise: Tensor) -> int | None:
+def detect_and_undo_rotation(module: nn.Module, velocity: VelocityFunction, noise: Tensor) -> int | None:
     """How the weights of the blocks were turned, found by trying; afterwards the module computes as if they were not.
 
     Args:
@@ -54,27 +63,29 @@ def find_rotation(module: nn.Module, velocity: Velocity, noise: Tensor) -> int |
         ValueError: the model gives no answer like that of a trained one, whichever way its weights are turned. It
             carries the likeness of the plain ones.
     """
-    plain = likeness(velocity, noise)
-    if plain >= LIKENESS:
+    plain = noise_correlation(velocity, noise)
+    if plain >= MIN_NOISE_CORRELATION:
         return None
-    for size in SIZES:
-        if not turn(module, size):
+    for size in ROTATION_SIZES:
+        if not rotate_weights(module, size):
             continue
-        if likeness(velocity, noise) >= LIKENESS:
+        if noise_correlation(velocity, noise) >= MIN_NOISE_CORRELATION:
             return size
-        turn(module, size)  # back: a rotation is its own inverse
+        rotate_weights(module, size)  # back: a rotation is its own inverse
     raise ValueError(f"{plain:.2f}")
 
 
-def turn(module: nn.Module, size: int) -> bool:
+def rotate_weights(module: nn.Module, size: int) -> bool:
     """Turn the weights of the blocks, or turn them back; False where their rows are no multiple of `size`."""
-    layers = [layer for name, layer in module.named_modules() if in_block(name) and isinstance(layer, _TURNED)]
+    layers = [
+        layer for name, layer in module.named_modules() if in_block(name) and isinstance(layer, _ROTATABLE_LAYERS)
+    ]
     blocks = [size or layer.weight.shape[1] for layer in layers]
     if any(layer.weight.shape[1] % block or block & (block - 1) for layer, block in zip(layers, blocks, strict=True)):
         return False
     for layer, block in zip(layers, blocks, strict=True):
         if isinstance(layer, ScaledLinear):
-            layer.rotation = None if layer.rotation == block else block
+            layer.rotation_size = None if layer.rotation_size == block else block
         else:
-            layer.weight.data = torch.cat([rotate(rows, block) for rows in layer.weight.data.split(256)])
+            layer.weight.data = torch.cat([hadamard_transform(rows, block) for rows in layer.weight.data.split(256)])
     return bool(layers)

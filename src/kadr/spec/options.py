@@ -13,7 +13,7 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.kernels import fp8
 from kadr.memory.device import has_fast_int8
-from kadr.quant.weight_formats import AUTO, FP8, FP8_WEIGHTS, INT8, INT8_WEIGHTS, NONE, check_scheme
+from kadr.quant.weight_formats import AUTO, FP8, FP8_WEIGHT_ONLY, INT8, INT8_WEIGHT_ONLY, NONE, check_weight_format
 from kadr.spec.weights import is_quantized, multiplies_as_stored, stored_counts
 
 # What is done with what does not fit: whatever helps; nothing; modules leave after their stage; blocks come and go.
@@ -38,7 +38,7 @@ def settled_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
         RequestError: there is no such scheme.
         CheckpointError: the weights are stored in so few bits already that to round them again would lose twice.
     """
-    scheme = check_scheme(name or NONE)
+    scheme = check_weight_format(name or NONE)
     if scheme in (NONE, AUTO):
         return scheme
     for checkpoint in transformers:
@@ -49,16 +49,16 @@ def settled_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
                 f"{checkpoint.path} is stored as {stored} already, and to round it to {scheme} would lose twice. "
                 "Leave --quant out, or take the bf16 file of the model."
             )
-    if scheme == FP8 and not fp8.has_units(device):
+    if scheme == FP8 and not fp8.has_fp8_units(device):
         return _without_units([checkpoint.sources["transformer"] for checkpoint in transformers], device)
     if scheme == INT8 and device.type == "cpu" and not has_fast_int8():
         warnings.warn(
             f"this CPU has no instructions for products in 8 bits (VNNI), so {INT8} would be slower than it is now; "
-            f"weights are stored in 8 bits and computed with in a wider dtype instead ({INT8_WEIGHTS}).",
+            f"weights are stored in 8 bits and computed with in a wider dtype instead ({INT8_WEIGHT_ONLY}).",
             KadrWarning,
             stacklevel=2,
         )
-        return INT8_WEIGHTS
+        return INT8_WEIGHT_ONLY
     return scheme
 
 
@@ -66,11 +66,11 @@ def _without_units(sources: Sequence[Source], device: torch.device) -> str:
     """What comes nearest to products in 8-bit floats where there are none."""
     warnings.warn(
         f"{device} does not multiply 8-bit floats (GPUs since Ada and Hopper do): weights are stored in 8 bits and "
-        f"computed with in a wider dtype instead ({FP8_WEIGHTS}).",
+        f"computed with in a wider dtype instead ({FP8_WEIGHT_ONLY}).",
         KadrWarning,
         stacklevel=3,
     )
-    return NONE if any(is_quantized(source) for source in sources) else FP8_WEIGHTS
+    return NONE if any(is_quantized(source) for source in sources) else FP8_WEIGHT_ONLY
 
 
 def refuse_merging(transformers: Sequence[Checkpoint]) -> None:

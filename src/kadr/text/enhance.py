@@ -109,7 +109,7 @@ class Enhancer:
 
         Args:
             scenes: the user's words for each.
-            pictures: that the video is held to.
+            images: that the video is held to.
 
         Returns:
             One paragraph for each, of `answers.MOST_WORDS` words at most.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kadr.kernels.hadamard import rotate
-from kadr.quant.layers import EightBitLinear, ScaledLinear, StoredLinear
+from kadr.kernels.hadamard import hadamard_transform
+from kadr.quant.layers import DequantizingLinear, ScaledLinear, W8A8Linear
 
 
 class Frozen(nn.Module):
@@ -18,7 +18,7 @@ class Frozen(nn.Module):
     products in 8 bits the gradient is that of the unrounded input: rounding has none.
     """
 
-    def __init__(self, base: StoredLinear | EightBitLinear) -> None:
+    def __init__(self, base: DequantizingLinear | W8A8Linear) -> None:
         super().__init__()
         self.base = base
 
@@ -42,8 +42,8 @@ class _Product(torch.autograd.Function):
 
 def turned_back(gradient: Tensor, base: nn.Module) -> Tensor:
     """The gradient of what came in, where that was turned before the product; see `ScaledLinear`."""
-    if isinstance(base, ScaledLinear) and base.rotation is not None:
-        return rotate(gradient, base.rotation)
+    if isinstance(base, ScaledLinear) and base.rotation_size is not None:
+        return hadamard_transform(gradient, base.rotation_size)
     return gradient
 
 
@@ -51,6 +51,6 @@ def freeze(module: nn.Module) -> None:
     """Have gradients pass through all layers of a module whose weights are stored in fewer bits."""
     module.requires_grad_(False)
     for name, child in list(module.named_modules()):
-        if isinstance(child, StoredLinear | EightBitLinear):
+        if isinstance(child, DequantizingLinear | W8A8Linear):
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, Frozen(child))

@@ -25,7 +25,7 @@ from kadr.pipeline.engine import Engine
 from kadr.pipeline.longvideo.folder_lock import claimed
 from kadr.pipeline.progress import Stage, Watch, ignore
 from kadr.planning.plan import AS_STORED, CONVERTED
-from kadr.quant.convert import requantize
+from kadr.quant.convert import quantize_blocks
 from kadr.request.inputs import Control
 from kadr.request.request import Request
 from kadr.sampling.noise import NoiseStreams
@@ -161,7 +161,7 @@ class Training:
         components, hold = self.engine.components, hold_of(self.engine)
         module = components.load_transformer(0, components.dtype, as_stored=hold == AS_STORED)
         if hold not in (AS_STORED, CONVERTED):
-            requantize(module, hold, device=components.device, release=release)
+            quantize_blocks(module, hold, device=components.device, release=release)
         return module.to(components.device)
 
     def _told(self, examples: Sequence[Example]) -> dict[str, Any]:

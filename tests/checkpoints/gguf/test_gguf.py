@@ -24,7 +24,7 @@ from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder, is_text_encoder
 from kadr.errors import CheckpointError
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae.config import VAE_0_9_5
@@ -73,10 +73,10 @@ def released(tmp_path: Path, name: str, sizes: Any = TRANSFORMER_2B, kind: str =
 def test_types_are_numbered_and_sized_as_in_the_package() -> None:
     known = {number: str(dtype).removeprefix("torch.") for number, dtype in header.PLAIN.items()}
     assert known == {Type.F32: "float32", Type.F16: "float16", Type.BF16: "bfloat16"}
-    assert {Type(number).name for number in header.PACKED} == PACKINGS.keys()
+    assert {Type(number).name for number in header.PACKED} == GGML_TYPES.keys()
     for number, name in header.PACKED.items():
         assert Type(number).name == name
-        assert gguf.GGML_QUANT_SIZES[Type(number)] == (PACKINGS[name].elements, PACKINGS[name].bytes)
+        assert gguf.GGML_QUANT_SIZES[Type(number)] == (GGML_TYPES[name].block_size, GGML_TYPES[name].type_size)
 
 
 def test_tensors_and_values_are_those_that_the_package_wrote(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_tensors_and_values_are_those_that_the_package_wrote(tmp_path: Path) -> 
         assert np.array_equal(source.read(tensor.name).view(torch.uint8).numpy(), tensor.data.view(np.uint8))
         assert np.array_equal(numbers_of(source, tensor.name), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
     assert source.infos["Q4_0"].shape == (6, 64)
-    assert source.stored == {kind if kind in PACKINGS else str(source.read(kind).dtype)[6:]: 1 for kind in kinds} | {
+    assert source.stored == {kind if kind in GGML_TYPES else str(source.read(kind).dtype)[6:]: 1 for kind in kinds} | {
         "float32": 2
     }
     assert source.size_bytes == sum(int(tensor.n_bytes) for tensor in oracle.tensors)

@@ -27,7 +27,7 @@ from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
-from kadr.kernels.ggml_types import PACKINGS, Packing
+from kadr.kernels.ggml_types import GGML_TYPES, GGMLType
 from kadr.models.registry import find
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
@@ -90,7 +90,7 @@ def test_the_package_finds_every_tensor_in_its_type_and_near_its_numbers(home: P
     assert {tensor.name: tensor.tensor_type.name for tensor in reader.tensors} == expected
     assert dict(told.types) == {one: list(expected.values()).count(one) for one in set(expected.values())}
     assert (told.before, told.after) == (official.size_bytes, ours.size_bytes)
-    bits = PACKINGS[mix.base].bits if mix.base in PACKINGS else 16
+    bits = GGML_TYPES[mix.base_type].bits_per_weight if mix.base_type in GGML_TYPES else 16
     for name, numbers in numbers_of(tmp_path / "x.gguf").items():
         original = official.read(name).float()
         assert relative(torch.tensor(numbers), original) < 2 ** (1.2 - bits) + 2e-3, name
@@ -211,7 +211,7 @@ def test_a_text_encoder_is_written_with_its_sizes_its_weights_and_its_tokenizer(
     assert {name: info.shape for name, info in opened.source.infos.items()} == shapes
     plain = {"float32": "F32"}
     types = {name: plain.get(info.stored, info.stored) for name, info in opened.source.infos.items()}
-    assert types == assign_types(mix, mix.text, {name: (shape, "BF16") for name, shape in shapes.items()})
+    assert types == assign_types(mix, mix.text_encoder, {name: (shape, "BF16") for name, shape in shapes.items()})
     for prompt in ("a red  circle", "</s> x\n café", "ꙮ"):
         assert torch.equal(opened.tokenizer().encode(prompt).ids, folder.tokenizer().encode(prompt).ids)
     if kind == "F32":
@@ -367,7 +367,7 @@ def test_a_tensor_is_rounded_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     sizes: list[int] = []
     real = writer.quantize
 
-    def counting(piece: Tensor, packing: Packing) -> Tensor:
+    def counting(piece: Tensor, packing: GGMLType) -> Tensor:
         sizes.append(piece.numel())
         return real(piece, packing)
 
@@ -378,5 +378,5 @@ def test_a_tensor_is_rounded_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     writer.write_gguf(tmp_path / "x.gguf", "ltxv", {}, entries)
     assert max(sizes) <= 1000
     assert sum(sizes) == 2 * numbers.numel()
-    expected = real(numbers, PACKINGS["Q8_0"]).numpy()
+    expected = real(numbers, GGML_TYPES["Q8_0"]).numpy()
     assert all(np.array_equal(tensor.data, expected) for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors)

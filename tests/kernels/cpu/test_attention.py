@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kadr.kernels import mode
 from kadr.kernels.cpu import attention as cpu_attention
-from kadr.kernels.matmul import has_bfloat16
+from kadr.kernels.matmul import has_bf16_units
 from tests.oracles import drawn, relative
 
 
@@ -28,11 +28,11 @@ def inputs(queries: int, keys: int, heads: int = 4, width: int = 64) -> tuple[Te
 def test_it_is_attention_however_it_is_cut(
     queries: int, keys: int, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_attention, "CACHED", cached)
+    monkeypatch.setattr(cpu_attention, "MAX_LOGIT_BYTES", cached)
     q, k, v = inputs(queries, keys)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert relative(cpu_attention.attend(q, k, v), exact) <= 0.004
-    assert relative(cpu_attention.attend(q, k, v, coarse=True), exact) <= 0.008
+    assert relative(cpu_attention.attend(q, k, v, bf16_logits=True), exact) <= 0.008
 
 
 def test_its_error_is_about_that_of_torch() -> None:
@@ -46,20 +46,20 @@ def test_its_error_is_about_that_of_torch() -> None:
     assert own <= 1.3 * theirs
 
 
-@pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no units for bfloat16")
+@pytest.mark.skipif(not has_bf16_units(), reason="this CPU has no units for bfloat16")
 def test_it_is_taken_where_it_was_measured_to_be_ahead() -> None:
     q, k, _ = inputs(640, 640)
     wide = inputs(640, 640, width=128)[:2]
-    assert cpu_attention.suits(q, k, None, coarse=False)
-    assert cpu_attention.suits(*wide, None, coarse=True)
-    assert not cpu_attention.suits(*wide, None, coarse=False)
-    assert not cpu_attention.suits(q[:, :, :100], k[:, :, :100], None, coarse=True)
-    assert not cpu_attention.suits(q, k, torch.zeros(2, 1, 1, 640), coarse=True)
-    assert not cpu_attention.suits(q.float(), k.float(), None, coarse=True)
-    with mode.using(mode.REFERENCE):
-        assert not cpu_attention.suits(q, k, None, coarse=True)
+    assert cpu_attention.is_faster_than_torch(q, k, None, bf16_logits=False)
+    assert cpu_attention.is_faster_than_torch(*wide, None, bf16_logits=True)
+    assert not cpu_attention.is_faster_than_torch(*wide, None, bf16_logits=False)
+    assert not cpu_attention.is_faster_than_torch(q[:, :, :100], k[:, :, :100], None, bf16_logits=True)
+    assert not cpu_attention.is_faster_than_torch(q, k, torch.zeros(2, 1, 1, 640), bf16_logits=True)
+    assert not cpu_attention.is_faster_than_torch(q.float(), k.float(), None, bf16_logits=True)
+    with mode.override(mode.REFERENCE):
+        assert not cpu_attention.is_faster_than_torch(q, k, None, bf16_logits=True)
 
 
 def test_it_leaves_learning_to_torch() -> None:
     q, k, _ = inputs(640, 640)
-    assert not cpu_attention.suits(q.requires_grad_(), k, None, coarse=False)
+    assert not cpu_attention.is_faster_than_torch(q.requires_grad_(), k, None, bf16_logits=False)

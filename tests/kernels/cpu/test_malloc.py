@@ -54,11 +54,11 @@ def test_blocks_wait_for_the_next_ones_only_while_a_model_runs() -> None:
 def test_who_does_not_own_the_process_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(malloc, "_mallopt", lambda: lambda *option: told.append(option) or 1)
-    monkeypatch.setattr(malloc._Process, "owned", False)
-    with malloc.at_work(), malloc.to_stay():
+    monkeypatch.setattr(malloc._Process, "is_tuned", False)
+    with malloc.retain_freed_memory(), malloc.mmap_large_allocations():
         pass
     assert not told
-    monkeypatch.setattr(malloc._Process, "owned", True)
-    with malloc.at_work():
-        assert told[-2:] == [(-3, malloc.LARGE_AT_WORK), (-1, malloc.KEPT_AT_WORK)]
-    assert told[-2:] == [(-3, malloc.LARGE), (-1, malloc.LARGE)]
+    monkeypatch.setattr(malloc._Process, "is_tuned", True)
+    with malloc.retain_freed_memory():
+        assert told[-2:] == [(-3, malloc.RUNNING_MMAP_THRESHOLD), (-1, malloc.RUNNING_TRIM_THRESHOLD)]
+    assert told[-2:] == [(-3, malloc.MMAP_THRESHOLD), (-1, malloc.MMAP_THRESHOLD)]

@@ -18,7 +18,7 @@ def video(dtype: torch.dtype, batch: int = 2) -> Tensor:
 
 @pytest.fixture(params=[1, 40 * 32, 10**6])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(pixel_norm, "CACHED", request.param)
+    monkeypatch.setattr(pixel_norm, "SLICE_ELEMENTS", request.param)
     return request.param
 
 
@@ -42,12 +42,12 @@ def test_it_equals_the_definition(dtype: torch.dtype, rows: int, piece: int) -> 
 def test_it_is_taken_where_it_suits() -> None:
     x, bend = video(torch.bfloat16), torch.ones(1, 32, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert pixel_norm.suits(x, bend, bend)
-        assert pixel_norm.suits(x, None, None)
+        assert pixel_norm.is_supported(x, bend, bend)
+        assert pixel_norm.is_supported(x, None, None)
         assert torch.equal(fused.pixel_norm_modulate_silu(x), pixel_norm.pixel_norm_modulate_silu(x))
-        assert not pixel_norm.suits(x.contiguous(), bend, bend)
-        assert not pixel_norm.suits(x[:, :, :0], bend, bend)
-        assert not pixel_norm.suits(x.double(), bend, bend)
-        with mode.using(mode.REFERENCE):
-            assert not pixel_norm.suits(x, bend, bend)
-    assert not pixel_norm.suits(x, bend, bend)  # gradients are wanted
+        assert not pixel_norm.is_supported(x.contiguous(), bend, bend)
+        assert not pixel_norm.is_supported(x[:, :, :0], bend, bend)
+        assert not pixel_norm.is_supported(x.double(), bend, bend)
+        with mode.override(mode.REFERENCE):
+            assert not pixel_norm.is_supported(x, bend, bend)
+    assert not pixel_norm.is_supported(x, bend, bend)  # gradients are wanted

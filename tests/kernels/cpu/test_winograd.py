@@ -10,12 +10,12 @@ from torch import Tensor
 from kadr.kernels.cpu import winograd
 from tests.oracles import drawn, relative
 
-together = pytest.mark.parametrize("together", [winograd.PAIRS, winograd.FOURS])
+together = pytest.mark.parametrize("together", [winograd.F23, winograd.F43])
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
 def packed(weight: Tensor, height: int, width: int, together: int) -> list[Tensor]:
-    return [winograd.pack(kernel, 1, height, width) for kernel in winograd.taps(weight, together)]
+    return [winograd.prepack_kernel(kernel, 1, height, width) for kernel in winograd.transform_kernel(weight, together)]
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,7 +43,7 @@ def test_it_does_without_a_bias(frames: int, together: int) -> None:
 @together
 def test_three_equal_frames_are_one_picture(together: int) -> None:
     x, weight, bias = drawn(2, 1, 5, 6, 24), drawn(40, 24, 3, 3, 3, seed=2) / 25, drawn(40, seed=3)
-    made = winograd.convolve_still(x, packed(weight, 5, 6, together), bias)
+    made = winograd.convolve_repeated_frame(x, packed(weight, 5, 6, together), bias)
     assert relative(made, plain(x.expand(-1, 3, -1, -1, -1), weight, bias)) <= 2e-6
 
 
@@ -51,13 +51,15 @@ def test_in_bfloat16_its_error_is_less_than_twice_that_of_the_plain_one() -> Non
     x, weight, bias = drawn(1, 10, 16, 16, 128), drawn(128, 128, 3, 3, 3, seed=2) / 59, drawn(128, seed=3)
     narrow = [tensor.bfloat16() for tensor in (x, weight, bias)]
     exact = plain(*(tensor.float() for tensor in narrow))
-    own = relative(winograd.convolve(narrow[0], packed(narrow[1], 16, 16, winograd.PAIRS), narrow[2]).float(), exact)
+    own = relative(winograd.convolve(narrow[0], packed(narrow[1], 16, 16, winograd.F23), narrow[2]).float(), exact)
     assert 0.001 < own < 2 * relative(plain(*narrow).float(), exact)
 
 
 @together
 def test_a_large_weight_is_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
     weight = drawn(10, 8, 3, 3, 3)
-    whole = winograd.taps(weight, together)
+    whole = winograd.transform_kernel(weight, together)
     monkeypatch.setattr(winograd, "PIECE", 3 * weight[0].numel())
-    assert all(torch.equal(one, other) for one, other in zip(winograd.taps(weight, together), whole, strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(winograd.transform_kernel(weight, together), whole, strict=True)
+    )

@@ -109,7 +109,7 @@ def _write(
     """places: name in the file -> name in the source."""
     _refuse_packed(source)
     infos = {name: source.infos[theirs] for name, theirs in places.items()}
-    rules = mix.text if architecture == TEXT_ENCODER else mix.transformer
+    rules = mix.text_encoder if architecture == TEXT_ENCODER else mix.transformer
     types = assign_types(
         mix, rules, {name: (info.shape, _KEPT.get(info.stored, "BF16")) for name, info in infos.items()}
     )

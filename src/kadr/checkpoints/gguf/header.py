@@ -15,7 +15,7 @@ import torch
 from kadr.checkpoints.gguf.parser import ALIGNMENT, MAGIC, VERSIONS, Cursor, Head, Stretch, entries
 from kadr.checkpoints.header import TensorInfo
 from kadr.errors import CheckpointError
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 
 ARCHITECTURE, NAME, CONFIG = "general.architecture", "general.name", "config"
 TRANSFORMER, TEXT_ENCODER = "ltxv", "t5encoder"  # architectures
@@ -134,15 +134,15 @@ def _info(header: GGUFHeader, head: Head, base: int) -> TensorInfo:
     if kind not in PLAIN and kind not in PACKED:
         raise CheckpointError(
             f"{header.path}: its tensor {name} is stored as {_type_name(kind)}, which kadr does not read; it reads "
-            f"F32, F16, BF16, {', '.join(PACKINGS)}. Take a file of the same model in one of those, such as Q4_K_M."
+            f"F32, F16, BF16, {', '.join(GGML_TYPES)}. Take a file of the same model in one of those, such as Q4_K_M."
         )
     original = header.entries(_ORIGINAL_SHAPE + name)
     if original is not None:
         if prod(original) != prod(shape):
             raise ValueError(f"its tensor {name} of {list(shape)} is said to have been {list(original)}")
         shape = tuple(original)
-    packing = PACKINGS[PACKED[kind]] if kind in PACKED else None
-    if packing is not None and (not shape or shape[-1] % packing.elements):
+    packing = GGML_TYPES[PACKED[kind]] if kind in PACKED else None
+    if packing is not None and (not shape or shape[-1] % packing.block_size):
         raise ValueError(f"its tensor {name} of {list(shape)} has rows that are no whole blocks of {packing.name}")
     dtype = torch.uint8 if packing else PLAIN[kind]
     return TensorInfo(name, shape, dtype, header.path, base + offset, packing)

@@ -18,7 +18,7 @@ from kadr.checkpoints.header import EIGHT_BIT
 from kadr.checkpoints.memory_map import release
 from kadr.checkpoints.save import beside
 from kadr.errors import CheckpointError
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.quant.ggml import quantize
 
 DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -45,7 +45,7 @@ class Entry:
     def row_bytes(self) -> int:
         if self.type in DTYPES:
             return self.shape[-1] * DTYPES[self.type].itemsize
-        return PACKINGS[self.type].row_bytes(self.shape[-1])
+        return GGML_TYPES[self.type].row_bytes(self.shape[-1])
 
     @property
     def bytes(self) -> int:
@@ -129,8 +129,8 @@ def _rounded(piece: Tensor, entry: Entry, path: Path) -> Tensor:
             f"the tensor {entry.name} reaches {largest:g}, and {entry.type} holds no more than {LARGEST:g}. "
             "Take BF16 or F32."
         )
-    if entry.type in PACKINGS:
-        return quantize(numbers, PACKINGS[entry.type])
+    if entry.type in GGML_TYPES:
+        return quantize(numbers, GGML_TYPES[entry.type])
     return numbers.to(DTYPES[entry.type]).contiguous().view(torch.uint8)
 
 

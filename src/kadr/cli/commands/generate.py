@@ -15,7 +15,7 @@ from kadr.cli.flags.groups import taking
 from kadr.cli.flags.official import JOINT
 from kadr.cli.terminal.errors import say
 from kadr.errors import RequestError
-from kadr.quant.weight_formats import NONE, SCHEMES
+from kadr.quant.weight_formats import NONE, WEIGHT_FORMATS
 from kadr.request.request import Request
 from kadr.request.windows import BETWEEN, Windows
 from kadr.sampling.settings import Guidance, Pass
@@ -91,7 +91,7 @@ def check_words(flags: options.Flags | options.PlanFlags) -> None:
         raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
     parse.one_of("--device", flags.model.device.partition(":")[0], DEVICES)
     parse.one_of("--dtype", flags.model.dtype, DTYPES)
-    parse.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in SCHEMES])
+    parse.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in WEIGHT_FORMATS])
     parse.one_of("--offload", flags.model.offload, OFFLOAD)
     parse.one_of("--cache", flags.denoising.cache, (NONE, *KINDS))
 

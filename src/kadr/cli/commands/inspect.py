@@ -13,7 +13,7 @@ import typer
 from kadr.cli.flags import options
 from kadr.cli.terminal.table import columns, in_words
 from kadr.errors import CheckpointError
-from kadr.kernels.ggml_types import PACKINGS
+from kadr.kernels.ggml_types import GGML_TYPES
 
 VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 TEXT_ENCODER = "text encoder"
@@ -162,5 +162,5 @@ def _parts(parts: list[dict[str, Any]]) -> Iterator[str]:
 def _types(part: Mapping[str, Any]) -> str:
     """What most of a part is stored as; where some is in blocks, each type with its number of tensors."""
     types: Mapping[str, int] = part["types"]
-    packed = any(name in PACKINGS for name in types)
+    packed = any(name in GGML_TYPES for name in types)
     return ", ".join(f"{name} ({count})" for name, count in types.items()) if packed else str(part["dtype"])

@@ -15,7 +15,7 @@ from kadr.cli.terminal.table import in_words
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import TEXT, Released, find
 from kadr.pipeline.progress import Stage, Watch
-from kadr.quant.mixes import TYPES, Mix, find_mix
+from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
 from kadr.spec.locate import is_path, released_file
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ Given = Annotated[
     ),
 ]
 Wanted = Annotated[Path, typer.Argument(metavar="OUT", help="The .gguf to write.", show_default=False)]
-Type = Annotated[str, typer.Option("--type", metavar="TYPE", help=f"One of {', '.join(TYPES)}.", show_default=False)]
+Type = Annotated[
+    str, typer.Option("--type", metavar="TYPE", help=f"One of {', '.join(MIX_NAMES)}.", show_default=False)
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
 
 
@@ -44,7 +46,7 @@ def quantize(given: Given, wanted: Wanted, type: Type, force: Force = False) -> 
 
     Prints the path of the file. The VAE of a model is not in it: give the model's own file with --vae.
     """
-    one_of("--type", type.upper(), TYPES)
+    one_of("--type", type.upper(), MIX_NAMES)
     if wanted.suffix.lower() != SUFFIX:
         raise typer.BadParameter(f"{wanted} must end in {SUFFIX}.", param_hint="OUT")
     wanted = wanted.expanduser()

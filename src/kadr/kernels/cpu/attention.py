@@ -12,44 +12,44 @@ from math import prod
 import torch
 from torch import Tensor
 
-from kadr.kernels.matmul import takes
+from kadr.kernels.matmul import uses_onednn
 
-CACHED = 4_000_000  # bytes of logits at a time
-FEWEST, FEWEST_COARSE = 512, 128  # queries and keys from which on it is ahead; with fewer, calls cost more
+MAX_LOGIT_BYTES = 4_000_000  # bytes of logits at a time
+MIN_LENGTH, MIN_LENGTH_BF16_LOGITS = 512, 128  # queries and keys from which on it is ahead; with fewer, calls cost more
 # Of a head, for logits in float32: products of wider ones cost more than is gained; and so they do where the logits of
 # one head do not fit into the cache.
-WIDEST = 64
+MAX_HEAD_DIM = 64
 
 
-def suits(q: Tensor, k: Tensor, bias: Tensor | None, *, coarse: bool) -> bool:
+def is_faster_than_torch(q: Tensor, k: Tensor, bias: Tensor | None, *, bf16_logits: bool) -> bool:
     """Whether `attend` is ahead of torch's own for these inputs."""
-    if bias is not None or not takes(q):
+    if bias is not None or not uses_onednn(q):
         return False
     queries, keys, width = q.shape[2], k.shape[2], q.shape[3]
     if torch.is_grad_enabled() and q.requires_grad:
         return False
-    if coarse:
-        return min(queries, keys) >= FEWEST_COARSE
-    return min(queries, keys) >= FEWEST and width <= WIDEST and queries * keys * 4 <= CACHED
+    if bf16_logits:
+        return min(queries, keys) >= MIN_LENGTH_BF16_LOGITS
+    return min(queries, keys) >= MIN_LENGTH and width <= MAX_HEAD_DIM and queries * keys * 4 <= MAX_LOGIT_BYTES
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, coarse: bool = False) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, bf16_logits: bool = False) -> Tensor:
     """softmax(q kᵀ / √d) v.
 
     Args:
         q: (B, H, N, d), bfloat16.
         k, v: (B, H, M, d), bfloat16.
-        coarse: round logits to bfloat16; else they and their softmax are in float32, as in torch's own.
+        bf16_logits: round logits to bfloat16; else they and their softmax are in float32, as in torch's own.
 
     Returns:
         (B, H, N, d), bfloat16, lying as (B, N, H, d).
     """
     batch, heads, queries, width = q.shape
-    kind = torch.bfloat16 if coarse else torch.float32
+    kind = torch.bfloat16 if bf16_logits else torch.float32
     made = torch.empty(batch, queries, heads, width, dtype=q.dtype)
     row = k.shape[2] * kind.itemsize
-    some = max(1, min(queries, CACHED // row))  # queries at a time, and then heads
-    together = max(1, min(heads, CACHED // (some * row))) if some == queries else 1
+    some = max(1, min(queries, MAX_LOGIT_BYTES // row))  # queries at a time, and then heads
+    together = max(1, min(heads, MAX_LOGIT_BYTES // (some * row))) if some == queries else 1
     logits = torch.empty(together * some * k.shape[2], dtype=kind)
     for sample in range(batch):
         asking = q[sample].to(kind, copy=True, memory_format=torch.contiguous_format).mul_(width**-0.5)
@@ -58,11 +58,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, coarse: bool = False) -> Tensor:
             own = slice(head, head + together)
             for start in range(0, queries, some):
                 piece = slice(start, start + some)
-                made[sample, piece, own] = _weighed(asking[own, piece], keys[own], values[own], logits)
+                made[sample, piece, own] = _softmax_attention(asking[own, piece], keys[own], values[own], logits)
     return made.transpose(1, 2)
 
 
-def _weighed(q: Tensor, k: Tensor, v: Tensor, logits: Tensor) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, logits: Tensor) -> Tensor:
     """q, already scaled, k and v (H, N or M, d) -> (N, H, d). logits: room for H x N x M of them."""
     shape = (len(q), q.shape[1], k.shape[1])
     shares = torch.bmm(q, k.transpose(1, 2), out=logits[: prod(shape)].view(shape))

@@ -14,65 +14,67 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 # Bytes. Smaller blocks stay in the heap, or each would cost the system's time for fresh pages: measured on two cores,
 # 1 MB costs 13 % of a transformer's time on 640 tokens, 4 MB 4 % and 25 MB of memory.
-LARGE = 4 << 20
+MMAP_THRESHOLD = 4 << 20
 # While a model runs, the same few sizes come and go: with 4 MB a decoder takes a quarter longer and, as its blocks do
 # not fit each other's holes, hardly less memory; with 32 MB, as much as glibc takes, it is no faster.
-LARGE_AT_WORK, KEPT_AT_WORK = 16 << 20, 64 << 20
+RUNNING_MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD = 16 << 20, 64 << 20
 
 
-def give_back_at_once() -> bool:
+def tune_malloc() -> bool:
     """Have the whole process give large blocks back when they are freed. False where there is no such setting.
 
     For programs that own their process, before anything is computed: a library's guest has no business here. Fresh
     pages come in pieces of 2 MB, where the system leaves that to programs: in pieces of 4 KB, as is usual, a
     convolution would take a third longer.
     """
-    _Process.owned = _mallopt() is not None
-    if _Process.owned:
+    _Process.is_tuned = _mallopt() is not None
+    if _Process.is_tuned:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks once, at its first large tensor
-    return _set(LARGE, LARGE)
+    return _set_thresholds(MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 @contextmanager
-def at_work() -> Iterator[None]:
+def retain_freed_memory() -> Iterator[None]:
     """Keep freed blocks for the next ones while a model runs, and give them all back after it.
 
-    Does nothing in a process that `give_back_at_once` was not called for.
+    Does nothing in a process that `tune_malloc` was not called for.
     """
-    _Process.at_work += 1
-    _set(LARGE_AT_WORK, KEPT_AT_WORK)
+    _Process.running_models += 1
+    _set_thresholds(RUNNING_MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD)
     try:
         yield
     finally:
-        _Process.at_work -= 1
-        if not _Process.at_work and _set(LARGE, LARGE):
+        _Process.running_models -= 1
+        if not _Process.running_models and _set_thresholds(MMAP_THRESHOLD, MMAP_THRESHOLD):
             ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
-def to_stay() -> Iterator[None]:
-    """Give large blocks pages of their own also `at_work`: they stay, and would cut up the room of those that go."""
-    if not _Process.at_work:
+def mmap_large_allocations() -> Iterator[None]:
+    """Give large blocks pages of their own also `retain_freed_memory`: they stay, and would cut up the room of those that go."""
+    if not _Process.running_models:
         yield
         return
-    _set(LARGE, KEPT_AT_WORK)
+    _set_thresholds(MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD)
     try:
         yield
     finally:
-        _set(LARGE_AT_WORK, KEPT_AT_WORK)
+        _set_thresholds(RUNNING_MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD)
 
 
 class _Process:
-    owned = False  # by a program that had its heap set
-    at_work = 0  # models that run now
+    is_tuned = False  # by a program that had its heap set
+    running_models = 0  # models that run now
 
 
-def _set(large: int, kept: int) -> bool:
-    set_option = _mallopt() if _Process.owned else None
-    return set_option is not None and bool(set_option(_MMAP_THRESHOLD, large) and set_option(_TRIM_THRESHOLD, kept))
+def _set_thresholds(mmap_threshold: int, trim_threshold: int) -> bool:
+    set_option = _mallopt() if _Process.is_tuned else None
+    return set_option is not None and bool(
+        set_option(_M_MMAP_THRESHOLD, mmap_threshold) and set_option(_M_TRIM_THRESHOLD, trim_threshold)
+    )
 
 
 @cache

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kadr.kernels import mode
 
-CACHED = 2_097_152  # numbers at a time; measured
+SLICE_ELEMENTS = 2_097_152  # numbers at a time; measured
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def suits(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
+def is_supported(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
     """Whether `pixel_norm_modulate_silu` may take the place of its definition."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or mode.current() == mode.REFERENCE:
         return False
@@ -34,17 +34,17 @@ def pixel_norm_modulate_silu(
         if scale is not None and shift is not None:
             row = sample % len(scale)
             bend = 1 + scale[row], shift[row]
-        step = max(1, CACHED // given[0].numel())
+        step = max(1, SLICE_ELEMENTS // given[0].numel())
         for start in range(0, len(given), step):
-            _piece(given[start : start + step], bend, epsilon, out[start : start + step])
+            _norm_modulate_silu_rows(given[start : start + step], bend, epsilon, out[start : start + step])
     return made.movedim(-1, 1)
 
 
-def _piece(x: Tensor, bend: tuple[Tensor, Tensor] | None, epsilon: float, out: Tensor) -> None:
+def _norm_modulate_silu_rows(x: Tensor, scale_shift: tuple[Tensor, Tensor] | None, epsilon: float, out: Tensor) -> None:
     """x (rows, columns, C) -> out."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     factor = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_().to(x.dtype)
     y = torch.mul(x, factor)
-    if bend is not None:
-        torch.addcmul(bend[1], y, bend[0], out=y)
+    if scale_shift is not None:
+        torch.addcmul(scale_shift[1], y, scale_shift[0], out=y)
     torch.ops.aten.silu.out(y, out=out)

@@ -16,45 +16,45 @@ from torch import Tensor
 
 from kadr.kernels import reference
 
-SMALLEST = tl.constexpr(reference.SMALLEST)
+MIN_ABS_MAX = tl.constexpr(reference.MIN_ABS_MAX)
 # Numbers below 2^22 that are added to it lose their fraction, to the even side of a tie, as all fp32 sums do.
-ROUNDER = tl.constexpr(1.5 * 2.0**23)
-NUMBERS_PER_WARP = 512  # 16 for each thread: enough to hide the wait for memory, few enough to stay in registers
+ROUNDING_MAGIC = tl.constexpr(1.5 * 2.0**23)
+ELEMENTS_PER_WARP = 512  # 16 for each thread: enough to hide the wait for memory, few enough to stay in registers
 
 
 @triton.jit
-def inverse_rms(x, epsilon, WIDTH: tl.constexpr):
+def inverse_rms(x, epsilon, ROW_SIZE: tl.constexpr):
     """1 over the root mean square of x (BLOCK) or of each row of x (ROWS, BLOCK), of which WIDTH numbers count."""
-    return tl.rsqrt(tl.sum(x * x, axis=-1, keep_dims=True) / WIDTH + epsilon)
+    return tl.rsqrt(tl.sum(x * x, axis=-1, keep_dims=True) / ROW_SIZE + epsilon)
 
 
 @triton.jit
-def in_eight_bits(x, kind: tl.constexpr, LARGEST: tl.constexpr):
+def quantize_row(x, code_dtype: tl.constexpr, MAX_CODE: tl.constexpr):
     """x (BLOCK) -> its codes, and what they are multiplied with; see `reference.quantize_rows`."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=0), SMALLEST)
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), MIN_ABS_MAX)
     largest += tl.sum(x * 0.0, axis=0)  # a maximum passes over what is no number; a scale must not
-    scaled = x * tl.div_rn(tl.full((), LARGEST, tl.float32), largest)
-    if kind == tl.int8:
-        scaled = (scaled + ROUNDER) - ROUNDER
-    return scaled.to(kind), tl.div_rn(largest, tl.full((), LARGEST, tl.float32))
+    scaled = x * tl.div_rn(tl.full((), MAX_CODE, tl.float32), largest)
+    if code_dtype == tl.int8:
+        scaled = (scaled + ROUNDING_MAGIC) - ROUNDING_MAGIC
+    return scaled.to(code_dtype), tl.div_rn(largest, tl.full((), MAX_CODE, tl.float32))
 
 
-def block_of(width: int) -> int:
+def padded_row_size(width: int) -> int:
     """The power of two that a row of so many numbers is filled up to."""
     return triton.next_power_of_2(width)
 
 
-def warps_for(numbers: int) -> int:
+def warps_for(elements: int) -> int:
     """How many warps share a program's numbers."""
-    return min(16, max(1, numbers // NUMBERS_PER_WARP))
+    return min(16, max(1, elements // ELEMENTS_PER_WARP))
 
 
-def steps(shared: Tensor | None) -> tuple[int, int]:
+def broadcast_strides(tensor: Tensor | None) -> tuple[int, int]:
     """Numbers from sample to sample and from token to token of (B or 1, N or 1, D); 0 where all have the same."""
-    if shared is None:
+    if tensor is None:
         return 0, 0
-    samples, tokens, _ = shared.shape
-    return shared.stride(0) if samples > 1 else 0, shared.stride(1) if tokens > 1 else 0
+    samples, tokens, _ = tensor.shape
+    return tensor.stride(0) if samples > 1 else 0, tensor.stride(1) if tokens > 1 else 0
 
 
 @contextmanager

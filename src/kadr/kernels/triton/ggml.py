@@ -6,14 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.ggml_types import Packing
+from kadr.kernels.ggml_types import GGMLType
 from kadr.kernels.triton.common import device_of, warps_for
 
-NUMBERS = 4096  # that a program unpacks
+ELEMENTS_PER_PROGRAM = 4096  # that a program unpacks
 
 
 @triton.jit
-def _half(at):
+def _load_fp16(at):
     """The float16 whose two bytes begin at `at`, in fp32. Bytewise: a block may begin at any."""
     lower, upper = tl.load(at).to(tl.uint16), tl.load(at + 1).to(tl.uint16)
     return (lower | (upper << 8)).to(tl.float16, bitcast=True).to(tl.float32)
@@ -23,7 +23,7 @@ def _half(at):
 def _q8_0(block):
     """block (N, 1): where each begins -> (N, 32)."""
     code = tl.load(block + 2 + tl.arange(0, 32)[None]).to(tl.int8, bitcast=True)
-    return code.to(tl.float32) * _half(block)
+    return code.to(tl.float32) * _load_fp16(block)
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def _q4_k(block):
     third = tl.load(block + 12 + group % 4).to(tl.int32)
     scale = tl.where(late, (third & 15) | ((first >> 6) << 4), first & 63)
     offset = tl.where(late, (third >> 4) | ((second >> 6) << 4), second & 63)
-    scale = scale.to(tl.float32) * _half(block)
-    offset = offset.to(tl.float32) * _half(block + 2)
+    scale = scale.to(tl.float32) * _load_fp16(block)
+    offset = offset.to(tl.float32) * _load_fp16(block + 2)
     packed = tl.load(block + 16 + pair * 32 + tl.arange(0, 32)[None, None, None]).to(tl.int32)
     return ((packed >> (4 * upper)) & 15).to(tl.float32) * scale - offset
 
@@ -55,52 +55,52 @@ def _q6_k(block):
     upper = tl.load(block + 128 + half * 32 + code).to(tl.int32) >> (2 * quarter)
     number = ((lower & 15) | ((upper & 3) << 4)) - 32
     scale = tl.load(block + 192 + half * 8 + quarter * 2 + code // 16).to(tl.int8, bitcast=True)
-    return number.to(tl.float32) * (scale.to(tl.float32) * _half(block + 208))
+    return number.to(tl.float32) * (scale.to(tl.float32) * _load_fp16(block + 208))
 
 
 @triton.jit
-def _unpack(
-    made,
-    packed,
+def _dequantize(
+    out,
+    quantized_weight,
     blocks,  # in a row
-    made_row,  # numbers, and bytes, from one row to the next
-    packed_row,
-    KIND: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    BYTES: tl.constexpr,
-    COUNT: tl.constexpr,
+    out_row,  # numbers, and bytes, from one row to the next
+    weight_row,
+    TYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TYPE_SIZE: tl.constexpr,
+    BLOCKS_PER_PROGRAM: tl.constexpr,
 ):
     """Some blocks of one row; past its end the last one again, which is not stored."""
     row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
-    start = packed + row * packed_row + tl.minimum(index, blocks - 1) * BYTES
-    if KIND == "Q8_0":
+    index = tl.program_id(1) * BLOCKS_PER_PROGRAM + tl.arange(0, BLOCKS_PER_PROGRAM)
+    start = quantized_weight + row * weight_row + tl.minimum(index, blocks - 1) * TYPE_SIZE
+    if TYPE == "Q8_0":
         numbers = _q8_0(start[:, None])
-    elif KIND == "Q4_K":
+    elif TYPE == "Q4_K":
         numbers = _q4_k(start[:, None, None, None])
     else:
         numbers = _q6_k(start[:, None, None, None])
-    numbers = tl.reshape(numbers, (COUNT, ELEMENTS)).to(made.dtype.element_ty)
-    place = made + row * made_row + index[:, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None]
+    numbers = tl.reshape(numbers, (BLOCKS_PER_PROGRAM, BLOCK_SIZE)).to(out.dtype.element_ty)
+    place = out + row * out_row + index[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None]
     tl.store(place, numbers, (index < blocks)[:, None])
 
 
-def dequantize(packed: Tensor, packing: Packing, out: Tensor) -> Tensor:
+def dequantize(quantized_weight: Tensor, ggml_type: GGMLType, out: Tensor) -> Tensor:
     """See `dequant.dequantize`. packing: one of `fused.PACKED`."""
     rows, columns = out.shape
-    blocks = columns // packing.elements
-    count = NUMBERS // packing.elements
+    blocks = columns // ggml_type.block_size
+    count = ELEMENTS_PER_PROGRAM // ggml_type.block_size
     with device_of(out):
-        _unpack[(rows, triton.cdiv(blocks, count))](
+        _dequantize[(rows, triton.cdiv(blocks, count))](
             out,
-            packed,
+            quantized_weight,
             blocks,
             out.stride(0),
-            packed.stride(0),
-            KIND=packing.name,
-            ELEMENTS=packing.elements,
-            BYTES=packing.bytes,
-            COUNT=count,
-            num_warps=warps_for(NUMBERS),
+            quantized_weight.stride(0),
+            TYPE=ggml_type.name,
+            BLOCK_SIZE=ggml_type.block_size,
+            TYPE_SIZE=ggml_type.type_size,
+            BLOCKS_PER_PROGRAM=count,
+            num_warps=warps_for(ELEMENTS_PER_PROGRAM),
         )
     return out

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.reference import LARGEST as LARGEST_OF
-from kadr.kernels.triton.common import block_of, device_of, in_eight_bits, warps_for
+from kadr.kernels.reference import MAX_CODE as LARGEST_OF
+from kadr.kernels.triton.common import device_of, padded_row_size, quantize_row, warps_for
 
-COLUMNS = 1024  # of a product that a program scales; it takes one row
+COLUMNS_PER_PROGRAM = 1024  # of a product that a program scales; it takes one row
 
 
 @triton.jit
@@ -21,69 +21,84 @@ def _gelu(x):
 
 @triton.jit
 def _quantize(
-    codes, factors, x, step, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, LARGEST: tl.constexpr
+    codes,
+    row_scales,
+    x,
+    row_stride,
+    ROW_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
+    MAX_CODE: tl.constexpr,
 ):
-    """One row of x, which begins `step` numbers after the one before."""
+    """One row of x, which begins `row_stride` numbers after the one before."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    numbers = tl.load(x + row * step + column, inside, 0.0).to(tl.float32)
+    inside = column < ROW_SIZE
+    numbers = tl.load(x + row * row_stride + column, inside, 0.0).to(tl.float32)
     if GELU:
         numbers = _gelu(numbers)
-    coded, factor = in_eight_bits(numbers, codes.dtype.element_ty, LARGEST)
-    tl.store(codes + row * WIDTH + column, coded, inside)
-    tl.store(factors + row, factor)
+    coded, factor = quantize_row(numbers, codes.dtype.element_ty, MAX_CODE)
+    tl.store(codes + row * ROW_SIZE + column, coded, inside)
+    tl.store(row_scales + row, factor)
 
 
 @triton.jit
-def _rescale(made, sums, rows, columns, bias, row_step, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _rescale(out, sums, row_scales, column_scales, bias, row_stride, ROW_SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """A piece of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    numbers = tl.load(sums + row * row_step + column, inside, 0).to(tl.float32)
-    numbers *= tl.load(columns + column, inside, 0.0) * tl.load(rows + row)
+    inside = column < ROW_SIZE
+    numbers = tl.load(sums + row * row_stride + column, inside, 0).to(tl.float32)
+    numbers *= tl.load(column_scales + column, inside, 0.0) * tl.load(row_scales + row)
     if bias is not None:
         numbers += tl.load(bias + column, inside, 0.0).to(tl.float32)
-    tl.store(made + row * WIDTH + column, numbers.to(made.dtype.element_ty), inside)
+    tl.store(out + row * ROW_SIZE + column, numbers.to(out.dtype.element_ty), inside)
 
 
-def quantize_rows(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `reference.quantize_rows`. x (R, K)."""
-    return _quantized(x, kind, gelu=False)
+    return _launch_quantize(x, code_dtype, gelu=False)
 
 
-def gelu_quantize(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def gelu_quantize(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `reference.gelu_quantize`."""
-    return _quantized(x, kind, gelu=True)
+    return _launch_quantize(x, code_dtype, gelu=True)
 
 
-def rescale(sums: Tensor, rows: Tensor, columns: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rescale(sums: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See `reference.rescale`."""
     count, width = sums.shape
     made = sums.new_empty(sums.shape, dtype=dtype)
-    grid = (count, triton.cdiv(width, COLUMNS))
+    grid = (count, triton.cdiv(width, COLUMNS_PER_PROGRAM))
     with device_of(sums):
         _rescale[grid](
-            made, sums, rows, columns, bias, sums.stride(0), WIDTH=width, BLOCK=COLUMNS, num_warps=warps_for(COLUMNS)
+            made,
+            sums,
+            row_scales,
+            column_scales,
+            bias,
+            sums.stride(0),
+            ROW_SIZE=width,
+            BLOCK=COLUMNS_PER_PROGRAM,
+            num_warps=warps_for(COLUMNS_PER_PROGRAM),
         )
     return made
 
 
-def _quantized(x: Tensor, kind: torch.dtype, *, gelu: bool) -> tuple[Tensor, Tensor]:
+def _launch_quantize(x: Tensor, code_dtype: torch.dtype, *, gelu: bool) -> tuple[Tensor, Tensor]:
     count, width = x.shape
-    codes, factors = x.new_empty(x.shape, dtype=kind), x.new_empty((count, 1), dtype=torch.float32)
-    block = block_of(width)
+    codes, factors = x.new_empty(x.shape, dtype=code_dtype), x.new_empty((count, 1), dtype=torch.float32)
+    block = padded_row_size(width)
     with device_of(x):
         _quantize[(count,)](
             codes,
             factors,
             x,
             x.stride(0),
-            WIDTH=width,
+            ROW_SIZE=width,
             BLOCK=block,
             GELU=gelu,
-            LARGEST=LARGEST_OF[kind],
+            MAX_CODE=LARGEST_OF[code_dtype],
             num_warps=warps_for(block),
         )
     return codes, factors

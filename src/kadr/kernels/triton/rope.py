@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.triton.common import block_of, device_of, inverse_rms, steps, warps_for
+from kadr.kernels.triton.common import broadcast_strides, device_of, inverse_rms, padded_row_size, warps_for
 
 
 @triton.jit
 def _norm_rope(
-    made,  # (B, N, D)
+    out,  # (B, N, D)
     x,
     weight,
     cosine,
@@ -24,29 +24,29 @@ def _norm_rope(
     sine_sample,
     sine_token,
     epsilon,
-    WIDTH: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One token of one sample."""
     row = tl.program_id(0)
     sample, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
+    inside = column < ROW_SIZE
     numbers = tl.load(x + sample * x_sample + token * x_token + column, inside, 0.0).to(tl.float32)
-    numbers *= inverse_rms(numbers, epsilon, WIDTH)
+    numbers *= inverse_rms(numbers, epsilon, ROW_SIZE)
     numbers *= tl.load(weight + column, inside, 0.0).to(tl.float32)
     cosines = tl.load(cosine + sample * cosine_sample + token * cosine_token + column, inside, 0.0).to(tl.float32)
     sines = tl.load(sine + sample * sine_sample + token * sine_token + column, inside, 0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(numbers, (BLOCK // 2, 2)))
     turned = numbers * cosines + tl.interleave(-odd, even) * sines
-    tl.store(made + row.to(tl.int64) * WIDTH + column, turned.to(made.dtype.element_ty), inside)
+    tl.store(out + row.to(tl.int64) * ROW_SIZE + column, turned.to(out.dtype.element_ty), inside)
 
 
 def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: float = 1e-5) -> Tensor:
     """See `reference.norm_rope`."""
     samples, tokens, width = x.shape
-    made, block = x.new_empty(x.shape), block_of(width)
-    places = [step for tensor in (x, cosine, sine) for step in steps(tensor)]
+    made, block = x.new_empty(x.shape), padded_row_size(width)
+    places = [step for tensor in (x, cosine, sine) for step in broadcast_strides(tensor)]
     with device_of(x):
         _norm_rope[(samples * tokens,)](
             made,
@@ -57,7 +57,7 @@ def norm_rope(x: Tensor, weight: Tensor, cosine: Tensor, sine: Tensor, epsilon: 
             tokens,
             *places,
             epsilon,
-            WIDTH=width,
+            ROW_SIZE=width,
             BLOCK=block,
             num_warps=warps_for(block),
         )
