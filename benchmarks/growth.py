@@ -72,7 +72,7 @@ def curves(works: Sequence[Work], enter: Callable[[Work, ExitStack], Iterator[An
     first = works[0]
     on_cuda, decoding = first.device.type == "cuda", first.stage == DECODE
     over = "frames" if decoding else "tokens"
-    x = [work.clip.frames if decoding else work.clip.grid.tokens for work in works]
+    x = [work.clip.frames if decoding else work.clip.grid.num_tokens for work in works]
     with ExitStack() as stack:
         ready = [each for work in works for each in enter(work, stack) if isinstance(each, Contender)]
         noted, failed = measure(
@@ -113,7 +113,7 @@ def streamed(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
     latents, level = work.given["latents"].to(parts.dtype), work.given["level"]
 
     def run() -> None:
-        for _ in vae.decode_stream(latents, level=level if work.vae.timestep_conditioning else None):
+        for _ in vae.decode_stream(latents, timestep=level if work.vae.timestep_conditioning else None):
             pass
 
     yield Contender(name="kadr auto", run=run, dtype=str(parts.dtype).removeprefix("torch."), own=True)

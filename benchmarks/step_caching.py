@@ -50,7 +50,7 @@ def counted(engine: Engine) -> Iterator[list[int]]:
     calls = [0]
     with engine.components.transformer(0, None) as transformer:
         hooks = [
-            layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for layer in transformer.layers
+            layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for layer in transformer.blocks
         ]
     yield calls
     for hook in hooks:

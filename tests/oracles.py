@@ -74,7 +74,7 @@ DIFFUSERS_VAES: Mapping[str, Mapping[str, Any]] = {
 
 def reduced(config: VAEConfig, *, width: int = 16, latent_channels: int = 12) -> VAEConfig:
     """The same blocks on few channels."""
-    return replace(config, encoder_width=width, decoder_width=width, latent_channels=latent_channels)
+    return replace(config, encoder_base_channels=width, decoder_base_channels=width, latent_channels=latent_channels)
 
 
 # Weights
@@ -92,7 +92,7 @@ def _adopt(oracle: Module, ours: nn.Module, names: Mapping[str, str]) -> Module:
 def official_vae_on_meta(config: VAEConfig) -> CausalVideoAutoencoder:
     """Built from our own header. The statistics are declared as its loader does when it meets them in a file."""
     with torch.device("meta"):
-        model = CausalVideoAutoencoder.from_config(config.header())
+        model = CausalVideoAutoencoder.from_config(config.to_header())
         model.register_buffer("mean_of_means", torch.empty(config.latent_channels))
         model.register_buffer("std_of_means", torch.empty(config.latent_channels))
     return model
@@ -105,12 +105,15 @@ def official_vae(ours: VAE) -> CausalVideoAutoencoder:
 
 
 def diffusers_vae_on_meta(config: VAEConfig, family: str) -> AutoencoderKLLTXVideo:
-    widths = {"block_out_channels": config.encoder_width, "decoder_block_out_channels": config.decoder_width}
+    widths = {
+        "block_out_channels": config.encoder_base_channels,
+        "decoder_block_out_channels": config.decoder_base_channels,
+    }
     released = dict(DIFFUSERS_VAES[family])
     for name, unit in widths.items():
         released[name] = tuple(unit * multiple for multiple in released[name])
     with torch.device("meta"):
-        return AutoencoderKLLTXVideo(latent_channels=config.latent_channels, patch_size=config.patch, **released)
+        return AutoencoderKLLTXVideo(latent_channels=config.latent_channels, patch_size=config.patch_size, **released)
 
 
 def diffusers_vae(ours: VAE, family: str) -> AutoencoderKLLTXVideo:
@@ -120,7 +123,7 @@ def diffusers_vae(ours: VAE, family: str) -> AutoencoderKLLTXVideo:
 
 def official_transformer_on_meta(config: TransformerConfig) -> Transformer3DModel:
     with torch.device("meta"):
-        return Transformer3DModel.from_config(config.header())
+        return Transformer3DModel.from_config(config.to_header())
 
 
 def official_transformer(ours: Transformer) -> Transformer3DModel:
@@ -131,13 +134,13 @@ def official_transformer(ours: Transformer) -> Transformer3DModel:
 def diffusers_transformer_on_meta(config: TransformerConfig) -> LTXVideoTransformer3DModel:
     with torch.device("meta"):
         return LTXVideoTransformer3DModel(
-            in_channels=config.channels,
-            out_channels=config.channels,
-            num_attention_heads=config.heads,
-            attention_head_dim=config.head_width,
+            in_channels=config.in_channels,
+            out_channels=config.in_channels,
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
             cross_attention_dim=config.width,
-            num_layers=config.layers,
-            caption_channels=config.text_width,
+            num_layers=config.num_layers,
+            caption_channels=config.caption_channels,
         )
 
 

@@ -35,24 +35,24 @@ def calculate_padding() -> Callable[..., tuple[int, int, int, int]]:
 
 def test_sides_snap_up_to_multiples_of_32_as_in_the_official_script() -> None:
     for side in SIDES:
-        assert Size(side, 64).snapped() == Size(((side - 1) // 32 + 1) * 32, 64)
-        assert Size(64, side).snapped() == Size(64, ((side - 1) // 32 + 1) * 32)
+        assert Size(side, 64).snap() == Size(((side - 1) // 32 + 1) * 32, 64)
+        assert Size(64, side).snap() == Size(64, ((side - 1) // 32 + 1) * 32)
 
 
 def test_snapping_twice_changes_nothing() -> None:
     for side in SIDES:
-        made = Size(side, side).snapped()
-        assert made.snapped() == made
-        assert made.margins() == (0, 0, 0, 0)
+        made = Size(side, side).snap()
+        assert made.snap() == made
+        assert made.padding() == (0, 0, 0, 0)
 
 
 def test_margins_are_those_of_the_official_calculate_padding(calculate_padding: Callable[..., Any]) -> None:
     for width in SIDES:
         for height in (1, 31, 32, 33, 100, 705):
             size = Size(width, height)
-            made = size.snapped()
-            assert size.margins() == calculate_padding(height, width, made.height, made.width)
-            left, right, top, bottom = size.margins()
+            made = size.snap()
+            assert size.padding() == calculate_padding(height, width, made.height, made.width)
+            left, right, top, bottom = size.padding()
             assert (left + width + right, top + height + bottom) == (made.width, made.height)
 
 
@@ -77,10 +77,10 @@ def test_frames_snap_up_to_8k_plus_1_as_in_the_official_script() -> None:
     ],
 )
 def test_grids_are_those_of_the_fact_sheet(size: Size, frames: int, grid: LatentGrid, tokens: int) -> None:
-    made = LatentGrid.of(size, frames)
+    made = LatentGrid.for_video(size, frames)
     assert made == grid
-    assert made.tokens == tokens
-    assert made.size == size.snapped()
+    assert made.num_tokens == tokens
+    assert made.video_size == size.snap()
     assert made.video_frames == snap_frames(frames)
 
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upsampler
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.models.vae import VAE, VAEConfig
-from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, Block
+from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, BlockConfig
 from kadr.sampling.schedules import Schedule
 
 MODEL = "model.safetensors"
@@ -44,8 +44,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def vae_config(family: str) -> VAEConfig:
     """The blocks of a released VAE, in their order, with one layer each and few channels."""
 
-    def thin(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
-        return tuple(replace(block, layers=min(block.layers, 1)) for block in blocks)
+    def thin(blocks: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
+        return tuple(replace(block, layers=min(block.num_layers, 1)) for block in blocks)
 
     full = VAES[family]
     return replace(
@@ -53,19 +53,24 @@ def vae_config(family: str) -> VAEConfig:
         encoder_blocks=thin(full.encoder_blocks),
         decoder_blocks=thin(full.decoder_blocks),
         latent_channels=CHANNELS,
-        encoder_width=8,
-        decoder_width=8,
+        encoder_base_channels=8,
+        decoder_base_channels=8,
     )
 
 
 def transformer_config(*, causal: bool = True, layers: int = 2) -> TransformerConfig:
     return TransformerConfig(
-        layers=layers, heads=4, head_width=16, text_width=TEXT_WIDTH, channels=CHANNELS, causal_positions=causal
+        num_layers=layers,
+        num_heads=4,
+        head_dim=16,
+        caption_channels=TEXT_WIDTH,
+        in_channels=CHANNELS,
+        causal_temporal_positioning=causal,
     )
 
 
 def t5_config() -> T5Config:
-    return T5Config(vocabulary=64, width=TEXT_WIDTH, layers=2, heads=3, head_width=8, hidden=40)
+    return T5Config(vocab_size=64, d_model=TEXT_WIDTH, num_layers=2, num_heads=3, d_kv=8, d_ff=40)
 
 
 def sown(build: Callable[[], Module], seed: int = 0) -> Module:
@@ -158,6 +163,8 @@ def write(
 
 def write_upscaler(path: Path, *, space: bool = True, time: bool = False, channels: int = CHANNELS) -> Path:
     """Write a latent upscaler, and return its path."""
-    config = UpsamplerConfig(channels=channels, width=32, blocks=1, space=space, time=time)
-    write_upsampler(path, sown(lambda: LatentUpsampler(config), 4))
+    config = UpscalerConfig(
+        in_channels=channels, mid_channels=32, num_blocks_per_stage=1, spatial_upsample=space, temporal_upsample=time
+    )
+    write_upsampler(path, sown(lambda: LatentUpscaler(config), 4))
     return path

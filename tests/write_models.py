@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from kadr.models.registry import LORA, MODELS, RELEASED, Recipe, Released
+from kadr.models.registry import LORA, MODEL_RELEASES, RELEASES, Recipe, Release
 from kadr.sampling.settings import Guidance, Pass
 from tests import doc_tables
 
@@ -41,12 +41,12 @@ PARTS = {
 def models() -> str:
     """The released models."""
     head = ("name", "transformer", "VAE", "text encoder", "upscaler", "recipe", "test")
-    return doc_tables.table(head, map(_model, MODELS))
+    return doc_tables.table(head, map(_model, MODEL_RELEASES))
 
 
 def parts() -> str:
     """The parts that models need."""
-    rest = [released for released in RELEASED if released not in MODELS]
+    rest = [released for released in RELEASES if released not in MODEL_RELEASES]
     of_kind = {LORA: LORA_TEST}
     tests = {part: PARTS.get(part.name, of_kind.get(part.kind, UPSCALER)) for part in rest}
     rows = [(f"`{part.name}`", part.kind, f"`{test}`") for part, test in tests.items()]
@@ -56,7 +56,7 @@ def parts() -> str:
 def recipes() -> str:
     """The passes of each recipe."""
     head = ("recipe", "pass", "steps or levels", "guidance", "STG", "rescale", "disturbed blocks", "at levels", "more")
-    named = {first_with(model.recipe): model.recipe for model in MODELS}
+    named = {first_with(model.recipe): model.recipe for model in MODEL_RELEASES}
     return doc_tables.table(head, [row for name, recipe in named.items() for row in _passes(name, recipe)])
 
 
@@ -65,14 +65,14 @@ TABLES: dict[str, Callable[[], str]] = {"models": models, "parts": parts, "recip
 
 def first_with(recipe: Recipe) -> str:
     """The first model that has a recipe, which is called by its name."""
-    return next(model.name for model in MODELS if model.recipe == recipe)
+    return next(model.name for model in MODEL_RELEASES if model.recipe == recipe)
 
 
-def _model(model: Released) -> tuple[str, ...]:
+def _model(model: Release) -> tuple[str, ...]:
     test = BUNDLED.get(model.name) or (FP8 if model.name.endswith("-fp8") else OFFICIAL)
     return (
         f"`{model.name}`",
-        SIZES[model.layers] if model.layers else "small",
+        SIZES[model.num_layers] if model.num_layers else "small",
         model.vae_family or (f"that of `{model.vae}`" if model.vae else "its own"),
         f"`{model.text_encoder}`" if model.text_encoder else "its own",
         f"`{model.upscaler}`" if model.upscaler else "–",
@@ -83,7 +83,7 @@ def _model(model: Released) -> tuple[str, ...]:
 
 def _passes(name: str, recipe: Recipe) -> Iterator[tuple[str, ...]]:
     first, second = ("first", "second") if recipe.multi_scale else ("only", "second, if asked for")
-    given = {first: recipe.first, second: recipe.second, "only, if asked for": recipe.alone}
+    given = {first: recipe.first_pass, second: recipe.second_pass, "only, if asked for": recipe.single_pass}
     for told, settings in given.items():
         if settings is not None:
             yield f"`{name}`", told, _timing(settings), *_guidance(settings.guidance), _more(settings)

@@ -130,7 +130,7 @@ def sharpened(engine: Engine, captions: Sequence[tuple[str, Scene]]) -> dict[str
     right = dict.fromkeys(PROPERTIES, 0)
     for seed, (caption, scene) in enumerate(captions):
         both = engine.generate(Request(prompt=caption, seed=seed, size=(256, 256), multi_scale=True))
-        first = engine.recipe.first
+        first = engine.recipe.first_pass
         alone = Request(prompt=caption, seed=seed, size=(128, 128), multi_scale=False).with_passes(first, None)
         resized = np.stack([np.asarray(Image.fromarray(f).resize((256, 256), Image.Resampling.BICUBIC))
                             for f in engine.generate(alone).frames])  # fmt: skip

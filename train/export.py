@@ -12,7 +12,7 @@ import torch
 from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upsampler
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upscaler import LatentUpsampler
+from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.sampling.schedules import Schedule
 from kadr.text.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ def _trimmed(text: T5Encoder, vocabulary: int) -> T5Encoder:
     """The encoder without the rows of its embedding that no token uses."""
     state = text.state_dict()
     state["embedding.weight"] = state["embedding.weight"][:vocabulary]
-    smaller = T5Encoder(replace(text.config, vocabulary=vocabulary))
+    smaller = T5Encoder(replace(text.config, vocab_size=vocabulary))
     smaller.load_state_dict(state)
     return smaller
 
@@ -43,7 +43,7 @@ def export(runs: Path, assets: Path) -> None:
     assets.mkdir(parents=True, exist_ok=True)
     both = build()
     both.load_state_dict(_averaged(runs, "tuned"))
-    vae, distilled, upsampler = VAE(DEMO_VAE), Transformer(DEMO_TRANSFORMER), LatentUpsampler(DEMO_UPSAMPLER)
+    vae, distilled, upsampler = VAE(DEMO_VAE), Transformer(DEMO_TRANSFORMER), LatentUpscaler(DEMO_UPSAMPLER)
     for module, name in ((vae, "vae"), (distilled, "distilled"), (upsampler, "upsampler")):
         module.load_state_dict(_averaged(runs, name))
     schedule, few = Schedule(sampler="LinearQuadratic"), Schedule(sampler="LinearQuadratic", allowed=LEVELS)

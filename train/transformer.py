@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kadr.models.t5 import T5Config, T5Encoder
-from kadr.models.t5 import initialise as initialise_t5
+from kadr.models.t5 import initialise_t5 as initialise_t5
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.nn.linear import Linear
 from kadr.nn.rope import Rope
-from kadr.nn.timestep_embedding import LevelEmbedding
+from kadr.nn.timestep_embedding import TimestepEmbedding
 from kadr.sampling.positions import positions
 from kadr.sampling.state import to_tokens
 from kadr.shapes import LatentGrid
@@ -32,8 +32,10 @@ from train.checkpointing import Average, Log, resume, save
 from train.optimizer import Optimizer, share_of_rate
 from train.scenes import CLIP_FRAMES, Scene, caption, render, vocabulary_corpus
 
-DEMO_T5 = T5Config(vocabulary=192, width=128, layers=2, heads=4, head_width=32, hidden=256)
-DEMO_TRANSFORMER = TransformerConfig(layers=8, heads=6, head_width=32, text_width=128, causal_positions=True)
+DEMO_T5 = T5Config(vocab_size=192, d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256)
+DEMO_TRANSFORMER = TransformerConfig(
+    num_layers=8, num_heads=6, head_dim=32, caption_channels=128, causal_temporal_positioning=True
+)
 FRAMES_PER_SECOND = 24
 GRID = LatentGrid(frames=4, height=4, width=4)
 
@@ -67,7 +69,7 @@ def make_tokenizer(folder: Path) -> Path:
         model_prefix=str(path),
         model_type="unigram",
         normalization_rule_name="identity",  # the default one carries a table ten times the size of everything else
-        vocab_size=DEMO_T5.vocabulary,
+        vocab_size=DEMO_T5.vocab_size,
         pad_id=0,
         eos_id=1,
         unk_id=2,
@@ -96,7 +98,7 @@ class World:
         for start in range(0, len(scenes), batch):
             pixels = render(scenes[start : start + batch], CLIP_FRAMES)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                mean = vae.moments(pixels).mean
+                mean = vae.encode_moments(pixels).mean
             made.append(vae.statistics.normalise(mean.float()).half())
             if start % (batch * 100) == 0:
                 print(f"encoded {start} of {len(scenes)} scenes", flush=True)
@@ -111,15 +113,15 @@ def initialise(text: T5Encoder, transformer: Transformer, seed: int) -> None:
         if isinstance(module, Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
             nn.init.zeros_(module.bias)
-        if isinstance(module, LevelEmbedding):
-            nn.init.normal_(module.first.weight, std=0.02, generator=generator)
-            nn.init.normal_(module.second.weight, std=0.02, generator=generator)
-    nn.init.zeros_(transformer.level_bends.weight)
-    nn.init.zeros_(transformer.patch_out.weight)
-    for layer in transformer.layers:
+        if isinstance(module, TimestepEmbedding):
+            nn.init.normal_(module.linear_1.weight, std=0.02, generator=generator)
+            nn.init.normal_(module.linear_2.weight, std=0.02, generator=generator)
+    nn.init.zeros_(transformer.adaln_linear.weight)
+    nn.init.zeros_(transformer.proj_out.weight)
+    for layer in transformer.blocks:
         nn.init.zeros_(layer.modulation)
         nn.init.zeros_(layer.text_attention.out.weight)
-    nn.init.zeros_(transformer.modulation)
+    nn.init.zeros_(transformer.scale_shift_table)
 
 
 def build() -> nn.ModuleDict:
@@ -134,9 +136,9 @@ class Trainer:
         self.world, self.tokenizer, self.recipe = world, tokenizer, recipe
         self.model = build()
         initialise(self.model["text"], self.model["transformer"], recipe.seed)
-        places = positions(GRID, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_positions)
+        places = positions(GRID, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_temporal_positioning)
         self.rope: Rope = self.model["transformer"].rope(places[None])
-        self.first = torch.arange(GRID.tokens) < GRID.height * GRID.width
+        self.first = torch.arange(GRID.num_tokens) < GRID.height * GRID.width
 
     def captions(self, rng: Random, chosen: list[int]) -> tuple[Tensor, Tensor]:
         """Ids and mask (B, L), cut to the longest caption of the batch: padding would change nothing."""

@@ -88,7 +88,7 @@ def encoded(vae: VAE, scenes: list[Scene], frames: int, starts: list[int], side:
         chosen = list(zip(scenes, starts, strict=True))[begin : begin + batch]
         pixels = torch.cat([render([scene], frames, (side, side), first_frame=start) for scene, start in chosen])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mean = vae.moments(pixels).mean
+            mean = vae.encode_moments(pixels).mean
         made.append(vae.statistics.normalise(mean.float()).half())
     return torch.cat(made)
 
@@ -178,10 +178,10 @@ class Trainer:
         state = self.given(rng, batch, state)
         tokens = shaken(state, level, self.recipe.image_noise)
         said = velocities(self.model["transformer"], self.model["text"], state, tokens, level, batch)
-        free = torch.ones(batch.grid.tokens, dtype=torch.bool)
+        free = torch.ones(batch.grid.num_tokens, dtype=torch.bool)
         if state.strength is not None:
-            free = state.strength[0, : batch.grid.tokens] == 0
-        return squared_error(said[:, : batch.grid.tokens], target, free)
+            free = state.strength[0, : batch.grid.num_tokens] == 0
+        return squared_error(said[:, : batch.grid.num_tokens], target, free)
 
 
 def tokenized(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,9 @@ def tokenized(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 def places(grid: LatentGrid, start: int = 0) -> Tensor:
     """Positions of a grid that begins at pixel frame `start`."""
-    return positions(grid, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_positions, first_frame=start)
+    return positions(
+        grid, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_temporal_positioning, first_frame=start
+    )
 
 
 def noised(batch: Batch, noise: Tensor, level: Tensor | None = None) -> tuple[LatentState, Tensor, Tensor]:
@@ -219,7 +221,9 @@ def velocities(
     # On a CPU the fused attention's backward takes three times as long as plain products at 64 tokens.
     with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         encoding = text(batch.ids, batch.mask)
-        return transformer(tokens, transformer.rope(state.positions[None]), encoding, batch.mask, state.levels(level))
+        return transformer(
+            tokens, transformer.compute_rope(state.positions[None]), encoding, batch.mask, state.levels(level)
+        )
 
 
 def tune(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> nn.ModuleDict:

@@ -14,7 +14,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.models.vae import VAE
 from train.checkpointing import Average, Log, resume, save
 from train.optimizer import Optimizer, share_of_rate
@@ -22,7 +22,9 @@ from train.scenes import CLIP_FRAMES
 from train.tuning import Recipe as Tuning
 from train.tuning import encoded, worlds
 
-DEMO_UPSAMPLER = UpsamplerConfig(channels=128, width=96, blocks=1, space=True, time=False)
+DEMO_UPSAMPLER = UpscalerConfig(
+    in_channels=128, mid_channels=96, num_blocks_per_stage=1, spatial_upsample=True, temporal_upsample=False
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,11 @@ def _pairs(folder: Path, vae: VAE, recipe: Tuning) -> tuple[Tensor, Tensor]:
     return torch.load(path, weights_only=True), large
 
 
-def train(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> LatentUpsampler:
+def train(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> LatentUpscaler:
     """Train, or go on from `folder`/upsampler.pt; returns the averaged weights."""
     torch.manual_seed(recipe.seed)
     small, large = _pairs(folder, vae, Tuning())
-    model = LatentUpsampler(DEMO_UPSAMPLER)
+    model = LatentUpscaler(DEMO_UPSAMPLER)
     average = Average(model, recipe.average)
     optimizer = Optimizer(model, is_matrix=_is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate)
     parts = {"model": model, "average": average.model, "optimizer": optimizer}
@@ -64,7 +66,7 @@ def train(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> LatentUpsampler:
         rng = Random(recipe.seed * 1_000_003 + step)
         chosen = [rng.randrange(len(small)) for _ in range(recipe.batch)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            made = model(vae.statistics.restore(small[chosen].float()))
+            made = model(vae.statistics.denormalise(small[chosen].float()))
         loss = (vae.statistics.normalise(made.float()) - large[chosen].float()).square().mean()
         loss.backward()
         optimizer.step(share_of_rate(step, recipe.steps, warmup=20, decay=0.6))

@@ -16,15 +16,15 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from kadr.models.vae import VAE, Block, VAEConfig
-from kadr.nn.timestep_embedding import LevelEmbedding
+from kadr.models.vae import VAE, BlockConfig, VAEConfig
+from kadr.nn.timestep_embedding import TimestepEmbedding
 from train.checkpointing import Average, Log, resume, save
 from train.optimizer import Optimizer, share_of_rate
 from train.scenes import Scene, render
 
 
-def _block(kind: str, **detail: int | bool) -> Block:
-    return Block(kind=kind, **detail)  # type: ignore[arg-type]
+def _block(kind: str, **detail: int | bool) -> BlockConfig:
+    return BlockConfig(kind=kind, **detail)  # type: ignore[arg-type]
 
 
 DEMO_VAE = VAEConfig(
@@ -46,9 +46,9 @@ DEMO_VAE = VAEConfig(
         _block("res_x", layers=1),
     ),
     timestep_conditioning=True,
-    patch=8,
-    encoder_width=32,
-    decoder_width=32,
+    patch_size=8,
+    encoder_base_channels=32,
+    decoder_base_channels=32,
 )
 
 
@@ -74,9 +74,9 @@ class Recipe:
 def initialise(vae: VAE) -> None:
     """Start every modulation at nothing: tables and the last layer of each level embedding at zero."""
     for module in vae.modules():
-        if isinstance(module, LevelEmbedding):
-            nn.init.zeros_(module.second.weight)
-            nn.init.zeros_(module.second.bias)
+        if isinstance(module, TimestepEmbedding):
+            nn.init.zeros_(module.linear_2.weight)
+            nn.init.zeros_(module.linear_2.bias)
     for name, parameter in vae.named_parameters():
         if name.endswith("modulation"):
             nn.init.zeros_(parameter)
@@ -90,13 +90,13 @@ def clips(rng: Random, batch: int, frames: int) -> Tensor:
 
 def loss_of(vae: VAE, pixels: Tensor, recipe: Recipe, *, statistics_rate: float) -> tuple[Tensor, float]:
     """The loss of one batch, and its PSNR in dB against pixels in [-1, 1]."""
-    moments = vae.moments(pixels)
+    moments = vae.encode_moments(pixels)
     latents = moments.sample(torch.randn_like(moments.mean))
     _follow(vae, moments.mean.detach().float(), statistics_rate)
     level = torch.rand(len(pixels)) * recipe.highest_level
     share = (level * torch.rand(len(pixels)))[:, None, None, None, None]
     normal = vae.statistics.normalise(latents)
-    restored = vae.decode((1 - share) * normal + share * torch.randn_like(normal), level=level)
+    restored = vae.decode((1 - share) * normal + share * torch.randn_like(normal), timestep=level)
     error = restored - pixels
     squared = error.square().mean()
     variance = moments.log_variance.clamp(-30, 20)
@@ -110,7 +110,7 @@ def _follow(vae: VAE, mean: Tensor, rate: float) -> None:
     """Let the latent statistics follow the encoder while it changes."""
     axes = (0, 2, 3, 4)
     vae.statistics.mean.lerp_(mean.mean(axes), rate)
-    vae.statistics.deviation.lerp_(mean.std(axes), rate)
+    vae.statistics.std.lerp_(mean.std(axes), rate)
 
 
 def _batches(rng: Random, recipe: Recipe, step: int) -> Iterator[Tensor]:

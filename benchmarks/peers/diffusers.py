@@ -103,7 +103,7 @@ def whole(work: Work, change: Change) -> Callable[[], Tensor]:
         transformer=change(transformer(work)),
     )
     pipeline.set_progress_bar_config(disable=True)
-    _give_noise(pipeline, NoiseStreams(SEED).draw("initial", (1, work.transformer.channels, *_sides(work))))
+    _give_noise(pipeline, NoiseStreams(SEED).draw("initial", (1, work.transformer.in_channels, *_sides(work))))
     prompt, negative = (text.encoding.to(work.dtype) for text in texts)
     settings = {
         "prompt_embeds": prompt,

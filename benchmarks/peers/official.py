@@ -46,7 +46,7 @@ def velocity(work: Work) -> tuple[Callable[[], Tensor], int]:
 def decoded(work: Work) -> tuple[Callable[[], Tensor], int]:
     ours = work.checkpoint.load_vae(work.dtype)
     module = official_vae(ours).to(work.device)
-    latents = ours.statistics.to(work.device).restore(work.given["latents"].to(work.dtype))
+    latents = ours.statistics.to(work.device).denormalise(work.given["latents"].to(work.dtype))
     level = work.given["level"] if work.vae.timestep_conditioning else None
     shape = (1, 3, work.clip.frames, work.clip.size.height, work.clip.size.width)
     return lambda: module.decode(latents, target_shape=shape, timestep=level).sample, stored_bytes(module.decoder)

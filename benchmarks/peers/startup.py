@@ -41,23 +41,25 @@ def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
 def thin() -> VAEConfig:
     """A VAE of the 0.9.5 layout with one residual layer a stage."""
     encoder, decoder = (
-        tuple(replace(block, layers=min(block.layers, 1)) for block in blocks)
+        tuple(replace(block, layers=min(block.num_layers, 1)) for block in blocks)
         for blocks in (VAE_0_9_5.encoder_blocks, VAE_0_9_5.decoder_blocks)
     )
-    return replace(VAE_0_9_5, encoder_blocks=encoder, decoder_blocks=decoder, encoder_width=8, decoder_width=WIDTH)
+    return replace(
+        VAE_0_9_5, encoder_blocks=encoder, decoder_blocks=decoder, encoder_base_channels=8, decoder_base_channels=WIDTH
+    )
 
 
 def written(work: Work, folder: Path) -> Path:
     """The folder, as `from_pretrained` reads it."""
     config, released = thin(), dict(DIFFUSERS_VAES["0.9.5"])
-    for name, unit in (("block_out_channels", config.encoder_width), ("decoder_block_out_channels", WIDTH)):
+    for name, unit in (("block_out_channels", config.encoder_base_channels), ("decoder_block_out_channels", WIDTH)):
         released[name] = tuple(unit * multiple for multiple in released[name])
     for name in ("layers_per_block", "decoder_layers_per_block"):
         released[name] = (1,) * len(released[name])
     torch.manual_seed(0)
     pipeline = LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLLTXVideo(latent_channels=config.latent_channels, patch_size=config.patch, **released),
+        vae=AutoencoderKLLTXVideo(latent_channels=config.latent_channels, patch_size=config.patch_size, **released),
         text_encoder=T5EncoderModel.from_pretrained(work.source.text / "text_encoder", dtype=torch.float32),
         tokenizer=AutoTokenizer.from_pretrained(work.source.text / "tokenizer"),
         transformer=transformer(work).float(),

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from kadr.errors import RequestError
 
-SPATIAL = 32  # pixels per latent position, each way
-TEMPORAL = 8  # frames per latent frame, after the first
+SPATIAL_COMPRESSION = 32  # pixels per latent position, each way
+TEMPORAL_COMPRESSION = 8  # frames per latent frame, after the first
 MAXIMUM_SIDE = 8192  # pixels; above this no released model makes a picture and a typing error is likelier
 MAXIMUM_FRAMES = 36001  # twenty minutes at 30 per second
-MAXIMUM_AT_ONCE = 4097  # in one sampling; more are made in windows
+MAX_WINDOW_FRAMES = 4097  # in one sampling; more are made in windows
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,16 @@ class Size:
             raise RequestError(f"size is {text!r}; write WIDTHxHEIGHT in pixels, such as 704x480.")
         return cls(int(width), int(height))
 
-    def snapped(self) -> Size:
+    def snap(self) -> Size:
         """The next size up whose sides are multiples of 32."""
-        return Size(-(-self.width // SPATIAL) * SPATIAL, -(-self.height // SPATIAL) * SPATIAL)
+        return Size(
+            -(-self.width // SPATIAL_COMPRESSION) * SPATIAL_COMPRESSION,
+            -(-self.height // SPATIAL_COMPRESSION) * SPATIAL_COMPRESSION,
+        )
 
-    def margins(self) -> tuple[int, int, int, int]:
+    def padding(self) -> tuple[int, int, int, int]:
         """(left, right, top, bottom) pixels by which `snapped()` is larger; an odd pixel goes right and below."""
-        made = self.snapped()
+        made = self.snap()
         across, down = made.width - self.width, made.height - self.height
         return across // 2, across - across // 2, down // 2, down - down // 2
 
@@ -59,7 +62,7 @@ def snap_frames(frames: int) -> int:
         raise RequestError(f"frames is {frames!r}; it must be a whole number.")
     if not 1 <= frames <= MAXIMUM_FRAMES:
         raise RequestError(f"frames is {frames}; it must lie between 1 and {MAXIMUM_FRAMES}.")
-    return -(-(frames - 1) // TEMPORAL) * TEMPORAL + 1
+    return -(-(frames - 1) // TEMPORAL_COMPRESSION) * TEMPORAL_COMPRESSION + 1
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,23 @@ class LatentGrid:
     width: int
 
     @classmethod
-    def of(cls, size: Size, frames: int) -> LatentGrid:
+    def for_video(cls, size: Size, frames: int) -> LatentGrid:
         """The grid for a picture size and frame count, both snapped up first."""
-        made = size.snapped()
-        return cls((snap_frames(frames) - 1) // TEMPORAL + 1, made.height // SPATIAL, made.width // SPATIAL)
+        made = size.snap()
+        return cls(
+            (snap_frames(frames) - 1) // TEMPORAL_COMPRESSION + 1,
+            made.height // SPATIAL_COMPRESSION,
+            made.width // SPATIAL_COMPRESSION,
+        )
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return self.frames * self.height * self.width
 
     @property
-    def size(self) -> Size:
-        return Size(self.width * SPATIAL, self.height * SPATIAL)
+    def video_size(self) -> Size:
+        return Size(self.width * SPATIAL_COMPRESSION, self.height * SPATIAL_COMPRESSION)
 
     @property
     def video_frames(self) -> int:
-        return (self.frames - 1) * TEMPORAL + 1
+        return (self.frames - 1) * TEMPORAL_COMPRESSION + 1

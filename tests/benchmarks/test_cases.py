@@ -20,7 +20,7 @@ from kadr.planning.flops import disturbed_flops, transformer_flops
 from kadr.planning.vae_flops import decoder_flops
 from tests.tiny_models import vae_config
 
-SMALL = TransformerConfig(layers=3, heads=4, head_width=16, text_width=4096)
+SMALL = TransformerConfig(num_layers=3, num_heads=4, head_dim=16, caption_channels=4096)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_random_models_are_written_once_and_open_as_any_other(tmp_path: Path) ->
         written = source.path.stat().st_mtime_ns
         detected = Checkpoint.open(source.path).detected
         assert detected.transformer is not None
-        assert detected.transformer.layers == 2
+        assert detected.transformer.num_layers == 2
         assert detected.vae_family is None or detected.vae_family == "0.9.5"
     with opened("2b", chosen, tmp_path / "kept") as source:
         assert source.path.stat().st_mtime_ns == written
@@ -113,8 +113,8 @@ def demo_work(name: str) -> Work:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_products_of_the_whole_way_are_those_of_its_evaluations_and_the_decoder(name: str) -> None:
     work = demo_work(name)
-    chosen = schedule(name, work.transformer.layers)
-    tokens, guidance = work.clip.grid.tokens, chosen.guidance
+    chosen = schedule(name, work.transformer.num_layers)
+    tokens, guidance = work.clip.grid.num_tokens, chosen.guidance
     once = transformer_flops(work.transformer, tokens, text=LENGTH)
     each = once * (1 + (guidance.scale > 1))  # type: ignore[operator]
     if guidance.stg:

@@ -50,7 +50,7 @@ def test_growth_of_the_demo_is_measured_told_and_drawn(tmp_path: Path, monkeypat
         ("decode", "official"),
         ("decode's memory", "official"),
     ]
-    assert made["curves"][0]["x"] == [Clip(Size(side, side), 25).grid.tokens for side in (64, 128)]
+    assert made["curves"][0]["x"] == [Clip(Size(side, side), 25).grid.num_tokens for side in (64, 128)]
     assert [curve["expected"] for curve in made["curves"] if "memory" in curve["what"]] == [0.0, 1.0]
     page, picture = tmp_path / "page.md", tmp_path / "images" / "growth.svg"
     page.write_text("".join("".join(doc_tables.marks(name)) for name in (report.MEASURED, report.GROWTH)))

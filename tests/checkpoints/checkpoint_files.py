@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kadr.checkpoints import keys
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.sampling.schedules import Schedule
@@ -24,10 +24,12 @@ from kadr.sampling.schedules import Schedule
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I64": 8}
 Shapes = dict[str, tuple[int, ...]]
 
-SMALL_TRANSFORMER = TransformerConfig(layers=2, heads=2, head_width=16, text_width=24, channels=12)
-SMALL_VAE = replace(VAE_0_9_5, encoder_width=16, decoder_width=16, latent_channels=12)
-SMALL_T5 = T5Config(vocabulary=160, width=32, layers=2, heads=2, head_width=8, hidden=48)
-SMALL_UPSAMPLER = UpsamplerConfig(channels=12, width=32, blocks=2, space=True, time=False)
+SMALL_TRANSFORMER = TransformerConfig(num_layers=2, num_heads=2, head_dim=16, caption_channels=24, in_channels=12)
+SMALL_VAE = replace(VAE_0_9_5, encoder_base_channels=16, decoder_base_channels=16, latent_channels=12)
+SMALL_T5 = T5Config(vocab_size=160, d_model=32, num_layers=2, num_heads=2, d_kv=8, d_ff=48)
+SMALL_UPSAMPLER = UpscalerConfig(
+    in_channels=12, mid_channels=32, num_blocks_per_stage=2, spatial_upsample=True, temporal_upsample=False
+)
 LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
 
 
@@ -59,8 +61,8 @@ def t5_shapes(config: T5Config) -> Shapes:
     return {theirs: tuple(state[ours].shape) for ours, theirs in keys.names(keys.T5, state).items()}
 
 
-def upsampler_shapes(config: UpsamplerConfig) -> Shapes:
-    state = on_meta(lambda: LatentUpsampler(config)).state_dict()
+def upsampler_shapes(config: UpscalerConfig) -> Shapes:
+    state = on_meta(lambda: LatentUpscaler(config)).state_dict()
     return {theirs: tuple(state[ours].shape) for ours, theirs in keys.names(keys.UPSAMPLER, state).items()}
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from kadr.checkpoints import keys
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
-from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.models.vae import VAE
 from tests.oracles import (
     VAES,
@@ -96,7 +96,7 @@ def test_every_tensor_of_the_text_encoder_is_named_once_with_its_shape():
     config = transformers.T5Config(
         vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240, feed_forward_proj="gated-gelu"
     )
-    xxl = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+    xxl = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
     expected = shapes(on_meta(lambda: transformers.T5EncoderModel(config)))
     unused = {name: expected.pop(name) for name in keys.T5_UNUSED}
     ours = on_meta(lambda: T5Encoder(xxl))
@@ -106,7 +106,7 @@ def test_every_tensor_of_the_text_encoder_is_named_once_with_its_shape():
 
 @pytest.mark.parametrize("space, time", [(True, False), (False, True), (True, True)])
 def test_every_tensor_of_the_upscaler_is_named_once_with_its_shape_in_both_layouts(space, time):
-    ours = on_meta(lambda: LatentUpsampler(UpsamplerConfig(space=space, time=time)))
+    ours = on_meta(lambda: LatentUpscaler(UpscalerConfig(spatial_upsample=space, temporal_upsample=time)))
     official = on_meta(lambda: OfficialUpsampler(spatial_upsample=space, temporal_upsample=time))
     diffusers = on_meta(lambda: LTXLatentUpsamplerModel(spatial_upsample=space, temporal_upsample=time))
     assert translated(ours, keys.UPSAMPLER) == shapes(official)

@@ -25,7 +25,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upscaler import LatentUpsampler
+from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.quant.layers import ScaledLinear
 from tests.checkpoints.checkpoint_files import (
@@ -110,7 +110,7 @@ def test_a_converted_module_keeps_nothing_of_the_file(path: Path) -> None:
 
 
 def test_loading_400_megabytes_in_their_stored_dtype_takes_no_memory(tmp_path: Path) -> None:
-    large = replace(SMALL_T5, vocabulary=200_000, width=1024)
+    large = replace(SMALL_T5, vocab_size=200_000, d_model=1024)
     sparse(tmp_path / "model.safetensors", t5_shapes(large), dtype="F16")
     (tmp_path / "config.json").write_text(json.dumps(t5_config(large)))
     opened = TextEncoderFolder.open(tmp_path)
@@ -124,12 +124,12 @@ def test_loading_400_megabytes_in_their_stored_dtype_takes_no_memory(tmp_path: P
 def t5_config(config: T5Config) -> dict[str, object]:
     return {
         "model_type": "t5",
-        "vocab_size": config.vocabulary,
-        "d_model": config.width,
-        "num_layers": config.layers,
-        "num_heads": config.heads,
-        "d_kv": config.head_width,
-        "d_ff": config.hidden,
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "d_kv": config.d_kv,
+        "d_ff": config.d_ff,
         "feed_forward_proj": "gated-gelu",
     }
 
@@ -236,10 +236,10 @@ def test_without_their_scales_they_would_be_other_weights(path: Path) -> None:
 def evaluated(transformer: Transformer) -> torch.Tensor:
     """An answer of the transformer to fixed tokens."""
     config, generator = transformer.config, torch.Generator().manual_seed(5)
-    dtype = transformer.modulation.dtype
-    tokens = torch.randn(2, 6, config.channels, generator=generator).to(dtype)
-    text = torch.randn(2, 3, config.text_width, generator=generator).to(dtype)
-    rope = transformer.rope(torch.rand(2, 3, 6, generator=generator) * 50)
+    dtype = transformer.scale_shift_table.dtype
+    tokens = torch.randn(2, 6, config.in_channels, generator=generator).to(dtype)
+    text = torch.randn(2, 3, config.caption_channels, generator=generator).to(dtype)
+    rope = transformer.compute_rope(torch.rand(2, 3, 6, generator=generator) * 50)
     with torch.no_grad():
         return transformer(tokens, rope, text, None, torch.tensor([[1.0], [0.3]]))
 
@@ -368,11 +368,11 @@ def test_the_half_that_is_not_asked_for_is_accounted_for(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def upsampler() -> LatentUpsampler:
-    return sown(lambda: LatentUpsampler(SMALL_UPSAMPLER))
+def upsampler() -> LatentUpscaler:
+    return sown(lambda: LatentUpscaler(SMALL_UPSAMPLER))
 
 
-def test_an_upscaler_is_loaded_in_float32_unless_asked_otherwise(tmp_path: Path, upsampler: LatentUpsampler) -> None:
+def test_an_upscaler_is_loaded_in_float32_unless_asked_otherwise(tmp_path: Path, upsampler: LatentUpscaler) -> None:
     write_upsampler(tmp_path / "x.safetensors", upsampler, dtype=torch.bfloat16)
     checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
     assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upsampler())} == {torch.float32}
@@ -380,7 +380,7 @@ def test_an_upscaler_is_loaded_in_float32_unless_asked_otherwise(tmp_path: Path,
     assert same(checkpoint.load_upsampler(torch.bfloat16), upsampler, torch.bfloat16)
 
 
-def test_an_upscaler_is_accounted_for_in_both_directions(tmp_path: Path, upsampler: LatentUpsampler) -> None:
+def test_an_upscaler_is_accounted_for_in_both_directions(tmp_path: Path, upsampler: LatentUpscaler) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["res_blocks.0.conv3.bias"] = tensors.pop("res_blocks.0.conv1.bias")
 

@@ -22,7 +22,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upscaler import LatentUpsampler
+from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedules import Schedule
@@ -83,7 +83,7 @@ def test_the_official_transformer_loads_the_file_and_computes_the_same(path: Pat
         timestep=level,
         return_dict=False,
     )[0]
-    assert relative(transformer(noise, transformer.rope(where), text, mask, level), theirs) < 1e-5
+    assert relative(transformer(noise, transformer.compute_rope(where), text, mask, level), theirs) < 1e-5
 
 
 @torch.inference_mode()
@@ -93,9 +93,9 @@ def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, f
     write_single_file(tmp_path / "x.safetensors", vae=ours, schedule=LINEAR_QUADRATIC, dtype=torch.float32)
     official = CausalVideoAutoencoder.from_pretrained(tmp_path / "x.safetensors").eval()
     assert torch.equal(official.mean_of_means, ours.statistics.mean)
-    assert torch.equal(official.std_of_means, ours.statistics.deviation)
+    assert torch.equal(official.std_of_means, ours.statistics.std)
     pixels = drawn(1, 3, 9, 32, 32)
-    assert relative(ours.moments(pixels).mean, official.encode(pixels).latent_dist.mean) < 1e-5
+    assert relative(ours.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) < 1e-5
     assert set(official.state_dict()) - {"mean_of_means", "std_of_means"} == {
         name for name in keys.names(keys.VAE, ours.state_dict()).values() if "statistics" not in name
     }
@@ -104,7 +104,7 @@ def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, f
 @torch.inference_mode()
 @pytest.mark.parametrize("space, time", [(True, False), (False, True), (True, True)])
 def test_the_official_upscaler_loads_the_file_and_computes_the_same(tmp_path: Path, space: bool, time: bool) -> None:
-    ours = sown(lambda: LatentUpsampler(replace(SMALL_UPSAMPLER, space=space, time=time)))
+    ours = sown(lambda: LatentUpscaler(replace(SMALL_UPSAMPLER, spatial_upsample=space, temporal_upsample=time)))
     path = tmp_path / "x.safetensors"
     write_upsampler(path, ours, metadata={"trained_on": "shapes"})
     latents = drawn(1, 12, 2, 3, 3)
@@ -138,7 +138,7 @@ def test_safetensors_reads_the_file_and_finds_the_metadata(path: Path, transform
     with safe_open(path, "pt") as file:
         metadata, names = file.metadata(), set(file.keys())
         first = file.get_tensor("model.diffusion_model.patchify_proj.weight")
-    assert torch.equal(first, transformer.patch_in.weight)
+    assert torch.equal(first, transformer.proj_in.weight)
     assert metadata["trained_on"] == "shapes"
     assert metadata["format"] == "pt"
     config = json.loads(metadata["config"])
@@ -241,7 +241,7 @@ def test_a_text_encoder_is_described(text: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "some.model").write_bytes(train())
-    encoder = sown(lambda: T5Encoder(replace(SMALL_T5, vocabulary=149)))
+    encoder = sown(lambda: T5Encoder(replace(SMALL_T5, vocab_size=149)))
     write_text_encoder(tmp_path, encoder, tmp_path / "some.model")
     with pytest.raises(CheckpointError, match="numbers up to 149, the encoder's vocabulary ends at 148"):
         TextEncoderFolder.open(tmp_path).tokenizer()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from kadr.media.writer import VideoWriter
-from kadr.models.registry import Released
+from kadr.models.registry import Release
 from kadr.pipeline import dry_run
 from kadr.shapes import Size
 from kadr.spec import locate
@@ -48,7 +48,7 @@ The transformer is asked 7 times.
 def nothing_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An empty working directory, and no model but the demo."""
 
-    def on_disk(released: Released) -> Path | None:
+    def on_disk(released: Release) -> Path | None:
         return locate.on_disk(released) if released.repo is None else None
 
     monkeypatch.setattr(dry_run, "on_disk", on_disk)

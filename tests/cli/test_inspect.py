@@ -13,7 +13,7 @@ import torch
 from kadr.checkpoints.save import write_upsampler
 from kadr.cli.terminal.table import columns, in_words
 from kadr.media.writer import VideoWriter
-from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.shapes import Size
 from tests import lora_files, tiny_models
 from tests.cli.conftest import Ended
@@ -41,7 +41,7 @@ def test_checkpoint_is_described_in_json(kadr: Run, home: Path) -> None:
     assert (told["family"], told["layout"], told["vae_family"]) == ("LTX-Video", "single file", "0.9.5")
     parts = {part["name"]: part for part in told["parts"]}
     assert parts["transformer"]["sizes"]["layers"] == 2
-    assert parts["text encoder"]["sizes"]["vocabulary"] == tiny_models.t5_config().vocabulary
+    assert parts["text encoder"]["sizes"]["vocabulary"] == tiny_models.t5_config().vocab_size
     whole = (home / tiny_models.MODEL).stat().st_size
     assert 0.9 * whole < parts["transformer"]["bytes"] + parts["vae"]["bytes"] < whole
 
@@ -89,7 +89,11 @@ def test_a_name_that_is_on_disk_is_inspected(kadr: Run) -> None:
 
 
 def test_upscaler_is_described_and_misses_nothing(kadr: Run, tmp_path: Path) -> None:
-    upsampler = LatentUpsampler(UpsamplerConfig(channels=8, width=32, blocks=1, space=False, time=True))
+    upsampler = LatentUpscaler(
+        UpscalerConfig(
+            in_channels=8, mid_channels=32, num_blocks_per_stage=1, spatial_upsample=False, temporal_upsample=True
+        )
+    )
     write_upsampler(tmp_path / "u.safetensors", upsampler)
     ended = kadr("inspect", tmp_path / "u.safetensors")
     assert ended.code == 0, ended.err

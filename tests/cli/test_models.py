@@ -11,7 +11,14 @@ import pytest
 
 from kadr.checkpoints import hub
 from kadr.cli.commands import pull, verify
-from kadr.models.registry import HUB, RELEASED, TEXT, TEXT_GGUF, TEXT_HUB, find
+from kadr.models.registry import (
+    LTX_VIDEO_REPO,
+    RELEASES,
+    TEXT_ENCODER,
+    TEXT_ENCODER_GGUF,
+    TEXT_ENCODER_REPO,
+    find_release,
+)
 from tests.cli.conftest import Ended
 from tests.fakehub import FakeHub, digest, serving
 
@@ -29,8 +36,8 @@ MODEL_FILE = f"{NAME}.safetensors"
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with serving(monkeypatch, tmp_path / "hub") as server:
-        server.repos[HUB] = dict(FILES)
-        server.repos[TEXT_HUB] = {**TEXT_FILES, "transformer/model.safetensors": b"of another model"}
+        server.repos[LTX_VIDEO_REPO] = dict(FILES)
+        server.repos[TEXT_ENCODER_REPO] = {**TEXT_FILES, "transformer/model.safetensors": b"of another model"}
         yield server
 
 
@@ -50,8 +57,8 @@ def test_list_has_every_name_with_its_kind(kadr: Run, words: list[str]) -> None:
     assert ended.code == 0, ended.err
     head, *rows = ended.out.splitlines()
     assert head.split() == ["name", "kind", "version", "bytes", "on", "disk", "licence"]
-    assert [row.split()[0] for row in rows] == [released.name for released in RELEASED]
-    assert all(released.kind in row for released, row in zip(RELEASED, rows, strict=True))
+    assert [row.split()[0] for row in rows] == [released.name for released in RELEASES]
+    assert all(released.kind in row for released, row in zip(RELEASES, rows, strict=True))
     assert "kadr models pull NAME" in ended.err
     assert "kadr generate --model" in ended.err
 
@@ -61,10 +68,10 @@ def test_list_says_what_is_on_disk_and_how_large_it_is(kadr: Run, remote: FakeHu
     for words in (["models", "--json"], ["models", "list", "--json"]):
         entries = {entry["name"]: entry for entry in json.loads(kadr(*words).out)}
         here = {name for name, entry in entries.items() if entry["on_disk"] and entry["repo"]}
-        assert here == {NAME, UPSCALER, TEXT}
+        assert here == {NAME, UPSCALER, TEXT_ENCODER}
         assert entries[NAME]["bytes"] == len(FILES[MODEL_FILE])
-        assert entries[TEXT]["bytes"] == sum(map(len, TEXT_FILES.values()))
-        assert (entries[UPSCALER]["kind"], entries[UPSCALER]["repo"]) == ("spatial upscaler", HUB)
+        assert entries[TEXT_ENCODER]["bytes"] == sum(map(len, TEXT_FILES.values()))
+        assert (entries[UPSCALER]["kind"], entries[UPSCALER]["repo"]) == ("spatial upscaler", LTX_VIDEO_REPO)
         assert entries["ltxv-13b-0.9.8-dev"]["bytes"] == 28_579_000_000
 
 
@@ -84,9 +91,9 @@ def test_list_shows_a_file_of_another_size_than_the_registry_states(
 
 @pytest.mark.parametrize("share, wrong", [(0.5, True), (0.98, True), (0.995, False), (1.005, False), (1.02, True)])
 def test_sizes_are_right_to_within_a_percent(share: float, wrong: bool) -> None:
-    entry = find(NAME)
+    entry = find_release(NAME)
     assert verify.wrong_size(entry, round(share * (entry.size_bytes or 0))) is wrong
-    assert not verify.wrong_size(find("demo"), 1)
+    assert not verify.wrong_size(find_release("demo"), 1)
 
 
 def test_pull_brings_all_that_a_model_needs_and_prints_where_it_lies(kadr: Run, remote: FakeHub) -> None:
@@ -99,8 +106,8 @@ def test_pull_brings_all_that_a_model_needs_and_prints_where_it_lies(kadr: Run, 
     assert sorted(name for name, _ in remote.taken) == sorted([MODEL_FILE, f"{UPSCALER}.safetensors", *TEXT_FILES])
     # Said before: licences, what is to come, and how much that is together.
     said = ended.err.splitlines()
-    assert f"licence of {NAME}, {UPSCALER}: {find(NAME).licence}" in said
-    assert f"licence of {TEXT}: Apache-2.0" in said
+    assert f"licence of {NAME}, {UPSCALER}: {find_release(NAME).licence}" in said
+    assert f"licence of {TEXT_ENCODER}: Apache-2.0" in said
     assert f"{NAME} is to be fetched: 3.5 k bytes" in said
     assert "together 6.31 k bytes" in said
 
@@ -112,25 +119,25 @@ def test_pull_leaves_alone_what_is_there(kadr: Run, remote: FakeHub, offline: Ca
     again = kadr("models", "pull", NAME)
     assert (again.code, again.out) == (0, first.out)
     assert remote.taken == []
-    assert f"{TEXT} is there already" in again.err
+    assert f"{TEXT_ENCODER} is there already" in again.err
 
 
 def test_pull_takes_only_what_is_missing(kadr: Run, remote: FakeHub) -> None:
-    assert kadr("models", "pull", TEXT).code == 0
+    assert kadr("models", "pull", TEXT_ENCODER).code == 0
     remote.taken.clear()
     told = json.loads(kadr("models", "pull", NAME, "--json").out)
     assert [(file["name"], file["kind"], file["fetched"]) for file in told["files"]] == [
         (NAME, "model", True),
         (UPSCALER, "spatial upscaler", True),
-        (TEXT, "text encoder", False),
+        (TEXT_ENCODER, "text encoder", False),
     ]
     assert all(Path(file["path"]).exists() for file in told["files"])
     assert [name for name, _ in remote.taken] == [MODEL_FILE, f"{UPSCALER}.safetensors"]
 
 
-@pytest.mark.parametrize("name", [UPSCALER, TEXT_GGUF])
+@pytest.mark.parametrize("name", [UPSCALER, TEXT_ENCODER_GGUF])
 def test_pull_brings_a_part_alone(kadr: Run, remote: FakeHub, name: str) -> None:
-    entry = find(name)
+    entry = find_release(name)
     remote.repos.setdefault(entry.repo or "", {})[entry.file] = b"part"
     ended = kadr("models", "pull", name)
     assert ended.code == 0, ended.err
@@ -143,7 +150,7 @@ def test_pull_that_broke_off_says_what_came_before_and_goes_on(kadr: Run, remote
     remote.cuts[MODEL_FILE], remote.dead = 1, True
     ended = kadr("models", "pull", NAME)
     assert (ended.code, ended.out) == (1, "")
-    assert f"error: {MODEL_FILE} of {HUB} is not in the cache" in ended.err
+    assert f"error: {MODEL_FILE} of {LTX_VIDEO_REPO} is not in the cache" in ended.err
     remote.revive()
     again = kadr("models", "pull", NAME)
     assert again.code == 0, again.err
@@ -156,8 +163,8 @@ def test_pull_refuses_what_comes_damaged(kadr: Run, remote: FakeHub) -> None:
     remote.spoiled[MODEL_FILE] = bytes(len(FILES[MODEL_FILE]))
     ended = kadr("models", "pull", NAME)
     assert (ended.code, ended.out) == (1, "")
-    assert f"{MODEL_FILE} of {HUB} came damaged" in ended.err
-    assert hub.on_disk(HUB, MODEL_FILE) is None
+    assert f"{MODEL_FILE} of {LTX_VIDEO_REPO} came damaged" in ended.err
+    assert hub.on_disk(LTX_VIDEO_REPO, MODEL_FILE) is None
 
 
 def test_pull_refuses_what_is_there_and_damaged(kadr: Run, remote: FakeHub) -> None:
@@ -174,7 +181,7 @@ def test_pull_refuses_what_is_there_and_damaged(kadr: Run, remote: FakeHub) -> N
 def test_pull_notices_a_full_disk_before_anything_comes(
     kadr: Run, remote: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kadr("models", "pull", TEXT)
+    kadr("models", "pull", TEXT_ENCODER)
     remote.taken.clear()
     room: list[int] = []
     monkeypatch.setattr(pull.hub, "check_room", lambda what, needed: room.append(needed))
@@ -192,10 +199,10 @@ def test_pull_without_a_network_is_explained(kadr: Run, remote: FakeHub, offline
 
 
 def test_pull_from_a_repository_that_is_gone_is_explained(kadr: Run, remote: FakeHub) -> None:
-    del remote.repos[TEXT_HUB]
+    del remote.repos[TEXT_ENCODER_REPO]
     ended = kadr("models", "pull", NAME)
     assert ended.code == 1
-    assert f"there is no repository {TEXT_HUB} on the hub" in ended.err
+    assert f"there is no repository {TEXT_ENCODER_REPO} on the hub" in ended.err
     assert remote.taken == []
 
 
@@ -230,7 +237,7 @@ def test_verify_compares_every_file_without_a_network(kadr: Run, remote: FakeHub
     assert [(file, name, state) for file, name, state in rows[1:]] == [
         (MODEL_FILE, NAME, "ok"),
         (f"{UPSCALER}.safetensors", UPSCALER, "ok"),
-        *((file, TEXT, "ok") for file in TEXT_FILES),
+        *((file, TEXT_ENCODER, "ok") for file in TEXT_FILES),
     ]
 
 
@@ -244,17 +251,17 @@ def test_verify_names_a_damaged_file_with_both_checksums_and_the_way_out(kadr: R
     assert "damaged" in next(row for row in ended.out.splitlines() if row.startswith("text_encoder/model.safetensors"))
     (line,) = ended.err.splitlines()
     assert line.startswith(f"error: {bad} is damaged: its checksum is {found}, and the hub's is {expected}.")
-    assert line.endswith(f"Delete {bad.resolve()} and run `kadr models pull {TEXT}`.")
+    assert line.endswith(f"Delete {bad.resolve()} and run `kadr models pull {TEXT_ENCODER}`.")
     told = json.loads(kadr("models", "verify", NAME, "--json").out)
     (file,) = [file for file in told["files"] if file["state"] == "damaged"]
-    assert (file["of"], file["path"]) == (TEXT, str(bad))
+    assert (file["of"], file["path"]) == (TEXT_ENCODER, str(bad))
     assert (file["expected"], file["found"]) == (expected, found)
 
 
 def test_verify_says_when_a_file_is_cut_short(kadr: Run, remote: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path(kadr("models", "pull", NAME).out.splitlines()[0])
-    entry = replace(find(NAME), size_bytes=len(FILES[MODEL_FILE]))
-    monkeypatch.setitem(verify.find.__globals__["BY_NAME"], NAME, entry)
+    entry = replace(find_release(NAME), size_bytes=len(FILES[MODEL_FILE]))
+    monkeypatch.setitem(verify.find_release.__globals__["BY_NAME"], NAME, entry)
     assert kadr("models", "verify", NAME).code == 0
     model.resolve().write_bytes(FILES[MODEL_FILE][:1000])
     ended = kadr("models", "verify", NAME)
@@ -272,7 +279,7 @@ def test_verify_wants_the_model_itself_to_be_there(kadr: Run, remote: FakeHub) -
         "tokenizer/*",
     ]
     assert f"`kadr models pull {NAME}` fetches it" in ended.err
-    hub.fetch(HUB, MODEL_FILE)
+    hub.fetch(LTX_VIDEO_REPO, MODEL_FILE)
     ended = kadr("models", "verify", NAME)  # a text encoder may be given by its path
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.count("not on disk") == 3

@@ -13,7 +13,7 @@ from kadr.checkpoints import hub
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
-from kadr.models.registry import TEXT, TEXT_GGUF, find
+from kadr.models.registry import TEXT_ENCODER, TEXT_ENCODER_GGUF, find_release
 from kadr.quant.mixes import MIX_NAMES
 from tests import tiny_models
 from tests.cli.conftest import Ended
@@ -85,13 +85,13 @@ def test_a_name_fetches_the_model_alone(kadr: Run, asked: list[tuple[str, ...]],
     # The tiny model is not the one that was asked for, which is noticed; but only that file was fetched.
     assert ended.code == 1
     assert f"is not {name}: layers: 2, not 28" in ended.err
-    assert asked == [(find(name).repo, find(name).file)]
+    assert asked == [(find_release(name).repo, find_release(name).file)]
 
 
 def test_the_name_of_a_text_encoder_fetches_it(kadr: Run, asked: list[tuple[str, ...]], tmp_path: Path) -> None:
-    ended = kadr("quantize", TEXT, tmp_path / "t5.gguf", "--type", "Q8_0")
+    ended = kadr("quantize", TEXT_ENCODER, tmp_path / "t5.gguf", "--type", "Q8_0")
     assert ended.code == 0, ended.err
-    assert asked == [(find(TEXT).repo, *find(TEXT).files)]
+    assert asked == [(find_release(TEXT_ENCODER).repo, *find_release(TEXT_ENCODER).file_patterns)]
 
 
 def test_the_demo_remembers_its_name(kadr: Run, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_demo_remembers_its_name(kadr: Run, tmp_path: Path) -> None:
     [
         ("ltxv-spatial-upscaler-0.9.8", "is a spatial upscaler"),
         ("ltxv-13b-0.9.7-ic-lora-canny", "is a LoRA"),
-        (TEXT_GGUF, f"is quantized already, and to do it again loses twice. Take {TEXT}"),
+        (TEXT_ENCODER_GGUF, f"is quantized already, and to do it again loses twice. Take {TEXT_ENCODER}"),
         ("ltxv-2b-0.9.55", "there is no model named"),
         ("absent.safetensors", "does not exist"),
     ],

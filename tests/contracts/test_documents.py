@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kadr.models.registry import RELEASED
+from kadr.models.registry import RELEASES
 from tests import doc_tables, write_models, write_parity
 from tests.doc_tables import DOCS, ROOT
 
@@ -59,7 +59,7 @@ def test_the_page_of_models_is_what_the_registry_says(name: str) -> None:
 def test_every_entry_of_the_registry_is_in_the_page_of_models_with_its_test() -> None:
     page = write_models.PAGE.read_text("utf-8")
     rows = [line for name in ("models", "parts") for line in doc_tables.inside(page, name).splitlines()]
-    for released in RELEASED:
+    for released in RELEASES:
         (row,) = [row for row in rows if row.startswith(f"| `{released.name}` |")]
         assert NAMED.search(row)
 

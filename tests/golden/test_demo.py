@@ -91,7 +91,7 @@ def test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run(
     distilled: Engine, told: dict[str, float]
 ) -> None:
     few = obeyed(distilled, held_out_captions(CAPTIONS, SEED), multi_scale=False, size=(128, 128))
-    assert len(distilled.recipe.first.levels or ()) == 6
+    assert len(distilled.recipe.first_pass.levels or ()) == 6
     for name, share in told.items():
         assert few[name] >= 0.9 * share, name
 
@@ -140,8 +140,8 @@ def test_the_official_package_computes_the_same_velocity_from_the_shipped_file()
     ours = Checkpoint.open(ASSETS / "demo.safetensors").load_transformer(torch.float32)
     generator = torch.Generator().manual_seed(0)
     grid = LatentGrid(4, 4, 4)
-    tokens = torch.randn(1, grid.tokens, 128, generator=generator)
-    text = torch.randn(1, 12, ours.config.text_width, generator=generator)
+    tokens = torch.randn(1, grid.num_tokens, 128, generator=generator)
+    text = torch.randn(1, 12, ours.config.caption_channels, generator=generator)
     mask = torch.arange(12)[None] < 9
     level = torch.full((1, 1), 0.7)
     where = positions(grid, fps=24, causal=True)[None]
@@ -154,7 +154,7 @@ def test_the_official_package_computes_the_same_velocity_from_the_shipped_file()
             timestep=level,
             return_dict=False,
         )[0]
-        mine = ours(tokens, ours.rope(where), text, mask, level)
+        mine = ours(tokens, ours.compute_rope(where), text, mask, level)
     assert (mine - theirs).norm() / theirs.norm() < 1e-5
 
 
@@ -166,9 +166,9 @@ def test_the_official_package_computes_the_same_pixels_from_the_shipped_file() -
     latents = torch.randn(1, 128, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     level = torch.tensor([0.05])
     with torch.inference_mode():
-        restored = ours.statistics.restore(latents)
+        restored = ours.statistics.denormalise(latents)
         theirs = official.decode(restored, target_shape=(1, 3, 25, 128, 128), timestep=level).sample
-        mine = ours.decode(latents, level=level)
+        mine = ours.decode(latents, timestep=level)
     assert (mine - theirs).norm() / theirs.norm() < 1e-5
 
 

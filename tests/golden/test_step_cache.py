@@ -27,8 +27,8 @@ def test_a_quarter_of_the_layers_is_skipped_and_the_video_stays_close() -> None:
         calls += 1
 
     with engine.components.transformer(0, None) as transformer:
-        whole = 2 * 24 * len(transformer.layers)
-        hooks = [layer.register_forward_hook(ran) for layer in transformer.layers]
+        whole = 2 * 24 * len(transformer.blocks)
+        hooks = [layer.register_forward_hook(ran) for layer in transformer.blocks]
     for kind, (cache, share, bound) in WAYS.items():
         calls = 0
         video = engine.generate(Request(prompt=caption, seed=0, cache=cache))

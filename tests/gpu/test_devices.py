@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kadr import Engine, Request
-from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
-from kadr.nn.conv import StreamedConv
+from kadr.models.vae.blocks import DepthToSpaceUpsample, ResnetBlock3D
+from kadr.nn.conv import ChunkedConv3d
 from kadr.pipeline.finite_check import NotFinite, Watchman
 
 pytestmark = pytest.mark.gpu
@@ -100,9 +100,9 @@ def test_videos_keep_their_channels_last_through_the_vae() -> None:
 
     with engine.components.decoder() as vae, torch.no_grad():
         for layer in vae.modules():
-            if isinstance(layer, StreamedConv | ResidualLayer | DepthToSpaceUp):
+            if isinstance(layer, ChunkedConv3d | ResnetBlock3D | DepthToSpaceUpsample):
                 layer.register_forward_hook(lies_last)
         latents = torch.randn(1, vae.config.latent_channels, 3, 4, 4, device="cuda", dtype=torch.bfloat16)
         level = torch.tensor([0.05], device="cuda")
-        assert sum(part.shape[2] for part in vae.decode_stream(latents, level=level)) == 17
+        assert sum(part.shape[2] for part in vae.decode_stream(latents, timestep=level)) == 17
     assert seen > 10

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from kadr.kernels import int8, reference
 from kadr.models.transformer import FeedForward
-from kadr.models.vae.blocks import ResidualLayer
-from kadr.nn.modulation import Bend
+from kadr.models.vae.blocks import ResnetBlock3D
+from kadr.nn.modulation import AdaLNParams
 from kadr.nn.norm import RMSNorm, rms_norm
 from kadr.nn.rope import rope_table
-from kadr.nn.temporal_cache import Stream
+from kadr.nn.temporal_cache import TemporalCache
 from kadr.quant.convert import quantize_rows_fp8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ def video(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_edges_of_a_branch_are_those_of_a_layer(dtype: torch.dtype, count: int) -> None:
     x, branch = drawn(2, 5, 48, dtype=dtype), drawn(2, 5, 48, seed=1, dtype=dtype)
-    bend = Bend(*drawn(2, count, 3, 48, seed=2, dtype=dtype).unbind(-2))
+    bend = AdaLNParams(*drawn(2, count, 3, 48, seed=2, dtype=dtype).unbind(-2))
     ended = torch.addcmul(x, bend.gate, branch)
     entered = bend(rms_norm(ended))
     assert torch.equal(reference.norm_modulate(x, bend.scale, bend.shift), bend(rms_norm(x)))
@@ -62,7 +62,7 @@ def test_queries_are_normalised_and_turned_as_in_attention(dtype: torch.dtype, s
     norm = RMSNorm(48, 1e-5).to(dtype)
     torch.nn.init.normal_(norm.weight)
     positions = drawn(samples, 3, 5, seed=1).abs() * 100
-    rope = rope_table(positions, 48, limits=(20.0, 2048.0, 2048.0), theta=10000.0, dtype=dtype)
+    rope = rope_table(positions, 48, max_positions=(20.0, 2048.0, 2048.0), theta=10000.0, dtype=dtype)
     x = drawn(2, 5, 48, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(reference.norm_rope(x, norm.weight, rope.cosine, rope.sine), rope(norm(x)))
@@ -138,8 +138,8 @@ def test_a_skip_is_added_as_in_a_residual_layer(dtype: torch.dtype) -> None:
 
 def test_a_residual_layer_can_be_put_together_from_them() -> None:
     torch.manual_seed(0)
-    layer, x = ResidualLayer(32, 32, causal=True).requires_grad_(False), video(torch.float32)
-    right, stream = layer(x, Stream.whole()), Stream.whole()
+    layer, x = ResnetBlock3D(32, 32, causal=True).requires_grad_(False), video(torch.float32)
+    right, stream = layer(x, TemporalCache.single_chunk()), TemporalCache.single_chunk()
     middle = layer.conv1(reference.pixel_norm_modulate_silu(x), stream)
     bias, layer.conv2.bias = layer.conv2.bias, None
     main = layer.conv2(reference.pixel_norm_modulate_silu(middle), stream)

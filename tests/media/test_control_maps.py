@@ -76,7 +76,7 @@ def test_a_picture_is_cropped_to_its_middle_and_resized() -> None:
 def test_margins_are_filled_with_the_outermost_pixels_so_that_no_edge_is_made_there() -> None:
     size = Size(50, 40)  # made at 64x64: 7 left and right, 12 above and below
     picture = np.repeat(np.linspace(10, 200, 50, dtype=np.uint8)[None, :, None], 40, axis=0).repeat(3, axis=2)
-    covered = cover(picture, size, size.snapped())
+    covered = cover(picture, size, size.snap())
     assert np.array_equal(covered[12:52, 7:57], picture)
     assert (covered[:, :7] == 10).all()
     assert (covered[:, 57:] == 200).all()

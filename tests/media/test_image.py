@@ -89,7 +89,7 @@ def official() -> Callable[[str, Size, int, Size], torch.Tensor]:
         names = {"load_image_to_tensor_with_resize_and_crop", "calculate_padding"}
         functions_of(root / "inference.py", names, scope)
         tensor = scope["load_image_to_tensor_with_resize_and_crop"](path, size.height, size.width, just_crop=True)
-        snapped = size.snapped()
+        snapped = size.snap()
         margins = scope["calculate_padding"](size.height, size.width, snapped.height, snapped.width)
         return resize(F.pad(tensor, margins), made.height, made.width)
 

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from kadr.kernels import int8
-from kadr.models.lora_layers import Additions, LowRank, adapted, attach, merge, set_strengths
+from kadr.models.lora_layers import (
+    LoraWeights,
+    LoraWeightsByLayer,
+    attach_loras,
+    lora_linears,
+    merge_loras,
+    set_lora_strengths,
+)
 from kadr.models.transformer import Transformer
-from kadr.nn.linear import Adapted
+from kadr.nn.linear import LoRALinear
 from kadr.quant.convert import quantize_blocks
 from kadr.quant.prepack import prepack_linears
 from kadr.sampling.positions import positions
@@ -23,13 +30,15 @@ GRID = LatentGrid(2, 4, 4)
 OURS = {"attn1": "self_attention", "attn2": "text_attention"}
 
 
-def additions(seed: int = 0, *, targets: Sequence[str] = ("q", "k", "v", "out"), scale: float = 0.5) -> Additions:
+def additions(
+    seed: int = 0, *, targets: Sequence[str] = ("q", "k", "v", "out"), scale: float = 0.5
+) -> LoraWeightsByLayer:
     """For every block's attentions, both layers of its feed-forward, and the way in and out."""
     generator = torch.Generator().manual_seed(seed)
 
-    def pair(inputs: int, outputs: int) -> LowRank:
+    def pair(inputs: int, outputs: int) -> LoraWeights:
         down = torch.randn(4, inputs, generator=generator) / inputs**0.5
-        return LowRank(down, torch.randn(outputs, 4, generator=generator) / 2, scale)
+        return LoraWeights(down, torch.randn(outputs, 4, generator=generator) / 2, scale)
 
     made = {"patch_in": pair(tiny_models.CHANNELS, 64), "patch_out": pair(64, tiny_models.CHANNELS)}
     for block in range(2):
@@ -46,9 +55,9 @@ def transformer() -> Transformer:
 
 def run(module: Transformer, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    tokens = torch.randn(1, GRID.tokens, tiny_models.CHANNELS, generator=generator).to(dtype)
+    tokens = torch.randn(1, GRID.num_tokens, tiny_models.CHANNELS, generator=generator).to(dtype)
     text = torch.randn(1, 6, tiny_models.TEXT_WIDTH, generator=generator).to(dtype)
-    rope = module.rope(positions(GRID, fps=24, causal=True)[None])
+    rope = module.compute_rope(positions(GRID, fps=24, causal=True)[None])
     return module(tokens, rope, text, None, torch.tensor([[0.7]]))
 
 
@@ -60,9 +69,9 @@ def relative(made: Tensor, right: Tensor) -> float:
 @pytest.mark.parametrize("strength", [1.0, 0.35, -0.8])
 def test_beside_the_weights_and_merged_into_them_is_the_same(strength: float) -> None:
     beside, merged = transformer(), transformer()
-    attach(beside, [additions()], torch.float32)
-    set_strengths(beside, [strength], CPU)
-    merge(merged, [additions()], [strength])
+    attach_loras(beside, [additions()], torch.float32)
+    set_lora_strengths(beside, [strength], CPU)
+    merge_loras(merged, [additions()], [strength])
     right = run(merged)
     assert relative(run(transformer()), right) > 0.1  # it does something
     assert relative(run(beside), right) < 1e-5
@@ -72,8 +81,8 @@ def test_beside_the_weights_and_merged_into_them_is_the_same(strength: float) ->
 def test_the_sum_of_two_is_the_lora_of_the_summed_weights() -> None:
     one, other = additions(0), additions(1, targets=("q", "out"), scale=2.0)
     module, summed = transformer(), transformer()
-    attach(module, [one, other], torch.float32)
-    set_strengths(module, [0.7, -0.4], CPU)
+    attach_loras(module, [one, other], torch.float32)
+    set_lora_strengths(module, [0.7, -0.4], CPU)
     for name in dict.fromkeys([*one, *other]):
         layer = summed.get_submodule(name)
         for strength, each in ((0.7, one.get(name)), (-0.4, other.get(name))):
@@ -87,21 +96,21 @@ def test_the_sum_of_two_is_the_lora_of_the_summed_weights() -> None:
 def test_at_0_every_bit_is_as_without(dtype: torch.dtype) -> None:
     plain, module = transformer().to(dtype), transformer().to(dtype)
     right = run(plain, dtype)
-    attach(module, [additions(), additions(1)], dtype)
+    attach_loras(module, [additions(), additions(1)], dtype)
     assert torch.equal(run(module, dtype), right)  # before anybody said how much
-    set_strengths(module, [1.0, 0.5], CPU)
+    set_lora_strengths(module, [1.0, 0.5], CPU)
     assert not torch.equal(run(module, dtype), right)
-    set_strengths(module, [0.0, 0.0], CPU)
+    set_lora_strengths(module, [0.0, 0.0], CPU)
     assert torch.equal(run(module, dtype), right)
 
 
 @torch.no_grad()
 def test_one_of_two_at_0_is_the_other_alone() -> None:
     both, alone = transformer(), transformer()
-    attach(both, [additions(), additions(1)], torch.float32)
-    set_strengths(both, [0.0, 0.6], CPU)
-    attach(alone, [additions(1)], torch.float32)
-    set_strengths(alone, [0.6], CPU)
+    attach_loras(both, [additions(), additions(1)], torch.float32)
+    set_lora_strengths(both, [0.0, 0.6], CPU)
+    attach_loras(alone, [additions(1)], torch.float32)
+    set_lora_strengths(alone, [0.6], CPU)
     assert relative(run(both), run(alone)) < 1e-6
 
 
@@ -115,16 +124,16 @@ def test_it_adds_to_quantized_weights_what_it_adds_to_plain_ones(scheme: str) ->
     """The layer's outcome moves by B A x, to the rounding of what the base is computed in."""
     module, plain = transformer(), transformer()
     quantized(scheme)(module)
-    attach(module, [additions()], torch.float32)
+    attach_loras(module, [additions()], torch.float32)
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(2))
-    layer = module.layers[1].self_attention.q
-    assert isinstance(layer, Adapted)
+    layer = module.blocks[1].self_attention.q
+    assert isinstance(layer, LoRALinear)
     without = layer(x)
-    set_strengths(module, [0.8], CPU)
+    set_lora_strengths(module, [0.8], CPU)
     each = additions()["layers.1.self_attention.q"]
     expected = 0.8 * 0.5 * x @ each.down.T @ each.up.T
     assert torch.allclose(layer(x) - without, expected, atol=1e-5)
-    merge(plain, [additions()], [0.8])
+    merge_loras(plain, [additions()], [0.8])
     assert relative(run(module), run(plain)) < 0.12  # what the scheme costs by itself
 
 
@@ -132,16 +141,16 @@ def test_it_adds_to_quantized_weights_what_it_adds_to_plain_ones(scheme: str) ->
 def test_layers_of_8_bit_products_still_round_a_shared_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = transformer()
     quantized("int8")(module)
-    attach(module, [additions()], torch.float32)
+    attach_loras(module, [additions()], torch.float32)
     counted = []
-    for layer in (module.layers[0].self_attention.q, module.layers[0].self_attention.k):
+    for layer in (module.blocks[0].self_attention.q, module.blocks[0].self_attention.k):
         original = layer.base.prepared
         monkeypatch.setattr(
             layer.base,
             "prepared",
             lambda x, *, gelu=False, original=original: (counted.append(1), original(x, gelu=gelu))[1],
         )
-    set_strengths(module, [1.0], CPU)
+    set_lora_strengths(module, [1.0], CPU)
     run(module)
     assert len(counted) == 1
 
@@ -154,16 +163,16 @@ def test_the_layers_underneath_are_packed_as_they_were(scheme: str | None) -> No
     for each in (module, plain):
         if scheme:
             quantized(scheme)(each)
-    attach(module, [additions()], torch.bfloat16)
+    attach_loras(module, [additions()], torch.bfloat16)
     for each in (module, plain):
         prepack_linears(each)
     right = run(plain, torch.bfloat16)
     assert torch.equal(run(module, torch.bfloat16), right)
-    set_strengths(module, [1.0], CPU)
+    set_lora_strengths(module, [1.0], CPU)
     made = run(module, torch.bfloat16)
-    assert {type(layer.base) for layer in adapted(module)} <= {type(layer) for layer in plain.modules()}
+    assert {type(layer.base) for layer in lora_linears(module)} <= {type(layer) for layer in plain.modules()}
     reference = transformer()
-    merge(reference, [additions()], [1.0])
+    merge_loras(reference, [additions()], [1.0])
     assert relative(made, run(reference)) < 0.05
 
 
@@ -171,13 +180,13 @@ def test_a_layer_that_is_not_plain_is_not_merged_into() -> None:
     module = transformer()
     quantized("int8-weights")(module)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attention\.q"):
-        merge(module, [{name: each for name, each in additions().items() if name.startswith("layers")}], [1.0])
+        merge_loras(module, [{name: each for name, each in additions().items() if name.startswith("layers")}], [1.0])
 
 
 def test_merging_does_not_write_into_the_weights_it_was_given() -> None:
     module = transformer()
-    weight = module.layers[0].self_attention.q.weight.data
+    weight = module.blocks[0].self_attention.q.weight.data
     before = weight.clone()
-    merge(module, [additions()], [1.0])
+    merge_loras(module, [additions()], [1.0])
     assert torch.equal(weight, before)
-    assert not torch.equal(module.layers[0].self_attention.q.weight, before)
+    assert not torch.equal(module.blocks[0].self_attention.q.weight, before)

@@ -11,20 +11,20 @@ import torch
 
 from kadr.errors import RequestError
 from kadr.models.registry import (
-    BY_NAME,
-    DISTILLED_LEVELS,
-    HUB,
-    MODELS,
-    NEGATIVE,
-    RELEASED,
-    TEXT,
-    TEXT_GGUF,
+    DEFAULT_NEGATIVE_PROMPT,
+    DISTILLED_SIGMAS,
+    LTX_VIDEO_REPO,
+    MODEL_RELEASES,
+    RELEASES,
+    RELEASES_BY_NAME,
+    TEXT_ENCODER,
+    TEXT_ENCODER_GGUF,
     UPSCALER,
     Recipe,
-    Released,
-    by_file,
-    find,
-    needs,
+    Release,
+    find_by_file_stem,
+    find_release,
+    required_releases,
 )
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
@@ -34,11 +34,11 @@ from kadr.sampling.schedules import Schedule, explicit
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size, snap_frames
 
-HOSTED = [released for released in MODELS if released.repo]
+HOSTED = [released for released in MODEL_RELEASES if released.repo]
 FP8 = [released for released in HOSTED if released.name.endswith("-fp8")]
-PARTS = [released for released in RELEASED if released.kind != "model" and released.repo]
+PARTS = [released for released in RELEASES if released.kind != "model" and released.repo]
 MATRIX = re.compile(r"layers\.\d+\.(self_attention|text_attention|feed_forward)\.(q|k|v|out|up|down)\.weight")
-T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 
 # What the official configs say, configs/*.yaml of ltx_video: the settings of each pass.
 PLAIN_2B = ({"steps": 40, "guidance": {"scale": 3, "stg": 1, "rescale": 0.7, "skip_blocks": (19,)}},)
@@ -96,11 +96,11 @@ OFFICIAL: dict[str, tuple[str, int, str, str | None, tuple[dict[str, Any], ...]]
 IN_CONTEXT = "Lightricks/LTX-Video-ICLoRA"
 # name: kind, repository, file
 OFFICIAL_PARTS = {
-    "ltxv-spatial-upscaler-0.9.7": ("spatial upscaler", HUB, "ltxv-spatial-upscaler-0.9.7.safetensors"),
-    "ltxv-spatial-upscaler-0.9.8": ("spatial upscaler", HUB, "ltxv-spatial-upscaler-0.9.8.safetensors"),
-    "ltxv-temporal-upscaler-0.9.7": ("temporal upscaler", HUB, "ltxv-temporal-upscaler-0.9.7.safetensors"),
-    "ltxv-temporal-upscaler-0.9.8": ("temporal upscaler", HUB, "ltxv-temporal-upscaler-0.9.8.safetensors"),
-    "ltxv-13b-0.9.7-distilled-lora": ("LoRA", HUB, "ltxv-13b-0.9.7-distilled-lora128.safetensors"),
+    "ltxv-spatial-upscaler-0.9.7": ("spatial upscaler", LTX_VIDEO_REPO, "ltxv-spatial-upscaler-0.9.7.safetensors"),
+    "ltxv-spatial-upscaler-0.9.8": ("spatial upscaler", LTX_VIDEO_REPO, "ltxv-spatial-upscaler-0.9.8.safetensors"),
+    "ltxv-temporal-upscaler-0.9.7": ("temporal upscaler", LTX_VIDEO_REPO, "ltxv-temporal-upscaler-0.9.7.safetensors"),
+    "ltxv-temporal-upscaler-0.9.8": ("temporal upscaler", LTX_VIDEO_REPO, "ltxv-temporal-upscaler-0.9.8.safetensors"),
+    "ltxv-13b-0.9.7-distilled-lora": ("LoRA", LTX_VIDEO_REPO, "ltxv-13b-0.9.7-distilled-lora128.safetensors"),
     "ltxv-13b-0.9.7-ic-lora-canny": (
         "LoRA",
         f"{IN_CONTEXT}-canny-13b-0.9.7",
@@ -133,82 +133,89 @@ def as_pass(told: dict[str, Any]) -> Pass:
 def test_every_name_is_an_official_one() -> None:
     assert list(OFFICIAL) == [released.name for released in HOSTED]
     assert list(OFFICIAL_PARTS) == [released.name for released in PARTS]
-    bundled = [released.name for released in RELEASED if released.repo is None]
+    bundled = [released.name for released in RELEASES if released.repo is None]
     assert bundled == ["demo", "demo-distilled", "demo-upscaler", "demo-lora-teal", "demo-ic-lora-canny"]
-    assert len(BY_NAME) == len(RELEASED) == len(OFFICIAL) + len(OFFICIAL_PARTS) + len(bundled)
-    assert all(find(released.name) is released for released in RELEASED)
+    assert len(RELEASES_BY_NAME) == len(RELEASES) == len(OFFICIAL) + len(OFFICIAL_PARTS) + len(bundled)
+    assert all(find_release(released.name) is released for released in RELEASES)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_a_model_is_the_official_file(name: str) -> None:
-    released = find(name)
+    released = find_release(name)
     file, layers, vae, upscaler, _ = OFFICIAL[name]
-    assert (released.kind, released.repo, released.file) == ("model", HUB, f"{file}.safetensors")
-    assert (released.layers, released.vae_family) == (layers, vae)
+    assert (released.kind, released.repo, released.file) == ("model", LTX_VIDEO_REPO, f"{file}.safetensors")
+    assert (released.num_layers, released.vae_family) == (layers, vae)
     assert released.upscaler == (upscaler and f"ltxv-spatial-upscaler-{upscaler}")
-    assert (released.text_encoder, released.vae) == (TEXT, None)
-    assert released.distilled is ("distilled" in name)
+    assert (released.text_encoder, released.vae) == (TEXT_ENCODER, None)
+    assert released.is_distilled is ("distilled" in name)
     assert released.version in name
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_a_recipe_is_the_official_one(name: str) -> None:
-    recipe, passes = find(name).recipe, OFFICIAL[name][-1]
-    assert [recipe.first, recipe.second][: len(passes)] == [as_pass(told) for told in passes]
-    assert recipe.multi_scale is (recipe.second is not None) is (len(passes) == 2)
+    recipe, passes = find_release(name).recipe, OFFICIAL[name][-1]
+    assert [recipe.first_pass, recipe.second_pass][: len(passes)] == [as_pass(told) for told in passes]
+    assert recipe.multi_scale is (recipe.second_pass is not None) is (len(passes) == 2)
     # What all of those configs and the official script's defaults have in common.
-    assert (recipe.downscale, recipe.negative_prompt) == (0.6666666, NEGATIVE)
+    assert (recipe.downscale, recipe.negative_prompt) == (0.6666666, DEFAULT_NEGATIVE_PROMPT)
     assert (recipe.size, recipe.frames, recipe.fps) == (Size(1216, 704), 121, 30.0)
     assert (recipe.decode_timestep, recipe.decode_noise, recipe.image_noise) == (0.05, 0.025, 0.15)
 
 
 @pytest.mark.parametrize("name", OFFICIAL_PARTS)
 def test_a_part_is_the_official_file(name: str) -> None:
-    part = find(name)
+    part = find_release(name)
     assert (part.kind, part.repo, part.file) == OFFICIAL_PARTS[name]
     assert part.version in name
-    assert needs(part) == (part,)
-    assert by_file(part.stem) is None  # it is no model
+    assert required_releases(part) == (part,)
+    assert find_by_file_stem(part.file_stem) is None  # it is no model
 
 
 @pytest.mark.parametrize("twin", FP8, ids=lambda released: released.name)
-def test_an_fp8_file_is_run_as_its_twin(twin: Released) -> None:
-    whole = find(twin.name.removesuffix("-fp8"))
+def test_an_fp8_file_is_run_as_its_twin(twin: Release) -> None:
+    whole = find_release(twin.name.removesuffix("-fp8"))
     own = {"name": whole.name, "file": whole.file, "size_bytes": whole.size_bytes}
     assert replace(twin, **own) == whole
     assert twin.size_bytes < whole.size_bytes
 
 
 def test_a_model_needs_itself_its_upscaler_and_its_text_encoder() -> None:
-    names = [entry.name for entry in needs(find("ltxv-13b-0.9.7-dev-fp8"))]
-    assert names == ["ltxv-13b-0.9.7-dev-fp8", "ltxv-spatial-upscaler-0.9.7", TEXT]
-    assert [entry.name for entry in needs(find("ltxv-2b-0.9.5"))] == ["ltxv-2b-0.9.5", TEXT]
-    assert [entry.name for entry in needs(find("demo-distilled"))] == ["demo-distilled", "demo-upscaler", "demo"]
+    names = [entry.name for entry in required_releases(find_release("ltxv-13b-0.9.7-dev-fp8"))]
+    assert names == ["ltxv-13b-0.9.7-dev-fp8", "ltxv-spatial-upscaler-0.9.7", TEXT_ENCODER]
+    assert [entry.name for entry in required_releases(find_release("ltxv-2b-0.9.5"))] == ["ltxv-2b-0.9.5", TEXT_ENCODER]
+    assert [entry.name for entry in required_releases(find_release("demo-distilled"))] == [
+        "demo-distilled",
+        "demo-upscaler",
+        "demo",
+    ]
 
 
 def test_a_model_without_a_vae_needs_the_one_it_names_once() -> None:
-    bare = replace(find("ltxv-13b-0.9.8-dev"), vae="ltxv-2b-0.9.8-distilled")
-    names = [entry.name for entry in needs(bare)]
-    assert names == [bare.name, "ltxv-spatial-upscaler-0.9.8", "ltxv-2b-0.9.8-distilled", TEXT]
-    assert needs(replace(bare, vae=bare.upscaler)) == (replace(bare, vae=bare.upscaler), *needs(bare)[1::2])
+    bare = replace(find_release("ltxv-13b-0.9.8-dev"), vae="ltxv-2b-0.9.8-distilled")
+    names = [entry.name for entry in required_releases(bare)]
+    assert names == [bare.name, "ltxv-spatial-upscaler-0.9.8", "ltxv-2b-0.9.8-distilled", TEXT_ENCODER]
+    assert required_releases(replace(bare, vae=bare.upscaler)) == (
+        replace(bare, vae=bare.upscaler),
+        *required_releases(bare)[1::2],
+    )
 
 
 def test_a_text_encoder_of_many_files_comes_with_its_tokenizer() -> None:
-    assert find(TEXT).files == ("text_encoder/*", "tokenizer/*")
-    assert find(TEXT_GGUF).files == ("t5-v1_1-xxl-encoder-Q8_0.gguf",)
-    assert find("demo").files == ("assets/demo/demo.safetensors",)
+    assert find_release(TEXT_ENCODER).file_patterns == ("text_encoder/*", "tokenizer/*")
+    assert find_release(TEXT_ENCODER_GGUF).file_patterns == ("t5-v1_1-xxl-encoder-Q8_0.gguf",)
+    assert find_release("demo").file_patterns == ("assets/demo/demo.safetensors",)
 
 
-@pytest.mark.parametrize("released", RELEASED, ids=lambda released: released.name)
-def test_what_an_entry_names_is_what_it_should_be(released: Released) -> None:
+@pytest.mark.parametrize("released", RELEASES, ids=lambda released: released.name)
+def test_what_an_entry_names_is_what_it_should_be(released: Release) -> None:
     for name, kind in (
         (released.text_encoder, "text encoder"),
         (released.upscaler, "spatial upscaler"),
         (released.vae, "model"),
     ):
-        assert name is None or find(name).kind == kind
-    assert (released.recipe.second is None) or released.upscaler is not None
-    assert find(UPSCALER).kind == "spatial upscaler"
+        assert name is None or find_release(name).kind == kind
+    assert (released.recipe.second_pass is None) or released.upscaler is not None
+    assert find_release(UPSCALER).kind == "spatial upscaler"
 
 
 @pytest.mark.parametrize(
@@ -217,22 +224,27 @@ def test_what_an_entry_names_is_what_it_should_be(released: Released) -> None:
 )
 def test_an_unknown_name_is_answered_with_the_nearest(asked: str, near: str) -> None:
     with pytest.raises(RequestError, match=rf"{asked}.*Did you mean .*{near}"):
-        find(asked)
+        find_release(asked)
 
 
 def test_a_name_near_to_none_is_answered_with_all() -> None:
     with pytest.raises(RequestError, match=r"Known are demo, .*ltxv-2b-0\.9,.*t5-v1\.1-xxl"):
-        find("zzzzzzzz")
+        find_release("zzzzzzzz")
 
 
 @pytest.mark.parametrize("released", HOSTED, ids=lambda released: released.name)
-def test_a_model_is_known_by_its_file_and_by_its_name(released: Released) -> None:
-    assert by_file(released.stem) is by_file(released.stem.upper()) is by_file(released.name) is released
-    assert by_file(released.stem + "-copy") is None
+def test_a_model_is_known_by_its_file_and_by_its_name(released: Release) -> None:
+    assert (
+        find_by_file_stem(released.file_stem)
+        is find_by_file_stem(released.file_stem.upper())
+        is find_by_file_stem(released.name)
+        is released
+    )
+    assert find_by_file_stem(released.file_stem + "-copy") is None
 
 
 def test_a_file_that_happens_to_be_called_demo_is_not_the_demo() -> None:
-    assert by_file("demo") is None
+    assert find_by_file_stem("demo") is None
 
 
 @pytest.fixture(scope="module")
@@ -251,19 +263,21 @@ def numbers() -> dict[int | str, int]:
 
 
 @pytest.mark.parametrize("released", HOSTED, ids=lambda released: released.name)
-def test_the_size_of_a_file_follows_from_its_tensors(released: Released, numbers: dict[int | str, int]) -> None:
+def test_the_size_of_a_file_follows_from_its_tensors(released: Release, numbers: dict[int | str, int]) -> None:
     width = 4 if released.version == "0.9" else 2
-    counted = (numbers[released.layers] + numbers[released.vae_family]) * width
+    counted = (numbers[released.num_layers] + numbers[released.vae_family]) * width
     if released in FP8:
-        counted -= numbers[f"matrices of {released.layers}"]
+        counted -= numbers[f"matrices of {released.num_layers}"]
     assert released.size_bytes == pytest.approx(counted, rel=0.001)
 
 
 def test_the_size_of_the_text_encoder_follows_from_its_tensors() -> None:
     with torch.device("meta"):
         whole = sum(tensor.numel() for tensor in T5Encoder(T5_XXL).state_dict().values())
-    assert find(TEXT).size_bytes == pytest.approx(4 * whole, rel=0.01)
-    assert find(TEXT_GGUF).size_bytes == pytest.approx(34 / 32 * whole, rel=0.01)  # Q8_0: 32 numbers in 34 bytes
+    assert find_release(TEXT_ENCODER).size_bytes == pytest.approx(4 * whole, rel=0.01)
+    assert find_release(TEXT_ENCODER_GGUF).size_bytes == pytest.approx(
+        34 / 32 * whole, rel=0.01
+    )  # Q8_0: 32 numbers in 34 bytes
 
 
 @pytest.mark.parametrize("kind, size", [("spatial", 2048 * 512 * 9 + 2048), ("temporal", 1024 * 512 * 27 + 1024)])
@@ -272,37 +286,37 @@ def test_the_size_of_an_upscaler_follows_from_its_tensors(kind: str, size: int) 
     ends = 128 * 512 * 27 + 512 + norm + 512 * 128 * 27 + 128
     whole = ends + 16 * (conv + norm) + size  # eight residual blocks of two convolutions
     for version in ("0.9.7", "0.9.8"):
-        assert find(f"ltxv-{kind}-upscaler-{version}").size_bytes == pytest.approx(4 * whole, rel=0.01)
+        assert find_release(f"ltxv-{kind}-upscaler-{version}").size_bytes == pytest.approx(4 * whole, rel=0.01)
 
 
-@pytest.mark.parametrize("released", MODELS, ids=lambda released: released.name)
-def test_a_recipe_can_be_sampled(released: Released) -> None:
+@pytest.mark.parametrize("released", MODEL_RELEASES, ids=lambda released: released.name)
+def test_a_recipe_can_be_sampled(released: Release) -> None:
     recipe = released.recipe
-    assert recipe.size.snapped() == recipe.size
+    assert recipe.size.snap() == recipe.size
     assert snap_frames(recipe.frames) == recipe.frames
-    for one in filter(None, (recipe.first, recipe.second, recipe.alone)):
+    for one in filter(None, (recipe.first_pass, recipe.second_pass, recipe.single_pass)):
         one.guidance.check_lists()
         assert one.levels is None or len(explicit(one.levels)) == len(one.levels)
         assert (one.levels is None) != (one.steps is None)
         strong = [one.guidance.strengths(level / 100).scale > 1 for level in range(101)]
-        assert not (released.distilled and any(strong))
+        assert not (released.is_distilled and any(strong))
 
 
 def test_a_single_pass_goes_all_the_way_where_the_first_of_two_stops_early() -> None:
     for released in HOSTED:
         recipe = released.recipe
         if recipe.multi_scale:
-            assert recipe.alone is not None
-            assert recipe.alone.skip_final == 0
-            assert recipe.alone.guidance == recipe.first.guidance
-            assert recipe.alone.levels in (None, DISTILLED_LEVELS)
+            assert recipe.single_pass is not None
+            assert recipe.single_pass.skip_final == 0
+            assert recipe.single_pass.guidance == recipe.first_pass.guidance
+            assert recipe.single_pass.levels in (None, DISTILLED_SIGMAS)
         else:
-            assert recipe.alone is None
+            assert recipe.single_pass is None
 
 
 def test_the_distilled_levels_are_the_linear_quadratic_ones_rounded_down() -> None:
     made = Schedule(sampler="LinearQuadratic").levels(8, tokens=1)
-    assert torch.allclose(made, torch.tensor(DISTILLED_LEVELS), atol=1e-4)
+    assert torch.allclose(made, torch.tensor(DISTILLED_SIGMAS), atol=1e-4)
 
 
 def test_a_recipe_of_two_passes_without_a_second_is_refused() -> None:
@@ -311,10 +325,15 @@ def test_a_recipe_of_two_passes_without_a_second_is_refused() -> None:
 
 
 def test_every_model_says_its_licence() -> None:
-    assert find("demo").licence == find(TEXT).licence == find(TEXT_GGUF).licence == "Apache-2.0"
-    assert "research" in find("ltxv-2b-0.9").licence
-    assert "v0.9.1.license" in find("ltxv-2b-0.9.1").licence
-    assert "OpenRAIL" in find("ltxv-2b-0.9.5").licence
-    later = [released for released in RELEASED if released.repo == HUB and released.version >= "0.9.6"]
+    assert (
+        find_release("demo").licence
+        == find_release(TEXT_ENCODER).licence
+        == find_release(TEXT_ENCODER_GGUF).licence
+        == "Apache-2.0"
+    )
+    assert "research" in find_release("ltxv-2b-0.9").licence
+    assert "v0.9.1.license" in find_release("ltxv-2b-0.9.1").licence
+    assert "OpenRAIL" in find_release("ltxv-2b-0.9.5").licence
+    later = [released for released in RELEASES if released.repo == LTX_VIDEO_REPO and released.version >= "0.9.6"]
     assert len(later) == 17
     assert all("Open-Weights-License-0.X" in released.licence for released in later)

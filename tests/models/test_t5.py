@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention as OracleAttention
 
 from kadr.errors import CheckpointError
-from kadr.models.t5 import T5Config, T5Encoder, distance_bucket, initialise
+from kadr.models.t5 import T5Config, T5Encoder, initialise_t5, relative_position_bucket
 from tests.oracles import relative
 
-TINY = T5Config(vocabulary=101, width=48, layers=3, heads=4, head_width=8, hidden=80)
-XXL_TWO_LAYERS = T5Config(vocabulary=64, width=4096, layers=2, heads=64, head_width=64, hidden=10240)
+TINY = T5Config(vocab_size=101, d_model=48, num_layers=3, num_heads=4, d_kv=8, d_ff=80)
+XXL_TWO_LAYERS = T5Config(vocab_size=64, d_model=4096, num_layers=2, num_heads=64, d_kv=64, d_ff=10240)
 
 LEAVES = {
     "attention_norm": "layer.0.layer_norm",
@@ -43,12 +43,12 @@ def theirs(name: str) -> str:
 
 def oracle_config(config: T5Config) -> transformers.T5Config:
     return transformers.T5Config(
-        vocab_size=config.vocabulary,
-        d_model=config.width,
-        num_layers=config.layers,
-        num_heads=config.heads,
-        d_kv=config.head_width,
-        d_ff=config.hidden,
+        vocab_size=config.vocab_size,
+        d_model=config.d_model,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        d_kv=config.d_kv,
+        d_ff=config.d_ff,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
@@ -60,7 +60,7 @@ def fresh(config: T5Config) -> T5Encoder:
     with torch.device("meta"):
         encoder = T5Encoder(config)
     encoder.to_empty(device="cpu")
-    initialise(encoder, generator)
+    initialise_t5(encoder, generator)
     with torch.no_grad():
         encoder.position_bias.weight.normal_(generator=generator)
         for name, weight in encoder.named_parameters():
@@ -79,7 +79,7 @@ def oracle(encoder: T5Encoder) -> transformers.T5EncoderModel:
 
 
 def prompts(config: T5Config, lengths: list[int], longest: int) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(2, config.vocabulary, (len(lengths), longest), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(2, config.vocab_size, (len(lengths), longest), generator=torch.Generator().manual_seed(3))
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     return ids * mask, mask
 
@@ -109,7 +109,7 @@ def test_its_gradients_equal_those_of_transformers():
     encoder = fresh(TINY)
     ids, mask = prompts(TINY, [40, 13, 1], 40)
     model = oracle(encoder)
-    direction = torch.randn(3, 40, TINY.width, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(3, 40, TINY.d_model, generator=torch.Generator().manual_seed(1))
     outputs = encoder(ids, mask), model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     names, weights = zip(*encoder.named_parameters(), strict=True)
     gradients = [torch.autograd.grad((out * direction).sum(), weights) for out in outputs]
@@ -121,14 +121,14 @@ def test_its_gradients_equal_those_of_transformers():
 def test_distances_fall_into_the_published_buckets():
     distances = [-200, -127, -64, -20, -9, -8, -7, -1, 0, 1, 7, 8, 9, 12, 20, 64, 127, 200]
     buckets = [15, 15, 14, 10, 8, 8, 7, 1, 0, 17, 23, 24, 24, 25, 26, 30, 31, 31]
-    assert distance_bucket(torch.tensor(distances)).tolist() == buckets
+    assert relative_position_bucket(torch.tensor(distances)).tolist() == buckets
 
 
 @pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 20), (4, 100), (64, 256), (32, 100)])
 def test_buckets_equal_those_of_transformers_at_every_distance(buckets, max_distance):
     distance = torch.arange(-3000, 3001)
     expected = OracleAttention._relative_position_bucket(distance, num_buckets=buckets, max_distance=max_distance)
-    assert torch.equal(distance_bucket(distance, buckets=buckets, max_distance=max_distance), expected)
+    assert torch.equal(relative_position_bucket(distance, num_buckets=buckets, max_distance=max_distance), expected)
 
 
 @torch.no_grad()
@@ -170,15 +170,15 @@ def test_bfloat16_is_finite_and_as_far_from_float32_as_that_of_transformers():
 @torch.no_grad()
 def test_the_norm_rounds_to_bfloat16_before_it_weighs():
     encoder = fresh(TINY).to(torch.bfloat16)
-    x = torch.randn(64, TINY.width, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    x = torch.randn(64, TINY.d_model, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     assert torch.equal(encoder.final_norm(x), oracle(encoder).encoder.final_layer_norm(x))
 
 
 def test_fresh_weights_have_the_published_deviations_and_repeat():
-    config = T5Config(vocabulary=500, width=128, layers=1, heads=8, head_width=32, hidden=320)
+    config = T5Config(vocab_size=500, d_model=128, num_layers=1, num_heads=8, d_kv=32, d_ff=320)
     encoder, again = T5Encoder(config), T5Encoder(config)
     for each in (encoder, again):
-        initialise(each, torch.Generator().manual_seed(0))
+        initialise_t5(each, torch.Generator().manual_seed(0))
     block = encoder.blocks[0]
     expected = {
         encoder.embedding: 1.0,

@@ -27,7 +27,7 @@ from tests.tiny_models import sown
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 GRID = LatentGrid(2, 3, 4)
-TINY = TransformerConfig(layers=3, heads=4, head_width=10, text_width=24, channels=8)  # 40 = 6 * 6 + 4
+TINY = TransformerConfig(num_layers=3, num_heads=4, head_dim=10, caption_channels=24, in_channels=8)  # 40 = 6 * 6 + 4
 RELEASED_WIDTHS = {"2B": replace(TRANSFORMER_2B, layers=2), "13B": replace(TRANSFORMER_13B, layers=1)}
 
 
@@ -54,21 +54,21 @@ class Inputs:
 
     @classmethod
     def of(cls, config: TransformerConfig, *, grid: LatentGrid = GRID, text_length: int = 9) -> Inputs:
-        grids = [positions(grid, fps=fps, causal=config.causal_positions) for fps in (30.0, 24.0)]
-        levels = torch.tensor([0.9094, 0.3])[:, None].repeat(1, grid.tokens)
+        grids = [positions(grid, fps=fps, causal=config.causal_temporal_positioning) for fps in (30.0, 24.0)]
+        levels = torch.tensor([0.9094, 0.3])[:, None].repeat(1, grid.num_tokens)
         levels[0, : grid.height * grid.width] = 0.0  # a clean first frame
         levels[1, ::3] = torch.rand(levels[1, ::3].shape, generator=torch.Generator().manual_seed(3))
         return cls(
-            tokens=drawn(2, grid.tokens, config.channels, seed=4),
+            tokens=drawn(2, grid.num_tokens, config.in_channels, seed=4),
             positions=torch.stack(grids),
-            text=drawn(2, text_length, config.text_width, seed=5),
+            text=drawn(2, text_length, config.caption_channels, seed=5),
             text_mask=torch.arange(text_length) < torch.tensor([text_length, 4])[:, None],
             levels=levels,
         )
 
 
 def velocity(model: Transformer, given: Inputs, *, mask: bool = True) -> Tensor:
-    rope = model.rope(given.positions)
+    rope = model.compute_rope(given.positions)
     return model(given.tokens, rope, given.text, given.text_mask if mask else None, given.levels)
 
 
@@ -104,7 +104,7 @@ def asked_of_diffusers(module: torch.nn.Module, given: Inputs) -> Tensor:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_velocity_equals_the_official_and_that_of_diffusers(tiny, causal):
-    given = Inputs.of(replace(TINY, causal_positions=causal))
+    given = Inputs.of(replace(TINY, causal_temporal_positioning=causal))
     ours = velocity(tiny, given)
     assert ours.shape == given.tokens.shape
     assert relative(ours, official_velocity(tiny, given)) <= 1e-5
@@ -122,7 +122,7 @@ def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(s
 
 @pytest.mark.parametrize("heads, head_width", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
 def test_velocity_equals_the_official_at_every_remainder_of_the_width(heads, head_width):
-    model = sown(lambda: Transformer(replace(TINY, heads=heads, head_dim=head_width, layers=1)))
+    model = sown(lambda: Transformer(replace(TINY, num_heads=heads, head_dim=head_width, layers=1)))
     given = Inputs.of(model.config)
     assert relative(velocity(model, given), official_velocity(model, given)) <= 1e-5
 
@@ -158,7 +158,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_official_package(tiny):
 def test_one_level_for_all_tokens_is_the_same_as_that_level_on_each(tiny):
     given = Inputs.of(TINY)
     one = torch.tensor([[0.7], [0.2]])
-    each = one.expand(-1, GRID.tokens)
+    each = one.expand(-1, GRID.num_tokens)
     assert relative(velocity(tiny, replace(given, levels=one)), velocity(tiny, replace(given, levels=each))) <= 1e-6
 
 
@@ -199,7 +199,7 @@ def test_samples_of_a_batch_do_not_touch(tiny):
 
 def test_tokens_are_known_by_their_positions_and_not_by_their_order(tiny):
     given = Inputs.of(TINY)
-    order = torch.randperm(GRID.tokens, generator=torch.Generator().manual_seed(6))
+    order = torch.randperm(GRID.num_tokens, generator=torch.Generator().manual_seed(6))
     shuffled = replace(
         given,
         tokens=given.tokens[:, order],
@@ -223,18 +223,21 @@ def inputs(batch: int) -> Inputs:
     """One or three samples that differ in everything: positions, levels of each token, lengths of the text."""
     two = Inputs.of(TINY)
     rows = torch.tensor([1, 0, 1][:batch])
-    drawn_again = {"tokens": drawn(batch, GRID.tokens, TINY.channels, seed=7), "text": drawn(batch, 9, 24, seed=8)}
+    drawn_again = {
+        "tokens": drawn(batch, GRID.num_tokens, TINY.in_channels, seed=7),
+        "text": drawn(batch, 9, 24, seed=8),
+    }
     return replace(Inputs(*(field[rows] for field in vars(two).values())), **drawn_again)
 
 
 def both_ways(model: Transformer, given: Inputs, **disturbance: Any) -> tuple[Tensor, Tensor]:
-    rope = model.rope(given.positions)
-    return model.with_disturbed(given.tokens, rope, given.text, given.text_mask, given.levels, **disturbance)
+    rope = model.compute_rope(given.positions)
+    return model.forward_with_perturbed(given.tokens, rope, given.text, given.text_mask, given.levels, **disturbance)
 
 
 def disturbed_from_the_start(model: Transformer, given: Inputs, blocks: tuple[int, ...], mode: str) -> Tensor:
     """A whole forward in which the listed layers are disturbed for every sample."""
-    hooks = [model.layers[index].register_forward_pre_hook(lambda layer, given: (*given[:2], mode)) for index in blocks]
+    hooks = [model.blocks[index].register_forward_pre_hook(lambda layer, given: (*given[:2], mode)) for index in blocks]
     made = velocity(model, given)
     for hook in hooks:
         hook.remove()
@@ -263,7 +266,7 @@ def test_disturbed_layers_equal_the_official_skip_layer_mask(tiny, batch, blocks
     given = inputs(batch)
     official = official_transformer(tiny)
     for rows in ROWS[batch]:
-        mask = torch.ones(TINY.layers, batch)
+        mask = torch.ones(TINY.num_layers, batch)
         mask[list(blocks), rows] = 0
         theirs = official(
             given.tokens,
@@ -305,7 +308,7 @@ def test_disturbed_rows_do_not_see_how_their_padded_text_reads(tiny):
     "blocks, calls", [((0,), [2, 2, 2]), ((1,), [1, 2, 2]), ((2,), [1, 1, 2]), ((2, 1), [1, 2, 2])], ids=str
 )
 def test_layers_before_the_first_disturbed_one_are_evaluated_once(tiny, blocks, calls):
-    counted = [0] * TINY.layers
+    counted = [0] * TINY.num_layers
 
     def count(index: int) -> Callable[..., None]:
         def hook(layer: Any, given: Any, made: Any) -> None:
@@ -345,7 +348,7 @@ def test_replayed_layers_give_what_layers_give_that_are_not(tiny, mode, masked):
 
 def test_too_many_tokens_for_a_graph_are_computed_without_one(tiny, monkeypatch):
     given, notes, replayed = inputs(2), Notes(), deepcopy(tiny)
-    monkeypatch.setattr("kadr.models.transformer.REPLAYED", given.tokens.shape[1] * 2 - 1)
+    monkeypatch.setattr("kadr.models.transformer.CUDA_GRAPH_MAX_TOKENS", given.tokens.shape[1] * 2 - 1)
     replayed.replay(notes)
     reading = replayed.read(given.text, None)
     for _ in range(3):
@@ -371,8 +374,8 @@ def test_disturbing_changes_no_weight_and_no_input(tiny):
     [
         TRANSFORMER_2B,
         TRANSFORMER_13B,
-        replace(TRANSFORMER_2B, causal_positions=False),
-        replace(TINY, theta=500.0, limits=(10.0, 64.0, 32.0)),
+        replace(TRANSFORMER_2B, causal_temporal_positioning=False),
+        replace(TINY, rope_theta=500.0, rope_max_positions=(10.0, 64.0, 32.0)),
     ],
     ids=["2B", "13B", "2B before 0.9.5", "tiny"],
 )
@@ -382,7 +385,7 @@ def test_a_header_comes_back_from_json_as_it_went(config):
 
 def test_the_released_headers_are_read_as_their_sizes():
     before = TransformerConfig.from_header(OURS_TRANSFORMER_CONFIG)
-    assert before == replace(TRANSFORMER_2B, causal_positions=False)
+    assert before == replace(TRANSFORMER_2B, causal_temporal_positioning=False)
     since = {name: value for name, value in OURS_TRANSFORMER_CONFIG.items() if name != "project_to_2d_pos"}
     since |= {"causal_temporal_positioning": True}
     assert TransformerConfig.from_header(since) == TRANSFORMER_2B
@@ -416,10 +419,10 @@ def test_the_released_headers_are_read_as_their_sizes():
 )
 def test_a_header_that_no_released_transformer_has_is_refused_by_value(change, value):
     with pytest.raises(CheckpointError, match=f"{change} = {re.escape(repr(value))};"):
-        TransformerConfig.from_header(TRANSFORMER_2B.header() | {change: value})
+        TransformerConfig.from_header(TRANSFORMER_2B.to_header() | {change: value})
 
 
 @pytest.mark.parametrize("heads, head_width", [(1, 4), (3, 3)])
 def test_a_width_without_room_for_rotations_is_refused_by_value(heads, head_width):
     with pytest.raises(CheckpointError, match=str(heads * head_width)):
-        replace(TINY, heads=heads, head_dim=head_width)
+        replace(TINY, num_heads=heads, head_dim=head_width)

@@ -13,8 +13,8 @@ from torch import nn
 
 from kadr.checkpoints import keys
 from kadr.errors import CheckpointError
-from kadr.models.registry import RELEASED
-from kadr.models.upscaler import SPATIAL, TEMPORAL, LatentUpsampler, UpsamplerConfig
+from kadr.models.registry import RELEASES
+from kadr.models.upscaler import SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG, LatentUpscaler, UpscalerConfig
 from tests.oracles import drawn, relative
 from tests.tiny_models import sown
 
@@ -32,19 +32,21 @@ RELEASED_HEADER = {
 }
 
 
-def small(way: str, width: int = 32) -> UpsamplerConfig:
+def small(way: str, width: int = 32) -> UpscalerConfig:
     space, time = WAYS[way]
-    return UpsamplerConfig(channels=12, width=width, blocks=2, space=space, time=time)
+    return UpscalerConfig(
+        in_channels=12, mid_channels=width, num_blocks_per_stage=2, spatial_upsample=space, temporal_upsample=time
+    )
 
 
 @pytest.fixture(params=WAYS)
-def ours(request: pytest.FixtureRequest) -> LatentUpsampler:
-    return sown(lambda: LatentUpsampler(small(request.param)))
+def ours(request: pytest.FixtureRequest) -> LatentUpscaler:
+    return sown(lambda: LatentUpscaler(small(request.param)))
 
 
-def with_weights_of(ours: LatentUpsampler, build: Any) -> nn.Module:
+def with_weights_of(ours: LatentUpscaler, build: Any) -> nn.Module:
     """Another module, built from our header, on our weights."""
-    entries = {key: value for key, value in ours.config.header().items() if key != "_class_name"}
+    entries = {key: value for key, value in ours.config.to_header().items() if key != "_class_name"}
     with torch.device("meta"):
         oracle = build(**entries)
     names = keys.names(keys.UPSAMPLER, ours.state_dict())
@@ -60,7 +62,7 @@ def with_weights_of(ours: LatentUpsampler, build: Any) -> nn.Module:
 @pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize("way", WAYS)
 def test_it_computes_what_the_other_implementations_do(way: str, oracle: str, parity: Any) -> None:
-    ours = sown(lambda: LatentUpsampler(small(way, width=64)))  # two channels to a group
+    ours = sown(lambda: LatentUpscaler(small(way, width=64)))  # two channels to a group
     latents = drawn(1, 12, 3, 3, 4)
     expected = with_weights_of(ours, ORACLES[oracle])(latents)
     assert parity("upscaler", ours.config.kind, oracle, relative(ours(latents), expected)) < 1e-5
@@ -68,22 +70,22 @@ def test_it_computes_what_the_other_implementations_do(way: str, oracle: str, pa
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 2, 4])
-def test_sides_double_and_frames_nearly_do(ours: LatentUpsampler, frames: int) -> None:
+def test_sides_double_and_frames_nearly_do(ours: LatentUpscaler, frames: int) -> None:
     config = ours.config
-    sides = (8, 6) if config.space else (4, 3)
-    made = 2 * frames - 1 if config.time else frames
+    sides = (8, 6) if config.spatial_upsample else (4, 3)
+    made = 2 * frames - 1 if config.temporal_upsample else frames
     assert ours(drawn(1, 12, frames, 4, 3)).shape == (1, 12, made, *sides)
 
 
 @torch.no_grad()
-def test_each_video_of_a_batch_is_upscaled_as_if_alone(ours: LatentUpsampler) -> None:
+def test_each_video_of_a_batch_is_upscaled_as_if_alone(ours: LatentUpscaler) -> None:
     batch = drawn(2, 12, 2, 4, 3)
     alone = torch.cat([ours(video[None]) for video in batch])
     assert relative(ours(batch), alone) < 1e-5
 
 
-def test_it_can_be_trained(ours: LatentUpsampler) -> None:
-    ours = LatentUpsampler(ours.config)
+def test_it_can_be_trained(ours: LatentUpscaler) -> None:
+    ours = LatentUpscaler(ours.config)
     ours(drawn(1, 12, 2, 3, 3)).square().mean().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in ours.parameters())
 
@@ -91,12 +93,14 @@ def test_it_can_be_trained(ours: LatentUpsampler) -> None:
 # Sizes
 
 
-@pytest.mark.parametrize(("config", "parameters"), [(SPATIAL, 126_250_624), (TEMPORAL, 130_968_192)])
-def test_a_released_upscaler_has_the_published_count_of_parameters(config: UpsamplerConfig, parameters: int) -> None:
+@pytest.mark.parametrize(
+    ("config", "parameters"), [(SPATIAL_UPSCALER_CONFIG, 126_250_624), (TEMPORAL_UPSCALER_CONFIG, 130_968_192)]
+)
+def test_a_released_upscaler_has_the_published_count_of_parameters(config: UpscalerConfig, parameters: int) -> None:
     with torch.device("meta"):
-        module = LatentUpsampler(config)
+        module = LatentUpscaler(config)
     assert sum(weight.numel() for weight in module.parameters()) == parameters
-    released = [entry for entry in RELEASED if entry.kind == config.kind and entry.repo is not None]
+    released = [entry for entry in RELEASES if entry.kind == config.kind and entry.repo is not None]
     assert [entry.size_bytes for entry in released] == [pytest.approx(4 * parameters, rel=0.01)] * 2
 
 
@@ -109,18 +113,18 @@ def test_the_kind_is_said_as_the_registry_names_it(way: str, kind: str) -> None:
 
 
 def test_the_released_header_is_read_and_written() -> None:
-    assert UpsamplerConfig.from_header(RELEASED_HEADER) == SPATIAL
-    assert SPATIAL.header() == RELEASED_HEADER
+    assert UpscalerConfig.from_header(RELEASED_HEADER) == SPATIAL_UPSCALER_CONFIG
+    assert SPATIAL_UPSCALER_CONFIG.to_header() == RELEASED_HEADER
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_header_comes_back_as_it_was(way: str) -> None:
-    assert UpsamplerConfig.from_header(small(way).header()) == small(way)
+    assert UpscalerConfig.from_header(small(way).to_header()) == small(way)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_official_class_reads_and_writes_the_same_header(way: str) -> None:
-    header = small(way).header()
+    header = small(way).to_header()
     with torch.device("meta"):
         official = OfficialUpsampler.from_config(header)
     assert OfficialUpsampler.config(official) == header
@@ -128,7 +132,9 @@ def test_the_official_class_reads_and_writes_the_same_header(way: str) -> None:
 
 def test_what_a_header_leaves_out_is_what_every_reader_takes_it_for() -> None:
     header = {"in_channels": 12, "mid_channels": 64, "dims": 3}
-    assert UpsamplerConfig.from_header(header) == UpsamplerConfig(channels=12, width=64, space=True, time=False)
+    assert UpscalerConfig.from_header(header) == UpscalerConfig(
+        in_channels=12, mid_channels=64, spatial_upsample=True, temporal_upsample=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,4 +154,4 @@ def test_what_a_header_leaves_out_is_what_every_reader_takes_it_for() -> None:
 )
 def test_a_header_that_no_released_upscaler_has_is_refused(change: Mapping[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        UpsamplerConfig.from_header({**RELEASED_HEADER, **change})
+        UpscalerConfig.from_header({**RELEASED_HEADER, **change})

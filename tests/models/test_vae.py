@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kadr.errors import CheckpointError
-from kadr.models.vae import VAE, Block, VAEConfig
+from kadr.models.vae import VAE, BlockConfig, VAEConfig
 from kadr.models.vae import model as vae_module
 from kadr.models.vae.blocks import patchify, unpatchify
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
-from kadr.nn.temporal_cache import Stream
+from kadr.nn.temporal_cache import TemporalCache
 from tests.oracles import VAES, diffusers_vae, drawn, official_vae, reduced, relative
 from tests.tiny_models import sown
 
@@ -35,27 +35,27 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 # Blocks that the official package knows and no released VAE uses; smaller models may.
 UNRELEASED = VAEConfig(
     encoder_blocks=(
-        Block(kind="res_x", layers=1),
-        Block(kind="compress_time"),
-        Block(kind="res_x_y", multiplier=3),
-        Block(kind="compress_space_res", multiplier=1),
-        Block(kind="compress_time_res", multiplier=1),
-        Block(kind="compress_space"),
-        Block(kind="compress_all_res", multiplier=4),
-        Block(kind="res_x", layers=1),
+        BlockConfig(kind="res_x", num_layers=1),
+        BlockConfig(kind="compress_time"),
+        BlockConfig(kind="res_x_y", multiplier=3),
+        BlockConfig(kind="compress_space_res", multiplier=1),
+        BlockConfig(kind="compress_time_res", multiplier=1),
+        BlockConfig(kind="compress_space"),
+        BlockConfig(kind="compress_all_res", multiplier=4),
+        BlockConfig(kind="res_x", num_layers=1),
     ),
     decoder_blocks=(
-        Block(kind="res_x", layers=1),
-        Block(kind="compress_space"),
-        Block(kind="res_x_y", multiplier=3),
-        Block(kind="compress_time"),
-        Block(kind="compress_all", multiplier=4, residual=True),
-        Block(kind="res_x", layers=2, inject_noise=True),
-        Block(kind="compress_all", multiplier=1),
+        BlockConfig(kind="res_x", num_layers=1),
+        BlockConfig(kind="compress_space"),
+        BlockConfig(kind="res_x_y", multiplier=3),
+        BlockConfig(kind="compress_time"),
+        BlockConfig(kind="compress_all", multiplier=4, residual=True),
+        BlockConfig(kind="res_x", num_layers=2, inject_noise=True),
+        BlockConfig(kind="compress_all", multiplier=1),
     ),
     timestep_conditioning=True,
-    encoder_width=8,
-    decoder_width=8,
+    encoder_base_channels=8,
+    decoder_base_channels=8,
     latent_channels=6,
 )
 
@@ -111,7 +111,7 @@ def levels_of(vae: VAE, *levels: float) -> Tensor | None:
 
 
 def decoded(vae: VAE, latents: Tensor, *levels: float) -> Tensor:
-    return seeded(lambda: vae.decode(latents, level=levels_of(vae, *levels), noise=torch.randn))
+    return seeded(lambda: vae.decode(latents, timestep=levels_of(vae, *levels), noise_source=torch.randn))
 
 
 def official_decoded(oracle: CausalVideoAutoencoder, latents: Tensor, level: Tensor | None) -> Tensor:
@@ -180,7 +180,7 @@ def test_blocks_that_no_released_vae_uses_equal_the_official_ones():
     ours = sown(lambda: VAE(UNRELEASED))
     official = official_vae(ours)
     pixels, latents = pixels_of(1, 3, 17, 64, 64), drawn(1, 6, 3, 2, 2)
-    assert relative(ours.moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
+    assert relative(ours.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
     expected = official_decoded(official, latents, torch.tensor([0.05]))
     assert relative(decoded(ours, latents, 0.05), expected) <= 1e-5
 
@@ -204,7 +204,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_official_package(twins):
     official = official_vae(half)
 
     def decode(vae: VAE) -> Tensor:
-        return seeded(lambda: vae.decode(latents.to(vae.statistics.mean), level=level, noise=half_noise))
+        return seeded(lambda: vae.decode(latents.to(vae.statistics.mean), timestep=level, noise_source=half_noise))
 
     ours = decode(half), half.moments(pixels.bfloat16()).mean
     theirs = (
@@ -223,7 +223,7 @@ def test_a_decoder_says_what_it_lacks():
     with pytest.raises(ValueError, match="level"):
         conditioned.decode(latents)
     with pytest.raises(ValueError, match="noise"):
-        injecting.decode(latents, level=torch.tensor([0.05]))
+        injecting.decode(latents, timestep=torch.tensor([0.05]))
 
 
 # Patches
@@ -326,10 +326,10 @@ def test_injected_noise_is_drawn_once_per_layer_however_the_clip_is_cut():
         shapes.append(shape)
         return torch.zeros(shape)
 
-    vae.decode(latents, level=level, noise=noise)
+    vae.decode(latents, timestep=level, noise_source=noise)
     at_once = list(shapes)
     shapes.clear()
-    list(vae.decode_stream(latents, level=level, noise=noise))
+    list(vae.decode_stream(latents, timestep=level, noise_source=noise))
     assert at_once == [(2, 2)] * 14 + [(4, 4)] * 12 + [(8, 8)] * 10
     assert shapes == at_once
 
@@ -368,37 +368,37 @@ def peak_bytes(vae: VAE, latents: Tensor, chunk: int | None) -> int:
     known = [latents, *vae.state_dict().values()] + ([] if level is None else [level])
     with LiveBytes(*known) as live:
         if chunk is None:
-            vae.decode(latents, level=level, noise=torch.ones)
+            vae.decode(latents, timestep=level, noise_source=torch.ones)
         else:
-            for _ in vae.decode_stream(latents, level=level, noise=torch.ones, chunk=chunk):
+            for _ in vae.decode_stream(latents, timestep=level, noise_source=torch.ones, input_chunk_frames=chunk):
                 pass
     return live.peak
 
 
-def kept_storages(stream: Stream) -> dict[int, int]:
+def kept_storages(stream: TemporalCache) -> dict[int, int]:
     """Bytes of every storage that a stream keeps alive."""
-    storages = [tensor.untyped_storage() for tensor in (*stream._kept.values(), *stream._drawn.values())]
+    storages = [tensor.untyped_storage() for tensor in (*stream._frames.values(), *stream._noise_maps.values())]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 @pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> list[Stream]:
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[TemporalCache]:
     """The streams that the VAE makes, as it makes them."""
-    made: list[Stream] = []
+    made: list[TemporalCache] = []
 
-    class Watched(Stream):
+    class Watched(TemporalCache):
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
             made.append(self)
 
-    monkeypatch.setattr(vae_module, "Stream", Watched)
+    monkeypatch.setattr(vae_module, "TemporalCache", Watched)
     return made
 
 
-def kept_while_decoding(vae: VAE, frames: int, streams: list[Stream]) -> list[int]:
+def kept_while_decoding(vae: VAE, frames: int, streams: list[TemporalCache]) -> list[int]:
     """Bytes that the stream holds on to, each time pixels leave it."""
     latents, level = drawn(1, 4, frames, 1, 1), levels_of(vae, 0.05)
-    pieces = vae.decode_stream(latents, level=level, noise=torch.ones, chunk=8)
+    pieces = vae.decode_stream(latents, timestep=level, noise_source=torch.ones, input_chunk_frames=8)
     return [sum(kept_storages(streams[-1]).values()) for _ in pieces]
 
 
@@ -487,7 +487,7 @@ def test_a_released_header_is_read_as_its_family(family):
     assert VAEConfig.from_header(RELEASED[family]) == VAES[family]
 
 
-HEADER = VAE_0_9_5.header()
+HEADER = VAE_0_9_5.to_header()
 
 
 @pytest.mark.parametrize(

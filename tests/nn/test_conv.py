@@ -7,27 +7,27 @@ import torch
 from ltx_video.models.autoencoders.causal_conv3d import CausalConv3d
 from torch import Tensor
 
-from kadr.nn.conv import VideoConv
-from kadr.nn.temporal_cache import Stream
+from kadr.nn.conv import CausalConv3d
+from kadr.nn.temporal_cache import TemporalCache
 from tests.oracles import drawn, relative
 from tests.tiny_models import sown
 
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 1, 1), (1, 2, 2)]
 
 
-def twins(causal: bool, stride: tuple[int, int, int]) -> tuple[VideoConv, CausalConv3d]:
-    ours = sown(lambda: VideoConv(5, 7, causal=causal, stride=stride))
+def twins(causal: bool, stride: tuple[int, int, int]) -> tuple[CausalConv3d, CausalConv3d]:
+    ours = sown(lambda: CausalConv3d(5, 7, causal=causal, stride=stride))
     with torch.device("meta"):
         official = CausalConv3d(5, 7, kernel_size=3, stride=stride)
     official.conv.load_state_dict(ours.state_dict(), assign=True)
     return ours, official
 
 
-def in_chunks(conv: VideoConv, x: Tensor, lengths: list[int]) -> Tensor:
-    stream, made = Stream(), []
+def in_chunks(conv: CausalConv3d, x: Tensor, lengths: list[int]) -> Tensor:
+    stream, made = TemporalCache(), []
     parts = x.split(lengths, dim=2)
     for index, part in enumerate(parts):
-        stream.last = index == len(parts) - 1
+        stream.is_last_chunk = index == len(parts) - 1
         made.append(conv(part, stream))
     return torch.cat(made, dim=2)
 
@@ -39,7 +39,7 @@ def in_chunks(conv: VideoConv, x: Tensor, lengths: list[int]) -> Tensor:
 def test_it_equals_the_official_convolution(causal, stride, frames):
     ours, official = twins(causal, stride)
     x = drawn(2, 5, frames, 6, 8)
-    assert relative(ours(x, Stream.whole()), official(x, causal=causal)) <= 1e-6
+    assert relative(ours(x, TemporalCache.single_chunk()), official(x, causal=causal)) <= 1e-6
 
 
 @pytest.mark.parametrize("causal, stride", [(True, stride) for stride in STRIDES] + [(False, (1, 1, 1))])
@@ -48,28 +48,28 @@ def test_it_equals_the_official_convolution(causal, stride, frames):
 def test_in_chunks_it_gives_the_frames_of_the_whole(causal, stride, lengths):
     conv, _ = twins(causal, stride)
     x = drawn(2, 5, 9, 6, 8)
-    assert relative(in_chunks(conv, x, lengths), conv(x, Stream.whole())) <= 1e-6
+    assert relative(in_chunks(conv, x, lengths), conv(x, TemporalCache.single_chunk())) <= 1e-6
 
 
 @torch.no_grad()
 def test_a_frame_that_is_the_whole_video_comes_out_at_once_and_otherwise_waits_for_the_next():
     conv, _ = twins(False, (1, 1, 1))
     x = drawn(1, 5, 1, 4, 4)
-    assert conv(x, Stream.whole()).shape == (1, 7, 1, 4, 4)
-    assert conv(x, Stream()).shape == (1, 7, 0, 4, 4)
+    assert conv(x, TemporalCache.single_chunk()).shape == (1, 7, 1, 4, 4)
+    assert conv(x, TemporalCache()).shape == (1, 7, 0, 4, 4)
 
 
 @torch.no_grad()
 def test_a_chunk_without_frames_keeps_the_shape_of_the_picture():
     conv, _ = twins(True, (2, 2, 2))
-    assert conv(drawn(1, 5, 0, 7, 8), Stream()).shape == (1, 7, 0, 4, 4)
+    assert conv(drawn(1, 5, 0, 7, 8), TemporalCache()).shape == (1, 7, 0, 4, 4)
 
 
 @torch.no_grad()
 def test_it_keeps_no_more_frames_than_the_kernel_reaches_back():
     for causal, stride in [(True, (1, 1, 1)), (True, (2, 2, 2)), (False, (1, 1, 1))]:
         conv, _ = twins(causal, stride)
-        stream = Stream()
+        stream = TemporalCache()
         for part in drawn(1, 5, 12, 4, 4).split([1, 4, 3, 4], dim=2):
             conv(part, stream)
-            assert stream.kept(conv).shape[2] <= 2
+            assert stream.get(conv).shape[2] <= 2

@@ -20,10 +20,10 @@ from kadr.kernels.reference import pixel_norm_modulate_silu
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.nn.attention import Attention
 from kadr.nn.linear import Linear
-from kadr.nn.modulation import branch_bends
+from kadr.nn.modulation import compute_adaln_params
 from kadr.nn.norm import ChannelLayerNorm, RMSNorm, rms_norm
 from kadr.nn.rope import Rope, rope_table
-from kadr.nn.timestep_embedding import LevelEmbedding, sinusoid
+from kadr.nn.timestep_embedding import TimestepEmbedding, sinusoidal_embedding
 from kadr.sampling.positions import positions
 from kadr.shapes import LatentGrid
 from tests.oracles import drawn, official_transformer_on_meta, relative
@@ -34,7 +34,7 @@ ONE_PLACE = torch.tensor([9 / 30, 64.0, 96.0]).view(1, 3, 1)
 
 
 def table(places: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rope:
-    return rope_table(places, width, limits=LIMITS, theta=10000.0, dtype=dtype)
+    return rope_table(places, width, max_positions=LIMITS, theta=10000.0, dtype=dtype)
 
 
 def in_pairs(*values: float) -> list[float]:
@@ -52,7 +52,7 @@ def in_pairs(*values: float) -> list[float]:
     ],
 )
 def test_the_sinusoid_has_the_published_values(level, dimensions):
-    row = sinusoid(torch.tensor([level]))[0]
+    row = sinusoidal_embedding(torch.tensor([level]))[0]
     assert row.shape == (256,)
     assert row[[0, 1, 127, 128, 129, 255]].tolist() == pytest.approx(dimensions, abs=2e-5)
 
@@ -60,16 +60,16 @@ def test_the_sinusoid_has_the_published_values(level, dimensions):
 def test_the_sinusoid_equals_that_of_diffusers():
     levels = torch.cat([torch.linspace(0, 1000, 401), torch.tensor([0.03, 999.99])])
     expected = get_timestep_embedding(levels, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-    assert (sinusoid(levels) - expected).abs().max() <= 2e-4  # 1000 radians in fp32 are known to 6e-5
-    assert relative(sinusoid(levels), expected) <= 1e-5
+    assert (sinusoidal_embedding(levels) - expected).abs().max() <= 2e-4  # 1000 radians in fp32 are known to 6e-5
+    assert relative(sinusoidal_embedding(levels), expected) <= 1e-5
 
 
 @torch.no_grad()
 def test_a_level_is_embedded_in_the_dtype_asked_for_from_a_sinusoid_in_fp32():
-    embedding = sown(lambda: LevelEmbedding(32)).to(torch.bfloat16)
+    embedding = sown(lambda: TimestepEmbedding(32)).to(torch.bfloat16)
     levels = torch.tensor([993.7, 50.0])
     made = embedding(levels, torch.bfloat16)
-    expected = embedding.second(torch.nn.functional.silu(embedding.first(sinusoid(levels).bfloat16())))
+    expected = embedding.linear_2(torch.nn.functional.silu(embedding.linear_1(sinusoidal_embedding(levels).bfloat16())))
     assert made.dtype == torch.bfloat16
     assert torch.equal(made, expected)
 
@@ -98,7 +98,7 @@ def test_the_rotation_of_the_13b_has_the_published_values():
 
 @pytest.mark.parametrize(
     "config",
-    [TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig(layers=0, heads=2, head_width=20)],
+    [TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig(num_layers=0, num_heads=2, head_dim=20)],
     ids=["2B", "13B", "40"],
 )
 def test_the_table_equals_the_official_and_that_of_diffusers(config):
@@ -182,8 +182,8 @@ def official_attention(ours: Attention, context_width: int | None, rope: bool) -
         model = OfficialAttention(
             query_dim=width,
             cross_attention_dim=context_width,
-            heads=ours.heads,
-            dim_head=width // ours.heads,
+            heads=ours.num_heads,
+            dim_head=width // ours.num_heads,
             bias=True,
             qk_norm="rms_norm",
             use_rope=rope,
@@ -211,19 +211,19 @@ def test_attention_to_a_text_of_another_width_equals_the_official_one():
     bias[1, ..., 3:] = -10000.0
     rope = tuple(table(ONE_PLACE * torch.arange(7.0), 48))  # the official layer leaves it aside
     expected = official_attention(ours, 20, True)(x, rope, encoder_hidden_states=text, attention_mask=bias[:, 0])
-    assert relative(ours(x, ours.keys_values(text), bias=bias), expected) <= 1e-6
+    assert relative(ours(x, ours.project_kv(text), bias=bias), expected) <= 1e-6
 
 
 def test_bends_are_shift_scale_and_gate_first_around_attention_then_around_the_feed_forward():
     names = torch.arange(6.0)[:, None].expand(6, 3)
-    attention, thought = branch_bends(names, torch.zeros(1, 1, 6, 3))
+    attention, thought = compute_adaln_params(names, torch.zeros(1, 1, 6, 3))
     assert [part.unique().tolist() for part in (*attention, *thought)] == [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]
     assert torch.equal(thought(torch.ones(1, 2, 3)), torch.full((1, 2, 3), 1.0 * (1 + 4) + 3))
 
 
 def test_every_linear_of_the_transformer_may_be_stored_otherwise():
     with torch.device("meta"):
-        model = Transformer(TransformerConfig(layers=1, heads=2, head_width=12))
+        model = Transformer(TransformerConfig(num_layers=1, num_heads=2, head_dim=12))
     plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
     assert plain == []
     assert any(isinstance(module, Linear) for module in model.modules())

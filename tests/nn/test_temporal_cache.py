@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.nn.temporal_cache import Stream, in_turn
+from kadr.nn.temporal_cache import TemporalCache, cat_frames
 from tests.oracles import drawn
 
 
@@ -15,79 +15,79 @@ def frames_of(count: int) -> Tensor:
 
 
 def test_the_stream_of_a_whole_video_is_at_its_last_chunk():
-    assert Stream.whole().last
-    assert not Stream().last
+    assert TemporalCache.single_chunk().is_last_chunk
+    assert not TemporalCache().is_last_chunk
 
 
 def test_as_many_frames_are_kept_in_the_same_place():
-    stream = Stream()
-    stream.keep("a", frames_of(2))
-    place = stream.kept("a").data_ptr()
+    stream = TemporalCache()
+    stream.store("a", frames_of(2))
+    place = stream.get("a").data_ptr()
     chunk = frames_of(2) + 1
-    stream.keep("a", chunk)
-    assert stream.kept("a").data_ptr() == place
-    assert torch.equal(stream.kept("a"), chunk)
-    stream.keep("a", chunk[:, :, :1])
-    assert torch.equal(stream.kept("a"), chunk[:, :, :1])
+    stream.store("a", chunk)
+    assert stream.get("a").data_ptr() == place
+    assert torch.equal(stream.get("a"), chunk)
+    stream.store("a", chunk[:, :, :1])
+    assert torch.equal(stream.get("a"), chunk[:, :, :1])
 
 
 def test_frames_in_turn_lie_as_the_last_of_them():
     first, last = frames_of(1).expand(-1, -1, 2, -1, -1), frames_of(3)
     plain = torch.cat([first, last], dim=2)
     for order, channels_last in ((torch.contiguous_format, False), (torch.channels_last_3d, True)):
-        joined = in_turn(first, last.contiguous(memory_format=order))
+        joined = cat_frames(first, last.contiguous(memory_format=order))
         assert torch.equal(joined, plain)
         assert joined.movedim(1, -1).is_contiguous() == channels_last
         assert joined.is_contiguous() != channels_last
 
 
 def test_an_owner_has_kept_nothing_before_its_first_frame():
-    assert Stream().kept("a") is None
+    assert TemporalCache().get("a") is None
 
 
 def test_owners_do_not_share():
-    stream = Stream()
-    stream.keep("a", frames_of(1))
-    assert stream.kept("b") is None
+    stream = TemporalCache()
+    stream.store("a", frames_of(1))
+    assert stream.get("b") is None
 
 
 def test_what_is_kept_is_a_copy():
-    stream, x = Stream(), frames_of(6)
-    stream.keep("a", x[:, :, 4:])
+    stream, x = TemporalCache(), frames_of(6)
+    stream.store("a", x[:, :, 4:])
     expected = x[:, :, 4:].clone()
     x.zero_()
-    kept = stream.kept("a")
+    kept = stream.get("a")
     assert torch.equal(kept, expected)
     assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
 def test_nothing_is_kept_after_the_last_chunk():
-    stream = Stream.whole()
-    stream.keep("a", frames_of(1))
-    assert stream.kept("a") is None
+    stream = TemporalCache.single_chunk()
+    stream.store("a", frames_of(1))
+    assert stream.get("a") is None
 
 
 def test_join_puts_the_kept_frames_in_front():
-    stream, x = Stream(), frames_of(5)
-    assert torch.equal(stream.join("a", x[:, :, :2]), x[:, :, :2])
-    stream.keep("a", x[:, :, :2])
-    assert torch.equal(stream.join("a", x[:, :, 2:]), x)
+    stream, x = TemporalCache(), frames_of(5)
+    assert torch.equal(stream.prepend("a", x[:, :, :2]), x[:, :, :2])
+    stream.store("a", x[:, :, :2])
+    assert torch.equal(stream.prepend("a", x[:, :, 2:]), x)
 
 
 @pytest.mark.parametrize("lengths, asked", [((3, 3, 2), (1, 3, 4)), ((1, 1, 6), (0, 0, 8)), ((4, 0, 4), (0, 3, 5))])
 def test_delay_returns_every_frame_once_and_in_order(lengths, asked):
-    stream, x = Stream(), frames_of(8)
+    stream, x = TemporalCache(), frames_of(8)
     parts = x.split(lengths, dim=2)
     returned = []
     for index, (part, count) in enumerate(zip(parts, asked, strict=True)):
-        stream.last = index == len(parts) - 1
+        stream.is_last_chunk = index == len(parts) - 1
         returned.append(stream.delay("a", part, count))
         assert returned[-1].shape[2] == count
     assert torch.equal(torch.cat(returned, dim=2), x)
 
 
 def test_the_first_frame_is_first_once():
-    stream = Stream()
+    stream = TemporalCache()
     assert not stream.is_first("a", frames_of(3)[:, :, :0])  # no frame has come yet
     assert stream.is_first("a", frames_of(3))
     assert not stream.is_first("a", frames_of(3))
@@ -95,9 +95,9 @@ def test_the_first_frame_is_first_once():
 
 
 def test_remembering_the_first_frame_holds_no_memory():
-    stream = Stream()
+    stream = TemporalCache()
     stream.is_first("a", frames_of(3))
-    assert sum(kept.untyped_storage().nbytes() for kept in stream._kept.values()) == 0
+    assert sum(kept.untyped_storage().nbytes() for kept in stream._frames.values()) == 0
 
 
 def test_noise_is_drawn_once_for_an_owner_and_has_the_dtype_asked_for():
@@ -107,15 +107,15 @@ def test_noise_is_drawn_once_for_an_owner_and_has_the_dtype_asked_for():
         shapes.append(shape)
         return torch.randn(shape)
 
-    stream, like = Stream(noise=noise), torch.zeros(2, 4, 1, 3, 5, dtype=torch.float64)
-    first = stream.noise("a", like)
+    stream, like = TemporalCache(noise_source=noise), torch.zeros(2, 4, 1, 3, 5, dtype=torch.float64)
+    first = stream.get_noise("a", like)
     assert first.shape == (3, 5)
     assert first.dtype == torch.float64
-    assert torch.equal(stream.noise("a", like), first)
-    assert not torch.equal(stream.noise("b", like), first)
+    assert torch.equal(stream.get_noise("a", like), first)
+    assert not torch.equal(stream.get_noise("b", like), first)
     assert shapes == [(3, 5), (3, 5)]
 
 
 def test_a_stream_without_a_source_of_noise_says_so():
     with pytest.raises(ValueError, match="noise"):
-        Stream().noise("a", frames_of(1))
+        TemporalCache().get_noise("a", frames_of(1))

@@ -141,7 +141,7 @@ def run(
             passes = {"first_pass": first, "second_pass": _settings(request.second)}
             images = scales(0.6666666, **passes, **common).images
     grid = noise.grid
-    latents = kept["tokens"][:, -grid.tokens :].transpose(1, 2).unflatten(2, (grid.frames, grid.height, grid.width))
+    latents = kept["tokens"][:, -grid.num_tokens :].transpose(1, 2).unflatten(2, (grid.frames, grid.height, grid.width))
     cropped = _cropped(images, request.frames, size, height, width)
     return Run(latents, kept["pixels"], cropped, tuple(noise.drawn))
 
@@ -208,7 +208,7 @@ def _media(item: Placed, size: Size, crf: int) -> Tensor:
     pictures = []
     for frame in item.frames:
         own = crop_to_aspect(load_picture(frame), size)
-        left, right, top, bottom = size.margins()
+        left, right, top, bottom = size.padding()
         made = Size(own.width // 2 * 2 + left + right, own.height // 2 * 2 + top + bottom)
         pictures.append(prepare_picture(frame, size, crf, made))
     return torch.cat(pictures, dim=2)
@@ -246,7 +246,7 @@ class _Noise:
 
     def begin(self, height: int, width: int) -> None:
         """A pass of this size begins."""
-        self.grid = LatentGrid.of(Size(width, height), self.frames)
+        self.grid = LatentGrid.for_video(Size(width, height), self.frames)
         self.prefix = "second " if self.passes else ""
         self.passes += 1
         self.begun = False
@@ -274,7 +274,7 @@ class _Noise:
     def tokens(self, name: str, shape: Any) -> Tensor:
         """Noise for all tokens. Extra ones stand before the video's there, and behind them here."""
         made = self.draw(name, shape)
-        return torch.cat([made[:, self.grid.tokens :], made[:, : self.grid.tokens]], dim=1)
+        return torch.cat([made[:, self.grid.num_tokens :], made[:, : self.grid.num_tokens]], dim=1)
 
 
 def _cropped(images: Tensor, frames: int, size: Size, height: int, width: int) -> Tensor:

@@ -17,7 +17,7 @@ from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES
 from tests.oracles import drawn
 from tests.tiny_models import sown
 
-CONFIG = TransformerConfig(layers=3, heads=4, head_width=16, text_width=32, channels=8)
+CONFIG = TransformerConfig(num_layers=3, num_heads=4, head_dim=16, caption_channels=32, in_channels=8)
 BACKEND = "aot_eager"  # all of the compiler but for its last stage, which needs one of C++ or of CUDA
 LEVEL = torch.tensor([[0.7]])
 MASK = torch.tensor([[True, True, False, True, False]])
@@ -40,12 +40,12 @@ def made(scheme: str | None) -> Transformer:
 
 def velocities(transformer: Transformer, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Plain, and with a block disturbed in either way."""
-    rope = transformer.rope(40 * torch.rand(1, 3, 12, generator=torch.Generator().manual_seed(1)))
+    rope = transformer.compute_rope(40 * torch.rand(1, 3, 12, generator=torch.Generator().manual_seed(1)))
     given = (drawn(1, 12, 8), rope, drawn(1, 5, 32, seed=2), mask, LEVEL)
     with torch.no_grad():
         plain = transformer(*given)
         modes = (ATTENTION_VALUES, ATTENTION_SKIP)
-        return [plain, *(transformer.with_disturbed(*given, blocks=[1], mode=mode)[1] for mode in modes)]
+        return [plain, *(transformer.forward_with_perturbed(*given, blocks=[1], mode=mode)[1] for mode in modes)]
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
@@ -62,7 +62,7 @@ def test_compiled_layers_give_what_the_plain_ones_give(scheme: str | None, mask:
 def test_one_compilation_serves_all_layers(scheme: str | None) -> None:
     transformer = made(scheme)
     compile_layers(transformer, BACKEND)
-    rope = transformer.rope(40 * torch.rand(1, 3, 12, generator=torch.Generator().manual_seed(1)))
+    rope = transformer.compute_rope(40 * torch.rand(1, 3, 12, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():
         for seed in (0, 1):
             transformer(drawn(1, 12, 8, seed=seed), rope, drawn(1, 5, 32, seed=2), None, LEVEL)

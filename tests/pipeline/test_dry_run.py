@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kadr.errors import CheckpointError, RequestError
-from kadr.models.registry import MODELS, Recipe, Released
+from kadr.models.registry import MODEL_RELEASES, Recipe, Release
 from kadr.pipeline import dry_run
 from kadr.pipeline.dry_run import DryEngine
 from kadr.pipeline.engine import Engine
@@ -38,7 +38,7 @@ SECOND = ((1, 1, 1, (27,), (*LATER, 0.124111)),)
 
 @pytest.fixture
 def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_disk(released: Released) -> Path | None:
+    def on_disk(released: Release) -> Path | None:
         return locate.on_disk(released) if released.repo is None else None
 
     monkeypatch.setattr(dry_run, "on_disk", on_disk)
@@ -65,7 +65,7 @@ def test_steps_of_13b_dev_are_the_official_ones(model: str) -> None:
         expected = [(level, values) for *values, levels in table for level in levels]
         assert plan.levels.tolist() == pytest.approx([level for level, _ in expected], abs=5e-7)
         assert [list(step) for step in plan.steps] == [values for _, values in expected]
-    assert [(str(plan.size), plan.grid.tokens) for plan in run.passes] == [("800x448", 5600), ("1600x896", 22400)]
+    assert [(str(plan.size), plan.grid.num_tokens) for plan in run.passes] == [("800x448", 5600), ("1600x896", 22400)]
     assert run.evaluations == 62 + 26
 
 
@@ -90,7 +90,7 @@ def test_official_config_makes_what_its_model_does(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
-@pytest.mark.parametrize("model", [model.name for model in MODELS])
+@pytest.mark.parametrize("model", [model.name for model in MODEL_RELEASES])
 def test_every_released_model_has_a_plan_with_its_parts(model: str) -> None:
     run = DryEngine.open(model).run(REQUEST)
     roles = [part.role for part in run.parts]
@@ -172,6 +172,6 @@ def test_what_cannot_work_is_refused(
 
 
 def test_recipe_goes_before_that_of_the_model() -> None:
-    recipe = Recipe(first=Pass(steps=3), frames=17)
+    recipe = Recipe(first_pass=Pass(steps=3), frames=17)
     run = DryEngine.open("demo", recipe=recipe).run(REQUEST)
     assert (len(run.passes[0].levels), run.request.frames) == (3, 17)

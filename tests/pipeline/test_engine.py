@@ -163,7 +163,7 @@ def test_a_video_is_made_larger_and_then_cropped_and_trimmed(
     engine: Engine, photo: Condition, size: Size, frames: int, held: bool
 ) -> None:
     request = replace(REQUEST, size=size, frames=frames, steps=1, conditions=(photo,) if held else ())
-    made, length = size.snapped(), (frames + 6) // 8 * 8 + 1
+    made, length = size.snap(), (frames + 6) // 8 * 8 + 1
     video = engine.generate(request)
     assert video.frames.shape == (frames, size.height, size.width, 3)
     assert video.frames.dtype == np.uint8
@@ -190,8 +190,8 @@ def test_decoding_as_a_stream_is_decoding_at_once(engine: Engine, injecting: Eng
             level = torch.tensor([opened.recipe.decode_timestep])
             whole = vae.decode(
                 video.latents[None],
-                level=level,
-                noise=lambda shape: streams.draw(f"injection {next(counted)}", shape),  # noqa: B023
+                timestep=level,
+                noise_source=lambda shape: streams.draw(f"injection {next(counted)}", shape),  # noqa: B023
             )
         off = (torch.from_numpy(video.frames).int() - to_uint8(to_unit(whole[0])).int()).abs()
         assert off.max() <= 1  # a hair on either side of a whole number
@@ -260,7 +260,7 @@ def test_what_a_request_leaves_out_comes_from_the_model_s_recipe(engine: Engine)
     made = engine.resolve(Request(prompt="a red circle"))
     recipe = engine.recipe
     assert (made.size, made.frames, made.fps) == (recipe.size, recipe.frames, recipe.fps)
-    assert made.only_pass() == replace(recipe.first, stochastic=False, tone_map=0.0)
+    assert made.only_pass() == replace(recipe.first_pass, stochastic=False, tone_map=0.0)
     assert (made.negative_prompt, made.image_noise) == (recipe.negative_prompt, recipe.image_noise)
     assert (made.multi_scale, made.second) == (False, None)
     assert (made.decode_timestep, made.decode_noise, made.image_crf) == (
@@ -273,7 +273,7 @@ def test_what_a_request_leaves_out_comes_from_the_model_s_recipe(engine: Engine)
 def test_a_request_that_leaves_out_the_steps_makes_as_many_as_the_recipe(engine: Engine) -> None:
     seen: list[Progress] = []
     engine.denoise(Request(prompt="a red circle", size=(32, 32), frames=1, guidance=1), watch=seen.append)
-    assert max(report.of for report in seen if report.stage == "denoise") == engine.recipe.first.steps
+    assert max(report.of for report in seen if report.stage == "denoise") == engine.recipe.first_pass.steps
 
 
 # --- what is in memory, and when -----------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_opening_loads_no_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(nn.Module, "load_state_dict", refuse)
     engine = Engine.open(home / MODEL, device="cpu")
-    assert engine.components.transformer_config.channels == CHANNELS
+    assert engine.components.transformer_config.in_channels == CHANNELS
 
 
 # --- progress and cancelling ---------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from kadr.checkpoints.lora.file import LoraFile, write_lora
-from kadr.models.lora_layers import attach, set_strengths
+from kadr.models.lora_layers import attach_loras, set_lora_strengths
 from kadr.models.transformer import Transformer, TransformerConfig
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
 from tests.oracles import diffusers_transformer, relative
 from tests.tiny_models import sown
 
-TINY = TransformerConfig(layers=3, heads=4, head_width=10, text_width=24, channels=8)
+TINY = TransformerConfig(num_layers=3, num_heads=4, head_dim=10, caption_channels=24, in_channels=8)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "time_embed.linear"]
 CPU = torch.device("cpu")
 
@@ -55,8 +55,8 @@ def with_file(ours: Transformer, path: Path, given: Inputs, strength: float = 1.
     module.load_state_dict(ours.state_dict())
     file = LoraFile.open(path)
     file.check_fits(TINY, Path("model"))
-    attach(module, [file.load()], torch.float32)
-    set_strengths(module, [strength], CPU)
+    attach_loras(module, [file.load()], torch.float32)
+    set_lora_strengths(module, [strength], CPU)
     return velocity(module, given)
 
 
@@ -127,6 +127,6 @@ def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_p
     pipeline.set_adapters(["0", "1"], [0.8, -0.5])
     module = sown(lambda: Transformer(replace(TINY)))
     module.load_state_dict(ours.state_dict())
-    attach(module, [LoraFile.open(path).load() for path in files], torch.float32)
-    set_strengths(module, [0.8, -0.5], CPU)
+    attach_loras(module, [LoraFile.open(path).load() for path in files], torch.float32)
+    set_lora_strengths(module, [0.8, -0.5], CPU)
     assert relative(velocity(module, given), asked_of_diffusers(pipeline.transformer, given)) <= 1e-5

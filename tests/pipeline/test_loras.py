@@ -74,7 +74,7 @@ def test_what_is_recorded_with_some_strengths_is_forgotten_also_where_a_step_is_
     opened: Callable[..., Engine], one: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forgotten: list[Transformer] = []
-    monkeypatch.setattr(Transformer, "forget", lambda module: forgotten.append(module))
+    monkeypatch.setattr(Transformer, "clear_cuda_graphs", lambda module: forgotten.append(module))
     engine = opened(loras=[one])
 
     def cancel(progress: Progress) -> None:

@@ -85,13 +85,13 @@ def test_stg_disturbs_the_samples_with_the_prompt_where_the_official_mask_takes_
 @torch.no_grad()
 def test_each_video_of_a_batch_is_guided_as_if_alone(mode: str, together: bool) -> None:
     transformer = sown(lambda: Transformer(transformer_config()), 1)
-    rope = transformer.rope(positions(LatentGrid(2, 2, 2), fps=24.0, causal=True)[None])
+    rope = transformer.compute_rope(positions(LatentGrid(2, 2, 2), fps=24.0, causal=True)[None])
 
     def model(tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None) -> tuple[Tensor, Any]:
         given = tokens, rope, text.encoding, text.mask, level
         if disturb is None:
             return transformer(*given), None
-        return transformer.with_disturbed(*given, **disturb._asdict())
+        return transformer.forward_with_perturbed(*given, **disturb._asdict())
 
     tokens, level = drawn(2, 8, CHANNELS), torch.tensor([[0.9], [0.4]])
     texts = [Text(drawn(2, 5, TEXT_WIDTH, seed=seed), torch.arange(5) < torch.tensor([[5], [3]])) for seed in (2, 3)]

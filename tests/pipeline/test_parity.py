@@ -20,7 +20,7 @@ from kadr import Condition, Engine, Request
 from kadr.errors import RequestError
 from kadr.media.postprocess import to_unit
 from kadr.media.writer import VideoWriter
-from kadr.models.registry import DISTILLED_LEVELS
+from kadr.models.registry import DISTILLED_SIGMAS
 from kadr.pipeline.stages import decode
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.schedules import Schedule
@@ -32,7 +32,7 @@ from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL, SHIFTED, write,
 
 LATENTS, PIXELS = 5e-6, 1e-5  # relative errors; found were 6e-7 and 1e-6, ten times what one rounding makes
 UPSCALER = "upscaler.safetensors"
-DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
+DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS)
 MODELS: dict[str, dict[str, Any]] = {
     "0.9": {"family": "0.9", "causal": False, "schedule": SHIFTED},
     "0.9.1": {"family": "0.9.1", "causal": False, "schedule": SHIFTED},
@@ -105,7 +105,7 @@ CASES = {
     "text, the last two levels skipped": case("0.9.5", steps=6, skip_final=2),
     "text, the last level of SD3 skipped": case("0.9", steps=4, skip_final=1),
     "text, stochastic": case("0.9.5", guidance=1.0, stochastic=True),
-    "text, the levels of the distilled": case("0.9.8 distilled", steps=None, levels=DISTILLED_LEVELS[:7], guidance=1.0),
+    "text, the levels of the distilled": case("0.9.8 distilled", steps=None, levels=DISTILLED_SIGMAS[:7], guidance=1.0),
     "text, the steps of the distilled": case("0.9.8 distilled", steps=8, guidance=1.0),
     "text, any levels": case("0.9.1", steps=None, levels=(0.9, 0.55, 0.2)),
     "text, another decoder level": case("0.9.5", steps=2, decode_timestep=0.3, decode_noise=0.5),
@@ -120,7 +120,7 @@ CASES = {
     "picture at 0.6, linear-quadratic": case("0.9.5", 0.6, steps=8),
     "picture at a strength that is a level": case("0.9.5", 0.0375, steps=6),
     "picture at 0.3, the distilled's levels": case(
-        "0.9.8 distilled", 0.3, steps=None, levels=DISTILLED_LEVELS, guidance=1.0
+        "0.9.8 distilled", 0.3, steps=None, levels=DISTILLED_SIGMAS, guidance=1.0
     ),
     "picture, stochastic": case("0.9.5", 1.0, stochastic=True, guidance=1.0),
     "picture at 0.6, stochastic": case("0.9.1", 0.6, stochastic=True),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kadr import Engine, Request
-from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, MODELS
+from kadr.models.registry import DISTILLED_SIGMAS, MODEL_RELEASES, RELEASES_BY_NAME
 from kadr.request.resolve import resolve
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size
@@ -20,28 +20,28 @@ from tests.oracles import relative
 from tests.pipeline import official_pipeline
 from tests.tiny_models import LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
 
-NAMES = [model.name for model in MODELS if model.repo is not None and not model.name.endswith("-fp8")]
+NAMES = [model.name for model in MODEL_RELEASES if model.repo is not None and not model.name.endswith("-fp8")]
 LATENTS = 1e-5  # relative; 26 steps of up to three evaluations, guided by up to 8
 
 
 def written(folder: Path, name: str) -> Path:
     """The checkpoint of a released model, but for the widths."""
-    released = BY_NAME[name]
+    released = RELEASES_BY_NAME[name]
     old = released.version in ("0.9", "0.9.1")
-    few = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
-    stated = few if released.distilled and released.version != "0.9.6-distilled" else LINEAR_QUADRATIC
+    few = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS)
+    stated = few if released.is_distilled and released.version != "0.9.6-distilled" else LINEAR_QUADRATIC
     return write(
         folder,
         family=released.vae_family or "",
         causal=not old,
-        layers=released.layers or 0,
+        layers=released.num_layers or 0,
         schedule=SHIFTED if old else stated,
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_released_recipe_gives_the_official_latents(name: str, tmp_path: Path, parity: Any) -> None:
-    recipe = BY_NAME[name].recipe
+    recipe = RELEASES_BY_NAME[name].recipe
     home = written(tmp_path, name)
     upscaler = write_upscaler(tmp_path / "upscaler.safetensors") if recipe.multi_scale else None
     engine = Engine.open(home / MODEL, upscaler=upscaler or (), recipe=recipe, device="cpu")
@@ -53,6 +53,6 @@ def test_a_released_recipe_gives_the_official_latents(name: str, tmp_path: Path,
     assert parity("recipe", name, "official", relative(made, expected.latents)) <= LATENTS
 
 
-@pytest.mark.parametrize("name", [model.name for model in MODELS if model.name.endswith("-fp8")])
+@pytest.mark.parametrize("name", [model.name for model in MODEL_RELEASES if model.name.endswith("-fp8")])
 def test_an_fp8_twin_has_the_recipe_of_the_model_it_was_made_from(name: str) -> None:
-    assert BY_NAME[name].recipe == BY_NAME[name.removesuffix("-fp8")].recipe
+    assert RELEASES_BY_NAME[name].recipe == RELEASES_BY_NAME[name.removesuffix("-fp8")].recipe

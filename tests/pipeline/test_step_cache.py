@@ -59,7 +59,7 @@ def counted(engine: Engine) -> Iterator[list[int]]:
     with engine.components.transformer(0, None) as transformer:
         hooks = [
             layer.register_forward_hook(lambda *_, at=at: calls.__setitem__(at, calls[at] + 1))
-            for at, layer in enumerate(transformer.layers)
+            for at, layer in enumerate(transformer.blocks)
         ]
     yield calls
     for hook in hooks:
@@ -116,11 +116,11 @@ PLAIN = Strengths(1.0, 0.0, 1.0, ())
 
 def asked(transformer: Transformer, step: int, seed: int, **how: Any) -> Any:
     """A velocity on one of twelve steps that are near each other, with the text of that seed."""
-    rope = transformer.rope(positions(GRID, fps=24.0, causal=True)[None])
-    tokens = drawn(1, GRID.tokens, tiny_models.CHANNELS, seed=1) + 0.02 * step * drawn(
-        1, GRID.tokens, tiny_models.CHANNELS, seed=2
+    rope = transformer.compute_rope(positions(GRID, fps=24.0, causal=True)[None])
+    tokens = drawn(1, GRID.num_tokens, tiny_models.CHANNELS, seed=1) + 0.02 * step * drawn(
+        1, GRID.num_tokens, tiny_models.CHANNELS, seed=2
     )
-    call = transformer.with_disturbed if "blocks" in how else transformer
+    call = transformer.forward_with_perturbed if "blocks" in how else transformer
     return call(
         tokens, rope, drawn(1, 5, tiny_models.TEXT_WIDTH, seed=seed), None, torch.tensor([[1 - step / 40]]), **how
     )
@@ -216,8 +216,8 @@ def peak(transformer: Transformer, request: Request, cache: StepCache | None) ->
 def test_what_a_cache_keeps_is_what_is_planned(transformer: Transformer, way: str, cache: StepCache) -> None:
     streams = {"plain": 1, "guided": 2, "disturbed": 3}[way]
     grown = peak(transformer, WAYS[way], cache) - peak(transformer, WAYS[way], None)
-    planned = activations.step_cache_bytes(transformer.config, GRID.tokens, 4, points=cache.points, streams=streams)
-    one = GRID.tokens * transformer.config.width * 4
+    planned = activations.step_cache_bytes(transformer.config, GRID.num_tokens, 4, points=cache.points, streams=streams)
+    one = GRID.num_tokens * transformer.config.width * 4
     assert planned - 2 * one <= grown <= planned
 
 
@@ -225,7 +225,7 @@ def test_the_plan_of_a_request_holds_what_its_cache_keeps(engine: Engine) -> Non
     (without,) = [stage for stage in engine.plan(WAYS["guided"]).stages if stage.stage == "denoise"]
     cached = engine.plan(replace(WAYS["guided"], cache="taylor"))
     (kept,) = [stage for stage in cached.stages if stage.stage == "denoise"]
-    tokens, config = LatentGrid(2, 2, 2).tokens, tiny_models.transformer_config(layers=LAYERS)
+    tokens, config = LatentGrid(2, 2, 2).num_tokens, tiny_models.transformer_config(layers=LAYERS)
     expected = activations.step_cache_bytes(config, tokens, 4, points=2, streams=2)
     assert abs(kept.choice.working - without.choice.working - (1 + HOLES) * expected) <= 1
 

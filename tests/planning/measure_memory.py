@@ -19,10 +19,10 @@ from kadr.planning.vae_activations import decode_bytes, encode_bytes
 from kadr.quant.prepack import prepack_convs, should_prepack_linears
 from kadr.shapes import LatentGrid
 
-WIDE = TransformerConfig(layers=2, heads=16, head_width=64, text_width=512)
-WIDE_T5 = T5Config(vocabulary=100, width=2048, layers=2, heads=32, head_width=64, hidden=5120)
+WIDE = TransformerConfig(num_layers=2, num_heads=16, head_dim=64, caption_channels=512)
+WIDE_T5 = T5Config(vocab_size=100, d_model=2048, num_layers=2, num_heads=32, d_kv=64, d_ff=5120)
 CPU = torch.device("cpu")
-THIN_VAE = replace(VAE_0_9_5, encoder_width=32, decoder_width=32)
+THIN_VAE = replace(VAE_0_9_5, encoder_base_channels=32, decoder_base_channels=32)
 GRID = LatentGrid(3, 8, 12)
 
 
@@ -44,7 +44,7 @@ def taken(run: Callable[[], object]) -> int:
 
 def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> list[int]:
     module = Transformer(WIDE).to(dtype)
-    rope, mask = module.rope(torch.rand(1, 3, tokens)), torch.arange(256)[None] < 20
+    rope, mask = module.compute_rope(torch.rand(1, 3, tokens)), torch.arange(256)[None] < 20
     x, text = torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 256, 512, dtype=dtype)
     level = torch.full((1, tokens if per_token else 1), 0.5)
     predicted = activations.transformer_bytes(
@@ -65,7 +65,7 @@ def decoder(dtype: torch.dtype, *, together: int = 0) -> list[int]:
         prepack_convs(module, winograd_frames=together)
 
     def decode() -> None:
-        for _ in module.decode_stream(latents, level=torch.tensor([0.05])):
+        for _ in module.decode_stream(latents, timestep=torch.tensor([0.05])):
             pass
 
     return [taken(decode), decode_bytes(THIN_VAE, GRID, dtype.itemsize, together=together)]
@@ -76,7 +76,7 @@ def encoder(*, together: int = 0) -> list[int]:
     module = VAE(THIN_VAE)
     if together:
         prepack_convs(module, winograd_frames=together)
-    return [taken(lambda: module.encode(pixels, chunk=8)), encode_bytes(THIN_VAE, GRID, 4, together=together)]
+    return [taken(lambda: module.encode(pixels, chunk_frames=8)), encode_bytes(THIN_VAE, GRID, 4, together=together)]
 
 
 if __name__ == "__main__":

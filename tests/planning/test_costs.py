@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from kadr.models.t5 import T5Config, T5Encoder
-from kadr.models.transformer import DISTURBED, TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
-from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
+from kadr.models.transformer import PERTURBED_VALUES, TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
+from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 from kadr.planning import activations, vae_activations
@@ -31,13 +31,16 @@ from kadr.shapes import LatentGrid
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import vae_config
 
-DEMO = TransformerConfig(layers=8, heads=4, head_width=64, text_width=256)
-XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+DEMO = TransformerConfig(num_layers=8, num_heads=4, head_dim=64, caption_channels=256)
+XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 VAES = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
-UPSAMPLERS = [UpsamplerConfig(width=64, blocks=2, space=space, time=time) for space, time in ((1, 0), (0, 1), (1, 1))]
+UPSAMPLERS = [
+    UpscalerConfig(mid_channels=64, num_blocks_per_stage=2, spatial_upsample=space, temporal_upsample=time)
+    for space, time in ((1, 0), (0, 1), (1, 1))
+]
 GRID = LatentGrid(3, 4, 2)
-SMALL = TransformerConfig(layers=3, heads=4, head_width=64, text_width=48, channels=8)
-SMALL_T5 = T5Config(vocabulary=50, width=256, layers=2, heads=4, head_width=64, hidden=640)
+SMALL = TransformerConfig(num_layers=3, num_heads=4, head_dim=64, caption_channels=48, in_channels=8)
+SMALL_T5 = T5Config(vocab_size=50, d_model=256, num_layers=2, num_heads=4, d_kv=64, d_ff=640)
 TEXT = 24
 CPU = torch.device("cpu")
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -64,10 +67,12 @@ def thinned(family: str, layers: int) -> VAEConfig:
     """A released VAE with this many layers where it has more, and an eighth of its channels."""
     full = VAES[family]
     encoder, decoder = (
-        tuple(replace(block, layers=min(block.layers, layers)) for block in blocks)
+        tuple(replace(block, layers=min(block.num_layers, layers)) for block in blocks)
         for blocks in (full.encoder_blocks, full.decoder_blocks)
     )
-    return replace(full, encoder_blocks=encoder, decoder_blocks=decoder, encoder_width=16, decoder_width=16)
+    return replace(
+        full, encoder_blocks=encoder, decoder_blocks=decoder, encoder_base_channels=16, decoder_base_channels=16
+    )
 
 
 def on_meta(make: Callable[[Any], nn.Module], config: Any) -> nn.Module:
@@ -101,8 +106,8 @@ def arguments(batch: int, tokens: int, *, per_token: bool = False) -> tuple[Any,
     mask = (torch.arange(TEXT)[None].expand(batch, -1) < 7) | (torch.arange(TEXT) == TEXT - 1)
     level = torch.full((batch, tokens if per_token else 1), 0.7)
     level[:, 1:] = 0.1
-    text = torch.randn(batch, TEXT, SMALL.text_width)
-    return torch.randn(batch, tokens, SMALL.channels), text, mask, level
+    text = torch.randn(batch, TEXT, SMALL.caption_channels)
+    return torch.randn(batch, tokens, SMALL.in_channels), text, mask, level
 
 
 @pytest.mark.parametrize("config", [DEMO, TRANSFORMER_2B, TRANSFORMER_13B], ids=["demo", "2B", "13B"])
@@ -130,8 +135,8 @@ def test_the_weights_of_a_vae_are_counted_half_by_half(config: VAEConfig) -> Non
 
 
 @pytest.mark.parametrize("config", UPSAMPLERS, ids=lambda config: config.kind)
-def test_the_weights_of_an_upscaler_are_counted(config: UpsamplerConfig) -> None:
-    assert upsampler_weights(config).total == numbers(on_meta(LatentUpsampler, config))
+def test_the_weights_of_an_upscaler_are_counted(config: UpscalerConfig) -> None:
+    assert upsampler_weights(config).total == numbers(on_meta(LatentUpscaler, config))
 
 
 def test_matrices_may_be_stored_in_fewer_bits_than_the_rest() -> None:
@@ -146,7 +151,7 @@ def test_the_products_of_a_transformer_are_those_that_torch_counts(
     batch: int, per_token: bool, levels: int | None
 ) -> None:
     module, (tokens, text, mask, level) = Transformer(SMALL), arguments(batch, 12, per_token=per_token)
-    rope = module.rope(torch.rand(1, 3, 12))
+    rope = module.compute_rope(torch.rand(1, 3, 12))
     counted = flops(lambda: module(tokens, rope, text, mask, level))
     reading = reading_flops(SMALL, batch=batch, text=TEXT)
     assert counted == reading + transformer_flops(SMALL, 12, batch=batch, text=TEXT, levels=levels)
@@ -154,21 +159,21 @@ def test_the_products_of_a_transformer_are_those_that_torch_counts(
 
 def test_a_text_that_was_read_costs_a_step_no_products() -> None:
     module, (tokens, text, mask, level) = Transformer(SMALL), arguments(2, 12)
-    rope, reading = module.rope(torch.rand(1, 3, 12)), module.read(text, mask)
+    rope, reading = module.compute_rope(torch.rand(1, 3, 12)), module.project_text(text, mask)
     first = flops(lambda: module(tokens, rope, reading, None, level))
     second = flops(lambda: module(tokens, rope, reading, None, level))
     assert second == transformer_flops(SMALL, 12, batch=2, text=TEXT)
-    kept = 4 * SMALL.layers * 2 * TEXT * SMALL.width**2
+    kept = 4 * SMALL.num_layers * 2 * TEXT * SMALL.width**2
     assert first == second + kept
 
 
-@pytest.mark.parametrize("mode", [*DISTURBED, TRANSFORMER_BLOCK])
+@pytest.mark.parametrize("mode", [*PERTURBED_VALUES, TRANSFORMER_BLOCK])
 def test_the_products_of_a_disturbed_evaluation_are_those_that_torch_counts(mode: str) -> None:
     module, given = Transformer(SMALL), arguments(2, 12)
     tokens, text, mask, level = given
-    rope = module.rope(torch.rand(1, 3, 12))
+    rope = module.compute_rope(torch.rand(1, 3, 12))
     disturb: dict[str, Any] = {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
-    both = flops(lambda: module.with_disturbed(tokens, rope, text, mask, level, **disturb))
+    both = flops(lambda: module.forward_with_perturbed(tokens, rope, text, mask, level, **disturb))
     added = disturbed_flops(SMALL, 12, (1,), mode, text=TEXT)
     reading = reading_flops(SMALL, batch=2, text=TEXT)
     assert both == reading + transformer_flops(SMALL, 12, batch=2, text=TEXT) + added
@@ -185,16 +190,16 @@ def test_the_products_of_a_vae_are_those_that_torch_counts(family: str) -> None:
     with torch.device("meta"):
         module, latents, pixels = VAE(config), torch.empty(1, 128, 3, 4, 2), torch.empty(1, 3, 17, 128, 64)
         level = torch.empty(1)
-        decoded = flops(lambda: module.decode(latents, level=level, noise=torch.empty))
+        decoded = flops(lambda: module.decode(latents, timestep=level, noise_source=torch.empty))
         encoded = flops(lambda: module.encode(pixels))
     assert decoded == decoder_flops(config, GRID)
     assert encoded == encoder_flops(config, GRID)
 
 
 @pytest.mark.parametrize("config", UPSAMPLERS, ids=lambda config: config.kind)
-def test_the_products_of_an_upscaler_are_those_that_torch_counts(config: UpsamplerConfig) -> None:
+def test_the_products_of_an_upscaler_are_those_that_torch_counts(config: UpscalerConfig) -> None:
     with torch.device("meta"):
-        module, latents = LatentUpsampler(config), torch.empty(1, 128, 3, 4, 2)
+        module, latents = LatentUpscaler(config), torch.empty(1, 128, 3, 4, 2)
         assert flops(lambda: module(latents)) == upsampler_flops(config, GRID)
 
 
@@ -216,10 +221,10 @@ def test_a_transformer_holds_the_bytes_that_are_predicted(
 ) -> None:
     module = Transformer(SMALL).to(dtype)
     x, text, mask, level = arguments(batch, tokens, per_token=per_token)
-    given = (x.to(dtype), module.rope(torch.rand(1, 3, tokens)), text.to(dtype), mask, level)
+    given = (x.to(dtype), module.compute_rope(torch.rand(1, 3, tokens)), text.to(dtype), mask, level)
     if disturbed:
         disturb: dict[str, Any] = {"blocks": (0,), "mode": "attention_skip", "rows": slice(batch - 1, None)}
-        counted = live(lambda: module.with_disturbed(*given, **disturb))
+        counted = live(lambda: module.forward_with_perturbed(*given, **disturb))
     else:
         counted = live(lambda: module(*given))
     predicted = activations.transformer_bytes(
@@ -240,9 +245,9 @@ def test_a_transformer_holds_the_bytes_that_are_predicted(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_table_of_rotations_holds_the_bytes_that_are_predicted(dtype: torch.dtype) -> None:
     module, (making, made) = Transformer(SMALL).to(dtype), activations.rope_bytes(SMALL, 600, dtype.itemsize)
-    rope = module.rope(torch.rand(1, 3, 600))
+    rope = module.compute_rope(torch.rand(1, 3, 600))
     assert sum(part.nbytes for part in rope) == made
-    assert live(lambda: module.rope(torch.rand(1, 3, 600))) == pytest.approx(making, rel=0.02)
+    assert live(lambda: module.compute_rope(torch.rand(1, 3, 600))) == pytest.approx(making, rel=0.02)
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -256,9 +261,9 @@ def test_a_text_encoder_holds_the_bytes_that_are_predicted(length: int, dtype: t
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("config", UPSAMPLERS, ids=lambda config: config.kind)
-def test_an_upscaler_holds_the_bytes_that_are_predicted(config: UpsamplerConfig) -> None:
+def test_an_upscaler_holds_the_bytes_that_are_predicted(config: UpscalerConfig) -> None:
     with torch.device("meta"):
-        module, latents = LatentUpsampler(config), torch.empty(1, 128, 3, 4, 2)
+        module, latents = LatentUpscaler(config), torch.empty(1, 128, 3, 4, 2)
         assert live(lambda: module(latents)) == pytest.approx(activations.upsampler_bytes(config, GRID), rel=0.08)
 
 
@@ -273,7 +278,9 @@ def test_a_decoder_holds_the_bytes_that_are_predicted_wherever_its_stream_is(
         module, latents = VAE(config).bfloat16(), torch.empty(1, 128, frames, 4, 2, dtype=torch.bfloat16)
 
         def decode() -> None:
-            for _ in module.decode_stream(latents, level=torch.empty(1), noise=torch.empty, handed=handed):
+            for _ in module.decode_stream(
+                latents, timestep=torch.empty(1), noise_source=torch.empty, chunk_frames=handed
+            ):
                 pass
 
         counted = live(decode)
@@ -291,7 +298,7 @@ def test_an_encoder_holds_the_bytes_that_are_predicted(family: str, frames: int)
     with torch.device("meta"):
         module = VAE(config).bfloat16()
         pixels = torch.empty(1, 3, 8 * frames - 7, 128, 64, dtype=torch.bfloat16)
-        counted = live(lambda: module.encode(pixels, chunk=8))
+        counted = live(lambda: module.encode(pixels, chunk_frames=8))
     predicted = vae_activations.encode_bytes.__wrapped__(config, LatentGrid(frames, 4, 2), 2)
     assert counted == pytest.approx(predicted, rel=0.01, abs=100_000)
 

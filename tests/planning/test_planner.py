@@ -235,9 +235,9 @@ def test_an_fp8_file_is_multiplied_in_8_bits_as_it_is_where_a_gpu_does_that(
     for opened in (plain, engine):
         opened.components.follow(opened.plan(REQUEST))
     with plain.components.transformer() as right, engine.components.transformer() as made:
-        assert {type(layer) for layer in made.layers[0].modules() if hasattr(layer, "scale")} == {Fp8Linear}
-        stored = made.layers[0].self_attention.q.weight
-        assert torch.equal(stored.float(), right.layers[0].self_attention.q.weight.float())
+        assert {type(layer) for layer in made.blocks[0].modules() if hasattr(layer, "scale")} == {Fp8Linear}
+        stored = made.blocks[0].self_attention.q.weight
+        assert torch.equal(stored.float(), right.blocks[0].self_attention.q.weight.float())
     assert 0 < relative(engine.generate(REQUEST).latents, plain.generate(REQUEST).latents) < 0.2
 
 
@@ -247,7 +247,7 @@ def test_a_module_that_waits_holds_no_buffer_for_unpacked_weights(opened: Callab
     engine.generate(REQUEST)
     assert "transformer" in engine.components.shelf.kept
     with engine.components.transformer() as transformer:
-        layer = transformer.layers[0].feed_forward.up
+        layer = transformer.blocks[0].feed_forward.up
         assert not layer.scratch._buffers
         layer(torch.zeros(1, layer.columns, dtype=engine.components.dtype))
         assert layer.scratch._buffers
@@ -292,7 +292,7 @@ def test_weighing_a_header_is_what_the_modules_take(home: Path) -> None:
         module = checkpoint.load_transformer(dtype)
         assert weights.mapped + weights.own == sum(w.nbytes for w in module.state_dict().values())
         assert (weights.own == 0) is (dtype == source.dtype)
-        assert weights.count == len(module.layers)
+        assert weights.count == len(module.blocks)
 
 
 def test_streamed_blocks_lie_as_far_from_each_other_as_can_be() -> None:

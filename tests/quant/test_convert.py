@@ -24,7 +24,7 @@ from kadr.quant.weight_formats import (
 from tests.tiny_models import sown
 
 CPU = torch.device("cpu")
-CONFIG = TransformerConfig(layers=2, heads=4, head_width=64, text_width=32, channels=8)
+CONFIG = TransformerConfig(num_layers=2, num_heads=4, head_dim=64, caption_channels=32, in_channels=8)
 QUANTIZED = (W8A8Linear, GGMLLinear, ScaledLinear)
 # The largest error of the answer, relative, that each way may make with these weights; measured, and a fifth more.
 BOUNDS = {
@@ -46,7 +46,7 @@ def made() -> Transformer:
 def answer(transformer: Transformer, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     tokens, text = (torch.randn(1, n, c, generator=generator).to(dtype) for n, c in ((12, 8), (5, 32)))
-    rope = transformer.rope(torch.rand(1, 3, 12, generator=generator) * 40)
+    rope = transformer.compute_rope(torch.rand(1, 3, 12, generator=generator) * 40)
     with torch.no_grad():
         return transformer(tokens, rope, text, None, torch.tensor([[0.7]])).float()
 
@@ -141,17 +141,17 @@ def test_turned_weights_are_multiplied_as_before() -> None:
 
 def test_a_layer_of_other_sides_than_gpus_multiply_is_stored_alone() -> None:
     transformer = sown(
-        lambda: Transformer(TransformerConfig(layers=1, heads=3, head_width=8, text_width=8, channels=8))
+        lambda: Transformer(TransformerConfig(num_layers=1, num_heads=3, head_dim=8, caption_channels=8, in_channels=8))
     )
     quantize_blocks(transformer, FP8, device=CPU)
-    assert isinstance(transformer.layers[0].self_attention.q, ScaledLinear)  # 24 x 24
+    assert isinstance(transformer.blocks[0].self_attention.q, ScaledLinear)  # 24 x 24
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("scheme", [INT8, FP8, "Q4_K"])
 def test_a_weight_that_is_not_finite_is_named(scheme: str, value: float) -> None:
     transformer = made()
-    transformer.layers[1].feed_forward.up.weight[3, 5] = value
+    transformer.blocks[1].feed_forward.up.weight[3, 5] = value
     with pytest.raises(CheckpointError, match=r"layers\.1\.feed_forward\.up cannot be stored as .*not finite"):
         quantize_blocks(transformer, scheme, device=CPU)
 

@@ -16,7 +16,7 @@ from kadr.quant.mixes import ALIASES, FALLBACK_TYPES, FLOAT_TYPES, MIX_NAMES, MI
 from tests.checkpoints.checkpoint_files import shapes_of
 from tests.checkpoints.gguf import gguf_files
 
-XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 # For 24 layers: the first and the last eighth, and every third between.
 ENDS = {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
 

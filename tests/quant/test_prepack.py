@@ -12,9 +12,9 @@ from torch import nn
 from kadr.kernels import int8, matmul, mode
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE, blocks
-from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer
-from kadr.nn.conv import StreamedConv, VideoConv
-from kadr.nn.linear import EndsInGelu, Linear, Prepares, several, through_gelu
+from kadr.models.vae.blocks import DepthToSpaceUpsample, ResnetBlock3D
+from kadr.nn.conv import CausalConv3d, ChunkedConv3d
+from kadr.nn.linear import FusedGELU, Linear, QuantizesInput, linear_shared_input, mlp
 from kadr.quant.convert import quantize_blocks
 from kadr.quant.layers import Int8Linear
 from kadr.quant.prepack import (
@@ -30,7 +30,7 @@ from tests.oracles import drawn, relative
 from tests.tiny_models import sown, vae_config
 
 CPU = torch.device("cpu")
-CONFIG = TransformerConfig(layers=2, heads=4, head_width=64, text_width=32, channels=8)
+CONFIG = TransformerConfig(num_layers=2, num_heads=4, head_dim=64, caption_channels=32, in_channels=8)
 bfloat16 = pytest.mark.skipif(
     not should_prepack_linears(torch.bfloat16, CPU), reason="this CPU has no units for bfloat16"
 )
@@ -44,7 +44,7 @@ def linear(columns: int = 64, outputs: int = 48) -> Linear:
 
 def answer(transformer: Transformer, dtype: torch.dtype) -> torch.Tensor:
     tokens, text = drawn(1, 200, 8).to(dtype), drawn(1, 5, 32, seed=2).to(dtype)
-    rope = transformer.rope(40 * torch.rand(1, 3, 200, generator=torch.Generator().manual_seed(1)))
+    rope = transformer.compute_rope(40 * torch.rand(1, 3, 200, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():
         return transformer(tokens, rope, text, None, torch.tensor([[0.7]])).float()
 
@@ -53,7 +53,7 @@ def answer(transformer: Transformer, dtype: torch.dtype) -> torch.Tensor:
 def test_a_packed_matrix_gives_what_the_plain_one_gives() -> None:
     plain = linear().bfloat16()
     packed, x = PrepackedLinear(plain.weight, plain.bias), drawn(2, 7, 64, seed=3).bfloat16()
-    assert isinstance(packed, EndsInGelu)
+    assert isinstance(packed, FusedGELU)
     exact = F.linear(x.float(), plain.weight.float(), plain.bias.float())
     assert torch.equal(packed(x), plain(x))
     assert torch.equal(packed.with_gelu(x), plain.with_gelu(x))
@@ -73,7 +73,7 @@ def test_a_packed_layer_in_8_bits_gives_what_the_plain_one_gives() -> None:
     exact = F.linear(x, numbers * scale, bias)
     narrow = Int8Linear(numbers, scale.flatten(), bias.bfloat16())
     packed = PrepackedInt8Linear(narrow)
-    assert isinstance(packed, Prepares)
+    assert isinstance(packed, QuantizesInput)
     own, theirs = packed(x.bfloat16()).float(), narrow(x.bfloat16()).float()
     assert relative(own, exact) <= 1.2 * relative(theirs, exact)
 
@@ -101,7 +101,7 @@ def test_the_gelu_of_rows_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> None:
-    class Counting(Prepares):
+    class Counting(QuantizesInput):
         times = 0
 
         def prepared(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
@@ -115,11 +115,11 @@ def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> Non
             return self.finished(self.prepared(x))
 
     x, up = drawn(3, 64), linear()
-    assert torch.equal(several(x, Counting(), Counting(), Counting())[2], 2 * x)
+    assert torch.equal(linear_shared_input(x, Counting(), Counting(), Counting())[2], 2 * x)
     assert Counting.times == 1
-    assert [made.shape for made in several(x, up, Counting())] == [(3, 48), (3, 64)]
+    assert [made.shape for made in linear_shared_input(x, up, Counting())] == [(3, 48), (3, 64)]
     down = Counting()
-    torch.testing.assert_close(through_gelu(up, down, x), 2 * F.gelu(up(x), approximate="tanh"))
+    torch.testing.assert_close(mlp(up, down, x), 2 * F.gelu(up(x), approximate="tanh"))
 
 
 @bfloat16
@@ -158,16 +158,16 @@ def test_a_packed_vae_gives_what_the_plain_one_gives(family: str, frames: int) -
     assert [child for child in module.modules() if isinstance(child, WinogradConv3d)]
     assert relative(module.encode(pixels), encoded) <= 1e-5
     assert relative(module.decode(latents, **given), decoded) <= 1e-5
-    streamed = torch.cat(list(module.decode_stream(latents, handed=2, **given)), dim=2)
+    streamed = torch.cat(list(module.decode_stream(latents, chunk_frames=2, **given)), dim=2)
     assert relative(streamed, decoded) <= 1e-5
 
 
 def lay(module: nn.Module) -> None:
     """As on a GPU, whose convolutions give back videos that lie as the weights do."""
     for layer in module.modules():
-        if isinstance(layer, VideoConv):
+        if isinstance(layer, CausalConv3d):
             plain = layer.convolve
-            layer.convolve = lambda joined, biased, plain=plain: plain(joined, biased=biased).contiguous(
+            layer.convolve = lambda joined, biased, plain=plain: plain(joined, add_bias=biased).contiguous(
                 memory_format=torch.channels_last_3d
             )
 
@@ -181,7 +181,7 @@ def test_videos_keep_their_channels_last_all_the_way(
     module, seen = sown(lambda: VAE(vae_config("0.9.5"))).eval(), 0
     latents = drawn(1, module.config.latent_channels, 9, 2, 3)
     with torch.no_grad():
-        right = module.decode(latents, level=torch.tensor([0.05]))
+        right = module.decode(latents, timestep=torch.tensor([0.05]))
     ready(module)
     monkeypatch.setattr(blocks, "adds_bias_to_skip", lambda x: together)
 
@@ -192,10 +192,10 @@ def test_videos_keep_their_channels_last_all_the_way(
             assert not video.shape[2] or video.movedim(1, -1).is_contiguous(), (type(layer).__name__, video.shape)
 
     for layer in module.decoder.modules():
-        if isinstance(layer, (StreamedConv, ResidualLayer, DepthToSpaceUp)):
+        if isinstance(layer, (ChunkedConv3d, ResnetBlock3D, DepthToSpaceUpsample)):
             layer.register_forward_hook(lies_last)
     with torch.no_grad():
-        made = torch.cat(list(module.decode_stream(latents, level=torch.tensor([0.05]), handed=2)), dim=2)
+        made = torch.cat(list(module.decode_stream(latents, timestep=torch.tensor([0.05]), chunk_frames=2)), dim=2)
     assert seen > 100
     assert relative(made, right) <= 1e-5
 
@@ -203,11 +203,11 @@ def test_videos_keep_their_channels_last_all_the_way(
 def test_without_gradients_a_vae_works_in_place_and_gives_the_same() -> None:
     module = sown(lambda: VAE(vae_config("0.9.5")))
     latents = drawn(1, module.config.latent_channels, 2, 1, 2)
-    taught = module.requires_grad_(True).decode(latents, level=torch.tensor([0.05]))
+    taught = module.requires_grad_(True).decode(latents, timestep=torch.tensor([0.05]))
     assert taught.requires_grad
     taught.sum().backward()
     with torch.no_grad():
-        assert torch.equal(module.decode(latents, level=torch.tensor([0.05])), taught)
+        assert torch.equal(module.decode(latents, timestep=torch.tensor([0.05])), taught)
 
 
 def test_the_switch_leaves_weights_as_they_are() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kadr.errors import RequestError
 from kadr.models import registry
-from kadr.models.registry import DISTILLED_LEVELS, Recipe
+from kadr.models.registry import DISTILLED_SIGMAS, Recipe
 from kadr.request.official_config import OfficialConfig
 from kadr.sampling.schedules import linear_quadratic, uniform
 from kadr.sampling.settings import Guidance, Pass
@@ -32,7 +32,7 @@ def read(folder: Path, text: str) -> OfficialConfig:
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_config_of_a_released_model_is_the_recipe_of_the_registry(tmp_path: Path, name: str) -> None:
     config = read(tmp_path, OFFICIAL[name])
-    released = registry.find(name)
+    released = registry.find_release(name)
     assert config.recipe == released.recipe
     assert config.checkpoint == released.file
     assert config.precision == ("float8_e4m3fn" if name.endswith("fp8") else "bfloat16")
@@ -41,13 +41,13 @@ def test_config_of_a_released_model_is_the_recipe_of_the_registry(tmp_path: Path
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_parts_are_named_as_the_registry_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    config, released = read(tmp_path, OFFICIAL[name]), registry.find(name)
+    config, released = read(tmp_path, OFFICIAL[name]), registry.find_release(name)
     upscaler = {"upscaler": [released.upscaler]} if released.upscaler else {}
     assert config.parts() == {"model": name, "recipe": config.recipe, **upscaler}
 
 
 def test_every_released_model_has_its_config() -> None:
-    assert {model.name for model in registry.MODELS if model.repo == registry.HUB} == set(OFFICIAL)
+    assert {model.name for model in registry.MODEL_RELEASES if model.repo == registry.LTX_VIDEO_REPO} == set(OFFICIAL)
 
 
 def test_files_beside_the_config_or_here_are_taken_before_names(
@@ -77,15 +77,15 @@ def test_given_parts_go_first_and_what_the_file_names_need_not_exist(tmp_path: P
 def test_what_is_left_out_means_what_it_means_there(tmp_path: Path) -> None:
     recipe = read(tmp_path, "checkpoint_path: demo").recipe
     guidance = Guidance(scale=4.5, stg=1.0, rescale=0.7)
-    assert recipe == Recipe(first=Pass(steps=20, guidance=guidance), decode_timestep=0.0, decode_noise=0.0)
+    assert recipe == Recipe(first_pass=Pass(steps=20, guidance=guidance), decode_timestep=0.0, decode_noise=0.0)
     assert read(tmp_path, "decode_timestep: 0.1").recipe.decode_noise == 0.1
 
 
 def test_top_holds_for_both_passes_unless_they_say_otherwise(tmp_path: Path) -> None:
     text = OFFICIAL[DISTILLED].replace("stochastic_sampling: false", "stochastic_sampling: true\nguidance_scale: 7")
     recipe = read(tmp_path, text).recipe
-    assert recipe.second is not None
-    for settings in (recipe.first, recipe.second):
+    assert recipe.second_pass is not None
+    for settings in (recipe.first_pass, recipe.second_pass):
         assert settings.stochastic
         assert settings.guidance.scale == 1
 
@@ -93,25 +93,25 @@ def test_top_holds_for_both_passes_unless_they_say_otherwise(tmp_path: Path) -> 
 def test_null_is_left_out(tmp_path: Path) -> None:
     config = read(tmp_path, "skip_block_list:\nspatial_upscaler_model_path: null\nstg_scale: ~\n")
     assert config.upscaler is None
-    assert config.recipe.first.guidance.stg == 1.0
+    assert config.recipe.first_pass.guidance.stg == 1.0
 
 
 def test_pass_alone_goes_to_the_end(tmp_path: Path) -> None:
     dev, distilled = (read(tmp_path, OFFICIAL[name]).recipe for name in (DEV, DISTILLED))
-    assert dev.alone == replace(dev.first, skip_final=0)
-    assert distilled.alone == replace(distilled.first, levels=DISTILLED_LEVELS)
+    assert dev.single_pass == replace(dev.first_pass, skip_final=0)
+    assert distilled.single_pass == replace(distilled.first_pass, levels=DISTILLED_SIGMAS)
 
 
 @pytest.mark.parametrize("said, mode", [("stg_as", "attention_skip"), ("Transformer_Block", "transformer_block")])
 def test_stg_mode_has_short_names(tmp_path: Path, said: str, mode: str) -> None:
     text = OFFICIAL[TWO_B].replace('stg_mode: "attention_values"', f"stg_mode: {said}")
-    assert read(tmp_path, text).recipe.first.guidance.mode == mode
+    assert read(tmp_path, text).recipe.first_pass.guidance.mode == mode
 
 
 @pytest.mark.parametrize("sampler, levels", [("uniform", uniform(40)), ("linear-quadratic", linear_quadratic(40))])
 def test_another_sampler_is_spelled_out_as_levels(tmp_path: Path, sampler: str, levels: Any) -> None:
     text = OFFICIAL["ltxv-2b-0.9"].replace("from_checkpoint", sampler, 1)
-    first = read(tmp_path, text).recipe.first
+    first = read(tmp_path, text).recipe.first_pass
     assert first.levels == tuple(levels.tolist())
     assert first.steps is None
 
@@ -119,9 +119,13 @@ def test_another_sampler_is_spelled_out_as_levels(tmp_path: Path, sampler: str, 
 def test_another_sampler_skips_as_the_passes_say(tmp_path: Path) -> None:
     recipe = read(tmp_path, OFFICIAL[DEV].replace("from_checkpoint", "uniform", 1)).recipe
     levels = tuple(uniform(30).tolist())
-    assert recipe.second is not None
-    assert recipe.alone is not None
-    assert (recipe.first.levels, recipe.second.levels, recipe.alone.levels) == (levels[:27], levels[17:], levels)
+    assert recipe.second_pass is not None
+    assert recipe.single_pass is not None
+    assert (recipe.first_pass.levels, recipe.second_pass.levels, recipe.single_pass.levels) == (
+        levels[:27],
+        levels[17:],
+        levels,
+    )
 
 
 @pytest.mark.parametrize(

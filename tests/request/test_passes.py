@@ -21,10 +21,10 @@ from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.errors import CheckpointError, KadrError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.memory.module_cache import Shelf
-from kadr.models.registry import BY_NAME, DISTILLED_LEVELS
+from kadr.models.registry import DISTILLED_SIGMAS, RELEASES_BY_NAME
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upscaler import LatentUpsampler
+from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.pipeline.dry_run import DryEngine
 from kadr.request.passes import warn_guided
@@ -58,7 +58,7 @@ REQUEST = Request(
     second=Pass(levels=LEVELS, guidance=Guidance(scale=1.0)),
     image_noise=0.0,
 )
-DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
+DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS)
 Opened = Callable[..., Engine]
 
 
@@ -155,7 +155,7 @@ def refused(make: Callable[[], object], kind: type[KadrError], *says: str) -> No
 
 @pytest.mark.parametrize("size", [Size(48, 48), Size(96, 64), Size(160, 97), Size(1216, 704), Size(50, 200)])
 def test_the_first_pass_is_two_thirds_down_to_32_and_the_second_is_twice_that(opened: Opened, size: Size) -> None:
-    made = size.snapped()
+    made = size.snap()
     first, second = opened("spatial").passes(replace(REQUEST, size=size))
     sides = [int(side * 0.6666666) // 32 * 32 for side in (made.width, made.height)]
     assert first.size == Size(*sides)
@@ -207,7 +207,7 @@ def test_each_way_of_two_passes_gives_the_frames_that_were_asked_for(opened: Ope
 def test_space_is_doubled_before_time_whatever_the_order_they_are_given_in(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = spied(monkeypatch, LatentUpsampler)
+    calls = spied(monkeypatch, LatentUpscaler)
     results = [opened(*names).denoise(REQUEST) for names in (("spatial", "temporal"), ("temporal", "spatial"))]
     assert torch.equal(*results)
     assert [(module.config.kind, tuple(given.shape[2:])) for module, given in calls] == [
@@ -220,7 +220,7 @@ def test_the_second_pass_begins_at_the_upscaled_first_with_its_statistics_and_no
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = opened("spatial", "temporal")
-    grown, seen = spied(monkeypatch, LatentUpsampler), spied(monkeypatch, Transformer)
+    grown, seen = spied(monkeypatch, LatentUpscaler), spied(monkeypatch, Transformer)
     engine.denoise(REQUEST)
     with engine.components.statistics() as vae, torch.no_grad():
         first = vae.statistics.normalise(grown[0][1])
@@ -331,7 +331,7 @@ def test_a_size_too_small_for_two_passes_is_refused(
     refused(lambda: opened("spatial").generate(request), RequestError, *says)
     refused(lambda: opened("both").write(request, tmp_path / "a.mp4"), RequestError, *says)
     assert list(tmp_path.iterdir()) == []
-    assert opened("temporal").passes(request)[0].size == size.snapped()  # which are of one size
+    assert opened("temporal").passes(request)[0].size == size.snap()  # which are of one size
 
 
 # --- upscalers -----------------------------------------------------------------------------------------------------
@@ -444,8 +444,8 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
     engine = mixed(home, other)
     request = replace(REQUEST, second=Pass(steps=4, skip_initial=2, guidance=Guidance(scale=1.0)))
     first, second = engine.passes(request)
-    assert first.levels.tolist() == LINEAR_QUADRATIC.levels(2, tokens=first.grid.tokens).tolist()
-    assert second.levels.tolist() == SHIFTED.levels(4, tokens=second.grid.tokens, skip_initial=2).tolist()
+    assert first.levels.tolist() == LINEAR_QUADRATIC.levels(2, tokens=first.grid.num_tokens).tolist()
+    assert second.levels.tolist() == SHIFTED.levels(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
     steps, told = spied(monkeypatch, Transformer), spied(monkeypatch, Transformer, "rope")
     made = engine.denoise(request)
     assert [len(module.layers) for module, _ in steps] == [2, 2, 3, 3]
@@ -466,7 +466,7 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
 def test_the_first_pass_is_as_without_a_second_model(
     home: Path, other: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grown = spied(monkeypatch, LatentUpsampler)
+    grown = spied(monkeypatch, LatentUpscaler)
     one, two = mixed(home, other).denoise(REQUEST), opened("spatial").denoise(REQUEST)
     assert torch.equal(grown[0][1], grown[1][1])
     assert not torch.equal(one, two)
@@ -489,7 +489,7 @@ def test_a_second_model_of_other_latents_is_refused_before_a_text_encoder_is_fet
 ) -> None:
     alone, wide = tmp_path / MODEL, tmp_path / "wide.safetensors"
     alone.symlink_to(home / MODEL)
-    config = replace(transformer_config(), channels=12)
+    config = replace(transformer_config(), in_channels=12)
     vae = replace(vae_config("0.9.5"), latent_channels=12)
     write_single_file(
         wide,
@@ -508,7 +508,7 @@ def test_a_text_encoder_of_another_width_is_refused_for_each_model_it_would_not_
 ) -> None:
     spiece = tmp_path / "spiece.model"
     spiece.write_bytes(sentencepiece_model())
-    narrow = sown(lambda: T5Encoder(replace(t5_config(), width=16)))
+    narrow = sown(lambda: T5Encoder(replace(t5_config(), d_model=16)))
     write_text_encoder(tmp_path, narrow, spiece, dtype=torch.float32)
     says = ("16 wide", "reads text of 24", "--text-encoder")
     refused(lambda: Engine.open(home / MODEL, text_encoder=tmp_path, device="cpu"), CheckpointError, *says, str(home))
@@ -553,13 +553,13 @@ def test_blocks_are_counted_in_the_model_of_the_pass(home: Path, other: Path) ->
     refused(lambda: engine.passes(beyond), RequestError, "3 blocks, 0 to 2")
 
 
-FEW = replace(REQUEST, steps=None, levels=DISTILLED_LEVELS[:2], second=Pass(levels=DISTILLED_LEVELS[-2:]))
+FEW = replace(REQUEST, steps=None, levels=DISTILLED_SIGMAS[:2], second=Pass(levels=DISTILLED_SIGMAS[-2:]))
 
 
 def test_guidance_on_a_distilled_model_warns_by_name_for_each_pass_it_is_asked_of(home: Path, distilled: Path) -> None:
     name = str(distilled / MODEL)
     alone = Engine.open(name, upscaler=home / "spatial.safetensors", device="cpu")
-    guided = Pass(levels=DISTILLED_LEVELS[-2:], guidance=Guidance(scale=2.0))
+    guided = Pass(levels=DISTILLED_SIGMAS[-2:], guidance=Guidance(scale=2.0))
     for asked, times in (
         (replace(FEW, multi_scale=False, second=None, guidance=3.0), 1),
         (replace(FEW, guidance=3.0), 1),
@@ -581,7 +581,7 @@ def test_a_distilled_model_without_guidance_is_not_warned_of(home: Path, distill
 
 
 def test_in_a_mix_the_model_that_is_distilled_is_the_one_that_is_warned_of(home: Path, distilled: Path) -> None:
-    second = Pass(levels=DISTILLED_LEVELS[-2:], guidance=Guidance(scale=2.0))
+    second = Pass(levels=DISTILLED_SIGMAS[-2:], guidance=Guidance(scale=2.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mixed(home, distilled).passes(replace(FEW, guidance=3.0))
@@ -606,9 +606,9 @@ def distilled_with(distilled: Path, home: Path) -> Path:
 
 def test_a_model_is_distilled_by_its_levels_or_by_its_name(opened: Opened) -> None:
     (plan,) = opened().passes(replace(REQUEST, multi_scale=False, second=None, guidance=3.0))
-    for schedule, released in ((DISTILLED, None), (LINEAR_QUADRATIC, BY_NAME["ltxv-2b-0.9.6-distilled"])):
+    for schedule, released in ((DISTILLED, None), (LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-distilled"])):
         with pytest.warns(KadrWarning, match="it was made to run without"):
             warn_guided(plan, "this", schedule, released)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_guided(plan, "this", LINEAR_QUADRATIC, BY_NAME["ltxv-2b-0.9.6-dev"])
+        warn_guided(plan, "this", LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-dev"])

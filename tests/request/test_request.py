@@ -11,7 +11,7 @@ import pytest
 
 from kadr import Condition, Control, Request, Size, StepCache
 from kadr.errors import KadrError, RequestError
-from kadr.models.registry import BY_NAME, DISTILLED_LEVELS, Recipe
+from kadr.models.registry import DISTILLED_SIGMAS, RELEASES_BY_NAME, Recipe
 from kadr.request.resolve import resolve
 from kadr.request.windows import Windows
 from kadr.sampling.settings import Guidance, Pass
@@ -41,7 +41,7 @@ FULL = Request(
     original_prompt='Kreis "кадр"',
 )
 IN_WINDOWS = Windows(frames=41, overlap=16, strength=0.75, adain=0.5, remember=0.25)
-BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_LEVELS, stochastic=True, windows=IN_WINDOWS)
+BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_SIGMAS, stochastic=True, windows=IN_WINDOWS)
 BY_LISTS = Guidance(
     scale=(1.0, 4.0),
     stg=(0.0, 2.0),
@@ -75,7 +75,7 @@ FROM_VIDEO = Request(
     prompt=PROMPT, video="/a b/кадр.mp4", video_strength=0.6, second=Pass(steps=4, skip_initial=2, skip_final=1)
 )
 BASE = Recipe()  # one pass of 40 steps
-DISTILLED = BY_NAME["ltxv-2b-0.9.8-distilled"].recipe
+DISTILLED = RELEASES_BY_NAME["ltxv-2b-0.9.8-distilled"].recipe
 NAN, INFINITY = float("nan"), float("inf")
 
 REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, what the message must say
@@ -261,7 +261,7 @@ def test_json_that_is_no_request_is_refused(data: Any) -> None:
 def test_what_is_left_out_comes_from_the_recipe_and_what_is_said_stays() -> None:
     made = resolve(Request(prompt=PROMPT), BASE)
     assert (made.size, made.frames, made.fps) == (BASE.size, BASE.frames, BASE.fps)
-    assert made.only_pass() == replace(BASE.first, stochastic=False, tone_map=0.0)
+    assert made.only_pass() == replace(BASE.first_pass, stochastic=False, tone_map=0.0)
     said = replace(FULL, multi_scale=False, downscale=0.5)
     kept = resolve(said, BASE)
     for field in fields(Request):
@@ -282,8 +282,8 @@ def test_nothing_is_taken_for_left_out() -> None:
     ("asked", "recipe", "steps", "levels"),
     [
         ({}, BASE, 40, None),
-        ({}, DISTILLED, None, DISTILLED_LEVELS[:7]),
-        ({"multi_scale": False}, DISTILLED, None, DISTILLED_LEVELS),
+        ({}, DISTILLED, None, DISTILLED_SIGMAS[:7]),
+        ({"multi_scale": False}, DISTILLED, None, DISTILLED_SIGMAS),
         ({"steps": 5}, BASE, 5, None),
         ({"steps": 5}, DISTILLED, 5, None),
         ({"levels": (0.9, 0.5)}, BASE, None, (0.9, 0.5)),
@@ -300,20 +300,20 @@ def test_either_steps_or_levels_are_filled_in(
     assert (made.steps, made.levels) == (steps, levels)
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", RELEASES_BY_NAME)
 def test_resolving_twice_changes_nothing(name: str) -> None:
-    recipe = BY_NAME[name].recipe
+    recipe = RELEASES_BY_NAME[name].recipe
     for asked in (Request(prompt=PROMPT), Request(prompt=PROMPT, steps=5), Request(prompt=PROMPT, guidance=2.0)):
         once = resolve(asked, recipe)
         assert resolve(once, recipe) == once
 
 
 def test_a_number_for_guidance_changes_its_scale_and_leaves_the_rest_to_the_recipe() -> None:
-    dev = BY_NAME["ltxv-13b-0.9.8-dev"].recipe
-    assert dev.second is not None
+    dev = RELEASES_BY_NAME["ltxv-13b-0.9.8-dev"].recipe
+    assert dev.second_pass is not None
     made = resolve(Request(prompt=PROMPT, guidance=5.0), dev)
-    assert made.guidance == replace(dev.first.guidance, scale=5.0)
-    assert made.second == replace(dev.second, stochastic=False, tone_map=0.0)
+    assert made.guidance == replace(dev.first_pass.guidance, scale=5.0)
+    assert made.second == replace(dev.second_pass, stochastic=False, tone_map=0.0)
 
 
 def test_a_tone_map_is_for_what_is_decoded() -> None:

@@ -45,7 +45,7 @@ def test_the_first_frames_start_as_the_flow_has_them_at_one_minus_the_strength(s
     assert torch.equal(state.given, state.tokens)
     assert state.strength is not None
     count = frames * FIRST
-    assert state.strength[0].tolist() == pytest.approx([strength] * count + [0.0] * (GRID.tokens - count))
+    assert state.strength[0].tolist() == pytest.approx([strength] * count + [0.0] * (GRID.num_tokens - count))
     assert torch.equal(state.positions, fresh().positions)
 
 
@@ -80,7 +80,7 @@ def test_shaking_is_the_official_noise_on_conditioning_latents(
 ) -> None:
     state = hold(hold(fresh(), drawn(1, 4, 2, 2, 2, seed=4), 0.9999), PICTURE, 1.0)
     state = state.advance(state.tokens + 1, torch.tensor(1e-5))  # moved off what was given
-    shift = drawn(1, GRID.tokens, 4, seed=5)
+    shift = drawn(1, GRID.num_tokens, 4, seed=5)
     monkeypatch.setattr(official, "randn_tensor", lambda shape, **_: shift.reshape(shape))
     level = torch.tensor(now)
     expected = official.LTXVideoPipeline.add_noise_to_image_conditioning_latents(
@@ -94,7 +94,7 @@ def test_only_fully_held_tokens_are_shaken() -> None:
     state = hold(hold(fresh(), drawn(1, 4, 2, 2, 2, seed=4), 0.99999), PICTURE, 1.0)
     made = shake(0.15, lambda index, shape: torch.ones(shape))(0, state, torch.tensor(0.8))
     moved = (made.tokens != state.tokens).any(dim=-1)[0]
-    assert moved.tolist() == [True] * FIRST + [False] * (GRID.tokens - FIRST)
+    assert moved.tolist() == [True] * FIRST + [False] * (GRID.num_tokens - FIRST)
     torch.testing.assert_close(made.tokens[:, :FIRST], to_tokens(PICTURE) + 0.15 * 0.64)
     assert torch.equal(made.given, state.given)
 
@@ -131,4 +131,4 @@ def test_each_step_asks_for_its_own_noise_over_all_tokens() -> None:
     prepare, state = shake(0.15, draw), hold(fresh(), PICTURE, 1.0)
     for index in range(3):
         state = prepare(index, state, torch.tensor(0.5))
-    assert asked == [(index, (1, GRID.tokens, 4)) for index in range(3)]
+    assert asked == [(index, (1, GRID.num_tokens, 4)) for index in range(3)]

@@ -37,14 +37,14 @@ def test_positions_equal_the_official_ones_to_the_bit(fps, causal, first_frame):
 
 def test_tokens_go_frame_by_frame_then_row_by_row_then_column_by_column():
     rows = positions(GRID, fps=8, causal=False)
-    assert rows.shape == (3, GRID.tokens)
+    assert rows.shape == (3, GRID.num_tokens)
     for frame, row, column in [(0, 0, 0), (0, 0, 4), (0, 1, 0), (0, 2, 3), (1, 0, 0), (15, 2, 4)]:
         token = (frame * GRID.height + row) * GRID.width + column
         assert rows[:, token].tolist() == [frame, 32 * row, 32 * column]
 
 
 def test_tokens_are_in_the_order_in_which_the_official_package_flattens_latents():
-    latents = torch.arange(2 * GRID.tokens).view(1, 2, GRID.frames, GRID.height, GRID.width)
+    latents = torch.arange(2 * GRID.num_tokens).view(1, 2, GRID.frames, GRID.height, GRID.width)
     tokens, _ = SymmetricPatchifier(patch_size=1).patchify(latents)
     assert torch.equal(tokens, latents.flatten(2).transpose(1, 2))
 
@@ -61,7 +61,7 @@ def test_tokens_are_in_the_order_in_which_the_official_package_flattens_latents(
     ids=str,
 )
 def test_a_grid_has_the_published_count_of_tokens(size, frames, grid, tokens):
-    assert LatentGrid.of(size, frames) == grid
+    assert LatentGrid.for_video(size, frames) == grid
     assert positions(grid, fps=30, causal=True).shape == (3, tokens)
     assert grid.tokens == tokens
     assert grid.video_frames == frames

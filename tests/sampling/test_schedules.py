@@ -11,7 +11,7 @@ from ltx_video.pipelines.pipeline_ltx_video import retrieve_timesteps
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
 
 from kadr.errors import CheckpointError, RequestError
-from kadr.models.registry import DISTILLED_LEVELS
+from kadr.models.registry import DISTILLED_SIGMAS
 from kadr.sampling.schedules import Schedule, explicit, linear_quadratic, sd3_shift, stretch, uniform
 from tests.oracles import relative
 
@@ -155,7 +155,7 @@ def test_too_few_steps_are_refused_by_value(steps: int, front: int, back: int) -
 
 
 def test_levels_given_by_hand_are_used_verbatim_and_never_shifted() -> None:
-    for given in (DISTILLED_LEVELS, (0.9094, 0.725, 0.4219), (1.0,), (0.001,)):
+    for given in (DISTILLED_SIGMAS, (0.9094, 0.725, 0.4219), (1.0,), (0.001,)):
         scheduler = official(SD3)
         expected, _ = retrieve_timesteps(scheduler, 40, timesteps=list(given), samples_shape=(1, 128, 16, 22, 38))
         assert torch.equal(explicit(given), expected)
@@ -172,18 +172,18 @@ def test_levels_that_do_not_fall_between_1_and_0_are_refused_by_value(given: tup
 
 
 def test_a_distilled_model_allows_its_own_levels_however_they_are_rounded() -> None:
-    schedule = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
+    schedule = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS)
     assert len(schedule.levels(8, tokens=1)) == 8
-    assert torch.equal(schedule.checked(explicit(DISTILLED_LEVELS)), explicit(DISTILLED_LEVELS))
+    assert torch.equal(schedule.checked(explicit(DISTILLED_SIGMAS)), explicit(DISTILLED_SIGMAS))
     assert len(schedule.checked(explicit((0.9094, 0.725, 0.4219)))) == 3
 
 
 def test_a_distilled_model_refuses_other_levels_by_value() -> None:
-    schedule = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS)
+    schedule = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS)
     with pytest.raises(RequestError) as caught:
         schedule.levels(5, tokens=1)
     message = str(caught.value)
-    strange = {f"{level:.4f}" for level in linear_quadratic(5).tolist() if round(level, 4) not in DISTILLED_LEVELS}
+    strange = {f"{level:.4f}" for level in linear_quadratic(5).tolist() if round(level, 4) not in DISTILLED_SIGMAS}
     assert strange
     assert all(level in message for level in strange)
     assert "0.4219" in message
@@ -193,13 +193,13 @@ def test_a_distilled_model_refuses_other_levels_by_value() -> None:
 
 
 def test_a_schedule_that_skipping_makes_allowed_is_allowed() -> None:
-    schedule = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_LEVELS[:-1])
+    schedule = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS[:-1])
     assert len(schedule.levels(8, tokens=1, skip_final=1)) == 7
     with pytest.raises(RequestError, match=r"0\.4219"):
         schedule.levels(8, tokens=1)
 
 
-@pytest.mark.parametrize("schedule", [SD3, LINEAR_QUADRATIC, Schedule(), Schedule(allowed=DISTILLED_LEVELS)])
+@pytest.mark.parametrize("schedule", [SD3, LINEAR_QUADRATIC, Schedule(), Schedule(allowed=DISTILLED_SIGMAS)])
 def test_a_schedule_survives_its_header_and_the_official_class_reads_it(schedule: Schedule) -> None:
     header = schedule.header()
     assert Schedule.from_header(header, schedule.allowed) == schedule

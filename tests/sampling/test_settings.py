@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from kadr.errors import RequestError
-from kadr.models.registry import BY_NAME
+from kadr.models.registry import RELEASES_BY_NAME
 from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass, Strengths
 
-DEV = BY_NAME["ltxv-13b-0.9.8-dev"].recipe
+DEV = RELEASES_BY_NAME["ltxv-13b-0.9.8-dev"].recipe
 LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
 # Step by step, as the official package resolves the lists of its config: see docs/parity.md.
 RESOLVED = (
@@ -30,14 +30,14 @@ RESOLVED = (
 def test_the_first_pass_of_13b_dev_is_resolved_as_the_official_package_does() -> None:
     levels = LINEAR_QUADRATIC.levels(30, tokens=5600, skip_final=3).tolist()
     wanted = [Strengths(*values) for count, values in RESOLVED for _ in range(count)]
-    assert [DEV.first.guidance.strengths(level) for level in levels] == wanted
+    assert [DEV.first_pass.guidance.strengths(level) for level in levels] == wanted
 
 
 def test_the_second_pass_of_13b_dev_is_resolved_as_the_official_package_does() -> None:
-    assert DEV.second is not None
+    assert DEV.second_pass is not None
     levels = LINEAR_QUADRATIC.levels(30, tokens=22400, skip_initial=17).tolist()
     assert len(levels) == 13
-    assert {DEV.second.guidance.strengths(level) for level in levels} == {Strengths(1, 1, 1, (27,))}
+    assert {DEV.second_pass.guidance.strengths(level) for level in levels} == {Strengths(1, 1, 1, (27,))}
 
 
 def test_a_level_takes_the_first_entry_at_or_below_it_and_the_last_where_there_is_none() -> None:
@@ -103,7 +103,7 @@ def test_a_pass_fills_its_timing_as_a_whole() -> None:
 
 @pytest.mark.parametrize("name", ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled"])
 def test_a_pass_comes_back_from_json(name: str) -> None:
-    second = BY_NAME[name].recipe.second
+    second = RELEASES_BY_NAME[name].recipe.second_pass
     assert second is not None
     assert Pass.from_json(json.loads(json.dumps(asdict(second)))) == second
 

@@ -76,7 +76,7 @@ def test_a_token_is_never_above_one_minus_its_strength() -> None:
 
 
 def test_without_conditions_all_tokens_move() -> None:
-    moved = fresh().advance(torch.zeros(1, GRID.tokens, 5), torch.tensor(0.5))
+    moved = fresh().advance(torch.zeros(1, GRID.num_tokens, 5), torch.tensor(0.5))
     assert (moved.tokens == 0).all()
 
 
@@ -100,7 +100,7 @@ def test_steps_with_held_tokens_are_those_of_the_official_pipeline() -> None:
     pipeline = SimpleNamespace(scheduler=scheduler)
     tokens = state.tokens
     for index, now in enumerate(LEVELS):
-        velocity = drawn(1, GRID.tokens, 5, seed=10 + index)
+        velocity = drawn(1, GRID.num_tokens, 5, seed=10 + index)
         level = state.levels(now)
         tokens = LTXVideoPipeline.denoising_step(pipeline, tokens, velocity, level, strengths(), now, {})
         state = state.advance(euler(index, state.tokens, velocity, level, path), now)

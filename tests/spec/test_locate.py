@@ -11,7 +11,7 @@ import pytest
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
-from kadr.models.registry import TEXT, TEXT_GGUF, TEXT_HUB, find
+from kadr.models.registry import TEXT_ENCODER, TEXT_ENCODER_GGUF, TEXT_ENCODER_REPO, find_release
 from kadr.spec.locate import PACKAGE, fetched_text, fetched_upscaler, locate, on_disk
 
 HUB_FILES = "Lightricks/LTX-Video"
@@ -38,29 +38,29 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
 def test_a_name_is_its_file_and_its_text_encoder_waits(fetched: list[tuple[str, ...]], tmp_path: Path) -> None:
     found = locate("ltxv-13b-0.9.8-dev")
     assert found.model == tmp_path / "ltxv-13b-0.9.8-dev.safetensors"
-    assert (found.released, found.text_encoder, found.vae) == (find("ltxv-13b-0.9.8-dev"), None, None)
+    assert (found.released, found.text_encoder, found.vae) == (find_release("ltxv-13b-0.9.8-dev"), None, None)
     assert fetched == [(HUB_FILES, "ltxv-13b-0.9.8-dev.safetensors")]
 
 
 def test_the_parts_that_wait_come_when_they_are_asked_for(fetched: list[tuple[str, ...]]) -> None:
-    released = find("ltxv-13b-0.9.7-dev")
+    released = find_release("ltxv-13b-0.9.7-dev")
     fetched_text(released)
     fetched_text(None)
     fetched_upscaler(released)
-    text = (TEXT_HUB, "text_encoder/*", "tokenizer/*")
+    text = (TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
     assert fetched == [text, text, (HUB_FILES, "ltxv-spatial-upscaler-0.9.7.safetensors")]
 
 
 def test_a_model_of_one_pass_has_no_upscaler() -> None:
     with pytest.raises(CheckpointError, match=r"no upscaler was released for ltxv-2b-0\.9\.5.*--upscaler"):
-        fetched_upscaler(find("ltxv-2b-0.9.5"))
+        fetched_upscaler(find_release("ltxv-2b-0.9.5"))
 
 
 def test_a_vae_comes_from_the_entry_that_the_model_names_unless_one_is_given(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    bare = replace(find("ltxv-2b-0.9.6-dev"), vae="ltxv-2b-0.9.5")
-    monkeypatch.setitem(registry.BY_NAME, bare.name, bare)
+    bare = replace(find_release("ltxv-2b-0.9.6-dev"), vae="ltxv-2b-0.9.5")
+    monkeypatch.setitem(registry.RELEASES_BY_NAME, bare.name, bare)
     assert locate(bare.name).vae == tmp_path / "ltx-video-2b-v0.9.5.safetensors"
     own = tmp_path / "own.safetensors"
     own.touch()
@@ -69,7 +69,7 @@ def test_a_vae_comes_from_the_entry_that_the_model_names_unless_one_is_given(
 
 def test_parts_are_given_by_name_too(tmp_path: Path) -> None:
     # The command line hands over paths.
-    found = locate("demo", text_encoder=Path(TEXT), vae=Path("ltxv-2b-0.9.1"))
+    found = locate("demo", text_encoder=Path(TEXT_ENCODER), vae=Path("ltxv-2b-0.9.1"))
     assert found.text_encoder == tmp_path / "text"
     assert found.vae == tmp_path / "ltx-video-2b-v0.9.1.safetensors"
 
@@ -79,8 +79,8 @@ def test_parts_are_given_by_name_too(tmp_path: Path) -> None:
     [
         ("ltxv-spatial-upscaler-0.9.8", "is a spatial upscaler, and no model. Give it as --upscaler"),
         ("ltxv-temporal-upscaler-0.9.7", "is a temporal upscaler, and no model. Give it as --upscaler"),
-        (TEXT, "is a text encoder, and no model. Give it as --text-encoder"),
-        (TEXT_GGUF, "is a text encoder, and no model. Give it as --text-encoder"),
+        (TEXT_ENCODER, "is a text encoder, and no model. Give it as --text-encoder"),
+        (TEXT_ENCODER_GGUF, "is a text encoder, and no model. Give it as --text-encoder"),
     ],
 )
 def test_a_part_is_not_opened_as_a_model(fetched: list[tuple[str, ...]], name: str, said: str) -> None:
@@ -90,19 +90,21 @@ def test_a_part_is_not_opened_as_a_model(fetched: list[tuple[str, ...]], name: s
 
 
 def test_a_part_of_another_kind_is_refused_with_one_that_fits(fetched: list[tuple[str, ...]]) -> None:
-    with pytest.raises(RequestError, match=rf"demo is a model; for the text encoder .* such as {TEXT}"):
+    with pytest.raises(RequestError, match=rf"demo is a model; for the text encoder .* such as {TEXT_ENCODER}"):
         locate("ltxv-2b-0.9.5", text_encoder="demo")
-    with pytest.raises(RequestError, match=rf"{TEXT} is a text encoder; for the VAE .* such as ltxv-2b-0\.9"):
-        locate("ltxv-2b-0.9.5", vae=TEXT)
+    with pytest.raises(RequestError, match=rf"{TEXT_ENCODER} is a text encoder; for the VAE .* such as ltxv-2b-0\.9"):
+        locate("ltxv-2b-0.9.5", vae=TEXT_ENCODER)
     assert fetched == []
 
 
 def test_a_text_encoder_in_a_gguf_file_comes_by_its_name_or_path(
     fetched: list[tuple[str, ...]], tmp_path: Path
 ) -> None:
-    released = find(TEXT_GGUF)
-    assert locate("demo", text_encoder=TEXT_GGUF).text_encoder == tmp_path / released.file
-    assert fetched_text(replace(find("ltxv-2b-0.9.5"), text_encoder=TEXT_GGUF)) == tmp_path / released.file
+    released = find_release(TEXT_ENCODER_GGUF)
+    assert locate("demo", text_encoder=TEXT_ENCODER_GGUF).text_encoder == tmp_path / released.file
+    assert (
+        fetched_text(replace(find_release("ltxv-2b-0.9.5"), text_encoder=TEXT_ENCODER_GGUF)) == tmp_path / released.file
+    )
     assert fetched == [(released.repo, released.file)] * 2
     own = tmp_path / "own.gguf"
     own.touch()
@@ -119,7 +121,7 @@ def test_a_path_that_is_not_there_is_named(part: str) -> None:
 
 def test_what_comes_with_kadr_is_here(fetched: list[tuple[str, ...]]) -> None:
     found = locate("demo")
-    assert found.model == on_disk(find("demo")) == PACKAGE / "assets/demo/demo.safetensors"
+    assert found.model == on_disk(find_release("demo")) == PACKAGE / "assets/demo/demo.safetensors"
     assert found.text_encoder == found.model.parent
     assert fetched == []
 
@@ -127,5 +129,5 @@ def test_what_comes_with_kadr_is_here(fetched: list[tuple[str, ...]]) -> None:
 def test_whether_an_entry_is_here_is_asked_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "on_disk", lambda repo, file: Path(repo, file))
     monkeypatch.setattr(hub, "folder_on_disk", lambda repo, patterns: Path(repo, *patterns))
-    assert on_disk(find(TEXT)) == Path(TEXT_HUB, "text_encoder/*", "tokenizer/*")
-    assert on_disk(find("ltxv-2b-0.9.5")) == Path(HUB_FILES, "ltx-video-2b-v0.9.5.safetensors")
+    assert on_disk(find_release(TEXT_ENCODER)) == Path(TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
+    assert on_disk(find_release("ltxv-2b-0.9.5")) == Path(HUB_FILES, "ltx-video-2b-v0.9.5.safetensors")

@@ -22,7 +22,7 @@ from kadr.errors import CheckpointError, KadrError, KadrWarning, MediaError, Pla
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.control_maps import signed
 from kadr.media.image import crop_to_aspect, load_picture
-from kadr.models.lora_layers import attach, set_strengths
+from kadr.models.lora_layers import attach_loras, set_lora_strengths
 from kadr.pipeline.longvideo.folder_lock import claimed
 from kadr.pipeline.progress import Progress
 from kadr.shapes import Size
@@ -84,8 +84,8 @@ def test_what_is_trained_gives_the_same_velocity_in_diffusers(engine: Engine, fo
         pipeline.load_lora_weights(made.path, adapter_name="ours")
         pipeline.set_adapters(["ours"], [0.7])
         theirs = asked_of_diffusers(pipeline.transformer, given)
-        attach(module, [LoraFile.open(made.path).load()], torch.float32)
-        set_strengths(module, [0.7], torch.device("cpu"))
+        attach_loras(module, [LoraFile.open(made.path).load()], torch.float32)
+        set_lora_strengths(module, [0.7], torch.device("cpu"))
         assert relative(theirs, without) > 1e-3
         assert relative(velocity(module, given), theirs) <= 1e-5
 

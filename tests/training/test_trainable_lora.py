@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kadr.checkpoints.keys import TRANSFORMER, names
 from kadr.errors import RequestError
 from kadr.kernels import mode
-from kadr.models.lora_layers import attach, set_strengths
+from kadr.models.lora_layers import attach_loras, set_lora_strengths
 from kadr.models.transformer import TRANSFORMER_2B, Transformer
 from kadr.nn.linear import Linear
 from kadr.quant.convert import quantize_blocks
@@ -43,9 +43,9 @@ def transformer() -> Transformer:
 
 def run(module: Transformer, tokens: Tensor | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(2, GRID.tokens, tiny_models.CHANNELS, generator=generator)
+    noise = torch.randn(2, GRID.num_tokens, tiny_models.CHANNELS, generator=generator)
     text = torch.randn(2, 5, tiny_models.TEXT_WIDTH, generator=generator)
-    rope = module.rope(positions(GRID, fps=24, causal=True)[None])
+    rope = module.compute_rope(positions(GRID, fps=24, causal=True)[None])
     return module(noise if tokens is None else tokens, rope, text, None, torch.tensor([[0.4], [0.9]]))
 
 
@@ -96,8 +96,8 @@ def test_what_was_learned_adds_the_same_when_it_is_attached(scheme: str | None) 
         if scheme is not None:
             quantize_blocks(each, scheme, device=CPU)
     layers = trained(module, "attention+feed-forward")
-    attach(plain, [learned(layers)], torch.float32)
-    set_strengths(plain, [1.0], CPU)
+    attach_loras(plain, [learned(layers)], torch.float32)
+    set_lora_strengths(plain, [1.0], CPU)
     assert relative(run(module), run(plain)) < 1e-5
 
 
@@ -149,7 +149,7 @@ def test_layers_that_are_computed_twice_give_the_same_gradients_and_keep_less() 
         module = transformer()
         layers = trained(module)
         if twice:
-            recompute(module.layers)
+            recompute(module.blocks)
         kept.append([])
         with torch.autograd.graph.saved_tensors_hooks(partial(noted, kept[-1]), lambda tensor: tensor):
             loss = run(module).square().mean()

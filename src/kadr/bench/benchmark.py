@@ -90,7 +90,7 @@ def case(work: Work, entrants: Sequence[Entrants], selection: Selection, say: Sa
         "model": work.source.name,
         "layers": work.layers,
         "size": str(work.clip),
-        "tokens": work.clip.grid.tokens,
+        "tokens": work.clip.grid.num_tokens,
         "stage": work.stage,
         "schedule": work.schedule,
         "flops": work.flops,

@@ -27,7 +27,7 @@ class Clip:
 
     @property
     def grid(self) -> LatentGrid:
-        return LatentGrid.of(self.size, self.frames)
+        return LatentGrid.for_video(self.size, self.frames)
 
     @classmethod
     def parse(cls, text: str) -> Clip:
@@ -44,7 +44,7 @@ class Clip:
             known = ", ".join(map(str, CLIPS))
             raise RequestError(f"size is {text!r}; write WIDTHxHEIGHTxFRAMES, or one of {known}.")
         made = cls(Size.parse(sides), int(frames))
-        if (made.size.snapped(), made.grid.video_frames) != (made.size, made.frames):
+        if (made.size.snap(), made.grid.video_frames) != (made.size, made.frames):
             raise RequestError(f"size is {text}; both sides must be multiples of 32, and the frames 8k+1.")
         return made
 

@@ -70,12 +70,12 @@ def _run(work: Work, engine: Engine, stack: ExitStack) -> Callable[[], Tensor]:
     if work.stage == DIT:
         module = stack.enter_context(parts.transformer())
         tokens, text = given["tokens"].to(dtype), given["text"].to(dtype)
-        rope = module.rope(given["positions"])
+        rope = module.compute_rope(given["positions"])
         return lambda: module(tokens, rope, text, given["mask"], given["level"])
     if work.stage == ENCODE:
         vae = stack.enter_context(parts.encoder())
         pixels = given["pixels"].to(dtype)
-        return lambda: vae.encode(pixels, chunk=ENCODE_FRAMES)
+        return lambda: vae.encode(pixels, chunk_frames=ENCODE_FRAMES)
     return _decode(stack.enter_context(parts.decoder()), work, dtype)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from kadr.bench.cases import DEMO, TEXT, Selection
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.errors import CheckpointError
-from kadr.models.registry import find
+from kadr.models.registry import find_release
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.vae import VAE
@@ -29,9 +29,9 @@ from kadr.planning.vae_stages import decoder_weights, encoder_weights
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import released_file
 
-T5_XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 # Where nobody measures the text encoder: as wide as it must be, and next to nothing besides.
-T5_STANDING_IN = replace(T5_XXL, vocabulary=512, layers=1, heads=1, hidden=64)
+T5_STANDING_IN = replace(T5_XXL, vocab_size=512, layers=1, num_heads=1, d_ff=64)
 TRANSFORMERS = {"2b": TRANSFORMER_2B, "13b": TRANSFORMER_13B}
 POOL = (1 << 24) + 1  # numbers drawn once; odd, so that rows of a tensor that goes round are not alike
 FAINT = 0.02  # of biases: there, and small
@@ -87,7 +87,7 @@ def opened(name: str, selection: Selection, folder: Path | None = None) -> Itera
     """
     with tempfile.TemporaryDirectory(prefix="kadr-bench-") as scratch:
         if name == DEMO:
-            path = released_file(find(DEMO))
+            path = released_file(find_release(DEMO))
             yield Source(name, path, path.parent, Path(scratch))
         else:
             yield random_model(name, selection, folder or Path(scratch) / "models", Path(scratch))
@@ -96,11 +96,11 @@ def opened(name: str, selection: Selection, folder: Path | None = None) -> Itera
 def random_model(name: str, selection: Selection, folder: Path, scratch: Path) -> Source:
     """Write a model of the 0.9.8 layout in bfloat16, with official names and header; what is there already stays."""
     full = TRANSFORMERS[name]
-    config = replace(full, layers=min(selection.layers or full.layers, full.layers))
-    cut = "" if config == full else f"-{config.layers}-layers"
+    config = replace(full, layers=min(selection.layers or full.num_layers, full.num_layers))
+    cut = "" if config == full else f"-{config.num_layers}-layers"
     text = text_config(selection)
     path = folder / f"random-{name}{cut}.safetensors"
-    home = folder / ("t5-standing-in" if text is T5_STANDING_IN else f"t5-{text.layers}-layers")
+    home = folder / ("t5-standing-in" if text is T5_STANDING_IN else f"t5-{text.num_layers}-layers")
     absent, no_text = not path.exists(), not (home / "text_encoder" / "config.json").exists()
     folder.mkdir(parents=True, exist_ok=True)
     _require_room(folder, (_model_bytes(config) if absent else 0) + (_text_bytes(text) if no_text else 0))
@@ -113,15 +113,15 @@ def random_model(name: str, selection: Selection, folder: Path, scratch: Path) -
     if no_text:
         with torch.device("meta"):
             encoder = T5Encoder(text)
-        tokenizer = released_file(find(DEMO)).parent / "tokenizer" / "spiece.model"
+        tokenizer = released_file(find_release(DEMO)).parent / "tokenizer" / "spiece.model"
         write_text_encoder(home, encoder, tokenizer, filled=noise)
     return Source(
         name,
         path,
         home,
         scratch,
-        layers=None if config == full else (config.layers, full.layers),
-        text_layers=None if text.layers == T5_XXL.layers else (text.layers, T5_XXL.layers),
+        layers=None if config == full else (config.num_layers, full.num_layers),
+        text_layers=None if text.num_layers == T5_XXL.num_layers else (text.num_layers, T5_XXL.num_layers),
     )
 
 
@@ -129,7 +129,7 @@ def text_config(selection: Selection) -> T5Config:
     """The text encoder of random models: T5-XXL where it is measured."""
     if TEXT not in selection.stages:
         return T5_STANDING_IN
-    return replace(T5_XXL, layers=min(selection.layers or T5_XXL.layers, T5_XXL.layers))
+    return replace(T5_XXL, layers=min(selection.layers or T5_XXL.num_layers, T5_XXL.num_layers))
 
 
 def _require_room(folder: Path, needed: int) -> None:

@@ -104,7 +104,7 @@ class Work:
     @cached_property
     def request(self) -> Request:
         """Of the whole way. No noise is mixed in for the decoder: engines do not agree on where."""
-        chosen = schedule(self.schedule or "8", self.transformer.layers)
+        chosen = schedule(self.schedule or "8", self.transformer.num_layers)
         return Request(
             prompt=PROMPT,
             negative_prompt=NEGATIVE,
@@ -123,16 +123,16 @@ class Work:
     def given(self) -> dict[str, Tensor]:
         """What goes in, in float32, on the device."""
         generator = torch.Generator().manual_seed(SEED)
-        grid, channels = self.clip.grid, self.transformer.channels
+        grid, channels = self.clip.grid, self.transformer.in_channels
 
         def drawn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
         made: dict[str, Tensor] = {"mask": torch.arange(LENGTH)[None] < REAL}
         if self.stage == DIT:
-            made["tokens"] = drawn(1, grid.tokens, channels)
-            made["positions"] = positions(grid, fps=FPS, causal=self.transformer.causal_positions)[None]
-            made["text"] = drawn(1, LENGTH, self.transformer.text_width)
+            made["tokens"] = drawn(1, grid.num_tokens, channels)
+            made["positions"] = positions(grid, fps=FPS, causal=self.transformer.causal_temporal_positioning)[None]
+            made["text"] = drawn(1, LENGTH, self.transformer.caption_channels)
             made["level"] = torch.full((1, 1), LEVEL)
         elif self.stage == TEXT:
             made["ids"] = torch.randint(3, 100, (1, LENGTH), generator=generator)
@@ -156,14 +156,14 @@ class Work:
         if self.stage == DECODE:
             return decoder_flops(self.vae, grid)
         if self.stage == DIT:
-            return transformer_flops(self.transformer, grid.tokens, text=LENGTH)
+            return transformer_flops(self.transformer, grid.num_tokens, text=LENGTH)
         (plan,) = self.engine(REFERENCE).passes(self.request)
         return pass_flops(self.transformer, plan) + decoder_flops(self.vae, grid)
 
 
 def pass_flops(config: TransformerConfig, plan: PassPlan) -> int:
     """Of all evaluations of a pass."""
-    total, tokens = 0, plan.grid.tokens
+    total, tokens = 0, plan.grid.num_tokens
     for step in plan.steps:
         total += (1 + (step.scale > 1)) * transformer_flops(config, tokens, text=LENGTH)
         if step.stg > 0 and step.skip_blocks:

@@ -16,9 +16,9 @@ from kadr.checkpoints.detect.upscaler import MODEL
 from kadr.checkpoints.load import load_transformer, load_upsampler, load_vae
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
-from kadr.models.registry import MODELS, Released
+from kadr.models.registry import MODEL_RELEASES, Release
 from kadr.models.transformer import Transformer
-from kadr.models.upscaler import LatentUpsampler
+from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 
 
@@ -79,7 +79,7 @@ class Checkpoint:
     sources: Mapping[str, Source]
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, release: Released | None = None) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], *, release: Release | None = None) -> Checkpoint:
         """Read headers and configs, no tensor.
 
         Args:
@@ -133,7 +133,7 @@ class Checkpoint:
             decoder=decoder,
         )
 
-    def load_upsampler(self, dtype: torch.dtype | None = torch.float32) -> LatentUpsampler:
+    def load_upsampler(self, dtype: torch.dtype | None = torch.float32) -> LatentUpscaler:
         """The upscaler on the CPU, in float32 unless asked otherwise. As `load_transformer`."""
         if self.detected.upsampler is None:
             raise self.lacks("upsampler")
@@ -146,12 +146,16 @@ class Checkpoint:
         sizes: dict[str, dict[str, int]] = {}
         if detected.transformer:
             config = detected.transformer
-            sizes["transformer"] = {"layers": config.layers, "width": config.width, "heads": config.heads}
+            sizes["transformer"] = {"layers": config.num_layers, "width": config.width, "heads": config.num_heads}
         if detected.vae:
-            sizes["vae"] = {"latent_channels": detected.vae.latent_channels, "patch": detected.vae.patch}
+            sizes["vae"] = {"latent_channels": detected.vae.latent_channels, "patch": detected.vae.patch_size}
         if detected.upsampler:
             larger = detected.upsampler
-            sizes["upsampler"] = {"channels": larger.channels, "width": larger.width, "blocks": larger.blocks}
+            sizes["upsampler"] = {
+                "channels": larger.in_channels,
+                "width": larger.mid_channels,
+                "blocks": larger.num_blocks_per_stage,
+            }
         missing = [name for name in ("transformer", "vae") if name not in self.sources]
         if not _has_text_encoder(self.path):
             missing.append("text encoder")
@@ -193,7 +197,11 @@ class Checkpoint:
         released, layers = self.detected.released, getattr(self.detected.transformer, "layers", None)
         if released is not None:
             return released.vae or released.name
-        fitting = [r.name for r in MODELS if r.layers == layers and self.detected.vae_family in (None, r.vae_family)]
+        fitting = [
+            r.name
+            for r in MODEL_RELEASES
+            if r.num_layers == layers and self.detected.vae_family in (None, r.vae_family)
+        ]
         return next((name for name in reversed(fitting) if not name.endswith("fp8")), "ltxv-2b-0.9.5")
 
 

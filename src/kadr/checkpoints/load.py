@@ -19,7 +19,7 @@ from kadr.errors import CheckpointError
 from kadr.kernels.dequant import dequantize
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
-from kadr.models.upscaler import LatentUpsampler, UpsamplerConfig
+from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.nn.linear import Linear
 from kadr.quant.convert import in_block, replace_module, wrap_stored_weight
@@ -240,8 +240,8 @@ def load_vae(
 
 
 def load_upsampler(
-    config: UpsamplerConfig, source: Source, *, dtype: torch.dtype | None = torch.float32
-) -> LatentUpsampler:
+    config: UpscalerConfig, source: Source, *, dtype: torch.dtype | None = torch.float32
+) -> LatentUpscaler:
     """The upscaler, on the CPU.
 
     Args:
@@ -252,7 +252,7 @@ def load_upsampler(
         CheckpointError: see `fill`.
     """
     with torch.device("meta"):
-        module = LatentUpsampler(config)
+        module = LatentUpscaler(config)
     fill(module, source, names(UPSAMPLER, module.state_dict()), dtype=dtype)
     return module
 

@@ -21,7 +21,7 @@ from kadr.checkpoints.keys import VAE as VAE_KEYS
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upscaler import LatentUpsampler
+from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.sampling.schedules import Schedule
 
@@ -56,10 +56,10 @@ def write_single_file(
         config["allowed_inference_steps"] = list(schedule.allowed)
     tensors: dict[str, Tensor] = {}
     if transformer is not None:
-        config["transformer"] = transformer.config.header()
+        config["transformer"] = transformer.config.to_header()
         tensors |= _named(transformer, TRANSFORMER, "model.diffusion_model.")
     if vae is not None:
-        config["vae"] = vae.config.header()
+        config["vae"] = vae.config.to_header()
         tensors |= _named(vae, VAE_KEYS, "vae.")
     if not tensors:
         raise ValueError("give a transformer, a VAE or both")
@@ -69,7 +69,7 @@ def write_single_file(
 
 def write_upsampler(
     path: str | os.PathLike[str],
-    upsampler: LatentUpsampler,
+    upsampler: LatentUpscaler,
     *,
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
@@ -79,7 +79,7 @@ def write_upsampler(
     Args:
         dtype: float32, as the released ones are stored, unless said otherwise.
     """
-    described = {**(metadata or {}), "config": json.dumps(upsampler.config.header())}
+    described = {**(metadata or {}), "config": json.dumps(upsampler.config.to_header())}
     write_tensors(Path(path), _named(upsampler, UPSAMPLER, ""), dtype=dtype, metadata=described)
 
 
@@ -155,15 +155,15 @@ def _t5_header(config: T5Config, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
-        "vocab_size": config.vocabulary,
-        "d_model": config.width,
-        "num_layers": config.layers,
-        "num_heads": config.heads,
-        "d_kv": config.head_width,
-        "d_ff": config.hidden,
-        "relative_attention_num_buckets": config.buckets,
-        "relative_attention_max_distance": config.max_distance,
-        "layer_norm_epsilon": config.epsilon,
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "num_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "d_kv": config.d_kv,
+        "d_ff": config.d_ff,
+        "relative_attention_num_buckets": config.relative_attention_num_buckets,
+        "relative_attention_max_distance": config.relative_attention_max_distance,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
         "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": False,
         "use_cache": False,

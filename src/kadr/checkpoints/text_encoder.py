@@ -86,16 +86,16 @@ class TextEncoderFolder:
         """
         pieces = stored_pieces(self.path) if is_gguf(self.path) else None
         tokenizer = Tokenizer.of(pieces, self.path) if pieces is not None else Tokenizer.open(self.home)
-        if tokenizer.size > self.config.vocabulary:
+        if tokenizer.size > self.config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer of {self.home} numbers up to {tokenizer.size - 1}, the encoder's vocabulary ends at "
-                f"{self.config.vocabulary - 1}. Take both from the same place."
+                f"{self.config.vocab_size - 1}. Take both from the same place."
             )
         return tokenizer
 
     def describe(self) -> Part:
         """What the header tells."""
-        sizes = {"layers": self.config.layers, "width": self.config.width, "vocabulary": self.config.vocabulary}
+        sizes = {"layers": self.config.num_layers, "width": self.config.d_model, "vocabulary": self.config.vocab_size}
         return part_of("text encoder", self.source, sizes)
 
 

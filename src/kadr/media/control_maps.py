@@ -58,7 +58,7 @@ def cover(picture: Picture, size: Size, made: Size, *, name: str = "the control"
     cropped = crop_to_aspect(load_picture(picture), size, name=name)
     across, down = cropped.width / size.width, cropped.height / size.height  # its pixels for one of the video's
     left, right, top, bottom = (
-        margin * scale for margin, scale in zip(size.margins(), (across, across, down, down), strict=True)
+        margin * scale for margin, scale in zip(size.padding(), (across, across, down, down), strict=True)
     )
     padding = ((ceil(top), ceil(bottom)), (ceil(left), ceil(right)), (0, 0))
     padded = Image.fromarray(np.pad(np.asarray(cropped), padding, mode="edge"))

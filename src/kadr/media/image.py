@@ -58,13 +58,13 @@ def prepare_picture(
     resolution, and then everything is stretched: an oddity of the official code, kept, and nothing where both sides are
     multiples of 32.
     """
-    made = made or size.snapped()
+    made = made or size.snap()
     cropped = crop_to_aspect(load_picture(picture), size, name=_name(picture))
     if resize:
         cropped = cropped.resize((size.width, size.height))
     unit = compress(blur(_to_tensor(cropped)), crf)
     signed = unit * 255.0 / 127.5 - 1.0
-    padded = F.pad(signed[None], size.margins())
+    padded = F.pad(signed[None], size.padding())
     if padded.shape[-2:] != (made.height, made.width):
         padded = F.interpolate(padded, size=(made.height, made.width), mode="bilinear", align_corners=False)
     return padded.unsqueeze(2)

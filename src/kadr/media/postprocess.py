@@ -54,8 +54,8 @@ def crop_margins(pixels: torch.Tensor, size: Size) -> torch.Tensor:
         MediaError: `pixels` were not made at `size.snapped()`.
     """
     height, width = pixels.shape[-2:]
-    made = size.snapped()
+    made = size.snap()
     if (width, height) != (made.width, made.height):
         raise MediaError(f"frames are {width}x{height}; a video of {size} is made at {made} and then cropped.")
-    left, _, top, _ = size.margins()
+    left, _, top, _ = size.padding()
     return pixels[..., top : top + size.height, left : left + size.width]

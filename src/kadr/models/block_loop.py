@@ -10,11 +10,15 @@ from kadr.sampling.guidance import Disturb
 from kadr.sampling.step_cache import Stream
 
 if TYPE_CHECKING:
-    from kadr.models.transformer import Given
+    from kadr.models.transformer import BlockInputs
 
 
-def through(
-    layers: nn.ModuleList, x: Tensor, given: Given, cache: Stream, disturb: Disturb | None = None
+def run_blocks_cached(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    block_inputs: BlockInputs,
+    residual_cache: Stream,
+    perturbation: Disturb | None = None,
 ) -> tuple[Tensor, ...]:
     """What comes out of the last layer, or what the cache makes of earlier steps.
 
@@ -23,44 +27,57 @@ def through(
 
     Args:
         x: (B, N, D) before the first layer.
-        disturb: also give back what some samples come to with some blocks disturbed.
+        perturbation: also give back what some samples come to with some blocks disturbed.
 
     Returns:
-        (B, N, D), and (rows, N, D) where `disturb` is given.
+        (B, N, D), and (rows, N, D) where `perturbation` is given.
     """
-    first = layers[0](x, given)
+    first = blocks[0](x, block_inputs)
     starts = [first]
-    if disturb is not None:
-        rows = disturb.rows
-        starts.append(layers[0](x[rows], given.rows(rows), disturb.mode) if 0 in disturb.blocks else first[rows])
-    added = cache.recall(x, first)
+    if perturbation is not None:
+        rows = perturbation.rows
+        starts.append(
+            blocks[0](x[rows], block_inputs.for_samples(rows), perturbation.mode)
+            if 0 in perturbation.blocks
+            else first[rows]
+        )
+    added = residual_cache.recall(x, first)
     if added is not None:
         return tuple(start + part for start, part in zip(starts, added, strict=True))
-    ends = onward(layers, list(starts), given, disturb, begin=1)
-    cache.keep(starts, ends)
+    ends = run_blocks(blocks, list(starts), block_inputs, perturbation, first_block=1)
+    residual_cache.keep(starts, ends)
     return ends
 
 
-def onward(
-    layers: nn.ModuleList, starts: list[Tensor], given: Given, disturb: Disturb | None, *, begin: int = 0
+def run_blocks(
+    blocks: nn.ModuleList,
+    hidden_states: list[Tensor],
+    block_inputs: BlockInputs,
+    perturbation: Disturb | None,
+    *,
+    first_block: int = 0,
 ) -> tuple[Tensor, ...]:
-    """What comes out of the last layer, and where `disturb` is given what some samples come to disturbed.
+    """What comes out of the last layer, and where `perturbation` is given what some samples come to disturbed.
 
     Args:
-        starts: (B, N, D) before layer `begin`; and (rows, N, D), which counts where a block before it is disturbed.
+        hidden_states: (B, N, D) before layer `first_block`; and (rows, N, D), which counts where a block before it is disturbed.
             They are taken out of the list: who keeps them keeps them in memory.
     """
-    x = starts.pop(0)
-    if disturb is None:
-        for layer in layers[begin:]:
-            x = layer(x, given)
+    x = hidden_states.pop(0)
+    if perturbation is None:
+        for layer in blocks[first_block:]:
+            x = layer(x, block_inputs)
         return (x,)
-    aside, own, apart = starts.pop() if starts else None, given.rows(disturb.rows), min(disturb.blocks)
-    for index, layer in enumerate(layers[begin:], begin):
+    aside, own, apart = (
+        hidden_states.pop() if hidden_states else None,
+        block_inputs.for_samples(perturbation.rows),
+        min(perturbation.blocks),
+    )
+    for index, layer in enumerate(blocks[first_block:], first_block):
         if index == apart:
-            aside = x[disturb.rows]  # up to here both are one
-        x = layer(x, given)
+            aside = x[perturbation.rows]  # up to here both are one
+        x = layer(x, block_inputs)
         if index >= apart:
-            aside = layer(aside, own, disturb.mode if index in disturb.blocks else None)
+            aside = layer(aside, own, perturbation.mode if index in perturbation.blocks else None)
     assert aside is not None
     return x, aside

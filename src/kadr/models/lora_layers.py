@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kadr.nn.linear import Adapted, Linear
+from kadr.nn.linear import Linear, LoRALinear
 
-_ROWS = 1024  # of a weight that are added to at a time: their fp32 copies are small then
+_ROWS_AT_A_TIME = 1024  # of a weight that are added to at a time: their fp32 copies are small then
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraWeights:
     """What a LoRA adds to one layer's weight at strength 1: scale · up · down.
 
     Args:
@@ -28,11 +28,11 @@ class LowRank:
     scale: float = 1.0
 
 
-Additions = Mapping[str, LowRank]  # by the layer's name in the module
+LoraWeightsByLayer = Mapping[str, LoraWeights]  # by the layer's name in the module
 
 
-def attach(module: nn.Module, loras: Sequence[Additions], dtype: torch.dtype) -> None:
-    """Put LoRAs beside the layers they are for. They add nothing until `set_strengths` says how much.
+def attach_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], dtype: torch.dtype) -> None:
+    """Put LoRAs beside the layers they are for. They add nothing until `set_lora_strengths` says how much.
 
     Args:
         module: finished: its layers may be stored in any way by now.
@@ -42,25 +42,25 @@ def attach(module: nn.Module, loras: Sequence[Additions], dtype: torch.dtype) ->
         own = [(number, additions[name]) for number, additions in enumerate(loras) if name in additions]
         down = torch.cat([each.down.to(dtype) for _, each in own])
         up = torch.cat([each.up.to(dtype) for _, each in own], dim=1)
-        made = Adapted(module.get_submodule(name), down, up)
+        made = LoRALinear(module.get_submodule(name), down, up)
         made.parts = tuple((number, each.scale, len(each.down)) for number, each in own)
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, made.eval())
 
 
-def set_strengths(module: nn.Module, strengths: Sequence[float], device: torch.device) -> None:
-    """How much each LoRA of a module adds from now on: one number each, in the order of `attach`."""
-    for layer in adapted(module):
+def set_lora_strengths(module: nn.Module, strengths: Sequence[float], device: torch.device) -> None:
+    """How much each LoRA of a module adds from now on: one number each, in the order of `attach_loras`."""
+    for layer in lora_linears(module):
         pieces = [torch.full((rank,), strengths[number] * scale) for number, scale, rank in layer.parts]
         layer.set_scale(torch.cat(pieces).to(device))
 
 
-def adapted(module: nn.Module) -> Iterable[Adapted]:
+def lora_linears(module: nn.Module) -> Iterable[LoRALinear]:
     """The layers that something may be added to."""
-    return (child for child in module.modules() if isinstance(child, Adapted))
+    return (child for child in module.modules() if isinstance(child, LoRALinear))
 
 
-def merge(module: nn.Module, loras: Sequence[Additions], strengths: Sequence[float]) -> None:
+def merge_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], strengths: Sequence[float]) -> None:
     """Add LoRAs to the weights themselves, summed in fp32 and rounded once.
 
     Args:
@@ -75,14 +75,14 @@ def merge(module: nn.Module, loras: Sequence[Additions], strengths: Sequence[flo
             raise ValueError(name)
         own = [(strengths[number], loras[number][name]) for number in range(len(loras)) if name in loras[number]]
         if any(strength for strength, _ in own):
-            layer.weight.data = _merged(layer.weight.data, own)
+            layer.weight.data = _merge_weight(layer.weight.data, own)
 
 
-def _merged(weight: Tensor, own: Sequence[tuple[float, LowRank]]) -> Tensor:
+def _merge_weight(weight: Tensor, loras: Sequence[tuple[float, LoraWeights]]) -> Tensor:
     made = torch.empty_like(weight)  # a new one: the old one may be the file's
-    for rows in (slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS)):
+    for rows in (slice(start, start + _ROWS_AT_A_TIME) for start in range(0, len(weight), _ROWS_AT_A_TIME)):
         total = weight[rows].float()
-        for strength, each in own:
+        for strength, each in loras:
             total = total.addmm(each.up[rows].float(), each.down.float(), alpha=strength * each.scale)
         made[rows] = total
     return made

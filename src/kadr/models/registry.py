@@ -14,14 +14,14 @@ from kadr.errors import RequestError
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 
-HUB = "Lightricks/LTX-Video"
-TEXT_HUB = "PixArt-alpha/PixArt-XL-2-1024-MS"
-TEXT_FILES = ("text_encoder/*", "tokenizer/*")
-NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
-DOWNSCALE = 0.6666666  # of both sides, in the first of two passes: the official configs' own digits
-_WIDE = Size(1216, 704)
-_USUAL = Pass(steps=40, guidance=Guidance(scale=3.0))
-DISTILLED_LEVELS = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
+LTX_VIDEO_REPO = "Lightricks/LTX-Video"
+TEXT_ENCODER_REPO = "PixArt-alpha/PixArt-XL-2-1024-MS"
+TEXT_ENCODER_FILES = ("text_encoder/*", "tokenizer/*")
+DEFAULT_NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
+DEFAULT_DOWNSCALE = 0.6666666  # of both sides, in the first of two passes: the official configs' own digits
+_DEFAULT_SIZE = Size(1216, 704)
+_DEFAULT_PASS = Pass(steps=40, guidance=Guidance(scale=3.0))
+DISTILLED_SIGMAS = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class Recipe:
     """What a request means when it does not say.
 
     Args:
-        first: the only pass, or the first of two.
+        first_pass: the only pass, or the first of two.
         second: the pass at full size, on the upscaled latents of the first; None where there is none.
-        alone: the only pass, where that is not `first`: a first pass may stop early.
+        single_pass: the only pass, where that is not `first_pass`: a first pass may stop early.
         multi_scale: run both passes unless the request says otherwise.
         downscale: of both sides, in the first of two passes.
         fps: frames per second that the positions are made with.
@@ -41,26 +41,26 @@ class Recipe:
         image_noise: how much noise conditioning pictures get, times the square of the level.
     """
 
-    first: Pass = _USUAL
-    second: Pass | None = None
-    alone: Pass | None = None
+    first_pass: Pass = _DEFAULT_PASS
+    second_pass: Pass | None = None
+    single_pass: Pass | None = None
     multi_scale: bool = False
-    downscale: float = DOWNSCALE
-    negative_prompt: str = NEGATIVE
+    downscale: float = DEFAULT_DOWNSCALE
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     fps: float = 30.0
-    size: Size = _WIDE
+    size: Size = _DEFAULT_SIZE
     frames: int = 121
     decode_timestep: float = 0.05
     decode_noise: float = 0.025
     image_noise: float = 0.15
 
     def __post_init__(self) -> None:
-        if self.multi_scale and self.second is None:
+        if self.multi_scale and self.second_pass is None:
             raise RequestError("the recipe is multi-scale, and has no second pass.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Released:
+class Release:
     """One released model, or a part that models need.
 
     Args:
@@ -83,9 +83,9 @@ class Released:
     file: str
     licence: str
     kind: str = "model"
-    repo: str | None = HUB
+    repo: str | None = LTX_VIDEO_REPO
     size_bytes: int | None = None
-    layers: int | None = None
+    num_layers: int | None = None
     vae_family: str | None = None
     text_encoder: str | None = None
     upscaler: str | None = None
@@ -93,17 +93,17 @@ class Released:
     recipe: Recipe = field(default_factory=Recipe)
 
     @property
-    def stem(self) -> str:
+    def file_stem(self) -> str:
         """The name of the file, without folder and suffix."""
         return self.file.rpartition("/")[2].removesuffix(".safetensors")
 
     @property
-    def files(self) -> tuple[str, ...]:
+    def file_patterns(self) -> tuple[str, ...]:
         """What is taken of the repository: names or patterns. A text encoder of many files comes with its tokenizer."""
-        return TEXT_FILES if self.file in TEXT_FILES else (self.file,)
+        return TEXT_ENCODER_FILES if self.file in TEXT_ENCODER_FILES else (self.file,)
 
     @property
-    def distilled(self) -> bool:
+    def is_distilled(self) -> bool:
         """Whether it was made to run in few steps and without guidance."""
         return "distilled" in self.version
 
@@ -112,18 +112,18 @@ _RESEARCH = "RAIL-M for research, ltx-video-2b-v0.9.license.txt in the repositor
 _OPEN_RAIL = "OpenRAIL-M, ltx-video-2b-v0.9.5.license.txt in the repository"
 _OPEN_WEIGHTS = "LTXV Open Weights License 0.X, LTX-Video-Open-Weights-License-0.X.txt in the repository"
 LORA = "LoRA"
-TEXT, TEXT_GGUF = "t5-v1.1-xxl", "t5-v1.1-xxl-q8-gguf"
+TEXT_ENCODER, TEXT_ENCODER_GGUF = "t5-v1.1-xxl", "t5-v1.1-xxl-q8-gguf"
 UPSCALER = "ltxv-spatial-upscaler-0.9.8"
 
 _2B_GUIDANCE = Guidance(scale=3.0, stg=1.0, rescale=0.7, skip_blocks=(19,))
-_2B = Recipe(first=Pass(steps=40, guidance=_2B_GUIDANCE))
-_2B_STOCHASTIC = Recipe(first=Pass(steps=8, guidance=Guidance(scale=1.0, stg=0.0, rescale=1.0), stochastic=True))
+_2B = Recipe(first_pass=Pass(steps=40, guidance=_2B_GUIDANCE))
+_2B_DISTILLED = Recipe(first_pass=Pass(steps=8, guidance=Guidance(scale=1.0, stg=0.0, rescale=1.0), stochastic=True))
 _NO_GUIDANCE = Guidance(scale=1.0, stg=0.0, rescale=1.0, skip_blocks=(42,))
 _DISTILLED = Recipe(
     multi_scale=True,
-    first=Pass(levels=DISTILLED_LEVELS[:7], guidance=_NO_GUIDANCE),
-    second=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE),
-    alone=Pass(levels=DISTILLED_LEVELS, guidance=_NO_GUIDANCE),
+    first_pass=Pass(levels=DISTILLED_SIGMAS[:7], guidance=_NO_GUIDANCE),
+    second_pass=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE),
+    single_pass=Pass(levels=DISTILLED_SIGMAS, guidance=_NO_GUIDANCE),
 )
 _13B_DISTILLED = replace(_DISTILLED, second=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE, tone_map=0.6))
 _13B_GUIDANCE = Guidance(
@@ -136,50 +136,52 @@ _13B_GUIDANCE = Guidance(
 )
 _13B_DEV = Recipe(
     multi_scale=True,
-    first=Pass(steps=30, skip_final=3, guidance=_13B_GUIDANCE),
-    alone=Pass(steps=30, guidance=_13B_GUIDANCE),
-    second=Pass(
+    first_pass=Pass(steps=30, skip_final=3, guidance=_13B_GUIDANCE),
+    single_pass=Pass(steps=30, guidance=_13B_GUIDANCE),
+    second_pass=Pass(
         steps=30,
         skip_initial=17,
         guidance=Guidance(at=(1.0,), scale=(1.0,), stg=(1.0,), rescale=(1.0,), skip_blocks=(27,), cfg_star=True),
     ),
 )
-DEMO_LEVELS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
-_DEMO_WAYS: dict[str, Any] = {"negative_prompt": "", "fps": 24.0, "frames": 25, "downscale": 0.5}
+DEMO_SIGMAS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
+_DEMO_DEFAULTS: dict[str, Any] = {"negative_prompt": "", "fps": 24.0, "frames": 25, "downscale": 0.5}
 _DEMO = Recipe(
-    first=Pass(steps=24, guidance=Guidance(scale=3.0)),
-    second=Pass(levels=DEMO_LEVELS[4:], guidance=Guidance(scale=1.0)),
+    first_pass=Pass(steps=24, guidance=Guidance(scale=3.0)),
+    second_pass=Pass(levels=DEMO_SIGMAS[4:], guidance=Guidance(scale=1.0)),
     size=Size(128, 128),
-    **_DEMO_WAYS,
+    **_DEMO_DEFAULTS,
 )
 _DEMO_DISTILLED = Recipe(
     multi_scale=True,
-    first=Pass(levels=DEMO_LEVELS, guidance=Guidance(scale=1.0)),
-    second=Pass(levels=DEMO_LEVELS[4:], guidance=Guidance(scale=1.0)),
+    first_pass=Pass(levels=DEMO_SIGMAS, guidance=Guidance(scale=1.0)),
+    second_pass=Pass(levels=DEMO_SIGMAS[4:], guidance=Guidance(scale=1.0)),
     size=Size(256, 256),
-    **_DEMO_WAYS,
+    **_DEMO_DEFAULTS,
 )
 
 
-def _model(name: str, version: str, file: str, size: int, layers: int, **more: Any) -> Released:
-    parts: dict[str, Any] = {"vae_family": "0.9.5", "text_encoder": TEXT, "licence": _OPEN_WEIGHTS, **more}
-    return Released(name=name, version=version, file=f"{file}.safetensors", size_bytes=size, layers=layers, **parts)
+def _model_release(name: str, version: str, file: str, size: int, num_layers: int, **more: Any) -> Release:
+    parts: dict[str, Any] = {"vae_family": "0.9.5", "text_encoder": TEXT_ENCODER, "licence": _OPEN_WEIGHTS, **more}
+    return Release(
+        name=name, version=version, file=f"{file}.safetensors", size_bytes=size, num_layers=num_layers, **parts
+    )
 
 
 # The sizes are tensors times bytes: 1923 M or 13043 M numbers of transformer, 419 M, 935 M or 1247 M of VAE; float32 in
 # the file of 0.9, bfloat16 in all others, one byte for each weight of the blocks' matrices in those named fp8.
-_BYTES = {"2b": 6_341_000_000, "13b": 28_579_000_000, "2b-fp8": 4_461_000_000, "13b-fp8": 15_692_000_000}
+_FILE_BYTES = {"2b": 6_341_000_000, "13b": 28_579_000_000, "2b-fp8": 4_461_000_000, "13b-fp8": 15_692_000_000}
 
 
-def _multi_scale(size: str, version: str, recipe: Recipe, fp8: str) -> Released:
+def _multi_scale_release(size: str, version: str, recipe: Recipe, fp8: str) -> Release:
     name = f"ltxv-{size}-{version}{fp8}"
     layers = {"2b": 28, "13b": 48}[size]
     upscaler = f"ltxv-spatial-upscaler-{version.partition('-')[0]}"
-    return _model(name, version, name, _BYTES[size + fp8], layers, upscaler=upscaler, recipe=recipe)
+    return _model_release(name, version, name, _FILE_BYTES[size + fp8], layers, upscaler=upscaler, recipe=recipe)
 
 
-def _upscaler(kind: str, version: str, size: int) -> Released:
-    return Released(
+def _upscaler_release(kind: str, version: str, size: int) -> Release:
+    return Release(
         name=f"ltxv-{kind}-upscaler-{version}",
         version=version,
         kind=f"{kind} upscaler",
@@ -189,24 +191,24 @@ def _upscaler(kind: str, version: str, size: int) -> Released:
     )
 
 
-def _lora(name: str, version: str, repo: str, file: str, size: int) -> Released:
+def _lora_release(name: str, version: str, repo: str, file: str, size: int) -> Release:
     told = f"{_OPEN_WEIGHTS.partition(',')[0]}, as of the model it is for; see the repository"
-    licence = _OPEN_WEIGHTS if repo == HUB else told
-    return Released(
+    licence = _OPEN_WEIGHTS if repo == LTX_VIDEO_REPO else told
+    return Release(
         name=name, version=version, kind=LORA, repo=repo, file=f"{file}.safetensors", licence=licence, size_bytes=size
     )
 
 
 # Each is there in two spellings of its names; this is the one that most engines read.
-_IN_CONTEXT = {
+_IC_LORAS = {
     ("canny", "0.9.7"): ("ltxv-097-ic-lora-canny-control-comfyui", 81_800_000),
     ("depth", "0.9.7"): ("ltxv-097-ic-lora-depth-control-comfyui", 81_800_000),
     ("pose", "0.9.7"): ("ltxv-097-ic-lora-pose-control-comfyui", 151_000_000),
     ("detailer", "0.9.8"): ("ltxv-098-ic-lora-detailer-comfyui", 1_309_000_000),
 }
 
-RELEASED: tuple[Released, ...] = (
-    Released(
+RELEASES: tuple[Release, ...] = (
+    Release(
         name="demo",
         version="demo",
         repo=None,
@@ -215,7 +217,7 @@ RELEASED: tuple[Released, ...] = (
         upscaler="demo-upscaler",
         recipe=_DEMO,
     ),
-    Released(
+    Release(
         name="demo-distilled",
         version="demo-distilled",
         repo=None,
@@ -225,7 +227,7 @@ RELEASED: tuple[Released, ...] = (
         vae="demo",
         recipe=_DEMO_DISTILLED,
     ),
-    _model(
+    _model_release(
         "ltxv-2b-0.9",
         "0.9",
         "ltx-video-2b-v0.9",
@@ -235,7 +237,7 @@ RELEASED: tuple[Released, ...] = (
         vae_family="0.9",
         recipe=_2B,
     ),
-    _model(
+    _model_release(
         "ltxv-2b-0.9.1",
         "0.9.1",
         "ltx-video-2b-v0.9.1",
@@ -245,19 +247,21 @@ RELEASED: tuple[Released, ...] = (
         vae_family="0.9.1",
         recipe=_2B,
     ),
-    _model("ltxv-2b-0.9.5", "0.9.5", "ltx-video-2b-v0.9.5", _BYTES["2b"], 28, licence=_OPEN_RAIL, recipe=_2B),
-    _model("ltxv-2b-0.9.6-dev", "0.9.6-dev", "ltxv-2b-0.9.6-dev-04-25", _BYTES["2b"], 28, recipe=_2B),
-    _model(
+    _model_release(
+        "ltxv-2b-0.9.5", "0.9.5", "ltx-video-2b-v0.9.5", _FILE_BYTES["2b"], 28, licence=_OPEN_RAIL, recipe=_2B
+    ),
+    _model_release("ltxv-2b-0.9.6-dev", "0.9.6-dev", "ltxv-2b-0.9.6-dev-04-25", _FILE_BYTES["2b"], 28, recipe=_2B),
+    _model_release(
         "ltxv-2b-0.9.6-distilled",
         "0.9.6-distilled",
         "ltxv-2b-0.9.6-distilled-04-25",
-        _BYTES["2b"],
+        _FILE_BYTES["2b"],
         28,
-        recipe=_2B_STOCHASTIC,
+        recipe=_2B_DISTILLED,
     ),
-    *(_multi_scale("2b", "0.9.8-distilled", _DISTILLED, fp8) for fp8 in ("", "-fp8")),
+    *(_multi_scale_release("2b", "0.9.8-distilled", _DISTILLED, fp8) for fp8 in ("", "-fp8")),
     *(
-        _multi_scale("13b", version, recipe, fp8)
+        _multi_scale_release("13b", version, recipe, fp8)
         for version, recipe in (
             ("0.9.7-dev", _13B_DEV),
             ("0.9.7-distilled", _DISTILLED),
@@ -266,7 +270,7 @@ RELEASED: tuple[Released, ...] = (
         )
         for fp8 in ("", "-fp8")
     ),
-    Released(
+    Release(
         name="demo-upscaler",
         version="demo",
         kind="spatial upscaler",
@@ -275,7 +279,7 @@ RELEASED: tuple[Released, ...] = (
         licence="Apache-2.0",
     ),
     *(
-        Released(
+        Release(
             name=f"demo-{what}",
             version="demo",
             kind=LORA,
@@ -285,26 +289,28 @@ RELEASED: tuple[Released, ...] = (
         )
         for what in ("lora-teal", "ic-lora-canny")
     ),
-    *(_upscaler("spatial", version, 505_000_000) for version in ("0.9.7", "0.9.8")),
-    *(_upscaler("temporal", version, 524_000_000) for version in ("0.9.7", "0.9.8")),
-    _lora("ltxv-13b-0.9.7-distilled-lora", "0.9.7", HUB, "ltxv-13b-0.9.7-distilled-lora128", 1_325_000_000),
+    *(_upscaler_release("spatial", version, 505_000_000) for version in ("0.9.7", "0.9.8")),
+    *(_upscaler_release("temporal", version, 524_000_000) for version in ("0.9.7", "0.9.8")),
+    _lora_release(
+        "ltxv-13b-0.9.7-distilled-lora", "0.9.7", LTX_VIDEO_REPO, "ltxv-13b-0.9.7-distilled-lora128", 1_325_000_000
+    ),
     *(
-        _lora(
+        _lora_release(
             f"ltxv-13b-{version}-ic-lora-{what}", version, f"Lightricks/LTX-Video-ICLoRA-{what}-13b-{version}", *of_file
         )
-        for (what, version), of_file in _IN_CONTEXT.items()
+        for (what, version), of_file in _IC_LORAS.items()
     ),
-    Released(
-        name=TEXT,
+    Release(
+        name=TEXT_ENCODER,
         version="1.1",
         kind="text encoder",
-        repo=TEXT_HUB,
+        repo=TEXT_ENCODER_REPO,
         file="text_encoder/*",
         size_bytes=19_060_000_000,
         licence="Apache-2.0",
     ),
-    Released(
-        name=TEXT_GGUF,
+    Release(
+        name=TEXT_ENCODER_GGUF,
         version="1.1",
         kind="text encoder",
         repo="city96/t5-v1_1-xxl-encoder-gguf",
@@ -313,30 +319,30 @@ RELEASED: tuple[Released, ...] = (
         licence="Apache-2.0",
     ),
 )
-BY_NAME = {released.name: released for released in RELEASED}
-MODELS = tuple(released for released in RELEASED if released.kind == "model")
+RELEASES_BY_NAME = {released.name: released for released in RELEASES}
+MODEL_RELEASES = tuple(released for released in RELEASES if released.kind == "model")
 
 
-def find(name: str) -> Released:
+def find_release(name: str) -> Release:
     """The released model of that name.
 
     Raises:
         RequestError: there is none; the message names the nearest.
     """
-    if (released := BY_NAME.get(name)) is not None:
+    if (released := RELEASES_BY_NAME.get(name)) is not None:
         return released
-    begun = [known for known in BY_NAME if name and known.startswith(name)]
-    near = list(dict.fromkeys([*begun, *get_close_matches(name.lower(), BY_NAME, n=3)]))[:3]
-    advice = f"Did you mean {', '.join(near)}?" if near else f"Known are {', '.join(BY_NAME)}."
+    begun = [known for known in RELEASES_BY_NAME if name and known.startswith(name)]
+    near = list(dict.fromkeys([*begun, *get_close_matches(name.lower(), RELEASES_BY_NAME, n=3)]))[:3]
+    advice = f"Did you mean {', '.join(near)}?" if near else f"Known are {', '.join(RELEASES_BY_NAME)}."
     raise RequestError(f"there is no model named {name!r}. {advice} A file is opened by its path.")
 
 
-def needs(released: Released) -> tuple[Released, ...]:
+def required_releases(release: Release) -> tuple[Release, ...]:
     """The entries whose files it takes to run a model: itself, and those that it names. A part needs itself alone."""
-    named = (released.upscaler, released.vae, released.text_encoder)
-    return tuple(dict.fromkeys([released, *(BY_NAME[name] for name in named if name is not None)]))
+    named = (release.upscaler, release.vae, release.text_encoder)
+    return tuple(dict.fromkeys([release, *(RELEASES_BY_NAME[name] for name in named if name is not None)]))
 
 
-def by_file(stem: str) -> Released | None:
+def find_by_file_stem(stem: str) -> Release | None:
     """The model that was released under this file name (without folder and suffix), or is named so; else None."""
-    return next((r for r in MODELS if r.repo is not None and stem.lower() in (r.stem, r.name)), None)
+    return next((r for r in MODEL_RELEASES if r.repo is not None and stem.lower() in (r.file_stem, r.name)), None)

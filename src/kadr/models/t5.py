@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
-from kadr.nn.init import normal
+from kadr.nn.init import init_normal
 from kadr.nn.linear import Linear
 
-_HEADER_NAMES = {  # ours: the name in config.json
+_HEADER_KEYS = {  # ours: the name in config.json
     "vocabulary": "vocab_size",
     "width": "d_model",
     "layers": "num_layers",
@@ -34,13 +34,13 @@ _HEADER_NAMES = {  # ours: the name in config.json
     "epsilon": "layer_norm_epsilon",
 }
 # Transformers reads an absent feed_forward_proj as "relu", so that one must be said; the rest is asked only if said.
-_HEADER_VALUES = {
+_FIXED_HEADER_VALUES = {
     "model_type": "t5",
     "feed_forward_proj": "gated-gelu",
     "dense_act_fn": "gelu_new",
     "is_gated_act": True,
 }
-_HEADER_MUST_SAY = ("model_type", "feed_forward_proj")
+_REQUIRED_KEYS = ("model_type", "feed_forward_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,37 +48,45 @@ class T5Config:
     """The sizes of a T5 v1.1 encoder.
 
     Args:
-        vocabulary: rows of the embedding; at least the tokenizer's size.
-        width: D, of the residual stream.
-        heads, head_width: heads * head_width need not equal `width`.
-        hidden: between the two matrices of the feed-forward.
-        buckets: distances told apart, both directions together.
-        max_distance: tokens; from here on all distances share the last bucket of their direction.
-        epsilon: added to the mean square in every norm.
+        vocab_size: rows of the embedding; at least the tokenizer's size.
+        d_model: D, of the residual stream.
+        num_heads, d_kv: heads * head_width need not equal `d_model`.
+        d_ff: between the two matrices of the feed-forward.
+        relative_attention_num_buckets: distances told apart, both directions together.
+        relative_attention_max_distance: tokens; from here on all distances share the last bucket of their direction.
+        layer_norm_epsilon: added to the mean square in every norm.
 
     Raises:
         CheckpointError: a size that no encoder can have.
     """
 
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    head_width: int
-    hidden: int
-    buckets: int = 32
-    max_distance: int = 128
-    epsilon: float = 1e-6
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    d_kv: int
+    d_ff: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, kind = getattr(self, field.name), float if field.name == "epsilon" else int
+            value, kind = getattr(self, field.name), float if field.name == "layer_norm_epsilon" else int
             if type(value) is not kind or not 0 < value < math.inf:
                 _refuse(field.name, value, f"a positive {'number' if kind is float else 'whole number'}")
-        if self.buckets % 4:
-            _refuse("buckets", self.buckets, "a multiple of 4: two directions, each half near and half far")
-        if self.max_distance <= self.buckets // 4:
-            _refuse("max_distance", self.max_distance, f"more than {self.buckets // 4}, a quarter of the buckets")
+        if self.relative_attention_num_buckets % 4:
+            _refuse(
+                "relative_attention_num_buckets",
+                self.relative_attention_num_buckets,
+                "a multiple of 4: two directions, each half near and half far",
+            )
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
+            _refuse(
+                "relative_attention_max_distance",
+                self.relative_attention_max_distance,
+                f"more than {self.relative_attention_num_buckets // 4}, a quarter of the buckets",
+            )
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> T5Config:
@@ -87,18 +95,18 @@ class T5Config:
         Raises:
             CheckpointError: a size is absent or impossible, or the file describes another architecture.
         """
-        for name, supported in _HEADER_VALUES.items():
-            value = header.get(name, None if name in _HEADER_MUST_SAY else supported)
+        for name, supported in _FIXED_HEADER_VALUES.items():
+            value = header.get(name, None if name in _REQUIRED_KEYS else supported)
             if value != supported:
                 _refuse(name, value, repr(supported))
-        defaults = ("buckets", "max_distance", "epsilon")
-        absent = [name for ours, name in _HEADER_NAMES.items() if ours not in defaults and name not in header]
+        defaults = ("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
+        absent = [name for ours, name in _HEADER_KEYS.items() if ours not in defaults and name not in header]
         if absent:
             raise CheckpointError(
                 f"The text encoder's config.json lacks {', '.join(absent)}. "
                 "Take the whole text_encoder folder from where the weights came from."
             )
-        return cls(**{ours: header[name] for ours, name in _HEADER_NAMES.items() if name in header})
+        return cls(**{ours: header[name] for ours, name in _HEADER_KEYS.items() if name in header})
 
 
 def _refuse(name: str, value: object, supported: str) -> None:
@@ -108,7 +116,7 @@ def _refuse(name: str, value: object, supported: str) -> None:
 
 
 @cache
-def _far_edges(near: int, max_distance: int) -> tuple[int, ...]:
+def _log_bucket_edges(near: int, max_distance: int) -> tuple[int, ...]:
     """The distances at which a new far bucket starts: the least n with near * ln(n/near) / ln(max/near) >= 1, 2, ...
 
     In whole numbers, because the powers of two sit exactly on an edge and a rounded logarithm may fall on either side.
@@ -118,24 +126,24 @@ def _far_edges(near: int, max_distance: int) -> tuple[int, ...]:
     )
 
 
-def distance_bucket(distance: Tensor, *, buckets: int = 32, max_distance: int = 128) -> Tensor:
+def relative_position_bucket(relative_position: Tensor, *, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
     """Number the distance from a query to a key (T5 paper, section 2.1; bidirectional).
 
     Half of the buckets are for keys ahead. In each direction, one half of the rest holds the distances 0, 1, 2, ...
     and the other half grows logarithmically up to `max_distance`.
 
     Args:
-        distance: int64, any shape: position of the key minus position of the query.
+        relative_position: int64, any shape: position of the key minus position of the query.
 
     Returns:
         int64 of the same shape, in [0, buckets).
     """
-    near = buckets // 4
-    steps = distance.abs()
+    near = num_buckets // 4
+    steps = relative_position.abs()
     bucket = steps.clamp(max=near)
-    for edge in _far_edges(near, max_distance):
+    for edge in _log_bucket_edges(near, max_distance):
         bucket = bucket + (steps >= edge)
-    return bucket + (distance > 0) * (buckets // 2)
+    return bucket + (relative_position > 0) * (num_buckets // 2)
 
 
 class T5Norm(nn.Module):
@@ -157,15 +165,15 @@ class T5Attention(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        inner = config.heads * config.head_width
-        self.heads = config.heads
-        self.q = Linear(config.width, inner, bias=False)
-        self.k = Linear(config.width, inner, bias=False)
-        self.v = Linear(config.width, inner, bias=False)
-        self.o = Linear(inner, config.width, bias=False)
+        inner = config.num_heads * config.d_kv
+        self.num_heads = config.num_heads
+        self.q = Linear(config.d_model, inner, bias=False)
+        self.k = Linear(config.d_model, inner, bias=False)
+        self.v = Linear(config.d_model, inner, bias=False)
+        self.o = Linear(inner, config.d_model, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # x (B, L, D), bias (B, heads, L, L) -> (B, L, D)
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(seen.transpose(1, 2).flatten(2))
 
@@ -175,9 +183,9 @@ class T5FeedForward(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.gate = Linear(config.width, config.hidden, bias=False)
-        self.up = Linear(config.width, config.hidden, bias=False)
-        self.down = Linear(config.hidden, config.width, bias=False)
+        self.gate = Linear(config.d_model, config.d_ff, bias=False)
+        self.up = Linear(config.d_model, config.d_ff, bias=False)
+        self.down = Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, D)
         return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
@@ -188,9 +196,9 @@ class T5Block(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.attention_norm = T5Norm(config.width, config.epsilon)
+        self.attention_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
         self.attention = T5Attention(config)
-        self.feed_forward_norm = T5Norm(config.width, config.epsilon)
+        self.feed_forward_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
         self.feed_forward = T5FeedForward(config)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # x (B, L, D), bias (B, heads, L, L) -> (B, L, D)
@@ -204,10 +212,16 @@ class T5Encoder(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width, _weight=normal(config.vocabulary, config.width))
-        self.position_bias = nn.Embedding(config.buckets, config.heads, _weight=normal(config.buckets, config.heads))
-        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.layers))
-        self.final_norm = T5Norm(config.width, config.epsilon)
+        self.embedding = nn.Embedding(
+            config.vocab_size, config.d_model, _weight=init_normal(config.vocab_size, config.d_model)
+        )
+        self.position_bias = nn.Embedding(
+            config.relative_attention_num_buckets,
+            config.num_heads,
+            _weight=init_normal(config.relative_attention_num_buckets, config.num_heads),
+        )
+        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
+        self.final_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode.
@@ -220,23 +234,27 @@ class T5Encoder(nn.Module):
             (B, L, D) in the weights' dtype. Positions of padding hold numbers without meaning: mask them later too.
         """
         x = self.embedding(ids)
-        bias = self._bias(mask).to(x.dtype)
+        bias = self._attention_bias(mask).to(x.dtype)
         for block in self.blocks:
             x = block(x, bias)
         return self.final_norm(x)
 
-    def _bias(self, mask: Tensor) -> Tensor:
+    def _attention_bias(self, mask: Tensor) -> Tensor:
         """(B, L) -> (B, heads, L, L): what every layer adds to its logits, by query and key."""
         position = torch.arange(mask.shape[1], device=mask.device)
         distance = position[None, :] - position[:, None]
-        bucket = distance_bucket(distance, buckets=self.config.buckets, max_distance=self.config.max_distance)
+        bucket = relative_position_bucket(
+            distance,
+            num_buckets=self.config.relative_attention_num_buckets,
+            max_distance=self.config.relative_attention_max_distance,
+        )
         bias = self.position_bias(bucket).permute(2, 0, 1)
         # The least finite number, not -inf: a sample that is all padding must not become NaN.
         return torch.where(mask[:, None, None, :].bool(), bias, torch.finfo(bias.dtype).min).contiguous()
 
 
 @torch.no_grad()
-def initialise(encoder: T5Encoder, generator: torch.Generator) -> None:
+def initialise_t5(encoder: T5Encoder, generator: torch.Generator) -> None:
     """Draw fresh weights in place, as T5 v1.1 was initialised (Mesh TensorFlow's scheme, as kept by transformers).
 
     A zero-mean normal whose deviation makes up for what the attention does not scale.
@@ -245,7 +263,7 @@ def initialise(encoder: T5Encoder, generator: torch.Generator) -> None:
         generator: on the device of the weights.
     """
     config = encoder.config
-    inward = config.width**-0.5
+    inward = config.d_model**-0.5
 
     def draw(weight: Tensor, deviation: float) -> None:
         weight.normal_(0.0, deviation, generator=generator)
@@ -257,10 +275,10 @@ def initialise(encoder: T5Encoder, generator: torch.Generator) -> None:
         attention, feed_forward = block.attention, block.feed_forward
         block.attention_norm.weight.fill_(1.0)
         block.feed_forward_norm.weight.fill_(1.0)
-        draw(attention.q.weight, (config.width * config.head_width) ** -0.5)
+        draw(attention.q.weight, (config.d_model * config.d_kv) ** -0.5)
         draw(attention.k.weight, inward)
         draw(attention.v.weight, inward)
-        draw(attention.o.weight, (config.heads * config.head_width) ** -0.5)
+        draw(attention.o.weight, (config.num_heads * config.d_kv) ** -0.5)
         draw(feed_forward.gate.weight, inward)
         draw(feed_forward.up.weight, inward)
-        draw(feed_forward.down.weight, config.hidden**-0.5)
+        draw(feed_forward.down.weight, config.d_ff**-0.5)

@@ -14,81 +14,87 @@ from kadr.errors import CheckpointError
 from kadr.models.vae.blocks import depth_to_space
 from kadr.models.vae.config import Strides
 
-GROUPS = 32  # of every norm
-CLASS_NAME = "LatentUpsampler"
+NORM_GROUPS = 32  # of every norm
+OFFICIAL_CLASS_NAME = "LatentUpsampler"
 # Entry of the header -> ours. Three have no default: those who read the header do not agree on one.
-_SIZES: Mapping[str, str] = {"in_channels": "channels", "mid_channels": "width", "num_blocks_per_stage": "blocks"}
-_WAYS: Mapping[str, str] = {"spatial_upsample": "space", "temporal_upsample": "time"}
+_SIZE_KEYS: Mapping[str, str] = {"in_channels": "channels", "mid_channels": "width", "num_blocks_per_stage": "blocks"}
+_FLAG_KEYS: Mapping[str, str] = {"spatial_upsample": "space", "temporal_upsample": "time"}
 _DEFAULTS: Mapping[str, Any] = {"num_blocks_per_stage": 4, "spatial_upsample": True, "temporal_upsample": False}
 _DIMS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpsamplerConfig:
+class UpscalerConfig:
     """Sizes of an upscaler, and what it makes larger.
 
     Args:
-        channels: of the latents.
-        width: channels inside.
-        blocks: residual blocks before the latents grow, and as many after.
-        space: twice the rows and columns.
-        time: 2f - 1 frames for f.
+        in_channels: of the latents.
+        mid_channels: channels inside.
+        num_blocks_per_stage: residual blocks before the latents grow, and as many after.
+        spatial_upsample: twice the rows and columns.
+        temporal_upsample: 2f - 1 frames for f.
     """
 
-    channels: int = 128
-    width: int = 512
-    blocks: int = 4
-    space: bool
-    time: bool
+    in_channels: int = 128
+    mid_channels: int = 512
+    num_blocks_per_stage: int = 4
+    spatial_upsample: bool
+    temporal_upsample: bool
 
     def __post_init__(self) -> None:
-        if not (self.space or self.time):
+        if not (self.spatial_upsample or self.temporal_upsample):
             raise CheckpointError("the upscaler makes neither space nor time larger; released ones make one of them.")
-        if self.width % GROUPS:
+        if self.mid_channels % NORM_GROUPS:
             raise CheckpointError(
-                f"the upscaler is {self.width} channels wide inside; its norms take {GROUPS} groups, so it must be a "
-                f"multiple of {GROUPS} (released ones have 512)."
+                f"the upscaler is {self.mid_channels} channels wide inside; its norms take {NORM_GROUPS} groups, so it must be a "
+                f"multiple of {NORM_GROUPS} (released ones have 512)."
             )
 
     @property
     def kind(self) -> str:
         """As the registry names it."""
-        ways = [name for name, grows in (("spatial", self.space), ("temporal", self.time)) if grows]
+        ways = [
+            name for name, grows in (("spatial", self.spatial_upsample), ("temporal", self.temporal_upsample)) if grows
+        ]
         return f"{' and '.join(ways)} upscaler"
 
     @property
-    def strides(self) -> Strides:
+    def scale_factors(self) -> Strides:
         """How many frames, rows and columns come of one; of the frames the first is then dropped."""
-        rows = 2 if self.space else 1
-        return (2 if self.time else 1, rows, rows)
+        rows = 2 if self.spatial_upsample else 1
+        return (2 if self.temporal_upsample else 1, rows, rows)
 
     @classmethod
-    def from_header(cls, header: Mapping[str, Any]) -> UpsamplerConfig:
+    def from_header(cls, header: Mapping[str, Any]) -> UpscalerConfig:
         """Read the config of an official header, or a diffusers config.json without its entries that begin with _.
 
         Raises:
             CheckpointError: a value that no released weights use, or an entry that none has, as LTX-2's upscalers do.
         """
-        strange = [key for key in header if not (key in _SIZES or key in _WAYS or key == "dims" or key.startswith("_"))]
+        strange = [
+            key
+            for key in header
+            if not (key in _SIZE_KEYS or key in _FLAG_KEYS or key == "dims" or key.startswith("_"))
+        ]
         if strange:
             raise CheckpointError(
                 f"the upscaler's header has {', '.join(strange)}, which those of LTX-Video do not have (those of LTX-2 "
                 "may). Take ltxv-spatial-upscaler-0.9.8 or ltxv-temporal-upscaler-0.9.8."
             )
         for key, value, found in (
-            ("_class_name", CLASS_NAME, header.get("_class_name", CLASS_NAME)),
+            ("_class_name", OFFICIAL_CLASS_NAME, header.get("_class_name", OFFICIAL_CLASS_NAME)),
             ("dims", _DIMS, header.get("dims")),
         ):
             if found != value:
                 raise CheckpointError(f"the upscaler's header has {key} = {found!r}; kadr knows only {value!r}.")
         said = {**_DEFAULTS, **header}
-        read: dict[str, Any] = {ours: _size(key, said.get(key)) for key, ours in _SIZES.items()}
-        return cls(**read, **{ours: _way(key, said[key]) for key, ours in _WAYS.items()})
+        read: dict[str, Any] = {ours: _size(key, said.get(key)) for key, ours in _SIZE_KEYS.items()}
+        return cls(**read, **{ours: _flag(key, said[key]) for key, ours in _FLAG_KEYS.items()})
 
-    def header(self) -> dict[str, Any]:
+    def to_header(self) -> dict[str, Any]:
         """The config of an official header."""
-        ours = {**_SIZES, **_WAYS}
-        return {"_class_name": CLASS_NAME, "dims": _DIMS, **{key: getattr(self, ours[key]) for key in ours}}
+        ours = {**_SIZE_KEYS, **_FLAG_KEYS}
+        return {"_class_name": OFFICIAL_CLASS_NAME, "dims": _DIMS, **{key: getattr(self, ours[key]) for key in ours}}
 
 
 def _size(key: str, value: Any) -> int:
@@ -97,23 +103,23 @@ def _size(key: str, value: Any) -> int:
     return value
 
 
-def _way(key: str, value: Any) -> bool:
+def _flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"the upscaler's header has {key} = {value!r}; it must be true or false.")
     return value
 
 
-SPATIAL = UpsamplerConfig(space=True, time=False)
-TEMPORAL = UpsamplerConfig(space=False, time=True)
+SPATIAL_UPSCALER_CONFIG = UpscalerConfig(spatial_upsample=True, temporal_upsample=False)
+TEMPORAL_UPSCALER_CONFIG = UpscalerConfig(spatial_upsample=False, temporal_upsample=True)
 
 
-class Block(nn.Module):
+class ResBlock(nn.Module):
     """Two convolutions beside a residual path. The last activation comes after the sum."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1, self.norm1 = _conv(width, width), nn.GroupNorm(GROUPS, width)
-        self.conv2, self.norm2 = _conv(width, width), nn.GroupNorm(GROUPS, width)
+        self.conv1, self.norm1 = _conv(channels, channels), nn.GroupNorm(NORM_GROUPS, channels)
+        self.conv2, self.norm2 = _conv(channels, channels), nn.GroupNorm(NORM_GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, F, H, W)."""
@@ -121,23 +127,23 @@ class Block(nn.Module):
         return F.silu(x + self.norm2(main))
 
 
-class LatentUpsampler(nn.Module):
+class LatentUpscaler(nn.Module):
     """Makes latents larger.
 
     Its norms take their statistics over a whole video and its convolutions look to both sides in time, so neither
     pieces of a picture nor pieces of a video can be upscaled apart and give the same.
     """
 
-    def __init__(self, config: UpsamplerConfig) -> None:
+    def __init__(self, config: UpscalerConfig) -> None:
         super().__init__()
         self.config = config
-        width, grown = config.width, config.width * prod(config.strides)
-        self.conv_in, self.norm_in = _conv(config.channels, width), nn.GroupNorm(GROUPS, width)
-        self.before = nn.ModuleList(Block(width) for _ in range(config.blocks))
+        width, grown = config.mid_channels, config.mid_channels * prod(config.scale_factors)
+        self.conv_in, self.norm_in = _conv(config.in_channels, width), nn.GroupNorm(NORM_GROUPS, width)
+        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(config.num_blocks_per_stage))
         # Where only space grows, the released weights are those of a convolution over single frames.
-        self.grow = _conv(width, grown) if config.time else nn.Conv2d(width, grown, 3, padding=1)
-        self.after = nn.ModuleList(Block(width) for _ in range(config.blocks))
-        self.conv_out = _conv(width, config.channels)
+        self.upsample_conv = _conv(width, grown) if config.temporal_upsample else nn.Conv2d(width, grown, 3, padding=1)
+        self.post_upsample_res_blocks = nn.ModuleList(ResBlock(width) for _ in range(config.num_blocks_per_stage))
+        self.conv_out = _conv(width, config.in_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
         """latents (B, C, f, h, w), not normalised -> (B, C, f', h', w'), in the dtype of the weights (float32).
@@ -145,23 +151,23 @@ class LatentUpsampler(nn.Module):
         h' = 2h and w' = 2w where the upscaler is spatial, f' = 2f - 1 where it is temporal; the rest stays.
         """
         x = F.silu(self.norm_in(self.conv_in(latents)))
-        for block in self.before:
+        for block in self.res_blocks:
             x = block(x)
-        x = self._grown(x)
-        for block in self.after:
+        x = self._upsample(x)
+        for block in self.post_upsample_res_blocks:
             x = block(x)
         return self.conv_out(x)
 
-    def _grown(self, x: Tensor) -> Tensor:
+    def _upsample(self, x: Tensor) -> Tensor:
         if (
-            self.config.time
+            self.config.temporal_upsample
         ):  # a video's first latent stands for one frame and not for eight: doubled, it is one too many
-            return depth_to_space(self.grow(x), self.config.strides)[:, :, 1:]
+            return depth_to_space(self.upsample_conv(x), self.config.scale_factors)[:, :, 1:]
         frames = x.transpose(1, 2)
-        grown = self.grow(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        return depth_to_space(grown.transpose(1, 2), self.config.strides)
+        grown = self.upsample_conv(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return depth_to_space(grown.transpose(1, 2), self.config.scale_factors)
 
 
-def _conv(channels_in: int, channels_out: int) -> nn.Conv3d:
+def _conv(in_channels: int, out_channels: int) -> nn.Conv3d:
     """Zeros around the video, in time too."""
-    return nn.Conv3d(channels_in, channels_out, 3, padding=1)
+    return nn.Conv3d(in_channels, out_channels, 3, padding=1)

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from kadr.kernels.matmul import linear, linear_gelu
 
 
-class Prepares(nn.Module):
+class QuantizesInput(nn.Module):
     """A layer whose input is changed first, in a way that does not depend on its weight."""
 
-    def prepared(self, x: Tensor, *, gelu: bool = False) -> Any:
+    def quantize_input(self, x: Tensor, *, gelu: bool = False) -> Any:
         """What `finished` takes; of gelu(x) where asked."""
         raise NotImplementedError
 
-    def finished(self, prepared: Any) -> Tensor:
+    def matmul(self, quantized: Any) -> Tensor:
         """The layer's outcome."""
         raise NotImplementedError
 
 
-class EndsInGelu(nn.Module):
+class FusedGELU(nn.Module):
     """A layer that gives gelu(x Wᵀ + b) for little more than x Wᵀ + b."""
 
     def with_gelu(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class EndsInGelu(nn.Module):
         raise NotImplementedError
 
 
-class Linear(nn.Linear, EndsInGelu):
+class Linear(nn.Linear, FusedGELU):
     """y = x Wᵀ + b. Quantization and packing replace instances of this class and of no other."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,14 +45,14 @@ class Linear(nn.Linear, EndsInGelu):
         return linear_gelu(x, self.weight, self.bias)
 
 
-class _Both(NamedTuple):
+class _LoraInput(NamedTuple):
     """What the layer underneath takes, and the input itself."""
 
-    prepared: Any
+    base_input: Any
     x: Tensor
 
 
-class Adapted(Prepares):
+class LoRALinear(QuantizesInput):
     """y = base(x) + B S A x: a layer and what LoRAs add to it, whatever its own weight is stored as.
 
     The LoRAs of a layer are one: the rows of their A stand under each other, the columns of their B side by side, and S
@@ -82,55 +82,57 @@ class Adapted(Prepares):
         self.scale = scale if bool(scale.any()) else None
 
     @property
-    def adds(self) -> bool:
+    def is_active(self) -> bool:
         """Whether S is anything but 0."""
         return self.scale is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finished(self.prepared(x)) if self.adds else self.base(x)
+        return self.matmul(self.quantize_input(x)) if self.is_active else self.base(x)
 
-    def prepared(self, x: Tensor, *, gelu: bool = False) -> _Both:
+    def quantize_input(self, x: Tensor, *, gelu: bool = False) -> _LoraInput:
         """What `finished` takes; of gelu(x) where asked."""
         activated = F.gelu(x, approximate="tanh") if gelu else x
-        own = self.base.prepared(x, gelu=gelu) if isinstance(self.base, Prepares) else activated
-        return _Both(own, activated)
+        own = self.base.quantize_input(x, gelu=gelu) if isinstance(self.base, QuantizesInput) else activated
+        return _LoraInput(own, activated)
 
-    def finished(self, both: _Both) -> Tensor:
+    def matmul(self, lora_input: _LoraInput) -> Tensor:
         """The sum of the two."""
         base = self.base
-        made: Tensor = base.finished(both.prepared) if isinstance(base, Prepares) else base(both.prepared)
+        made: Tensor = (
+            base.matmul(lora_input.base_input) if isinstance(base, QuantizesInput) else base(lora_input.base_input)
+        )
         assert self.scale is not None
-        low = linear(both.x, self.down, None)
+        low = linear(lora_input.x, self.down, None)
         return made + linear((low * self.scale).to(low.dtype), self.up, None)
 
 
-def acting(layer: nn.Module) -> nn.Module:
+def active_layer(layer: nn.Module) -> nn.Module:
     """The layer, or the one underneath where nothing is added to it."""
-    return layer.base if isinstance(layer, Adapted) and not layer.adds else layer
+    return layer.base if isinstance(layer, LoRALinear) and not layer.is_active else layer
 
 
-def is_coarse(layer: nn.Module) -> bool:
+def uses_8bit_matmul(layer: nn.Module) -> bool:
     """Whether a layer's products are in 8 bits."""
-    return isinstance(layer.base if isinstance(layer, Adapted) else layer, Prepares)
+    return isinstance(layer.base if isinstance(layer, LoRALinear) else layer, QuantizesInput)
 
 
-def several(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+def linear_shared_input(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each of some layers, all stored alike, makes of one x."""
-    layers = tuple(map(acting, layers))
+    layers = tuple(map(active_layer, layers))
     first = layers[0]
-    if not isinstance(first, Prepares) or any(type(layer) is not type(first) for layer in layers):
+    if not isinstance(first, QuantizesInput) or any(type(layer) is not type(first) for layer in layers):
         return tuple(layer(x) for layer in layers)
-    prepared = first.prepared(x)
-    return tuple(layer.finished(prepared) for layer in layers if isinstance(layer, Prepares))
+    prepared = first.quantize_input(x)
+    return tuple(layer.matmul(prepared) for layer in layers if isinstance(layer, QuantizesInput))
 
 
-def through_gelu(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
+def mlp(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
     """down(gelu(up(x))), in the tanh form."""
-    up, down = acting(up), acting(down)
-    if isinstance(up, EndsInGelu):
+    up, down = active_layer(up), active_layer(down)
+    if isinstance(up, FusedGELU):
         made: Tensor = down(up.with_gelu(x))
-    elif isinstance(down, Prepares):
-        made = down.finished(down.prepared(up(x), gelu=True))
+    elif isinstance(down, QuantizesInput):
+        made = down.matmul(down.quantize_input(up(x), gelu=True))
     else:
         made = down(F.gelu(up(x), approximate="tanh"))
     return made

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kadr.nn.init import normal
+from kadr.nn.init import init_normal
 
 
-class Bend(NamedTuple):
+class AdaLNParams(NamedTuple):
     """Shift, scale and gate, each (B, 1 or N, D)."""
 
     shift: Tensor
@@ -21,13 +21,13 @@ class Bend(NamedTuple):
         return torch.addcmul(self.shift, x, 1 + self.scale)
 
 
-def learned_table(rows: int, width: int) -> nn.Parameter:
+def init_scale_shift_table(rows: int, width: int) -> nn.Parameter:
     """Rows that are added to what the noise level says, (rows, width), as they are before training."""
-    drawn = normal(rows, width)
+    drawn = init_normal(rows, width)
     return nn.Parameter(drawn if drawn.is_meta else drawn * width**-0.5)
 
 
-def branch_bends(table: Tensor, embedding: Tensor) -> tuple[Bend, Bend]:
+def compute_adaln_params(table: Tensor, embedding: Tensor) -> tuple[AdaLNParams, AdaLNParams]:
     """table (6, D) + embedding (B, 1 or N, 6, D) -> the bends around self-attention and around the feed-forward."""
     rows = (table + embedding).unbind(-2)
-    return Bend(*rows[:3]), Bend(*rows[3:])
+    return AdaLNParams(*rows[:3]), AdaLNParams(*rows[3:])

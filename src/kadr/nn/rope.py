@@ -21,13 +21,13 @@ class Rope(NamedTuple):
         """Rotate the pairs (0, 1), (2, 3), ... of x (B, N, D)."""
         return apply_rope(x, self.cosine, self.sine)
 
-    def rows(self, rows: slice) -> Rope:
+    def for_samples(self, samples: slice) -> Rope:
         """Of some samples of the batch."""
-        return self if len(self.cosine) == 1 else Rope(self.cosine[rows], self.sine[rows])
+        return self if len(self.cosine) == 1 else Rope(self.cosine[samples], self.sine[samples])
 
 
 def rope_table(
-    positions: Tensor, width: int, *, limits: tuple[float, float, float], theta: float, dtype: torch.dtype
+    positions: Tensor, width: int, *, max_positions: tuple[float, float, float], theta: float, dtype: torch.dtype
 ) -> Rope:
     """The table for tokens at positions (B, 3, N), fp32: seconds, then pixels down, then pixels right.
 
@@ -37,7 +37,7 @@ def rope_table(
     """
     count = width // 6
     frequencies = theta ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=positions.device)
-    fractions = positions.float() / torch.tensor(limits, device=positions.device)[None, :, None]
+    fractions = positions.float() / torch.tensor(max_positions, device=positions.device)[None, :, None]
     angles = (frequencies * (math.pi / 2)) * (2 * fractions - 1).transpose(1, 2)[..., None]  # (B, N, 3, K)
     angles = angles.transpose(2, 3).flatten(2).repeat_interleave(2, dim=-1)
     front = angles.new_zeros(*angles.shape[:2], width - 6 * count)

@@ -15,7 +15,7 @@ from torch import Tensor
 NoiseSource = Callable[[tuple[int, ...]], Tensor]
 
 
-def in_turn(*parts: Tensor) -> Tensor:
+def cat_frames(*parts: Tensor) -> Tensor:
     """Frames (B, C, F, H, W) of several tensors, one after the other, channels last in memory if the last part is.
 
     `torch.cat` puts the channels first as soon as one part says nothing of its order, as a repeated frame does, and
@@ -26,65 +26,65 @@ def in_turn(*parts: Tensor) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
-class Stream:
+class TemporalCache:
     """The memory of one pass.
 
     Args:
-        last: the chunk now going through ends the video. Set it before the last chunk.
-        noise: draws standard normal noise of a shape, for decoders with noise injection.
+        is_last_chunk: the chunk now going through ends the video. Set it before the last chunk.
+        noise_source: draws standard normal noise of a shape, for decoders with noise injection.
     """
 
-    def __init__(self, *, last: bool = False, noise: NoiseSource | None = None) -> None:
-        self.last = last
-        self._noise = noise
-        self._kept: dict[Hashable, Tensor] = {}
-        self._drawn: dict[Hashable, Tensor] = {}
+    def __init__(self, *, is_last_chunk: bool = False, noise_source: NoiseSource | None = None) -> None:
+        self.is_last_chunk = is_last_chunk
+        self._noise_source = noise_source
+        self._frames: dict[Hashable, Tensor] = {}
+        self._noise_maps: dict[Hashable, Tensor] = {}
 
     @classmethod
-    def whole(cls, noise: NoiseSource | None = None) -> Stream:
+    def single_chunk(cls, noise_source: NoiseSource | None = None) -> TemporalCache:
         """The stream of a video that comes as one chunk."""
-        return cls(last=True, noise=noise)
+        return cls(last=True, noise=noise_source)
 
-    def kept(self, owner: Hashable) -> Tensor | None:
+    def get(self, owner: Hashable) -> Tensor | None:
         """What `owner` kept from the chunk before; None before its first frame."""
-        return self._kept.get(owner)
+        return self._frames.get(owner)
 
-    def keep(self, owner: Hashable, x: Tensor) -> None:
+    def store(self, owner: Hashable, x: Tensor) -> None:
         """Keep `x` for `owner` until the next chunk, where the frames of the chunk before lay if they are as many.
 
         Copied, or a view would hold the whole chunk in memory. In the same place, because what stays long among what
         comes and goes leaves holes in the heap that nothing fits.
         """
-        if self.last:
+        if self.is_last_chunk:
             return
-        kept = self._kept.get(owner)
+        kept = self._frames.get(owner)
         if kept is None or kept.shape != x.shape:
-            self._kept[owner] = x.clone()
+            self._frames[owner] = x.clone()
         else:
             kept.copy_(x)
 
-    def join(self, owner: Hashable, x: Tensor) -> Tensor:
+    def prepend(self, owner: Hashable, x: Tensor) -> Tensor:
         """The frames `owner` kept, followed by `x`."""
-        kept = self.kept(owner)
-        return x if kept is None or not kept.shape[2] else in_turn(kept, x)
+        kept = self.get(owner)
+        return x if kept is None or not kept.shape[2] else cat_frames(kept, x)
 
     def delay(self, owner: Hashable, x: Tensor, frames: int) -> Tensor:
         """The oldest `frames` frames not yet returned: holds a skip path back until the main path has caught up."""
-        x = self.join(owner, x)
-        self.keep(owner, x[:, :, frames:])
+        x = self.prepend(owner, x)
+        self.store(owner, x[:, :, frames:])
         return x[:, :, :frames]
 
     def is_first(self, owner: Hashable, x: Tensor) -> bool:
         """True once: when the first frame of the video reaches `owner` in `x`."""
-        if not x.shape[2] or owner in self._kept:
+        if not x.shape[2] or owner in self._frames:
             return False
-        self._kept[owner] = x.new_empty(0)
+        self._frames[owner] = x.new_empty(0)
         return True
 
-    def noise(self, owner: Hashable, like: Tensor) -> Tensor:
+    def get_noise(self, owner: Hashable, like: Tensor) -> Tensor:
         """Noise (H, W) for `owner`: drawn once, the same for every frame, channel and sample of the video."""
-        if owner not in self._drawn:
-            if self._noise is None:
+        if owner not in self._noise_maps:
+            if self._noise_source is None:
                 raise ValueError("this decoder injects noise: give its stream a source of noise")
-            self._drawn[owner] = self._noise(tuple(like.shape[-2:])).to(like)
-        return self._drawn[owner]
+            self._noise_maps[owner] = self._noise_source(tuple(like.shape[-2:])).to(like)
+        return self._noise_maps[owner]

@@ -13,24 +13,24 @@ from kadr.nn.linear import Linear
 SINUSOID_WIDTH = 256
 
 
-def sinusoid(value: Tensor, width: int = SINUSOID_WIDTH) -> Tensor:
+def sinusoidal_embedding(timestep: Tensor, width: int = SINUSOID_WIDTH) -> Tensor:
     """value (N), fp32 -> (N, width), fp32: cosines of value / 10000^(k / half), k < half = width / 2, then sines.
 
     The exponent is divided by half and not by half - 1 (`downscale_freq_shift` 0), and the cosines come first.
     """
     half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=value.device) * (-math.log(10000.0) / half)
-    angle = value.float()[:, None] * exponent.exp()[None]
+    exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(10000.0) / half)
+    angle = timestep.float()[:, None] * exponent.exp()[None]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-class LevelEmbedding(nn.Module):
+class TimestepEmbedding(nn.Module):
     """A scaled noise level (N) -> (N, width): sinusoid, linear, SiLU, linear."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = Linear(SINUSOID_WIDTH, width)
-        self.second = Linear(width, width)
+        self.linear_1 = Linear(SINUSOID_WIDTH, width)
+        self.linear_2 = Linear(width, width)
 
-    def forward(self, level: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.second(F.silu(self.first(sinusoid(level).to(dtype))))
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(sinusoidal_embedding(timestep).to(dtype))))

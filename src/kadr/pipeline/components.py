@@ -19,10 +19,10 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.kernels.cpu.malloc import retain_freed_memory
 from kadr.memory.device import DTYPES
 from kadr.memory.module_cache import Shelf
-from kadr.models.lora_layers import merge, set_strengths
+from kadr.models.lora_layers import merge_loras, set_lora_strengths
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
-from kadr.models.upscaler import LatentUpsampler
+from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.pipeline.module_placement import placed
 from kadr.pipeline.prompt_cache import PromptCache
@@ -116,11 +116,11 @@ class Components(ModelSpec):
         stage, acting = PASS_STAGES[number], self.loras.strengths(number, strengths)
         load = partial(self.load_transformer, number)
         with self._lent(self.transformer_name(number), stage, load, dtype, adapted=True) as module:
-            set_strengths(module, acting, self.device)
+            set_lora_strengths(module, acting, self.device)
             try:
                 yield module
             finally:
-                module.forget()  # also where a step was cancelled: what is recorded has these strengths in it
+                module.clear_cuda_graphs()  # also where a step was cancelled: what is recorded has these strengths in it
 
     @contextmanager
     def lending(self, transformer: Transformer, lora: Path) -> Iterator[None]:
@@ -149,10 +149,10 @@ class Components(ModelSpec):
         if rotation is not None:
             rotate_weights(module, rotation)
         if self.loras.merged:
-            merge(module, self.loras.additions(), self.loras.strengths(number))
+            merge_loras(module, self.loras.additions(), self.loras.strengths(number))
         return module
 
-    def upscaler(self, kind: str) -> AbstractContextManager[LatentUpsampler]:
+    def upscaler(self, kind: str) -> AbstractContextManager[LatentUpscaler]:
         """A latent upscaler, in float32 as in the official package."""
         checkpoint = self.upscalers[kind]
         return self.shelf.take(f"{kind} upscaler", lambda: checkpoint.load_upsampler(torch.float32).to(self.device))

@@ -12,7 +12,7 @@ from kadr.checkpoints.detect.vae_families import SCHEDULES
 from kadr.checkpoints.lora.file import LoraFile
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
-from kadr.models.registry import DISTILLED_LEVELS, Recipe, Released
+from kadr.models.registry import DISTILLED_SIGMAS, Recipe, Release
 from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.stages.encode import Media
 from kadr.request.passes import (
@@ -69,7 +69,7 @@ class Model:
     part: DryPart
     schedule: Schedule
     layers: int
-    released: Released | None
+    released: Release | None
     config: TransformerConfig | None = None
 
 
@@ -221,7 +221,7 @@ class DryEngine:
 def _made(request: Request) -> tuple[Size, int]:
     assert isinstance(request.size, Size)
     assert request.frames is not None
-    return request.size.snapped(), snap_frames(request.frames)
+    return request.size.snap(), snap_frames(request.frames)
 
 
 def _model(role: str, name: str | Path, *, needs_vae: bool = False) -> Model:
@@ -234,14 +234,14 @@ def _model(role: str, name: str | Path, *, needs_vae: bool = False) -> Model:
         if needs_vae and detected.vae is None and not (released and released.vae):
             raise checkpoint.lacks("vae")
         config = detected.transformer
-        return Model(part, detected.schedule, config.layers, released or detected.released, config)
+        return Model(part, detected.schedule, config.num_layers, released or detected.released, config)
     assert released is not None
     assert released.vae_family is not None
-    assert released.layers is not None
+    assert released.num_layers is not None
     schedule = SCHEDULES[released.vae_family]
     if released.version.startswith("0.9.8-distilled"):
-        schedule = replace(schedule, allowed=DISTILLED_LEVELS)  # as its header says
-    return Model(part, schedule, released.layers, released)
+        schedule = replace(schedule, allowed=DISTILLED_SIGMAS)  # as its header says
+    return Model(part, schedule, released.num_layers, released)
 
 
 def _lora(use: Lora, models: Iterable[Model], *, partial: bool) -> tuple[DryPart, LoraFile | None]:
@@ -261,7 +261,7 @@ def _upscaler(name: str | Path, model: Model) -> tuple[DryPart, Upscaling]:
         assert released is not None
         return part, Upscaling(released.kind.startswith("spatial"), released.kind.startswith("temporal"))
     config = fitting_upscaler(Checkpoint.open(part.path), model.config, model.part.path or Path(model.part.name))
-    return part, Upscaling(config.space, config.time)
+    return part, Upscaling(config.spatial_upsample, config.temporal_upsample)
 
 
 def _refuse_twice(upscalers: Iterable[tuple[DryPart, Upscaling]]) -> None:
@@ -291,18 +291,18 @@ def _text(given: str | Path | None, model: Model) -> DryPart:
         folder = model.part.path if model.part.path.is_dir() else model.part.path.parent
         if (folder / "text_encoder").is_dir():
             return DryPart(role, "beside the model", folder)
-    entry = (model.released and model.released.text_encoder) or registry.TEXT
+    entry = (model.released and model.released.text_encoder) or registry.TEXT_ENCODER
     return _part(role, entry, role)[0]
 
 
-def _part(role: str, given: str | Path, *kinds: str) -> tuple[DryPart, Released | None]:
+def _part(role: str, given: str | Path, *kinds: str) -> tuple[DryPart, Release | None]:
     """Where a part is, and its entry in the registry if it is named by it."""
     if is_path(str(given)):
         path = Path(given).expanduser()
         if not path.exists():
             raise CheckpointError(f"the {role} is not at {path}. Give an existing path, or a name of `kadr models`.")
         return DryPart(role, str(given), path), None
-    released = registry.find(str(given))
+    released = registry.find_release(str(given))
     if released.kind not in kinds:
         raise RequestError(f"{released.name} is a {released.kind}; for the {role}, {_known(kinds)}.")
     here = on_disk(released)
@@ -310,7 +310,7 @@ def _part(role: str, given: str | Path, *kinds: str) -> tuple[DryPart, Released 
 
 
 def _known(kinds: Iterable[str]) -> str:
-    names = [entry.name for entry in registry.RELEASED if entry.kind in kinds and entry.repo is not None]
+    names = [entry.name for entry in registry.RELEASES if entry.kind in kinds and entry.repo is not None]
     return f"give a path, or a name such as {names[0]}"
 
 

@@ -17,7 +17,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import Cancelled, KadrError, PlanError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
-from kadr.models.registry import Recipe, Released
+from kadr.models.registry import Recipe, Release
 from kadr.pipeline.components import Components
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.longvideo.window_folder import HELD, WindowFolder, check_resumable
@@ -55,8 +55,8 @@ class Engine:
     name: str
     components: Components
     recipe: Recipe
-    released: Released | None = None
-    second: tuple[str, Released | None] | None = None
+    released: Release | None = None
+    second: tuple[str, Release | None] | None = None
 
     @classmethod
     def open(

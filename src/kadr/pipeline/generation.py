@@ -47,7 +47,7 @@ class Generation:
         self.size, self.frames = request.size, request.frames
         self.passes = plan_passes(request, components.schedules, upscaling=components.upscaling)
         for number, plan in enumerate(self.passes):
-            check_blocks(plan, components.config(number).layers)
+            check_blocks(plan, components.config(number).num_layers)
             warn_cached(plan, request.step_cache)
             components.loras.strengths(number, request.lora_strengths)  # refuses what is none
         components.loras.check_merged(len(self.passes), components.transformers)
@@ -69,12 +69,12 @@ class Generation:
 
     def _shape(self, plan: PassPlan) -> tuple[int, ...]:
         grid = plan.grid
-        return 1, self.components.transformer_config.channels, grid.frames, grid.height, grid.width
+        return 1, self.components.transformer_config.in_channels, grid.frames, grid.height, grid.width
 
     def work(self, stages: Collection[str] = ()) -> Work:
         """What is to be done, for the plan. stages: those to be run; () is all."""
         media, numbers = self.media, range(len(self.passes))
-        context = [] if self.windows else [sum(each.grid.tokens for each in one.references) for one in media.shown]
+        context = [] if self.windows else [sum(each.grid.num_tokens for each in one.references) for one in media.shown]
         return Work(
             passes=self.passes,
             prompts=self.prompts.missing if not stages or "text" in stages else 0,
@@ -93,7 +93,7 @@ class Generation:
         shown, windows = self.media.shown[plan.window], self.request.windows
         assert windows is not None
         guides = (windows.latents[1] if plan.window else 0) + bool(windows.remember)
-        context = sum(each.grid.tokens for each in shown.references)
+        context = sum(each.grid.num_tokens for each in shown.references)
         lengths = self.prompts.lengths
         return WindowWork(
             plan=plan,

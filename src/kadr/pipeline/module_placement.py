@@ -12,7 +12,7 @@ from kadr.kernels import fp8, mode
 from kadr.kernels.cpu.winograd import F23
 from kadr.memory.block_swap import Carousel, stream_pages
 from kadr.memory.device import DTYPES
-from kadr.models.lora_layers import Additions, attach
+from kadr.models.lora_layers import LoraWeightsByLayer, attach_loras
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.planning.plan import AS_STORED, CONVERTED, Choice
@@ -28,7 +28,7 @@ def compile_layers(module: Transformer, backend: str = "inductor") -> None:
         if isinstance(child, DequantizingLinear):
             child.forward = torch.compiler.disable(child.forward)  # type: ignore[method-assign]
             child.with_gelu = torch.compiler.disable(child.with_gelu)  # type: ignore[method-assign]
-    module.compile_layers(backend)
+    module.compile_blocks(backend)
 
 
 def placed(
@@ -37,7 +37,7 @@ def placed(
     device: torch.device,
     *,
     compiled: bool = False,
-    loras: Sequence[Additions] = (),
+    loras: Sequence[LoraWeightsByLayer] = (),
 ) -> nn.Module:
     """A module that was just loaded, held as the plan has it and ready to run.
 
@@ -48,7 +48,7 @@ def placed(
     if choice.hold not in (AS_STORED, CONVERTED):
         quantize_blocks(module, choice.hold, device=device, release=release)
     if loras:
-        attach(module, loras, DTYPES[choice.dtype])
+        attach_loras(module, loras, DTYPES[choice.dtype])
     if compiled and isinstance(module, Transformer):
         if choice.hold == FP8:
             fp8.select_matmul(device, DTYPES[choice.dtype])  # found out by trying, which the compiler is not to see
@@ -75,7 +75,7 @@ def packed(module: nn.Module, dtype: torch.dtype, device: torch.device, together
     if isinstance(module, Transformer) and device.type == "cpu":
         prepack_linears(module, release=release)
     elif isinstance(module, Transformer) and recorded:
-        module.replay()
+        module.use_cuda_graphs()
     elif isinstance(module, VAE) and should_prepack_convs(dtype, device):
         prepack_convs(module, winograd_frames=together or F23, release=release)
     elif isinstance(module, VAE) and recorded:

@@ -83,7 +83,7 @@ class PromptCache:
             path = self._path(tokens)
             if path is None or not path.is_file():
                 return None
-            rows = _read(path, (int(tokens.mask.sum()), self.text.config.width))
+            rows = _read(path, (int(tokens.mask.sum()), self.text.config.d_model))
         except (OSError, CheckpointError):
             return None
         if rows is not None:

@@ -39,9 +39,9 @@ def rotation_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     """
     module = checkpoint.load_transformer(dtype, as_stored=True).to(device)
     config = module.config
-    noise = torch.randn(1, GRID.tokens, config.channels, generator=torch.Generator().manual_seed(0))
-    rope = module.rope(positions(GRID, fps=FPS, causal=config.causal_positions)[None].to(device))
-    text = torch.zeros(1, 1, config.text_width, dtype=dtype, device=device)
+    noise = torch.randn(1, GRID.num_tokens, config.in_channels, generator=torch.Generator().manual_seed(0))
+    rope = module.compute_rope(positions(GRID, fps=FPS, causal=config.causal_temporal_positioning)[None].to(device))
+    text = torch.zeros(1, 1, config.caption_channels, dtype=dtype, device=device)
     level = torch.ones(1, 1, device=device)
 
     def velocity(tokens: Tensor) -> Tensor:

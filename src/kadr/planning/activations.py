@@ -12,7 +12,7 @@ from math import prod
 from kadr.kernels.cpu import attention as cpu_attention
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upscaler import UpsamplerConfig
+from kadr.models.upscaler import UpscalerConfig
 from kadr.shapes import LatentGrid
 
 TEXT = 256  # positions that a prompt is padded to
@@ -61,7 +61,7 @@ def rope_bytes(config: TransformerConfig, tokens: int, size: int) -> tuple[int, 
 
 def reading_bytes(config: TransformerConfig, size: int, *, batch: int = 1, text: int = TEXT) -> int:
     """Of a text as the layers read it: the text itself, and keys and values of every layer, kept over the steps."""
-    return batch * text * config.width * (1 + 2 * config.layers) * size
+    return batch * text * config.width * (1 + 2 * config.num_layers) * size
 
 
 def transformer_bytes(
@@ -115,11 +115,11 @@ def _logits(config: TransformerConfig, tokens: int) -> int:
     head = 4 * tokens**2
     if (
         tokens < cpu_attention.MIN_LENGTH
-        or config.head_width > cpu_attention.MAX_HEAD_DIM
+        or config.head_dim > cpu_attention.MAX_HEAD_DIM
         or head > cpu_attention.MAX_LOGIT_BYTES
     ):
         return 0
-    return min(config.heads, cpu_attention.MAX_LOGIT_BYTES // head) * (head * 3 // 2 + 2 * tokens * config.head_width)
+    return min(config.num_heads, cpu_attention.MAX_LOGIT_BYTES // head) * (head * 3 // 2 + 2 * tokens * config.head_dim)
 
 
 def step_cache_bytes(
@@ -144,23 +144,26 @@ def _norm(size: int) -> int:
 
 def text_bytes(config: T5Config, size: int, *, batch: int = 1, length: int = TEXT) -> int:
     """Of encoding a prompt, besides the weights. Arguments as for `transformer_bytes`; length: in tokens, padded."""
-    x, hidden = (batch * length * width for width in (config.width, config.hidden))
-    bias = batch * config.heads * length**2
+    x, hidden = (batch * length * width for width in (config.d_model, config.d_ff))
+    bias = batch * config.num_heads * length**2
     thinking = bias + 3 * x + 3 * hidden  # in the feed-forward: input, sum and its norm; gate, up and their product
     distances = 2 * length**2 * _INDEX  # while the bias is looked up: distances and their buckets
     return max((3 * bias + x) * size + distances, thinking * size) + SCRATCH
 
 
-def upsampler_bytes(config: UpsamplerConfig, grid: LatentGrid, size: int = _SINGLE) -> int:
+def upsampler_bytes(config: UpscalerConfig, grid: LatentGrid, size: int = _SINGLE) -> int:
     """Of upscaling latents of `grid`, besides weights and latents."""
-    time, rows, columns = config.strides
+    time, rows, columns = config.scale_factors
     before = (grid.frames, grid.height, grid.width)
     after = (time * grid.frames - (time - 1), rows * grid.height, columns * grid.width)
-    x, made = (config.width * prod(sides) * size for sides in (before, after))
-    square = (config.width, config.width)
+    x, made = (config.mid_channels * prod(sides) * size for sides in (before, after))
+    square = (config.mid_channels, config.mid_channels)
     # Of the frames that come of the first one, one is dropped: it stays in memory.
-    grown, wide = x * prod(config.strides), (config.width, config.width * prod(config.strides))
-    growing = 2 * x + grown + convolution_bytes(wide, before, before, size, 27 if config.time else 9)
+    grown, wide = (
+        x * prod(config.scale_factors),
+        (config.mid_channels, config.mid_channels * prod(config.scale_factors)),
+    )
+    growing = 2 * x + grown + convolution_bytes(wide, before, before, size, 27 if config.temporal_upsample else 9)
     thinking = grown + 2 * made + convolution_bytes(square, after, after, size)  # a block's second convolution
     adding = grown + 3 * made  # its input, what it made, the norm of that, and their sum
     return max(growing, thinking, adding) + SCRATCH

@@ -7,7 +7,7 @@ from math import prod
 
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upscaler import UpsamplerConfig
+from kadr.models.upscaler import UpscalerConfig
 from kadr.planning.activations import TEXT
 from kadr.planning.parameters import level_embedding
 from kadr.sampling.settings import ATTENTION_VALUES, TRANSFORMER_BLOCK
@@ -29,8 +29,8 @@ def transformer_flops(
         levels: how many different noise levels the tokens have; None is one for each sample.
     """
     width = config.width
-    layers = config.layers * _layer_flops(config, tokens, text)
-    ends = 2 * 2 * tokens * config.channels * width
+    layers = config.num_layers * _layer_flops(config, tokens, text)
+    ends = 2 * 2 * tokens * config.in_channels * width
     levels = batch if levels is None else levels
     return batch * (layers + ends) + 2 * levels * (level_embedding(width) - 2 * width + 6 * width**2)
 
@@ -38,7 +38,7 @@ def transformer_flops(
 def reading_flops(config: TransformerConfig, *, batch: int = 1, text: int = TEXT) -> int:
     """Of reading a text: once for all steps."""
     width = config.width
-    return batch * text * (2 * (config.text_width + width) + 4 * config.layers * width) * width
+    return batch * text * (2 * (config.caption_channels + width) + 4 * config.num_layers * width) * width
 
 
 def disturbed_flops(
@@ -62,8 +62,8 @@ def disturbed_flops(
         saved = plain
     else:  # no queries, no keys, no logits; where values do not take their place, no values either
         saved = (4 if mode == ATTENTION_VALUES else 6) * tokens * width**2 + 4 * tokens**2 * width
-    layers = (config.layers - min(blocks)) * plain - len(set(blocks)) * saved
-    return batch * (layers + 2 * tokens * config.channels * width)
+    layers = (config.num_layers - min(blocks)) * plain - len(set(blocks)) * saved
+    return batch * (layers + 2 * tokens * config.in_channels * width)
 
 
 def _layer_flops(config: TransformerConfig, tokens: int, text: int) -> int:
@@ -74,21 +74,21 @@ def _layer_flops(config: TransformerConfig, tokens: int, text: int) -> int:
 
 def text_flops(config: T5Config, *, batch: int = 1, length: int = TEXT) -> int:
     """Of encoding a prompt: 2 L (4 D I + 3 D H) + 4 L² I per block, where I is the width of all heads (B.3)."""
-    inner = config.heads * config.head_width
-    block = 2 * length * (4 * inner + 3 * config.hidden) * config.width + 4 * length**2 * inner
-    return batch * config.layers * block
+    inner = config.num_heads * config.d_kv
+    block = 2 * length * (4 * inner + 3 * config.d_ff) * config.d_model + 4 * length**2 * inner
+    return batch * config.num_layers * block
 
 
-def upsampler_flops(config: UpsamplerConfig, grid: LatentGrid) -> int:
+def upsampler_flops(config: UpscalerConfig, grid: LatentGrid) -> int:
     """Of upscaling latents of `grid`."""
-    width, before = config.width, grid.tokens
-    rows = prod(config.strides[1:])
-    after = (2 * grid.frames - 1 if config.time else grid.frames) * grid.height * grid.width * rows
-    taps = 27 if config.time else 9
+    width, before = config.mid_channels, grid.num_tokens
+    rows = prod(config.scale_factors[1:])
+    after = (2 * grid.frames - 1 if config.temporal_upsample else grid.frames) * grid.height * grid.width * rows
+    taps = 27 if config.temporal_upsample else 9
     return 2 * (
-        27 * config.channels * width * (before + after)
-        + 27 * width**2 * 2 * config.blocks * (before + after)
-        + taps * width**2 * prod(config.strides) * before
+        27 * config.in_channels * width * (before + after)
+        + 27 * width**2 * 2 * config.num_blocks_per_stage * (before + after)
+        + taps * width**2 * prod(config.scale_factors) * before
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upscaler import UpsamplerConfig
+from kadr.models.upscaler import UpscalerConfig
 from kadr.nn.timestep_embedding import SINUSOID_WIDTH
 
 
@@ -60,9 +60,9 @@ class Weights:
 
 def transformer_weights(config: TransformerConfig) -> Weights:
     """Of the transformer. A block has two attentions of four matrices, and a feed-forward four times as wide."""
-    width, channels = config.width, config.channels
+    width, channels = config.width, config.in_channels
     return Weights(
-        blocks=config.layers,
+        blocks=config.num_layers,
         block_linear=(2 * 4 + 2 * 4) * width**2,
         # biases of the attentions and of the feed-forward, two norms in each attention, six rows of modulation
         block_rest=(2 * 4 + 4 + 1 + 2 * 2 + 6) * width,
@@ -70,7 +70,7 @@ def transformer_weights(config: TransformerConfig) -> Weights:
             (channels + 1) * width  # patch_in
             + level_embedding(width)
             + (width + 1) * 6 * width  # level_bends
-            + (config.text_width + 1 + width + 1) * width  # text_in
+            + (config.caption_channels + 1 + width + 1) * width  # text_in
             + 2 * width  # modulation
             + (width + 1) * channels  # patch_out
         ),
@@ -79,27 +79,27 @@ def transformer_weights(config: TransformerConfig) -> Weights:
 
 def text_encoder_weights(config: T5Config) -> Weights:
     """Of the text encoder: no biases, two norms per block, a gated feed-forward of three matrices."""
-    inner = config.heads * config.head_width
+    inner = config.num_heads * config.d_kv
     return Weights(
-        blocks=config.layers,
-        block_linear=(4 * inner + 3 * config.hidden) * config.width,
-        block_rest=2 * config.width,
-        rest=(config.vocabulary + 1) * config.width + config.buckets * config.heads,
+        blocks=config.num_layers,
+        block_linear=(4 * inner + 3 * config.d_ff) * config.d_model,
+        block_rest=2 * config.d_model,
+        rest=(config.vocab_size + 1) * config.d_model + config.relative_attention_num_buckets * config.num_heads,
     )
 
 
-def upsampler_weights(config: UpsamplerConfig) -> Weights:
+def upsampler_weights(config: UpscalerConfig) -> Weights:
     """Of a latent upscaler: two stages of residual blocks around the convolution that grows."""
-    width, taps = config.width, 27
-    grown = width * math.prod(config.strides)
+    width, taps = config.mid_channels, 27
+    grown = width * math.prod(config.scale_factors)
     block = 2 * ((taps * width + 1) * width + 2 * width)
     return Weights(
         rest=(
-            (taps * config.channels + 1) * width
+            (taps * config.in_channels + 1) * width
             + 2 * width
-            + 2 * config.blocks * block
-            + ((taps if config.time else 9) * width + 1) * grown
-            + (taps * width + 1) * config.channels
+            + 2 * config.num_blocks_per_stage * block
+            + ((taps if config.temporal_upsample else 9) * width + 1) * grown
+            + (taps * width + 1) * config.in_channels
         )
     )
 

@@ -11,8 +11,8 @@ import torch
 from kadr.checkpoints.source import Source
 from kadr.kernels.cpu.winograd import F23, F43
 from kadr.memory.device import free_bytes, has_fast_int8, resident_bytes
-from kadr.models.transformer import REPLAYED
-from kadr.models.vae.decoder import SLICE
+from kadr.models.transformer import CUDA_GRAPH_MAX_TOKENS
+from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.planning import activations, backends
 from kadr.planning.calibration import measure_rate
 from kadr.planning.flops import (
@@ -158,7 +158,7 @@ class Planner:
         if not any(tokens for tokens, _ in pairs):
             return ""
         of = "a window's" if self.work.windows else "the video's"
-        told = ", ".join(f"{tokens} beside {of} {plan.grid.tokens}" for tokens, plan in pairs)
+        told = ", ".join(f"{tokens} beside {of} {plan.grid.num_tokens}" for tokens, plan in pairs)
         return f"the transformer works on tokens of controls, too: {told}"
 
     def _decode(self) -> Needs:
@@ -168,20 +168,20 @@ class Planner:
         flops, choices = decoder_flops(config, grid), []
         for handed, together in self._slices():
             working = decode_bytes(config, grid, self.size, handed=handed, together=together) + self._frames(handed)
-            why = "" if handed == SLICE else f"the decoder hands on {handed} frames at a time"
-            if together == F23 and handed == SLICE:
+            why = "" if handed == CHUNK_FRAMES else f"the decoder hands on {handed} frames at a time"
+            if together == F23 and handed == CHUNK_FRAMES:
                 why = "its convolutions make 2 frames at a time"
             weights = self._vae_weights("decoder", together)
             choice = self._choice(_Way(CONVERTED, why=why), weights, working, flops, 0, path)
-            seconds = choice.seconds * TOGETHER[together] * (1 + 0.1 * (SLICE - handed))
+            seconds = choice.seconds * TOGETHER[together] * (1 + 0.1 * (CHUNK_FRAMES - handed))
             choices.append(replace(choice, frames=handed, winograd_frames=together, seconds=seconds))
         return Needs(stage="decode", part=DECODER, choices=tuple(choices))
 
     def _slices(self) -> list[tuple[int, int]]:
         """Frames that the decoder hands on, and that its convolutions make at a time, the fastest first."""
         if not should_prepack_convs(self.dtype, self.device):
-            return [(SLICE, 0), (2, 0), (1, 0)]
-        return [(SLICE, F43), (SLICE, F23), (2, F23), (1, F23)]
+            return [(CHUNK_FRAMES, 0), (2, 0), (1, 0)]
+        return [(CHUNK_FRAMES, F43), (CHUNK_FRAMES, F23), (2, F23), (1, F23)]
 
     def _frames(self, handed: int) -> int:
         """Of decoded frames on their way into a file."""
@@ -233,7 +233,7 @@ class Planner:
     def _sampled(self, number: int, plan: PassPlan) -> Needs:
         checkpoint = self.spec.transformers[number]
         source, config = checkpoint.sources["transformer"], self.spec.config(number)
-        tokens = plan.grid.tokens + self.work.beside(number)
+        tokens = plan.grid.num_tokens + self.work.beside(number)
         working, flops = self._working(number, plan, tokens), self._flops(number, plan, tokens)
         choices = []
         for way in self._ways(source):
@@ -243,7 +243,7 @@ class Planner:
             path = backends.of_matrices(self.dtype, self.device, way.hold, streamed=way.streams)
             choices.append(self._choice(way, weights, working, flops, read, path))
         stage = PASS_STAGES[number]
-        assert config.layers
+        assert config.num_layers
         return Needs(stage=stage, part=self.spec.transformer_name(number), choices=tuple(choices))
 
     def _ways(self, source: Source) -> list[_Way]:
@@ -306,9 +306,9 @@ class Planner:
                 streams=max(step.evaluations for step in plan.steps),
                 batch=2 if both else 1,
             )
-        states = 8 * tokens * config.channels * 4  # latents, noise, velocities of the guidance
+        states = 8 * tokens * config.in_channels * 4  # latents, noise, velocities of the guidance
         read = activations.reading_bytes(config, self.size, text=len(texts) * longest if both else sum(texts))
-        if not self.on_host and (2 if both else 1) * tokens <= REPLAYED:
+        if not self.on_host and (2 if both else 1) * tokens <= CUDA_GRAPH_MAX_TOKENS:
             evaluation, read = 2 * evaluation, 2 * read  # a graph has memory and inputs of its own
         return max(while_made, afterwards + evaluation) + read + states
 

@@ -12,7 +12,7 @@ from kadr.planning.workload import WindowWork, Work
 from kadr.quant.weight_formats import INT8
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
-from kadr.shapes import SPATIAL, TEMPORAL, Size, snap_frames
+from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Size, snap_frames
 from kadr.spec.model import ModelSpec
 from kadr.spec.options import OFFLOAD_AUTO
 from kadr.spec.weights import is_quantized
@@ -69,7 +69,7 @@ def _shorter_window(spec: ModelSpec, work: Work, request: Request, fits: Fits) -
         return None
     assert request.windows.frames is not None
     assert request.windows.overlap is not None
-    for frames in range(request.windows.frames - TEMPORAL, request.windows.overlap, -TEMPORAL):
+    for frames in range(request.windows.frames - TEMPORAL_COMPRESSION, request.windows.overlap, -TEMPORAL_COMPRESSION):
         windows = tuple(
             replace(window, plan=replace(window.plan, frames=min(window.plan.frames, frames)))
             for window in work.windows[:2]
@@ -94,10 +94,15 @@ def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
     assert request.frames is not None
     size, frames = request.size, request.frames
     if request.windows is None:
-        for count in range(snap_frames(frames) - TEMPORAL, frames // 2, -TEMPORAL):
+        for count in range(snap_frames(frames) - TEMPORAL_COMPRESSION, frames // 2, -TEMPORAL_COMPRESSION):
             yield size, count
     for step in range(19, 4, -1):
-        smaller = Size(*(max(SPATIAL, side * step // 20 // SPATIAL * SPATIAL) for side in (size.width, size.height)))
+        smaller = Size(
+            *(
+                max(SPATIAL_COMPRESSION, side * step // 20 // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION)
+                for side in (size.width, size.height)
+            )
+        )
         # Of a long video the number of windows costs no memory.
         for count in (frames, snap_frames(max(1, frames // 2)), 1) if request.windows is None else (frames,):
             yield smaller, count
@@ -106,8 +111,8 @@ def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
 def _window_resized(window: WindowWork, size: Size, request: Request) -> WindowWork:
     assert request.frames is not None
     plan = _resized(window.plan, size, request.frames, request)
-    before = window.plan.grid.tokens
-    extra, context = (tokens * plan.grid.tokens // before for tokens in (window.extra, window.context))
+    before = window.plan.grid.num_tokens
+    extra, context = (tokens * plan.grid.num_tokens // before for tokens in (window.extra, window.context))
     return replace(window, plan=plan, extra=extra, context=context)
 
 
@@ -115,7 +120,7 @@ def _resized(plan: PassPlan, size: Size, frames: int, request: Request) -> PassP
     """A pass of a smaller request: smaller by as much."""
     assert isinstance(request.size, Size)
     sides = (
-        max(SPATIAL, own * new // old // SPATIAL * SPATIAL)
+        max(SPATIAL_COMPRESSION, own * new // old // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION)
         for own, new, old in (
             (plan.size.width, size.width, request.size.width),
             (plan.size.height, size.height, request.size.height),

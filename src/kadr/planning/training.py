@@ -53,8 +53,8 @@ def training_bytes(
     row = batch * tokens * config.width * size
     text = batch * TEXT * config.width * size
     within = (WITHIN + TABLES) * row
-    read = config.layers * 4 * text  # keys and values of the text, and what came before them
-    layers = config.layers * row + within if recomputed else config.layers * within
+    read = config.num_layers * 4 * text  # keys and values of the text, and what came before them
+    layers = config.num_layers * row + within if recomputed else config.num_layers * within
     return TrainingBytes(
         weights=weights,
         learned=parameters * LEARNED,

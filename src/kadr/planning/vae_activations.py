@@ -14,11 +14,11 @@ from functools import cache
 from math import prod
 
 from kadr.models.vae.config import Strides, VAEConfig
-from kadr.models.vae.decoder import SLICE
-from kadr.nn.conv import KERNEL
+from kadr.models.vae.decoder import CHUNK_FRAMES
+from kadr.nn.conv import KERNEL_SIZE
 from kadr.planning import activations
 from kadr.planning.vae_stages import DOWN, LAYERS, OUT, STRIDED, UP, WIDER, VAEStage, decoder_stages, encoder_stages
-from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid
+from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid
 
 ENCODED = 8  # pixel frames that go through the encoder at a time
 # Latent frames after which a stream has come into its stride: the deepest stage waits for 31 at most, and from there on
@@ -84,7 +84,7 @@ class _Convolution:
         if last and not self.causal:  # the last frame is repeated, for which all are copied once more
             self.ledger.moment(others + (2 * count + 1) * self.frame_in)
             count += 1
-        made, joined = max(0, (count - KERNEL) // self.step + 1), count * self.frame_in
+        made, joined = max(0, (count - KERNEL_SIZE) // self.step + 1), count * self.frame_in
         self.ledger.moment(others + joined)
         if frames:
             self.begun = True
@@ -204,19 +204,21 @@ def _set_up(ledger: _Ledger, stages: Sequence[VAEStage], plane: Plane, size: int
 
 
 @cache
-def decode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, handed: int = SLICE, together: int = 0) -> int:
+def decode_bytes(
+    config: VAEConfig, grid: LatentGrid, size: int, *, handed: int = CHUNK_FRAMES, together: int = 0
+) -> int:
     """The most that `VAE.decode_stream` takes besides weights and latents.
 
     Args:
         size: bytes per number: 2 or 4.
-        handed: frames that a stage hands on at a time, and latent frames that come in.
+        chunk_frames: frames that a stage hands on at a time, and latent frames that come in.
         winograd_frames: frames that packed convolutions make at a time; 0 where they are not packed.
     """
     ledger = _Ledger(together=together)
     stages = tuple(_set_up(ledger, decoder_stages(config), (grid.height, grid.width), size, causal=False))
     frames = min(grid.frames, SETTLED)
     # Whoever takes the pixels holds the last slice, and its bytes as a picture, while the next is made.
-    taken = 3 * handed * prod((SPATIAL, SPATIAL, grid.height, grid.width)) * (size + 1)
+    taken = 3 * handed * prod((SPATIAL_COMPRESSION, SPATIAL_COMPRESSION, grid.height, grid.width)) * (size + 1)
     for start in range(0, frames, handed):
         _descend(ledger, stages, min(handed, frames - start), taken, handed, start + handed >= frames)
     return ledger.peak + activations.SCRATCH
@@ -240,14 +242,14 @@ def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int =
     Args:
         grid: of the latents that come out.
         size: bytes per number: 2 or 4.
-        chunk: pixel frames that go through at a time.
+        chunk_frames: pixel frames that go through at a time.
         winograd_frames: frames that packed convolutions make at a time; 0 where they are not packed.
     """
     ledger = _Ledger(together=together)
-    patches = SPATIAL // config.patch
+    patches = SPATIAL_COMPRESSION // config.patch_size
     plane = (patches * grid.height, patches * grid.width)
     stages = tuple(_set_up(ledger, encoder_stages(config), plane, size, causal=True))
-    frames = min(grid.video_frames, SETTLED * TEMPORAL)
+    frames = min(grid.video_frames, SETTLED * TEMPORAL_COMPRESSION)
     for start in range(0, frames, chunk):
         made = min(chunk, frames - start)
         given = made * stages[0].frame_in  # the patches

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from kadr.models.vae.config import VAEConfig
 from kadr.nn.timestep_embedding import SINUSOID_WIDTH
 from kadr.planning.vae_stages import DOWN, LAYERS, TAPS, UP, WIDER, VAEStage, decoder_stages, encoder_stages
-from kadr.shapes import SPATIAL, LatentGrid
+from kadr.shapes import SPATIAL_COMPRESSION, LatentGrid
 
 
 def encoder_flops(config: VAEConfig, grid: LatentGrid) -> int:
     """To encode a video that becomes `grid`."""
-    places = (SPATIAL // config.patch) ** 2 * grid.height * grid.width
+    places = (SPATIAL_COMPRESSION // config.patch_size) ** 2 * grid.height * grid.width
     return sum(_stage_flops(*placed) for placed in _placed(encoder_stages(config), grid.video_frames, places))
 
 

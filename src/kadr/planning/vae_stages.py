@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from kadr.models.vae.config import Block, Strides, VAEConfig
+from kadr.models.vae.config import BlockConfig, Strides, VAEConfig
 from kadr.planning.parameters import Weights, level_embedding
 
 IN, OUT = "in", "out"  # the convolutions at both ends; the decoder's last one is bent by the noise level
@@ -23,7 +23,7 @@ class VAEStage:
     """One stage.
 
     Args:
-        width_in, width: channels before and after.
+        in_channels, out_channels: channels before and after.
         layers: residual layers.
         strides: by how much frames, rows and columns grow or shrink.
         level: it is conditioned on the noise level.
@@ -71,17 +71,17 @@ class VAEStage:
 
 def encoder_stages(config: VAEConfig) -> list[VAEStage]:
     """From pixels to latents; 3·p·p channels enter, the latents' and one more leave."""
-    width = config.encoder_width
-    stages = [VAEStage(kind=IN, width_in=3 * config.patch**2, width=width)]
+    width = config.encoder_base_channels
+    stages = [VAEStage(kind=IN, width_in=3 * config.patch_size**2, width=width)]
     for block in config.encoder_blocks:
         stages.append(_encoder_stage(block, width))
         width = stages[-1].width
     return [*stages, VAEStage(kind=OUT, width_in=width, width=config.latent_channels + 1)]
 
 
-def _encoder_stage(block: Block, width: int) -> VAEStage:
+def _encoder_stage(block: BlockConfig, width: int) -> VAEStage:
     if block.kind == "res_x":
-        return VAEStage(kind=LAYERS, width_in=width, width=width, layers=block.layers)
+        return VAEStage(kind=LAYERS, width_in=width, width=width, layers=block.num_layers)
     if block.kind == "res_x_y":
         return VAEStage(kind=WIDER, width_in=width, width=width * block.multiplier)
     if block.kind.endswith("_res"):
@@ -91,18 +91,18 @@ def _encoder_stage(block: Block, width: int) -> VAEStage:
 
 def decoder_stages(config: VAEConfig) -> list[VAEStage]:
     """From latents to pixels; 3·p·p channels leave."""
-    width, level = config.decoder_start_width, config.timestep_conditioning
+    width, level = config.decoder_start_channels, config.timestep_conditioning
     stages = [VAEStage(kind=IN, width_in=config.latent_channels, width=width)]
     for block in reversed(config.decoder_blocks):
         stages.append(_decoder_stage(block, width, level))
         width = stages[-1].width
-    return [*stages, VAEStage(kind=OUT, width_in=width, width=3 * config.patch**2, level=level)]
+    return [*stages, VAEStage(kind=OUT, width_in=width, width=3 * config.patch_size**2, level=level)]
 
 
-def _decoder_stage(block: Block, width: int, level: bool) -> VAEStage:
+def _decoder_stage(block: BlockConfig, width: int, level: bool) -> VAEStage:
     noise = block.inject_noise
     if block.kind == "res_x":
-        return VAEStage(kind=LAYERS, width_in=width, width=width, layers=block.layers, level=level, noise=noise)
+        return VAEStage(kind=LAYERS, width_in=width, width=width, layers=block.num_layers, level=level, noise=noise)
     if block.kind == "res_x_y":
         return VAEStage(kind=WIDER, width_in=width, width=width // block.multiplier, noise=noise)
     narrower = width // (block.multiplier if block.kind == "compress_all" else 1)

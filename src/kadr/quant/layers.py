@@ -13,7 +13,7 @@ from kadr.kernels.fused import dequantize
 from kadr.kernels.ggml_types import GGMLType
 from kadr.kernels.hadamard import hadamard_transform
 from kadr.kernels.matmul import linear, linear_gelu
-from kadr.nn.linear import EndsInGelu, Prepares
+from kadr.nn.linear import FusedGELU, QuantizesInput
 
 SLICE_ELEMENTS = 262_144  # numbers that are converted at a time: what stays in a core's cache
 
@@ -48,7 +48,7 @@ def clear_scratch(module: nn.Module) -> None:
             child.scratch.clear()
 
 
-class DequantizingLinear(EndsInGelu):
+class DequantizingLinear(FusedGELU):
     """y = x Wᵀ + b, with W unpacked into the scratch buffer for the time of the product."""
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None, scratch: Scratch) -> None:
@@ -140,7 +140,7 @@ class QuantizedInput(NamedTuple):
     dtype: torch.dtype
 
 
-class W8A8Linear(Prepares):
+class W8A8Linear(QuantizesInput):
     """The product itself is in 8 bits. weight: (outputs, columns), scale: fp32 (outputs)."""
 
     scaled_matmul: ClassVar[Callable[..., Tensor]]  # codes by codes, scaled

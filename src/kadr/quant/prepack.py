@@ -17,8 +17,8 @@ from kadr.kernels import int8, mode
 from kadr.kernels.cpu import winograd
 from kadr.kernels.cpu.malloc import mmap_large_allocations
 from kadr.kernels.matmul import has_bf16_units, linear, linear_gelu
-from kadr.nn.conv import KERNEL, StreamedConv, VideoConv
-from kadr.nn.linear import EndsInGelu, Linear, Prepares
+from kadr.nn.conv import KERNEL_SIZE, CausalConv3d, ChunkedConv3d
+from kadr.nn.linear import FusedGELU, Linear, QuantizesInput
 from kadr.quant.layers import Int8Linear
 
 # Bytes of the packed kernels to those of the weight, by how many frames are made at a time.
@@ -49,7 +49,7 @@ def _has_onednn_avx() -> bool:
     return bool(torch.backends.mkldnn.is_available()) and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-class PrepackedLinear(EndsInGelu):
+class PrepackedLinear(FusedGELU):
     """y = x Wᵀ + b in bfloat16, with W packed; with or without a GELU before the sums are rounded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -65,7 +65,7 @@ class PrepackedLinear(EndsInGelu):
         return linear_gelu(x, self.prepacked_weight, self.bias)
 
 
-class PrepackedInt8Linear(Prepares):
+class PrepackedInt8Linear(QuantizesInput):
     """`Int8Linear` through oneDNN; see `kernels.int8.packed_linear`."""
 
     scale: Tensor
@@ -89,13 +89,13 @@ class PrepackedInt8Linear(Prepares):
         return int8.prepacked_linear(rows, self.prepacked_weight, self.scale, self.bias).view(*around, -1)
 
 
-class WinogradConv3d(StreamedConv):
+class WinogradConv3d(ChunkedConv3d):
     """A streamed convolution of stride 1 by four kernels over single pictures, or by six; see `kernels.cpu.winograd`.
 
     They are packed when the first pictures come: which order is best depends on their size.
     """
 
-    def __init__(self, conv: VideoConv, winograd_frames: int) -> None:
+    def __init__(self, conv: CausalConv3d, winograd_frames: int) -> None:
         super().__init__()
         self.winograd_frames = winograd_frames
         self.causal, self.stride, self.out_channels = conv.causal, conv.stride, conv.out_channels
@@ -104,12 +104,12 @@ class WinogradConv3d(StreamedConv):
         self.is_prepacked = False
 
     def convolve(self, padded: Tensor, *, add_bias: bool) -> Tensor:
-        """See `StreamedConv.convolve`. The result lies channels last."""
+        """See `ChunkedConv3d.convolve`. The result lies channels last."""
         x = padded.movedim(1, -1).contiguous()
         return winograd.convolve(x, self._prepacked_kernels(x), self.bias if add_bias else None).movedim(-1, 1)
 
     def convolve_repeated_frame(self, padded: Tensor, *, add_bias: bool) -> Tensor:
-        """See `StreamedConv.convolve_repeated_frame`: a third of the products."""
+        """See `ChunkedConv3d.convolve_repeated_frame`: a third of the products."""
         x = padded[:, :, :1].movedim(1, -1).contiguous()
         kernels = self._prepacked_kernels(padded.movedim(1, -1))
         return winograd.convolve_repeated_frame(x, kernels, self.bias if add_bias else None).movedim(-1, 1)
@@ -117,7 +117,7 @@ class WinogradConv3d(StreamedConv):
     def _prepacked_kernels(self, x: Tensor) -> Sequence[Tensor]:
         """The kernels, packed for x (B, F + 2, H, W, C)."""
         if not self.is_prepacked:
-            pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL + 1) // self.winograd_frames)
+            pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL_SIZE + 1) // self.winograd_frames)
             for index, kernel in enumerate(self.kernels):  # one by one: the plain one goes when the packed one is there
                 with mmap_large_allocations():
                     self.kernels[index] = winograd.prepack_kernel(kernel, pictures, x.shape[2], x.shape[3])
@@ -151,7 +151,7 @@ def prepack_convs(
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, VideoConv) and set(child.stride) == {1}:
+            if isinstance(child, CausalConv3d) and set(child.stride) == {1}:
                 weight = child.weight.detach()
                 packed = WinogradConv3d(child, winograd_frames).eval()
                 if isinstance(parent, nn.ModuleList):

@@ -130,7 +130,7 @@ class OfficialConfig:
         if upscale and self.recipe.multi_scale and self.upscaler and "upscaler" not in parts:
             kind = "spatial upscaler"
             parts["upscaler"] = [self._found("spatial_upscaler_model_path", self.upscaler, kind, "--upscaler")]
-        if "text_encoder" not in parts and self.text_encoder not in (None, registry.TEXT_HUB):
+        if "text_encoder" not in parts and self.text_encoder not in (None, registry.TEXT_ENCODER_REPO):
             key = "text_encoder_model_name_or_path"
             parts["text_encoder"] = self._found(key, self.text_encoder, "text encoder", "--text-encoder")
         return {**parts, "recipe": self.recipe}
@@ -143,7 +143,7 @@ class OfficialConfig:
             if (path := folder / Path(name).expanduser()).exists():
                 return str(path.absolute())
         stem = Path(name).name.removesuffix(".safetensors")
-        named = next((r for r in registry.RELEASED if r.kind == kind and stem in (r.stem, r.name)), None)
+        named = next((r for r in registry.RELEASES if r.kind == kind and stem in (r.file_stem, r.name)), None)
         if named is None:
             raise place.error(
                 key,
@@ -236,16 +236,16 @@ def _recipe(place: _Place, data: Mapping[str, Any]) -> Recipe:
         for name in PASSES:
             if name in data:
                 raise place.error(name, "is given, but the pipeline_type is base, which has one pass. Use multi-scale.")
-        return Recipe(first=_spelled_out(place, _pass(place, both, mode), sampler), **common)
+        return Recipe(first_pass=_spelled_out(place, _pass(place, both, mode), sampler), **common)
     for key in ("downscale_factor", *PASSES):
         if key not in data:
             raise place.error(key, "is missing; a pipeline_type of multi-scale needs it.")
     first, second = (_pass(place.inside(name), {**both, **_section(place, data, name)}, mode) for name in PASSES)
     alone = _alone(first, second)
     return Recipe(
-        first=_spelled_out(place.inside(PASSES[0]), first, sampler),
-        second=_spelled_out(place.inside(PASSES[1]), second, sampler),
-        alone=alone and _spelled_out(place, alone, sampler),
+        first_pass=_spelled_out(place.inside(PASSES[0]), first, sampler),
+        second_pass=_spelled_out(place.inside(PASSES[1]), second, sampler),
+        single_pass=alone and _spelled_out(place, alone, sampler),
         multi_scale=True,
         downscale=data["downscale_factor"],
         **common,

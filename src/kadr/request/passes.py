@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kadr.errors import KadrWarning, RequestError
-from kadr.models.registry import Released
+from kadr.models.registry import Release
 from kadr.request.request import Request
 from kadr.sampling.schedules import Schedule, explicit
 from kadr.sampling.settings import Pass, Strengths
 from kadr.sampling.step_cache import SHORT, StepCache
-from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size, snap_frames
+from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid, Size, snap_frames
 from kadr.spec.model import Upscaling
 
 
@@ -52,7 +52,7 @@ class PassPlan:
 
     @property
     def grid(self) -> LatentGrid:
-        return LatentGrid.of(self.size, self.frames)
+        return LatentGrid.for_video(self.size, self.frames)
 
     @property
     def guided(self) -> bool:
@@ -83,7 +83,7 @@ def plan_passes(request: Request, schedules: Sequence[Schedule], *, upscaling: U
     assert isinstance(request.size, Size)
     assert request.frames is not None
     assert request.fps is not None
-    size, frames, first = request.size.snapped(), snap_frames(request.frames), request.only_pass()
+    size, frames, first = request.size.snap(), snap_frames(request.frames), request.only_pass()
     if request.windows is not None:
         return (replace(plan_windows(request, schedules[0])[0], frames=frames),)
     if not request.multi_scale:
@@ -110,7 +110,7 @@ def plan_windows(request: Request, schedule: Schedule) -> tuple[PassPlan, ...]:
     assert isinstance(request.size, Size)
     assert request.frames is not None
     assert request.fps is not None
-    size, spans = request.size.snapped(), request.windows.spans(request.frames)
+    size, spans = request.size.snap(), request.windows.spans(request.frames)
     made: dict[int, PassPlan] = {}  # by frames: all but the last are alike
     for span in spans:
         if span.frames not in made:
@@ -150,7 +150,7 @@ def _beginning(request: Request) -> float | None:
 def _planned(
     number: int, settings: Pass, size: Size, frames: int, fps: float, schedule: Schedule, highest: float | None
 ) -> PassPlan:
-    levels = _levels(settings, schedule, LatentGrid.of(size, frames).tokens)
+    levels = _levels(settings, schedule, LatentGrid.for_video(size, frames).num_tokens)
     if highest is not None:
         kept = levels[levels <= highest + 1e-6]
         if not len(kept):
@@ -174,9 +174,11 @@ def _levels(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
 
 def _sizes(asked: Size, downscale: float) -> tuple[Size, Size]:
     """The sizes of two passes. The second has twice the sides of the first, which need not be those asked for."""
-    size = asked.snapped()
-    width, height = (int(side * downscale) // SPATIAL * SPATIAL for side in (size.width, size.height))
-    if min(width, height) < SPATIAL:
+    size = asked.snap()
+    width, height = (
+        int(side * downscale) // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION for side in (size.width, size.height)
+    )
+    if min(width, height) < SPATIAL_COMPRESSION:
         raise RequestError(
             f"{asked} is too small for two passes: the first would be made at {width}x{height}. "
             f"Ask for a larger size, or for a single pass."
@@ -186,8 +188,8 @@ def _sizes(asked: Size, downscale: float) -> tuple[Size, Size]:
 
 def _lengths(frames: int) -> tuple[int, int]:
     """The frames of two passes, the second with twice the groups of eight."""
-    groups = -(-((frames - 1) // TEMPORAL) // 2)
-    return groups * TEMPORAL + 1, 2 * groups * TEMPORAL + 1
+    groups = -(-((frames - 1) // TEMPORAL_COMPRESSION) // 2)
+    return groups * TEMPORAL_COMPRESSION + 1, 2 * groups * TEMPORAL_COMPRESSION + 1
 
 
 def check_blocks(plan: PassPlan, layers: int) -> None:
@@ -224,9 +226,9 @@ def check_beginning(plan: PassPlan, *, started: bool) -> None:
         )
 
 
-def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Released | None) -> None:
+def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Release | None) -> None:
     """Say where guidance is asked of a model that was made to run without."""
-    distilled = schedule.allowed is not None or (released is not None and released.distilled)
+    distilled = schedule.allowed is not None or (released is not None and released.is_distilled)
     if distilled and plan.guided:
         warnings.warn(
             f"guidance is above 1, and {name} is distilled: it was made to run without, and guidance makes its colours "

@@ -13,7 +13,7 @@ from kadr.request.inputs import Condition, Control, all_of
 from kadr.request.windows import Windows, prompts_of
 from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
 from kadr.sampling.step_cache import StepCache
-from kadr.shapes import MAXIMUM_AT_ONCE, Size, snap_frames
+from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
 from kadr.spec.loras import Strength, strengths_of
 from kadr.validation import true_or_false, within
 
@@ -141,9 +141,9 @@ class Request:
 
     def _check_windows(self) -> None:
         if self.windows is None:
-            if self.frames is not None and self.frames > MAXIMUM_AT_ONCE:
+            if self.frames is not None and self.frames > MAX_WINDOW_FRAMES:
                 raise RequestError(
-                    f"frames is {self.frames}; at once a video has at most {MAXIMUM_AT_ONCE}. Make it in windows, with "
+                    f"frames is {self.frames}; at once a video has at most {MAX_WINDOW_FRAMES}. Make it in windows, with "
                     "--window."
                 )
             return

@@ -8,7 +8,7 @@ from dataclasses import replace
 from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import read_length
 from kadr.media.image import DEFAULT_CRF
-from kadr.models.registry import Recipe, Released
+from kadr.models.registry import Recipe, Release
 from kadr.request.request import DEFAULT_VIDEO_STRENGTH, Request
 from kadr.request.windows import check_prompts
 from kadr.sampling.settings import Pass
@@ -51,23 +51,23 @@ def resolve(request: Request, recipe: Recipe) -> Request:
     return _with_strength(filled)
 
 
-def with_second(recipe: Recipe, second: Released | None) -> Recipe:
+def with_second(recipe: Recipe, second: Release | None) -> Recipe:
     """The recipe where another model makes the second pass, in the way of its own recipe if it has one."""
-    if second is None or second.recipe.second is None:
+    if second is None or second.recipe.second_pass is None:
         return recipe
-    return replace(recipe, second=second.recipe.second, multi_scale=True)
+    return replace(recipe, second=second.recipe.second_pass, multi_scale=True)
 
 
 def _passes(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:
     if not multi_scale:
-        return request.only_pass().over(recipe.alone or recipe.first).over(PLAIN), None
-    if request.second is None and recipe.second is None:
+        return request.only_pass().over(recipe.single_pass or recipe.first_pass).over(PLAIN), None
+    if request.second is None and recipe.second_pass is None:
         raise RequestError(
             "two passes are asked for, and this model's recipe has one only. Say how to run the second: --second-steps "
             "or --second-levels."
         )
     asked = (request.second or Pass()).over(Pass(tone_map=request.tone_map))
-    second = asked.over(recipe.second or Pass()).over(PLAIN)
+    second = asked.over(recipe.second_pass or Pass()).over(PLAIN)
     if second.steps is None and second.levels is None:
         raise RequestError("the second pass has neither steps nor levels. Give --second-steps or --second-levels.")
     if (second.levels is None and not second.skip_initial) or (second.levels and second.levels[0] >= 1):
@@ -75,7 +75,7 @@ def _passes(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, 
             "the second pass begins at level 1: nothing of the first would stay. Give it levels that begin below 1, or "
             "skip some at the front."
         )
-    return request.only_pass().over(recipe.first).over(PLAIN), second
+    return request.only_pass().over(recipe.first_pass).over(PLAIN), second
 
 
 def _as_video(request: Request) -> Request:

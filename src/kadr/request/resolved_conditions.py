@@ -17,7 +17,7 @@ from kadr.media.clip import Film, read_length
 from kadr.media.image import load_picture
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
-from kadr.shapes import TEMPORAL, snap_frames
+from kadr.shapes import TEMPORAL_COMPRESSION, snap_frames
 
 Frames = Sequence["str | np.ndarray"] | Film
 Box = tuple[int, int, int, int]  # x, y, width and height
@@ -80,11 +80,11 @@ def _clip(condition: Condition, frames: int) -> Placed:
     start = at + 1 - len(pictures) if by_end else at
     if start >= frames:
         raise _past_the_ends(condition, frames)
-    if start % TEMPORAL and len(pictures) > 1:
-        below = start // TEMPORAL * TEMPORAL
+    if start % TEMPORAL_COMPRESSION and len(pictures) > 1:
+        below = start // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION
         raise RequestError(
-            f"{condition.media} is to begin at frame {start}; a clip begins at a multiple of {TEMPORAL}: "
-            f"{below} or {below + TEMPORAL}."
+            f"{condition.media} is to begin at frame {start}; a clip begins at a multiple of {TEMPORAL_COMPRESSION}: "
+            f"{below} or {below + TEMPORAL_COMPRESSION}."
         )
     if by_end and at >= frames:
         _warn(
@@ -141,7 +141,7 @@ def _told(first: int | None, end: int | None) -> str:
 def _whole_groups(condition: Condition, pictures: Film, room: int) -> Film:
     """As many frames as fit, 8k+1: the first ones, or the last where the clip is placed by its end."""
     count = min(len(pictures), room)
-    kept = (count - 1) // TEMPORAL * TEMPORAL + 1
+    kept = (count - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1
     if kept < len(pictures):
         which = "last" if condition.frame < 0 else "first"
         _warn(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kadr.errors import RequestError
-from kadr.shapes import MAXIMUM_AT_ONCE, TEMPORAL, snap_frames
+from kadr.shapes import MAX_WINDOW_FRAMES, TEMPORAL_COMPRESSION, snap_frames
 
 OVERLAP, STRENGTH, ADAIN, REMEMBER = 24, 1.0, 0.25, 1.0
-SHORTEST = TEMPORAL + 1  # frames: two latents, of which one may overlap
+SHORTEST = TEMPORAL_COMPRESSION + 1  # frames: two latents, of which one may overlap
 BETWEEN = "|"  # the prompts of two windows
 FOLDER = ".windows"  # the ending of where finished windows are kept
 
@@ -44,9 +44,9 @@ class Windows:
         if self.frames is not None:
             if not isinstance(self.frames, int) or isinstance(self.frames, bool):
                 raise RequestError(f"a window has {self.frames!r} frames; it must be a whole number of them.")
-            if not 1 < self.frames <= MAXIMUM_AT_ONCE:
+            if not 1 < self.frames <= MAX_WINDOW_FRAMES:
                 raise RequestError(
-                    f"a window has {self.frames} frames; it must have between {SHORTEST} and {MAXIMUM_AT_ONCE}."
+                    f"a window has {self.frames} frames; it must have between {SHORTEST} and {MAX_WINDOW_FRAMES}."
                 )
             object.__setattr__(self, "frames", snap_frames(self.frames))
         if self.overlap is not None:
@@ -62,10 +62,10 @@ class Windows:
         overlap: Any = self.overlap
         if not isinstance(overlap, int) or isinstance(overlap, bool):
             raise RequestError(f"the overlap of windows is {overlap!r}; it must be a whole number of frames.")
-        if overlap < TEMPORAL or overlap % TEMPORAL:
-            below = max(TEMPORAL, overlap // TEMPORAL * TEMPORAL)
+        if overlap < TEMPORAL_COMPRESSION or overlap % TEMPORAL_COMPRESSION:
+            below = max(TEMPORAL_COMPRESSION, overlap // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
             raise RequestError(
-                f"the overlap of windows is {overlap} frames; it must be a multiple of {TEMPORAL}, such as {below}."
+                f"the overlap of windows is {overlap} frames; it must be a multiple of {TEMPORAL_COMPRESSION}, such as {below}."
             )
         if self.frames is not None and overlap >= self.frames:
             raise RequestError(
@@ -103,7 +103,7 @@ class Windows:
                 "leave it out."
             )
         length = snap_frames(self.frames or max(frames, SHORTEST))
-        usual = min(OVERLAP, max(TEMPORAL, length * 2 // 3 // TEMPORAL * TEMPORAL))
+        usual = min(OVERLAP, max(TEMPORAL_COMPRESSION, length * 2 // 3 // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION))
         remember = REMEMBER * picture if self.remember is None else self.remember
         return replace(self, frames=length, overlap=self.overlap or usual, remember=remember)
 
@@ -112,16 +112,16 @@ class Windows:
         """Latent frames of a window, and of the overlap, when nothing is left open."""
         assert self.frames is not None
         assert self.overlap is not None
-        return (self.frames - 1) // TEMPORAL + 1, self.overlap // TEMPORAL
+        return (self.frames - 1) // TEMPORAL_COMPRESSION + 1, self.overlap // TEMPORAL_COMPRESSION
 
     def lasting(self, count: int) -> int:
         """The frames of a video of so many windows."""
         length, overlap = self.latents
-        return (length + (count - 1) * (length - overlap) - 1) * TEMPORAL + 1
+        return (length + (count - 1) * (length - overlap) - 1) * TEMPORAL_COMPRESSION + 1
 
     def spans(self, frames: int) -> tuple[Span, ...]:
         """The windows of a video of `frames` frames; the last one may be shorter."""
-        (length, overlap), total = self.latents, (snap_frames(frames) - 1) // TEMPORAL + 1
+        (length, overlap), total = self.latents, (snap_frames(frames) - 1) // TEMPORAL_COMPRESSION + 1
         starts = range(0, max(total - overlap, 1), length - overlap)
         return tuple(Span(start, min(start + length, total)) for start in starts)
 
@@ -139,12 +139,12 @@ class Span(NamedTuple):
     @property
     def frames(self) -> int:
         """Pixel frames of the window alone."""
-        return (self.end - self.start - 1) * TEMPORAL + 1
+        return (self.end - self.start - 1) * TEMPORAL_COMPRESSION + 1
 
     @property
     def first_frame(self) -> int:
         """The pixel frame of the whole video that the window's frame 0 is."""
-        return self.start * TEMPORAL
+        return self.start * TEMPORAL_COMPRESSION
 
     @property
     def kept_from(self) -> int:

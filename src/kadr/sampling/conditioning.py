@@ -26,7 +26,7 @@ def hold(state: LatentState, latents: Tensor, strength: float, *, at: tuple[int,
     Args:
         at: latent frame, row and column of the video at which their first one stands.
     """
-    video = state.grid.tokens
+    video = state.grid.num_tokens
     (frame, row, column), (frames, rows, columns) = at, latents.shape[2:]
     region = (..., slice(frame, frame + frames), slice(row, row + rows), slice(column, column + columns))
     tokens = to_latents(state.tokens[:, :video], state.grid).clone()

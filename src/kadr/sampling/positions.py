@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid
+from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid
 
 
 def positions(grid: LatentGrid, *, fps: float, causal: bool, first_frame: int = 0) -> Tensor:
@@ -16,10 +16,10 @@ def positions(grid: LatentGrid, *, fps: float, causal: bool, first_frame: int = 
         causal: latent frame l stands at its own first pixel frame, 0, 1, 9, 17, ... (0.9.5 on); else at 8l.
         first_frame: pixel frame at which the grid begins in the video; added after the causal shift.
     """
-    frames = torch.arange(grid.frames, dtype=torch.float32) * TEMPORAL
+    frames = torch.arange(grid.frames, dtype=torch.float32) * TEMPORAL_COMPRESSION
     if causal:
-        frames = (frames + 1 - TEMPORAL).clamp(min=0)
+        frames = (frames + 1 - TEMPORAL_COMPRESSION).clamp(min=0)
     seconds = (frames + first_frame) * (1.0 / fps)
-    down = torch.arange(grid.height, dtype=torch.float32) * SPATIAL
-    right = torch.arange(grid.width, dtype=torch.float32) * SPATIAL
+    down = torch.arange(grid.height, dtype=torch.float32) * SPATIAL_COMPRESSION
+    right = torch.arange(grid.width, dtype=torch.float32) * SPATIAL_COMPRESSION
     return torch.stack(torch.meshgrid(seconds, down, right, indexing="ij")).flatten(1)

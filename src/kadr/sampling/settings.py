@@ -85,7 +85,7 @@ class Guidance:
         return replace(self, **{name: getattr(other, name) for name in open_})
 
     def strengths(self, level: float) -> Strengths:
-        """What holds for a step at `level`; what is left open is off.
+        """What holds for a step at `sigma`; what is left open is off.
 
         Raises:
             RequestError: a list and `at` are not of one length.

@@ -61,4 +61,4 @@ class LatentState:
 
     def latents(self) -> Tensor:
         """The video's latents (B, C, f, h, w), without appended tokens."""
-        return to_latents(self.tokens[:, : self.grid.tokens], self.grid)
+        return to_latents(self.tokens[:, : self.grid.num_tokens], self.grid)

@@ -8,7 +8,7 @@ from pathlib import Path
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
-from kadr.models.registry import Released
+from kadr.models.registry import Release
 
 PACKAGE = Path(__file__).parents[1]
 SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
@@ -35,7 +35,7 @@ class Found:
     model: Path
     text_encoder: Path | None
     vae: Path | None
-    released: Released | None
+    released: Release | None
 
 
 def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: str | Path | None = None) -> Found:
@@ -48,13 +48,13 @@ def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: st
         RequestError: an unknown name, or that of something else.
         CheckpointError: a path that is not there, or a file that cannot be fetched.
     """
-    released = None if is_path(model) else registry.find(str(model))
+    released = None if is_path(model) else registry.find_release(str(model))
     if released is not None:
         _require_model(released)
     own_text = None if text_encoder is None else _part(text_encoder, "text encoder")
     own_vae = None if vae is None else _part(vae, "model", "VAE")
     if own_vae is None and released is not None and released.vae is not None:
-        own_vae = registry.BY_NAME[released.vae]
+        own_vae = registry.RELEASES_BY_NAME[released.vae]
     path = released_file(released) if released else _existing(model, "model")
     return Found(
         name=str(model),
@@ -65,16 +65,16 @@ def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: st
     )
 
 
-def fetched_text(released: Released | None) -> Path:
+def fetched_text(released: Release | None) -> Path:
     """The text encoder of a model that has none beside it, fetched from the hub where it is not on disk yet.
 
     Raises:
         CheckpointError: it cannot be fetched.
     """
-    return released_file(registry.BY_NAME[(released and released.text_encoder) or registry.TEXT])
+    return released_file(registry.RELEASES_BY_NAME[(released and released.text_encoder) or registry.TEXT_ENCODER])
 
 
-def fetched_upscaler(released: Released) -> Path:
+def fetched_upscaler(released: Release) -> Path:
     """The upscaler that a model's second pass needs, fetched from the hub where it is not on disk yet.
 
     Raises:
@@ -82,7 +82,7 @@ def fetched_upscaler(released: Released) -> Path:
     """
     if released.upscaler is None:
         raise CheckpointError(f"no upscaler was released for {released.name}. Give one with --upscaler.")
-    return released_file(registry.BY_NAME[released.upscaler])
+    return released_file(registry.RELEASES_BY_NAME[released.upscaler])
 
 
 def located_lora(given: str | Path) -> Path:
@@ -102,7 +102,7 @@ def check_lora(given: str | Path) -> None:
     _part(given, registry.LORA)
 
 
-def released_file(released: Released) -> Path:
+def released_file(released: Release) -> Path:
     """The file of an entry, or the folder where it is of many, fetched from the hub where it is not on disk yet.
 
     Raises:
@@ -111,17 +111,17 @@ def released_file(released: Released) -> Path:
     if released.repo is None:
         return _existing(PACKAGE / released.file, "bundled file")
     if _is_pattern(released):
-        return hub.fetch_folder(released.repo, released.files)
+        return hub.fetch_folder(released.repo, released.file_patterns)
     return hub.fetch(released.repo, released.file)
 
 
-def on_disk(released: Released) -> Path | None:
+def on_disk(released: Release) -> Path | None:
     """As `released_file`, if all of it is here already; the network is not asked."""
     if released.repo is None:
         path = PACKAGE / released.file
         return path if path.is_file() else None
     if _is_pattern(released):
-        return hub.folder_on_disk(released.repo, released.files)
+        return hub.folder_on_disk(released.repo, released.file_patterns)
     return hub.on_disk(released.repo, released.file)
 
 
@@ -133,11 +133,11 @@ def is_path(model: str | Path) -> bool:
     )
 
 
-def _is_pattern(released: Released) -> bool:
+def _is_pattern(released: Release) -> bool:
     return "*" in released.file
 
 
-def _require_model(released: Released) -> None:
+def _require_model(released: Release) -> None:
     if released.kind != "model":
         raise RequestError(
             f"{released.name} is a {released.kind}, and no model. Give it as {_FLAGS[released.kind]}, and a model "
@@ -145,21 +145,21 @@ def _require_model(released: Released) -> None:
         )
 
 
-def _part(given: str | Path, kind: str, what: str = "") -> Path | Released:
+def _part(given: str | Path, kind: str, what: str = "") -> Path | Release:
     """A part that is given: a path that is there, or an entry of that kind."""
-    released = None if Path(given).exists() else registry.BY_NAME.get(str(given))
+    released = None if Path(given).exists() else registry.RELEASES_BY_NAME.get(str(given))
     if released is None:
         return _existing(given, what or kind)
     if released.kind != kind:
-        known = [entry.name for entry in registry.RELEASED if entry.kind == kind and entry.repo is not None]
+        known = [entry.name for entry in registry.RELEASES if entry.kind == kind and entry.repo is not None]
         raise RequestError(
             f"{released.name} is a {released.kind}; for the {what or kind} give a path, or a name such as {known[0]}."
         )
     return released
 
 
-def _fetched(part: Path | Released | None) -> Path | None:
-    return released_file(part) if isinstance(part, Released) else part
+def _fetched(part: Path | Release | None) -> Path | None:
+    return released_file(part) if isinstance(part, Release) else part
 
 
 def _existing(path: str | Path, what: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.lora.file import DOWNSCALE, LoraFile
 from kadr.errors import RequestError
-from kadr.models.lora_layers import Additions
+from kadr.models.lora_layers import LoraWeightsByLayer
 from kadr.spec.locate import check_lora, located_lora
 from kadr.validation import is_number
 
@@ -123,7 +123,7 @@ class Loras:
             raise RequestError("the LoRAs are merged, and their strengths are fixed with that. Open without merging.")
         return made
 
-    def additions(self) -> tuple[Additions, ...]:
+    def additions(self) -> tuple[LoraWeightsByLayer, ...]:
         """What they add, read from their files."""
         return tuple(file.load() for file in self.files)
 

@@ -12,7 +12,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.transformer import TransformerConfig
-from kadr.models.upscaler import UpsamplerConfig
+from kadr.models.upscaler import UpscalerConfig
 from kadr.sampling.schedules import Schedule
 from kadr.spec.loras import Loras
 from kadr.spec.options import OFFLOAD_AUTO, check_compiled, refuse_merging, settled_scheme
@@ -89,7 +89,9 @@ class ModelSpec:
     def upscaling(self) -> Upscaling:
         """What the upscalers double."""
         configs = [made for one in self.upscalers.values() if (made := one.detected.upsampler) is not None]
-        return Upscaling(any(config.space for config in configs), any(config.time for config in configs))
+        return Upscaling(
+            any(config.spatial_upsample for config in configs), any(config.temporal_upsample for config in configs)
+        )
 
     @property
     def schedules(self) -> tuple[Schedule, Schedule]:
@@ -141,10 +143,10 @@ def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:
         raise checkpoint.lacks("transformer")
     if vae.detected.vae is None:
         raise vae.lacks("vae")
-    if vae.detected.vae.latent_channels != transformer.channels:
+    if vae.detected.vae.latent_channels != transformer.in_channels:
         raise CheckpointError(
             f"the VAE of {vae.path} has {vae.detected.vae.latent_channels} latent channels, the transformer of "
-            f"{checkpoint.path} {transformer.channels}. Take both from the same release."
+            f"{checkpoint.path} {transformer.in_channels}. Take both from the same release."
         )
     return transformer
 
@@ -156,14 +158,14 @@ def require_text(text: TextEncoderFolder, checkpoint: Checkpoint) -> None:
         CheckpointError: it does not.
     """
     transformer = checkpoint.detected.transformer
-    if transformer is not None and transformer.text_width != text.config.width:
+    if transformer is not None and transformer.caption_channels != text.config.d_model:
         raise CheckpointError(
-            f"the text encoder of {text.path} is {text.config.width} wide, and the transformer of {checkpoint.path} "
-            f"reads text of {transformer.text_width}. Give the one it was trained with as --text-encoder."
+            f"the text encoder of {text.path} is {text.config.d_model} wide, and the transformer of {checkpoint.path} "
+            f"reads text of {transformer.caption_channels}. Give the one it was trained with as --text-encoder."
         )
 
 
-def fitting_upscaler(upscaler: Checkpoint, transformer: TransformerConfig | None, model: Path) -> UpsamplerConfig:
+def fitting_upscaler(upscaler: Checkpoint, transformer: TransformerConfig | None, model: Path) -> UpscalerConfig:
     """What an upscaler does, if it is one for a model's latents.
 
     Raises:
@@ -172,10 +174,10 @@ def fitting_upscaler(upscaler: Checkpoint, transformer: TransformerConfig | None
     config = upscaler.detected.upsampler
     if config is None:
         raise CheckpointError(f"{upscaler.path} is no latent upscaler. {UPSCALERS}")
-    if transformer is not None and config.channels != transformer.channels:
+    if transformer is not None and config.in_channels != transformer.in_channels:
         raise CheckpointError(
-            f"the upscaler {upscaler.path} is for latents of {config.channels} channels, and those of {model} have "
-            f"{transformer.channels}. {UPSCALERS}"
+            f"the upscaler {upscaler.path} is for latents of {config.in_channels} channels, and those of {model} have "
+            f"{transformer.in_channels}. {UPSCALERS}"
         )
     return config
 
@@ -190,7 +192,9 @@ def ordered_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dic
     doubled: set[str] = set()
     for upscaler in upscalers:
         config = fitting_upscaler(upscaler, model.detected.transformer, model.path)
-        kinds = [kind for kind, doubles in ((SPACE, config.space), (TIME, config.time)) if doubles]
+        kinds = [
+            kind for kind, doubles in ((SPACE, config.spatial_upsample), (TIME, config.temporal_upsample)) if doubles
+        ]
         if again := [kind for kind in kinds if kind in doubled]:
             raise CheckpointError(f"{upscaler.path} is a second {again[0]} upscaler; give one of each kind at most.")
         doubled.update(kinds)

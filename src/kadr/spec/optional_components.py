@@ -8,11 +8,11 @@ from pathlib import Path
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
-from kadr.models.registry import Released
+from kadr.models.registry import Release
 from kadr.spec.locate import fetched_upscaler, is_path, locate, released_file
 
 
-def opened_second(model: str | Path | None) -> tuple[Checkpoint | None, Released | None]:
+def opened_second(model: str | Path | None) -> tuple[Checkpoint | None, Release | None]:
     """The checkpoint of the second pass's model, and its entry in the registry, where one is named.
 
     Raises:
@@ -41,13 +41,13 @@ def _located(upscaler: str | Path) -> Path:
         if not path.exists():
             raise CheckpointError(f"the upscaler is not at {path}. Give an existing path, or a name of `kadr models`.")
         return path
-    released = registry.find(str(upscaler))
+    released = registry.find_release(str(upscaler))
     if not released.kind.endswith("upscaler"):
         raise RequestError(f"{released.name} is a {released.kind}, and no upscaler. `kadr models` lists those.")
     return released_file(released)
 
 
-def own_upscaler(released: Released | None) -> Checkpoint:
+def own_upscaler(released: Release | None) -> Checkpoint:
     """The upscaler that belongs to a model, fetched from the hub where it is not on disk yet.
 
     Raises:

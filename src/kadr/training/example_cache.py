@@ -120,7 +120,7 @@ def _latents(engine: Engine, example: Example, settings: TrainingSettings) -> di
 def _known(engine: Engine, example: Example, file: Path, settings: TrainingSettings) -> Encoded:
     request = engine.resolve(request_of(example, settings))
     assert request.fps is not None
-    grid = LatentGrid.of(settings.size.snapped(), example.frames)
+    grid = LatentGrid.for_video(settings.size.snap(), example.frames)
     return Encoded(example, file, float(request.fps), grid)
 
 

@@ -122,7 +122,7 @@ class Training:
                 module, target_layers(module.config, settings.targets), settings.rank, NoiseStreams(settings.seed)
             )
             if recomputed:
-                recompute(module.layers)
+                recompute(module.blocks)
             components = self.engine.components
             trainer = Trainer(module, layers, examples, settings, components.dtype, components.device, wordless)
             return self._trained(trainer, told, watch)

@@ -34,13 +34,13 @@ def bytes_of(
     """What a training takes. recomputed: see `training_bytes`."""
     components, config = engine.components, engine.components.config(0)
     weights = weigh(components.transformers[0].sources["transformer"], components.dtype, hold_of(engine))
-    grid = LatentGrid.of(settings.size.snapped(), max(example.frames for example in examples))
+    grid = LatentGrid.for_video(settings.size.snap(), max(example.frames for example in examples))
     layers = target_layers(config, settings.targets)
     return training_bytes(
         config,
         weights=weights.mapped + weights.own + weights.scratch,
         parameters=sum(settings.rank * (inputs + outputs) for inputs, outputs in layers.values()),
-        tokens=grid.tokens * (2 if settings.in_context else 1),
+        tokens=grid.num_tokens * (2 if settings.in_context else 1),
         batch=settings.batch,
         size=components.dtype.itemsize,
         recomputed=recomputed,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kadr.errors import RequestError
-from kadr.models.lora_layers import LowRank
+from kadr.models.lora_layers import LoraWeights
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 from kadr.sampling.noise import NoiseStreams
@@ -85,9 +85,9 @@ def learn(
     return made
 
 
-def learned(layers: Mapping[str, Learning]) -> dict[str, LowRank]:
+def learned(layers: Mapping[str, Learning]) -> dict[str, LoraWeights]:
     """What they add by now."""
-    return {name: LowRank(layer.down.detach(), layer.up.detach()) for name, layer in layers.items()}
+    return {name: LoraWeights(layer.down.detach(), layer.up.detach()) for name, layer in layers.items()}
 
 
 def recompute(blocks: Iterable[nn.Module]) -> None:

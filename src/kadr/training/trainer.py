@@ -102,7 +102,7 @@ class Trainer:
             batch = self._batch([self.examples[number * len(self.examples) // HELD]], None)
             drawn = self._drawn(batch, f"held {number}", None)
             level = torch.full_like(drawn.level, (number + 0.5) / HELD)
-            total += self._loss(batch, drawn._replace(level=level)).item()
+            total += self._loss(batch, drawn._replace(sigma=level)).item()
         return total / HELD
 
     def _chosen(self, number: int) -> list[Encoded]:
@@ -162,12 +162,12 @@ class Trainer:
             level = torch.where(drawn.given, 0.0, level)
         # The places that the model is run with, and not those of the official trainer, which left out the causal shift.
         config, first = self.module.config, batch.first
-        where = positions(first.grid, fps=first.fps, causal=config.causal_positions)
+        where = positions(first.grid, fps=first.fps, causal=config.causal_temporal_positioning)
         if batch.reference is not None:
             context = Context(batch.reference, where)
             tokens, level = context.behind(tokens, level)
             where = torch.cat([where, where], dim=1)
-        rope = self.module.rope(where[None].to(self.device))
+        rope = self.module.compute_rope(where[None].to(self.device))
         said = self.module(tokens.to(self.dtype), rope, batch.text, batch.mask, level)
         right = velocity(batch.clean, drawn.noise)
         return squared_error(said[:, : right.shape[1]], right, ~drawn.given)

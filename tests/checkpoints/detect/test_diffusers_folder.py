@@ -18,9 +18,9 @@ from kadr.checkpoints.detect.diffusers_folder import read_schedule, read_vae
 from kadr.checkpoints.keys import UPSAMPLER, names
 from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError
-from kadr.models.registry import find
+from kadr.models.registry import find_release
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
-from kadr.models.upscaler import LatentUpsampler
+from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.sampling.positions import positions
 from kadr.sampling.schedules import Schedule
@@ -107,7 +107,7 @@ def test_a_folder_and_a_single_file_give_the_same_modules(
     causal, schedule = family == "0.9.5", FAMILIES[family][1]
     one = Checkpoint.open(save(tmp_path / "model", transformer, vae, family))
     transformer = copy(transformer)
-    transformer.config = replace(SMALL_TRANSFORMER, causal_positions=causal)
+    transformer.config = replace(SMALL_TRANSFORMER, causal_temporal_positioning=causal)
     write_single_file(
         tmp_path / "x.safetensors", transformer=transformer, vae=vae, schedule=schedule, dtype=torch.float32
     )
@@ -130,10 +130,12 @@ def test_a_folder_and_a_single_file_compute_the_same(tmp_path: Path, transformer
     ]
     where = positions(LatentGrid(2, 2, 1), fps=24, causal=True)[None]
     noise, text, level = drawn(1, 4, 12), drawn(1, 3, 24), torch.full((1, 1), 0.5)
-    one, other = (model(noise, model.rope(where), text, None, level) for model in (c.load_transformer() for c in pair))
+    one, other = (
+        model(noise, model.compute_rope(where), text, None, level) for model in (c.load_transformer() for c in pair)
+    )
     assert relative(one, other) < 1e-6  # not equal: how far the tensors stand from a cache line differs
     latents = drawn(1, 12, 2, 1, 1)
-    one, other = (model.decode(latents, level=level[0]) for model in (c.load_vae(encoder=False) for c in pair))
+    one, other = (model.decode(latents, timestep=level[0]) for model in (c.load_vae(encoder=False) for c in pair))
     assert relative(one, other) < 1e-6
 
 
@@ -143,7 +145,7 @@ def test_a_folder_and_a_single_file_compute_the_same(tmp_path: Path, transformer
 @pytest.fixture
 def upscaler(tmp_path: Path) -> Path:
     """A folder as that of a released upscaler: with the VAE of its latents."""
-    ours = sown(lambda: LatentUpsampler(SMALL_UPSAMPLER))
+    ours = sown(lambda: LatentUpscaler(SMALL_UPSAMPLER))
     theirs = LTXLatentUpsamplerModel(in_channels=12, mid_channels=32, num_blocks_per_stage=2)
     known_as = names(UPSAMPLER, ours.state_dict(), diffusers=True)
     theirs.load_state_dict({known_as[name]: tensor for name, tensor in ours.state_dict().items()})
@@ -156,7 +158,7 @@ def test_the_folder_of_an_upscaler_is_opened_with_its_vae_or_alone(upscaler: Pat
     assert whole.detected.upsampler == alone.detected.upsampler == SMALL_UPSAMPLER
     assert (whole.detected.vae_family, alone.detected.has_vae) == ("0.9.5", False)
     for checkpoint in (whole, alone):
-        assert same(checkpoint.load_upsampler(), sown(lambda: LatentUpsampler(SMALL_UPSAMPLER)))
+        assert same(checkpoint.load_upsampler(), sown(lambda: LatentUpscaler(SMALL_UPSAMPLER)))
         described = checkpoint.describe()
         assert (described.kind, described.missing) == ("spatial upscaler", ())
         with pytest.raises(CheckpointError, match="is a spatial upscaler, not a model"):
@@ -282,11 +284,13 @@ def test_a_2b_transformer_without_vae_asks_for_its_version(tmp_path: Path) -> No
     for path in (folder, tmp_path):
         with pytest.raises(CheckpointError, match="name the version"):
             Checkpoint.open(path)
-    old, new = (Checkpoint.open(folder, release=find(f"ltxv-2b-{version}")).detected for version in ("0.9.1", "0.9.5"))
-    assert (old.transformer, old.schedule) == (replace(TRANSFORMER_2B, causal_positions=False), SHIFTED)
+    old, new = (
+        Checkpoint.open(folder, release=find_release(f"ltxv-2b-{version}")).detected for version in ("0.9.1", "0.9.5")
+    )
+    assert (old.transformer, old.schedule) == (replace(TRANSFORMER_2B, causal_temporal_positioning=False), SHIFTED)
     assert (new.transformer, new.schedule) == (TRANSFORMER_2B, LINEAR_QUADRATIC)
     with pytest.raises(CheckpointError, match=r"is not ltxv-13b-0\.9\.7-dev: layers: 28, not 48"):
-        Checkpoint.open(folder, release=find("ltxv-13b-0.9.7-dev"))
+        Checkpoint.open(folder, release=find_release("ltxv-13b-0.9.7-dev"))
 
 
 def test_a_13b_transformer_without_vae_is_0_9_7_or_later(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import torch
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.detect.vae_families import VAE_FAMILIES as VAES
 from kadr.errors import CheckpointError
-from kadr.models.registry import DISTILLED_LEVELS, find
+from kadr.models.registry import DISTILLED_SIGMAS, find_release
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
-from kadr.models.upscaler import SPATIAL, TEMPORAL, UpsamplerConfig
+from kadr.models.upscaler import SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG, UpscalerConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedules import Schedule
 from tests.checkpoints.checkpoint_files import (
@@ -33,7 +33,7 @@ from tests.checkpoints.checkpoint_files import (
 )
 
 SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
-OLD_2B = replace(TRANSFORMER_2B, causal_positions=False)
+OLD_2B = replace(TRANSFORMER_2B, causal_temporal_positioning=False)
 ERAS = {"0.9": (OLD_2B, SHIFTED), "0.9.1": (OLD_2B, SHIFTED), "0.9.5": (TRANSFORMER_2B, LINEAR_QUADRATIC)}
 
 
@@ -47,7 +47,7 @@ def opened(
     release: str | None = None,
 ) -> Checkpoint:
     sparse(path, shapes_of(transformer, vae, bare=bare), metadata=metadata)
-    return Checkpoint.open(path, release=find(release) if release else None)
+    return Checkpoint.open(path, release=find_release(release) if release else None)
 
 
 def refused(path: Path, shapes: dict[str, tuple[int, ...]], **more: Any) -> str:
@@ -87,7 +87,7 @@ def test_widths_of_ones_own_are_read_from_the_header(tmp_path: Path) -> None:
 
 
 def test_a_header_without_causal_positions_has_none(tmp_path: Path) -> None:
-    header = TRANSFORMER_2B.header()
+    header = TRANSFORMER_2B.to_header()
     del header["causal_temporal_positioning"]
     metadata = {"config": json.dumps({"transformer": header})}
     found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, metadata=metadata).detected
@@ -98,19 +98,19 @@ def test_a_header_without_causal_positions_has_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("config", "name"), [(TRANSFORMER_2B, "ltxv-2b"), (TRANSFORMER_13B, "ltxv-13b")])
 def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: TransformerConfig, name: str) -> None:
-    metadata = config_of(config, VAE_0_9_5, allowed_inference_steps=DISTILLED_LEVELS)
+    metadata = config_of(config, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
     found = opened(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).detected
-    assert found.schedule.allowed == DISTILLED_LEVELS
-    assert found.released is find(f"{name}-0.9.8-distilled")
+    assert found.schedule.allowed == DISTILLED_SIGMAS
+    assert found.released is find_release(f"{name}-0.9.8-distilled")
 
 
 @pytest.mark.parametrize(
     ("dtype", "name"), [("BF16", "ltxv-13b-0.9.8-distilled"), ("F8_E4M3", "ltxv-13b-0.9.8-distilled-fp8")]
 )
 def test_the_dtype_tells_an_fp8_release_from_the_other(tmp_path: Path, dtype: str, name: str) -> None:
-    metadata = config_of(TRANSFORMER_13B, VAE_0_9_5, allowed_inference_steps=DISTILLED_LEVELS)
+    metadata = config_of(TRANSFORMER_13B, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
     path = sparse(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_13B, VAE_0_9_5), dtype=dtype, metadata=metadata)
-    assert Checkpoint.open(path).detected.released is find(name)
+    assert Checkpoint.open(path).detected.released is find_release(name)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_name_completes_what_the_header_says(tmp_path: Path) -> None:
     metadata = config_of(TRANSFORMER_2B, VAE_0_9_5)
     path = tmp_path / "ltxv-2b-0.9.6-distilled-04-25.safetensors"
     found = opened(path, TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).detected
-    assert found.released is find("ltxv-2b-0.9.6-distilled")
+    assert found.released is find_release("ltxv-2b-0.9.6-distilled")
 
 
 @pytest.mark.parametrize(
@@ -237,18 +237,18 @@ def test_a_name_that_the_file_contradicts_is_dropped_or_if_the_user_said_it_refu
 # Upscalers
 
 UPSCALERS = {
-    "header": SPATIAL,
-    "spatial": SPATIAL,
-    "temporal": TEMPORAL,
-    "both": replace(SPATIAL, time=True),
+    "header": SPATIAL_UPSCALER_CONFIG,
+    "spatial": SPATIAL_UPSCALER_CONFIG,
+    "temporal": TEMPORAL_UPSCALER_CONFIG,
+    "both": replace(SPATIAL_UPSCALER_CONFIG, temporal_upsample=True),
     "small": SMALL_UPSAMPLER,
 }
 
 
-def upscaler(path: Path, config: UpsamplerConfig, *, header: bool = True, release: str | None = None) -> Checkpoint:
-    metadata = {"config": json.dumps(config.header())} if header else None
+def upscaler(path: Path, config: UpscalerConfig, *, header: bool = True, release: str | None = None) -> Checkpoint:
+    metadata = {"config": json.dumps(config.to_header())} if header else None
     sparse(path, upsampler_shapes(config), dtype="F32", metadata=metadata)
-    return Checkpoint.open(path, release=find(release) if release else None)
+    return Checkpoint.open(path, release=find_release(release) if release else None)
 
 
 @pytest.mark.parametrize("which", UPSCALERS)
@@ -258,17 +258,21 @@ def test_an_upscaler_is_recognised_by_its_header_and_without_one_by_its_shapes(t
     found = checkpoint.detected
     assert (found.upsampler, found.transformer, found.vae, found.vae_family) == (config, None, None, None)
     assert (found.kind, found.layout, found.dtype) == (config.kind, "single file", torch.float32)
-    assert found.version == ("0.9.7 or 0.9.8" if config in (SPATIAL, TEMPORAL) else "unreleased")
+    assert found.version == (
+        "0.9.7 or 0.9.8" if config in (SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG) else "unreleased"
+    )
     assert (found.released, list(checkpoint.sources)) == (None, ["upsampler"])
 
 
 @pytest.mark.parametrize("header", [True, False])
-@pytest.mark.parametrize(("config", "kind"), [(SPATIAL, "spatial"), (TEMPORAL, "temporal")])
+@pytest.mark.parametrize(
+    ("config", "kind"), [(SPATIAL_UPSCALER_CONFIG, "spatial"), (TEMPORAL_UPSCALER_CONFIG, "temporal")]
+)
 def test_the_name_of_an_upscaler_tells_its_version(
-    tmp_path: Path, config: UpsamplerConfig, kind: str, header: bool
+    tmp_path: Path, config: UpscalerConfig, kind: str, header: bool
 ) -> None:
     found = upscaler(tmp_path / f"ltxv-{kind}-upscaler-0.9.7.safetensors", config, header=header).detected
-    assert (found.released, found.version) == (find(f"ltxv-{kind}-upscaler-0.9.7"), "0.9.7")
+    assert (found.released, found.version) == (find_release(f"ltxv-{kind}-upscaler-0.9.7"), "0.9.7")
     other = tmp_path / f"ltxv-{'temporal' if kind == 'spatial' else 'spatial'}-upscaler-0.9.7.safetensors"
     assert upscaler(other, config, header=header).detected.released is None
 
@@ -276,7 +280,7 @@ def test_the_name_of_an_upscaler_tells_its_version(
 def test_an_upscaler_is_no_model_and_a_model_no_upscaler(tmp_path: Path) -> None:
     for release, kind in (("ltxv-2b-0.9.5", "model"), ("ltxv-temporal-upscaler-0.9.8", "temporal upscaler")):
         with pytest.raises(CheckpointError, match=f"is not {release}: it is a spatial upscaler, not {kind}"):
-            upscaler(tmp_path / "x.safetensors", SPATIAL, release=release)
+            upscaler(tmp_path / "x.safetensors", SPATIAL_UPSCALER_CONFIG, release=release)
     with pytest.raises(CheckpointError, match=r"is not ltxv-spatial.*: it is a model, not spatial upscaler"):
         opened(tmp_path / "y.safetensors", TRANSFORMER_13B, release="ltxv-spatial-upscaler-0.9.8")
 
@@ -285,7 +289,7 @@ def test_an_upscaler_is_no_model_and_a_model_no_upscaler(tmp_path: Path) -> None
 def test_an_upscaler_asked_for_a_part_of_a_model_says_what_it_is_and_where_it_goes(
     tmp_path: Path, part: str, flag: str
 ) -> None:
-    checkpoint = upscaler(tmp_path / "x.safetensors", SPATIAL)
+    checkpoint = upscaler(tmp_path / "x.safetensors", SPATIAL_UPSCALER_CONFIG)
     with pytest.raises(
         CheckpointError,
         match=rf"x\.safetensors is a spatial upscaler, not a model, and has no {part}.* as --upscaler, .*--{flag}",
@@ -303,14 +307,14 @@ def test_a_model_asked_for_an_upscaler_names_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (SPATIAL.header() | {"dims": 2}, "dims = 2"),
-        (SPATIAL.header() | {"spatial_scale": 1.5}, "spatial_scale, .*LTX-2"),
-        ({"vae": SMALL_VAE.header()}, "vae, "),
+        (SPATIAL_UPSCALER_CONFIG.to_header() | {"dims": 2}, "dims = 2"),
+        (SPATIAL_UPSCALER_CONFIG.to_header() | {"spatial_scale": 1.5}, "spatial_scale, .*LTX-2"),
+        ({"vae": SMALL_VAE.to_header()}, "vae, "),
     ],
 )
 def test_an_upscaler_whose_header_is_another_kinds_is_refused(tmp_path: Path, config: Any, said: str) -> None:
     metadata = {"config": json.dumps(config)}
-    found = refused(tmp_path / "x.safetensors", upsampler_shapes(SPATIAL), metadata=metadata)
+    found = refused(tmp_path / "x.safetensors", upsampler_shapes(SPATIAL_UPSCALER_CONFIG), metadata=metadata)
     assert re.search(f"the upscaler's header has {said}", found)
 
 
@@ -409,7 +413,7 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
 
 
 def test_an_upscaler_is_described_and_misses_nothing(tmp_path: Path) -> None:
-    told = asdict(upscaler(tmp_path / "ltxv-spatial-upscaler-0.9.8.safetensors", SPATIAL).describe())
+    told = asdict(upscaler(tmp_path / "ltxv-spatial-upscaler-0.9.8.safetensors", SPATIAL_UPSCALER_CONFIG).describe())
     (part,) = told.pop("parts")
     assert told == {
         "path": str(tmp_path / "ltxv-spatial-upscaler-0.9.8.safetensors"),

@@ -67,21 +67,21 @@ def image_types(shapes: Shapes, kind: str, *, kept: str = "BF16") -> dict[str, t
 
 def text_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     """The tensors of an encoder, as llama.cpp's converter names them."""
-    inner, wide = config.heads * config.head_width, config.width
+    inner, wide = config.num_heads * config.d_kv, config.d_model
     made: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (config.vocabulary, wide),
-        "enc.blk.0.attn_rel_b.weight": (config.buckets, config.heads),
+        "token_embd.weight": (config.vocab_size, wide),
+        "enc.blk.0.attn_rel_b.weight": (config.relative_attention_num_buckets, config.num_heads),
         "enc.output_norm.weight": (wide,),
     }
-    for layer in range(config.layers):
+    for layer in range(config.num_layers):
         own = {
             "attn_norm": (wide,),
             **{f"attn_{x}": (inner, wide) for x in "qkv"},
             "attn_o": (wide, inner),
             "ffn_norm": (wide,),
-            "ffn_gate": (config.hidden, wide),
-            "ffn_up": (config.hidden, wide),
-            "ffn_down": (wide, config.hidden),
+            "ffn_gate": (config.d_ff, wide),
+            "ffn_up": (config.d_ff, wide),
+            "ffn_down": (wide, config.d_ff),
         }
         made |= {f"enc.blk.{layer}.{name}.weight": shape for name, shape in own.items()}
     return made
@@ -91,18 +91,18 @@ def text_fields(config: T5Config, spiece: bytes | None = None) -> dict[str, Any]
     """The values that llama.cpp's converter writes for an encoder, and with a SentencePiece model its tokenizer."""
     sizes = {
         "context_length": 512,
-        "embedding_length": config.width,
-        "feed_forward_length": config.hidden,
-        "block_count": config.layers,
-        "attention.head_count": config.heads,
-        "attention.key_length": config.head_width,
-        "attention.value_length": config.head_width,
-        "attention.layer_norm_epsilon": config.epsilon,
-        "attention.relative_buckets_count": config.buckets,
-        "attention.layer_norm_rms_epsilon": config.epsilon,
+        "embedding_length": config.d_model,
+        "feed_forward_length": config.d_ff,
+        "block_count": config.num_layers,
+        "attention.head_count": config.num_heads,
+        "attention.key_length": config.d_kv,
+        "attention.value_length": config.d_kv,
+        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
+        "attention.relative_buckets_count": config.relative_attention_num_buckets,
+        "attention.layer_norm_rms_epsilon": config.layer_norm_epsilon,
     }
     made = {f"t5encoder.{name}": value for name, value in sizes.items()}
-    return made if spiece is None else made | tokenizer_fields(spiece, config.vocabulary)
+    return made if spiece is None else made | tokenizer_fields(spiece, config.vocab_size)
 
 
 def tokenizer_fields(spiece: bytes, vocabulary: int, added: Mapping[str, int] | None = None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from tests.checkpoints.checkpoint_files import (
 )
 from tests.checkpoints.gguf import gguf_files
 
-XXL = T5Config(vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, hidden=10240)
+XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 SPIECE = (PACKAGE / "assets" / "demo" / "tokenizer" / "spiece.model").read_bytes()
 OLD = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
 
@@ -124,7 +124,7 @@ def test_a_reshaped_tensor_has_the_shape_it_had(tmp_path: Path) -> None:
 
 def test_a_file_as_large_as_t5_xxl_opens_at_once(tmp_path: Path) -> None:
     draw = random.Random(0)
-    pieces = [f"▁{''.join(draw.choices('abcdefgh', k=6))}{i}" for i in range(XXL.vocabulary)]
+    pieces = [f"▁{''.join(draw.choices('abcdefgh', k=6))}{i}" for i in range(XXL.vocab_size)]
     types = {name: (shape, "F32" if len(shape) == 1 else "Q8_0") for name, shape in gguf_files.text_shapes(XXL).items()}
     words = {
         "tokenizer.ggml.model": "t5",
@@ -171,7 +171,7 @@ def test_the_name_of_a_2b_file_tells_its_version(
     assert detected.released is not None
     assert (detected.released.name, detected.schedule) == (model, schedule)
     assert detected.transformer is not None
-    assert detected.transformer.causal_positions is causal
+    assert detected.transformer.causal_temporal_positioning is causal
 
 
 def test_a_2b_file_of_another_name_asks_for_its_version(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_model_without_its_vae_asks_for_one_and_names_it(tmp_path: Path) -> No
 def test_names_of_a_text_encoder_are_those_of_the_package_both_ways() -> None:
     state = on_meta(lambda: T5Encoder(SMALL_T5)).state_dict()
     ours, theirs = keys.names(keys.T5_GGUF, state), keys.names(keys.T5, state)
-    oracle = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, SMALL_T5.layers)
+    oracle = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, SMALL_T5.num_layers)
     for name, llama in ours.items():
         assert f"{oracle.get_name(theirs[name].removesuffix('.weight'))}.weight" == llama
     shapes = {llama: tuple(state[name].shape) for name, llama in ours.items()}
@@ -277,7 +277,7 @@ def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> No
 
 
 def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:
-    wide = T5Config(vocabulary=128, width=32, layers=2, heads=2, head_width=16, hidden=64)
+    wide = T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=64)
     opened = TextEncoderFolder.open(converted(tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(wide)), "Q8_0"))
     assert opened.describe().dtype == "Q8_0"
     assert opened.describe().types == {"Q8_0": 15, "float32": 6}

@@ -28,7 +28,7 @@ from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES, GGMLType
-from kadr.models.registry import find
+from kadr.models.registry import find_release
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
@@ -43,8 +43,8 @@ from tests.oracles import VAES, diffusers_transformer, diffusers_vae, reduced, r
 DEMO = PACKAGE / "assets" / "demo"
 SPIECE = DEMO / "tokenizer" / "spiece.model"
 # Wide enough for blocks of 256.
-WIDE = TransformerConfig(layers=1, heads=8, head_width=32, text_width=64, channels=12)
-WORDS = T5Config(vocabulary=128, width=256, layers=1, heads=4, head_width=64, hidden=512)
+WIDE = TransformerConfig(num_layers=1, num_heads=8, head_dim=32, caption_channels=64, in_channels=12)
+WORDS = T5Config(vocab_size=128, d_model=256, num_layers=1, num_heads=4, d_kv=64, d_ff=512)
 LEVELS = Schedule(sampler="LinearQuadratic", allowed=(1.0, 0.9937, 0.725))
 PREFIX = "model.diffusion_model."
 
@@ -121,10 +121,10 @@ def test_the_file_says_all_of_itself(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_released_model_goes_with_it(tmp_path: Path) -> None:
-    demo = Checkpoint.open(DEMO / "demo-distilled.safetensors", release=find("demo-distilled"))
+    demo = Checkpoint.open(DEMO / "demo-distilled.safetensors", release=find_release("demo-distilled"))
     transformer_to_gguf(demo, tmp_path / "x.gguf", find_mix("BF16"))
     opened = Checkpoint.open(tmp_path / "x.gguf")
-    assert opened.detected.released is find("demo-distilled")
+    assert opened.detected.released is find_release("demo-distilled")
     assert opened.detected.schedule == demo.detected.schedule
     with pytest.raises(CheckpointError, match="as --vae, such as demo"):
         raise opened.lacks("vae")
@@ -273,7 +273,7 @@ def test_a_tokenizer_that_cannot_be_put_into_the_file_is_refused(home: Path, tmp
 
 def test_a_size_that_the_format_cannot_say_is_refused(home: Path, tmp_path: Path) -> None:
     text = TextEncoderFolder.open(home / "text")
-    text = replace(text, config=replace(text.config, max_distance=64))
+    text = replace(text, config=replace(text.config, relative_attention_max_distance=64))
     with pytest.raises(CheckpointError, match=r"distances apart up to 64 tokens; .* to be 128"):
         text_encoder_to_gguf(text, tmp_path / "x.gguf", find_mix("Q8_0"))
 

@@ -136,7 +136,7 @@ def test_windows_make_every_latent_once_and_share_what_overlaps(frames: int, len
     windows = Windows(frames=8 * (length - 1) + 1, overlap=8 * overlap)
     spans = windows.spans(frames)
     assert spans[0].start == 0
-    assert spans[-1].end == LatentGrid.of(Size(32, 32), frames).frames
+    assert spans[-1].end == LatentGrid.for_video(Size(32, 32), frames).frames
     for one, other in pairwise(spans):
         assert one.end - one.start == length
         assert one.end - other.start == overlap
@@ -259,7 +259,9 @@ def test_the_overlap_is_24_frames_or_less_where_a_window_is_short(frames: int, o
 
 
 def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -> None:
-    recipe = Recipe(first=Pass(steps=2), second=Pass(levels=(0.5,)), alone=Pass(steps=3), multi_scale=True)
+    recipe = Recipe(
+        first_pass=Pass(steps=2), second_pass=Pass(levels=(0.5,)), single_pass=Pass(steps=3), multi_scale=True
+    )
     engine = Engine.open(home / MODEL, device="cpu", recipe=recipe)
     request = replace(short(), levels=None, guidance=None)
     with pytest.warns(KadrWarning, match="recipe has two passes, and windows are made in one"):

@@ -413,8 +413,8 @@ def plan_of(request: Request) -> PassPlan:
     size, frames = request.size, request.frames
     assert isinstance(size, Size)
     assert frames is not None
-    grid = LatentGrid.of(size, frames)
-    return PassPlan(1, Pass(), grid.size, grid.video_frames, float(request.fps or 0), torch.ones(1), ())
+    grid = LatentGrid.for_video(size, frames)
+    return PassPlan(1, Pass(), grid.video_size, grid.video_frames, float(request.fps or 0), torch.ones(1), ())
 
 
 def state_with(item: Placed, *, causal: bool, request: Request = REQUEST) -> LatentState:
@@ -448,14 +448,14 @@ def test_tokens_of_their_own_stand_at_the_second_of_their_frame_and_over_the_who
     request = replace(REQUEST, size=Size(96, 64), fps=fps)
     (item,) = placed(media, shown, size=request.size, fps=fps)
     state = state_with(item, causal=causal, request=request)
-    own = state.positions[:, state.grid.tokens :]
+    own = state.positions[:, state.grid.num_tokens :]
     assert state.strength is not None
     assert own.shape == (3, len(frames) * 6)
     seconds = torch.tensor(frames, dtype=torch.float64).repeat_interleave(6) / fps
     torch.testing.assert_close(own[0].double(), seconds, rtol=1e-6, atol=0)
     assert own[1].tolist() == [0.0, 0.0, 0.0, 32.0, 32.0, 32.0] * len(frames)
     assert own[2].tolist() == [0.0, 32.0, 64.0] * 2 * len(frames)
-    assert state.strength[:, state.grid.tokens :].unique().tolist() == [1.0]
+    assert state.strength[:, state.grid.num_tokens :].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -468,15 +468,15 @@ def test_a_clip_holds_the_latents_of_the_video_that_do_not_know_of_its_beginning
     (item,) = placed(media, shown, frames=33)
     state = state_with(item, causal=True, request=request)
     assert state.strength is not None
-    kept = state.strength[0, : state.grid.tokens].view(state.grid.frames, -1)
+    kept = state.strength[0, : state.grid.num_tokens].view(state.grid.frames, -1)
     assert [frame for frame in range(state.grid.frames) if bool((kept[frame] == 1).all())] == held
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
 
 
 def test_the_transformer_is_told_these_positions(engine: Engine, media: Media, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Tensor] = []
-    rope = Transformer.rope
-    monkeypatch.setattr(Transformer, "rope", lambda self, where: (told.append(where), rope(self, where))[1])
+    rope = Transformer.compute_rope
+    monkeypatch.setattr(Transformer, "compute_rope", lambda self, where: (told.append(where), rope(self, where))[1])
     shown = media.conditions(photo(frame=-1), clip(9, frame=8), photo())
     engine.denoise(replace(REQUEST, steps=1, fps=12.5, conditions=shown))
     (where,) = told
@@ -553,7 +553,7 @@ def test_a_box_moves_with_its_place_and_keeps_its_size(media: Media) -> None:
 def test_a_box_of_the_whole_video_holds_all_of_it(side: int, media: Media) -> None:
     size = Size(side, 130 - side)
     state, _, fit = in_box((0, 0, size.width, size.height), size, media)
-    assert fit.pixels.made == size.snapped()
+    assert fit.pixels.made == size.snap()
     assert held_in(state).all()
 
 

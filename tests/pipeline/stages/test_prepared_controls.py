@@ -26,7 +26,7 @@ from kadr.media.clip import Film, read_video
 from kadr.media.control_maps import edges
 from kadr.media.image import prepare_picture
 from kadr.media.writer import VideoWriter
-from kadr.models.lora_layers import merge
+from kadr.models.lora_layers import merge_loras
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.dry_run import DryEngine
@@ -123,7 +123,7 @@ class Oracle:
     def __init__(self, engine: Engine, lora: Path, strength: float) -> None:
         self.engine = engine
         transformer = sown(lambda: Transformer(transformer_config()), 1)  # as `tiny.write` sows them
-        merge(transformer, [LoraFile.open(lora).load()], [strength])
+        merge_loras(transformer, [LoraFile.open(lora).load()], [strength])
         self.transformer = diffusers_transformer(transformer)
         self.vae = official_vae(sown(lambda: VAE(vae_config("0.9.5")), 2))
 

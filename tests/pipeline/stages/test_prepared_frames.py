@@ -108,7 +108,7 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
     ]
     assert torch.equal(pixels, torch.cat(expected, dim=2))
     with engine.components.encoder() as vae, torch.no_grad():
-        assert torch.equal(latents, vae.encode(pixels, chunk=8))
+        assert torch.equal(latents, vae.encode(pixels, chunk_frames=8))
         torch.testing.assert_close(latents, vae.encode(pixels), rtol=1e-4, atol=1e-5)
 
 

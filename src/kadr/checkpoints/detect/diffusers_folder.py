@@ -17,10 +17,10 @@ from kadr.checkpoints.detect.upscaler import kind_of
 from kadr.checkpoints.detect.vae_families import SCHEDULES, family_of, version_label
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
-from kadr.models.registry import Released
+from kadr.models.registry import Release
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
-from kadr.models.upscaler import UpsamplerConfig
-from kadr.models.vae.config import Block, VAEConfig
+from kadr.models.upscaler import UpscalerConfig
+from kadr.models.vae.config import BlockConfig, VAEConfig
 from kadr.sampling.schedules import Schedule
 
 CLASSES: Mapping[str, str] = {
@@ -66,7 +66,7 @@ _DOWN = {
 }
 
 
-def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detected, dict[str, Source]]:
+def open_folder(path: Path, *, release: Release | None = None) -> tuple[Detected, dict[str, Source]]:
     """Read the headers of a diffusers folder, or of one component's folder.
 
     Args:
@@ -108,7 +108,7 @@ def open_folder(path: Path, *, release: Released | None = None) -> tuple[Detecte
 
 def _era_of_a_lone_transformer(path: Path, config: Mapping[str, Any]) -> str:
     """Whose positions and noise levels it follows: those of a VAE's family."""
-    if config.get("num_layers") == TRANSFORMER_13B.layers:
+    if config.get("num_layers") == TRANSFORMER_13B.num_layers:
         return "0.9.5"
     raise CheckpointError(
         f"{path} has a transformer and no VAE, so it does not say whether it is of 0.9.5 or of one before. "
@@ -120,14 +120,14 @@ def read_transformer(config: Mapping[str, Any], where: Path, *, causal: bool) ->
     """Read transformer/config.json. causal: of the positions, which the file does not say."""
     _check(config, _TRANSFORMER_FIXED, where)
     read = TransformerConfig(
-        layers=_get(config, "num_layers", where),
-        heads=_get(config, "num_attention_heads", where),
-        head_width=_get(config, "attention_head_dim", where),
-        text_width=_get(config, "caption_channels", where),
-        channels=config.get("in_channels", 128),
-        causal_positions=causal,
+        num_layers=_get(config, "num_layers", where),
+        num_heads=_get(config, "num_attention_heads", where),
+        head_dim=_get(config, "attention_head_dim", where),
+        caption_channels=_get(config, "caption_channels", where),
+        in_channels=config.get("in_channels", 128),
+        causal_temporal_positioning=causal,
     )
-    same = {"cross_attention_dim": read.width, "out_channels": read.channels}
+    same = {"cross_attention_dim": read.width, "out_channels": read.in_channels}
     _check({key: config.get(key) or value for key, value in same.items()}, same, where)
     return read
 
@@ -148,9 +148,9 @@ def read_vae(config: Mapping[str, Any], where: Path) -> VAEConfig:
             decoder_blocks=decoder,
             timestep_conditioning=conditioned,
             latent_channels=config.get("latent_channels", 128),
-            patch=config.get("patch_size", 4),
-            encoder_width=encoder_width,
-            decoder_width=decoder_width,
+            patch_size=config.get("patch_size", 4),
+            encoder_base_channels=encoder_width,
+            decoder_base_channels=decoder_width,
         )
     except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
@@ -164,10 +164,10 @@ def read_vae(config: Mapping[str, Any], where: Path) -> VAEConfig:
     return read
 
 
-def read_upsampler(config: Mapping[str, Any], where: Path) -> UpsamplerConfig:
+def read_upsampler(config: Mapping[str, Any], where: Path) -> UpscalerConfig:
     """Read latent_upsampler/config.json, which says what the official header says."""
     try:
-        return UpsamplerConfig.from_header({key: value for key, value in config.items() if not key.startswith("_")})
+        return UpscalerConfig.from_header({key: value for key, value in config.items() if not key.startswith("_")})
     except CheckpointError as error:
         raise CheckpointError(f"{where / 'config.json'}: {error}") from error
 
@@ -188,7 +188,7 @@ def read_schedule(file: Path, family: str) -> Schedule:
     return replace(SCHEDULES["0.9"], terminal=config.get("shift_terminal"))
 
 
-def _encoder(config: Mapping[str, Any]) -> tuple[tuple[Block, ...], int]:
+def _encoder(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
     """The blocks of the encoder and the width that it starts with."""
     widths = config.get("block_out_channels", (128, 256, 512, 512))
     layers = config.get("layers_per_block", (4, 3, 3, 3, 4))
@@ -198,17 +198,17 @@ def _encoder(config: Mapping[str, Any]) -> tuple[tuple[Block, ...], int]:
     after = widths[1:] if new else (*widths[1:], widths[-1])
     blocks = []
     for width, wider, depth, scales, kind in zip(widths, after, layers, scaling, kinds, strict=False):
-        blocks.append(Block(kind="res_x", layers=depth))
+        blocks.append(BlockConfig(kind="res_x", num_layers=depth))
         if scales and new:
-            blocks.append(Block(kind=_DOWN[kind], multiplier=_times(wider, width)))
+            blocks.append(BlockConfig(kind=_DOWN[kind], multiplier=_times(wider, width)))
         elif scales:
-            blocks.append(Block(kind="compress_all"))
+            blocks.append(BlockConfig(kind="compress_all"))
         if not new and wider != width:
-            blocks.append(Block(kind="res_x_y", multiplier=_times(wider, width)))
-    return (*blocks, Block(kind="res_x", layers=layers[-1])), widths[0]
+            blocks.append(BlockConfig(kind="res_x_y", multiplier=_times(wider, width)))
+    return (*blocks, BlockConfig(kind="res_x", num_layers=layers[-1])), widths[0]
 
 
-def _decoder(config: Mapping[str, Any]) -> tuple[tuple[Block, ...], int]:
+def _decoder(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
     """The blocks of the decoder, in the order of the encoder, and the width that it ends with."""
     widths = config.get("decoder_block_out_channels", (128, 256, 512, 512))
     layers = config.get("decoder_layers_per_block", (4, 3, 3, 3, 4))
@@ -220,13 +220,13 @@ def _decoder(config: Mapping[str, Any]) -> tuple[tuple[Block, ...], int]:
     given = [*made[1:], widths[-1]]  # by the block before, which comes after in this order
     blocks = []
     for i, width in enumerate(made):
-        blocks.append(Block(kind="res_x", layers=layers[i], inject_noise=noisy[i]))
+        blocks.append(BlockConfig(kind="res_x", num_layers=layers[i], inject_noise=noisy[i]))
         if scaling[i]:
-            blocks.append(Block(kind="compress_all", multiplier=factors[i], residual=residual[i]))
+            blocks.append(BlockConfig(kind="compress_all", multiplier=factors[i], residual=residual[i]))
         if given[i] // factors[i] != width:
             multiplier = _times(given[i] // factors[i], width)
-            blocks.append(Block(kind="res_x_y", multiplier=multiplier, inject_noise=noisy[i]))
-    return (*blocks, Block(kind="res_x", layers=layers[-1], inject_noise=noisy[-1])), made[0]
+            blocks.append(BlockConfig(kind="res_x_y", multiplier=multiplier, inject_noise=noisy[i]))
+    return (*blocks, BlockConfig(kind="res_x", num_layers=layers[-1], inject_noise=noisy[-1])), made[0]
 
 
 def _times(wider: int, width: int) -> int:

@@ -21,9 +21,9 @@ from kadr.checkpoints.gguf.header import ARCHITECTURE, NAME
 from kadr.checkpoints.header import EIGHT_BIT
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
-from kadr.models.registry import BY_NAME, MODELS, RELEASED, Recipe, Released, by_file
+from kadr.models.registry import MODEL_RELEASES, RELEASES, RELEASES_BY_NAME, Recipe, Release, find_by_file_stem
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
-from kadr.models.upscaler import UpsamplerConfig
+from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae.config import VAEConfig
 from kadr.sampling.schedules import Schedule
 
@@ -47,14 +47,14 @@ class Detected:
     """
 
     version: str
-    released: Released | None
+    released: Release | None
     layout: str
     transformer: TransformerConfig | None
     vae: VAEConfig | None
     vae_family: str | None
     schedule: Schedule
     dtype: torch.dtype
-    upsampler: UpsamplerConfig | None = None
+    upsampler: UpscalerConfig | None = None
 
     @property
     def kind(self) -> str:
@@ -70,7 +70,7 @@ class Detected:
         return self.vae is not None
 
 
-def detect(source: Source, parts: Mapping[str, Source], *, release: Released | None = None) -> Detected:
+def detect(source: Source, parts: Mapping[str, Source], *, release: Release | None = None) -> Detected:
     """Tell what a single file is.
 
     Args:
@@ -95,7 +95,7 @@ def detect(source: Source, parts: Mapping[str, Source], *, release: Released | N
         schedule = SCHEDULES[_era(source, config, transformer, family, named)]
     if transformer is not None and "transformer" not in config:
         causal = _era(source, config, transformer, family, named) == "0.9.5"
-        transformer = replace(transformer, causal_positions=causal)
+        transformer = replace(transformer, causal_temporal_positioning=causal)
     dtype = next((parts[name] for name in ("transformer", "upsampler") if name in parts), source).dtype
     named = named or _distilled(transformer, schedule, dtype)
     return Detected(
@@ -111,15 +111,15 @@ def detect(source: Source, parts: Mapping[str, Source], *, release: Released | N
     )
 
 
-def _named(source: Source, upsampler: UpsamplerConfig | None) -> Released | None:
+def _named(source: Source, upsampler: UpscalerConfig | None) -> Release | None:
     """The released model of this file's name; of a GGUF file first the one that it says it was made of."""
     stem = source.path.stem
     if upsampler is not None:
         return released_upscaler(stem, upsampler)
-    made_of = BY_NAME.get(source.metadata.get(NAME, ""))
+    made_of = RELEASES_BY_NAME.get(source.metadata.get(NAME, ""))
     if made_of is not None and made_of.kind == MODEL:
         return made_of
-    return by_file(_TYPE.sub("", stem) if _is_gguf(source) else stem)
+    return find_by_file_stem(_TYPE.sub("", stem) if _is_gguf(source) else stem)
 
 
 def _is_gguf(source: Source) -> bool:
@@ -167,7 +167,7 @@ def _transformer(source: Source, part: Source | None, config: Mapping[str, Any])
     layers = len({name.split(".")[1] for name in part.infos if name.startswith("transformer_blocks.")})
     width = next((part.infos[name].shape[0] for name in ("patchify_proj.bias",) if name in part.infos), None)
     for known in (TRANSFORMER_2B, TRANSFORMER_13B):
-        if (layers, width) == (known.layers, known.width):
+        if (layers, width) == (known.num_layers, known.width):
             return known
     raise CheckpointError(
         f"{source.path}: there is no config in its header, and {layers} layers {width} wide are none of the released "
@@ -190,14 +190,14 @@ def _read(source: Source, entry: str, reader: Callable[[], _T]) -> _T:
 
 def confirmed(
     path: Path,
-    named: Released | None,
+    named: Release | None,
     transformer: TransformerConfig | None,
     family: str | None,
     *,
     kind: str,
     allowed: object = None,
     asked: bool,
-) -> Released | None:
+) -> Release | None:
     """The model that a name stands for, if what is in the checkpoint does not speak against it.
 
     Args:
@@ -207,17 +207,17 @@ def confirmed(
     """
     if named is None:
         return None
-    layers = transformer.layers if transformer else None
+    layers = transformer.num_layers if transformer else None
     against = [
         f"{what} {found}, not {expected}"
         for what, found, expected in (
             ("it is a", kind, named.kind),
-            ("layers:", layers, named.layers),
+            ("layers:", layers, named.num_layers),
             ("VAE:", family, named.vae_family),
         )
         if found is not None and expected is not None and found != expected
     ]
-    if allowed is not None and named.recipe.first.levels is None:
+    if allowed is not None and named.recipe.first_pass.levels is None:
         against.append("it was distilled for certain noise levels")
     if against and asked:
         raise CheckpointError(f"{path} is not {named.name}: {'; '.join(against)}. Leave the name out.")
@@ -229,7 +229,7 @@ def _era(
     config: Mapping[str, Any],
     transformer: TransformerConfig | None,
     family: str | None,
-    named: Released | None,
+    named: Release | None,
 ) -> str:
     """Whose positions and noise levels a file follows that does not say itself: those of a VAE's family."""
     if family is not None:
@@ -237,27 +237,27 @@ def _era(
     if transformer is None:
         return "0.9.5"
     if "transformer" in config:
-        return "0.9.5" if transformer.causal_positions else "0.9"
-    if transformer.layers == TRANSFORMER_13B.layers:
+        return "0.9.5" if transformer.causal_temporal_positioning else "0.9"
+    if transformer.num_layers == TRANSFORMER_13B.num_layers:
         return "0.9.5"
     if named is not None and named.vae_family is not None:
         return named.vae_family
-    known = ", ".join(r.name for r in RELEASED if r.layers == transformer.layers)
+    known = ", ".join(r.name for r in RELEASES if r.num_layers == transformer.num_layers)
     raise CheckpointError(
         f"{source.path} is a 2B transformer without VAE and without a config in its header: its shapes are the same "
         f"in all versions, and its name says none. Name the version (release=...) or rename the file to one of {known}."
     )
 
 
-def _distilled(transformer: TransformerConfig | None, schedule: Schedule, dtype: torch.dtype) -> Released | None:
+def _distilled(transformer: TransformerConfig | None, schedule: Schedule, dtype: torch.dtype) -> Release | None:
     """The released model that only its list of allowed noise levels gives away."""
     if transformer is None or schedule.allowed is None:
         return None
     return next(
         (
             released
-            for released in reversed(MODELS)
-            if released.layers == transformer.layers
+            for released in reversed(MODEL_RELEASES)
+            if released.num_layers == transformer.num_layers
             and _levels(released.recipe) == set(schedule.allowed)
             and released.name.endswith("fp8") == (dtype in EIGHT_BIT)
         ),
@@ -267,5 +267,5 @@ def _distilled(transformer: TransformerConfig | None, schedule: Schedule, dtype:
 
 def _levels(recipe: Recipe) -> set[float]:
     """The noise levels of all its passes, where it names them."""
-    passes = (recipe.first, recipe.second)
+    passes = (recipe.first_pass, recipe.second_pass)
     return {level for each in passes if each is not None for level in each.levels or ()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
-from kadr.models.upscaler import SPATIAL, TEMPORAL, UpsamplerConfig
+from kadr.models.upscaler import SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG, UpscalerConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedules import Schedule
 
@@ -32,15 +32,15 @@ def _build(config: VAEConfig) -> tuple[object, ...]:
 
 
 def version_label(
-    transformer: TransformerConfig | None, family: str | None, upsampler: UpsamplerConfig | None = None
+    transformer: TransformerConfig | None, family: str | None, upsampler: UpscalerConfig | None = None
 ) -> str:
     """The version as far as the components tell it."""
-    if transformer is None and family is None and upsampler in (SPATIAL, TEMPORAL):
+    if transformer is None and family is None and upsampler in (SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG):
         return "0.9.7 or 0.9.8"
     if family in ("0.9", "0.9.1"):
         return family
     if transformer is None:
         return "0.9.5 or later" if family else "unreleased"
-    if transformer.layers == TRANSFORMER_13B.layers:
+    if transformer.num_layers == TRANSFORMER_13B.num_layers:
         return "0.9.7 or later"
-    return "0.9.5 or later" if transformer.causal_positions else "0.9 or 0.9.1"
+    return "0.9.5 or later" if transformer.causal_temporal_positioning else "0.9 or 0.9.1"

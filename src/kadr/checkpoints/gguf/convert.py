@@ -79,9 +79,9 @@ def text_encoder_to_gguf(
     Raises:
         CheckpointError: it is quantized already, has no tokenizer that can be written, or see `write_gguf`.
     """
-    if text.config.max_distance != MAX_DISTANCE:
+    if text.config.relative_attention_max_distance != MAX_DISTANCE:
         raise CheckpointError(
-            f"{text.path} tells distances apart up to {text.config.max_distance} tokens; of a GGUF file everyone takes "
+            f"{text.path} tells distances apart up to {text.config.relative_attention_max_distance} tokens; of a GGUF file everyone takes "
             f"it to be {MAX_DISTANCE}. Leave this encoder as it is."
         )
     with torch.device("meta"):
@@ -144,9 +144,9 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     config = header_config(checkpoint.sources["transformer"])
     assert detected.transformer is not None
     vae = detected.vae or VAE_FAMILIES.get(detected.vae_family or "")
-    found: dict[str, Any] = {"transformer": detected.transformer.header(), "scheduler": detected.schedule.header()}
+    found: dict[str, Any] = {"transformer": detected.transformer.to_header(), "scheduler": detected.schedule.header()}
     if vae is not None:
-        found["vae"] = vae.header()
+        found["vae"] = vae.to_header()
     if detected.schedule.allowed is not None:
         found["allowed_inference_steps"] = list(detected.schedule.allowed)
     return {**found, **config}

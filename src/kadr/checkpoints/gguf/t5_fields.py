@@ -9,7 +9,7 @@ from typing import Any
 from kadr.checkpoints.gguf.header import TEXT_ENCODER, GGUFHeader, read_gguf
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
-from kadr.models.registry import TEXT_GGUF
+from kadr.models.registry import TEXT_ENCODER_GGUF
 from kadr.models.t5 import T5Config
 from kadr.text.sentencepiece_model import UNUSED, Pieces
 from kadr.text.tokenizer import EOS, PAD, UNKNOWN
@@ -42,7 +42,7 @@ def open_text_encoder(path: Path) -> tuple[T5Config, Source]:
     if header.architecture != TEXT_ENCODER and EMBEDDING not in header.infos:
         raise CheckpointError(
             f"{path} is no text encoder: its architecture is {header.architecture}, and it has no {EMBEDDING}. "
-            f"A transformer is given as --model; as the text encoder give {TEXT_GGUF}."
+            f"A transformer is given as --model; as the text encoder give {TEXT_ENCODER_GGUF}."
         )
     return _config(header), Source(path, header.infos, header.metadata)
 
@@ -61,7 +61,7 @@ def stored_pieces(path: Path) -> Pieces | None:
     if kind != "t5" or tokens is None or scores is None or kinds is None:
         raise CheckpointError(
             f"{path} has a tokenizer that is not T5's, or not all of one (its kind is {kind!r}). Take another file of "
-            f"the encoder, such as {TEXT_GGUF}."
+            f"the encoder, such as {TEXT_ENCODER_GGUF}."
         )
     try:
         return Pieces(
@@ -79,7 +79,7 @@ def stored_pieces(path: Path) -> Pieces | None:
 def text_fields(config: T5Config, pieces: Pieces) -> dict[str, Any]:
     """What llama.cpp needs to know of an encoder, and of its tokenizer, filled up to the encoder's vocabulary."""
     sizes = {f"{TEXT_ENCODER}.{name}": getattr(config, ours) for ours, name in _SIZES.items()}
-    missing = range(len(pieces.texts), config.vocabulary)
+    missing = range(len(pieces.texts), config.vocab_size)
     words = {
         "model": "t5",
         "pre": "default",
@@ -99,8 +99,8 @@ def text_fields(config: T5Config, pieces: Pieces) -> dict[str, Any]:
     return {
         f"{TEXT_ENCODER}.context_length": CONTEXT,
         **sizes,
-        f"{TEXT_ENCODER}.attention.value_length": config.head_width,
-        f"{TEXT_ENCODER}.attention.layer_norm_epsilon": config.epsilon,
+        f"{TEXT_ENCODER}.attention.value_length": config.d_kv,
+        f"{TEXT_ENCODER}.attention.layer_norm_epsilon": config.layer_norm_epsilon,
         **{_WORDS + name: value for name, value in words.items()},
     }
 
@@ -111,10 +111,10 @@ def _config(header: GGUFHeader) -> T5Config:
     absent = [_SIZES[ours] for ours, value in known.items() if value is None and ours not in defaults]
     if absent or EMBEDDING not in header.infos:
         raise CheckpointError(
-            f"{header.path} lacks {', '.join(absent) or EMBEDDING} of a T5 encoder. Take {TEXT_GGUF}."
+            f"{header.path} lacks {', '.join(absent) or EMBEDDING} of a T5 encoder. Take {TEXT_ENCODER_GGUF}."
         )
     try:
         vocabulary = header.infos[EMBEDDING].shape[0]
-        return T5Config(vocabulary=vocabulary, **{ours: value for ours, value in known.items() if value is not None})
+        return T5Config(vocab_size=vocabulary, **{ours: value for ours, value in known.items() if value is not None})
     except CheckpointError as error:
         raise CheckpointError(f"{header.path}: {error}") from error

@@ -21,7 +21,7 @@ from kadr.checkpoints.lora.scaling import ADAPTER_FILE, Scales
 from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning
-from kadr.models.lora_layers import Additions, LowRank
+from kadr.models.lora_layers import LoraWeights, LoraWeightsByLayer
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 
@@ -153,7 +153,7 @@ class LoraFile:
         told = []
         if absent:
             which = f"{len(absent)} of its {len(self.layers)} layers are not there, such as {self._theirs(absent[0])}"
-            told.append(f"{which} (the model has {config.layers} blocks)")
+            told.append(f"{which} (the model has {config.num_layers} blocks)")
         if wrong:
             name, (inputs, outputs) = next(iter(wrong.items()))
             layer = self.layers[name]
@@ -205,7 +205,7 @@ class LoraFile:
         """A layer's name in the file's words."""
         return bare(self.layers[name].down)
 
-    def load(self) -> dict[str, LowRank]:
+    def load(self) -> dict[str, LoraWeights]:
         """What it adds to each layer, by name; tensors share memory with the file.
 
         Raises:
@@ -217,7 +217,7 @@ class LoraFile:
             for tensor, theirs in ((down, layer.down), (up, layer.up)):
                 if not bool(torch.isfinite(tensor.float()).all()):
                     raise CheckpointError(f"{self.path}: {theirs} has numbers that are not finite. Download it again.")
-            made[name] = LowRank(down.flatten(1), up.flatten(1), layer.scale)
+            made[name] = LoraWeights(down.flatten(1), up.flatten(1), layer.scale)
         return made
 
     @property
@@ -293,7 +293,7 @@ def is_lora(path: str | os.PathLike[str]) -> bool:
 
 def write_lora(
     path: str | os.PathLike[str],
-    additions: Additions,
+    additions: LoraWeightsByLayer,
     *,
     family: str = "Comfy",
     dtype: torch.dtype = torch.float32,

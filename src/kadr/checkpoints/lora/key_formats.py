@@ -135,7 +135,7 @@ def _ours(theirs: str) -> str | None:
 def _linears() -> dict[str, str]:
     """Their names of all layers that have a weight, with _ for every dot, of one block -> kadr's."""
     with torch.device("meta"):
-        module = Transformer(TransformerConfig(layers=1, heads=1, head_width=8))
+        module = Transformer(TransformerConfig(num_layers=1, num_heads=1, head_dim=8))
     ours = [name for name, child in module.named_modules() if isinstance(child, Linear)]
     made: dict[str, str] = {}
     for diffusers in (False, True):

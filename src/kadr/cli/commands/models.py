@@ -12,7 +12,7 @@ from kadr.cli.commands import pull, verify
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import explained, say
 from kadr.cli.terminal.table import columns, in_words
-from kadr.models.registry import RELEASED, Released
+from kadr.models.registry import RELEASES, Release
 from kadr.spec.locate import on_disk
 
 EPILOG = (
@@ -35,17 +35,17 @@ def listed(as_json: options.Json = False) -> None:
 
     With their licences and sizes, and whether they are on disk.
     """
-    entries = [_entry(released, on_disk(released)) for released in RELEASED]
+    entries = [_entry(released, on_disk(released)) for released in RELEASES]
     if as_json:
         print(json.dumps(entries))
         return
     head = ("name", "kind", "version", "bytes", "on disk", "licence")
-    rows = [_row(released, entry) for released, entry in zip(RELEASED, entries, strict=True)]
+    rows = [_row(released, entry) for released, entry in zip(RELEASES, entries, strict=True)]
     print("\n".join(columns([head, *rows])))
     say(EPILOG)
 
 
-def _entry(released: Released, place: Path | None) -> dict[str, Any]:
+def _entry(released: Release, place: Path | None) -> dict[str, Any]:
     return {
         "name": released.name,
         "kind": released.kind,
@@ -58,7 +58,7 @@ def _entry(released: Released, place: Path | None) -> dict[str, Any]:
     }
 
 
-def _row(released: Released, entry: dict[str, Any]) -> tuple[str, ...]:
+def _row(released: Release, entry: dict[str, Any]) -> tuple[str, ...]:
     size = entry["bytes"]
     here = "no" if not entry["on_disk"] else "wrong size" if verify.wrong_size(released, size) else "yes"
     licence = released.licence.partition(",")[0]

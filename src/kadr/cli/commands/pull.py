@@ -11,7 +11,7 @@ from kadr.cli.commands.verify import Name, checked, require_whole
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import say
 from kadr.cli.terminal.table import in_words
-from kadr.models.registry import Released, find, needs
+from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import on_disk, released_file
 
 if TYPE_CHECKING:
@@ -25,8 +25,10 @@ def pull(name: Name, as_json: options.Json = False) -> None:
 
     Every file is compared with the hub's checksum, those that are there already too. Prints where they lie.
     """
-    entries = needs(find(name))
-    coming = {entry: hub.missing(entry.repo, entry.files) for entry in entries if entry.repo and not on_disk(entry)}
+    entries = required_releases(find_release(name))
+    coming = {
+        entry: hub.missing(entry.repo, entry.file_patterns) for entry in entries if entry.repo and not on_disk(entry)
+    }
     _announce(entries, coming)
     hub.check_room(name, sum(file.left for files in coming.values() for file in files))
     places = {}
@@ -44,7 +46,7 @@ def pull(name: Name, as_json: options.Json = False) -> None:
         print("\n".join(map(str, places.values())))
 
 
-def _announce(entries: Sequence[Released], coming: Mapping[Released, Sequence[Remote]]) -> None:
+def _announce(entries: Sequence[Release], coming: Mapping[Release, Sequence[Remote]]) -> None:
     for licence in dict.fromkeys(entry.licence for entry in entries):
         say(f"licence of {', '.join(entry.name for entry in entries if entry.licence == licence)}: {licence}")
     for entry in entries:

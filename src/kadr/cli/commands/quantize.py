@@ -13,7 +13,7 @@ from kadr.cli.terminal.errors import say
 from kadr.cli.terminal.progress import shown
 from kadr.cli.terminal.table import in_words
 from kadr.errors import CheckpointError, RequestError
-from kadr.models.registry import TEXT, Released, find
+from kadr.models.registry import TEXT_ENCODER, Release, find_release
 from kadr.pipeline.progress import Stage, Watch
 from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
 from kadr.spec.locate import is_path, released_file
@@ -62,23 +62,23 @@ def quantize(given: Given, wanted: Wanted, type: Type, force: Force = False) -> 
     print(wanted)
 
 
-def _located(given: str) -> tuple[Path, Released | None]:
+def _located(given: str) -> tuple[Path, Release | None]:
     """The files, and the registry's entry where they are named by it; what is not on disk is fetched."""
     if is_path(given):
         path = Path(given).expanduser()
         if not path.exists():
             raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
         return path, None
-    released = find(given)
+    released = find_release(given)
     if released.kind not in ("model", "text encoder"):
         raise RequestError(f"{given} is a {released.kind}: small enough. Only models and text encoders are quantized.")
     if released.file.endswith(SUFFIX):
-        raise RequestError(f"{given} is quantized already, and to do it again loses twice. Take {TEXT}.")
+        raise RequestError(f"{given} is quantized already, and to do it again loses twice. Take {TEXT_ENCODER}.")
     return released_file(released), released
 
 
 def _written(
-    path: Path, released: Released | None, wanted: Path, mix: Mix, told: Callable[[int, int], None]
+    path: Path, released: Release | None, wanted: Path, mix: Mix, told: Callable[[int, int], None]
 ) -> tuple[Written, str]:
     """What was written, and what a user has to know is not in the file."""
     from kadr.checkpoints.checkpoint import Checkpoint

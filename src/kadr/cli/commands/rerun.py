@@ -112,18 +112,18 @@ def _lora(noted: Mapping[str, Any]) -> str:
 
 def _part(what: str, path: str) -> str:
     """The file that was used; by its name, where that of a released one has moved."""
-    from kadr.models.registry import RELEASED
+    from kadr.models.registry import RELEASES
 
     file = Path(path).name
-    named = [entry.name for entry in RELEASED if file == f"{entry.stem}.safetensors"]
+    named = [entry.name for entry in RELEASES if file == f"{entry.file_stem}.safetensors"]
     return named[0] if named and not Path(path).exists() else str(_there(what, path, otherwise=""))
 
 
 def _model(record: Mapping[str, Any]) -> str:
     """The file that made the video; by its name, where that of a released model means the same file or it has moved."""
-    from kadr.models.registry import BY_NAME
+    from kadr.models.registry import RELEASES_BY_NAME
 
-    path, released = str(record.get("model", "")), BY_NAME.get(str(record.get("name", "")))
+    path, released = str(record.get("model", "")), RELEASES_BY_NAME.get(str(record.get("name", "")))
     if released is not None:
         here = on_disk(released)
         if not Path(path).exists() or (here is not None and here.resolve() == Path(path).resolve()):
@@ -133,19 +133,19 @@ def _model(record: Mapping[str, Any]) -> str:
 
 def _vae(record: Mapping[str, Any], model: str) -> Path | None:
     """Its file; None, the model's own, where the same is noted for both or that of a released model has moved."""
-    from kadr.models.registry import BY_NAME
+    from kadr.models.registry import RELEASES_BY_NAME
 
-    path, released = record.get("vae"), BY_NAME.get(model)
+    path, released = record.get("vae"), RELEASES_BY_NAME.get(model)
     moved = released is not None and released.vae is not None and not (path and Path(path).exists())
     return None if moved or path == record.get("model") else _there("VAE", path)
 
 
 def _text_encoder(record: Mapping[str, Any]) -> Path | None:
     """Its folder; None, the model's own, where that of a released model has moved."""
-    from kadr.models.registry import BY_NAME
+    from kadr.models.registry import RELEASES_BY_NAME
 
     path = record.get("text_encoder")
-    if record.get("name") in BY_NAME and not (path and Path(path).exists()):
+    if record.get("name") in RELEASES_BY_NAME and not (path and Path(path).exists()):
         say(f"warning: the text encoder is no longer at {path}; the one that belongs to {record['name']} is taken")
         return None
     return _there("text encoder", path)

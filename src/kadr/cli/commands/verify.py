@@ -14,7 +14,7 @@ from kadr.checkpoints.verify import ABSENT, DAMAGED, UNKNOWN, Checked, compare
 from kadr.cli.flags import options
 from kadr.cli.terminal.table import columns, in_words
 from kadr.errors import CheckpointError
-from kadr.models.registry import Released, find, needs
+from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import PACKAGE
 
 EPILOG = "Needs no network where the cache is made of links, as it is everywhere but on most Windows machines."
@@ -26,7 +26,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A name that `kadr mod
 class Result(NamedTuple):
     """A file, and the entry it belongs to."""
 
-    entry: Released
+    entry: Release
     file: Checked
 
 
@@ -35,7 +35,7 @@ def verify(name: Name, as_json: options.Json = False) -> None:
 
     Those of its text encoder and upscaler too. Ends with 1 where one is damaged, or the model itself is not there.
     """
-    results = [result for entry in needs(find(name)) for result in checked(entry)]
+    results = [result for entry in required_releases(find_release(name)) for result in checked(entry)]
     if as_json:
         print(json.dumps({"name": name, "files": [_told(result) for result in results]}))
     else:
@@ -44,14 +44,14 @@ def verify(name: Name, as_json: options.Json = False) -> None:
     require_whole(results, there=name)
 
 
-def checked(entry: Released) -> Iterator[Result]:
+def checked(entry: Release) -> Iterator[Result]:
     """Each file of an entry, compared with the hub's checksum; what came with kadr is opened instead.
 
     Raises:
         CheckpointError: a file that came with kadr does not open.
     """
     if entry.repo is not None:
-        return (Result(entry, file) for file in compare(entry.repo, entry.files))
+        return (Result(entry, file) for file in compare(entry.repo, entry.file_patterns))
     return (Result(entry, file) for file in _opened(entry))
 
 
@@ -70,20 +70,20 @@ def require_whole(results: Sequence[Result], *, there: str = "") -> None:
         raise CheckpointError(f"{there} is not on disk, or not all of it. `kadr models pull {there}` fetches it.")
 
 
-def size_of(entry: Released, place: Path) -> int:
+def size_of(entry: Release, place: Path) -> int:
     """Bytes of an entry that is on disk."""
     if place.is_file() or entry.repo is None:
         return place.stat().st_size
-    return sum(path.stat().st_size for path in hub.cached(entry.repo, entry.files).values() if path.is_file())
+    return sum(path.stat().st_size for path in hub.cached(entry.repo, entry.file_patterns).values() if path.is_file())
 
 
-def wrong_size(entry: Released, size: int) -> bool:
+def wrong_size(entry: Release, size: int) -> bool:
     """Whether so many bytes are not about those that the registry states."""
     stated = entry.size_bytes
     return stated is not None and abs(size - stated) > CLOSE * stated
 
 
-def _opened(entry: Released) -> Iterator[Checked]:
+def _opened(entry: Release) -> Iterator[Checked]:
     from kadr.checkpoints.header import read_header
 
     file = PACKAGE / entry.file
@@ -108,9 +108,9 @@ def _fault(result: Result) -> str:
     )
 
 
-def _size_in_words(entry: Released, file: Checked) -> str:
+def _size_in_words(entry: Release, file: Checked) -> str:
     """What is odd about the size of a file; nothing, where nothing is or where the registry does not know it."""
-    if file.path is None or len(entry.files) > 1 or not wrong_size(entry, size := file.path.stat().st_size):
+    if file.path is None or len(entry.file_patterns) > 1 or not wrong_size(entry, size := file.path.stat().st_size):
         return ""
     short = "cut short to" if size < (entry.size_bytes or 0) else "grown to"
     return f"{short} {in_words(size)} of {in_words(entry.size_bytes or 0)} bytes"

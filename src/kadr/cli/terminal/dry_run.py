@@ -109,7 +109,7 @@ def _headline(plan: PassPlan) -> str:
         f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and plan.guided,
     }
     made = f"{plan.size}, {plan.frames} frames at {plan.fps:g} per second"
-    latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.tokens} tokens"
+    latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.num_tokens} tokens"
     which = f"pass {plan.number}" if plan.windows == 1 else f"each of {plan.windows} windows"
     return "; ".join([f"{which}: {made}", latents, *(way for way, taken in ways.items() if taken)])
 

@@ -10,26 +10,28 @@ from torch import Tensor, nn
 
 from kadr.kernels import fused
 from kadr.models.vae.config import Strides
-from kadr.nn.conv import VideoConv
-from kadr.nn.modulation import learned_table
+from kadr.nn.conv import CausalConv3d
+from kadr.nn.modulation import init_scale_shift_table
 from kadr.nn.norm import ChannelLayerNorm
-from kadr.nn.temporal_cache import Stream, in_turn
-from kadr.nn.timestep_embedding import LevelEmbedding
+from kadr.nn.temporal_cache import TemporalCache, cat_frames
+from kadr.nn.timestep_embedding import TimestepEmbedding
 
 
-def patchify(x: Tensor, patch: int) -> Tensor:
+def patchify(x: Tensor, patch_size: int) -> Tensor:
     """(B, C, F, H, W) -> (B, C·p·p, F, H/p, W/p): channel, then column within the patch, then row (fastest)."""
     batch, channels, frames, height, width = x.shape
-    x = x.reshape(batch, channels, frames, height // patch, patch, width // patch, patch)
-    return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(batch, channels * patch**2, frames, height // patch, width // patch)
+    x = x.reshape(batch, channels, frames, height // patch_size, patch_size, width // patch_size, patch_size)
+    return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(
+        batch, channels * patch_size**2, frames, height // patch_size, width // patch_size
+    )
 
 
-def unpatchify(x: Tensor, patch: int) -> Tensor:
+def unpatchify(x: Tensor, patch_size: int) -> Tensor:
     """The inverse of `patchify`."""
     batch, channels, frames, height, width = x.shape
-    channels //= patch**2
-    x = x.reshape(batch, channels, patch, patch, frames, height, width)
-    return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(batch, channels, frames, height * patch, width * patch)
+    channels //= patch_size**2
+    x = x.reshape(batch, channels, patch_size, patch_size, frames, height, width)
+    return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(batch, channels, frames, height * patch_size, width * patch_size)
 
 
 def space_to_depth(x: Tensor, strides: Strides) -> Tensor:
@@ -53,17 +55,17 @@ def depth_to_space(x: Tensor, strides: Strides) -> Tensor:
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(batch, channels, frames * t, height * s, width * r)
 
 
-class Bend(NamedTuple):
+class ScaleShift(NamedTuple):
     """A shift and a scale per channel, each (B, C)."""
 
     shift: Tensor
     scale: Tensor
 
 
-def bends(table: Tensor, embedding: Tensor) -> list[Bend]:
+def compute_scale_shifts(table: Tensor, embedding: Tensor) -> list[ScaleShift]:
     """table (2n, C) + embedding (B, 2n·C) -> n bends; the rows are shift, scale, shift, scale, ..."""
     rows = (table[None] + embedding.unflatten(1, table.shape)).unbind(1)
-    return [Bend(shift, scale) for shift, scale in zip(rows[::2], rows[1::2], strict=True)]
+    return [ScaleShift(shift, scale) for shift, scale in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def adds_bias_to_skip(x: Tensor) -> bool:
@@ -71,121 +73,150 @@ def adds_bias_to_skip(x: Tensor) -> bool:
     return x.is_cuda
 
 
-class ResidualLayer(nn.Module):
+class ResnetBlock3D(nn.Module):
     """Two convolutions around a residual path; optionally bent by the noise level, optionally with noise added."""
 
     def __init__(
-        self, width_in: int, width: int, *, causal: bool, level_conditioned: bool = False, inject_noise: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        causal: bool,
+        timestep_conditioning: bool = False,
+        inject_noise: bool = False,
     ) -> None:
         super().__init__()
-        self.conv1 = VideoConv(width_in, width, causal=causal)
-        self.conv2 = VideoConv(width, width, causal=causal)
-        if width_in != width:
-            self.shortcut_norm = ChannelLayerNorm(width_in, eps=1e-6)
-            self.shortcut = nn.Conv3d(width_in, width, 1)
-        if level_conditioned:
-            self.modulation = learned_table(4, width_in)
+        self.conv1 = CausalConv3d(in_channels, out_channels, causal=causal)
+        self.conv2 = CausalConv3d(out_channels, out_channels, causal=causal)
+        if in_channels != out_channels:
+            self.shortcut_norm = ChannelLayerNorm(in_channels, eps=1e-6)
+            self.shortcut = nn.Conv3d(in_channels, out_channels, 1)
+        if timestep_conditioning:
+            self.scale_shift_table = init_scale_shift_table(4, in_channels)
         if inject_noise:
-            self.noise1 = nn.Parameter(torch.zeros(width_in, 1, 1))
-            self.noise2 = nn.Parameter(torch.zeros(width_in, 1, 1))
-        self.level_conditioned, self.inject_noise, self.widens = level_conditioned, inject_noise, width_in != width
+            self.per_channel_scale1 = nn.Parameter(torch.zeros(in_channels, 1, 1))
+            self.per_channel_scale2 = nn.Parameter(torch.zeros(in_channels, 1, 1))
+        self.timestep_conditioning, self.inject_noise, self.changes_channels = (
+            timestep_conditioning,
+            inject_noise,
+            in_channels != out_channels,
+        )
 
-    def forward(self, x: Tensor, stream: Stream, level: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: TemporalCache, temb: Tensor | None = None) -> Tensor:
         """x (B, C, F, H, W), level (B, 4C): the embedded noise level, where the layer is conditioned on it."""
         bend1 = bend2 = None
-        if self.level_conditioned and level is not None:
-            bend1, bend2 = bends(self.modulation, level)
-        main = self._half(x, stream, self.conv1, bend1, "noise1")
+        if self.timestep_conditioning and temb is not None:
+            bend1, bend2 = compute_scale_shifts(self.scale_shift_table, temb)
+        main = self._norm_conv(x, cache, self.conv1, bend1, "per_channel_scale1")
         together = adds_bias_to_skip(main)
-        main = self._half(main, stream, self.conv2, bend2, "noise2", biased=not together)
-        skip = stream.delay(self, x, main.shape[2])
+        main = self._norm_conv(main, cache, self.conv2, bend2, "per_channel_scale2", add_bias=not together)
+        skip = cache.delay(self, x, main.shape[2])
         if not main.shape[2]:
             return main  # still waiting; native convolutions refuse a tensor without frames
-        if self.widens:
+        if self.changes_channels:
             skip = self.shortcut(self.shortcut_norm(skip))
         return fused.bias_residual(main, self.conv2.bias, skip) if together else main.add_(skip)
 
-    def _half(
-        self, x: Tensor, stream: Stream, conv: VideoConv, bend: Bend | None, noise: str, *, biased: bool = True
+    def _norm_conv(
+        self,
+        x: Tensor,
+        cache: TemporalCache,
+        conv: CausalConv3d,
+        scale_shift: ScaleShift | None,
+        noise_scale_name: str,
+        *,
+        add_bias: bool = True,
     ) -> Tensor:
-        scale, shift = (bend.scale, bend.shift) if bend else (None, None)
-        x = conv(fused.pixel_norm_modulate_silu(x, scale, shift), stream, biased=biased)
+        scale, shift = (scale_shift.scale, scale_shift.shift) if scale_shift else (None, None)
+        x = conv(fused.pixel_norm_modulate_silu(x, scale, shift), cache, biased=add_bias)
         if self.inject_noise:
-            x = x + stream.noise((self, noise), like=x) * getattr(self, noise)[None, :, None]
+            x = x + cache.get_noise((self, noise_scale_name), like=x) * getattr(self, noise_scale_name)[None, :, None]
         return x
 
 
-class ResidualStage(nn.Module):
+class ResnetStage(nn.Module):
     """The "res_x" block: residual layers of one width that share one embedding of the noise level."""
 
     def __init__(
-        self, width: int, layers: int, *, causal: bool, level_conditioned: bool = False, inject_noise: bool = False
+        self,
+        channels: int,
+        num_layers: int,
+        *,
+        causal: bool,
+        timestep_conditioning: bool = False,
+        inject_noise: bool = False,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            ResidualLayer(width, width, causal=causal, level_conditioned=level_conditioned, inject_noise=inject_noise)
-            for _ in range(layers)
+        self.res_blocks = nn.ModuleList(
+            ResnetBlock3D(
+                channels,
+                channels,
+                causal=causal,
+                timestep_conditioning=timestep_conditioning,
+                inject_noise=inject_noise,
+            )
+            for _ in range(num_layers)
         )
-        self.level_embedding = LevelEmbedding(4 * width) if level_conditioned else None
+        self.time_embed = TimestepEmbedding(4 * channels) if timestep_conditioning else None
 
-    def forward(self, x: Tensor, stream: Stream, level: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: TemporalCache, timestep: Tensor | None = None) -> Tensor:
         """level (B): the scaled noise level, where the stage is conditioned on it."""
         embedded = None
-        if self.level_embedding is not None and level is not None:
-            embedded = self.level_embedding(level, x.dtype)
-        for layer in self.layers:
-            x = layer(x, stream, embedded)
+        if self.time_embed is not None and timestep is not None:
+            embedded = self.time_embed(timestep, x.dtype)
+        for layer in self.res_blocks:
+            x = layer(x, cache, embedded)
         return x
 
 
-class SpaceToDepthDown(nn.Module):
+class SpaceToDepthDownsample(nn.Module):
     """The "compress_*_res" block of the encoder: a convolution folded into channels, beside averaged channels.
 
     The first frame is doubled before both paths, so an odd count of frames folds in pairs.
     """
 
-    def __init__(self, width_in: int, width: int, strides: Strides) -> None:
+    def __init__(self, in_channels: int, out_channels: int, strides: Strides) -> None:
         super().__init__()
-        self.conv = VideoConv(width_in, width // prod(strides), causal=True)
+        self.conv = CausalConv3d(in_channels, out_channels // prod(strides), causal=True)
         self.strides = strides
-        self.group = width_in * prod(strides) // width
+        self.group_size = in_channels * prod(strides) // out_channels
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x: Tensor, cache: TemporalCache) -> Tensor:
         if self.strides[0] == 2:
-            x = self._paired(x, stream)
-        skip = space_to_depth(x, self.strides).unflatten(1, (-1, self.group)).mean(dim=2)
-        return space_to_depth(self.conv(x, stream), self.strides) + skip
+            x = self._pair_frames(x, cache)
+        skip = space_to_depth(x, self.strides).unflatten(1, (-1, self.group_size)).mean(dim=2)
+        return space_to_depth(self.conv(x, cache), self.strides) + skip
 
-    def _paired(self, x: Tensor, stream: Stream) -> Tensor:
-        if stream.is_first((self, "doubled"), x):
-            x = in_turn(x[:, :, :1], x)
-        x = stream.join(self, x)
+    def _pair_frames(self, x: Tensor, cache: TemporalCache) -> Tensor:
+        if cache.is_first((self, "doubled"), x):
+            x = cat_frames(x[:, :, :1], x)
+        x = cache.prepend(self, x)
         even = x.shape[2] // 2 * 2
-        stream.keep(self, x[:, :, even:])
+        cache.store(self, x[:, :, even:])
         return x[:, :, :even]
 
 
-class DepthToSpaceUp(nn.Module):
+class DepthToSpaceUpsample(nn.Module):
     """The "compress_*" block of the decoder: a convolution unfolded into frames, rows and columns.
 
     Twice as many frames come out, less the first. With `residual`, the unfolded input is added, its channels
     tiled (0..K-1, 0..K-1, ...) to the width of the output.
     """
 
-    def __init__(self, width_in: int, strides: Strides, *, multiplier: int, residual: bool) -> None:
+    def __init__(self, in_channels: int, strides: Strides, *, multiplier: int, residual: bool) -> None:
         super().__init__()
         factor = prod(strides)
-        self.conv = VideoConv(width_in, factor * width_in // multiplier, causal=False)
+        self.conv = CausalConv3d(in_channels, factor * in_channels // multiplier, causal=False)
         self.strides = strides
-        self.tiles = factor // multiplier if residual else 0
+        self.skip_repeats = factor // multiplier if residual else 0
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        out = self.conv(x, stream)
+    def forward(self, x: Tensor, cache: TemporalCache) -> Tensor:
+        out = self.conv(x, cache)
         made = out.shape[2]
         out = depth_to_space(out, self.strides)
-        if self.tiles:
-            skip = depth_to_space(stream.delay(self, x, made), self.strides)
-            out = (out.unflatten(1, (self.tiles, -1)) + skip[:, None]).flatten(1, 2)
-        if self.strides[0] == 2 and stream.is_first((self, "dropped"), out):
+        if self.skip_repeats:
+            skip = depth_to_space(cache.delay(self, x, made), self.strides)
+            out = (out.unflatten(1, (self.skip_repeats, -1)) + skip[:, None]).flatten(1, 2)
+        if self.strides[0] == 2 and cache.is_first((self, "dropped"), out):
             out = out[:, :, 1:]
         return out

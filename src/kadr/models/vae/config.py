@@ -11,7 +11,7 @@ from kadr.errors import CheckpointError
 
 Strides = tuple[int, int, int]  # over frames, rows, columns
 
-STRIDES: Mapping[str, Strides] = {
+BLOCK_STRIDES: Mapping[str, Strides] = {
     "compress_time": (2, 1, 1),
     "compress_space": (1, 2, 2),
     "compress_all": (2, 2, 2),
@@ -19,10 +19,10 @@ STRIDES: Mapping[str, Strides] = {
     "compress_space_res": (1, 2, 2),
     "compress_all_res": (2, 2, 2),
 }
-ENCODER_KINDS = ("res_x", "res_x_y", *STRIDES)
-DECODER_KINDS = ("res_x", "res_x_y", "compress_time", "compress_space", "compress_all")
+ENCODER_BLOCK_KINDS = ("res_x", "res_x_y", *BLOCK_STRIDES)
+DECODER_BLOCK_KINDS = ("res_x", "res_x_y", "compress_time", "compress_space", "compress_all")
 # Keys of the header that change what is computed, with the only value released weights use.
-FIXED: Mapping[str, Any] = {
+FIXED_HEADER_VALUES: Mapping[str, Any] = {
     "_class_name": "CausalVideoAutoencoder",
     "dims": 3,
     "in_channels": 3,
@@ -35,11 +35,11 @@ FIXED: Mapping[str, Any] = {
     "spatial_padding_mode": "zeros",
     "scaling_factor": 1.0,
 }
-REQUIRED = ("latent_log_var", "norm_layer", "use_quant_conv")
+REQUIRED_KEYS = ("latent_log_var", "norm_layer", "use_quant_conv")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class BlockConfig:
     """One entry of a block list, in the order of the encoder.
 
     Args:
@@ -51,21 +51,21 @@ class Block:
     """
 
     kind: str
-    layers: int = 0
+    num_layers: int = 0
     multiplier: int = 1
     residual: bool = False
     inject_noise: bool = False
 
     @property
     def strides(self) -> Strides:
-        return STRIDES.get(self.kind, (1, 1, 1))
+        return BLOCK_STRIDES.get(self.kind, (1, 1, 1))
 
     @classmethod
-    def read(cls, entry: Sequence[Any], *, where: str, kinds: Sequence[str]) -> Block:
+    def from_header(cls, entry: Sequence[Any], *, list_name: str, allowed_kinds: Sequence[str]) -> BlockConfig:
         """Read ["res_x", 4] or ["compress_all", {"residual": true, "multiplier": 2}]."""
         kind, detail = entry
-        if kind not in kinds:
-            raise CheckpointError(f"the VAE's {where} list a block {kind!r}; known are {', '.join(kinds)}.")
+        if kind not in allowed_kinds:
+            raise CheckpointError(f"the VAE's {list_name} list a block {kind!r}; known are {', '.join(allowed_kinds)}.")
         detail = {"num_layers": detail} if isinstance(detail, int) else dict(detail)
         if kind != "res_x":
             detail.pop("num_layers", None)  # ["compress_all", 1] is how 0.9 writes a block without layers
@@ -78,13 +78,15 @@ class Block:
             inject_noise=detail.pop("inject_noise", False),
         )
         if detail:
-            raise CheckpointError(f"the VAE's {where} set {', '.join(detail)} on {kind!r}, which kadr does not know.")
+            raise CheckpointError(
+                f"the VAE's {list_name} set {', '.join(detail)} on {kind!r}, which kadr does not know."
+            )
         return block
 
-    def header(self) -> list[Any]:
+    def to_header(self) -> list[Any]:
         """The entry as the official header writes it."""
         if self.kind == "res_x":
-            return [self.kind, {"num_layers": self.layers, "inject_noise": self.inject_noise}]
+            return [self.kind, {"num_layers": self.num_layers, "inject_noise": self.inject_noise}]
         detail: dict[str, Any] = {"multiplier": self.multiplier}
         if self.kind == "compress_all":
             detail["residual"] = self.residual
@@ -97,27 +99,27 @@ class Block:
 class VAEConfig:
     """Sizes of a VAE. Block lists are in the order of the encoder; the decoder walks its own backwards."""
 
-    encoder_blocks: tuple[Block, ...]
-    decoder_blocks: tuple[Block, ...]
+    encoder_blocks: tuple[BlockConfig, ...]
+    decoder_blocks: tuple[BlockConfig, ...]
     timestep_conditioning: bool
     latent_channels: int = 128
-    patch: int = 4
-    encoder_width: int = 128
-    decoder_width: int = 128
+    patch_size: int = 4
+    encoder_base_channels: int = 128
+    decoder_base_channels: int = 128
 
     def __post_init__(self) -> None:
         for name, blocks in (("encoder_blocks", self.encoder_blocks), ("decoder_blocks", self.decoder_blocks)):
             time = prod(block.strides[0] for block in blocks)
-            space = prod(block.strides[1] for block in blocks) * self.patch
+            space = prod(block.strides[1] for block in blocks) * self.patch_size
             if (time, space) != (8, 32):
                 raise CheckpointError(
-                    f"the VAE's {name} with patches of {self.patch} reduce time {time} and space {space} times; "
+                    f"the VAE's {name} with patches of {self.patch_size} reduce time {time} and space {space} times; "
                     "the family reduces them 8 and 32 times."
                 )
 
     @property
-    def decoder_start_width(self) -> int:
-        return self.decoder_width * prod(block.multiplier for block in self.decoder_blocks)
+    def decoder_start_channels(self) -> int:
+        return self.decoder_base_channels * prod(block.multiplier for block in self.decoder_blocks)
 
     @property
     def injects_noise(self) -> bool:
@@ -130,15 +132,21 @@ class VAEConfig:
         Raises:
             CheckpointError: a value that no released weights use, or an unknown block.
         """
-        for key, value in FIXED.items():
-            found = header.get(key, None if key in REQUIRED else value)
+        for key, value in FIXED_HEADER_VALUES.items():
+            found = header.get(key, None if key in REQUIRED_KEYS else value)
             if found != value:
                 raise CheckpointError(f"the VAE's header has {key} = {found!r}; kadr knows only {value!r}.")
         shared = header.get("blocks", ())
         encoder, decoder = header.get("encoder_blocks", shared), header.get("decoder_blocks", shared)
         return cls(
-            encoder_blocks=tuple(Block.read(b, where="encoder_blocks", kinds=ENCODER_KINDS) for b in encoder),
-            decoder_blocks=tuple(Block.read(b, where="decoder_blocks", kinds=DECODER_KINDS) for b in decoder),
+            encoder_blocks=tuple(
+                BlockConfig.from_header(b, list_name="encoder_blocks", allowed_kinds=ENCODER_BLOCK_KINDS)
+                for b in encoder
+            ),
+            decoder_blocks=tuple(
+                BlockConfig.from_header(b, list_name="decoder_blocks", allowed_kinds=DECODER_BLOCK_KINDS)
+                for b in decoder
+            ),
             timestep_conditioning=header.get("timestep_conditioning", False),
             latent_channels=header["latent_channels"],
             patch=header.get("patch_size", 1),
@@ -146,46 +154,49 @@ class VAEConfig:
             decoder_width=header.get("decoder_base_channels", 128),
         )
 
-    def header(self) -> dict[str, Any]:
+    def to_header(self) -> dict[str, Any]:
         """The "vae" entry of an official header."""
         return {
-            **FIXED,
+            **FIXED_HEADER_VALUES,
             "latent_channels": self.latent_channels,
-            "patch_size": self.patch,
-            "encoder_base_channels": self.encoder_width,
-            "decoder_base_channels": self.decoder_width,
-            "encoder_blocks": [block.header() for block in self.encoder_blocks],
-            "decoder_blocks": [block.header() for block in self.decoder_blocks],
+            "patch_size": self.patch_size,
+            "encoder_base_channels": self.encoder_base_channels,
+            "decoder_base_channels": self.decoder_base_channels,
+            "encoder_blocks": [block.to_header() for block in self.encoder_blocks],
+            "decoder_blocks": [block.to_header() for block in self.decoder_blocks],
             "timestep_conditioning": self.timestep_conditioning,
         }
 
 
-def _blocks(*entries: tuple[str, Any]) -> tuple[Block, ...]:
-    return tuple(Block.read(entry, where="released list", kinds=ENCODER_KINDS) for entry in entries)
+def _parse_blocks(*entries: tuple[str, Any]) -> tuple[BlockConfig, ...]:
+    return tuple(
+        BlockConfig.from_header(entry, list_name="released list", allowed_kinds=ENCODER_BLOCK_KINDS)
+        for entry in entries
+    )
 
 
-_STRIDED = _blocks(
+_STRIDED_BLOCKS = _parse_blocks(
     ("res_x", 4), ("compress_all", 1), ("res_x_y", 1), ("res_x", 3), ("compress_all", 1),
     ("res_x_y", 1), ("res_x", 3), ("compress_all", 1), ("res_x", 3), ("res_x", 4),
 )  # fmt: skip
-_UP = ("compress_all", {"residual": True, "multiplier": 2})
+_UPSAMPLE_BLOCK = ("compress_all", {"residual": True, "multiplier": 2})
 
-VAE_0_9 = VAEConfig(encoder_blocks=_STRIDED, decoder_blocks=_STRIDED, timestep_conditioning=False)
+VAE_0_9 = VAEConfig(encoder_blocks=_STRIDED_BLOCKS, decoder_blocks=_STRIDED_BLOCKS, timestep_conditioning=False)
 VAE_0_9_1 = VAEConfig(
-    encoder_blocks=_STRIDED,
-    decoder_blocks=_blocks(
-        ("res_x", {"num_layers": 5, "inject_noise": True}), _UP,
-        ("res_x", {"num_layers": 6, "inject_noise": True}), _UP,
-        ("res_x", {"num_layers": 7, "inject_noise": True}), _UP, ("res_x", 8),
+    encoder_blocks=_STRIDED_BLOCKS,
+    decoder_blocks=_parse_blocks(
+        ("res_x", {"num_layers": 5, "inject_noise": True}), _UPSAMPLE_BLOCK,
+        ("res_x", {"num_layers": 6, "inject_noise": True}), _UPSAMPLE_BLOCK,
+        ("res_x", {"num_layers": 7, "inject_noise": True}), _UPSAMPLE_BLOCK, ("res_x", 8),
     ),
     timestep_conditioning=True,
 )  # fmt: skip
 VAE_0_9_5 = VAEConfig(
-    encoder_blocks=_blocks(
+    encoder_blocks=_parse_blocks(
         ("res_x", 4), ("compress_space_res", {"multiplier": 2}), ("res_x", 6), ("compress_time_res", {"multiplier": 2}),
         ("res_x", 6), ("compress_all_res", {"multiplier": 2}), ("res_x", 2), ("compress_all_res", {"multiplier": 2}),
         ("res_x", 2),
     ),
-    decoder_blocks=_blocks(("res_x", 5), _UP, ("res_x", 5), _UP, ("res_x", 5), _UP, ("res_x", 5)),
+    decoder_blocks=_parse_blocks(("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5)),
     timestep_conditioning=True,
 )  # fmt: skip

@@ -9,32 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from kadr.kernels import fused
-from kadr.models.vae.blocks import DepthToSpaceUp, ResidualLayer, ResidualStage, bends, unpatchify
-from kadr.models.vae.config import Block, VAEConfig
-from kadr.nn.conv import VideoConv
-from kadr.nn.modulation import learned_table
-from kadr.nn.temporal_cache import Stream
-from kadr.nn.timestep_embedding import LevelEmbedding
+from kadr.models.vae.blocks import DepthToSpaceUpsample, ResnetBlock3D, ResnetStage, compute_scale_shifts, unpatchify
+from kadr.models.vae.config import BlockConfig, VAEConfig
+from kadr.nn.conv import CausalConv3d
+from kadr.nn.modulation import init_scale_shift_table
+from kadr.nn.temporal_cache import TemporalCache
+from kadr.nn.timestep_embedding import TimestepEmbedding
 
-Stage = Callable[[Tensor, Stream], Tensor]
-SLICE = 4  # frames that a stage hands on at a time, unless told otherwise
+DecoderStage = Callable[[Tensor, TemporalCache], Tensor]
+CHUNK_FRAMES = 4  # frames that a stage hands on at a time, unless told otherwise
 
 
-def _block(block: Block, width: int, level_conditioned: bool) -> tuple[nn.Module, int]:
+def _build_block(block: BlockConfig, channels: int, timestep_conditioning: bool) -> tuple[nn.Module, int]:
     """The module for one entry of the list, and the width it hands on."""
     noise = block.inject_noise
     if block.kind == "res_x":
-        stage = ResidualStage(
-            width, block.layers, causal=False, level_conditioned=level_conditioned, inject_noise=noise
+        stage = ResnetStage(
+            channels, block.num_layers, causal=False, timestep_conditioning=timestep_conditioning, inject_noise=noise
         )
-        return stage, width
-    narrower = width // block.multiplier
+        return stage, channels
+    narrower = channels // block.multiplier
     if block.kind == "res_x_y":
-        return ResidualLayer(width, narrower, causal=False, inject_noise=noise), narrower
+        return ResnetBlock3D(channels, narrower, causal=False, inject_noise=noise), narrower
     # Only compress_all narrows; the others keep their width whatever the entry says, as the official decoder does.
     multiplier = block.multiplier if block.kind == "compress_all" else 1
-    up = DepthToSpaceUp(width, block.strides, multiplier=multiplier, residual=block.residual)
-    return up, width // multiplier
+    up = DepthToSpaceUpsample(channels, block.strides, multiplier=multiplier, residual=block.residual)
+    return up, channels // multiplier
 
 
 class Decoder(nn.Module):
@@ -42,29 +42,29 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        self.patch = config.patch
-        width = config.decoder_start_width
-        self.conv_in = VideoConv(config.latent_channels, width, causal=False)
+        self.patch_size = config.patch_size
+        width = config.decoder_start_channels
+        self.conv_in = CausalConv3d(config.latent_channels, width, causal=False)
         self.blocks = nn.ModuleList()
         for entry in reversed(config.decoder_blocks):
-            module, width = _block(entry, width, config.timestep_conditioning)
+            module, width = _build_block(entry, width, config.timestep_conditioning)
             self.blocks.append(module)
-        self.conv_out = VideoConv(width, 3 * config.patch**2, causal=False)
-        self.level_conditioned = config.timestep_conditioning
-        if self.level_conditioned:
-            self.level_scale = nn.Parameter(torch.tensor(1000.0))
-            self.level_embedding = LevelEmbedding(2 * width)
-            self.modulation = learned_table(2, width)
+        self.conv_out = CausalConv3d(width, 3 * config.patch_size**2, causal=False)
+        self.timestep_conditioning = config.timestep_conditioning
+        if self.timestep_conditioning:
+            self.timestep_scale_multiplier = nn.Parameter(torch.tensor(1000.0))
+            self.time_embed = TimestepEmbedding(2 * width)
+            self.scale_shift_table = init_scale_shift_table(2, width)
 
-    def forward(self, latents: Tensor, stream: Stream, level: Tensor | None = None) -> Tensor:
+    def forward(self, latents: Tensor, cache: TemporalCache, timestep: Tensor | None = None) -> Tensor:
         """latents (B, C, f, h, w), level (B) in [0, 1] -> pixels (B, 3, F, H, W), about [-1, 1], not clamped."""
         x = latents
-        for stage in self._stages(level):
-            x = stage(x, stream)
+        for stage in self._stages(timestep):
+            x = stage(x, cache)
         return x
 
-    def pieces(
-        self, latents: Tensor, stream: Stream, level: Tensor | None = None, *, handed: int = SLICE
+    def forward_chunks(
+        self, latents: Tensor, cache: TemporalCache, timestep: Tensor | None = None, *, chunk_frames: int = CHUNK_FRAMES
     ) -> Iterator[Tensor]:
         """As `forward`, but yields the pixels in pieces of a few frames.
 
@@ -73,38 +73,40 @@ class Decoder(nn.Module):
         all the way to pixels before the next is touched.
 
         Args:
-            handed: frames in a slice. Fewer take less memory and more time; the pixels are the same.
+            chunk_frames: frames in a slice. Fewer take less memory and more time; the pixels are the same.
         """
-        yield from _depth_first(self._stages(level), latents, stream, handed)
+        yield from _run_depth_first(self._stages(timestep), latents, cache, chunk_frames)
 
-    def _stages(self, level: Tensor | None) -> list[Stage]:
-        if self.level_conditioned:
-            if level is None:
+    def _stages(self, timestep: Tensor | None) -> list[DecoderStage]:
+        if self.timestep_conditioning:
+            if timestep is None:
                 raise ValueError("this decoder is conditioned on a noise level: give one")
-            level = level * self.level_scale
-        blocks = [_given(block, level) if isinstance(block, ResidualStage) else block for block in self.blocks]
-        return [self.conv_in, *blocks, partial(self._to_pixels, level=level)]
+            timestep = timestep * self.timestep_scale_multiplier
+        blocks = [_bind_timestep(block, timestep) if isinstance(block, ResnetStage) else block for block in self.blocks]
+        return [self.conv_in, *blocks, partial(self._to_pixels, timestep=timestep)]
 
-    def _to_pixels(self, x: Tensor, stream: Stream, level: Tensor | None) -> Tensor:
+    def _to_pixels(self, x: Tensor, cache: TemporalCache, timestep: Tensor | None) -> Tensor:
         scale = shift = None
-        if self.level_conditioned and level is not None:
-            ((shift, scale),) = bends(self.modulation, self.level_embedding(level, x.dtype))
-        return unpatchify(self.conv_out(fused.pixel_norm_modulate_silu(x, scale, shift), stream), self.patch)
+        if self.timestep_conditioning and timestep is not None:
+            ((shift, scale),) = compute_scale_shifts(self.scale_shift_table, self.time_embed(timestep, x.dtype))
+        return unpatchify(self.conv_out(fused.pixel_norm_modulate_silu(x, scale, shift), cache), self.patch_size)
 
 
-def _given(block: ResidualStage, level: Tensor | None) -> Stage:
-    return lambda x, stream: block(x, stream, level)
+def _bind_timestep(block: ResnetStage, timestep: Tensor | None) -> DecoderStage:
+    return lambda x, stream: block(x, stream, timestep)
 
 
-def _depth_first(stages: Sequence[Stage], x: Tensor, stream: Stream, handed: int) -> Iterator[Tensor]:
+def _run_depth_first(
+    stages: Sequence[DecoderStage], x: Tensor, cache: TemporalCache, chunk_frames: int
+) -> Iterator[Tensor]:
     """Send x through the stages, slice by slice; yields what comes out. Only the very last slice ends the video."""
     if not stages:
         if x.shape[2]:
             yield x
         return
-    last, made = stream.last, stages[0](x, stream)
-    slices = made.split(handed, dim=2) if made.shape[2] else (made,)
+    last, made = cache.is_last_chunk, stages[0](x, cache)
+    slices = made.split(chunk_frames, dim=2) if made.shape[2] else (made,)
     for index, part in enumerate(slices):
-        stream.last = last and index == len(slices) - 1
-        yield from _depth_first(stages[1:], part, stream, handed)
-    stream.last = last
+        cache.is_last_chunk = last and index == len(slices) - 1
+        yield from _run_depth_first(stages[1:], part, cache, chunk_frames)
+    cache.is_last_chunk = last

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from kadr.models.vae.config import VAEConfig
-from kadr.models.vae.decoder import SLICE, Decoder
+from kadr.models.vae.decoder import CHUNK_FRAMES, Decoder
 from kadr.models.vae.encoder import Encoder
-from kadr.nn.temporal_cache import NoiseSource, Stream
-from kadr.shapes import TEMPORAL
+from kadr.nn.temporal_cache import NoiseSource, TemporalCache
+from kadr.shapes import TEMPORAL_COMPRESSION
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,25 @@ class Moments:
         return self.mean + (0.5 * self.log_variance.clamp(-30.0, 20.0)).exp() * noise
 
 
-class Statistics(nn.Module):
+class LatentStatistics(nn.Module):
     """Mean and standard deviation of each latent channel over the training set."""
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("deviation", torch.ones(channels))
+        self.register_buffer("std", torch.ones(channels))
 
     def normalise(self, latents: Tensor) -> Tensor:
-        return (latents - self._shaped(self.mean, latents)) / self._shaped(self.deviation, latents)
+        return (latents - self._per_channel(self.mean, latents)) / self._per_channel(self.std, latents)
 
-    def restore(self, latents: Tensor) -> Tensor:
-        return latents * self._shaped(self.deviation, latents) + self._shaped(self.mean, latents)
+    def denormalise(self, latents: Tensor) -> Tensor:
+        return latents * self._per_channel(self.std, latents) + self._per_channel(self.mean, latents)
 
     @staticmethod
-    def _shaped(row: Tensor, latents: Tensor) -> Tensor:
+    def _per_channel(row: Tensor, latents: Tensor) -> Tensor:
         return row.to(latents)[None, :, None, None, None]
 
 
@@ -57,14 +57,14 @@ class VAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.statistics = Statistics(config.latent_channels)
+        self.statistics = LatentStatistics(config.latent_channels)
 
-    def moments(self, pixels: Tensor, *, chunk: int | None = None) -> Moments:
-        """pixels (B, 3, 8k+1, 32h, 32w) in [-1, 1] -> moments, not normalised. `chunk` frames go through at a time."""
+    def encode_moments(self, pixels: Tensor, *, chunk_frames: int | None = None) -> Moments:
+        """pixels (B, 3, 8k+1, 32h, 32w) in [-1, 1] -> moments, not normalised. `chunk_frames` frames go through at a time."""
         frames = pixels.shape[2]
-        return self.moments_stream(iter(pixels.split(chunk or frames, dim=2)), frames)
+        return self.encode_moments_stream(iter(pixels.split(chunk_frames or frames, dim=2)), frames)
 
-    def moments_stream(self, chunks: Iterator[Tensor], frames: int) -> Moments:
+    def encode_moments_stream(self, chunks: Iterator[Tensor], frames: int) -> Moments:
         """As `moments`, of pixels (B, 3, n, 32h, 32w) that come one chunk after the other, `frames` of them in all.
 
         The moments are the same; no chunk is held while the next one is made.
@@ -72,12 +72,14 @@ class VAE(nn.Module):
         Raises:
             ValueError: the frames are not 8k+1, or not as many come.
         """
-        if frames % TEMPORAL != 1:
-            raise ValueError(f"{frames} frames; the encoder takes {TEMPORAL}k+1, and what is over would be lost")
-        stream, done, made = Stream(), 0, []
+        if frames % TEMPORAL_COMPRESSION != 1:
+            raise ValueError(
+                f"{frames} frames; the encoder takes {TEMPORAL_COMPRESSION}k+1, and what is over would be lost"
+            )
+        stream, done, made = TemporalCache(), 0, []
         for part in chunks:
             done += part.shape[2]
-            stream.last = done >= frames
+            stream.is_last_chunk = done >= frames
             made.append(self.encoder(part, stream))
             del part
         if done != frames:
@@ -85,56 +87,62 @@ class VAE(nn.Module):
         joined = torch.cat(made, dim=2)
         return Moments(joined[:, :-1], joined[:, -1:])
 
-    def encode(self, pixels: Tensor, *, noise: Tensor | None = None, chunk: int | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, noise: Tensor | None = None, chunk_frames: int | None = None) -> Tensor:
         """pixels -> normalised latents (B, C, f, h, w): the mean, or with `noise` (shaped as the latents) a sample."""
-        moments = self.moments(pixels, chunk=chunk)
+        moments = self.encode_moments(pixels, chunk_frames=chunk_frames)
         return self.statistics.normalise(moments.mean if noise is None else moments.sample(noise))
 
     def encode_stream(self, chunks: Iterator[Tensor], frames: int) -> Tensor:
         """As `encode`, the mean, of pixels that come in chunks; see `moments_stream`."""
-        return self.statistics.normalise(self.moments_stream(chunks, frames).mean)
+        return self.statistics.normalise(self.encode_moments_stream(chunks, frames).mean)
 
-    def decode(self, latents: Tensor, *, level: Tensor | None = None, noise: NoiseSource | None = None) -> Tensor:
+    def decode(
+        self, latents: Tensor, *, timestep: Tensor | None = None, noise_source: NoiseSource | None = None
+    ) -> Tensor:
         """Normalised latents (B, C, f, h, w) -> pixels (B, 3, 8(f-1)+1, 32h, 32w), about [-1, 1].
 
         Args:
-            level: (B) the decode timestep in [0, 1], for decoders conditioned on it.
-            noise: source of injected noise, for decoders that inject it (0.9.1).
+            timestep: (B) the decode timestep in [0, 1], for decoders conditioned on it.
+            noise_source: source of injected noise, for decoders that inject it (0.9.1).
         """
-        return self.decoder(self.statistics.restore(latents), Stream.whole(noise), level)
+        return self.decoder(self.statistics.denormalise(latents), TemporalCache.single_chunk(noise_source), timestep)
 
     def decode_stream(
         self,
         latents: Tensor,
         *,
-        level: Tensor | None = None,
-        noise: NoiseSource | None = None,
-        chunk: int | None = None,
-        handed: int = SLICE,
+        timestep: Tensor | None = None,
+        noise_source: NoiseSource | None = None,
+        input_chunk_frames: int | None = None,
+        chunk_frames: int = CHUNK_FRAMES,
     ) -> Iterator[Tensor]:
-        """As `decode`, `chunk` latent frames at a time: yields pixels (B, 3, n, H, W) as they are ready.
+        """As `decode`, `input_chunk_frames` latent frames at a time: yields pixels (B, 3, n, H, W) as they are ready.
 
         The pixels are the same; the memory does not grow with the number of frames.
 
         Args:
-            chunk: as many as are handed on, unless told otherwise.
-            handed: see `Decoder.pieces`.
+            input_chunk_frames: as many as are handed on, unless told otherwise.
+            chunk_frames: see `Decoder.forward_chunks`.
         """
-        chunks = latents.split(chunk or handed, dim=2)
-        yield from self.decode_chunks(chunks, latents.shape[2], level=level, noise=noise, handed=handed)
+        chunks = latents.split(input_chunk_frames or chunk_frames, dim=2)
+        yield from self.decode_chunks(
+            chunks, latents.shape[2], timestep=timestep, noise_source=noise_source, chunk_frames=chunk_frames
+        )
 
     def decode_chunks(
         self,
         chunks: Iterable[Tensor],
         frames: int,
         *,
-        level: Tensor | None = None,
-        noise: NoiseSource | None = None,
-        handed: int = SLICE,
+        timestep: Tensor | None = None,
+        noise_source: NoiseSource | None = None,
+        chunk_frames: int = CHUNK_FRAMES,
     ) -> Iterator[Tensor]:
         """As `decode_stream`, of latents (B, C, n, h, w) that come in chunks, `frames` of them in all."""
-        stream, done = Stream(noise=noise), 0
+        stream, done = TemporalCache(noise_source=noise_source), 0
         for part in chunks:
             done += part.shape[2]
-            stream.last = done >= frames
-            yield from self.decoder.pieces(self.statistics.restore(part), stream, level, handed=handed)
+            stream.is_last_chunk = done >= frames
+            yield from self.decoder.forward_chunks(
+                self.statistics.denormalise(part), stream, timestep, chunk_frames=chunk_frames
+            )

@@ -21,9 +21,9 @@ from kadr.sampling.blending import continued
 from kadr.sampling.conditioning import append
 from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState
-from kadr.shapes import TEMPORAL, LatentGrid
+from kadr.shapes import TEMPORAL_COMPRESSION, LatentGrid
 
-BEFORE = -TEMPORAL  # pixel frame at which the remembered picture stands: one latent before the window
+BEFORE = -TEMPORAL_COMPRESSION  # pixel frame at which the remembered picture stands: one latent before the window
 
 
 class Guide(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kadr.media.postprocess import crop_margins, resize, to_uint8, to_unit
-from kadr.models.vae.decoder import SLICE
+from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import Watchman
 from kadr.pipeline.longvideo.sampling import Pieces, rechunked
@@ -56,7 +56,7 @@ class Decoding:
         assert isinstance(request.size, Size)
         assert request.frames is not None
         stage, watchman = Stage("decode", request.frames, self.watch), Watchman.on(components.device)
-        made, done = request.size.snapped(), 0
+        made, done = request.size.snap(), 0
         own = dtype or components.dtype_of("decode")
         with components.decoder(dtype) as vae:
             conditioned, injected = vae.config.timestep_conditioning, _Injection(self.noise)
@@ -64,10 +64,10 @@ class Decoding:
             if conditioned:
                 assert request.decode_timestep is not None
                 level = torch.full((1,), request.decode_timestep, device=components.device)
-            handed = components.choice("decode").frames or SLICE
+            handed = components.choice("decode").frames or CHUNK_FRAMES
             chunks = rechunked((part.to(own) for part in self._noised(latents, noise, mixed=conditioned)), handed)
-            count = LatentGrid.of(self.plan.size, self.plan.frames).frames
-            for chunk in vae.decode_chunks(chunks, count, level=level, noise=injected, handed=handed):
+            count = LatentGrid.for_video(self.plan.size, self.plan.frames).frames
+            for chunk in vae.decode_chunks(chunks, count, timestep=level, noise_source=injected, chunk_frames=handed):
                 watchman.look(chunk, f"frame {done + 1} of {request.frames}")
                 unit = crop_margins(resize(to_unit(chunk[0]), made), request.size)
                 frames = to_uint8(unit)[: request.frames - done].cpu()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.models.transformer import Reading, Transformer
+from kadr.models.transformer import TextKVCache, Transformer
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import Watchman
@@ -68,7 +68,7 @@ class Denoising:
         return guarded(stage, self.components.dtype_of(stage), run).latents()
 
     def _causal(self, plan: PassPlan) -> bool:
-        return self.components.config(plan.number - 1).causal_positions
+        return self.components.config(plan.number - 1).causal_temporal_positioning
 
     def _conditioned(self, plan: PassPlan, latents: Tensor, media: Encoded, guides: Sequence[Guide]) -> LatentState:
         causal = self._causal(plan)
@@ -99,7 +99,7 @@ class Denoising:
         own = dtype or self.components.dtype_of(name)
         assert self.request.image_noise is not None
         with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
-            rope = transformer.rope(_positions(state, context)[None].to(device))
+            rope = transformer.compute_rope(_positions(state, context)[None].to(device))
             long = (plan.window + 1, plan.windows) if plan.windows > 1 else None
             stage = Stage(name, plan.in_all or count, self.watch, plan.before, long)
 
@@ -126,13 +126,13 @@ class Denoising:
         dtype = texts[0].encoding.dtype
         caching = self.request.step_cache
         cached = None if caching is None else PassCache(caching, plan.steps)
-        readings: dict[int, Reading] = {}  # by the identity of texts, which are there as long as the steps are
+        readings: dict[int, TextKVCache] = {}  # by the identity of texts, which are there as long as the steps are
 
         def model(
             tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None
         ) -> tuple[Tensor, Tensor | None]:
             if id(text) not in readings:
-                readings[id(text)] = transformer.read(*text)
+                readings[id(text)] = transformer.project_text(*text)
             count = tokens.shape[1]
             if context is not None:
                 tokens, level = context.behind(tokens, level)
@@ -140,7 +140,7 @@ class Denoising:
             how: dict[str, Any] = {} if cached is None else {"cache": cached.stream(id(text))}
             if disturb is None:
                 return transformer(*arguments, **how)[:, :count], None
-            said, disturbed = transformer.with_disturbed(*arguments, **disturb._asdict() | how)
+            said, disturbed = transformer.forward_with_perturbed(*arguments, **disturb._asdict() | how)
             return said[:, :count], disturbed[:, :count]
 
         text, negative = (*texts, None)[:2]

@@ -22,7 +22,7 @@ from kadr.request.resolved_conditions import Box, Frames, Placed, meet
 from kadr.sampling.conditioning import PREFIX, append, hold, join
 from kadr.sampling.positions import positions
 from kadr.sampling.state import LatentState
-from kadr.shapes import SPATIAL, TEMPORAL, LatentGrid, Size
+from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid, Size
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Pixels:
     @property
     def grid(self) -> LatentGrid:
         """Of their latents."""
-        return LatentGrid.of(self.made, len(self.frames))
+        return LatentGrid.for_video(self.made, len(self.frames))
 
     def chunks(self, count: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
         """`count` pictures at a time, the last ones perhaps fewer: (1, 3, n, H, W) in [-1, 1].
@@ -157,7 +157,7 @@ def _spot(box: Box, request: Request, plan: PassPlan) -> tuple[Size, tuple[int, 
     """What a box becomes in a pass: its size in pixels, and its corner and what is cut of it as in `Fitted`."""
     assert isinstance(request.size, Size)
     row, column, height, width = _on_grid(box, request.size, plan.grid)
-    size = Size(width * SPATIAL, height * SPATIAL)
+    size = Size(width * SPATIAL_COMPRESSION, height * SPATIAL_COMPRESSION)
     cut = (
         int(row > 0),
         int(row + height < plan.grid.height),
@@ -165,7 +165,7 @@ def _spot(box: Box, request: Request, plan: PassPlan) -> tuple[Size, tuple[int, 
         int(column + width < plan.grid.width),
     )
     if height <= cut[0] + cut[1] or width <= cut[2] + cut[3]:
-        made = request.size.snapped()
+        made = request.size.snap()
         least = math.ceil(3 * max(made.width / plan.grid.width, made.height / plan.grid.height))  # latents of this pass
         raise RequestError(
             f"box {box} covers {size} pixels of a pass at {plan.size}: with its margins cut off, nothing is left. "
@@ -179,8 +179,8 @@ def _on_grid(box: Box, size: Size, grid: LatentGrid) -> Box:
     x, y, width, height = box
     if x + width > size.width or y + height > size.height:
         raise RequestError(f"box {box} reaches outside the video, which is {size}.")
-    left, _, top, _ = size.margins()
-    made = size.snapped()
+    left, _, top, _ = size.padding()
+    made = size.snap()
     across, down = grid.width / made.width, grid.height / made.height
     column, row = _nearest((x + left) * across), _nearest((y + top) * down)
     right, bottom = _nearest((x + width + left) * across), _nearest((y + height + top) * down)
@@ -218,4 +218,4 @@ def put(
     where = positions(grid, fps=plan.fps, causal=causal, first_frame=start)
     if latents.shape[2] == 1:
         return append(state, latents, where, strength, draw(own.shape))
-    return join(state, latents, where, strength, draw(own.shape), frame=start // TEMPORAL)
+    return join(state, latents, where, strength, draw(own.shape), frame=start // TEMPORAL_COMPRESSION)

@@ -20,7 +20,7 @@ from kadr.request.passes import PassPlan
 from kadr.request.request import Request
 from kadr.request.resolved_conditions import Frames
 from kadr.request.resolved_controls import Followed
-from kadr.shapes import SPATIAL, LatentGrid, Size
+from kadr.shapes import SPATIAL_COMPRESSION, LatentGrid, Size
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Reference:
     @property
     def grid(self) -> LatentGrid:
         """Of its latents."""
-        return LatentGrid.of(self.made, len(self.places))
+        return LatentGrid.for_video(self.made, len(self.places))
 
     def chunks(self, count: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
         """`count` pictures at a time, the last ones perhaps fewer: (1, 3, n, H, W) in [-1, 1].
@@ -76,7 +76,7 @@ def reference(followed: Followed, request: Request, plan: PassPlan, downscale: i
         MediaError: the medium is too small.
     """
     assert isinstance(request.size, Size)
-    unit = SPATIAL * downscale
+    unit = SPATIAL_COMPRESSION * downscale
     if plan.size.width % unit or plan.size.height % unit:
         raise RequestError(
             f"the references of this LoRA are {downscale} times smaller than the video, and pass {plan.number} is made "

@@ -15,7 +15,7 @@ def upscaled(components: Components, latents: Tensor, watch: Watch, _: torch.dty
     """The latents at the size of the second pass, with the statistics they had before; in float32, always."""
     with components.statistics() as vae:
         statistics = vae.statistics
-        made = statistics.restore(latents.float())
+        made = statistics.denormalise(latents.float())
         kinds = components.upscalers
         stage, watchman = Stage("upscale", len(kinds), watch), Watchman.on(components.device)
         for done, kind in enumerate(kinds, 1):
