@@ -50,7 +50,7 @@ def write(folder: Path, model: str = "2b") -> Path:
     if not path.exists():
         with torch.device("meta"):
             transformer, vae = Transformer(TRANSFORMERS[model]), VAE(VAE_0_9_5)
-        schedule = Schedule(sampler="LinearQuadratic", allowed=ALLOWED)
+        schedule = Schedule(sampler="LinearQuadratic", allowed_sigmas=ALLOWED)
         write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, filled=noise)
     if not (folder / "text_encoder" / "config.json").exists():
         with torch.device("meta"):

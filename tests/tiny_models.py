@@ -36,7 +36,7 @@ TEXT_WIDTH = 24
 SENTENCE = "a red circle moving right over the blue sea while birds fly slowly through golden light of evening"
 VAES = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
 LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
-SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+SHIFTED = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -90,8 +90,8 @@ def _passes(name: str, recipe: Recipe) -> Iterator[tuple[str, ...]]:
 
 
 def _timing(settings: Pass) -> str:
-    if settings.levels is not None:
-        return _told(settings.levels)
+    if settings.sigmas is not None:
+        return _told(settings.sigmas)
     left_out = {"first": settings.skip_initial, "last": settings.skip_final}
     return f"{settings.steps} steps" + "".join(f", the {which} {n} left out" for which, n in left_out.items() if n)
 
@@ -100,8 +100,8 @@ def _guidance(guidance: Guidance) -> tuple[str, ...]:
     blocks = guidance.skip_blocks or ()
     lists = [_told(each) for each in blocks if isinstance(each, tuple)]
     blocks_told = " / ".join(each or "none" for each in lists) or _told(blocks)
-    values = (guidance.scale, guidance.stg, guidance.rescale)
-    return *(_told(value) for value in values), blocks_told or "–", _told(guidance.at)
+    values = (guidance.cfg_scale, guidance.stg_scale, guidance.rescale)
+    return *(_told(value) for value in values), blocks_told or "–", _told(guidance.sigmas)
 
 
 def _more(settings: Pass) -> str:

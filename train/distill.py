@@ -71,8 +71,8 @@ class Distiller:
             target = empty + self.recipe.guidance * (prompt - empty)
         said = velocities(self.student, self.text, state, tokens, level, batch).float()
         free = torch.ones(batch.grid.num_tokens, dtype=torch.bool)
-        if state.strength is not None:
-            free = state.strength[0, : batch.grid.num_tokens] == 0
+        if state.conditioning_mask is not None:
+            free = state.conditioning_mask[0, : batch.grid.num_tokens] == 0
         return squared_error(said[:, : batch.grid.num_tokens], target[:, : batch.grid.num_tokens], free)
 
     def _unprompted(self, batch: Batch) -> Batch:

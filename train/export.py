@@ -46,14 +46,14 @@ def export(runs: Path, assets: Path) -> None:
     vae, distilled, upsampler = VAE(DEMO_VAE), Transformer(DEMO_TRANSFORMER), LatentUpscaler(DEMO_UPSAMPLER)
     for module, name in ((vae, "vae"), (distilled, "distilled"), (upsampler, "upsampler")):
         module.load_state_dict(_averaged(runs, name))
-    schedule, few = Schedule(sampler="LinearQuadratic"), Schedule(sampler="LinearQuadratic", allowed=LEVELS)
+    schedule, few = Schedule(sampler="LinearQuadratic"), Schedule(sampler="LinearQuadratic", allowed_sigmas=LEVELS)
     stored = {"dtype": torch.bfloat16}
     write_single_file(
         assets / "demo.safetensors", transformer=both["transformer"], vae=vae, schedule=schedule, **stored
     )
     write_single_file(assets / "demo-distilled.safetensors", transformer=distilled, schedule=few, **stored)
     write_upsampler(assets / "demo-upscaler.safetensors", upsampler, **stored)
-    text = _trimmed(both["text"], Tokenizer.open(runs / "tokenizer" / "spiece.model").size)
+    text = _trimmed(both["text"], Tokenizer.open(runs / "tokenizer" / "spiece.model").vocab_size)
     write_text_encoder(assets, text, runs / "tokenizer" / "spiece.model", **stored)
     for curve in CURVES:
         shutil.copy(runs / f"{curve}.csv", Path(__file__).parent / "curves" / f"{curve}.csv")

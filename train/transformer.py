@@ -23,7 +23,7 @@ from kadr.models.vae import VAE
 from kadr.nn.linear import Linear
 from kadr.nn.rope import Rope
 from kadr.nn.timestep_embedding import TimestepEmbedding
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.sampling.state import to_tokens
 from kadr.shapes import LatentGrid
 from kadr.text.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ class Trainer:
         self.world, self.tokenizer, self.recipe = world, tokenizer, recipe
         self.model = build()
         initialise(self.model["text"], self.model["transformer"], recipe.seed)
-        places = positions(GRID, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_temporal_positioning)
+        places = token_positions(GRID, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_temporal_positioning)
         self.rope: Rope = self.model["transformer"].rope(places[None])
         self.first = torch.arange(GRID.num_tokens) < GRID.height * GRID.width
 

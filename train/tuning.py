@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from kadr.sampling.conditioning import append, hold, join
-from kadr.sampling.positions import positions
+from kadr.sampling.conditioning import append_keyframe, insert_clip, replace_latents
+from kadr.sampling.positions import token_positions
 from kadr.sampling.state import LatentState, to_tokens
 from kadr.shapes import LatentGrid
 from kadr.text.tokenizer import Tokenizer
@@ -162,14 +162,14 @@ class Trainer:
             return state
         if batch.kind in ("first", "beginning"):
             count = 1 if batch.kind == "first" else rng.choice((2, 3))
-            return hold(state, batch.clean[:, :, :count], 1.0)
+            return replace_latents(state, batch.clean[:, :, :count], 1.0)
         if batch.kind == "picture":
             latents, start = self.worlds.pictures[batch.chosen].float(), int(self.worlds.frames[batch.chosen[0]])
-            return append(state, latents, places(LatentGrid(1, 4, 4), start), 1.0, torch.zeros_like(latents))
+            return append_keyframe(state, latents, places(LatentGrid(1, 4, 4), start), 1.0, torch.zeros_like(latents))
         count = rng.choice(ENDINGS)
         latents, start = self.worlds.endings[count][batch.chosen].float(), CLIP_FRAMES - count
         noise = torch.zeros_like(latents[:, :, :2])
-        return join(state, latents, places(LatentGrid(2, 4, 4), start), 1.0, noise, frame=start // 8)
+        return insert_clip(state, latents, places(LatentGrid(2, 4, 4), start), 1.0, noise, latent_frame=start // 8)
 
     def loss(self, rng: Random, step: int) -> Tensor:
         """The loss of one batch, drawn from `rng` and torch's generator."""
@@ -179,8 +179,8 @@ class Trainer:
         tokens = shaken(state, level, self.recipe.image_noise)
         said = velocities(self.model["transformer"], self.model["text"], state, tokens, level, batch)
         free = torch.ones(batch.grid.num_tokens, dtype=torch.bool)
-        if state.strength is not None:
-            free = state.strength[0, : batch.grid.num_tokens] == 0
+        if state.conditioning_mask is not None:
+            free = state.conditioning_mask[0, : batch.grid.num_tokens] == 0
         return squared_error(said[:, : batch.grid.num_tokens], target, free)
 
 
@@ -194,7 +194,7 @@ def tokenized(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
 
 def places(grid: LatentGrid, start: int = 0) -> Tensor:
     """Positions of a grid that begins at pixel frame `start`."""
-    return positions(
+    return token_positions(
         grid, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_temporal_positioning, first_frame=start
     )
 
@@ -203,15 +203,19 @@ def noised(batch: Batch, noise: Tensor, level: Tensor | None = None) -> tuple[La
     """The state at random levels (B, 1), the velocity (B, N, C) it should be seen to have, and the levels."""
     level = spread(len(batch.clean))[:, None] if level is None else level
     between = objective.noised(batch.clean, noise, level[:, :, None, None, None])
-    return LatentState.of(between, places(batch.grid), batch.grid), to_tokens(velocity(batch.clean, noise)), level
+    return (
+        LatentState.from_latents(between, places(batch.grid), batch.grid),
+        to_tokens(velocity(batch.clean, noise)),
+        level,
+    )
 
 
 def shaken(state: LatentState, level: Tensor, scale: float) -> Tensor:
     """The tokens, with the noise that sampling adds to those that are given."""
-    if state.strength is None:
+    if state.conditioning_mask is None:
         return state.tokens
     noise = scale * level[..., None] ** 2 * torch.randn_like(state.tokens)
-    return torch.where(state.strength[..., None] == 1, state.given + noise, state.tokens)
+    return torch.where(state.conditioning_mask[..., None] == 1, state.clean_tokens + noise, state.tokens)
 
 
 def velocities(
@@ -222,7 +226,7 @@ def velocities(
     with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         encoding = text(batch.ids, batch.mask)
         return transformer(
-            tokens, transformer.compute_rope(state.positions[None]), encoding, batch.mask, state.levels(level)
+            tokens, transformer.compute_rope(state.positions[None]), encoding, batch.mask, state.sigma_per_token(level)
         )
 
 

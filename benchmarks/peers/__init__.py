@@ -21,7 +21,7 @@ class Peer:
     """One engine.
 
     Args:
-        module: with `enter`, of the form of `work.Entrants`; it imports the engine.
+        module_name: with `enter`, of the form of `work.Entrants`; it imports the engine.
         stages: that it runs.
     """
 

@@ -33,7 +33,7 @@ def contenders(work: Work, name: str, change: Change) -> Iterator[Contender | Ab
     if work.stage != DIT and work.checkpoint.detected.vae_family is None:
         yield Absent(name, "has no VAE of this shape; that of the demo is of no released family")
         return
-    if work.stage == END_TO_END and SCHEDULES[work.schedule or "8"].guidance.stg:
+    if work.stage == END_TO_END and SCHEDULES[work.schedule or "8"].guidance.stg_scale:
         yield Absent(name, "has no STG")
         return
     dtype = str(work.dtype).removeprefix("torch.")
@@ -104,7 +104,7 @@ def whole(work: Work, change: Change) -> Callable[[], Tensor]:
     )
     pipeline.set_progress_bar_config(disable=True)
     _give_noise(pipeline, NoiseStreams(SEED).draw("initial", (1, work.transformer.in_channels, *_sides(work))))
-    prompt, negative = (text.encoding.to(work.dtype) for text in texts)
+    prompt, negative = (text.embeddings.to(work.dtype) for text in texts)
     settings = {
         "prompt_embeds": prompt,
         "prompt_attention_mask": texts[0].mask,
@@ -115,7 +115,7 @@ def whole(work: Work, change: Change) -> Callable[[], Tensor]:
         "num_frames": work.clip.frames,
         "frame_rate": FPS,
         "timesteps": (plan.levels * 1000).tolist(),
-        "guidance_scale": plan.steps[0].scale,
+        "guidance_scale": plan.steps[0].cfg_scale,
         "decode_timestep": work.request.decode_timestep,
         "decode_noise_scale": 0.0,
         "output_type": "pt",

@@ -116,10 +116,10 @@ def test_the_products_of_the_whole_way_are_those_of_its_evaluations_and_the_deco
     chosen = schedule(name, work.transformer.num_layers)
     tokens, guidance = work.clip.grid.num_tokens, chosen.guidance
     once = transformer_flops(work.transformer, tokens, text=LENGTH)
-    each = once * (1 + (guidance.scale > 1))  # type: ignore[operator]
-    if guidance.stg:
+    each = once * (1 + (guidance.cfg_scale > 1))  # type: ignore[operator]
+    if guidance.stg_scale:
         blocks = guidance.skip_blocks
-        each += disturbed_flops(work.transformer, tokens, blocks, guidance.mode, text=LENGTH)  # type: ignore[arg-type]
+        each += disturbed_flops(work.transformer, tokens, blocks, guidance.stg_mode, text=LENGTH)  # type: ignore[arg-type]
     assert work.flops == chosen.steps * each + decoder_flops(work.vae, work.clip.grid)
 
 

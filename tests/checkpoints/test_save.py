@@ -24,7 +24,7 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import LatentGrid
 from tests.checkpoints.checkpoint_files import (
@@ -39,7 +39,7 @@ from tests.oracles import VAES, drawn, reduced, relative
 from tests.text.test_tokenizer import train
 from tests.tiny_models import sown
 
-DISTILLED = Schedule(sampler="LinearQuadratic", allowed=(1.0, 0.5))
+DISTILLED = Schedule(sampler="LinearQuadratic", allowed_sigmas=(1.0, 0.5))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def path(tmp_path_factory: pytest.TempPathFactory, transformer: Transformer, vae
 @torch.inference_mode()
 def test_the_official_transformer_loads_the_file_and_computes_the_same(path: Path, transformer: Transformer) -> None:
     official = Transformer3DModel.from_pretrained(path).eval()
-    where = positions(LatentGrid(2, 2, 2), fps=24, causal=True)[None]
+    where = token_positions(LatentGrid(2, 2, 2), fps=24, causal=True)[None]
     noise, text, level = drawn(1, 8, 12), drawn(1, 5, 24, seed=2), torch.full((1, 1), 0.7)
     mask = torch.arange(5)[None] < 3
     theirs = official(
@@ -119,7 +119,7 @@ def test_the_official_upscaler_loads_the_file_and_computes_the_same(tmp_path: Pa
 def test_the_official_scheduler_loads_the_file(path: Path) -> None:
     official = RectifiedFlowScheduler.from_pretrained(path)
     official.set_timesteps(8, samples_shape=torch.Size((1, 128, 4, 4, 4)))
-    assert torch.allclose(official.timesteps, LINEAR_QUADRATIC.levels(8, tokens=64))
+    assert torch.allclose(official.timesteps, LINEAR_QUADRATIC.get_sigmas(8, tokens=64))
 
 
 # kadr and safetensors

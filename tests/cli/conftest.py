@@ -22,8 +22,8 @@ from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 
 RECIPE = Recipe(
-    first_pass=Pass(steps=4, guidance=Guidance(scale=3.0)),
-    second_pass=Pass(levels=(0.9, 0.5)),
+    first_pass=Pass(steps=4, guidance=Guidance(cfg_scale=3.0)),
+    second_pass=Pass(sigmas=(0.9, 0.5)),
     size=Size(64, 64),
     frames=9,
     fps=24.0,

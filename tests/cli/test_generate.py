@@ -31,7 +31,7 @@ VALUES = {  # of official flags that take more than the number 1
     "--stg-mode": "attention_skip",
     "--guidance-at": "1.0,0.9",
 }
-SKIPPING = Guidance(skip_blocks=((), (11, 25), (28,)), at=(1.0, 0.9, 0.5))
+SKIPPING = Guidance(skip_blocks=((), (11, 25), (28,)), sigmas=(1.0, 0.9, 0.5))
 
 
 @pytest.fixture
@@ -54,24 +54,24 @@ def picture(tmp_path: Path) -> str:
         ("--levels 1.0,0.9,.5", "levels", (1.0, 0.9, 0.5)),
         ("--skip-initial 2", "skip_initial", 2),
         ("--skip-final 3", "skip_final", 3),
-        ("--guidance 4.5", "guidance", Guidance(scale=4.5)),
-        ("--guidance 1,6 --guidance-at 1.0,.9", "guidance", Guidance(scale=(1.0, 6.0), at=(1.0, 0.9))),
-        ("--stg 1", "guidance", Guidance(stg=1.0)),
-        ("--stg 0,4 --guidance-at 1,.9", "guidance", Guidance(stg=(0.0, 4.0), at=(1.0, 0.9))),
+        ("--guidance 4.5", "guidance", Guidance(cfg_scale=4.5)),
+        ("--guidance 1,6 --guidance-at 1.0,.9", "guidance", Guidance(cfg_scale=(1.0, 6.0), sigmas=(1.0, 0.9))),
+        ("--stg 1", "guidance", Guidance(stg_scale=1.0)),
+        ("--stg 0,4 --guidance-at 1,.9", "guidance", Guidance(stg_scale=(0.0, 4.0), sigmas=(1.0, 0.9))),
         ("--rescale .7", "guidance", Guidance(rescale=0.7)),
-        ("--rescale 1,.5 --guidance-at 1,.9", "guidance", Guidance(rescale=(1.0, 0.5), at=(1.0, 0.9))),
+        ("--rescale 1,.5 --guidance-at 1,.9", "guidance", Guidance(rescale=(1.0, 0.5), sigmas=(1.0, 0.9))),
         ("--skip-blocks 11,25", "guidance", Guidance(skip_blocks=(11, 25))),
         ("--skip-blocks /11,25/28 --guidance-at 1,.9,.5", "guidance", SKIPPING),
         ("--skip-blocks ;11,25;28 --guidance-at 1,.9,.5", "guidance", SKIPPING),
-        ("--stg-mode attention_skip", "guidance", Guidance(mode="attention_skip")),
+        ("--stg-mode attention_skip", "guidance", Guidance(stg_mode="attention_skip")),
         ("--cfg-star", "guidance", Guidance(cfg_star=True)),
         ("--no-cfg-star", "guidance", Guidance(cfg_star=False)),
         ("--apg 0.5 --apg-norm 10", "guidance", Guidance(apg=0.5, apg_norm=10.0)),
         ("--multi-scale", "multi_scale", True),
         ("--single-pass", "multi_scale", False),
         ("--second-steps 10 --second-skip-initial 6", "second", Pass(steps=10, skip_initial=6)),
-        ("--second-levels .9,.7", "second", Pass(levels=(0.9, 0.7))),
-        ("--second-guidance 2", "second", Pass(guidance=Guidance(scale=2.0))),
+        ("--second-levels .9,.7", "second", Pass(sigmas=(0.9, 0.7))),
+        ("--second-guidance 2", "second", Pass(guidance=Guidance(cfg_scale=2.0))),
         ("--second-tone-map .6", "second", Pass(tone_map=0.6)),
         ("--tone-map .6", "tone_map", 0.6),
         ("--guidance-batch", "guidance_batch", True),

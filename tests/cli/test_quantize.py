@@ -73,7 +73,7 @@ def test_a_text_encoder_is_written_with_its_tokenizer(kadr: Run, home: Path, tmp
     ended = kadr("quantize", home / given, out, "--type", "BF16")
     assert (ended.code, ended.out) == (0, f"{out}\n"), ended.err
     assert "VAE" not in ended.err
-    assert TextEncoderFolder.open(out).tokenizer().size == TextEncoderFolder.open(home).tokenizer().size
+    assert TextEncoderFolder.open(out).tokenizer().vocab_size == TextEncoderFolder.open(home).tokenizer().vocab_size
     described = kadr("inspect", out)
     assert described.out.splitlines()[0] == "T5 text encoder"
     assert json.loads(kadr("inspect", out, "--json").out)["family"] == "T5"

@@ -17,7 +17,7 @@ import kadr
 from kadr import Engine, Request
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.media.clip import read_video
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
 from train.evaluate import extended, kept, keyframes, obeyed, recoloured, sharpened
 from train.scenes import held_out_captions
@@ -91,7 +91,7 @@ def test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run(
     distilled: Engine, told: dict[str, float]
 ) -> None:
     few = obeyed(distilled, held_out_captions(CAPTIONS, SEED), multi_scale=False, size=(128, 128))
-    assert len(distilled.recipe.first_pass.levels or ()) == 6
+    assert len(distilled.recipe.first_pass.sigmas or ()) == 6
     for name, share in told.items():
         assert few[name] >= 0.9 * share, name
 
@@ -144,7 +144,7 @@ def test_the_official_package_computes_the_same_velocity_from_the_shipped_file()
     text = torch.randn(1, 12, ours.config.caption_channels, generator=generator)
     mask = torch.arange(12)[None] < 9
     level = torch.full((1, 1), 0.7)
-    where = positions(grid, fps=24, causal=True)[None]
+    where = token_positions(grid, fps=24, causal=True)[None]
     with torch.inference_mode():
         theirs = official(
             tokens,

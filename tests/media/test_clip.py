@@ -39,31 +39,31 @@ def written(path: Path, rate: int = 24) -> Path:
 @pytest.mark.parametrize("name", FILES)
 def test_frames_from_the_middle_of_a_file_are_those_that_are_read_from_the_front(name: str, tmp_path: Path) -> None:
     path = written(tmp_path / name)
-    whole, film = clip.read_video(path).frames, clip.Film.open(path)
+    whole, film = clip.read_video(path).frames, clip.ClipReader.open(path)
     assert len(film) == FRAMES
     for first in (0, 1, APART - 1, APART, APART + 1, 3 * APART - 2, FRAMES - 9):
-        made = np.stack(list(film.chosen(range(first, first + 9))))
+        made = np.stack(list(film.select(range(first, first + 9))))
         assert np.array_equal(made, whole[first : first + 9]), first
 
 
 def test_what_is_read_of_a_long_file_is_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    film, seen, decoded = clip.Film.open(written(tmp_path / "closed.mp4")), [], clip._decoded
+    film, seen, decoded = clip.ClipReader.open(written(tmp_path / "closed.mp4")), [], clip._decode_frames
 
     def noted(container: object) -> object:
         for frame in decoded(container):
             seen.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(clip, "_decoded", noted)
-    list(film.chosen(range(70, 79)))
+    monkeypatch.setattr(clip, "_decode_frames", noted)
+    list(film.select(range(70, 79)))
     assert len(seen) <= APART + 9
 
 
 @pytest.mark.parametrize("change", [{"stamp": 20481}, {"digest": b"another"}, {"stamp": 10**12}])
 def test_a_file_that_does_not_lead_to_an_entry_is_read_from_the_front(change: dict, tmp_path: Path) -> None:
     path = written(tmp_path / "closed.mp4")
-    film, whole = clip.Film.open(path), clip.read_video(path).frames
-    moved = replace(film.chosen(range(50, 55)), entries=[entry._replace(**change) for entry in film.entries])
+    film, whole = clip.ClipReader.open(path), clip.read_video(path).frames
+    moved = replace(film.select(range(50, 55)), seek_points=[entry._replace(**change) for entry in film.seek_points])
     assert np.array_equal(np.stack(list(moved)), whole[50:55])
 
 
@@ -72,18 +72,18 @@ def test_a_file_without_its_index_gives_the_frames_of_a_plain_decode(name: str, 
     """Time stamps are counted then from wherever reading begins."""
     path = written(tmp_path / name)
     path.write_bytes(path.read_bytes().replace(b"idx1", b"JUNK"))
-    whole, film = clip.read_video(path).frames, clip.Film.open(path)
+    whole, film = clip.read_video(path).frames, clip.ClipReader.open(path)
     for first in (0, APART, 30, 50, FRAMES - 20):
-        assert np.array_equal(np.stack(list(film.chosen(range(first, first + 9)))), whole[first : first + 9])
+        assert np.array_equal(np.stack(list(film.select(range(first, first + 9)))), whole[first : first + 9])
 
 
 @pytest.mark.parametrize("name", ["vp9.mkv", "intra.mkv"])
 def test_frames_of_equal_times_are_told_apart(name: str, tmp_path: Path) -> None:
     """As a file of so many frames a second has them, that two fall on one unit of its time."""
     path = written(tmp_path / name, rate=2400)
-    whole, film = clip.read_video(path).frames, clip.Film.open(path)
+    whole, film = clip.read_video(path).frames, clip.ClipReader.open(path)
     for first in range(0, FRAMES - 9, 7):
-        assert np.array_equal(np.stack(list(film.chosen(range(first, first + 9)))), whole[first : first + 9]), first
+        assert np.array_equal(np.stack(list(film.select(range(first, first + 9)))), whole[first : first + 9]), first
 
 
 def test_frames_that_an_edit_list_leaves_out_are_not_counted(tmp_path: Path) -> None:
@@ -99,5 +99,5 @@ def test_frames_that_an_edit_list_leaves_out_are_not_counted(tmp_path: Path) -> 
                 container.mux(packet)
     with av.open(str(cut)) as container:
         assert container.streams.video[0].frames == FRAMES
-    assert clip.read_length(cut)[0] == FRAMES - APART == len(clip.Film.open(cut))
+    assert clip.probe_video(cut)[0] == FRAMES - APART == len(clip.ClipReader.open(cut))
     assert np.array_equal(clip.read_video(cut).frames, clip.read_video(path).frames[APART:])

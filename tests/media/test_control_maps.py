@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from kadr.errors import MediaError, RequestError
-from kadr.media.control_maps import cover, edges, library, signed
-from kadr.media.depth import DepthNetwork, Depths
-from kadr.media.pose import PERSON, PoseNetwork
+from kadr.media.control_maps import canny_edges, fit_to_reference, import_optional, normalize_image
+from kadr.media.depth import DepthEstimator, DepthMaps
+from kadr.media.pose import PERSON_CLASS, PoseEstimator
 from kadr.shapes import Size
 from tests import onnx_files
 
@@ -34,7 +34,7 @@ def noisy(width: int, height: int) -> np.ndarray:
 def test_edges_of_a_square_are_its_outline_white_on_black_and_one_pixel_wide() -> None:
     picture = plain(64, 48)
     picture[10:30, 20:50] = 255
-    found = edges(picture)
+    found = canny_edges(picture)
     assert (found.shape, found.dtype) == (picture.shape, np.uint8)
     assert set(np.unique(found)) == {0, 255}
     assert (found == found[..., :1]).all()
@@ -47,15 +47,15 @@ def test_edges_of_a_square_are_its_outline_white_on_black_and_one_pixel_wide() -
 def test_edges_are_found_by_how_steep_they_are_with_the_trainers_thresholds() -> None:
     steep, flat = plain(32, 32), plain(32, 32)
     steep[:, 16:], flat[:, 16:] = 60, 20  # Sobel makes four of one: 240 is above 200, 80 below 100
-    assert edges(steep).any()
-    assert not edges(flat).any()
+    assert canny_edges(steep).any()
+    assert not canny_edges(flat).any()
 
 
 def test_colours_are_weighed_as_the_eye_does_red_is_not_blue() -> None:
     red, blue = plain(32, 32), plain(32, 32)
     red[:, 16:, 0] = blue[:, 16:, 2] = 200  # grey 60 and 23
-    assert edges(red).any()
-    assert not edges(blue).any()
+    assert canny_edges(red).any()
+    assert not canny_edges(blue).any()
 
 
 # --- covering the reference ------------------------------------------------------------------------------------------
@@ -63,44 +63,44 @@ def test_colours_are_weighed_as_the_eye_does_red_is_not_blue() -> None:
 
 def test_a_picture_of_the_size_of_the_reference_stays_as_it_is() -> None:
     picture = noisy(96, 64)
-    assert np.array_equal(cover(picture, Size(96, 64), Size(96, 64)), picture)
+    assert np.array_equal(fit_to_reference(picture, Size(96, 64), Size(96, 64)), picture)
 
 
 def test_a_picture_is_cropped_to_its_middle_and_resized() -> None:
     picture = plain(120, 64, 50)
     picture[:, :28], picture[:, 92:] = 250, 250  # what does not fit a square
-    assert (cover(picture, Size(64, 64), Size(32, 32)) == 50).all()
-    assert cover(picture, Size(64, 64), Size(32, 64)).shape == (64, 32, 3)
+    assert (fit_to_reference(picture, Size(64, 64), Size(32, 32)) == 50).all()
+    assert fit_to_reference(picture, Size(64, 64), Size(32, 64)).shape == (64, 32, 3)
 
 
 def test_margins_are_filled_with_the_outermost_pixels_so_that_no_edge_is_made_there() -> None:
     size = Size(50, 40)  # made at 64x64: 7 left and right, 12 above and below
     picture = np.repeat(np.linspace(10, 200, 50, dtype=np.uint8)[None, :, None], 40, axis=0).repeat(3, axis=2)
-    covered = cover(picture, size, size.snap())
+    covered = fit_to_reference(picture, size, size.snap())
     assert np.array_equal(covered[12:52, 7:57], picture)
     assert (covered[:, :7] == 10).all()
     assert (covered[:, 57:] == 200).all()
-    assert not edges(covered).any()
+    assert not canny_edges(covered).any()
 
 
 def test_margins_of_a_smaller_pass_lie_where_they_do_in_the_video() -> None:
     size = Size(50, 64)  # margins of 7 pixels at 64 wide are 3.5 at 32
     picture = plain(50, 64, 100)
     picture[:, 25:] = 200
-    covered = cover(picture, size, Size(32, 32))
+    covered = fit_to_reference(picture, size, Size(32, 32))
     assert (covered[:, :14] == 100).all()
     assert (covered[:, 18:] == 200).all()
 
 
 def test_what_is_too_small_is_refused_by_its_name() -> None:
     with pytest.raises(MediaError, match=r"walk\.mp4 is 40x1 pixels"):
-        cover(plain(40, 1), Size(64, 64), Size(64, 64), name="walk.mp4")
+        fit_to_reference(plain(40, 1), Size(64, 64), Size(64, 64), name="walk.mp4")
 
 
 def test_numbers_for_the_encoder_reach_from_minus_one_to_one() -> None:
     picture = plain(2, 1)
     picture[0, 1] = 255
-    made = signed(picture)
+    made = normalize_image(picture)
     assert made.shape == (3, 1, 2)
     assert made.dtype == torch.float32
     assert made[:, 0].tolist() == [[-1.0, 1.0]] * 3
@@ -109,21 +109,21 @@ def test_numbers_for_the_encoder_reach_from_minus_one_to_one() -> None:
 def test_a_library_that_is_absent_is_told_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(RequestError, match=r"made with cv2, which is not installed: pip install 'kadr\[control\]'"):
-        edges(plain(8, 8))
-    assert library("numpy", "control") is np
+        canny_edges(plain(8, 8))
+    assert import_optional("numpy", "control") is np
 
 
 # --- depth -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_nearest_of_a_clip_is_white_and_the_farthest_black(tmp_path: Path) -> None:
-    network = DepthNetwork(onnx_files.depth(tmp_path / "depth.onnx"))
+    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx"))
     near, far = plain(60, 40), plain(60, 40)
     near[..., 0], far[..., 0] = 200, 100
     far[:, 30:, 0] = 0
-    depths = Depths([network(near), network(far)])
-    assert (depths.picture(0, 60, 40) == 255).all()
-    second = depths.picture(1, 60, 40)
+    depths = DepthMaps([network(near), network(far)])
+    assert (depths.render(0, 60, 40) == 255).all()
+    second = depths.render(1, 60, 40)
     assert second.shape == (40, 60, 3)
     assert (abs(second[:, :25].astype(int) - 127) <= 1).all()  # halfway: of the clip, not of the frame
     assert (second[:, 35:] == 0).all()
@@ -141,32 +141,32 @@ def test_the_nearest_of_a_clip_is_white_and_the_farthest_black(tmp_path: Path) -
 def test_a_picture_is_given_to_the_network_in_whole_patches(
     width: int, height: int, given: tuple[int, int], tmp_path: Path
 ) -> None:
-    network = DepthNetwork(onnx_files.depth(tmp_path / "depth.onnx"))
+    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx"))
     assert network(noisy(width, height)).shape == given[::-1]
 
 
 def test_a_network_of_a_fixed_size_gets_it(tmp_path: Path) -> None:
-    network = DepthNetwork(onnx_files.depth(tmp_path / "depth.onnx", side=28))
+    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx", side=28))
     found = network(plain(90, 40, 255))
     assert found.shape == (28, 28)
-    assert Depths([found]).picture(0, 90, 40).shape == (40, 90, 3)
+    assert DepthMaps([found]).render(0, 90, 40).shape == (40, 90, 3)
 
 
 def test_pictures_are_scaled_as_the_network_was_trained(tmp_path: Path) -> None:
-    network = DepthNetwork(onnx_files.depth(tmp_path / "depth.onnx"))
+    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx"))
     assert float(network(plain(28, 28, 255)).max()) == pytest.approx((1 - 0.485) / 0.229, rel=1e-3)
 
 
 def test_a_clip_without_depth_is_black_and_not_a_number_of_none(tmp_path: Path) -> None:
-    network = DepthNetwork(onnx_files.depth(tmp_path / "depth.onnx"))
-    assert (Depths([network(plain(28, 28, 90))]).picture(0, 28, 28) == 0).all()
+    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx"))
+    assert (DepthMaps([network(plain(28, 28, 90))]).render(0, 28, 28) == 0).all()
 
 
 def test_what_is_no_network_for_depth_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"half of it")
     with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as a network for depth"):
-        DepthNetwork(tmp_path / "broken.onnx")
-    endless = DepthNetwork(onnx_files.depth(tmp_path / "endless.onnx", scale=1e38))
+        DepthEstimator(tmp_path / "broken.onnx")
+    endless = DepthEstimator(onnx_files.depth(tmp_path / "endless.onnx", scale=1e38))
     with pytest.raises(MediaError, match="not a finite number for every pixel"):
         endless(plain(28, 28, 255))
 
@@ -174,45 +174,45 @@ def test_what_is_no_network_for_depth_is_refused(tmp_path: Path) -> None:
 # --- poses -----------------------------------------------------------------------------------------------------------
 
 
-def poses(folder: Path, *things: int) -> PoseNetwork:
+def poses(folder: Path, *things: int) -> PoseEstimator:
     """Things of these kinds, each 240x320 in the middle of 640x640, with a nose and two shoulders."""
     boxes = [(200.0, 160.0, 440.0, 480.0, thing) for thing in things]
     found = {NOSE: (144.0, 100.0), RIGHT_SHOULDER: (94.0, 200.0), LEFT_SHOULDER: (194.0, 200.0)}
-    return PoseNetwork(
+    return PoseEstimator(
         onnx_files.people(folder / "people.onnx", boxes), onnx_files.joints(folder / "joints.onnx", found)
     )
 
 
 def test_a_skeleton_is_drawn_where_the_joints_are_in_openposes_colours(tmp_path: Path) -> None:
-    found = poses(tmp_path, PERSON)(plain(640, 640))
-    assert found.joints.shape == (1, 134, 2)
+    found = poses(tmp_path, PERSON_CLASS)(plain(640, 640))
+    assert found.keypoints.shape == (1, 134, 2)
     # The box, widened by a quarter, is what the network is given as 288x384.
-    (x, y), (right, _) = found.joints[0, 0], found.joints[0, 2]
+    (x, y), (right, _) = found.keypoints[0, 0], found.keypoints[0, 2]
     assert (x, y) == (pytest.approx(320, abs=2), pytest.approx(160 + 320 / 2 - 1.25 * 320 / 2 + 100 / 384 * 400, abs=2))
     assert right == pytest.approx(x - 50 / 288 * 300, abs=2)
-    drawn = found.picture()
+    drawn = found.render()
     assert (drawn.shape, drawn.dtype) == ((512, 512, 3), np.uint8)
     at = round(y * 0.8), round(x * 0.8)
     assert tuple(drawn[at]) == NOSE_DOT
-    shoulders = round(found.joints[0, 2, 1] * 0.8)
+    shoulders = round(found.keypoints[0, 2, 1] * 0.8)
     assert tuple(drawn[shoulders, round((x + right) / 2 * 0.8)]) == RED_LIMB
     assert (drawn.any(axis=2).mean()) < 0.05
 
 
 def test_only_people_have_skeletons(tmp_path: Path) -> None:
     dog = 16
-    assert len(poses(tmp_path, dog)(plain(64, 64)).joints) == 0
-    assert len(poses(tmp_path, dog, PERSON)(plain(64, 64)).joints) == 1
+    assert len(poses(tmp_path, dog)(plain(64, 64)).keypoints) == 0
+    assert len(poses(tmp_path, dog, PERSON_CLASS)(plain(64, 64)).keypoints) == 1
 
 
 def test_where_nobody_is_nothing_is_drawn(tmp_path: Path) -> None:
-    drawn = poses(tmp_path)(plain(96, 64)).picture()
+    drawn = poses(tmp_path)(plain(96, 64)).render()
     assert drawn.shape == (512, 768, 3)
     assert not drawn.any()
 
 
 def test_the_library_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    poses(tmp_path, PERSON)(plain(64, 64))
+    poses(tmp_path, PERSON_CLASS)(plain(64, 64))
     assert capfd.readouterr() == ("", "")
 
 
@@ -220,20 +220,20 @@ def test_what_is_no_network_for_poses_is_refused(tmp_path: Path) -> None:
     whole, broken = onnx_files.people(tmp_path / "people.onnx", []), tmp_path / "broken.onnx"
     broken.write_bytes(b"half of it")
     with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as networks for poses"):
-        PoseNetwork(whole, broken)
+        PoseEstimator(whole, broken)
 
 
 def test_a_skeleton_is_as_thick_in_every_video(tmp_path: Path) -> None:
     """It is drawn at one size, as in the released workflow, and resized with it."""
-    small, large = (poses(tmp_path, PERSON)(plain(side, side)).picture() for side in (320, 1280))
+    small, large = (poses(tmp_path, PERSON_CLASS)(plain(side, side)).render() for side in (320, 1280))
     assert small.shape == large.shape
     assert abs(small.any(axis=2).mean() - large.any(axis=2).mean()) < 0.002
 
 
 def test_a_picture_of_a_person_reaches_the_network_in_the_order_of_its_colours(tmp_path: Path) -> None:
     """The library takes blue first."""
-    network, seen = poses(tmp_path, PERSON), []
-    network.things = lambda picture: (seen.append(picture), (np.zeros((0, 4)), np.zeros(0)))[1]
+    network, seen = poses(tmp_path, PERSON_CLASS), []
+    network.detector = lambda picture: (seen.append(picture), (np.zeros((0, 4)), np.zeros(0)))[1]
     red = plain(8, 8)
     red[..., 0] = 255
     network(red)

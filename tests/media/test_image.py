@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from kadr.errors import MediaError
-from kadr.media.image import blur, compress, crop_to_aspect, load_picture, prepare_picture
-from kadr.media.postprocess import crop_margins, to_uint8, to_unit
+from kadr.media.image import blur, compress, crop_to_aspect, load_image, prepare_image
+from kadr.media.postprocess import crop_margins, denormalize, to_uint8
 from kadr.shapes import Size
 from tests.oracles import relative
 
@@ -111,7 +111,7 @@ def test_a_prepared_picture_equals_the_official_one(official, tmp_path, given, s
     path = tmp_path / "picture.png"
     Image.fromarray(photograph(*given)).save(path)
     expected = official(str(path), size, crf, size.snapped())
-    prepared = prepare_picture(path, size, crf)
+    prepared = prepare_image(path, size, crf)
     assert prepared.dtype == torch.float32
     assert prepared.shape == (1, 3, 1, size.snapped().height, size.snapped().width)
     parity("picture", f"H.264 at CRF {crf}" if crf else "uncompressed", "official", relative(prepared, expected))
@@ -121,7 +121,7 @@ def test_a_prepared_picture_equals_the_official_one(official, tmp_path, given, s
 def test_a_pass_of_another_size_is_resized_once_as_in_the_official_pipeline(official, tmp_path):
     path, size, made = tmp_path / "picture.png", Size(150, 100), Size(96, 64)
     Image.fromarray(photograph(300, 200)).save(path)
-    assert torch.equal(prepare_picture(path, size, made=made), official(str(path), size, 29, made))
+    assert torch.equal(prepare_image(path, size, sampled_size=made), official(str(path), size, 29, made))
 
 
 # --- laws ------------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_the_blur_is_the_gaussian_of_sigma_one_mirrored_at_the_edges():
 
 def test_margins_are_grey_and_the_picture_sits_between_them():
     white = np.full((100, 100, 3), 255, np.uint8)
-    prepared = prepare_picture(white, Size(100, 100), crf=0)[0, :, 0]
+    prepared = prepare_image(white, Size(100, 100), crf=0)[0, :, 0]
     assert prepared.shape == (3, 128, 128)
     inside = prepared[:, 14:-14, 14:-14]
     assert torch.allclose(inside, torch.ones(()), atol=1e-6)
@@ -170,7 +170,7 @@ def test_the_crop_is_centred_and_keeps_the_resolution():
 def test_the_same_picture_as_path_image_and_array_gives_the_same(tmp_path):
     pixels, path = photograph(64, 64), tmp_path / "picture.png"
     Image.fromarray(pixels).save(path)
-    first, *others = (prepare_picture(p, Size(64, 64)) for p in (path, str(path), Image.fromarray(pixels), pixels))
+    first, *others = (prepare_image(p, Size(64, 64)) for p in (path, str(path), Image.fromarray(pixels), pixels))
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -179,13 +179,13 @@ def test_a_photograph_lying_on_its_side_is_stood_up(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn a quarter clockwise to view
     image.save(path, exif=exif)
-    assert np.array_equal(np.asarray(load_picture(path)), np.rot90(np.asarray(image), k=-1))
+    assert np.array_equal(np.asarray(load_image(path)), np.rot90(np.asarray(image), k=-1))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
 def test_every_8_bit_kind_of_picture_becomes_rgb(mode):
     image = Image.fromarray(photograph(8, 8)).convert("RGB" if mode == "LA" else mode)
-    assert load_picture(image.convert(mode) if mode != "LA" else image.convert("L").convert("LA")).mode == "RGB"
+    assert load_image(image.convert(mode) if mode != "LA" else image.convert("L").convert("LA")).mode == "RGB"
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def damaged_files(folder: Path) -> dict[str, Path]:
 def test_a_file_that_is_no_good_picture_is_refused_by_name(tmp_path, kind):
     path = damaged_files(tmp_path)[kind]
     with pytest.raises(MediaError) as caught:
-        prepare_picture(path, Size(64, 64))
+        prepare_image(path, Size(64, 64))
     assert str(path) in str(caught.value)
     assert ("no such file" if kind == "absent" else "PNG, JPEG") in str(caught.value)
 
@@ -224,13 +224,13 @@ def test_a_file_that_is_no_good_picture_is_refused_by_name(tmp_path, kind):
 )
 def test_a_picture_that_cannot_be_prepared_is_refused_with_its_size_or_kind(picture, complaint):
     with pytest.raises(MediaError, match=complaint):
-        prepare_picture(picture, Size(32, 96))
+        prepare_image(picture, Size(32, 96))
 
 
 @pytest.mark.parametrize("crf", [-1, 52])
 def test_a_compression_that_does_not_exist_is_refused(crf):
     with pytest.raises(MediaError, match=f"crf is {crf}.*51"):
-        prepare_picture(photograph(8, 8), Size(32, 32), crf)
+        prepare_image(photograph(8, 8), Size(32, 32), crf)
 
 
 def test_a_picture_the_encoder_cannot_hold_is_refused_with_the_way_out():
@@ -243,7 +243,7 @@ def test_a_picture_the_encoder_cannot_hold_is_refused_with_the_way_out():
 
 def test_frames_are_clamped_and_truncated_not_rounded():
     pixels = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 2.0]).view(1, 1, 1, 6).expand(3, 1, 1, 6)
-    frames = to_uint8(to_unit(pixels))
+    frames = to_uint8(denormalize(pixels))
     assert frames.dtype == torch.uint8
     assert frames.shape == (1, 1, 6, 3)
     assert frames[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255, 255]
@@ -254,7 +254,7 @@ def test_frames_equal_those_of_the_official_script(dtype):
     pixels = (torch.randn(3, 4, 8, 8) * 0.7).to(dtype)
     images = (pixels * 0.5 + 0.5).clamp(0, 1)  # VaeImageProcessor.denormalize
     expected = (images.permute(1, 2, 3, 0).float().numpy() * 255).astype(np.uint8)  # the end of inference.py
-    assert np.array_equal(to_uint8(to_unit(pixels)).numpy(), expected)
+    assert np.array_equal(to_uint8(denormalize(pixels)).numpy(), expected)
 
 
 @pytest.mark.parametrize("size", [Size(64, 32), Size(65, 33), Size(33, 100), Size(1, 1)])

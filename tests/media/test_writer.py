@@ -109,8 +109,8 @@ def test_torch_frames_are_written_like_numpy_frames(tmp_path):
 
 def test_reading_stops_at_the_limit(tmp_path):
     path = written(tmp_path / "out.mp4", greys(9))
-    assert len(read_video(path, limit=4).frames) == 4
-    assert len(read_video(path, limit=99).frames) == 9
+    assert len(read_video(path, max_frames=4).frames) == 4
+    assert len(read_video(path, max_frames=99).frames) == 9
 
 
 def test_the_index_comes_first_so_that_a_browser_can_start_at_once(tmp_path):

@@ -21,7 +21,7 @@ from kadr.models.transformer import Transformer
 from kadr.nn.linear import LoRALinear
 from kadr.quant.convert import quantize_blocks
 from kadr.quant.prepack import prepack_linears
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
 from tests import tiny_models
 
@@ -57,7 +57,7 @@ def run(module: Transformer, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randn(1, GRID.num_tokens, tiny_models.CHANNELS, generator=generator).to(dtype)
     text = torch.randn(1, 6, tiny_models.TEXT_WIDTH, generator=generator).to(dtype)
-    rope = module.compute_rope(positions(GRID, fps=24, causal=True)[None])
+    rope = module.compute_rope(token_positions(GRID, fps=24, causal=True)[None])
     return module(tokens, rope, text, None, torch.tensor([[0.7]]))
 
 

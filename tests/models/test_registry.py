@@ -30,7 +30,7 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
-from kadr.sampling.schedules import Schedule, explicit
+from kadr.sampling.schedules import Schedule, explicit_sigmas
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size, snap_frames
 
@@ -296,9 +296,9 @@ def test_a_recipe_can_be_sampled(released: Release) -> None:
     assert snap_frames(recipe.frames) == recipe.frames
     for one in filter(None, (recipe.first_pass, recipe.second_pass, recipe.single_pass)):
         one.guidance.check_lists()
-        assert one.levels is None or len(explicit(one.levels)) == len(one.levels)
-        assert (one.levels is None) != (one.steps is None)
-        strong = [one.guidance.strengths(level / 100).scale > 1 for level in range(101)]
+        assert one.sigmas is None or len(explicit_sigmas(one.sigmas)) == len(one.sigmas)
+        assert (one.sigmas is None) != (one.steps is None)
+        strong = [one.guidance.at_sigma(level / 100).cfg_scale > 1 for level in range(101)]
         assert not (released.is_distilled and any(strong))
 
 
@@ -309,13 +309,13 @@ def test_a_single_pass_goes_all_the_way_where_the_first_of_two_stops_early() -> 
             assert recipe.single_pass is not None
             assert recipe.single_pass.skip_final == 0
             assert recipe.single_pass.guidance == recipe.first_pass.guidance
-            assert recipe.single_pass.levels in (None, DISTILLED_SIGMAS)
+            assert recipe.single_pass.sigmas in (None, DISTILLED_SIGMAS)
         else:
             assert recipe.single_pass is None
 
 
 def test_the_distilled_levels_are_the_linear_quadratic_ones_rounded_down() -> None:
-    made = Schedule(sampler="LinearQuadratic").levels(8, tokens=1)
+    made = Schedule(sampler="LinearQuadratic").get_sigmas(8, tokens=1)
     assert torch.allclose(made, torch.tensor(DISTILLED_SIGMAS), atol=1e-4)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kadr.errors import CheckpointError
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 from tests.kernels.test_cuda_graphs import Notes
@@ -54,7 +54,7 @@ class Inputs:
 
     @classmethod
     def of(cls, config: TransformerConfig, *, grid: LatentGrid = GRID, text_length: int = 9) -> Inputs:
-        grids = [positions(grid, fps=fps, causal=config.causal_temporal_positioning) for fps in (30.0, 24.0)]
+        grids = [token_positions(grid, fps=fps, causal=config.causal_temporal_positioning) for fps in (30.0, 24.0)]
         levels = torch.tensor([0.9094, 0.3])[:, None].repeat(1, grid.num_tokens)
         levels[0, : grid.height * grid.width] = 0.0  # a clean first frame
         levels[1, ::3] = torch.rand(levels[1, ::3].shape, generator=torch.Generator().manual_seed(3))

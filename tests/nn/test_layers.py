@@ -24,7 +24,7 @@ from kadr.nn.modulation import compute_adaln_params
 from kadr.nn.norm import ChannelLayerNorm, RMSNorm, rms_norm
 from kadr.nn.rope import Rope, rope_table
 from kadr.nn.timestep_embedding import TimestepEmbedding, sinusoidal_embedding
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
 from tests.oracles import drawn, official_transformer_on_meta, relative
 from tests.tiny_models import sown
@@ -102,7 +102,7 @@ def test_the_rotation_of_the_13b_has_the_published_values():
     ids=["2B", "13B", "40"],
 )
 def test_the_table_equals_the_official_and_that_of_diffusers(config):
-    grids = [positions(LatentGrid(16, 3, 4), fps=fps, causal=causal) for fps, causal in ((30, True), (24, False))]
+    grids = [token_positions(LatentGrid(16, 3, 4), fps=fps, causal=causal) for fps, causal in ((30, True), (24, False))]
     places = torch.stack(grids)
     made = table(places, config.width)
     official = official_transformer_on_meta(replace(config, layers=0))

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
-from kadr.media.image import crop_to_aspect, load_picture, prepare_picture
+from kadr.media.image import crop_to_aspect, load_image, prepare_image
 from kadr.request.request import Request
 from kadr.request.resolved_conditions import Placed, read_conditions, read_start
 from kadr.sampling.noise import NoiseStreams
@@ -151,15 +151,15 @@ def _settings(settings: Pass) -> dict[str, Any]:
     guidance = settings.guidance
     return {
         "num_inference_steps": settings.steps,
-        "timesteps": None if settings.levels is None else list(settings.levels),
+        "timesteps": None if settings.sigmas is None else list(settings.sigmas),
         "skip_initial_inference_steps": settings.skip_initial,
         "skip_final_inference_steps": settings.skip_final,
-        "guidance_scale": _plain(guidance.scale),
-        "stg_scale": _plain(guidance.stg) or 0.0,
+        "guidance_scale": _plain(guidance.cfg_scale),
+        "stg_scale": _plain(guidance.stg_scale) or 0.0,
         "rescaling_scale": 1.0 if guidance.rescale is None else _plain(guidance.rescale),
         "skip_block_list": None if guidance.skip_blocks is None else _plain(guidance.skip_blocks),
-        "guidance_timesteps": None if guidance.at is None else list(guidance.at),
-        "skip_layer_strategy": MODES[guidance.mode or "attention_values"],
+        "guidance_timesteps": None if guidance.sigmas is None else list(guidance.sigmas),
+        "skip_layer_strategy": MODES[guidance.stg_mode or "attention_values"],
         "cfg_star_rescale": bool(guidance.cfg_star),
         "stochastic_sampling": bool(settings.stochastic),
         "tone_map_compression_ratio": settings.tone_map or 0.0,
@@ -207,10 +207,10 @@ def _media(item: Placed, size: Size, crf: int) -> Tensor:
     """As prepare_conditioning of inference.py hands it over: at its own resolution, with the margins of the output."""
     pictures = []
     for frame in item.frames:
-        own = crop_to_aspect(load_picture(frame), size)
+        own = crop_to_aspect(load_image(frame), size)
         left, right, top, bottom = size.padding()
         made = Size(own.width // 2 * 2 + left + right, own.height // 2 * 2 + top + bottom)
-        pictures.append(prepare_picture(frame, size, crf, made))
+        pictures.append(prepare_image(frame, size, crf, made))
     return torch.cat(pictures, dim=2)
 
 
@@ -219,7 +219,7 @@ def _video(request: Request, size: Size) -> Tensor | None:
         return None
     assert request.image_crf is not None
     frames = read_start(request)
-    return torch.cat([prepare_picture(frame, size, request.image_crf, resize=True) for frame in frames], dim=2)
+    return torch.cat([prepare_image(frame, size, request.image_crf, resize=True) for frame in frames], dim=2)
 
 
 class _Noise:

@@ -102,7 +102,7 @@ def test_every_released_model_has_a_plan_with_its_parts(model: str) -> None:
 
 SETTINGS = (
     {},
-    {"steps": 7, "guidance": Guidance(scale=(1.0, 3.0), stg=1.0, skip_blocks=(1,), at=(1.0, 0.9))},
+    {"steps": 7, "guidance": Guidance(cfg_scale=(1.0, 3.0), stg_scale=1.0, skip_blocks=(1,), sigmas=(1.0, 0.9))},
     {"size": (100, 70), "frames": 20, "skip_final": 2},
 )
 
@@ -119,7 +119,7 @@ def test_plan_is_that_of_the_engine(home: Path, settings: dict[str, Any]) -> Non
 def test_plan_of_two_passes_is_that_of_the_engine(
     home: Path, upscaler: Callable[..., Path], kind: dict[str, bool]
 ) -> None:
-    request = Request(prompt="x", size=(128, 96), frames=17, steps=4, second=Pass(levels=(0.9, 0.5)))
+    request = Request(prompt="x", size=(128, 96), frames=17, steps=4, second=Pass(sigmas=(0.9, 0.5)))
     parts = {"upscaler": [upscaler(**kind)], "second_model": home / tiny_models.MODEL}
     ours = DryEngine.open(home / tiny_models.MODEL, **parts)
     theirs = Engine.open(home / tiny_models.MODEL, **parts, device="cpu")
@@ -159,7 +159,7 @@ def test_named_upscaler_doubles_what_it_is_for() -> None:
         ({"model": "demo", "upscaler": ["demo"]}, {}, RequestError, "ltxv-spatial-upscaler"),
         ({"model": "demo", "upscaler": ["gone.safetensors"]}, {}, CheckpointError, "upscaler is not at"),
         ({"model": "demo", "text_encoder": "gone/t5"}, {}, CheckpointError, "text encoder is not at"),
-        ({"model": "ltxv-2b-0.9.5"}, {"second": Pass(levels=(0.5,))}, CheckpointError, "--upscaler"),
+        ({"model": "ltxv-2b-0.9.5"}, {"second": Pass(sigmas=(0.5,))}, CheckpointError, "--upscaler"),
         ({"model": "ltxv-2b-0.9.8-distilled"}, {"steps": 9}, RequestError, "distilled for"),
         ({"model": "ltxv-2b-0.9"}, {"guidance": Guidance(skip_blocks=(28,))}, RequestError, "28 blocks"),
     ],

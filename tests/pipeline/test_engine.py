@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
 from kadr.errors import Cancelled
 from kadr.media.clip import read_metadata, read_video
-from kadr.media.postprocess import crop_margins, to_uint8, to_unit
+from kadr.media.postprocess import crop_margins, denormalize, to_uint8
 from kadr.media.writer import VideoWriter
 from kadr.memory.module_cache import Shelf
 from kadr.models.t5 import T5Encoder
@@ -193,7 +193,7 @@ def test_decoding_as_a_stream_is_decoding_at_once(engine: Engine, injecting: Eng
                 timestep=level,
                 noise_source=lambda shape: streams.draw(f"injection {next(counted)}", shape),  # noqa: B023
             )
-        off = (torch.from_numpy(video.frames).int() - to_uint8(to_unit(whole[0])).int()).abs()
+        off = (torch.from_numpy(video.frames).int() - to_uint8(denormalize(whole[0])).int()).abs()
         assert off.max() <= 1  # a hair on either side of a whole number
         assert off.float().mean() < 1e-3
 
@@ -387,7 +387,7 @@ def test_progress_counts_every_stage_from_0_to_its_end(
         assert mine[-1].eta == 0
     assert [report.stage for report in reports] == sorted((r.stage for r in reports), key=stages.index)
     sigmas = [report.sigma for report in reports if report.stage == "denoise"]
-    assert sigmas == [None, *engine.components.schedules[0].levels(3, tokens=6).tolist()]
+    assert sigmas == [None, *engine.components.schedules[0].get_sigmas(3, tokens=6).tolist()]
     assert all(report.sigma is None for report in reports if report.stage != "denoise")
 
 

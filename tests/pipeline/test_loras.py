@@ -88,7 +88,7 @@ def test_what_is_recorded_with_some_strengths_is_forgotten_also_where_a_step_is_
 
 def test_each_of_two_passes_has_a_strength_of_its_own(opened: Callable[..., Engine], one: Path, tmp_path: Path) -> None:
     upscaler = tiny_models.write_upscaler(tmp_path / "up.safetensors")
-    request = replace(TWO_PASSES, second=Pass(levels=(0.6,)))
+    request = replace(TWO_PASSES, second=Pass(sigmas=(0.6,)))
     made = {
         strengths: opened(loras=[(one, *strengths)], upscaler=upscaler).denoise(request)
         for strengths in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0,))
@@ -188,7 +188,7 @@ def test_one_transformer_cannot_have_two_strengths_merged(
     upscaler = tiny_models.write_upscaler(tmp_path / "up.safetensors")
     engine = opened(loras=[(one, 1, 0)], merge_loras=True, upscaler=upscaler)
     with pytest.raises(RequestError, match="strength 1 in the first pass and 0 in the second"):
-        engine.plan(replace(TWO_PASSES, second=Pass(levels=(0.6,))))
+        engine.plan(replace(TWO_PASSES, second=Pass(sigmas=(0.6,))))
     single = engine.denoise(REQUEST)  # there is no second pass
     assert relative(single, opened(loras=[one]).denoise(REQUEST)) < 1e-5
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from kadr import Engine, Request
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
-from kadr.sampling.guidance import Disturb, Text, guided
-from kadr.sampling.positions import positions
+from kadr.sampling.guidance import Perturbation, PromptEmbeddings, guided_denoiser
+from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import LatentGrid, Size
 from tests.oracles import drawn, relative
@@ -44,7 +44,7 @@ REQUEST = Request(
     decode_noise=0.025,
     tone_map=0.0,
 )
-STG = Guidance(scale=3.0, stg=1.5, rescale=1.0, skip_blocks=(1,))
+STG = Guidance(cfg_scale=3.0, stg_scale=1.5, rescale=1.0, skip_blocks=(1,))
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +67,17 @@ def test_stg_disturbs_the_samples_with_the_prompt_where_the_official_mask_takes_
     transformer = SimpleNamespace(transformer_blocks=[None] * 2, device="cpu", dtype=torch.float32)
     mask = Transformer3DModel.create_skip_layer_mask(transformer, 2, 3, 2, [1])
     assert (mask[1] == 0).nonzero().flatten().tolist() == [2, 5]  # a prompt's own and one of the disturbed
-    asked: list[Disturb] = []
+    asked: list[Perturbation] = []
 
-    def model(tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None) -> tuple[Tensor, Any]:
+    def model(
+        tokens: Tensor, level: Tensor, text: PromptEmbeddings, disturb: Perturbation | None = None
+    ) -> tuple[Tensor, Any]:
         if disturb is not None:
             asked.append(disturb)
         return tokens, tokens[disturb.rows] if disturb else None
 
-    text = Text(torch.zeros(2, 3, 4), torch.ones(2, 3))
-    estimate = guided(model, text, text, STG, [STG.strengths(1.0)], together=True)
+    text = PromptEmbeddings(torch.zeros(2, 3, 4), torch.ones(2, 3))
+    estimate = guided_denoiser(model, text, text, STG, [STG.at_sigma(1.0)], guidance_batch=True)
     estimate(0, drawn(2, 5, 4), torch.ones(2, 1))
     assert [(disturb.blocks, disturb.rows) for disturb in asked] == [((1,), slice(2, None))]
 
@@ -85,39 +87,46 @@ def test_stg_disturbs_the_samples_with_the_prompt_where_the_official_mask_takes_
 @torch.no_grad()
 def test_each_video_of_a_batch_is_guided_as_if_alone(mode: str, together: bool) -> None:
     transformer = sown(lambda: Transformer(transformer_config()), 1)
-    rope = transformer.compute_rope(positions(LatentGrid(2, 2, 2), fps=24.0, causal=True)[None])
+    rope = transformer.compute_rope(token_positions(LatentGrid(2, 2, 2), fps=24.0, causal=True)[None])
 
-    def model(tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None) -> tuple[Tensor, Any]:
-        given = tokens, rope, text.encoding, text.mask, level
+    def model(
+        tokens: Tensor, level: Tensor, text: PromptEmbeddings, disturb: Perturbation | None = None
+    ) -> tuple[Tensor, Any]:
+        given = tokens, rope, text.embeddings, text.mask, level
         if disturb is None:
             return transformer(*given), None
         return transformer.forward_with_perturbed(*given, **disturb._asdict())
 
     tokens, level = drawn(2, 8, CHANNELS), torch.tensor([[0.9], [0.4]])
-    texts = [Text(drawn(2, 5, TEXT_WIDTH, seed=seed), torch.arange(5) < torch.tensor([[5], [3]])) for seed in (2, 3)]
-    guidance = replace(STG, mode=mode, rescale=0.7, cfg_star=True)
-    steps = [guidance.strengths(1.0)]
-    both = guided(model, *texts, guidance, steps, together=together)(0, tokens, level)
+    texts = [
+        PromptEmbeddings(drawn(2, 5, TEXT_WIDTH, seed=seed), torch.arange(5) < torch.tensor([[5], [3]]))
+        for seed in (2, 3)
+    ]
+    guidance = replace(STG, stg_mode=mode, rescale=0.7, cfg_star=True)
+    steps = [guidance.at_sigma(1.0)]
+    both = guided_denoiser(model, *texts, guidance, steps, guidance_batch=together)(0, tokens, level)
     for row in (slice(1), slice(1, 2)):
-        own = [Text(text.encoding[row], text.mask[row]) for text in texts]
-        alone = guided(model, *own, guidance, steps)(0, tokens[row], level[row])
+        own = [PromptEmbeddings(text.embeddings[row], text.mask[row]) for text in texts]
+        alone = guided_denoiser(model, *own, guidance, steps)(0, tokens[row], level[row])
         assert relative(both[row], alone) <= 1e-5
 
 
 def test_the_official_residual_mode_does_nothing_and_is_refused(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = official_pipeline.run(pipeline, replace(REQUEST, guidance=Guidance(scale=3.0, stg=0.0, rescale=1.0)))
+    without = official_pipeline.run(
+        pipeline, replace(REQUEST, guidance=Guidance(cfg_scale=3.0, stg_scale=0.0, rescale=1.0))
+    )
     with_it = official_pipeline.run(pipeline, replace(REQUEST, guidance=STG))
     assert relative(with_it.latents, without.latents) > 1e-2
     monkeypatch.setitem(official_pipeline.MODES, "attention_values", SkipLayerStrategy.Residual)
     assert relative(official_pipeline.run(pipeline, replace(REQUEST, guidance=STG)).latents, without.latents) <= 1e-5
     with pytest.raises(RequestError, match="changes nothing"):
-        Guidance(mode="residual")
+        Guidance(stg_mode="residual")
 
 
 def test_lists_without_their_levels_are_refused_where_the_official_pipeline_breaks(
     engine: Engine, pipeline: Any
 ) -> None:
-    request = replace(REQUEST, guidance=Guidance(scale=(3.0, 1.0), stg=0.0, rescale=1.0))
+    request = replace(REQUEST, guidance=Guidance(cfg_scale=(3.0, 1.0), stg_scale=0.0, rescale=1.0))
     with pytest.raises(NameError):
         official_pipeline.run(pipeline, request)
     with pytest.raises(RequestError, match=r"guidance has 2 values, and no levels that they are for. Give `at`"):
@@ -126,7 +135,7 @@ def test_lists_without_their_levels_are_refused_where_the_official_pipeline_brea
 
 def test_a_block_that_is_not_there_is_refused_only_where_it_would_be_disturbed(engine: Engine, pipeline: Any) -> None:
     """As 42 of the 28 blocks of 2B 0.9.8 distilled, whose config has STG at 0."""
-    off = replace(REQUEST, guidance=Guidance(scale=3.0, stg=0.0, rescale=1.0, skip_blocks=(42,)))
+    off = replace(REQUEST, guidance=Guidance(cfg_scale=3.0, stg_scale=0.0, rescale=1.0, skip_blocks=(42,)))
     assert relative(engine.denoise(off), official_pipeline.run(pipeline, off).latents) <= 1e-5
     on = replace(REQUEST, guidance=replace(STG, skip_blocks=(42,)))
     with pytest.raises(IndexError):
@@ -138,7 +147,9 @@ def test_a_block_that_is_not_there_is_refused_only_where_it_would_be_disturbed(e
 def test_of_two_passes_both_read_one_encoding_of_the_prompt(
     engine: Engine, pipeline: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    second = Pass(levels=(0.7,), guidance=Guidance(scale=1.0, stg=0.0, rescale=1.0), stochastic=False, tone_map=0.0)
+    second = Pass(
+        sigmas=(0.7,), guidance=Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0), stochastic=False, tone_map=0.0
+    )
     request = replace(REQUEST, size=Size(128, 128), multi_scale=True, second=second)
     encoded: Counter[str] = Counter()
     encode = type(pipeline).encode_prompt

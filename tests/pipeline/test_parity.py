@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kadr import Condition, Engine, Request
 from kadr.errors import RequestError
-from kadr.media.postprocess import to_unit
+from kadr.media.postprocess import denormalize
 from kadr.media.writer import VideoWriter
 from kadr.models.registry import DISTILLED_SIGMAS
 from kadr.pipeline.stages import decode
@@ -32,7 +32,7 @@ from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL, SHIFTED, write,
 
 LATENTS, PIXELS = 5e-6, 1e-5  # relative errors; found were 6e-7 and 1e-6, ten times what one rounding makes
 UPSCALER = "upscaler.safetensors"
-DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS)
+DISTILLED = Schedule(sampler="LinearQuadratic", allowed_sigmas=DISTILLED_SIGMAS)
 MODELS: dict[str, dict[str, Any]] = {
     "0.9": {"family": "0.9", "causal": False, "schedule": SHIFTED},
     "0.9.1": {"family": "0.9.1", "causal": False, "schedule": SHIFTED},
@@ -90,7 +90,7 @@ MULTI_SCALE: dict[str, Any] = {
     "levels": (1.0, 0.95, 0.7),
     "guidance": guidance(),
     "tone_map": 0.3,  # of the first pass, which decodes nothing
-    "second": Pass(levels=LEVELS, guidance=Guidance(scale=1.0, stg=1.0, skip_blocks=(0,)), tone_map=0.6),
+    "second": Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0, stg_scale=1.0, skip_blocks=(0,)), tone_map=0.6),
 }
 
 
@@ -136,11 +136,11 @@ CASES = {
         "0.9.5",
         steps=6,
         guidance=Guidance(
-            scale=(1.0, 4.0, 6.0, 1.0),
-            stg=(0.0, 0.0, 2.0, 1.0),
+            cfg_scale=(1.0, 4.0, 6.0, 1.0),
+            stg_scale=(0.0, 0.0, 2.0, 1.0),
             rescale=(1.0, 1.0, 0.5, 0.5),
             skip_blocks=((), (0,), (0, 1), (1,)),
-            at=(1.0, 0.985, 0.9, 0.3),
+            sigmas=(1.0, 0.985, 0.9, 0.3),
             cfg_star=True,
         ),
     ),
@@ -169,7 +169,7 @@ CASES = {
             **MULTI_SCALE,
             "levels": (1.0, 0.9812, 0.725),
             "guidance": 1.0,
-            "second": Pass(levels=LEVELS, guidance=Guidance(scale=1.0), tone_map=0.6),
+            "second": Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0), tone_map=0.6),
         },
     ),
     "two passes, steps of each": case(
@@ -284,7 +284,7 @@ def decoded(
 ) -> tuple[Tensor, Tensor]:
     """Pixels (3, F, H, W) as they are decoded, with their margins, and the frames."""
     kept: list[Tensor] = []
-    patch.setattr(decode, "to_unit", lambda pixels: (kept.append(pixels), to_unit(pixels))[1])
+    patch.setattr(decode, "denormalize", lambda pixels: (kept.append(pixels), denormalize(pixels))[1])
     frames = engine.decode(latents, request, noise=noise)
     return torch.cat(kept, dim=1), frames
 

@@ -21,7 +21,7 @@ from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.models.t5 import T5Encoder
 from kadr.pipeline import prompt_cache
 from kadr.pipeline.prompt_cache import PromptCache, cache_home
-from kadr.text.tokenizer import Tokens
+from kadr.text.tokenizer import PromptTokens
 from tests.tiny_models import MODEL, TEXT_WIDTH
 
 REQUEST = Request(prompt="a red circle", size=Size(32, 32), frames=1, fps=24, steps=1, guidance=3.0)
@@ -107,8 +107,8 @@ def test_where_there_is_no_token_the_transformer_is_told_zero(home: Path) -> Non
     with torch.no_grad():
         (made,) = text.encoded(lambda progress: None)
     assert made.mask.any()
-    assert made.encoding[made.mask].abs().min() > 0
-    assert made.encoding[~made.mask].abs().max() == 0
+    assert made.embeddings[made.mask].abs().min() > 0
+    assert made.embeddings[~made.mask].abs().max() == 0
 
 
 # --- what a name depends on ---------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def text(home: Path, tmp_path: Path) -> TextEncoderFolder:
     return TextEncoderFolder.open(tmp_path / "own")
 
 
-def rows_for(text: TextEncoderFolder, prompt: str = "a red circle") -> tuple[Tokens, Tensor]:
+def rows_for(text: TextEncoderFolder, prompt: str = "a red circle") -> tuple[PromptTokens, Tensor]:
     tokens = text.tokenizer().encode(prompt)
     return tokens, torch.randn(int(tokens.mask.sum()), TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
 

@@ -28,7 +28,7 @@ def written(folder: Path, name: str) -> Path:
     """The checkpoint of a released model, but for the widths."""
     released = RELEASES_BY_NAME[name]
     old = released.version in ("0.9", "0.9.1")
-    few = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS)
+    few = Schedule(sampler="LinearQuadratic", allowed_sigmas=DISTILLED_SIGMAS)
     stated = few if released.is_distilled and released.version != "0.9.6-distilled" else LINEAR_QUADRATIC
     return write(
         folder,

@@ -19,8 +19,8 @@ from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
 from kadr.planning import activations
 from kadr.planning.planner import HOLES
-from kadr.sampling.positions import positions
-from kadr.sampling.settings import Guidance, Strengths
+from kadr.sampling.positions import token_positions
+from kadr.sampling.settings import Guidance, StepGuidance
 from kadr.sampling.step_cache import PassCache
 from kadr.shapes import LatentGrid
 from tests import tiny_models
@@ -29,16 +29,16 @@ from tests.oracles import drawn
 
 LAYERS, STEPS = 4, 12
 BASE = Request(prompt="a red circle", negative_prompt="blue", size=(64, 64), frames=9, steps=STEPS, guidance=1.0)
-STG = Guidance(scale=3.0, stg=1.0, rescale=0.7, skip_blocks=(2,))
+STG = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, skip_blocks=(2,))
 WAYS: dict[str, Request] = {
     "plain": BASE,
     "guided": replace(BASE, guidance=3.0),
     "in one batch": replace(BASE, guidance=3.0, guidance_batch=True),
     "disturbed": replace(BASE, guidance=STG),
     "disturbed from the first block, in one batch": replace(
-        BASE, guidance=replace(STG, skip_blocks=(0, 2), mode="attention_skip"), guidance_batch=True
+        BASE, guidance=replace(STG, skip_blocks=(0, 2), stg_mode="attention_skip"), guidance_batch=True
     ),
-    "a block left out": replace(BASE, guidance=replace(STG, skip_blocks=(0, 3), mode="transformer_block")),
+    "a block left out": replace(BASE, guidance=replace(STG, skip_blocks=(0, 3), stg_mode="transformer_block")),
 }
 KINDS = {"first-block": StepCache("first-block", threshold=0.5), "taylor": StepCache("taylor", interval=3)}
 ALL_COMPUTED = (StepCache("first-block", threshold=0), StepCache("taylor", interval=1))
@@ -111,12 +111,12 @@ def transformer() -> Transformer:
 
 
 GRID = LatentGrid(2, 3, 4)
-PLAIN = Strengths(1.0, 0.0, 1.0, ())
+PLAIN = StepGuidance(1.0, 0.0, 1.0, ())
 
 
 def asked(transformer: Transformer, step: int, seed: int, **how: Any) -> Any:
     """A velocity on one of twelve steps that are near each other, with the text of that seed."""
-    rope = transformer.compute_rope(positions(GRID, fps=24.0, causal=True)[None])
+    rope = transformer.compute_rope(token_positions(GRID, fps=24.0, causal=True)[None])
     tokens = drawn(1, GRID.num_tokens, tiny_models.CHANNELS, seed=1) + 0.02 * step * drawn(
         1, GRID.num_tokens, tiny_models.CHANNELS, seed=2
     )
@@ -130,12 +130,12 @@ def asked(transformer: Transformer, step: int, seed: int, **how: Any) -> Any:
 def test_two_texts_in_turn_give_what_each_gives_alone(transformer: Transformer) -> None:
     shared, alone = PassCache(KINDS["taylor"], [PLAIN] * STEPS), {}
     for step in range(STEPS):
-        shared.begin(step)
+        shared.begin_step(step)
         for seed in (8, 9):
             own = alone.setdefault(seed, PassCache(KINDS["taylor"], [PLAIN] * STEPS))
             own.begin(step)
             expected = asked(transformer, step, seed, cache=own.stream("the only one"))
-            assert torch.equal(asked(transformer, step, seed, cache=shared.stream(seed)), expected)
+            assert torch.equal(asked(transformer, step, seed, cache=shared.residual_cache(seed)), expected)
 
 
 @torch.no_grad()
@@ -149,8 +149,8 @@ def test_a_disturbed_evaluation_has_a_residual_of_its_own(
     right, beside = asked(transformer, 0, 8, **how)
     assert (right - beside).norm() > 0.01 * right.norm()
     for step in range(STEPS):
-        cache.begin(step)
-        made, aside = asked(transformer, 0, 8, cache=cache.stream(0), **how)
+        cache.begin_step(step)
+        made, aside = asked(transformer, 0, 8, cache=cache.residual_cache(0), **how)
         torch.testing.assert_close(made, right, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(aside, beside, rtol=1e-4, atol=1e-4)
 
@@ -160,9 +160,9 @@ def test_a_disturbed_evaluation_leaves_the_plain_one_as_it_is(transformer: Trans
     caches = [PassCache(KINDS["taylor"], [PLAIN] * STEPS) for _ in range(2)]
     for step in range(STEPS):
         for cache in caches:
-            cache.begin(step)
-        plain = asked(transformer, step, 8, cache=caches[0].stream(0))
-        made, _ = asked(transformer, step, 8, cache=caches[1].stream(0), blocks=(2,), mode="attention_skip")
+            cache.begin_step(step)
+        plain = asked(transformer, step, 8, cache=caches[0].residual_cache(0))
+        made, _ = asked(transformer, step, 8, cache=caches[1].residual_cache(0), blocks=(2,), mode="attention_skip")
         assert torch.equal(made, plain)
 
 
@@ -195,15 +195,15 @@ def peak(transformer: Transformer, request: Request, cache: StepCache | None) ->
     """Bytes of tensors at the worst moment of all evaluations."""
     guidance = request.guidance
     assert isinstance(guidance, Guidance)
-    steps = [guidance.strengths(1 - step / 40) for step in range(STEPS)]
+    steps = [guidance.at_sigma(1 - step / 40) for step in range(STEPS)]
     kept = cache and PassCache(cache, steps)
     with LiveBytes() as counter:
         for step in range(7):  # of which four are computed
             if kept is not None:
-                kept.begin(step)
-            for seed in (8, 9) if steps[0].scale > 1 else (8,):
-                how: dict[str, Any] = {"cache": kept.stream(seed)} if kept else {}
-                if seed == 8 and guidance.stg:
+                kept.begin_step(step)
+            for seed in (8, 9) if steps[0].cfg_scale > 1 else (8,):
+                how: dict[str, Any] = {"cache": kept.residual_cache(seed)} if kept else {}
+                if seed == 8 and guidance.stg_scale:
                     how |= {"blocks": guidance.skip_blocks, "mode": "attention_values"}
                 said: Tensor | tuple[Tensor, ...] = asked(transformer, step, seed, **how)
                 del said
@@ -216,7 +216,9 @@ def peak(transformer: Transformer, request: Request, cache: StepCache | None) ->
 def test_what_a_cache_keeps_is_what_is_planned(transformer: Transformer, way: str, cache: StepCache) -> None:
     streams = {"plain": 1, "guided": 2, "disturbed": 3}[way]
     grown = peak(transformer, WAYS[way], cache) - peak(transformer, WAYS[way], None)
-    planned = activations.step_cache_bytes(transformer.config, GRID.num_tokens, 4, points=cache.points, streams=streams)
+    planned = activations.step_cache_bytes(
+        transformer.config, GRID.num_tokens, 4, points=cache.cached_steps, streams=streams
+    )
     one = GRID.num_tokens * transformer.config.width * 4
     assert planned - 2 * one <= grown <= planned
 

@@ -12,7 +12,7 @@ from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import DISTILLED_SIGMAS, Recipe
 from kadr.request.official_config import OfficialConfig
-from kadr.sampling.schedules import linear_quadratic, uniform
+from kadr.sampling.schedules import linear_quadratic_schedule, uniform_schedule
 from kadr.sampling.settings import Guidance, Pass
 from tests.request.official_configs import OFFICIAL
 
@@ -76,7 +76,7 @@ def test_given_parts_go_first_and_what_the_file_names_need_not_exist(tmp_path: P
 
 def test_what_is_left_out_means_what_it_means_there(tmp_path: Path) -> None:
     recipe = read(tmp_path, "checkpoint_path: demo").recipe
-    guidance = Guidance(scale=4.5, stg=1.0, rescale=0.7)
+    guidance = Guidance(cfg_scale=4.5, stg_scale=1.0, rescale=0.7)
     assert recipe == Recipe(first_pass=Pass(steps=20, guidance=guidance), decode_timestep=0.0, decode_noise=0.0)
     assert read(tmp_path, "decode_timestep: 0.1").recipe.decode_noise == 0.1
 
@@ -87,13 +87,13 @@ def test_top_holds_for_both_passes_unless_they_say_otherwise(tmp_path: Path) -> 
     assert recipe.second_pass is not None
     for settings in (recipe.first_pass, recipe.second_pass):
         assert settings.stochastic
-        assert settings.guidance.scale == 1
+        assert settings.guidance.cfg_scale == 1
 
 
 def test_null_is_left_out(tmp_path: Path) -> None:
     config = read(tmp_path, "skip_block_list:\nspatial_upscaler_model_path: null\nstg_scale: ~\n")
     assert config.upscaler is None
-    assert config.recipe.first_pass.guidance.stg == 1.0
+    assert config.recipe.first_pass.guidance.stg_scale == 1.0
 
 
 def test_pass_alone_goes_to_the_end(tmp_path: Path) -> None:
@@ -105,23 +105,25 @@ def test_pass_alone_goes_to_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("said, mode", [("stg_as", "attention_skip"), ("Transformer_Block", "transformer_block")])
 def test_stg_mode_has_short_names(tmp_path: Path, said: str, mode: str) -> None:
     text = OFFICIAL[TWO_B].replace('stg_mode: "attention_values"', f"stg_mode: {said}")
-    assert read(tmp_path, text).recipe.first_pass.guidance.mode == mode
+    assert read(tmp_path, text).recipe.first_pass.guidance.stg_mode == mode
 
 
-@pytest.mark.parametrize("sampler, levels", [("uniform", uniform(40)), ("linear-quadratic", linear_quadratic(40))])
+@pytest.mark.parametrize(
+    "sampler, levels", [("uniform", uniform_schedule(40)), ("linear-quadratic", linear_quadratic_schedule(40))]
+)
 def test_another_sampler_is_spelled_out_as_levels(tmp_path: Path, sampler: str, levels: Any) -> None:
     text = OFFICIAL["ltxv-2b-0.9"].replace("from_checkpoint", sampler, 1)
     first = read(tmp_path, text).recipe.first_pass
-    assert first.levels == tuple(levels.tolist())
+    assert first.sigmas == tuple(levels.tolist())
     assert first.steps is None
 
 
 def test_another_sampler_skips_as_the_passes_say(tmp_path: Path) -> None:
     recipe = read(tmp_path, OFFICIAL[DEV].replace("from_checkpoint", "uniform", 1)).recipe
-    levels = tuple(uniform(30).tolist())
+    levels = tuple(uniform_schedule(30).tolist())
     assert recipe.second_pass is not None
     assert recipe.single_pass is not None
-    assert (recipe.first_pass.levels, recipe.second_pass.levels, recipe.single_pass.levels) == (
+    assert (recipe.first_pass.sigmas, recipe.second_pass.sigmas, recipe.single_pass.sigmas) == (
         levels[:27],
         levels[17:],
         levels,

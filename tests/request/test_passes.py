@@ -55,10 +55,10 @@ REQUEST = Request(
     steps=2,
     guidance=1.0,
     multi_scale=True,
-    second=Pass(levels=LEVELS, guidance=Guidance(scale=1.0)),
+    second=Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0)),
     image_noise=0.0,
 )
-DISTILLED = Schedule(sampler="LinearQuadratic", allowed=DISTILLED_SIGMAS)
+DISTILLED = Schedule(sampler="LinearQuadratic", allowed_sigmas=DISTILLED_SIGMAS)
 Opened = Callable[..., Engine]
 
 
@@ -409,7 +409,7 @@ def test_upscalers_are_no_matter_to_a_single_pass(opened: Opened) -> None:
         (("spatial",), {"size": Size(32, 32)}),
         ((), {}),
         (("spatial",), {"skip_initial": 1}),
-        (("spatial",), {"guidance": Guidance(stg=1.0, skip_blocks=(2,))}),
+        (("spatial",), {"guidance": Guidance(stg_scale=1.0, skip_blocks=(2,))}),
     ],
     ids=str,
 )
@@ -442,10 +442,10 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
     home: Path, other: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = mixed(home, other)
-    request = replace(REQUEST, second=Pass(steps=4, skip_initial=2, guidance=Guidance(scale=1.0)))
+    request = replace(REQUEST, second=Pass(steps=4, skip_initial=2, guidance=Guidance(cfg_scale=1.0)))
     first, second = engine.passes(request)
-    assert first.levels.tolist() == LINEAR_QUADRATIC.levels(2, tokens=first.grid.num_tokens).tolist()
-    assert second.levels.tolist() == SHIFTED.levels(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
+    assert first.levels.tolist() == LINEAR_QUADRATIC.get_sigmas(2, tokens=first.grid.num_tokens).tolist()
+    assert second.levels.tolist() == SHIFTED.get_sigmas(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
     steps, told = spied(monkeypatch, Transformer), spied(monkeypatch, Transformer, "rope")
     made = engine.denoise(request)
     assert [len(module.layers) for module, _ in steps] == [2, 2, 3, 3]
@@ -459,7 +459,7 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
     torch.testing.assert_close(early[0, 0].unique() * 24, torch.tensor([0.0, 1.0, 9.0]))  # causal
     torch.testing.assert_close(late[0, 0].unique() * 24, torch.tensor([0.0, 8.0, 16.0]))
     assert not torch.equal(
-        made, opened("spatial").denoise(replace(request, second=Pass(levels=tuple(second.levels.tolist()))))
+        made, opened("spatial").denoise(replace(request, second=Pass(sigmas=tuple(second.levels.tolist()))))
     )
 
 
@@ -519,17 +519,17 @@ def test_a_text_encoder_of_another_width_is_refused_for_each_model_it_would_not_
 
 
 def skipping(block: int, stg: float) -> Guidance:
-    return Guidance(scale=1.0, stg=stg, skip_blocks=(block,))
+    return Guidance(cfg_scale=1.0, stg_scale=stg, skip_blocks=(block,))
 
 
 def test_a_skipped_block_past_the_last_is_refused_where_it_would_be_skipped(opened: Opened, untouched: None) -> None:
     single = replace(REQUEST, multi_scale=False, second=None)
     for stg, blocks in ((1.0, (2,)), (0.5, (0, 42))):
-        given = replace(single, guidance=Guidance(stg=stg, skip_blocks=blocks))
+        given = replace(single, guidance=Guidance(stg_scale=stg, skip_blocks=blocks))
         refused(lambda: opened().denoise(given), RequestError, str(blocks[-1]), "2 blocks, 0 to 1")  # noqa: B023
-    second = replace(REQUEST, second=Pass(levels=LEVELS, guidance=skipping(2, 1.0)))
+    second = replace(REQUEST, second=Pass(sigmas=LEVELS, guidance=skipping(2, 1.0)))
     refused(lambda: opened("spatial").denoise(second), RequestError, "skip_blocks has 2", "2 blocks, 0 to 1")
-    late = Guidance(scale=1.0, stg=(0.0, 1.0), skip_blocks=((7,), (3,)), at=(1.0, 0.5))
+    late = Guidance(cfg_scale=1.0, stg_scale=(0.0, 1.0), skip_blocks=((7,), (3,)), sigmas=(1.0, 0.5))
     refused(
         lambda: opened().denoise(replace(single, steps=None, levels=(1.0, 0.4), guidance=late)),
         RequestError,
@@ -541,25 +541,25 @@ def test_a_skipped_block_past_the_last_is_no_matter_where_nothing_is_skipped(ope
     single = replace(REQUEST, multi_scale=False, second=None, steps=1)
     made = opened().denoise(replace(single, guidance=skipping(42, 0.0)))
     assert torch.equal(made, opened().denoise(single))
-    early = Guidance(scale=1.0, stg=(0.0, 1.0), skip_blocks=((7,), (0,)), at=(1.0, 0.5))
+    early = Guidance(cfg_scale=1.0, stg_scale=(0.0, 1.0), skip_blocks=((7,), (0,)), sigmas=(1.0, 0.5))
     assert opened().passes(replace(single, steps=None, levels=(1.0, 0.4), guidance=early))
 
 
 def test_blocks_are_counted_in_the_model_of_the_pass(home: Path, other: Path) -> None:
     engine = mixed(home, other)  # of two layers, and of three
-    assert engine.passes(replace(REQUEST, second=Pass(levels=LEVELS, guidance=skipping(2, 1.0))))
+    assert engine.passes(replace(REQUEST, second=Pass(sigmas=LEVELS, guidance=skipping(2, 1.0))))
     refused(lambda: engine.passes(replace(REQUEST, guidance=skipping(2, 1.0))), RequestError, "2 blocks, 0 to 1")
-    beyond = replace(REQUEST, second=Pass(levels=LEVELS, guidance=skipping(3, 1.0)))
+    beyond = replace(REQUEST, second=Pass(sigmas=LEVELS, guidance=skipping(3, 1.0)))
     refused(lambda: engine.passes(beyond), RequestError, "3 blocks, 0 to 2")
 
 
-FEW = replace(REQUEST, steps=None, levels=DISTILLED_SIGMAS[:2], second=Pass(levels=DISTILLED_SIGMAS[-2:]))
+FEW = replace(REQUEST, steps=None, levels=DISTILLED_SIGMAS[:2], second=Pass(sigmas=DISTILLED_SIGMAS[-2:]))
 
 
 def test_guidance_on_a_distilled_model_warns_by_name_for_each_pass_it_is_asked_of(home: Path, distilled: Path) -> None:
     name = str(distilled / MODEL)
     alone = Engine.open(name, upscaler=home / "spatial.safetensors", device="cpu")
-    guided = Pass(levels=DISTILLED_SIGMAS[-2:], guidance=Guidance(scale=2.0))
+    guided = Pass(sigmas=DISTILLED_SIGMAS[-2:], guidance=Guidance(cfg_scale=2.0))
     for asked, times in (
         (replace(FEW, multi_scale=False, second=None, guidance=3.0), 1),
         (replace(FEW, guidance=3.0), 1),
@@ -573,15 +573,15 @@ def test_guidance_on_a_distilled_model_warns_by_name_for_each_pass_it_is_asked_o
 
 def test_a_distilled_model_without_guidance_is_not_warned_of(home: Path, distilled: Path) -> None:
     alone = Engine.open(distilled / MODEL, upscaler=home / "spatial.safetensors", device="cpu")
-    stg = Guidance(scale=1.0, stg=1.0, skip_blocks=(0,))
+    stg = Guidance(cfg_scale=1.0, stg_scale=1.0, skip_blocks=(0,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for guidance in (1.0, stg, Guidance(scale=(1.0, 3.0), at=(0.9, 0.1))):
+        for guidance in (1.0, stg, Guidance(cfg_scale=(1.0, 3.0), sigmas=(0.9, 0.1))):
             assert alone.passes(replace(FEW, guidance=guidance))
 
 
 def test_in_a_mix_the_model_that_is_distilled_is_the_one_that_is_warned_of(home: Path, distilled: Path) -> None:
-    second = Pass(levels=DISTILLED_SIGMAS[-2:], guidance=Guidance(scale=2.0))
+    second = Pass(sigmas=DISTILLED_SIGMAS[-2:], guidance=Guidance(cfg_scale=2.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert mixed(home, distilled).passes(replace(FEW, guidance=3.0))

@@ -43,12 +43,12 @@ FULL = Request(
 IN_WINDOWS = Windows(frames=41, overlap=16, strength=0.75, adain=0.5, remember=0.25)
 BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_SIGMAS, stochastic=True, windows=IN_WINDOWS)
 BY_LISTS = Guidance(
-    scale=(1.0, 4.0),
-    stg=(0.0, 2.0),
+    cfg_scale=(1.0, 4.0),
+    stg_scale=(0.0, 2.0),
     rescale=(1.0, 0.5),
     skip_blocks=((), (3, 5)),
-    mode="attention_skip",
-    at=(1.0, 0.9),
+    stg_mode="attention_skip",
+    sigmas=(1.0, 0.9),
     cfg_star=True,
     apg=-0.5,
     apg_norm=2.5,
@@ -61,7 +61,10 @@ IN_TWO_PASSES = Request(
     downscale=0.5,
     tone_map=0.25,
     second=Pass(
-        levels=(0.9, 0.5), guidance=Guidance(scale=2.5, stg=1.0, skip_blocks=(0, 7)), stochastic=True, tone_map=0.6
+        sigmas=(0.9, 0.5),
+        guidance=Guidance(cfg_scale=2.5, stg_scale=1.0, skip_blocks=(0, 7)),
+        stochastic=True,
+        tone_map=0.6,
     ),
     conditions=(
         Condition(media="left.png", box=(0, 0, 352, 480)),
@@ -267,7 +270,7 @@ def test_what_is_left_out_comes_from_the_recipe_and_what_is_said_stays() -> None
     for field in fields(Request):
         if field.name not in ("guidance", "tone_map") and getattr(said, field.name) is not None:
             assert getattr(kept, field.name) == getattr(said, field.name), field.name
-    assert kept.only_pass().guidance.scale == said.only_pass().guidance.scale
+    assert kept.only_pass().guidance.cfg_scale == said.only_pass().guidance.cfg_scale
 
 
 def test_nothing_is_taken_for_left_out() -> None:
@@ -312,7 +315,7 @@ def test_a_number_for_guidance_changes_its_scale_and_leaves_the_rest_to_the_reci
     dev = RELEASES_BY_NAME["ltxv-13b-0.9.8-dev"].recipe
     assert dev.second_pass is not None
     made = resolve(Request(prompt=PROMPT, guidance=5.0), dev)
-    assert made.guidance == replace(dev.first_pass.guidance, scale=5.0)
+    assert made.guidance == replace(dev.first_pass.guidance, cfg_scale=5.0)
     assert made.second == replace(dev.second_pass, stochastic=False, tone_map=0.0)
 
 
@@ -331,7 +334,7 @@ def test_a_tone_map_is_for_what_is_decoded() -> None:
         ({"multi_scale": True}, BASE, "this model's recipe has one only"),
         ({"second": Pass(steps=4, skip_initial=2), "multi_scale": False}, DISTILLED, "a single pass is asked for"),
         ({"second": Pass(steps=4)}, DISTILLED, "begins at level 1"),
-        ({"second": Pass(levels=(1.0, 0.5))}, DISTILLED, "begins at level 1"),
+        ({"second": Pass(sigmas=(1.0, 0.5))}, DISTILLED, "begins at level 1"),
         ({"second": Pass(skip_initial=2)}, BASE, "neither steps nor levels"),
     ],
 )

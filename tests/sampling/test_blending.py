@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.sampling.blending import continued
+from kadr.sampling.blending import blend_window
 from kadr.sampling.latents import adain
 
 
@@ -17,7 +17,7 @@ def drawn(frames: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("overlap", [1, 2, 3, 5])
 def test_the_old_fades_out_over_all_but_one_latent_of_the_overlap(overlap: int) -> None:
     made, before = drawn(6, 1), drawn(6, 2)
-    added = continued(made, before, before, overlap=overlap, share=0.0)
+    added = blend_window(made, before, before, overlap=overlap, adain_factor=0.0)
     assert added.shape[2] == 5
     for place in range(overlap - 1):
         old = 1 - (place + 1) / overlap
@@ -28,14 +28,14 @@ def test_the_old_fades_out_over_all_but_one_latent_of_the_overlap(overlap: int) 
 
 def test_a_window_that_agrees_with_the_video_leaves_it_as_it_is() -> None:
     whole = drawn(9, 1)
-    added = continued(whole[:, :, 3:], whole[:, :, :6], whole[:, :, :6], overlap=3, share=0.0)
+    added = blend_window(whole[:, :, 3:], whole[:, :, :6], whole[:, :, :6], overlap=3, adain_factor=0.0)
     assert torch.allclose(added, whole[:, :, 4:], atol=1e-6)
 
 
 def test_all_of_a_window_is_moved_to_the_statistics_of_the_first_before_it_crosses_over() -> None:
     made, before, first = drawn(6, 1), drawn(6, 2), 3 * drawn(4, 3) + 1
-    added = continued(made, before, first, overlap=1, share=1.0)
+    added = blend_window(made, before, first, overlap=1, adain_factor=1.0)
     for measure in (torch.mean, torch.std):
         assert torch.allclose(measure(added, (2, 3, 4)), measure(first, (2, 3, 4)), atol=1e-5)
-    part = continued(made, before, first, overlap=3, share=0.25)
+    part = blend_window(made, before, first, overlap=3, adain_factor=0.25)
     assert torch.allclose(part[:, :, 2:], adain(made[:, :, 1:], first, 0.25)[:, :, 2:], atol=1e-6)

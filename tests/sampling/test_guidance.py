@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kadr.sampling.guidance import Disturb, Estimate, Text, guided, projected, shared
+from kadr.sampling.guidance import (
+    Denoiser,
+    Perturbation,
+    PromptEmbeddings,
+    adaptive_projected_guidance,
+    cfg_star_scale,
+    guided_denoiser,
+)
 from kadr.sampling.settings import Guidance
 
 WIDTH, CHANNELS, TOKENS, LENGTH = 12, 5, 7, 6
@@ -19,8 +26,8 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def text(seed: int, real: int, batch: int = 1) -> Text:
-    return Text(drawn(batch, LENGTH, WIDTH, seed=seed), (torch.arange(LENGTH) < real).expand(batch, -1))
+def text(seed: int, real: int, batch: int = 1) -> PromptEmbeddings:
+    return PromptEmbeddings(drawn(batch, LENGTH, WIDTH, seed=seed), (torch.arange(LENGTH) < real).expand(batch, -1))
 
 
 class Model:
@@ -28,16 +35,16 @@ class Model:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, ...]] = []
-        self.disturbed: list[Disturb] = []
+        self.disturbed: list[Perturbation] = []
         torch.manual_seed(0)
         self.inner = nn.Linear(CHANNELS + WIDTH + 1, CHANNELS).requires_grad_(False)
 
     def __call__(
-        self, tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None
+        self, tokens: Tensor, level: Tensor, text: PromptEmbeddings, disturb: Perturbation | None = None
     ) -> tuple[Tensor, Tensor | None]:
         self.asked.append(tuple(tokens.shape))
-        assert text.encoding.shape[0] == text.mask.shape[0] == tokens.shape[0] == level.shape[0]
-        said = (text.encoding * text.mask[..., None]).mean(dim=1, keepdim=True).expand(-1, tokens.shape[1], -1)
+        assert text.embeddings.shape[0] == text.mask.shape[0] == tokens.shape[0] == level.shape[0]
+        said = (text.embeddings * text.mask[..., None]).mean(dim=1, keepdim=True).expand(-1, tokens.shape[1], -1)
         made = self.inner(torch.cat([tokens, said, level.expand(-1, tokens.shape[1])[..., None]], dim=-1)).tanh()
         if disturb is None:
             return made, None
@@ -48,11 +55,11 @@ class Model:
 POSITIVE, NEGATIVE = text(1, 5), text(2, 2)
 
 
-def estimate(model: Model, *, together: bool = False, batch: int = 1, **values: Any) -> Estimate:
+def estimate(model: Model, *, together: bool = False, batch: int = 1, **values: Any) -> Denoiser:
     guidance = Guidance(**values)
-    steps = [guidance.strengths(0.5)]
+    steps = [guidance.at_sigma(0.5)]
     texts = (text(1, 5, batch), text(2, 2, batch))
-    return guided(model, *texts, guidance, steps, together=together)
+    return guided_denoiser(model, *texts, guidance, steps, guidance_batch=together)
 
 
 @pytest.fixture(params=["one level", "a level per token"])
@@ -104,7 +111,7 @@ def test_stg_asks_for_the_prompt_s_rows_disturbed_and_no_others(together: bool, 
     values = {"scale": 3.0, "stg": 1.0, "skip_blocks": (2, 5), "mode": "attention_skip"}
     estimate(model, together=together, batch=2, **values)(0, tokens, level.expand(2, -1))
     rows = slice(2, None) if together else slice(None)
-    assert model.disturbed == [Disturb((2, 5), "attention_skip", rows)]
+    assert model.disturbed == [Perturbation((2, 5), "attention_skip", rows)]
 
 
 def test_stg_goes_away_from_what_is_said_with_blocks_disturbed(level: Tensor) -> None:
@@ -144,7 +151,7 @@ def test_a_rescale_of_1_is_off_and_so_is_one_without_stg(level: Tensor) -> None:
 
 def test_cfg_star_leaves_nothing_of_the_negative_direction_in_the_difference() -> None:
     prompt, negative = drawn(3, TOKENS, CHANNELS, seed=11), drawn(3, TOKENS, CHANNELS, seed=12)
-    factor = shared(prompt, negative)
+    factor = cfg_star_scale(prompt, negative)
     assert factor.shape == (3, 1, 1)
     left = ((prompt - factor * negative) * negative).flatten(1).sum(1)
     torch.testing.assert_close(left, torch.zeros(3), rtol=0, atol=1e-5)
@@ -153,14 +160,14 @@ def test_cfg_star_leaves_nothing_of_the_negative_direction_in_the_difference() -
 def test_projected_guidance_with_a_share_of_1_is_ordinary_guidance() -> None:
     prompt, negative, tokens = (drawn(2, TOKENS, CHANNELS, seed=seed) for seed in (13, 14, 15))
     level = torch.full((2, 1), 0.6)
-    made = projected(prompt, negative, 4.0, tokens, level, Guidance(apg=1.0))
+    made = adaptive_projected_guidance(prompt, negative, 4.0, tokens, level, Guidance(apg=1.0))
     torch.testing.assert_close(made, negative + 4.0 * (prompt - negative), rtol=1e-5, atol=1e-5)
 
 
 def test_projected_guidance_with_a_share_of_0_moves_no_channel_along_its_clean_picture() -> None:
     prompt, negative, tokens = (drawn(2, TOKENS, CHANNELS, seed=seed) for seed in (16, 17, 18))
     level = torch.full((2, 1), 0.6)
-    made = projected(prompt, negative, 4.0, tokens, level, Guidance(apg=0.0))
+    made = adaptive_projected_guidance(prompt, negative, 4.0, tokens, level, Guidance(apg=0.0))
     picture, push = tokens - 0.6 * prompt, -0.6 * (made - prompt)
     torch.testing.assert_close((picture * push).sum(1), torch.zeros(2, CHANNELS), rtol=0, atol=1e-5)
     assert push.abs().max() > 0.1
@@ -170,13 +177,13 @@ def test_projected_guidance_leaves_clean_tokens_alone_and_keeps_to_its_norm() ->
     prompt, negative, tokens = (drawn(1, TOKENS, CHANNELS, seed=seed) for seed in (19, 20, 21))
     level = torch.full((1, TOKENS), 0.5)
     level[0, 0] = 0.0
-    made = projected(prompt, negative, 2.0, tokens, level, Guidance(apg=1.0, apg_norm=0.25))
+    made = adaptive_projected_guidance(prompt, negative, 2.0, tokens, level, Guidance(apg=1.0, apg_norm=0.25))
     assert torch.equal(made[:, 0], prompt[:, 0])
     torch.testing.assert_close((0.5 * (made - prompt)).norm(), torch.tensor(0.25))
 
 
 def test_guidance_without_a_negative_prompt_is_a_mistake_of_the_caller() -> None:
-    guidance = Guidance(scale=2.0)
-    asking = guided(Model(), POSITIVE, None, guidance, [guidance.strengths(0.5)])
+    guidance = Guidance(cfg_scale=2.0)
+    asking = guided_denoiser(Model(), POSITIVE, None, guidance, [guidance.at_sigma(0.5)])
     with pytest.raises(ValueError, match="negative prompt"):
         asking(0, drawn(1, TOKENS, CHANNELS, seed=22), torch.tensor([[0.5]]))

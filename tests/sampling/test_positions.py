@@ -7,7 +7,7 @@ import torch
 from ltx_video.models.autoencoders.vae_encode import latent_to_pixel_coords_from_factors
 from ltx_video.models.transformers.symmetric_patchifier import SymmetricPatchifier
 
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid, Size
 
 GRID = LatentGrid(16, 3, 5)
@@ -18,7 +18,7 @@ GRID = LatentGrid(16, 3, 5)
     [(True, [0, 1 / 30, 9 / 30, 113 / 30]), (False, [0, 8 / 30, 16 / 30, 120 / 30])],
 )
 def test_latent_frames_0_1_2_and_15_stand_at_the_published_seconds(causal, seconds):
-    rows = positions(LatentGrid(16, 1, 1), fps=30, causal=causal)
+    rows = token_positions(LatentGrid(16, 1, 1), fps=30, causal=causal)
     assert rows.dtype == torch.float32
     assert rows[0, [0, 1, 2, 15]].tolist() == pytest.approx(seconds, rel=1e-6)
 
@@ -32,11 +32,11 @@ def test_positions_equal_the_official_ones_to_the_bit(fps, causal, first_frame):
     pixels[:, 0] += first_frame
     expected = pixels.to(torch.float32)
     expected[:, 0] = expected[:, 0] * (1.0 / fps)
-    assert torch.equal(positions(GRID, fps=fps, causal=causal, first_frame=first_frame), expected[0])
+    assert torch.equal(token_positions(GRID, fps=fps, causal=causal, first_frame=first_frame), expected[0])
 
 
 def test_tokens_go_frame_by_frame_then_row_by_row_then_column_by_column():
-    rows = positions(GRID, fps=8, causal=False)
+    rows = token_positions(GRID, fps=8, causal=False)
     assert rows.shape == (3, GRID.num_tokens)
     for frame, row, column in [(0, 0, 0), (0, 0, 4), (0, 1, 0), (0, 2, 3), (1, 0, 0), (15, 2, 4)]:
         token = (frame * GRID.height + row) * GRID.width + column
@@ -62,7 +62,7 @@ def test_tokens_are_in_the_order_in_which_the_official_package_flattens_latents(
 )
 def test_a_grid_has_the_published_count_of_tokens(size, frames, grid, tokens):
     assert LatentGrid.for_video(size, frames) == grid
-    assert positions(grid, fps=30, causal=True).shape == (3, tokens)
+    assert token_positions(grid, fps=30, causal=True).shape == (3, tokens)
     assert grid.tokens == tokens
     assert grid.video_frames == frames
     assert grid.size == size

@@ -6,21 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.sampling.conditioning import hold
-from kadr.sampling.positions import positions
+from kadr.sampling.conditioning import replace_latents
+from kadr.sampling.positions import token_positions
 from kadr.sampling.samplers import denoise
-from kadr.sampling.schedules import Schedule, explicit
+from kadr.sampling.schedules import Schedule, explicit_sigmas
 from kadr.sampling.state import LatentState, to_tokens
-from kadr.sampling.steps import stochastic
+from kadr.sampling.steps import stochastic_step
 from kadr.shapes import LatentGrid
 
 GRID = LatentGrid(3, 2, 2)
 SHAPE = (1, 4, GRID.frames, GRID.height, GRID.width)
 SCHEDULES = {
-    "linear-quadratic": Schedule(sampler="LinearQuadratic").levels(10, tokens=12),
-    "shifted": Schedule(shifting="SD3", terminal=0.1).levels(7, tokens=12),
-    "skipped at the back": Schedule(sampler="LinearQuadratic").levels(10, tokens=12, skip_final=4),
-    "one step": explicit((1.0,)),
+    "linear-quadratic": Schedule(sampler="LinearQuadratic").get_sigmas(10, tokens=12),
+    "shifted": Schedule(shifting="SD3", shift_terminal=0.1).get_sigmas(7, tokens=12),
+    "skipped at the back": Schedule(sampler="LinearQuadratic").get_sigmas(10, tokens=12, skip_final=4),
+    "one step": explicit_sigmas((1.0,)),
 }
 
 
@@ -32,7 +32,7 @@ NOISE, CLEAN = drawn(*SHAPE, seed=1), drawn(*SHAPE, seed=2)
 
 
 def fresh() -> LatentState:
-    return LatentState.of(NOISE, positions(GRID, fps=24, causal=True), GRID)
+    return LatentState.from_latents(NOISE, token_positions(GRID, fps=24, causal=True), GRID)
 
 
 def exact(index: int, tokens: Tensor, level: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def exact(index: int, tokens: Tensor, level: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("levels", SCHEDULES.values(), ids=SCHEDULES)
 def test_the_exact_velocity_leads_to_the_clean_latents_with_any_schedule(levels: Tensor) -> None:
-    for state in (fresh(), hold(fresh(), CLEAN[:, :, :1], 1.0)):
+    for state in (fresh(), replace_latents(fresh(), CLEAN[:, :, :1], 1.0)):
         made = denoise(exact, state, levels)
         torch.testing.assert_close(made.latents(), CLEAN, rtol=0, atol=5e-6)
 
@@ -54,7 +54,7 @@ def test_a_half_held_picture_joins_at_the_first_level_that_is_not_above_its_own(
 ) -> None:
     """It steps from there, as in the official code, and so keeps the noise between its own level and that one; all of
     its noise where even the last level lies above it."""
-    made = denoise(exact, hold(fresh(), CLEAN[:, :, :1], strength), levels)
+    made = denoise(exact, replace_latents(fresh(), CLEAN[:, :, :1], strength), levels)
     own = 1 - strength
     joins = max((level for level in levels.tolist() if level <= own + 1e-6), default=0.0)
     expected = CLEAN.clone()
@@ -107,7 +107,7 @@ def test_tokens_stay_float32_when_the_model_computes_in_less() -> None:
 def test_a_sampling_changes_nothing_it_is_given() -> None:
     state, levels = fresh(), SCHEDULES["shifted"].clone()
     before = state.tokens.clone()
-    denoise(exact, state, levels, step=stochastic(lambda index, shape: torch.ones(shape)))
+    denoise(exact, state, levels, step=stochastic_step(lambda index, shape: torch.ones(shape)))
     assert torch.equal(state.tokens, before)
     assert torch.equal(levels, SCHEDULES["shifted"])
 
@@ -119,6 +119,9 @@ def test_an_exact_model_finds_the_clean_latents_through_fresh_noise() -> None:
         return (tokens - to_tokens(CLEAN)) / level[..., None]
 
     made = denoise(
-        knowing, fresh(), SCHEDULES["shifted"], step=stochastic(lambda index, shape: drawn(*shape, seed=index + 50))
+        knowing,
+        fresh(),
+        SCHEDULES["shifted"],
+        step=stochastic_step(lambda index, shape: drawn(*shape, seed=index + 50)),
     )
     torch.testing.assert_close(made.latents(), CLEAN, rtol=0, atol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 from kadr.errors import RequestError
 from kadr.models.registry import RELEASES_BY_NAME
 from kadr.sampling.schedules import Schedule
-from kadr.sampling.settings import Guidance, Pass, Strengths
+from kadr.sampling.settings import Guidance, Pass, StepGuidance
 
 DEV = RELEASES_BY_NAME["ltxv-13b-0.9.8-dev"].recipe
 LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
@@ -28,33 +28,35 @@ RESOLVED = (
 
 
 def test_the_first_pass_of_13b_dev_is_resolved_as_the_official_package_does() -> None:
-    levels = LINEAR_QUADRATIC.levels(30, tokens=5600, skip_final=3).tolist()
-    wanted = [Strengths(*values) for count, values in RESOLVED for _ in range(count)]
-    assert [DEV.first_pass.guidance.strengths(level) for level in levels] == wanted
+    levels = LINEAR_QUADRATIC.get_sigmas(30, tokens=5600, skip_final=3).tolist()
+    wanted = [StepGuidance(*values) for count, values in RESOLVED for _ in range(count)]
+    assert [DEV.first_pass.guidance.at_sigma(level) for level in levels] == wanted
 
 
 def test_the_second_pass_of_13b_dev_is_resolved_as_the_official_package_does() -> None:
     assert DEV.second_pass is not None
-    levels = LINEAR_QUADRATIC.levels(30, tokens=22400, skip_initial=17).tolist()
+    levels = LINEAR_QUADRATIC.get_sigmas(30, tokens=22400, skip_initial=17).tolist()
     assert len(levels) == 13
-    assert {DEV.second_pass.guidance.strengths(level) for level in levels} == {Strengths(1, 1, 1, (27,))}
+    assert {DEV.second_pass.guidance.at_sigma(level) for level in levels} == {StepGuidance(1, 1, 1, (27,))}
 
 
 def test_a_level_takes_the_first_entry_at_or_below_it_and_the_last_where_there_is_none() -> None:
-    guidance = Guidance(scale=(2.0, 3.0, 4.0), at=(1.0, 0.5, 0.25))
-    taken = {level: guidance.strengths(level).scale for level in (1.0, 0.9, 0.5, 0.3, 0.25, 0.1)}
+    guidance = Guidance(cfg_scale=(2.0, 3.0, 4.0), sigmas=(1.0, 0.5, 0.25))
+    taken = {level: guidance.at_sigma(level).cfg_scale for level in (1.0, 0.9, 0.5, 0.3, 0.25, 0.1)}
     assert taken == {1.0: 2.0, 0.9: 3.0, 0.5: 3.0, 0.3: 4.0, 0.25: 4.0, 0.1: 4.0}
 
 
 def test_levels_are_compared_as_float32() -> None:
     almost = 0.1 + 1e-10  # the same float32 as 0.1
-    assert Guidance(scale=(2.0, 3.0), at=(almost, 0.0)).strengths(0.1).scale == 2.0
+    assert Guidance(cfg_scale=(2.0, 3.0), sigmas=(almost, 0.0)).at_sigma(0.1).cfg_scale == 2.0
 
 
 def test_what_is_open_is_taken_from_the_other_and_is_off_in_the_end() -> None:
-    mixed = Guidance(scale=5.0).over(Guidance(scale=(1.0, 2.0), stg=(0.0, 1.0), at=(1.0, 0.5), skip_blocks=(3,)))
-    assert mixed.strengths(0.5) == Strengths(5.0, 1.0, 1.0, (3,))
-    assert Guidance().strengths(0.5) == Strengths(1.0, 0.0, 1.0, ())
+    mixed = Guidance(cfg_scale=5.0).with_defaults(
+        Guidance(cfg_scale=(1.0, 2.0), stg_scale=(0.0, 1.0), sigmas=(1.0, 0.5), skip_blocks=(3,))
+    )
+    assert mixed.at_sigma(0.5) == StepGuidance(5.0, 1.0, 1.0, (3,))
+    assert Guidance().at_sigma(0.5) == StepGuidance(1.0, 0.0, 1.0, ())
 
 
 @pytest.mark.parametrize(
@@ -90,15 +92,15 @@ def test_a_guidance_that_means_nothing_is_refused(values: dict[str, Any], told: 
 )
 def test_lists_that_do_not_fit_their_levels_are_refused_when_they_are_used(values: dict[str, Any], told: str) -> None:
     with pytest.raises(RequestError, match=told):
-        Guidance(**values).strengths(0.5)
+        Guidance(**values).at_sigma(0.5)
 
 
 def test_a_pass_fills_its_timing_as_a_whole() -> None:
-    distilled = Pass(levels=(1.0, 0.7, 0.4), stochastic=False, tone_map=0.6)
-    assert Pass().over(distilled) == distilled
-    assert Pass(steps=5).over(distilled).levels is None
-    assert Pass(skip_final=1).over(distilled) == Pass(steps=3, skip_final=1, stochastic=False, tone_map=0.6)
-    assert Pass(levels=(0.9,)).over(Pass(steps=8, skip_initial=2)) == Pass(levels=(0.9,))
+    distilled = Pass(sigmas=(1.0, 0.7, 0.4), stochastic=False, tone_map=0.6)
+    assert Pass().with_defaults(distilled) == distilled
+    assert Pass(steps=5).with_defaults(distilled).sigmas is None
+    assert Pass(skip_final=1).with_defaults(distilled) == Pass(steps=3, skip_final=1, stochastic=False, tone_map=0.6)
+    assert Pass(sigmas=(0.9,)).with_defaults(Pass(steps=8, skip_initial=2)) == Pass(sigmas=(0.9,))
 
 
 @pytest.mark.parametrize("name", ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled"])

@@ -12,14 +12,14 @@ from ltx_video.pipelines.pipeline_ltx_video import LTXVideoPipeline
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from torch import Tensor
 
-from kadr.sampling.positions import positions
-from kadr.sampling.schedules import explicit
+from kadr.sampling.positions import token_positions
+from kadr.sampling.schedules import explicit_sigmas
 from kadr.sampling.state import LatentState, to_latents, to_tokens
-from kadr.sampling.steps import euler
+from kadr.sampling.steps import euler_step
 from kadr.shapes import LatentGrid
 
 GRID = LatentGrid(2, 3, 4)
-LEVELS = explicit((1.0, 0.8, 0.6, 0.4, 0.2))
+LEVELS = explicit_sigmas((1.0, 0.8, 0.6, 0.4, 0.2))
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -28,12 +28,12 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 def fresh(batch: int = 1) -> LatentState:
     latents = drawn(batch, 5, GRID.frames, GRID.height, GRID.width, seed=1)
-    return LatentState.of(latents, positions(GRID, fps=24, causal=True), GRID)
+    return LatentState.from_latents(latents, token_positions(GRID, fps=24, causal=True), GRID)
 
 
 def held(strength: Tensor, batch: int = 1) -> LatentState:
     state = fresh(batch)
-    return LatentState(state.tokens, state.given, state.positions, GRID, strength.expand(batch, -1))
+    return LatentState(state.tokens, state.clean_tokens, state.positions, GRID, strength.expand(batch, -1))
 
 
 def strengths() -> Tensor:
@@ -52,7 +52,7 @@ def test_tokens_are_ordered_as_the_official_patchifier_orders_them() -> None:
 def test_latents_leave_out_tokens_that_a_condition_appended() -> None:
     state = fresh()
     more = LatentState(
-        torch.cat([state.tokens, drawn(1, 7, 5, seed=3)], dim=1), state.given, state.positions, GRID, None
+        torch.cat([state.tokens, drawn(1, 7, 5, seed=3)], dim=1), state.clean_tokens, state.positions, GRID, None
     )
     assert torch.equal(more.latents(), state.latents())
 
@@ -63,7 +63,7 @@ def test_a_state_cannot_be_changed() -> None:
 
 
 def test_every_token_is_at_the_sampling_s_level_where_nothing_is_held() -> None:
-    level = fresh(batch=3).levels(torch.tensor(0.7))
+    level = fresh(batch=3).sigma_per_token(torch.tensor(0.7))
     assert level.shape == (3, 1)
     assert level.unique().tolist() == [torch.tensor(0.7).item()]
 
@@ -71,8 +71,8 @@ def test_every_token_is_at_the_sampling_s_level_where_nothing_is_held() -> None:
 def test_a_token_is_never_above_one_minus_its_strength() -> None:
     state = held(strengths(), batch=2)
     for now in LEVELS:
-        assert torch.equal(state.levels(now), torch.min(now, 1 - strengths()).expand(2, -1))
-    assert (state.levels(torch.tensor(1.0))[:, 1] == 0).all()
+        assert torch.equal(state.sigma_per_token(now), torch.min(now, 1 - strengths()).expand(2, -1))
+    assert (state.sigma_per_token(torch.tensor(1.0))[:, 1] == 0).all()
 
 
 def test_without_conditions_all_tokens_move() -> None:
@@ -88,7 +88,7 @@ def test_a_held_token_stays_until_the_sampling_is_at_its_level(now: float) -> No
     moves = level - 1e-6 < 1 - strengths()[0]
     assert torch.equal(moved.tokens[0, moves], state.tokens[0, moves] + 1)
     assert torch.equal(moved.tokens[0, ~moves], state.tokens[0, ~moves])
-    assert torch.equal(moved.given, state.given)
+    assert torch.equal(moved.clean_tokens, state.clean_tokens)
     if now > 1e-6:
         assert not moves[1], "a token held with strength 1 moves never"
 
@@ -101,7 +101,7 @@ def test_steps_with_held_tokens_are_those_of_the_official_pipeline() -> None:
     tokens = state.tokens
     for index, now in enumerate(LEVELS):
         velocity = drawn(1, GRID.num_tokens, 5, seed=10 + index)
-        level = state.levels(now)
+        level = state.sigma_per_token(now)
         tokens = LTXVideoPipeline.denoising_step(pipeline, tokens, velocity, level, strengths(), now, {})
-        state = state.advance(euler(index, state.tokens, velocity, level, path), now)
+        state = state.advance(euler_step(index, state.tokens, velocity, level, path), now)
         assert torch.equal(state.tokens, tokens)

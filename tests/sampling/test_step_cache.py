@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from kadr.errors import RequestError
-from kadr.sampling.settings import Guidance, Strengths
-from kadr.sampling.step_cache import EARLY, LATE, PassCache, StepCache, weights
+from kadr.sampling.settings import Guidance, StepGuidance
+from kadr.sampling.step_cache import COOLDOWN_STEPS, WARMUP_STEPS, PassCache, StepCache, lagrange_weights
 
 STEPS = 20
-GUIDED = Guidance(scale=3.0, stg=1.0, skip_blocks=(1,)).strengths(0.5)
-PLAIN = Guidance().strengths(0.5)
+GUIDED = Guidance(cfg_scale=3.0, stg_scale=1.0, skip_blocks=(1,)).at_sigma(0.5)
+PLAIN = Guidance().at_sigma(0.5)
 NOTHING = torch.zeros(1, 4, 3)
 ONE = torch.ones(1, 4, 3)
 Grown = Callable[[int], Tensor]
@@ -32,16 +32,16 @@ def run(
     """What the cache gives on the steps that it skips, for an evaluation whose layers add so much."""
     skipped = {}
     for index in steps:
-        cache.begin(index)
-        stream = cache.stream(name)
-        if (parts := stream.recall(NOTHING, grown(index))) is None:
-            stream.keep([NOTHING], [added(index)])
+        cache.begin_step(index)
+        stream = cache.residual_cache(name)
+        if (parts := stream.predict(NOTHING, grown(index))) is None:
+            stream.store([NOTHING], [added(index)])
         else:
             (skipped[index],) = parts
     return skipped
 
 
-def made(kind: str, asked: Sequence[Strengths] = (PLAIN,) * STEPS, **settings: Any) -> PassCache:
+def made(kind: str, asked: Sequence[StepGuidance] = (PLAIN,) * STEPS, **settings: Any) -> PassCache:
     return PassCache(StepCache(kind, **settings), asked)
 
 
@@ -49,7 +49,9 @@ def made(kind: str, asked: Sequence[Strengths] = (PLAIN,) * STEPS, **settings: A
 def test_weights_carry_every_polynomial_of_their_order_on(known: tuple[int, ...]) -> None:
     for wanted in (8, 12, 13):
         for power in range(len(known)):
-            value = sum(weight * step**power for weight, step in zip(weights(known, wanted), known, strict=True))
+            value = sum(
+                weight * step**power for weight, step in zip(lagrange_weights(known, wanted), known, strict=True)
+            )
             assert value == pytest.approx(wanted**power)
 
 
@@ -68,7 +70,7 @@ def test_a_residual_of_the_caches_own_order_is_extrapolated_exactly(order: int, 
 @pytest.mark.parametrize("kind", ["first-block", "taylor"])
 def test_first_and_last_steps_are_always_computed(kind: str) -> None:
     settings: dict[str, Any] = {"interval": 16} if kind == "taylor" else {}
-    assert list(run(made(kind, **settings))) == list(range(EARLY, STEPS - LATE))
+    assert list(run(made(kind, **settings))) == list(range(WARMUP_STEPS, STEPS - COOLDOWN_STEPS))
 
 
 @pytest.mark.parametrize("settings", [{"kind": "first-block", "threshold": 0}, {"kind": "taylor", "interval": 1}])
@@ -89,7 +91,7 @@ def test_small_changes_add_up_until_a_step_is_computed() -> None:
 
 def test_first_block_adds_what_the_last_computed_step_added() -> None:
     skipped = run(made("first-block", threshold=0.1), added=lambda index: ONE * index)
-    assert all(torch.equal(value, ONE * (EARLY - 1)) for value in skipped.values())
+    assert all(torch.equal(value, ONE * (WARMUP_STEPS - 1)) for value in skipped.values())
 
 
 def test_numbers_that_are_none_are_no_sign_that_nothing_changed() -> None:
@@ -100,11 +102,11 @@ def test_numbers_that_are_none_are_no_sign_that_nothing_changed() -> None:
 def test_the_first_evaluation_decides_for_all_of_a_step(kind: str) -> None:
     cache, computed = made(kind), []
     for index in range(STEPS):
-        cache.begin(index)
+        cache.begin_step(index)
         for name, grown in (("negative", ONE), ("prompt", ONE * 2**index)):
-            stream = cache.stream(name)
-            if stream.recall(NOTHING, grown) is None:
-                stream.keep([NOTHING], [ONE])
+            stream = cache.residual_cache(name)
+            if stream.predict(NOTHING, grown) is None:
+                stream.store([NOTHING], [ONE])
                 computed.append((index, name))
     assert len(computed) % 2 == 0
     assert len(computed) < 2 * STEPS
@@ -115,13 +117,13 @@ def test_the_first_evaluation_decides_for_all_of_a_step(kind: str) -> None:
 def test_evaluations_do_not_mix(kind: str) -> None:
     cache, alone = made(kind), {name: made(kind) for name in ("negative", "prompt")}
     for index in range(STEPS):
-        cache.begin(index)
+        cache.begin_step(index)
         for value, name in enumerate(alone, 1):
             (own,) = [run(alone[name], added=lambda at, v=value: ONE * v * at**2, name=name, steps=[index])]
-            stream = cache.stream(name)
-            if (parts := stream.recall(NOTHING, ONE)) is None:
+            stream = cache.residual_cache(name)
+            if (parts := stream.predict(NOTHING, ONE)) is None:
                 assert own == {}
-                stream.keep([NOTHING], [ONE * value * index**2])
+                stream.store([NOTHING], [ONE * value * index**2])
             else:
                 assert torch.equal(parts[0], own[index])
 
@@ -156,4 +158,4 @@ def test_settings_that_no_cache_can_have_are_refused(given: dict[str, Any], says
 
 def test_what_is_left_open_is_filled_in_at_birth() -> None:
     assert StepCache("first-block") == StepCache("first-block", threshold=0.08)
-    assert StepCache.of("taylor") == StepCache("taylor", interval=3, order=1)
+    assert StepCache.parse("taylor") == StepCache("taylor", interval=3, order=1)

@@ -9,15 +9,15 @@ import torch
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from torch import Tensor
 
-from kadr.sampling.schedules import Schedule, explicit
-from kadr.sampling.steps import euler, next_level, stochastic
+from kadr.sampling.schedules import Schedule, explicit_sigmas
+from kadr.sampling.steps import euler_step, next_sigma, stochastic_step
 from tests.oracles import relative
 
 LISTS = {
-    "distilled second pass": explicit((0.9094, 0.725, 0.4219)),
-    "linear-quadratic": Schedule(sampler="LinearQuadratic").levels(12, tokens=1),
-    "shifted": Schedule(shifting="SD3", terminal=0.1).levels(9, tokens=500),
-    "one": explicit((1.0,)),
+    "distilled second pass": explicit_sigmas((0.9094, 0.725, 0.4219)),
+    "linear-quadratic": Schedule(sampler="LinearQuadratic").get_sigmas(12, tokens=1),
+    "shifted": Schedule(shifting="SD3", shift_terminal=0.1).get_sigmas(9, tokens=500),
+    "one": explicit_sigmas((1.0,)),
 }
 
 
@@ -44,7 +44,9 @@ def awkward(levels: Tensor, count: int) -> Tensor:
 def test_each_token_steps_to_the_next_level_below_its_own() -> None:
     """The vector of the fact sheet."""
     level = torch.tensor([[0.9094, 0.8, 0.2]])
-    made = euler(0, torch.zeros(1, 3, 1), torch.ones(1, 3, 1), level, path(explicit((0.9094, 0.725, 0.4219))))
+    made = euler_step(
+        0, torch.zeros(1, 3, 1), torch.ones(1, 3, 1), level, path(explicit_sigmas((0.9094, 0.725, 0.4219)))
+    )
     torch.testing.assert_close(made[0, :, 0], torch.tensor([-0.1844, -0.075, -0.2]), rtol=0, atol=1e-7)
 
 
@@ -52,7 +54,7 @@ def test_each_token_steps_to_the_next_level_below_its_own() -> None:
 def test_a_level_a_hair_above_another_counts_as_the_same(levels: Tensor) -> None:
     down = path(levels)
     for shift in (0.0, 5e-7, -5e-7):
-        assert torch.equal(next_level((levels + shift)[None], down), down[1:][None])
+        assert torch.equal(next_sigma((levels + shift)[None], down), down[1:][None])
 
 
 def test_each_video_of_a_batch_steps_by_its_own_levels() -> None:
@@ -60,13 +62,13 @@ def test_each_video_of_a_batch_steps_by_its_own_levels() -> None:
     tokens, velocity = drawn(2, 64, 3, seed=12), drawn(2, 64, 3, seed=13)
     for levels in LISTS.values():
         own = torch.cat([awkward(levels, 64), levels[-1].expand(1, 64)])
-        alone = [euler(0, tokens[i : i + 1], velocity[i : i + 1], own[i : i + 1], path(levels)) for i in range(2)]
-        assert torch.equal(euler(0, tokens, velocity, own, path(levels)), torch.cat(alone))
+        alone = [euler_step(0, tokens[i : i + 1], velocity[i : i + 1], own[i : i + 1], path(levels)) for i in range(2)]
+        assert torch.equal(euler_step(0, tokens, velocity, own, path(levels)), torch.cat(alone))
 
 
 def test_below_the_lowest_level_and_at_0_the_next_is_0() -> None:
-    down = path(explicit((0.9094, 0.725, 0.4219)))
-    assert next_level(torch.tensor([[0.4, 0.01, 1e-7, 0.0]]), down).tolist() == [[0, 0, 0, 0]]
+    down = path(explicit_sigmas((0.9094, 0.725, 0.4219)))
+    assert next_sigma(torch.tensor([[0.4, 0.01, 1e-7, 0.0]]), down).tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("levels", LISTS.values(), ids=LISTS)
@@ -74,7 +76,7 @@ def test_euler_is_the_official_step_where_all_tokens_share_a_level(levels: Tenso
     tokens, velocity = drawn(2, 5, 3, seed=1), drawn(2, 5, 3, seed=2)
     scheduler = official(levels)
     for index, now in enumerate(levels):
-        made = euler(index, tokens, velocity, now.expand(2, 1), path(levels))
+        made = euler_step(index, tokens, velocity, now.expand(2, 1), path(levels))
         assert torch.equal(made, scheduler.step(velocity, now, tokens, return_dict=False)[0])
         per_token = scheduler.step(velocity, now.expand(2, 1), tokens, return_dict=False)[0]
         assert torch.equal(made, per_token)
@@ -85,7 +87,7 @@ def test_euler_is_the_official_step_where_every_token_has_its_own_level(levels: 
     tokens, velocity = drawn(1, 64, 3, seed=3), drawn(1, 64, 3, seed=4)
     level = awkward(levels, 64)
     expected = official(levels).step(velocity, level, tokens, return_dict=False)[0]
-    made = euler(0, tokens, velocity, level, path(levels))
+    made = euler_step(0, tokens, velocity, level, path(levels))
     parity("step", "Euler", "official", relative(made, expected))
     assert torch.equal(made, expected)
 
@@ -101,7 +103,7 @@ def test_a_stochastic_step_is_the_official_one_with_the_same_noise(
         asked.append((index, shape))
         return noise
 
-    step = stochastic(draw)
+    step = stochastic_step(draw)
     monkeypatch.setattr(torch, "randn_like", lambda like: noise)
     scheduler = official(levels)
     for index, level in enumerate((levels[:1, None], levels[-1:, None], awkward(levels, 64))):
@@ -114,8 +116,8 @@ def test_a_stochastic_step_is_the_official_one_with_the_same_noise(
 
 def test_the_last_stochastic_step_returns_the_guess_and_no_noise() -> None:
     tokens, velocity = drawn(1, 4, 3, seed=8), drawn(1, 4, 3, seed=9)
-    step = stochastic(lambda index, shape: torch.full(shape, 1e6))
-    made = step(0, tokens, velocity, torch.tensor([[0.3]]), path(explicit((0.9, 0.3))))
+    step = stochastic_step(lambda index, shape: torch.full(shape, 1e6))
+    made = step(0, tokens, velocity, torch.tensor([[0.3]]), path(explicit_sigmas((0.9, 0.3))))
     torch.testing.assert_close(made, tokens - 0.3 * velocity)
 
 
@@ -126,5 +128,5 @@ def test_a_step_that_lands_where_the_flow_is_straight_depends_on_nothing_between
         first = levels[0]
         tokens = (1 - first) * clean + first * noise
         for index, now in enumerate(levels):
-            tokens = euler(index, tokens, noise - clean, now.expand(1, 1), path(levels))
+            tokens = euler_step(index, tokens, noise - clean, now.expand(1, 1), path(levels))
         torch.testing.assert_close(tokens, clean, rtol=0, atol=2e-6)

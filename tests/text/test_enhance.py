@@ -15,14 +15,14 @@ import pytest
 
 from kadr import Enhancer
 from kadr.errors import EnhanceError, KadrWarning, RequestError
-from kadr.text.chat_completion import MOST_WORDS, Unusable, paragraph
-from kadr.text.chat_messages import Picture
-from kadr.text.enhance import LARGEST
+from kadr.text.chat_completion import MAX_WORDS, UnusableAnswer, extract_paragraph
+from kadr.text.chat_messages import ChatImage
+from kadr.text.enhance import MAX_RESPONSE_BYTES
 from tests.fakechat import PARAGRAPH, Asked, FakeChat, Reply, at_most, refused, said, serving, told
 
 PROMPT = 'a red fox in snow, a sign says "ЗИМА"'
 KEY = "sk-very-secret-0123456789"
-PICTURES = [Picture(b"\xff\xd8first", "the first frame of the video"), Picture(b"\xff\xd8last", "the last frame")]
+PICTURES = [ChatImage(b"\xff\xd8first", "the first frame of the video"), ChatImage(b"\xff\xd8last", "the last frame")]
 PATIENCE = 0.3  # seconds
 SOON = 10.0  # seconds: far more than a client that waits no longer needs, less than those servers drip
 
@@ -59,7 +59,7 @@ def test_a_query_stays_at_its_place_and_out_of_messages(chat: FakeChat) -> None:
     url = f"{chat.url}?api-version=3&code=abc"
     assert Enhancer(url).enhance(PROMPT) == PARAGRAPH
     assert chat.asked[0].path == "/v1/chat/completions?api-version=3&code=abc"
-    assert Enhancer(url).place == chat.url
+    assert Enhancer(url).display_url == chat.url
 
 
 def test_the_prompt_is_sent_whole_with_instructions_of_our_own(chat: FakeChat) -> None:
@@ -268,7 +268,7 @@ def test_a_server_without_tls_is_told(chat: FakeChat) -> None:
         (Reply(b"", 400), ["HTTP 400 (no model was named)"]),
         (Reply(b"\xff\xfe", 500), ["HTTP 500"]),
         (refused(500, "x" * 5000), ["HTTP 500", "x..."]),
-        (Reply(b"y" * (LARGEST + 9), 500), ["HTTP 500."]),
+        (Reply(b"y" * (MAX_RESPONSE_BYTES + 9), 500), ["HTTP 500."]),
     ],
 )
 def test_a_refusal_is_told_in_the_endpoints_words_but_short(chat: FakeChat, reply: Reply, words: list[str]) -> None:
@@ -314,7 +314,7 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
     "not HTTP": (Reply(raw=b"SSH-2.0-OpenSSH_9.6\r\n"), "does not speak HTTP"),
     "hung up": (Reply(raw=b""), "hung up"),
     "a bad chunk": (Reply(raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "hung up"),
-    "too much": (Reply(b" " * (LARGEST + 1)), "more than 1 MB"),
+    "too much": (Reply(b" " * (MAX_RESPONSE_BYTES + 1)), "more than 1 MB"),
     "a number": (told(5), "without choices"),
     "null": (told(None), "without choices"),
     "no choices": (told({"id": 1}), "without choices"),
@@ -384,8 +384,8 @@ def test_an_answer_of_any_shape_is_read_in_no_time(noise: str) -> None:
     times = 300_000 // len(noise)
     with at_most(5):
         for text in (noise * times, PARAGRAPH + noise * times + "x", noise * times + PARAGRAPH):
-            with suppress(Unusable):
-                paragraph(text)
+            with suppress(UnusableAnswer):
+                extract_paragraph(text)
 
 
 def test_a_key_is_not_put_together_again_when_signs_are_taken_out(chat: FakeChat) -> None:
@@ -505,14 +505,14 @@ def test_content_in_parts_is_put_together(chat: FakeChat) -> None:
 def test_a_long_answer_is_cut_after_a_whole_sentence_and_says_so(chat: FakeChat) -> None:
     sentence = "The fox turns its head and walks on through the snow."  # 11 words
     chat.reply = said(" ".join([sentence] * 30))
-    with pytest.warns(KadrWarning, match=f"330 words.*{MOST_WORDS // 11 * 11} words"):
+    with pytest.warns(KadrWarning, match=f"330 words.*{MAX_WORDS // 11 * 11} words"):
         made = Enhancer(chat.url).enhance(PROMPT)
-    assert made == " ".join([sentence] * (MOST_WORDS // 11))
+    assert made == " ".join([sentence] * (MAX_WORDS // 11))
 
 
 def test_an_answer_that_just_fits_is_not_cut(chat: FakeChat) -> None:
-    chat.reply = said(" ".join(["word"] * MOST_WORDS))
-    assert len(Enhancer(chat.url).enhance(PROMPT).split()) == MOST_WORDS
+    chat.reply = said(" ".join(["word"] * MAX_WORDS))
+    assert len(Enhancer(chat.url).enhance(PROMPT).split()) == MAX_WORDS
 
 
 # --- what is refused at birth -------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from kadr.text.sentencepiece_model import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Pieces,
-    read_pieces,
-    write_pieces,
+    SentencePieceModel,
+    parse_sentencepiece,
+    serialize_sentencepiece,
 )
 from kadr.text.tokenizer import Tokenizer
 from tests.checkpoints.gguf.gguf_files import tokenizer_fields
@@ -78,50 +78,55 @@ def model(request: pytest.FixtureRequest) -> bytes:
     return MODELS[request.param]()
 
 
-def listed(fields: Mapping[str, object]) -> Pieces:
+def listed(fields: Mapping[str, object]) -> SentencePieceModel:
     """The pieces of a GGUF file."""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
-    return Pieces(
+    return SentencePieceModel(
         tuple(own["tokens"]),
         tuple(own["scores"]),
         tuple(own["token_type"]),
-        charsmap=own.get("precompiled_charsmap", b""),
-        add_space=own["add_space_prefix"],
-        squeeze=own["remove_extra_whitespaces"],
+        precompiled_charsmap=own.get("precompiled_charsmap", b""),
+        add_dummy_prefix=own["add_space_prefix"],
+        remove_extra_whitespaces=own["remove_extra_whitespaces"],
     )
 
 
 def test_pieces_are_those_that_protobuf_reads(model: bytes) -> None:
-    ours, oracle = read_pieces(model), protobuf.ModelProto.FromString(model)
-    assert ours.texts == tuple(piece.piece for piece in oracle.pieces)
+    ours, oracle = parse_sentencepiece(model), protobuf.ModelProto.FromString(model)
+    assert ours.pieces == tuple(piece.piece for piece in oracle.pieces)
     assert ours.scores == tuple(piece.score for piece in oracle.pieces)
-    assert ours.kinds == tuple(piece.type for piece in oracle.pieces)
+    assert ours.types == tuple(piece.type for piece in oracle.pieces)
     rules = oracle.normalizer_spec
-    assert ours.charsmap == rules.precompiled_charsmap
-    assert (ours.add_space, ours.squeeze) == (rules.add_dummy_prefix, rules.remove_extra_whitespaces)
+    assert ours.precompiled_charsmap == rules.precompiled_charsmap
+    assert (ours.add_dummy_prefix, ours.remove_extra_whitespaces) == (
+        rules.add_dummy_prefix,
+        rules.remove_extra_whitespaces,
+    )
 
 
 def test_pieces_are_read_as_they_were_written(model: bytes) -> None:
-    pieces = read_pieces(model)
-    assert read_pieces(write_pieces(pieces)) == pieces
-    protobuf.ModelProto.FromString(write_pieces(pieces))
+    pieces = parse_sentencepiece(model)
+    assert parse_sentencepiece(serialize_sentencepiece(pieces)) == pieces
+    protobuf.ModelProto.FromString(serialize_sentencepiece(pieces))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_pieces_of_a_gguf_file_give_the_ids_of_sentencepiece(tmp_path: Path, model: bytes, prompt: str) -> None:
     (tmp_path / "spiece.model").write_bytes(model)
     original = Tokenizer.open(tmp_path)
-    pieces = listed(tokenizer_fields(model, original.size + 28))
-    ours = Tokenizer.of(pieces, tmp_path / "t5.gguf")
+    pieces = listed(tokenizer_fields(model, original.vocab_size + 28))
+    ours = Tokenizer.from_sentencepiece(pieces, tmp_path / "t5.gguf")
     assert torch.equal(ours.encode(prompt).ids, original.encode(prompt).ids)
-    assert ours.size == original.size
+    assert ours.vocab_size == original.vocab_size
 
 
 def t5(size: int = 32000) -> bytes:
     """As many pieces as the released tokenizer has."""
     texts = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz", *(f"▁w{i}" for i in range(size - 30))]
     kinds = [CONTROL, CONTROL, UNKNOWN, *[NORMAL] * (size - 3)]
-    return write_pieces(Pieces(tuple(texts), tuple(-float(i) / size for i in range(size)), tuple(kinds)))
+    return serialize_sentencepiece(
+        SentencePieceModel(tuple(texts), tuple(-float(i) / size for i in range(size)), tuple(kinds))
+    )
 
 
 @pytest.mark.parametrize("added", [{}, {f"<extra_id_{n}>": 32099 - n for n in range(100)}], ids=["filled up", "named"])
@@ -129,24 +134,24 @@ def test_sentinels_have_the_ids_of_the_released_tokenizer(tmp_path: Path, added:
     model = t5()
     (tmp_path / "spiece.model").write_bytes(model)
     original = Tokenizer.open(tmp_path)
-    ours = Tokenizer.of(listed(tokenizer_fields(model, 32128, added)), tmp_path / "t5.gguf")
+    ours = Tokenizer.from_sentencepiece(listed(tokenizer_fields(model, 32128, added)), tmp_path / "t5.gguf")
     for prompt in ("a <extra_id_0> b", "x<extra_id_7><extra_id_99> w12 </s>", "[PAD32100]"):
         assert torch.equal(ours.encode(prompt).ids, original.encode(prompt).ids)
     assert 32099 in ours.encode("a <extra_id_0> b").ids
-    assert ours.size <= 32128
+    assert ours.vocab_size <= 32128
 
 
 def test_what_fills_up_a_vocabulary_is_cut_off_behind_and_kept_between() -> None:
     kinds = (CONTROL, UNUSED, NORMAL, UNUSED, USER_DEFINED, UNUSED)
-    kept, markers = Pieces(tuple("abcdef"), (0.0,) * 6, kinds).cut()
-    assert (kept.texts, kept.kinds) == (tuple("abc"), kinds[:3])
+    kept, markers = SentencePieceModel(tuple("abcdef"), (0.0,) * 6, kinds).trim_fillers()
+    assert (kept.pieces, kept.types) == (tuple("abc"), kinds[:3])
     assert markers == {"e": 4}
 
 
 def test_a_vocabulary_of_another_family_is_refused() -> None:
-    pieces = Pieces(("<unk>", "<s>", "</s>", "a"), (0.0,) * 4, (UNKNOWN, CONTROL, CONTROL, NORMAL))
+    pieces = SentencePieceModel(("<unk>", "<s>", "</s>", "a"), (0.0,) * 4, (UNKNOWN, CONTROL, CONTROL, NORMAL))
     with pytest.raises(CheckpointError, match=r"x\.gguf is not T5's .* numbers <pad>, </s>, <unk> as -1, 2, 0"):
-        Tokenizer.of(pieces, Path("x.gguf"))
+        Tokenizer.from_sentencepiece(pieces, Path("x.gguf"))
 
 
 @pytest.mark.parametrize(
@@ -162,9 +167,9 @@ def test_a_vocabulary_of_another_family_is_refused() -> None:
 )
 def test_a_file_that_pieces_cannot_stand_for_is_refused(model: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        read_pieces(model())
+        parse_sentencepiece(model())
 
 
 def test_lists_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match="differ in number: 2, 1, 2"):
-        Pieces(("a", "b"), (0.0,), (NORMAL, NORMAL))
+        SentencePieceModel(("a", "b"), (0.0,), (NORMAL, NORMAL))

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from kadr.errors import CheckpointError, RequestError
-from kadr.text.tokenizer import EOS, LENGTH, Tokenizer
+from kadr.text.tokenizer import EOS_ID, MAX_SEQUENCE_LENGTH, Tokenizer
 
 PLAIN = (
     "a red circle moving right over the blue sea while birds fly slowly through golden light of evening cafés 42 , ."
@@ -113,7 +113,7 @@ def tokenizer(request: pytest.FixtureRequest, folder: Path) -> Tokenizer:
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_ids_and_mask_equal_those_of_transformers(tokenizer, oracle, prompt):
     ours = tokenizer.encode(prompt)
-    options = {"max_length": LENGTH, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    options = {"max_length": MAX_SEQUENCE_LENGTH, "padding": "max_length", "truncation": True, "return_tensors": "pt"}
     # The official tokenizer adds no end of sequence to a prompt that has one; the newer one compared with here does.
     expected = oracle(re.sub("</s>$", "", prompt.strip()), **options)
     assert torch.equal(ours.ids, expected.input_ids)
@@ -141,7 +141,7 @@ def test_an_empty_prompt_is_a_lone_end_of_sequence(tokenizer, prompt):
 def test_a_long_prompt_keeps_its_end_of_sequence_and_says_what_was_cut(tokenizer, processor):
     prompt = "\n".join([PLAIN] * 8)
     ids, mask, cut = tokenizer.encode(prompt)
-    assert ids[0].tolist() == processor.encode(prompt)[:255] + [EOS]
+    assert ids[0].tolist() == processor.encode(prompt)[:255] + [EOS_ID]
     assert mask.all()
     assert prompt.endswith(cut)
     kept = prompt.removesuffix(cut)
@@ -162,7 +162,7 @@ def test_a_prompt_is_cut_from_one_token_too_many_on(tokenizer, processor):
 def test_one_endless_word_is_cut_as_a_whole(tokenizer):
     tokens = tokenizer.encode("ab" * 600)
     assert tokens.cut == "ab" * 600
-    assert tokens.ids[0, -1] == EOS
+    assert tokens.ids[0, -1] == EOS_ID
 
 
 def test_a_literal_end_of_sequence_is_not_followed_by_another(tokenizer, processor):
@@ -178,12 +178,12 @@ def test_both_files_give_the_same_ids_for_random_text(folder):
         prompt = "".join(draw.choices(alphabet, k=draw.randint(0, 400)))
         ours, theirs = original.encode(prompt), converted.encode(prompt)
         assert torch.equal(ours.ids, theirs.ids), prompt
-        assert ours.cut == theirs.cut
+        assert ours.truncated_text == theirs.truncated_text
 
 
 def test_no_id_reaches_the_size(folder):
-    assert Tokenizer.open(folder / "original").size == 150
-    assert Tokenizer.open(folder / "converted").size == 150
+    assert Tokenizer.open(folder / "original").vocab_size == 150
+    assert Tokenizer.open(folder / "converted").vocab_size == 150
     prompt = "<extra_id_0> <extra_id_99>"
     assert Tokenizer.open(folder / "original").encode(prompt).ids.max() < 150
 
@@ -193,7 +193,7 @@ def test_the_released_size_brings_the_sentinels(monkeypatch, folder, processor):
     tokenizer = Tokenizer.open(folder / "original")
     ids, mask, _ = tokenizer.encode("circle <extra_id_0>sea<extra_id_99>")
     assert ids[0, mask[0]].tolist() == [*processor.encode("circle"), 32099, *processor.encode("sea"), 32000, 1]
-    assert tokenizer.size == 32100
+    assert tokenizer.vocab_size == 32100
 
 
 @pytest.mark.parametrize("source", ["original/spiece.model", "converted/tokenizer.json"])
@@ -212,13 +212,13 @@ def test_the_tokenizer_is_found(folder, tmp_path, source, place, asked):
         (tmp_path / asked).mkdir()
     path = file if asked == "file" else tmp_path / asked
     assert Tokenizer.open(path).encode("circle").ids[0, 0] > 2
-    assert Tokenizer.open(str(path)).size == 150
+    assert Tokenizer.open(str(path)).vocab_size == 150
 
 
 def test_the_original_is_preferred_to_its_conversion(folder, tmp_path):
     (tmp_path / "spiece.model").write_bytes((folder / "original" / "spiece.model").read_bytes())
     (tmp_path / "tokenizer.json").write_text("never read")
-    assert Tokenizer.open(tmp_path).size == 150
+    assert Tokenizer.open(tmp_path).vocab_size == 150
 
 
 def test_a_missing_tokenizer_is_refused_with_every_place_that_was_looked_in(tmp_path):

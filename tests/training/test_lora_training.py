@@ -20,8 +20,8 @@ from kadr import Engine, Request
 from kadr.checkpoints.lora.file import LoraFile
 from kadr.errors import CheckpointError, KadrError, KadrWarning, MediaError, PlanError, RequestError
 from kadr.media.clip import read_metadata, read_video
-from kadr.media.control_maps import signed
-from kadr.media.image import crop_to_aspect, load_picture
+from kadr.media.control_maps import normalize_image
+from kadr.media.image import crop_to_aspect, load_image
 from kadr.models.lora_layers import attach_loras, set_lora_strengths
 from kadr.pipeline.longvideo.folder_lock import claimed
 from kadr.pipeline.progress import Progress
@@ -304,8 +304,8 @@ def test_what_is_learned_is_the_clip_itself_and_the_text_that_a_generation_reads
     made = encoded(engine, examples, SETTINGS, tmp_path / "cache", lambda progress: None)
     for example, known in zip(examples, made, strict=True):
         read = known.read()
-        frames = [load_picture(example.media)] if example.fps is None else read_video(example.media, FRAMES).frames
-        shown = [signed(np.asarray(crop_to_aspect(load_picture(one), SIZE).resize((64, 32)))) for one in frames]
+        frames = [load_image(example.media)] if example.fps is None else read_video(example.media, FRAMES).frames
+        shown = [normalize_image(np.asarray(crop_to_aspect(load_image(one), SIZE).resize((64, 32)))) for one in frames]
         with engine.components.encoder() as vae, torch.no_grad():
             expected = vae.encode(torch.stack(shown, dim=1)[None])
         assert relative(read["latents"], expected) <= 1e-5

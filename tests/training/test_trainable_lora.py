@@ -19,7 +19,7 @@ from kadr.nn.linear import Linear
 from kadr.quant.convert import quantize_blocks
 from kadr.quant.layers import DequantizingLinear, ScaledLinear, Scratch, W8A8Linear
 from kadr.sampling.noise import NoiseStreams
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
 from kadr.training.frozen_linear import Frozen
 from kadr.training.trainable_lora import TARGETS, learn, learned, recompute, target_layers
@@ -45,7 +45,7 @@ def run(module: Transformer, tokens: Tensor | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(2, GRID.num_tokens, tiny_models.CHANNELS, generator=generator)
     text = torch.randn(2, 5, tiny_models.TEXT_WIDTH, generator=generator)
-    rope = module.compute_rope(positions(GRID, fps=24, causal=True)[None])
+    rope = module.compute_rope(token_positions(GRID, fps=24, causal=True)[None])
     return module(noise if tokens is None else tokens, rope, text, None, torch.tensor([[0.4], [0.9]]))
 
 

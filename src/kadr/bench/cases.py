@@ -66,9 +66,9 @@ class Steps:
     guidance: Guidance
 
 
-_ALONE = Guidance(scale=1.0, stg=0.0)
-_CFG = Guidance(scale=3.0, stg=0.0)
-_STG = Guidance(scale=3.0, stg=1.0, rescale=0.7, mode=ATTENTION_VALUES)
+_ALONE = Guidance(cfg_scale=1.0, stg_scale=0.0)
+_CFG = Guidance(cfg_scale=3.0, stg_scale=0.0)
+_STG = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, stg_mode=ATTENTION_VALUES)
 STG_BLOCK = 2 / 3  # which block is disturbed, as a share of them: the 19th of 28
 SCHEDULES: Mapping[str, Steps] = {"8": Steps(8, _ALONE), "20-cfg": Steps(20, _CFG), "40-cfg-stg": Steps(40, _STG)}
 
@@ -76,7 +76,7 @@ SCHEDULES: Mapping[str, Steps] = {"8": Steps(8, _ALONE), "20-cfg": Steps(20, _CF
 def schedule(name: str, layers: int) -> Steps:
     """The schedule of that name, for a transformer of so many layers."""
     made = SCHEDULES[name]
-    if not made.guidance.stg:
+    if not made.guidance.stg_scale:
         return made
     return replace(made, guidance=replace(made.guidance, skip_blocks=(int(layers * STG_BLOCK),)))
 

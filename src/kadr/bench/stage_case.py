@@ -36,7 +36,7 @@ from kadr.planning.flops import disturbed_flops, text_flops, transformer_flops
 from kadr.planning.vae_flops import decoder_flops, encoder_flops
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_VALUES
 
 LENGTH = activations.TEXT  # positions that a prompt is padded to
@@ -131,7 +131,9 @@ class Work:
         made: dict[str, Tensor] = {"mask": torch.arange(LENGTH)[None] < REAL}
         if self.stage == DIT:
             made["tokens"] = drawn(1, grid.num_tokens, channels)
-            made["positions"] = positions(grid, fps=FPS, causal=self.transformer.causal_temporal_positioning)[None]
+            made["positions"] = token_positions(grid, fps=FPS, causal=self.transformer.causal_temporal_positioning)[
+                None
+            ]
             made["text"] = drawn(1, LENGTH, self.transformer.caption_channels)
             made["level"] = torch.full((1, 1), LEVEL)
         elif self.stage == TEXT:
@@ -165,9 +167,9 @@ def pass_flops(config: TransformerConfig, plan: PassPlan) -> int:
     """Of all evaluations of a pass."""
     total, tokens = 0, plan.grid.num_tokens
     for step in plan.steps:
-        total += (1 + (step.scale > 1)) * transformer_flops(config, tokens, text=LENGTH)
-        if step.stg > 0 and step.skip_blocks:
-            mode = plan.settings.guidance.mode or ATTENTION_VALUES
+        total += (1 + (step.cfg_scale > 1)) * transformer_flops(config, tokens, text=LENGTH)
+        if step.stg_scale > 0 and step.skip_blocks:
+            mode = plan.settings.guidance.stg_mode or ATTENTION_VALUES
             total += disturbed_flops(config, tokens, step.skip_blocks, mode, text=LENGTH)
     return total
 

@@ -51,9 +51,9 @@ def write_single_file(
     Raises:
         CheckpointError: the file cannot be written.
     """
-    config: dict[str, Any] = {"scheduler": schedule.header()}
-    if schedule.allowed is not None:
-        config["allowed_inference_steps"] = list(schedule.allowed)
+    config: dict[str, Any] = {"scheduler": schedule.to_header()}
+    if schedule.allowed_sigmas is not None:
+        config["allowed_inference_steps"] = list(schedule.allowed_sigmas)
     tensors: dict[str, Tensor] = {}
     if transformer is not None:
         config["transformer"] = transformer.config.to_header()

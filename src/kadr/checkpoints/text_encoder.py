@@ -85,10 +85,10 @@ class TextEncoderFolder:
             CheckpointError: there is none, or the encoder's vocabulary is too small for it.
         """
         pieces = stored_pieces(self.path) if is_gguf(self.path) else None
-        tokenizer = Tokenizer.of(pieces, self.path) if pieces is not None else Tokenizer.open(self.home)
-        if tokenizer.size > self.config.vocab_size:
+        tokenizer = Tokenizer.from_sentencepiece(pieces, self.path) if pieces is not None else Tokenizer.open(self.home)
+        if tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
-                f"the tokenizer of {self.home} numbers up to {tokenizer.size - 1}, the encoder's vocabulary ends at "
+                f"the tokenizer of {self.home} numbers up to {tokenizer.vocab_size - 1}, the encoder's vocabulary ends at "
                 f"{self.config.vocab_size - 1}. Take both from the same place."
             )
         return tokenizer

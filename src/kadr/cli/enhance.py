@@ -15,7 +15,7 @@ from kadr.cli.terminal.errors import say
 from kadr.errors import KadrWarning
 from kadr.request.request import Request
 from kadr.request.windows import folder_of
-from kadr.text.endpoint import KEY
+from kadr.text.endpoint import KEY_VARIABLE
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
@@ -34,17 +34,19 @@ def asked(flags: options.EnhanceFlags) -> Enhancer | None:
             if value is not None and value is not False:
                 raise typer.BadParameter("it needs --enhance URL.", param_hint=f"--enhance-{name}")
         return None
-    from kadr.text.enhance import TIMEOUT, Enhancer  # loads an HTTP client
+    from kadr.text.enhance import DEFAULT_TIMEOUT, Enhancer  # loads an HTTP client
 
-    timeout = TIMEOUT if flags.enhance_timeout is None else flags.enhance_timeout
-    key = os.environ.get(KEY, "").strip() or None
+    timeout = DEFAULT_TIMEOUT if flags.enhance_timeout is None else flags.enhance_timeout
+    key = os.environ.get(KEY_VARIABLE, "").strip() or None
     return Enhancer(flags.enhance, flags.enhance_model, key=key, required=flags.enhance_required, timeout=timeout)
 
 
 def announce(enhancer: Enhancer | None) -> None:
     """Say what a dry run leaves out."""
     if enhancer is not None:
-        say(f"{enhancer.place} would enhance the prompt; it was not asked, and the prompt is shown as it was written")
+        say(
+            f"{enhancer.display_url} would enhance the prompt; it was not asked, and the prompt is shown as it was written"
+        )
 
 
 def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output: Path, *, resume: bool) -> Request:
@@ -70,7 +72,7 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KadrWarning)  # it is said when the video is made
         engine.plan(request)  # an answer may cost money, and does not change what can be made
-    say(f"{enhancer.place} is asked to enhance the prompt")
+    say(f"{enhancer.display_url} is asked to enhance the prompt")
     made = prompt_enhancement.enhanced(request, enhancer)
     if made is not request:
         say(f"enhanced: {made.prompt}")

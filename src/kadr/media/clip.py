@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kadr.errors import MediaError
-from kadr.media.writer import COMMENT_KEY, accurate
+from kadr.media.writer import COMMENT_KEY, swscale_flags
 
 if TYPE_CHECKING:
     import av
     from av.container import InputContainer
 
 # The readers FFmpeg may use. Its playlist readers, left out here, open whatever other files and addresses a file names.
-_READERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-_LEADS = re.compile("mp4|matroska")  # containers whose time stamps lead to a frame: those of AVI are counted on the way
-_READABLE = "Supported: .mp4, .mov, .mkv, .webm and .avi."
+_CONTAINER_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
+_SEEKABLE = re.compile(
+    "mp4|matroska"
+)  # containers whose time stamps lead to a frame: those of AVI are counted on the way
+_SUPPORTED = "Supported: .mp4, .mov, .mkv, .webm and .avi."
 
 
 @dataclass(frozen=True)
@@ -47,74 +49,74 @@ class Clip:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-class Entry(NamedTuple):
+class SeekPoint(NamedTuple):
     """A frame that decoding can begin at: long videos are read window by window, and from the front each time, reading
     would grow with the square of their length.
 
     Args:
-        number: of the frame, from 0.
-        stamp: its time, in units of the stream's; later than that of every frame before it.
+        frame_index: of the frame, from 0.
+        pts: its time, in units of the stream's; later than that of every frame before it.
         digest: of its picture. An index may be wrong.
     """
 
-    number: int
-    stamp: int
+    frame_index: int
+    pts: int
     digest: bytes
 
     @classmethod
-    def of(cls, number: int, frame: av.VideoFrame) -> Entry:
+    def from_frame(cls, frame_index: int, frame: av.VideoFrame) -> SeekPoint:
         assert frame.pts is not None
-        return cls(number, frame.pts, _digest(frame))
+        return cls(frame_index, frame.pts, _frame_digest(frame))
 
-    def found(self, container: InputContainer) -> Iterator[av.VideoFrame] | None:
+    def seek(self, container: InputContainer) -> Iterator[av.VideoFrame] | None:
         """The frames from this one on; None where the file does not lead to it."""
         import av
 
         try:
-            container.seek(self.stamp, stream=container.streams.video[0])
-            frames = dropwhile(lambda frame: frame.pts is None or frame.pts < self.stamp, _decoded(container))
+            container.seek(self.pts, stream=container.streams.video[0])
+            frames = dropwhile(lambda frame: frame.pts is None or frame.pts < self.pts, _decode_frames(container))
             first = next(frames, None)
         except (OSError, av.error.FFmpegError):
             return None
-        if first is None or first.pts != self.stamp or _digest(first) != self.digest:
+        if first is None or first.pts != self.pts or _frame_digest(first) != self.digest:
             return None
         return chain([first], frames)
 
 
-def _digest(frame: av.VideoFrame) -> bytes:
+def _frame_digest(frame: av.VideoFrame) -> bytes:
     return hashlib.blake2b(bytes(frame.planes[0]), digest_size=8).digest()
 
 
 @dataclass(frozen=True)
-class Film:
+class ClipReader:
     """Frames of a video file, decoded each time they are gone through: none is kept but one.
 
     Args:
         path: of the file.
-        picks: which of its frames, counted from 0. None comes before the one in front of it; one may come again.
-        sample: the first frame of the file, uint8 (H, W, 3): what the others are like.
-        entries: where decoding can begin but at the front, in order.
+        frame_indices: which of its frames, counted from 0. None comes before the one in front of it; one may come again.
+        sample_frame: the first frame of the file, uint8 (H, W, 3): what the others are like.
+        seek_points: where decoding can begin but at the front, in order.
     """
 
     path: str | os.PathLike[str]
-    picks: Sequence[int]
-    sample: np.ndarray = field(repr=False, compare=False)
-    entries: Sequence[Entry] = field(default=(), repr=False, compare=False)
+    frame_indices: Sequence[int]
+    sample_frame: np.ndarray = field(repr=False, compare=False)
+    seek_points: Sequence[SeekPoint] = field(default=(), repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], limit: int | None = None) -> Film:
-        """A video, or its first `limit` frames. They are decoded once, so that what is damaged is known from here on.
+    def open(cls, path: str | os.PathLike[str], max_frames: int | None = None) -> ClipReader:
+        """A video, or its first `max_frames` frames. They are decoded once, so that what is damaged is known from here on.
 
         Raises:
             MediaError: as `read_video`.
         """
         with _open_video(path) as container:
-            sample, count, last, entries = None, 0, None, list[Entry]()
-            found = _LEADS.search(container.format.name) is not None
-            for frame in islice(_decoded(container), limit):
+            sample, count, last, entries = None, 0, None, list[SeekPoint]()
+            found = _SEEKABLE.search(container.format.name) is not None
+            for frame in islice(_decode_frames(container), max_frames):
                 sample = _to_rgb(frame) if sample is None else sample
                 if found and count and frame.key_frame and frame.pts is not None and frame.pts > (last or 0):
-                    entries.append(Entry.of(count, frame))
+                    entries.append(SeekPoint.from_frame(count, frame))
                 last = max(last or 0, frame.pts or 0)
                 count += 1
             if sample is None:
@@ -123,7 +125,7 @@ class Film:
         return cls(path, range(count), sample, entries)
 
     def __len__(self) -> int:
-        return len(self.picks)
+        return len(self.frame_indices)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Each uint8 (H, W, 3): RGB, full range, upright.
@@ -131,36 +133,38 @@ class Film:
         Raises:
             MediaError: the file was changed since it was opened.
         """
-        first = self.picks[0] if self.picks else 0
-        if (entry := next((one for one in reversed(self.entries) if one.number <= first), None)) is not None:
+        first = self.frame_indices[0] if self.frame_indices else 0
+        if (entry := next((one for one in reversed(self.seek_points) if one.frame_index <= first), None)) is not None:
             with _open_video(self.path) as container:
-                if (frames := entry.found(container)) is not None:
-                    yield from self._picked(frames, entry.number - 1)
+                if (frames := entry.seek(container)) is not None:
+                    yield from self._select_from(frames, entry.frame_index - 1)
                     return
         with _open_video(self.path) as container:
-            yield from self._picked(_decoded(container), -1)
+            yield from self._select_from(_decode_frames(container), -1)
 
-    def _picked(self, frames: Iterator[av.VideoFrame], at: int) -> Iterator[np.ndarray]:
+    def _select_from(self, frames: Iterator[av.VideoFrame], previous_index: int) -> Iterator[np.ndarray]:
         """The picks among frames. at: the number of the frame before them."""
-        picture = self.sample
-        for pick in self.picks:
-            if at < pick:
-                frame = next(islice(frames, pick - at - 1, None), None)
+        picture = self.sample_frame
+        for pick in self.frame_indices:
+            if previous_index < pick:
+                frame = next(islice(frames, pick - previous_index - 1, None), None)
                 if frame is None:
                     raise MediaError(
                         f"{self.path} has fewer frames than when it was opened. Leave it as it is until the video is "
                         "made."
                     )
-                at, picture = pick, _to_rgb(frame)
+                previous_index, picture = pick, _to_rgb(frame)
             yield picture
 
-    def chosen(self, places: Iterable[int]) -> Film:
+    def select(self, indices: Iterable[int]) -> ClipReader:
         """Those at some places among these, which must not fall: `film.chosen([0, 2, 2])` is three frames."""
-        return Film(self.path, [self.picks[place] for place in places], self.sample, self.entries)
+        return ClipReader(
+            self.path, [self.frame_indices[place] for place in indices], self.sample_frame, self.seek_points
+        )
 
 
-def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
-    """Read a video, or its first `limit` frames, into memory.
+def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> Clip:
+    """Read a video, or its first `max_frames` frames, into memory.
 
     The colour tags of the file are honoured, and so is the rotation that phones note down instead of turning pixels.
 
@@ -168,13 +172,13 @@ def read_video(path: str | os.PathLike[str], limit: int | None = None) -> Clip:
         MediaError: it is missing, not a video, damaged before the frames wanted, or does not tell its frame rate.
     """
     with _open_video(path) as container:
-        frames = [_to_rgb(frame) for frame in islice(_decoded(container), limit)]
+        frames = [_to_rgb(frame) for frame in islice(_decode_frames(container), max_frames)]
         if not frames:
             raise MediaError(f"{path} holds no frames.")
         return Clip(np.stack(frames), _frame_rate(path, container), _find_request(container.metadata) or {})
 
 
-def read_length(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
+def probe_video(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
     """How many frames a video has, and how many per second. No frame is decoded.
 
     They are counted: the number in a header is also of those that an edit list leaves out, as phones and cuts without
@@ -214,7 +218,7 @@ def _frame_rate(path: str | os.PathLike[str], container: InputContainer) -> Frac
     return Fraction(fps)
 
 
-def _decoded(container: InputContainer) -> Iterator[av.VideoFrame]:
+def _decode_frames(container: InputContainer) -> Iterator[av.VideoFrame]:
     # In PyAV's default of threads within a frame: with whole frames in flight, FFmpeg ends a damaged file early and in
     # silence.
     yield from container.decode(container.streams.video[0])
@@ -229,19 +233,19 @@ def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
         raise MediaError(f"{path}: there is no such file.")
     try:
         # An absolute path, because FFmpeg takes "name:..." for an address.
-        name, options = str(Path(path).absolute()), {"format_whitelist": _READERS}
+        name, options = str(Path(path).absolute()), {"format_whitelist": _CONTAINER_FORMATS}
         # Tags need not be UTF-8: other programs write what they like, and damage does.
         with av.open(name, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
-                raise MediaError(f"{path} holds no video. {_READABLE}")
+                raise MediaError(f"{path} holds no video. {_SUPPORTED}")
             yield container
     except (OSError, av.error.FFmpegError) as error:
-        raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_READABLE}") from error
+        raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_SUPPORTED}") from error
 
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
     """uint8 (H, W, 3), upright."""
-    picture = frame.reformat(format="rgb24", interpolation=accurate()).to_ndarray()
+    picture = frame.reformat(format="rgb24", interpolation=swscale_flags()).to_ndarray()
     return np.rot90(picture, k=round(frame.rotation / 90))
 
 

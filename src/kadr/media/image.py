@@ -22,26 +22,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from kadr.errors import MediaError
 from kadr.shapes import Size
 
-Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
+ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
-DEFAULT_CRF = 29
+DEFAULT_IMAGE_CRF = 29
 MAXIMUM_CRF = 51  # of 8-bit H.264
 
 # Named one by one because Pillow would otherwise also try formats that start other programs, such as EPS.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _SUPPORTED = "Supported: PNG, JPEG, WebP, BMP, TIFF, GIF and PPM with 8 bits per channel."
-_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # What Pillow's readers raise on damaged files; most of it is meant for their own dispatch and leaks through.
-_DAMAGED = (OSError, SyntaxError, ValueError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
+_READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
 
 
-def prepare_picture(
-    picture: Picture, size: Size, crf: int = DEFAULT_CRF, made: Size | None = None, *, resize: bool = False
+def prepare_image(
+    image: ImageInput,
+    size: Size,
+    crf: int = DEFAULT_IMAGE_CRF,
+    sampled_size: Size | None = None,
+    *,
+    resize: bool = False,
 ) -> torch.Tensor:
     """Make of a picture what the video encoder is given.
 
     Args:
-        picture: a path, a Pillow image, or uint8 (H, W, 3) RGB.
+        image: a path, a Pillow image, or uint8 (H, W, 3) RGB.
         size: the size asked for, before snapping to 32: the picture is cropped to its aspect.
         crf: H.264 quality of the compression, 1 (best) to 51; 0 leaves it out.
         made: the size of the pass that uses the picture, where it is not `size.snapped()` (multi-scale makes one).
@@ -58,19 +63,21 @@ def prepare_picture(
     resolution, and then everything is stretched: an oddity of the official code, kept, and nothing where both sides are
     multiples of 32.
     """
-    made = made or size.snap()
-    cropped = crop_to_aspect(load_picture(picture), size, name=_name(picture))
+    sampled_size = sampled_size or size.snap()
+    cropped = crop_to_aspect(load_image(image), size, name=_display_name(image))
     if resize:
         cropped = cropped.resize((size.width, size.height))
     unit = compress(blur(_to_tensor(cropped)), crf)
     signed = unit * 255.0 / 127.5 - 1.0
     padded = F.pad(signed[None], size.padding())
-    if padded.shape[-2:] != (made.height, made.width):
-        padded = F.interpolate(padded, size=(made.height, made.width), mode="bilinear", align_corners=False)
+    if padded.shape[-2:] != (sampled_size.height, sampled_size.width):
+        padded = F.interpolate(
+            padded, size=(sampled_size.height, sampled_size.width), mode="bilinear", align_corners=False
+        )
     return padded.unsqueeze(2)
 
 
-def load_picture(picture: Picture) -> Image.Image:
+def load_image(image: ImageInput) -> Image.Image:
     """Open a picture, upright and RGB.
 
     The EXIF orientation is honoured. The official package ignores it and so shows the model a phone's portrait
@@ -79,19 +86,19 @@ def load_picture(picture: Picture) -> Image.Image:
     Raises:
         MediaError: it is missing, damaged, empty, or of an unsupported kind.
     """
-    name = _name(picture)
-    if isinstance(picture, np.ndarray):
-        return _from_array(picture, name)
+    name = _display_name(image)
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name)
     try:
-        if isinstance(picture, Image.Image):
-            return _upright_rgb(picture, name)
-        with Image.open(picture, formats=_FORMATS) as file:
+        if isinstance(image, Image.Image):
+            return _upright_rgb(image, name)
+        with Image.open(image, formats=_FORMATS) as file:
             return _upright_rgb(file, name)
     except FileNotFoundError:
         raise MediaError(f"{name}: there is no such file.") from None
     except UnidentifiedImageError:
         raise MediaError(f"{name} is not a picture that can be read. {_SUPPORTED}") from None
-    except _DAMAGED as error:
+    except _READ_ERRORS as error:
         raise MediaError(f"{name} cannot be read as a picture: {error}. {_SUPPORTED}") from error
 
 
@@ -116,27 +123,27 @@ def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the picture")
     return image.crop((left, top, left + kept_width, top + kept_height))
 
 
-def blur(picture: torch.Tensor) -> torch.Tensor:
+def blur(image: torch.Tensor) -> torch.Tensor:
     """Soften with a 3x3 Gaussian of sigma 1 (.27407, .45186, .27407 each way), mirrored at the edges.
 
     Args:
-        picture: float32 (3, H, W), both sides at least 2.
+        image: float32 (3, H, W), both sides at least 2.
 
     Source: torchvision's gaussian_blur(kernel_size=3, sigma=1). One 3x3 kernel, not two passes of 3: the sums differ in
     the last bit, and the truncation in `compress` would show it as a grey level.
     """
-    weights = torch.linspace(-1, 1, 3, dtype=picture.dtype, device=picture.device).square().mul(-0.5).exp()
+    weights = torch.linspace(-1, 1, 3, dtype=image.dtype, device=image.device).square().mul(-0.5).exp()
     weights = weights / weights.sum()
     kernel = (weights[:, None] * weights).expand(3, 1, 3, 3)
-    mirrored = F.pad(picture[None], (1, 1, 1, 1), mode="reflect")
+    mirrored = F.pad(image[None], (1, 1, 1, 1), mode="reflect")
     return F.conv2d(mirrored, kernel, groups=3)[0]
 
 
-def compress(picture: torch.Tensor, crf: int = DEFAULT_CRF) -> torch.Tensor:
+def compress(image: torch.Tensor, crf: int = DEFAULT_IMAGE_CRF) -> torch.Tensor:
     """Pass a picture through one frame of H.264 and back.
 
     Args:
-        picture: float32 (3, H, W) in [0, 1].
+        image: float32 (3, H, W) in [0, 1].
         crf: 1 (best) to 51; 0 returns the picture as it is.
 
     Returns:
@@ -150,24 +157,24 @@ def compress(picture: torch.Tensor, crf: int = DEFAULT_CRF) -> torch.Tensor:
     if not 0 <= crf <= MAXIMUM_CRF:
         raise MediaError(f"crf is {crf}; it must lie between 1 (best) and {MAXIMUM_CRF}, or be 0 for no compression.")
     if crf == 0:
-        return picture
-    even = picture[:, : picture.shape[1] // 2 * 2, : picture.shape[2] // 2 * 2]
+        return image
+    even = image[:, : image.shape[1] // 2 * 2, : image.shape[2] // 2 * 2]
     levels = (even * 255.0).to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-    decoded = _through_h264(levels, crf)
-    return torch.from_numpy(decoded).to(picture).permute(2, 0, 1) / 255.0
+    decoded = _h264_roundtrip(levels, crf)
+    return torch.from_numpy(decoded).to(image).permute(2, 0, 1) / 255.0
 
 
-def _through_h264(levels: np.ndarray, crf: int) -> np.ndarray:
+def _h264_roundtrip(pixels: np.ndarray, crf: int) -> np.ndarray:
     """Encode and decode uint8 (H, W, 3). The settings and the plain conversions are the official ones."""
     import av
 
-    height, width, _ = levels.shape
+    height, width, _ = pixels.shape
     file = io.BytesIO()
     try:
         with av.open(file, "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=1, options={"crf": str(crf), "preset": "veryfast"})
             stream.width, stream.height = width, height
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(levels, format="rgb24").reformat(format="yuv420p")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")))
             container.mux(stream.encode())
         file.seek(0)
         with av.open(file, "r") as container:
@@ -184,16 +191,16 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
 
 
-def _from_array(picture: np.ndarray, name: str) -> Image.Image:
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        raise MediaError(f"{name} is an array {picture.dtype} {picture.shape}; give uint8 (height, width, 3).")
-    _refuse_empty(picture.shape[1], picture.shape[0], name)
-    return Image.fromarray(np.ascontiguousarray(picture))
+def _from_array(image: np.ndarray, name: str) -> Image.Image:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise MediaError(f"{name} is an array {image.dtype} {image.shape}; give uint8 (height, width, 3).")
+    _refuse_empty(image.shape[1], image.shape[0], name)
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     _refuse_empty(*image.size, name)
-    if image.mode in _DEEP_MODES:
+    if image.mode in _HIGH_BIT_DEPTH_MODES:
         # Pillow would clip these to 8 bits, which turns nearly all of the picture white.
         raise MediaError(f"{name} has pixels of kind {image.mode}. {_SUPPORTED}")
     return ImageOps.exif_transpose(image).convert("RGB")
@@ -204,6 +211,6 @@ def _refuse_empty(width: int, height: int, name: str) -> None:
         raise MediaError(f"{name} is {width}x{height} pixels: there is nothing in it.")
 
 
-def _name(picture: Picture) -> str:
+def _display_name(image: ImageInput) -> str:
     """How messages call it: its path, where it has one."""
-    return "the picture" if isinstance(picture, (Image.Image, np.ndarray)) else os.fspath(picture)
+    return "the picture" if isinstance(image, (Image.Image, np.ndarray)) else os.fspath(image)

@@ -9,7 +9,7 @@ from kadr.errors import MediaError
 from kadr.shapes import Size
 
 
-def to_unit(pixels: torch.Tensor) -> torch.Tensor:
+def denormalize(pixels: torch.Tensor) -> torch.Tensor:
     """Decoded pixels in [-1, 1], of any shape, in [0, 1]; values outside are clamped.
 
     Source: VaeImageProcessor.postprocess of diffusers, in the dtype of `pixels` as there.
@@ -17,27 +17,27 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels * 0.5 + 0.5).clamp(0, 1)
 
 
-def resize(unit: torch.Tensor, size: Size) -> torch.Tensor:
+def resize_frames(pixels: torch.Tensor, size: Size) -> torch.Tensor:
     """Frames (3, F, H, W) at `size`, by bilinear interpolation; unchanged where they have it.
 
     Source: the end of LTXMultiScalePipeline.__call__ of the official package, whose second pass seldom has the size
     that was asked for. It resizes after the clamp.
     """
-    if unit.shape[-2:] == (size.height, size.width):
-        return unit
-    frames = unit.transpose(0, 1)
+    if pixels.shape[-2:] == (size.height, size.width):
+        return pixels
+    frames = pixels.transpose(0, 1)
     made = F.interpolate(frames, size=(size.height, size.width), mode="bilinear", align_corners=False)
     return made.transpose(0, 1)
 
 
-def to_uint8(unit: torch.Tensor) -> torch.Tensor:
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     """float (3, F, H, W) in [0, 1] -> uint8 (F, H, W, 3) on the same device: RGB, full range.
 
     Source: the end of ltx_video/inference.py. As there, the scaling to 255 happens in float32, so bfloat16 pixels round
     twice.
     """
     # The cast truncates: 254.9 becomes 254. Rounding would be kinder and would not match the official frames.
-    return (unit.float() * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    return (pixels.float() * 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
 
 def crop_margins(pixels: torch.Tensor, size: Size) -> torch.Tensor:

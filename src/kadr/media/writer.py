@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 DEFAULT_CRF = 18  # visually lossless for most eyes
 MAXIMUM_CRF = 51  # of 8-bit H.264
-MAXIMUM_FPS = 1000
+MAX_FILE_FPS = 1000
 
 COMMENT_KEY = "kadr"  # the comment tag holds {"kadr": request}, so that nobody else's JSON is taken for a request
 _BT709 = 1  # the same number in FFmpeg's lists of matrices, primaries and transfer curves
-_LIMITED, _FULL = 1, 2
+_LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
 class VideoWriter:
@@ -82,7 +82,7 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         try:
-            with self._explained():
+            with self._translate_errors():
                 self._open()
         except BaseException:
             self._discard()
@@ -97,16 +97,16 @@ class VideoWriter:
             raise MediaError(
                 f"frames are {pixels.dtype} {pixels.shape}; this file takes uint8 (F, {height}, {width}, 3)."
             )
-        with self._explained():
+        with self._translate_errors():
             for picture in pixels:
                 self._container.mux(self._stream.encode(self._convert(picture)))
                 self.frames_written += 1
 
-    def write_all(self, slices: Iterable[ArrayLike]) -> None:
+    def write_all(self, chunks: Iterable[ArrayLike]) -> None:
         """`write` each slice of frames in a thread, while the next one is made. At most one is under way."""
         with ThreadPoolExecutor(1, "video encoder") as thread:
             writing: Future[None] | None = None
-            for frames in slices:
+            for frames in chunks:
                 if writing is not None:
                     writing.result()
                 writing = thread.submit(self.write, frames)
@@ -136,17 +136,17 @@ class VideoWriter:
         self._stream.pix_fmt = "yuv420p"
         codec = self._stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
-        codec.color_range = _LIMITED
+        codec.color_range = _LIMITED_RANGE
 
-    def _convert(self, picture: np.ndarray) -> av.VideoFrame:
+    def _convert(self, pixels: np.ndarray) -> av.VideoFrame:
         import av
 
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
             format="yuv420p",
             dst_colorspace=_BT709,
-            src_color_range=_FULL,
-            dst_color_range=_LIMITED,
-            interpolation=accurate(),
+            src_color_range=_FULL_RANGE,
+            dst_color_range=_LIMITED_RANGE,
+            interpolation=swscale_flags(),
         )
         frame.pts, frame.time_base = self.frames_written, 1 / self.fps
         return frame
@@ -154,7 +154,7 @@ class VideoWriter:
     def _finish(self) -> None:
         if not self.frames_written:
             raise MediaError(f"{self.path} was not written: no frames came.")
-        with self._explained():
+        with self._translate_errors():
             self._container.mux(self._stream.encode())
             self._container.close()
             os.replace(self._partial, self.path)
@@ -168,7 +168,7 @@ class VideoWriter:
             self._partial.unlink(missing_ok=True)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         import av
 
         try:
@@ -180,7 +180,7 @@ class VideoWriter:
             raise MediaError(f"{self.path} could not be encoded: {error}.") from error
 
 
-def accurate() -> int:
+def swscale_flags() -> int:
     """How to resample colour. FFmpeg's default repeats each sample twice: five times the mean error on a ramp."""
     from av.video.reformatter import Interpolation as How
 
@@ -200,8 +200,8 @@ def _exact_fps(fps: float | Fraction) -> Fraction:
         rate = Fraction(fps).limit_denominator(1001)
     except (TypeError, ValueError, OverflowError):
         rate = Fraction(0)
-    if not 0 < rate <= MAXIMUM_FPS:
-        raise MediaError(f"fps is {fps}; it must be a number above 0 and at most {MAXIMUM_FPS}, such as 24 or 29.97.")
+    if not 0 < rate <= MAX_FILE_FPS:
+        raise MediaError(f"fps is {fps}; it must be a number above 0 and at most {MAX_FILE_FPS}, such as 24 or 29.97.")
     return rate
 
 

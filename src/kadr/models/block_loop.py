@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from kadr.sampling.guidance import Disturb
-from kadr.sampling.step_cache import Stream
+from kadr.sampling.guidance import Perturbation
+from kadr.sampling.step_cache import ResidualCache
 
 if TYPE_CHECKING:
     from kadr.models.transformer import BlockInputs
@@ -17,8 +17,8 @@ def run_blocks_cached(
     blocks: nn.ModuleList,
     x: Tensor,
     block_inputs: BlockInputs,
-    residual_cache: Stream,
-    perturbation: Disturb | None = None,
+    residual_cache: ResidualCache,
+    perturbation: Perturbation | None = None,
 ) -> tuple[Tensor, ...]:
     """What comes out of the last layer, or what the cache makes of earlier steps.
 
@@ -41,11 +41,11 @@ def run_blocks_cached(
             if 0 in perturbation.blocks
             else first[rows]
         )
-    added = residual_cache.recall(x, first)
+    added = residual_cache.predict(x, first)
     if added is not None:
         return tuple(start + part for start, part in zip(starts, added, strict=True))
     ends = run_blocks(blocks, list(starts), block_inputs, perturbation, first_block=1)
-    residual_cache.keep(starts, ends)
+    residual_cache.store(starts, ends)
     return ends
 
 
@@ -53,7 +53,7 @@ def run_blocks(
     blocks: nn.ModuleList,
     hidden_states: list[Tensor],
     block_inputs: BlockInputs,
-    perturbation: Disturb | None,
+    perturbation: Perturbation | None,
     *,
     first_block: int = 0,
 ) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ TEXT_ENCODER_FILES = ("text_encoder/*", "tokenizer/*")
 DEFAULT_NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
 DEFAULT_DOWNSCALE = 0.6666666  # of both sides, in the first of two passes: the official configs' own digits
 _DEFAULT_SIZE = Size(1216, 704)
-_DEFAULT_PASS = Pass(steps=40, guidance=Guidance(scale=3.0))
+_DEFAULT_PASS = Pass(steps=40, guidance=Guidance(cfg_scale=3.0))
 DISTILLED_SIGMAS = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
 
 
@@ -115,21 +115,23 @@ LORA = "LoRA"
 TEXT_ENCODER, TEXT_ENCODER_GGUF = "t5-v1.1-xxl", "t5-v1.1-xxl-q8-gguf"
 UPSCALER = "ltxv-spatial-upscaler-0.9.8"
 
-_2B_GUIDANCE = Guidance(scale=3.0, stg=1.0, rescale=0.7, skip_blocks=(19,))
+_2B_GUIDANCE = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, skip_blocks=(19,))
 _2B = Recipe(first_pass=Pass(steps=40, guidance=_2B_GUIDANCE))
-_2B_DISTILLED = Recipe(first_pass=Pass(steps=8, guidance=Guidance(scale=1.0, stg=0.0, rescale=1.0), stochastic=True))
-_NO_GUIDANCE = Guidance(scale=1.0, stg=0.0, rescale=1.0, skip_blocks=(42,))
+_2B_DISTILLED = Recipe(
+    first_pass=Pass(steps=8, guidance=Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0), stochastic=True)
+)
+_NO_GUIDANCE = Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0, skip_blocks=(42,))
 _DISTILLED = Recipe(
     multi_scale=True,
-    first_pass=Pass(levels=DISTILLED_SIGMAS[:7], guidance=_NO_GUIDANCE),
-    second_pass=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE),
-    single_pass=Pass(levels=DISTILLED_SIGMAS, guidance=_NO_GUIDANCE),
+    first_pass=Pass(sigmas=DISTILLED_SIGMAS[:7], guidance=_NO_GUIDANCE),
+    second_pass=Pass(sigmas=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE),
+    single_pass=Pass(sigmas=DISTILLED_SIGMAS, guidance=_NO_GUIDANCE),
 )
-_13B_DISTILLED = replace(_DISTILLED, second=Pass(levels=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE, tone_map=0.6))
+_13B_DISTILLED = replace(_DISTILLED, second=Pass(sigmas=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE, tone_map=0.6))
 _13B_GUIDANCE = Guidance(
-    at=(1.0, 0.996, 0.9933, 0.985, 0.9767, 0.9008, 0.618),
-    scale=(1.0, 1.0, 6.0, 8.0, 6.0, 1.0, 1.0),
-    stg=(0.0, 0.0, 4.0, 4.0, 4.0, 2.0, 1.0),
+    sigmas=(1.0, 0.996, 0.9933, 0.985, 0.9767, 0.9008, 0.618),
+    cfg_scale=(1.0, 1.0, 6.0, 8.0, 6.0, 1.0, 1.0),
+    stg_scale=(0.0, 0.0, 4.0, 4.0, 4.0, 2.0, 1.0),
     rescale=(1.0, 1.0, 0.5, 0.5, 1.0, 1.0, 1.0),
     skip_blocks=((), (11, 25, 35, 39), (22, 35, 39), (28,), (28,), (28,), (28,)),
     cfg_star=True,
@@ -141,21 +143,23 @@ _13B_DEV = Recipe(
     second_pass=Pass(
         steps=30,
         skip_initial=17,
-        guidance=Guidance(at=(1.0,), scale=(1.0,), stg=(1.0,), rescale=(1.0,), skip_blocks=(27,), cfg_star=True),
+        guidance=Guidance(
+            sigmas=(1.0,), cfg_scale=(1.0,), stg_scale=(1.0,), rescale=(1.0,), skip_blocks=(27,), cfg_star=True
+        ),
     ),
 )
 DEMO_SIGMAS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
 _DEMO_DEFAULTS: dict[str, Any] = {"negative_prompt": "", "fps": 24.0, "frames": 25, "downscale": 0.5}
 _DEMO = Recipe(
-    first_pass=Pass(steps=24, guidance=Guidance(scale=3.0)),
-    second_pass=Pass(levels=DEMO_SIGMAS[4:], guidance=Guidance(scale=1.0)),
+    first_pass=Pass(steps=24, guidance=Guidance(cfg_scale=3.0)),
+    second_pass=Pass(sigmas=DEMO_SIGMAS[4:], guidance=Guidance(cfg_scale=1.0)),
     size=Size(128, 128),
     **_DEMO_DEFAULTS,
 )
 _DEMO_DISTILLED = Recipe(
     multi_scale=True,
-    first_pass=Pass(levels=DEMO_SIGMAS, guidance=Guidance(scale=1.0)),
-    second_pass=Pass(levels=DEMO_SIGMAS[4:], guidance=Guidance(scale=1.0)),
+    first_pass=Pass(sigmas=DEMO_SIGMAS, guidance=Guidance(cfg_scale=1.0)),
+    second_pass=Pass(sigmas=DEMO_SIGMAS[4:], guidance=Guidance(cfg_scale=1.0)),
     size=Size(256, 256),
     **_DEMO_DEFAULTS,
 )

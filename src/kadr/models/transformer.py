@@ -23,9 +23,9 @@ from kadr.nn.linear import Linear, mlp
 from kadr.nn.modulation import compute_adaln_params, init_scale_shift_table
 from kadr.nn.rope import Rope, rope_table
 from kadr.nn.timestep_embedding import TimestepEmbedding
-from kadr.sampling.guidance import Disturb
+from kadr.sampling.guidance import Perturbation
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
-from kadr.sampling.step_cache import Stream
+from kadr.sampling.step_cache import ResidualCache
 
 # Keys of the header that change what is computed, with the only value released weights use.
 FIXED_HEADER_VALUES: Mapping[str, Any] = {
@@ -322,7 +322,7 @@ class Transformer(nn.Module):
         text_mask: Tensor | None,
         sigma: Tensor,
         *,
-        residual_cache: Stream | None = None,
+        residual_cache: ResidualCache | None = None,
     ) -> Tensor:
         """The velocity of every token.
 
@@ -355,7 +355,7 @@ class Transformer(nn.Module):
         blocks: Collection[int],
         mode: str,
         rows: slice = slice(None),
-        residual_cache: Stream | None = None,
+        residual_cache: ResidualCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The velocity of every token, and that of some samples with some blocks disturbed.
 
@@ -370,7 +370,7 @@ class Transformer(nn.Module):
             (B, N, C), and (rows, N, C).
         """
         x, given, embedded = self._embed_inputs(tokens, rope, text, text_mask, sigma)
-        disturb = Disturb(tuple(blocks), mode, rows)
+        disturb = Perturbation(tuple(blocks), mode, rows)
         if residual_cache is not None:
             x, aside = run_blocks_cached(self.blocks, x, given, residual_cache, disturb)
         else:
@@ -380,7 +380,7 @@ class Transformer(nn.Module):
         return self._project_out(x, embedded), self._project_out(aside, embedded[rows])
 
     def _run_blocks(
-        self, hidden_states: list[Tensor], block_inputs: BlockInputs, perturbation: Disturb | None = None
+        self, hidden_states: list[Tensor], block_inputs: BlockInputs, perturbation: Perturbation | None = None
     ) -> tuple[Tensor, ...]:
         """All layers, replayed where they can be. starts: x (B, N, D) alone; see `onward`."""
         kept, tokens = None, hidden_states[0].shape[0] * hidden_states[0].shape[1]
@@ -400,7 +400,7 @@ class Transformer(nn.Module):
         rope: Rope,
         text_bias: Tensor | None,
         text_kv: tuple[KeysValues, ...],
-        perturbation: Disturb | None,
+        perturbation: Perturbation | None,
     ) -> tuple[Tensor, ...]:
         """`onward`, with every tensor that it reads an argument."""
         reading = TextKVCache(None, text_bias, dict(zip(self._cross_attentions, text_kv, strict=True)))

@@ -205,7 +205,7 @@ class DryEngine:
         warn_unheard(request, loras=bool(self.loras), in_context=any(map(is_in_context, acting)))
         used = self.models[:1] if self.models[0] is self.models[1] else self.models
         parts = [*(model.part for model in used), *(part for part, _ in upscalers), *self.others]
-        evaluations = sum(step.evaluations for plan in windows or passes for step in plan.steps)
+        evaluations = sum(step.model_evaluations for plan in windows or passes for step in plan.steps)
         return DryRun(
             tuple(parts),
             request,
@@ -325,11 +325,12 @@ def _pass_told(plan: PassPlan) -> dict[str, Any]:
         "latents": [plan.grid.frames, plan.grid.height, plan.grid.width],
         "stochastic": bool(plan.settings.stochastic),
         "tone_map": plan.settings.tone_map,
-        "mode": guidance.mode,
+        "mode": guidance.stg_mode,
         "cfg_star": bool(guidance.cfg_star),
         "apg": guidance.apg,
         "apg_norm": guidance.apg_norm,
         "steps": [
-            {"level": level, **strengths._asdict(), "evaluations": strengths.evaluations} for level, strengths in steps
+            {"level": level, **strengths._asdict(), "evaluations": strengths.model_evaluations}
+            for level, strengths in steps
         ],
     }

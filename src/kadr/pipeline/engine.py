@@ -322,7 +322,7 @@ class Engine:
         """
         self._begin(request, watch, media=False, stages=("text",))
         texts = Prompts(self.components, prompts).encoded(watch)
-        return [text.encoding[text.mask].cpu() for text in texts]
+        return [text.embeddings[text.mask].cpu() for text in texts]
 
     def decode(
         self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore

@@ -23,7 +23,7 @@ from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderFolder
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.memory.device import DTYPES
-from kadr.text.tokenizer import Tokens
+from kadr.text.tokenizer import PromptTokens
 
 FORMAT = 1  # part of every name: with another number, all files of before are strangers
 LARGEST = 512_000_000  # bytes of all files; those used longest ago go first
@@ -77,7 +77,7 @@ class PromptCache:
                 folder = cache_home() / FOLDER
         return cls(folder, text, dtype=dtype, device=device, held=held)
 
-    def find(self, tokens: Tokens) -> Tensor | None:
+    def find(self, tokens: PromptTokens) -> Tensor | None:
         """The rows (n, D) of the n real tokens, on the CPU; None where they are not there, or not whole."""
         try:
             path = self._path(tokens)
@@ -91,7 +91,7 @@ class PromptCache:
                 os.utime(path)
         return rows
 
-    def keep(self, tokens: Tokens, rows: Tensor) -> None:
+    def keep(self, tokens: PromptTokens, rows: Tensor) -> None:
         """Remember the rows (n, D) of the n real tokens. Where nothing can be written, this does nothing."""
         try:
             path = self._path(tokens)
@@ -118,7 +118,7 @@ class PromptCache:
                 stacklevel=3,
             )
 
-    def _path(self, tokens: Tokens) -> Path | None:
+    def _path(self, tokens: PromptTokens) -> Path | None:
         """Where the rows are, if they are there. Files are asked for their state each time: they may be replaced."""
         if self.folder is None:
             return None

@@ -12,7 +12,7 @@ from kadr.checkpoints.fp8_scales import scales_of
 from kadr.checkpoints.header import EIGHT_BIT
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.quant.rotation import FULL_ROW, MIN_NOISE_CORRELATION, detect_and_undo_rotation
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
 
 GRID = LatentGrid(2, 4, 4)  # enough tokens to tell an answer by, few enough to cost little
@@ -40,7 +40,9 @@ def rotation_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     module = checkpoint.load_transformer(dtype, as_stored=True).to(device)
     config = module.config
     noise = torch.randn(1, GRID.num_tokens, config.in_channels, generator=torch.Generator().manual_seed(0))
-    rope = module.compute_rope(positions(GRID, fps=FPS, causal=config.causal_temporal_positioning)[None].to(device))
+    rope = module.compute_rope(
+        token_positions(GRID, fps=FPS, causal=config.causal_temporal_positioning)[None].to(device)
+    )
     text = torch.zeros(1, 1, config.caption_channels, dtype=dtype, device=device)
     level = torch.ones(1, 1, device=device)
 

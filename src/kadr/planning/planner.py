@@ -289,7 +289,7 @@ class Planner:
             batch=2 if both else 1,
             text=longest,
             per_token=self.work.levels(number),
-            disturbed=int(any(step.stg > 0 and step.skip_blocks for step in plan.steps)),
+            disturbed=int(any(step.stg_scale > 0 and step.skip_blocks for step in plan.steps)),
             fused=should_prepack_linears(self.dtype, self.device),
         )
         loras = self.spec.loras
@@ -302,8 +302,8 @@ class Planner:
                 config,
                 tokens,
                 self.size,
-                points=self.work.cache.points,
-                streams=max(step.evaluations for step in plan.steps),
+                points=self.work.cache.cached_steps,
+                streams=max(step.model_evaluations for step in plan.steps),
                 batch=2 if both else 1,
             )
         states = 8 * tokens * config.in_channels * 4  # latents, noise, velocities of the guidance
@@ -323,9 +323,9 @@ class Planner:
         beside = 0 if loras.merged else lora_flops(sum(loras.parameters), tokens)
         for step in plan.steps:
             own = transformer_flops(config, tokens, text=longest, levels=levels)
-            total += (1 + (step.scale > 1)) * (own + beside)
-            if step.stg > 0 and step.skip_blocks:
-                mode = plan.settings.guidance.mode or ATTENTION_VALUES
+            total += (1 + (step.cfg_scale > 1)) * (own + beside)
+            if step.stg_scale > 0 and step.skip_blocks:
+                mode = plan.settings.guidance.stg_mode or ATTENTION_VALUES
                 total += disturbed_flops(config, tokens, step.skip_blocks, mode, text=longest)
         return total
 

@@ -268,7 +268,7 @@ def _check_settings(place: _Place, values: Mapping[str, Any]) -> None:
             raise place.error(key, f"is {value!r}; it must be true or false.")
         kind, field = (Pass, PASS[key]) if key in PASS else (Guidance, GUIDANCE[key])
         made = place.checked(key, kind, **{field: value})
-        if isinstance(made, Pass) and made.levels is not None and not _fall(made.levels):
+        if isinstance(made, Pass) and made.sigmas is not None and not _fall(made.sigmas):
             raise place.error(key, f"is {value}; the levels must fall, between 1 and 0, without 0 itself.")
 
 
@@ -291,7 +291,7 @@ def _pass(place: _Place, values: Mapping[str, Any], mode: str | None) -> Pass:
     for key in LISTS:
         if isinstance(values[key], list) and "guidance_timesteps" not in values:
             raise place.error(key, "is a list, and there are no guidance_timesteps that it is for. Add them.")
-    guidance = Guidance(**{GUIDANCE[key]: value for key, value in values.items() if key in GUIDANCE}, mode=mode)
+    guidance = Guidance(**{GUIDANCE[key]: value for key, value in values.items() if key in GUIDANCE}, stg_mode=mode)
     place.checked("guidance_timesteps", guidance.check_lists)
     settings = {PASS[key]: value for key, value in values.items() if key in PASS}
     settings["stochastic"] = settings.get("stochastic") or None  # what is off is left open
@@ -304,10 +304,10 @@ def _alone(first: Pass, second: Pass) -> Pass | None:
     The official package has no such thing. Levels that the second goes on with below the first's are added, and
     levels that were left out at the end are put back.
     """
-    if first.levels is not None and second.levels is not None:
-        last = first.levels[-1]
-        more = tuple(level for level in second.levels if level < last)
-        return replace(first, levels=(*first.levels, *more)) if more else None
+    if first.sigmas is not None and second.sigmas is not None:
+        last = first.sigmas[-1]
+        more = tuple(level for level in second.sigmas if level < last)
+        return replace(first, levels=(*first.sigmas, *more)) if more else None
     return replace(first, skip_final=0) if first.skip_final else None
 
 
@@ -318,5 +318,5 @@ def _spelled_out(place: _Place, settings: Pass, sampler: str | None) -> Pass:
     from kadr.sampling.schedules import Schedule  # loads torch
 
     steps, skips = settings.steps, {name: getattr(settings, name) for name in ("skip_initial", "skip_final")}
-    levels = place.checked("sampler", Schedule(sampler=sampler).levels, steps=steps, tokens=0, **skips)
+    levels = place.checked("sampler", Schedule(sampler=sampler).get_sigmas, steps=steps, tokens=0, **skips)
     return replace(settings, steps=None, skip_initial=0, skip_final=0, levels=tuple(levels.tolist()))

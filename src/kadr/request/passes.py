@@ -12,9 +12,9 @@ from torch import Tensor
 from kadr.errors import KadrWarning, RequestError
 from kadr.models.registry import Release
 from kadr.request.request import Request
-from kadr.sampling.schedules import Schedule, explicit
-from kadr.sampling.settings import Pass, Strengths
-from kadr.sampling.step_cache import SHORT, StepCache
+from kadr.sampling.schedules import Schedule, explicit_sigmas
+from kadr.sampling.settings import Pass, StepGuidance
+from kadr.sampling.step_cache import MIN_STEPS, StepCache
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid, Size, snap_frames
 from kadr.spec.model import Upscaling
 
@@ -43,7 +43,7 @@ class PassPlan:
     frames: int
     fps: float
     levels: Tensor
-    steps: tuple[Strengths, ...]
+    steps: tuple[StepGuidance, ...]
     window: int = 0
     windows: int = 1
     first_frame: int = 0
@@ -57,7 +57,7 @@ class PassPlan:
     @property
     def guided(self) -> bool:
         """Whether any step needs the negative prompt."""
-        return any(step.scale > 1 for step in self.steps)
+        return any(step.cfg_scale > 1 for step in self.steps)
 
     def seen(self, fps: float | None, count: int) -> list[int]:
         """Which frames of a clip this makes, or follows: every second one, where it makes only those.
@@ -160,16 +160,16 @@ def _planned(
                 "Give at least that, or more steps."
             )
         levels = kept
-    strengths = tuple(settings.guidance.strengths(float(level)) for level in levels)
+    strengths = tuple(settings.guidance.at_sigma(float(level)) for level in levels)
     return PassPlan(number, settings, size, frames, fps, levels, strengths)
 
 
 def _levels(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
-    if settings.levels is not None:
-        return schedule.checked(explicit(settings.levels))
+    if settings.sigmas is not None:
+        return schedule.check_allowed(explicit_sigmas(settings.sigmas))
     assert settings.steps is not None
     skipped = {"skip_initial": settings.skip_initial, "skip_final": settings.skip_final}
-    return schedule.levels(settings.steps, tokens=tokens, **skipped)
+    return schedule.get_sigmas(settings.steps, tokens=tokens, **skipped)
 
 
 def _sizes(asked: Size, downscale: float) -> tuple[Size, Size]:
@@ -198,7 +198,7 @@ def check_blocks(plan: PassPlan, layers: int) -> None:
     Raises:
         RequestError: with the block and the last there is.
     """
-    asked = {block for step in plan.steps if step.stg > 0 for block in step.skip_blocks}
+    asked = {block for step in plan.steps if step.stg_scale > 0 for block in step.skip_blocks}
     if strange := sorted(block for block in asked if block >= layers):
         raise RequestError(
             f"skip_blocks has {', '.join(map(str, strange))}; this model has {layers} blocks, 0 to {layers - 1}."
@@ -228,7 +228,7 @@ def check_beginning(plan: PassPlan, *, started: bool) -> None:
 
 def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Release | None) -> None:
     """Say where guidance is asked of a model that was made to run without."""
-    distilled = schedule.allowed is not None or (released is not None and released.is_distilled)
+    distilled = schedule.allowed_sigmas is not None or (released is not None and released.is_distilled)
     if distilled and plan.guided:
         warnings.warn(
             f"guidance is above 1, and {name} is distilled: it was made to run without, and guidance makes its colours "
@@ -260,9 +260,9 @@ def warn_unused(request: Request, unused: Sequence[str]) -> None:
 
 def warn_cached(plan: PassPlan, cache: StepCache | None) -> None:
     """Say where a step cache is asked of a pass that gains little by it."""
-    if cache is not None and len(plan.levels) < SHORT:
+    if cache is not None and len(plan.levels) < MIN_STEPS:
         warnings.warn(
-            f"steps are cached, and pass {plan.number} has {len(plan.levels)}: with fewer than {SHORT} that costs "
+            f"steps are cached, and pass {plan.number} has {len(plan.levels)}: with fewer than {MIN_STEPS} that costs "
             "quality and saves little time. Leave it out, or give more steps.",
             KadrWarning,
             stacklevel=2,

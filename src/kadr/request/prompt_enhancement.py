@@ -10,12 +10,12 @@ from PIL import Image
 
 from kadr.errors import EnhanceError, KadrWarning
 from kadr.media.clip import read_video
-from kadr.media.image import load_picture
+from kadr.media.image import load_image
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from kadr.request.resolved_conditions import chosen_part
 from kadr.request.windows import BETWEEN
-from kadr.text.chat_messages import Picture
+from kadr.text.chat_messages import ChatImage
 from kadr.text.enhance import Enhancer
 
 LONGEST_SIDE = 512  # pixels that an endpoint is shown; vision models see little more, and each costs time
@@ -48,12 +48,12 @@ def enhanced(request: Request, enhancer: Enhancer) -> Request:
     return replace(request, prompt=prompt, original_prompt=request.original_prompt or request.prompt)
 
 
-def shown(request: Request) -> tuple[Picture, ...]:
+def shown(request: Request) -> tuple[ChatImage, ...]:
     """The pictures that the video is held to, as an endpoint is shown them: small, with the place of each in words."""
-    pictures = [Picture(_jpeg(_picture(condition)), _place(condition)) for condition in request.conditions]
+    pictures = [ChatImage(_jpeg(_picture(condition)), _place(condition)) for condition in request.conditions]
     if request.video is not None:
-        first = Image.fromarray(read_video(request.video, limit=1).frames[0])
-        pictures.insert(0, Picture(_jpeg(first), "the first frame of the video that this one is made from"))
+        first = Image.fromarray(read_video(request.video, max_frames=1).frames[0])
+        pictures.insert(0, ChatImage(_jpeg(first), "the first frame of the video that this one is made from"))
     return tuple(pictures)
 
 
@@ -61,7 +61,7 @@ def _picture(condition: Condition) -> Image.Image:
     """Of a clip the first of the frames that are taken."""
     if condition.clip:
         return Image.fromarray(next(iter(chosen_part(condition))))
-    return load_picture(condition.media)
+    return load_image(condition.media)
 
 
 def _place(condition: Condition) -> str:

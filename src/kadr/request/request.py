@@ -11,7 +11,7 @@ from typing import Any
 from kadr.errors import RequestError
 from kadr.request.inputs import Condition, Control, all_of
 from kadr.request.windows import Windows, prompts_of
-from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, as_levels
+from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, parse_sigmas
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
 from kadr.spec.loras import Strength, strengths_of
@@ -120,12 +120,12 @@ class Request:
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
         object.__setattr__(self, "conditions", all_of(Condition, self.conditions, "conditions"))
         object.__setattr__(self, "controls", all_of(Control, self.controls, "controls"))
-        object.__setattr__(self, "cache", StepCache.of(self.cache))
+        object.__setattr__(self, "cache", StepCache.parse(self.cache))
         object.__setattr__(self, "lora_strengths", strengths_of(self.lora_strengths))
         if self.levels is not None:
-            object.__setattr__(self, "levels", as_levels(self.levels))
+            object.__setattr__(self, "levels", parse_sigmas(self.levels))
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
-            object.__setattr__(self, "guidance", Guidance(scale=self.guidance))
+            object.__setattr__(self, "guidance", Guidance(cfg_scale=self.guidance))
         for name, low, high, whole in _LIMITS:
             if (value := getattr(self, name)) is not None:
                 within(name, value, low, high, whole=whole)
@@ -169,13 +169,13 @@ class Request:
     @property
     def step_cache(self) -> StepCache | None:
         """`cache`, in the form that it has since birth."""
-        return StepCache.of(self.cache)
+        return StepCache.parse(self.cache)
 
     def only_pass(self) -> Pass:
         """The settings of the first pass, or of the only one."""
         return Pass(
             steps=self.steps,
-            levels=self.levels,
+            sigmas=self.levels,
             skip_initial=self.skip_initial,
             skip_final=self.skip_final,
             guidance=self.guidance if isinstance(self.guidance, Guidance) else Guidance(),

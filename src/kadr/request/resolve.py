@@ -6,8 +6,8 @@ import warnings
 from dataclasses import replace
 
 from kadr.errors import KadrWarning, RequestError
-from kadr.media.clip import read_length
-from kadr.media.image import DEFAULT_CRF
+from kadr.media.clip import probe_video
+from kadr.media.image import DEFAULT_IMAGE_CRF
 from kadr.models.registry import Recipe, Release
 from kadr.request.request import DEFAULT_VIDEO_STRENGTH, Request
 from kadr.request.windows import check_prompts
@@ -43,7 +43,7 @@ def resolve(request: Request, recipe: Recipe) -> Request:
             "downscale": recipe.downscale,
             "negative_prompt": recipe.negative_prompt,
             "image_noise": recipe.image_noise,
-            "image_crf": DEFAULT_CRF,
+            "image_crf": DEFAULT_IMAGE_CRF,
             "decode_timestep": recipe.decode_timestep,
             "decode_noise": recipe.decode_noise,
         }
@@ -60,28 +60,28 @@ def with_second(recipe: Recipe, second: Release | None) -> Recipe:
 
 def _passes(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:
     if not multi_scale:
-        return request.only_pass().over(recipe.single_pass or recipe.first_pass).over(PLAIN), None
+        return request.only_pass().with_defaults(recipe.single_pass or recipe.first_pass).with_defaults(PLAIN), None
     if request.second is None and recipe.second_pass is None:
         raise RequestError(
             "two passes are asked for, and this model's recipe has one only. Say how to run the second: --second-steps "
             "or --second-levels."
         )
-    asked = (request.second or Pass()).over(Pass(tone_map=request.tone_map))
-    second = asked.over(recipe.second_pass or Pass()).over(PLAIN)
-    if second.steps is None and second.levels is None:
+    asked = (request.second or Pass()).with_defaults(Pass(tone_map=request.tone_map))
+    second = asked.with_defaults(recipe.second_pass or Pass()).with_defaults(PLAIN)
+    if second.steps is None and second.sigmas is None:
         raise RequestError("the second pass has neither steps nor levels. Give --second-steps or --second-levels.")
-    if (second.levels is None and not second.skip_initial) or (second.levels and second.levels[0] >= 1):
+    if (second.sigmas is None and not second.skip_initial) or (second.sigmas and second.sigmas[0] >= 1):
         raise RequestError(
             "the second pass begins at level 1: nothing of the first would stay. Give it levels that begin below 1, or "
             "skip some at the front."
         )
-    return request.only_pass().over(recipe.first_pass).over(PLAIN), second
+    return request.only_pass().with_defaults(recipe.first_pass).with_defaults(PLAIN), second
 
 
 def _as_video(request: Request) -> Request:
     """The request at the length and rate of the video it starts from, where it does not say."""
     assert request.video is not None
-    frames, fps = read_length(request.video)
+    frames, fps = probe_video(request.video)
     return request.filled({"frames": frames, "fps": float(fps)})
 
 

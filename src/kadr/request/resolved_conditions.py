@@ -13,13 +13,13 @@ from itertools import combinations
 import numpy as np
 
 from kadr.errors import KadrWarning, RequestError
-from kadr.media.clip import Film, read_length
-from kadr.media.image import load_picture
+from kadr.media.clip import ClipReader, probe_video
+from kadr.media.image import load_image
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
 from kadr.shapes import TEMPORAL_COMPRESSION, snap_frames
 
-Frames = Sequence["str | np.ndarray"] | Film
+Frames = Sequence["str | np.ndarray"] | ClipReader
 Box = tuple[int, int, int, int]  # x, y, width and height
 
 
@@ -67,7 +67,7 @@ def _read(condition: Condition, frames: int) -> Placed:
     start = condition.frame if condition.frame >= 0 else frames + condition.frame
     if not 0 <= start < frames:
         raise _past_the_ends(condition, frames)
-    load_picture(condition.media)  # refuses here what is no picture; later it is read by its path, which errors name
+    load_image(condition.media)  # refuses here what is no picture; later it is read by its path, which errors name
     return Placed(condition, [condition.media], start)
 
 
@@ -101,7 +101,7 @@ def _past_the_ends(condition: Condition, frames: int) -> RequestError:
     )
 
 
-def chosen_part(condition: Condition) -> Film:
+def chosen_part(condition: Condition) -> ClipReader:
     """The frames of a clip that are asked for.
 
     Raises:
@@ -110,13 +110,13 @@ def chosen_part(condition: Condition) -> Film:
     """
     chosen = film_part(condition.media, condition.part)
     if not len(chosen):
-        count, _ = read_length(condition.media)
+        count, _ = probe_video(condition.media)
         told = _told(*(condition.part or (None, None)))
         raise RequestError(f"the part {told} of {condition.media} is empty; the clip has {count} frames.")
     return chosen
 
 
-def film_part(media: str, part: tuple[int | None, int | None] | None, most: int | None = None) -> Film:
+def film_part(media: str, part: tuple[int | None, int | None] | None, most: int | None = None) -> ClipReader:
     """A part of a clip, as a slice of Python's: some of the frames that can be read, or none.
 
     Args:
@@ -130,15 +130,15 @@ def film_part(media: str, part: tuple[int | None, int | None] | None, most: int 
     if (first is None or first >= 0) and (end is None or end >= 0):
         ends = [*([end] if end is not None else []), *([(first or 0) + most] if most is not None else [])]
         limit = max(1, min(ends)) if ends else None
-    film = Film.open(media, limit)
-    return film.chosen(range(len(film))[first:end])
+    film = ClipReader.open(media, limit)
+    return film.select(range(len(film))[first:end])
 
 
 def _told(first: int | None, end: int | None) -> str:
     return f"{'' if first is None else first}:{'' if end is None else end}"
 
 
-def _whole_groups(condition: Condition, pictures: Film, room: int) -> Film:
+def _whole_groups(condition: Condition, pictures: ClipReader, room: int) -> ClipReader:
     """As many frames as fit, 8k+1: the first ones, or the last where the clip is placed by its end."""
     count = min(len(pictures), room)
     kept = (count - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION + 1
@@ -149,7 +149,7 @@ def _whole_groups(condition: Condition, pictures: Film, room: int) -> Film:
             "are."
         )
     every = range(len(pictures))
-    return pictures.chosen(every[-kept:] if condition.frame < 0 else every[:kept])
+    return pictures.select(every[-kept:] if condition.frame < 0 else every[:kept])
 
 
 def _warn(message: str) -> None:
@@ -166,7 +166,7 @@ def meet(one: Placed, other: Placed) -> bool:
     return x < u + across and u < x + width and y < v + down and v < y + height
 
 
-def read_start(request: Request) -> Film:
+def read_start(request: Request) -> ClipReader:
     """The frames of the video that a request starts from, 8k+1 of them: the last is repeated to fill them up.
 
     Raises:
@@ -175,11 +175,11 @@ def read_start(request: Request) -> Film:
     """
     assert request.video is not None
     assert request.frames is not None
-    film = Film.open(request.video, request.frames)
+    film = ClipReader.open(request.video, request.frames)
     if len(film) < request.frames:
         raise RequestError(
             f"{request.video} has {len(film)} frames, and {request.frames} are to be made from it. "
             f"Ask for {len(film)} or fewer."
         )
     last = len(film) - 1
-    return film.chosen(min(place, last) for place in range(snap_frames(request.frames)))
+    return film.select(min(place, last) for place in range(snap_frames(request.frames)))

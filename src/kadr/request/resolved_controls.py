@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kadr.errors import KadrWarning, RequestError
-from kadr.media.clip import Film, read_length
-from kadr.media.control_maps import library
-from kadr.media.image import load_picture
+from kadr.media.clip import ClipReader, probe_video
+from kadr.media.control_maps import import_optional
+from kadr.media.image import load_image
 from kadr.request.inputs import CANNY, DEPTH, POSE, Control
 from kadr.request.request import Request
 from kadr.request.resolved_conditions import Frames, film_part
@@ -38,7 +38,7 @@ class Followed:
     def pictures(self) -> Iterator[np.ndarray]:
         """Each frame, uint8 (H, W, 3) RGB."""
         for frame in self.frames:
-            yield frame if isinstance(frame, np.ndarray) else np.asarray(load_picture(frame))
+            yield frame if isinstance(frame, np.ndarray) else np.asarray(load_image(frame))
 
 
 def read_controls(request: Request) -> list[Followed]:
@@ -50,7 +50,7 @@ def read_controls(request: Request) -> list[Followed]:
     """
     for control in request.controls:
         if control.kind in LIBRARIES:
-            library(*LIBRARIES[control.kind])
+            import_optional(*LIBRARIES[control.kind])
     return [_read(control, request) for control in request.controls]
 
 
@@ -58,7 +58,7 @@ def _read(control: Control, request: Request) -> Followed:
     assert request.frames is not None
     if control.clip:
         return Followed(control, _film(control, request.frames))
-    load_picture(control.media)  # refuses here what is no picture
+    load_image(control.media)  # refuses here what is no picture
     if request.frames > 1:
         raise RequestError(
             f"{control.media} is a picture, and the video has {request.frames} frames. Give a clip of as many, or ask "
@@ -67,12 +67,12 @@ def _read(control: Control, request: Request) -> Followed:
     return Followed(control, [control.media])
 
 
-def _film(control: Control, frames: int) -> Film:
+def _film(control: Control, frames: int) -> ClipReader:
     """As many frames as are made: the last is repeated where only those asked for are there."""
     made = snap_frames(frames)
     kept = film_part(control.media, control.part, most=made + 1)
     if len(kept) < frames:
-        whole = read_length(control.media)[0]
+        whole = probe_video(control.media)[0]
         which = f"{control.media} has {whole} frames" + (f", {len(kept)} of them taken" if control.part else "")
         way = f"Ask for {len(kept)} or fewer" if len(kept) else "Take another part"
         raise RequestError(f"{which}, and the video has {frames}: a control must be as long. {way}.")
@@ -83,7 +83,7 @@ def _film(control: Control, frames: int) -> Film:
             KadrWarning,
             stacklevel=2,
         )
-    return kept.chosen(min(place, len(kept) - 1) for place in range(made))
+    return kept.select(min(place, len(kept) - 1) for place in range(made))
 
 
 def warn_unheard(request: Request, *, loras: bool, in_context: bool) -> None:

@@ -8,24 +8,26 @@ from torch import Tensor
 from kadr.sampling.latents import adain
 
 
-def continued(made: Tensor, before: Tensor, first: Tensor, *, overlap: int, share: float) -> Tensor:
+def blend_window(
+    window: Tensor, previous: Tensor, first_window: Tensor, *, overlap: int, adain_factor: float
+) -> Tensor:
     """What a window adds to a video: latents (1, C, n - 1, h, w); the first `overlap` - 1 replace the video's last.
 
     Args:
-        made: (1, C, n, h, w), the window as it was sampled. Its first latent stands for one frame, and is dropped.
-        before: the video so far, or as much of its end as overlaps: (1, C, `overlap` or more, h, w).
-        first: the first window as it was sampled, whose means and deviations count.
+        window: (1, C, n, h, w), the window as it was sampled. Its first latent stands for one frame, and is dropped.
+        previous: the video so far, or as much of its end as overlaps: (1, C, `overlap` or more, h, w).
+        first_window: the first window as it was sampled, whose means and deviations count.
         overlap: latent frames that the window has in common with the video, its first one among them.
-        share: how far means and deviations are moved to those of the first window.
+        adain_factor: how far means and deviations are moved to those of the first window.
 
     Source: the extending sampler of ComfyUI-LTXVideo, by diffusers' LTXI2VLongMultiPromptPipeline.
     """
-    added = made[:, :, 1:]
-    if share:
-        added = adain(added, first, share)
+    added = window[:, :, 1:]
+    if adain_factor:
+        added = adain(added, first_window, adain_factor)
     shared = overlap - 1
     if not shared:
         return added
     old = torch.linspace(1, 0, shared + 2)[1:-1].to(added)[:, None, None]
-    mixed = old * before[:, :, -shared:] + (1 - old) * added[:, :, :shared]
+    mixed = old * previous[:, :, -shared:] + (1 - old) * added[:, :, :shared]
     return torch.cat([mixed, added[:, :, shared:]], dim=2)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def adain(latents: Tensor, reference: Tensor, share: float = 1.0) -> Tensor:
+def adain(latents: Tensor, reference: Tensor, factor: float = 1.0) -> Tensor:
     """Give each channel of `latents` (B, C, f, h, w) the mean and deviation it has in `reference` (B, C, f', h', w').
 
     Args:
-        share: 0 leaves `latents`, 1 moves them all the way.
+        factor: 0 leaves `latents`, 1 moves them all the way.
 
     Source: adain_filter_latent of ltx_video/pipelines/pipeline_ltx_video.py, with the unbiased deviation.
     """
@@ -18,7 +18,7 @@ def adain(latents: Tensor, reference: Tensor, share: float = 1.0) -> Tensor:
     deviation, mean = torch.std_mean(latents, axes, keepdim=True)
     wanted_deviation, wanted_mean = torch.std_mean(reference, axes, keepdim=True)
     moved = (latents - mean) / deviation * wanted_deviation + wanted_mean
-    return torch.lerp(latents, moved, share)
+    return torch.lerp(latents, moved, factor)
 
 
 def tone_map(latents: Tensor, compression: float) -> Tensor:

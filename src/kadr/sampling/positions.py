@@ -8,7 +8,7 @@ from torch import Tensor
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid
 
 
-def positions(grid: LatentGrid, *, fps: float, causal: bool, first_frame: int = 0) -> Tensor:
+def token_positions(grid: LatentGrid, *, fps: float, causal: bool, first_frame: int = 0) -> Tensor:
     """The positions of a grid's tokens: fp32 (3, N) of seconds, pixels down and pixels right, top left corners.
 
     Args:

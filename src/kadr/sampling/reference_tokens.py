@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.sampling.state import to_tokens
 from kadr.shapes import LatentGrid
 
 
 @dataclass(frozen=True)
-class Context:
+class ReferenceTokens:
     """Tokens behind those that are sampled.
 
     Args:
@@ -31,7 +31,9 @@ class Context:
     positions: Tensor
 
     @classmethod
-    def of(cls, latents: Sequence[Tensor], *, fps: float, causal: bool, downscale: int = 1) -> Context:
+    def from_latents(
+        cls, latents: Sequence[Tensor], *, fps: float, causal: bool, downscale: int = 1
+    ) -> ReferenceTokens:
         """Of reference videos, each encoded as latents (B, C, f, h, w).
 
         Args:
@@ -40,12 +42,12 @@ class Context:
         """
         stretch = torch.tensor([1.0, downscale, downscale])[:, None]
         grids = [LatentGrid(*one.shape[2:]) for one in latents]
-        where = [stretch * positions(grid, fps=fps, causal=causal) for grid in grids]
+        where = [stretch * token_positions(grid, fps=fps, causal=causal) for grid in grids]
         return cls(torch.cat([to_tokens(one) for one in latents], dim=1), torch.cat(where, dim=1))
 
-    def behind(self, tokens: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    def append_to(self, tokens: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, C) and levels (B, 1 or N), with those of the context behind them: (B, N+M, C), (B, N+M)."""
         batch, count, _ = tokens.shape
         own = self.tokens.to(tokens).expand(batch, -1, -1)
-        level = level.expand(batch, count)
-        return torch.cat([tokens, own], dim=1), torch.cat([level, level.new_zeros(own.shape[:2])], dim=1)
+        sigma = sigma.expand(batch, count)
+        return torch.cat([tokens, own], dim=1), torch.cat([sigma, sigma.new_zeros(own.shape[:2])], dim=1)

@@ -7,37 +7,37 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kadr.sampling.guidance import Estimate
+from kadr.sampling.guidance import Denoiser
 from kadr.sampling.state import LatentState
-from kadr.sampling.steps import Step, euler
+from kadr.sampling.steps import SamplerStep, euler_step
 
-Prepare = Callable[[int, LatentState, Tensor], LatentState]
-Watch = Callable[[int, Tensor, LatentState], None]
+PrepareState = Callable[[int, LatentState, Tensor], LatentState]
+WatchStep = Callable[[int, Tensor, LatentState], None]
 
 
 def denoise(
-    estimate: Estimate,
+    denoiser: Denoiser,
     state: LatentState,
-    levels: Tensor,
+    sigmas: Tensor,
     *,
-    step: Step = euler,
-    prepare: Prepare = lambda index, state, now: state,
-    watch: Watch = lambda index, now, state: None,
+    step: SamplerStep = euler_step,
+    prepare: PrepareState = lambda index, state, now: state,
+    watch: WatchStep = lambda index, now, state: None,
 ) -> LatentState:
     """Carry a state from noise to picture.
 
     Args:
-        estimate: step, tokens (B, N, C), level (B, 1 or N) -> velocity (B, N, C).
+        denoiser: step, tokens (B, N, C), level (B, 1 or N) -> velocity (B, N, C).
         levels: (S) fp32, falling; after the last comes 0.
         step: how tokens move.
         prepare: changes the state before each estimate.
         watch: sees each step's index, level and outcome.
     """
-    path = torch.cat([levels, levels.new_zeros(1)])
-    for index, now in enumerate(levels):
+    path = torch.cat([sigmas, sigmas.new_zeros(1)])
+    for index, now in enumerate(sigmas):
         state = prepare(index, state, now)
-        level = state.levels(now)
-        velocity = estimate(index, state.tokens, level).to(state.tokens.dtype)
+        level = state.sigma_per_token(now)
+        velocity = denoiser(index, state.tokens, level).to(state.tokens.dtype)
         state = state.advance(step(index, state.tokens, velocity, level, path), now)
         watch(index, now, state)
     return state

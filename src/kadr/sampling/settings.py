@@ -10,92 +10,101 @@ from typing import Any, NamedTuple, TypeAlias
 
 from kadr.errors import RequestError
 
-Numbers: TypeAlias = "float | tuple[float, ...]"
-Blocks: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...]"
+ScalarOrList: TypeAlias = "float | tuple[float, ...]"
+BlockIndices: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...]"
 
 ATTENTION_VALUES, ATTENTION_SKIP, TRANSFORMER_BLOCK = "attention_values", "attention_skip", "transformer_block"
-MODES = (ATTENTION_VALUES, ATTENTION_SKIP, TRANSFORMER_BLOCK)
+STG_MODES = (ATTENTION_VALUES, ATTENTION_SKIP, TRANSFORMER_BLOCK)
 MAXIMUM_SCALE = 100.0
 MAXIMUM_STEPS = 1000
 
 
-class Strengths(NamedTuple):
+class StepGuidance(NamedTuple):
     """The guidance of one step: as `Guidance`, with one value each."""
 
-    scale: float
-    stg: float
+    cfg_scale: float
+    stg_scale: float
     rescale: float
     skip_blocks: tuple[int, ...]
 
     @property
-    def evaluations(self) -> int:
+    def model_evaluations(self) -> int:
         """How often the network is asked."""
-        return 1 + (self.scale > 1) + (self.stg > 0)
+        return 1 + (self.cfg_scale > 1) + (self.stg_scale > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """How far the velocity is pushed beyond what the network says. What is None is taken from the model's own recipe.
 
-    Lists hold a value for each entry of `at`: a step at level t takes that of the first entry that is at most t, and
+    Lists hold a value for each entry of `sigmas`: a step at level t takes that of the first entry that is at most t, and
     the last one where there is none.
 
     Args:
-        scale: away from the negative prompt (classifier-free guidance); 1 is off.
-        stg: away from what the network says with some blocks disturbed (spatio-temporal guidance); 0 is off.
-        rescale: how much of the growth in contrast that guidance brings is taken back, where `stg` acts; 1 is off, as
+        cfg_scale: away from the negative prompt (classifier-free guidance); 1 is off.
+        stg_scale: away from what the network says with some blocks disturbed (spatio-temporal guidance); 0 is off.
+        rescale: how much of the growth in contrast that guidance brings is taken back, where `stg_scale` acts; 1 is off, as
             in the official package, and so is 0.
         skip_blocks: which blocks are disturbed, counted from 0.
-        mode: how: "attention_values" (tokens see only themselves), "attention_skip" (attention gives back what it was
+        stg_mode: how: "attention_values" (tokens see only themselves), "attention_skip" (attention gives back what it was
             given) or "transformer_block" (the block does nothing).
-        at: noise levels that the lists are for, falling.
+        sigmas: noise levels that the lists are for, falling.
         cfg_star: scale the velocity of the negative prompt to the share of it that is in the other.
         apg: the part of the guidance that runs along the clean picture is multiplied by this (adaptive projected
             guidance); a negative value turns it off.
         apg_norm: limit on the norm of the guidance when `apg` is on; 0 is none.
     """
 
-    scale: Numbers | None = None
-    stg: Numbers | None = None
-    rescale: Numbers | None = None
-    skip_blocks: Blocks | None = None
-    mode: str | None = None
-    at: tuple[float, ...] | None = None
+    cfg_scale: ScalarOrList | None = None
+    stg_scale: ScalarOrList | None = None
+    rescale: ScalarOrList | None = None
+    skip_blocks: BlockIndices | None = None
+    stg_mode: str | None = None
+    sigmas: tuple[float, ...] | None = None
     cfg_star: bool | None = None
     apg: float | None = None
     apg_norm: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least, most in (("scale", 1.0, MAXIMUM_SCALE), ("stg", 0.0, MAXIMUM_SCALE), ("rescale", 0.0, 1.0)):
-            object.__setattr__(self, name, _numbers(_TOLD[name], getattr(self, name), least, most))
-        object.__setattr__(self, "skip_blocks", _blocks(self.skip_blocks))
-        if self.at is not None:
-            object.__setattr__(self, "at", _falling(self.at))
-        if self.mode is not None and self.mode not in MODES:
-            why = " In these models it changes nothing." if self.mode in ("residual", "stg_r") else ""
-            raise RequestError(f"the mode of STG is {self.mode!r}; it must be one of {', '.join(MODES)}.{why}")
+        for name, least, most in (
+            ("cfg_scale", 1.0, MAXIMUM_SCALE),
+            ("stg_scale", 0.0, MAXIMUM_SCALE),
+            ("rescale", 0.0, 1.0),
+        ):
+            object.__setattr__(
+                self, name, _check_scalar_or_list(_NAMES_IN_MESSAGES[name], getattr(self, name), least, most)
+            )
+        object.__setattr__(self, "skip_blocks", _parse_blocks(self.skip_blocks))
+        if self.sigmas is not None:
+            object.__setattr__(self, "sigmas", _parse_decreasing_sigmas(self.sigmas))
+        if self.stg_mode is not None and self.stg_mode not in STG_MODES:
+            why = " In these models it changes nothing." if self.stg_mode in ("residual", "stg_r") else ""
+            raise RequestError(f"the mode of STG is {self.stg_mode!r}; it must be one of {', '.join(STG_MODES)}.{why}")
         if not isinstance(self.cfg_star, bool | None):
             raise RequestError(f"cfg_star is {self.cfg_star!r}; it must be true or false.")
-        _number("apg", self.apg, -1.0, 1.0)
-        _number("apg_norm", self.apg_norm, 0.0, math.inf)
+        _check_number("apg", self.apg, -1.0, 1.0)
+        _check_number("apg_norm", self.apg_norm, 0.0, math.inf)
 
-    def over(self, other: Guidance) -> Guidance:
-        """This guidance, with what it leaves open taken from `other`."""
+    def with_defaults(self, defaults: Guidance) -> Guidance:
+        """This guidance, with what it leaves open taken from `defaults`."""
         open_ = [f.name for f in fields(self) if getattr(self, f.name) is None]
-        return replace(self, **{name: getattr(other, name) for name in open_})
+        return replace(self, **{name: getattr(defaults, name) for name in open_})
 
-    def strengths(self, level: float) -> Strengths:
+    def at_sigma(self, sigma: float) -> StepGuidance:
         """What holds for a step at `sigma`; what is left open is off.
 
         Raises:
             RequestError: a list and `at` are not of one length.
         """
         self.check_lists()
-        index = self._index(level)
+        index = self._index(sigma)
         blocks = self.skip_blocks or ()
-        own: Any = blocks[index] if _nested(blocks) else blocks
-        return Strengths(
-            _pick(self.scale, index, 1.0), _pick(self.stg, index, 0.0), _pick(self.rescale, index, 1.0), tuple(own)
+        own: Any = blocks[index] if _is_nested(blocks) else blocks
+        return StepGuidance(
+            _value_at(self.cfg_scale, index, 1.0),
+            _value_at(self.stg_scale, index, 0.0),
+            _value_at(self.rescale, index, 1.0),
+            tuple(own),
         )
 
     def check_lists(self) -> None:
@@ -105,22 +114,25 @@ class Guidance:
             RequestError: they do not.
         """
         lists: dict[str, Sequence[Any]] = {
-            _TOLD[name]: value
-            for name in ("scale", "stg", "rescale")
+            _NAMES_IN_MESSAGES[name]: value
+            for name in ("cfg_scale", "stg_scale", "rescale")
             if isinstance(value := getattr(self, name), tuple)
         }
-        if self.skip_blocks and _nested(self.skip_blocks):
+        if self.skip_blocks and _is_nested(self.skip_blocks):
             lists["the skipped blocks"] = self.skip_blocks
         for name, values in lists.items():
-            if self.at is None:
+            if self.sigmas is None:
                 raise RequestError(f"{name} has {len(values)} values, and no levels that they are for. Give `at`.")
-            if len(values) != len(self.at):
-                raise RequestError(f"{name} has {len(values)} values for {len(self.at)} levels; give one for each.")
+            if len(values) != len(self.sigmas):
+                raise RequestError(f"{name} has {len(values)} values for {len(self.sigmas)} levels; give one for each.")
 
-    def _index(self, level: float) -> int:
+    def _index(self, sigma: float) -> int:
         # In fp32, as the levels are: 0.9767 does not cover 29.3/30.
-        levels = () if self.at is None else self.at
-        return next((i for i, known in enumerate(levels) if _fp32(known) <= _fp32(level)), max(len(levels) - 1, 0))
+        levels = () if self.sigmas is None else self.sigmas
+        return next(
+            (i for i, known in enumerate(levels) if _round_to_fp32(known) <= _round_to_fp32(sigma)),
+            max(len(levels) - 1, 0),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +149,7 @@ class Pass:
     """
 
     steps: int | None = None
-    levels: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
     skip_initial: int = 0
     skip_final: int = 0
     guidance: Guidance = field(default_factory=Guidance)
@@ -145,12 +157,12 @@ class Pass:
     tone_map: float | None = None
 
     def __post_init__(self) -> None:
-        _number("steps", self.steps, 1, MAXIMUM_STEPS, whole=True)
+        _check_number("steps", self.steps, 1, MAXIMUM_STEPS, is_whole=True)
         for name in ("skip_initial", "skip_final"):
-            _number(name, getattr(self, name), 0, MAXIMUM_STEPS, whole=True)
-        _number("tone_map", self.tone_map, 0.0, 1.0)
-        if self.levels is not None:
-            object.__setattr__(self, "levels", as_levels(self.levels))
+            _check_number(name, getattr(self, name), 0, MAXIMUM_STEPS, is_whole=True)
+        _check_number("tone_map", self.tone_map, 0.0, 1.0)
+        if self.sigmas is not None:
+            object.__setattr__(self, "levels", parse_sigmas(self.sigmas))
             if self.skip_initial or self.skip_final:
                 raise RequestError("levels are given, and skipped levels too; give the one or the other.")
         if not isinstance(self.guidance, Guidance):
@@ -158,15 +170,15 @@ class Pass:
         if not isinstance(self.stochastic, bool | None):
             raise RequestError(f"stochastic is {self.stochastic!r}; it must be true or false.")
 
-    def over(self, other: Pass) -> Pass:
-        """This pass, with what it leaves open taken from `other`."""
-        made = replace(self, guidance=self.guidance.over(other.guidance))
-        if made.levels is None and made.steps is None and not (made.skip_initial or made.skip_final):
+    def with_defaults(self, defaults: Pass) -> Pass:
+        """This pass, with what it leaves open taken from `defaults`."""
+        made = replace(self, guidance=self.guidance.with_defaults(defaults.guidance))
+        if made.sigmas is None and made.steps is None and not (made.skip_initial or made.skip_final):
             timing = ("steps", "levels", "skip_initial", "skip_final")
-            made = replace(made, **{name: getattr(other, name) for name in timing})
-        elif made.levels is None and made.steps is None:
-            made = replace(made, steps=other.steps or (len(other.levels) if other.levels else None))
-        left = {n: getattr(other, n) for n in ("stochastic", "tone_map") if getattr(made, n) is None}
+            made = replace(made, **{name: getattr(defaults, name) for name in timing})
+        elif made.sigmas is None and made.steps is None:
+            made = replace(made, steps=defaults.steps or (len(defaults.sigmas) if defaults.sigmas else None))
+        left = {n: getattr(defaults, n) for n in ("stochastic", "tone_map") if getattr(made, n) is None}
         return replace(made, **left)
 
     @classmethod
@@ -183,57 +195,57 @@ class Pass:
         return cls(**data)
 
 
-_TOLD = {"scale": "guidance", "stg": "stg", "rescale": "rescale"}
+_NAMES_IN_MESSAGES = {"scale": "guidance", "stg": "stg", "rescale": "rescale"}
 
 
-def as_levels(given: Any) -> tuple[float, ...]:
+def parse_sigmas(value: Any) -> tuple[float, ...]:
     """A list of numbers, as a tuple.
 
     Raises:
         RequestError: it is none.
     """
-    if not isinstance(given, tuple | list) or not all(_is_number(level) for level in given):
-        raise RequestError(f"levels are {given!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
-    return tuple(given)
+    if not isinstance(value, tuple | list) or not all(_is_number(level) for level in value):
+        raise RequestError(f"levels are {value!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
+    return tuple(value)
 
 
-def _numbers(name: str, given: Any, least: float, most: float) -> Numbers | None:
-    if isinstance(given, list | tuple):
-        if not given:
+def _check_scalar_or_list(name: str, scalar_or_list: Any, minimum: float, maximum: float) -> ScalarOrList | None:
+    if isinstance(scalar_or_list, list | tuple):
+        if not scalar_or_list:
             raise RequestError(f"{name} is an empty list; give a number, or one for each level.")
-        for value in given:
-            _number(name, value, least, most)
-        return tuple(given)
-    _number(name, given, least, most)
-    return given
+        for value in scalar_or_list:
+            _check_number(name, value, minimum, maximum)
+        return tuple(scalar_or_list)
+    _check_number(name, scalar_or_list, minimum, maximum)
+    return scalar_or_list
 
 
-def _number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> None:
+def _check_number(name: str, value: Any, minimum: float, maximum: float, *, is_whole: bool = False) -> None:
     """Refuse what is no number, or lies outside [least, most]; None is none of it."""
     if value is None:
         return
-    if not _is_number(value) or (whole and not isinstance(value, int)):
-        raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if whole else 'number'}.")
-    if not least <= value <= most:
+    if not _is_number(value) or (is_whole and not isinstance(value, int)):
+        raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if is_whole else 'number'}.")
+    if not minimum <= value <= maximum:
         off = {"guidance": "; 1 is off", "stg": "; 0 is off"}.get(name, "")
-        raise RequestError(f"{name} is {value}; it must lie between {least:g} and {most:g}{off}.")
+        raise RequestError(f"{name} is {value}; it must lie between {minimum:g} and {maximum:g}{off}.")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _blocks(given: Any) -> Blocks | None:
-    if given is None:
+def _parse_blocks(value: Any) -> BlockIndices | None:
+    if value is None:
         return None
-    if isinstance(given, list | tuple):
-        if all(isinstance(part, list | tuple) for part in given) and given:
-            if all(_is_block(block) for part in given for block in part):
-                return tuple(tuple(part) for part in given)
-        elif all(_is_block(block) for block in given):
-            return tuple(given)
+    if isinstance(value, list | tuple):
+        if all(isinstance(part, list | tuple) for part in value) and value:
+            if all(_is_block(block) for part in value for block in part):
+                return tuple(tuple(part) for part in value)
+        elif all(_is_block(block) for block in value):
+            return tuple(value)
     raise RequestError(
-        f"the skipped blocks are {given!r}; they must be a list of whole numbers, or one list per level."
+        f"the skipped blocks are {value!r}; they must be a list of whole numbers, or one list per level."
     )
 
 
@@ -241,22 +253,22 @@ def _is_block(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _nested(blocks: Sequence[Any]) -> bool:
+def _is_nested(blocks: Sequence[Any]) -> bool:
     return bool(blocks) and isinstance(blocks[0], tuple)
 
 
-def _falling(given: Any) -> tuple[float, ...]:
-    levels = as_levels(given)
+def _parse_decreasing_sigmas(value: Any) -> tuple[float, ...]:
+    levels = parse_sigmas(value)
     if not levels or not all(0 <= level <= 1 for level in levels) or sorted(levels, reverse=True) != list(levels):
-        raise RequestError(f"the levels that guidance changes at are {given!r}; they must fall, between 1 and 0.")
+        raise RequestError(f"the levels that guidance changes at are {value!r}; they must fall, between 1 and 0.")
     return levels
 
 
-def _pick(value: Numbers | None, index: int, off: float) -> float:
+def _value_at(value: ScalarOrList | None, index: int, default: float) -> float:
     if value is None:
-        return off
+        return default
     return value[index] if isinstance(value, tuple) else value
 
 
-def _fp32(value: float) -> float:
+def _round_to_fp32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]

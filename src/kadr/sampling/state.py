@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kadr.shapes import LatentGrid
 
-CLOSE = 1e-6  # two levels nearer than this are the same
+SIGMA_TOLERANCE = 1e-6  # two levels nearer than this are the same
 
 
 def to_tokens(latents: Tensor) -> Tensor:
@@ -28,34 +28,34 @@ class LatentState:
 
     Args:
         tokens: (B, N, C) fp32, as they are now.
-        given: (B, N, C) fp32, as they were when the conditions had been put in.
+        clean_tokens: (B, N, C) fp32, as they were when the conditions had been put in.
         positions: (3, N) fp32: seconds, pixels down, pixels right.
         grid: of the video. Its tokens come first; a condition may append more behind them.
-        strength: (B, N) fp32 in [0, 1], how firmly each token is held to `given`; None where nothing is.
+        conditioning_mask: (B, N) fp32 in [0, 1], how firmly each token is held to `clean_tokens`; None where nothing is.
     """
 
     tokens: Tensor
-    given: Tensor
+    clean_tokens: Tensor
     positions: Tensor
     grid: LatentGrid
-    strength: Tensor | None = None
+    conditioning_mask: Tensor | None = None
 
     @classmethod
-    def of(cls, latents: Tensor, positions: Tensor, grid: LatentGrid) -> LatentState:
+    def from_latents(cls, latents: Tensor, positions: Tensor, grid: LatentGrid) -> LatentState:
         """The state before any condition, from noise or latents (B, C, f, h, w)."""
         tokens = to_tokens(latents)
         return cls(tokens=tokens, given=tokens, positions=positions, grid=grid)
 
-    def levels(self, now: Tensor) -> Tensor:
-        """The level of each token, (B, N), when the sampling is at `now`; (B, 1) where no token is held."""
-        if self.strength is None:
-            return now.expand(len(self.tokens), 1)
-        return torch.minimum(now, 1.0 - self.strength)
+    def sigma_per_token(self, sigma: Tensor) -> Tensor:
+        """The level of each token, (B, N), when the sampling is at `sigma`; (B, 1) where no token is held."""
+        if self.conditioning_mask is None:
+            return sigma.expand(len(self.tokens), 1)
+        return torch.minimum(sigma, 1.0 - self.conditioning_mask)
 
-    def advance(self, tokens: Tensor, now: Tensor) -> LatentState:
-        """The state after a step. A token that is held until a level below `now` stays as it is."""
-        if self.strength is not None:
-            moves = now - CLOSE < 1.0 - self.strength
+    def advance(self, tokens: Tensor, sigma: Tensor) -> LatentState:
+        """The state after a step. A token that is held until a level below `sigma` stays as it is."""
+        if self.conditioning_mask is not None:
+            moves = sigma - SIGMA_TOLERANCE < 1.0 - self.conditioning_mask
             tokens = torch.where(moves[..., None], tokens, self.tokens)
         return replace(self, tokens=tokens)
 

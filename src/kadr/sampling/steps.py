@@ -7,28 +7,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kadr.sampling.state import CLOSE
+from kadr.sampling.state import SIGMA_TOLERANCE
 
-Step = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]  # index, tokens, velocity, level, path -> tokens
-
-
-def next_level(level: Tensor, path: Tensor) -> Tensor:
-    """For every level, the highest level of `path` (S + 1; it ends in 0) that lies below it; 0 below the lowest."""
-    path = path[:, None, None]
-    return torch.where(path < level - CLOSE, path, 0.0).amax(dim=0)
+SamplerStep = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]  # index, tokens, velocity, level, path -> tokens
 
 
-def euler(index: int, tokens: Tensor, velocity: Tensor, level: Tensor, path: Tensor) -> Tensor:
+def next_sigma(sigma: Tensor, sigmas: Tensor) -> Tensor:
+    """For every level, the highest level of `sigmas` (S + 1; it ends in 0) that lies below it; 0 below the lowest."""
+    sigmas = sigmas[:, None, None]
+    return torch.where(sigmas < sigma - SIGMA_TOLERANCE, sigmas, 0.0).amax(dim=0)
+
+
+def euler_step(index: int, tokens: Tensor, velocity: Tensor, sigma: Tensor, sigmas: Tensor) -> Tensor:
     """Straight along the velocity to the next level. A token whose level is not on the path lands on it."""
-    return tokens - (level - next_level(level, path))[..., None] * velocity
+    return tokens - (sigma - next_sigma(sigma, sigmas))[..., None] * velocity
 
 
-def stochastic(draw: Callable[[int, torch.Size], Tensor]) -> Step:
+def stochastic_step(draw: Callable[[int, torch.Size], Tensor]) -> SamplerStep:
     """Steps that guess the clean tokens and add fresh noise: `draw(index, shape)` gives it."""
 
     def step(index: int, tokens: Tensor, velocity: Tensor, level: Tensor, path: Tensor) -> Tensor:
         clean = tokens - level[..., None] * velocity
-        then = next_level(level, path)[..., None]
+        then = next_sigma(level, path)[..., None]
         return (1 - then) * clean + then * draw(index, tokens.shape).to(tokens)
 
     return step

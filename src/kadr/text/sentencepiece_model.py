@@ -15,57 +15,72 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of p
 UNIGRAM = 1  # the only algorithm that T5 uses
 
 # Numbers of fields, and of the parts of a piece, of the trainer's settings and of the normalizer's.
-_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
-_TEXT, _SCORE, _KIND = 1, 2, 3
-_ALGORITHM, _SPACE_BEHIND, _BYTES = 3, 24, 35
-_CHARSMAP, _ADD_SPACE, _SQUEEZE, _MARK_SPACE = 2, 3, 4, 5
-_VARINT, _FIXED64, _SIZED, _FIXED32 = 0, 1, 2, 5  # how a value is written
+_PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC = 1, 2, 3
+_PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3
+_MODEL_TYPE, _TREAT_WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
+_PRECOMPILED_CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # how a value is written
 
 
 @dataclass(frozen=True)
-class Pieces:
+class SentencePieceModel:
     """A unigram model.
 
     Args:
-        texts, scores, kinds: of each piece, by id. A space is ▁.
-        charsmap: rules that normalize characters, in SentencePiece's compiled form; empty for none.
-        add_space: text begins with a space.
-        squeeze: spaces at both ends are dropped, and several are one.
+        pieces, scores, types: of each piece, by id. A space is ▁.
+        precompiled_charsmap: rules that normalize characters, in SentencePiece's compiled form; empty for none.
+        add_dummy_prefix: text begins with a space.
+        remove_extra_whitespaces: spaces at both ends are dropped, and several are one.
     """
 
-    texts: tuple[str, ...]
+    pieces: tuple[str, ...]
     scores: tuple[float, ...]
-    kinds: tuple[int, ...]
-    charsmap: bytes = b""
-    add_space: bool = True
-    squeeze: bool = True
+    types: tuple[int, ...]
+    precompiled_charsmap: bytes = b""
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = True
 
     def __post_init__(self) -> None:
-        if not len(self.texts) == len(self.scores) == len(self.kinds):
-            counts = ", ".join(str(len(part)) for part in (self.texts, self.scores, self.kinds))
+        if not len(self.pieces) == len(self.scores) == len(self.types):
+            counts = ", ".join(str(len(part)) for part in (self.pieces, self.scores, self.types))
             raise ValueError(f"texts, scores and kinds of pieces differ in number: {counts}")
 
-    def cut(self) -> tuple[Pieces, dict[str, int]]:
+    def trim_fillers(self) -> tuple[SentencePieceModel, dict[str, int]]:
         """Without what only fills up the vocabulary behind the last piece that text is made of; and, of that, the
         texts that stand for themselves, with their ids."""
-        end = max((i + 1 for i, kind in enumerate(self.kinds) if kind not in (UNUSED, USER_DEFINED)), default=0)
-        markers = {self.texts[i]: i for i in range(end, len(self.texts)) if self.kinds[i] == USER_DEFINED}
-        return replace(self, texts=self.texts[:end], scores=self.scores[:end], kinds=self.kinds[:end]), markers
+        end = max((i + 1 for i, kind in enumerate(self.types) if kind not in (UNUSED, USER_DEFINED)), default=0)
+        markers = {self.pieces[i]: i for i in range(end, len(self.pieces)) if self.types[i] == USER_DEFINED}
+        return replace(self, pieces=self.pieces[:end], scores=self.scores[:end], types=self.types[:end]), markers
 
 
-def write_pieces(pieces: Pieces) -> bytes:
+def serialize_sentencepiece(model: SentencePieceModel) -> bytes:
     """As a file of SentencePiece's."""
     made = []
-    for text, score, kind in zip(pieces.texts, pieces.scores, pieces.kinds, strict=True):
-        piece = _sized(_TEXT, text.encode()) + _tag(_SCORE, _FIXED32) + struct.pack("<f", score) + _number(_KIND, kind)
-        made.append(_sized(_PIECE, piece))
-    made.append(_sized(_TRAINER, _number(_ALGORITHM, UNIGRAM) + _number(_BYTES, BYTE in pieces.kinds)))
-    rules = _number(_ADD_SPACE, pieces.add_space) + _number(_SQUEEZE, pieces.squeeze)
-    made.append(_sized(_NORMALIZER, _sized(_CHARSMAP, pieces.charsmap) + rules))
+    for text, score, kind in zip(model.pieces, model.scores, model.types, strict=True):
+        piece = (
+            _length_delimited(_PIECE_TEXT, text.encode())
+            + _tag(_PIECE_SCORE, _FIXED32)
+            + struct.pack("<f", score)
+            + _varint_field(_PIECE_TYPE, kind)
+        )
+        made.append(_length_delimited(_PIECE, piece))
+    made.append(
+        _length_delimited(
+            _TRAINER_SPEC, _varint_field(_MODEL_TYPE, UNIGRAM) + _varint_field(_BYTE_FALLBACK, BYTE in model.types)
+        )
+    )
+    rules = _varint_field(_ADD_DUMMY_PREFIX, model.add_dummy_prefix) + _varint_field(
+        _REMOVE_EXTRA_WHITESPACES, model.remove_extra_whitespaces
+    )
+    made.append(
+        _length_delimited(
+            _NORMALIZER_SPEC, _length_delimited(_PRECOMPILED_CHARSMAP, model.precompiled_charsmap) + rules
+        )
+    )
     return b"".join(made)
 
 
-def read_pieces(data: bytes) -> Pieces:
+def parse_sentencepiece(data: bytes) -> SentencePieceModel:
     """Out of a file of SentencePiece's.
 
     Raises:
@@ -74,38 +89,40 @@ def read_pieces(data: bytes) -> Pieces:
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
     rows = []
-    for number, value in _fields(data):
+    for number, value in _parse_fields(data):
         if number == _PIECE:
-            piece = dict(_fields(_bytes(value)))
-            score = struct.unpack("<f", _bytes(piece.get(_SCORE, bytes(4))))[0]
-            rows.append((_bytes(piece.get(_TEXT, b"")).decode(), score, int(piece.get(_KIND, NORMAL))))
-        elif number in (_TRAINER, _NORMALIZER):
-            (trainer if number == _TRAINER else normalizer).update(_fields(_bytes(value)))
-    if trainer.get(_ALGORITHM, UNIGRAM) != UNIGRAM:
+            piece = dict(_parse_fields(_require_bytes(value)))
+            score = struct.unpack("<f", _require_bytes(piece.get(_PIECE_SCORE, bytes(4))))[0]
+            rows.append(
+                (_require_bytes(piece.get(_PIECE_TEXT, b"")).decode(), score, int(piece.get(_PIECE_TYPE, NORMAL)))
+            )
+        elif number in (_TRAINER_SPEC, _NORMALIZER_SPEC):
+            (trainer if number == _TRAINER_SPEC else normalizer).update(_parse_fields(_require_bytes(value)))
+    if trainer.get(_MODEL_TYPE, UNIGRAM) != UNIGRAM:
         raise ValueError("it is no unigram model")
-    if trainer.get(_SPACE_BEHIND, False) or not normalizer.get(_MARK_SPACE, True):
+    if trainer.get(_TREAT_WHITESPACE_AS_SUFFIX, False) or not normalizer.get(_ESCAPE_WHITESPACES, True):
         raise ValueError("it treats spaces in another way than T5")
     texts, scores, kinds = zip(*rows, strict=True) if rows else ((), (), ())
-    return Pieces(
+    return SentencePieceModel(
         texts,
         scores,
         kinds,
-        charsmap=_bytes(normalizer.get(_CHARSMAP, b"")),
-        add_space=bool(normalizer.get(_ADD_SPACE, True)),
-        squeeze=bool(normalizer.get(_SQUEEZE, True)),
+        precompiled_charsmap=_require_bytes(normalizer.get(_PRECOMPILED_CHARSMAP, b"")),
+        add_dummy_prefix=bool(normalizer.get(_ADD_DUMMY_PREFIX, True)),
+        remove_extra_whitespaces=bool(normalizer.get(_REMOVE_EXTRA_WHITESPACES, True)),
     )
 
 
-def _tag(number: int, way: int) -> bytes:
-    return _varint(number << 3 | way)
+def _tag(number: int, wire_type: int) -> bytes:
+    return _varint(number << 3 | wire_type)
 
 
-def _number(number: int, value: int) -> bytes:
+def _varint_field(number: int, value: int) -> bytes:
     return _tag(number, _VARINT) + _varint(value)
 
 
-def _sized(number: int, value: bytes) -> bytes:
-    return _tag(number, _SIZED) + _varint(len(value)) + value
+def _length_delimited(number: int, value: bytes) -> bytes:
+    return _tag(number, _LENGTH_DELIMITED) + _varint(len(value)) + value
 
 
 def _varint(value: int) -> bytes:
@@ -118,7 +135,7 @@ def _varint(value: int) -> bytes:
     return bytes(made)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _parse_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The fields of a message: number and value. The value of a fixed width is left as its bytes."""
     place = 0
     while place < len(data):
@@ -127,7 +144,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             value, place = _read_varint(data, place)
             yield tag >> 3, value
             continue
-        if tag & 7 == _SIZED:
+        if tag & 7 == _LENGTH_DELIMITED:
             size, place = _read_varint(data, place)
         elif tag & 7 in (_FIXED32, _FIXED64):
             size = 4 if tag & 7 == _FIXED32 else 8
@@ -139,18 +156,18 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         place += size
 
 
-def _read_varint(data: bytes, place: int) -> tuple[int, int]:
+def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        if place == len(data) or shift > 63:
+        if offset == len(data) or shift > 63:
             raise ValueError("it is cut short")
-        byte, place = data[place], place + 1
+        byte, offset = data[offset], offset + 1
         value, shift = value | (byte & 127) << shift, shift + 7
         if byte < 128:
-            return value, place
+            return value, offset
 
 
-def _bytes(value: int | bytes) -> bytes:
+def _require_bytes(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
         raise ValueError("a number stands where text should")
     return value

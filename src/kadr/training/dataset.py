@@ -12,8 +12,8 @@ from pathlib import Path
 
 from kadr.checkpoints.digest import SHA256, digest_of
 from kadr.errors import KadrError, KadrWarning, MediaError, RequestError
-from kadr.media.clip import Film, read_length
-from kadr.media.image import load_picture
+from kadr.media.clip import ClipReader, probe_video
+from kadr.media.image import load_image
 from kadr.request.inputs import CLIPS
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -106,9 +106,9 @@ def _told(broken: Sequence[str]) -> str:
 def _example(path: Path, frames: int, *, references: bool) -> Example:
     caption = _caption(path)
     if path.suffix.lower() in PICTURES:
-        load_picture(path)
+        load_image(path)
         return Example(path, caption, 1, None, _reference(path, 1) if references else None)
-    count, fps = read_length(path)
+    count, fps = probe_video(path)
     _require_length(path, count, frames)
     return Example(path, caption, frames, fps, _reference(path, frames) if references else None)
 
@@ -130,7 +130,7 @@ def _require_length(path: Path, count: int, frames: int) -> None:
     """Decode what is learned, so that what is damaged is known before anything is computed."""
     if count < frames:
         raise RequestError(f"{path.name} has {count} frames, and {frames} of each clip are learned (--frames).")
-    readable = len(Film.open(path, frames))
+    readable = len(ClipReader.open(path, frames))
     if readable < frames:
         raise MediaError(f"{path.name} says it has {count} frames, and {readable} can be read.")
 
@@ -141,9 +141,9 @@ def _reference(path: Path, frames: int) -> Path:
         raise RequestError(f"{path.name} has no reference: put one beside it as {path.stem}{REFERENCE}{path.suffix}.")
     reference = found[0]
     if reference.suffix.lower() in PICTURES:
-        load_picture(reference)
+        load_image(reference)
         if frames > 1:
             raise RequestError(f"{reference.name} is a picture, and {path.name} a clip; give a clip of as many frames.")
     else:
-        _require_length(reference, read_length(reference)[0], frames)
+        _require_length(reference, probe_video(reference)[0], frames)
     return reference

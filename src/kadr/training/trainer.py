@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from kadr.models.transformer import Transformer
 from kadr.sampling.noise import NoiseStreams
-from kadr.sampling.positions import positions
-from kadr.sampling.reference_tokens import Context
+from kadr.sampling.positions import token_positions
+from kadr.sampling.reference_tokens import ReferenceTokens
 from kadr.sampling.state import to_tokens
 from kadr.training.example_cache import Encoded
 from kadr.training.objective import DISTRIBUTIONS, noised, squared_error, velocity
@@ -162,10 +162,10 @@ class Trainer:
             level = torch.where(drawn.given, 0.0, level)
         # The places that the model is run with, and not those of the official trainer, which left out the causal shift.
         config, first = self.module.config, batch.first
-        where = positions(first.grid, fps=first.fps, causal=config.causal_temporal_positioning)
+        where = token_positions(first.grid, fps=first.fps, causal=config.causal_temporal_positioning)
         if batch.reference is not None:
-            context = Context(batch.reference, where)
-            tokens, level = context.behind(tokens, level)
+            context = ReferenceTokens(batch.reference, where)
+            tokens, level = context.append_to(tokens, level)
             where = torch.cat([where, where], dim=1)
         rope = self.module.compute_rope(where[None].to(self.device))
         said = self.module(tokens.to(self.dtype), rope, batch.text, batch.mask, level)

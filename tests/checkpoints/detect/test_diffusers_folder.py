@@ -22,7 +22,7 @@ from kadr.models.registry import find_release
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import LatentGrid
 from tests.checkpoints.checkpoint_files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, SMALL_UPSAMPLER, same, sparse
@@ -38,7 +38,7 @@ from tests.oracles import (
 )
 from tests.tiny_models import sown
 
-SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+SHIFTED = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 # scheduler_config.json of the released folders, cut down to what is read.
 DYNAMIC = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -128,7 +128,7 @@ def test_a_folder_and_a_single_file_compute_the_same(tmp_path: Path, transformer
     pair = [
         Checkpoint.open(path) for path in (save(tmp_path / "m", transformer, vae, "0.9.5"), tmp_path / "x.safetensors")
     ]
-    where = positions(LatentGrid(2, 2, 1), fps=24, causal=True)[None]
+    where = token_positions(LatentGrid(2, 2, 1), fps=24, causal=True)[None]
     noise, text, level = drawn(1, 4, 12), drawn(1, 3, 24), torch.full((1, 1), 0.5)
     one, other = (
         model(noise, model.compute_rope(where), text, None, level) for model in (c.load_transformer() for c in pair)

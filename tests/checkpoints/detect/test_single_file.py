@@ -32,7 +32,7 @@ from tests.checkpoints.checkpoint_files import (
     upsampler_shapes,
 )
 
-SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+SHIFTED = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 OLD_2B = replace(TRANSFORMER_2B, causal_temporal_positioning=False)
 ERAS = {"0.9": (OLD_2B, SHIFTED), "0.9.1": (OLD_2B, SHIFTED), "0.9.5": (TRANSFORMER_2B, LINEAR_QUADRATIC)}
 
@@ -100,7 +100,7 @@ def test_a_header_without_causal_positions_has_none(tmp_path: Path) -> None:
 def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: TransformerConfig, name: str) -> None:
     metadata = config_of(config, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
     found = opened(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).detected
-    assert found.schedule.allowed == DISTILLED_SIGMAS
+    assert found.schedule.allowed_sigmas == DISTILLED_SIGMAS
     assert found.released is find_release(f"{name}-0.9.8-distilled")
 
 

@@ -46,7 +46,7 @@ from tests.checkpoints.gguf import gguf_files
 
 XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 SPIECE = (PACKAGE / "assets" / "demo" / "tokenizer" / "spiece.model").read_bytes()
-OLD = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+OLD = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 
 
 def drawn(*shape: int) -> np.ndarray:
@@ -184,7 +184,7 @@ def test_a_config_in_the_file_is_believed_before_its_name(tmp_path: Path) -> Non
     config = config_of(TRANSFORMER_2B, VAE_0_9_5, LINEAR_QUADRATIC, allowed_inference_steps=levels)
     detected = Checkpoint.open(released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **config)).detected
     assert (detected.released, detected.vae_family, detected.vae) == (None, "0.9.5", None)
-    assert detected.schedule == Schedule(sampler="LinearQuadratic", allowed=tuple(levels))
+    assert detected.schedule == Schedule(sampler="LinearQuadratic", allowed_sigmas=tuple(levels))
 
 
 def test_the_model_that_a_file_says_it_was_made_of_is_believed_before_its_name(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: P
     with pytest.raises(CheckpointError, match="There is no tokenizer for"):
         opened.tokenizer()
     (tmp_path / "spiece.model").write_bytes(tiny_models.sentencepiece_model())
-    assert opened.tokenizer().size == 40
+    assert opened.tokenizer().vocab_size == 40
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ SPIECE = DEMO / "tokenizer" / "spiece.model"
 # Wide enough for blocks of 256.
 WIDE = TransformerConfig(num_layers=1, num_heads=8, head_dim=32, caption_channels=64, in_channels=12)
 WORDS = T5Config(vocab_size=128, d_model=256, num_layers=1, num_heads=4, d_kv=64, d_ff=512)
-LEVELS = Schedule(sampler="LinearQuadratic", allowed=(1.0, 0.9937, 0.725))
+LEVELS = Schedule(sampler="LinearQuadratic", allowed_sigmas=(1.0, 0.9937, 0.725))
 PREFIX = "model.diffusion_model."
 
 
@@ -116,7 +116,7 @@ def test_the_file_says_all_of_itself(home: Path, tmp_path: Path) -> None:
     assert values["general.architecture"] == "ltxv"
     assert (values["general.file_type"], values["general.quantization_version"]) == (7, gguf.GGML_QUANT_VERSION)
     config = json.loads(values["config"])
-    assert config["allowed_inference_steps"] == list(LEVELS.allowed or ())
+    assert config["allowed_inference_steps"] == list(LEVELS.allowed_sigmas or ())
     assert set(config) == {"transformer", "vae", "scheduler", "allowed_inference_steps"}
 
 

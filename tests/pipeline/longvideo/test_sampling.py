@@ -48,7 +48,7 @@ def asked(**fields: Any) -> Request:
         "fps": 24.0,
         "seed": 5,
         "levels": LEVELS,
-        "guidance": Guidance(scale=3.0, stg=0.0),
+        "guidance": Guidance(cfg_scale=3.0, stg_scale=0.0),
         "stochastic": False,
         "image_noise": 0.0,
         "windows": Windows(frames=41, overlap=24, strength=1.0, adain=0.25),
@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "windows, all the statistics of the first": {"windows": Windows(frames=41, overlap=32, strength=1.0, adain=1.0)},
     "windows, no statistics": {"windows": Windows(frames=41, overlap=24, strength=0.8, adain=0.0)},
     "windows, one latent of overlap": {"windows": Windows(frames=33, overlap=8, strength=1.0)},
-    "windows, no guidance": {"guidance": Guidance(scale=1.0), "prompt": "birds fly"},
+    "windows, no guidance": {"guidance": Guidance(cfg_scale=1.0), "prompt": "birds fly"},
     "windows, a shorter last one": {"frames": 89},
     "windows with a picture": {"picture": True},
     "windows with a picture remembered half": {
@@ -87,9 +87,9 @@ def test_a_long_video_has_the_latents_of_diffusers(
 def test_at_full_strength_diffusers_as_it_is_agrees_and_below_it_tells_the_network_other_levels(
     engine: Engine,
 ) -> None:
-    request = asked(prompt="birds fly", guidance=Guidance(scale=1.0))
+    request = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0))
     assert relative(engine.denoise(request), diffusers_long.run(engine, request, as_it_is=True)) <= LATENTS
-    half = asked(prompt="birds fly", guidance=Guidance(scale=1.0), windows=Windows(frames=41, strength=0.5))
+    half = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0), windows=Windows(frames=41, strength=0.5))
     assert relative(engine.denoise(half), diffusers_long.run(engine, half, as_it_is=True)) > 1e-3
 
 
@@ -109,7 +109,7 @@ def test_diffusers_makes_a_latent_too_many_at_every_seam_of_two_and_kadr_crosses
 
 def short(**fields: Any) -> Request:
     """Three windows in a second or so."""
-    usual: dict[str, Any] = {"levels": (1.0, 0.7, 0.4), "guidance": Guidance(scale=1.0), "size": Size(64, 64)}
+    usual: dict[str, Any] = {"levels": (1.0, 0.7, 0.4), "guidance": Guidance(cfg_scale=1.0), "size": Size(64, 64)}
     windows = Windows(frames=25, overlap=16)
     return asked(**{**usual, "frames": 57, "prompt": "birds fly", "image_noise": 0.15, "windows": windows, **fields})
 
@@ -260,7 +260,7 @@ def test_the_overlap_is_24_frames_or_less_where_a_window_is_short(frames: int, o
 
 def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -> None:
     recipe = Recipe(
-        first_pass=Pass(steps=2), second_pass=Pass(levels=(0.5,)), single_pass=Pass(steps=3), multi_scale=True
+        first_pass=Pass(steps=2), second_pass=Pass(sigmas=(0.5,)), single_pass=Pass(steps=3), multi_scale=True
     )
     engine = Engine.open(home / MODEL, device="cpu", recipe=recipe)
     request = replace(short(), levels=None, guidance=None)
@@ -305,7 +305,7 @@ def test_steps_are_those_of_each_window_where_they_differ(engine: Engine) -> Non
     windows = Windows(frames=97, overlap=24)
     long = short(size=Size(704, 480), video="clip.mp4", video_strength=0.5, levels=None, steps=40, windows=windows)
     request = replace(long, frames=129, fps=24.0)
-    plans = plan_windows(request, Schedule(sampler="Uniform", shifting="SD3", terminal=0.1))
+    plans = plan_windows(request, Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1))
     one, other = (len(plan.levels) for plan in plans)
     assert one < other
     assert [(plan.before, plan.in_all) for plan in plans] == [(0, one + other), (one, one + other)]

@@ -32,7 +32,7 @@ LONG = Request(
     fps=24.0,
     seed=5,
     levels=(1.0, 0.7, 0.4),
-    guidance=Guidance(scale=2.0, stg=0.0),
+    guidance=Guidance(cfg_scale=2.0, stg_scale=0.0),
     windows=Windows(frames=25, overlap=16),
 )
 

@@ -26,7 +26,7 @@ from kadr.models.transformer import Transformer
 from kadr.pipeline.stages.prepared_conditions import Fitted, Pixels, fitted, put, settled
 from kadr.request.passes import PassPlan
 from kadr.request.resolved_conditions import Placed, read_conditions, read_start
-from kadr.sampling.positions import positions
+from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
 from kadr.shapes import LatentGrid
@@ -400,7 +400,7 @@ def test_a_place_counted_from_the_end_gives_the_same_video(
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_warning_is_given_once(passes: int, home: Path, media: Media) -> None:
     opened = Engine.open(home / MODEL, device="cpu", upscaler=write_upscaler(media.folder / "up.safetensors"))
-    two = {"multi_scale": True, "second": Pass(levels=(0.5,))} if passes == 2 else {}
+    two = {"multi_scale": True, "second": Pass(sigmas=(0.5,))} if passes == 2 else {}
     with pytest.warns(KadrWarning) as told:
         opened.denoise(replace(REQUEST, frames=9, steps=1, conditions=media.conditions(clip(10)), **two))
     assert len(told) == 1
@@ -421,8 +421,10 @@ def state_with(item: Placed, *, causal: bool, request: Request = REQUEST) -> Lat
     """A video of noise with one condition, of random latents, in it."""
     plan = plan_of(request)
     grid = plan.grid
-    state = LatentState.of(
-        drawn(1, CHANNELS, grid.frames, grid.height, grid.width), positions(grid, fps=plan.fps, causal=causal), grid
+    state = LatentState.from_latents(
+        drawn(1, CHANNELS, grid.frames, grid.height, grid.width),
+        token_positions(grid, fps=plan.fps, causal=causal),
+        grid,
     )
     latents = drawn(1, CHANNELS, (len(item.frames) - 1) // 8 + 1, grid.height, grid.width, seed=2)
     pixels = Pixels(item.frames, plan.size, 0, plan.size)
@@ -449,13 +451,13 @@ def test_tokens_of_their_own_stand_at_the_second_of_their_frame_and_over_the_who
     (item,) = placed(media, shown, size=request.size, fps=fps)
     state = state_with(item, causal=causal, request=request)
     own = state.positions[:, state.grid.num_tokens :]
-    assert state.strength is not None
+    assert state.conditioning_mask is not None
     assert own.shape == (3, len(frames) * 6)
     seconds = torch.tensor(frames, dtype=torch.float64).repeat_interleave(6) / fps
     torch.testing.assert_close(own[0].double(), seconds, rtol=1e-6, atol=0)
     assert own[1].tolist() == [0.0, 0.0, 0.0, 32.0, 32.0, 32.0] * len(frames)
     assert own[2].tolist() == [0.0, 32.0, 64.0] * 2 * len(frames)
-    assert state.strength[:, state.grid.num_tokens :].unique().tolist() == [1.0]
+    assert state.conditioning_mask[:, state.grid.num_tokens :].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -467,8 +469,8 @@ def test_a_clip_holds_the_latents_of_the_video_that_do_not_know_of_its_beginning
     request = replace(REQUEST, frames=33)
     (item,) = placed(media, shown, frames=33)
     state = state_with(item, causal=True, request=request)
-    assert state.strength is not None
-    kept = state.strength[0, : state.grid.num_tokens].view(state.grid.frames, -1)
+    assert state.conditioning_mask is not None
+    kept = state.conditioning_mask[0, : state.grid.num_tokens].view(state.grid.frames, -1)
     assert [frame for frame in range(state.grid.frames) if bool((kept[frame] == 1).all())] == held
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
 
@@ -498,14 +500,14 @@ def in_box(box: tuple[int, int, int, int], size: Size, media: Media) -> tuple[La
     latents = drawn(1, CHANNELS, fit.grid.frames, fit.grid.height, fit.grid.width, seed=5)
     grid = plan.grid
     noise = drawn(1, CHANNELS, 1, grid.height, grid.width, seed=6)
-    state = LatentState.of(noise, positions(grid, fps=plan.fps, causal=True), grid)
+    state = LatentState.from_latents(noise, token_positions(grid, fps=plan.fps, causal=True), grid)
     return put(state, fit, latents, plan, causal=True, draw=lambda shape: torch.zeros(shape)), latents, fit
 
 
 def held_in(state: LatentState) -> Tensor:
     """(h, w), true where a latent is held."""
-    assert state.strength is not None
-    return state.strength.view(state.grid.height, state.grid.width) == 1
+    assert state.conditioning_mask is not None
+    return state.conditioning_mask.view(state.grid.height, state.grid.width) == 1
 
 
 def test_a_box_holds_what_the_official_pipeline_holds_wherever_it_lies_on_the_grid(media: Media) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor
 from kadr import Condition, Control, Engine, KadrWarning, Progress, Request, Size
 from kadr.checkpoints.lora.file import DOWNSCALE, LoraFile
 from kadr.errors import CheckpointError, KadrError, MediaError, RequestError
-from kadr.media.clip import Film, read_video
-from kadr.media.control_maps import edges
-from kadr.media.image import prepare_picture
+from kadr.media.clip import ClipReader, read_video
+from kadr.media.control_maps import canny_edges
+from kadr.media.image import prepare_image
 from kadr.media.writer import VideoWriter
 from kadr.models.lora_layers import merge_loras
 from kadr.models.transformer import Transformer
@@ -38,8 +38,8 @@ from kadr.request.resolved_controls import Followed, read_controls
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
 from kadr.sampling.noise import NoiseStreams
-from kadr.sampling.positions import positions
-from kadr.sampling.reference_tokens import Context
+from kadr.sampling.positions import token_positions
+from kadr.sampling.reference_tokens import ReferenceTokens
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import LatentGrid
@@ -181,7 +181,7 @@ class Oracle:
             level = torch.cat([torch.minimum(torch.tensor(now), 1 - held), torch.zeros(clean.shape[1])])[None]
             seen = torch.cat([x, clean], 1)
             made = self.velocity(texts[0], seen, level, where)[:, :count]
-            scale = request.guidance.scale if isinstance(request.guidance, Guidance) else 1
+            scale = request.guidance.cfg_scale if isinstance(request.guidance, Guidance) else 1
             if scale > 1:
                 without = self.velocity(texts[1], seen, level, where)[:, :count]
                 made = without + scale * (made - without)
@@ -259,9 +259,9 @@ def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
     engine = opened(said, 0.7)
     film = read_video(clips(17)).frames
     film = film if factor == 1 else halved(film)
-    traced = np.stack([edges(frame) for frame in film])
+    traced = np.stack([canny_edges(frame) for frame in film])
     references = [as_pixels(traced if kind == "canny" else film) for kind in kinds]
-    pictures = {frame: prepare_picture(photo.media, Size(128, 64), 29) for frame in frames}
+    pictures = {frame: prepare_image(photo.media, Size(128, 64), 29) for frame in frames}
     expected = oracle(said).denoise(replace(request, image_crf=29), noise, references, factor, pictures)
     made = engine.denoise(request, noise=noise)
     size = "the video's size" if factor == 1 else "half the size"
@@ -273,9 +273,9 @@ def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
 
 def test_tokens_of_a_context_are_clean_and_stand_where_the_videos_do() -> None:
     latents = drawn(1, 4, 2, 2, 2)
-    context = Context.of([latents], fps=24, causal=True)
-    assert torch.equal(context.positions, positions(LatentGrid(2, 2, 2), fps=24, causal=True))
-    tokens, level = context.behind(drawn(2, 6, 4), torch.tensor([[0.9], [0.4]]))
+    context = ReferenceTokens.from_latents([latents], fps=24, causal=True)
+    assert torch.equal(context.positions, token_positions(LatentGrid(2, 2, 2), fps=24, causal=True))
+    tokens, level = context.append_to(drawn(2, 6, 4), torch.tensor([[0.9], [0.4]]))
     assert tokens.shape == (2, 14, 4)
     assert torch.equal(tokens[1, 6:], flat(latents)[0])
     assert level[:, :6].unique(dim=1).tolist() == [[pytest.approx(0.9)], [pytest.approx(0.4)]]
@@ -283,8 +283,8 @@ def test_tokens_of_a_context_are_clean_and_stand_where_the_videos_do() -> None:
 
 
 def test_a_smaller_context_covers_the_same_pixels_at_the_same_times() -> None:
-    small = Context.of([drawn(1, 4, 3, 1, 2)], fps=24, causal=True, downscale=2).positions
-    large = positions(LatentGrid(3, 2, 4), fps=24, causal=True).unflatten(1, (3, 2, 4))
+    small = ReferenceTokens.from_latents([drawn(1, 4, 3, 1, 2)], fps=24, causal=True, downscale=2).positions
+    large = token_positions(LatentGrid(3, 2, 4), fps=24, causal=True).unflatten(1, (3, 2, 4))
     assert torch.equal(small, large[:, :, ::2, ::2].flatten(1))
 
 
@@ -321,7 +321,7 @@ def test_guidance_sums_over_the_tokens_of_the_video_alone(
         return real(said, strengths, guidance, tokens, level)
 
     monkeypatch.setattr(guiding, "combine", combine)
-    guidance = Guidance(scale=3.0, stg=1.0, rescale=0.7, skip_blocks=(1,), cfg_star=True)
+    guidance = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, skip_blocks=(1,), cfg_star=True)
     made = opened().denoise(replace(REQUEST, guidance=guidance, controls=(Control(clips(17)),)))
     assert set(seen) == {(1, 3 * 2 * 4, CHANNELS)}
     assert made.isfinite().all()
@@ -345,8 +345,8 @@ TWO = replace(
     REQUEST,
     multi_scale=True,
     downscale=0.5,
-    second=Pass(levels=(0.9, 0.4), guidance=Guidance(scale=1.0)),
-    guidance=Guidance(scale=1.0),
+    second=Pass(sigmas=(0.9, 0.4), guidance=Guidance(cfg_scale=1.0)),
+    guidance=Guidance(cfg_scale=1.0),
     fps=24.0,
 )
 
@@ -402,7 +402,7 @@ def windowed(request: Request, oracle: Oracle, film: np.ndarray, *, led: bool, b
         count = (pixels.shape[2] - 1) // 8 + 1
         noise = streams.draw(f"{name}initial", (1, CHANNELS, count, 2, 4))
         if begun is not None:
-            start = torch.cat([prepare_picture(one, SIZE, 0, SIZE, resize=True) for one in film[first : first + 17]], 2)
+            start = torch.cat([prepare_image(one, SIZE, 0, SIZE, resize=True) for one in film[first : first + 17]], 2)
             noise = levels[0] * noise + (1 - levels[0]) * oracle.latents(start)
         guide = None if latents is None else latents[:, :, -1:]
         references = [pixels] * led
@@ -435,8 +435,8 @@ def test_a_window_sees_the_frames_that_it_makes(opened: Callable[..., Engine], c
     request = replace(LONG, frames=44, controls=(Control(clips(44)),), video=clips(44), video_strength=0.8)
     shown = opened()._opened(request, ignore).media.shown
     expected = [[*range(17)], [*range(16, 33)], [*range(32, 44), *[43] * 5]]
-    assert [[*one.references[0].frames.picks] for one in shown] == expected
-    assert [[*one.start.frames.picks] for one in shown if one.start is not None] == expected
+    assert [[*one.references[0].frames.frame_indices] for one in shown] == expected
+    assert [[*one.start.frames.frame_indices] for one in shown if one.start is not None] == expected
 
 
 def test_a_long_video_that_is_led_goes_on_where_it_was_cut_off(
@@ -703,7 +703,7 @@ def test_a_reference_is_drawn_when_it_is_asked_for_and_not_kept(
     clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (followed,) = read_controls(replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),)))
-    assert isinstance(followed.frames, Film)
+    assert isinstance(followed.frames, ClipReader)
     generation = Engine.open("demo", device="cpu").passes(replace(REQUEST, frames=25))
     seen = reference(followed, replace(REQUEST, frames=25), generation[0])
     sizes = [chunk.shape[2] for chunk in seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from kadr import Condition, Engine, Request, Size
 from kadr.errors import MediaError
 from kadr.media import clip
-from kadr.media.image import prepare_picture
+from kadr.media.image import prepare_image
 from kadr.media.writer import VideoWriter
 from kadr.models.vae.encoder import Encoder
 from kadr.pipeline.generation import Generation
@@ -60,10 +60,10 @@ class Living:
 def living(monkeypatch: pytest.MonkeyPatch) -> dict[str, Living]:
     """Of decoded frames, of prepared ones, and of the chunks that the encoder is given."""
     kinds = {kind: Living() for kind in ("decoded", "prepared", "chunks")}
-    to_rgb, prepare, forward = clip._to_rgb, prepare_picture, Encoder.forward
+    to_rgb, prepare, forward = clip._to_rgb, prepare_image, Encoder.forward
     monkeypatch.setattr(clip, "_to_rgb", lambda frame: kinds["decoded"].note(to_rgb(frame)))
     monkeypatch.setattr(
-        prepared_conditions, "prepare_picture", lambda *a, **more: kinds["prepared"].note(prepare(*a, **more))
+        prepared_conditions, "prepare_image", lambda *a, **more: kinds["prepared"].note(prepare(*a, **more))
     )
     monkeypatch.setattr(Encoder, "forward", lambda self, x, stream: forward(self, kinds["chunks"].note(x), stream))
     return kinds
@@ -104,7 +104,7 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
     ((item, latents),) = generation.media_encoded()[0].items
     pixels = whole(item.pixels)
     expected = [
-        prepare_picture(frame, item.pixels.size, item.pixels.crf, item.pixels.made) for frame in decoded(film, item)
+        prepare_image(frame, item.pixels.size, item.pixels.crf, item.pixels.made) for frame in decoded(film, item)
     ]
     assert torch.equal(pixels, torch.cat(expected, dim=2))
     with engine.components.encoder() as vae, torch.no_grad():
@@ -115,8 +115,8 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
 def decoded(path: Path, item: prepared_conditions.Fitted) -> Iterator[np.ndarray]:
     """The frames of a condition, from the whole clip in memory."""
     picks = item.placed.frames
-    assert isinstance(picks, clip.Film)
-    return iter(clip.read_video(path).frames[list(picks.picks)])
+    assert isinstance(picks, clip.ClipReader)
+    return iter(clip.read_video(path).frames[list(picks.frame_indices)])
 
 
 def test_of_a_video_to_start_from_the_first_pass_takes_what_it_makes(engine: Engine, film: Path) -> None:
@@ -127,8 +127,8 @@ def test_of_a_video_to_start_from_the_first_pass_takes_what_it_makes(engine: Eng
     plan = replace(generation.passes[0], fps=12.0, frames=17)  # as with a temporal upscaler
     pixels = Media(request, [plan]).shown[0].start
     assert pixels is not None
-    assert isinstance(pixels.frames, clip.Film)
-    assert list(pixels.frames.picks) == [*range(0, 20, 2), *[19] * 7]
+    assert isinstance(pixels.frames, clip.ClipReader)
+    assert list(pixels.frames.frame_indices) == [*range(0, 20, 2), *[19] * 7]
     assert pixels.grid.video_frames == 17
 
 
@@ -144,7 +144,7 @@ def test_a_picture_is_read_once_before_anything_is_loaded(engine: Engine, photo:
 def test_frames_in_memory_are_used_where_they_are(engine: Engine, film: Path) -> None:
     frames = list(clip.read_video(film, 9).frames)
     size = Size(64, 32)
-    one, other = Pixels.of(frames, size, 29, size), Pixels.of(clip.Film.open(film, 9), size, 29, size)
+    one, other = Pixels.of(frames, size, 29, size), Pixels.of(clip.ClipReader.open(film, 9), size, 29, size)
     assert one.frames is frames
     assert torch.equal(whole(one), whole(other))
 
@@ -163,7 +163,7 @@ def test_a_clip_too_small_for_the_size_is_refused_before_any_weight_is_loaded(
 def test_a_clip_that_is_changed_while_it_is_used_is_named(film: Path, tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     path.write_bytes(film.read_bytes())
-    opened = clip.Film.open(path)
+    opened = clip.ClipReader.open(path)
     with VideoWriter(path, Size(80, 48), 24) as writer:
         writer.write(np.zeros((9, 48, 80, 3), np.uint8))
     with pytest.raises(MediaError, match=r"film\.mp4 has fewer frames than when it was opened"):
@@ -174,13 +174,13 @@ def test_a_clip_that_is_changed_while_it_is_used_is_named(film: Path, tmp_path: 
 
 
 def test_the_frames_of_a_film_are_those_of_the_clip_whichever_are_chosen(film: Path) -> None:
-    frames, opened = clip.read_video(film).frames, clip.Film.open(film)
+    frames, opened = clip.read_video(film).frames, clip.ClipReader.open(film)
     assert len(opened) == len(frames) == 33
     for places in (range(33), range(3, 12), range(0, 33, 2), [0, 0, 5, 5, 5, 32], [32], []):
-        chosen = opened.chosen(places)
+        chosen = opened.select(places)
         for _ in range(2):
             made = list(chosen)
             assert len(made) == len(chosen) == len(list(places))
             assert all(np.array_equal(picture, frames[place]) for picture, place in zip(made, places, strict=True))
-    assert len(clip.Film.open(film, 4)) == 4
-    assert [*opened.chosen(range(10, 30)).chosen([0, 9]).picks] == [10, 19]
+    assert len(clip.ClipReader.open(film, 4)) == 4
+    assert [*opened.select(range(10, 30)).select([0, 9]).frame_indices] == [10, 19]

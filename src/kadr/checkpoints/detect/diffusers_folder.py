@@ -185,7 +185,7 @@ def read_schedule(file: Path, family: str) -> Schedule:
     _check(config, _SHIFT_FIXED, file)
     if config.get("time_shift_type", "exponential") != "exponential":
         raise CheckpointError(f"{file} shifts by {config['time_shift_type']!r}; kadr knows only 'exponential'.")
-    return replace(SCHEDULES["0.9"], terminal=config.get("shift_terminal"))
+    return replace(SCHEDULES["0.9"], shift_terminal=config.get("shift_terminal"))
 
 
 def _encoder(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:

@@ -217,7 +217,7 @@ def confirmed(
         )
         if found is not None and expected is not None and found != expected
     ]
-    if allowed is not None and named.recipe.first_pass.levels is None:
+    if allowed is not None and named.recipe.first_pass.sigmas is None:
         against.append("it was distilled for certain noise levels")
     if against and asked:
         raise CheckpointError(f"{path} is not {named.name}: {'; '.join(against)}. Leave the name out.")
@@ -251,14 +251,14 @@ def _era(
 
 def _distilled(transformer: TransformerConfig | None, schedule: Schedule, dtype: torch.dtype) -> Release | None:
     """The released model that only its list of allowed noise levels gives away."""
-    if transformer is None or schedule.allowed is None:
+    if transformer is None or schedule.allowed_sigmas is None:
         return None
     return next(
         (
             released
             for released in reversed(MODEL_RELEASES)
             if released.num_layers == transformer.num_layers
-            and _levels(released.recipe) == set(schedule.allowed)
+            and _levels(released.recipe) == set(schedule.allowed_sigmas)
             and released.name.endswith("fp8") == (dtype in EIGHT_BIT)
         ),
         None,
@@ -268,4 +268,4 @@ def _distilled(transformer: TransformerConfig | None, schedule: Schedule, dtype:
 def _levels(recipe: Recipe) -> set[float]:
     """The noise levels of all its passes, where it names them."""
     passes = (recipe.first_pass, recipe.second_pass)
-    return {level for each in passes if each is not None for level in each.levels or ()}
+    return {level for each in passes if each is not None for level in each.sigmas or ()}

@@ -10,7 +10,7 @@ from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedules import Schedule
 
 VAE_FAMILIES: Mapping[str, VAEConfig] = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
-_SHIFTED = Schedule(sampler="Uniform", shifting="SD3", terminal=0.1)
+_SHIFTED = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 SCHEDULES: Mapping[str, Schedule] = {
     "0.9": _SHIFTED,
     "0.9.1": _SHIFTED,

@@ -29,8 +29,8 @@ from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.quant.mixes import Mix, assign_types
-from kadr.text.sentencepiece_model import Pieces, read_pieces
-from kadr.text.tokenizer import tokenizer_file
+from kadr.text.sentencepiece_model import SentencePieceModel, parse_sentencepiece
+from kadr.text.tokenizer import find_tokenizer_file
 
 QUANTIZATION_VERSION = 2  # of the layouts of blocks, as llama.cpp counts them
 MAX_DISTANCE = 128  # of T5's positions: the one size that the format has no word for
@@ -144,25 +144,28 @@ def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     config = header_config(checkpoint.sources["transformer"])
     assert detected.transformer is not None
     vae = detected.vae or VAE_FAMILIES.get(detected.vae_family or "")
-    found: dict[str, Any] = {"transformer": detected.transformer.to_header(), "scheduler": detected.schedule.header()}
+    found: dict[str, Any] = {
+        "transformer": detected.transformer.to_header(),
+        "scheduler": detected.schedule.to_header(),
+    }
     if vae is not None:
         found["vae"] = vae.to_header()
-    if detected.schedule.allowed is not None:
-        found["allowed_inference_steps"] = list(detected.schedule.allowed)
+    if detected.schedule.allowed_sigmas is not None:
+        found["allowed_inference_steps"] = list(detected.schedule.allowed_sigmas)
     return {**found, **config}
 
 
-def _pieces(text: TextEncoderFolder) -> Pieces:
+def _pieces(text: TextEncoderFolder) -> SentencePieceModel:
     text.tokenizer()  # refuses one that does not fit
     if is_gguf(text.path) and (stored := stored_pieces(text.path)) is not None:
         return stored
-    file = tokenizer_file(text.home)
+    file = find_tokenizer_file(text.home)
     if file.suffix == ".json":
         raise CheckpointError(
             f"the tokenizer of {text.home} is {file}, and a GGUF file takes the pieces of a spiece.model. Put that of "
             f"google/t5-v1_1-xxl into {file.parent}."
         )
     try:
-        return read_pieces(file.read_bytes())
+        return parse_sentencepiece(file.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{file} cannot be put into a GGUF file: {error}. Download it again.") from error

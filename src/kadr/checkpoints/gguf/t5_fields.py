@@ -11,8 +11,8 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import TEXT_ENCODER_GGUF
 from kadr.models.t5 import T5Config
-from kadr.text.sentencepiece_model import UNUSED, Pieces
-from kadr.text.tokenizer import EOS, PAD, UNKNOWN
+from kadr.text.sentencepiece_model import UNUSED, SentencePieceModel
+from kadr.text.tokenizer import EOS_ID, PAD_ID, UNKNOWN_ID
 
 EMBEDDING = "token_embd.weight"
 CONTEXT = 512  # tokens that T5 was trained on; a converter's note, nothing depends on it
@@ -47,7 +47,7 @@ def open_text_encoder(path: Path) -> tuple[T5Config, Source]:
     return _config(header), Source(path, header.infos, header.metadata)
 
 
-def stored_pieces(path: Path) -> Pieces | None:
+def stored_pieces(path: Path) -> SentencePieceModel | None:
     """The pieces of the tokenizer in a GGUF file; None where it has none.
 
     Raises:
@@ -64,38 +64,38 @@ def stored_pieces(path: Path) -> Pieces | None:
             f"the encoder, such as {TEXT_ENCODER_GGUF}."
         )
     try:
-        return Pieces(
+        return SentencePieceModel(
             tuple(tokens),
             tuple(scores),
             tuple(kinds),
-            charsmap=bytes(header.entries(f"{_WORDS}precompiled_charsmap") or b""),
-            add_space=bool(header.fields.get(f"{_WORDS}add_space_prefix", True)),
-            squeeze=bool(header.fields.get(f"{_WORDS}remove_extra_whitespaces", True)),
+            precompiled_charsmap=bytes(header.entries(f"{_WORDS}precompiled_charsmap") or b""),
+            add_dummy_prefix=bool(header.fields.get(f"{_WORDS}add_space_prefix", True)),
+            remove_extra_whitespaces=bool(header.fields.get(f"{_WORDS}remove_extra_whitespaces", True)),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: its tokenizer is damaged: {error}. Download it again.") from error
 
 
-def text_fields(config: T5Config, pieces: Pieces) -> dict[str, Any]:
+def text_fields(config: T5Config, pieces: SentencePieceModel) -> dict[str, Any]:
     """What llama.cpp needs to know of an encoder, and of its tokenizer, filled up to the encoder's vocabulary."""
     sizes = {f"{TEXT_ENCODER}.{name}": getattr(config, ours) for ours, name in _SIZES.items()}
-    missing = range(len(pieces.texts), config.vocab_size)
+    missing = range(len(pieces.pieces), config.vocab_size)
     words = {
         "model": "t5",
         "pre": "default",
-        "tokens": [*pieces.texts, *(f"[PAD{i}]" for i in missing)],
+        "tokens": [*pieces.pieces, *(f"[PAD{i}]" for i in missing)],
         "scores": [*pieces.scores, *(_FILLER_SCORE for _ in missing)],
-        "token_type": [*pieces.kinds, *(UNUSED for _ in missing)],
-        "add_space_prefix": pieces.add_space,
-        "remove_extra_whitespaces": pieces.squeeze,
-        "eos_token_id": EOS,
-        "unknown_token_id": UNKNOWN,
-        "padding_token_id": PAD,
+        "token_type": [*pieces.types, *(UNUSED for _ in missing)],
+        "add_space_prefix": pieces.add_dummy_prefix,
+        "remove_extra_whitespaces": pieces.remove_extra_whitespaces,
+        "eos_token_id": EOS_ID,
+        "unknown_token_id": UNKNOWN_ID,
+        "padding_token_id": PAD_ID,
         "add_bos_token": False,
         "add_eos_token": True,
     }
-    if pieces.charsmap:
-        words["precompiled_charsmap"] = pieces.charsmap
+    if pieces.precompiled_charsmap:
+        words["precompiled_charsmap"] = pieces.precompiled_charsmap
     return {
         f"{TEXT_ENCODER}.context_length": CONTEXT,
         **sizes,

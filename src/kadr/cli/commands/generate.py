@@ -19,7 +19,7 @@ from kadr.quant.weight_formats import NONE, WEIGHT_FORMATS
 from kadr.request.request import Request
 from kadr.request.windows import BETWEEN, Windows
 from kadr.sampling.settings import Guidance, Pass
-from kadr.sampling.step_cache import FIRST_BLOCK, KINDS, TAYLOR, StepCache
+from kadr.sampling.step_cache import CACHE_KINDS, FIRST_BLOCK, TAYLOR, StepCache
 from kadr.spec.options import OFFLOAD, OFFLOAD_AUTO
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def check_words(flags: options.Flags | options.PlanFlags) -> None:
     parse.one_of("--dtype", flags.model.dtype, DTYPES)
     parse.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in WEIGHT_FORMATS])
     parse.one_of("--offload", flags.model.offload, OFFLOAD)
-    parse.one_of("--cache", flags.denoising.cache, (NONE, *KINDS))
+    parse.one_of("--cache", flags.denoising.cache, (NONE, *CACHE_KINDS))
 
 
 def check_single(request: Request, flags: options.ModelFlags) -> None:
@@ -212,7 +212,7 @@ def _second(flags: options.SecondFlags) -> Pass | None:
         "steps": flags.second_steps,
         "levels": parse.levels("--second-levels", flags.second_levels),
         "skip_initial": flags.second_skip_initial,
-        "guidance": None if flags.second_guidance is None else Guidance(scale=flags.second_guidance),
+        "guidance": None if flags.second_guidance is None else Guidance(cfg_scale=flags.second_guidance),
         "tone_map": flags.second_tone_map,
     }
     given = {name: value for name, value in given.items() if value is not None}

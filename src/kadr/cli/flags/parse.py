@@ -11,7 +11,7 @@ import typer
 from kadr.cli.flags.official import BOX, JOINT
 from kadr.errors import RequestError
 from kadr.request.inputs import CONTROLS, READY, Condition, Control
-from kadr.sampling.settings import Blocks, Numbers
+from kadr.sampling.settings import BlockIndices, ScalarOrList
 from kadr.shapes import Size
 
 _PART = re.compile(r"(-?\d*):(-?\d*)")
@@ -40,13 +40,13 @@ def levels(flag: str, text: str | None) -> tuple[float, ...] | None:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1.0,0.9.", param_hint=flag) from error
 
 
-def numbers(flag: str, text: str | None) -> Numbers | None:
+def numbers(flag: str, text: str | None) -> ScalarOrList | None:
     """Read "3" as a number, and "1,6,8" as one for each level."""
     read = levels(flag, text)
     return read[0] if read is not None and len(read) == 1 else read
 
 
-def blocks(flag: str, text: str | None) -> Blocks | None:
+def blocks(flag: str, text: str | None) -> BlockIndices | None:
     """Read "19" or "11,25" as blocks for all levels, and "/11,25/28" as lists, the first of them empty."""
     if text is None:
         return None

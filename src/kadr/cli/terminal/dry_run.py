@@ -104,7 +104,7 @@ def _headline(plan: PassPlan) -> str:
     guidance = settings.guidance
     ways = {
         "fresh noise at every step": bool(settings.stochastic),
-        f"STG by {guidance.mode or ATTENTION_VALUES}": any(step.stg > 0 for step in plan.steps),
+        f"STG by {guidance.stg_mode or ATTENTION_VALUES}": any(step.stg_scale > 0 for step in plan.steps),
         "CFG*": bool(guidance.cfg_star) and plan.guided,
         f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and plan.guided,
     }
@@ -117,5 +117,5 @@ def _headline(plan: PassPlan) -> str:
 def _steps(plan: PassPlan) -> Iterator[tuple[str, ...]]:
     yield "step", "level", "guidance", "stg", "rescale", "blocks"
     for number, (level, step) in enumerate(zip(plan.levels.tolist(), plan.steps, strict=True), 1):
-        values = (f"{value:g}" for value in (level, step.scale, step.stg, step.rescale))
+        values = (f"{value:g}" for value in (level, step.cfg_scale, step.stg_scale, step.rescale))
         yield str(number), *values, ",".join(map(str, step.skip_blocks)) or "-"

@@ -17,9 +17,9 @@ from kadr.pipeline.stages.prepared_conditions import Fitted
 from kadr.request.passes import PassPlan
 from kadr.request.resolved_conditions import Placed
 from kadr.request.windows import Span, Windows
-from kadr.sampling.blending import continued
-from kadr.sampling.conditioning import append
-from kadr.sampling.positions import positions
+from kadr.sampling.blending import blend_window
+from kadr.sampling.conditioning import append_keyframe
+from kadr.sampling.positions import token_positions
 from kadr.sampling.state import LatentState
 from kadr.shapes import TEMPORAL_COMPRESSION, LatentGrid
 
@@ -46,8 +46,8 @@ class Guide(NamedTuple):
     ) -> LatentState:
         """The state with them behind it."""
         grid = LatentGrid(*self.latents.shape[2:])
-        where = positions(grid, fps=plan.fps, causal=causal, first_frame=self.first_frame)
-        return append(state, self.latents, where, self.strength, draw(self.latents.shape))
+        where = token_positions(grid, fps=plan.fps, causal=causal, first_frame=self.first_frame)
+        return append_keyframe(state, self.latents, where, self.strength, draw(self.latents.shape))
 
 
 class Kept(Protocol):
@@ -134,7 +134,7 @@ def sample_windows(
         before = kept.read(number - 1)
         end = Guide("overlap", before[:, :, -overlap:], 0, windows.strength)
         made = sample(number, [end, *remembered]).cpu()
-        kept.keep(number, continued(made, before, kept.read(0), overlap=overlap, share=windows.adain))
+        kept.keep(number, blend_window(made, before, kept.read(0), overlap=overlap, adain_factor=windows.adain))
     return Pieces(spans, kept.read)
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError
-from kadr.media.depth import DepthNetwork, Depths
-from kadr.media.pose import PoseNetwork
+from kadr.media.depth import DepthEstimator, DepthMaps
+from kadr.media.pose import PoseEstimator
 from kadr.pipeline.progress import Stage, Watch
 from kadr.request.inputs import DEPTH, POSE
 from kadr.request.resolved_controls import Followed
@@ -61,11 +61,11 @@ def _drawing(
     followed: Followed, networks: dict[str, list[Path]], pictures: Callable[[Followed], Iterator[np.ndarray]]
 ) -> Drawn | None:
     if followed.control.kind == DEPTH:
-        depth = DepthNetwork(*networks[DEPTH])
-        depths = Depths([depth(picture) for picture in pictures(followed)])
-        return lambda place, frame: depths.picture(place, frame.shape[1], frame.shape[0])
+        depth = DepthEstimator(*networks[DEPTH])
+        depths = DepthMaps([depth(picture) for picture in pictures(followed)])
+        return lambda place, frame: depths.render(place, frame.shape[1], frame.shape[0])
     if followed.control.kind == POSE:
-        pose = PoseNetwork(*networks[POSE])
+        pose = PoseEstimator(*networks[POSE])
         poses = [pose(picture) for picture in pictures(followed)]
-        return lambda place, frame: poses[place].picture()
+        return lambda place, frame: poses[place].render()
     return None

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kadr.media.postprocess import crop_margins, resize, to_uint8, to_unit
+from kadr.media.postprocess import crop_margins, denormalize, resize_frames, to_uint8
 from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import Watchman
@@ -69,7 +69,7 @@ class Decoding:
             count = LatentGrid.for_video(self.plan.size, self.plan.frames).frames
             for chunk in vae.decode_chunks(chunks, count, timestep=level, noise_source=injected, chunk_frames=handed):
                 watchman.look(chunk, f"frame {done + 1} of {request.frames}")
-                unit = crop_margins(resize(to_unit(chunk[0]), made), request.size)
+                unit = crop_margins(resize_frames(denormalize(chunk[0]), made), request.size)
                 frames = to_uint8(unit)[: request.frames - done].cpu()
                 watchman.settle()  # the frames have come, so the answer has
                 done += len(frames)

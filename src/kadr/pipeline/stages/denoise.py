@@ -21,15 +21,15 @@ from kadr.pipeline.stages.encode import Encoded
 from kadr.pipeline.stages.prepared_conditions import put
 from kadr.request.passes import PassPlan, stream
 from kadr.request.request import Request
-from kadr.sampling.conditioning import shake
-from kadr.sampling.guidance import Disturb, Estimate, Text, guided
+from kadr.sampling.conditioning import add_image_noise
+from kadr.sampling.guidance import Denoiser, Perturbation, PromptEmbeddings, guided_denoiser
 from kadr.sampling.noise import NoiseStreams
-from kadr.sampling.positions import positions
-from kadr.sampling.reference_tokens import Context
+from kadr.sampling.positions import token_positions
+from kadr.sampling.reference_tokens import ReferenceTokens
 from kadr.sampling.samplers import denoise
 from kadr.sampling.state import LatentState
 from kadr.sampling.step_cache import PassCache
-from kadr.sampling.steps import euler, stochastic
+from kadr.sampling.steps import euler_step, stochastic_step
 from kadr.spec.model import PASS_STAGES
 
 
@@ -53,7 +53,7 @@ class Denoising:
         plan: PassPlan,
         begun: Tensor,
         media: Encoded,
-        texts: Sequence[Text],
+        texts: Sequence[PromptEmbeddings],
         guides: Sequence[Guide] = (),
     ) -> Tensor:
         """The latents at the end of a pass or window, from those at its first level.
@@ -72,7 +72,7 @@ class Denoising:
 
     def _conditioned(self, plan: PassPlan, latents: Tensor, media: Encoded, guides: Sequence[Guide]) -> LatentState:
         causal = self._causal(plan)
-        state = LatentState.of(latents, positions(plan.grid, fps=plan.fps, causal=causal), plan.grid)
+        state = LatentState.from_latents(latents, token_positions(plan.grid, fps=plan.fps, causal=causal), plan.grid)
         for index, (item, held) in enumerate(media.items):
             name = stream(plan, f"keyframe {index}")
             state = put(state, item, held, plan, causal=causal, draw=partial(self.noise.draw, name))
@@ -81,17 +81,19 @@ class Denoising:
             state = guide.shown(state, plan, causal=causal, draw=draw)
         return state
 
-    def _context(self, plan: PassPlan, media: Encoded) -> Context | None:
+    def _context(self, plan: PassPlan, media: Encoded) -> ReferenceTokens | None:
         if not media.references:
             return None
-        return Context.of(media.references, fps=plan.fps, causal=self._causal(plan), downscale=self.downscale)
+        return ReferenceTokens.from_latents(
+            media.references, fps=plan.fps, causal=self._causal(plan), downscale=self.downscale
+        )
 
     def _denoised(
         self,
         plan: PassPlan,
         state: LatentState,
-        context: Context | None,
-        texts: Sequence[Text],
+        context: ReferenceTokens | None,
+        texts: Sequence[PromptEmbeddings],
         dtype: torch.dtype | None,
     ) -> LatentState:
         number, count, device = plan.number - 1, len(plan.levels), self.components.device
@@ -108,36 +110,41 @@ class Denoising:
                 watchman.look(state.tokens, f"step {index + 1} of {count}{place}")
                 stage.done(index + 1, float(plan.levels[index]))  # not `now`, which lies on the device
 
-            read = [text._replace(encoding=text.encoding.to(own)) for text in texts]
+            read = [text._replace(embeddings=text.embeddings.to(own)) for text in texts]
             state = denoise(
                 self._estimate(plan, transformer, rope, context, read),
                 state,
                 plan.levels.to(device),
-                step=stochastic(self._step_noise(plan, "stochastic")) if plan.settings.stochastic else euler,
-                prepare=shake(self.request.image_noise, self._step_noise(plan, "condition")),
+                step=stochastic_step(self._step_noise(plan, "stochastic")) if plan.settings.stochastic else euler_step,
+                prepare=add_image_noise(self.request.image_noise, self._step_noise(plan, "condition")),
                 watch=watch,
             )
             watchman.settle()
         return state
 
     def _estimate(
-        self, plan: PassPlan, transformer: Transformer, rope: Rope, context: Context | None, texts: Sequence[Text]
-    ) -> Estimate:
-        dtype = texts[0].encoding.dtype
+        self,
+        plan: PassPlan,
+        transformer: Transformer,
+        rope: Rope,
+        context: ReferenceTokens | None,
+        texts: Sequence[PromptEmbeddings],
+    ) -> Denoiser:
+        dtype = texts[0].embeddings.dtype
         caching = self.request.step_cache
         cached = None if caching is None else PassCache(caching, plan.steps)
         readings: dict[int, TextKVCache] = {}  # by the identity of texts, which are there as long as the steps are
 
         def model(
-            tokens: Tensor, level: Tensor, text: Text, disturb: Disturb | None = None
+            tokens: Tensor, level: Tensor, text: PromptEmbeddings, disturb: Perturbation | None = None
         ) -> tuple[Tensor, Tensor | None]:
             if id(text) not in readings:
                 readings[id(text)] = transformer.project_text(*text)
             count = tokens.shape[1]
             if context is not None:
-                tokens, level = context.behind(tokens, level)
+                tokens, level = context.append_to(tokens, level)
             arguments = (tokens.to(dtype), rope, readings[id(text)], None, level)
-            how: dict[str, Any] = {} if cached is None else {"cache": cached.stream(id(text))}
+            how: dict[str, Any] = {} if cached is None else {"cache": cached.residual_cache(id(text))}
             if disturb is None:
                 return transformer(*arguments, **how)[:, :count], None
             said, disturbed = transformer.forward_with_perturbed(*arguments, **disturb._asdict() | how)
@@ -146,8 +153,8 @@ class Denoising:
         text, negative = (*texts, None)[:2]
         assert text is not None
         together = self.request.guidance_batch
-        estimate = guided(model, text, negative, plan.settings.guidance, plan.steps, together=together)
-        return estimate if cached is None else cached.over(estimate)
+        estimate = guided_denoiser(model, text, negative, plan.settings.guidance, plan.steps, guidance_batch=together)
+        return estimate if cached is None else cached.wrap(estimate)
 
     def _step_noise(self, plan: PassPlan, name: str) -> StepNoise:
         return StepNoise(self.noise, stream(plan, name))
@@ -164,7 +171,7 @@ class StepNoise:
         return self.noise.draw(f"{self.name} {index}", shape)
 
 
-def _positions(state: LatentState, context: Context | None) -> Tensor:
+def _positions(state: LatentState, context: ReferenceTokens | None) -> Tensor:
     """Of all that the network sees, (3, N+M)."""
     if context is None:
         return state.positions

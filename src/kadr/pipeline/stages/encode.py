@@ -112,7 +112,7 @@ class Media:
         request = self.request
         assert isinstance(request.size, Size)
         assert request.image_crf is not None
-        film = self.film.chosen(plan.seen(request.fps, len(self.film)))
+        film = self.film.select(plan.seen(request.fps, len(self.film)))
         return Pixels.of(film, request.size, request.image_crf, plan.size, resize=True)
 
     def grids(self, number: int) -> tuple[LatentGrid, ...]:

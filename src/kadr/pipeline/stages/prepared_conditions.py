@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from kadr.errors import RequestError
-from kadr.media.clip import Film
-from kadr.media.image import prepare_picture
+from kadr.media.clip import ClipReader
+from kadr.media.image import prepare_image
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
 from kadr.request.resolved_conditions import Box, Frames, Placed, meet
-from kadr.sampling.conditioning import PREFIX, append, hold, join
-from kadr.sampling.positions import positions
+from kadr.sampling.conditioning import PREFIX_LATENT_FRAMES, append_keyframe, insert_clip, replace_latents
+from kadr.sampling.positions import token_positions
 from kadr.sampling.state import LatentState
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid, Size
 
@@ -31,7 +31,7 @@ class Pixels:
 
     Args:
         frames: 8k+1 of them.
-        size, crf, made, resize: see `prepare_picture`.
+        size, crf, made, resize: see `prepare_image`.
         only: what a single picture comes to, float32 (1, 3, 1, H, W); it is prepared at once.
     """
 
@@ -47,11 +47,11 @@ class Pixels:
         """The first one is prepared here, so that what cannot be is known before anything is computed.
 
         Raises:
-            MediaError: see `prepare_picture`.
+            MediaError: see `prepare_image`.
         """
-        first = frames.sample if isinstance(frames, Film) else frames[0]
-        made_of_it = prepare_picture(first, size, crf, made, resize=resize)
-        single = len(frames) == 1 and not isinstance(frames, Film)
+        first = frames.sample_frame if isinstance(frames, ClipReader) else frames[0]
+        made_of_it = prepare_image(first, size, crf, made, resize=resize)
+        single = len(frames) == 1 and not isinstance(frames, ClipReader)
         return cls(frames, size, crf, made, resize, made_of_it if single else None)
 
     @property
@@ -68,7 +68,7 @@ class Pixels:
         if self.only is not None:
             yield self.only.to(device, dtype)
             return
-        prepared = (prepare_picture(f, self.size, self.crf, self.made, resize=self.resize) for f in self.frames)
+        prepared = (prepare_image(f, self.size, self.crf, self.made, resize=self.resize) for f in self.frames)
         for start in range(0, len(self.frames), count):
             yield self._joined(prepared, min(count, len(self.frames) - start)).to(device, dtype)
 
@@ -104,7 +104,7 @@ class Fitted:
 def added(item: Fitted) -> int:
     """How many tokens of its own a condition has behind the video's; see `put`."""
     grid = item.grid
-    return 0 if item.placed.start == 0 else min(grid.frames, PREFIX) * grid.height * grid.width
+    return 0 if item.placed.start == 0 else min(grid.frames, PREFIX_LATENT_FRAMES) * grid.height * grid.width
 
 
 def settled(placed: Sequence[Placed], request: Request, plan: PassPlan) -> list[Placed]:
@@ -212,10 +212,10 @@ def put(
         top, bottom, left, right = item.cut
         row, column = item.corner
         inner = latents[..., top : latents.shape[-2] - bottom, left : latents.shape[-1] - right]
-        return hold(state, inner, strength, at=(0, row + top, column + left))
-    own = latents[:, :, :PREFIX]
+        return replace_latents(state, inner, strength, origin=(0, row + top, column + left))
+    own = latents[:, :, :PREFIX_LATENT_FRAMES]
     grid = LatentGrid(*own.shape[2:])
-    where = positions(grid, fps=plan.fps, causal=causal, first_frame=start)
+    where = token_positions(grid, fps=plan.fps, causal=causal, first_frame=start)
     if latents.shape[2] == 1:
-        return append(state, latents, where, strength, draw(own.shape))
-    return join(state, latents, where, strength, draw(own.shape), frame=start // TEMPORAL_COMPRESSION)
+        return append_keyframe(state, latents, where, strength, draw(own.shape))
+    return insert_clip(state, latents, where, strength, draw(own.shape), latent_frame=start // TEMPORAL_COMPRESSION)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from kadr.errors import RequestError
-from kadr.media.clip import Film
-from kadr.media.control_maps import cover, edges, signed
-from kadr.media.image import load_picture
+from kadr.media.clip import ClipReader
+from kadr.media.control_maps import canny_edges, fit_to_reference, normalize_image
+from kadr.media.image import load_image
 from kadr.pipeline.stages.control_networks import Drawn
 from kadr.request.inputs import CANNY, Control
 from kadr.request.passes import PassPlan
@@ -55,14 +55,14 @@ class Reference:
         """
         pictures = (self.picture(*pair) for pair in zip(self.places, self.frames, strict=True))
         while chunk := list(islice(pictures, count)):
-            yield torch.stack([signed(one) for one in chunk], dim=1)[None].to(device, dtype)
+            yield torch.stack([normalize_image(one) for one in chunk], dim=1)[None].to(device, dtype)
 
     def picture(self, place: int, frame: str | np.ndarray) -> np.ndarray:
         """What is encoded of one frame, uint8 (H, W, 3)."""
         if self.drawn is not None:
-            frame = self.drawn(place, np.asarray(load_picture(frame)))
-        covered = cover(frame, self.size, self.made, name=self.control.media)
-        return edges(covered) if self.control.kind == CANNY else covered
+            frame = self.drawn(place, np.asarray(load_image(frame)))
+        covered = fit_to_reference(frame, self.size, self.made, name=self.control.media)
+        return canny_edges(covered) if self.control.kind == CANNY else covered
 
 
 def reference(followed: Followed, request: Request, plan: PassPlan, downscale: int = 1) -> Reference:
@@ -83,10 +83,10 @@ def reference(followed: Followed, request: Request, plan: PassPlan, downscale: i
             f"at {plan.size}: both sides must be multiples of {unit}. {_divisible(request, plan, unit)}"
         )
     places = plan.seen(request.fps, len(followed.frames))
-    frames = followed.frames.chosen(places) if isinstance(followed.frames, Film) else followed.frames
+    frames = followed.frames.select(places) if isinstance(followed.frames, ClipReader) else followed.frames
     made = Size(plan.size.width // downscale, plan.size.height // downscale)
-    first = frames.sample if isinstance(frames, Film) else frames[0]
-    cover(first, request.size, made, name=followed.control.media)  # refuses here what is too small
+    first = frames.sample_frame if isinstance(frames, ClipReader) else frames[0]
+    fit_to_reference(first, request.size, made, name=followed.control.media)  # refuses here what is too small
     return Reference(followed.control, places, frames, request.size, made)
 
 

@@ -16,8 +16,8 @@ from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import Watchman
 from kadr.pipeline.progress import Stage, Watch
 from kadr.pipeline.retry import guarded, rescued
-from kadr.sampling.guidance import Text
-from kadr.text.tokenizer import Tokens
+from kadr.sampling.guidance import PromptEmbeddings
+from kadr.text.tokenizer import PromptTokens
 
 SHOWN = 80  # characters of a prompt that a warning names
 
@@ -33,7 +33,7 @@ class Prompts:
         self.components, self.texts = components, texts
 
     @cached_property
-    def tokens(self) -> list[Tokens]:
+    def tokens(self) -> list[PromptTokens]:
         """Of each prompt. What does not fit is cut off with a warning.
 
         Raises:
@@ -56,7 +56,7 @@ class Prompts:
         """How many have to be encoded."""
         return sum(rows is None for rows in self._rows)
 
-    def encoded(self, watch: Watch) -> list[Text]:
+    def encoded(self, watch: Watch) -> list[PromptEmbeddings]:
         """The encodings, (1, 256, D) each, on the device; zero where there is no token.
 
         Raises:
@@ -79,7 +79,7 @@ class Prompts:
                     self._rows[index] = rows
                 stage.done(index + 1)
 
-    def _encoded(self, encoder: T5Encoder, tokens: Tokens, watchman: Watchman, place: str) -> Tensor:
+    def _encoded(self, encoder: T5Encoder, tokens: PromptTokens, watchman: Watchman, place: str) -> Tensor:
         ids, mask = tokens.ids.to(self.components.device), tokens.mask.to(self.components.device)
         rows = encoder(ids, mask)[mask]
         watchman.look(rows, place)
@@ -87,19 +87,19 @@ class Prompts:
         watchman.settle()
         return rows
 
-    def _text(self, tokens: Tokens, rows: Tensor | None) -> Text:
+    def _text(self, tokens: PromptTokens, rows: Tensor | None) -> PromptEmbeddings:
         assert rows is not None
         encoding = rows.new_zeros(*tokens.ids.shape, rows.shape[1])
         encoding[tokens.mask] = rows
         device = self.components.device
-        return Text(encoding.to(device), tokens.mask.to(device))
+        return PromptEmbeddings(encoding.to(device), tokens.mask.to(device))
 
-    def _tokens(self, text: str) -> Tokens:
+    def _tokens(self, text: str) -> PromptTokens:
         tokens = self.components.tokenizer.encode(text)
-        if tokens.cut:
+        if tokens.truncated_text:
             warnings.warn(
                 f"the prompt {_short(text)!r} is longer than {tokens.ids.shape[1]} tokens; cut off: "
-                f"{_short(tokens.cut)!r}",
+                f"{_short(tokens.truncated_text)!r}",
                 KadrWarning,
                 stacklevel=2,
             )
