@@ -51,11 +51,11 @@ def write(folder: Path, model: str = "2b") -> Path:
         with torch.device("meta"):
             transformer, vae = Transformer(TRANSFORMERS[model]), VAE(VAE_0_9_5)
         schedule = Schedule(sampler="LinearQuadratic", allowed_sigmas=ALLOWED)
-        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, filled=noise)
+        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, materialize=noise)
     if not (folder / "text_encoder" / "config.json").exists():
         with torch.device("meta"):
             encoder = T5Encoder(T5_XXL)
-        write_text_encoder(folder, encoder, tokenizer(folder / "made"), filled=noise)
+        write_text_encoder(folder, encoder, tokenizer(folder / "made"), materialize=noise)
     return path
 
 

@@ -124,7 +124,7 @@ def padded(name: str, folder: Path) -> Engine:
         wide = torch.nn.functional.pad(linear.weight, (0, -columns % GGML_TYPES[name].block_size))
         linear.weight = torch.nn.Parameter(rounded(name, wide)[:, :columns].contiguous(), requires_grad=False)
     path = folder / f"demo-{name}-padded.safetensors"
-    write_single_file(path, transformer=transformer, schedule=checkpoint.detected.schedule, dtype=torch.float32)
+    write_single_file(path, transformer=transformer, schedule=checkpoint.info.schedule, dtype=torch.float32)
     return Engine.open(path, vae=DEMO, text_encoder=DEMO.parent, dtype="float32", device="cpu")
 
 

@@ -99,7 +99,7 @@ def official_vae_on_meta(config: VAEConfig) -> CausalVideoAutoencoder:
 
 
 def official_vae(ours: VAE) -> CausalVideoAutoencoder:
-    names = keys.names(keys.VAE, ours.state_dict())
+    names = keys.map_keys(keys.VAE_KEYS, ours.state_dict())
     names |= {"statistics.mean": "mean_of_means", "statistics.deviation": "std_of_means"}  # of the loaded module
     return _adopt(official_vae_on_meta(ours.config), ours, names)
 
@@ -117,7 +117,7 @@ def diffusers_vae_on_meta(config: VAEConfig, family: str) -> AutoencoderKLLTXVid
 
 
 def diffusers_vae(ours: VAE, family: str) -> AutoencoderKLLTXVideo:
-    names = keys.names(keys.VAE, ours.state_dict(), diffusers=True, diffusers_family=family)
+    names = keys.map_keys(keys.VAE_KEYS, ours.state_dict(), is_diffusers=True, diffusers_vae_family=family)
     return _adopt(diffusers_vae_on_meta(ours.config, family), ours, names)
 
 
@@ -127,7 +127,7 @@ def official_transformer_on_meta(config: TransformerConfig) -> Transformer3DMode
 
 
 def official_transformer(ours: Transformer) -> Transformer3DModel:
-    names = keys.names(keys.TRANSFORMER, ours.state_dict())
+    names = keys.map_keys(keys.TRANSFORMER_KEYS, ours.state_dict())
     return _adopt(official_transformer_on_meta(ours.config), ours, names)
 
 
@@ -145,7 +145,7 @@ def diffusers_transformer_on_meta(config: TransformerConfig) -> LTXVideoTransfor
 
 
 def diffusers_transformer(ours: Transformer) -> LTXVideoTransformer3DModel:
-    names = keys.names(keys.TRANSFORMER, ours.state_dict(), diffusers=True)
+    names = keys.map_keys(keys.TRANSFORMER_KEYS, ours.state_dict(), is_diffusers=True)
     return _adopt(diffusers_transformer_on_meta(ours.config), ours, names)
 
 

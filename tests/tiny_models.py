@@ -22,7 +22,7 @@ import sentencepiece
 import torch
 from torch import Tensor, nn
 
-from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upsampler
+from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upscaler
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
@@ -166,5 +166,5 @@ def write_upscaler(path: Path, *, space: bool = True, time: bool = False, channe
     config = UpscalerConfig(
         in_channels=channels, mid_channels=32, num_blocks_per_stage=1, spatial_upsample=space, temporal_upsample=time
     )
-    write_upsampler(path, sown(lambda: LatentUpscaler(config), 4))
+    write_upscaler(path, sown(lambda: LatentUpscaler(config), 4))
     return path

@@ -51,7 +51,7 @@ class Distiller:
 
     def __init__(self, trainer: Trainer, recipe: Recipe) -> None:
         self.trainer, self.recipe = trainer, recipe
-        self.text = trainer.model["text"].requires_grad_(False)
+        self.text = trainer.model["text_encoder"].requires_grad_(False)
         self.teacher: Transformer = trainer.model["transformer"].requires_grad_(False)
         self.student: Transformer = copy.deepcopy(self.teacher).requires_grad_(True)
         self.empty = tokenized(trainer.tokenizer, [""])

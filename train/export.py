@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upsampler
+from kadr.checkpoints.save import write_single_file, write_text_encoder, write_upscaler
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpscaler
@@ -52,7 +52,7 @@ def export(runs: Path, assets: Path) -> None:
         assets / "demo.safetensors", transformer=both["transformer"], vae=vae, schedule=schedule, **stored
     )
     write_single_file(assets / "demo-distilled.safetensors", transformer=distilled, schedule=few, **stored)
-    write_upsampler(assets / "demo-upscaler.safetensors", upsampler, **stored)
+    write_upscaler(assets / "demo-upscaler.safetensors", upsampler, **stored)
     text = _trimmed(both["text"], Tokenizer.open(runs / "tokenizer" / "spiece.model").vocab_size)
     write_text_encoder(assets, text, runs / "tokenizer" / "spiece.model", **stored)
     for curve in CURVES:

@@ -30,7 +30,7 @@ def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
 
 def contenders(work: Work, name: str, change: Change) -> Iterator[Contender | Absent]:
     """Args: change: what is done to the transformer, the decoder and the encoder before they run."""
-    if work.stage != DIT and work.checkpoint.detected.vae_family is None:
+    if work.stage != DIT and work.checkpoint.info.vae_family is None:
         yield Absent(name, "has no VAE of this shape; that of the demo is of no released family")
         return
     if work.stage == END_TO_END and SCHEDULES[work.schedule or "8"].guidance.stg_scale:
@@ -54,7 +54,7 @@ def transformer(work: Work) -> nn.Module:
 
 
 def vae(work: Work, change: Change) -> AutoencoderKLLTXVideo:
-    family = work.checkpoint.detected.vae_family
+    family = work.checkpoint.info.vae_family
     assert family is not None
     made = diffusers_vae(work.checkpoint.load_vae(work.dtype), family).to(work.device)
     made.encoder, made.decoder = change(made.encoder), change(made.decoder)

@@ -75,7 +75,7 @@ def test_random_models_are_written_once_and_open_as_any_other(tmp_path: Path) ->
     with opened("2b", chosen, tmp_path / "kept") as source:
         assert source.layers == (2, 3)
         written = source.path.stat().st_mtime_ns
-        detected = Checkpoint.open(source.path).detected
+        detected = Checkpoint.open(source.path).info
         assert detected.transformer is not None
         assert detected.transformer.num_layers == 2
         assert detected.vae_family is None or detected.vae_family == "0.9.5"

@@ -40,9 +40,11 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 @cache
 def _shapes(config: Any, prefix: str) -> Shapes:
-    build, table = (Transformer, keys.TRANSFORMER) if isinstance(config, TransformerConfig) else (VAE, keys.VAE)
+    build, table = (
+        (Transformer, keys.TRANSFORMER_KEYS) if isinstance(config, TransformerConfig) else (VAE, keys.VAE_KEYS)
+    )
     state = on_meta(lambda: build(config)).state_dict()
-    return {prefix + theirs: tuple(state[ours].shape) for ours, theirs in keys.names(table, state).items()}
+    return {prefix + theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(table, state).items()}
 
 
 def shapes_of(
@@ -58,12 +60,12 @@ def shapes_of(
 
 def t5_shapes(config: T5Config) -> Shapes:
     state = on_meta(lambda: T5Encoder(config)).state_dict()
-    return {theirs: tuple(state[ours].shape) for ours, theirs in keys.names(keys.T5, state).items()}
+    return {theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(keys.T5_KEYS, state).items()}
 
 
 def upsampler_shapes(config: UpscalerConfig) -> Shapes:
     state = on_meta(lambda: LatentUpscaler(config)).state_dict()
-    return {theirs: tuple(state[ours].shape) for ours, theirs in keys.names(keys.UPSAMPLER, state).items()}
+    return {theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(keys.UPSCALER_KEYS, state).items()}
 
 
 def header(shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None) -> tuple[dict, int]:

@@ -66,25 +66,25 @@ def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_in_the_cache_is_found_without_asking(cache: Path) -> None:
     there = put(cache, REPO, {FILE: b"x"}) / FILE
-    assert hub.on_disk(REPO, FILE) == hub.fetch(REPO, FILE) == there
+    assert hub.cached_file(REPO, FILE) == hub.fetch(REPO, FILE) == there
 
 
 def test_a_file_that_is_not_in_the_cache_is_fetched(cache: Path, remote: FakeHub) -> None:
-    assert hub.on_disk(REPO, FILE) is None
+    assert hub.cached_file(REPO, FILE) is None
     path = hub.fetch(REPO, FILE)
-    assert path == hub.on_disk(REPO, FILE) == hub.fetch(REPO, FILE)
+    assert path == hub.cached_file(REPO, FILE) == hub.fetch(REPO, FILE)
     assert path.read_bytes() == WEIGHTS
     assert remote.taken == [(FILE, 0)]
     assert kept(cache) == {digest(FILE, WEIGHTS)}
 
 
 def test_a_part_of_a_repository_is_fetched_and_the_rest_is_not(cache: Path, remote: FakeHub) -> None:
-    assert hub.folder_on_disk(REPO, PATTERNS) is None
+    assert hub.cached_folder(REPO, PATTERNS) is None
     folder = hub.fetch_folder(REPO, PATTERNS)
     assert {name: (folder / name).read_bytes() for name in TEXT} == TEXT
-    assert hub.on_disk(REPO, FILE) is hub.on_disk(REPO, "README.md") is None
+    assert hub.cached_file(REPO, FILE) is hub.cached_file(REPO, "README.md") is None
     assert sorted(remote.taken) == sorted((name, 0) for name in TEXT)
-    assert hub.fetch_folder(REPO, PATTERNS) == hub.folder_on_disk(REPO, PATTERNS) == folder
+    assert hub.fetch_folder(REPO, PATTERNS) == hub.cached_folder(REPO, PATTERNS) == folder
     assert len(remote.taken) == len(TEXT)
 
 
@@ -102,7 +102,7 @@ def test_a_part_of_a_repository_is_fetched_and_the_rest_is_not(cache: Path, remo
 )
 def test_a_part_of_a_repository_counts_as_here_when_all_of_it_is(cache: Path, files: list[str], whole: bool) -> None:
     folder = put(cache, REPO, {name: INDEX if name.endswith(".json") else b"x" for name in files})
-    assert hub.folder_on_disk(REPO, PATTERNS) == (folder if whole else None)
+    assert hub.cached_folder(REPO, PATTERNS) == (folder if whole else None)
 
 
 def test_a_part_of_a_repository_of_which_something_was_deleted_is_completed(cache: Path, remote: FakeHub) -> None:
@@ -110,7 +110,7 @@ def test_a_part_of_a_repository_of_which_something_was_deleted_is_completed(cach
     for name in ("text_encoder/config.json", "text_encoder/2.safetensors"):
         (folder / name).resolve().unlink()
     remote.taken.clear()
-    assert hub.folder_on_disk(REPO, PATTERNS) is None
+    assert hub.cached_folder(REPO, PATTERNS) is None
     assert hub.fetch_folder(REPO, PATTERNS) == folder
     assert {name: (folder / name).read_bytes() for name in TEXT} == TEXT
     assert sorted(remote.taken) == [("text_encoder/2.safetensors", 0), ("text_encoder/config.json", 0)]
@@ -129,15 +129,15 @@ def test_a_download_that_broke_off_goes_on_the_next_time(cache: Path, remote: Fa
         hub.fetch(REPO, FILE)
     assert kept(cache) == {f"{digest(FILE, WEIGHTS)}.incomplete"}
     remote.revive()
-    (file,) = hub.missing(REPO, [FILE])
-    assert (file.size, file.left) == (len(WEIGHTS), len(WEIGHTS) // 2)
+    (file,) = hub.list_missing(REPO, [FILE])
+    assert (file.size, file.remaining_bytes) == (len(WEIGHTS), len(WEIGHTS) // 2)
     assert hub.fetch(REPO, FILE).read_bytes() == WEIGHTS
     assert remote.taken == [(FILE, 0), (FILE, len(WEIGHTS) // 2)]
     assert kept(cache) == {digest(FILE, WEIGHTS)}
 
 
 def test_what_is_left_of_another_file_is_not_taken_for_a_beginning(cache: Path, remote: FakeHub) -> None:
-    part = hub.missing(REPO, [FILE])[0].part
+    part = hub.list_missing(REPO, [FILE])[0].incomplete_path
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(len(WEIGHTS) + 1))
     assert hub.fetch(REPO, FILE).read_bytes() == WEIGHTS
@@ -155,7 +155,7 @@ def test_what_comes_damaged_is_thrown_away(
     expected, found = digest(name, whole), digest(name, bytes(len(whole)))
     with pytest.raises(CheckpointError, match=f"{name} of {REPO} came damaged.* {found}.* {expected}.*try again"):
         hub.fetch(REPO, name)
-    assert hub.on_disk(REPO, name) is None
+    assert hub.cached_file(REPO, name) is None
     assert kept(cache) == set()
     remote.spoiled.clear()
     assert hub.fetch(REPO, name).read_bytes() == whole
@@ -182,7 +182,7 @@ def test_without_a_network_it_is_said_what_was_looked_for_and_where(cache: Path)
 def test_a_full_disk_is_noticed_before_anything_is_fetched(
     cache: Path, remote: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = hub.SPARE + len(WEIGHTS)
+    free = hub.RESERVED_BYTES + len(WEIGHTS)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
     with pytest.raises(CheckpointError, match=r"takes .* GB free.*set HF_HOME"):
         hub.fetch(REPO, FILE)

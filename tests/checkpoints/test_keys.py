@@ -41,7 +41,7 @@ def shapes(module: nn.Module) -> Shapes:
 
 def translated(ours: nn.Module, table: Any, **layout: Any) -> Shapes:
     """Their names with our shapes; every one of our tensors must get a name of its own."""
-    names = keys.names(table, ours.state_dict(), **layout)
+    names = keys.map_keys(table, ours.state_dict(), **layout)
     assert list(names) == list(ours.state_dict())
     assert len(set(names.values())) == len(names)
     return {names[name]: shape for name, shape in shapes(ours).items()}
@@ -74,22 +74,22 @@ def test_every_tensor_of_the_official_vae_is_named_once_with_its_shape(vae, fami
     expected = shapes(official_vae_on_meta(VAES[family]))
     for module, file in (("mean_of_means", "mean-of-means"), ("std_of_means", "std-of-means")):
         expected[f"per_channel_statistics.{file}"] = expected.pop(module)  # as its loader renames them
-    assert translated(vae, keys.VAE) == expected
+    assert translated(vae, keys.VAE_KEYS) == expected
 
 
 def test_every_tensor_of_the_diffusers_vae_is_named_once_with_its_shape(vae, family):
     expected = shapes(diffusers_vae_on_meta(VAES[family], family))
-    assert translated(vae, keys.VAE, diffusers=True, diffusers_family=family) == expected
+    assert translated(vae, keys.VAE_KEYS, diffusers=True, diffusers_family=family) == expected
 
 
 def test_every_tensor_of_the_official_transformer_is_named_once_with_its_shape(transformer, size):
     expected = shapes(official_transformer_on_meta(TRANSFORMERS[size]))
-    assert translated(transformer, keys.TRANSFORMER) == expected
+    assert translated(transformer, keys.TRANSFORMER_KEYS) == expected
 
 
 def test_every_tensor_of_the_diffusers_transformer_is_named_once_with_its_shape(transformer, size):
     expected = shapes(diffusers_transformer_on_meta(TRANSFORMERS[size]))
-    assert translated(transformer, keys.TRANSFORMER, diffusers=True) == expected
+    assert translated(transformer, keys.TRANSFORMER_KEYS, diffusers=True) == expected
 
 
 def test_every_tensor_of_the_text_encoder_is_named_once_with_its_shape():
@@ -98,9 +98,9 @@ def test_every_tensor_of_the_text_encoder_is_named_once_with_its_shape():
     )
     xxl = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
     expected = shapes(on_meta(lambda: transformers.T5EncoderModel(config)))
-    unused = {name: expected.pop(name) for name in keys.T5_UNUSED}
+    unused = {name: expected.pop(name) for name in keys.T5_UNUSED_KEYS}
     ours = on_meta(lambda: T5Encoder(xxl))
-    assert translated(ours, keys.T5) == translated(ours, keys.T5, diffusers=True) == expected
+    assert translated(ours, keys.T5_KEYS) == translated(ours, keys.T5_KEYS, diffusers=True) == expected
     assert unused == {"encoder.embed_tokens.weight": expected["shared.weight"]}
 
 
@@ -109,16 +109,16 @@ def test_every_tensor_of_the_upscaler_is_named_once_with_its_shape_in_both_layou
     ours = on_meta(lambda: LatentUpscaler(UpscalerConfig(spatial_upsample=space, temporal_upsample=time)))
     official = on_meta(lambda: OfficialUpsampler(spatial_upsample=space, temporal_upsample=time))
     diffusers = on_meta(lambda: LTXLatentUpsamplerModel(spatial_upsample=space, temporal_upsample=time))
-    assert translated(ours, keys.UPSAMPLER) == shapes(official)
-    assert translated(ours, keys.UPSAMPLER, diffusers=True) == shapes(diffusers)
+    assert translated(ours, keys.UPSCALER_KEYS) == shapes(official)
+    assert translated(ours, keys.UPSCALER_KEYS, diffusers=True) == shapes(diffusers)
 
 
 # Against names written down elsewhere
 
 
 def test_the_two_layouts_of_the_transformer_differ_as_the_official_package_says(transformer):
-    official = keys.names(keys.TRANSFORMER, transformer.state_dict())
-    diffusers = keys.names(keys.TRANSFORMER, transformer.state_dict(), diffusers=True)
+    official = keys.map_keys(keys.TRANSFORMER_KEYS, transformer.state_dict())
+    diffusers = keys.map_keys(keys.TRANSFORMER_KEYS, transformer.state_dict(), is_diffusers=True)
     for ours, name in diffusers.items():
         for theirs, renamed in TRANSFORMER_KEYS_RENAME_DICT.items():
             name = name.replace(theirs, renamed)
@@ -127,8 +127,8 @@ def test_the_two_layouts_of_the_transformer_differ_as_the_official_package_says(
 
 def test_the_two_layouts_of_the_first_vae_differ_as_the_official_package_says():
     ours = on_meta(lambda: VAE(VAES["0.9"])).state_dict()
-    official = keys.names(keys.VAE, ours)
-    for name, theirs in keys.names(keys.VAE, ours, diffusers=True, diffusers_family="0.9").items():
+    official = keys.map_keys(keys.VAE_KEYS, ours)
+    for name, theirs in keys.map_keys(keys.VAE_KEYS, ours, is_diffusers=True, diffusers_vae_family="0.9").items():
         for old, new in VAE_KEYS_RENAME_DICT.items():
             theirs = theirs.replace(old, new)
         assert theirs == official[name]
@@ -173,8 +173,8 @@ def test_the_two_layouts_of_the_first_vae_differ_as_the_official_package_says():
 )
 def test_a_name_is_as_published(family, ours, official, diffusers):
     assert ours in on_meta(lambda: VAE(VAES[family])).state_dict()
-    assert keys.names(keys.VAE, [ours]) == {ours: official}
-    assert keys.names(keys.VAE, [ours], diffusers=True, diffusers_family=family) == {ours: diffusers}
+    assert keys.map_keys(keys.VAE_KEYS, [ours]) == {ours: official}
+    assert keys.map_keys(keys.VAE_KEYS, [ours], is_diffusers=True, diffusers_vae_family=family) == {ours: diffusers}
 
 
 # Sizes
@@ -208,20 +208,20 @@ def test_a_released_vae_has_the_published_count_of_parameters_and_tensors(family
 @pytest.mark.parametrize(
     "table, name",
     [
-        (keys.TRANSFORMER, "patch_in"),
-        (keys.TRANSFORMER, "patch_in.scale"),
-        (keys.TRANSFORMER, "layers.x.modulation"),
-        (keys.TRANSFORMER, "layers.0.self_attention.q.weight.extra"),
-        (keys.TRANSFORMER, "prefix.patch_in.weight"),
-        (keys.TRANSFORMER, "layersX0Xmodulation"),  # a dot is a dot
-        (keys.VAE, "encoder.blocks.0.layers.0.conv3.weight"),
-        (keys.VAE, "statistics.median"),
-        (keys.VAE, "middle.conv_in.weight"),
-        (keys.VAE, ""),
-        (keys.T5, "blocks.0.attention.w.weight"),
-        (keys.UPSAMPLER, "before.0.conv3.weight"),
+        (keys.TRANSFORMER_KEYS, "patch_in"),
+        (keys.TRANSFORMER_KEYS, "patch_in.scale"),
+        (keys.TRANSFORMER_KEYS, "layers.x.modulation"),
+        (keys.TRANSFORMER_KEYS, "layers.0.self_attention.q.weight.extra"),
+        (keys.TRANSFORMER_KEYS, "prefix.patch_in.weight"),
+        (keys.TRANSFORMER_KEYS, "layersX0Xmodulation"),  # a dot is a dot
+        (keys.VAE_KEYS, "encoder.blocks.0.layers.0.conv3.weight"),
+        (keys.VAE_KEYS, "statistics.median"),
+        (keys.VAE_KEYS, "middle.conv_in.weight"),
+        (keys.VAE_KEYS, ""),
+        (keys.T5_KEYS, "blocks.0.attention.w.weight"),
+        (keys.UPSCALER_KEYS, "before.0.conv3.weight"),
     ],
 )
 def test_an_unknown_name_raises(table, name):
     with pytest.raises(KeyError, match=name or "''"):
-        keys.names(table, [name])
+        keys.map_keys(table, [name])

@@ -17,11 +17,11 @@ from torch import nn
 
 from kadr.checkpoints import keys
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.keys import VAE_UNUSED
-from kadr.checkpoints.load import fill
-from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upsampler
+from kadr.checkpoints.keys import VAE_UNUSED_KEYS
+from kadr.checkpoints.load import load_weights
+from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upscaler
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
@@ -113,7 +113,7 @@ def test_loading_400_megabytes_in_their_stored_dtype_takes_no_memory(tmp_path: P
     large = replace(SMALL_T5, vocab_size=200_000, d_model=1024)
     sparse(tmp_path / "model.safetensors", t5_shapes(large), dtype="F16")
     (tmp_path / "config.json").write_text(json.dumps(t5_config(large)))
-    opened = TextEncoderFolder.open(tmp_path)
+    opened = TextEncoderCheckpoint.open(tmp_path)
     assert opened.size_bytes > 400e6
     before = psutil.Process().memory_info().rss
     encoder = opened.load()
@@ -173,7 +173,7 @@ def test_weights_in_plain_8_bit_floats_are_cast_to_the_dtype_asked_for(
     assert sum(tensor.dtype == stored for tensor in tensors.values()) == 2 * (4 + 4 + 2)  # of 2 layers
     checkpoint = Checkpoint.open(path)
     loaded = checkpoint.load_transformer(asked).state_dict()
-    names = keys.names(keys.TRANSFORMER, loaded)
+    names = keys.map_keys(keys.TRANSFORMER_KEYS, loaded)
     for ours, theirs in names.items():
         assert torch.equal(loaded[ours], tensors[f"model.diffusion_model.{theirs}"].to(asked)), ours
     changed = [name for name, theirs in names.items() if tensors[f"model.diffusion_model.{theirs}"].dtype == stored]
@@ -219,7 +219,7 @@ def test_scales_of_8_bit_floats_are_multiplied_in(path: Path, ending: str, by_ro
     assert len(meant) == 20
     for asked in (torch.float32, torch.bfloat16):
         loaded = Checkpoint.open(path).load_transformer(asked).state_dict()
-        for ours, theirs in keys.names(keys.TRANSFORMER, loaded).items():
+        for ours, theirs in keys.map_keys(keys.TRANSFORMER_KEYS, loaded).items():
             if theirs in meant:
                 assert torch.equal(loaded[ours], meant[theirs].to(asked)), ours
 
@@ -252,7 +252,7 @@ def test_weights_held_as_stored_compute_as_converted_ones(path: Path, change: st
     elif change == "scaled":
         scale_as_comfy(path, ".scale_weight")
     checkpoint = Checkpoint.open(path)
-    held = checkpoint.load_transformer(asked, as_stored=True)
+    held = checkpoint.load_transformer(asked, keep_storage_dtype=True)
     assert torch.equal(evaluated(held), evaluated(checkpoint.load_transformer(asked)))
     wide = [m for m in held.modules() if isinstance(m, ScaledLinear)]
     assert len(wide) == (0 if change == "bf16" and asked == torch.bfloat16 else 20)
@@ -319,7 +319,7 @@ def test_all_complaints_come_at_once_with_five_names_each_and_the_count(path: Pa
 
 
 def test_the_statistics_that_nobody_reads_may_be_there(path: Path) -> None:
-    rewritten(path, lambda tensors: tensors.update({f"vae.{name}": torch.zeros(12) for name in VAE_UNUSED}))
+    rewritten(path, lambda tensors: tensors.update({f"vae.{name}": torch.zeros(12) for name in VAE_UNUSED_KEYS}))
     assert Checkpoint.open(path).load_vae().statistics.mean.shape == (12,)
 
 
@@ -336,9 +336,9 @@ def test_fill_serves_any_module(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x.safetensors", {"w": torch.ones(2, 3), "b": torch.ones(2)}, dtype=torch.float32)
     module, source = on_meta(lambda: nn.Linear(3, 2)), Source.open(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="1 tensors left over: b"):
-        fill(on_meta(lambda: nn.Linear(3, 2, bias=False)), source, {"weight": "w"})
-    fill(on_meta(lambda: nn.Linear(3, 2, bias=False)), source, {"weight": "w"}, known_unused=["b"])
-    fill(module, source, {"weight": "w", "bias": "b"}, dtype=torch.float16)
+        load_weights(on_meta(lambda: nn.Linear(3, 2, bias=False)), source, {"weight": "w"})
+    load_weights(on_meta(lambda: nn.Linear(3, 2, bias=False)), source, {"weight": "w"}, ignored_keys=["b"])
+    load_weights(module, source, {"weight": "w", "bias": "b"}, dtype=torch.float16)
     assert module.weight.dtype == torch.float16
     assert module.bias.tolist() == [1.0, 1.0]
 
@@ -349,11 +349,11 @@ def test_fill_serves_any_module(tmp_path: Path) -> None:
 @needs_proc
 def test_a_half_that_is_not_asked_for_is_not_there(path: Path, vae: VAE) -> None:
     checkpoint = Checkpoint.open(path)
-    half = checkpoint.load_vae(torch.float32, encoder=False)
+    half = checkpoint.load_vae(torch.float32, with_encoder=False)
     assert half.encoder is None
     assert same(half.decoder, rounded(vae, torch.bfloat16).decoder, torch.float32)
     assert torch.equal(half.statistics.mean, vae.statistics.mean.bfloat16().float())
-    other = checkpoint.load_vae(decoder=False)
+    other = checkpoint.load_vae(with_decoder=False)
     assert other.decoder is None
     assert other.encoder is not None
 
@@ -361,7 +361,7 @@ def test_a_half_that_is_not_asked_for_is_not_there(path: Path, vae: VAE) -> None
 def test_the_half_that_is_not_asked_for_is_accounted_for(path: Path) -> None:
     rewritten(path, lambda tensors: tensors.pop("vae.encoder.conv_in.conv.bias"))
     with pytest.raises(CheckpointError, match=r"1 tensors missing: encoder\.conv_in\.conv\.bias"):
-        Checkpoint.open(path).load_vae(encoder=False)
+        Checkpoint.open(path).load_vae(with_encoder=False)
 
 
 # Upscalers
@@ -373,23 +373,23 @@ def upsampler() -> LatentUpscaler:
 
 
 def test_an_upscaler_is_loaded_in_float32_unless_asked_otherwise(tmp_path: Path, upsampler: LatentUpscaler) -> None:
-    write_upsampler(tmp_path / "x.safetensors", upsampler, dtype=torch.bfloat16)
+    write_upscaler(tmp_path / "x.safetensors", upsampler, dtype=torch.bfloat16)
     checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
-    assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upsampler())} == {torch.float32}
-    assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upsampler(None))} == {torch.bfloat16}
-    assert same(checkpoint.load_upsampler(torch.bfloat16), upsampler, torch.bfloat16)
+    assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upscaler())} == {torch.float32}
+    assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upscaler(None))} == {torch.bfloat16}
+    assert same(checkpoint.load_upscaler(torch.bfloat16), upsampler, torch.bfloat16)
 
 
 def test_an_upscaler_is_accounted_for_in_both_directions(tmp_path: Path, upsampler: LatentUpscaler) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["res_blocks.0.conv3.bias"] = tensors.pop("res_blocks.0.conv1.bias")
 
-    write_upsampler(tmp_path / "x.safetensors", upsampler)
+    write_upscaler(tmp_path / "x.safetensors", upsampler)
     rewritten(tmp_path / "x.safetensors", change)
     with pytest.raises(
         CheckpointError, match=r"missing: res_blocks\.0\.conv1\.bias; .*over: res_blocks\.0\.conv3\.bias"
     ):
-        Checkpoint.open(tmp_path / "x.safetensors").load_upsampler()
+        Checkpoint.open(tmp_path / "x.safetensors").load_upscaler()
 
 
 # Text encoders
@@ -415,7 +415,7 @@ def test_a_folder_saved_by_transformers_is_read(
     oracle.save_pretrained(tmp_path / "text_encoder", max_shard_size=size)
     assert (len(list(tmp_path.rglob("*.safetensors"))) > 1) == (size == "20KB")
     for path in (tmp_path, tmp_path / "text_encoder"):
-        opened = TextEncoderFolder.open(path)
+        opened = TextEncoderCheckpoint.open(path)
         assert opened.config == SMALL_T5
         assert same(opened.load(), encoder)
         assert same(opened.load(torch.bfloat16), encoder, torch.bfloat16)
@@ -431,7 +431,7 @@ def test_the_embedding_may_stand_under_either_name_or_both(tmp_path: Path, encod
     tensors = load_file(file)
     embedding = tensors.pop("shared.weight")
     save_file(tensors | {name: embedding.clone() for name in kept}, file)
-    assert same(TextEncoderFolder.open(tmp_path).load(), encoder)
+    assert same(TextEncoderCheckpoint.open(tmp_path).load(), encoder)
 
 
 @pytest.mark.parametrize(
@@ -447,9 +447,9 @@ def test_a_folder_that_is_no_text_encoder_is_refused(tmp_path: Path, files: dict
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=said):
-        TextEncoderFolder.open(tmp_path)
+        TextEncoderCheckpoint.open(tmp_path)
 
 
 def test_a_file_given_as_text_encoder_is_sent_to_its_folder(path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is neither a folder nor a GGUF file, so .*text_encoder/.*or a \.gguf"):
-        TextEncoderFolder.open(path)
+        TextEncoderCheckpoint.open(path)

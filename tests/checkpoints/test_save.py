@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from kadr.checkpoints import keys
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upsampler
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.save import write_single_file, write_tensors, write_text_encoder, write_upscaler
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
@@ -97,7 +97,7 @@ def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, f
     pixels = drawn(1, 3, 9, 32, 32)
     assert relative(ours.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) < 1e-5
     assert set(official.state_dict()) - {"mean_of_means", "std_of_means"} == {
-        name for name in keys.names(keys.VAE, ours.state_dict()).values() if "statistics" not in name
+        name for name in keys.map_keys(keys.VAE_KEYS, ours.state_dict()).values() if "statistics" not in name
     }
 
 
@@ -106,13 +106,13 @@ def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, f
 def test_the_official_upscaler_loads_the_file_and_computes_the_same(tmp_path: Path, space: bool, time: bool) -> None:
     ours = sown(lambda: LatentUpscaler(replace(SMALL_UPSAMPLER, spatial_upsample=space, temporal_upsample=time)))
     path = tmp_path / "x.safetensors"
-    write_upsampler(path, ours, metadata={"trained_on": "shapes"})
+    write_upscaler(path, ours, metadata={"trained_on": "shapes"})
     latents = drawn(1, 12, 2, 3, 3)
     assert relative(ours(latents), OfficialUpsampler.from_pretrained(path).eval()(latents)) < 1e-5
     checkpoint = Checkpoint.open(path)
-    assert (checkpoint.detected.upsampler, checkpoint.detected.dtype) == (ours.config, torch.float32)
+    assert (checkpoint.info.upscaler, checkpoint.info.dtype) == (ours.config, torch.float32)
     assert checkpoint.sources["upsampler"].metadata["trained_on"] == "shapes"
-    assert same(checkpoint.load_upsampler(), ours)
+    assert same(checkpoint.load_upscaler(), ours)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -127,7 +127,7 @@ def test_the_official_scheduler_loads_the_file(path: Path) -> None:
 
 def test_what_was_written_is_opened_as_it_was(path: Path, transformer: Transformer, vae: VAE) -> None:
     checkpoint = Checkpoint.open(path)
-    found = checkpoint.detected
+    found = checkpoint.info
     assert (found.transformer, found.vae, found.schedule) == (SMALL_TRANSFORMER, SMALL_VAE, DISTILLED)
     assert found.dtype == torch.float32
     assert same(checkpoint.load_transformer(), transformer)
@@ -145,7 +145,7 @@ def test_safetensors_reads_the_file_and_finds_the_metadata(path: Path, transform
     assert config.keys() == {"transformer", "vae", "scheduler", "allowed_inference_steps"}
     assert config["allowed_inference_steps"] == [1.0, 0.5]
     assert {name.split(".")[0] for name in names} == {"model", "vae"}
-    assert not {f"vae.{name}" for name in keys.VAE_UNUSED} & names
+    assert not {f"vae.{name}" for name in keys.VAE_UNUSED_KEYS} & names
 
 
 def test_levels_are_written_only_where_they_are_fixed(tmp_path: Path, vae: VAE) -> None:
@@ -177,7 +177,7 @@ def test_tensors_of_any_layout_are_written_as_they_read(tmp_path: Path) -> None:
 
 def test_the_tensors_start_where_they_can_be_mapped(path: Path) -> None:
     source = Checkpoint.open(path).sources["vae"]
-    assert all(info.start % 4 == 0 for info in source.infos.values())
+    assert all(info.file_offset % 4 == 0 for info in source.infos.values())
 
 
 # Atomic
@@ -219,8 +219,8 @@ def test_transformers_loads_the_text_encoder_and_computes_the_same(text: Path) -
     theirs, loading = transformers.T5EncoderModel.from_pretrained(text / "text_encoder", output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    ours = TextEncoderFolder.open(text).load()
-    tokens = TextEncoderFolder.open(text).tokenizer().encode("a red circle moving right")
+    ours = TextEncoderCheckpoint.open(text).load()
+    tokens = TextEncoderCheckpoint.open(text).load_tokenizer().encode("a red circle moving right")
     expected = theirs.eval()(tokens.ids, attention_mask=tokens.mask).last_hidden_state
     real = tokens.mask[0]
     assert relative(ours(tokens.ids, tokens.mask)[:, real], expected[:, real]) < 1e-5
@@ -228,15 +228,15 @@ def test_transformers_loads_the_text_encoder_and_computes_the_same(text: Path) -
 
 def test_transformers_loads_the_tokenizer_and_gives_the_same_ids(text: Path) -> None:
     pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece models through it")
-    ours = TextEncoderFolder.open(text).tokenizer().encode("a red circle moving right")
+    ours = TextEncoderCheckpoint.open(text).load_tokenizer().encode("a red circle moving right")
     theirs = transformers.AutoTokenizer.from_pretrained(text / "tokenizer")("a red circle moving right").input_ids
     assert theirs == ours.ids[ours.mask].tolist()
 
 
 def test_a_text_encoder_is_described(text: Path) -> None:
-    part = TextEncoderFolder.open(text).describe()
+    part = TextEncoderCheckpoint.open(text).describe()
     assert part.sizes == {"layers": 2, "width": 32, "vocabulary": 160}
-    assert (part.name, part.dtype, part.tensors) == ("text encoder", "float32", 2 * 9 + 3)
+    assert (part.name, part.dtype, part.num_tensors) == ("text encoder", "float32", 2 * 9 + 3)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -244,4 +244,4 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> No
     encoder = sown(lambda: T5Encoder(replace(SMALL_T5, vocab_size=149)))
     write_text_encoder(tmp_path, encoder, tmp_path / "some.model")
     with pytest.raises(CheckpointError, match="numbers up to 149, the encoder's vocabulary ends at 148"):
-        TextEncoderFolder.open(tmp_path).tokenizer()
+        TextEncoderCheckpoint.open(tmp_path).load_tokenizer()

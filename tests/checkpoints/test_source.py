@@ -66,14 +66,14 @@ def test_a_tensor_at_an_odd_place_comes_back(tmp_path: Path) -> None:
     text += b" " * (1 - len(text) % 2)  # an odd length
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + values.numpy().tobytes())
-    assert Source.open(path).infos["x"].start % 4
+    assert Source.open(path).infos["x"].file_offset % 4
     assert torch.equal(Source.open(path).read("x"), values)
 
 
 def test_sizes_are_counted_from_the_header(tmp_path: Path) -> None:
     save_file({"a": drawn(10, 10), "b": drawn(3, dtype=torch.float32)}, tmp_path / "x.safetensors")
     source = Source.open(tmp_path / "x.safetensors")
-    assert (source.size_bytes, source.parameters, source.dtype) == (212, 103, torch.bfloat16)
+    assert (source.size_bytes, source.num_parameters, source.dtype) == (212, 103, torch.bfloat16)
 
 
 # Mapping

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kadr.checkpoints import hub
-from kadr.checkpoints.digest import digest_of, is_digest
-from kadr.checkpoints.verify import ABSENT, DAMAGED, OK, UNKNOWN, compare
+from kadr.checkpoints.digest import compute_digest, is_digest
+from kadr.checkpoints.verify import ABSENT, DAMAGED, OK, UNVERIFIED, verify_files
 from tests.fakehub import COMMIT, FakeHub, digest, git_sha1, serving, sha256
 
 REPO = "some/text-encoder"
@@ -39,7 +39,7 @@ def folder(remote: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def states() -> dict[str, str]:
-    return {checked.name: checked.state for checked in compare(REPO, PATTERNS)}
+    return {checked.name: checked.state for checked in verify_files(REPO, PATTERNS)}
 
 
 def spoil(path: Path) -> None:
@@ -52,15 +52,15 @@ def spoil(path: Path) -> None:
 def test_checksums_are_those_of_sha256_and_git(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file").write_bytes(content)
     seen: list[int] = []
-    assert digest_of(tmp_path / "file", like="0" * 64, watch=seen.append) == sha256(content)
-    assert digest_of(tmp_path / "file", like="0" * 40) == git_sha1(content)
+    assert compute_digest(tmp_path / "file", like="0" * 64, watch=seen.append) == sha256(content)
+    assert compute_digest(tmp_path / "file", like="0" * 40) == git_sha1(content)
     assert sum(seen) == len(content)
 
 
 def test_git_agrees_about_its_own_checksum(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"hello\n")
     known = "ce013625030ba8dba906f756967f9e9ca394464a"  # printf 'hello\n' | git hash-object --stdin
-    assert digest_of(tmp_path / "file", like="0" * 40) == known
+    assert compute_digest(tmp_path / "file", like="0" * 40) == known
 
 
 @pytest.mark.parametrize("text", ["", "main", "0" * 39, "0" * 41, "0" * 64 + ".incomplete", "G" * 64, "../" + "0" * 61])
@@ -78,9 +78,12 @@ def test_what_came_whole_is_found_whole_without_a_network(folder: Path) -> None:
 def test_a_changed_byte_is_found_with_both_checksums(folder: Path, name: str) -> None:
     spoil(folder / name)
     assert states() == {**dict.fromkeys(FILES, OK), name: DAMAGED}
-    (bad,) = [checked for checked in compare(REPO, PATTERNS) if checked.state == DAMAGED]
+    (bad,) = [checked for checked in verify_files(REPO, PATTERNS) if checked.state == DAMAGED]
     assert bad.path == folder / name
-    assert (bad.expected, bad.found) == (digest(name, FILES[name]), digest(name, (folder / name).read_bytes()))
+    assert (bad.expected_digest, bad.actual_digest) == (
+        digest(name, FILES[name]),
+        digest(name, (folder / name).read_bytes()),
+    )
 
 
 def test_files_that_are_shared_between_repositories_are_known_by_their_first_link(folder: Path, tmp_path: Path) -> None:
@@ -119,4 +122,4 @@ def test_without_links_the_hub_is_asked_for_the_checksums_of_that_revision(
     spoil(folder / "text_encoder/2.safetensors")
     assert states() == {**dict.fromkeys(FILES, OK), "text_encoder/2.safetensors": DAMAGED}
     remote.refusal = (500, "")
-    assert states() == dict.fromkeys(FILES, UNKNOWN)
+    assert states() == dict.fromkeys(FILES, UNVERIFIED)

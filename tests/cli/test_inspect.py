@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kadr.checkpoints.save import write_upsampler
+from kadr.checkpoints.save import write_upscaler
 from kadr.cli.terminal.table import columns, in_words
 from kadr.media.writer import VideoWriter
 from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
@@ -94,7 +94,7 @@ def test_upscaler_is_described_and_misses_nothing(kadr: Run, tmp_path: Path) -> 
             in_channels=8, mid_channels=32, num_blocks_per_stage=1, spatial_upsample=False, temporal_upsample=True
         )
     )
-    write_upsampler(tmp_path / "u.safetensors", upsampler)
+    write_upscaler(tmp_path / "u.safetensors", upsampler)
     ended = kadr("inspect", tmp_path / "u.safetensors")
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()

@@ -164,7 +164,7 @@ def test_pull_refuses_what_comes_damaged(kadr: Run, remote: FakeHub) -> None:
     ended = kadr("models", "pull", NAME)
     assert (ended.code, ended.out) == (1, "")
     assert f"{MODEL_FILE} of {LTX_VIDEO_REPO} came damaged" in ended.err
-    assert hub.on_disk(LTX_VIDEO_REPO, MODEL_FILE) is None
+    assert hub.cached_file(LTX_VIDEO_REPO, MODEL_FILE) is None
 
 
 def test_pull_refuses_what_is_there_and_damaged(kadr: Run, remote: FakeHub) -> None:

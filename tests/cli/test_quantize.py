@@ -12,7 +12,7 @@ import pytest
 from kadr.checkpoints import hub
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.models.registry import TEXT_ENCODER, TEXT_ENCODER_GGUF, find_release
 from kadr.quant.mixes import MIX_NAMES
 from tests import tiny_models
@@ -40,7 +40,7 @@ def test_a_model_is_written_and_its_path_printed(kadr: Run, home: Path, tmp_path
     ended = kadr("quantize", home / tiny_models.MODEL, out, "--type", "q8_0")
     assert (ended.code, ended.out) == (0, f"{out}\n"), ended.err
     official, ours = Checkpoint.open(home / tiny_models.MODEL), Checkpoint.open(out)
-    assert ours.detected.transformer == official.detected.transformer
+    assert ours.info.transformer == official.info.transformer
     assert list(ours.sources) == ["transformer"]
     lines = ended.err.splitlines()
     assert lines[0].startswith(f"quantizing: {len(ours.sources['transformer'].infos)} of ")
@@ -62,7 +62,7 @@ def test_the_file_is_what_inspect_says(kadr: Run, home: Path, tmp_path: Path) ->
     assert "missing: vae (give a checkpoint with one as --vae)" in lines
     told = json.loads(kadr("inspect", out, "--json").out)
     (part,) = told["parts"]
-    assert (told["layout"], part["types"]) == ("GGUF", Source.open(out).stored)
+    assert (told["layout"], part["types"]) == ("GGUF", Source.open(out).type_counts)
     assert part["dtype"] == next(iter(part["types"]))
     assert sum(part["types"].values()) == part["tensors"]
 
@@ -73,7 +73,10 @@ def test_a_text_encoder_is_written_with_its_tokenizer(kadr: Run, home: Path, tmp
     ended = kadr("quantize", home / given, out, "--type", "BF16")
     assert (ended.code, ended.out) == (0, f"{out}\n"), ended.err
     assert "VAE" not in ended.err
-    assert TextEncoderFolder.open(out).tokenizer().vocab_size == TextEncoderFolder.open(home).tokenizer().vocab_size
+    assert (
+        TextEncoderCheckpoint.open(out).load_tokenizer().vocab_size
+        == TextEncoderCheckpoint.open(home).load_tokenizer().vocab_size
+    )
     described = kadr("inspect", out)
     assert described.out.splitlines()[0] == "T5 text encoder"
     assert json.loads(kadr("inspect", out, "--json").out)["family"] == "T5"
@@ -153,14 +156,14 @@ def test_what_is_there_is_replaced_only_by_force(kadr: Run, home: Path, tmp_path
     assert "is there already. Give --force" in ended.err
     assert out.read_text() == "older"
     assert kadr("quantize", home / tiny_models.MODEL, out, "--type", "Q8_0", "--force").code == 0
-    assert Checkpoint.open(out).detected.layout == "GGUF"
+    assert Checkpoint.open(out).info.layout == "GGUF"
 
 
 def test_cancelling_leaves_nothing(kadr: Run, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kadr.checkpoints.gguf.writer.release", interrupt)
+    monkeypatch.setattr("kadr.checkpoints.gguf.writer.release_pages", interrupt)
     ended = kadr("quantize", home / tiny_models.MODEL, tmp_path / "x.gguf", "--type", "Q8_0")
     assert (ended.code, ended.out) == (130, "")
     assert "cancelled" in ended.err

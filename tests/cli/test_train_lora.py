@@ -55,7 +55,7 @@ def test_flags_reach_the_training(kadr: Run, model: Path, clips: Path, tmp_path:
     settings = json.loads(told.metadata["kadr_settings"])
     asked = {"targets": "attention+feed-forward", "batch": 2, "rate": 0.01, "levels": "uniform", "seed": 3}
     assert asked.items() <= settings.items()
-    assert (settings["first_frame"], settings["references"], told.layers) == (0, "canny", 20)
+    assert (settings["first_frame"], settings["references"], told.num_adapted_layers) == (0, "canny", 20)
 
 
 def test_a_broken_clip_is_named_and_left_out_when_told_to(kadr: Run, model: Path, clips: Path, tmp_path: Path) -> None:

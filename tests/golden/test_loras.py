@@ -44,6 +44,10 @@ def test_outlines_lie_on_those_of_the_clip_that_is_followed(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", [TEAL, CANNY])
 def test_they_are_ordinary_files_of_the_trainer(name: str) -> None:
     described = LoraFile.open(located_lora(name)).describe()
-    assert (described.family, described.metadata["kadr_base_model"], described.strangers) == ("Comfy", "demo", ())
-    assert described.bytes < 1_500_000
+    assert (described.key_format, described.metadata["kadr_base_model"], described.unexpected_keys) == (
+        "Comfy",
+        "demo",
+        (),
+    )
+    assert described.size_bytes < 1_500_000
     assert (described.reference_downscale == 1) is (name == CANNY)

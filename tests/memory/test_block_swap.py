@@ -100,9 +100,9 @@ def test_streamed_pages_are_in_memory_one_block_at_a_time(tmp_path: Path) -> Non
     begun = resident()
     right = stack(x)
     assert resident() - begun >= 7 * size
-    memory_map.release(weights(stack))
+    memory_map.release_pages(weights(stack))
     assert resident() - begun < size
-    stream_pages(list(stack.blocks), release=memory_map.release, prefetch=memory_map.prefetch)
+    stream_pages(list(stack.blocks), release=memory_map.release_pages, prefetch=memory_map.prefetch_pages)
     seen = []
     for block in stack.blocks:
         block.register_forward_pre_hook(lambda *_: seen.append(resident() - begun))
@@ -116,6 +116,6 @@ def test_only_pages_of_files_are_let_go_of(tmp_path: Path) -> None:
     own = torch.arange(100_000.0)
     kept = own.clone()
     before = stack.blocks[0].weight.clone()
-    memory_map.release([own, stack.blocks[0].weight, torch.empty(0), torch.empty(2, device="meta")])
+    memory_map.release_pages([own, stack.blocks[0].weight, torch.empty(0), torch.empty(2, device="meta")])
     assert torch.equal(own, kept)
     assert torch.equal(stack.blocks[0].weight, before)

@@ -49,7 +49,7 @@ def with_weights_of(ours: LatentUpscaler, build: Any) -> nn.Module:
     entries = {key: value for key, value in ours.config.to_header().items() if key != "_class_name"}
     with torch.device("meta"):
         oracle = build(**entries)
-    names = keys.names(keys.UPSAMPLER, ours.state_dict())
+    names = keys.map_keys(keys.UPSCALER_KEYS, ours.state_dict())
     state = {names[name]: weight for name, weight in ours.state_dict().items()}
     nn.Module.load_state_dict(oracle, state, strict=True, assign=True)
     return oracle.eval()

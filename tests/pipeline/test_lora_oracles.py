@@ -104,7 +104,7 @@ def test_what_kadr_saves_gives_the_same_velocity_in_diffusers(
     )
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "ours.safetensors"
-    write_lora(path, LoraFile.open(tmp_path).load(), family=family)
+    write_lora(path, LoraFile.open(tmp_path).load(), key_format=family)
     expected = with_file(ours, path, given, 0.7)
     pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
     pipeline.load_lora_weights(path, adapter_name="ours")
@@ -120,7 +120,7 @@ def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_p
         )
         filled(adapter).save_pretrained(tmp_path / str(number))
         files.append(tmp_path / f"{number}.safetensors")
-        write_lora(files[-1], LoraFile.open(tmp_path / str(number)).load(), family="diffusers")
+        write_lora(files[-1], LoraFile.open(tmp_path / str(number)).load(), key_format="diffusers")
     pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
     for number, path in enumerate(files):
         pipeline.load_lora_weights(path, adapter_name=str(number))

@@ -17,7 +17,7 @@ from torch import Tensor
 from kadr import Engine, KadrWarning, Progress, Request, Size
 from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.models.t5 import T5Encoder
 from kadr.pipeline import prompt_cache
 from kadr.pipeline.prompt_cache import PromptCache, cache_home
@@ -42,10 +42,10 @@ def cache(tmp_path: Path) -> Path:
 def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The text encoder must not be touched: not even its module is built."""
 
-    def refuse(self: TextEncoderFolder, *given: object, **more: object) -> T5Encoder:
+    def refuse(self: TextEncoderCheckpoint, *given: object, **more: object) -> T5Encoder:
         raise AssertionError("the text encoder was loaded")
 
-    monkeypatch.setattr(TextEncoderFolder, "load", refuse)
+    monkeypatch.setattr(TextEncoderCheckpoint, "load", refuse)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_only_the_rows_of_real_tokens_are_kept_in_the_dtype_they_were_computed_i
         (path,) = (cache / dtype).iterdir()
         (info,) = Source.open(path).infos.values()
         assert info.shape == (int(engine.components.tokenizer.encode("a red circle").mask.sum()), TEXT_WIDTH)
-        assert info.stored == dtype
+        assert info.storage_type == dtype
 
 
 def test_where_there_is_no_token_the_transformer_is_told_zero(home: Path) -> None:
@@ -114,25 +114,25 @@ def test_where_there_is_no_token_the_transformer_is_told_zero(home: Path) -> Non
 # --- what a name depends on ---------------------------------------------------------------------------------------
 
 
-def kept(text: TextEncoderFolder, folder: Path, **other: str) -> PromptCache:
+def kept(text: TextEncoderCheckpoint, folder: Path, **other: str) -> PromptCache:
     how = {"dtype": torch.float32, "device": "cpu", **other}
     return PromptCache(folder, text, **how)
 
 
 @pytest.fixture
-def text(home: Path, tmp_path: Path) -> TextEncoderFolder:
+def text(home: Path, tmp_path: Path) -> TextEncoderCheckpoint:
     """An encoder of its own, that may be changed."""
     shutil.copytree(home, tmp_path / "own")
-    return TextEncoderFolder.open(tmp_path / "own")
+    return TextEncoderCheckpoint.open(tmp_path / "own")
 
 
-def rows_for(text: TextEncoderFolder, prompt: str = "a red circle") -> tuple[PromptTokens, Tensor]:
-    tokens = text.tokenizer().encode(prompt)
+def rows_for(text: TextEncoderCheckpoint, prompt: str = "a red circle") -> tuple[PromptTokens, Tensor]:
+    tokens = text.load_tokenizer().encode(prompt)
     return tokens, torch.randn(int(tokens.mask.sum()), TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 def test_another_prompt_dtype_device_or_way_to_hold_the_weights_is_another_name(
-    text: TextEncoderFolder, cache: Path
+    text: TextEncoderCheckpoint, cache: Path
 ) -> None:
     tokens, rows = rows_for(text)
     kept(text, cache).keep(tokens, rows)
@@ -145,12 +145,12 @@ def test_another_prompt_dtype_device_or_way_to_hold_the_weights_is_another_name(
 
 
 def test_a_changed_file_is_another_name_and_a_moved_one_is_not(
-    text: TextEncoderFolder, cache: Path, tmp_path: Path
+    text: TextEncoderCheckpoint, cache: Path, tmp_path: Path
 ) -> None:
     tokens, rows = rows_for(text)
     kept(text, cache).keep(tokens, rows)
     shutil.move(tmp_path / "own", tmp_path / "moved")
-    moved = TextEncoderFolder.open(tmp_path / "moved")
+    moved = TextEncoderCheckpoint.open(tmp_path / "moved")
     assert kept(moved, cache).find(tokens) is not None
     weights = tmp_path / "moved" / "text_encoder" / "model.safetensors"
     stat = weights.stat()
@@ -159,7 +159,7 @@ def test_a_changed_file_is_another_name_and_a_moved_one_is_not(
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     config = weights.with_name("config.json")
     config.write_text(config.read_text().replace('"layer_norm_epsilon": 1e-06', '"layer_norm_epsilon": 1e-05'))
-    assert kept(TextEncoderFolder.open(tmp_path / "moved"), cache).find(tokens) is None
+    assert kept(TextEncoderCheckpoint.open(tmp_path / "moved"), cache).find(tokens) is None
 
 
 # --- files that are not what they should be --------------------------------------------------------------------------
@@ -184,7 +184,7 @@ SPOILED: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_damaged_or_foreign_file_is_ignored_and_written_again(
-    how: str, text: TextEncoderFolder, cache: Path, recwarn: pytest.WarningsRecorder
+    how: str, text: TextEncoderCheckpoint, cache: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     tokens, rows = rows_for(text)
     prompts = kept(text, cache)
@@ -214,7 +214,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_once_and_changes_nothing(hom
 
 
 def test_what_was_used_longest_ago_goes_first_and_no_file_of_others_does(
-    text: TextEncoderFolder, cache: Path, monkeypatch: pytest.MonkeyPatch
+    text: TextEncoderCheckpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = kept(text, cache)
     words = ["a", "red", "circle", "moving", "right", "over", "the", "blue", "sea"]
@@ -265,7 +265,9 @@ def test_the_cache_lies_where_the_system_has_such_things(
     assert cache_home() == Path(expected)
 
 
-def test_a_user_without_a_home_goes_without_a_cache(text: TextEncoderFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_goes_without_a_cache(
+    text: TextEncoderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

@@ -127,7 +127,7 @@ def test_what_comes_with_kadr_is_here(fetched: list[tuple[str, ...]]) -> None:
 
 
 def test_whether_an_entry_is_here_is_asked_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "on_disk", lambda repo, file: Path(repo, file))
-    monkeypatch.setattr(hub, "folder_on_disk", lambda repo, patterns: Path(repo, *patterns))
+    monkeypatch.setattr(hub, "cached_file", lambda repo, file: Path(repo, file))
+    monkeypatch.setattr(hub, "cached_folder", lambda repo, patterns: Path(repo, *patterns))
     assert on_disk(find_release(TEXT_ENCODER)) == Path(TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
     assert on_disk(find_release("ltxv-2b-0.9.5")) == Path(HUB_FILES, "ltx-video-2b-v0.9.5.safetensors")

@@ -67,7 +67,7 @@ def test_what_is_trained_is_a_lora_that_opens_and_acts(
     made = training(engine, folder, output).run()
     assert (made.path, made.steps, made.examples) == (output, 4, 4)
     told = LoraFile.open(output).describe()
-    assert (told.family, told.layers, told.ranks, told.strangers) == ("Comfy", 16, (3,), ())
+    assert (told.key_format, told.num_adapted_layers, told.ranks, told.unexpected_keys) == ("Comfy", 16, (3,), ())
     assert (told.metadata["kadr_steps"], told.reference_downscale) == ("4", None)
     with_it = Engine.open(home / MODEL, device="cpu", prompt_cache=False, loras=[output])
     plain = engine.denoise(REQUEST)

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from kadr.checkpoints.keys import TRANSFORMER, names
+from kadr.checkpoints.keys import TRANSFORMER_KEYS, map_keys
 from kadr.errors import RequestError
 from kadr.kernels import mode
 from kadr.models.lora_layers import attach_loras, set_lora_strengths
@@ -179,7 +179,7 @@ def test_gradients_are_those_of_peft() -> None:
     )
     theirs = get_peft_model(diffusers_transformer(module), adapter)
     layers, parameters = trained(module, "attention+feed-forward"), dict(theirs.named_parameters())
-    table = names(TRANSFORMER, [f"{name}.weight" for name in layers], diffusers=True)
+    table = map_keys(TRANSFORMER_KEYS, [f"{name}.weight" for name in layers], is_diffusers=True)
     pairs = []
     for name, layer in layers.items():
         start = f"base_model.model.{table[f'{name}.weight'].removesuffix('.weight')}"

@@ -109,12 +109,12 @@ def random_model(name: str, selection: Selection, folder: Path, scratch: Path) -
         with torch.device("meta"):
             transformer, vae = Transformer(config), VAE(VAE_0_9_5)
         schedule = Schedule(sampler="LinearQuadratic")
-        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, filled=noise)
+        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, materialize=noise)
     if no_text:
         with torch.device("meta"):
             encoder = T5Encoder(text)
         tokenizer = released_file(find_release(DEMO)).parent / "tokenizer" / "spiece.model"
-        write_text_encoder(home, encoder, tokenizer, filled=noise)
+        write_text_encoder(home, encoder, tokenizer, materialize=noise)
     return Source(
         name,
         path,

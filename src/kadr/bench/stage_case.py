@@ -74,13 +74,13 @@ class Work:
 
     @property
     def transformer(self) -> TransformerConfig:
-        config = self.checkpoint.detected.transformer
+        config = self.checkpoint.info.transformer
         assert config is not None
         return config
 
     @property
     def vae(self) -> VAEConfig:
-        config = self.checkpoint.detected.vae
+        config = self.checkpoint.info.vae
         assert config is not None
         return config
 

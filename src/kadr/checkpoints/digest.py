@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-SHA256, GIT = 64, 40  # hex digits
-CHUNK = 1 << 22  # bytes read at once
-_DIGEST = re.compile(f"[0-9a-f]{{{GIT}}}|[0-9a-f]{{{SHA256}}}")
+SHA256_HEX_DIGITS, GIT_SHA1_HEX_DIGITS = 64, 40  # hex digits
+READ_BYTES = 1 << 22  # bytes read at once
+_DIGEST = re.compile(f"[0-9a-f]{{{GIT_SHA1_HEX_DIGITS}}}|[0-9a-f]{{{SHA256_HEX_DIGITS}}}")
 
 
 def is_digest(text: str) -> bool:
@@ -17,7 +17,7 @@ def is_digest(text: str) -> bool:
     return _DIGEST.fullmatch(text) is not None
 
 
-def digest_of(path: Path, *, like: str, watch: Callable[[int], object] = lambda size: None) -> str:
+def compute_digest(path: Path, *, like: str, watch: Callable[[int], object] = lambda size: None) -> str:
     """The checksum of a file.
 
     Args:
@@ -26,11 +26,11 @@ def digest_of(path: Path, *, like: str, watch: Callable[[int], object] = lambda 
     """
     # Git hashes a file behind a short head, https://git-scm.com/book/en/v2/Git-Internals-Git-Objects. It is no
     # secret that needs keeping: sha1 serves.
-    made = hashlib.sha256() if len(like) == SHA256 else hashlib.sha1(usedforsecurity=False)
-    if len(like) == GIT:
+    made = hashlib.sha256() if len(like) == SHA256_HEX_DIGITS else hashlib.sha1(usedforsecurity=False)
+    if len(like) == GIT_SHA1_HEX_DIGITS:
         made.update(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+        while chunk := file.read(READ_BYTES):
             made.update(chunk)
             watch(len(chunk))
     return made.hexdigest()

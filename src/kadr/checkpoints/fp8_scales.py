@@ -14,31 +14,31 @@ from torch import Tensor
 
 from kadr.checkpoints.header import TensorInfo
 
-MARKER = "scaled_fp8"
-_WEIGHT = ".weight"
-_OF_WEIGHT = (".scale_weight", ".weight_scale")
-_OF_INPUT = (".scale_input", ".input_scale")
+SCALED_FP8_MARKER = "scaled_fp8"
+_WEIGHT_SUFFIX = ".weight"
+_WEIGHT_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
+_INPUT_SCALE_SUFFIXES = (".scale_input", ".input_scale")
 
 
-def scales_of(infos: Mapping[str, TensorInfo], weights: Iterable[str]) -> dict[str, str]:
+def find_weight_scales(infos: Mapping[str, TensorInfo], weights: Iterable[str]) -> dict[str, str]:
     """Weight -> the name of its scale, for those that have one."""
     found = {}
     for weight in weights:
-        if weight.endswith(_WEIGHT):
-            stem = weight.removesuffix(_WEIGHT)
-            name = next((stem + end for end in _OF_WEIGHT if stem + end in infos), None)
+        if weight.endswith(_WEIGHT_SUFFIX):
+            stem = weight.removesuffix(_WEIGHT_SUFFIX)
+            name = next((stem + end for end in _WEIGHT_SCALE_SUFFIXES if stem + end in infos), None)
             if name is not None:
                 found[weight] = name
     return found
 
 
-def belonging(infos: Mapping[str, TensorInfo]) -> set[str]:
+def scale_tensor_names(infos: Mapping[str, TensorInfo]) -> set[str]:
     """The names of the tensors that are about scales, and no weights."""
-    ends = (*_OF_WEIGHT, *_OF_INPUT)
-    return {name for name in infos if name == MARKER or name.endswith((f".{MARKER}", *ends))}
+    ends = (*_WEIGHT_SCALE_SUFFIXES, *_INPUT_SCALE_SUFFIXES)
+    return {name for name in infos if name == SCALED_FP8_MARKER or name.endswith((f".{SCALED_FP8_MARKER}", *ends))}
 
 
-def scaled(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def apply_weight_scale(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A weight in plain numbers, multiplied by its scale (one number, or one per row) and rounded once."""
     if scale is None:
         return weight.to(dtype)

@@ -19,8 +19,8 @@ from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGMLType
 
 LENGTH_BYTES = 8
-LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-DTYPES: Mapping[str, torch.dtype] = {
+MAX_HEADER_BYTES = 100_000_000  # bytes; the format's own limit
+SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -34,10 +34,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)  # floats to store weights in: kadr computes in wider ones
-_AGAIN = "Download it again."
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # floats to store weights in: kadr computes in wider ones
+_DOWNLOAD_AGAIN = "Download it again."
 # What a file that is not safetensors begins with, what it then is, and the way out.
-_IMPOSTORS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
+_OTHER_FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     (
         (b"<!doctype", b"<html", b"<?xml"),
         "a web page, not a checkpoint: the download was answered with a page to read",
@@ -49,7 +49,7 @@ _IMPOSTORS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
         "Fetch the file with `git lfs pull`, or download it.",
     ),
 )
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_PICKLE_MAGICS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -60,39 +60,39 @@ class TensorInfo:
     Args:
         name: its name in the file.
         dtype: uint8 where it is packed.
-        start: of its bytes, counted from the start of the file.
-        packing: the blocks it is stored in, of a GGUF file; None where it is stored as plain numbers.
+        file_offset: of its bytes, counted from the start of the file.
+        ggml_type: the blocks it is stored in, of a GGUF file; None where it is stored as plain numbers.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
-    start: int
-    packing: GGMLType | None = None
+    file_offset: int
+    ggml_type: GGMLType | None = None
 
     @property
-    def count(self) -> int:
+    def numel(self) -> int:
         """How many numbers it holds."""
         return prod(self.shape)
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
+    def storage_shape(self) -> tuple[int, ...]:
         """Of the tensor that is read: where it is packed, its last axis counts bytes."""
-        if self.packing is None:
+        if self.ggml_type is None:
             return self.shape
-        return (*self.shape[:-1], self.packing.row_bytes(self.shape[-1]))
+        return (*self.shape[:-1], self.ggml_type.row_bytes(self.shape[-1]))
 
     @property
-    def stored(self) -> str:
+    def storage_type(self) -> str:
         """What it is stored as: "bfloat16", "Q4_K" and so on."""
-        return self.packing.name if self.packing else str(self.dtype).removeprefix("torch.")
+        return self.ggml_type.name if self.ggml_type else str(self.dtype).removeprefix("torch.")
 
     @property
-    def bytes(self) -> int:
-        if self.packing is not None:
-            return self.count // self.packing.block_size * self.packing.type_size
-        return self.count * self.dtype.itemsize
+    def size_bytes(self) -> int:
+        if self.ggml_type is not None:
+            return self.numel // self.ggml_type.block_size * self.ggml_type.type_size
+        return self.numel * self.dtype.itemsize
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -105,35 +105,37 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(512)
-            refuse_impostor(path, start, size)
+            refuse_other_format(path, start, size)
             length = int.from_bytes(start[:LENGTH_BYTES], "little")
             if LENGTH_BYTES + length > size:
                 raise CheckpointError(
                     f"{path} is cut short: it has {size:,} bytes, and its header alone takes "
-                    f"{LENGTH_BYTES + length:,}. {_AGAIN}"
+                    f"{LENGTH_BYTES + length:,}. {_DOWNLOAD_AGAIN}"
                 )
             file.seek(LENGTH_BYTES)
             raw = file.read(length)
     except OSError as error:
-        raise _unreachable(path, error) from error
-    header = _parse(path, raw)
+        raise _read_error(path, error) from error
+    header = _parse_header(path, raw)
     metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
-    infos = {name: _info(path, name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
-    promised = max((info.start + info.bytes for info in infos.values()), default=LENGTH_BYTES + length)
+    infos = {name: _tensor_info(path, name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
+    promised = max((info.file_offset + info.size_bytes for info in infos.values()), default=LENGTH_BYTES + length)
     if size != promised:
         state = "is cut short" if size < promised else "is too long"
-        raise CheckpointError(f"{path} {state}: it has {size:,} bytes, its header promises {promised:,}. {_AGAIN}")
+        raise CheckpointError(
+            f"{path} {state}: it has {size:,} bytes, its header promises {promised:,}. {_DOWNLOAD_AGAIN}"
+        )
     return infos, metadata
 
 
-def refuse_impostor(path: Path, start: bytes, size: int) -> None:
+def refuse_other_format(path: Path, start: bytes, size: int) -> None:
     """Say what a file is whose first bytes are not those of safetensors."""
     lowered = start.lstrip().lower()
-    for beginnings, what, way_out in _IMPOSTORS:
+    for beginnings, what, way_out in _OTHER_FORMATS:
         if lowered.startswith(beginnings):
             raise CheckpointError(f"{path} ({size:,} bytes) is {what}. {way_out}")
     # The length of a header may begin as a pickle does; what follows it then is the header's own brace.
-    pickled = start.startswith(_PICKLE_STARTS) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
+    pickled = start.startswith(_PICKLE_MAGICS) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
     if pickled or path.suffix.lower() in _PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{path} is a pickle: to read one is to run the code in it, whoever wrote it, so kadr never does. "
@@ -142,7 +144,7 @@ def refuse_impostor(path: Path, start: bytes, size: int) -> None:
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if (
         len(start) <= LENGTH_BYTES
-        or not 2 <= length <= LONGEST_HEADER
+        or not 2 <= length <= MAX_HEADER_BYTES
         or start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
     ):
         kind = "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
@@ -152,33 +154,39 @@ def refuse_impostor(path: Path, start: bytes, size: int) -> None:
         )
 
 
-def _unreachable(path: Path, error: OSError) -> CheckpointError:
+def _read_error(path: Path, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path} does not exist. Check the path.")
     return CheckpointError(f"{path} cannot be read: {error.strerror}. Make it readable, or name another file.")
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
     except ValueError as error:  # JSON and UTF-8 errors both
-        raise CheckpointError(f"{path}: its header cannot be read: {error}. {_AGAIN}") from error
+        raise CheckpointError(f"{path}: its header cannot be read: {error}. {_DOWNLOAD_AGAIN}") from error
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__") or {}, dict):
-        raise CheckpointError(f"{path}: its header cannot be read: it is not a list of tensors. {_AGAIN}")
+        raise CheckpointError(f"{path}: its header cannot be read: it is not a list of tensors. {_DOWNLOAD_AGAIN}")
     return header
 
 
-def _info(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+def _tensor_info(path: Path, name: str, entry: Any, data_offset: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if dtype not in DTYPES:
+        if dtype not in SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"{path}: its tensor {name} is stored as {dtype}, which kadr does not know; "
-                f"known are {', '.join(DTYPES)}. Take the bf16 file of this model."
+                f"known are {', '.join(SAFETENSORS_DTYPES)}. Take the bf16 file of this model."
             )
-        info = TensorInfo(name, shape, DTYPES[dtype], path, base + begin)
-        if not all(isinstance(side, int) and side >= 0 for side in shape) or begin < 0 or end - begin != info.bytes:
+        info = TensorInfo(name, shape, SAFETENSORS_DTYPES[dtype], path, data_offset + begin)
+        if (
+            not all(isinstance(side, int) and side >= 0 for side in shape)
+            or begin < 0
+            or end - begin != info.size_bytes
+        ):
             raise ValueError(f"shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header cannot be read at the tensor {name}: {error}. {_AGAIN}") from error
+        raise CheckpointError(
+            f"{path}: its header cannot be read at the tensor {name}: {error}. {_DOWNLOAD_AGAIN}"
+        ) from error
     return info

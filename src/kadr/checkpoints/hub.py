@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kadr.checkpoints.digest import SHA256, digest_of, is_digest
+from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest, is_digest
 from kadr.errors import CheckpointError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-SPARE = 1 << 30  # bytes that a download leaves free on the disk
+RESERVED_BYTES = 1 << 30  # bytes that a download leaves free on the disk
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file as the hub lists it.
 
     Args:
@@ -40,29 +40,29 @@ class Remote:
     digest: str
 
     @property
-    def large(self) -> bool:
+    def is_lfs(self) -> bool:
         """Whether it is stored beside git, as everything of more than a few megabytes is."""
-        return len(self.digest) == SHA256
+        return len(self.digest) == SHA256_HEX_DIGITS
 
     @property
-    def blob(self) -> Path:
+    def blob_path(self) -> Path:
         """Where the library's cache keeps its bytes."""
-        return _home(self.repo) / "blobs" / self.digest
+        return _repo_folder(self.repo) / "blobs" / self.digest
 
     @property
-    def part(self) -> Path:
+    def incomplete_path(self) -> Path:
         """Where they are gathered."""
-        return self.blob.with_name(f"{self.digest}.incomplete")
+        return self.blob_path.with_name(f"{self.digest}.incomplete")
 
     @property
-    def left(self) -> int:
+    def remaining_bytes(self) -> int:
         """Bytes still to come."""
-        if self.blob.exists():
+        if self.blob_path.exists():
             return 0
-        return max(self.size - (self.part.stat().st_size if self.part.exists() else 0), 0)
+        return max(self.size - (self.incomplete_path.stat().st_size if self.incomplete_path.exists() else 0), 0)
 
 
-def on_disk(repo: str, file: str) -> Path | None:
+def cached_file(repo: str, file: str) -> Path | None:
     """Where a file lies in the cache, if it is there whole. The network is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -70,7 +70,7 @@ def on_disk(repo: str, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def folder_on_disk(repo: str, patterns: Sequence[str]) -> Path | None:
+def cached_folder(repo: str, patterns: Sequence[str]) -> Path | None:
     """The folder of a repository in the cache, if all that patterns name is there. The network is not asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -80,26 +80,26 @@ def folder_on_disk(repo: str, patterns: Sequence[str]) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     # Older versions of the library also hand out what a broken download left behind.
-    held = _held(folder, patterns)
+    held = _list_local(folder, patterns)
     matched = all(fnmatch.filter(held, pattern) for pattern in patterns)
     return folder if matched and all(path.is_file() for path in held.values()) else None
 
 
-def cached(repo: str, patterns: Sequence[str]) -> dict[str, Path]:
+def list_cached(repo: str, patterns: Sequence[str]) -> dict[str, Path]:
     """The files that the cache knows of among those that patterns name, by name; some may be gone."""
-    commit = _home(repo) / "refs" / "main"
-    folder = _home(repo) / "snapshots" / (commit.read_text("utf-8").strip() if commit.is_file() else "main")
-    return _held(folder, patterns)
+    commit = _repo_folder(repo) / "refs" / "main"
+    folder = _repo_folder(repo) / "snapshots" / (commit.read_text("utf-8").strip() if commit.is_file() else "main")
+    return _list_local(folder, patterns)
 
 
-def missing(repo: str, patterns: Sequence[str]) -> list[Remote]:
+def list_missing(repo: str, patterns: Sequence[str]) -> list[RemoteFile]:
     """What the hub has under these names and the cache has not.
 
     Raises:
         CheckpointError: the hub does not answer, or has nothing of one of these names.
     """
-    with _explaining(repo, patterns):
-        return [file for file in _listed(repo, patterns) if on_disk(repo, file.name) is None]
+    with _translate_errors(repo, patterns):
+        return [file for file in _list_remote(repo, patterns) if cached_file(repo, file.name) is None]
 
 
 def fetch(repo: str, file: str) -> Path:
@@ -111,12 +111,12 @@ def fetch(repo: str, file: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    if (found := on_disk(repo, file)) is not None:
+    if (found := cached_file(repo, file)) is not None:
         return found
-    with _explaining(repo, [file]):
-        rest = _bring_large(repo, [file])
+    with _translate_errors(repo, [file]):
+        rest = _fetch_large_files(repo, [file])
         path = Path(hf_hub_download(repo, file))
-        _require_intact(rest)
+        _verify_files(rest)
     return path
 
 
@@ -134,120 +134,120 @@ def fetch_folder(repo: str, patterns: Sequence[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if (found := folder_on_disk(repo, patterns)) is not None:
+    if (found := cached_folder(repo, patterns)) is not None:
         return found
-    with _explaining(repo, patterns):
-        rest = _bring_large(repo, patterns)
+    with _translate_errors(repo, patterns):
+        rest = _fetch_large_files(repo, patterns)
         folder = Path(snapshot_download(repo, allow_patterns=list(patterns)))
-        _require_intact(rest)
+        _verify_files(rest)
     return folder
 
 
-def digest_at(repo: str, name: str, path: Path) -> str | None:
+def fetch_digest(repo: str, name: str, path: Path) -> str | None:
     """The checksum that the hub has for a file in the cache; None where it does not answer."""
-    revision = path.relative_to(_home(repo) / "snapshots").parts[0]
+    revision = path.relative_to(_repo_folder(repo) / "snapshots").parts[0]
     try:
-        with _explaining(repo, [name]):
-            return _listed(repo, [name], revision)[0].digest or None
+        with _translate_errors(repo, [name]):
+            return _list_remote(repo, [name], revision)[0].digest or None
     except CheckpointError:
         return None
 
 
-def digest_shown(path: Path, name: str, like: str) -> str:
-    """As `digest_of`, with a bar on a terminal, as the library shows them."""
+def compute_digest_with_progress(path: Path, name: str, like: str) -> str:
+    """As `compute_digest`, with a bar on a terminal, as the library shows them."""
     from huggingface_hub.utils import tqdm
 
     size = path.stat().st_size
     with tqdm(total=size, desc=f"checking {name}", unit="B", unit_scale=True, disable=None) as bar:
-        return digest_of(path, like=like, watch=bar.update)
+        return compute_digest(path, like=like, watch=bar.update)
 
 
-def check_room(what: str, needed: int) -> None:
+def check_disk_space(description: str, needed_bytes: int) -> None:
     """Refuse a download that would fill the disk.
 
     Args:
-        needed: bytes.
+        needed_bytes: bytes.
 
     Raises:
         CheckpointError: there is no room for it.
     """
-    cache = _cache()
+    cache = _cache_folder()
     free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
-    if free < needed + SPARE:
+    if free < needed_bytes + RESERVED_BYTES:
         raise CheckpointError(
-            f"{what} takes {needed / 1e9:.1f} GB, and {cache} has {free / 1e9:.1f} GB free, of which "
-            f"{SPARE / 1e9:.0f} GB stay so. Free some, or set HF_HOME to a folder on a larger disk."
+            f"{description} takes {needed_bytes / 1e9:.1f} GB, and {cache} has {free / 1e9:.1f} GB free, of which "
+            f"{RESERVED_BYTES / 1e9:.0f} GB stay so. Free some, or set HF_HOME to a folder on a larger disk."
         )
 
 
-def _held(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
+def _list_local(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
     """What a folder has of these names, with the parts that an index names, whether they are there or not."""
     held = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
     held = {name: path for name, path in held.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
     for index in [path for name, path in held.items() if name.endswith(".index.json") and path.is_file()]:
-        for part in _parts(index):
+        for part in _read_shard_names(index):
             path = index.with_name(part)
             held.setdefault(path.relative_to(folder).as_posix(), path)
     return held
 
 
-def _parts(index: Path) -> set[str]:
+def _read_shard_names(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()  # damaged, which is for its checksum to tell
 
 
-def _listed(repo: str, patterns: Sequence[str], revision: str | None = None) -> list[Remote]:
+def _list_remote(repo: str, patterns: Sequence[str], revision: str | None = None) -> list[RemoteFile]:
     from huggingface_hub import HfApi
 
     files = HfApi().model_info(repo, revision=revision, files_metadata=True).siblings or ()
     for pattern in patterns:
         if not fnmatch.filter([file.rfilename for file in files], pattern):
-            raise _lacks(repo, pattern)
+            raise _not_in_repo_error(repo, pattern)
     wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in patterns)]
-    return [Remote(repo, file.rfilename, file.size or 0, _digest(file)) for file in wanted]
+    return [RemoteFile(repo, file.rfilename, file.size or 0, _listed_digest(file)) for file in wanted]
 
 
-def _digest(file: RepoSibling) -> str:
+def _listed_digest(file: RepoSibling) -> str:
     digest = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
     return digest if is_digest(digest) else ""
 
 
-def _bring_large(repo: str, patterns: Sequence[str]) -> list[Remote]:
+def _fetch_large_files(repo: str, patterns: Sequence[str]) -> list[RemoteFile]:
     """Make sure of the room for a download, and bring its large files; those that are left to the library are returned.
 
     The library leaves alone what lies in its cache already. Newer ones of it throw away what did come of a file when a
     download breaks off: gigabytes, with these models.
     """
-    files = missing(repo, patterns)
-    check_room(f"{', '.join(patterns)} of {repo}", sum(file.left for file in files))
-    own = [file for file in files if file.large and not file.blob.exists()] if _links() else []
+    files = list_missing(repo, patterns)
+    check_disk_space(f"{', '.join(patterns)} of {repo}", sum(file.remaining_bytes for file in files))
+    own = [file for file in files if file.is_lfs and not file.blob_path.exists()] if _supports_symlinks() else []
     for file in sorted(own, key=lambda file: file.size):
         _download(file)
     return [file for file in files if file not in own]
 
 
-def _require_intact(files: Iterable[Remote]) -> None:
+def _verify_files(files: Iterable[RemoteFile]) -> None:
     for file in files:
-        if file.digest and (path := on_disk(file.repo, file.name)) is not None:
-            _require_digest(path, file)
+        if file.digest and (path := cached_file(file.repo, file.name)) is not None:
+            _verify_digest(path, file)
 
 
-def _download(file: Remote) -> None:
+def _download(file: RemoteFile) -> None:
     """Bring the bytes of a file into the library's cache, beginning where an earlier attempt ended."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-    lock = _cache() / ".locks" / _home(file.repo).name / f"{file.digest}.lock"  # the library's own
-    for folder in (lock.parent, file.part.parent):
+    lock = _cache_folder() / ".locks" / _repo_folder(file.repo).name / f"{file.digest}.lock"  # the library's own
+    for folder in (lock.parent, file.incomplete_path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
-        if file.blob.exists():  # another process was faster
+        if file.blob_path.exists():  # another process was faster
             return
-        begun = file.part.stat().st_size if file.part.exists() else 0
-        with file.part.open("ab" if begun <= file.size else "wb") as part:
+        begun = file.incomplete_path.stat().st_size if file.incomplete_path.exists() else 0
+        with file.incomplete_path.open("ab" if begun <= file.size else "wb") as part:
             http_get(
                 hf_hub_url(file.repo, file.name),
                 part,
@@ -256,12 +256,12 @@ def _download(file: Remote) -> None:
                 expected_size=file.size,
                 displayed_filename=file.name,
             )
-        _require_digest(file.part, file)
-        file.part.replace(file.blob)
+        _verify_digest(file.incomplete_path, file)
+        file.incomplete_path.replace(file.blob_path)
 
 
-def _require_digest(path: Path, file: Remote) -> None:
-    if (found := digest_shown(path, file.name, file.digest)) != file.digest:
+def _verify_digest(path: Path, file: RemoteFile) -> None:
+    if (found := compute_digest_with_progress(path, file.name, file.digest)) != file.digest:
         path.resolve().unlink()  # not only the link to it
         raise CheckpointError(
             f"{file.name} of {file.repo} came damaged: its checksum is {found}, and the hub's is {file.digest}. What "
@@ -269,23 +269,23 @@ def _require_digest(path: Path, file: Remote) -> None:
         )
 
 
-def _links() -> bool:
+def _supports_symlinks() -> bool:
     from huggingface_hub.file_download import are_symlinks_supported
 
-    return are_symlinks_supported(_cache())
+    return are_symlinks_supported(_cache_folder())
 
 
 @contextmanager
-def _explaining(repo: str, patterns: Iterable[str]) -> Iterator[None]:
+def _translate_errors(repo: str, patterns: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:  # the library's own errors, and those of whichever HTTP client it is built on
-        raise _explained(repo, ", ".join(patterns), error) from error
+        raise _as_checkpoint_error(repo, ", ".join(patterns), error) from error
 
 
-def _explained(repo: str, wanted: str, error: Exception) -> CheckpointError:
+def _as_checkpoint_error(repo: str, patterns: str, error: Exception) -> CheckpointError:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -295,31 +295,31 @@ def _explained(repo: str, wanted: str, error: Exception) -> CheckpointError:
     if isinstance(error, errors.RepositoryNotFoundError):
         return CheckpointError(f"there is no repository {repo} on the hub, or it is private. Check {_url(repo)}.")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return _lacks(repo, wanted)
+        return _not_in_repo_error(repo, patterns)
     reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return CheckpointError(
-        f"{wanted} of {repo} is not in the cache ({_cache()}) and could not be fetched: {reason}. Try again with a "
+        f"{patterns} of {repo} is not in the cache ({_cache_folder()}) and could not be fetched: {reason}. Try again with a "
         f"network; or download it from {_url(repo)} on another machine and give its path instead of a name, or copy "
-        f"{_home(repo).name} from that machine's cache."
+        f"{_repo_folder(repo).name} from that machine's cache."
     )
 
 
-def _lacks(repo: str, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{repo} has no {wanted}. {_url(repo)}/tree/main shows what it has.")
+def _not_in_repo_error(repo: str, pattern: str) -> CheckpointError:
+    return CheckpointError(f"{repo} has no {pattern}. {_url(repo)}/tree/main shows what it has.")
 
 
 def _url(repo: str) -> str:
     return f"https://huggingface.co/{repo}"
 
 
-def _home(repo: str) -> Path:
+def _repo_folder(repo: str) -> Path:
     """The folder of a repository in the cache."""
     from huggingface_hub.file_download import repo_folder_name
 
-    return _cache() / repo_folder_name(repo_id=repo, repo_type="model")
+    return _cache_folder() / repo_folder_name(repo_id=repo, repo_type="model")
 
 
-def _cache() -> Path:
+def _cache_folder() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)

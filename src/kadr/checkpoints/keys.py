@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 
 class Key(NamedTuple):
-    ours: str
+    kadr: str
     single_file: str
     diffusers: str
 
 
-def _same(ours: str, theirs: str) -> Key:
-    return Key(ours, theirs, theirs)
+def _same_in_both(kadr: str, official: str) -> Key:
+    return Key(kadr, official, official)
 
 
-_LAYER, _THEIR_LAYER = "layers.{i}", "transformer_blocks.{i}"
-TRANSFORMER = (
+_KADR_BLOCK, _OFFICIAL_BLOCK = "layers.{i}", "transformer_blocks.{i}"
+TRANSFORMER_KEYS = (
     Key("patch_in.*", "patchify_proj.*", "proj_in.*"),
     Key(
         "level_embedding.first.*",
@@ -35,53 +35,59 @@ TRANSFORMER = (
         "time_embed.emb.timestep_embedder.linear_2.*",
     ),
     Key("level_bends.*", "adaln_single.linear.*", "time_embed.linear.*"),
-    _same("text_in.up.*", "caption_projection.linear_1.*"),
-    _same("text_in.down.*", "caption_projection.linear_2.*"),
-    _same("modulation", "scale_shift_table"),
-    _same("patch_out.*", "proj_out.*"),
-    _same(f"{_LAYER}.modulation", f"{_THEIR_LAYER}.scale_shift_table"),
+    _same_in_both("text_in.up.*", "caption_projection.linear_1.*"),
+    _same_in_both("text_in.down.*", "caption_projection.linear_2.*"),
+    _same_in_both("modulation", "scale_shift_table"),
+    _same_in_both("patch_out.*", "proj_out.*"),
+    _same_in_both(f"{_KADR_BLOCK}.modulation", f"{_OFFICIAL_BLOCK}.scale_shift_table"),
     *(
         key
         for ours, theirs in (("self_attention", "attn1"), ("text_attention", "attn2"))
         for key in (
-            _same(f"{_LAYER}.{ours}.q.*", f"{_THEIR_LAYER}.{theirs}.to_q.*"),
-            _same(f"{_LAYER}.{ours}.k.*", f"{_THEIR_LAYER}.{theirs}.to_k.*"),
-            _same(f"{_LAYER}.{ours}.v.*", f"{_THEIR_LAYER}.{theirs}.to_v.*"),
-            _same(f"{_LAYER}.{ours}.out.*", f"{_THEIR_LAYER}.{theirs}.to_out.0.*"),
+            _same_in_both(f"{_KADR_BLOCK}.{ours}.q.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_q.*"),
+            _same_in_both(f"{_KADR_BLOCK}.{ours}.k.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_k.*"),
+            _same_in_both(f"{_KADR_BLOCK}.{ours}.v.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_v.*"),
+            _same_in_both(f"{_KADR_BLOCK}.{ours}.out.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_out.0.*"),
             Key(
-                f"{_LAYER}.{ours}.q_norm.*",
-                f"{_THEIR_LAYER}.{theirs}.q_norm.*",
-                f"{_THEIR_LAYER}.{theirs}.norm_q.*",
+                f"{_KADR_BLOCK}.{ours}.q_norm.*",
+                f"{_OFFICIAL_BLOCK}.{theirs}.q_norm.*",
+                f"{_OFFICIAL_BLOCK}.{theirs}.norm_q.*",
             ),
             Key(
-                f"{_LAYER}.{ours}.k_norm.*",
-                f"{_THEIR_LAYER}.{theirs}.k_norm.*",
-                f"{_THEIR_LAYER}.{theirs}.norm_k.*",
+                f"{_KADR_BLOCK}.{ours}.k_norm.*",
+                f"{_OFFICIAL_BLOCK}.{theirs}.k_norm.*",
+                f"{_OFFICIAL_BLOCK}.{theirs}.norm_k.*",
             ),
         )
     ),
-    _same(f"{_LAYER}.feed_forward.up.*", f"{_THEIR_LAYER}.ff.net.0.proj.*"),
-    _same(f"{_LAYER}.feed_forward.down.*", f"{_THEIR_LAYER}.ff.net.2.*"),
+    _same_in_both(f"{_KADR_BLOCK}.feed_forward.up.*", f"{_OFFICIAL_BLOCK}.ff.net.0.proj.*"),
+    _same_in_both(f"{_KADR_BLOCK}.feed_forward.down.*", f"{_OFFICIAL_BLOCK}.ff.net.2.*"),
 )
 
-_TIME = "timestep_embedder.linear_"
-VAE = (
+_TIMESTEP_LINEAR = "timestep_embedder.linear_"
+VAE_KEYS = (
     Key("statistics.mean", "per_channel_statistics.mean-of-means", "latents_mean"),
     Key("statistics.deviation", "per_channel_statistics.std-of-means", "latents_std"),
-    _same("{side}.conv_in.*", "{side}.conv_in.conv.*"),
-    _same("{side}.conv_out.*", "{side}.conv_out.conv.*"),
+    _same_in_both("{side}.conv_in.*", "{side}.conv_in.conv.*"),
+    _same_in_both("{side}.conv_out.*", "{side}.conv_out.conv.*"),
     Key("decoder.level_scale", "decoder.timestep_scale_multiplier", "decoder.timestep_scale_multiplier"),
     Key(
-        "decoder.level_embedding.first.*", f"decoder.last_time_embedder.{_TIME}1.*", f"decoder.time_embedder.{_TIME}1.*"
+        "decoder.level_embedding.first.*",
+        f"decoder.last_time_embedder.{_TIMESTEP_LINEAR}1.*",
+        f"decoder.time_embedder.{_TIMESTEP_LINEAR}1.*",
     ),
     Key(
         "decoder.level_embedding.second.*",
-        f"decoder.last_time_embedder.{_TIME}2.*",
-        f"decoder.time_embedder.{_TIME}2.*",
+        f"decoder.last_time_embedder.{_TIMESTEP_LINEAR}2.*",
+        f"decoder.time_embedder.{_TIMESTEP_LINEAR}2.*",
     ),
     Key("decoder.modulation", "decoder.last_scale_shift_table", "decoder.scale_shift_table"),
-    _same("{side}.blocks.{n}.level_embedding.first.*", f"{{side}}.{{block}}.time_embedder.{_TIME}1.*"),
-    _same("{side}.blocks.{n}.level_embedding.second.*", f"{{side}}.{{block}}.time_embedder.{_TIME}2.*"),
+    _same_in_both(
+        "{side}.blocks.{n}.level_embedding.first.*", f"{{side}}.{{block}}.time_embedder.{_TIMESTEP_LINEAR}1.*"
+    ),
+    _same_in_both(
+        "{side}.blocks.{n}.level_embedding.second.*", f"{{side}}.{{block}}.time_embedder.{_TIMESTEP_LINEAR}2.*"
+    ),
     *(
         key
         for ours, single, diffusers in (
@@ -98,87 +104,87 @@ VAE = (
             Key(f"{ours}.noise2", f"{single}.per_channel_scale2", f"{diffusers}.per_channel_scale2"),
         )
     ),
-    _same("{side}.blocks.{n}.conv.*", "{side}.{block}.conv.conv.*"),  # folding and unfolding blocks
-    _same("{side}.blocks.{n}.*", "{side}.{block}.conv.*"),  # strided convolutions (0.9, 0.9.1)
+    _same_in_both("{side}.blocks.{n}.conv.*", "{side}.{block}.conv.conv.*"),  # folding and unfolding blocks
+    _same_in_both("{side}.blocks.{n}.*", "{side}.{block}.conv.*"),  # strided convolutions (0.9, 0.9.1)
 )
 # In the official file beside the two statistics that are used; nothing reads them.
-VAE_UNUSED = (
+VAE_UNUSED_KEYS = (
     "per_channel_statistics.mean-of-stds",
     "per_channel_statistics.mean-of-stds_over_std-of-means",
     "per_channel_statistics.channel",
 )
 
-_ENCODER_STRIDED = (
+_ENCODER_0_9 = (
     "down_blocks.0", "down_blocks.0.downsamplers.0", "down_blocks.0.conv_out",
     "down_blocks.1", "down_blocks.1.downsamplers.0", "down_blocks.1.conv_out",
     "down_blocks.2", "down_blocks.2.downsamplers.0", "down_blocks.3", "mid_block",
 )  # fmt: skip
-_DECODER_UNFOLDING = (
+_DECODER_0_9_1 = (
     "mid_block", "up_blocks.0.upsamplers.0", "up_blocks.0", "up_blocks.1.upsamplers.0",
     "up_blocks.1", "up_blocks.2.upsamplers.0", "up_blocks.2",
 )  # fmt: skip
 # Where a diffusers folder keeps block {n} of encoder and decoder, by family.
-DIFFUSERS_BLOCKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+DIFFUSERS_VAE_BLOCKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "0.9": {
-        "encoder": _ENCODER_STRIDED,
+        "encoder": _ENCODER_0_9,
         "decoder": (
             "mid_block", "up_blocks.0", "up_blocks.1.upsamplers.0", "up_blocks.1", "up_blocks.2.conv_in",
             "up_blocks.2.upsamplers.0", "up_blocks.2", "up_blocks.3.conv_in", "up_blocks.3.upsamplers.0", "up_blocks.3",
         ),
     },
-    "0.9.1": {"encoder": _ENCODER_STRIDED, "decoder": _DECODER_UNFOLDING},
+    "0.9.1": {"encoder": _ENCODER_0_9, "decoder": _DECODER_0_9_1},
     "0.9.5": {
         "encoder": (
             "down_blocks.0", "down_blocks.0.downsamplers.0", "down_blocks.1", "down_blocks.1.downsamplers.0",
             "down_blocks.2", "down_blocks.2.downsamplers.0", "down_blocks.3", "down_blocks.3.downsamplers.0",
             "mid_block",
         ),
-        "decoder": _DECODER_UNFOLDING,
+        "decoder": _DECODER_0_9_1,
     },
 }  # fmt: skip
-_SINGLE_FILE_BLOCKS = {"encoder": "down_blocks.{n}", "decoder": "up_blocks.{n}"}
+_SINGLE_FILE_VAE_BLOCKS = {"encoder": "down_blocks.{n}", "decoder": "up_blocks.{n}"}
 
-_T5_LAYER = "encoder.block.{i}.layer"
-T5 = (
-    _same("embedding.*", "shared.*"),
-    _same("position_bias.*", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.*"),
-    _same("final_norm.*", "encoder.final_layer_norm.*"),
-    _same("blocks.{i}.attention_norm.*", f"{_T5_LAYER}.0.layer_norm.*"),
-    *(_same(f"blocks.{{i}}.attention.{x}.*", f"{_T5_LAYER}.0.SelfAttention.{x}.*") for x in "qkvo"),
-    _same("blocks.{i}.feed_forward_norm.*", f"{_T5_LAYER}.1.layer_norm.*"),
-    _same("blocks.{i}.feed_forward.gate.*", f"{_T5_LAYER}.1.DenseReluDense.wi_0.*"),
-    _same("blocks.{i}.feed_forward.up.*", f"{_T5_LAYER}.1.DenseReluDense.wi_1.*"),
-    _same("blocks.{i}.feed_forward.down.*", f"{_T5_LAYER}.1.DenseReluDense.wo.*"),
+_T5_BLOCK = "encoder.block.{i}.layer"
+T5_KEYS = (
+    _same_in_both("embedding.*", "shared.*"),
+    _same_in_both("position_bias.*", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.*"),
+    _same_in_both("final_norm.*", "encoder.final_layer_norm.*"),
+    _same_in_both("blocks.{i}.attention_norm.*", f"{_T5_BLOCK}.0.layer_norm.*"),
+    *(_same_in_both(f"blocks.{{i}}.attention.{x}.*", f"{_T5_BLOCK}.0.SelfAttention.{x}.*") for x in "qkvo"),
+    _same_in_both("blocks.{i}.feed_forward_norm.*", f"{_T5_BLOCK}.1.layer_norm.*"),
+    _same_in_both("blocks.{i}.feed_forward.gate.*", f"{_T5_BLOCK}.1.DenseReluDense.wi_0.*"),
+    _same_in_both("blocks.{i}.feed_forward.up.*", f"{_T5_BLOCK}.1.DenseReluDense.wi_1.*"),
+    _same_in_both("blocks.{i}.feed_forward.down.*", f"{_T5_BLOCK}.1.DenseReluDense.wo.*"),
 )
 # The embedding under its second name: the same tensor twice in some files.
-T5_UNUSED = ("encoder.embed_tokens.weight",)
+T5_UNUSED_KEYS = ("encoder.embed_tokens.weight",)
 
-_T5_GGUF_LAYER = "enc.blk.{i}"
+_T5_GGUF_BLOCK = "enc.blk.{i}"
 # As llama.cpp names them.
-T5_GGUF = (
-    _same("embedding.*", "token_embd.*"),
-    _same("position_bias.*", "enc.blk.0.attn_rel_b.*"),
-    _same("final_norm.*", "enc.output_norm.*"),
-    _same("blocks.{i}.attention_norm.*", f"{_T5_GGUF_LAYER}.attn_norm.*"),
-    *(_same(f"blocks.{{i}}.attention.{x}.*", f"{_T5_GGUF_LAYER}.attn_{x}.*") for x in "qkvo"),
-    _same("blocks.{i}.feed_forward_norm.*", f"{_T5_GGUF_LAYER}.ffn_norm.*"),
-    *(_same(f"blocks.{{i}}.feed_forward.{x}.*", f"{_T5_GGUF_LAYER}.ffn_{x}.*") for x in ("gate", "up", "down")),
+T5_GGUF_KEYS = (
+    _same_in_both("embedding.*", "token_embd.*"),
+    _same_in_both("position_bias.*", "enc.blk.0.attn_rel_b.*"),
+    _same_in_both("final_norm.*", "enc.output_norm.*"),
+    _same_in_both("blocks.{i}.attention_norm.*", f"{_T5_GGUF_BLOCK}.attn_norm.*"),
+    *(_same_in_both(f"blocks.{{i}}.attention.{x}.*", f"{_T5_GGUF_BLOCK}.attn_{x}.*") for x in "qkvo"),
+    _same_in_both("blocks.{i}.feed_forward_norm.*", f"{_T5_GGUF_BLOCK}.ffn_norm.*"),
+    *(_same_in_both(f"blocks.{{i}}.feed_forward.{x}.*", f"{_T5_GGUF_BLOCK}.ffn_{x}.*") for x in ("gate", "up", "down")),
 )
 
 # An upscaler's file; the two layouts agree.
-UPSAMPLER = (
-    _same("conv_in.*", "initial_conv.*"),
-    _same("norm_in.*", "initial_norm.*"),
-    _same("grow.*", "upsampler.0.*"),
-    _same("conv_out.*", "final_conv.*"),
+UPSCALER_KEYS = (
+    _same_in_both("conv_in.*", "initial_conv.*"),
+    _same_in_both("norm_in.*", "initial_norm.*"),
+    _same_in_both("grow.*", "upsampler.0.*"),
+    _same_in_both("conv_out.*", "final_conv.*"),
     *(
-        _same(f"{ours}.{{i}}.{leaf}.*", f"{theirs}.{{i}}.{leaf}.*")
+        _same_in_both(f"{ours}.{{i}}.{leaf}.*", f"{theirs}.{{i}}.{leaf}.*")
         for ours, theirs in (("before", "res_blocks"), ("after", "post_upsample_res_blocks"))
         for leaf in ("conv1", "norm1", "conv2", "norm2")
     ),
 )
 
-_HOLES = {
+_PLACEHOLDERS = {
     "{n}": r"(?P<n>\d+)",
     "{i}": r"(?P<i>\d+)",
     "{side}": r"(?P<side>encoder|decoder)",
@@ -188,32 +194,40 @@ _HOLES = {
 
 def _pattern(ours: str) -> re.Pattern[str]:
     parts = re.split(r"(\{n\}|\{i\}|\{side\}|\*)", ours)
-    return re.compile("".join(_HOLES.get(part, re.escape(part)) for part in parts))
+    return re.compile("".join(_PLACEHOLDERS.get(part, re.escape(part)) for part in parts))
 
 
-def names(
-    table: Iterable[Key], ours: Iterable[str], *, diffusers_family: str | None = None, diffusers: bool = False
+def map_keys(
+    table: Iterable[Key],
+    kadr_keys: Iterable[str],
+    *,
+    diffusers_vae_family: str | None = None,
+    is_diffusers: bool = False,
 ) -> dict[str, str]:
     """Our name -> theirs, for every one of our names.
 
     Args:
-        diffusers: give the names of a diffusers folder instead of the official single file's.
-        diffusers_family: which of `DIFFUSERS_BLOCKS` places a VAE's blocks; needed for a VAE with `diffusers`.
+        is_diffusers: give the names of a diffusers folder instead of the official single file's.
+        diffusers_vae_family: which of `DIFFUSERS_VAE_BLOCKS` places a VAE's blocks; needed for a VAE with `is_diffusers`.
 
     Raises:
         KeyError: a name that the table does not know; the table is at fault.
     """
-    rules = [(_pattern(key.ours), key.diffusers if diffusers else key.single_file) for key in table]
-    return {name: _translate(name, rules, diffusers_family) for name in ours}
+    rules = [(_pattern(key.kadr), key.diffusers if is_diffusers else key.single_file) for key in table]
+    return {name: _translate(name, rules, diffusers_vae_family) for name in kadr_keys}
 
 
-def _translate(name: str, rules: list[tuple[re.Pattern[str], str]], family: str | None) -> str:
+def _translate(name: str, rules: list[tuple[re.Pattern[str], str]], diffusers_vae_family: str | None) -> str:
     for pattern, theirs in rules:
         if found := pattern.fullmatch(name):
             holes = found.groupdict()
             if "{block}" in theirs:
                 side, n = holes["side"], int(holes["n"])
-                place = DIFFUSERS_BLOCKS[family][side][n] if family else _SINGLE_FILE_BLOCKS[side].format(n=n)
+                place = (
+                    DIFFUSERS_VAE_BLOCKS[diffusers_vae_family][side][n]
+                    if diffusers_vae_family
+                    else _SINGLE_FILE_VAE_BLOCKS[side].format(n=n)
+                )
                 theirs = theirs.replace("{block}", place)
             return theirs.replace("*", holes.get("leaf", "")).format(**holes)
     raise KeyError(name)

@@ -37,13 +37,13 @@ def map_file(path: Path) -> mmap.mmap:
             key = (path, stat.st_ino, stat.st_mtime_ns)
             mapped = _maps.get(key)
             if mapped is None:
-                mapped = _maps[key] = _mapping(file.fileno())
+                mapped = _maps[key] = _create_map(file.fileno())
             return mapped
     except (OSError, ValueError) as error:  # ValueError: the file is empty by now
         raise CheckpointError(f"{path} cannot be read any more: {error}. Open it again.") from error
 
 
-def release(tensors: Iterable[Tensor]) -> None:
+def release_pages(tensors: Iterable[Tensor]) -> None:
     """Let go of the pages under tensors that share memory with a file; others stay as they are.
 
     What was written into such a tensor is lost: it then reads as the file does.
@@ -51,7 +51,7 @@ def release(tensors: Iterable[Tensor]) -> None:
     _advise(tensors, "MADV_DONTNEED")
 
 
-def prefetch(tensors: Iterable[Tensor]) -> None:
+def prefetch_pages(tensors: Iterable[Tensor]) -> None:
     """Ask the system to read what is under tensors that share memory with a file, without waiting for it."""
     _advise(tensors, "MADV_WILLNEED")
 
@@ -61,11 +61,11 @@ def _advise(tensors: Iterable[Tensor], advice: str) -> None:
     if number is None:  # a system that takes no advice, such as Windows
         return
     maps = [(_address(mapped), mapped) for mapped in list(_maps.values())]
-    for start, length, mapped in _ranges(tensors, maps):
+    for start, length, mapped in _page_ranges(tensors, maps):
         mapped.madvise(number, start, length)
 
 
-def _ranges(tensors: Iterable[Tensor], maps: list[tuple[int, mmap.mmap]]) -> Iterator[tuple[int, int, mmap.mmap]]:
+def _page_ranges(tensors: Iterable[Tensor], maps: list[tuple[int, mmap.mmap]]) -> Iterator[tuple[int, int, mmap.mmap]]:
     """Start and length in whole pages, and the file, of each tensor that lies in one."""
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.numel():
@@ -81,7 +81,7 @@ def _address(mapped: mmap.mmap) -> int:
     return torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr()
 
 
-def _mapping(descriptor: int) -> mmap.mmap:
+def _create_map(descriptor: int) -> mmap.mmap:
     if os.name != "posix":
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     rights = mmap.PROT_READ | mmap.PROT_WRITE

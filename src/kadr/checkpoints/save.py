@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from kadr.checkpoints.header import DTYPES as STORED_DTYPES
 from kadr.checkpoints.header import LENGTH_BYTES
-from kadr.checkpoints.keys import T5, TRANSFORMER, UPSAMPLER, Key, names
-from kadr.checkpoints.keys import VAE as VAE_KEYS
+from kadr.checkpoints.header import SAFETENSORS_DTYPES as STORED_DTYPES
+from kadr.checkpoints.keys import T5_KEYS, TRANSFORMER_KEYS, UPSCALER_KEYS, Key, map_keys
+from kadr.checkpoints.keys import VAE_KEYS as VAE_KEYS
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
@@ -25,8 +25,8 @@ from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.sampling.schedules import Schedule
 
-Filled = Callable[[str, Tensor], Tensor]
-_STORED = {dtype: name for name, dtype in STORED_DTYPES.items()}
+Materialize = Callable[[str, Tensor], Tensor]
+_DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _ALIGNMENT = 8  # bytes: where the tensors start, so that they can be mapped
 
 
@@ -38,14 +38,14 @@ def write_single_file(
     schedule: Schedule,
     dtype: torch.dtype = torch.bfloat16,
     metadata: Mapping[str, str] | None = None,
-    filled: Filled | None = None,
+    materialize: Materialize | None = None,
 ) -> None:
     """Write a checkpoint in the official layout, with its config in the header.
 
     Args:
         transformer, vae: on any device; at least one of them.
         dtype: that every tensor is stored in.
-        filled: see `write_tensors`.
+        materialize: see `write_tensors`.
         metadata: more entries of the header, beside "config".
 
     Raises:
@@ -57,19 +57,19 @@ def write_single_file(
     tensors: dict[str, Tensor] = {}
     if transformer is not None:
         config["transformer"] = transformer.config.to_header()
-        tensors |= _named(transformer, TRANSFORMER, "model.diffusion_model.")
+        tensors |= _tensors_by_file_key(transformer, TRANSFORMER_KEYS, "model.diffusion_model.")
     if vae is not None:
         config["vae"] = vae.config.to_header()
-        tensors |= _named(vae, VAE_KEYS, "vae.")
+        tensors |= _tensors_by_file_key(vae, VAE_KEYS, "vae.")
     if not tensors:
         raise ValueError("give a transformer, a VAE or both")
     described = {**(metadata or {}), "config": json.dumps(config)}
-    write_tensors(Path(path), tensors, dtype=dtype, metadata=described, filled=filled)
+    write_tensors(Path(path), tensors, dtype=dtype, metadata=described, materialize=materialize)
 
 
-def write_upsampler(
+def write_upscaler(
     path: str | os.PathLike[str],
-    upsampler: LatentUpscaler,
+    upscaler: LatentUpscaler,
     *,
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
@@ -79,24 +79,24 @@ def write_upsampler(
     Args:
         dtype: float32, as the released ones are stored, unless said otherwise.
     """
-    described = {**(metadata or {}), "config": json.dumps(upsampler.config.to_header())}
-    write_tensors(Path(path), _named(upsampler, UPSAMPLER, ""), dtype=dtype, metadata=described)
+    described = {**(metadata or {}), "config": json.dumps(upscaler.config.to_header())}
+    write_tensors(Path(path), _tensors_by_file_key(upscaler, UPSCALER_KEYS, ""), dtype=dtype, metadata=described)
 
 
 def write_text_encoder(
     folder: str | os.PathLike[str],
-    encoder: T5Encoder,
+    text_encoder: T5Encoder,
     tokenizer_file: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.bfloat16,
-    filled: Filled | None = None,
+    materialize: Materialize | None = None,
 ) -> None:
-    """Write `text_encoder` and `tokenizer` into a folder, as transformers and `TextEncoderFolder` read them.
+    """Write `text_encoder` and `tokenizer` into a folder, as transformers and `TextEncoderCheckpoint` read them.
 
     Args:
         folder: made if absent.
         tokenizer_file: spiece.model or tokenizer.json; it is copied under that name.
-        filled: see `write_tensors`.
+        materialize: see `write_tensors`.
 
     Raises:
         CheckpointError: the files cannot be written.
@@ -104,12 +104,17 @@ def write_text_encoder(
     home, tokenizer_file = Path(folder), Path(tokenizer_file)
     for made in (home / "text_encoder", home / "tokenizer"):
         made.mkdir(parents=True, exist_ok=True)
-    write_tensors(home / "text_encoder" / "model.safetensors", _named(encoder, T5, ""), dtype=dtype, filled=filled)
-    _write_json(home / "text_encoder" / "config.json", _t5_header(encoder.config, dtype))
+    write_tensors(
+        home / "text_encoder" / "model.safetensors",
+        _tensors_by_file_key(text_encoder, T5_KEYS, ""),
+        dtype=dtype,
+        materialize=materialize,
+    )
+    _write_json(home / "text_encoder" / "config.json", _t5_config_json(text_encoder.config, dtype))
     name = "tokenizer.json" if tokenizer_file.suffix == ".json" else "spiece.model"
-    with _beside(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as given:
+    with _atomic_file(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as given:
         shutil.copyfileobj(given, file)
-    _write_json(home / "tokenizer" / "tokenizer_config.json", _TOKENIZER_HEADER)
+    _write_json(home / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
 
 
 def write_tensors(
@@ -118,39 +123,39 @@ def write_tensors(
     *,
     dtype: torch.dtype,
     metadata: Mapping[str, str] | None = None,
-    filled: Filled | None = None,
-    lasting: bool = False,
+    materialize: Materialize | None = None,
+    fsync: bool = False,
 ) -> None:
     """Write a safetensors file, one tensor at a time: no second copy of the model is made.
 
     The same tensors give the same bytes.
 
     Args:
-        lasting: wait until the disk has it, so that a power cut leaves it whole or as it was before.
-        filled: gives the numbers of a tensor, by its name, when its turn has come; `tensors` may then be on meta.
+        fsync: wait until the disk has it, so that a power cut leaves it whole or as it was before.
+        materialize: gives the numbers of a tensor, by its name, when its turn has come; `tensors` may then be on meta.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in sorted(tensors.items()):
         start, end = end, end + prod(tensor.shape) * dtype.itemsize
-        header[name] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(LENGTH_BYTES + len(text)) % _ALIGNMENT)
-    with _beside(path, lasting=lasting) as file:
+    with _atomic_file(path, lasting=fsync) as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
         file.write(text)
         for name, tensor in sorted(tensors.items()):
-            tensor = tensor if filled is None else filled(name, tensor)
+            tensor = tensor if materialize is None else materialize(name, tensor)
             plain = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
             file.write(plain.view(torch.uint8).numpy().data)
 
 
-def _named(module: nn.Module, table: tuple[Key, ...], prefix: str) -> dict[str, Tensor]:
+def _tensors_by_file_key(module: nn.Module, table: tuple[Key, ...], prefix: str) -> dict[str, Tensor]:
     state = module.state_dict()
-    return {prefix + theirs: state[ours] for ours, theirs in names(table, state).items()}
+    return {prefix + theirs: state[ours] for ours, theirs in map_keys(table, state).items()}
 
 
-def _t5_header(config: T5Config, dtype: torch.dtype) -> dict[str, Any]:
+def _t5_config_json(config: T5Config, dtype: torch.dtype) -> dict[str, Any]:
     """The config.json of transformers' T5EncoderModel."""
     return {
         "architectures": ["T5EncoderModel"],
@@ -176,7 +181,7 @@ def _t5_header(config: T5Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 # Without sentinels: the vocabulary is that of the file.
-_TOKENIZER_HEADER: Mapping[str, Any] = {
+_TOKENIZER_CONFIG: Mapping[str, Any] = {
     "tokenizer_class": "T5Tokenizer",
     "pad_token": "<pad>",
     "eos_token": "</s>",
@@ -187,22 +192,22 @@ _TOKENIZER_HEADER: Mapping[str, Any] = {
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with _beside(path) as file:
+    with _atomic_file(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 @contextmanager
-def _beside(path: Path, *, lasting: bool = False) -> Iterator[BinaryIO]:
+def _atomic_file(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
     """A file that takes its name only when it is whole."""
-    with beside(path) as part, part.open("wb") as file:
+    with atomic_path(path) as part, part.open("wb") as file:
         yield file
-        if lasting:
+        if fsync:
             file.flush()
             os.fsync(file.fileno())
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """A place to write a file to, which takes its name only when the block ends well, and else is gone.
 
     Raises:

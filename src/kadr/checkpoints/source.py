@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kadr.checkpoints.gguf.header import is_gguf, read_gguf
+from kadr.checkpoints.gguf.header import is_gguf, read_gguf_header
 from kadr.checkpoints.header import TensorInfo, read_header
 from kadr.checkpoints.memory_map import map_file
 from kadr.errors import CheckpointError
 
-STEMS = ("diffusion_pytorch_model", "model")  # of the weights in a component's folder: diffusers', transformers'
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # of the weights in a component's folder: diffusers', transformers'
 VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran
 
 
@@ -31,7 +31,7 @@ class Source:
 
     Args:
         path: what was opened, for messages.
-        infos: name -> what the header says of the tensor. A name may differ from the one in the file: see `renamed`.
+        infos: name -> what the header says of the tensor. A name may differ from the one in the file: see `rename_tensors`.
         metadata: of the header; of several files, the first one's.
     """
 
@@ -48,11 +48,11 @@ class Source:
             CheckpointError: nothing is there, it is neither of the two, it is cut short, or a shard is missing.
         """
         path = Path(path)
-        files = _weights(path) if path.is_dir() else (path,)
+        files = _find_weight_files(path) if path.is_dir() else (path,)
         infos: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         for file in files:
-            found, said = _header(file)
+            found, said = _read_any_header(file)
             twice = infos.keys() & found.keys()
             if twice:
                 raise CheckpointError(
@@ -65,30 +65,30 @@ class Source:
     @property
     def size_bytes(self) -> int:
         """Of the tensors, as they are stored."""
-        return sum(info.bytes for info in self.infos.values())
+        return sum(info.size_bytes for info in self.infos.values())
 
     @property
-    def parameters(self) -> int:
-        return sum(info.count for info in self.infos.values())
+    def num_parameters(self) -> int:
+        return sum(info.numel for info in self.infos.values())
 
     @property
     def dtype(self) -> torch.dtype:
         """What most of the bytes are stored as: uint8 where they are packed, float32 where there are none."""
         weight: dict[torch.dtype, int] = {}
         for info in self.infos.values():
-            weight[info.dtype] = weight.get(info.dtype, 0) + info.bytes
+            weight[info.dtype] = weight.get(info.dtype, 0) + info.size_bytes
         return max(weight, key=weight.__getitem__, default=torch.float32)
 
     @property
-    def stored(self) -> dict[str, int]:
+    def type_counts(self) -> dict[str, int]:
         """What the tensors are stored as ("bfloat16", "Q4_K" and so on) -> how many, most bytes first."""
         weight, count = Counter[str](), Counter[str]()
         for info in self.infos.values():
-            weight[info.stored] += info.bytes
-            count[info.stored] += 1
+            weight[info.storage_type] += info.size_bytes
+            count[info.storage_type] += 1
         return {name: count[name] for name, _ in weight.most_common()}
 
-    def renamed(self, names: Mapping[str, str]) -> Source:
+    def rename_tensors(self, names: Mapping[str, str]) -> Source:
         """The same files under other names. names: new -> present; what it does not mention is left out."""
         return Source(self.path, {new: self.infos[old] for new, old in names.items()}, self.metadata)
 
@@ -103,48 +103,50 @@ class Source:
             CheckpointError: the file went away or shrank since it was opened.
         """
         info = self.infos[name]
-        if not info.count:  # torch takes no empty buffer
-            return torch.empty(info.stored_shape, dtype=info.dtype)
+        if not info.numel:  # torch takes no empty buffer
+            return torch.empty(info.storage_shape, dtype=info.dtype)
         mapped = map_file(info.file)
-        if len(mapped) < info.start + info.bytes:
+        if len(mapped) < info.file_offset + info.size_bytes:
             raise CheckpointError(
                 f"{info.file} shrank to {len(mapped):,} bytes since it was opened. Download it again."
             )
-        if info.start % info.dtype.itemsize:  # old writers did not align; torch wants whole numbers at whole places
-            piece = bytearray(mapped[info.start : info.start + info.bytes])
-            return torch.frombuffer(piece, dtype=info.dtype).view(info.stored_shape)
-        count = info.bytes // info.dtype.itemsize
-        flat = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=info.start)
-        return flat.view(info.stored_shape)
+        if (
+            info.file_offset % info.dtype.itemsize
+        ):  # old writers did not align; torch wants whole numbers at whole places
+            piece = bytearray(mapped[info.file_offset : info.file_offset + info.size_bytes])
+            return torch.frombuffer(piece, dtype=info.dtype).view(info.storage_shape)
+        count = info.size_bytes // info.dtype.itemsize
+        flat = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=info.file_offset)
+        return flat.view(info.storage_shape)
 
 
-def _header(file: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
+def _read_any_header(file: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:
     if not is_gguf(file):
         return read_header(file)
-    header = read_gguf(file)
+    header = read_gguf_header(file)
     return header.infos, header.metadata
 
 
-def _weights(folder: Path) -> tuple[Path, ...]:
+def _find_weight_files(folder: Path) -> tuple[Path, ...]:
     """The weight files of a component's folder: the shards that an index names, or one file."""
     for variant in VARIANTS:
-        for stem in STEMS:
+        for stem in WEIGHT_STEMS:
             indexes = (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json")
             for index in dict.fromkeys(folder / name for name in indexes):
                 if index.is_file():
-                    return _shards(index)
+                    return _find_shards(index)
             file = folder / f"{stem}{variant}.safetensors"
             if file.is_file():
                 return (file,)
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     found = f" (it has {pickles[0]}, a pickle, which kadr never reads: it may run code)" if pickles else ""
     raise CheckpointError(
-        f"{folder} has no weights in it{found}: none of {_listed(f'{stem}.safetensors' for stem in STEMS)}, "
+        f"{folder} has no weights in it{found}: none of {_join_first(f'{stem}.safetensors' for stem in WEIGHT_STEMS)}, "
         "nor an index of shards. Name the .safetensors itself, or download the folder again."
     )
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
+def _find_shards(index: Path) -> tuple[Path, ...]:
     try:
         places: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         names = sorted(set(places.values()))
@@ -155,12 +157,12 @@ def _shards(index: Path) -> tuple[Path, ...]:
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise CheckpointError(
-            f"{index.parent} lacks {len(absent)} of its {len(names)} shards: {_listed(absent)}. "
+            f"{index.parent} lacks {len(absent)} of its {len(names)} shards: {_join_first(absent)}. "
             f"Download what is missing, beside {index.name}."
         )
     return tuple(index.parent / name for name in names)
 
 
-def _listed(names: Iterable[str]) -> str:
+def _join_first(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from kadr.checkpoints.checkpoint import Part, part_of
+from kadr.checkpoints.checkpoint import ComponentDescription, describe_component
 from kadr.checkpoints.detect.diffusers_folder import read_json
-from kadr.checkpoints.gguf.header import TEXT_ENCODER, is_gguf, read_gguf
-from kadr.checkpoints.gguf.t5_fields import open_text_encoder, stored_pieces
-from kadr.checkpoints.keys import T5, T5_GGUF, Key
+from kadr.checkpoints.gguf.header import T5_ENCODER_ARCHITECTURE, is_gguf, read_gguf_header
+from kadr.checkpoints.gguf.t5_fields import open_gguf_text_encoder, read_gguf_pieces
+from kadr.checkpoints.keys import T5_GGUF_KEYS, T5_KEYS, Key
 from kadr.checkpoints.load import load_text_encoder
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
@@ -21,23 +21,23 @@ from kadr.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class TextEncoderFolder:
+class TextEncoderCheckpoint:
     """A T5 encoder and its tokenizer, opened by their headers.
 
     Args:
         path: of the weights and config.json; or a .gguf, which has all in it.
-        home: where the tokenizer is looked for, if it is not in `path`.
-        table: of the names in `source`.
+        tokenizer_root: where the tokenizer is looked for, if it is not in `path`.
+        key_table: of the names in `source`.
     """
 
     path: Path
-    home: Path
+    tokenizer_root: Path
     config: T5Config
     source: Source
-    table: tuple[Key, ...] = T5
+    key_table: tuple[Key, ...] = T5_KEYS
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> TextEncoderFolder:
+    def open(cls, path: str | os.PathLike[str]) -> TextEncoderCheckpoint:
         """Read config and headers, no tensor.
 
         Args:
@@ -49,7 +49,7 @@ class TextEncoderFolder:
         """
         home = Path(path)
         if is_gguf(home):
-            return cls(home, home, *open_text_encoder(home), table=T5_GGUF)
+            return cls(home, home, *open_gguf_text_encoder(home), table=T5_GGUF_KEYS)
         folder = home / "text_encoder" if (home / "text_encoder").is_dir() else home
         if not (folder / "config.json").is_file():
             state = "has no config.json" if folder.is_dir() else "is neither a folder nor a GGUF file"
@@ -67,42 +67,48 @@ class TextEncoderFolder:
     def size_bytes(self) -> int:
         return self.source.size_bytes
 
-    def load(self, dtype: torch.dtype | None = None, *, as_stored: bool = False) -> T5Encoder:
+    def load(self, dtype: torch.dtype | None = None, *, keep_storage_dtype: bool = False) -> T5Encoder:
         """The encoder on the CPU, sharing memory with the files where `dtype` (None: as stored) agrees.
 
         Args:
-            as_stored: see `load.fill`.
+            keep_storage_dtype: see `load.fill`.
 
         Raises:
             CheckpointError: its tensors do not fit the config; see `load.fill`.
         """
-        return load_text_encoder(self.config, self.source, dtype=dtype, as_stored=as_stored, table=self.table)
+        return load_text_encoder(
+            self.config, self.source, dtype=dtype, keep_storage_dtype=keep_storage_dtype, key_table=self.key_table
+        )
 
-    def tokenizer(self) -> Tokenizer:
+    def load_tokenizer(self) -> Tokenizer:
         """The tokenizer that belongs to it.
 
         Raises:
             CheckpointError: there is none, or the encoder's vocabulary is too small for it.
         """
-        pieces = stored_pieces(self.path) if is_gguf(self.path) else None
-        tokenizer = Tokenizer.from_sentencepiece(pieces, self.path) if pieces is not None else Tokenizer.open(self.home)
+        pieces = read_gguf_pieces(self.path) if is_gguf(self.path) else None
+        tokenizer = (
+            Tokenizer.from_sentencepiece(pieces, self.path)
+            if pieces is not None
+            else Tokenizer.open(self.tokenizer_root)
+        )
         if tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
-                f"the tokenizer of {self.home} numbers up to {tokenizer.vocab_size - 1}, the encoder's vocabulary ends at "
+                f"the tokenizer of {self.tokenizer_root} numbers up to {tokenizer.vocab_size - 1}, the encoder's vocabulary ends at "
                 f"{self.config.vocab_size - 1}. Take both from the same place."
             )
         return tokenizer
 
-    def describe(self) -> Part:
+    def describe(self) -> ComponentDescription:
         """What the header tells."""
         sizes = {"layers": self.config.num_layers, "width": self.config.d_model, "vocabulary": self.config.vocab_size}
-        return part_of("text encoder", self.source, sizes)
+        return describe_component("text encoder", self.source, sizes)
 
 
 def is_text_encoder(path: Path) -> bool:
     """Whether a path is that of a text encoder, and of no model."""
     if not path.is_dir():
-        return is_gguf(path) and read_gguf(path).architecture == TEXT_ENCODER
+        return is_gguf(path) and read_gguf_header(path).architecture == T5_ENCODER_ARCHITECTURE
     if (path / "transformer").exists() or (path / "vae").exists():
         return False
     if (path / "text_encoder").is_dir():

@@ -11,50 +11,50 @@ from pathlib import Path
 from kadr.checkpoints import hub
 from kadr.checkpoints.digest import is_digest
 
-OK, DAMAGED, ABSENT, UNKNOWN = "ok", "damaged", "not on disk", "not verified"
+OK, DAMAGED, ABSENT, UNVERIFIED = "ok", "damaged", "not on disk", "not verified"
 
 
 @dataclass(frozen=True)
-class Checked:
+class FileVerification:
     """What comparing a file with the hub's checksum has shown.
 
     Args:
         name: within the repository; a pattern where nothing of it is there.
         path: where it lies; None where nothing is known of it.
         state: OK, DAMAGED, ABSENT, or UNKNOWN where the checksum could not be had.
-        expected, found: checksums, where they are known.
+        expected_digest, actual_digest: checksums, where they are known.
     """
 
     name: str
     path: Path | None
     state: str
-    expected: str | None = None
-    found: str | None = None
+    expected_digest: str | None = None
+    actual_digest: str | None = None
 
 
-def compare(repo: str, patterns: Sequence[str]) -> Iterator[Checked]:
+def verify_files(repo: str, patterns: Sequence[str]) -> Iterator[FileVerification]:
     """Compare what the cache has of a repository with the hub's checksums, file by file.
 
     The cache names the bytes of a file by their checksum, so the network is not asked; except where the cache is made
     without links, as on most Windows machines.
     """
-    files = hub.cached(repo, patterns)
-    yield from (Checked(pattern, None, ABSENT) for pattern in patterns if not fnmatch.filter(files, pattern))
+    files = hub.list_cached(repo, patterns)
+    yield from (FileVerification(pattern, None, ABSENT) for pattern in patterns if not fnmatch.filter(files, pattern))
     for name, path in files.items():
-        yield _checked(repo, name, path)
+        yield _verify_file(repo, name, path)
 
 
-def _checked(repo: str, name: str, path: Path) -> Checked:
+def _verify_file(repo: str, name: str, path: Path) -> FileVerification:
     if not path.is_file():
-        return Checked(name, path, ABSENT)
-    expected = _linked_digest(path) or hub.digest_at(repo, name, path)
+        return FileVerification(name, path, ABSENT)
+    expected = _digest_from_symlink(path) or hub.fetch_digest(repo, name, path)
     if expected is None:
-        return Checked(name, path, UNKNOWN)
-    found = hub.digest_shown(path, name, expected)
-    return Checked(name, path, OK if found == expected else DAMAGED, expected, found)
+        return FileVerification(name, path, UNVERIFIED)
+    found = hub.compute_digest_with_progress(path, name, expected)
+    return FileVerification(name, path, OK if found == expected else DAMAGED, expected, found)
 
 
-def _linked_digest(path: Path) -> str | None:
+def _digest_from_symlink(path: Path) -> str | None:
     """What the bytes behind a link should have as their checksum: their name.
 
     Only the first link counts: where repositories share bytes it leads to another, which is named otherwise.

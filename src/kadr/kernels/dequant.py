@@ -31,7 +31,7 @@ def dequantize(quantized_weight: Tensor, ggml_type: GGMLType, out: Tensor) -> Te
 
     Args:
         quantized_weight: uint8 (rows, bytes of a row), only read.
-        packing: how they are packed.
+        ggml_type: how they are packed.
         out: (rows, columns) in fp32, bf16 or fp16, on the same device.
 
     Returns:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.memory_map import release
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.memory_map import release_pages
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.kernels.cpu.malloc import retain_freed_memory
 from kadr.memory.device import DTYPES
 from kadr.memory.module_cache import Shelf
@@ -55,7 +55,7 @@ class Components(ModelSpec):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        text: TextEncoderFolder,
+        text: TextEncoderCheckpoint,
         vae: Checkpoint | None,
         *,
         device: str,
@@ -81,7 +81,7 @@ class Components(ModelSpec):
         )
         # However the text encoder is held, it computes the same numbers.
         self.prompts = PromptCache.of(prompt_cache, text, dtype=self.dtype, device=self.device.type)
-        self.shelf = Shelf(self.device, pages=release)
+        self.shelf = Shelf(self.device, pages=release_pages)
         self.plan: Plan | None = None
         self.borrowed: Transformer | None = None
         self.borrowed_lora: Path | None = None  # that it is written as
@@ -95,7 +95,7 @@ class Components(ModelSpec):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return self.text.tokenizer()
+        return self.text.load_tokenizer()
 
     def text_encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[T5Encoder]:
         """Args: dtype: to compute in, instead of the plan's; this one is not kept. So for the others."""
@@ -144,7 +144,7 @@ class Components(ModelSpec):
         # What is stored in 8-bit floats is multiplied as it is: to widen and to round it again would lose twice.
         as_stored = as_stored or (self.quant == FP8 and is_quantized(checkpoint.sources["transformer"]))
         as_stored = as_stored and not self.loras.merged  # they are added to plain weights
-        module = checkpoint.load_transformer(dtype, as_stored=as_stored)
+        module = checkpoint.load_transformer(dtype, keep_storage_dtype=as_stored)
         rotation = self._rotations[checkpoint.path]
         if rotation is not None:
             rotate_weights(module, rotation)
@@ -155,11 +155,11 @@ class Components(ModelSpec):
     def upscaler(self, kind: str) -> AbstractContextManager[LatentUpscaler]:
         """A latent upscaler, in float32 as in the official package."""
         checkpoint = self.upscalers[kind]
-        return self.shelf.take(f"{kind} upscaler", lambda: checkpoint.load_upsampler(torch.float32).to(self.device))
+        return self.shelf.take(f"{kind} upscaler", lambda: checkpoint.load_upscaler(torch.float32).to(self.device))
 
     def statistics(self) -> AbstractContextManager[VAE]:
         """The VAE with neither encoder nor decoder: the statistics of its latents."""
-        load = partial(self.vae.load_vae, torch.float32, encoder=False, decoder=False)
+        load = partial(self.vae.load_vae, torch.float32, with_encoder=False, with_decoder=False)
         return self.shelf.take("statistics", lambda: load().to(self.device))
 
     def encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[VAE]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.detect.vae_families import SCHEDULES
+from kadr.checkpoints.detect.vae_families import FAMILY_SCHEDULES
 from kadr.checkpoints.lora.file import LoraFile
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
@@ -62,7 +62,7 @@ class Model:
 
     Args:
         layers: of its transformer.
-        released: the registry's entry; None for an unreleased one.
+        release: the registry's entry; None for an unreleased one.
         config: of its transformer; None where there is no file.
     """
 
@@ -100,7 +100,7 @@ class DryRun:
         """Plain data."""
         size, frames = self.made
         return {
-            "parts": [{**asdict(part), "path": part.path and str(part.path)} for part in self.parts],
+            "components": [{**asdict(part), "path": part.path and str(part.path)} for part in self.parts],
             "size": {"asked": str(self.request.size), "made": str(size)},
             "frames": {"asked": self.request.frames, "made": frames},
             "fps": self.request.fps,
@@ -228,29 +228,29 @@ def _model(role: str, name: str | Path, *, needs_vae: bool = False) -> Model:
     part, released = _part(role, name, "model")
     if part.path is not None:
         checkpoint = Checkpoint.open(part.path, release=released)
-        detected = checkpoint.detected
+        detected = checkpoint.info
         if detected.transformer is None:
-            raise checkpoint.lacks("transformer")
+            raise checkpoint.missing_component_error("transformer")
         if needs_vae and detected.vae is None and not (released and released.vae):
-            raise checkpoint.lacks("vae")
+            raise checkpoint.missing_component_error("vae")
         config = detected.transformer
-        return Model(part, detected.schedule, config.num_layers, released or detected.released, config)
+        return Model(part, detected.schedule, config.num_layers, released or detected.release, config)
     assert released is not None
     assert released.vae_family is not None
     assert released.num_layers is not None
-    schedule = SCHEDULES[released.vae_family]
+    schedule = FAMILY_SCHEDULES[released.vae_family]
     if released.version.startswith("0.9.8-distilled"):
-        schedule = replace(schedule, allowed=DISTILLED_SIGMAS)  # as its header says
+        schedule = replace(schedule, allowed_sigmas=DISTILLED_SIGMAS)  # as its header says
     return Model(part, schedule, released.num_layers, released)
 
 
 def _lora(use: Lora, models: Iterable[Model], *, partial: bool) -> tuple[DryPart, LoraFile | None]:
-    """The part, and its file where it is here; with `partial`, without the layers that a model lacks."""
+    """The part, and its file where it is here; with `allow_partial`, without the layers that a model lacks."""
     part, _ = _part(registry.LORA, use.path, registry.LORA)
-    file = None if part.path is None else LoraFile.open(part.path, partial=partial)
+    file = None if part.path is None else LoraFile.open(part.path, allow_partial=partial)
     for model in models:
         if file is not None and model.config is not None and model.part.path is not None:
-            file = file.fitted(model.config, model.part.path) if partial else file
+            file = file.without_missing_layers(model.config, model.part.path) if partial else file
             file.check_fits(model.config, model.part.path)
     return replace(part, strengths=use.strengths()), file
 

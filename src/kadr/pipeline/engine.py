@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import Cancelled, KadrError, PlanError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
@@ -48,7 +48,7 @@ class Engine:
 
     Args:
         name: as it was asked for.
-        released: the registry's entry; None for an unreleased one.
+        release: the registry's entry; None for an unreleased one.
         second: name and entry of the model of the second pass, where it is another.
     """
 
@@ -127,8 +127,8 @@ class Engine:
         adapters.check((checkpoint, second or checkpoint))
         upscalers = opened_upscalers(upscaler)
         ordered_upscalers(upscalers, checkpoint)
-        released = found.released or checkpoint.detected.released
-        text = TextEncoderFolder.open(found.text_encoder or fetched_text(released))
+        released = found.released or checkpoint.info.release
+        text = TextEncoderCheckpoint.open(found.text_encoder or fetched_text(released))
         components = Components(
             checkpoint,
             text,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from kadr.checkpoints.memory_map import prefetch, release
+from kadr.checkpoints.memory_map import prefetch_pages, release_pages
 from kadr.kernels import fp8, mode
 from kadr.kernels.cpu.winograd import F23
 from kadr.memory.block_swap import Carousel, stream_pages
@@ -46,7 +46,7 @@ def placed(
         loras: put beside its weights.
     """
     if choice.hold not in (AS_STORED, CONVERTED):
-        quantize_blocks(module, choice.hold, device=device, release=release)
+        quantize_blocks(module, choice.hold, device=device, release=release_pages)
     if loras:
         attach_loras(module, loras, DTYPES[choice.dtype])
     if compiled and isinstance(module, Transformer):
@@ -57,7 +57,7 @@ def placed(
         return packed(module.to(device), DTYPES[choice.dtype], device, choice.together)
     blocks = list(blocks_of(module))
     if device.type == "cpu":
-        stream_pages(blocks, release=release, prefetch=prefetch)
+        stream_pages(blocks, release=release_pages, prefetch=prefetch_pages)
         return module
     away = spread(len(blocks), choice.streamed)
     _move_others(module, [block for index, block in enumerate(blocks) if index in away], device)
@@ -73,11 +73,11 @@ def packed(module: nn.Module, dtype: torch.dtype, device: torch.device, together
     """
     recorded = device.type == "cuda" and mode.current() != mode.REFERENCE
     if isinstance(module, Transformer) and device.type == "cpu":
-        prepack_linears(module, release=release)
+        prepack_linears(module, release=release_pages)
     elif isinstance(module, Transformer) and recorded:
         module.use_cuda_graphs()
     elif isinstance(module, VAE) and should_prepack_convs(dtype, device):
-        prepack_convs(module, winograd_frames=together or F23, release=release)
+        prepack_convs(module, winograd_frames=together or F23, release=release_pages)
     elif isinstance(module, VAE) and recorded:
         module.to(memory_format=torch.channels_last_3d)
     return module

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.memory.device import DTYPES
 from kadr.text.tokenizer import PromptTokens
@@ -60,7 +60,7 @@ class PromptCache:
     """
 
     def __init__(
-        self, folder: Path | None, text: TextEncoderFolder, *, dtype: torch.dtype, device: str, held: str = ""
+        self, folder: Path | None, text: TextEncoderCheckpoint, *, dtype: torch.dtype, device: str, held: str = ""
     ) -> None:
         self.folder, self.text = folder, text
         self.dtype, self.device, self.held = dtype, device, held
@@ -68,7 +68,7 @@ class PromptCache:
 
     @classmethod
     def of(
-        cls, where: bool | Path, text: TextEncoderFolder, *, dtype: torch.dtype, device: str, held: str = ""
+        cls, where: bool | Path, text: TextEncoderCheckpoint, *, dtype: torch.dtype, device: str, held: str = ""
     ) -> PromptCache:
         """The one in a folder; where: True is the folder `prompts` in `cache_home`, False is nowhere."""
         folder = Path(where).expanduser() if not isinstance(where, bool) else None
@@ -127,11 +127,13 @@ class PromptCache:
         return self.folder / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()}.safetensors"
 
 
-def _identity(text: TextEncoderFolder) -> list[object]:
+def _identity(text: TextEncoderCheckpoint) -> list[object]:
     """What tells the files of an encoder from others, and from what they were before they were changed."""
     infos = text.source.infos
     stats = [(file.name, file.stat()) for file in sorted({info.file for info in infos.values()})]
-    tensors = [(name, info.name, info.stored, info.shape, info.start) for name, info in sorted(infos.items())]
+    tensors = [
+        (name, info.name, info.storage_type, info.shape, info.file_offset) for name, info in sorted(infos.items())
+    ]
     return [
         [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         tensors,

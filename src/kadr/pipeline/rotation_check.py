@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.fp8_scales import scales_of
-from kadr.checkpoints.header import EIGHT_BIT
+from kadr.checkpoints.fp8_scales import find_weight_scales
+from kadr.checkpoints.header import FP8_DTYPES
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.quant.rotation import FULL_ROW, MIN_NOISE_CORRELATION, detect_and_undo_rotation
 from kadr.sampling.positions import token_positions
@@ -22,7 +22,7 @@ FPS = 24.0
 def needs_look(checkpoint: Checkpoint) -> bool:
     """Whether the weights are in 8-bit floats without scales, which is how turned ones look too."""
     infos = checkpoint.sources["transformer"].infos
-    return any(info.dtype in EIGHT_BIT for info in infos.values()) and not scales_of(infos, infos)
+    return any(info.dtype in FP8_DTYPES for info in infos.values()) and not find_weight_scales(infos, infos)
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def rotation_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     Raises:
         CheckpointError: it answers as no trained model does.
     """
-    module = checkpoint.load_transformer(dtype, as_stored=True).to(device)
+    module = checkpoint.load_transformer(dtype, keep_storage_dtype=True).to(device)
     config = module.config
     noise = torch.randn(1, GRID.num_tokens, config.in_channels, generator=torch.Generator().manual_seed(0))
     rope = module.compute_rope(

@@ -62,7 +62,7 @@ class Needs:
 
     Args:
         stage: "text", "encode", "denoise", "upscale", "refine" or "decode".
-        part: the module, as the shelf names it.
+        component: the module, as the shelf names it.
         choices: the ways to run it, best first.
     """
 

@@ -136,7 +136,7 @@ class Planner:
 
     def _encode(self) -> Needs:
         vae = self.spec.vae
-        config = vae.detected.vae
+        config = vae.info.vae
         assert config is not None
         grids = [grid for grids in self.work.media for grid in grids]
         # Of pictures, pairs make a single product.
@@ -162,7 +162,7 @@ class Planner:
         return f"the transformer works on tokens of controls, too: {told}"
 
     def _decode(self) -> Needs:
-        config = self.spec.vae.detected.vae
+        config = self.spec.vae.info.vae
         assert config is not None
         grid, path = self.work.passes[-1].grid, backends.of_convolutions(self.dtype, self.device)
         flops, choices = decoder_flops(config, grid), []
@@ -197,7 +197,7 @@ class Planner:
     def _upscale(self) -> Needs:
         grid, most = self.work.passes[0].grid, Choice(dtype="float32")
         for checkpoint in self.spec.upscalers.values():
-            config, source = checkpoint.detected.upsampler, checkpoint.sources["upsampler"]
+            config, source = checkpoint.info.upscaler, checkpoint.sources["upsampler"]
             assert config is not None
             weights = weigh(source, torch.float32, CONVERTED)
             working, flops = activations.upsampler_bytes(config, grid), upsampler_flops(config, grid)
@@ -249,7 +249,7 @@ class Planner:
     def _ways(self, source: Source) -> list[_Way]:
         """How a transformer can be held, best first."""
         scheme, offload = self.spec.quant, self.spec.offload
-        plain = source.dtype == self.dtype or any(info.packing is not None for info in source.infos.values())
+        plain = source.dtype == self.dtype or any(info.ggml_type is not None for info in source.infos.values())
         merged = self.spec.loras.merged
         resident = [_Way(CONVERTED)]
         if not plain and not merged:

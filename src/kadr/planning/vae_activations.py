@@ -207,7 +207,7 @@ def _set_up(ledger: _Ledger, stages: Sequence[VAEStage], plane: Plane, size: int
 def decode_bytes(
     config: VAEConfig, grid: LatentGrid, size: int, *, handed: int = CHUNK_FRAMES, together: int = 0
 ) -> int:
-    """The most that `VAE.decode_stream` takes besides weights and latents.
+    """The most that `VAE_KEYS.decode_stream` takes besides weights and latents.
 
     Args:
         size: bytes per number: 2 or 4.
@@ -237,7 +237,7 @@ def _descend(ledger: _Ledger, stages: tuple[_Stage, ...], frames: int, others: i
 
 @cache
 def encode_bytes(config: VAEConfig, grid: LatentGrid, size: int, *, chunk: int = ENCODED, together: int = 0) -> int:
-    """The most that `VAE.encode` takes besides weights and pixels.
+    """The most that `VAE_KEYS.encode` takes besides weights and pixels.
 
     Args:
         grid: of the latents that come out.

@@ -66,19 +66,19 @@ def weigh(
     for name, info in source.infos.items():
         number = block_of(name)
         taken, made = _held_bytes(name, info, dtype, hold, number)
-        if hold == CONVERTED and info.packing is None and name.endswith(".weight"):
+        if hold == CONVERTED and info.ggml_type is None and name.endswith(".weight"):
             if together and len(info.shape) == 5:
-                taken, made = 0, int(info.count * dtype.itemsize * WINOGRAD_BYTES_RATIO[together])
+                taken, made = 0, int(info.numel * dtype.itemsize * WINOGRAD_BYTES_RATIO[together])
             elif packed and len(info.shape) == 2:
-                taken, made = 0, info.count * dtype.itemsize
+                taken, made = 0, info.numel * dtype.itemsize
         if looked_up and name in EMBEDDINGS and not made:
             taken = min(taken, LOOKED_UP)
         mapped, own = mapped + taken, own + made
         if number is not None:
             blocks[number] += taken
             everything += taken + made
-            if is_linear_weight(name, info) and info.stored != _name(dtype):
-                scratch = max(scratch, info.count * dtype.itemsize)
+            if is_linear_weight(name, info) and info.storage_type != _name(dtype):
+                scratch = max(scratch, info.numel * dtype.itemsize)
     largest = max(blocks.values(), default=0)
     return Weights(mapped, own, largest, sum(blocks.values()), everything, len(blocks), scratch)
 
@@ -88,13 +88,13 @@ def _held_bytes(name: str, info: TensorInfo, dtype: torch.dtype, hold: str, numb
     in_block = number is not None and is_linear_weight(name, info)
     if in_block and hold not in (AS_STORED, CONVERTED):
         return 0, _quantized_bytes(info, hold)
-    if info.stored == _name(dtype):
-        return info.bytes, 0
-    if info.packing is not None and name.endswith(".weight") and len(info.shape) == 2:
-        return info.bytes, 0
+    if info.storage_type == _name(dtype):
+        return info.size_bytes, 0
+    if info.ggml_type is not None and name.endswith(".weight") and len(info.shape) == 2:
+        return info.size_bytes, 0
     if in_block and hold == AS_STORED:
-        return info.bytes, 0
-    return 0, info.count * dtype.itemsize
+        return info.size_bytes, 0
+    return 0, info.numel * dtype.itemsize
 
 
 def _quantized_bytes(info: TensorInfo, scheme: str) -> int:

@@ -64,7 +64,7 @@ class Mix:
     Args:
         base_type: the type of most weights.
         file_type: its number in a GGUF file (llama.cpp's `llama_ftype`).
-        transformer, text: what differs from the base.
+        transformer, text_encoder: what differs from the base.
     """
 
     name: str

@@ -29,7 +29,7 @@ class Schedule:
         sampler: "Uniform" or "LinearQuadratic".
         shifting: "SD3" moves the levels towards noise, the more the more tokens there are; None leaves them.
         shift_terminal: stretch a shifted list so that it ends at this level.
-        allowed: the only levels the model was distilled for, rounded to four digits; None where any will do.
+        allowed_sigmas: the only levels the model was distilled for, rounded to four digits; None where any will do.
     """
 
     sampler: str = "Uniform"

@@ -28,7 +28,7 @@ class Found:
         name: as it was asked for.
         text_encoder: None where none is named and none lies beside the model; see `fetched_text`.
         vae: None where the VAE is in `model`.
-        released: the registry's entry; None for a path, whose header has to tell.
+        release: the registry's entry; None for a path, whose header has to tell.
     """
 
     name: str
@@ -121,8 +121,8 @@ def on_disk(released: Release) -> Path | None:
         path = PACKAGE / released.file
         return path if path.is_file() else None
     if _is_pattern(released):
-        return hub.folder_on_disk(released.repo, released.file_patterns)
-    return hub.on_disk(released.repo, released.file)
+        return hub.cached_folder(released.repo, released.file_patterns)
+    return hub.cached_file(released.repo, released.file)
 
 
 def is_path(model: str | Path) -> bool:

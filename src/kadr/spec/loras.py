@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.lora.file import DOWNSCALE, LoraFile
+from kadr.checkpoints.lora.file import REFERENCE_DOWNSCALE_KEY, LoraFile
 from kadr.errors import RequestError
 from kadr.models.lora_layers import LoraWeightsByLayer
 from kadr.spec.locate import check_lora, located_lora
@@ -64,8 +64,8 @@ class Loras:
     """The LoRAs of an engine.
 
     Args:
-        given: see `Lora.of`.
-        partial: see `LoraFile.open`.
+        given: see `Lora.parse`.
+        allow_partial: see `LoraFile.open`.
         merged: they are added to the weights when those are loaded, and not beside them at every step.
     """
 
@@ -73,7 +73,7 @@ class Loras:
         if not isinstance(given, list | tuple):
             raise RequestError(f"loras is {given!r}; it must be a list, such as [('style.safetensors', 0.8)].")
         self.uses = tuple(Lora.of(one) for one in given)
-        self.files = tuple(LoraFile.open(located_lora(use.path), partial=partial) for use in self.uses)
+        self.files = tuple(LoraFile.open(located_lora(use.path), allow_partial=partial) for use in self.uses)
         self.partial, self.merged = partial, merged and bool(self.uses)
 
     def __bool__(self) -> bool:
@@ -86,10 +86,10 @@ class Loras:
             CheckpointError: one does not fit.
         """
         for checkpoint in {one.path: one for one in transformers}.values():
-            config = checkpoint.detected.transformer
+            config = checkpoint.info.transformer
             assert config is not None
             if self.partial:
-                self.files = tuple(file.fitted(config, checkpoint.path) for file in self.files)
+                self.files = tuple(file.without_missing_layers(config, checkpoint.path) for file in self.files)
             for file in self.files:
                 file.check_fits(config, checkpoint.path)
 
@@ -159,13 +159,14 @@ class Loras:
     def changed_bytes(self, dtype: torch.dtype) -> int:
         """Of the weights that they are merged into."""
         layers = {name: layer for file in self.files for name, layer in file.layers.items()}
-        return sum(layer.inputs * layer.outputs for layer in layers.values()) * dtype.itemsize
+        return sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
 
     @property
     def parameters(self) -> tuple[int, ...]:
         """Of each."""
         return tuple(
-            sum(layer.rank * (layer.inputs + layer.outputs) for layer in file.layers.values()) for file in self.files
+            sum(layer.rank * (layer.in_features + layer.out_features) for layer in file.layers.values())
+            for file in self.files
         )
 
     @property
@@ -180,7 +181,7 @@ class Loras:
     @property
     def widest(self) -> int:
         """Of what any changed layer gives."""
-        return max((layer.outputs for file in self.files for layer in file.layers.values()), default=0)
+        return max((layer.out_features for file in self.files for layer in file.layers.values()), default=0)
 
     def record(self) -> dict[str, Any]:
         """For what is stored beside the pictures: enough to open them again."""
@@ -210,7 +211,7 @@ def check_loras_named(given: Any) -> None:
 
 def is_in_context(file: LoraFile) -> bool:
     """Whether a LoRA says that it was trained with a reference. The released ones do not."""
-    return DOWNSCALE in file.source.metadata
+    return REFERENCE_DOWNSCALE_KEY in file.source.metadata
 
 
 def downscale_of(files: Iterable[LoraFile]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.transformer import TransformerConfig
@@ -47,7 +47,7 @@ class ModelSpec:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        text: TextEncoderFolder,
+        text: TextEncoderCheckpoint,
         vae: Checkpoint | None,
         *,
         device: str,
@@ -69,7 +69,7 @@ class ModelSpec:
         self.loras.check(self.transformers)
         self.upscalers: dict[str, Checkpoint] = {}
         checkpoints = {one.path: one for one in (*self.transformers, self.vae)}
-        parameters = sum(source.parameters for one in checkpoints.values() for source in one.sources.values())
+        parameters = sum(source.num_parameters for one in checkpoints.values() for source in one.sources.values())
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device, parameters)
         self.quant, self.offload = settled_scheme(quant, self.transformers, self.device), offload
@@ -88,7 +88,7 @@ class ModelSpec:
     @property
     def upscaling(self) -> Upscaling:
         """What the upscalers double."""
-        configs = [made for one in self.upscalers.values() if (made := one.detected.upsampler) is not None]
+        configs = [made for one in self.upscalers.values() if (made := one.info.upscaler) is not None]
         return Upscaling(
             any(config.spatial_upsample for config in configs), any(config.temporal_upsample for config in configs)
         )
@@ -97,11 +97,11 @@ class ModelSpec:
     def schedules(self) -> tuple[Schedule, Schedule]:
         """Of the first pass and of the second."""
         first, second = self.transformers
-        return first.detected.schedule, second.detected.schedule
+        return first.info.schedule, second.info.schedule
 
     def config(self, number: int) -> TransformerConfig:
         """Of the transformer of a pass, 0 or 1."""
-        config = self.transformers[number].detected.transformer
+        config = self.transformers[number].info.transformer
         assert config is not None
         return config
 
@@ -111,7 +111,7 @@ class ModelSpec:
 
     def sources(self) -> dict[str, str]:
         """Where the parts come from, for the record."""
-        parts = {"model": self.checkpoint.path, "text_encoder": self.text.home, "vae": self.vae.path}
+        parts = {"model": self.checkpoint.path, "text_encoder": self.text.tokenizer_root, "vae": self.vae.path}
         if self.transformers[1] is not self.checkpoint:
             parts["second_model"] = self.transformers[1].path
         parts |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in self.upscalers.items()}
@@ -138,26 +138,26 @@ def require_parts(checkpoint: Checkpoint, vae: Checkpoint) -> TransformerConfig:
     Raises:
         CheckpointError: they do not.
     """
-    transformer = checkpoint.detected.transformer
+    transformer = checkpoint.info.transformer
     if transformer is None:
-        raise checkpoint.lacks("transformer")
-    if vae.detected.vae is None:
-        raise vae.lacks("vae")
-    if vae.detected.vae.latent_channels != transformer.in_channels:
+        raise checkpoint.missing_component_error("transformer")
+    if vae.info.vae is None:
+        raise vae.missing_component_error("vae")
+    if vae.info.vae.latent_channels != transformer.in_channels:
         raise CheckpointError(
-            f"the VAE of {vae.path} has {vae.detected.vae.latent_channels} latent channels, the transformer of "
+            f"the VAE of {vae.path} has {vae.info.vae.latent_channels} latent channels, the transformer of "
             f"{checkpoint.path} {transformer.in_channels}. Take both from the same release."
         )
     return transformer
 
 
-def require_text(text: TextEncoderFolder, checkpoint: Checkpoint) -> None:
+def require_text(text: TextEncoderCheckpoint, checkpoint: Checkpoint) -> None:
     """Check that a transformer reads what a text encoder writes.
 
     Raises:
         CheckpointError: it does not.
     """
-    transformer = checkpoint.detected.transformer
+    transformer = checkpoint.info.transformer
     if transformer is not None and transformer.caption_channels != text.config.d_model:
         raise CheckpointError(
             f"the text encoder of {text.path} is {text.config.d_model} wide, and the transformer of {checkpoint.path} "
@@ -171,7 +171,7 @@ def fitting_upscaler(upscaler: Checkpoint, transformer: TransformerConfig | None
     Raises:
         CheckpointError: it is none, or is for another model.
     """
-    config = upscaler.detected.upsampler
+    config = upscaler.info.upscaler
     if config is None:
         raise CheckpointError(f"{upscaler.path} is no latent upscaler. {UPSCALERS}")
     if transformer is not None and config.in_channels != transformer.in_channels:
@@ -191,7 +191,7 @@ def ordered_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dic
     made: dict[str, Checkpoint] = {}
     doubled: set[str] = set()
     for upscaler in upscalers:
-        config = fitting_upscaler(upscaler, model.detected.transformer, model.path)
+        config = fitting_upscaler(upscaler, model.info.transformer, model.path)
         kinds = [
             kind for kind, doubles in ((SPACE, config.spatial_upsample), (TIME, config.temporal_upsample)) if doubles
         ]

@@ -22,7 +22,7 @@ def opened_second(model: str | Path | None) -> tuple[Checkpoint | None, Release 
         return None, None
     found = locate(model, text_encoder=None, vae=None)
     checkpoint = Checkpoint.open(found.model, release=found.released)
-    return checkpoint, found.released or checkpoint.detected.released
+    return checkpoint, found.released or checkpoint.info.release
 
 
 def opened_upscalers(given: str | Path | Sequence[str | Path]) -> list[Checkpoint]:

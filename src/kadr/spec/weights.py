@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from kadr.checkpoints.header import EIGHT_BIT, TensorInfo
+from kadr.checkpoints.header import FP8_DTYPES, TensorInfo
 from kadr.checkpoints.source import Source
 
 # What the names of the blocks begin with, in every layout; the number of the block follows.
@@ -28,7 +28,7 @@ def block_of(name: str) -> int | None:
 def is_quantized(source: Source) -> bool:
     """Whether weights of blocks are stored in 8 bits or fewer already."""
     return any(
-        info.packing is not None or info.dtype in EIGHT_BIT
+        info.ggml_type is not None or info.dtype in FP8_DTYPES
         for name, info in source.infos.items()
         if block_of(name) is not None
     )
@@ -37,7 +37,7 @@ def is_quantized(source: Source) -> bool:
 def multiplies_as_stored(source: Source) -> bool:
     """Whether all weights of blocks that are stored in fewer bits are the 8-bit floats that GPUs multiply."""
     blocks = (info for name, info in source.infos.items() if block_of(name) is not None)
-    return all(info.packing is None and info.dtype != torch.float8_e5m2 for info in blocks)
+    return all(info.ggml_type is None and info.dtype != torch.float8_e5m2 for info in blocks)
 
 
 def stored_counts(source: Source) -> Mapping[str, int]:
@@ -45,7 +45,7 @@ def stored_counts(source: Source) -> Mapping[str, int]:
     counts: dict[str, int] = defaultdict(int)
     for name, info in source.infos.items():
         if block_of(name) is not None and is_linear_weight(name, info):
-            counts[info.stored] += 1
+            counts[info.storage_type] += 1
     return counts
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from kadr.checkpoints.digest import SHA256, digest_of
+from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest
 from kadr.errors import KadrError, KadrWarning, MediaError, RequestError
 from kadr.media.clip import ClipReader, probe_video
 from kadr.media.image import load_image
@@ -41,7 +41,11 @@ class Example:
 
     def mark(self) -> str:
         """What tells it from another of its name, wherever the folder is: a checksum of caption and files."""
-        files = [digest_of(path, like="0" * SHA256) for path in (self.media, self.reference) if path is not None]
+        files = [
+            compute_digest(path, like="0" * SHA256_HEX_DIGITS)
+            for path in (self.media, self.reference)
+            if path is not None
+        ]
         return hashlib.sha256(json.dumps([self.caption, files]).encode()).hexdigest()[:16]
 
 

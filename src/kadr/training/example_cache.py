@@ -131,7 +131,7 @@ def _key(engine: Engine, example: Example, settings: TrainingSettings) -> str:
         "request": request_of(example, settings).to_json(),
         "files": [_stamp(path) for path in (example.media, example.reference) if path is not None],
         "vae": _stamp(engine.components.vae.path),
-        "text": _stamp(engine.components.text.home),
+        "text": _stamp(engine.components.text.tokenizer_root),
         "dtype": str(engine.components.dtype),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]

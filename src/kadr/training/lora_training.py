@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kadr.checkpoints.lora.file import write_lora
-from kadr.checkpoints.memory_map import release
+from kadr.checkpoints.memory_map import release_pages
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
@@ -161,7 +161,7 @@ class Training:
         components, hold = self.engine.components, hold_of(self.engine)
         module = components.load_transformer(0, components.dtype, as_stored=hold == AS_STORED)
         if hold not in (AS_STORED, CONVERTED):
-            quantize_blocks(module, hold, device=components.device, release=release)
+            quantize_blocks(module, hold, device=components.device, release=release_pages)
         return module.to(components.device)
 
     def _told(self, examples: Sequence[Example]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class Training:
             **self.settings.to_json(),
             "model": str(Path(components.transformers[0].path).absolute()),
             "vae": str(Path(components.vae.path).absolute()),
-            "text_encoder": str(Path(components.text.home).absolute()),
+            "text_encoder": str(Path(components.text.tokenizer_root).absolute()),
             "quant": components.quant,
             "dtype": str(components.dtype).removeprefix("torch."),
             CLIPS: {example.media.name: example.mark() for example in examples},

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from kadr.checkpoints.save import beside
+from kadr.checkpoints.save import atomic_path
 from kadr.errors import CheckpointError, MediaError
 
 NAMES = ("step", "loss", "held", "seconds")
@@ -28,7 +28,7 @@ class Log:
             if start and path.is_file():
                 with path.open(newline="", encoding="utf-8", errors="replace") as file:
                     self.rows = [row for row in csv.DictReader(file) if _is_done(row, start)]
-            with beside(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+            with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, NAMES, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.rows)

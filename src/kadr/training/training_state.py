@@ -39,7 +39,7 @@ def save_state(
             for moment in MOMENTS:
                 tensors[f"{name}.{half}.{moment}"] = optimizer.state[parameter][moment]
     metadata = {"kadr_training": json.dumps({"step": step, **told})}
-    write_tensors(path, tensors, dtype=torch.float32, metadata=metadata, lasting=True)
+    write_tensors(path, tensors, dtype=torch.float32, metadata=metadata, fsync=True)
 
 
 def check_state(path: Path, told: Mapping[str, Any], steps: int) -> None:

@@ -14,8 +14,8 @@ import torch
 from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 
 from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.detect.diffusers_folder import read_schedule, read_vae
-from kadr.checkpoints.keys import UPSAMPLER, names
+from kadr.checkpoints.detect.diffusers_folder import read_schedule, read_vae_config
+from kadr.checkpoints.keys import UPSCALER_KEYS, map_keys
 from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError
 from kadr.models.registry import find_release
@@ -112,8 +112,8 @@ def test_a_folder_and_a_single_file_give_the_same_modules(
         tmp_path / "x.safetensors", transformer=transformer, vae=vae, schedule=schedule, dtype=torch.float32
     )
     other = Checkpoint.open(tmp_path / "x.safetensors")
-    assert one.detected.layout == "diffusers"
-    assert replace(one.detected, layout="single file") == other.detected
+    assert one.info.layout == "diffusers"
+    assert replace(one.info, layout="single file") == other.info
     assert same(one.load_transformer(), other.load_transformer())
     assert same(one.load_vae(), other.load_vae())
     assert same(one.load_vae(torch.bfloat16), vae, torch.bfloat16)
@@ -135,7 +135,7 @@ def test_a_folder_and_a_single_file_compute_the_same(tmp_path: Path, transformer
     )
     assert relative(one, other) < 1e-6  # not equal: how far the tensors stand from a cache line differs
     latents = drawn(1, 12, 2, 1, 1)
-    one, other = (model.decode(latents, timestep=level[0]) for model in (c.load_vae(encoder=False) for c in pair))
+    one, other = (model.decode(latents, timestep=level[0]) for model in (c.load_vae(with_encoder=False) for c in pair))
     assert relative(one, other) < 1e-6
 
 
@@ -147,7 +147,7 @@ def upscaler(tmp_path: Path) -> Path:
     """A folder as that of a released upscaler: with the VAE of its latents."""
     ours = sown(lambda: LatentUpscaler(SMALL_UPSAMPLER))
     theirs = LTXLatentUpsamplerModel(in_channels=12, mid_channels=32, num_blocks_per_stage=2)
-    known_as = names(UPSAMPLER, ours.state_dict(), diffusers=True)
+    known_as = map_keys(UPSCALER_KEYS, ours.state_dict(), is_diffusers=True)
     theirs.load_state_dict({known_as[name]: tensor for name, tensor in ours.state_dict().items()})
     theirs.save_pretrained(tmp_path / "upscaler" / "latent_upsampler")
     return save(tmp_path / "upscaler", None, small_vae("0.9.5"), "0.9.5")
@@ -155,12 +155,12 @@ def upscaler(tmp_path: Path) -> Path:
 
 def test_the_folder_of_an_upscaler_is_opened_with_its_vae_or_alone(upscaler: Path) -> None:
     whole, alone = Checkpoint.open(upscaler), Checkpoint.open(upscaler / "latent_upsampler")
-    assert whole.detected.upsampler == alone.detected.upsampler == SMALL_UPSAMPLER
-    assert (whole.detected.vae_family, alone.detected.has_vae) == ("0.9.5", False)
+    assert whole.info.upscaler == alone.info.upscaler == SMALL_UPSAMPLER
+    assert (whole.info.vae_family, alone.info.has_vae) == ("0.9.5", False)
     for checkpoint in (whole, alone):
-        assert same(checkpoint.load_upsampler(), sown(lambda: LatentUpscaler(SMALL_UPSAMPLER)))
+        assert same(checkpoint.load_upscaler(), sown(lambda: LatentUpscaler(SMALL_UPSAMPLER)))
         described = checkpoint.describe()
-        assert (described.kind, described.missing) == ("spatial upscaler", ())
+        assert (described.kind, described.missing_components) == ("spatial upscaler", ())
         with pytest.raises(CheckpointError, match="is a spatial upscaler, not a model"):
             checkpoint.load_transformer()
     assert same(whole.load_vae(), small_vae("0.9.5"))
@@ -179,7 +179,7 @@ def test_the_released_vae_configs_are_read_as_the_released_vaes(family: str) -> 
     config = dict(DIFFUSERS_VAES[family])
     for name in ("block_out_channels", "decoder_block_out_channels"):
         config[name] = [width * 128 for width in config[name]]
-    assert read_vae(config, Path("vae")) == VAES[family]
+    assert read_vae_config(config, Path("vae")) == VAES[family]
 
 
 def test_a_config_of_the_first_release_leaves_the_decoder_out() -> None:
@@ -188,7 +188,7 @@ def test_a_config_of_the_first_release_leaves_the_decoder_out() -> None:
         "layers_per_block": [4, 3, 3, 3, 4],
         "spatio_temporal_scaling": [True, True, True, False],
     }
-    assert read_vae(config, Path("vae")) == VAES["0.9"]
+    assert read_vae_config(config, Path("vae")) == VAES["0.9"]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_a_scheduler_that_shifts_otherwise_is_refused(tmp_path: Path, change: Ma
 
 def test_the_folder_of_one_component_is_opened(folder: Path) -> None:
     vae = Checkpoint.open(folder / "vae")
-    assert (vae.detected.vae_family, vae.detected.has_transformer) == ("0.9.5", False)
+    assert (vae.info.vae_family, vae.info.has_transformer) == ("0.9.5", False)
     assert same(vae.load_vae(), Checkpoint.open(folder).load_vae())
 
 
@@ -285,7 +285,7 @@ def test_a_2b_transformer_without_vae_asks_for_its_version(tmp_path: Path) -> No
         with pytest.raises(CheckpointError, match="name the version"):
             Checkpoint.open(path)
     old, new = (
-        Checkpoint.open(folder, release=find_release(f"ltxv-2b-{version}")).detected for version in ("0.9.1", "0.9.5")
+        Checkpoint.open(folder, release=find_release(f"ltxv-2b-{version}")).info for version in ("0.9.1", "0.9.5")
     )
     assert (old.transformer, old.schedule) == (replace(TRANSFORMER_2B, causal_temporal_positioning=False), SHIFTED)
     assert (new.transformer, new.schedule) == (TRANSFORMER_2B, LINEAR_QUADRATIC)
@@ -294,14 +294,14 @@ def test_a_2b_transformer_without_vae_asks_for_its_version(tmp_path: Path) -> No
 
 
 def test_a_13b_transformer_without_vae_is_0_9_7_or_later(tmp_path: Path) -> None:
-    found = Checkpoint.open(lone_transformer(tmp_path / "transformer", TRANSFORMER_13B)).detected
+    found = Checkpoint.open(lone_transformer(tmp_path / "transformer", TRANSFORMER_13B)).info
     assert (found.transformer, found.schedule, found.version) == (TRANSFORMER_13B, LINEAR_QUADRATIC, "0.9.7 or later")
 
 
 def test_a_folder_with_a_text_encoder_misses_nothing(folder: Path) -> None:
-    assert Checkpoint.open(folder).describe().missing == ("text encoder",)
+    assert Checkpoint.open(folder).describe().missing_components == ("text encoder",)
     write(folder / "text_encoder" / "config.json", {})
-    assert Checkpoint.open(folder).describe().missing == ()
+    assert Checkpoint.open(folder).describe().missing_components == ()
 
 
 @pytest.mark.parametrize(

@@ -64,25 +64,23 @@ def refused(path: Path, shapes: dict[str, tuple[int, ...]], **more: Any) -> str:
 def test_a_header_is_read(tmp_path: Path, family: str) -> None:
     transformer, schedule = ERAS[family]
     metadata = config_of(transformer, VAES[family], schedule)
-    found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).detected
+    found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).info
     assert (found.transformer, found.vae, found.schedule) == (transformer, VAES[family], schedule)
     assert (found.vae_family, found.layout, found.dtype) == (family, "single file", torch.bfloat16)
-    assert found.released is None
+    assert found.release is None
     assert found.version == (family if family != "0.9.5" else "0.9.5 or later")
 
 
 def test_the_header_is_believed_before_the_shapes_and_the_name(tmp_path: Path) -> None:
     metadata = config_of(OLD_2B, VAE_0_9_5, SHIFTED)
-    found = opened(
-        tmp_path / "ltxv-2b-0.9.6-dev-04-25.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata
-    ).detected
+    found = opened(tmp_path / "ltxv-2b-0.9.6-dev-04-25.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).info
     assert found.transformer == OLD_2B
     assert found.schedule == SHIFTED
 
 
 def test_widths_of_ones_own_are_read_from_the_header(tmp_path: Path) -> None:
     metadata = config_of(SMALL_TRANSFORMER, SMALL_VAE)
-    found = opened(tmp_path / "x.safetensors", SMALL_TRANSFORMER, SMALL_VAE, metadata=metadata).detected
+    found = opened(tmp_path / "x.safetensors", SMALL_TRANSFORMER, SMALL_VAE, metadata=metadata).info
     assert (found.transformer, found.vae, found.vae_family) == (SMALL_TRANSFORMER, SMALL_VAE, "0.9.5")
 
 
@@ -90,7 +88,7 @@ def test_a_header_without_causal_positions_has_none(tmp_path: Path) -> None:
     header = TRANSFORMER_2B.to_header()
     del header["causal_temporal_positioning"]
     metadata = {"config": json.dumps({"transformer": header})}
-    found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, metadata=metadata).detected
+    found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, metadata=metadata).info
     assert found.transformer == OLD_2B
     assert found.schedule == SHIFTED
     assert found.version == "0.9 or 0.9.1"
@@ -99,9 +97,9 @@ def test_a_header_without_causal_positions_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("config", "name"), [(TRANSFORMER_2B, "ltxv-2b"), (TRANSFORMER_13B, "ltxv-13b")])
 def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: TransformerConfig, name: str) -> None:
     metadata = config_of(config, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
-    found = opened(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).detected
+    found = opened(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).info
     assert found.schedule.allowed_sigmas == DISTILLED_SIGMAS
-    assert found.released is find_release(f"{name}-0.9.8-distilled")
+    assert found.release is find_release(f"{name}-0.9.8-distilled")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: Tran
 def test_the_dtype_tells_an_fp8_release_from_the_other(tmp_path: Path, dtype: str, name: str) -> None:
     metadata = config_of(TRANSFORMER_13B, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
     path = sparse(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_13B, VAE_0_9_5), dtype=dtype, metadata=metadata)
-    assert Checkpoint.open(path).detected.released is find_release(name)
+    assert Checkpoint.open(path).info.release is find_release(name)
 
 
 @pytest.mark.parametrize(
@@ -137,13 +135,13 @@ def test_a_header_that_cannot_be_understood_is_refused(tmp_path: Path, metadata:
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["no metadata", "no config"])
 def test_without_a_header_the_vae_tells_the_era(tmp_path: Path, family: str, metadata: Any) -> None:
     transformer, schedule = ERAS[family]
-    found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).detected
+    found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).info
     assert (found.transformer, found.vae, found.schedule) == (transformer, VAES[family], schedule)
     assert found.vae_family == family
 
 
 def test_without_a_header_a_13b_transformer_is_0_9_7_or_later(tmp_path: Path) -> None:
-    found = opened(tmp_path / "x.safetensors", TRANSFORMER_13B, bare=True).detected
+    found = opened(tmp_path / "x.safetensors", TRANSFORMER_13B, bare=True).info
     assert (found.transformer, found.vae, found.schedule) == (TRANSFORMER_13B, None, LINEAR_QUADRATIC)
     assert found.version == "0.9.7 or later"
 
@@ -152,9 +150,9 @@ def test_without_a_header_a_13b_transformer_is_0_9_7_or_later(tmp_path: Path) ->
 @pytest.mark.parametrize("bare", [True, False])
 def test_a_vae_alone_is_recognised(tmp_path: Path, family: str, bare: bool) -> None:
     checkpoint = opened(tmp_path / "x.safetensors", vae=VAES[family], bare=bare)
-    assert checkpoint.detected.vae == VAES[family]
-    assert not checkpoint.detected.has_transformer
-    assert checkpoint.describe().missing == ("transformer", "text encoder")
+    assert checkpoint.info.vae == VAES[family]
+    assert not checkpoint.info.has_transformer
+    assert checkpoint.describe().missing_components == ("transformer", "text encoder")
     with pytest.raises(CheckpointError, match="has no transformer, only vae"):
         checkpoint.load_transformer()
 
@@ -193,22 +191,22 @@ def test_without_header_and_vae_a_2b_transformer_asks_for_its_version(tmp_path: 
 def test_the_name_of_the_file_answers(
     tmp_path: Path, name: str, expected: TransformerConfig, schedule: Schedule
 ) -> None:
-    found = opened(tmp_path / f"{name}.safetensors", TRANSFORMER_2B, bare=True).detected
+    found = opened(tmp_path / f"{name}.safetensors", TRANSFORMER_2B, bare=True).info
     assert (found.transformer, found.schedule) == (expected, schedule)
-    assert found.released is not None
-    assert found.version == found.released.version
+    assert found.release is not None
+    assert found.version == found.release.version
 
 
 def test_the_user_answers(tmp_path: Path) -> None:
-    found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, release="ltxv-2b-0.9.1").detected
+    found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, release="ltxv-2b-0.9.1").info
     assert (found.transformer, found.schedule, found.version) == (OLD_2B, SHIFTED, "0.9.1")
 
 
 def test_a_name_completes_what_the_header_says(tmp_path: Path) -> None:
     metadata = config_of(TRANSFORMER_2B, VAE_0_9_5)
     path = tmp_path / "ltxv-2b-0.9.6-distilled-04-25.safetensors"
-    found = opened(path, TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).detected
-    assert found.released is find_release("ltxv-2b-0.9.6-distilled")
+    found = opened(path, TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).info
+    assert found.release is find_release("ltxv-2b-0.9.6-distilled")
 
 
 @pytest.mark.parametrize(
@@ -228,8 +226,8 @@ def test_a_name_that_the_file_contradicts_is_dropped_or_if_the_user_said_it_refu
     tmp_path: Path, transformer: TransformerConfig, vae: VAEConfig, more: Any, said: str
 ) -> None:
     metadata = config_of(transformer, vae, **more)
-    found = opened(tmp_path / "ltxv-13b-0.9.8-dev.safetensors", transformer, vae, metadata=metadata).detected
-    assert found.released is None
+    found = opened(tmp_path / "ltxv-13b-0.9.8-dev.safetensors", transformer, vae, metadata=metadata).info
+    assert found.release is None
     with pytest.raises(CheckpointError, match=f"is not ltxv-13b-0.9.8-dev: {said}"):
         opened(tmp_path / "x.safetensors", transformer, vae, metadata=metadata, release="ltxv-13b-0.9.8-dev")
 
@@ -255,13 +253,13 @@ def upscaler(path: Path, config: UpscalerConfig, *, header: bool = True, release
 def test_an_upscaler_is_recognised_by_its_header_and_without_one_by_its_shapes(tmp_path: Path, which: str) -> None:
     config = UPSCALERS[which]
     checkpoint = upscaler(tmp_path / "x.safetensors", config, header=which == "header")
-    found = checkpoint.detected
-    assert (found.upsampler, found.transformer, found.vae, found.vae_family) == (config, None, None, None)
+    found = checkpoint.info
+    assert (found.upscaler, found.transformer, found.vae, found.vae_family) == (config, None, None, None)
     assert (found.kind, found.layout, found.dtype) == (config.kind, "single file", torch.float32)
     assert found.version == (
         "0.9.7 or 0.9.8" if config in (SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG) else "unreleased"
     )
-    assert (found.released, list(checkpoint.sources)) == (None, ["upsampler"])
+    assert (found.release, list(checkpoint.sources)) == (None, ["upsampler"])
 
 
 @pytest.mark.parametrize("header", [True, False])
@@ -271,10 +269,10 @@ def test_an_upscaler_is_recognised_by_its_header_and_without_one_by_its_shapes(t
 def test_the_name_of_an_upscaler_tells_its_version(
     tmp_path: Path, config: UpscalerConfig, kind: str, header: bool
 ) -> None:
-    found = upscaler(tmp_path / f"ltxv-{kind}-upscaler-0.9.7.safetensors", config, header=header).detected
-    assert (found.released, found.version) == (find_release(f"ltxv-{kind}-upscaler-0.9.7"), "0.9.7")
+    found = upscaler(tmp_path / f"ltxv-{kind}-upscaler-0.9.7.safetensors", config, header=header).info
+    assert (found.release, found.version) == (find_release(f"ltxv-{kind}-upscaler-0.9.7"), "0.9.7")
     other = tmp_path / f"ltxv-{'temporal' if kind == 'spatial' else 'spatial'}-upscaler-0.9.7.safetensors"
-    assert upscaler(other, config, header=header).detected.released is None
+    assert upscaler(other, config, header=header).info.release is None
 
 
 def test_an_upscaler_is_no_model_and_a_model_no_upscaler(tmp_path: Path) -> None:
@@ -299,9 +297,9 @@ def test_an_upscaler_asked_for_a_part_of_a_model_says_what_it_is_and_where_it_go
 
 def test_a_model_asked_for_an_upscaler_names_one(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5)
-    assert checkpoint.detected.upsampler is None
+    assert checkpoint.info.upscaler is None
     with pytest.raises(CheckpointError, match=r"has no upscaler, only transformer and vae\. Give one such as"):
-        checkpoint.load_upsampler()
+        checkpoint.load_upscaler()
 
 
 @pytest.mark.parametrize(
@@ -440,7 +438,7 @@ def test_a_text_encoder_beside_the_file_is_not_missing(tmp_path: Path) -> None:
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder" / "config.json").write_text("{}")
     checkpoint = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=None)
-    assert checkpoint.describe().missing == ()
+    assert checkpoint.describe().missing_components == ()
 
 
 INSPECT = """

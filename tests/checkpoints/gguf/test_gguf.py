@@ -18,11 +18,11 @@ from torch import Tensor
 from kadr.checkpoints import keys
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.gguf import header
-from kadr.checkpoints.gguf.header import read_gguf
+from kadr.checkpoints.gguf.header import read_gguf_header
 from kadr.checkpoints.load import account
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.text_encoder import TextEncoderFolder, is_text_encoder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint, is_text_encoder
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.models.t5 import T5Config, T5Encoder
@@ -56,9 +56,9 @@ def drawn(*shape: int) -> np.ndarray:
 def numbers_of(source: Source, name: str) -> np.ndarray:
     """A tensor as the package unpacks it."""
     info, tensor = source.infos[name], source.read(name)
-    if info.packing is None:
+    if info.ggml_type is None:
         return tensor.float().numpy()
-    return gguf.quants.dequantize(tensor.numpy(), Type[info.packing.name])
+    return gguf.quants.dequantize(tensor.numpy(), Type[info.ggml_type.name])
 
 
 def released(tmp_path: Path, name: str, sizes: Any = TRANSFORMER_2B, kind: str = "Q8_0", **fields: Any) -> Path:
@@ -71,10 +71,10 @@ def released(tmp_path: Path, name: str, sizes: Any = TRANSFORMER_2B, kind: str =
 
 
 def test_types_are_numbered_and_sized_as_in_the_package() -> None:
-    known = {number: str(dtype).removeprefix("torch.") for number, dtype in header.PLAIN.items()}
+    known = {number: str(dtype).removeprefix("torch.") for number, dtype in header.UNQUANTIZED_TYPES.items()}
     assert known == {Type.F32: "float32", Type.F16: "float16", Type.BF16: "bfloat16"}
-    assert {Type(number).name for number in header.PACKED} == GGML_TYPES.keys()
-    for number, name in header.PACKED.items():
+    assert {Type(number).name for number in header.BLOCK_TYPES} == GGML_TYPES.keys()
+    for number, name in header.BLOCK_TYPES.items():
         assert Type(number).name == name
         assert gguf.GGML_QUANT_SIZES[Type(number)] == (GGML_TYPES[name].block_size, GGML_TYPES[name].type_size)
 
@@ -84,23 +84,23 @@ def test_tensors_and_values_are_those_that_the_package_wrote(tmp_path: Path) -> 
     tensors = {kind: (drawn(6, 64), kind) for kind in kinds} | {"one": (drawn(7), "F32")}
     fields = {"text": "ünï", "yes": True, "number": 7, "small": 1e-6, "list": [1.5, 2.5], "words": ["a", "▁b"]}
     path = gguf_files.write(tmp_path / "x.gguf", "ltxv", tensors, {**fields, "bytes": bytes(range(9))})
-    source, header, oracle = Source.open(path), read_gguf(path), gguf.GGUFReader(path)
+    source, header, oracle = Source.open(path), read_gguf_header(path), gguf.GGUFReader(path)
     assert list(source.infos) == [tensor.name for tensor in oracle.tensors]
     for tensor in oracle.tensors:
         assert np.array_equal(source.read(tensor.name).view(torch.uint8).numpy(), tensor.data.view(np.uint8))
         assert np.array_equal(numbers_of(source, tensor.name), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
     assert source.infos["Q4_0"].shape == (6, 64)
-    assert source.stored == {kind if kind in GGML_TYPES else str(source.read(kind).dtype)[6:]: 1 for kind in kinds} | {
-        "float32": 2
-    }
+    assert source.type_counts == {
+        kind if kind in GGML_TYPES else str(source.read(kind).dtype)[6:]: 1 for kind in kinds
+    } | {"float32": 2}
     assert source.size_bytes == sum(int(tensor.n_bytes) for tensor in oracle.tensors)
     assert {name: header.fields[name] for name in ("text", "yes", "number", "small")} == {
         name: fields[name] for name in ("text", "yes", "number", "small")
     }
-    assert list(header.entries("words") or ()) == ["a", "▁b"]
-    assert list(header.entries("list") or ()) == [1.5, 2.5]
-    assert header.entries("bytes") == bytes(range(9))
-    assert header.entries("text") is header.entries("absent") is None
+    assert list(header.read_array("words") or ()) == ["a", "▁b"]
+    assert list(header.read_array("list") or ()) == [1.5, 2.5]
+    assert header.read_array("bytes") == bytes(range(9))
+    assert header.read_array("text") is header.read_array("absent") is None
     assert "words" not in source.metadata
 
 
@@ -135,7 +135,7 @@ def test_a_file_as_large_as_t5_xxl_opens_at_once(tmp_path: Path) -> None:
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        opened = TextEncoderFolder.open(path)
+        opened = TextEncoderCheckpoint.open(path)
         times.append(time.perf_counter() - start)
     assert opened.config == XXL
     assert opened.size_bytes > 5e9
@@ -147,10 +147,10 @@ def test_a_file_as_large_as_t5_xxl_opens_at_once(tmp_path: Path) -> None:
 
 def test_a_published_13b_file_is_known_by_its_layers(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(released(tmp_path, "anything.gguf", TRANSFORMER_13B, "Q4_K"))
-    detected = checkpoint.detected
-    assert (detected.layout, detected.transformer, detected.released) == ("GGUF", TRANSFORMER_13B, None)
+    detected = checkpoint.info
+    assert (detected.layout, detected.transformer, detected.release) == ("GGUF", TRANSFORMER_13B, None)
     assert (detected.schedule, detected.version) == (LINEAR_QUADRATIC, "0.9.7 or later")
-    assert (detected.vae, checkpoint.describe().missing) == (None, ("vae", "text encoder"))
+    assert (detected.vae, checkpoint.describe().missing_components) == (None, ("vae", "text encoder"))
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_a_published_13b_file_is_known_by_its_layers(tmp_path: Path) -> None:
 def test_the_name_of_a_2b_file_tells_its_version(
     tmp_path: Path, name: str, model: str, schedule: Schedule, causal: bool
 ) -> None:
-    detected = Checkpoint.open(released(tmp_path, name)).detected
-    assert detected.released is not None
-    assert (detected.released.name, detected.schedule) == (model, schedule)
+    detected = Checkpoint.open(released(tmp_path, name)).info
+    assert detected.release is not None
+    assert (detected.release.name, detected.schedule) == (model, schedule)
     assert detected.transformer is not None
     assert detected.transformer.causal_temporal_positioning is causal
 
@@ -182,14 +182,14 @@ def test_a_2b_file_of_another_name_asks_for_its_version(tmp_path: Path) -> None:
 def test_a_config_in_the_file_is_believed_before_its_name(tmp_path: Path) -> None:
     levels = [1.0, 0.75]
     config = config_of(TRANSFORMER_2B, VAE_0_9_5, LINEAR_QUADRATIC, allowed_inference_steps=levels)
-    detected = Checkpoint.open(released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **config)).detected
-    assert (detected.released, detected.vae_family, detected.vae) == (None, "0.9.5", None)
+    detected = Checkpoint.open(released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **config)).info
+    assert (detected.release, detected.vae_family, detected.vae) == (None, "0.9.5", None)
     assert detected.schedule == Schedule(sampler="LinearQuadratic", allowed_sigmas=tuple(levels))
 
 
 def test_the_model_that_a_file_says_it_was_made_of_is_believed_before_its_name(tmp_path: Path) -> None:
     path = released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **{"general.name": "ltxv-2b-0.9.6-dev"})
-    found = Checkpoint.open(path).detected.released
+    found = Checkpoint.open(path).info.release
     assert found is not None
     assert found.name == "ltxv-2b-0.9.6-dev"
 
@@ -204,8 +204,8 @@ def test_a_file_of_plain_numbers_loads_as_the_official_one(tmp_path: Path, archi
     tensors = {name: (source.read(name).numpy(), kind) for name, (_, kind) in types.items()}
     path = gguf_files.write(tmp_path / "x.gguf", architecture, tensors, config_of(SMALL_TRANSFORMER, None, OLD))
     opened = Checkpoint.open(path)
-    assert opened.detected.transformer == official.detected.transformer
-    assert opened.detected.schedule == OLD
+    assert opened.info.transformer == official.info.transformer
+    assert opened.info.schedule == OLD
     assert same(opened.load_transformer(torch.bfloat16), official.load_transformer(torch.bfloat16))
 
 
@@ -227,7 +227,7 @@ def test_a_model_without_its_vae_asks_for_one_and_names_it(tmp_path: Path) -> No
 
 def test_names_of_a_text_encoder_are_those_of_the_package_both_ways() -> None:
     state = on_meta(lambda: T5Encoder(SMALL_T5)).state_dict()
-    ours, theirs = keys.names(keys.T5_GGUF, state), keys.names(keys.T5, state)
+    ours, theirs = keys.map_keys(keys.T5_GGUF_KEYS, state), keys.map_keys(keys.T5_KEYS, state)
     oracle = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, SMALL_T5.num_layers)
     for name, llama in ours.items():
         assert f"{oracle.get_name(theirs[name].removesuffix('.weight'))}.weight" == llama
@@ -248,7 +248,7 @@ def text(tmp_path: Path) -> tuple[Path, Path]:
 
 def converted(path: Path, encoder: T5Encoder, kind: str, spiece: bytes = SPIECE, **change: Any) -> Path:
     state = encoder.state_dict()
-    named = keys.names(keys.T5_GGUF, state)
+    named = keys.map_keys(keys.T5_GGUF_KEYS, state)
     types = {name: "F32" if tensor.ndim == 1 or "bias" in name else kind for name, tensor in state.items()}
     tensors = {named[name]: (tensor.numpy(), types[name]) for name, tensor in state.items()}
     fields = gguf_files.text_fields(encoder.config, spiece) | change
@@ -258,18 +258,18 @@ def converted(path: Path, encoder: T5Encoder, kind: str, spiece: bytes = SPIECE,
 def test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_tokenizer(
     text: tuple[Path, Path],
 ) -> None:
-    folder, file = (TextEncoderFolder.open(path) for path in text)
+    folder, file = (TextEncoderCheckpoint.open(path) for path in text)
     assert file.config == folder.config == SMALL_T5
     assert same(file.load(torch.float32), folder.load(torch.float32))
     for prompt in ("", "a red circle  moving\nright </s> x"):
-        assert torch.equal(file.tokenizer().encode(prompt).ids, folder.tokenizer().encode(prompt).ids)
+        assert torch.equal(file.load_tokenizer().encode(prompt).ids, folder.load_tokenizer().encode(prompt).ids)
     assert is_text_encoder(text[1])
     assert file.describe().name == "text encoder"
 
 
 def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> None:
     home = tiny_models.write(tmp_path / "model")
-    encoder = TextEncoderFolder.open(home).load()
+    encoder = TextEncoderCheckpoint.open(home).load()
     path = converted(tmp_path / "t5.gguf", encoder, "F32", tiny_models.sentencepiece_model())
     engine = Engine.open(home / tiny_models.MODEL, text_encoder=path)
     assert engine.components.text.path == path
@@ -278,22 +278,24 @@ def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> No
 
 def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:
     wide = T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=64)
-    opened = TextEncoderFolder.open(converted(tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(wide)), "Q8_0"))
+    opened = TextEncoderCheckpoint.open(
+        converted(tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(wide)), "Q8_0")
+    )
     assert opened.describe().dtype == "Q8_0"
-    assert opened.describe().types == {"Q8_0": 15, "float32": 6}
+    assert opened.describe().type_counts == {"Q8_0": 15, "float32": 6}
     module = on_meta(lambda: T5Encoder(wide))
-    account(module, opened.source, keys.names(opened.table, module.state_dict()))
+    account(module, opened.source, keys.map_keys(opened.key_table, module.state_dict()))
 
 
 def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: Path) -> None:
     path = converted(
         tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(SMALL_T5)), "F16", **{"tokenizer.ggml.model": None}
     )
-    opened = TextEncoderFolder.open(path)
+    opened = TextEncoderCheckpoint.open(path)
     with pytest.raises(CheckpointError, match="There is no tokenizer for"):
-        opened.tokenizer()
+        opened.load_tokenizer()
     (tmp_path / "spiece.model").write_bytes(tiny_models.sentencepiece_model())
-    assert opened.tokenizer().vocab_size == 40
+    assert opened.load_tokenizer().vocab_size == 40
 
 
 @pytest.mark.parametrize(
@@ -316,8 +318,8 @@ def test_a_text_encoder_that_lacks_something_is_refused(tmp_path: Path, change: 
     path = converted(tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(SMALL_T5)), "F16", **change)
 
     def use() -> None:
-        opened = TextEncoderFolder.open(path)
-        opened.tokenizer()
+        opened = TextEncoderCheckpoint.open(path)
+        opened.load_tokenizer()
         opened.load(torch.float32)
 
     with pytest.raises(CheckpointError, match=said):
@@ -364,7 +366,7 @@ def test_a_file_of_another_kind_is_named(
 def test_a_transformer_is_no_text_encoder(tmp_path: Path) -> None:
     path = released(tmp_path, "x.gguf")
     with pytest.raises(CheckpointError, match=r"no text encoder: its architecture is ltxv.*--model.*q8-gguf"):
-        TextEncoderFolder.open(path)
+        TextEncoderCheckpoint.open(path)
     assert not is_text_encoder(path)
 
 
@@ -409,7 +411,7 @@ def test_a_type_without_a_name_is_told_by_its_number(tmp_path: Path) -> None:
 def test_a_file_cut_anywhere_is_said_to_be_cut(tmp_path: Path) -> None:
     path = small(tmp_path)
     whole = path.read_bytes()
-    needed = max(info.start + info.bytes for info in Source.open(path).infos.values())
+    needed = max(info.file_offset + info.size_bytes for info in Source.open(path).infos.values())
     for size in range(4, needed, 7):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match=r"is cut short: .* bytes.*Download it again"):
@@ -419,7 +421,7 @@ def test_a_file_cut_anywhere_is_said_to_be_cut(tmp_path: Path) -> None:
 def test_a_damaged_header_is_opened_or_refused_and_nothing_else(tmp_path: Path) -> None:
     path = small(tmp_path)
     whole, draw = path.read_bytes(), random.Random(0)
-    end = min(info.start for info in Source.open(path).infos.values())
+    end = min(info.file_offset for info in Source.open(path).infos.values())
     refused = 0
     for _ in range(400):
         damaged = bytearray(whole)
@@ -441,7 +443,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
         Source.open(path)
 
 
-@pytest.mark.parametrize("read", [Checkpoint.open, TextEncoderFolder.open])
+@pytest.mark.parametrize("read", [Checkpoint.open, TextEncoderCheckpoint.open])
 def test_a_gguf_file_is_known_by_how_it_begins(tmp_path: Path, read: Callable[[Path], object]) -> None:
     path = small(tmp_path).rename(tmp_path / "x.safetensors")
     assert Source.open(path).infos.keys() == {"a", "b"}

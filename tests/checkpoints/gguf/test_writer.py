@@ -20,12 +20,12 @@ from torch import Tensor
 
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.gguf import writer
-from kadr.checkpoints.gguf.convert import Written, text_encoder_to_gguf, transformer_to_gguf
-from kadr.checkpoints.gguf.header import read_gguf
-from kadr.checkpoints.gguf.writer import Entry
+from kadr.checkpoints.gguf.convert import ConversionResult, text_encoder_to_gguf, transformer_to_gguf
+from kadr.checkpoints.gguf.header import read_gguf_header
+from kadr.checkpoints.gguf.writer import OutputTensor
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.checkpoints.source import Source
-from kadr.checkpoints.text_encoder import TextEncoderFolder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES, GGMLType
 from kadr.models.registry import find_release
@@ -64,7 +64,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, transformer: Transformer) -> 
     return home
 
 
-def written(home: Path, path: Path, kind: str, **more: Any) -> Written:
+def written(home: Path, path: Path, kind: str, **more: Any) -> ConversionResult:
     return transformer_to_gguf(Checkpoint.open(home / "x.safetensors"), path, find_mix(kind), **more)
 
 
@@ -88,8 +88,8 @@ def test_the_package_finds_every_tensor_in_its_type_and_near_its_numbers(home: P
     shapes = {name: (info.shape, "BF16") for name, info in official.infos.items()}
     expected = assign_types(mix, mix.transformer, shapes)
     assert {tensor.name: tensor.tensor_type.name for tensor in reader.tensors} == expected
-    assert dict(told.types) == {one: list(expected.values()).count(one) for one in set(expected.values())}
-    assert (told.before, told.after) == (official.size_bytes, ours.size_bytes)
+    assert dict(told.type_counts) == {one: list(expected.values()).count(one) for one in set(expected.values())}
+    assert (told.source_bytes, told.output_bytes) == (official.size_bytes, ours.size_bytes)
     bits = GGML_TYPES[mix.base_type].bits_per_weight if mix.base_type in GGML_TYPES else 16
     for name, numbers in numbers_of(tmp_path / "x.gguf").items():
         original = official.read(name).float()
@@ -107,8 +107,8 @@ def test_a_file_of_plain_numbers_is_the_same_model(home: Path, tmp_path: Path, k
 def test_the_file_says_all_of_itself(home: Path, tmp_path: Path) -> None:
     written(home, tmp_path / "any name.gguf", "Q8_0")
     official, ours = (
-        Checkpoint.open(home / "x.safetensors").detected,
-        Checkpoint.open(tmp_path / "any name.gguf").detected,
+        Checkpoint.open(home / "x.safetensors").info,
+        Checkpoint.open(tmp_path / "any name.gguf").info,
     )
     assert replace(official, layout="GGUF", vae=None, dtype=ours.dtype) == ours
     fields = gguf.GGUFReader(tmp_path / "any name.gguf").fields
@@ -124,10 +124,10 @@ def test_the_name_of_a_released_model_goes_with_it(tmp_path: Path) -> None:
     demo = Checkpoint.open(DEMO / "demo-distilled.safetensors", release=find_release("demo-distilled"))
     transformer_to_gguf(demo, tmp_path / "x.gguf", find_mix("BF16"))
     opened = Checkpoint.open(tmp_path / "x.gguf")
-    assert opened.detected.released is find_release("demo-distilled")
-    assert opened.detected.schedule == demo.detected.schedule
+    assert opened.info.release is find_release("demo-distilled")
+    assert opened.info.schedule == demo.info.schedule
     with pytest.raises(CheckpointError, match="as --vae, such as demo"):
-        raise opened.lacks("vae")
+        raise opened.missing_component_error("vae")
 
 
 @pytest.mark.parametrize("family", ["0.9", "0.9.1", "0.9.5"])
@@ -139,11 +139,11 @@ def test_a_folder_of_diffusers_gives_the_same_tensors_under_the_official_names(
     diffusers_vae(vae, family).save_pretrained(folder / "vae")
     one = Checkpoint.open(folder)
     transformer_to_gguf(one, tmp_path / "one.gguf", find_mix("Q8_0"))
-    opened = Checkpoint.open(tmp_path / "one.gguf").detected
-    assert (opened.schedule, opened.vae_family) == (one.detected.schedule, family)
-    assert opened.transformer == one.detected.transformer
+    opened = Checkpoint.open(tmp_path / "one.gguf").info
+    assert (opened.schedule, opened.vae_family) == (one.info.schedule, family)
+    assert opened.transformer == one.info.transformer
     write_single_file(
-        tmp_path / "x.safetensors", transformer=transformer, schedule=one.detected.schedule, dtype=torch.float32
+        tmp_path / "x.safetensors", transformer=transformer, schedule=one.info.schedule, dtype=torch.float32
     )
     transformer_to_gguf(Checkpoint.open(tmp_path / "x.safetensors"), tmp_path / "other.gguf", find_mix("Q8_0"))
     folders, files = numbers_of(tmp_path / "one.gguf"), numbers_of(tmp_path / "other.gguf")
@@ -184,7 +184,7 @@ def test_a_gguf_file_that_is_not_quantized_can_be(home: Path, tmp_path: Path, ki
     one, two = numbers_of(tmp_path / "one.gguf"), numbers_of(tmp_path / "two.gguf")
     assert list(one) == list(two)
     assert all(np.array_equal(one[name], two[name]) for name in one)
-    first, second = (Checkpoint.open(tmp_path / name).detected for name in ("one.gguf", "two.gguf"))
+    first, second = (Checkpoint.open(tmp_path / name).info for name in ("one.gguf", "two.gguf"))
     assert replace(first, dtype=second.dtype) == second
 
 
@@ -203,23 +203,23 @@ def test_what_is_kept_is_kept_as_it_is_stored(transformer: Transformer, tmp_path
 def test_a_text_encoder_is_written_with_its_sizes_its_weights_and_its_tokenizer(
     home: Path, tmp_path: Path, kind: str
 ) -> None:
-    folder, mix = TextEncoderFolder.open(home / "text"), find_mix(kind)
+    folder, mix = TextEncoderCheckpoint.open(home / "text"), find_mix(kind)
     text_encoder_to_gguf(folder, tmp_path / "t5.gguf", mix)
-    opened = TextEncoderFolder.open(tmp_path / "t5.gguf")
+    opened = TextEncoderCheckpoint.open(tmp_path / "t5.gguf")
     assert opened.config == WORDS
     shapes = gguf_files.text_shapes(WORDS)
     assert {name: info.shape for name, info in opened.source.infos.items()} == shapes
     plain = {"float32": "F32"}
-    types = {name: plain.get(info.stored, info.stored) for name, info in opened.source.infos.items()}
+    types = {name: plain.get(info.storage_type, info.storage_type) for name, info in opened.source.infos.items()}
     assert types == assign_types(mix, mix.text_encoder, {name: (shape, "BF16") for name, shape in shapes.items()})
     for prompt in ("a red  circle", "</s> x\n café", "ꙮ"):
-        assert torch.equal(opened.tokenizer().encode(prompt).ids, folder.tokenizer().encode(prompt).ids)
+        assert torch.equal(opened.load_tokenizer().encode(prompt).ids, folder.load_tokenizer().encode(prompt).ids)
     if kind == "F32":
         assert same(opened.load(torch.float32), folder.load(torch.float32))
 
 
 def test_the_values_of_a_text_encoder_are_those_that_llama_cpp_writes(home: Path, tmp_path: Path) -> None:
-    text_encoder_to_gguf(TextEncoderFolder.open(home / "text"), tmp_path / "t5.gguf", find_mix("Q8_0"))
+    text_encoder_to_gguf(TextEncoderCheckpoint.open(home / "text"), tmp_path / "t5.gguf", find_mix("Q8_0"))
     found = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "t5.gguf").fields.items()}
     for name, value in gguf_files.text_fields(WORDS, SPIECE.read_bytes()).items():
         near = "scores" in name or "epsilon" in name
@@ -229,24 +229,24 @@ def test_the_values_of_a_text_encoder_are_those_that_llama_cpp_writes(home: Path
 
 def test_the_rules_of_a_tokenizer_are_written_too(home: Path, tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(tiny_models.sentencepiece_model())
-    text = replace(TextEncoderFolder.open(home / "text"), home=tmp_path)
+    text = replace(TextEncoderCheckpoint.open(home / "text"), tokenizer_root=tmp_path)
     text_encoder_to_gguf(text, tmp_path / "t5.gguf", find_mix("Q4_0"))
     rules = gguf_files.tokenizer_fields(tiny_models.sentencepiece_model(), 64)["tokenizer.ggml.precompiled_charsmap"]
-    assert read_gguf(tmp_path / "t5.gguf").entries("tokenizer.ggml.precompiled_charsmap") == rules
-    opened = TextEncoderFolder.open(tmp_path / "t5.gguf")
-    assert torch.equal(opened.tokenizer().encode("ﬁve ½").ids, text.tokenizer().encode("ﬁve ½").ids)
+    assert read_gguf_header(tmp_path / "t5.gguf").read_array("tokenizer.ggml.precompiled_charsmap") == rules
+    opened = TextEncoderCheckpoint.open(tmp_path / "t5.gguf")
+    assert torch.equal(opened.load_tokenizer().encode("ﬁve ½").ids, text.load_tokenizer().encode("ﬁve ½").ids)
 
 
 def test_a_text_encoder_of_a_gguf_file_that_is_not_quantized_can_be(home: Path, tmp_path: Path) -> None:
-    folder = TextEncoderFolder.open(home / "text")
+    folder = TextEncoderCheckpoint.open(home / "text")
     text_encoder_to_gguf(folder, tmp_path / "plain.gguf", find_mix("BF16"))
-    text_encoder_to_gguf(TextEncoderFolder.open(tmp_path / "plain.gguf"), tmp_path / "two.gguf", find_mix("Q8_0"))
+    text_encoder_to_gguf(TextEncoderCheckpoint.open(tmp_path / "plain.gguf"), tmp_path / "two.gguf", find_mix("Q8_0"))
     text_encoder_to_gguf(folder, tmp_path / "one.gguf", find_mix("Q8_0"))
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
 
 
 def test_an_embedding_under_its_second_name_is_written(home: Path, tmp_path: Path) -> None:
-    text_encoder_to_gguf(TextEncoderFolder.open(home / "text"), tmp_path / "one.gguf", find_mix("Q8_0"))
+    text_encoder_to_gguf(TextEncoderCheckpoint.open(home / "text"), tmp_path / "one.gguf", find_mix("Q8_0"))
     (tmp_path / "text").symlink_to(home / "text")
     file = home / "text" / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
@@ -256,12 +256,12 @@ def test_an_embedding_under_its_second_name_is_written(home: Path, tmp_path: Pat
         for given in (home / "text" / name).iterdir():
             (tmp_path / "other" / name / given.name).write_bytes(given.read_bytes())
     save_file(tensors, tmp_path / "other" / "text_encoder" / "model.safetensors")
-    text_encoder_to_gguf(TextEncoderFolder.open(tmp_path / "other"), tmp_path / "two.gguf", find_mix("Q8_0"))
+    text_encoder_to_gguf(TextEncoderCheckpoint.open(tmp_path / "other"), tmp_path / "two.gguf", find_mix("Q8_0"))
     assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
 
 
 def test_a_tokenizer_that_cannot_be_put_into_the_file_is_refused(home: Path, tmp_path: Path) -> None:
-    text = replace(TextEncoderFolder.open(home / "text"), home=tmp_path)
+    text = replace(TextEncoderCheckpoint.open(home / "text"), tokenizer_root=tmp_path)
     with pytest.raises(CheckpointError, match="There is no tokenizer for"):
         text_encoder_to_gguf(text, tmp_path / "x.gguf", find_mix("Q8_0"))
     fast = tokenizers.Tokenizer(tokenizers.models.Unigram([("<pad>", 0), ("</s>", 0), ("<unk>", 0)], unk_id=2))
@@ -272,7 +272,7 @@ def test_a_tokenizer_that_cannot_be_put_into_the_file_is_refused(home: Path, tmp
 
 
 def test_a_size_that_the_format_cannot_say_is_refused(home: Path, tmp_path: Path) -> None:
-    text = TextEncoderFolder.open(home / "text")
+    text = TextEncoderCheckpoint.open(home / "text")
     text = replace(text, config=replace(text.config, relative_attention_max_distance=64))
     with pytest.raises(CheckpointError, match=r"distances apart up to 64 tokens; .* to be 128"):
         text_encoder_to_gguf(text, tmp_path / "x.gguf", find_mix("Q8_0"))
@@ -285,9 +285,9 @@ def test_a_quantized_file_is_not_quantized_again(home: Path, tmp_path: Path) -> 
     written(home, tmp_path / "x.gguf", "Q8_0")
     with pytest.raises(CheckpointError, match=r"is quantized already \(.* is in Q8_0\).*loses twice.*Take the bf16"):
         transformer_to_gguf(Checkpoint.open(tmp_path / "x.gguf"), tmp_path / "y.gguf", find_mix("Q4_0"))
-    text_encoder_to_gguf(TextEncoderFolder.open(home / "text"), tmp_path / "t.gguf", find_mix("Q4_0"))
+    text_encoder_to_gguf(TextEncoderCheckpoint.open(home / "text"), tmp_path / "t.gguf", find_mix("Q4_0"))
     with pytest.raises(CheckpointError, match="is quantized already"):
-        text_encoder_to_gguf(TextEncoderFolder.open(tmp_path / "t.gguf"), tmp_path / "y.gguf", find_mix("F32"))
+        text_encoder_to_gguf(TextEncoderCheckpoint.open(tmp_path / "t.gguf"), tmp_path / "y.gguf", find_mix("F32"))
     assert not (tmp_path / "y.gguf").exists()
 
 
@@ -371,10 +371,10 @@ def test_a_tensor_is_rounded_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
         sizes.append(piece.numel())
         return real(piece, packing)
 
-    monkeypatch.setattr(writer, "PIECE", 1000)
+    monkeypatch.setattr(writer, "SLICE_ELEMENTS", 1000)
     monkeypatch.setattr(writer, "quantize", counting)
     numbers = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
-    entries = [Entry(name, (50, 64), "Q8_0", lambda: numbers) for name in "ab"]
+    entries = [OutputTensor(name, (50, 64), "Q8_0", lambda: numbers) for name in "ab"]
     writer.write_gguf(tmp_path / "x.gguf", "ltxv", {}, entries)
     assert max(sizes) <= 1000
     assert sum(sizes) == 2 * numbers.numel()

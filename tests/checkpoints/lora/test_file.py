@@ -35,7 +35,7 @@ def test_every_family_of_names_comes_to_the_same_layers_and_numbers(spelling: st
     lora = LoraFile.open(write(file, halves, SPELLINGS[spelling]))
     assert lora.layers.keys() == OURS
     families = {"diffusers, with the adapter's name": "diffusers", "lycoris": "kohya", "Comfy, down and up": "Comfy"}
-    assert lora.family == families.get(spelling, spelling)
+    assert lora.key_format == families.get(spelling, spelling)
     made = lora.load()["layers.1.text_attention.out"]
     down, up = halves["transformer_blocks.1.attn2.to_out.0"]
     assert torch.equal(made.down, down)
@@ -103,10 +103,10 @@ def test_a_stranger_is_named_and_the_file_refused_or_taken_without_it(stranger: 
     assert stranger in str(refused.value)
     assert "--lora-partial" in str(refused.value)
     with pytest.warns(KadrWarning, match="left out") as told:
-        lora = LoraFile.open(file, partial=True)
+        lora = LoraFile.open(file, allow_partial=True)
     assert stranger in str(told[0].message)
     assert lora.layers.keys() == OURS
-    assert lora.strangers == (stranger,)
+    assert lora.unexpected_keys == (stranger,)
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -126,7 +126,7 @@ def test_what_is_more_than_pairs_is_refused_in_any_case(tensor: str, kind: str, 
     """Without these tensors it would run, and draw something else."""
     write(file, pairs(), more={tensor: torch.zeros(RANK, 64)})
     with pytest.raises(CheckpointError, match=f"is {kind} ") as refused:
-        LoraFile.open(file, partial=partial)
+        LoraFile.open(file, allow_partial=partial)
     assert tensor in str(refused.value)
     assert is_lora(file)
 
@@ -213,7 +213,7 @@ def test_a_lora_for_ltx2_is_called_that(partial: bool, file: Path) -> None:
     name = "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight"
     write(file, pairs(), more={name: torch.zeros(RANK, 64)})
     with pytest.raises(CheckpointError, match="LTX-2, another family"):
-        LoraFile.open(file, partial=partial)
+        LoraFile.open(file, allow_partial=partial)
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -225,7 +225,7 @@ def test_half_of_a_pair_is_no_lora(half: int, file: Path) -> None:
 
     save_file({name: tensor for name, tensor in load_file(file).items() if name != gone}, file)
     with pytest.raises(CheckpointError, match="not the other half") as refused:
-        LoraFile.open(file, partial=True)
+        LoraFile.open(file, allow_partial=True)
     assert comfy("transformer_blocks.1.attn1.to_k")[1 - half] in str(refused.value)
 
 
@@ -250,10 +250,10 @@ def test_a_model_is_no_lora_and_other_files_are_not_either(tmp_path: Path, file:
 
 def test_a_lora_of_another_width_or_with_more_blocks_does_not_fit_and_says_whose_it_is(file: Path) -> None:
     wide = LoraFile.open(write(file, pairs(ATTENTION[:1], width=4096, layers=1)))
-    assert wide.fits == "13B"
+    assert wide.model_size == "13B"
     other = r"1 of its 1 layers are of other widths, such as diffusion_model\.transformer_blocks\.0\.attn1\.to_q"
     numbers = "takes 2048 and gives 2048, the LoRA's 4096 and 4096"
-    for fit in (wide.check_fits, wide.fitted):
+    for fit in (wide.check_fits, wide.without_missing_layers):
         with pytest.raises(CheckpointError, match=f"{other}: the model's {numbers}.*for 13B"):
             fit(TRANSFORMER_2B, Path("model.safetensors"))
 
@@ -264,12 +264,12 @@ def test_a_lora_for_more_blocks_does_not_fit_or_is_taken_without_them(file: Path
     with pytest.raises(CheckpointError, match=rf"{absent} \(the model has 2 blocks\).*or --lora-partial takes it"):
         deep.check_fits(tiny_models.transformer_config(), model)
     with pytest.warns(KadrWarning, match=r"1 of the 3 layers of .* are left out: .*blocks\.2\.attn1\.to_q\."):
-        kept = deep.fitted(tiny_models.transformer_config(), model)
+        kept = deep.without_missing_layers(tiny_models.transformer_config(), model)
     assert kept.layers.keys() == {f"layers.{block}.self_attention.q" for block in (0, 1)}
     assert kept.load().keys() == kept.layers.keys()
     none = replace(deep, layers={name: layer for name, layer in deep.layers.items() if ".2." in name})
     with pytest.raises(CheckpointError, match="1 of its 1 layers are not there"):
-        none.fitted(tiny_models.transformer_config(), model)
+        none.without_missing_layers(tiny_models.transformer_config(), model)
 
 
 # What the headers of the released files have: spelling, targets of each block, rank, and whether all around the blocks.
@@ -299,7 +299,7 @@ def test_a_released_lora_is_read_whole_and_fits_the_13b_model(name: str, file: P
         halves |= {name: (torch.ones(1, inputs), torch.ones(outputs, 1)) for name, (inputs, outputs) in sizes.items()}
         assert len(halves) == 974 // 2  # tensors of the released file
     lora = LoraFile.open(write(file, halves, spelling))
-    assert (lora.fits, len(lora.layers), lora.strangers) == ("13B", len(halves), ())
+    assert (lora.model_size, len(lora.layers), lora.unexpected_keys) == ("13B", len(halves), ())
     lora.check_fits(TRANSFORMER_13B, Path("model.safetensors"))
 
 
@@ -318,14 +318,19 @@ def test_a_lora_describes_itself(file: Path) -> None:
         file, pairs((*ATTENTION, *FEED_FORWARD)), alpha=2.0, metadata={"reference_downscale_factor": "2", "ss_tag": "x"}
     )
     told = LoraFile.open(file).describe()
-    assert (told.family, told.fits, told.layers, told.blocks) == ("Comfy", None, 20, 2)
+    assert (told.key_format, told.model_size, told.num_adapted_layers, told.num_adapted_blocks) == (
+        "Comfy",
+        None,
+        20,
+        2,
+    )
     assert (told.ranks, told.alphas, told.scales, told.reference_downscale) == ((RANK,), (2.0,), (2.0 / RANK,), 2)
-    assert told.targets == {
+    assert told.target_counts == {
         **{f"{kind}_attention.{part}": 2 for kind in ("self", "text") for part in ("q", "k", "v", "out")},
         "feed_forward.up": 2,
         "feed_forward.down": 2,
     }
-    assert told.parameters == 2 * RANK * (8 * 128 + 2 * 320)
+    assert told.num_parameters == 2 * RANK * (8 * 128 + 2 * 320)
     assert told.metadata["ss_tag"] == "x"
 
 

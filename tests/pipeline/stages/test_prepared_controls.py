@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from kadr import Condition, Control, Engine, KadrWarning, Progress, Request, Size
-from kadr.checkpoints.lora.file import DOWNSCALE, LoraFile
+from kadr.checkpoints.lora.file import REFERENCE_DOWNSCALE_KEY, LoraFile
 from kadr.errors import CheckpointError, KadrError, MediaError, RequestError
 from kadr.media.clip import ClipReader, read_video
 from kadr.media.control_maps import canny_edges
@@ -92,7 +92,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     folder = tmp_path_factory.mktemp("loras")
 
     def made(factor: str | None = None) -> Path:
-        metadata = {} if factor is None else {DOWNSCALE: factor}
+        metadata = {} if factor is None else {REFERENCE_DOWNSCALE_KEY: factor}
         return lora_files.write(folder / f"{factor}.safetensors", lora_files.pairs(), metadata=metadata)
 
     return made

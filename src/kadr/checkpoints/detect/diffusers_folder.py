@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kadr.checkpoints.detect.single_file import Detected, confirmed
-from kadr.checkpoints.detect.upscaler import kind_of
-from kadr.checkpoints.detect.vae_families import SCHEDULES, family_of, version_label
+from kadr.checkpoints.detect.single_file import CheckpointInfo, confirm_release
+from kadr.checkpoints.detect.upscaler import checkpoint_kind
+from kadr.checkpoints.detect.vae_families import FAMILY_SCHEDULES, find_vae_family, version_label
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import Release
@@ -23,16 +23,16 @@ from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae.config import BlockConfig, VAEConfig
 from kadr.sampling.schedules import Schedule
 
-CLASSES: Mapping[str, str] = {
+COMPONENT_BY_CLASS: Mapping[str, str] = {
     "LTXVideoTransformer3DModel": "transformer",
     "AutoencoderKLLTXVideo": "vae",
     "LTXLatentUpsamplerModel": "upsampler",
 }
-FOLDERS: Mapping[str, str] = {"transformer": "transformer", "vae": "vae", "upsampler": "latent_upsampler"}
+COMPONENT_FOLDERS: Mapping[str, str] = {"transformer": "transformer", "vae": "vae", "upsampler": "latent_upsampler"}
 _LTX2 = ("LTX2", "AVTransformer")  # how the class names of the next family begin
 
 # Keys that change what is computed, with the only value released weights use; it is also what an absent key means.
-_TRANSFORMER_FIXED: Mapping[str, Any] = {
+_TRANSFORMER_REQUIRED: Mapping[str, Any] = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "attention_out_bias": True,
@@ -42,7 +42,7 @@ _TRANSFORMER_FIXED: Mapping[str, Any] = {
     "patch_size_t": 1,
     "qk_norm": "rms_norm_across_heads",
 }
-_VAE_FIXED: Mapping[str, Any] = {
+_VAE_REQUIRED: Mapping[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "patch_size_t": 1,
@@ -51,7 +51,7 @@ _VAE_FIXED: Mapping[str, Any] = {
     "encoder_causal": True,
     "decoder_causal": False,
 }
-_SHIFT_FIXED: Mapping[str, Any] = {
+_SHIFT_REQUIRED: Mapping[str, Any] = {
     "base_shift": 0.95,
     "max_shift": 2.05,
     "base_image_seq_len": 1024,
@@ -59,14 +59,14 @@ _SHIFT_FIXED: Mapping[str, Any] = {
     "shift": 1.0,
     "num_train_timesteps": 1000,
 }
-_DOWN = {
+_DOWNSAMPLE_KINDS = {
     "spatial": "compress_space_res",
     "temporal": "compress_time_res",
     "spatiotemporal": "compress_all_res",
 }
 
 
-def open_folder(path: Path, *, release: Release | None = None) -> tuple[Detected, dict[str, Source]]:
+def open_diffusers_folder(path: Path, *, release: Release | None = None) -> tuple[CheckpointInfo, dict[str, Source]]:
     """Read the headers of a diffusers folder, or of one component's folder.
 
     Args:
@@ -79,34 +79,36 @@ def open_folder(path: Path, *, release: Release | None = None) -> tuple[Detected
     Raises:
         CheckpointError: it is no such folder, or describes a build that is not of the family.
     """
-    folders = _component_folders(path)
+    folders = _find_component_folders(path)
     configs = {component: read_json(folder / "config.json") for component, folder in folders.items()}
     sources = {component: Source.open(folder) for component, folder in folders.items()}
-    vae = read_vae(configs["vae"], folders["vae"]) if "vae" in folders else None
-    family = family_of(vae) if vae else None
+    vae = read_vae_config(configs["vae"], folders["vae"]) if "vae" in folders else None
+    family = find_vae_family(vae) if vae else None
     transformer, era = None, family or (release.vae_family if release else None)
     if "transformer" in folders:
         config = configs["transformer"]
-        era = era or _era_of_a_lone_transformer(path, config)
-        transformer = read_transformer(config, folders["transformer"], causal=era == "0.9.5")
-    upsampler = read_upsampler(configs["upsampler"], folders["upsampler"]) if "upsampler" in folders else None
-    release = confirmed(path, release, transformer, family, kind=kind_of(transformer, upsampler), asked=True)
+        era = era or _infer_transformer_family(path, config)
+        transformer = read_transformer_config(config, folders["transformer"], causal_positions=era == "0.9.5")
+    upsampler = read_upscaler_config(configs["upsampler"], folders["upsampler"]) if "upsampler" in folders else None
+    release = confirm_release(
+        path, release, transformer, family, kind=checkpoint_kind(transformer, upsampler), is_explicit=True
+    )
     schedule = read_schedule(path / "scheduler" / "scheduler_config.json", era or "0.9.5")
-    detected = Detected(
+    detected = CheckpointInfo(
         version=release.version if release else version_label(transformer, family, upsampler),
-        released=release,
+        release=release,
         layout="diffusers",
         transformer=transformer,
         vae=vae,
         vae_family=family,
         schedule=schedule,
         dtype=sources.get("transformer", next(iter(sources.values()))).dtype,
-        upsampler=upsampler,
+        upscaler=upsampler,
     )
     return detected, sources
 
 
-def _era_of_a_lone_transformer(path: Path, config: Mapping[str, Any]) -> str:
+def _infer_transformer_family(path: Path, config: Mapping[str, Any]) -> str:
     """Whose positions and noise levels it follows: those of a VAE's family."""
     if config.get("num_layers") == TRANSFORMER_13B.num_layers:
         return "0.9.5"
@@ -116,33 +118,33 @@ def _era_of_a_lone_transformer(path: Path, config: Mapping[str, Any]) -> str:
     )
 
 
-def read_transformer(config: Mapping[str, Any], where: Path, *, causal: bool) -> TransformerConfig:
+def read_transformer_config(config: Mapping[str, Any], folder: Path, *, causal_positions: bool) -> TransformerConfig:
     """Read transformer/config.json. causal: of the positions, which the file does not say."""
-    _check(config, _TRANSFORMER_FIXED, where)
+    _check_required_values(config, _TRANSFORMER_REQUIRED, folder)
     read = TransformerConfig(
-        num_layers=_get(config, "num_layers", where),
-        num_heads=_get(config, "num_attention_heads", where),
-        head_dim=_get(config, "attention_head_dim", where),
-        caption_channels=_get(config, "caption_channels", where),
+        num_layers=_get_positive_int(config, "num_layers", folder),
+        num_heads=_get_positive_int(config, "num_attention_heads", folder),
+        head_dim=_get_positive_int(config, "attention_head_dim", folder),
+        caption_channels=_get_positive_int(config, "caption_channels", folder),
         in_channels=config.get("in_channels", 128),
-        causal_temporal_positioning=causal,
+        causal_temporal_positioning=causal_positions,
     )
     same = {"cross_attention_dim": read.width, "out_channels": read.in_channels}
-    _check({key: config.get(key) or value for key, value in same.items()}, same, where)
+    _check_required_values({key: config.get(key) or value for key, value in same.items()}, same, folder)
     return read
 
 
-def read_vae(config: Mapping[str, Any], where: Path) -> VAEConfig:
+def read_vae_config(config: Mapping[str, Any], folder: Path) -> VAEConfig:
     """Read vae/config.json.
 
     Raises:
         CheckpointError: its build is none of the three families'.
     """
-    _check(config, _VAE_FIXED, where)
+    _check_required_values(config, _VAE_REQUIRED, folder)
     try:
         conditioned = bool(config.get("timestep_conditioning", False))
-        encoder, encoder_width = _encoder(config)
-        decoder, decoder_width = _decoder(config)
+        encoder, encoder_width = _encoder_blocks(config)
+        decoder, decoder_width = _decoder_blocks(config)
         read = VAEConfig(
             encoder_blocks=encoder,
             decoder_blocks=decoder,
@@ -154,41 +156,41 @@ def read_vae(config: Mapping[str, Any], where: Path) -> VAEConfig:
         )
     except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{where / 'config.json'} describes no VAE of this family: {error!r}. Take the folder as it was released."
+            f"{folder / 'config.json'} describes no VAE of this family: {error!r}. Take the folder as it was released."
         ) from error
-    if family_of(read) is None:
+    if find_vae_family(read) is None:
         raise CheckpointError(
-            f"{where / 'config.json'} describes a VAE that is built as none of 0.9, 0.9.1 and 0.9.5; diffusers' names "
+            f"{folder / 'config.json'} describes a VAE that is built as none of 0.9, 0.9.1 and 0.9.5; diffusers' names "
             "are known for those only. Take the official single file of this model."
         )
     return read
 
 
-def read_upsampler(config: Mapping[str, Any], where: Path) -> UpscalerConfig:
+def read_upscaler_config(config: Mapping[str, Any], folder: Path) -> UpscalerConfig:
     """Read latent_upsampler/config.json, which says what the official header says."""
     try:
         return UpscalerConfig.from_header({key: value for key, value in config.items() if not key.startswith("_")})
     except CheckpointError as error:
-        raise CheckpointError(f"{where / 'config.json'}: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
 
 
-def read_schedule(file: Path, family: str) -> Schedule:
+def read_schedule(file: Path, vae_family: str) -> Schedule:
     """Read scheduler_config.json; where there is none, the schedule is that of the VAE's family.
 
     Without dynamic shifting the official recipe is linear-quadratic, which diffusers makes outside of its scheduler.
     """
     if not file.is_file():
-        return SCHEDULES[family]
+        return FAMILY_SCHEDULES[vae_family]
     config = read_json(file)
     if not config.get("use_dynamic_shifting", False):
-        return SCHEDULES["0.9.5"]
-    _check(config, _SHIFT_FIXED, file)
+        return FAMILY_SCHEDULES["0.9.5"]
+    _check_required_values(config, _SHIFT_REQUIRED, file)
     if config.get("time_shift_type", "exponential") != "exponential":
         raise CheckpointError(f"{file} shifts by {config['time_shift_type']!r}; kadr knows only 'exponential'.")
-    return replace(SCHEDULES["0.9"], shift_terminal=config.get("shift_terminal"))
+    return replace(FAMILY_SCHEDULES["0.9"], shift_terminal=config.get("shift_terminal"))
 
 
-def _encoder(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
+def _encoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
     """The blocks of the encoder and the width that it starts with."""
     widths = config.get("block_out_channels", (128, 256, 512, 512))
     layers = config.get("layers_per_block", (4, 3, 3, 3, 4))
@@ -200,15 +202,15 @@ def _encoder(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
     for width, wider, depth, scales, kind in zip(widths, after, layers, scaling, kinds, strict=False):
         blocks.append(BlockConfig(kind="res_x", num_layers=depth))
         if scales and new:
-            blocks.append(BlockConfig(kind=_DOWN[kind], multiplier=_times(wider, width)))
+            blocks.append(BlockConfig(kind=_DOWNSAMPLE_KINDS[kind], multiplier=_channel_multiplier(wider, width)))
         elif scales:
             blocks.append(BlockConfig(kind="compress_all"))
         if not new and wider != width:
-            blocks.append(BlockConfig(kind="res_x_y", multiplier=_times(wider, width)))
+            blocks.append(BlockConfig(kind="res_x_y", multiplier=_channel_multiplier(wider, width)))
     return (*blocks, BlockConfig(kind="res_x", num_layers=layers[-1])), widths[0]
 
 
-def _decoder(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
+def _decoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
     """The blocks of the decoder, in the order of the encoder, and the width that it ends with."""
     widths = config.get("decoder_block_out_channels", (128, 256, 512, 512))
     layers = config.get("decoder_layers_per_block", (4, 3, 3, 3, 4))
@@ -224,25 +226,25 @@ def _decoder(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
         if scaling[i]:
             blocks.append(BlockConfig(kind="compress_all", multiplier=factors[i], residual=residual[i]))
         if given[i] // factors[i] != width:
-            multiplier = _times(given[i] // factors[i], width)
+            multiplier = _channel_multiplier(given[i] // factors[i], width)
             blocks.append(BlockConfig(kind="res_x_y", multiplier=multiplier, inject_noise=noisy[i]))
     return (*blocks, BlockConfig(kind="res_x", num_layers=layers[-1], inject_noise=noisy[-1])), made[0]
 
 
-def _times(wider: int, width: int) -> int:
+def _channel_multiplier(wider: int, width: int) -> int:
     times, rest = divmod(wider, width)
     if rest or not times:
         raise ValueError(f"{wider} channels are no multiple of {width}")
     return times
 
 
-def _component_folders(path: Path) -> dict[str, Path]:
+def _find_component_folders(path: Path) -> dict[str, Path]:
     """Component -> its folder."""
-    found = {component: path / name for component, name in FOLDERS.items() if (path / name).is_dir()}
+    found = {component: path / name for component, name in COMPONENT_FOLDERS.items() if (path / name).is_dir()}
     if not found and (path / "config.json").is_file():
         kind = str(read_json(path / "config.json").get("_class_name"))
-        if kind in CLASSES:
-            return {CLASSES[kind]: path}
+        if kind in COMPONENT_BY_CLASS:
+            return {COMPONENT_BY_CLASS[kind]: path}
         if "T5" in str(read_json(path / "config.json").get("architectures")):
             raise CheckpointError(
                 f"{path} is a T5 text encoder, not a model. Open the model, and give this folder as --text-encoder."
@@ -250,15 +252,15 @@ def _component_folders(path: Path) -> dict[str, Path]:
     if not found:
         held = sorted(entry.name for entry in path.glob("*.safetensors"))
         way_out = f"Name one of the files in it: {', '.join(held[:5])}." if held else "Name a .safetensors instead."
-        folders = ", ".join(f"{name}/" for name in FOLDERS.values())
+        folders = ", ".join(f"{name}/" for name in COMPONENT_FOLDERS.values())
         raise CheckpointError(f"{path} is no diffusers folder: it has none of {folders} in it. {way_out}")
     for component, folder in found.items():
         kind = str(read_json(folder / "config.json").get("_class_name"))
         if kind.startswith(_LTX2) or kind.endswith("LTX2Video"):
             raise CheckpointError(f"{path} is LTX-2, another family of models ({kind}). kadr runs 0.9 to 0.9.8.")
-        if CLASSES.get(kind) != component:
+        if COMPONENT_BY_CLASS.get(kind) != component:
             raise CheckpointError(
-                f"{folder} holds a {kind}; kadr runs {', '.join(CLASSES)}, which are LTX-Video 0.9 to 0.9.8."
+                f"{folder} holds a {kind}; kadr runs {', '.join(COMPONENT_BY_CLASS)}, which are LTX-Video 0.9 to 0.9.8."
             )
     return found
 
@@ -275,14 +277,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return config
 
 
-def _check(config: Mapping[str, Any], fixed: Mapping[str, Any], where: Path) -> None:
-    for key, value in fixed.items():
+def _check_required_values(config: Mapping[str, Any], required: Mapping[str, Any], folder: Path) -> None:
+    for key, value in required.items():
         if config.get(key, value) != value:
-            raise CheckpointError(f"{where} has {key} = {config[key]!r} in its config; kadr knows only {value!r}.")
+            raise CheckpointError(f"{folder} has {key} = {config[key]!r} in its config; kadr knows only {value!r}.")
 
 
-def _get(config: Mapping[str, Any], key: str, where: Path) -> int:
+def _get_positive_int(config: Mapping[str, Any], key: str, folder: Path) -> int:
     value = config.get(key)
     if type(value) is not int or value < 1:
-        raise CheckpointError(f"{where} has {key} = {value!r} in its config; it must be a positive whole number.")
+        raise CheckpointError(f"{folder} has {key} = {value!r} in its config; it must be a positive whole number.")
     return value

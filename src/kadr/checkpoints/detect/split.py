@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kadr.checkpoints.detect.unsupported import refuse_others
+from kadr.checkpoints.detect.unsupported import refuse_unsupported
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
 # Prefix -> component. A file of one component may leave the prefix out; then these are the first words of its names.
-PREFIXES: Mapping[str, str] = {"model.diffusion_model.": "transformer", "vae.": "vae"}
-FIRST_WORDS: Mapping[str, str] = {
+COMPONENT_PREFIXES: Mapping[str, str] = {"model.diffusion_model.": "transformer", "vae.": "vae"}
+COMPONENT_BY_FIRST_WORD: Mapping[str, str] = {
     "patchify_proj": "transformer",
     "adaln_single": "transformer",
     "caption_projection": "transformer",
@@ -30,7 +30,7 @@ FIRST_WORDS: Mapping[str, str] = {
 }
 
 
-def split(source: Source) -> dict[str, Source]:
+def split_components(source: Source) -> dict[str, Source]:
     """The components of a single file, each under its names without prefix.
 
     They are a "transformer", a "vae" or both; or an "upsampler".
@@ -38,12 +38,12 @@ def split(source: Source) -> dict[str, Source]:
     Raises:
         CheckpointError: it is a file of another kind, or holds tensors of no component.
     """
-    refuse_others(source)
+    refuse_unsupported(source)
     names: dict[str, dict[str, str]] = {}
     strangers = []
     for name in source.infos:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-        component = PREFIXES[prefix] if prefix else FIRST_WORDS.get(name.partition(".")[0])
+        prefix = next((prefix for prefix in COMPONENT_PREFIXES if name.startswith(prefix)), "")
+        component = COMPONENT_PREFIXES[prefix] if prefix else COMPONENT_BY_FIRST_WORD.get(name.partition(".")[0])
         bare = name.removeprefix(prefix)
         if component is None or bare in names.get(component, ()):  # known to neither, or there with and without prefix
             strangers.append(name)
@@ -60,4 +60,4 @@ def split(source: Source) -> dict[str, Source]:
             f"{source.path} has tensors of an upscaler, such as {next(iter(names['upsampler']))}, among those of a "
             "model. Take the two files as they were released."
         )
-    return {component: source.renamed(found) for component, found in names.items()}
+    return {component: source.rename_tensors(found) for component, found in names.items()}

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
-_RUNS = "kadr runs LTX-Video 0.9 to 0.9.8 (`kadr models` lists them)."
+_SUPPORTED = "kadr runs LTX-Video 0.9 to 0.9.8 (`kadr models` lists them)."
 # A pattern that some tensor's name matches, what the file then is, and the way out. The first that matches counts.
-_OTHERS: tuple[tuple[re.Pattern[str], str, str], ...] = (
+_UNSUPPORTED: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
         re.compile(r"\.lora_(A|B|down|up)\.|^(lora_unet|lycoris)_"),
         "a LoRA: a change to a model, not a model",
@@ -22,7 +22,7 @@ _OTHERS: tuple[tuple[re.Pattern[str], str, str], ...] = (
             r"(^|\.)(audio_|av_ca_|video_embeddings_connector)|^(audio_vae|vocoder|text_embedding_projection)\."
         ),
         "LTX-2, another family of models, which makes sound too",
-        _RUNS,
+        _SUPPORTED,
     ),
     (
         re.compile(r"^(encoder\.block\.\d+\.layer\.|shared\.weight$|enc\.blk\.)"),
@@ -44,18 +44,18 @@ _OTHERS: tuple[tuple[re.Pattern[str], str, str], ...] = (
 _LTX2_CLASS = "AVTransformer3DModel"
 
 
-def refuse_others(source: Source) -> None:
+def refuse_unsupported(source: Source) -> None:
     """Say what a file is that is not a checkpoint kadr runs.
 
     Raises:
         CheckpointError: it is one of another kind.
     """
-    for pattern, what, way_out in _OTHERS:
+    for pattern, what, way_out in _UNSUPPORTED:
         example = next((name for name in source.infos if pattern.search(name)), None)
         if example is not None:
             raise CheckpointError(f"{source.path} is {what} (it has the tensor {example}). {way_out}")
     if _LTX2_CLASS in _class_name(source.metadata):
-        raise CheckpointError(f"{source.path} is LTX-2, another family of models (a {_LTX2_CLASS}). {_RUNS}")
+        raise CheckpointError(f"{source.path} is LTX-2, another family of models (a {_LTX2_CLASS}). {_SUPPORTED}")
 
 
 def _class_name(metadata: Mapping[str, str]) -> str:

@@ -10,20 +10,22 @@ from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, VAEConfig
 from kadr.sampling.schedules import Schedule
 
 VAE_FAMILIES: Mapping[str, VAEConfig] = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
-_SHIFTED = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
-SCHEDULES: Mapping[str, Schedule] = {
-    "0.9": _SHIFTED,
-    "0.9.1": _SHIFTED,
+_SD3_SHIFTED_SCHEDULE = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
+FAMILY_SCHEDULES: Mapping[str, Schedule] = {
+    "0.9": _SD3_SHIFTED_SCHEDULE,
+    "0.9.1": _SD3_SHIFTED_SCHEDULE,
     "0.9.5": Schedule(sampler="LinearQuadratic"),
 }
 
 
-def family_of(config: VAEConfig) -> str | None:
+def find_vae_family(config: VAEConfig) -> str | None:
     """Which of the three families a VAE is built as, whatever its widths and layer counts; None for another build."""
-    return next((family for family, known in VAE_FAMILIES.items() if _build(known) == _build(config)), None)
+    return next(
+        (family for family, known in VAE_FAMILIES.items() if _architecture(known) == _architecture(config)), None
+    )
 
 
-def _build(config: VAEConfig) -> tuple[object, ...]:
+def _architecture(config: VAEConfig) -> tuple[object, ...]:
     return (
         config.timestep_conditioning,
         tuple(block.kind for block in config.encoder_blocks),
@@ -32,15 +34,15 @@ def _build(config: VAEConfig) -> tuple[object, ...]:
 
 
 def version_label(
-    transformer: TransformerConfig | None, family: str | None, upsampler: UpscalerConfig | None = None
+    transformer: TransformerConfig | None, vae_family: str | None, upscaler: UpscalerConfig | None = None
 ) -> str:
     """The version as far as the components tell it."""
-    if transformer is None and family is None and upsampler in (SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG):
+    if transformer is None and vae_family is None and upscaler in (SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG):
         return "0.9.7 or 0.9.8"
-    if family in ("0.9", "0.9.1"):
-        return family
+    if vae_family in ("0.9", "0.9.1"):
+        return vae_family
     if transformer is None:
-        return "0.9.5 or later" if family else "unreleased"
+        return "0.9.5 or later" if vae_family else "unreleased"
     if transformer.num_layers == TRANSFORMER_13B.num_layers:
         return "0.9.7 or later"
     return "0.9.5 or later" if transformer.causal_temporal_positioning else "0.9 or 0.9.1"

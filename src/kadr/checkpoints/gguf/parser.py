@@ -16,34 +16,34 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-ALIGNMENT = "general.alignment"
+SUPPORTED_VERSIONS = (2, 3)
+ALIGNMENT_KEY = "general.alignment"
 # Kinds of values: those that are one number, and how `struct` calls it.
-_NUMBERS: Mapping[int, str] = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
-_FLOAT32, _TEXT, _LIST = 6, 8, 9
-_MOST_AXES, _MOST_ENTRIES = 8, 1 << 20  # more are a sign of damage
+_STRUCT_CODES: Mapping[int, str] = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
+_MAX_DIMS, _MAX_ENTRIES = 8, 1 << 20  # more are a sign of damage
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ArraySpan:
     """A list that was stepped over: so many entries of a kind, in these bytes of the file."""
 
-    kind: int
-    count: int
+    value_type: int
+    length: int
     start: int
     end: int
 
 
-class Head(NamedTuple):
+class GGUFTensorInfo(NamedTuple):
     """A tensor as the file lists it. kind: the number of its GGML type. offset: from the start of all tensors."""
 
     name: str
     shape: tuple[int, ...]
-    kind: int
+    type_id: int
     offset: int
 
 
-class Cursor:
+class GGUFParser:
     """Takes one thing after another out of a file, from its version on.
 
     Raises:
@@ -52,86 +52,86 @@ class Cursor:
     """
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.place = data, len(MAGIC)
+        self.data, self.position = data, len(MAGIC)
 
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from(f"<{code}", self.data, self.place)
-        self.place += struct.calcsize(f"<{code}")
+    def read_number(self, struct_code: str) -> Any:
+        (value,) = struct.unpack_from(f"<{struct_code}", self.data, self.position)
+        self.position += struct.calcsize(f"<{struct_code}")
         return value
 
-    def text(self) -> str:
-        size = self.number("Q")
+    def read_string(self) -> str:
+        size = self.read_number("Q")
         self.skip(size)
-        return self.data[self.place - size : self.place].decode(errors="replace")
+        return self.data[self.position - size : self.position].decode(errors="replace")
 
     def skip(self, size: int) -> None:
-        self._require(size)
-        self.place += size
+        self._require_bytes(size)
+        self.position += size
 
-    def counts(self) -> tuple[int, int]:
+    def read_counts(self) -> tuple[int, int]:
         """Of tensors and of values."""
-        tensors, values = self.number("Q"), self.number("Q")
-        if max(tensors, values) > _MOST_ENTRIES:
+        tensors, values = self.read_number("Q"), self.read_number("Q")
+        if max(tensors, values) > _MAX_ENTRIES:
             raise ValueError(f"it promises {tensors} tensors and {values} values")
         return tensors, values
 
-    def field(self) -> tuple[str, Any]:
-        """A named value; a list is a `Stretch`."""
-        return self.text(), self._value()
+    def read_field(self) -> tuple[str, Any]:
+        """A named value; a list is a `ArraySpan`."""
+        return self.read_string(), self._read_value()
 
-    def head(self) -> Head:
+    def read_tensor_info(self) -> GGUFTensorInfo:
         """A tensor of the list behind the values."""
-        name, axes = self.text(), self.number("I")
-        if axes > _MOST_AXES:
+        name, axes = self.read_string(), self.read_number("I")
+        if axes > _MAX_DIMS:
             raise ValueError(f"its tensor {name} has {axes} axes")
-        shape = tuple(self.number("Q") for _ in range(axes))[::-1]  # GGML counts them from the innermost
-        return Head(name, shape, self.number("I"), self.number("Q"))
+        shape = tuple(self.read_number("Q") for _ in range(axes))[::-1]  # GGML counts them from the innermost
+        return GGUFTensorInfo(name, shape, self.read_number("I"), self.read_number("Q"))
 
-    def base(self, alignment: Any) -> int:
+    def compute_data_offset(self, alignment: Any) -> int:
         """Where the bytes of the tensors start."""
         if alignment not in (2**power for power in range(17)):
             raise ValueError(f"its tensors are aligned to {alignment!r} bytes, which is no power of two")
-        return -(-self.place // alignment) * alignment
+        return -(-self.position // alignment) * alignment
 
-    def _value(self) -> Any:
-        kind = self.number("I")
-        if kind == _TEXT:
-            return self.text()
-        if kind == _LIST:
-            return self._stretch()
-        value = self.number(_code(kind))
+    def _read_value(self) -> Any:
+        kind = self.read_number("I")
+        if kind == _STRING:
+            return self.read_string()
+        if kind == _ARRAY:
+            return self._skip_array()
+        value = self.read_number(_struct_code(kind))
         return float(str(np.float32(value))) if kind == _FLOAT32 else value  # 1e-6, not the nearest sum of powers of 2
 
-    def _stretch(self) -> Stretch:
-        kind, count = self.number("I"), self.number("Q")
-        start = self.place
-        if kind == _TEXT:
-            self._require(count * struct.calcsize("<Q"))
+    def _skip_array(self) -> ArraySpan:
+        kind, count = self.read_number("I"), self.read_number("Q")
+        start = self.position
+        if kind == _STRING:
+            self._require_bytes(count * struct.calcsize("<Q"))
             for _ in range(count):
-                self.skip(self.number("Q"))
+                self.skip(self.read_number("Q"))
         else:
-            self.skip(count * struct.calcsize(f"<{_code(kind)}"))
-        return Stretch(kind, count, start, self.place)
+            self.skip(count * struct.calcsize(f"<{_struct_code(kind)}"))
+        return ArraySpan(kind, count, start, self.position)
 
-    def _require(self, size: int) -> None:
-        if self.place + size > len(self.data):
-            raise struct.error(f"{size} bytes from {self.place} on are past the end")
+    def _require_bytes(self, size: int) -> None:
+        if self.position + size > len(self.data):
+            raise struct.error(f"{size} bytes from {self.position} on are past the end")
 
 
-def entries(raw: bytes, at: Stretch) -> Sequence[Any]:
+def decode_array(raw: bytes, span: ArraySpan) -> Sequence[Any]:
     """What a list holds: bytes where they are bytes. raw: the bytes that it takes."""
-    if at.kind == _TEXT:
+    if span.value_type == _STRING:
         texts, place = [], 0
-        for _ in range(at.count):
+        for _ in range(span.length):
             (size,) = struct.unpack_from("<Q", raw, place)
             place += struct.calcsize("<Q") + size
             texts.append(raw[place - size : place].decode(errors="replace"))
         return texts
-    code = _NUMBERS[at.kind]
-    return raw if code in "Bb" else struct.unpack(f"<{at.count}{code}", raw)
+    code = _STRUCT_CODES[span.value_type]
+    return raw if code in "Bb" else struct.unpack(f"<{span.length}{code}", raw)
 
 
-def _code(kind: int) -> str:
-    if kind not in _NUMBERS:
-        raise ValueError(f"a value is of kind {kind}, which does not exist")
-    return _NUMBERS[kind]
+def _struct_code(value_type: int) -> str:
+    if value_type not in _STRUCT_CODES:
+        raise ValueError(f"a value is of kind {value_type}, which does not exist")
+    return _STRUCT_CODES[value_type]

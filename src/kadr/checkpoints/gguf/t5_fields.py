@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kadr.checkpoints.gguf.header import TEXT_ENCODER, GGUFHeader, read_gguf
+from kadr.checkpoints.gguf.header import T5_ENCODER_ARCHITECTURE, GGUFHeader, read_gguf_header
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import TEXT_ENCODER_GGUF
@@ -14,9 +14,9 @@ from kadr.models.t5 import T5Config
 from kadr.text.sentencepiece_model import UNUSED, SentencePieceModel
 from kadr.text.tokenizer import EOS_ID, PAD_ID, UNKNOWN_ID
 
-EMBEDDING = "token_embd.weight"
-CONTEXT = 512  # tokens that T5 was trained on; a converter's note, nothing depends on it
-_SIZES: Mapping[str, str] = {  # ours: the name of the value
+EMBEDDING_KEY = "token_embd.weight"
+CONTEXT_LENGTH = 512  # tokens that T5 was trained on; a converter's note, nothing depends on it
+_CONFIG_FIELDS: Mapping[str, str] = {  # ours: the name of the value
     "width": "embedding_length",
     "layers": "block_count",
     "heads": "attention.head_count",
@@ -25,11 +25,11 @@ _SIZES: Mapping[str, str] = {  # ours: the name of the value
     "buckets": "attention.relative_buckets_count",
     "epsilon": "attention.layer_norm_rms_epsilon",
 }
-_WORDS = "tokenizer.ggml."
-_FILLER_SCORE = -10000.0
+_TOKENIZER_PREFIX = "tokenizer.ggml."
+_PADDING_SCORE = -10000.0
 
 
-def open_text_encoder(path: Path) -> tuple[T5Config, Source]:
+def open_gguf_text_encoder(path: Path) -> tuple[T5Config, Source]:
     """Read the header of a GGUF file.
 
     Returns:
@@ -38,26 +38,26 @@ def open_text_encoder(path: Path) -> tuple[T5Config, Source]:
     Raises:
         CheckpointError: it is no T5 encoder, or lacks one of its sizes.
     """
-    header = read_gguf(path)
-    if header.architecture != TEXT_ENCODER and EMBEDDING not in header.infos:
+    header = read_gguf_header(path)
+    if header.architecture != T5_ENCODER_ARCHITECTURE and EMBEDDING_KEY not in header.infos:
         raise CheckpointError(
-            f"{path} is no text encoder: its architecture is {header.architecture}, and it has no {EMBEDDING}. "
+            f"{path} is no text encoder: its architecture is {header.architecture}, and it has no {EMBEDDING_KEY}. "
             f"A transformer is given as --model; as the text encoder give {TEXT_ENCODER_GGUF}."
         )
-    return _config(header), Source(path, header.infos, header.metadata)
+    return _read_config(header), Source(path, header.infos, header.metadata)
 
 
-def stored_pieces(path: Path) -> SentencePieceModel | None:
+def read_gguf_pieces(path: Path) -> SentencePieceModel | None:
     """The pieces of the tokenizer in a GGUF file; None where it has none.
 
     Raises:
         CheckpointError: it has one of another kind than T5's, or a part of one.
     """
-    header = read_gguf(path)
-    kind = header.fields.get(f"{_WORDS}model")
+    header = read_gguf_header(path)
+    kind = header.fields.get(f"{_TOKENIZER_PREFIX}model")
     if kind is None:
         return None
-    tokens, scores, kinds = (header.entries(_WORDS + name) for name in ("tokens", "scores", "token_type"))
+    tokens, scores, kinds = (header.read_array(_TOKENIZER_PREFIX + name) for name in ("tokens", "scores", "token_type"))
     if kind != "t5" or tokens is None or scores is None or kinds is None:
         raise CheckpointError(
             f"{path} has a tokenizer that is not T5's, or not all of one (its kind is {kind!r}). Take another file of "
@@ -68,23 +68,23 @@ def stored_pieces(path: Path) -> SentencePieceModel | None:
             tuple(tokens),
             tuple(scores),
             tuple(kinds),
-            precompiled_charsmap=bytes(header.entries(f"{_WORDS}precompiled_charsmap") or b""),
-            add_dummy_prefix=bool(header.fields.get(f"{_WORDS}add_space_prefix", True)),
-            remove_extra_whitespaces=bool(header.fields.get(f"{_WORDS}remove_extra_whitespaces", True)),
+            precompiled_charsmap=bytes(header.read_array(f"{_TOKENIZER_PREFIX}precompiled_charsmap") or b""),
+            add_dummy_prefix=bool(header.fields.get(f"{_TOKENIZER_PREFIX}add_space_prefix", True)),
+            remove_extra_whitespaces=bool(header.fields.get(f"{_TOKENIZER_PREFIX}remove_extra_whitespaces", True)),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: its tokenizer is damaged: {error}. Download it again.") from error
 
 
-def text_fields(config: T5Config, pieces: SentencePieceModel) -> dict[str, Any]:
+def text_encoder_fields(config: T5Config, pieces: SentencePieceModel) -> dict[str, Any]:
     """What llama.cpp needs to know of an encoder, and of its tokenizer, filled up to the encoder's vocabulary."""
-    sizes = {f"{TEXT_ENCODER}.{name}": getattr(config, ours) for ours, name in _SIZES.items()}
+    sizes = {f"{T5_ENCODER_ARCHITECTURE}.{name}": getattr(config, ours) for ours, name in _CONFIG_FIELDS.items()}
     missing = range(len(pieces.pieces), config.vocab_size)
     words = {
         "model": "t5",
         "pre": "default",
         "tokens": [*pieces.pieces, *(f"[PAD{i}]" for i in missing)],
-        "scores": [*pieces.scores, *(_FILLER_SCORE for _ in missing)],
+        "scores": [*pieces.scores, *(_PADDING_SCORE for _ in missing)],
         "token_type": [*pieces.types, *(UNUSED for _ in missing)],
         "add_space_prefix": pieces.add_dummy_prefix,
         "remove_extra_whitespaces": pieces.remove_extra_whitespaces,
@@ -97,24 +97,24 @@ def text_fields(config: T5Config, pieces: SentencePieceModel) -> dict[str, Any]:
     if pieces.precompiled_charsmap:
         words["precompiled_charsmap"] = pieces.precompiled_charsmap
     return {
-        f"{TEXT_ENCODER}.context_length": CONTEXT,
+        f"{T5_ENCODER_ARCHITECTURE}.context_length": CONTEXT_LENGTH,
         **sizes,
-        f"{TEXT_ENCODER}.attention.value_length": config.d_kv,
-        f"{TEXT_ENCODER}.attention.layer_norm_epsilon": config.layer_norm_epsilon,
-        **{_WORDS + name: value for name, value in words.items()},
+        f"{T5_ENCODER_ARCHITECTURE}.attention.value_length": config.d_kv,
+        f"{T5_ENCODER_ARCHITECTURE}.attention.layer_norm_epsilon": config.layer_norm_epsilon,
+        **{_TOKENIZER_PREFIX + name: value for name, value in words.items()},
     }
 
 
-def _config(header: GGUFHeader) -> T5Config:
-    known = {ours: header.fields.get(f"{TEXT_ENCODER}.{name}") for ours, name in _SIZES.items()}
+def _read_config(header: GGUFHeader) -> T5Config:
+    known = {ours: header.fields.get(f"{T5_ENCODER_ARCHITECTURE}.{name}") for ours, name in _CONFIG_FIELDS.items()}
     defaults = ("buckets", "epsilon")
-    absent = [_SIZES[ours] for ours, value in known.items() if value is None and ours not in defaults]
-    if absent or EMBEDDING not in header.infos:
+    absent = [_CONFIG_FIELDS[ours] for ours, value in known.items() if value is None and ours not in defaults]
+    if absent or EMBEDDING_KEY not in header.infos:
         raise CheckpointError(
-            f"{header.path} lacks {', '.join(absent) or EMBEDDING} of a T5 encoder. Take {TEXT_ENCODER_GGUF}."
+            f"{header.path} lacks {', '.join(absent) or EMBEDDING_KEY} of a T5 encoder. Take {TEXT_ENCODER_GGUF}."
         )
     try:
-        vocabulary = header.infos[EMBEDDING].shape[0]
+        vocabulary = header.infos[EMBEDDING_KEY].shape[0]
         return T5Config(vocab_size=vocabulary, **{ours: value for ours, value in known.items() if value is not None})
     except CheckpointError as error:
         raise CheckpointError(f"{header.path}: {error}") from error

@@ -14,41 +14,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kadr.checkpoints.header import EIGHT_BIT
-from kadr.checkpoints.memory_map import release
-from kadr.checkpoints.save import beside
+from kadr.checkpoints.header import FP8_DTYPES
+from kadr.checkpoints.memory_map import release_pages
+from kadr.checkpoints.save import atomic_path
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.quant.ggml import quantize
 
-DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE = 1 << 22  # numbers that are rounded at once
-LARGEST = 65504.0  # that fits into float16, which the scales of blocks are stored in too
-Watch = Callable[[int, int], object]
+UNQUANTIZED_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SLICE_ELEMENTS = 1 << 22  # numbers that are rounded at once
+FP16_MAX = 65504.0  # that fits into float16, which the scales of blocks are stored in too
+WriteWatch = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
-class Entry:
+class OutputTensor:
     """A tensor to write.
 
     Args:
-        type: one of `DTYPES`, or a packing.
+        type_name: one of `UNQUANTIZED_DTYPES`, or a packing.
         read: gives the tensor in plain numbers, of any float dtype.
     """
 
     name: str
     shape: tuple[int, ...]
-    type: str
+    type_name: str
     read: Callable[[], Tensor]
 
     @property
     def row_bytes(self) -> int:
-        if self.type in DTYPES:
-            return self.shape[-1] * DTYPES[self.type].itemsize
-        return GGML_TYPES[self.type].row_bytes(self.shape[-1])
+        if self.type_name in UNQUANTIZED_DTYPES:
+            return self.shape[-1] * UNQUANTIZED_DTYPES[self.type_name].itemsize
+        return GGML_TYPES[self.type_name].row_bytes(self.shape[-1])
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         return math.prod(self.shape[:-1]) * self.row_bytes
 
 
@@ -56,9 +56,9 @@ def write_gguf(
     path: Path,
     architecture: str,
     fields: Mapping[str, Any],
-    entries: Sequence[Entry],
+    tensors: Sequence[OutputTensor],
     *,
-    watch: Watch = lambda done, of: None,
+    watch: WriteWatch = lambda done, of: None,
 ) -> None:
     """Write a file beside its place, and put it there when it is whole.
 
@@ -69,28 +69,28 @@ def write_gguf(
     Raises:
         CheckpointError: there is no room, the file cannot be written, or a weight is not finite.
     """
-    _require_room(path, sum(entry.bytes for entry in entries))
+    _check_disk_space(path, sum(entry.size_bytes for entry in tensors))
     writer = gguf.GGUFWriter(None, architecture)
     for name, value in fields.items():
-        _add(writer, name, value)
-    for entry in entries:
+        _add_field(writer, name, value)
+    for entry in tensors:
         shape = (*entry.shape[:-1], entry.row_bytes)
-        kind = gguf.GGMLQuantizationType[entry.type]
-        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), entry.bytes, kind)
-    with beside(path) as part:
+        kind = gguf.GGMLQuantizationType[entry.type_name]
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), entry.size_bytes, kind)
+    with atomic_path(path) as part:
         try:
             writer.write_header_to_file(part)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            watch(0, len(entries))
-            for done, entry in enumerate(entries, 1):
-                writer.write_tensor_data(_stored(entry, path).numpy())
-                watch(done, len(entries))
+            watch(0, len(tensors))
+            for done, entry in enumerate(tensors, 1):
+                writer.write_tensor_data(_encode_tensor(entry, path).numpy())
+                watch(done, len(tensors))
         finally:
             writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
+def _add_field(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(name, value)
     elif isinstance(value, int):
@@ -103,38 +103,38 @@ def _add(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
         writer.add_array(name, value)
 
 
-def _stored(entry: Entry, path: Path) -> Tensor:
+def _encode_tensor(tensor: OutputTensor, path: Path) -> Tensor:
     """The tensor as the file has it: uint8 (rows, bytes of a row)."""
-    weight = entry.read()
+    weight = tensor.read()
     rows = weight.reshape(-1, weight.shape[-1])
-    made = torch.empty(len(rows), entry.row_bytes, dtype=torch.uint8)
-    step = max(1, PIECE // rows.shape[1])
+    made = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8)
+    step = max(1, SLICE_ELEMENTS // rows.shape[1])
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
-        made[start : start + step] = _rounded(piece, entry, path)
-        release([piece])
+        made[start : start + step] = _encode_rows(piece, tensor, path)
+        release_pages([piece])
     return made
 
 
-def _rounded(piece: Tensor, entry: Entry, path: Path) -> Tensor:
-    numbers = piece.float() if piece.dtype in EIGHT_BIT else piece
+def _encode_rows(rows: Tensor, tensor: OutputTensor, path: Path) -> Tensor:
+    numbers = rows.float() if rows.dtype in FP8_DTYPES else rows
     largest = max(abs(float(end)) for end in torch.aminmax(numbers))
     if not math.isfinite(largest):
         raise CheckpointError(
-            f"the tensor {entry.name} has numbers that are not finite (NaN or infinity), so {path.name} is not "
+            f"the tensor {tensor.name} has numbers that are not finite (NaN or infinity), so {path.name} is not "
             "written. The file it comes from is damaged: verify it, or download it again."
         )
-    if entry.type not in ("F32", "BF16") and largest > LARGEST:
+    if tensor.type_name not in ("F32", "BF16") and largest > FP16_MAX:
         raise CheckpointError(
-            f"the tensor {entry.name} reaches {largest:g}, and {entry.type} holds no more than {LARGEST:g}. "
+            f"the tensor {tensor.name} reaches {largest:g}, and {tensor.type_name} holds no more than {FP16_MAX:g}. "
             "Take BF16 or F32."
         )
-    if entry.type in GGML_TYPES:
-        return quantize(numbers, GGML_TYPES[entry.type])
-    return numbers.to(DTYPES[entry.type]).contiguous().view(torch.uint8)
+    if tensor.type_name in GGML_TYPES:
+        return quantize(numbers, GGML_TYPES[tensor.type_name])
+    return numbers.to(UNQUANTIZED_DTYPES[tensor.type_name]).contiguous().view(torch.uint8)
 
 
-def _require_room(path: Path, size: int) -> None:
+def _check_disk_space(path: Path, size: int) -> None:
     if not path.parent.is_dir():
         raise CheckpointError(
             f"{path} cannot be written: there is no folder {path.parent}. Make it, or write elsewhere."

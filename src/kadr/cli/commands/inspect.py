@@ -85,9 +85,9 @@ def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
 
 def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
-    from kadr.checkpoints.text_encoder import TextEncoderFolder
+    from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 
-    part = asdict(TextEncoderFolder.open(path).describe())
+    part = asdict(TextEncoderCheckpoint.open(path).describe())
     found = {"path": str(path), "family": "T5", "parts": [part]}
     return found, iter(("T5 text encoder", *_parts([part])))
 
@@ -96,7 +96,7 @@ def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.lora.file import LoraFile
 
     # What is strange in it is told, as everything else.
-    found = {"kind": "LoRA", **asdict(LoraFile.open(path, partial=True).describe())}
+    found = {"kind": "LoRA", **asdict(LoraFile.open(path, allow_partial=True).describe())}
     return found, _told_of_lora(found)
 
 
@@ -120,17 +120,17 @@ def _told_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.checkpoint import Checkpoint
-    from kadr.checkpoints.detect.upscaler import MODEL
-    from kadr.checkpoints.text_encoder import TextEncoderFolder
+    from kadr.checkpoints.detect.upscaler import MODEL_KIND
+    from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 
     described = Checkpoint.open(path).describe()
     found = {"path": str(path), "family": "LTX-Video", **asdict(described)}
     found["parts"] = list(found["parts"])
-    if described.kind != MODEL:
+    if described.kind != MODEL_KIND:
         return found, _told_of_upscaler(found)
-    if TEXT_ENCODER not in described.missing:
+    if TEXT_ENCODER not in described.missing_components:
         home = path if path.is_dir() else path.parent
-        found["parts"].append(asdict(TextEncoderFolder.open(home).describe()))
+        found["parts"].append(asdict(TextEncoderCheckpoint.open(home).describe()))
     return found, _told(found)
 
 

@@ -15,7 +15,7 @@ from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import on_disk, released_file
 
 if TYPE_CHECKING:
-    from kadr.checkpoints.hub import Remote
+    from kadr.checkpoints.hub import RemoteFile
 
 EPILOG = "What broke off goes on where it stopped. The files lie in the hub's own cache, which HF_HOME moves."
 
@@ -27,10 +27,12 @@ def pull(name: Name, as_json: options.Json = False) -> None:
     """
     entries = required_releases(find_release(name))
     coming = {
-        entry: hub.missing(entry.repo, entry.file_patterns) for entry in entries if entry.repo and not on_disk(entry)
+        entry: hub.list_missing(entry.repo, entry.file_patterns)
+        for entry in entries
+        if entry.repo and not on_disk(entry)
     }
     _announce(entries, coming)
-    hub.check_room(name, sum(file.left for files in coming.values() for file in files))
+    hub.check_disk_space(name, sum(file.remaining_bytes for files in coming.values() for file in files))
     places = {}
     for entry in entries:
         say(f"{'fetching' if entry in coming else 'checking'} {entry.name}")
@@ -46,7 +48,7 @@ def pull(name: Name, as_json: options.Json = False) -> None:
         print("\n".join(map(str, places.values())))
 
 
-def _announce(entries: Sequence[Release], coming: Mapping[Release, Sequence[Remote]]) -> None:
+def _announce(entries: Sequence[Release], coming: Mapping[Release, Sequence[RemoteFile]]) -> None:
     for licence in dict.fromkeys(entry.licence for entry in entries):
         say(f"licence of {', '.join(entry.name for entry in entries if entry.licence == licence)}: {licence}")
     for entry in entries:
@@ -58,6 +60,6 @@ def _announce(entries: Sequence[Release], coming: Mapping[Release, Sequence[Remo
         say(f"together {_bytes([file for files in coming.values() for file in files])}")
 
 
-def _bytes(files: Sequence[Remote]) -> str:
-    size, left = sum(file.size for file in files), sum(file.left for file in files)
+def _bytes(files: Sequence[RemoteFile]) -> str:
+    size, left = sum(file.size for file in files), sum(file.remaining_bytes for file in files)
     return f"{in_words(size)} bytes" + (f", {in_words(size - left)} of which have come before" if left < size else "")

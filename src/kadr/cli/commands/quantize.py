@@ -19,7 +19,7 @@ from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
 from kadr.spec.locate import is_path, released_file
 
 if TYPE_CHECKING:
-    from kadr.checkpoints.gguf.convert import Written
+    from kadr.checkpoints.gguf.convert import ConversionResult
 
 EPILOG = (
     "The types are listed from large to small: the fewer bits, the smaller the file, and the farther from the model. "
@@ -55,8 +55,8 @@ def quantize(given: Given, wanted: Wanted, type: Type, force: Force = False) -> 
     path, released = _located(given)
     with shown() as watch:
         written, left_out = _written(path, released, wanted, find_mix(type), _told_to(watch))
-    types = ", ".join(f"{name} ({count})" for name, count in written.types.items())
-    say(f"{in_words(written.before)} bytes before, {in_words(written.after)} now: {types}")
+    types = ", ".join(f"{name} ({count})" for name, count in written.type_counts.items())
+    say(f"{in_words(written.source_bytes)} bytes before, {in_words(written.output_bytes)} now: {types}")
     if left_out:
         say(left_out)
     print(wanted)
@@ -79,17 +79,17 @@ def _located(given: str) -> tuple[Path, Release | None]:
 
 def _written(
     path: Path, released: Release | None, wanted: Path, mix: Mix, told: Callable[[int, int], None]
-) -> tuple[Written, str]:
+) -> tuple[ConversionResult, str]:
     """What was written, and what a user has to know is not in the file."""
     from kadr.checkpoints.checkpoint import Checkpoint
     from kadr.checkpoints.gguf.convert import text_encoder_to_gguf, transformer_to_gguf
-    from kadr.checkpoints.text_encoder import TextEncoderFolder, is_text_encoder
+    from kadr.checkpoints.text_encoder import TextEncoderCheckpoint, is_text_encoder
 
     if is_text_encoder(path):
-        return text_encoder_to_gguf(TextEncoderFolder.open(path), wanted, mix, watch=told), ""
+        return text_encoder_to_gguf(TextEncoderCheckpoint.open(path), wanted, mix, watch=told), ""
     checkpoint = Checkpoint.open(path, release=released)
     written = transformer_to_gguf(checkpoint, wanted, mix, watch=told)
-    vae = f": give it with --vae {path}" if checkpoint.detected.has_vae else ", nor was it in what was given"
+    vae = f": give it with --vae {path}" if checkpoint.info.has_vae else ", nor was it in what was given"
     return written, f"the VAE is not in this file{vae}"
 
 

@@ -102,10 +102,10 @@ def _loras(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lora(noted: Mapping[str, Any]) -> str:
     """The file, or its name; what is said where it is another one than it was."""
-    from kadr.checkpoints.lora.file import sha256_of  # loads torch
+    from kadr.checkpoints.lora.file import lora_sha256  # loads torch
 
     found = _part("LoRA", noted["path"])
-    if Path(found).exists() and "sha256" in noted and sha256_of(found) != noted["sha256"]:
+    if Path(found).exists() and "sha256" in noted and lora_sha256(found) != noted["sha256"]:
         say(f"warning: {found} is another file than the one that the video was made with; the frames will differ")
     return found
 

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 from kadr.checkpoints import hub
-from kadr.checkpoints.verify import ABSENT, DAMAGED, UNKNOWN, Checked, compare
+from kadr.checkpoints.verify import ABSENT, DAMAGED, UNVERIFIED, FileVerification, verify_files
 from kadr.cli.flags import options
 from kadr.cli.terminal.table import columns, in_words
 from kadr.errors import CheckpointError
@@ -27,7 +27,7 @@ class Result(NamedTuple):
     """A file, and the entry it belongs to."""
 
     entry: Release
-    file: Checked
+    file: FileVerification
 
 
 def verify(name: Name, as_json: options.Json = False) -> None:
@@ -51,7 +51,7 @@ def checked(entry: Release) -> Iterator[Result]:
         CheckpointError: a file that came with kadr does not open.
     """
     if entry.repo is not None:
-        return (Result(entry, file) for file in compare(entry.repo, entry.file_patterns))
+        return (Result(entry, file) for file in verify_files(entry.repo, entry.file_patterns))
     return (Result(entry, file) for file in _opened(entry))
 
 
@@ -64,7 +64,7 @@ def require_whole(results: Sequence[Result], *, there: str = "") -> None:
     Raises:
         CheckpointError: a file is damaged, absent though it may not be, or could not be compared.
     """
-    if faults := [_fault(result) for result in results if result.file.state in (DAMAGED, UNKNOWN)]:
+    if faults := [_fault(result) for result in results if result.file.state in (DAMAGED, UNVERIFIED)]:
         raise CheckpointError(" ".join(faults))
     if any(entry.name == there and file.state == ABSENT for entry, file in results):
         raise CheckpointError(f"{there} is not on disk, or not all of it. `kadr models pull {there}` fetches it.")
@@ -74,7 +74,9 @@ def size_of(entry: Release, place: Path) -> int:
     """Bytes of an entry that is on disk."""
     if place.is_file() or entry.repo is None:
         return place.stat().st_size
-    return sum(path.stat().st_size for path in hub.cached(entry.repo, entry.file_patterns).values() if path.is_file())
+    return sum(
+        path.stat().st_size for path in hub.list_cached(entry.repo, entry.file_patterns).values() if path.is_file()
+    )
 
 
 def wrong_size(entry: Release, size: int) -> bool:
@@ -83,14 +85,14 @@ def wrong_size(entry: Release, size: int) -> bool:
     return stated is not None and abs(size - stated) > CLOSE * stated
 
 
-def _opened(entry: Release) -> Iterator[Checked]:
+def _opened(entry: Release) -> Iterator[FileVerification]:
     from kadr.checkpoints.header import read_header
 
     file = PACKAGE / entry.file
     beside = file.parent.glob("text_encoder/*.safetensors") if entry.kind == "model" else ()
     for path in (file, *sorted(beside)):
         read_header(path)
-        yield Checked(path.relative_to(file.parent).as_posix(), path, OPENS)
+        yield FileVerification(path.relative_to(file.parent).as_posix(), path, OPENS)
 
 
 def _fault(result: Result) -> str:
@@ -98,7 +100,7 @@ def _fault(result: Result) -> str:
     size = _size_in_words(entry, file)
     again = f"Delete {file.path and file.path.resolve()} and run `kadr models pull {entry.name}`."
     if file.state == DAMAGED:
-        what = f"its checksum is {file.found}, and the hub's is {file.expected}"
+        what = f"its checksum is {file.actual_digest}, and the hub's is {file.expected_digest}"
         return f"{file.path} is damaged{size and ', ' + size}: {what}. {again}"
     if size:
         return f"{file.path} is not what it should be: {size}. {again}"
@@ -108,7 +110,7 @@ def _fault(result: Result) -> str:
     )
 
 
-def _size_in_words(entry: Release, file: Checked) -> str:
+def _size_in_words(entry: Release, file: FileVerification) -> str:
     """What is odd about the size of a file; nothing, where nothing is or where the registry does not know it."""
     if file.path is None or len(entry.file_patterns) > 1 or not wrong_size(entry, size := file.path.stat().st_size):
         return ""
@@ -123,6 +125,6 @@ def _told(result: Result) -> dict[str, str | None]:
         "file": file.name,
         "path": str(file.path) if file.path else None,
         "state": file.state,
-        "expected": file.expected,
-        "found": file.found,
+        "expected": file.expected_digest,
+        "found": file.actual_digest,
     }

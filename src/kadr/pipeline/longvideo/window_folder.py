@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kadr.checkpoints.save import beside, write_tensors
+from kadr.checkpoints.save import atomic_path, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.pipeline.longvideo.folder_lock import claimed, cleared
 
@@ -105,7 +105,7 @@ class WindowFolder:
                     opened = cls(folder, _whole(folder, shapes))
                 else:
                     _warn_begun(folder, resume=resume)
-                    with beside(folder / REQUEST) as part:
+                    with atomic_path(folder / REQUEST) as part:
                         part.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
                 yield opened
             finally:
@@ -121,7 +121,7 @@ class WindowFolder:
         latents = latents.float().contiguous()
         metadata = {_DIGEST: _digest(latents)}
         write_tensors(
-            _file(self.folder, number), {_LATENTS: latents}, dtype=torch.float32, metadata=metadata, lasting=True
+            _file(self.folder, number), {_LATENTS: latents}, dtype=torch.float32, metadata=metadata, fsync=True
         )
         self._kept.add(number)
 
