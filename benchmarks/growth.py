@@ -108,8 +108,8 @@ def streamed(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
     """kadr's decoder whose frames are handed on and not kept, as when they go into a file."""
     engine = work.engine(WAYS["auto"])
     parts = engine.components
-    parts.follow(engine.plan(work.request))
-    vae = stack.enter_context(parts.decoder())
+    parts.apply_plan(engine.plan(work.request))
+    vae = stack.enter_context(parts.vae_decoder())
     latents, level = work.given["latents"].to(parts.dtype), work.given["level"]
 
     def run() -> None:

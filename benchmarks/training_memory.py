@@ -22,7 +22,7 @@ import numpy as np
 from kadr import Engine, Size
 from kadr.media.writer import VideoWriter
 from kadr.memory.device import resident_bytes
-from kadr.planning.planner import STARTING
+from kadr.planning.planner import STARTUP_BYTES
 from kadr.training.dataset import Example
 from kadr.training.memory_check import bytes_of
 from kadr.training.settings import TrainingSettings
@@ -67,7 +67,7 @@ def written(folder: Path, case: Case) -> Path:
 
 def foretold(case: Case, folder: Path) -> int:
     """Bytes that kadr reckons with, and what the process has before."""
-    base = resident_bytes() + STARTING
+    base = resident_bytes() + STARTUP_BYTES
     how = {} if case.quant == "none" else {"quant": case.quant}
     engine = Engine.open("demo" if case.model is None else folder / case.model, device="cpu", **how)
     settings = TrainingSettings(size=case.size, frames=case.frames, rank=case.rank)

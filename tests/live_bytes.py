@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the tensors that are made inside its block: `peak` is the most bytes that there were at once.
+    """Counts the tensors that are made inside its block: `peak_bytes` is the most bytes that there were at once.
 
     What kernels take for themselves is not among them.
     """

@@ -34,7 +34,7 @@ def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     def take(name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
         raise AssertionError(f"the {name} was loaded")
 
-    monkeypatch.setattr(engine.components.shelf, "take", take)
+    monkeypatch.setattr(engine.components.module_cache, "acquire", take)
     return engine
 
 

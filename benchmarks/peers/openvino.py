@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from benchmarks.peers import diffusers
 from kadr.bench.runner import Absent, Contender, told
 from kadr.bench.stage_case import Work
-from kadr.memory.device import free_bytes, give_back
-from kadr.planning.parameters import transformer_weights
+from kadr.memory.device import free_bytes, trim_heap
+from kadr.planning.parameters import transformer_parameters
 
 NAME = "OpenVINO"
 HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -49,7 +49,7 @@ def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
     if work.device.type != "cpu":
         yield Absent(NAME, "is measured on CPUs")
         return
-    needed, free = 6 * transformer_weights(work.transformer).total, free_bytes(work.device)
+    needed, free = 6 * transformer_parameters(work.transformer).total, free_bytes(work.device)
     if needed > 0.9 * free:
         yield Absent(NAME, f"to export it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         return
@@ -109,5 +109,5 @@ def _run(request: Any, inputs: list[Tensor]) -> Callable[[], Tensor]:
 
 
 def _resident() -> int:
-    give_back()
+    trim_heap()
     return int(psutil.Process().memory_info().rss)

@@ -21,7 +21,7 @@ from kadr.bench.runner import Absent, Contender
 from kadr.bench.stage_case import PROMPT, Work
 from kadr.bench.startup import Program
 from kadr.models.vae.config import VAE_0_9_5, VAEConfig
-from kadr.planning.vae_flops import decoder_flops
+from kadr.planning.vae_flops import vae_decoder_flops
 from tests.oracles import DIFFUSERS_VAES
 
 NAME = "LTXPipeline"
@@ -33,7 +33,7 @@ WIDTH = 16  # of the decoder's last stage
 def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
     folder = written(work, work.source.scratch / "diffusers")
     words = [sys.executable, str(PROGRAM), str(folder), PROMPT, work.device.type]
-    more = decoder_flops(thin(), work.clip.grid) / decoder_flops(work.vae, work.clip.grid)
+    more = vae_decoder_flops(thin(), work.clip.grid) / vae_decoder_flops(work.vae, work.clip.grid)
     note = f"its VAE's decoder has {100 * more:.0f} % of the products of the demo's"
     yield Program(words, {"HF_HUB_OFFLINE": "1"}).contender(NAME, "float32", note=note)
 

@@ -16,8 +16,8 @@ from kadr.bench.stage_case import LENGTH, Work
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.transformer import TransformerConfig
-from kadr.planning.flops import disturbed_flops, transformer_flops
-from kadr.planning.vae_flops import decoder_flops
+from kadr.planning.flops import perturbed_flops, transformer_flops
+from kadr.planning.vae_flops import vae_decoder_flops
 from tests.tiny_models import vae_config
 
 SMALL = TransformerConfig(num_layers=3, num_heads=4, head_dim=16, caption_channels=4096)
@@ -115,12 +115,12 @@ def test_the_products_of_the_whole_way_are_those_of_its_evaluations_and_the_deco
     work = demo_work(name)
     chosen = schedule(name, work.transformer.num_layers)
     tokens, guidance = work.clip.grid.num_tokens, chosen.guidance
-    once = transformer_flops(work.transformer, tokens, text=LENGTH)
+    once = transformer_flops(work.transformer, tokens, text_tokens=LENGTH)
     each = once * (1 + (guidance.cfg_scale > 1))  # type: ignore[operator]
     if guidance.stg_scale:
         blocks = guidance.skip_blocks
-        each += disturbed_flops(work.transformer, tokens, blocks, guidance.stg_mode, text=LENGTH)  # type: ignore[arg-type]
-    assert work.flops == chosen.steps * each + decoder_flops(work.vae, work.clip.grid)
+        each += perturbed_flops(work.transformer, tokens, blocks, guidance.stg_mode, text_tokens=LENGTH)  # type: ignore[arg-type]
+    assert work.flops == chosen.steps * each + vae_decoder_flops(work.vae, work.clip.grid)
 
 
 @pytest.mark.usefixtures("small")

@@ -15,7 +15,7 @@ from kadr.cli import run
 from kadr.cli.main import main
 from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
-from kadr.planning.plan import Choice, Plan, StagePlan
+from kadr.planning.plan import Placement, Plan, StagePlan
 from kadr.request.request import Request
 from kadr.request.resolve import resolve
 from kadr.sampling.settings import Guidance, Pass
@@ -60,9 +60,9 @@ class FakeEngine:
 
     def plan(self, request: Request) -> Plan:
         self.requests.append(request)
-        choice = Choice(dtype="bfloat16", own=10**9, seconds=60.0, why="it is a fake")
-        stage = StagePlan(stage="denoise", part="transformer", choice=choice)
-        return Plan(device="cpu", base=0, free=2 * 10**9, stages=(stage,))
+        choice = Placement(dtype="bfloat16", private_bytes=10**9, seconds=60.0, reason="it is a fake")
+        stage = StagePlan(stage="denoise", component="transformer", placement=choice)
+        return Plan(device="cpu", base_bytes=0, free_bytes=2 * 10**9, stages=(stage,))
 
     def write(
         self,

@@ -9,7 +9,7 @@ import torch
 from kadr import Engine, Request
 from kadr.models.vae.blocks import DepthToSpaceUpsample, ResnetBlock3D
 from kadr.nn.conv import ChunkedConv3d
-from kadr.pipeline.finite_check import NotFinite, Watchman
+from kadr.pipeline.finite_check import FiniteCheck, NonFiniteFound
 
 pytestmark = pytest.mark.gpu
 REQUEST = Request(prompt="a blue square moving left on a gray background", seed=5)
@@ -30,23 +30,23 @@ def test_bfloat16_on_a_gpu_stays_finite_and_close() -> None:
 
 
 def test_looking_for_numbers_that_are_none_does_not_wait_for_the_device() -> None:
-    watchman, x = Watchman.on(torch.device("cuda")), torch.ones(1000, 128, device="cuda")
+    watchman, x = FiniteCheck.for_device(torch.device("cuda")), torch.ones(1000, 128, device="cuda")
     for warm in range(3):  # the first answers allocate memory on the host
-        watchman.look(x, f"step {warm}")
+        watchman.check(x, f"step {warm}")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(3, 9):
-            watchman.look(x, f"step {step}")
+            watchman.check(x, f"step {step}")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    watchman.look(x / 0, "step 9")
-    with pytest.raises(NotFinite, match="step 9"):
-        watchman.look(x, "step 10")
+    watchman.check(x / 0, "step 9")
+    with pytest.raises(NonFiniteFound, match="step 9"):
+        watchman.check(x, "step 10")
 
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_blocks_that_pass_through_two_places_compute_as_blocks_that_stay(pinned: bool) -> None:
-    from kadr.memory.block_swap import Carousel
+    from kadr.memory.block_swap import BlockSwapper
 
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(torch.nn.Linear(512, 512) for _ in range(7)).requires_grad_(False)
@@ -61,10 +61,10 @@ def test_blocks_that_pass_through_two_places_compute_as_blocks_that_stay(pinned:
     blocks.to("cuda")
     right = through()
     blocks.to("cpu")
-    carousel = Carousel(list(blocks), torch.device("cuda"), pinned=pinned)
+    carousel = BlockSwapper(list(blocks), torch.device("cuda"), pin_memory=pinned)
     for _ in range(3):
         torch.testing.assert_close(through(), right)
-    assert len(carousel.places) == 2
+    assert len(carousel.slots) == 2
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "fp8-weights", "Q8_0", "Q4_0"])
@@ -90,7 +90,7 @@ def test_compiled_layers_give_what_the_plain_ones_give(scheme: str | None) -> No
 
 def test_videos_keep_their_channels_last_through_the_vae() -> None:
     engine = Engine.open("demo", device="cuda", dtype="bfloat16")
-    engine.components.follow(engine.plan(REQUEST))
+    engine.components.apply_plan(engine.plan(REQUEST))
     seen = 0
 
     def lies_last(layer: torch.nn.Module, given: object, made: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ def test_videos_keep_their_channels_last_through_the_vae() -> None:
         seen += 1
         assert not made.shape[2] or made.movedim(1, -1).is_contiguous(), type(layer).__name__
 
-    with engine.components.decoder() as vae, torch.no_grad():
+    with engine.components.vae_decoder() as vae, torch.no_grad():
         for layer in vae.modules():
             if isinstance(layer, ChunkedConv3d | ResnetBlock3D | DepthToSpaceUpsample):
                 layer.register_forward_hook(lies_last)

@@ -11,7 +11,7 @@ from torch import nn
 
 from kadr.checkpoints import memory_map
 from kadr.checkpoints.source import Source
-from kadr.memory.block_swap import Carousel, stream_pages, weights
+from kadr.memory.block_swap import BlockSwapper, module_tensors, stream_mapped_blocks
 
 CPU = torch.device("cpu")
 WIDTH = 24
@@ -33,27 +33,27 @@ class Stack(nn.Module):
         return x
 
 
-class Counted(Carousel):
+class Counted(BlockSwapper):
     """Tells which blocks were copied."""
 
     def _fill(self, index: int, busy: int | None = None) -> int:
-        if index not in self._holds:
+        if index not in self._block_in_slot:
             self.copied = [*getattr(self, "copied", []), index]
-        return super()._fill(index, busy)
+        return super()._copy_to_slot(index, busy)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_a_carousel_computes_the_same_and_copies_each_block_once_a_turn(count: int) -> None:
     torch.manual_seed(0)
     stack, x = Stack(count), torch.randn(5, WIDTH)
-    before = [tensor.clone() for tensor in weights(stack)]
+    before = [tensor.clone() for tensor in module_tensors(stack)]
     right = stack(x)
     carousel = Counted(list(stack.blocks), CPU)
     for _ in range(3):
         assert torch.equal(stack(x), right)
     ahead = count if count <= 2 else 3 * count + 1  # the last turn has sent for the next one's first block
     assert carousel.copied == [index % count for index in range(ahead)]
-    assert all(torch.equal(a, b) for a, b in zip(weights(stack), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(module_tensors(stack), before, strict=True))
 
 
 def test_a_block_that_runs_twice_in_a_row_is_copied_once() -> None:
@@ -71,7 +71,9 @@ def test_blocks_that_stay_and_blocks_that_come_mix() -> None:
     carousel = Counted([stack.blocks[1], stack.blocks[3], stack.blocks[5]], CPU)
     assert torch.equal(stack(x), right)
     assert torch.equal(stack(x), right)
-    assert max(len(place) for place in carousel.places) < sum(w.nbytes for w in weights(stack.blocks[0])) + 3 * 256
+    assert (
+        max(len(place) for place in carousel.slots) < sum(w.nbytes for w in module_tensors(stack.blocks[0])) + 3 * 256
+    )
 
 
 def mapped_stack(folder: Path, count: int, width: int) -> tuple[Stack, int]:
@@ -100,9 +102,9 @@ def test_streamed_pages_are_in_memory_one_block_at_a_time(tmp_path: Path) -> Non
     begun = resident()
     right = stack(x)
     assert resident() - begun >= 7 * size
-    memory_map.release_pages(weights(stack))
+    memory_map.release_pages(module_tensors(stack))
     assert resident() - begun < size
-    stream_pages(list(stack.blocks), release=memory_map.release_pages, prefetch=memory_map.prefetch_pages)
+    stream_mapped_blocks(list(stack.blocks), release=memory_map.release_pages, prefetch=memory_map.prefetch_pages)
     seen = []
     for block in stack.blocks:
         block.register_forward_pre_hook(lambda *_: seen.append(resident() - begun))

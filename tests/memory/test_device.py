@@ -7,7 +7,7 @@ import torch
 
 from kadr.errors import RequestError
 from kadr.memory import device
-from kadr.memory.device import SMALL, free_bytes, pick_device, pick_dtype
+from kadr.memory.device import FP32_MAX_PARAMETERS, free_bytes, pick_device, pick_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -81,11 +81,11 @@ def test_a_dtype_that_is_named_is_taken_whatever_the_machine() -> None:
 @pytest.mark.parametrize(
     ("where", "parameters", "units", "picked"),
     [
-        (CPU, SMALL - 1, True, torch.float32),
-        (CPU, SMALL, True, torch.bfloat16),
-        (CPU, SMALL, False, torch.float32),
-        (CUDA, SMALL - 1, False, torch.float32),
-        (CUDA, SMALL, False, torch.bfloat16),
+        (CPU, FP32_MAX_PARAMETERS - 1, True, torch.float32),
+        (CPU, FP32_MAX_PARAMETERS, True, torch.bfloat16),
+        (CPU, FP32_MAX_PARAMETERS, False, torch.float32),
+        (CUDA, FP32_MAX_PARAMETERS - 1, False, torch.float32),
+        (CUDA, FP32_MAX_PARAMETERS, False, torch.bfloat16),
     ],
 )
 def test_auto_is_bfloat16_for_large_models_where_it_is_not_slow(

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from kadr.memory.module_cache import Shelf
+from kadr.memory.module_cache import ModuleCache
 
 CPU = torch.device("cpu")
 
 
-def shelf_that_keeps(*names: str) -> Shelf:
-    shelf = Shelf(CPU, pages=lambda tensors: None)
-    shelf.keep = frozenset(names)
+def shelf_that_keeps(*names: str) -> ModuleCache:
+    shelf = ModuleCache(CPU, release_pages=lambda tensors: None)
+    shelf.names_to_keep = frozenset(names)
     return shelf
 
 
@@ -45,8 +45,8 @@ def no_collection() -> Iterator[None]:
     gc.unfreeze()
 
 
-def used(shelf: Shelf, name: str, load: Loads) -> None:
-    with shelf.take(name, load) as module:
+def used(shelf: ModuleCache, name: str, load: Loads) -> None:
+    with shelf.acquire(name, load) as module:
         assert isinstance(module, nn.Linear)
         assert len(load.alive) == 1
 
@@ -77,7 +77,7 @@ def test_clearing_lets_go_of_what_was_kept_and_it_is_loaded_again() -> None:
 
 def test_what_is_not_kept_is_gone_after_an_error_too() -> None:
     shelf, load = shelf_that_keeps(), Loads()
-    with pytest.raises(ZeroDivisionError), shelf.take("a", load):
+    with pytest.raises(ZeroDivisionError), shelf.acquire("a", load):
         raise ZeroDivisionError
     gc.collect()  # the error's own frames
     assert not load.alive
@@ -85,7 +85,7 @@ def test_what_is_not_kept_is_gone_after_an_error_too() -> None:
 
 def test_what_is_kept_outlives_an_error() -> None:
     shelf, load = shelf_that_keeps("a", "b"), Loads()
-    with pytest.raises(ZeroDivisionError), shelf.take("a", load):
+    with pytest.raises(ZeroDivisionError), shelf.acquire("a", load):
         raise ZeroDivisionError
     used(shelf, "a", load)
     assert load.count == 1
@@ -97,14 +97,14 @@ def test_a_load_that_fails_leaves_nothing_and_may_be_tried_again() -> None:
     def fail() -> nn.Linear:
         raise OSError("no such file")
 
-    with pytest.raises(OSError, match="no such file"), shelf.take("a", fail):
+    with pytest.raises(OSError, match="no such file"), shelf.acquire("a", fail):
         pass
     used(shelf, "a", load)
     assert load.count == 1
 
 
 def test_modules_are_lent_ready_for_inference() -> None:
-    with shelf_that_keeps().take("a", Loads()) as module:
+    with shelf_that_keeps().acquire("a", Loads()) as module:
         assert not module.training
         assert not any(weight.requires_grad for weight in module.parameters())
         assert all(weight.device == CPU for weight in module.parameters())
@@ -112,27 +112,27 @@ def test_modules_are_lent_ready_for_inference() -> None:
 
 def test_what_was_kept_in_another_way_is_gone_before_it_is_loaded_anew() -> None:
     shelf, load = shelf_that_keeps("a"), Loads()
-    with shelf.take("a", load, way="wide"):
+    with shelf.acquire("a", load, way="wide"):
         pass
-    with shelf.take("a", load, way="narrow"):
+    with shelf.acquire("a", load, way="narrow"):
         assert (load.count, len(load.alive)) == (2, 1)
-    with shelf.take("a", load, way="narrow"):
+    with shelf.acquire("a", load, way="narrow"):
         assert load.count == 2
 
 
 def test_pages_of_files_are_let_go_of_even_where_the_module_stays() -> None:
     gone: list[torch.Tensor] = []
-    shelf = Shelf(CPU, pages=gone.extend)
-    shelf.keep = {"a"}
-    with shelf.take("a", Loads()) as module:
+    shelf = ModuleCache(CPU, release_pages=gone.extend)
+    shelf.names_to_keep = {"a"}
+    with shelf.acquire("a", Loads()) as module:
         assert not gone
     assert {tensor.data_ptr() for tensor in gone} == {weight.data_ptr() for weight in module.parameters()}
-    assert shelf.kept == {"a"}
+    assert shelf.cached_names == {"a"}
 
 
 def test_clearing_may_spare_some() -> None:
     shelf, load, other = shelf_that_keeps("a", "b"), Loads(), Loads()
     used(shelf, "a", load)
     used(shelf, "b", other)
-    shelf.clear(but=["b", "c"])
+    shelf.clear(keep=["b", "c"])
     assert (len(load.alive), len(other.alive)) == (0, 1)

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.module_placement import compile_layers
+from kadr.pipeline.module_placement import compile_blocks
 from kadr.quant.convert import quantize_blocks
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES
 from tests.oracles import drawn
@@ -52,7 +52,7 @@ def velocities(transformer: Transformer, mask: torch.Tensor | None = None) -> li
 @pytest.mark.parametrize("scheme", [None, "int8", "fp8", "int8-weights", "Q8_0"])
 def test_compiled_layers_give_what_the_plain_ones_give(scheme: str | None, mask: torch.Tensor | None) -> None:
     right, transformer = velocities(made(scheme), mask), made(scheme)
-    compile_layers(transformer, BACKEND)
+    compile_blocks(transformer, BACKEND)
     for velocity, plain in zip(velocities(transformer, mask), right, strict=True):
         torch.testing.assert_close(velocity, plain)
     assert counters["stats"]["unique_graphs"]
@@ -61,7 +61,7 @@ def test_compiled_layers_give_what_the_plain_ones_give(scheme: str | None, mask:
 @pytest.mark.parametrize("scheme", [None, "int8", "fp8"])
 def test_one_compilation_serves_all_layers(scheme: str | None) -> None:
     transformer = made(scheme)
-    compile_layers(transformer, BACKEND)
+    compile_blocks(transformer, BACKEND)
     rope = transformer.compute_rope(40 * torch.rand(1, 3, 12, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():
         for seed in (0, 1):

@@ -21,7 +21,7 @@ from kadr.errors import Cancelled
 from kadr.media.clip import read_metadata, read_video
 from kadr.media.postprocess import crop_margins, denormalize, to_uint8
 from kadr.media.writer import VideoWriter
-from kadr.memory.module_cache import Shelf
+from kadr.memory.module_cache import ModuleCache
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.sampling.noise import NoiseStreams
@@ -186,7 +186,7 @@ def test_decoding_as_a_stream_is_decoding_at_once(engine: Engine, injecting: Eng
         video = opened.generate(request)
         streams = NoiseStreams(request.seed)
         counted = iter(range(1, 100))
-        with opened.components.decoder() as vae, torch.no_grad():
+        with opened.components.vae_decoder() as vae, torch.no_grad():
             level = torch.tensor([opened.recipe.decode_timestep])
             whole = vae.decode(
                 video.latents[None],
@@ -279,11 +279,11 @@ def test_a_request_that_leaves_out_the_steps_makes_as_many_as_the_recipe(engine:
 # --- what is in memory, and when -----------------------------------------------------------------------------------
 
 
-class Seen(Shelf):
+class Seen(ModuleCache):
     """A shelf that notes when modules come and go."""
 
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), pages=lambda tensors: None)
+        super().__init__(torch.device("cpu"), release_pages=lambda tensors: None)
         self.events: list[str] = []
         self.alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -304,14 +304,14 @@ class Seen(Shelf):
             weakref.finalize(module, self.events.append, f"{name} gone")
             return module
 
-        with super().take(name, noted, way=way) as module:
+        with super().acquire(name, noted, way=way) as module:
             yield module
 
 
 @pytest.fixture
 def seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     shelf = Seen()
-    monkeypatch.setattr(engine.components, "shelf", shelf)
+    monkeypatch.setattr(engine.components, "module_cache", shelf)
     gc.freeze()  # what is already there, so that looking for what is not takes no time
     gc.disable()  # a module must go when the last one looks away, not when Python next tidies up
     yield shelf
@@ -345,10 +345,10 @@ def test_without_a_picture_no_encoder_is_loaded(engine: Engine, seen: Seen) -> N
 
 
 def test_encoder_and_decoder_are_loaded_without_each_other(engine: Engine, photo: Condition) -> None:
-    with engine.components.encoder() as vae:
+    with engine.components.vae_encoder() as vae:
         assert vae.decoder is None
         assert vae.encoder is not None
-    with engine.components.decoder() as vae:
+    with engine.components.vae_decoder() as vae:
         assert vae.encoder is None
         assert vae.decoder is not None
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
 from kadr.errors import NonFiniteError
 from kadr.media.writer import VideoWriter
-from kadr.memory.module_cache import Shelf
+from kadr.memory.module_cache import ModuleCache
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from kadr.pipeline.finite_check import NotFinite, Watchman, is_finite
-from kadr.pipeline.retry import guarded, guarded_frames
+from kadr.pipeline.finite_check import FiniteCheck, NonFiniteFound, is_finite
+from kadr.pipeline.retry import retry_frames_in_fp32, retry_in_fp32
 from kadr.planning.plan import CONVERTED
 from tests.tiny_models import MODEL, write
 
@@ -66,32 +66,32 @@ class Post:
 
 def test_an_answer_that_takes_time_is_asked_for_when_the_next_one_is_on_its_way() -> None:
     post = Post()
-    watchman = Watchman(post)
+    watchman = FiniteCheck(post)
     for step in range(3):
-        watchman.look(torch.ones(2), f"step {step}")
+        watchman.check(torch.ones(2), f"step {step}")
     assert post.notes == ["sent 1", "sent 2", "asked 1", "sent 3", "asked 2"]
-    watchman.settle()
-    watchman.settle()
+    watchman.synchronize()
+    watchman.synchronize()
     assert post.notes[5:] == ["asked 3"]
 
 
 def test_a_late_answer_names_the_place_it_is_about() -> None:
-    watchman = Watchman(Post())
-    watchman.look(torch.tensor([math.nan]), "step 1")
-    with pytest.raises(NotFinite) as caught:
-        watchman.look(torch.ones(2), "step 2")
-    assert caught.value.place == "step 1"
-    watchman.settle()
-    watchman.look(torch.tensor([math.inf]), "step 3")
-    with pytest.raises(NotFinite) as caught:
-        watchman.settle()
-    assert caught.value.place == "step 3"
+    watchman = FiniteCheck(Post())
+    watchman.check(torch.tensor([math.nan]), "step 1")
+    with pytest.raises(NonFiniteFound) as caught:
+        watchman.check(torch.ones(2), "step 2")
+    assert caught.value.location == "step 1"
+    watchman.synchronize()
+    watchman.check(torch.tensor([math.inf]), "step 3")
+    with pytest.raises(NonFiniteFound) as caught:
+        watchman.synchronize()
+    assert caught.value.location == "step 3"
 
 
 def test_on_a_cpu_the_answer_is_there_at_once() -> None:
-    watchman = Watchman.on(torch.device("cpu"))
-    with pytest.raises(NotFinite, match="step 1"):
-        watchman.look(torch.tensor([math.nan]), "step 1")
+    watchman = FiniteCheck.for_device(torch.device("cpu"))
+    with pytest.raises(NonFiniteFound, match="step 1"):
+        watchman.check(torch.tensor([math.nan]), "step 1")
 
 
 # --- doing it again -----------------------------------------------------------------------------------------------
@@ -100,14 +100,14 @@ def test_on_a_cpu_the_answer_is_there_at_once() -> None:
 def failing(dtype: torch.dtype | None, calls: list[torch.dtype | None], *, until: torch.dtype | None = FLOAT32) -> str:
     calls.append(dtype)
     if dtype != until:
-        raise NotFinite("step 3 of 8")
+        raise NonFiniteFound("step 3 of 8")
     return "done"
 
 
 def test_a_stage_that_fails_in_bfloat16_is_done_again_in_float32_with_one_line() -> None:
     calls: list[torch.dtype | None] = []
     with pytest.warns(KadrWarning) as told:
-        assert guarded("denoise", BFLOAT16, lambda dtype: failing(dtype, calls)) == "done"
+        assert retry_in_fp32("denoise", BFLOAT16, lambda dtype: failing(dtype, calls)) == "done"
     assert calls == [None, FLOAT32]
     (line,) = [str(warning.message) for warning in told]
     assert line == (
@@ -119,7 +119,7 @@ def test_a_stage_that_fails_in_bfloat16_is_done_again_in_float32_with_one_line()
 def test_a_stage_in_float32_is_not_done_again() -> None:
     calls: list[torch.dtype | None] = []
     with pytest.raises(NonFiniteError, match=r"step 3 of 8, in float32\. .*verify") as caught:
-        guarded("denoise", FLOAT32, lambda dtype: failing(dtype, calls))
+        retry_in_fp32("denoise", FLOAT32, lambda dtype: failing(dtype, calls))
     assert caught.value.stage == "denoise"
     assert calls == [None]
 
@@ -127,7 +127,7 @@ def test_a_stage_in_float32_is_not_done_again() -> None:
 def test_what_fails_in_float32_too_ends_there() -> None:
     calls: list[torch.dtype | None] = []
     with pytest.warns(KadrWarning), pytest.raises(NonFiniteError) as caught:
-        guarded("refine", BFLOAT16, lambda dtype: failing(dtype, calls, until=BFLOAT16))
+        retry_in_fp32("refine", BFLOAT16, lambda dtype: failing(dtype, calls, until=BFLOAT16))
     assert caught.value.stage == "refine"
     assert calls == [None, FLOAT32]
 
@@ -140,11 +140,11 @@ def test_what_the_first_run_had_in_memory_is_gone_before_the_second() -> None:
         module = nn.Linear(2, 2)
         alive.add(module)
         if dtype is None:
-            raise NotFinite("prompt 1 of 1")
+            raise NonFiniteFound("prompt 1 of 1")
         return others
 
     with pytest.warns(KadrWarning):
-        assert guarded("text", BFLOAT16, run) == 0
+        assert retry_in_fp32("text", BFLOAT16, run) == 0
 
 
 @pytest.mark.parametrize(("first", "second"), [((4, 4), (4, 4, 1)), ((1, 2), (5, 4)), ((), (9,)), ((8,), (1,) * 9)])
@@ -156,10 +156,10 @@ def test_frames_that_were_handed_on_are_not_handed_on_again(first: tuple[int, ..
             yield torch.arange(done, done + size) + mark
             done += size
         if dtype is None:
-            raise NotFinite(f"frame {done + 1} of 9")
+            raise NonFiniteFound(f"frame {done + 1} of 9")
 
     with pytest.warns(KadrWarning):
-        frames = torch.cat(list(guarded_frames("decode", BFLOAT16, run)))
+        frames = torch.cat(list(retry_frames_in_fp32("decode", BFLOAT16, run)))
     known = sum(first)
     assert frames.tolist() == [frame + (100 if frame >= known else 0) for frame in range(9)]
 
@@ -176,10 +176,10 @@ def narrow(home: Path) -> Engine:
 def float32_in(engine: Engine, stage: str) -> Iterator[None]:
     """One stage is planned in float32."""
     components = engine.components
-    choice, wide = components.choice, {"dtype": "float32", "hold": CONVERTED, "streamed": 0}
+    choice, wide = components.placement, {"dtype": "float32", "hold": CONVERTED, "streamed": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            components, "choice", lambda asked: replace(choice(asked), **wide) if asked == stage else choice(asked)
+            components, "placement", lambda asked: replace(choice(asked), **wide) if asked == stage else choice(asked)
         )
         yield
 
@@ -313,9 +313,9 @@ def test_the_module_in_bfloat16_is_gone_before_the_one_in_float32_comes_and_that
     engine = Engine.open(home / MODEL, device="cpu", dtype="bfloat16", prompt_cache=False)
     events: list[str] = []
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-    take = Shelf.take
+    take = ModuleCache.acquire
 
-    def noted(self: Shelf, name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
+    def noted(self: ModuleCache, name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
         def loaded() -> nn.Module:
             events.append(f"{name}, with {sum(isinstance(one, Transformer) for one in alive)} others")
             module = load()
@@ -324,18 +324,18 @@ def test_the_module_in_bfloat16_is_gone_before_the_one_in_float32_comes_and_that
 
         return take(self, name, loaded, **how)
 
-    monkeypatch.setattr(Shelf, "take", noted)
+    monkeypatch.setattr(ModuleCache, "acquire", noted)
     spoil_transformer(monkeypatch, (BFLOAT16,))
     with pytest.warns(KadrWarning):
         engine.denoise(REQUEST)
     assert events[1:] == ["transformer, with 0 others", "transformer in float32, with 0 others"]
-    assert not any("float32" in name for name in engine.components.shelf.kept)
+    assert not any("float32" in name for name in engine.components.module_cache.cached_names)
 
 
 def test_where_answers_are_late_the_step_is_named_all_the_same_and_no_bad_frame_is_handed_on(
     engine: Engine, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Watchman, "on", lambda device: Watchman(Post()))
+    monkeypatch.setattr(FiniteCheck, "for_device", lambda device: FiniteCheck(Post()))
     good = engine.generate(replace(REQUEST, frames=30))
     for stage, place in (("denoise", "step 2 of 3"), ("decode", r"frame \d+ of 30")):
         with pytest.MonkeyPatch.context() as patch:

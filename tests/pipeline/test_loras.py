@@ -114,7 +114,7 @@ def test_quantized_weights_take_a_lora_and_one_merged_before(
 def test_a_file_in_8_bit_floats_takes_a_lora_beside_and_none_merged(
     tmp_path: Path, one: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(components, "needs_look", lambda checkpoint: False)  # nobody trained it
+    monkeypatch.setattr(components, "may_be_rotated", lambda checkpoint: False)  # nobody trained it
     tiny_models.write(tmp_path)
     right = Engine.open(
         tmp_path / tiny_models.MODEL, device="cpu", dtype="float32", loras=[one], prompt_cache=False
@@ -133,7 +133,7 @@ def test_blocks_that_come_and_go_bring_their_loras(opened: Callable[..., Engine]
 
 def test_the_plan_counts_what_loras_take(opened: Callable[..., Engine], one: Path, other: Path) -> None:
     def denoise(**how: Any) -> Any:
-        return next(stage for stage in opened(**how).plan(REQUEST).stages if stage.stage == "denoise").choice
+        return next(stage for stage in opened(**how).plan(REQUEST).stages if stage.stage == "denoise").placement
 
     plain, beside, merged = denoise(), denoise(loras=[one, other]), denoise(loras=[one, other], merge_loras=True)
     taken = 4 * sum(down.numel() + up.numel() for down, up in pairs((*ATTENTION, *FEED_FORWARD)).values())
@@ -148,9 +148,9 @@ def test_the_plan_counts_what_loras_take(opened: Callable[..., Engine], one: Pat
 
 def test_merged_weights_are_not_streamed_on_a_cpu(opened: Callable[..., Engine], one: Path) -> None:
     """They lie in no file any more, so their pages cannot be let go of."""
-    choice = opened(loras=[one], merge_loras=True, offload="blocks").plan(REQUEST).stages[-2].choice
-    assert not choice.streamed
-    assert opened(loras=[one], offload="blocks").plan(REQUEST).stages[-2].choice.streamed
+    choice = opened(loras=[one], merge_loras=True, offload="blocks").plan(REQUEST).stages[-2].placement
+    assert not choice.streamed_blocks
+    assert opened(loras=[one], offload="blocks").plan(REQUEST).stages[-2].placement.streamed_blocks
 
 
 def test_strengths_that_cannot_be_are_refused_before_anything_is_loaded(
@@ -161,7 +161,7 @@ def test_strengths_that_cannot_be_are_refused_before_anything_is_loaded(
     def take(*given: object, **more: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(engine.components.shelf, "take", take)
+    monkeypatch.setattr(engine.components.module_cache, "acquire", take)
     with pytest.raises(RequestError, match="2 strengths of LoRAs are given, and this engine has 1"):
         engine.generate(replace(REQUEST, lora_strengths=(1, 1)))
     with pytest.raises(RequestError, match="this engine has 0"):

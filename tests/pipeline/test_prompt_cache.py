@@ -135,31 +135,31 @@ def test_another_prompt_dtype_device_or_way_to_hold_the_weights_is_another_name(
     text: TextEncoderCheckpoint, cache: Path
 ) -> None:
     tokens, rows = rows_for(text)
-    kept(text, cache).keep(tokens, rows)
-    found = kept(text, cache).find(tokens)
+    kept(text, cache).store(tokens, rows)
+    found = kept(text, cache).look_up(tokens)
     assert found is not None
     assert torch.equal(found, rows)
-    assert kept(text, cache).find(rows_for(text, BLUE)[0]) is None
+    assert kept(text, cache).look_up(rows_for(text, BLUE)[0]) is None
     for other in ({"dtype": torch.bfloat16}, {"device": "cuda"}, {"held": "Q8_0"}):
-        assert kept(text, cache, **other).find(tokens) is None
+        assert kept(text, cache, **other).look_up(tokens) is None
 
 
 def test_a_changed_file_is_another_name_and_a_moved_one_is_not(
     text: TextEncoderCheckpoint, cache: Path, tmp_path: Path
 ) -> None:
     tokens, rows = rows_for(text)
-    kept(text, cache).keep(tokens, rows)
+    kept(text, cache).store(tokens, rows)
     shutil.move(tmp_path / "own", tmp_path / "moved")
     moved = TextEncoderCheckpoint.open(tmp_path / "moved")
-    assert kept(moved, cache).find(tokens) is not None
+    assert kept(moved, cache).look_up(tokens) is not None
     weights = tmp_path / "moved" / "text_encoder" / "model.safetensors"
     stat = weights.stat()
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert kept(moved, cache).find(tokens) is None
+    assert kept(moved, cache).look_up(tokens) is None
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     config = weights.with_name("config.json")
     config.write_text(config.read_text().replace('"layer_norm_epsilon": 1e-06', '"layer_norm_epsilon": 1e-05'))
-    assert kept(TextEncoderCheckpoint.open(tmp_path / "moved"), cache).find(tokens) is None
+    assert kept(TextEncoderCheckpoint.open(tmp_path / "moved"), cache).look_up(tokens) is None
 
 
 # --- files that are not what they should be --------------------------------------------------------------------------
@@ -188,12 +188,12 @@ def test_a_damaged_or_foreign_file_is_ignored_and_written_again(
 ) -> None:
     tokens, rows = rows_for(text)
     prompts = kept(text, cache)
-    prompts.keep(tokens, rows)
+    prompts.store(tokens, rows)
     (path,) = cache.iterdir()
     SPOILED[how](path)
-    assert prompts.find(tokens) is None
-    prompts.keep(tokens, rows)
-    found = prompts.find(tokens)
+    assert prompts.look_up(tokens) is None
+    prompts.store(tokens, rows)
+    found = prompts.look_up(tokens)
     assert found is not None
     assert torch.equal(found, rows)
     assert list(cache.iterdir()) == [path]
@@ -223,14 +223,14 @@ def test_what_was_used_longest_ago_goes_first_and_no_file_of_others_does(
     cache.mkdir(parents=True)
     stranger.write_bytes(b"x" * 10_000)
     for age, (tokens, rows) in enumerate(made[:5]):
-        prompts.keep(tokens, rows)
+        prompts.store(tokens, rows)
         (newest,) = (path for path in cache.iterdir() if path != stranger and path.stat().st_mtime > 1_000_000)
         os.utime(newest, (age, age))
         size = newest.stat().st_size
-    assert prompts.find(made[0][0]) is not None  # and so it is the one used last
-    monkeypatch.setattr(prompt_cache, "LARGEST", 3 * size + size // 2)
-    prompts.keep(*made[5])
-    assert [prompts.find(tokens) is not None for tokens, _ in made[:6]] == [True, False, False, False, True, True]
+    assert prompts.look_up(made[0][0]) is not None  # and so it is the one used last
+    monkeypatch.setattr(prompt_cache, "MAX_BYTES", 3 * size + size // 2)
+    prompts.store(*made[5])
+    assert [prompts.look_up(tokens) is not None for tokens, _ in made[:6]] == [True, False, False, False, True, True]
     assert stranger.exists()
 
 
@@ -274,9 +274,9 @@ def test_a_user_without_a_home_goes_without_a_cache(
     for name in ("KADR_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", none)
-    prompts = PromptCache.of(True, text, dtype=torch.float32, device="cpu")
+    prompts = PromptCache.open(True, text, dtype=torch.float32, device="cpu")
     tokens, rows = rows_for(text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        prompts.keep(tokens, rows)
-        assert prompts.find(tokens) is None
+        prompts.store(tokens, rows)
+        assert prompts.look_up(tokens) is None

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kadr.errors import KadrWarning, PlanError
-from kadr.pipeline.retry import is_out_of_memory, rescued, rescued_frames
-from kadr.planning.plan import Choice, Plan, StagePlan
+from kadr.pipeline.retry import is_out_of_memory, retry_frames_on_oom, retry_on_oom
+from kadr.planning.plan import Placement, Plan, StagePlan
 
 SAID = "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
 
@@ -19,9 +19,11 @@ class Parts:
     """What a rescue asks of components."""
 
     def __init__(self, ways: int) -> None:
-        best, *rest = [Choice(dtype="float32", own=(9 - n) * 10**9, why=f"way {n}") for n in range(ways)]
-        stage = StagePlan(stage="denoise", part="transformer", choice=best, rest=tuple(rest))
-        self.plan = Plan(device="cpu", base=0, free=10**10, stages=(stage,))
+        best, *rest = [
+            Placement(dtype="float32", private_bytes=(9 - n) * 10**9, reason=f"way {n}") for n in range(ways)
+        ]
+        stage = StagePlan(stage="denoise", component="transformer", placement=best, fallbacks=tuple(rest))
+        self.plan = Plan(device="cpu", base_bytes=0, free_bytes=10**10, stages=(stage,))
         self.shelf, self.cleared = self, 0
 
     def clear(self) -> None:
@@ -67,7 +69,7 @@ def test_errors_that_say_memory_ran_out_are_known(error: BaseException, is_one: 
 def test_the_next_way_is_taken_once_and_said() -> None:
     parts: Any = Parts(3)
     with pytest.warns(KadrWarning, match=r"denoise ran out of memory .* 9\.0 GB .* again with 8\.0 GB: way 1"):
-        assert rescued(parts, "denoise", Failing(1))(torch.float32) == "done in torch.float32"
+        assert retry_on_oom(parts, "denoise", Failing(1))(torch.float32) == "done in torch.float32"
     assert parts.plan.of("denoise").choice.why == "way 1"
     assert parts.cleared == 1
 
@@ -75,20 +77,20 @@ def test_the_next_way_is_taken_once_and_said() -> None:
 def test_a_second_time_it_is_an_error() -> None:
     parts: Any = Parts(3)
     with pytest.warns(KadrWarning), pytest.raises(RuntimeError, match="can't allocate memory"):
-        rescued(parts, "denoise", Failing(2))(None)
+        retry_on_oom(parts, "denoise", Failing(2))(None)
 
 
 def test_without_another_way_it_says_so() -> None:
     parts: Any = Parts(1)
     with pytest.raises(PlanError, match=r"denoise ran out of memory in spite of the plan .*smaller --size") as said:
-        rescued(parts, "denoise", Failing(1))(None)
+        retry_on_oom(parts, "denoise", Failing(1))(None)
     assert isinstance(said.value.__cause__, RuntimeError)
 
 
 def test_other_errors_pass() -> None:
     parts: Any = Parts(3)
     with pytest.raises(RuntimeError, match="shapes"):
-        rescued(parts, "denoise", Failing(1, error=RuntimeError("shapes do not match")))(None)
+        retry_on_oom(parts, "denoise", Failing(1, error=RuntimeError("shapes do not match")))(None)
     assert parts.cleared == 0
 
 
@@ -96,5 +98,5 @@ def test_other_errors_pass() -> None:
 def test_no_frame_is_handed_on_twice(after: int) -> None:
     parts: Any = Parts(2)
     with pytest.warns(KadrWarning):
-        frames = torch.cat(list(rescued_frames(parts, "denoise", Failing(1, after).frames)(None)))
+        frames = torch.cat(list(retry_frames_on_oom(parts, "denoise", Failing(1, after).frames)(None)))
     assert frames.tolist() == list(range(12))

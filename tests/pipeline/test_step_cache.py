@@ -18,7 +18,7 @@ from kadr.cli.main import main
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
 from kadr.planning import activations
-from kadr.planning.planner import HOLES
+from kadr.planning.planner import HEAP_FRAGMENTATION
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Guidance, StepGuidance
 from kadr.sampling.step_cache import PassCache
@@ -217,7 +217,7 @@ def test_what_a_cache_keeps_is_what_is_planned(transformer: Transformer, way: st
     streams = {"plain": 1, "guided": 2, "disturbed": 3}[way]
     grown = peak(transformer, WAYS[way], cache) - peak(transformer, WAYS[way], None)
     planned = activations.step_cache_bytes(
-        transformer.config, GRID.num_tokens, 4, points=cache.cached_steps, streams=streams
+        transformer.config, GRID.num_tokens, 4, history_length=cache.cached_steps, evaluations_per_step=streams
     )
     one = GRID.num_tokens * transformer.config.width * 4
     assert planned - 2 * one <= grown <= planned
@@ -228,8 +228,11 @@ def test_the_plan_of_a_request_holds_what_its_cache_keeps(engine: Engine) -> Non
     cached = engine.plan(replace(WAYS["guided"], cache="taylor"))
     (kept,) = [stage for stage in cached.stages if stage.stage == "denoise"]
     tokens, config = LatentGrid(2, 2, 2).num_tokens, tiny_models.transformer_config(layers=LAYERS)
-    expected = activations.step_cache_bytes(config, tokens, 4, points=2, streams=2)
-    assert abs(kept.choice.working - without.choice.working - (1 + HOLES) * expected) <= 1
+    expected = activations.step_cache_bytes(config, tokens, 4, history_length=2, evaluations_per_step=2)
+    assert (
+        abs(kept.placement.workspace_bytes - without.placement.workspace_bytes - (1 + HEAP_FRAGMENTATION) * expected)
+        <= 1
+    )
 
 
 def told(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

@@ -15,7 +15,7 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.planning import activations
-from kadr.planning.vae_activations import decode_bytes, encode_bytes
+from kadr.planning.vae_activations import vae_decode_activation_bytes, vae_encode_activation_bytes
 from kadr.quant.prepack import prepack_convs, should_prepack_linears
 from kadr.shapes import LatentGrid
 
@@ -47,16 +47,21 @@ def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> 
     rope, mask = module.compute_rope(torch.rand(1, 3, tokens)), torch.arange(256)[None] < 20
     x, text = torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 256, 512, dtype=dtype)
     level = torch.full((1, tokens if per_token else 1), 0.5)
-    predicted = activations.transformer_bytes(
-        WIDE, tokens, dtype.itemsize, text=20, per_token=per_token, fused=should_prepack_linears(dtype, CPU)
+    predicted = activations.transformer_activation_bytes(
+        WIDE,
+        tokens,
+        dtype.itemsize,
+        text_tokens=20,
+        per_token_sigmas=per_token,
+        fused_gelu=should_prepack_linears(dtype, CPU),
     )
-    predicted += activations.reading_bytes(WIDE, dtype.itemsize, text=20)
+    predicted += activations.text_kv_bytes(WIDE, dtype.itemsize, text_tokens=20)
     return [taken(lambda: module(x, rope, text, mask, level)), predicted]
 
 
 def text() -> list[int]:
     module, ids = T5Encoder(WIDE_T5).bfloat16(), torch.zeros(1, 256, dtype=torch.int64)
-    return [taken(lambda: module(ids, ids == 0)), activations.text_bytes(WIDE_T5, 2)]
+    return [taken(lambda: module(ids, ids == 0)), activations.text_encoder_activation_bytes(WIDE_T5, 2)]
 
 
 def decoder(dtype: torch.dtype, *, together: int = 0) -> list[int]:
@@ -68,7 +73,7 @@ def decoder(dtype: torch.dtype, *, together: int = 0) -> list[int]:
         for _ in module.decode_stream(latents, timestep=torch.tensor([0.05])):
             pass
 
-    return [taken(decode), decode_bytes(THIN_VAE, GRID, dtype.itemsize, together=together)]
+    return [taken(decode), vae_decode_activation_bytes(THIN_VAE, GRID, dtype.itemsize, together=together)]
 
 
 def encoder(*, together: int = 0) -> list[int]:
@@ -76,7 +81,10 @@ def encoder(*, together: int = 0) -> list[int]:
     module = VAE(THIN_VAE)
     if together:
         prepack_convs(module, winograd_frames=together)
-    return [taken(lambda: module.encode(pixels, chunk_frames=8)), encode_bytes(THIN_VAE, GRID, 4, together=together)]
+    return [
+        taken(lambda: module.encode(pixels, chunk_frames=8)),
+        vae_encode_activation_bytes(THIN_VAE, GRID, 4, together=together),
+    ]
 
 
 if __name__ == "__main__":

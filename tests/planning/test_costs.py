@@ -21,10 +21,17 @@ from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 from kadr.planning import activations, vae_activations
-from kadr.planning.flops import disturbed_flops, reading_flops, seconds, text_flops, transformer_flops, upsampler_flops
-from kadr.planning.parameters import text_encoder_weights, transformer_weights, upsampler_weights
-from kadr.planning.vae_flops import decoder_flops, encoder_flops
-from kadr.planning.vae_stages import decoder_weights, encoder_weights, statistics_weights
+from kadr.planning.flops import (
+    estimate_seconds,
+    perturbed_flops,
+    text_encoder_flops,
+    text_kv_flops,
+    transformer_flops,
+    upscaler_flops,
+)
+from kadr.planning.parameters import text_encoder_parameters, transformer_parameters, upscaler_parameters
+from kadr.planning.vae_flops import vae_decoder_flops, vae_encoder_flops
+from kadr.planning.vae_stages import latent_statistics_parameters, vae_decoder_parameters, vae_encoder_parameters
 from kadr.quant.prepack import should_prepack_linears
 from kadr.sampling.settings import TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
@@ -59,8 +66,8 @@ def plainly() -> Iterator[None]:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what kernels take besides their tensors: torch's own account does not have it."""
-    monkeypatch.setattr(activations, "SCRATCH", 0)
-    monkeypatch.setattr(activations, "convolution_bytes", lambda *_: 0)
+    monkeypatch.setattr(activations, "KERNEL_WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(activations, "conv_workspace_bytes", lambda *_: 0)
 
 
 def thinned(family: str, layers: int) -> VAEConfig:
@@ -112,38 +119,38 @@ def arguments(batch: int, tokens: int, *, per_token: bool = False) -> tuple[Any,
 
 @pytest.mark.parametrize("config", [DEMO, TRANSFORMER_2B, TRANSFORMER_13B], ids=["demo", "2B", "13B"])
 def test_the_weights_of_a_transformer_are_counted_block_by_block(config: TransformerConfig) -> None:
-    module, weights = on_meta(Transformer, config), transformer_weights(config)
+    module, weights = on_meta(Transformer, config), transformer_parameters(config)
     block = list(module.layers[0].parameters())
     matrices = sum(layer.weight.numel() for layer in module.layers[0].modules() if isinstance(layer, nn.Linear))
     assert weights.total == numbers(module)
-    assert (weights.block_linear, weights.block_rest) == (matrices, sum(p.numel() for p in block) - matrices)
+    assert (weights.linear_per_block, weights.other_per_block) == (matrices, sum(p.numel() for p in block) - matrices)
 
 
 def test_the_weights_of_a_text_encoder_are_counted_block_by_block() -> None:
-    module, weights = on_meta(T5Encoder, XXL), text_encoder_weights(XXL)
+    module, weights = on_meta(T5Encoder, XXL), text_encoder_parameters(XXL)
     matrices = sum(layer.weight.numel() for layer in module.blocks[0].modules() if isinstance(layer, nn.Linear))
     assert weights.total == numbers(module)
-    assert (weights.block_linear, weights.block_rest) == (matrices, numbers(module.blocks[0]) - matrices)
+    assert (weights.linear_per_block, weights.other_per_block) == (matrices, numbers(module.blocks[0]) - matrices)
 
 
 @pytest.mark.parametrize("config", [*VAES.values(), vae_config("0.9.5")], ids=[*VAES, "tiny"])
 def test_the_weights_of_a_vae_are_counted_half_by_half(config: VAEConfig) -> None:
     module = on_meta(VAE, config)
-    assert encoder_weights(config).total == numbers(module.encoder)
-    assert decoder_weights(config).total == numbers(module.decoder)
-    assert statistics_weights(config).total == numbers(module.statistics)
+    assert vae_encoder_parameters(config).total == numbers(module.encoder)
+    assert vae_decoder_parameters(config).total == numbers(module.decoder)
+    assert latent_statistics_parameters(config).total == numbers(module.statistics)
 
 
 @pytest.mark.parametrize("config", UPSAMPLERS, ids=lambda config: config.kind)
 def test_the_weights_of_an_upscaler_are_counted(config: UpscalerConfig) -> None:
-    assert upsampler_weights(config).total == numbers(on_meta(LatentUpscaler, config))
+    assert upscaler_parameters(config).total == numbers(on_meta(LatentUpscaler, config))
 
 
 def test_matrices_may_be_stored_in_fewer_bits_than_the_rest() -> None:
-    weights = transformer_weights(DEMO)
+    weights = transformer_parameters(DEMO)
     assert weights.bytes(2, 0.5625) == 0.5625 * weights.linear + 2 * (weights.total - weights.linear)
     assert weights.bytes(4) == 4 * weights.total
-    assert weights.blocks * weights.block_bytes(2) + 2 * weights.rest == weights.bytes(2)
+    assert weights.num_blocks * weights.block_bytes(2) + 2 * weights.outside_blocks == weights.bytes(2)
 
 
 @pytest.mark.parametrize(("batch", "per_token", "levels"), [(1, False, None), (2, False, None), (2, True, 2)])
@@ -153,8 +160,8 @@ def test_the_products_of_a_transformer_are_those_that_torch_counts(
     module, (tokens, text, mask, level) = Transformer(SMALL), arguments(batch, 12, per_token=per_token)
     rope = module.compute_rope(torch.rand(1, 3, 12))
     counted = flops(lambda: module(tokens, rope, text, mask, level))
-    reading = reading_flops(SMALL, batch=batch, text=TEXT)
-    assert counted == reading + transformer_flops(SMALL, 12, batch=batch, text=TEXT, levels=levels)
+    reading = text_kv_flops(SMALL, batch=batch, text_tokens=TEXT)
+    assert counted == reading + transformer_flops(SMALL, 12, batch=batch, text_tokens=TEXT, num_sigmas=levels)
 
 
 def test_a_text_that_was_read_costs_a_step_no_products() -> None:
@@ -162,7 +169,7 @@ def test_a_text_that_was_read_costs_a_step_no_products() -> None:
     rope, reading = module.compute_rope(torch.rand(1, 3, 12)), module.project_text(text, mask)
     first = flops(lambda: module(tokens, rope, reading, None, level))
     second = flops(lambda: module(tokens, rope, reading, None, level))
-    assert second == transformer_flops(SMALL, 12, batch=2, text=TEXT)
+    assert second == transformer_flops(SMALL, 12, batch=2, text_tokens=TEXT)
     kept = 4 * SMALL.num_layers * 2 * TEXT * SMALL.width**2
     assert first == second + kept
 
@@ -174,14 +181,14 @@ def test_the_products_of_a_disturbed_evaluation_are_those_that_torch_counts(mode
     rope = module.compute_rope(torch.rand(1, 3, 12))
     disturb: dict[str, Any] = {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
     both = flops(lambda: module.forward_with_perturbed(tokens, rope, text, mask, level, **disturb))
-    added = disturbed_flops(SMALL, 12, (1,), mode, text=TEXT)
-    reading = reading_flops(SMALL, batch=2, text=TEXT)
-    assert both == reading + transformer_flops(SMALL, 12, batch=2, text=TEXT) + added
+    added = perturbed_flops(SMALL, 12, (1,), mode, text_tokens=TEXT)
+    reading = text_kv_flops(SMALL, batch=2, text_tokens=TEXT)
+    assert both == reading + transformer_flops(SMALL, 12, batch=2, text_tokens=TEXT) + added
 
 
 def test_the_products_of_a_text_encoder_are_those_that_torch_counts() -> None:
     module, ids = T5Encoder(SMALL_T5), torch.zeros(2, TEXT, dtype=torch.int64)
-    assert flops(lambda: module(ids, ids == 0)) == text_flops(SMALL_T5, batch=2, length=TEXT)
+    assert flops(lambda: module(ids, ids == 0)) == text_encoder_flops(SMALL_T5, batch=2, length=TEXT)
 
 
 @pytest.mark.parametrize("family", VAES)
@@ -192,15 +199,15 @@ def test_the_products_of_a_vae_are_those_that_torch_counts(family: str) -> None:
         level = torch.empty(1)
         decoded = flops(lambda: module.decode(latents, timestep=level, noise_source=torch.empty))
         encoded = flops(lambda: module.encode(pixels))
-    assert decoded == decoder_flops(config, GRID)
-    assert encoded == encoder_flops(config, GRID)
+    assert decoded == vae_decoder_flops(config, GRID)
+    assert encoded == vae_encoder_flops(config, GRID)
 
 
 @pytest.mark.parametrize("config", UPSAMPLERS, ids=lambda config: config.kind)
 def test_the_products_of_an_upscaler_are_those_that_torch_counts(config: UpscalerConfig) -> None:
     with torch.device("meta"):
         module, latents = LatentUpscaler(config), torch.empty(1, 128, 3, 4, 2)
-        assert flops(lambda: module(latents)) == upsampler_flops(config, GRID)
+        assert flops(lambda: module(latents)) == upscaler_flops(config, GRID)
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -227,17 +234,17 @@ def test_a_transformer_holds_the_bytes_that_are_predicted(
         counted = live(lambda: module.forward_with_perturbed(*given, **disturb))
     else:
         counted = live(lambda: module(*given))
-    predicted = activations.transformer_bytes(
+    predicted = activations.transformer_activation_bytes(
         SMALL,
         tokens,
         dtype.itemsize,
         batch=batch,
-        text=TEXT,
-        per_token=per_token,
-        disturbed=disturbed,
-        fused=should_prepack_linears(dtype, CPU),
+        text_tokens=TEXT,
+        per_token_sigmas=per_token,
+        perturbed_samples=disturbed,
+        fused_gelu=should_prepack_linears(dtype, CPU),
     )
-    predicted += activations.reading_bytes(SMALL, dtype.itemsize, batch=batch, text=TEXT)
+    predicted += activations.text_kv_bytes(SMALL, dtype.itemsize, batch=batch, text_tokens=TEXT)
     assert counted == pytest.approx(predicted, rel=0.02, abs=20_000)
 
 
@@ -256,7 +263,9 @@ def test_a_table_of_rotations_holds_the_bytes_that_are_predicted(dtype: torch.dt
 def test_a_text_encoder_holds_the_bytes_that_are_predicted(length: int, dtype: torch.dtype) -> None:
     module, ids = T5Encoder(SMALL_T5).to(dtype), torch.zeros(1, length, dtype=torch.int64)
     counted = live(lambda: module(ids, ids == 0))
-    assert counted == pytest.approx(activations.text_bytes(SMALL_T5, dtype.itemsize, length=length), rel=0.04)
+    assert counted == pytest.approx(
+        activations.text_encoder_activation_bytes(SMALL_T5, dtype.itemsize, length=length), rel=0.04
+    )
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -264,7 +273,9 @@ def test_a_text_encoder_holds_the_bytes_that_are_predicted(length: int, dtype: t
 def test_an_upscaler_holds_the_bytes_that_are_predicted(config: UpscalerConfig) -> None:
     with torch.device("meta"):
         module, latents = LatentUpscaler(config), torch.empty(1, 128, 3, 4, 2)
-        assert live(lambda: module(latents)) == pytest.approx(activations.upsampler_bytes(config, GRID), rel=0.08)
+        assert live(lambda: module(latents)) == pytest.approx(
+            activations.upscaler_activation_bytes(config, GRID), rel=0.08
+        )
 
 
 @pytest.mark.usefixtures("no_kernels")
@@ -286,7 +297,7 @@ def test_a_decoder_holds_the_bytes_that_are_predicted_wherever_its_stream_is(
         counted = live(decode)
     # A loop holds the pixels of the turn before; that they are made into bytes as well is the pipeline's doing.
     as_bytes = 3 * handed * 128 * 64
-    predicted = vae_activations.decode_bytes.__wrapped__(config, grid, 2, handed=handed) - as_bytes
+    predicted = vae_activations.vae_decode_activation_bytes.__wrapped__(config, grid, 2, handed=handed) - as_bytes
     assert counted == pytest.approx(predicted, rel=0.02, abs=3 * handed * 128 * 64 * 2)
 
 
@@ -299,28 +310,30 @@ def test_an_encoder_holds_the_bytes_that_are_predicted(family: str, frames: int)
         module = VAE(config).bfloat16()
         pixels = torch.empty(1, 3, 8 * frames - 7, 128, 64, dtype=torch.bfloat16)
         counted = live(lambda: module.encode(pixels, chunk_frames=8))
-    predicted = vae_activations.encode_bytes.__wrapped__(config, LatentGrid(frames, 4, 2), 2)
+    predicted = vae_activations.vae_encode_activation_bytes.__wrapped__(config, LatentGrid(frames, 4, 2), 2)
     assert counted == pytest.approx(predicted, rel=0.01, abs=100_000)
 
 
 def test_fewer_frames_handed_on_take_less() -> None:
     grid = LatentGrid(4, 10, 16)
-    four, two, one = (vae_activations.decode_bytes(VAE_0_9_5, grid, 2, handed=handed) for handed in (4, 2, 1))
+    four, two, one = (
+        vae_activations.vae_decode_activation_bytes(VAE_0_9_5, grid, 2, handed=handed) for handed in (4, 2, 1)
+    )
     assert four > two > one
 
 
 def test_a_long_video_takes_no_more_to_decode_than_one_that_has_settled() -> None:
     settled, long, longer = (
-        vae_activations.decode_bytes(VAE_0_9_5, LatentGrid(frames, 10, 16), 2)
-        for frames in (30, vae_activations.SETTLED, 500)
+        vae_activations.vae_decode_activation_bytes(VAE_0_9_5, LatentGrid(frames, 10, 16), 2)
+        for frames in (30, vae_activations.STEADY_STATE_FRAMES, 500)
     )
     assert settled == pytest.approx(long, rel=0.01)
     assert long == longer
 
 
 def test_seconds_are_of_computing_and_of_reading() -> None:
-    assert seconds(10**12, 10**11) == 10
-    assert seconds(10**12, 10**11, read=3 * 10**9, disk_rate=10**9) == 13
+    assert estimate_seconds(10**12, 10**11) == 10
+    assert estimate_seconds(10**12, 10**11, bytes_read=3 * 10**9, disk_bytes_per_second=10**9) == 13
 
 
 @pytest.fixture(scope="module")

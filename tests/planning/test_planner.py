@@ -16,10 +16,10 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
 from kadr.pipeline import components, module_placement
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.module_placement import spread
+from kadr.pipeline.module_placement import spread_blocks
 from kadr.planning import planner
 from kadr.planning.plan import AS_STORED, CONVERTED, Plan
-from kadr.planning.weight_bytes import weigh
+from kadr.planning.weight_bytes import weight_bytes
 from kadr.quant.layers import Fp8Linear
 from kadr.quant.prepack import should_prepack_convs
 from kadr.request.inputs import Condition
@@ -53,14 +53,16 @@ def relative(made: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def ways(plan: Plan) -> dict[str, tuple[str, bool]]:
-    return {stage.stage: (stage.choice.hold, bool(stage.choice.streamed)) for stage in plan.stages}
+    return {
+        stage.stage: (stage.placement.weight_format, bool(stage.placement.streamed_blocks)) for stage in plan.stages
+    }
 
 
 def test_with_room_everything_is_converted_and_stays(opened: Callable[..., Engine]) -> None:
     plan = opened().plan(REQUEST)
     assert ways(plan) == dict.fromkeys(("text", "denoise", "decode"), (CONVERTED, False))
-    assert plan.kept == {"text encoder", "transformer", "VAE decoder"}
-    assert plan.peak_bytes - plan.base < 50e6
+    assert plan.cached_components == {"text encoder", "transformer", "VAE decoder"}
+    assert plan.peak_bytes - plan.base_bytes < 50e6
     assert 0 < plan.seconds < 10
 
 
@@ -70,7 +72,7 @@ def test_nothing_is_loaded_to_make_a_plan(opened: Callable[..., Engine], monkeyp
     def take(*given: object, **more: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(engine.components.shelf, "take", take)
+    monkeypatch.setattr(engine.components.module_cache, "acquire", take)
     engine.plan(replace(REQUEST, guidance=3.0))
 
 
@@ -96,9 +98,9 @@ def test_offload_says_what_leaves_memory(
     engine = opened(offload=offload)
     plan = engine.plan(REQUEST)
     assert ways(plan)["denoise"][1] is streamed
-    assert bool(plan.kept) is kept
+    assert bool(plan.cached_components) is kept
     engine.generate(REQUEST)
-    assert engine.components.shelf.kept == plan.kept
+    assert engine.components.module_cache.cached_names == plan.cached_components
 
 
 @pytest.mark.parametrize(
@@ -116,13 +118,13 @@ def test_blocks_come_and_go_where_the_transformer_does_not_fit(
     opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = opened()
-    roomy = engine.plan(REQUEST).of("denoise")
-    streamed = next(choice for choice in roomy.rest if choice.streamed)
-    assert streamed.bytes < roomy.choice.bytes
-    monkeypatch.setattr(planner, "RESERVE", 0.0)
-    needs = {stage.stage: stage.choice.bytes for stage in engine.plan(REQUEST).stages}
-    if max(needs["text"], needs["decode"]) < roomy.choice.bytes:
-        with_free(monkeypatch, roomy.choice.bytes - 1)
+    roomy = engine.plan(REQUEST).stage("denoise")
+    streamed = next(choice for choice in roomy.fallbacks if choice.streamed_blocks)
+    assert streamed.device_bytes < roomy.placement.device_bytes
+    monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
+    needs = {stage.stage: stage.placement.device_bytes for stage in engine.plan(REQUEST).stages}
+    if max(needs["text"], needs["decode"]) < roomy.placement.device_bytes:
+        with_free(monkeypatch, roomy.placement.device_bytes - 1)
         plan = engine.plan(REQUEST)
         assert ways(plan)["denoise"] == (AS_STORED, True)
         assert any(re.search(r"denoise: .*come and go, because .* do not fit into", why) for why in plan.reasons())
@@ -132,19 +134,19 @@ def test_the_decoder_hands_on_fewer_frames_where_memory_is_short(
     opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, long = opened(), replace(REQUEST, frames=121, size=(96, 96))
-    right = engine.plan(long).of("decode")
-    choices = [right.choice, *right.rest]
+    right = engine.plan(long).stage("decode")
+    choices = [right.placement, *right.fallbacks]
     packs = should_prepack_convs(torch.float32, torch.device("cpu"))
     ways = [(4, 4), (4, 2), (2, 2), (1, 2)] if packs else [(4, 0), (2, 0), (1, 0)]
-    assert [(choice.frames, choice.together) for choice in choices] == ways
-    assert all(more.bytes > less.bytes for more, less in pairwise(choices))
+    assert [(choice.chunk_frames, choice.winograd_frames) for choice in choices] == ways
+    assert all(more.device_bytes > less.device_bytes for more, less in pairwise(choices))
     frames = opened().generate(replace(long, frames=25)).frames
-    monkeypatch.setattr(planner, "RESERVE", 0.0)
-    for choice in right.rest:
-        with_free(monkeypatch, choice.bytes)
+    monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
+    for choice in right.fallbacks:
+        with_free(monkeypatch, choice.device_bytes)
         engine = opened()
-        assert engine.plan(long).of("decode").choice.frames == choice.frames
-        assert engine.plan(long).of("decode").choice.together == choice.together
+        assert engine.plan(long).stage("decode").placement.chunk_frames == choice.chunk_frames
+        assert engine.plan(long).stage("decode").placement.winograd_frames == choice.winograd_frames
         apart = np.abs(engine.generate(replace(long, frames=25)).frames.astype(int) - frames)
         assert apart.max() <= 1  # a number that lay between two
         assert apart.mean() < 1e-3
@@ -155,9 +157,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded_with_what_would(
 ) -> None:
     engine = opened()
     big = replace(REQUEST, size=(1024, 1024), frames=121)
-    monkeypatch.setattr(planner, "RESERVE", 0.0)
-    with_free(monkeypatch, engine.plan(replace(big, size=(512, 512))).peak_bytes - engine.plan(big).base)
-    monkeypatch.setattr(engine.components.shelf, "take", lambda *a, **k: pytest.fail("something was loaded"))
+    monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
+    with_free(monkeypatch, engine.plan(replace(big, size=(512, 512))).peak_bytes - engine.plan(big).base_bytes)
+    monkeypatch.setattr(engine.components.module_cache, "acquire", lambda *a, **k: pytest.fail("something was loaded"))
     with pytest.raises(PlanError, match=r"are missing\. What would fit: .*--size \d+x\d+ --frames \d+\.") as said:
         engine.generate(big)
     assert said.value.shortfall > 0
@@ -183,9 +185,13 @@ def test_conditions_and_guidance_are_in_the_plan(opened: Callable[..., Engine], 
     held = engine.plan(replace(REQUEST, conditions=(Condition(str(tmp_path / "a.png"), frame=0),)))
     assert [stage.stage for stage in held.stages] == ["text", "encode", "denoise", "decode"]
     extra = engine.plan(replace(REQUEST, conditions=(Condition(str(tmp_path / "a.png"), frame=8),)))
-    assert extra.of("denoise").choice.working > held.of("denoise").choice.working > plain.of("denoise").choice.working
+    assert (
+        extra.stage("denoise").placement.workspace_bytes
+        > held.stage("denoise").placement.workspace_bytes
+        > plain.stage("denoise").placement.workspace_bytes
+    )
     together = engine.plan(replace(REQUEST, guidance=3.0, guidance_batch=True))
-    assert together.of("denoise").choice.working > plain.of("denoise").choice.working
+    assert together.stage("denoise").placement.workspace_bytes > plain.stage("denoise").placement.workspace_bytes
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "fp8-weights", "Q8_0", "q4_0"])
@@ -195,8 +201,8 @@ def test_a_scheme_halves_the_weights_or_more_and_makes_a_video(
     monkeypatch.setattr(module_placement.fp8, "has_units", lambda device: True)
     monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.FP32_MATMUL)
     plain, engine = opened(), opened(quant=scheme)
-    full, less = (e.plan(REQUEST).of("denoise").choice for e in (plain, engine))
-    assert less.own < 0.5 * (full.own + full.mapped)
+    full, less = (e.plan(REQUEST).stage("denoise").placement for e in (plain, engine))
+    assert less.private_bytes < 0.5 * (full.private_bytes + full.mapped_bytes)
     right, made = plain.generate(REQUEST), engine.generate(REQUEST)
     assert 0 < relative(made.latents, right.latents) < 0.2
 
@@ -205,9 +211,9 @@ def test_auto_stores_weights_in_8_bits_only_where_the_files_own_do_not_fit(
     opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = opened(quant="auto", dtype="bfloat16", offload="none")
-    monkeypatch.setattr(planner, "RESERVE", 0.0)
+    monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
     assert ways(engine.plan(REQUEST))["denoise"] == (CONVERTED, False)
-    holds = [choice.hold for choice in engine.plan(REQUEST).of("denoise").rest]
+    holds = [choice.weight_format for choice in engine.plan(REQUEST).stage("denoise").fallbacks]
     assert holds == [AS_STORED, "int8" if planner.has_fast_int8() else "int8-weights"]  # the file is in float32
 
 
@@ -230,10 +236,10 @@ def test_an_fp8_file_is_multiplied_in_8_bits_as_it_is_where_a_gpu_does_that(
     cast_as_released(tmp_path / tiny_models.MODEL, torch.float8_e4m3fn)
     monkeypatch.setattr(module_placement.fp8, "has_units", lambda device: True)
     monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.FP32_MATMUL)
-    monkeypatch.setattr(components, "needs_look", lambda checkpoint: False)  # nobody trained it
+    monkeypatch.setattr(components, "may_be_rotated", lambda checkpoint: False)  # nobody trained it
     plain, engine = (Engine.open(tmp_path / tiny_models.MODEL, quant=quant) for quant in (None, "fp8"))
     for opened in (plain, engine):
-        opened.components.follow(opened.plan(REQUEST))
+        opened.components.apply_plan(opened.plan(REQUEST))
     with plain.components.transformer() as right, engine.components.transformer() as made:
         assert {type(layer) for layer in made.blocks[0].modules() if hasattr(layer, "scale")} == {Fp8Linear}
         stored = made.blocks[0].self_attention.q.weight
@@ -245,7 +251,7 @@ def test_a_module_that_waits_holds_no_buffer_for_unpacked_weights(opened: Callab
     """A weight of 13B unpacked is 134 MB, and the decoder's stage was planned without it."""
     engine = opened(quant="int8-weights")
     engine.generate(REQUEST)
-    assert "transformer" in engine.components.shelf.kept
+    assert "transformer" in engine.components.module_cache.cached_names
     with engine.components.transformer() as transformer:
         layer = transformer.blocks[0].feed_forward.up
         assert not layer.scratch._buffers
@@ -273,7 +279,7 @@ def test_without_fast_int8_weights_alone_are_stored_so_and_it_is_said(
     monkeypatch.setattr(module_placement, "has_fast_int8", lambda: False)
     with pytest.warns(KadrWarning, match=r"no instructions for products in 8 bits \(VNNI\).*\(int8-weights\)"):
         engine = opened(quant="int8")
-    assert engine.plan(REQUEST).of("denoise").choice.hold == "int8-weights"
+    assert engine.plan(REQUEST).stage("denoise").placement.weight_format == "int8-weights"
 
 
 @pytest.mark.parametrize(
@@ -288,14 +294,14 @@ def test_weighing_a_header_is_what_the_modules_take(home: Path) -> None:
     checkpoint = Checkpoint.open(home / tiny_models.MODEL)
     source = checkpoint.sources["transformer"]
     for dtype in (torch.float32, torch.bfloat16):
-        weights = weigh(source, dtype, CONVERTED)
+        weights = weight_bytes(source, dtype, CONVERTED)
         module = checkpoint.load_transformer(dtype)
-        assert weights.mapped + weights.own == sum(w.nbytes for w in module.state_dict().values())
-        assert (weights.own == 0) is (dtype == source.dtype)
-        assert weights.count == len(module.blocks)
+        assert weights.mapped + weights.private == sum(w.nbytes for w in module.state_dict().values())
+        assert (weights.private == 0) is (dtype == source.dtype)
+        assert weights.num_blocks == len(module.blocks)
 
 
 def test_streamed_blocks_lie_as_far_from_each_other_as_can_be() -> None:
-    assert spread(28, 4) == {0, 7, 14, 21}
-    assert spread(5, 5) == {0, 1, 2, 3, 4}
-    assert len(spread(48, 31)) == 31
+    assert spread_blocks(28, 4) == {0, 7, 14, 21}
+    assert spread_blocks(5, 5) == {0, 1, 2, 3, 4}
+    assert len(spread_blocks(48, 31)) == 31

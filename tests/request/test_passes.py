@@ -20,7 +20,7 @@ from kadr.checkpoints import hub
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.errors import CheckpointError, KadrError, RequestError
 from kadr.media.writer import VideoWriter
-from kadr.memory.module_cache import Shelf
+from kadr.memory.module_cache import ModuleCache
 from kadr.models.registry import DISTILLED_SIGMAS, RELEASES_BY_NAME
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
@@ -101,10 +101,10 @@ def opened(home: Path) -> Opened:
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     """No weight may be loaded."""
 
-    def take(self: Shelf, name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
+    def take(self: ModuleCache, name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
         raise AssertionError(f"the {name} was loaded")
 
-    monkeypatch.setattr(Shelf, "take", take)
+    monkeypatch.setattr(ModuleCache, "acquire", take)
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_the_second_pass_begins_at_the_upscaled_first_with_its_statistics_and_no
     engine = opened("spatial", "temporal")
     grown, seen = spied(monkeypatch, LatentUpscaler), spied(monkeypatch, Transformer)
     engine.denoise(REQUEST)
-    with engine.components.statistics() as vae, torch.no_grad():
+    with engine.components.latent_statistics() as vae, torch.no_grad():
         first = vae.statistics.normalise(grown[0][1])
         made = grown[0][1]
         for kind in ("spatial", "temporal"):

@@ -306,7 +306,7 @@ def test_what_is_learned_is_the_clip_itself_and_the_text_that_a_generation_reads
         read = known.read()
         frames = [load_image(example.media)] if example.fps is None else read_video(example.media, FRAMES).frames
         shown = [normalize_image(np.asarray(crop_to_aspect(load_image(one), SIZE).resize((64, 32)))) for one in frames]
-        with engine.components.encoder() as vae, torch.no_grad():
+        with engine.components.vae_encoder() as vae, torch.no_grad():
             expected = vae.encode(torch.stack(shown, dim=1)[None])
         assert relative(read["latents"], expected) <= 1e-5
         assert read["latents"].shape[2:] == (known.grid.frames, known.grid.height, known.grid.width)
@@ -337,7 +337,7 @@ def test_clips_are_made_on_the_way_with_what_is_learned_by_then(engine: Engine, 
     assert read_metadata(wanted.work / "step-000004-1.mp4")["request"]["prompt"] == "a blue sea"
     early, late = ((wanted.work / f"step-00000{step}-1.mp4").read_bytes() for step in (2, 4))
     assert early != late
-    assert engine.components.borrowed is None
+    assert engine.components.transformer_override is None
     for step in (2, 4):
         (noted,) = read_metadata(wanted.work / f"step-00000{step}-1.mp4")["loras"]
         assert noted["path"] == str(wanted.work / f"step-00000{step}.safetensors")

@@ -21,8 +21,8 @@ from kadr.bench.runner import Absent, Contender, Measured, cuda_clock, host_cloc
 from kadr.bench.stage_case import Entrants, Work
 from kadr.bench.startup import command
 from kadr.memory.device import free_bytes, pick_device
-from kadr.planning.parameters import text_encoder_weights, transformer_weights
-from kadr.planning.vae_stages import decoder_weights, encoder_weights
+from kadr.planning.parameters import text_encoder_parameters, transformer_parameters
+from kadr.planning.vae_stages import vae_decoder_parameters, vae_encoder_parameters
 
 WARM_UPS = {"cuda": 3}  # else 1
 FEWER = {STARTUP: 3}  # rounds at most: a process each time
@@ -133,9 +133,11 @@ def _reference(work: Work) -> tuple[Tensor | None, str]:
 
 def _numbers(work: Work) -> int:
     """In the weights that float32 has to hold at once."""
-    text = text_encoder_weights(work.engine(REFERENCE).components.text.config).total
-    half = max(encoder_weights(work.vae).total, decoder_weights(work.vae).total)
-    return {"text": text, "encode": half, "decode": half}.get(work.stage, transformer_weights(work.transformer).total)
+    text = text_encoder_parameters(work.engine(REFERENCE).components.text_encoder_folder.config).total
+    half = max(vae_encoder_parameters(work.vae).total, vae_decoder_parameters(work.vae).total)
+    return {"text": text, "encode": half, "decode": half}.get(
+        work.stage, transformer_parameters(work.transformer).total
+    )
 
 
 def figures(measured: Sequence[Measured], flops: int | None, side: int) -> list[dict[str, Any]]:

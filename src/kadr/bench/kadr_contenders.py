@@ -15,7 +15,7 @@ from kadr.bench.stage_case import Entrants, Work
 from kadr.errors import RequestError
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.stages.encode import ENCODE_FRAMES
-from kadr.planning.vae_stages import encoder_weights
+from kadr.planning.vae_stages import vae_encoder_parameters
 
 PLANNED = {TEXT: "text", DIT: "denoise", DECODE: "decode"}  # what plans call these stages
 
@@ -62,7 +62,7 @@ def _run(work: Work, engine: Engine, stack: ExitStack) -> Callable[[], Tensor]:
     parts, given = engine.components, work.given
     if work.stage == END_TO_END:
         return lambda: torch.from_numpy(engine.generate(work.request).frames)
-    parts.follow(engine.plan(work.request))
+    parts.apply_plan(engine.plan(work.request))
     dtype = parts.dtype
     if work.stage == TEXT:
         encoder = stack.enter_context(parts.text_encoder())
@@ -73,21 +73,21 @@ def _run(work: Work, engine: Engine, stack: ExitStack) -> Callable[[], Tensor]:
         rope = module.compute_rope(given["positions"])
         return lambda: module(tokens, rope, text, given["mask"], given["level"])
     if work.stage == ENCODE:
-        vae = stack.enter_context(parts.encoder())
+        vae = stack.enter_context(parts.vae_encoder())
         pixels = given["pixels"].to(dtype)
         return lambda: vae.encode(pixels, chunk_frames=ENCODE_FRAMES)
-    return _decode(stack.enter_context(parts.decoder()), work, dtype)
+    return _decode(stack.enter_context(parts.vae_decoder()), work, dtype)
 
 
 def _weights(work: Work, engine: Engine) -> int | None:
     """Bytes in memory at once, as the plan has them; pages of files that others share among them."""
     if work.stage == ENCODE:  # not in the plan of a request without pictures
-        return engine.components.dtype.itemsize * encoder_weights(work.vae).total
+        return engine.components.dtype.itemsize * vae_encoder_parameters(work.vae).total
     plan, stage = engine.components.plan, PLANNED.get(work.stage)
     if plan is None or stage is None:
         return None
-    choice = plan.of(stage).choice
-    return choice.mapped + choice.own
+    choice = plan.stage(stage).placement
+    return choice.mapped_bytes + choice.private_bytes
 
 
 def _decode(vae: Any, work: Work, dtype: torch.dtype) -> Callable[[], Tensor]:

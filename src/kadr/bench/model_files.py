@@ -24,8 +24,8 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
-from kadr.planning.parameters import text_encoder_weights, transformer_weights
-from kadr.planning.vae_stages import decoder_weights, encoder_weights
+from kadr.planning.parameters import text_encoder_parameters, transformer_parameters
+from kadr.planning.vae_stages import vae_decoder_parameters, vae_encoder_parameters
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import released_file
 
@@ -61,7 +61,7 @@ class Source:
 
     Args:
         path: its file.
-        text: the folder with `text_encoder` and `tokenizer`.
+        text_encoder_folder: the folder with `text_encoder` and `tokenizer`.
         scratch: a folder for what is made on the way.
         layers: of the transformer: how many there are, and how many the model would have; None where these are all.
         text_layers: of the text encoder, likewise.
@@ -142,9 +142,9 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 def _model_bytes(config: TransformerConfig) -> int:
-    halves = encoder_weights(VAE_0_9_5).total + decoder_weights(VAE_0_9_5).total
-    return 2 * (transformer_weights(config).total + halves)
+    halves = vae_encoder_parameters(VAE_0_9_5).total + vae_decoder_parameters(VAE_0_9_5).total
+    return 2 * (transformer_parameters(config).total + halves)
 
 
 def _text_bytes(config: T5Config) -> int:
-    return 2 * text_encoder_weights(config).total
+    return 2 * text_encoder_parameters(config).total

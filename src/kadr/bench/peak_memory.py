@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kadr.bench.runner import Run
-from kadr.memory.device import give_back
+from kadr.memory.device import trim_heap
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _FORGET_PEAK = "5"  # of proc(5): the highest mark becomes what is resident now
@@ -21,7 +21,7 @@ def host_peak(run: Run) -> int | None:
 
     Its highest mark is set back before the run, so what other contenders took does not count.
     """
-    give_back()
+    trim_heap()
     try:
         RESET.write_text(_FORGET_PEAK)
         before = _resident()["RSS"]

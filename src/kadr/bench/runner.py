@@ -33,7 +33,7 @@ class Contender:
         run: does it all, and gives the result, which is compared with the reference; None where there is nothing to
             compare.
         dtype: that it computes in.
-        weights: bytes of them.
+        weight_bytes: bytes of them.
         note: what a reader of its figures has to know.
         own: kadr's; what goes wrong in it is an error, and in others a figure that is missing.
         yardstick: not one of those compared: what it does is known, and so the machine's rate.
@@ -65,7 +65,7 @@ class Measured:
     Args:
         times: how often it runs in each round.
         seconds: of one run, for each round.
-        peak: bytes, at most, besides what was there before.
+        peak_bytes: bytes, at most, besides what was there before.
         error: against the reference.
     """
 

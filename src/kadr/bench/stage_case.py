@@ -32,14 +32,14 @@ from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
 from kadr.pipeline.engine import Engine
 from kadr.planning import activations
-from kadr.planning.flops import disturbed_flops, text_flops, transformer_flops
-from kadr.planning.vae_flops import decoder_flops, encoder_flops
+from kadr.planning.flops import perturbed_flops, text_encoder_flops, transformer_flops
+from kadr.planning.vae_flops import vae_decoder_flops, vae_encoder_flops
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_VALUES
 
-LENGTH = activations.TEXT  # positions that a prompt is padded to
+LENGTH = activations.MAX_PROMPT_TOKENS  # positions that a prompt is padded to
 REAL = 100  # of them, those that are not padding: a prompt of some seventy words
 LEVEL, DECODE_LEVEL = 0.7, 0.05
 PROMPT, NEGATIVE = "a red circle moving right on a black background", "blurry"
@@ -152,25 +152,25 @@ class Work:
         if self.stage == STARTUP:
             return None
         if self.stage == TEXT:
-            return text_flops(self.engine(REFERENCE).components.text.config, length=LENGTH)
+            return text_encoder_flops(self.engine(REFERENCE).components.text_encoder_folder.config, length=LENGTH)
         if self.stage == ENCODE:
-            return encoder_flops(self.vae, grid)
+            return vae_encoder_flops(self.vae, grid)
         if self.stage == DECODE:
-            return decoder_flops(self.vae, grid)
+            return vae_decoder_flops(self.vae, grid)
         if self.stage == DIT:
-            return transformer_flops(self.transformer, grid.num_tokens, text=LENGTH)
+            return transformer_flops(self.transformer, grid.num_tokens, text_tokens=LENGTH)
         (plan,) = self.engine(REFERENCE).passes(self.request)
-        return pass_flops(self.transformer, plan) + decoder_flops(self.vae, grid)
+        return pass_flops(self.transformer, plan) + vae_decoder_flops(self.vae, grid)
 
 
 def pass_flops(config: TransformerConfig, plan: PassPlan) -> int:
     """Of all evaluations of a pass."""
     total, tokens = 0, plan.grid.num_tokens
     for step in plan.steps:
-        total += (1 + (step.cfg_scale > 1)) * transformer_flops(config, tokens, text=LENGTH)
+        total += (1 + (step.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=LENGTH)
         if step.stg_scale > 0 and step.skip_blocks:
             mode = plan.settings.guidance.stg_mode or ATTENTION_VALUES
-            total += disturbed_flops(config, tokens, step.skip_blocks, mode, text=LENGTH)
+            total += perturbed_flops(config, tokens, step.skip_blocks, mode, text_tokens=LENGTH)
     return total
 
 

@@ -12,17 +12,17 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-Pages = Callable[[Iterable[Tensor]], None]
+PageAdvice = Callable[[Iterable[Tensor]], None]
 _ALIGNMENT = 256  # bytes, of a tensor within a place on the device: what CUDA's kernels like best
-PLACES = 2  # on the device: one that is computed with, one that is filled
+NUM_SLOTS = 2  # on the device: one that is computed with, one that is filled
 
 
-def weights(module: nn.Module) -> list[Tensor]:
+def module_tensors(module: nn.Module) -> list[Tensor]:
     """The tensors of a module, each once."""
     return [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
 
 
-def stream_pages(blocks: Sequence[nn.Module], *, release: Pages, prefetch: Pages) -> None:
+def stream_mapped_blocks(blocks: Sequence[nn.Module], *, release: PageAdvice, prefetch: PageAdvice) -> None:
     """Let the blocks of a module on the CPU take memory only while they run.
 
     The same numbers come out: only when pages are in memory changes.
@@ -34,7 +34,7 @@ def stream_pages(blocks: Sequence[nn.Module], *, release: Pages, prefetch: Pages
     """
     following = [*blocks[1:], *blocks[:1]]  # after the last block of a step comes the first of the next
     for block, after in zip(blocks, following, strict=True):
-        own, coming = weights(block), weights(after)
+        own, coming = module_tensors(block), module_tensors(after)
 
         def begun(*_: object, coming: list[Tensor] = coming) -> None:
             prefetch(coming)
@@ -46,7 +46,7 @@ def stream_pages(blocks: Sequence[nn.Module], *, release: Pages, prefetch: Pages
         block.register_forward_hook(done)
 
 
-class Carousel:
+class BlockSwapper:
     """Two places on a device that the blocks of a module pass through.
 
     While a block runs, the weights of the next one are copied into the other place, on a stream of their own. Events
@@ -56,133 +56,135 @@ class Carousel:
     Args:
         blocks: in the order they run, on the CPU. They come round: after the last, the first.
         device: on "cpu" copies are done when they return; that is how the order is tested.
-        pinned: keep all of them in pinned memory, from which they are sent without the host's help; else each goes
+        pin_memory: keep all of them in pinned memory, from which they are sent without the host's help; else each goes
             through a pinned buffer.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, pinned: bool = False) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, pin_memory: bool = False) -> None:
         self.blocks, self.device = list(blocks), device
-        self.lane = _CudaLane(device, pinned=pinned) if device.type == "cuda" else _PlainLane()
-        self.homes = [self.lane.home(_own(block)) for block in self.blocks]
-        size = max((_packed_bytes(home) for home in self.homes), default=0)
-        count = min(PLACES, len(self.blocks))
-        self.places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
-        self._holds: list[int | None] = [None] * count  # which block lies in a place
+        self.copy_stream = (
+            _CudaCopyStream(device, pin_memory=pin_memory) if device.type == "cuda" else _SyncCopyStream()
+        )
+        self.host_weights = [self.copy_stream.to_host(_block_tensors(block)) for block in self.blocks]
+        size = max((_aligned_bytes(home) for home in self.host_weights), default=0)
+        count = min(NUM_SLOTS, len(self.blocks))
+        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._block_in_slot: list[int | None] = [None] * count  # which block lies in a place
         for index, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(lambda *_, index=index: self._begin(index))
-            block.register_forward_hook(lambda *_, index=index: self._end(index))
+            block.register_forward_pre_hook(lambda *_, index=index: self._before_block(index))
+            block.register_forward_hook(lambda *_, index=index: self._after_block(index))
 
-    def _begin(self, index: int) -> None:
-        place = self._fill(index)
-        self.lane.wait_filled(place)
-        _point(self.blocks[index], list(self._views(index, place)))
+    def _before_block(self, index: int) -> None:
+        place = self._copy_to_slot(index)
+        self.copy_stream.wait_filled(place)
+        _set_block_tensors(self.blocks[index], list(self._slot_views(index, place)))
 
-    def _end(self, index: int) -> None:
+    def _after_block(self, index: int) -> None:
         # The block's work is queued by now: the host is free to send the next one.
-        place = self._holds.index(index)
-        self.lane.mark_used(place)
-        _point(self.blocks[index], self.homes[index])
-        if len(self.places) > 1:
-            self._fill((index + 1) % len(self.blocks), busy=place)
+        place = self._block_in_slot.index(index)
+        self.copy_stream.mark_used(place)
+        _set_block_tensors(self.blocks[index], self.host_weights[index])
+        if len(self.slots) > 1:
+            self._copy_to_slot((index + 1) % len(self.blocks), busy_slot=place)
 
-    def _fill(self, index: int, busy: int | None = None) -> int:
+    def _copy_to_slot(self, index: int, busy_slot: int | None = None) -> int:
         """The place that a block lies in; it is copied there unless it is there already."""
-        if index in self._holds:
-            return self._holds.index(index)
-        place = next(number for number in range(len(self.places)) if number != busy)
-        self._holds[place] = index
-        self.lane.copy(self.homes[index], list(self._views(index, place)), place)
+        if index in self._block_in_slot:
+            return self._block_in_slot.index(index)
+        place = next(number for number in range(len(self.slots)) if number != busy_slot)
+        self._block_in_slot[place] = index
+        self.copy_stream.copy(self.host_weights[index], list(self._slot_views(index, place)), place)
         return place
 
-    def _views(self, index: int, place: int) -> Iterator[Tensor]:
+    def _slot_views(self, index: int, slot: int) -> Iterator[Tensor]:
         """The tensors of a block as they lie in a place."""
-        return _cut(self.places[place], self.homes[index])
+        return _views_into(self.slots[slot], self.host_weights[index])
 
 
-def _own(block: nn.Module) -> list[Tensor]:
+def _block_tensors(block: nn.Module) -> list[Tensor]:
     return [tensor.data for tensor in chain(block.parameters(), block.buffers())]
 
 
-def _point(block: nn.Module, tensors: Sequence[Tensor]) -> None:
+def _set_block_tensors(block: nn.Module, tensors: Sequence[Tensor]) -> None:
     for own, tensor in zip(chain(block.parameters(), block.buffers()), tensors, strict=True):
         own.data = tensor
 
 
-def _cut(buffer: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+def _views_into(buffer: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """Pieces of a buffer of bytes, each as large, shaped and typed as the tensor it is for."""
     start = 0
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         yield buffer[start : start + size].view(tensor.dtype).view(tensor.shape)
-        start += _aligned(size)
+        start += _align(size)
 
 
-def _aligned(size: int) -> int:
+def _align(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _packed_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(_aligned(tensor.numel() * tensor.element_size()) for tensor in tensors)
+def _aligned_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(_align(tensor.numel() * tensor.element_size()) for tensor in tensors)
 
 
-class _PlainLane:
+class _SyncCopyStream:
     """Copies that are done when they return."""
 
-    def home(self, tensors: list[Tensor]) -> list[Tensor]:
+    def to_host(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors
 
-    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], place: int) -> None:
+    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], slot: int) -> None:
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
 
-    def wait_filled(self, place: int) -> None:
+    def wait_filled(self, slot: int) -> None:
         """Nothing to wait for."""
 
-    def mark_used(self, place: int) -> None:
+    def mark_used(self, slot: int) -> None:
         """Nothing to mark."""
 
 
-class _CudaLane:
+class _CudaCopyStream:
     """Copies on a stream of their own, from pinned memory."""
 
-    def __init__(self, device: torch.device, *, pinned: bool) -> None:
-        self.device, self.pinned = device, pinned
+    def __init__(self, device: torch.device, *, pin_memory: bool) -> None:
+        self.device, self.pin_memory = device, pin_memory
         self.stream = torch.cuda.Stream(device)
-        self.filled = [torch.cuda.Event() for _ in range(PLACES)]
-        self.used = [torch.cuda.Event() for _ in range(PLACES)]
-        self._buffers: list[Tensor | None] = [None] * PLACES
+        self.filled_events = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
+        self.used_events = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
+        self._staging_buffers: list[Tensor | None] = [None] * NUM_SLOTS
 
-    def home(self, tensors: list[Tensor]) -> list[Tensor]:
-        if not self.pinned:
+    def to_host(self, tensors: list[Tensor]) -> list[Tensor]:
+        if not self.pin_memory:
             return tensors
-        return _sent_from(torch.empty(_packed_bytes(tensors), dtype=torch.uint8, pin_memory=True), tensors)
+        return _copy_into(torch.empty(_aligned_bytes(tensors), dtype=torch.uint8, pin_memory=True), tensors)
 
-    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], place: int) -> None:
-        staged = sources if self.pinned else self._staged(sources, place)
+    def copy(self, sources: Sequence[Tensor], targets: Sequence[Tensor], slot: int) -> None:
+        staged = sources if self.pin_memory else self._copy_to_staging(sources, slot)
         with torch.cuda.stream(self.stream):
-            self.stream.wait_event(self.used[place])
+            self.stream.wait_event(self.used_events[slot])
             for source, target in zip(staged, targets, strict=True):
                 target.copy_(source, non_blocking=True)
-            self.filled[place].record(self.stream)
+            self.filled_events[slot].record(self.stream)
 
-    def wait_filled(self, place: int) -> None:
-        torch.cuda.current_stream(self.device).wait_event(self.filled[place])
+    def wait_filled(self, slot: int) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.filled_events[slot])
 
-    def mark_used(self, place: int) -> None:
-        self.used[place].record(torch.cuda.current_stream(self.device))
+    def mark_used(self, slot: int) -> None:
+        self.used_events[slot].record(torch.cuda.current_stream(self.device))
 
-    def _staged(self, sources: Sequence[Tensor], place: int) -> list[Tensor]:
+    def _copy_to_staging(self, sources: Sequence[Tensor], slot: int) -> list[Tensor]:
         """The tensors in the pinned buffer of a place."""
-        self.filled[place].synchronize()  # what was in the buffer is sent
-        buffer, size = self._buffers[place], _packed_bytes(sources)
+        self.filled_events[slot].synchronize()  # what was in the buffer is sent
+        buffer, size = self._staging_buffers[slot], _aligned_bytes(sources)
         if buffer is None or len(buffer) < size:
-            buffer = self._buffers[place] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        return _sent_from(buffer, sources)
+            buffer = self._staging_buffers[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return _copy_into(buffer, sources)
 
 
-def _sent_from(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _copy_into(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors in a buffer of bytes."""
-    made = list(_cut(buffer, tensors))
+    made = list(_views_into(buffer, tensors))
     for copy, tensor in zip(made, tensors, strict=True):
         copy.copy_(tensor)
     return made

@@ -15,11 +15,11 @@ from kadr.errors import RequestError
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Where a container's limit and its use stand: control groups of version 2, then of version 1.
-_GROUP_FILES = (
+_CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-SMALL = 500_000_000  # parameters: below this, fp32 costs little anywhere
+FP32_MAX_PARAMETERS = 500_000_000  # parameters: below this, fp32 costs little anywhere
 
 
 def pick_device(name: str) -> torch.device:
@@ -58,7 +58,7 @@ def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
         return DTYPES[name]
     if name != "auto":
         raise RequestError(f"dtype is {name!r}; it must be auto, {' or '.join(DTYPES)}.")
-    if parameters < SMALL or (device.type == "cpu" and not _cpu_has_bfloat16()):
+    if parameters < FP32_MAX_PARAMETERS or (device.type == "cpu" and not _cpu_has_bfloat16()):
         return torch.float32
     return torch.bfloat16
 
@@ -85,7 +85,7 @@ def free_bytes(device: torch.device) -> int:
     """Memory that can be had on the device now; for the CPU, what the system could give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _left_to_group())
+    return min(psutil.virtual_memory().available, _cgroup_free_bytes())
 
 
 def resident_bytes() -> int:
@@ -93,7 +93,7 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Give the system what is free inside the process: glibc keeps it for itself otherwise."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
@@ -105,19 +105,19 @@ def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def _left_to_group() -> int:
+def _cgroup_free_bytes() -> int:
     """What a container's limit leaves, on Linux; a great deal where there is none."""
-    for limit, used in _GROUP_FILES:
+    for limit, used in _CGROUP_FILES:
         try:
             most, now = Path(limit).read_text(), Path(used).read_text()
         except OSError:
             continue
         if most.strip().isdecimal():
-            return max(0, int(most) - int(now) + _inactive())
+            return max(0, int(most) - int(now) + _inactive_file_bytes())
     return sys.maxsize
 
 
-def _inactive() -> int:
+def _inactive_file_bytes() -> int:
     """Bytes of files in the container's account that go when memory is asked for."""
     for path, word in (
         ("/sys/fs/cgroup/memory.stat", "inactive_file"),

@@ -34,7 +34,7 @@ from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size, snap_frames
 from kadr.spec.locate import is_path, on_disk
 from kadr.spec.loras import Lora, downscale_of, is_in_context, refuse_merged_twice
-from kadr.spec.model import Upscaling, fitting_upscaler
+from kadr.spec.model import Upscaling, require_matching_upscaler
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class DryRun:
         placed: the conditions, and where they stand.
         followed: the controls.
         evaluations: how often the transformer is asked.
-        windows: how many there are of a long video; 1 of any other.
+        window_count: how many there are of a long video; 1 of any other.
     """
 
     parts: tuple[DryPart, ...]
@@ -105,7 +105,7 @@ class DryRun:
             "frames": {"asked": self.request.frames, "made": frames},
             "fps": self.request.fps,
             "evaluations": self.evaluations,
-            "windows": self.windows,
+            "window_count": self.windows,
             "passes": [_pass_told(plan) for plan in self.passes],
             "conditions": [
                 {"media": item.condition.media, "first": item.start, "frames": len(item.frames)} for item in self.placed
@@ -260,7 +260,9 @@ def _upscaler(name: str | Path, model: Model) -> tuple[DryPart, Upscaling]:
     if part.path is None:
         assert released is not None
         return part, Upscaling(released.kind.startswith("spatial"), released.kind.startswith("temporal"))
-    config = fitting_upscaler(Checkpoint.open(part.path), model.config, model.part.path or Path(model.part.name))
+    config = require_matching_upscaler(
+        Checkpoint.open(part.path), model.config, model.part.path or Path(model.part.name)
+    )
     return part, Upscaling(config.spatial_upsample, config.temporal_upsample)
 
 

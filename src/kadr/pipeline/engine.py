@@ -25,9 +25,9 @@ from kadr.pipeline.progress import Progress, Watch, ignore
 from kadr.pipeline.stages.encode import Encoded
 from kadr.pipeline.stages.text import Prompts
 from kadr.pipeline.video import Made, Video
-from kadr.planning.plan import Plan, held
+from kadr.planning.plan import Plan, describe_weights
 from kadr.planning.planner import Planner
-from kadr.planning.suggest import nearest
+from kadr.planning.suggest import suggest_smaller
 from kadr.quant.weight_formats import NONE, check_weight_format
 from kadr.request.passes import PassPlan, warn_guided
 from kadr.request.request import Request, refuse_overwriting
@@ -36,9 +36,9 @@ from kadr.request.resolved_controls import warn_unheard
 from kadr.request.windows import folder_of
 from kadr.spec.locate import fetched_text, locate
 from kadr.spec.loras import Loras, check_loras_named
-from kadr.spec.model import ordered_upscalers, require_parts
+from kadr.spec.model import order_upscalers, require_components
 from kadr.spec.optional_components import opened_second, opened_upscalers, own_upscaler
-from kadr.spec.options import check_compiled, check_offload
+from kadr.spec.options import check_compile, check_offload
 from kadr.version import __version__
 
 
@@ -112,21 +112,21 @@ class Engine:
         # What cannot work is refused before gigabytes are fetched for it: the names first, the text encoder last.
         picked = pick_device(device)
         pick_dtype(dtype, picked, 0)
-        check_compiled(compiled, picked)
+        check_compile(compiled, picked)
         check_weight_format(quant or NONE)
         check_offload(offload)
         check_loras_named(loras)
         found = locate(model, text_encoder=text_encoder, vae=vae)
         checkpoint = Checkpoint.open(found.model, release=found.released)
         own_vae = Checkpoint.open(found.vae) if found.vae else None
-        require_parts(checkpoint, own_vae or checkpoint)
+        require_components(checkpoint, own_vae or checkpoint)
         second, second_released = opened_second(second_model)
         if second is not None:
-            require_parts(second, own_vae or checkpoint)
+            require_components(second, own_vae or checkpoint)
         adapters = Loras(loras, partial=lora_partial, merged=merge_loras)
         adapters.check((checkpoint, second or checkpoint))
         upscalers = opened_upscalers(upscaler)
-        ordered_upscalers(upscalers, checkpoint)
+        order_upscalers(upscalers, checkpoint)
         released = found.released or checkpoint.info.release
         text = TextEncoderCheckpoint.open(found.text_encoder or fetched_text(released))
         components = Components(
@@ -135,11 +135,11 @@ class Engine:
             own_vae,
             device=device,
             dtype=dtype,
-            second=second,
+            second_checkpoint=second,
             loras=adapters,
             quant=quant,
             offload=offload,
-            compiled=compiled,
+            compile_transformer=compiled,
             prompt_cache=prompt_cache,
         )
         for opened in upscalers:
@@ -269,9 +269,9 @@ class Engine:
             check_resumable(folder_of(path), resume=False)  # another video is to be written there
             yield None
             return
-        choice = self.components.choice("denoise")
-        way = f"{held(choice)}, by {choice.path}, {torch.get_num_threads()} threads"
-        identity = {**record, **self.components.state_of_files(generation.request.media()), HELD: way}
+        choice = self.components.placement("denoise")
+        way = f"{describe_weights(choice)}, by {choice.backend}, {torch.get_num_threads()} threads"
+        identity = {**record, **self.components.file_fingerprints(generation.request.media()), HELD: way}
         with WindowFolder.open(folder_of(path), identity, generation.kept_shapes(), resume=resume) as kept:
             yield kept
 
@@ -346,23 +346,23 @@ class Engine:
         return {
             "version": __version__,
             "name": self.name,
-            **self.components.sources(),
+            **self.components.component_paths(),
             **self._loras(),
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
-            "compiled": self.components.compiled,
+            "compiled": self.components.compile_transformer,
             "request": replace(request, conditions=tuple(here), controls=followed, video=start).to_json(),
         }
 
     def _warn_followed(self, request: Request) -> None:
         loras = self.components.loras
-        if self.components.borrowed is None:
+        if self.components.transformer_override is None:
             warn_unheard(request, loras=bool(loras), in_context=loras.in_context(request.lora_strengths))
 
     def _loras(self) -> dict[str, Any]:
         """What is added to the weights; of a transformer that learns, what it has learned by now."""
-        learned = self.components.borrowed_lora
+        learned = self.components.override_lora_path
         return (Loras([learned]) if learned is not None else self.components.loras).record()
 
     def _begin(self, request: Request, watch: Watch, *, media: bool = True, stages: Collection[str] = ()) -> Generation:
@@ -370,13 +370,13 @@ class Engine:
         generation = self._opened(request, watch, media=media)
         if not stages or "denoise" in stages:
             self._warn_followed(request)
-        self.components.follow(self._planned(generation, request, stages))
+        self.components.apply_plan(self._planned(generation, request, stages))
         return generation
 
     def _opened(self, request: Request, watch: Watch, *, media: bool = True) -> Generation:
         asked, request = request, self.resolve(request)
         warn_single(asked, request, self.recipe)
-        if request.multi_scale and not self.components.upscalers:
+        if request.multi_scale and not self.components.upscaler_checkpoints:
             self.components.add_upscaler(own_upscaler(self.released))
         generation = Generation(self.components, request, _guarded(watch), media=media)
         own = (self.name, self.released)
@@ -386,11 +386,11 @@ class Engine:
         return generation
 
     def _planned(self, generation: Generation, request: Request, stages: Collection[str] = ()) -> Plan:
-        work, cached = generation.work(stages), self.components.held_bytes
+        work, cached = generation.work(stages), self.components.cached_private_bytes
         try:
             return Planner(self.components, work, cached=cached).plan()
         except PlanError as error:
-            way_out = nearest(self.components, work, generation.request, cached=cached)
+            way_out = suggest_smaller(self.components, work, generation.request, cached=cached)
             raise PlanError(f"{error} {way_out}", shortfall=error.shortfall) from error
 
 

@@ -10,63 +10,63 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Answer = Callable[[], bool]
+PendingFlag = Callable[[], bool]
 
 
-class NotFinite(Exception):
-    """Found by `Watchman`, and for this module alone: it becomes a `NonFiniteError` or a warning.
+class NonFiniteFound(Exception):
+    """Found by `FiniteCheck`, and for this module alone: it becomes a `NonFiniteError` or a warning.
 
     Args:
-        place: such as "step 3 of 8".
+        location: such as "step 3 of 8".
     """
 
-    def __init__(self, place: str) -> None:
-        super().__init__(place)
-        self.place = place
+    def __init__(self, location: str) -> None:
+        super().__init__(location)
+        self.location = location
 
 
-class Watchman:
+class FiniteCheck:
     """Looks whether numbers are finite, and lets nobody wait for the answer.
 
     On a GPU the answer comes while the next step is computed, and is asked for at the next look: work stays queued all
     the time. On other devices there is nothing to wait for.
 
     Args:
-        send: starts an answer, a bool on the device, on its way to the host; what it returns waits for it.
+        copy_to_host: starts an answer, a bool on the device, on its way to the host; what it returns waits for it.
     """
 
-    def __init__(self, send: Callable[[Tensor], Answer] | None = None) -> None:
-        self._send = send
-        self._open: tuple[str, Answer] | None = None
+    def __init__(self, copy_to_host: Callable[[Tensor], PendingFlag] | None = None) -> None:
+        self._copy_to_host = copy_to_host
+        self._pending: tuple[str, PendingFlag] | None = None
 
     @classmethod
-    def on(cls, device: torch.device) -> Watchman:
-        return cls(_sent if device.type == "cuda" else None)
+    def for_device(cls, device: torch.device) -> FiniteCheck:
+        return cls(_copy_flag_to_host if device.type == "cuda" else None)
 
-    def look(self, x: Tensor, place: str) -> None:
-        """Look at x, of any shape, which `place` names.
+    def check(self, x: Tensor, location: str) -> None:
+        """Look at x, of any shape, which `location` names.
 
         Raises:
             NotFinite: it, or what was looked at before, holds NaN or infinity.
         """
         answer = is_finite(x)
-        if self._send is not None:
-            answered = self._send(answer)
-            self.settle()
-            self._open = place, answered
+        if self._copy_to_host is not None:
+            answered = self._copy_to_host(answer)
+            self.synchronize()
+            self._pending = location, answered
         elif not answer:
-            raise NotFinite(place)
+            raise NonFiniteFound(location)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the last answer. To be called at the end of a stage, and before anything is handed on.
 
         Raises:
             NotFinite: as `look`.
         """
-        if self._open is not None:
-            (place, answered), self._open = self._open, None
+        if self._pending is not None:
+            (place, answered), self._pending = self._pending, None
             if not answered():
-                raise NotFinite(place)
+                raise NonFiniteFound(place)
 
 
 def is_finite(x: Tensor) -> Tensor:
@@ -77,12 +77,12 @@ def is_finite(x: Tensor) -> Tensor:
     return torch.isfinite(torch.stack(torch.aminmax(x))).all()
 
 
-def _sent(answer: Tensor) -> Answer:
+def _copy_flag_to_host(flag: Tensor) -> PendingFlag:
     """An answer on its way from a GPU."""
     host = torch.empty((), dtype=torch.bool, pin_memory=True)
-    host.copy_(answer, non_blocking=True)
+    host.copy_(flag, non_blocking=True)
     there = torch.cuda.Event()
-    there.record(torch.cuda.current_stream(answer.device))
+    there.record(torch.cuda.current_stream(flag.device))
 
     def answered() -> bool:
         there.synchronize()

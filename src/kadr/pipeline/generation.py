@@ -16,7 +16,7 @@ from kadr.errors import RequestError
 from kadr.pipeline.components import Components
 from kadr.pipeline.longvideo.sampling import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
 from kadr.pipeline.progress import Watch
-from kadr.pipeline.retry import guarded
+from kadr.pipeline.retry import retry_in_fp32
 from kadr.pipeline.stages.control_networks import fetched
 from kadr.pipeline.stages.decode import Decoding
 from kadr.pipeline.stages.denoise import Denoising
@@ -24,7 +24,7 @@ from kadr.pipeline.stages.encode import Encoded, Media
 from kadr.pipeline.stages.prepared_conditions import added
 from kadr.pipeline.stages.text import Prompts
 from kadr.pipeline.stages.upscale import upscaled
-from kadr.planning.workload import WindowWork, Work
+from kadr.planning.workload import WindowWorkload, Workload
 from kadr.request.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, stream, warn_cached
 from kadr.request.request import Request
 from kadr.sampling.noise import NoiseStreams
@@ -47,10 +47,10 @@ class Generation:
         self.size, self.frames = request.size, request.frames
         self.passes = plan_passes(request, components.schedules, upscaling=components.upscaling)
         for number, plan in enumerate(self.passes):
-            check_blocks(plan, components.config(number).num_layers)
+            check_blocks(plan, components.transformer_config_of(number).num_layers)
             warn_cached(plan, request.step_cache)
             components.loras.strengths(number, request.lora_strengths)  # refuses what is none
-        components.loras.check_merged(len(self.passes), components.transformers)
+        components.loras.check_merged(len(self.passes), components.transformer_checkpoints)
         self.windows = plan_windows(request, components.schedules[0])
         self.spans = () if request.windows is None else request.windows.spans(self.frames)
         self.noise = NoiseStreams(request.seed)
@@ -71,36 +71,36 @@ class Generation:
         grid = plan.grid
         return 1, self.components.transformer_config.in_channels, grid.frames, grid.height, grid.width
 
-    def work(self, stages: Collection[str] = ()) -> Work:
+    def work(self, stages: Collection[str] = ()) -> Workload:
         """What is to be done, for the plan. stages: those to be run; () is all."""
         media, numbers = self.media, range(len(self.passes))
         context = [] if self.windows else [sum(each.grid.num_tokens for each in one.references) for one in media.shown]
-        return Work(
+        return Workload(
             passes=self.passes,
-            prompts=self.prompts.missing if not stages or "text" in stages else 0,
-            texts=self.prompts.lengths,
-            media=tuple(media.grids(number) for number in numbers),
-            extra=tuple(sum(map(added, items)) for items in media.fitted),
-            context=tuple(context),
-            held=tuple(bool(items) for items in media.fitted),
-            together=bool(self.request.guidance_batch),
-            cache=self.request.step_cache,
+            prompts_to_encode=self.prompts.missing if not stages or "text" in stages else 0,
+            prompt_tokens=self.prompts.lengths,
+            encode_grids=tuple(media.grids(number) for number in numbers),
+            condition_tokens=tuple(sum(map(added, items)) for items in media.fitted),
+            reference_tokens=tuple(context),
+            has_conditions=tuple(bool(items) for items in media.fitted),
+            guidance_batch=bool(self.request.guidance_batch),
+            step_cache=self.request.step_cache,
             stages=frozenset(stages),
             windows=tuple(self._window_work(plan) for plan in self.windows),
         )
 
-    def _window_work(self, plan: PassPlan) -> WindowWork:
+    def _window_work(self, plan: PassPlan) -> WindowWorkload:
         shown, windows = self.media.shown[plan.window], self.request.windows
         assert windows is not None
         guides = (windows.latents[1] if plan.window else 0) + bool(windows.remember)
         context = sum(each.grid.num_tokens for each in shown.references)
         lengths = self.prompts.lengths
-        return WindowWork(
-            plan=plan,
-            texts=(lengths[self._prompt(plan.window)], *lengths[-1:] * self.guided),
-            extra=sum(map(added, shown.items)) + guides * plan.grid.height * plan.grid.width,
-            held=bool(shown.items) or guides > 0,
-            context=context,
+        return WindowWorkload(
+            resolved_pass=plan,
+            prompt_tokens=(lengths[self._prompt(plan.window)], *lengths[-1:] * self.guided),
+            condition_tokens=sum(map(added, shown.items)) + guides * plan.grid.height * plan.grid.width,
+            has_conditions=bool(shown.items) or guides > 0,
+            reference_tokens=context,
         )
 
     def _prompt(self, window: int) -> int:
@@ -125,7 +125,7 @@ class Generation:
         begun = self._begun(self.passes[0], noise, media[0].start if start is None else start)
         latents = self.denoising.sampled(self.passes[0], begun, media[0], texts)
         for number, plan in enumerate(self.passes[1:], 1):
-            larger = guarded("upscale", torch.float32, partial(upscaled, self.components, latents, self.watch))
+            larger = retry_in_fp32("upscale", torch.float32, partial(upscaled, self.components, latents, self.watch))
             latents = self.denoising.sampled(plan, self._begun(plan, None, larger), media[number], texts)
         return latents
 

@@ -15,18 +15,18 @@ from kadr.quant.rotation import FULL_ROW, MIN_NOISE_CORRELATION, detect_and_undo
 from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
 
-GRID = LatentGrid(2, 4, 4)  # enough tokens to tell an answer by, few enough to cost little
-FPS = 24.0
+PROBE_GRID = LatentGrid(2, 4, 4)  # enough tokens to tell an answer by, few enough to cost little
+PROBE_FPS = 24.0
 
 
-def needs_look(checkpoint: Checkpoint) -> bool:
+def may_be_rotated(checkpoint: Checkpoint) -> bool:
     """Whether the weights are in 8-bit floats without scales, which is how turned ones look too."""
     infos = checkpoint.sources["transformer"].infos
     return any(info.dtype in FP8_DTYPES for info in infos.values()) and not find_weight_scales(infos, infos)
 
 
 @torch.no_grad()
-def rotation_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int | None:
+def detect_rotation(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int | None:
     """How the weights of a transformer were turned before they were stored; see `quant.rotation`.
 
     One evaluation on a few tokens of noise, more of them where the first answer is no answer.
@@ -39,9 +39,9 @@ def rotation_of(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     """
     module = checkpoint.load_transformer(dtype, keep_storage_dtype=True).to(device)
     config = module.config
-    noise = torch.randn(1, GRID.num_tokens, config.in_channels, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, PROBE_GRID.num_tokens, config.in_channels, generator=torch.Generator().manual_seed(0))
     rope = module.compute_rope(
-        token_positions(GRID, fps=FPS, causal=config.causal_temporal_positioning)[None].to(device)
+        token_positions(PROBE_GRID, fps=PROBE_FPS, causal=config.causal_temporal_positioning)[None].to(device)
     )
     text = torch.zeros(1, 1, config.caption_channels, dtype=dtype, device=device)
     level = torch.ones(1, 1, device=device)

@@ -9,41 +9,41 @@ from kadr.kernels.matmul import has_bf16_units
 from kadr.quant.prepack import should_prepack_convs, should_prepack_linears
 from kadr.quant.weight_formats import INT8
 
-PLAIN = "torch"
+TORCH = "torch"
 
 
-def of_matrices(dtype: torch.dtype, device: torch.device, hold: str, *, streamed: bool) -> str:
+def matmul_backend(dtype: torch.dtype, device: torch.device, weight_format: str, *, is_streamed: bool) -> str:
     """What a transformer's products are computed by.
 
     Args:
-        hold: see `planning.plan.Choice`.
-        streamed: blocks come and go, so their weights stay in the order of the file.
+        weight_format: see `planning.plan.Choice`.
+        is_streamed: blocks come and go, so their weights stay in the order of the file.
     """
     if mode.current() == mode.REFERENCE:
-        return _left_out()
+        return _reference_backend()
     if device.type == "cuda":
-        return _fused(device)
+        return _gpu_backend(device)
     if device.type != "cpu":
-        return PLAIN
-    if hold == INT8 and int8.has_int8_units():
-        return "8-bit units" if streamed else f"{_units('VNNI')}, packed weights"
+        return TORCH
+    if weight_format == INT8 and int8.has_int8_units():
+        return "8-bit units" if is_streamed else f"{_units('VNNI')}, packed weights"
     if not has_bf16_units() or dtype != torch.bfloat16:
-        return PLAIN
+        return TORCH
     return (
         f"{_units('AVX512-BF16')}, packed weights"
-        if should_prepack_linears(dtype, device) and not streamed
+        if should_prepack_linears(dtype, device) and not is_streamed
         else "oneDNN"
     )
 
 
-def of_convolutions(dtype: torch.dtype, device: torch.device) -> str:
+def conv_backend(dtype: torch.dtype, device: torch.device) -> str:
     """What a VAE's convolutions are computed by."""
     if mode.current() == mode.REFERENCE:
-        return _left_out()
+        return _reference_backend()
     if device.type == "cuda":
-        return f"{_fused(device)}, channels last"
+        return f"{_gpu_backend(device)}, channels last"
     if not should_prepack_convs(dtype, device):
-        return PLAIN
+        return TORCH
     return f"Winograd on {_units('AVX512-BF16')}" if dtype == torch.bfloat16 else "Winograd"
 
 
@@ -51,9 +51,9 @@ def _units(without_amx: str) -> str:
     return "AMX" if torch.cpu._is_amx_tile_supported() else without_amx
 
 
-def _fused(device: torch.device) -> str:
-    return "fused kernels" if trial.is_supported(device) else PLAIN
+def _gpu_backend(device: torch.device) -> str:
+    return "fused kernels" if trial.is_supported(device) else TORCH
 
 
-def _left_out() -> str:
-    return f"{PLAIN}, as {mode.ENVIRONMENT_VARIABLE}={mode.REFERENCE} has it"
+def _reference_backend() -> str:
+    return f"{TORCH}, as {mode.ENVIRONMENT_VARIABLE}={mode.REFERENCE} has it"

@@ -8,15 +8,15 @@ from functools import cache
 import torch
 
 ROWS, INNER, COLUMNS = 512, 2048, 2048  # a layer of a middling request
-LONGEST = 0.15  # seconds that measuring may take
+MAX_SECONDS = 0.15  # seconds that measuring may take
 
 
 @cache
-def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
+def measure_matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs per second of a linear layer of usual size, the best of a few runs."""
     x = torch.ones(ROWS, INNER, dtype=dtype, device=device)
     weight = torch.ones(COLUMNS, INNER, dtype=dtype, device=device)
-    ended, best = time.perf_counter() + LONGEST, float("inf")
+    ended, best = time.perf_counter() + MAX_SECONDS, float("inf")
     while best == float("inf") or time.perf_counter() < ended:
         began = time.perf_counter()
         torch.nn.functional.linear(x, weight)

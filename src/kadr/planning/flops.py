@@ -8,8 +8,8 @@ from math import prod
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
-from kadr.planning.activations import TEXT
-from kadr.planning.parameters import level_embedding
+from kadr.planning.activations import MAX_PROMPT_TOKENS
+from kadr.planning.parameters import time_embed_parameters
 from kadr.sampling.settings import ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 
@@ -20,35 +20,40 @@ def lora_flops(parameters: int, tokens: int) -> int:
 
 
 def transformer_flops(
-    config: TransformerConfig, tokens: int, *, batch: int = 1, text: int = TEXT, levels: int | None = None
+    config: TransformerConfig,
+    tokens: int,
+    *,
+    batch: int = 1,
+    text_tokens: int = MAX_PROMPT_TOKENS,
+    num_sigmas: int | None = None,
 ) -> int:
     """Of one evaluation, where the text was read already.
 
     Args:
-        text: positions of the longest prompt.
-        levels: how many different noise levels the tokens have; None is one for each sample.
+        text_tokens: positions of the longest prompt.
+        num_sigmas: how many different noise levels the tokens have; None is one for each sample.
     """
     width = config.width
-    layers = config.num_layers * _layer_flops(config, tokens, text)
+    layers = config.num_layers * _block_flops(config, tokens, text_tokens)
     ends = 2 * 2 * tokens * config.in_channels * width
-    levels = batch if levels is None else levels
-    return batch * (layers + ends) + 2 * levels * (level_embedding(width) - 2 * width + 6 * width**2)
+    num_sigmas = batch if num_sigmas is None else num_sigmas
+    return batch * (layers + ends) + 2 * num_sigmas * (time_embed_parameters(width) - 2 * width + 6 * width**2)
 
 
-def reading_flops(config: TransformerConfig, *, batch: int = 1, text: int = TEXT) -> int:
+def text_kv_flops(config: TransformerConfig, *, batch: int = 1, text_tokens: int = MAX_PROMPT_TOKENS) -> int:
     """Of reading a text: once for all steps."""
     width = config.width
-    return batch * text * (2 * (config.caption_channels + width) + 4 * config.num_layers * width) * width
+    return batch * text_tokens * (2 * (config.caption_channels + width) + 4 * config.num_layers * width) * width
 
 
-def disturbed_flops(
+def perturbed_flops(
     config: TransformerConfig,
     tokens: int,
     blocks: Collection[int],
     mode: str,
     *,
     batch: int = 1,
-    text: int = TEXT,
+    text_tokens: int = MAX_PROMPT_TOKENS,
 ) -> int:
     """What evaluating some samples once more with `blocks` disturbed adds: from the first of them on.
 
@@ -57,7 +62,7 @@ def disturbed_flops(
         mode: see `models.transformer.DISTURBED`.
     """
     width = config.width
-    plain = _layer_flops(config, tokens, text)
+    plain = _block_flops(config, tokens, text_tokens)
     if mode == TRANSFORMER_BLOCK:
         saved = plain
     else:  # no queries, no keys, no logits; where values do not take their place, no values either
@@ -66,20 +71,20 @@ def disturbed_flops(
     return batch * (layers + 2 * tokens * config.in_channels * width)
 
 
-def _layer_flops(config: TransformerConfig, tokens: int, text: int) -> int:
+def _block_flops(config: TransformerConfig, tokens: int, text_tokens: int) -> int:
     """28 N D² + 4 N² D + 4 N T D: the 4 T D² of keys and values of a text are those of reading it."""
     width = config.width
-    return 28 * tokens * width**2 + 4 * tokens * (tokens + text) * width
+    return 28 * tokens * width**2 + 4 * tokens * (tokens + text_tokens) * width
 
 
-def text_flops(config: T5Config, *, batch: int = 1, length: int = TEXT) -> int:
+def text_encoder_flops(config: T5Config, *, batch: int = 1, length: int = MAX_PROMPT_TOKENS) -> int:
     """Of encoding a prompt: 2 L (4 D I + 3 D H) + 4 L² I per block, where I is the width of all heads (B.3)."""
     inner = config.num_heads * config.d_kv
     block = 2 * length * (4 * inner + 3 * config.d_ff) * config.d_model + 4 * length**2 * inner
     return batch * config.num_layers * block
 
 
-def upsampler_flops(config: UpscalerConfig, grid: LatentGrid) -> int:
+def upscaler_flops(config: UpscalerConfig, grid: LatentGrid) -> int:
     """Of upscaling latents of `grid`."""
     width, before = config.mid_channels, grid.num_tokens
     rows = prod(config.scale_factors[1:])
@@ -92,11 +97,13 @@ def upsampler_flops(config: UpscalerConfig, grid: LatentGrid) -> int:
     )
 
 
-def seconds(flops: int, rate: float, *, read: int = 0, disk_rate: float | None = None) -> float:
+def estimate_seconds(
+    flops: int, flops_per_second: float, *, bytes_read: int = 0, disk_bytes_per_second: float | None = None
+) -> float:
     """How long a stage takes.
 
     Args:
-        rate: FLOPs per second; see `planning.calibration`.
-        read: bytes of weights that come from files, at `disk_rate` bytes per second; None where they are in memory.
+        flops_per_second: FLOPs per second; see `planning.calibration`.
+        bytes_read: bytes of weights that come from files, at `disk_bytes_per_second` bytes per second; None where they are in memory.
     """
-    return flops / rate + (read / disk_rate if disk_rate else 0.0)
+    return flops / flops_per_second + (bytes_read / disk_bytes_per_second if disk_bytes_per_second else 0.0)

@@ -16,59 +16,59 @@ AS_STORED, CONVERTED = "as stored", "converted"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Placement:
     """One way to run a stage.
 
     Args:
         dtype: that is computed in: "bfloat16" or "float32".
-        hold: "as stored" (converted while it is used), "converted" when it is loaded, or one of
+        weight_format: "as stored" (converted while it is used), "converted" when it is loaded, or one of
             `quant.weight_formats`.
-        streamed: how many blocks are in memory only while they run.
-        frames: that the decoder's stages hand on at a time; 0 for other stages.
+        streamed_blocks: how many blocks are in memory only while they run.
+        chunk_frames: that the decoder's stages hand on at a time; 0 for other stages.
         winograd_frames: frames that packed convolutions make at a time; 0 where none are packed.
-        mapped, own: bytes of weights in memory at once, on the device: in the pages of files, which can be let go of
+        mapped_bytes, private_bytes: bytes of weights in memory at once, on the device: in the pages of files, which can be let go of
             at any time, and others.
-        working: bytes besides: activations, buffers.
-        host: bytes on the host, where the device is another.
+        workspace_bytes: bytes besides: activations, buffers.
+        host_bytes: bytes on the host, where the device is another.
         seconds: about.
-        windows: of a long video, in how many it is made; 0 where it is made at once.
-        path: what its products are computed by, of the ways there are, in words.
-        why: what speaks for it or made it necessary; "" for the plain way.
+        window_count: of a long video, in how many it is made; 0 where it is made at once.
+        backend: what its products are computed by, of the ways there are, in words.
+        reason: what speaks for it or made it necessary; "" for the plain way.
     """
 
     dtype: str
-    hold: str = CONVERTED
-    streamed: int = 0
-    frames: int = 0
-    together: int = 0
-    mapped: int = 0
-    own: int = 0
-    working: int = 0
-    host: int = 0
+    weight_format: str = CONVERTED
+    streamed_blocks: int = 0
+    chunk_frames: int = 0
+    winograd_frames: int = 0
+    mapped_bytes: int = 0
+    private_bytes: int = 0
+    workspace_bytes: int = 0
+    host_bytes: int = 0
     seconds: float = 0.0
-    windows: int = 0
-    path: str = "torch"
-    why: str = ""
+    window_count: int = 0
+    backend: str = "torch"
+    reason: str = ""
 
     @property
-    def bytes(self) -> int:
+    def device_bytes(self) -> int:
         """At the stage's peak, on the device."""
-        return self.mapped + self.own + self.working
+        return self.mapped_bytes + self.private_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class StageOptions:
     """A stage before anything is decided.
 
     Args:
         stage: "text", "encode", "denoise", "upscale", "refine" or "decode".
         component: the module, as the shelf names it.
-        choices: the ways to run it, best first.
+        placements: the ways to run it, best first.
     """
 
     stage: str
-    part: str
-    choices: tuple[Choice, ...]
+    component: str
+    placements: tuple[Placement, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +76,15 @@ class StagePlan:
     """A stage, decided.
 
     Args:
-        rest: the ways that were left, for when memory runs out in spite of the plan.
-        passed: the first way that did not fit, where the chosen one is not the best.
+        fallbacks: the ways that were left, for when memory runs out in spite of the plan.
+        rejected_placement: the first way that did not fit, where the chosen one is not the best.
     """
 
     stage: str
-    part: str
-    choice: Choice
-    rest: tuple[Choice, ...] = ()
-    passed: Choice | None = None
+    component: str
+    placement: Placement
+    fallbacks: tuple[Placement, ...] = ()
+    rejected_placement: Placement | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,83 +93,87 @@ class Plan:
 
     Args:
         device: such as "cpu" or "cuda:0".
-        base: bytes that the process takes without any of this.
-        free: bytes that the run may take, on the device.
+        base_bytes: bytes that the process takes without any of this.
+        free_bytes: bytes that the run may take, on the device.
         stages: in the order they run.
-        kept: parts that stay in memory for the next request.
+        cached_components: parts that stay in memory for the next request.
     """
 
     device: str
-    base: int
-    free: int
+    base_bytes: int
+    free_bytes: int
     stages: tuple[StagePlan, ...]
-    kept: frozenset[str] = frozenset()
+    cached_components: frozenset[str] = frozenset()
 
     @property
     def peak_bytes(self) -> int:
         """Of the whole process at its worst moment; of the device's memory, where that is another."""
-        return self.base + max((self.bytes_of(stage) for stage in self.stages), default=0)
+        return self.base_bytes + max((self.stage_bytes(stage) for stage in self.stages), default=0)
 
     @property
     def seconds(self) -> float:
-        return sum(stage.choice.seconds for stage in self.stages)
+        return sum(stage.placement.seconds for stage in self.stages)
 
-    def bytes_of(self, stage: StagePlan) -> int:
+    def stage_bytes(self, stage: StagePlan) -> int:
         """What a stage takes at its peak, with what the stages before have left in memory."""
-        return stage.choice.bytes + _left_by(self.stages[: self.stages.index(stage)], stage.part, self.kept)
+        return stage.placement.device_bytes + _cached_bytes(
+            self.stages[: self.stages.index(stage)], stage.component, self.cached_components
+        )
 
-    def of(self, stage: str) -> StagePlan:
+    def stage(self, name: str) -> StagePlan:
         """The plan of the stage of that name."""
-        return next(each for each in self.stages if each.stage == stage)
+        return next(each for each in self.stages if each.stage == name)
 
-    def lower(self, stage: str) -> Plan | None:
+    def with_fallback(self, stage: str) -> Plan | None:
         """The plan with the next way down for a stage, one that takes less; None where there is none."""
-        now = self.of(stage)
-        smaller = [choice for choice in now.rest if choice.bytes < now.choice.bytes]
+        now = self.stage(stage)
+        smaller = [choice for choice in now.fallbacks if choice.device_bytes < now.placement.device_bytes]
         if not smaller:
             return None
-        rest = now.rest[now.rest.index(smaller[0]) + 1 :]
-        changed = replace(now, choice=smaller[0], rest=rest, passed=now.choice)
-        return replace(self, stages=tuple(changed if each is now else each for each in self.stages), kept=frozenset())
+        rest = now.fallbacks[now.fallbacks.index(smaller[0]) + 1 :]
+        changed = replace(now, placement=smaller[0], fallbacks=rest, rejected_placement=now.placement)
+        return replace(
+            self, stages=tuple(changed if each is now else each for each in self.stages), cached_components=frozenset()
+        )
 
     def reasons(self) -> list[str]:
         """Why it is done so, stage by stage, where it is not the plain way."""
         told = []
         for stage in self.stages:
-            why = stage.choice.why
-            if stage.passed is not None:
-                lacking = f"{in_words(stage.passed.bytes)} do not fit into {in_words(self.free)}"
+            why = stage.placement.reason
+            if stage.rejected_placement is not None:
+                lacking = f"{format_bytes(stage.rejected_placement.device_bytes)} do not fit into {format_bytes(self.free_bytes)}"
                 why = f"{why}, because {lacking}" if why else lacking
             if why:
                 told.append(f"{stage.stage}: {why}")
-            if stage.choice.windows:
-                told.append(f"{stage.stage}: {stage.choice.windows} windows, one after the other")
+            if stage.placement.window_count:
+                told.append(f"{stage.stage}: {stage.placement.window_count} windows, one after the other")
         return told
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "device": self.device,
-            "free_bytes": self.free,
-            "base_bytes": self.base,
+            "free_bytes": self.free_bytes,
+            "base_bytes": self.base_bytes,
             "peak_bytes": self.peak_bytes,
             "seconds": round(self.seconds, 1),
-            "kept": sorted(self.kept),
+            "cached_components": sorted(self.cached_components),
             "reasons": self.reasons(),
             "stages": [
                 {
                     "stage": stage.stage,
-                    "part": stage.part,
-                    "dtype": stage.choice.dtype,
-                    "hold": stage.choice.hold,
-                    "path": stage.choice.path,
-                    "streamed_blocks": stage.choice.streamed,
-                    "windows": stage.choice.windows,
-                    "weight_bytes": stage.choice.mapped + stage.choice.own,
-                    "working_bytes": stage.choice.working,
-                    "host_bytes": stage.choice.host,
-                    "peak_bytes": self.base + self.bytes_of(stage),
-                    "seconds": round(stage.choice.seconds, 1),
+                    "part": stage.component,
+                    "dtype": stage.placement.dtype,
+                    "hold": stage.placement.weight_format,
+                    "path": stage.placement.backend,
+                    "streamed_blocks": stage.placement.streamed_blocks,
+                    "windows": stage.placement.window_count,
+                    "weight_bytes": stage.placement.mapped_bytes + stage.placement.private_bytes,
+                    "working_bytes": stage.placement.workspace_bytes,
+                    "host_bytes": stage.placement.host_bytes,
+                    "peak_bytes": self.base_bytes + self.stage_bytes(stage),
+                    "seconds": round(stage.placement.seconds, 1),
                 }
                 for stage in self.stages
             ],
@@ -178,9 +182,9 @@ class Plan:
     def __str__(self) -> str:
         rows = [("stage", "part", "held", "by", "peak", "about")]
         for stage in self.stages:
-            peak = in_words(self.base + self.bytes_of(stage))
-            way = held(stage.choice), stage.choice.path
-            rows.append((stage.stage, stage.part, *way, peak, lasting(stage.choice.seconds)))
+            peak = format_bytes(self.base_bytes + self.stage_bytes(stage))
+            way = describe_weights(stage.placement), stage.placement.backend
+            rows.append((stage.stage, stage.component, *way, peak, format_seconds(stage.placement.seconds)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, self.summary(), *self.reasons()])
@@ -188,90 +192,113 @@ class Plan:
     def summary(self) -> str:
         """The plan in one line."""
         return (
-            f"peak {in_words(self.peak_bytes)} on {self.device}, where {in_words(self.base + self.free)} can be had; "
-            f"about {lasting(self.seconds)}"
+            f"peak {format_bytes(self.peak_bytes)} on {self.device}, where {format_bytes(self.base_bytes + self.free_bytes)} can be had; "
+            f"about {format_seconds(self.seconds)}"
         )
 
 
-def held(choice: Choice) -> str:
+def describe_weights(placement: Placement) -> str:
     """How the weights of a stage are held, in words."""
-    words = choice.dtype if choice.hold in (AS_STORED, CONVERTED) else f"{choice.hold}, computed in {choice.dtype}"
-    if choice.hold == AS_STORED:
-        words = f"as stored, computed in {choice.dtype}"
-    return f"{words}, {choice.streamed} blocks streamed" if choice.streamed else words
+    words = (
+        placement.dtype
+        if placement.weight_format in (AS_STORED, CONVERTED)
+        else f"{placement.weight_format}, computed in {placement.dtype}"
+    )
+    if placement.weight_format == AS_STORED:
+        words = f"as stored, computed in {placement.dtype}"
+    return f"{words}, {placement.streamed_blocks} blocks streamed" if placement.streamed_blocks else words
 
 
-def make_plan(needs: Sequence[Needs], *, device: str, base: int, free: int, host_free: int) -> Plan:
+def make_plan(
+    stage_options: Sequence[StageOptions], *, device: str, base_bytes: int, free_bytes: int, free_host_bytes: int
+) -> Plan:
     """Choose for each stage the first way that fits.
 
     Args:
-        base, free: see `Plan`.
-        host_free: bytes that are free on the host, where the device is another.
+        base_bytes, free_bytes: see `Plan`.
+        free_host_bytes: bytes that are free on the host, where the device is another.
 
     Raises:
         PlanError: a stage has no way that fits; it carries the shortfall.
     """
     taken: dict[str, int] = {}  # part -> the number of its way: a module is held in one way by all who use it
-    for need in needs:
+    for need in stage_options:
         fitting = [
-            number for number, choice in enumerate(need.choices) if choice.bytes <= free and choice.host <= host_free
+            number
+            for number, choice in enumerate(need.placements)
+            if choice.device_bytes <= free_bytes and choice.host_bytes <= free_host_bytes
         ]
         if not fitting:
-            raise _unfit(need, free, host_free, device)
-        taken[need.part] = max(taken.get(need.part, 0), fitting[0])
-    stages = [_decided(need, taken[need.part]) for need in needs]
-    plan = Plan(device=device, base=base, free=free, stages=tuple(stages))
-    return replace(plan, kept=_kept(plan))
+            raise _does_not_fit_error(need, free_bytes, free_host_bytes, device)
+        taken[need.component] = max(taken.get(need.component, 0), fitting[0])
+    stages = [_stage_plan(need, taken[need.component]) for need in stage_options]
+    plan = Plan(device=device, base_bytes=base_bytes, free_bytes=free_bytes, stages=tuple(stages))
+    return replace(plan, cached_components=_choose_cached(plan))
 
 
-def _decided(need: Needs, number: int) -> StagePlan:
-    passed = need.choices[0] if number else None
-    rest = need.choices[number + 1 :]
-    return StagePlan(stage=need.stage, part=need.part, choice=need.choices[number], rest=rest, passed=passed)
+def _stage_plan(options: StageOptions, index: int) -> StagePlan:
+    passed = options.placements[0] if index else None
+    rest = options.placements[index + 1 :]
+    return StagePlan(
+        stage=options.stage,
+        component=options.component,
+        placement=options.placements[index],
+        fallbacks=rest,
+        rejected_placement=passed,
+    )
 
 
-def _unfit(need: Needs, free: int, host_free: int, device: str) -> PlanError:
-    least = min(need.choices, key=lambda choice: max(choice.bytes - free, choice.host - host_free))
-    if least.bytes - free >= least.host - host_free:
-        asked, there, where = least.bytes, free, device
+def _does_not_fit_error(options: StageOptions, free_bytes: int, free_host_bytes: int, device: str) -> PlanError:
+    least = min(
+        options.placements,
+        key=lambda choice: max(choice.device_bytes - free_bytes, choice.host_bytes - free_host_bytes),
+    )
+    if least.device_bytes - free_bytes >= least.host_bytes - free_host_bytes:
+        asked, there, where = least.device_bytes, free_bytes, device
     else:
-        asked, there, where = least.host, host_free, "the host"
+        asked, there, where = least.host_bytes, free_host_bytes, "the host"
     return PlanError(
-        f"{need.stage} needs {in_words(asked)} on {where} at the least, and {in_words(there)} are free: "
-        f"{in_words(asked - there)} are missing.",
+        f"{options.stage} needs {format_bytes(asked)} on {where} at the least, and {format_bytes(there)} are free: "
+        f"{format_bytes(asked - there)} are missing.",
         shortfall=asked - there,
     )
 
 
-def _kept(plan: Plan) -> frozenset[str]:
+def _choose_cached(plan: Plan) -> frozenset[str]:
     """The parts that can stay in memory, the costliest to load first, as long as every stage still fits."""
-    parts = {stage.part: stage.choice.own + stage.choice.mapped for stage in plan.stages}
+    parts = {stage.component: stage.placement.private_bytes + stage.placement.mapped_bytes for stage in plan.stages}
     kept: set[str] = set()
     for part in sorted(parts, key=parts.__getitem__, reverse=True):
-        trial = replace(plan, kept=frozenset(kept | {part}))
+        trial = replace(plan, cached_components=frozenset(kept | {part}))
         # A second request begins with all of them in memory.
-        again = sum(_own(plan.stages, name) for name in trial.kept)
+        again = sum(_cached_component_bytes(plan.stages, name) for name in trial.cached_components)
         others = max(
-            stage.choice.bytes + again - (_own(plan.stages, stage.part) if stage.part in trial.kept else 0)
+            stage.placement.device_bytes
+            + again
+            - (
+                _cached_component_bytes(plan.stages, stage.component)
+                if stage.component in trial.cached_components
+                else 0
+            )
             for stage in plan.stages
         )
-        if others <= plan.free:
+        if others <= plan.free_bytes:
             kept.add(part)
     return frozenset(kept)
 
 
-def _left_by(before: Sequence[StagePlan], part: str, kept: frozenset[str]) -> int:
+def _cached_bytes(earlier_stages: Sequence[StagePlan], component: str, cached_components: frozenset[str]) -> int:
     """Bytes that earlier stages have left in memory, besides the part itself."""
-    left = {stage.part for stage in before} & kept - {part}
-    return sum(_own(before, name) for name in left)
+    left = {stage.component for stage in earlier_stages} & cached_components - {component}
+    return sum(_cached_component_bytes(earlier_stages, name) for name in left)
 
 
-def _own(stages: Sequence[StagePlan], part: str) -> int:
+def _cached_component_bytes(stages: Sequence[StagePlan], component: str) -> int:
     """What stays in memory of a part that is kept: pages of files are let go of."""
-    return max(stage.choice.own for stage in stages if stage.part == part)
+    return max(stage.placement.private_bytes for stage in stages if stage.component == component)
 
 
-def lasting(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """A time as people say it."""
     if seconds < 1:
         return "a second"
@@ -280,7 +307,7 @@ def lasting(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes as people read them."""
     if size >= 10**9:
         return f"{size / 1e9:.1f} GB"

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from kadr.errors import PlanError
 from kadr.planning.planner import Planner
-from kadr.planning.workload import WindowWork, Work
+from kadr.planning.workload import WindowWorkload, Workload
 from kadr.quant.weight_formats import INT8
 from kadr.request.passes import PassPlan
 from kadr.request.request import Request
@@ -17,21 +17,21 @@ from kadr.spec.model import ModelSpec
 from kadr.spec.options import OFFLOAD_AUTO
 from kadr.spec.weights import is_quantized
 
-Fits = Callable[[ModelSpec, Work], bool]
+Fits = Callable[[ModelSpec, Workload], bool]
 
 
-def nearest(spec: ModelSpec, work: Work, request: Request, *, cached: int = 0) -> str:
+def suggest_smaller(spec: ModelSpec, workload: Workload, request: Request, *, cached: int = 0) -> str:
     """What would fit where a request does not: a setting, and the nearest smaller request. As advice, in words.
 
     Args:
         cached: as of `Planner`.
     """
 
-    def fits(spec: ModelSpec, work: Work) -> bool:
+    def fits(spec: ModelSpec, work: Workload) -> bool:
         return _fits(Planner(spec, work, cached=cached))
 
-    ways = [words for words, other in _settings(spec) if fits(other, work)]
-    smaller = _shorter_window(spec, work, request, fits) or _smaller(spec, work, request, fits)
+    ways = [words for words, other in _lighter_settings(spec) if fits(other, workload)]
+    smaller = _shorter_window(spec, workload, request, fits) or _smaller_request(spec, workload, request, fits)
     if smaller is not None:
         ways.append(smaller)
     if not ways:
@@ -47,14 +47,14 @@ def _fits(planner: Planner) -> bool:
     return True
 
 
-def _settings(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
+def _lighter_settings(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
     """Settings that take less memory, each with the spec under it."""
     for words, changed in (
         ("--offload auto", {"offload": OFFLOAD_AUTO, "quant": spec.quant}),
         ("--quant int8", {"offload": spec.offload, "quant": INT8}),
         ("--offload auto --quant int8", {"offload": OFFLOAD_AUTO, "quant": INT8}),
     ):
-        quantized = any(is_quantized(one.sources["transformer"]) for one in spec.transformers)
+        quantized = any(is_quantized(one.sources["transformer"]) for one in spec.transformer_checkpoints)
         if changed["quant"] != spec.quant and quantized:
             continue
         other = copy(spec)
@@ -63,7 +63,7 @@ def _settings(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
             yield words, other
 
 
-def _shorter_window(spec: ModelSpec, work: Work, request: Request, fits: Fits) -> str | None:
+def _shorter_window(spec: ModelSpec, workload: Workload, request: Request, fits: Fits) -> str | None:
     """The longest window with which a long video fits."""
     if request.windows is None:
         return None
@@ -71,25 +71,25 @@ def _shorter_window(spec: ModelSpec, work: Work, request: Request, fits: Fits) -
     assert request.windows.overlap is not None
     for frames in range(request.windows.frames - TEMPORAL_COMPRESSION, request.windows.overlap, -TEMPORAL_COMPRESSION):
         windows = tuple(
-            replace(window, plan=replace(window.plan, frames=min(window.plan.frames, frames)))
-            for window in work.windows[:2]
+            replace(window, plan=replace(window.resolved_pass, frames=min(window.resolved_pass.frames, frames)))
+            for window in workload.windows[:2]
         )
-        if fits(spec, replace(work, windows=windows)):
+        if fits(spec, replace(workload, windows=windows)):
             return f"--window {frames}"
     return None
 
 
-def _smaller(spec: ModelSpec, work: Work, request: Request, fits: Fits) -> str | None:
+def _smaller_request(spec: ModelSpec, workload: Workload, request: Request, fits: Fits) -> str | None:
     """The nearest request that fits: fewer frames of this size, or else a smaller size with them."""
-    for size, frames in _shrunk(request):
-        passes = tuple(_resized(plan, size, frames, request) for plan in work.passes)
-        windows = tuple(_window_resized(window, size, request) for window in work.windows)
-        if fits(spec, replace(work, passes=passes, windows=windows)):
+    for size, frames in _smaller_sizes(request):
+        passes = tuple(_resize_pass(plan, size, frames, request) for plan in workload.passes)
+        windows = tuple(_resize_window(window, size, request) for window in workload.windows)
+        if fits(spec, replace(workload, passes=passes, windows=windows)):
             return f"--size {size} --frames {frames}"
     return None
 
 
-def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
+def _smaller_sizes(request: Request) -> Iterator[tuple[Size, int]]:
     assert isinstance(request.size, Size)
     assert request.frames is not None
     size, frames = request.size, request.frames
@@ -108,23 +108,27 @@ def _shrunk(request: Request) -> Iterator[tuple[Size, int]]:
             yield smaller, count
 
 
-def _window_resized(window: WindowWork, size: Size, request: Request) -> WindowWork:
+def _resize_window(window: WindowWorkload, size: Size, request: Request) -> WindowWorkload:
     assert request.frames is not None
-    plan = _resized(window.plan, size, request.frames, request)
-    before = window.plan.grid.num_tokens
-    extra, context = (tokens * plan.grid.num_tokens // before for tokens in (window.extra, window.context))
-    return replace(window, plan=plan, extra=extra, context=context)
+    plan = _resize_pass(window.resolved_pass, size, request.frames, request)
+    before = window.resolved_pass.grid.num_tokens
+    extra, context = (
+        tokens * plan.grid.num_tokens // before for tokens in (window.condition_tokens, window.reference_tokens)
+    )
+    return replace(window, plan=plan, condition_tokens=extra, context=context)
 
 
-def _resized(plan: PassPlan, size: Size, frames: int, request: Request) -> PassPlan:
+def _resize_pass(resolved_pass: PassPlan, size: Size, frames: int, request: Request) -> PassPlan:
     """A pass of a smaller request: smaller by as much."""
     assert isinstance(request.size, Size)
     sides = (
         max(SPATIAL_COMPRESSION, own * new // old // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION)
         for own, new, old in (
-            (plan.size.width, size.width, request.size.width),
-            (plan.size.height, size.height, request.size.height),
+            (resolved_pass.size.width, size.width, request.size.width),
+            (resolved_pass.size.height, size.height, request.size.height),
         )
     )
     assert request.frames is not None
-    return replace(plan, size=Size(*sides), frames=snap_frames(max(1, plan.frames * frames // request.frames)))
+    return replace(
+        resolved_pass, size=Size(*sides), frames=snap_frames(max(1, resolved_pass.frames * frames // request.frames))
+    )

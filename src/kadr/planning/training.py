@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kadr.models.transformer import TransformerConfig
-from kadr.planning.activations import TEXT
+from kadr.planning.activations import MAX_PROMPT_TOKENS
 
-LEARNED = 16  # bytes of a number that learns, all in fp32: itself, its gradient, and AdamW's two moments
-WITHIN = 48  # rows of the model's width that one layer keeps for each token until its gradient has passed; counted
-TABLES = 12  # of them more where every token has a level of its own
+BYTES_PER_TRAINABLE_PARAMETER = (
+    16  # bytes of a number that learns, all in fp32: itself, its gradient, and AdamW's two moments
+)
+SAVED_ROWS_PER_BLOCK = (
+    48  # rows of the model's width that one layer keeps for each token until its gradient has passed; counted
+)
+SAVED_ADALN_ROWS = 12  # of them more where every token has a level of its own
 
 
 @dataclass(frozen=True)
@@ -18,45 +22,45 @@ class TrainingBytes:
 
     Args:
         weights: of the transformer, as they are held.
-        learned: of the matrices that learn, with what the optimizer keeps of them.
+        trainable: of the matrices that learn, with what the optimizer keeps of them.
         activations: at the worst moment.
     """
 
     weights: int
-    learned: int
+    trainable: int
     activations: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.learned + self.activations
+        return self.weights + self.trainable + self.activations
 
 
 def training_bytes(
     config: TransformerConfig,
     *,
-    weights: int,
-    parameters: int,
+    weight_bytes: int,
+    trainable_parameters: int,
     tokens: int,
     batch: int,
-    size: int,
-    recomputed: bool,
+    itemsize: int,
+    gradient_checkpointing: bool,
 ) -> TrainingBytes:
     """What the training of a LoRA takes.
 
     Args:
-        weights: bytes of the transformer's, as they are held.
-        parameters: numbers that learn.
+        weight_bytes: bytes of the transformer's, as they are held.
+        trainable_parameters: numbers that learn.
         tokens: of one example, with those of its reference.
-        size: bytes of a number that is computed with.
-        recomputed: each layer is computed again for its gradient, from what it was given.
+        itemsize: bytes of a number that is computed with.
+        gradient_checkpointing: each layer is computed again for its gradient, from what it was given.
     """
-    row = batch * tokens * config.width * size
-    text = batch * TEXT * config.width * size
-    within = (WITHIN + TABLES) * row
+    row = batch * tokens * config.width * itemsize
+    text = batch * MAX_PROMPT_TOKENS * config.width * itemsize
+    within = (SAVED_ROWS_PER_BLOCK + SAVED_ADALN_ROWS) * row
     read = config.num_layers * 4 * text  # keys and values of the text, and what came before them
-    layers = config.num_layers * row + within if recomputed else config.num_layers * within
+    layers = config.num_layers * row + within if gradient_checkpointing else config.num_layers * within
     return TrainingBytes(
-        weights=weights,
-        learned=parameters * LEARNED,
+        weights=weight_bytes,
+        trainable=trainable_parameters * BYTES_PER_TRAINABLE_PARAMETER,
         activations=read + layers,
     )

@@ -13,86 +13,90 @@ from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.quant.convert import ggml_type_for
 from kadr.quant.prepack import WINOGRAD_BYTES_RATIO
 from kadr.quant.weight_formats import EIGHT_BIT_FORMATS
-from kadr.spec.weights import block_of, is_linear_weight
+from kadr.spec.weights import block_index, is_linear_weight
 
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight")
+EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight")
 
 
-LOOKED_UP = 20_000_000  # bytes of an embedding's rows that the tokens of a prompt touch, in whole pages read around
+EMBEDDING_LOOKUP_BYTES = (
+    20_000_000  # bytes of an embedding's rows that the tokens of a prompt touch, in whole pages read around
+)
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightBytes:
     """The bytes of a part's weights in memory.
 
     Args:
         mapped: in the pages of files.
-        own: others.
-        block: of `mapped`, what the largest block has.
-        blocks: of `mapped`, what all blocks have.
-        all_blocks: of both, what all blocks have.
-        count: how many blocks.
+        private: others.
+        largest_mapped_block: of `mapped`, what the largest block has.
+        mapped_blocks: of `mapped`, what all blocks have.
+        all_blocks_total: of both, what all blocks have.
+        num_blocks: how many blocks.
         scratch: the largest weight, unpacked; what is made while one weight is changed.
     """
 
     mapped: int
-    own: int
-    block: int = 0
-    blocks: int = 0
-    all_blocks: int = 0
-    count: int = 0
+    private: int
+    largest_mapped_block: int = 0
+    mapped_blocks: int = 0
+    all_blocks_total: int = 0
+    num_blocks: int = 0
     scratch: int = 0
 
 
-def weigh(
+def weight_bytes(
     source: Source,
     dtype: torch.dtype,
-    hold: str,
+    weight_format: str,
     *,
-    looked_up: bool = False,
-    packed: bool = False,
-    together: int = 0,
-) -> Weights:
+    is_text_encoder: bool = False,
+    is_prepacked: bool = False,
+    winograd_frames: int = 0,
+) -> WeightBytes:
     """The bytes of a component held in some way.
 
     Args:
-        hold: see `planning.plan.Choice`.
-        packed: matrices are packed once they are loaded; see `quant.prepack`.
+        weight_format: see `planning.plan.Choice`.
+        is_prepacked: matrices are packed once they are loaded; see `quant.prepack`.
         winograd_frames: so are convolutions, for so many frames at a time; 0 where they are not.
-        looked_up: the component is a text encoder, of whose embedding only some rows are read.
+        is_text_encoder: the component is a text encoder, of whose embedding only some rows are read.
     """
     mapped, own, scratch, everything = 0, 0, 0, 0
     blocks: dict[int, int] = defaultdict(int)
     for name, info in source.infos.items():
-        number = block_of(name)
-        taken, made = _held_bytes(name, info, dtype, hold, number)
-        if hold == CONVERTED and info.ggml_type is None and name.endswith(".weight"):
-            if together and len(info.shape) == 5:
-                taken, made = 0, int(info.numel * dtype.itemsize * WINOGRAD_BYTES_RATIO[together])
-            elif packed and len(info.shape) == 2:
+        number = block_index(name)
+        taken, made = _tensor_bytes(name, info, dtype, weight_format, number)
+        if weight_format == CONVERTED and info.ggml_type is None and name.endswith(".weight"):
+            if winograd_frames and len(info.shape) == 5:
+                taken, made = 0, int(info.numel * dtype.itemsize * WINOGRAD_BYTES_RATIO[winograd_frames])
+            elif is_prepacked and len(info.shape) == 2:
                 taken, made = 0, info.numel * dtype.itemsize
-        if looked_up and name in EMBEDDINGS and not made:
-            taken = min(taken, LOOKED_UP)
+        if is_text_encoder and name in EMBEDDING_NAMES and not made:
+            taken = min(taken, EMBEDDING_LOOKUP_BYTES)
         mapped, own = mapped + taken, own + made
         if number is not None:
             blocks[number] += taken
             everything += taken + made
-            if is_linear_weight(name, info) and info.storage_type != _name(dtype):
+            if is_linear_weight(name, info) and info.storage_type != _dtype_name(dtype):
                 scratch = max(scratch, info.numel * dtype.itemsize)
     largest = max(blocks.values(), default=0)
-    return Weights(mapped, own, largest, sum(blocks.values()), everything, len(blocks), scratch)
+    return WeightBytes(mapped, own, largest, sum(blocks.values()), everything, len(blocks), scratch)
 
 
-def _held_bytes(name: str, info: TensorInfo, dtype: torch.dtype, hold: str, number: int | None) -> tuple[int, int]:
+def _tensor_bytes(
+    name: str, info: TensorInfo, dtype: torch.dtype, weight_format: str, block: int | None
+) -> tuple[int, int]:
     """Bytes of one tensor in mapped pages, and of the process's own."""
-    in_block = number is not None and is_linear_weight(name, info)
-    if in_block and hold not in (AS_STORED, CONVERTED):
-        return 0, _quantized_bytes(info, hold)
-    if info.storage_type == _name(dtype):
+    in_block = block is not None and is_linear_weight(name, info)
+    if in_block and weight_format not in (AS_STORED, CONVERTED):
+        return 0, _quantized_bytes(info, weight_format)
+    if info.storage_type == _dtype_name(dtype):
         return info.size_bytes, 0
     if info.ggml_type is not None and name.endswith(".weight") and len(info.shape) == 2:
         return info.size_bytes, 0
-    if in_block and hold == AS_STORED:
+    if in_block and weight_format == AS_STORED:
         return info.size_bytes, 0
     return 0, info.numel * dtype.itemsize
 
@@ -104,5 +108,5 @@ def _quantized_bytes(info: TensorInfo, scheme: str) -> int:
     return rows * ggml_type_for(scheme, columns).row_bytes(columns)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -31,7 +31,7 @@ class PassPlan:
         fps: that the positions are made with.
         levels: fp32 (S), on the CPU.
         steps: the strengths of each.
-        window, windows: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
+        window, window_count: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
             the levels of its first one.
         first_frame: of the whole video, that is the window's frame 0.
         before, in_all: steps of the windows before this one, and of all of them.
@@ -123,7 +123,7 @@ def plan_windows(request: Request, schedule: Schedule) -> tuple[PassPlan, ...]:
         replace(
             plan,
             window=number,
-            windows=len(spans),
+            window_count=len(spans),
             first_frame=span.first_frame,
             before=sum(counts[:number]),
             in_all=sum(counts),

@@ -66,7 +66,7 @@ def guided_denoiser(
         negative_embeddings: needed where a step's scale is above 1.
         guidance: for what does not change from step to step.
         steps: the strengths of each.
-        together: evaluate both prompts in one batch: twice the activations, fewer kernel launches, the same numbers.
+        guidance_batch: evaluate both prompts in one batch: twice the activations, fewer kernel launches, the same numbers.
     """
 
     # One object for all steps: a model may keep what it makes of a text.

@@ -14,10 +14,10 @@ from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.kernels import fp8
 from kadr.memory.device import has_fast_int8
 from kadr.quant.weight_formats import AUTO, FP8, FP8_WEIGHT_ONLY, INT8, INT8_WEIGHT_ONLY, NONE, check_weight_format
-from kadr.spec.weights import is_quantized, multiplies_as_stored, stored_counts
+from kadr.spec.weights import can_multiply_stored_fp8, count_stored_types, is_quantized
 
 # What is done with what does not fit: whatever helps; nothing; modules leave after their stage; blocks come and go.
-OFFLOAD = OFFLOAD_AUTO, OFFLOAD_NONE, OFFLOAD_STAGES, OFFLOAD_BLOCKS = "auto", "none", "stages", "blocks"
+OFFLOAD_MODES = OFFLOAD_AUTO, OFFLOAD_NONE, OFFLOAD_STAGES, OFFLOAD_BLOCKS = "auto", "none", "stages", "blocks"
 
 
 def check_offload(name: str) -> str:
@@ -26,12 +26,12 @@ def check_offload(name: str) -> str:
     Raises:
         RequestError: there is none.
     """
-    if name not in OFFLOAD:
-        raise RequestError(f"offload is {name!r}; it must be one of {', '.join(OFFLOAD)}.")
+    if name not in OFFLOAD_MODES:
+        raise RequestError(f"offload is {name!r}; it must be one of {', '.join(OFFLOAD_MODES)}.")
     return name
 
 
-def settled_scheme(name: str | None, transformers: Sequence[Checkpoint], device: torch.device) -> str:
+def resolve_scheme(name: str | None, transformers: Sequence[Checkpoint], device: torch.device) -> str:
     """How the weights of transformers are to be stored in memory: what was asked for, or what comes near it here.
 
     Raises:
@@ -43,14 +43,14 @@ def settled_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
         return scheme
     for checkpoint in transformers:
         source = checkpoint.sources["transformer"]
-        if is_quantized(source) and not (scheme == FP8 and multiplies_as_stored(source)):
-            stored = max(stored_counts(source).items(), key=itemgetter(1))[0]
+        if is_quantized(source) and not (scheme == FP8 and can_multiply_stored_fp8(source)):
+            stored = max(count_stored_types(source).items(), key=itemgetter(1))[0]
             raise CheckpointError(
                 f"{checkpoint.path} is stored as {stored} already, and to round it to {scheme} would lose twice. "
                 "Leave --quant out, or take the bf16 file of the model."
             )
     if scheme == FP8 and not fp8.has_fp8_units(device):
-        return _without_units([checkpoint.sources["transformer"] for checkpoint in transformers], device)
+        return _fp8_weights_fallback([checkpoint.sources["transformer"] for checkpoint in transformers], device)
     if scheme == INT8 and device.type == "cpu" and not has_fast_int8():
         warnings.warn(
             f"this CPU has no instructions for products in 8 bits (VNNI), so {INT8} would be slower than it is now; "
@@ -62,7 +62,7 @@ def settled_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
     return scheme
 
 
-def _without_units(sources: Sequence[Source], device: torch.device) -> str:
+def _fp8_weights_fallback(sources: Sequence[Source], device: torch.device) -> str:
     """What comes nearest to products in 8-bit floats where there are none."""
     warnings.warn(
         f"{device} does not multiply 8-bit floats (GPUs since Ada and Hopper do): weights are stored in 8 bits and "
@@ -82,22 +82,22 @@ def refuse_merging(transformers: Sequence[Checkpoint]) -> None:
     for checkpoint in transformers:
         source = checkpoint.sources["transformer"]
         if is_quantized(source):
-            stored = max(stored_counts(source).items(), key=itemgetter(1))[0]
+            stored = max(count_stored_types(source).items(), key=itemgetter(1))[0]
             raise CheckpointError(
                 f"{checkpoint.path} is stored as {stored}, and to merge a LoRA its weights would be rounded a second "
                 "time. Leave --merge-loras out: beside the weights it loses nothing."
             )
 
 
-def check_compiled(asked: bool, device: torch.device) -> bool:
+def check_compile(requested: bool, device: torch.device) -> bool:
     """Whether a transformer's layers are to be compiled.
 
     Raises:
         RequestError: on a device where that is no gain.
     """
-    if asked and device.type != "cuda":
+    if requested and device.type != "cuda":
         raise RequestError(
             f"layers are compiled for CUDA alone: on {device.type} it takes longer than it saves, and weights could "
             "not stay in the order of its kernels. Leave --compile out."
         )
-    return asked
+    return requested

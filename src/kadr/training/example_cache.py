@@ -130,8 +130,8 @@ def _key(engine: Engine, example: Example, settings: TrainingSettings) -> str:
         "version": VERSION,
         "request": request_of(example, settings).to_json(),
         "files": [_stamp(path) for path in (example.media, example.reference) if path is not None],
-        "vae": _stamp(engine.components.vae.path),
-        "text": _stamp(engine.components.text.tokenizer_root),
+        "vae": _stamp(engine.components.vae_checkpoint.path),
+        "text": _stamp(engine.components.text_encoder_folder.tokenizer_root),
         "dtype": str(engine.components.dtype),
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]

@@ -116,7 +116,7 @@ class Training:
             check_state(self._state, told, settings.steps)
             examples = encoded(self.engine, found, settings, self.work / "cache", watch)
             wordless = self._wordless(found, watch)
-            self.engine.components.shelf.clear()
+            self.engine.components.module_cache.clear()
             module = self._loaded()
             layers = learn(
                 module, target_layers(module.config, settings.targets), settings.rank, NoiseStreams(settings.seed)
@@ -169,9 +169,9 @@ class Training:
         components = self.engine.components
         return {
             **self.settings.to_json(),
-            "model": str(Path(components.transformers[0].path).absolute()),
-            "vae": str(Path(components.vae.path).absolute()),
-            "text_encoder": str(Path(components.text.tokenizer_root).absolute()),
+            "model": str(Path(components.transformer_checkpoints[0].path).absolute()),
+            "vae": str(Path(components.vae_checkpoint.path).absolute()),
+            "text_encoder": str(Path(components.text_encoder_folder.tokenizer_root).absolute()),
             "quant": components.quant,
             "dtype": str(components.dtype).removeprefix("torch."),
             CLIPS: {example.media.name: example.mark() for example in examples},
@@ -255,7 +255,7 @@ class Training:
         for number, prompt in enumerate(self.prompts, 1):
             example = trainer.examples[(number - 1) % len(trainer.examples)].example
             request = self._validation(prompt, number, example.frames, example)
-            with self.engine.components.lending(trainer.module, self._at(step)):
+            with self.engine.components.override_transformer(trainer.module, self._at(step)):
                 self.engine.write(request, self.work / f"step-{step:06d}-{number}.mp4")
 
 

@@ -9,7 +9,7 @@ from kadr.memory.device import free_bytes
 from kadr.pipeline.engine import Engine
 from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.planning.training import TrainingBytes, training_bytes
-from kadr.planning.weight_bytes import weigh
+from kadr.planning.weight_bytes import weight_bytes
 from kadr.quant.weight_formats import AUTO, NONE
 from kadr.shapes import LatentGrid
 from kadr.spec.weights import is_quantized
@@ -23,7 +23,7 @@ ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
 def hold_of(engine: Engine) -> str:
     """How the transformer's weights are held while it learns; see `planning.plan.Choice`."""
     components = engine.components
-    if is_quantized(components.transformers[0].sources["transformer"]):
+    if is_quantized(components.transformer_checkpoints[0].sources["transformer"]):
         return AS_STORED
     return CONVERTED if components.quant in (NONE, AUTO) else components.quant
 
@@ -32,18 +32,20 @@ def bytes_of(
     engine: Engine, settings: TrainingSettings, examples: Sequence[Example], *, recomputed: bool
 ) -> TrainingBytes:
     """What a training takes. recomputed: see `training_bytes`."""
-    components, config = engine.components, engine.components.config(0)
-    weights = weigh(components.transformers[0].sources["transformer"], components.dtype, hold_of(engine))
+    components, config = engine.components, engine.components.transformer_config_of(0)
+    weights = weight_bytes(
+        components.transformer_checkpoints[0].sources["transformer"], components.dtype, hold_of(engine)
+    )
     grid = LatentGrid.for_video(settings.size.snap(), max(example.frames for example in examples))
     layers = target_layers(config, settings.targets)
     return training_bytes(
         config,
-        weights=weights.mapped + weights.own + weights.scratch,
-        parameters=sum(settings.rank * (inputs + outputs) for inputs, outputs in layers.values()),
+        weight_bytes=weights.mapped + weights.private + weights.scratch,
+        trainable_parameters=sum(settings.rank * (inputs + outputs) for inputs, outputs in layers.values()),
         tokens=grid.num_tokens * (2 if settings.in_context else 1),
         batch=settings.batch,
-        size=components.dtype.itemsize,
-        recomputed=recomputed,
+        itemsize=components.dtype.itemsize,
+        gradient_checkpointing=recomputed,
     )
 
 
@@ -62,7 +64,7 @@ def must_recompute(engine: Engine, settings: TrainingSettings, examples: Sequenc
         batch = "a smaller --batch, " if settings.batch > 1 else ""
         raise PlanError(
             f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
-            f"{needed.learned / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and {free / 1e9:.1f} "
+            f"{needed.trainable / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and {free / 1e9:.1f} "
             f"are free on {device}. Take {batch}a smaller --size or fewer --frames, or hold the weights in 8 bits with "
             "--quant int8.",
             shortfall=needed.total - free,

@@ -272,8 +272,8 @@ def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> No
     encoder = TextEncoderCheckpoint.open(home).load()
     path = converted(tmp_path / "t5.gguf", encoder, "F32", tiny_models.sentencepiece_model())
     engine = Engine.open(home / tiny_models.MODEL, text_encoder=path)
-    assert engine.components.text.path == path
-    assert engine.components.sources()["text_encoder"] == str(path)
+    assert engine.components.text_encoder_folder.path == path
+    assert engine.components.component_paths()["text_encoder"] == str(path)
 
 
 def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from kadr.models.registry import Recipe
 from kadr.pipeline.longvideo.sampling import in_window
 from kadr.pipeline.progress import Progress
 from kadr.planning import planner
-from kadr.planning.plan import Choice
+from kadr.planning.plan import Placement
 from kadr.request.passes import plan_windows
 from kadr.request.windows import Windows
 from kadr.sampling.noise import NoiseStreams
@@ -276,18 +276,21 @@ def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -
 
 
 def test_more_windows_take_more_time_and_no_more_memory(engine: Engine) -> None:
-    two, four, many = (engine.plan(short(frames=25 + 16 * more)).of("denoise").choice for more in (1, 3, 80))
-    assert (two.windows, four.windows, many.windows) == (2, 4, 81)
-    assert two.bytes == four.bytes == many.bytes
+    two, four, many = (engine.plan(short(frames=25 + 16 * more)).stage("denoise").placement for more in (1, 3, 80))
+    assert (two.window_count, four.window_count, many.window_count) == (2, 4, 81)
+    assert two.device_bytes == four.device_bytes == many.device_bytes
     assert (many.seconds - two.seconds) / (four.seconds - two.seconds) == pytest.approx(79 / 2, rel=0.01)
 
 
 def test_a_window_takes_the_memory_of_its_own_tokens_and_those_it_is_shown(engine: Engine) -> None:
-    long = engine.plan(short()).of("denoise").choice
+    long = engine.plan(short()).stage("denoise").placement
     plain = {
-        frames: engine.plan(replace(short(), windows=None, frames=frames)).of("denoise").choice for frames in (25, 41)
+        frames: engine.plan(replace(short(), windows=None, frames=frames)).stage("denoise").placement
+        for frames in (25, 41)
     }
-    assert plain[25].working < long.working <= 1.05 * plain[41].working  # 4 latents of its own, 2 of the overlap
+    assert (
+        plain[25].workspace_bytes < long.workspace_bytes <= 1.05 * plain[41].workspace_bytes
+    )  # 4 latents of its own, 2 of the overlap
 
 
 def test_progress_counts_the_steps_of_all_windows(engine: Engine) -> None:
@@ -315,8 +318,10 @@ def test_steps_are_those_of_each_window_where_they_differ(engine: Engine) -> Non
 def test_a_window_that_does_not_fit_is_refused_with_a_shorter_one_or_a_size_that_does(
     free: int, said: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def planned(request: Request) -> Choice:
-        return engine._planned(engine._opened(request, lambda progress: None), request, ("denoise",)).stages[0].choice
+    def planned(request: Request) -> Placement:
+        return (
+            engine._planned(engine._opened(request, lambda progress: None), request, ("denoise",)).stages[0].placement
+        )
 
     request = short(size=Size(768, 768), frames=1441, windows=Windows(frames=121))
     monkeypatch.setattr(planner, "free_bytes", lambda device: free * 10**6)
@@ -324,4 +329,4 @@ def test_a_window_that_does_not_fit_is_refused_with_a_shorter_one_or_a_size_that
         planned(request)
     value = str(caught.value).partition(said)[2].partition(" ")[0].rstrip(".")
     fitting = {"windows": Windows(frames=int(value))} if "window" in said else {"size": Size.parse(value)}
-    assert planned(replace(request, **fitting)).windows > 1
+    assert planned(replace(request, **fitting)).window_count > 1

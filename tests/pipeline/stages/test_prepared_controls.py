@@ -358,7 +358,7 @@ def test_each_pass_sees_the_control_at_its_own_size(
     engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     generation = engine._opened(replace(TWO, controls=(Control(clips(17)),)), ignore)
     assert [plan.size for plan in generation.passes] == [Size(64, 32), Size(128, 64)]
-    assert generation.work().media == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
+    assert generation.work().encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
     assert [[one.shape[2:] for one in each.references] for each in generation.media_encoded()] == [
         [(3, 1, 2)],
         [(3, 2, 4)],
@@ -463,8 +463,8 @@ def test_a_long_video_that_is_led_goes_on_where_it_was_cut_off(
 def test_a_plan_counts_the_control_of_each_window(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
     large = replace(LONG, size=Size(512, 512))
     plain, led = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(41)),)))
-    assert led.of("denoise").choice.working > 1.4 * plain.of("denoise").choice.working
-    assert led.of("denoise").choice.windows == 3
+    assert led.stage("denoise").placement.workspace_bytes > 1.4 * plain.stage("denoise").placement.workspace_bytes
+    assert led.stage("denoise").placement.window_count == 3
     assert "encode: the transformer works on tokens of controls, too: 768 beside a window's 768" in led.reasons()
 
 
@@ -614,8 +614,8 @@ def test_a_control_without_a_lora_is_warned_of(
 def test_a_plan_counts_the_control_and_tells_it(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
     large = replace(REQUEST, size=Size(512, 512))
     plain, led = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(17)),)))
-    assert led.of("denoise").choice.working > 1.8 * plain.of("denoise").choice.working
-    assert led.of("denoise").choice.seconds > 1.8 * plain.of("denoise").choice.seconds
+    assert led.stage("denoise").placement.workspace_bytes > 1.8 * plain.stage("denoise").placement.workspace_bytes
+    assert led.stage("denoise").placement.seconds > 1.8 * plain.stage("denoise").placement.seconds
     assert led.reasons() == ["encode: the transformer works on tokens of controls, too: 768 beside the video's 768"]
 
 
@@ -695,7 +695,7 @@ def test_a_plan_fetches_no_network(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     plan = opened().plan(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)))
-    assert plan.of("encode").choice.seconds > 0
+    assert plan.stage("encode").placement.seconds > 0
     assert not (tmp_path / "empty").exists()
 
 

@@ -107,7 +107,7 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
         prepare_image(frame, item.pixels.size, item.pixels.crf, item.pixels.made) for frame in decoded(film, item)
     ]
     assert torch.equal(pixels, torch.cat(expected, dim=2))
-    with engine.components.encoder() as vae, torch.no_grad():
+    with engine.components.vae_encoder() as vae, torch.no_grad():
         assert torch.equal(latents, vae.encode(pixels, chunk_frames=8))
         torch.testing.assert_close(latents, vae.encode(pixels), rtol=1e-4, atol=1e-5)
 

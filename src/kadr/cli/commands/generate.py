@@ -20,7 +20,7 @@ from kadr.request.request import Request
 from kadr.request.windows import BETWEEN, Windows
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import CACHE_KINDS, FIRST_BLOCK, TAYLOR, StepCache
-from kadr.spec.options import OFFLOAD, OFFLOAD_AUTO
+from kadr.spec.options import OFFLOAD_AUTO, OFFLOAD_MODES
 
 if TYPE_CHECKING:
     from kadr.pipeline.dry_run import DryEngine
@@ -92,7 +92,7 @@ def check_words(flags: options.Flags | options.PlanFlags) -> None:
     parse.one_of("--device", flags.model.device.partition(":")[0], DEVICES)
     parse.one_of("--dtype", flags.model.dtype, DTYPES)
     parse.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in WEIGHT_FORMATS])
-    parse.one_of("--offload", flags.model.offload, OFFLOAD)
+    parse.one_of("--offload", flags.model.offload, OFFLOAD_MODES)
     parse.one_of("--cache", flags.denoising.cache, (NONE, *CACHE_KINDS))
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from kadr.media.postprocess import crop_margins, denormalize, resize_frames, to_uint8
 from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.pipeline.components import Components
-from kadr.pipeline.finite_check import Watchman
+from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import Pieces, rechunked
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.retry import guarded_frames, rescued_frames
+from kadr.pipeline.retry import retry_frames_in_fp32, retry_frames_on_oom
 from kadr.request.passes import PassPlan, in_window_named
 from kadr.request.request import Request
 from kadr.request.windows import Span
@@ -47,31 +47,31 @@ class Decoding:
         Args:
             noise: shaped as the latents, instead of the seed's, for decoders that take noise.
         """
-        run = rescued_frames(self.components, "decode", partial(self._decoded, latents, noise))
-        yield from guarded_frames("decode", self.components.dtype_of("decode"), run)
+        run = retry_frames_on_oom(self.components, "decode", partial(self._decoded, latents, noise))
+        yield from retry_frames_in_fp32("decode", self.components.stage_dtype("decode"), run)
 
     def _decoded(self, latents: Tensor | Pieces, noise: Tensor | None, dtype: torch.dtype | None) -> Iterator[Tensor]:
         """As `frames`; dtype: to compute in, instead of the plan's."""
         components, request = self.components, self.request
         assert isinstance(request.size, Size)
         assert request.frames is not None
-        stage, watchman = Stage("decode", request.frames, self.watch), Watchman.on(components.device)
+        stage, watchman = Stage("decode", request.frames, self.watch), FiniteCheck.for_device(components.device)
         made, done = request.size.snap(), 0
-        own = dtype or components.dtype_of("decode")
-        with components.decoder(dtype) as vae:
+        own = dtype or components.stage_dtype("decode")
+        with components.vae_decoder(dtype) as vae:
             conditioned, injected = vae.config.timestep_conditioning, _Injection(self.noise)
             level = None
             if conditioned:
                 assert request.decode_timestep is not None
                 level = torch.full((1,), request.decode_timestep, device=components.device)
-            handed = components.choice("decode").frames or CHUNK_FRAMES
+            handed = components.placement("decode").chunk_frames or CHUNK_FRAMES
             chunks = rechunked((part.to(own) for part in self._noised(latents, noise, mixed=conditioned)), handed)
             count = LatentGrid.for_video(self.plan.size, self.plan.frames).frames
             for chunk in vae.decode_chunks(chunks, count, timestep=level, noise_source=injected, chunk_frames=handed):
-                watchman.look(chunk, f"frame {done + 1} of {request.frames}")
+                watchman.check(chunk, f"frame {done + 1} of {request.frames}")
                 unit = crop_margins(resize_frames(denormalize(chunk[0]), made), request.size)
                 frames = to_uint8(unit)[: request.frames - done].cpu()
-                watchman.settle()  # the frames have come, so the answer has
+                watchman.synchronize()  # the frames have come, so the answer has
                 done += len(frames)
                 if len(frames):
                     yield frames

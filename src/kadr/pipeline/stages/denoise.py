@@ -13,10 +13,10 @@ from torch import Tensor
 from kadr.models.transformer import TextKVCache, Transformer
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import Components
-from kadr.pipeline.finite_check import Watchman
+from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import Guide
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.retry import guarded, rescued
+from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.encode import Encoded
 from kadr.pipeline.stages.prepared_conditions import put
 from kadr.request.passes import PassPlan, stream
@@ -64,11 +64,13 @@ class Denoising:
             guides: of a window.
         """
         state, stage = self._conditioned(plan, begun, media, guides), PASS_STAGES[plan.number - 1]
-        run = rescued(self.components, stage, partial(self._denoised, plan, state, self._context(plan, media), texts))
-        return guarded(stage, self.components.dtype_of(stage), run).latents()
+        run = retry_on_oom(
+            self.components, stage, partial(self._denoised, plan, state, self._context(plan, media), texts)
+        )
+        return retry_in_fp32(stage, self.components.stage_dtype(stage), run).latents()
 
     def _causal(self, plan: PassPlan) -> bool:
-        return self.components.config(plan.number - 1).causal_temporal_positioning
+        return self.components.transformer_config_of(plan.number - 1).causal_temporal_positioning
 
     def _conditioned(self, plan: PassPlan, latents: Tensor, media: Encoded, guides: Sequence[Guide]) -> LatentState:
         causal = self._causal(plan)
@@ -97,8 +99,8 @@ class Denoising:
         dtype: torch.dtype | None,
     ) -> LatentState:
         number, count, device = plan.number - 1, len(plan.levels), self.components.device
-        name, watchman = PASS_STAGES[number], Watchman.on(device)
-        own = dtype or self.components.dtype_of(name)
+        name, watchman = PASS_STAGES[number], FiniteCheck.for_device(device)
+        own = dtype or self.components.stage_dtype(name)
         assert self.request.image_noise is not None
         with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
             rope = transformer.compute_rope(_positions(state, context)[None].to(device))
@@ -107,7 +109,7 @@ class Denoising:
 
             def watch(index: int, now: Tensor, state: LatentState) -> None:
                 place = f" of window {plan.window + 1}" if plan.windows > 1 else ""
-                watchman.look(state.tokens, f"step {index + 1} of {count}{place}")
+                watchman.check(state.tokens, f"step {index + 1} of {count}{place}")
                 stage.done(index + 1, float(plan.levels[index]))  # not `now`, which lies on the device
 
             read = [text._replace(embeddings=text.embeddings.to(own)) for text in texts]
@@ -119,7 +121,7 @@ class Denoising:
                 prepare=add_image_noise(self.request.image_noise, self._step_noise(plan, "condition")),
                 watch=watch,
             )
-            watchman.settle()
+            watchman.synchronize()
         return state
 
     def _estimate(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kadr.pipeline.components import Components
-from kadr.pipeline.finite_check import Watchman
+from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import check_placed, in_window
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.retry import guarded, rescued
+from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.control_networks import drawings, fetched
 from kadr.pipeline.stages.prepared_conditions import Fitted, Pixels, fitted, settled
 from kadr.pipeline.stages.prepared_controls import Reference, reference
@@ -148,8 +148,8 @@ class Media:
                 shown.append(Shown(one.items, one.start, drawn))
             else:
                 shown.append(Shown([] if number else one.items, None, []))
-        run = rescued(components, "encode", partial(_through, components, shown, watch))
-        return guarded("encode", components.dtype_of("encode"), run)
+        run = retry_on_oom(components, "encode", partial(_through, components, shown, watch))
+        return retry_in_fp32("encode", components.stage_dtype("encode"), run)
 
 
 def _through(components: Components, shown: Sequence[Shown], watch: Watch, dtype: torch.dtype | None) -> list[Encoded]:
@@ -158,9 +158,9 @@ def _through(components: Components, shown: Sequence[Shown], watch: Watch, dtype
     count = len({id(item.pixels) for one in shown for item in one.items})
     count += sum(len(one.references) + (one.start is not None) for one in shown)
     device = components.device
-    stage, watchman = Stage("encode", count, watch), Watchman.on(device)
-    own, done = dtype or components.dtype_of("encode"), 0
-    with components.encoder(dtype) as vae:
+    stage, watchman = Stage("encode", count, watch), FiniteCheck.for_device(device)
+    own, done = dtype or components.stage_dtype("encode"), 0
+    with components.vae_encoder(dtype) as vae:
 
         def encode(pixels: Pixels | Reference) -> Tensor:
             nonlocal done
@@ -169,7 +169,7 @@ def _through(components: Components, shown: Sequence[Shown], watch: Watch, dtype
             chunks = pixels.chunks(ENCODE_FRAMES, device=device, dtype=own)
             latents = vae.encode_stream(chunks, len(pixels.frames)).float()
             done += 1
-            watchman.look(latents, f"picture or clip {done} of {count}")
+            watchman.check(latents, f"picture or clip {done} of {count}")
             stage.done(done)
             known[id(pixels)] = latents
             return latents
@@ -182,5 +182,5 @@ def _through(components: Components, shown: Sequence[Shown], watch: Watch, dtype
             )
             for one in shown
         ]
-        watchman.settle()
+        watchman.synchronize()
     return made

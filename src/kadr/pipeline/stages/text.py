@@ -13,9 +13,9 @@ from torch import Tensor
 from kadr.errors import KadrWarning
 from kadr.models.t5 import T5Encoder
 from kadr.pipeline.components import Components
-from kadr.pipeline.finite_check import Watchman
+from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.progress import Stage, Watch
-from kadr.pipeline.retry import guarded, rescued
+from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.sampling.guidance import PromptEmbeddings
 from kadr.text.tokenizer import PromptTokens
 
@@ -49,7 +49,7 @@ class Prompts:
     @cached_property
     def _rows(self) -> list[Tensor | None]:
         """What is known of each prompt: rows (n, D) for its n real tokens, on the CPU."""
-        return [self.components.prompts.find(tokens) for tokens in self.tokens]
+        return [self.components.prompt_cache.look_up(tokens) for tokens in self.tokens]
 
     @property
     def missing(self) -> int:
@@ -62,29 +62,29 @@ class Prompts:
         Raises:
             NonFiniteError: the encoder gave NaN or infinity, in float32 too.
         """
-        run = rescued(self.components, "text", partial(self._encode, watch))
-        guarded("text", self.components.dtype_of("text"), run)
+        run = retry_on_oom(self.components, "text", partial(self._encode, watch))
+        retry_in_fp32("text", self.components.stage_dtype("text"), run)
         return [self._text(*each) for each in zip(self.tokens, self._rows, strict=True)]
 
     def _encode(self, watch: Watch, dtype: torch.dtype | None) -> None:
         """Encode what is missing. What one prompt comes to does not depend on those beside it, nor on their failing."""
-        count, watchman = len(self.texts), Watchman.on(self.components.device)
+        count, watchman = len(self.texts), FiniteCheck.for_device(self.components.device)
         stage = Stage("text", count, watch)
         with self.components.text_encoder(dtype) if self.missing else nullcontext() as encoder:
             for index, tokens in enumerate(self.tokens):
                 if self._rows[index] is None:
                     assert encoder is not None
                     rows = self._encoded(encoder, tokens, watchman, f"prompt {index + 1} of {count}")
-                    self.components.prompts.keep(tokens, rows)
+                    self.components.prompt_cache.store(tokens, rows)
                     self._rows[index] = rows
                 stage.done(index + 1)
 
-    def _encoded(self, encoder: T5Encoder, tokens: PromptTokens, watchman: Watchman, place: str) -> Tensor:
+    def _encoded(self, encoder: T5Encoder, tokens: PromptTokens, watchman: FiniteCheck, place: str) -> Tensor:
         ids, mask = tokens.ids.to(self.components.device), tokens.mask.to(self.components.device)
         rows = encoder(ids, mask)[mask]
-        watchman.look(rows, place)
+        watchman.check(rows, place)
         rows = rows.cpu()
-        watchman.settle()
+        watchman.synchronize()
         return rows
 
     def _text(self, tokens: PromptTokens, rows: Tensor | None) -> PromptEmbeddings:

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from kadr.pipeline.components import Components
-from kadr.pipeline.finite_check import Watchman
+from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.progress import Stage, Watch
 from kadr.sampling.latents import adain
 
 
 def upscaled(components: Components, latents: Tensor, watch: Watch, _: torch.dtype | None) -> Tensor:
     """The latents at the size of the second pass, with the statistics they had before; in float32, always."""
-    with components.statistics() as vae:
+    with components.latent_statistics() as vae:
         statistics = vae.statistics
         made = statistics.denormalise(latents.float())
-        kinds = components.upscalers
-        stage, watchman = Stage("upscale", len(kinds), watch), Watchman.on(components.device)
+        kinds = components.upscaler_checkpoints
+        stage, watchman = Stage("upscale", len(kinds), watch), FiniteCheck.for_device(components.device)
         for done, kind in enumerate(kinds, 1):
             with components.upscaler(kind) as upscaler:
                 made = upscaler(made)
-            watchman.look(made, f"{kind} upscaler")
+            watchman.check(made, f"{kind} upscaler")
             stage.done(done)
-        watchman.settle()
+        watchman.synchronize()
         return adain(statistics.normalise(made), latents)
