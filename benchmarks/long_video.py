@@ -35,7 +35,7 @@ from kadr.bench.machine import describe
 from kadr.bench.peak_memory import process_peak
 from kadr.media.clip import read_metadata, read_video
 from kadr.pipeline.longvideo.window_folder import kept_in
-from kadr.request.windows import Span, Windows, folder_of
+from kadr.request.windows import Span, Windows, window_folder_path
 from tests import doc_tables
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,7 +78,7 @@ def run(words: Sequence[str], clip: Path, *, kill_in: int | None = None) -> Ran:
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, process_peak(process.pid) or 0)
-        if (count := len(kept_in(folder_of(clip)))) > done:
+        if (count := len(kept_in(window_folder_path(clip)))) > done:
             done = count
             resident.append(_resident(process.pid))
             if kill_in is not None and done == kill_in - 1:
@@ -138,7 +138,7 @@ def judged(clip: Path) -> dict[str, Any]:
     """Seams and colours of a video."""
     frames = decoded(clip)
     written = changes(read_video(clip).frames)
-    spans, overlap = WINDOWS.spans(len(frames)), WINDOWS.latents[1]
+    spans, overlap = WINDOWS.spans(len(frames)), WINDOWS.latent_frames[1]
     moved = changes(frames)
     usual, length = float(np.median(moved)), spans[0].frames
     return {
@@ -207,7 +207,7 @@ def main() -> int:
         run(command("still", asked.seconds, clips["still"], *more), clips["still"])
         killed = command("moving", asked.seconds, clips["killed"], *more)
         run(killed, clips["killed"], kill_in=3)
-        finished = len(kept_in(folder_of(clips["killed"])))
+        finished = len(kept_in(window_folder_path(clips["killed"])))
         run([*killed, "--resume"], clips["killed"])
         own, others = (read_video(clips[name]).frames for name in ("killed", "moving"))
         made: dict[str, Any] = {

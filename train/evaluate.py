@@ -113,7 +113,7 @@ def recoloured(engine: Engine, captions: Sequence[tuple[str, Scene]], strength: 
             with VideoWriter(path, Size(STAGE, STAGE), FRAMES_PER_SECOND) as writer:
                 writer.write(pictures(scene, CLIP_FRAMES))
             other = replace(scene, colour=names[(names.index(scene.colour) + 3) % len(names)])
-            request = Request(prompt=plain_caption(other), seed=seed, video=str(path), video_strength=strength)
+            request = Request(prompt=plain_caption(other), seed=seed, input_video=str(path), denoise_strength=strength)
             verdict = judge(engine.generate(request).frames)
             took += verdict.colour == other.colour
             moved += verdict.motion == scene.motion

@@ -14,7 +14,7 @@ from kadr.bench.cases import DECODE, DIT, END_TO_END, FPS, SCHEDULES, WAYS
 from kadr.bench.runner import Absent, Contender
 from kadr.bench.stage_case import NEGATIVE, PROMPT, SEED, Work, stored_bytes
 from kadr.media.postprocess import to_uint8
-from kadr.pipeline.progress import ignore
+from kadr.pipeline.progress import ignore_progress
 from kadr.pipeline.stages.text import Prompts
 from kadr.sampling.noise import NoiseStreams
 from tests.oracles import diffusers_transformer, diffusers_vae
@@ -93,7 +93,7 @@ def _shaped(row: Tensor) -> Tensor:
 def whole(work: Work, change: Change) -> Callable[[], Tensor]:
     """The pipeline, from encoded prompts to frames, with kadr's noise and noise levels."""
     engine = work.engine(WAYS["auto"])
-    texts = Prompts(engine.components, [PROMPT, NEGATIVE]).encoded(ignore)
+    texts = Prompts(engine.components, [PROMPT, NEGATIVE]).encoded(ignore_progress)
     (plan,) = engine.passes(work.request)
     pipeline = LTXConditionPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -114,8 +114,8 @@ def whole(work: Work, change: Change) -> Callable[[], Tensor]:
         "height": work.clip.size.height,
         "num_frames": work.clip.frames,
         "frame_rate": FPS,
-        "timesteps": (plan.levels * 1000).tolist(),
-        "guidance_scale": plan.steps[0].cfg_scale,
+        "timesteps": (plan.sigmas * 1000).tolist(),
+        "guidance_scale": plan.step_guidance[0].cfg_scale,
         "decode_timestep": work.request.decode_timestep,
         "decode_noise_scale": 0.0,
         "output_type": "pt",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kadr.pipeline.progress import Progress
     from kadr.pipeline.video import Video
     from kadr.request.inputs import Condition, Control
-    from kadr.request.prompt_enhancement import enhanced
+    from kadr.request.prompt_enhancement import enhance_prompt
     from kadr.request.request import Request
     from kadr.request.windows import Windows
     from kadr.sampling.step_cache import StepCache
@@ -42,7 +42,7 @@ __all__ = [
     "Video",
     "Windows",
     "__version__",
-    "enhanced",
+    "enhance_prompt",
 ]
 
 # Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.

@@ -8,16 +8,18 @@ from typing import Any
 from kadr.errors import RequestError
 
 
-def within(name: str, value: Any, low: float, high: float, what: str = "", *, whole: bool = False) -> None:
+def check_range(
+    name: str, value: Any, minimum: float, maximum: float, suffix: str = "", *, is_whole: bool = False
+) -> None:
     """Refuse what is no number, or lies outside [low, high].
 
     Raises:
-        RequestError: with the value and the limits, and `what` behind them.
+        RequestError: with the value and the limits, and `suffix` behind them.
     """
-    if not is_number(value) or (whole and not isinstance(value, int)):
-        raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if whole else 'number'}.")
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}; it must lie between {low:g} and {high:g}{what}.")
+    if not is_number(value) or (is_whole and not isinstance(value, int)):
+        raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if is_whole else 'number'}.")
+    if not minimum <= value <= maximum:
+        raise RequestError(f"{name} is {value}; it must lie between {minimum:g} and {maximum:g}{suffix}.")
 
 
 def is_number(value: Any) -> bool:
@@ -27,7 +29,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def true_or_false(name: str, value: Any) -> None:
+def check_bool(name: str, value: Any) -> None:
     """Refuse what is neither, nor None.
 
     Raises:

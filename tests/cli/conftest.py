@@ -56,7 +56,7 @@ class FakeEngine:
         return self
 
     def resolve(self, request: Request) -> Request:
-        return resolve(replace(request, video=None, video_strength=None), RECIPE)  # no file is looked into
+        return resolve(replace(request, input_video=None, denoise_strength=None), RECIPE)  # no file is looked into
 
     def plan(self, request: Request) -> Plan:
         self.requests.append(request)

@@ -49,9 +49,9 @@ def nothing_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An empty working directory, and no model but the demo."""
 
     def on_disk(released: Release) -> Path | None:
-        return locate.on_disk(released) if released.repo is None else None
+        return locate.find_release_on_disk(released) if released.repo is None else None
 
-    monkeypatch.setattr(dry_run, "on_disk", on_disk)
+    monkeypatch.setattr(dry_run, "find_release_on_disk", on_disk)
     monkeypatch.chdir(tmp_path)
 
 

@@ -155,7 +155,9 @@ def test_video_takes_a_part_and_numbers(
     ended = kadr("generate", PROMPT, "--video", *words.split())
     assert ended.code == 0, ended.err
     path = words.split()[0].partition(".mp4")[0] + (".mp4" if "mp4" in words else "")
-    expected = Condition(media=os.path.abspath(path), frame=frame, strength=strength, clip=True, part=part, box=box)
+    expected = Condition(
+        media=os.path.abspath(path), frame=frame, strength=strength, is_clip=True, frame_range=part, box=box
+    )
     assert engine.requests[0].conditions == (expected,)
 
 
@@ -169,7 +171,7 @@ def test_image_takes_a_box_after_its_numbers_or_without(kadr: Run, engine: FakeE
 def test_video_to_start_from_is_remembered_by_its_whole_path(kadr: Run, engine: FakeEngine) -> None:
     Path("clip.mp4").touch()
     assert kadr("generate", PROMPT, "--input-video", "clip.mp4", "--strength", ".4").code == 0
-    assert engine.requests == [Request(prompt=PROMPT, video=os.path.abspath("clip.mp4"), video_strength=0.4)]
+    assert engine.requests == [Request(prompt=PROMPT, input_video=os.path.abspath("clip.mp4"), denoise_strength=0.4)]
 
 
 @pytest.mark.parametrize("flag", ["--image", "--video", "--input-video"])
@@ -230,8 +232,8 @@ def test_official_media_are_pictures_or_clips_by_their_endings(kadr: Run, engine
     Path("clip.MP4").touch()
     words = ("--conditioning_media_paths", "clip.MP4", picture, "--conditioning_start_frames", "8", "0")
     assert kadr("generate", PROMPT, *words).code == 0
-    first = Condition(media=os.path.abspath(picture), clip=False)
-    second = Condition(media=os.path.abspath("clip.MP4"), frame=8, clip=True)
+    first = Condition(media=os.path.abspath(picture), is_clip=False)
+    second = Condition(media=os.path.abspath("clip.MP4"), frame=8, is_clip=True)
     assert engine.requests[0].conditions == (first, second)
 
 

@@ -147,7 +147,7 @@ def test_released_model_keeps_its_name(
     kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = tmp_path / "m.safetensors"
-    monkeypatch.setattr(rerun, "on_disk", lambda released: here)
+    monkeypatch.setattr(rerun, "find_release_on_disk", lambda released: here)
     assert kadr("rerun", film(name="ltxv-2b-0.9.5")).code == 0
     assert engine.opened[-1][0] == "ltxv-2b-0.9.5"
     here = tmp_path / "another snapshot"

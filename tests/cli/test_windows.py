@@ -30,9 +30,9 @@ PROMPT = "a red circle"
         ("--window 9", Windows(frames=9)),
         ("--window 10", Windows(frames=17)),
         ("--overlap 8", Windows(overlap=8)),
-        ("--overlap-strength .75", Windows(strength=0.75)),
+        ("--overlap-strength .75", Windows(overlap_strength=0.75)),
         ("--adain 0", Windows(adain=0.0)),
-        ("--remember 0", Windows(remember=0.0)),
+        ("--remember 0", Windows(anchor_strength=0.0)),
         ("--window 121 --overlap 32 --adain 1", Windows(frames=121, overlap=32, adain=1.0)),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import lora as measured
 from kadr.checkpoints.lora.file import LoraFile
-from kadr.spec.locate import located_lora
+from kadr.spec.locate import locate_lora
 
 TEAL, CANNY = "demo-lora-teal", "demo-ic-lora-canny"
 VIDEOS = 5
@@ -16,7 +16,7 @@ VIDEOS = 5
 
 @pytest.fixture(scope="module")
 def told() -> dict:
-    return measured.teal(located_lora(TEAL), VIDEOS)[0]
+    return measured.teal(locate_lora(TEAL), VIDEOS)[0]
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_at_strength_0_the_frames_are_those_without_it(told: dict) -> None:
 
 @pytest.mark.slow
 def test_outlines_lie_on_those_of_the_clip_that_is_followed(tmp_path: Path) -> None:
-    told, _ = measured.edges(located_lora(CANNY), VIDEOS, tmp_path)
+    told, _ = measured.edges(locate_lora(CANNY), VIDEOS, tmp_path)
     scores = told["outlines_on_each_other"]
     assert told["better_with"] == VIDEOS
     assert scores["with"] > 0.4
@@ -43,7 +43,7 @@ def test_outlines_lie_on_those_of_the_clip_that_is_followed(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", [TEAL, CANNY])
 def test_they_are_ordinary_files_of_the_trainer(name: str) -> None:
-    described = LoraFile.open(located_lora(name)).describe()
+    described = LoraFile.open(locate_lora(name)).describe()
     assert (described.key_format, described.metadata["kadr_base_model"], described.unexpected_keys) == (
         "Comfy",
         "demo",

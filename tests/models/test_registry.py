@@ -157,7 +157,7 @@ def test_a_recipe_is_the_official_one(name: str) -> None:
     assert [recipe.first_pass, recipe.second_pass][: len(passes)] == [as_pass(told) for told in passes]
     assert recipe.multi_scale is (recipe.second_pass is not None) is (len(passes) == 2)
     # What all of those configs and the official script's defaults have in common.
-    assert (recipe.downscale, recipe.negative_prompt) == (0.6666666, DEFAULT_NEGATIVE_PROMPT)
+    assert (recipe.downscale_factor, recipe.negative_prompt) == (0.6666666, DEFAULT_NEGATIVE_PROMPT)
     assert (recipe.size, recipe.frames, recipe.fps) == (Size(1216, 704), 121, 30.0)
     assert (recipe.decode_timestep, recipe.decode_noise, recipe.image_noise) == (0.05, 0.025, 0.15)
 

@@ -30,7 +30,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 from kadr.media.image import crop_to_aspect, load_image, prepare_image
 from kadr.request.request import Request
-from kadr.request.resolved_conditions import Placed, read_conditions, read_start
+from kadr.request.resolved_conditions import ResolvedCondition, open_input_video, resolve_conditions
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.settings import Pass
 from kadr.shapes import LatentGrid, Size
@@ -127,7 +127,7 @@ def run(
         "vae_per_channel_normalize": True,
         "output_type": "pt",
     }
-    first = _settings(request.only_pass())
+    first = _settings(request.first_pass())
     with pytest.MonkeyPatch.context() as patch:
         noise = _Noise(patch, request)
         patch.setattr(official_module, "vae_decode", seen_decode)
@@ -136,9 +136,9 @@ def run(
             noise.begin(height, width)
             images = pipeline(**common, **first, latents=start).images
         else:
-            assert request.second is not None
+            assert request.second_pass is not None
             scales = LTXMultiScalePipeline(_Watched(pipeline, noise), upsampler)
-            passes = {"first_pass": first, "second_pass": _settings(request.second)}
+            passes = {"first_pass": first, "second_pass": _settings(request.second_pass)}
             images = scales(0.6666666, **passes, **common).images
     grid = noise.grid
     latents = kept["tokens"][:, -grid.num_tokens :].transpose(1, 2).unflatten(2, (grid.frames, grid.height, grid.width))
@@ -198,12 +198,12 @@ def _allowed(path: Path) -> list[float] | None:
 def _conditions(request: Request, size: Size) -> list[ConditioningItem] | None:
     assert request.image_crf is not None
     return [
-        ConditioningItem(_media(item, size, request.image_crf), item.start, item.condition.strength)
-        for item in read_conditions(request)
+        ConditioningItem(_media(item, size, request.image_crf), item.start_frame, item.condition.strength)
+        for item in resolve_conditions(request)
     ] or None
 
 
-def _media(item: Placed, size: Size, crf: int) -> Tensor:
+def _media(item: ResolvedCondition, size: Size, crf: int) -> Tensor:
     """As prepare_conditioning of inference.py hands it over: at its own resolution, with the margins of the output."""
     pictures = []
     for frame in item.frames:
@@ -215,10 +215,10 @@ def _media(item: Placed, size: Size, crf: int) -> Tensor:
 
 
 def _video(request: Request, size: Size) -> Tensor | None:
-    if request.video is None:
+    if request.input_video is None:
         return None
     assert request.image_crf is not None
-    frames = read_start(request)
+    frames = open_input_video(request)
     return torch.cat([prepare_image(frame, size, request.image_crf, resize=True) for frame in frames], dim=2)
 
 
@@ -228,7 +228,7 @@ class _Noise:
     def __init__(self, patch: pytest.MonkeyPatch, request: Request) -> None:
         self.streams = NoiseStreams(request.seed)
         self.frames = request.frames or 1
-        self.later = [i for i, item in enumerate(read_conditions(request)) if item.start > 0]
+        self.later = [i for i, item in enumerate(resolve_conditions(request)) if item.start_frame > 0]
         self.drawn: list[str] = []
         self.passes = 0
         self.injections = count(1)

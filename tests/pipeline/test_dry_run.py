@@ -12,7 +12,7 @@ import torch
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import MODEL_RELEASES, Recipe, Release
 from kadr.pipeline import dry_run
-from kadr.pipeline.dry_run import DryEngine
+from kadr.pipeline.dry_run import DryRunEngine
 from kadr.pipeline.engine import Engine
 from kadr.request.official_config import OfficialConfig
 from kadr.request.request import Request
@@ -39,9 +39,9 @@ SECOND = ((1, 1, 1, (27,), (*LATER, 0.124111)),)
 @pytest.fixture
 def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_disk(released: Release) -> Path | None:
-        return locate.on_disk(released) if released.repo is None else None
+        return locate.find_release_on_disk(released) if released.repo is None else None
 
-    monkeypatch.setattr(dry_run, "on_disk", on_disk)
+    monkeypatch.setattr(dry_run, "find_release_on_disk", on_disk)
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +60,19 @@ def upscaler(home: Path) -> Callable[..., Path]:
 @pytest.mark.usefixtures("nothing_on_disk")
 @pytest.mark.parametrize("model", ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.7-dev-fp8"])
 def test_steps_of_13b_dev_are_the_official_ones(model: str) -> None:
-    run = DryEngine.open(model).run(REQUEST)
+    run = DryRunEngine.open(model).run(REQUEST)
     for plan, table in zip(run.passes, (FIRST, SECOND), strict=True):
         expected = [(level, values) for *values, levels in table for level in levels]
-        assert plan.levels.tolist() == pytest.approx([level for level, _ in expected], abs=5e-7)
-        assert [list(step) for step in plan.steps] == [values for _, values in expected]
+        assert plan.sigmas.tolist() == pytest.approx([level for level, _ in expected], abs=5e-7)
+        assert [list(step) for step in plan.step_guidance] == [values for _, values in expected]
     assert [(str(plan.size), plan.grid.num_tokens) for plan in run.passes] == [("800x448", 5600), ("1600x896", 22400)]
     assert run.evaluations == 62 + 26
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
 def test_first_models_shift_their_levels_by_size() -> None:
-    (plan,) = DryEngine.open("ltxv-2b-0.9").run(REQUEST).passes
-    assert plan.levels[[0, 1, 20, 38, 39]].tolist() == pytest.approx([1, 0.999301, 0.972873, 0.524141, 0.1], abs=1e-6)
+    (plan,) = DryRunEngine.open("ltxv-2b-0.9").run(REQUEST).passes
+    assert plan.sigmas[[0, 1, 20, 38, 39]].tolist() == pytest.approx([1, 0.999301, 0.972873, 0.524141, 0.1], abs=1e-6)
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
@@ -80,23 +80,23 @@ def test_first_models_shift_their_levels_by_size() -> None:
 def test_official_config_makes_what_its_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(OFFICIAL[name], "utf-8")
-    said = DryEngine.open(**OfficialConfig.read("config.yaml").parts()).run(REQUEST)
-    known = DryEngine.open(name).run(REQUEST)
-    assert [part.path for part in said.parts] == [None] * len(said.parts)
-    assert said.parts == known.parts
+    said = DryRunEngine.open(**OfficialConfig.read("config.yaml").engine_arguments()).run(REQUEST)
+    known = DryRunEngine.open(name).run(REQUEST)
+    assert [part.path for part in said.components] == [None] * len(said.components)
+    assert said.components == known.components
     for mine, its in zip(said.passes, known.passes, strict=True):
-        assert torch.equal(mine.levels, its.levels)
-        assert mine.steps == its.steps
+        assert torch.equal(mine.sigmas, its.sigmas)
+        assert mine.step_guidance == its.step_guidance
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
 @pytest.mark.parametrize("model", [model.name for model in MODEL_RELEASES])
 def test_every_released_model_has_a_plan_with_its_parts(model: str) -> None:
-    run = DryEngine.open(model).run(REQUEST)
-    roles = [part.role for part in run.parts]
+    run = DryRunEngine.open(model).run(REQUEST)
+    roles = [part.role for part in run.components]
     assert roles[0] == "model"
     assert ("upscaler" in roles) == (len(run.passes) == 2)
-    assert all(part.path or part.size_bytes for part in run.parts)
+    assert all(part.path or part.size_bytes for part in run.components)
     assert run.to_json()["evaluations"] == run.evaluations
 
 
@@ -110,7 +110,7 @@ SETTINGS = (
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_plan_is_that_of_the_engine(home: Path, settings: dict[str, Any]) -> None:
     request = Request(**{"prompt": "x", "size": (64, 64), "frames": 9, "steps": 4, **settings})
-    ours, theirs = DryEngine.open(home / tiny_models.MODEL), Engine.open(home / tiny_models.MODEL, device="cpu")
+    ours, theirs = DryRunEngine.open(home / tiny_models.MODEL), Engine.open(home / tiny_models.MODEL, device="cpu")
     assert ours.resolve(request) == theirs.resolve(request)
     _same(ours.run(request).passes, theirs.passes(request))
 
@@ -119,9 +119,9 @@ def test_plan_is_that_of_the_engine(home: Path, settings: dict[str, Any]) -> Non
 def test_plan_of_two_passes_is_that_of_the_engine(
     home: Path, upscaler: Callable[..., Path], kind: dict[str, bool]
 ) -> None:
-    request = Request(prompt="x", size=(128, 96), frames=17, steps=4, second=Pass(sigmas=(0.9, 0.5)))
+    request = Request(prompt="x", size=(128, 96), frames=17, steps=4, second_pass=Pass(sigmas=(0.9, 0.5)))
     parts = {"upscaler": [upscaler(**kind)], "second_model": home / tiny_models.MODEL}
-    ours = DryEngine.open(home / tiny_models.MODEL, **parts)
+    ours = DryRunEngine.open(home / tiny_models.MODEL, **parts)
     theirs = Engine.open(home / tiny_models.MODEL, **parts, device="cpu")
     _same(ours.run(request).passes, theirs.passes(request))
 
@@ -135,15 +135,15 @@ def _same(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.usefixtures("nothing_on_disk")
 def test_second_model_brings_its_pass() -> None:
-    engine = DryEngine.open("ltxv-13b-0.9.8-dev", second_model="ltxv-13b-0.9.8-distilled")
+    engine = DryRunEngine.open("ltxv-13b-0.9.8-dev", second_model="ltxv-13b-0.9.8-distilled")
     run = engine.run(REQUEST)
-    assert [len(plan.levels) for plan in run.passes] == [27, 3]
-    assert [part.name for part in run.parts][:2] == ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled"]
+    assert [len(plan.sigmas) for plan in run.passes] == [27, 3]
+    assert [part.name for part in run.components][:2] == ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled"]
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
 def test_named_upscaler_doubles_what_it_is_for() -> None:
-    engine = DryEngine.open("ltxv-13b-0.9.8-dev", upscaler="ltxv-temporal-upscaler-0.9.8")
+    engine = DryRunEngine.open("ltxv-13b-0.9.8-dev", upscaler="ltxv-temporal-upscaler-0.9.8")
     first, second = engine.run(REQUEST).passes
     assert (first.size, first.frames, first.fps) == (second.size, 65, 15.0)
     assert (second.frames, second.fps) == (129, 30.0)
@@ -168,10 +168,10 @@ def test_what_cannot_work_is_refused(
     parts: dict[str, Any], request_: dict[str, Any], error: type[Exception], word: str
 ) -> None:
     with pytest.raises(error, match=word):
-        DryEngine.open(**parts).run(Request(prompt="x", **request_))
+        DryRunEngine.open(**parts).run(Request(prompt="x", **request_))
 
 
 def test_recipe_goes_before_that_of_the_model() -> None:
     recipe = Recipe(first_pass=Pass(steps=3), frames=17)
-    run = DryEngine.open("demo", recipe=recipe).run(REQUEST)
-    assert (len(run.passes[0].levels), run.request.frames) == (3, 17)
+    run = DryRunEngine.open("demo", recipe=recipe).run(REQUEST)
+    assert (len(run.passes[0].sigmas), run.request.frames) == (3, 17)

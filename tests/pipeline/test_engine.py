@@ -249,7 +249,7 @@ def test_a_file_remembers_a_request_that_makes_the_same_video_again(
     assert record["model"] == str(engine.components.checkpoint.path.resolve())
     assert torch.equal(engine.denoise(again)[0], made.latents)
     video = engine.generate(again)
-    assert video.record == record
+    assert video.metadata == record
     assert read_metadata(video.save(tmp_path / "b.mp4")) == record
 
 
@@ -260,9 +260,9 @@ def test_what_a_request_leaves_out_comes_from_the_model_s_recipe(engine: Engine)
     made = engine.resolve(Request(prompt="a red circle"))
     recipe = engine.recipe
     assert (made.size, made.frames, made.fps) == (recipe.size, recipe.frames, recipe.fps)
-    assert made.only_pass() == replace(recipe.first_pass, stochastic=False, tone_map=0.0)
+    assert made.first_pass() == replace(recipe.first_pass, stochastic=False, tone_map=0.0)
     assert (made.negative_prompt, made.image_noise) == (recipe.negative_prompt, recipe.image_noise)
-    assert (made.multi_scale, made.second) == (False, None)
+    assert (made.multi_scale, made.second_pass) == (False, None)
     assert (made.decode_timestep, made.decode_noise, made.image_crf) == (
         recipe.decode_timestep,
         recipe.decode_noise,

@@ -22,7 +22,7 @@ from tests.checkpoints.test_load import cast_as_released
 from tests.lora_files import ATTENTION, FEED_FORWARD, pairs, write
 
 REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2, guidance=1.0)
-TWO_PASSES = replace(REQUEST, multi_scale=True, levels=(1.0, 0.9), steps=None, second=None, downscale=0.5)
+TWO_PASSES = replace(REQUEST, multi_scale=True, levels=(1.0, 0.9), steps=None, second=None, downscale_factor=0.5)
 
 
 @pytest.fixture(scope="module")

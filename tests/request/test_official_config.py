@@ -43,7 +43,7 @@ def test_parts_are_named_as_the_registry_names_them(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     config, released = read(tmp_path, OFFICIAL[name]), registry.find_release(name)
     upscaler = {"upscaler": [released.upscaler]} if released.upscaler else {}
-    assert config.parts() == {"model": name, "recipe": config.recipe, **upscaler}
+    assert config.engine_arguments() == {"model": name, "recipe": config.recipe, **upscaler}
 
 
 def test_every_released_model_has_its_config() -> None:
@@ -60,7 +60,7 @@ def test_files_beside_the_config_or_here_are_taken_before_names(
     checkpoint, upscaler = there / f"{DEV}.safetensors", here / "ltxv-spatial-upscaler-0.9.8.safetensors"
     checkpoint.touch()
     upscaler.touch()
-    parts = read(there, OFFICIAL[DEV]).parts()
+    parts = read(there, OFFICIAL[DEV]).engine_arguments()
     assert (parts["model"], parts["upscaler"]) == (str(checkpoint), [str(upscaler)])
 
 
@@ -68,10 +68,10 @@ def test_given_parts_go_first_and_what_the_file_names_need_not_exist(tmp_path: P
     text = OFFICIAL[DEV].replace(f"{DEV}.safetensors", "gone.safetensors")
     config = read(tmp_path, text)
     with pytest.raises(RequestError, match=r"config\.yaml: checkpoint_path is 'gone.safetensors'"):
-        config.parts()
-    parts = config.parts({"model": "demo", "upscaler": ["mine.safetensors"]})
+        config.engine_arguments()
+    parts = config.engine_arguments({"model": "demo", "upscaler": ["mine.safetensors"]})
     assert (parts["model"], parts["upscaler"]) == ("demo", ["mine.safetensors"])
-    assert "upscaler" not in config.parts({"model": "demo"}, upscale=False)
+    assert "upscaler" not in config.engine_arguments({"model": "demo"}, include_upscaler=False)
 
 
 def test_what_is_left_out_means_what_it_means_there(tmp_path: Path) -> None:

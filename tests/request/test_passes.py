@@ -26,8 +26,8 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
-from kadr.pipeline.dry_run import DryEngine
-from kadr.request.passes import warn_guided
+from kadr.pipeline.dry_run import DryRunEngine
+from kadr.request.passes import warn_distilled_guidance
 from kadr.sampling.latents import adain
 from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass
@@ -55,7 +55,7 @@ REQUEST = Request(
     steps=2,
     guidance=1.0,
     multi_scale=True,
-    second=Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0)),
+    second_pass=Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0)),
     image_noise=0.0,
 )
 DISTILLED = Schedule(sampler="LinearQuadratic", allowed_sigmas=DISTILLED_SIGMAS)
@@ -269,7 +269,7 @@ def test_a_clip_is_refused_where_the_first_pass_makes_every_second_frame(
 
 
 def test_one_frame_of_a_clip_is_a_picture(opened: Opened, clip: str) -> None:
-    request = replace(REQUEST, conditions=(Condition(clip, part=(4, 5), frame=10),))
+    request = replace(REQUEST, conditions=(Condition(clip, frame_range=(4, 5), frame=10),))
     assert opened("temporal").denoise(request).isfinite().all()
 
 
@@ -296,13 +296,13 @@ def test_a_video_to_start_from_is_for_the_first_pass(
         return encode(self, iter([pixels]), frames)
 
     monkeypatch.setattr(VAE, "encode_stream", watched)
-    request = replace(REQUEST, steps=8, frames=9, video=clip, video_strength=0.9)
+    request = replace(REQUEST, steps=8, frames=9, input_video=clip, denoise_strength=0.9)
     opened("spatial").denoise(request)
     opened("temporal").denoise(request)
     assert encoded == [(1, 3, 9, 32, 64), (1, 3, 9, 64, 128)]
     first, second = opened("spatial").passes(request)
-    assert float(first.levels[0]) <= 0.9
-    assert second.levels.tolist() == pytest.approx(LEVELS)
+    assert float(first.sigmas[0]) <= 0.9
+    assert second.sigmas.tolist() == pytest.approx(LEVELS)
 
 
 def test_a_box_too_small_for_the_first_pass_is_refused_with_a_size_that_works(
@@ -367,7 +367,7 @@ def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(home: P
     named = {"the upscaler": {"upscaler": upscaler}, "the upscaler and the model": {"upscaler": upscaler}}
     named["the upscaler and the model"]["second_model"] = home / MODEL
     for says, how in named.items():
-        engine = DryEngine.open(home / MODEL, **how)
+        engine = DryRunEngine.open(home / MODEL, **how)
         with pytest.warns(KadrWarning, match=f"a single pass is made, and {says} given for a second is not used"):
             engine.run(request)
         with warnings.catch_warnings():
@@ -378,7 +378,7 @@ def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(home: P
 def test_a_dry_run_refuses_an_upscaler_for_other_latents(home: Path) -> None:
     upscaler = home / "wide.safetensors"
     says = ("wide.safetensors", "12 channels", "have 8")
-    refused(lambda: DryEngine.open(home / MODEL, upscaler=upscaler), CheckpointError, *says)
+    refused(lambda: DryRunEngine.open(home / MODEL, upscaler=upscaler), CheckpointError, *says)
 
 
 @pytest.mark.parametrize("name", ["ltxv-2b-0.9.5", "t5-v1.1-xxl"])
@@ -422,13 +422,13 @@ def test_a_dry_run_refuses_what_a_run_refuses_in_the_same_words(
     with pytest.raises(KadrError) as wet:
         opened(*names).denoise(request)
     with pytest.raises(type(wet.value), match=re.escape(str(wet.value))):
-        DryEngine.open(home / MODEL, upscaler=[home / f"{name}.safetensors" for name in names]).run(request)
+        DryRunEngine.open(home / MODEL, upscaler=[home / f"{name}.safetensors" for name in names]).run(request)
 
 
 def test_a_dry_run_refuses_two_upscalers_of_one_kind(home: Path) -> None:
     for names, says in ((("temporal", "both"), "second temporal"), (("spatial", "spatial"), "second spatial")):
         with pytest.raises(CheckpointError, match=says):
-            DryEngine.open(home / MODEL, upscaler=[home / f"{name}.safetensors" for name in names])
+            DryRunEngine.open(home / MODEL, upscaler=[home / f"{name}.safetensors" for name in names])
 
 
 # --- another model for the second pass -----------------------------------------------------------------------------
@@ -444,8 +444,8 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
     engine = mixed(home, other)
     request = replace(REQUEST, second=Pass(steps=4, skip_initial=2, guidance=Guidance(cfg_scale=1.0)))
     first, second = engine.passes(request)
-    assert first.levels.tolist() == LINEAR_QUADRATIC.get_sigmas(2, tokens=first.grid.num_tokens).tolist()
-    assert second.levels.tolist() == SHIFTED.get_sigmas(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
+    assert first.sigmas.tolist() == LINEAR_QUADRATIC.get_sigmas(2, tokens=first.grid.num_tokens).tolist()
+    assert second.sigmas.tolist() == SHIFTED.get_sigmas(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
     steps, told = spied(monkeypatch, Transformer), spied(monkeypatch, Transformer, "rope")
     made = engine.denoise(request)
     assert [len(module.layers) for module, _ in steps] == [2, 2, 3, 3]
@@ -459,7 +459,7 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
     torch.testing.assert_close(early[0, 0].unique() * 24, torch.tensor([0.0, 1.0, 9.0]))  # causal
     torch.testing.assert_close(late[0, 0].unique() * 24, torch.tensor([0.0, 8.0, 16.0]))
     assert not torch.equal(
-        made, opened("spatial").denoise(replace(request, second=Pass(sigmas=tuple(second.levels.tolist()))))
+        made, opened("spatial").denoise(replace(request, second=Pass(sigmas=tuple(second.sigmas.tolist()))))
     )
 
 
@@ -608,7 +608,7 @@ def test_a_model_is_distilled_by_its_levels_or_by_its_name(opened: Opened) -> No
     (plan,) = opened().passes(replace(REQUEST, multi_scale=False, second=None, guidance=3.0))
     for schedule, released in ((DISTILLED, None), (LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-distilled"])):
         with pytest.warns(KadrWarning, match="it was made to run without"):
-            warn_guided(plan, "this", schedule, released)
+            warn_distilled_guidance(plan, "this", schedule, released)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_guided(plan, "this", LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-dev"])
+        warn_distilled_guidance(plan, "this", LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-dev"])

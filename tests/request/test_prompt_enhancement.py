@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kadr import Condition, Enhancer, Request, enhanced
+from kadr import Condition, Enhancer, Request, enhance_prompt
 from kadr.errors import EnhanceError, KadrWarning, MediaError, RequestError
 from kadr.media.writer import VideoWriter
-from kadr.request.prompt_enhancement import LONGEST_SIDE
+from kadr.request.prompt_enhancement import MAX_IMAGE_SIDE
 from kadr.request.windows import Windows
 from kadr.shapes import Size
 from tests.fakechat import PARAGRAPH, FakeChat, refused, said, serving
@@ -46,21 +46,21 @@ def seen(url: str) -> Image.Image:
 
 
 def test_the_prompt_is_what_the_endpoint_made_and_the_users_words_stay_beside_it(chat: FakeChat) -> None:
-    made = enhanced(REQUEST, Enhancer(chat.url))
+    made = enhance_prompt(REQUEST, Enhancer(chat.url))
     assert made == replace(REQUEST, prompt=PARAGRAPH, original_prompt="a red fox")
     assert Request.from_json(made.to_json()) == made
 
 
 def test_what_is_enhanced_again_still_has_the_users_words(chat: FakeChat) -> None:
-    once = enhanced(REQUEST, Enhancer(chat.url))
+    once = enhance_prompt(REQUEST, Enhancer(chat.url))
     chat.reply = said("Another paragraph about the fox.")
-    twice = enhanced(once, Enhancer(chat.url))
+    twice = enhance_prompt(once, Enhancer(chat.url))
     assert (twice.prompt, twice.original_prompt) == ("Another paragraph about the fox.", "a red fox")
 
 
 def test_scenes_are_enhanced_one_by_one_and_joined_again(chat: FakeChat) -> None:
     chat.reply = lambda asked: said(f"Scene {len(chat.asked)}: fox | number {len(chat.asked)} walks | on.")
-    made = enhanced(replace(REQUEST, prompt=" a fox|a hare |  an owl", windows=Windows()), Enhancer(chat.url))
+    made = enhance_prompt(replace(REQUEST, prompt=" a fox|a hare |  an owl", windows=Windows()), Enhancer(chat.url))
     assert made.prompt == "fox number 1 walks on. | fox number 2 walks on. | fox number 3 walks on."
     assert made.original_prompt == " a fox|a hare |  an owl"
     assert [asked.words.rpartition("\n")[2] for asked in chat.asked] == ["a fox", "a hare", "an owl"]
@@ -69,11 +69,11 @@ def test_scenes_are_enhanced_one_by_one_and_joined_again(chat: FakeChat) -> None
 def test_failure_leaves_the_request_as_it_was_with_a_warning(chat: FakeChat) -> None:
     chat.reply = refused(500, "out of memory")
     with pytest.warns(KadrWarning, match=r"out of memory\)\. The prompt is used as it was written\."):
-        assert enhanced(REQUEST, Enhancer(chat.url)) is REQUEST
+        assert enhance_prompt(REQUEST, Enhancer(chat.url)) is REQUEST
 
 
 def test_without_windows_a_prompt_is_one_scene_whatever_stands_in_it(chat: FakeChat) -> None:
-    made = enhanced(replace(REQUEST, prompt="a fox | a hare"), Enhancer(chat.url))
+    made = enhance_prompt(replace(REQUEST, prompt="a fox | a hare"), Enhancer(chat.url))
     assert (made.prompt, len(chat.asked)) == (PARAGRAPH, 1)
 
 
@@ -81,13 +81,13 @@ def test_one_scene_that_fails_leaves_all_as_they_were(chat: FakeChat) -> None:
     chat.reply = lambda asked: said(PARAGRAPH if len(chat.asked) == 1 else "")
     request = replace(REQUEST, prompt="a fox | a hare", windows=Windows())
     with pytest.warns(KadrWarning, match="answered with nothing"):
-        assert enhanced(request, Enhancer(chat.url)) is request
+        assert enhance_prompt(request, Enhancer(chat.url)) is request
 
 
 def test_failure_is_an_error_where_it_is_required(chat: FakeChat) -> None:
     chat.reply = refused(500, "out of memory")
     with pytest.raises(EnhanceError, match="out of memory"):
-        enhanced(REQUEST, Enhancer(chat.url, required=True))
+        enhance_prompt(REQUEST, Enhancer(chat.url, required=True))
 
 
 def test_a_picture_is_shown_small_and_with_its_place(chat: FakeChat, tmp_path: Path) -> None:
@@ -101,10 +101,10 @@ def test_a_picture_is_shown_small_and_with_its_place(chat: FakeChat, tmp_path: P
         Condition(small, frame=-9),
         Condition(small, box=(32, 0, 64, 96)),
     )
-    enhanced(replace(REQUEST, conditions=conditions), Enhancer(chat.url))
+    enhance_prompt(replace(REQUEST, conditions=conditions), Enhancer(chat.url))
     (asked,) = chat.asked
     images = [seen(url) for url in asked.pictures]
-    assert [image.size for image in images] == [(LONGEST_SIDE, LONGEST_SIDE // 2), *[(60, 90)] * 4]
+    assert [image.size for image in images] == [(MAX_IMAGE_SIDE, MAX_IMAGE_SIDE // 2), *[(60, 90)] * 4]
     assert images[0].getpixel((9, 9)) == pytest.approx((250, 10, 10), abs=6)
     assert images[1].getpixel((9, 9)) == pytest.approx((10, 10, 250), abs=6)
     assert [part["text"] for part in asked.parts[:-1] if part["type"] == "text"] == [
@@ -120,11 +120,11 @@ def test_a_picture_is_shown_small_and_with_its_place(chat: FakeChat, tmp_path: P
 def test_of_a_clip_the_first_frame_that_is_taken_is_shown(chat: FakeChat, clip: str) -> None:
     conditions = (
         Condition(clip),
-        Condition(clip, frame=16, part=(8, None)),
-        Condition(clip, frame=-1, part=(-5, None)),
-        Condition(clip, frame=-9, part=(12, 13)),
+        Condition(clip, frame=16, frame_range=(8, None)),
+        Condition(clip, frame=-1, frame_range=(-5, None)),
+        Condition(clip, frame=-9, frame_range=(12, 13)),
     )
-    enhanced(replace(REQUEST, conditions=conditions, video=clip), Enhancer(chat.url))
+    enhance_prompt(replace(REQUEST, conditions=conditions, input_video=clip), Enhancer(chat.url))
     (asked,) = chat.asked
     levels = [np.asarray(seen(url)).mean() for url in asked.pictures]
     assert levels == pytest.approx([0, 0, 80, 120, 120], abs=4)
@@ -144,11 +144,11 @@ def test_a_picture_that_cannot_be_read_is_told_before_anyone_is_asked(
 ) -> None:
     (tmp_path / "odd.png").write_bytes(b"no picture")
     with pytest.raises(MediaError, match=name):
-        enhanced(replace(REQUEST, conditions=(Condition(str(tmp_path / name)),)), Enhancer(chat.url))
+        enhance_prompt(replace(REQUEST, conditions=(Condition(str(tmp_path / name)),)), Enhancer(chat.url))
     assert chat.asked == []
 
 
 def test_a_part_that_a_clip_does_not_have_is_told_before_anyone_is_asked(chat: FakeChat, clip: str) -> None:
     with pytest.raises(RequestError, match="has 17 frames"):
-        enhanced(replace(REQUEST, conditions=(Condition(clip, part=(20, 25)),)), Enhancer(chat.url))
+        enhance_prompt(replace(REQUEST, conditions=(Condition(clip, frame_range=(20, 25)),)), Enhancer(chat.url))
     assert chat.asked == []

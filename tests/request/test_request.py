@@ -33,15 +33,15 @@ FULL = Request(
     stochastic=False,
     cache=StepCache("taylor", interval=2),
     conditions=(Condition(media="/a b/photo.jpg", strength=0.6),),
-    controls=(Control(media="/a b/walk.mp4", kind="canny", part=(3, None)),),
+    controls=(Control(media="/a b/walk.mp4", kind="canny", frame_range=(3, None)),),
     image_noise=0.15,
     image_crf=0,
     decode_timestep=0.05,
     decode_noise=0.0,
     original_prompt='Kreis "кадр"',
 )
-IN_WINDOWS = Windows(frames=41, overlap=16, strength=0.75, adain=0.5, remember=0.25)
-BY_LEVELS = Request(prompt=PROMPT, levels=DISTILLED_SIGMAS, stochastic=True, windows=IN_WINDOWS)
+IN_WINDOWS = Windows(frames=41, overlap=16, overlap_strength=0.75, adain=0.5, anchor_strength=0.25)
+BY_LEVELS = Request(prompt=PROMPT, sigmas=DISTILLED_SIGMAS, stochastic=True, windows=IN_WINDOWS)
 BY_LISTS = Guidance(
     cfg_scale=(1.0, 4.0),
     stg_scale=(0.0, 2.0),
@@ -58,9 +58,9 @@ IN_TWO_PASSES = Request(
     prompt=PROMPT,
     guidance=BY_LISTS,
     multi_scale=True,
-    downscale=0.5,
+    downscale_factor=0.5,
     tone_map=0.25,
-    second=Pass(
+    second_pass=Pass(
         sigmas=(0.9, 0.5),
         guidance=Guidance(cfg_scale=2.5, stg_scale=1.0, skip_blocks=(0, 7)),
         stochastic=True,
@@ -68,14 +68,17 @@ IN_TWO_PASSES = Request(
     ),
     conditions=(
         Condition(media="left.png", box=(0, 0, 352, 480)),
-        Condition(media="right.mp4", box=(352, 0, 352, 480), part=(-9, None), strength=0.5),
-        Condition(media="clip.mkv", frame=-1, part=(None, -16)),
-        Condition(media="frames.bin", frame=8, clip=True, part=(3, 20)),
-        Condition(media="odd.mp4", frame=40, clip=False),
+        Condition(media="right.mp4", box=(352, 0, 352, 480), frame_range=(-9, None), strength=0.5),
+        Condition(media="clip.mkv", frame=-1, frame_range=(None, -16)),
+        Condition(media="frames.bin", frame=8, is_clip=True, frame_range=(3, 20)),
+        Condition(media="odd.mp4", frame=40, is_clip=False),
     ),
 )
 FROM_VIDEO = Request(
-    prompt=PROMPT, video="/a b/кадр.mp4", video_strength=0.6, second=Pass(steps=4, skip_initial=2, skip_final=1)
+    prompt=PROMPT,
+    input_video="/a b/кадр.mp4",
+    denoise_strength=0.6,
+    second_pass=Pass(steps=4, skip_initial=2, skip_final=1),
 )
 BASE = Recipe()  # one pass of 40 steps
 DISTILLED = RELEASES_BY_NAME["ltxv-2b-0.9.8-distilled"].recipe
@@ -169,21 +172,21 @@ def test_controls_are_a_list_of_controls_and_a_picture_has_no_parts() -> None:
         with pytest.raises(RequestError, match="must be a list of Control"):
             Request(prompt=PROMPT, controls=given)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="Only a clip has parts"):
-        Control("photo.jpg", part=(0, 9))
+        Control("photo.jpg", frame_range=(0, 9))
 
 
 def test_levels_and_steps_are_the_one_or_the_other() -> None:
     for more in ({"steps": 3}, {"skip_initial": 1}, {"skip_final": 1}):
         with pytest.raises(RequestError, match="the one or the other"):
-            Request(prompt=PROMPT, levels=(1.0, 0.5), **more)
+            Request(prompt=PROMPT, sigmas=(1.0, 0.5), **more)
 
 
 def test_a_size_may_be_a_pair_and_lists_become_tuples() -> None:
-    made = Request(prompt=PROMPT, size=(64, 32), levels=[1.0, 0.5], conditions=[PHOTO])
-    assert made == Request(prompt=PROMPT, size=Size(64, 32), levels=(1.0, 0.5), conditions=(PHOTO,))
-    assert hash(made) == hash(Request(prompt=PROMPT, size=Size(64, 32), levels=(1.0, 0.5), conditions=(PHOTO,)))
+    made = Request(prompt=PROMPT, size=(64, 32), sigmas=[1.0, 0.5], conditions=[PHOTO])
+    assert made == Request(prompt=PROMPT, size=Size(64, 32), sigmas=(1.0, 0.5), conditions=(PHOTO,))
+    assert hash(made) == hash(Request(prompt=PROMPT, size=Size(64, 32), sigmas=(1.0, 0.5), conditions=(PHOTO,)))
     assert Condition(media=Path("photo.jpg")) == PHOTO
-    assert made.media() == (Path("photo.jpg"),)
+    assert made.media_paths() == (Path("photo.jpg"),)
 
 
 RESOLVED = resolve(Request(prompt=PROMPT), DISTILLED)
@@ -199,8 +202,8 @@ def test_a_request_survives_json(request_: Request) -> None:
 
 def test_every_field_of_requests_passes_guidance_and_conditions_is_in_one_that_goes_through_json() -> None:
     asked = (FULL, BY_LEVELS, IN_TWO_PASSES, FROM_VIDEO)
-    passes = [request.second or Pass() for request in asked]
-    guidances = [BY_LISTS, IN_TWO_PASSES.second.guidance] if IN_TWO_PASSES.second else []
+    passes = [request.second_pass or Pass() for request in asked]
+    guidances = [BY_LISTS, IN_TWO_PASSES.second_pass.guidance] if IN_TWO_PASSES.second_pass else []
     shown = [condition for request in asked for condition in request.conditions]
     followed = [control for request in asked for control in request.controls]
     for made, plain in (
@@ -264,13 +267,13 @@ def test_json_that_is_no_request_is_refused(data: Any) -> None:
 def test_what_is_left_out_comes_from_the_recipe_and_what_is_said_stays() -> None:
     made = resolve(Request(prompt=PROMPT), BASE)
     assert (made.size, made.frames, made.fps) == (BASE.size, BASE.frames, BASE.fps)
-    assert made.only_pass() == replace(BASE.first_pass, stochastic=False, tone_map=0.0)
-    said = replace(FULL, multi_scale=False, downscale=0.5)
+    assert made.first_pass() == replace(BASE.first_pass, stochastic=False, tone_map=0.0)
+    said = replace(FULL, multi_scale=False, downscale_factor=0.5)
     kept = resolve(said, BASE)
     for field in fields(Request):
         if field.name not in ("guidance", "tone_map") and getattr(said, field.name) is not None:
             assert getattr(kept, field.name) == getattr(said, field.name), field.name
-    assert kept.only_pass().guidance.cfg_scale == said.only_pass().guidance.cfg_scale
+    assert kept.first_pass().guidance.cfg_scale == said.first_pass().guidance.cfg_scale
 
 
 def test_nothing_is_taken_for_left_out() -> None:
@@ -300,7 +303,7 @@ def test_either_steps_or_levels_are_filled_in(
     asked: dict[str, Any], recipe: Recipe, steps: int | None, levels: tuple[float, ...] | None
 ) -> None:
     made = resolve(Request(prompt=PROMPT, **asked), recipe)
-    assert (made.steps, made.levels) == (steps, levels)
+    assert (made.steps, made.sigmas) == (steps, levels)
 
 
 @pytest.mark.parametrize("name", RELEASES_BY_NAME)
@@ -316,16 +319,16 @@ def test_a_number_for_guidance_changes_its_scale_and_leaves_the_rest_to_the_reci
     assert dev.second_pass is not None
     made = resolve(Request(prompt=PROMPT, guidance=5.0), dev)
     assert made.guidance == replace(dev.first_pass.guidance, cfg_scale=5.0)
-    assert made.second == replace(dev.second_pass, stochastic=False, tone_map=0.0)
+    assert made.second_pass == replace(dev.second_pass, stochastic=False, tone_map=0.0)
 
 
 def test_a_tone_map_is_for_what_is_decoded() -> None:
     made = resolve(Request(prompt=PROMPT, tone_map=0.9), DISTILLED)
-    assert made.second is not None
-    assert made.second.tone_map == 0.9
-    own = resolve(Request(prompt=PROMPT, tone_map=0.9, second=Pass(tone_map=0.1)), DISTILLED)
-    assert own.second is not None
-    assert own.second.tone_map == 0.1
+    assert made.second_pass is not None
+    assert made.second_pass.tone_map == 0.9
+    own = resolve(Request(prompt=PROMPT, tone_map=0.9, second_pass=Pass(tone_map=0.1)), DISTILLED)
+    assert own.second_pass is not None
+    assert own.second_pass.tone_map == 0.1
 
 
 @pytest.mark.parametrize(
@@ -345,6 +348,6 @@ def test_two_passes_that_cannot_be_are_refused(asked: dict[str, Any], recipe: Re
 
 def test_a_filled_request_is_checked_as_any_other() -> None:
     with pytest.raises(KadrError, match="guidance"):
-        Request(prompt=PROMPT).filled({"guidance": 0.0})
+        Request(prompt=PROMPT).with_defaults({"guidance": 0.0})
     with pytest.raises(RequestError, match="fps"):
         replace(FULL, fps=0)

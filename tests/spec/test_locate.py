@@ -12,7 +12,7 @@ from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import TEXT_ENCODER, TEXT_ENCODER_GGUF, TEXT_ENCODER_REPO, find_release
-from kadr.spec.locate import PACKAGE, fetched_text, fetched_upscaler, locate, on_disk
+from kadr.spec.locate import PACKAGE_ROOT, fetch_text_encoder, fetch_upscaler, find_release_on_disk, locate
 
 HUB_FILES = "Lightricks/LTX-Video"
 
@@ -38,22 +38,22 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
 def test_a_name_is_its_file_and_its_text_encoder_waits(fetched: list[tuple[str, ...]], tmp_path: Path) -> None:
     found = locate("ltxv-13b-0.9.8-dev")
     assert found.model == tmp_path / "ltxv-13b-0.9.8-dev.safetensors"
-    assert (found.released, found.text_encoder, found.vae) == (find_release("ltxv-13b-0.9.8-dev"), None, None)
+    assert (found.release, found.text_encoder, found.vae) == (find_release("ltxv-13b-0.9.8-dev"), None, None)
     assert fetched == [(HUB_FILES, "ltxv-13b-0.9.8-dev.safetensors")]
 
 
 def test_the_parts_that_wait_come_when_they_are_asked_for(fetched: list[tuple[str, ...]]) -> None:
     released = find_release("ltxv-13b-0.9.7-dev")
-    fetched_text(released)
-    fetched_text(None)
-    fetched_upscaler(released)
+    fetch_text_encoder(released)
+    fetch_text_encoder(None)
+    fetch_upscaler(released)
     text = (TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
     assert fetched == [text, text, (HUB_FILES, "ltxv-spatial-upscaler-0.9.7.safetensors")]
 
 
 def test_a_model_of_one_pass_has_no_upscaler() -> None:
     with pytest.raises(CheckpointError, match=r"no upscaler was released for ltxv-2b-0\.9\.5.*--upscaler"):
-        fetched_upscaler(find_release("ltxv-2b-0.9.5"))
+        fetch_upscaler(find_release("ltxv-2b-0.9.5"))
 
 
 def test_a_vae_comes_from_the_entry_that_the_model_names_unless_one_is_given(
@@ -103,7 +103,8 @@ def test_a_text_encoder_in_a_gguf_file_comes_by_its_name_or_path(
     released = find_release(TEXT_ENCODER_GGUF)
     assert locate("demo", text_encoder=TEXT_ENCODER_GGUF).text_encoder == tmp_path / released.file
     assert (
-        fetched_text(replace(find_release("ltxv-2b-0.9.5"), text_encoder=TEXT_ENCODER_GGUF)) == tmp_path / released.file
+        fetch_text_encoder(replace(find_release("ltxv-2b-0.9.5"), text_encoder=TEXT_ENCODER_GGUF))
+        == tmp_path / released.file
     )
     assert fetched == [(released.repo, released.file)] * 2
     own = tmp_path / "own.gguf"
@@ -121,7 +122,7 @@ def test_a_path_that_is_not_there_is_named(part: str) -> None:
 
 def test_what_comes_with_kadr_is_here(fetched: list[tuple[str, ...]]) -> None:
     found = locate("demo")
-    assert found.model == on_disk(find_release("demo")) == PACKAGE / "assets/demo/demo.safetensors"
+    assert found.model == find_release_on_disk(find_release("demo")) == PACKAGE_ROOT / "assets/demo/demo.safetensors"
     assert found.text_encoder == found.model.parent
     assert fetched == []
 
@@ -129,5 +130,5 @@ def test_what_comes_with_kadr_is_here(fetched: list[tuple[str, ...]]) -> None:
 def test_whether_an_entry_is_here_is_asked_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "cached_file", lambda repo, file: Path(repo, file))
     monkeypatch.setattr(hub, "cached_folder", lambda repo, patterns: Path(repo, *patterns))
-    assert on_disk(find_release(TEXT_ENCODER)) == Path(TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
-    assert on_disk(find_release("ltxv-2b-0.9.5")) == Path(HUB_FILES, "ltx-video-2b-v0.9.5.safetensors")
+    assert find_release_on_disk(find_release(TEXT_ENCODER)) == Path(TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
+    assert find_release_on_disk(find_release("ltxv-2b-0.9.5")) == Path(HUB_FILES, "ltx-video-2b-v0.9.5.safetensors")

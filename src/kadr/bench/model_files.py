@@ -27,7 +27,7 @@ from kadr.models.vae.config import VAE_0_9_5
 from kadr.planning.parameters import text_encoder_parameters, transformer_parameters
 from kadr.planning.vae_stages import vae_decoder_parameters, vae_encoder_parameters
 from kadr.sampling.schedules import Schedule
-from kadr.spec.locate import released_file
+from kadr.spec.locate import fetch_release
 
 T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 # Where nobody measures the text encoder: as wide as it must be, and next to nothing besides.
@@ -87,7 +87,7 @@ def opened(name: str, selection: Selection, folder: Path | None = None) -> Itera
     """
     with tempfile.TemporaryDirectory(prefix="kadr-bench-") as scratch:
         if name == DEMO:
-            path = released_file(find_release(DEMO))
+            path = fetch_release(find_release(DEMO))
             yield Source(name, path, path.parent, Path(scratch))
         else:
             yield random_model(name, selection, folder or Path(scratch) / "models", Path(scratch))
@@ -113,7 +113,7 @@ def random_model(name: str, selection: Selection, folder: Path, scratch: Path) -
     if no_text:
         with torch.device("meta"):
             encoder = T5Encoder(text)
-        tokenizer = released_file(find_release(DEMO)).parent / "tokenizer" / "spiece.model"
+        tokenizer = fetch_release(find_release(DEMO)).parent / "tokenizer" / "spiece.model"
         write_text_encoder(home, encoder, tokenizer, materialize=noise)
     return Source(
         name,

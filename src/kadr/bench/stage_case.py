@@ -34,7 +34,7 @@ from kadr.pipeline.engine import Engine
 from kadr.planning import activations
 from kadr.planning.flops import perturbed_flops, text_encoder_flops, transformer_flops
 from kadr.planning.vae_flops import vae_decoder_flops, vae_encoder_flops
-from kadr.request.passes import PassPlan
+from kadr.request.passes import ResolvedPass
 from kadr.request.request import Request
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_VALUES
@@ -163,10 +163,10 @@ class Work:
         return pass_flops(self.transformer, plan) + vae_decoder_flops(self.vae, grid)
 
 
-def pass_flops(config: TransformerConfig, plan: PassPlan) -> int:
+def pass_flops(config: TransformerConfig, plan: ResolvedPass) -> int:
     """Of all evaluations of a pass."""
     total, tokens = 0, plan.grid.num_tokens
-    for step in plan.steps:
+    for step in plan.step_guidance:
         total += (1 + (step.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=LENGTH)
         if step.stg_scale > 0 and step.skip_blocks:
             mode = plan.settings.guidance.stg_mode or ATTENTION_VALUES

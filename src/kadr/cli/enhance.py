@@ -14,7 +14,7 @@ from kadr.cli.flags import options
 from kadr.cli.terminal.errors import say
 from kadr.errors import KadrWarning
 from kadr.request.request import Request
-from kadr.request.windows import folder_of
+from kadr.request.windows import window_folder_path
 from kadr.text.endpoint import KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
         EnhanceError: the endpoint fails, and --enhance-required is given.
         KadrError: the video cannot be made; nobody is asked then.
     """
-    if resume and (begun := _begun_with(folder_of(output), request)) is not None:
+    if resume and (begun := _begun_with(window_folder_path(output), request)) is not None:
         return begun
     if enhancer is None:
         return request
@@ -68,12 +68,12 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
     from kadr.request import prompt_enhancement
 
     if engine.resolve(request).windows is not None:
-        check_resumable(folder_of(output), resume=resume)
+        check_resumable(window_folder_path(output), resume=resume)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KadrWarning)  # it is said when the video is made
         engine.plan(request)  # an answer may cost money, and does not change what can be made
     say(f"{enhancer.display_url} is asked to enhance the prompt")
-    made = prompt_enhancement.enhanced(request, enhancer)
+    made = prompt_enhancement.enhance_prompt(request, enhancer)
     if made is not request:
         say(f"enhanced: {made.prompt}")
     return made

@@ -14,12 +14,12 @@ from kadr.cli.terminal.errors import say
 from kadr.cli.terminal.progress import duration, shown
 from kadr.errors import MediaError, RequestError
 from kadr.request.request import Request, refuse_overwriting
-from kadr.request.windows import FOLDER, folder_of
+from kadr.request.windows import WINDOWS_SUFFIX, window_folder_path
 from kadr.shapes import Size
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
-    from kadr.pipeline.video import Made
+    from kadr.pipeline.video import VideoFile
     from kadr.planning.plan import Plan
 
 DEFAULT_OUTPUT = "out.mp4"
@@ -59,7 +59,7 @@ def unnamed(path: Path, *, resume: bool = False) -> Path:
 
 
 def _is_free(path: Path) -> bool:
-    return not path.exists() and not _has_windows(folder_of(path))
+    return not path.exists() and not _has_windows(window_folder_path(path))
 
 
 def _has_windows(folder: Path) -> bool:
@@ -68,7 +68,7 @@ def _has_windows(folder: Path) -> bool:
 
 def _begun(usual: Path) -> Path:
     """The video, of those that would be called so, that is not finished."""
-    numbered = re.compile(rf"{re.escape(usual.stem)}(-\d+)?{re.escape(FOLDER)}")
+    numbered = re.compile(rf"{re.escape(usual.stem)}(-\d+)?{re.escape(WINDOWS_SUFFIX)}")
     home = usual.parent.iterdir() if usual.parent.is_dir() else ()
     found = sorted(folder for folder in home if numbered.fullmatch(folder.name) and _has_windows(folder))
     if len(found) > 1:
@@ -83,7 +83,7 @@ def refuse_absent(request: Request) -> None:
     Raises:
         MediaError: some are not.
     """
-    absent = [str(path) for path in request.media() if not path.is_file()]
+    absent = [str(path) for path in request.media_paths() if not path.is_file()]
     if absent:
         raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the picture or clip.")
 
@@ -135,7 +135,7 @@ def _windows_told(output: Path) -> Iterator[None]:
     except BaseException as error:
         from kadr.pipeline.longvideo.window_folder import kept_in  # loads torch
 
-        kept = len(kept_in(folder_of(output)))
+        kept = len(kept_in(window_folder_path(output)))
         if kept and not isinstance(error, RequestError):
             say(f"{kept} finished {'window is' if kept == 1 else 'windows are'} kept; --resume goes on with the video")
         raise
@@ -148,7 +148,7 @@ def tell_plan(plan: Plan) -> None:
         say(f"plan: {reason}")
 
 
-def summary(engine: Engine, made: Made) -> dict[str, Any]:
+def summary(engine: Engine, made: VideoFile) -> dict[str, Any]:
     """What --json prints."""
     return {
         "path": str(made.path),
@@ -162,7 +162,7 @@ def summary(engine: Engine, made: Made) -> dict[str, Any]:
     }
 
 
-def save_latents(made: Made, path: Path, told: dict[str, Any]) -> None:
+def save_latents(made: VideoFile, path: Path, told: dict[str, Any]) -> None:
     """Write the latents, float32 (128, f, h, w), under the name "latents", and the request as metadata."""
     from kadr.checkpoints.save import write_tensors
 

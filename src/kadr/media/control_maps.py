@@ -46,7 +46,7 @@ def fit_to_reference(image: ImageInput, size: Size, reference_size: Size, *, nam
 
     Args:
         size: of the video, as it was asked for.
-        made: of the reference; it shows `size` with its margins.
+        reference_size: of the reference; it shows `size` with its margins.
         name: what a message calls the picture.
 
     Returns:

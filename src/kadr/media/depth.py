@@ -78,7 +78,7 @@ class DepthMaps:
         self.value_range = max(float(one.max()) for one in maps) - self.minimum
 
     def render(self, frame_index: int, width: int, height: int) -> np.ndarray:
-        """The `place`-th frame, uint8 (height, width, 3)."""
+        """The `frame_index`-th frame, uint8 (height, width, 3)."""
         unit = (self.maps[frame_index].astype(np.float32) - self.minimum) / (self.value_range or 1.0)
         grey = Image.fromarray(unit).resize((width, height), Image.Resampling.BILINEAR)
         levels = np.asarray(grey) * 255

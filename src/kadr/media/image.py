@@ -49,12 +49,12 @@ def prepare_image(
         image: a path, a Pillow image, or uint8 (H, W, 3) RGB.
         size: the size asked for, before snapping to 32: the picture is cropped to its aspect.
         crf: H.264 quality of the compression, 1 (best) to 51; 0 leaves it out.
-        made: the size of the pass that uses the picture, where it is not `size.snapped()` (multi-scale makes one).
+        sampled_size: the size of the pass that uses the picture, where it is not `size.snapped()` (multi-scale makes one).
         resize: bring the picture to `size` before it is softened and compressed, as frames of a video to start from
             are; conditions are compressed at their own resolution.
 
     Returns:
-        float32 (1, 3, 1, H, W) in [-1, 1] at `made`; the margins hold 0, a middle grey.
+        float32 (1, 3, 1, H, W) in [-1, 1] at `sampled_size`; the margins hold 0, a middle grey.
 
     Raises:
         MediaError: the picture is missing, damaged, of an unsupported kind or too small; or `crf` is out of range.

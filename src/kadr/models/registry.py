@@ -33,7 +33,7 @@ class Recipe:
         second: the pass at full size, on the upscaled latents of the first; None where there is none.
         single_pass: the only pass, where that is not `first_pass`: a first pass may stop early.
         multi_scale: run both passes unless the request says otherwise.
-        downscale: of both sides, in the first of two passes.
+        downscale_factor: of both sides, in the first of two passes.
         fps: frames per second that the positions are made with.
         size, frames: a picture size and a frame count the model is good at.
         decode_timestep: the noise level told to the VAE's decoder, where it is conditioned on one.
@@ -45,7 +45,7 @@ class Recipe:
     second_pass: Pass | None = None
     single_pass: Pass | None = None
     multi_scale: bool = False
-    downscale: float = DEFAULT_DOWNSCALE
+    downscale_factor: float = DEFAULT_DOWNSCALE
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     fps: float = 30.0
     size: Size = _DEFAULT_SIZE

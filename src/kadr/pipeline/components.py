@@ -30,7 +30,7 @@ from kadr.pipeline.rotation_check import detect_rotation, may_be_rotated
 from kadr.planning.plan import AS_STORED, Placement, Plan
 from kadr.quant.rotation import rotate_weights
 from kadr.quant.weight_formats import FP8
-from kadr.spec.loras import Loras, Strength
+from kadr.spec.loras import Loras, LoraStrength
 from kadr.spec.model import (
     PASS_STAGES,
     TEXT_ENCODER,
@@ -105,7 +105,10 @@ class Components(ModelSpec):
 
     @contextmanager
     def transformer(
-        self, pass_index: int = 0, dtype: torch.dtype | None = None, lora_strengths: Sequence[Strength] | None = None
+        self,
+        pass_index: int = 0,
+        dtype: torch.dtype | None = None,
+        lora_strengths: Sequence[LoraStrength] | None = None,
     ) -> Iterator[Transformer]:
         """The transformer of a pass, 0 or 1; the one that is `borrowed`, where it is in memory for another end.
 
@@ -145,13 +148,13 @@ class Components(ModelSpec):
             self._rotations[checkpoint.path] = detect_rotation(checkpoint, dtype, self.device) if looked else None
         # What is stored in 8-bit floats is multiplied as it is: to widen and to round it again would lose twice.
         as_stored = as_stored or (self.quant == FP8 and is_quantized(checkpoint.sources["transformer"]))
-        as_stored = as_stored and not self.loras.merged  # they are added to plain weights
+        as_stored = as_stored and not self.loras.is_merged  # they are added to plain weights
         module = checkpoint.load_transformer(dtype, keep_storage_dtype=as_stored)
         rotation = self._rotations[checkpoint.path]
         if rotation is not None:
             rotate_weights(module, rotation)
-        if self.loras.merged:
-            merge_loras(module, self.loras.additions(), self.loras.strengths(pass_index))
+        if self.loras.is_merged:
+            merge_loras(module, self.loras.load(), self.loras.strengths(pass_index))
         return module
 
     def upscaler(self, kind: str) -> AbstractContextManager[LatentUpscaler]:
@@ -196,7 +199,7 @@ class Components(ModelSpec):
 
         def made() -> M:
             module = load(DTYPES[choice.dtype], as_stored=choice.weight_format == AS_STORED)
-            loras = self.loras.additions() if with_loras and not self.loras.merged else ()
+            loras = self.loras.load() if with_loras and not self.loras.is_merged else ()
             return place_module(module, choice, self.device, compile_transformer=self.compile_transformer, loras=loras)
 
         if dtype is not None:

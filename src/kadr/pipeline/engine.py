@@ -21,23 +21,23 @@ from kadr.models.registry import Recipe, Release
 from kadr.pipeline.components import Components
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.longvideo.window_folder import HELD, WindowFolder, check_resumable
-from kadr.pipeline.progress import Progress, Watch, ignore
+from kadr.pipeline.progress import Progress, Watch, ignore_progress
 from kadr.pipeline.stages.encode import Encoded
 from kadr.pipeline.stages.text import Prompts
-from kadr.pipeline.video import Made, Video
+from kadr.pipeline.video import Video, VideoFile
 from kadr.planning.plan import Plan, describe_weights
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import suggest_smaller
 from kadr.quant.weight_formats import NONE, check_weight_format
-from kadr.request.passes import PassPlan, warn_guided
+from kadr.request.passes import ResolvedPass, warn_distilled_guidance
 from kadr.request.request import Request, refuse_overwriting
-from kadr.request.resolve import resolve, warn_single, with_second
-from kadr.request.resolved_controls import warn_unheard
-from kadr.request.windows import folder_of
-from kadr.spec.locate import fetched_text, locate
-from kadr.spec.loras import Loras, check_loras_named
+from kadr.request.resolve import resolve, warn_single_pass, with_second_model
+from kadr.request.resolved_controls import warn_control_lora_mismatch
+from kadr.request.windows import window_folder_path
+from kadr.spec.locate import fetch_text_encoder, locate
+from kadr.spec.loras import Loras, check_lora_names
 from kadr.spec.model import order_upscalers, require_components
-from kadr.spec.optional_components import opened_second, opened_upscalers, own_upscaler
+from kadr.spec.optional_components import open_default_upscaler, open_second_model, open_upscalers
 from kadr.spec.options import check_compile, check_offload
 from kadr.version import __version__
 
@@ -115,20 +115,20 @@ class Engine:
         check_compile(compiled, picked)
         check_weight_format(quant or NONE)
         check_offload(offload)
-        check_loras_named(loras)
+        check_lora_names(loras)
         found = locate(model, text_encoder=text_encoder, vae=vae)
-        checkpoint = Checkpoint.open(found.model, release=found.released)
+        checkpoint = Checkpoint.open(found.model, release=found.release)
         own_vae = Checkpoint.open(found.vae) if found.vae else None
         require_components(checkpoint, own_vae or checkpoint)
-        second, second_released = opened_second(second_model)
+        second, second_released = open_second_model(second_model)
         if second is not None:
             require_components(second, own_vae or checkpoint)
-        adapters = Loras(loras, partial=lora_partial, merged=merge_loras)
-        adapters.check((checkpoint, second or checkpoint))
-        upscalers = opened_upscalers(upscaler)
+        adapters = Loras(loras, allow_partial=lora_partial, merge=merge_loras)
+        adapters.check_fits((checkpoint, second or checkpoint))
+        upscalers = open_upscalers(upscaler)
         order_upscalers(upscalers, checkpoint)
-        released = found.released or checkpoint.info.release
-        text = TextEncoderCheckpoint.open(found.text_encoder or fetched_text(released))
+        released = found.release or checkpoint.info.release
+        text = TextEncoderCheckpoint.open(found.text_encoder or fetch_text_encoder(released))
         components = Components(
             checkpoint,
             text,
@@ -145,7 +145,7 @@ class Engine:
         for opened in upscalers:
             components.add_upscaler(opened)
         own = recipe or (released.recipe if released else Recipe())
-        recipe = with_second(own, second_released)
+        recipe = with_second_model(own, second_released)
         named = None if second_model is None else (str(second_model), second_released)
         return cls(name=found.name, components=components, recipe=recipe, released=released, second=named)
 
@@ -158,14 +158,14 @@ class Engine:
         """
         return resolve(request, self.recipe)
 
-    def passes(self, request: Request) -> tuple[PassPlan, ...]:
+    def passes(self, request: Request) -> tuple[ResolvedPass, ...]:
         """The passes the request comes to, with the level and the strengths of every step. Nothing is loaded.
 
         Raises:
             RequestError: the request does not fit this model.
             CheckpointError: two passes are asked for, and there is no upscaler.
         """
-        return self._opened(request, ignore, media=False).passes
+        return self._opened(request, ignore_progress, media=False).passes
 
     def plan(self, request: Request) -> Plan:
         """What a run will need and how it is made to fit: what is in memory when, how long it takes, and why.
@@ -176,12 +176,12 @@ class Engine:
             RequestError: the request does not fit this model.
             PlanError: it does not fit in memory; carries the shortfall in bytes, and says what would fit.
         """
-        generation = self._opened(request, ignore)
+        generation = self._opened(request, ignore_progress)
         generation.check_beginning()
         self._warn_followed(request)
         return self._planned(generation, request)
 
-    def generate(self, request: Request, *, watch: Watch = ignore) -> Video:
+    def generate(self, request: Request, *, watch: Watch = ignore_progress) -> Video:
         """Make one video.
 
         Args:
@@ -210,10 +210,10 @@ class Engine:
         request: Request,
         path: str | Path,
         *,
-        watch: Watch = ignore,
+        watch: Watch = ignore_progress,
         planned: Callable[[Plan], object] | None = None,
         resume: bool = False,
-    ) -> Made:
+    ) -> VideoFile:
         """Make one video straight into an mp4: frames are written as they are decoded.
 
         Memory does not grow with the length, but for the latents: half a megabyte a second at 704x480. The file is
@@ -248,7 +248,7 @@ class Engine:
                 latents = latents.whole()
             if kept is not None:
                 kept.remove()
-        return Made(
+        return VideoFile(
             path=Path(path),
             frames=generation.frames,
             size=generation.size,
@@ -266,17 +266,22 @@ class Engine:
         if not generation.windows:
             if resume:
                 raise RequestError("there is nothing to go on with: a video without windows is made at once.")
-            check_resumable(folder_of(path), resume=False)  # another video is to be written there
+            check_resumable(window_folder_path(path), resume=False)  # another video is to be written there
             yield None
             return
         choice = self.components.placement("denoise")
         way = f"{describe_weights(choice)}, by {choice.backend}, {torch.get_num_threads()} threads"
-        identity = {**record, **self.components.file_fingerprints(generation.request.media()), HELD: way}
-        with WindowFolder.open(folder_of(path), identity, generation.kept_shapes(), resume=resume) as kept:
+        identity = {**record, **self.components.file_fingerprints(generation.request.media_paths()), HELD: way}
+        with WindowFolder.open(window_folder_path(path), identity, generation.kept_shapes(), resume=resume) as kept:
             yield kept
 
     def denoise(
-        self, request: Request, *, noise: Tensor | None = None, start: Tensor | None = None, watch: Watch = ignore
+        self,
+        request: Request,
+        *,
+        noise: Tensor | None = None,
+        start: Tensor | None = None,
+        watch: Watch = ignore_progress,
     ) -> Tensor:
         """Everything up to the decoder.
 
@@ -291,7 +296,7 @@ class Engine:
         stages = ("text", "encode", "denoise", "upscale", "refine")
         return self._begin(request, watch, stages=stages).latents(noise, start=start)
 
-    def encode(self, request: Request, *, watch: Watch = ignore) -> Tensor:
+    def encode(self, request: Request, *, watch: Watch = ignore_progress) -> Tensor:
         """The request's first condition through the VAE's encoder: normalised latents (1, C, n, h, w), on the device.
 
         Raises:
@@ -305,7 +310,7 @@ class Engine:
         where = next(number for number, found in enumerate(places) if any(found))
         return generation.media_encoded(wanted=(where,))[where].items[places[where].index(True)][1]
 
-    def encode_media(self, request: Request, *, watch: Watch = ignore) -> Encoded:
+    def encode_media(self, request: Request, *, watch: Watch = ignore_progress) -> Encoded:
         """The pictures and clips of the request, and what it follows, through the VAE's encoder, for its first pass or
         window.
 
@@ -314,7 +319,9 @@ class Engine:
         """
         return self._begin(request, watch, stages=("encode",)).media_encoded(wanted=(0,))[0]
 
-    def encode_prompts(self, request: Request, prompts: Sequence[str], *, watch: Watch = ignore) -> list[Tensor]:
+    def encode_prompts(
+        self, request: Request, prompts: Sequence[str], *, watch: Watch = ignore_progress
+    ) -> list[Tensor]:
         """What the text encoder makes of some prompts: (n, D) each, for its n tokens, on the CPU.
 
         Args:
@@ -325,7 +332,7 @@ class Engine:
         return [text.embeddings[text.mask].cpu() for text in texts]
 
     def decode(
-        self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore
+        self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore_progress
     ) -> Tensor:
         """Normalised latents (1, C, f, h, w) -> uint8 (F, H, W, 3) on the CPU, cropped and trimmed as requested.
 
@@ -342,7 +349,7 @@ class Engine:
         # Absolute paths, so that the video can be made again from another folder.
         here = [replace(c, media=_absolute(c.media)) for c in request.conditions]
         followed = tuple(replace(c, media=_absolute(c.media)) for c in request.controls)
-        start = None if request.video is None else _absolute(request.video)
+        start = None if request.input_video is None else _absolute(request.input_video)
         return {
             "version": __version__,
             "name": self.name,
@@ -352,18 +359,20 @@ class Engine:
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
             "compiled": self.components.compile_transformer,
-            "request": replace(request, conditions=tuple(here), controls=followed, video=start).to_json(),
+            "request": replace(request, conditions=tuple(here), controls=followed, input_video=start).to_json(),
         }
 
     def _warn_followed(self, request: Request) -> None:
         loras = self.components.loras
         if self.components.transformer_override is None:
-            warn_unheard(request, loras=bool(loras), in_context=loras.in_context(request.lora_strengths))
+            warn_control_lora_mismatch(
+                request, has_loras=bool(loras), has_in_context_lora=loras.has_in_context(request.lora_strengths)
+            )
 
     def _loras(self) -> dict[str, Any]:
         """What is added to the weights; of a transformer that learns, what it has learned by now."""
         learned = self.components.override_lora_path
-        return (Loras([learned]) if learned is not None else self.components.loras).record()
+        return (Loras([learned]) if learned is not None else self.components.loras).metadata()
 
     def _begin(self, request: Request, watch: Watch, *, media: bool = True, stages: Collection[str] = ()) -> Generation:
         """The request on its way: checked, planned, and nothing loaded yet. stages: those to be run; () is all."""
@@ -375,14 +384,14 @@ class Engine:
 
     def _opened(self, request: Request, watch: Watch, *, media: bool = True) -> Generation:
         asked, request = request, self.resolve(request)
-        warn_single(asked, request, self.recipe)
+        warn_single_pass(asked, request, self.recipe)
         if request.multi_scale and not self.components.upscaler_checkpoints:
-            self.components.add_upscaler(own_upscaler(self.released))
+            self.components.add_upscaler(open_default_upscaler(self.released))
         generation = Generation(self.components, request, _guarded(watch), media=media)
         own = (self.name, self.released)
         models = zip((own, self.second or own), self.components.schedules, strict=True)
         for plan, ((name, released), schedule) in zip(generation.passes, models, strict=False):
-            warn_guided(plan, name, schedule, released)
+            warn_distilled_guidance(plan, name, schedule, released)
         return generation
 
     def _planned(self, generation: Generation, request: Request, stages: Collection[str] = ()) -> Plan:

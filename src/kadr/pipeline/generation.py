@@ -17,15 +17,23 @@ from kadr.pipeline.components import Components
 from kadr.pipeline.longvideo.sampling import Guide, InMemory, Kept, Pieces, is_first_picture, missing, sample_windows
 from kadr.pipeline.progress import Watch
 from kadr.pipeline.retry import retry_in_fp32
-from kadr.pipeline.stages.control_networks import fetched
+from kadr.pipeline.stages.control_networks import fetch_networks
 from kadr.pipeline.stages.decode import Decoding
 from kadr.pipeline.stages.denoise import Denoising
 from kadr.pipeline.stages.encode import Encoded, Media
-from kadr.pipeline.stages.prepared_conditions import added
+from kadr.pipeline.stages.prepared_conditions import count_appended_tokens
 from kadr.pipeline.stages.text import Prompts
 from kadr.pipeline.stages.upscale import upscaled
 from kadr.planning.workload import WindowWorkload, Workload
-from kadr.request.passes import PassPlan, check_beginning, check_blocks, plan_passes, plan_windows, stream, warn_cached
+from kadr.request.passes import (
+    ResolvedPass,
+    check_first_sigma,
+    check_skip_blocks,
+    noise_stream_name,
+    resolve_passes,
+    resolve_window_passes,
+    warn_step_cache,
+)
 from kadr.request.request import Request
 from kadr.sampling.noise import NoiseStreams
 from kadr.shapes import Size
@@ -45,17 +53,17 @@ class Generation:
         assert request.frames is not None
         self.components, self.request, self.watch = components, request, watch
         self.size, self.frames = request.size, request.frames
-        self.passes = plan_passes(request, components.schedules, upscaling=components.upscaling)
+        self.passes = resolve_passes(request, components.schedules, upscaling=components.upscaling)
         for number, plan in enumerate(self.passes):
-            check_blocks(plan, components.transformer_config_of(number).num_layers)
-            warn_cached(plan, request.step_cache)
+            check_skip_blocks(plan, components.transformer_config_of(number).num_layers)
+            warn_step_cache(plan, request.step_cache)
             components.loras.strengths(number, request.lora_strengths)  # refuses what is none
-        components.loras.check_merged(len(self.passes), components.transformer_checkpoints)
-        self.windows = plan_windows(request, components.schedules[0])
+        components.loras.check_merge(len(self.passes), components.transformer_checkpoints)
+        self.windows = resolve_window_passes(request, components.schedules[0])
         self.spans = () if request.windows is None else request.windows.spans(self.frames)
         self.noise = NoiseStreams(request.seed)
         self.device = components.device
-        self.guided = any(plan.guided for plan in self.passes)
+        self.guided = any(plan.uses_cfg for plan in self.passes)
         own = dict.fromkeys(request.prompts)
         self.prompts = Prompts(components, [*own, *([request.negative_prompt or ""] * self.guided)])
         # Media is read before any weight is: a file that cannot be read must cost nothing.
@@ -67,7 +75,7 @@ class Generation:
         """Of the latents of a pass: (1, C, f, h, w)."""
         return self._shape(self.passes[number])
 
-    def _shape(self, plan: PassPlan) -> tuple[int, ...]:
+    def _shape(self, plan: ResolvedPass) -> tuple[int, ...]:
         grid = plan.grid
         return 1, self.components.transformer_config.in_channels, grid.frames, grid.height, grid.width
 
@@ -80,7 +88,7 @@ class Generation:
             prompts_to_encode=self.prompts.missing if not stages or "text" in stages else 0,
             prompt_tokens=self.prompts.lengths,
             encode_grids=tuple(media.grids(number) for number in numbers),
-            condition_tokens=tuple(sum(map(added, items)) for items in media.fitted),
+            condition_tokens=tuple(sum(map(count_appended_tokens, items)) for items in media.fitted),
             reference_tokens=tuple(context),
             has_conditions=tuple(bool(items) for items in media.fitted),
             guidance_batch=bool(self.request.guidance_batch),
@@ -89,16 +97,16 @@ class Generation:
             windows=tuple(self._window_work(plan) for plan in self.windows),
         )
 
-    def _window_work(self, plan: PassPlan) -> WindowWorkload:
-        shown, windows = self.media.shown[plan.window], self.request.windows
+    def _window_work(self, plan: ResolvedPass) -> WindowWorkload:
+        shown, windows = self.media.shown[plan.window_index], self.request.windows
         assert windows is not None
-        guides = (windows.latents[1] if plan.window else 0) + bool(windows.remember)
+        guides = (windows.latent_frames[1] if plan.window_index else 0) + bool(windows.anchor_strength)
         context = sum(each.grid.num_tokens for each in shown.references)
         lengths = self.prompts.lengths
         return WindowWorkload(
             resolved_pass=plan,
-            prompt_tokens=(lengths[self._prompt(plan.window)], *lengths[-1:] * self.guided),
-            condition_tokens=sum(map(added, shown.items)) + guides * plan.grid.height * plan.grid.width,
+            prompt_tokens=(lengths[self._prompt(plan.window_index)], *lengths[-1:] * self.guided),
+            condition_tokens=sum(map(count_appended_tokens, shown.items)) + guides * plan.grid.height * plan.grid.width,
             has_conditions=bool(shown.items) or guides > 0,
             reference_tokens=context,
         )
@@ -119,7 +127,7 @@ class Generation:
         self._check_start(noise, start)
         if self.windows:
             return self.windowed(InMemory(), noise).whole().to(self.device)
-        networks = fetched(self.media.followed)
+        networks = fetch_networks(self.media.followed)
         texts = self.prompts.encoded(self.watch)
         media = self.media_encoded(networks)
         begun = self._begun(self.passes[0], noise, media[0].start if start is None else start)
@@ -142,20 +150,20 @@ class Generation:
         wanted = missing(kept, self.spans)
         if not wanted:
             return Pieces(self.spans, kept.read)
-        networks = fetched(self.media.followed)
+        networks = fetch_networks(self.media.followed)
         texts = self.prompts.encoded(self.watch)
         media = self.media_encoded(networks, wanted)
 
         def sample(number: int, guides: Sequence[Guide]) -> Tensor:
             plan, span = self.windows[number], self.spans[number]
             own = None if noise is None else noise[:, :, span.start : span.end]
-            read = [texts[self._prompt(number)], *texts[-1:] * plan.guided]
+            read = [texts[self._prompt(number)], *texts[-1:] * plan.uses_cfg]
             return self.denoising.sampled(
                 plan, self._begun(plan, own, media[number].start), media[number], read, guides
             )
 
         pictures = (held for item, held in media[0].items if is_first_picture(item))
-        picture = next(pictures, None) if windows.remember else None
+        picture = next(pictures, None) if windows.anchor_strength else None
         return sample_windows(windows, self.spans, kept, sample, picture)
 
     def media_encoded(
@@ -167,7 +175,7 @@ class Generation:
     def kept_shapes(self) -> list[tuple[int, ...]]:
         """Of what each window keeps, (1, C, n, h, w)."""
         _, channels, _, height, width = self.shape(0)
-        return [(1, channels, span.end - span.kept_from, height, width) for span in self.spans]
+        return [(1, channels, span.end - span.output_start, height, width) for span in self.spans]
 
     @torch.no_grad()
     def pixels(self, latents: Tensor | Pieces, noise: Tensor | None = None) -> Iterator[Tensor]:
@@ -198,16 +206,16 @@ class Generation:
         Raises:
             RequestError: see `passes.check_beginning`.
         """
-        check_beginning(self.passes[0], started=started or self.media.film is not None)
+        check_first_sigma(self.passes[0], has_init_latents=started or self.media.film is not None)
 
-    def _begun(self, plan: PassPlan, noise: Tensor | None, start: Tensor | None) -> Tensor:
+    def _begun(self, plan: ResolvedPass, noise: Tensor | None, start: Tensor | None) -> Tensor:
         """The latents at the first level: noise, or what is there with so much noise mixed in."""
         if noise is None:
-            noise = self.noise.draw(stream(plan, "initial"), self._shape(plan))
+            noise = self.noise.draw(noise_stream_name(plan, "initial"), self._shape(plan))
         noise = noise.float().to(self.device)
         if start is None:
             return noise
-        first = float(plan.levels[0])
+        first = float(plan.sigmas[0])
         return first * noise + (1 - first) * start.to(noise)
 
     def _require_shape(self, number: int, **tensors: Tensor | None) -> None:

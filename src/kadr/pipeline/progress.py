@@ -34,30 +34,30 @@ class Progress:
 Watch = Callable[[Progress], None]
 
 
-def ignore(progress: Progress) -> None:
+def ignore_progress(progress: Progress) -> None:
     """Watch nothing."""
 
 
 @dataclass
-class Stage:
+class StageProgress:
     """The clock of one stage: reports to `watch` when it begins and after every step.
 
     Args:
-        before: steps of the stage that are done already.
+        steps_before: steps of the stage that are done already.
         window: as of `Progress`.
     """
 
     name: str
-    of: int
+    total: int
     watch: Watch
-    before: int = 0
+    steps_before: int = 0
     window: tuple[int, int] | None = None
-    began: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.watch(Progress(self.name, self.before, self.of, window=self.window))
+        self.watch(Progress(self.name, self.steps_before, self.total, window=self.window))
 
-    def done(self, step: int, sigma: float | None = None) -> None:
+    def report(self, step: int, sigma: float | None = None) -> None:
         """step: how many are done, besides those of before."""
-        pace, done = (time.monotonic() - self.began) / max(step, 1), self.before + step
-        self.watch(Progress(self.name, done, self.of, sigma, pace * (self.of - done), self.window))
+        pace, done = (time.monotonic() - self.started_at) / max(step, 1), self.steps_before + step
+        self.watch(Progress(self.name, done, self.total, sigma, pace * (self.total - done), self.window))

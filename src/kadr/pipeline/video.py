@@ -30,7 +30,7 @@ class Video:
     latents: Tensor
     fps: float
     request: Request
-    record: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def size(self) -> Size:
@@ -42,13 +42,13 @@ class Video:
         Raises:
             MediaError: the folder does not exist, the disk is full, or a side is odd.
         """
-        with VideoWriter(path, self.size, self.fps, metadata=self.record) as writer:
+        with VideoWriter(path, self.size, self.fps, metadata=self.metadata) as writer:
             writer.write(self.frames)
         return Path(path)
 
 
 @dataclass(frozen=True)
-class Made:
+class VideoFile:
     """A video that went to its file as it was decoded.
 
     Args:

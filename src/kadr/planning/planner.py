@@ -31,7 +31,7 @@ from kadr.planning.weight_bytes import WeightBytes, weight_bytes
 from kadr.planning.workload import WindowWorkload, Workload
 from kadr.quant.prepack import should_prepack_convs, should_prepack_linears
 from kadr.quant.weight_formats import AUTO, INT8, INT8_WEIGHT_ONLY, NONE
-from kadr.request.passes import PassPlan
+from kadr.request.passes import ResolvedPass
 from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.spec.model import PASS_STAGES, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, ModelSpec
 from kadr.spec.options import OFFLOAD_BLOCKS, OFFLOAD_NONE, OFFLOAD_STAGES
@@ -252,7 +252,7 @@ class Planner:
             choices.append(replace(largest, seconds=seconds, windows=len(self.workload.windows)))
         return replace(needs[0][1], choices=tuple(choices))
 
-    def _denoise_options(self, pass_index: int, resolved_pass: PassPlan) -> StageOptions:
+    def _denoise_options(self, pass_index: int, resolved_pass: ResolvedPass) -> StageOptions:
         checkpoint = self.spec.transformer_checkpoints[pass_index]
         source, config = checkpoint.sources["transformer"], self.spec.transformer_config_of(pass_index)
         tokens = resolved_pass.grid.num_tokens + self.workload.extra_tokens(pass_index)
@@ -266,7 +266,7 @@ class Planner:
             weights = self._add_lora_bytes(
                 weight_bytes(source, self.dtype, way.weight_format, is_prepacked=packed), way
             )
-            read = source.size_bytes * (len(resolved_pass.steps) if way.is_streamed else 1)
+            read = source.size_bytes * (len(resolved_pass.step_guidance) if way.is_streamed else 1)
             path = backends.matmul_backend(self.dtype, self.device, way.weight_format, is_streamed=way.is_streamed)
             choices.append(self._placement(way, weights, working, flops, read, path))
         stage = PASS_STAGES[pass_index]
@@ -279,7 +279,7 @@ class Planner:
         """How a transformer can be held, best first."""
         scheme, offload = self.spec.quant, self.spec.offload
         plain = source.dtype == self.dtype or any(info.ggml_type is not None for info in source.infos.values())
-        merged = self.spec.loras.merged
+        merged = self.spec.loras.is_merged
         resident = [_WeightOption(CONVERTED)]
         if not plain and not merged:
             resident.append(_WeightOption(AS_STORED, reason="weights stay as stored"))
@@ -302,15 +302,15 @@ class Planner:
         loras = self.spec.loras
         if not loras:
             return weights
-        if not loras.merged:
-            return replace(weights, private=weights.private + loras.bytes(self.dtype))
-        changed = min(weights.mapped, loras.changed_bytes(self.dtype)) if option.weight_format == CONVERTED else 0
+        if not loras.is_merged:
+            return replace(weights, private=weights.private + loras.adapter_bytes(self.dtype))
+        changed = min(weights.mapped, loras.merged_weight_bytes(self.dtype)) if option.weight_format == CONVERTED else 0
         return replace(weights, mapped=weights.mapped - changed, private=weights.private + changed)
 
-    def _denoise_workspace_bytes(self, pass_index: int, resolved_pass: PassPlan, tokens: int) -> int:
+    def _denoise_workspace_bytes(self, pass_index: int, resolved_pass: ResolvedPass, tokens: int) -> int:
         config, texts = self.spec.transformer_config_of(pass_index), self._prompt_tokens(resolved_pass)
         while_made, afterwards = activations.rope_bytes(config, tokens, self.itemsize)
-        both, longest = self.workload.guidance_batch and resolved_pass.guided, max(texts)
+        both, longest = self.workload.guidance_batch and resolved_pass.uses_cfg, max(texts)
         evaluation = activations.transformer_activation_bytes(
             config,
             tokens,
@@ -318,13 +318,17 @@ class Planner:
             batch=2 if both else 1,
             text_tokens=longest,
             per_token_sigmas=self.workload.has_per_token_sigmas(pass_index),
-            perturbed_samples=int(any(step.stg_scale > 0 and step.skip_blocks for step in resolved_pass.steps)),
+            perturbed_samples=int(any(step.stg_scale > 0 and step.skip_blocks for step in resolved_pass.step_guidance)),
             fused_gelu=should_prepack_linears(self.dtype, self.device),
         )
         loras = self.spec.loras
-        if loras and not loras.merged:
+        if loras and not loras.is_merged:
             evaluation += activations.lora_activation_bytes(
-                tokens, self.itemsize, max_rank=loras.rank, max_out_features=loras.widest, batch=2 if both else 1
+                tokens,
+                self.itemsize,
+                max_rank=loras.max_rank,
+                max_out_features=loras.max_out_features,
+                batch=2 if both else 1,
             )
         if self.workload.step_cache is not None:
             evaluation += activations.step_cache_bytes(
@@ -332,7 +336,7 @@ class Planner:
                 tokens,
                 self.itemsize,
                 history_length=self.workload.step_cache.cached_steps,
-                evaluations_per_step=max(step.model_evaluations for step in resolved_pass.steps),
+                evaluations_per_step=max(step.model_evaluations for step in resolved_pass.step_guidance),
                 batch=2 if both else 1,
             )
         states = 8 * tokens * config.in_channels * 4  # latents, noise, velocities of the guidance
@@ -343,16 +347,16 @@ class Planner:
             evaluation, read = 2 * evaluation, 2 * read  # a graph has memory and inputs of its own
         return max(while_made, afterwards + evaluation) + read + states
 
-    def _prompt_tokens(self, resolved_pass: PassPlan) -> tuple[int, ...]:
+    def _prompt_tokens(self, resolved_pass: ResolvedPass) -> tuple[int, ...]:
         """Tokens of the prompts that a pass reads."""
-        return self.workload.prompt_tokens if resolved_pass.guided else self.workload.prompt_tokens[:1]
+        return self.workload.prompt_tokens if resolved_pass.uses_cfg else self.workload.prompt_tokens[:1]
 
-    def _denoise_flops(self, pass_index: int, resolved_pass: PassPlan, tokens: int) -> int:
+    def _denoise_flops(self, pass_index: int, resolved_pass: ResolvedPass, tokens: int) -> int:
         config, texts = self.spec.transformer_config_of(pass_index), self._prompt_tokens(resolved_pass)
         total = text_kv_flops(config, text_tokens=sum(texts))
         levels, longest, loras = 2 if self.workload.has_per_token_sigmas(pass_index) else 1, max(texts), self.spec.loras
-        beside = 0 if loras.merged else lora_flops(sum(loras.parameters), tokens)
-        for step in resolved_pass.steps:
+        beside = 0 if loras.is_merged else lora_flops(sum(loras.parameter_counts), tokens)
+        for step in resolved_pass.step_guidance:
             own = transformer_flops(config, tokens, text_tokens=longest, num_sigmas=levels)
             total += (1 + (step.cfg_scale > 1)) * (own + beside)
             if step.stg_scale > 0 and step.skip_blocks:

@@ -10,7 +10,7 @@ from kadr.errors import PlanError
 from kadr.planning.planner import Planner
 from kadr.planning.workload import WindowWorkload, Workload
 from kadr.quant.weight_formats import INT8
-from kadr.request.passes import PassPlan
+from kadr.request.passes import ResolvedPass
 from kadr.request.request import Request
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Size, snap_frames
 from kadr.spec.model import ModelSpec
@@ -118,7 +118,7 @@ def _resize_window(window: WindowWorkload, size: Size, request: Request) -> Wind
     return replace(window, plan=plan, condition_tokens=extra, context=context)
 
 
-def _resize_pass(resolved_pass: PassPlan, size: Size, frames: int, request: Request) -> PassPlan:
+def _resize_pass(resolved_pass: ResolvedPass, size: Size, frames: int, request: Request) -> ResolvedPass:
     """A pass of a smaller request: smaller by as much."""
     assert isinstance(request.size, Size)
     sides = (

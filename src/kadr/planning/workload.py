@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kadr.request.passes import PassPlan
+from kadr.request.passes import ResolvedPass
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import LatentGrid
 
@@ -26,7 +26,7 @@ class Workload:
         windows: those of a long video, in the place of its only pass.
     """
 
-    passes: tuple[PassPlan, ...]
+    passes: tuple[ResolvedPass, ...]
     prompts_to_encode: int
     prompt_tokens: tuple[int, ...]
     encode_grids: tuple[tuple[LatentGrid, ...], ...]
@@ -58,7 +58,7 @@ class WindowWorkload:
         context: tokens of controls.
     """
 
-    resolved_pass: PassPlan
+    resolved_pass: ResolvedPass
     prompt_tokens: tuple[int, ...]
     condition_tokens: int
     has_conditions: bool

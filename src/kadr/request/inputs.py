@@ -8,12 +8,19 @@ from typing import Any, TypeVar
 
 from kadr.errors import RequestError
 from kadr.shapes import MAXIMUM_FRAMES
-from kadr.validation import is_number, true_or_false, within
+from kadr.validation import check_bool, check_range, is_number
 
-Given = TypeVar("Given", bound="Condition | Control")
-CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # endings that are taken for clips; others are pictures
+Input = TypeVar("Given", bound="Condition | Control")
+CLIP_SUFFIXES = (
+    ".mp4",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".m4v",
+)  # endings that are taken for clips; others are pictures
 CANNY, DEPTH, POSE, READY = "canny", "depth", "pose", "ready"
-CONTROLS = (CANNY, DEPTH, POSE, READY)
+CONTROL_KINDS = (CANNY, DEPTH, POSE, READY)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,33 +32,35 @@ class Condition:
         frame: pixel frame at which it begins; 0 is the first. Below 0 it is counted from the end: at -1 a picture is
             the last frame, and a clip ends with it. A clip that does not begin at 0 begins at a multiple of 8.
         strength: in (0, 1]. 1 keeps it as it is; less lets it be repainted from noise level 1 - strength on.
-        clip: whether `media` is a clip; None: as its ending says.
-        part: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
+        is_clip: whether `media` is a clip; None: as its ending says.
+        frame_range: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
         box: (x, y, width, height) of the video, in pixels, that it covers, at frame 0; None: all.
     """
 
     media: str = field(kw_only=False)
     frame: int = 0
     strength: float = 1.0
-    clip: bool | None = None
-    part: tuple[int | None, int | None] | None = None
+    is_clip: bool | None = None
+    frame_range: tuple[int | None, int | None] | None = None
     box: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "media", str(self.media))
-        within("strength", self.strength, 0.0, 1.0)
+        check_range("strength", self.strength, 0.0, 1.0)
         if self.strength == 0:
             raise RequestError("strength is 0: the picture would do nothing. Give more than 0, or leave it out.")
-        within("frame", self.frame, -MAXIMUM_FRAMES, MAXIMUM_FRAMES, whole=True)
-        true_or_false("clip", self.clip)
-        if self.clip is None:
-            object.__setattr__(self, "clip", Path(self.media).suffix.lower() in CLIPS)
-        if self.part is not None:
-            object.__setattr__(self, "part", _part(self.part, self.media, clip=bool(self.clip)))
+        check_range("frame", self.frame, -MAXIMUM_FRAMES, MAXIMUM_FRAMES, is_whole=True)
+        check_bool("is_clip", self.is_clip)
+        if self.is_clip is None:
+            object.__setattr__(self, "is_clip", Path(self.media).suffix.lower() in CLIP_SUFFIXES)
+        if self.frame_range is not None:
+            object.__setattr__(
+                self, "frame_range", _check_frame_range(self.frame_range, self.media, is_clip=bool(self.is_clip))
+            )
         if self.box is not None:
-            object.__setattr__(self, "box", self._box())
+            object.__setattr__(self, "box", self._checked_box())
 
-    def _box(self) -> tuple[int, int, int, int]:
+    def _checked_box(self) -> tuple[int, int, int, int]:
         box = self.box
         if not isinstance(box, tuple | list) or len(box) != 4 or not all(is_number(side) for side in box):
             raise RequestError(f"box is {box!r}; it must be (x, y, width, height) in pixels.")
@@ -75,47 +84,55 @@ class Control:
         media: path of a clip, or of a picture for a video of one frame.
         kind: what the LoRA is shown of it: "canny" (edges), "depth" (near is bright), "pose" (skeletons), each made
             from `media`; or "ready", `media` as it is.
-        part: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
+        frame_range: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
     """
 
     media: str = field(kw_only=False)
     kind: str = READY
-    part: tuple[int | None, int | None] | None = None
+    frame_range: tuple[int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "media", str(self.media))
-        if self.kind not in CONTROLS:
-            raise RequestError(f"the kind of control is {self.kind!r}; it must be one of {', '.join(CONTROLS)}.")
-        if self.part is not None:
-            object.__setattr__(self, "part", _part(self.part, self.media, clip=self.clip))
+        if self.kind not in CONTROL_KINDS:
+            raise RequestError(f"the kind of control is {self.kind!r}; it must be one of {', '.join(CONTROL_KINDS)}.")
+        if self.frame_range is not None:
+            object.__setattr__(
+                self, "frame_range", _check_frame_range(self.frame_range, self.media, is_clip=self.is_clip)
+            )
 
     @property
-    def clip(self) -> bool:
+    def is_clip(self) -> bool:
         """Whether `media` is a clip, by its ending."""
-        return Path(self.media).suffix.lower() in CLIPS
+        return Path(self.media).suffix.lower() in CLIP_SUFFIXES
 
     def __str__(self) -> str:
         return self.media if self.kind == READY else f"{self.kind} of {self.media}"
 
 
-def _part(part: Any, media: str, *, clip: bool) -> tuple[int | None, int | None]:
-    if not isinstance(part, tuple | list) or len(part) != 2 or not all(_is_end(end) for end in part):
-        raise RequestError(f"part is {part!r}; it must be (first, end) frames of the clip; None leaves one open.")
-    if not clip:
+def _check_frame_range(frame_range: Any, media: str, *, is_clip: bool) -> tuple[int | None, int | None]:
+    if (
+        not isinstance(frame_range, tuple | list)
+        or len(frame_range) != 2
+        or not all(_is_range_end(end) for end in frame_range)
+    ):
+        raise RequestError(
+            f"part is {frame_range!r}; it must be (first, end) frames of the clip; None leaves one open."
+        )
+    if not is_clip:
         raise RequestError(f"part is given, but {media} is a picture. Only a clip has parts.")
-    return part[0], part[1]
+    return frame_range[0], frame_range[1]
 
 
-def _is_end(value: Any) -> bool:
+def _is_range_end(value: Any) -> bool:
     return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def all_of(kind: type[Given], given: Any, name: str) -> tuple[Given, ...]:
+def as_tuple_of(kind: type[Input], values: Any, name: str) -> tuple[Input, ...]:
     """Conditions, or controls, if they are.
 
     Raises:
         RequestError: with what they are. name: as a message calls them.
     """
-    if not isinstance(given, tuple | list) or not all(isinstance(one, kind) for one in given):
-        raise RequestError(f"{name} are {given!r}; they must be a list of {kind.__name__}(media=...).")
-    return tuple(given)
+    if not isinstance(values, tuple | list) or not all(isinstance(one, kind) for one in values):
+        raise RequestError(f"{name} are {values!r}; they must be a list of {kind.__name__}(media=...).")
+    return tuple(values)

@@ -20,7 +20,7 @@ from kadr.spec.model import Upscaling
 
 
 @dataclass(frozen=True)
-class PassPlan:
+class ResolvedPass:
     """One pass, with nothing left open.
 
     Args:
@@ -30,11 +30,11 @@ class PassPlan:
         frames: 8k+1.
         fps: that the positions are made with.
         levels: fp32 (S), on the CPU.
-        steps: the strengths of each.
+        step_guidance: the strengths of each.
         window, window_count: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
             the levels of its first one.
         first_frame: of the whole video, that is the window's frame 0.
-        before, in_all: steps of the windows before this one, and of all of them.
+        steps_before, total_steps: steps of the windows before this one, and of all of them.
     """
 
     number: int
@@ -42,35 +42,37 @@ class PassPlan:
     size: Size
     frames: int
     fps: float
-    levels: Tensor
-    steps: tuple[StepGuidance, ...]
-    window: int = 0
-    windows: int = 1
+    sigmas: Tensor
+    step_guidance: tuple[StepGuidance, ...]
+    window_index: int = 0
+    window_count: int = 1
     first_frame: int = 0
-    before: int = 0
-    in_all: int = 0
+    steps_before: int = 0
+    total_steps: int = 0
 
     @property
     def grid(self) -> LatentGrid:
         return LatentGrid.for_video(self.size, self.frames)
 
     @property
-    def guided(self) -> bool:
+    def uses_cfg(self) -> bool:
         """Whether any step needs the negative prompt."""
-        return any(step.cfg_scale > 1 for step in self.steps)
+        return any(step.cfg_scale > 1 for step in self.step_guidance)
 
-    def seen(self, fps: float | None, count: int) -> list[int]:
+    def clip_frame_indices(self, video_fps: float | None, clip_frames: int) -> list[int]:
         """Which frames of a clip this makes, or follows: every second one, where it makes only those.
 
         Args:
-            fps: of the video.
-            count: frames of the clip; its last one is repeated where it ends before.
+            video_fps: of the video.
+            clip_frames: frames of the clip; its last one is repeated where it ends before.
         """
-        step = 1 if self.fps == fps else 2
-        return [min(self.first_frame + step * place, count - 1) for place in range(self.frames)]
+        step = 1 if self.fps == video_fps else 2
+        return [min(self.first_frame + step * place, clip_frames - 1) for place in range(self.frames)]
 
 
-def plan_passes(request: Request, schedules: Sequence[Schedule], *, upscaling: Upscaling) -> tuple[PassPlan, ...]:
+def resolve_passes(
+    request: Request, schedules: Sequence[Schedule], *, upscaling: Upscaling
+) -> tuple[ResolvedPass, ...]:
     """The passes of a request in which nothing is open that has a default.
 
     Args:
@@ -83,27 +85,27 @@ def plan_passes(request: Request, schedules: Sequence[Schedule], *, upscaling: U
     assert isinstance(request.size, Size)
     assert request.frames is not None
     assert request.fps is not None
-    size, frames, first = request.size.snap(), snap_frames(request.frames), request.only_pass()
+    size, frames, first = request.size.snap(), snap_frames(request.frames), request.first_pass()
     if request.windows is not None:
-        return (replace(plan_windows(request, schedules[0])[0], frames=frames),)
+        return (replace(resolve_window_passes(request, schedules[0])[0], frames=frames),)
     if not request.multi_scale:
-        return (_planned(1, first, size, frames, request.fps, schedules[0], _beginning(request)),)
-    assert request.second is not None
-    assert request.downscale is not None
-    small, made = _sizes(request.size, request.downscale) if upscaling.space else (size, size)
-    few, many = _lengths(frames) if upscaling.time else (frames, frames)
-    rate = request.fps / 2 if upscaling.time else request.fps
+        return (_resolve_pass(1, first, size, frames, request.fps, schedules[0], _max_first_sigma(request)),)
+    assert request.second_pass is not None
+    assert request.downscale_factor is not None
+    small, made = _two_pass_sizes(request.size, request.downscale_factor) if upscaling.spatial else (size, size)
+    few, many = _two_pass_frames(frames) if upscaling.temporal else (frames, frames)
+    rate = request.fps / 2 if upscaling.temporal else request.fps
     return (
-        _planned(1, first, small, few, rate, schedules[0], _beginning(request)),
-        _planned(2, request.second, made, many, request.fps, schedules[1], None),
+        _resolve_pass(1, first, small, few, rate, schedules[0], _max_first_sigma(request)),
+        _resolve_pass(2, request.second_pass, made, many, request.fps, schedules[1], None),
     )
 
 
-def plan_windows(request: Request, schedule: Schedule) -> tuple[PassPlan, ...]:
+def resolve_window_passes(request: Request, schedule: Schedule) -> tuple[ResolvedPass, ...]:
     """The windows of a request in which nothing is open, each as a pass of its own; none where there are none.
 
     Raises:
-        RequestError: as `plan_passes`.
+        RequestError: as `resolve_passes`.
     """
     if request.windows is None:
         return ()
@@ -111,60 +113,60 @@ def plan_windows(request: Request, schedule: Schedule) -> tuple[PassPlan, ...]:
     assert request.frames is not None
     assert request.fps is not None
     size, spans = request.size.snap(), request.windows.spans(request.frames)
-    made: dict[int, PassPlan] = {}  # by frames: all but the last are alike
+    made: dict[int, ResolvedPass] = {}  # by frames: all but the last are alike
     for span in spans:
         if span.frames not in made:
-            made[span.frames] = _planned(
-                1, request.only_pass(), size, span.frames, request.fps, schedule, _beginning(request)
+            made[span.frames] = _resolve_pass(
+                1, request.first_pass(), size, span.frames, request.fps, schedule, _max_first_sigma(request)
             )
     plans = [made[span.frames] for span in spans]  # of a schedule that depends on tokens, the last may have more steps
-    counts = [len(plan.levels) for plan in plans]
+    counts = [len(plan.sigmas) for plan in plans]
     return tuple(
         replace(
             plan,
             window=number,
             window_count=len(spans),
             first_frame=span.first_frame,
-            before=sum(counts[:number]),
-            in_all=sum(counts),
+            steps_before=sum(counts[:number]),
+            total_steps=sum(counts),
         )
         for number, (plan, span) in enumerate(zip(plans, spans, strict=True))
     )
 
 
-def stream(plan: PassPlan, name: str) -> str:
+def noise_stream_name(resolved_pass: ResolvedPass, name: str) -> str:
     """The stream of noise of a pass or window: the second pass, and each later window, has streams of its own."""
-    return f"second {name}" if plan.number > 1 else in_window_named(name, plan.window)
+    return f"second {name}" if resolved_pass.number > 1 else window_stream_name(name, resolved_pass.window_index)
 
 
-def in_window_named(name: str, window: int) -> str:
+def window_stream_name(name: str, window_index: int) -> str:
     """The stream of a window, from 0."""
-    return f"window {window + 1} {name}" if window else name
+    return f"window {window_index + 1} {name}" if window_index else name
 
 
-def _beginning(request: Request) -> float | None:
+def _max_first_sigma(request: Request) -> float | None:
     """The highest level that a sampling from a video may begin at."""
-    return None if request.video is None else request.video_strength
+    return None if request.input_video is None else request.denoise_strength
 
 
-def _planned(
-    number: int, settings: Pass, size: Size, frames: int, fps: float, schedule: Schedule, highest: float | None
-) -> PassPlan:
-    levels = _levels(settings, schedule, LatentGrid.for_video(size, frames).num_tokens)
-    if highest is not None:
-        kept = levels[levels <= highest + 1e-6]
+def _resolve_pass(
+    number: int, settings: Pass, size: Size, frames: int, fps: float, schedule: Schedule, max_sigma: float | None
+) -> ResolvedPass:
+    levels = _pass_sigmas(settings, schedule, LatentGrid.for_video(size, frames).num_tokens)
+    if max_sigma is not None:
+        kept = levels[levels <= max_sigma + 1e-6]
         if not len(kept):
             least = math.ceil(float(levels[-1]) * 1e4) / 1e4  # not rounded below the level, or giving it would not help
             raise RequestError(
-                f"video_strength is {highest:g}, below every noise level of this model; the least is {least:g}. "
+                f"video_strength is {max_sigma:g}, below every noise level of this model; the least is {least:g}. "
                 "Give at least that, or more steps."
             )
         levels = kept
     strengths = tuple(settings.guidance.at_sigma(float(level)) for level in levels)
-    return PassPlan(number, settings, size, frames, fps, levels, strengths)
+    return ResolvedPass(number, settings, size, frames, fps, levels, strengths)
 
 
-def _levels(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
+def _pass_sigmas(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
     if settings.sigmas is not None:
         return schedule.check_allowed(explicit_sigmas(settings.sigmas))
     assert settings.steps is not None
@@ -172,40 +174,40 @@ def _levels(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
     return schedule.get_sigmas(settings.steps, tokens=tokens, **skipped)
 
 
-def _sizes(asked: Size, downscale: float) -> tuple[Size, Size]:
+def _two_pass_sizes(requested_size: Size, downscale: float) -> tuple[Size, Size]:
     """The sizes of two passes. The second has twice the sides of the first, which need not be those asked for."""
-    size = asked.snap()
+    size = requested_size.snap()
     width, height = (
         int(side * downscale) // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION for side in (size.width, size.height)
     )
     if min(width, height) < SPATIAL_COMPRESSION:
         raise RequestError(
-            f"{asked} is too small for two passes: the first would be made at {width}x{height}. "
+            f"{requested_size} is too small for two passes: the first would be made at {width}x{height}. "
             f"Ask for a larger size, or for a single pass."
         )
     return Size(width, height), Size(2 * width, 2 * height)
 
 
-def _lengths(frames: int) -> tuple[int, int]:
+def _two_pass_frames(frames: int) -> tuple[int, int]:
     """The frames of two passes, the second with twice the groups of eight."""
     groups = -(-((frames - 1) // TEMPORAL_COMPRESSION) // 2)
     return groups * TEMPORAL_COMPRESSION + 1, 2 * groups * TEMPORAL_COMPRESSION + 1
 
 
-def check_blocks(plan: PassPlan, layers: int) -> None:
+def check_skip_blocks(resolved_pass: ResolvedPass, num_layers: int) -> None:
     """Refuse a skipped block that the transformer does not have, where it would be skipped.
 
     Raises:
         RequestError: with the block and the last there is.
     """
-    asked = {block for step in plan.steps if step.stg_scale > 0 for block in step.skip_blocks}
-    if strange := sorted(block for block in asked if block >= layers):
+    asked = {block for step in resolved_pass.step_guidance if step.stg_scale > 0 for block in step.skip_blocks}
+    if strange := sorted(block for block in asked if block >= num_layers):
         raise RequestError(
-            f"skip_blocks has {', '.join(map(str, strange))}; this model has {layers} blocks, 0 to {layers - 1}."
+            f"skip_blocks has {', '.join(map(str, strange))}; this model has {num_layers} blocks, 0 to {num_layers - 1}."
         )
 
 
-def check_beginning(plan: PassPlan, *, started: bool) -> None:
+def check_first_sigma(resolved_pass: ResolvedPass, *, has_init_latents: bool) -> None:
     """Refuse a first level that does not fit what the first pass begins from.
 
     Args:
@@ -214,22 +216,24 @@ def check_beginning(plan: PassPlan, *, started: bool) -> None:
     Raises:
         RequestError: levels are left out and there is nothing to start from, or nothing of it would stay.
     """
-    if not started and plan.settings.skip_initial:
+    if not has_init_latents and resolved_pass.settings.skip_initial:
         raise RequestError(
-            f"skip_initial is {plan.settings.skip_initial}, but there is nothing to start from. Leave it out, or give "
+            f"skip_initial is {resolved_pass.settings.skip_initial}, but there is nothing to start from. Leave it out, or give "
             "a video."
         )
-    if started and float(plan.levels[0]) >= 1:
+    if has_init_latents and float(resolved_pass.sigmas[0]) >= 1:
         raise RequestError(
             "there is a video or latents to start from, but the first level is 1: nothing of them would stay. "
             "Give a video strength below 1, or leave out levels at the front."
         )
 
 
-def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Release | None) -> None:
+def warn_distilled_guidance(
+    resolved_pass: ResolvedPass, name: str, schedule: Schedule, release: Release | None
+) -> None:
     """Say where guidance is asked of a model that was made to run without."""
-    distilled = schedule.allowed_sigmas is not None or (released is not None and released.is_distilled)
-    if distilled and plan.guided:
+    distilled = schedule.allowed_sigmas is not None or (release is not None and release.is_distilled)
+    if distilled and resolved_pass.uses_cfg:
         warnings.warn(
             f"guidance is above 1, and {name} is distilled: it was made to run without, and guidance makes its colours "
             "glaring. Leave it out.",
@@ -238,17 +242,19 @@ def warn_guided(plan: PassPlan, name: str, schedule: Schedule, released: Release
         )
 
 
-def unused_parts(*, upscaler: bool, model: bool, strength: bool = False) -> tuple[str, ...]:
+def unused_second_pass_options(
+    *, has_upscaler: bool, has_second_model: bool, has_second_lora_strength: bool = False
+) -> tuple[str, ...]:
     """What was named for a second pass, in words. strength: of a LoRA."""
     return (
-        *(["the upscaler"] * upscaler),
-        *(["the model"] * model),
-        *(["the strength of a LoRA"] * strength),
+        *(["the upscaler"] * has_upscaler),
+        *(["the model"] * has_second_model),
+        *(["the strength of a LoRA"] * has_second_lora_strength),
     )
 
 
-def warn_unused(request: Request, unused: Sequence[str]) -> None:
-    """Say what was named for a second pass that is not made. unused: see `unused_parts`."""
+def warn_unused_second_pass(request: Request, unused: Sequence[str]) -> None:
+    """Say what was named for a second pass that is not made. unused: see `unused_second_pass_options`."""
     if unused and not request.multi_scale:
         warnings.warn(
             f"a single pass is made, and {' and '.join(unused)} given for a second is not used. Ask for two passes "
@@ -258,11 +264,11 @@ def warn_unused(request: Request, unused: Sequence[str]) -> None:
         )
 
 
-def warn_cached(plan: PassPlan, cache: StepCache | None) -> None:
+def warn_step_cache(resolved_pass: ResolvedPass, step_cache: StepCache | None) -> None:
     """Say where a step cache is asked of a pass that gains little by it."""
-    if cache is not None and len(plan.levels) < MIN_STEPS:
+    if step_cache is not None and len(resolved_pass.sigmas) < MIN_STEPS:
         warnings.warn(
-            f"steps are cached, and pass {plan.number} has {len(plan.levels)}: with fewer than {MIN_STEPS} that costs "
+            f"steps are cached, and pass {resolved_pass.number} has {len(resolved_pass.sigmas)}: with fewer than {MIN_STEPS} that costs "
             "quality and saves little time. Leave it out, or give more steps.",
             KadrWarning,
             stacklevel=2,

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
-from kadr.request.inputs import Condition, Control, all_of
-from kadr.request.windows import Windows, prompts_of
+from kadr.request.inputs import Condition, Control, as_tuple_of
+from kadr.request.windows import Windows, split_prompts
 from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, parse_sigmas
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
-from kadr.spec.loras import Strength, strengths_of
-from kadr.validation import true_or_false, within
+from kadr.spec.loras import LoraStrength, parse_lora_strengths
+from kadr.validation import check_bool, check_range
 
 MAXIMUM_FPS = 240
 
 
-DEFAULT_VIDEO_STRENGTH = 0.75
+DEFAULT_DENOISE_STRENGTH = 0.75
 
 
 # Field, lowest and highest value, and whether it must be whole.
@@ -58,14 +58,14 @@ class Request:
         multi_scale: make it smaller first, upscale the latents, and go over them once more.
         second: the second pass of `multi_scale`; the settings above are those of the first, or only, one. `tone_map` is
             for what is decoded, and so for the second if it has none of its own.
-        downscale: of both sides, in the first of two passes.
+        downscale_factor: of both sides, in the first of two passes.
         conditions: pictures and clips to show.
         controls: videos to follow, through in-context LoRAs.
         lora_strengths: of the engine's LoRAs, in their order: one number each, or (first pass, second pass); None: as
             the engine was opened with.
         windows: make a video longer than these window by window; None makes it at once.
-        video: path of a video to make this one from, instead of from noise alone.
-        video_strength: how much of it is made anew: the noise level the sampling begins at, or the nearest below.
+        input_video: path of a video to make this one from, instead of from noise alone.
+        denoise_strength: how much of it is made anew: the noise level the sampling begins at, or the nearest below.
         image_noise: times level squared, the noise on kept pictures at each step.
         image_crf: H.264 quality a picture is passed through before it is encoded, as the training clips were; 0 is off.
         decode_timestep: the noise level the decoder is told.
@@ -79,7 +79,7 @@ class Request:
     fps: float | None = None
     seed: int = 0
     steps: int | None = None
-    levels: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
     skip_initial: int = 0
     skip_final: int = 0
     guidance: Guidance | float | None = None
@@ -89,14 +89,14 @@ class Request:
     cache: StepCache | str | None = None
     tone_map: float | None = None
     multi_scale: bool | None = None
-    second: Pass | None = None
-    downscale: float | None = None
+    second_pass: Pass | None = None
+    downscale_factor: float | None = None
     conditions: tuple[Condition, ...] = ()
     controls: tuple[Control, ...] = ()
-    lora_strengths: tuple[Strength, ...] | None = None
+    lora_strengths: tuple[LoraStrength, ...] | None = None
     windows: Windows | None = None
-    video: str | None = None
-    video_strength: float | None = None
+    input_video: str | None = None
+    denoise_strength: float | None = None
     image_noise: float | None = None
     image_crf: int | None = None
     decode_timestep: float | None = None
@@ -111,33 +111,33 @@ class Request:
         if self.original_prompt is not None and (not isinstance(self.original_prompt, str) or not self.original_prompt):
             raise RequestError(f"original_prompt is {self.original_prompt!r}; it must be text, or None.")
         if not isinstance(self.size, Size | None):
-            object.__setattr__(self, "size", _size(self.size))
-        object.__setattr__(self, "windows", Windows.of(self.windows))
+            object.__setattr__(self, "size", _parse_size(self.size))
+        object.__setattr__(self, "windows", Windows.parse(self.windows))
         if self.frames is not None:
             snap_frames(self.frames)
         self._check_windows()
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
-        object.__setattr__(self, "conditions", all_of(Condition, self.conditions, "conditions"))
-        object.__setattr__(self, "controls", all_of(Control, self.controls, "controls"))
+        object.__setattr__(self, "conditions", as_tuple_of(Condition, self.conditions, "conditions"))
+        object.__setattr__(self, "controls", as_tuple_of(Control, self.controls, "controls"))
         object.__setattr__(self, "cache", StepCache.parse(self.cache))
-        object.__setattr__(self, "lora_strengths", strengths_of(self.lora_strengths))
-        if self.levels is not None:
-            object.__setattr__(self, "levels", parse_sigmas(self.levels))
+        object.__setattr__(self, "lora_strengths", parse_lora_strengths(self.lora_strengths))
+        if self.sigmas is not None:
+            object.__setattr__(self, "levels", parse_sigmas(self.sigmas))
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
             object.__setattr__(self, "guidance", Guidance(cfg_scale=self.guidance))
         for name, low, high, whole in _LIMITS:
             if (value := getattr(self, name)) is not None:
-                within(name, value, low, high, whole=whole)
+                check_range(name, value, low, high, is_whole=whole)
         for name in ("skip_initial", "skip_final"):
-            within(name, getattr(self, name), 0, MAXIMUM_STEPS, whole=True)
+            check_range(name, getattr(self, name), 0, MAXIMUM_STEPS, is_whole=True)
         for name in ("guidance_batch", "stochastic", "multi_scale"):
-            true_or_false(name, getattr(self, name))
-        if not isinstance(self.second, Pass | None):
-            raise RequestError(f"second is {self.second!r}; it must be a Pass.")
-        if self.levels is not None and (self.steps is not None or self.skip_initial or self.skip_final):
+            check_bool(name, getattr(self, name))
+        if not isinstance(self.second_pass, Pass | None):
+            raise RequestError(f"second is {self.second_pass!r}; it must be a Pass.")
+        if self.sigmas is not None and (self.steps is not None or self.skip_initial or self.skip_final):
             raise RequestError("levels are given, and steps or skipped levels too; give the one or the other.")
-        self._check_video()
+        self._check_input_video()
 
     def _check_windows(self) -> None:
         if self.windows is None:
@@ -147,35 +147,37 @@ class Request:
                     "--window."
                 )
             return
-        prompts_of(self.prompt)  # refuses empty ones
+        split_prompts(self.prompt)  # refuses empty ones
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """One for each window, as far as they differ; a single one where there are no windows."""
-        return (self.prompt,) if self.windows is None else prompts_of(self.prompt)
+        return (self.prompt,) if self.windows is None else split_prompts(self.prompt)
 
-    def _check_video(self) -> None:
-        if self.video is None:
-            if self.video_strength is not None:
-                raise RequestError(f"video_strength is {self.video_strength}, and no video to start from is given.")
+    def _check_input_video(self) -> None:
+        if self.input_video is None:
+            if self.denoise_strength is not None:
+                raise RequestError(f"video_strength is {self.denoise_strength}, and no video to start from is given.")
             return
-        object.__setattr__(self, "video", str(self.video))
-        if self.video_strength is not None:
-            within("video_strength", self.video_strength, 0.0, 1.0)
-            if self.video_strength in (0, 1):
-                nothing = "nothing would change" if self.video_strength == 0 else "nothing of the video would stay"
-                raise RequestError(f"video_strength is {self.video_strength}: {nothing}. Give a value between 0 and 1.")
+        object.__setattr__(self, "input_video", str(self.input_video))
+        if self.denoise_strength is not None:
+            check_range("denoise_strength", self.denoise_strength, 0.0, 1.0)
+            if self.denoise_strength in (0, 1):
+                nothing = "nothing would change" if self.denoise_strength == 0 else "nothing of the video would stay"
+                raise RequestError(
+                    f"video_strength is {self.denoise_strength}: {nothing}. Give a value between 0 and 1."
+                )
 
     @property
     def step_cache(self) -> StepCache | None:
         """`cache`, in the form that it has since birth."""
         return StepCache.parse(self.cache)
 
-    def only_pass(self) -> Pass:
+    def first_pass(self) -> Pass:
         """The settings of the first pass, or of the only one."""
         return Pass(
             steps=self.steps,
-            sigmas=self.levels,
+            sigmas=self.sigmas,
             skip_initial=self.skip_initial,
             skip_final=self.skip_final,
             guidance=self.guidance if isinstance(self.guidance, Guidance) else Guidance(),
@@ -183,11 +185,11 @@ class Request:
             tone_map=self.tone_map,
         )
 
-    def with_passes(self, first: Pass, second: Pass | None) -> Request:
+    def with_passes(self, first_pass: Pass, second_pass: Pass | None) -> Request:
         """The request with these settings for its passes."""
-        return replace(self, **{f.name: getattr(first, f.name) for f in fields(first)}, second=second)
+        return replace(self, **{f.name: getattr(first_pass, f.name) for f in fields(first_pass)}, second=second_pass)
 
-    def filled(self, defaults: Mapping[str, Any]) -> Request:
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Request:
         """The request with what was left out taken from `defaults`, by field."""
         return replace(self, **{k: v for k, v in defaults.items() if v is not None and getattr(self, k) is None})
 
@@ -223,17 +225,17 @@ class Request:
         except (TypeError, AttributeError) as error:
             raise RequestError(f"the request cannot be read: {error}. Write it as `to_json` does.") from error
 
-    def media(self) -> tuple[Path, ...]:
+    def media_paths(self) -> tuple[Path, ...]:
         """The files the request needs."""
-        own = () if self.video is None else (self.video,)
+        own = () if self.input_video is None else (self.input_video,)
         shown, followed = [one.media for one in self.conditions], [one.media for one in self.controls]
         return tuple(Path(path) for path in (*own, *shown, *followed))
 
 
-def _size(given: Any) -> Size:
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        raise RequestError(f"size is {given!r}; it must be a Size or a pair, (width, height) in pixels.")
-    return Size(*given)
+def _parse_size(value: Any) -> Size:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise RequestError(f"size is {value!r}; it must be a Size or a pair, (width, height) in pixels.")
+    return Size(*value)
 
 
 def refuse_overwriting(request: Request, output: Path) -> None:
@@ -242,7 +244,7 @@ def refuse_overwriting(request: Request, output: Path) -> None:
     Raises:
         RequestError: with the file.
     """
-    for medium in request.media():
+    for medium in request.media_paths():
         if medium.exists() and output.exists() and medium.samefile(output):
             raise RequestError(
                 f"{output} is to be written, and the video is made from it: it would be lost, and the video could not "

@@ -9,11 +9,11 @@ from kadr.errors import KadrWarning, RequestError
 from kadr.media.clip import probe_video
 from kadr.media.image import DEFAULT_IMAGE_CRF
 from kadr.models.registry import Recipe, Release
-from kadr.request.request import DEFAULT_VIDEO_STRENGTH, Request
-from kadr.request.windows import check_prompts
+from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
+from kadr.request.windows import check_prompt_count
 from kadr.sampling.settings import Pass
 
-PLAIN = Pass(stochastic=False, tone_map=0.0)  # what holds where neither request nor recipe says anything
+PASS_DEFAULTS = Pass(stochastic=False, tone_map=0.0)  # what holds where neither request nor recipe says anything
 
 
 def resolve(request: Request, recipe: Recipe) -> Request:
@@ -25,22 +25,22 @@ def resolve(request: Request, recipe: Recipe) -> Request:
         RequestError: two passes are asked for, and neither says how to run the second.
         MediaError: the video to start from cannot be read.
     """
-    if request.video is not None:
-        request = _as_video(request)
+    if request.input_video is not None:
+        request = _with_input_video_defaults(request)
     if request.windows is not None:
-        request = _in_windows(request, recipe)
-    wanted = recipe.multi_scale if request.second is None else True
+        request = _with_window_defaults(request, recipe)
+    wanted = recipe.multi_scale if request.second_pass is None else True
     multi_scale = wanted if request.multi_scale is None else request.multi_scale
-    if request.second is not None and not multi_scale:
+    if request.second_pass is not None and not multi_scale:
         raise RequestError("settings of a second pass are given, and a single pass is asked for.")
-    first, second = _passes(request, recipe, multi_scale)
-    filled = request.filled(
+    first, second = _pass_settings(request, recipe, multi_scale)
+    filled = request.with_defaults(
         {
             "size": recipe.size,
             "frames": recipe.frames,
             "fps": recipe.fps,
             "multi_scale": multi_scale,
-            "downscale": recipe.downscale,
+            "downscale": recipe.downscale_factor,
             "negative_prompt": recipe.negative_prompt,
             "image_noise": recipe.image_noise,
             "image_crf": DEFAULT_IMAGE_CRF,
@@ -48,26 +48,28 @@ def resolve(request: Request, recipe: Recipe) -> Request:
             "decode_noise": recipe.decode_noise,
         }
     ).with_passes(first, second)
-    return _with_strength(filled)
+    return _with_denoise_strength(filled)
 
 
-def with_second(recipe: Recipe, second: Release | None) -> Recipe:
+def with_second_model(recipe: Recipe, second_model: Release | None) -> Recipe:
     """The recipe where another model makes the second pass, in the way of its own recipe if it has one."""
-    if second is None or second.recipe.second_pass is None:
+    if second_model is None or second_model.recipe.second_pass is None:
         return recipe
-    return replace(recipe, second=second.recipe.second_pass, multi_scale=True)
+    return replace(recipe, second=second_model.recipe.second_pass, multi_scale=True)
 
 
-def _passes(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:
+def _pass_settings(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:
     if not multi_scale:
-        return request.only_pass().with_defaults(recipe.single_pass or recipe.first_pass).with_defaults(PLAIN), None
-    if request.second is None and recipe.second_pass is None:
+        return request.first_pass().with_defaults(recipe.single_pass or recipe.first_pass).with_defaults(
+            PASS_DEFAULTS
+        ), None
+    if request.second_pass is None and recipe.second_pass is None:
         raise RequestError(
             "two passes are asked for, and this model's recipe has one only. Say how to run the second: --second-steps "
             "or --second-levels."
         )
-    asked = (request.second or Pass()).with_defaults(Pass(tone_map=request.tone_map))
-    second = asked.with_defaults(recipe.second_pass or Pass()).with_defaults(PLAIN)
+    asked = (request.second_pass or Pass()).with_defaults(Pass(tone_map=request.tone_map))
+    second = asked.with_defaults(recipe.second_pass or Pass()).with_defaults(PASS_DEFAULTS)
     if second.steps is None and second.sigmas is None:
         raise RequestError("the second pass has neither steps nor levels. Give --second-steps or --second-levels.")
     if (second.sigmas is None and not second.skip_initial) or (second.sigmas and second.sigmas[0] >= 1):
@@ -75,17 +77,17 @@ def _passes(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, 
             "the second pass begins at level 1: nothing of the first would stay. Give it levels that begin below 1, or "
             "skip some at the front."
         )
-    return request.only_pass().with_defaults(recipe.first_pass).with_defaults(PLAIN), second
+    return request.first_pass().with_defaults(recipe.first_pass).with_defaults(PASS_DEFAULTS), second
 
 
-def _as_video(request: Request) -> Request:
+def _with_input_video_defaults(request: Request) -> Request:
     """The request at the length and rate of the video it starts from, where it does not say."""
-    assert request.video is not None
-    frames, fps = probe_video(request.video)
-    return request.filled({"frames": frames, "fps": float(fps)})
+    assert request.input_video is not None
+    frames, fps = probe_video(request.input_video)
+    return request.with_defaults({"frames": frames, "fps": float(fps)})
 
 
-def _in_windows(request: Request, recipe: Recipe) -> Request:
+def _with_window_defaults(request: Request, recipe: Recipe) -> Request:
     """The request with nothing left open about its windows and their number.
 
     Raises:
@@ -93,14 +95,14 @@ def _in_windows(request: Request, recipe: Recipe) -> Request:
     """
     assert request.windows is not None
     first = (0,) if request.frames is None else (0, -request.frames)
-    picture = any(each.frame in first and not each.clip and each.box is None for each in request.conditions)
-    windows, prompts = request.windows.filled(recipe.frames, picture=picture), request.prompts
-    frames = request.frames or (windows.lasting(len(prompts)) if len(prompts) > 1 else recipe.frames)
+    picture = any(each.frame in first and not each.is_clip and each.box is None for each in request.conditions)
+    windows, prompts = request.windows.with_defaults(recipe.frames, has_anchor_image=picture), request.prompts
+    frames = request.frames or (windows.total_frames(len(prompts)) if len(prompts) > 1 else recipe.frames)
     count = len(windows.spans(frames))
-    check_prompts(prompts, count)
+    check_prompt_count(prompts, count)
     if count == 1:
         return replace(request, windows=None, frames=frames)
-    if request.multi_scale or request.second is not None:
+    if request.multi_scale or request.second_pass is not None:
         raise RequestError(
             f"{count} windows are asked for, and two passes: windows are made in one. Give --single-pass and no "
             "settings of a second pass, or no windows."
@@ -108,13 +110,13 @@ def _in_windows(request: Request, recipe: Recipe) -> Request:
     return replace(request, windows=windows, frames=frames, multi_scale=False)
 
 
-def warn_single(asked: Request, request: Request, recipe: Recipe) -> None:
+def warn_single_pass(original: Request, request: Request, recipe: Recipe) -> None:
     """Say where windows take the place of a recipe's two passes.
 
     Args:
-        asked: the request before it was resolved.
+        original: the request before it was resolved.
     """
-    if request.windows is not None and recipe.multi_scale and asked.multi_scale is None:
+    if request.windows is not None and recipe.multi_scale and original.multi_scale is None:
         warnings.warn(
             "this model's recipe has two passes, and windows are made in one: the video is made at its full size at "
             "once. --single-pass says so without this warning.",
@@ -123,10 +125,10 @@ def warn_single(asked: Request, request: Request, recipe: Recipe) -> None:
         )
 
 
-def _with_strength(request: Request) -> Request:
+def _with_denoise_strength(request: Request) -> Request:
     """The request with a strength, if it starts from a video and says in no other way at which level."""
-    if request.video is None or request.video_strength is not None:
+    if request.input_video is None or request.denoise_strength is not None:
         return request
-    if request.skip_initial or (request.levels and request.levels[0] < 1):
+    if request.skip_initial or (request.sigmas and request.sigmas[0] < 1):
         return request
-    return replace(request, video_strength=DEFAULT_VIDEO_STRENGTH)
+    return replace(request, denoise_strength=DEFAULT_DENOISE_STRENGTH)

@@ -18,14 +18,14 @@ from kadr.media.control_maps import import_optional
 from kadr.media.image import load_image
 from kadr.request.inputs import CANNY, DEPTH, POSE, Control
 from kadr.request.request import Request
-from kadr.request.resolved_conditions import Frames, film_part
+from kadr.request.resolved_conditions import Frames, open_clip
 from kadr.shapes import snap_frames
 
-LIBRARIES = {CANNY: ("cv2", "control"), DEPTH: ("onnxruntime", "depth"), POSE: ("rtmlib", "pose")}
+CONTROL_LIBRARIES = {CANNY: ("cv2", "control"), DEPTH: ("onnxruntime", "depth"), POSE: ("rtmlib", "pose")}
 
 
 @dataclass(frozen=True)
-class Followed:
+class ResolvedControl:
     """A control whose medium is known to be there and whole, and long enough.
 
     Args:
@@ -35,13 +35,13 @@ class Followed:
     control: Control
     frames: Frames
 
-    def pictures(self) -> Iterator[np.ndarray]:
+    def read_frames(self) -> Iterator[np.ndarray]:
         """Each frame, uint8 (H, W, 3) RGB."""
         for frame in self.frames:
             yield frame if isinstance(frame, np.ndarray) else np.asarray(load_image(frame))
 
 
-def read_controls(request: Request) -> list[Followed]:
+def resolve_controls(request: Request) -> list[ResolvedControl]:
     """Look into all controls of a request whose frames are known.
 
     Raises:
@@ -49,57 +49,57 @@ def read_controls(request: Request) -> list[Followed]:
         RequestError: one is shorter than the video, or made with a library that is not installed.
     """
     for control in request.controls:
-        if control.kind in LIBRARIES:
-            import_optional(*LIBRARIES[control.kind])
-    return [_read(control, request) for control in request.controls]
+        if control.kind in CONTROL_LIBRARIES:
+            import_optional(*CONTROL_LIBRARIES[control.kind])
+    return [_resolve_control(control, request) for control in request.controls]
 
 
-def _read(control: Control, request: Request) -> Followed:
+def _resolve_control(control: Control, request: Request) -> ResolvedControl:
     assert request.frames is not None
-    if control.clip:
-        return Followed(control, _film(control, request.frames))
+    if control.is_clip:
+        return ResolvedControl(control, _open_control_clip(control, request.frames))
     load_image(control.media)  # refuses here what is no picture
     if request.frames > 1:
         raise RequestError(
             f"{control.media} is a picture, and the video has {request.frames} frames. Give a clip of as many, or ask "
             "for one frame."
         )
-    return Followed(control, [control.media])
+    return ResolvedControl(control, [control.media])
 
 
-def _film(control: Control, frames: int) -> ClipReader:
+def _open_control_clip(control: Control, frames: int) -> ClipReader:
     """As many frames as are made: the last is repeated where only those asked for are there."""
     made = snap_frames(frames)
-    kept = film_part(control.media, control.part, most=made + 1)
+    kept = open_clip(control.media, control.frame_range, max_frames=made + 1)
     if len(kept) < frames:
         whole = probe_video(control.media)[0]
-        which = f"{control.media} has {whole} frames" + (f", {len(kept)} of them taken" if control.part else "")
+        which = f"{control.media} has {whole} frames" + (f", {len(kept)} of them taken" if control.frame_range else "")
         way = f"Ask for {len(kept)} or fewer" if len(kept) else "Take another part"
         raise RequestError(f"{which}, and the video has {frames}: a control must be as long. {way}.")
     if len(kept) > frames:
         warnings.warn(
             f"{control.media} goes on after the {frames} frames of the video; the first {frames} "
-            f"{'that are taken ' if control.part else ''}are followed.",
+            f"{'that are taken ' if control.frame_range else ''}are followed.",
             KadrWarning,
             stacklevel=2,
         )
     return kept.select(min(place, len(kept) - 1) for place in range(made))
 
 
-def warn_unheard(request: Request, *, loras: bool, in_context: bool) -> None:
+def warn_control_lora_mismatch(request: Request, *, has_loras: bool, has_in_context_lora: bool) -> None:
     """Say where controls are given, and no LoRA that could read them; and where a LoRA waits for one.
 
     Args:
-        loras: there are some.
-        in_context: one of them says that it was trained with a reference.
+        has_loras: there are some.
+        has_in_context_lora: one of them says that it was trained with a reference.
     """
-    if in_context and not request.controls:
+    if has_in_context_lora and not request.controls:
         warnings.warn(
             "a LoRA is given that was trained to follow a reference, and no control. Give one with --control.",
             KadrWarning,
             stacklevel=2,
         )
-    if request.controls and not loras:
+    if request.controls and not has_loras:
         warnings.warn(
             "a control is given, and no LoRA: the model itself never learned to follow one. Add the in-context LoRA "
             "that was trained for it with --lora.",

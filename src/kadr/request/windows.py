@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from kadr.errors import RequestError
 from kadr.shapes import MAX_WINDOW_FRAMES, TEMPORAL_COMPRESSION, snap_frames
 
-OVERLAP, STRENGTH, ADAIN, REMEMBER = 24, 1.0, 0.25, 1.0
-SHORTEST = TEMPORAL_COMPRESSION + 1  # frames: two latents, of which one may overlap
-BETWEEN = "|"  # the prompts of two windows
-FOLDER = ".windows"  # the ending of where finished windows are kept
+DEFAULT_OVERLAP, DEFAULT_OVERLAP_STRENGTH, DEFAULT_ADAIN, DEFAULT_ANCHOR_STRENGTH = 24, 1.0, 0.25, 1.0
+MIN_WINDOW_FRAMES = TEMPORAL_COMPRESSION + 1  # frames: two latents, of which one may overlap
+PROMPT_SEPARATOR = "|"  # the prompts of two windows
+WINDOWS_SUFFIX = ".windows"  # the ending of where finished windows are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Windows:
         frames: of a window, made at the next 8k+1 up; None: as many as the model's recipe has.
         overlap: pixel frames that a window has in common with the one before, a multiple of 8; None: 24, but at most
             two thirds of a window.
-        strength: in (0, 1]. How firmly a window is held to the end of the one before, as that of a `Condition`.
+        overlap_strength: in (0, 1]. How firmly a window is held to the end of the one before, as that of a `Condition`.
         adain: in [0, 1]. How far the colours and contrasts of each window are moved to those of the first.
         remember: in [0, 1]. How firmly every window is shown the picture at frame 0, as the frame before its own first
             one; 0 does not show it, None is 1 where there is such a picture.
@@ -36,9 +36,9 @@ class Windows:
 
     frames: int | None = None
     overlap: int | None = None
-    strength: float = STRENGTH
-    adain: float = ADAIN
-    remember: float | None = None
+    overlap_strength: float = DEFAULT_OVERLAP_STRENGTH
+    adain: float = DEFAULT_ADAIN
+    anchor_strength: float | None = None
 
     def __post_init__(self) -> None:
         if self.frames is not None:
@@ -46,14 +46,14 @@ class Windows:
                 raise RequestError(f"a window has {self.frames!r} frames; it must be a whole number of them.")
             if not 1 < self.frames <= MAX_WINDOW_FRAMES:
                 raise RequestError(
-                    f"a window has {self.frames} frames; it must have between {SHORTEST} and {MAX_WINDOW_FRAMES}."
+                    f"a window has {self.frames} frames; it must have between {MIN_WINDOW_FRAMES} and {MAX_WINDOW_FRAMES}."
                 )
             object.__setattr__(self, "frames", snap_frames(self.frames))
         if self.overlap is not None:
             self._check_overlap()
-        for name in ("strength", "adain", "remember"):
-            _share(name, getattr(self, name))
-        if self.strength == 0:
+        for name in ("overlap_strength", "adain", "remember"):
+            _check_fraction(name, getattr(self, name))
+        if self.overlap_strength == 0:
             raise RequestError(
                 "the strength of the overlap is 0: windows would know nothing of each other. Give more than 0."
             )
@@ -74,54 +74,56 @@ class Windows:
             )
 
     @classmethod
-    def of(cls, given: Any) -> Windows | None:
+    def parse(cls, value: Any) -> Windows | None:
         """Windows from themselves, or what `dataclasses.asdict` made of them; None is none.
 
         Raises:
             RequestError: it is none of these.
             TypeError: a field that does not exist.
         """
-        if given is None or isinstance(given, cls):
-            return given
-        if isinstance(given, dict):
-            return cls(**given)
-        raise RequestError(f"windows is {given!r}; it must be a Windows.")
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, dict):
+            return cls(**value)
+        raise RequestError(f"windows is {value!r}; it must be a Windows.")
 
-    def filled(self, frames: int, *, picture: bool) -> Windows:
+    def with_defaults(self, default_frames: int, *, has_anchor_image: bool) -> Windows:
         """With nothing left open.
 
         Args:
-            frames: of a window, if this does not say.
-            picture: the video begins with a picture.
+            default_frames: of a window, if this does not say.
+            has_anchor_image: the video begins with a picture.
 
         Raises:
             RequestError: there is nothing to remember, or the overlap is too long.
         """
-        if self.remember and not picture:
+        if self.anchor_strength and not has_anchor_image:
             raise RequestError(
-                f"remember is {self.remember:g}, and there is no picture at frame 0 to be remembered. Give one, or "
+                f"remember is {self.anchor_strength:g}, and there is no picture at frame 0 to be remembered. Give one, or "
                 "leave it out."
             )
-        length = snap_frames(self.frames or max(frames, SHORTEST))
-        usual = min(OVERLAP, max(TEMPORAL_COMPRESSION, length * 2 // 3 // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION))
-        remember = REMEMBER * picture if self.remember is None else self.remember
+        length = snap_frames(self.frames or max(default_frames, MIN_WINDOW_FRAMES))
+        usual = min(
+            DEFAULT_OVERLAP, max(TEMPORAL_COMPRESSION, length * 2 // 3 // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
+        )
+        remember = DEFAULT_ANCHOR_STRENGTH * has_anchor_image if self.anchor_strength is None else self.anchor_strength
         return replace(self, frames=length, overlap=self.overlap or usual, remember=remember)
 
     @property
-    def latents(self) -> tuple[int, int]:
+    def latent_frames(self) -> tuple[int, int]:
         """Latent frames of a window, and of the overlap, when nothing is left open."""
         assert self.frames is not None
         assert self.overlap is not None
         return (self.frames - 1) // TEMPORAL_COMPRESSION + 1, self.overlap // TEMPORAL_COMPRESSION
 
-    def lasting(self, count: int) -> int:
+    def total_frames(self, window_count: int) -> int:
         """The frames of a video of so many windows."""
-        length, overlap = self.latents
-        return (length + (count - 1) * (length - overlap) - 1) * TEMPORAL_COMPRESSION + 1
+        length, overlap = self.latent_frames
+        return (length + (window_count - 1) * (length - overlap) - 1) * TEMPORAL_COMPRESSION + 1
 
     def spans(self, frames: int) -> tuple[Span, ...]:
         """The windows of a video of `frames` frames; the last one may be shorter."""
-        (length, overlap), total = self.latents, (snap_frames(frames) - 1) // TEMPORAL_COMPRESSION + 1
+        (length, overlap), total = self.latent_frames, (snap_frames(frames) - 1) // TEMPORAL_COMPRESSION + 1
         starts = range(0, max(total - overlap, 1), length - overlap)
         return tuple(Span(start, min(start + length, total)) for start in starts)
 
@@ -147,46 +149,46 @@ class Span(NamedTuple):
         return self.start * TEMPORAL_COMPRESSION
 
     @property
-    def kept_from(self) -> int:
+    def output_start(self) -> int:
         """The first latent frame of the whole video that comes from this window."""
         return self.start + 1 if self.start else 0
 
 
-def folder_of(video: Path) -> Path:
+def window_folder_path(video_path: Path) -> Path:
     """Where the finished windows of a video are kept while it is made."""
-    return video.with_suffix(FOLDER)
+    return video_path.with_suffix(WINDOWS_SUFFIX)
 
 
-def prompts_of(prompt: str) -> tuple[str, ...]:
+def split_prompts(prompt: str) -> tuple[str, ...]:
     """The prompts of windows.
 
     Raises:
         RequestError: one is empty.
     """
-    parts = tuple(part.strip() for part in prompt.split(BETWEEN))
+    parts = tuple(part.strip() for part in prompt.split(PROMPT_SEPARATOR))
     for number, part in enumerate(parts, 1):
         if not part:
             raise RequestError(
-                f"prompt {number} of {len(parts)} is empty; write what each window shows, with {BETWEEN} between: "
-                f'"a fox runs {BETWEEN} the fox sleeps".'
+                f"prompt {number} of {len(parts)} is empty; write what each window shows, with {PROMPT_SEPARATOR} between: "
+                f'"a fox runs {PROMPT_SEPARATOR} the fox sleeps".'
             )
     return parts
 
 
-def check_prompts(prompts: Sequence[str], windows: int) -> None:
+def check_prompt_count(prompts: Sequence[str], window_count: int) -> None:
     """Refuse prompts that no window would show.
 
     Raises:
         RequestError: there are more of them than windows.
     """
-    if len(prompts) > windows:
+    if len(prompts) > window_count:
         raise RequestError(
-            f"{len(prompts)} prompts are given, one for each window, and the video has {windows} "
-            f"{'window' if windows == 1 else 'windows'}. Give more --frames or --seconds, or fewer prompts."
+            f"{len(prompts)} prompts are given, one for each window, and the video has {window_count} "
+            f"{'window' if window_count == 1 else 'windows'}. Give more --frames or --seconds, or fewer prompts."
         )
 
 
-def _share(name: str, value: Any) -> None:
+def _check_fraction(name: str, value: Any) -> None:
     if value is None and name == "remember":
         return
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:

@@ -65,7 +65,7 @@ def guided_denoiser(
     Args:
         negative_embeddings: needed where a step's scale is above 1.
         guidance: for what does not change from step to step.
-        steps: the strengths of each.
+        step_guidance: the strengths of each.
         guidance_batch: evaluate both prompts in one batch: twice the activations, fewer kernel launches, the same numbers.
     """
 

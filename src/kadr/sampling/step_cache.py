@@ -167,7 +167,7 @@ class PassCache:
     the negative prompt whether prompts are evaluated together or not.
 
     Args:
-        steps: the strengths of each. Where other evaluations are asked for than on the step before, or other blocks are
+        step_guidance: the strengths of each. Where other evaluations are asked for than on the step before, or other blocks are
             disturbed, the step is computed and what was remembered is let go.
     """
 

@@ -13,11 +13,11 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.lora.file import REFERENCE_DOWNSCALE_KEY, LoraFile
 from kadr.errors import RequestError
 from kadr.models.lora_layers import LoraWeightsByLayer
-from kadr.spec.locate import check_lora, located_lora
+from kadr.spec.locate import check_lora_name, locate_lora
 from kadr.validation import is_number
 
-STRONGEST = 10.0  # beyond it any LoRA makes noise: somebody meant per cent
-Strength = float | tuple[float, float]  # of a LoRA: in all passes, or in the first and in the second
+MAX_LORA_STRENGTH = 10.0  # beyond it any LoRA makes noise: somebody meant per cent
+LoraStrength = float | tuple[float, float]  # of a LoRA: in all passes, or in the first and in the second
 
 
 @dataclass(frozen=True)
@@ -27,59 +27,59 @@ class Lora:
     Args:
         path: a .safetensors, a folder as PEFT and diffusers write them, or a name of the registry.
         strength: 1 is as it was trained, 0 is without it, below 0 is away from it.
-        second: in the second of two passes; None: as `strength`.
+        second_strength: in the second of two passes; None: as `strength`.
     """
 
     path: str
     strength: float = 1.0
-    second: float | None = None
+    second_strength: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", str(self.path))
-        for value in (self.strength, self.second):
+        for value in (self.strength, self.second_strength):
             if value is not None:
-                check_strength(value)
+                check_lora_strength(value)
 
     @classmethod
-    def of(cls, given: Any) -> Lora:
+    def parse(cls, value: Any) -> Lora:
         """From what `Engine.open` takes: a Lora, a path, or a tuple of a path and one strength or two.
 
         Raises:
             RequestError: it is none of these.
         """
-        if isinstance(given, Lora):
-            return given
-        if isinstance(given, str | Path):
-            return cls(str(given))
-        if isinstance(given, tuple | list) and 1 <= len(given) <= 3 and isinstance(given[0], str | Path):
-            return cls(*given)
-        raise RequestError(f"a LoRA is given as {given!r}; it must be a path, or (path, strength).")
+        if isinstance(value, Lora):
+            return value
+        if isinstance(value, str | Path):
+            return cls(str(value))
+        if isinstance(value, tuple | list) and 1 <= len(value) <= 3 and isinstance(value[0], str | Path):
+            return cls(*value)
+        raise RequestError(f"a LoRA is given as {value!r}; it must be a path, or (path, strength).")
 
-    def strengths(self) -> tuple[float, float]:
+    def pass_strengths(self) -> tuple[float, float]:
         """In the first pass and in the second."""
-        return self.strength, self.strength if self.second is None else self.second
+        return self.strength, self.strength if self.second_strength is None else self.second_strength
 
 
 class Loras:
     """The LoRAs of an engine.
 
     Args:
-        given: see `Lora.parse`.
+        loras: see `Lora.parse`.
         allow_partial: see `LoraFile.open`.
-        merged: they are added to the weights when those are loaded, and not beside them at every step.
+        merge: they are added to the weights when those are loaded, and not beside them at every step.
     """
 
-    def __init__(self, given: Sequence[Any], *, partial: bool = False, merged: bool = False) -> None:
-        if not isinstance(given, list | tuple):
-            raise RequestError(f"loras is {given!r}; it must be a list, such as [('style.safetensors', 0.8)].")
-        self.uses = tuple(Lora.of(one) for one in given)
-        self.files = tuple(LoraFile.open(located_lora(use.path), allow_partial=partial) for use in self.uses)
-        self.partial, self.merged = partial, merged and bool(self.uses)
+    def __init__(self, loras: Sequence[Any], *, allow_partial: bool = False, merge: bool = False) -> None:
+        if not isinstance(loras, list | tuple):
+            raise RequestError(f"loras is {loras!r}; it must be a list, such as [('style.safetensors', 0.8)].")
+        self.entries = tuple(Lora.parse(one) for one in loras)
+        self.files = tuple(LoraFile.open(locate_lora(use.path), allow_partial=allow_partial) for use in self.entries)
+        self.allow_partial, self.is_merged = allow_partial, merge and bool(self.entries)
 
     def __bool__(self) -> bool:
-        return bool(self.uses)
+        return bool(self.entries)
 
-    def check(self, transformers: Sequence[Checkpoint]) -> None:
+    def check_fits(self, transformers: Sequence[Checkpoint]) -> None:
         """Check that they fit the transformers of both passes; with `partial`, leave out the layers that they lack.
 
         Raises:
@@ -88,81 +88,83 @@ class Loras:
         for checkpoint in {one.path: one for one in transformers}.values():
             config = checkpoint.info.transformer
             assert config is not None
-            if self.partial:
+            if self.allow_partial:
                 self.files = tuple(file.without_missing_layers(config, checkpoint.path) for file in self.files)
             for file in self.files:
                 file.check_fits(config, checkpoint.path)
 
-    def check_merged(self, passes: int, transformers: Sequence[Checkpoint]) -> None:
+    def check_merge(self, num_passes: int, transformers: Sequence[Checkpoint]) -> None:
         """Check that they can be merged as they are to act.
 
         Raises:
             RequestError: one transformer makes two passes, and is to have other strengths in each.
         """
-        if self.merged and passes > 1 and transformers[0] is transformers[1]:
-            refuse_merged_twice(self.uses)
+        if self.is_merged and num_passes > 1 and transformers[0] is transformers[1]:
+            refuse_merged_twice(self.entries)
 
-    def strengths(self, number: int, asked: Sequence[Strength] | None = None) -> tuple[float, ...]:
+    def strengths(
+        self, pass_index: int, requested_strengths: Sequence[LoraStrength] | None = None
+    ) -> tuple[float, ...]:
         """How much of each acts in a pass, 0 or 1.
 
         Args:
-            asked: of a request, in their order; None: as the engine was opened with.
+            requested_strengths: of a request, in their order; None: as the engine was opened with.
 
         Raises:
             RequestError: another number of them, or others than were merged.
         """
-        own = tuple(use.strengths()[number] for use in self.uses)
-        if asked is None:
+        own = tuple(use.pass_strengths()[pass_index] for use in self.entries)
+        if requested_strengths is None:
             return own
-        if len(asked) != len(own):
+        if len(requested_strengths) != len(own):
             raise RequestError(
-                f"{len(asked)} strengths of LoRAs are given, and this engine has {len(own)} LoRAs. Give one for each."
+                f"{len(requested_strengths)} strengths of LoRAs are given, and this engine has {len(own)} LoRAs. Give one for each."
             )
-        made = tuple(each[number] if isinstance(each, tuple) else float(each) for each in asked)
-        if self.merged and made != own:
+        made = tuple(each[pass_index] if isinstance(each, tuple) else float(each) for each in requested_strengths)
+        if self.is_merged and made != own:
             raise RequestError("the LoRAs are merged, and their strengths are fixed with that. Open without merging.")
         return made
 
-    def additions(self) -> tuple[LoraWeightsByLayer, ...]:
+    def load(self) -> tuple[LoraWeightsByLayer, ...]:
         """What they add, read from their files."""
         return tuple(file.load() for file in self.files)
 
-    def in_context(self, asked: Sequence[Strength] | None = None) -> bool:
+    def has_in_context(self, requested_strengths: Sequence[LoraStrength] | None = None) -> bool:
         """Whether one that acts says that it was trained with a reference. asked: as of `strengths`."""
-        return any(is_in_context(file) for file in self._acting(asked))
+        return any(is_in_context(file) for file in self._active_files(requested_strengths))
 
-    def _acting(self, asked: Sequence[Strength] | None) -> list[LoraFile]:
+    def _active_files(self, requested_strengths: Sequence[LoraStrength] | None) -> list[LoraFile]:
         """Those with a strength other than 0 in a pass."""
-        both = zip(*(self.strengths(number, asked) for number in (0, 1)), strict=True)
+        both = zip(*(self.strengths(number, requested_strengths) for number in (0, 1)), strict=True)
         return [file for file, strengths in zip(self.files, both, strict=True) if any(strengths)]
 
-    def reference_downscale(self, asked: Sequence[Strength] | None = None) -> int:
+    def reference_downscale(self, requested_strengths: Sequence[LoraStrength] | None = None) -> int:
         """How many times smaller than the video the references of these are; 1 where none says, of those that act.
 
         Args:
-            asked: as of `strengths`.
+            requested_strengths: as of `strengths`.
 
         Raises:
             RequestError: two say differently.
         """
-        return downscale_of(self._acting(asked))
+        return common_reference_downscale(self._active_files(requested_strengths))
 
     @property
-    def targets(self) -> frozenset[str]:
+    def target_layers(self) -> frozenset[str]:
         """The layers that any of them changes."""
         return frozenset(name for file in self.files for name in file.layers)
 
-    def bytes(self, dtype: torch.dtype) -> int:
+    def adapter_bytes(self, dtype: torch.dtype) -> int:
         """That they take beside the weights."""
-        return sum(self.parameters) * dtype.itemsize
+        return sum(self.parameter_counts) * dtype.itemsize
 
-    def changed_bytes(self, dtype: torch.dtype) -> int:
+    def merged_weight_bytes(self, dtype: torch.dtype) -> int:
         """Of the weights that they are merged into."""
         layers = {name: layer for file in self.files for name, layer in file.layers.items()}
         return sum(layer.in_features * layer.out_features for layer in layers.values()) * dtype.itemsize
 
     @property
-    def parameters(self) -> tuple[int, ...]:
+    def parameter_counts(self) -> tuple[int, ...]:
         """Of each."""
         return tuple(
             sum(layer.rank * (layer.in_features + layer.out_features) for layer in file.layers.values())
@@ -170,7 +172,7 @@ class Loras:
         )
 
     @property
-    def rank(self) -> int:
+    def max_rank(self) -> int:
         """The highest of any layer, all LoRAs together."""
         ranks: dict[str, int] = {}
         for file in self.files:
@@ -179,34 +181,34 @@ class Loras:
         return max(ranks.values(), default=0)
 
     @property
-    def widest(self) -> int:
+    def max_out_features(self) -> int:
         """Of what any changed layer gives."""
         return max((layer.out_features for file in self.files for layer in file.layers.values()), default=0)
 
-    def record(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """For what is stored beside the pictures: enough to open them again."""
-        if not self.uses:
+        if not self.entries:
             return {}
         made: dict[str, Any] = {
             "loras": [
                 {**asdict(use), "path": str(file.path.absolute()), "sha256": file.sha256}
-                for use, file in zip(self.uses, self.files, strict=True)
+                for use, file in zip(self.entries, self.files, strict=True)
             ]
         }
-        made |= {"lora_partial": True} if self.partial else {}
-        return made | ({"merge_loras": True} if self.merged else {})
+        made |= {"lora_partial": True} if self.allow_partial else {}
+        return made | ({"merge_loras": True} if self.is_merged else {})
 
 
-def check_loras_named(given: Any) -> None:
+def check_lora_names(loras: Any) -> None:
     """Refuse LoRAs that are not there, before gigabytes are fetched for them.
 
     Raises:
         RequestError: one is the name of something else, or none.
         CheckpointError: a path that is not there.
     """
-    if isinstance(given, list | tuple):
-        for one in given:
-            check_lora(Lora.of(one).path)
+    if isinstance(loras, list | tuple):
+        for one in loras:
+            check_lora_name(Lora.parse(one).path)
 
 
 def is_in_context(file: LoraFile) -> bool:
@@ -214,7 +216,7 @@ def is_in_context(file: LoraFile) -> bool:
     return REFERENCE_DOWNSCALE_KEY in file.source.metadata
 
 
-def downscale_of(files: Iterable[LoraFile]) -> int:
+def common_reference_downscale(files: Iterable[LoraFile]) -> int:
     """How many times smaller than the video the references of some LoRAs are; 1 where none says.
 
     Raises:
@@ -227,14 +229,14 @@ def downscale_of(files: Iterable[LoraFile]) -> int:
     return next(iter(said.values()), 1)
 
 
-def refuse_merged_twice(uses: Iterable[Lora]) -> None:
+def refuse_merged_twice(loras: Iterable[Lora]) -> None:
     """Refuse other strengths in each of two passes that are made with the same merged weights.
 
     Raises:
         RequestError: with the first.
     """
-    for use in uses:
-        first, second = use.strengths()
+    for use in loras:
+        first, second = use.pass_strengths()
         if first != second:
             raise RequestError(
                 f"{use.path} is to be merged, with strength {first:g} in the first pass and {second:g} in the second: "
@@ -242,7 +244,7 @@ def refuse_merged_twice(uses: Iterable[Lora]) -> None:
             )
 
 
-def check_strength(value: Any) -> float:
+def check_lora_strength(value: Any) -> float:
     """The strength of a LoRA, if it is one.
 
     Raises:
@@ -250,32 +252,32 @@ def check_strength(value: Any) -> float:
     """
     if not is_number(value):
         raise RequestError(f"the strength of a LoRA is {value!r}; it must be a number.")
-    if abs(value) > STRONGEST:
+    if abs(value) > MAX_LORA_STRENGTH:
         raise RequestError(
-            f"the strength of a LoRA is {value:g}; it must lie between {-STRONGEST:g} and {STRONGEST:g}, and 1 is as "
+            f"the strength of a LoRA is {value:g}; it must lie between {-MAX_LORA_STRENGTH:g} and {MAX_LORA_STRENGTH:g}, and 1 is as "
             "it was trained."
         )
     return float(value)
 
 
-def strengths_of(given: Any) -> tuple[Strength, ...] | None:
+def parse_lora_strengths(values: Any) -> tuple[LoraStrength, ...] | None:
     """Strengths of LoRAs, one or two for each; None is none.
 
     Raises:
-        RequestError: as `check_strength`.
+        RequestError: as `check_lora_strength`.
     """
-    if given is None:
+    if values is None:
         return None
-    if not isinstance(given, tuple | list):
-        raise RequestError(f"lora_strengths is {given!r}; it must be a list, one for each LoRA of the engine.")
-    made: list[Strength] = []
-    for each in given:
+    if not isinstance(values, tuple | list):
+        raise RequestError(f"lora_strengths is {values!r}; it must be a list, one for each LoRA of the engine.")
+    made: list[LoraStrength] = []
+    for each in values:
         if isinstance(each, tuple | list):
             if len(each) != 2:
                 raise RequestError(
                     f"a LoRA's strength is {each!r}; it must be one number, or one for each of two passes."
                 )
-            made.append((check_strength(each[0]), check_strength(each[1])))
+            made.append((check_lora_strength(each[0]), check_lora_strength(each[1])))
         else:
-            made.append(check_strength(each))
+            made.append(check_lora_strength(each))
     return tuple(made)

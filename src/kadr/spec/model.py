@@ -28,8 +28,8 @@ SPATIAL_UPSCALER, TEMPORAL_UPSCALER = "spatial", "temporal"
 class Upscaling:
     """What happens to the latents between two passes: which sides double."""
 
-    space: bool
-    time: bool
+    spatial: bool
+    temporal: bool
 
 
 class ModelSpec:
@@ -66,14 +66,14 @@ class ModelSpec:
             require_components(second, self.vae_checkpoint)
             require_matching_text_encoder(text, second)
         self.loras = loras or Loras(())
-        self.loras.check(self.transformer_checkpoints)
+        self.loras.check_fits(self.transformer_checkpoints)
         self.upscaler_checkpoints: dict[str, Checkpoint] = {}
         checkpoints = {one.path: one for one in (*self.transformer_checkpoints, self.vae_checkpoint)}
         parameters = sum(source.num_parameters for one in checkpoints.values() for source in one.sources.values())
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device, parameters)
         self.quant, self.offload = resolve_scheme(quant, self.transformer_checkpoints, self.device), offload
-        if self.loras.merged:
+        if self.loras.is_merged:
             refuse_merging(self.transformer_checkpoints)
         self.compile_transformer = check_compile(compiled, self.device)
 

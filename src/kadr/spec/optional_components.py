@@ -9,10 +9,10 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
 from kadr.models.registry import Release
-from kadr.spec.locate import fetched_upscaler, is_path, locate, released_file
+from kadr.spec.locate import fetch_release, fetch_upscaler, is_path, locate
 
 
-def opened_second(model: str | Path | None) -> tuple[Checkpoint | None, Release | None]:
+def open_second_model(model: str | Path | None) -> tuple[Checkpoint | None, Release | None]:
     """The checkpoint of the second pass's model, and its entry in the registry, where one is named.
 
     Raises:
@@ -21,21 +21,21 @@ def opened_second(model: str | Path | None) -> tuple[Checkpoint | None, Release 
     if model is None:
         return None, None
     found = locate(model, text_encoder=None, vae=None)
-    checkpoint = Checkpoint.open(found.model, release=found.released)
-    return checkpoint, found.released or checkpoint.info.release
+    checkpoint = Checkpoint.open(found.model, release=found.release)
+    return checkpoint, found.release or checkpoint.info.release
 
 
-def opened_upscalers(given: str | Path | Sequence[str | Path]) -> list[Checkpoint]:
+def open_upscalers(upscalers: str | Path | Sequence[str | Path]) -> list[Checkpoint]:
     """The checkpoints of upscalers, by name or path.
 
     Raises:
         RequestError, CheckpointError: an unknown name, or a path that is not there; and as `Checkpoint.open`.
     """
-    wanted = [given] if isinstance(given, str | Path) else list(given)
-    return [Checkpoint.open(_located(one)) for one in wanted]
+    wanted = [upscalers] if isinstance(upscalers, str | Path) else list(upscalers)
+    return [Checkpoint.open(_locate_upscaler(one)) for one in wanted]
 
 
-def _located(upscaler: str | Path) -> Path:
+def _locate_upscaler(upscaler: str | Path) -> Path:
     if is_path(upscaler):
         path = Path(upscaler).expanduser()
         if not path.exists():
@@ -44,18 +44,18 @@ def _located(upscaler: str | Path) -> Path:
     released = registry.find_release(str(upscaler))
     if not released.kind.endswith("upscaler"):
         raise RequestError(f"{released.name} is a {released.kind}, and no upscaler. `kadr models` lists those.")
-    return released_file(released)
+    return fetch_release(released)
 
 
-def own_upscaler(released: Release | None) -> Checkpoint:
+def open_default_upscaler(release: Release | None) -> Checkpoint:
     """The upscaler that belongs to a model, fetched from the hub where it is not on disk yet.
 
     Raises:
         CheckpointError: the model has none, or it cannot be fetched.
     """
-    if released is None or released.upscaler is None:
+    if release is None or release.upscaler is None:
         raise CheckpointError(
             "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or make a "
             "single pass."
         )
-    return Checkpoint.open(fetched_upscaler(released))
+    return Checkpoint.open(fetch_upscaler(release))

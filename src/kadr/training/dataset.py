@@ -14,7 +14,7 @@ from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest
 from kadr.errors import KadrError, KadrWarning, MediaError, RequestError
 from kadr.media.clip import ClipReader, probe_video
 from kadr.media.image import load_image
-from kadr.request.inputs import CLIPS
+from kadr.request.inputs import CLIP_SUFFIXES
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 REFERENCE = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4
@@ -79,14 +79,14 @@ def read_folder(folder: Path, frames: int, *, references: bool = False, skip_bro
         told = f"{len(broken)} of the {len(media)} clips and pictures of {folder} are left out:{_told(broken)}"
         warnings.warn(told, KadrWarning, stacklevel=2)
     if not made:
-        endings = ", ".join((*CLIPS, *PICTURES))
+        endings = ", ".join((*CLIP_SUFFIXES, *PICTURES))
         raise MediaError(f"{folder} has nothing to learn from: clips or pictures ({endings}), each with a caption.")
     return made
 
 
 def _is_medium(path: Path) -> bool:
     """Hidden files are none: systems put files of their own beside others, under names that end alike."""
-    return path.suffix.lower() in (*CLIPS, *PICTURES) and not path.name.startswith(".")
+    return path.suffix.lower() in (*CLIP_SUFFIXES, *PICTURES) and not path.name.startswith(".")
 
 
 def _warn_below(folder: Path) -> None:
@@ -140,7 +140,7 @@ def _require_length(path: Path, count: int, frames: int) -> None:
 
 
 def _reference(path: Path, frames: int) -> Path:
-    found = [beside for end in (*CLIPS, *PICTURES) if (beside := path.with_suffix(REFERENCE + end)).is_file()]
+    found = [beside for end in (*CLIP_SUFFIXES, *PICTURES) if (beside := path.with_suffix(REFERENCE + end)).is_file()]
     if not found:
         raise RequestError(f"{path.name} has no reference: put one beside it as {path.stem}{REFERENCE}{path.suffix}.")
     reference = found[0]

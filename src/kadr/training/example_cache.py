@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
 from kadr.errors import CheckpointError, MediaError
-from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.progress import StageProgress, Watch
 from kadr.request.inputs import Control
 from kadr.request.request import Request
 from kadr.shapes import LatentGrid
@@ -74,10 +74,10 @@ def encoded(
     absent = [(example, file) for example, file in zip(examples, files, strict=True) if not file.is_file()]
     if absent:
         texts = _texts(engine, [example for example, _ in absent], settings, watch)
-        stage = Stage("encode", len(absent), watch)
+        stage = StageProgress("encode", len(absent), watch)
         for done, ((example, file), text) in enumerate(zip(absent, texts, strict=True), 1):
             write_tensors(file, {"text": text, **_latents(engine, example, settings)}, dtype=torch.float32)
-            stage.done(done)
+            stage.report(done)
     return [_known(engine, *pair, settings) for pair in zip(examples, files, strict=True)]
 
 
@@ -86,9 +86,9 @@ def request_of(example: Example, settings: TrainingSettings) -> Request:
     controls: tuple[Control, ...] = ()
     if settings.references == FILES:
         assert example.reference is not None
-        controls = (Control(str(example.reference), part=_part(example)),)
+        controls = (Control(str(example.reference), frame_range=_part(example)),)
     elif settings.references == CANNY:
-        controls = (Control(str(example.media), kind=CANNY, part=_part(example)),)
+        controls = (Control(str(example.media), kind=CANNY, frame_range=_part(example)),)
     return Request(
         prompt=example.caption,
         size=settings.size,
@@ -112,7 +112,7 @@ def _latents(engine: Engine, example: Example, settings: TrainingSettings) -> di
     """The clip goes to the encoder as references do. As a condition it would be blurred, and made smaller without
     regard to what lies between the pixels: a LoRA would learn that."""
     request = request_of(example, settings)
-    own = Control(str(example.media), part=_part(example))
+    own = Control(str(example.media), frame_range=_part(example))
     media = engine.encode_media(replace(request, controls=(own, *request.controls)))
     return dict(zip(("latents", "reference"), media.references, strict=False))
 

@@ -23,7 +23,7 @@ from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.longvideo.folder_lock import claimed
-from kadr.pipeline.progress import Stage, Watch, ignore
+from kadr.pipeline.progress import StageProgress, Watch, ignore_progress
 from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.quant.convert import quantize_blocks
 from kadr.request.inputs import Control
@@ -95,7 +95,7 @@ class Training:
         """Where the cache, the state, the log and the clips made on the way are."""
         return self.output.with_suffix(".training")
 
-    def run(self, watch: Watch = ignore) -> Trained:
+    def run(self, watch: Watch = ignore_progress) -> Trained:
         """Train, or go on where it ended.
 
         Raises:
@@ -182,7 +182,7 @@ class Training:
         start = trainer.done = load_state(self._state, trainer.layers, trainer.optimizer)
         log = Log(self.work / "log.csv", start)
         first = trainer.measure() if start == 0 else log.first
-        stage, began = Stage("train", settings.steps, watch, start), time.monotonic()
+        stage, began = StageProgress("train", settings.steps, watch, start), time.monotonic()
         if start == 0:
             log.add(0, held=first)
         last = None
@@ -195,7 +195,7 @@ class Training:
                     save_state(self._state, done, trainer.layers, trainer.optimizer, told)
                 last = trainer.measure() if ended or due else None
                 log.add(done, loss=loss, held=last, seconds=time.monotonic() - began)
-                stage.done(done - start)
+                stage.report(done - start)
                 if due or ended:
                     self._export(trainer, done, self._at(done))
                 if due and not ended:

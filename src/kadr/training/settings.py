@@ -9,7 +9,7 @@ from kadr.errors import RequestError
 from kadr.shapes import Size, snap_frames
 from kadr.training.objective import DISTRIBUTIONS
 from kadr.training.trainable_lora import TARGETS
-from kadr.validation import within
+from kadr.validation import check_range
 
 OFF, FILES, CANNY = "off", "files", "canny"
 REFERENCES = (OFF, FILES, CANNY)
@@ -62,7 +62,7 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, low, high in _LIMITS:
-            within(name, getattr(self, name), low, high, whole=isinstance(low, int))
+            check_range(name, getattr(self, name), low, high, is_whole=isinstance(low, int))
         for name, known in (("targets", TARGETS), ("levels", DISTRIBUTIONS), ("references", REFERENCES)):
             if getattr(self, name) not in known:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")

@@ -30,7 +30,7 @@ from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.pipeline.engine import Engine
 from kadr.sampling.schedules import Schedule
-from kadr.spec.locate import PACKAGE
+from kadr.spec.locate import PACKAGE_ROOT
 from tests import tiny_models
 from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
@@ -45,7 +45,7 @@ from tests.checkpoints.checkpoint_files import (
 from tests.checkpoints.gguf import gguf_files
 
 XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
-SPIECE = (PACKAGE / "assets" / "demo" / "tokenizer" / "spiece.model").read_bytes()
+SPIECE = (PACKAGE_ROOT / "assets" / "demo" / "tokenizer" / "spiece.model").read_bytes()
 OLD = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 
 

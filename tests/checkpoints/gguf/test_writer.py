@@ -34,13 +34,13 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.quant.mixes import assign_types, find_mix
 from kadr.sampling.schedules import Schedule
-from kadr.spec.locate import PACKAGE
+from kadr.spec.locate import PACKAGE_ROOT
 from tests import tiny_models
 from tests.checkpoints.checkpoint_files import SMALL_VAE, same
 from tests.checkpoints.gguf import gguf_files
 from tests.oracles import VAES, diffusers_transformer, diffusers_vae, reduced, relative
 
-DEMO = PACKAGE / "assets" / "demo"
+DEMO = PACKAGE_ROOT / "assets" / "demo"
 SPIECE = DEMO / "tokenizer" / "spiece.model"
 # Wide enough for blocks of 256.
 WIDE = TransformerConfig(num_layers=1, num_heads=8, head_dim=32, caption_channels=64, in_channels=12)

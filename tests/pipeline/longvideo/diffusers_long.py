@@ -68,7 +68,7 @@ def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
     assert windows is not None
     assert isinstance(size, Size)
     assert isinstance(request.guidance, Guidance)
-    length, overlap = windows.latents
+    length, overlap = windows.latent_frames
     generation = engine._opened(request, lambda progress: None)
     with engine.components.transformer() as ours:
         transformer = diffusers_transformer(ours)
@@ -106,14 +106,14 @@ def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
                 num_frames=request.frames,
                 frame_rate=request.fps,
                 guidance_scale=request.guidance.cfg_scale,
-                sigmas=[*(float(level) for level in generation.windows[0].levels), 0.0],
+                sigmas=[*(float(level) for level in generation.windows[0].sigmas), 0.0],
                 cond_image=None if picture is None else torch.zeros(1, 3, size.height, size.width),
                 cond_strength=1.0 if picture is not None else 0.0,
                 temporal_tile_size=8 * length,
                 temporal_overlap=8 * overlap,
-                temporal_overlap_cond_strength=windows.strength,
+                temporal_overlap_cond_strength=windows.overlap_strength,
                 adain_factor=windows.adain,
-                negative_index_strength=windows.remember,
+                negative_index_strength=windows.anchor_strength,
                 output_type="latent",
             ).frames
 

@@ -23,7 +23,7 @@ from kadr.pipeline.longvideo.sampling import in_window
 from kadr.pipeline.progress import Progress
 from kadr.planning import planner
 from kadr.planning.plan import Placement
-from kadr.request.passes import plan_windows
+from kadr.request.passes import resolve_window_passes
 from kadr.request.windows import Windows
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.schedules import Schedule
@@ -51,23 +51,25 @@ def asked(**fields: Any) -> Request:
         "guidance": Guidance(cfg_scale=3.0, stg_scale=0.0),
         "stochastic": False,
         "image_noise": 0.0,
-        "windows": Windows(frames=41, overlap=24, strength=1.0, adain=0.25),
+        "windows": Windows(frames=41, overlap=24, overlap_strength=1.0, adain=0.25),
     }
     return Request(**{**given, **fields})
 
 
 CASES: dict[str, dict[str, Any]] = {
     "windows": {},
-    "windows, held half": {"windows": Windows(frames=41, overlap=24, strength=0.5, adain=0.25)},
-    "windows, all the statistics of the first": {"windows": Windows(frames=41, overlap=32, strength=1.0, adain=1.0)},
-    "windows, no statistics": {"windows": Windows(frames=41, overlap=24, strength=0.8, adain=0.0)},
-    "windows, one latent of overlap": {"windows": Windows(frames=33, overlap=8, strength=1.0)},
+    "windows, held half": {"windows": Windows(frames=41, overlap=24, overlap_strength=0.5, adain=0.25)},
+    "windows, all the statistics of the first": {
+        "windows": Windows(frames=41, overlap=32, overlap_strength=1.0, adain=1.0)
+    },
+    "windows, no statistics": {"windows": Windows(frames=41, overlap=24, overlap_strength=0.8, adain=0.0)},
+    "windows, one latent of overlap": {"windows": Windows(frames=33, overlap=8, overlap_strength=1.0)},
     "windows, no guidance": {"guidance": Guidance(cfg_scale=1.0), "prompt": "birds fly"},
     "windows, a shorter last one": {"frames": 89},
     "windows with a picture": {"picture": True},
     "windows with a picture remembered half": {
         "picture": True,
-        "windows": Windows(frames=41, overlap=24, strength=0.5, remember=0.5),
+        "windows": Windows(frames=41, overlap=24, overlap_strength=0.5, anchor_strength=0.5),
     },
 }
 
@@ -89,12 +91,12 @@ def test_at_full_strength_diffusers_as_it_is_agrees_and_below_it_tells_the_netwo
 ) -> None:
     request = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0))
     assert relative(engine.denoise(request), diffusers_long.run(engine, request, as_it_is=True)) <= LATENTS
-    half = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0), windows=Windows(frames=41, strength=0.5))
+    half = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0), windows=Windows(frames=41, overlap_strength=0.5))
     assert relative(engine.denoise(half), diffusers_long.run(engine, half, as_it_is=True)) > 1e-3
 
 
 def test_diffusers_makes_a_latent_too_many_at_every_seam_of_two_and_kadr_crosses_over(engine: Engine) -> None:
-    request = asked(windows=Windows(frames=41, overlap=16, strength=1.0, adain=0.0), frames=97)
+    request = asked(windows=Windows(frames=41, overlap=16, overlap_strength=1.0, adain=0.0), frames=97)
     spans = request.windows.spans(97) if request.windows else ()
     made, theirs = engine.denoise(request), diffusers_long.run(engine, request)
     assert made.shape[2] == 13
@@ -142,8 +144,8 @@ def test_windows_make_every_latent_once_and_share_what_overlaps(frames: int, len
         assert one.end - other.start == overlap
         assert other.end > one.end
     if len(spans) > 1:
-        assert len(windows.spans(windows.lasting(len(spans)))) == len(spans)
-        assert windows.lasting(len(spans) - 1) < snap_frames(frames) <= windows.lasting(len(spans))
+        assert len(windows.spans(windows.total_frames(len(spans)))) == len(spans)
+        assert windows.total_frames(len(spans) - 1) < snap_frames(frames) <= windows.total_frames(len(spans))
 
 
 def test_the_seed_is_that_of_every_window_and_no_two_have_the_same_noise(engine: Engine) -> None:
@@ -177,7 +179,7 @@ def test_several_prompts_without_a_length_make_a_window_each(engine: Engine) -> 
 def test_a_picture_is_remembered_by_every_window(engine: Engine, photo: Condition) -> None:
     request = short(conditions=(photo,), frames=73)
     made = {
-        share: engine.denoise(replace(request, windows=Windows(frames=25, overlap=16, remember=share)))
+        share: engine.denoise(replace(request, windows=Windows(frames=25, overlap=16, anchor_strength=share)))
         for share in (None, 1.0, 0.4, 0.0)
     }
     assert made[None].equal(made[1.0])
@@ -192,7 +194,10 @@ def test_a_picture_counted_from_the_end_that_stands_first_is_remembered(engine: 
 
 def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, photo: Condition) -> None:
     generation = engine._opened(short(conditions=(replace(photo, frame=30),), frames=73), lambda progress: None)
-    places = [[item.placed.start for item in in_window(generation.media.fitted[0], span)] for span in generation.spans]
+    places = [
+        [item.resolved_condition.start_frame for item in in_window(generation.media.fitted[0], span)]
+        for span in generation.spans
+    ]
     assert places == [[], [14], [], []]
     assert [span.first_frame for span in generation.spans] == [0, 16, 32, 48]
     with_it = engine.denoise(generation.request)
@@ -219,7 +224,7 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
         ({"multi_scale": True}, "3 windows are asked for, and two passes"),
         ({"prompt": "a|b|c|d"}, "4 prompts are given, one for each window, and the video has 3 windows"),
         ({"prompt": "a||c"}, "prompt 2 of 3 is empty"),
-        ({"windows": Windows(remember=0.5)}, "there is no picture at frame 0 to be remembered"),
+        ({"windows": Windows(anchor_strength=0.5)}, "there is no picture at frame 0 to be remembered"),
         ({"windows": {"frames": 25, "overlap": 32}}, "the overlap is 32 frames, and a window has 25"),
         ({"windows": {"overlap": 12}}, "it must be a multiple of 8, such as 8"),
         ({"windows": {"overlap": "24"}}, "it must be a whole number of frames"),
@@ -246,7 +251,7 @@ def test_latents_to_start_from_are_refused(untouched: Engine) -> None:
 
 def test_a_request_with_windows_survives_json(engine: Engine) -> None:
     request = engine.resolve(short(prompt="birds fly|blue sea"))
-    assert request.windows == Windows(frames=25, overlap=16, remember=0.0)
+    assert request.windows == Windows(frames=25, overlap=16, anchor_strength=0.0)
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
     assert engine.resolve(request) == request
     with pytest.raises(RequestError, match="cannot be read"):
@@ -255,7 +260,7 @@ def test_a_request_with_windows_survives_json(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("frames", "overlap"), [(121, 24), (25, 16), (33, 16), (9, 8)])
 def test_the_overlap_is_24_frames_or_less_where_a_window_is_short(frames: int, overlap: int) -> None:
-    assert Windows().filled(frames, picture=False).overlap == overlap
+    assert Windows().with_defaults(frames, has_anchor_image=False).overlap == overlap
 
 
 def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -> None:
@@ -266,7 +271,7 @@ def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -
     request = replace(short(), levels=None, guidance=None)
     with pytest.warns(KadrWarning, match="recipe has two passes, and windows are made in one"):
         (plan,) = engine.passes(request)
-    assert (len(plan.levels), plan.windows) == (3, 3)
+    assert (len(plan.sigmas), plan.window_count) == (3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", KadrWarning)
         engine.passes(replace(request, multi_scale=False))
@@ -308,10 +313,10 @@ def test_steps_are_those_of_each_window_where_they_differ(engine: Engine) -> Non
     windows = Windows(frames=97, overlap=24)
     long = short(size=Size(704, 480), video="clip.mp4", video_strength=0.5, levels=None, steps=40, windows=windows)
     request = replace(long, frames=129, fps=24.0)
-    plans = plan_windows(request, Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1))
-    one, other = (len(plan.levels) for plan in plans)
+    plans = resolve_window_passes(request, Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1))
+    one, other = (len(plan.sigmas) for plan in plans)
     assert one < other
-    assert [(plan.before, plan.in_all) for plan in plans] == [(0, one + other), (one, one + other)]
+    assert [(plan.steps_before, plan.total_steps) for plan in plans] == [(0, one + other), (one, one + other)]
 
 
 @pytest.mark.parametrize(("free", "said"), [(60, "--window "), (12, "--size ")])

@@ -19,8 +19,8 @@ from kadr.errors import Cancelled, CheckpointError, KadrWarning, RequestError
 from kadr.media.clip import read_video
 from kadr.pipeline.longvideo.window_folder import REQUEST, kept_in
 from kadr.pipeline.progress import Progress
-from kadr.pipeline.video import Made
-from kadr.request.windows import Windows, folder_of
+from kadr.pipeline.video import VideoFile
+from kadr.request.windows import Windows, window_folder_path
 from kadr.sampling.settings import Guidance
 from kadr.shapes import Size
 from tests.tiny_models import MODEL, write
@@ -31,7 +31,7 @@ LONG = Request(
     frames=73,
     fps=24.0,
     seed=5,
-    levels=(1.0, 0.7, 0.4),
+    sigmas=(1.0, 0.7, 0.4),
     guidance=Guidance(cfg_scale=2.0, stg_scale=0.0),
     windows=Windows(frames=25, overlap=16),
 )
@@ -53,7 +53,7 @@ def cut_off(engine: Engine, path: Path, request: Request = LONG, window: int = 3
 
 
 @pytest.fixture(scope="module")
-def unbroken(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def unbroken(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> VideoFile:
     """With a picture that is remembered, and fresh noise at every step."""
     home = tmp_path_factory.mktemp("unbroken")
     Image.new("RGB", (64, 64), (200, 30, 40)).save(home / "first.png")
@@ -63,11 +63,11 @@ def unbroken(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.mark.parametrize("window", [2, 3, 4])
 def test_a_video_that_was_cut_off_in_any_window_ends_as_one_that_was_not(
-    window: int, engine: Engine, out: Path, unbroken: Made
+    window: int, engine: Engine, out: Path, unbroken: VideoFile
 ) -> None:
     request = unbroken.request
     cut_off(engine, out / "cut.mp4", request, window)
-    folder = folder_of(out / "cut.mp4")
+    folder = window_folder_path(out / "cut.mp4")
     assert len(kept_in(folder)) == window - 1
     assert [path.name for path in out.iterdir()] == ["cut.windows"]
     seen: list[Progress] = []
@@ -99,7 +99,7 @@ def test_all_windows_finished_and_the_file_not_written_is_gone_on_with(
         patch.setattr("kadr.pipeline.generation.Generation.pixels", full)
         with pytest.raises(OSError, match="No space"):
             engine.write(LONG, out / "clip.mp4")
-    assert len(kept_in(folder_of(out / "clip.mp4"))) == 4
+    assert len(kept_in(window_folder_path(out / "clip.mp4"))) == 4
     stages: set[str] = set()
     made = engine.write(LONG, out / "clip.mp4", resume=True, watch=lambda progress: stages.add(progress.stage))
     assert stages == {"decode"}
@@ -108,15 +108,15 @@ def test_all_windows_finished_and_the_file_not_written_is_gone_on_with(
 
 def test_finished_windows_are_never_written_over(engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4")
-    kept = {path: path.read_bytes() for path in folder_of(out / "clip.mp4").iterdir()}
+    kept = {path: path.read_bytes() for path in window_folder_path(out / "clip.mp4").iterdir()}
     with pytest.raises(RequestError, match=r"clip.windows holds 2 finished windows .*--resume, delete the folder, or"):
         engine.write(LONG, out / "clip.mp4")
-    assert {path: path.read_bytes() for path in folder_of(out / "clip.mp4").iterdir()} == kept
+    assert {path: path.read_bytes() for path in window_folder_path(out / "clip.mp4").iterdir()} == kept
 
 
 def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4", window=1)
-    assert len(kept_in(folder_of(out / "clip.mp4"))) == 0
+    assert len(kept_in(window_folder_path(out / "clip.mp4"))) == 0
     engine.write(replace(LONG, seed=6), out / "clip.mp4")
     assert [path.name for path in out.iterdir()] == ["clip.mp4"]
 
@@ -138,7 +138,7 @@ def test_the_windows_of_another_request_are_refused_with_what_differs(
     with pytest.raises(RequestError) as caught:
         engine.write(replace(LONG, **change), out / "clip.mp4", resume=True)
     assert said in str(caught.value)
-    assert len(kept_in(folder_of(out / "clip.mp4"))) == 2
+    assert len(kept_in(window_folder_path(out / "clip.mp4"))) == 2
 
 
 def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, 
         os.utime(path, ns=(changed, changed + 10**9))
         refused(path.name)
         os.utime(path, ns=times[path])
-    known = json.loads((folder_of(out / "clip.mp4") / REQUEST).read_text())
-    (folder_of(out / "clip.mp4") / REQUEST).write_text(json.dumps({**known, "version": "0.0.1"}))
+    known = json.loads((window_folder_path(out / "clip.mp4") / REQUEST).read_text())
+    (window_folder_path(out / "clip.mp4") / REQUEST).write_text(json.dumps({**known, "version": "0.0.1"}))
     refused("version is '0.0.1' there")
 
 
@@ -190,7 +190,7 @@ def test_a_video_without_windows_is_not_gone_on_with(untouched: Engine, out: Pat
 @pytest.mark.parametrize("damage", ["cut short", "empty", "of another shape", "of other numbers"])
 def test_a_damaged_window_is_made_again_and_no_other(damage: str, engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4", window=4)
-    damaged = folder_of(out / "clip.mp4") / "window-0002.safetensors"
+    damaged = window_folder_path(out / "clip.mp4") / "window-0002.safetensors"
     if damage == "of another shape":
         save_file({"latents": torch.zeros(1, 2, 3, 4, 5)}, damaged)
     elif damage == "of other numbers":
@@ -208,7 +208,7 @@ def test_a_damaged_window_is_made_again_and_no_other(damage: str, engine: Engine
 def test_windows_of_another_video_are_never_taken_up(engine: Engine, out: Path) -> None:
     """Also where the first of them is gone."""
     cut_off(engine, out / "clip.mp4", window=3)
-    folder = folder_of(out / "clip.mp4")
+    folder = window_folder_path(out / "clip.mp4")
     (folder / "window-0001.safetensors").unlink()
     with pytest.raises(RequestError, match="holds 1 finished window of a video"):
         engine.write(replace(LONG, seed=9), out / "clip.mp4")
@@ -236,7 +236,7 @@ def test_another_video_is_not_written_where_one_is_unfinished(engine: Engine, ou
 
 def test_a_folder_that_is_a_link_stays_one(engine: Engine, out: Path) -> None:
     (out / "elsewhere").mkdir()
-    folder_of(out / "clip.mp4").symlink_to(out / "elsewhere")
+    window_folder_path(out / "clip.mp4").symlink_to(out / "elsewhere")
     engine.write(LONG, out / "clip.mp4")
     assert sorted(path.name for path in out.iterdir()) == ["clip.mp4", "clip.windows", "elsewhere"]
 
@@ -255,17 +255,17 @@ def test_two_runs_do_not_make_one_video(engine: Engine, out: Path) -> None:
 @pytest.mark.parametrize("text", ["[1]", "{", "null"])
 def test_what_says_nothing_of_the_windows_is_named(text: str, engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4")
-    (folder_of(out / "clip.mp4") / REQUEST).write_text(text)
+    (window_folder_path(out / "clip.mp4") / REQUEST).write_text(text)
     with pytest.raises(CheckpointError, match=r"request.json cannot be read: .* Delete .*clip.windows"):
         engine.write(LONG, out / "clip.mp4", resume=True)
 
 
 def test_only_what_is_kadrs_is_removed(engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4")
-    notes = folder_of(out / "clip.mp4") / "notes.txt"
+    notes = window_folder_path(out / "clip.mp4") / "notes.txt"
     notes.write_text("mine")
     engine.write(LONG, out / "clip.mp4", resume=True)
-    assert list(folder_of(out / "clip.mp4").iterdir()) == [notes]
+    assert list(window_folder_path(out / "clip.mp4").iterdir()) == [notes]
 
 
 def test_windows_leave_memory_when_they_are_on_disk(engine: Engine, out: Path) -> None:

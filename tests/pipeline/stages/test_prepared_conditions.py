@@ -23,9 +23,15 @@ from kadr.errors import KadrError, MediaError, RequestError
 from kadr.media.clip import read_video
 from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
-from kadr.pipeline.stages.prepared_conditions import Fitted, Pixels, fitted, put, settled
-from kadr.request.passes import PassPlan
-from kadr.request.resolved_conditions import Placed, read_conditions, read_start
+from kadr.pipeline.stages.prepared_conditions import (
+    PreparedCondition,
+    PreparedFrames,
+    apply_condition,
+    place_in_pass,
+    prepare_condition,
+)
+from kadr.request.passes import ResolvedPass
+from kadr.request.resolved_conditions import ResolvedCondition, open_input_video, resolve_conditions
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
@@ -82,11 +88,11 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
     return Media(tmp_path_factory.mktemp("media"))
 
 
-def placed(media: Media, *shown: Shown, **fields: Any) -> list[Placed]:
-    return read_conditions(replace(REQUEST, conditions=media.conditions(*shown), **fields))
+def placed(media: Media, *shown: Shown, **fields: Any) -> list[ResolvedCondition]:
+    return resolve_conditions(replace(REQUEST, conditions=media.conditions(*shown), **fields))
 
 
-def brightness(item: Placed) -> list[int]:
+def brightness(item: ResolvedCondition) -> list[int]:
     """Which frames of its clip were taken, told by how bright they are."""
     return [round((float(np.mean(frame)) - 40) / 5) for frame in item.frames]
 
@@ -210,7 +216,7 @@ def test_a_damaged_clip_is_refused_by_name_before_any_weight_is_loaded(
 ) -> None:
     path = damaged(media, how)
     shown = replace(REQUEST, conditions=(Condition(media=str(path)),))
-    begun = replace(REQUEST, video=str(path), video_strength=0.75)
+    begun = replace(REQUEST, input_video=str(path), denoise_strength=0.75)
     for request in (shown, begun, replace(begun, frames=None, fps=None)):
         refused_by_all(untouched, request, out, [str(path)], MediaError)
 
@@ -242,18 +248,18 @@ def test_a_video_that_cannot_be_started_from_is_refused_before_any_weight_is_loa
     case: str, untouched: Engine, media: Media, out: Path
 ) -> None:
     fields, says = VIDEO_REFUSED[case]
-    request = replace(REQUEST, video=str(media.path("clip 9")), **fields)
+    request = replace(REQUEST, input_video=str(media.path("clip 9")), **fields)
     refused_by_all(untouched, request, out, says, RequestError)
 
 
 @pytest.mark.parametrize("steps", [3, 7, 11, 40])
 def test_the_least_strength_that_is_named_is_one_that_works(engine: Engine, media: Media, steps: int) -> None:
-    request = replace(REQUEST, frames=9, steps=steps, video=str(media.path("clip 9")), video_strength=0.001)
+    request = replace(REQUEST, frames=9, steps=steps, input_video=str(media.path("clip 9")), denoise_strength=0.001)
     with pytest.raises(RequestError) as caught:
         engine.passes(request)
     named = re.search(r"the least is ([0-9.]+[0-9])", str(caught.value))
     assert named
-    assert len(engine.passes(replace(request, video_strength=float(named[1])))[0].levels) == 1
+    assert len(engine.passes(replace(request, denoise_strength=float(named[1])))[0].sigmas) == 1
 
 
 @pytest.mark.parametrize("fields", [{"skip_initial": 2}, {"skip_initial": 1, "skip_final": 1}])
@@ -265,34 +271,34 @@ def test_levels_left_out_at_the_front_need_something_to_start_from(
 
 
 def test_length_and_rate_are_those_of_the_video_unless_the_request_says_otherwise(engine: Engine, media: Media) -> None:
-    begun = replace(REQUEST, frames=None, fps=None, video=str(media.path("clip 9")))
+    begun = replace(REQUEST, frames=None, fps=None, input_video=str(media.path("clip 9")))
     made = engine.resolve(begun)
-    assert (made.frames, made.fps, made.video_strength) == (9, 20.0, 0.75)
-    said = engine.resolve(replace(begun, frames=4, fps=30, video_strength=0.5))
-    assert (said.frames, said.fps, said.video_strength) == (4, 30, 0.5)
+    assert (made.frames, made.fps, made.denoise_strength) == (9, 20.0, 0.75)
+    said = engine.resolve(replace(begun, frames=4, fps=30, denoise_strength=0.5))
+    assert (said.frames, said.fps, said.denoise_strength) == (4, 30, 0.5)
 
 
 def test_a_level_named_by_its_place_leaves_the_strength_alone(engine: Engine, media: Media) -> None:
-    begun = replace(REQUEST, video=str(media.path("clip 25")))
-    assert engine.resolve(replace(begun, skip_initial=1)).video_strength is None
-    assert engine.resolve(replace(begun, steps=None, levels=(0.9, 0.5))).video_strength is None
-    assert engine.resolve(replace(begun, steps=None, levels=(1.0, 0.5))).video_strength == 0.75
+    begun = replace(REQUEST, input_video=str(media.path("clip 25")))
+    assert engine.resolve(replace(begun, skip_initial=1)).denoise_strength is None
+    assert engine.resolve(replace(begun, steps=None, levels=(0.9, 0.5))).denoise_strength is None
+    assert engine.resolve(replace(begun, steps=None, levels=(1.0, 0.5))).denoise_strength == 0.75
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.75, 0.9])
 def test_the_sampling_begins_at_the_nearest_level_that_is_not_above_the_strength(
     engine: Engine, media: Media, strength: float
 ) -> None:
-    plain = replace(REQUEST, steps=30, video=None)
-    every = engine.passes(plain)[0].levels
-    begun = engine.passes(replace(plain, video=str(media.path("clip 25")), video_strength=strength))[0].levels
+    plain = replace(REQUEST, steps=30, input_video=None)
+    every = engine.passes(plain)[0].sigmas
+    begun = engine.passes(replace(plain, input_video=str(media.path("clip 25")), denoise_strength=strength))[0].sigmas
     assert begun.tolist() == [level for level in every.tolist() if level <= strength]
     assert 0 < len(begun) < len(every)
 
 
 def test_the_last_frame_of_a_video_to_start_from_fills_the_last_group_of_eight(media: Media) -> None:
-    begun = replace(REQUEST, frames=12, video=str(media.path("clip 25")))
-    frames = [round((float(np.mean(frame)) - 40) / 5) for frame in read_start(begun)]
+    begun = replace(REQUEST, frames=12, input_video=str(media.path("clip 25")))
+    frames = [round((float(np.mean(frame)) - 40) / 5) for frame in open_input_video(begun)]
     assert frames == [*range(12), *[11] * 5]
 
 
@@ -300,7 +306,7 @@ def test_the_last_frame_of_a_video_to_start_from_fills_the_last_group_of_eight(m
 def test_a_video_to_start_from_is_mixed_with_as_much_noise_as_the_first_level_says(
     strength: float, engine: Engine, media: Media, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = replace(REQUEST, frames=9, steps=12, video=str(media.path("clip 9")), video_strength=strength)
+    request = replace(REQUEST, frames=9, steps=12, input_video=str(media.path("clip 9")), denoise_strength=strength)
     encoded = engine.encode(replace(REQUEST, frames=9, conditions=media.conditions(clip(9))))
     noise = drawn(*encoded.shape, seed=7)
     seen: list[Tensor] = []
@@ -308,7 +314,7 @@ def test_a_video_to_start_from_is_mixed_with_as_much_noise_as_the_first_level_sa
     monkeypatch.setattr(Transformer, "forward", lambda *given: (seen.append(given[1]), forward(*given))[1])
     engine.denoise(request, noise=noise)
     (plan,) = engine.passes(request)
-    level = float(plan.levels[0])
+    level = float(plan.sigmas[0])
     torch.testing.assert_close(to_latents(seen[0], plan.grid), (1 - level) * encoded + level * noise)
 
 
@@ -336,7 +342,7 @@ def test_a_clip_is_cut_to_whole_groups_with_a_warning_that_names_the_counts(case
     shown, frames, (start, taken), (had, room) = CUT[case]
     with pytest.warns(KadrWarning) as told:
         (item,) = placed(media, shown, frames=frames)
-    assert (item.start, brightness(item)) == (start, taken)
+    assert (item.start_frame, brightness(item)) == (start, taken)
     which = "last" if shown.fields.get("frame", 0) < 0 else "first"
     (message,) = [str(warning.message) for warning in told]
     assert f"has {had} frames for {room};" in message
@@ -369,20 +375,20 @@ def test_a_clip_of_whole_groups_stands_where_it_is_put_and_nothing_is_said(case:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (item,) = placed(media, shown, frames=frames)
-    assert (item.start, brightness(item)) == expected
+    assert (item.start_frame, brightness(item)) == expected
 
 
 def test_a_clip_that_ends_where_frames_are_trimmed_is_told_with_the_length_that_shows_it(media: Media) -> None:
     with pytest.warns(KadrWarning, match=r"ends at frame 24.*after 18 frames.*last 7 are not shown.*Ask for 25"):
         (item,) = placed(media, clip(9, frame=-1), frames=18)
-    assert item.start == 16
+    assert item.start_frame == 16
 
 
 def test_a_picture_is_counted_from_the_end_of_what_is_shown(media: Media) -> None:
     for frames in (1, 17, 18, 25):
         items = placed(media, photo(frame=-1), frames=frames)
-        assert items[0].start == frames - 1
-    assert placed(media, photo(frame=-18), frames=18)[0].start == 0
+        assert items[0].start_frame == frames - 1
+    assert placed(media, photo(frame=-18), frames=18)[0].start_frame == 0
 
 
 @pytest.mark.parametrize(
@@ -409,15 +415,15 @@ def test_a_warning_is_given_once(passes: int, home: Path, media: Media) -> None:
 # --- positions of keyframes ----------------------------------------------------------------------------------------
 
 
-def plan_of(request: Request) -> PassPlan:
+def plan_of(request: Request) -> ResolvedPass:
     size, frames = request.size, request.frames
     assert isinstance(size, Size)
     assert frames is not None
     grid = LatentGrid.for_video(size, frames)
-    return PassPlan(1, Pass(), grid.video_size, grid.video_frames, float(request.fps or 0), torch.ones(1), ())
+    return ResolvedPass(1, Pass(), grid.video_size, grid.video_frames, float(request.fps or 0), torch.ones(1), ())
 
 
-def state_with(item: Placed, *, causal: bool, request: Request = REQUEST) -> LatentState:
+def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQUEST) -> LatentState:
     """A video of noise with one condition, of random latents, in it."""
     plan = plan_of(request)
     grid = plan.grid
@@ -427,8 +433,15 @@ def state_with(item: Placed, *, causal: bool, request: Request = REQUEST) -> Lat
         grid,
     )
     latents = drawn(1, CHANNELS, (len(item.frames) - 1) // 8 + 1, grid.height, grid.width, seed=2)
-    pixels = Pixels(item.frames, plan.size, 0, plan.size)
-    return put(state, Fitted(item, pixels), latents, plan, causal=causal, draw=lambda shape: drawn(*shape, seed=3))
+    pixels = PreparedFrames(item.frames, plan.size, 0, plan.size)
+    return apply_condition(
+        state,
+        PreparedCondition(item, pixels),
+        latents,
+        plan,
+        causal=causal,
+        draw_noise=lambda shape: drawn(*shape, seed=3),
+    )
 
 
 @pytest.mark.parametrize("fps", [24.0, 12.5])
@@ -490,18 +503,22 @@ def test_the_transformer_is_told_these_positions(engine: Engine, media: Media, m
 # --- boxes ---------------------------------------------------------------------------------------------------------
 
 
-def in_box(box: tuple[int, int, int, int], size: Size, media: Media) -> tuple[LatentState, Tensor, Fitted]:
+def in_box(box: tuple[int, int, int, int], size: Size, media: Media) -> tuple[LatentState, Tensor, PreparedCondition]:
     """A video of noise, with random latents in a box of it; those latents; and how the picture was fitted."""
     request = replace(REQUEST, size=size, frames=1, image_crf=0)
     plan = plan_of(request)
     (condition,) = media.conditions(photo(box=box))
-    (item,) = settled(read_conditions(replace(request, conditions=(condition,))), request, plan)
-    fit = fitted(item, request, plan)
+    (item,) = place_in_pass(resolve_conditions(replace(request, conditions=(condition,))), request, plan)
+    fit = prepare_condition(item, request, plan)
     latents = drawn(1, CHANNELS, fit.grid.frames, fit.grid.height, fit.grid.width, seed=5)
     grid = plan.grid
     noise = drawn(1, CHANNELS, 1, grid.height, grid.width, seed=6)
     state = LatentState.from_latents(noise, token_positions(grid, fps=plan.fps, causal=True), grid)
-    return put(state, fit, latents, plan, causal=True, draw=lambda shape: torch.zeros(shape)), latents, fit
+    return (
+        apply_condition(state, fit, latents, plan, causal=True, draw_noise=lambda shape: torch.zeros(shape)),
+        latents,
+        fit,
+    )
 
 
 def held_in(state: LatentState) -> Tensor:
@@ -529,7 +546,7 @@ def test_a_box_holds_what_the_official_pipeline_holds_wherever_it_lies_on_the_gr
                 in_box(box, size, media)
             continue
         state, latents, fit = in_box(box, size, media)
-        assert fit.pixels.made == Size(pixels.shape[-1], pixels.shape[-2])
+        assert fit.pixels.sampled_size == Size(pixels.shape[-1], pixels.shape[-2])
         assert torch.equal(latents, given)
         rows, columns = slice(row, row + kept.shape[-2]), slice(column, column + kept.shape[-1])
         expected = torch.zeros(down, across, dtype=torch.bool)
@@ -545,7 +562,7 @@ def test_a_box_moves_with_its_place_and_keeps_its_size(media: Media) -> None:
     """Off the grid too, where halves go up: three latents, of which one is cut off on each side within the video."""
     for x in range(0, 97, 8):
         state, _, fit = in_box((x, 0, 96, 64), Size(192, 64), media)
-        assert fit.pixels.made == Size(96, 64), x
+        assert fit.pixels.sampled_size == Size(96, 64), x
         column = (x + 16) // 32
         first, end = column + (column > 0), column + 3 - (column + 3 < 6)
         assert held_in(state).tolist() == [[first <= at < end for at in range(6)]] * 2, x
@@ -555,7 +572,7 @@ def test_a_box_moves_with_its_place_and_keeps_its_size(media: Media) -> None:
 def test_a_box_of_the_whole_video_holds_all_of_it(side: int, media: Media) -> None:
     size = Size(side, 130 - side)
     state, _, fit = in_box((0, 0, size.width, size.height), size, media)
-    assert fit.pixels.made == size.snap()
+    assert fit.pixels.sampled_size == size.snap()
     assert held_in(state).all()
 
 

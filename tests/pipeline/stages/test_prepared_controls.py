@@ -29,12 +29,12 @@ from kadr.media.writer import VideoWriter
 from kadr.models.lora_layers import merge_loras
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from kadr.pipeline.dry_run import DryEngine
-from kadr.pipeline.progress import ignore
-from kadr.pipeline.stages.control_networks import NETWORKS, drawings, fetched
-from kadr.pipeline.stages.prepared_controls import reference
+from kadr.pipeline.dry_run import DryRunEngine
+from kadr.pipeline.progress import ignore_progress
+from kadr.pipeline.stages.control_networks import NETWORK_FILES, build_map_renderers, fetch_networks
+from kadr.pipeline.stages.prepared_controls import prepare_control
 from kadr.pipeline.stages.text import Prompts
-from kadr.request.resolved_controls import Followed, read_controls
+from kadr.request.resolved_controls import ResolvedControl, resolve_controls
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
 from kadr.sampling.noise import NoiseStreams
@@ -55,7 +55,7 @@ REQUEST = Request(
     size=Size(128, 64),
     frames=17,
     fps=24,
-    levels=LEVELS,
+    sigmas=LEVELS,
     guidance=1.0,
     image_noise=0.15,
 )
@@ -155,7 +155,9 @@ class Oracle:
     ) -> Tensor:
         """references: pixels of each; shown: frame -> pixels of a picture that is held there with strength 1; guide:
         latents that are held beside the first frames; stream: before the names of all noise."""
-        texts = Prompts(self.engine.components, [request.prompt, request.negative_prompt or ""]).encoded(ignore)
+        texts = Prompts(self.engine.components, [request.prompt, request.negative_prompt or ""]).encoded(
+            ignore_progress
+        )
         tokens, where = flat(noise), places(noise.shape[2:])
         given, held = tokens.clone(), torch.zeros(tokens.shape[1])
         for frame, pixels in shown.items():
@@ -344,7 +346,7 @@ def test_steps_are_cached_beside_a_control(
 TWO = replace(
     REQUEST,
     multi_scale=True,
-    downscale=0.5,
+    downscale_factor=0.5,
     second=Pass(sigmas=(0.9, 0.4), guidance=Guidance(cfg_scale=1.0)),
     guidance=Guidance(cfg_scale=1.0),
     fps=24.0,
@@ -356,7 +358,7 @@ def test_each_pass_sees_the_control_at_its_own_size(
 ) -> None:
     upscaler = write_upscaler(tmp_path / "up.safetensors")
     engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
-    generation = engine._opened(replace(TWO, controls=(Control(clips(17)),)), ignore)
+    generation = engine._opened(replace(TWO, controls=(Control(clips(17)),)), ignore_progress)
     assert [plan.size for plan in generation.passes] == [Size(64, 32), Size(128, 64)]
     assert generation.work().encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
     assert [[one.shape[2:] for one in each.references] for each in generation.media_encoded()] == [
@@ -376,9 +378,9 @@ def test_a_first_pass_of_every_second_frame_sees_every_second_frame_of_the_contr
     upscaler = write_upscaler(tmp_path / "up.safetensors", space=False, time=True)
     engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     request = replace(TWO, controls=(Control(clips(17)),), size=Size(64, 64))
-    first, second = (one.references[0] for one in engine._opened(request, ignore).media.shown)
-    assert list(first.places) == list(range(0, 17, 2))
-    assert list(second.places) == list(range(17))
+    first, second = (one.references[0] for one in engine._opened(request, ignore_progress).media.shown)
+    assert list(first.frame_indices) == list(range(0, 17, 2))
+    assert list(second.frame_indices) == list(range(17))
     assert engine.denoise(request).shape[2] == 3
 
 
@@ -432,8 +434,8 @@ def test_each_window_follows_its_own_frames_as_diffusers_transformer_does(
 
 
 def test_a_window_sees_the_frames_that_it_makes(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
-    request = replace(LONG, frames=44, controls=(Control(clips(44)),), video=clips(44), video_strength=0.8)
-    shown = opened()._opened(request, ignore).media.shown
+    request = replace(LONG, frames=44, controls=(Control(clips(44)),), input_video=clips(44), denoise_strength=0.8)
+    shown = opened()._opened(request, ignore_progress).media.shown
     expected = [[*range(17)], [*range(16, 33)], [*range(32, 44), *[43] * 5]]
     assert [[*one.references[0].frames.frame_indices] for one in shown] == expected
     assert [[*one.start.frames.frame_indices] for one in shown if one.start is not None] == expected
@@ -442,7 +444,7 @@ def test_a_window_sees_the_frames_that_it_makes(opened: Callable[..., Engine], c
 def test_a_long_video_that_is_led_goes_on_where_it_was_cut_off(
     opened: Callable[..., Engine], clips: Callable[..., str], out: Path
 ) -> None:
-    request = replace(LONG, controls=(Control(clips(41), kind="canny"),), video=clips(41), video_strength=0.8)
+    request = replace(LONG, controls=(Control(clips(41), kind="canny"),), input_video=clips(41), denoise_strength=0.8)
     engine, told = opened(), list[Progress]()
 
     class Cut(Exception):
@@ -471,9 +473,9 @@ def test_a_plan_counts_the_control_of_each_window(opened: Callable[..., Engine],
 # --- lengths, parts, pictures ----------------------------------------------------------------------------------------
 
 
-def brightness(followed: Followed) -> list[int]:
+def brightness(followed: ResolvedControl) -> list[int]:
     """Which frames of its clip were taken, told by how bright the square is."""
-    return [round((float(frame.max()) - 60) / 4) for frame in followed.pictures()]
+    return [round((float(frame.max()) - 60) / 4) for frame in followed.read_frames()]
 
 
 @pytest.mark.parametrize(
@@ -489,13 +491,13 @@ def brightness(followed: Followed) -> list[int]:
 def test_frames_are_followed_one_by_one(
     clip: int, part: tuple[int, int] | None, frames: int, taken: list[int], clips: Callable[..., str]
 ) -> None:
-    (followed,) = read_controls(replace(REQUEST, frames=frames, controls=(Control(clips(clip), part=part),)))
+    (followed,) = resolve_controls(replace(REQUEST, frames=frames, controls=(Control(clips(clip), frame_range=part),)))
     assert brightness(followed) == taken
 
 
 def test_a_longer_clip_is_cut_with_a_warning(clips: Callable[..., str]) -> None:
     with pytest.warns(KadrWarning, match="goes on after the 9 frames of the video; the first 9 are followed"):
-        (followed,) = read_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
+        (followed,) = resolve_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
     assert brightness(followed) == [*range(9)]
 
 
@@ -543,7 +545,7 @@ def test_what_cannot_lead_a_video_is_refused_before_anything_is_loaded(
         assert all(what in str(caught.value) for what in says), str(caught.value)
     assert list(out.iterdir()) == []
     with pytest.raises(kind, match=re.escape(says[0])):
-        DryEngine.open(untouched.components.checkpoint.path).run(request)
+        DryRunEngine.open(untouched.components.checkpoint.path).run(request)
 
 
 @pytest.mark.parametrize(
@@ -566,8 +568,8 @@ def test_sides_that_a_smaller_reference_does_not_divide_are_refused(
         RequestError, match=r"2 times smaller .* pass 1 is made at 160x64: .* multiples of 64\. Ask for 192x64"
     ):
         opened("2", 0.7).plan(request)
-    loras = [(opened("2", 0.7).components.loras.uses[0].path, 0.7)]
-    dry = DryEngine.open(opened("2").components.checkpoint.path, loras=loras)
+    loras = [(opened("2", 0.7).components.loras.entries[0].path, 0.7)]
+    dry = DryRunEngine.open(opened("2").components.checkpoint.path, loras=loras)
     with pytest.raises(RequestError, match=r"multiples of 64\. Ask for 192x64"):
         dry.run(request)
 
@@ -587,7 +589,7 @@ def test_loras_that_want_references_of_other_sizes_are_refused(
     engine = Engine.open(home / MODEL, device="cpu", loras=[lora("2"), lora("3"), lora()], prompt_cache=False)
     with pytest.raises(RequestError, match=r"references of other sizes: .*2\.safetensors 2, .*3\.safetensors 3"):
         engine.plan(replace(REQUEST, controls=(Control(clips(17)),)))
-    dry = DryEngine.open(home / MODEL, loras=[lora("2"), lora("3")])
+    dry = DryRunEngine.open(home / MODEL, loras=[lora("2"), lora("3")])
     with pytest.raises(RequestError, match="references of other sizes"):
         dry.run(replace(REQUEST, controls=(Control(clips(17)),)))
     with pytest.warns(KadrWarning, match="trained to follow a reference, and no control"):
@@ -624,10 +626,10 @@ def test_a_video_remembers_its_control_by_its_whole_path(
 ) -> None:
     path = Path(clips(17))
     monkeypatch.chdir(path.parent)
-    request = replace(REQUEST, controls=(Control(path.name, kind="canny", part=(0, 17)),))
+    request = replace(REQUEST, controls=(Control(path.name, kind="canny", frame_range=(0, 17)),))
     made = Request.from_json(opened().record(request)["request"])
-    assert made.controls == (Control(str(path), kind="canny", part=(0, 17)),)
-    assert made.media() == (path,)
+    assert made.controls == (Control(str(path), kind="canny", frame_range=(0, 17)),)
+    assert made.media_paths() == (path,)
 
 
 # --- networks that find what a control shows ------------------------------------------------------------------------
@@ -642,7 +644,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
         onnx_files.people(tmp_path / "people.onnx", person),
         onnx_files.joints(tmp_path / "joints.onnx", {0: (144.0, 100.0), 5: (194.0, 200.0), 6: (94.0, 200.0)}),
     )
-    names = [(repo, name) for repo, found in NETWORKS.values() for name in found]
+    names = [(repo, name) for repo, found in NETWORK_FILES.values() for name in found]
     with serving(monkeypatch, tmp_path / "cache") as hub:
         for (repo, name), file in zip(names, files, strict=True):
             hub.repos.setdefault(repo, {})[name] = file.read_bytes()
@@ -660,7 +662,7 @@ def test_a_network_is_fetched_once_and_goes_through_the_clip_once_for_all_passes
     led = engine.denoise(request, watch=told.append)
     assert [report.step for report in told if report.stage == "control"] == [*range(10)]
     assert [report.stage for report in told].index("control") < [report.stage for report in told].index("encode")
-    assert sorted(name for name, _ in remote.taken) == sorted(NETWORKS[kind][1])
+    assert sorted(name for name, _ in remote.taken) == sorted(NETWORK_FILES[kind][1])
     assert relative(led, engine.denoise(replace(short, controls=(Control(clips(9)),)))) > 1e-4  # the clip as it is
     remote.silent = True
     assert torch.equal(engine.denoise(request), led)
@@ -669,9 +671,9 @@ def test_a_network_is_fetched_once_and_goes_through_the_clip_once_for_all_passes
 def test_depth_that_is_encoded_is_bright_where_the_network_says_near(
     remote: FakeHub, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
-    generation = opened()._opened(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)), ignore)
-    (way,) = drawings(generation.media.followed, fetched(generation.media.followed), ignore)
-    seen = replace(generation.media.shown[0].references[0], drawn=way)
+    generation = opened()._opened(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)), ignore_progress)
+    (way,) = build_map_renderers(generation.media.followed, fetch_networks(generation.media.followed), ignore_progress)
+    seen = replace(generation.media.shown[0].references[0], map_renderer=way)
     chunks = torch.cat(list(seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)), dim=2)
     assert chunks.shape == (1, 3, 17, 64, 128)
     assert chunks[0, :, 0, 24:40, 4:28].mean() < chunks[0, :, 16, 24:40, 36:60].mean()  # the square gets redder
@@ -683,7 +685,7 @@ def test_a_network_that_cannot_be_fetched_is_told_before_anything_is_loaded(
     untouched: Engine, clips: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr("kadr.pipeline.engine.warn_unheard", lambda request, **given: None)
+    monkeypatch.setattr("kadr.pipeline.engine.warn_control_lora_mismatch", lambda request, **given: None)
     with pytest.raises(
         CheckpointError, match=r"onnx/model\.onnx of onnx-community.*shows the depth already needs none"
     ):
@@ -702,9 +704,9 @@ def test_a_plan_fetches_no_network(
 def test_a_reference_is_drawn_when_it_is_asked_for_and_not_kept(
     clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (followed,) = read_controls(replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),)))
+    (followed,) = resolve_controls(replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),)))
     assert isinstance(followed.frames, ClipReader)
     generation = Engine.open("demo", device="cpu").passes(replace(REQUEST, frames=25))
-    seen = reference(followed, replace(REQUEST, frames=25), generation[0])
+    seen = prepare_control(followed, replace(REQUEST, frames=25), generation[0])
     sizes = [chunk.shape[2] for chunk in seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)]
     assert sizes == [8, 8, 8, 1]

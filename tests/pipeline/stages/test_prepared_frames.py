@@ -22,11 +22,11 @@ from kadr.models.vae.encoder import Encoder
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.stages import prepared_conditions
 from kadr.pipeline.stages.encode import Media
-from kadr.pipeline.stages.prepared_conditions import Pixels
-from kadr.request.resolved_conditions import read_start
+from kadr.pipeline.stages.prepared_conditions import PreparedFrames
+from kadr.request.resolved_conditions import open_input_video
 
 # Without H.264, which takes longer than all the rest.
-REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=33, fps=24, levels=(0.5,), guidance=1.0, image_crf=0)
+REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=33, fps=24, sigmas=(0.5,), guidance=1.0, image_crf=0)
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
@@ -75,9 +75,9 @@ def test_of_a_clip_one_chunk_is_alive_at_a_time_however_long_it_is(
     part: tuple[int, int], start: bool, engine: Engine, film: Path, living: dict[str, Living]
 ) -> None:
     if start:
-        request = replace(REQUEST, video=str(film), frames=part[1], video_strength=0.9)
+        request = replace(REQUEST, input_video=str(film), frames=part[1], denoise_strength=0.9)
     else:
-        request = replace(REQUEST, conditions=(Condition(str(film), part=part),))
+        request = replace(REQUEST, conditions=(Condition(str(film), frame_range=part),))
     generation = engine._opened(request, lambda progress: None)
     generation.media_encoded()
     assert living["chunks"].most == 1
@@ -87,7 +87,7 @@ def test_of_a_clip_one_chunk_is_alive_at_a_time_however_long_it_is(
     assert {kind: each.now for kind, each in living.items()} == dict.fromkeys(living, 0)
 
 
-def whole(pixels: Pixels) -> Tensor:
+def whole(pixels: PreparedFrames) -> Tensor:
     return torch.cat(list(pixels.chunks(8, **CPU)), dim=2)
 
 
@@ -104,7 +104,8 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
     ((item, latents),) = generation.media_encoded()[0].items
     pixels = whole(item.pixels)
     expected = [
-        prepare_image(frame, item.pixels.size, item.pixels.crf, item.pixels.made) for frame in decoded(film, item)
+        prepare_image(frame, item.pixels.size, item.pixels.crf, item.pixels.sampled_size)
+        for frame in decoded(film, item)
     ]
     assert torch.equal(pixels, torch.cat(expected, dim=2))
     with engine.components.vae_encoder() as vae, torch.no_grad():
@@ -112,17 +113,17 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
         torch.testing.assert_close(latents, vae.encode(pixels), rtol=1e-4, atol=1e-5)
 
 
-def decoded(path: Path, item: prepared_conditions.Fitted) -> Iterator[np.ndarray]:
+def decoded(path: Path, item: prepared_conditions.PreparedCondition) -> Iterator[np.ndarray]:
     """The frames of a condition, from the whole clip in memory."""
-    picks = item.placed.frames
+    picks = item.resolved_condition.frames
     assert isinstance(picks, clip.ClipReader)
     return iter(clip.read_video(path).frames[list(picks.frame_indices)])
 
 
 def test_of_a_video_to_start_from_the_first_pass_takes_what_it_makes(engine: Engine, film: Path) -> None:
-    request = engine.resolve(replace(REQUEST, frames=20, video=str(film), video_strength=0.9))
+    request = engine.resolve(replace(REQUEST, frames=20, input_video=str(film), denoise_strength=0.9))
     frames = clip.read_video(film).frames
-    assert np.array_equal(np.stack(list(read_start(request))), frames[[*range(20), *[19] * 5]])
+    assert np.array_equal(np.stack(list(open_input_video(request))), frames[[*range(20), *[19] * 5]])
     generation = Generation(engine.components, request, lambda progress: None)
     plan = replace(generation.passes[0], fps=12.0, frames=17)  # as with a temporal upscaler
     pixels = Media(request, [plan]).shown[0].start
@@ -144,7 +145,10 @@ def test_a_picture_is_read_once_before_anything_is_loaded(engine: Engine, photo:
 def test_frames_in_memory_are_used_where_they_are(engine: Engine, film: Path) -> None:
     frames = list(clip.read_video(film, 9).frames)
     size = Size(64, 32)
-    one, other = Pixels.of(frames, size, 29, size), Pixels.of(clip.ClipReader.open(film, 9), size, 29, size)
+    one, other = (
+        PreparedFrames.from_frames(frames, size, 29, size),
+        PreparedFrames.from_frames(clip.ClipReader.open(film, 9), size, 29, size),
+    )
     assert one.frames is frames
     assert torch.equal(whole(one), whole(other))
 

@@ -17,13 +17,13 @@ from kadr.cli.terminal.errors import say
 from kadr.errors import RequestError
 from kadr.quant.weight_formats import NONE, WEIGHT_FORMATS
 from kadr.request.request import Request
-from kadr.request.windows import BETWEEN, Windows
+from kadr.request.windows import PROMPT_SEPARATOR, Windows
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import CACHE_KINDS, FIRST_BLOCK, TAYLOR, StepCache
 from kadr.spec.options import OFFLOAD_AUTO, OFFLOAD_MODES
 
 if TYPE_CHECKING:
-    from kadr.pipeline.dry_run import DryEngine
+    from kadr.pipeline.dry_run import DryRunEngine
     from kadr.pipeline.engine import Engine
 
 DEMO = (
@@ -107,10 +107,14 @@ def tell_unused(request: Request, flags: options.ModelFlags, engine: Engine) -> 
     """Say what is named for a second pass that the recipe does not make."""
     second = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(parse.lora, flags.lora or ()))
     if flags.upscaler or flags.second_model or second:
-        from kadr.request.passes import unused_parts, warn_unused  # loads torch
+        from kadr.request.passes import unused_second_pass_options, warn_unused_second_pass  # loads torch
 
-        unused = unused_parts(upscaler=bool(flags.upscaler), model=bool(flags.second_model), strength=second)
-        warn_unused(engine.resolve(request), unused)
+        unused = unused_second_pass_options(
+            has_upscaler=bool(flags.upscaler),
+            has_second_model=bool(flags.second_model),
+            has_second_lora_strength=second,
+        )
+        warn_unused_second_pass(engine.resolve(request), unused)
 
 
 def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
@@ -121,7 +125,7 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
     """
     video, denoising, media = flags.video, flags.denoising, flags.media
     return Request(
-        prompt=prompt.replace(JOINT, f" {BETWEEN} "),
+        prompt=prompt.replace(JOINT, f" {PROMPT_SEPARATOR} "),
         windows=_windows(flags.windows, several=JOINT in prompt),
         size=parse.size(video.size),
         frames=video.frames,
@@ -129,7 +133,7 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
         seed=video.seed,
         negative_prompt=video.negative_prompt,
         steps=denoising.steps,
-        levels=parse.levels("--levels", denoising.levels),
+        sigmas=parse.levels("--levels", denoising.levels),
         skip_initial=denoising.skip_initial,
         skip_final=denoising.skip_final,
         stochastic=denoising.stochastic,
@@ -137,7 +141,7 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
         guidance=_guidance(flags.guidance),
         guidance_batch=flags.guidance.guidance_batch,
         multi_scale=flags.second.multi_scale,
-        second=_second(flags.second),
+        second_pass=_second(flags.second),
         **_media(media),
         tone_map=flags.decoding.tone_map,
         decode_timestep=flags.decoding.decode_timestep,
@@ -253,10 +257,10 @@ def named_parts(flags: options.ModelFlags, request: Request) -> dict[str, Any]:
 
     config = OfficialConfig.read(flags.config)
     # An upscaler is not fetched for a single pass.
-    return config.parts(named, upscale=request.multi_scale is not False)
+    return config.engine_arguments(named, include_upscaler=request.multi_scale is not False)
 
 
-def timed(request: Request, seconds: float | None, engine: Engine | DryEngine) -> Request:
+def timed(request: Request, seconds: float | None, engine: Engine | DryRunEngine) -> Request:
     """The request with the frames that last so long, at the frame rate of the request or of the model."""
     if seconds is None:
         return request
@@ -268,7 +272,7 @@ def timed(request: Request, seconds: float | None, engine: Engine | DryEngine) -
 
 def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags) -> None:
     from kadr.cli.terminal import dry_run
-    from kadr.pipeline.dry_run import DryEngine  # loads torch
+    from kadr.pipeline.dry_run import DryRunEngine  # loads torch
 
-    engine = DryEngine.open(**parts, **added(flags.model), merge_loras=flags.model.merge_loras)
+    engine = DryRunEngine.open(**parts, **added(flags.model), merge_loras=flags.model.merge_loras)
     print(dry_run.told(engine.run(timed(request, flags.video.seconds, engine)), as_json=flags.output.json))

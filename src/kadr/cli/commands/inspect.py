@@ -48,9 +48,13 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
 def _by_name(path: Path) -> Path:
     """The file of a name that `kadr models` lists and that is on disk."""
     from kadr.models.registry import RELEASES_BY_NAME
-    from kadr.spec.locate import on_disk
+    from kadr.spec.locate import find_release_on_disk
 
-    found = None if path.exists() or str(path) not in RELEASES_BY_NAME else on_disk(RELEASES_BY_NAME[str(path)])
+    found = (
+        None
+        if path.exists() or str(path) not in RELEASES_BY_NAME
+        else find_release_on_disk(RELEASES_BY_NAME[str(path)])
+    )
     return path if found is None else found
 
 

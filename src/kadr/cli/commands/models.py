@@ -13,7 +13,7 @@ from kadr.cli.flags import options
 from kadr.cli.terminal.errors import explained, say
 from kadr.cli.terminal.table import columns, in_words
 from kadr.models.registry import RELEASES, Release
-from kadr.spec.locate import on_disk
+from kadr.spec.locate import find_release_on_disk
 
 EPILOG = (
     "`kadr models pull NAME` fetches a model with all it needs, `kadr models verify NAME` compares it with the hub's "
@@ -35,7 +35,7 @@ def listed(as_json: options.Json = False) -> None:
 
     With their licences and sizes, and whether they are on disk.
     """
-    entries = [_entry(released, on_disk(released)) for released in RELEASES]
+    entries = [_entry(released, find_release_on_disk(released)) for released in RELEASES]
     if as_json:
         print(json.dumps(entries))
         return

@@ -40,10 +40,10 @@ def _refuse_unfetched(parts: dict[str, Any], request: Request, seconds: float | 
     Raises:
         CheckpointError: something is not.
     """
-    from kadr.pipeline.dry_run import DryEngine
+    from kadr.pipeline.dry_run import DryRunEngine
 
-    engine = DryEngine.open(**parts)
-    absent = [part for part in engine.run(generate.timed(request, seconds, engine)).parts if part.path is None]
+    engine = DryRunEngine.open(**parts)
+    absent = [part for part in engine.run(generate.timed(request, seconds, engine)).components if part.path is None]
     if absent:
         names = " and ".join(part.name for part in absent)
         raise CheckpointError(

@@ -12,7 +12,7 @@ from kadr.cli.flags import options
 from kadr.cli.terminal.errors import say
 from kadr.cli.terminal.table import in_words
 from kadr.models.registry import Release, find_release, required_releases
-from kadr.spec.locate import on_disk, released_file
+from kadr.spec.locate import fetch_release, find_release_on_disk
 
 if TYPE_CHECKING:
     from kadr.checkpoints.hub import RemoteFile
@@ -29,7 +29,7 @@ def pull(name: Name, as_json: options.Json = False) -> None:
     coming = {
         entry: hub.list_missing(entry.repo, entry.file_patterns)
         for entry in entries
-        if entry.repo and not on_disk(entry)
+        if entry.repo and not find_release_on_disk(entry)
     }
     _announce(entries, coming)
     hub.check_disk_space(name, sum(file.remaining_bytes for files in coming.values() for file in files))
@@ -38,7 +38,7 @@ def pull(name: Name, as_json: options.Json = False) -> None:
         say(f"{'fetching' if entry in coming else 'checking'} {entry.name}")
         if entry not in coming:
             require_whole(list(checked(entry)))
-        places[entry] = released_file(entry)
+        places[entry] = fetch_release(entry)
     if as_json:
         told = [
             {"name": e.name, "kind": e.kind, "path": str(path), "fetched": e in coming} for e, path in places.items()

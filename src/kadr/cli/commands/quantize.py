@@ -14,9 +14,9 @@ from kadr.cli.terminal.progress import shown
 from kadr.cli.terminal.table import in_words
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import TEXT_ENCODER, Release, find_release
-from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.progress import StageProgress, Watch
 from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
-from kadr.spec.locate import is_path, released_file
+from kadr.spec.locate import fetch_release, is_path
 
 if TYPE_CHECKING:
     from kadr.checkpoints.gguf.convert import ConversionResult
@@ -74,7 +74,7 @@ def _located(given: str) -> tuple[Path, Release | None]:
         raise RequestError(f"{given} is a {released.kind}: small enough. Only models and text encoders are quantized.")
     if released.file.endswith(SUFFIX):
         raise RequestError(f"{given} is quantized already, and to do it again loses twice. Take {TEXT_ENCODER}.")
-    return released_file(released), released
+    return fetch_release(released), released
 
 
 def _written(
@@ -95,13 +95,13 @@ def _written(
 
 def _told_to(watch: Watch) -> Callable[[int, int], None]:
     """What turns counts of tensors into reports of a stage."""
-    stage: Stage | None = None
+    stage: StageProgress | None = None
 
     def told(done: int, of: int) -> None:
         nonlocal stage
         if stage is None:
-            stage = Stage("quantizing", of, watch)
+            stage = StageProgress("quantizing", of, watch)
         else:
-            stage.done(done)
+            stage.report(done)
 
     return told

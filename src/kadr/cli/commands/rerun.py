@@ -14,7 +14,7 @@ from kadr.cli.flags import options
 from kadr.cli.terminal.errors import say
 from kadr.errors import CheckpointError, MediaError
 from kadr.request.request import Request
-from kadr.spec.locate import on_disk
+from kadr.spec.locate import find_release_on_disk
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
@@ -125,7 +125,7 @@ def _model(record: Mapping[str, Any]) -> str:
 
     path, released = str(record.get("model", "")), RELEASES_BY_NAME.get(str(record.get("name", "")))
     if released is not None:
-        here = on_disk(released)
+        here = find_release_on_disk(released)
         if not Path(path).exists() or (here is not None and here.resolve() == Path(path).resolve()):
             return released.name
     return str(_there("model", path))

@@ -15,7 +15,7 @@ from kadr.cli.flags import options
 from kadr.cli.terminal.table import columns, in_words
 from kadr.errors import CheckpointError
 from kadr.models.registry import Release, find_release, required_releases
-from kadr.spec.locate import PACKAGE
+from kadr.spec.locate import PACKAGE_ROOT
 
 EPILOG = "Needs no network where the cache is made of links, as it is everywhere but on most Windows machines."
 CLOSE = 0.01  # the sizes that the registry states are right to within this share
@@ -88,7 +88,7 @@ def wrong_size(entry: Release, size: int) -> bool:
 def _opened(entry: Release) -> Iterator[FileVerification]:
     from kadr.checkpoints.header import read_header
 
-    file = PACKAGE / entry.file
+    file = PACKAGE_ROOT / entry.file
     beside = file.parent.glob("text_encoder/*.safetensors") if entry.kind == "model" else ()
     for path in (file, *sorted(beside)):
         read_header(path)

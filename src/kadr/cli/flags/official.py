@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import typer
 
 from kadr.cli.flags.groups import GroupedCommand
-from kadr.request.inputs import CLIPS
+from kadr.request.inputs import CLIP_SUFFIXES
 
 RENAMED: Mapping[str, str] = {
     "--num_frames": "--frames",
@@ -168,4 +168,4 @@ def _media(lists: Mapping[str, list[str]]) -> list[str]:
 
 
 def _flag_for(path: str) -> str:
-    return "--video" if path.lower().endswith(CLIPS) else "--image"
+    return "--video" if path.lower().endswith(CLIP_SUFFIXES) else "--image"

@@ -10,7 +10,7 @@ import typer
 
 from kadr.cli.flags.official import BOX, JOINT
 from kadr.errors import RequestError
-from kadr.request.inputs import CONTROLS, READY, Condition, Control
+from kadr.request.inputs import CONTROL_KINDS, READY, Condition, Control
 from kadr.sampling.settings import BlockIndices, ScalarOrList
 from kadr.shapes import Size
 
@@ -74,7 +74,7 @@ def condition(flag: str, text: str) -> Condition:
     if flag != "--video":
         return Condition(media=absolute(path), frame=at, strength=share, box=box)
     path, part = _parted(flag, path)
-    return Condition(media=absolute(path), frame=at, strength=share, clip=True, part=part, box=box)
+    return Condition(media=absolute(path), frame=at, strength=share, is_clip=True, frame_range=part, box=box)
 
 
 def control(text: str) -> Control:
@@ -85,17 +85,17 @@ def control(text: str) -> Control:
     kind, colon, path = text.partition(":")
     if not colon or _is_there(text):
         kind, path = READY, text
-    elif kind not in CONTROLS:
+    elif kind not in CONTROL_KINDS:
         if kind.isalpha() and len(kind) > 1:  # what looks like a kind is none, unless it is a drive
             raise typer.BadParameter(
-                f"{kind!r} is no kind of control: give one of {', '.join(CONTROLS)}, or a path alone.",
+                f"{kind!r} is no kind of control: give one of {', '.join(CONTROL_KINDS)}, or a path alone.",
                 param_hint="--control",
             )
         kind, path = READY, text
     path, part = _parted("--control", path)
     if not path:
         raise typer.BadParameter(f"{text!r} names no clip; write KIND:PATH, or a path alone.", param_hint="--control")
-    return Control(media=absolute(path), kind=kind, part=part)
+    return Control(media=absolute(path), kind=kind, frame_range=part)
 
 
 def _is_there(text: str) -> bool:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 
 from kadr.cli.terminal.table import columns, in_words
-from kadr.pipeline.dry_run import DryPart, DryRun
+from kadr.pipeline.dry_run import DryRun, DryRunComponent
 from kadr.request.inputs import Condition
-from kadr.request.passes import PassPlan
+from kadr.request.passes import ResolvedPass
 from kadr.request.windows import Windows
 from kadr.sampling.settings import ATTENTION_VALUES
 
@@ -29,18 +29,18 @@ def _lines(run: DryRun) -> Iterator[str]:
 
 
 def _parts(run: DryRun) -> Iterator[tuple[str, str]]:
-    for part in run.parts:
+    for part in run.components:
         yield part.role, f"{part.name}{_where(part)}{_strengths(part)}"
 
 
-def _where(part: DryPart) -> str:
+def _where(part: DryRunComponent) -> str:
     if part.path is not None:
         return ""
     size = f": {in_words(part.size_bytes)} bytes to fetch" if part.size_bytes else ""
     return f", not on disk{size}"
 
 
-def _strengths(part: DryPart) -> str:
+def _strengths(part: DryRunComponent) -> str:
     if part.strengths is None:
         return ""
     first, second = part.strengths
@@ -48,12 +48,12 @@ def _strengths(part: DryPart) -> str:
 
 
 def _video(run: DryRun) -> Iterator[tuple[str, str]]:
-    request, (size, frames) = run.request, run.made
+    request, (size, frames) = run.request, run.sampled_dimensions
     if request.windows is None:
         yield "prompt", request.prompt
     else:
         yield from _windows(run, request.windows)
-    if any(plan.guided for plan in run.passes):
+    if any(plan.uses_cfg for plan in run.passes):
         yield "negative prompt", request.negative_prompt or "(empty)"
     yield "size", f"{request.size}, made as {size}"
     yield "frames", f"{request.frames}, made as {frames}"
@@ -68,22 +68,22 @@ def _windows(run: DryRun, windows: Windows) -> Iterator[tuple[str, str]]:
     for number, prompt in enumerate(run.request.prompts, 1):
         which = f"window {number}" if number < last else f"from window {number} on"
         yield "prompt", f"{prompt} ({which})"
-    share = f"AdaIN {windows.adain:g}, strength {windows.strength:g}"
-    yield "windows", f"{run.windows} of up to {windows.frames} frames, of which {windows.overlap} overlap; {share}"
-    if windows.remember:
-        yield "remembered", f"the picture at frame 0, strength {windows.remember:g}"
+    share = f"AdaIN {windows.adain:g}, strength {windows.overlap_strength:g}"
+    yield "windows", f"{run.window_count} of up to {windows.frames} frames, of which {windows.overlap} overlap; {share}"
+    if windows.anchor_strength:
+        yield "remembered", f"the picture at frame 0, strength {windows.anchor_strength:g}"
 
 
 def _media(run: DryRun) -> Iterator[tuple[str, str]]:
     request = run.request
-    if request.video is not None:
-        strength = "" if request.video_strength is None else f", strength {request.video_strength:g}"
-        yield "from video", f"{request.video}{strength}"
-    for item in run.placed:
+    if request.input_video is not None:
+        strength = "" if request.denoise_strength is None else f", strength {request.denoise_strength:g}"
+        yield "from video", f"{request.input_video}{strength}"
+    for item in run.conditions:
         yield "clip" if len(item.frames) > 1 else "picture", f"{item}{_held(item.condition)}"
-    for followed in run.followed:
+    for followed in run.controls:
         yield "control", f"{followed.control} (frames 0 to {len(followed.frames) - 1})"
-    if run.placed or request.video is not None:
+    if run.conditions or request.input_video is not None:
         yield "pictures", f"through H.264 at quality {request.image_crf}, noise {request.image_noise:g}"
 
 
@@ -99,23 +99,23 @@ def _decoding(run: DryRun) -> Iterator[tuple[str, str]]:
     yield "decoding", f"at level {request.decode_timestep:g}, noise {request.decode_noise:g}{tone_map}"
 
 
-def _headline(plan: PassPlan) -> str:
+def _headline(plan: ResolvedPass) -> str:
     grid, settings = plan.grid, plan.settings
     guidance = settings.guidance
     ways = {
         "fresh noise at every step": bool(settings.stochastic),
-        f"STG by {guidance.stg_mode or ATTENTION_VALUES}": any(step.stg_scale > 0 for step in plan.steps),
-        "CFG*": bool(guidance.cfg_star) and plan.guided,
-        f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and plan.guided,
+        f"STG by {guidance.stg_mode or ATTENTION_VALUES}": any(step.stg_scale > 0 for step in plan.step_guidance),
+        "CFG*": bool(guidance.cfg_star) and plan.uses_cfg,
+        f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and plan.uses_cfg,
     }
     made = f"{plan.size}, {plan.frames} frames at {plan.fps:g} per second"
     latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.num_tokens} tokens"
-    which = f"pass {plan.number}" if plan.windows == 1 else f"each of {plan.windows} windows"
+    which = f"pass {plan.number}" if plan.window_count == 1 else f"each of {plan.window_count} windows"
     return "; ".join([f"{which}: {made}", latents, *(way for way, taken in ways.items() if taken)])
 
 
-def _steps(plan: PassPlan) -> Iterator[tuple[str, ...]]:
+def _steps(plan: ResolvedPass) -> Iterator[tuple[str, ...]]:
     yield "step", "level", "guidance", "stg", "rescale", "blocks"
-    for number, (level, step) in enumerate(zip(plan.levels.tolist(), plan.steps, strict=True), 1):
+    for number, (level, step) in enumerate(zip(plan.sigmas.tolist(), plan.step_guidance, strict=True), 1):
         values = (f"{value:g}" for value in (level, step.cfg_scale, step.stg_scale, step.rescale))
         yield str(number), *values, ",".join(map(str, step.skip_blocks)) or "-"

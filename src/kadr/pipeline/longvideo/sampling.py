@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kadr.errors import RequestError
-from kadr.pipeline.stages.prepared_conditions import Fitted
-from kadr.request.passes import PassPlan
-from kadr.request.resolved_conditions import Placed
+from kadr.pipeline.stages.prepared_conditions import PreparedCondition
+from kadr.request.passes import ResolvedPass
+from kadr.request.resolved_conditions import ResolvedCondition
 from kadr.request.windows import Span, Windows
 from kadr.sampling.blending import blend_window
 from kadr.sampling.conditioning import append_keyframe
@@ -42,7 +42,7 @@ class Guide(NamedTuple):
     strength: float
 
     def shown(
-        self, state: LatentState, plan: PassPlan, *, causal: bool, draw: Callable[[torch.Size], Tensor]
+        self, state: LatentState, plan: ResolvedPass, *, causal: bool, draw: Callable[[torch.Size], Tensor]
     ) -> LatentState:
         """The state with them behind it."""
         grid = LatentGrid(*self.latents.shape[2:])
@@ -95,12 +95,12 @@ class Pieces:
     @classmethod
     def of(cls, latents: Tensor, spans: tuple[Span, ...]) -> Pieces:
         """Those of a whole video, (1, C, f, h, w)."""
-        return cls(spans, lambda number: latents[:, :, spans[number].kept_from : spans[number].end])
+        return cls(spans, lambda number: latents[:, :, spans[number].output_start : spans[number].end])
 
     def __iter__(self) -> Iterator[Tensor]:
-        ends = [*(span.kept_from for span in self.spans[1:]), self.spans[-1].end]
+        ends = [*(span.output_start for span in self.spans[1:]), self.spans[-1].end]
         for number, (span, end) in enumerate(zip(self.spans, ends, strict=True)):
-            yield self.read(number)[:, :, : end - span.kept_from]
+            yield self.read(number)[:, :, : end - span.output_start]
 
     def whole(self) -> Tensor:
         """All of them, (1, C, f, h, w)."""
@@ -125,14 +125,14 @@ def sample_windows(
         sample: makes a window, by its number, from 0, and what it is shown: latents (1, C, n, h, w).
         picture: the latent (1, C, 1, h, w) that is to be remembered.
     """
-    _, overlap = windows.latents
-    remembered = [] if picture is None else [Guide("remembered", picture, BEFORE, float(windows.remember or 0))]
+    _, overlap = windows.latent_frames
+    remembered = [] if picture is None else [Guide("remembered", picture, BEFORE, float(windows.anchor_strength or 0))]
     for number in missing(kept, spans):
         if number == 0:
             kept.keep(0, sample(0, remembered).cpu())
             continue
         before = kept.read(number - 1)
-        end = Guide("overlap", before[:, :, -overlap:], 0, windows.strength)
+        end = Guide("overlap", before[:, :, -overlap:], 0, windows.overlap_strength)
         made = sample(number, [end, *remembered]).cpu()
         kept.keep(number, blend_window(made, before, kept.read(0), overlap=overlap, adain_factor=windows.adain))
     return Pieces(spans, kept.read)
@@ -150,24 +150,33 @@ def rechunked(parts: Iterable[Tensor], count: int) -> Iterator[Tensor]:
         yield waiting
 
 
-def in_window(items: Iterable[Fitted], span: Span) -> list[Fitted]:
+def in_window(items: Iterable[PreparedCondition], span: Span) -> list[PreparedCondition]:
     """The conditions that lie wholly inside a window, where they stand in it.
 
     Of a later window the first latent is dropped; what would stand at its frame 0 is the end of the one before.
     """
     return [
-        replace(item, placed=replace(item.placed, start=item.placed.start - span.first_frame))
+        replace(
+            item,
+            resolved_condition=replace(
+                item.resolved_condition, start_frame=item.resolved_condition.start_frame - span.first_frame
+            ),
+        )
         for item in items
-        if _lies_in(item.placed, span)
+        if _lies_in(item.resolved_condition, span)
     ]
 
 
-def is_first_picture(item: Fitted) -> bool:
+def is_first_picture(item: PreparedCondition) -> bool:
     """Whether a condition is a whole picture at frame 0, which a long video can remember."""
-    return item.placed.start == 0 and len(item.placed.frames) == 1 and item.placed.condition.box is None
+    return (
+        item.resolved_condition.start_frame == 0
+        and len(item.resolved_condition.frames) == 1
+        and item.resolved_condition.condition.box is None
+    )
 
 
-def check_placed(placed: Iterable[Placed], spans: Sequence[Span]) -> None:
+def check_placed(placed: Iterable[ResolvedCondition], spans: Sequence[Span]) -> None:
     """Refuse clips that lie over the end of a window.
 
     Raises:
@@ -184,7 +193,7 @@ def check_placed(placed: Iterable[Placed], spans: Sequence[Span]) -> None:
             )
 
 
-def _lies_in(placed: Placed, span: Span) -> bool:
-    start = placed.start - span.first_frame
+def _lies_in(placed: ResolvedCondition, span: Span) -> bool:
+    start = placed.start_frame - span.first_frame
     first = 1 if span.start else 0
     return first <= start and start + len(placed.frames) <= span.frames

@@ -14,9 +14,9 @@ from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import Pieces, rechunked
-from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_frames_in_fp32, retry_frames_on_oom
-from kadr.request.passes import PassPlan, in_window_named
+from kadr.request.passes import ResolvedPass, window_stream_name
 from kadr.request.request import Request
 from kadr.request.windows import Span
 from kadr.sampling.latents import tone_map
@@ -36,7 +36,7 @@ class Decoding:
 
     components: Components
     request: Request
-    plan: PassPlan
+    plan: ResolvedPass
     spans: tuple[Span, ...]
     noise: NoiseStreams
     watch: Watch
@@ -55,7 +55,7 @@ class Decoding:
         components, request = self.components, self.request
         assert isinstance(request.size, Size)
         assert request.frames is not None
-        stage, watchman = Stage("decode", request.frames, self.watch), FiniteCheck.for_device(components.device)
+        stage, watchman = StageProgress("decode", request.frames, self.watch), FiniteCheck.for_device(components.device)
         made, done = request.size.snap(), 0
         own = dtype or components.stage_dtype("decode")
         with components.vae_decoder(dtype) as vae:
@@ -75,7 +75,7 @@ class Decoding:
                 done += len(frames)
                 if len(frames):
                     yield frames
-                    stage.done(done)
+                    stage.report(done)
 
     def _noised(self, latents: Tensor | Pieces, noise: Tensor | None, *, mixed: bool) -> Iterator[Tensor]:
         """The latents, tone mapped, with the noise mixed in that the decoder may expect; those of each window apart."""
@@ -85,9 +85,9 @@ class Decoding:
         for number, part in enumerate([latents] if isinstance(latents, Tensor) else latents):
             part = part.to(self.components.device)
             if mixed:
-                own = self.noise.draw(in_window_named("decode", number), part.shape) if noise is None else noise
+                own = self.noise.draw(window_stream_name("decode", number), part.shape) if noise is None else noise
                 if noise is not None and self.spans:
-                    own = noise[:, :, (start := self.spans[number].kept_from) : start + part.shape[2]]
+                    own = noise[:, :, (start := self.spans[number].output_start) : start + part.shape[2]]
                 part = (1 - share) * part + share * own.to(part)
             yield tone_map(part, pressed)
 

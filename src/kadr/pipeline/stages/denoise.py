@@ -15,11 +15,11 @@ from kadr.nn.rope import Rope
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import Guide
-from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.encode import Encoded
-from kadr.pipeline.stages.prepared_conditions import put
-from kadr.request.passes import PassPlan, stream
+from kadr.pipeline.stages.prepared_conditions import apply_condition
+from kadr.request.passes import ResolvedPass, noise_stream_name
 from kadr.request.request import Request
 from kadr.sampling.conditioning import add_image_noise
 from kadr.sampling.guidance import Denoiser, Perturbation, PromptEmbeddings, guided_denoiser
@@ -50,7 +50,7 @@ class Denoising:
 
     def sampled(
         self,
-        plan: PassPlan,
+        plan: ResolvedPass,
         begun: Tensor,
         media: Encoded,
         texts: Sequence[PromptEmbeddings],
@@ -69,21 +69,21 @@ class Denoising:
         )
         return retry_in_fp32(stage, self.components.stage_dtype(stage), run).latents()
 
-    def _causal(self, plan: PassPlan) -> bool:
+    def _causal(self, plan: ResolvedPass) -> bool:
         return self.components.transformer_config_of(plan.number - 1).causal_temporal_positioning
 
-    def _conditioned(self, plan: PassPlan, latents: Tensor, media: Encoded, guides: Sequence[Guide]) -> LatentState:
+    def _conditioned(self, plan: ResolvedPass, latents: Tensor, media: Encoded, guides: Sequence[Guide]) -> LatentState:
         causal = self._causal(plan)
         state = LatentState.from_latents(latents, token_positions(plan.grid, fps=plan.fps, causal=causal), plan.grid)
         for index, (item, held) in enumerate(media.items):
-            name = stream(plan, f"keyframe {index}")
-            state = put(state, item, held, plan, causal=causal, draw=partial(self.noise.draw, name))
+            name = noise_stream_name(plan, f"keyframe {index}")
+            state = apply_condition(state, item, held, plan, causal=causal, draw_noise=partial(self.noise.draw, name))
         for guide in guides:
-            draw = partial(self.noise.draw, stream(plan, guide.name))
+            draw = partial(self.noise.draw, noise_stream_name(plan, guide.name))
             state = guide.shown(state, plan, causal=causal, draw=draw)
         return state
 
-    def _context(self, plan: PassPlan, media: Encoded) -> ReferenceTokens | None:
+    def _context(self, plan: ResolvedPass, media: Encoded) -> ReferenceTokens | None:
         if not media.references:
             return None
         return ReferenceTokens.from_latents(
@@ -92,31 +92,31 @@ class Denoising:
 
     def _denoised(
         self,
-        plan: PassPlan,
+        plan: ResolvedPass,
         state: LatentState,
         context: ReferenceTokens | None,
         texts: Sequence[PromptEmbeddings],
         dtype: torch.dtype | None,
     ) -> LatentState:
-        number, count, device = plan.number - 1, len(plan.levels), self.components.device
+        number, count, device = plan.number - 1, len(plan.sigmas), self.components.device
         name, watchman = PASS_STAGES[number], FiniteCheck.for_device(device)
         own = dtype or self.components.stage_dtype(name)
         assert self.request.image_noise is not None
         with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
             rope = transformer.compute_rope(_positions(state, context)[None].to(device))
-            long = (plan.window + 1, plan.windows) if plan.windows > 1 else None
-            stage = Stage(name, plan.in_all or count, self.watch, plan.before, long)
+            long = (plan.window_index + 1, plan.window_count) if plan.window_count > 1 else None
+            stage = StageProgress(name, plan.total_steps or count, self.watch, plan.steps_before, long)
 
             def watch(index: int, now: Tensor, state: LatentState) -> None:
-                place = f" of window {plan.window + 1}" if plan.windows > 1 else ""
+                place = f" of window {plan.window_index + 1}" if plan.window_count > 1 else ""
                 watchman.check(state.tokens, f"step {index + 1} of {count}{place}")
-                stage.done(index + 1, float(plan.levels[index]))  # not `now`, which lies on the device
+                stage.report(index + 1, float(plan.sigmas[index]))  # not `now`, which lies on the device
 
             read = [text._replace(embeddings=text.embeddings.to(own)) for text in texts]
             state = denoise(
                 self._estimate(plan, transformer, rope, context, read),
                 state,
-                plan.levels.to(device),
+                plan.sigmas.to(device),
                 step=stochastic_step(self._step_noise(plan, "stochastic")) if plan.settings.stochastic else euler_step,
                 prepare=add_image_noise(self.request.image_noise, self._step_noise(plan, "condition")),
                 watch=watch,
@@ -126,7 +126,7 @@ class Denoising:
 
     def _estimate(
         self,
-        plan: PassPlan,
+        plan: ResolvedPass,
         transformer: Transformer,
         rope: Rope,
         context: ReferenceTokens | None,
@@ -134,7 +134,7 @@ class Denoising:
     ) -> Denoiser:
         dtype = texts[0].embeddings.dtype
         caching = self.request.step_cache
-        cached = None if caching is None else PassCache(caching, plan.steps)
+        cached = None if caching is None else PassCache(caching, plan.step_guidance)
         readings: dict[int, TextKVCache] = {}  # by the identity of texts, which are there as long as the steps are
 
         def model(
@@ -155,11 +155,13 @@ class Denoising:
         text, negative = (*texts, None)[:2]
         assert text is not None
         together = self.request.guidance_batch
-        estimate = guided_denoiser(model, text, negative, plan.settings.guidance, plan.steps, guidance_batch=together)
+        estimate = guided_denoiser(
+            model, text, negative, plan.settings.guidance, plan.step_guidance, guidance_batch=together
+        )
         return estimate if cached is None else cached.wrap(estimate)
 
-    def _step_noise(self, plan: PassPlan, name: str) -> StepNoise:
-        return StepNoise(self.noise, stream(plan, name))
+    def _step_noise(self, plan: ResolvedPass, name: str) -> StepNoise:
+        return StepNoise(self.noise, noise_stream_name(plan, name))
 
 
 @dataclass(frozen=True)

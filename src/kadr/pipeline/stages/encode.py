@@ -16,15 +16,15 @@ from torch import Tensor
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import check_placed, in_window
-from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
-from kadr.pipeline.stages.control_networks import drawings, fetched
-from kadr.pipeline.stages.prepared_conditions import Fitted, Pixels, fitted, settled
-from kadr.pipeline.stages.prepared_controls import Reference, reference
-from kadr.request.passes import PassPlan
+from kadr.pipeline.stages.control_networks import build_map_renderers, fetch_networks
+from kadr.pipeline.stages.prepared_conditions import PreparedCondition, PreparedFrames, place_in_pass, prepare_condition
+from kadr.pipeline.stages.prepared_controls import PreparedControl, prepare_control
+from kadr.request.passes import ResolvedPass
 from kadr.request.request import Request
-from kadr.request.resolved_conditions import read_conditions, read_start
-from kadr.request.resolved_controls import read_controls
+from kadr.request.resolved_conditions import open_input_video, resolve_conditions
+from kadr.request.resolved_controls import resolve_controls
 from kadr.request.windows import Span
 from kadr.shapes import LatentGrid, Size
 
@@ -41,9 +41,9 @@ class Shown:
         references: the controls.
     """
 
-    items: Sequence[Fitted]
-    start: Pixels | None
-    references: Sequence[Reference]
+    items: Sequence[PreparedCondition]
+    start: PreparedFrames | None
+    references: Sequence[PreparedControl]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Encoded:
         references: latents of the controls, each (1, C, f, h, w).
     """
 
-    items: list[tuple[Fitted, Tensor]]
+    items: list[tuple[PreparedCondition, Tensor]]
     start: Tensor | None = None
     references: list[Tensor] = field(default_factory=list)
 
@@ -77,20 +77,20 @@ class Media:
     def __init__(
         self,
         request: Request,
-        passes: Sequence[PassPlan],
-        windows: Sequence[PassPlan] = (),
+        passes: Sequence[ResolvedPass],
+        windows: Sequence[ResolvedPass] = (),
         spans: Sequence[Span] = (),
         *,
         downscale: Callable[[], int] = lambda: 1,
         read: bool = True,
     ) -> None:
         self.request = request
-        self.placed = read_conditions(request) if read else []
+        self.placed = resolve_conditions(request) if read else []
         if spans:
             check_placed(self.placed, spans)
-        self.followed = read_controls(request) if read else []
+        self.followed = resolve_controls(request) if read else []
         self.downscale = downscale() if self.followed else 1
-        self.film = read_start(request) if read and request.video is not None else None
+        self.film = open_input_video(request) if read and request.input_video is not None else None
         self.windowed = bool(spans)
         self.fitted = [self._fitted(plan) for plan in passes]
         stretches = windows or passes
@@ -99,21 +99,21 @@ class Media:
             Shown(items, self._start(plan), self._references(plan)) for items, plan in zip(own, stretches, strict=True)
         ]
 
-    def _fitted(self, plan: PassPlan) -> list[Fitted]:
-        return [fitted(item, self.request, plan) for item in settled(self.placed, self.request, plan)]
+    def _fitted(self, plan: ResolvedPass) -> list[PreparedCondition]:
+        return [prepare_condition(item, self.request, plan) for item in place_in_pass(self.placed, self.request, plan)]
 
-    def _references(self, plan: PassPlan) -> list[Reference]:
-        return [reference(one, self.request, plan, self.downscale) for one in self.followed]
+    def _references(self, plan: ResolvedPass) -> list[PreparedControl]:
+        return [prepare_control(one, self.request, plan, self.downscale) for one in self.followed]
 
-    def _start(self, plan: PassPlan) -> Pixels | None:
+    def _start(self, plan: ResolvedPass) -> PreparedFrames | None:
         """What a pass or window makes of the video to start from; of every second frame, where it makes only those."""
         if self.film is None or plan.number > 1:
             return None
         request = self.request
         assert isinstance(request.size, Size)
         assert request.image_crf is not None
-        film = self.film.select(plan.seen(request.fps, len(self.film)))
-        return Pixels.of(film, request.size, request.image_crf, plan.size, resize=True)
+        film = self.film.select(plan.clip_frame_indices(request.fps, len(self.film)))
+        return PreparedFrames.from_frames(film, request.size, request.image_crf, plan.size, resize=True)
 
     def grids(self, number: int) -> tuple[LatentGrid, ...]:
         """Of all that is encoded for a pass; of a long video, for all of it."""
@@ -140,10 +140,12 @@ class Media:
         """
         if not any(one.items or one.references or one.start for one in self.shown):
             return [Encoded([]) for _ in self.shown]
-        ways = drawings(self.followed, fetched(self.followed) if networks is None else networks, watch)
+        ways = build_map_renderers(
+            self.followed, fetch_networks(self.followed) if networks is None else networks, watch
+        )
         shown = []
         for number, one in enumerate(self.shown):
-            drawn = [replace(each, drawn=way) for each, way in zip(one.references, ways, strict=True)]
+            drawn = [replace(each, map_renderer=way) for each, way in zip(one.references, ways, strict=True)]
             if wanted is None or number in wanted:
                 shown.append(Shown(one.items, one.start, drawn))
             else:
@@ -158,11 +160,11 @@ def _through(components: Components, shown: Sequence[Shown], watch: Watch, dtype
     count = len({id(item.pixels) for one in shown for item in one.items})
     count += sum(len(one.references) + (one.start is not None) for one in shown)
     device = components.device
-    stage, watchman = Stage("encode", count, watch), FiniteCheck.for_device(device)
+    stage, watchman = StageProgress("encode", count, watch), FiniteCheck.for_device(device)
     own, done = dtype or components.stage_dtype("encode"), 0
     with components.vae_encoder(dtype) as vae:
 
-        def encode(pixels: Pixels | Reference) -> Tensor:
+        def encode(pixels: PreparedFrames | PreparedControl) -> Tensor:
             nonlocal done
             if id(pixels) in known:
                 return known[id(pixels)]
@@ -170,7 +172,7 @@ def _through(components: Components, shown: Sequence[Shown], watch: Watch, dtype
             latents = vae.encode_stream(chunks, len(pixels.frames)).float()
             done += 1
             watchman.check(latents, f"picture or clip {done} of {count}")
-            stage.done(done)
+            stage.report(done)
             known[id(pixels)] = latents
             return latents
 

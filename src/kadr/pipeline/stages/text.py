@@ -14,7 +14,7 @@ from kadr.errors import KadrWarning
 from kadr.models.t5 import T5Encoder
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
-from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.sampling.guidance import PromptEmbeddings
 from kadr.text.tokenizer import PromptTokens
@@ -69,7 +69,7 @@ class Prompts:
     def _encode(self, watch: Watch, dtype: torch.dtype | None) -> None:
         """Encode what is missing. What one prompt comes to does not depend on those beside it, nor on their failing."""
         count, watchman = len(self.texts), FiniteCheck.for_device(self.components.device)
-        stage = Stage("text", count, watch)
+        stage = StageProgress("text", count, watch)
         with self.components.text_encoder(dtype) if self.missing else nullcontext() as encoder:
             for index, tokens in enumerate(self.tokens):
                 if self._rows[index] is None:
@@ -77,7 +77,7 @@ class Prompts:
                     rows = self._encoded(encoder, tokens, watchman, f"prompt {index + 1} of {count}")
                     self.components.prompt_cache.store(tokens, rows)
                     self._rows[index] = rows
-                stage.done(index + 1)
+                stage.report(index + 1)
 
     def _encoded(self, encoder: T5Encoder, tokens: PromptTokens, watchman: FiniteCheck, place: str) -> Tensor:
         ids, mask = tokens.ids.to(self.components.device), tokens.mask.to(self.components.device)

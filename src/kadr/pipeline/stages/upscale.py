@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
-from kadr.pipeline.progress import Stage, Watch
+from kadr.pipeline.progress import StageProgress, Watch
 from kadr.sampling.latents import adain
 
 
@@ -17,11 +17,11 @@ def upscaled(components: Components, latents: Tensor, watch: Watch, _: torch.dty
         statistics = vae.statistics
         made = statistics.denormalise(latents.float())
         kinds = components.upscaler_checkpoints
-        stage, watchman = Stage("upscale", len(kinds), watch), FiniteCheck.for_device(components.device)
+        stage, watchman = StageProgress("upscale", len(kinds), watch), FiniteCheck.for_device(components.device)
         for done, kind in enumerate(kinds, 1):
             with components.upscaler(kind) as upscaler:
                 made = upscaler(made)
             watchman.check(made, f"{kind} upscaler")
-            stage.done(done)
+            stage.report(done)
         watchman.synchronize()
         return adain(statistics.normalise(made), latents)
