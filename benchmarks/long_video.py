@@ -34,7 +34,7 @@ from kadr import Engine, Request
 from kadr.bench.machine import describe
 from kadr.bench.peak_memory import process_peak
 from kadr.media.clip import read_metadata, read_video
-from kadr.pipeline.longvideo.window_folder import kept_in
+from kadr.pipeline.longvideo.window_folder import finished_windows
 from kadr.request.windows import Span, Windows, window_folder_path
 from tests import doc_tables
 
@@ -78,7 +78,7 @@ def run(words: Sequence[str], clip: Path, *, kill_in: int | None = None) -> Ran:
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, process_peak(process.pid) or 0)
-        if (count := len(kept_in(window_folder_path(clip)))) > done:
+        if (count := len(finished_windows(window_folder_path(clip)))) > done:
             done = count
             resident.append(_resident(process.pid))
             if kill_in is not None and done == kill_in - 1:
@@ -207,7 +207,7 @@ def main() -> int:
         run(command("still", asked.seconds, clips["still"], *more), clips["still"])
         killed = command("moving", asked.seconds, clips["killed"], *more)
         run(killed, clips["killed"], kill_in=3)
-        finished = len(kept_in(window_folder_path(clips["killed"])))
+        finished = len(finished_windows(window_folder_path(clips["killed"])))
         run([*killed, "--resume"], clips["killed"])
         own, others = (read_video(clips[name]).frames for name in ("killed", "moving"))
         made: dict[str, Any] = {

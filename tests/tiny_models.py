@@ -45,7 +45,7 @@ def vae_config(family: str) -> VAEConfig:
     """The blocks of a released VAE, in their order, with one layer each and few channels."""
 
     def thin(blocks: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
-        return tuple(replace(block, layers=min(block.num_layers, 1)) for block in blocks)
+        return tuple(replace(block, num_layers=min(block.num_layers, 1)) for block in blocks)
 
     full = VAES[family]
     return replace(
@@ -136,7 +136,7 @@ def write(
     Args:
         family: of the VAE.
         causal: whether the positions are, as from 0.9.5 on.
-        layers: of the transformer.
+        num_layers: of the transformer.
         change: "transformer", "vae" or "text encoder" -> what to do to its weights before they are written.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -169,7 +169,7 @@ def pictures(scene: Scene, frames: int, side: int = STAGE, first: int = 0) -> np
 def round_trip(engine: Engine, path: Path) -> np.ndarray:
     """The picture as the VAE alone gives it back, uint8 (H, W, 3)."""
     request = Request(prompt="-", frames=1, conditions=(Condition(media=str(path)),))
-    return engine.decode(engine.encode(request), request).numpy()[0]
+    return engine.decode(engine.encode_first_condition(request), request).numpy()[0]
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -49,7 +49,7 @@ def write_plain(folder: Path, count: int = 256, seed: int = 6) -> None:
     for number in range(0, count, 2):
         clip = folder / f"{number:03d}.mp4"
         request = Request(prompt="a shape", size=(STAGE, STAGE), frames=CLIP_FRAMES, controls=(Control(str(clip)),))
-        (latents,) = engine.encode_media(request).references
+        (latents,) = engine.encode_media(request).reference_latents
         frames = engine.decode(latents, replace(request, controls=()))
         with VideoWriter(clip, Size(STAGE, STAGE), RATE) as writer:
             writer.write(frames.numpy())

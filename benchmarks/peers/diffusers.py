@@ -15,7 +15,7 @@ from kadr.bench.runner import Absent, Contender
 from kadr.bench.stage_case import NEGATIVE, PROMPT, SEED, Work, stored_bytes
 from kadr.media.postprocess import to_uint8
 from kadr.pipeline.progress import ignore_progress
-from kadr.pipeline.stages.text import Prompts
+from kadr.pipeline.stages.text import PromptEncoder
 from kadr.sampling.noise import NoiseStreams
 from tests.oracles import diffusers_transformer, diffusers_vae
 
@@ -93,8 +93,8 @@ def _shaped(row: Tensor) -> Tensor:
 def whole(work: Work, change: Change) -> Callable[[], Tensor]:
     """The pipeline, from encoded prompts to frames, with kadr's noise and noise levels."""
     engine = work.engine(WAYS["auto"])
-    texts = Prompts(engine.components, [PROMPT, NEGATIVE]).encoded(ignore_progress)
-    (plan,) = engine.passes(work.request)
+    texts = PromptEncoder(engine.components, [PROMPT, NEGATIVE]).encode(ignore_progress)
+    (plan,) = engine.resolve_passes(work.request)
     pipeline = LTXConditionPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae(work, change),

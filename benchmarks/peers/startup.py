@@ -41,7 +41,7 @@ def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
 def thin() -> VAEConfig:
     """A VAE of the 0.9.5 layout with one residual layer a stage."""
     encoder, decoder = (
-        tuple(replace(block, layers=min(block.num_layers, 1)) for block in blocks)
+        tuple(replace(block, num_layers=min(block.num_layers, 1)) for block in blocks)
         for blocks in (VAE_0_9_5.encoder_blocks, VAE_0_9_5.decoder_blocks)
     )
     return replace(

@@ -81,7 +81,7 @@ def test_random_models_are_written_once_and_open_as_any_other(tmp_path: Path) ->
         assert detected.vae_family is None or detected.vae_family == "0.9.5"
     with opened("2b", chosen, tmp_path / "kept") as source:
         assert source.path.stat().st_mtime_ns == written
-    with opened("2b", replace(chosen, layers=None)) as source:
+    with opened("2b", replace(chosen, num_layers=None)) as source:
         assert source.layers is None
         temporary = source.scratch
     assert not temporary.exists()

@@ -42,7 +42,7 @@ class Ended(NamedTuple):
 class FakeEngine:
     """Notes what is asked, and writes a few bytes for a video."""
 
-    name: str = "fake"
+    model_name: str = "fake"
     opened: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)  # planned, as all are that are made
     made: list[Request] = field(default_factory=list)
@@ -52,7 +52,7 @@ class FakeEngine:
 
     def open(self, model: str | Path, **options: Any) -> FakeEngine:
         self.opened.append((str(model), {name: value for name, value in options.items() if value is not None}))
-        self.name = str(model)
+        self.model_name = str(model)
         return self
 
     def resolve(self, request: Request) -> Request:
@@ -70,12 +70,12 @@ class FakeEngine:
         path: Path,
         *,
         watch: Callable[[Progress], None],
-        planned: Callable[[Plan], None],
+        on_plan: Callable[[Plan], None],
         resume: bool = False,
     ) -> SimpleNamespace:
         self.resumed.append(resume)
         self.made.append(request)
-        planned(self.plan(request))
+        on_plan(self.plan(request))
         whole = self.resolve(request)
         part = path.with_name(".part.mp4")
         part.write_bytes(b"half")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kadr.cli.flags.official import RENAMED
+from kadr.cli.flags.official import ALIASES
 from kadr.errors import Cancelled, KadrWarning, NonFiniteError, RequestError
 from kadr.request.inputs import Condition
 from kadr.request.official_config import OfficialConfig
@@ -206,7 +206,7 @@ def test_bad_config_ends_with_1_and_is_named(kadr: Run, engine: FakeEngine, text
     assert word in ended.err
 
 
-@pytest.mark.parametrize("official, ours", RENAMED.items())
+@pytest.mark.parametrize("official, ours", ALIASES.items())
 @pytest.mark.parametrize("joined", [False, True])
 def test_official_name_is_ours(kadr: Run, engine: FakeEngine, official: str, ours: str, joined: bool) -> None:
     Path("config.yaml").write_text("checkpoint_path: demo", "utf-8")

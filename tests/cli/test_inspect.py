@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kadr.checkpoints.save import write_upscaler
-from kadr.cli.terminal.table import columns, in_words
+from kadr.cli.terminal.table import format_columns, format_si
 from kadr.media.writer import VideoWriter
 from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.shapes import Size
@@ -128,9 +128,9 @@ def test_file_that_is_no_model_is_explained(
 
 
 def test_columns_line_up() -> None:
-    assert list(columns([("a", "long"), ("bcd", "e")])) == ["a    long", "bcd  e"]
+    assert list(format_columns([("a", "long"), ("bcd", "e")])) == ["a    long", "bcd  e"]
 
 
 @pytest.mark.parametrize("number, words", [(7, "7"), (1500, "1.5 k"), (6_341_000_000, "6.34 G"), (419e6, "419 M")])
 def test_large_numbers_are_short(number: int, words: str) -> None:
-    assert in_words(number) == words
+    assert format_si(number) == words

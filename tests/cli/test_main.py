@@ -73,7 +73,7 @@ def test_polite_kill_is_a_cancel(kadr: Run, engine: FakeEngine) -> None:
 
 def test_lines_come_every_few_seconds_and_at_the_end_of_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
-    watch = progress.lines(lambda: now)
+    watch = progress.watch_in_lines(lambda: now)
     watch(Progress("text", 0, 1))
     watch(Progress("text", 1, 1, eta=0.0))
     for step in range(8):
@@ -96,7 +96,7 @@ def test_terminal_gets_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch, capsys: 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with progress.shown() as watch:
+    with progress.show_progress() as watch:
         watch(Progress("denoise", 0, 4))
         watch(Progress("denoise", 2, 4, eta=61.0))
         print("data")
@@ -109,4 +109,4 @@ def test_terminal_gets_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (61.0, "1:01"), (3723.2, "1:02:03")])
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
-    assert progress.duration(seconds) == text
+    assert progress.format_duration(seconds) == text

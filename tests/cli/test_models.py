@@ -85,15 +85,15 @@ def test_list_shows_a_file_of_another_size_than_the_registry_states(
     assert " no " in cell()
     kadr("models", "pull", NAME)
     assert " wrong size " in cell()
-    monkeypatch.setattr(verify, "wrong_size", lambda entry, size: False)
+    monkeypatch.setattr(verify, "has_wrong_size", lambda entry, size: False)
     assert " yes " in cell()
 
 
 @pytest.mark.parametrize("share, wrong", [(0.5, True), (0.98, True), (0.995, False), (1.005, False), (1.02, True)])
 def test_sizes_are_right_to_within_a_percent(share: float, wrong: bool) -> None:
     entry = find_release(NAME)
-    assert verify.wrong_size(entry, round(share * (entry.size_bytes or 0))) is wrong
-    assert not verify.wrong_size(find_release("demo"), 1)
+    assert verify.has_wrong_size(entry, round(share * (entry.size_bytes or 0))) is wrong
+    assert not verify.has_wrong_size(find_release("demo"), 1)
 
 
 def test_pull_brings_all_that_a_model_needs_and_prints_where_it_lies(kadr: Run, remote: FakeHub) -> None:
@@ -296,7 +296,7 @@ def test_verify_without_links_and_network_says_so(
     assert ended.code == 1
     assert "not verified" in ended.out
     assert "is not what it should be: cut short to 800 of 505 M bytes" in ended.err
-    monkeypatch.setattr(verify, "wrong_size", lambda entry, size: False)
+    monkeypatch.setattr(verify, "has_wrong_size", lambda entry, size: False)
     assert "has the right size" in (err := kadr("models", "verify", UPSCALER).err)
     assert "Try again with a network." in err
 

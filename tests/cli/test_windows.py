@@ -16,7 +16,7 @@ import pytest
 
 from kadr.errors import RequestError
 from kadr.media.clip import read_video
-from kadr.pipeline.longvideo.window_folder import kept_in
+from kadr.pipeline.longvideo.window_folder import finished_windows
 from kadr.request.windows import Windows
 from tests.cli.conftest import Ended, FakeEngine
 
@@ -180,11 +180,11 @@ def test_a_run_that_is_killed_in_a_later_window_goes_on_to_the_same_frames(tmp_p
     command = [sys.executable, "-m", "kadr", "generate", *words, "--output", str(clip)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while len(kept_in(folder)) < 2 and process.poll() is None and time.monotonic() < until:
+    while len(finished_windows(folder)) < 2 and process.poll() is None and time.monotonic() < until:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    count = len(kept_in(folder))
+    count = len(finished_windows(folder))
     assert 2 <= count < 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.windows"]  # and nothing that looks like a video
     refused = kadr("generate", *words, "--output", clip)

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from kadr.cli.flags.official import MEDIA, OFFLOAD, RENAMED, SIDES, STARTS, STRENGTHS
+from kadr.cli.flags.official import (
+    ALIASES,
+    CONDITIONING_FRAMES,
+    CONDITIONING_PATHS,
+    CONDITIONING_STRENGTHS,
+    OFFLOAD_TO_CPU,
+    SIZE_FLAGS,
+)
 from kadr.cli.main import app
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
@@ -55,7 +62,14 @@ def test_words_of_a_verb_are_these(verb: str, words: str) -> None:
 
 
 def test_official_names_are_these() -> None:
-    assert {*RENAMED, *SIDES, MEDIA, STARTS, STRENGTHS, OFFLOAD} == set(OFFICIAL.split())
+    assert {
+        *ALIASES,
+        *SIZE_FLAGS,
+        CONDITIONING_PATHS,
+        CONDITIONING_FRAMES,
+        CONDITIONING_STRENGTHS,
+        OFFLOAD_TO_CPU,
+    } == set(OFFICIAL.split())
 
 
 def test_every_word_is_in_the_reference() -> None:

@@ -81,7 +81,7 @@ def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", [None, "int8", "fp8", "Q8_0"])
 def test_compiled_layers_give_what_the_plain_ones_give(scheme: str | None) -> None:
     plain, compiled = (
-        Engine.open("demo", device="cuda", dtype="float32", quant=scheme, compiled=c).generate(REQUEST)
+        Engine.open("demo", device="cuda", dtype="float32", quant=scheme, compile_transformer=c).generate(REQUEST)
         for c in (False, True)
     )
     error = (compiled.latents - plain.latents).norm() / plain.latents.norm()

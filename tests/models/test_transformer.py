@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 GRID = LatentGrid(2, 3, 4)
 TINY = TransformerConfig(num_layers=3, num_heads=4, head_dim=10, caption_channels=24, in_channels=8)  # 40 = 6 * 6 + 4
-RELEASED_WIDTHS = {"2B": replace(TRANSFORMER_2B, layers=2), "13B": replace(TRANSFORMER_13B, layers=1)}
+RELEASED_WIDTHS = {"2B": replace(TRANSFORMER_2B, num_layers=2), "13B": replace(TRANSFORMER_13B, num_layers=1)}
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(s
 
 @pytest.mark.parametrize("heads, head_width", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
 def test_velocity_equals_the_official_at_every_remainder_of_the_width(heads, head_width):
-    model = sown(lambda: Transformer(replace(TINY, num_heads=heads, head_dim=head_width, layers=1)))
+    model = sown(lambda: Transformer(replace(TINY, num_heads=heads, head_dim=head_width, num_layers=1)))
     given = Inputs.of(model.config)
     assert relative(velocity(model, given), official_velocity(model, given)) <= 1e-5
 

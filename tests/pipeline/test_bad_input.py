@@ -108,7 +108,7 @@ def test_noise_and_latents_of_another_shape_are_refused_before_any_weight_is_loa
     begun = replace(REQUEST, skip_initial=1)
     for make in (
         lambda: untouched.denoise(REQUEST, noise=wrong),
-        lambda: untouched.denoise(begun, start=wrong),
+        lambda: untouched.denoise(begun, init_latents=wrong),
         lambda: untouched.decode(wrong, REQUEST),
         lambda: untouched.decode(right, REQUEST, noise=wrong),
         lambda: untouched.decode(right, REQUEST, noise=torch.zeros(1)),
@@ -121,12 +121,12 @@ def test_noise_and_latents_of_another_shape_are_refused_before_any_weight_is_loa
 
 def test_latents_to_start_from_need_a_schedule_that_leaves_something_of_them(untouched: Engine) -> None:
     with pytest.raises(RequestError, match="first level is 1"):
-        untouched.denoise(REQUEST, start=torch.zeros(SHAPE))
+        untouched.denoise(REQUEST, init_latents=torch.zeros(SHAPE))
 
 
 def test_encoding_without_a_picture_is_refused(untouched: Engine) -> None:
     with pytest.raises(RequestError, match="no picture"):
-        untouched.encode(REQUEST)
+        untouched.encode_first_condition(REQUEST)
 
 
 # --- models that are not there -------------------------------------------------------------------------------------

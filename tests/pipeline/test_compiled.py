@@ -72,4 +72,4 @@ def test_one_compilation_serves_all_layers(scheme: str | None) -> None:
 
 def test_off_cuda_it_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(RequestError, match=r"layers are compiled for CUDA alone: on cpu .*Leave --compile out"):
-        Engine.open("no-such-model", device="cpu", compiled=True)
+        Engine.open("no-such-model", device="cpu", compile_transformer=True)

@@ -112,7 +112,7 @@ def test_plan_is_that_of_the_engine(home: Path, settings: dict[str, Any]) -> Non
     request = Request(**{"prompt": "x", "size": (64, 64), "frames": 9, "steps": 4, **settings})
     ours, theirs = DryRunEngine.open(home / tiny_models.MODEL), Engine.open(home / tiny_models.MODEL, device="cpu")
     assert ours.resolve(request) == theirs.resolve(request)
-    _same(ours.run(request).passes, theirs.passes(request))
+    _same(ours.run(request).passes, theirs.resolve_passes(request))
 
 
 @pytest.mark.parametrize("kind", [{"space": True}, {"space": False, "time": True}, {"space": True, "time": True}])
@@ -123,7 +123,7 @@ def test_plan_of_two_passes_is_that_of_the_engine(
     parts = {"upscaler": [upscaler(**kind)], "second_model": home / tiny_models.MODEL}
     ours = DryRunEngine.open(home / tiny_models.MODEL, **parts)
     theirs = Engine.open(home / tiny_models.MODEL, **parts, device="cpu")
-    _same(ours.run(request).passes, theirs.passes(request))
+    _same(ours.run(request).passes, theirs.resolve_passes(request))
 
 
 def _same(ours: Any, theirs: Any) -> None:

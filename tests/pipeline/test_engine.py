@@ -90,14 +90,14 @@ def test_generating_is_denoising_and_decoding(engine: Engine, injecting: Engine,
 
 def test_encoding_gives_the_latents_that_a_held_picture_starts_from(engine: Engine, photo: Condition) -> None:
     request = replace(REQUEST, conditions=(photo,), image_noise=0.0)
-    assert torch.equal(engine.encode(request), engine.denoise(request)[:, :, :1])
+    assert torch.equal(engine.encode_first_condition(request), engine.denoise(request)[:, :, :1])
 
 
 def test_bfloat16_gives_nearly_the_video_of_float32(home: Path, engine: Engine, photo: Condition) -> None:
     narrow = Engine.open(home / MODEL, device="cpu", dtype="bfloat16")
     request = replace(REQUEST, conditions=(photo,))
     one, other = engine.generate(request), narrow.generate(request)
-    assert narrow.record(request)["dtype"] == "bfloat16"
+    assert narrow.metadata(request)["dtype"] == "bfloat16"
     assert other.latents.dtype == torch.float32
     assert ((one.latents - other.latents).norm() / one.latents.norm()).item() < 0.03
     assert not torch.equal(one.latents, other.latents)

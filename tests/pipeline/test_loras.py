@@ -22,7 +22,7 @@ from tests.checkpoints.test_load import cast_as_released
 from tests.lora_files import ATTENTION, FEED_FORWARD, pairs, write
 
 REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2, guidance=1.0)
-TWO_PASSES = replace(REQUEST, multi_scale=True, levels=(1.0, 0.9), steps=None, second=None, downscale_factor=0.5)
+TWO_PASSES = replace(REQUEST, multi_scale=True, sigmas=(1.0, 0.9), steps=None, second_pass=None, downscale_factor=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_what_is_recorded_with_some_strengths_is_forgotten_also_where_a_step_is_
 
 def test_each_of_two_passes_has_a_strength_of_its_own(opened: Callable[..., Engine], one: Path, tmp_path: Path) -> None:
     upscaler = tiny_models.write_upscaler(tmp_path / "up.safetensors")
-    request = replace(TWO_PASSES, second=Pass(sigmas=(0.6,)))
+    request = replace(TWO_PASSES, second_pass=Pass(sigmas=(0.6,)))
     made = {
         strengths: opened(loras=[(one, *strengths)], upscaler=upscaler).denoise(request)
         for strengths in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0,))
@@ -188,7 +188,7 @@ def test_one_transformer_cannot_have_two_strengths_merged(
     upscaler = tiny_models.write_upscaler(tmp_path / "up.safetensors")
     engine = opened(loras=[(one, 1, 0)], merge_loras=True, upscaler=upscaler)
     with pytest.raises(RequestError, match="strength 1 in the first pass and 0 in the second"):
-        engine.plan(replace(TWO_PASSES, second=Pass(sigmas=(0.6,))))
+        engine.plan(replace(TWO_PASSES, second_pass=Pass(sigmas=(0.6,))))
     single = engine.denoise(REQUEST)  # there is no second pass
     assert relative(single, opened(loras=[one]).denoise(REQUEST)) < 1e-5
 
@@ -218,7 +218,7 @@ def test_a_lora_may_be_named_as_the_registry_has_it(
     assert fetched == [
         ("Lightricks/LTX-Video-ICLoRA-canny-13b-0.9.7", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
     ]
-    assert engine.record(REQUEST)["loras"] == [noted(one, 0.5)]
+    assert engine.metadata(REQUEST)["loras"] == [noted(one, 0.5)]
     with pytest.raises(RequestError, match=r"is a LoRA, and no model\. Give it as --lora"):
         Engine.open("ltxv-13b-0.9.7-ic-lora-canny")
     with pytest.raises(RequestError, match=r"is a spatial upscaler; for the LoRA give a path, or a name such as ltxv"):
@@ -245,9 +245,9 @@ def noted(path: Path, strength: float, second: float | None = None) -> dict[str,
 
 def test_what_was_added_is_remembered(opened: Callable[..., Engine], one: Path, other: Path) -> None:
     engine = opened(loras=[(one, 0.5), (other, 1.0, 0.25)], merge_loras=False)
-    record = engine.record(engine.resolve(REQUEST))
+    record = engine.metadata(engine.resolve(REQUEST))
     assert record["loras"] == [
         noted(one, 0.5),
         noted(other, 1.0, 0.25),
     ]
-    assert "loras" not in opened().record(REQUEST)
+    assert "loras" not in opened().metadata(REQUEST)

@@ -150,7 +150,7 @@ def test_of_two_passes_both_read_one_encoding_of_the_prompt(
     second = Pass(
         sigmas=(0.7,), guidance=Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0), stochastic=False, tone_map=0.0
     )
-    request = replace(REQUEST, size=Size(128, 128), multi_scale=True, second=second)
+    request = replace(REQUEST, size=Size(128, 128), multi_scale=True, second_pass=second)
     encoded: Counter[str] = Counter()
     encode = type(pipeline).encode_prompt
 

@@ -338,10 +338,10 @@ def test_latents_to_start_from_are_mixed_with_noise_as_the_official_pipeline_doe
 ) -> None:
     request = asked(given, media)
     start = NoiseStreams(99).draw("start", (1, CHANNELS, 3, 3, 2))
-    made = engine(given.model).denoise(request, start=start)
+    made = engine(given.model).denoise(request, init_latents=start)
     error = relative(made, official_pipeline.run(oracle(given.model), request, start).latents)
     assert parity("video from latents", given.model, "official", error) <= LATENTS
-    assert relative(made, engine(given.model).denoise(request, start=-start)) > 0.1
+    assert relative(made, engine(given.model).denoise(request, init_latents=-start)) > 0.1
 
 
 @pytest.mark.parametrize(

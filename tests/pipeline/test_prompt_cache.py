@@ -103,9 +103,9 @@ def test_only_the_rows_of_real_tokens_are_kept_in_the_dtype_they_were_computed_i
 
 def test_where_there_is_no_token_the_transformer_is_told_zero(home: Path) -> None:
     engine = opened(home, False)
-    text = engine._opened(replace(REQUEST, guidance=1.0), lambda progress: None).prompts
+    text = engine._create_generation(replace(REQUEST, guidance=1.0), lambda progress: None).prompt_encoder
     with torch.no_grad():
-        (made,) = text.encoded(lambda progress: None)
+        (made,) = text.encode(lambda progress: None)
     assert made.mask.any()
     assert made.embeddings[made.mask].abs().min() > 0
     assert made.embeddings[~made.mask].abs().max() == 0

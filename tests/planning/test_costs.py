@@ -74,7 +74,7 @@ def thinned(family: str, layers: int) -> VAEConfig:
     """A released VAE with this many layers where it has more, and an eighth of its channels."""
     full = VAES[family]
     encoder, decoder = (
-        tuple(replace(block, layers=min(block.num_layers, layers)) for block in blocks)
+        tuple(replace(block, num_layers=min(block.num_layers, layers)) for block in blocks)
         for blocks in (full.encoder_blocks, full.decoder_blocks)
     )
     return replace(

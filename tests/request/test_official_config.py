@@ -99,7 +99,7 @@ def test_null_is_left_out(tmp_path: Path) -> None:
 def test_pass_alone_goes_to_the_end(tmp_path: Path) -> None:
     dev, distilled = (read(tmp_path, OFFICIAL[name]).recipe for name in (DEV, DISTILLED))
     assert dev.single_pass == replace(dev.first_pass, skip_final=0)
-    assert distilled.single_pass == replace(distilled.first_pass, levels=DISTILLED_SIGMAS)
+    assert distilled.single_pass == replace(distilled.first_pass, sigmas=DISTILLED_SIGMAS)
 
 
 @pytest.mark.parametrize("said, mode", [("stg_as", "attention_skip"), ("Transformer_Block", "transformer_block")])

@@ -156,7 +156,7 @@ def refused(make: Callable[[], object], kind: type[KadrError], *says: str) -> No
 @pytest.mark.parametrize("size", [Size(48, 48), Size(96, 64), Size(160, 97), Size(1216, 704), Size(50, 200)])
 def test_the_first_pass_is_two_thirds_down_to_32_and_the_second_is_twice_that(opened: Opened, size: Size) -> None:
     made = size.snap()
-    first, second = opened("spatial").passes(replace(REQUEST, size=size))
+    first, second = opened("spatial").resolve_passes(replace(REQUEST, size=size))
     sides = [int(side * 0.6666666) // 32 * 32 for side in (made.width, made.height)]
     assert first.size == Size(*sides)
     assert second.size == Size(2 * sides[0], 2 * sides[1])
@@ -167,7 +167,7 @@ def test_the_first_pass_is_two_thirds_down_to_32_and_the_second_is_twice_that(op
 def test_with_a_temporal_upscaler_the_first_pass_makes_half_the_groups_at_half_the_rate(
     opened: Opened, frames: int
 ) -> None:
-    first, second = opened("temporal").passes(replace(REQUEST, frames=frames, fps=25))
+    first, second = opened("temporal").resolve_passes(replace(REQUEST, frames=frames, fps=25))
     groups = (snap_frames(frames) - 1) // 8
     assert first.frames == 8 * -(-groups // 2) + 1
     assert second.frames == 2 * first.frames - 1
@@ -180,7 +180,7 @@ def test_with_a_temporal_upscaler_the_first_pass_makes_half_the_groups_at_half_t
 
 @pytest.mark.parametrize("names", [("temporal", "spatial"), ("both",)])
 def test_upscalers_of_both_kinds_halve_both(opened: Opened, names: tuple[str, ...]) -> None:
-    first, second = opened(*names).passes(REQUEST)
+    first, second = opened(*names).resolve_passes(REQUEST)
     assert (first.size, first.frames, first.fps) == (Size(64, 32), 9, 12)
     assert (second.size, second.frames, second.fps) == (Size(128, 64), 17, 24)
 
@@ -194,7 +194,7 @@ def test_each_way_of_two_passes_gives_the_frames_that_were_asked_for(opened: Ope
         stages.append((report.stage, report.step, report.of))
 
     video = engine.generate(request, watch=watch)
-    second = engine.passes(request)[1].grid
+    second = engine.resolve_passes(request)[1].grid
     assert video.frames.shape == (10, 60, 50, 3)
     assert video.latents.shape == (CHANNELS, second.frames, second.height, second.width)
     assert list(dict.fromkeys(stage for stage, _, _ in stages)) == ["text", "denoise", "upscale", "refine", "decode"]
@@ -265,7 +265,7 @@ def test_a_clip_is_refused_where_the_first_pass_makes_every_second_frame(
                 "every second frame",
                 "Give pictures, or leave out the temporal upscaler",
             )
-    assert opened("spatial").passes(request)
+    assert opened("spatial").resolve_passes(request)
 
 
 def test_one_frame_of_a_clip_is_a_picture(opened: Opened, clip: str) -> None:
@@ -300,7 +300,7 @@ def test_a_video_to_start_from_is_for_the_first_pass(
     opened("spatial").denoise(request)
     opened("temporal").denoise(request)
     assert encoded == [(1, 3, 9, 32, 64), (1, 3, 9, 64, 128)]
-    first, second = opened("spatial").passes(request)
+    first, second = opened("spatial").resolve_passes(request)
     assert float(first.sigmas[0]) <= 0.9
     assert second.sigmas.tolist() == pytest.approx(LEVELS)
 
@@ -331,7 +331,7 @@ def test_a_size_too_small_for_two_passes_is_refused(
     refused(lambda: opened("spatial").generate(request), RequestError, *says)
     refused(lambda: opened("both").write(request, tmp_path / "a.mp4"), RequestError, *says)
     assert list(tmp_path.iterdir()) == []
-    assert opened("temporal").passes(request)[0].size == size.snap()  # which are of one size
+    assert opened("temporal").resolve_passes(request)[0].size == size.snap()  # which are of one size
 
 
 # --- upscalers -----------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_upscalers_that_do_not_fit_are_refused_before_a_text_encoder_is_fetched_
 
 
 def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(home: Path) -> None:
-    request = replace(REQUEST, multi_scale=False, second=None)
+    request = replace(REQUEST, multi_scale=False, second_pass=None)
     upscaler = home / "spatial.safetensors"
     named = {"the upscaler": {"upscaler": upscaler}, "the upscaler and the model": {"upscaler": upscaler}}
     named["the upscaler and the model"]["second_model"] = home / MODEL
@@ -392,12 +392,12 @@ def test_two_passes_without_an_upscaler_are_refused(
     says = ("two passes need a latent upscaler", "--upscaler", "single pass")
     refused(lambda: opened().generate(REQUEST), CheckpointError, *says)
     refused(lambda: opened().write(REQUEST, tmp_path / "a.mp4"), CheckpointError, *says)
-    refused(lambda: opened().passes(REQUEST), CheckpointError, *says)
+    refused(lambda: opened().resolve_passes(REQUEST), CheckpointError, *says)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_upscalers_are_no_matter_to_a_single_pass(opened: Opened) -> None:
-    single = replace(REQUEST, multi_scale=False, second=None)
+    single = replace(REQUEST, multi_scale=False, second_pass=None)
     assert torch.equal(opened("spatial", "temporal").denoise(single), opened().denoise(single))
 
 
@@ -442,8 +442,8 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
     home: Path, other: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = mixed(home, other)
-    request = replace(REQUEST, second=Pass(steps=4, skip_initial=2, guidance=Guidance(cfg_scale=1.0)))
-    first, second = engine.passes(request)
+    request = replace(REQUEST, second_pass=Pass(steps=4, skip_initial=2, guidance=Guidance(cfg_scale=1.0)))
+    first, second = engine.resolve_passes(request)
     assert first.sigmas.tolist() == LINEAR_QUADRATIC.get_sigmas(2, tokens=first.grid.num_tokens).tolist()
     assert second.sigmas.tolist() == SHIFTED.get_sigmas(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
     steps, told = spied(monkeypatch, Transformer), spied(monkeypatch, Transformer, "rope")
@@ -459,7 +459,7 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
     torch.testing.assert_close(early[0, 0].unique() * 24, torch.tensor([0.0, 1.0, 9.0]))  # causal
     torch.testing.assert_close(late[0, 0].unique() * 24, torch.tensor([0.0, 8.0, 16.0]))
     assert not torch.equal(
-        made, opened("spatial").denoise(replace(request, second=Pass(sigmas=tuple(second.sigmas.tolist()))))
+        made, opened("spatial").denoise(replace(request, second_pass=Pass(sigmas=tuple(second.sigmas.tolist()))))
     )
 
 
@@ -478,7 +478,7 @@ def test_the_same_model_twice_is_that_model(home: Path, opened: Opened) -> None:
 
 def test_a_record_names_the_second_model_and_the_upscalers(home: Path, other: Path) -> None:
     engine = mixed(home, other)
-    record = engine.record(engine.resolve(REQUEST))
+    record = engine.metadata(engine.resolve(REQUEST))
     assert record["second_model"] == str(other / MODEL)
     assert record["spatial_upscaler"] == str(home / "spatial.safetensors")
     assert Request.from_json(record["request"]) == engine.resolve(REQUEST)
@@ -523,37 +523,39 @@ def skipping(block: int, stg: float) -> Guidance:
 
 
 def test_a_skipped_block_past_the_last_is_refused_where_it_would_be_skipped(opened: Opened, untouched: None) -> None:
-    single = replace(REQUEST, multi_scale=False, second=None)
+    single = replace(REQUEST, multi_scale=False, second_pass=None)
     for stg, blocks in ((1.0, (2,)), (0.5, (0, 42))):
         given = replace(single, guidance=Guidance(stg_scale=stg, skip_blocks=blocks))
         refused(lambda: opened().denoise(given), RequestError, str(blocks[-1]), "2 blocks, 0 to 1")  # noqa: B023
-    second = replace(REQUEST, second=Pass(sigmas=LEVELS, guidance=skipping(2, 1.0)))
+    second = replace(REQUEST, second_pass=Pass(sigmas=LEVELS, guidance=skipping(2, 1.0)))
     refused(lambda: opened("spatial").denoise(second), RequestError, "skip_blocks has 2", "2 blocks, 0 to 1")
     late = Guidance(cfg_scale=1.0, stg_scale=(0.0, 1.0), skip_blocks=((7,), (3,)), sigmas=(1.0, 0.5))
     refused(
-        lambda: opened().denoise(replace(single, steps=None, levels=(1.0, 0.4), guidance=late)),
+        lambda: opened().denoise(replace(single, steps=None, sigmas=(1.0, 0.4), guidance=late)),
         RequestError,
         "skip_blocks has 3;",  # and not 7, which would not be skipped
     )
 
 
 def test_a_skipped_block_past_the_last_is_no_matter_where_nothing_is_skipped(opened: Opened) -> None:
-    single = replace(REQUEST, multi_scale=False, second=None, steps=1)
+    single = replace(REQUEST, multi_scale=False, second_pass=None, steps=1)
     made = opened().denoise(replace(single, guidance=skipping(42, 0.0)))
     assert torch.equal(made, opened().denoise(single))
     early = Guidance(cfg_scale=1.0, stg_scale=(0.0, 1.0), skip_blocks=((7,), (0,)), sigmas=(1.0, 0.5))
-    assert opened().passes(replace(single, steps=None, levels=(1.0, 0.4), guidance=early))
+    assert opened().resolve_passes(replace(single, steps=None, sigmas=(1.0, 0.4), guidance=early))
 
 
 def test_blocks_are_counted_in_the_model_of_the_pass(home: Path, other: Path) -> None:
     engine = mixed(home, other)  # of two layers, and of three
-    assert engine.passes(replace(REQUEST, second=Pass(sigmas=LEVELS, guidance=skipping(2, 1.0))))
-    refused(lambda: engine.passes(replace(REQUEST, guidance=skipping(2, 1.0))), RequestError, "2 blocks, 0 to 1")
-    beyond = replace(REQUEST, second=Pass(sigmas=LEVELS, guidance=skipping(3, 1.0)))
-    refused(lambda: engine.passes(beyond), RequestError, "3 blocks, 0 to 2")
+    assert engine.resolve_passes(replace(REQUEST, second_pass=Pass(sigmas=LEVELS, guidance=skipping(2, 1.0))))
+    refused(
+        lambda: engine.resolve_passes(replace(REQUEST, guidance=skipping(2, 1.0))), RequestError, "2 blocks, 0 to 1"
+    )
+    beyond = replace(REQUEST, second_pass=Pass(sigmas=LEVELS, guidance=skipping(3, 1.0)))
+    refused(lambda: engine.resolve_passes(beyond), RequestError, "3 blocks, 0 to 2")
 
 
-FEW = replace(REQUEST, steps=None, levels=DISTILLED_SIGMAS[:2], second=Pass(sigmas=DISTILLED_SIGMAS[-2:]))
+FEW = replace(REQUEST, steps=None, sigmas=DISTILLED_SIGMAS[:2], second_pass=Pass(sigmas=DISTILLED_SIGMAS[-2:]))
 
 
 def test_guidance_on_a_distilled_model_warns_by_name_for_each_pass_it_is_asked_of(home: Path, distilled: Path) -> None:
@@ -561,13 +563,13 @@ def test_guidance_on_a_distilled_model_warns_by_name_for_each_pass_it_is_asked_o
     alone = Engine.open(name, upscaler=home / "spatial.safetensors", device="cpu")
     guided = Pass(sigmas=DISTILLED_SIGMAS[-2:], guidance=Guidance(cfg_scale=2.0))
     for asked, times in (
-        (replace(FEW, multi_scale=False, second=None, guidance=3.0), 1),
+        (replace(FEW, multi_scale=False, second_pass=None, guidance=3.0), 1),
         (replace(FEW, guidance=3.0), 1),
-        (replace(FEW, guidance=1.0, second=guided), 1),
-        (replace(FEW, guidance=3.0, second=guided), 2),
+        (replace(FEW, guidance=1.0, second_pass=guided), 1),
+        (replace(FEW, guidance=3.0, second_pass=guided), 2),
     ):
         with pytest.warns(KadrWarning, match="distilled.*Leave it out") as told:
-            alone.passes(asked)
+            alone.resolve_passes(asked)
         assert [name in str(warning.message) for warning in told] == [True] * times
 
 
@@ -577,21 +579,23 @@ def test_a_distilled_model_without_guidance_is_not_warned_of(home: Path, distill
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for guidance in (1.0, stg, Guidance(cfg_scale=(1.0, 3.0), sigmas=(0.9, 0.1))):
-            assert alone.passes(replace(FEW, guidance=guidance))
+            assert alone.resolve_passes(replace(FEW, guidance=guidance))
 
 
 def test_in_a_mix_the_model_that_is_distilled_is_the_one_that_is_warned_of(home: Path, distilled: Path) -> None:
     second = Pass(sigmas=DISTILLED_SIGMAS[-2:], guidance=Guidance(cfg_scale=2.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert mixed(home, distilled).passes(replace(FEW, guidance=3.0))
-        assert mixed(distilled_with(distilled, home), home).passes(replace(FEW, guidance=1.0, second=second))
+        assert mixed(home, distilled).resolve_passes(replace(FEW, guidance=3.0))
+        assert mixed(distilled_with(distilled, home), home).resolve_passes(
+            replace(FEW, guidance=1.0, second_pass=second)
+        )
     for engine, asked in (
-        (mixed(home, distilled), replace(FEW, guidance=1.0, second=second)),
+        (mixed(home, distilled), replace(FEW, guidance=1.0, second_pass=second)),
         (mixed(distilled_with(distilled, home), home), replace(FEW, guidance=3.0)),
     ):
         with pytest.warns(KadrWarning) as told:
-            engine.passes(asked)
+            engine.resolve_passes(asked)
         (message,) = [str(warning.message) for warning in told]
         assert f"{distilled / MODEL} is distilled" in message
 
@@ -605,7 +609,7 @@ def distilled_with(distilled: Path, home: Path) -> Path:
 
 
 def test_a_model_is_distilled_by_its_levels_or_by_its_name(opened: Opened) -> None:
-    (plan,) = opened().passes(replace(REQUEST, multi_scale=False, second=None, guidance=3.0))
+    (plan,) = opened().resolve_passes(replace(REQUEST, multi_scale=False, second_pass=None, guidance=3.0))
     for schedule, released in ((DISTILLED, None), (LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-distilled"])):
         with pytest.warns(KadrWarning, match="it was made to run without"):
             warn_distilled_guidance(plan, "this", schedule, released)

@@ -23,7 +23,7 @@ from kadr.media.clip import read_metadata, read_video
 from kadr.media.control_maps import normalize_image
 from kadr.media.image import crop_to_aspect, load_image
 from kadr.models.lora_layers import attach_loras, set_lora_strengths
-from kadr.pipeline.longvideo.folder_lock import claimed
+from kadr.pipeline.longvideo.folder_lock import lock_folder
 from kadr.pipeline.progress import Progress
 from kadr.shapes import Size
 from kadr.training import lora_training, memory_check
@@ -247,7 +247,7 @@ def test_a_loss_that_goes_up_is_warned_of(
 
 def test_two_runs_do_not_train_in_one_place(engine: Engine, folder: Path, tmp_path: Path) -> None:
     wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=1)
-    with claimed(wanted.work), pytest.raises(RequestError, match="another run works in"):
+    with lock_folder(wanted.work), pytest.raises(RequestError, match="another run works in"):
         wanted.run()
     wanted.run()
 

@@ -118,7 +118,7 @@ class Selection:
 
     Args:
         clips: none is the model's own size, else the second of `CLIPS`.
-        layers: only so many of a random model's transformer and text encoder; None is all.
+        num_layers: only so many of a random model's transformer and text encoder; None is all.
         reference: compare with float32, which takes twice the memory and the longest.
         rounds: in each of which every contender runs once.
         matmul: rows, columns and inner side of the yardstick; None is what suits the device.

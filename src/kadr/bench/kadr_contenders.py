@@ -14,7 +14,7 @@ from kadr.bench.runner import Absent, Contender
 from kadr.bench.stage_case import Entrants, Work
 from kadr.errors import RequestError
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.stages.encode import ENCODE_FRAMES
+from kadr.pipeline.stages.encode import ENCODE_CHUNK_FRAMES
 from kadr.planning.vae_stages import vae_encoder_parameters
 
 PLANNED = {TEXT: "text", DIT: "denoise", DECODE: "decode"}  # what plans call these stages
@@ -75,7 +75,7 @@ def _run(work: Work, engine: Engine, stack: ExitStack) -> Callable[[], Tensor]:
     if work.stage == ENCODE:
         vae = stack.enter_context(parts.vae_encoder())
         pixels = given["pixels"].to(dtype)
-        return lambda: vae.encode(pixels, chunk_frames=ENCODE_FRAMES)
+        return lambda: vae.encode(pixels, chunk_frames=ENCODE_CHUNK_FRAMES)
     return _decode(stack.enter_context(parts.vae_decoder()), work, dtype)
 
 

@@ -31,7 +31,7 @@ from kadr.spec.locate import fetch_release
 
 T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 # Where nobody measures the text encoder: as wide as it must be, and next to nothing besides.
-T5_STANDING_IN = replace(T5_XXL, vocab_size=512, layers=1, num_heads=1, d_ff=64)
+T5_STANDING_IN = replace(T5_XXL, vocab_size=512, num_layers=1, num_heads=1, d_ff=64)
 TRANSFORMERS = {"2b": TRANSFORMER_2B, "13b": TRANSFORMER_13B}
 POOL = (1 << 24) + 1  # numbers drawn once; odd, so that rows of a tensor that goes round are not alike
 FAINT = 0.02  # of biases: there, and small
@@ -96,7 +96,7 @@ def opened(name: str, selection: Selection, folder: Path | None = None) -> Itera
 def random_model(name: str, selection: Selection, folder: Path, scratch: Path) -> Source:
     """Write a model of the 0.9.8 layout in bfloat16, with official names and header; what is there already stays."""
     full = TRANSFORMERS[name]
-    config = replace(full, layers=min(selection.layers or full.num_layers, full.num_layers))
+    config = replace(full, num_layers=min(selection.layers or full.num_layers, full.num_layers))
     cut = "" if config == full else f"-{config.num_layers}-layers"
     text = text_config(selection)
     path = folder / f"random-{name}{cut}.safetensors"
@@ -129,7 +129,7 @@ def text_config(selection: Selection) -> T5Config:
     """The text encoder of random models: T5-XXL where it is measured."""
     if TEXT not in selection.stages:
         return T5_STANDING_IN
-    return replace(T5_XXL, layers=min(selection.layers or T5_XXL.num_layers, T5_XXL.num_layers))
+    return replace(T5_XXL, num_layers=min(selection.layers or T5_XXL.num_layers, T5_XXL.num_layers))
 
 
 def _require_room(folder: Path, needed: int) -> None:

@@ -92,7 +92,7 @@ class Work:
             device=str(self.device),
             dtype=way.dtype,
             quant=way.quant,
-            compiled=way.compiled,
+            compile_transformer=way.compiled,
             prompt_cache=self.source.scratch / "prompts" if self.stage == END_TO_END else False,
         )
 
@@ -159,7 +159,7 @@ class Work:
             return vae_decoder_flops(self.vae, grid)
         if self.stage == DIT:
             return transformer_flops(self.transformer, grid.num_tokens, text_tokens=LENGTH)
-        (plan,) = self.engine(REFERENCE).passes(self.request)
+        (plan,) = self.engine(REFERENCE).resolve_passes(self.request)
         return pass_flops(self.transformer, plan) + vae_decoder_flops(self.vae, grid)
 
 

@@ -202,7 +202,7 @@ class Checkpoint:
     @property
     def _suggested_vae(self) -> str:
         """The entry of the registry whose VAE the model was made for, or the nearest that is known."""
-        released, layers = self.info.release, getattr(self.info.transformer, "layers", None)
+        released, layers = self.info.release, getattr(self.info.transformer, "num_layers", None)
         if released is not None:
             return released.vae or released.name
         fitting = [

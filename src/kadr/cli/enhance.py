@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from kadr.cli.flags import options
-from kadr.cli.terminal.errors import say
+from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import KadrWarning
 from kadr.request.request import Request
 from kadr.request.windows import window_folder_path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kadr.text.enhance import Enhancer
 
 
-def asked(flags: options.EnhanceFlags) -> Enhancer | None:
+def create_enhancer(flags: options.EnhanceFlags) -> Enhancer | None:
     """The endpoint that is to enhance the prompt, with the key of the environment.
 
     Raises:
@@ -41,15 +41,17 @@ def asked(flags: options.EnhanceFlags) -> Enhancer | None:
     return Enhancer(flags.enhance, flags.enhance_model, key=key, required=flags.enhance_required, timeout=timeout)
 
 
-def announce(enhancer: Enhancer | None) -> None:
+def announce_enhancer(enhancer: Enhancer | None) -> None:
     """Say what a dry run leaves out."""
     if enhancer is not None:
-        say(
+        print_stderr(
             f"{enhancer.display_url} would enhance the prompt; it was not asked, and the prompt is shown as it was written"
         )
 
 
-def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output: Path, *, resume: bool) -> Request:
+def enhance_request(
+    engine: Engine, request: Request, enhancer: Enhancer | None, output: Path, *, resume: bool
+) -> Request:
     """The request with the prompt that the endpoint made of it, which is said.
 
     Args:
@@ -60,7 +62,7 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
         EnhanceError: the endpoint fails, and --enhance-required is given.
         KadrError: the video cannot be made; nobody is asked then.
     """
-    if resume and (begun := _begun_with(window_folder_path(output), request)) is not None:
+    if resume and (begun := _with_stored_prompt(window_folder_path(output), request)) is not None:
         return begun
     if enhancer is None:
         return request
@@ -72,21 +74,21 @@ def enhanced(engine: Engine, request: Request, enhancer: Enhancer | None, output
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KadrWarning)  # it is said when the video is made
         engine.plan(request)  # an answer may cost money, and does not change what can be made
-    say(f"{enhancer.display_url} is asked to enhance the prompt")
+    print_stderr(f"{enhancer.display_url} is asked to enhance the prompt")
     made = prompt_enhancement.enhance_prompt(request, enhancer)
     if made is not request:
-        say(f"enhanced: {made.prompt}")
+        print_stderr(f"enhanced: {made.prompt}")
     return made
 
 
-def _begun_with(folder: Path, request: Request) -> Request | None:
+def _with_stored_prompt(folder: Path, request: Request) -> Request | None:
     """The request with the prompt that a long video was begun with, if that was made of the same words."""
-    from kadr.pipeline.longvideo.window_folder import begun_with  # loads torch
+    from kadr.pipeline.longvideo.window_folder import stored_prompt  # loads torch
 
-    found = begun_with(folder, request.prompt)
+    found = stored_prompt(folder, request.prompt)
     if found is None:
         return None
     prompt, original = found
     if original is not None:
-        say(f"enhanced when the video was begun: {prompt}")
+        print_stderr(f"enhanced when the video was begun: {prompt}")
     return replace(request, prompt=prompt, original_prompt=original)

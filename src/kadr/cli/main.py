@@ -10,7 +10,7 @@ import typer
 
 from kadr.cli.commands import bench, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.flags.official import OfficialCommand
-from kadr.cli.terminal.errors import explained
+from kadr.cli.terminal.errors import handle_errors
 from kadr.kernels.cpu.malloc import tune_malloc
 from kadr.version import __version__
 
@@ -25,8 +25,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print(f"kadr {__version__}")
         raise typer.Exit
 
@@ -40,13 +40,13 @@ def _about(
     """Video from text and pictures with the LTX-Video family."""
 
 
-app.command(cls=OfficialCommand, epilog=generate.EPILOG)(explained()(generate.generate))
-app.command(cls=OfficialCommand, epilog=plan.EPILOG)(explained()(plan.plan))
-app.command(epilog=rerun.EPILOG)(explained()(rerun.rerun))
-app.command()(explained()(inspect.inspect))
-app.command("train-lora", epilog=train_lora.EPILOG)(explained()(train_lora.train_lora))
-app.command(epilog=quantize.EPILOG)(explained()(quantize.quantize))
-app.command(epilog=bench.EPILOG)(explained()(bench.bench))
+app.command(cls=OfficialCommand, epilog=generate.EPILOG)(handle_errors()(generate.generate))
+app.command(cls=OfficialCommand, epilog=plan.EPILOG)(handle_errors()(plan.plan))
+app.command(epilog=rerun.EPILOG)(handle_errors()(rerun.rerun))
+app.command()(handle_errors()(inspect.inspect))
+app.command("train-lora", epilog=train_lora.EPILOG)(handle_errors()(train_lora.train_lora))
+app.command(epilog=quantize.EPILOG)(handle_errors()(quantize.quantize))
+app.command(epilog=bench.EPILOG)(handle_errors()(bench.bench))
 app.add_typer(models.app, name="models")
 
 

@@ -10,8 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kadr.cli.terminal.errors import say
-from kadr.cli.terminal.progress import duration, shown
+from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.progress import format_duration, show_progress
 from kadr.errors import MediaError, RequestError
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.windows import WINDOWS_SUFFIX, window_folder_path
@@ -32,7 +32,7 @@ def open_engine(model: str | Path, **options: Any) -> Engine:
     return Engine.open(model, **options)
 
 
-def chosen_output(asked: Path | None, *, resume: bool = False) -> Path:
+def choose_output(requested_path: Path | None, *, resume: bool = False) -> Path:
     """Where the video goes. Nothing is replaced that was not named, and no video that is not finished.
 
     Args:
@@ -41,19 +41,19 @@ def chosen_output(asked: Path | None, *, resume: bool = False) -> Path:
     Raises:
         RequestError: there are several of these.
     """
-    if asked is not None and not asked.is_dir():
-        return asked
-    return unnamed(Path(asked or "") / DEFAULT_OUTPUT, resume=resume)
+    if requested_path is not None and not requested_path.is_dir():
+        return requested_path
+    return next_free_path(Path(requested_path or "") / DEFAULT_OUTPUT, resume=resume)
 
 
-def unnamed(path: Path, *, resume: bool = False) -> Path:
+def next_free_path(path: Path, *, resume: bool = False) -> Path:
     """The path, or the next of clip-2.mp4, clip-3.mp4, ... that is free; or that of a video that is not finished.
 
     Raises:
-        RequestError: as `chosen_output`.
+        RequestError: as `choose_output`.
     """
     if resume:
-        return _begun(path)
+        return _unfinished_video(path)
     others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
     return path if _is_free(path) else next(filter(_is_free, others))
 
@@ -66,7 +66,7 @@ def _has_windows(folder: Path) -> bool:
     return any(folder.glob("window-*.safetensors"))
 
 
-def _begun(usual: Path) -> Path:
+def _unfinished_video(usual: Path) -> Path:
     """The video, of those that would be called so, that is not finished."""
     numbered = re.compile(rf"{re.escape(usual.stem)}(-\d+)?{re.escape(WINDOWS_SUFFIX)}")
     home = usual.parent.iterdir() if usual.parent.is_dir() else ()
@@ -77,7 +77,7 @@ def _begun(usual: Path) -> Path:
     return found[0].with_suffix(usual.suffix) if found else usual
 
 
-def refuse_absent(request: Request) -> None:
+def refuse_missing_media(request: Request) -> None:
     """Say which pictures and clips are not there, before anything is loaded or fetched.
 
     Raises:
@@ -88,7 +88,7 @@ def refuse_absent(request: Request) -> None:
         raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the picture or clip.")
 
 
-def refuse_unwritable(request: Request, output: Path, latents: Path | None) -> None:
+def refuse_unwritable(request: Request, output: Path, latents_path: Path | None) -> None:
     """Say what cannot be written, before anything is loaded or fetched.
 
     Raises:
@@ -100,71 +100,75 @@ def refuse_unwritable(request: Request, output: Path, latents: Path | None) -> N
     refuse_overwriting(request, output)
     size = request.size if isinstance(request.size, Size) else Size(2, 2)
     VideoWriter(output, size, request.fps or 24)  # refuses at birth what it could not write
-    if latents is None:
+    if latents_path is None:
         return
-    if latents.suffix != ".safetensors":
-        raise MediaError(f"{latents} does not end in .safetensors. Name it {latents.stem}.safetensors.")
-    if not latents.parent.is_dir():
-        raise MediaError(f"the folder {latents.parent} does not exist. Make it first, or choose another.")
+    if latents_path.suffix != ".safetensors":
+        raise MediaError(f"{latents_path} does not end in .safetensors. Name it {latents_path.stem}.safetensors.")
+    if not latents_path.parent.is_dir():
+        raise MediaError(f"the folder {latents_path.parent} does not exist. Make it first, or choose another.")
 
 
-def make(
+def write_video(
     engine: Engine,
     request: Request,
     output: Path,
     *,
-    latents: Path | None = None,
+    latents_path: Path | None = None,
     as_json: bool = False,
     resume: bool = False,
 ) -> None:
     """Make the video and print its path, or all about it as JSON, on stdout. resume: as of `Engine.write`."""
-    with _windows_told(output), shown() as watch:
-        made = engine.write(request, output, watch=watch, planned=tell_plan, resume=resume)
+    with _report_finished_windows(output), show_progress() as watch:
+        made = engine.write(request, output, watch=watch, on_plan=print_plan, resume=resume)
     told = summary(engine, made)
-    if latents is not None:
-        save_latents(made, latents, told)
-    say(f"{made.frames} frames of {made.size} at {made.fps:g} per second, made in {duration(made.seconds)}")
+    if latents_path is not None:
+        save_latents(made, latents_path, told)
+    print_stderr(
+        f"{made.frames} frames of {made.size} at {made.fps:g} per second, made in {format_duration(made.seconds)}"
+    )
     print(json.dumps(told) if as_json else made.path)
 
 
 @contextmanager
-def _windows_told(output: Path) -> Iterator[None]:
+def _report_finished_windows(output: Path) -> Iterator[None]:
     """Say what has been kept of a long video, if it is not finished."""
     try:
         yield
     except BaseException as error:
-        from kadr.pipeline.longvideo.window_folder import kept_in  # loads torch
+        from kadr.pipeline.longvideo.window_folder import finished_windows  # loads torch
 
-        kept = len(kept_in(window_folder_path(output)))
+        kept = len(finished_windows(window_folder_path(output)))
         if kept and not isinstance(error, RequestError):
-            say(f"{kept} finished {'window is' if kept == 1 else 'windows are'} kept; --resume goes on with the video")
+            print_stderr(
+                f"{kept} finished {'window is' if kept == 1 else 'windows are'} kept; --resume goes on with the video"
+            )
         raise
 
 
-def tell_plan(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
     """Say what the run will take, and what is done about it."""
-    say(f"plan: {plan.summary()}")
+    print_stderr(f"plan: {plan.summary()}")
     for reason in plan.reasons():
-        say(f"plan: {reason}")
+        print_stderr(f"plan: {reason}")
 
 
-def summary(engine: Engine, made: VideoFile) -> dict[str, Any]:
+def summary(engine: Engine, video_file: VideoFile) -> dict[str, Any]:
     """What --json prints."""
     return {
-        "path": str(made.path),
-        "size": str(made.size),
-        "frames": made.frames,
-        "fps": made.fps,
-        "seconds": round(made.seconds, 3),
-        "model": engine.name,
-        "seed": made.request.seed,
-        "request": made.request.to_json(),
+        "path": str(video_file.path),
+        "size": str(video_file.size),
+        "frames": video_file.frames,
+        "fps": video_file.fps,
+        "seconds": round(video_file.seconds, 3),
+        "model": engine.model_name,
+        "seed": video_file.request.seed,
+        "request": video_file.request.to_json(),
     }
 
 
-def save_latents(made: VideoFile, path: Path, told: dict[str, Any]) -> None:
+def save_latents(video_file: VideoFile, path: Path, summary: dict[str, Any]) -> None:
     """Write the latents, float32 (128, f, h, w), under the name "latents", and the request as metadata."""
     from kadr.checkpoints.save import write_tensors
 
-    metadata = {"kadr": json.dumps({key: told[key] for key in ("model", "request")})}
-    write_tensors(path, {"latents": made.latents}, dtype=made.latents.dtype, metadata=metadata)
+    metadata = {"kadr": json.dumps({key: summary[key] for key in ("model", "request")})}
+    write_tensors(path, {"latents": video_file.latents}, dtype=video_file.latents.dtype, metadata=metadata)

@@ -30,7 +30,7 @@ class Recipe:
 
     Args:
         first_pass: the only pass, or the first of two.
-        second: the pass at full size, on the upscaled latents of the first; None where there is none.
+        second_pass: the pass at full size, on the upscaled latents of the first; None where there is none.
         single_pass: the only pass, where that is not `first_pass`: a first pass may stop early.
         multi_scale: run both passes unless the request says otherwise.
         downscale_factor: of both sides, in the first of two passes.
@@ -70,7 +70,7 @@ class Release:
         repo: on the hub; None for what comes with kadr.
         file: within the repository, or within the package; a pattern for a text encoder of many files.
         size_bytes: of the file, to within a percent; None where it does not matter.
-        layers: of the transformer; tells a file from another of the same name. None: any.
+        num_layers: of the transformer; tells a file from another of the same name. None: any.
         vae_family: which VAE is in the file: "0.9", "0.9.1" or "0.9.5"; None: its own.
         text_encoder: name of the entry with the text encoder; None: it lies beside the file.
         upscaler: name of the entry with the spatial upscaler that the second pass needs.
@@ -127,7 +127,9 @@ _DISTILLED = Recipe(
     second_pass=Pass(sigmas=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE),
     single_pass=Pass(sigmas=DISTILLED_SIGMAS, guidance=_NO_GUIDANCE),
 )
-_13B_DISTILLED = replace(_DISTILLED, second=Pass(sigmas=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE, tone_map=0.6))
+_13B_DISTILLED = replace(
+    _DISTILLED, second_pass=Pass(sigmas=(0.9094, 0.725, 0.4219), guidance=_NO_GUIDANCE, tone_map=0.6)
+)
 _13B_GUIDANCE = Guidance(
     sigmas=(1.0, 0.996, 0.9933, 0.985, 0.9767, 0.9008, 0.618),
     cfg_scale=(1.0, 1.0, 6.0, 8.0, 6.0, 1.0, 1.0),

@@ -61,7 +61,7 @@ class DryRunModel:
     """What a plan needs to know of a model: from its header, or from the registry where there is no file.
 
     Args:
-        layers: of its transformer.
+        num_layers: of its transformer.
         release: the registry's entry; None for an unreleased one.
         config: of its transformer; None where there is no file.
     """
@@ -81,7 +81,7 @@ class DryRun:
         request: with everything it left out filled in.
         sampled_dimensions: the size and the frames of the model's own grid, before they are cropped and trimmed.
         passes: with the level and the strengths of every step. Of a long video its first window.
-        placed: the conditions, and where they stand.
+        conditions: the conditions, and where they stand.
         controls: the controls.
         evaluations: how often the transformer is asked.
         window_count: how many there are of a long video; 1 of any other.
@@ -207,7 +207,7 @@ class DryRunEngine:
         spans = () if request.windows is None else request.windows.spans(_sampled_dimensions(request)[1])
         acting = [file for use, file in self.loras if file is not None and any(use.pass_strengths())]
         # Refuses what does not fit, as a run does.
-        media = Media(request, passes, windows, spans, downscale=lambda: common_reference_downscale(acting))
+        media = Media(request, passes, windows, spans, reference_downscale=lambda: common_reference_downscale(acting))
         warn_control_lora_mismatch(
             request, has_loras=bool(self.loras), has_in_context_lora=any(map(is_in_context, acting))
         )
@@ -219,8 +219,8 @@ class DryRunEngine:
             request,
             _sampled_dimensions(request),
             windows[:1] or passes,
-            tuple(media.placed),
-            tuple(media.followed),
+            tuple(media.resolved_conditions),
+            tuple(media.resolved_controls),
             evaluations,
             window_count=len(windows) or 1,
         )

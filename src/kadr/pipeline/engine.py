@@ -20,10 +20,10 @@ from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe, Release
 from kadr.pipeline.components import Components
 from kadr.pipeline.generation import Generation
-from kadr.pipeline.longvideo.window_folder import HELD, WindowFolder, check_resumable
+from kadr.pipeline.longvideo.window_folder import EXECUTION, WindowFolder, check_resumable
 from kadr.pipeline.progress import Progress, Watch, ignore_progress
-from kadr.pipeline.stages.encode import Encoded
-from kadr.pipeline.stages.text import Prompts
+from kadr.pipeline.stages.encode import EncodedInputs
+from kadr.pipeline.stages.text import PromptEncoder
 from kadr.pipeline.video import Video, VideoFile
 from kadr.planning.plan import Plan, describe_weights
 from kadr.planning.planner import Planner
@@ -47,16 +47,16 @@ class Engine:
     """A model, known from its headers. Weights are read when a stage needs them.
 
     Args:
-        name: as it was asked for.
+        model_name: as it was asked for.
         release: the registry's entry; None for an unreleased one.
-        second: name and entry of the model of the second pass, where it is another.
+        second_model: name and entry of the model of the second pass, where it is another.
     """
 
-    name: str
+    model_name: str
     components: Components
     recipe: Recipe
-    released: Release | None = None
-    second: tuple[str, Release | None] | None = None
+    release: Release | None = None
+    second_model: tuple[str, Release | None] | None = None
 
     @classmethod
     def open(
@@ -75,7 +75,7 @@ class Engine:
         dtype: str = "auto",
         quant: str | None = None,
         offload: str = "auto",
-        compiled: bool = False,
+        compile_transformer: bool = False,
         prompt_cache: bool | Path = True,
     ) -> Engine:
         """Open a model.
@@ -100,7 +100,7 @@ class Engine:
                 leaves them as the file has them, which is exact. GGUF and fp8 files need none.
             offload: what is done with what does not fit: "auto" (whatever keeps the most speed), "none" (nothing),
                 "stages" (modules leave memory after their stage) or "blocks" (blocks are in memory while they run).
-            compiled: have torch's compiler fuse what the transformer's layers compute, on CUDA: the first video waits
+            compile_transformer: have torch's compiler fuse what the transformer's layers compute, on CUDA: the first video waits
                 for it, the better part of a minute.
             prompt_cache: keep encoded prompts on disk, so that one that was encoded before does not touch the text
                 encoder: in `prompts` in $KADR_CACHE or the system's folder for caches, 512 MB at most; or a folder.
@@ -112,7 +112,7 @@ class Engine:
         # What cannot work is refused before gigabytes are fetched for it: the names first, the text encoder last.
         picked = pick_device(device)
         pick_dtype(dtype, picked, 0)
-        check_compile(compiled, picked)
+        check_compile(compile_transformer, picked)
         check_weight_format(quant or NONE)
         check_offload(offload)
         check_lora_names(loras)
@@ -139,7 +139,7 @@ class Engine:
             loras=adapters,
             quant=quant,
             offload=offload,
-            compile_transformer=compiled,
+            compile_transformer=compile_transformer,
             prompt_cache=prompt_cache,
         )
         for opened in upscalers:
@@ -158,14 +158,14 @@ class Engine:
         """
         return resolve(request, self.recipe)
 
-    def passes(self, request: Request) -> tuple[ResolvedPass, ...]:
+    def resolve_passes(self, request: Request) -> tuple[ResolvedPass, ...]:
         """The passes the request comes to, with the level and the strengths of every step. Nothing is loaded.
 
         Raises:
             RequestError: the request does not fit this model.
             CheckpointError: two passes are asked for, and there is no upscaler.
         """
-        return self._opened(request, ignore_progress, media=False).passes
+        return self._create_generation(request, ignore_progress, read_media=False).passes
 
     def plan(self, request: Request) -> Plan:
         """What a run will need and how it is made to fit: what is in memory when, how long it takes, and why.
@@ -176,10 +176,10 @@ class Engine:
             RequestError: the request does not fit this model.
             PlanError: it does not fit in memory; carries the shortfall in bytes, and says what would fit.
         """
-        generation = self._opened(request, ignore_progress)
-        generation.check_beginning()
-        self._warn_followed(request)
-        return self._planned(generation, request)
+        generation = self._create_generation(request, ignore_progress)
+        generation.check_first_sigma()
+        self._warn_unused_controls(request)
+        return self._plan_generation(generation, request)
 
     def generate(self, request: Request, *, watch: Watch = ignore_progress) -> Video:
         """Make one video.
@@ -199,11 +199,11 @@ class Engine:
             NonFiniteError: a stage produced NaN or infinity; it carries the stage.
             Cancelled: `watch` raised; its exception is the cause.
         """
-        generation = self._begin(request, watch)
-        latents = generation.latents()
-        frames = torch.cat(list(generation.pixels(latents))).numpy()
+        generation = self._start_generation(request, watch)
+        latents = generation.denoise()
+        frames = torch.cat(list(generation.decode(latents))).numpy()
         request = generation.request
-        return Video(frames, latents[0].cpu(), float(request.fps or 0), request, self.record(request))
+        return Video(frames, latents[0].cpu(), float(request.fps or 0), request, self.metadata(request))
 
     def write(
         self,
@@ -211,7 +211,7 @@ class Engine:
         path: str | Path,
         *,
         watch: Watch = ignore_progress,
-        planned: Callable[[Plan], object] | None = None,
+        on_plan: Callable[[Plan], object] | None = None,
         resume: bool = False,
     ) -> VideoFile:
         """Make one video straight into an mp4: frames are written as they are decoded.
@@ -222,7 +222,7 @@ class Engine:
 
         Args:
             watch: as of `generate`.
-            planned: told the plan, before anything is loaded.
+            on_plan: told the plan, before anything is loaded.
             resume: go on with the windows that a run of the same request has left there.
 
         Raises:
@@ -231,21 +231,21 @@ class Engine:
         """
         began = time.monotonic()
         refuse_overwriting(request, Path(path))
-        generation = self._begin(request, watch)
-        generation.check_beginning()
+        generation = self._start_generation(request, watch)
+        generation.check_first_sigma()
         request = generation.request
-        fps, record = float(request.fps or 0), self.record(request)
+        fps, record = float(request.fps or 0), self.metadata(request)
         writer = VideoWriter(path, generation.size, fps, metadata=record)
-        with self._kept(generation, Path(path), record, resume) as kept:
-            if planned is not None and self.components.plan is not None:
-                planned(self.components.plan)
+        with self._open_window_folder(generation, Path(path), record, resume) as kept:
+            if on_plan is not None and self.components.plan is not None:
+                on_plan(self.components.plan)
             # A run that is cut off while it makes windows is to leave nothing but them.
-            pieces = None if kept is None else generation.windowed(kept)
+            pieces = None if kept is None else generation.denoise_windows(kept)
             with writer:
-                latents = generation.latents() if pieces is None else pieces
-                writer.write_all(frames.numpy() for frames in generation.pixels(latents))
+                latents = generation.denoise() if pieces is None else pieces
+                writer.write_all(frames.numpy() for frames in generation.decode(latents))
             if not isinstance(latents, Tensor):
-                latents = latents.whole()
+                latents = latents.to_tensor()
             if kept is not None:
                 kept.remove()
         return VideoFile(
@@ -259,11 +259,11 @@ class Engine:
         )
 
     @contextmanager
-    def _kept(
+    def _open_window_folder(
         self, generation: Generation, path: Path, record: dict[str, Any], resume: bool
     ) -> Iterator[WindowFolder | None]:
         """Where the windows of a long video are kept; None for any other."""
-        if not generation.windows:
+        if not generation.window_passes:
             if resume:
                 raise RequestError("there is nothing to go on with: a video without windows is made at once.")
             check_resumable(window_folder_path(path), resume=False)  # another video is to be written there
@@ -271,8 +271,10 @@ class Engine:
             return
         choice = self.components.placement("denoise")
         way = f"{describe_weights(choice)}, by {choice.backend}, {torch.get_num_threads()} threads"
-        identity = {**record, **self.components.file_fingerprints(generation.request.media_paths()), HELD: way}
-        with WindowFolder.open(window_folder_path(path), identity, generation.kept_shapes(), resume=resume) as kept:
+        identity = {**record, **self.components.file_fingerprints(generation.request.media_paths()), EXECUTION: way}
+        with WindowFolder.open(
+            window_folder_path(path), identity, generation.window_latents_shapes(), resume=resume
+        ) as kept:
             yield kept
 
     def denoise(
@@ -280,23 +282,23 @@ class Engine:
         request: Request,
         *,
         noise: Tensor | None = None,
-        start: Tensor | None = None,
+        init_latents: Tensor | None = None,
         watch: Watch = ignore_progress,
     ) -> Tensor:
         """Everything up to the decoder.
 
         Args:
             noise: (1, C, f, h, w), instead of the seed's.
-            start: normalised latents (1, C, f, h, w) to begin from instead of pure noise; the request's levels must
+            init_latents: normalised latents (1, C, f, h, w) to begin from instead of pure noise; the request's levels must
                 then begin below 1, through `skip_initial` or `levels`.
 
         Returns:
             Normalised latents (1, C, f, h, w), float32, on the device.
         """
         stages = ("text", "encode", "denoise", "upscale", "refine")
-        return self._begin(request, watch, stages=stages).latents(noise, start=start)
+        return self._start_generation(request, watch, stages=stages).denoise(noise, init_latents=init_latents)
 
-    def encode(self, request: Request, *, watch: Watch = ignore_progress) -> Tensor:
+    def encode_first_condition(self, request: Request, *, watch: Watch = ignore_progress) -> Tensor:
         """The request's first condition through the VAE's encoder: normalised latents (1, C, n, h, w), on the device.
 
         Raises:
@@ -304,20 +306,20 @@ class Engine:
         """
         if not request.conditions:
             raise RequestError("the request has no picture to encode; give it a Condition.")
-        generation = self._begin(request, watch, stages=("encode",))
-        first = generation.media.fitted[0][0].pixels
-        places = [[item.pixels is first for item in one.items] for one in generation.media.shown]
+        generation = self._start_generation(request, watch, stages=("encode",))
+        first = generation.media.prepared_conditions[0][0].pixels
+        places = [[item.pixels is first for item in one.conditions] for one in generation.media.pass_inputs]
         where = next(number for number, found in enumerate(places) if any(found))
-        return generation.media_encoded(wanted=(where,))[where].items[places[where].index(True)][1]
+        return generation.encode_media(indices=(where,))[where].conditions[places[where].index(True)][1]
 
-    def encode_media(self, request: Request, *, watch: Watch = ignore_progress) -> Encoded:
+    def encode_media(self, request: Request, *, watch: Watch = ignore_progress) -> EncodedInputs:
         """The pictures and clips of the request, and what it follows, through the VAE's encoder, for its first pass or
         window.
 
         Raises:
             As `generate`.
         """
-        return self._begin(request, watch, stages=("encode",)).media_encoded(wanted=(0,))[0]
+        return self._start_generation(request, watch, stages=("encode",)).encode_media(indices=(0,))[0]
 
     def encode_prompts(
         self, request: Request, prompts: Sequence[str], *, watch: Watch = ignore_progress
@@ -327,8 +329,8 @@ class Engine:
         Args:
             request: that it is planned for; its own prompt is not encoded.
         """
-        self._begin(request, watch, media=False, stages=("text",))
-        texts = Prompts(self.components, prompts).encoded(watch)
+        self._start_generation(request, watch, read_media=False, stages=("text",))
+        texts = PromptEncoder(self.components, prompts).encode(watch)
         return [text.embeddings[text.mask].cpu() for text in texts]
 
     def decode(
@@ -340,21 +342,21 @@ class Engine:
             request: the one the latents were made for; it holds the size, the frames and the decoder's settings.
             noise: shaped as the latents, instead of the seed's, for decoders that take noise.
         """
-        generation = self._begin(request, watch, media=False, stages=("decode",))
-        return torch.cat(list(generation.pixels(latents, noise)))
+        generation = self._start_generation(request, watch, read_media=False, stages=("decode",))
+        return torch.cat(list(generation.decode(latents, noise)))
 
-    def record(self, request: Request) -> dict[str, Any]:
+    def metadata(self, request: Request) -> dict[str, Any]:
         """What is stored beside the pictures: enough to make the same video again."""
         device, dtype = self.components.device, self.components.dtype
         # Absolute paths, so that the video can be made again from another folder.
-        here = [replace(c, media=_absolute(c.media)) for c in request.conditions]
-        followed = tuple(replace(c, media=_absolute(c.media)) for c in request.controls)
-        start = None if request.input_video is None else _absolute(request.input_video)
+        here = [replace(c, media=_absolute_path(c.media)) for c in request.conditions]
+        followed = tuple(replace(c, media=_absolute_path(c.media)) for c in request.controls)
+        start = None if request.input_video is None else _absolute_path(request.input_video)
         return {
             "version": __version__,
-            "name": self.name,
+            "model_name": self.model_name,
             **self.components.component_paths(),
-            **self._loras(),
+            **self._lora_metadata(),
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
@@ -362,40 +364,42 @@ class Engine:
             "request": replace(request, conditions=tuple(here), controls=followed, input_video=start).to_json(),
         }
 
-    def _warn_followed(self, request: Request) -> None:
+    def _warn_unused_controls(self, request: Request) -> None:
         loras = self.components.loras
         if self.components.transformer_override is None:
             warn_control_lora_mismatch(
                 request, has_loras=bool(loras), has_in_context_lora=loras.has_in_context(request.lora_strengths)
             )
 
-    def _loras(self) -> dict[str, Any]:
+    def _lora_metadata(self) -> dict[str, Any]:
         """What is added to the weights; of a transformer that learns, what it has learned by now."""
         learned = self.components.override_lora_path
         return (Loras([learned]) if learned is not None else self.components.loras).metadata()
 
-    def _begin(self, request: Request, watch: Watch, *, media: bool = True, stages: Collection[str] = ()) -> Generation:
+    def _start_generation(
+        self, request: Request, watch: Watch, *, read_media: bool = True, stages: Collection[str] = ()
+    ) -> Generation:
         """The request on its way: checked, planned, and nothing loaded yet. stages: those to be run; () is all."""
-        generation = self._opened(request, watch, media=media)
+        generation = self._create_generation(request, watch, read_media=read_media)
         if not stages or "denoise" in stages:
-            self._warn_followed(request)
-        self.components.apply_plan(self._planned(generation, request, stages))
+            self._warn_unused_controls(request)
+        self.components.apply_plan(self._plan_generation(generation, request, stages))
         return generation
 
-    def _opened(self, request: Request, watch: Watch, *, media: bool = True) -> Generation:
+    def _create_generation(self, request: Request, watch: Watch, *, read_media: bool = True) -> Generation:
         asked, request = request, self.resolve(request)
         warn_single_pass(asked, request, self.recipe)
         if request.multi_scale and not self.components.upscaler_checkpoints:
-            self.components.add_upscaler(open_default_upscaler(self.released))
-        generation = Generation(self.components, request, _guarded(watch), media=media)
-        own = (self.name, self.released)
-        models = zip((own, self.second or own), self.components.schedules, strict=True)
+            self.components.add_upscaler(open_default_upscaler(self.release))
+        generation = Generation(self.components, request, _raise_as_cancelled(watch), read_media=read_media)
+        own = (self.model_name, self.release)
+        models = zip((own, self.second_model or own), self.components.schedules, strict=True)
         for plan, ((name, released), schedule) in zip(generation.passes, models, strict=False):
             warn_distilled_guidance(plan, name, schedule, released)
         return generation
 
-    def _planned(self, generation: Generation, request: Request, stages: Collection[str] = ()) -> Plan:
-        work, cached = generation.work(stages), self.components.cached_private_bytes
+    def _plan_generation(self, generation: Generation, request: Request, stages: Collection[str] = ()) -> Plan:
+        work, cached = generation.build_workload(stages), self.components.cached_private_bytes
         try:
             return Planner(self.components, work, cached=cached).plan()
         except PlanError as error:
@@ -403,11 +407,11 @@ class Engine:
             raise PlanError(f"{error} {way_out}", shortfall=error.shortfall) from error
 
 
-def _absolute(path: str) -> str:
+def _absolute_path(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-def _guarded(watch: Watch) -> Watch:
+def _raise_as_cancelled(watch: Watch) -> Watch:
     """The watcher, whose exceptions become `Cancelled`."""
 
     def report(progress: Progress) -> None:

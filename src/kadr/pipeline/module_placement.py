@@ -42,7 +42,7 @@ def place_module(
     """A module that was just loaded, held as the plan has it and ready to run.
 
     Args:
-        compiled: compile the layers of a transformer.
+        compile_transformer: compile the layers of a transformer.
         loras: put beside its weights.
     """
     if placement.weight_format not in (AS_STORED, CONVERTED):

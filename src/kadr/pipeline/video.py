@@ -23,7 +23,7 @@ class Video:
         latents: float32 (128, f, h, w) on the CPU, normalised.
         fps: frames per second.
         request: what was asked, with the model's own defaults filled in.
-        record: everything that is stored in an mp4 beside the pictures: version, model, request.
+        metadata: everything that is stored in an mp4 beside the pictures: version, model, request.
     """
 
     frames: np.ndarray

@@ -241,7 +241,7 @@ class Planner:
                 prompt_tokens=one.prompt_tokens,
                 condition_tokens=(one.condition_tokens,),
                 has_conditions=(one.has_conditions,),
-                context=(one.reference_tokens,),
+                reference_tokens=(one.reference_tokens,),
                 windows=(),
             )
             needs.append((1 + len(others), Planner(self.spec, work)._denoise_options(0, one.resolved_pass)))

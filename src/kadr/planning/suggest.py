@@ -71,7 +71,9 @@ def _shorter_window(spec: ModelSpec, workload: Workload, request: Request, fits:
     assert request.windows.overlap is not None
     for frames in range(request.windows.frames - TEMPORAL_COMPRESSION, request.windows.overlap, -TEMPORAL_COMPRESSION):
         windows = tuple(
-            replace(window, plan=replace(window.resolved_pass, frames=min(window.resolved_pass.frames, frames)))
+            replace(
+                window, resolved_pass=replace(window.resolved_pass, frames=min(window.resolved_pass.frames, frames))
+            )
             for window in workload.windows[:2]
         )
         if fits(spec, replace(workload, windows=windows)):
@@ -115,7 +117,7 @@ def _resize_window(window: WindowWorkload, size: Size, request: Request) -> Wind
     extra, context = (
         tokens * plan.grid.num_tokens // before for tokens in (window.condition_tokens, window.reference_tokens)
     )
-    return replace(window, plan=plan, condition_tokens=extra, context=context)
+    return replace(window, resolved_pass=plan, condition_tokens=extra, reference_tokens=context)
 
 
 def _resize_pass(resolved_pass: ResolvedPass, size: Size, frames: int, request: Request) -> ResolvedPass:

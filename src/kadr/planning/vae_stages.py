@@ -24,7 +24,7 @@ class VAEStage:
 
     Args:
         in_channels, out_channels: channels before and after.
-        layers: residual layers.
+        num_layers: residual layers.
         strides: by how much frames, rows and columns grow or shrink.
         timestep_conditioning: it is conditioned on the noise level.
         inject_noise: its residual layers add noise.

@@ -21,7 +21,7 @@ class Workload:
         has_conditions: for each pass, whether conditions give tokens noise levels of their own.
         guidance_batch: both prompts are evaluated in one batch.
         step_cache: what is kept from step to step.
-        context: for each pass, tokens of controls; () where there are none. Of a long video those of its windows count.
+        reference_tokens: for each pass, tokens of controls; () where there are none. Of a long video those of its windows count.
         stages: what is run; all of it where empty.
         windows: those of a long video, in the place of its only pass.
     """
@@ -55,7 +55,7 @@ class WindowWorkload:
         prompt_tokens: how many tokens each prompt has that the transformer reads.
         condition_tokens: tokens that conditions, the overlap and what is remembered add.
         has_conditions: whether tokens have noise levels of their own.
-        context: tokens of controls.
+        reference_tokens: tokens of controls.
     """
 
     resolved_pass: ResolvedPass

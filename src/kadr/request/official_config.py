@@ -321,7 +321,7 @@ def _single_pass(first_pass: Pass, second_pass: Pass) -> Pass | None:
     if first_pass.sigmas is not None and second_pass.sigmas is not None:
         last = first_pass.sigmas[-1]
         more = tuple(level for level in second_pass.sigmas if level < last)
-        return replace(first_pass, levels=(*first_pass.sigmas, *more)) if more else None
+        return replace(first_pass, sigmas=(*first_pass.sigmas, *more)) if more else None
     return replace(first_pass, skip_final=0) if first_pass.skip_final else None
 
 
@@ -333,4 +333,4 @@ def _with_explicit_sigmas(context: _ErrorContext, settings: Pass, sampler: str |
 
     steps, skips = settings.steps, {name: getattr(settings, name) for name in ("skip_initial", "skip_final")}
     levels = context.build("sampler", Schedule(sampler=sampler).get_sigmas, steps=steps, tokens=0, **skips)
-    return replace(settings, steps=None, skip_initial=0, skip_final=0, levels=tuple(levels.tolist()))
+    return replace(settings, steps=None, skip_initial=0, skip_final=0, sigmas=tuple(levels.tolist()))

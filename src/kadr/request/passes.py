@@ -29,9 +29,9 @@ class ResolvedPass:
         size: in pixels, multiples of 32.
         frames: 8k+1.
         fps: that the positions are made with.
-        levels: fp32 (S), on the CPU.
+        sigmas: fp32 (S), on the CPU.
         step_guidance: the strengths of each.
-        window, window_count: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
+        window_index, window_count: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
             the levels of its first one.
         first_frame: of the whole video, that is the window's frame 0.
         steps_before, total_steps: steps of the windows before this one, and of all of them.
@@ -124,7 +124,7 @@ def resolve_window_passes(request: Request, schedule: Schedule) -> tuple[Resolve
     return tuple(
         replace(
             plan,
-            window=number,
+            window_index=number,
             window_count=len(spans),
             first_frame=span.first_frame,
             steps_before=sum(counts[:number]),
@@ -211,7 +211,7 @@ def check_first_sigma(resolved_pass: ResolvedPass, *, has_init_latents: bool) ->
     """Refuse a first level that does not fit what the first pass begins from.
 
     Args:
-        started: there is a video or latents to start from.
+        has_init_latents: there is a video or latents to start from.
 
     Raises:
         RequestError: levels are left out and there is nothing to start from, or nothing of it would stay.

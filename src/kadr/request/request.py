@@ -47,7 +47,7 @@ class Request:
         fps: frames per second. The model hears of it: it decides how fast things move.
         seed: any whole number. The same seed gives the same noise on every device.
         steps: of denoising.
-        levels: the noise levels themselves, falling from at most 1, instead of `steps`.
+        sigmas: the noise levels themselves, falling from at most 1, instead of `steps`.
         skip_initial, skip_final: levels left out at the front and at the back of the schedule.
         guidance: how far to go beyond the prompt, 1 is off; or a `Guidance`, of which this is the scale.
         guidance_batch: evaluate with and without the prompt in one batch instead of one after the other.
@@ -56,7 +56,7 @@ class Request:
         cache: skip layers on some steps, a `StepCache` or its kind; faster, and another picture. None is off.
         tone_map: how strongly the latents' extremes are pressed together before decoding, 0 to 1.
         multi_scale: make it smaller first, upscale the latents, and go over them once more.
-        second: the second pass of `multi_scale`; the settings above are those of the first, or only, one. `tone_map` is
+        second_pass: the second pass of `multi_scale`; the settings above are those of the first, or only, one. `tone_map` is
             for what is decoded, and so for the second if it has none of its own.
         downscale_factor: of both sides, in the first of two passes.
         conditions: pictures and clips to show.
@@ -123,7 +123,7 @@ class Request:
         object.__setattr__(self, "cache", StepCache.parse(self.cache))
         object.__setattr__(self, "lora_strengths", parse_lora_strengths(self.lora_strengths))
         if self.sigmas is not None:
-            object.__setattr__(self, "levels", parse_sigmas(self.sigmas))
+            object.__setattr__(self, "sigmas", parse_sigmas(self.sigmas))
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
             object.__setattr__(self, "guidance", Guidance(cfg_scale=self.guidance))
         for name, low, high, whole in _LIMITS:
@@ -187,7 +187,9 @@ class Request:
 
     def with_passes(self, first_pass: Pass, second_pass: Pass | None) -> Request:
         """The request with these settings for its passes."""
-        return replace(self, **{f.name: getattr(first_pass, f.name) for f in fields(first_pass)}, second=second_pass)
+        return replace(
+            self, **{f.name: getattr(first_pass, f.name) for f in fields(first_pass)}, second_pass=second_pass
+        )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Request:
         """The request with what was left out taken from `defaults`, by field."""
@@ -219,8 +221,8 @@ class Request:
             data["controls"] = tuple(Control(**control) for control in data.get("controls", ()))
             if isinstance(data.get("guidance"), Mapping):
                 data["guidance"] = Guidance(**data["guidance"])
-            if isinstance(data.get("second"), Mapping):
-                data["second"] = Pass.from_json(data["second"])
+            if isinstance(data.get("second_pass"), Mapping):
+                data["second_pass"] = Pass.from_json(data["second_pass"])
             return cls(**data)
         except (TypeError, AttributeError) as error:
             raise RequestError(f"the request cannot be read: {error}. Write it as `to_json` does.") from error

@@ -55,7 +55,7 @@ def with_second_model(recipe: Recipe, second_model: Release | None) -> Recipe:
     """The recipe where another model makes the second pass, in the way of its own recipe if it has one."""
     if second_model is None or second_model.recipe.second_pass is None:
         return recipe
-    return replace(recipe, second=second_model.recipe.second_pass, multi_scale=True)
+    return replace(recipe, second_pass=second_model.recipe.second_pass, multi_scale=True)
 
 
 def _pass_settings(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:

@@ -30,7 +30,7 @@ class Windows:
             two thirds of a window.
         overlap_strength: in (0, 1]. How firmly a window is held to the end of the one before, as that of a `Condition`.
         adain: in [0, 1]. How far the colours and contrasts of each window are moved to those of the first.
-        remember: in [0, 1]. How firmly every window is shown the picture at frame 0, as the frame before its own first
+        anchor_strength: in [0, 1]. How firmly every window is shown the picture at frame 0, as the frame before its own first
             one; 0 does not show it, None is 1 where there is such a picture.
     """
 
@@ -51,7 +51,7 @@ class Windows:
             object.__setattr__(self, "frames", snap_frames(self.frames))
         if self.overlap is not None:
             self._check_overlap()
-        for name in ("overlap_strength", "adain", "remember"):
+        for name in ("overlap_strength", "adain", "anchor_strength"):
             _check_fraction(name, getattr(self, name))
         if self.overlap_strength == 0:
             raise RequestError(
@@ -107,7 +107,7 @@ class Windows:
             DEFAULT_OVERLAP, max(TEMPORAL_COMPRESSION, length * 2 // 3 // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
         )
         remember = DEFAULT_ANCHOR_STRENGTH * has_anchor_image if self.anchor_strength is None else self.anchor_strength
-        return replace(self, frames=length, overlap=self.overlap or usual, remember=remember)
+        return replace(self, frames=length, overlap=self.overlap or usual, anchor_strength=remember)
 
     @property
     def latent_frames(self) -> tuple[int, int]:

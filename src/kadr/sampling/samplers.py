@@ -28,7 +28,7 @@ def denoise(
 
     Args:
         denoiser: step, tokens (B, N, C), level (B, 1 or N) -> velocity (B, N, C).
-        levels: (S) fp32, falling; after the last comes 0.
+        sigmas: (S) fp32, falling; after the last comes 0.
         step: how tokens move.
         prepare: changes the state before each estimate.
         watch: sees each step's index, level and outcome.

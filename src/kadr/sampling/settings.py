@@ -141,7 +141,7 @@ class Pass:
 
     Args:
         steps: of the model's own schedule.
-        levels: the noise levels themselves, falling from at most 1, instead of `steps`.
+        sigmas: the noise levels themselves, falling from at most 1, instead of `steps`.
         skip_initial, skip_final: levels left out at the front and at the back of the schedule.
         guidance: see there; what it leaves open is off.
         stochastic: every step draws fresh noise instead of following the flow.
@@ -162,7 +162,7 @@ class Pass:
             _check_number(name, getattr(self, name), 0, MAXIMUM_STEPS, is_whole=True)
         _check_number("tone_map", self.tone_map, 0.0, 1.0)
         if self.sigmas is not None:
-            object.__setattr__(self, "levels", parse_sigmas(self.sigmas))
+            object.__setattr__(self, "sigmas", parse_sigmas(self.sigmas))
             if self.skip_initial or self.skip_final:
                 raise RequestError("levels are given, and skipped levels too; give the one or the other.")
         if not isinstance(self.guidance, Guidance):
@@ -174,7 +174,7 @@ class Pass:
         """This pass, with what it leaves open taken from `defaults`."""
         made = replace(self, guidance=self.guidance.with_defaults(defaults.guidance))
         if made.sigmas is None and made.steps is None and not (made.skip_initial or made.skip_final):
-            timing = ("steps", "levels", "skip_initial", "skip_final")
+            timing = ("steps", "sigmas", "skip_initial", "skip_final")
             made = replace(made, **{name: getattr(defaults, name) for name in timing})
         elif made.sigmas is None and made.steps is None:
             made = replace(made, steps=defaults.steps or (len(defaults.sigmas) if defaults.sigmas else None))

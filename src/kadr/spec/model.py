@@ -41,7 +41,7 @@ class ModelSpec:
         vae_checkpoint: another checkpoint to take the VAE from.
         second: another checkpoint to take the second pass's transformer from.
         loras: for the transformers of both passes.
-        quant, offload, compiled: see `Engine.open`.
+        quant, offload, compile_transformer: see `Engine.open`.
     """
 
     def __init__(

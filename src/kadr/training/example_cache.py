@@ -114,7 +114,7 @@ def _latents(engine: Engine, example: Example, settings: TrainingSettings) -> di
     request = request_of(example, settings)
     own = Control(str(example.media), frame_range=_part(example))
     media = engine.encode_media(replace(request, controls=(own, *request.controls)))
-    return dict(zip(("latents", "reference"), media.references, strict=False))
+    return dict(zip(("latents", "reference"), media.reference_latents, strict=False))
 
 
 def _known(engine: Engine, example: Example, file: Path, settings: TrainingSettings) -> Encoded:

@@ -22,7 +22,7 @@ from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.longvideo.folder_lock import claimed
+from kadr.pipeline.longvideo.folder_lock import lock_folder
 from kadr.pipeline.progress import StageProgress, Watch, ignore_progress
 from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.quant.convert import quantize_blocks
@@ -111,7 +111,7 @@ class Training:
             self.folder, settings.frames, references=settings.references == FILES, skip_broken=self.skip_broken
         )
         recomputed = must_recompute(self.engine, settings, found)
-        with claimed(self.work):
+        with lock_folder(self.work):
             told = self._told(found)
             check_state(self._state, told, settings.steps)
             examples = encoded(self.engine, found, settings, self.work / "cache", watch)
@@ -222,7 +222,7 @@ class Training:
         settings = self.settings
         metadata = {
             "kadr": __version__,
-            "kadr_base_model": self.engine.name,
+            "kadr_base_model": self.engine.model_name,
             "kadr_steps": str(steps),
             "kadr_settings": json.dumps(settings.to_json()),
             **({"reference_downscale_factor": "1"} if settings.in_context else {}),

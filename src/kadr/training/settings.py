@@ -34,13 +34,13 @@ class TrainingSettings:
         size: that clips are cropped and resized to; made at the next multiples of 32 up, as videos are.
         frames: of each clip, 8k+1.
         rank: of the matrices; alpha is the same, so that a strength of 1 is as trained.
-        targets: which layers; see `low_rank.TARGETS`.
+        target_modules: which layers; see `low_rank.TARGETS`.
         steps: updates of the matrices.
-        batch: examples of a step.
-        rate: of AdamW, constant after `warmup` steps: so a training may be made longer when it has ended.
-        levels: how noise levels are drawn; see `objective.DISTRIBUTIONS`.
-        first_frame: share of steps in which the first latent frame is given clean and not learned.
-        caption_dropout: share of steps that are learned without their captions.
+        batch_size: examples of a step.
+        learning_rate: of AdamW, constant after `warmup` steps: so a training may be made longer when it has ended.
+        sigma_sampling: how noise levels are drawn; see `objective.DISTRIBUTIONS`.
+        first_frame_conditioning_p: share of steps in which the first latent frame is given clean and not learned.
+        caption_dropout_p: share of steps that are learned without their captions.
         references: "off"; "files", a reference beside each clip, given clean behind its tokens; or "canny", where it is
             the clip's own edges.
         seed: of everything that is drawn.
@@ -63,7 +63,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name, low, high in _LIMITS:
             check_range(name, getattr(self, name), low, high, is_whole=isinstance(low, int))
-        for name, known in (("targets", TARGETS), ("levels", DISTRIBUTIONS), ("references", REFERENCES)):
+        for name, known in (("target_modules", TARGETS), ("sigma_sampling", DISTRIBUTIONS), ("references", REFERENCES)):
             if getattr(self, name) not in known:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
         if snap_frames(self.frames) != self.frames:

@@ -70,7 +70,7 @@ def learn(
 
     Args:
         layers: as `target_layers` gives them.
-        noise: A begins with numbers of the streams "lora NAME", with deviation 1 / sqrt(3 inputs): as Kaiming's uniform
+        noise_streams: A begins with numbers of the streams "lora NAME", with deviation 1 / sqrt(3 inputs): as Kaiming's uniform
             start has, which PEFT takes.
     """
     freeze(module)

@@ -69,12 +69,12 @@ def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
     assert isinstance(size, Size)
     assert isinstance(request.guidance, Guidance)
     length, overlap = windows.latent_frames
-    generation = engine._opened(request, lambda progress: None)
+    generation = engine._create_generation(request, lambda progress: None)
     with engine.components.transformer() as ours:
         transformer = diffusers_transformer(ours)
         scheduler = LTXEulerAncestralRFScheduler(eta=0.0)
-        texts = generation.prompts.encoded(lambda progress: None)
-        items = generation.media_encoded()[0].items
+        texts = generation.prompt_encoder.encode(lambda progress: None)
+        items = generation.encode_media()[0].conditions
         picture = items[0][1] if items else None
         steps = transformer if as_it_is else _Steps(transformer, scheduler)
         vae = SimpleNamespace(
@@ -106,7 +106,7 @@ def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
                 num_frames=request.frames,
                 frame_rate=request.fps,
                 guidance_scale=request.guidance.cfg_scale,
-                sigmas=[*(float(level) for level in generation.windows[0].sigmas), 0.0],
+                sigmas=[*(float(level) for level in generation.window_passes[0].sigmas), 0.0],
                 cond_image=None if picture is None else torch.zeros(1, 3, size.height, size.width),
                 cond_strength=1.0 if picture is not None else 0.0,
                 temporal_tile_size=8 * length,

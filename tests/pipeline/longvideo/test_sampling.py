@@ -19,7 +19,7 @@ from kadr import Condition, Engine, Request
 from kadr.errors import KadrWarning, PlanError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.models.registry import Recipe
-from kadr.pipeline.longvideo.sampling import in_window
+from kadr.pipeline.longvideo.sampling import conditions_in_window
 from kadr.pipeline.progress import Progress
 from kadr.planning import planner
 from kadr.planning.plan import Placement
@@ -193,9 +193,14 @@ def test_a_picture_counted_from_the_end_that_stands_first_is_remembered(engine: 
 
 
 def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, photo: Condition) -> None:
-    generation = engine._opened(short(conditions=(replace(photo, frame=30),), frames=73), lambda progress: None)
+    generation = engine._create_generation(
+        short(conditions=(replace(photo, frame=30),), frames=73), lambda progress: None
+    )
     places = [
-        [item.resolved_condition.start_frame for item in in_window(generation.media.fitted[0], span)]
+        [
+            item.resolved_condition.start_frame
+            for item in conditions_in_window(generation.media.prepared_conditions[0], span)
+        ]
         for span in generation.spans
     ]
     assert places == [[], [14], [], []]
@@ -246,7 +251,7 @@ def test_what_cannot_be_made_in_windows_is_refused(untouched: Engine, fields: di
 
 def test_latents_to_start_from_are_refused(untouched: Engine) -> None:
     with pytest.raises(RequestError, match="a long video begins at noise, or from a video"):
-        untouched.denoise(short(), start=torch.zeros(1, CHANNELS, 8, 2, 2))
+        untouched.denoise(short(), init_latents=torch.zeros(1, CHANNELS, 8, 2, 2))
 
 
 def test_a_request_with_windows_survives_json(engine: Engine) -> None:
@@ -268,13 +273,13 @@ def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -
         first_pass=Pass(steps=2), second_pass=Pass(sigmas=(0.5,)), single_pass=Pass(steps=3), multi_scale=True
     )
     engine = Engine.open(home / MODEL, device="cpu", recipe=recipe)
-    request = replace(short(), levels=None, guidance=None)
+    request = replace(short(), sigmas=None, guidance=None)
     with pytest.warns(KadrWarning, match="recipe has two passes, and windows are made in one"):
-        (plan,) = engine.passes(request)
+        (plan,) = engine.resolve_passes(request)
     assert (len(plan.sigmas), plan.window_count) == (3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", KadrWarning)
-        engine.passes(replace(request, multi_scale=False))
+        engine.resolve_passes(replace(request, multi_scale=False))
 
 
 # The plan and the progress
@@ -325,7 +330,9 @@ def test_a_window_that_does_not_fit_is_refused_with_a_shorter_one_or_a_size_that
 ) -> None:
     def planned(request: Request) -> Placement:
         return (
-            engine._planned(engine._opened(request, lambda progress: None), request, ("denoise",)).stages[0].placement
+            engine._plan_generation(engine._create_generation(request, lambda progress: None), request, ("denoise",))
+            .stages[0]
+            .placement
         )
 
     request = short(size=Size(768, 768), frames=1441, windows=Windows(frames=121))

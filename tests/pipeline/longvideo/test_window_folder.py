@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from kadr import Condition, Engine, Request
 from kadr.errors import Cancelled, CheckpointError, KadrWarning, RequestError
 from kadr.media.clip import read_video
-from kadr.pipeline.longvideo.window_folder import REQUEST, kept_in
+from kadr.pipeline.longvideo.window_folder import REQUEST_FILE, finished_windows
 from kadr.pipeline.progress import Progress
 from kadr.pipeline.video import VideoFile
 from kadr.request.windows import Windows, window_folder_path
@@ -68,7 +68,7 @@ def test_a_video_that_was_cut_off_in_any_window_ends_as_one_that_was_not(
     request = unbroken.request
     cut_off(engine, out / "cut.mp4", request, window)
     folder = window_folder_path(out / "cut.mp4")
-    assert len(kept_in(folder)) == window - 1
+    assert len(finished_windows(folder)) == window - 1
     assert [path.name for path in out.iterdir()] == ["cut.windows"]
     seen: list[Progress] = []
     made = engine.write(request, out / "cut.mp4", watch=seen.append, resume=True)
@@ -96,10 +96,10 @@ def test_all_windows_finished_and_the_file_not_written_is_gone_on_with(
 
     whole = engine.write(LONG, out / "whole.mp4")
     with monkeypatch.context() as patch:
-        patch.setattr("kadr.pipeline.generation.Generation.pixels", full)
+        patch.setattr("kadr.pipeline.generation.Generation.decode", full)
         with pytest.raises(OSError, match="No space"):
             engine.write(LONG, out / "clip.mp4")
-    assert len(kept_in(window_folder_path(out / "clip.mp4"))) == 4
+    assert len(finished_windows(window_folder_path(out / "clip.mp4"))) == 4
     stages: set[str] = set()
     made = engine.write(LONG, out / "clip.mp4", resume=True, watch=lambda progress: stages.add(progress.stage))
     assert stages == {"decode"}
@@ -116,7 +116,7 @@ def test_finished_windows_are_never_written_over(engine: Engine, out: Path) -> N
 
 def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4", window=1)
-    assert len(kept_in(window_folder_path(out / "clip.mp4"))) == 0
+    assert len(finished_windows(window_folder_path(out / "clip.mp4"))) == 0
     engine.write(replace(LONG, seed=6), out / "clip.mp4")
     assert [path.name for path in out.iterdir()] == ["clip.mp4"]
 
@@ -138,7 +138,7 @@ def test_the_windows_of_another_request_are_refused_with_what_differs(
     with pytest.raises(RequestError) as caught:
         engine.write(replace(LONG, **change), out / "clip.mp4", resume=True)
     assert said in str(caught.value)
-    assert len(kept_in(window_folder_path(out / "clip.mp4"))) == 2
+    assert len(finished_windows(window_folder_path(out / "clip.mp4"))) == 2
 
 
 def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, 
         os.utime(path, ns=(changed, changed + 10**9))
         refused(path.name)
         os.utime(path, ns=times[path])
-    known = json.loads((window_folder_path(out / "clip.mp4") / REQUEST).read_text())
-    (window_folder_path(out / "clip.mp4") / REQUEST).write_text(json.dumps({**known, "version": "0.0.1"}))
+    known = json.loads((window_folder_path(out / "clip.mp4") / REQUEST_FILE).read_text())
+    (window_folder_path(out / "clip.mp4") / REQUEST_FILE).write_text(json.dumps({**known, "version": "0.0.1"}))
     refused("version is '0.0.1' there")
 
 
@@ -212,14 +212,14 @@ def test_windows_of_another_video_are_never_taken_up(engine: Engine, out: Path) 
     (folder / "window-0001.safetensors").unlink()
     with pytest.raises(RequestError, match="holds 1 finished window of a video"):
         engine.write(replace(LONG, seed=9), out / "clip.mp4")
-    (folder / REQUEST).unlink()
+    (folder / REQUEST_FILE).unlink()
     for resume in (False, True):
         with pytest.raises(RequestError, match=r"holds 1 finished window and no request.json that says of what. Del"):
             engine.write(LONG, out / "clip.mp4", resume=resume)
 
 
 def test_a_request_that_cannot_be_made_leaves_nothing(engine: Engine, out: Path) -> None:
-    request = replace(LONG, levels=None, steps=4, skip_initial=2)
+    request = replace(LONG, sigmas=None, steps=4, skip_initial=2)
     for make in (engine.plan, lambda asked: engine.write(asked, out / "clip.mp4")):
         with pytest.raises(RequestError, match="there is nothing to start from"):
             make(request)
@@ -255,7 +255,7 @@ def test_two_runs_do_not_make_one_video(engine: Engine, out: Path) -> None:
 @pytest.mark.parametrize("text", ["[1]", "{", "null"])
 def test_what_says_nothing_of_the_windows_is_named(text: str, engine: Engine, out: Path) -> None:
     cut_off(engine, out / "clip.mp4")
-    (window_folder_path(out / "clip.mp4") / REQUEST).write_text(text)
+    (window_folder_path(out / "clip.mp4") / REQUEST_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"request.json cannot be read: .* Delete .*clip.windows"):
         engine.write(LONG, out / "clip.mp4", resume=True)
 

@@ -256,10 +256,10 @@ def test_a_video_that_cannot_be_started_from_is_refused_before_any_weight_is_loa
 def test_the_least_strength_that_is_named_is_one_that_works(engine: Engine, media: Media, steps: int) -> None:
     request = replace(REQUEST, frames=9, steps=steps, input_video=str(media.path("clip 9")), denoise_strength=0.001)
     with pytest.raises(RequestError) as caught:
-        engine.passes(request)
+        engine.resolve_passes(request)
     named = re.search(r"the least is ([0-9.]+[0-9])", str(caught.value))
     assert named
-    assert len(engine.passes(replace(request, denoise_strength=float(named[1])))[0].sigmas) == 1
+    assert len(engine.resolve_passes(replace(request, denoise_strength=float(named[1])))[0].sigmas) == 1
 
 
 @pytest.mark.parametrize("fields", [{"skip_initial": 2}, {"skip_initial": 1, "skip_final": 1}])
@@ -281,8 +281,8 @@ def test_length_and_rate_are_those_of_the_video_unless_the_request_says_otherwis
 def test_a_level_named_by_its_place_leaves_the_strength_alone(engine: Engine, media: Media) -> None:
     begun = replace(REQUEST, input_video=str(media.path("clip 25")))
     assert engine.resolve(replace(begun, skip_initial=1)).denoise_strength is None
-    assert engine.resolve(replace(begun, steps=None, levels=(0.9, 0.5))).denoise_strength is None
-    assert engine.resolve(replace(begun, steps=None, levels=(1.0, 0.5))).denoise_strength == 0.75
+    assert engine.resolve(replace(begun, steps=None, sigmas=(0.9, 0.5))).denoise_strength is None
+    assert engine.resolve(replace(begun, steps=None, sigmas=(1.0, 0.5))).denoise_strength == 0.75
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.75, 0.9])
@@ -290,8 +290,10 @@ def test_the_sampling_begins_at_the_nearest_level_that_is_not_above_the_strength
     engine: Engine, media: Media, strength: float
 ) -> None:
     plain = replace(REQUEST, steps=30, input_video=None)
-    every = engine.passes(plain)[0].sigmas
-    begun = engine.passes(replace(plain, input_video=str(media.path("clip 25")), denoise_strength=strength))[0].sigmas
+    every = engine.resolve_passes(plain)[0].sigmas
+    begun = engine.resolve_passes(replace(plain, input_video=str(media.path("clip 25")), denoise_strength=strength))[
+        0
+    ].sigmas
     assert begun.tolist() == [level for level in every.tolist() if level <= strength]
     assert 0 < len(begun) < len(every)
 
@@ -307,13 +309,13 @@ def test_a_video_to_start_from_is_mixed_with_as_much_noise_as_the_first_level_sa
     strength: float, engine: Engine, media: Media, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = replace(REQUEST, frames=9, steps=12, input_video=str(media.path("clip 9")), denoise_strength=strength)
-    encoded = engine.encode(replace(REQUEST, frames=9, conditions=media.conditions(clip(9))))
+    encoded = engine.encode_first_condition(replace(REQUEST, frames=9, conditions=media.conditions(clip(9))))
     noise = drawn(*encoded.shape, seed=7)
     seen: list[Tensor] = []
     forward = Transformer.forward
     monkeypatch.setattr(Transformer, "forward", lambda *given: (seen.append(given[1]), forward(*given))[1])
     engine.denoise(request, noise=noise)
-    (plan,) = engine.passes(request)
+    (plan,) = engine.resolve_passes(request)
     level = float(plan.sigmas[0])
     torch.testing.assert_close(to_latents(seen[0], plan.grid), (1 - level) * encoded + level * noise)
 
@@ -579,11 +581,11 @@ def test_a_box_of_the_whole_video_holds_all_of_it(side: int, media: Media) -> No
 def test_a_picture_in_a_box_is_there_and_nowhere_else(engine: Engine, media: Media) -> None:
     shown = media.conditions(photo(box=(0, 0, 96, 96)))
     request = replace(REQUEST, size=Size(128, 96), frames=9, steps=1, image_noise=0.0, conditions=shown)
-    encoded, made = engine.encode(request), engine.denoise(request)
+    encoded, made = engine.encode_first_condition(request), engine.denoise(request)
     assert encoded.shape[-2:] == (3, 3)
     assert torch.equal(made[:, :, :1, :, :2], encoded[..., :2])
     assert not torch.isclose(made[:, :, :1, :, 2], encoded[..., 2]).any(dim=1).all()
-    whole = engine.encode(replace(request, conditions=media.conditions(photo())))
+    whole = engine.encode_first_condition(replace(request, conditions=media.conditions(photo())))
     assert not torch.allclose(encoded, whole[..., :3])  # the picture is in the box, not behind it
 
 
@@ -592,5 +594,5 @@ def test_two_pictures_side_by_side_are_both_held(engine: Engine, media: Media) -
     left, right = media.conditions(photo(box=(0, 0, 64, 64)), clip(9, part=(8, 9), box=(64, 0, 64, 64)))
     made = engine.denoise(replace(request, conditions=(left, right)))
     for condition, columns, kept in ((left, slice(0, 1), slice(0, 1)), (right, slice(3, 4), slice(1, 2))):
-        encoded = engine.encode(replace(request, conditions=(condition,)))
+        encoded = engine.encode_first_condition(replace(request, conditions=(condition,)))
         assert torch.equal(made[..., columns], encoded[..., kept])

@@ -33,7 +33,7 @@ from kadr.pipeline.dry_run import DryRunEngine
 from kadr.pipeline.progress import ignore_progress
 from kadr.pipeline.stages.control_networks import NETWORK_FILES, build_map_renderers, fetch_networks
 from kadr.pipeline.stages.prepared_controls import prepare_control
-from kadr.pipeline.stages.text import Prompts
+from kadr.pipeline.stages.text import PromptEncoder
 from kadr.request.resolved_controls import ResolvedControl, resolve_controls
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
@@ -155,7 +155,7 @@ class Oracle:
     ) -> Tensor:
         """references: pixels of each; shown: frame -> pixels of a picture that is held there with strength 1; guide:
         latents that are held beside the first frames; stream: before the names of all noise."""
-        texts = Prompts(self.engine.components, [request.prompt, request.negative_prompt or ""]).encoded(
+        texts = PromptEncoder(self.engine.components, [request.prompt, request.negative_prompt or ""]).encode(
             ignore_progress
         )
         tokens, where = flat(noise), places(noise.shape[2:])
@@ -347,7 +347,7 @@ TWO = replace(
     REQUEST,
     multi_scale=True,
     downscale_factor=0.5,
-    second=Pass(sigmas=(0.9, 0.4), guidance=Guidance(cfg_scale=1.0)),
+    second_pass=Pass(sigmas=(0.9, 0.4), guidance=Guidance(cfg_scale=1.0)),
     guidance=Guidance(cfg_scale=1.0),
     fps=24.0,
 )
@@ -358,10 +358,10 @@ def test_each_pass_sees_the_control_at_its_own_size(
 ) -> None:
     upscaler = write_upscaler(tmp_path / "up.safetensors")
     engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
-    generation = engine._opened(replace(TWO, controls=(Control(clips(17)),)), ignore_progress)
+    generation = engine._create_generation(replace(TWO, controls=(Control(clips(17)),)), ignore_progress)
     assert [plan.size for plan in generation.passes] == [Size(64, 32), Size(128, 64)]
-    assert generation.work().encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
-    assert [[one.shape[2:] for one in each.references] for each in generation.media_encoded()] == [
+    assert generation.build_workload().encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
+    assert [[one.shape[2:] for one in each.reference_latents] for each in generation.encode_media()] == [
         [(3, 1, 2)],
         [(3, 2, 4)],
     ]
@@ -378,7 +378,7 @@ def test_a_first_pass_of_every_second_frame_sees_every_second_frame_of_the_contr
     upscaler = write_upscaler(tmp_path / "up.safetensors", space=False, time=True)
     engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     request = replace(TWO, controls=(Control(clips(17)),), size=Size(64, 64))
-    first, second = (one.references[0] for one in engine._opened(request, ignore_progress).media.shown)
+    first, second = (one.controls[0] for one in engine._create_generation(request, ignore_progress).media.pass_inputs)
     assert list(first.frame_indices) == list(range(0, 17, 2))
     assert list(second.frame_indices) == list(range(17))
     assert engine.denoise(request).shape[2] == 3
@@ -435,10 +435,10 @@ def test_each_window_follows_its_own_frames_as_diffusers_transformer_does(
 
 def test_a_window_sees_the_frames_that_it_makes(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
     request = replace(LONG, frames=44, controls=(Control(clips(44)),), input_video=clips(44), denoise_strength=0.8)
-    shown = opened()._opened(request, ignore_progress).media.shown
+    shown = opened()._create_generation(request, ignore_progress).media.pass_inputs
     expected = [[*range(17)], [*range(16, 33)], [*range(32, 44), *[43] * 5]]
-    assert [[*one.references[0].frames.frame_indices] for one in shown] == expected
-    assert [[*one.start.frames.frame_indices] for one in shown if one.start is not None] == expected
+    assert [[*one.controls[0].frames.frame_indices] for one in shown] == expected
+    assert [[*one.input_video.frames.frame_indices] for one in shown if one.input_video is not None] == expected
 
 
 def test_a_long_video_that_is_led_goes_on_where_it_was_cut_off(
@@ -627,7 +627,7 @@ def test_a_video_remembers_its_control_by_its_whole_path(
     path = Path(clips(17))
     monkeypatch.chdir(path.parent)
     request = replace(REQUEST, controls=(Control(path.name, kind="canny", frame_range=(0, 17)),))
-    made = Request.from_json(opened().record(request)["request"])
+    made = Request.from_json(opened().metadata(request)["request"])
     assert made.controls == (Control(str(path), kind="canny", frame_range=(0, 17)),)
     assert made.media_paths() == (path,)
 
@@ -671,9 +671,13 @@ def test_a_network_is_fetched_once_and_goes_through_the_clip_once_for_all_passes
 def test_depth_that_is_encoded_is_bright_where_the_network_says_near(
     remote: FakeHub, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
-    generation = opened()._opened(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)), ignore_progress)
-    (way,) = build_map_renderers(generation.media.followed, fetch_networks(generation.media.followed), ignore_progress)
-    seen = replace(generation.media.shown[0].references[0], map_renderer=way)
+    generation = opened()._create_generation(
+        replace(REQUEST, controls=(Control(clips(17), kind="depth"),)), ignore_progress
+    )
+    (way,) = build_map_renderers(
+        generation.media.resolved_controls, fetch_networks(generation.media.resolved_controls), ignore_progress
+    )
+    seen = replace(generation.media.pass_inputs[0].controls[0], map_renderer=way)
     chunks = torch.cat(list(seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)), dim=2)
     assert chunks.shape == (1, 3, 17, 64, 128)
     assert chunks[0, :, 0, 24:40, 4:28].mean() < chunks[0, :, 16, 24:40, 36:60].mean()  # the square gets redder
@@ -706,7 +710,7 @@ def test_a_reference_is_drawn_when_it_is_asked_for_and_not_kept(
 ) -> None:
     (followed,) = resolve_controls(replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),)))
     assert isinstance(followed.frames, ClipReader)
-    generation = Engine.open("demo", device="cpu").passes(replace(REQUEST, frames=25))
+    generation = Engine.open("demo", device="cpu").resolve_passes(replace(REQUEST, frames=25))
     seen = prepare_control(followed, replace(REQUEST, frames=25), generation[0])
     sizes = [chunk.shape[2] for chunk in seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)]
     assert sizes == [8, 8, 8, 1]

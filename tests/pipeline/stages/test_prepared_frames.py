@@ -78,8 +78,8 @@ def test_of_a_clip_one_chunk_is_alive_at_a_time_however_long_it_is(
         request = replace(REQUEST, input_video=str(film), frames=part[1], denoise_strength=0.9)
     else:
         request = replace(REQUEST, conditions=(Condition(str(film), frame_range=part),))
-    generation = engine._opened(request, lambda progress: None)
-    generation.media_encoded()
+    generation = engine._create_generation(request, lambda progress: None)
+    generation.encode_media()
     assert living["chunks"].most == 1
     assert living["prepared"].most <= 2  # one is copied into its chunk while the next is made
     assert living["decoded"].most <= 3  # and the first of the file is kept, to tell what the others are like
@@ -100,8 +100,8 @@ def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
     condition: dict[str, Any], engine: Engine, film: Path
 ) -> None:
     request = replace(REQUEST, conditions=(Condition(str(film), **condition),))
-    generation = engine._opened(request, lambda progress: None)
-    ((item, latents),) = generation.media_encoded()[0].items
+    generation = engine._create_generation(request, lambda progress: None)
+    ((item, latents),) = generation.encode_media()[0].conditions
     pixels = whole(item.pixels)
     expected = [
         prepare_image(frame, item.pixels.size, item.pixels.crf, item.pixels.sampled_size)
@@ -126,7 +126,7 @@ def test_of_a_video_to_start_from_the_first_pass_takes_what_it_makes(engine: Eng
     assert np.array_equal(np.stack(list(open_input_video(request))), frames[[*range(20), *[19] * 5]])
     generation = Generation(engine.components, request, lambda progress: None)
     plan = replace(generation.passes[0], fps=12.0, frames=17)  # as with a temporal upscaler
-    pixels = Media(request, [plan]).shown[0].start
+    pixels = Media(request, [plan]).pass_inputs[0].input_video
     assert pixels is not None
     assert isinstance(pixels.frames, clip.ClipReader)
     assert list(pixels.frames.frame_indices) == [*range(0, 20, 2), *[19] * 7]
@@ -136,10 +136,10 @@ def test_of_a_video_to_start_from_the_first_pass_takes_what_it_makes(engine: Eng
 def test_a_picture_is_read_once_before_anything_is_loaded(engine: Engine, photo: Condition, tmp_path: Path) -> None:
     own = tmp_path / "photo.png"
     own.write_bytes(Path(photo.media).read_bytes())
-    expected = engine.encode(replace(REQUEST, conditions=(photo,)))
-    generation = engine._opened(replace(REQUEST, conditions=(Condition(str(own)),)), lambda progress: None)
+    expected = engine.encode_first_condition(replace(REQUEST, conditions=(photo,)))
+    generation = engine._create_generation(replace(REQUEST, conditions=(Condition(str(own)),)), lambda progress: None)
     own.unlink()
-    assert torch.equal(generation.media_encoded()[0].items[0][1], expected)
+    assert torch.equal(generation.encode_media()[0].conditions[0][1], expected)
 
 
 def test_frames_in_memory_are_used_where_they_are(engine: Engine, film: Path) -> None:

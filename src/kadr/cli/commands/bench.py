@@ -10,31 +10,33 @@ import typer
 
 from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS, Clip, Selection
 from kadr.bench.text_report import lines
-from kadr.cli.terminal.errors import say
+from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import RequestError
 
-ALL_STAGES, BOTH_WAYS = ",".join(STAGES), ",".join(USUAL_WAYS)
+ALL_STAGES, DEFAULT_VARIANTS = ",".join(STAGES), ",".join(USUAL_WAYS)
 EPILOG = (
     "Lists are written with commas. Models other than the demo get random weights, written into a temporary folder: "
     "6.3 GB for 2b, 28.6 for 13b, and 9.5 for the text encoder where it is measured."
 )
 
 
-def _list(name: str, what: str, known: Any, default: str) -> Any:
+def _list_option(name: str, what: str, known: Any, default: str) -> Any:
     metavar = name.lstrip("-").upper() + ",..."
     return typer.Option(name, metavar=metavar, help=f"{what}: {', '.join(known)}. [default: {default}]")
 
 
-Models = Annotated[str, _list("--model", "Models", MODELS, "demo")]
-Sizes = Annotated[str | None, _list("--size", "Sizes, or any other WxHxF", map(str, CLIPS), "the model's own")]
-Stages = Annotated[str, _list("--stage", "Stages", STAGES, "all")]
-Schedules = Annotated[str, _list("--schedule", "Steps and guidance, end to end", SCHEDULES, "8")]
-Ways = Annotated[str, _list("--way", "Ways to run kadr", WAYS, BOTH_WAYS)]
-Layers = Annotated[int | None, typer.Option("--layers", metavar="N", help="Only the first N layers of a random model.")]
+Models = Annotated[str, _list_option("--model", "Models", MODELS, "demo")]
+Sizes = Annotated[str | None, _list_option("--size", "Sizes, or any other WxHxF", map(str, CLIPS), "the model's own")]
+Stages = Annotated[str, _list_option("--stage", "Stages", STAGES, "all")]
+Schedules = Annotated[str, _list_option("--schedule", "Steps and guidance, end to end", SCHEDULES, "8")]
+Variants = Annotated[str, _list_option("--way", "Ways to run kadr", WAYS, DEFAULT_VARIANTS)]
+NumLayers = Annotated[
+    int | None, typer.Option("--layers", metavar="N", help="Only the first N layers of a random model.")
+]
 Rounds = Annotated[int, typer.Option("--rounds", metavar="N", help="In each of them every way runs once.")]
 NoReference = Annotated[bool, typer.Option("--no-reference", help="Do not compare the results with float32.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|mps", help="Where to compute.")]
-Kept = Annotated[Path | None, typer.Option("--models", metavar="FOLDER", help="Keep the random models there.")]
+ModelFolder = Annotated[Path | None, typer.Option("--models", metavar="FOLDER", help="Keep the random models there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -43,12 +45,12 @@ def bench(
     size: Sizes = None,
     stage: Stages = ALL_STAGES,
     schedule: Schedules = "8",
-    way: Ways = BOTH_WAYS,
-    layers: Layers = None,
+    variant: Variants = DEFAULT_VARIANTS,
+    num_layers: NumLayers = None,
     rounds: Rounds = 5,
     no_reference: NoReference = False,
     device: Device = "auto",
-    models: Kept = None,
+    model_folder: ModelFolder = None,
     json_: Json = False,
 ) -> None:
     """Measure how fast kadr is on this machine.
@@ -62,8 +64,8 @@ def bench(
             clips=[Clip.parse(one) for one in size.split(",")] if size else (),
             stages=stage.split(","),
             schedules=schedule.split(","),
-            ways=way.split(","),
-            layers=layers,
+            ways=variant.split(","),
+            layers=num_layers,
             rounds=rounds,
             reference=not no_reference,
             device=device,
@@ -72,5 +74,5 @@ def bench(
         raise typer.BadParameter(str(error)) from error
     from kadr.bench.benchmark import run
 
-    made = run(selection, folder=models, say=say)
+    made = run(selection, folder=model_folder, say=print_stderr)
     print(json.dumps(made) if json_ else "\n".join(lines(made)))

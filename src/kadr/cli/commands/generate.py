@@ -11,9 +11,9 @@ import typer
 
 from kadr.cli import enhance, run
 from kadr.cli.flags import options, parse
-from kadr.cli.flags.groups import taking
-from kadr.cli.flags.official import JOINT
-from kadr.cli.terminal.errors import say
+from kadr.cli.flags.groups import with_flag_groups
+from kadr.cli.flags.official import SEPARATOR
+from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import RequestError
 from kadr.quant.weight_formats import NONE, WEIGHT_FORMATS
 from kadr.request.request import Request
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kadr.pipeline.dry_run import DryRunEngine
     from kadr.pipeline.engine import Engine
 
-DEMO = (
+DEMO_NOTICE = (
     "No --model is named, so the bundled demo draws this: one coloured shape that moves, grows or stands still on a "
     "plain background, and nothing else. Real models: kadr models"
 )
@@ -39,71 +39,73 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "bfloat16", "float32")
 
 
-@taking(options.Flags)
-def generate(prompt: options.Prompt, flags: options.Flags) -> None:
+@with_flag_groups(options.GenerateFlags)
+def generate(prompt: options.Prompt, flags: options.GenerateFlags) -> None:
     """Make a video from a prompt.
 
     With --image or --video it shows your pictures and clips, with --control it follows a clip. Prints the path of the
     video.
     """
-    check_words(flags)
-    request = requested(prompt, flags)
-    check_single(request, flags.model)
-    parts = named_parts(flags.model, request)
-    run.refuse_absent(request)
-    enhancer = enhance.asked(flags.enhance)
+    check_choices(flags)
+    request = build_request(prompt, flags)
+    refuse_second_pass_flags(request, flags.model)
+    parts = component_options(flags.model, request)
+    run.refuse_missing_media(request)
+    enhancer = enhance.create_enhancer(flags.enhance)
     if flags.output.dry_run:
-        enhance.announce(enhancer)
-        _print_plan(request, parts, flags)
+        enhance.announce_enhancer(enhancer)
+        _print_dry_run(request, parts, flags)
         return
-    output = run.chosen_output(flags.output.output, resume=flags.output.resume)
+    output = run.choose_output(flags.output.output, resume=flags.output.resume)
     run.refuse_unwritable(request, output, flags.output.save_latents)
     if "model" not in parts:
-        say(DEMO)
+        print_stderr(DEMO_NOTICE)
     model = parts.pop("model", "demo")
     if flags.model.no_prompt_cache:
         parts["prompt_cache"] = False
-    engine = run.open_engine(model, **parts, **held(flags.model))
-    tell_unused(timed(request, flags.video.seconds, engine), flags.model, engine)
+    engine = run.open_engine(model, **parts, **engine_options(flags.model))
+    warn_unused_flags(with_duration(request, flags.video.seconds, engine), flags.model, engine)
     latents, resume = flags.output.save_latents, flags.output.resume
-    request = enhance.enhanced(engine, timed(request, flags.video.seconds, engine), enhancer, output, resume=resume)
-    run.make(engine, request, output, latents=latents, as_json=flags.output.json, resume=resume)
+    request = enhance.enhance_request(
+        engine, with_duration(request, flags.video.seconds, engine), enhancer, output, resume=resume
+    )
+    run.write_video(engine, request, output, latents_path=latents, as_json=flags.output.json, resume=resume)
 
 
-def held(flags: options.ModelFlags) -> dict[str, Any]:
+def engine_options(flags: options.ModelFlags) -> dict[str, Any]:
     """Where and how the model's weights are held, and what is added to them, by the words of `Engine.open`."""
     asked: dict[str, Any] = {} if flags.quant == NONE else {"quant": flags.quant}
     asked |= {} if flags.offload == OFFLOAD_AUTO else {"offload": flags.offload}
-    asked |= {"compiled": True} if flags.compiled else {}
+    asked |= {"compiled": True} if flags.compile_transformer else {}
     asked |= {"merge_loras": True} if flags.merge_loras else {}
-    return {"device": flags.device, "dtype": flags.dtype, **asked, **added(flags)}
+    return {"device": flags.device, "dtype": flags.dtype, **asked, **lora_options(flags)}
 
 
-def added(flags: options.ModelFlags) -> dict[str, Any]:
+def lora_options(flags: options.ModelFlags) -> dict[str, Any]:
     """The LoRAs, by the words of `Engine.open`."""
     loras: dict[str, Any] = {"loras": [parse.lora(text) for text in flags.lora]} if flags.lora else {}
     return loras | ({"lora_partial": True} if flags.lora_partial else {})
 
 
-def check_words(flags: options.Flags | options.PlanFlags) -> None:
+def check_choices(flags: options.GenerateFlags | options.PlanFlags) -> None:
     """Refuse what the parser lets through."""
     if flags.video.frames is not None and flags.video.seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
-    parse.one_of("--device", flags.model.device.partition(":")[0], DEVICES)
-    parse.one_of("--dtype", flags.model.dtype, DTYPES)
-    parse.one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in WEIGHT_FORMATS])
-    parse.one_of("--offload", flags.model.offload, OFFLOAD_MODES)
-    parse.one_of("--cache", flags.denoising.cache, (NONE, *CACHE_KINDS))
+    parse.check_one_of("--device", flags.model.device.partition(":")[0], DEVICES)
+    parse.check_one_of("--dtype", flags.model.dtype, DTYPES)
+    parse.check_one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in WEIGHT_FORMATS])
+    parse.check_one_of("--offload", flags.model.offload, OFFLOAD_MODES)
+    parse.check_one_of("--cache", flags.denoising.cache, (NONE, *CACHE_KINDS))
 
 
-def check_single(request: Request, flags: options.ModelFlags) -> None:
+def refuse_second_pass_flags(request: Request, flags: options.ModelFlags) -> None:
     """Refuse what is for a second pass where there are windows, before it is fetched."""
     for name, value in (("--upscaler", flags.upscaler), ("--second-model", flags.second_model)):
         if value and request.windows is not None:
             raise typer.BadParameter("it is for a second pass, and windows are made in one.", param_hint=name)
 
 
-def tell_unused(request: Request, flags: options.ModelFlags, engine: Engine) -> None:
+def warn_unused_flags(request: Request, flags: options.ModelFlags, engine: Engine) -> None:
     """Say what is named for a second pass that the recipe does not make."""
     second = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(parse.lora, flags.lora or ()))
     if flags.upscaler or flags.second_model or second:
@@ -117,7 +119,7 @@ def tell_unused(request: Request, flags: options.ModelFlags, engine: Engine) -> 
         warn_unused_second_pass(engine.resolve(request), unused)
 
 
-def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
+def build_request(prompt: str, flags: options.GenerateFlags | options.PlanFlags) -> Request:
     """The request that the flags make; the length may still be open where it is given in seconds.
 
     Raises:
@@ -125,23 +127,23 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
     """
     video, denoising, media = flags.video, flags.denoising, flags.media
     return Request(
-        prompt=prompt.replace(JOINT, f" {PROMPT_SEPARATOR} "),
-        windows=_windows(flags.windows, several=JOINT in prompt),
+        prompt=prompt.replace(SEPARATOR, f" {PROMPT_SEPARATOR} "),
+        windows=_windows(flags.windows, has_several_prompts=SEPARATOR in prompt),
         size=parse.size(video.size),
         frames=video.frames,
         fps=video.fps,
         seed=video.seed,
         negative_prompt=video.negative_prompt,
         steps=denoising.steps,
-        sigmas=parse.levels("--levels", denoising.levels),
+        sigmas=parse.floats("--levels", denoising.sigmas),
         skip_initial=denoising.skip_initial,
         skip_final=denoising.skip_final,
         stochastic=denoising.stochastic,
         cache=_cache(denoising),
         guidance=_guidance(flags.guidance),
         guidance_batch=flags.guidance.guidance_batch,
-        multi_scale=flags.second.multi_scale,
-        second_pass=_second(flags.second),
+        multi_scale=flags.second_pass.multi_scale,
+        second_pass=_second(flags.second_pass),
         **_media(media),
         tone_map=flags.decoding.tone_map,
         decode_timestep=flags.decoding.decode_timestep,
@@ -149,17 +151,17 @@ def requested(prompt: str, flags: options.Flags | options.PlanFlags) -> Request:
     )
 
 
-def _windows(flags: options.WindowFlags, *, several: bool) -> Windows | None:
+def _windows(flags: options.WindowFlags, *, has_several_prompts: bool) -> Windows | None:
     """several: there is more than one --prompt."""
     given: dict[str, Any] = {
         "frames": flags.window,
         "overlap": flags.overlap,
         "strength": flags.overlap_strength,
         "adain": flags.adain,
-        "remember": flags.remember,
+        "remember": flags.anchor_strength,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    return Windows(**given) if given or several else None
+    return Windows(**given) if given or has_several_prompts else None
 
 
 def _cache(flags: options.DenoisingFlags) -> StepCache | None:
@@ -180,7 +182,7 @@ def _guidance(flags: options.GuidanceFlags) -> Guidance | None:
         "rescale": parse.numbers("--rescale", flags.rescale),
         "skip_blocks": parse.blocks("--skip-blocks", flags.skip_blocks),
     }
-    at = parse.levels("--guidance-at", flags.guidance_at)
+    at = parse.floats("--guidance-at", flags.guidance_sigmas)
     if at is None:
         _refuse_lists(lists)
     given: dict[str, Any] = {
@@ -211,10 +213,10 @@ def _refuse_lists(lists: Mapping[str, Any]) -> None:
             )
 
 
-def _second(flags: options.SecondFlags) -> Pass | None:
+def _second(flags: options.SecondPassFlags) -> Pass | None:
     given: dict[str, Any] = {
         "steps": flags.second_steps,
-        "levels": parse.levels("--second-levels", flags.second_levels),
+        "levels": parse.floats("--second-levels", flags.second_sigmas),
         "skip_initial": flags.second_skip_initial,
         "guidance": None if flags.second_guidance is None else Guidance(cfg_scale=flags.second_guidance),
         "tone_map": flags.second_tone_map,
@@ -230,14 +232,14 @@ def _media(flags: options.MediaFlags) -> dict[str, Any]:
     return {
         "conditions": (*images, *clips),
         "controls": tuple(parse.control(text) for text in flags.control or ()),
-        "video": None if flags.input_video is None else parse.absolute(flags.input_video),
-        "video_strength": flags.strength,
+        "video": None if flags.input_video is None else parse.absolute_path(flags.input_video),
+        "video_strength": flags.denoise_strength,
         "image_noise": flags.image_noise,
         "image_crf": flags.image_crf,
     }
 
 
-def named_parts(flags: options.ModelFlags, request: Request) -> dict[str, Any]:
+def component_options(flags: options.ModelFlags, request: Request) -> dict[str, Any]:
     """The parts of the model that are named, by the words of `Engine.open`; a flag goes before the config file.
 
     Raises:
@@ -260,7 +262,7 @@ def named_parts(flags: options.ModelFlags, request: Request) -> dict[str, Any]:
     return config.engine_arguments(named, include_upscaler=request.multi_scale is not False)
 
 
-def timed(request: Request, seconds: float | None, engine: Engine | DryRunEngine) -> Request:
+def with_duration(request: Request, seconds: float | None, engine: Engine | DryRunEngine) -> Request:
     """The request with the frames that last so long, at the frame rate of the request or of the model."""
     if seconds is None:
         return request
@@ -270,9 +272,13 @@ def timed(request: Request, seconds: float | None, engine: Engine | DryRunEngine
     return replace(request, frames=max(1, round(seconds * fps)))
 
 
-def _print_plan(request: Request, parts: Mapping[str, Any], flags: options.Flags) -> None:
+def _print_dry_run(request: Request, component_options: Mapping[str, Any], flags: options.GenerateFlags) -> None:
     from kadr.cli.terminal import dry_run
     from kadr.pipeline.dry_run import DryRunEngine  # loads torch
 
-    engine = DryRunEngine.open(**parts, **added(flags.model), merge_loras=flags.model.merge_loras)
-    print(dry_run.told(engine.run(timed(request, flags.video.seconds, engine)), as_json=flags.output.json))
+    engine = DryRunEngine.open(**component_options, **lora_options(flags.model), merge_loras=flags.model.merge_loras)
+    print(
+        dry_run.format_dry_run(
+            engine.run(with_duration(request, flags.video.seconds, engine)), as_json=flags.output.json
+        )
+    )

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from kadr.cli.flags import options
-from kadr.cli.terminal.table import columns, in_words
+from kadr.cli.terminal.table import format_columns, format_si
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
 
-VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
+VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 TEXT_ENCODER = "text encoder"
-STRANGERS = 20  # of a LoRA, that are named; --json has all
-WAYS_OUT = {
+MAX_UNEXPECTED_KEYS = 20  # of a LoRA, that are named; --json has all
+REMEDIES = {
     "transformer": "give a checkpoint with one as --model, and this one as --vae",
     "vae": "give a checkpoint with one as --vae",
     TEXT_ENCODER: "fetched from the hub, or give a folder or a .gguf as --text-encoder",
@@ -37,15 +37,15 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
     Of a checkpoint: its version, its parts and what it lacks, from the header alone. Of a LoRA: what it changes, and
     for which model. Of a video: its request.
     """
-    path = _by_name(path.expanduser())
-    if path.suffix.lower() in VIDEOS:
+    path = _find_by_name(path.expanduser())
+    if path.suffix.lower() in VIDEO_SUFFIXES:
         found, lines = _video(path)
     else:
         found, lines = _weights(path)
     print(json.dumps(found) if as_json else "\n".join(lines))
 
 
-def _by_name(path: Path) -> Path:
+def _find_by_name(path: Path) -> Path:
     """The file of a name that `kadr models` lists and that is on disk."""
     from kadr.models.registry import RELEASES_BY_NAME
     from kadr.spec.locate import find_release_on_disk
@@ -93,7 +93,7 @@ def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
     part = asdict(TextEncoderCheckpoint.open(path).describe())
     found = {"path": str(path), "family": "T5", "parts": [part]}
-    return found, iter(("T5 text encoder", *_parts([part])))
+    return found, iter(("T5 text encoder", *_format_components([part])))
 
 
 def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
@@ -101,24 +101,26 @@ def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
     # What is strange in it is told, as everything else.
     found = {"kind": "LoRA", **asdict(LoraFile.open(path, allow_partial=True).describe())}
-    return found, _told_of_lora(found)
+    return found, _format_lora(found)
 
 
-def _told_of_lora(found: Mapping[str, Any]) -> Iterator[str]:
+def _format_lora(found: Mapping[str, Any]) -> Iterator[str]:
     fits = f" for {found['fits']}" if found["fits"] else ""
     yield f"LTX-Video LoRA{fits}, with the names of {found['family']}"
     ranks, alphas, scales = (", ".join(f"{value:g}" for value in found[name]) for name in ("ranks", "alphas", "scales"))
     yield f"rank {ranks}, alpha {alphas or 'the same'}; scale {scales} at strength 1"
-    yield f"{found['layers']} layers in {found['blocks']} blocks, {in_words(found['bytes'])}B in {found['dtype']}"
-    yield from columns([("layer", "how many"), *((name, str(count)) for name, count in found["targets"].items())])
+    yield f"{found['layers']} layers in {found['blocks']} blocks, {format_si(found['bytes'])}B in {found['dtype']}"
+    yield from format_columns(
+        [("layer", "how many"), *((name, str(count)) for name, count in found["targets"].items())]
+    )
     if found["reference_downscale"]:
         times = found["reference_downscale"]
         yield f"in context: its reference has the size of the video{f' divided by {times}' if times > 1 else ''}"
     strangers = found["strangers"]
-    for name in strangers[:STRANGERS]:
+    for name in strangers[:MAX_UNEXPECTED_KEYS]:
         yield f"of no layer: {name}"
-    if len(strangers) > STRANGERS:
-        yield f"of no layer: {len(strangers) - STRANGERS} more"
+    if len(strangers) > MAX_UNEXPECTED_KEYS:
+        yield f"of no layer: {len(strangers) - MAX_UNEXPECTED_KEYS} more"
     yield from _fields(found["metadata"])
 
 
@@ -131,40 +133,40 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     found = {"path": str(path), "family": "LTX-Video", **asdict(described)}
     found["parts"] = list(found["parts"])
     if described.kind != MODEL_KIND:
-        return found, _told_of_upscaler(found)
+        return found, _format_upscaler(found)
     if TEXT_ENCODER not in described.missing_components:
         home = path if path.is_dir() else path.parent
         found["parts"].append(asdict(TextEncoderCheckpoint.open(home).describe()))
-    return found, _told(found)
+    return found, _format_checkpoint(found)
 
 
-def _told(found: Mapping[str, Any]) -> Iterator[str]:
+def _format_checkpoint(found: Mapping[str, Any]) -> Iterator[str]:
     name = f" ({found['model']})" if found["model"] else ""
     yield f"{found['family']} {found['version']}{name}, {found['layout']}"
     yield f"VAE of {found['vae_family'] or 'its own kind'}, noise levels by {found['sampler']}"
-    yield from _parts(found["parts"])
+    yield from _format_components(found["parts"])
     for part in found["missing"]:
-        yield f"missing: {part} ({WAYS_OUT.get(part, 'give it beside this one')})"
+        yield f"missing: {part} ({REMEDIES.get(part, 'give it beside this one')})"
 
 
-def _told_of_upscaler(found: Mapping[str, Any]) -> Iterator[str]:
+def _format_upscaler(found: Mapping[str, Any]) -> Iterator[str]:
     name = f" ({found['model']})" if found["model"] else ""
     yield f"{found['family']} {found['version']} {found['kind']}{name}, {found['layout']}"
     yield "for --upscaler, beside a model"
-    yield from _parts(found["parts"])
+    yield from _format_components(found["parts"])
 
 
-def _parts(parts: list[dict[str, Any]]) -> Iterator[str]:
+def _format_components(components: list[dict[str, Any]]) -> Iterator[str]:
     rows = [("part", "tensors", "numbers", "bytes", "dtype", "sizes")]
-    for part in parts:
+    for part in components:
         sizes = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in part["sizes"].items())
-        counts = (str(part["tensors"]), in_words(part["parameters"]), in_words(part["bytes"]))
-        rows.append((part["name"], *counts, _types(part), sizes))
-    yield from columns(rows)
+        counts = (str(part["tensors"]), format_si(part["parameters"]), format_si(part["bytes"]))
+        rows.append((part["name"], *counts, _format_dtype(part), sizes))
+    yield from format_columns(rows)
 
 
-def _types(part: Mapping[str, Any]) -> str:
+def _format_dtype(component: Mapping[str, Any]) -> str:
     """What most of a part is stored as; where some is in blocks, each type with its number of tensors."""
-    types: Mapping[str, int] = part["types"]
+    types: Mapping[str, int] = component["types"]
     packed = any(name in GGML_TYPES for name in types)
-    return ", ".join(f"{name} ({count})" for name, count in types.items()) if packed else str(part["dtype"])
+    return ", ".join(f"{name} ({count})" for name, count in types.items()) if packed else str(component["dtype"])

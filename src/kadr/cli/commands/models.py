@@ -10,8 +10,8 @@ import typer
 
 from kadr.cli.commands import pull, verify
 from kadr.cli.flags import options
-from kadr.cli.terminal.errors import explained, say
-from kadr.cli.terminal.table import columns, in_words
+from kadr.cli.terminal.errors import handle_errors, print_stderr
+from kadr.cli.terminal.table import format_columns, format_si
 from kadr.models.registry import RELEASES, Release
 from kadr.spec.locate import find_release_on_disk
 
@@ -27,10 +27,10 @@ def models(context: typer.Context, as_json: options.Json = False) -> None:
     With their licences and sizes, and whether they are on disk.
     """
     if context.invoked_subcommand is None:
-        listed(as_json)
+        list_models(as_json)
 
 
-def listed(as_json: options.Json = False) -> None:
+def list_models(as_json: options.Json = False) -> None:
     """List the models known by name, and the parts they need.
 
     With their licences and sizes, and whether they are on disk.
@@ -41,17 +41,17 @@ def listed(as_json: options.Json = False) -> None:
         return
     head = ("name", "kind", "version", "bytes", "on disk", "licence")
     rows = [_row(released, entry) for released, entry in zip(RELEASES, entries, strict=True)]
-    print("\n".join(columns([head, *rows])))
-    say(EPILOG)
+    print("\n".join(format_columns([head, *rows])))
+    print_stderr(EPILOG)
 
 
-def _entry(released: Release, place: Path | None) -> dict[str, Any]:
+def _entry(released: Release, path: Path | None) -> dict[str, Any]:
     return {
         "name": released.name,
         "kind": released.kind,
         "version": released.version,
-        "bytes": verify.size_of(released, place) if place else released.size_bytes,
-        "on_disk": str(place) if place else None,
+        "bytes": verify.bytes_on_disk(released, path) if path else released.size_bytes,
+        "on_disk": str(path) if path else None,
         "licence": released.licence,
         "repo": released.repo,
         "file": released.file,
@@ -60,14 +60,14 @@ def _entry(released: Release, place: Path | None) -> dict[str, Any]:
 
 def _row(released: Release, entry: dict[str, Any]) -> tuple[str, ...]:
     size = entry["bytes"]
-    here = "no" if not entry["on_disk"] else "wrong size" if verify.wrong_size(released, size) else "yes"
+    here = "no" if not entry["on_disk"] else "wrong size" if verify.has_wrong_size(released, size) else "yes"
     licence = released.licence.partition(",")[0]
-    return released.name, released.kind, released.version, in_words(size) if size else "", here, licence
+    return released.name, released.kind, released.version, format_si(size) if size else "", here, licence
 
 
 # Without markup, as in `main`.
 app = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
-app.callback(epilog=EPILOG)(explained()(models))
-app.command("list")(explained()(listed))
-app.command("pull", epilog=pull.EPILOG)(explained()(pull.pull))
-app.command("verify", epilog=verify.EPILOG)(explained()(verify.verify))
+app.callback(epilog=EPILOG)(handle_errors()(models))
+app.command("list")(handle_errors()(list_models))
+app.command("pull", epilog=pull.EPILOG)(handle_errors()(pull.pull))
+app.command("verify", epilog=verify.EPILOG)(handle_errors()(verify.verify))

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kadr.checkpoints import hub
-from kadr.cli.commands.verify import Name, checked, require_whole
+from kadr.cli.commands.verify import Name, require_intact, verify_entry
 from kadr.cli.flags import options
-from kadr.cli.terminal.errors import say
-from kadr.cli.terminal.table import in_words
+from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.table import format_si
 from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import fetch_release, find_release_on_disk
 
@@ -35,9 +35,9 @@ def pull(name: Name, as_json: options.Json = False) -> None:
     hub.check_disk_space(name, sum(file.remaining_bytes for files in coming.values() for file in files))
     places = {}
     for entry in entries:
-        say(f"{'fetching' if entry in coming else 'checking'} {entry.name}")
+        print_stderr(f"{'fetching' if entry in coming else 'checking'} {entry.name}")
         if entry not in coming:
-            require_whole(list(checked(entry)))
+            require_intact(list(verify_entry(entry)))
         places[entry] = fetch_release(entry)
     if as_json:
         told = [
@@ -48,18 +48,18 @@ def pull(name: Name, as_json: options.Json = False) -> None:
         print("\n".join(map(str, places.values())))
 
 
-def _announce(entries: Sequence[Release], coming: Mapping[Release, Sequence[RemoteFile]]) -> None:
+def _announce(entries: Sequence[Release], to_fetch: Mapping[Release, Sequence[RemoteFile]]) -> None:
     for licence in dict.fromkeys(entry.licence for entry in entries):
-        say(f"licence of {', '.join(entry.name for entry in entries if entry.licence == licence)}: {licence}")
+        print_stderr(f"licence of {', '.join(entry.name for entry in entries if entry.licence == licence)}: {licence}")
     for entry in entries:
-        if entry in coming:
-            say(f"{entry.name} is to be fetched: {_bytes(coming[entry])}")
+        if entry in to_fetch:
+            print_stderr(f"{entry.name} is to be fetched: {_format_bytes(to_fetch[entry])}")
         else:
-            say(f"{entry.name} {'is there already' if entry.repo else 'comes with kadr'}")
-    if len(coming) > 1:
-        say(f"together {_bytes([file for files in coming.values() for file in files])}")
+            print_stderr(f"{entry.name} {'is there already' if entry.repo else 'comes with kadr'}")
+    if len(to_fetch) > 1:
+        print_stderr(f"together {_format_bytes([file for files in to_fetch.values() for file in files])}")
 
 
-def _bytes(files: Sequence[RemoteFile]) -> str:
+def _format_bytes(files: Sequence[RemoteFile]) -> str:
     size, left = sum(file.size for file in files), sum(file.remaining_bytes for file in files)
-    return f"{in_words(size)} bytes" + (f", {in_words(size - left)} of which have come before" if left < size else "")
+    return f"{format_si(size)} bytes" + (f", {format_si(size - left)} of which have come before" if left < size else "")

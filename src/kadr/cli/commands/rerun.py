@@ -11,7 +11,7 @@ import typer
 
 from kadr.cli import run
 from kadr.cli.flags import options
-from kadr.cli.terminal.errors import say
+from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import CheckpointError, MediaError
 from kadr.request.request import Request
 from kadr.spec.locate import find_release_on_disk
@@ -25,10 +25,10 @@ File = Annotated[Path, typer.Argument(metavar="FILE", help="An .mp4 that kadr ma
 
 def rerun(
     file: File,
-    output: options.Again = None,
-    seed: options.NewSeed = None,
+    output: options.RerunOutput = None,
+    seed: options.RerunSeed = None,
     model: options.Model = None,
-    device: options.SameDevice = None,
+    device: options.RerunDevice = None,
     resume: options.Resume = False,
     json: options.Json = False,
 ) -> None:
@@ -36,18 +36,18 @@ def rerun(
 
     An .mp4 that kadr made remembers its request. Prints the path of the new video.
     """
-    record = recorded(file)
+    record = read_video_metadata(file)
     request = Request.from_json(record["request"])
     if seed is not None:
         request = replace(request, seed=seed)
-    output = run.unnamed(file, resume=resume) if output is None else run.chosen_output(output, resume=resume)
-    run.refuse_absent(request)
+    output = run.next_free_path(file, resume=resume) if output is None else run.choose_output(output, resume=resume)
+    run.refuse_missing_media(request)
     run.refuse_unwritable(request, output, None)
-    engine = reopened(record, model, device)
-    run.make(engine, request, output, as_json=json, resume=resume)
+    engine = reopen_engine(record, model, device)
+    run.write_video(engine, request, output, as_json=json, resume=resume)
 
 
-def recorded(file: Path) -> dict[str, Any]:
+def read_video_metadata(file: Path) -> dict[str, Any]:
     """What kadr noted down when it made the file.
 
     Raises:
@@ -61,7 +61,7 @@ def recorded(file: Path) -> dict[str, Any]:
     return record
 
 
-def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -> Engine:
+def reopen_engine(record: Mapping[str, Any], model: str | None, device: str | None) -> Engine:
     """The engine as it was, unless a model or a device is named.
 
     Raises:
@@ -70,56 +70,62 @@ def reopened(record: Mapping[str, Any], model: str | None, device: str | None) -
     from kadr.version import __version__
 
     if record.get("version") != __version__:
-        say(f"warning: made with kadr {record.get('version')}, and this is {__version__}; the frames may differ")
-    parts = _second_parts(record)
+        print_stderr(
+            f"warning: made with kadr {record.get('version')}, and this is {__version__}; the frames may differ"
+        )
+    parts = _second_pass_components(record)
     if model is None:
-        model = _model(record)
-        parts |= {"text_encoder": _text_encoder(record), "vae": _vae(record, model)}
+        model = _find_model(record)
+        parts |= {"text_encoder": _find_text_encoder(record), "vae": _find_vae(record, model)}
     device = device or str(record.get("device", "auto"))
     own: dict[str, Any] = {word: str(record[word]) for word in ("dtype", "quant") if record.get(word)}
-    own |= _loras(record)
+    own |= _lora_options(record)
     if record.get("compiled") and device.startswith("cuda"):
         own["compiled"] = True
     return run.open_engine(model, **parts, device=device, **own)
 
 
-def _second_parts(record: Mapping[str, Any]) -> dict[str, Any]:
+def _second_pass_components(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the second of two passes was made with."""
     parts: dict[str, Any] = {}
     if path := record.get("second_model"):
-        parts["second_model"] = _part("second model", path)
+        parts["second_model"] = _find_component("second model", path)
     kinds = ("spatial", "temporal")
-    upscalers = [_part(f"{kind} upscaler", path) for kind in kinds if (path := record.get(f"{kind}_upscaler"))]
+    upscalers = [
+        _find_component(f"{kind} upscaler", path) for kind in kinds if (path := record.get(f"{kind}_upscaler"))
+    ]
     return parts | ({"upscaler": upscalers} if upscalers else {})
 
 
-def _loras(record: Mapping[str, Any]) -> dict[str, Any]:
+def _lora_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """What was added to the weights."""
     own: dict[str, Any] = {word: True for word in ("lora_partial", "merge_loras") if record.get(word)}
     loras = [(_lora(lora), lora["strength"], lora["second"]) for lora in record.get("loras", ())]
     return own | ({"loras": loras} if loras else {})
 
 
-def _lora(noted: Mapping[str, Any]) -> str:
+def _lora(stored: Mapping[str, Any]) -> str:
     """The file, or its name; what is said where it is another one than it was."""
     from kadr.checkpoints.lora.file import lora_sha256  # loads torch
 
-    found = _part("LoRA", noted["path"])
-    if Path(found).exists() and "sha256" in noted and lora_sha256(found) != noted["sha256"]:
-        say(f"warning: {found} is another file than the one that the video was made with; the frames will differ")
+    found = _find_component("LoRA", stored["path"])
+    if Path(found).exists() and "sha256" in stored and lora_sha256(found) != stored["sha256"]:
+        print_stderr(
+            f"warning: {found} is another file than the one that the video was made with; the frames will differ"
+        )
     return found
 
 
-def _part(what: str, path: str) -> str:
+def _find_component(what: str, path: str) -> str:
     """The file that was used; by its name, where that of a released one has moved."""
     from kadr.models.registry import RELEASES
 
     file = Path(path).name
     named = [entry.name for entry in RELEASES if file == f"{entry.file_stem}.safetensors"]
-    return named[0] if named and not Path(path).exists() else str(_there(what, path, otherwise=""))
+    return named[0] if named and not Path(path).exists() else str(_require_existing(what, path, remedy=""))
 
 
-def _model(record: Mapping[str, Any]) -> str:
+def _find_model(record: Mapping[str, Any]) -> str:
     """The file that made the video; by its name, where that of a released model means the same file or it has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
@@ -128,30 +134,32 @@ def _model(record: Mapping[str, Any]) -> str:
         here = find_release_on_disk(released)
         if not Path(path).exists() or (here is not None and here.resolve() == Path(path).resolve()):
             return released.name
-    return str(_there("model", path))
+    return str(_require_existing("model", path))
 
 
-def _vae(record: Mapping[str, Any], model: str) -> Path | None:
+def _find_vae(record: Mapping[str, Any], model: str) -> Path | None:
     """Its file; None, the model's own, where the same is noted for both or that of a released model has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
     path, released = record.get("vae"), RELEASES_BY_NAME.get(model)
     moved = released is not None and released.vae is not None and not (path and Path(path).exists())
-    return None if moved or path == record.get("model") else _there("VAE", path)
+    return None if moved or path == record.get("model") else _require_existing("VAE", path)
 
 
-def _text_encoder(record: Mapping[str, Any]) -> Path | None:
+def _find_text_encoder(record: Mapping[str, Any]) -> Path | None:
     """Its folder; None, the model's own, where that of a released model has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
     path = record.get("text_encoder")
     if record.get("name") in RELEASES_BY_NAME and not (path and Path(path).exists()):
-        say(f"warning: the text encoder is no longer at {path}; the one that belongs to {record['name']} is taken")
+        print_stderr(
+            f"warning: the text encoder is no longer at {path}; the one that belongs to {record['name']} is taken"
+        )
         return None
-    return _there("text encoder", path)
+    return _require_existing("text encoder", path)
 
 
-def _there(what: str, path: str | None, otherwise: str = ", or name a model with --model") -> Path:
+def _require_existing(what: str, path: str | None, remedy: str = ", or name a model with --model") -> Path:
     if not path or not Path(path).exists():
-        raise CheckpointError(f"the {what} was {path}, which is no longer there. Put it back{otherwise}.")
+        raise CheckpointError(f"the {what} was {path}, which is no longer there. Put it back{remedy}.")
     return Path(path)

@@ -10,8 +10,8 @@ import typer
 
 from kadr.cli import run
 from kadr.cli.flags import options, parse
-from kadr.cli.terminal.errors import say
-from kadr.cli.terminal.progress import duration, shown
+from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.progress import format_duration, show_progress
 from kadr.errors import MediaError
 
 if TYPE_CHECKING:
@@ -33,25 +33,29 @@ SizeFlag = Annotated[
 ]
 Frames = Annotated[int | None, _flag("--frames", "N", "Frames of each clip, 8k+1; else as the recipe has it.")]
 Rank = Annotated[int, _flag("--rank", "N", "Rank of the LoRA: how much it can learn. [default: 32]")]
-Targets = Annotated[
+TargetModules = Annotated[
     str, _flag("--targets", "attention|attention+feed-forward|all", "The layers that change. [default: attention]")
 ]
 Steps = Annotated[int, _flag("--steps", "N", "Updates; a finished training goes on with more. [default: 1000]")]
 BatchSize = Annotated[int, _flag("--batch", "N", "Clips of an update. [default: 1]")]
-Rate = Annotated[float, _flag("--rate", "X", "How fast it learns. [default: 0.0002]")]
-Levels = Annotated[str, _flag("--levels", "shifted|uniform", "How noise levels are drawn. [default: shifted]")]
-FirstFrame = Annotated[float, _flag("--first-frame", "P", "Share of updates given the first frame. [default: 0.1]")]
-Dropout = Annotated[float, _flag("--caption-dropout", "P", "Share of captions that are left out. [default: 0]")]
+LearningRate = Annotated[float, _flag("--rate", "X", "How fast it learns. [default: 0.0002]")]
+SigmaSampling = Annotated[str, _flag("--levels", "shifted|uniform", "How noise levels are drawn. [default: shifted]")]
+FirstFrameConditioningP = Annotated[
+    float, _flag("--first-frame", "P", "Share of updates given the first frame. [default: 0.1]")
+]
+CaptionDropoutP = Annotated[float, _flag("--caption-dropout", "P", "Share of captions that are left out. [default: 0]")]
 References = Annotated[
     str,
     _flag(
         "--references", "off|files|canny", "Learn to follow NAME.reference.mp4 beside NAME.mp4, or the clip's edges."
     ),
 ]
-Validate = Annotated[list[str] | None, _flag("--validate", "PROMPT", "Make this on the way; may be given many times.")]
-Every = Annotated[int, _flag("--validate-every", "N", "Updates between two measurements. [default: 250]")]
+ValidationPrompts = Annotated[
+    list[str] | None, _flag("--validate", "PROMPT", "Make this on the way; may be given many times.")
+]
+ValidateEvery = Annotated[int, _flag("--validate-every", "N", "Updates between two measurements. [default: 250]")]
 SaveEvery = Annotated[int, _flag("--save-every", "N", "Updates between two saved states. [default: 100]")]
-Skip = Annotated[bool, _flag("--skip-broken", None, "Leave out clips that cannot be used, with a warning.")]
+SkipBroken = Annotated[bool, _flag("--skip-broken", None, "Leave out clips that cannot be used, with a warning.")]
 Quant = Annotated[str, _flag("--quant", "none|int8|fp8|Q8_0|...", "Hold the model's own weights in fewer bits.")]
 Device = Annotated[str, _flag("--device", "auto|cpu|cuda|mps", "Where to compute. [default: auto]")]
 Dtype = Annotated[str, _flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with. [default: auto]")]
@@ -67,18 +71,18 @@ def train_lora(
     size: SizeFlag = None,
     frames: Frames = None,
     rank: Rank = 32,
-    targets: Targets = "attention",
+    target_modules: TargetModules = "attention",
     steps: Steps = 1000,
-    batch: BatchSize = 1,
-    rate: Rate = 2e-4,
-    levels: Levels = "shifted",
-    first_frame: FirstFrame = 0.1,
-    caption_dropout: Dropout = 0.0,
+    batch_size: BatchSize = 1,
+    learning_rate: LearningRate = 2e-4,
+    sigma_sampling: SigmaSampling = "shifted",
+    first_frame_conditioning_p: FirstFrameConditioningP = 0.1,
+    caption_dropout_p: CaptionDropoutP = 0.0,
     references: References = "off",
-    validate: Validate = None,
-    validate_every: Every = 250,
+    validation_prompts: ValidationPrompts = None,
+    validate_every: ValidateEvery = 250,
     save_every: SaveEvery = 100,
-    skip_broken: Skip = False,
+    skip_broken: SkipBroken = False,
     quant: Quant = "none",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -100,22 +104,22 @@ def train_lora(
     engine = run.open_engine(model or "demo", device=device, dtype=dtype, **held)
     asked = {
         "rank": rank,
-        "targets": targets,
+        "targets": target_modules,
         "steps": steps,
-        "batch": batch,
-        "rate": rate,
-        "levels": levels,
-        "first_frame": first_frame,
-        "caption_dropout": caption_dropout,
+        "batch": batch_size,
+        "rate": learning_rate,
+        "levels": sigma_sampling,
+        "first_frame": first_frame_conditioning_p,
+        "caption_dropout": caption_dropout_p,
         "references": references,
         "seed": seed,
     }
-    training = _training(
+    training = _build_training(
         engine,
         folder,
         output,
         {"size": parse.size(size), "frames": frames, **asked},
-        prompts=tuple(validate or ()),
+        prompts=tuple(validation_prompts or ()),
         every=validate_every,
         save_every=save_every,
         skip_broken=skip_broken,
@@ -123,13 +127,13 @@ def train_lora(
     _run(training, as_json=json)
 
 
-def _training(engine: Engine, folder: Path, output: Path, asked: dict[str, Any], **more: Any) -> Training:
+def _build_training(engine: Engine, folder: Path, output: Path, settings: dict[str, Any], **more: Any) -> Training:
     from kadr.training.lora_training import Training
     from kadr.training.settings import TrainingSettings
 
-    size, frames = asked.pop("size") or engine.recipe.size, asked.pop("frames")
+    size, frames = settings.pop("size") or engine.recipe.size, settings.pop("frames")
     frames = engine.recipe.frames if frames is None else frames
-    return Training(engine, folder, output, TrainingSettings(size=size, frames=frames, **asked), **more)
+    return Training(engine, folder, output, TrainingSettings(size=size, frames=frames, **settings), **more)
 
 
 def _run(training: Training, *, as_json: bool) -> None:
@@ -137,20 +141,20 @@ def _run(training: Training, *, as_json: bool) -> None:
 
     began = time.monotonic()
     try:
-        with shown() as watch:
+        with show_progress() as watch:
             trained = training.run(watch)
     except KeyboardInterrupt:
-        say(f"what is done is in {training.work}; the same command goes on from there")
+        print_stderr(f"what is done is in {training.work}; the same command goes on from there")
         raise
-    _tell(trained, time.monotonic() - began, as_json=as_json)
+    _print_result(trained, time.monotonic() - began, as_json=as_json)
 
 
-def _tell(trained: Trained, seconds: float, *, as_json: bool) -> None:
+def _print_result(trained: Trained, seconds: float, *, as_json: bool) -> None:
     before = f", {trained.begun} of them before" if trained.begun else ""
     clips = "clip" if trained.examples == 1 else "clips"
     first = "" if trained.first is None else f"from {trained.first:.4f} "
-    say(
-        f"{trained.steps} steps on {trained.examples} {clips}{before}, in {duration(seconds)}; over fixed clips and "
+    print_stderr(
+        f"{trained.steps} steps on {trained.examples} {clips}{before}, in {format_duration(seconds)}; over fixed clips and "
         f"levels the loss went {first}to {trained.last:.4f}"
     )
     told = {

@@ -12,14 +12,14 @@ import typer
 from kadr.checkpoints import hub
 from kadr.checkpoints.verify import ABSENT, DAMAGED, UNVERIFIED, FileVerification, verify_files
 from kadr.cli.flags import options
-from kadr.cli.terminal.table import columns, in_words
+from kadr.cli.terminal.table import format_columns, format_si
 from kadr.errors import CheckpointError
 from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import PACKAGE_ROOT
 
 EPILOG = "Needs no network where the cache is made of links, as it is everywhere but on most Windows machines."
-CLOSE = 0.01  # the sizes that the registry states are right to within this share
-OPENS = "opens"  # the state of a file that came with kadr: the hub has no checksum for it
+SIZE_TOLERANCE = 0.01  # the sizes that the registry states are right to within this share
+READABLE = "opens"  # the state of a file that came with kadr: the hub has no checksum for it
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name that `kadr models` lists.", show_default=False)]
 
 
@@ -35,16 +35,16 @@ def verify(name: Name, as_json: options.Json = False) -> None:
 
     Those of its text encoder and upscaler too. Ends with 1 where one is damaged, or the model itself is not there.
     """
-    results = [result for entry in required_releases(find_release(name)) for result in checked(entry)]
+    results = [result for entry in required_releases(find_release(name)) for result in verify_entry(entry)]
     if as_json:
-        print(json.dumps({"name": name, "files": [_told(result) for result in results]}))
+        print(json.dumps({"name": name, "files": [_to_json(result) for result in results]}))
     else:
         rows = [("file", "of", "state"), *((file.name, entry.name, file.state) for entry, file in results)]
-        print("\n".join(columns(rows)))
-    require_whole(results, there=name)
+        print("\n".join(format_columns(rows)))
+    require_intact(results, required_name=name)
 
 
-def checked(entry: Release) -> Iterator[Result]:
+def verify_entry(entry: Release) -> Iterator[Result]:
     """Each file of an entry, compared with the hub's checksum; what came with kadr is opened instead.
 
     Raises:
@@ -52,52 +52,54 @@ def checked(entry: Release) -> Iterator[Result]:
     """
     if entry.repo is not None:
         return (Result(entry, file) for file in verify_files(entry.repo, entry.file_patterns))
-    return (Result(entry, file) for file in _opened(entry))
+    return (Result(entry, file) for file in _verify_bundled(entry))
 
 
-def require_whole(results: Sequence[Result], *, there: str = "") -> None:
+def require_intact(results: Sequence[Result], *, required_name: str = "") -> None:
     """Refuse what comparing has found to be damaged.
 
     Args:
-        there: the name of an entry, of which no file may be absent.
+        required_name: the name of an entry, of which no file may be absent.
 
     Raises:
         CheckpointError: a file is damaged, absent though it may not be, or could not be compared.
     """
-    if faults := [_fault(result) for result in results if result.file.state in (DAMAGED, UNVERIFIED)]:
+    if faults := [_describe_fault(result) for result in results if result.file.state in (DAMAGED, UNVERIFIED)]:
         raise CheckpointError(" ".join(faults))
-    if any(entry.name == there and file.state == ABSENT for entry, file in results):
-        raise CheckpointError(f"{there} is not on disk, or not all of it. `kadr models pull {there}` fetches it.")
+    if any(entry.name == required_name and file.state == ABSENT for entry, file in results):
+        raise CheckpointError(
+            f"{required_name} is not on disk, or not all of it. `kadr models pull {required_name}` fetches it."
+        )
 
 
-def size_of(entry: Release, place: Path) -> int:
+def bytes_on_disk(entry: Release, path: Path) -> int:
     """Bytes of an entry that is on disk."""
-    if place.is_file() or entry.repo is None:
-        return place.stat().st_size
+    if path.is_file() or entry.repo is None:
+        return path.stat().st_size
     return sum(
         path.stat().st_size for path in hub.list_cached(entry.repo, entry.file_patterns).values() if path.is_file()
     )
 
 
-def wrong_size(entry: Release, size: int) -> bool:
+def has_wrong_size(entry: Release, size: int) -> bool:
     """Whether so many bytes are not about those that the registry states."""
     stated = entry.size_bytes
-    return stated is not None and abs(size - stated) > CLOSE * stated
+    return stated is not None and abs(size - stated) > SIZE_TOLERANCE * stated
 
 
-def _opened(entry: Release) -> Iterator[FileVerification]:
+def _verify_bundled(entry: Release) -> Iterator[FileVerification]:
     from kadr.checkpoints.header import read_header
 
     file = PACKAGE_ROOT / entry.file
     beside = file.parent.glob("text_encoder/*.safetensors") if entry.kind == "model" else ()
     for path in (file, *sorted(beside)):
         read_header(path)
-        yield FileVerification(path.relative_to(file.parent).as_posix(), path, OPENS)
+        yield FileVerification(path.relative_to(file.parent).as_posix(), path, READABLE)
 
 
-def _fault(result: Result) -> str:
+def _describe_fault(result: Result) -> str:
     entry, file = result
-    size = _size_in_words(entry, file)
+    size = _describe_size(entry, file)
     again = f"Delete {file.path and file.path.resolve()} and run `kadr models pull {entry.name}`."
     if file.state == DAMAGED:
         what = f"its checksum is {file.actual_digest}, and the hub's is {file.expected_digest}"
@@ -110,15 +112,15 @@ def _fault(result: Result) -> str:
     )
 
 
-def _size_in_words(entry: Release, file: FileVerification) -> str:
+def _describe_size(entry: Release, file: FileVerification) -> str:
     """What is odd about the size of a file; nothing, where nothing is or where the registry does not know it."""
-    if file.path is None or len(entry.file_patterns) > 1 or not wrong_size(entry, size := file.path.stat().st_size):
+    if file.path is None or len(entry.file_patterns) > 1 or not has_wrong_size(entry, size := file.path.stat().st_size):
         return ""
     short = "cut short to" if size < (entry.size_bytes or 0) else "grown to"
-    return f"{short} {in_words(size)} of {in_words(entry.size_bytes or 0)} bytes"
+    return f"{short} {format_si(size)} of {format_si(entry.size_bytes or 0)} bytes"
 
 
-def _told(result: Result) -> dict[str, str | None]:
+def _to_json(result: Result) -> dict[str, str | None]:
     entry, file = result
     return {
         "of": entry.name,

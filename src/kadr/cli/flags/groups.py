@@ -31,7 +31,7 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
-def taking(flags: type[F]) -> Callable[[Callable[[str, F], None]], Callable[..., None]]:
+def with_flag_groups(flags: type[F]) -> Callable[[Callable[[str, F], None]], Callable[..., None]]:
     """Give a verb the flags of a dataclass of groups, each a dataclass of flags whose docstring is its title.
 
     The verb is called with its first argument and the filled dataclass; the parser sees one long signature.
@@ -46,7 +46,10 @@ def taking(flags: type[F]) -> Callable[[Callable[[str, F], None]], Callable[...,
             }
             verb(prompt, flags(**filled))
 
-        parameters = [_first(verb), *(parameter for group in groups.values() for parameter in _parameters(group))]
+        parameters = [
+            _first_parameter(verb),
+            *(parameter for group in groups.values() for parameter in _group_parameters(group)),
+        ]
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -54,13 +57,13 @@ def taking(flags: type[F]) -> Callable[[Callable[[str, F], None]], Callable[...,
     return wrap
 
 
-def _first(verb: Callable[..., None]) -> Parameter:
+def _first_parameter(verb: Callable[..., None]) -> Parameter:
     name = next(iter(signature(verb).parameters))
     hint = get_type_hints(verb, include_extras=True)[name]
     return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
 
 
-def _parameters(group: Any) -> list[Parameter]:
+def _group_parameters(group: Any) -> list[Parameter]:
     """The flags of a group, each told its section."""
     hints, title = get_type_hints(group, include_extras=True), (getdoc(group) or "").rstrip(".")
     made = []

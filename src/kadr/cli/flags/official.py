@@ -14,7 +14,7 @@ import typer
 from kadr.cli.flags.groups import GroupedCommand
 from kadr.request.inputs import CLIP_SUFFIXES
 
-RENAMED: Mapping[str, str] = {
+ALIASES: Mapping[str, str] = {
     "--num_frames": "--frames",
     "--frame_rate": "--fps",
     "--num_inference_steps": "--steps",
@@ -37,27 +37,34 @@ RENAMED: Mapping[str, str] = {
     "--timesteps": "--levels",
     "--tone_map_compression_ratio": "--tone-map",
 }
-SIDES = ("--width", "--height")
-MEDIA, STARTS, STRENGTHS = "--conditioning_media_paths", "--conditioning_start_frames", "--conditioning_strengths"
-OFFLOAD, STAGES = "--offload_to_cpu", ["--offload", "stages"]  # a switch, with or without a word for yes or no
+SIZE_FLAGS = ("--width", "--height")
+CONDITIONING_PATHS, CONDITIONING_FRAMES, CONDITIONING_STRENGTHS = (
+    "--conditioning_media_paths",
+    "--conditioning_start_frames",
+    "--conditioning_strengths",
+)
+OFFLOAD_TO_CPU, OFFLOAD_STAGES = (
+    "--offload_to_cpu",
+    ["--offload", "stages"],
+)  # a switch, with or without a word for yes or no
 MEDIA_FLAGS = ("--image", "--video")
 LORA, PROMPT = "--lora", "--prompt"
 # Between the parts of one --image, --video or --lora, and between prompts. The system ends every argument at this
 # character, so none of them holds it.
-JOINT = "\0"
-BOX = "box="
+SEPARATOR = "\0"
+BOX_PREFIX = "box="
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_MEANT = re.compile(r"[+-]?[\d.,]+%?|[+-]?(nan|inf)", re.IGNORECASE)  # a strength, by its looks
+_LIKE_A_STRENGTH = re.compile(r"[+-]?[\d.,]+%?|[+-]?(nan|inf)", re.IGNORECASE)  # a strength, by its looks
 
 
 class OfficialCommand(GroupedCommand):
     """A command that also takes the official names."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        return super().parse_args(ctx, translated(args))
+        return super().parse_args(ctx, translate_official(args))
 
 
-def translated(args: Sequence[str]) -> list[str]:
+def translate_official(args: Sequence[str]) -> list[str]:
     """The arguments in kadr's words; each --image, --video and --lora with what belongs to it joined to one.
 
     Raises:
@@ -75,46 +82,56 @@ def translated(args: Sequence[str]) -> list[str]:
             plain = rest
             break
         name, given, value = word.partition("=")
-        if given and name in {*RENAMED, OFFLOAD, *SIDES, MEDIA, STARTS, STRENGTHS, PROMPT, LORA, *MEDIA_FLAGS}:
+        if given and name in {
+            *ALIASES,
+            OFFLOAD_TO_CPU,
+            *SIZE_FLAGS,
+            CONDITIONING_PATHS,
+            CONDITIONING_FRAMES,
+            CONDITIONING_STRENGTHS,
+            PROMPT,
+            LORA,
+            *MEDIA_FLAGS,
+        }:
             rest.insert(0, value)
             word = name
-        if word == OFFLOAD:
-            ours += STAGES if _switched_on(rest) else []
-        elif word in SIDES:
-            sides[word] = _value(word, rest)
-        elif word in (MEDIA, STARTS, STRENGTHS):
-            lists[word] = _values(rest)
+        if word == OFFLOAD_TO_CPU:
+            ours += OFFLOAD_STAGES if _pop_switch(rest) else []
+        elif word in SIZE_FLAGS:
+            sides[word] = _pop_value(word, rest)
+        elif word in (CONDITIONING_PATHS, CONDITIONING_FRAMES, CONDITIONING_STRENGTHS):
+            lists[word] = _pop_values(rest)
         elif word == PROMPT:
-            prompts.append(_value(word, rest))
+            prompts.append(_pop_value(word, rest))
         elif word in MEDIA_FLAGS:
-            ours += [word, JOINT.join([_value(word, rest), *_numbers(rest), *_box(rest)])]
+            ours += [word, SEPARATOR.join([_pop_value(word, rest), *_pop_numbers(rest), *_pop_box(rest)])]
         elif word == LORA:
-            ours += [word, JOINT.join([_value(word, rest), *_numbers(rest)])]
-            _refuse_no_strength(rest)
+            ours += [word, SEPARATOR.join([_pop_value(word, rest), *_pop_numbers(rest)])]
+            _refuse_malformed_strength(rest)
         else:
-            ours.append(RENAMED.get(word, word))
+            ours.append(ALIASES.get(word, word))
     if prompts and plain:
         raise typer.BadParameter(
             f"a prompt is given as {plain[0]!r} too; give the one or the other.", param_hint=PROMPT
         )
-    last = [JOINT.join(prompts)] if prompts else plain
+    last = [SEPARATOR.join(prompts)] if prompts else plain
     return [*ours, *_size(sides), *_media(lists), *(["--", *last] if last else [])]
 
 
-def _value(name: str, rest: list[str]) -> str:
+def _pop_value(name: str, rest: list[str]) -> str:
     if not rest:
         raise typer.BadParameter("a value must follow.", param_hint=name)
     return rest.pop(0)
 
 
-def _switched_on(rest: list[str]) -> bool:
+def _pop_switch(rest: list[str]) -> bool:
     """Whether a switch is on; the word that says so is taken away."""
     if rest and rest[0].lower() in ("true", "false", "1", "0", "yes", "no"):
         return rest.pop(0).lower() in ("true", "1", "yes")
     return True
 
 
-def _values(rest: list[str]) -> list[str]:
+def _pop_values(rest: list[str]) -> list[str]:
     """What follows up to the next flag."""
     values = []
     while rest and not rest[0].startswith("--"):
@@ -122,7 +139,7 @@ def _values(rest: list[str]) -> list[str]:
     return values
 
 
-def _numbers(rest: list[str]) -> list[str]:
+def _pop_numbers(rest: list[str]) -> list[str]:
     """The frame and the strength, or the two strengths, where they follow."""
     numbers: list[str] = []
     while rest and len(numbers) < 2 and _NUMBER.fullmatch(rest[0]):
@@ -130,41 +147,41 @@ def _numbers(rest: list[str]) -> list[str]:
     return numbers
 
 
-def _refuse_no_strength(rest: list[str]) -> None:
+def _refuse_malformed_strength(rest: list[str]) -> None:
     """Refuse what was meant for a strength and is none: a prompt is no such word."""
-    if rest and _MEANT.fullmatch(rest[0]):
+    if rest and _LIKE_A_STRENGTH.fullmatch(rest[0]):
         raise typer.BadParameter(
             f"{rest[0]!r} is no strength: write PATH, a number such as 0.8 and, for a second pass, another.",
             param_hint=LORA,
         )
 
 
-def _box(rest: list[str]) -> list[str]:
+def _pop_box(rest: list[str]) -> list[str]:
     """The part of the picture that is covered, where it follows."""
-    return [rest.pop(0)] if rest and rest[0].startswith(BOX) else []
+    return [rest.pop(0)] if rest and rest[0].startswith(BOX_PREFIX) else []
 
 
 def _size(sides: Mapping[str, str]) -> list[str]:
     if not sides:
         return []
-    if len(sides) < len(SIDES):
+    if len(sides) < len(SIZE_FLAGS):
         raise typer.BadParameter("--width and --height go together. Or give --size WxH.", param_hint=next(iter(sides)))
-    return ["--size", "x".join(sides[side] for side in SIDES)]
+    return ["--size", "x".join(sides[side] for side in SIZE_FLAGS)]
 
 
 def _media(lists: Mapping[str, list[str]]) -> list[str]:
     """The three lists, item by item."""
     if not lists:
         return []
-    media, starts = lists.get(MEDIA, []), lists.get(STARTS, [])
-    strengths = lists.get(STRENGTHS, ["1.0"] * len(media))
+    media, starts = lists.get(CONDITIONING_PATHS, []), lists.get(CONDITIONING_FRAMES, [])
+    strengths = lists.get(CONDITIONING_STRENGTHS, ["1.0"] * len(media))
     if not len(media) == len(starts) == len(strengths):
         raise typer.BadParameter(
             f"{len(media)} media, {len(starts)} start frames and {len(strengths)} strengths; give one of each to each.",
-            param_hint=MEDIA,
+            param_hint=CONDITIONING_PATHS,
         )
     items = zip(media, starts, strengths, strict=True)
-    return [word for item in items for word in (_flag_for(item[0]), JOINT.join(item))]
+    return [word for item in items for word in (_flag_for(item[0]), SEPARATOR.join(item))]
 
 
 def _flag_for(path: str) -> str:

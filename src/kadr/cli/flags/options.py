@@ -18,9 +18,11 @@ Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to show, in 
 Model = Annotated[
     str | None, flag("--model", "NAME|PATH", "A name of `kadr models`, a .safetensors, a .gguf or a diffusers folder.")
 ]
-SameDevice = Annotated[str | None, flag("--device", "auto|cpu|cuda|mps", "Where to compute, if not as it was made.")]
-NewSeed = Annotated[int | None, flag("--seed", "N", "Another seed than the video was made with.")]
-Again = Annotated[Path | None, flag("--output", "PATH", "The .mp4 to write or replace; else a new name beside FILE.")]
+RerunDevice = Annotated[str | None, flag("--device", "auto|cpu|cuda|mps", "Where to compute, if not as it was made.")]
+RerunSeed = Annotated[int | None, flag("--seed", "N", "Another seed than the video was made with.")]
+RerunOutput = Annotated[
+    Path | None, flag("--output", "PATH", "The .mp4 to write or replace; else a new name beside FILE.")
+]
 Resume = Annotated[
     bool, flag("--resume", None, "Go on with a long video that was cut off: its finished windows are beside it.")
 ]
@@ -78,7 +80,7 @@ class WindowFlags:
     adain: Annotated[
         _Float, flag("--adain", "A", "How far each window's colours are moved to those of the first, 0 to 1.")
     ] = None
-    remember: Annotated[
+    anchor_strength: Annotated[
         _Float, flag("--remember", "S", "How firmly every window is shown the picture at frame 0; 0 does not.")
     ] = None
 
@@ -144,7 +146,7 @@ class ModelFlags:
             "and so on; auto does so where nothing else fits. [default: none]",
         ),
     ] = "none"
-    compiled: Annotated[
+    compile_transformer: Annotated[
         bool,
         flag("--compile", None, "Compile the transformer's layers, on CUDA: the first video waits a minute for it."),
     ] = False
@@ -175,9 +177,9 @@ class MediaFlags:
         flag("--control", "[KIND:]PATH[#A:B]", "A clip for an in-context LoRA to follow. KIND: canny, depth or pose."),
     ] = None
     input_video: Annotated[Path | None, flag("--input-video", "PATH", "Make the video from this one.")] = None
-    strength: Annotated[_Float, flag("--strength", "S", "How much of --input-video is made anew, between 0 and 1.")] = (
-        None
-    )
+    denoise_strength: Annotated[
+        _Float, flag("--strength", "S", "How much of --input-video is made anew, between 0 and 1.")
+    ] = None
     image_noise: Annotated[
         _Float, flag("--image-noise", "X", "Noise on pictures at each step, times level squared.")
     ] = None
@@ -191,7 +193,7 @@ class DenoisingFlags:
     """Denoising"""
 
     steps: Annotated[_Int, flag("--steps", "N", "Steps of denoising.")] = None
-    levels: Annotated[_Text, flag("--levels", "1.0,0.9,...", "Noise levels themselves, instead of --steps.")] = None
+    sigmas: Annotated[_Text, flag("--levels", "1.0,0.9,...", "Noise levels themselves, instead of --steps.")] = None
     skip_initial: Annotated[int, flag("--skip-initial", "N", "Leave out the first N noise levels.")] = 0
     skip_final: Annotated[int, flag("--skip-final", "N", "Leave out the last N noise levels.")] = 0
     stochastic: Annotated[
@@ -211,7 +213,7 @@ class GuidanceFlags:
     """Guidance; X,... is one value, or one for each level of --guidance-at"""
 
     guidance: Annotated[_Text, flag("--guidance", "X,...", "How far to go beyond the prompt; 1 is off.")] = None
-    guidance_at: Annotated[
+    guidance_sigmas: Annotated[
         _Text, flag("--guidance-at", "1.0,0.9,...", "The noise levels that lists are for, falling.")
     ] = None
     stg: Annotated[_Text, flag("--stg", "X,...", "Guidance away from disturbed blocks; 0 is off.")] = None
@@ -235,14 +237,14 @@ class GuidanceFlags:
 
 
 @dataclass(frozen=True)
-class SecondFlags:
+class SecondPassFlags:
     """The second pass"""
 
     multi_scale: Annotated[
         _Switch, flag("--multi-scale/--single-pass", None, "Make it smaller first, upscale, refine; or in one pass.")
     ] = None
     second_steps: Annotated[_Int, flag("--second-steps", "N", "Steps of the second pass.")] = None
-    second_levels: Annotated[_Text, flag("--second-levels", "0.9,0.7,...", "Its noise levels themselves.")] = None
+    second_sigmas: Annotated[_Text, flag("--second-levels", "0.9,0.7,...", "Its noise levels themselves.")] = None
     second_skip_initial: Annotated[_Int, flag("--second-skip-initial", "N", "Leave out its first N levels.")] = None
     second_guidance: Annotated[_Float, flag("--second-guidance", "X", "Its guidance.")] = None
     second_tone_map: Annotated[_Float, flag("--second-tone-map", "X", "Its tone map.")] = None
@@ -260,7 +262,7 @@ class DecodingFlags:
 
 
 @dataclass(frozen=True)
-class Flags:
+class GenerateFlags:
     """All that `kadr generate` takes, in the order of its help."""
 
     video: VideoFlags
@@ -271,12 +273,12 @@ class Flags:
     media: MediaFlags
     denoising: DenoisingFlags
     guidance: GuidanceFlags
-    second: SecondFlags
+    second_pass: SecondPassFlags
     decoding: DecodingFlags
 
 
 @dataclass(frozen=True)
-class ToldFlags:
+class PlanOutputFlags:
     """What comes out"""
 
     json: Json = False
@@ -288,10 +290,10 @@ class PlanFlags:
 
     video: VideoFlags
     windows: WindowFlags
-    output: ToldFlags
+    output: PlanOutputFlags
     model: ModelFlags
     media: MediaFlags
     denoising: DenoisingFlags
     guidance: GuidanceFlags
-    second: SecondFlags
+    second_pass: SecondPassFlags
     decoding: DecodingFlags

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from kadr.cli.terminal.table import columns, in_words
+from kadr.cli.terminal.table import format_columns, format_si
 from kadr.pipeline.dry_run import DryRun, DryRunComponent
 from kadr.request.inputs import Condition
 from kadr.request.passes import ResolvedPass
@@ -13,30 +13,30 @@ from kadr.request.windows import Windows
 from kadr.sampling.settings import ATTENTION_VALUES
 
 
-def told(run: DryRun, *, as_json: bool) -> str:
+def format_dry_run(dry_run: DryRun, *, as_json: bool) -> str:
     """All of it, as text or as one JSON object."""
-    return json.dumps(run.to_json()) if as_json else "\n".join(_lines(run))
+    return json.dumps(dry_run.to_json()) if as_json else "\n".join(_lines(dry_run))
 
 
 def _lines(run: DryRun) -> Iterator[str]:
-    yield from columns([*_parts(run), *_video(run), *_media(run), *_decoding(run)])
+    yield from format_columns([*_components(run), *_video(run), *_media(run), *_decoding(run)])
     for plan in run.passes:
         yield ""
         yield _headline(plan)
-        yield from columns(list(_steps(plan)))
+        yield from format_columns(list(_steps(plan)))
     yield ""
     yield f"The transformer is asked {run.evaluations} times."
 
 
-def _parts(run: DryRun) -> Iterator[tuple[str, str]]:
+def _components(run: DryRun) -> Iterator[tuple[str, str]]:
     for part in run.components:
-        yield part.role, f"{part.name}{_where(part)}{_strengths(part)}"
+        yield part.role, f"{part.name}{_disk_state(part)}{_strengths(part)}"
 
 
-def _where(part: DryRunComponent) -> str:
+def _disk_state(part: DryRunComponent) -> str:
     if part.path is not None:
         return ""
-    size = f": {in_words(part.size_bytes)} bytes to fetch" if part.size_bytes else ""
+    size = f": {format_si(part.size_bytes)} bytes to fetch" if part.size_bytes else ""
     return f", not on disk{size}"
 
 
@@ -80,14 +80,14 @@ def _media(run: DryRun) -> Iterator[tuple[str, str]]:
         strength = "" if request.denoise_strength is None else f", strength {request.denoise_strength:g}"
         yield "from video", f"{request.input_video}{strength}"
     for item in run.conditions:
-        yield "clip" if len(item.frames) > 1 else "picture", f"{item}{_held(item.condition)}"
+        yield "clip" if len(item.frames) > 1 else "picture", f"{item}{_strength_and_box(item.condition)}"
     for followed in run.controls:
         yield "control", f"{followed.control} (frames 0 to {len(followed.frames) - 1})"
     if run.conditions or request.input_video is not None:
         yield "pictures", f"through H.264 at quality {request.image_crf}, noise {request.image_noise:g}"
 
 
-def _held(condition: Condition) -> str:
+def _strength_and_box(condition: Condition) -> str:
     """How firmly a condition is held, and where, as far as that is not usual."""
     box = "" if condition.box is None else f", box {','.join(map(str, condition.box))}"
     return f", strength {condition.strength:g}{box}"
@@ -99,23 +99,31 @@ def _decoding(run: DryRun) -> Iterator[tuple[str, str]]:
     yield "decoding", f"at level {request.decode_timestep:g}, noise {request.decode_noise:g}{tone_map}"
 
 
-def _headline(plan: ResolvedPass) -> str:
-    grid, settings = plan.grid, plan.settings
+def _headline(resolved_pass: ResolvedPass) -> str:
+    grid, settings = resolved_pass.grid, resolved_pass.settings
     guidance = settings.guidance
     ways = {
         "fresh noise at every step": bool(settings.stochastic),
-        f"STG by {guidance.stg_mode or ATTENTION_VALUES}": any(step.stg_scale > 0 for step in plan.step_guidance),
-        "CFG*": bool(guidance.cfg_star) and plan.uses_cfg,
-        f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and plan.uses_cfg,
+        f"STG by {guidance.stg_mode or ATTENTION_VALUES}": any(
+            step.stg_scale > 0 for step in resolved_pass.step_guidance
+        ),
+        "CFG*": bool(guidance.cfg_star) and resolved_pass.uses_cfg,
+        f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and resolved_pass.uses_cfg,
     }
-    made = f"{plan.size}, {plan.frames} frames at {plan.fps:g} per second"
+    made = f"{resolved_pass.size}, {resolved_pass.frames} frames at {resolved_pass.fps:g} per second"
     latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.num_tokens} tokens"
-    which = f"pass {plan.number}" if plan.window_count == 1 else f"each of {plan.window_count} windows"
+    which = (
+        f"pass {resolved_pass.number}"
+        if resolved_pass.window_count == 1
+        else f"each of {resolved_pass.window_count} windows"
+    )
     return "; ".join([f"{which}: {made}", latents, *(way for way, taken in ways.items() if taken)])
 
 
-def _steps(plan: ResolvedPass) -> Iterator[tuple[str, ...]]:
+def _steps(resolved_pass: ResolvedPass) -> Iterator[tuple[str, ...]]:
     yield "step", "level", "guidance", "stg", "rescale", "blocks"
-    for number, (level, step) in enumerate(zip(plan.sigmas.tolist(), plan.step_guidance, strict=True), 1):
+    for number, (level, step) in enumerate(
+        zip(resolved_pass.sigmas.tolist(), resolved_pass.step_guidance, strict=True), 1
+    ):
         values = (f"{value:g}" for value in (level, step.cfg_scale, step.stg_scale, step.rescale))
         yield str(number), *values, ",".join(map(str, step.skip_blocks)) or "-"

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kadr.cli.terminal.errors import say
+from kadr.cli.terminal.errors import print_stderr
 from kadr.pipeline.progress import Progress, Watch
 
-EVERY = 5.0  # seconds between two lines where there is no terminal
-NAMES = {
+SECONDS_BETWEEN_LINES = 5.0  # seconds between two lines where there is no terminal
+STAGE_LABELS = {
     "text": "reading the prompt",
     "control": "making controls",
     "encode": "looking at pictures",
@@ -24,30 +24,30 @@ NAMES = {
 
 
 @contextmanager
-def shown() -> Iterator[Watch]:
+def show_progress() -> Iterator[Watch]:
     """A watcher that shows what it sees until the block ends."""
     if sys.stderr.isatty():
-        with _bars() as watch:
+        with _watch_in_bars() as watch:
             yield watch
     else:
-        yield lines()
+        yield watch_in_lines()
 
 
-def lines(clock: Callable[[], float] = time.monotonic) -> Watch:
+def watch_in_lines(clock: Callable[[], float] = time.monotonic) -> Watch:
     """Watch in plain lines: at the end of every stage, and every few seconds."""
     last = clock()
 
     def watch(progress: Progress) -> None:
         nonlocal last
-        if 0 < progress.step == progress.of or clock() - last >= EVERY:
+        if 0 < progress.step == progress.of or clock() - last >= SECONDS_BETWEEN_LINES:
             last = clock()
-            say(f"{_name(progress)}: {progress.step} of {progress.of}{_left(progress, ', ')}")
+            print_stderr(f"{_stage_label(progress)}: {progress.step} of {progress.of}{_time_left(progress, ', ')}")
 
     return watch
 
 
 @contextmanager
-def _bars() -> Iterator[Watch]:
+def _watch_in_bars() -> Iterator[Watch]:
     # Here, because rich takes as long to load as all of `kadr --help`.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
@@ -64,25 +64,25 @@ def _bars() -> Iterator[Watch]:
 
         def watch(progress: Progress) -> None:
             if progress.step == 0 or progress.stage not in tasks:
-                tasks[progress.stage] = bars.add_task(NAMES.get(progress.stage, progress.stage), left="")
-            left, name = _left(progress), _name(progress)
+                tasks[progress.stage] = bars.add_task(STAGE_LABELS.get(progress.stage, progress.stage), left="")
+            left, name = _time_left(progress), _stage_label(progress)
             bars.update(tasks[progress.stage], description=name, completed=progress.step, total=progress.of, left=left)
 
         yield watch
 
 
-def _name(progress: Progress) -> str:
-    name = NAMES.get(progress.stage, progress.stage)
+def _stage_label(progress: Progress) -> str:
+    name = STAGE_LABELS.get(progress.stage, progress.stage)
     return name if progress.window is None else "{}, window {} of {}".format(name, *progress.window)
 
 
-def _left(progress: Progress, before: str = "") -> str:
+def _time_left(progress: Progress, before: str = "") -> str:
     """How long the stage still takes, where that is known and not over."""
     known = progress.eta is not None and progress.step < progress.of
-    return f"{before}{duration(progress.eta or 0)} left" if known else ""
+    return f"{before}{format_duration(progress.eta or 0)} left" if known else ""
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Such as 0:07 or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

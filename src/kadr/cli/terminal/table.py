@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 
-def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def format_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Rows of equal length, aligned to the left, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def in_words(number: int) -> str:
+def format_si(number: int) -> str:
     """Such as 6.34 G or 420 M: three digits, powers of ten."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:

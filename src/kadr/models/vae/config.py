@@ -44,7 +44,7 @@ class BlockConfig:
 
     Args:
         kind: its name in the header.
-        layers: residual layers of a "res_x".
+        num_layers: residual layers of a "res_x".
         multiplier: channels out per channel in, seen in the encoder's direction.
         residual: a decoder's "compress_all" adds its input, re-arranged, to its output.
         inject_noise: the residual layers add noise of a learned strength per channel.

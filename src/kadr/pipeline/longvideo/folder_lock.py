@@ -10,18 +10,18 @@ from filelock import FileLock, Timeout
 
 from kadr.errors import MediaError, RequestError
 
-LOCK = ".lock"  # the system lets go of it when the process ends, however it does
+LOCK_FILE = ".lock"  # the system lets go of it when the process ends, however it does
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """The folder, made if it is not there, is this run's as long as the block runs.
 
     Raises:
         RequestError: another run works in it.
         MediaError: it cannot be made.
     """
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / LOCK_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -39,8 +39,8 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def cleared(folder: Path) -> None:
+def remove_lock(folder: Path) -> None:
     """Take away the claim of a folder, and the folder where nothing else is in it; a link to one stays."""
     with suppress(OSError):
-        (folder / LOCK).unlink(missing_ok=True)
+        (folder / LOCK_FILE).unlink(missing_ok=True)
         folder.rmdir()

@@ -21,29 +21,29 @@ from torch import Tensor
 
 from kadr.checkpoints.save import atomic_path, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
-from kadr.pipeline.longvideo.folder_lock import claimed, cleared
+from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock
 
-REQUEST = "request.json"
-HELD = "held"  # how the transformer is held and computed with: another way rounds otherwise
-_NAME, _LATENTS, _DIGEST = re.compile(r"window-(\d{4,})\.safetensors"), "latents", "sha256"
-_SAID = 3  # differences that are named
+REQUEST_FILE = "request.json"
+EXECUTION = "held"  # how the transformer is held and computed with: another way rounds otherwise
+_FILE_NAME, _LATENTS, _DIGEST = re.compile(r"window-(\d{4,})\.safetensors"), "latents", "sha256"
+_MAX_DIFFERENCES = 3  # differences that are named
 
 
-def kept_in(folder: Path) -> list[int]:
+def finished_windows(folder: Path) -> list[int]:
     """The numbers of the windows that are there, from 0."""
     files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-    found = (_NAME.fullmatch(file.name) for file in files)
+    found = (_FILE_NAME.fullmatch(file.name) for file in files)
     return sorted(int(name[1]) - 1 for name in found if name is not None)
 
 
-def begun_with(folder: Path, words: str) -> tuple[str, str | None] | None:
+def stored_prompt(folder: Path, prompt: str) -> tuple[str, str | None] | None:
     """The prompt that a video was begun with, and the words it was enhanced from; None where that were other words."""
     try:
-        request = json.loads((folder / REQUEST).read_text("utf-8"))["request"]
+        request = json.loads((folder / REQUEST_FILE).read_text("utf-8"))["request"]
         prompt, original = request["prompt"], request["original_prompt"]
     except (OSError, ValueError, LookupError, TypeError):
         return None  # what is wrong with the folder is said when it is opened
-    return (prompt, original) if words == (prompt if original is None else original) else None
+    return (prompt, original) if prompt == (prompt if original is None else original) else None
 
 
 def check_resumable(folder: Path, *, resume: bool) -> None:
@@ -52,20 +52,20 @@ def check_resumable(folder: Path, *, resume: bool) -> None:
     Raises:
         RequestError: with the way out.
     """
-    kept, there = kept_in(folder), (folder / REQUEST).is_file()
+    kept, there = finished_windows(folder), (folder / REQUEST_FILE).is_file()
     if kept and not there:
         raise RequestError(
-            f"{folder} holds {_windows(kept)} and no {REQUEST} that says of what. Delete it, or name another --output."
+            f"{folder} holds {_count_windows(kept)} and no {REQUEST_FILE} that says of what. Delete it, or name another --output."
         )
     if kept and not resume:
         raise RequestError(
-            f"{folder} holds {_windows(kept)} of a video that was not finished. Go on with it with --resume, delete "
+            f"{folder} holds {_count_windows(kept)} of a video that was not finished. Go on with it with --resume, delete "
             "the folder, or name another --output."
         )
 
 
-def _windows(kept: Sequence[int]) -> str:
-    return f"{len(kept)} finished {'window' if len(kept) == 1 else 'windows'}"
+def _count_windows(indices: Sequence[int]) -> str:
+    return f"{len(indices)} finished {'window' if len(indices) == 1 else 'windows'}"
 
 
 class WindowFolder:
@@ -73,11 +73,11 @@ class WindowFolder:
 
     Args:
         folder: exists, and is of this video.
-        kept: the numbers of those that are finished.
+        indices: the numbers of those that are finished.
     """
 
-    def __init__(self, folder: Path, kept: Collection[int] = ()) -> None:
-        self.folder, self._kept = folder, set(kept)
+    def __init__(self, folder: Path, indices: Collection[int] = ()) -> None:
+        self.folder, self._indices = folder, set(indices)
 
     @classmethod
     @contextmanager
@@ -96,38 +96,38 @@ class WindowFolder:
             CheckpointError: it cannot be written or read.
         """
         identity = json.loads(json.dumps(identity))
-        with claimed(folder):
+        with lock_folder(folder):
             opened = cls(folder)
             try:
                 check_resumable(folder, resume=resume)
-                if kept_in(folder):
+                if finished_windows(folder):
                     _check_same(folder, identity)
-                    opened = cls(folder, _whole(folder, shapes))
+                    opened = cls(folder, _intact_windows(folder, shapes))
                 else:
-                    _warn_begun(folder, resume=resume)
-                    with atomic_path(folder / REQUEST) as part:
+                    _warn_nothing_to_resume(folder, resume=resume)
+                    with atomic_path(folder / REQUEST_FILE) as part:
                         part.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
                 yield opened
             finally:
-                if not kept_in(folder):  # nothing that could be gone on with
-                    (folder / REQUEST).unlink(missing_ok=True)
-                    cleared(folder)
+                if not finished_windows(folder):  # nothing that could be gone on with
+                    (folder / REQUEST_FILE).unlink(missing_ok=True)
+                    remove_lock(folder)
 
-    def has(self, number: int) -> bool:
-        return number in self._kept
+    def has(self, index: int) -> bool:
+        return index in self._indices
 
-    def keep(self, number: int, latents: Tensor) -> None:
+    def store(self, index: int, latents: Tensor) -> None:
         """Raises: CheckpointError: it cannot be written."""
         latents = latents.float().contiguous()
         metadata = {_DIGEST: _digest(latents)}
         write_tensors(
-            _file(self.folder, number), {_LATENTS: latents}, dtype=torch.float32, metadata=metadata, fsync=True
+            _window_file(self.folder, index), {_LATENTS: latents}, dtype=torch.float32, metadata=metadata, fsync=True
         )
-        self._kept.add(number)
+        self._indices.add(index)
 
-    def read(self, number: int) -> Tensor:
+    def read(self, index: int) -> Tensor:
         """Raises: CheckpointError: the file is gone or damaged."""
-        file = _file(self.folder, number)
+        file = _window_file(self.folder, index)
         try:
             return load_file(file)[_LATENTS].clone()  # not the file's own memory: it is to be deleted
         except (OSError, KeyError, SafetensorError) as error:
@@ -137,22 +137,22 @@ class WindowFolder:
 
     def remove(self) -> None:
         """Everything that was kept."""
-        for number in kept_in(self.folder):
-            _file(self.folder, number).unlink()
-        self._kept.clear()
+        for number in finished_windows(self.folder):
+            _window_file(self.folder, number).unlink()
+        self._indices.clear()
 
 
-def _warn_begun(folder: Path, *, resume: bool) -> None:
+def _warn_nothing_to_resume(folder: Path, *, resume: bool) -> None:
     if resume:
         warnings.warn(f"there is nothing to go on with in {folder}; the video is begun.", KadrWarning, stacklevel=5)
 
 
-def _whole(folder: Path, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+def _intact_windows(folder: Path, shapes: Sequence[tuple[int, ...]]) -> list[int]:
     """The windows that can be gone on with; what else is called so is deleted."""
     whole = []
-    for number in kept_in(folder):
-        file = _file(folder, number)
-        wrong = "there is no such window" if number >= len(shapes) else _wrong(file, shapes[number])
+    for number in finished_windows(folder):
+        file = _window_file(folder, number)
+        wrong = "there is no such window" if number >= len(shapes) else _find_damage(file, shapes[number])
         if wrong is None:
             whole.append(number)
             continue
@@ -165,7 +165,7 @@ def _whole(folder: Path, shapes: Sequence[tuple[int, ...]]) -> list[int]:
     return whole
 
 
-def _wrong(file: Path, shape: tuple[int, ...]) -> str | None:
+def _find_damage(file: Path, shape: tuple[int, ...]) -> str | None:
     """What is wrong with a window's file; None where nothing is."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -181,8 +181,8 @@ def _digest(latents: Tensor) -> str:
     return hashlib.sha256(latents.numpy().tobytes()).hexdigest()
 
 
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"window-{number + 1:04}.safetensors"
+def _window_file(folder: Path, index: int) -> Path:
+    return folder / f"window-{index + 1:04}.safetensors"
 
 
 def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -192,7 +192,7 @@ def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
         RequestError: with what differs.
         CheckpointError: what is kept cannot be read.
     """
-    file = folder / REQUEST
+    file = folder / REQUEST_FILE
     try:
         known = json.loads(file.read_text("utf-8"))
         if not isinstance(known, dict):
@@ -200,25 +200,25 @@ def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}. Delete {folder} and begin anew.") from error
     differences = list(_differences(known, identity))
-    if held := [line for name, line in differences if name == HELD]:
+    if held := [line for name, line in differences if name == EXECUTION]:
         warnings.warn(
             f"the transformer is held in another way than before: {held[0]}. The rest may be rounded differently.",
             KadrWarning,
             stacklevel=3,
         )
-    if others := [f"{name} is {line}" for name, line in differences if name != HELD]:
-        more = f" and {len(others) - _SAID} more" if len(others) > _SAID else ""
+    if others := [f"{name} is {line}" for name, line in differences if name != EXECUTION]:
+        more = f" and {len(others) - _MAX_DIFFERENCES} more" if len(others) > _MAX_DIFFERENCES else ""
         raise RequestError(
-            f"{folder} is of another video: {'; '.join(others[:_SAID])}{more}. Ask for the same again, delete the "
+            f"{folder} is of another video: {'; '.join(others[:_MAX_DIFFERENCES])}{more}. Ask for the same again, delete the "
             "folder, or name another --output."
         )
 
 
-def _differences(known: Any, asked: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def _differences(stored: Any, requested: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """What differs: its name, and what it is there and here."""
-    if isinstance(known, dict) and isinstance(asked, dict):
-        for key in dict.fromkeys((*known, *asked)):
+    if isinstance(stored, dict) and isinstance(requested, dict):
+        for key in dict.fromkeys((*stored, *requested)):
             inner = key if name in ("", "request") else f"{name}.{key}"
-            yield from _differences(known.get(key), asked.get(key), inner)
-    elif known != asked:
-        yield name, f"{known!r} there and {asked!r} now"
+            yield from _differences(stored.get(key), requested.get(key), inner)
+    elif stored != requested:
+        yield name, f"{stored!r} there and {requested!r} now"

@@ -13,7 +13,7 @@ from kadr.media.postprocess import crop_margins, denormalize, resize_frames, to_
 from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
-from kadr.pipeline.longvideo.sampling import Pieces, rechunked
+from kadr.pipeline.longvideo.sampling import WindowedLatents, rechunk
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_frames_in_fp32, retry_frames_on_oom
 from kadr.request.passes import ResolvedPass, window_stream_name
@@ -25,32 +25,34 @@ from kadr.shapes import LatentGrid, Size
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodeStage:
     """What the frames of one request are made with.
 
     Args:
         request: nothing in it is open that has a default.
-        plan: of the last pass.
+        last_pass: of the last pass.
         spans: the windows of a long video; () of any other.
     """
 
     components: Components
     request: Request
-    plan: ResolvedPass
+    last_pass: ResolvedPass
     spans: tuple[Span, ...]
-    noise: NoiseStreams
+    noise_streams: NoiseStreams
     watch: Watch
 
-    def frames(self, latents: Tensor | Pieces, noise: Tensor | None) -> Iterator[Tensor]:
+    def decode(self, latents: Tensor | WindowedLatents, noise: Tensor | None) -> Iterator[Tensor]:
         """uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked, of latents (1, C, f, h, w).
 
         Args:
             noise: shaped as the latents, instead of the seed's, for decoders that take noise.
         """
-        run = retry_frames_on_oom(self.components, "decode", partial(self._decoded, latents, noise))
+        run = retry_frames_on_oom(self.components, "decode", partial(self._decode, latents, noise))
         yield from retry_frames_in_fp32("decode", self.components.stage_dtype("decode"), run)
 
-    def _decoded(self, latents: Tensor | Pieces, noise: Tensor | None, dtype: torch.dtype | None) -> Iterator[Tensor]:
+    def _decode(
+        self, latents: Tensor | WindowedLatents, noise: Tensor | None, dtype: torch.dtype | None
+    ) -> Iterator[Tensor]:
         """As `frames`; dtype: to compute in, instead of the plan's."""
         components, request = self.components, self.request
         assert isinstance(request.size, Size)
@@ -59,14 +61,16 @@ class Decoding:
         made, done = request.size.snap(), 0
         own = dtype or components.stage_dtype("decode")
         with components.vae_decoder(dtype) as vae:
-            conditioned, injected = vae.config.timestep_conditioning, _Injection(self.noise)
+            conditioned, injected = vae.config.timestep_conditioning, _InjectedNoise(self.noise_streams)
             level = None
             if conditioned:
                 assert request.decode_timestep is not None
                 level = torch.full((1,), request.decode_timestep, device=components.device)
             handed = components.placement("decode").chunk_frames or CHUNK_FRAMES
-            chunks = rechunked((part.to(own) for part in self._noised(latents, noise, mixed=conditioned)), handed)
-            count = LatentGrid.for_video(self.plan.size, self.plan.frames).frames
+            chunks = rechunk(
+                (part.to(own) for part in self._prepare_latents(latents, noise, add_noise=conditioned)), handed
+            )
+            count = LatentGrid.for_video(self.last_pass.size, self.last_pass.frames).frames
             for chunk in vae.decode_chunks(chunks, count, timestep=level, noise_source=injected, chunk_frames=handed):
                 watchman.check(chunk, f"frame {done + 1} of {request.frames}")
                 unit = crop_margins(resize_frames(denormalize(chunk[0]), made), request.size)
@@ -77,27 +81,33 @@ class Decoding:
                     yield frames
                     stage.report(done)
 
-    def _noised(self, latents: Tensor | Pieces, noise: Tensor | None, *, mixed: bool) -> Iterator[Tensor]:
+    def _prepare_latents(
+        self, latents: Tensor | WindowedLatents, noise: Tensor | None, *, add_noise: bool
+    ) -> Iterator[Tensor]:
         """The latents, tone mapped, with the noise mixed in that the decoder may expect; those of each window apart."""
-        share, pressed = self.request.decode_noise, self.plan.settings.tone_map
+        share, pressed = self.request.decode_noise, self.last_pass.settings.tone_map
         assert share is not None
         assert pressed is not None
         for number, part in enumerate([latents] if isinstance(latents, Tensor) else latents):
             part = part.to(self.components.device)
-            if mixed:
-                own = self.noise.draw(window_stream_name("decode", number), part.shape) if noise is None else noise
+            if add_noise:
+                own = (
+                    self.noise_streams.draw(window_stream_name("decode", number), part.shape)
+                    if noise is None
+                    else noise
+                )
                 if noise is not None and self.spans:
                     own = noise[:, :, (start := self.spans[number].output_start) : start + part.shape[2]]
                 part = (1 - share) * part + share * own.to(part)
             yield tone_map(part, pressed)
 
 
-class _Injection:
+class _InjectedNoise:
     """Noise for the places where a decoder injects it, one stream each, in the order they come up."""
 
-    def __init__(self, noise: NoiseStreams) -> None:
-        self.noise, self.count = noise, 0
+    def __init__(self, noise_streams: NoiseStreams) -> None:
+        self.noise_streams, self.count = noise_streams, 0
 
     def __call__(self, shape: tuple[int, ...]) -> Tensor:
         self.count += 1
-        return self.noise.draw(f"injection {self.count}", shape)
+        return self.noise_streams.draw(f"injection {self.count}", shape)

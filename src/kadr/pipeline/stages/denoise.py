@@ -17,7 +17,7 @@ from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import Guide
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
-from kadr.pipeline.stages.encode import Encoded
+from kadr.pipeline.stages.encode import EncodedInputs
 from kadr.pipeline.stages.prepared_conditions import apply_condition
 from kadr.request.passes import ResolvedPass, noise_stream_name
 from kadr.request.request import Request
@@ -34,107 +34,135 @@ from kadr.spec.model import PASS_STAGES
 
 
 @dataclass(frozen=True)
-class Denoising:
+class DenoiseStage:
     """What the passes of one request are sampled with.
 
     Args:
         request: nothing in it is open that has a default.
-        downscale: how many times smaller than the video its references are.
+        reference_downscale: how many times smaller than the video its references are.
     """
 
     components: Components
     request: Request
-    noise: NoiseStreams
+    noise_streams: NoiseStreams
     watch: Watch
-    downscale: int = 1
+    reference_downscale: int = 1
 
-    def sampled(
+    def denoise_pass(
         self,
-        plan: ResolvedPass,
-        begun: Tensor,
-        media: Encoded,
-        texts: Sequence[PromptEmbeddings],
+        resolved_pass: ResolvedPass,
+        noisy_latents: Tensor,
+        encoded_inputs: EncodedInputs,
+        prompt_embeddings: Sequence[PromptEmbeddings],
         guides: Sequence[Guide] = (),
     ) -> Tensor:
         """The latents at the end of a pass or window, from those at its first level.
 
         Args:
-            begun: (1, C, f, h, w).
-            texts: of the prompt and, where guidance needs it, the negative prompt.
+            noisy_latents: (1, C, f, h, w).
+            prompt_embeddings: of the prompt and, where guidance needs it, the negative prompt.
             guides: of a window.
         """
-        state, stage = self._conditioned(plan, begun, media, guides), PASS_STAGES[plan.number - 1]
+        state, stage = (
+            self._build_state(resolved_pass, noisy_latents, encoded_inputs, guides),
+            PASS_STAGES[resolved_pass.number - 1],
+        )
         run = retry_on_oom(
-            self.components, stage, partial(self._denoised, plan, state, self._context(plan, media), texts)
+            self.components,
+            stage,
+            partial(
+                self._denoise,
+                resolved_pass,
+                state,
+                self._build_reference_tokens(resolved_pass, encoded_inputs),
+                prompt_embeddings,
+            ),
         )
         return retry_in_fp32(stage, self.components.stage_dtype(stage), run).latents()
 
-    def _causal(self, plan: ResolvedPass) -> bool:
-        return self.components.transformer_config_of(plan.number - 1).causal_temporal_positioning
+    def _has_causal_positions(self, resolved_pass: ResolvedPass) -> bool:
+        return self.components.transformer_config_of(resolved_pass.number - 1).causal_temporal_positioning
 
-    def _conditioned(self, plan: ResolvedPass, latents: Tensor, media: Encoded, guides: Sequence[Guide]) -> LatentState:
-        causal = self._causal(plan)
-        state = LatentState.from_latents(latents, token_positions(plan.grid, fps=plan.fps, causal=causal), plan.grid)
-        for index, (item, held) in enumerate(media.items):
-            name = noise_stream_name(plan, f"keyframe {index}")
-            state = apply_condition(state, item, held, plan, causal=causal, draw_noise=partial(self.noise.draw, name))
+    def _build_state(
+        self, resolved_pass: ResolvedPass, latents: Tensor, encoded_inputs: EncodedInputs, guides: Sequence[Guide]
+    ) -> LatentState:
+        causal = self._has_causal_positions(resolved_pass)
+        state = LatentState.from_latents(
+            latents, token_positions(resolved_pass.grid, fps=resolved_pass.fps, causal=causal), resolved_pass.grid
+        )
+        for index, (item, held) in enumerate(encoded_inputs.conditions):
+            name = noise_stream_name(resolved_pass, f"keyframe {index}")
+            state = apply_condition(
+                state, item, held, resolved_pass, causal=causal, draw_noise=partial(self.noise_streams.draw, name)
+            )
         for guide in guides:
-            draw = partial(self.noise.draw, noise_stream_name(plan, guide.name))
-            state = guide.shown(state, plan, causal=causal, draw=draw)
+            draw = partial(self.noise_streams.draw, noise_stream_name(resolved_pass, guide.name))
+            state = guide.append_to(state, resolved_pass, causal=causal, draw=draw)
         return state
 
-    def _context(self, plan: ResolvedPass, media: Encoded) -> ReferenceTokens | None:
-        if not media.references:
+    def _build_reference_tokens(
+        self, resolved_pass: ResolvedPass, encoded_inputs: EncodedInputs
+    ) -> ReferenceTokens | None:
+        if not encoded_inputs.reference_latents:
             return None
         return ReferenceTokens.from_latents(
-            media.references, fps=plan.fps, causal=self._causal(plan), downscale=self.downscale
+            encoded_inputs.reference_latents,
+            fps=resolved_pass.fps,
+            causal=self._has_causal_positions(resolved_pass),
+            downscale=self.reference_downscale,
         )
 
-    def _denoised(
+    def _denoise(
         self,
-        plan: ResolvedPass,
+        resolved_pass: ResolvedPass,
         state: LatentState,
-        context: ReferenceTokens | None,
-        texts: Sequence[PromptEmbeddings],
+        reference_tokens: ReferenceTokens | None,
+        prompt_embeddings: Sequence[PromptEmbeddings],
         dtype: torch.dtype | None,
     ) -> LatentState:
-        number, count, device = plan.number - 1, len(plan.sigmas), self.components.device
+        number, count, device = resolved_pass.number - 1, len(resolved_pass.sigmas), self.components.device
         name, watchman = PASS_STAGES[number], FiniteCheck.for_device(device)
         own = dtype or self.components.stage_dtype(name)
         assert self.request.image_noise is not None
         with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
-            rope = transformer.compute_rope(_positions(state, context)[None].to(device))
-            long = (plan.window_index + 1, plan.window_count) if plan.window_count > 1 else None
-            stage = StageProgress(name, plan.total_steps or count, self.watch, plan.steps_before, long)
+            rope = transformer.compute_rope(_all_positions(state, reference_tokens)[None].to(device))
+            long = (
+                (resolved_pass.window_index + 1, resolved_pass.window_count) if resolved_pass.window_count > 1 else None
+            )
+            stage = StageProgress(
+                name, resolved_pass.total_steps or count, self.watch, resolved_pass.steps_before, long
+            )
 
             def watch(index: int, now: Tensor, state: LatentState) -> None:
-                place = f" of window {plan.window_index + 1}" if plan.window_count > 1 else ""
+                place = f" of window {resolved_pass.window_index + 1}" if resolved_pass.window_count > 1 else ""
                 watchman.check(state.tokens, f"step {index + 1} of {count}{place}")
-                stage.report(index + 1, float(plan.sigmas[index]))  # not `now`, which lies on the device
+                stage.report(index + 1, float(resolved_pass.sigmas[index]))  # not `now`, which lies on the device
 
-            read = [text._replace(embeddings=text.embeddings.to(own)) for text in texts]
+            read = [text._replace(embeddings=text.embeddings.to(own)) for text in prompt_embeddings]
             state = denoise(
-                self._estimate(plan, transformer, rope, context, read),
+                self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, read),
                 state,
-                plan.sigmas.to(device),
-                step=stochastic_step(self._step_noise(plan, "stochastic")) if plan.settings.stochastic else euler_step,
-                prepare=add_image_noise(self.request.image_noise, self._step_noise(plan, "condition")),
+                resolved_pass.sigmas.to(device),
+                step=stochastic_step(self._step_noise(resolved_pass, "stochastic"))
+                if resolved_pass.settings.stochastic
+                else euler_step,
+                prepare=add_image_noise(self.request.image_noise, self._step_noise(resolved_pass, "condition")),
                 watch=watch,
             )
             watchman.synchronize()
         return state
 
-    def _estimate(
+    def _build_denoiser(
         self,
-        plan: ResolvedPass,
+        resolved_pass: ResolvedPass,
         transformer: Transformer,
         rope: Rope,
-        context: ReferenceTokens | None,
-        texts: Sequence[PromptEmbeddings],
+        reference_tokens: ReferenceTokens | None,
+        prompt_embeddings: Sequence[PromptEmbeddings],
     ) -> Denoiser:
-        dtype = texts[0].embeddings.dtype
+        dtype = prompt_embeddings[0].embeddings.dtype
         caching = self.request.step_cache
-        cached = None if caching is None else PassCache(caching, plan.step_guidance)
+        cached = None if caching is None else PassCache(caching, resolved_pass.step_guidance)
         readings: dict[int, TextKVCache] = {}  # by the identity of texts, which are there as long as the steps are
 
         def model(
@@ -143,8 +171,8 @@ class Denoising:
             if id(text) not in readings:
                 readings[id(text)] = transformer.project_text(*text)
             count = tokens.shape[1]
-            if context is not None:
-                tokens, level = context.append_to(tokens, level)
+            if reference_tokens is not None:
+                tokens, level = reference_tokens.append_to(tokens, level)
             arguments = (tokens.to(dtype), rope, readings[id(text)], None, level)
             how: dict[str, Any] = {} if cached is None else {"cache": cached.residual_cache(id(text))}
             if disturb is None:
@@ -152,31 +180,31 @@ class Denoising:
             said, disturbed = transformer.forward_with_perturbed(*arguments, **disturb._asdict() | how)
             return said[:, :count], disturbed[:, :count]
 
-        text, negative = (*texts, None)[:2]
+        text, negative = (*prompt_embeddings, None)[:2]
         assert text is not None
         together = self.request.guidance_batch
         estimate = guided_denoiser(
-            model, text, negative, plan.settings.guidance, plan.step_guidance, guidance_batch=together
+            model, text, negative, resolved_pass.settings.guidance, resolved_pass.step_guidance, guidance_batch=together
         )
         return estimate if cached is None else cached.wrap(estimate)
 
-    def _step_noise(self, plan: ResolvedPass, name: str) -> StepNoise:
-        return StepNoise(self.noise, noise_stream_name(plan, name))
+    def _step_noise(self, resolved_pass: ResolvedPass, name: str) -> StepNoise:
+        return StepNoise(self.noise_streams, noise_stream_name(resolved_pass, name))
 
 
 @dataclass(frozen=True)
 class StepNoise:
     """Noise for each step of a sampling, one stream each."""
 
-    noise: NoiseStreams
-    name: str
+    noise_streams: NoiseStreams
+    stream_name: str
 
     def __call__(self, index: int, shape: torch.Size) -> Tensor:
-        return self.noise.draw(f"{self.name} {index}", shape)
+        return self.noise_streams.draw(f"{self.stream_name} {index}", shape)
 
 
-def _positions(state: LatentState, context: ReferenceTokens | None) -> Tensor:
+def _all_positions(state: LatentState, reference_tokens: ReferenceTokens | None) -> Tensor:
     """Of all that the network sees, (3, N+M)."""
-    if context is None:
+    if reference_tokens is None:
         return state.positions
-    return torch.cat([state.positions, context.positions.to(state.positions)], dim=1)
+    return torch.cat([state.positions, reference_tokens.positions.to(state.positions)], dim=1)

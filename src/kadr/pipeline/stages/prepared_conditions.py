@@ -62,7 +62,7 @@ class PreparedFrames:
         return LatentGrid.for_video(self.sampled_size, len(self.frames))
 
     def chunks(self, chunk_frames: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-        """`count` pictures at a time, the last ones perhaps fewer: (1, 3, n, H, W) in [-1, 1].
+        """`chunk_frames` pictures at a time, the last ones perhaps fewer: (1, 3, n, H, W) in [-1, 1].
 
         Raises:
             MediaError: a file was changed since it was opened.
@@ -220,7 +220,7 @@ def apply_condition(
     """The state with a condition in it.
 
     Args:
-        latents: (1, C, n, h, w), normalised, of `item.pixels`.
+        latents: (1, C, n, h, w), normalised, of `condition.pixels`.
         draw_noise: noise for latents that become tokens of their own.
     """
     strength, start = condition.resolved_condition.condition.strength, condition.resolved_condition.start_frame

@@ -48,7 +48,7 @@ class PreparedControl:
         return LatentGrid.for_video(self.reference_size, len(self.frame_indices))
 
     def chunks(self, chunk_frames: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-        """`count` pictures at a time, the last ones perhaps fewer: (1, 3, n, H, W) in [-1, 1].
+        """`chunk_frames` pictures at a time, the last ones perhaps fewer: (1, 3, n, H, W) in [-1, 1].
 
         Raises:
             MediaError: a file was changed since it was opened.
@@ -71,7 +71,7 @@ def prepare_control(
     """A control for one pass or window; every second frame of it, where the pass makes only those.
 
     Args:
-        downscale: how many times smaller than the video the references of the LoRA are.
+        reference_downscale: how many times smaller than the video the references of the LoRA are.
 
     Raises:
         RequestError: the sides of the pass cannot be divided so.
