@@ -12,31 +12,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.peers import PEERS, entrants
-from kadr.bench.benchmark import run
-from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS, Clip, Selection
-from kadr.bench.text_report import lines
+from benchmarks.peers import PEERS, contender_factories
+from kadr.bench.benchmark import run_benchmark
+from kadr.bench.cases import DEFAULT_VARIANTS, MODELS, SCHEDULES, STAGES, VARIANTS, VIDEO_SHAPES, Selection, VideoShape
+from kadr.bench.text_report import report_lines
 from kadr.errors import KadrError
 from kadr.kernels.cpu.malloc import tune_malloc
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def several(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     return text.split(",")
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
 
     def listed(name: str, known: Sequence[object], default: Sequence[str]) -> None:
-        made.add_argument(name, type=several, default=list(default), metavar=",".join(map(str, known)))
+        made.add_argument(name, type=split_commas, default=list(default), metavar=",".join(map(str, known)))
 
     listed("--model", MODELS, ("demo",))
-    listed("--size", CLIPS, ())
+    listed("--size", VIDEO_SHAPES, ())
     listed("--stage", STAGES, STAGES)
     listed("--schedule", tuple(SCHEDULES), ("8",))
-    listed("--way", tuple(WAYS), USUAL_WAYS)
+    listed("--way", tuple(VARIANTS), DEFAULT_VARIANTS)
     listed("--peer", tuple(PEERS), tuple(PEERS))
     made.add_argument("--layers", type=int, help="only so many of a random model's transformer and text encoder")
     made.add_argument("--rounds", type=int, default=5)
@@ -51,41 +51,43 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def name_of(asked: argparse.Namespace, device: str) -> str:
+def result_name(options: argparse.Namespace, device: str) -> str:
     """Such as cuda-2b-512x320-dit."""
-    stages = [] if tuple(asked.stage) == STAGES else asked.stage
-    cut = [] if asked.layers is None else [f"{asked.layers}-layers"]
-    return "-".join([device, *asked.model, *cut, *asked.size, *stages, *(s for s in asked.schedule if s != "8")])
+    stages = [] if tuple(options.stage) == STAGES else options.stage
+    cut = [] if options.layers is None else [f"{options.layers}-layers"]
+    return "-".join([device, *options.model, *cut, *options.size, *stages, *(s for s in options.schedule if s != "8")])
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    asked = parser().parse_args(words)
+def main(arguments: Sequence[str] | None = None) -> int:
+    asked = build_parser().parse_args(arguments)
     if not asked.usual_heap:
         tune_malloc()  # as the program `kadr` does
     try:
         selection = Selection(
             models=asked.model,
-            clips=[Clip.parse(size) for size in asked.size],
+            shapes=[VideoShape.parse(size) for size in asked.size],
             stages=asked.stage,
             schedules=asked.schedule,
-            ways=asked.way,
-            layers=asked.layers,
+            variants=asked.way,
+            num_layers=asked.layers,
             rounds=asked.rounds,
-            reference=not asked.no_reference,
+            compare_with_reference=not asked.no_reference,
             device=asked.device,
-            matmul=asked.matmul,
+            matmul_side=asked.matmul,
         )
-        peers = entrants([] if asked.no_peers else asked.peer)
-        made = run(selection, peers, folder=asked.models, say=lambda line: print(line, file=sys.stderr, flush=True))
+        peers = contender_factories([] if asked.no_peers else asked.peer)
+        made = run_benchmark(
+            selection, peers, models_folder=asked.models, log=lambda line: print(line, file=sys.stderr, flush=True)
+        )
     except KadrError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    made["command"] = " ".join(["python -m benchmarks", *(sys.argv[1:] if words is None else words)])
+    made["command"] = " ".join(["python -m benchmarks", *(sys.argv[1:] if arguments is None else arguments)])
     made["heap"] = "usual" if asked.usual_heap else "given back at once"
     asked.results.mkdir(parents=True, exist_ok=True)
-    path = asked.results / f"{asked.name or name_of(asked, made['machine']['device'])}.json"
+    path = asked.results / f"{asked.name or result_name(asked, made['machine']['device'])}.json"
     path.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
-    print(*lines(made), "", path, sep="\n")
+    print(*report_lines(made), "", path, sep="\n")
     return 0
 
 

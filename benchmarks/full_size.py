@@ -14,7 +14,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from kadr.bench.model_files import T5_XXL, TRANSFORMERS, Noise
+from kadr.bench.model_files import T5_XXL, TRANSFORMERS, RandomWeights
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
@@ -22,11 +22,11 @@ from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.sampling.schedules import Schedule
 
-ALLOWED = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
+ALLOWED_SIGMAS = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
 WORDS = ("a", "red", "circle", "moving", "right", "on", "the", "river", "while", "light", "follows", "an", "old", "man")
 
 
-def tokenizer(folder: Path) -> Path:
+def train_tokenizer(folder: Path) -> Path:
     """A small SentencePiece model with T5's special tokens; ids stay far below the encoder's vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
@@ -43,19 +43,19 @@ def tokenizer(folder: Path) -> Path:
     return folder / "spiece.model"
 
 
-def write(folder: Path, model: str = "2b") -> Path:
+def write_random_checkpoint(folder: Path, model: str = "2b") -> Path:
     """Write the checkpoint and its text encoder; returns the checkpoint's path. What is there already stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, noise = folder / f"random-{model}-0.9.8-distilled.safetensors", Noise()
+    path, noise = folder / f"random-{model}-0.9.8-distilled.safetensors", RandomWeights()
     if not path.exists():
         with torch.device("meta"):
             transformer, vae = Transformer(TRANSFORMERS[model]), VAE(VAE_0_9_5)
-        schedule = Schedule(sampler="LinearQuadratic", allowed_sigmas=ALLOWED)
+        schedule = Schedule(sampler="LinearQuadratic", allowed_sigmas=ALLOWED_SIGMAS)
         write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, materialize=noise)
     if not (folder / "text_encoder" / "config.json").exists():
         with torch.device("meta"):
             encoder = T5Encoder(T5_XXL)
-        write_text_encoder(folder, encoder, tokenizer(folder / "made"), materialize=noise)
+        write_text_encoder(folder, encoder, train_tokenizer(folder / "made"), materialize=noise)
     return path
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--model", choices=TRANSFORMERS, default="2b")
     asked = parser.parse_args()
     began = time.monotonic()
-    path = write(asked.folder, asked.model)
+    path = write_random_checkpoint(asked.folder, asked.model)
     print(f"{path}  ({time.monotonic() - began:.0f} s)")
 
 

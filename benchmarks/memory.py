@@ -23,7 +23,7 @@ from PIL import Image
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "memory.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PROMPT = "a red circle moving right on a black background"
-TWO_STEPS = ("--levels", "1.0,0.725", "--single-pass")
+TWO_STEP_FLAGS = ("--levels", "1.0,0.725", "--single-pass")
 FILE_2B, FILE_13B, GGUF_13B = (
     "random-2b-0.9.8-distilled.safetensors",
     "random-13b-0.9.8-distilled.safetensors",
@@ -32,66 +32,68 @@ FILE_2B, FILE_13B, GGUF_13B = (
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A video to make.
 
     Args:
         model: a file in the folder; None is the demo.
         vae: as `model`; None is the model's own.
-        picture: give it a first frame.
+        has_first_image: give it a first frame.
     """
 
     name: str
     flags: str
     model: str | None = None
     vae: str | None = None
-    picture: bool = False
+    has_first_image: bool = False
 
 
 CASES = (
-    Case("demo 128x128x25", ""),
-    Case("demo 256x256x49", "--size 256x256 --frames 49 --steps 4"),
-    Case("demo 128x128x25, first frame given", "--steps 4", picture=True),
-    Case("demo distilled, two passes to 256x256", "--model demo-distilled"),
-    Case("demo 512x512x97, int8", "--size 512x512 --frames 97 --steps 2 --quant int8"),
-    Case("2B bf16 256x256x9", "--size 256x256 --frames 9", FILE_2B),
-    Case("2B bf16 512x320x25", "--size 512x320 --frames 25", FILE_2B),
-    Case("2B bf16 512x320x121", "--size 512x320 --frames 121", FILE_2B),
-    Case("2B bf16 704x480x25, first frame given", "--size 704x480 --frames 25", FILE_2B, picture=True),
-    Case("2B, blocks streamed, 512x320x25", "--size 512x320 --frames 25 --offload blocks", FILE_2B),
-    Case("2B int8 512x320x25", "--size 512x320 --frames 25 --quant int8", FILE_2B),
-    Case("13B Q4_K 256x256x9", "--size 256x256 --frames 9", GGUF_13B, vae=FILE_13B),
-    Case("13B Q4_K, blocks streamed, 256x256x9", "--size 256x256 --frames 9 --offload blocks", GGUF_13B, vae=FILE_13B),
+    MemoryCase("demo 128x128x25", ""),
+    MemoryCase("demo 256x256x49", "--size 256x256 --frames 49 --steps 4"),
+    MemoryCase("demo 128x128x25, first frame given", "--steps 4", has_first_image=True),
+    MemoryCase("demo distilled, two passes to 256x256", "--model demo-distilled"),
+    MemoryCase("demo 512x512x97, int8", "--size 512x512 --frames 97 --steps 2 --quant int8"),
+    MemoryCase("2B bf16 256x256x9", "--size 256x256 --frames 9", FILE_2B),
+    MemoryCase("2B bf16 512x320x25", "--size 512x320 --frames 25", FILE_2B),
+    MemoryCase("2B bf16 512x320x121", "--size 512x320 --frames 121", FILE_2B),
+    MemoryCase("2B bf16 704x480x25, first frame given", "--size 704x480 --frames 25", FILE_2B, has_first_image=True),
+    MemoryCase("2B, blocks streamed, 512x320x25", "--size 512x320 --frames 25 --offload blocks", FILE_2B),
+    MemoryCase("2B int8 512x320x25", "--size 512x320 --frames 25 --quant int8", FILE_2B),
+    MemoryCase("13B Q4_K 256x256x9", "--size 256x256 --frames 9", GGUF_13B, vae=FILE_13B),
+    MemoryCase(
+        "13B Q4_K, blocks streamed, 256x256x9", "--size 256x256 --frames 9 --offload blocks", GGUF_13B, vae=FILE_13B
+    ),
 )
 
 
-def arguments(case: Case, folder: Path, scratch: Path) -> list[str]:
+def cli_arguments(case: MemoryCase, models_folder: Path, scratch: Path) -> list[str]:
     """What `kadr plan` and `kadr generate` are given."""
     made = [PROMPT, *case.flags.split()]
     if case.model is not None:
-        made += ["--model", str(folder / case.model), *TWO_STEPS, "--text-encoder", str(folder)]
+        made += ["--model", str(models_folder / case.model), *TWO_STEP_FLAGS, "--text-encoder", str(models_folder)]
     if case.vae is not None:
-        made += ["--vae", str(folder / case.vae)]
-    if case.picture:
+        made += ["--vae", str(models_folder / case.vae)]
+    if case.has_first_image:
         Image.linear_gradient("L").convert("RGB").save(scratch / "picture.png")
         made += ["--image", str(scratch / "picture.png"), "0"]
     return made
 
 
-def planned(case: Case, folder: Path) -> dict[str, float]:
+def predict(case: MemoryCase, models_folder: Path) -> dict[str, float]:
     """What `kadr plan` says, in a fresh process that remembers no prompt."""
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-m", "kadr", "plan", *arguments(case, folder, Path(name)), "--json"]
+        command = [sys.executable, "-m", "kadr", "plan", *cli_arguments(case, models_folder, Path(name)), "--json"]
         environment = {**os.environ, "KADR_CACHE": name}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     told: dict[str, float] = json.loads(done.stdout)
     return told
 
 
-def measured(case: Case, folder: Path) -> list[float]:
+def measure(case: MemoryCase, models_folder: Path) -> list[float]:
     """Bytes at the peak and seconds, of `kadr generate` in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
-        given = [*arguments(case, folder, Path(name)), "--output", str(Path(name) / "out.mp4")]
+        given = [*cli_arguments(case, models_folder, Path(name)), "--output", str(Path(name) / "out.mp4")]
         began = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "kadr", "generate", *given],
@@ -105,8 +107,8 @@ def measured(case: Case, folder: Path) -> list[float]:
         return [usage.ru_maxrss * 1024, time.monotonic() - began]
 
 
-def row(case: Case, plan: dict[str, float], taken: Sequence[float]) -> list[str]:
-    peak, seconds = taken
+def table_row(case: MemoryCase, plan: dict[str, float], measurement: Sequence[float]) -> list[str]:
+    peak, seconds = measurement
     gigabytes = [f"{size / 1e9:.2f} GB" for size in (plan["peak_bytes"], peak)]
     ratio = f"{plan['peak_bytes'] / peak:.3f}"
     return [case.name, *gigabytes, ratio, f"{plan['seconds']:.0f} s", f"{seconds:.0f} s"]
@@ -129,10 +131,10 @@ def main() -> None:
         if case.model is not None and not (asked.folder / case.model).exists():
             continue
         if not asked.plan_only:
-            known[case.name] = measured(case, asked.folder)
+            known[case.name] = measure(case, asked.folder)
             kept.write_text(json.dumps(known, indent=1))
         if case.name in known:
-            rows.append(row(case, planned(case, asked.folder), known[case.name]))
+            rows.append(table_row(case, predict(case, asked.folder), known[case.name]))
             print(*rows[-1], sep="  ", flush=True)
     before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}", "utf-8")

@@ -17,7 +17,7 @@ PANELS = {"DiT step": "s", "decode": "s", "decode's memory": "MB"}
 COLOURS = ("#1f6f8b", "#d1603d", "#6a994e", "#7d5ba6")
 
 
-def draw(path: Path, curves: Sequence[Mapping[str, Any]]) -> None:
+def draw_curves(path: Path, curves: Sequence[Mapping[str, Any]]) -> None:
     """Write an SVG. The same figures give the same bytes."""
     matplotlib.rcParams["svg.hashsalt"] = "kadr"
     figure, axes = pyplot.subplots(1, len(PANELS), figsize=(11, 3.4), layout="constrained")
@@ -29,7 +29,7 @@ def draw(path: Path, curves: Sequence[Mapping[str, Any]]) -> None:
     pyplot.close(figure)
 
 
-def _panel(panel: Axes, what: str, unit: str, curves: Sequence[Mapping[str, Any]]) -> None:
+def _panel(panel: Axes, quantity: str, unit: str, curves: Sequence[Mapping[str, Any]]) -> None:
     scale = 1e-6 if unit == "MB" else 1.0
     for colour, curve in zip(COLOURS, curves, strict=False):
         told = "" if curve["exponent"] is None else f": {curve['exponent']:.2f}, expected {curve['expected']:.2f}"
@@ -39,7 +39,7 @@ def _panel(panel: Axes, what: str, unit: str, curves: Sequence[Mapping[str, Any]
             middle = len(x) // 2
             must = [y[middle] * (value / x[middle]) ** curve["expected"] for value in x]
             panel.plot(x, must, ":", color=colour)
-    panel.set(title=what, xlabel=curves[0]["over"] if curves else "", ylabel=unit, xscale="log", yscale="log")
+    panel.set(title=quantity, xlabel=curves[0]["over"] if curves else "", ylabel=unit, xscale="log", yscale="log")
     if curves:
         panel.set_xticks(curves[0]["x"], [str(value) for value in curves[0]["x"]])
         panel.minorticks_off()

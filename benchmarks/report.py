@@ -13,39 +13,39 @@ from kadr.bench import text_report
 from tests import doc_tables
 
 RESULTS = Path(__file__).parent / "results"
-PAGE, PICTURE = doc_tables.DOCS / "performance.md", doc_tables.DOCS / "images" / "growth.svg"
-MEASURED, GROWTH = "python -m benchmarks", "python -m benchmarks.growth"
+PAGE, PLOT = doc_tables.DOCS / "performance.md", doc_tables.DOCS / "images" / "growth.svg"
+CASES_MARK, GROWTH_MARK = "python -m benchmarks", "python -m benchmarks.growth"
 Result = Mapping[str, Any]
 
 
-def read(folder: Path) -> tuple[list[Result], list[Result]]:
+def read_results(folder: Path) -> tuple[list[Result], list[Result]]:
     """The results of cases, and those of growth, by the names of their files."""
     found = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
     return [each for each in found if "cases" in each], [each for each in found if "curves" in each]
 
 
-def measured(results: Sequence[Result]) -> str:
+def cases_section(results: Sequence[Result]) -> str:
     """A section for each run: on what, when and how; a table for each of its cases."""
     parts = []
     for result in results:
         machine, date = result["machine"], result["date"].partition("T")[0]
         busy = f"; the load before was {machine['load']:.1f}" if machine["load"] is not None else ""
-        parts.append(f"\n`{result['command']}`, {date}: {text_report.about(machine)}{busy}.\n")
-        parts += [_case(case) for case in result["cases"]]
+        parts.append(f"\n`{result['command']}`, {date}: {text_report.machine_line(machine)}{busy}.\n")
+        parts += [_case_section(case) for case in result["cases"]]
     return "".join(parts) or "\nNothing yet.\n"
 
 
-def _case(case: Mapping[str, Any]) -> str:
-    rows = [text_report.HEAD, *(text_report.row(each) for each in case["contenders"])]
+def _case_section(case: Mapping[str, Any]) -> str:
+    rows = [text_report.COLUMNS, *(text_report.contender_row(each) for each in case["contenders"])]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     head, *body = zip(*columns, strict=True)
-    rate = text_report.rate(case)
-    title = f"\n**{text_report.title(case)}**" + (f" (matmul: {rate})" if rate else "") + "\n\n"
-    notes = "".join(f"- {line}\n" for line in text_report.absences(case))
-    return title + doc_tables.table(head, body) + (f"\n{notes}" if notes else "")
+    rate = text_report.matmul_rate(case)
+    title = f"\n**{text_report.case_title(case)}**" + (f" (matmul: {rate})" if rate else "") + "\n\n"
+    notes = "".join(f"- {line}\n" for line in text_report.case_notes(case))
+    return title + doc_tables.markdown_table(head, body) + (f"\n{notes}" if notes else "")
 
 
-def growth(results: Sequence[Result]) -> str:
+def growth_section(results: Sequence[Result]) -> str:
     """A line for each curve, and the picture."""
     if not results:
         return "\nNothing yet.\n"
@@ -57,27 +57,27 @@ def growth(results: Sequence[Result]) -> str:
             over = f"{curve['x'][0]} to {curve['x'][-1]} {curve['over']}"
             model = result["model"] + (f", {result['layers']} layers" if result["layers"] else "")
             rows.append((model, curve["what"], over, curve["contender"], fitted, f"{curve['expected']:.2f}"))
-    where = "; ".join(dict.fromkeys(text_report.about(result["machine"]) for result in results))
+    where = "; ".join(dict.fromkeys(text_report.machine_line(result["machine"]) for result in results))
     picture = "![time and memory over tokens and frames, with the expected slopes dotted](images/growth.svg)"
-    return f"\n{doc_tables.table(head, rows)}\n{where}.\n\n{picture}\n"
+    return f"\n{doc_tables.markdown_table(head, rows)}\n{where}.\n\n{picture}\n"
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--picture", type=Path, default=PICTURE)
-    asked = parser.parse_args(words)
-    cases, grown = read(asked.results)
+    parser.add_argument("--picture", type=Path, default=PLOT)
+    asked = parser.parse_args(arguments)
+    cases, grown = read_results(asked.results)
     if grown:
         try:
-            from benchmarks.plot import draw
+            from benchmarks.plot import draw_curves
         except ImportError as error:
             print(f"error: {error}; install kadr[bench]", file=sys.stderr)
             return 1
-        draw(asked.picture, grown[0]["curves"])
-    doc_tables.write(asked.page, MEASURED, measured(cases))
-    doc_tables.write(asked.page, GROWTH, growth(grown))
+        draw_curves(asked.picture, grown[0]["curves"])
+    doc_tables.write_table(asked.page, CASES_MARK, cases_section(cases))
+    doc_tables.write_table(asked.page, GROWTH_MARK, growth_section(grown))
     print(asked.page)
     return 0
 

@@ -21,13 +21,13 @@ from kadr import Engine, Request, StepCache
 from kadr.kernels.cpu.malloc import tune_malloc
 from tests import doc_tables
 from train.evaluate import psnr
-from train.judge import judge
+from train.judge import name_scene
 from train.scenes import held_out_captions
 
 PAGE = doc_tables.DOCS / "guides" / "step-caching.md"
 BEGIN, END = "<!-- step caching: begin -->\n", "<!-- step caching: end -->\n"
 SEED = 77
-WAYS: Mapping[str, StepCache | None] = {
+STEP_CACHES: Mapping[str, StepCache | None] = {
     "none": None,
     **{f"first-block {x}": StepCache("first-block", threshold=x) for x in (0.04, 0.08, 0.15)},
     **{f"taylor {n}": StepCache("taylor", interval=n) for n in (2, 3, 4)},
@@ -35,17 +35,17 @@ WAYS: Mapping[str, StepCache | None] = {
 
 
 @dataclass
-class Figures:
+class CacheResult:
     """Of one way, a number for each video: seconds of denoising, calls of layers, dB, and how many of four obey."""
 
     seconds: list[float] = field(default_factory=list)
-    layers: list[int] = field(default_factory=list)
-    decibels: list[float] = field(default_factory=list)
-    obeyed: list[int] = field(default_factory=list)
+    block_calls: list[int] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)
+    matched_properties: list[int] = field(default_factory=list)
 
 
 @contextmanager
-def counted(engine: Engine) -> Iterator[list[int]]:
+def count_block_calls(engine: Engine) -> Iterator[list[int]]:
     """How often layers are run inside the block."""
     calls = [0]
     with engine.components.transformer(0, None) as transformer:
@@ -57,50 +57,54 @@ def counted(engine: Engine) -> Iterator[list[int]]:
         hook.remove()
 
 
-def measured(videos: int, steps: int) -> dict[str, Figures]:
+def measure(videos: int, steps: int) -> dict[str, CacheResult]:
     """All ways in turn, for each of the videos."""
-    found = {name: Figures() for name in WAYS}
+    found = {name: CacheResult() for name in STEP_CACHES}
     # One that only denoises keeps its transformer.
     engine, decoder = (Engine.open("demo", device="cpu", dtype="float32") for _ in range(2))
     engine.denoise(Request(prompt="a red circle", steps=2))  # what is set up once is not timed
     for seed, (caption, scene) in enumerate(held_out_captions(videos, SEED)):
         right: np.ndarray | None = None
-        for name, cache in WAYS.items():
+        for name, cache in STEP_CACHES.items():
             request, own = Request(prompt=caption, seed=seed, steps=steps, cache=cache), found[name]
-            with counted(engine) as calls:
+            with count_block_calls(engine) as calls:
                 began = time.perf_counter()
                 latents = engine.denoise(request)
                 own.seconds.append(time.perf_counter() - began)
             frames = decoder.decode(latents, request).numpy()
             right = frames if right is None else right
-            own.layers.append(calls[0])
-            own.decibels.append(psnr(frames, right))
-            own.obeyed.append(sum(seen == told for seen, told in zip(judge(frames), scene.key, strict=True)))
+            own.block_calls.append(calls[0])
+            own.psnr.append(psnr(frames, right))
+            own.matched_properties.append(
+                sum(seen == told for seen, told in zip(name_scene(frames), scene.key, strict=True))
+            )
     return found
 
 
-def rows(found: Mapping[str, Figures]) -> Iterator[Sequence[str]]:
-    plain = found["none"]
-    for name, own in found.items():
+def table_rows(results: Mapping[str, CacheResult]) -> Iterator[Sequence[str]]:
+    plain = results["none"]
+    for name, own in results.items():
         ratios = [before / after for before, after in zip(plain.seconds, own.seconds, strict=True)]
-        skipped = 1 - sum(own.layers) / sum(plain.layers)
-        quality = ("", "") if own is plain else (f"{np.mean(own.decibels):.1f}", f"{min(own.decibels):.1f}")
-        yield name, f"{skipped:.0%}", f"{median(ratios):.2f}x", *quality, f"{np.mean(own.obeyed) / 4:.0%}"
+        skipped = 1 - sum(own.block_calls) / sum(plain.block_calls)
+        quality = ("", "") if own is plain else (f"{np.mean(own.psnr):.1f}", f"{min(own.psnr):.1f}")
+        yield name, f"{skipped:.0%}", f"{median(ratios):.2f}x", *quality, f"{np.mean(own.matched_properties) / 4:.0%}"
 
 
-def written(found: Mapping[str, Figures], videos: int, steps: int) -> str:
+def format_section(results: Mapping[str, CacheResult], videos: int, steps: int) -> str:
     head = ("cache", "layers skipped", "denoising, faster", "PSNR, mean", "worst", "obeyed")
     made = f"{videos} videos of the demo, {steps} guided steps, float32, {torch.get_num_threads()} thread(s) of a CPU"
-    return f"\n{doc_tables.table(head, rows(found))}\n{made}; dB against the video without a cache.\n\n"
+    return (
+        f"\n{doc_tables.markdown_table(head, table_rows(results))}\n{made}; dB against the video without a cache.\n\n"
+    )
 
 
-def put(path: Path, made: str) -> None:
+def write_section(path: Path, section: str) -> None:
     """Write the table between its marks."""
     page = path.read_text("utf-8")
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"{path} has no place for the table: it must have {BEGIN!r} and {END!r}, once each")
     before, _, rest = page.partition(BEGIN)
-    path.write_text(before + BEGIN + made + END + rest.partition(END)[2], "utf-8")
+    path.write_text(before + BEGIN + section + END + rest.partition(END)[2], "utf-8")
 
 
 def main() -> None:
@@ -109,9 +113,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     asked = parser.parse_args()
     tune_malloc()
-    found = measured(asked.videos, asked.steps)
-    made = written(found, asked.videos, asked.steps)
-    put(PAGE, made)
+    found = measure(asked.videos, asked.steps)
+    made = format_section(found, asked.videos, asked.steps)
+    write_section(PAGE, made)
     print(made)
 
 

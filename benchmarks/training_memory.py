@@ -24,7 +24,7 @@ from kadr.media.writer import VideoWriter
 from kadr.memory.device import resident_bytes
 from kadr.planning.planner import STARTUP_BYTES
 from kadr.training.dataset import Example
-from kadr.training.memory_check import bytes_of
+from kadr.training.memory_check import required_bytes
 from kadr.training.settings import TrainingSettings
 from tests import doc_tables
 
@@ -33,7 +33,7 @@ FILE_2B = "random-2b-0.9.8-distilled.safetensors"
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainingCase:
     """A training. model: a file in the folder; None is the demo."""
 
     name: str
@@ -42,20 +42,27 @@ class Case:
     quant: str
     rank: int = 32
     model: str | None = None
-    twice: bool = False  # layers are computed twice
+    gradient_checkpointing: bool = False  # layers are computed twice
 
 
 CASES = (
-    Case("demo, 128x128, 25 frames", Size(128, 128), 25, "none"),
-    Case("demo, 512x512, 97 frames", Size(512, 512), 97, "none"),
-    Case("2B in 8 bits, 512x320, 9 frames", Size(512, 320), 9, "int8", model=FILE_2B),
-    Case("2B in 8 bits, 512x320, 25 frames", Size(512, 320), 25, "int8", model=FILE_2B),
-    Case("2B in 4 bits, 512x320, 25 frames", Size(512, 320), 25, "Q4_K", model=FILE_2B),
-    Case("2B in 8 bits, 704x480, 49 frames, layers twice", Size(704, 480), 49, "int8", model=FILE_2B, twice=True),
+    TrainingCase("demo, 128x128, 25 frames", Size(128, 128), 25, "none"),
+    TrainingCase("demo, 512x512, 97 frames", Size(512, 512), 97, "none"),
+    TrainingCase("2B in 8 bits, 512x320, 9 frames", Size(512, 320), 9, "int8", model=FILE_2B),
+    TrainingCase("2B in 8 bits, 512x320, 25 frames", Size(512, 320), 25, "int8", model=FILE_2B),
+    TrainingCase("2B in 4 bits, 512x320, 25 frames", Size(512, 320), 25, "Q4_K", model=FILE_2B),
+    TrainingCase(
+        "2B in 8 bits, 704x480, 49 frames, layers twice",
+        Size(704, 480),
+        49,
+        "int8",
+        model=FILE_2B,
+        gradient_checkpointing=True,
+    ),
 )
 
 
-def written(folder: Path, case: Case) -> Path:
+def write_clip_folder(folder: Path, case: TrainingCase) -> Path:
     """A folder with one clip of noise."""
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (case.size.height, case.size.width, 3), dtype=np.uint8)
@@ -65,23 +72,23 @@ def written(folder: Path, case: Case) -> Path:
     return folder
 
 
-def foretold(case: Case, folder: Path) -> int:
+def predict(case: TrainingCase, models_folder: Path) -> int:
     """Bytes that kadr reckons with, and what the process has before."""
     base = resident_bytes() + STARTUP_BYTES
     how = {} if case.quant == "none" else {"quant": case.quant}
-    engine = Engine.open("demo" if case.model is None else folder / case.model, device="cpu", **how)
+    engine = Engine.open("demo" if case.model is None else models_folder / case.model, device="cpu", **how)
     settings = TrainingSettings(size=case.size, frames=case.frames, rank=case.rank)
     example = Example(Path("clip.mp4"), "", case.frames, None)
-    return base + bytes_of(engine, settings, [example], recomputed=case.twice).total
+    return base + required_bytes(engine, settings, [example], gradient_checkpointing=case.gradient_checkpointing).total
 
 
-def measured(case: Case, folder: Path) -> tuple[int, float]:
+def measure(case: TrainingCase, models_folder: Path) -> tuple[int, float]:
     """Bytes at the highest mark, and seconds."""
     with tempfile.TemporaryDirectory() as name:
-        clips = written(Path(name) / "clips", case)
+        clips = write_clip_folder(Path(name) / "clips", case)
         words = ["--size", str(case.size), "--frames", str(case.frames), "--rank", str(case.rank), "--steps", "1"]
         words += ["--output", str(Path(name) / "lora.safetensors"), "--quant", case.quant, "--device", "cpu"]
-        words += [] if case.model is None else ["--model", str(folder / case.model)]
+        words += [] if case.model is None else ["--model", str(models_folder / case.model)]
         began = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "kadr", "train-lora", str(clips), *words], stdout=subprocess.DEVNULL
@@ -102,16 +109,18 @@ def main() -> int:
     known = json.loads(kept.read_text()) if kept.exists() else {}
     for case in CASES:
         if asked.only in case.name and not asked.table_only:
-            known[case.name] = measured(case, asked.folder)
+            known[case.name] = measure(case, asked.folder)
             kept.write_text(json.dumps(known, indent=1))
             print(case.name, known[case.name], flush=True)
     rows = []
     for case in CASES:
         if case.name in known:
-            told, peak = foretold(case, asked.folder), known[case.name][0]
+            told, peak = predict(case, asked.folder), known[case.name][0]
             rows.append((case.name, f"{told / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB", f"{told / peak:.2f}"))
             print(*rows[-1], sep="  ")
-    doc_tables.write(PAGE, NAME, doc_tables.table(("one clip, rank 32", "foretold", "measured", "ratio"), rows))
+    doc_tables.write_table(
+        PAGE, NAME, doc_tables.markdown_table(("one clip, rank 32", "foretold", "measured", "ratio"), rows)
+    )
     return 0
 
 

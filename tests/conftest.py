@@ -67,7 +67,7 @@ def no_network() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is kept in the home of who runs the tests, nor found there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KADR_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -75,7 +75,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def quick_collection() -> Iterator[None]:
+def freeze_garbage() -> Iterator[None]:
     """Look for garbage among what the test itself makes: torch and the oracles alone would take a quarter of a second,
     each time a module leaves memory."""
     gc.freeze()

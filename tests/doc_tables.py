@@ -14,19 +14,19 @@ def marks(name: str) -> tuple[str, str]:
     return f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->\n"
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in Markdown."""
     first, *others = ["| " + " | ".join(cells) + " |\n" for cells in (head, *rows)]
     return first + "|" + "---|" * (first.count(" | ") + 1) + "\n" + "".join(others)
 
 
-def inside(page: str, name: str) -> str:
+def read_table(page: str, name: str) -> str:
     """The table that a page has now."""
     begin, end = marks(name)
     return page.partition(begin)[2].partition(end)[0]
 
 
-def write(path: Path, name: str, made: str) -> None:
+def write_table(path: Path, name: str, table: str) -> None:
     """Put a table into a page.
 
     Raises:
@@ -37,4 +37,4 @@ def write(path: Path, name: str, made: str) -> None:
     if page.count(begin) != 1 or page.count(end) != 1:
         raise ValueError(f"{path} has no place for {name}: it must have {begin!r} and {end!r}, once each")
     before, _, rest = page.partition(begin)
-    path.write_text(before + begin + made + end + rest.partition(end)[2], "utf-8")
+    path.write_text(before + begin + table + end + rest.partition(end)[2], "utf-8")

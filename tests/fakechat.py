@@ -17,7 +17,7 @@ PARAGRAPH = (
 )
 
 
-class Asked(NamedTuple):
+class ChatRequest(NamedTuple):
     """One request, as it came."""
 
     method: str
@@ -30,18 +30,18 @@ class Asked(NamedTuple):
         return self.body["messages"][0]["content"]
 
     @property
-    def parts(self) -> list[dict[str, Any]]:
+    def content_parts(self) -> list[dict[str, Any]]:
         """What the user's message holds."""
         content = self.body["messages"][1]["content"]
         return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
     @property
-    def words(self) -> str:
-        return "\n".join(part["text"] for part in self.parts if part["type"] == "text")
+    def text(self) -> str:
+        return "\n".join(part["text"] for part in self.content_parts if part["type"] == "text")
 
     @property
-    def pictures(self) -> list[str]:
-        return [part["image_url"]["url"] for part in self.parts if part["type"] == "image_url"]
+    def images(self) -> list[str]:
+        return [part["image_url"]["url"] for part in self.content_parts if part["type"] == "image_url"]
 
 
 @dataclass(frozen=True)
@@ -49,37 +49,37 @@ class Reply:
     """An answer.
 
     Args:
-        wait: seconds before it begins.
-        drip: seconds between its bytes.
-        drip_headers: likewise, and they never end.
-        only: the bytes after which the server hangs up; None: all.
-        raw: bytes that are sent instead of HTTP.
+        delay_seconds: seconds before it begins.
+        byte_interval: seconds between its bytes.
+        header_interval: likewise, and they never end.
+        truncate_at: the bytes after which the server hangs up; None: all.
+        raw_bytes: bytes that are sent instead of HTTP.
     """
 
     body: bytes = b""
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
-    wait: float = 0.0
-    drip: float = 0.0
-    drip_headers: float = 0.0
-    only: int | None = None
-    raw: bytes | None = None
+    delay_seconds: float = 0.0
+    byte_interval: float = 0.0
+    header_interval: float = 0.0
+    truncate_at: int | None = None
+    raw_bytes: bytes | None = None
 
 
-def said(content: Any, finish: str = "stop", **message: Any) -> Reply:
+def chat_completion(content: Any, finish: str = "stop", **message: Any) -> Reply:
     """A chat completion."""
     whole = {"role": "assistant", "content": content, **message}
-    return told({"id": "1", "choices": [{"index": 0, "finish_reason": finish, "message": whole}]})
+    return json_reply({"id": "1", "choices": [{"index": 0, "finish_reason": finish, "message": whole}]})
 
 
-def told(data: Any, status: int = 200) -> Reply:
+def json_reply(data: Any, status: int = 200) -> Reply:
     """Any JSON."""
     return Reply(json.dumps(data).encode(), status, {"Content-Type": "application/json"})
 
 
-def refused(status: int, message: str) -> Reply:
+def error_reply(status: int, message: str) -> Reply:
     """An error as OpenAI words it."""
-    return told({"error": {"message": message, "type": "invalid_request_error"}}, status)
+    return json_reply({"error": {"message": message, "type": "invalid_request_error"}}, status)
 
 
 @dataclass
@@ -88,16 +88,16 @@ class FakeChat:
 
     Args:
         reply: an answer for everything, or what makes one of each question.
-        asked: in order.
+        requests: in order.
     """
 
     url: str
-    reply: Reply | Callable[[Asked], Reply] = field(default_factory=lambda: said(PARAGRAPH))
-    asked: list[Asked] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
+    reply: Reply | Callable[[ChatRequest], Reply] = field(default_factory=lambda: chat_completion(PARAGRAPH))
+    requests: list[ChatRequest] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
 
 
-class Answer(BaseHTTPRequestHandler):
+class ChatHandler(BaseHTTPRequestHandler):
     chat: FakeChat
 
     def log_message(self, *args: Any) -> None:
@@ -108,52 +108,52 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        asked = Asked(self.command, self.path, dict(self.headers), json.loads(body) if body else {})
-        self.chat.asked.append(asked)
+        asked = ChatRequest(self.command, self.path, dict(self.headers), json.loads(body) if body else {})
+        self.chat.requests.append(asked)
         reply = self.chat.reply
         with suppress(OSError):  # who asked does not wait any longer
-            self.answer(reply if isinstance(reply, Reply) else reply(asked))
+            self.send_reply(reply if isinstance(reply, Reply) else reply(asked))
 
-    def answer(self, reply: Reply) -> None:
-        self.chat.over.wait(reply.wait)
-        if reply.raw is not None:
-            self.wfile.write(reply.raw)
+    def send_reply(self, reply: Reply) -> None:
+        self.chat.closing.wait(reply.delay_seconds)
+        if reply.raw_bytes is not None:
+            self.wfile.write(reply.raw_bytes)
             return
         self.send_response(reply.status)
         for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
             self.send_header(name, value)
-        if reply.drip_headers:
+        if reply.header_interval:
             self.flush_headers()
-        while reply.drip_headers and not self.chat.over.wait(reply.drip_headers):
+        while reply.header_interval and not self.chat.closing.wait(reply.header_interval):
             self.wfile.write(b"X-More: 1\r\n")
         self.end_headers()
-        if not reply.drip:
-            self.wfile.write(reply.body[: reply.only])
+        if not reply.byte_interval:
+            self.wfile.write(reply.body[: reply.truncate_at])
             return
         for byte in reply.body:
             self.wfile.write(bytes([byte]))
-            if self.chat.over.wait(reply.drip):
+            if self.chat.closing.wait(reply.byte_interval):
                 return
 
 
 @contextmanager
-def serving() -> Iterator[FakeChat]:
+def serve_fake_chat() -> Iterator[FakeChat]:
     """A server that is up as long as the block."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ChatHandler)
     chat = FakeChat(f"http://127.0.0.1:{server.server_port}/v1")
-    server.RequestHandlerClass = type("BoundAnswer", (Answer,), {"chat": chat})
+    server.RequestHandlerClass = type("BoundAnswer", (ChatHandler,), {"chat": chat})
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield chat
     finally:
-        chat.over.set()
+        chat.closing.set()
         server.shutdown()
         server.server_close()
 
 
 @contextmanager
-def at_most(seconds: float) -> Iterator[None]:
+def assert_faster_than(seconds: float) -> Iterator[None]:
     """Fails where the block takes longer."""
     began = time.monotonic()
     yield

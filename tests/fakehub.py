@@ -17,13 +17,13 @@ import pytest
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 COMMIT = "c" * 40
-NONE: Mapping[str, str] = {}
+NO_HEADERS: Mapping[str, str] = {}
 CHUNK = 256  # bytes that the library writes at once; the rest of a broken one is lost
-LARGE = (".safetensors", ".gguf")  # what the real hub keeps beside git, too
+LFS_SUFFIXES = (".safetensors", ".gguf")  # what the real hub keeps beside git, too
 
 
-def is_large(name: str) -> bool:
-    return name.endswith(LARGE)
+def is_lfs(name: str) -> bool:
+    return name.endswith(LFS_SUFFIXES)
 
 
 def sha256(content: bytes) -> str:
@@ -35,7 +35,7 @@ def git_sha1(content: bytes) -> str:
 
 
 def digest(name: str, content: bytes) -> str:
-    return sha256(content) if is_large(name) else git_sha1(content)
+    return sha256(content) if is_lfs(name) else git_sha1(content)
 
 
 @dataclass
@@ -44,27 +44,27 @@ class FakeHub:
 
     Args:
         repos: repository -> file -> content.
-        spoiled: file -> what is sent instead of its content.
-        cuts: file -> how many answers end half-way.
-        dead: after a cut it falls silent.
-        refusal: an HTTP status and the hub's name for it, for every question.
-        silent: nothing is answered.
-        taken: (file, first byte) for every file that was sent, in order.
+        corrupted_files: file -> what is sent instead of its content.
+        truncations: file -> how many answers end half-way.
+        hangs_after_cut: after a cut it falls silent.
+        http_error: an HTTP status and the hub's name for it, for every question.
+        is_silent: nothing is answered.
+        sent_files: (file, first byte) for every file that was sent, in order.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    spoiled: dict[str, bytes] = field(default_factory=dict)
-    cuts: dict[str, int] = field(default_factory=dict)
-    dead: bool = False
-    refusal: tuple[int, str] | None = None
-    silent: bool = False
-    taken: list[tuple[str, int]] = field(default_factory=list)
+    corrupted_files: dict[str, bytes] = field(default_factory=dict)
+    truncations: dict[str, int] = field(default_factory=dict)
+    hangs_after_cut: bool = False
+    http_error: tuple[int, str] | None = None
+    is_silent: bool = False
+    sent_files: list[tuple[str, int]] = field(default_factory=list)
 
     def revive(self) -> None:
-        self.dead = self.silent = False
+        self.hangs_after_cut = self.is_silent = False
 
 
-class Answer(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler):
     """One answer. A large file is sent by another address, to which the first one points, as by the real hub."""
 
     hub: FakeHub
@@ -78,15 +78,15 @@ class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub = self.hub
         path = unquote(urlsplit(self.path).path).strip("/")
-        if hub.silent:
+        if hub.is_silent:
             return self.hang_up()
-        if hub.refusal is not None:
-            return self.send(b"", status=hub.refusal[0], headers={"X-Error-Code": hub.refusal[1]})
+        if hub.http_error is not None:
+            return self.send(b"", status=hub.http_error[0], headers={"X-Error-Code": hub.http_error[1]})
         place, _, rest = path.partition("/")
         if place == "api":
             return self.describe(rest.removeprefix("models/"))
         if place == "store":
-            return self.send_file(*self.found(rest))
+            return self.send_file(*self.find_by_sha256(rest))
         repo, _, file = path.partition("/resolve/")
         return self.resolve(repo, file.partition("/")[2])
 
@@ -97,8 +97,8 @@ class Answer(BaseHTTPRequestHandler):
             return self.send(b"", status=404, headers={"X-Error-Code": "RepoNotFound"})
         files = self.hub.repos[repo].items()
         if path.startswith(f"{repo}/tree/"):
-            return self.send_json([{"type": "file", "path": name, **described(name, data)} for name, data in files])
-        siblings = [{"rfilename": name, **described(name, data)} for name, data in files]
+            return self.send_json([{"type": "file", "path": name, **file_info(name, data)} for name, data in files])
+        siblings = [{"rfilename": name, **file_info(name, data)} for name, data in files]
         return self.send_json({"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings})
 
     def resolve(self, repo: str, name: str) -> None:
@@ -108,61 +108,61 @@ class Answer(BaseHTTPRequestHandler):
             code = "EntryNotFound" if repo in self.hub.repos else "RepoNotFound"
             return self.send(b"", status=404, headers={**headers, "X-Error-Code": code})
         headers["ETag"] = f'"{digest(name, content)}"'
-        if not is_large(name):
+        if not is_lfs(name):
             return self.send_file(name, content, headers)
         size = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(content))}
         port = self.server.server_address[1]  # of another host: the library takes only such for the end of the way
         where = f"http://localhost:{port}/store/{sha256(content)}"
         return self.send(b"", status=302, headers={**headers, **size, "Location": where})
 
-    def found(self, sha: str) -> tuple[str, bytes]:
+    def find_by_sha256(self, sha: str) -> tuple[str, bytes]:
         files = [pair for files in self.hub.repos.values() for pair in files.items()]
         return next((name, content) for name, content in files if sha256(content) == sha)
 
-    def send_file(self, name: str, content: bytes, headers: Mapping[str, str] = NONE) -> None:
+    def send_file(self, name: str, content: bytes, headers: Mapping[str, str] = NO_HEADERS) -> None:
         """The bytes that were asked for: all, or from one on."""
-        hub, content = self.hub, self.hub.spoiled.get(name, content)
+        hub, content = self.hub, self.hub.corrupted_files.get(name, content)
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if self.command == "GET":
-            hub.taken.append((name, begin))
+            hub.sent_files.append((name, begin))
         half = None
-        if self.command == "GET" and hub.cuts.get(name):
-            hub.cuts[name] -= 1
-            hub.silent = hub.dead
+        if self.command == "GET" and hub.truncations.get(name):
+            hub.truncations[name] -= 1
+            hub.is_silent = hub.hangs_after_cut
             half = (len(content) - begin) // 2
         more = {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"} if begin else {}
-        self.send(content[begin:], status=206 if begin else 200, headers={**headers, **more}, only=half)
+        self.send(content[begin:], status=206 if begin else 200, headers={**headers, **more}, truncate_at=half)
 
     def send_json(self, data: Any) -> None:
         self.send(json.dumps(data).encode())
 
     def send(
-        self, body: bytes, *, status: int = 200, headers: Mapping[str, str] = NONE, only: int | None = None
+        self, body: bytes, *, status: int = 200, headers: Mapping[str, str] = NO_HEADERS, truncate_at: int | None = None
     ) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:only])
+            self.wfile.write(body[:truncate_at])
 
     def hang_up(self) -> None:
         self.close_connection = True
 
 
-def described(name: str, content: bytes) -> dict[str, Any]:
+def file_info(name: str, content: bytes) -> dict[str, Any]:
     """A file, with what `siblings` and a tree call its properties."""
     told: dict[str, Any] = {"size": len(content), "blobId": git_sha1(content), "oid": git_sha1(content)}
-    if is_large(name):
+    if is_lfs(name):
         told["lfs"] = {"sha256": sha256(content), "oid": sha256(content), "size": len(content), "pointerSize": 130}
     return told
 
 
 @contextmanager
-def serving(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
+def serve_fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
     """A hub with nothing in it, and an empty cache instead of this machine's."""
     hub = FakeHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundAnswer", (Answer,), {"hub": hub}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundAnswer", (HubHandler,), {"hub": hub}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"

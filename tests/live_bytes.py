@@ -19,7 +19,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live_bytes = self.peak_bytes = 0
         self._storages: dict[int, list[int]] = {}  # bytes, and how many tensors lie in it
 
     def __torch_dispatch__(
@@ -39,8 +39,8 @@ class LiveBytes(TorchDispatchMode):
             if key in given:  # a view of what was there before
                 return
             self._storages[key] = [tensor.untyped_storage().nbytes(), 0]
-            self.live += self._storages[key][0]
-            self.peak = max(self.peak, self.live)
+            self.live_bytes += self._storages[key][0]
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         self._storages[key][1] += 1
         weakref.finalize(tensor, self._drop, key)
 
@@ -48,5 +48,5 @@ class LiveBytes(TorchDispatchMode):
         storage = self._storages[key]
         storage[1] -= 1
         if not storage[1]:
-            self.live -= storage[0]
+            self.live_bytes -= storage[0]
             del self._storages[key]

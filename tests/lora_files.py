@@ -20,14 +20,14 @@ RANK = 4
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # their name of a layer -> down (r, in), up (out, r)
 
 
-def pairs(
-    targets: Iterable[str] = ATTENTION, *, layers: int = 2, rank: int = RANK, width: int = WIDTH, seed: int = 0
+def block_pairs(
+    targets: Iterable[str] = ATTENTION, *, num_layers: int = 2, rank: int = RANK, width: int = WIDTH, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Random halves for layers of every block, by their names in files."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"ff.net.0.proj": (width, 4 * width), "ff.net.2": (4 * width, width)}
     made = {}
-    for block in range(layers):
+    for block in range(num_layers):
         for target in targets:
             inputs, outputs = sizes.get(target, (width, width))
             down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
@@ -38,7 +38,7 @@ def pairs(
     return made
 
 
-def around() -> dict[str, tuple[Tensor, Tensor]]:
+def outer_pairs() -> dict[str, tuple[Tensor, Tensor]]:
     """Of layers around the blocks, by their names in the single file."""
     generator = torch.Generator().manual_seed(9)
     sizes = {
@@ -64,7 +64,7 @@ def peft(name: str) -> tuple[str, str]:
     return f"base_model.model.{name}.lora_A.weight", f"base_model.model.{name}.lora_B.weight"
 
 
-def infixed(name: str) -> tuple[str, str]:
+def diffusers_with_adapter_name(name: str) -> tuple[str, str]:
     return f"transformer.{name}.lora_A.default.weight", f"transformer.{name}.lora_B.default.weight"
 
 
@@ -78,7 +78,7 @@ def lycoris(name: str) -> tuple[str, str]:
     return f"{flat}.lora_down.weight", f"{flat}.lora_up.weight"
 
 
-def dotted(name: str) -> tuple[str, str]:
+def comfy_down_up(name: str) -> tuple[str, str]:
     return f"diffusion_model.{name}.lora_down.weight", f"diffusion_model.{name}.lora_up.weight"
 
 
@@ -93,22 +93,22 @@ FAMILIES = {
     "kohya": kohya,
     "plain": plain,
 }
-SPELLINGS: Mapping[str, Callable[[str], tuple[str, str]]] = {
+NAMINGS: Mapping[str, Callable[[str], tuple[str, str]]] = {
     **FAMILIES,
-    "diffusers, with the adapter's name": infixed,
+    "diffusers, with the adapter's name": diffusers_with_adapter_name,
     "lycoris": lycoris,
-    "Comfy, down and up": dotted,
+    "Comfy, down and up": comfy_down_up,
 }
 
 
-def write(
+def write_lora_file(
     path: Path,
-    halves: Pairs,
-    spelling: Callable[[str], tuple[str, str]] = comfy,
+    pairs: Pairs,
+    naming: Callable[[str], tuple[str, str]] = comfy,
     *,
     alpha: float | None = None,
     config: Mapping[str, Any] | None = None,
-    more: Mapping[str, Tensor] | None = None,
+    extra_tensors: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a LoRA.
@@ -116,16 +116,16 @@ def write(
     Args:
         alpha: a tensor of its own for every layer.
         config: PEFT's, in the header as diffusers keeps it.
-        more: other tensors.
+        extra_tensors: other tensors.
     """
     tensors = {}
-    for name, (down, up) in halves.items():
-        first, second = spelling(name)
+    for name, (down, up) in pairs.items():
+        first, second = naming(name)
         tensors |= {first: down.contiguous(), second: up.contiguous()}
         if alpha is not None:
             tensors[f"{first.rpartition('.lora')[0]}.alpha"] = torch.tensor(alpha)
     described = dict(metadata or {})
     if config is not None:
         described["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
-    save_file({**tensors, **(more or {})}, path, metadata={"format": "pt", **described})
+    save_file({**tensors, **(extra_tensors or {})}, path, metadata={"format": "pt", **described})
     return path

@@ -9,47 +9,47 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-ANCHORS, THINGS = 8400, 80  # of YOLOX at 640x640
-JOINTS, ACROSS, DOWN = 133, 288, 384  # of DWPose, and the size it is given people at
+ANCHORS, CLASSES = 8400, 80  # of YOLOX at 640x640
+JOINTS, POSE_WIDTH, POSE_HEIGHT = 133, 288, 384  # of DWPose, and the size it is given people at
 OPSET = 17
 
 
-def depth(path: Path, *, side: int | None = None, scale: float = 1.0) -> Path:
+def write_depth_model(path: Path, *, fixed_side: int | None = None, scale: float = 1.0) -> Path:
     """A network for depth that takes whatever is red for near.
 
     Args:
-        side: that its file fixes; None: any.
+        fixed_side: that its file fixes; None: any.
         scale: of its answer.
     """
-    sides = ["h", "w"] if side is None else [side, side]
+    sides = ["h", "w"] if fixed_side is None else [fixed_side, fixed_side]
     nodes = [
         helper.make_node("Gather", ["pixel_values", "red"], ["one"], axis=1),
         helper.make_node("Mul", ["one", "scale"], ["predicted_depth"]),
     ]
     constants = {"red": np.array(0), "scale": np.array(scale, np.float32)}
-    return _write(path, nodes, constants, ["pixel_values", 1, 3, *sides], [["predicted_depth", 1, *sides]])
+    return _write_model(path, nodes, constants, ["pixel_values", 1, 3, *sides], [["predicted_depth", 1, *sides]])
 
 
-def people(path: Path, boxes: list[tuple[float, float, float, float, int]]) -> Path:
+def write_person_detector(path: Path, boxes: list[tuple[float, float, float, float, int]]) -> Path:
     """A network that finds the same things in every picture: (left, top, right, bottom) of 640x640, and which thing."""
-    found = np.zeros((1, ANCHORS, 5 + THINGS), np.float32)
+    found = np.zeros((1, ANCHORS, 5 + CLASSES), np.float32)
     for anchor, (left, top, right, bottom, thing) in enumerate(boxes):
         column, row = anchor % 80, anchor // 80  # the first anchors lie 8 pixels apart, 80 in a row
         middle = (left + right) / 16 - column, (top + bottom) / 16 - row
         found[0, anchor, :5] = *middle, math.log((right - left) / 8), math.log((bottom - top) / 8), 1
         found[0, anchor, 5 + thing] = 1
-    return _constant(path, [("output", found)], 640, 640)
+    return _write_constant(path, [("output", found)], 640, 640)
 
 
-def joints(path: Path, places: dict[int, tuple[float, float]]) -> Path:
+def write_pose_model(path: Path, joint_positions: dict[int, tuple[float, float]]) -> Path:
     """A network that finds some joints, by COCO's numbers, at the same places of every person: pixels of 288x384."""
-    across, down = np.zeros((1, JOINTS, 2 * ACROSS), np.float32), np.zeros((1, JOINTS, 2 * DOWN), np.float32)
-    for joint, (x, y) in places.items():
+    across, down = np.zeros((1, JOINTS, 2 * POSE_WIDTH), np.float32), np.zeros((1, JOINTS, 2 * POSE_HEIGHT), np.float32)
+    for joint, (x, y) in joint_positions.items():
         across[0, joint, round(2 * x)] = down[0, joint, round(2 * y)] = 0.9
-    return _constant(path, [("simcc_x", across), ("simcc_y", down)], ACROSS, DOWN)
+    return _write_constant(path, [("simcc_x", across), ("simcc_y", down)], POSE_WIDTH, POSE_HEIGHT)
 
 
-def _constant(path: Path, outputs: list[tuple[str, np.ndarray]], width: int, height: int) -> Path:
+def _write_constant(path: Path, outputs: list[tuple[str, np.ndarray]], width: int, height: int) -> Path:
     """A network that gives the same numbers for whatever it is shown."""
     nodes = [helper.make_node("ReduceSum", ["input", "axes"], ["sum"], keepdims=0)]
     nodes.append(helper.make_node("Mul", ["sum", "nothing"], ["zero"]))
@@ -58,15 +58,17 @@ def _constant(path: Path, outputs: list[tuple[str, np.ndarray]], width: int, hei
         nodes.append(helper.make_node("Add", [f"of {name}", "zero"], [name]))
         constants[f"of {name}"] = array
     shapes = [[name, *array.shape] for name, array in outputs]
-    return _write(path, nodes, constants, ["input", 1, 3, height, width], shapes)
+    return _write_model(path, nodes, constants, ["input", 1, 3, height, width], shapes)
 
 
-def _write(path: Path, nodes: list, constants: dict[str, np.ndarray], given: list, made: list[list]) -> Path:
+def _write_model(
+    path: Path, nodes: list, constants: dict[str, np.ndarray], input_shape: list, output_shapes: list[list]
+) -> Path:
     def info(name: str, *shape: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
     held = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(nodes, "network", [info(*given)], [info(*one) for one in made], held)
+    graph = helper.make_graph(nodes, "network", [info(*input_shape)], [info(*one) for one in output_shapes], held)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
     onnx.checker.check_model(model)
     onnx.save(model, path)

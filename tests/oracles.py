@@ -72,7 +72,7 @@ DIFFUSERS_VAES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def reduced(config: VAEConfig, *, width: int = 16, latent_channels: int = 12) -> VAEConfig:
+def narrow_vae_config(config: VAEConfig, *, width: int = 16, latent_channels: int = 12) -> VAEConfig:
     """The same blocks on few channels."""
     return replace(config, encoder_base_channels=width, decoder_base_channels=width, latent_channels=latent_channels)
 
@@ -152,12 +152,12 @@ def diffusers_transformer(ours: Transformer) -> LTXVideoTransformer3DModel:
 # Measures
 
 
-def relative(ours: Tensor, expected: Tensor) -> float:
+def relative_error(ours: Tensor, expected: Tensor) -> float:
     """||ours - expected|| / ||expected||, in fp64. Refuses shapes that would broadcast."""
     assert ours.shape == expected.shape
     return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def drawn(*shape: int, seed: int = 1) -> Tensor:
+def randn(*shape: int, seed: int = 1) -> Tensor:
     """Standard normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

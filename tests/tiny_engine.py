@@ -12,23 +12,23 @@ from PIL import Image
 from torch import nn
 
 from kadr import Condition, Engine
-from tests.tiny_models import MODEL, write
+from tests.tiny_models import MODEL_FILE, write_model
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model. Nobody writes into it."""
-    return write(tmp_path_factory.mktemp("model"))
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def engine(home: Path) -> Engine:
     """One that encodes every prompt itself."""
-    return Engine.open(home / MODEL, device="cpu", prompt_cache=False)
+    return Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
 
 
 @pytest.fixture
-def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+def engine_without_weights(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """An engine that must not load a weight."""
 
     def take(name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
@@ -39,14 +39,14 @@ def untouched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Condition:
+def image_condition(tmp_path_factory: pytest.TempPathFactory) -> Condition:
     path = tmp_path_factory.mktemp("photo") / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(path)
     return Condition(media=str(path))
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def output_folder(tmp_path: Path) -> Path:
     """An empty folder."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out"

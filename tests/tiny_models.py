@@ -30,7 +30,7 @@ from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5, BlockConfig
 from kadr.sampling.schedules import Schedule
 
-MODEL = "model.safetensors"
+MODEL_FILE = "model.safetensors"
 CHANNELS = 8
 TEXT_WIDTH = 24
 SENTENCE = "a red circle moving right over the blue sea while birds fly slowly through golden light of evening"
@@ -58,14 +58,14 @@ def vae_config(family: str) -> VAEConfig:
     )
 
 
-def transformer_config(*, causal: bool = True, layers: int = 2) -> TransformerConfig:
+def transformer_config(*, is_causal: bool = True, num_layers: int = 2) -> TransformerConfig:
     return TransformerConfig(
-        num_layers=layers,
+        num_layers=num_layers,
         num_heads=4,
         head_dim=16,
         caption_channels=TEXT_WIDTH,
         in_channels=CHANNELS,
-        causal_temporal_positioning=causal,
+        causal_temporal_positioning=is_causal,
     )
 
 
@@ -73,7 +73,7 @@ def t5_config() -> T5Config:
     return T5Config(vocab_size=64, d_model=TEXT_WIDTH, num_layers=2, num_heads=3, d_kv=8, d_ff=40)
 
 
-def sown(build: Callable[[], Module], seed: int = 0) -> Module:
+def build_random(build: Callable[[], Module], seed: int = 0) -> Module:
     """A module in which every number is random, so that a tensor in the wrong place shows, and in which activations
     keep their size from layer to layer."""
     generator = torch.Generator().manual_seed(seed)
@@ -81,11 +81,11 @@ def sown(build: Callable[[], Module], seed: int = 0) -> Module:
         module = build().eval().requires_grad_(False)
     module.to_empty(device="cpu")
     for name, weight in module.state_dict().items():
-        _sow(name.rpartition(".")[2], weight, generator)
+        _fill_random(name.rpartition(".")[2], weight, generator)
     return module
 
 
-def _sow(leaf: str, weight: Tensor, generator: torch.Generator) -> None:
+def _fill_random(leaf: str, weight: Tensor, generator: torch.Generator) -> None:
     if leaf == "level_scale":
         weight.fill_(900.0)  # not the released 1000, which code might have written down
     elif leaf == "deviation" or (leaf == "weight" and weight.ndim == 1):
@@ -118,37 +118,39 @@ def sentencepiece_model() -> bytes:
     return model.getvalue()
 
 
-Change = Callable[[nn.Module], None]
+WeightEdit = Callable[[nn.Module], None]
 
 
-def write(
+def write_model(
     folder: Path,
     *,
     family: str = "0.9.5",
-    causal: bool = True,
-    layers: int = 2,
+    is_causal: bool = True,
+    num_layers: int = 2,
     schedule: Schedule = LINEAR_QUADRATIC,
     seed: int = 0,
-    change: dict[str, Change] | None = None,
+    weight_edits: dict[str, WeightEdit] | None = None,
 ) -> Path:
     """Write a whole model into a folder, which is made if absent, and return the folder.
 
     Args:
         family: of the VAE.
-        causal: whether the positions are, as from 0.9.5 on.
+        is_causal: whether the positions are, as from 0.9.5 on.
         num_layers: of the transformer.
-        change: "transformer", "vae" or "text encoder" -> what to do to its weights before they are written.
+        weight_edits: "transformer", "vae" or "text encoder" -> what to do to its weights before they are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     modules: dict[str, nn.Module] = {
-        "transformer": sown(lambda: Transformer(transformer_config(causal=causal, layers=layers)), seed + 1),
-        "vae": sown(lambda: VAE(vae_config(family)), seed + 2),
-        "text encoder": sown(lambda: T5Encoder(t5_config()), seed + 3),
+        "transformer": build_random(
+            lambda: Transformer(transformer_config(is_causal=is_causal, num_layers=num_layers)), seed + 1
+        ),
+        "vae": build_random(lambda: VAE(vae_config(family)), seed + 2),
+        "text encoder": build_random(lambda: T5Encoder(t5_config()), seed + 3),
     }
-    for name, do in (change or {}).items():
+    for name, do in (weight_edits or {}).items():
         do(modules[name])
     write_single_file(
-        folder / MODEL,
+        folder / MODEL_FILE,
         transformer=modules["transformer"],
         vae=modules["vae"],
         schedule=schedule,
@@ -161,10 +163,16 @@ def write(
     return folder
 
 
-def write_upscaler(path: Path, *, space: bool = True, time: bool = False, channels: int = CHANNELS) -> Path:
+def write_upscaler(
+    path: Path, *, upscales_space: bool = True, upscales_time: bool = False, channels: int = CHANNELS
+) -> Path:
     """Write a latent upscaler, and return its path."""
     config = UpscalerConfig(
-        in_channels=channels, mid_channels=32, num_blocks_per_stage=1, spatial_upsample=space, temporal_upsample=time
+        in_channels=channels,
+        mid_channels=32,
+        num_blocks_per_stage=1,
+        spatial_upsample=upscales_space,
+        temporal_upsample=upscales_time,
     )
-    write_upscaler(path, sown(lambda: LatentUpscaler(config), 4))
+    write_upscaler(path, build_random(lambda: LatentUpscaler(config), 4))
     return path

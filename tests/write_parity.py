@@ -13,9 +13,9 @@ from tests import doc_tables
 
 PAGE = doc_tables.DOCS / "parity.md"
 NAME = "make parity"
-HEAD = ("stage", "family or recipe", "oracle", "largest relative error", "test")
+COLUMNS = ("stage", "family or recipe", "oracle", "largest relative error", "test")
 # In the order of a generation: its parts, then the whole path, then the released recipes.
-STAGES = (
+PARITY_STAGES = (
     "noise levels",
     "text encoder",
     "picture",
@@ -49,11 +49,11 @@ STAGES = (
 Row = tuple[str, str, str, str]  # stage, family, oracle, test
 
 
-class Notes:
+class ParityRecorder:
     """A plugin of pytest: keeps to the tests that note an error, and keeps the largest of each kind."""
 
     def __init__(self) -> None:
-        self.largest: dict[Row, float] = {}
+        self.largest_errors: dict[Row, float] = {}
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if "parity" in getattr(item, "fixturenames", ())]
@@ -65,29 +65,29 @@ class Notes:
             if name == "parity":
                 stage, family, oracle, error = value
                 row = stage, family, oracle, report.nodeid.partition("[")[0]
-                self.largest[row] = max(error, self.largest.get(row, 0.0))
+                self.largest_errors[row] = max(error, self.largest_errors.get(row, 0.0))
 
 
-def rendered(largest: dict[Row, float]) -> str:
+def render_table(largest: dict[Row, float]) -> str:
     """The table, sorted.
 
     Raises:
-        ValueError: a stage that has no place in `STAGES`.
+        ValueError: a stage that has no place in `PARITY_STAGES`.
     """
-    rows = sorted(largest, key=lambda row: (STAGES.index(row[0]), row))
-    return doc_tables.table(HEAD, [(*row[:3], told(largest[row]), f"`{row[3]}`") for row in rows])
+    rows = sorted(largest, key=lambda row: (PARITY_STAGES.index(row[0]), row))
+    return doc_tables.markdown_table(COLUMNS, [(*row[:3], format_error(largest[row]), f"`{row[3]}`") for row in rows])
 
 
-def told(error: float) -> str:
+def format_error(error: float) -> str:
     """An error to one digit, such as 6e-7; 0 where every bit is the same."""
     return "0" if error == 0 else f"{error:.0e}".replace("e-0", "e-")
 
 
 def main() -> int:
-    notes = Notes()
+    notes = ParityRecorder()
     status = pytest.main(["--rootdir", str(doc_tables.ROOT), str(doc_tables.ROOT / "tests")], plugins=[notes])
     if status == pytest.ExitCode.OK:
-        doc_tables.write(PAGE, NAME, rendered(notes.largest))
+        doc_tables.write_table(PAGE, NAME, render_table(notes.largest_errors))
         print(PAGE)
     return status
 

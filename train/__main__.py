@@ -14,12 +14,12 @@ from train.export import export
 ASSETS = Path(__file__).parent.parent / "src" / "kadr" / "assets" / "demo"
 
 
-STAGES: dict[str, Callable[[Path], object]] = {
+TRAINING_STEPS: dict[str, Callable[[Path], object]] = {
     "vae": vae.train,
-    "transformer": lambda runs: transformer.train(runs, vae.trained(runs)),
-    "tuning": lambda runs: tuning.tune(runs, vae.trained(runs)),
-    "distill": lambda runs: distill.distill(runs, vae.trained(runs)),
-    "upsampler": lambda runs: upscaler.train(runs, vae.trained(runs)),
+    "transformer": lambda runs: transformer.train(runs, vae.load_trained_vae(runs)),
+    "tuning": lambda runs: tuning.tune(runs, vae.load_trained_vae(runs)),
+    "distill": lambda runs: distill.distill(runs, vae.load_trained_vae(runs)),
+    "upsampler": lambda runs: upscaler.train(runs, vae.load_trained_vae(runs)),
 }
 
 
@@ -28,10 +28,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/demo"), help="states, logs and the tokenizer")
     parser.add_argument("--assets", type=Path, default=ASSETS, help="where the finished model goes")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
-    parser.add_argument("--stage", choices=("all", *STAGES, "export"), default="all")
+    parser.add_argument("--stage", choices=("all", *TRAINING_STEPS, "export"), default="all")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    for name, train in STAGES.items():
+    for name, train in TRAINING_STEPS.items():
         if chosen.stage in ("all", name):
             train(chosen.runs)
     if chosen.stage in ("all", "export"):

@@ -12,22 +12,22 @@ import torch
 from torch import nn
 
 
-class Average:
+class EMA:
     """An exponential average of a model's weights, quick at first so that early weights are forgotten."""
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.model: Any = copy.deepcopy(model).requires_grad_(False)
-        self.rate = rate
+        self.decay = decay
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        keep = min(self.rate, (1 + step) / (10 + step))
+        keep = min(self.decay, (1 + step) / (10 + step))
         mine = dict(self.model.state_dict())
         for name, value in model.state_dict().items():
             mine[name].lerp_(value, 1 - keep)
 
 
-class Log:
+class CurveLog:
     """A CSV of the curve, with a line printed every so often."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], every: int = 20) -> None:
@@ -47,19 +47,19 @@ class Log:
             print("  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
 
 
-def save(path: Path, step: int, **parts: Any) -> None:
+def save_state(path: Path, step: int, **objects: Any) -> None:
     """Write the state of every part beside `path`, then rename: a cut leaves the state before it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
-    torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, beside)
+    torch.save({"step": step, **{name: part.state_dict() for name, part in objects.items()}}, beside)
     os.replace(beside, path)
 
 
-def resume(path: Path, **parts: Any) -> int:
+def load_state(path: Path, **objects: Any) -> int:
     """Load every part's state from `path`; returns the step to go on from, 0 where there is no state."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
-    for name, part in parts.items():
+    for name, part in objects.items():
         part.load_state_dict(state[name])
     return int(state["step"])

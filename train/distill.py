@@ -18,19 +18,27 @@ from torch import Tensor
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.text.tokenizer import Tokenizer
-from kadr.training.objective import squared_error
+from kadr.training.objective import masked_mse
 from train import tuning
-from train.checkpointing import Average, Log, resume, save
-from train.optimizer import Optimizer, share_of_rate
-from train.transformer import is_matrix
-from train.tuning import Batch, Trainer, noised, shaken, tokenized, velocities, worlds
+from train.checkpointing import EMA, CurveLog, load_state, save_state
+from train.optimizer import MuonAdamW, lr_multiplier
+from train.transformer import uses_muon
+from train.tuning import (
+    TuningBatch,
+    TuningTrainer,
+    load_or_encode,
+    noisy_state,
+    predict_velocity,
+    tokenize,
+    tokens_with_image_noise,
+)
 
-BATCHES = tuning.Recipe(batch=48, large_batch=12, caption_dropout=0.0)
-LEVELS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
+BATCH_CONFIG = tuning.TuningConfig(batch_size=48, large_batch_size=12, caption_dropout=0.0)
+SIGMAS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class DistillConfig:
     """What one distillation is.
 
     Args:
@@ -39,73 +47,73 @@ class Recipe:
 
     guidance: float = 3.0
     steps: int = 200
-    matrix_rate: float = 1.2e-3
-    other_rate: float = 4e-4
-    average: float = 0.97
-    batches: tuning.Recipe = BATCHES
+    muon_lr: float = 1.2e-3
+    adamw_lr: float = 4e-4
+    ema_decay: float = 0.97
+    batch_config: tuning.TuningConfig = BATCH_CONFIG
     seed: int = 2
 
 
 class Distiller:
     """One distillation: teacher, student and the batches both see."""
 
-    def __init__(self, trainer: Trainer, recipe: Recipe) -> None:
-        self.trainer, self.recipe = trainer, recipe
-        self.text = trainer.model["text_encoder"].requires_grad_(False)
-        self.teacher: Transformer = trainer.model["transformer"].requires_grad_(False)
+    def __init__(self, tuning_trainer: TuningTrainer, config: DistillConfig) -> None:
+        self.tuning_trainer, self.config = tuning_trainer, config
+        self.text_encoder = tuning_trainer.modules["text_encoder"].requires_grad_(False)
+        self.teacher: Transformer = tuning_trainer.modules["transformer"].requires_grad_(False)
         self.student: Transformer = copy.deepcopy(self.teacher).requires_grad_(True)
-        self.empty = tokenized(trainer.tokenizer, [""])
+        self.null_text = tokenize(tuning_trainer.tokenizer, [""])
 
     def loss(self, rng: Random, step: int) -> Tensor:
         """The loss of one batch, drawn from `rng` and torch's generator."""
-        batch = self.trainer.batch(rng, step)
-        level = torch.tensor([[rng.choice(LEVELS)] for _ in batch.chosen])
-        state, _, level = noised(batch, torch.randn_like(batch.clean), level)
-        state = self.trainer.given(rng, batch, state)
-        tokens = shaken(state, level, self.recipe.batches.image_noise)
+        batch = self.tuning_trainer.draw_batch(rng, step)
+        level = torch.tensor([[rng.choice(SIGMAS)] for _ in batch.scene_indices])
+        state, _, level = noisy_state(batch, torch.randn_like(batch.clean_latents), level)
+        state = self.tuning_trainer.add_conditions(rng, batch, state)
+        tokens = tokens_with_image_noise(state, level, self.config.batch_config.image_noise)
         with torch.no_grad():
             prompt, empty = (
-                velocities(self.teacher, self.text, state, tokens, level, asked).float()
-                for asked in (batch, self._unprompted(batch))
+                predict_velocity(self.teacher, self.text_encoder, state, tokens, level, asked).float()
+                for asked in (batch, self._with_null_text(batch))
             )
-            target = empty + self.recipe.guidance * (prompt - empty)
-        said = velocities(self.student, self.text, state, tokens, level, batch).float()
+            target = empty + self.config.guidance * (prompt - empty)
+        said = predict_velocity(self.student, self.text_encoder, state, tokens, level, batch).float()
         free = torch.ones(batch.grid.num_tokens, dtype=torch.bool)
         if state.conditioning_mask is not None:
             free = state.conditioning_mask[0, : batch.grid.num_tokens] == 0
-        return squared_error(said[:, : batch.grid.num_tokens], target[:, : batch.grid.num_tokens], free)
+        return masked_mse(said[:, : batch.grid.num_tokens], target[:, : batch.grid.num_tokens], free)
 
-    def _unprompted(self, batch: Batch) -> Batch:
-        ids, mask = (part.expand(len(batch.ids), -1) for part in self.empty)
-        return batch._replace(ids=ids, mask=mask)
+    def _with_null_text(self, batch: TuningBatch) -> TuningBatch:
+        ids, mask = (part.expand(len(batch.input_ids), -1) for part in self.null_text)
+        return batch._replace(input_ids=ids, prompt_attention_mask=mask)
 
 
-def distill(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> Transformer:
-    """Train, or go on from `folder`/distilled.pt; returns the averaged weights."""
-    tokenizer = Tokenizer.open(folder / "tokenizer" / "spiece.model")
-    trainer = Trainer(worlds(folder, vae, recipe.batches), tokenizer, recipe.batches)
-    trainer.model.load_state_dict(torch.load(folder / "tuned.pt", weights_only=True)["average"])
-    distiller = Distiller(trainer, recipe)
+def distill(state_folder: Path, vae: VAE, config: DistillConfig = DistillConfig()) -> Transformer:
+    """Train, or go on from `state_folder`/distilled.pt; returns the averaged weights."""
+    tokenizer = Tokenizer.open(state_folder / "tokenizer" / "spiece.model")
+    trainer = TuningTrainer(load_or_encode(state_folder, vae, config.batch_config), tokenizer, config.batch_config)
+    trainer.modules.load_state_dict(torch.load(state_folder / "tuned.pt", weights_only=True)["average"])
+    distiller = Distiller(trainer, config)
     student = distiller.student
-    average = Average(student, recipe.average)
-    optimizer = Optimizer(student, is_matrix=_is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate)
+    average = EMA(student, config.ema_decay)
+    optimizer = MuonAdamW(student, uses_muon=_uses_muon, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
     parts = {"model": student, "average": average.model, "optimizer": optimizer}
-    state = folder / "distilled.pt"
-    start = resume(state, **parts)
-    log = Log(folder / "distilled.csv", ("step", "loss", "seconds"), every=20)
-    print(asdict(recipe), flush=True)
+    state = state_folder / "distilled.pt"
+    start = load_state(state, **parts)
+    log = CurveLog(state_folder / "distilled.csv", ("step", "loss", "seconds"), every=20)
+    print(asdict(config), flush=True)
     began = time.monotonic()
-    for step in range(start, recipe.steps):
-        torch.manual_seed(recipe.seed * 1_000_003 + step)
-        loss = distiller.loss(Random(recipe.seed * 1_000_003 + step), step)
+    for step in range(start, config.steps):
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        loss = distiller.loss(Random(config.seed * 1_000_003 + step), step)
         loss.backward()
-        optimizer.step(share_of_rate(step, recipe.steps, warmup=20, decay=0.6))
+        optimizer.step(lr_multiplier(step, config.steps, warmup=20, decay=0.6))
         average.update(student, step)
         log.add(step=step, loss=loss.item(), seconds=time.monotonic() - began)
-        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
-            save(state, step + 1, **parts)
+        if (step + 1) % 50 == 0 or step + 1 == config.steps:
+            save_state(state, step + 1, **parts)
     return average.model
 
 
-def _is_matrix(name: str) -> bool:
-    return is_matrix(f"transformer.{name}")
+def _uses_muon(name: str) -> bool:
+    return uses_muon(f"transformer.{name}")

@@ -22,10 +22,10 @@ CAPTIONS = (
 )
 COLUMNS = 4
 GAP = 4  # pixels between the videos
-LAST_FRAME = 600  # milliseconds
+LAST_FRAME_MS = 600  # milliseconds
 
 
-def tiled(videos: list[np.ndarray]) -> np.ndarray:
+def arrange_grid(videos: list[np.ndarray]) -> np.ndarray:
     """Videos uint8 (F, H, W, 3) -> one of them all, in rows of four, with white gaps."""
     framed = [np.pad(video, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255) for video in videos]
     rows = [np.concatenate(framed[i : i + COLUMNS], axis=2) for i in range(0, len(framed), COLUMNS)]
@@ -39,9 +39,9 @@ def main() -> None:
     chosen = parser.parse_args()
     engine = Engine.open("demo")
     videos = [engine.generate(Request(prompt=caption, seed=chosen.seed)).frames for caption in CAPTIONS]
-    frames = [Image.fromarray(frame).quantize(96, dither=Image.Dither.NONE) for frame in tiled(videos)]
+    frames = [Image.fromarray(frame).quantize(96, dither=Image.Dither.NONE) for frame in arrange_grid(videos)]
     chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    durations = [1000 // 24] * (len(frames) - 1) + [LAST_FRAME]
+    durations = [1000 // 24] * (len(frames) - 1) + [LAST_FRAME_MS]
     frames[0].save(chosen.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
     print(chosen.output)
 

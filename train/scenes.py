@@ -32,20 +32,20 @@ MOTIONS = (*DIRECTIONS, "growing", "shrinking", "standing still")
 SIZES = {"small": (14.0, 18.0), "medium": (19.0, 24.0), "large": (25.0, 31.0)}  # radius in the first frame, pixels
 SPEEDS = {"slowly": (28.0, 36.0), "": (40.0, 50.0), "quickly": (56.0, 70.0)}  # path over a whole clip, pixels
 
-STAGE = 128  # side of the square the geometry is written for
+SCENE_SIDE = 128  # side of the square the geometry is written for
 CLIP_FRAMES = 25  # a scene keeps its shape inside the stage for this many frames
 MARGIN = 1.5  # pixels that stay free at the edge of the stage
-GROWTH = (1.6, 2.2)  # last radius over first for growing, first over last for shrinking
-SMALLEST, LARGEST = 11.0, 50.0  # radius that shrinking and growing may end at: still readable, still inside
+GROWTH_RATIOS = (1.6, 2.2)  # last radius over first for growing, first over last for shrinking
+MIN_RADIUS, MAX_RADIUS = 11.0, 50.0  # radius that shrinking and growing may end at: still readable, still inside
 
 SQUARE_SIDE = 0.9  # half a side of the square, in radii
-TRIANGLE_REACH = 1.25  # from its centre to a corner, in radii: at 1 it would look too small beside the circle
+TRIANGLE_EXTENT = 1.25  # from its centre to a corner, in radii: at 1 it would look too small beside the circle
 RING_HOLE = 0.55  # radius of the hole, in radii
 
 HELD_OUT_PERCENT = 12
 
 
-class Reach(NamedTuple):
+class Extent(NamedTuple):
     """How far a shape of radius 1 extends from its centre."""
 
     side: float
@@ -54,14 +54,14 @@ class Reach(NamedTuple):
 
 
 SHAPES = {
-    "circle": Reach(1.0, 1.0, 1.0),
-    "square": Reach(SQUARE_SIDE, SQUARE_SIDE, SQUARE_SIDE),
-    "triangle": Reach(TRIANGLE_REACH * math.sqrt(3) / 2, TRIANGLE_REACH, TRIANGLE_REACH / 2),
-    "ring": Reach(1.0, 1.0, 1.0),
+    "circle": Extent(1.0, 1.0, 1.0),
+    "square": Extent(SQUARE_SIDE, SQUARE_SIDE, SQUARE_SIDE),
+    "triangle": Extent(TRIANGLE_EXTENT * math.sqrt(3) / 2, TRIANGLE_EXTENT, TRIANGLE_EXTENT / 2),
+    "ring": Extent(1.0, 1.0, 1.0),
 }
 
 
-class Key(NamedTuple):
+class SceneKey(NamedTuple):
     """What a scene shows, in words: the combination that is trained on or held out."""
 
     colour: str
@@ -70,10 +70,10 @@ class Key(NamedTuple):
     motion: str
 
 
-KEYS = tuple(itertools.starmap(Key, itertools.product(COLOURS, SHAPES, BACKGROUNDS, MOTIONS)))
+SCENE_KEYS = tuple(itertools.starmap(SceneKey, itertools.product(COLOURS, SHAPES, BACKGROUNDS, MOTIONS)))
 
 
-def is_held_out(key: Key) -> bool:
+def is_held_out(key: SceneKey) -> bool:
     """Whether training never sees this combination. A fixed function of the words, the same on every machine."""
     digest = hashlib.sha256("/".join(key).encode()).digest()
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
@@ -97,32 +97,32 @@ class Scene:
     growth: float = 0.0  # of the radius
 
     @property
-    def key(self) -> Key:
-        return Key(self.colour, self.shape, self.background, self.motion)
+    def key(self) -> SceneKey:
+        return SceneKey(self.colour, self.shape, self.background, self.motion)
 
     @classmethod
     def sample(cls, rng: Random, *, held_out: bool = False) -> "Scene":
         """A random scene of the training combinations, or of the held-out ones."""
-        while is_held_out(key := rng.choice(KEYS)) != held_out:
+        while is_held_out(key := rng.choice(SCENE_KEYS)) != held_out:
             pass
-        return cls.of(key, rng)
+        return cls.from_key(key, rng)
 
     @classmethod
-    def of(cls, key: Key, rng: Random) -> "Scene":
+    def from_key(cls, scene_key: SceneKey, rng: Random) -> "Scene":
         """A random scene of this combination."""
-        size_name = rng.choice(_possible_sizes(key.motion))
-        speed_name = rng.choice(tuple(SPEEDS)) if key.motion in DIRECTIONS else ""
+        size_name = rng.choice(_possible_sizes(scene_key.motion))
+        speed_name = rng.choice(tuple(SPEEDS)) if scene_key.motion in DIRECTIONS else ""
         radius = rng.uniform(*SIZES[size_name])
-        growth = _growth(key.motion, radius, rng)
+        growth = _growth(scene_key.motion, radius, rng)
         steps = CLIP_FRAMES - 1
-        reach = Reach(*(r * max(radius, radius + growth * steps) + MARGIN for r in SHAPES[key.shape]))
-        dx, dy = _velocity(key.motion, speed_name, reach, rng)
+        reach = Extent(*(r * max(radius, radius + growth * steps) + MARGIN for r in SHAPES[scene_key.shape]))
+        dx, dy = _velocity(scene_key.motion, speed_name, reach, rng)
         return cls(
-            *key,
+            *scene_key,
             size_name=size_name,
             speed_name=speed_name,
-            x=rng.uniform(reach.side - min(0, dx * steps), STAGE - reach.side - max(0, dx * steps)),
-            y=rng.uniform(reach.up - min(0, dy * steps), STAGE - reach.down - max(0, dy * steps)),
+            x=rng.uniform(reach.side - min(0, dx * steps), SCENE_SIDE - reach.side - max(0, dx * steps)),
+            y=rng.uniform(reach.up - min(0, dy * steps), SCENE_SIDE - reach.down - max(0, dy * steps)),
             radius=radius,
             dx=dx,
             dy=dy,
@@ -137,20 +137,20 @@ def _possible_sizes(motion: str) -> tuple[str, ...]:
 
 def _growth(motion: str, radius: float, rng: Random) -> float:
     """Change of the radius per frame."""
-    low, high = GROWTH
+    low, high = GROWTH_RATIOS
     if motion == "growing":
-        last = radius * rng.uniform(low, min(high, LARGEST / radius))
+        last = radius * rng.uniform(low, min(high, MAX_RADIUS / radius))
     elif motion == "shrinking":
-        last = radius / rng.uniform(low, min(high, radius / SMALLEST))
+        last = radius / rng.uniform(low, min(high, radius / MIN_RADIUS))
     else:
         last = radius
     return (last - radius) / (CLIP_FRAMES - 1)
 
 
-def _velocity(motion: str, speed_name: str, reach: Reach, rng: Random) -> tuple[float, float]:
+def _velocity(motion: str, speed_name: str, reach: Extent, rng: Random) -> tuple[float, float]:
     """Travel per frame. A large quick shape is slowed to the path that the stage has room for."""
     across, along = DIRECTIONS.get(motion, (0, 0))
-    room = STAGE - (2 * reach.side if across else reach.up + reach.down)
+    room = SCENE_SIDE - (2 * reach.side if across else reach.up + reach.down)
     low, high = SPEEDS[speed_name]
     speed = rng.uniform(low, min(high, room)) / (CLIP_FRAMES - 1)
     return across * speed, along * speed
@@ -159,7 +159,9 @@ def _velocity(motion: str, speed_name: str, reach: Reach, rng: Random) -> tuple[
 # Pictures
 
 
-def render(scenes: list[Scene], frames: int, size: tuple[int, int] = (STAGE, STAGE), *, first_frame: int = 0) -> Tensor:
+def render(
+    scenes: list[Scene], frames: int, size: tuple[int, int] = (SCENE_SIDE, SCENE_SIDE), *, first_frame: int = 0
+) -> Tensor:
     """Draw scenes as clips.
 
     Args:
@@ -172,10 +174,10 @@ def render(scenes: list[Scene], frames: int, size: tuple[int, int] = (STAGE, STA
         float32 (B, 3, F, H, W) in [-1, 1]: RGB, edges anti-aliased over one pixel.
     """
     height, width = size
-    scale = min(size) / STAGE
+    scale = min(size) / SCENE_SIDE
     time = torch.arange(first_frame, first_frame + frames, dtype=torch.float32).view(-1, 1, 1)
-    rows = ((torch.arange(height) + 0.5 - height / 2) / scale + STAGE / 2).view(1, -1, 1)
-    columns = ((torch.arange(width) + 0.5 - width / 2) / scale + STAGE / 2).view(1, 1, -1)
+    rows = ((torch.arange(height) + 0.5 - height / 2) / scale + SCENE_SIDE / 2).view(1, -1, 1)
+    columns = ((torch.arange(width) + 0.5 - width / 2) / scale + SCENE_SIDE / 2).view(1, 1, -1)
     clips = torch.empty(len(scenes), 3, frames, height, width)
     for clip, scene in zip(clips, scenes, strict=True):  # one by one: what a clip needs fits in the cache
         x = columns - (scene.x + scene.dx * time)
@@ -204,7 +206,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
         outside = (x.clamp(min=0).square() + y.clamp(min=0).square()).sqrt_()
         return outside.add_(torch.maximum(x, y).clamp_(max=0))
     if shape == "triangle":
-        return _triangle_distance(x, y, radius * TRIANGLE_REACH)
+        return _triangle_distance(x, y, radius * TRIANGLE_EXTENT)
     raise ValueError(f"shape is {shape!r}; the world has {', '.join(SHAPES)}")
 
 
@@ -222,7 +224,7 @@ def _triangle_distance(x: Tensor, y: Tensor, reach: Tensor) -> Tensor:
 
 # Words
 
-DOING = {
+MOTION_PARTICIPLES = {
     "moving left": ("moving left", "moving to the left", "sliding left", "sliding to the left"),
     "moving right": ("moving right", "moving to the right", "sliding right", "sliding to the right"),
     "moving up": ("moving up", "moving upward", "rising"),
@@ -231,7 +233,7 @@ DOING = {
     "shrinking": ("shrinking", "getting smaller"),
     "standing still": ("standing still", "staying in place", "not moving"),
 }
-DOES = {
+MOTION_VERBS = {
     "moving left": ("moves left", "moves to the left", "slides left", "slides to the left"),
     "moving right": ("moves right", "moves to the right", "slides right", "slides to the right"),
     "moving up": ("moves up", "moves upward", "rises"),
@@ -240,7 +242,7 @@ DOES = {
     "shrinking": ("shrinks", "gets smaller"),
     "standing still": ("stands still", "stays in place", "does not move"),
 }
-WORDINGS = (
+CAPTION_TEMPLATES = (
     "{a_thing} {doing} on a {background} background",
     "{a_thing} {does} on a {background} background",
     "a {background} background with {a_thing} {doing}",
@@ -255,21 +257,21 @@ def plain_caption(scene: Scene) -> str:
     return f"{_with_article(f'{scene.colour} {scene.shape}')} {scene.motion} on a {scene.background} background"
 
 
-def caption(scene: Scene, rng: Random) -> str:
+def varied_caption(scene: Scene, rng: Random) -> str:
     """A true sentence about the scene: the plain one half of the time, another wording the other half."""
     if rng.random() < 0.5:
         return plain_caption(scene)
     size = scene.size_name if rng.random() < 0.5 else ""
     speed = scene.speed_name if rng.random() < 0.5 else ""
     thing = f"{size} {scene.colour} {scene.shape}".strip()
-    sentence = rng.choice(WORDINGS).format(
+    sentence = rng.choice(CAPTION_TEMPLATES).format(
         thing=thing,
         a_thing=_with_article(thing),
         shape=f"{size} {scene.shape}".strip(),
         colour=scene.colour,
         background=scene.background,
-        doing=_with_speed(rng.choice(DOING[scene.motion]), speed),
-        does=_with_speed(rng.choice(DOES[scene.motion]), speed),
+        doing=_with_speed(rng.choice(MOTION_PARTICIPLES[scene.motion]), speed),
+        does=_with_speed(rng.choice(MOTION_VERBS[scene.motion]), speed),
     )
     if rng.random() < 0.3:
         sentence = sentence[0].upper() + sentence[1:]
@@ -291,21 +293,21 @@ def _with_speed(motion: str, speed: str) -> str:
 def vocabulary_corpus(rounds: int = 8, seed: int = 0) -> Iterator[str]:
     """Sentences to train a tokenizer on: every combination, `rounds` times, in varying wordings."""
     rng = Random(seed)
-    for key in KEYS * rounds:
-        yield caption(Scene.of(key, rng), rng)
+    for key in SCENE_KEYS * rounds:
+        yield varied_caption(Scene.from_key(key, rng), rng)
 
 
 def held_out_captions(count: int, seed: int) -> list[tuple[str, Scene]]:
     """Prompts that training has never seen, with a scene each; colours, shapes, backgrounds and motions are even."""
     rng = Random(seed)
-    keys = [key for key in KEYS if is_held_out(key)]
+    keys = [key for key in SCENE_KEYS if is_held_out(key)]
     rng.shuffle(keys)
-    used: Counter[str | Key] = Counter()
+    used: Counter[str | SceneKey] = Counter()
     chosen = []
     for _ in range(count):
         key = min(keys, key=lambda key: (used[key], sum(used[word] * _alternatives(word) for word in key)))
         used.update((key, *key))
-        scene = Scene.of(key, rng)
+        scene = Scene.from_key(key, rng)
         chosen.append((plain_caption(scene), scene))
     return chosen
 

@@ -27,40 +27,40 @@ from kadr.sampling.positions import token_positions
 from kadr.sampling.state import to_tokens
 from kadr.shapes import LatentGrid
 from kadr.text.tokenizer import Tokenizer
-from kadr.training.objective import noised, spread, squared_error, velocity
-from train.checkpointing import Average, Log, resume, save
-from train.optimizer import Optimizer, share_of_rate
-from train.scenes import CLIP_FRAMES, Scene, caption, render, vocabulary_corpus
+from kadr.training.objective import add_noise, masked_mse, stratified_sigmas, velocity_target
+from train.checkpointing import EMA, CurveLog, load_state, save_state
+from train.optimizer import MuonAdamW, lr_multiplier
+from train.scenes import CLIP_FRAMES, Scene, render, varied_caption, vocabulary_corpus
 
 DEMO_T5 = T5Config(vocab_size=192, d_model=128, num_layers=2, num_heads=4, d_kv=32, d_ff=256)
 DEMO_TRANSFORMER = TransformerConfig(
     num_layers=8, num_heads=6, head_dim=32, caption_channels=128, causal_temporal_positioning=True
 )
-FRAMES_PER_SECOND = 24
+FPS = 24
 GRID = LatentGrid(frames=4, height=4, width=4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class TransformerTrainingConfig:
     """What one training of text encoder and transformer is.
 
     The shipped weights were trained with `steps` at 2300 until step 400, at 1700 until 700, and at 1300 from there on:
     the number decides only when the rate begins to fall, so up to step 780 the runs are one.
     """
 
-    scenes: int = 12288
+    num_scenes: int = 12288
     steps: int = 1300
-    batch: int = 64
-    matrix_rate: float = 4e-3  # Muon, scaled to the update size of AdamW
-    other_rate: float = 2e-3  # AdamW, for everything that is not a matrix inside the layers
+    batch_size: int = 64
+    muon_lr: float = 4e-3  # Muon, scaled to the update size of AdamW
+    adamw_lr: float = 2e-3  # AdamW, for everything that is not a matrix inside the layers
     caption_dropout: float = 0.1
-    image_share: float = 0.25  # batches whose first latent frame is given
+    first_frame_conditioning_p: float = 0.25  # batches whose first latent frame is given
     image_noise: float = 0.15  # times t squared: what sampling adds to given frames
-    average: float = 0.999
+    ema_decay: float = 0.999
     seed: int = 0
 
 
-def make_tokenizer(folder: Path) -> Path:
+def train_tokenizer(folder: Path) -> Path:
     """Train a SentencePiece model on the captions of the world; letters are spelled out where a word is unknown."""
     path = folder / "spiece"
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def make_tokenizer(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class World:
+class EncodedScenes:
     """Scenes and their normalised latents (N, 128, 4, 4, 4), float16."""
 
     scenes: list[Scene]
@@ -91,24 +91,24 @@ class World:
 
     @classmethod
     @torch.no_grad()
-    def encode(cls, vae: VAE, recipe: Recipe, batch: int = 16) -> World:
-        rng = Random(recipe.seed + 7)
-        scenes = [Scene.sample(rng) for _ in range(recipe.scenes)]
+    def encode(cls, vae: VAE, config: TransformerTrainingConfig, batch_size: int = 16) -> EncodedScenes:
+        rng = Random(config.seed + 7)
+        scenes = [Scene.sample(rng) for _ in range(config.num_scenes)]
         made = []
-        for start in range(0, len(scenes), batch):
-            pixels = render(scenes[start : start + batch], CLIP_FRAMES)
+        for start in range(0, len(scenes), batch_size):
+            pixels = render(scenes[start : start + batch_size], CLIP_FRAMES)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 mean = vae.encode_moments(pixels).mean
             made.append(vae.statistics.normalise(mean.float()).half())
-            if start % (batch * 100) == 0:
+            if start % (batch_size * 100) == 0:
                 print(f"encoded {start} of {len(scenes)} scenes", flush=True)
         return cls(scenes, torch.cat(made))
 
 
-def initialise(text: T5Encoder, transformer: Transformer, seed: int) -> None:
+def initialise(text_encoder: T5Encoder, transformer: Transformer, seed: int) -> None:
     """T5's own scheme for the text; Xavier matrices, closed gates and a silent last layer for the transformer."""
     generator = torch.Generator().manual_seed(seed)
-    initialise_t5(text, generator)
+    initialise_t5(text_encoder, generator)
     for module in transformer.modules():
         if isinstance(module, Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -124,26 +124,27 @@ def initialise(text: T5Encoder, transformer: Transformer, seed: int) -> None:
     nn.init.zeros_(transformer.scale_shift_table)
 
 
-def build() -> nn.ModuleDict:
+def build_modules() -> nn.ModuleDict:
     """The two networks, before any training."""
     return nn.ModuleDict({"text": T5Encoder(DEMO_T5), "transformer": Transformer(DEMO_TRANSFORMER)})
 
 
-class Trainer:
+class TransformerTrainer:
     """One training: the two networks, the world, and the noise levels it draws."""
 
-    def __init__(self, world: World, tokenizer: Tokenizer, recipe: Recipe) -> None:
-        self.world, self.tokenizer, self.recipe = world, tokenizer, recipe
-        self.model = build()
-        initialise(self.model["text"], self.model["transformer"], recipe.seed)
-        places = token_positions(GRID, fps=FRAMES_PER_SECOND, causal=DEMO_TRANSFORMER.causal_temporal_positioning)
-        self.rope: Rope = self.model["transformer"].rope(places[None])
-        self.first = torch.arange(GRID.num_tokens) < GRID.height * GRID.width
+    def __init__(self, scenes: EncodedScenes, tokenizer: Tokenizer, config: TransformerTrainingConfig) -> None:
+        self.scenes, self.tokenizer, self.config = scenes, tokenizer, config
+        self.modules = build_modules()
+        initialise(self.modules["text"], self.modules["transformer"], config.seed)
+        places = token_positions(GRID, fps=FPS, causal=DEMO_TRANSFORMER.causal_temporal_positioning)
+        self.rope: Rope = self.modules["transformer"].rope(places[None])
+        self.first_frame_mask = torch.arange(GRID.num_tokens) < GRID.height * GRID.width
 
-    def captions(self, rng: Random, chosen: list[int]) -> tuple[Tensor, Tensor]:
+    def draw_captions(self, rng: Random, scene_indices: list[int]) -> tuple[Tensor, Tensor]:
         """Ids and mask (B, L), cut to the longest caption of the batch: padding would change nothing."""
         texts = [
-            "" if rng.random() < self.recipe.caption_dropout else caption(self.world.scenes[i], rng) for i in chosen
+            "" if rng.random() < self.config.caption_dropout else varied_caption(self.scenes.scenes[i], rng)
+            for i in scene_indices
         ]
         encoded = [self.tokenizer.encode(text) for text in texts]
         ids, mask = torch.cat([e.ids for e in encoded]), torch.cat([e.mask for e in encoded])
@@ -152,66 +153,68 @@ class Trainer:
 
     def loss(self, rng: Random) -> Tensor:
         """The loss of one batch, drawn from `rng` and torch's generator."""
-        recipe = self.recipe
-        chosen = [rng.randrange(len(self.world.scenes)) for _ in range(recipe.batch)]
-        clean = to_tokens(self.world.latents[chosen].float())
-        ids, mask = self.captions(rng, chosen)
+        recipe = self.config
+        chosen = [rng.randrange(len(self.scenes.scenes)) for _ in range(recipe.batch_size)]
+        clean = to_tokens(self.scenes.latents[chosen].float())
+        ids, mask = self.draw_captions(rng, chosen)
         noise = torch.randn_like(clean)
-        level = own = spread(recipe.batch)[:, None]  # (B, 1)
-        noisy = noised(clean, noise, level[..., None])
-        given = torch.zeros_like(self.first)  # (N)
+        level = own = stratified_sigmas(recipe.batch_size)[:, None]  # (B, 1)
+        noisy = add_noise(clean, noise, level[..., None])
+        given = torch.zeros_like(self.first_frame_mask)  # (N)
         # Whole batches with a given frame, the others without: only tokens of unlike levels need levels of their own.
-        if rng.random() < recipe.image_share:
-            given = self.first
+        if rng.random() < recipe.first_frame_conditioning_p:
+            given = self.first_frame_mask
             shaken = clean + recipe.image_noise * level[..., None] ** 2 * torch.randn_like(clean)
             noisy = torch.where(given[:, None], shaken, noisy)
             own = torch.where(given, 0.0, level)
         # On a CPU the fused attention's backward takes three times as long as plain products at 64 tokens.
         with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            text = self.model["text"](ids, mask)
-            said = self.model["transformer"](noisy, self.rope, text, mask, own)
-        return squared_error(said, velocity(clean, noise), ~given)
+            text = self.modules["text"](ids, mask)
+            said = self.modules["transformer"](noisy, self.rope, text, mask, own)
+        return masked_mse(said, velocity_target(clean, noise), ~given)
 
 
-def is_matrix(name: str) -> bool:
+def uses_muon(name: str) -> bool:
     """Which parameters Muon takes."""
     return (".layers." in name or ".blocks." in name) and "modulation" not in name
 
 
-def train(folder: Path, vae: VAE, recipe: Recipe = Recipe()) -> nn.ModuleDict:
-    """Train, or go on from `folder`/transformer.pt; returns the averaged weights."""
-    torch.manual_seed(recipe.seed)
-    tokenizer = Tokenizer.open(make_tokenizer(folder / "tokenizer"))
-    trainer = Trainer(_world(folder, vae, recipe), tokenizer, recipe)
-    model = trainer.model
-    average = Average(model, recipe.average)
-    optimizer = Optimizer(model, is_matrix=is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate)
+def train(
+    state_folder: Path, vae: VAE, config: TransformerTrainingConfig = TransformerTrainingConfig()
+) -> nn.ModuleDict:
+    """Train, or go on from `state_folder`/transformer.pt; returns the averaged weights."""
+    torch.manual_seed(config.seed)
+    tokenizer = Tokenizer.open(train_tokenizer(state_folder / "tokenizer"))
+    trainer = TransformerTrainer(_load_or_encode_scenes(state_folder, vae, config), tokenizer, config)
+    model = trainer.modules
+    average = EMA(model, config.ema_decay)
+    optimizer = MuonAdamW(model, uses_muon=uses_muon, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
     parts = {"model": model, "average": average.model, "optimizer": optimizer}
-    state = folder / "transformer.pt"
-    start = resume(state, **parts)
-    log = Log(folder / "transformer.csv", ("step", "loss", "seconds"), every=50)
+    state = state_folder / "transformer.pt"
+    start = load_state(state, **parts)
+    log = CurveLog(state_folder / "transformer.csv", ("step", "loss", "seconds"), every=50)
     for name, part in model.items():
         print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} M parameters", flush=True)
-    print(asdict(recipe), flush=True)
+    print(asdict(config), flush=True)
     began = time.monotonic()
-    for step in range(start, recipe.steps):
-        torch.manual_seed(recipe.seed * 1_000_003 + step)
-        loss = trainer.loss(Random(recipe.seed * 1_000_003 + step))
+    for step in range(start, config.steps):
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        loss = trainer.loss(Random(config.seed * 1_000_003 + step))
         loss.backward()
-        optimizer.step(share_of_rate(step, recipe.steps, warmup=100, decay=0.4))
+        optimizer.step(lr_multiplier(step, config.steps, warmup=100, decay=0.4))
         average.update(model, step)
         log.add(step=step, loss=loss.item(), seconds=time.monotonic() - began)
-        if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
-            save(state, step + 1, **parts)
+        if (step + 1) % 100 == 0 or step + 1 == config.steps:
+            save_state(state, step + 1, **parts)
     return average.model
 
 
-def _world(folder: Path, vae: VAE, recipe: Recipe) -> World:
-    """The encoded scenes, kept in `folder` so that a resumed training need not encode them again."""
-    path = folder / "world.pt"
+def _load_or_encode_scenes(state_folder: Path, vae: VAE, config: TransformerTrainingConfig) -> EncodedScenes:
+    """The encoded scenes, kept in `state_folder` so that a resumed training need not encode them again."""
+    path = state_folder / "world.pt"
     if path.exists():
-        rng = Random(recipe.seed + 7)
-        return World([Scene.sample(rng) for _ in range(recipe.scenes)], torch.load(path, weights_only=True))
-    world = World.encode(vae, recipe)
+        rng = Random(config.seed + 7)
+        return EncodedScenes([Scene.sample(rng) for _ in range(config.num_scenes)], torch.load(path, weights_only=True))
+    world = EncodedScenes.encode(vae, config)
     torch.save(world.latents, path)
     return world

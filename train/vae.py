@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from kadr.models.vae import VAE, BlockConfig, VAEConfig
 from kadr.nn.timestep_embedding import TimestepEmbedding
-from train.checkpointing import Average, Log, resume, save
-from train.optimizer import Optimizer, share_of_rate
+from train.checkpointing import EMA, CurveLog, load_state, save_state
+from train.optimizer import MuonAdamW, lr_multiplier
 from train.scenes import Scene, render
 
 
@@ -53,21 +53,21 @@ DEMO_VAE = VAEConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class VAETrainingConfig:
     """What one training of the VAE is: `frame_steps` on single frames, then `clip_steps` on clips."""
 
     frame_steps: int = 600
-    frame_batch: int = 16
+    frame_batch_size: int = 16
     clip_steps: int = 1200
-    clip_batch: int = 3
+    clip_batch_size: int = 3
     clip_frames: tuple[int, ...] = (25, 17, 25, 9, 25)
-    image_batch: int = 6  # single frames beside every clip batch, so that pictures stay sharp
-    matrix_rate: float = 5e-3
-    clip_rate: float = 0.5  # share of the rates in the clip stage
-    other_rate: float = 2e-3
+    image_batch_size: int = 6  # single frames beside every clip batch, so that pictures stay sharp
+    muon_lr: float = 5e-3
+    clip_lr_multiplier: float = 0.5  # share of the rates in the clip stage
+    adamw_lr: float = 2e-3
     kl_weight: float = 1e-6
-    highest_level: float = 0.1
-    average: float = 0.995
+    max_decode_timestep: float = 0.1
+    ema_decay: float = 0.995
     seed: int = 0
 
 
@@ -82,18 +82,20 @@ def initialise(vae: VAE) -> None:
             nn.init.zeros_(parameter)
 
 
-def clips(rng: Random, batch: int, frames: int) -> Tensor:
+def draw_clips(rng: Random, batch_size: int, frames: int) -> Tensor:
     """(batch, 3, frames, 128, 128); single frames come from anywhere in their clip."""
-    scenes = [Scene.sample(rng) for _ in range(batch)]
+    scenes = [Scene.sample(rng) for _ in range(batch_size)]
     return render(scenes, frames, first_frame=rng.randrange(25 - frames + 1))
 
 
-def loss_of(vae: VAE, pixels: Tensor, recipe: Recipe, *, statistics_rate: float) -> tuple[Tensor, float]:
+def vae_loss(
+    vae: VAE, pixels: Tensor, config: VAETrainingConfig, *, statistics_momentum: float
+) -> tuple[Tensor, float]:
     """The loss of one batch, and its PSNR in dB against pixels in [-1, 1]."""
     moments = vae.encode_moments(pixels)
     latents = moments.sample(torch.randn_like(moments.mean))
-    _follow(vae, moments.mean.detach().float(), statistics_rate)
-    level = torch.rand(len(pixels)) * recipe.highest_level
+    _update_statistics(vae, moments.mean.detach().float(), statistics_momentum)
+    level = torch.rand(len(pixels)) * config.max_decode_timestep
     share = (level * torch.rand(len(pixels)))[:, None, None, None, None]
     normal = vae.statistics.normalise(latents)
     restored = vae.decode((1 - share) * normal + share * torch.randn_like(normal), timestep=level)
@@ -101,67 +103,67 @@ def loss_of(vae: VAE, pixels: Tensor, recipe: Recipe, *, statistics_rate: float)
     squared = error.square().mean()
     variance = moments.log_variance.clamp(-30, 20)
     kl = 0.5 * (moments.mean.square() + variance.exp() - 1 - variance).mean()
-    loss = squared + 0.05 * error.abs().mean() + recipe.kl_weight * kl
+    loss = squared + 0.05 * error.abs().mean() + config.kl_weight * kl
     return loss, 10 * math.log10(4 / squared.item())
 
 
 @torch.no_grad()
-def _follow(vae: VAE, mean: Tensor, rate: float) -> None:
+def _update_statistics(vae: VAE, mean: Tensor, momentum: float) -> None:
     """Let the latent statistics follow the encoder while it changes."""
     axes = (0, 2, 3, 4)
-    vae.statistics.mean.lerp_(mean.mean(axes), rate)
-    vae.statistics.std.lerp_(mean.std(axes), rate)
+    vae.statistics.mean.lerp_(mean.mean(axes), momentum)
+    vae.statistics.std.lerp_(mean.std(axes), momentum)
 
 
-def _batches(rng: Random, recipe: Recipe, step: int) -> Iterator[Tensor]:
-    if step < recipe.frame_steps:
-        yield clips(rng, recipe.frame_batch, 1)
+def _batches(rng: Random, config: VAETrainingConfig, step: int) -> Iterator[Tensor]:
+    if step < config.frame_steps:
+        yield draw_clips(rng, config.frame_batch_size, 1)
         return
-    frames = recipe.clip_frames[step % len(recipe.clip_frames)]
-    yield clips(rng, recipe.clip_batch, frames)
-    yield clips(rng, recipe.image_batch, 1)
+    frames = config.clip_frames[step % len(config.clip_frames)]
+    yield draw_clips(rng, config.clip_batch_size, frames)
+    yield draw_clips(rng, config.image_batch_size, 1)
 
 
-def _share(recipe: Recipe, step: int) -> float:
-    if step < recipe.frame_steps:
-        return share_of_rate(step, recipe.frame_steps, warmup=20, decay=0.3)
-    return recipe.clip_rate * share_of_rate(step - recipe.frame_steps, recipe.clip_steps, warmup=50, decay=0.5)
+def _lr_multiplier(config: VAETrainingConfig, step: int) -> float:
+    if step < config.frame_steps:
+        return lr_multiplier(step, config.frame_steps, warmup=20, decay=0.3)
+    return config.clip_lr_multiplier * lr_multiplier(step - config.frame_steps, config.clip_steps, warmup=50, decay=0.5)
 
 
-def _is_matrix(name: str) -> bool:
+def _uses_muon(name: str) -> bool:
     return "modulation" not in name
 
 
-def train(folder: Path, recipe: Recipe = Recipe()) -> VAE:
-    """Train, or go on from `folder`/vae.pt; returns the averaged weights."""
-    torch.manual_seed(recipe.seed)
+def train(state_folder: Path, config: VAETrainingConfig = VAETrainingConfig()) -> VAE:
+    """Train, or go on from `state_folder`/vae.pt; returns the averaged weights."""
+    torch.manual_seed(config.seed)
     vae = VAE(DEMO_VAE)
     initialise(vae)
-    average = Average(vae, recipe.average)
-    optimizer = Optimizer(vae, is_matrix=_is_matrix, matrix_rate=recipe.matrix_rate, other_rate=recipe.other_rate)
-    state = folder / "vae.pt"
-    start = resume(state, model=vae, average=average.model, optimizer=optimizer)
-    log = Log(folder / "vae.csv", ("step", "frames", "loss", "psnr", "seconds"))
-    total = recipe.frame_steps + recipe.clip_steps
-    print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {asdict(recipe)}", flush=True)
+    average = EMA(vae, config.ema_decay)
+    optimizer = MuonAdamW(vae, uses_muon=_uses_muon, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
+    state = state_folder / "vae.pt"
+    start = load_state(state, model=vae, average=average.model, optimizer=optimizer)
+    log = CurveLog(state_folder / "vae.csv", ("step", "frames", "loss", "psnr", "seconds"))
+    total = config.frame_steps + config.clip_steps
+    print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {asdict(config)}", flush=True)
     began = time.monotonic()
     for step in range(start, total):
-        rng = Random(recipe.seed * 1_000_003 + step)
-        torch.manual_seed(recipe.seed * 1_000_003 + step)
-        for pixels in _batches(rng, recipe, step):
+        rng = Random(config.seed * 1_000_003 + step)
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        for pixels in _batches(rng, config, step):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, psnr = loss_of(vae, pixels, recipe, statistics_rate=0.02 if step < total * 0.9 else 0.002)
+                loss, psnr = vae_loss(vae, pixels, config, statistics_momentum=0.02 if step < total * 0.9 else 0.002)
             loss.backward()
             log.add(step=step, frames=pixels.shape[2], loss=loss.item(), psnr=psnr, seconds=time.monotonic() - began)
-        optimizer.step(_share(recipe, step))
+        optimizer.step(_lr_multiplier(config, step))
         average.update(vae, step)
         if (step + 1) % 100 == 0 or step + 1 == total:
-            save(state, step + 1, model=vae, average=average.model, optimizer=optimizer)
+            save_state(state, step + 1, model=vae, average=average.model, optimizer=optimizer)
     return average.model
 
 
-def trained(folder: Path) -> VAE:
+def load_trained_vae(state_folder: Path) -> VAE:
     """The averaged weights of a finished training."""
     vae = VAE(DEMO_VAE)
-    vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["average"])
+    vae.load_state_dict(torch.load(state_folder / "vae.pt", weights_only=True)["average"])
     return vae.eval()

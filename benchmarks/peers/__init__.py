@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, STARTUP, TEXT
-from kadr.bench.runner import Absent, Contender, told
-from kadr.bench.stage_case import Entrants, Work
+from kadr.bench.runner import Contender, SkippedContender, error_line
+from kadr.bench.stage_case import ContenderFactory, StageCase
 
 # OpenVINO and NNCF tell their makers what they are used for, unless this package cannot be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -25,7 +25,7 @@ class Peer:
         stages: that it runs.
     """
 
-    module: str
+    module_name: str
     stages: tuple[str, ...]
 
 
@@ -39,23 +39,23 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def entrants(names: Sequence[str]) -> list[Entrants]:
+def contender_factories(names: Sequence[str]) -> list[ContenderFactory]:
     """Those peers."""
-    return [_entrant(name, PEERS[name]) for name in names]
+    return [_contender_factory(name, PEERS[name]) for name in names]
 
 
-def _entrant(name: str, peer: Peer) -> Entrants:
-    def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
+def _contender_factory(name: str, peer: Peer) -> ContenderFactory:
+    def enter(work: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
         if work.stage not in peer.stages:
             return
         try:
-            module = import_module(peer.module)
+            module = import_module(peer.module_name)
         except ImportError as error:
-            yield Absent(name, f"not installed: {told(error)}")
+            yield SkippedContender(name, f"not installed: {error_line(error)}")
             return
         try:
             yield from module.enter(work, stack)
         except Exception as error:  # a peer that cannot be built is told, and the others run
-            yield Absent(name, f"failed: {told(error)}")
+            yield SkippedContender(name, f"failed: {error_line(error)}")
 
     return enter

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from benchmarks.peers import diffusers
-from kadr.bench.runner import Absent, Contender
-from kadr.bench.stage_case import Work
+from kadr.bench.runner import Contender, SkippedContender
+from kadr.bench.stage_case import StageCase
 
 NAME = "diffusers compiled"
 
 
-def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
+def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
     torch._dynamo.reset()
-    for each in diffusers.contenders(work, NAME, compiled):
+    for each in diffusers.create_transformed_contenders(stage_case, NAME, compile_module):
         if isinstance(each, Contender):
             began = time.perf_counter()
             each.run()
@@ -27,7 +27,7 @@ def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
         yield each
 
 
-def compiled(module: nn.Module) -> nn.Module:
+def compile_module(module: nn.Module) -> nn.Module:
     if hasattr(module, "compile_repeated_blocks"):
         module.compile_repeated_blocks(dynamic=False)
     else:

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LT
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from kadr.bench.cases import DECODE, DIT, END_TO_END, FPS, SCHEDULES, WAYS
-from kadr.bench.runner import Absent, Contender
-from kadr.bench.stage_case import NEGATIVE, PROMPT, SEED, Work, stored_bytes
+from kadr.bench.cases import DECODE, DIT, END_TO_END, FPS, SCHEDULES, VARIANTS
+from kadr.bench.runner import Contender, SkippedContender
+from kadr.bench.stage_case import NEGATIVE_PROMPT, PROMPT, SEED, StageCase, stored_bytes
 from kadr.media.postprocess import to_uint8
 from kadr.pipeline.progress import ignore_progress
 from kadr.pipeline.stages.text import PromptEncoder
@@ -21,49 +21,57 @@ from tests.oracles import diffusers_transformer, diffusers_vae
 
 NAME = "diffusers"
 logging.set_verbosity_error()  # it wonders at noise levels that are given
-Change = Callable[[nn.Module], nn.Module]
+ModuleTransform = Callable[[nn.Module], nn.Module]
 
 
-def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
-    yield from contenders(work, NAME, lambda module: module)
+def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
+    yield from create_transformed_contenders(stage_case, NAME, lambda module: module)
 
 
-def contenders(work: Work, name: str, change: Change) -> Iterator[Contender | Absent]:
+def create_transformed_contenders(
+    stage_case: StageCase, name: str, transform: ModuleTransform
+) -> Iterator[Contender | SkippedContender]:
     """Args: change: what is done to the transformer, the decoder and the encoder before they run."""
-    if work.stage != DIT and work.checkpoint.info.vae_family is None:
-        yield Absent(name, "has no VAE of this shape; that of the demo is of no released family")
+    if stage_case.stage != DIT and stage_case.checkpoint.info.vae_family is None:
+        yield SkippedContender(name, "has no VAE of this shape; that of the demo is of no released family")
         return
-    if work.stage == END_TO_END and SCHEDULES[work.schedule or "8"].guidance.stg_scale:
-        yield Absent(name, "has no STG")
+    if stage_case.stage == END_TO_END and SCHEDULES[stage_case.schedule or "8"].guidance.stg_scale:
+        yield SkippedContender(name, "has no STG")
         return
-    dtype = str(work.dtype).removeprefix("torch.")
-    if work.stage == DIT:
-        module = change(transformer(work))
-        yield Contender(name=name, run=velocity(work, module), dtype=dtype, weights=stored_bytes(module))
-    elif work.stage == END_TO_END:
-        yield Contender(name=name, run=whole(work, change), dtype=dtype)
+    dtype = str(stage_case.dtype).removeprefix("torch.")
+    if stage_case.stage == DIT:
+        module = transform(load_transformer(stage_case))
+        yield Contender(
+            name=name, run=create_transformer_task(stage_case, module), dtype=dtype, weight_bytes=stored_bytes(module)
+        )
+    elif stage_case.stage == END_TO_END:
+        yield Contender(name=name, run=create_pipeline_task(stage_case, transform), dtype=dtype)
     else:
-        model = vae(work, change)
-        half = model.decoder if work.stage == DECODE else model.encoder
-        run = decoded(work, model) if work.stage == DECODE else encoded(work, model)
-        yield Contender(name=name, run=run, dtype=dtype, weights=stored_bytes(half))
+        model = load_vae(stage_case, transform)
+        half = model.decoder if stage_case.stage == DECODE else model.encoder
+        run = (
+            create_decode_task(stage_case, model)
+            if stage_case.stage == DECODE
+            else create_encode_task(stage_case, model)
+        )
+        yield Contender(name=name, run=run, dtype=dtype, weight_bytes=stored_bytes(half))
 
 
-def transformer(work: Work) -> nn.Module:
-    return diffusers_transformer(work.checkpoint.load_transformer(work.dtype)).to(work.device)
+def load_transformer(stage_case: StageCase) -> nn.Module:
+    return diffusers_transformer(stage_case.checkpoint.load_transformer(stage_case.dtype)).to(stage_case.device)
 
 
-def vae(work: Work, change: Change) -> AutoencoderKLLTXVideo:
-    family = work.checkpoint.info.vae_family
+def load_vae(stage_case: StageCase, transform: ModuleTransform) -> AutoencoderKLLTXVideo:
+    family = stage_case.checkpoint.info.vae_family
     assert family is not None
-    made = diffusers_vae(work.checkpoint.load_vae(work.dtype), family).to(work.device)
-    made.encoder, made.decoder = change(made.encoder), change(made.decoder)
+    made = diffusers_vae(stage_case.checkpoint.load_vae(stage_case.dtype), family).to(stage_case.device)
+    made.encoder, made.decoder = transform(made.encoder), transform(made.decoder)
     return made
 
 
-def velocity(work: Work, module: nn.Module) -> Callable[[], Tensor]:
+def create_transformer_task(stage_case: StageCase, module: nn.Module) -> Callable[[], Tensor]:
     """One evaluation, called as `LTXConditionPipeline` does."""
-    given, dtype = work.given, work.dtype
+    given, dtype = stage_case.inputs, stage_case.dtype
     arguments = {
         "hidden_states": given["tokens"].to(dtype),
         "encoder_hidden_states": given["text"].to(dtype),
@@ -74,60 +82,65 @@ def velocity(work: Work, module: nn.Module) -> Callable[[], Tensor]:
     return lambda: module(**arguments, return_dict=False)[0]
 
 
-def decoded(work: Work, model: AutoencoderKLLTXVideo) -> Callable[[], Tensor]:
-    latents = _shaped(model.latents_std) * work.given["latents"].to(work.dtype) + _shaped(model.latents_mean)
-    level = work.given["level"] if work.vae.timestep_conditioning else None
+def create_decode_task(stage_case: StageCase, model: AutoencoderKLLTXVideo) -> Callable[[], Tensor]:
+    latents = _broadcast_channels(model.latents_std) * stage_case.inputs["latents"].to(
+        stage_case.dtype
+    ) + _broadcast_channels(model.latents_mean)
+    level = stage_case.inputs["level"] if stage_case.vae_config.timestep_conditioning else None
     return lambda: model.decode(latents, level, return_dict=False)[0]
 
 
-def encoded(work: Work, model: AutoencoderKLLTXVideo) -> Callable[[], Tensor]:
-    pixels = work.given["pixels"].to(work.dtype)
-    mean, deviation = _shaped(model.latents_mean), _shaped(model.latents_std)
+def create_encode_task(stage_case: StageCase, model: AutoencoderKLLTXVideo) -> Callable[[], Tensor]:
+    pixels = stage_case.inputs["pixels"].to(stage_case.dtype)
+    mean, deviation = _broadcast_channels(model.latents_mean), _broadcast_channels(model.latents_std)
     return lambda: (model.encode(pixels).latent_dist.mean - mean) / deviation
 
 
-def _shaped(row: Tensor) -> Tensor:
+def _broadcast_channels(row: Tensor) -> Tensor:
     return row[None, :, None, None, None]
 
 
-def whole(work: Work, change: Change) -> Callable[[], Tensor]:
+def create_pipeline_task(stage_case: StageCase, transform: ModuleTransform) -> Callable[[], Tensor]:
     """The pipeline, from encoded prompts to frames, with kadr's noise and noise levels."""
-    engine = work.engine(WAYS["auto"])
-    texts = PromptEncoder(engine.components, [PROMPT, NEGATIVE]).encode(ignore_progress)
-    (plan,) = engine.resolve_passes(work.request)
+    engine = stage_case.open_engine(VARIANTS["auto"])
+    texts = PromptEncoder(engine.components, [PROMPT, NEGATIVE_PROMPT]).encode(ignore_progress)
+    (plan,) = engine.resolve_passes(stage_case.request)
     pipeline = LTXConditionPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(work, change),
+        vae=load_vae(stage_case, transform),
         text_encoder=None,
         tokenizer=None,
-        transformer=change(transformer(work)),
+        transformer=transform(load_transformer(stage_case)),
     )
     pipeline.set_progress_bar_config(disable=True)
-    _give_noise(pipeline, NoiseStreams(SEED).draw("initial", (1, work.transformer.in_channels, *_sides(work))))
-    prompt, negative = (text.embeddings.to(work.dtype) for text in texts)
+    _set_initial_noise(
+        pipeline,
+        NoiseStreams(SEED).draw("initial", (1, stage_case.transformer_config.in_channels, *_latent_shape(stage_case))),
+    )
+    prompt, negative = (text.embeddings.to(stage_case.dtype) for text in texts)
     settings = {
         "prompt_embeds": prompt,
         "prompt_attention_mask": texts[0].mask,
         "negative_prompt_embeds": negative,
         "negative_prompt_attention_mask": texts[1].mask,
-        "width": work.clip.size.width,
-        "height": work.clip.size.height,
-        "num_frames": work.clip.frames,
+        "width": stage_case.shape.size.width,
+        "height": stage_case.shape.size.height,
+        "num_frames": stage_case.shape.frames,
         "frame_rate": FPS,
         "timesteps": (plan.sigmas * 1000).tolist(),
         "guidance_scale": plan.step_guidance[0].cfg_scale,
-        "decode_timestep": work.request.decode_timestep,
+        "decode_timestep": stage_case.request.decode_timestep,
         "decode_noise_scale": 0.0,
         "output_type": "pt",
     }
     return lambda: to_uint8(pipeline(**settings).frames[0].movedim(0, 1)).cpu()
 
 
-def _sides(work: Work) -> tuple[int, int, int]:
-    return work.clip.grid.frames, work.clip.grid.height, work.clip.grid.width
+def _latent_shape(stage_case: StageCase) -> tuple[int, int, int]:
+    return stage_case.shape.grid.frames, stage_case.shape.grid.height, stage_case.shape.grid.width
 
 
-def _give_noise(pipeline: LTXConditionPipeline, noise: Tensor) -> None:
+def _set_initial_noise(pipeline: LTXConditionPipeline, noise: Tensor) -> None:
     """Have the pipeline begin with this noise: it takes none from outside."""
     prepare = pipeline.prepare_latents
 

@@ -8,27 +8,27 @@ from contextlib import ExitStack
 from torch import Tensor
 
 from kadr.bench.cases import DECODE, DIT
-from kadr.bench.runner import Absent, Contender
-from kadr.bench.stage_case import Work, stored_bytes
+from kadr.bench.runner import Contender, SkippedContender
+from kadr.bench.stage_case import StageCase, stored_bytes
 from tests.oracles import official_transformer, official_vae
 
 NAME = "official"
 
 
-def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
-    dtype = str(work.dtype).removeprefix("torch.")
-    if work.stage == DIT:
-        run, weights = velocity(work)
+def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
+    dtype = str(stage_case.dtype).removeprefix("torch.")
+    if stage_case.stage == DIT:
+        run, weights = create_transformer_task(stage_case)
     else:
-        run, weights = decoded(work) if work.stage == DECODE else encoded(work)
-    yield Contender(name=NAME, run=run, dtype=dtype, weights=weights)
+        run, weights = create_decode_task(stage_case) if stage_case.stage == DECODE else create_encode_task(stage_case)
+    yield Contender(name=NAME, run=run, dtype=dtype, weight_bytes=weights)
 
 
-def velocity(work: Work) -> tuple[Callable[[], Tensor], int]:
+def create_transformer_task(stage_case: StageCase) -> tuple[Callable[[], Tensor], int]:
     """One evaluation, called as `LTXVideoPipeline` does."""
-    module = official_transformer(work.checkpoint.load_transformer(work.dtype)).to(work.device)
-    given = work.given
-    tokens, text, mask = given["tokens"].to(work.dtype), given["text"].to(work.dtype), given["mask"].long()
+    module = official_transformer(stage_case.checkpoint.load_transformer(stage_case.dtype)).to(stage_case.device)
+    given = stage_case.inputs
+    tokens, text, mask = given["tokens"].to(stage_case.dtype), given["text"].to(stage_case.dtype), given["mask"].long()
 
     def run() -> Tensor:
         return module(
@@ -43,17 +43,17 @@ def velocity(work: Work) -> tuple[Callable[[], Tensor], int]:
     return run, stored_bytes(module)
 
 
-def decoded(work: Work) -> tuple[Callable[[], Tensor], int]:
-    ours = work.checkpoint.load_vae(work.dtype)
-    module = official_vae(ours).to(work.device)
-    latents = ours.statistics.to(work.device).denormalise(work.given["latents"].to(work.dtype))
-    level = work.given["level"] if work.vae.timestep_conditioning else None
-    shape = (1, 3, work.clip.frames, work.clip.size.height, work.clip.size.width)
+def create_decode_task(stage_case: StageCase) -> tuple[Callable[[], Tensor], int]:
+    ours = stage_case.checkpoint.load_vae(stage_case.dtype)
+    module = official_vae(ours).to(stage_case.device)
+    latents = ours.statistics.to(stage_case.device).denormalise(stage_case.inputs["latents"].to(stage_case.dtype))
+    level = stage_case.inputs["level"] if stage_case.vae_config.timestep_conditioning else None
+    shape = (1, 3, stage_case.shape.frames, stage_case.shape.size.height, stage_case.shape.size.width)
     return lambda: module.decode(latents, target_shape=shape, timestep=level).sample, stored_bytes(module.decoder)
 
 
-def encoded(work: Work) -> tuple[Callable[[], Tensor], int]:
-    ours = work.checkpoint.load_vae(work.dtype)
-    module = official_vae(ours).to(work.device)
-    statistics, pixels = ours.statistics.to(work.device), work.given["pixels"].to(work.dtype)
+def create_encode_task(stage_case: StageCase) -> tuple[Callable[[], Tensor], int]:
+    ours = stage_case.checkpoint.load_vae(stage_case.dtype)
+    module = official_vae(ours).to(stage_case.device)
+    statistics, pixels = ours.statistics.to(stage_case.device), stage_case.inputs["pixels"].to(stage_case.dtype)
     return lambda: statistics.normalise(module.encode(pixels).latent_dist.mean), stored_bytes(module.encoder)

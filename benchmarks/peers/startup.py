@@ -16,9 +16,9 @@ import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline
 from transformers import AutoTokenizer, T5EncoderModel
 
-from benchmarks.peers.diffusers import transformer
-from kadr.bench.runner import Absent, Contender
-from kadr.bench.stage_case import PROMPT, Work
+from benchmarks.peers.diffusers import load_transformer
+from kadr.bench.runner import Contender, SkippedContender
+from kadr.bench.stage_case import PROMPT, StageCase
 from kadr.bench.startup import Program
 from kadr.models.vae.config import VAE_0_9_5, VAEConfig
 from kadr.planning.vae_flops import vae_decoder_flops
@@ -30,15 +30,17 @@ PROGRAM = Path(__file__).parents[1] / "programs" / "start_diffusers.py"
 WIDTH = 16  # of the decoder's last stage
 
 
-def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
-    folder = written(work, work.source.scratch / "diffusers")
-    words = [sys.executable, str(PROGRAM), str(folder), PROMPT, work.device.type]
-    more = vae_decoder_flops(thin(), work.clip.grid) / vae_decoder_flops(work.vae, work.clip.grid)
+def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
+    folder = write_diffusers_folder(stage_case, stage_case.files.scratch_folder / "diffusers")
+    words = [sys.executable, str(PROGRAM), str(folder), PROMPT, stage_case.device.type]
+    more = vae_decoder_flops(thin_vae_config(), stage_case.shape.grid) / vae_decoder_flops(
+        stage_case.vae_config, stage_case.shape.grid
+    )
     note = f"its VAE's decoder has {100 * more:.0f} % of the products of the demo's"
-    yield Program(words, {"HF_HUB_OFFLINE": "1"}).contender(NAME, "float32", note=note)
+    yield Program(words, {"HF_HUB_OFFLINE": "1"}).as_contender(NAME, "float32", note=note)
 
 
-def thin() -> VAEConfig:
+def thin_vae_config() -> VAEConfig:
     """A VAE of the 0.9.5 layout with one residual layer a stage."""
     encoder, decoder = (
         tuple(replace(block, num_layers=min(block.num_layers, 1)) for block in blocks)
@@ -49,9 +51,9 @@ def thin() -> VAEConfig:
     )
 
 
-def written(work: Work, folder: Path) -> Path:
+def write_diffusers_folder(stage_case: StageCase, folder: Path) -> Path:
     """The folder, as `from_pretrained` reads it."""
-    config, released = thin(), dict(DIFFUSERS_VAES["0.9.5"])
+    config, released = thin_vae_config(), dict(DIFFUSERS_VAES["0.9.5"])
     for name, unit in (("block_out_channels", config.encoder_base_channels), ("decoder_block_out_channels", WIDTH)):
         released[name] = tuple(unit * multiple for multiple in released[name])
     for name in ("layers_per_block", "decoder_layers_per_block"):
@@ -60,9 +62,11 @@ def written(work: Work, folder: Path) -> Path:
     pipeline = LTXPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=AutoencoderKLLTXVideo(latent_channels=config.latent_channels, patch_size=config.patch_size, **released),
-        text_encoder=T5EncoderModel.from_pretrained(work.source.text / "text_encoder", dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(work.source.text / "tokenizer"),
-        transformer=transformer(work).float(),
+        text_encoder=T5EncoderModel.from_pretrained(
+            stage_case.files.text_encoder_folder / "text_encoder", dtype=torch.float32
+        ),
+        tokenizer=AutoTokenizer.from_pretrained(stage_case.files.text_encoder_folder / "tokenizer"),
+        transformer=load_transformer(stage_case).float(),
     )
     pipeline.save_pretrained(folder)
     return folder

@@ -8,17 +8,17 @@ from contextlib import ExitStack
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from kadr.bench.runner import Absent, Contender
-from kadr.bench.stage_case import Work, stored_bytes
+from kadr.bench.runner import Contender, SkippedContender
+from kadr.bench.stage_case import StageCase, stored_bytes
 
 
-def enter(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
-    folder = work.source.text / "text_encoder"
-    module = T5EncoderModel.from_pretrained(folder, dtype=work.dtype).eval().to(work.device)
-    ids, mask = work.given["ids"], work.given["mask"]
+def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
+    folder = stage_case.files.text_encoder_folder / "text_encoder"
+    module = T5EncoderModel.from_pretrained(folder, dtype=stage_case.dtype).eval().to(stage_case.device)
+    ids, mask = stage_case.inputs["ids"], stage_case.inputs["mask"]
 
     def run() -> Tensor:
         return module(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
 
-    dtype = str(work.dtype).removeprefix("torch.")
-    yield Contender(name="transformers", run=run, dtype=dtype, weights=stored_bytes(module))
+    dtype = str(stage_case.dtype).removeprefix("torch.")
+    yield Contender(name="transformers", run=run, dtype=dtype, weight_bytes=stored_bytes(module))

@@ -15,7 +15,7 @@ import torch
 from benchmarks import __main__ as benchmarks
 from benchmarks import peers
 from kadr.bench import runner
-from kadr.bench.runner import Contender, relative
+from kadr.bench.runner import Contender, relative_error
 from tests.benchmarks.test_cases import demo_work
 
 LEAST = ["--size", "64x64x9", "--rounds", "1", "--matmul", "64", "--device", "cpu"]
@@ -25,7 +25,7 @@ LEAST = ["--size", "64x64x9", "--rounds", "1", "--matmul", "64", "--device", "cp
 def once() -> Iterator[None]:
     """Nothing is repeated only because it is short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "LEAST", 0.0)
+        patch.setattr(runner, "MIN_TIMED_SECONDS", 0.0)
         yield
 
 
@@ -108,12 +108,12 @@ def test_openvino_computes_the_same() -> None:
     work = replace(demo_work("8"), stage="dit")
     with torch.no_grad(), ExitStack() as stack:
         module = work.checkpoint.load_transformer(torch.float32)
-        given = work.given
+        given = work.inputs
         right = module(
             given["tokens"], module.compute_rope(given["positions"]), given["text"], given["mask"], given["level"]
         )
-        found = next(each for each in openvino.enter(work, stack) if isinstance(each, Contender))
-        assert relative(found.run(), right) < 1e-4
+        found = next(each for each in openvino.create_contenders(work, stack) if isinstance(each, Contender))
+        assert relative_error(found.run(), right) < 1e-4
 
 
 @pytest.mark.parametrize("words", [["--stage", "odd"], ["--layers", "2"], ["--size", "63x64x9"]])

@@ -58,7 +58,7 @@ RESULT: dict[str, Any] = {
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
     path = tmp_path / "performance.md"
-    tables = ["".join(doc_tables.marks(name)) for name in (report.MEASURED, report.GROWTH)]
+    tables = ["".join(doc_tables.marks(name)) for name in (report.CASES_MARK, report.GROWTH_MARK)]
     path.write_text(f"# Before\n{tables[0]}between\n{tables[1]}after\n", "utf-8")
     return path
 
@@ -89,7 +89,7 @@ def test_a_page_without_marks_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_table_says_how_many_layers_ran_and_who_did_not() -> None:
-    told = report.measured([RESULT])
+    told = report.cases_section([RESULT])
     assert "**2b, 4 of 28 layers, 512x320x25: dit** (matmul: bfloat16 0.4 TFLOP/s)" in told
     assert "- OpenVINO: not installed: ImportError: no\n" in told
     assert "- peer: was compiled\n" in told
@@ -97,12 +97,12 @@ def test_a_table_says_how_many_layers_ran_and_who_did_not() -> None:
 
 
 def test_what_was_not_compared_is_told() -> None:
-    assert "not compared: too large" in text_report.absences({**CASE, "compared": "not compared: too large"})
+    assert "not compared: too large" in text_report.case_notes({**CASE, "compared": "not compared: too large"})
 
 
 def test_columns_that_are_empty_are_left_out() -> None:
     bare = {**FIGURE, "flops_per_second": None, "share_of_matmul": None, "matmul_per_second": None, "weights": None}
-    head = next(text_report.aligned([text_report.HEAD, text_report.row(bare)]))
+    head = next(text_report.align_columns([text_report.COLUMNS, text_report.contender_row(bare)]))
     assert head.split("  ")[-3:] == ["time / kadr's", "memory", " error"]
 
 
@@ -110,12 +110,12 @@ def test_columns_that_are_empty_are_left_out() -> None:
     "value, words", [(0.01234, "12.3 ms"), (1.0, "1 s"), (93.26, "93.3 s"), (1234.5, "1234 s")], ids=str
 )
 def test_times_have_three_digits(value: float, words: str) -> None:
-    assert text_report.seconds(value) == words
+    assert text_report.format_seconds(value) == words
 
 
 def test_the_page_has_what_the_results_say() -> None:
     """Where it has not: python -m benchmarks.report."""
-    cases, grown = report.read(report.RESULTS)
+    cases, grown = report.read_results(report.RESULTS)
     page = report.PAGE.read_text("utf-8")
-    assert doc_tables.inside(page, report.MEASURED) == report.measured(cases)
-    assert doc_tables.inside(page, report.GROWTH) == report.growth(grown)
+    assert doc_tables.read_table(page, report.CASES_MARK) == report.cases_section(cases)
+    assert doc_tables.read_table(page, report.GROWTH_MARK) == report.growth_section(grown)

@@ -9,8 +9,8 @@ from itertools import cycle
 import pytest
 import torch
 
-from kadr.bench.peak_memory import RESET, host_peak
-from kadr.bench.runner import Contender, Measured, Run, measure, relative, spread
+from kadr.bench.peak_memory import RESET_FILE, host_peak_bytes
+from kadr.bench.runner import Contender, Measurement, Task, interquartile_range, measure, relative_error
 from kadr.bench.startup import Program
 
 
@@ -24,17 +24,17 @@ class Clock:
     def contender(self, name: str, **more: object) -> Contender:
         return Contender(name=name, run=lambda: self.ran.append(name), dtype="float32", **more)  # type: ignore[arg-type]
 
-    def __call__(self, run: Run) -> float:
+    def __call__(self, run: Task) -> float:
         already = len(self.ran)
         run()
         return sum(next(self.seconds[name]) for name in self.ran[already:])
 
 
-def nothing(run: Run) -> None:
+def nothing(run: Task) -> None:
     """A peak that is not known."""
 
 
-def measured(clock: Clock, *contenders: Contender, rounds: int = 3) -> list[Measured]:
+def measured(clock: Clock, *contenders: Contender, rounds: int = 3) -> list[Measurement]:
     return measure(contenders, rounds=rounds, warm_ups=1, clock=clock, peak=nothing)[0]
 
 
@@ -58,8 +58,8 @@ def test_warm_ups_do_not_count(count: int) -> None:
 def test_a_time_is_the_median_and_its_spread_the_distance_of_the_quartiles() -> None:
     clock = Clock(a=[50.0, 1.0, 2.0, 3.0, 4.0, 100.0])  # the first is the warm-up's
     (only,) = measured(clock, clock.contender("a"), rounds=5)
-    assert (only.median, only.spread) == (3.0, 2.0)
-    assert spread([7.0]) == 0.0
+    assert (only.median, only.interquartile_range) == (3.0, 2.0)
+    assert interquartile_range([7.0]) == 0.0
 
 
 def test_a_ratio_is_that_of_each_round_and_so_a_drifting_machine_does_not_show() -> None:
@@ -72,7 +72,7 @@ def test_a_ratio_is_that_of_each_round_and_so_a_drifting_machine_does_not_show()
 def test_what_is_too_short_to_be_timed_runs_several_times_in_a_row() -> None:
     clock = Clock(a=[0.05], b=[5.0])
     a, b = measured(clock, clock.contender("a"), clock.contender("b"), rounds=1)
-    assert (a.times, b.times) == (4, 1)
+    assert (a.repeats, b.repeats) == (4, 1)
     assert clock.ran == ["a", "b", *"aaaa", "b"]
     assert a.median == pytest.approx(0.05)
 
@@ -88,7 +88,7 @@ def test_a_peer_that_fails_is_told_and_the_others_run() -> None:
     assert [each.contender.name for each in noted] == ["a"]
     assert [(each.name, each.reason) for each in failed] == [("peer", "failed: RuntimeError: out of luck")]
     with pytest.raises(RuntimeError, match="out of luck"):
-        measure([Contender(name="ours", run=fail, dtype="float32", own=True)], **given)
+        measure([Contender(name="ours", run=fail, dtype="float32", is_kadr=True)], **given)
 
 
 def giving(value: float, **more: object) -> Contender:
@@ -105,35 +105,35 @@ def test_a_result_is_compared_with_the_reference_and_that_of_a_yardstick_is_not(
     assert "shape" in odd.reason
 
 
-def seconds_of(run: Run) -> float:
+def seconds_of(run: Task) -> float:
     run()
     return 1.0
 
 
 def test_an_error_is_relative_to_the_norm_of_the_reference() -> None:
     reference = torch.randn(7, 3000, 5, generator=torch.Generator().manual_seed(0))
-    assert relative(reference, reference) == 0
-    assert relative(1.25 * reference, reference) == pytest.approx(0.25)
-    assert relative(torch.ones(2, 2), torch.zeros(2, 2)) == 1
+    assert relative_error(reference, reference) == 0
+    assert relative_error(1.25 * reference, reference) == pytest.approx(0.25)
+    assert relative_error(torch.ones(2, 2), torch.zeros(2, 2)) == 1
 
 
 def test_memory_is_told_in_a_run_of_its_own_after_the_rounds_and_not_of_yardsticks() -> None:
     clock, asked = Clock(a=[1.0], rod=[1.0]), []
 
-    def peak(run: Run) -> int:
+    def peak(run: Task) -> int:
         asked.append(len(clock.ran))
         return 5
 
     contenders = [clock.contender("a"), clock.contender("rod", yardstick=True)]
     (a, rod), _ = measure(contenders, rounds=2, warm_ups=1, clock=clock, peak=peak)
-    assert (a.peak, rod.peak) == (5, None)
+    assert (a.peak_bytes, rod.peak_bytes) == (5, None)
     assert asked == [6]
 
 
 @pytest.fixture
 def resettable() -> None:
     try:
-        RESET.write_text("5")
+        RESET_FILE.write_text("5")
     except OSError:
         pytest.skip("this system does not set its highest mark back")
 
@@ -146,8 +146,8 @@ def test_memory_is_what_a_run_takes_whatever_was_taken_before() -> None:
 
         return run
 
-    host_peak(taking(64))
-    large, small = (host_peak(taking(size)) for size in (200, 40))
+    host_peak_bytes(taking(64))
+    large, small = (host_peak_bytes(taking(size)) for size in (200, 40))
     assert large is not None
     assert small is not None
     assert 195 << 20 < large < 215 << 20
@@ -160,8 +160,8 @@ def test_a_program_is_run_to_its_end_and_tells_its_memory() -> None:
     held = bytearray(200 << 20)  # of this process, which does not count
     program()
     del held
-    assert program.peak is not None
-    assert 50 << 20 < program.peak < 120 << 20
+    assert program.peak_bytes is not None
+    assert 50 << 20 < program.peak_bytes < 120 << 20
 
 
 @pytest.mark.parametrize(

@@ -21,19 +21,19 @@ from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.sampling.schedules import Schedule
 
-SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I64": 8}
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I64": 8}
 Shapes = dict[str, tuple[int, ...]]
 
 SMALL_TRANSFORMER = TransformerConfig(num_layers=2, num_heads=2, head_dim=16, caption_channels=24, in_channels=12)
 SMALL_VAE = replace(VAE_0_9_5, encoder_base_channels=16, decoder_base_channels=16, latent_channels=12)
 SMALL_T5 = T5Config(vocab_size=160, d_model=32, num_layers=2, num_heads=2, d_kv=8, d_ff=48)
-SMALL_UPSAMPLER = UpscalerConfig(
+SMALL_UPSCALER = UpscalerConfig(
     in_channels=12, mid_channels=32, num_blocks_per_stage=2, spatial_upsample=True, temporal_upsample=False
 )
 LINEAR_QUADRATIC = Schedule(sampler="LinearQuadratic")
 
 
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
         return build()
 
@@ -43,48 +43,52 @@ def _shapes(config: Any, prefix: str) -> Shapes:
     build, table = (
         (Transformer, keys.TRANSFORMER_KEYS) if isinstance(config, TransformerConfig) else (VAE, keys.VAE_KEYS)
     )
-    state = on_meta(lambda: build(config)).state_dict()
+    state = build_on_meta(lambda: build(config)).state_dict()
     return {prefix + theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(table, state).items()}
 
 
-def shapes_of(
-    transformer: TransformerConfig | None = None, vae: VAEConfig | None = None, *, bare: bool = False
+def single_file_shapes(
+    transformer: TransformerConfig | None = None, vae: VAEConfig | None = None, *, without_prefix: bool = False
 ) -> Shapes:
     """Names and shapes of an official single file. bare: without the components' prefixes."""
     made: Shapes = {}
     for config, prefix in ((transformer, "model.diffusion_model."), (vae, "vae.")):
         if config is not None:
-            made |= _shapes(config, "" if bare else prefix)
+            made |= _shapes(config, "" if without_prefix else prefix)
     return made
 
 
 def t5_shapes(config: T5Config) -> Shapes:
-    state = on_meta(lambda: T5Encoder(config)).state_dict()
+    state = build_on_meta(lambda: T5Encoder(config)).state_dict()
     return {theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(keys.T5_KEYS, state).items()}
 
 
-def upsampler_shapes(config: UpscalerConfig) -> Shapes:
-    state = on_meta(lambda: LatentUpscaler(config)).state_dict()
+def upscaler_shapes(config: UpscalerConfig) -> Shapes:
+    state = build_on_meta(lambda: LatentUpscaler(config)).state_dict()
     return {theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(keys.UPSCALER_KEYS, state).items()}
 
 
-def header(shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None) -> tuple[dict, int]:
+def safetensors_header(
+    shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None
+) -> tuple[dict, int]:
     """The header of a safetensors file and the bytes of its tensors."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * SIZES[dtype]
+        start, end = end, end + prod(shape) * DTYPE_BYTES[dtype]
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     return entries, end
 
 
-def sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None) -> Path:
+def write_sparse(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None
+) -> Path:
     """A whole safetensors file of zeros that takes no room on the disk."""
-    entries, size = header(shapes, dtype=dtype, metadata=metadata)
-    return framed(path, json.dumps(entries).encode(), size)
+    entries, size = safetensors_header(shapes, dtype=dtype, metadata=metadata)
+    return write_framed(path, json.dumps(entries).encode(), size)
 
 
-def framed(path: Path, text: bytes, size: int) -> Path:
+def write_framed(path: Path, text: bytes, size: int) -> Path:
     """Length, header, and `size` bytes of zeros."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text += b" " * (-len(text) % 8)
@@ -94,18 +98,20 @@ def framed(path: Path, text: bytes, size: int) -> Path:
     return path
 
 
-def config_of(
+def official_metadata(
     transformer: TransformerConfig | None = None,
     vae: VAEConfig | None = None,
     schedule: Schedule | None = LINEAR_QUADRATIC,
-    **more: Any,
+    **extra_entries: Any,
 ) -> dict[str, str]:
     """The metadata of an official header. more: entries of the config beside the components'."""
     parts = {"transformer": transformer, "vae": vae, "scheduler": schedule}
-    return {"config": json.dumps({name: part.header() for name, part in parts.items() if part is not None} | more)}
+    return {
+        "config": json.dumps({name: part.header() for name, part in parts.items() if part is not None} | extra_entries)
+    }
 
 
-def same(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype | None = None) -> bool:
+def have_same_weights(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype | None = None) -> bool:
     """Whether two modules hold the same numbers under the same names, the second one's rounded to `dtype`."""
     first, second = ours.state_dict(), theirs.state_dict()
 

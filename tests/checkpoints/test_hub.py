@@ -14,7 +14,7 @@ import pytest
 
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError
-from tests.fakehub import COMMIT, FakeHub, digest, serving
+from tests.fakehub import COMMIT, FakeHub, digest, serve_fake_hub
 
 REPO, FILE = "Lightricks/LTX-Video", "ltxv-2b-0.9.6-dev-04-25.safetensors"
 WEIGHTS = bytes(range(256)) * 40
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def remote(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with serving(monkeypatch, cache) as server:
+    with serve_fake_hub(monkeypatch, cache) as server:
         server.repos[REPO] = {FILE: WEIGHTS, "README.md": b"read me", **TEXT}
         yield server
 
@@ -74,7 +74,7 @@ def test_a_file_that_is_not_in_the_cache_is_fetched(cache: Path, remote: FakeHub
     path = hub.fetch(REPO, FILE)
     assert path == hub.cached_file(REPO, FILE) == hub.fetch(REPO, FILE)
     assert path.read_bytes() == WEIGHTS
-    assert remote.taken == [(FILE, 0)]
+    assert remote.sent_files == [(FILE, 0)]
     assert kept(cache) == {digest(FILE, WEIGHTS)}
 
 
@@ -83,9 +83,9 @@ def test_a_part_of_a_repository_is_fetched_and_the_rest_is_not(cache: Path, remo
     folder = hub.fetch_folder(REPO, PATTERNS)
     assert {name: (folder / name).read_bytes() for name in TEXT} == TEXT
     assert hub.cached_file(REPO, FILE) is hub.cached_file(REPO, "README.md") is None
-    assert sorted(remote.taken) == sorted((name, 0) for name in TEXT)
+    assert sorted(remote.sent_files) == sorted((name, 0) for name in TEXT)
     assert hub.fetch_folder(REPO, PATTERNS) == hub.cached_folder(REPO, PATTERNS) == folder
-    assert len(remote.taken) == len(TEXT)
+    assert len(remote.sent_files) == len(TEXT)
 
 
 @pytest.mark.parametrize(
@@ -109,22 +109,22 @@ def test_a_part_of_a_repository_of_which_something_was_deleted_is_completed(cach
     folder = hub.fetch_folder(REPO, PATTERNS)
     for name in ("text_encoder/config.json", "text_encoder/2.safetensors"):
         (folder / name).resolve().unlink()
-    remote.taken.clear()
+    remote.sent_files.clear()
     assert hub.cached_folder(REPO, PATTERNS) is None
     assert hub.fetch_folder(REPO, PATTERNS) == folder
     assert {name: (folder / name).read_bytes() for name in TEXT} == TEXT
-    assert sorted(remote.taken) == [("text_encoder/2.safetensors", 0), ("text_encoder/config.json", 0)]
+    assert sorted(remote.sent_files) == [("text_encoder/2.safetensors", 0), ("text_encoder/config.json", 0)]
 
 
 def test_a_download_that_is_cut_goes_on_where_it_was(cache: Path, remote: FakeHub) -> None:
-    remote.cuts[FILE] = 2
+    remote.truncations[FILE] = 2
     assert hub.fetch(REPO, FILE).read_bytes() == WEIGHTS
     whole = len(WEIGHTS)
-    assert remote.taken == [(FILE, 0), (FILE, whole // 2), (FILE, whole // 2 + whole // 4)]
+    assert remote.sent_files == [(FILE, 0), (FILE, whole // 2), (FILE, whole // 2 + whole // 4)]
 
 
 def test_a_download_that_broke_off_goes_on_the_next_time(cache: Path, remote: FakeHub) -> None:
-    remote.cuts[FILE], remote.dead = 1, True
+    remote.truncations[FILE], remote.hangs_after_cut = 1, True
     with pytest.raises(CheckpointError, match=rf"{FILE} of {REPO}.*could not be fetched.*Try again"):
         hub.fetch(REPO, FILE)
     assert kept(cache) == {f"{digest(FILE, WEIGHTS)}.incomplete"}
@@ -132,7 +132,7 @@ def test_a_download_that_broke_off_goes_on_the_next_time(cache: Path, remote: Fa
     (file,) = hub.list_missing(REPO, [FILE])
     assert (file.size, file.remaining_bytes) == (len(WEIGHTS), len(WEIGHTS) // 2)
     assert hub.fetch(REPO, FILE).read_bytes() == WEIGHTS
-    assert remote.taken == [(FILE, 0), (FILE, len(WEIGHTS) // 2)]
+    assert remote.sent_files == [(FILE, 0), (FILE, len(WEIGHTS) // 2)]
     assert kept(cache) == {digest(FILE, WEIGHTS)}
 
 
@@ -151,13 +151,13 @@ def test_what_comes_damaged_is_thrown_away(
     if not links:
         without_links(monkeypatch)
     whole = remote.repos[REPO][name]
-    remote.spoiled[name] = bytes(len(whole))
+    remote.corrupted_files[name] = bytes(len(whole))
     expected, found = digest(name, whole), digest(name, bytes(len(whole)))
     with pytest.raises(CheckpointError, match=f"{name} of {REPO} came damaged.* {found}.* {expected}.*try again"):
         hub.fetch(REPO, name)
     assert hub.cached_file(REPO, name) is None
     assert kept(cache) == set()
-    remote.spoiled.clear()
+    remote.corrupted_files.clear()
     assert hub.fetch(REPO, name).read_bytes() == whole
 
 
@@ -186,7 +186,7 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
     with pytest.raises(CheckpointError, match=r"takes .* GB free.*set HF_HOME"):
         hub.fetch(REPO, FILE)
-    assert remote.taken == []
+    assert remote.sent_files == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     hub.fetch(REPO, FILE)
 
@@ -202,7 +202,7 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
     ids=["gated", "no repository", "private", "server"],
 )
 def test_what_the_hub_answers_is_said_in_words(remote: FakeHub, refusal: tuple[int, str], said: str) -> None:
-    remote.refusal = refusal
+    remote.http_error = refusal
     with pytest.raises(CheckpointError, match=said):
         hub.fetch(REPO, FILE)
 
@@ -212,7 +212,7 @@ def test_what_a_repository_does_not_have_is_named(remote: FakeHub) -> None:
         hub.fetch(REPO, "nothing.safetensors")
     with pytest.raises(CheckpointError, match="has no vae/"):
         hub.fetch_folder(REPO, ["tokenizer/*", "vae/*"])
-    assert remote.taken == []
+    assert remote.sent_files == []
 
 
 @pytest.mark.parametrize("error", [ConnectionError("the cable is cut"), OSError(28, "No space left on device")])

@@ -32,29 +32,29 @@ from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
     SMALL_TRANSFORMER,
-    SMALL_UPSAMPLER,
+    SMALL_UPSCALER,
     SMALL_VAE,
-    config_of,
-    on_meta,
-    same,
-    shapes_of,
-    sparse,
+    build_on_meta,
+    have_same_weights,
+    official_metadata,
+    single_file_shapes,
     t5_shapes,
+    write_sparse,
 )
 from tests.checkpoints.test_source import mapped, needs_proc
-from tests.tiny_models import sown
+from tests.tiny_models import build_random
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return sown(lambda: Transformer(SMALL_TRANSFORMER))
+    return build_random(lambda: Transformer(SMALL_TRANSFORMER))
 
 
 @pytest.fixture(scope="module")
 def vae() -> VAE:
-    return sown(lambda: VAE(SMALL_VAE))
+    return build_random(lambda: VAE(SMALL_VAE))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_every_float_dtype_is_read_into_every_other(
     write_single_file(tmp_path / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC, dtype=stored)
     loaded = Checkpoint.open(tmp_path / "x.safetensors").load_vae(asked)
     assert {tensor.dtype for tensor in tensors_of(loaded)} == {asked or stored}
-    assert same(loaded, rounded(vae, stored), asked)
+    assert have_same_weights(loaded, rounded(vae, stored), asked)
 
 
 def rounded(module: VAE, dtype: torch.dtype) -> VAE:
@@ -111,7 +111,7 @@ def test_a_converted_module_keeps_nothing_of_the_file(path: Path) -> None:
 
 def test_loading_400_megabytes_in_their_stored_dtype_takes_no_memory(tmp_path: Path) -> None:
     large = replace(SMALL_T5, vocab_size=200_000, d_model=1024)
-    sparse(tmp_path / "model.safetensors", t5_shapes(large), dtype="F16")
+    write_sparse(tmp_path / "model.safetensors", t5_shapes(large), dtype="F16")
     (tmp_path / "config.json").write_text(json.dumps(t5_config(large)))
     opened = TextEncoderCheckpoint.open(tmp_path)
     assert opened.size_bytes > 400e6
@@ -178,7 +178,7 @@ def test_weights_in_plain_8_bit_floats_are_cast_to_the_dtype_asked_for(
         assert torch.equal(loaded[ours], tensors[f"model.diffusion_model.{theirs}"].to(asked)), ours
     changed = [name for name, theirs in names.items() if tensors[f"model.diffusion_model.{theirs}"].dtype == stored]
     assert not any(torch.equal(loaded[name].float(), transformer.state_dict()[name]) for name in changed)
-    assert same(checkpoint.load_vae(), checkpoint.load_vae(torch.bfloat16))
+    assert have_same_weights(checkpoint.load_vae(), checkpoint.load_vae(torch.bfloat16))
 
 
 def test_8_bit_floats_are_not_computed_in(path: Path) -> None:
@@ -324,20 +324,20 @@ def test_the_statistics_that_nobody_reads_may_be_there(path: Path) -> None:
 
 
 def test_a_checkpoint_of_other_sizes_than_its_header_says_is_refused(tmp_path: Path) -> None:
-    shapes = shapes_of(SMALL_TRANSFORMER)
-    metadata = config_of(SMALL_TRANSFORMER)
+    shapes = single_file_shapes(SMALL_TRANSFORMER)
+    metadata = official_metadata(SMALL_TRANSFORMER)
     metadata["config"] = metadata["config"].replace('"num_layers": 2', '"num_layers": 3')
-    path = sparse(tmp_path / "x.safetensors", shapes, metadata=metadata)
+    path = write_sparse(tmp_path / "x.safetensors", shapes, metadata=metadata)
     with pytest.raises(CheckpointError, match="25 tensors missing"):
         Checkpoint.open(path).load_transformer()
 
 
 def test_fill_serves_any_module(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x.safetensors", {"w": torch.ones(2, 3), "b": torch.ones(2)}, dtype=torch.float32)
-    module, source = on_meta(lambda: nn.Linear(3, 2)), Source.open(tmp_path / "x.safetensors")
+    module, source = build_on_meta(lambda: nn.Linear(3, 2)), Source.open(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="1 tensors left over: b"):
-        load_weights(on_meta(lambda: nn.Linear(3, 2, bias=False)), source, {"weight": "w"})
-    load_weights(on_meta(lambda: nn.Linear(3, 2, bias=False)), source, {"weight": "w"}, ignored_keys=["b"])
+        load_weights(build_on_meta(lambda: nn.Linear(3, 2, bias=False)), source, {"weight": "w"})
+    load_weights(build_on_meta(lambda: nn.Linear(3, 2, bias=False)), source, {"weight": "w"}, ignored_keys=["b"])
     load_weights(module, source, {"weight": "w", "bias": "b"}, dtype=torch.float16)
     assert module.weight.dtype == torch.float16
     assert module.bias.tolist() == [1.0, 1.0]
@@ -351,7 +351,7 @@ def test_a_half_that_is_not_asked_for_is_not_there(path: Path, vae: VAE) -> None
     checkpoint = Checkpoint.open(path)
     half = checkpoint.load_vae(torch.float32, with_encoder=False)
     assert half.encoder is None
-    assert same(half.decoder, rounded(vae, torch.bfloat16).decoder, torch.float32)
+    assert have_same_weights(half.decoder, rounded(vae, torch.bfloat16).decoder, torch.float32)
     assert torch.equal(half.statistics.mean, vae.statistics.mean.bfloat16().float())
     other = checkpoint.load_vae(with_decoder=False)
     assert other.decoder is None
@@ -369,7 +369,7 @@ def test_the_half_that_is_not_asked_for_is_accounted_for(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def upsampler() -> LatentUpscaler:
-    return sown(lambda: LatentUpscaler(SMALL_UPSAMPLER))
+    return build_random(lambda: LatentUpscaler(SMALL_UPSCALER))
 
 
 def test_an_upscaler_is_loaded_in_float32_unless_asked_otherwise(tmp_path: Path, upsampler: LatentUpscaler) -> None:
@@ -377,7 +377,7 @@ def test_an_upscaler_is_loaded_in_float32_unless_asked_otherwise(tmp_path: Path,
     checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
     assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upscaler())} == {torch.float32}
     assert {tensor.dtype for tensor in tensors_of(checkpoint.load_upscaler(None))} == {torch.bfloat16}
-    assert same(checkpoint.load_upscaler(torch.bfloat16), upsampler, torch.bfloat16)
+    assert have_same_weights(checkpoint.load_upscaler(torch.bfloat16), upsampler, torch.bfloat16)
 
 
 def test_an_upscaler_is_accounted_for_in_both_directions(tmp_path: Path, upsampler: LatentUpscaler) -> None:
@@ -397,7 +397,7 @@ def test_an_upscaler_is_accounted_for_in_both_directions(tmp_path: Path, upsampl
 
 @pytest.fixture(scope="module")
 def encoder() -> T5Encoder:
-    return sown(lambda: T5Encoder(SMALL_T5))
+    return build_random(lambda: T5Encoder(SMALL_T5))
 
 
 @pytest.fixture(scope="module")
@@ -417,8 +417,8 @@ def test_a_folder_saved_by_transformers_is_read(
     for path in (tmp_path, tmp_path / "text_encoder"):
         opened = TextEncoderCheckpoint.open(path)
         assert opened.config == SMALL_T5
-        assert same(opened.load(), encoder)
-        assert same(opened.load(torch.bfloat16), encoder, torch.bfloat16)
+        assert have_same_weights(opened.load(), encoder)
+        assert have_same_weights(opened.load(torch.bfloat16), encoder, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +431,7 @@ def test_the_embedding_may_stand_under_either_name_or_both(tmp_path: Path, encod
     tensors = load_file(file)
     embedding = tensors.pop("shared.weight")
     save_file(tensors | {name: embedding.clone() for name in kept}, file)
-    assert same(TextEncoderCheckpoint.open(tmp_path).load(), encoder)
+    assert have_same_weights(TextEncoderCheckpoint.open(tmp_path).load(), encoder)
 
 
 @pytest.mark.parametrize(

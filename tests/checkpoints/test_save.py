@@ -31,25 +31,25 @@ from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
     SMALL_TRANSFORMER,
-    SMALL_UPSAMPLER,
+    SMALL_UPSCALER,
     SMALL_VAE,
-    same,
+    have_same_weights,
 )
-from tests.oracles import VAES, drawn, reduced, relative
+from tests.oracles import VAES, narrow_vae_config, randn, relative_error
 from tests.text.test_tokenizer import train
-from tests.tiny_models import sown
+from tests.tiny_models import build_random
 
 DISTILLED = Schedule(sampler="LinearQuadratic", allowed_sigmas=(1.0, 0.5))
 
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return sown(lambda: Transformer(SMALL_TRANSFORMER))
+    return build_random(lambda: Transformer(SMALL_TRANSFORMER))
 
 
 @pytest.fixture(scope="module")
 def vae() -> VAE:
-    return sown(lambda: VAE(SMALL_VAE))
+    return build_random(lambda: VAE(SMALL_VAE))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def path(tmp_path_factory: pytest.TempPathFactory, transformer: Transformer, vae
 def test_the_official_transformer_loads_the_file_and_computes_the_same(path: Path, transformer: Transformer) -> None:
     official = Transformer3DModel.from_pretrained(path).eval()
     where = token_positions(LatentGrid(2, 2, 2), fps=24, causal=True)[None]
-    noise, text, level = drawn(1, 8, 12), drawn(1, 5, 24, seed=2), torch.full((1, 1), 0.7)
+    noise, text, level = randn(1, 8, 12), randn(1, 5, 24, seed=2), torch.full((1, 1), 0.7)
     mask = torch.arange(5)[None] < 3
     theirs = official(
         noise,
@@ -83,19 +83,19 @@ def test_the_official_transformer_loads_the_file_and_computes_the_same(path: Pat
         timestep=level,
         return_dict=False,
     )[0]
-    assert relative(transformer(noise, transformer.compute_rope(where), text, mask, level), theirs) < 1e-5
+    assert relative_error(transformer(noise, transformer.compute_rope(where), text, mask, level), theirs) < 1e-5
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("family", VAES)
 def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, family: str) -> None:
-    ours = sown(lambda: VAE(reduced(VAES[family], width=8)))
+    ours = build_random(lambda: VAE(narrow_vae_config(VAES[family], width=8)))
     write_single_file(tmp_path / "x.safetensors", vae=ours, schedule=LINEAR_QUADRATIC, dtype=torch.float32)
     official = CausalVideoAutoencoder.from_pretrained(tmp_path / "x.safetensors").eval()
     assert torch.equal(official.mean_of_means, ours.statistics.mean)
     assert torch.equal(official.std_of_means, ours.statistics.std)
-    pixels = drawn(1, 3, 9, 32, 32)
-    assert relative(ours.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) < 1e-5
+    pixels = randn(1, 3, 9, 32, 32)
+    assert relative_error(ours.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) < 1e-5
     assert set(official.state_dict()) - {"mean_of_means", "std_of_means"} == {
         name for name in keys.map_keys(keys.VAE_KEYS, ours.state_dict()).values() if "statistics" not in name
     }
@@ -104,15 +104,15 @@ def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, f
 @torch.inference_mode()
 @pytest.mark.parametrize("space, time", [(True, False), (False, True), (True, True)])
 def test_the_official_upscaler_loads_the_file_and_computes_the_same(tmp_path: Path, space: bool, time: bool) -> None:
-    ours = sown(lambda: LatentUpscaler(replace(SMALL_UPSAMPLER, spatial_upsample=space, temporal_upsample=time)))
+    ours = build_random(lambda: LatentUpscaler(replace(SMALL_UPSCALER, spatial_upsample=space, temporal_upsample=time)))
     path = tmp_path / "x.safetensors"
     write_upscaler(path, ours, metadata={"trained_on": "shapes"})
-    latents = drawn(1, 12, 2, 3, 3)
-    assert relative(ours(latents), OfficialUpsampler.from_pretrained(path).eval()(latents)) < 1e-5
+    latents = randn(1, 12, 2, 3, 3)
+    assert relative_error(ours(latents), OfficialUpsampler.from_pretrained(path).eval()(latents)) < 1e-5
     checkpoint = Checkpoint.open(path)
     assert (checkpoint.info.upscaler, checkpoint.info.dtype) == (ours.config, torch.float32)
     assert checkpoint.sources["upsampler"].metadata["trained_on"] == "shapes"
-    assert same(checkpoint.load_upscaler(), ours)
+    assert have_same_weights(checkpoint.load_upscaler(), ours)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -130,8 +130,8 @@ def test_what_was_written_is_opened_as_it_was(path: Path, transformer: Transform
     found = checkpoint.info
     assert (found.transformer, found.vae, found.schedule) == (SMALL_TRANSFORMER, SMALL_VAE, DISTILLED)
     assert found.dtype == torch.float32
-    assert same(checkpoint.load_transformer(), transformer)
-    assert same(checkpoint.load_vae(), vae)
+    assert have_same_weights(checkpoint.load_transformer(), transformer)
+    assert have_same_weights(checkpoint.load_vae(), vae)
 
 
 def test_safetensors_reads_the_file_and_finds_the_metadata(path: Path, transformer: Transformer) -> None:
@@ -159,7 +159,7 @@ def test_every_tensor_is_written_in_the_dtype_asked_for(tmp_path: Path, vae: VAE
     write_single_file(tmp_path / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC, dtype=dtype)
     checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
     assert {info.dtype for info in checkpoint.sources["vae"].infos.values()} == {dtype}
-    assert same(checkpoint.load_vae(), vae, dtype)
+    assert have_same_weights(checkpoint.load_vae(), vae, dtype)
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path, vae: VAE) -> None:
@@ -169,7 +169,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path, vae: VAE) -> None:
 
 
 def test_tensors_of_any_layout_are_written_as_they_read(tmp_path: Path) -> None:
-    tensors = {"turned": drawn(3, 5).T, "every other": drawn(10)[::2], "number": torch.tensor(2.0), "none": drawn(0, 4)}
+    tensors = {"turned": randn(3, 5).T, "every other": randn(10)[::2], "number": torch.tensor(2.0), "none": randn(0, 4)}
     write_tensors(tmp_path / "x.safetensors", tensors, dtype=torch.float32)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
@@ -187,7 +187,7 @@ def test_a_file_that_could_not_be_finished_leaves_the_old_one(tmp_path: Path, va
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
     with pytest.raises(NotImplementedError):  # a meta tensor has no numbers
-        write_tensors(path, {"a": drawn(4), "b": torch.empty(4, device="meta")}, dtype=torch.float32)
+        write_tensors(path, {"a": randn(4), "b": torch.empty(4, device="meta")}, dtype=torch.float32)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -209,7 +209,7 @@ def test_nothing_cannot_be_written(tmp_path: Path) -> None:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     (folder / "some.model").write_bytes(train())
-    encoder = sown(lambda: T5Encoder(SMALL_T5))
+    encoder = build_random(lambda: T5Encoder(SMALL_T5))
     write_text_encoder(folder / "home", encoder, folder / "some.model", dtype=torch.float32)
     return folder / "home"
 
@@ -223,7 +223,7 @@ def test_transformers_loads_the_text_encoder_and_computes_the_same(text: Path) -
     tokens = TextEncoderCheckpoint.open(text).load_tokenizer().encode("a red circle moving right")
     expected = theirs.eval()(tokens.ids, attention_mask=tokens.mask).last_hidden_state
     real = tokens.mask[0]
-    assert relative(ours(tokens.ids, tokens.mask)[:, real], expected[:, real]) < 1e-5
+    assert relative_error(ours(tokens.ids, tokens.mask)[:, real], expected[:, real]) < 1e-5
 
 
 def test_transformers_loads_the_tokenizer_and_gives_the_same_ids(text: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_text_encoder_is_described(text: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "some.model").write_bytes(train())
-    encoder = sown(lambda: T5Encoder(replace(SMALL_T5, vocab_size=149)))
+    encoder = build_random(lambda: T5Encoder(replace(SMALL_T5, vocab_size=149)))
     write_text_encoder(tmp_path, encoder, tmp_path / "some.model")
     with pytest.raises(CheckpointError, match="numbers up to 149, the encoder's vocabulary ends at 148"):
         TextEncoderCheckpoint.open(tmp_path).load_tokenizer()

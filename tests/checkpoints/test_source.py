@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
-from tests.checkpoints.checkpoint_files import framed, sparse
+from tests.checkpoints.checkpoint_files import write_framed, write_sparse
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -99,7 +99,7 @@ def test_a_tensor_shares_memory_with_its_file_until_it_is_dropped(tmp_path: Path
 
 def test_reading_26_gigabytes_takes_no_memory(tmp_path: Path) -> None:
     shapes = {f"layer.{i}": (16384, 8192) for i in range(104)}
-    source = Source.open(sparse(tmp_path / "large.safetensors", shapes))
+    source = Source.open(write_sparse(tmp_path / "large.safetensors", shapes))
     assert source.size_bytes > 26e9
     before = psutil.Process().memory_info().rss
     read = [source.read(name) for name in source.infos]
@@ -246,7 +246,7 @@ def test_a_file_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "said"), [(-1, "is cut short"), (1, "is too long")])
 def test_a_file_that_is_not_as_long_as_its_header_promises_is_refused(tmp_path: Path, change: int, said: str) -> None:
-    path = sparse(tmp_path / "x.safetensors", {"a": (1000,)})
+    path = write_sparse(tmp_path / "x.safetensors", {"a": (1000,)})
     whole = path.stat().st_size
     os.truncate(path, whole + change)
     with pytest.raises(
@@ -272,9 +272,9 @@ def test_a_file_that_is_not_as_long_as_its_header_promises_is_refused(tmp_path: 
 )
 def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
-        Source.open(framed(tmp_path / "x.safetensors", text, 4))
+        Source.open(write_framed(tmp_path / "x.safetensors", text, 4))
 
 
 def test_a_header_longer_than_the_first_look_is_read(tmp_path: Path) -> None:
     shapes = {f"a tensor with a rather long name, number {i}": (1,) for i in range(50)}
-    assert Source.open(sparse(tmp_path / "x.safetensors", shapes)).infos.keys() == shapes.keys()
+    assert Source.open(write_sparse(tmp_path / "x.safetensors", shapes)).infos.keys() == shapes.keys()

@@ -10,7 +10,7 @@ import pytest
 from kadr.checkpoints import hub
 from kadr.checkpoints.digest import compute_digest, is_digest
 from kadr.checkpoints.verify import ABSENT, DAMAGED, OK, UNVERIFIED, verify_files
-from tests.fakehub import COMMIT, FakeHub, digest, git_sha1, serving, sha256
+from tests.fakehub import COMMIT, FakeHub, digest, git_sha1, serve_fake_hub, sha256
 
 REPO = "some/text-encoder"
 FILES = {
@@ -25,7 +25,7 @@ PATTERNS = ("text_encoder/*", "tokenizer/*")
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with serving(monkeypatch, tmp_path) as server:
+    with serve_fake_hub(monkeypatch, tmp_path) as server:
         server.repos[REPO] = dict(FILES)
         yield server
 
@@ -121,5 +121,5 @@ def test_without_links_the_hub_is_asked_for_the_checksums_of_that_revision(
     assert states() == dict.fromkeys(FILES, OK)
     spoil(folder / "text_encoder/2.safetensors")
     assert states() == {**dict.fromkeys(FILES, OK), "text_encoder/2.safetensors": DAMAGED}
-    remote.refusal = (500, "")
+    remote.http_error = (500, "")
     assert states() == dict.fromkeys(FILES, UNVERIFIED)

@@ -30,7 +30,7 @@ RECIPE = Recipe(
 )
 
 
-class Ended(NamedTuple):
+class CommandResult(NamedTuple):
     """How a run ended."""
 
     code: int
@@ -43,15 +43,15 @@ class FakeEngine:
     """Notes what is asked, and writes a few bytes for a video."""
 
     model_name: str = "fake"
-    opened: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    open_calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)  # planned, as all are that are made
-    made: list[Request] = field(default_factory=list)
-    during: Callable[[], None] = lambda: None  # happens while the video is half written
+    written_requests: list[Request] = field(default_factory=list)
+    on_half_written: Callable[[], None] = lambda: None  # happens while the video is half written
     latents: Any = None
-    resumed: list[bool] = field(default_factory=list)
+    resume_flags: list[bool] = field(default_factory=list)
 
     def open(self, model: str | Path, **options: Any) -> FakeEngine:
-        self.opened.append((str(model), {name: value for name, value in options.items() if value is not None}))
+        self.open_calls.append((str(model), {name: value for name, value in options.items() if value is not None}))
         self.model_name = str(model)
         return self
 
@@ -73,8 +73,8 @@ class FakeEngine:
         on_plan: Callable[[Plan], None],
         resume: bool = False,
     ) -> SimpleNamespace:
-        self.resumed.append(resume)
-        self.made.append(request)
+        self.resume_flags.append(resume)
+        self.written_requests.append(request)
         on_plan(self.plan(request))
         whole = self.resolve(request)
         part = path.with_name(".part.mp4")
@@ -82,7 +82,7 @@ class FakeEngine:
         try:
             for step in range(3):
                 watch(Progress("denoise", step, 2, eta=1.0))
-            self.during()
+            self.on_half_written()
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -107,14 +107,14 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
 
 
 @pytest.fixture
-def kadr(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+def kadr(capfd: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
     """Run `kadr` with these words."""
 
-    def run(*words: str | os.PathLike[str]) -> Ended:
+    def run(*words: str | os.PathLike[str]) -> CommandResult:
         with pytest.raises(SystemExit) as end:
             main([os.fspath(word) for word in words])
         out, err = capfd.readouterr()
         code = end.value.code
-        return Ended(0 if code is None else int(code), out, err)
+        return CommandResult(0 if code is None else int(code), out, err)
 
     return run

@@ -8,16 +8,16 @@ from collections.abc import Callable
 import pytest
 
 from kadr.bench import benchmark, runner
-from tests.cli.conftest import Ended
+from tests.cli.conftest import CommandResult
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 LEAST = ("--size", "64x64x9", "--rounds", "2", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark.SIDES, "cpu", 64)
-    monkeypatch.setattr(runner, "LEAST", 0.0)
+    monkeypatch.setitem(benchmark.MATMUL_SIDES, "cpu", 64)
+    monkeypatch.setattr(runner, "MIN_TIMED_SECONDS", 0.0)
 
 
 def test_a_table_is_data_and_progress_is_talk(kadr: Run) -> None:

@@ -14,9 +14,9 @@ import pytest
 from kadr import Control, Request
 from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
-from tests.cli.conftest import Ended, FakeEngine
+from tests.cli.conftest import CommandResult, FakeEngine
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 PROMPT = "a red circle"
 
 

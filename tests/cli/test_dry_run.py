@@ -18,11 +18,11 @@ from kadr.pipeline import dry_run
 from kadr.shapes import Size
 from kadr.spec import locate
 from tests import lora_files
-from tests.cli.conftest import Ended
+from tests.cli.conftest import CommandResult
 from tests.pipeline.test_dry_run import FIRST, SECOND
-from tests.request.official_configs import OFFICIAL
+from tests.request.official_configs import OFFICIAL_CONFIGS
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 DEMO = """\
 model            demo
 text encoder     beside the model
@@ -81,7 +81,7 @@ def test_plan_of_the_demo_reads_so(kadr: Run) -> None:
 
 @pytest.mark.parametrize("words", [["--model", "ltxv-13b-0.9.8-dev"], ["--config", "config.yaml"]])
 def test_steps_of_13b_dev_are_the_official_ones(kadr: Run, words: list[str]) -> None:
-    Path("config.yaml").write_text(OFFICIAL["ltxv-13b-0.9.8-dev"], "utf-8")
+    Path("config.yaml").write_text(OFFICIAL_CONFIGS["ltxv-13b-0.9.8-dev"], "utf-8")
     ended = kadr("generate", "x", *words, "--dry-run")
     assert (ended.code, ended.err) == (0, "")
     for rows, table in zip(tables(ended.out), (FIRST, SECOND), strict=True):
@@ -94,25 +94,25 @@ def test_steps_of_13b_dev_are_the_official_ones(kadr: Run, words: list[str]) -> 
     assert ended.out.endswith("\n\nThe transformer is asked 88 times.\n")
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("name", OFFICIAL_CONFIGS)
 def test_every_official_config_has_a_plan(kadr: Run, name: str) -> None:
-    Path("config.yaml").write_text(OFFICIAL[name], "utf-8")
+    Path("config.yaml").write_text(OFFICIAL_CONFIGS[name], "utf-8")
     ended = kadr("generate", "x", "--pipeline_config", "config.yaml", "--dry-run", "--json")
     assert (ended.code, ended.err) == (0, "")
     told = json.loads(ended.out)
     assert [part["name"] for part in told["parts"] if part["role"] == "model"] == [name]
-    assert len(told["passes"]) == (2 if "second_pass" in OFFICIAL[name] else 1)
+    assert len(told["passes"]) == (2 if "second_pass" in OFFICIAL_CONFIGS[name] else 1)
 
 
 def test_loras_are_listed_and_looked_into_where_they_are_here(kadr: Run, tmp_path: Path) -> None:
     lora = tmp_path / "style.safetensors"
-    lora_files.write(lora, lora_files.pairs(("attn1.to_q",), layers=1, width=192))
+    lora_files.write_lora_file(lora, lora_files.block_pairs(("attn1.to_q",), num_layers=1, width=192))
     ended = kadr("generate", "a", "--lora", lora, "0.5", "--lora", "ltxv-13b-0.9.7-ic-lora-pose", "1", "0", "--dry-run")
     assert ended.code == 0, ended.err
     told = [" ".join(line.split()) for line in ended.out.splitlines() if line.startswith("LoRA")]
     absent = "LoRA ltxv-13b-0.9.7-ic-lora-pose, not on disk: 151 M bytes to fetch, strength 1, 0 in a second pass"
     assert told == [f"LoRA {lora}, strength 0.5", absent]
-    lora_files.write(lora, lora_files.pairs(("attn1.to_q",), layers=1, width=2048))
+    lora_files.write_lora_file(lora, lora_files.block_pairs(("attn1.to_q",), num_layers=1, width=2048))
     ended = kadr("generate", "a", "--lora", lora, "--dry-run")
     assert (ended.code, "does not fit" in ended.err) == (1, True)
 
@@ -158,7 +158,7 @@ def test_seconds_are_frames_at_the_rate_of_the_model(kadr: Run) -> None:
 
 
 def test_only_what_a_single_pass_needs_is_listed(kadr: Run) -> None:
-    Path("config.yaml").write_text(OFFICIAL["ltxv-13b-0.9.8-distilled"], "utf-8")
+    Path("config.yaml").write_text(OFFICIAL_CONFIGS["ltxv-13b-0.9.8-distilled"], "utf-8")
     ended = kadr("generate", "x", "--config", "config.yaml", "--single-pass", "--dry-run")
     assert ended.code == 0, ended.err
     assert "upscaler" not in ended.out

@@ -18,10 +18,10 @@ from kadr.request.official_config import OfficialConfig
 from kadr.request.request import Request
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
-from tests.cli.conftest import Ended, FakeEngine
-from tests.request.official_configs import OFFICIAL
+from tests.cli.conftest import CommandResult, FakeEngine
+from tests.request.official_configs import OFFICIAL_CONFIGS
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 PROMPT = "a red circle"
 VALUES = {  # of official flags that take more than the number 1
     "--output": "named.mp4",
@@ -93,7 +93,7 @@ def test_flag_reaches_the_request(kadr: Run, engine: FakeEngine, flags: str, fie
 def test_what_is_left_out_is_left_to_the_recipe(kadr: Run, engine: FakeEngine) -> None:
     assert kadr("generate", PROMPT).code == 0
     assert engine.requests == [Request(prompt=PROMPT)]
-    assert engine.opened == [("demo", {"device": "auto", "dtype": "auto"})]
+    assert engine.open_calls == [("demo", {"device": "auto", "dtype": "auto"})]
 
 
 def test_flags_of_the_model_reach_the_engine(kadr: Run, engine: FakeEngine) -> None:
@@ -101,17 +101,17 @@ def test_flags_of_the_model_reach_the_engine(kadr: Run, engine: FakeEngine) -> N
     words = (*parts, "--upscaler", "s", "--upscaler", "t", "--device", "cuda:1", "--dtype", "float32")
     assert kadr("generate", PROMPT, *words).code == 0
     options = {"text_encoder": Path("t5"), "vae": Path("v.safetensors"), "second_model": "n", "upscaler": ["s", "t"]}
-    assert engine.opened == [("m.safetensors", {**options, "device": "cuda:1", "dtype": "float32"})]
+    assert engine.open_calls == [("m.safetensors", {**options, "device": "cuda:1", "dtype": "float32"})]
 
 
 def test_loras_reach_the_engine_with_their_strengths(kadr: Run, engine: FakeEngine) -> None:
     words = "--lora a.safetensors --lora b.safetensors 0.5 --lora=c.safetensors -5e-1 2 --lora-partial --merge-loras"
     assert kadr("generate", PROMPT, *words.split()).code == 0
-    _, options = engine.opened[0]
+    _, options = engine.open_calls[0]
     assert options["loras"] == [("a.safetensors",), ("b.safetensors", 0.5), ("c.safetensors", -0.5, 2.0)]
     assert (options["lora_partial"], options["merge_loras"]) == (True, True)
     assert kadr("generate", PROMPT).code == 0
-    assert not {"loras", "lora_partial", "merge_loras"} & engine.opened[1][1].keys()
+    assert not {"loras", "lora_partial", "merge_loras"} & engine.open_calls[1][1].keys()
 
 
 def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(kadr: Run, engine: FakeEngine) -> None:
@@ -124,7 +124,7 @@ def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(kadr: R
 
 def test_the_prompt_cache_is_used_unless_a_flag_says_otherwise(kadr: Run, engine: FakeEngine) -> None:
     assert kadr("generate", PROMPT).code == kadr("generate", PROMPT, "--no-prompt-cache").code == 0
-    assert [options.get("prompt_cache", True) for _, options in engine.opened] == [True, False]
+    assert [options.get("prompt_cache", True) for _, options in engine.open_calls] == [True, False]
 
 
 @pytest.mark.parametrize("numbers, frame, strength", [((), 0, 1.0), (("0",), 0, 1.0), (("0", "0.8"), 0, 0.8)])
@@ -178,19 +178,19 @@ def test_video_to_start_from_is_remembered_by_its_whole_path(kadr: Run, engine: 
 def test_absent_media_is_named_before_the_model_is_opened(kadr: Run, engine: FakeEngine, flag: str) -> None:
     for words in ([], ["--dry-run"]):
         ended = kadr("generate", PROMPT, flag, "absent.mp4", *words)
-        assert (ended.code, ended.out, engine.opened) == (1, "", [])
+        assert (ended.code, ended.out, engine.open_calls) == (1, "", [])
         assert "absent.mp4" in ended.err
 
 
 def test_config_gives_model_parts_and_recipe_and_flags_go_first(kadr: Run, engine: FakeEngine) -> None:
     config = Path("config.yaml")
-    config.write_text(OFFICIAL["ltxv-13b-0.9.8-dev"], "utf-8")
+    config.write_text(OFFICIAL_CONFIGS["ltxv-13b-0.9.8-dev"], "utf-8")
     assert kadr("generate", PROMPT, "--config", config).code == 0
     recipe = OfficialConfig.read(config).recipe
     options = {"recipe": recipe, "upscaler": ["ltxv-spatial-upscaler-0.9.8"], "device": "auto", "dtype": "auto"}
-    assert engine.opened.pop() == ("ltxv-13b-0.9.8-dev", options)
+    assert engine.open_calls.pop() == ("ltxv-13b-0.9.8-dev", options)
     assert kadr("generate", PROMPT, "--pipeline_config", config, "--model", "demo", "--single-pass").code == 0
-    assert engine.opened.pop() == ("demo", {"recipe": recipe, "device": "auto", "dtype": "auto"})
+    assert engine.open_calls.pop() == ("demo", {"recipe": recipe, "device": "auto", "dtype": "auto"})
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_bad_config_ends_with_1_and_is_named(kadr: Run, engine: FakeEngine, text
     if text is not None:
         Path("config.yaml").write_text(text, "utf-8")
     ended = kadr("generate", PROMPT, "--config", "config.yaml")
-    assert (ended.code, ended.out, engine.opened) == (1, "", [])
+    assert (ended.code, ended.out, engine.open_calls) == (1, "", [])
     assert "config.yaml" in ended.err
     assert word in ended.err
 
@@ -215,7 +215,7 @@ def test_official_name_is_ours(kadr: Run, engine: FakeEngine, official: str, our
     words = (f"{official}={value}",) if joined else (official, value)
     assert kadr("generate", PROMPT, *words).code == 0
     assert engine.requests[0] == engine.requests[1]
-    assert engine.opened[0] == engine.opened[1]
+    assert engine.open_calls[0] == engine.open_calls[1]
     assert ours != "--output" or sorted(os.listdir()) == ["config.yaml", "named.mp4"]
 
 
@@ -273,7 +273,7 @@ def test_official_media_are_pictures_or_clips_by_their_endings(kadr: Run, engine
 )
 def test_bad_usage_ends_with_2_and_says_why(kadr: Run, engine: FakeEngine, words: str) -> None:
     ended = kadr("generate", *words.split())
-    assert (ended.code, ended.out, engine.opened) == (2, "", [])
+    assert (ended.code, ended.out, engine.open_calls) == (2, "", [])
     assert "Error: " in ended.err
 
 
@@ -324,7 +324,7 @@ def test_named_output_is_replaced_and_a_folder_gets_a_new_file(kadr: Run, engine
 @pytest.mark.parametrize("strength", ["50%", "0,5", "nan", "-inf", "0.5,0.7"])
 def test_what_is_no_strength_of_a_lora_is_called_that(kadr: Run, engine: FakeEngine, strength: str) -> None:
     ended = kadr("generate", PROMPT, "--lora", "l.safetensors", strength)
-    assert (ended.code, engine.opened) == (2, [])
+    assert (ended.code, engine.open_calls) == (2, [])
     assert f"'{strength}' is no strength: write PATH, a number such as 0.8" in " ".join(
         ended.err.replace("│", " ").split()
     )
@@ -338,7 +338,7 @@ def test_what_a_video_is_made_from_is_never_written_over(
     (tmp_path / "link.mp4").symlink_to("own.mp4")
     for output in ("own.mp4", "./own.mp4", "link.mp4"):
         ended = kadr("generate", PROMPT, flag, "own.mp4", "--output", output)
-        assert (ended.code, engine.opened) == (1, [])
+        assert (ended.code, engine.open_calls) == (1, [])
         assert "the video is made from it: it would be lost" in ended.err
     assert (tmp_path / "own.mp4").read_bytes() == b"mine"
 
@@ -365,7 +365,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Cancelled("the watcher asked")])
 def test_cancelling_ends_with_130_and_leaves_nothing(kadr: Run, engine: FakeEngine, error: BaseException) -> None:
-    engine.during = raising(error)
+    engine.on_half_written = raising(error)
     ended = kadr("generate", PROMPT, "--save-latents", "l.safetensors")
     assert (ended.code, ended.out, os.listdir()) == (130, "", [])
     assert ended.err.splitlines()[-1] == "cancelled"
@@ -373,7 +373,7 @@ def test_cancelling_ends_with_130_and_leaves_nothing(kadr: Run, engine: FakeEngi
 
 @pytest.mark.parametrize("error", [RequestError("no"), NonFiniteError("no", stage="decode")])
 def test_explained_error_is_one_line(kadr: Run, engine: FakeEngine, error: Exception) -> None:
-    engine.during = raising(error)
+    engine.on_half_written = raising(error)
     ended = kadr("generate", PROMPT)
     assert (ended.code, ended.out, os.listdir()) == (1, "", [])
     assert ended.err.splitlines()[-1] == "error: no"
@@ -383,7 +383,7 @@ def test_explained_error_is_one_line(kadr: Run, engine: FakeEngine, error: Excep
 def test_unexpected_error_asks_for_a_report_and_shows_its_traceback_on_demand(
     kadr: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.during = raising(ZeroDivisionError("by nought\nand more"))
+    engine.on_half_written = raising(ZeroDivisionError("by nought\nand more"))
     monkeypatch.delenv("KADR_DEBUG", raising=False)
     ended = kadr("generate", PROMPT)
     assert (ended.code, ended.out) == (1, "")
@@ -395,7 +395,7 @@ def test_unexpected_error_asks_for_a_report_and_shows_its_traceback_on_demand(
 
 
 def test_full_memory_is_no_bug(kadr: Run, engine: FakeEngine) -> None:
-    engine.during = raising(MemoryError())
+    engine.on_half_written = raising(MemoryError())
     ended = kadr("generate", PROMPT)
     assert (ended.code, "--size" in ended.err, "bug" in ended.err) == (1, True, False)
 
@@ -405,7 +405,7 @@ def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, eng
         warnings.warn("the prompt is cut:\n'tail'", KadrWarning, stacklevel=1)
         warnings.warn("somebody else's", UserWarning, stacklevel=1)
 
-    engine.during = warn
+    engine.on_half_written = warn
     ended = kadr("generate", PROMPT)
     assert ended.code == 0
     assert "warning: the prompt is cut: 'tail'\n" in ended.err
@@ -427,7 +427,7 @@ def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, eng
 )
 def test_how_weights_are_held_is_passed_on(kadr: Run, engine: FakeEngine, words: str, given: dict[str, object]) -> None:
     assert kadr("generate", PROMPT, *words.split()).code == 0
-    options = engine.opened[0][1]
+    options = engine.open_calls[0][1]
     assert {name: options[name] for name in ("quant", "offload", "compiled") if name in options} == given
 
 
@@ -451,4 +451,4 @@ def test_plan_fetches_nothing(kadr: Run, engine: FakeEngine) -> None:
     assert ended.code == 1
     assert "ltxv-2b-0.9.5" in ended.err
     assert "kadr models pull" in ended.err
-    assert not engine.opened
+    assert not engine.open_calls

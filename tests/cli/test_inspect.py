@@ -16,18 +16,18 @@ from kadr.media.writer import VideoWriter
 from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.shapes import Size
 from tests import lora_files, tiny_models
-from tests.cli.conftest import Ended
+from tests.cli.conftest import CommandResult
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write(tmp_path_factory.mktemp("tiny"))
+    return tiny_models.write_model(tmp_path_factory.mktemp("tiny"))
 
 
 def test_checkpoint_is_described_in_words(kadr: Run, home: Path) -> None:
-    ended = kadr("inspect", home / tiny_models.MODEL)
+    ended = kadr("inspect", home / tiny_models.MODEL_FILE)
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
     assert lines[0].startswith("LTX-Video 0.9.5")
@@ -37,18 +37,18 @@ def test_checkpoint_is_described_in_words(kadr: Run, home: Path) -> None:
 
 
 def test_checkpoint_is_described_in_json(kadr: Run, home: Path) -> None:
-    told = json.loads(kadr("inspect", home / tiny_models.MODEL, "--json").out)
+    told = json.loads(kadr("inspect", home / tiny_models.MODEL_FILE, "--json").out)
     assert (told["family"], told["layout"], told["vae_family"]) == ("LTX-Video", "single file", "0.9.5")
     parts = {part["name"]: part for part in told["parts"]}
     assert parts["transformer"]["sizes"]["layers"] == 2
     assert parts["text encoder"]["sizes"]["vocabulary"] == tiny_models.t5_config().vocab_size
-    whole = (home / tiny_models.MODEL).stat().st_size
+    whole = (home / tiny_models.MODEL_FILE).stat().st_size
     assert 0.9 * whole < parts["transformer"]["bytes"] + parts["vae"]["bytes"] < whole
 
 
 def test_missing_part_is_named_with_the_way_out(kadr: Run, home: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.safetensors"
-    alone.symlink_to(home / tiny_models.MODEL)
+    alone.symlink_to(home / tiny_models.MODEL_FILE)
     assert "missing: text encoder (" in kadr("inspect", alone).out
     assert json.loads(kadr("inspect", alone, "--json").out)["missing"] == ["text encoder"]
 
@@ -62,10 +62,12 @@ def test_text_encoder_is_described(kadr: Run, home: Path, folder: str) -> None:
 
 
 def test_lora_is_described_with_what_it_changes_and_what_is_strange_in_it(kadr: Run, tmp_path: Path) -> None:
-    halves = lora_files.pairs(("attn1.to_q", "ff.net.2"), width=2048)
+    halves = lora_files.block_pairs(("attn1.to_q", "ff.net.2"), width=2048)
     more = {"diffusion_model.head.lora_A.weight": torch.ones(4, 64)}
     metadata = {"reference_downscale_factor": "2", "made_by": "somebody"}
-    path = lora_files.write(tmp_path / "l.safetensors", halves, alpha=2.0, more=more, metadata=metadata)
+    path = lora_files.write_lora_file(
+        tmp_path / "l.safetensors", halves, alpha=2.0, extra_tensors=more, metadata=metadata
+    )
     ended = kadr("inspect", path)
     assert ended.code == 0, ended.err
     for line in (

@@ -15,9 +15,9 @@ import pytest
 from kadr.cli.terminal import progress
 from kadr.pipeline.progress import Progress
 from kadr.version import __version__
-from tests.cli.conftest import Ended, FakeEngine
+from tests.cli.conftest import CommandResult, FakeEngine
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 SOURCES = Path(__file__).parents[2] / "src"
 HEAVY = {"torch", "numpy", "av", "PIL", "safetensors", "huggingface_hub", "rich", "tokenizers"}
 
@@ -66,7 +66,7 @@ def test_bad_usage_ends_with_2(kadr: Run, words: list[str]) -> None:
 
 
 def test_polite_kill_is_a_cancel(kadr: Run, engine: FakeEngine) -> None:
-    engine.during = lambda: signal.raise_signal(signal.SIGTERM)
+    engine.on_half_written = lambda: signal.raise_signal(signal.SIGTERM)
     ended = kadr("generate", "x")
     assert (ended.code, os.listdir()) == (130, [])
 

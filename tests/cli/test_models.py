@@ -19,10 +19,10 @@ from kadr.models.registry import (
     TEXT_ENCODER_REPO,
     find_release,
 )
-from tests.cli.conftest import Ended
-from tests.fakehub import FakeHub, digest, serving
+from tests.cli.conftest import CommandResult
+from tests.fakehub import FakeHub, digest, serve_fake_hub
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 NAME, UPSCALER = "ltxv-2b-0.9.8-distilled", "ltxv-spatial-upscaler-0.9.8"
 FILES = {f"{NAME}.safetensors": b"weights" * 500, f"{UPSCALER}.safetensors": b"upscaler" * 100, "README.md": b"read me"}
 TEXT_FILES = {
@@ -35,7 +35,7 @@ MODEL_FILE = f"{NAME}.safetensors"
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with serving(monkeypatch, tmp_path / "hub") as server:
+    with serve_fake_hub(monkeypatch, tmp_path / "hub") as server:
         server.repos[LTX_VIDEO_REPO] = dict(FILES)
         server.repos[TEXT_ENCODER_REPO] = {**TEXT_FILES, "transformer/model.safetensors": b"of another model"}
         yield server
@@ -103,7 +103,7 @@ def test_pull_brings_all_that_a_model_needs_and_prints_where_it_lies(kadr: Run, 
     assert model.read_bytes() == FILES[MODEL_FILE]
     assert upscaler.read_bytes() == FILES[f"{UPSCALER}.safetensors"]
     assert {name: (text / name).read_bytes() for name in TEXT_FILES} == TEXT_FILES
-    assert sorted(name for name, _ in remote.taken) == sorted([MODEL_FILE, f"{UPSCALER}.safetensors", *TEXT_FILES])
+    assert sorted(name for name, _ in remote.sent_files) == sorted([MODEL_FILE, f"{UPSCALER}.safetensors", *TEXT_FILES])
     # Said before: licences, what is to come, and how much that is together.
     said = ended.err.splitlines()
     assert f"licence of {NAME}, {UPSCALER}: {find_release(NAME).licence}" in said
@@ -114,17 +114,17 @@ def test_pull_brings_all_that_a_model_needs_and_prints_where_it_lies(kadr: Run, 
 
 def test_pull_leaves_alone_what_is_there(kadr: Run, remote: FakeHub, offline: Callable[[], None]) -> None:
     first = kadr("models", "pull", NAME)
-    remote.taken.clear()
+    remote.sent_files.clear()
     offline()
     again = kadr("models", "pull", NAME)
     assert (again.code, again.out) == (0, first.out)
-    assert remote.taken == []
+    assert remote.sent_files == []
     assert f"{TEXT_ENCODER} is there already" in again.err
 
 
 def test_pull_takes_only_what_is_missing(kadr: Run, remote: FakeHub) -> None:
     assert kadr("models", "pull", TEXT_ENCODER).code == 0
-    remote.taken.clear()
+    remote.sent_files.clear()
     told = json.loads(kadr("models", "pull", NAME, "--json").out)
     assert [(file["name"], file["kind"], file["fetched"]) for file in told["files"]] == [
         (NAME, "model", True),
@@ -132,7 +132,7 @@ def test_pull_takes_only_what_is_missing(kadr: Run, remote: FakeHub) -> None:
         (TEXT_ENCODER, "text encoder", False),
     ]
     assert all(Path(file["path"]).exists() for file in told["files"])
-    assert [name for name, _ in remote.taken] == [MODEL_FILE, f"{UPSCALER}.safetensors"]
+    assert [name for name, _ in remote.sent_files] == [MODEL_FILE, f"{UPSCALER}.safetensors"]
 
 
 @pytest.mark.parametrize("name", [UPSCALER, TEXT_ENCODER_GGUF])
@@ -142,12 +142,12 @@ def test_pull_brings_a_part_alone(kadr: Run, remote: FakeHub, name: str) -> None
     ended = kadr("models", "pull", name)
     assert ended.code == 0, ended.err
     assert Path(ended.out.strip()).read_bytes() == b"part"
-    assert remote.taken == [(entry.file, 0)]
+    assert remote.sent_files == [(entry.file, 0)]
     assert kadr("models", "verify", name).code == 0
 
 
 def test_pull_that_broke_off_says_what_came_before_and_goes_on(kadr: Run, remote: FakeHub) -> None:
-    remote.cuts[MODEL_FILE], remote.dead = 1, True
+    remote.truncations[MODEL_FILE], remote.hangs_after_cut = 1, True
     ended = kadr("models", "pull", NAME)
     assert (ended.code, ended.out) == (1, "")
     assert f"error: {MODEL_FILE} of {LTX_VIDEO_REPO} is not in the cache" in ended.err
@@ -155,12 +155,12 @@ def test_pull_that_broke_off_says_what_came_before_and_goes_on(kadr: Run, remote
     again = kadr("models", "pull", NAME)
     assert again.code == 0, again.err
     assert f"{NAME} is to be fetched: 3.5 k bytes, 1.54 k of which have come before" in again.err
-    assert [begin for name, begin in remote.taken if name == MODEL_FILE] == [0, 1536]
+    assert [begin for name, begin in remote.sent_files if name == MODEL_FILE] == [0, 1536]
     assert Path(again.out.splitlines()[0]).read_bytes() == FILES[MODEL_FILE]
 
 
 def test_pull_refuses_what_comes_damaged(kadr: Run, remote: FakeHub) -> None:
-    remote.spoiled[MODEL_FILE] = bytes(len(FILES[MODEL_FILE]))
+    remote.corrupted_files[MODEL_FILE] = bytes(len(FILES[MODEL_FILE]))
     ended = kadr("models", "pull", NAME)
     assert (ended.code, ended.out) == (1, "")
     assert f"{MODEL_FILE} of {LTX_VIDEO_REPO} came damaged" in ended.err
@@ -182,7 +182,7 @@ def test_pull_notices_a_full_disk_before_anything_comes(
     kadr: Run, remote: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kadr("models", "pull", TEXT_ENCODER)
-    remote.taken.clear()
+    remote.sent_files.clear()
     room: list[int] = []
     monkeypatch.setattr(pull.hub, "check_room", lambda what, needed: room.append(needed))
     assert kadr("models", "pull", NAME).code == 0
@@ -203,7 +203,7 @@ def test_pull_from_a_repository_that_is_gone_is_explained(kadr: Run, remote: Fak
     ended = kadr("models", "pull", NAME)
     assert ended.code == 1
     assert f"there is no repository {TEXT_ENCODER_REPO} on the hub" in ended.err
-    assert remote.taken == []
+    assert remote.sent_files == []
 
 
 @pytest.mark.parametrize("verb", ["pull", "verify"])

@@ -16,42 +16,42 @@ from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.models.registry import TEXT_ENCODER, TEXT_ENCODER_GGUF, find_release
 from kadr.quant.mixes import MIX_NAMES
 from tests import tiny_models
-from tests.cli.conftest import Ended
+from tests.cli.conftest import CommandResult
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write(tmp_path_factory.mktemp("tiny"))
+    return tiny_models.write_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, home: Path) -> list[tuple[str, ...]]:
     """What is asked of the hub; whatever it is, it has the tiny model."""
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(hub, "fetch", lambda repo, file: asked.append((repo, file)) or home / tiny_models.MODEL)
+    monkeypatch.setattr(hub, "fetch", lambda repo, file: asked.append((repo, file)) or home / tiny_models.MODEL_FILE)
     monkeypatch.setattr(hub, "fetch_folder", lambda repo, patterns: asked.append((repo, *patterns)) or home)
     return asked
 
 
 def test_a_model_is_written_and_its_path_printed(kadr: Run, home: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
-    ended = kadr("quantize", home / tiny_models.MODEL, out, "--type", "q8_0")
+    ended = kadr("quantize", home / tiny_models.MODEL_FILE, out, "--type", "q8_0")
     assert (ended.code, ended.out) == (0, f"{out}\n"), ended.err
-    official, ours = Checkpoint.open(home / tiny_models.MODEL), Checkpoint.open(out)
+    official, ours = Checkpoint.open(home / tiny_models.MODEL_FILE), Checkpoint.open(out)
     assert ours.info.transformer == official.info.transformer
     assert list(ours.sources) == ["transformer"]
     lines = ended.err.splitlines()
     assert lines[0].startswith(f"quantizing: {len(ours.sources['transformer'].infos)} of ")
     assert "bytes before, " in lines[1]
     assert "Q8_0 (" in lines[1]
-    assert lines[2] == f"the VAE is not in this file: give it with --vae {home / tiny_models.MODEL}"
+    assert lines[2] == f"the VAE is not in this file: give it with --vae {home / tiny_models.MODEL_FILE}"
 
 
 def test_the_file_is_what_inspect_says(kadr: Run, home: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
-    kadr("quantize", home / tiny_models.MODEL, out, "--type", "Q8_0")
+    kadr("quantize", home / tiny_models.MODEL_FILE, out, "--type", "Q8_0")
     ended = kadr("inspect", out)
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
@@ -132,13 +132,13 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_fetched(
     ],
 )
 def test_bad_usage_is_told(kadr: Run, home: Path, tmp_path: Path, words: list[str], said: str) -> None:
-    ended = kadr("quantize", home / tiny_models.MODEL, tmp_path / "x.gguf", *words)
+    ended = kadr("quantize", home / tiny_models.MODEL_FILE, tmp_path / "x.gguf", *words)
     assert ended.code == 2
     assert said in ended.err
 
 
 def test_another_ending_is_bad_usage(kadr: Run, home: Path, tmp_path: Path) -> None:
-    ended = kadr("quantize", home / tiny_models.MODEL, tmp_path / "x.safetensors", "--type", "Q8_0")
+    ended = kadr("quantize", home / tiny_models.MODEL_FILE, tmp_path / "x.safetensors", "--type", "Q8_0")
     assert ended.code == 2
     assert "must end in .gguf" in ended.err
 
@@ -151,11 +151,11 @@ def test_help_names_every_type(kadr: Run) -> None:
 def test_what_is_there_is_replaced_only_by_force(kadr: Run, home: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     out.write_text("older")
-    ended = kadr("quantize", home / tiny_models.MODEL, out, "--type", "Q8_0")
+    ended = kadr("quantize", home / tiny_models.MODEL_FILE, out, "--type", "Q8_0")
     assert ended.code == 1
     assert "is there already. Give --force" in ended.err
     assert out.read_text() == "older"
-    assert kadr("quantize", home / tiny_models.MODEL, out, "--type", "Q8_0", "--force").code == 0
+    assert kadr("quantize", home / tiny_models.MODEL_FILE, out, "--type", "Q8_0", "--force").code == 0
     assert Checkpoint.open(out).info.layout == "GGUF"
 
 
@@ -164,7 +164,7 @@ def test_cancelling_leaves_nothing(kadr: Run, home: Path, tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kadr.checkpoints.gguf.writer.release_pages", interrupt)
-    ended = kadr("quantize", home / tiny_models.MODEL, tmp_path / "x.gguf", "--type", "Q8_0")
+    ended = kadr("quantize", home / tiny_models.MODEL_FILE, tmp_path / "x.gguf", "--type", "Q8_0")
     assert (ended.code, ended.out) == (130, "")
     assert "cancelled" in ended.err
     assert os.listdir(tmp_path) == []
@@ -172,10 +172,10 @@ def test_cancelling_leaves_nothing(kadr: Run, home: Path, tmp_path: Path, monkey
 
 def test_a_model_without_its_vae_is_sent_for_one(kadr: Run, home: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
-    kadr("quantize", home / tiny_models.MODEL, out, "--type", "F16")
+    kadr("quantize", home / tiny_models.MODEL_FILE, out, "--type", "F16")
     words = ["generate", "a red circle", "--model", out, "--text-encoder", home, "--output", tmp_path / "x.mp4"]
     for dry in ([], ["--dry-run"]):
         ended = kadr(*words, *dry)
         assert ended.code == 1
         assert f"{out} has no vae, only transformer. Give a checkpoint with a VAE as --vae, such as " in ended.err
-    assert kadr(*words, "--dry-run", "--vae", home / tiny_models.MODEL).code == 0
+    assert kadr(*words, "--dry-run", "--vae", home / tiny_models.MODEL_FILE).code == 0

@@ -18,9 +18,9 @@ from kadr.request.request import Request
 from kadr.shapes import Size
 from kadr.version import __version__
 from tests import tiny_models
-from tests.cli.conftest import Ended, FakeEngine
+from tests.cli.conftest import CommandResult, FakeEngine
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 Film = Callable[..., Path]
 UPSCALERS = ("spatial_upscaler", "temporal_upscaler")
 REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, fps=24.0, seed=3, steps=4)
@@ -56,7 +56,7 @@ def test_everything_is_as_it_was(kadr: Run, engine: FakeEngine, film: Film, tmp_
     assert ended[:2] == (0, f"{tmp_path / 'film-2.mp4'}\n"), ended.err
     assert engine.requests == [REQUEST]
     options = {"text_encoder": tmp_path / "t5", "device": "cpu", "dtype": "float32"}
-    assert engine.opened == [(str(tmp_path / "m.safetensors"), options)]
+    assert engine.open_calls == [(str(tmp_path / "m.safetensors"), options)]
     assert "warning" not in ended.err
 
 
@@ -73,14 +73,14 @@ def test_a_long_video_that_was_cut_off_is_found_again(
 def test_seed_output_and_device_may_change(kadr: Run, engine: FakeEngine, film: Film) -> None:
     assert kadr("rerun", film(), "--seed", "9", "--output", "new.mp4", "--device", "auto").out == "new.mp4\n"
     assert engine.requests[0].seed == 9
-    assert engine.opened[0][1]["device"] == "auto"
+    assert engine.open_calls[0][1]["device"] == "auto"
 
 
 def test_vae_of_its_own_is_taken_again(kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path) -> None:
     vae = tmp_path / "v.safetensors"
     vae.touch()
     assert kadr("rerun", film(vae=str(vae))).code == 0
-    assert engine.opened[0][1]["vae"] == vae
+    assert engine.open_calls[0][1]["vae"] == vae
 
 
 def test_parts_of_the_second_pass_are_taken_again(kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_parts_of_the_second_pass_are_taken_again(kadr: Run, engine: FakeEngine,
     upscalers = [paths[name] for name in UPSCALERS]
     assert kadr("rerun", film(**paths)).code == 0
     assert kadr("rerun", film(**paths), "--model", "demo").code == 0
-    for _, options in engine.opened:
+    for _, options in engine.open_calls:
         assert (options["second_model"], options["upscaler"]) == (paths["second_model"], upscalers)
 
 
@@ -102,7 +102,7 @@ def test_loras_are_taken_again_with_their_strengths(kadr: Run, engine: FakeEngin
     ]
     ended = kadr("rerun", film(loras=loras, merge_loras=True))
     assert ended.code == 0, ended.err
-    _, options = engine.opened[0]
+    _, options = engine.open_calls[0]
     assert options["loras"] == [
         (str(tmp_path / "style.safetensors"), 0.5, None),
         ("ltxv-13b-0.9.7-ic-lora-canny", 1.0, 0.0),  # which is no longer there, and known by name
@@ -124,14 +124,14 @@ def test_released_parts_of_the_second_pass_that_moved_are_opened_by_name(
 ) -> None:
     model, upscaler = "/gone/ltx-video-2b-v0.9.5.safetensors", "/gone/ltxv-spatial-upscaler-0.9.8.safetensors"
     assert kadr("rerun", film(second_model=model, spatial_upscaler=upscaler)).code == 0
-    options = engine.opened[0][1]
+    options = engine.open_calls[0][1]
     assert (options["second_model"], options["upscaler"]) == ("ltxv-2b-0.9.5", ["ltxv-spatial-upscaler-0.9.8"])
 
 
 @pytest.mark.parametrize("part", ["model", "text_encoder", "vae", "second_model", *UPSCALERS])
 def test_missing_part_of_the_model_is_named(kadr: Run, engine: FakeEngine, film: Film, part: str) -> None:
     ended = kadr("rerun", film(**{part: "/gone/part"}))
-    assert (ended.code, ended.out, engine.opened) == (1, "", [])
+    assert (ended.code, ended.out, engine.open_calls) == (1, "", [])
     assert "/gone/part" in ended.err
 
 
@@ -139,7 +139,7 @@ def test_released_model_that_moved_is_opened_by_name(kadr: Run, engine: FakeEngi
     file = film(name="demo", model="/gone/demo.safetensors", vae="/gone/demo.safetensors", text_encoder="/gone/t5")
     ended = kadr("rerun", file)
     assert ended.code == 0, ended.err
-    assert engine.opened == [("demo", {"device": "cpu", "dtype": "float32"})]
+    assert engine.open_calls == [("demo", {"device": "cpu", "dtype": "float32"})]
     assert "/gone/t5" in ended.err
 
 
@@ -149,16 +149,16 @@ def test_released_model_keeps_its_name(
     here = tmp_path / "m.safetensors"
     monkeypatch.setattr(rerun, "find_release_on_disk", lambda released: here)
     assert kadr("rerun", film(name="ltxv-2b-0.9.5")).code == 0
-    assert engine.opened[-1][0] == "ltxv-2b-0.9.5"
+    assert engine.open_calls[-1][0] == "ltxv-2b-0.9.5"
     here = tmp_path / "another snapshot"
     assert kadr("rerun", film(name="ltxv-2b-0.9.5")).code == 0
-    assert engine.opened[-1][0] == str(tmp_path / "m.safetensors")
+    assert engine.open_calls[-1][0] == str(tmp_path / "m.safetensors")
 
 
 def test_missing_picture_is_named(kadr: Run, engine: FakeEngine, film: Film) -> None:
     request = Request(prompt="x", conditions=[Condition(media="/gone/photo.jpg")])
     ended = kadr("rerun", film(request=request.to_json()))
-    assert (ended.code, ended.out, engine.opened) == (1, "", [])
+    assert (ended.code, ended.out, engine.open_calls) == (1, "", [])
     assert "/gone/photo.jpg" in ended.err
 
 
@@ -183,10 +183,10 @@ def test_file_that_is_not_there_is_explained(kadr: Run, engine: FakeEngine) -> N
 
 def test_a_video_made_again_has_the_same_frames(kadr: Run, tmp_path: Path) -> None:
     """The whole way, on a real engine with a model of random weights."""
-    home = tiny_models.write(tmp_path / "model")
+    home = tiny_models.write_model(tmp_path / "model")
     first = tmp_path / "first.mp4"
     flags = ["--size", "64x32", "--frames", "9", "--steps", "2", "--seed", "3", "--device", "cpu"]
-    made = kadr("generate", "a red circle", "--model", home / tiny_models.MODEL, *flags, "--output", first)
+    made = kadr("generate", "a red circle", "--model", home / tiny_models.MODEL_FILE, *flags, "--output", first)
     assert made.code == 0, made.err
     again, other = kadr("rerun", first), kadr("rerun", first, "--seed", "4")
     assert (again.code, other.code) == (0, 0), again.err + other.err

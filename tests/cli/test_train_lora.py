@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from kadr.checkpoints.lora.file import LoraFile
-from kadr.training.trainer import Trainer
+from kadr.training.trainer import LoRATrainer
 from tests import tiny_models
-from tests.cli.conftest import Ended, FakeEngine
-from tests.training.conftest import clip
+from tests.cli.conftest import CommandResult, FakeEngine
+from tests.training.conftest import write_clip
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 SMALL = ["--size", "64x32", "--frames", "9", "--rank", "2", "--steps", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write(tmp_path_factory.mktemp("tiny")) / tiny_models.MODEL
+    return tiny_models.write_model(tmp_path_factory.mktemp("tiny")) / tiny_models.MODEL_FILE
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def clips(tmp_path: Path) -> Path:
     folder = tmp_path / "clips"
     folder.mkdir()
     for number in range(2):
-        clip(folder / f"{number}.mp4", seed=number)
+        write_clip(folder / f"{number}.mp4", seed=number)
     return folder
 
 
@@ -104,16 +104,16 @@ def test_no_frames_are_refused_and_not_taken_for_those_of_the_recipe(
 
 def test_a_folder_that_is_not_there_is_told_before_the_model_is_opened(kadr: Run, engine: FakeEngine) -> None:
     ended = kadr("train-lora", "nowhere")
-    assert (ended.code, "there is no folder nowhere" in ended.err, engine.opened) == (1, True, [])
+    assert (ended.code, "there is no folder nowhere" in ended.err, engine.open_calls) == (1, True, [])
 
 
 def test_a_training_that_is_cut_off_says_how_to_go_on(
     kadr: Run, model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def step(self: Trainer, number: int) -> float:
+    def step(self: LoRATrainer, number: int) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(LoRATrainer, "step", step)
     output = tmp_path / "made.safetensors"
     ended = kadr("train-lora", clips, "--model", model, "--output", output, *SMALL)
     assert ended.code == 130

@@ -18,9 +18,9 @@ from kadr.errors import RequestError
 from kadr.media.clip import read_video
 from kadr.pipeline.longvideo.window_folder import finished_windows
 from kadr.request.windows import Windows
-from tests.cli.conftest import Ended, FakeEngine
+from tests.cli.conftest import CommandResult, FakeEngine
 
-Run = Callable[..., Ended]
+Run = Callable[..., CommandResult]
 PROMPT = "a red circle"
 
 
@@ -100,7 +100,7 @@ def test_what_is_for_a_second_pass_is_refused_beside_windows(
     ended = kadr(verb, PROMPT, "--window", "9", flag, "demo-upscaler")
     assert ended.code == 2
     assert "for a second pass, and windows are made in one" in " ".join(ended.err.replace("│", " ").split())
-    assert engine.opened == []
+    assert engine.open_calls == []
 
 
 def test_minutes_are_allowed_in_windows(kadr: Run, engine: FakeEngine) -> None:
@@ -111,7 +111,7 @@ def test_minutes_are_allowed_in_windows(kadr: Run, engine: FakeEngine) -> None:
 def test_resume_reaches_the_engine(kadr: Run, engine: FakeEngine) -> None:
     assert kadr("generate", PROMPT, "--window", "9", "--resume").code == 0
     assert kadr("generate", PROMPT).code == 0
-    assert engine.resumed == [True, False]
+    assert engine.resume_flags == [True, False]
 
 
 def begun(tmp_path: Path, name: str) -> None:
@@ -144,7 +144,7 @@ def test_what_is_kept_is_told_where_a_run_ends_early(
             (folder / f"window-{number:04}.safetensors").touch()
         raise error
 
-    engine.during = during
+    engine.on_half_written = during
     ended = kadr("generate", PROMPT, "--window", "9", "--frames", "25")
     assert ended.code != 0
     told = "2 finished windows are kept; --resume goes on with the video" in ended.err

@@ -53,12 +53,12 @@ def test_a_test_that_does_not_exist_would_be_noticed() -> None:
 @pytest.mark.parametrize("name", write_models.TABLES)
 def test_the_page_of_models_is_what_the_registry_says(name: str) -> None:
     """Where it is not: python -m tests.write_models."""
-    assert doc_tables.inside(write_models.PAGE.read_text("utf-8"), name) == write_models.TABLES[name]()
+    assert doc_tables.read_table(write_models.PAGE.read_text("utf-8"), name) == write_models.TABLES[name]()
 
 
 def test_every_entry_of_the_registry_is_in_the_page_of_models_with_its_test() -> None:
     page = write_models.PAGE.read_text("utf-8")
-    rows = [line for name in ("models", "parts") for line in doc_tables.inside(page, name).splitlines()]
+    rows = [line for name in ("models", "parts") for line in doc_tables.read_table(page, name).splitlines()]
     for released in RELEASES:
         (row,) = [row for row in rows if row.startswith(f"| `{released.name}` |")]
         assert NAMED.search(row)
@@ -66,7 +66,7 @@ def test_every_entry_of_the_registry_is_in_the_page_of_models_with_its_test() ->
 
 def test_every_test_that_notes_an_error_is_in_the_page_of_parity_and_no_other() -> None:
     """Where it is not: make parity."""
-    table = doc_tables.inside(write_parity.PAGE.read_text("utf-8"), write_parity.NAME)
+    table = doc_tables.read_table(write_parity.PAGE.read_text("utf-8"), write_parity.NAME)
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     asking = {
         (path.relative_to(ROOT).as_posix(), test)
@@ -76,5 +76,5 @@ def test_every_test_that_notes_an_error_is_in_the_page_of_parity_and_no_other() 
     }
     assert set(NAMED.findall(table)) == asking
     stages = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
-    assert stages == sorted(stages, key=write_parity.STAGES.index)
-    assert set(stages) == set(write_parity.STAGES)
+    assert stages == sorted(stages, key=write_parity.PARITY_STAGES.index)
+    assert set(stages) == set(write_parity.PARITY_STAGES)

@@ -19,7 +19,14 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.media.clip import read_video
 from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
-from train.evaluate import extended, kept, keyframes, obeyed, recoloured, sharpened
+from train.evaluate import (
+    extension_error,
+    first_frame_fidelity,
+    keyframe_fidelity,
+    prompt_adherence,
+    recolour_rates,
+    two_pass_sharpness,
+)
 from train.scenes import held_out_captions
 
 ASSETS = Path(kadr.__file__).parent / "assets" / "demo"
@@ -40,7 +47,7 @@ def distilled() -> Engine:
 
 @pytest.fixture(scope="module")
 def told(engine: Engine) -> dict[str, float]:
-    return obeyed(engine, held_out_captions(CAPTIONS, SEED))
+    return prompt_adherence(engine, held_out_captions(CAPTIONS, SEED))
 
 
 @pytest.mark.parametrize(("what", "share"), [("colour", 0.95), ("motion", 0.90), ("shape", 0.80), ("background", 0.95)])
@@ -49,38 +56,38 @@ def test_the_demo_shows_what_unseen_captions_say(told: dict[str, float], what: s
 
 
 def test_guidance_makes_the_demo_obey_more(engine: Engine, told: dict[str, float]) -> None:
-    unguided = obeyed(engine, held_out_captions(CAPTIONS, SEED), guidance=1.0)
+    unguided = prompt_adherence(engine, held_out_captions(CAPTIONS, SEED), guidance=1.0)
     assert sum(told.values()) > sum(unguided.values())
 
 
 def test_a_given_first_frame_is_kept_and_moves_as_told(engine: Engine) -> None:
-    figures = kept(engine, held_out_captions(PICTURES, SEED + 1))
+    figures = first_frame_fidelity(engine, held_out_captions(PICTURES, SEED + 1))
     assert figures["psnr_mean"] >= 28
     assert figures["motion"] >= 0.85
 
 
 def test_a_picture_in_the_middle_is_met_there_and_the_motion_joins_it(engine: Engine) -> None:
-    figures = keyframes(engine, held_out_captions(SOME, SEED + 2))
+    figures = keyframe_fidelity(engine, held_out_captions(SOME, SEED + 2))
     assert figures["psnr_mean"] >= 25
     assert figures["joins"] >= 0.6
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_an_extension_goes_on_with_the_track_of_what_it_was_given(engine: Engine, backward: bool) -> None:
-    figures = extended(engine, held_out_captions(SOME, SEED + 3), given=17, backward=backward)
+    figures = extension_error(engine, held_out_captions(SOME, SEED + 3), input_frames=17, is_backward=backward)
     assert figures["near"] < 3
     assert figures["far"] < 8
     assert figures["follows"] >= 0.6
 
 
 def test_a_video_keeps_its_motion_and_takes_the_new_colour(engine: Engine) -> None:
-    figures = recoloured(engine, held_out_captions(SOME, SEED + 4))
+    figures = recolour_rates(engine, held_out_captions(SOME, SEED + 4))
     assert figures["colour"] >= 0.9
     assert figures["motion"] >= 0.85
 
 
 def test_two_passes_are_sharper_than_the_first_resized(distilled: Engine) -> None:
-    figures = sharpened(distilled, held_out_captions(SOME // 2, SEED + 5))
+    figures = two_pass_sharpness(distilled, held_out_captions(SOME // 2, SEED + 5))
     assert figures["two passes"] > 1.3 * figures["resized"]
     assert figures["sharper"] == 1.0
     assert figures["motion"] >= 0.8
@@ -90,7 +97,7 @@ def test_two_passes_are_sharper_than_the_first_resized(distilled: Engine) -> Non
 def test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run(
     distilled: Engine, told: dict[str, float]
 ) -> None:
-    few = obeyed(distilled, held_out_captions(CAPTIONS, SEED), multi_scale=False, size=(128, 128))
+    few = prompt_adherence(distilled, held_out_captions(CAPTIONS, SEED), multi_scale=False, size=(128, 128))
     assert len(distilled.recipe.first_pass.sigmas or ()) == 6
     for name, share in told.items():
         assert few[name] >= 0.9 * share, name

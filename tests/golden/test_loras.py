@@ -16,7 +16,7 @@ VIDEOS = 5
 
 @pytest.fixture(scope="module")
 def told() -> dict:
-    return measured.teal(locate_lora(TEAL), VIDEOS)[0]
+    return measured.measure_teal(locate_lora(TEAL), VIDEOS)[0]
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_at_strength_0_the_frames_are_those_without_it(told: dict) -> None:
 
 @pytest.mark.slow
 def test_outlines_lie_on_those_of_the_clip_that_is_followed(tmp_path: Path) -> None:
-    told, _ = measured.edges(locate_lora(CANNY), VIDEOS, tmp_path)
+    told, _ = measured.measure_edges(locate_lora(CANNY), VIDEOS, tmp_path)
     scores = told["outlines_on_each_other"]
     assert told["better_with"] == VIDEOS
     assert scores["with"] > 0.4

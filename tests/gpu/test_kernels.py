@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels import SIZES, Case, Size, apart, cases, exact, kinds_here, numbers, seconds
+from benchmarks.kernels import (
+    MODEL_SHAPES,
+    KernelCase,
+    ModelShape,
+    cases,
+    float32_reference,
+    largest_error,
+    median_seconds,
+    output_tensors,
+    supported_eight_bit_dtypes,
+)
 from kadr.kernels import attention, fp8, fused, reference, trial
 from kadr.kernels.cuda_graphs import GraphedCallable
 
@@ -33,28 +43,28 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Te
     return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
 
 
-def in_eight_bits(case: Case) -> bool:
+def in_eight_bits(case: KernelCase) -> bool:
     return "quantize" in case.name and case.name != "dequantize"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
-def test_kernels_are_as_exact_as_their_definitions(size: Size, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", MODEL_SHAPES, ids=lambda size: size.name)
+def test_kernels_are_as_exact_as_their_definitions(size: ModelShape, dtype: torch.dtype) -> None:
     """Against the definition in fp32. Codes of 8 bits may fall to the other side where a number lies between two."""
-    for case in cases(size, "cuda", dtype, kinds_here()):
-        right = exact(case)
-        plain = apart(numbers(case.definition(*case.arguments)), right)
-        made = apart(numbers(case.kernel(*case.arguments)), right)
+    for case in cases(size, "cuda", dtype, supported_eight_bit_dtypes()):
+        right = float32_reference(case)
+        plain = largest_error(output_tensors(case.reference(*case.arguments)), right)
+        made = largest_error(output_tensors(case.kernel(*case.arguments)), right)
         assert made <= max(1.1 * plain, 5e-3 if in_eight_bits(case) else 2e-6), (case.name, case.note)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
-def test_the_dispatch_takes_every_kernel_and_each_is_faster(size: Size) -> None:
+@pytest.mark.parametrize("size", MODEL_SHAPES, ids=lambda size: size.name)
+def test_the_dispatch_takes_every_kernel_and_each_is_faster(size: ModelShape) -> None:
     """Prints by how much: pytest -s. That a kernel should be slower than a dozen passes would be a fault in it."""
     slower = []
-    for case in cases(size, "cuda", kinds=kinds_here()):
+    for case in cases(size, "cuda", eight_bit_dtypes=supported_eight_bit_dtypes()):
         getattr(fused, case.name)(*case.arguments)
-        plain, fast = (seconds(run, *case.arguments) for run in (case.definition, getattr(fused, case.name)))
+        plain, fast = (median_seconds(run, *case.arguments) for run in (case.reference, getattr(fused, case.name)))
         print(f"{size.name} {case.name} {case.note}: {plain * 1e6:.1f} / {fast * 1e6:.1f} µs = {plain / fast:.2f}")
         if fast > 1.1 * plain:
             slower.append(case.name)
@@ -82,7 +92,7 @@ def test_numbers_beyond_two_to_the_31st_have_their_places() -> None:
 
 
 def test_a_row_that_holds_no_number_shows_it() -> None:
-    for kind in kinds_here():
+    for kind in supported_eight_bit_dtypes():
         for odd in (torch.nan, torch.inf, -torch.inf):
             x = drawn(4, 2048)
             x[2, 7] = odd
@@ -141,5 +151,5 @@ def test_a_graph_replays_kernels_attention_and_products() -> None:
                 torch.testing.assert_close(made, right, rtol=0.02, atol=0.02)
     assert graphed.replay_count == 10
     x = drawn(1, 384, 2048)
-    plain, fast = seconds(layer, x, bends), seconds(graphed, x, bends)
+    plain, fast = median_seconds(layer, x, bends), median_seconds(graphed, x, bends)
     print(f"graph of a layer's half, 384 tokens: {plain * 1e6:.1f} / {fast * 1e6:.1f} µs = {plain / fast:.2f}")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernels import EIGHT_BITS, Size, cases
+from benchmarks.kernels import EIGHT_BIT_DTYPES, ModelShape, cases
 
 pytest.importorskip("triton", reason="triton is there for Linux")
 from triton import knobs
@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 SMALL = {
-    "2B": Size("2B", 2, 2048, 32, ((512, 1, 2, 4), (128, 1, 4, 8)), 2),
-    "13B": Size("13B", 2, 4096, 32, ((512, 1, 2, 4), (128, 1, 4, 8)), 2),
+    "2B": ModelShape("2B", 2, 2048, 32, ((512, 1, 2, 4), (128, 1, 4, 8)), 2),
+    "13B": ModelShape("13B", 2, 4096, 32, ((512, 1, 2, 4), (128, 1, 4, 8)), 2),
 }
 WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|ld\.global\S*\.b128")  # 16 bytes at a time
 
@@ -62,12 +62,14 @@ def test_every_kernel_agrees_with_its_definition_in_the_interpreter() -> None:
 def test_every_kernel_compiles(capability: int, size: str, compiled: Callable[[int], list[Any]]) -> None:
     """For Ampere, Ada, Hopper and Blackwell; fp8 from Ada on. Rows are read 16 bytes at a time."""
     made = compiled(capability)
-    for case in cases(SMALL[size], "cpu", kinds=EIGHT_BITS if capability >= 89 else EIGHT_BITS[:1]):
+    for case in cases(
+        SMALL[size], "cpu", eight_bit_dtypes=EIGHT_BIT_DTYPES if capability >= 89 else EIGHT_BIT_DTYPES[:1]
+    ):
         made.clear()
         case.kernel(*case.arguments)
         (kernel,) = made
         assert kernel.asm["cubin"], case
-        assert case.family == "ggml" or WIDE_LOAD.search(kernel.asm["ptx"]), case
+        assert case.module == "ggml" or WIDE_LOAD.search(kernel.asm["ptx"]), case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

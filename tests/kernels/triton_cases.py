@@ -12,56 +12,56 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import Case, Size, apart, cases, exact, numbers
-from benchmarks.kernels import wide as in_fp32
+from benchmarks.kernels import KernelCase, ModelShape, cases, float32_reference, largest_error, output_tensors
+from benchmarks.kernels import to_float32 as in_fp32
 from kadr.kernels import dequant, fused, reference, trial
 from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.kernels.triton import adaln, ggml, quantization, rope, vae
 from tests.kernels.test_dequant import any_bytes
-from tests.kernels.triton_interpreter import kernels_everywhere, rounding_to_nearest  # noqa: F401
+from tests.kernels.triton_interpreter import enable_all_kernels, round_to_nearest  # noqa: F401
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = (torch.int8, torch.float8_e4m3fn)
-WIDTHS = (64, 100, 258)  # a power of two, and two that are none
-SHARED = ("all", "sample", "token")  # what has a bend of its own
+EIGHT_BIT_DTYPES = (torch.int8, torch.float8_e4m3fn)
+CHANNEL_COUNTS = (64, 100, 258)  # a power of two, and two that are none
+MODULATION_SCOPES = ("all", "sample", "token")  # what has a bend of its own
 SAMPLES, TOKENS = 2, 3
 ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a number between 1 and 2, halved
 
 
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def tokens(width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """(B, N, D) as a part of a wider product: neighbours lie apart, and the next token three widths on."""
-    return drawn(SAMPLES, TOKENS, 3 * width, seed=seed, dtype=dtype)[..., width : 2 * width]
+    return randn(SAMPLES, TOKENS, 3 * width, seed=seed, dtype=dtype)[..., width : 2 * width]
 
 
-def bends(width: int, dtype: torch.dtype, shared: str) -> tuple[Tensor, ...]:
+def modulation(width: int, dtype: torch.dtype, scope: str) -> tuple[Tensor, ...]:
     """Shift, scale and gate as a layer gets them: rows of one tensor."""
-    samples, count = {"all": (1, 1), "sample": (SAMPLES, 1), "token": (SAMPLES, TOKENS)}[shared]
-    return drawn(samples, count, 6, width, seed=1, dtype=dtype).unbind(-2)[:3]
+    samples, count = {"all": (1, 1), "sample": (SAMPLES, 1), "token": (SAMPLES, TOKENS)}[scope]
+    return randn(samples, count, 6, width, seed=1, dtype=dtype).unbind(-2)[:3]
 
 
 def video(channels: int, dtype: torch.dtype, seed: int = 0, samples: int = SAMPLES) -> Tensor:
     """(B, C, F, H, W) with neighbouring channels."""
-    return drawn(samples, channels, 3, 2, 5, seed=seed, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+    return randn(samples, channels, 3, 2, 5, seed=seed, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
 
 
-def wide(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def to_float32(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same numbers in fp32."""
     return tuple(map(in_fp32, arguments))
 
 
-def agrees(made: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+def assert_rounded_once(output: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """made is what fp32 gives, rounded once; sums and exponentials may differ in their last bits before that."""
-    assert (made.dtype, made.shape) == (dtype, right.shape)
-    torch.testing.assert_close(made.float(), right, rtol=1.01 * ULP[dtype], atol=2e-6)
+    assert (output.dtype, output.shape) == (dtype, expected.shape)
+    torch.testing.assert_close(output.float(), expected, rtol=1.01 * ULP[dtype], atol=2e-6)
 
 
-def codes_agree(made: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> None:
+def assert_codes_close(output: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     """Codes are the same but where a number lies between two, and then one apart."""
-    (codes, scale), (right_codes, right_scale) = made, right
+    (codes, scale), (right_codes, right_scale) = output, expected
     assert (codes.dtype, codes.shape) == (right_codes.dtype, right_codes.shape)
     torch.testing.assert_close(scale, right_scale, rtol=2e-6, atol=0)
     off = (codes.float() - right_codes.float()).abs()
@@ -70,74 +70,76 @@ def codes_agree(made: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> No
     assert (off > 0).float().mean() < 0.005
 
 
-@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("shared", MODULATION_SCOPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", CHANNEL_COUNTS)
 def test_the_entry_of_a_branch(width: int, dtype: torch.dtype, shared: str) -> None:
-    shift, scale, _ = bends(width, dtype, shared)
+    shift, scale, _ = modulation(width, dtype, shared)
     given = (tokens(width, dtype), scale, shift, 1e-6)
-    agrees(adaln.norm_modulate(*given), reference.norm_modulate(*wide(given)), dtype)
+    assert_rounded_once(adaln.norm_modulate(*given), reference.norm_modulate(*to_float32(given)), dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EIGHT_BIT_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", CHANNEL_COUNTS)
 def test_the_entry_of_a_branch_in_eight_bits(width: int, dtype: torch.dtype, kind: torch.dtype) -> None:
-    shift, scale, _ = bends(width, dtype, "sample")
+    shift, scale, _ = modulation(width, dtype, "sample")
     given = (tokens(width, dtype), scale, shift, kind, 1e-6)
-    codes_agree(adaln.norm_modulate_quantize(*given), reference.norm_modulate_quantize(*wide(given)))
+    assert_codes_close(adaln.norm_modulate_quantize(*given), reference.norm_modulate_quantize(*to_float32(given)))
 
 
-@pytest.mark.parametrize("shared", [*SHARED, None])
+@pytest.mark.parametrize("shared", [*MODULATION_SCOPES, None])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_end_of_a_branch(dtype: torch.dtype, shared: str | None) -> None:
-    gate = bends(100, dtype, shared)[2] if shared else None
+    gate = modulation(100, dtype, shared)[2] if shared else None
     given = (tokens(100, dtype), gate, tokens(100, dtype, seed=2))
-    agrees(adaln.gate_residual(*given), reference.gate_residual(*wide(given)), dtype)
+    assert_rounded_once(adaln.gate_residual(*given), reference.gate_residual(*to_float32(given)), dtype)
 
 
-@pytest.mark.parametrize("shared", [*SHARED, None])
+@pytest.mark.parametrize("shared", [*MODULATION_SCOPES, None])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", CHANNEL_COUNTS)
 def test_the_end_of_a_branch_and_the_entry_of_the_next(width: int, dtype: torch.dtype, shared: str | None) -> None:
-    shift, scale, gate = bends(width, dtype, shared or "sample")
+    shift, scale, gate = modulation(width, dtype, shared or "sample")
     x, branch = tokens(width, dtype), tokens(width, dtype, seed=2)
     given = (x, gate if shared else None, branch)
     ended, entered = adaln.gate_residual_norm_modulate(*given, scale, shift, 1e-6)
-    agrees(ended, reference.gate_residual(*wide(given)), dtype)
-    agrees(entered, reference.norm_modulate(*wide((ended, scale, shift)), 1e-6), dtype)
-    for kind in KINDS:
+    assert_rounded_once(ended, reference.gate_residual(*to_float32(given)), dtype)
+    assert_rounded_once(entered, reference.norm_modulate(*to_float32((ended, scale, shift)), 1e-6), dtype)
+    for kind in EIGHT_BIT_DTYPES:
         again, *coded = adaln.gate_residual_norm_modulate_quantize(*given, scale, shift, kind, 1e-6)
         assert torch.equal(again, ended)
-        codes_agree(tuple(coded), reference.norm_modulate_quantize(*wide((ended, scale, shift)), kind, 1e-6))
+        assert_codes_close(
+            tuple(coded), reference.norm_modulate_quantize(*to_float32((ended, scale, shift)), kind, 1e-6)
+        )
 
 
 @pytest.mark.parametrize("samples", [1, SAMPLES])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", CHANNEL_COUNTS)
 def test_queries_are_normalised_and_turned(width: int, dtype: torch.dtype, samples: int) -> None:
     """The table is any: neighbours need not share an angle here."""
-    table = drawn(samples, TOKENS, width, seed=3).cos(), drawn(samples, TOKENS, width, seed=4).sin()
-    weight = drawn(width, seed=5, dtype=dtype)
+    table = randn(samples, TOKENS, width, seed=3).cos(), randn(samples, TOKENS, width, seed=4).sin()
+    weight = randn(width, seed=5, dtype=dtype)
     given = (tokens(width, dtype), weight, table[0].to(dtype), table[1].to(dtype), 1e-5)
-    agrees(rope.norm_rope(*given), reference.norm_rope(*wide(given)), dtype)
+    assert_rounded_once(rope.norm_rope(*given), reference.norm_rope(*to_float32(given)), dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EIGHT_BIT_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", CHANNEL_COUNTS)
 def test_rows_become_eight_bits(width: int, dtype: torch.dtype, kind: torch.dtype) -> None:
     x = tokens(width, torch.float32)[0] * torch.tensor([1e-6, 1.0, 300.0])[:, None]
     x[1] = 0
     given = (x.to(dtype) if dtype != torch.float16 else tokens(width, dtype)[0], kind)
-    codes_agree(quantization.quantize_rows(*given), reference.quantize_rows(*wide(given)))
-    codes_agree(quantization.gelu_quantize(*given), reference.gelu_quantize(*wide(given)))
+    assert_codes_close(quantization.quantize_rows(*given), reference.quantize_rows(*to_float32(given)))
+    assert_codes_close(quantization.gelu_quantize(*given), reference.gelu_quantize(*to_float32(given)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EIGHT_BIT_DTYPES)
 def test_a_row_that_holds_no_number_shows_it(kind: torch.dtype) -> None:
     for odd in (torch.nan, torch.inf, -torch.inf):
-        x = drawn(2, 100)
+        x = randn(2, 100)
         x[1, 7] = odd
         codes, scale = quantization.quantize_rows(x, kind)
         assert (codes.float() * scale)[0].isfinite().all()
@@ -155,10 +157,10 @@ def test_gelu_holds_at_its_ends() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sums", [torch.int32, torch.float32, torch.bfloat16])
 def test_sums_of_codes_become_numbers(sums: torch.dtype, dtype: torch.dtype, biased: bool) -> None:
-    codes = (drawn(3, 1100) * 1e4).to(sums)
-    rows, columns = drawn(3, 1, seed=1).abs() * 1e-3, drawn(1100, seed=2).abs() * 1e-2
-    bias = drawn(1100, seed=3, dtype=dtype) if biased else None
-    agrees(
+    codes = (randn(3, 1100) * 1e4).to(sums)
+    rows, columns = randn(3, 1, seed=1).abs() * 1e-3, randn(1100, seed=2).abs() * 1e-2
+    bias = randn(1100, seed=3, dtype=dtype) if biased else None
+    assert_rounded_once(
         quantization.rescale(codes, rows, columns, bias, dtype),
         reference.rescale(codes, rows, columns, bias, torch.float32),
         dtype,
@@ -169,31 +171,31 @@ def test_sums_of_codes_become_numbers(sums: torch.dtype, dtype: torch.dtype, bia
 @pytest.mark.parametrize("bent", [0, 1, SAMPLES])
 @pytest.mark.parametrize("channels", [64, 100])
 def test_channels_are_normalised_bent_and_activated(channels: int, bent: int, dtype: torch.dtype) -> None:
-    bend = drawn(bent, 4, channels, seed=1, dtype=dtype).unbind(1)[:2] if bent else (None, None)
+    bend = randn(bent, 4, channels, seed=1, dtype=dtype).unbind(1)[:2] if bent else (None, None)
     for x in (video(channels, dtype), video(channels, dtype)[:, :, 1:], video(2 * channels, dtype)[:, channels:]):
         made = vae.pixel_norm_modulate_silu(x, *bend, 1e-8)
         assert made.is_contiguous(memory_format=torch.channels_last_3d)
-        agrees(made, reference.pixel_norm_modulate_silu(*wide((x, *bend)), 1e-8), dtype)
+        assert_rounded_once(made, reference.pixel_norm_modulate_silu(*to_float32((x, *bend)), 1e-8), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [True, False])
 def test_a_bias_and_a_skip_are_added(biased: bool, dtype: torch.dtype) -> None:
-    x, bias = video(100, dtype), drawn(100, seed=1, dtype=dtype) if biased else None
+    x, bias = video(100, dtype), randn(100, seed=1, dtype=dtype) if biased else None
     longer = torch.cat([video(100, dtype, seed=2)] * 2, dim=2).contiguous(memory_format=torch.channels_last_3d)
     for skip in (video(100, dtype, seed=2), longer[:, :, 1:4]):
         made = vae.bias_residual(x, bias, skip)
         assert made.is_contiguous(memory_format=torch.channels_last_3d)
-        agrees(made, reference.bias_residual(*wide((x, bias, skip))), dtype)
+        assert_rounded_once(made, reference.bias_residual(*to_float32((x, bias, skip))), dtype)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1, 1), (1, 8, 1, 1, 7), (1, 8, 1, 7, 1), (2, 8, 5, 1, 1), (2, 8, 1, 1, 1)])
 def test_sides_of_one_do_not_matter(shape: tuple[int, ...]) -> None:
     samples, channels, *sides = shape
-    x = drawn(samples, 3 * channels, *sides).contiguous(memory_format=torch.channels_last_3d)[
+    x = randn(samples, 3 * channels, *sides).contiguous(memory_format=torch.channels_last_3d)[
         :, channels : 2 * channels
     ]
-    agrees(vae.bias_residual(x, None, x), 2 * x, torch.float32)
+    assert_rounded_once(vae.bias_residual(x, None, x), 2 * x, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,20 +215,20 @@ def test_blocks_unpack_to_the_bit(name: str, dtype: torch.dtype) -> None:
         assert (buffer[:, :32] == 7).all()
 
 
-FEW = Size("few", 2, 2048, 32, ((512, 1, 2, 2), (128, 2, 3, 5)), 5)
+FEW_TOKENS = ModelShape("few", 2, 2048, 32, ((512, 1, 2, 2), (128, 2, 3, 5)), 5)
 
 
-@pytest.mark.parametrize("case", cases(FEW, "cpu"), ids=lambda case: f"{case.name} {case.note}")
-def test_what_the_benchmark_runs_is_more_exact_than_the_definition(case: Case) -> None:
+@pytest.mark.parametrize("case", cases(FEW_TOKENS, "cpu"), ids=lambda case: f"{case.name} {case.note}")
+def test_what_the_benchmark_runs_is_more_exact_than_the_definition(case: KernelCase) -> None:
     """Rounded once, and at the widths of the released models."""
-    right = exact(case)
-    plain = apart(numbers(case.definition(*case.arguments)), right)
-    assert apart(numbers(case.kernel(*case.arguments)), right) <= plain
+    right = float32_reference(case)
+    plain = largest_error(output_tensors(case.reference(*case.arguments)), right)
+    assert largest_error(output_tensors(case.kernel(*case.arguments)), right) <= plain
 
 
 def test_the_dispatch_reaches_every_kernel_and_trusts_it() -> None:
-    x, (shift, scale, gate) = tokens(64, torch.float32), bends(64, torch.float32, "sample")
-    sums, packed, clip, kind = drawn(3, 64), any_bytes("Q8_0", 3, 2), video(16, torch.float32), torch.int8
+    x, (shift, scale, gate) = tokens(64, torch.float32), modulation(64, torch.float32, "sample")
+    sums, packed, clip, kind = randn(3, 64), any_bytes("Q8_0", 3, 2), video(16, torch.float32), torch.int8
     calls = {
         "norm_modulate": (x, scale, shift),
         "norm_modulate_quantize": (x, scale, shift, kind),

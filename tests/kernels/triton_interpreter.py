@@ -20,7 +20,7 @@ TORCH = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: 
 
 
 @pytest.fixture(autouse=True)
-def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.7 interprets a conversion to bfloat16 by cutting off, and to fp8 without carrying. GPUs round."""
 
     def convert(numbers: np.ndarray, source: tl.dtype, target: tl.dtype, _: Any) -> np.ndarray:
@@ -32,7 +32,7 @@ def rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_everywhere() -> Iterator[None]:
+def enable_all_kernels() -> Iterator[None]:
     """And none tried yet."""
     trial.reset()
     with mode.override(mode.EVERYWHERE):

@@ -117,7 +117,7 @@ def test_a_library_that_is_absent_is_told_with_what_brings_it(monkeypatch: pytes
 
 
 def test_the_nearest_of_a_clip_is_white_and_the_farthest_black(tmp_path: Path) -> None:
-    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx"))
+    network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx"))
     near, far = plain(60, 40), plain(60, 40)
     near[..., 0], far[..., 0] = 200, 100
     far[:, 30:, 0] = 0
@@ -141,24 +141,24 @@ def test_the_nearest_of_a_clip_is_white_and_the_farthest_black(tmp_path: Path) -
 def test_a_picture_is_given_to_the_network_in_whole_patches(
     width: int, height: int, given: tuple[int, int], tmp_path: Path
 ) -> None:
-    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx"))
+    network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx"))
     assert network(noisy(width, height)).shape == given[::-1]
 
 
 def test_a_network_of_a_fixed_size_gets_it(tmp_path: Path) -> None:
-    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx", side=28))
+    network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx", fixed_side=28))
     found = network(plain(90, 40, 255))
     assert found.shape == (28, 28)
     assert DepthMaps([found]).render(0, 90, 40).shape == (40, 90, 3)
 
 
 def test_pictures_are_scaled_as_the_network_was_trained(tmp_path: Path) -> None:
-    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx"))
+    network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx"))
     assert float(network(plain(28, 28, 255)).max()) == pytest.approx((1 - 0.485) / 0.229, rel=1e-3)
 
 
 def test_a_clip_without_depth_is_black_and_not_a_number_of_none(tmp_path: Path) -> None:
-    network = DepthEstimator(onnx_files.depth(tmp_path / "depth.onnx"))
+    network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx"))
     assert (DepthMaps([network(plain(28, 28, 90))]).render(0, 28, 28) == 0).all()
 
 
@@ -166,7 +166,7 @@ def test_what_is_no_network_for_depth_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"half of it")
     with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as a network for depth"):
         DepthEstimator(tmp_path / "broken.onnx")
-    endless = DepthEstimator(onnx_files.depth(tmp_path / "endless.onnx", scale=1e38))
+    endless = DepthEstimator(onnx_files.write_depth_model(tmp_path / "endless.onnx", scale=1e38))
     with pytest.raises(MediaError, match="not a finite number for every pixel"):
         endless(plain(28, 28, 255))
 
@@ -179,7 +179,8 @@ def poses(folder: Path, *things: int) -> PoseEstimator:
     boxes = [(200.0, 160.0, 440.0, 480.0, thing) for thing in things]
     found = {NOSE: (144.0, 100.0), RIGHT_SHOULDER: (94.0, 200.0), LEFT_SHOULDER: (194.0, 200.0)}
     return PoseEstimator(
-        onnx_files.people(folder / "people.onnx", boxes), onnx_files.joints(folder / "joints.onnx", found)
+        onnx_files.write_person_detector(folder / "people.onnx", boxes),
+        onnx_files.write_pose_model(folder / "joints.onnx", found),
     )
 
 
@@ -217,7 +218,7 @@ def test_the_library_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_what_is_no_network_for_poses_is_refused(tmp_path: Path) -> None:
-    whole, broken = onnx_files.people(tmp_path / "people.onnx", []), tmp_path / "broken.onnx"
+    whole, broken = onnx_files.write_person_detector(tmp_path / "people.onnx", []), tmp_path / "broken.onnx"
     broken.write_bytes(b"half of it")
     with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as networks for poses"):
         PoseEstimator(whole, broken)

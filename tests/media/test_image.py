@@ -20,7 +20,7 @@ from kadr.errors import MediaError
 from kadr.media.image import blur, compress, crop_to_aspect, load_image, prepare_image
 from kadr.media.postprocess import crop_margins, denormalize, to_uint8
 from kadr.shapes import Size
-from tests.oracles import relative
+from tests.oracles import relative_error
 
 
 def photograph(width: int, height: int) -> np.ndarray:
@@ -114,7 +114,7 @@ def test_a_prepared_picture_equals_the_official_one(official, tmp_path, given, s
     prepared = prepare_image(path, size, crf)
     assert prepared.dtype == torch.float32
     assert prepared.shape == (1, 3, 1, size.snapped().height, size.snapped().width)
-    parity("picture", f"H.264 at CRF {crf}" if crf else "uncompressed", "official", relative(prepared, expected))
+    parity("picture", f"H.264 at CRF {crf}" if crf else "uncompressed", "official", relative_error(prepared, expected))
     assert (prepared - expected).abs().max() <= (0 if crf else 1e-6)
 
 

@@ -50,7 +50,7 @@ def additions(
 
 
 def transformer() -> Transformer:
-    return tiny_models.sown(lambda: Transformer(tiny_models.transformer_config()), 1)
+    return tiny_models.build_random(lambda: Transformer(tiny_models.transformer_config()), 1)
 
 
 def run(module: Transformer, dtype: torch.dtype = torch.float32) -> Tensor:

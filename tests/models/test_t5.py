@@ -11,7 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention as OracleAttention
 
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder, initialise_t5, relative_position_bucket
-from tests.oracles import relative
+from tests.oracles import relative_error
 
 TINY = T5Config(vocab_size=101, d_model=48, num_layers=3, num_heads=4, d_kv=8, d_ff=80)
 XXL_TWO_LAYERS = T5Config(vocab_size=64, d_model=4096, num_layers=2, num_heads=64, d_kv=64, d_ff=10240)
@@ -101,7 +101,7 @@ def test_it_equals_transformers_in_float32(config, lengths, longest, parity):
     ids, mask = prompts(config, lengths, longest)
     expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     ours = encoder(ids, mask)
-    parity("text encoder", f"T5, width {config.width}", "transformers", relative(ours, expected))
+    parity("text encoder", f"T5, width {config.width}", "transformers", relative_error(ours, expected))
     assert_close(ours, expected)
 
 

@@ -21,8 +21,8 @@ from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 from tests.kernels.test_cuda_graphs import Notes
-from tests.oracles import diffusers_transformer, drawn, official_transformer, relative
-from tests.tiny_models import sown
+from tests.oracles import diffusers_transformer, official_transformer, randn, relative_error
+from tests.tiny_models import build_random
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -39,7 +39,7 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tiny() -> Transformer:
-    return sown(lambda: Transformer(TINY))
+    return build_random(lambda: Transformer(TINY))
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Inputs:
         levels[0, : grid.height * grid.width] = 0.0  # a clean first frame
         levels[1, ::3] = torch.rand(levels[1, ::3].shape, generator=torch.Generator().manual_seed(3))
         return cls(
-            tokens=drawn(2, grid.num_tokens, config.in_channels, seed=4),
+            tokens=randn(2, grid.num_tokens, config.in_channels, seed=4),
             positions=torch.stack(grids),
-            text=drawn(2, text_length, config.caption_channels, seed=5),
+            text=randn(2, text_length, config.caption_channels, seed=5),
             text_mask=torch.arange(text_length) < torch.tensor([text_length, 4])[:, None],
             levels=levels,
         )
@@ -107,30 +107,30 @@ def test_velocity_equals_the_official_and_that_of_diffusers(tiny, causal):
     given = Inputs.of(replace(TINY, causal_temporal_positioning=causal))
     ours = velocity(tiny, given)
     assert ours.shape == given.tokens.shape
-    assert relative(ours, official_velocity(tiny, given)) <= 1e-5
-    assert relative(ours, diffusers_velocity(tiny, given)) <= 1e-5
+    assert relative_error(ours, official_velocity(tiny, given)) <= 1e-5
+    assert relative_error(ours, diffusers_velocity(tiny, given)) <= 1e-5
 
 
 @pytest.mark.parametrize("size", RELEASED_WIDTHS)
 def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(size, parity):
-    model = sown(lambda: Transformer(RELEASED_WIDTHS[size]))
+    model = build_random(lambda: Transformer(RELEASED_WIDTHS[size]))
     given = Inputs.of(model.config, grid=LatentGrid(2, 2, 2), text_length=6)
     ours = velocity(model, given)
     for oracle, theirs in {"official": official_velocity, "diffusers": diffusers_velocity}.items():
-        assert parity("transformer", size, oracle, relative(ours, theirs(model, given))) <= 1e-5
+        assert parity("transformer", size, oracle, relative_error(ours, theirs(model, given))) <= 1e-5
 
 
 @pytest.mark.parametrize("heads, head_width", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
 def test_velocity_equals_the_official_at_every_remainder_of_the_width(heads, head_width):
-    model = sown(lambda: Transformer(replace(TINY, num_heads=heads, head_dim=head_width, num_layers=1)))
+    model = build_random(lambda: Transformer(replace(TINY, num_heads=heads, head_dim=head_width, num_layers=1)))
     given = Inputs.of(model.config)
-    assert relative(velocity(model, given), official_velocity(model, given)) <= 1e-5
+    assert relative_error(velocity(model, given), official_velocity(model, given)) <= 1e-5
 
 
 def test_velocity_equals_the_official_where_the_text_is_all_padding(tiny):
     given = Inputs.of(TINY)
     given = replace(given, text_mask=given.text_mask & torch.tensor([[False], [True]]))
-    assert relative(velocity(tiny, given), official_velocity(tiny, given)) <= 1e-5
+    assert relative_error(velocity(tiny, given), official_velocity(tiny, given)) <= 1e-5
 
 
 def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(tiny):
@@ -139,7 +139,7 @@ def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(ti
         if re.search(r"^patch_in|attention\.(q|k|out)\.|feed_forward\.down", name):
             weight *= 1e-3
     given = Inputs.of(TINY)
-    assert relative(velocity(faint, given), official_velocity(faint, given)) <= 1e-5
+    assert relative_error(velocity(faint, given), official_velocity(faint, given)) <= 1e-5
 
 
 def test_bfloat16_is_no_further_from_float32_than_the_official_package(tiny):
@@ -148,8 +148,8 @@ def test_bfloat16_is_no_further_from_float32_than_the_official_package(tiny):
     rounded = replace(given, tokens=given.tokens.bfloat16(), text=given.text.bfloat16())
     exact, ours, theirs = velocity(tiny, given), velocity(half, rounded), official_velocity(half, rounded)
     assert ours.dtype == torch.bfloat16
-    assert relative(ours, exact) <= 1.2 * relative(theirs, exact)
-    assert relative(ours, theirs) <= 1e-2
+    assert relative_error(ours, exact) <= 1.2 * relative_error(theirs, exact)
+    assert relative_error(ours, theirs) <= 1e-2
 
 
 # Laws
@@ -159,14 +159,16 @@ def test_one_level_for_all_tokens_is_the_same_as_that_level_on_each(tiny):
     given = Inputs.of(TINY)
     one = torch.tensor([[0.7], [0.2]])
     each = one.expand(-1, GRID.num_tokens)
-    assert relative(velocity(tiny, replace(given, levels=one)), velocity(tiny, replace(given, levels=each))) <= 1e-6
+    assert (
+        relative_error(velocity(tiny, replace(given, levels=one)), velocity(tiny, replace(given, levels=each))) <= 1e-6
+    )
 
 
 def test_one_level_for_all_tokens_equals_the_official(tiny):
     given = replace(Inputs.of(TINY), levels=torch.tensor([[1.0], [0.025]]))
     ours = velocity(tiny, given)
-    assert relative(ours, official_velocity(tiny, given)) <= 1e-5
-    assert relative(ours, diffusers_velocity(tiny, given)) <= 1e-5
+    assert relative_error(ours, official_velocity(tiny, given)) <= 1e-5
+    assert relative_error(ours, diffusers_velocity(tiny, given)) <= 1e-5
 
 
 def test_padded_text_changes_nothing(tiny):
@@ -174,14 +176,14 @@ def test_padded_text_changes_nothing(tiny):
     loud = torch.where(given.text_mask[..., None], given.text, 50.0)
     assert torch.equal(velocity(tiny, replace(given, text=loud)), velocity(tiny, given))
     alone = replace(given, text=given.text[:, :4], text_mask=given.text_mask[:, :4])
-    assert relative(velocity(tiny, alone)[1], velocity(tiny, given)[1]) <= 1e-6
-    assert relative(velocity(tiny, alone)[0], velocity(tiny, given)[0]) > 1e-3  # there, it was not padding
+    assert relative_error(velocity(tiny, alone)[1], velocity(tiny, given)[1]) <= 1e-6
+    assert relative_error(velocity(tiny, alone)[0], velocity(tiny, given)[0]) > 1e-3  # there, it was not padding
 
 
 def test_no_mask_means_that_nothing_is_padding(tiny):
     given = Inputs.of(TINY)
     full = replace(given, text_mask=torch.ones_like(given.text_mask))
-    assert relative(velocity(tiny, given, mask=False), velocity(tiny, full)) <= 1e-6
+    assert relative_error(velocity(tiny, given, mask=False), velocity(tiny, full)) <= 1e-6
 
 
 def test_a_mask_of_integers_means_the_same_as_one_of_truths(tiny):
@@ -194,7 +196,7 @@ def test_samples_of_a_batch_do_not_touch(tiny):
     whole = velocity(tiny, given)
     for index in range(2):
         only = Inputs(*(field[index : index + 1] for field in vars(given).values()))
-        assert relative(velocity(tiny, only), whole[index : index + 1]) <= 1e-6
+        assert relative_error(velocity(tiny, only), whole[index : index + 1]) <= 1e-6
 
 
 def test_tokens_are_known_by_their_positions_and_not_by_their_order(tiny):
@@ -206,7 +208,7 @@ def test_tokens_are_known_by_their_positions_and_not_by_their_order(tiny):
         positions=given.positions[..., order],
         levels=given.levels[:, order],
     )
-    assert relative(velocity(tiny, shuffled), velocity(tiny, given)[:, order]) <= 1e-6
+    assert relative_error(velocity(tiny, shuffled), velocity(tiny, given)[:, order]) <= 1e-6
 
 
 # Some layers disturbed
@@ -224,8 +226,8 @@ def inputs(batch: int) -> Inputs:
     two = Inputs.of(TINY)
     rows = torch.tensor([1, 0, 1][:batch])
     drawn_again = {
-        "tokens": drawn(batch, GRID.num_tokens, TINY.in_channels, seed=7),
-        "text": drawn(batch, 9, 24, seed=8),
+        "tokens": randn(batch, GRID.num_tokens, TINY.in_channels, seed=7),
+        "text": randn(batch, 9, 24, seed=8),
     }
     return replace(Inputs(*(field[rows] for field in vars(two).values())), **drawn_again)
 
@@ -251,11 +253,11 @@ def test_branching_off_at_the_first_disturbed_layer_is_a_disturbed_forward_of_th
     given = inputs(batch)
     plain = velocity(tiny, given)
     expected = disturbed_from_the_start(tiny, given, blocks, mode)
-    assert relative(expected, plain) > 1e-2
+    assert relative_error(expected, plain) > 1e-2
     for rows in ROWS[batch]:
         made, disturbed = both_ways(tiny, given, blocks=blocks, mode=mode, rows=rows)
         assert torch.equal(made, plain)
-        assert relative(disturbed, expected[rows]) <= 1e-6
+        assert relative_error(disturbed, expected[rows]) <= 1e-6
 
 
 @pytest.mark.parametrize("mode", STRATEGIES)
@@ -281,7 +283,7 @@ def test_disturbed_layers_equal_the_official_skip_layer_mask(tiny, batch, blocks
         made, disturbed = both_ways(tiny, given, blocks=blocks, mode=mode, rows=rows)
         together = made.clone()
         together[rows] = disturbed
-        assert parity("disturbed transformer", mode, "official", relative(together, theirs)) <= 1e-5
+        assert parity("disturbed transformer", mode, "official", relative_error(together, theirs)) <= 1e-5
 
 
 @pytest.mark.parametrize("mode", STRATEGIES)

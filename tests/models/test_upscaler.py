@@ -15,8 +15,8 @@ from kadr.checkpoints import keys
 from kadr.errors import CheckpointError
 from kadr.models.registry import RELEASES
 from kadr.models.upscaler import SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG, LatentUpscaler, UpscalerConfig
-from tests.oracles import drawn, relative
-from tests.tiny_models import sown
+from tests.oracles import randn, relative_error
+from tests.tiny_models import build_random
 
 WAYS = {"space": (True, False), "time": (False, True), "both": (True, True)}
 ORACLES = {"official": OfficialUpsampler, "diffusers": LTXLatentUpsamplerModel}
@@ -41,7 +41,7 @@ def small(way: str, width: int = 32) -> UpscalerConfig:
 
 @pytest.fixture(params=WAYS)
 def ours(request: pytest.FixtureRequest) -> LatentUpscaler:
-    return sown(lambda: LatentUpscaler(small(request.param)))
+    return build_random(lambda: LatentUpscaler(small(request.param)))
 
 
 def with_weights_of(ours: LatentUpscaler, build: Any) -> nn.Module:
@@ -62,10 +62,10 @@ def with_weights_of(ours: LatentUpscaler, build: Any) -> nn.Module:
 @pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize("way", WAYS)
 def test_it_computes_what_the_other_implementations_do(way: str, oracle: str, parity: Any) -> None:
-    ours = sown(lambda: LatentUpscaler(small(way, width=64)))  # two channels to a group
-    latents = drawn(1, 12, 3, 3, 4)
+    ours = build_random(lambda: LatentUpscaler(small(way, width=64)))  # two channels to a group
+    latents = randn(1, 12, 3, 3, 4)
     expected = with_weights_of(ours, ORACLES[oracle])(latents)
-    assert parity("upscaler", ours.config.kind, oracle, relative(ours(latents), expected)) < 1e-5
+    assert parity("upscaler", ours.config.kind, oracle, relative_error(ours(latents), expected)) < 1e-5
 
 
 @torch.no_grad()
@@ -74,19 +74,19 @@ def test_sides_double_and_frames_nearly_do(ours: LatentUpscaler, frames: int) ->
     config = ours.config
     sides = (8, 6) if config.spatial_upsample else (4, 3)
     made = 2 * frames - 1 if config.temporal_upsample else frames
-    assert ours(drawn(1, 12, frames, 4, 3)).shape == (1, 12, made, *sides)
+    assert ours(randn(1, 12, frames, 4, 3)).shape == (1, 12, made, *sides)
 
 
 @torch.no_grad()
 def test_each_video_of_a_batch_is_upscaled_as_if_alone(ours: LatentUpscaler) -> None:
-    batch = drawn(2, 12, 2, 4, 3)
+    batch = randn(2, 12, 2, 4, 3)
     alone = torch.cat([ours(video[None]) for video in batch])
-    assert relative(ours(batch), alone) < 1e-5
+    assert relative_error(ours(batch), alone) < 1e-5
 
 
 def test_it_can_be_trained(ours: LatentUpscaler) -> None:
     ours = LatentUpscaler(ours.config)
-    ours(drawn(1, 12, 2, 3, 3)).square().mean().backward()
+    ours(randn(1, 12, 2, 3, 3)).square().mean().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in ours.parameters())
 
 

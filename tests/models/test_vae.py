@@ -27,8 +27,8 @@ from kadr.models.vae import model as vae_module
 from kadr.models.vae.blocks import patchify, unpatchify
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 from kadr.nn.temporal_cache import TemporalCache
-from tests.oracles import VAES, diffusers_vae, drawn, official_vae, reduced, relative
-from tests.tiny_models import sown
+from tests.oracles import VAES, diffusers_vae, narrow_vae_config, official_vae, randn, relative_error
+from tests.tiny_models import build_random
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -82,13 +82,13 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def twins(family: str) -> Twins:
-    ours = sown(lambda: VAE(reduced(VAES[family])))
+    ours = build_random(lambda: VAE(narrow_vae_config(VAES[family])))
     return Twins(ours, official_vae(ours), diffusers_vae(ours, family))
 
 
 @pytest.fixture(scope="module")
 def small(family: str) -> VAE:
-    return sown(lambda: VAE(reduced(VAES[family], width=8, latent_channels=4)), seed=1)
+    return build_random(lambda: VAE(narrow_vae_config(VAES[family], width=8, latent_channels=4)), seed=1)
 
 
 def seeded(make: Callable[[], Tensor], seed: int = 5) -> Tensor:
@@ -99,7 +99,7 @@ def seeded(make: Callable[[], Tensor], seed: int = 5) -> Tensor:
 
 
 def pixels_of(*shape: int) -> Tensor:
-    return drawn(*shape, seed=2).tanh()
+    return randn(*shape, seed=2).tanh()
 
 
 def half_noise(shape: tuple[int, ...]) -> Tensor:
@@ -129,14 +129,14 @@ def test_moments_equal_the_official_and_those_of_diffusers(twins, family, batch,
     assert moments.mean.shape == (batch, 12, (frames - 1) // 8 + 1, height // 32, width // 32)
     for oracle in ("official", "diffusers"):
         expected = getattr(twins, oracle).encode(pixels).latent_dist
-        assert parity("VAE encode", family, oracle, relative(moments.mean, expected.mean)) <= 1e-5
-        assert relative(moments.log_variance.clamp(-30, 20).expand_as(expected.logvar), expected.logvar) <= 1e-5
+        assert parity("VAE encode", family, oracle, relative_error(moments.mean, expected.mean)) <= 1e-5
+        assert relative_error(moments.log_variance.clamp(-30, 20).expand_as(expected.logvar), expected.logvar) <= 1e-5
 
 
 def test_encoded_latents_are_the_official_mean_normalised(twins):
     pixels = pixels_of(1, 3, 9, 64, 96)
     expected = normalize_latents(twins.official.encode(pixels).latent_dist.mode(), twins.official, True)
-    assert relative(twins.ours.encode(pixels), expected) <= 1e-5
+    assert relative_error(twins.ours.encode(pixels), expected) <= 1e-5
 
 
 def test_a_sampled_latent_equals_the_official_sample_on_the_same_noise(twins):
@@ -144,13 +144,13 @@ def test_a_sampled_latent_equals_the_official_sample_on_the_same_noise(twins):
     expected = seeded(lambda: twins.official.encode(pixels).latent_dist.sample())
     noise = seeded(lambda: torch.randn(expected.shape))
     expected = normalize_latents(expected, twins.official, True)
-    assert relative(twins.ours.encode(pixels, noise=noise), expected) <= 1e-5
-    assert relative(twins.ours.encode(pixels), expected) > 1e-2  # the noise mattered
+    assert relative_error(twins.ours.encode(pixels, noise=noise), expected) <= 1e-5
+    assert relative_error(twins.ours.encode(pixels), expected) > 1e-2  # the noise mattered
 
 
 @pytest.mark.parametrize("levels", [(0.05, 0.3), (0.0, 1.0), (0.025, 0.025)], ids=str)
 def test_pixels_equal_the_official_and_those_of_diffusers_at_two_levels_in_one_batch(twins, family, levels, parity):
-    latents = drawn(2, 12, 2, 2, 2)
+    latents = randn(2, 12, 2, 2, 2)
     ours, level = decoded(twins.ours, latents, *levels), levels_of(twins.ours, *levels)
     raw = twins.ours.statistics.restore(latents)
     expected = {
@@ -159,30 +159,30 @@ def test_pixels_equal_the_official_and_those_of_diffusers_at_two_levels_in_one_b
     }
     assert ours.shape == (2, 3, 9, 64, 64)
     for oracle, theirs in expected.items():
-        assert parity("VAE decode", family, oracle, relative(ours, theirs)) <= 1e-5
+        assert parity("VAE decode", family, oracle, relative_error(ours, theirs)) <= 1e-5
 
 
 @pytest.mark.parametrize("frames, height, width", [(3, 2, 3), (1, 1, 1)])
 def test_pixels_equal_the_official_at_every_shape(twins, frames, height, width):
-    latents = drawn(1, 12, frames, height, width)
+    latents = randn(1, 12, frames, height, width)
     expected = official_decoded(twins.official, latents, levels_of(twins.ours, 0.05))
-    assert relative(decoded(twins.ours, latents, 0.05), expected) <= 1e-5
+    assert relative_error(decoded(twins.ours, latents, 0.05), expected) <= 1e-5
 
 
 def test_statistics_restore_as_the_official_package_does_and_undo_their_normalisation(twins):
-    latents = drawn(2, 12, 3, 2, 2)
+    latents = randn(2, 12, 3, 2, 2)
     restored = twins.ours.statistics.restore(latents)
     assert torch.equal(restored, un_normalize_latents(latents, twins.official, vae_per_channel_normalize=True))
-    assert relative(twins.ours.statistics.normalise(restored), latents) <= 1e-6
+    assert relative_error(twins.ours.statistics.normalise(restored), latents) <= 1e-6
 
 
 def test_blocks_that_no_released_vae_uses_equal_the_official_ones():
-    ours = sown(lambda: VAE(UNRELEASED))
+    ours = build_random(lambda: VAE(UNRELEASED))
     official = official_vae(ours)
-    pixels, latents = pixels_of(1, 3, 17, 64, 64), drawn(1, 6, 3, 2, 2)
-    assert relative(ours.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
+    pixels, latents = pixels_of(1, 3, 17, 64, 64), randn(1, 6, 3, 2, 2)
+    assert relative_error(ours.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
     expected = official_decoded(official, latents, torch.tensor([0.05]))
-    assert relative(decoded(ours, latents, 0.05), expected) <= 1e-5
+    assert relative_error(decoded(ours, latents, 0.05), expected) <= 1e-5
 
 
 def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(twins):
@@ -191,14 +191,14 @@ def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(tw
         if re.search(r"conv|blocks\.\d+\.(weight|bias)$", name):
             weight *= 1e-4
     official = official_vae(faint)
-    pixels, latents = pixels_of(1, 3, 9, 64, 64), drawn(1, 12, 2, 2, 2)
-    assert relative(faint.moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
+    pixels, latents = pixels_of(1, 3, 9, 64, 64), randn(1, 12, 2, 2, 2)
+    assert relative_error(faint.moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
     expected = official_decoded(official, latents, levels_of(faint, 0.05))
-    assert relative(decoded(faint, latents, 0.05), expected) <= 1e-5
+    assert relative_error(decoded(faint, latents, 0.05), expected) <= 1e-5
 
 
 def test_bfloat16_is_no_further_from_float32_than_the_official_package(twins):
-    latents, pixels = drawn(2, 12, 2, 2, 2), pixels_of(2, 3, 9, 64, 96)
+    latents, pixels = randn(2, 12, 2, 2, 2), pixels_of(2, 3, 9, 64, 96)
     level = levels_of(twins.ours, 0.05, 0.3)
     half = deepcopy(twins.ours).to(torch.bfloat16)
     official = official_vae(half)
@@ -214,12 +214,14 @@ def test_bfloat16_is_no_further_from_float32_than_the_official_package(twins):
     exact = decode(twins.ours), twins.ours.moments(pixels).mean
     for made, expected, truth in zip(ours, theirs, exact, strict=True):
         assert made.dtype == torch.bfloat16
-        assert relative(made, truth) <= 1.3 * relative(expected, truth)
+        assert relative_error(made, truth) <= 1.3 * relative_error(expected, truth)
 
 
 def test_a_decoder_says_what_it_lacks():
-    conditioned, injecting = (sown(lambda c=c: VAE(reduced(c, width=8))) for c in (VAE_0_9_5, VAE_0_9_1))
-    latents = drawn(1, 12, 1, 1, 1)
+    conditioned, injecting = (
+        build_random(lambda c=c: VAE(narrow_vae_config(c, width=8))) for c in (VAE_0_9_5, VAE_0_9_1)
+    )
+    latents = randn(1, 12, 1, 1, 1)
     with pytest.raises(ValueError, match="level"):
         conditioned.decode(latents)
     with pytest.raises(ValueError, match="noise"):
@@ -238,7 +240,7 @@ def test_patches_are_in_the_published_order():
 
 
 def test_patches_equal_the_official_and_come_apart_again():
-    pixels = drawn(2, 3, 5, 32, 64)
+    pixels = randn(2, 3, 5, 32, 64)
     for patch in (1, 2, 4, 8):
         patched = patchify(pixels, patch)
         assert torch.equal(patched, official_patchify(pixels, patch_size_hw=patch, patch_size_t=1))
@@ -251,7 +253,7 @@ def test_patches_equal_the_official_and_come_apart_again():
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 20])
 def test_a_streamed_decode_gives_the_pixels_of_the_whole(small, chunk):
-    latents = drawn(2, 4, 7, 1, 2)
+    latents = randn(2, 4, 7, 1, 2)
     whole = decoded(small, latents, 0.05, 0.4)
     level = levels_of(small, 0.05, 0.4)
     pieces = seeded(
@@ -283,7 +285,7 @@ def test_chunks_that_come_one_by_one_are_encoded_as_the_whole_and_each_is_gone_b
             del chunk
             yield handed.pop()
 
-    assert relative(small.encode_stream(chunks(), 25), small.encode(pixels)) <= 1e-5
+    assert relative_error(small.encode_stream(chunks(), 25), small.encode(pixels)) <= 1e-5
 
 
 @pytest.mark.parametrize("frames", [8, 10, 24])
@@ -299,28 +301,28 @@ def test_fewer_frames_than_were_to_come_are_no_video(small):
 
 def test_one_picture_is_encoded_as_the_first_frame_of_a_clip_is(small):
     pixels = pixels_of(1, 3, 17, 64, 64)
-    assert relative(small.encode(pixels[:, :, :1]), small.encode(pixels)[:, :, :1]) <= 1e-6
+    assert relative_error(small.encode(pixels[:, :, :1]), small.encode(pixels)[:, :, :1]) <= 1e-6
 
 
 def test_latents_depend_on_no_later_frame(small):
     pixels = pixels_of(1, 3, 17, 32, 32)
     other = torch.cat([pixels[:, :, :9], pixels_of(1, 3, 8, 32, 32)], dim=2)
     before, after = small.encode(pixels), small.encode(other)
-    assert relative(after[:, :, :2], before[:, :, :2]) <= 1e-6
-    assert relative(after[:, :, 2:], before[:, :, 2:]) > 1e-2
+    assert relative_error(after[:, :, :2], before[:, :, :2]) <= 1e-6
+    assert relative_error(after[:, :, 2:], before[:, :, 2:]) > 1e-2
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 6])
 def test_f_latent_frames_make_8f_less_7_frames_and_back(small, frames):
-    latents = drawn(1, 4, frames, 1, 1)
+    latents = randn(1, 4, frames, 1, 1)
     pixels = decoded(small, latents, 0.05)
     assert pixels.shape == (1, 3, 8 * (frames - 1) + 1, 32, 32)
     assert small.encode(pixels).shape == latents.shape
 
 
 def test_injected_noise_is_drawn_once_per_layer_however_the_clip_is_cut():
-    vae = sown(lambda: VAE(reduced(VAE_0_9_1, width=8)))
-    latents, level, shapes = drawn(1, 12, 4, 1, 1), torch.tensor([0.05]), []
+    vae = build_random(lambda: VAE(narrow_vae_config(VAE_0_9_1, width=8)))
+    latents, level, shapes = randn(1, 12, 4, 1, 1), torch.tensor([0.05]), []
 
     def noise(shape: tuple[int, ...]) -> Tensor:
         shapes.append(shape)
@@ -397,7 +399,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[TemporalCache]:
 
 def kept_while_decoding(vae: VAE, frames: int, streams: list[TemporalCache]) -> list[int]:
     """Bytes that the stream holds on to, each time pixels leave it."""
-    latents, level = drawn(1, 4, frames, 1, 1), levels_of(vae, 0.05)
+    latents, level = randn(1, 4, frames, 1, 1), levels_of(vae, 0.05)
     pieces = vae.decode_stream(latents, timestep=level, noise_source=torch.ones, input_chunk_frames=8)
     return [sum(kept_storages(streams[-1]).values()) for _ in pieces]
 
@@ -417,7 +419,7 @@ def test_what_a_streamed_encode_keeps_does_not_grow_with_the_clip(small, streams
 
 
 def test_a_stream_keeps_copies_and_never_a_view_of_a_chunk(small, streams):
-    list(small.decode_stream(drawn(1, 4, 40, 1, 1), level=levels_of(small, 0.05), noise=torch.ones, chunk=8))
+    list(small.decode_stream(randn(1, 4, 40, 1, 1), level=levels_of(small, 0.05), noise=torch.ones, chunk=8))
     small.encode(pixels_of(1, 3, 17, 32, 32), chunk=4)
     for stream in streams:
         held = [*stream._kept.values(), *stream._drawn.values()]
@@ -425,12 +427,12 @@ def test_a_stream_keeps_copies_and_never_a_view_of_a_chunk(small, streams):
 
 
 def test_the_peak_of_a_streamed_decode_does_not_grow_with_the_clip(small):
-    short, long = (peak_bytes(small, drawn(1, 4, frames, 1, 1), chunk=8) for frames in (48, 72))
+    short, long = (peak_bytes(small, randn(1, 4, frames, 1, 1), chunk=8) for frames in (48, 72))
     assert long == short
 
 
 def test_a_streamed_decode_of_a_usual_clip_takes_a_third_of_the_memory_of_the_whole(small):
-    latents = drawn(1, 4, 16, 1, 1)  # 121 frames
+    latents = randn(1, 4, 16, 1, 1)  # 121 frames
     assert peak_bytes(small, latents, chunk=1) <= peak_bytes(small, latents, chunk=None) / 3
 
 
@@ -438,7 +440,9 @@ def test_a_streamed_decode_of_a_usual_clip_takes_a_third_of_the_memory_of_the_wh
 
 
 @pytest.mark.parametrize(
-    "config", [*VAES.values(), UNRELEASED, *map(reduced, VAES.values())], ids=[*VAES, "unreleased", *map(str, range(3))]
+    "config",
+    [*VAES.values(), UNRELEASED, *map(narrow_vae_config, VAES.values())],
+    ids=[*VAES, "unreleased", *map(str, range(3))],
 )
 def test_a_header_comes_back_from_json_as_it_went(config):
     assert VAEConfig.from_header(json.loads(json.dumps(config.header()))) == config

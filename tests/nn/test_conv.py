@@ -9,14 +9,14 @@ from torch import Tensor
 
 from kadr.nn.conv import CausalConv3d
 from kadr.nn.temporal_cache import TemporalCache
-from tests.oracles import drawn, relative
-from tests.tiny_models import sown
+from tests.oracles import randn, relative_error
+from tests.tiny_models import build_random
 
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 1, 1), (1, 2, 2)]
 
 
 def twins(causal: bool, stride: tuple[int, int, int]) -> tuple[CausalConv3d, CausalConv3d]:
-    ours = sown(lambda: CausalConv3d(5, 7, causal=causal, stride=stride))
+    ours = build_random(lambda: CausalConv3d(5, 7, causal=causal, stride=stride))
     with torch.device("meta"):
         official = CausalConv3d(5, 7, kernel_size=3, stride=stride)
     official.conv.load_state_dict(ours.state_dict(), assign=True)
@@ -38,8 +38,8 @@ def in_chunks(conv: CausalConv3d, x: Tensor, lengths: list[int]) -> Tensor:
 @torch.no_grad()
 def test_it_equals_the_official_convolution(causal, stride, frames):
     ours, official = twins(causal, stride)
-    x = drawn(2, 5, frames, 6, 8)
-    assert relative(ours(x, TemporalCache.single_chunk()), official(x, causal=causal)) <= 1e-6
+    x = randn(2, 5, frames, 6, 8)
+    assert relative_error(ours(x, TemporalCache.single_chunk()), official(x, causal=causal)) <= 1e-6
 
 
 @pytest.mark.parametrize("causal, stride", [(True, stride) for stride in STRIDES] + [(False, (1, 1, 1))])
@@ -47,14 +47,14 @@ def test_it_equals_the_official_convolution(causal, stride, frames):
 @torch.no_grad()
 def test_in_chunks_it_gives_the_frames_of_the_whole(causal, stride, lengths):
     conv, _ = twins(causal, stride)
-    x = drawn(2, 5, 9, 6, 8)
-    assert relative(in_chunks(conv, x, lengths), conv(x, TemporalCache.single_chunk())) <= 1e-6
+    x = randn(2, 5, 9, 6, 8)
+    assert relative_error(in_chunks(conv, x, lengths), conv(x, TemporalCache.single_chunk())) <= 1e-6
 
 
 @torch.no_grad()
 def test_a_frame_that_is_the_whole_video_comes_out_at_once_and_otherwise_waits_for_the_next():
     conv, _ = twins(False, (1, 1, 1))
-    x = drawn(1, 5, 1, 4, 4)
+    x = randn(1, 5, 1, 4, 4)
     assert conv(x, TemporalCache.single_chunk()).shape == (1, 7, 1, 4, 4)
     assert conv(x, TemporalCache()).shape == (1, 7, 0, 4, 4)
 
@@ -62,7 +62,7 @@ def test_a_frame_that_is_the_whole_video_comes_out_at_once_and_otherwise_waits_f
 @torch.no_grad()
 def test_a_chunk_without_frames_keeps_the_shape_of_the_picture():
     conv, _ = twins(True, (2, 2, 2))
-    assert conv(drawn(1, 5, 0, 7, 8), TemporalCache()).shape == (1, 7, 0, 4, 4)
+    assert conv(randn(1, 5, 0, 7, 8), TemporalCache()).shape == (1, 7, 0, 4, 4)
 
 
 @torch.no_grad()
@@ -70,6 +70,6 @@ def test_it_keeps_no_more_frames_than_the_kernel_reaches_back():
     for causal, stride in [(True, (1, 1, 1)), (True, (2, 2, 2)), (False, (1, 1, 1))]:
         conv, _ = twins(causal, stride)
         stream = TemporalCache()
-        for part in drawn(1, 5, 12, 4, 4).split([1, 4, 3, 4], dim=2):
+        for part in randn(1, 5, 12, 4, 4).split([1, 4, 3, 4], dim=2):
             conv(part, stream)
             assert stream.get(conv).shape[2] <= 2

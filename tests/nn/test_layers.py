@@ -26,8 +26,8 @@ from kadr.nn.rope import Rope, rope_table
 from kadr.nn.timestep_embedding import TimestepEmbedding, sinusoidal_embedding
 from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
-from tests.oracles import drawn, official_transformer_on_meta, relative
-from tests.tiny_models import sown
+from tests.oracles import official_transformer_on_meta, randn, relative_error
+from tests.tiny_models import build_random
 
 LIMITS = (20.0, 2048.0, 2048.0)
 ONE_PLACE = torch.tensor([9 / 30, 64.0, 96.0]).view(1, 3, 1)
@@ -61,12 +61,12 @@ def test_the_sinusoid_equals_that_of_diffusers():
     levels = torch.cat([torch.linspace(0, 1000, 401), torch.tensor([0.03, 999.99])])
     expected = get_timestep_embedding(levels, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
     assert (sinusoidal_embedding(levels) - expected).abs().max() <= 2e-4  # 1000 radians in fp32 are known to 6e-5
-    assert relative(sinusoidal_embedding(levels), expected) <= 1e-5
+    assert relative_error(sinusoidal_embedding(levels), expected) <= 1e-5
 
 
 @torch.no_grad()
 def test_a_level_is_embedded_in_the_dtype_asked_for_from_a_sinusoid_in_fp32():
-    embedding = sown(lambda: TimestepEmbedding(32)).to(torch.bfloat16)
+    embedding = build_random(lambda: TimestepEmbedding(32)).to(torch.bfloat16)
     levels = torch.tensor([993.7, 50.0])
     made = embedding(levels, torch.bfloat16)
     expected = embedding.linear_2(torch.nn.functional.silu(embedding.linear_1(sinusoidal_embedding(levels).bfloat16())))
@@ -122,7 +122,7 @@ def test_the_table_is_computed_in_fp32_and_only_then_rounded():
 
 
 def test_a_rotation_equals_that_of_diffusers():
-    x, rope = drawn(2, 5, 40), table(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 40)
+    x, rope = randn(2, 5, 40), table(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 40)
     assert torch.equal(rope(x), apply_rotary_emb(x, tuple(rope)))
 
 
@@ -148,26 +148,26 @@ def test_what_does_not_divide_by_six_stands_in_front_and_is_not_rotated():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_tokens_equals_the_official_one(dtype):
-    x = (3 * drawn(2, 7, 64)).to(dtype)
+    x = (3 * randn(2, 7, 64)).to(dtype)
     assert torch.equal(rms_norm(x), OracleRMSNorm(64, eps=1e-6, elementwise_affine=False)(x).to(dtype))
-    ours = sown(lambda: RMSNorm(64, 1e-5)).to(dtype)
+    ours = build_random(lambda: RMSNorm(64, 1e-5)).to(dtype)
     expected = OracleRMSNorm(64, eps=1e-5).to(dtype)
     expected.load_state_dict(ours.state_dict())
     assert torch.equal(ours(x), expected(x))
 
 
 def test_the_norm_of_pixels_equals_the_official_one():
-    x = drawn(2, 24, 3, 4, 5)
-    assert relative(pixel_norm_modulate_silu(x), silu(PixelNorm()(x))) <= 1e-6
+    x = randn(2, 24, 3, 4, 5)
+    assert relative_error(pixel_norm_modulate_silu(x), silu(PixelNorm()(x))) <= 1e-6
     tiny = x * 1e-5  # where the epsilon counts
-    assert relative(pixel_norm_modulate_silu(tiny), silu(PixelNorm()(tiny))) <= 1e-6
+    assert relative_error(pixel_norm_modulate_silu(tiny), silu(PixelNorm()(tiny))) <= 1e-6
 
 
 @torch.no_grad()
 def test_the_norm_of_a_shortcut_equals_the_official_one():
-    ours, official = sown(lambda: ChannelLayerNorm(24, eps=1e-6)), OfficialLayerNorm(24, eps=1e-6)
+    ours, official = build_random(lambda: ChannelLayerNorm(24, eps=1e-6)), OfficialLayerNorm(24, eps=1e-6)
     official.norm.load_state_dict(ours.state_dict())
-    x = drawn(2, 24, 3, 4, 5)
+    x = randn(2, 24, 3, 4, 5)
     assert torch.equal(ours(x), official(x))
 
 
@@ -198,20 +198,20 @@ def official_attention(ours: Attention, context_width: int | None, rope: bool) -
 
 @torch.no_grad()
 def test_attention_among_tokens_equals_the_official_one():
-    ours = sown(lambda: Attention(48, 4))
-    x, rope = drawn(2, 7, 48), table(ONE_PLACE * torch.arange(7.0), 48)
+    ours = build_random(lambda: Attention(48, 4))
+    x, rope = randn(2, 7, 48), table(ONE_PLACE * torch.arange(7.0), 48)
     expected = official_attention(ours, None, True)(x, freqs_cis=tuple(rope))
-    assert relative(ours(x, rope=rope), expected) <= 1e-6
+    assert relative_error(ours(x, rope=rope), expected) <= 1e-6
 
 
 @torch.no_grad()
 def test_attention_to_a_text_of_another_width_equals_the_official_one():
-    ours = sown(lambda: Attention(48, 4, context_width=20))
-    x, text, bias = drawn(2, 7, 48), drawn(2, 5, 20, seed=2), torch.zeros(2, 1, 1, 5)
+    ours = build_random(lambda: Attention(48, 4, context_width=20))
+    x, text, bias = randn(2, 7, 48), randn(2, 5, 20, seed=2), torch.zeros(2, 1, 1, 5)
     bias[1, ..., 3:] = -10000.0
     rope = tuple(table(ONE_PLACE * torch.arange(7.0), 48))  # the official layer leaves it aside
     expected = official_attention(ours, 20, True)(x, rope, encoder_hidden_states=text, attention_mask=bias[:, 0])
-    assert relative(ours(x, ours.project_kv(text), bias=bias), expected) <= 1e-6
+    assert relative_error(ours(x, ours.project_kv(text), bias=bias), expected) <= 1e-6
 
 
 def test_bends_are_shift_scale_and_gate_first_around_attention_then_around_the_feed_forward():

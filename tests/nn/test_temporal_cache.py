@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kadr.nn.temporal_cache import TemporalCache, cat_frames
-from tests.oracles import drawn
+from tests.oracles import randn
 
 
 def frames_of(count: int) -> Tensor:
-    return drawn(1, 2, count, 3, 3)
+    return randn(1, 2, count, 3, 3)
 
 
 def test_the_stream_of_a_whole_video_is_at_its_last_chunk():

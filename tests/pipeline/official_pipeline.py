@@ -34,7 +34,7 @@ from kadr.request.resolved_conditions import ResolvedCondition, open_input_video
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.settings import Pass
 from kadr.shapes import LatentGrid, Size
-from tests.tiny_models import CHANNELS, MODEL
+from tests.tiny_models import CHANNELS, MODEL_FILE
 
 MODES = {
     "attention_values": SkipLayerStrategy.AttentionValues,
@@ -45,25 +45,25 @@ _ENHANCERS = ("image_caption_model", "image_caption_processor", "llm_model", "ll
 
 
 @dataclass(frozen=True)
-class Run:
+class OfficialResult:
     """What came out of the official pipeline.
 
     Args:
         latents: (1, C, f, h, w), as the loop left them.
         pixels: (1, 3, F, H, W), as the decoder left them: whole, not clamped.
         frames: uint8 (F, H, W, 3), cropped and trimmed as the official script does.
-        drawn: the names of all noise it asked for, in order.
+        noise_names: the names of all noise it asked for, in order.
     """
 
     latents: Tensor
     pixels: Tensor
     frames: Tensor
-    drawn: tuple[str, ...]
+    noise_names: tuple[str, ...]
 
 
 def open_pipeline(home: Path) -> LTXVideoPipeline:
     """As create_ltx_video_pipeline of inference.py, in float32."""
-    path = home / MODEL
+    path = home / MODEL_FILE
     pipeline = LTXVideoPipeline(
         tokenizer=_tokenizer(home),
         text_encoder=T5EncoderModel.from_pretrained(home, subfolder="text_encoder").float().eval(),
@@ -71,7 +71,7 @@ def open_pipeline(home: Path) -> LTXVideoPipeline:
         transformer=Transformer3DModel.from_pretrained(path).float().eval(),
         scheduler=RectifiedFlowScheduler.from_pretrained(path),
         patchifier=SymmetricPatchifier(patch_size=1),
-        allowed_inference_steps=_allowed(path),
+        allowed_inference_steps=_allowed_timesteps(path),
         **{f"prompt_enhancer_{name}": None for name in _ENHANCERS},
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -83,17 +83,17 @@ def open_upsampler(path: Path) -> LatentUpsampler:
     return LatentUpsampler.from_pretrained(path).eval()
 
 
-def run(
+def run_official(
     pipeline: LTXVideoPipeline,
     request: Request,
-    start: Tensor | None = None,
+    start_latents: Tensor | None = None,
     *,
     upsampler: LatentUpsampler | None = None,
-) -> Run:
+) -> OfficialResult:
     """What infer() of inference.py does with a request that leaves nothing to a recipe.
 
     Args:
-        start: normalised latents to begin from.
+        start_latents: normalised latents to begin from.
         upsampler: makes two passes.
     """
     size = request.size
@@ -120,33 +120,33 @@ def run(
         "negative_prompt": request.negative_prompt,
         "decode_timestep": request.decode_timestep,
         "decode_noise_scale": request.decode_noise,
-        "conditioning_items": _conditions(request, size),
-        "media_items": _video(request, size),
+        "conditioning_items": _conditioning_items(request, size),
+        "media_items": _initial_video(request, size),
         "image_cond_noise_scale": request.image_noise,
         "is_video": True,
         "vae_per_channel_normalize": True,
         "output_type": "pt",
     }
-    first = _settings(request.first_pass())
+    first = _official_pass(request.first_pass())
     with pytest.MonkeyPatch.context() as patch:
-        noise = _Noise(patch, request)
+        noise = _NamedNoise(patch, request)
         patch.setattr(official_module, "vae_decode", seen_decode)
         patch.setattr(pipeline, "denoising_step", seen_step)
         if upsampler is None:
-            noise.begin(height, width)
-            images = pipeline(**common, **first, latents=start).images
+            noise.begin_pass(height, width)
+            images = pipeline(**common, **first, latents=start_latents).images
         else:
             assert request.second_pass is not None
-            scales = LTXMultiScalePipeline(_Watched(pipeline, noise), upsampler)
-            passes = {"first_pass": first, "second_pass": _settings(request.second_pass)}
+            scales = LTXMultiScalePipeline(_NotifyingPipeline(pipeline, noise), upsampler)
+            passes = {"first_pass": first, "second_pass": _official_pass(request.second_pass)}
             images = scales(0.6666666, **passes, **common).images
     grid = noise.grid
     latents = kept["tokens"][:, -grid.num_tokens :].transpose(1, 2).unflatten(2, (grid.frames, grid.height, grid.width))
-    cropped = _cropped(images, request.frames, size, height, width)
-    return Run(latents, kept["pixels"], cropped, tuple(noise.drawn))
+    cropped = _crop_to_request(images, request.frames, size, height, width)
+    return OfficialResult(latents, kept["pixels"], cropped, tuple(noise.noise_names))
 
 
-def _settings(settings: Pass) -> dict[str, Any]:
+def _official_pass(settings: Pass) -> dict[str, Any]:
     """A pass in the official words."""
     guidance = settings.guidance
     return {
@@ -154,10 +154,10 @@ def _settings(settings: Pass) -> dict[str, Any]:
         "timesteps": None if settings.sigmas is None else list(settings.sigmas),
         "skip_initial_inference_steps": settings.skip_initial,
         "skip_final_inference_steps": settings.skip_final,
-        "guidance_scale": _plain(guidance.cfg_scale),
-        "stg_scale": _plain(guidance.stg_scale) or 0.0,
-        "rescaling_scale": 1.0 if guidance.rescale is None else _plain(guidance.rescale),
-        "skip_block_list": None if guidance.skip_blocks is None else _plain(guidance.skip_blocks),
+        "guidance_scale": _as_lists(guidance.cfg_scale),
+        "stg_scale": _as_lists(guidance.stg_scale) or 0.0,
+        "rescaling_scale": 1.0 if guidance.rescale is None else _as_lists(guidance.rescale),
+        "skip_block_list": None if guidance.skip_blocks is None else _as_lists(guidance.skip_blocks),
         "guidance_timesteps": None if guidance.sigmas is None else list(guidance.sigmas),
         "skip_layer_strategy": MODES[guidance.stg_mode or "attention_values"],
         "cfg_star_rescale": bool(guidance.cfg_star),
@@ -166,20 +166,20 @@ def _settings(settings: Pass) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _as_lists(value: Any) -> Any:
     """Tuples as lists."""
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+    return [_as_lists(part) for part in value] if isinstance(value, tuple) else value
 
 
-class _Watched:
+class _NotifyingPipeline:
     """The pipeline as the multi-scale one sees it; tells when a pass begins, and at what size."""
 
-    def __init__(self, pipeline: LTXVideoPipeline, noise: _Noise) -> None:
+    def __init__(self, pipeline: LTXVideoPipeline, noise: _NamedNoise) -> None:
         self.pipeline, self.noise = pipeline, noise
         self.vae, self.vae_scale_factor = pipeline.vae, pipeline.vae_scale_factor
 
     def __call__(self, **given: Any) -> Any:
-        self.noise.begin(given["height"], given["width"])
+        self.noise.begin_pass(given["height"], given["width"])
         return self.pipeline(**given)
 
 
@@ -190,20 +190,20 @@ def _tokenizer(home: Path) -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def _allowed(path: Path) -> list[float] | None:
+def _allowed_timesteps(path: Path) -> list[float] | None:
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["config"]).get("allowed_inference_steps")
 
 
-def _conditions(request: Request, size: Size) -> list[ConditioningItem] | None:
+def _conditioning_items(request: Request, size: Size) -> list[ConditioningItem] | None:
     assert request.image_crf is not None
     return [
-        ConditioningItem(_media(item, size, request.image_crf), item.start_frame, item.condition.strength)
+        ConditioningItem(_condition_pixels(item, size, request.image_crf), item.start_frame, item.condition.strength)
         for item in resolve_conditions(request)
     ] or None
 
 
-def _media(item: ResolvedCondition, size: Size, crf: int) -> Tensor:
+def _condition_pixels(item: ResolvedCondition, size: Size, crf: int) -> Tensor:
     """As prepare_conditioning of inference.py hands it over: at its own resolution, with the margins of the output."""
     pictures = []
     for frame in item.frames:
@@ -214,7 +214,7 @@ def _media(item: ResolvedCondition, size: Size, crf: int) -> Tensor:
     return torch.cat(pictures, dim=2)
 
 
-def _video(request: Request, size: Size) -> Tensor | None:
+def _initial_video(request: Request, size: Size) -> Tensor | None:
     if request.input_video is None:
         return None
     assert request.image_crf is not None
@@ -222,14 +222,14 @@ def _video(request: Request, size: Size) -> Tensor | None:
     return torch.cat([prepare_image(frame, size, request.image_crf, resize=True) for frame in frames], dim=2)
 
 
-class _Noise:
+class _NamedNoise:
     """Answers every draw of the official code with the stream that kadr uses at that place."""
 
     def __init__(self, patch: pytest.MonkeyPatch, request: Request) -> None:
         self.streams = NoiseStreams(request.seed)
         self.frames = request.frames or 1
-        self.later = [i for i, item in enumerate(resolve_conditions(request)) if item.start_frame > 0]
-        self.drawn: list[str] = []
+        self.keyframe_indices = [i for i, item in enumerate(resolve_conditions(request)) if item.start_frame > 0]
+        self.noise_names: list[str] = []
         self.passes = 0
         self.injections = count(1)
         real = torch.randn
@@ -244,24 +244,24 @@ class _Noise:
         patch.setattr(torch, "randn", randn)
         patch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
 
-    def begin(self, height: int, width: int) -> None:
+    def begin_pass(self, height: int, width: int) -> None:
         """A pass of this size begins."""
         self.grid = LatentGrid.for_video(Size(width, height), self.frames)
         self.prefix = "second " if self.passes else ""
         self.passes += 1
-        self.begun = False
-        self.keyframes, self.conditions, self.steps = iter(self.later), count(), count()
+        self.has_initial = False
+        self.keyframes, self.conditions, self.steps = iter(self.keyframe_indices), count(), count()
 
     def draw(self, name: str, shape: Any) -> Tensor:
-        self.drawn.append(name)
+        self.noise_names.append(name)
         return self.streams.draw(name, shape)
 
     def randn_tensor(self, shape: Any, **_: Any) -> Tensor:
         if len(shape) == 5:
             return self.draw(f"{self.prefix}keyframe {next(self.keyframes)}", shape)
-        if self.begun:
-            return self.tokens(f"{self.prefix}condition {next(self.conditions)}", shape)
-        self.begun = True
+        if self.has_initial:
+            return self.draw_tokens(f"{self.prefix}condition {next(self.conditions)}", shape)
+        self.has_initial = True
         grid = self.grid
         first = self.draw(f"{self.prefix}initial", (1, CHANNELS, grid.frames, grid.height, grid.width))
         return first.flatten(2).transpose(1, 2).reshape(*shape)
@@ -269,15 +269,15 @@ class _Noise:
     def randn_like(self, like: Tensor) -> Tensor:
         if like.ndim == 5:
             return self.draw("decode", like.shape)
-        return self.tokens(f"{self.prefix}stochastic {next(self.steps)}", like.shape)
+        return self.draw_tokens(f"{self.prefix}stochastic {next(self.steps)}", like.shape)
 
-    def tokens(self, name: str, shape: Any) -> Tensor:
+    def draw_tokens(self, name: str, shape: Any) -> Tensor:
         """Noise for all tokens. Extra ones stand before the video's there, and behind them here."""
         made = self.draw(name, shape)
         return torch.cat([made[:, self.grid.num_tokens :], made[:, : self.grid.num_tokens]], dim=1)
 
 
-def _cropped(images: Tensor, frames: int, size: Size, height: int, width: int) -> Tensor:
+def _crop_to_request(images: Tensor, frames: int, size: Size, height: int, width: int) -> Tensor:
     """The end of infer(): (1, 3, F, H, W) in [0, 1] -> uint8 (F, H, W, 3)."""
     top, left = (height - size.height) // 2, (width - size.width) // 2
     bottom, right = height - size.height - top, width - size.width - left

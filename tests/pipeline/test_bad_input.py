@@ -19,7 +19,7 @@ from kadr.checkpoints.save import write_single_file
 from kadr.errors import CheckpointError, KadrError, MediaError, NonFiniteError, RequestError
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL, Change, sown, vae_config, write
+from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL_FILE, WeightEdit, build_random, vae_config, write_model
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, steps=3, guidance=1.0)
 SHAPE = (1, CHANNELS, 2, 1, 2)
@@ -187,7 +187,7 @@ def test_an_option_that_cannot_work_is_refused_before_anything_is_fetched(option
 @pytest.mark.usefixtures("no_hub")
 def test_a_file_that_is_no_model_is_refused_before_a_text_encoder_is_fetched_for_it(home: Path, tmp_path: Path) -> None:
     cut, empty = tmp_path / "cut.safetensors", tmp_path / "empty"
-    cut.write_bytes((home / MODEL).read_bytes()[:-100])
+    cut.write_bytes((home / MODEL_FILE).read_bytes()[:-100])
     empty.mkdir()
     for path in (cut, empty):
         with pytest.raises(CheckpointError) as caught:
@@ -199,11 +199,11 @@ def test_a_file_that_is_no_model_is_refused_before_a_text_encoder_is_fetched_for
 def test_parts_that_are_missing_or_do_not_fit_are_refused_before_a_text_encoder_is_fetched(
     home: Path, tmp_path: Path
 ) -> None:
-    narrow = sown(lambda: VAE(replace(vae_config("0.9.5"), latent_channels=12)), seed=1)
+    narrow = build_random(lambda: VAE(replace(vae_config("0.9.5"), latent_channels=12)), seed=1)
     alone = tmp_path / "vae.safetensors"
     write_single_file(alone, vae=narrow, schedule=LINEAR_QUADRATIC, dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"12 latent channels.* 8"):
-        Engine.open(home / MODEL, vae=alone)
+        Engine.open(home / MODEL_FILE, vae=alone)
     with pytest.raises(CheckpointError, match="has no transformer"):
         Engine.open(alone)
 
@@ -211,11 +211,11 @@ def test_parts_that_are_missing_or_do_not_fit_are_refused_before_a_text_encoder_
 # --- damaged weights -----------------------------------------------------------------------------------------------
 
 
-def spoil(where: Callable[[nn.Module], Tensor], value: float = math.nan) -> Change:
+def spoil(where: Callable[[nn.Module], Tensor], value: float = math.nan) -> WeightEdit:
     return lambda module: where(module).view(-1)[0].fill_(value) and None
 
 
-DAMAGED: dict[str, tuple[dict[str, Change], str, str]] = {
+DAMAGED: dict[str, tuple[dict[str, WeightEdit], str, str]] = {
     "text encoder": ({"text encoder": spoil(lambda t5: t5.final_norm.weight)}, "text", "prompt 1 of 1"),
     "text encoder, infinite": (
         {"text encoder": spoil(lambda t5: t5.final_norm.weight, math.inf)},
@@ -233,7 +233,7 @@ def test_damaged_weights_are_found_at_the_first_number_that_is_none(
     damage: str, photo: Condition, tmp_path: Path, out: Path
 ) -> None:
     change, stage, where = DAMAGED[damage]
-    engine = Engine.open(write(tmp_path / "model", change=change) / MODEL, device="cpu")
+    engine = Engine.open(write_model(tmp_path / "model", weight_edits=change) / MODEL_FILE, device="cpu")
     stages: list[str] = []
     request = replace(REQUEST, conditions=(photo,))
     with pytest.raises(NonFiniteError) as caught:
@@ -246,7 +246,7 @@ def test_damaged_weights_are_found_at_the_first_number_that_is_none(
 
 def test_a_damaged_encoder_is_no_matter_where_there_is_no_picture(tmp_path: Path) -> None:
     change = {"vae": spoil(lambda vae: vae.encoder.conv_in.bias)}
-    engine = Engine.open(write(tmp_path / "model", change=change) / MODEL, device="cpu")
+    engine = Engine.open(write_model(tmp_path / "model", weight_edits=change) / MODEL_FILE, device="cpu")
     assert engine.generate(REQUEST).frames.shape == (9, 32, 64, 3)
 
 

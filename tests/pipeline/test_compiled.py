@@ -14,8 +14,8 @@ from kadr.pipeline.engine import Engine
 from kadr.pipeline.module_placement import compile_blocks
 from kadr.quant.convert import quantize_blocks
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES
-from tests.oracles import drawn
-from tests.tiny_models import sown
+from tests.oracles import randn
+from tests.tiny_models import build_random
 
 CONFIG = TransformerConfig(num_layers=3, num_heads=4, head_dim=16, caption_channels=32, in_channels=8)
 BACKEND = "aot_eager"  # all of the compiler but for its last stage, which needs one of C++ or of CUDA
@@ -32,7 +32,7 @@ def anew() -> Iterator[None]:
 
 
 def made(scheme: str | None) -> Transformer:
-    transformer = sown(lambda: Transformer(CONFIG))
+    transformer = build_random(lambda: Transformer(CONFIG))
     if scheme is not None:
         quantize_blocks(transformer, scheme, device=torch.device("cpu"))
     return transformer
@@ -41,7 +41,7 @@ def made(scheme: str | None) -> Transformer:
 def velocities(transformer: Transformer, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Plain, and with a block disturbed in either way."""
     rope = transformer.compute_rope(40 * torch.rand(1, 3, 12, generator=torch.Generator().manual_seed(1)))
-    given = (drawn(1, 12, 8), rope, drawn(1, 5, 32, seed=2), mask, LEVEL)
+    given = (randn(1, 12, 8), rope, randn(1, 5, 32, seed=2), mask, LEVEL)
     with torch.no_grad():
         plain = transformer(*given)
         modes = (ATTENTION_VALUES, ATTENTION_SKIP)
@@ -65,7 +65,7 @@ def test_one_compilation_serves_all_layers(scheme: str | None) -> None:
     rope = transformer.compute_rope(40 * torch.rand(1, 3, 12, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():
         for seed in (0, 1):
-            transformer(drawn(1, 12, 8, seed=seed), rope, drawn(1, 5, 32, seed=2), None, LEVEL)
+            transformer(randn(1, 12, 8, seed=seed), rope, randn(1, 5, 32, seed=2), None, LEVEL)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 

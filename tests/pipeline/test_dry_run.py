@@ -19,7 +19,7 @@ from kadr.request.request import Request
 from kadr.sampling.settings import Guidance, Pass
 from kadr.spec import locate
 from tests import tiny_models
-from tests.request.official_configs import OFFICIAL
+from tests.request.official_configs import OFFICIAL_CONFIGS
 
 REQUEST = Request(prompt="a red circle")
 # The table of the official 13B dev config: index of guidance_timesteps -> guidance, STG, rescale, blocks, levels.
@@ -46,7 +46,7 @@ def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write(tmp_path_factory.mktemp("tiny"))
+    return tiny_models.write_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,10 @@ def test_first_models_shift_their_levels_by_size() -> None:
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("name", OFFICIAL_CONFIGS)
 def test_official_config_makes_what_its_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(OFFICIAL[name], "utf-8")
+    Path("config.yaml").write_text(OFFICIAL_CONFIGS[name], "utf-8")
     said = DryRunEngine.open(**OfficialConfig.read("config.yaml").engine_arguments()).run(REQUEST)
     known = DryRunEngine.open(name).run(REQUEST)
     assert [part.path for part in said.components] == [None] * len(said.components)
@@ -110,7 +110,10 @@ SETTINGS = (
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_plan_is_that_of_the_engine(home: Path, settings: dict[str, Any]) -> None:
     request = Request(**{"prompt": "x", "size": (64, 64), "frames": 9, "steps": 4, **settings})
-    ours, theirs = DryRunEngine.open(home / tiny_models.MODEL), Engine.open(home / tiny_models.MODEL, device="cpu")
+    ours, theirs = (
+        DryRunEngine.open(home / tiny_models.MODEL_FILE),
+        Engine.open(home / tiny_models.MODEL_FILE, device="cpu"),
+    )
     assert ours.resolve(request) == theirs.resolve(request)
     _same(ours.run(request).passes, theirs.resolve_passes(request))
 
@@ -120,9 +123,9 @@ def test_plan_of_two_passes_is_that_of_the_engine(
     home: Path, upscaler: Callable[..., Path], kind: dict[str, bool]
 ) -> None:
     request = Request(prompt="x", size=(128, 96), frames=17, steps=4, second_pass=Pass(sigmas=(0.9, 0.5)))
-    parts = {"upscaler": [upscaler(**kind)], "second_model": home / tiny_models.MODEL}
-    ours = DryRunEngine.open(home / tiny_models.MODEL, **parts)
-    theirs = Engine.open(home / tiny_models.MODEL, **parts, device="cpu")
+    parts = {"upscaler": [upscaler(**kind)], "second_model": home / tiny_models.MODEL_FILE}
+    ours = DryRunEngine.open(home / tiny_models.MODEL_FILE, **parts)
+    theirs = Engine.open(home / tiny_models.MODEL_FILE, **parts, device="cpu")
     _same(ours.run(request).passes, theirs.resolve_passes(request))
 
 

@@ -25,7 +25,7 @@ from kadr.memory.module_cache import ModuleCache
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.sampling.noise import NoiseStreams
-from tests.tiny_models import CHANNELS, MODEL, SENTENCE, write
+from tests.tiny_models import CHANNELS, MODEL_FILE, SENTENCE, write_model
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, seed=7, steps=3, guidance=3.0)
 SHAPE = (1, CHANNELS, 2, 1, 2)
@@ -35,7 +35,9 @@ SHAPE = (1, CHANNELS, 2, 1, 2)
 def injecting(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """With a decoder that injects noise."""
     return Engine.open(
-        write(tmp_path_factory.mktemp("0.9.1"), family="0.9.1", causal=False) / MODEL, device="cpu", prompt_cache=False
+        write_model(tmp_path_factory.mktemp("0.9.1"), family="0.9.1", is_causal=False) / MODEL_FILE,
+        device="cpu",
+        prompt_cache=False,
     )
 
 
@@ -60,7 +62,7 @@ def test_the_same_seed_gives_the_same_video_bit_for_bit(
 
 
 def test_another_engine_on_the_same_files_gives_the_same_video(home: Path, engine: Engine) -> None:
-    assert same(engine.generate(REQUEST), Engine.open(home / MODEL, device="cpu").generate(REQUEST))
+    assert same(engine.generate(REQUEST), Engine.open(home / MODEL_FILE, device="cpu").generate(REQUEST))
 
 
 def test_another_seed_gives_another_video(engine: Engine) -> None:
@@ -94,7 +96,7 @@ def test_encoding_gives_the_latents_that_a_held_picture_starts_from(engine: Engi
 
 
 def test_bfloat16_gives_nearly_the_video_of_float32(home: Path, engine: Engine, photo: Condition) -> None:
-    narrow = Engine.open(home / MODEL, device="cpu", dtype="bfloat16")
+    narrow = Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16")
     request = replace(REQUEST, conditions=(photo,))
     one, other = engine.generate(request), narrow.generate(request)
     assert narrow.metadata(request)["dtype"] == "bfloat16"
@@ -358,7 +360,7 @@ def test_opening_loads_no_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(nn.Module, "load_state_dict", refuse)
-    engine = Engine.open(home / MODEL, device="cpu")
+    engine = Engine.open(home / MODEL_FILE, device="cpu")
     assert engine.components.transformer_config.in_channels == CHANNELS
 
 

@@ -17,8 +17,8 @@ from kadr.checkpoints.lora.file import LoraFile, write_lora
 from kadr.models.lora_layers import attach_loras, set_lora_strengths
 from kadr.models.transformer import Transformer, TransformerConfig
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
-from tests.oracles import diffusers_transformer, relative
-from tests.tiny_models import sown
+from tests.oracles import diffusers_transformer, relative_error
+from tests.tiny_models import build_random
 
 TINY = TransformerConfig(num_layers=3, num_heads=4, head_dim=10, caption_channels=24, in_channels=8)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "time_embed.linear"]
@@ -33,7 +33,7 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def ours() -> Transformer:
-    return sown(lambda: Transformer(TINY))
+    return build_random(lambda: Transformer(TINY))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def with_file(ours: Transformer, path: Path, given: Inputs, strength: float = 1.0) -> Tensor:
-    module = sown(lambda: Transformer(TINY))
+    module = build_random(lambda: Transformer(TINY))
     module.load_state_dict(ours.state_dict())
     file = LoraFile.open(path)
     file.check_fits(TINY, Path("model"))
@@ -76,8 +76,8 @@ def test_what_peft_saves_gives_the_same_velocity(
     theirs = filled(get_peft_model(diffusers_transformer(ours), LoraConfig(target_modules=TARGETS, **config)))
     theirs.save_pretrained(tmp_path)
     expected = asked_of_diffusers(theirs, given)
-    assert relative(velocity(ours, given), expected) > 0.05
-    assert relative(with_file(ours, tmp_path, given), expected) <= 1e-5
+    assert relative_error(velocity(ours, given), expected) > 0.05
+    assert relative_error(with_file(ours, tmp_path, given), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("alpha", [4, 10])
@@ -92,7 +92,7 @@ def test_what_diffusers_saves_gives_the_same_velocity(
         transformer_lora_layers=get_peft_model_state_dict(theirs),
         transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": TARGETS},
     )
-    assert relative(with_file(ours, tmp_path, given), asked_of_diffusers(theirs, given)) <= 1e-5
+    assert relative_error(with_file(ours, tmp_path, given), asked_of_diffusers(theirs, given)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["Comfy", "diffusers"])
@@ -109,7 +109,7 @@ def test_what_kadr_saves_gives_the_same_velocity_in_diffusers(
     pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
     pipeline.load_lora_weights(path, adapter_name="ours")
     pipeline.set_adapters(["ours"], [0.7])
-    assert relative(asked_of_diffusers(pipeline.transformer, given), expected) <= 1e-5
+    assert relative_error(asked_of_diffusers(pipeline.transformer, given), expected) <= 1e-5
 
 
 def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_p
     for number, path in enumerate(files):
         pipeline.load_lora_weights(path, adapter_name=str(number))
     pipeline.set_adapters(["0", "1"], [0.8, -0.5])
-    module = sown(lambda: Transformer(replace(TINY)))
+    module = build_random(lambda: Transformer(replace(TINY)))
     module.load_state_dict(ours.state_dict())
     attach_loras(module, [LoraFile.open(path).load() for path in files], torch.float32)
     set_lora_strengths(module, [0.8, -0.5], CPU)
-    assert relative(velocity(module, given), asked_of_diffusers(pipeline.transformer, given)) <= 1e-5
+    assert relative_error(velocity(module, given), asked_of_diffusers(pipeline.transformer, given)) <= 1e-5

@@ -19,7 +19,7 @@ from kadr.sampling.settings import Pass
 from kadr.spec import locate
 from tests import lora_files, tiny_models
 from tests.checkpoints.test_load import cast_as_released
-from tests.lora_files import ATTENTION, FEED_FORWARD, pairs, write
+from tests.lora_files import ATTENTION, FEED_FORWARD, block_pairs, write_lora_file
 
 REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2, guidance=1.0)
 TWO_PASSES = replace(REQUEST, multi_scale=True, sigmas=(1.0, 0.9), steps=None, second_pass=None, downscale_factor=0.5)
@@ -27,19 +27,23 @@ TWO_PASSES = replace(REQUEST, multi_scale=True, sigmas=(1.0, 0.9), steps=None, s
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("lora") / "one.safetensors", pairs((*ATTENTION, *FEED_FORWARD)))
+    return write_lora_file(
+        tmp_path_factory.mktemp("lora") / "one.safetensors", block_pairs((*ATTENTION, *FEED_FORWARD))
+    )
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("lora") / "other.safetensors", pairs(seed=7), lora_files.kohya, alpha=2.0)
+    return write_lora_file(
+        tmp_path_factory.mktemp("lora") / "other.safetensors", block_pairs(seed=7), lora_files.kohya, alpha=2.0
+    )
 
 
 @pytest.fixture
 def opened(home: Path) -> Callable[..., Engine]:
     def engine(**how: Any) -> Engine:
         return Engine.open(
-            home / tiny_models.MODEL, **{"prompt_cache": False, "device": "cpu", "dtype": "float32", **how}
+            home / tiny_models.MODEL_FILE, **{"prompt_cache": False, "device": "cpu", "dtype": "float32", **how}
         )
 
     return engine
@@ -115,15 +119,17 @@ def test_a_file_in_8_bit_floats_takes_a_lora_beside_and_none_merged(
     tmp_path: Path, one: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(components, "may_be_rotated", lambda checkpoint: False)  # nobody trained it
-    tiny_models.write(tmp_path)
+    tiny_models.write_model(tmp_path)
     right = Engine.open(
-        tmp_path / tiny_models.MODEL, device="cpu", dtype="float32", loras=[one], prompt_cache=False
+        tmp_path / tiny_models.MODEL_FILE, device="cpu", dtype="float32", loras=[one], prompt_cache=False
     ).denoise(REQUEST)
-    cast_as_released(tmp_path / tiny_models.MODEL, torch.float8_e4m3fn)
-    engine = Engine.open(tmp_path / tiny_models.MODEL, device="cpu", dtype="float32", loras=[one], prompt_cache=False)
+    cast_as_released(tmp_path / tiny_models.MODEL_FILE, torch.float8_e4m3fn)
+    engine = Engine.open(
+        tmp_path / tiny_models.MODEL_FILE, device="cpu", dtype="float32", loras=[one], prompt_cache=False
+    )
     assert relative(engine.denoise(REQUEST), right) < 0.2
     with pytest.raises(CheckpointError, match="float8_e4m3fn, and to merge a LoRA its weights would be rounded"):
-        Engine.open(tmp_path / tiny_models.MODEL, device="cpu", loras=[one], merge_loras=True)
+        Engine.open(tmp_path / tiny_models.MODEL_FILE, device="cpu", loras=[one], merge_loras=True)
 
 
 def test_blocks_that_come_and_go_bring_their_loras(opened: Callable[..., Engine], one: Path) -> None:
@@ -136,8 +142,8 @@ def test_the_plan_counts_what_loras_take(opened: Callable[..., Engine], one: Pat
         return next(stage for stage in opened(**how).plan(REQUEST).stages if stage.stage == "denoise").placement
 
     plain, beside, merged = denoise(), denoise(loras=[one, other]), denoise(loras=[one, other], merge_loras=True)
-    taken = 4 * sum(down.numel() + up.numel() for down, up in pairs((*ATTENTION, *FEED_FORWARD)).values())
-    taken += 4 * sum(down.numel() + up.numel() for down, up in pairs(seed=7).values())
+    taken = 4 * sum(down.numel() + up.numel() for down, up in block_pairs((*ATTENTION, *FEED_FORWARD)).values())
+    taken += 4 * sum(down.numel() + up.numel() for down, up in block_pairs(seed=7).values())
     assert beside.own - plain.own == taken
     assert beside.working > plain.working
     assert beside.seconds > plain.seconds
@@ -196,11 +202,13 @@ def test_one_transformer_cannot_have_two_strengths_merged(
 def test_a_lora_of_another_model_is_refused_when_the_engine_opens(
     opened: Callable[..., Engine], tmp_path: Path
 ) -> None:
-    wide = write(tmp_path / "wide.safetensors", pairs(width=2048))
+    wide = write_lora_file(tmp_path / "wide.safetensors", block_pairs(width=2048))
     with pytest.raises(CheckpointError, match=r"does not fit .*It looks like one for 2B"):
         opened(loras=[wide])
-    strange = write(
-        tmp_path / "strange.safetensors", pairs(), more={"diffusion_model.head.lora_A.weight": torch.ones(4, 64)}
+    strange = write_lora_file(
+        tmp_path / "strange.safetensors",
+        block_pairs(),
+        extra_tensors={"diffusion_model.head.lora_A.weight": torch.ones(4, 64)},
     )
     with pytest.raises(CheckpointError, match="belong to no layer"):
         opened(loras=[strange])

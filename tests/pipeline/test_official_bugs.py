@@ -25,9 +25,17 @@ from kadr.sampling.guidance import Perturbation, PromptEmbeddings, guided_denois
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import LatentGrid, Size
-from tests.oracles import drawn, relative
+from tests.oracles import randn, relative_error
 from tests.pipeline import official_pipeline
-from tests.tiny_models import CHANNELS, MODEL, TEXT_WIDTH, sown, transformer_config, write, write_upscaler
+from tests.tiny_models import (
+    CHANNELS,
+    MODEL_FILE,
+    TEXT_WIDTH,
+    build_random,
+    transformer_config,
+    write_model,
+    write_upscaler,
+)
 
 REQUEST = Request(
     prompt="a red circle moving right",
@@ -49,12 +57,12 @@ STG = Guidance(cfg_scale=3.0, stg_scale=1.5, rescale=1.0, skip_blocks=(1,))
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("model"))
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def engine(home: Path) -> Engine:
-    return Engine.open(home / MODEL, upscaler=write_upscaler(home / "upscaler.safetensors"), device="cpu")
+    return Engine.open(home / MODEL_FILE, upscaler=write_upscaler(home / "upscaler.safetensors"), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +86,7 @@ def test_stg_disturbs_the_samples_with_the_prompt_where_the_official_mask_takes_
 
     text = PromptEmbeddings(torch.zeros(2, 3, 4), torch.ones(2, 3))
     estimate = guided_denoiser(model, text, text, STG, [STG.at_sigma(1.0)], guidance_batch=True)
-    estimate(0, drawn(2, 5, 4), torch.ones(2, 1))
+    estimate(0, randn(2, 5, 4), torch.ones(2, 1))
     assert [(disturb.blocks, disturb.rows) for disturb in asked] == [((1,), slice(2, None))]
 
 
@@ -86,7 +94,7 @@ def test_stg_disturbs_the_samples_with_the_prompt_where_the_official_mask_takes_
 @pytest.mark.parametrize("mode", official_pipeline.MODES)
 @torch.no_grad()
 def test_each_video_of_a_batch_is_guided_as_if_alone(mode: str, together: bool) -> None:
-    transformer = sown(lambda: Transformer(transformer_config()), 1)
+    transformer = build_random(lambda: Transformer(transformer_config()), 1)
     rope = transformer.compute_rope(token_positions(LatentGrid(2, 2, 2), fps=24.0, causal=True)[None])
 
     def model(
@@ -97,9 +105,9 @@ def test_each_video_of_a_batch_is_guided_as_if_alone(mode: str, together: bool) 
             return transformer(*given), None
         return transformer.forward_with_perturbed(*given, **disturb._asdict())
 
-    tokens, level = drawn(2, 8, CHANNELS), torch.tensor([[0.9], [0.4]])
+    tokens, level = randn(2, 8, CHANNELS), torch.tensor([[0.9], [0.4]])
     texts = [
-        PromptEmbeddings(drawn(2, 5, TEXT_WIDTH, seed=seed), torch.arange(5) < torch.tensor([[5], [3]]))
+        PromptEmbeddings(randn(2, 5, TEXT_WIDTH, seed=seed), torch.arange(5) < torch.tensor([[5], [3]]))
         for seed in (2, 3)
     ]
     guidance = replace(STG, stg_mode=mode, rescale=0.7, cfg_star=True)
@@ -108,17 +116,22 @@ def test_each_video_of_a_batch_is_guided_as_if_alone(mode: str, together: bool) 
     for row in (slice(1), slice(1, 2)):
         own = [PromptEmbeddings(text.embeddings[row], text.mask[row]) for text in texts]
         alone = guided_denoiser(model, *own, guidance, steps)(0, tokens[row], level[row])
-        assert relative(both[row], alone) <= 1e-5
+        assert relative_error(both[row], alone) <= 1e-5
 
 
 def test_the_official_residual_mode_does_nothing_and_is_refused(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = official_pipeline.run(
+    without = official_pipeline.run_official(
         pipeline, replace(REQUEST, guidance=Guidance(cfg_scale=3.0, stg_scale=0.0, rescale=1.0))
     )
-    with_it = official_pipeline.run(pipeline, replace(REQUEST, guidance=STG))
-    assert relative(with_it.latents, without.latents) > 1e-2
+    with_it = official_pipeline.run_official(pipeline, replace(REQUEST, guidance=STG))
+    assert relative_error(with_it.latents, without.latents) > 1e-2
     monkeypatch.setitem(official_pipeline.MODES, "attention_values", SkipLayerStrategy.Residual)
-    assert relative(official_pipeline.run(pipeline, replace(REQUEST, guidance=STG)).latents, without.latents) <= 1e-5
+    assert (
+        relative_error(
+            official_pipeline.run_official(pipeline, replace(REQUEST, guidance=STG)).latents, without.latents
+        )
+        <= 1e-5
+    )
     with pytest.raises(RequestError, match="changes nothing"):
         Guidance(stg_mode="residual")
 
@@ -128,7 +141,7 @@ def test_lists_without_their_levels_are_refused_where_the_official_pipeline_brea
 ) -> None:
     request = replace(REQUEST, guidance=Guidance(cfg_scale=(3.0, 1.0), stg_scale=0.0, rescale=1.0))
     with pytest.raises(NameError):
-        official_pipeline.run(pipeline, request)
+        official_pipeline.run_official(pipeline, request)
     with pytest.raises(RequestError, match=r"guidance has 2 values, and no levels that they are for. Give `at`"):
         engine.denoise(request)
 
@@ -136,10 +149,10 @@ def test_lists_without_their_levels_are_refused_where_the_official_pipeline_brea
 def test_a_block_that_is_not_there_is_refused_only_where_it_would_be_disturbed(engine: Engine, pipeline: Any) -> None:
     """As 42 of the 28 blocks of 2B 0.9.8 distilled, whose config has STG at 0."""
     off = replace(REQUEST, guidance=Guidance(cfg_scale=3.0, stg_scale=0.0, rescale=1.0, skip_blocks=(42,)))
-    assert relative(engine.denoise(off), official_pipeline.run(pipeline, off).latents) <= 1e-5
+    assert relative_error(engine.denoise(off), official_pipeline.run_official(pipeline, off).latents) <= 1e-5
     on = replace(REQUEST, guidance=replace(STG, skip_blocks=(42,)))
     with pytest.raises(IndexError):
-        official_pipeline.run(pipeline, on)
+        official_pipeline.run_official(pipeline, on)
     with pytest.raises(RequestError, match="skip_blocks has 42; this model has 2 blocks, 0 to 1"):
         engine.denoise(on)
 
@@ -159,7 +172,9 @@ def test_of_two_passes_both_read_one_encoding_of_the_prompt(
         return encode(self, prompt, *given, **more)
 
     monkeypatch.setattr(type(pipeline), "encode_prompt", counted)
-    official_pipeline.run(pipeline, request, upsampler=official_pipeline.open_upsampler(home / "upscaler.safetensors"))
+    official_pipeline.run_official(
+        pipeline, request, upsampler=official_pipeline.open_upsampler(home / "upscaler.safetensors")
+    )
     assert encoded == {REQUEST.prompt: 2}
     told: list[tuple[str, int, int]] = []
     engine.denoise(request, watch=lambda progress: told.append((progress.stage, progress.step, progress.of)))

@@ -26,9 +26,9 @@ from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
-from tests.oracles import relative
+from tests.oracles import relative_error
 from tests.pipeline import official_pipeline
-from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
+from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL_FILE, SHIFTED, write_model, write_upscaler
 
 LATENTS, PIXELS = 5e-6, 1e-5  # relative errors; found were 6e-7 and 1e-6, ten times what one rounding makes
 UPSCALER = "upscaler.safetensors"
@@ -216,7 +216,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def find(model: str) -> Path:
         if model not in written:
-            written[model] = write(root / model, **MODELS[model])
+            written[model] = write_model(root / model, **MODELS[model])
         return written[model]
 
     return find
@@ -229,7 +229,7 @@ def engine(home: Callable[[str], Path]) -> Callable[[str], Engine]:
     def find(model: str) -> Engine:
         if model not in opened:
             upscaler = write_upscaler(home(model) / UPSCALER)
-            opened[model] = Engine.open(home(model) / MODEL, upscaler=upscaler, device="cpu")
+            opened[model] = Engine.open(home(model) / MODEL_FILE, upscaler=upscaler, device="cpu")
         return opened[model]
 
     return find
@@ -309,11 +309,11 @@ def test_latents_pixels_and_frames_are_the_official_ones(
     request = asked(given, media)
     ours = engine(given.model)  # which writes the upscaler
     upsampler = official_pipeline.open_upsampler(home(given.model) / UPSCALER) if request.multi_scale else None
-    expected = official_pipeline.run(oracle(given.model), request, upsampler=upsampler)
+    expected = official_pipeline.run_official(oracle(given.model), request, upsampler=upsampler)
     latents = ours.denoise(request)
     noise = NoiseStreams(request.seed).draw("decode", latents.shape)
     pixels, frames = decoded(ours, latents, request, noise, monkeypatch)
-    error = relative(latents, expected.latents), relative(pixels, expected.pixels[0])
+    error = relative_error(latents, expected.latents), relative_error(pixels, expected.pixels[0])
     group = next(group for start, group in GROUPS.items() if name.startswith(start))
     parity(group, given.model, "official", max(error))
     assert error[0] <= LATENTS
@@ -339,9 +339,9 @@ def test_latents_to_start_from_are_mixed_with_noise_as_the_official_pipeline_doe
     request = asked(given, media)
     start = NoiseStreams(99).draw("start", (1, CHANNELS, 3, 3, 2))
     made = engine(given.model).denoise(request, init_latents=start)
-    error = relative(made, official_pipeline.run(oracle(given.model), request, start).latents)
+    error = relative_error(made, official_pipeline.run_official(oracle(given.model), request, start).latents)
     assert parity("video from latents", given.model, "official", error) <= LATENTS
-    assert relative(made, engine(given.model).denoise(request, init_latents=-start)) > 0.1
+    assert relative_error(made, engine(given.model).denoise(request, init_latents=-start)) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_kadr_draws_a_stream_wherever_the_official_pipeline_draws_noise(
     """Which also shows that the comparison above has fed every noise."""
     given = CASES[name]
     request = asked(given, media)
-    assert list(official_pipeline.run(oracle(given.model), request).drawn) == drawn
+    assert list(official_pipeline.run_official(oracle(given.model), request).noise_names) == drawn
     ours: list[str] = []
     draw = NoiseStreams.draw
     monkeypatch.setattr(NoiseStreams, "draw", lambda self, name, shape: (ours.append(name), draw(self, name, shape))[1])
@@ -378,7 +378,7 @@ def test_the_comparison_would_notice_another_frame_rate_position_or_noise(
 ) -> None:
     given = CASES["picture, linear-quadratic, causal"]
     request = asked(given, media)
-    expected = official_pipeline.run(oracle(given.model), request).latents
+    expected = official_pipeline.run_official(oracle(given.model), request).latents
     for change in (
         {"fps": 23.0},
         {"guidance": 3.1},
@@ -388,7 +388,7 @@ def test_the_comparison_would_notice_another_frame_rate_position_or_noise(
         {"image_crf": 0},
     ):
         made = engine(given.model).denoise(replace(request, **change))
-        assert relative(made, expected) > 100 * LATENTS, change
+        assert relative_error(made, expected) > 100 * LATENTS, change
 
 
 def test_a_distilled_model_refuses_what_the_official_pipeline_refuses(
@@ -396,6 +396,6 @@ def test_a_distilled_model_refuses_what_the_official_pipeline_refuses(
 ) -> None:
     request = asked(case("0.9.8 distilled", steps=6), media)
     with pytest.raises(AssertionError, match="Invalid inference timestep"):
-        official_pipeline.run(oracle("0.9.8 distilled"), request)
+        official_pipeline.run_official(oracle("0.9.8 distilled"), request)
     with pytest.raises(RequestError, match="distilled for the noise levels"):
         engine("0.9.8 distilled").denoise(request)

@@ -22,14 +22,14 @@ from kadr.models.t5 import T5Encoder
 from kadr.pipeline import prompt_cache
 from kadr.pipeline.prompt_cache import PromptCache, cache_home
 from kadr.text.tokenizer import PromptTokens
-from tests.tiny_models import MODEL, TEXT_WIDTH
+from tests.tiny_models import MODEL_FILE, TEXT_WIDTH
 
 REQUEST = Request(prompt="a red circle", size=Size(32, 32), frames=1, fps=24, steps=1, guidance=3.0)
 BLUE = "over the blue sea"
 
 
 def opened(home: Path, cache: Path | bool, dtype: str = "float32") -> Engine:
-    return Engine.open(home / MODEL, device="cpu", dtype=dtype, prompt_cache=cache)
+    return Engine.open(home / MODEL_FILE, device="cpu", dtype=dtype, prompt_cache=cache)
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from kadr.models.registry import DISTILLED_SIGMAS, MODEL_RELEASES, RELEASES_BY_N
 from kadr.request.resolve import resolve
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size
-from tests.oracles import relative
+from tests.oracles import relative_error
 from tests.pipeline import official_pipeline
-from tests.tiny_models import LINEAR_QUADRATIC, MODEL, SHIFTED, write, write_upscaler
+from tests.tiny_models import LINEAR_QUADRATIC, MODEL_FILE, SHIFTED, write_model, write_upscaler
 
 NAMES = [model.name for model in MODEL_RELEASES if model.repo is not None and not model.name.endswith("-fp8")]
 LATENTS = 1e-5  # relative; 26 steps of up to three evaluations, guided by up to 8
@@ -30,11 +30,11 @@ def written(folder: Path, name: str) -> Path:
     old = released.version in ("0.9", "0.9.1")
     few = Schedule(sampler="LinearQuadratic", allowed_sigmas=DISTILLED_SIGMAS)
     stated = few if released.is_distilled and released.version != "0.9.6-distilled" else LINEAR_QUADRATIC
-    return write(
+    return write_model(
         folder,
         family=released.vae_family or "",
-        causal=not old,
-        layers=released.num_layers or 0,
+        is_causal=not old,
+        num_layers=released.num_layers or 0,
         schedule=SHIFTED if old else stated,
     )
 
@@ -44,13 +44,13 @@ def test_a_released_recipe_gives_the_official_latents(name: str, tmp_path: Path,
     recipe = RELEASES_BY_NAME[name].recipe
     home = written(tmp_path, name)
     upscaler = write_upscaler(tmp_path / "upscaler.safetensors") if recipe.multi_scale else None
-    engine = Engine.open(home / MODEL, upscaler=upscaler or (), recipe=recipe, device="cpu")
+    engine = Engine.open(home / MODEL_FILE, upscaler=upscaler or (), recipe=recipe, device="cpu")
     request = resolve(Request(prompt="a red circle moving right", size=Size(96, 96), frames=9, seed=3), recipe)
     upsampler = official_pipeline.open_upsampler(upscaler) if upscaler else None
-    expected = official_pipeline.run(official_pipeline.open_pipeline(home), request, upsampler=upsampler)
+    expected = official_pipeline.run_official(official_pipeline.open_pipeline(home), request, upsampler=upsampler)
     made = engine.denoise(request)
     assert torch.isfinite(made).all()
-    assert parity("recipe", name, "official", relative(made, expected.latents)) <= LATENTS
+    assert parity("recipe", name, "official", relative_error(made, expected.latents)) <= LATENTS
 
 
 @pytest.mark.parametrize("name", [model.name for model in MODEL_RELEASES if model.name.endswith("-fp8")])

@@ -25,7 +25,7 @@ from kadr.sampling.step_cache import PassCache
 from kadr.shapes import LatentGrid
 from tests import tiny_models
 from tests.live_bytes import LiveBytes
-from tests.oracles import drawn
+from tests.oracles import randn
 
 LAYERS, STEPS = 4, 12
 BASE = Request(prompt="a red circle", negative_prompt="blue", size=(64, 64), frames=9, steps=STEPS, guidance=1.0)
@@ -46,8 +46,8 @@ ALL_COMPUTED = (StepCache("first-block", threshold=0), StepCache("taylor", inter
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    home = tiny_models.write(tmp_path_factory.mktemp("model"), layers=LAYERS)
-    engine = Engine.open(home / tiny_models.MODEL, device="cpu", dtype="float32", prompt_cache=False)
+    home = tiny_models.write_model(tmp_path_factory.mktemp("model"), num_layers=LAYERS)
+    engine = Engine.open(home / tiny_models.MODEL_FILE, device="cpu", dtype="float32", prompt_cache=False)
     engine.denoise(replace(BASE, steps=1))  # the transformer stays from now on
     return engine
 
@@ -107,7 +107,7 @@ def test_prompts_in_one_batch_are_skipped_on_the_same_steps_as_one_after_the_oth
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return tiny_models.sown(lambda: Transformer(tiny_models.transformer_config(layers=LAYERS)))
+    return tiny_models.build_random(lambda: Transformer(tiny_models.transformer_config(num_layers=LAYERS)))
 
 
 GRID = LatentGrid(2, 3, 4)
@@ -117,12 +117,12 @@ PLAIN = StepGuidance(1.0, 0.0, 1.0, ())
 def asked(transformer: Transformer, step: int, seed: int, **how: Any) -> Any:
     """A velocity on one of twelve steps that are near each other, with the text of that seed."""
     rope = transformer.compute_rope(token_positions(GRID, fps=24.0, causal=True)[None])
-    tokens = drawn(1, GRID.num_tokens, tiny_models.CHANNELS, seed=1) + 0.02 * step * drawn(
+    tokens = randn(1, GRID.num_tokens, tiny_models.CHANNELS, seed=1) + 0.02 * step * randn(
         1, GRID.num_tokens, tiny_models.CHANNELS, seed=2
     )
     call = transformer.forward_with_perturbed if "blocks" in how else transformer
     return call(
-        tokens, rope, drawn(1, 5, tiny_models.TEXT_WIDTH, seed=seed), None, torch.tensor([[1 - step / 40]]), **how
+        tokens, rope, randn(1, 5, tiny_models.TEXT_WIDTH, seed=seed), None, torch.tensor([[1 - step / 40]]), **how
     )
 
 
@@ -207,7 +207,7 @@ def peak(transformer: Transformer, request: Request, cache: StepCache | None) ->
                     how |= {"blocks": guidance.skip_blocks, "mode": "attention_values"}
                 said: Tensor | tuple[Tensor, ...] = asked(transformer, step, seed, **how)
                 del said
-    return counter.peak
+    return counter.peak_bytes
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def test_the_plan_of_a_request_holds_what_its_cache_keeps(engine: Engine) -> Non
     (without,) = [stage for stage in engine.plan(WAYS["guided"]).stages if stage.stage == "denoise"]
     cached = engine.plan(replace(WAYS["guided"], cache="taylor"))
     (kept,) = [stage for stage in cached.stages if stage.stage == "denoise"]
-    tokens, config = LatentGrid(2, 2, 2).num_tokens, tiny_models.transformer_config(layers=LAYERS)
+    tokens, config = LatentGrid(2, 2, 2).num_tokens, tiny_models.transformer_config(num_layers=LAYERS)
     expected = activations.step_cache_bytes(config, tokens, 4, history_length=2, evaluations_per_step=2)
     assert (
         abs(kept.placement.workspace_bytes - without.placement.workspace_bytes - (1 + HEAP_FRAGMENTATION) * expected)

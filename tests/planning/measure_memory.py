@@ -26,20 +26,20 @@ THIN_VAE = replace(VAE_0_9_5, encoder_base_channels=32, decoder_base_channels=32
 GRID = LatentGrid(3, 8, 12)
 
 
-def resident(word: str) -> int:
+def status_bytes(word: str) -> int:
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(word))
 
 
-def taken(run: Callable[[], object]) -> int:
+def peak_growth(task: Callable[[], object]) -> int:
     """Bytes that the process grew by at most while something ran. It runs twice: the first time loads kernels."""
-    run()
+    task()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as marks:
         marks.write("5")  # the most there was is now what there is
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
+    before = status_bytes("VmRSS")
+    task()
+    return status_bytes("VmHWM") - before
 
 
 def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> list[int]:
@@ -56,34 +56,34 @@ def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> 
         fused_gelu=should_prepack_linears(dtype, CPU),
     )
     predicted += activations.text_kv_bytes(WIDE, dtype.itemsize, text_tokens=20)
-    return [taken(lambda: module(x, rope, text, mask, level)), predicted]
+    return [peak_growth(lambda: module(x, rope, text, mask, level)), predicted]
 
 
-def text() -> list[int]:
+def text_encoder() -> list[int]:
     module, ids = T5Encoder(WIDE_T5).bfloat16(), torch.zeros(1, 256, dtype=torch.int64)
-    return [taken(lambda: module(ids, ids == 0)), activations.text_encoder_activation_bytes(WIDE_T5, 2)]
+    return [peak_growth(lambda: module(ids, ids == 0)), activations.text_encoder_activation_bytes(WIDE_T5, 2)]
 
 
-def decoder(dtype: torch.dtype, *, together: int = 0) -> list[int]:
+def decoder(dtype: torch.dtype, *, winograd_frames: int = 0) -> list[int]:
     module, latents = VAE(THIN_VAE).to(dtype), torch.randn(1, 128, GRID.frames, GRID.height, GRID.width, dtype=dtype)
-    if together:
-        prepack_convs(module, winograd_frames=together)
+    if winograd_frames:
+        prepack_convs(module, winograd_frames=winograd_frames)
 
     def decode() -> None:
         for _ in module.decode_stream(latents, timestep=torch.tensor([0.05])):
             pass
 
-    return [taken(decode), vae_decode_activation_bytes(THIN_VAE, GRID, dtype.itemsize, together=together)]
+    return [peak_growth(decode), vae_decode_activation_bytes(THIN_VAE, GRID, dtype.itemsize, together=winograd_frames)]
 
 
-def encoder(*, together: int = 0) -> list[int]:
+def encoder(*, winograd_frames: int = 0) -> list[int]:
     pixels = torch.randn(1, 3, GRID.video_frames, 32 * GRID.height, 32 * GRID.width)
     module = VAE(THIN_VAE)
-    if together:
-        prepack_convs(module, winograd_frames=together)
+    if winograd_frames:
+        prepack_convs(module, winograd_frames=winograd_frames)
     return [
-        taken(lambda: module.encode(pixels, chunk_frames=8)),
-        vae_encode_activation_bytes(THIN_VAE, GRID, 4, together=together),
+        peak_growth(lambda: module.encode(pixels, chunk_frames=8)),
+        vae_encode_activation_bytes(THIN_VAE, GRID, 4, together=winograd_frames),
     ]
 
 
@@ -94,13 +94,13 @@ if __name__ == "__main__":
             "transformer": transformer(torch.bfloat16, 1024),
             "transformer in float32": transformer(torch.float32, 512),
             "conditioned": transformer(torch.float32, 512, per_token=True),
-            "text": text(),
+            "text": text_encoder(),
             "decoder": decoder(torch.bfloat16),
             "decoder in float32": decoder(torch.float32),
             "encoder": encoder(),
-            "packed decoder": decoder(torch.bfloat16, together=F43),
-            "packed decoder in float32": decoder(torch.float32, together=F43),
-            "decoder packed for pairs": decoder(torch.bfloat16, together=F23),
-            "packed encoder": encoder(together=F23),
+            "packed decoder": decoder(torch.bfloat16, winograd_frames=F43),
+            "packed decoder in float32": decoder(torch.float32, winograd_frames=F43),
+            "decoder packed for pairs": decoder(torch.bfloat16, winograd_frames=F23),
+            "packed encoder": encoder(winograd_frames=F23),
         }
     print(json.dumps(report))

@@ -15,7 +15,7 @@ from kadr.planning.plan import AS_STORED, CONVERTED, Placement
 from kadr.quant.prepack import PrepackedInt8Linear, PrepackedLinear, WinogradConv3d
 from kadr.request.request import Request
 from tests.pipeline.test_compiled import CONFIG
-from tests.tiny_models import sown, vae_config
+from tests.tiny_models import build_random, vae_config
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_matrices(dtype: str, hold: str, kernels: str) -> None:
     with mode.override(kernels):
         kind = getattr(torch, dtype)
         module = place_module(
-            sown(lambda: Transformer(CONFIG)).to(kind), Placement(dtype=dtype, weight_format=hold), CPU
+            build_random(lambda: Transformer(CONFIG)).to(kind), Placement(dtype=dtype, weight_format=hold), CPU
         )
         said = backends.matmul_backend(kind, CPU, hold, is_streamed=False)
     packed = has(module, PrepackedInt8Linear) if hold == "int8" else has(module, PrepackedLinear)
@@ -50,7 +50,7 @@ def test_streamed_blocks_are_not_packed() -> None:
 def test_convolutions(dtype: str, kernels: str) -> None:
     with mode.override(kernels):
         kind = getattr(torch, dtype)
-        module = place_module(sown(lambda: VAE(vae_config("0.9.5"))).to(kind), Placement(dtype=dtype), CPU)
+        module = place_module(build_random(lambda: VAE(vae_config("0.9.5"))).to(kind), Placement(dtype=dtype), CPU)
         assert backends.conv_backend(kind, CPU).startswith("Winograd") == has(module, WinogradConv3d)
 
 

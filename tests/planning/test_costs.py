@@ -105,7 +105,7 @@ def flops(run: Callable[[], object]) -> int:
 def live(run: Callable[[], object]) -> int:
     with LiveBytes() as counter:
         run()
-    return counter.peak
+    return counter.peak_bytes
 
 
 def arguments(batch: int, tokens: int, *, per_token: bool = False) -> tuple[Any, ...]:

@@ -32,13 +32,15 @@ REQUEST = Request(prompt="a red circle", size=(64, 64), frames=9, steps=2, guida
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.write(tmp_path_factory.mktemp("model"))
+    return tiny_models.write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def opened(home: Path) -> Callable[..., Engine]:
     def engine(**how: object) -> Engine:
-        return Engine.open(home / tiny_models.MODEL, prompt_cache=False, **{"device": "cpu", "dtype": "float32", **how})
+        return Engine.open(
+            home / tiny_models.MODEL_FILE, prompt_cache=False, **{"device": "cpu", "dtype": "float32", **how}
+        )
 
     return engine
 
@@ -221,23 +223,23 @@ def test_auto_stores_weights_in_8_bits_only_where_the_files_own_do_not_fit(
     "kind, scheme", [(torch.float8_e4m3fn, "int8"), (torch.float8_e4m3fn, "fp8-weights"), (torch.float8_e5m2, "fp8")]
 )
 def test_an_fp8_file_is_not_rounded_again(home: Path, tmp_path: Path, kind: torch.dtype, scheme: str) -> None:
-    tiny_models.write(tmp_path)
-    cast_as_released(tmp_path / tiny_models.MODEL, kind)
+    tiny_models.write_model(tmp_path)
+    cast_as_released(tmp_path / tiny_models.MODEL_FILE, kind)
     with pytest.raises(
         CheckpointError, match=rf"is stored as float8_\w+ already, and to round it to {scheme} would lose"
     ):
-        Engine.open(tmp_path / tiny_models.MODEL, quant=scheme)
+        Engine.open(tmp_path / tiny_models.MODEL_FILE, quant=scheme)
 
 
 def test_an_fp8_file_is_multiplied_in_8_bits_as_it_is_where_a_gpu_does_that(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_models.write(tmp_path)
-    cast_as_released(tmp_path / tiny_models.MODEL, torch.float8_e4m3fn)
+    tiny_models.write_model(tmp_path)
+    cast_as_released(tmp_path / tiny_models.MODEL_FILE, torch.float8_e4m3fn)
     monkeypatch.setattr(module_placement.fp8, "has_units", lambda device: True)
     monkeypatch.setattr(module_placement.fp8, "way", lambda device, dtype: module_placement.fp8.FP32_MATMUL)
     monkeypatch.setattr(components, "may_be_rotated", lambda checkpoint: False)  # nobody trained it
-    plain, engine = (Engine.open(tmp_path / tiny_models.MODEL, quant=quant) for quant in (None, "fp8"))
+    plain, engine = (Engine.open(tmp_path / tiny_models.MODEL_FILE, quant=quant) for quant in (None, "fp8"))
     for opened in (plain, engine):
         opened.components.apply_plan(opened.plan(REQUEST))
     with plain.components.transformer() as right, engine.components.transformer() as made:
@@ -266,10 +268,10 @@ def test_where_no_8_bit_floats_are_multiplied_weights_alone_are_stored_so_and_it
     with pytest.warns(KadrWarning, match=r"cpu does not multiply 8-bit floats.*\(fp8-weights\)"):
         engine = opened(quant="fp8")
     assert engine.components.quant == "fp8-weights"
-    tiny_models.write(tmp_path / "cast")
-    cast_as_released(tmp_path / "cast" / tiny_models.MODEL, torch.float8_e4m3fn)
+    tiny_models.write_model(tmp_path / "cast")
+    cast_as_released(tmp_path / "cast" / tiny_models.MODEL_FILE, torch.float8_e4m3fn)
     with pytest.warns(KadrWarning, match="cpu does not multiply 8-bit floats"):
-        engine = Engine.open(tmp_path / "cast" / tiny_models.MODEL, quant="fp8")
+        engine = Engine.open(tmp_path / "cast" / tiny_models.MODEL_FILE, quant="fp8")
     assert engine.components.quant == "none"
 
 
@@ -291,7 +293,7 @@ def test_unknown_ways_are_refused(opened: Callable[..., Engine], how: dict[str, 
 
 
 def test_weighing_a_header_is_what_the_modules_take(home: Path) -> None:
-    checkpoint = Checkpoint.open(home / tiny_models.MODEL)
+    checkpoint = Checkpoint.open(home / tiny_models.MODEL_FILE)
     source = checkpoint.sources["transformer"]
     for dtype in (torch.float32, torch.bfloat16):
         weights = weight_bytes(source, dtype, CONVERTED)

@@ -21,7 +21,7 @@ from kadr.quant.weight_formats import (
     WEIGHT_FORMATS,
     check_weight_format,
 )
-from tests.tiny_models import sown
+from tests.tiny_models import build_random
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(num_layers=2, num_heads=4, head_dim=64, caption_channels=32, in_channels=8)
@@ -40,7 +40,7 @@ BOUNDS = {
 
 
 def made() -> Transformer:
-    return sown(lambda: Transformer(CONFIG))
+    return build_random(lambda: Transformer(CONFIG))
 
 
 def answer(transformer: Transformer, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -140,7 +140,7 @@ def test_turned_weights_are_multiplied_as_before() -> None:
 
 
 def test_a_layer_of_other_sides_than_gpus_multiply_is_stored_alone() -> None:
-    transformer = sown(
+    transformer = build_random(
         lambda: Transformer(TransformerConfig(num_layers=1, num_heads=3, head_dim=8, caption_channels=8, in_channels=8))
     )
     quantize_blocks(transformer, FP8, device=CPU)

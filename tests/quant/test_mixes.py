@@ -13,7 +13,7 @@ from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
 from kadr.quant.mixes import ALIASES, FALLBACK_TYPES, FLOAT_TYPES, MIX_NAMES, MIXES, assign_types, find_mix
-from tests.checkpoints.checkpoint_files import shapes_of
+from tests.checkpoints.checkpoint_files import single_file_shapes
 from tests.checkpoints.gguf import gguf_files
 
 XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
@@ -22,16 +22,14 @@ ENDS = {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
 
 
 def of_transformer(name: str, layers: int = 28) -> dict[str, str]:
-    shapes = shapes_of({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], bare=True)
+    shapes = single_file_shapes({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], without_prefix=True)
     mix = find_mix(name)
     return assign_types(mix, mix.transformer, {tensor: (shape, "BF16") for tensor, shape in shapes.items()})
 
 
 def of_text(name: str) -> dict[str, str]:
     mix = find_mix(name)
-    return assign_types(
-        mix, mix.text_encoder, {tensor: (s, "BF16") for tensor, s in gguf_files.text_shapes(XXL).items()}
-    )
+    return assign_types(mix, mix.text_encoder, {tensor: (s, "BF16") for tensor, s in gguf_files.t5_shapes(XXL).items()})
 
 
 def layers_of(types: dict[str, str], leaf: str, kind: str) -> set[int]:
@@ -64,9 +62,9 @@ def test_another_type_is_not_found() -> None:
 def test_what_is_never_packed_is_kept_exact(name: str) -> None:
     for layers in (28, 48):
         types = of_transformer(name, layers)
-        shapes = shapes_of({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], bare=True)
+        shapes = single_file_shapes({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], without_prefix=True)
         around = find_mix(name).base_type if find_mix(name).base_type in FLOAT_TYPES else "BF16"
-        expected = gguf_files.image_types(shapes, "packed", kept=around)
+        expected = gguf_files.transformer_types(shapes, "packed", outer_type=around)
         for tensor, (_, kind) in expected.items():
             assert types[tensor] == kind or (kind == "packed" and types[tensor] in (*GGML_TYPES, around)), tensor
     words = of_text(name)

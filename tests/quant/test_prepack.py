@@ -26,8 +26,8 @@ from kadr.quant.prepack import (
     should_prepack_convs,
     should_prepack_linears,
 )
-from tests.oracles import drawn, relative
-from tests.tiny_models import sown, vae_config
+from tests.oracles import randn, relative_error
+from tests.tiny_models import build_random, vae_config
 
 CPU = torch.device("cpu")
 CONFIG = TransformerConfig(num_layers=2, num_heads=4, head_dim=64, caption_channels=32, in_channels=8)
@@ -39,11 +39,11 @@ convolutions = pytest.mark.skipif(not should_prepack_convs(torch.float32, CPU), 
 
 
 def linear(columns: int = 64, outputs: int = 48) -> Linear:
-    return sown(lambda: Linear(columns, outputs))
+    return build_random(lambda: Linear(columns, outputs))
 
 
 def answer(transformer: Transformer, dtype: torch.dtype) -> torch.Tensor:
-    tokens, text = drawn(1, 200, 8).to(dtype), drawn(1, 5, 32, seed=2).to(dtype)
+    tokens, text = randn(1, 200, 8).to(dtype), randn(1, 5, 32, seed=2).to(dtype)
     rope = transformer.compute_rope(40 * torch.rand(1, 3, 200, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():
         return transformer(tokens, rope, text, None, torch.tensor([[0.7]])).float()
@@ -52,35 +52,35 @@ def answer(transformer: Transformer, dtype: torch.dtype) -> torch.Tensor:
 @bfloat16
 def test_a_packed_matrix_gives_what_the_plain_one_gives() -> None:
     plain = linear().bfloat16()
-    packed, x = PrepackedLinear(plain.weight, plain.bias), drawn(2, 7, 64, seed=3).bfloat16()
+    packed, x = PrepackedLinear(plain.weight, plain.bias), randn(2, 7, 64, seed=3).bfloat16()
     assert isinstance(packed, FusedGELU)
     exact = F.linear(x.float(), plain.weight.float(), plain.bias.float())
     assert torch.equal(packed(x), plain(x))
     assert torch.equal(packed.with_gelu(x), plain.with_gelu(x))
     bent = F.gelu(exact, approximate="tanh")
     in_two = F.gelu(plain(x), approximate="tanh").float()
-    assert relative(packed.with_gelu(x).float(), bent) < relative(in_two, bent)
+    assert relative_error(packed.with_gelu(x).float(), bent) < relative_error(in_two, bent)
     with mode.override(mode.REFERENCE):
         assert torch.equal(plain.with_gelu(x).float(), in_two)
 
 
 @vnni
 def test_a_packed_layer_in_8_bits_gives_what_the_plain_one_gives() -> None:
-    numbers, scale = int8.quantize_rows(drawn(48, 64) / 8)
-    x, bias = drawn(2, 7, 64, seed=3), drawn(48, seed=2)
+    numbers, scale = int8.quantize_rows(randn(48, 64) / 8)
+    x, bias = randn(2, 7, 64, seed=3), randn(48, seed=2)
     plain = Int8Linear(numbers, scale.flatten(), bias)
-    assert relative(PrepackedInt8Linear(plain)(x), plain(x)) <= 1e-5
+    assert relative_error(PrepackedInt8Linear(plain)(x), plain(x)) <= 1e-5
     exact = F.linear(x, numbers * scale, bias)
     narrow = Int8Linear(numbers, scale.flatten(), bias.bfloat16())
     packed = PrepackedInt8Linear(narrow)
     assert isinstance(packed, QuantizesInput)
     own, theirs = packed(x.bfloat16()).float(), narrow(x.bfloat16()).float()
-    assert relative(own, exact) <= 1.2 * relative(theirs, exact)
+    assert relative_error(own, exact) <= 1.2 * relative_error(theirs, exact)
 
 
 @vnni
 def test_rows_in_8_bits_come_back_within_a_step_and_zeros_as_zeros() -> None:
-    x = drawn(5, 64) * torch.tensor([1e-6, 1.0, 300.0, 1e4, 0.0])[:, None]
+    x = randn(5, 64) * torch.tensor([1e-6, 1.0, 300.0, 1e4, 0.0])[:, None]
     for dtype, step in ((torch.float32, 0.5001), (torch.bfloat16, 0.51)):
         own = x.to(dtype)
         before = own.clone()
@@ -94,7 +94,7 @@ def test_rows_in_8_bits_come_back_within_a_step_and_zeros_as_zeros() -> None:
 @vnni
 def test_the_gelu_of_rows_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "QUANTIZE_SLICE_ELEMENTS", 3 * 64)
-    x = 3 * drawn(10, 64)
+    x = 3 * randn(10, 64)
     rows, bent = int8.quantize_rows_unsigned(x, gelu=True), F.gelu(x, approximate="tanh")
     back = (rows.codes.float() - int8.ZERO_POINT) * rows.scales
     assert ((back - bent).abs() <= 0.51 * rows.scales).all()
@@ -114,7 +114,7 @@ def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> Non
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.finished(self.prepared(x))
 
-    x, up = drawn(3, 64), linear()
+    x, up = randn(3, 64), linear()
     assert torch.equal(linear_shared_input(x, Counting(), Counting(), Counting())[2], 2 * x)
     assert Counting.times == 1
     assert [made.shape for made in linear_shared_input(x, up, Counting())] == [(3, 48), (3, 64)]
@@ -124,42 +124,42 @@ def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> Non
 
 @bfloat16
 def test_a_packed_transformer_gives_what_the_plain_one_gives() -> None:
-    exact = answer(sown(lambda: Transformer(CONFIG)), torch.float32)
-    module = sown(lambda: Transformer(CONFIG)).bfloat16()
+    exact = answer(build_random(lambda: Transformer(CONFIG)), torch.float32)
+    module = build_random(lambda: Transformer(CONFIG)).bfloat16()
     with mode.override(mode.REFERENCE):
-        reference = relative(answer(module, torch.bfloat16), exact)
+        reference = relative_error(answer(module, torch.bfloat16), exact)
     plain = answer(module, torch.bfloat16)
     prepack_linears(module)
     assert not [child for child in module.modules() if isinstance(child, Linear)]
     assert torch.equal(answer(module, torch.bfloat16), plain)
-    assert relative(plain, exact) <= 1.1 * reference
+    assert relative_error(plain, exact) <= 1.1 * reference
 
 
 @vnni
 def test_a_packed_transformer_in_8_bits_is_as_near_as_the_plain_one() -> None:
-    exact = answer(sown(lambda: Transformer(CONFIG)), torch.float32)
-    module = sown(lambda: Transformer(CONFIG)).bfloat16()
+    exact = answer(build_random(lambda: Transformer(CONFIG)), torch.float32)
+    module = build_random(lambda: Transformer(CONFIG)).bfloat16()
     quantize_blocks(module, "int8", device=CPU)
-    plain = relative(answer(module, torch.bfloat16), exact)
+    plain = relative_error(answer(module, torch.bfloat16), exact)
     prepack_linears(module)
     assert [child for child in module.modules() if isinstance(child, PrepackedInt8Linear)]
-    assert relative(answer(module, torch.bfloat16), exact) <= 1.2 * plain
+    assert relative_error(answer(module, torch.bfloat16), exact) <= 1.2 * plain
 
 
 @convolutions
 @pytest.mark.parametrize("family", ["0.9", "0.9.1", "0.9.5"])
 @pytest.mark.parametrize("frames", [1, 9, 25])
 def test_a_packed_vae_gives_what_the_plain_one_gives(family: str, frames: int) -> None:
-    module = sown(lambda: VAE(vae_config(family)))
-    pixels, latents = drawn(2, 3, frames, 32, 64), drawn(2, module.config.latent_channels, (frames - 1) // 8 + 1, 1, 2)
+    module = build_random(lambda: VAE(vae_config(family)))
+    pixels, latents = randn(2, 3, frames, 32, 64), randn(2, module.config.latent_channels, (frames - 1) // 8 + 1, 1, 2)
     given = {"level": torch.tensor([0.05, 0.1]), "noise": lambda shape: torch.ones(shape)}
     encoded, decoded = module.encode(pixels), module.decode(latents, **given)
     prepack_convs(module)
     assert [child for child in module.modules() if isinstance(child, WinogradConv3d)]
-    assert relative(module.encode(pixels), encoded) <= 1e-5
-    assert relative(module.decode(latents, **given), decoded) <= 1e-5
+    assert relative_error(module.encode(pixels), encoded) <= 1e-5
+    assert relative_error(module.decode(latents, **given), decoded) <= 1e-5
     streamed = torch.cat(list(module.decode_stream(latents, chunk_frames=2, **given)), dim=2)
-    assert relative(streamed, decoded) <= 1e-5
+    assert relative_error(streamed, decoded) <= 1e-5
 
 
 def lay(module: nn.Module) -> None:
@@ -178,8 +178,8 @@ def test_videos_keep_their_channels_last_all_the_way(
     ready: Callable[[nn.Module], None], together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What reorders a video costs as much as a convolution; its numbers say nothing of it."""
-    module, seen = sown(lambda: VAE(vae_config("0.9.5"))).eval(), 0
-    latents = drawn(1, module.config.latent_channels, 9, 2, 3)
+    module, seen = build_random(lambda: VAE(vae_config("0.9.5"))).eval(), 0
+    latents = randn(1, module.config.latent_channels, 9, 2, 3)
     with torch.no_grad():
         right = module.decode(latents, timestep=torch.tensor([0.05]))
     ready(module)
@@ -197,12 +197,12 @@ def test_videos_keep_their_channels_last_all_the_way(
     with torch.no_grad():
         made = torch.cat(list(module.decode_stream(latents, timestep=torch.tensor([0.05]), chunk_frames=2)), dim=2)
     assert seen > 100
-    assert relative(made, right) <= 1e-5
+    assert relative_error(made, right) <= 1e-5
 
 
 def test_without_gradients_a_vae_works_in_place_and_gives_the_same() -> None:
-    module = sown(lambda: VAE(vae_config("0.9.5")))
-    latents = drawn(1, module.config.latent_channels, 2, 1, 2)
+    module = build_random(lambda: VAE(vae_config("0.9.5")))
+    latents = randn(1, module.config.latent_channels, 2, 1, 2)
     taught = module.requires_grad_(True).decode(latents, timestep=torch.tensor([0.05]))
     assert taught.requires_grad
     taught.sum().backward()
@@ -211,8 +211,8 @@ def test_without_gradients_a_vae_works_in_place_and_gives_the_same() -> None:
 
 
 def test_the_switch_leaves_weights_as_they_are() -> None:
-    module = sown(lambda: Transformer(CONFIG)).bfloat16()
-    requantized = sown(lambda: Transformer(CONFIG)).bfloat16()
+    module = build_random(lambda: Transformer(CONFIG)).bfloat16()
+    requantized = build_random(lambda: Transformer(CONFIG)).bfloat16()
     quantize_blocks(requantized, "int8", device=CPU)
     with mode.override(mode.REFERENCE):
         assert not should_prepack_convs(torch.float32, CPU)
@@ -223,7 +223,7 @@ def test_the_switch_leaves_weights_as_they_are() -> None:
 
 
 def test_who_needed_a_packed_weight_no_more_is_told() -> None:
-    module, told = sown(lambda: VAE(vae_config("0.9.5"))), []
+    module, told = build_random(lambda: VAE(vae_config("0.9.5"))), []
     prepack_convs(module, release=told.extend)
     assert len(told) == len([child for child in module.modules() if isinstance(child, WinogradConv3d)]) > 0
 

@@ -5,7 +5,7 @@ Those of 0.9.7 are no longer there; their last state is that of 0.9.8.
 
 from __future__ import annotations
 
-TAIL = """
+COMMON_SETTINGS = """
 stg_mode: "attention_values" # options: "attention_values", "attention_skip", "residual", "transformer_block"
 decode_timestep: 0.05
 decode_noise_scale: 0.025
@@ -74,17 +74,19 @@ TONE_MAP = "  tone_map_compression_ratio: 0.6\n"
 
 
 def _base(file: str, settings: str, *, stochastic: str = "false") -> str:
-    return BASE.format(file=file, settings=settings) + TAIL.format(precision="bfloat16", stochastic=stochastic)
+    return BASE.format(file=file, settings=settings) + COMMON_SETTINGS.format(
+        precision="bfloat16", stochastic=stochastic
+    )
 
 
 def _multi_scale(file: str, passes: str) -> str:
     version = next(part for part in file.split("-") if part.startswith("0."))
     precision = "float8_e4m3fn" if file.endswith("-fp8") else "bfloat16"
     top = MULTI_SCALE.format(file=file, version=version)
-    return top + TAIL.format(precision=precision, stochastic="false") + passes
+    return top + COMMON_SETTINGS.format(precision=precision, stochastic="false") + passes
 
 
-OFFICIAL: dict[str, str] = {
+OFFICIAL_CONFIGS: dict[str, str] = {
     "ltxv-2b-0.9": _base("ltx-video-2b-v0.9", DEV_2B),
     "ltxv-2b-0.9.1": _base("ltx-video-2b-v0.9.1", DEV_2B),
     "ltxv-2b-0.9.5": _base("ltx-video-2b-v0.9.5", DEV_2B),

@@ -14,7 +14,7 @@ from kadr.models.registry import DISTILLED_SIGMAS, Recipe
 from kadr.request.official_config import OfficialConfig
 from kadr.sampling.schedules import linear_quadratic_schedule, uniform_schedule
 from kadr.sampling.settings import Guidance, Pass
-from tests.request.official_configs import OFFICIAL
+from tests.request.official_configs import OFFICIAL_CONFIGS
 
 DEV, DISTILLED, TWO_B = "ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled", "ltxv-2b-0.9.5"
 
@@ -29,25 +29,27 @@ def read(folder: Path, text: str) -> OfficialConfig:
     return OfficialConfig.read(written(folder, text))
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("name", OFFICIAL_CONFIGS)
 def test_config_of_a_released_model_is_the_recipe_of_the_registry(tmp_path: Path, name: str) -> None:
-    config = read(tmp_path, OFFICIAL[name])
+    config = read(tmp_path, OFFICIAL_CONFIGS[name])
     released = registry.find_release(name)
     assert config.recipe == released.recipe
     assert config.checkpoint == released.file
     assert config.precision == ("float8_e4m3fn" if name.endswith("fp8") else "bfloat16")
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("name", OFFICIAL_CONFIGS)
 def test_parts_are_named_as_the_registry_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    config, released = read(tmp_path, OFFICIAL[name]), registry.find_release(name)
+    config, released = read(tmp_path, OFFICIAL_CONFIGS[name]), registry.find_release(name)
     upscaler = {"upscaler": [released.upscaler]} if released.upscaler else {}
     assert config.engine_arguments() == {"model": name, "recipe": config.recipe, **upscaler}
 
 
 def test_every_released_model_has_its_config() -> None:
-    assert {model.name for model in registry.MODEL_RELEASES if model.repo == registry.LTX_VIDEO_REPO} == set(OFFICIAL)
+    assert {model.name for model in registry.MODEL_RELEASES if model.repo == registry.LTX_VIDEO_REPO} == set(
+        OFFICIAL_CONFIGS
+    )
 
 
 def test_files_beside_the_config_or_here_are_taken_before_names(
@@ -60,12 +62,12 @@ def test_files_beside_the_config_or_here_are_taken_before_names(
     checkpoint, upscaler = there / f"{DEV}.safetensors", here / "ltxv-spatial-upscaler-0.9.8.safetensors"
     checkpoint.touch()
     upscaler.touch()
-    parts = read(there, OFFICIAL[DEV]).engine_arguments()
+    parts = read(there, OFFICIAL_CONFIGS[DEV]).engine_arguments()
     assert (parts["model"], parts["upscaler"]) == (str(checkpoint), [str(upscaler)])
 
 
 def test_given_parts_go_first_and_what_the_file_names_need_not_exist(tmp_path: Path) -> None:
-    text = OFFICIAL[DEV].replace(f"{DEV}.safetensors", "gone.safetensors")
+    text = OFFICIAL_CONFIGS[DEV].replace(f"{DEV}.safetensors", "gone.safetensors")
     config = read(tmp_path, text)
     with pytest.raises(RequestError, match=r"config\.yaml: checkpoint_path is 'gone.safetensors'"):
         config.engine_arguments()
@@ -82,7 +84,9 @@ def test_what_is_left_out_means_what_it_means_there(tmp_path: Path) -> None:
 
 
 def test_top_holds_for_both_passes_unless_they_say_otherwise(tmp_path: Path) -> None:
-    text = OFFICIAL[DISTILLED].replace("stochastic_sampling: false", "stochastic_sampling: true\nguidance_scale: 7")
+    text = OFFICIAL_CONFIGS[DISTILLED].replace(
+        "stochastic_sampling: false", "stochastic_sampling: true\nguidance_scale: 7"
+    )
     recipe = read(tmp_path, text).recipe
     assert recipe.second_pass is not None
     for settings in (recipe.first_pass, recipe.second_pass):
@@ -97,14 +101,14 @@ def test_null_is_left_out(tmp_path: Path) -> None:
 
 
 def test_pass_alone_goes_to_the_end(tmp_path: Path) -> None:
-    dev, distilled = (read(tmp_path, OFFICIAL[name]).recipe for name in (DEV, DISTILLED))
+    dev, distilled = (read(tmp_path, OFFICIAL_CONFIGS[name]).recipe for name in (DEV, DISTILLED))
     assert dev.single_pass == replace(dev.first_pass, skip_final=0)
     assert distilled.single_pass == replace(distilled.first_pass, sigmas=DISTILLED_SIGMAS)
 
 
 @pytest.mark.parametrize("said, mode", [("stg_as", "attention_skip"), ("Transformer_Block", "transformer_block")])
 def test_stg_mode_has_short_names(tmp_path: Path, said: str, mode: str) -> None:
-    text = OFFICIAL[TWO_B].replace('stg_mode: "attention_values"', f"stg_mode: {said}")
+    text = OFFICIAL_CONFIGS[TWO_B].replace('stg_mode: "attention_values"', f"stg_mode: {said}")
     assert read(tmp_path, text).recipe.first_pass.guidance.stg_mode == mode
 
 
@@ -112,14 +116,14 @@ def test_stg_mode_has_short_names(tmp_path: Path, said: str, mode: str) -> None:
     "sampler, levels", [("uniform", uniform_schedule(40)), ("linear-quadratic", linear_quadratic_schedule(40))]
 )
 def test_another_sampler_is_spelled_out_as_levels(tmp_path: Path, sampler: str, levels: Any) -> None:
-    text = OFFICIAL["ltxv-2b-0.9"].replace("from_checkpoint", sampler, 1)
+    text = OFFICIAL_CONFIGS["ltxv-2b-0.9"].replace("from_checkpoint", sampler, 1)
     first = read(tmp_path, text).recipe.first_pass
     assert first.sigmas == tuple(levels.tolist())
     assert first.steps is None
 
 
 def test_another_sampler_skips_as_the_passes_say(tmp_path: Path) -> None:
-    recipe = read(tmp_path, OFFICIAL[DEV].replace("from_checkpoint", "uniform", 1)).recipe
+    recipe = read(tmp_path, OFFICIAL_CONFIGS[DEV].replace("from_checkpoint", "uniform", 1)).recipe
     levels = tuple(uniform_schedule(30).tolist())
     assert recipe.second_pass is not None
     assert recipe.single_pass is not None
@@ -157,9 +161,9 @@ def test_another_sampler_skips_as_the_passes_say(tmp_path: Path) -> None:
     ],
 )
 def test_bad_value_is_named_with_its_key_and_its_file(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
-    assert old in OFFICIAL[TWO_B]
+    assert old in OFFICIAL_CONFIGS[TWO_B]
     with pytest.raises(RequestError) as refusal:
-        read(tmp_path, OFFICIAL[TWO_B].replace(old, new, 1))
+        read(tmp_path, OFFICIAL_CONFIGS[TWO_B].replace(old, new, 1))
     message = str(refusal.value)
     assert [word for word in ("config.yaml", *words) if word not in message] == []
 
@@ -175,9 +179,9 @@ def test_bad_value_is_named_with_its_key_and_its_file(tmp_path: Path, old: str, 
     ],
 )
 def test_bad_value_in_a_pass_is_named_with_the_pass(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
-    assert old in OFFICIAL[DEV]
+    assert old in OFFICIAL_CONFIGS[DEV]
     with pytest.raises(RequestError) as refusal:
-        read(tmp_path, OFFICIAL[DEV].replace(old, new, 1))
+        read(tmp_path, OFFICIAL_CONFIGS[DEV].replace(old, new, 1))
     assert [word for word in ("config.yaml", *words) if word not in str(refusal.value)] == []
 
 

@@ -35,14 +35,14 @@ from kadr.shapes import snap_frames
 from tests.tiny_models import (
     CHANNELS,
     LINEAR_QUADRATIC,
-    MODEL,
+    MODEL_FILE,
     SHIFTED,
+    build_random,
     sentencepiece_model,
-    sown,
     t5_config,
     transformer_config,
     vae_config,
-    write,
+    write_model,
     write_upscaler,
 )
 
@@ -64,10 +64,10 @@ Opened = Callable[..., Engine]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = write(tmp_path_factory.mktemp("model"))
+    home = write_model(tmp_path_factory.mktemp("model"))
     write_upscaler(home / "spatial.safetensors")
-    write_upscaler(home / "temporal.safetensors", space=False, time=True)
-    write_upscaler(home / "both.safetensors", space=True, time=True)
+    write_upscaler(home / "temporal.safetensors", upscales_space=False, upscales_time=True)
+    write_upscaler(home / "both.safetensors", upscales_space=True, upscales_time=True)
     write_upscaler(home / "wide.safetensors", channels=12)
     return home
 
@@ -75,12 +75,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model of the same latents: a third layer, other weights, an older schedule and older positions."""
-    return write(tmp_path_factory.mktemp("other"), layers=3, causal=False, schedule=SHIFTED, seed=20)
+    return write_model(tmp_path_factory.mktemp("other"), num_layers=3, is_causal=False, schedule=SHIFTED, seed=20)
 
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("distilled"), schedule=DISTILLED, seed=30)
+    return write_model(tmp_path_factory.mktemp("distilled"), schedule=DISTILLED, seed=30)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def opened(home: Path) -> Opened:
     def find(*upscalers: str) -> Engine:
         if upscalers not in made:
             paths = [home / f"{name}.safetensors" for name in upscalers]
-            made[upscalers] = Engine.open(home / MODEL, upscaler=paths, device="cpu")
+            made[upscalers] = Engine.open(home / MODEL_FILE, upscaler=paths, device="cpu")
         return made[upscalers]
 
     return find
@@ -354,10 +354,10 @@ def test_a_size_too_small_for_two_passes_is_refused(
 def test_upscalers_that_do_not_fit_are_refused_before_a_text_encoder_is_fetched_for_them(
     names: list[str], says: tuple[str, ...], home: Path, tmp_path: Path, unfetched: None
 ) -> None:
-    alone = tmp_path / MODEL
-    alone.symlink_to(home / MODEL)
+    alone = tmp_path / MODEL_FILE
+    alone.symlink_to(home / MODEL_FILE)
     upscalers = [home / f"{name}.safetensors" for name in names]
-    for model in (home / MODEL, alone):
+    for model in (home / MODEL_FILE, alone):
         refused(lambda: Engine.open(model, upscaler=upscalers, device="cpu"), CheckpointError, *says)  # noqa: B023
 
 
@@ -365,9 +365,9 @@ def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(home: P
     request = replace(REQUEST, multi_scale=False, second_pass=None)
     upscaler = home / "spatial.safetensors"
     named = {"the upscaler": {"upscaler": upscaler}, "the upscaler and the model": {"upscaler": upscaler}}
-    named["the upscaler and the model"]["second_model"] = home / MODEL
+    named["the upscaler and the model"]["second_model"] = home / MODEL_FILE
     for says, how in named.items():
-        engine = DryRunEngine.open(home / MODEL, **how)
+        engine = DryRunEngine.open(home / MODEL_FILE, **how)
         with pytest.warns(KadrWarning, match=f"a single pass is made, and {says} given for a second is not used"):
             engine.run(request)
         with warnings.catch_warnings():
@@ -378,12 +378,12 @@ def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(home: P
 def test_a_dry_run_refuses_an_upscaler_for_other_latents(home: Path) -> None:
     upscaler = home / "wide.safetensors"
     says = ("wide.safetensors", "12 channels", "have 8")
-    refused(lambda: DryRunEngine.open(home / MODEL, upscaler=upscaler), CheckpointError, *says)
+    refused(lambda: DryRunEngine.open(home / MODEL_FILE, upscaler=upscaler), CheckpointError, *says)
 
 
 @pytest.mark.parametrize("name", ["ltxv-2b-0.9.5", "t5-v1.1-xxl"])
 def test_a_name_that_is_no_upscaler_is_refused(name: str, home: Path, unfetched: None) -> None:
-    refused(lambda: Engine.open(home / MODEL, upscaler=name, device="cpu"), RequestError, name, "no upscaler")
+    refused(lambda: Engine.open(home / MODEL_FILE, upscaler=name, device="cpu"), RequestError, name, "no upscaler")
 
 
 def test_two_passes_without_an_upscaler_are_refused(
@@ -422,20 +422,22 @@ def test_a_dry_run_refuses_what_a_run_refuses_in_the_same_words(
     with pytest.raises(KadrError) as wet:
         opened(*names).denoise(request)
     with pytest.raises(type(wet.value), match=re.escape(str(wet.value))):
-        DryRunEngine.open(home / MODEL, upscaler=[home / f"{name}.safetensors" for name in names]).run(request)
+        DryRunEngine.open(home / MODEL_FILE, upscaler=[home / f"{name}.safetensors" for name in names]).run(request)
 
 
 def test_a_dry_run_refuses_two_upscalers_of_one_kind(home: Path) -> None:
     for names, says in ((("temporal", "both"), "second temporal"), (("spatial", "spatial"), "second spatial")):
         with pytest.raises(CheckpointError, match=says):
-            DryRunEngine.open(home / MODEL, upscaler=[home / f"{name}.safetensors" for name in names])
+            DryRunEngine.open(home / MODEL_FILE, upscaler=[home / f"{name}.safetensors" for name in names])
 
 
 # --- another model for the second pass -----------------------------------------------------------------------------
 
 
 def mixed(home: Path, second: Path) -> Engine:
-    return Engine.open(home / MODEL, second_model=second / MODEL, upscaler=home / "spatial.safetensors", device="cpu")
+    return Engine.open(
+        home / MODEL_FILE, second_model=second / MODEL_FILE, upscaler=home / "spatial.safetensors", device="cpu"
+    )
 
 
 def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model(
@@ -451,7 +453,7 @@ def test_the_second_pass_has_the_weights_positions_and_schedule_of_its_own_model
     assert [len(module.layers) for module, _ in steps] == [2, 2, 3, 3]
     weights = {}
     for folder in (home, other):
-        with Engine.open(folder / MODEL, device="cpu").components.transformer() as transformer:
+        with Engine.open(folder / MODEL_FILE, device="cpu").components.transformer() as transformer:
             weights[folder] = transformer.state_dict()
     for (module, _), folder in zip(steps, (home, home, other, other), strict=True):
         assert all(torch.equal(weight, weights[folder][name]) for name, weight in module.state_dict().items())
@@ -479,7 +481,7 @@ def test_the_same_model_twice_is_that_model(home: Path, opened: Opened) -> None:
 def test_a_record_names_the_second_model_and_the_upscalers(home: Path, other: Path) -> None:
     engine = mixed(home, other)
     record = engine.metadata(engine.resolve(REQUEST))
-    assert record["second_model"] == str(other / MODEL)
+    assert record["second_model"] == str(other / MODEL_FILE)
     assert record["spatial_upscaler"] == str(home / "spatial.safetensors")
     assert Request.from_json(record["request"]) == engine.resolve(REQUEST)
 
@@ -487,18 +489,18 @@ def test_a_record_names_the_second_model_and_the_upscalers(home: Path, other: Pa
 def test_a_second_model_of_other_latents_is_refused_before_a_text_encoder_is_fetched_for_it(
     home: Path, tmp_path: Path, unfetched: None
 ) -> None:
-    alone, wide = tmp_path / MODEL, tmp_path / "wide.safetensors"
-    alone.symlink_to(home / MODEL)
+    alone, wide = tmp_path / MODEL_FILE, tmp_path / "wide.safetensors"
+    alone.symlink_to(home / MODEL_FILE)
     config = replace(transformer_config(), in_channels=12)
     vae = replace(vae_config("0.9.5"), latent_channels=12)
     write_single_file(
         wide,
-        transformer=sown(lambda: Transformer(config)),
-        vae=sown(lambda: VAE(vae)),
+        transformer=build_random(lambda: Transformer(config)),
+        vae=build_random(lambda: VAE(vae)),
         schedule=LINEAR_QUADRATIC,
         dtype=torch.float32,
     )
-    for model in (home / MODEL, alone):
+    for model in (home / MODEL_FILE, alone):
         says = ("8 latent channels", str(wide), "12", "same release")
         refused(lambda: Engine.open(model, second_model=wide, device="cpu"), CheckpointError, *says)  # noqa: B023
 
@@ -508,11 +510,13 @@ def test_a_text_encoder_of_another_width_is_refused_for_each_model_it_would_not_
 ) -> None:
     spiece = tmp_path / "spiece.model"
     spiece.write_bytes(sentencepiece_model())
-    narrow = sown(lambda: T5Encoder(replace(t5_config(), d_model=16)))
+    narrow = build_random(lambda: T5Encoder(replace(t5_config(), d_model=16)))
     write_text_encoder(tmp_path, narrow, spiece, dtype=torch.float32)
     says = ("16 wide", "reads text of 24", "--text-encoder")
-    refused(lambda: Engine.open(home / MODEL, text_encoder=tmp_path, device="cpu"), CheckpointError, *says, str(home))
-    assert Engine.open(home / MODEL, second_model=other / MODEL, device="cpu")
+    refused(
+        lambda: Engine.open(home / MODEL_FILE, text_encoder=tmp_path, device="cpu"), CheckpointError, *says, str(home)
+    )
+    assert Engine.open(home / MODEL_FILE, second_model=other / MODEL_FILE, device="cpu")
 
 
 # --- guidance ------------------------------------------------------------------------------------------------------
@@ -559,7 +563,7 @@ FEW = replace(REQUEST, steps=None, sigmas=DISTILLED_SIGMAS[:2], second_pass=Pass
 
 
 def test_guidance_on_a_distilled_model_warns_by_name_for_each_pass_it_is_asked_of(home: Path, distilled: Path) -> None:
-    name = str(distilled / MODEL)
+    name = str(distilled / MODEL_FILE)
     alone = Engine.open(name, upscaler=home / "spatial.safetensors", device="cpu")
     guided = Pass(sigmas=DISTILLED_SIGMAS[-2:], guidance=Guidance(cfg_scale=2.0))
     for asked, times in (
@@ -574,7 +578,7 @@ def test_guidance_on_a_distilled_model_warns_by_name_for_each_pass_it_is_asked_o
 
 
 def test_a_distilled_model_without_guidance_is_not_warned_of(home: Path, distilled: Path) -> None:
-    alone = Engine.open(distilled / MODEL, upscaler=home / "spatial.safetensors", device="cpu")
+    alone = Engine.open(distilled / MODEL_FILE, upscaler=home / "spatial.safetensors", device="cpu")
     stg = Guidance(cfg_scale=1.0, stg_scale=1.0, skip_blocks=(0,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -597,7 +601,7 @@ def test_in_a_mix_the_model_that_is_distilled_is_the_one_that_is_warned_of(home:
         with pytest.warns(KadrWarning) as told:
             engine.resolve_passes(asked)
         (message,) = [str(warning.message) for warning in told]
-        assert f"{distilled / MODEL} is distilled" in message
+        assert f"{distilled / MODEL_FILE} is distilled" in message
 
 
 def distilled_with(distilled: Path, home: Path) -> Path:

@@ -18,14 +18,14 @@ from kadr.media.writer import VideoWriter
 from kadr.request.prompt_enhancement import MAX_IMAGE_SIDE
 from kadr.request.windows import Windows
 from kadr.shapes import Size
-from tests.fakechat import PARAGRAPH, FakeChat, refused, said, serving
+from tests.fakechat import PARAGRAPH, FakeChat, chat_completion, error_reply, serve_fake_chat
 
 REQUEST = Request(prompt="a red fox", seed=3, frames=9)
 
 
 @pytest.fixture
 def chat() -> Iterator[FakeChat]:
-    with serving() as chat:
+    with serve_fake_chat() as chat:
         yield chat
 
 
@@ -53,39 +53,41 @@ def test_the_prompt_is_what_the_endpoint_made_and_the_users_words_stay_beside_it
 
 def test_what_is_enhanced_again_still_has_the_users_words(chat: FakeChat) -> None:
     once = enhance_prompt(REQUEST, Enhancer(chat.url))
-    chat.reply = said("Another paragraph about the fox.")
+    chat.reply = chat_completion("Another paragraph about the fox.")
     twice = enhance_prompt(once, Enhancer(chat.url))
     assert (twice.prompt, twice.original_prompt) == ("Another paragraph about the fox.", "a red fox")
 
 
 def test_scenes_are_enhanced_one_by_one_and_joined_again(chat: FakeChat) -> None:
-    chat.reply = lambda asked: said(f"Scene {len(chat.asked)}: fox | number {len(chat.asked)} walks | on.")
+    chat.reply = lambda asked: chat_completion(
+        f"Scene {len(chat.requests)}: fox | number {len(chat.requests)} walks | on."
+    )
     made = enhance_prompt(replace(REQUEST, prompt=" a fox|a hare |  an owl", windows=Windows()), Enhancer(chat.url))
     assert made.prompt == "fox number 1 walks on. | fox number 2 walks on. | fox number 3 walks on."
     assert made.original_prompt == " a fox|a hare |  an owl"
-    assert [asked.words.rpartition("\n")[2] for asked in chat.asked] == ["a fox", "a hare", "an owl"]
+    assert [asked.text.rpartition("\n")[2] for asked in chat.requests] == ["a fox", "a hare", "an owl"]
 
 
 def test_failure_leaves_the_request_as_it_was_with_a_warning(chat: FakeChat) -> None:
-    chat.reply = refused(500, "out of memory")
+    chat.reply = error_reply(500, "out of memory")
     with pytest.warns(KadrWarning, match=r"out of memory\)\. The prompt is used as it was written\."):
         assert enhance_prompt(REQUEST, Enhancer(chat.url)) is REQUEST
 
 
 def test_without_windows_a_prompt_is_one_scene_whatever_stands_in_it(chat: FakeChat) -> None:
     made = enhance_prompt(replace(REQUEST, prompt="a fox | a hare"), Enhancer(chat.url))
-    assert (made.prompt, len(chat.asked)) == (PARAGRAPH, 1)
+    assert (made.prompt, len(chat.requests)) == (PARAGRAPH, 1)
 
 
 def test_one_scene_that_fails_leaves_all_as_they_were(chat: FakeChat) -> None:
-    chat.reply = lambda asked: said(PARAGRAPH if len(chat.asked) == 1 else "")
+    chat.reply = lambda asked: chat_completion(PARAGRAPH if len(chat.requests) == 1 else "")
     request = replace(REQUEST, prompt="a fox | a hare", windows=Windows())
     with pytest.warns(KadrWarning, match="answered with nothing"):
         assert enhance_prompt(request, Enhancer(chat.url)) is request
 
 
 def test_failure_is_an_error_where_it_is_required(chat: FakeChat) -> None:
-    chat.reply = refused(500, "out of memory")
+    chat.reply = error_reply(500, "out of memory")
     with pytest.raises(EnhanceError, match="out of memory"):
         enhance_prompt(REQUEST, Enhancer(chat.url, required=True))
 
@@ -102,12 +104,12 @@ def test_a_picture_is_shown_small_and_with_its_place(chat: FakeChat, tmp_path: P
         Condition(small, box=(32, 0, 64, 96)),
     )
     enhance_prompt(replace(REQUEST, conditions=conditions), Enhancer(chat.url))
-    (asked,) = chat.asked
-    images = [seen(url) for url in asked.pictures]
+    (asked,) = chat.requests
+    images = [seen(url) for url in asked.images]
     assert [image.size for image in images] == [(MAX_IMAGE_SIDE, MAX_IMAGE_SIDE // 2), *[(60, 90)] * 4]
     assert images[0].getpixel((9, 9)) == pytest.approx((250, 10, 10), abs=6)
     assert images[1].getpixel((9, 9)) == pytest.approx((10, 10, 250), abs=6)
-    assert [part["text"] for part in asked.parts[:-1] if part["type"] == "text"] == [
+    assert [part["text"] for part in asked.content_parts[:-1] if part["type"] == "text"] == [
         "Picture 1 is the first frame of the video:",
         "Picture 2 is the last frame of the video:",
         "Picture 3 is frame 40 of the video:",
@@ -125,10 +127,10 @@ def test_of_a_clip_the_first_frame_that_is_taken_is_shown(chat: FakeChat, clip: 
         Condition(clip, frame=-9, frame_range=(12, 13)),
     )
     enhance_prompt(replace(REQUEST, conditions=conditions, input_video=clip), Enhancer(chat.url))
-    (asked,) = chat.asked
-    levels = [np.asarray(seen(url)).mean() for url in asked.pictures]
+    (asked,) = chat.requests
+    levels = [np.asarray(seen(url)).mean() for url in asked.images]
     assert levels == pytest.approx([0, 0, 80, 120, 120], abs=4)
-    places = [part["text"] for part in asked.parts[:-1] if part["type"] == "text"]
+    places = [part["text"] for part in asked.content_parts[:-1] if part["type"] == "text"]
     assert places == [
         "Picture 1 is the first frame of the video that this one is made from:",
         "Picture 2 is the first frame of a clip that the video begins with:",
@@ -145,10 +147,10 @@ def test_a_picture_that_cannot_be_read_is_told_before_anyone_is_asked(
     (tmp_path / "odd.png").write_bytes(b"no picture")
     with pytest.raises(MediaError, match=name):
         enhance_prompt(replace(REQUEST, conditions=(Condition(str(tmp_path / name)),)), Enhancer(chat.url))
-    assert chat.asked == []
+    assert chat.requests == []
 
 
 def test_a_part_that_a_clip_does_not_have_is_told_before_anyone_is_asked(chat: FakeChat, clip: str) -> None:
     with pytest.raises(RequestError, match="has 17 frames"):
         enhance_prompt(replace(REQUEST, conditions=(Condition(clip, frame_range=(20, 25)),)), Enhancer(chat.url))
-    assert chat.asked == []
+    assert chat.requests == []

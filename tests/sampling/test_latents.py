@@ -9,7 +9,7 @@ import torch
 from ltx_video.pipelines.pipeline_ltx_video import LTXVideoPipeline, adain_filter_latent
 
 from kadr.sampling.latents import adain, tone_map
-from tests.oracles import relative
+from tests.oracles import relative_error
 
 LATENTS = torch.randn(2, 6, 3, 4, 5, generator=torch.Generator().manual_seed(1)) * 2 + 0.5
 REFERENCE = torch.randn(2, 6, 3, 2, 3, generator=torch.Generator().manual_seed(2)) * 0.7 - 1
@@ -17,7 +17,7 @@ REFERENCE = torch.randn(2, 6, 3, 2, 3, generator=torch.Generator().manual_seed(2
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_adain_is_the_official_one(share: float, parity: Any) -> None:
-    error = relative(adain(LATENTS, REFERENCE, share), adain_filter_latent(LATENTS, REFERENCE, share))
+    error = relative_error(adain(LATENTS, REFERENCE, share), adain_filter_latent(LATENTS, REFERENCE, share))
     assert parity("AdaIN", "two passes", "official", error) <= 1e-6
 
 
@@ -29,7 +29,7 @@ def test_adain_gives_each_channel_the_reference_s_mean_and_deviation() -> None:
 
 @pytest.mark.parametrize("compression", [0.1, 0.6, 1.0])
 def test_tone_mapping_is_the_official_one(compression: float, parity: Any) -> None:
-    error = relative(tone_map(LATENTS, compression), LTXVideoPipeline.tone_map_latents(LATENTS, compression))
+    error = relative_error(tone_map(LATENTS, compression), LTXVideoPipeline.tone_map_latents(LATENTS, compression))
     assert parity("tone map", "13B 0.9.8 distilled", "official", error) <= 1e-6
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kadr.sampling.schedules import Schedule, explicit_sigmas
 from kadr.sampling.steps import euler_step, next_sigma, stochastic_step
-from tests.oracles import relative
+from tests.oracles import relative_error
 
 LISTS = {
     "distilled second pass": explicit_sigmas((0.9094, 0.725, 0.4219)),
@@ -88,7 +88,7 @@ def test_euler_is_the_official_step_where_every_token_has_its_own_level(levels: 
     level = awkward(levels, 64)
     expected = official(levels).step(velocity, level, tokens, return_dict=False)[0]
     made = euler_step(0, tokens, velocity, level, path(levels))
-    parity("step", "Euler", "official", relative(made, expected))
+    parity("step", "Euler", "official", relative_error(made, expected))
     assert torch.equal(made, expected)
 
 
@@ -109,7 +109,7 @@ def test_a_stochastic_step_is_the_official_one_with_the_same_noise(
     for index, level in enumerate((levels[:1, None], levels[-1:, None], awkward(levels, 64))):
         made = step(index, tokens, velocity, level, path(levels))
         expected = scheduler.step(velocity, level, tokens, return_dict=False, stochastic_sampling=True)[0]
-        parity("step", "stochastic", "official", relative(made, expected))
+        parity("step", "stochastic", "official", relative_error(made, expected))
         torch.testing.assert_close(made, expected, rtol=0, atol=2e-6)
     assert asked == [(index, tokens.shape) for index in range(3)]
 

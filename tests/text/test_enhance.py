@@ -18,7 +18,17 @@ from kadr.errors import EnhanceError, KadrWarning, RequestError
 from kadr.text.chat_completion import MAX_WORDS, UnusableAnswer, extract_paragraph
 from kadr.text.chat_messages import ChatImage
 from kadr.text.enhance import MAX_RESPONSE_BYTES
-from tests.fakechat import PARAGRAPH, Asked, FakeChat, Reply, at_most, refused, said, serving, told
+from tests.fakechat import (
+    PARAGRAPH,
+    ChatRequest,
+    FakeChat,
+    Reply,
+    assert_faster_than,
+    chat_completion,
+    error_reply,
+    json_reply,
+    serve_fake_chat,
+)
 
 PROMPT = 'a red fox in snow, a sign says "ЗИМА"'
 KEY = "sk-very-secret-0123456789"
@@ -29,7 +39,7 @@ SOON = 10.0  # seconds: far more than a client that waits no longer needs, less 
 
 @pytest.fixture
 def chat() -> Iterator[FakeChat]:
-    with serving() as chat:
+    with serve_fake_chat() as chat:
         yield chat
 
 
@@ -52,23 +62,23 @@ def failure(chat: FakeChat, reply: Reply, **options: Any) -> str:
 @pytest.mark.parametrize("tail", ["", "/", "/chat/completions", "/chat/completions/"])
 def test_a_url_may_be_written_as_users_do(chat: FakeChat, tail: str) -> None:
     assert Enhancer(chat.url + tail).enhance(PROMPT) == PARAGRAPH
-    assert (chat.asked[0].method, chat.asked[0].path) == ("POST", "/v1/chat/completions")
+    assert (chat.requests[0].method, chat.requests[0].path) == ("POST", "/v1/chat/completions")
 
 
 def test_a_query_stays_at_its_place_and_out_of_messages(chat: FakeChat) -> None:
     url = f"{chat.url}?api-version=3&code=abc"
     assert Enhancer(url).enhance(PROMPT) == PARAGRAPH
-    assert chat.asked[0].path == "/v1/chat/completions?api-version=3&code=abc"
+    assert chat.requests[0].path == "/v1/chat/completions?api-version=3&code=abc"
     assert Enhancer(url).display_url == chat.url
 
 
 def test_the_prompt_is_sent_whole_with_instructions_of_our_own(chat: FakeChat) -> None:
     Enhancer(chat.url, "some-model:4b").enhance(PROMPT)
-    (asked,) = chat.asked
+    (asked,) = chat.requests
     assert asked.body.keys() == {"model", "messages", "stream"}
     assert (asked.body["model"], asked.body["stream"]) == ("some-model:4b", False)
     assert [message["role"] for message in asked.body["messages"]] == ["system", "user"]
-    assert asked.words == f"The request:\n{PROMPT}"
+    assert asked.text == f"The request:\n{PROMPT}"
     assert "one flowing paragraph" in asked.system
     assert "held to pictures" not in asked.system
     assert "Authorization" not in asked.headers
@@ -76,14 +86,14 @@ def test_the_prompt_is_sent_whole_with_instructions_of_our_own(chat: FakeChat) -
 
 def test_without_a_model_none_is_sent(chat: FakeChat) -> None:
     Enhancer(chat.url).enhance(PROMPT)
-    assert "model" not in chat.asked[0].body
+    assert "model" not in chat.requests[0].body
 
 
 def test_the_key_is_in_one_header_and_nowhere_else(chat: FakeChat) -> None:
     enhancer = Enhancer(chat.url, key=KEY)
     assert KEY not in repr(enhancer)
     enhancer.enhance(PROMPT)
-    (asked,) = chat.asked
+    (asked,) = chat.requests
     assert asked.headers.pop("Authorization") == f"Bearer {KEY}"
     assert KEY not in str(asked)
 
@@ -91,13 +101,13 @@ def test_the_key_is_in_one_header_and_nowhere_else(chat: FakeChat) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        refused(401, f"Incorrect API key provided: {KEY}"),
-        refused(400, f"{'long ' * 38}{KEY}"),  # cut in its middle
+        error_reply(401, f"Incorrect API key provided: {KEY}"),
+        error_reply(400, f"{'long ' * 38}{KEY}"),  # cut in its middle
         Reply(f"no {KEY}".encode(), 500),
         Reply(status=307, headers={"Location": f"http://127.0.0.1:9/?key={KEY}"}),
-        said(f"{{{KEY}}}"),
-        said(KEY),
-        told({"error": KEY}),
+        chat_completion(f"{{{KEY}}}"),
+        chat_completion(KEY),
+        json_reply({"error": KEY}),
     ],
 )
 def test_a_key_that_the_endpoint_repeats_is_in_no_message(chat: FakeChat, reply: Reply) -> None:
@@ -106,7 +116,7 @@ def test_a_key_that_the_endpoint_repeats_is_in_no_message(chat: FakeChat, reply:
 
 
 def test_a_key_that_the_endpoint_repeats_is_not_in_the_prompt(chat: FakeChat) -> None:
-    chat.reply = said(f"A fox runs past a wall that says {KEY} in the snow.")
+    chat.reply = chat_completion(f"A fox runs past a wall that says {KEY} in the snow.")
     assert Enhancer(chat.url, key=KEY).enhance(PROMPT) == "A fox runs past a wall that says (the key) in the snow."
 
 
@@ -115,59 +125,59 @@ def test_a_key_that_the_endpoint_repeats_is_not_in_the_prompt(chat: FakeChat) ->
 
 def test_pictures_are_sent_each_after_its_place(chat: FakeChat) -> None:
     Enhancer(chat.url).enhance(PROMPT, PICTURES)
-    (asked,) = chat.asked
-    assert [part["type"] for part in asked.parts] == ["text", "image_url", "text", "image_url", "text"]
-    assert asked.parts[0]["text"] == "Picture 1 is the first frame of the video:"
-    assert asked.pictures == ["data:image/jpeg;base64,/9hmaXJzdA==", "data:image/jpeg;base64,/9hsYXN0"]
+    (asked,) = chat.requests
+    assert [part["type"] for part in asked.content_parts] == ["text", "image_url", "text", "image_url", "text"]
+    assert asked.content_parts[0]["text"] == "Picture 1 is the first frame of the video:"
+    assert asked.images == ["data:image/jpeg;base64,/9hmaXJzdA==", "data:image/jpeg;base64,/9hsYXN0"]
     assert "that you are shown" in asked.system
 
 
 @pytest.mark.parametrize(
     "refusal",
     [
-        refused(400, "Invalid content type. image_url is only supported by certain models."),
-        refused(413, "too much"),
-        refused(415, ""),
-        refused(422, "messages.1.content: Input should be a valid string"),
-        refused(500, "image input is not supported - hint: you may need to provide the mmproj"),
-        refused(404, "No endpoints found that support image input"),
+        error_reply(400, "Invalid content type. image_url is only supported by certain models."),
+        error_reply(413, "too much"),
+        error_reply(415, ""),
+        error_reply(422, "messages.1.content: Input should be a valid string"),
+        error_reply(500, "image input is not supported - hint: you may need to provide the mmproj"),
+        error_reply(404, "No endpoints found that support image input"),
     ],
 )
 def test_an_endpoint_that_cannot_see_is_asked_once_more_without_pictures(chat: FakeChat, refusal: Reply) -> None:
-    chat.reply = lambda asked: refusal if asked.pictures else said(PARAGRAPH)
+    chat.reply = lambda asked: refusal if asked.images else chat_completion(PARAGRAPH)
     with pytest.warns(KadrWarning, match=rf"cannot see: .* HTTP {refusal.status}"):
         assert Enhancer(chat.url).enhance(PROMPT, PICTURES) == PARAGRAPH
-    seeing, blind = chat.asked
-    assert (len(seeing.pictures), blind.pictures) == (2, [])
+    seeing, blind = chat.requests
+    assert (len(seeing.images), blind.images) == (2, [])
     assert "that you cannot be shown" in blind.system
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 408, 429, 502, 503])
 def test_what_is_not_about_pictures_is_not_asked_again(chat: FakeChat, status: int) -> None:
-    chat.reply = refused(status, "no")
+    chat.reply = error_reply(status, "no")
     with pytest.raises(EnhanceError, match=f"HTTP {status}"):
         Enhancer(chat.url).enhance(PROMPT, PICTURES)
-    assert len(chat.asked) == 1
+    assert len(chat.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 500])
 def test_without_pictures_a_refusal_is_final(chat: FakeChat, status: int) -> None:
-    failure(chat, refused(status, "no"))
-    assert len(chat.asked) == 1
+    failure(chat, error_reply(status, "no"))
+    assert len(chat.requests) == 1
 
 
 def test_an_endpoint_that_refuses_without_pictures_too_has_failed(chat: FakeChat) -> None:
-    chat.reply = refused(400, "no")
+    chat.reply = error_reply(400, "no")
     with warnings.catch_warnings(record=True) as noted, pytest.raises(EnhanceError, match="HTTP 400"):
         Enhancer(chat.url, "m").enhance(PROMPT, PICTURES)
-    assert (len(chat.asked), noted) == (2, [])
+    assert (len(chat.requests), noted) == (2, [])
 
 
 def test_each_scene_is_asked_for_with_the_others_in_view(chat: FakeChat) -> None:
-    chat.reply = lambda asked: said(f"A long and whole scene of number {len(chat.asked)}.")
+    chat.reply = lambda asked: chat_completion(f"A long and whole scene of number {len(chat.requests)}.")
     made = Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
     assert made == [f"A long and whole scene of number {number}." for number in (1, 2, 3)]
-    first, second, third = (asked.words for asked in chat.asked)
+    first, second, third = (asked.text for asked in chat.requests)
     assert "Write scene 2 alone" in second
     assert second.endswith("The request:\na hare")
     assert "Scene 1: A long and whole scene of number 1.\nScene 3: an owl" in second
@@ -176,19 +186,19 @@ def test_each_scene_is_asked_for_with_the_others_in_view(chat: FakeChat) -> None
 
 
 def test_a_blind_endpoint_is_shown_the_pictures_of_one_scene_only(chat: FakeChat) -> None:
-    chat.reply = lambda asked: refused(400, "no images") if asked.pictures else said(PARAGRAPH)
+    chat.reply = lambda asked: error_reply(400, "no images") if asked.images else chat_completion(PARAGRAPH)
     with pytest.warns(KadrWarning, match="cannot see") as noted:
         Enhancer(chat.url).enhance_scenes(["a fox", "a hare"], PICTURES)
-    assert [len(asked.pictures) for asked in chat.asked] == [2, 0, 0]
+    assert [len(asked.images) for asked in chat.requests] == [2, 0, 0]
     assert len(noted) == 1
-    assert all("cannot be shown" in asked.system for asked in chat.asked[1:])
+    assert all("cannot be shown" in asked.system for asked in chat.requests[1:])
 
 
 def test_one_scene_that_fails_fails_all(chat: FakeChat) -> None:
-    chat.reply = lambda asked: said(PARAGRAPH if len(chat.asked) < 2 else "")
+    chat.reply = lambda asked: chat_completion(PARAGRAPH if len(chat.requests) < 2 else "")
     with pytest.raises(EnhanceError, match="answered with nothing"):
         Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
-    assert len(chat.asked) == 2
+    assert len(chat.requests) == 2
 
 
 # --- slow, down, refusing -----------------------------------------------------------------------------------------
@@ -197,36 +207,38 @@ def test_one_scene_that_fails_fails_all(chat: FakeChat) -> None:
 @pytest.mark.parametrize(
     "reply",
     [
-        Reply(said(PARAGRAPH).body, wait=60.0),
-        Reply(said(PARAGRAPH).body, drip=0.2),
-        Reply(said(PARAGRAPH).body, drip_headers=0.2),
-        Reply(refused(500, "long" * 99).body, status=500, drip=0.2),
+        Reply(chat_completion(PARAGRAPH).body, delay_seconds=60.0),
+        Reply(chat_completion(PARAGRAPH).body, byte_interval=0.2),
+        Reply(chat_completion(PARAGRAPH).body, header_interval=0.2),
+        Reply(error_reply(500, "long" * 99).body, status=500, byte_interval=0.2),
     ],
     ids=["silent", "dripping", "dripping headers", "dripping an error"],
 )
 def test_a_slow_answer_ends_in_time(chat: FakeChat, reply: Reply) -> None:
-    with at_most(SOON):
+    with assert_faster_than(SOON):
         assert "did not answer within 0.3 s" in failure(chat, reply, timeout=PATIENCE)
 
 
 def test_an_answer_that_drips_is_left_behind_for_good(chat: FakeChat) -> None:
     before = set(threading.enumerate())
-    failure(chat, Reply(said(PARAGRAPH).body, drip=0.2), timeout=PATIENCE)
+    failure(chat, Reply(chat_completion(PARAGRAPH).body, byte_interval=0.2), timeout=PATIENCE)
     (left,) = [each for each in set(threading.enumerate()) - before if each.name == "kadr enhance"]
     left.join(SOON)
     assert not left.is_alive()
 
 
 def test_a_second_try_without_pictures_has_what_is_left_of_the_time(chat: FakeChat) -> None:
-    chat.reply = lambda asked: Reply(refused(400, "no").body, 400, wait=0.2) if asked.pictures else Reply(wait=60.0)
-    with at_most(SOON), pytest.raises(EnhanceError, match="within 1 s"):
+    chat.reply = lambda asked: (
+        Reply(error_reply(400, "no").body, 400, delay_seconds=0.2) if asked.images else Reply(delay_seconds=60.0)
+    )
+    with assert_faster_than(SOON), pytest.raises(EnhanceError, match="within 1 s"):
         Enhancer(chat.url, "m", timeout=1.0).enhance(PROMPT, PICTURES)
-    assert len(chat.asked) == 2
+    assert len(chat.requests) == 2
 
 
 def test_a_name_that_is_not_found_in_time_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: threading.Event().wait(30))
-    with at_most(SOON), pytest.raises(EnhanceError, match="did not answer within"):
+    with assert_faster_than(SOON), pytest.raises(EnhanceError, match="did not answer within"):
         Enhancer("https://chat.example/v1", timeout=PATIENCE).enhance(PROMPT)
 
 
@@ -240,7 +252,7 @@ def test_a_name_that_nobody_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_server_that_is_down_is_told() -> None:
-    with serving() as chat:
+    with serve_fake_chat() as chat:
         url = chat.url
     with pytest.raises(EnhanceError, match=r"refuses the connection; is it running, and is the port right\?"):
         Enhancer(url).enhance(PROMPT)
@@ -254,20 +266,20 @@ def test_a_server_without_tls_is_told(chat: FakeChat) -> None:
 @pytest.mark.parametrize(
     "reply, words",
     [
-        (refused(401, "No key."), ["HTTP 401 (No key)", "KADR_ENHANCE_KEY"]),
-        (refused(403, "No."), ["HTTP 403 (No)", "KADR_ENHANCE_KEY"]),
-        (refused(404, 'model "x" not found, try pulling it first'), ["HTTP 404", "try pulling it first", "/v1"]),
-        (refused(429, "You exceeded your current quota"), ["HTTP 429", "exceeded", "account"]),
-        (refused(500, "out of memory"), ["HTTP 500 (out of memory)"]),
-        (told({"error": "a string"}, 400), ["HTTP 400 (a string; no model was named)"]),
-        (told({"message": "plain"}, 400), ["(plain; no model was named)"]),
-        (told({"detail": [{"msg": "field required"}]}, 422), ["field required"]),
-        (told(["odd"], 500), ['HTTP 500 (["odd"])']),
+        (error_reply(401, "No key."), ["HTTP 401 (No key)", "KADR_ENHANCE_KEY"]),
+        (error_reply(403, "No."), ["HTTP 403 (No)", "KADR_ENHANCE_KEY"]),
+        (error_reply(404, 'model "x" not found, try pulling it first'), ["HTTP 404", "try pulling it first", "/v1"]),
+        (error_reply(429, "You exceeded your current quota"), ["HTTP 429", "exceeded", "account"]),
+        (error_reply(500, "out of memory"), ["HTTP 500 (out of memory)"]),
+        (json_reply({"error": "a string"}, 400), ["HTTP 400 (a string; no model was named)"]),
+        (json_reply({"message": "plain"}, 400), ["(plain; no model was named)"]),
+        (json_reply({"detail": [{"msg": "field required"}]}, 422), ["field required"]),
+        (json_reply(["odd"], 500), ['HTTP 500 (["odd"])']),
         (Reply(b"<html><body>Bad Gateway</body></html>", 502), ["HTTP 502."]),
         (Reply(b"upstream\n\x1b[31mfailed\x00", 503), ["HTTP 503 (upstream [31mfailed)"]),
         (Reply(b"", 400), ["HTTP 400 (no model was named)"]),
         (Reply(b"\xff\xfe", 500), ["HTTP 500"]),
-        (refused(500, "x" * 5000), ["HTTP 500", "x..."]),
+        (error_reply(500, "x" * 5000), ["HTTP 500", "x..."]),
         (Reply(b"y" * (MAX_RESPONSE_BYTES + 9), 500), ["HTTP 500."]),
     ],
 )
@@ -280,10 +292,10 @@ def test_a_refusal_is_told_in_the_endpoints_words_but_short(chat: FakeChat, repl
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_told_and_not_followed(chat: FakeChat, status: int) -> None:
-    with serving() as other:
+    with serve_fake_chat() as other:
         message = failure(chat, Reply(status=status, headers={"Location": f"{other.url}/chat/completions"}), key=KEY)
         assert f"{other.url}/chat/completions" in message
-        assert (len(chat.asked), other.asked) == (1, [])
+        assert (len(chat.requests), other.requests) == (1, [])
 
 
 def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
@@ -302,51 +314,57 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
     "HTML": (Reply(b"<!doctype html><title>hi</title>"), "answered with HTML, not JSON"),
     "not JSON": (Reply(b"A fox runs."), "answered with something else, not JSON"),
     "not text": (Reply(bytes(range(256))), "not JSON"),
-    "cut JSON": (Reply(said(PARAGRAPH).body, only=40), "hung up before its answer was whole."),
-    "one endless word": (said("A fox runs fast " + "y" * 9000), "no description, but with 'A fox runs fast yyy"),
-    "no spaces": (said("y" * 100_000), "no description"),
+    "cut JSON": (Reply(chat_completion(PARAGRAPH).body, truncate_at=40), "hung up before its answer was whole."),
+    "one endless word": (
+        chat_completion("A fox runs fast " + "y" * 9000),
+        "no description, but with 'A fox runs fast yyy",
+    ),
+    "no spaces": (chat_completion("y" * 100_000), "no description"),
     "another script": (
-        said("一只红色的小狐狸从左到右在新雪中小跑，" * 9),
+        chat_completion("一只红色的小狐狸从左到右在新雪中小跑，" * 9),
         "letters that the text encoder does not read",
     ),
     "a stream": (Reply(b'data: {"choices": []}\n\n'), "answered with a stream of events"),
     "deep JSON": (Reply(b"[" * 200_000), "JSON"),
-    "not HTTP": (Reply(raw=b"SSH-2.0-OpenSSH_9.6\r\n"), "does not speak HTTP"),
-    "hung up": (Reply(raw=b""), "hung up"),
-    "a bad chunk": (Reply(raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "hung up"),
+    "not HTTP": (Reply(raw_bytes=b"SSH-2.0-OpenSSH_9.6\r\n"), "does not speak HTTP"),
+    "hung up": (Reply(raw_bytes=b""), "hung up"),
+    "a bad chunk": (Reply(raw_bytes=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "hung up"),
     "too much": (Reply(b" " * (MAX_RESPONSE_BYTES + 1)), "more than 1 MB"),
-    "a number": (told(5), "without choices"),
-    "null": (told(None), "without choices"),
-    "no choices": (told({"id": 1}), "without choices"),
-    "empty choices": (told({"choices": []}), "without choices"),
-    "odd choices": (told({"choices": ["x"]}), "without choices"),
-    "choices of another kind": (told({"choices": {"0": 1}}), "without choices"),
-    "no message": (told({"choices": [{}]}), "answered with nothing"),
-    "odd message": (told({"choices": [{"message": "x"}]}), "answered with nothing"),
-    "an error that is no status": (told({"error": {"message": "overloaded"}}), "with an error: overloaded"),
-    "null content": (said(None), "answered with nothing"),
-    "empty": (said(""), "answered with nothing"),
-    "space": (said(" \n\t"), "answered with nothing"),
-    "a number for text": (said(7), "no text: 7"),
-    "an object for text": (said({"a": 1}), "no text"),
-    "no part of text": (said([{"type": "image"}]), "answered with nothing"),
-    "half a character": (said("A fox \ud83d runs in the snow."), "half a character"),
-    "a refusal": (said(None, refusal="I can't help with that."), "declined: I can't help with that."),
-    "a refusal in words": (said("I’m sorry, but I can’t assist with this request."), "declined: I’m sorry"),
-    "another": (said("I cannot create content that shows foxes in the snow."), "declined: I cannot"),
-    "a filter": (said("", "content_filter"), "filter"),
-    "a cut answer": (said("A fox runs through the snow and", "length"), "cut its answer off"),
-    "thoughts alone": (said("<think>The user wants a fox. Let me see.</think>\n"), "thoughts alone"),
-    "thoughts without an end": (said("<think>The user wants a fox. Let me see."), "thoughts alone"),
-    "the same words": (said(f'"{PROMPT}"'), "the same words back"),
-    "hardly other words": (said('A red fox in snow; a sign says: "ЗИМА".'), "the same words back"),
-    "OK": (said("Sure!"), "no description, but with 'Sure!'"),
-    "JSON in text": (said('```json\n{"prompt": "a fox runs in snow"}\n```'), "data instead of a description"),
-    "HTML in text": (said("<div>a fox runs through the snow</div>"), "data instead of a description"),
-    "fences alone": (said("```\n```"), "answered with nothing"),
-    "a heading alone": (said("**Enhanced prompt:**"), "answered with nothing"),
-    "bars alone": (said("| | |"), "answered with nothing"),
-    "one endless sentence": (said("a fox runs and " * 200), "800 words"),
+    "a number": (json_reply(5), "without choices"),
+    "null": (json_reply(None), "without choices"),
+    "no choices": (json_reply({"id": 1}), "without choices"),
+    "empty choices": (json_reply({"choices": []}), "without choices"),
+    "odd choices": (json_reply({"choices": ["x"]}), "without choices"),
+    "choices of another kind": (json_reply({"choices": {"0": 1}}), "without choices"),
+    "no message": (json_reply({"choices": [{}]}), "answered with nothing"),
+    "odd message": (json_reply({"choices": [{"message": "x"}]}), "answered with nothing"),
+    "an error that is no status": (json_reply({"error": {"message": "overloaded"}}), "with an error: overloaded"),
+    "null content": (chat_completion(None), "answered with nothing"),
+    "empty": (chat_completion(""), "answered with nothing"),
+    "space": (chat_completion(" \n\t"), "answered with nothing"),
+    "a number for text": (chat_completion(7), "no text: 7"),
+    "an object for text": (chat_completion({"a": 1}), "no text"),
+    "no part of text": (chat_completion([{"type": "image"}]), "answered with nothing"),
+    "half a character": (chat_completion("A fox \ud83d runs in the snow."), "half a character"),
+    "a refusal": (chat_completion(None, refusal="I can't help with that."), "declined: I can't help with that."),
+    "a refusal in words": (chat_completion("I’m sorry, but I can’t assist with this request."), "declined: I’m sorry"),
+    "another": (chat_completion("I cannot create content that shows foxes in the snow."), "declined: I cannot"),
+    "a filter": (chat_completion("", "content_filter"), "filter"),
+    "a cut answer": (chat_completion("A fox runs through the snow and", "length"), "cut its answer off"),
+    "thoughts alone": (chat_completion("<think>The user wants a fox. Let me see.</think>\n"), "thoughts alone"),
+    "thoughts without an end": (chat_completion("<think>The user wants a fox. Let me see."), "thoughts alone"),
+    "the same words": (chat_completion(f'"{PROMPT}"'), "the same words back"),
+    "hardly other words": (chat_completion('A red fox in snow; a sign says: "ЗИМА".'), "the same words back"),
+    "OK": (chat_completion("Sure!"), "no description, but with 'Sure!'"),
+    "JSON in text": (
+        chat_completion('```json\n{"prompt": "a fox runs in snow"}\n```'),
+        "data instead of a description",
+    ),
+    "HTML in text": (chat_completion("<div>a fox runs through the snow</div>"), "data instead of a description"),
+    "fences alone": (chat_completion("```\n```"), "answered with nothing"),
+    "a heading alone": (chat_completion("**Enhanced prompt:**"), "answered with nothing"),
+    "bars alone": (chat_completion("| | |"), "answered with nothing"),
+    "one endless sentence": (chat_completion("a fox runs and " * 200), "800 words"),
 }
 
 
@@ -354,7 +372,7 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
 def test_a_word_in_the_place_of_a_key_is_taken_out_of_nothing(chat: FakeChat, key: str) -> None:
     """Servers without keys are given any."""
     text = PARAGRAPH.replace("fox", "fox, the content key, none of token123 x")
-    chat.reply = said(text)
+    chat.reply = chat_completion(text)
     assert Enhancer(chat.url, key=key).enhance("a red fox") == text
 
 
@@ -370,7 +388,7 @@ def heard(chat: FakeChat, reply: Reply, key: str) -> str:
 def test_a_key_is_taken_out_however_json_spells_it(chat: FakeChat) -> None:
     key = "c2Vj/cmV0+a/0123=="
     body = json.dumps({"error": {"message": f"bad key {key}"}}).replace("/", "\\/")
-    for reply in (Reply(body.encode(), 401), said(f"{PARAGRAPH} {key}")):
+    for reply in (Reply(body.encode(), 401), chat_completion(f"{PARAGRAPH} {key}")):
         told = heard(chat, reply, key)
         assert "(the key)" in told
         assert key not in told
@@ -382,7 +400,7 @@ def test_a_key_is_taken_out_however_json_spells_it(chat: FakeChat) -> None:
 def test_an_answer_of_any_shape_is_read_in_no_time(noise: str) -> None:
     """An endpoint may send a megabyte of anything."""
     times = 300_000 // len(noise)
-    with at_most(5):
+    with assert_faster_than(5):
         for text in (noise * times, PARAGRAPH + noise * times + "x", noise * times + PARAGRAPH):
             with suppress(UnusableAnswer):
                 extract_paragraph(text)
@@ -390,7 +408,10 @@ def test_an_answer_of_any_shape_is_read_in_no_time(noise: str) -> None:
 
 def test_a_key_is_not_put_together_again_when_signs_are_taken_out(chat: FakeChat) -> None:
     key = "sk-abcdefghij1234"
-    for reply in (refused(401, "bad key sk-abcdef\u0007ghij1234"), said(f"{PARAGRAPH} sk-abcdef\u0007ghij1234")):
+    for reply in (
+        error_reply(401, "bad key sk-abcdef\u0007ghij1234"),
+        chat_completion(f"{PARAGRAPH} sk-abcdef\u0007ghij1234"),
+    ):
         told = heard(chat, reply, key)
         assert "(the key)" in told
         assert key not in told
@@ -405,7 +426,7 @@ def test_a_key_is_not_put_together_again_when_signs_are_taken_out(chat: FakeChat
     ],
 )
 def test_a_description_keeps_its_beginning(chat: FakeChat, answer: str) -> None:
-    chat.reply = said(answer)
+    chat.reply = chat_completion(answer)
     assert Enhancer(chat.url).enhance("a red fox") == answer
 
 
@@ -413,15 +434,15 @@ def test_a_long_prompt_may_be_given_back_as_it_is_and_a_short_one_not(chat: Fake
     long = (
         f"{PARAGRAPH} It stops at the edge of the wood and looks back over its shoulder, and snow falls from a branch."
     )
-    chat.reply = said(long)
+    chat.reply = chat_completion(long)
     assert Enhancer(chat.url).enhance(long) == long
-    chat.reply = said("a red fox runs")
+    chat.reply = chat_completion("a red fox runs")
     with pytest.raises(EnhanceError, match="gave the same words back"):
         Enhancer(chat.url).enhance("A red fox runs.")
 
 
 def test_a_message_ends_once(chat: FakeChat) -> None:
-    with serving() as other:
+    with serve_fake_chat() as other:
         url = other.url
     with pytest.raises(EnhanceError, match=r"is the port right\?$"):
         Enhancer(url).enhance("a red fox")
@@ -468,7 +489,7 @@ def test_nonsense_is_told_and_never_a_prompt(chat: FakeChat, reply: Reply, words
     ],
 )
 def test_what_stands_around_the_paragraph_is_taken_off(chat: FakeChat, answer: str) -> None:
-    chat.reply = said(answer)
+    chat.reply = chat_completion(answer)
     assert Enhancer(chat.url).enhance(PROMPT) == PARAGRAPH
 
 
@@ -484,34 +505,34 @@ def test_what_stands_around_the_paragraph_is_taken_off(chat: FakeChat, answer: s
     ],
 )
 def test_what_is_part_of_the_paragraph_stays(chat: FakeChat, answer: str) -> None:
-    chat.reply = said(answer)
+    chat.reply = chat_completion(answer)
     assert Enhancer(chat.url).enhance(PROMPT) == answer
 
 
 def test_marks_around_a_paragraph_with_lettering_are_taken_off(chat: FakeChat) -> None:
     for begin, end in ('""', "“”"):
         inner = f"A fox walks past a sign that says {begin}ЗИМА{end}"
-        chat.reply = said(f"{begin}{inner}{end}")
+        chat.reply = chat_completion(f"{begin}{inner}{end}")
         assert Enhancer(chat.url).enhance("a fox") == inner
 
 
 def test_content_in_parts_is_put_together(chat: FakeChat) -> None:
     half = PARAGRAPH.index("while")
     parts = [{"type": "text", "text": PARAGRAPH[:half]}, {"type": "text", "text": PARAGRAPH[half:]}]
-    chat.reply = said([{"type": "reasoning", "summary": []}, *parts])
+    chat.reply = chat_completion([{"type": "reasoning", "summary": []}, *parts])
     assert Enhancer(chat.url).enhance(PROMPT) == PARAGRAPH
 
 
 def test_a_long_answer_is_cut_after_a_whole_sentence_and_says_so(chat: FakeChat) -> None:
     sentence = "The fox turns its head and walks on through the snow."  # 11 words
-    chat.reply = said(" ".join([sentence] * 30))
+    chat.reply = chat_completion(" ".join([sentence] * 30))
     with pytest.warns(KadrWarning, match=f"330 words.*{MAX_WORDS // 11 * 11} words"):
         made = Enhancer(chat.url).enhance(PROMPT)
     assert made == " ".join([sentence] * (MAX_WORDS // 11))
 
 
 def test_an_answer_that_just_fits_is_not_cut(chat: FakeChat) -> None:
-    chat.reply = said(" ".join(["word"] * MAX_WORDS))
+    chat.reply = chat_completion(" ".join(["word"] * MAX_WORDS))
     assert len(Enhancer(chat.url).enhance(PROMPT).split()) == MAX_WORDS
 
 
@@ -577,5 +598,5 @@ def test_the_fake_server_is_a_real_one(chat: FakeChat) -> None:
         line.sendall(b"GET /v1/chat/completions HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: line.recv(4096), b""))
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"] == PARAGRAPH
-    assert isinstance(chat.asked[0], Asked)
+    assert isinstance(chat.requests[0], ChatRequest)
     assert issubclass(http.server.ThreadingHTTPServer, http.server.HTTPServer)

@@ -11,36 +11,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from train.judge import Verdict, judge
+from train.judge import Verdict, name_scene
 from train.scenes import (
     BACKGROUNDS,
     CLIP_FRAMES,
     COLOURS,
-    DOES,
-    DOING,
-    KEYS,
+    MOTION_PARTICIPLES,
+    MOTION_VERBS,
     MOTIONS,
+    SCENE_KEYS,
+    SCENE_SIDE,
     SHAPES,
     SIZES,
     SPEEDS,
     SQUARE_SIDE,
-    STAGE,
-    TRIANGLE_REACH,
-    Key,
+    TRIANGLE_EXTENT,
     Scene,
-    caption,
+    SceneKey,
     held_out_captions,
     is_held_out,
     plain_caption,
     render,
     signed_distance,
+    varied_caption,
     vocabulary_corpus,
 )
 
 
 def some_scenes(count: int, seed: int) -> list[Scene]:
     rng = Random(seed)
-    return [Scene.of(rng.choice(KEYS), rng) for _ in range(count)]
+    return [Scene.from_key(rng.choice(SCENE_KEYS), rng) for _ in range(count)]
 
 
 def as_frames(clips: Tensor) -> np.ndarray:
@@ -65,7 +65,7 @@ def share_right(scenes: list[Scene], worsen: Callable[[Tensor], Tensor]) -> np.n
     Every other frame is shown, the ones that the judge would look at; one clip at a time, which fits in the cache.
     """
     seen = ((scene, as_frames(worsen(render([scene], CLIP_FRAMES)[:, :, ::2]))[0]) for scene in scenes)
-    return np.mean([np.equal(judge(frames), scene.key) for scene, frames in seen], axis=0)
+    return np.mean([np.equal(name_scene(frames), scene.key) for scene, frames in seen], axis=0)
 
 
 # Pictures
@@ -74,7 +74,7 @@ def share_right(scenes: list[Scene], worsen: Callable[[Tensor], Tensor]) -> np.n
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_stays_inside_the_frame_for_the_whole_clip(shape):
     rng = Random(0)
-    scenes = [Scene.of(Key("white", shape, "black", motion), rng) for motion in MOTIONS * 3]
+    scenes = [Scene.from_key(SceneKey("white", shape, "black", motion), rng) for motion in MOTIONS * 3]
     ink = render(scenes, CLIP_FRAMES)[:, 0] > -0.9  # (B, F, H, W); the black is at -0.92
     assert ink.any(dim=(-1, -2)).all()
     assert not ink[..., [0, -1], :].any()
@@ -106,7 +106,7 @@ def test_a_larger_picture_shows_the_same_scene():
 
 
 def test_a_narrow_clip_has_the_shape_in_the_middle_of_the_long_side():
-    scene = Scene("red", "circle", "black", "standing still", "medium", "", STAGE / 2, STAGE / 2, 20)
+    scene = Scene("red", "circle", "black", "standing still", "medium", "", SCENE_SIDE / 2, SCENE_SIDE / 2, 20)
     picture = render([scene], 1, (48, 160))[0, 0, 0]
     assert torch.allclose(picture, picture.flip(1), atol=1e-5)
     assert torch.allclose(picture, picture.flip(0), atol=1e-5)
@@ -114,7 +114,7 @@ def test_a_narrow_clip_has_the_shape_in_the_middle_of_the_long_side():
 
 @pytest.mark.parametrize("shape", ["square", "triangle"])
 def test_the_signed_distance_is_the_distance_to_the_nearest_point_of_the_outline(shape):
-    side, reach = 20 * SQUARE_SIDE, 20 * TRIANGLE_REACH
+    side, reach = 20 * SQUARE_SIDE, 20 * TRIANGLE_EXTENT
     corners = {
         "square": [(-side, -side), (side, -side), (side, side), (-side, side)],
         "triangle": [(math.sin(turn) * reach, -math.cos(turn) * reach) for turn in np.arange(3) * math.tau / 3],
@@ -157,18 +157,18 @@ def test_the_judge_is_right_about_blurred_and_noisy_clips():
 
 def test_the_judge_names_only_the_background_of_an_empty_clip():
     empty = np.broadcast_to(np.uint8(BACKGROUNDS["navy"]), (17, 64, 64, 3))
-    assert judge(empty) == Verdict(None, None, "navy", None)
+    assert name_scene(empty) == Verdict(None, None, "navy", None)
 
 
 def test_the_judge_names_nothing_in_noise():
     noise = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)
-    assert judge(noise) == Verdict(None, None, None, None)
+    assert name_scene(noise) == Verdict(None, None, None, None)
 
 
 def test_the_judge_gives_no_name_to_a_colour_that_is_not_of_the_world():
     frames = np.full((17, 64, 64, 3), (255, 190, 200), np.uint8)
     frames[:, 20:40, 20:40] = (60, 60, 0)
-    verdict = judge(frames)
+    verdict = name_scene(frames)
     assert verdict == Verdict(None, "square", None, "standing still")
 
 
@@ -177,10 +177,10 @@ def test_the_judge_gives_no_name_to_a_colour_that_is_not_of_the_world():
 
 def test_the_plain_caption_reads_as_documented():
     rng = Random(0)
-    assert plain_caption(Scene.of(Key("red", "circle", "black", "moving right"), rng)) == (
+    assert plain_caption(Scene.from_key(SceneKey("red", "circle", "black", "moving right"), rng)) == (
         "a red circle moving right on a black background"
     )
-    assert plain_caption(Scene.of(Key("orange", "ring", "navy", "standing still"), rng)) == (
+    assert plain_caption(Scene.from_key(SceneKey("orange", "ring", "navy", "standing still"), rng)) == (
         "an orange ring standing still on a navy background"
     )
 
@@ -188,14 +188,14 @@ def test_the_plain_caption_reads_as_documented():
 def test_half_of_the_captions_are_plain():
     rng = Random(1)
     scenes = some_scenes(2000, 6)
-    plain = sum(caption(scene, rng) == plain_caption(scene) for scene in scenes)
+    plain = sum(varied_caption(scene, rng) == plain_caption(scene) for scene in scenes)
     assert 0.45 < plain / len(scenes) < 0.55
 
 
 def test_a_caption_names_everything_that_is_true_and_nothing_else():
     rng = Random(2)
     for scene in some_scenes(2000, 7):
-        text = caption(scene, rng).lower().rstrip(".").replace(",", "").replace(";", "")
+        text = varied_caption(scene, rng).lower().rstrip(".").replace(",", "").replace(";", "")
         words = set(text.split())
         assert words & COLOURS.keys() - {scene.background} == {scene.colour}, text
         assert words & BACKGROUNDS.keys() == {scene.background}, text
@@ -203,7 +203,11 @@ def test_a_caption_names_everything_that_is_true_and_nothing_else():
         assert words & SIZES.keys() <= {scene.size_name}, text
         assert words & SPEEDS.keys() <= {scene.speed_name}, text
         unhurried = " ".join(word for word in text.split() if word not in SPEEDS)
-        told = {motion for motion in MOTIONS if any(said in unhurried for said in DOING[motion] + DOES[motion])}
+        told = {
+            motion
+            for motion in MOTIONS
+            if any(said in unhurried for said in MOTION_PARTICIPLES[motion] + MOTION_VERBS[motion])
+        }
         assert told == {scene.motion}, text
 
 
@@ -221,7 +225,7 @@ def test_size_and_speed_words_agree_with_the_numbers():
 def test_the_vocabulary_corpus_has_every_word_of_the_captions():
     rng = Random(3)
     corpus = {word for line in vocabulary_corpus() for word in line.lower().rstrip(".").split()}
-    captions = [caption(scene, rng).lower().rstrip(".") for scene in some_scenes(3000, 9)]
+    captions = [varied_caption(scene, rng).lower().rstrip(".") for scene in some_scenes(3000, 9)]
     assert {word for text in captions for word in text.split()} <= corpus
 
 
@@ -229,17 +233,17 @@ def test_the_vocabulary_corpus_has_every_word_of_the_captions():
 
 
 def test_about_an_eighth_of_the_combinations_is_held_out():
-    assert 0.10 < sum(map(is_held_out, KEYS)) / len(KEYS) < 0.14
+    assert 0.10 < sum(map(is_held_out, SCENE_KEYS)) / len(SCENE_KEYS) < 0.14
 
 
 def test_the_held_out_combinations_are_the_same_for_ever():
-    assert [KEYS.index(key) for key in KEYS if is_held_out(key)][:5] == [13, 15, 22, 31, 37]
+    assert [SCENE_KEYS.index(key) for key in SCENE_KEYS if is_held_out(key)][:5] == [13, 15, 22, 31, 37]
 
 
 def test_every_pair_of_properties_occurs_in_training():
-    trained = [key for key in KEYS if not is_held_out(key)]
+    trained = [key for key in SCENE_KEYS if not is_held_out(key)]
     for first, second in itertools.combinations(range(4), 2):
-        assert {(key[first], key[second]) for key in trained} == {(key[first], key[second]) for key in KEYS}
+        assert {(key[first], key[second]) for key in trained} == {(key[first], key[second]) for key in SCENE_KEYS}
 
 
 def test_training_never_samples_a_held_out_combination():

@@ -12,7 +12,7 @@ from PIL import Image
 from kadr import Engine
 from kadr.media.writer import VideoWriter
 from kadr.shapes import Size
-from tests.tiny_models import MODEL, write
+from tests.tiny_models import MODEL_FILE, write_model
 
 SIZE, FRAMES = Size(64, 32), 9
 
@@ -20,15 +20,15 @@ SIZE, FRAMES = Size(64, 32), 9
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model. Nobody writes into it."""
-    return write(tmp_path_factory.mktemp("model"))
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def engine(home: Path) -> Engine:
-    return Engine.open(home / MODEL, device="cpu", prompt_cache=False)
+    return Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
 
 
-def clip(path: Path, frames: int = FRAMES, seed: int = 0, caption: str | None = "a red circle") -> Path:
+def write_clip(path: Path, frames: int = FRAMES, seed: int = 0, caption: str | None = "a red circle") -> Path:
     """A clip of noise that moves, and its caption."""
     noise = np.random.default_rng(seed).integers(0, 256, (1, 40, 72, 3), dtype=np.uint8)
     with VideoWriter(path, Size(72, 40), 24) as writer:
@@ -44,7 +44,9 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "clips"
     made.mkdir()
     for number in range(3):
-        clip(made / f"{number}.mp4", seed=number, caption=f"a red circle moving {('left', 'right', 'up')[number]}")
+        write_clip(
+            made / f"{number}.mp4", seed=number, caption=f"a red circle moving {('left', 'right', 'up')[number]}"
+        )
     Image.fromarray(np.random.default_rng(9).integers(0, 256, (40, 72, 3), dtype=np.uint8)).save(made / "still.png")
     (made / "still.txt").write_text("the blue sea\n", "utf-8")
     return made
@@ -52,4 +54,4 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def make_clip() -> Callable[..., Path]:
-    return clip
+    return write_clip

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from kadr.errors import KadrWarning, MediaError
-from kadr.training.dataset import read_folder
+from kadr.training.dataset import read_dataset
 
 Clip = Callable[..., Path]
 
 
 def test_clips_and_pictures_come_by_name_with_their_captions_and_rates(folder: Path) -> None:
-    found = read_folder(folder, 9)
+    found = read_dataset(folder, 9)
     assert [example.media.name for example in found] == ["0.mp4", "1.mp4", "2.mp4", "still.png"]
     assert found[1].caption == "a red circle moving right"
     assert [(example.frames, example.fps) for example in found[2:]] == [(9, Fraction(24)), (1, None)]
@@ -26,7 +26,7 @@ def test_clips_and_pictures_come_by_name_with_their_captions_and_rates(folder: P
 def test_hidden_files_are_no_clips_and_a_mark_of_byte_order_is_no_word(folder: Path) -> None:
     (folder / "._0.mp4").write_bytes(b"of the system")
     (folder / "1.txt").write_text("a red circle", "utf-8-sig")
-    found = read_folder(folder, 9)
+    found = read_dataset(folder, 9)
     assert [example.media.name for example in found] == ["0.mp4", "1.mp4", "2.mp4", "still.png"]
     assert found[1].caption == "a red circle"
 
@@ -35,21 +35,21 @@ def test_clips_in_folders_inside_are_pointed_out(folder: Path, make_clip: Clip) 
     (folder / "more").mkdir()
     make_clip(folder / "more" / "9.mp4")
     with pytest.warns(KadrWarning, match=r"1 clips and pictures in folders inside of .*, such as more/9\.mp4, are not"):
-        assert len(read_folder(folder, 9)) == 4
+        assert len(read_dataset(folder, 9)) == 4
 
 
 def test_a_reference_is_no_clip_of_its_own(folder: Path, make_clip: Clip) -> None:
     for name in ("0", "1", "2"):
         make_clip(folder / f"{name}.reference.mp4", frames=12, caption=None)
     (folder / "still.reference.png").write_bytes((folder / "still.png").read_bytes())
-    found = read_folder(folder, 9, references=True)
+    found = read_dataset(folder, 9, references=True)
     assert [example.reference.name for example in found if example.reference] == [
         "0.reference.mp4",
         "1.reference.mp4",
         "2.reference.mp4",
         "still.reference.png",
     ]
-    assert all(example.reference is None for example in read_folder(folder, 9))
+    assert all(example.reference is None for example in read_dataset(folder, 9))
 
 
 def broken(folder: Path, make_clip: Clip) -> dict[str, str]:
@@ -72,7 +72,7 @@ def broken(folder: Path, make_clip: Clip) -> dict[str, str]:
 def test_all_that_cannot_be_used_is_named_at_once(folder: Path, make_clip: Clip) -> None:
     said = broken(folder, make_clip)
     with pytest.raises(MediaError) as refused:
-        read_folder(folder, 9)
+        read_dataset(folder, 9)
     told = str(refused.value)
     assert told.startswith(f"5 of the 9 clips and pictures of {folder} cannot be used:\n")
     for name, reason in said.items():
@@ -81,17 +81,17 @@ def test_all_that_cannot_be_used_is_named_at_once(folder: Path, make_clip: Clip)
 
 
 def test_what_cannot_be_used_is_left_out_when_told_to(folder: Path, make_clip: Clip) -> None:
-    usable = read_folder(folder, 9)
+    usable = read_dataset(folder, 9)
     broken(folder, make_clip)
     with pytest.warns(KadrWarning, match=r"5 of the 9 clips .* are left out:[\s\S]*mute\.mp4"):
-        assert read_folder(folder, 9, skip_broken=True) == usable
+        assert read_dataset(folder, 9, skip_broken=True) == usable
 
 
 def test_references_that_are_absent_short_or_still_are_named(folder: Path, make_clip: Clip) -> None:
     make_clip(folder / "1.reference.mp4", frames=8, caption=None)
     (folder / "2.reference.png").write_bytes((folder / "still.png").read_bytes())
     with pytest.raises(MediaError) as refused:
-        read_folder(folder, 9, references=True)
+        read_dataset(folder, 9, references=True)
     for told in (
         "0.mp4 has no reference: put one beside it as 0.reference.mp4",
         "1.reference.mp4 has 8 frames, and 9",
@@ -103,18 +103,18 @@ def test_references_that_are_absent_short_or_still_are_named(folder: Path, make_
 
 def test_a_folder_without_anything_to_learn_from_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match="there is no folder"):
-        read_folder(tmp_path / "none", 9)
+        read_dataset(tmp_path / "none", 9)
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(MediaError, match="nothing to learn from"):
-        read_folder(tmp_path, 9)
+        read_dataset(tmp_path, 9)
 
 
 def test_a_clip_is_told_from_another_of_its_name_and_size_and_not_by_its_place(folder: Path, tmp_path: Path) -> None:
-    before = {example.media.name: example.mark() for example in read_folder(folder, 9)}
+    before = {example.media.name: example.content_hash() for example in read_dataset(folder, 9)}
     picture = folder / "still.png"
     size = picture.stat().st_size
     Image.fromarray(np.random.default_rng(10).integers(0, 256, (40, 72, 3), dtype=np.uint8)).save(picture)
     assert picture.stat().st_size == size
     moved = folder.rename(tmp_path / "elsewhere")
-    after = {example.media.name: example.mark() for example in read_folder(moved, 9)}
+    after = {example.media.name: example.content_hash() for example in read_dataset(moved, 9)}
     assert {name for name in after if after[name] != before[name]} == {"still.png"}

@@ -27,19 +27,28 @@ from kadr.pipeline.longvideo.folder_lock import lock_folder
 from kadr.pipeline.progress import Progress
 from kadr.shapes import Size
 from kadr.training import lora_training, memory_check
-from kadr.training.dataset import read_folder
-from kadr.training.example_cache import encoded, request_of
-from kadr.training.lora_training import Training
-from kadr.training.memory_check import bytes_of
+from kadr.training.dataset import read_dataset
+from kadr.training.example_cache import encode_examples, example_request
+from kadr.training.lora_training import LoRATraining
+from kadr.training.memory_check import required_bytes
 from kadr.training.settings import CANNY, FILES, TrainingSettings
-from kadr.training.trainable_lora import recompute
-from kadr.training.trainer import Trainer
+from kadr.training.trainable_lora import enable_gradient_checkpointing
+from kadr.training.trainer import LoRATrainer
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
-from tests.oracles import diffusers_transformer, relative
-from tests.tiny_models import MODEL
+from tests.oracles import diffusers_transformer, relative_error
+from tests.tiny_models import MODEL_FILE
 from tests.training.conftest import FRAMES, SIZE
 
-SETTINGS = TrainingSettings(size=SIZE, frames=FRAMES, rank=3, steps=4, batch=2, rate=1e-2, warmup=1, first_frame=0.5)
+SETTINGS = TrainingSettings(
+    size=SIZE,
+    frames=FRAMES,
+    rank=3,
+    steps=4,
+    batch_size=2,
+    learning_rate=1e-2,
+    warmup_steps=1,
+    first_frame_conditioning_p=0.5,
+)
 REQUEST = Request(prompt="a red circle", size=SIZE, frames=FRAMES, steps=2, guidance=1.0)
 
 
@@ -47,9 +56,9 @@ class Cut(Exception):
     """Somebody pulled the plug."""
 
 
-def training(engine: Engine, folder: Path, output: Path, **more: Any) -> Training:
+def training(engine: Engine, folder: Path, output: Path, **more: Any) -> LoRATraining:
     settings = replace(SETTINGS, **{name: more.pop(name) for name in list(more) if hasattr(SETTINGS, name)})
-    return Training(engine, folder, output, settings, **more)
+    return LoRATraining(engine, folder, output, settings, **more)
 
 
 def cut_at(step: int) -> Callable[[Progress], None]:
@@ -65,11 +74,11 @@ def test_what_is_trained_is_a_lora_that_opens_and_acts(
 ) -> None:
     output = tmp_path / "lora.safetensors"
     made = training(engine, folder, output).run()
-    assert (made.path, made.steps, made.examples) == (output, 4, 4)
+    assert (made.path, made.steps, made.num_examples) == (output, 4, 4)
     told = LoraFile.open(output).describe()
     assert (told.key_format, told.num_adapted_layers, told.ranks, told.unexpected_keys) == ("Comfy", 16, (3,), ())
     assert (told.metadata["kadr_steps"], told.reference_downscale) == ("4", None)
-    with_it = Engine.open(home / MODEL, device="cpu", prompt_cache=False, loras=[output])
+    with_it = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False, loras=[output])
     plain = engine.denoise(REQUEST)
     assert not torch.equal(with_it.denoise(REQUEST), plain)
     assert torch.equal(with_it.denoise(replace(REQUEST, lora_strengths=(0.0,))), plain)
@@ -86,14 +95,14 @@ def test_what_is_trained_gives_the_same_velocity_in_diffusers(engine: Engine, fo
         theirs = asked_of_diffusers(pipeline.transformer, given)
         attach_loras(module, [LoraFile.open(made.path).load()], torch.float32)
         set_lora_strengths(module, [0.7], torch.device("cpu"))
-        assert relative(theirs, without) > 1e-3
-        assert relative(velocity(module, given), theirs) <= 1e-5
+        assert relative_error(theirs, without) > 1e-3
+        assert relative_error(velocity(module, given), theirs) <= 1e-5
 
 
 def test_a_broken_run_goes_on_to_the_same_lora(engine: Engine, folder: Path, tmp_path: Path) -> None:
     whole = training(engine, folder, tmp_path / "whole.safetensors").run()
     broken = training(engine, folder, tmp_path / "broken.safetensors", save_every=2)
-    state, kept, cut = broken.work / "state.safetensors", [], cut_at(3)
+    state, kept, cut = broken.work_folder / "state.safetensors", [], cut_at(3)
 
     def watch(progress: Progress) -> None:
         if (progress.stage, progress.step) == ("train", 2):
@@ -108,8 +117,8 @@ def test_a_broken_run_goes_on_to_the_same_lora(engine: Engine, folder: Path, tmp
     ours, right = load_file(made.path), load_file(whole.path)
     assert ours.keys() == right.keys()
     assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
-    assert (made.first, made.last) == pytest.approx((whole.first, whole.last), rel=1e-4)
-    rows = list(csv.DictReader((broken.work / "log.csv").read_text("utf-8").splitlines()))
+    assert (made.first_loss, made.last_loss) == pytest.approx((whole.first_loss, whole.last_loss), rel=1e-4)
+    rows = list(csv.DictReader((broken.work_folder / "log.csv").read_text("utf-8").splitlines()))
     assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4"]
 
 
@@ -121,7 +130,7 @@ def test_a_run_that_is_stopped_keeps_every_step_that_is_done(engine: Engine, fol
     seen: list[int] = []
     made = stopped.run(lambda progress: seen.append(progress.step) if progress.stage == "train" else None)
     assert seen == [3, 4]
-    assert (made.begun, made.steps) == (3, 4)
+    assert (made.start_step, made.steps) == (3, 4)
     ours, right = load_file(made.path), load_file(whole.path)
     assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
 
@@ -141,7 +150,7 @@ def test_a_run_that_is_stopped_inside_of_an_update_keeps_what_was_saved_before(
     monkeypatch.setattr(torch.optim.AdamW, "step", half)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    with safe_open(stopped.work / "state.safetensors", framework="pt") as file:
+    with safe_open(stopped.work_folder / "state.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["kadr_training"])["step"] == 2
 
 
@@ -175,7 +184,7 @@ def test_another_training_is_refused_before_anything_is_encoded(
     output = tmp_path / "lora.safetensors"
     first = training(engine, folder, output, steps=2).run()
     before = output.read_bytes()
-    monkeypatch.setattr(lora_training, "encoded", lambda *given: pytest.fail("something was encoded"))
+    monkeypatch.setattr(lora_training, "encode_examples", lambda *given: pytest.fail("something was encoded"))
     with pytest.raises(CheckpointError, match="holds a training with size = 64x32, and now it is 96x32"):
         training(engine, folder, output, steps=2, size=Size(96, 32)).run()
     with pytest.raises(RequestError, match="has done 2 steps, and 1 are asked for"):
@@ -187,14 +196,14 @@ def test_another_training_is_refused_before_anything_is_encoded(
     with pytest.raises(CheckpointError) as refused:
         training(engine, folder, output, steps=2).run()
     assert "other clips or captions: still.png gone, 3.mp4 and 1 more new, 2.mp4 changed." in str(refused.value)
-    assert (first.begun, output.read_bytes()) == (0, before)
+    assert (first.start_step, output.read_bytes()) == (0, before)
 
 
 def test_a_training_goes_on_where_its_folder_was_moved_to(engine: Engine, folder: Path, tmp_path: Path) -> None:
     longer = training(engine, folder, tmp_path / "longer.safetensors").run()
     training(engine, folder, tmp_path / "more.safetensors", steps=2).run()
     more = training(engine, folder.rename(tmp_path / "elsewhere"), tmp_path / "more.safetensors").run()
-    assert more.begun == 2
+    assert more.start_step == 2
     ours, right = load_file(more.path), load_file(longer.path)
     assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
 
@@ -202,7 +211,7 @@ def test_a_training_goes_on_where_its_folder_was_moved_to(engine: Engine, folder
 def test_what_cannot_be_made_on_the_way_is_refused_before_anything_is_computed(
     engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_training, "read_folder", lambda *given, **more: pytest.fail("the folder was read"))
+    monkeypatch.setattr(lora_training, "read_dataset", lambda *given, **more: pytest.fail("the folder was read"))
     output = tmp_path / "lora.safetensors"
     with pytest.raises(RequestError, match="the prompt is empty"):
         training(engine, folder, output, prompts=("a red circle", "")).run()
@@ -229,7 +238,7 @@ def test_a_clip_that_fails_at_the_end_costs_no_lora(
 def test_the_lora_of_every_measurement_is_kept(engine: Engine, folder: Path, tmp_path: Path) -> None:
     wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=5, every=2)
     wanted.run()
-    kept = sorted(wanted.work.glob("step-*.safetensors"))
+    kept = sorted(wanted.work_folder.glob("step-*.safetensors"))
     assert [path.name for path in kept] == [f"step-00000{step}.safetensors" for step in (2, 4, 5)]
     shorter = training(engine, folder, tmp_path / "shorter.safetensors", steps=4).run()
     ours, right = load_file(kept[1]), load_file(shorter.path)
@@ -240,14 +249,14 @@ def test_a_loss_that_goes_up_is_warned_of(
     engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter((0.5, 0.75))
-    monkeypatch.setattr(Trainer, "measure", lambda self: next(losses))
+    monkeypatch.setattr(LoRATrainer, "validation_loss", lambda self: next(losses))
     with pytest.warns(KadrWarning, match=r"went up, from 0\.5000 to 0\.7500: nothing was learned"):
         training(engine, folder, tmp_path / "lora.safetensors", steps=1).run()
 
 
 def test_two_runs_do_not_train_in_one_place(engine: Engine, folder: Path, tmp_path: Path) -> None:
     wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=1)
-    with lock_folder(wanted.work), pytest.raises(RequestError, match="another run works in"):
+    with lock_folder(wanted.work_folder), pytest.raises(RequestError, match="another run works in"):
         wanted.run()
     wanted.run()
 
@@ -258,20 +267,20 @@ def test_two_runs_do_not_train_in_one_place(engine: Engine, folder: Path, tmp_pa
 def test_a_log_that_cannot_be_read_stops_no_training(text: str, engine: Engine, folder: Path, tmp_path: Path) -> None:
     wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=2)
     wanted.run()
-    (wanted.work / "log.csv").write_text(text, "latin-1")
+    (wanted.work_folder / "log.csv").write_text(text, "latin-1")
     made = training(engine, folder, wanted.output, steps=3).run()
-    assert made.first == (9.5 if "9.5" in text else None)
-    rows = list(csv.DictReader((wanted.work / "log.csv").read_text("utf-8").splitlines()))
+    assert made.first_loss == (9.5 if "9.5" in text else None)
+    rows = list(csv.DictReader((wanted.work_folder / "log.csv").read_text("utf-8").splitlines()))
     assert rows[-1]["step"] == "3"
-    (wanted.work / "log.csv").unlink()
-    (wanted.work / "log.csv").mkdir()
+    (wanted.work_folder / "log.csv").unlink()
+    (wanted.work_folder / "log.csv").mkdir()
     with pytest.raises(MediaError, match=r"log\.csv cannot be used as the log"):
         training(engine, folder, wanted.output, steps=4).run()
 
 
 def test_it_learns_what_it_is_shown(engine: Engine, folder: Path, tmp_path: Path) -> None:
     made = training(engine, folder, tmp_path / "lora.safetensors", steps=30, batch=4, rate=3e-2, rank=8).run()
-    assert made.last < 0.8 * made.first
+    assert made.last_loss < 0.8 * made.first_loss
 
 
 def test_clips_are_encoded_once_and_again_when_they_change(
@@ -285,7 +294,7 @@ def test_clips_are_encoded_once_and_again_when_they_change(
 
     def look() -> list[str]:
         asked.clear()
-        encoded(engine, read_folder(folder, FRAMES), SETTINGS, tmp_path / "cache", lambda progress: None)
+        encode_examples(engine, read_dataset(folder, FRAMES), SETTINGS, tmp_path / "cache", lambda progress: None)
         return list(asked)
 
     assert len(look()) == 4
@@ -300,17 +309,17 @@ def test_what_is_learned_is_the_clip_itself_and_the_text_that_a_generation_reads
     engine: Engine, folder: Path, tmp_path: Path
 ) -> None:
     """Neither blurred nor compressed, as pictures are that a video shows; made smaller with regard to every pixel."""
-    examples = read_folder(folder, FRAMES)
-    made = encoded(engine, examples, SETTINGS, tmp_path / "cache", lambda progress: None)
+    examples = read_dataset(folder, FRAMES)
+    made = encode_examples(engine, examples, SETTINGS, tmp_path / "cache", lambda progress: None)
     for example, known in zip(examples, made, strict=True):
-        read = known.read()
+        read = known.load_tensors()
         frames = [load_image(example.media)] if example.fps is None else read_video(example.media, FRAMES).frames
         shown = [normalize_image(np.asarray(crop_to_aspect(load_image(one), SIZE).resize((64, 32)))) for one in frames]
         with engine.components.vae_encoder() as vae, torch.no_grad():
             expected = vae.encode(torch.stack(shown, dim=1)[None])
-        assert relative(read["latents"], expected) <= 1e-5
+        assert relative_error(read["latents"], expected) <= 1e-5
         assert read["latents"].shape[2:] == (known.grid.frames, known.grid.height, known.grid.width)
-        (text,) = engine.encode_prompts(request_of(example, SETTINGS), [example.caption])
+        (text,) = engine.encode_prompts(example_request(example, SETTINGS), [example.caption])
         assert torch.equal(read["text"], text.float())
         assert "reference" not in read
 
@@ -325,7 +334,7 @@ def test_in_context_a_reference_is_encoded_and_the_file_says_so(
     wanted = training(engine, folder, tmp_path / "lora.safetensors", steps=2, references=references)
     made = wanted.run()
     assert LoraFile.open(made.path).reference_downscale == 1
-    read = [load_file(path) for path in (wanted.work / "cache").iterdir()]
+    read = [load_file(path) for path in (wanted.work_folder / "cache").iterdir()]
     assert all(each["reference"].shape == each["latents"].shape for each in read)
     assert not any(torch.equal(each["reference"], each["latents"]) for each in read if each["latents"].shape[2] > 1)
 
@@ -333,14 +342,14 @@ def test_in_context_a_reference_is_encoded_and_the_file_says_so(
 def test_clips_are_made_on_the_way_with_what_is_learned_by_then(engine: Engine, folder: Path, tmp_path: Path) -> None:
     wanted = training(engine, folder, tmp_path / "lora.safetensors", prompts=("a blue sea",), every=2)
     wanted.run()
-    assert sorted(path.name for path in wanted.work.glob("*.mp4")) == ["step-000002-1.mp4", "step-000004-1.mp4"]
-    assert read_metadata(wanted.work / "step-000004-1.mp4")["request"]["prompt"] == "a blue sea"
-    early, late = ((wanted.work / f"step-00000{step}-1.mp4").read_bytes() for step in (2, 4))
+    assert sorted(path.name for path in wanted.work_folder.glob("*.mp4")) == ["step-000002-1.mp4", "step-000004-1.mp4"]
+    assert read_metadata(wanted.work_folder / "step-000004-1.mp4")["request"]["prompt"] == "a blue sea"
+    early, late = ((wanted.work_folder / f"step-00000{step}-1.mp4").read_bytes() for step in (2, 4))
     assert early != late
     assert engine.components.transformer_override is None
     for step in (2, 4):
-        (noted,) = read_metadata(wanted.work / f"step-00000{step}-1.mp4")["loras"]
-        assert noted["path"] == str(wanted.work / f"step-00000{step}.safetensors")
+        (noted,) = read_metadata(wanted.work_folder / f"step-00000{step}-1.mp4")["loras"]
+        assert noted["path"] == str(wanted.work_folder / f"step-00000{step}.safetensors")
         assert noted["sha256"] == LoraFile.open(noted["path"]).sha256
 
 
@@ -355,9 +364,9 @@ def test_captions_are_left_out_as_often_as_was_asked_for(
 
 @pytest.mark.parametrize("quant", ["int8-weights", "Q8_0"])
 def test_a_base_in_fewer_bits_is_trained_beside(quant: str, home: Path, folder: Path, tmp_path: Path) -> None:
-    engine = Engine.open(home / MODEL, device="cpu", prompt_cache=False, quant=quant)
+    engine = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False, quant=quant)
     made = training(engine, folder, tmp_path / "lora.safetensors", steps=6, batch=4, rate=3e-2).run()
-    assert made.last < made.first
+    assert made.last_loss < made.first_loss
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_encoded(
@@ -367,7 +376,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_encoded(
     wanted = training(engine, folder, tmp_path / "lora.safetensors")
     with pytest.raises(PlanError, match=r"training takes about .* and 0\.0 are free on cpu\. Take a smaller --batch"):
         wanted.run()
-    assert not wanted.work.exists()
+    assert not wanted.work_folder.exists()
 
 
 def test_layers_are_computed_twice_where_memory_asks_for_it_and_it_comes_to_the_same(
@@ -375,12 +384,18 @@ def test_layers_are_computed_twice_where_memory_asks_for_it_and_it_comes_to_the_
 ) -> None:
     right = load_file(training(engine, folder, tmp_path / "a.safetensors", steps=2).run().path)
     wanted = training(engine, folder, tmp_path / "b.safetensors", steps=2)
-    found = read_folder(folder, FRAMES)
-    roomy, tight = (bytes_of(engine, wanted.settings, found, recomputed=twice).total for twice in (False, True))
+    found = read_dataset(folder, FRAMES)
+    roomy, tight = (
+        required_bytes(engine, wanted.settings, found, gradient_checkpointing=twice).total for twice in (False, True)
+    )
     assert tight < roomy
     monkeypatch.setattr(memory_check, "free_bytes", lambda device: roomy)
     asked: list[object] = []
-    monkeypatch.setattr(lora_training, "recompute", lambda blocks: (asked.append(blocks), recompute(blocks)))
+    monkeypatch.setattr(
+        lora_training,
+        "enable_gradient_checkpointing",
+        lambda blocks: (asked.append(blocks), enable_gradient_checkpointing(blocks)),
+    )
     ours = load_file(wanted.run().path)
     assert asked
     assert all(torch.equal(tensor, right[name]) for name, tensor in ours.items())
@@ -388,7 +403,7 @@ def test_layers_are_computed_twice_where_memory_asks_for_it_and_it_comes_to_the_
 
 def test_what_cannot_be_trained_is_refused(engine: Engine, home: Path, folder: Path, tmp_path: Path) -> None:
     made = training(engine, folder, tmp_path / "a.safetensors", steps=1).run()
-    opened = Engine.open(home / MODEL, device="cpu", prompt_cache=False, loras=[made.path])
+    opened = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False, loras=[made.path])
     with pytest.raises(RequestError, match="opened with LoRAs"):
         training(opened, folder, tmp_path / "b.safetensors").run()
     with pytest.raises(MediaError, match=r"does not end in \.safetensors"):

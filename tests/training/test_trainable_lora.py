@@ -21,8 +21,14 @@ from kadr.quant.layers import DequantizingLinear, ScaledLinear, Scratch, W8A8Lin
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
-from kadr.training.frozen_linear import Frozen
-from kadr.training.trainable_lora import TARGETS, learn, learned, recompute, target_layers
+from kadr.training.frozen_linear import FrozenLinear
+from kadr.training.trainable_lora import (
+    TARGET_MODULES,
+    add_lora_layers,
+    collect_lora_weights,
+    enable_gradient_checkpointing,
+    target_layers,
+)
 from tests import tiny_models
 from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
 from tests.oracles import diffusers_transformer
@@ -38,7 +44,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 def transformer() -> Transformer:
-    return tiny_models.sown(lambda: Transformer(tiny_models.transformer_config()), seed=3)
+    return tiny_models.build_random(lambda: Transformer(tiny_models.transformer_config()), seed=3)
 
 
 def run(module: Transformer, tokens: Tensor | None = None) -> Tensor:
@@ -51,7 +57,7 @@ def run(module: Transformer, tokens: Tensor | None = None) -> Tensor:
 
 def trained(module: Transformer, targets: str = "attention", rank: int = 3) -> dict:
     """Layers whose matrices are random by now."""
-    layers = learn(module, target_layers(module.config, targets), rank, NoiseStreams(1))
+    layers = add_lora_layers(module, target_layers(module.config, targets), rank, NoiseStreams(1))
     for layer in layers.values():
         layer.up.data.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
     return layers
@@ -67,11 +73,11 @@ def noted(kept: list[int], tensor: Tensor) -> Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("targets", TARGET_MODULES)
 def test_what_learns_is_what_was_asked_for_and_begins_without_a_trace(targets: str) -> None:
     module = transformer()
     before = run(module)
-    layers = learn(module, target_layers(module.config, targets), 3, NoiseStreams(1))
+    layers = add_lora_layers(module, target_layers(module.config, targets), 3, NoiseStreams(1))
     assert len(layers) == {"attention": 16, "attention+feed-forward": 20, "all": 27}[targets]
     assert torch.equal(run(module), before)
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -96,7 +102,7 @@ def test_what_was_learned_adds_the_same_when_it_is_attached(scheme: str | None) 
         if scheme is not None:
             quantize_blocks(each, scheme, device=CPU)
     layers = trained(module, "attention+feed-forward")
-    attach_loras(plain, [learned(layers)], torch.float32)
+    attach_loras(plain, [collect_lora_weights(layers)], torch.float32)
     set_lora_strengths(plain, [1.0], CPU)
     assert relative(run(module), run(plain)) < 1e-5
 
@@ -127,7 +133,7 @@ def test_a_gradient_is_turned_back_where_the_weight_was_stored_turned(block: int
     weight, x = torch.randn(6, 64), torch.randn(3, 64, requires_grad=True)
     turned = ScaledLinear(hadamard_transform(weight, block), None, None, Scratch(), rotation_size=block)
     again = x.detach().clone().requires_grad_()
-    Frozen(turned)(x).square().sum().backward()
+    FrozenLinear(turned)(x).square().sum().backward()
     nn.functional.linear(again, weight).square().sum().backward()
     assert relative(x.grad, again.grad) < 1e-5
 
@@ -149,7 +155,7 @@ def test_layers_that_are_computed_twice_give_the_same_gradients_and_keep_less() 
         module = transformer()
         layers = trained(module)
         if twice:
-            recompute(module.blocks)
+            enable_gradient_checkpointing(module.blocks)
         kept.append([])
         with torch.autograd.graph.saved_tensors_hooks(partial(noted, kept[-1]), lambda tensor: tensor):
             loss = run(module).square().mean()
@@ -173,7 +179,7 @@ def test_the_model_itself_is_not_changed() -> None:
 
 def test_gradients_are_those_of_peft() -> None:
     config = tiny_models.transformer_config()
-    module, given = tiny_models.sown(lambda: Transformer(config), seed=3), Inputs.of(config)
+    module, given = tiny_models.build_random(lambda: Transformer(config), seed=3), Inputs.of(config)
     adapter = LoraConfig(
         r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     )

@@ -16,20 +16,20 @@ from kadr.bench.runner import Contender
 from kadr.version import __version__
 
 # Those that products are made with, as Linux calls them.
-INSTRUCTIONS = (
+INSTRUCTION_SETS = (
     ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "avx_vnni")
     + ("asimddp", "bf16", "i8mm", "sve")
 )  # fmt: skip
-SIDES = {"cpu": 4096, "cuda": 8192}
+MATMUL_SIDES = {"cpu": 4096, "cuda": 8192}
 
 
-def describe(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """The machine and the programs, as plain data."""
     made: dict[str, Any] = {
-        "cpu": _cpu_line("model name") or platform.processor() or platform.machine(),
+        "cpu": _cpuinfo_value("model name") or platform.processor() or platform.machine(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instructions": [name for name in INSTRUCTIONS if name in _cpu_line("flags", "Features").split()],
+        "instructions": [name for name in INSTRUCTION_SETS if name in _cpuinfo_value("flags", "Features").split()],
         "memory": psutil.virtual_memory().total,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the last minute, ours or others'
         "system": platform.platform(terse=True),
@@ -45,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return made
 
 
-def _cpu_line(*names: str) -> str:
+def _cpuinfo_value(*names: str) -> str:
     """What Linux says of the first core under one of these names; "" elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -65,12 +65,12 @@ def revision() -> str | None:
         return None
 
 
-def yardstick(dtype: str, device: torch.device, side: int | None = None) -> Contender:
+def matmul_yardstick(dtype: str, device: torch.device, side: int | None = None) -> Contender:
     """A product of two square matrices of random numbers: zeros would be faster than any real work."""
-    side = side or SIDES.get(device.type, SIDES["cpu"])
+    side = side or MATMUL_SIDES.get(device.type, MATMUL_SIDES["cpu"])
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator).to(device, getattr(torch, dtype)) for _ in range(2))
-    return Contender(name=f"matmul {side}", run=lambda: a @ b, dtype=dtype, yardstick=True)
+    return Contender(name=f"matmul {side}", run=lambda: a @ b, dtype=dtype, is_yardstick=True)
 
 
 def yardstick_flops(side: int) -> int:

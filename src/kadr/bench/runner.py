@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST = 0.2  # seconds: what takes less is run several times in a row, and its time is a share of theirs
-MOST = 100  # times
-Run = Callable[[], Any]
-Clock = Callable[[Run], float]  # seconds that a run takes
-Peak = Callable[[Run], "int | None"]  # bytes that it takes at most besides what was there before; None: unknown
+MIN_TIMED_SECONDS = 0.2  # seconds: what takes less is run several times in a row, and its time is a share of theirs
+MAX_REPEATS = 100  # times
+Task = Callable[[], Any]
+Clock = Callable[[Task], float]  # seconds that a run takes
+PeakMemory = Callable[[Task], "int | None"]  # bytes that it takes at most besides what was there before; None: unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +35,23 @@ class Contender:
         dtype: that it computes in.
         weight_bytes: bytes of them.
         note: what a reader of its figures has to know.
-        own: kadr's; what goes wrong in it is an error, and in others a figure that is missing.
-        yardstick: not one of those compared: what it does is known, and so the machine's rate.
-        peak: how its memory is told, where it runs in a process of its own.
+        is_kadr: kadr's; what goes wrong in it is an error, and in others a figure that is missing.
+        is_yardstick: not one of those compared: what it does is known, and so the machine's rate.
+        measure_peak: how its memory is told, where it runs in a process of its own.
     """
 
     name: str
-    run: Run
+    run: Task
     dtype: str
-    weights: int | None = None
+    weight_bytes: int | None = None
     note: str = ""
-    own: bool = False
-    yardstick: bool = False
-    peak: Peak | None = None
+    is_kadr: bool = False
+    is_yardstick: bool = False
+    measure_peak: PeakMemory | None = None
 
 
 @dataclass(frozen=True)
-class Absent:
+class SkippedContender:
     """A contender that does not run, and why."""
 
     name: str
@@ -59,20 +59,20 @@ class Absent:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """What was noted of a contender.
 
     Args:
-        times: how often it runs in each round.
+        repeats: how often it runs in each round.
         seconds: of one run, for each round.
         peak_bytes: bytes, at most, besides what was there before.
         error: against the reference.
     """
 
     contender: Contender
-    times: int = 1
+    repeats: int = 1
     seconds: list[float] = field(default_factory=list)
-    peak: int | None = None
+    peak_bytes: int | None = None
     error: float | None = None
 
     @property
@@ -80,16 +80,16 @@ class Measured:
         return statistics.median(self.seconds)
 
     @property
-    def spread(self) -> float:
+    def interquartile_range(self) -> float:
         """Seconds between the quartiles."""
-        return spread(self.seconds)
+        return interquartile_range(self.seconds)
 
-    def ratio(self, other: Measured) -> float:
+    def ratio(self, other: Measurement) -> float:
         """How many times as long this one takes: the median of the rounds, each compared with itself."""
         return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
-def spread(values: Sequence[float]) -> float:
+def interquartile_range(values: Sequence[float]) -> float:
     """The distance between the quartiles; 0 of one value."""
     if len(values) < 2:
         return 0.0
@@ -103,9 +103,9 @@ def measure(
     rounds: int,
     warm_ups: int,
     clock: Clock,
-    peak: Peak,
+    peak: PeakMemory,
     reference: Tensor | None = None,
-) -> tuple[list[Measured], list[Absent]]:
+) -> tuple[list[Measurement], list[SkippedContender]]:
     """Run them in turns.
 
     Args:
@@ -117,44 +117,47 @@ def measure(
     ready, failed = [], []
     for contender in contenders:
         try:
-            ready.append(_warmed(contender, max(1, warm_ups), clock, reference))
+            ready.append(_warm_up(contender, max(1, warm_ups), clock, reference))
         except Exception as error:
-            if contender.own:
+            if contender.is_kadr:
                 raise
-            failed.append(Absent(contender.name, f"failed: {told(error)}"))
+            failed.append(SkippedContender(contender.name, f"failed: {error_line(error)}"))
     for number in range(rounds):
-        for measured in rotated(ready, number):
-            measured.seconds.append(clock(partial(_times, measured)) / measured.times)
+        for measured in round_order(ready, number):
+            measured.seconds.append(clock(partial(_run_repeats, measured)) / measured.repeats)
     for measured in ready:  # in a run of its own: what tells the memory takes time
         if not measured.contender.yardstick:
             measured.peak = (measured.contender.peak or peak)(measured.contender.run)
     return ready, failed
 
 
-def _warmed(contender: Contender, warm_ups: int, clock: Clock, reference: Tensor | None) -> Measured:
+def _warm_up(contender: Contender, warm_ups: int, clock: Clock, reference: Tensor | None) -> Measurement:
     for _ in range(warm_ups - 1):
         contender.run()
     kept: list[Any] = []
     spent = clock(lambda: kept.append(contender.run()))
     result = kept.pop()
-    measured = Measured(contender, times=min(MOST, math.ceil(LEAST / spent)) if 0 < spent < LEAST else 1)
-    if reference is not None and isinstance(result, Tensor) and not contender.yardstick:
-        measured.error = relative(result, reference)
+    measured = Measurement(
+        contender,
+        repeats=min(MAX_REPEATS, math.ceil(MIN_TIMED_SECONDS / spent)) if 0 < spent < MIN_TIMED_SECONDS else 1,
+    )
+    if reference is not None and isinstance(result, Tensor) and not contender.is_yardstick:
+        measured.error = relative_error(result, reference)
     return measured
 
 
-def _times(measured: Measured) -> None:
-    for _ in range(measured.times):
-        measured.contender.run()
+def _run_repeats(measurement: Measurement) -> None:
+    for _ in range(measurement.repeats):
+        measurement.contender.run()
 
 
-def rotated(ready: Sequence[Measured], number: int) -> list[Measured]:
+def round_order(measurements: Sequence[Measurement], round_index: int) -> list[Measurement]:
     """The order of a round: each begins with the one after the first of the round before."""
-    start = number % len(ready) if ready else 0
-    return [*ready[start:], *ready[:start]]
+    start = round_index % len(measurements) if measurements else 0
+    return [*measurements[start:], *measurements[:start]]
 
 
-def relative(result: Tensor, reference: Tensor) -> float:
+def relative_error(result: Tensor, reference: Tensor) -> float:
     """||result - reference|| / ||reference||, in float64, on the CPU.
 
     Raises:
@@ -170,23 +173,23 @@ def relative(result: Tensor, reference: Tensor) -> float:
     return (off / whole) ** 0.5 if whole else float(off > 0)
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """In one line."""
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
 
 
-def host_clock(run: Run) -> float:
+def host_clock(task: Task) -> float:
     began = time.perf_counter()
-    run()
+    task()
     return time.perf_counter() - began
 
 
-def cuda_clock(run: Run) -> float:
+def cuda_clock(task: Task) -> float:
     """By events on the device: what the host does before the first kernel and after the last is not in it."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()
-    run()
+    task()
     end.record()
     torch.cuda.synchronize()
     return float(begin.elapsed_time(end)) / 1000

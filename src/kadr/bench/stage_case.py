@@ -16,17 +16,17 @@ from kadr.bench.cases import (
     DIT,
     ENCODE,
     END_TO_END,
+    FLOAT32_VARIANT,
     FPS,
-    REFERENCE,
     STARTUP,
     TEXT,
-    WAYS,
-    Clip,
-    Way,
-    schedule,
+    VARIANTS,
+    Variant,
+    VideoShape,
+    schedule_for,
 )
-from kadr.bench.model_files import Source
-from kadr.bench.runner import Absent, Contender
+from kadr.bench.model_files import ModelFiles
+from kadr.bench.runner import Contender, SkippedContender
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
@@ -39,138 +39,140 @@ from kadr.request.request import Request
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_VALUES
 
-LENGTH = activations.MAX_PROMPT_TOKENS  # positions that a prompt is padded to
-REAL = 100  # of them, those that are not padding: a prompt of some seventy words
-LEVEL, DECODE_LEVEL = 0.7, 0.05
-PROMPT, NEGATIVE = "a red circle moving right on a black background", "blurry"
+TEXT_LENGTH = activations.MAX_PROMPT_TOKENS  # positions that a prompt is padded to
+REAL_TOKENS = 100  # of them, those that are not padding: a prompt of some seventy words
+SIGMA, DECODE_TIMESTEP = 0.7, 0.05
+PROMPT, NEGATIVE_PROMPT = "a red circle moving right on a black background", "blurry"
 SEED = 0
-Entrants = Callable[["Work", ExitStack], "Iterator[Contender | Absent]"]
+ContenderFactory = Callable[["StageCase", ExitStack], "Iterator[Contender | Absent]"]
 
 
 @dataclass(frozen=True)
-class Work:
+class StageCase:
     """One stage of one case, for all who do it.
 
     Args:
         schedule: only of what has one.
     """
 
-    source: Source
-    clip: Clip
+    files: ModelFiles
+    shape: VideoShape
     stage: str
     device: torch.device
     schedule: str | None = None
 
     @property
-    def layers(self) -> tuple[int, int] | None:
+    def active_blocks(self) -> tuple[int, int] | None:
         """How many layers run of how many, where that changes this stage; None where all do."""
         if self.stage == TEXT:
-            return self.source.text_layers
-        return self.source.layers if self.stage in (DIT, END_TO_END) else None
+            return self.files.text_encoder_blocks
+        return self.files.transformer_blocks if self.stage in (DIT, END_TO_END) else None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint.open(self.source.path)
+        return Checkpoint.open(self.files.path)
 
     @property
-    def transformer(self) -> TransformerConfig:
+    def transformer_config(self) -> TransformerConfig:
         config = self.checkpoint.info.transformer
         assert config is not None
         return config
 
     @property
-    def vae(self) -> VAEConfig:
+    def vae_config(self) -> VAEConfig:
         config = self.checkpoint.info.vae
         assert config is not None
         return config
 
-    def engine(self, way: Way) -> Engine:
+    def open_engine(self, variant: Variant) -> Engine:
         """The model, opened as a user would open it."""
         return Engine.open(
-            self.source.path,
-            text_encoder=self.source.text,
+            self.files.path,
+            text_encoder=self.files.text_encoder_folder,
             device=str(self.device),
-            dtype=way.dtype,
-            quant=way.quant,
-            compile_transformer=way.compiled,
-            prompt_cache=self.source.scratch / "prompts" if self.stage == END_TO_END else False,
+            dtype=variant.dtype,
+            quant=variant.quant,
+            compile_transformer=variant.compile,
+            prompt_cache=self.files.scratch_folder / "prompts" if self.stage == END_TO_END else False,
         )
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """What a user gets who says nothing; peers compute in it too."""
-        return self.engine(WAYS["auto"]).components.dtype
+        return self.open_engine(VARIANTS["auto"]).components.dtype
 
     @cached_property
     def request(self) -> Request:
         """Of the whole way. No noise is mixed in for the decoder: engines do not agree on where."""
-        chosen = schedule(self.schedule or "8", self.transformer.num_layers)
+        chosen = schedule_for(self.schedule or "8", self.transformer_config.num_layers)
         return Request(
             prompt=PROMPT,
-            negative_prompt=NEGATIVE,
-            size=self.clip.size,
-            frames=self.clip.frames,
+            negative_prompt=NEGATIVE_PROMPT,
+            size=self.shape.size,
+            frames=self.shape.frames,
             fps=FPS,
             seed=SEED,
             steps=chosen.steps,
             guidance=chosen.guidance,
-            decode_timestep=DECODE_LEVEL,
+            decode_timestep=DECODE_TIMESTEP,
             decode_noise=0.0,
             tone_map=0.0,
         )
 
     @cached_property
-    def given(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Tensor]:
         """What goes in, in float32, on the device."""
         generator = torch.Generator().manual_seed(SEED)
-        grid, channels = self.clip.grid, self.transformer.in_channels
+        grid, channels = self.shape.grid, self.transformer_config.in_channels
 
         def drawn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        made: dict[str, Tensor] = {"mask": torch.arange(LENGTH)[None] < REAL}
+        made: dict[str, Tensor] = {"mask": torch.arange(TEXT_LENGTH)[None] < REAL_TOKENS}
         if self.stage == DIT:
             made["tokens"] = drawn(1, grid.num_tokens, channels)
-            made["positions"] = token_positions(grid, fps=FPS, causal=self.transformer.causal_temporal_positioning)[
-                None
-            ]
-            made["text"] = drawn(1, LENGTH, self.transformer.caption_channels)
-            made["level"] = torch.full((1, 1), LEVEL)
+            made["positions"] = token_positions(
+                grid, fps=FPS, causal=self.transformer_config.causal_temporal_positioning
+            )[None]
+            made["text"] = drawn(1, TEXT_LENGTH, self.transformer_config.caption_channels)
+            made["level"] = torch.full((1, 1), SIGMA)
         elif self.stage == TEXT:
-            made["ids"] = torch.randint(3, 100, (1, LENGTH), generator=generator)
+            made["ids"] = torch.randint(3, 100, (1, TEXT_LENGTH), generator=generator)
         elif self.stage == DECODE:
             made["latents"] = drawn(1, channels, grid.frames, grid.height, grid.width)
-            made["level"] = torch.full((1,), DECODE_LEVEL)
+            made["level"] = torch.full((1,), DECODE_TIMESTEP)
         elif self.stage == ENCODE:
-            made["pixels"] = drawn(1, 3, self.clip.frames, self.clip.size.height, self.clip.size.width).tanh()
+            made["pixels"] = drawn(1, 3, self.shape.frames, self.shape.size.height, self.shape.size.width).tanh()
         return {name: tensor.to(self.device) for name, tensor in made.items()}
 
     @cached_property
     def flops(self) -> int | None:
         """Twice the products that the formulas count; None where that says nothing."""
-        grid = self.clip.grid
+        grid = self.shape.grid
         if self.stage == STARTUP:
             return None
         if self.stage == TEXT:
-            return text_encoder_flops(self.engine(REFERENCE).components.text_encoder_folder.config, length=LENGTH)
+            return text_encoder_flops(
+                self.open_engine(FLOAT32_VARIANT).components.text_encoder_folder.config, length=TEXT_LENGTH
+            )
         if self.stage == ENCODE:
-            return vae_encoder_flops(self.vae, grid)
+            return vae_encoder_flops(self.vae_config, grid)
         if self.stage == DECODE:
-            return vae_decoder_flops(self.vae, grid)
+            return vae_decoder_flops(self.vae_config, grid)
         if self.stage == DIT:
-            return transformer_flops(self.transformer, grid.num_tokens, text_tokens=LENGTH)
-        (plan,) = self.engine(REFERENCE).resolve_passes(self.request)
-        return pass_flops(self.transformer, plan) + vae_decoder_flops(self.vae, grid)
+            return transformer_flops(self.transformer_config, grid.num_tokens, text_tokens=TEXT_LENGTH)
+        (plan,) = self.open_engine(FLOAT32_VARIANT).resolve_passes(self.request)
+        return pass_flops(self.transformer_config, plan) + vae_decoder_flops(self.vae_config, grid)
 
 
-def pass_flops(config: TransformerConfig, plan: ResolvedPass) -> int:
+def pass_flops(config: TransformerConfig, resolved_pass: ResolvedPass) -> int:
     """Of all evaluations of a pass."""
-    total, tokens = 0, plan.grid.num_tokens
-    for step in plan.step_guidance:
-        total += (1 + (step.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=LENGTH)
+    total, tokens = 0, resolved_pass.grid.num_tokens
+    for step in resolved_pass.step_guidance:
+        total += (1 + (step.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=TEXT_LENGTH)
         if step.stg_scale > 0 and step.skip_blocks:
-            mode = plan.settings.guidance.stg_mode or ATTENTION_VALUES
-            total += perturbed_flops(config, tokens, step.skip_blocks, mode, text_tokens=LENGTH)
+            mode = resolved_pass.settings.guidance.stg_mode or ATTENTION_VALUES
+            total += perturbed_flops(config, tokens, step.skip_blocks, mode, text_tokens=TEXT_LENGTH)
     return total
 
 

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kadr.bench.cases import STARTUP
-from kadr.bench.peak_memory import process_peak
-from kadr.bench.runner import Absent, Contender
-from kadr.bench.stage_case import PROMPT, Work
+from kadr.bench.peak_memory import process_peak_bytes
+from kadr.bench.runner import Contender, SkippedContender
+from kadr.bench.stage_case import PROMPT, StageCase
 
-LOOK = 0.02  # seconds between looks at a program that runs
+POLL_SECONDS = 0.02  # seconds between looks at a program that runs
 
 
 class Program:
@@ -29,7 +29,7 @@ class Program:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], suffix: str = ".mp4") -> None:
         self.command, self.environment, self.suffix = command, environment, suffix
-        self.peak: int | None = None  # bytes: the most that any run took, by the system's account
+        self.peak_bytes: int | None = None  # bytes: the most that any run took, by the system's account
 
     def __call__(self) -> None:
         """Run it.
@@ -58,18 +58,20 @@ class Program:
         """
         while True:
             try:
-                return process.wait(timeout=LOOK)
+                return process.wait(timeout=POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                if (peak := process_peak(process.pid)) is not None:
-                    self.peak = max(self.peak or 0, peak)
+                if (peak := process_peak_bytes(process.pid)) is not None:
+                    self.peak_bytes = max(self.peak_bytes or 0, peak)
 
-    def contender(self, name: str, dtype: str, *, own: bool = False, note: str = "") -> Contender:
-        return Contender(name=name, run=self, dtype=dtype, own=own, note=note, peak=lambda _: self.peak)
+    def as_contender(self, name: str, dtype: str, *, is_kadr: bool = False, note: str = "") -> Contender:
+        return Contender(
+            name=name, run=self, dtype=dtype, is_kadr=is_kadr, note=note, measure_peak=lambda _: self.peak_bytes
+        )
 
 
-def command(work: Work, stack: ExitStack) -> Iterator[Contender | Absent]:
+def startup_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
     """`kadr generate` as it comes, with the bundled model."""
-    if work.stage == STARTUP:
-        words = [sys.executable, "-m", "kadr", "generate", PROMPT, "--device", work.device.type, "--output"]
-        dtype = str(work.dtype).removeprefix("torch.")
-        yield Program(words, {"HF_HUB_OFFLINE": "1"}).contender("kadr auto", dtype, own=True)
+    if stage_case.stage == STARTUP:
+        words = [sys.executable, "-m", "kadr", "generate", PROMPT, "--device", stage_case.device.type, "--output"]
+        dtype = str(stage_case.dtype).removeprefix("torch.")
+        yield Program(words, {"HF_HUB_OFFLINE": "1"}).as_contender("kadr auto", dtype, is_kadr=True)

@@ -42,7 +42,7 @@ class Request:
 
     Args:
         prompt: what to show. With windows, one for each of them with | between; the last one holds for the rest.
-        size: width and height in pixels, a `Size` or a pair. Made at the next multiples of 32 up, then cropped.
+        size: width and height in pixels, a `ModelShape` or a pair. Made at the next multiples of 32 up, then cropped.
         frames: made at the next 8k+1 up, then trimmed.
         fps: frames per second. The model hears of it: it decides how fast things move.
         seed: any whole number. The same seed gives the same noise on every device.

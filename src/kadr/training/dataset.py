@@ -16,10 +16,10 @@ from kadr.media.clip import ClipReader, probe_video
 from kadr.media.image import load_image
 from kadr.request.inputs import CLIP_SUFFIXES
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-REFERENCE = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4
-CAPTION = ".txt"
-SHOWN = 10  # of what cannot be used
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+REFERENCE_SUFFIX = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4
+CAPTION_SUFFIX = ".txt"
+MAX_LISTED = 10  # of what cannot be used
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Example:
     fps: Fraction | None
     reference: Path | None = None
 
-    def mark(self) -> str:
+    def content_hash(self) -> str:
         """What tells it from another of its name, wherever the folder is: a checksum of caption and files."""
         files = [
             compute_digest(path, like="0" * SHA256_HEX_DIGITS)
@@ -49,7 +49,9 @@ class Example:
         return hashlib.sha256(json.dumps([self.caption, files]).encode()).hexdigest()[:16]
 
 
-def read_folder(folder: Path, frames: int, *, references: bool = False, skip_broken: bool = False) -> list[Example]:
+def read_dataset(
+    dataset_folder: Path, frames: int, *, references: bool = False, skip_broken: bool = False
+) -> list[Example]:
     """The examples of a folder, by their names. Every clip is decoded once.
 
     Args:
@@ -60,38 +62,44 @@ def read_folder(folder: Path, frames: int, *, references: bool = False, skip_bro
     Raises:
         MediaError: some cannot be used, with their names and why; or there is nothing to learn from.
     """
-    if not folder.is_dir():
-        raise MediaError(f"there is no folder {folder}. Give one with clips, and a caption beside each (.txt).")
-    media = [path for path in sorted(folder.iterdir()) if _is_medium(path) and not path.stem.endswith(REFERENCE)]
-    _warn_below(folder)
+    if not dataset_folder.is_dir():
+        raise MediaError(f"there is no folder {dataset_folder}. Give one with clips, and a caption beside each (.txt).")
+    media = [
+        path
+        for path in sorted(dataset_folder.iterdir())
+        if _is_media_file(path) and not path.stem.endswith(REFERENCE_SUFFIX)
+    ]
+    _warn_of_subfolders(dataset_folder)
     made, broken = [], []
     for path in media:
         try:
-            made.append(_example(path, frames, references=references))
+            made.append(_read_example(path, frames, references=references))
         except KadrError as error:
             broken.append(str(error))
     if broken and not skip_broken:
         raise MediaError(
-            f"{len(broken)} of the {len(media)} clips and pictures of {folder} cannot be used:{_told(broken)}\n"
+            f"{len(broken)} of the {len(media)} clips and pictures of {dataset_folder} cannot be used:{_bullet_list(broken)}\n"
             "Mend or remove them, or leave them out with --skip-broken."
         )
     if broken:
-        told = f"{len(broken)} of the {len(media)} clips and pictures of {folder} are left out:{_told(broken)}"
+        told = f"{len(broken)} of the {len(media)} clips and pictures of {dataset_folder} are left out:{_bullet_list(broken)}"
         warnings.warn(told, KadrWarning, stacklevel=2)
     if not made:
-        endings = ", ".join((*CLIP_SUFFIXES, *PICTURES))
-        raise MediaError(f"{folder} has nothing to learn from: clips or pictures ({endings}), each with a caption.")
+        endings = ", ".join((*CLIP_SUFFIXES, *IMAGE_SUFFIXES))
+        raise MediaError(
+            f"{dataset_folder} has nothing to learn from: clips or pictures ({endings}), each with a caption."
+        )
     return made
 
 
-def _is_medium(path: Path) -> bool:
+def _is_media_file(path: Path) -> bool:
     """Hidden files are none: systems put files of their own beside others, under names that end alike."""
-    return path.suffix.lower() in (*CLIP_SUFFIXES, *PICTURES) and not path.name.startswith(".")
+    return path.suffix.lower() in (*CLIP_SUFFIXES, *IMAGE_SUFFIXES) and not path.name.startswith(".")
 
 
-def _warn_below(folder: Path) -> None:
+def _warn_of_subfolders(folder: Path) -> None:
     """Say where clips lie in folders inside of the folder."""
-    inner = [path for path in folder.rglob("*") if path.parent != folder and _is_medium(path)]
+    inner = [path for path in folder.rglob("*") if path.parent != folder and _is_media_file(path)]
     if inner:
         warnings.warn(
             f"{len(inner)} clips and pictures in folders inside of {folder}, such as {inner[0].relative_to(folder)}, "
@@ -101,24 +109,24 @@ def _warn_below(folder: Path) -> None:
         )
 
 
-def _told(broken: Sequence[str]) -> str:
+def _bullet_list(broken: Sequence[str]) -> str:
     """A line for each."""
-    more = [f"and {len(broken) - SHOWN} more"] if len(broken) > SHOWN else []
-    return "".join(f"\n  {one}" for one in [*broken[:SHOWN], *more])
+    more = [f"and {len(broken) - MAX_LISTED} more"] if len(broken) > MAX_LISTED else []
+    return "".join(f"\n  {one}" for one in [*broken[:MAX_LISTED], *more])
 
 
-def _example(path: Path, frames: int, *, references: bool) -> Example:
-    caption = _caption(path)
-    if path.suffix.lower() in PICTURES:
+def _read_example(path: Path, frames: int, *, references: bool) -> Example:
+    caption = _read_caption(path)
+    if path.suffix.lower() in IMAGE_SUFFIXES:
         load_image(path)
-        return Example(path, caption, 1, None, _reference(path, 1) if references else None)
+        return Example(path, caption, 1, None, _find_reference(path, 1) if references else None)
     count, fps = probe_video(path)
     _require_length(path, count, frames)
-    return Example(path, caption, frames, fps, _reference(path, frames) if references else None)
+    return Example(path, caption, frames, fps, _find_reference(path, frames) if references else None)
 
 
-def _caption(path: Path) -> str:
-    beside = path.with_suffix(CAPTION)
+def _read_caption(path: Path) -> str:
+    beside = path.with_suffix(CAPTION_SUFFIX)
     try:
         caption = " ".join(beside.read_text("utf-8-sig").split())
     except FileNotFoundError:
@@ -139,12 +147,18 @@ def _require_length(path: Path, count: int, frames: int) -> None:
         raise MediaError(f"{path.name} says it has {count} frames, and {readable} can be read.")
 
 
-def _reference(path: Path, frames: int) -> Path:
-    found = [beside for end in (*CLIP_SUFFIXES, *PICTURES) if (beside := path.with_suffix(REFERENCE + end)).is_file()]
+def _find_reference(path: Path, frames: int) -> Path:
+    found = [
+        beside
+        for end in (*CLIP_SUFFIXES, *IMAGE_SUFFIXES)
+        if (beside := path.with_suffix(REFERENCE_SUFFIX + end)).is_file()
+    ]
     if not found:
-        raise RequestError(f"{path.name} has no reference: put one beside it as {path.stem}{REFERENCE}{path.suffix}.")
+        raise RequestError(
+            f"{path.name} has no reference: put one beside it as {path.stem}{REFERENCE_SUFFIX}{path.suffix}."
+        )
     reference = found[0]
-    if reference.suffix.lower() in PICTURES:
+    if reference.suffix.lower() in IMAGE_SUFFIXES:
         load_image(reference)
         if frames > 1:
             raise RequestError(f"{reference.name} is a picture, and {path.name} a clip; give a clip of as many frames.")

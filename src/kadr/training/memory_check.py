@@ -17,10 +17,10 @@ from kadr.training.dataset import Example
 from kadr.training.settings import TrainingSettings
 from kadr.training.trainable_lora import target_layers
 
-ROOMY = 0.7  # of the memory that is free, up to which nothing is computed twice
+CHECKPOINTING_THRESHOLD = 0.7  # of the memory that is free, up to which nothing is computed twice
 
 
-def hold_of(engine: Engine) -> str:
+def base_weight_format(engine: Engine) -> str:
     """How the transformer's weights are held while it learns; see `planning.plan.Choice`."""
     components = engine.components
     if is_quantized(components.transformer_checkpoints[0].sources["transformer"]):
@@ -28,28 +28,28 @@ def hold_of(engine: Engine) -> str:
     return CONVERTED if components.quant in (NONE, AUTO) else components.quant
 
 
-def bytes_of(
-    engine: Engine, settings: TrainingSettings, examples: Sequence[Example], *, recomputed: bool
+def required_bytes(
+    engine: Engine, settings: TrainingSettings, examples: Sequence[Example], *, gradient_checkpointing: bool
 ) -> TrainingBytes:
     """What a training takes. recomputed: see `training_bytes`."""
     components, config = engine.components, engine.components.transformer_config_of(0)
     weights = weight_bytes(
-        components.transformer_checkpoints[0].sources["transformer"], components.dtype, hold_of(engine)
+        components.transformer_checkpoints[0].sources["transformer"], components.dtype, base_weight_format(engine)
     )
     grid = LatentGrid.for_video(settings.size.snap(), max(example.frames for example in examples))
-    layers = target_layers(config, settings.targets)
+    layers = target_layers(config, settings.target_modules)
     return training_bytes(
         config,
         weight_bytes=weights.mapped + weights.private + weights.scratch,
         trainable_parameters=sum(settings.rank * (inputs + outputs) for inputs, outputs in layers.values()),
-        tokens=grid.num_tokens * (2 if settings.in_context else 1),
-        batch=settings.batch,
+        tokens=grid.num_tokens * (2 if settings.is_in_context else 1),
+        batch=settings.batch_size,
         itemsize=components.dtype.itemsize,
-        gradient_checkpointing=recomputed,
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 
-def must_recompute(engine: Engine, settings: TrainingSettings, examples: Sequence[Example]) -> bool:
+def needs_gradient_checkpointing(engine: Engine, settings: TrainingSettings, examples: Sequence[Example]) -> bool:
     """Whether layers are computed twice, because what they keep would not fit.
 
     Raises:
@@ -57,11 +57,11 @@ def must_recompute(engine: Engine, settings: TrainingSettings, examples: Sequenc
     """
     device = engine.components.device
     free = free_bytes(device)
-    if bytes_of(engine, settings, examples, recomputed=False).total <= ROOMY * free:
+    if required_bytes(engine, settings, examples, gradient_checkpointing=False).total <= CHECKPOINTING_THRESHOLD * free:
         return False
-    needed = bytes_of(engine, settings, examples, recomputed=True)
+    needed = required_bytes(engine, settings, examples, gradient_checkpointing=True)
     if needed.total > free:
-        batch = "a smaller --batch, " if settings.batch > 1 else ""
+        batch = "a smaller --batch, " if settings.batch_size > 1 else ""
         raise PlanError(
             f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
             f"{needed.trainable / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and {free / 1e9:.1f} "

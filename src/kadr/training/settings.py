@@ -7,12 +7,12 @@ from typing import Any
 
 from kadr.errors import RequestError
 from kadr.shapes import Size, snap_frames
-from kadr.training.objective import DISTRIBUTIONS
-from kadr.training.trainable_lora import TARGETS
+from kadr.training.objective import SIGMA_DISTRIBUTIONS
+from kadr.training.trainable_lora import TARGET_MODULES
 from kadr.validation import check_range
 
 OFF, FILES, CANNY = "off", "files", "canny"
-REFERENCES = (OFF, FILES, CANNY)
+REFERENCE_SOURCES = (OFF, FILES, CANNY)
 # Field, lowest and highest value.
 _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, 1024),
@@ -23,7 +23,7 @@ _LIMITS: tuple[tuple[str, float, float], ...] = (
     ("first_frame", 0.0, 1.0),
     ("caption_dropout", 0.0, 1.0),
 )
-EXTENDABLE = ("steps",)  # what may be changed when a training goes on
+CHANGEABLE_ON_RESUME = ("steps",)  # what may be changed when a training goes on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class TrainingSettings:
         target_modules: which layers; see `low_rank.TARGETS`.
         steps: updates of the matrices.
         batch_size: examples of a step.
-        learning_rate: of AdamW, constant after `warmup` steps: so a training may be made longer when it has ended.
+        learning_rate: of AdamW, constant after `warmup_steps` steps: so a training may be made longer when it has ended.
         sigma_sampling: how noise levels are drawn; see `objective.DISTRIBUTIONS`.
         first_frame_conditioning_p: share of steps in which the first latent frame is given clean and not learned.
         caption_dropout_p: share of steps that are learned without their captions.
@@ -49,21 +49,25 @@ class TrainingSettings:
     size: Size
     frames: int
     rank: int = 32
-    targets: str = "attention"
+    target_modules: str = "attention"
     steps: int = 1000
-    batch: int = 1
-    rate: float = 2e-4
-    warmup: int = 10
-    levels: str = "shifted"
-    first_frame: float = 0.1
-    caption_dropout: float = 0.0
+    batch_size: int = 1
+    learning_rate: float = 2e-4
+    warmup_steps: int = 10
+    sigma_sampling: str = "shifted"
+    first_frame_conditioning_p: float = 0.1
+    caption_dropout_p: float = 0.0
     references: str = OFF
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in _LIMITS:
             check_range(name, getattr(self, name), low, high, is_whole=isinstance(low, int))
-        for name, known in (("target_modules", TARGETS), ("sigma_sampling", DISTRIBUTIONS), ("references", REFERENCES)):
+        for name, known in (
+            ("target_modules", TARGET_MODULES),
+            ("sigma_sampling", SIGMA_DISTRIBUTIONS),
+            ("references", REFERENCE_SOURCES),
+        ):
             if getattr(self, name) not in known:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
         if snap_frames(self.frames) != self.frames:
@@ -71,7 +75,7 @@ class TrainingSettings:
             raise RequestError(f"frames is {self.frames}; clips are learned in 8k+1, such as {below}.")
 
     @property
-    def in_context(self) -> bool:
+    def is_in_context(self) -> bool:
         """Whether a reference is learned to be followed."""
         return self.references != OFF
 

@@ -15,19 +15,19 @@ from kadr.models.lora_layers import LoraWeights
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 from kadr.sampling.noise import NoiseStreams
-from kadr.training.frozen_linear import freeze
+from kadr.training.frozen_linear import freeze_base
 
-ATTENTION = tuple(f".{kind}_attention.{part}" for kind in ("self", "text") for part in ("q", "k", "v", "out"))
-FEED_FORWARD = (".feed_forward.up", ".feed_forward.down")
+ATTENTION_LAYERS = tuple(f".{kind}_attention.{part}" for kind in ("self", "text") for part in ("q", "k", "v", "out"))
+FEED_FORWARD_LAYERS = (".feed_forward.up", ".feed_forward.down")
 # What a LoRA may change: the ends of layers' names. The official trainer's default is the first.
-TARGETS: Mapping[str, tuple[str, ...]] = {
-    "attention": ATTENTION,
-    "attention+feed-forward": (*ATTENTION, *FEED_FORWARD),
+TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
+    "attention": ATTENTION_LAYERS,
+    "attention+feed-forward": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
     "all": ("",),
 }
 
 
-class Learning(nn.Module):
+class TrainableLoRALinear(nn.Module):
     """y = base(x) + B A x, with A and B in fp32. B begins at 0, so at first nothing is added.
 
     Args:
@@ -37,60 +37,60 @@ class Learning(nn.Module):
 
     def __init__(self, base: nn.Module, down: Tensor, outputs: int) -> None:
         super().__init__()
-        self.base = base
+        self.base_layer = base
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(down.new_zeros(outputs, len(down)))
 
     def forward(self, x: Tensor) -> Tensor:
         added: Tensor = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return self.base(x) + added
+        return self.base_layer(x) + added
 
 
-def target_layers(config: TransformerConfig, targets: str) -> dict[str, tuple[int, int]]:
+def target_layers(config: TransformerConfig, target_modules: str) -> dict[str, tuple[int, int]]:
     """The layers that a LoRA changes, with what they take and give.
 
     Raises:
         RequestError: there is no such choice.
     """
-    if targets not in TARGETS:
-        raise RequestError(f"targets are {targets!r}; they must be one of {', '.join(TARGETS)}.")
+    if target_modules not in TARGET_MODULES:
+        raise RequestError(f"targets are {target_modules!r}; they must be one of {', '.join(TARGET_MODULES)}.")
     with torch.device("meta"):
         module = Transformer(config)
     return {
         name: (child.in_features, child.out_features)
         for name, child in module.named_modules()
-        if isinstance(child, Linear) and name.endswith(TARGETS[targets])
+        if isinstance(child, Linear) and name.endswith(TARGET_MODULES[target_modules])
     }
 
 
-def learn(
-    module: Transformer, layers: Mapping[str, tuple[int, int]], rank: int, noise: NoiseStreams
-) -> dict[str, Learning]:
+def add_lora_layers(
+    transformer: Transformer, layer_sizes: Mapping[str, tuple[int, int]], rank: int, noise_streams: NoiseStreams
+) -> dict[str, TrainableLoRALinear]:
     """Put matrices that learn beside some layers of a transformer, and let nothing else of it learn.
 
     Args:
-        layers: as `target_layers` gives them.
+        layer_sizes: as `target_layers` gives them.
         noise_streams: A begins with numbers of the streams "lora NAME", with deviation 1 / sqrt(3 inputs): as Kaiming's uniform
             start has, which PEFT takes.
     """
-    freeze(module)
+    freeze_base(transformer)
     made = {}
-    for name, (inputs, outputs) in layers.items():
-        base = module.get_submodule(name)
+    for name, (inputs, outputs) in layer_sizes.items():
+        base = transformer.get_submodule(name)
         place = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
-        down = noise.draw(f"lora {name}", (rank, inputs)) * (3 * inputs) ** -0.5
-        made[name] = Learning(base, down.to(place), outputs)
+        down = noise_streams.draw(f"lora {name}", (rank, inputs)) * (3 * inputs) ** -0.5
+        made[name] = TrainableLoRALinear(base, down.to(place), outputs)
         parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, made[name])
+        setattr(transformer.get_submodule(parent), leaf, made[name])
     return made
 
 
-def learned(layers: Mapping[str, Learning]) -> dict[str, LoraWeights]:
+def collect_lora_weights(lora_layers: Mapping[str, TrainableLoRALinear]) -> dict[str, LoraWeights]:
     """What they add by now."""
-    return {name: LoraWeights(layer.down.detach(), layer.up.detach()) for name, layer in layers.items()}
+    return {name: LoraWeights(layer.down.detach(), layer.up.detach()) for name, layer in lora_layers.items()}
 
 
-def recompute(blocks: Iterable[nn.Module]) -> None:
+def enable_gradient_checkpointing(blocks: Iterable[nn.Module]) -> None:
     """Keep only what each block was given, and compute the rest of it again when gradients pass: half as much time
     again, for a small part of the memory."""
     for block in blocks:

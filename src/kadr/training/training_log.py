@@ -9,27 +9,27 @@ from pathlib import Path
 from kadr.checkpoints.save import atomic_path
 from kadr.errors import CheckpointError, MediaError
 
-NAMES = ("step", "loss", "held", "seconds")
+COLUMNS = ("step", "loss", "held", "seconds")
 
 
-class Log:
+class TrainingLog:
     """The lines of one training. Those of steps that will be done again are dropped, and those that cannot be read.
 
     Args:
-        start: steps that are done.
+        start_step: steps that are done.
 
     Raises:
         MediaError: the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, path: Path, start_step: int) -> None:
         self.path, self.rows = path, list[Mapping[str, str]]()
         try:
-            if start and path.is_file():
+            if start_step and path.is_file():
                 with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                    self.rows = [row for row in csv.DictReader(file) if _is_done(row, start)]
+                    self.rows = [row for row in csv.DictReader(file) if _is_done(row, start_step)]
             with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, NAMES, extrasaction="ignore")
+                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.rows)
         except (OSError, csv.Error, CheckpointError) as error:
@@ -37,23 +37,23 @@ class Log:
             raise MediaError(f"{path} cannot be used as the log: {told}. Move it away.") from error
 
     @property
-    def first(self) -> float | None:
+    def first_validation_loss(self) -> float | None:
         """The first loss that was measured; None where it is not there any more."""
-        return next((loss for row in self.rows if (loss := _number(row.get("held"))) is not None), None)
+        return next((loss for row in self.rows if (loss := _parse_finite(row.get("held"))) is not None), None)
 
     def add(self, step: int, **values: float | None) -> None:
         """A line."""
-        told = {name: "" if values.get(name) is None else f"{values[name]:.6g}" for name in NAMES[1:]}
+        told = {name: "" if values.get(name) is None else f"{values[name]:.6g}" for name in COLUMNS[1:]}
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, NAMES).writerow({"step": step, **told})
+            csv.DictWriter(file, COLUMNS).writerow({"step": step, **told})
 
 
 def _is_done(row: Mapping[str, str], start: int) -> bool:
-    step = _number(row.get("step"))
+    step = _parse_finite(row.get("step"))
     return step is not None and 0 <= step <= start
 
 
-def _number(text: object) -> float | None:
+def _parse_finite(text: object) -> float | None:
     try:
         made = float(str(text))
     except ValueError:

@@ -13,40 +13,44 @@ from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
 from kadr.errors import CheckpointError, RequestError
-from kadr.training.settings import EXTENDABLE
-from kadr.training.trainable_lora import Learning
+from kadr.training.settings import CHANGEABLE_ON_RESUME
+from kadr.training.trainable_lora import TrainableLoRALinear
 
-CLIPS = "clips"  # of what is told: names of clips, with what tells a clip and its caption from others
-HALVES, MOMENTS = ("down", "up"), ("exp_avg", "exp_avg_sq")
+EXAMPLES = "clips"  # of what is told: names of clips, with what tells a clip and its caption from others
+MATRICES, MOMENTS = ("down", "up"), ("exp_avg", "exp_avg_sq")
 
 
 def save_state(
-    path: Path, step: int, layers: Mapping[str, Learning], optimizer: torch.optim.AdamW, told: Mapping[str, Any]
+    path: Path,
+    step: int,
+    lora_layers: Mapping[str, TrainableLoRALinear],
+    optimizer: torch.optim.AdamW,
+    identity: Mapping[str, Any],
 ) -> None:
     """Write matrices, the optimizer's moments, and how many steps are done.
 
     Args:
-        told: the settings and the model, as plain data: a training goes on only with the same.
+        identity: the settings and the model, as plain data: a training goes on only with the same.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        for half in HALVES:
+    for name, layer in lora_layers.items():
+        for half in MATRICES:
             parameter = getattr(layer, half)
             tensors[f"{name}.{half}"] = parameter
             for moment in MOMENTS:
                 tensors[f"{name}.{half}.{moment}"] = optimizer.state[parameter][moment]
-    metadata = {"kadr_training": json.dumps({"step": step, **told})}
+    metadata = {"kadr_training": json.dumps({"step": step, **identity})}
     write_tensors(path, tensors, dtype=torch.float32, metadata=metadata, fsync=True)
 
 
-def check_state(path: Path, told: Mapping[str, Any], steps: int) -> None:
+def check_state(path: Path, identity: Mapping[str, Any], steps: int) -> None:
     """Look at the header of a training that is to go on, if it is there, before anything is computed.
 
     Args:
-        told: as of `save_state`.
+        identity: as of `save_state`.
         steps: that are to be done in all.
 
     Raises:
@@ -56,7 +60,7 @@ def check_state(path: Path, told: Mapping[str, Any], steps: int) -> None:
     if not path.is_file():
         return
     found = _header(path)
-    _require_same(path, found, told)
+    _require_same(path, found, identity)
     if found["step"] > steps:
         raise RequestError(
             f"{path.parent} holds a training that has done {found['step']} steps, and {steps} are asked for. Ask for "
@@ -64,7 +68,7 @@ def check_state(path: Path, told: Mapping[str, Any], steps: int) -> None:
         )
 
 
-def load_state(path: Path, layers: Mapping[str, Learning], optimizer: torch.optim.AdamW) -> int:
+def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optimizer: torch.optim.AdamW) -> int:
     """Go on from a file, if it is there.
 
     Returns:
@@ -78,8 +82,8 @@ def load_state(path: Path, layers: Mapping[str, Learning], optimizer: torch.opti
     step = int(_header(path)["step"])
     try:
         with safe_open(path, framework="pt") as file:
-            for name, layer in layers.items():
-                for half in HALVES:
+            for name, layer in lora_layers.items():
+                for half in MATRICES:
                     parameter = getattr(layer, half)
                     parameter.data.copy_(file.get_tensor(f"{name}.{half}"))
                     moments = {moment: file.get_tensor(f"{name}.{half}.{moment}") for moment in MOMENTS}
@@ -105,28 +109,28 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} cannot be read as a training: {error}. Remove it to begin anew.")
 
 
-def _require_same(path: Path, found: Mapping[str, Any], told: Mapping[str, Any]) -> None:
-    for name, value in told.items():
-        if name in EXTENDABLE or found.get(name) == value:
+def _require_same(path: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    for name, value in identity.items():
+        if name in CHANGEABLE_ON_RESUME or stored.get(name) == value:
             continue
-        what = f"{name} = {found.get(name)}, and now it is {value}"
-        if name == CLIPS:
-            what = f"other clips or captions: {_apart(found.get(name) or {}, value)}"
+        what = f"{name} = {stored.get(name)}, and now it is {value}"
+        if name == EXAMPLES:
+            what = f"other clips or captions: {_describe_changes(stored.get(name) or {}, value)}"
         raise CheckpointError(
             f"{path.parent} holds a training with {what}. Go on with the same, give another --output, or remove the "
             "folder to begin anew."
         )
 
 
-def _apart(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _describe_changes(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """How two folders of clips differ, in words."""
     words = {
-        "gone": [name for name in before if name not in now],
-        "new": [name for name in now if name not in before],
-        "changed": [name for name in now if name in before and now[name] != before[name]],
+        "gone": [name for name in stored if name not in current],
+        "new": [name for name in current if name not in stored],
+        "changed": [name for name in current if name in stored and current[name] != stored[name]],
     }
-    return ", ".join(f"{_first(names)} {word}" for word, names in words.items() if names)
+    return ", ".join(f"{_first_and_count(names)} {word}" for word, names in words.items() if names)
 
 
-def _first(names: Sequence[str]) -> str:
+def _first_and_count(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

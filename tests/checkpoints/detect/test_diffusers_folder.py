@@ -25,18 +25,24 @@ from kadr.models.vae import VAE
 from kadr.sampling.positions import token_positions
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import LatentGrid
-from tests.checkpoints.checkpoint_files import LINEAR_QUADRATIC, SMALL_TRANSFORMER, SMALL_UPSAMPLER, same, sparse
+from tests.checkpoints.checkpoint_files import (
+    LINEAR_QUADRATIC,
+    SMALL_TRANSFORMER,
+    SMALL_UPSCALER,
+    have_same_weights,
+    write_sparse,
+)
 from tests.oracles import (
     DIFFUSERS_VAES,
     VAES,
     diffusers_transformer,
     diffusers_transformer_on_meta,
     diffusers_vae,
-    drawn,
-    reduced,
-    relative,
+    narrow_vae_config,
+    randn,
+    relative_error,
 )
-from tests.tiny_models import sown
+from tests.tiny_models import build_random
 
 SHIFTED = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 # scheduler_config.json of the released folders, cut down to what is read.
@@ -65,12 +71,12 @@ def changed(file: Path, **more: Any) -> None:
 
 
 def small_vae(family: str) -> VAE:
-    return sown(lambda: VAE(reduced(VAES[family], width=4)))
+    return build_random(lambda: VAE(narrow_vae_config(VAES[family], width=4)))
 
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return sown(lambda: Transformer(SMALL_TRANSFORMER))
+    return build_random(lambda: Transformer(SMALL_TRANSFORMER))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -114,9 +120,9 @@ def test_a_folder_and_a_single_file_give_the_same_modules(
     other = Checkpoint.open(tmp_path / "x.safetensors")
     assert one.info.layout == "diffusers"
     assert replace(one.info, layout="single file") == other.info
-    assert same(one.load_transformer(), other.load_transformer())
-    assert same(one.load_vae(), other.load_vae())
-    assert same(one.load_vae(torch.bfloat16), vae, torch.bfloat16)
+    assert have_same_weights(one.load_transformer(), other.load_transformer())
+    assert have_same_weights(one.load_vae(), other.load_vae())
+    assert have_same_weights(one.load_vae(torch.bfloat16), vae, torch.bfloat16)
 
 
 @torch.inference_mode()
@@ -129,14 +135,14 @@ def test_a_folder_and_a_single_file_compute_the_same(tmp_path: Path, transformer
         Checkpoint.open(path) for path in (save(tmp_path / "m", transformer, vae, "0.9.5"), tmp_path / "x.safetensors")
     ]
     where = token_positions(LatentGrid(2, 2, 1), fps=24, causal=True)[None]
-    noise, text, level = drawn(1, 4, 12), drawn(1, 3, 24), torch.full((1, 1), 0.5)
+    noise, text, level = randn(1, 4, 12), randn(1, 3, 24), torch.full((1, 1), 0.5)
     one, other = (
         model(noise, model.compute_rope(where), text, None, level) for model in (c.load_transformer() for c in pair)
     )
-    assert relative(one, other) < 1e-6  # not equal: how far the tensors stand from a cache line differs
-    latents = drawn(1, 12, 2, 1, 1)
+    assert relative_error(one, other) < 1e-6  # not equal: how far the tensors stand from a cache line differs
+    latents = randn(1, 12, 2, 1, 1)
     one, other = (model.decode(latents, timestep=level[0]) for model in (c.load_vae(with_encoder=False) for c in pair))
-    assert relative(one, other) < 1e-6
+    assert relative_error(one, other) < 1e-6
 
 
 # Upscalers
@@ -145,7 +151,7 @@ def test_a_folder_and_a_single_file_compute_the_same(tmp_path: Path, transformer
 @pytest.fixture
 def upscaler(tmp_path: Path) -> Path:
     """A folder as that of a released upscaler: with the VAE of its latents."""
-    ours = sown(lambda: LatentUpscaler(SMALL_UPSAMPLER))
+    ours = build_random(lambda: LatentUpscaler(SMALL_UPSCALER))
     theirs = LTXLatentUpsamplerModel(in_channels=12, mid_channels=32, num_blocks_per_stage=2)
     known_as = map_keys(UPSCALER_KEYS, ours.state_dict(), is_diffusers=True)
     theirs.load_state_dict({known_as[name]: tensor for name, tensor in ours.state_dict().items()})
@@ -155,15 +161,15 @@ def upscaler(tmp_path: Path) -> Path:
 
 def test_the_folder_of_an_upscaler_is_opened_with_its_vae_or_alone(upscaler: Path) -> None:
     whole, alone = Checkpoint.open(upscaler), Checkpoint.open(upscaler / "latent_upsampler")
-    assert whole.info.upscaler == alone.info.upscaler == SMALL_UPSAMPLER
+    assert whole.info.upscaler == alone.info.upscaler == SMALL_UPSCALER
     assert (whole.info.vae_family, alone.info.has_vae) == ("0.9.5", False)
     for checkpoint in (whole, alone):
-        assert same(checkpoint.load_upscaler(), sown(lambda: LatentUpscaler(SMALL_UPSAMPLER)))
+        assert have_same_weights(checkpoint.load_upscaler(), build_random(lambda: LatentUpscaler(SMALL_UPSCALER)))
         described = checkpoint.describe()
         assert (described.kind, described.missing_components) == ("spatial upscaler", ())
         with pytest.raises(CheckpointError, match="is a spatial upscaler, not a model"):
             checkpoint.load_transformer()
-    assert same(whole.load_vae(), small_vae("0.9.5"))
+    assert have_same_weights(whole.load_vae(), small_vae("0.9.5"))
 
 
 def test_a_config_of_no_released_upscaler_is_refused(upscaler: Path) -> None:
@@ -267,7 +273,7 @@ def test_a_scheduler_that_shifts_otherwise_is_refused(tmp_path: Path, change: Ma
 def test_the_folder_of_one_component_is_opened(folder: Path) -> None:
     vae = Checkpoint.open(folder / "vae")
     assert (vae.info.vae_family, vae.info.has_transformer) == ("0.9.5", False)
-    assert same(vae.load_vae(), Checkpoint.open(folder).load_vae())
+    assert have_same_weights(vae.load_vae(), Checkpoint.open(folder).load_vae())
 
 
 def lone_transformer(folder: Path, config: TransformerConfig) -> Path:
@@ -275,7 +281,7 @@ def lone_transformer(folder: Path, config: TransformerConfig) -> Path:
     transformer = diffusers_transformer_on_meta(config)
     transformer.save_config(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    sparse(folder / "diffusion_pytorch_model.safetensors", shapes)
+    write_sparse(folder / "diffusion_pytorch_model.safetensors", shapes)
     return folder
 
 

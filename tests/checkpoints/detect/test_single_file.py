@@ -24,12 +24,12 @@ from kadr.sampling.schedules import Schedule
 from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_TRANSFORMER,
-    SMALL_UPSAMPLER,
+    SMALL_UPSCALER,
     SMALL_VAE,
-    config_of,
-    shapes_of,
-    sparse,
-    upsampler_shapes,
+    official_metadata,
+    single_file_shapes,
+    upscaler_shapes,
+    write_sparse,
 )
 
 SHIFTED = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
@@ -46,13 +46,13 @@ def opened(
     bare: bool = False,
     release: str | None = None,
 ) -> Checkpoint:
-    sparse(path, shapes_of(transformer, vae, bare=bare), metadata=metadata)
+    write_sparse(path, single_file_shapes(transformer, vae, without_prefix=bare), metadata=metadata)
     return Checkpoint.open(path, release=find_release(release) if release else None)
 
 
 def refused(path: Path, shapes: dict[str, tuple[int, ...]], **more: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(sparse(path, shapes, **more))
+        Checkpoint.open(write_sparse(path, shapes, **more))
     assert str(path) in str(caught.value)
     return str(caught.value)
 
@@ -63,7 +63,7 @@ def refused(path: Path, shapes: dict[str, tuple[int, ...]], **more: Any) -> str:
 @pytest.mark.parametrize("family", VAES)
 def test_a_header_is_read(tmp_path: Path, family: str) -> None:
     transformer, schedule = ERAS[family]
-    metadata = config_of(transformer, VAES[family], schedule)
+    metadata = official_metadata(transformer, VAES[family], schedule)
     found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).info
     assert (found.transformer, found.vae, found.schedule) == (transformer, VAES[family], schedule)
     assert (found.vae_family, found.layout, found.dtype) == (family, "single file", torch.bfloat16)
@@ -72,14 +72,14 @@ def test_a_header_is_read(tmp_path: Path, family: str) -> None:
 
 
 def test_the_header_is_believed_before_the_shapes_and_the_name(tmp_path: Path) -> None:
-    metadata = config_of(OLD_2B, VAE_0_9_5, SHIFTED)
+    metadata = official_metadata(OLD_2B, VAE_0_9_5, SHIFTED)
     found = opened(tmp_path / "ltxv-2b-0.9.6-dev-04-25.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).info
     assert found.transformer == OLD_2B
     assert found.schedule == SHIFTED
 
 
 def test_widths_of_ones_own_are_read_from_the_header(tmp_path: Path) -> None:
-    metadata = config_of(SMALL_TRANSFORMER, SMALL_VAE)
+    metadata = official_metadata(SMALL_TRANSFORMER, SMALL_VAE)
     found = opened(tmp_path / "x.safetensors", SMALL_TRANSFORMER, SMALL_VAE, metadata=metadata).info
     assert (found.transformer, found.vae, found.vae_family) == (SMALL_TRANSFORMER, SMALL_VAE, "0.9.5")
 
@@ -96,7 +96,7 @@ def test_a_header_without_causal_positions_has_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("config", "name"), [(TRANSFORMER_2B, "ltxv-2b"), (TRANSFORMER_13B, "ltxv-13b")])
 def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: TransformerConfig, name: str) -> None:
-    metadata = config_of(config, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
+    metadata = official_metadata(config, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
     found = opened(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).info
     assert found.schedule.allowed_sigmas == DISTILLED_SIGMAS
     assert found.release is find_release(f"{name}-0.9.8-distilled")
@@ -106,8 +106,10 @@ def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: Tran
     ("dtype", "name"), [("BF16", "ltxv-13b-0.9.8-distilled"), ("F8_E4M3", "ltxv-13b-0.9.8-distilled-fp8")]
 )
 def test_the_dtype_tells_an_fp8_release_from_the_other(tmp_path: Path, dtype: str, name: str) -> None:
-    metadata = config_of(TRANSFORMER_13B, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
-    path = sparse(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_13B, VAE_0_9_5), dtype=dtype, metadata=metadata)
+    metadata = official_metadata(TRANSFORMER_13B, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
+    path = write_sparse(
+        tmp_path / "x.safetensors", single_file_shapes(TRANSFORMER_13B, VAE_0_9_5), dtype=dtype, metadata=metadata
+    )
     assert Checkpoint.open(path).info.release is find_release(name)
 
 
@@ -203,7 +205,7 @@ def test_the_user_answers(tmp_path: Path) -> None:
 
 
 def test_a_name_completes_what_the_header_says(tmp_path: Path) -> None:
-    metadata = config_of(TRANSFORMER_2B, VAE_0_9_5)
+    metadata = official_metadata(TRANSFORMER_2B, VAE_0_9_5)
     path = tmp_path / "ltxv-2b-0.9.6-distilled-04-25.safetensors"
     found = opened(path, TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).info
     assert found.release is find_release("ltxv-2b-0.9.6-distilled")
@@ -225,7 +227,7 @@ def test_a_name_completes_what_the_header_says(tmp_path: Path) -> None:
 def test_a_name_that_the_file_contradicts_is_dropped_or_if_the_user_said_it_refused(
     tmp_path: Path, transformer: TransformerConfig, vae: VAEConfig, more: Any, said: str
 ) -> None:
-    metadata = config_of(transformer, vae, **more)
+    metadata = official_metadata(transformer, vae, **more)
     found = opened(tmp_path / "ltxv-13b-0.9.8-dev.safetensors", transformer, vae, metadata=metadata).info
     assert found.release is None
     with pytest.raises(CheckpointError, match=f"is not ltxv-13b-0.9.8-dev: {said}"):
@@ -239,13 +241,13 @@ UPSCALERS = {
     "spatial": SPATIAL_UPSCALER_CONFIG,
     "temporal": TEMPORAL_UPSCALER_CONFIG,
     "both": replace(SPATIAL_UPSCALER_CONFIG, temporal_upsample=True),
-    "small": SMALL_UPSAMPLER,
+    "small": SMALL_UPSCALER,
 }
 
 
 def upscaler(path: Path, config: UpscalerConfig, *, header: bool = True, release: str | None = None) -> Checkpoint:
     metadata = {"config": json.dumps(config.to_header())} if header else None
-    sparse(path, upsampler_shapes(config), dtype="F32", metadata=metadata)
+    write_sparse(path, upscaler_shapes(config), dtype="F32", metadata=metadata)
     return Checkpoint.open(path, release=find_release(release) if release else None)
 
 
@@ -312,7 +314,7 @@ def test_a_model_asked_for_an_upscaler_names_one(tmp_path: Path) -> None:
 )
 def test_an_upscaler_whose_header_is_another_kinds_is_refused(tmp_path: Path, config: Any, said: str) -> None:
     metadata = {"config": json.dumps(config)}
-    found = refused(tmp_path / "x.safetensors", upsampler_shapes(SPATIAL_UPSCALER_CONFIG), metadata=metadata)
+    found = refused(tmp_path / "x.safetensors", upscaler_shapes(SPATIAL_UPSCALER_CONFIG), metadata=metadata)
     assert re.search(f"the upscaler's header has {said}", found)
 
 
@@ -321,7 +323,7 @@ def test_an_upscaler_whose_header_is_another_kinds_is_refused(tmp_path: Path, co
     [{"upsampler.0.weight": (6 * 32, 32, 3, 3)}, {"upsampler.0.weight": (32,)}, {"initial_conv.weight": (32, 12)}],
 )
 def test_without_a_header_shapes_of_no_upscaler_are_refused(tmp_path: Path, change: Any) -> None:
-    said = refused(tmp_path / "x.safetensors", upsampler_shapes(SMALL_UPSAMPLER) | change)
+    said = refused(tmp_path / "x.safetensors", upscaler_shapes(SMALL_UPSCALER) | change)
     assert "no upscaler of this family has initial_conv.weight of [32, 12" in said
 
 
@@ -355,22 +357,22 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, said: str) -
     # Among tensors of a model, as in the files where such a name occurs.
     shapes = {"model.diffusion_model.patchify_proj.weight": (4, 4), name: (4, 4)}
     with pytest.raises(CheckpointError, match=said):
-        Checkpoint.open(sparse(tmp_path / "x.safetensors", shapes))
+        Checkpoint.open(write_sparse(tmp_path / "x.safetensors", shapes))
 
 
 def test_ltx_2_is_known_by_its_header_too(tmp_path: Path) -> None:
     metadata = {"config": json.dumps({"transformer": {"_class_name": "AVTransformer3DModel"}})}
-    assert "LTX-2" in refused(tmp_path / "x.safetensors", shapes_of(TRANSFORMER_2B), metadata=metadata)
+    assert "LTX-2" in refused(tmp_path / "x.safetensors", single_file_shapes(TRANSFORMER_2B), metadata=metadata)
 
 
 def test_a_tensor_of_no_component_is_named(tmp_path: Path) -> None:
-    shapes = shapes_of(TRANSFORMER_2B, VAE_0_9) | {"ema.decay": (1,)}
+    shapes = single_file_shapes(TRANSFORMER_2B, VAE_0_9) | {"ema.decay": (1,)}
     assert "1 of its 906 tensors" in (said := refused(tmp_path / "x.safetensors", shapes))
     assert "ema.decay" in said
 
 
 def test_a_tensor_that_is_there_with_and_without_its_prefix_is_named(tmp_path: Path) -> None:
-    shapes = shapes_of(TRANSFORMER_2B, VAE_0_9) | {"decoder.conv_in.conv.bias": (512,)}
+    shapes = single_file_shapes(TRANSFORMER_2B, VAE_0_9) | {"decoder.conv_in.conv.bias": (512,)}
     assert "such as decoder.conv_in.conv.bias" in refused(tmp_path / "x.safetensors", shapes)
 
 
@@ -382,7 +384,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_described(tmp_path: Path) -> None:
-    metadata = config_of(TRANSFORMER_2B, VAE_0_9_1, SHIFTED)
+    metadata = official_metadata(TRANSFORMER_2B, VAE_0_9_1, SHIFTED)
     checkpoint = opened(tmp_path / "ltx-video-2b-v0.9.1.safetensors", OLD_2B, VAE_0_9_1, metadata=metadata)
     told = asdict(checkpoint.describe())
     transformer, vae = told.pop("parts")
@@ -454,8 +456,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def test_28_gigabytes_are_inspected_in_less_than_a_second_and_without_being_read(tmp_path: Path) -> None:
-    metadata = config_of(TRANSFORMER_13B, VAE_0_9_5)
-    path = sparse(tmp_path / "ltxv-13b-0.9.7-dev.safetensors", shapes_of(TRANSFORMER_13B, VAE_0_9_5), metadata=metadata)
+    metadata = official_metadata(TRANSFORMER_13B, VAE_0_9_5)
+    path = write_sparse(
+        tmp_path / "ltxv-13b-0.9.7-dev.safetensors", single_file_shapes(TRANSFORMER_13B, VAE_0_9_5), metadata=metadata
+    )
     run = subprocess.run([sys.executable, "-c", INSPECT, str(path)], check=True, capture_output=True, text=True)
     model, size, seconds, grown = run.stdout.split()
     assert (model, int(size)) == ("ltxv-13b-0.9.7-dev", path.stat().st_size - header_bytes(path))

@@ -17,10 +17,10 @@ from kadr.models.t5 import T5Config
 Shapes = Mapping[str, tuple[int, ...]]
 ALIGNMENT = 32
 # As the package packs itself.
-PACKED_BY_THE_PACKAGE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+QUANTS_OF_THE_PACKAGE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
 
-def write(
+def write_gguf_file(
     path: Path,
     architecture: str,
     tensors: Mapping[str, tuple[np.ndarray, str]],
@@ -37,7 +37,9 @@ def write(
     return path
 
 
-def sparse(path: Path, architecture: str, tensors: Mapping[str, tuple[tuple[int, ...], str]], **fields: Any) -> Path:
+def write_sparse_gguf(
+    path: Path, architecture: str, tensors: Mapping[str, tuple[tuple[int, ...], str]], **fields: Any
+) -> Path:
     """A whole file of zeros that takes no room on the disk. tensors: name -> shape, and type."""
     writer = _writer(architecture, fields)
     end = 0
@@ -55,17 +57,17 @@ def sparse(path: Path, architecture: str, tensors: Mapping[str, tuple[tuple[int,
     return path
 
 
-def image_types(shapes: Shapes, kind: str, *, kept: str = "BF16") -> dict[str, tuple[tuple[int, ...], str]]:
+def transformer_types(shapes: Shapes, kind: str, *, outer_type: str = "BF16") -> dict[str, tuple[tuple[int, ...], str]]:
     """What the published files of this family store a transformer's tensors as, in a type without a mix."""
     made = {}
     for name, shape in shapes.items():
         exact = len(shape) == 1 or prod(shape) <= 1024 or "scale_shift_table" in name
         around = any(word in name for word in ("adaln_single.", "caption_projection.", "patchify_proj.", "proj_out."))
-        made[name] = (shape, "F32" if exact else kept if around else kind)
+        made[name] = (shape, "F32" if exact else outer_type if around else kind)
     return made
 
 
-def text_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+def t5_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     """The tensors of an encoder, as llama.cpp's converter names them."""
     inner, wide = config.num_heads * config.d_kv, config.d_model
     made: dict[str, tuple[int, ...]] = {
@@ -87,7 +89,7 @@ def text_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
     return made
 
 
-def text_fields(config: T5Config, spiece: bytes | None = None) -> dict[str, Any]:
+def t5_fields(config: T5Config, spiece: bytes | None = None) -> dict[str, Any]:
     """The values that llama.cpp's converter writes for an encoder, and with a SentencePiece model its tokenizer."""
     sizes = {
         "context_length": 512,
@@ -105,7 +107,7 @@ def text_fields(config: T5Config, spiece: bytes | None = None) -> dict[str, Any]
     return made if spiece is None else made | tokenizer_fields(spiece, config.vocab_size)
 
 
-def tokenizer_fields(spiece: bytes, vocabulary: int, added: Mapping[str, int] | None = None) -> dict[str, Any]:
+def tokenizer_fields(spiece: bytes, vocabulary: int, added_tokens: Mapping[str, int] | None = None) -> dict[str, Any]:
     """As `set_vocab` of the converter does it. added: what added_tokens.json says."""
     from sentencepiece import sentencepiece_model_pb2 as protobuf
 
@@ -116,7 +118,7 @@ def tokenizer_fields(spiece: bytes, vocabulary: int, added: Mapping[str, int] | 
         tokens[i], scores[i] = processor.id_to_piece(i), processor.get_score(i)
         asked = {2: processor.is_unknown, 3: processor.is_control, 5: processor.is_unused, 6: processor.is_byte}
         kinds[i] = next((kind for kind, holds in asked.items() if holds(i)), 1)
-    for token, i in (added or {}).items():
+    for token, i in (added_tokens or {}).items():
         tokens[i], scores[i], kinds[i] = token, -1000.0, 4
     rules = model.normalizer_spec
     made = {

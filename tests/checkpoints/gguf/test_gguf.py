@@ -36,10 +36,10 @@ from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_T5,
     SMALL_TRANSFORMER,
-    config_of,
-    on_meta,
-    same,
-    shapes_of,
+    build_on_meta,
+    have_same_weights,
+    official_metadata,
+    single_file_shapes,
     t5_shapes,
 )
 from tests.checkpoints.gguf import gguf_files
@@ -63,8 +63,8 @@ def numbers_of(source: Source, name: str) -> np.ndarray:
 
 def released(tmp_path: Path, name: str, sizes: Any = TRANSFORMER_2B, kind: str = "Q8_0", **fields: Any) -> Path:
     """A published file of a released transformer's sizes, of zeros."""
-    types = gguf_files.image_types(shapes_of(sizes, bare=True), kind)
-    return gguf_files.sparse(tmp_path / name, "ltxv", types, **fields)
+    types = gguf_files.transformer_types(single_file_shapes(sizes, without_prefix=True), kind)
+    return gguf_files.write_sparse_gguf(tmp_path / name, "ltxv", types, **fields)
 
 
 # The container
@@ -80,10 +80,10 @@ def test_types_are_numbered_and_sized_as_in_the_package() -> None:
 
 
 def test_tensors_and_values_are_those_that_the_package_wrote(tmp_path: Path) -> None:
-    kinds = ("F32", "F16", "BF16", *gguf_files.PACKED_BY_THE_PACKAGE)
+    kinds = ("F32", "F16", "BF16", *gguf_files.QUANTS_OF_THE_PACKAGE)
     tensors = {kind: (drawn(6, 64), kind) for kind in kinds} | {"one": (drawn(7), "F32")}
     fields = {"text": "ünï", "yes": True, "number": 7, "small": 1e-6, "list": [1.5, 2.5], "words": ["a", "▁b"]}
-    path = gguf_files.write(tmp_path / "x.gguf", "ltxv", tensors, {**fields, "bytes": bytes(range(9))})
+    path = gguf_files.write_gguf_file(tmp_path / "x.gguf", "ltxv", tensors, {**fields, "bytes": bytes(range(9))})
     source, header, oracle = Source.open(path), read_gguf_header(path), gguf.GGUFReader(path)
     assert list(source.infos) == [tensor.name for tensor in oracle.tensors]
     for tensor in oracle.tensors:
@@ -105,7 +105,7 @@ def test_tensors_and_values_are_those_that_the_package_wrote(tmp_path: Path) -> 
 
 
 def test_a_packed_tensor_is_the_file_itself(tmp_path: Path) -> None:
-    path = gguf_files.write(tmp_path / "x.gguf", "ltxv", {"a": (drawn(4, 64), "Q8_0")})
+    path = gguf_files.write_gguf_file(tmp_path / "x.gguf", "ltxv", {"a": (drawn(4, 64), "Q8_0")})
     source = Source.open(path)
     first, second = source.read("a"), source.read("a")
     assert first.data_ptr() == second.data_ptr()
@@ -115,7 +115,9 @@ def test_a_packed_tensor_is_the_file_itself(tmp_path: Path) -> None:
 def test_a_reshaped_tensor_has_the_shape_it_had(tmp_path: Path) -> None:
     numbers = drawn(4, 64)
     shape = {"comfy.gguf.orig_shape.a": [2, 2, 64], "comfy.gguf.orig_shape.b": [8, 32]}
-    path = gguf_files.write(tmp_path / "x.gguf", "ltxv", {"a": (numbers, "F16"), "b": (numbers, "Q8_0")}, shape)
+    path = gguf_files.write_gguf_file(
+        tmp_path / "x.gguf", "ltxv", {"a": (numbers, "F16"), "b": (numbers, "Q8_0")}, shape
+    )
     source = Source.open(path)
     assert (source.read("a").shape, source.read("b").shape) == ((2, 2, 64), (8, 34))
     packed = gguf.quants.quantize(numbers, Type.Q8_0)
@@ -125,13 +127,13 @@ def test_a_reshaped_tensor_has_the_shape_it_had(tmp_path: Path) -> None:
 def test_a_file_as_large_as_t5_xxl_opens_at_once(tmp_path: Path) -> None:
     draw = random.Random(0)
     pieces = [f"▁{''.join(draw.choices('abcdefgh', k=6))}{i}" for i in range(XXL.vocab_size)]
-    types = {name: (shape, "F32" if len(shape) == 1 else "Q8_0") for name, shape in gguf_files.text_shapes(XXL).items()}
+    types = {name: (shape, "F32" if len(shape) == 1 else "Q8_0") for name, shape in gguf_files.t5_shapes(XXL).items()}
     words = {
         "tokenizer.ggml.model": "t5",
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.scores": [-1.5] * len(pieces),
     }
-    path = gguf_files.sparse(tmp_path / "t5.gguf", "t5encoder", types, **gguf_files.text_fields(XXL), **words)
+    path = gguf_files.write_sparse_gguf(tmp_path / "t5.gguf", "t5encoder", types, **gguf_files.t5_fields(XXL), **words)
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -181,7 +183,7 @@ def test_a_2b_file_of_another_name_asks_for_its_version(tmp_path: Path) -> None:
 
 def test_a_config_in_the_file_is_believed_before_its_name(tmp_path: Path) -> None:
     levels = [1.0, 0.75]
-    config = config_of(TRANSFORMER_2B, VAE_0_9_5, LINEAR_QUADRATIC, allowed_inference_steps=levels)
+    config = official_metadata(TRANSFORMER_2B, VAE_0_9_5, LINEAR_QUADRATIC, allowed_inference_steps=levels)
     detected = Checkpoint.open(released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **config)).info
     assert (detected.release, detected.vae_family, detected.vae) == (None, "0.9.5", None)
     assert detected.schedule == Schedule(sampler="LinearQuadratic", allowed_sigmas=tuple(levels))
@@ -196,17 +198,19 @@ def test_the_model_that_a_file_says_it_was_made_of_is_believed_before_its_name(t
 
 @pytest.mark.parametrize("architecture", ["ltxv", "pig"])
 def test_a_file_of_plain_numbers_loads_as_the_official_one(tmp_path: Path, architecture: str) -> None:
-    module = tiny_models.sown(lambda: Transformer(SMALL_TRANSFORMER))
+    module = tiny_models.build_random(lambda: Transformer(SMALL_TRANSFORMER))
     write_single_file(tmp_path / "x.safetensors", transformer=module, schedule=OLD, dtype=torch.float32)
     official = Checkpoint.open(tmp_path / "x.safetensors")
-    types = gguf_files.image_types(shapes_of(SMALL_TRANSFORMER, bare=True), "BF16")
+    types = gguf_files.transformer_types(single_file_shapes(SMALL_TRANSFORMER, without_prefix=True), "BF16")
     source = official.sources["transformer"]
     tensors = {name: (source.read(name).numpy(), kind) for name, (_, kind) in types.items()}
-    path = gguf_files.write(tmp_path / "x.gguf", architecture, tensors, config_of(SMALL_TRANSFORMER, None, OLD))
+    path = gguf_files.write_gguf_file(
+        tmp_path / "x.gguf", architecture, tensors, official_metadata(SMALL_TRANSFORMER, None, OLD)
+    )
     opened = Checkpoint.open(path)
     assert opened.info.transformer == official.info.transformer
     assert opened.info.schedule == OLD
-    assert same(opened.load_transformer(torch.bfloat16), official.load_transformer(torch.bfloat16))
+    assert have_same_weights(opened.load_transformer(torch.bfloat16), official.load_transformer(torch.bfloat16))
 
 
 def test_a_model_without_its_vae_asks_for_one_and_names_it(tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_a_model_without_its_vae_asks_for_one_and_names_it(tmp_path: Path) -> No
         Engine.open(path)
     with pytest.raises(CheckpointError, match=r"as --vae, such as ltxv-13b-0\.9\.8-distilled\.$"):
         Engine.open(released(tmp_path, "unnamed.gguf", TRANSFORMER_13B))
-    config = config_of(TRANSFORMER_2B, VAE_0_9_5)
+    config = official_metadata(TRANSFORMER_2B, VAE_0_9_5)
     with pytest.raises(CheckpointError, match=r"as --vae, such as ltxv-2b-0\.9\.8-distilled\.$"):
         Engine.open(released(tmp_path, "own.gguf", **config))
 
@@ -226,20 +230,20 @@ def test_a_model_without_its_vae_asks_for_one_and_names_it(tmp_path: Path) -> No
 
 
 def test_names_of_a_text_encoder_are_those_of_the_package_both_ways() -> None:
-    state = on_meta(lambda: T5Encoder(SMALL_T5)).state_dict()
+    state = build_on_meta(lambda: T5Encoder(SMALL_T5)).state_dict()
     ours, theirs = keys.map_keys(keys.T5_GGUF_KEYS, state), keys.map_keys(keys.T5_KEYS, state)
     oracle = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, SMALL_T5.num_layers)
     for name, llama in ours.items():
         assert f"{oracle.get_name(theirs[name].removesuffix('.weight'))}.weight" == llama
     shapes = {llama: tuple(state[name].shape) for name, llama in ours.items()}
-    assert shapes == gguf_files.text_shapes(SMALL_T5)
+    assert shapes == gguf_files.t5_shapes(SMALL_T5)
     assert len(shapes) == len(state) == len(t5_shapes(SMALL_T5))
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> tuple[Path, Path]:
     """An encoder with its tokenizer: in a folder, and in a GGUF file as llama.cpp's converter writes it."""
-    encoder = tiny_models.sown(lambda: T5Encoder(SMALL_T5))
+    encoder = tiny_models.build_random(lambda: T5Encoder(SMALL_T5))
     spiece = tmp_path / "spiece.model"
     spiece.write_bytes(tiny_models.sentencepiece_model())
     write_text_encoder(tmp_path / "folder", encoder, spiece, dtype=torch.float32)
@@ -251,8 +255,8 @@ def converted(path: Path, encoder: T5Encoder, kind: str, spiece: bytes = SPIECE,
     named = keys.map_keys(keys.T5_GGUF_KEYS, state)
     types = {name: "F32" if tensor.ndim == 1 or "bias" in name else kind for name, tensor in state.items()}
     tensors = {named[name]: (tensor.numpy(), types[name]) for name, tensor in state.items()}
-    fields = gguf_files.text_fields(encoder.config, spiece) | change
-    return gguf_files.write(path, "t5encoder", tensors, {k: v for k, v in fields.items() if v is not None})
+    fields = gguf_files.t5_fields(encoder.config, spiece) | change
+    return gguf_files.write_gguf_file(path, "t5encoder", tensors, {k: v for k, v in fields.items() if v is not None})
 
 
 def test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_tokenizer(
@@ -260,7 +264,7 @@ def test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_to
 ) -> None:
     folder, file = (TextEncoderCheckpoint.open(path) for path in text)
     assert file.config == folder.config == SMALL_T5
-    assert same(file.load(torch.float32), folder.load(torch.float32))
+    assert have_same_weights(file.load(torch.float32), folder.load(torch.float32))
     for prompt in ("", "a red circle  moving\nright </s> x"):
         assert torch.equal(file.load_tokenizer().encode(prompt).ids, folder.load_tokenizer().encode(prompt).ids)
     assert is_text_encoder(text[1])
@@ -268,10 +272,10 @@ def test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_to
 
 
 def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> None:
-    home = tiny_models.write(tmp_path / "model")
+    home = tiny_models.write_model(tmp_path / "model")
     encoder = TextEncoderCheckpoint.open(home).load()
     path = converted(tmp_path / "t5.gguf", encoder, "F32", tiny_models.sentencepiece_model())
-    engine = Engine.open(home / tiny_models.MODEL, text_encoder=path)
+    engine = Engine.open(home / tiny_models.MODEL_FILE, text_encoder=path)
     assert engine.components.text_encoder_folder.path == path
     assert engine.components.component_paths()["text_encoder"] == str(path)
 
@@ -279,17 +283,20 @@ def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> No
 def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:
     wide = T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=64)
     opened = TextEncoderCheckpoint.open(
-        converted(tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(wide)), "Q8_0")
+        converted(tmp_path / "t5.gguf", tiny_models.build_random(lambda: T5Encoder(wide)), "Q8_0")
     )
     assert opened.describe().dtype == "Q8_0"
     assert opened.describe().type_counts == {"Q8_0": 15, "float32": 6}
-    module = on_meta(lambda: T5Encoder(wide))
+    module = build_on_meta(lambda: T5Encoder(wide))
     account(module, opened.source, keys.map_keys(opened.key_table, module.state_dict()))
 
 
 def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: Path) -> None:
     path = converted(
-        tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(SMALL_T5)), "F16", **{"tokenizer.ggml.model": None}
+        tmp_path / "t5.gguf",
+        tiny_models.build_random(lambda: T5Encoder(SMALL_T5)),
+        "F16",
+        **{"tokenizer.ggml.model": None},
     )
     opened = TextEncoderCheckpoint.open(path)
     with pytest.raises(CheckpointError, match="There is no tokenizer for"):
@@ -315,7 +322,7 @@ def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: P
     ],
 )
 def test_a_text_encoder_that_lacks_something_is_refused(tmp_path: Path, change: Mapping[str, Any], said: str) -> None:
-    path = converted(tmp_path / "t5.gguf", tiny_models.sown(lambda: T5Encoder(SMALL_T5)), "F16", **change)
+    path = converted(tmp_path / "t5.gguf", tiny_models.build_random(lambda: T5Encoder(SMALL_T5)), "F16", **change)
 
     def use() -> None:
         opened = TextEncoderCheckpoint.open(path)
@@ -358,7 +365,7 @@ def test_a_text_encoder_that_lacks_something_is_refused(tmp_path: Path, change: 
 def test_a_file_of_another_kind_is_named(
     tmp_path: Path, architecture: str, name: str, fields: Mapping[str, Any], said: str
 ) -> None:
-    path = gguf_files.write(tmp_path / "x.gguf", architecture, {name: (drawn(4, 32), "Q8_0")}, fields)
+    path = gguf_files.write_gguf_file(tmp_path / "x.gguf", architecture, {name: (drawn(4, 32), "Q8_0")}, fields)
     with pytest.raises(CheckpointError, match=said):
         Checkpoint.open(path)
 
@@ -372,7 +379,7 @@ def test_a_transformer_is_no_text_encoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["IQ4_XS", "TQ1_0", "F64", "Q8_K"])
 def test_a_type_that_is_not_read_is_named_with_its_tensor_and_those_that_are(tmp_path: Path, kind: str) -> None:
-    path = gguf_files.sparse(tmp_path / "x.gguf", "ltxv", {"a": ((2, 256), "Q8_0"), "odd": ((2, 256), kind)})
+    path = gguf_files.write_sparse_gguf(tmp_path / "x.gguf", "ltxv", {"a": ((2, 256), "Q8_0"), "odd": ((2, 256), kind)})
     with pytest.raises(
         CheckpointError, match=rf"tensor odd is stored as {kind}, which .* Q6_K, .*Take a file .*Q4_K_M"
     ):
@@ -381,7 +388,9 @@ def test_a_type_that_is_not_read_is_named_with_its_tensor_and_those_that_are(tmp
 
 def small(tmp_path: Path) -> Path:
     fields = {"config": "{}", "list": ["a", "bc"], "numbers": [1, 2], "ratio": 0.5}
-    return gguf_files.write(tmp_path / "x.gguf", "ltxv", {"a": (drawn(4, 64), "Q8_0"), "b": (drawn(9), "F32")}, fields)
+    return gguf_files.write_gguf_file(
+        tmp_path / "x.gguf", "ltxv", {"a": (drawn(4, 64), "Q8_0"), "b": (drawn(9), "F32")}, fields
+    )
 
 
 def overwritten(path: Path, at: int, *new: int) -> None:

@@ -36,9 +36,9 @@ from kadr.quant.mixes import assign_types, find_mix
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import PACKAGE_ROOT
 from tests import tiny_models
-from tests.checkpoints.checkpoint_files import SMALL_VAE, same
+from tests.checkpoints.checkpoint_files import SMALL_VAE, have_same_weights
 from tests.checkpoints.gguf import gguf_files
-from tests.oracles import VAES, diffusers_transformer, diffusers_vae, reduced, relative
+from tests.oracles import VAES, diffusers_transformer, diffusers_vae, narrow_vae_config, relative_error
 
 DEMO = PACKAGE_ROOT / "assets" / "demo"
 SPIECE = DEMO / "tokenizer" / "spiece.model"
@@ -51,16 +51,16 @@ PREFIX = "model.diffusion_model."
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return tiny_models.sown(lambda: Transformer(WIDE))
+    return tiny_models.build_random(lambda: Transformer(WIDE))
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, transformer: Transformer) -> Path:
     """x.safetensors in bf16, of a transformer and a VAE; and text, a text encoder's folder."""
     home = tmp_path_factory.mktemp("wide")
-    vae = tiny_models.sown(lambda: VAE(SMALL_VAE))
+    vae = tiny_models.build_random(lambda: VAE(SMALL_VAE))
     write_single_file(home / "x.safetensors", transformer=transformer, vae=vae, schedule=LEVELS)
-    write_text_encoder(home / "text", tiny_models.sown(lambda: T5Encoder(WORDS)), SPIECE)
+    write_text_encoder(home / "text", tiny_models.build_random(lambda: T5Encoder(WORDS)), SPIECE)
     return home
 
 
@@ -93,7 +93,7 @@ def test_the_package_finds_every_tensor_in_its_type_and_near_its_numbers(home: P
     bits = GGML_TYPES[mix.base_type].bits_per_weight if mix.base_type in GGML_TYPES else 16
     for name, numbers in numbers_of(tmp_path / "x.gguf").items():
         original = official.read(name).float()
-        assert relative(torch.tensor(numbers), original) < 2 ** (1.2 - bits) + 2e-3, name
+        assert relative_error(torch.tensor(numbers), original) < 2 ** (1.2 - bits) + 2e-3, name
         assert ours.infos[name].shape == official.infos[name].shape
 
 
@@ -101,7 +101,7 @@ def test_the_package_finds_every_tensor_in_its_type_and_near_its_numbers(home: P
 def test_a_file_of_plain_numbers_is_the_same_model(home: Path, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     written(home, tmp_path / "x.gguf", kind)
     official = Checkpoint.open(home / "x.safetensors").load_transformer(dtype)
-    assert same(Checkpoint.open(tmp_path / "x.gguf").load_transformer(dtype), official)
+    assert have_same_weights(Checkpoint.open(tmp_path / "x.gguf").load_transformer(dtype), official)
 
 
 def test_the_file_says_all_of_itself(home: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_name_of_a_released_model_goes_with_it(tmp_path: Path) -> None:
 def test_a_folder_of_diffusers_gives_the_same_tensors_under_the_official_names(
     tmp_path: Path, transformer: Transformer, family: str
 ) -> None:
-    folder, vae = tmp_path / "folder", tiny_models.sown(lambda: VAE(reduced(VAES[family], width=4)))
+    folder, vae = tmp_path / "folder", tiny_models.build_random(lambda: VAE(narrow_vae_config(VAES[family], width=4)))
     diffusers_transformer(transformer).save_pretrained(folder / "transformer")
     diffusers_vae(vae, family).save_pretrained(folder / "vae")
     one = Checkpoint.open(folder)
@@ -207,7 +207,7 @@ def test_a_text_encoder_is_written_with_its_sizes_its_weights_and_its_tokenizer(
     text_encoder_to_gguf(folder, tmp_path / "t5.gguf", mix)
     opened = TextEncoderCheckpoint.open(tmp_path / "t5.gguf")
     assert opened.config == WORDS
-    shapes = gguf_files.text_shapes(WORDS)
+    shapes = gguf_files.t5_shapes(WORDS)
     assert {name: info.shape for name, info in opened.source.infos.items()} == shapes
     plain = {"float32": "F32"}
     types = {name: plain.get(info.storage_type, info.storage_type) for name, info in opened.source.infos.items()}
@@ -215,13 +215,13 @@ def test_a_text_encoder_is_written_with_its_sizes_its_weights_and_its_tokenizer(
     for prompt in ("a red  circle", "</s> x\n café", "ꙮ"):
         assert torch.equal(opened.load_tokenizer().encode(prompt).ids, folder.load_tokenizer().encode(prompt).ids)
     if kind == "F32":
-        assert same(opened.load(torch.float32), folder.load(torch.float32))
+        assert have_same_weights(opened.load(torch.float32), folder.load(torch.float32))
 
 
 def test_the_values_of_a_text_encoder_are_those_that_llama_cpp_writes(home: Path, tmp_path: Path) -> None:
     text_encoder_to_gguf(TextEncoderCheckpoint.open(home / "text"), tmp_path / "t5.gguf", find_mix("Q8_0"))
     found = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "t5.gguf").fields.items()}
-    for name, value in gguf_files.text_fields(WORDS, SPIECE.read_bytes()).items():
+    for name, value in gguf_files.t5_fields(WORDS, SPIECE.read_bytes()).items():
         near = "scores" in name or "epsilon" in name
         assert found[name] == (pytest.approx(value) if near else value), name
     assert (found["general.architecture"], found["general.file_type"]) == ("t5encoder", 7)

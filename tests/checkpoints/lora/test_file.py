@@ -14,7 +14,17 @@ from kadr.checkpoints.lora.file import LoraFile, is_lora
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
 from tests import lora_files, tiny_models
-from tests.lora_files import ATTENTION, FEED_FORWARD, RANK, SPELLINGS, comfy, diffusers, kohya, pairs, write
+from tests.lora_files import (
+    ATTENTION,
+    FEED_FORWARD,
+    NAMINGS,
+    RANK,
+    block_pairs,
+    comfy,
+    diffusers,
+    kohya,
+    write_lora_file,
+)
 
 OURS = {
     f"layers.{block}.{kind}_attention.{part}"
@@ -29,10 +39,10 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "lora.safetensors"
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("spelling", NAMINGS)
 def test_every_family_of_names_comes_to_the_same_layers_and_numbers(spelling: str, file: Path) -> None:
-    halves = pairs()
-    lora = LoraFile.open(write(file, halves, SPELLINGS[spelling]))
+    halves = block_pairs()
+    lora = LoraFile.open(write_lora_file(file, halves, NAMINGS[spelling]))
     assert lora.layers.keys() == OURS
     families = {"diffusers, with the adapter's name": "diffusers", "lycoris": "kohya", "Comfy, down and up": "Comfy"}
     assert lora.key_format == families.get(spelling, spelling)
@@ -48,17 +58,20 @@ def test_layers_around_the_blocks_go_by_either_layouts_names(
     spelling: Callable[[str], tuple[str, str]], tmp_path: Path
 ) -> None:
     renamed = {"patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear", "proj_out": "proj_out"}
-    single = LoraFile.open(write(tmp_path / "a.safetensors", lora_files.around(), spelling))
-    folder = {renamed[name]: halves for name, halves in lora_files.around().items()}
+    single = LoraFile.open(write_lora_file(tmp_path / "a.safetensors", lora_files.outer_pairs(), spelling))
+    folder = {renamed[name]: halves for name, halves in lora_files.outer_pairs().items()}
     assert single.layers.keys() == {"patch_in", "level_bends", "patch_out"}
-    assert LoraFile.open(write(tmp_path / "b.safetensors", folder, spelling)).layers.keys() == single.layers.keys()
+    assert (
+        LoraFile.open(write_lora_file(tmp_path / "b.safetensors", folder, spelling)).layers.keys()
+        == single.layers.keys()
+    )
 
 
 def test_alpha_is_a_tensor_of_its_own_or_said_by_the_adapters_config_or_else_the_rank(tmp_path: Path) -> None:
-    halves = pairs(ATTENTION[:1])
+    halves = block_pairs(ATTENTION[:1])
 
     def scale(name: str, **more: object) -> float:
-        lora = LoraFile.open(write(tmp_path / f"{name}.safetensors", halves, **more))  # type: ignore[arg-type]
+        lora = LoraFile.open(write_lora_file(tmp_path / f"{name}.safetensors", halves, **more))  # type: ignore[arg-type]
         return lora.layers["layers.1.self_attention.q"].scale
 
     assert scale("plain") == 1.0
@@ -71,7 +84,7 @@ def test_alpha_is_a_tensor_of_its_own_or_said_by_the_adapters_config_or_else_the
 
 
 def test_pefts_folder_is_read_with_its_config(tmp_path: Path) -> None:
-    write(tmp_path / "adapter_model.safetensors", pairs(), lora_files.peft)
+    write_lora_file(tmp_path / "adapter_model.safetensors", block_pairs(), lora_files.peft)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 2 * RANK}))
     assert is_lora(tmp_path)
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
@@ -80,7 +93,7 @@ def test_pefts_folder_is_read_with_its_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["use_dora", "lora_bias"])
 def test_an_adapter_that_is_more_than_pairs_is_refused(key: str, file: Path) -> None:
-    write(file, pairs(), diffusers, config={"lora_alpha": 4, key: True})
+    write_lora_file(file, block_pairs(), diffusers, config={"lora_alpha": 4, key: True})
     with pytest.raises(CheckpointError, match=f"{key} = True"):
         LoraFile.open(file)
 
@@ -97,7 +110,7 @@ def test_an_adapter_that_is_more_than_pairs_is_refused(key: str, file: Path) -> 
     ],
 )
 def test_a_stranger_is_named_and_the_file_refused_or_taken_without_it(stranger: str, file: Path) -> None:
-    write(file, pairs(), more={stranger: torch.zeros(RANK, 64)})
+    write_lora_file(file, block_pairs(), extra_tensors={stranger: torch.zeros(RANK, 64)})
     with pytest.raises(CheckpointError, match="1 of the 33 tensors") as refused:
         LoraFile.open(file)
     assert stranger in str(refused.value)
@@ -124,7 +137,7 @@ def test_a_stranger_is_named_and_the_file_refused_or_taken_without_it(stranger: 
 )
 def test_what_is_more_than_pairs_is_refused_in_any_case(tensor: str, kind: str, partial: bool, file: Path) -> None:
     """Without these tensors it would run, and draw something else."""
-    write(file, pairs(), more={tensor: torch.zeros(RANK, 64)})
+    write_lora_file(file, block_pairs(), extra_tensors={tensor: torch.zeros(RANK, 64)})
     with pytest.raises(CheckpointError, match=f"is {kind} ") as refused:
         LoraFile.open(file, allow_partial=partial)
     assert tensor in str(refused.value)
@@ -144,12 +157,12 @@ def test_what_is_more_than_pairs_is_refused_in_any_case(tensor: str, kind: str, 
 )
 def test_a_config_that_makes_no_sense_is_refused_with_what_it_says(config: dict, says: str, file: Path) -> None:
     with pytest.raises(CheckpointError, match=says):
-        LoraFile.open(write(file, pairs(), diffusers, config=config))
+        LoraFile.open(write_lora_file(file, block_pairs(), diffusers, config=config))
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "null", "5", "{"])
 def test_a_config_beside_a_lora_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    write(tmp_path / "adapter_model.safetensors", pairs(), lora_files.peft)
+    write_lora_file(tmp_path / "adapter_model.safetensors", block_pairs(), lora_files.peft)
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(CheckpointError, match="the adapter's config cannot be read"):
         LoraFile.open(tmp_path)
@@ -158,41 +171,45 @@ def test_a_config_beside_a_lora_that_is_none_is_refused(text: str, tmp_path: Pat
 def test_headers_that_no_reader_survives_are_refused(file: Path) -> None:
     for packed in ("[" * 100_000, '{"lora_alpha": 1' + "0" * 400 + "}"):
         with pytest.raises(CheckpointError, match=r"config cannot be read|no number"):
-            LoraFile.open(write(file, pairs(), diffusers, metadata={"lora_adapter_metadata": packed}))
+            LoraFile.open(write_lora_file(file, block_pairs(), diffusers, metadata={"lora_adapter_metadata": packed}))
     name = f"diffusion_model.transformer_blocks.{'9' * 5000}.attn1.to_q.lora_A.weight"
     with pytest.raises(CheckpointError, match="belong to no layer"):
-        LoraFile.open(write(file, pairs(), more={name: torch.zeros(RANK, 64)}))
+        LoraFile.open(write_lora_file(file, block_pairs(), extra_tensors={name: torch.zeros(RANK, 64)}))
 
 
 @pytest.mark.parametrize("alpha", [torch.zeros(0), torch.tensor([1.0, 2.0]), torch.tensor(float("nan"))])
 def test_an_alpha_that_is_no_number_is_refused(alpha: torch.Tensor, file: Path) -> None:
     name = "diffusion_model.transformer_blocks.0.attn1.to_q.alpha"
     with pytest.raises(CheckpointError, match=r"alpha of .*blocks\.0\.attn1\.to_q is .*no number"):
-        LoraFile.open(write(file, pairs(), more={name: alpha}))
+        LoraFile.open(write_lora_file(file, block_pairs(), extra_tensors={name: alpha}))
 
 
 @pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
 def test_an_adapter_whose_base_was_changed_is_refused(begun: str, file: Path) -> None:
     with pytest.raises(CheckpointError, match=f"init_lora_weights = '{begun}'"):
-        LoraFile.open(write(file, pairs(), diffusers, config={"lora_alpha": 4, "init_lora_weights": begun}))
-    LoraFile.open(write(file, pairs(), diffusers, config={"lora_alpha": 4, "init_lora_weights": "gaussian"}))
+        LoraFile.open(
+            write_lora_file(file, block_pairs(), diffusers, config={"lora_alpha": 4, "init_lora_weights": begun})
+        )
+    LoraFile.open(
+        write_lora_file(file, block_pairs(), diffusers, config={"lora_alpha": 4, "init_lora_weights": "gaussian"})
+    )
 
 
 def test_pefts_names_without_its_config_are_warned_of(file: Path) -> None:
     with pytest.warns(KadrWarning, match=r"no adapter_config\.json that says its alpha; it is taken to be the rank"):
-        LoraFile.open(write(file, pairs(), lora_files.peft))
+        LoraFile.open(write_lora_file(file, block_pairs(), lora_files.peft))
 
 
 def test_matrices_of_no_rank_and_convolutions_are_refused(file: Path) -> None:
     name = "transformer_blocks.0.attn1.to_q"
     with pytest.raises(CheckpointError, match=r"0x64 and .* is 64x0; .* at least 1"):
-        LoraFile.open(write(file, {name: (torch.zeros(0, 64), torch.zeros(64, 0))}))
+        LoraFile.open(write_lora_file(file, {name: (torch.zeros(0, 64), torch.zeros(64, 0))}))
     with pytest.raises(CheckpointError, match=r"4x64x3x3 .*the layers of this family are matrices"):
-        LoraFile.open(write(file, {name: (torch.zeros(4, 64, 3, 3), torch.zeros(64, 4, 1, 1))}))
+        LoraFile.open(write_lora_file(file, {name: (torch.zeros(4, 64, 3, 3), torch.zeros(64, 4, 1, 1))}))
 
 
 def test_an_adapter_is_known_as_one_whatever_its_file_is_called(tmp_path: Path) -> None:
-    assert is_lora(write(tmp_path / "lora", pairs()))
+    assert is_lora(write_lora_file(tmp_path / "lora", block_pairs()))
     (tmp_path / "notes.txt").write_text("no weights")
     assert not is_lora(tmp_path / "notes.txt")
 
@@ -202,25 +219,25 @@ def test_a_header_that_names_ltx2_is_believed(said: str, file: Path) -> None:
     """Its layers for pictures are as wide as those of the 13B model, and have the same names."""
     for key in ("base_model", "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name"):
         with pytest.raises(CheckpointError, match="LTX-2, another family"):
-            LoraFile.open(write(file, pairs(), metadata={key: said}))
-    LoraFile.open(write(file, pairs(), metadata={"description": f"It does not work with {said}."}))
+            LoraFile.open(write_lora_file(file, block_pairs(), metadata={key: said}))
+    LoraFile.open(write_lora_file(file, block_pairs(), metadata={"description": f"It does not work with {said}."}))
     for other in ("ltxv-2b-0.9.8-distilled", "ltx-2b", "LTX-Video 0.9.7", "ltx_2024-05-01"):
-        LoraFile.open(write(file, pairs(), metadata={"base_model": other}))
+        LoraFile.open(write_lora_file(file, block_pairs(), metadata={"base_model": other}))
 
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_a_lora_for_ltx2_is_called_that(partial: bool, file: Path) -> None:
     name = "diffusion_model.transformer_blocks.0.audio_attn1.to_q.lora_A.weight"
-    write(file, pairs(), more={name: torch.zeros(RANK, 64)})
+    write_lora_file(file, block_pairs(), extra_tensors={name: torch.zeros(RANK, 64)})
     with pytest.raises(CheckpointError, match="LTX-2, another family"):
         LoraFile.open(file, allow_partial=partial)
 
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_half_of_a_pair_is_no_lora(half: int, file: Path) -> None:
-    halves = pairs()
+    halves = block_pairs()
     gone = comfy("transformer_blocks.1.attn1.to_k")[half]
-    write(file, halves)
+    write_lora_file(file, halves)
     from safetensors.torch import load_file, save_file
 
     save_file({name: tensor for name, tensor in load_file(file).items() if name != gone}, file)
@@ -230,18 +247,18 @@ def test_half_of_a_pair_is_no_lora(half: int, file: Path) -> None:
 
 
 def test_halves_of_different_ranks_are_refused_with_their_shapes(file: Path) -> None:
-    halves = pairs(ATTENTION[:1])
+    halves = block_pairs(ATTENTION[:1])
     down, up = halves["transformer_blocks.0.attn1.to_q"]
-    write(file, halves | {"transformer_blocks.0.attn1.to_q": (down[:3], up)})
+    write_lora_file(file, halves | {"transformer_blocks.0.attn1.to_q": (down[:3], up)})
     with pytest.raises(CheckpointError, match=r"3x64 and .* is 64x4"):
         LoraFile.open(file)
 
 
 def test_a_model_is_no_lora_and_other_files_are_not_either(tmp_path: Path, file: Path) -> None:
-    home = tiny_models.write(tmp_path / "home")
-    assert not is_lora(home / tiny_models.MODEL)
+    home = tiny_models.write_model(tmp_path / "home")
+    assert not is_lora(home / tiny_models.MODEL_FILE)
     with pytest.raises(CheckpointError, match="not a LoRA for LTX-Video"):
-        LoraFile.open(home / tiny_models.MODEL)
+        LoraFile.open(home / tiny_models.MODEL_FILE)
     with pytest.raises(CheckpointError, match="folder without a LoRA"):
         LoraFile.open(home)
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -249,7 +266,7 @@ def test_a_model_is_no_lora_and_other_files_are_not_either(tmp_path: Path, file:
 
 
 def test_a_lora_of_another_width_or_with_more_blocks_does_not_fit_and_says_whose_it_is(file: Path) -> None:
-    wide = LoraFile.open(write(file, pairs(ATTENTION[:1], width=4096, layers=1)))
+    wide = LoraFile.open(write_lora_file(file, block_pairs(ATTENTION[:1], width=4096, num_layers=1)))
     assert wide.model_size == "13B"
     other = r"1 of its 1 layers are of other widths, such as diffusion_model\.transformer_blocks\.0\.attn1\.to_q"
     numbers = "takes 2048 and gives 2048, the LoRA's 4096 and 4096"
@@ -259,7 +276,10 @@ def test_a_lora_of_another_width_or_with_more_blocks_does_not_fit_and_says_whose
 
 
 def test_a_lora_for_more_blocks_does_not_fit_or_is_taken_without_them(file: Path) -> None:
-    deep, model = LoraFile.open(write(file, pairs(ATTENTION[:1], layers=3))), Path("model.safetensors")
+    deep, model = (
+        LoraFile.open(write_lora_file(file, block_pairs(ATTENTION[:1], num_layers=3))),
+        Path("model.safetensors"),
+    )
     absent = r"1 of its 3 layers are not there, such as diffusion_model\.transformer_blocks\.2\.attn1\.to_q"
     with pytest.raises(CheckpointError, match=rf"{absent} \(the model has 2 blocks\).*or --lora-partial takes it"):
         deep.check_fits(tiny_models.transformer_config(), model)
@@ -285,7 +305,7 @@ RELEASED = {
 def test_a_released_lora_is_read_whole_and_fits_the_13b_model(name: str, file: Path) -> None:
     """Their names and widths, at a lower rank."""
     spelling, targets, rank, around = RELEASED[name]
-    halves = pairs(targets, layers=48, rank=rank, width=4096)
+    halves = block_pairs(targets, num_layers=48, rank=rank, width=4096)
     if around:
         sizes = {
             "patchify_proj": (128, 4096),
@@ -298,15 +318,15 @@ def test_a_released_lora_is_read_whole_and_fits_the_13b_model(name: str, file: P
         }
         halves |= {name: (torch.ones(1, inputs), torch.ones(outputs, 1)) for name, (inputs, outputs) in sizes.items()}
         assert len(halves) == 974 // 2  # tensors of the released file
-    lora = LoraFile.open(write(file, halves, spelling))
+    lora = LoraFile.open(write_lora_file(file, halves, spelling))
     assert (lora.model_size, len(lora.layers), lora.unexpected_keys) == ("13B", len(halves), ())
     lora.check_fits(TRANSFORMER_13B, Path("model.safetensors"))
 
 
 def test_numbers_that_are_not_finite_are_refused_where_they_are_read(file: Path) -> None:
-    halves = pairs(ATTENTION[:1])
+    halves = block_pairs(ATTENTION[:1])
     halves["transformer_blocks.1.attn1.to_q"][1][3, 1] = float("nan")
-    lora = LoraFile.open(write(file, halves))
+    lora = LoraFile.open(write_lora_file(file, halves))
     with pytest.raises(
         CheckpointError, match=r"blocks\.1\.attn1\.to_q\.lora_B\.weight has numbers that are not finite"
     ):
@@ -314,8 +334,11 @@ def test_numbers_that_are_not_finite_are_refused_where_they_are_read(file: Path)
 
 
 def test_a_lora_describes_itself(file: Path) -> None:
-    write(
-        file, pairs((*ATTENTION, *FEED_FORWARD)), alpha=2.0, metadata={"reference_downscale_factor": "2", "ss_tag": "x"}
+    write_lora_file(
+        file,
+        block_pairs((*ATTENTION, *FEED_FORWARD)),
+        alpha=2.0,
+        metadata={"reference_downscale_factor": "2", "ss_tag": "x"},
     )
     told = LoraFile.open(file).describe()
     assert (told.key_format, told.model_size, told.num_adapted_layers, told.num_adapted_blocks) == (
@@ -336,7 +359,7 @@ def test_a_lora_describes_itself(file: Path) -> None:
 
 @pytest.mark.parametrize("factor", ["0", "1.5", "nan", "1e400", "two"])
 def test_a_reference_that_is_no_whole_number_of_times_smaller_is_refused(factor: str, file: Path) -> None:
-    write(file, pairs(), metadata={"reference_downscale_factor": factor})
+    write_lora_file(file, block_pairs(), metadata={"reference_downscale_factor": factor})
     lora = LoraFile.open(file)
     with pytest.raises(CheckpointError, match="reference_downscale_factor"):
         _ = lora.reference_downscale

@@ -10,14 +10,14 @@ from torch import Tensor
 from kadr.kernels import mode
 from kadr.kernels.cpu import attention as cpu_attention
 from kadr.kernels.matmul import has_bf16_units
-from tests.oracles import drawn, relative
+from tests.oracles import randn, relative_error
 
 
 def inputs(queries: int, keys: int, heads: int = 4, width: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """As a transformer has them: the heads lie next to each other in every token."""
     sizes = ((queries, 1), (keys, 2), (keys, 3))
     q, k, v = (
-        drawn(2, count, heads * width, seed=seed).bfloat16().unflatten(-1, (heads, -1)).transpose(1, 2)
+        randn(2, count, heads * width, seed=seed).bfloat16().unflatten(-1, (heads, -1)).transpose(1, 2)
         for count, seed in sizes
     )
     return q, k, v
@@ -31,8 +31,8 @@ def test_it_is_attention_however_it_is_cut(
     monkeypatch.setattr(cpu_attention, "MAX_LOGIT_BYTES", cached)
     q, k, v = inputs(queries, keys)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert relative(cpu_attention.attend(q, k, v), exact) <= 0.004
-    assert relative(cpu_attention.attend(q, k, v, bf16_logits=True), exact) <= 0.008
+    assert relative_error(cpu_attention.attend(q, k, v), exact) <= 0.004
+    assert relative_error(cpu_attention.attend(q, k, v, bf16_logits=True), exact) <= 0.008
 
 
 def test_its_error_is_about_that_of_torch() -> None:
@@ -40,8 +40,8 @@ def test_its_error_is_about_that_of_torch() -> None:
     q = 8 * q  # logits as far from 0 as trained models have them
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     own, theirs = (
-        relative(cpu_attention.attend(q, k, v), exact),
-        relative(F.scaled_dot_product_attention(q, k, v), exact),
+        relative_error(cpu_attention.attend(q, k, v), exact),
+        relative_error(F.scaled_dot_product_attention(q, k, v), exact),
     )
     assert own <= 1.3 * theirs
 

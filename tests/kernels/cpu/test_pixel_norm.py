@@ -8,11 +8,11 @@ from torch import Tensor
 
 from kadr.kernels import fused, mode, reference
 from kadr.kernels.cpu import pixel_norm
-from tests.oracles import drawn, relative
+from tests.oracles import randn, relative_error
 
 
 def video(dtype: torch.dtype, batch: int = 2) -> Tensor:
-    x = drawn(batch, 32, 3, 5, 4).to(dtype)
+    x = randn(batch, 32, 3, 5, 4).to(dtype)
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -27,14 +27,14 @@ def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_equals_the_definition(dtype: torch.dtype, rows: int, piece: int) -> None:
     x, given = video(dtype), video(dtype)
-    bends = [drawn(rows, 32, seed=seed).to(dtype) for seed in (1, 2)] if rows else [None, None]
+    bends = [randn(rows, 32, seed=seed).to(dtype) for seed in (1, 2)] if rows else [None, None]
     made = pixel_norm.pixel_norm_modulate_silu(x, *bends)
     exact = reference.pixel_norm_modulate_silu(x.double(), *(None if b is None else b.double() for b in bends))
     right = reference.pixel_norm_modulate_silu(x, *bends)
     assert made.dtype == dtype
     assert made.movedim(1, -1).is_contiguous()
-    assert relative(made.double(), exact) <= (
-        1e-6 if dtype == torch.float32 else 1.05 * relative(right.double(), exact)
+    assert relative_error(made.double(), exact) <= (
+        1e-6 if dtype == torch.float32 else 1.05 * relative_error(right.double(), exact)
     )
     assert torch.equal(x, given)
 

@@ -21,7 +21,7 @@ from kadr.shapes import Size
 from tests.oracles import diffusers_transformer
 
 
-class _Steps:
+class _ConditionedTransformer:
     """Gives held tokens the levels that kadr gives them, and steps them by those.
 
     diffusers tells the network level · (1 - strength) and mixes the given latents in twice at every step, which is
@@ -32,7 +32,7 @@ class _Steps:
     def __init__(self, transformer: nn.Module, scheduler: Any) -> None:
         self.transformer, self.scheduler, self.tokens = transformer, scheduler, None
         self.config, self.dtype = transformer.config, torch.float32
-        self.level = torch.empty(0)
+        self.sigma = torch.empty(0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transformer, name)
@@ -42,14 +42,14 @@ class _Steps:
         now, mask = self.scheduler.sigmas[index], timestep[..., 0] / (1000 * self.scheduler.sigmas[index])
         held = (mask < 1 - 1e-4)[..., None]
         self.tokens = hidden_states if index == 0 else torch.where(held, self.tokens, hidden_states)
-        self.level = torch.minimum(now, mask)
-        return self.transformer(hidden_states=self.tokens, timestep=1000 * self.level[..., None], **rest)
+        self.sigma = torch.minimum(now, mask)
+        return self.transformer(hidden_states=self.tokens, timestep=1000 * self.sigma[..., None], **rest)
 
     def step(self, velocity: Tensor) -> None:
         """Move the held tokens."""
         assert self.tokens is not None
         below = self.scheduler.sigmas[None, None]
-        level = self.level[: len(velocity), :, None]
+        level = self.sigma[: len(velocity), :, None]
         then = torch.where(below < level - 1e-6, below, 0.0).amax(dim=-1, keepdim=True)
         now = self.scheduler.sigmas[self.scheduler._step_index - 1]
         moved = self.tokens[: len(velocity)] - (level - then) * velocity
@@ -57,11 +57,11 @@ class _Steps:
         self.tokens = torch.cat([moved] * (len(self.tokens) // len(moved)))
 
 
-def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
+def run_diffusers_long(engine: Engine, request: Request, *, is_unpatched: bool = False) -> Tensor:
     """Normalised latents (1, C, f, h, w) of a request whose levels are given.
 
     Args:
-        as_it_is: with the levels that diffusers gives held tokens.
+        is_unpatched: with the levels that diffusers gives held tokens.
     """
     request = engine.resolve(request)
     windows, size = request.windows, request.size
@@ -76,7 +76,7 @@ def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
         texts = generation.prompt_encoder.encode(lambda progress: None)
         items = generation.encode_media()[0].conditions
         picture = items[0][1] if items else None
-        steps = transformer if as_it_is else _Steps(transformer, scheduler)
+        steps = transformer if is_unpatched else _ConditionedTransformer(transformer, scheduler)
         vae = SimpleNamespace(
             spatial_compression_ratio=32,
             temporal_compression_ratio=8,
@@ -86,9 +86,9 @@ def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
             latents_std=torch.ones(1),
             config=SimpleNamespace(scaling_factor=1.0),
         )
-        pipeline = _opened(steps, scheduler, vae)
-        pipeline.encode_prompt = lambda prompt, **rest: _encoded(generation, texts, prompt[0])
-        if not as_it_is:
+        pipeline = _build_pipeline(steps, scheduler, vae)
+        pipeline.encode_prompt = lambda prompt, **rest: _prompt_embeds(generation, texts, prompt[0])
+        if not is_unpatched:
             plain = scheduler.step
 
             def step(velocity: Tensor, *given: Any, **more: Any) -> Any:
@@ -98,7 +98,7 @@ def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
 
             scheduler.step = step
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(long_module, "randn_tensor", _Noise(request, length, overlap, picture is not None))
+            patch.setattr(long_module, "randn_tensor", _WindowNoise(request, length, overlap, picture is not None))
             return pipeline(
                 prompt="|".join(request.prompts),
                 height=size.height,
@@ -118,7 +118,7 @@ def run(engine: Engine, request: Request, *, as_it_is: bool = False) -> Tensor:
             ).frames
 
 
-def _opened(transformer: Any, scheduler: Any, vae: Any) -> LTXI2VLongMultiPromptPipeline:
+def _build_pipeline(transformer: Any, scheduler: Any, vae: Any) -> LTXI2VLongMultiPromptPipeline:
     """The pipeline with parts that are no files of its own."""
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "transformer"))
     pipeline = LTXI2VLongMultiPromptPipeline(scheduler=scheduler, **parts)
@@ -128,21 +128,21 @@ def _opened(transformer: Any, scheduler: Any, vae: Any) -> LTXI2VLongMultiPrompt
     return pipeline
 
 
-def _encoded(generation: Any, texts: Any, prompt: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _prompt_embeds(generation: Any, texts: Any, prompt: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     text, negative = texts[generation.prompts.texts.index(prompt)], texts[-1]
     return text.encoding, text.mask, negative.encoding, negative.mask
 
 
-class _Noise:
+class _WindowNoise:
     """In the order in which diffusers draws it: once for each window, of all its tokens."""
 
-    def __init__(self, request: Request, length: int, overlap: int, picture: bool) -> None:
-        self.streams, self.overlap, self.picture, self.window = NoiseStreams(request.seed), overlap, picture, 0
+    def __init__(self, request: Request, length: int, overlap: int, has_image: bool) -> None:
+        self.streams, self.overlap, self.has_image, self.window = NoiseStreams(request.seed), overlap, has_image, 0
 
     def __call__(self, shape: torch.Size, **rest: Any) -> Tensor:
         window, self.window = self.window, self.window + 1
         before, (batch, channels, frames, *plane) = f"window {window + 1} " if window else "", shape
-        overlap, picture = self.overlap * (window > 0), int(self.picture)
+        overlap, picture = self.overlap * (window > 0), int(self.has_image)
         named = (("initial", frames - overlap - picture), ("overlap", overlap), ("remembered", picture))
         drawn = [self.streams.draw(before + name, (batch, channels, n, *plane)) for name, n in named if n]
         return torch.cat(drawn, dim=2)

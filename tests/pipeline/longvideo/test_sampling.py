@@ -29,9 +29,9 @@ from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.schedules import Schedule
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import LatentGrid, Size, snap_frames
-from tests.oracles import relative
+from tests.oracles import relative_error
 from tests.pipeline.longvideo import diffusers_long
-from tests.tiny_models import CHANNELS, MODEL
+from tests.tiny_models import CHANNELS, MODEL_FILE
 
 LATENTS = 1e-5  # relative error; asked were 1e-4
 PROMPTS = "a red circle | birds fly slowly | blue sea"
@@ -80,30 +80,35 @@ def test_a_long_video_has_the_latents_of_diffusers(
 ) -> None:
     fields = dict(CASES[name])
     request = asked(conditions=[photo] * fields.pop("picture", False), **fields)
-    expected = diffusers_long.run(engine, request)
+    expected = diffusers_long.run_diffusers_long(engine, request)
     made = engine.denoise(request)
     assert made.shape == expected.shape
-    assert parity("long video", "0.9.5", "diffusers", relative(made, expected)) <= LATENTS
+    assert parity("long video", "0.9.5", "diffusers", relative_error(made, expected)) <= LATENTS
 
 
 def test_at_full_strength_diffusers_as_it_is_agrees_and_below_it_tells_the_network_other_levels(
     engine: Engine,
 ) -> None:
     request = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0))
-    assert relative(engine.denoise(request), diffusers_long.run(engine, request, as_it_is=True)) <= LATENTS
+    assert (
+        relative_error(engine.denoise(request), diffusers_long.run_diffusers_long(engine, request, is_unpatched=True))
+        <= LATENTS
+    )
     half = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0), windows=Windows(frames=41, overlap_strength=0.5))
-    assert relative(engine.denoise(half), diffusers_long.run(engine, half, as_it_is=True)) > 1e-3
+    assert (
+        relative_error(engine.denoise(half), diffusers_long.run_diffusers_long(engine, half, is_unpatched=True)) > 1e-3
+    )
 
 
 def test_diffusers_makes_a_latent_too_many_at_every_seam_of_two_and_kadr_crosses_over(engine: Engine) -> None:
     request = asked(windows=Windows(frames=41, overlap=16, overlap_strength=1.0, adain=0.0), frames=97)
     spans = request.windows.spans(97) if request.windows else ()
-    made, theirs = engine.denoise(request), diffusers_long.run(engine, request)
+    made, theirs = engine.denoise(request), diffusers_long.run_diffusers_long(engine, request)
     assert made.shape[2] == 13
     assert theirs.shape[2] == 13 + len(spans) - 1
-    assert relative(made[:, :, :5], theirs[:, :, :5]) <= LATENTS
+    assert relative_error(made[:, :, :5], theirs[:, :, :5]) <= LATENTS
     one, other = theirs[:, :, 5], theirs[:, :, 6]  # the last of the first window, and what the second has there
-    assert relative(made[:, :, 5], (one + other) / 2) <= LATENTS
+    assert relative_error(made[:, :, 5], (one + other) / 2) <= LATENTS
 
 
 # Laws
@@ -153,13 +158,13 @@ def test_the_seed_is_that_of_every_window_and_no_two_have_the_same_noise(engine:
     one = engine.denoise(request)
     assert one.equal(engine.denoise(request))
     other = engine.denoise(replace(request, seed=6))
-    assert all(relative(other[:, :, i], one[:, :, i]) > 0.1 for i in range(8))
+    assert all(relative_error(other[:, :, i], one[:, :, i]) > 0.1 for i in range(8))
     streams = NoiseStreams(request.seed)
     drawn = [streams.draw(name, (1, CHANNELS, 4, 2, 2)) for name in ("initial", "window 2 initial", "window 3 initial")]
     whole = torch.cat([drawn[0][:, :, :2], drawn[1][:, :, :2], drawn[2]], dim=2)
     given_noise = engine.denoise(request, noise=whole)
     assert given_noise.shape == one.shape
-    assert relative(given_noise, one) > 1e-3  # windows share the noise where they overlap
+    assert relative_error(given_noise, one) > 1e-3  # windows share the noise where they overlap
 
 
 def test_each_window_has_its_own_prompt_and_the_last_one_holds_for_the_rest(engine: Engine) -> None:
@@ -168,7 +173,7 @@ def test_each_window_has_its_own_prompt_and_the_last_one_holds_for_the_rest(engi
     same = engine.denoise(short(prompt="birds fly|blue sea| blue sea |blue sea", frames=73))
     assert one.equal(same)
     assert one[:, :, :3].equal(other[:, :, :3])
-    assert all(relative(one[:, :, i], other[:, :, i]) > 1e-4 for i in range(3, 10))
+    assert all(relative_error(one[:, :, i], other[:, :, i]) > 1e-4 for i in range(3, 10))
 
 
 def test_several_prompts_without_a_length_make_a_window_each(engine: Engine) -> None:
@@ -184,7 +189,7 @@ def test_a_picture_is_remembered_by_every_window(engine: Engine, photo: Conditio
     }
     assert made[None].equal(made[1.0])
     for share in (0.4, 0.0):
-        assert all(relative(made[share][:, :, i], made[1.0][:, :, i]) > 1e-3 for i in range(1, 10))
+        assert all(relative_error(made[share][:, :, i], made[1.0][:, :, i]) > 1e-3 for i in range(1, 10))
 
 
 def test_a_picture_counted_from_the_end_that_stands_first_is_remembered(engine: Engine, photo: Condition) -> None:
@@ -208,7 +213,7 @@ def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, ph
     with_it = engine.denoise(generation.request)
     without = engine.denoise(replace(generation.request, conditions=()))
     assert with_it[:, :, :3].equal(without[:, :, :3])
-    assert relative(with_it[:, :, 4], without[:, :, 4]) > 1e-3
+    assert relative_error(with_it[:, :, 4], without[:, :, 4]) > 1e-3
 
 
 def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engine: Engine, tmp_path: Path) -> None:
@@ -220,7 +225,7 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
     ):
         engine.denoise(short(conditions=(Condition(str(clip), frame=16),)))
     made = engine.denoise(short(conditions=(Condition(str(clip), frame=24),)))
-    assert relative(made, engine.denoise(short())) > 1e-2
+    assert relative_error(made, engine.denoise(short())) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -272,7 +277,7 @@ def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -
     recipe = Recipe(
         first_pass=Pass(steps=2), second_pass=Pass(sigmas=(0.5,)), single_pass=Pass(steps=3), multi_scale=True
     )
-    engine = Engine.open(home / MODEL, device="cpu", recipe=recipe)
+    engine = Engine.open(home / MODEL_FILE, device="cpu", recipe=recipe)
     request = replace(short(), sigmas=None, guidance=None)
     with pytest.warns(KadrWarning, match="recipe has two passes, and windows are made in one"):
         (plan,) = engine.resolve_passes(request)

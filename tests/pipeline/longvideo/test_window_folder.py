@@ -23,7 +23,7 @@ from kadr.pipeline.video import VideoFile
 from kadr.request.windows import Windows, window_folder_path
 from kadr.sampling.settings import Guidance
 from kadr.shapes import Size
-from tests.tiny_models import MODEL, write
+from tests.tiny_models import MODEL_FILE, write_model
 
 LONG = Request(
     prompt="birds fly | blue sea | golden light",
@@ -142,19 +142,19 @@ def test_the_windows_of_another_request_are_refused_with_what_differs(
 
 
 def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, tmp_path: Path) -> None:
-    home = write(tmp_path / "model")
-    engine = Engine.open(home / MODEL, device="cpu", prompt_cache=False)
+    home = write_model(tmp_path / "model")
+    engine = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
     photo = out / "first.png"
     Image.new("RGB", (64, 64), (200, 30, 40)).save(photo)
     request = replace(LONG, conditions=(Condition(str(photo)),))
     cut_off(engine, out / "clip.mp4", request)
 
     def refused(name: str) -> None:
-        again = Engine.open(home / MODEL, device="cpu", prompt_cache=False)
+        again = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
         with pytest.raises(RequestError, match=f"is of another video: .*{name}"):
             again.write(request, out / "clip.mp4", resume=True)
 
-    times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (photo, home / MODEL)}
+    times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (photo, home / MODEL_FILE)}
     for path, (_, changed) in times.items():
         os.utime(path, ns=(changed, changed + 10**9))
         refused(path.name)
@@ -165,9 +165,9 @@ def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, 
 
 
 def test_a_transformer_that_is_held_in_another_way_is_told(home: Path, out: Path) -> None:
-    engine = Engine.open(home / MODEL, device="cpu")
+    engine = Engine.open(home / MODEL_FILE, device="cpu")
     cut_off(engine, out / "clip.mp4")
-    streamed = Engine.open(home / MODEL, device="cpu", offload="blocks")
+    streamed = Engine.open(home / MODEL_FILE, device="cpu", offload="blocks")
     with pytest.warns(KadrWarning, match="held in another way than before"):
         streamed.write(LONG, out / "clip.mp4", resume=True)
 

@@ -36,8 +36,8 @@ from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
 from kadr.shapes import LatentGrid
-from tests.oracles import drawn
-from tests.tiny_models import CHANNELS, MODEL, write_upscaler
+from tests.oracles import randn
+from tests.tiny_models import CHANNELS, MODEL_FILE, write_upscaler
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 64), frames=25, fps=24, steps=3, guidance=1.0)
 
@@ -310,7 +310,7 @@ def test_a_video_to_start_from_is_mixed_with_as_much_noise_as_the_first_level_sa
 ) -> None:
     request = replace(REQUEST, frames=9, steps=12, input_video=str(media.path("clip 9")), denoise_strength=strength)
     encoded = engine.encode_first_condition(replace(REQUEST, frames=9, conditions=media.conditions(clip(9))))
-    noise = drawn(*encoded.shape, seed=7)
+    noise = randn(*encoded.shape, seed=7)
     seen: list[Tensor] = []
     forward = Transformer.forward
     monkeypatch.setattr(Transformer, "forward", lambda *given: (seen.append(given[1]), forward(*given))[1])
@@ -407,7 +407,7 @@ def test_a_place_counted_from_the_end_gives_the_same_video(
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_warning_is_given_once(passes: int, home: Path, media: Media) -> None:
-    opened = Engine.open(home / MODEL, device="cpu", upscaler=write_upscaler(media.folder / "up.safetensors"))
+    opened = Engine.open(home / MODEL_FILE, device="cpu", upscaler=write_upscaler(media.folder / "up.safetensors"))
     two = {"multi_scale": True, "second": Pass(sigmas=(0.5,))} if passes == 2 else {}
     with pytest.warns(KadrWarning) as told:
         opened.denoise(replace(REQUEST, frames=9, steps=1, conditions=media.conditions(clip(10)), **two))
@@ -430,11 +430,11 @@ def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQU
     plan = plan_of(request)
     grid = plan.grid
     state = LatentState.from_latents(
-        drawn(1, CHANNELS, grid.frames, grid.height, grid.width),
+        randn(1, CHANNELS, grid.frames, grid.height, grid.width),
         token_positions(grid, fps=plan.fps, causal=causal),
         grid,
     )
-    latents = drawn(1, CHANNELS, (len(item.frames) - 1) // 8 + 1, grid.height, grid.width, seed=2)
+    latents = randn(1, CHANNELS, (len(item.frames) - 1) // 8 + 1, grid.height, grid.width, seed=2)
     pixels = PreparedFrames(item.frames, plan.size, 0, plan.size)
     return apply_condition(
         state,
@@ -442,7 +442,7 @@ def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQU
         latents,
         plan,
         causal=causal,
-        draw_noise=lambda shape: drawn(*shape, seed=3),
+        draw_noise=lambda shape: randn(*shape, seed=3),
     )
 
 
@@ -512,9 +512,9 @@ def in_box(box: tuple[int, int, int, int], size: Size, media: Media) -> tuple[La
     (condition,) = media.conditions(photo(box=box))
     (item,) = place_in_pass(resolve_conditions(replace(request, conditions=(condition,))), request, plan)
     fit = prepare_condition(item, request, plan)
-    latents = drawn(1, CHANNELS, fit.grid.frames, fit.grid.height, fit.grid.width, seed=5)
+    latents = randn(1, CHANNELS, fit.grid.frames, fit.grid.height, fit.grid.width, seed=5)
     grid = plan.grid
-    noise = drawn(1, CHANNELS, 1, grid.height, grid.width, seed=6)
+    noise = randn(1, CHANNELS, 1, grid.height, grid.width, seed=6)
     state = LatentState.from_latents(noise, token_positions(grid, fps=plan.fps, causal=True), grid)
     return (
         apply_condition(state, fit, latents, plan, causal=True, draw_noise=lambda shape: torch.zeros(shape)),
@@ -538,7 +538,7 @@ def test_a_box_holds_what_the_official_pipeline_holds_wherever_it_lies_on_the_gr
         pixels = torch.zeros(1, 3, 1, 32 * (bottom - top), 32 * (right - left))
         official = ConditioningItem(pixels, 0, 1.0, media_x=32 * left, media_y=32 * top)
         box = (32 * left, 32 * top, 32 * (right - left), 32 * (bottom - top))
-        given = drawn(1, CHANNELS, 1, bottom - top, right - left, seed=5)
+        given = randn(1, CHANNELS, 1, bottom - top, right - left, seed=5)
         kept, column, row = LTXVideoPipeline._get_latent_spatial_position(
             SimpleNamespace(vae_scale_factor=32), given, official, size.height, size.width, strip_latent_border=True
         )
@@ -556,7 +556,7 @@ def test_a_box_holds_what_the_official_pipeline_holds_wherever_it_lies_on_the_gr
         assert torch.equal(held_in(state), expected), box
         assert torch.equal(state.latents()[..., rows, columns], kept)
         untouched = state.latents()[0, :, 0, ~expected]
-        assert torch.equal(untouched, drawn(1, CHANNELS, 1, down, across, seed=6)[0, :, 0, ~expected])
+        assert torch.equal(untouched, randn(1, CHANNELS, 1, down, across, seed=6)[0, :, 0, ~expected])
     assert len(edges) - empty == 8 * 5  # of 15 widths and 10 heights, those that are more than what is cut off
 
 

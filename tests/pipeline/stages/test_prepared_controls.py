@@ -44,9 +44,9 @@ from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import LatentGrid
 from tests import lora_files, onnx_files
-from tests.fakehub import FakeHub, serving
-from tests.oracles import diffusers_transformer, drawn, official_vae, relative
-from tests.tiny_models import CHANNELS, MODEL, sown, transformer_config, vae_config, write_upscaler
+from tests.fakehub import FakeHub, serve_fake_hub
+from tests.oracles import diffusers_transformer, official_vae, randn, relative_error
+from tests.tiny_models import CHANNELS, MODEL_FILE, build_random, transformer_config, vae_config, write_upscaler
 
 LEVELS = (1.0, 0.8, 0.35)
 REQUEST = Request(
@@ -93,7 +93,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def made(factor: str | None = None) -> Path:
         metadata = {} if factor is None else {REFERENCE_DOWNSCALE_KEY: factor}
-        return lora_files.write(folder / f"{factor}.safetensors", lora_files.pairs(), metadata=metadata)
+        return lora_files.write_lora_file(folder / f"{factor}.safetensors", lora_files.block_pairs(), metadata=metadata)
 
     return made
 
@@ -107,7 +107,7 @@ def opened(home: Path, lora: Callable[..., Path]) -> Callable[..., Engine]:
         key = factor, strength
         if key not in made:
             loras = [(lora(factor), strength)]
-            made[key] = Engine.open(home / MODEL, device="cpu", loras=loras, prompt_cache=False)
+            made[key] = Engine.open(home / MODEL_FILE, device="cpu", loras=loras, prompt_cache=False)
         return made[key]
 
     return engine
@@ -122,10 +122,10 @@ class Oracle:
 
     def __init__(self, engine: Engine, lora: Path, strength: float) -> None:
         self.engine = engine
-        transformer = sown(lambda: Transformer(transformer_config()), 1)  # as `tiny.write` sows them
+        transformer = build_random(lambda: Transformer(transformer_config()), 1)  # as `tiny.write` sows them
         merge_loras(transformer, [LoraFile.open(lora).load()], [strength])
         self.transformer = diffusers_transformer(transformer)
-        self.vae = official_vae(sown(lambda: VAE(vae_config("0.9.5")), 2))
+        self.vae = official_vae(build_random(lambda: VAE(vae_config("0.9.5")), 2))
 
     def latents(self, pixels: Tensor) -> Tensor:
         """(1, 3, F, H, W) -> (1, C, f, h, w)."""
@@ -257,7 +257,7 @@ def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
     shown = tuple(replace(photo, frame=frame) for frame in frames)
     controls = tuple(Control(clips(17), kind=kind) for kind in kinds)
     request = replace(REQUEST, conditions=shown, controls=controls, seed=3, **case)
-    noise = drawn(1, CHANNELS, 3, 2, 4, seed=8)
+    noise = randn(1, CHANNELS, 3, 2, 4, seed=8)
     engine = opened(said, 0.7)
     film = read_video(clips(17)).frames
     film = film if factor == 1 else halved(film)
@@ -267,17 +267,17 @@ def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
     expected = oracle(said).denoise(replace(request, image_crf=29), noise, references, factor, pictures)
     made = engine.denoise(request, noise=noise)
     size = "the video's size" if factor == 1 else "half the size"
-    assert parity("control", f"reference of {size}", "diffusers", relative(made, expected)) <= 5e-6
+    assert parity("control", f"reference of {size}", "diffusers", relative_error(made, expected)) <= 5e-6
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KadrWarning)  # a LoRA that waits for a reference is warned of
-        assert relative(engine.denoise(replace(request, controls=()), noise=noise), expected) > 1e-2
+        assert relative_error(engine.denoise(replace(request, controls=()), noise=noise), expected) > 1e-2
 
 
 def test_tokens_of_a_context_are_clean_and_stand_where_the_videos_do() -> None:
-    latents = drawn(1, 4, 2, 2, 2)
+    latents = randn(1, 4, 2, 2, 2)
     context = ReferenceTokens.from_latents([latents], fps=24, causal=True)
     assert torch.equal(context.positions, token_positions(LatentGrid(2, 2, 2), fps=24, causal=True))
-    tokens, level = context.append_to(drawn(2, 6, 4), torch.tensor([[0.9], [0.4]]))
+    tokens, level = context.append_to(randn(2, 6, 4), torch.tensor([[0.9], [0.4]]))
     assert tokens.shape == (2, 14, 4)
     assert torch.equal(tokens[1, 6:], flat(latents)[0])
     assert level[:, :6].unique(dim=1).tolist() == [[pytest.approx(0.9)], [pytest.approx(0.4)]]
@@ -285,7 +285,7 @@ def test_tokens_of_a_context_are_clean_and_stand_where_the_videos_do() -> None:
 
 
 def test_a_smaller_context_covers_the_same_pixels_at_the_same_times() -> None:
-    small = ReferenceTokens.from_latents([drawn(1, 4, 3, 1, 2)], fps=24, causal=True, downscale=2).positions
+    small = ReferenceTokens.from_latents([randn(1, 4, 3, 1, 2)], fps=24, causal=True, downscale=2).positions
     large = token_positions(LatentGrid(3, 2, 4), fps=24, causal=True).unflatten(1, (3, 2, 4))
     assert torch.equal(small, large[:, :, ::2, ::2].flatten(1))
 
@@ -336,9 +336,9 @@ def test_steps_are_cached_beside_a_control(
     small = {"size": Size(64, 64), "frames": 9, "levels": None, "steps": 10}
     request = replace(REQUEST, controls=(Control(clips(9)),), **small)
     full = opened().denoise(request)
-    assert 0 < relative(opened().denoise(replace(request, cache=cache)), full) < 0.5
+    assert 0 < relative_error(opened().denoise(replace(request, cache=cache)), full) < 0.5
     none = replace(cache, threshold=0.0) if cache.threshold is not None else replace(cache, interval=1)
-    assert relative(opened().denoise(replace(request, cache=none)), full) < 1e-6
+    assert relative_error(opened().denoise(replace(request, cache=none)), full) < 1e-6
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_each_pass_sees_the_control_at_its_own_size(
     home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
     upscaler = write_upscaler(tmp_path / "up.safetensors")
-    engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
+    engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     generation = engine._create_generation(replace(TWO, controls=(Control(clips(17)),)), ignore_progress)
     assert [plan.size for plan in generation.passes] == [Size(64, 32), Size(128, 64)]
     assert generation.build_workload().encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
@@ -365,18 +365,18 @@ def test_each_pass_sees_the_control_at_its_own_size(
         [(3, 1, 2)],
         [(3, 2, 4)],
     ]
-    noise = drawn(1, CHANNELS, 3, 1, 2)
+    noise = randn(1, CHANNELS, 3, 1, 2)
     plain = engine.denoise(TWO, noise=noise)
     led = engine.denoise(replace(TWO, controls=(Control(clips(17)),)), noise=noise)
     assert led.shape == plain.shape
-    assert relative(led, plain) > 1e-2
+    assert relative_error(led, plain) > 1e-2
 
 
 def test_a_first_pass_of_every_second_frame_sees_every_second_frame_of_the_control(
     home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
-    upscaler = write_upscaler(tmp_path / "up.safetensors", space=False, time=True)
-    engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
+    upscaler = write_upscaler(tmp_path / "up.safetensors", upscales_space=False, upscales_time=True)
+    engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     request = replace(TWO, controls=(Control(clips(17)),), size=Size(64, 64))
     first, second = (one.controls[0] for one in engine._create_generation(request, ignore_progress).media.pass_inputs)
     assert list(first.frame_indices) == list(range(0, 17, 2))
@@ -430,7 +430,7 @@ def test_each_window_follows_its_own_frames_as_diffusers_transformer_does(
     expected = windowed(request, oracle(None), film, led=led, begun=begun)
     made = opened(None, 0.7).denoise(request)
     assert made.shape == expected.shape == (1, CHANNELS, 6, 2, 4)
-    assert parity("control", "windows", "diffusers", relative(made, expected)) <= 5e-6
+    assert parity("control", "windows", "diffusers", relative_error(made, expected)) <= 5e-6
 
 
 def test_a_window_sees_the_frames_that_it_makes(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
@@ -503,7 +503,7 @@ def test_a_longer_clip_is_cut_with_a_warning(clips: Callable[..., str]) -> None:
 
 def test_a_picture_leads_a_video_of_one_frame(opened: Callable[..., Engine], photo: Condition) -> None:
     request = replace(REQUEST, frames=1, controls=(Control(photo.media),))
-    assert relative(opened().denoise(request), opened().denoise(replace(request, controls=()))) > 1e-3
+    assert relative_error(opened().denoise(request), opened().denoise(replace(request, controls=()))) > 1e-3
 
 
 # --- what is refused and what is told ---------------------------------------------------------------------------------
@@ -578,18 +578,18 @@ def test_a_lora_at_strength_0_says_nothing_of_the_size_of_references(
     home: Path, opened: Callable[..., Engine], lora: Callable[..., Path], clips: Callable[..., str]
 ) -> None:
     request = replace(REQUEST, controls=(Control(clips(17)),))
-    both = Engine.open(home / MODEL, device="cpu", loras=[(lora(), 0.7), lora("2")], prompt_cache=False)
+    both = Engine.open(home / MODEL_FILE, device="cpu", loras=[(lora(), 0.7), lora("2")], prompt_cache=False)
     assert torch.equal(both.denoise(replace(request, lora_strengths=(0.7, 0.0))), opened(None, 0.7).denoise(request))
-    assert relative(both.denoise(request), opened(None, 0.7).denoise(request)) > 1e-3
+    assert relative_error(both.denoise(request), opened(None, 0.7).denoise(request)) > 1e-3
 
 
 def test_loras_that_want_references_of_other_sizes_are_refused(
     home: Path, lora: Callable[..., Path], clips: Callable[..., str]
 ) -> None:
-    engine = Engine.open(home / MODEL, device="cpu", loras=[lora("2"), lora("3"), lora()], prompt_cache=False)
+    engine = Engine.open(home / MODEL_FILE, device="cpu", loras=[lora("2"), lora("3"), lora()], prompt_cache=False)
     with pytest.raises(RequestError, match=r"references of other sizes: .*2\.safetensors 2, .*3\.safetensors 3"):
         engine.plan(replace(REQUEST, controls=(Control(clips(17)),)))
-    dry = DryRunEngine.open(home / MODEL, loras=[lora("2"), lora("3")])
+    dry = DryRunEngine.open(home / MODEL_FILE, loras=[lora("2"), lora("3")])
     with pytest.raises(RequestError, match="references of other sizes"):
         dry.run(replace(REQUEST, controls=(Control(clips(17)),)))
     with pytest.warns(KadrWarning, match="trained to follow a reference, and no control"):
@@ -597,7 +597,7 @@ def test_loras_that_want_references_of_other_sizes_are_refused(
 
 
 def test_a_factor_of_one_lora_counts_beside_others_that_name_none(home: Path, lora: Callable[..., Path]) -> None:
-    engine = Engine.open(home / MODEL, device="cpu", loras=[lora(), lora("2")], prompt_cache=False)
+    engine = Engine.open(home / MODEL_FILE, device="cpu", loras=[lora(), lora("2")], prompt_cache=False)
     assert engine.components.loras.reference_downscale() == 2
 
 
@@ -640,12 +640,12 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
     """A hub with networks of a few nodes, by the names of the real ones."""
     person = [(160.0, 160.0, 480.0, 480.0, 0)]
     files = (
-        onnx_files.depth(tmp_path / "depth.onnx"),
-        onnx_files.people(tmp_path / "people.onnx", person),
-        onnx_files.joints(tmp_path / "joints.onnx", {0: (144.0, 100.0), 5: (194.0, 200.0), 6: (94.0, 200.0)}),
+        onnx_files.write_depth_model(tmp_path / "depth.onnx"),
+        onnx_files.write_person_detector(tmp_path / "people.onnx", person),
+        onnx_files.write_pose_model(tmp_path / "joints.onnx", {0: (144.0, 100.0), 5: (194.0, 200.0), 6: (94.0, 200.0)}),
     )
     names = [(repo, name) for repo, found in NETWORK_FILES.values() for name in found]
-    with serving(monkeypatch, tmp_path / "cache") as hub:
+    with serve_fake_hub(monkeypatch, tmp_path / "cache") as hub:
         for (repo, name), file in zip(names, files, strict=True):
             hub.repos.setdefault(repo, {})[name] = file.read_bytes()
         yield hub
@@ -656,15 +656,17 @@ def test_a_network_is_fetched_once_and_goes_through_the_clip_once_for_all_passes
     kind: str, remote: FakeHub, home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
     upscaler = write_upscaler(tmp_path / "up.safetensors")
-    engine = Engine.open(home / MODEL, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
+    engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     short = replace(TWO, frames=9)
     request, told = replace(short, controls=(Control(clips(9), kind=kind),)), list[Progress]()
     led = engine.denoise(request, watch=told.append)
     assert [report.step for report in told if report.stage == "control"] == [*range(10)]
     assert [report.stage for report in told].index("control") < [report.stage for report in told].index("encode")
-    assert sorted(name for name, _ in remote.taken) == sorted(NETWORK_FILES[kind][1])
-    assert relative(led, engine.denoise(replace(short, controls=(Control(clips(9)),)))) > 1e-4  # the clip as it is
-    remote.silent = True
+    assert sorted(name for name, _ in remote.sent_files) == sorted(NETWORK_FILES[kind][1])
+    assert (
+        relative_error(led, engine.denoise(replace(short, controls=(Control(clips(9)),)))) > 1e-4
+    )  # the clip as it is
+    remote.is_silent = True
     assert torch.equal(engine.denoise(request), led)
 
 

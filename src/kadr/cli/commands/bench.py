@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kadr.bench.cases import CLIPS, MODELS, SCHEDULES, STAGES, USUAL_WAYS, WAYS, Clip, Selection
-from kadr.bench.text_report import lines
+from kadr.bench.cases import DEFAULT_VARIANTS, MODELS, SCHEDULES, STAGES, VARIANTS, VIDEO_SHAPES, Selection, VideoShape
+from kadr.bench.text_report import report_lines
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import RequestError
 
-ALL_STAGES, DEFAULT_VARIANTS = ",".join(STAGES), ",".join(USUAL_WAYS)
+ALL_STAGES, DEFAULT_VARIANTS = ",".join(STAGES), ",".join(DEFAULT_VARIANTS)
 EPILOG = (
     "Lists are written with commas. Models other than the demo get random weights, written into a temporary folder: "
     "6.3 GB for 2b, 28.6 for 13b, and 9.5 for the text encoder where it is measured."
@@ -26,10 +26,12 @@ def _list_option(name: str, what: str, known: Any, default: str) -> Any:
 
 
 Models = Annotated[str, _list_option("--model", "Models", MODELS, "demo")]
-Sizes = Annotated[str | None, _list_option("--size", "Sizes, or any other WxHxF", map(str, CLIPS), "the model's own")]
+Sizes = Annotated[
+    str | None, _list_option("--size", "Sizes, or any other WxHxF", map(str, VIDEO_SHAPES), "the model's own")
+]
 Stages = Annotated[str, _list_option("--stage", "Stages", STAGES, "all")]
 Schedules = Annotated[str, _list_option("--schedule", "Steps and guidance, end to end", SCHEDULES, "8")]
-Variants = Annotated[str, _list_option("--way", "Ways to run kadr", WAYS, DEFAULT_VARIANTS)]
+Variants = Annotated[str, _list_option("--way", "Ways to run kadr", VARIANTS, DEFAULT_VARIANTS)]
 NumLayers = Annotated[
     int | None, typer.Option("--layers", metavar="N", help="Only the first N layers of a random model.")
 ]
@@ -61,18 +63,18 @@ def bench(
     try:
         selection = Selection(
             models=model.split(","),
-            clips=[Clip.parse(one) for one in size.split(",")] if size else (),
+            shapes=[VideoShape.parse(one) for one in size.split(",")] if size else (),
             stages=stage.split(","),
             schedules=schedule.split(","),
-            ways=variant.split(","),
-            layers=num_layers,
+            variants=variant.split(","),
+            num_layers=num_layers,
             rounds=rounds,
-            reference=not no_reference,
+            compare_with_reference=not no_reference,
             device=device,
         )
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
-    from kadr.bench.benchmark import run
+    from kadr.bench.benchmark import run_benchmark
 
-    made = run(selection, folder=model_folder, say=print_stderr)
-    print(json.dumps(made) if json_ else "\n".join(lines(made)))
+    made = run_benchmark(selection, models_folder=model_folder, log=print_stderr)
+    print(json.dumps(made) if json_ else "\n".join(report_lines(made)))

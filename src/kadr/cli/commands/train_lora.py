@@ -16,7 +16,7 @@ from kadr.errors import MediaError
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
-    from kadr.training.lora_training import Trained, Training
+    from kadr.training.lora_training import LoRATraining, TrainingResult
 
 EPILOG = (
     "A run that was cut off goes on where it was when the same command is given again. What was encoded, the log and "
@@ -127,16 +127,16 @@ def train_lora(
     _run(training, as_json=json)
 
 
-def _build_training(engine: Engine, folder: Path, output: Path, settings: dict[str, Any], **more: Any) -> Training:
-    from kadr.training.lora_training import Training
+def _build_training(engine: Engine, folder: Path, output: Path, settings: dict[str, Any], **more: Any) -> LoRATraining:
+    from kadr.training.lora_training import LoRATraining
     from kadr.training.settings import TrainingSettings
 
     size, frames = settings.pop("size") or engine.recipe.size, settings.pop("frames")
     frames = engine.recipe.frames if frames is None else frames
-    return Training(engine, folder, output, TrainingSettings(size=size, frames=frames, **settings), **more)
+    return LoRATraining(engine, folder, output, TrainingSettings(size=size, frames=frames, **settings), **more)
 
 
-def _run(training: Training, *, as_json: bool) -> None:
+def _run(training: LoRATraining, *, as_json: bool) -> None:
     import time
 
     began = time.monotonic()
@@ -144,26 +144,26 @@ def _run(training: Training, *, as_json: bool) -> None:
         with show_progress() as watch:
             trained = training.run(watch)
     except KeyboardInterrupt:
-        print_stderr(f"what is done is in {training.work}; the same command goes on from there")
+        print_stderr(f"what is done is in {training.work_folder}; the same command goes on from there")
         raise
     _print_result(trained, time.monotonic() - began, as_json=as_json)
 
 
-def _print_result(trained: Trained, seconds: float, *, as_json: bool) -> None:
-    before = f", {trained.begun} of them before" if trained.begun else ""
-    clips = "clip" if trained.examples == 1 else "clips"
-    first = "" if trained.first is None else f"from {trained.first:.4f} "
+def _print_result(trained: TrainingResult, seconds: float, *, as_json: bool) -> None:
+    before = f", {trained.start_step} of them before" if trained.start_step else ""
+    clips = "clip" if trained.num_examples == 1 else "clips"
+    first = "" if trained.first_loss is None else f"from {trained.first_loss:.4f} "
     print_stderr(
-        f"{trained.steps} steps on {trained.examples} {clips}{before}, in {format_duration(seconds)}; over fixed clips and "
-        f"levels the loss went {first}to {trained.last:.4f}"
+        f"{trained.steps} steps on {trained.num_examples} {clips}{before}, in {format_duration(seconds)}; over fixed clips and "
+        f"levels the loss went {first}to {trained.last_loss:.4f}"
     )
     told = {
         "path": str(trained.path),
         "steps": trained.steps,
-        "begun": trained.begun,
-        "examples": trained.examples,
-        "first": trained.first,
-        "last": trained.last,
+        "begun": trained.start_step,
+        "examples": trained.num_examples,
+        "first": trained.first_loss,
+        "last": trained.last_loss,
         "seconds": round(seconds, 3),
     }
     print(json.dumps(told) if as_json else trained.path)
