@@ -163,7 +163,7 @@ def write_model(
     return folder
 
 
-def write_upscaler(
+def write_random_upscaler(
     path: Path, *, upscales_space: bool = True, upscales_time: bool = False, channels: int = CHANNELS
 ) -> Path:
     """Write a latent upscaler, and return its path."""

@@ -112,11 +112,11 @@ def test_modules_are_lent_ready_for_inference() -> None:
 
 def test_what_was_kept_in_another_way_is_gone_before_it_is_loaded_anew() -> None:
     shelf, load = shelf_that_keeps("a"), Loads()
-    with shelf.acquire("a", load, way="wide"):
+    with shelf.acquire("a", load, configuration="wide"):
         pass
-    with shelf.acquire("a", load, way="narrow"):
+    with shelf.acquire("a", load, configuration="narrow"):
         assert (load.count, len(load.alive)) == (2, 1)
-    with shelf.acquire("a", load, way="narrow"):
+    with shelf.acquire("a", load, configuration="narrow"):
         assert load.count == 2
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ltx_video.models.autoencoders.causal_conv3d import CausalConv3d
+from ltx_video.models.autoencoders.causal_conv3d import CausalConv3d as OfficialCausalConv3d
 from torch import Tensor
 
 from kadr.nn.conv import CausalConv3d
@@ -15,10 +15,10 @@ from tests.tiny_models import build_random
 STRIDES = [(1, 1, 1), (2, 2, 2), (2, 1, 1), (1, 2, 2)]
 
 
-def twins(causal: bool, stride: tuple[int, int, int]) -> tuple[CausalConv3d, CausalConv3d]:
+def twins(causal: bool, stride: tuple[int, int, int]) -> tuple[CausalConv3d, OfficialCausalConv3d]:
     ours = build_random(lambda: CausalConv3d(5, 7, causal=causal, stride=stride))
     with torch.device("meta"):
-        official = CausalConv3d(5, 7, kernel_size=3, stride=stride)
+        official = OfficialCausalConv3d(5, 7, kernel_size=3, stride=stride)
     official.conv.load_state_dict(ours.state_dict(), assign=True)
     return ours, official
 

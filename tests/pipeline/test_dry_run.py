@@ -52,7 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def upscaler(home: Path) -> Callable[..., Path]:
     def write(**kind: bool) -> Path:
-        return tiny_models.write_upscaler(home / f"{'-'.join(kind) or 'space'}.safetensors", **kind)
+        return tiny_models.write_random_upscaler(home / f"{'-'.join(kind) or 'space'}.safetensors", **kind)
 
     return write
 

@@ -306,7 +306,7 @@ class Seen(ModuleCache):
             weakref.finalize(module, self.events.append, f"{name} gone")
             return module
 
-        with super().acquire(name, noted, way=way) as module:
+        with super().acquire(name, noted, configuration=way) as module:
             yield module
 
 

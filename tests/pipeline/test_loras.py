@@ -91,7 +91,7 @@ def test_what_is_recorded_with_some_strengths_is_forgotten_also_where_a_step_is_
 
 
 def test_each_of_two_passes_has_a_strength_of_its_own(opened: Callable[..., Engine], one: Path, tmp_path: Path) -> None:
-    upscaler = tiny_models.write_upscaler(tmp_path / "up.safetensors")
+    upscaler = tiny_models.write_random_upscaler(tmp_path / "up.safetensors")
     request = replace(TWO_PASSES, second_pass=Pass(sigmas=(0.6,)))
     made = {
         strengths: opened(loras=[(one, *strengths)], upscaler=upscaler).denoise(request)
@@ -191,7 +191,7 @@ def test_strengths_that_cannot_be_are_refused_before_anything_is_loaded(
 def test_one_transformer_cannot_have_two_strengths_merged(
     opened: Callable[..., Engine], one: Path, tmp_path: Path
 ) -> None:
-    upscaler = tiny_models.write_upscaler(tmp_path / "up.safetensors")
+    upscaler = tiny_models.write_random_upscaler(tmp_path / "up.safetensors")
     engine = opened(loras=[(one, 1, 0)], merge_loras=True, upscaler=upscaler)
     with pytest.raises(RequestError, match="strength 1 in the first pass and 0 in the second"):
         engine.plan(replace(TWO_PASSES, second_pass=Pass(sigmas=(0.6,))))

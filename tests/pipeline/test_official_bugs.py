@@ -34,7 +34,7 @@ from tests.tiny_models import (
     build_random,
     transformer_config,
     write_model,
-    write_upscaler,
+    write_random_upscaler,
 )
 
 REQUEST = Request(
@@ -62,7 +62,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(home: Path) -> Engine:
-    return Engine.open(home / MODEL_FILE, upscaler=write_upscaler(home / "upscaler.safetensors"), device="cpu")
+    return Engine.open(home / MODEL_FILE, upscaler=write_random_upscaler(home / "upscaler.safetensors"), device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 from tests.oracles import relative_error
 from tests.pipeline import official_pipeline
-from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL_FILE, SHIFTED, write_model, write_upscaler
+from tests.tiny_models import CHANNELS, LINEAR_QUADRATIC, MODEL_FILE, SHIFTED, write_model, write_random_upscaler
 
 LATENTS, PIXELS = 5e-6, 1e-5  # relative errors; found were 6e-7 and 1e-6, ten times what one rounding makes
 UPSCALER = "upscaler.safetensors"
@@ -228,7 +228,7 @@ def engine(home: Callable[[str], Path]) -> Callable[[str], Engine]:
 
     def find(model: str) -> Engine:
         if model not in opened:
-            upscaler = write_upscaler(home(model) / UPSCALER)
+            upscaler = write_random_upscaler(home(model) / UPSCALER)
             opened[model] = Engine.open(home(model) / MODEL_FILE, upscaler=upscaler, device="cpu")
         return opened[model]
 

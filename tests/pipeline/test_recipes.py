@@ -18,7 +18,7 @@ from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size
 from tests.oracles import relative_error
 from tests.pipeline import official_pipeline
-from tests.tiny_models import LINEAR_QUADRATIC, MODEL_FILE, SHIFTED, write_model, write_upscaler
+from tests.tiny_models import LINEAR_QUADRATIC, MODEL_FILE, SHIFTED, write_model, write_random_upscaler
 
 NAMES = [model.name for model in MODEL_RELEASES if model.repo is not None and not model.name.endswith("-fp8")]
 LATENTS = 1e-5  # relative; 26 steps of up to three evaluations, guided by up to 8
@@ -43,7 +43,7 @@ def written(folder: Path, name: str) -> Path:
 def test_a_released_recipe_gives_the_official_latents(name: str, tmp_path: Path, parity: Any) -> None:
     recipe = RELEASES_BY_NAME[name].recipe
     home = written(tmp_path, name)
-    upscaler = write_upscaler(tmp_path / "upscaler.safetensors") if recipe.multi_scale else None
+    upscaler = write_random_upscaler(tmp_path / "upscaler.safetensors") if recipe.multi_scale else None
     engine = Engine.open(home / MODEL_FILE, upscaler=upscaler or (), recipe=recipe, device="cpu")
     request = resolve(Request(prompt="a red circle moving right", size=Size(96, 96), frames=9, seed=3), recipe)
     upsampler = official_pipeline.open_upsampler(upscaler) if upscaler else None

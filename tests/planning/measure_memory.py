@@ -73,7 +73,7 @@ def decoder(dtype: torch.dtype, *, winograd_frames: int = 0) -> list[int]:
         for _ in module.decode_stream(latents, timestep=torch.tensor([0.05])):
             pass
 
-    return [peak_growth(decode), vae_decode_activation_bytes(THIN_VAE, GRID, dtype.itemsize, together=winograd_frames)]
+    return [peak_growth(decode), vae_decode_activation_bytes(THIN_VAE, GRID, dtype.itemsize, winograd_frames=winograd_frames)]
 
 
 def encoder(*, winograd_frames: int = 0) -> list[int]:
@@ -83,7 +83,7 @@ def encoder(*, winograd_frames: int = 0) -> list[int]:
         prepack_convs(module, winograd_frames=winograd_frames)
     return [
         peak_growth(lambda: module.encode(pixels, chunk_frames=8)),
-        vae_encode_activation_bytes(THIN_VAE, GRID, 4, together=winograd_frames),
+        vae_encode_activation_bytes(THIN_VAE, GRID, 4, winograd_frames=winograd_frames),
     ]
 
 

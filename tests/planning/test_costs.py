@@ -317,7 +317,7 @@ def test_an_encoder_holds_the_bytes_that_are_predicted(family: str, frames: int)
 def test_fewer_frames_handed_on_take_less() -> None:
     grid = LatentGrid(4, 10, 16)
     four, two, one = (
-        vae_activations.vae_decode_activation_bytes(VAE_0_9_5, grid, 2, handed=handed) for handed in (4, 2, 1)
+        vae_activations.vae_decode_activation_bytes(VAE_0_9_5, grid, 2, chunk_frames=handed) for handed in (4, 2, 1)
     )
     assert four > two > one
 

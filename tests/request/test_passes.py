@@ -43,7 +43,7 @@ from tests.tiny_models import (
     transformer_config,
     vae_config,
     write_model,
-    write_upscaler,
+    write_random_upscaler,
 )
 
 LEVELS = (0.9, 0.4)
@@ -65,10 +65,10 @@ Opened = Callable[..., Engine]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = write_model(tmp_path_factory.mktemp("model"))
-    write_upscaler(home / "spatial.safetensors")
-    write_upscaler(home / "temporal.safetensors", upscales_space=False, upscales_time=True)
-    write_upscaler(home / "both.safetensors", upscales_space=True, upscales_time=True)
-    write_upscaler(home / "wide.safetensors", channels=12)
+    write_random_upscaler(home / "spatial.safetensors")
+    write_random_upscaler(home / "temporal.safetensors", upscales_space=False, upscales_time=True)
+    write_random_upscaler(home / "both.safetensors", upscales_space=True, upscales_time=True)
+    write_random_upscaler(home / "wide.safetensors", channels=12)
     return home
 
 

@@ -126,8 +126,8 @@ def measure(
         for measured in round_order(ready, number):
             measured.seconds.append(clock(partial(_run_repeats, measured)) / measured.repeats)
     for measured in ready:  # in a run of its own: what tells the memory takes time
-        if not measured.contender.yardstick:
-            measured.peak = (measured.contender.peak or peak)(measured.contender.run)
+        if not measured.contender.is_yardstick:
+            measured.peak_bytes = (measured.contender.measure_peak or peak)(measured.contender.run)
     return ready, failed
 
 

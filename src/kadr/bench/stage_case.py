@@ -44,7 +44,7 @@ REAL_TOKENS = 100  # of them, those that are not padding: a prompt of some seven
 SIGMA, DECODE_TIMESTEP = 0.7, 0.05
 PROMPT, NEGATIVE_PROMPT = "a red circle moving right on a black background", "blurry"
 SEED = 0
-ContenderFactory = Callable[["StageCase", ExitStack], "Iterator[Contender | Absent]"]
+ContenderFactory = Callable[["StageCase", ExitStack], "Iterator[Contender | SkippedContender]"]
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def write_tensors(
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(LENGTH_BYTES + len(text)) % _ALIGNMENT)
-    with _atomic_file(path, lasting=fsync) as file:
+    with _atomic_file(path, fsync=fsync) as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
         file.write(text)
         for name, tensor in sorted(tensors.items()):

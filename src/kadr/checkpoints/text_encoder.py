@@ -49,7 +49,7 @@ class TextEncoderCheckpoint:
         """
         home = Path(path)
         if is_gguf(home):
-            return cls(home, home, *open_gguf_text_encoder(home), table=T5_GGUF_KEYS)
+            return cls(home, home, *open_gguf_text_encoder(home), key_table=T5_GGUF_KEYS)
         folder = home / "text_encoder" if (home / "text_encoder").is_dir() else home
         if not (folder / "config.json").is_file():
             state = "has no config.json" if folder.is_dir() else "is neither a folder nor a GGUF file"

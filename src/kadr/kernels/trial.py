@@ -19,7 +19,7 @@ from torch import Tensor
 from kadr.errors import KadrWarning
 from kadr.kernels import mode
 
-Result = TypeVar("Made")
+Result = TypeVar("Result")
 Capability = tuple[int, int]
 MIN_CAPABILITY: Capability = (8, 0)  # the first with bfloat16, Ampere
 MAX_RELATIVE_ERROR = (

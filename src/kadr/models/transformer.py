@@ -90,14 +90,14 @@ class TransformerConfig:
                 raise CheckpointError(f"the transformer's header has {key} = {found!r}; kadr knows only {value!r}.")
         seconds, down, right = header.get("positional_embedding_max_pos", (20, 2048, 2048))
         config = cls(
-            layers=header["num_layers"],
-            heads=header["num_attention_heads"],
-            head_width=header["attention_head_dim"],
-            text_width=header["caption_channels"],
-            channels=header["in_channels"],
-            theta=float(header.get("positional_embedding_theta", 10000.0)),
-            limits=(float(seconds), float(down), float(right)),
-            causal_positions=bool(header.get("causal_temporal_positioning", False)),
+            num_layers=header["num_layers"],
+            num_heads=header["num_attention_heads"],
+            head_dim=header["attention_head_dim"],
+            caption_channels=header["caption_channels"],
+            in_channels=header["in_channels"],
+            rope_theta=float(header.get("positional_embedding_theta", 10000.0)),
+            rope_max_positions=(float(seconds), float(down), float(right)),
+            causal_temporal_positioning=bool(header.get("causal_temporal_positioning", False)),
         )
         for key, value in (("cross_attention_dim", config.width), ("out_channels", config.in_channels)):
             if header.get(key, value) != value:

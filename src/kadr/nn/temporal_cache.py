@@ -43,7 +43,7 @@ class TemporalCache:
     @classmethod
     def single_chunk(cls, noise_source: NoiseSource | None = None) -> TemporalCache:
         """The stream of a video that comes as one chunk."""
-        return cls(last=True, noise=noise_source)
+        return cls(is_last_chunk=True, noise_source=noise_source)
 
     def get(self, owner: Hashable) -> Tensor | None:
         """What `owner` kept from the chunk before; None before its first frame."""

@@ -120,7 +120,7 @@ class Components(ModelSpec):
             return
         stage, acting = PASS_STAGES[pass_index], self.loras.strengths(pass_index, lora_strengths)
         load = partial(self.load_transformer, pass_index)
-        with self._acquire(self.transformer_component(pass_index), stage, load, dtype, adapted=True) as module:
+        with self._acquire(self.transformer_component(pass_index), stage, load, dtype, with_loras=True) as module:
             set_lora_strengths(module, acting, self.device)
             try:
                 yield module
@@ -210,7 +210,7 @@ class Components(ModelSpec):
             self.module_cache.acquire(
                 kept_name,
                 made,
-                way=(choice.dtype, choice.weight_format, choice.streamed_blocks, choice.winograd_frames),
+                configuration=(choice.dtype, choice.weight_format, choice.streamed_blocks, choice.winograd_frames),
             ) as module,
             retain_freed_memory(),
         ):

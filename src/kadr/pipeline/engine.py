@@ -147,7 +147,7 @@ class Engine:
         own = recipe or (released.recipe if released else Recipe())
         recipe = with_second_model(own, second_released)
         named = None if second_model is None else (str(second_model), second_released)
-        return cls(name=found.name, components=components, recipe=recipe, released=released, second=named)
+        return cls(model_name=found.name, components=components, recipe=recipe, release=released, second_model=named)
 
     def resolve(self, request: Request) -> Request:
         """The request with everything it left out taken from the model's recipe.

@@ -87,7 +87,7 @@ class PromptCache:
         if location is True:
             with suppress(RuntimeError):
                 folder = cache_home() / FOLDER
-        return cls(folder, text_encoder_folder, dtype=dtype, device=device, held=weight_format)
+        return cls(folder, text_encoder_folder, dtype=dtype, device=device, weight_format=weight_format)
 
     def look_up(self, tokens: PromptTokens) -> Tensor | None:
         """The rows (n, D) of the n real tokens, on the CPU; None where they are not there, or not whole."""

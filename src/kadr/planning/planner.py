@@ -149,7 +149,7 @@ class Planner:
         grids = [grid for grids in self.workload.encode_grids for grid in grids]
         # Of pictures, pairs make a single product.
         together = F23 if should_prepack_convs(self.dtype, self.device) else 0
-        working = max(vae_encode_activation_bytes(config, grid, self.itemsize, together=together) for grid in grids)
+        working = max(vae_encode_activation_bytes(config, grid, self.itemsize, winograd_frames=together) for grid in grids)
         flops = sum(vae_encoder_flops(config, grid) for grid in grids)
         path = backends.conv_backend(self.dtype, self.device)
         weights = self._vae_weight_bytes("encoder", together)
@@ -180,7 +180,7 @@ class Planner:
         flops, choices = vae_decoder_flops(config, grid), []
         for handed, together in self._decode_chunkings():
             working = vae_decode_activation_bytes(
-                config, grid, self.itemsize, handed=handed, together=together
+                config, grid, self.itemsize, chunk_frames=handed, winograd_frames=together
             ) + self._output_bytes(handed)
             why = "" if handed == CHUNK_FRAMES else f"the decoder hands on {handed} frames at a time"
             if together == F23 and handed == CHUNK_FRAMES:
@@ -246,11 +246,11 @@ class Planner:
             )
             needs.append((1 + len(others), Planner(self.spec, work)._denoise_options(0, one.resolved_pass)))
         choices = []
-        for same in zip(*(need.choices for _, need in needs), strict=True):
+        for same in zip(*(need.placements for _, need in needs), strict=True):
             seconds = sum(count * choice.seconds for (count, _), choice in zip(needs, same, strict=True))
             largest = max(same, key=lambda choice: choice.bytes)
-            choices.append(replace(largest, seconds=seconds, windows=len(self.workload.windows)))
-        return replace(needs[0][1], choices=tuple(choices))
+            choices.append(replace(largest, seconds=seconds, window_count=len(self.workload.windows)))
+        return replace(needs[0][1], placements=tuple(choices))
 
     def _denoise_options(self, pass_index: int, resolved_pass: ResolvedPass) -> StageOptions:
         checkpoint = self.spec.transformer_checkpoints[pass_index]

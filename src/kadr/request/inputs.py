@@ -10,7 +10,7 @@ from kadr.errors import RequestError
 from kadr.shapes import MAXIMUM_FRAMES
 from kadr.validation import check_bool, check_range, is_number
 
-Input = TypeVar("Given", bound="Condition | Control")
+Input = TypeVar("Input", bound="Condition | Control")
 CLIP_SUFFIXES = (
     ".mp4",
     ".mov",

@@ -49,8 +49,8 @@ class Schedule:
         return cls(
             sampler=header.get("sampler") or "Uniform",
             shifting=header.get("shifting"),
-            terminal=header.get("target_shift_terminal"),
-            allowed=None if allowed_sigmas is None else tuple(float(level) for level in allowed_sigmas),
+            shift_terminal=header.get("target_shift_terminal"),
+            allowed_sigmas=None if allowed_sigmas is None else tuple(float(level) for level in allowed_sigmas),
         )
 
     def to_header(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class LatentState:
     def from_latents(cls, latents: Tensor, positions: Tensor, grid: LatentGrid) -> LatentState:
         """The state before any condition, from noise or latents (B, C, f, h, w)."""
         tokens = to_tokens(latents)
-        return cls(tokens=tokens, given=tokens, positions=positions, grid=grid)
+        return cls(tokens=tokens, clean_tokens=tokens, positions=positions, grid=grid)
 
     def sigma_per_token(self, sigma: Tensor) -> Tensor:
         """The level of each token, (B, N), when the sampling is at `sigma`; (B, 1) where no token is held."""

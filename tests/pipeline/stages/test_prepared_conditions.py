@@ -37,7 +37,7 @@ from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
 from kadr.shapes import LatentGrid
 from tests.oracles import randn
-from tests.tiny_models import CHANNELS, MODEL_FILE, write_upscaler
+from tests.tiny_models import CHANNELS, MODEL_FILE, write_random_upscaler
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 64), frames=25, fps=24, steps=3, guidance=1.0)
 
@@ -407,7 +407,7 @@ def test_a_place_counted_from_the_end_gives_the_same_video(
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_warning_is_given_once(passes: int, home: Path, media: Media) -> None:
-    opened = Engine.open(home / MODEL_FILE, device="cpu", upscaler=write_upscaler(media.folder / "up.safetensors"))
+    opened = Engine.open(home / MODEL_FILE, device="cpu", upscaler=write_random_upscaler(media.folder / "up.safetensors"))
     two = {"multi_scale": True, "second": Pass(sigmas=(0.5,))} if passes == 2 else {}
     with pytest.warns(KadrWarning) as told:
         opened.denoise(replace(REQUEST, frames=9, steps=1, conditions=media.conditions(clip(10)), **two))

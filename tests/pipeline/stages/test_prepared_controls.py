@@ -46,7 +46,7 @@ from kadr.shapes import LatentGrid
 from tests import lora_files, onnx_files
 from tests.fakehub import FakeHub, serve_fake_hub
 from tests.oracles import diffusers_transformer, official_vae, randn, relative_error
-from tests.tiny_models import CHANNELS, MODEL_FILE, build_random, transformer_config, vae_config, write_upscaler
+from tests.tiny_models import CHANNELS, MODEL_FILE, build_random, transformer_config, vae_config, write_random_upscaler
 
 LEVELS = (1.0, 0.8, 0.35)
 REQUEST = Request(
@@ -356,7 +356,7 @@ TWO = replace(
 def test_each_pass_sees_the_control_at_its_own_size(
     home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
-    upscaler = write_upscaler(tmp_path / "up.safetensors")
+    upscaler = write_random_upscaler(tmp_path / "up.safetensors")
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     generation = engine._create_generation(replace(TWO, controls=(Control(clips(17)),)), ignore_progress)
     assert [plan.size for plan in generation.passes] == [Size(64, 32), Size(128, 64)]
@@ -375,7 +375,7 @@ def test_each_pass_sees_the_control_at_its_own_size(
 def test_a_first_pass_of_every_second_frame_sees_every_second_frame_of_the_control(
     home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
-    upscaler = write_upscaler(tmp_path / "up.safetensors", upscales_space=False, upscales_time=True)
+    upscaler = write_random_upscaler(tmp_path / "up.safetensors", upscales_space=False, upscales_time=True)
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     request = replace(TWO, controls=(Control(clips(17)),), size=Size(64, 64))
     first, second = (one.controls[0] for one in engine._create_generation(request, ignore_progress).media.pass_inputs)
@@ -655,7 +655,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
 def test_a_network_is_fetched_once_and_goes_through_the_clip_once_for_all_passes(
     kind: str, remote: FakeHub, home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
-    upscaler = write_upscaler(tmp_path / "up.safetensors")
+    upscaler = write_random_upscaler(tmp_path / "up.safetensors")
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     short = replace(TWO, frames=9)
     request, told = replace(short, controls=(Control(clips(9), kind=kind),)), list[Progress]()

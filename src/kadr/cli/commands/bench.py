@@ -13,7 +13,7 @@ from kadr.bench.text_report import report_lines
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import RequestError
 
-ALL_STAGES, DEFAULT_VARIANTS = ",".join(STAGES), ",".join(DEFAULT_VARIANTS)
+ALL_STAGES, ALL_VARIANTS = ",".join(STAGES), ",".join(DEFAULT_VARIANTS)
 EPILOG = (
     "Lists are written with commas. Models other than the demo get random weights, written into a temporary folder: "
     "6.3 GB for 2b, 28.6 for 13b, and 9.5 for the text encoder where it is measured."
@@ -47,7 +47,7 @@ def bench(
     size: Sizes = None,
     stage: Stages = ALL_STAGES,
     schedule: Schedules = "8",
-    variant: Variants = DEFAULT_VARIANTS,
+    variant: Variants = ALL_VARIANTS,
     num_layers: NumLayers = None,
     rounds: Rounds = 5,
     no_reference: NoReference = False,

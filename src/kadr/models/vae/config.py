@@ -72,7 +72,7 @@ class BlockConfig:
         usual = 2 if kind == "res_x_y" or kind.endswith("_res") else 1
         block = cls(
             kind=kind,
-            layers=detail.pop("num_layers", 0),
+            num_layers=detail.pop("num_layers", 0),
             multiplier=detail.pop("multiplier", usual),
             residual=detail.pop("residual", False),
             inject_noise=detail.pop("inject_noise", False),
@@ -149,9 +149,9 @@ class VAEConfig:
             ),
             timestep_conditioning=header.get("timestep_conditioning", False),
             latent_channels=header["latent_channels"],
-            patch=header.get("patch_size", 1),
-            encoder_width=header.get("encoder_base_channels", 128),
-            decoder_width=header.get("decoder_base_channels", 128),
+            patch_size=header.get("patch_size", 1),
+            encoder_base_channels=header.get("encoder_base_channels", 128),
+            decoder_base_channels=header.get("decoder_base_channels", 128),
         )
 
     def to_header(self) -> dict[str, Any]:

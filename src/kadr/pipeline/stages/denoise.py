@@ -163,21 +163,21 @@ class DenoiseStage:
         dtype = prompt_embeddings[0].embeddings.dtype
         caching = self.request.step_cache
         cached = None if caching is None else PassCache(caching, resolved_pass.step_guidance)
-        readings: dict[int, TextKVCache] = {}  # by the identity of texts, which are there as long as the steps are
+        text_caches: dict[int, TextKVCache] = {}  # by the identity of texts, which are there as long as the steps are
 
         def model(
-            tokens: Tensor, level: Tensor, text: PromptEmbeddings, disturb: Perturbation | None = None
+            tokens: Tensor, sigma: Tensor, prompt_embeddings: PromptEmbeddings, perturbation: Perturbation | None = None
         ) -> tuple[Tensor, Tensor | None]:
-            if id(text) not in readings:
-                readings[id(text)] = transformer.project_text(*text)
+            if id(prompt_embeddings) not in text_caches:
+                text_caches[id(prompt_embeddings)] = transformer.project_text(*prompt_embeddings)
             count = tokens.shape[1]
             if reference_tokens is not None:
-                tokens, level = reference_tokens.append_to(tokens, level)
-            arguments = (tokens.to(dtype), rope, readings[id(text)], None, level)
-            how: dict[str, Any] = {} if cached is None else {"cache": cached.residual_cache(id(text))}
-            if disturb is None:
+                tokens, sigma = reference_tokens.append_to(tokens, sigma)
+            arguments = (tokens.to(dtype), rope, text_caches[id(prompt_embeddings)], None, sigma)
+            how: dict[str, Any] = {} if cached is None else {"residual_cache": cached.residual_cache(id(prompt_embeddings))}
+            if perturbation is None:
                 return transformer(*arguments, **how)[:, :count], None
-            said, disturbed = transformer.forward_with_perturbed(*arguments, **disturb._asdict() | how)
+            said, disturbed = transformer.forward_with_perturbed(*arguments, **perturbation._asdict() | how)
             return said[:, :count], disturbed[:, :count]
 
         text, negative = (*prompt_embeddings, None)[:2]
