@@ -14,7 +14,16 @@ from pathlib import Path
 
 from benchmarks.peers import PEERS, contender_factories
 from kadr.bench.benchmark import run_benchmark
-from kadr.bench.cases import DEFAULT_VARIANTS, MODELS, SCHEDULES, STAGES, VARIANTS, VIDEO_SHAPES, Selection, VideoShape
+from kadr.bench.cases import (
+    BENCH_STAGES,
+    DEFAULT_VARIANTS,
+    MODELS,
+    SCHEDULES,
+    VARIANTS,
+    VIDEO_SHAPES,
+    Selection,
+    VideoShape,
+)
 from kadr.bench.text_report import report_lines
 from kadr.errors import KadrError
 from kadr.kernels.cpu.malloc import tune_malloc
@@ -34,17 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     listed("--model", MODELS, ("demo",))
     listed("--size", VIDEO_SHAPES, ())
-    listed("--stage", STAGES, STAGES)
+    listed("--stage", BENCH_STAGES, BENCH_STAGES)
     listed("--schedule", tuple(SCHEDULES), ("8",))
-    listed("--way", tuple(VARIANTS), DEFAULT_VARIANTS)
+    listed("--variant", tuple(VARIANTS), DEFAULT_VARIANTS)
     listed("--peer", tuple(PEERS), tuple(PEERS))
-    made.add_argument("--layers", type=int, help="only so many of a random model's transformer and text encoder")
+    made.add_argument("--num-layers", type=int, help="only so many of a random model's transformer and text encoder")
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--device", default="auto")
     made.add_argument("--no-reference", action="store_true", help="do not compare the results with float32")
     made.add_argument("--no-peers", action="store_true")
     made.add_argument("--matmul", type=int, help="sides of the yardstick's matrices")
-    made.add_argument("--models", type=Path, metavar="FOLDER", help="keep the random models there")
+    made.add_argument("--model-folder", type=Path, metavar="FOLDER", help="keep the random models there")
     made.add_argument("--name", help="of the file of results; else made of what was run")
     made.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     made.add_argument("--usual-heap", action="store_true", help="leave freed memory to glibc, as a guest has to")
@@ -53,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def result_name(options: argparse.Namespace, device: str) -> str:
     """Such as cuda-2b-512x320-dit."""
-    stages = [] if tuple(options.stage) == STAGES else options.stage
+    stages = [] if tuple(options.stage) == BENCH_STAGES else options.stage
     cut = [] if options.layers is None else [f"{options.layers}-layers"]
     return "-".join([device, *options.model, *cut, *options.size, *stages, *(s for s in options.schedule if s != "8")])
 

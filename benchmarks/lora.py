@@ -39,10 +39,10 @@ RESULTS = Path(__file__).parent / "results"
 STRENGTHS = (0.0, 0.5, 1.0)
 OUTLINE_MARGIN = 3  # pixels within which two outlines lie on each other
 TRAINING_FLAGS = {
-    "teal": "--rank 8 --steps 300 --batch 8 --rate 0.002 --levels uniform --validate-every 50",
+    "teal": "--rank 8 --steps 300 --batch-size 8 --learning-rate 0.002 --sigma-sampling uniform --validate-every 50",
     "edges": (
-        "--rank 16 --targets attention+feed-forward --steps 1600 --batch 8 --rate 0.002 --levels uniform "
-        "--references canny --first-frame 0 --validate-every 200"
+        "--rank 16 --target-modules attention+feed-forward --steps 1600 --batch-size 8 --learning-rate 0.002 --sigma-sampling uniform "
+        "--references canny --first-frame-conditioning-p 0 --validate-every 200"
     ),
 }
 CLIP_WRITERS = {

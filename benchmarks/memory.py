@@ -23,7 +23,7 @@ from PIL import Image
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "memory.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 PROMPT = "a red circle moving right on a black background"
-TWO_STEP_FLAGS = ("--levels", "1.0,0.725", "--single-pass")
+TWO_STEP_FLAGS = ("--sigmas", "1.0,0.725", "--single-pass")
 FILE_2B, FILE_13B, GGUF_13B = (
     "random-2b-0.9.8-distilled.safetensors",
     "random-13b-0.9.8-distilled.safetensors",

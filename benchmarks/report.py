@@ -36,7 +36,7 @@ def cases_section(results: Sequence[Result]) -> str:
 
 
 def _case_section(case: Mapping[str, Any]) -> str:
-    rows = [text_report.COLUMNS, *(text_report.contender_row(each) for each in case["contenders"])]
+    rows = [text_report.REPORT_COLUMNS, *(text_report.contender_row(each) for each in case["contenders"])]
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     head, *body = zip(*columns, strict=True)
     rate = text_report.matmul_rate(case)

@@ -100,7 +100,7 @@ def official_vae_on_meta(config: VAEConfig) -> CausalVideoAutoencoder:
 
 def official_vae(ours: VAE) -> CausalVideoAutoencoder:
     names = keys.map_keys(keys.VAE_KEYS, ours.state_dict())
-    names |= {"statistics.mean": "mean_of_means", "statistics.deviation": "std_of_means"}  # of the loaded module
+    names |= {"statistics.mean": "mean_of_means", "statistics.std": "std_of_means"}  # of the loaded module
     return _adopt(official_vae_on_meta(ours.config), ours, names)
 
 

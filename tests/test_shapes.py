@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kadr.errors import RequestError
-from kadr.shapes import MAXIMUM_FRAMES, MAXIMUM_SIDE, LatentGrid, Size, snap_frames
+from kadr.shapes import MAX_FRAMES, MAX_SIDE, LatentGrid, Size, snap_frames
 
 SIDES = [*range(1, 130), 480, 481, 703, 704, 705, 1216, 8191, 8192]
 
@@ -57,7 +57,7 @@ def test_margins_are_those_of_the_official_calculate_padding(calculate_padding: 
 
 
 def test_frames_snap_up_to_8k_plus_1_as_in_the_official_script() -> None:
-    for frames in [*range(1, 300), MAXIMUM_FRAMES - 1, MAXIMUM_FRAMES]:
+    for frames in [*range(1, 300), MAX_FRAMES - 1, MAX_FRAMES]:
         made = snap_frames(frames)
         assert made == ((frames - 2) // 8 + 1) * 8 + 1
         assert made % 8 == 1
@@ -99,7 +99,7 @@ def test_a_text_that_is_no_size_is_refused_by_value(text: str) -> None:
         Size.parse("0x64")
 
 
-@pytest.mark.parametrize("side", [0, -1, MAXIMUM_SIDE + 1, 64.0, "64", None, True, float("nan")])
+@pytest.mark.parametrize("side", [0, -1, MAX_SIDE + 1, 64.0, "64", None, True, float("nan")])
 def test_a_side_that_no_picture_has_is_refused_by_value_and_limit(side: Any) -> None:
     for made, name in ((lambda: Size(side, 64), "width"), (lambda: Size(64, side), "height")):
         with pytest.raises(RequestError) as caught:
@@ -109,9 +109,9 @@ def test_a_side_that_no_picture_has_is_refused_by_value_and_limit(side: Any) -> 
         assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("frames", [0, -8, MAXIMUM_FRAMES + 1, 10**9, 25.0, "25", None, True])
+@pytest.mark.parametrize("frames", [0, -8, MAX_FRAMES + 1, 10**9, 25.0, "25", None, True])
 def test_a_frame_count_that_no_video_has_is_refused_by_value_and_limit(frames: Any) -> None:
     with pytest.raises(RequestError) as caught:
         snap_frames(frames)
     assert str(frames) in str(caught.value)
-    assert str(MAXIMUM_FRAMES) in str(caught.value) or "whole number" in str(caught.value)
+    assert str(MAX_FRAMES) in str(caught.value) or "whole number" in str(caught.value)

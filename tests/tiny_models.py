@@ -86,9 +86,9 @@ def build_random(build: Callable[[], Module], seed: int = 0) -> Module:
 
 
 def _fill_random(leaf: str, weight: Tensor, generator: torch.Generator) -> None:
-    if leaf == "level_scale":
+    if leaf == "timestep_scale_multiplier":
         weight.fill_(900.0)  # not the released 1000, which code might have written down
-    elif leaf == "deviation" or (leaf == "weight" and weight.ndim == 1):
+    elif leaf == "std" or (leaf == "weight" and weight.ndim == 1):
         weight.uniform_(0.5, 1.5, generator=generator)
     elif leaf == "weight":
         bound = (3 / prod(weight.shape[1:])) ** 0.5

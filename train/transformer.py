@@ -119,8 +119,8 @@ def initialise(text_encoder: T5Encoder, transformer: Transformer, seed: int) -> 
     nn.init.zeros_(transformer.adaln_linear.weight)
     nn.init.zeros_(transformer.proj_out.weight)
     for layer in transformer.blocks:
-        nn.init.zeros_(layer.modulation)
-        nn.init.zeros_(layer.text_attention.out.weight)
+        nn.init.zeros_(layer.scale_shift_table)
+        nn.init.zeros_(layer.cross_attention.out.weight)
     nn.init.zeros_(transformer.scale_shift_table)
 
 
@@ -176,7 +176,7 @@ class TransformerTrainer:
 
 def uses_muon(name: str) -> bool:
     """Which parameters Muon takes."""
-    return (".layers." in name or ".blocks." in name) and "modulation" not in name
+    return ".blocks." in name and "scale_shift_table" not in name
 
 
 def train(

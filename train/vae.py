@@ -78,7 +78,7 @@ def initialise(vae: VAE) -> None:
             nn.init.zeros_(module.linear_2.weight)
             nn.init.zeros_(module.linear_2.bias)
     for name, parameter in vae.named_parameters():
-        if name.endswith("modulation"):
+        if name.endswith("scale_shift_table"):
             nn.init.zeros_(parameter)
 
 
@@ -131,7 +131,7 @@ def _lr_multiplier(config: VAETrainingConfig, step: int) -> float:
 
 
 def _uses_muon(name: str) -> bool:
-    return "modulation" not in name
+    return "scale_shift_table" not in name
 
 
 def train(state_folder: Path, config: VAETrainingConfig = VAETrainingConfig()) -> VAE:

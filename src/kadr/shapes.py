@@ -12,8 +12,8 @@ from kadr.errors import RequestError
 
 SPATIAL_COMPRESSION = 32  # pixels per latent position, each way
 TEMPORAL_COMPRESSION = 8  # frames per latent frame, after the first
-MAXIMUM_SIDE = 8192  # pixels; above this no released model makes a picture and a typing error is likelier
-MAXIMUM_FRAMES = 36001  # twenty minutes at 30 per second
+MAX_SIDE = 8192  # pixels; above this no released model makes a picture and a typing error is likelier
+MAX_FRAMES = 36001  # twenty minutes at 30 per second
 MAX_WINDOW_FRAMES = 4097  # in one sampling; more are made in windows
 
 
@@ -28,8 +28,8 @@ class Size:
         for name, value in (("width", self.width), ("height", self.height)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise RequestError(f"{name} is {value!r}; it must be a whole number of pixels.")
-            if not 1 <= value <= MAXIMUM_SIDE:
-                raise RequestError(f"{name} is {value} pixels; it must lie between 1 and {MAXIMUM_SIDE}.")
+            if not 1 <= value <= MAX_SIDE:
+                raise RequestError(f"{name} is {value} pixels; it must lie between 1 and {MAX_SIDE}.")
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
@@ -60,8 +60,8 @@ def snap_frames(frames: int) -> int:
     """The next count up of the form 8k+1."""
     if not isinstance(frames, int) or isinstance(frames, bool):
         raise RequestError(f"frames is {frames!r}; it must be a whole number.")
-    if not 1 <= frames <= MAXIMUM_FRAMES:
-        raise RequestError(f"frames is {frames}; it must lie between 1 and {MAXIMUM_FRAMES}.")
+    if not 1 <= frames <= MAX_FRAMES:
+        raise RequestError(f"frames is {frames}; it must lie between 1 and {MAX_FRAMES}.")
     return -(-(frames - 1) // TEMPORAL_COMPRESSION) * TEMPORAL_COMPRESSION + 1
 
 

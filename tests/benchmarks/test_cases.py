@@ -11,10 +11,10 @@ import torch
 from kadr.bench import model_files
 from kadr.bench.benchmark import _stages
 from kadr.bench.cases import (
+    BENCH_STAGES,
     DEFAULT_SHAPES,
     END_TO_END,
     SCHEDULES,
-    STAGES,
     VIDEO_SHAPES,
     Selection,
     VideoShape,
@@ -66,8 +66,8 @@ def test_the_demo_has_no_layers_to_spare() -> None:
 
 def test_only_the_whole_way_has_schedules_and_only_the_demo_a_start() -> None:
     chosen = Selection(models=("demo", "2b"), schedules=("8", "20-cfg"))
-    assert [stage for stage, _ in _stages(chosen, "demo")] == [*STAGES, END_TO_END]
-    assert [stage for stage, _ in _stages(chosen, "2b")] == [*STAGES[1:], END_TO_END]
+    assert [stage for stage, _ in _stages(chosen, "demo")] == [*BENCH_STAGES, END_TO_END]
+    assert [stage for stage, _ in _stages(chosen, "2b")] == [*BENCH_STAGES[1:], END_TO_END]
     assert {name for stage, name in _stages(chosen, "2b") if stage != END_TO_END} == {None}
     assert chosen.shapes_for("demo") == (DEFAULT_SHAPES["demo"],)
 
@@ -139,6 +139,9 @@ def test_the_products_of_the_whole_way_are_those_of_its_evaluations_and_the_deco
 def test_layers_that_are_left_out_are_told_where_they_count(tmp_path: Path) -> None:
     chosen = Selection(models=("2b",), num_layers=2, stages=("dit",))
     with open_model_files("2b", chosen, tmp_path) as source:
-        told = {stage: StageCase(source, VIDEO_SHAPES[0], stage, torch.device("cpu")).active_blocks for stage in STAGES}
+        told = {
+            stage: StageCase(source, VIDEO_SHAPES[0], stage, torch.device("cpu")).active_blocks
+            for stage in BENCH_STAGES
+        }
     assert (told["dit"], told["end-to-end"], told["text"]) == ((2, 3), (2, 3), (1, 24))
     assert (told["encode"], told["decode"]) == (None, None)

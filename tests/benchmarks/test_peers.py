@@ -85,7 +85,7 @@ def test_a_peer_that_is_not_installed_is_told_with_the_reason(tmp_path: Path, mo
         raise ModuleNotFoundError("No module named 'openvino'")
 
     monkeypatch.setattr(peers, "import_module", missing)
-    made = run(tmp_path, "--stage", "dit", "--peer", "openvino", "--no-reference", "--way", "auto")
+    made = run(tmp_path, "--stage", "dit", "--peer", "openvino", "--no-reference", "--variant", "auto")
     (case,) = made["cases"]
     assert case["absent"] == [
         {"name": "openvino", "reason": "not installed: ModuleNotFoundError: No module named 'openvino'"}
@@ -94,7 +94,7 @@ def test_a_peer_that_is_not_installed_is_told_with_the_reason(tmp_path: Path, mo
 
 
 def test_the_whole_way_is_that_of_the_engine(tmp_path: Path) -> None:
-    made = run(tmp_path, "--stage", "end-to-end", "--schedule", "8", "--way", "auto", "--peer", "diffusers")
+    made = run(tmp_path, "--stage", "end-to-end", "--schedule", "8", "--variant", "auto", "--peer", "diffusers")
     (case,) = made["cases"]
     assert by_name(case)["kadr auto"]["error"] == 0
     assert case["schedule"] == "8"
@@ -116,7 +116,7 @@ def test_openvino_computes_the_same() -> None:
         assert relative_error(found.run(), right) < 1e-4
 
 
-@pytest.mark.parametrize("words", [["--stage", "odd"], ["--layers", "2"], ["--size", "63x64x9"]])
+@pytest.mark.parametrize("words", [["--stage", "odd"], ["--num-layers", "2"], ["--size", "63x64x9"]])
 def test_what_does_not_exist_is_an_error_in_a_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmarks.main(words) == 1
     assert capsys.readouterr().err.startswith("error: ")

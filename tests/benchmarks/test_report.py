@@ -102,7 +102,7 @@ def test_what_was_not_compared_is_told() -> None:
 
 def test_columns_that_are_empty_are_left_out() -> None:
     bare = {**FIGURE, "flops_per_second": None, "share_of_matmul": None, "matmul_per_second": None, "weights": None}
-    head = next(text_report.align_columns([text_report.COLUMNS, text_report.contender_row(bare)]))
+    head = next(text_report.align_columns([text_report.REPORT_COLUMNS, text_report.contender_row(bare)]))
     assert head.split("  ")[-3:] == ["time / kadr's", "memory", " error"]
 
 

@@ -139,7 +139,7 @@ def test_the_two_layouts_of_the_first_vae_differ_as_the_official_package_says():
     [
         (
             "0.9.5",
-            "decoder.blocks.4.level_embedding.first.weight",
+            "decoder.blocks.4.time_embed.linear_1.weight",
             "decoder.up_blocks.4.time_embedder.timestep_embedder.linear_1.weight",
             "decoder.up_blocks.1.time_embedder.timestep_embedder.linear_1.weight",
         ),
@@ -163,11 +163,11 @@ def test_the_two_layouts_of_the_first_vae_differ_as_the_official_package_says():
         ),
         (
             "0.9.1",
-            "decoder.blocks.2.layers.6.noise2",
+            "decoder.blocks.2.res_blocks.6.per_channel_scale2",
             "decoder.up_blocks.2.res_blocks.6.per_channel_scale2",
             "decoder.up_blocks.0.resnets.6.per_channel_scale2",
         ),
-        ("0.9.1", "decoder.modulation", "decoder.last_scale_shift_table", "decoder.scale_shift_table"),
+        ("0.9.1", "decoder.scale_shift_table", "decoder.last_scale_shift_table", "decoder.scale_shift_table"),
     ],
     ids=lambda value: value if len(value) < 6 else "",
 )
@@ -208,18 +208,18 @@ def test_a_released_vae_has_the_published_count_of_parameters_and_tensors(family
 @pytest.mark.parametrize(
     "table, name",
     [
-        (keys.TRANSFORMER_KEYS, "patch_in"),
-        (keys.TRANSFORMER_KEYS, "patch_in.scale"),
-        (keys.TRANSFORMER_KEYS, "layers.x.modulation"),
-        (keys.TRANSFORMER_KEYS, "layers.0.self_attention.q.weight.extra"),
-        (keys.TRANSFORMER_KEYS, "prefix.patch_in.weight"),
+        (keys.TRANSFORMER_KEYS, "proj_in"),
+        (keys.TRANSFORMER_KEYS, "proj_in.scale"),
+        (keys.TRANSFORMER_KEYS, "blocks.x.scale_shift_table"),
+        (keys.TRANSFORMER_KEYS, "blocks.0.self_attention.q.weight.extra"),
+        (keys.TRANSFORMER_KEYS, "prefix.proj_in.weight"),
         (keys.TRANSFORMER_KEYS, "layersX0Xmodulation"),  # a dot is a dot
-        (keys.VAE_KEYS, "encoder.blocks.0.layers.0.conv3.weight"),
+        (keys.VAE_KEYS, "encoder.blocks.0.res_blocks.0.conv3.weight"),
         (keys.VAE_KEYS, "statistics.median"),
         (keys.VAE_KEYS, "middle.conv_in.weight"),
         (keys.VAE_KEYS, ""),
         (keys.T5_KEYS, "blocks.0.attention.w.weight"),
-        (keys.UPSCALER_KEYS, "before.0.conv3.weight"),
+        (keys.UPSCALER_KEYS, "res_blocks.0.conv3.weight"),
     ],
 )
 def test_an_unknown_name_raises(table, name):

@@ -32,7 +32,7 @@ def test_a_table_is_data_and_progress_is_talk(kadr: Run) -> None:
 
 
 def test_json_has_every_figure_of_every_round(kadr: Run) -> None:
-    ended = kadr("bench", "--stage", "decode,end-to-end", "--schedule", "8", "--way", "auto", *LEAST, "--json")
+    ended = kadr("bench", "--stage", "decode,end-to-end", "--schedule", "8", "--variant", "auto", *LEAST, "--json")
     made = json.loads(ended.out)
     assert [case["stage"] for case in made["cases"]] == ["decode", "end-to-end"]
     for case in made["cases"]:
@@ -47,9 +47,9 @@ def test_json_has_every_figure_of_every_round(kadr: Run) -> None:
     [
         (("--model", "3b"), "known are demo, 2b, 13b"),
         (("--stage", "dit,vae"), "there is no stage 'vae'"),
-        (("--way", "fp4"), "there is no way 'fp4'"),
+        (("--variant", "fp4"), "there is no way 'fp4'"),
         (("--size", "100x64x9"), "multiples of 32"),
-        (("--layers", "2"), "layers must be"),
+        (("--num-layers", "2"), "layers must be"),
         (("--rounds", "0"), "rounds is 0"),
     ],
 )

@@ -73,7 +73,7 @@ def tables(text: str) -> Iterator[list[list[str]]]:
 
 def test_plan_of_the_demo_reads_so(kadr: Run) -> None:
     flags = "--steps 3 --size 100x70 --frames 20 --fps 24 --seed 7 --negative-prompt blue --cfg-star --single-pass"
-    guidance = "--guidance 1,5 --stg 0,1 --rescale 1,.7 --skip-blocks /1,2 --guidance-at 1,0.5"
+    guidance = "--guidance 1,5 --stg 0,1 --rescale 1,.7 --skip-blocks /1,2 --guidance-sigmas 1,0.5"
     guidance += " --stg-mode attention_skip"
     assert kadr("generate", "a red circle", *flags.split(), *guidance.split(), "--dry-run") == (0, DEMO, "")
     assert os.listdir() == []
@@ -144,7 +144,7 @@ def test_conditions_are_shown_where_they_will_stand(kadr: Run) -> None:
 
 @pytest.mark.usefixtures("media")
 def test_video_gives_its_length_and_its_strength_the_first_level(kadr: Run) -> None:
-    words = "--input-video clip.mp4 --strength 0.6 --steps 10 --size 64x64 --dry-run --json"
+    words = "--input-video clip.mp4 --denoise-strength 0.6 --steps 10 --size 64x64 --dry-run --json"
     told = json.loads(kadr("generate", "x", *words.split()).out)
     assert told["frames"] == {"asked": 30, "made": 33}
     levels = [step["level"] for step in told["passes"][0]["steps"]]
@@ -170,9 +170,9 @@ def test_only_what_a_single_pass_needs_is_listed(kadr: Run) -> None:
     [
         ("--model ltxv-13b", "Did you mean"),
         ("--model gone.safetensors", "gone.safetensors"),
-        ("--model ltxv-2b-0.9.5 --second-levels 0.9", "--upscaler"),
+        ("--model ltxv-2b-0.9.5 --second-sigmas 0.9", "--upscaler"),
         ("--model ltxv-2b-0.9.8-distilled --steps 9", "distilled"),
-        ("--model ltxv-13b-0.9.8-dev --guidance 1,2 --guidance-at 1,0.9", "7 values for 2 levels"),
+        ("--model ltxv-13b-0.9.8-dev --guidance 1,2 --guidance-sigmas 1,0.9", "7 values for 2 levels"),
         ("--video clip.mp4 4 --size 64x64 --frames 49", "multiple of 8"),
         ("--image dot.png --size 64x64 --frames 9", "dot.png is 1x1 pixels"),
     ],

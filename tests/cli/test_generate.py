@@ -29,7 +29,7 @@ VALUES = {  # of official flags that take more than the number 1
     "--config": "config.yaml",
     "--input-video": "config.yaml",  # a file that exists
     "--stg-mode": "attention_skip",
-    "--guidance-at": "1.0,0.9",
+    "--guidance-sigmas": "1.0,0.9",
 }
 SKIPPING = Guidance(skip_blocks=((), (11, 25), (28,)), sigmas=(1.0, 0.9, 0.5))
 
@@ -51,18 +51,18 @@ def picture(tmp_path: Path) -> str:
         ("--fps 29.97", "fps", 29.97),
         ("--seed 7", "seed", 7),
         ("--steps 8", "steps", 8),
-        ("--levels 1.0,0.9,.5", "levels", (1.0, 0.9, 0.5)),
+        ("--sigmas 1.0,0.9,.5", "levels", (1.0, 0.9, 0.5)),
         ("--skip-initial 2", "skip_initial", 2),
         ("--skip-final 3", "skip_final", 3),
         ("--guidance 4.5", "guidance", Guidance(cfg_scale=4.5)),
-        ("--guidance 1,6 --guidance-at 1.0,.9", "guidance", Guidance(cfg_scale=(1.0, 6.0), sigmas=(1.0, 0.9))),
+        ("--guidance 1,6 --guidance-sigmas 1.0,.9", "guidance", Guidance(cfg_scale=(1.0, 6.0), sigmas=(1.0, 0.9))),
         ("--stg 1", "guidance", Guidance(stg_scale=1.0)),
-        ("--stg 0,4 --guidance-at 1,.9", "guidance", Guidance(stg_scale=(0.0, 4.0), sigmas=(1.0, 0.9))),
+        ("--stg 0,4 --guidance-sigmas 1,.9", "guidance", Guidance(stg_scale=(0.0, 4.0), sigmas=(1.0, 0.9))),
         ("--rescale .7", "guidance", Guidance(rescale=0.7)),
-        ("--rescale 1,.5 --guidance-at 1,.9", "guidance", Guidance(rescale=(1.0, 0.5), sigmas=(1.0, 0.9))),
+        ("--rescale 1,.5 --guidance-sigmas 1,.9", "guidance", Guidance(rescale=(1.0, 0.5), sigmas=(1.0, 0.9))),
         ("--skip-blocks 11,25", "guidance", Guidance(skip_blocks=(11, 25))),
-        ("--skip-blocks /11,25/28 --guidance-at 1,.9,.5", "guidance", SKIPPING),
-        ("--skip-blocks ;11,25;28 --guidance-at 1,.9,.5", "guidance", SKIPPING),
+        ("--skip-blocks /11,25/28 --guidance-sigmas 1,.9,.5", "guidance", SKIPPING),
+        ("--skip-blocks ;11,25;28 --guidance-sigmas 1,.9,.5", "guidance", SKIPPING),
         ("--stg-mode attention_skip", "guidance", Guidance(stg_mode="attention_skip")),
         ("--cfg-star", "guidance", Guidance(cfg_star=True)),
         ("--no-cfg-star", "guidance", Guidance(cfg_star=False)),
@@ -70,7 +70,7 @@ def picture(tmp_path: Path) -> str:
         ("--multi-scale", "multi_scale", True),
         ("--single-pass", "multi_scale", False),
         ("--second-steps 10 --second-skip-initial 6", "second", Pass(steps=10, skip_initial=6)),
-        ("--second-levels .9,.7", "second", Pass(sigmas=(0.9, 0.7))),
+        ("--second-sigmas .9,.7", "second", Pass(sigmas=(0.9, 0.7))),
         ("--second-guidance 2", "second", Pass(guidance=Guidance(cfg_scale=2.0))),
         ("--second-tone-map .6", "second", Pass(tone_map=0.6)),
         ("--tone-map .6", "tone_map", 0.6),
@@ -170,7 +170,7 @@ def test_image_takes_a_box_after_its_numbers_or_without(kadr: Run, engine: FakeE
 
 def test_video_to_start_from_is_remembered_by_its_whole_path(kadr: Run, engine: FakeEngine) -> None:
     Path("clip.mp4").touch()
-    assert kadr("generate", PROMPT, "--input-video", "clip.mp4", "--strength", ".4").code == 0
+    assert kadr("generate", PROMPT, "--input-video", "clip.mp4", "--denoise-strength", ".4").code == 0
     assert engine.requests == [Request(prompt=PROMPT, input_video=os.path.abspath("clip.mp4"), denoise_strength=0.4)]
 
 
@@ -242,14 +242,14 @@ def test_official_media_are_pictures_or_clips_by_their_endings(kadr: Run, engine
     [
         "x --quant int3",
         "x --offload cpu",
-        "x --guidance 1,6,8",  # without --guidance-at
+        "x --guidance 1,6,8",  # without --guidance-sigmas
         "x --stg 1,2",
         "x --rescale 1,0",
         "x --skip-blocks 1/2",
         "x --skip-blocks 1,a",
         "x --guidance strong",
-        "x --guidance-at 1;2",
-        "x --second-levels x",
+        "x --guidance-sigmas 1;2",
+        "x --second-sigmas x",
         "x --video clip.mp4#25",
         "x --video clip.mp4#a:b",
         "x --video clip.mp4#1:2:3",
@@ -261,7 +261,7 @@ def test_official_media_are_pictures_or_clips_by_their_endings(kadr: Run, engine
         "x --image photo.jpg 0.5",  # a strength where the frame should be
         "x --image",
         "x --size 704",
-        "x --levels 1.0;0.9",
+        "x --sigmas 1.0;0.9",
         "x --frames many",
         "x --frames 9 --seconds 1",
         "x --device tpu",
@@ -280,8 +280,8 @@ def test_bad_usage_ends_with_2_and_says_why(kadr: Run, engine: FakeEngine, words
 @pytest.mark.parametrize(
     "words",
     ["x --frames 0", "x --guidance 0.5", "x --seconds -1", "x --seconds nan", "x --output no/such/folder/v.mp4"]
-    + ["x --strength 0.5", "x --stg-mode residual", "x --skip-blocks -1", "x --apg 7", "x --tone-map 2"]
-    + ["x --second-levels .9 --second-skip-initial 1", "x --guidance 0.5,1 --guidance-at 1,0"]
+    + ["x --denoise-strength 0.5", "x --stg-mode residual", "x --skip-blocks -1", "x --apg 7", "x --tone-map 2"]
+    + ["x --second-sigmas .9 --second-skip-initial 1", "x --guidance 0.5,1 --guidance-sigmas 1,0"]
     + ["x --output v.gif", "x --size 63x63", "x --save-latents l.pt", "x --save-latents no/such/l.safetensors"],
 )
 def test_refused_request_ends_with_1_and_leaves_nothing(kadr: Run, engine: FakeEngine, words: str) -> None:

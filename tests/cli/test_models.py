@@ -12,9 +12,9 @@ import pytest
 from kadr.checkpoints import hub
 from kadr.cli.commands import pull, verify
 from kadr.models.registry import (
+    DEFAULT_TEXT_ENCODER,
     LTX_VIDEO_REPO,
     RELEASES,
-    TEXT_ENCODER,
     TEXT_ENCODER_GGUF,
     TEXT_ENCODER_REPO,
     find_release,
@@ -68,9 +68,9 @@ def test_list_says_what_is_on_disk_and_how_large_it_is(kadr: Run, remote: FakeHu
     for words in (["models", "--json"], ["models", "list", "--json"]):
         entries = {entry["name"]: entry for entry in json.loads(kadr(*words).out)}
         here = {name for name, entry in entries.items() if entry["on_disk"] and entry["repo"]}
-        assert here == {NAME, UPSCALER, TEXT_ENCODER}
+        assert here == {NAME, UPSCALER, DEFAULT_TEXT_ENCODER}
         assert entries[NAME]["bytes"] == len(FILES[MODEL_FILE])
-        assert entries[TEXT_ENCODER]["bytes"] == sum(map(len, TEXT_FILES.values()))
+        assert entries[DEFAULT_TEXT_ENCODER]["bytes"] == sum(map(len, TEXT_FILES.values()))
         assert (entries[UPSCALER]["kind"], entries[UPSCALER]["repo"]) == ("spatial upscaler", LTX_VIDEO_REPO)
         assert entries["ltxv-13b-0.9.8-dev"]["bytes"] == 28_579_000_000
 
@@ -107,7 +107,7 @@ def test_pull_brings_all_that_a_model_needs_and_prints_where_it_lies(kadr: Run, 
     # Said before: licences, what is to come, and how much that is together.
     said = ended.err.splitlines()
     assert f"licence of {NAME}, {UPSCALER}: {find_release(NAME).licence}" in said
-    assert f"licence of {TEXT_ENCODER}: Apache-2.0" in said
+    assert f"licence of {DEFAULT_TEXT_ENCODER}: Apache-2.0" in said
     assert f"{NAME} is to be fetched: 3.5 k bytes" in said
     assert "together 6.31 k bytes" in said
 
@@ -119,17 +119,17 @@ def test_pull_leaves_alone_what_is_there(kadr: Run, remote: FakeHub, offline: Ca
     again = kadr("models", "pull", NAME)
     assert (again.code, again.out) == (0, first.out)
     assert remote.sent_files == []
-    assert f"{TEXT_ENCODER} is there already" in again.err
+    assert f"{DEFAULT_TEXT_ENCODER} is there already" in again.err
 
 
 def test_pull_takes_only_what_is_missing(kadr: Run, remote: FakeHub) -> None:
-    assert kadr("models", "pull", TEXT_ENCODER).code == 0
+    assert kadr("models", "pull", DEFAULT_TEXT_ENCODER).code == 0
     remote.sent_files.clear()
     told = json.loads(kadr("models", "pull", NAME, "--json").out)
     assert [(file["name"], file["kind"], file["fetched"]) for file in told["files"]] == [
         (NAME, "model", True),
         (UPSCALER, "spatial upscaler", True),
-        (TEXT_ENCODER, "text encoder", False),
+        (DEFAULT_TEXT_ENCODER, "text encoder", False),
     ]
     assert all(Path(file["path"]).exists() for file in told["files"])
     assert [name for name, _ in remote.sent_files] == [MODEL_FILE, f"{UPSCALER}.safetensors"]
@@ -181,7 +181,7 @@ def test_pull_refuses_what_is_there_and_damaged(kadr: Run, remote: FakeHub) -> N
 def test_pull_notices_a_full_disk_before_anything_comes(
     kadr: Run, remote: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kadr("models", "pull", TEXT_ENCODER)
+    kadr("models", "pull", DEFAULT_TEXT_ENCODER)
     remote.sent_files.clear()
     room: list[int] = []
     monkeypatch.setattr(pull.hub, "check_room", lambda what, needed: room.append(needed))
@@ -237,7 +237,7 @@ def test_verify_compares_every_file_without_a_network(kadr: Run, remote: FakeHub
     assert [(file, name, state) for file, name, state in rows[1:]] == [
         (MODEL_FILE, NAME, "ok"),
         (f"{UPSCALER}.safetensors", UPSCALER, "ok"),
-        *((file, TEXT_ENCODER, "ok") for file in TEXT_FILES),
+        *((file, DEFAULT_TEXT_ENCODER, "ok") for file in TEXT_FILES),
     ]
 
 
@@ -251,10 +251,10 @@ def test_verify_names_a_damaged_file_with_both_checksums_and_the_way_out(kadr: R
     assert "damaged" in next(row for row in ended.out.splitlines() if row.startswith("text_encoder/model.safetensors"))
     (line,) = ended.err.splitlines()
     assert line.startswith(f"error: {bad} is damaged: its checksum is {found}, and the hub's is {expected}.")
-    assert line.endswith(f"Delete {bad.resolve()} and run `kadr models pull {TEXT_ENCODER}`.")
+    assert line.endswith(f"Delete {bad.resolve()} and run `kadr models pull {DEFAULT_TEXT_ENCODER}`.")
     told = json.loads(kadr("models", "verify", NAME, "--json").out)
     (file,) = [file for file in told["files"] if file["state"] == "damaged"]
-    assert (file["of"], file["path"]) == (TEXT_ENCODER, str(bad))
+    assert (file["of"], file["path"]) == (DEFAULT_TEXT_ENCODER, str(bad))
     assert (file["expected"], file["found"]) == (expected, found)
 
 

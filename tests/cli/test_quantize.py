@@ -13,7 +13,7 @@ from kadr.checkpoints import hub
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
-from kadr.models.registry import TEXT_ENCODER, TEXT_ENCODER_GGUF, find_release
+from kadr.models.registry import DEFAULT_TEXT_ENCODER, TEXT_ENCODER_GGUF, find_release
 from kadr.quant.mixes import MIX_NAMES
 from tests import tiny_models
 from tests.cli.conftest import CommandResult
@@ -92,9 +92,9 @@ def test_a_name_fetches_the_model_alone(kadr: Run, asked: list[tuple[str, ...]],
 
 
 def test_the_name_of_a_text_encoder_fetches_it(kadr: Run, asked: list[tuple[str, ...]], tmp_path: Path) -> None:
-    ended = kadr("quantize", TEXT_ENCODER, tmp_path / "t5.gguf", "--type", "Q8_0")
+    ended = kadr("quantize", DEFAULT_TEXT_ENCODER, tmp_path / "t5.gguf", "--type", "Q8_0")
     assert ended.code == 0, ended.err
-    assert asked == [(find_release(TEXT_ENCODER).repo, *find_release(TEXT_ENCODER).file_patterns)]
+    assert asked == [(find_release(DEFAULT_TEXT_ENCODER).repo, *find_release(DEFAULT_TEXT_ENCODER).file_patterns)]
 
 
 def test_the_demo_remembers_its_name(kadr: Run, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_demo_remembers_its_name(kadr: Run, tmp_path: Path) -> None:
     [
         ("ltxv-spatial-upscaler-0.9.8", "is a spatial upscaler"),
         ("ltxv-13b-0.9.7-ic-lora-canny", "is a LoRA"),
-        (TEXT_ENCODER_GGUF, f"is quantized already, and to do it again loses twice. Take {TEXT_ENCODER}"),
+        (TEXT_ENCODER_GGUF, f"is quantized already, and to do it again loses twice. Take {DEFAULT_TEXT_ENCODER}"),
         ("ltxv-2b-0.9.55", "there is no model named"),
         ("absent.safetensors", "does not exist"),
     ],

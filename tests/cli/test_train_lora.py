@@ -45,7 +45,7 @@ def test_a_lora_is_trained_and_its_path_printed(kadr: Run, model: Path, clips: P
 
 
 def test_flags_reach_the_training(kadr: Run, model: Path, clips: Path, tmp_path: Path) -> None:
-    words = "--targets attention+feed-forward --batch 2 --rate 0.01 --levels uniform --first-frame 0 --seed 3"
+    words = "--target-modules attention+feed-forward --batch-size 2 --learning-rate 0.01 --sigma-sampling uniform --first-frame-conditioning-p 0 --seed 3"
     output = tmp_path / "made.safetensors"
     ended = kadr(
         "train-lora", clips, "--model", model, "--output", output, *SMALL, *words.split(), "--references", "canny"
@@ -76,7 +76,7 @@ def test_a_broken_clip_is_named_and_left_out_when_told_to(kadr: Run, model: Path
         ("--save-every 0", 2, "0 is below 1"),
         ("--size big", 2, "--size"),
         ("--output lora.pt", 1, "does not end in .safetensors"),
-        ("--targets heads", 1, "must be one of attention"),
+        ("--target-modules heads", 1, "must be one of attention"),
     ],
 )
 def test_what_cannot_be_is_refused(kadr: Run, model: Path, clips: Path, words: str, code: int, says: str) -> None:

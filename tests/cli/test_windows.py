@@ -32,7 +32,7 @@ PROMPT = "a red circle"
         ("--overlap 8", Windows(overlap=8)),
         ("--overlap-strength .75", Windows(overlap_strength=0.75)),
         ("--adain 0", Windows(adain=0.0)),
-        ("--remember 0", Windows(anchor_strength=0.0)),
+        ("--anchor-strength 0", Windows(anchor_strength=0.0)),
         ("--window 121 --overlap 32 --adain 1", Windows(frames=121, overlap=32, adain=1.0)),
     ],
 )

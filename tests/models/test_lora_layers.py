@@ -40,12 +40,12 @@ def additions(
         down = torch.randn(4, inputs, generator=generator) / inputs**0.5
         return LoraWeights(down, torch.randn(outputs, 4, generator=generator) / 2, scale)
 
-    made = {"patch_in": pair(tiny_models.CHANNELS, 64), "patch_out": pair(64, tiny_models.CHANNELS)}
+    made = {"proj_in": pair(tiny_models.CHANNELS, 64), "proj_out": pair(64, tiny_models.CHANNELS)}
     for block in range(2):
         for kind in OURS.values():
-            made |= {f"layers.{block}.{kind}.{target}": pair(64, 64) for target in targets}
-        made[f"layers.{block}.feed_forward.up"] = pair(64, 256)
-        made[f"layers.{block}.feed_forward.down"] = pair(256, 64)
+            made |= {f"blocks.{block}.{kind}.{target}": pair(64, 64) for target in targets}
+        made[f"blocks.{block}.feed_forward.up"] = pair(64, 256)
+        made[f"blocks.{block}.feed_forward.down"] = pair(256, 64)
     return made
 
 
@@ -130,7 +130,7 @@ def test_it_adds_to_quantized_weights_what_it_adds_to_plain_ones(scheme: str) ->
     assert isinstance(layer, LoRALinear)
     without = layer(x)
     set_lora_strengths(module, [0.8], CPU)
-    each = additions()["layers.1.self_attention.q"]
+    each = additions()["blocks.1.self_attention.q"]
     expected = 0.8 * 0.5 * x @ each.down.T @ each.up.T
     assert torch.allclose(layer(x) - without, expected, atol=1e-5)
     merge_loras(plain, [additions()], [0.8])

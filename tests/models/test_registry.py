@@ -12,12 +12,12 @@ import torch
 from kadr.errors import RequestError
 from kadr.models.registry import (
     DEFAULT_NEGATIVE_PROMPT,
+    DEFAULT_TEXT_ENCODER,
     DISTILLED_SIGMAS,
     LTX_VIDEO_REPO,
     MODEL_RELEASES,
     RELEASES,
     RELEASES_BY_NAME,
-    TEXT_ENCODER,
     TEXT_ENCODER_GGUF,
     UPSCALER,
     Recipe,
@@ -146,7 +146,7 @@ def test_a_model_is_the_official_file(name: str) -> None:
     assert (released.kind, released.repo, released.file) == ("model", LTX_VIDEO_REPO, f"{file}.safetensors")
     assert (released.num_layers, released.vae_family) == (layers, vae)
     assert released.upscaler == (upscaler and f"ltxv-spatial-upscaler-{upscaler}")
-    assert (released.text_encoder, released.vae) == (TEXT_ENCODER, None)
+    assert (released.text_encoder, released.vae) == (DEFAULT_TEXT_ENCODER, None)
     assert released.is_distilled is ("distilled" in name)
     assert released.version in name
 
@@ -181,8 +181,11 @@ def test_an_fp8_file_is_run_as_its_twin(twin: Release) -> None:
 
 def test_a_model_needs_itself_its_upscaler_and_its_text_encoder() -> None:
     names = [entry.name for entry in required_releases(find_release("ltxv-13b-0.9.7-dev-fp8"))]
-    assert names == ["ltxv-13b-0.9.7-dev-fp8", "ltxv-spatial-upscaler-0.9.7", TEXT_ENCODER]
-    assert [entry.name for entry in required_releases(find_release("ltxv-2b-0.9.5"))] == ["ltxv-2b-0.9.5", TEXT_ENCODER]
+    assert names == ["ltxv-13b-0.9.7-dev-fp8", "ltxv-spatial-upscaler-0.9.7", DEFAULT_TEXT_ENCODER]
+    assert [entry.name for entry in required_releases(find_release("ltxv-2b-0.9.5"))] == [
+        "ltxv-2b-0.9.5",
+        DEFAULT_TEXT_ENCODER,
+    ]
     assert [entry.name for entry in required_releases(find_release("demo-distilled"))] == [
         "demo-distilled",
         "demo-upscaler",
@@ -193,7 +196,7 @@ def test_a_model_needs_itself_its_upscaler_and_its_text_encoder() -> None:
 def test_a_model_without_a_vae_needs_the_one_it_names_once() -> None:
     bare = replace(find_release("ltxv-13b-0.9.8-dev"), vae="ltxv-2b-0.9.8-distilled")
     names = [entry.name for entry in required_releases(bare)]
-    assert names == [bare.name, "ltxv-spatial-upscaler-0.9.8", "ltxv-2b-0.9.8-distilled", TEXT_ENCODER]
+    assert names == [bare.name, "ltxv-spatial-upscaler-0.9.8", "ltxv-2b-0.9.8-distilled", DEFAULT_TEXT_ENCODER]
     assert required_releases(replace(bare, vae=bare.upscaler)) == (
         replace(bare, vae=bare.upscaler),
         *required_releases(bare)[1::2],
@@ -201,7 +204,7 @@ def test_a_model_without_a_vae_needs_the_one_it_names_once() -> None:
 
 
 def test_a_text_encoder_of_many_files_comes_with_its_tokenizer() -> None:
-    assert find_release(TEXT_ENCODER).file_patterns == ("text_encoder/*", "tokenizer/*")
+    assert find_release(DEFAULT_TEXT_ENCODER).file_patterns == ("text_encoder/*", "tokenizer/*")
     assert find_release(TEXT_ENCODER_GGUF).file_patterns == ("t5-v1_1-xxl-encoder-Q8_0.gguf",)
     assert find_release("demo").file_patterns == ("assets/demo/demo.safetensors",)
 
@@ -274,7 +277,7 @@ def test_the_size_of_a_file_follows_from_its_tensors(released: Release, numbers:
 def test_the_size_of_the_text_encoder_follows_from_its_tensors() -> None:
     with torch.device("meta"):
         whole = sum(tensor.numel() for tensor in T5Encoder(T5_XXL).state_dict().values())
-    assert find_release(TEXT_ENCODER).size_bytes == pytest.approx(4 * whole, rel=0.01)
+    assert find_release(DEFAULT_TEXT_ENCODER).size_bytes == pytest.approx(4 * whole, rel=0.01)
     assert find_release(TEXT_ENCODER_GGUF).size_bytes == pytest.approx(
         34 / 32 * whole, rel=0.01
     )  # Q8_0: 32 numbers in 34 bytes
@@ -327,7 +330,7 @@ def test_a_recipe_of_two_passes_without_a_second_is_refused() -> None:
 def test_every_model_says_its_licence() -> None:
     assert (
         find_release("demo").licence
-        == find_release(TEXT_ENCODER).licence
+        == find_release(DEFAULT_TEXT_ENCODER).licence
         == find_release(TEXT_ENCODER_GGUF).licence
         == "Apache-2.0"
     )

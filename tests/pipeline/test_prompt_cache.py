@@ -228,7 +228,7 @@ def test_what_was_used_longest_ago_goes_first_and_no_file_of_others_does(
         os.utime(newest, (age, age))
         size = newest.stat().st_size
     assert prompts.look_up(made[0][0]) is not None  # and so it is the one used last
-    monkeypatch.setattr(prompt_cache, "MAX_BYTES", 3 * size + size // 2)
+    monkeypatch.setattr(prompt_cache, "MAX_CACHE_BYTES", 3 * size + size // 2)
     prompts.store(*made[5])
     assert [prompts.look_up(tokens) is not None for tokens, _ in made[:6]] == [True, False, False, False, True, True]
     assert stranger.exists()

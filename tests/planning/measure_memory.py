@@ -73,7 +73,10 @@ def decoder(dtype: torch.dtype, *, winograd_frames: int = 0) -> list[int]:
         for _ in module.decode_stream(latents, timestep=torch.tensor([0.05])):
             pass
 
-    return [peak_growth(decode), vae_decode_activation_bytes(THIN_VAE, GRID, dtype.itemsize, winograd_frames=winograd_frames)]
+    return [
+        peak_growth(decode),
+        vae_decode_activation_bytes(THIN_VAE, GRID, dtype.itemsize, winograd_frames=winograd_frames),
+    ]
 
 
 def encoder(*, winograd_frames: int = 0) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B
-from kadr.quant.mixes import ALIASES, FALLBACK_TYPES, FLOAT_TYPES, MIX_NAMES, MIXES, assign_types, find_mix
+from kadr.quant.mixes import FALLBACK_TYPES, FLOAT_TYPES, MIX_ALIASES, MIX_NAMES, MIXES, assign_types, find_mix
 from tests.checkpoints.checkpoint_files import single_file_shapes
 from tests.checkpoints.gguf import gguf_files
 
@@ -50,7 +50,7 @@ def test_every_type_is_numbered_as_llama_cpp_does() -> None:
 
 @pytest.mark.parametrize("name", MIX_NAMES)
 def test_a_type_is_found_in_small_letters_too(name: str) -> None:
-    assert find_mix(name.lower()) is find_mix(name) is MIXES[ALIASES.get(name, name)]
+    assert find_mix(name.lower()) is find_mix(name) is MIXES[MIX_ALIASES.get(name, name)]
 
 
 def test_another_type_is_not_found() -> None:

@@ -11,7 +11,7 @@ import pytest
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
-from kadr.models.registry import TEXT_ENCODER, TEXT_ENCODER_GGUF, TEXT_ENCODER_REPO, find_release
+from kadr.models.registry import DEFAULT_TEXT_ENCODER, TEXT_ENCODER_GGUF, TEXT_ENCODER_REPO, find_release
 from kadr.spec.locate import PACKAGE_ROOT, fetch_text_encoder, fetch_upscaler, find_release_on_disk, locate
 
 HUB_FILES = "Lightricks/LTX-Video"
@@ -69,7 +69,7 @@ def test_a_vae_comes_from_the_entry_that_the_model_names_unless_one_is_given(
 
 def test_parts_are_given_by_name_too(tmp_path: Path) -> None:
     # The command line hands over paths.
-    found = locate("demo", text_encoder=Path(TEXT_ENCODER), vae=Path("ltxv-2b-0.9.1"))
+    found = locate("demo", text_encoder=Path(DEFAULT_TEXT_ENCODER), vae=Path("ltxv-2b-0.9.1"))
     assert found.text_encoder == tmp_path / "text"
     assert found.vae == tmp_path / "ltx-video-2b-v0.9.1.safetensors"
 
@@ -79,7 +79,7 @@ def test_parts_are_given_by_name_too(tmp_path: Path) -> None:
     [
         ("ltxv-spatial-upscaler-0.9.8", "is a spatial upscaler, and no model. Give it as --upscaler"),
         ("ltxv-temporal-upscaler-0.9.7", "is a temporal upscaler, and no model. Give it as --upscaler"),
-        (TEXT_ENCODER, "is a text encoder, and no model. Give it as --text-encoder"),
+        (DEFAULT_TEXT_ENCODER, "is a text encoder, and no model. Give it as --text-encoder"),
         (TEXT_ENCODER_GGUF, "is a text encoder, and no model. Give it as --text-encoder"),
     ],
 )
@@ -90,10 +90,12 @@ def test_a_part_is_not_opened_as_a_model(fetched: list[tuple[str, ...]], name: s
 
 
 def test_a_part_of_another_kind_is_refused_with_one_that_fits(fetched: list[tuple[str, ...]]) -> None:
-    with pytest.raises(RequestError, match=rf"demo is a model; for the text encoder .* such as {TEXT_ENCODER}"):
+    with pytest.raises(RequestError, match=rf"demo is a model; for the text encoder .* such as {DEFAULT_TEXT_ENCODER}"):
         locate("ltxv-2b-0.9.5", text_encoder="demo")
-    with pytest.raises(RequestError, match=rf"{TEXT_ENCODER} is a text encoder; for the VAE .* such as ltxv-2b-0\.9"):
-        locate("ltxv-2b-0.9.5", vae=TEXT_ENCODER)
+    with pytest.raises(
+        RequestError, match=rf"{DEFAULT_TEXT_ENCODER} is a text encoder; for the VAE .* such as ltxv-2b-0\.9"
+    ):
+        locate("ltxv-2b-0.9.5", vae=DEFAULT_TEXT_ENCODER)
     assert fetched == []
 
 
@@ -130,5 +132,7 @@ def test_what_comes_with_kadr_is_here(fetched: list[tuple[str, ...]]) -> None:
 def test_whether_an_entry_is_here_is_asked_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "cached_file", lambda repo, file: Path(repo, file))
     monkeypatch.setattr(hub, "cached_folder", lambda repo, patterns: Path(repo, *patterns))
-    assert find_release_on_disk(find_release(TEXT_ENCODER)) == Path(TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
+    assert find_release_on_disk(find_release(DEFAULT_TEXT_ENCODER)) == Path(
+        TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*"
+    )
     assert find_release_on_disk(find_release("ltxv-2b-0.9.5")) == Path(HUB_FILES, "ltx-video-2b-v0.9.5.safetensors")

@@ -374,7 +374,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_encoded(
 ) -> None:
     monkeypatch.setattr(memory_check, "free_bytes", lambda device: 1_000_000)
     wanted = training(engine, folder, tmp_path / "lora.safetensors")
-    with pytest.raises(PlanError, match=r"training takes about .* and 0\.0 are free on cpu\. Take a smaller --batch"):
+    with pytest.raises(
+        PlanError, match=r"training takes about .* and 0\.0 are free on cpu\. Take a smaller --batch-size"
+    ):
         wanted.run()
     assert not wanted.work_folder.exists()
 

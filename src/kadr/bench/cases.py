@@ -11,7 +11,14 @@ from kadr.shapes import LatentGrid, Size
 
 DEMO = "demo"
 MODELS = (DEMO, "2b", "13b")  # the bundled model, and random weights at the sizes of the released ones
-STAGES = STARTUP, TEXT, ENCODE, DIT, DECODE, END_TO_END = "start-up", "text", "encode", "dit", "decode", "end-to-end"
+BENCH_STAGES = STARTUP, TEXT, ENCODE, DIT, DECODE, END_TO_END = (
+    "start-up",
+    "text",
+    "encode",
+    "dit",
+    "decode",
+    "end-to-end",
+)
 FPS = 24.0
 
 
@@ -66,12 +73,12 @@ class BenchSchedule:
     guidance: Guidance
 
 
-_NO_GUIDANCE = Guidance(cfg_scale=1.0, stg_scale=0.0)
+_PLAIN_GUIDANCE = Guidance(cfg_scale=1.0, stg_scale=0.0)
 _CFG = Guidance(cfg_scale=3.0, stg_scale=0.0)
 _STG = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, stg_mode=ATTENTION_VALUES)
 STG_BLOCK = 2 / 3  # which block is disturbed, as a share of them: the 19th of 28
 SCHEDULES: Mapping[str, BenchSchedule] = {
-    "8": BenchSchedule(8, _NO_GUIDANCE),
+    "8": BenchSchedule(8, _PLAIN_GUIDANCE),
     "20-cfg": BenchSchedule(20, _CFG),
     "40-cfg-stg": BenchSchedule(40, _STG),
 }
@@ -98,7 +105,7 @@ class Variant:
     dtype: str = "auto"
     quant: str | None = None
     compile: bool = False
-    stages: tuple[str, ...] = STAGES[1:]
+    stages: tuple[str, ...] = BENCH_STAGES[1:]
 
 
 FLOAT32_VARIANT = Variant("float32", dtype="float32")
@@ -130,7 +137,7 @@ class Selection:
 
     models: Sequence[str] = (DEMO,)
     shapes: Sequence[VideoShape] = ()
-    stages: Sequence[str] = STAGES
+    stages: Sequence[str] = BENCH_STAGES
     schedules: Sequence[str] = ("8",)
     variants: Sequence[str] = DEFAULT_VARIANTS
     num_layers: int | None = None
@@ -142,7 +149,7 @@ class Selection:
     def __post_init__(self) -> None:
         for what, given, known in (
             ("model", self.models, MODELS),
-            ("stage", self.stages, STAGES),
+            ("stage", self.stages, BENCH_STAGES),
             ("schedule", self.schedules, tuple(SCHEDULES)),
             ("way", self.variants, tuple(VARIANTS)),
         ):

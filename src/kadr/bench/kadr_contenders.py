@@ -98,7 +98,7 @@ def _create_decode_task(vae: Any, stage_case: StageCase, dtype: torch.dtype) -> 
     def run() -> Tensor:
         made = torch.empty(1, 3, clip.frames, clip.size.height, clip.size.width, dtype=dtype, device=stage_case.device)
         done = 0
-        for chunk in vae.decode_stream(latents, level=level, noise=torch.randn):
+        for chunk in vae.decode_stream(latents, timestep=level, noise_source=torch.randn):
             made[:, :, done : done + chunk.shape[2]] = chunk
             done += chunk.shape[2]
         return made

@@ -139,7 +139,7 @@ def _require_disk_space(folder: Path, required_bytes: int) -> None:
     if required_bytes > free:
         raise CheckpointError(
             f"the random weights take {required_bytes / 1e9:.1f} GB, and {folder} has room for {free / 1e9:.1f}. Take fewer "
-            "layers, or another folder (--models, or TMPDIR)."
+            "layers, or another folder (--model-folder, or TMPDIR)."
         )
 
 

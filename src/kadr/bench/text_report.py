@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-COLUMNS = ("", "numbers", "time", "spread", "time / kadr's", "TFLOP/s", "of matmul", "memory", "weights", "error")
+REPORT_COLUMNS = (
+    "",
+    "numbers",
+    "time",
+    "spread",
+    "time / kadr's",
+    "TFLOP/s",
+    "of matmul",
+    "memory",
+    "weights",
+    "error",
+)
 Case = Mapping[str, Any]
 
 
@@ -77,7 +88,7 @@ def report_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         told = matmul_rate(case)
         yield case_title(case) + (f"  (matmul: {told})" if told else "")
-        yield from align_columns([COLUMNS, *(contender_row(each) for each in case["contenders"])])
+        yield from align_columns([REPORT_COLUMNS, *(contender_row(each) for each in case["contenders"])])
         yield from case_notes(case)
 
 

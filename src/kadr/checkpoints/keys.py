@@ -21,28 +21,28 @@ def _same_in_both(kadr: str, official: str) -> Key:
     return Key(kadr, official, official)
 
 
-_KADR_BLOCK, _OFFICIAL_BLOCK = "layers.{i}", "transformer_blocks.{i}"
+_KADR_BLOCK, _OFFICIAL_BLOCK = "blocks.{i}", "transformer_blocks.{i}"
 TRANSFORMER_KEYS = (
-    Key("patch_in.*", "patchify_proj.*", "proj_in.*"),
+    Key("proj_in.*", "patchify_proj.*", "proj_in.*"),
     Key(
-        "level_embedding.first.*",
+        "time_embed.linear_1.*",
         "adaln_single.emb.timestep_embedder.linear_1.*",
         "time_embed.emb.timestep_embedder.linear_1.*",
     ),
     Key(
-        "level_embedding.second.*",
+        "time_embed.linear_2.*",
         "adaln_single.emb.timestep_embedder.linear_2.*",
         "time_embed.emb.timestep_embedder.linear_2.*",
     ),
-    Key("level_bends.*", "adaln_single.linear.*", "time_embed.linear.*"),
-    _same_in_both("text_in.up.*", "caption_projection.linear_1.*"),
-    _same_in_both("text_in.down.*", "caption_projection.linear_2.*"),
-    _same_in_both("modulation", "scale_shift_table"),
-    _same_in_both("patch_out.*", "proj_out.*"),
-    _same_in_both(f"{_KADR_BLOCK}.modulation", f"{_OFFICIAL_BLOCK}.scale_shift_table"),
+    Key("adaln_linear.*", "adaln_single.linear.*", "time_embed.linear.*"),
+    _same_in_both("caption_proj.up.*", "caption_projection.linear_1.*"),
+    _same_in_both("caption_proj.down.*", "caption_projection.linear_2.*"),
+    _same_in_both("scale_shift_table", "scale_shift_table"),
+    _same_in_both("proj_out.*", "proj_out.*"),
+    _same_in_both(f"{_KADR_BLOCK}.scale_shift_table", f"{_OFFICIAL_BLOCK}.scale_shift_table"),
     *(
         key
-        for ours, theirs in (("self_attention", "attn1"), ("text_attention", "attn2"))
+        for ours, theirs in (("self_attention", "attn1"), ("cross_attention", "attn2"))
         for key in (
             _same_in_both(f"{_KADR_BLOCK}.{ours}.q.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_q.*"),
             _same_in_both(f"{_KADR_BLOCK}.{ours}.k.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_k.*"),
@@ -67,31 +67,27 @@ TRANSFORMER_KEYS = (
 _TIMESTEP_LINEAR = "timestep_embedder.linear_"
 VAE_KEYS = (
     Key("statistics.mean", "per_channel_statistics.mean-of-means", "latents_mean"),
-    Key("statistics.deviation", "per_channel_statistics.std-of-means", "latents_std"),
+    Key("statistics.std", "per_channel_statistics.std-of-means", "latents_std"),
     _same_in_both("{side}.conv_in.*", "{side}.conv_in.conv.*"),
     _same_in_both("{side}.conv_out.*", "{side}.conv_out.conv.*"),
-    Key("decoder.level_scale", "decoder.timestep_scale_multiplier", "decoder.timestep_scale_multiplier"),
+    Key("decoder.timestep_scale_multiplier", "decoder.timestep_scale_multiplier", "decoder.timestep_scale_multiplier"),
     Key(
-        "decoder.level_embedding.first.*",
+        "decoder.time_embed.linear_1.*",
         f"decoder.last_time_embedder.{_TIMESTEP_LINEAR}1.*",
         f"decoder.time_embedder.{_TIMESTEP_LINEAR}1.*",
     ),
     Key(
-        "decoder.level_embedding.second.*",
+        "decoder.time_embed.linear_2.*",
         f"decoder.last_time_embedder.{_TIMESTEP_LINEAR}2.*",
         f"decoder.time_embedder.{_TIMESTEP_LINEAR}2.*",
     ),
-    Key("decoder.modulation", "decoder.last_scale_shift_table", "decoder.scale_shift_table"),
-    _same_in_both(
-        "{side}.blocks.{n}.level_embedding.first.*", f"{{side}}.{{block}}.time_embedder.{_TIMESTEP_LINEAR}1.*"
-    ),
-    _same_in_both(
-        "{side}.blocks.{n}.level_embedding.second.*", f"{{side}}.{{block}}.time_embedder.{_TIMESTEP_LINEAR}2.*"
-    ),
+    Key("decoder.scale_shift_table", "decoder.last_scale_shift_table", "decoder.scale_shift_table"),
+    _same_in_both("{side}.blocks.{n}.time_embed.linear_1.*", f"{{side}}.{{block}}.time_embedder.{_TIMESTEP_LINEAR}1.*"),
+    _same_in_both("{side}.blocks.{n}.time_embed.linear_2.*", f"{{side}}.{{block}}.time_embedder.{_TIMESTEP_LINEAR}2.*"),
     *(
         key
         for ours, single, diffusers in (
-            ("{side}.blocks.{n}.layers.{i}", "{side}.{block}.res_blocks.{i}", "{side}.{block}.resnets.{i}"),
+            ("{side}.blocks.{n}.res_blocks.{i}", "{side}.{block}.res_blocks.{i}", "{side}.{block}.resnets.{i}"),
             ("{side}.blocks.{n}", "{side}.{block}", "{side}.{block}"),
         )
         for key in (
@@ -99,9 +95,9 @@ VAE_KEYS = (
             Key(f"{ours}.conv2.*", f"{single}.conv2.conv.*", f"{diffusers}.conv2.conv.*"),
             Key(f"{ours}.shortcut_norm.*", f"{single}.norm3.norm.*", f"{diffusers}.norm3.*"),
             Key(f"{ours}.shortcut.*", f"{single}.conv_shortcut.*", f"{diffusers}.conv_shortcut.conv.*"),
-            Key(f"{ours}.modulation", f"{single}.scale_shift_table", f"{diffusers}.scale_shift_table"),
-            Key(f"{ours}.noise1", f"{single}.per_channel_scale1", f"{diffusers}.per_channel_scale1"),
-            Key(f"{ours}.noise2", f"{single}.per_channel_scale2", f"{diffusers}.per_channel_scale2"),
+            Key(f"{ours}.scale_shift_table", f"{single}.scale_shift_table", f"{diffusers}.scale_shift_table"),
+            Key(f"{ours}.per_channel_scale1", f"{single}.per_channel_scale1", f"{diffusers}.per_channel_scale1"),
+            Key(f"{ours}.per_channel_scale2", f"{single}.per_channel_scale2", f"{diffusers}.per_channel_scale2"),
         )
     ),
     _same_in_both("{side}.blocks.{n}.conv.*", "{side}.{block}.conv.conv.*"),  # folding and unfolding blocks
@@ -175,11 +171,11 @@ T5_GGUF_KEYS = (
 UPSCALER_KEYS = (
     _same_in_both("conv_in.*", "initial_conv.*"),
     _same_in_both("norm_in.*", "initial_norm.*"),
-    _same_in_both("grow.*", "upsampler.0.*"),
+    _same_in_both("upsample_conv.*", "upsampler.0.*"),
     _same_in_both("conv_out.*", "final_conv.*"),
     *(
         _same_in_both(f"{ours}.{{i}}.{leaf}.*", f"{theirs}.{{i}}.{leaf}.*")
-        for ours, theirs in (("before", "res_blocks"), ("after", "post_upsample_res_blocks"))
+        for ours, theirs in (("res_blocks", "res_blocks"), ("post_upsample_res_blocks", "post_upsample_res_blocks"))
         for leaf in ("conv1", "norm1", "conv2", "norm2")
     ),
 )

@@ -27,7 +27,7 @@ from kadr.sampling.schedules import Schedule
 
 Materialize = Callable[[str, Tensor], Tensor]
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-_ALIGNMENT = 8  # bytes: where the tensors start, so that they can be mapped
+_HEADER_ALIGNMENT = 8  # bytes: where the tensors start, so that they can be mapped
 
 
 def write_single_file(
@@ -140,7 +140,7 @@ def write_tensors(
         start, end = end, end + prod(tensor.shape) * dtype.itemsize
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % _ALIGNMENT)
+    text += b" " * (-(LENGTH_BYTES + len(text)) % _HEADER_ALIGNMENT)
     with _atomic_file(path, fsync=fsync) as file:
         file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
         file.write(text)

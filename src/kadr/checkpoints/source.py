@@ -22,7 +22,7 @@ from kadr.checkpoints.memory_map import map_file
 from kadr.errors import CheckpointError
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # of the weights in a component's folder: diffusers', transformers'
-VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran
+FILE_VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _read_any_header(file: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str,
 
 def _find_weight_files(folder: Path) -> tuple[Path, ...]:
     """The weight files of a component's folder: the shards that an index names, or one file."""
-    for variant in VARIANTS:
+    for variant in FILE_VARIANTS:
         for stem in WEIGHT_STEMS:
             indexes = (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json")
             for index in dict.fromkeys(folder / name for name in indexes):

@@ -40,13 +40,13 @@ def _about(
     """Video from text and pictures with the LTX-Video family."""
 
 
-app.command(cls=OfficialCommand, epilog=generate.EPILOG)(handle_errors()(generate.generate))
-app.command(cls=OfficialCommand, epilog=plan.EPILOG)(handle_errors()(plan.plan))
-app.command(epilog=rerun.EPILOG)(handle_errors()(rerun.rerun))
+app.command(cls=OfficialCommand, epilog=generate.GENERATE_EPILOG)(handle_errors()(generate.generate))
+app.command(cls=OfficialCommand, epilog=plan.PLAN_EPILOG)(handle_errors()(plan.plan))
+app.command(epilog=rerun.RERUN_EPILOG)(handle_errors()(rerun.rerun))
 app.command()(handle_errors()(inspect.inspect))
-app.command("train-lora", epilog=train_lora.EPILOG)(handle_errors()(train_lora.train_lora))
-app.command(epilog=quantize.EPILOG)(handle_errors()(quantize.quantize))
-app.command(epilog=bench.EPILOG)(handle_errors()(bench.bench))
+app.command("train-lora", epilog=train_lora.TRAIN_LORA_EPILOG)(handle_errors()(train_lora.train_lora))
+app.command(epilog=quantize.QUANTIZE_EPILOG)(handle_errors()(quantize.quantize))
+app.command(epilog=bench.BENCH_EPILOG)(handle_errors()(bench.bench))
 app.add_typer(models.app, name="models")
 
 

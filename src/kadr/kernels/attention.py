@@ -26,7 +26,7 @@ MAX_TIME_RATIO = (
     0.97  # of the time of the best before it, that a later candidate must stay under: noise is to decide nothing
 )
 CHECKED_QUERIES, CHECKED_HEADS = 64, 4  # that are compared with exact attention, spread over all of one sample
-MAX_RELATIVE_ERROR = {torch.float32: 1e-3}  # relative error
+ATTENTION_MAX_RELATIVE_ERROR = {torch.float32: 1e-3}  # relative error
 MAX_RELATIVE_ERROR_16BIT = 0.02  # in 16 bits, where it is about 0.004
 
 
@@ -111,7 +111,7 @@ class AttentionAutotuner:
             warnings.simplefilter("ignore")  # torch tells at length why a backend cannot
             try:
                 apart = relative_error(candidate.run(q, k, v, bias), q, k, v, bias)
-                if not apart <= MAX_RELATIVE_ERROR.get(q.dtype, MAX_RELATIVE_ERROR_16BIT):
+                if not apart <= ATTENTION_MAX_RELATIVE_ERROR.get(q.dtype, MAX_RELATIVE_ERROR_16BIT):
                     return f"wrong by {100 * apart:.2g} %"
                 return self.measure_seconds(lambda: candidate.run(q, k, v, bias))
             except Exception as reason:  # each library refuses in its own way

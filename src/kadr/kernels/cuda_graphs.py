@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning
 
-MAX_RELATIVE_ERROR = 0.01  # relative distance of a replay from the plain call, from which on it is not trusted
+GRAPH_MAX_RELATIVE_ERROR = 0.01  # relative distance of a replay from the plain call, from which on it is not trusted
 MAX_GRAPHS = 4  # graphs that are kept: two passes, with and without disturbed blocks
 MAX_TRACKED_SHAPES = 64  # shapes that are remembered from their first call
 
@@ -193,7 +193,7 @@ def _mismatch(replayed: Any, eager: Any) -> str | None:
     """What is wrong with the results of a replay; None where they are right."""
     for own, plain in zip(tensors_in(replayed), tensors_in(eager), strict=True):
         error = float((own.float() - plain.float()).norm() / plain.float().norm().clamp_min(1e-30))
-        if not error <= MAX_RELATIVE_ERROR:
+        if not error <= GRAPH_MAX_RELATIVE_ERROR:
             return f"its results were {100 * error:.2g} % off"
     return None
 

@@ -16,14 +16,14 @@ from kadr.errors import KadrWarning
 from kadr.kernels import fused, reference
 
 E4M3 = torch.float8_e4m3fn
-ALIGNMENT = 16  # that both sides of a weight must be
-MIN_CAPABILITY = (8, 9)  # the capability of the first chips that multiply them, Ada
+FP8_ALIGNMENT = 16  # that both sides of a weight must be
+FP8_MIN_CAPABILITY = (8, 9)  # the capability of the first chips that multiply them, Ada
 SCALED_MM, UNSCALED_MM, FP32_MATMUL = (
     "scaled",
     "bare",
     "widened",
 )  # ways to a product, fastest first; see `select_matmul`
-MAX_RELATIVE_ERROR = 0.01  # relative error of a product that is right; bfloat16 rounds to 0.003
+FP8_MAX_RELATIVE_ERROR = 0.01  # relative error of a product that is right; bfloat16 rounds to 0.003
 
 _selected_matmuls: dict[
     tuple[torch.device, torch.dtype], str
@@ -58,12 +58,12 @@ def scaled_matmul(
 
 def has_fp8_units(device: torch.device) -> bool:
     """Whether a device multiplies 8-bit floats faster than wider ones."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_MIN_CAPABILITY
 
 
 def supports_shape(out_features: int, in_features: int) -> bool:
     """Whether a product of these sides can be had on every device."""
-    return not out_features % ALIGNMENT and not in_features % ALIGNMENT
+    return not out_features % FP8_ALIGNMENT and not in_features % FP8_ALIGNMENT
 
 
 def select_matmul(device: torch.device, dtype: torch.dtype) -> str:
@@ -111,7 +111,7 @@ def _check_matmul(name: str, device: torch.device, dtype: torch.dtype) -> str | 
     except Exception as refusal:  # RuntimeError, NotImplementedError, ValueError, by chip and version
         return f"{type(refusal).__name__}: {refusal}"
     error = float((made - right).norm() / right.norm())
-    return None if error <= MAX_RELATIVE_ERROR else f"wrong by {100 * error:.2g} %"
+    return None if error <= FP8_MAX_RELATIVE_ERROR else f"wrong by {100 * error:.2g} %"
 
 
 def _scaled_mm(

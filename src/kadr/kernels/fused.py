@@ -16,9 +16,9 @@ from kadr.kernels.cpu import pixel_norm
 from kadr.kernels.ggml_types import GGMLType
 
 MAX_ROW_ELEMENTS = 16_384  # numbers of a row that a program holds in registers; the hidden layer of 13B has as many
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITIES = {
-    torch.int8: trial.MIN_CAPABILITY,
+    torch.int8: trial.TRITON_MIN_CAPABILITY,
     torch.float8_e4m3fn: (8, 9),
 }  # capabilities; 8-bit floats came with Ada and Hopper
 GGML_KERNEL_TYPES = ("Q8_0", "Q6_K", "Q4_K")  # formats of GGML that there are kernels for
@@ -134,7 +134,7 @@ def bias_residual(x: Tensor, bias: Tensor | None, skip: Tensor) -> Tensor:
 def dequantize(quantized_weight: Tensor, ggml_type: GGMLType, out: Tensor) -> Tensor:
     """See `dequant.dequantize`."""
     rows, columns = out.shape
-    lies = rows and columns and quantized_weight.stride(-1) == out.stride(-1) == 1 and out.dtype in DTYPES
+    lies = rows and columns and quantized_weight.stride(-1) == out.stride(-1) == 1 and out.dtype in KERNEL_DTYPES
     fits = (
         lies and ggml_type.name in GGML_KERNEL_TYPES and quantized_weight.shape == (rows, ggml_type.row_bytes(columns))
     )
@@ -198,5 +198,5 @@ def _has_contiguous_channels(x: Tensor) -> bool:
 def _share_dtype_and_layout(x: Tensor, *others: Tensor | None) -> bool:
     """Whether all are of one dtype that kernels read, with neighbours along the last axis of the others."""
     given = [tensor for tensor in others if tensor is not None]
-    same = x.dtype in DTYPES and all(tensor.dtype == x.dtype for tensor in given)
+    same = x.dtype in KERNEL_DTYPES and all(tensor.dtype == x.dtype for tensor in given)
     return same and all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in given)

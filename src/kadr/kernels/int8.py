@@ -18,14 +18,14 @@ from torch import Tensor
 from kadr.kernels import fused, reference
 from kadr.kernels.reference import MIN_ABS_MAX
 
-MAX_CODE = 127  # of the 8 bits; -128 is left out, so that the range is symmetric
+INT8_MAX = 127  # of the 8 bits; -128 is left out, so that the range is symmetric
 RESCALE_SLICE_ELEMENTS = 131_072  # products that are scaled at a time: what stays in a core's cache
 QUANTIZE_SLICE_ELEMENTS = 262_144  # activations that are quantized at a time, for the same reason; measured
 ZERO_POINT = 128  # what stands for 0 in unsigned activations
 ROUND_UP_FACTOR = 1 + 2.0**-8  # a scale times this, rounded to bfloat16, is not below the scale
 # GELU in its tanh form is x · sigmoid(2u), u = √(2/π) (x + 0.044715 x³): the factors of x and of x³ in 2u.
 GELU_LINEAR, GELU_CUBIC = 1.5957691216057308, 0.07135481282553484
-MIN_CUDA_ROWS, ALIGNMENT = 17, 8  # of a product on CUDA (torch._int_mm); and its other sides are multiples of this
+MIN_CUDA_ROWS, INT8_ALIGNMENT = 17, 8  # of a product on CUDA (torch._int_mm); and its other sides are multiples of this
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def _int_matmul(codes: Tensor, weight: Tensor) -> Tensor:
 
 def supports_shape(out_features: int, in_features: int) -> bool:
     """Whether a product of these sides can be had on every device."""
-    return not out_features % ALIGNMENT and not in_features % ALIGNMENT
+    return not out_features % INT8_ALIGNMENT and not in_features % INT8_ALIGNMENT
 
 
 @cache
@@ -113,7 +113,7 @@ def quantize_rows_unsigned(x: Tensor, *, gelu: bool = False) -> UnsignedRows:
     for start in range(0, rows, step):
         piece = slice(start, start + step)
         wide = _gelu(x[piece].float()) if gelu else x[piece].float()
-        scale = wide.abs().amax(dim=-1, keepdim=True).clamp_(min=MIN_ABS_MAX).div_(MAX_CODE)
+        scale = wide.abs().amax(dim=-1, keepdim=True).clamp_(min=MIN_ABS_MAX).div_(INT8_MAX)
         scale = scale if x.dtype == torch.float32 else (scale * ROUND_UP_FACTOR).to(x.dtype)
         scales[piece] = scale
         # Through signed numbers: torch converts to unsigned ones one by one, six times as slowly.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # The dtypes of 8 bits, and the number that the largest magnitude of a row becomes in each.
-MAX_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+MAX_CODES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 MIN_ABS_MAX = 1e-12  # a row of zeros must not divide by zero
 
 
@@ -117,8 +117,8 @@ def quantize_rows(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         codes (..., K) of that dtype, and fp32 (..., 1), what they are multiplied with.
     """
     largest = x.abs().amax(dim=-1, keepdim=True).float().clamp_(min=MIN_ABS_MAX)
-    scaled = torch.mul(x.float(), MAX_CODE[code_dtype] / largest)
-    return (scaled.round_() if code_dtype == torch.int8 else scaled).to(code_dtype), largest / MAX_CODE[code_dtype]
+    scaled = torch.mul(x.float(), MAX_CODES[code_dtype] / largest)
+    return (scaled.round_() if code_dtype == torch.int8 else scaled).to(code_dtype), largest / MAX_CODES[code_dtype]
 
 
 def gelu_quantize(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from kadr.kernels import mode
 
 Result = TypeVar("Result")
 Capability = tuple[int, int]
-MIN_CAPABILITY: Capability = (8, 0)  # the first with bfloat16, Ampere
-MAX_RELATIVE_ERROR = (
+TRITON_MIN_CAPABILITY: Capability = (8, 0)  # the first with bfloat16, Ampere
+TRIAL_MAX_RELATIVE_ERROR = (
     0.05  # relative; rounding to bfloat16 on the way moves a twentieth of fp8's codes by a step, 0.015 in all
 )
 CORNER_SIZE = 8  # from the end of each axis; the numbers that lie furthest in memory are the ones to compare
@@ -48,7 +48,7 @@ def run(module_name: str, definition: Callable[..., Result], *arguments: Any) ->
     return _try_kernel(module_name, definition, arguments, question)
 
 
-def should_use_kernel(tensors: Iterable[Tensor | None], min_capability: Capability = MIN_CAPABILITY) -> bool:
+def should_use_kernel(tensors: Iterable[Tensor | None], min_capability: Capability = TRITON_MIN_CAPABILITY) -> bool:
     """Whether a kernel is to run on these: the switch allows it, their device can, and nobody asks for gradients.
 
     Code that is being compiled keeps the definitions, which the compiler fuses by itself.
@@ -68,7 +68,7 @@ def may_use_kernel(x: Tensor) -> bool:
     return x.is_cuda or mode.current() == mode.EVERYWHERE
 
 
-def is_supported(device: torch.device, min_capability: Capability = MIN_CAPABILITY) -> bool:
+def is_supported(device: torch.device, min_capability: Capability = TRITON_MIN_CAPABILITY) -> bool:
     """Whether a device is one that kernels are written for."""
     return device.type == "cuda" and _capability(device) >= min_capability
 
@@ -100,7 +100,7 @@ def _try_kernel(
         return _reject_kernel(key, definition, arguments, f"it fails with {type(error).__name__}: {error}")
     if apart is None:
         return right
-    if apart > MAX_RELATIVE_ERROR:
+    if apart > TRIAL_MAX_RELATIVE_ERROR:
         return _reject_kernel(key, definition, arguments, f"its result is {100 * apart:.1f} % off")
     _verdicts[key] = kernel
     return made

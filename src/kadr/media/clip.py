@@ -31,7 +31,7 @@ _CONTAINER_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 _SEEKABLE = re.compile(
     "mp4|matroska"
 )  # containers whose time stamps lead to a frame: those of AVI are counted on the way
-_SUPPORTED = "Supported: .mp4, .mov, .mkv, .webm and .avi."
+_SUPPORTED_CLIPS = "Supported: .mp4, .mov, .mkv, .webm and .avi."
 
 
 @dataclass(frozen=True)
@@ -237,10 +237,10 @@ def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
         # Tags need not be UTF-8: other programs write what they like, and damage does.
         with av.open(name, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
-                raise MediaError(f"{path} holds no video. {_SUPPORTED}")
+                raise MediaError(f"{path} holds no video. {_SUPPORTED_CLIPS}")
             yield container
     except (OSError, av.error.FFmpegError) as error:
-        raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_SUPPORTED}") from error
+        raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_SUPPORTED_CLIPS}") from error
 
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:

@@ -25,11 +25,11 @@ from kadr.shapes import Size
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
 DEFAULT_IMAGE_CRF = 29
-MAXIMUM_CRF = 51  # of 8-bit H.264
+MAX_CRF = 51  # of 8-bit H.264
 
 # Named one by one because Pillow would otherwise also try formats that start other programs, such as EPS.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-_SUPPORTED = "Supported: PNG, JPEG, WebP, BMP, TIFF, GIF and PPM with 8 bits per channel."
+_SUPPORTED_IMAGES = "Supported: PNG, JPEG, WebP, BMP, TIFF, GIF and PPM with 8 bits per channel."
 _HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 # What Pillow's readers raise on damaged files; most of it is meant for their own dispatch and leaks through.
 _READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
@@ -97,9 +97,9 @@ def load_image(image: ImageInput) -> Image.Image:
     except FileNotFoundError:
         raise MediaError(f"{name}: there is no such file.") from None
     except UnidentifiedImageError:
-        raise MediaError(f"{name} is not a picture that can be read. {_SUPPORTED}") from None
+        raise MediaError(f"{name} is not a picture that can be read. {_SUPPORTED_IMAGES}") from None
     except _READ_ERRORS as error:
-        raise MediaError(f"{name} cannot be read as a picture: {error}. {_SUPPORTED}") from error
+        raise MediaError(f"{name} cannot be read as a picture: {error}. {_SUPPORTED_IMAGES}") from error
 
 
 def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the picture") -> Image.Image:
@@ -154,8 +154,8 @@ def compress(image: torch.Tensor, crf: int = DEFAULT_IMAGE_CRF) -> torch.Tensor:
 
     Source: ltx_video/pipelines/crf_compressor.py.
     """
-    if not 0 <= crf <= MAXIMUM_CRF:
-        raise MediaError(f"crf is {crf}; it must lie between 1 (best) and {MAXIMUM_CRF}, or be 0 for no compression.")
+    if not 0 <= crf <= MAX_CRF:
+        raise MediaError(f"crf is {crf}; it must lie between 1 (best) and {MAX_CRF}, or be 0 for no compression.")
     if crf == 0:
         return image
     even = image[:, : image.shape[1] // 2 * 2, : image.shape[2] // 2 * 2]
@@ -202,7 +202,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     _refuse_empty(*image.size, name)
     if image.mode in _HIGH_BIT_DEPTH_MODES:
         # Pillow would clip these to 8 bits, which turns nearly all of the picture white.
-        raise MediaError(f"{name} has pixels of kind {image.mode}. {_SUPPORTED}")
+        raise MediaError(f"{name} has pixels of kind {image.mode}. {_SUPPORTED_IMAGES}")
     return ImageOps.exif_transpose(image).convert("RGB")
 
 

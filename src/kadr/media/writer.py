@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import av
 
 DEFAULT_CRF = 18  # visually lossless for most eyes
-MAXIMUM_CRF = 51  # of 8-bit H.264
+MAX_CRF = 51  # of 8-bit H.264
 MAX_FILE_FPS = 1000
 
 COMMENT_KEY = "kadr"  # the comment tag holds {"kadr": request}, so that nobody else's JSON is taken for a request
@@ -74,8 +74,8 @@ class VideoWriter:
         self.frames_written = 0
         _check_target(self.path)
         _check_even(size)
-        if not 0 <= crf <= MAXIMUM_CRF:
-            raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAXIMUM_CRF}.")
+        if not 0 <= crf <= MAX_CRF:
+            raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAX_CRF}.")
         # ASCII, because a prompt may hold what is not valid UTF-8 and no tool on the way should get to spoil it.
         self._comment = None if metadata is None else json.dumps({COMMENT_KEY: dict(metadata)}, allow_nan=False)
         self._partial = self.path.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 PageAdvice = Callable[[Iterable[Tensor]], None]
-_ALIGNMENT = 256  # bytes, of a tensor within a place on the device: what CUDA's kernels like best
+_SLOT_ALIGNMENT = 256  # bytes, of a tensor within a place on the device: what CUDA's kernels like best
 NUM_SLOTS = 2  # on the device: one that is computed with, one that is filled
 
 
@@ -120,7 +120,7 @@ def _views_into(buffer: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _align(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+    return -(-size // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
 
 
 def _aligned_bytes(tensors: Iterable[Tensor]) -> int:

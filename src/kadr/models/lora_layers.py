@@ -43,7 +43,7 @@ def attach_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], dtype: 
         down = torch.cat([each.down.to(dtype) for _, each in own])
         up = torch.cat([each.up.to(dtype) for _, each in own], dim=1)
         made = LoRALinear(module.get_submodule(name), down, up)
-        made.parts = tuple((number, each.scale, len(each.down)) for number, each in own)
+        made.segments = tuple((number, each.scale, len(each.down)) for number, each in own)
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, made.eval())
 
@@ -51,7 +51,7 @@ def attach_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], dtype: 
 def set_lora_strengths(module: nn.Module, strengths: Sequence[float], device: torch.device) -> None:
     """How much each LoRA of a module adds from now on: one number each, in the order of `attach_loras`."""
     for layer in lora_linears(module):
-        pieces = [torch.full((rank,), strengths[number] * scale) for number, scale, rank in layer.parts]
+        pieces = [torch.full((rank,), strengths[number] * scale) for number, scale, rank in layer.segments]
         layer.set_scale(torch.cat(pieces).to(device))
 
 

@@ -112,7 +112,7 @@ _RESEARCH = "RAIL-M for research, ltx-video-2b-v0.9.license.txt in the repositor
 _OPEN_RAIL = "OpenRAIL-M, ltx-video-2b-v0.9.5.license.txt in the repository"
 _OPEN_WEIGHTS = "LTXV Open Weights License 0.X, LTX-Video-Open-Weights-License-0.X.txt in the repository"
 LORA = "LoRA"
-TEXT_ENCODER, TEXT_ENCODER_GGUF = "t5-v1.1-xxl", "t5-v1.1-xxl-q8-gguf"
+DEFAULT_TEXT_ENCODER, TEXT_ENCODER_GGUF = "t5-v1.1-xxl", "t5-v1.1-xxl-q8-gguf"
 UPSCALER = "ltxv-spatial-upscaler-0.9.8"
 
 _2B_GUIDANCE = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, skip_blocks=(19,))
@@ -151,7 +151,7 @@ _13B_DEV = Recipe(
     ),
 )
 DEMO_SIGMAS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
-_DEMO_DEFAULTS: dict[str, Any] = {"negative_prompt": "", "fps": 24.0, "frames": 25, "downscale": 0.5}
+_DEMO_DEFAULTS: dict[str, Any] = {"negative_prompt": "", "fps": 24.0, "frames": 25, "downscale_factor": 0.5}
 _DEMO = Recipe(
     first_pass=Pass(steps=24, guidance=Guidance(cfg_scale=3.0)),
     second_pass=Pass(sigmas=DEMO_SIGMAS[4:], guidance=Guidance(cfg_scale=1.0)),
@@ -168,7 +168,12 @@ _DEMO_DISTILLED = Recipe(
 
 
 def _model_release(name: str, version: str, file: str, size: int, num_layers: int, **more: Any) -> Release:
-    parts: dict[str, Any] = {"vae_family": "0.9.5", "text_encoder": TEXT_ENCODER, "licence": _OPEN_WEIGHTS, **more}
+    parts: dict[str, Any] = {
+        "vae_family": "0.9.5",
+        "text_encoder": DEFAULT_TEXT_ENCODER,
+        "licence": _OPEN_WEIGHTS,
+        **more,
+    }
     return Release(
         name=name, version=version, file=f"{file}.safetensors", size_bytes=size, num_layers=num_layers, **parts
     )
@@ -307,7 +312,7 @@ RELEASES: tuple[Release, ...] = (
         for (what, version), of_file in _IC_LORAS.items()
     ),
     Release(
-        name=TEXT_ENCODER,
+        name=DEFAULT_TEXT_ENCODER,
         version="1.1",
         kind="text encoder",
         repo=TEXT_ENCODER_REPO,

@@ -22,17 +22,6 @@ from kadr.errors import CheckpointError
 from kadr.nn.init import init_normal
 from kadr.nn.linear import Linear
 
-_HEADER_KEYS = {  # ours: the name in config.json
-    "vocabulary": "vocab_size",
-    "width": "d_model",
-    "layers": "num_layers",
-    "heads": "num_heads",
-    "head_width": "d_kv",
-    "hidden": "d_ff",
-    "buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance",
-    "epsilon": "layer_norm_epsilon",
-}
 # Transformers reads an absent feed_forward_proj as "relu", so that one must be said; the rest is asked only if said.
 _FIXED_HEADER_VALUES = {
     "model_type": "t5",
@@ -45,12 +34,12 @@ _REQUIRED_KEYS = ("model_type", "feed_forward_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The sizes of a T5 v1.1 encoder.
+    """Sizes of a T5 v1.1 encoder, by their names in `config.json`.
 
     Args:
         vocab_size: rows of the embedding; at least the tokenizer's size.
         d_model: D, of the residual stream.
-        num_heads, d_kv: heads * head_width need not equal `d_model`.
+        num_heads, d_kv: num_heads * d_kv need not equal `d_model`.
         d_ff: between the two matrices of the feed-forward.
         relative_attention_num_buckets: distances told apart, both directions together.
         relative_attention_max_distance: tokens; from here on all distances share the last bucket of their direction.
@@ -100,13 +89,14 @@ class T5Config:
             if value != supported:
                 _refuse(name, value, repr(supported))
         defaults = ("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
-        absent = [name for ours, name in _HEADER_KEYS.items() if ours not in defaults and name not in header]
+        names = [field.name for field in fields(cls)]
+        absent = [name for name in names if name not in defaults and name not in header]
         if absent:
             raise CheckpointError(
                 f"The text encoder's config.json lacks {', '.join(absent)}. "
                 "Take the whole text_encoder folder from where the weights came from."
             )
-        return cls(**{ours: header[name] for ours, name in _HEADER_KEYS.items() if name in header})
+        return cls(**{name: header[name] for name in names if name in header})
 
 
 def _refuse(name: str, value: object, supported: str) -> None:

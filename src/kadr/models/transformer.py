@@ -28,7 +28,7 @@ from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER
 from kadr.sampling.step_cache import ResidualCache
 
 # Keys of the header that change what is computed, with the only value released weights use.
-FIXED_HEADER_VALUES: Mapping[str, Any] = {
+TRANSFORMER_FIXED_VALUES: Mapping[str, Any] = {
     "_class_name": "Transformer3DModel",
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -84,7 +84,7 @@ class TransformerConfig:
         Raises:
             CheckpointError: a value that no released weights use.
         """
-        for key, value in FIXED_HEADER_VALUES.items():
+        for key, value in TRANSFORMER_FIXED_VALUES.items():
             found = header.get(key, value)
             if found != value:
                 raise CheckpointError(f"the transformer's header has {key} = {found!r}; kadr knows only {value!r}.")
@@ -107,7 +107,7 @@ class TransformerConfig:
     def to_header(self) -> dict[str, Any]:
         """The "transformer" entry of an official header."""
         return {
-            **FIXED_HEADER_VALUES,
+            **TRANSFORMER_FIXED_VALUES,
             "num_layers": self.num_layers,
             "num_attention_heads": self.num_heads,
             "attention_head_dim": self.head_dim,
@@ -236,7 +236,7 @@ class TransformerBlock(nn.Module):
         """
         around_attention, around_thought = compute_adaln_params(self.scale_shift_table, adaln)
         bent = fused.norm_modulate(x, around_attention.scale, around_attention.shift)
-        bent = self.self_attention(bent, rope=rope, instead=perturbed_value)
+        bent = self.self_attention(bent, rope=rope, perturbed_value=perturbed_value)
         x = fused.gate_residual(x, around_attention.gate, bent)
         # What is not needed any more keeps no name: it would stay in memory until the layer ends.
         bent = self.cross_attention(x, text_kv, bias=text_bias)

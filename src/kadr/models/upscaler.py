@@ -17,8 +17,8 @@ from kadr.models.vae.config import Strides
 NORM_GROUPS = 32  # of every norm
 OFFICIAL_CLASS_NAME = "LatentUpsampler"
 # Entry of the header -> ours. Three have no default: those who read the header do not agree on one.
-_SIZE_KEYS: Mapping[str, str] = {"in_channels": "channels", "mid_channels": "width", "num_blocks_per_stage": "blocks"}
-_FLAG_KEYS: Mapping[str, str] = {"spatial_upsample": "space", "temporal_upsample": "time"}
+_SIZE_KEYS = ("in_channels", "mid_channels", "num_blocks_per_stage")
+_FLAG_KEYS = ("spatial_upsample", "temporal_upsample")
 _DEFAULTS: Mapping[str, Any] = {"num_blocks_per_stage": 4, "spatial_upsample": True, "temporal_upsample": False}
 _DIMS = 3
 
@@ -88,13 +88,13 @@ class UpscalerConfig:
             if found != value:
                 raise CheckpointError(f"the upscaler's header has {key} = {found!r}; kadr knows only {value!r}.")
         said = {**_DEFAULTS, **header}
-        read: dict[str, Any] = {ours: _size(key, said.get(key)) for key, ours in _SIZE_KEYS.items()}
-        return cls(**read, **{ours: _flag(key, said[key]) for key, ours in _FLAG_KEYS.items()})
+        read: dict[str, Any] = {key: _size(key, said.get(key)) for key in _SIZE_KEYS}
+        return cls(**read, **{key: _flag(key, said[key]) for key in _FLAG_KEYS})
 
     def to_header(self) -> dict[str, Any]:
         """The config of an official header."""
-        ours = {**_SIZE_KEYS, **_FLAG_KEYS}
-        return {"_class_name": OFFICIAL_CLASS_NAME, "dims": _DIMS, **{key: getattr(self, ours[key]) for key in ours}}
+        values = {key: getattr(self, key) for key in (*_SIZE_KEYS, *_FLAG_KEYS)}
+        return {"_class_name": OFFICIAL_CLASS_NAME, "dims": _DIMS, **values}
 
 
 def _size(key: str, value: Any) -> int:

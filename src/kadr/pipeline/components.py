@@ -140,16 +140,18 @@ class Components(ModelSpec):
         finally:
             self.transformer_override = self.override_lora_path = None
 
-    def load_transformer(self, pass_index: int, dtype: torch.dtype, *, as_stored: bool) -> Transformer:
+    def load_transformer(self, pass_index: int, dtype: torch.dtype, *, keep_storage_dtype: bool) -> Transformer:
         """The transformer of a pass as its file has it, with merged LoRAs in it; not held in any way yet."""
         checkpoint = self.transformer_checkpoints[pass_index]
         if checkpoint.path not in self._rotations:
             looked = may_be_rotated(checkpoint)
             self._rotations[checkpoint.path] = detect_rotation(checkpoint, dtype, self.device) if looked else None
         # What is stored in 8-bit floats is multiplied as it is: to widen and to round it again would lose twice.
-        as_stored = as_stored or (self.quant == FP8 and is_quantized(checkpoint.sources["transformer"]))
-        as_stored = as_stored and not self.loras.is_merged  # they are added to plain weights
-        module = checkpoint.load_transformer(dtype, keep_storage_dtype=as_stored)
+        keep_storage_dtype = keep_storage_dtype or (
+            self.quant == FP8 and is_quantized(checkpoint.sources["transformer"])
+        )
+        keep_storage_dtype = keep_storage_dtype and not self.loras.is_merged  # they are added to plain weights
+        module = checkpoint.load_transformer(dtype, keep_storage_dtype=keep_storage_dtype)
         rotation = self._rotations[checkpoint.path]
         if rotation is not None:
             rotate_weights(module, rotation)
@@ -171,14 +173,14 @@ class Components(ModelSpec):
 
     def vae_encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[VAE]:
         """The VAE without its decoder."""
-        return self._acquire(VAE_ENCODER, "encode", self._vae_loader(decoder=False), dtype)
+        return self._acquire(VAE_ENCODER, "encode", self._vae_loader(with_decoder=False), dtype)
 
     def vae_decoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[VAE]:
         """The VAE without its encoder."""
-        return self._acquire(VAE_DECODER, "decode", self._vae_loader(encoder=False), dtype)
+        return self._acquire(VAE_DECODER, "decode", self._vae_loader(with_encoder=False), dtype)
 
     def _vae_loader(self, **parts: bool) -> Callable[..., VAE]:
-        def load(dtype: torch.dtype, *, as_stored: bool) -> VAE:
+        def load(dtype: torch.dtype, *, keep_storage_dtype: bool) -> VAE:
             return self.vae_checkpoint.load_vae(dtype, **parts)
 
         return load
@@ -198,7 +200,7 @@ class Components(ModelSpec):
             choice = replace(choice, dtype=_dtype_name(dtype), weight_format=AS_STORED)
 
         def made() -> M:
-            module = load(DTYPES[choice.dtype], as_stored=choice.weight_format == AS_STORED)
+            module = load(DTYPES[choice.dtype], keep_storage_dtype=choice.weight_format == AS_STORED)
             loras = self.loras.load() if with_loras and not self.loras.is_merged else ()
             return place_module(module, choice, self.device, compile_transformer=self.compile_transformer, loras=loras)
 

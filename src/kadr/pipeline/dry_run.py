@@ -303,7 +303,7 @@ def _inspect_text_encoder(name_or_path: str | Path | None, model: DryRunModel) -
         folder = model.component.path if model.component.path.is_dir() else model.component.path.parent
         if (folder / "text_encoder").is_dir():
             return DryRunComponent(role, "beside the model", folder)
-    entry = (model.release and model.release.text_encoder) or registry.TEXT_ENCODER
+    entry = (model.release and model.release.text_encoder) or registry.DEFAULT_TEXT_ENCODER
     return _inspect_component(role, entry, role)[0]
 
 

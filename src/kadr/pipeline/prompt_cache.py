@@ -26,10 +26,10 @@ from kadr.memory.device import DTYPES
 from kadr.text.tokenizer import PromptTokens
 
 FORMAT_VERSION = 1  # part of every name: with another number, all files of before are strangers
-MAX_BYTES = 512_000_000  # bytes of all files; those used longest ago go first
+MAX_CACHE_BYTES = 512_000_000  # bytes of all files; those used longest ago go first
 FOLDER = "prompts"
 _EMBEDDINGS_KEY, _DIGEST_KEY = "encoding", "sha256"
-_FILE_NAME = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+\.part)?")
+_PROMPT_FILE_NAME = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+\.part)?")
 
 
 def cache_home() -> Path:
@@ -177,9 +177,9 @@ def _digest(embeddings: Tensor) -> str:
 def _prune(folder: Path) -> None:
     """Remove the files used longest ago that are too many, and no file that is not ours."""
     with os.scandir(folder) as entries:
-        found = [(entry.stat(), Path(entry.path)) for entry in entries if _FILE_NAME.fullmatch(entry.name)]
+        found = [(entry.stat(), Path(entry.path)) for entry in entries if _PROMPT_FILE_NAME.fullmatch(entry.name)]
     total = 0
     for stat, path in sorted(found, key=lambda each: each[0].st_mtime_ns, reverse=True):
         total += stat.st_size
-        if total > MAX_BYTES:
+        if total > MAX_CACHE_BYTES:
             path.unlink(missing_ok=True)

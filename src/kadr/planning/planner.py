@@ -30,7 +30,7 @@ from kadr.planning.vae_flops import vae_decoder_flops, vae_encoder_flops
 from kadr.planning.weight_bytes import WeightBytes, weight_bytes
 from kadr.planning.workload import WindowWorkload, Workload
 from kadr.quant.prepack import should_prepack_convs, should_prepack_linears
-from kadr.quant.weight_formats import AUTO, INT8, INT8_WEIGHT_ONLY, NONE
+from kadr.quant.weight_formats import AUTO_QUANT, INT8, INT8_WEIGHT_ONLY, NONE
 from kadr.request.passes import ResolvedPass
 from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.spec.model import PASS_STAGES, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, ModelSpec
@@ -149,7 +149,9 @@ class Planner:
         grids = [grid for grids in self.workload.encode_grids for grid in grids]
         # Of pictures, pairs make a single product.
         together = F23 if should_prepack_convs(self.dtype, self.device) else 0
-        working = max(vae_encode_activation_bytes(config, grid, self.itemsize, winograd_frames=together) for grid in grids)
+        working = max(
+            vae_encode_activation_bytes(config, grid, self.itemsize, winograd_frames=together) for grid in grids
+        )
         flops = sum(vae_encoder_flops(config, grid) for grid in grids)
         path = backends.conv_backend(self.dtype, self.device)
         weights = self._vae_weight_bytes("encoder", together)
@@ -248,7 +250,7 @@ class Planner:
         choices = []
         for same in zip(*(need.placements for _, need in needs), strict=True):
             seconds = sum(count * choice.seconds for (count, _), choice in zip(needs, same, strict=True))
-            largest = max(same, key=lambda choice: choice.bytes)
+            largest = max(same, key=lambda choice: choice.device_bytes)
             choices.append(replace(largest, seconds=seconds, window_count=len(self.workload.windows)))
         return replace(needs[0][1], placements=tuple(choices))
 
@@ -287,10 +289,10 @@ class Planner:
         if merged:
             # On a CPU blocks can come and go only where they lie in a file.
             streamed = [] if self.on_cpu else [replace(streamed[0], weight_format=CONVERTED)]
-        if scheme not in (NONE, AUTO):
+        if scheme not in (NONE, AUTO_QUANT):
             resident = [_WeightOption(scheme)]
             streamed = [] if self.on_cpu else [_WeightOption(scheme, is_streamed=True, reason=streamed[0].reason)]
-        elif scheme == AUTO and not is_quantized(source):
+        elif scheme == AUTO_QUANT and not is_quantized(source):
             small = INT8 if not self.on_cpu or has_fast_int8() else INT8_WEIGHT_ONLY
             resident.append(_WeightOption(small, reason="weights in 8 bits, as --quant auto allows"))
         if offload == OFFLOAD_NONE:

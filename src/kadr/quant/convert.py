@@ -28,7 +28,7 @@ from kadr.quant.layers import (
 from kadr.quant.mixes import FALLBACK_TYPES
 from kadr.quant.weight_formats import FP8, FP8_WEIGHT_ONLY, INT8, INT8_WEIGHT_ONLY
 
-BLOCK_LIST_NAMES = ("layers", "blocks")  # where a transformer and a text encoder have theirs
+BLOCK_LIST_NAME = "blocks"  # of a transformer and of a text encoder
 ReleaseTensors = Callable[[Iterable[Tensor]], None]
 
 
@@ -38,12 +38,12 @@ def release_nothing(tensors: Iterable[Tensor]) -> None:
 
 def blocks_of(module: nn.Module) -> nn.ModuleList:
     """The blocks of a transformer or a text encoder."""
-    return next(getattr(module, name) for name in BLOCK_LIST_NAMES if hasattr(module, name))
+    return getattr(module, BLOCK_LIST_NAME)
 
 
 def in_block(name: str) -> bool:
     """Whether a module or parameter of that name is inside a block."""
-    return name.partition(".")[0] in BLOCK_LIST_NAMES
+    return name.partition(".")[0] == BLOCK_LIST_NAME
 
 
 def linears_in_blocks(module: nn.Module) -> Iterator[tuple[str, Linear]]:

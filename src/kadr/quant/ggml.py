@@ -15,7 +15,9 @@ from kadr.kernels.ggml_types import GGMLType
 from kadr.quant.kquants import fp16_bytes, pack_bits, q2_k, q3_k, q4_k, q5_k, q6_k, to_uint8
 from kadr.quant.scale_search import safe_reciprocal
 
-SLICE_ELEMENTS = 262_144  # numbers that are worked on at a time: a dozen temporaries of this size stay near the cores
+QUANTIZE_SLICE_ELEMENTS = (
+    262_144  # numbers that are worked on at a time: a dozen temporaries of this size stay near the cores
+)
 
 
 def quantize(weight: Tensor, ggml_type: GGMLType) -> Tensor:
@@ -35,7 +37,7 @@ def quantize(weight: Tensor, ggml_type: GGMLType) -> Tensor:
     rows, columns = weight.shape
     out = torch.empty(rows, ggml_type.row_bytes(columns), dtype=torch.uint8, device=weight.device)
     write = _QUANTIZERS[ggml_type.name]
-    step = max(1, SLICE_ELEMENTS // max(1, columns))
+    step = max(1, QUANTIZE_SLICE_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
         part = slice(start, start + step)
         piece = weight[part].float()

@@ -15,7 +15,7 @@ from kadr.kernels.hadamard import hadamard_transform
 from kadr.kernels.matmul import linear, linear_gelu
 from kadr.nn.linear import FusedGELU, QuantizesInput
 
-SLICE_ELEMENTS = 262_144  # numbers that are converted at a time: what stays in a core's cache
+DEQUANT_SLICE_ELEMENTS = 262_144  # numbers that are converted at a time: what stays in a core's cache
 
 
 class Scratch:
@@ -211,7 +211,7 @@ def rescale_into(weight: Tensor, scale: Tensor | None, out: Tensor) -> None:
     if scale is None:
         out.copy_(weight)
         return
-    step = max(1, SLICE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+    step = max(1, DEQUANT_SLICE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
     for start in range(0, len(weight), step):
         piece = slice(start, start + step)
         own = scale if len(scale) == 1 else scale[piece]

@@ -125,8 +125,8 @@ MIXES: Mapping[str, Mix] = {
         ),
     )
 }
-ALIASES: Mapping[str, str] = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
-MIX_NAMES = (*MIXES, *ALIASES)
+MIX_ALIASES: Mapping[str, str] = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
+MIX_NAMES = (*MIXES, *MIX_ALIASES)
 
 
 def find_mix(name: str) -> Mix:
@@ -136,7 +136,7 @@ def find_mix(name: str) -> Mix:
         KeyError: there is none.
     """
     name = name.upper()
-    return MIXES[ALIASES.get(name, name)]
+    return MIXES[MIX_ALIASES.get(name, name)]
 
 
 def assign_types(

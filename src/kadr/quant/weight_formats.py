@@ -5,12 +5,12 @@ from __future__ import annotations
 from kadr.errors import RequestError
 from kadr.kernels.ggml_types import GGML_TYPES
 
-NONE, AUTO = "none", "auto"
+NONE, AUTO_QUANT = "none", "auto"
 INT8, INT8_WEIGHT_ONLY, FP8, FP8_WEIGHT_ONLY = "int8", "int8-weights", "fp8", "fp8-weights"
 # What each is, for help and documents.
 WEIGHT_FORMATS = {
     NONE: "as the file has them",
-    AUTO: "as the file has them where that fits, else in 8 bits",
+    AUTO_QUANT: "as the file has them where that fits, else in 8 bits",
     INT8: "8-bit whole numbers, weights and activations: twice as fast on CPUs with VNNI",
     INT8_WEIGHT_ONLY: "8-bit whole numbers, weights alone: keeps more of the picture, and is not faster",
     FP8: "8-bit floats, weights and activations: faster on GPUs since Ada and Hopper",

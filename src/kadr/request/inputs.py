@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kadr.errors import RequestError
-from kadr.shapes import MAXIMUM_FRAMES
+from kadr.shapes import MAX_FRAMES
 from kadr.validation import check_bool, check_range, is_number
 
 Input = TypeVar("Input", bound="Condition | Control")
@@ -49,7 +49,7 @@ class Condition:
         check_range("strength", self.strength, 0.0, 1.0)
         if self.strength == 0:
             raise RequestError("strength is 0: the picture would do nothing. Give more than 0, or leave it out.")
-        check_range("frame", self.frame, -MAXIMUM_FRAMES, MAXIMUM_FRAMES, is_whole=True)
+        check_range("frame", self.frame, -MAX_FRAMES, MAX_FRAMES, is_whole=True)
         check_bool("is_clip", self.is_clip)
         if self.is_clip is None:
             object.__setattr__(self, "is_clip", Path(self.media).suffix.lower() in CLIP_SUFFIXES)

@@ -20,15 +20,15 @@ from kadr.models import registry
 from kadr.models.registry import Recipe
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
 
-MAXIMUM_BYTES = 1 << 20  # the official ones are two kilobytes; above this it is another file
+MAX_CONFIG_BYTES = 1 << 20  # the official ones are two kilobytes; above this it is another file
 PIPELINE_TYPES = ("base", "multi-scale")
 PRECISIONS = ("bfloat16", "mixed_precision", "float8_e4m3fn")
-SAMPLERS: Mapping[str, str | None] = {
+OFFICIAL_SAMPLERS: Mapping[str, str | None] = {
     "from_checkpoint": None,
     "uniform": "Uniform",
     "linear-quadratic": "LinearQuadratic",
 }
-STG_MODES: Mapping[str, str] = {
+OFFICIAL_STG_MODES: Mapping[str, str] = {
     "stg_av": ATTENTION_VALUES,
     "stg_as": "attention_skip",
     "stg_r": "residual",
@@ -36,16 +36,16 @@ STG_MODES: Mapping[str, str] = {
 }
 # Official key -> field. These may stand at the top or in a pass.
 GUIDANCE_KEYS: Mapping[str, str] = {
-    "guidance_scale": "scale",
-    "stg_scale": "stg",
+    "guidance_scale": "cfg_scale",
+    "stg_scale": "stg_scale",
     "rescaling_scale": "rescale",
     "skip_block_list": "skip_blocks",
-    "guidance_timesteps": "at",
+    "guidance_timesteps": "sigmas",
     "cfg_star_rescale": "cfg_star",
 }
 PASS_KEYS: Mapping[str, str] = {
     "num_inference_steps": "steps",
-    "timesteps": "levels",
+    "timesteps": "sigmas",
     "skip_initial_inference_steps": "skip_initial",
     "skip_final_inference_steps": "skip_final",
     "stochastic_sampling": "stochastic",
@@ -184,7 +184,7 @@ class _ErrorContext:
 def _load_yaml(path: Path) -> Mapping[Any, Any]:
     advice = "Give a pipeline config such as configs/ltxv-13b-0.9.8-dev.yaml of the official package."
     try:
-        if path.stat().st_size > MAXIMUM_BYTES:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
             raise RequestError(f"{path} has {path.stat().st_size} bytes, too many for a config. {advice}")
         data = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -227,13 +227,17 @@ def _check_top_level(context: _ErrorContext, data: Mapping[str, Any]) -> None:
     for key, low in (("decode_timestep", 0.0), ("decode_noise_scale", 0.0), ("downscale_factor", 0.01)):
         if not low <= (value := data.get(key, 1)) <= 1:
             raise context.error(key, f"is {value}; it must lie between {low:g} and 1.")
-    for key, known in (("pipeline_type", PIPELINE_TYPES), ("precision", PRECISIONS), ("sampler", tuple(SAMPLERS))):
+    for key, known in (
+        ("pipeline_type", PIPELINE_TYPES),
+        ("precision", PRECISIONS),
+        ("sampler", tuple(OFFICIAL_SAMPLERS)),
+    ):
         if (value := data.get(key, known[0])) not in known:
             raise context.error(key, f"is {value!r}; it must be one of {', '.join(known)}.")
 
 
 def _parse_recipe(context: _ErrorContext, data: Mapping[str, Any]) -> Recipe:
-    sampler = SAMPLERS[data.get("sampler", "from_checkpoint")]
+    sampler = OFFICIAL_SAMPLERS[data.get("sampler", "from_checkpoint")]
     both = {key: value for key, value in data.items() if key in (*PASS_KEYS, *GUIDANCE_KEYS)}
     _check_settings(context, both)
     mode = _parse_stg_mode(context, data)
@@ -291,8 +295,8 @@ def _is_decreasing(sigmas: Sequence[float]) -> bool:
 def _parse_stg_mode(context: _ErrorContext, data: Mapping[str, Any]) -> str | None:
     """How STG disturbs a block; None where it is as everywhere."""
     said = data.get("stg_mode", ATTENTION_VALUES).lower()
-    mode = STG_MODES.get(said, said)
-    context.build("stg_mode", Guidance, mode=mode)
+    mode = OFFICIAL_STG_MODES.get(said, said)
+    context.build("stg_mode", Guidance, stg_mode=mode)
     return None if mode == ATTENTION_VALUES else mode
 
 

@@ -11,24 +11,24 @@ from typing import Any
 from kadr.errors import RequestError
 from kadr.request.inputs import Condition, Control, as_tuple_of
 from kadr.request.windows import Windows, split_prompts
-from kadr.sampling.settings import MAXIMUM_STEPS, Guidance, Pass, parse_sigmas
+from kadr.sampling.settings import MAX_STEPS, Guidance, Pass, parse_sigmas
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
 from kadr.spec.loras import LoraStrength, parse_lora_strengths
 from kadr.validation import check_bool, check_range
 
-MAXIMUM_FPS = 240
+MAX_FPS = 240
 
 
 DEFAULT_DENOISE_STRENGTH = 0.75
 
 
 # Field, lowest and highest value, and whether it must be whole.
-_LIMITS: tuple[tuple[str, float, float, bool], ...] = (
-    ("fps", 0.1, MAXIMUM_FPS, False),
-    ("steps", 1, MAXIMUM_STEPS, True),
+_REQUEST_LIMITS: tuple[tuple[str, float, float, bool], ...] = (
+    ("fps", 0.1, MAX_FPS, False),
+    ("steps", 1, MAX_STEPS, True),
     ("tone_map", 0.0, 1.0, False),
-    ("downscale", 0.1, 1.0, False),
+    ("downscale_factor", 0.1, 1.0, False),
     ("image_noise", 0.0, 10.0, False),
     ("image_crf", 0, 51, True),
     ("decode_timestep", 0.0, 1.0, False),
@@ -126,11 +126,11 @@ class Request:
             object.__setattr__(self, "sigmas", parse_sigmas(self.sigmas))
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
             object.__setattr__(self, "guidance", Guidance(cfg_scale=self.guidance))
-        for name, low, high, whole in _LIMITS:
+        for name, low, high, whole in _REQUEST_LIMITS:
             if (value := getattr(self, name)) is not None:
                 check_range(name, value, low, high, is_whole=whole)
         for name in ("skip_initial", "skip_final"):
-            check_range(name, getattr(self, name), 0, MAXIMUM_STEPS, is_whole=True)
+            check_range(name, getattr(self, name), 0, MAX_STEPS, is_whole=True)
         for name in ("guidance_batch", "stochastic", "multi_scale"):
             check_bool(name, getattr(self, name))
         if not isinstance(self.second_pass, Pass | None):

@@ -40,7 +40,7 @@ def resolve(request: Request, recipe: Recipe) -> Request:
             "frames": recipe.frames,
             "fps": recipe.fps,
             "multi_scale": multi_scale,
-            "downscale": recipe.downscale_factor,
+            "downscale_factor": recipe.downscale_factor,
             "negative_prompt": recipe.negative_prompt,
             "image_noise": recipe.image_noise,
             "image_crf": DEFAULT_IMAGE_CRF,
@@ -66,12 +66,12 @@ def _pass_settings(request: Request, recipe: Recipe, multi_scale: bool) -> tuple
     if request.second_pass is None and recipe.second_pass is None:
         raise RequestError(
             "two passes are asked for, and this model's recipe has one only. Say how to run the second: --second-steps "
-            "or --second-levels."
+            "or --second-sigmas."
         )
     asked = (request.second_pass or Pass()).with_defaults(Pass(tone_map=request.tone_map))
     second = asked.with_defaults(recipe.second_pass or Pass()).with_defaults(PASS_DEFAULTS)
     if second.steps is None and second.sigmas is None:
-        raise RequestError("the second pass has neither steps nor levels. Give --second-steps or --second-levels.")
+        raise RequestError("the second pass has neither steps nor levels. Give --second-steps or --second-sigmas.")
     if (second.sigmas is None and not second.skip_initial) or (second.sigmas and second.sigmas[0] >= 1):
         raise RequestError(
             "the second pass begins at level 1: nothing of the first would stay. Give it levels that begin below 1, or "

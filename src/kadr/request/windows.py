@@ -189,7 +189,7 @@ def check_prompt_count(prompts: Sequence[str], window_count: int) -> None:
 
 
 def _check_fraction(name: str, value: Any) -> None:
-    if value is None and name == "remember":
+    if value is None and name == "anchor_strength":
         return
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise RequestError(f"{name} of windows is {value!r}; it must be a number between 0 and 1.")

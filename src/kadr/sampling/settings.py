@@ -15,8 +15,8 @@ BlockIndices: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...]"
 
 ATTENTION_VALUES, ATTENTION_SKIP, TRANSFORMER_BLOCK = "attention_values", "attention_skip", "transformer_block"
 STG_MODES = (ATTENTION_VALUES, ATTENTION_SKIP, TRANSFORMER_BLOCK)
-MAXIMUM_SCALE = 100.0
-MAXIMUM_STEPS = 1000
+MAX_SCALE = 100.0
+MAX_STEPS = 1000
 
 
 class StepGuidance(NamedTuple):
@@ -67,8 +67,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         for name, least, most in (
-            ("cfg_scale", 1.0, MAXIMUM_SCALE),
-            ("stg_scale", 0.0, MAXIMUM_SCALE),
+            ("cfg_scale", 1.0, MAX_SCALE),
+            ("stg_scale", 0.0, MAX_SCALE),
             ("rescale", 0.0, 1.0),
         ):
             object.__setattr__(
@@ -157,9 +157,9 @@ class Pass:
     tone_map: float | None = None
 
     def __post_init__(self) -> None:
-        _check_number("steps", self.steps, 1, MAXIMUM_STEPS, is_whole=True)
+        _check_number("steps", self.steps, 1, MAX_STEPS, is_whole=True)
         for name in ("skip_initial", "skip_final"):
-            _check_number(name, getattr(self, name), 0, MAXIMUM_STEPS, is_whole=True)
+            _check_number(name, getattr(self, name), 0, MAX_STEPS, is_whole=True)
         _check_number("tone_map", self.tone_map, 0.0, 1.0)
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", parse_sigmas(self.sigmas))
@@ -195,7 +195,7 @@ class Pass:
         return cls(**data)
 
 
-_NAMES_IN_MESSAGES = {"scale": "guidance", "stg": "stg", "rescale": "rescale"}
+_NAMES_IN_MESSAGES = {"cfg_scale": "guidance", "stg_scale": "stg", "rescale": "rescale"}
 
 
 def parse_sigmas(value: Any) -> tuple[float, ...]:

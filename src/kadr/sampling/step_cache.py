@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a request holds a StepCache, and must not wait for torch
 FIRST_BLOCK, TAYLOR = "first-block", "taylor"
 CACHE_KINDS = (FIRST_BLOCK, TAYLOR)
 DEFAULT_THRESHOLD, DEFAULT_INTERVAL, DEFAULT_ORDER = 0.08, 3, 1
-MAXIMUM_INTERVAL, MAXIMUM_ORDER = 16, 2
+MAX_INTERVAL, MAX_ORDER = 16, 2
 WARMUP_STEPS = 3  # steps at the front that are always computed: there the picture is laid out
 COOLDOWN_STEPS = 2  # and at the end, where nothing comes after them that could mend what they miss
 MIN_STEPS = 10  # steps: a schedule of fewer has too little to skip, and its steps lie too far apart
@@ -63,8 +63,8 @@ class StepCache:
             if name in own and getattr(self, name) is None:
                 object.__setattr__(self, name, own[name])
         _check_range("threshold", self.threshold, 0.0, 1.0)
-        _check_range("interval", self.interval, 1, MAXIMUM_INTERVAL, is_whole=True)
-        _check_range("order", self.order, 1, MAXIMUM_ORDER, is_whole=True)
+        _check_range("interval", self.interval, 1, MAX_INTERVAL, is_whole=True)
+        _check_range("order", self.order, 1, MAX_ORDER, is_whole=True)
 
     def __str__(self) -> str:
         if self.kind == FIRST_BLOCK:

@@ -71,7 +71,7 @@ def fetch_text_encoder(release: Release | None) -> Path:
     Raises:
         CheckpointError: it cannot be fetched.
     """
-    return fetch_release(registry.RELEASES_BY_NAME[(release and release.text_encoder) or registry.TEXT_ENCODER])
+    return fetch_release(registry.RELEASES_BY_NAME[(release and release.text_encoder) or registry.DEFAULT_TEXT_ENCODER])
 
 
 def fetch_upscaler(release: Release) -> Path:

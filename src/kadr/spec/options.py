@@ -13,7 +13,15 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.kernels import fp8
 from kadr.memory.device import has_fast_int8
-from kadr.quant.weight_formats import AUTO, FP8, FP8_WEIGHT_ONLY, INT8, INT8_WEIGHT_ONLY, NONE, check_weight_format
+from kadr.quant.weight_formats import (
+    AUTO_QUANT,
+    FP8,
+    FP8_WEIGHT_ONLY,
+    INT8,
+    INT8_WEIGHT_ONLY,
+    NONE,
+    check_weight_format,
+)
 from kadr.spec.weights import can_multiply_stored_fp8, count_stored_types, is_quantized
 
 # What is done with what does not fit: whatever helps; nothing; modules leave after their stage; blocks come and go.
@@ -39,7 +47,7 @@ def resolve_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
         CheckpointError: the weights are stored in so few bits already that to round them again would lose twice.
     """
     scheme = check_weight_format(name or NONE)
-    if scheme in (NONE, AUTO):
+    if scheme in (NONE, AUTO_QUANT):
         return scheme
     for checkpoint in transformers:
         source = checkpoint.sources["transformer"]

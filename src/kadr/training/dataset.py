@@ -19,7 +19,7 @@ from kadr.request.inputs import CLIP_SUFFIXES
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 REFERENCE_SUFFIX = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4
 CAPTION_SUFFIX = ".txt"
-MAX_LISTED = 10  # of what cannot be used
+MAX_LISTED_EXAMPLES = 10  # of what cannot be used
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def _warn_of_subfolders(folder: Path) -> None:
 
 def _bullet_list(broken: Sequence[str]) -> str:
     """A line for each."""
-    more = [f"and {len(broken) - MAX_LISTED} more"] if len(broken) > MAX_LISTED else []
-    return "".join(f"\n  {one}" for one in [*broken[:MAX_LISTED], *more])
+    more = [f"and {len(broken) - MAX_LISTED_EXAMPLES} more"] if len(broken) > MAX_LISTED_EXAMPLES else []
+    return "".join(f"\n  {one}" for one in [*broken[:MAX_LISTED_EXAMPLES], *more])
 
 
 def _read_example(path: Path, frames: int, *, references: bool) -> Example:

@@ -37,7 +37,7 @@ class _FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return unrotate_gradient(gradient @ context.base.unpacked(gradient), context.base), None
+        return unrotate_gradient(gradient @ context.base.dequantize_weight(gradient), context.base), None
 
 
 def unrotate_gradient(gradient: Tensor, base: nn.Module) -> Tensor:

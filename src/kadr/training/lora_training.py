@@ -169,7 +169,7 @@ class LoRATraining:
     def _load_transformer(self) -> Transformer:
         """The transformer on its device, its weights held as asked for, not in the order of any kernel."""
         components, hold = self.engine.components, base_weight_format(self.engine)
-        module = components.load_transformer(0, components.dtype, as_stored=hold == AS_STORED)
+        module = components.load_transformer(0, components.dtype, keep_storage_dtype=hold == AS_STORED)
         if hold not in (AS_STORED, CONVERTED):
             quantize_blocks(module, hold, device=components.device, release=release_pages)
         return module.to(components.device)
@@ -273,7 +273,7 @@ def _warn_if_loss_rose(first_loss: float | None, last_loss: float) -> None:
     if first_loss is not None and last_loss > first_loss:
         warnings.warn(
             f"the loss over fixed clips and levels went up, from {first_loss:.4f} to {last_loss:.4f}: nothing was learned. Try a "
-            "lower --rate and another --output.",
+            "lower --learning-rate and another --output.",
             KadrWarning,
             stacklevel=3,
         )
@@ -283,6 +283,6 @@ def _require_finite(loss: float, step: int, work_folder: Path) -> None:
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"the loss is {loss} at step {step}. The last state that was saved is kept in {work_folder}; go on with a lower "
-            "--rate and another --output.",
+            "--learning-rate and another --output.",
             stage="train",
         )

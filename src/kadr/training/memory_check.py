@@ -10,7 +10,7 @@ from kadr.pipeline.engine import Engine
 from kadr.planning.plan import AS_STORED, CONVERTED
 from kadr.planning.training import TrainingBytes, training_bytes
 from kadr.planning.weight_bytes import weight_bytes
-from kadr.quant.weight_formats import AUTO, NONE
+from kadr.quant.weight_formats import AUTO_QUANT, NONE
 from kadr.shapes import LatentGrid
 from kadr.spec.weights import is_quantized
 from kadr.training.dataset import Example
@@ -25,7 +25,7 @@ def base_weight_format(engine: Engine) -> str:
     components = engine.components
     if is_quantized(components.transformer_checkpoints[0].sources["transformer"]):
         return AS_STORED
-    return CONVERTED if components.quant in (NONE, AUTO) else components.quant
+    return CONVERTED if components.quant in (NONE, AUTO_QUANT) else components.quant
 
 
 def required_bytes(
@@ -61,7 +61,7 @@ def needs_gradient_checkpointing(engine: Engine, settings: TrainingSettings, exa
         return False
     needed = required_bytes(engine, settings, examples, gradient_checkpointing=True)
     if needed.total > free:
-        batch = "a smaller --batch, " if settings.batch_size > 1 else ""
+        batch = "a smaller --batch-size, " if settings.batch_size > 1 else ""
         raise PlanError(
             f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
             f"{needed.trainable / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and {free / 1e9:.1f} "

@@ -14,14 +14,14 @@ from kadr.validation import check_range
 OFF, FILES, CANNY = "off", "files", "canny"
 REFERENCE_SOURCES = (OFF, FILES, CANNY)
 # Field, lowest and highest value.
-_LIMITS: tuple[tuple[str, float, float], ...] = (
+_TRAINING_LIMITS: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, 1024),
     ("steps", 1, 1_000_000),
-    ("batch", 1, 256),
-    ("rate", 1e-8, 1.0),
-    ("warmup", 0, 100_000),
-    ("first_frame", 0.0, 1.0),
-    ("caption_dropout", 0.0, 1.0),
+    ("batch_size", 1, 256),
+    ("learning_rate", 1e-8, 1.0),
+    ("warmup_steps", 0, 100_000),
+    ("first_frame_conditioning_p", 0.0, 1.0),
+    ("caption_dropout_p", 0.0, 1.0),
 )
 CHANGEABLE_ON_RESUME = ("steps",)  # what may be changed when a training goes on
 
@@ -61,7 +61,7 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in _LIMITS:
+        for name, low, high in _TRAINING_LIMITS:
             check_range(name, getattr(self, name), low, high, is_whole=isinstance(low, int))
         for name, known in (
             ("target_modules", TARGET_MODULES),

@@ -17,13 +17,28 @@ from kadr.nn.linear import Linear
 from kadr.sampling.noise import NoiseStreams
 from kadr.training.frozen_linear import freeze_base
 
-ATTENTION_LAYERS = tuple(f".{kind}_attention.{part}" for kind in ("self", "text") for part in ("q", "k", "v", "out"))
+ATTENTION_LAYERS = tuple(f".{kind}_attention.{part}" for kind in ("self", "cross") for part in ("q", "k", "v", "out"))
 FEED_FORWARD_LAYERS = (".feed_forward.up", ".feed_forward.down")
 # What a LoRA may change: the ends of layers' names. The official trainer's default is the first.
 TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
     "attention": ATTENTION_LAYERS,
     "attention+feed-forward": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
     "all": ("",),
+}
+
+
+# A LoRA begins with the noise of streams that are named after its layers. The names decide bits, so they are these
+# whatever the layers are called now.
+_STREAM_NAMES = {
+    "proj_in": "patch_in",
+    "proj_out": "patch_out",
+    "caption_proj": "text_in",
+    "adaln_linear": "level_bends",
+    "time_embed": "level_embedding",
+    "linear_1": "first",
+    "linear_2": "second",
+    "blocks": "layers",
+    "cross_attention": "text_attention",
 }
 
 
@@ -70,19 +85,23 @@ def add_lora_layers(
 
     Args:
         layer_sizes: as `target_layers` gives them.
-        noise_streams: A begins with numbers of the streams "lora NAME", with deviation 1 / sqrt(3 inputs): as Kaiming's uniform
-            start has, which PEFT takes.
+        noise_streams: A begins with noise of the streams "lora NAME", with a standard deviation of 1 / sqrt(3 inputs):
+            that of Kaiming's uniform initialisation, which PEFT takes.
     """
     freeze_base(transformer)
     made = {}
     for name, (inputs, outputs) in layer_sizes.items():
         base = transformer.get_submodule(name)
         place = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
-        down = noise_streams.draw(f"lora {name}", (rank, inputs)) * (3 * inputs) ** -0.5
+        down = noise_streams.draw(f"lora {_stream_name(name)}", (rank, inputs)) * (3 * inputs) ** -0.5
         made[name] = TrainableLoRALinear(base, down.to(place), outputs)
         parent, _, leaf = name.rpartition(".")
         setattr(transformer.get_submodule(parent), leaf, made[name])
     return made
+
+
+def _stream_name(layer: str) -> str:
+    return ".".join(_STREAM_NAMES.get(part, part) for part in layer.split("."))
 
 
 def collect_lora_weights(lora_layers: Mapping[str, TrainableLoRALinear]) -> dict[str, LoraWeights]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from kadr.checkpoints.save import atomic_path
 from kadr.errors import CheckpointError, MediaError
 
-COLUMNS = ("step", "loss", "held", "seconds")
+LOG_COLUMNS = ("step", "loss", "held", "seconds")
 
 
 class TrainingLog:
@@ -29,7 +29,7 @@ class TrainingLog:
                 with path.open(newline="", encoding="utf-8", errors="replace") as file:
                     self.rows = [row for row in csv.DictReader(file) if _is_done(row, start_step)]
             with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+                writer = csv.DictWriter(file, LOG_COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.rows)
         except (OSError, csv.Error, CheckpointError) as error:
@@ -43,9 +43,9 @@ class TrainingLog:
 
     def add(self, step: int, **values: float | None) -> None:
         """A line."""
-        told = {name: "" if values.get(name) is None else f"{values[name]:.6g}" for name in COLUMNS[1:]}
+        told = {name: "" if values.get(name) is None else f"{values[name]:.6g}" for name in LOG_COLUMNS[1:]}
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"step": step, **told})
+            csv.DictWriter(file, LOG_COLUMNS).writerow({"step": step, **told})
 
 
 def _is_done(row: Mapping[str, str], start: int) -> bool:

@@ -27,9 +27,9 @@ from tests.lora_files import (
 )
 
 OURS = {
-    f"layers.{block}.{kind}_attention.{part}"
+    f"blocks.{block}.{kind}_attention.{part}"
     for block in (0, 1)
-    for kind in ("self", "text")
+    for kind in ("self", "cross")
     for part in ("q", "k", "v", "out")
 }
 
@@ -46,7 +46,7 @@ def test_every_family_of_names_comes_to_the_same_layers_and_numbers(spelling: st
     assert lora.layers.keys() == OURS
     families = {"diffusers, with the adapter's name": "diffusers", "lycoris": "kohya", "Comfy, down and up": "Comfy"}
     assert lora.key_format == families.get(spelling, spelling)
-    made = lora.load()["layers.1.text_attention.out"]
+    made = lora.load()["blocks.1.cross_attention.out"]
     down, up = halves["transformer_blocks.1.attn2.to_out.0"]
     assert torch.equal(made.down, down)
     assert torch.equal(made.up, up)
@@ -60,7 +60,7 @@ def test_layers_around_the_blocks_go_by_either_layouts_names(
     renamed = {"patchify_proj": "proj_in", "adaln_single.linear": "time_embed.linear", "proj_out": "proj_out"}
     single = LoraFile.open(write_lora_file(tmp_path / "a.safetensors", lora_files.outer_pairs(), spelling))
     folder = {renamed[name]: halves for name, halves in lora_files.outer_pairs().items()}
-    assert single.layers.keys() == {"patch_in", "level_bends", "patch_out"}
+    assert single.layers.keys() == {"proj_in", "adaln_linear", "proj_out"}
     assert (
         LoraFile.open(write_lora_file(tmp_path / "b.safetensors", folder, spelling)).layers.keys()
         == single.layers.keys()
@@ -72,7 +72,7 @@ def test_alpha_is_a_tensor_of_its_own_or_said_by_the_adapters_config_or_else_the
 
     def scale(name: str, **more: object) -> float:
         lora = LoraFile.open(write_lora_file(tmp_path / f"{name}.safetensors", halves, **more))  # type: ignore[arg-type]
-        return lora.layers["layers.1.self_attention.q"].scale
+        return lora.layers["blocks.1.self_attention.q"].scale
 
     assert scale("plain") == 1.0
     assert scale("tensor", alpha=2.0) == 2.0 / RANK
@@ -285,7 +285,7 @@ def test_a_lora_for_more_blocks_does_not_fit_or_is_taken_without_them(file: Path
         deep.check_fits(tiny_models.transformer_config(), model)
     with pytest.warns(KadrWarning, match=r"1 of the 3 layers of .* are left out: .*blocks\.2\.attn1\.to_q\."):
         kept = deep.without_missing_layers(tiny_models.transformer_config(), model)
-    assert kept.layers.keys() == {f"layers.{block}.self_attention.q" for block in (0, 1)}
+    assert kept.layers.keys() == {f"blocks.{block}.self_attention.q" for block in (0, 1)}
     assert kept.load().keys() == kept.layers.keys()
     none = replace(deep, layers={name: layer for name, layer in deep.layers.items() if ".2." in name})
     with pytest.raises(CheckpointError, match="1 of its 1 layers are not there"):
@@ -349,7 +349,7 @@ def test_a_lora_describes_itself(file: Path) -> None:
     )
     assert (told.ranks, told.alphas, told.scales, told.reference_downscale) == ((RANK,), (2.0,), (2.0 / RANK,), 2)
     assert told.target_counts == {
-        **{f"{kind}_attention.{part}": 2 for kind in ("self", "text") for part in ("q", "k", "v", "out")},
+        **{f"{kind}_attention.{part}": 2 for kind in ("self", "cross") for part in ("q", "k", "v", "out")},
         "feed_forward.up": 2,
         "feed_forward.down": 2,
     }

@@ -407,7 +407,9 @@ def test_a_place_counted_from_the_end_gives_the_same_video(
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_warning_is_given_once(passes: int, home: Path, media: Media) -> None:
-    opened = Engine.open(home / MODEL_FILE, device="cpu", upscaler=write_random_upscaler(media.folder / "up.safetensors"))
+    opened = Engine.open(
+        home / MODEL_FILE, device="cpu", upscaler=write_random_upscaler(media.folder / "up.safetensors")
+    )
     two = {"multi_scale": True, "second": Pass(sigmas=(0.5,))} if passes == 2 else {}
     with pytest.warns(KadrWarning) as told:
         opened.denoise(replace(REQUEST, frames=9, steps=1, conditions=media.conditions(clip(10)), **two))

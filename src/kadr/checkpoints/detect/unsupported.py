@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
-_SUPPORTED = "kadr runs LTX-Video 0.9 to 0.9.8 (`kadr models` lists them)."
+_SUPPORTED_MODELS = "kadr runs LTX-Video 0.9 to 0.9.8 (`kadr models` lists them)."
 # A pattern that some tensor's name matches, what the file then is, and the way out. The first that matches counts.
 _UNSUPPORTED: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
@@ -22,7 +22,7 @@ _UNSUPPORTED: tuple[tuple[re.Pattern[str], str, str], ...] = (
             r"(^|\.)(audio_|av_ca_|video_embeddings_connector)|^(audio_vae|vocoder|text_embedding_projection)\."
         ),
         "LTX-2, another family of models, which makes sound too",
-        _SUPPORTED,
+        _SUPPORTED_MODELS,
     ),
     (
         re.compile(r"^(encoder\.block\.\d+\.layer\.|shared\.weight$|enc\.blk\.)"),
@@ -55,7 +55,9 @@ def refuse_unsupported(source: Source) -> None:
         if example is not None:
             raise CheckpointError(f"{source.path} is {what} (it has the tensor {example}). {way_out}")
     if _LTX2_CLASS in _class_name(source.metadata):
-        raise CheckpointError(f"{source.path} is LTX-2, another family of models (a {_LTX2_CLASS}). {_SUPPORTED}")
+        raise CheckpointError(
+            f"{source.path} is LTX-2, another family of models (a {_LTX2_CLASS}). {_SUPPORTED_MODELS}"
+        )
 
 
 def _class_name(metadata: Mapping[str, str]) -> str:

@@ -15,9 +15,9 @@ MODEL_KIND = "model"  # the kind of what is no upscaler, as the registry names i
 _INPUT_CONV, _UPSAMPLE_CONV = "initial_conv.weight", "upsampler.0.weight"
 # How many times wider the growing convolution makes it, and over how many sides it goes -> what grows.
 _UPSCALED_AXES: Mapping[tuple[int, int], Mapping[str, bool]] = {
-    (4, 2): {"space": True, "time": False},
-    (2, 3): {"space": False, "time": True},
-    (8, 3): {"space": True, "time": True},
+    (4, 2): {"spatial_upsample": True, "temporal_upsample": False},
+    (2, 3): {"spatial_upsample": False, "temporal_upsample": True},
+    (8, 3): {"spatial_upsample": True, "temporal_upsample": True},
 }
 
 

@@ -17,13 +17,13 @@ from kadr.text.tokenizer import EOS_ID, PAD_ID, UNKNOWN_ID
 EMBEDDING_KEY = "token_embd.weight"
 CONTEXT_LENGTH = 512  # tokens that T5 was trained on; a converter's note, nothing depends on it
 _CONFIG_FIELDS: Mapping[str, str] = {  # ours: the name of the value
-    "width": "embedding_length",
-    "layers": "block_count",
-    "heads": "attention.head_count",
-    "head_width": "attention.key_length",
-    "hidden": "feed_forward_length",
-    "buckets": "attention.relative_buckets_count",
-    "epsilon": "attention.layer_norm_rms_epsilon",
+    "d_model": "embedding_length",
+    "num_layers": "block_count",
+    "num_heads": "attention.head_count",
+    "d_kv": "attention.key_length",
+    "d_ff": "feed_forward_length",
+    "relative_attention_num_buckets": "attention.relative_buckets_count",
+    "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
 }
 _TOKENIZER_PREFIX = "tokenizer.ggml."
 _PADDING_SCORE = -10000.0
@@ -107,7 +107,7 @@ def text_encoder_fields(config: T5Config, pieces: SentencePieceModel) -> dict[st
 
 def _read_config(header: GGUFHeader) -> T5Config:
     known = {ours: header.fields.get(f"{T5_ENCODER_ARCHITECTURE}.{name}") for ours, name in _CONFIG_FIELDS.items()}
-    defaults = ("buckets", "epsilon")
+    defaults = ("relative_attention_num_buckets", "layer_norm_epsilon")
     absent = [_CONFIG_FIELDS[ours] for ours, value in known.items() if value is None and ours not in defaults]
     if absent or EMBEDDING_KEY not in header.infos:
         raise CheckpointError(

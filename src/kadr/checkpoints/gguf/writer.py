@@ -22,7 +22,7 @@ from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.quant.ggml import quantize
 
 UNQUANTIZED_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SLICE_ELEMENTS = 1 << 22  # numbers that are rounded at once
+WRITER_SLICE_ELEMENTS = 1 << 22  # numbers that are rounded at once
 FP16_MAX = 65504.0  # that fits into float16, which the scales of blocks are stored in too
 WriteWatch = Callable[[int, int], object]
 
@@ -108,7 +108,7 @@ def _encode_tensor(tensor: OutputTensor, path: Path) -> Tensor:
     weight = tensor.read()
     rows = weight.reshape(-1, weight.shape[-1])
     made = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8)
-    step = max(1, SLICE_ELEMENTS // rows.shape[1])
+    step = max(1, WRITER_SLICE_ELEMENTS // rows.shape[1])
     for start in range(0, len(rows), step):
         piece = rows[start : start + step]
         made[start : start + step] = _encode_rows(piece, tensor, path)

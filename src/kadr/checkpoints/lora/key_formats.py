@@ -21,7 +21,7 @@ from kadr.checkpoints.keys import TRANSFORMER_KEYS, map_keys
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 
-BLOCKS_PREFIX, WEIGHT_SUFFIX = "layers.", ".weight"
+BLOCKS_PREFIX, WEIGHT_SUFFIX = "blocks.", ".weight"
 PEFT, NO_PREFIX = "PEFT", "plain"  # the last: names without any of these prefixes
 _FORMAT_BY_PREFIX = {
     "base_model.model.": PEFT,

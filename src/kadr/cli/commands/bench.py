@@ -8,13 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from kadr.bench.cases import DEFAULT_VARIANTS, MODELS, SCHEDULES, STAGES, VARIANTS, VIDEO_SHAPES, Selection, VideoShape
+from kadr.bench.cases import (
+    BENCH_STAGES,
+    DEFAULT_VARIANTS,
+    MODELS,
+    SCHEDULES,
+    VARIANTS,
+    VIDEO_SHAPES,
+    Selection,
+    VideoShape,
+)
 from kadr.bench.text_report import report_lines
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import RequestError
 
-ALL_STAGES, ALL_VARIANTS = ",".join(STAGES), ",".join(DEFAULT_VARIANTS)
-EPILOG = (
+ALL_STAGES, ALL_VARIANTS = ",".join(BENCH_STAGES), ",".join(DEFAULT_VARIANTS)
+BENCH_EPILOG = (
     "Lists are written with commas. Models other than the demo get random weights, written into a temporary folder: "
     "6.3 GB for 2b, 28.6 for 13b, and 9.5 for the text encoder where it is measured."
 )
@@ -29,16 +38,18 @@ Models = Annotated[str, _list_option("--model", "Models", MODELS, "demo")]
 Sizes = Annotated[
     str | None, _list_option("--size", "Sizes, or any other WxHxF", map(str, VIDEO_SHAPES), "the model's own")
 ]
-Stages = Annotated[str, _list_option("--stage", "Stages", STAGES, "all")]
+Stages = Annotated[str, _list_option("--stage", "Stages", BENCH_STAGES, "all")]
 Schedules = Annotated[str, _list_option("--schedule", "Steps and guidance, end to end", SCHEDULES, "8")]
-Variants = Annotated[str, _list_option("--way", "Ways to run kadr", VARIANTS, DEFAULT_VARIANTS)]
+Variants = Annotated[str, _list_option("--variant", "Ways to run kadr", VARIANTS, DEFAULT_VARIANTS)]
 NumLayers = Annotated[
-    int | None, typer.Option("--layers", metavar="N", help="Only the first N layers of a random model.")
+    int | None, typer.Option("--num-layers", metavar="N", help="Only the first N layers of a random model.")
 ]
 Rounds = Annotated[int, typer.Option("--rounds", metavar="N", help="In each of them every way runs once.")]
 NoReference = Annotated[bool, typer.Option("--no-reference", help="Do not compare the results with float32.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|mps", help="Where to compute.")]
-ModelFolder = Annotated[Path | None, typer.Option("--models", metavar="FOLDER", help="Keep the random models there.")]
+ModelFolder = Annotated[
+    Path | None, typer.Option("--model-folder", metavar="FOLDER", help="Keep the random models there.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 

@@ -30,13 +30,13 @@ DEMO_NOTICE = (
     "No --model is named, so the bundled demo draws this: one coloured shape that moves, grows or stands still on a "
     "plain background, and nothing else. Real models: kadr models"
 )
-EPILOG = (
+GENERATE_EPILOG = (
     "What is left out is taken from the model's own recipe. The official script's names work too: --num_frames, "
     "--frame_rate, --height with --width, --num_inference_steps, --guidance_scale, --output_path, --pipeline_config, "
     "--conditioning_media_paths and the rest."
 )
 DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "bfloat16", "float32")
+DTYPE_NAMES = ("auto", "bfloat16", "float32")
 
 
 @with_flag_groups(options.GenerateFlags)
@@ -92,7 +92,7 @@ def check_choices(flags: options.GenerateFlags | options.PlanFlags) -> None:
     if flags.video.frames is not None and flags.video.seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both.", param_hint="--seconds")
     parse.check_one_of("--device", flags.model.device.partition(":")[0], DEVICES)
-    parse.check_one_of("--dtype", flags.model.dtype, DTYPES)
+    parse.check_one_of("--dtype", flags.model.dtype, DTYPE_NAMES)
     parse.check_one_of("--quant", flags.model.quant.lower(), [scheme.lower() for scheme in WEIGHT_FORMATS])
     parse.check_one_of("--offload", flags.model.offload, OFFLOAD_MODES)
     parse.check_one_of("--cache", flags.denoising.cache, (NONE, *CACHE_KINDS))
@@ -135,7 +135,7 @@ def build_request(prompt: str, flags: options.GenerateFlags | options.PlanFlags)
         seed=video.seed,
         negative_prompt=video.negative_prompt,
         steps=denoising.steps,
-        sigmas=parse.floats("--levels", denoising.sigmas),
+        sigmas=parse.floats("--sigmas", denoising.sigmas),
         skip_initial=denoising.skip_initial,
         skip_final=denoising.skip_final,
         stochastic=denoising.stochastic,
@@ -156,9 +156,9 @@ def _windows(flags: options.WindowFlags, *, has_several_prompts: bool) -> Window
     given: dict[str, Any] = {
         "frames": flags.window,
         "overlap": flags.overlap,
-        "strength": flags.overlap_strength,
+        "overlap_strength": flags.overlap_strength,
         "adain": flags.adain,
-        "remember": flags.anchor_strength,
+        "anchor_strength": flags.anchor_strength,
     }
     given = {name: value for name, value in given.items() if value is not None}
     return Windows(**given) if given or has_several_prompts else None
@@ -177,18 +177,18 @@ def _cache(flags: options.DenoisingFlags) -> StepCache | None:
 
 def _guidance(flags: options.GuidanceFlags) -> Guidance | None:
     lists = {
-        "scale": parse.numbers("--guidance", flags.guidance),
-        "stg": parse.numbers("--stg", flags.stg),
+        "cfg_scale": parse.numbers("--guidance", flags.guidance),
+        "stg_scale": parse.numbers("--stg", flags.stg),
         "rescale": parse.numbers("--rescale", flags.rescale),
         "skip_blocks": parse.blocks("--skip-blocks", flags.skip_blocks),
     }
-    at = parse.floats("--guidance-at", flags.guidance_sigmas)
+    at = parse.floats("--guidance-sigmas", flags.guidance_sigmas)
     if at is None:
         _refuse_lists(lists)
     given: dict[str, Any] = {
         **lists,
-        "at": at,
-        "mode": flags.stg_mode,
+        "sigmas": at,
+        "stg_mode": flags.stg_mode,
         "cfg_star": flags.cfg_star,
         "apg": flags.apg,
         "apg_norm": flags.apg_norm,
@@ -208,7 +208,7 @@ def _refuse_lists(lists: Mapping[str, Any]) -> None:
     ):
         if is_list:
             raise typer.BadParameter(
-                "a value for each level needs the levels; give --guidance-at, such as --guidance-at 1.0,0.9.",
+                "a value for each level needs the levels; give --guidance-sigmas, such as --guidance-sigmas 1.0,0.9.",
                 param_hint=flag,
             )
 
@@ -216,7 +216,7 @@ def _refuse_lists(lists: Mapping[str, Any]) -> None:
 def _second(flags: options.SecondPassFlags) -> Pass | None:
     given: dict[str, Any] = {
         "steps": flags.second_steps,
-        "levels": parse.floats("--second-levels", flags.second_sigmas),
+        "sigmas": parse.floats("--second-sigmas", flags.second_sigmas),
         "skip_initial": flags.second_skip_initial,
         "guidance": None if flags.second_guidance is None else Guidance(cfg_scale=flags.second_guidance),
         "tone_map": flags.second_tone_map,
@@ -232,8 +232,8 @@ def _media(flags: options.MediaFlags) -> dict[str, Any]:
     return {
         "conditions": (*images, *clips),
         "controls": tuple(parse.control(text) for text in flags.control or ()),
-        "video": None if flags.input_video is None else parse.absolute_path(flags.input_video),
-        "video_strength": flags.denoise_strength,
+        "input_video": None if flags.input_video is None else parse.absolute_path(flags.input_video),
+        "denoise_strength": flags.denoise_strength,
         "image_noise": flags.image_noise,
         "image_crf": flags.image_crf,
     }

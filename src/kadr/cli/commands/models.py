@@ -15,7 +15,7 @@ from kadr.cli.terminal.table import format_columns, format_si
 from kadr.models.registry import RELEASES, Release
 from kadr.spec.locate import find_release_on_disk
 
-EPILOG = (
+MODELS_EPILOG = (
     "`kadr models pull NAME` fetches a model with all it needs, `kadr models verify NAME` compares it with the hub's "
     "checksums. What is not on disk is also fetched by the first `kadr generate --model NAME` that needs it."
 )
@@ -42,7 +42,7 @@ def list_models(as_json: options.Json = False) -> None:
     head = ("name", "kind", "version", "bytes", "on disk", "licence")
     rows = [_row(released, entry) for released, entry in zip(RELEASES, entries, strict=True)]
     print("\n".join(format_columns([head, *rows])))
-    print_stderr(EPILOG)
+    print_stderr(MODELS_EPILOG)
 
 
 def _entry(released: Release, path: Path | None) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _row(released: Release, entry: dict[str, Any]) -> tuple[str, ...]:
 
 # Without markup, as in `main`.
 app = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
-app.callback(epilog=EPILOG)(handle_errors()(models))
+app.callback(epilog=MODELS_EPILOG)(handle_errors()(models))
 app.command("list")(handle_errors()(list_models))
-app.command("pull", epilog=pull.EPILOG)(handle_errors()(pull.pull))
-app.command("verify", epilog=verify.EPILOG)(handle_errors()(verify.verify))
+app.command("pull", epilog=pull.PULL_EPILOG)(handle_errors()(pull.pull))
+app.command("verify", epilog=verify.VERIFY_EPILOG)(handle_errors()(verify.verify))

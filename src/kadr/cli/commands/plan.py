@@ -12,7 +12,7 @@ from kadr.cli.flags.groups import with_flag_groups
 from kadr.errors import CheckpointError
 from kadr.request.request import Request
 
-EPILOG = "The flags are those of `kadr generate`. Nothing is loaded and nothing is fetched."
+PLAN_EPILOG = "The flags are those of `kadr generate`. Nothing is loaded and nothing is fetched."
 
 
 @with_flag_groups(options.PlanFlags)

@@ -17,7 +17,7 @@ from kadr.spec.locate import fetch_release, find_release_on_disk
 if TYPE_CHECKING:
     from kadr.checkpoints.hub import RemoteFile
 
-EPILOG = "What broke off goes on where it stopped. The files lie in the hub's own cache, which HF_HOME moves."
+PULL_EPILOG = "What broke off goes on where it stopped. The files lie in the hub's own cache, which HF_HOME moves."
 
 
 def pull(name: Name, as_json: options.Json = False) -> None:

@@ -13,7 +13,7 @@ from kadr.cli.terminal.errors import print_stderr
 from kadr.cli.terminal.progress import show_progress
 from kadr.cli.terminal.table import format_si
 from kadr.errors import CheckpointError, RequestError
-from kadr.models.registry import TEXT_ENCODER, Release, find_release
+from kadr.models.registry import DEFAULT_TEXT_ENCODER, Release, find_release
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
 from kadr.spec.locate import fetch_release, is_path
@@ -21,7 +21,7 @@ from kadr.spec.locate import fetch_release, is_path
 if TYPE_CHECKING:
     from kadr.checkpoints.gguf.convert import ConversionResult
 
-EPILOG = (
+QUANTIZE_EPILOG = (
     "The types are listed from large to small: the fewer bits, the smaller the file, and the farther from the model. "
     "Q5_K, Q4_K and Q3_K mean their _M."
 )
@@ -73,7 +73,9 @@ def _find_source(source: str) -> tuple[Path, Release | None]:
     if released.kind not in ("model", "text encoder"):
         raise RequestError(f"{source} is a {released.kind}: small enough. Only models and text encoders are quantized.")
     if released.file.endswith(SUFFIX):
-        raise RequestError(f"{source} is quantized already, and to do it again loses twice. Take {TEXT_ENCODER}.")
+        raise RequestError(
+            f"{source} is quantized already, and to do it again loses twice. Take {DEFAULT_TEXT_ENCODER}."
+        )
     return fetch_release(released), released
 
 

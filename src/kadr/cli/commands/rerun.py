@@ -19,7 +19,9 @@ from kadr.spec.locate import find_release_on_disk
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
 
-EPILOG = "On the same machine and device the frames are the same. Others round differently, and so may another version."
+RERUN_EPILOG = (
+    "On the same machine and device the frames are the same. Others round differently, and so may another version."
+)
 File = Annotated[Path, typer.Argument(metavar="FILE", help="An .mp4 that kadr made.", show_default=False)]
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
     from kadr.training.lora_training import LoRATraining, TrainingResult
 
-EPILOG = (
+TRAIN_LORA_EPILOG = (
     "A run that was cut off goes on where it was when the same command is given again. What was encoded, the log and "
     "the clips made on the way are beside the output, in a folder that ends in .training."
 )
@@ -34,16 +34,21 @@ SizeFlag = Annotated[
 Frames = Annotated[int | None, _flag("--frames", "N", "Frames of each clip, 8k+1; else as the recipe has it.")]
 Rank = Annotated[int, _flag("--rank", "N", "Rank of the LoRA: how much it can learn. [default: 32]")]
 TargetModules = Annotated[
-    str, _flag("--targets", "attention|attention+feed-forward|all", "The layers that change. [default: attention]")
+    str,
+    _flag("--target-modules", "attention|attention+feed-forward|all", "The layers that change. [default: attention]"),
 ]
 Steps = Annotated[int, _flag("--steps", "N", "Updates; a finished training goes on with more. [default: 1000]")]
-BatchSize = Annotated[int, _flag("--batch", "N", "Clips of an update. [default: 1]")]
-LearningRate = Annotated[float, _flag("--rate", "X", "How fast it learns. [default: 0.0002]")]
-SigmaSampling = Annotated[str, _flag("--levels", "shifted|uniform", "How noise levels are drawn. [default: shifted]")]
-FirstFrameConditioningP = Annotated[
-    float, _flag("--first-frame", "P", "Share of updates given the first frame. [default: 0.1]")
+BatchSize = Annotated[int, _flag("--batch-size", "N", "Clips of an update. [default: 1]")]
+LearningRate = Annotated[float, _flag("--learning-rate", "X", "How fast it learns. [default: 0.0002]")]
+SigmaSampling = Annotated[
+    str, _flag("--sigma-sampling", "shifted|uniform", "How noise levels are drawn. [default: shifted]")
 ]
-CaptionDropoutP = Annotated[float, _flag("--caption-dropout", "P", "Share of captions that are left out. [default: 0]")]
+FirstFrameConditioningP = Annotated[
+    float, _flag("--first-frame-conditioning-p", "P", "Share of updates given the first frame. [default: 0.1]")
+]
+CaptionDropoutP = Annotated[
+    float, _flag("--caption-dropout-p", "P", "Share of captions that are left out. [default: 0]")
+]
 References = Annotated[
     str,
     _flag(
@@ -51,7 +56,7 @@ References = Annotated[
     ),
 ]
 ValidationPrompts = Annotated[
-    list[str] | None, _flag("--validate", "PROMPT", "Make this on the way; may be given many times.")
+    list[str] | None, _flag("--validation-prompt", "PROMPT", "Make this on the way; may be given many times.")
 ]
 ValidateEvery = Annotated[int, _flag("--validate-every", "N", "Updates between two measurements. [default: 250]")]
 SaveEvery = Annotated[int, _flag("--save-every", "N", "Updates between two saved states. [default: 100]")]
@@ -104,13 +109,13 @@ def train_lora(
     engine = run.open_engine(model or "demo", device=device, dtype=dtype, **held)
     asked = {
         "rank": rank,
-        "targets": target_modules,
+        "target_modules": target_modules,
         "steps": steps,
-        "batch": batch_size,
-        "rate": learning_rate,
-        "levels": sigma_sampling,
-        "first_frame": first_frame_conditioning_p,
-        "caption_dropout": caption_dropout_p,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "sigma_sampling": sigma_sampling,
+        "first_frame_conditioning_p": first_frame_conditioning_p,
+        "caption_dropout_p": caption_dropout_p,
         "references": references,
         "seed": seed,
     }
@@ -119,8 +124,8 @@ def train_lora(
         folder,
         output,
         {"size": parse.size(size), "frames": frames, **asked},
-        prompts=tuple(validation_prompts or ()),
-        every=validate_every,
+        validation_prompts=tuple(validation_prompts or ()),
+        validate_every=validate_every,
         save_every=save_every,
         skip_broken=skip_broken,
     )

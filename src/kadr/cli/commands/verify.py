@@ -17,7 +17,7 @@ from kadr.errors import CheckpointError
 from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import PACKAGE_ROOT
 
-EPILOG = "Needs no network where the cache is made of links, as it is everywhere but on most Windows machines."
+VERIFY_EPILOG = "Needs no network where the cache is made of links, as it is everywhere but on most Windows machines."
 SIZE_TOLERANCE = 0.01  # the sizes that the registry states are right to within this share
 READABLE = "opens"  # the state of a file that came with kadr: the hub has no checksum for it
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name that `kadr models` lists.", show_default=False)]

@@ -33,8 +33,8 @@ ALIASES: Mapping[str, str] = {
     "--stg_mode": "--stg-mode",
     "--rescaling_scale": "--rescale",
     "--skip_block_list": "--skip-blocks",
-    "--guidance_timesteps": "--guidance-at",
-    "--timesteps": "--levels",
+    "--guidance_timesteps": "--guidance-sigmas",
+    "--timesteps": "--sigmas",
     "--tone_map_compression_ratio": "--tone-map",
 }
 SIZE_FLAGS = ("--width", "--height")
@@ -43,12 +43,12 @@ CONDITIONING_PATHS, CONDITIONING_FRAMES, CONDITIONING_STRENGTHS = (
     "--conditioning_start_frames",
     "--conditioning_strengths",
 )
-OFFLOAD_TO_CPU, OFFLOAD_STAGES = (
+OFFLOAD_TO_CPU, OFFLOAD_STAGES_FLAGS = (
     "--offload_to_cpu",
     ["--offload", "stages"],
 )  # a switch, with or without a word for yes or no
 MEDIA_FLAGS = ("--image", "--video")
-LORA, PROMPT = "--lora", "--prompt"
+LORA_FLAG, PROMPT_FLAG = "--lora", "--prompt"
 # Between the parts of one --image, --video or --lora, and between prompts. The system ends every argument at this
 # character, so none of them holds it.
 SEPARATOR = "\0"
@@ -89,30 +89,30 @@ def translate_official(args: Sequence[str]) -> list[str]:
             CONDITIONING_PATHS,
             CONDITIONING_FRAMES,
             CONDITIONING_STRENGTHS,
-            PROMPT,
-            LORA,
+            PROMPT_FLAG,
+            LORA_FLAG,
             *MEDIA_FLAGS,
         }:
             rest.insert(0, value)
             word = name
         if word == OFFLOAD_TO_CPU:
-            ours += OFFLOAD_STAGES if _pop_switch(rest) else []
+            ours += OFFLOAD_STAGES_FLAGS if _pop_switch(rest) else []
         elif word in SIZE_FLAGS:
             sides[word] = _pop_value(word, rest)
         elif word in (CONDITIONING_PATHS, CONDITIONING_FRAMES, CONDITIONING_STRENGTHS):
             lists[word] = _pop_values(rest)
-        elif word == PROMPT:
+        elif word == PROMPT_FLAG:
             prompts.append(_pop_value(word, rest))
         elif word in MEDIA_FLAGS:
             ours += [word, SEPARATOR.join([_pop_value(word, rest), *_pop_numbers(rest), *_pop_box(rest)])]
-        elif word == LORA:
+        elif word == LORA_FLAG:
             ours += [word, SEPARATOR.join([_pop_value(word, rest), *_pop_numbers(rest)])]
             _refuse_malformed_strength(rest)
         else:
             ours.append(ALIASES.get(word, word))
     if prompts and plain:
         raise typer.BadParameter(
-            f"a prompt is given as {plain[0]!r} too; give the one or the other.", param_hint=PROMPT
+            f"a prompt is given as {plain[0]!r} too; give the one or the other.", param_hint=PROMPT_FLAG
         )
     last = [SEPARATOR.join(prompts)] if prompts else plain
     return [*ours, *_size(sides), *_media(lists), *(["--", *last] if last else [])]
@@ -152,7 +152,7 @@ def _refuse_malformed_strength(rest: list[str]) -> None:
     if rest and _LIKE_A_STRENGTH.fullmatch(rest[0]):
         raise typer.BadParameter(
             f"{rest[0]!r} is no strength: write PATH, a number such as 0.8 and, for a second pass, another.",
-            param_hint=LORA,
+            param_hint=LORA_FLAG,
         )
 
 

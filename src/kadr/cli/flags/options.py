@@ -81,7 +81,7 @@ class WindowFlags:
         _Float, flag("--adain", "A", "How far each window's colours are moved to those of the first, 0 to 1.")
     ] = None
     anchor_strength: Annotated[
-        _Float, flag("--remember", "S", "How firmly every window is shown the picture at frame 0; 0 does not.")
+        _Float, flag("--anchor-strength", "S", "How firmly every window is shown the picture at frame 0; 0 does not.")
     ] = None
 
 
@@ -178,7 +178,7 @@ class MediaFlags:
     ] = None
     input_video: Annotated[Path | None, flag("--input-video", "PATH", "Make the video from this one.")] = None
     denoise_strength: Annotated[
-        _Float, flag("--strength", "S", "How much of --input-video is made anew, between 0 and 1.")
+        _Float, flag("--denoise-strength", "S", "How much of --input-video is made anew, between 0 and 1.")
     ] = None
     image_noise: Annotated[
         _Float, flag("--image-noise", "X", "Noise on pictures at each step, times level squared.")
@@ -193,7 +193,7 @@ class DenoisingFlags:
     """Denoising"""
 
     steps: Annotated[_Int, flag("--steps", "N", "Steps of denoising.")] = None
-    sigmas: Annotated[_Text, flag("--levels", "1.0,0.9,...", "Noise levels themselves, instead of --steps.")] = None
+    sigmas: Annotated[_Text, flag("--sigmas", "1.0,0.9,...", "Noise levels themselves, instead of --steps.")] = None
     skip_initial: Annotated[int, flag("--skip-initial", "N", "Leave out the first N noise levels.")] = 0
     skip_final: Annotated[int, flag("--skip-final", "N", "Leave out the last N noise levels.")] = 0
     stochastic: Annotated[
@@ -210,11 +210,11 @@ class DenoisingFlags:
 
 @dataclass(frozen=True)
 class GuidanceFlags:
-    """Guidance; X,... is one value, or one for each level of --guidance-at"""
+    """Guidance; X,... is one value, or one for each level of --guidance-sigmas"""
 
     guidance: Annotated[_Text, flag("--guidance", "X,...", "How far to go beyond the prompt; 1 is off.")] = None
     guidance_sigmas: Annotated[
-        _Text, flag("--guidance-at", "1.0,0.9,...", "The noise levels that lists are for, falling.")
+        _Text, flag("--guidance-sigmas", "1.0,0.9,...", "The noise levels that lists are for, falling.")
     ] = None
     stg: Annotated[_Text, flag("--stg", "X,...", "Guidance away from disturbed blocks; 0 is off.")] = None
     rescale: Annotated[_Text, flag("--rescale", "X,...", "Contrast taken back where --stg acts; 1 is off.")] = None
@@ -244,7 +244,7 @@ class SecondPassFlags:
         _Switch, flag("--multi-scale/--single-pass", None, "Make it smaller first, upscale, refine; or in one pass.")
     ] = None
     second_steps: Annotated[_Int, flag("--second-steps", "N", "Steps of the second pass.")] = None
-    second_sigmas: Annotated[_Text, flag("--second-levels", "0.9,0.7,...", "Its noise levels themselves.")] = None
+    second_sigmas: Annotated[_Text, flag("--second-sigmas", "0.9,0.7,...", "Its noise levels themselves.")] = None
     second_skip_initial: Annotated[_Int, flag("--second-skip-initial", "N", "Leave out its first N levels.")] = None
     second_guidance: Annotated[_Float, flag("--second-guidance", "X", "Its guidance.")] = None
     second_tone_map: Annotated[_Float, flag("--second-tone-map", "X", "Its tone map.")] = None

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from kadr.kernels import mode
 
-SLICE_ELEMENTS = 2_097_152  # numbers at a time; measured
-DTYPES = (torch.float32, torch.bfloat16)
+PIXEL_NORM_SLICE_ELEMENTS = 2_097_152  # numbers at a time; measured
+PIXEL_NORM_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def is_supported(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
     """Whether `pixel_norm_modulate_silu` may take the place of its definition."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES or mode.current() == mode.REFERENCE:
+    if x.device.type != "cpu" or x.dtype not in PIXEL_NORM_DTYPES or mode.current() == mode.REFERENCE:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
         return False
@@ -34,7 +34,7 @@ def pixel_norm_modulate_silu(
         if scale is not None and shift is not None:
             row = sample % len(scale)
             bend = 1 + scale[row], shift[row]
-        step = max(1, SLICE_ELEMENTS // given[0].numel())
+        step = max(1, PIXEL_NORM_SLICE_ELEMENTS // given[0].numel())
         for start in range(0, len(given), step):
             _norm_modulate_silu_rows(given[start : start + step], bend, epsilon, out[start : start + step])
     return made.movedim(-1, 1)

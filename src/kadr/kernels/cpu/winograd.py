@@ -32,7 +32,9 @@ from torch import Tensor
 
 PADDING = [1, 1]  # padding, and with that stride and dilation, of a picture
 _ONES = [1, 1]
-SLICE_ELEMENTS = 1_048_576  # numbers of a weight that are worked on at a time, in float32: what stays in the cache
+WINOGRAD_SLICE_ELEMENTS = (
+    1_048_576  # numbers of a weight that are worked on at a time, in float32: what stays in the cache
+)
 F23, F43 = 2, 4  # frames at a time
 S, T = 0.5**0.5, 2**0.5
 # Of each kernel, how much of the three taps it has.
@@ -55,7 +57,7 @@ def transform_kernel(weight: Tensor, output_frames: int) -> tuple[Tensor, ...]:
     """
     outputs, channels, _, *sides = weight.shape
     made = tuple(weight.new_empty(outputs, *sides, channels) for _ in KERNEL_TRANSFORMS[output_frames])
-    step = max(1, SLICE_ELEMENTS // weight[0].numel())
+    step = max(1, WINOGRAD_SLICE_ELEMENTS // weight[0].numel())
     for start in range(0, outputs, step):
         piece = slice(start, start + step)
         # Sorted first, while the piece is in the cache: sums of what lies apart would take four times as long.

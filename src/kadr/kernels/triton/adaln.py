@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.reference import MAX_CODE as LARGEST_OF
+from kadr.kernels.reference import MAX_CODES as LARGEST_OF
 from kadr.kernels.triton.common import (
     broadcast_strides,
     device_of,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kadr.kernels import reference
 
-MIN_ABS_MAX = tl.constexpr(reference.MIN_ABS_MAX)
+TL_MIN_ABS_MAX = tl.constexpr(reference.MIN_ABS_MAX)
 # Numbers below 2^22 that are added to it lose their fraction, to the even side of a tie, as all fp32 sums do.
 ROUNDING_MAGIC = tl.constexpr(1.5 * 2.0**23)
 ELEMENTS_PER_WARP = 512  # 16 for each thread: enough to hide the wait for memory, few enough to stay in registers
@@ -31,7 +31,7 @@ def inverse_rms(x, epsilon, ROW_SIZE: tl.constexpr):
 @triton.jit
 def quantize_row(x, code_dtype: tl.constexpr, MAX_CODE: tl.constexpr):
     """x (BLOCK) -> its codes, and what they are multiplied with; see `reference.quantize_rows`."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=0), MIN_ABS_MAX)
+    largest = tl.maximum(tl.max(tl.abs(x), axis=0), TL_MIN_ABS_MAX)
     largest += tl.sum(x * 0.0, axis=0)  # a maximum passes over what is no number; a scale must not
     scaled = x * tl.div_rn(tl.full((), MAX_CODE, tl.float32), largest)
     if code_dtype == tl.int8:

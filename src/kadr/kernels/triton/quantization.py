@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.reference import MAX_CODE as LARGEST_OF
+from kadr.kernels.reference import MAX_CODES as LARGEST_OF
 from kadr.kernels.triton.common import device_of, padded_row_size, quantize_row, warps_for
 
 COLUMNS_PER_PROGRAM = 1024  # of a product that a program scales; it takes one row

@@ -128,7 +128,7 @@ class ResnetBlock3D(nn.Module):
         add_bias: bool = True,
     ) -> Tensor:
         scale, shift = (scale_shift.scale, scale_shift.shift) if scale_shift else (None, None)
-        x = conv(fused.pixel_norm_modulate_silu(x, scale, shift), cache, biased=add_bias)
+        x = conv(fused.pixel_norm_modulate_silu(x, scale, shift), cache, add_bias=add_bias)
         if self.inject_noise:
             x = x + cache.get_noise((self, noise_scale_name), like=x) * getattr(self, noise_scale_name)[None, :, None]
         return x

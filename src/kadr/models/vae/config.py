@@ -22,7 +22,7 @@ BLOCK_STRIDES: Mapping[str, Strides] = {
 ENCODER_BLOCK_KINDS = ("res_x", "res_x_y", *BLOCK_STRIDES)
 DECODER_BLOCK_KINDS = ("res_x", "res_x_y", "compress_time", "compress_space", "compress_all")
 # Keys of the header that change what is computed, with the only value released weights use.
-FIXED_HEADER_VALUES: Mapping[str, Any] = {
+VAE_FIXED_VALUES: Mapping[str, Any] = {
     "_class_name": "CausalVideoAutoencoder",
     "dims": 3,
     "in_channels": 3,
@@ -132,7 +132,7 @@ class VAEConfig:
         Raises:
             CheckpointError: a value that no released weights use, or an unknown block.
         """
-        for key, value in FIXED_HEADER_VALUES.items():
+        for key, value in VAE_FIXED_VALUES.items():
             found = header.get(key, None if key in REQUIRED_KEYS else value)
             if found != value:
                 raise CheckpointError(f"the VAE's header has {key} = {found!r}; kadr knows only {value!r}.")
@@ -157,7 +157,7 @@ class VAEConfig:
     def to_header(self) -> dict[str, Any]:
         """The "vae" entry of an official header."""
         return {
-            **FIXED_HEADER_VALUES,
+            **VAE_FIXED_VALUES,
             "latent_channels": self.latent_channels,
             "patch_size": self.patch_size,
             "encoder_base_channels": self.encoder_base_channels,

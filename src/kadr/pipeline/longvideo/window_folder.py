@@ -25,14 +25,14 @@ from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock
 
 REQUEST_FILE = "request.json"
 EXECUTION = "held"  # how the transformer is held and computed with: another way rounds otherwise
-_FILE_NAME, _LATENTS, _DIGEST = re.compile(r"window-(\d{4,})\.safetensors"), "latents", "sha256"
+_WINDOW_FILE_NAME, _LATENTS, _DIGEST_KEY = re.compile(r"window-(\d{4,})\.safetensors"), "latents", "sha256"
 _MAX_DIFFERENCES = 3  # differences that are named
 
 
 def finished_windows(folder: Path) -> list[int]:
     """The numbers of the windows that are there, from 0."""
     files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-    found = (_FILE_NAME.fullmatch(file.name) for file in files)
+    found = (_WINDOW_FILE_NAME.fullmatch(file.name) for file in files)
     return sorted(int(name[1]) - 1 for name in found if name is not None)
 
 
@@ -119,7 +119,7 @@ class WindowFolder:
     def store(self, index: int, latents: Tensor) -> None:
         """Raises: CheckpointError: it cannot be written."""
         latents = latents.float().contiguous()
-        metadata = {_DIGEST: _digest(latents)}
+        metadata = {_DIGEST_KEY: _digest(latents)}
         write_tensors(
             _window_file(self.folder, index), {_LATENTS: latents}, dtype=torch.float32, metadata=metadata, fsync=True
         )
@@ -169,7 +169,7 @@ def _find_damage(file: Path, shape: tuple[int, ...]) -> str | None:
     """What is wrong with a window's file; None where nothing is."""
     try:
         with safe_open(file, framework="pt") as opened:
-            digest, latents = (opened.metadata() or {}).get(_DIGEST), opened.get_tensor(_LATENTS)
+            digest, latents = (opened.metadata() or {}).get(_DIGEST_KEY), opened.get_tensor(_LATENTS)
     except (OSError, KeyError, SafetensorError) as error:
         return str(error)
     if latents.dtype != torch.float32 or tuple(latents.shape) != shape:

@@ -174,7 +174,9 @@ class DenoiseStage:
             if reference_tokens is not None:
                 tokens, sigma = reference_tokens.append_to(tokens, sigma)
             arguments = (tokens.to(dtype), rope, text_caches[id(prompt_embeddings)], None, sigma)
-            how: dict[str, Any] = {} if cached is None else {"residual_cache": cached.residual_cache(id(prompt_embeddings))}
+            how: dict[str, Any] = (
+                {} if cached is None else {"residual_cache": cached.residual_cache(id(prompt_embeddings))}
+            )
             if perturbation is None:
                 return transformer(*arguments, **how)[:, :count], None
             said, disturbed = transformer.forward_with_perturbed(*arguments, **perturbation._asdict() | how)
