@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kadr.request.windows import Windows
     from kadr.sampling.step_cache import StepCache
     from kadr.shapes import Size
-    from kadr.spec.loras import Lora
+    from kadr.spec.lora import Lora
     from kadr.text.enhance import Enhancer
 
 __all__ = [
@@ -53,7 +53,7 @@ _HOMES = {
     "Enhancer": "kadr.text.enhance",
     "KadrError": "kadr.errors",
     "KadrWarning": "kadr.errors",
-    "Lora": "kadr.spec.loras",
+    "Lora": "kadr.spec.lora",
     "Progress": "kadr.pipeline.progress",
     "Request": "kadr.request.request",
     "Size": "kadr.shapes",

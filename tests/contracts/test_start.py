@@ -16,7 +16,7 @@ from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 
 with torch.device("meta"):
     Transformer(TRANSFORMER_2B)
-    T5Encoder(T5Config(vocabulary=101, width=48, layers=3, heads=4, head_width=8, hidden=80))
+    T5Encoder(T5Config(vocab_size=101, d_model=48, num_layers=3, num_heads=4, d_kv=8, d_ff=80))
     for config in (VAE_0_9, VAE_0_9_1, VAE_0_9_5):
         VAE(config)
 print(*(name for name in {COMPILER} if name in sys.modules))

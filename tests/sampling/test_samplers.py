@@ -8,10 +8,9 @@ from torch import Tensor
 
 from kadr.sampling.conditioning import replace_latents
 from kadr.sampling.positions import token_positions
-from kadr.sampling.samplers import denoise
+from kadr.sampling.samplers import denoise, stochastic_step
 from kadr.sampling.schedules import Schedule, explicit_sigmas
 from kadr.sampling.state import LatentState, to_tokens
-from kadr.sampling.steps import stochastic_step
 from kadr.shapes import LatentGrid
 
 GRID = LatentGrid(3, 2, 2)

@@ -13,9 +13,9 @@ from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from torch import Tensor
 
 from kadr.sampling.positions import token_positions
+from kadr.sampling.samplers import euler_step
 from kadr.sampling.schedules import explicit_sigmas
 from kadr.sampling.state import LatentState, to_latents, to_tokens
-from kadr.sampling.steps import euler_step
 from kadr.shapes import LatentGrid
 
 GRID = LatentGrid(2, 3, 4)

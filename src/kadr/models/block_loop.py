@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
+from kadr.models.block_inputs import BlockInputs
 from kadr.sampling.guidance import Perturbation
 from kadr.sampling.step_cache import ResidualCache
-
-if TYPE_CHECKING:
-    from kadr.models.transformer import BlockInputs
 
 
 def run_blocks_cached(

@@ -5,10 +5,10 @@ B batch, N tokens, L text positions, C latent channels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kadr.errors import CheckpointError
 from kadr.kernels import fused
 from kadr.kernels.cuda_graphs import GraphBackend, GraphedCallable
+from kadr.models.block_inputs import BlockInputs, TextKVCache
 from kadr.models.block_loop import run_blocks, run_blocks_cached
 from kadr.nn.attention import PERTURB_TO_INPUT, PERTURB_TO_VALUES, Attention, KeysValues
 from kadr.nn.linear import Linear, mlp
@@ -139,52 +140,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(self.up, self.down, x)
-
-
-class TextKVCache:
-    """A text as the layers read it: keys and values of each layer are computed once, however many steps come.
-
-    Args:
-        text: (B, L, D); None where all keys and values are there.
-        bias: (B, 1, 1, L) for the logits of the text; None where nothing is padded.
-        kv: keys and values by their attention, as far as they are there.
-    """
-
-    def __init__(
-        self, text: Tensor | None, bias: Tensor | None, kv: Mapping[nn.Module, KeysValues] | None = None
-    ) -> None:
-        self.text, self.bias = text, bias
-        self._kv = dict(kv or {})
-
-    def get(self, attention: Attention) -> KeysValues:
-        """The keys and values of a layer's attention."""
-        if attention not in self._kv:
-            assert self.text is not None
-            self._kv[attention] = attention.project_kv(self.text)
-        return self._kv[attention]
-
-    def get_all(self, attentions: Sequence[Attention]) -> tuple[KeysValues, ...] | None:
-        """The keys and values of some layers' attentions; None as long as some are not there."""
-        found = tuple(self._kv[attention] for attention in attentions if attention in self._kv)
-        return found if len(found) == len(attentions) else None
-
-
-class BlockInputs(NamedTuple):
-    """What all layers are given besides the tokens.
-
-    Args:
-        adaln: (B, 1 or N, 6, D), of the noise level.
-        samples: of the reading's batch, those that the tokens belong to.
-    """
-
-    text_kv: TextKVCache
-    adaln: Tensor
-    rope: Rope
-    samples: slice = slice(None)
-
-    def for_samples(self, samples: slice) -> BlockInputs:
-        """Of some samples of the batch."""
-        return BlockInputs(self.text_kv, self.adaln[samples], self.rope.for_samples(samples), samples)
 
 
 class TransformerBlock(nn.Module):

@@ -30,7 +30,8 @@ from kadr.pipeline.rotation_check import detect_rotation, may_be_rotated
 from kadr.planning.plan import AS_STORED, Placement, Plan
 from kadr.quant.rotation import rotate_weights
 from kadr.quant.weight_formats import FP8
-from kadr.spec.loras import Loras, LoraStrength
+from kadr.spec.lora import LoraStrength
+from kadr.spec.loras import Loras
 from kadr.spec.model import (
     PASS_STAGES,
     TEXT_ENCODER,
@@ -38,7 +39,7 @@ from kadr.spec.model import (
     VAE_ENCODER,
     ModelSpec,
 )
-from kadr.spec.options import OFFLOAD_AUTO
+from kadr.spec.offload import OFFLOAD_AUTO
 from kadr.spec.weights import is_quantized
 from kadr.text.tokenizer import Tokenizer
 

@@ -33,7 +33,8 @@ from kadr.request.resolved_controls import ResolvedControl, warn_control_lora_mi
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size, snap_frames
 from kadr.spec.locate import find_release_on_disk, is_path
-from kadr.spec.loras import Lora, common_reference_downscale, is_in_context, refuse_merged_twice
+from kadr.spec.lora import Lora, refuse_merged_twice
+from kadr.spec.loras import common_reference_downscale, is_in_context
 from kadr.spec.model import Upscaling, require_matching_upscaler
 
 

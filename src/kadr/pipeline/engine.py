@@ -37,8 +37,9 @@ from kadr.request.windows import window_folder_path
 from kadr.spec.locate import fetch_text_encoder, locate
 from kadr.spec.loras import Loras, check_lora_names
 from kadr.spec.model import order_upscalers, require_components
+from kadr.spec.offload import check_offload
 from kadr.spec.optional_components import open_default_upscaler, open_second_model, open_upscalers
-from kadr.spec.options import check_compile, check_offload
+from kadr.spec.options import check_compile
 from kadr.version import __version__
 
 

@@ -34,7 +34,7 @@ from kadr.quant.weight_formats import AUTO_QUANT, INT8, INT8_WEIGHT_ONLY, NONE
 from kadr.request.passes import ResolvedPass
 from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.spec.model import PASS_STAGES, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, ModelSpec
-from kadr.spec.options import OFFLOAD_BLOCKS, OFFLOAD_NONE, OFFLOAD_STAGES
+from kadr.spec.offload import OFFLOAD_BLOCKS, OFFLOAD_NONE, OFFLOAD_STAGES
 from kadr.spec.weights import is_quantized
 
 RESERVED_FRACTION = 0.05  # of what is free, left to the system and to what cannot be foreseen

@@ -14,7 +14,7 @@ from kadr.request.passes import ResolvedPass
 from kadr.request.request import Request
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Size, snap_frames
 from kadr.spec.model import ModelSpec
-from kadr.spec.options import OFFLOAD_AUTO
+from kadr.spec.offload import OFFLOAD_AUTO
 from kadr.spec.weights import is_quantized
 
 Fits = Callable[[ModelSpec, Workload], bool]

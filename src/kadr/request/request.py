@@ -14,7 +14,7 @@ from kadr.request.windows import Windows, split_prompts
 from kadr.sampling.settings import MAX_STEPS, Guidance, Pass, parse_sigmas
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
-from kadr.spec.loras import LoraStrength, parse_lora_strengths
+from kadr.spec.lora import LoraStrength, parse_lora_strengths
 from kadr.validation import check_bool, check_range
 
 MAX_FPS = 240

@@ -1,4 +1,7 @@
-"""The loop. It knows a velocity, a state, a list of levels and a step; what guides or conditions them plugs in."""
+"""Samplers: one step along the flow, and the loop over a schedule of sigmas.
+
+The loop knows a denoiser, a state, sigmas and a step; guidance, conditions and caching plug in.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,33 @@ import torch
 from torch import Tensor
 
 from kadr.sampling.guidance import Denoiser
-from kadr.sampling.state import LatentState
-from kadr.sampling.steps import SamplerStep, euler_step
+from kadr.sampling.state import SIGMA_TOLERANCE, LatentState
 
+SamplerStep = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]  # index, tokens, velocity, level, path -> tokens
 PrepareState = Callable[[int, LatentState, Tensor], LatentState]
 WatchStep = Callable[[int, Tensor, LatentState], None]
+
+
+def next_sigma(sigma: Tensor, sigmas: Tensor) -> Tensor:
+    """For every level, the highest level of `sigmas` (S + 1; it ends in 0) that lies below it; 0 below the lowest."""
+    sigmas = sigmas[:, None, None]
+    return torch.where(sigmas < sigma - SIGMA_TOLERANCE, sigmas, 0.0).amax(dim=0)
+
+
+def euler_step(index: int, tokens: Tensor, velocity: Tensor, sigma: Tensor, sigmas: Tensor) -> Tensor:
+    """Straight along the velocity to the next level. A token whose level is not on the path lands on it."""
+    return tokens - (sigma - next_sigma(sigma, sigmas))[..., None] * velocity
+
+
+def stochastic_step(draw: Callable[[int, torch.Size], Tensor]) -> SamplerStep:
+    """Steps that guess the clean tokens and add fresh noise: `draw(index, shape)` gives it."""
+
+    def step(index: int, tokens: Tensor, velocity: Tensor, level: Tensor, path: Tensor) -> Tensor:
+        clean = tokens - level[..., None] * velocity
+        then = next_sigma(level, path)[..., None]
+        return (1 - then) * clean + then * draw(index, tokens.shape).to(tokens)
+
+    return step
 
 
 def denoise(

@@ -15,7 +15,8 @@ from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.sampling.schedules import Schedule
 from kadr.spec.loras import Loras
-from kadr.spec.options import OFFLOAD_AUTO, check_compile, refuse_merging, resolve_scheme
+from kadr.spec.offload import OFFLOAD_AUTO
+from kadr.spec.options import check_compile, refuse_merging, resolve_scheme
 
 UPSCALER_HINT = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."
 TEXT_ENCODER, VAE_ENCODER, VAE_DECODER = "text encoder", "VAE encoder", "VAE decoder"

@@ -24,20 +24,6 @@ from kadr.quant.weight_formats import (
 )
 from kadr.spec.weights import can_multiply_stored_fp8, count_stored_types, is_quantized
 
-# What is done with what does not fit: whatever helps; nothing; modules leave after their stage; blocks come and go.
-OFFLOAD_MODES = OFFLOAD_AUTO, OFFLOAD_NONE, OFFLOAD_STAGES, OFFLOAD_BLOCKS = "auto", "none", "stages", "blocks"
-
-
-def check_offload(name: str) -> str:
-    """The way of that name to make room.
-
-    Raises:
-        RequestError: there is none.
-    """
-    if name not in OFFLOAD_MODES:
-        raise RequestError(f"offload is {name!r}; it must be one of {', '.join(OFFLOAD_MODES)}.")
-    return name
-
 
 def resolve_scheme(name: str | None, transformers: Sequence[Checkpoint], device: torch.device) -> str:
     """How the weights of transformers are to be stored in memory: what was asked for, or what comes near it here.

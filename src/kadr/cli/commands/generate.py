@@ -20,7 +20,7 @@ from kadr.request.request import Request
 from kadr.request.windows import PROMPT_SEPARATOR, Windows
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import CACHE_KINDS, FIRST_BLOCK, TAYLOR, StepCache
-from kadr.spec.options import OFFLOAD_AUTO, OFFLOAD_MODES
+from kadr.spec.offload import OFFLOAD_AUTO, OFFLOAD_MODES
 
 if TYPE_CHECKING:
     from kadr.pipeline.dry_run import DryRunEngine

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kadr.models.transformer import TextKVCache, Transformer
+from kadr.models.block_inputs import TextKVCache
+from kadr.models.transformer import Transformer
 from kadr.nn.rope import Rope
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
@@ -26,10 +27,9 @@ from kadr.sampling.guidance import Denoiser, Perturbation, PromptEmbeddings, gui
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import token_positions
 from kadr.sampling.reference_tokens import ReferenceTokens
-from kadr.sampling.samplers import denoise
+from kadr.sampling.samplers import denoise, euler_step, stochastic_step
 from kadr.sampling.state import LatentState
 from kadr.sampling.step_cache import PassCache
-from kadr.sampling.steps import euler_step, stochastic_step
 from kadr.spec.model import PASS_STAGES
 
 

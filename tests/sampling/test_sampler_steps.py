@@ -9,8 +9,8 @@ import torch
 from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from torch import Tensor
 
+from kadr.sampling.samplers import euler_step, next_sigma, stochastic_step
 from kadr.sampling.schedules import Schedule, explicit_sigmas
-from kadr.sampling.steps import euler_step, next_sigma, stochastic_step
 from tests.oracles import relative_error
 
 LISTS = {
