@@ -34,7 +34,7 @@ def film(tmp_path: Path) -> Film:
     text.mkdir()
     usual = {
         "version": __version__,
-        "name": "m.safetensors",
+        "model_name": "m.safetensors",
         "model": str(model),
         "text_encoder": str(text),
         "vae": str(model),
@@ -97,8 +97,8 @@ def test_parts_of_the_second_pass_are_taken_again(kadr: Run, engine: FakeEngine,
 def test_loras_are_taken_again_with_their_strengths(kadr: Run, engine: FakeEngine, film: Film, tmp_path: Path) -> None:
     (tmp_path / "style.safetensors").touch()
     loras = [
-        {"path": str(tmp_path / "style.safetensors"), "strength": 0.5, "second": None},
-        {"path": str(tmp_path / "ltxv-097-ic-lora-canny-control-comfyui.safetensors"), "strength": 1.0, "second": 0.0},
+        {"path": str(tmp_path / "style.safetensors"), "strength": 0.5, "second_strength": None},
+        {"path": str(tmp_path / "ltxv-097-ic-lora-canny-control-comfyui.safetensors"), "strength": 1.0, "second_strength": 0.0},
     ]
     ended = kadr("rerun", film(loras=loras, merge_loras=True))
     assert ended.code == 0, ended.err
@@ -136,7 +136,7 @@ def test_missing_part_of_the_model_is_named(kadr: Run, engine: FakeEngine, film:
 
 
 def test_released_model_that_moved_is_opened_by_name(kadr: Run, engine: FakeEngine, film: Film) -> None:
-    file = film(name="demo", model="/gone/demo.safetensors", vae="/gone/demo.safetensors", text_encoder="/gone/t5")
+    file = film(model_name="demo", model="/gone/demo.safetensors", vae="/gone/demo.safetensors", text_encoder="/gone/t5")
     ended = kadr("rerun", file)
     assert ended.code == 0, ended.err
     assert engine.open_calls == [("demo", {"device": "cpu", "dtype": "float32"})]
@@ -148,10 +148,10 @@ def test_released_model_keeps_its_name(
 ) -> None:
     here = tmp_path / "m.safetensors"
     monkeypatch.setattr(rerun, "find_release_on_disk", lambda released: here)
-    assert kadr("rerun", film(name="ltxv-2b-0.9.5")).code == 0
+    assert kadr("rerun", film(model_name="ltxv-2b-0.9.5")).code == 0
     assert engine.open_calls[-1][0] == "ltxv-2b-0.9.5"
     here = tmp_path / "another snapshot"
-    assert kadr("rerun", film(name="ltxv-2b-0.9.5")).code == 0
+    assert kadr("rerun", film(model_name="ltxv-2b-0.9.5")).code == 0
     assert engine.open_calls[-1][0] == str(tmp_path / "m.safetensors")
 
 

@@ -361,7 +361,7 @@ class Engine:
             "device": device.type,
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
-            "compiled": self.components.compile_transformer,
+            "compile_transformer": self.components.compile_transformer,
             "request": replace(request, conditions=tuple(here), controls=followed, input_video=start).to_json(),
         }
 

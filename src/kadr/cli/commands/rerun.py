@@ -82,8 +82,8 @@ def reopen_engine(record: Mapping[str, Any], model: str | None, device: str | No
     device = device or str(record.get("device", "auto"))
     own: dict[str, Any] = {word: str(record[word]) for word in ("dtype", "quant") if record.get(word)}
     own |= _lora_options(record)
-    if record.get("compiled") and device.startswith("cuda"):
-        own["compiled"] = True
+    if record.get("compile_transformer") and device.startswith("cuda"):
+        own["compile_transformer"] = True
     return run.open_engine(model, **parts, device=device, **own)
 
 
@@ -102,7 +102,7 @@ def _second_pass_components(record: Mapping[str, Any]) -> dict[str, Any]:
 def _lora_options(record: Mapping[str, Any]) -> dict[str, Any]:
     """What was added to the weights."""
     own: dict[str, Any] = {word: True for word in ("lora_partial", "merge_loras") if record.get(word)}
-    loras = [(_lora(lora), lora["strength"], lora["second"]) for lora in record.get("loras", ())]
+    loras = [(_lora(lora), lora["strength"], lora["second_strength"]) for lora in record.get("loras", ())]
     return own | ({"loras": loras} if loras else {})
 
 
@@ -131,7 +131,7 @@ def _find_model(record: Mapping[str, Any]) -> str:
     """The file that made the video; by its name, where that of a released model means the same file or it has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
-    path, released = str(record.get("model", "")), RELEASES_BY_NAME.get(str(record.get("name", "")))
+    path, released = str(record.get("model", "")), RELEASES_BY_NAME.get(str(record.get("model_name", "")))
     if released is not None:
         here = find_release_on_disk(released)
         if not Path(path).exists() or (here is not None and here.resolve() == Path(path).resolve()):
@@ -153,9 +153,9 @@ def _find_text_encoder(record: Mapping[str, Any]) -> Path | None:
     from kadr.models.registry import RELEASES_BY_NAME
 
     path = record.get("text_encoder")
-    if record.get("name") in RELEASES_BY_NAME and not (path and Path(path).exists()):
+    if record.get("model_name") in RELEASES_BY_NAME and not (path and Path(path).exists()):
         print_stderr(
-            f"warning: the text encoder is no longer at {path}; the one that belongs to {record['name']} is taken"
+            f"warning: the text encoder is no longer at {path}; the one that belongs to {record['model_name']} is taken"
         )
         return None
     return _require_existing("text encoder", path)
