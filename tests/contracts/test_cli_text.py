@@ -18,8 +18,9 @@ from kadr.cli.main import app
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _MODEL = """--model --config --upscaler --second-model --text-encoder --vae --lora --lora-partial --merge-loras
     --device --dtype --no-prompt-cache --quant --compile --offload"""
-_REST = """--image --video --control --input-video --denoise-strength --image-noise --image-crf --steps --sigmas --skip-initial
-    --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval --guidance --guidance-sigmas
+_REST = """--image --video --control --input-video --denoise-strength --image-noise --image-crf --steps --sigmas
+    --skip-initial --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval --guidance
+    --guidance-sigmas
     --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch
     --multi-scale --single-pass --second-steps --second-sigmas --second-skip-initial --second-guidance
     --second-tone-map --tone-map --decode-timestep --decode-noise"""
@@ -32,11 +33,12 @@ VERBS = {
         {_MODEL} {_REST}""",
     "rerun": "FILE --output --seed --model --device --resume --json",
     "inspect": "PATH --json",
-    "train-lora": """DIR --model --output --size --frames --rank --target-modules --steps --batch-size --learning-rate --sigma-sampling --first-frame-conditioning-p
-        --caption-dropout-p --references --validation-prompt --validate-every --save-every --skip-broken --quant --device --dtype
-        --seed --text-encoder --vae --json""",
+    "train-lora": """DIR --model --output --size --frames --rank --target-modules --steps --batch-size --learning-rate
+        --sigma-sampling --first-frame-conditioning-p --caption-dropout-p --references --validation-prompt
+        --validate-every --save-every --skip-broken --quant --device --dtype --seed --text-encoder --vae --json""",
     "quantize": "IN OUT --type --force",
-    "bench": "--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder --json",
+    "bench": """--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder
+        --json""",
     "models": "--json",
 }
 OFFICIAL = """--num_frames --frame_rate --num_inference_steps --guidance_scale --negative_prompt --output_path

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kadr.models.registry import RELEASES
-from tests import doc_tables, write_models, write_parity
+from tests import doc_tables, write_floors, write_models, write_parity
 from tests.doc_tables import DOCS, ROOT
 
 DOCUMENTS = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
@@ -48,6 +48,14 @@ def test_a_test_that_does_not_exist_would_be_noticed() -> None:
     assert strangers(f"`{here}::test_a_test_that_does_not_exist_would_be_noticed`") == []
     for gone in (f"{here}::test_gone", "tests/test_gone.py::test_gone", f"{here}::strangers"):
         assert strangers(f"`{gone}`") == [gone]
+
+
+def test_the_floors_in_the_documents_are_those_that_are_held() -> None:
+    """Where they are not: python -m tests.write_floors."""
+    pages = {path: path.read_text("utf-8") for path in DOCUMENTS}
+    assert doc_tables.read_table(pages[write_floors.PAGE], write_floors.NAME) == write_floors.floors_table()
+    listed = [path for path, page in pages.items() if re.search(r"^\| *floor *\|", page, re.MULTILINE)]
+    assert listed == [write_floors.PAGE]
 
 
 @pytest.mark.parametrize("name", write_models.TABLES)

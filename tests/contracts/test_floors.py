@@ -1,6 +1,7 @@
 """A module of kadr imports from a lower floor or from its own unit, and from no stranger."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ FLOORS = (  # from the ground up; shapes stands on errors; the public list stand
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units.split()}
 ORACLES = ("diffusers", "transformers", "ltx_video", "einops")
 DOORS = ("checkpoints/hub.py", "text/enhance.py")  # files of the hub; an endpoint that the user names
+LONGEST_FOLDER = 16  # modules
 NETWORK = ("huggingface_hub", "requests", "urllib.request", "urllib3", "http.client", "httpx", "httpx2", "aiohttp")
 
 
@@ -69,6 +71,43 @@ def test_every_import_goes_down() -> None:
     assert sources.keys() >= {"__init__.py", "errors.py", "shapes.py"}
     assert "kadr.errors.RequestError" in set(imported(ast.parse(sources["shapes.py"]), ["kadr"]))
     assert [complaint for path, source in sorted(sources.items()) for complaint in complaints(path, source)] == []
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> the modules of kadr that it imports, wherever the import stands."""
+    paths = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    names = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in paths}
+    graph: dict[str, set[str]] = {}
+    for path, file in paths.items():
+        if path == "__init__.py":
+            continue  # the public list stands on all it lists
+        folders = path.split("/")[:-1]
+        found = {
+            name.removeprefix("kadr.") for name in imported(ast.parse(file.read_text("utf-8")), ["kadr", *folders])
+        }
+        targets = {names.get(name) or names.get(name.rpartition(".")[0]) for name in found}
+        graph[path] = {target for target in targets if target and target not in (path, "__init__.py")}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that are left when those that import nothing of the rest are taken away, again and again."""
+    left = {path: set(targets) for path, targets in graph.items()}
+    while free := {path for path, targets in left.items() if not targets & left.keys()}:
+        left = {path: targets for path, targets in left.items() if path not in free}
+    return sorted(left)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = module_graph()
+    assert "errors.py" in graph["shapes.py"]
+    assert circles(graph) == []
+    assert circles({"a.py": {"b.py"}, "b.py": {"c.py"}, "c.py": {"a.py"}, "d.py": {"a.py"}}) != []
+
+
+def test_no_folder_is_a_long_flat_list() -> None:
+    folders = Counter(path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+    assert {folder: count for folder, count in folders.items() if count - 1 > LONGEST_FOLDER} == {}  # but for __init__
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What a checkpoint is: told from its header, its tensor shapes, then its name."""
+"""Detection of a checkpoint: by its header, its tensor shapes, then its name."""
