@@ -50,10 +50,10 @@ def same(one: Video, other: Video) -> bool:
 
 @pytest.mark.parametrize("change", [{}, {"stochastic": True}, {"guidance": 1.0}], ids=str)
 def test_the_same_seed_gives_the_same_video_bit_for_bit(
-    engine: Engine, injecting: Engine, photo: Condition, change: dict[str, Any]
+    engine: Engine, injecting: Engine, image_condition: Condition, change: dict[str, Any]
 ) -> None:
     for opened in (engine, injecting):
-        request = replace(REQUEST, conditions=(photo,), **change)
+        request = replace(REQUEST, conditions=(image_condition,), **change)
         torch.manual_seed(1)
         one = opened.generate(request)
         torch.manual_seed(2)  # what others do to torch's own generator changes nothing
@@ -81,23 +81,23 @@ def test_what_the_seed_would_draw_can_be_given(engine: Engine) -> None:
     assert not torch.equal(frames, engine.decode(latents, REQUEST))
 
 
-def test_generating_is_denoising_and_decoding(engine: Engine, injecting: Engine, photo: Condition) -> None:
+def test_generating_is_denoising_and_decoding(engine: Engine, injecting: Engine, image_condition: Condition) -> None:
     for opened in (engine, injecting):
-        request = replace(REQUEST, conditions=(photo,))
+        request = replace(REQUEST, conditions=(image_condition,))
         video = opened.generate(request)
         latents = opened.denoise(request)
         assert torch.equal(video.latents, latents[0])
         assert np.array_equal(video.frames, opened.decode(latents, request).numpy())
 
 
-def test_encoding_gives_the_latents_that_a_held_picture_starts_from(engine: Engine, photo: Condition) -> None:
-    request = replace(REQUEST, conditions=(photo,), image_noise=0.0)
+def test_encoding_gives_the_latents_that_a_held_picture_starts_from(engine: Engine, image_condition: Condition) -> None:
+    request = replace(REQUEST, conditions=(image_condition,), image_noise=0.0)
     assert torch.equal(engine.encode_first_condition(request), engine.denoise(request)[:, :, :1])
 
 
-def test_bfloat16_gives_nearly_the_video_of_float32(home: Path, engine: Engine, photo: Condition) -> None:
+def test_bfloat16_gives_nearly_the_video_of_float32(home: Path, engine: Engine, image_condition: Condition) -> None:
     narrow = Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16")
-    request = replace(REQUEST, conditions=(photo,))
+    request = replace(REQUEST, conditions=(image_condition,))
     one, other = engine.generate(request), narrow.generate(request)
     assert narrow.metadata(request)["dtype"] == "bfloat16"
     assert other.latents.dtype == torch.float32
@@ -109,8 +109,8 @@ def test_bfloat16_gives_nearly_the_video_of_float32(home: Path, engine: Engine, 
 # --- guidance and text --------------------------------------------------------------------------------------------
 
 
-def test_guidance_in_one_batch_gives_the_same_video(engine: Engine, photo: Condition) -> None:
-    for request in (REQUEST, replace(REQUEST, conditions=(replace(photo, strength=0.7),), steps=6)):
+def test_guidance_in_one_batch_gives_the_same_video(engine: Engine, image_condition: Condition) -> None:
+    for request in (REQUEST, replace(REQUEST, conditions=(replace(image_condition, strength=0.7),), steps=6)):
         one, other = engine.denoise(request), engine.denoise(replace(request, guidance_batch=True))
         assert ((one - other).norm() / one.norm()).item() <= 1e-5
 
@@ -162,9 +162,9 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_says_what(engine: 
 )
 @pytest.mark.parametrize("held", [False, True])
 def test_a_video_is_made_larger_and_then_cropped_and_trimmed(
-    engine: Engine, photo: Condition, size: Size, frames: int, held: bool
+    engine: Engine, image_condition: Condition, size: Size, frames: int, held: bool
 ) -> None:
-    request = replace(REQUEST, size=size, frames=frames, steps=1, conditions=(photo,) if held else ())
+    request = replace(REQUEST, size=size, frames=frames, steps=1, conditions=(image_condition,) if held else ())
     made, length = size.snap(), (frames + 6) // 8 * 8 + 1
     video = engine.generate(request)
     assert video.frames.shape == (frames, size.height, size.width, 3)
@@ -204,12 +204,12 @@ def test_decoding_as_a_stream_is_decoding_at_once(engine: Engine, injecting: Eng
 
 
 def test_frames_that_go_straight_to_a_file_are_those_of_generate(
-    engine: Engine, photo: Condition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, image_condition: Condition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[np.ndarray] = []
     put = VideoWriter.write
     monkeypatch.setattr(VideoWriter, "write", lambda self, frames: (written.append(frames), put(self, frames))[1])
-    request = replace(REQUEST, frames=70, steps=1, size=Size(50, 32), conditions=(photo,))
+    request = replace(REQUEST, frames=70, steps=1, size=Size(50, 32), conditions=(image_condition,))
     made = engine.write(request, tmp_path / "out.mp4")
     video = engine.generate(request)
     assert len(written) > 1, "frames came as they were decoded"
@@ -223,15 +223,15 @@ def test_frames_that_go_straight_to_a_file_are_those_of_generate(
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
 
 
-def test_the_first_frames_are_on_disk_before_the_last_are_decoded(engine: Engine, out: Path) -> None:
+def test_the_first_frames_are_on_disk_before_the_last_are_decoded(engine: Engine, output_folder: Path) -> None:
     sizes: dict[int, int] = {}
 
     def watch(progress: Progress) -> None:
         if progress.stage == "decode":
-            sizes[progress.step] = sum(path.stat().st_size for path in out.glob(".kadr-*"))
+            sizes[progress.step] = sum(path.stat().st_size for path in output_folder.glob(".kadr-*"))
 
     made = engine.write(
-        replace(REQUEST, size=Size(32, 32), frames=121, steps=1, guidance=1.0), out / "a.mp4", watch=watch
+        replace(REQUEST, size=Size(32, 32), frames=121, steps=1, guidance=1.0), output_folder / "a.mp4", watch=watch
     )
     early = [size for frames, size in sizes.items() if 60 <= frames < 121]
     assert early[0] > 1000, "a header and first frames"
@@ -240,10 +240,10 @@ def test_the_first_frames_are_on_disk_before_the_last_are_decoded(engine: Engine
 
 
 def test_a_file_remembers_a_request_that_makes_the_same_video_again(
-    engine: Engine, photo: Condition, tmp_path: Path
+    engine: Engine, image_condition: Condition, tmp_path: Path
 ) -> None:
     made = engine.write(
-        Request(prompt="a red circle", size=(64, 32), frames=9, steps=2, conditions=(photo,)), tmp_path / "a.mp4"
+        Request(prompt="a red circle", size=(64, 32), frames=9, steps=2, conditions=(image_condition,)), tmp_path / "a.mp4"
     )
     record = read_metadata(made.path)
     again = Request.from_json(record["request"])
@@ -290,15 +290,15 @@ class Seen(ModuleCache):
         self.alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
-    def keep(self) -> frozenset[str]:
+    def names_to_keep(self) -> frozenset[str]:
         """Nothing stays, whatever the plan says."""
         return frozenset()
 
-    @keep.setter
-    def keep(self, names: object) -> None: ...
+    @names_to_keep.setter
+    def names_to_keep(self, names: object) -> None: ...
 
     @contextmanager
-    def take(self, name: str, load: Callable[[], Any], *, way: Any = None) -> Iterator[Any]:
+    def acquire(self, name: str, load: Callable[[], Any], *, configuration: Any = None) -> Iterator[Any]:
         def noted() -> nn.Module:
             self.events.append(f"{name}, with {len(self.alive)} others")
             module = load()
@@ -306,7 +306,7 @@ class Seen(ModuleCache):
             weakref.finalize(module, self.events.append, f"{name} gone")
             return module
 
-        with super().acquire(name, noted, configuration=way) as module:
+        with super().acquire(name, noted, configuration=configuration) as module:
             yield module
 
 
@@ -329,9 +329,9 @@ ORDER = [
 
 
 def test_each_module_is_gone_before_the_next_is_loaded_and_none_stays(
-    engine: Engine, photo: Condition, seen: Seen, tmp_path: Path
+    engine: Engine, image_condition: Condition, seen: Seen, tmp_path: Path
 ) -> None:
-    request = replace(REQUEST, conditions=(photo,))
+    request = replace(REQUEST, conditions=(image_condition,))
     engine.generate(request)
     assert seen.events == ORDER
     assert not seen.alive
@@ -346,7 +346,7 @@ def test_without_a_picture_no_encoder_is_loaded(engine: Engine, seen: Seen) -> N
     assert seen.events == [event for event in ORDER if not event.startswith("VAE encoder")]
 
 
-def test_encoder_and_decoder_are_loaded_without_each_other(engine: Engine, photo: Condition) -> None:
+def test_encoder_and_decoder_are_loaded_without_each_other(engine: Engine, image_condition: Condition) -> None:
     with engine.components.vae_encoder() as vae:
         assert vae.decoder is None
         assert vae.encoder is not None
@@ -369,10 +369,10 @@ def test_opening_loads_no_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("write_file", [False, True])
 def test_progress_counts_every_stage_from_0_to_its_end(
-    engine: Engine, photo: Condition, write_file: bool, tmp_path: Path
+    engine: Engine, image_condition: Condition, write_file: bool, tmp_path: Path
 ) -> None:
     reports: list[Progress] = []
-    request = replace(REQUEST, frames=20, conditions=(photo,))
+    request = replace(REQUEST, frames=20, conditions=(image_condition,))
     if write_file:
         engine.write(request, tmp_path / "out.mp4", watch=reports.append)
     else:
@@ -404,7 +404,7 @@ class Enough(Exception):
 @pytest.mark.parametrize("stage", ["text", "encode", "denoise", "decode"])
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_watcher_that_raises_cancels_and_leaves_neither_file_nor_weights(
-    engine: Engine, photo: Condition, stage: str, step: int, seen: Seen, tmp_path: Path
+    engine: Engine, image_condition: Condition, stage: str, step: int, seen: Seen, tmp_path: Path
 ) -> None:
     reason = Enough("no more")
 
@@ -413,7 +413,7 @@ def test_a_watcher_that_raises_cancels_and_leaves_neither_file_nor_weights(
             raise reason
 
     with pytest.raises(Cancelled, match=f"{stage} .* of") as caught:
-        engine.write(replace(REQUEST, conditions=(photo,)), tmp_path / "out.mp4", watch=watch)
+        engine.write(replace(REQUEST, conditions=(image_condition,)), tmp_path / "out.mp4", watch=watch)
     assert caught.value.__cause__ is reason
     assert list(tmp_path.iterdir()) == []
     reason.__traceback__ = None

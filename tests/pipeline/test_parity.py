@@ -34,10 +34,10 @@ LATENTS, PIXELS = 5e-6, 1e-5  # relative errors; found were 6e-7 and 1e-6, ten t
 UPSCALER = "upscaler.safetensors"
 DISTILLED = Schedule(sampler="LinearQuadratic", allowed_sigmas=DISTILLED_SIGMAS)
 MODELS: dict[str, dict[str, Any]] = {
-    "0.9": {"family": "0.9", "causal": False, "schedule": SHIFTED},
-    "0.9.1": {"family": "0.9.1", "causal": False, "schedule": SHIFTED},
-    "0.9.5": {"family": "0.9.5", "causal": True, "schedule": LINEAR_QUADRATIC},
-    "0.9.8 distilled": {"family": "0.9.5", "causal": True, "schedule": DISTILLED},
+    "0.9": {"family": "0.9", "is_causal": False, "schedule": SHIFTED},
+    "0.9.1": {"family": "0.9.1", "is_causal": False, "schedule": SHIFTED},
+    "0.9.5": {"family": "0.9.5", "is_causal": True, "schedule": LINEAR_QUADRATIC},
+    "0.9.8 distilled": {"family": "0.9.5", "is_causal": True, "schedule": DISTILLED},
 }
 PLAIN: dict[str, Any] = {
     "prompt": "a red circle moving right",
@@ -56,7 +56,7 @@ PLAIN: dict[str, Any] = {
 }
 
 
-GUIDED: dict[str, Any] = {"scale": 3.0, "stg": 1.5, "rescale": 0.7, "skip_blocks": (1,)}
+GUIDED: dict[str, Any] = {"cfg_scale": 3.0, "stg_scale": 1.5, "rescale": 0.7, "skip_blocks": (1,)}
 
 
 def guidance(**values: Any) -> Guidance:
@@ -87,10 +87,10 @@ MULTI_SCALE: dict[str, Any] = {
     "size": Size(100, 70),
     "frames": 9,
     "steps": None,
-    "levels": (1.0, 0.95, 0.7),
+    "sigmas": (1.0, 0.95, 0.7),
     "guidance": guidance(),
     "tone_map": 0.3,  # of the first pass, which decodes nothing
-    "second": Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0, stg_scale=1.0, skip_blocks=(0,)), tone_map=0.6),
+    "second_pass": Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0, stg_scale=1.0, skip_blocks=(0,)), tone_map=0.6),
 }
 
 
@@ -105,9 +105,9 @@ CASES = {
     "text, the last two levels skipped": case("0.9.5", steps=6, skip_final=2),
     "text, the last level of SD3 skipped": case("0.9", steps=4, skip_final=1),
     "text, stochastic": case("0.9.5", guidance=1.0, stochastic=True),
-    "text, the levels of the distilled": case("0.9.8 distilled", steps=None, levels=DISTILLED_SIGMAS[:7], guidance=1.0),
+    "text, the levels of the distilled": case("0.9.8 distilled", steps=None, sigmas=DISTILLED_SIGMAS[:7], guidance=1.0),
     "text, the steps of the distilled": case("0.9.8 distilled", steps=8, guidance=1.0),
-    "text, any levels": case("0.9.1", steps=None, levels=(0.9, 0.55, 0.2)),
+    "text, any levels": case("0.9.1", steps=None, sigmas=(0.9, 0.55, 0.2)),
     "text, another decoder level": case("0.9.5", steps=2, decode_timestep=0.3, decode_noise=0.5),
     "text, no decoder noise": case("0.9.5", steps=2, decode_timestep=0.0, decode_noise=0.0),
     "text, one frame": case("0.9.5", frames=1),
@@ -120,16 +120,16 @@ CASES = {
     "picture at 0.6, linear-quadratic": case("0.9.5", 0.6, steps=8),
     "picture at a strength that is a level": case("0.9.5", 0.0375, steps=6),
     "picture at 0.3, the distilled's levels": case(
-        "0.9.8 distilled", 0.3, steps=None, levels=DISTILLED_SIGMAS, guidance=1.0
+        "0.9.8 distilled", 0.3, steps=None, sigmas=DISTILLED_SIGMAS, guidance=1.0
     ),
     "picture, stochastic": case("0.9.5", 1.0, stochastic=True, guidance=1.0),
     "picture at 0.6, stochastic": case("0.9.1", 0.6, stochastic=True),
     "picture, uncompressed": case("0.9.5", 1.0, image_crf=0, steps=2),
     "picture, an odd size": case("0.9.5", 1.0, steps=2, **ODD),
     "stg, attention values": case("0.9.5", guidance=guidance(rescale=1.0)),
-    "stg, attention skip": case("0.9.5", guidance=guidance(mode="attention_skip")),
-    "stg, whole blocks": case("0.9.5", guidance=guidance(mode="transformer_block", skip_blocks=(0,))),
-    "stg, both blocks, without guidance": case("0.9.5", guidance=guidance(scale=1.0, skip_blocks=(0, 1))),
+    "stg, attention skip": case("0.9.5", guidance=guidance(stg_mode="attention_skip")),
+    "stg, whole blocks": case("0.9.5", guidance=guidance(stg_mode="transformer_block", skip_blocks=(0,))),
+    "stg, both blocks, without guidance": case("0.9.5", guidance=guidance(cfg_scale=1.0, skip_blocks=(0, 1))),
     "stg, no block": case("0.9.5", guidance=guidance(skip_blocks=())),
     "cfg-star": case("0.9.5", guidance=guidance(cfg_star=True)),
     "guidance by level": case(
@@ -157,29 +157,29 @@ CASES = {
     "keyframe, then picture, then clip": given(("picture", 12, 0.8), ("picture", 0, 0.6), ("clip", 16, 1.0)),
     "clip at both ends": given(("clip", 0, 1.0), ("clip", 16, 1.0), image_noise=0.0),
     "conditions of an odd size": given(("clip", 0, 1.0), ("picture", 11, 0.9), size=Size(71, 50), frames=18),
-    "video to video": given(video="moved", steps=6, skip_initial=4),
+    "video to video": given(input_video="moved", steps=6, skip_initial=4),
     "video to video by levels, with a picture": given(
-        ("picture", 0, 1.0), model="0.9.8 distilled", video="moved", steps=None, levels=LEVELS, guidance=1.0
+        ("picture", 0, 1.0), model="0.9.8 distilled", input_video="moved", steps=None, sigmas=LEVELS, guidance=1.0
     ),
-    "video to video of an odd size": given(video="moved", steps=6, skip_initial=4, size=Size(71, 50), frames=14),
+    "video to video of an odd size": given(input_video="moved", steps=6, skip_initial=4, size=Size(71, 50), frames=14),
     "two passes": case("0.9.5", **MULTI_SCALE),
     "two passes, distilled": case(
         "0.9.8 distilled",
         **{
             **MULTI_SCALE,
-            "levels": (1.0, 0.9812, 0.725),
+            "sigmas": (1.0, 0.9812, 0.725),
             "guidance": 1.0,
-            "second": Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0), tone_map=0.6),
+            "second_pass": Pass(sigmas=LEVELS, guidance=Guidance(cfg_scale=1.0), tone_map=0.6),
         },
     ),
     "two passes, steps of each": case(
         "0.9.5",
         **{
             **MULTI_SCALE,
-            "levels": None,
+            "sigmas": None,
             "steps": 5,
             "skip_final": 1,
-            "second": Pass(steps=6, skip_initial=4, guidance=guidance(), stochastic=True, tone_map=0.0),
+            "second_pass": Pass(steps=6, skip_initial=4, guidance=guidance(), stochastic=True, tone_map=0.0),
         },
     ),
     "two passes with a picture and a keyframe": given(
@@ -274,8 +274,8 @@ def asked(given: Case, media: dict[str, Path]) -> Request:
         Condition(media=str(media[kind]), frame=frame, strength=strength) for kind, frame, strength in given.conditions
     )
     fields = {**PLAIN, "conditions": conditions, **given.fields}
-    if "video" in fields:
-        fields["video"] = str(media[fields["video"]])
+    if "input_video" in fields:
+        fields["input_video"] = str(media[fields["input_video"]])
     return Request(**fields)
 
 
@@ -329,7 +329,7 @@ def test_latents_pixels_and_frames_are_the_official_ones(
     [
         case("0.9.5", steps=6, skip_initial=4),
         case("0.9", 1.0, steps=6, skip_initial=3, skip_final=1),
-        case("0.9.8 distilled", 0.6, steps=None, levels=(0.9094, 0.725, 0.4219), guidance=1.0),
+        case("0.9.8 distilled", 0.6, steps=None, sigmas=(0.9094, 0.725, 0.4219), guidance=1.0),
     ],
     ids=["linear-quadratic", "SD3, with a picture", "levels, with a picture at 0.6"],
 )

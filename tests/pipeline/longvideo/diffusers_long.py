@@ -129,8 +129,8 @@ def _build_pipeline(transformer: Any, scheduler: Any, vae: Any) -> LTXI2VLongMul
 
 
 def _prompt_embeds(generation: Any, texts: Any, prompt: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    text, negative = texts[generation.prompts.texts.index(prompt)], texts[-1]
-    return text.encoding, text.mask, negative.encoding, negative.mask
+    text, negative = texts[generation.prompt_encoder.prompts.index(prompt)], texts[-1]
+    return text.embeddings, text.mask, negative.embeddings, negative.mask
 
 
 class _WindowNoise:

@@ -47,7 +47,7 @@ def asked(**fields: Any) -> Request:
         "frames": 97,
         "fps": 24.0,
         "seed": 5,
-        "levels": LEVELS,
+        "sigmas": LEVELS,
         "guidance": Guidance(cfg_scale=3.0, stg_scale=0.0),
         "stochastic": False,
         "image_noise": 0.0,
@@ -76,10 +76,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_long_video_has_the_latents_of_diffusers(
-    name: str, engine: Engine, photo: Condition, parity: Callable[[str, str, str, float], float]
+    name: str, engine: Engine, image_condition: Condition, parity: Callable[[str, str, str, float], float]
 ) -> None:
     fields = dict(CASES[name])
-    request = asked(conditions=[photo] * fields.pop("picture", False), **fields)
+    request = asked(conditions=[image_condition] * fields.pop("picture", False), **fields)
     expected = diffusers_long.run_diffusers_long(engine, request)
     made = engine.denoise(request)
     assert made.shape == expected.shape
@@ -116,7 +116,7 @@ def test_diffusers_makes_a_latent_too_many_at_every_seam_of_two_and_kadr_crosses
 
 def short(**fields: Any) -> Request:
     """Three windows in a second or so."""
-    usual: dict[str, Any] = {"levels": (1.0, 0.7, 0.4), "guidance": Guidance(cfg_scale=1.0), "size": Size(64, 64)}
+    usual: dict[str, Any] = {"sigmas": (1.0, 0.7, 0.4), "guidance": Guidance(cfg_scale=1.0), "size": Size(64, 64)}
     windows = Windows(frames=25, overlap=16)
     return asked(**{**usual, "frames": 57, "prompt": "birds fly", "image_noise": 0.15, "windows": windows, **fields})
 
@@ -181,8 +181,8 @@ def test_several_prompts_without_a_length_make_a_window_each(engine: Engine) -> 
     assert engine.resolve(request).frames == 57
 
 
-def test_a_picture_is_remembered_by_every_window(engine: Engine, photo: Condition) -> None:
-    request = short(conditions=(photo,), frames=73)
+def test_a_picture_is_remembered_by_every_window(engine: Engine, image_condition: Condition) -> None:
+    request = short(conditions=(image_condition,), frames=73)
     made = {
         share: engine.denoise(replace(request, windows=Windows(frames=25, overlap=16, anchor_strength=share)))
         for share in (None, 1.0, 0.4, 0.0)
@@ -192,14 +192,14 @@ def test_a_picture_is_remembered_by_every_window(engine: Engine, photo: Conditio
         assert all(relative_error(made[share][:, :, i], made[1.0][:, :, i]) > 1e-3 for i in range(1, 10))
 
 
-def test_a_picture_counted_from_the_end_that_stands_first_is_remembered(engine: Engine, photo: Condition) -> None:
-    front = engine.denoise(short(conditions=(photo,)))
-    assert engine.denoise(short(conditions=(replace(photo, frame=-57),))).equal(front)
+def test_a_picture_counted_from_the_end_that_stands_first_is_remembered(engine: Engine, image_condition: Condition) -> None:
+    front = engine.denoise(short(conditions=(image_condition,)))
+    assert engine.denoise(short(conditions=(replace(image_condition, frame=-57),))).equal(front)
 
 
-def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, photo: Condition) -> None:
+def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, image_condition: Condition) -> None:
     generation = engine._create_generation(
-        short(conditions=(replace(photo, frame=30),), frames=73), lambda progress: None
+        short(conditions=(replace(image_condition, frame=30),), frames=73), lambda progress: None
     )
     places = [
         [
@@ -242,21 +242,21 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
         ({"windows": {"frames": 0}}, "a window has 0 frames; it must have between 9 and 4097"),
         ({"windows": {"frames": -5}}, "a window has -5 frames; it must have between 9 and 4097"),
         ({"windows": {"frames": 24.5}}, "a window has 24.5 frames; it must be a whole number"),
-        ({"windows": {"strength": 0}}, "windows would know nothing of each other"),
+        ({"windows": {"overlap_strength": 0}}, "windows would know nothing of each other"),
         ({"windows": {"adain": 1.5}}, "adain of windows is 1.5; it must be a number between 0 and 1"),
         ({"windows": 121}, "windows is 121; it must be a Windows"),
         ({"windows": None, "frames": 5000}, "at once a video has at most 4097"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_cannot_be_made_in_windows_is_refused(untouched: Engine, fields: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_made_in_windows_is_refused(engine_without_weights: Engine, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=re.escape(said)):
-        untouched.generate(short(**fields))
+        engine_without_weights.generate(short(**fields))
 
 
-def test_latents_to_start_from_are_refused(untouched: Engine) -> None:
-    with pytest.raises(RequestError, match="a long video begins at noise, or from a video"):
-        untouched.denoise(short(), init_latents=torch.zeros(1, CHANNELS, 8, 2, 2))
+def test_latents_to_start_from_are_refused(engine_without_weights: Engine) -> None:
+    with pytest.raises(RequestError, match="a long video starts from noise or from an input video"):
+        engine_without_weights.denoise(short(), init_latents=torch.zeros(1, CHANNELS, 8, 2, 2))
 
 
 def test_a_request_with_windows_survives_json(engine: Engine) -> None:
@@ -321,7 +321,7 @@ def test_progress_counts_the_steps_of_all_windows(engine: Engine) -> None:
 def test_steps_are_those_of_each_window_where_they_differ(engine: Engine) -> None:
     """Levels that depend on tokens: the last window is shorter, and has others up to a strength."""
     windows = Windows(frames=97, overlap=24)
-    long = short(size=Size(704, 480), video="clip.mp4", video_strength=0.5, levels=None, steps=40, windows=windows)
+    long = short(size=Size(704, 480), input_video="clip.mp4", denoise_strength=0.5, sigmas=None, steps=40, windows=windows)
     request = replace(long, frames=129, fps=24.0)
     plans = resolve_window_passes(request, Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1))
     one, other = (len(plan.sigmas) for plan in plans)

@@ -63,15 +63,15 @@ def unbroken(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> VideoF
 
 @pytest.mark.parametrize("window", [2, 3, 4])
 def test_a_video_that_was_cut_off_in_any_window_ends_as_one_that_was_not(
-    window: int, engine: Engine, out: Path, unbroken: VideoFile
+    window: int, engine: Engine, output_folder: Path, unbroken: VideoFile
 ) -> None:
     request = unbroken.request
-    cut_off(engine, out / "cut.mp4", request, window)
-    folder = window_folder_path(out / "cut.mp4")
+    cut_off(engine, output_folder / "cut.mp4", request, window)
+    folder = window_folder_path(output_folder / "cut.mp4")
     assert len(finished_windows(folder)) == window - 1
-    assert [path.name for path in out.iterdir()] == ["cut.windows"]
+    assert [path.name for path in output_folder.iterdir()] == ["cut.windows"]
     seen: list[Progress] = []
-    made = engine.write(request, out / "cut.mp4", watch=seen.append, resume=True)
+    made = engine.write(request, output_folder / "cut.mp4", watch=seen.append, resume=True)
     steps = [progress.step for progress in seen if progress.stage == "denoise"]
     assert steps[0] == 3 * (window - 1)  # what is finished is not made again
     assert steps[-1] == 12
@@ -80,45 +80,45 @@ def test_a_video_that_was_cut_off_in_any_window_ends_as_one_that_was_not(
     assert not folder.exists()
 
 
-def test_a_video_on_disk_is_the_one_in_memory(engine: Engine, out: Path) -> None:
-    made, video = engine.write(LONG, out / "clip.mp4"), engine.generate(LONG)
+def test_a_video_on_disk_is_the_one_in_memory(engine: Engine, output_folder: Path) -> None:
+    made, video = engine.write(LONG, output_folder / "clip.mp4"), engine.generate(LONG)
     assert made.latents.equal(video.latents)
-    video.save(out / "other.mp4")
-    assert (read_video(out / "clip.mp4").frames == read_video(out / "other.mp4").frames).all()
+    video.save(output_folder / "other.mp4")
+    assert (read_video(output_folder / "clip.mp4").frames == read_video(output_folder / "other.mp4").frames).all()
     assert (engine.decode(video.latents[None], LONG).numpy() == video.frames).all()
 
 
 def test_all_windows_finished_and_the_file_not_written_is_gone_on_with(
-    engine: Engine, out: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, output_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*given: Any, **more: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    whole = engine.write(LONG, out / "whole.mp4")
+    whole = engine.write(LONG, output_folder / "whole.mp4")
     with monkeypatch.context() as patch:
         patch.setattr("kadr.pipeline.generation.Generation.decode", full)
         with pytest.raises(OSError, match="No space"):
-            engine.write(LONG, out / "clip.mp4")
-    assert len(finished_windows(window_folder_path(out / "clip.mp4"))) == 4
+            engine.write(LONG, output_folder / "clip.mp4")
+    assert len(finished_windows(window_folder_path(output_folder / "clip.mp4"))) == 4
     stages: set[str] = set()
-    made = engine.write(LONG, out / "clip.mp4", resume=True, watch=lambda progress: stages.add(progress.stage))
+    made = engine.write(LONG, output_folder / "clip.mp4", resume=True, watch=lambda progress: stages.add(progress.stage))
     assert stages == {"decode"}
     assert made.latents.equal(whole.latents)
 
 
-def test_finished_windows_are_never_written_over(engine: Engine, out: Path) -> None:
-    cut_off(engine, out / "clip.mp4")
-    kept = {path: path.read_bytes() for path in window_folder_path(out / "clip.mp4").iterdir()}
+def test_finished_windows_are_never_written_over(engine: Engine, output_folder: Path) -> None:
+    cut_off(engine, output_folder / "clip.mp4")
+    kept = {path: path.read_bytes() for path in window_folder_path(output_folder / "clip.mp4").iterdir()}
     with pytest.raises(RequestError, match=r"clip.windows holds 2 finished windows .*--resume, delete the folder, or"):
-        engine.write(LONG, out / "clip.mp4")
-    assert {path: path.read_bytes() for path in window_folder_path(out / "clip.mp4").iterdir()} == kept
+        engine.write(LONG, output_folder / "clip.mp4")
+    assert {path: path.read_bytes() for path in window_folder_path(output_folder / "clip.mp4").iterdir()} == kept
 
 
-def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, out: Path) -> None:
-    cut_off(engine, out / "clip.mp4", window=1)
-    assert len(finished_windows(window_folder_path(out / "clip.mp4"))) == 0
-    engine.write(replace(LONG, seed=6), out / "clip.mp4")
-    assert [path.name for path in out.iterdir()] == ["clip.mp4"]
+def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, output_folder: Path) -> None:
+    cut_off(engine, output_folder / "clip.mp4", window=1)
+    assert len(finished_windows(window_folder_path(output_folder / "clip.mp4"))) == 0
+    engine.write(replace(LONG, seed=6), output_folder / "clip.mp4")
+    assert [path.name for path in output_folder.iterdir()] == ["clip.mp4"]
 
 
 @pytest.mark.parametrize(
@@ -132,65 +132,65 @@ def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, out: P
     ids=["seed", "prompt", "windows", "frames"],
 )
 def test_the_windows_of_another_request_are_refused_with_what_differs(
-    change: dict[str, Any], said: str, engine: Engine, out: Path
+    change: dict[str, Any], said: str, engine: Engine, output_folder: Path
 ) -> None:
-    cut_off(engine, out / "clip.mp4")
+    cut_off(engine, output_folder / "clip.mp4")
     with pytest.raises(RequestError) as caught:
-        engine.write(replace(LONG, **change), out / "clip.mp4", resume=True)
+        engine.write(replace(LONG, **change), output_folder / "clip.mp4", resume=True)
     assert said in str(caught.value)
-    assert len(finished_windows(window_folder_path(out / "clip.mp4"))) == 2
+    assert len(finished_windows(window_folder_path(output_folder / "clip.mp4"))) == 2
 
 
-def test_the_windows_of_another_model_picture_or_version_are_refused(out: Path, tmp_path: Path) -> None:
+def test_the_windows_of_another_model_picture_or_version_are_refused(output_folder: Path, tmp_path: Path) -> None:
     home = write_model(tmp_path / "model")
     engine = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
-    photo = out / "first.png"
+    photo = output_folder / "first.png"
     Image.new("RGB", (64, 64), (200, 30, 40)).save(photo)
     request = replace(LONG, conditions=(Condition(str(photo)),))
-    cut_off(engine, out / "clip.mp4", request)
+    cut_off(engine, output_folder / "clip.mp4", request)
 
     def refused(name: str) -> None:
         again = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
         with pytest.raises(RequestError, match=f"is of another video: .*{name}"):
-            again.write(request, out / "clip.mp4", resume=True)
+            again.write(request, output_folder / "clip.mp4", resume=True)
 
     times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (photo, home / MODEL_FILE)}
     for path, (_, changed) in times.items():
         os.utime(path, ns=(changed, changed + 10**9))
         refused(path.name)
         os.utime(path, ns=times[path])
-    known = json.loads((window_folder_path(out / "clip.mp4") / REQUEST_FILE).read_text())
-    (window_folder_path(out / "clip.mp4") / REQUEST_FILE).write_text(json.dumps({**known, "version": "0.0.1"}))
+    known = json.loads((window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).read_text())
+    (window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).write_text(json.dumps({**known, "version": "0.0.1"}))
     refused("version is '0.0.1' there")
 
 
-def test_a_transformer_that_is_held_in_another_way_is_told(home: Path, out: Path) -> None:
+def test_a_transformer_that_is_held_in_another_way_is_told(home: Path, output_folder: Path) -> None:
     engine = Engine.open(home / MODEL_FILE, device="cpu")
-    cut_off(engine, out / "clip.mp4")
+    cut_off(engine, output_folder / "clip.mp4")
     streamed = Engine.open(home / MODEL_FILE, device="cpu", offload="blocks")
-    with pytest.warns(KadrWarning, match="held in another way than before"):
-        streamed.write(LONG, out / "clip.mp4", resume=True)
+    with pytest.warns(KadrWarning, match="runs differently than before"):
+        streamed.write(LONG, output_folder / "clip.mp4", resume=True)
 
 
-def test_where_there_is_nothing_to_go_on_with_a_video_is_begun(engine: Engine, out: Path) -> None:
+def test_where_there_is_nothing_to_go_on_with_a_video_is_begun(engine: Engine, output_folder: Path) -> None:
     """So one command does, however often a machine goes down."""
-    cut_off(engine, out / "clip.mp4", window=1)
-    assert list(out.iterdir()) == []
-    with pytest.warns(KadrWarning, match=r"nothing to go on with in .*clip.windows; the video is begun"):
-        made = engine.write(LONG, out / "clip.mp4", resume=True)
+    cut_off(engine, output_folder / "clip.mp4", window=1)
+    assert list(output_folder.iterdir()) == []
+    with pytest.warns(KadrWarning, match=r"nothing to resume in .*clip.windows; the video starts from the beginning"):
+        made = engine.write(LONG, output_folder / "clip.mp4", resume=True)
     assert made.latents.equal(engine.denoise(LONG)[0])
 
 
-def test_a_video_without_windows_is_not_gone_on_with(untouched: Engine, out: Path) -> None:
-    with pytest.raises(RequestError, match="a video without windows is made at once"):
-        untouched.write(replace(LONG, windows=None, prompt="birds"), out / "clip.mp4", resume=True)
-    assert list(out.iterdir()) == []
+def test_a_video_without_windows_is_not_gone_on_with(engine_without_weights: Engine, output_folder: Path) -> None:
+    with pytest.raises(RequestError, match="only a long video, made in windows, is stored"):
+        engine_without_weights.write(replace(LONG, windows=None, prompt="birds"), output_folder / "clip.mp4", resume=True)
+    assert list(output_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "of another shape", "of other numbers"])
-def test_a_damaged_window_is_made_again_and_no_other(damage: str, engine: Engine, out: Path) -> None:
-    cut_off(engine, out / "clip.mp4", window=4)
-    damaged = window_folder_path(out / "clip.mp4") / "window-0002.safetensors"
+def test_a_damaged_window_is_made_again_and_no_other(damage: str, engine: Engine, output_folder: Path) -> None:
+    cut_off(engine, output_folder / "clip.mp4", window=4)
+    damaged = window_folder_path(output_folder / "clip.mp4") / "window-0002.safetensors"
     if damage == "of another shape":
         save_file({"latents": torch.zeros(1, 2, 3, 4, 5)}, damaged)
     elif damage == "of other numbers":
@@ -199,76 +199,76 @@ def test_a_damaged_window_is_made_again_and_no_other(damage: str, engine: Engine
     else:
         damaged.write_bytes(damaged.read_bytes()[:-8] if damage == "cut short" else b"")
     seen: list[Progress] = []
-    with pytest.warns(KadrWarning, match=r"window-0002.safetensors is damaged or of another video: .* made again"):
-        made = engine.write(LONG, out / "clip.mp4", resume=True, watch=seen.append)
+    with pytest.warns(KadrWarning, match=r"window-0002.safetensors is damaged or of another video: .* sampled again"):
+        made = engine.write(LONG, output_folder / "clip.mp4", resume=True, watch=seen.append)
     assert {progress.window[0] for progress in seen if progress.window} == {2, 4}
     assert made.latents.equal(engine.denoise(LONG)[0])
 
 
-def test_windows_of_another_video_are_never_taken_up(engine: Engine, out: Path) -> None:
+def test_windows_of_another_video_are_never_taken_up(engine: Engine, output_folder: Path) -> None:
     """Also where the first of them is gone."""
-    cut_off(engine, out / "clip.mp4", window=3)
-    folder = window_folder_path(out / "clip.mp4")
+    cut_off(engine, output_folder / "clip.mp4", window=3)
+    folder = window_folder_path(output_folder / "clip.mp4")
     (folder / "window-0001.safetensors").unlink()
-    with pytest.raises(RequestError, match="holds 1 finished window of a video"):
-        engine.write(replace(LONG, seed=9), out / "clip.mp4")
+    with pytest.raises(RequestError, match="holds 1 finished window of an unfinished video"):
+        engine.write(replace(LONG, seed=9), output_folder / "clip.mp4")
     (folder / REQUEST_FILE).unlink()
     for resume in (False, True):
-        with pytest.raises(RequestError, match=r"holds 1 finished window and no request.json that says of what. Del"):
-            engine.write(LONG, out / "clip.mp4", resume=resume)
+        with pytest.raises(RequestError, match=r"holds 1 finished window, but no request.json that names the video. Del"):
+            engine.write(LONG, output_folder / "clip.mp4", resume=resume)
 
 
-def test_a_request_that_cannot_be_made_leaves_nothing(engine: Engine, out: Path) -> None:
+def test_a_request_that_cannot_be_made_leaves_nothing(engine: Engine, output_folder: Path) -> None:
     request = replace(LONG, sigmas=None, steps=4, skip_initial=2)
-    for make in (engine.plan, lambda asked: engine.write(asked, out / "clip.mp4")):
+    for make in (engine.plan, lambda asked: engine.write(asked, output_folder / "clip.mp4")):
         with pytest.raises(RequestError, match="there is nothing to start from"):
             make(request)
-    cut_off(engine, out / "clip.mp4", window=1)
-    assert list(out.iterdir()) == []
+    cut_off(engine, output_folder / "clip.mp4", window=1)
+    assert list(output_folder.iterdir()) == []
 
 
-def test_another_video_is_not_written_where_one_is_unfinished(engine: Engine, out: Path) -> None:
-    cut_off(engine, out / "clip.mp4")
-    with pytest.raises(RequestError, match="holds 2 finished windows of a video that was not finished"):
-        engine.write(replace(LONG, windows=None, prompt="birds", frames=9), out / "clip.mp4")
-    assert not (out / "clip.mp4").exists()
+def test_another_video_is_not_written_where_one_is_unfinished(engine: Engine, output_folder: Path) -> None:
+    cut_off(engine, output_folder / "clip.mp4")
+    with pytest.raises(RequestError, match="holds 2 finished windows of an unfinished video"):
+        engine.write(replace(LONG, windows=None, prompt="birds", frames=9), output_folder / "clip.mp4")
+    assert not (output_folder / "clip.mp4").exists()
 
 
-def test_a_folder_that_is_a_link_stays_one(engine: Engine, out: Path) -> None:
-    (out / "elsewhere").mkdir()
-    window_folder_path(out / "clip.mp4").symlink_to(out / "elsewhere")
-    engine.write(LONG, out / "clip.mp4")
-    assert sorted(path.name for path in out.iterdir()) == ["clip.mp4", "clip.windows", "elsewhere"]
+def test_a_folder_that_is_a_link_stays_one(engine: Engine, output_folder: Path) -> None:
+    (output_folder / "elsewhere").mkdir()
+    window_folder_path(output_folder / "clip.mp4").symlink_to(output_folder / "elsewhere")
+    engine.write(LONG, output_folder / "clip.mp4")
+    assert sorted(path.name for path in output_folder.iterdir()) == ["clip.mp4", "clip.windows", "elsewhere"]
 
 
-def test_two_runs_do_not_make_one_video(engine: Engine, out: Path) -> None:
+def test_two_runs_do_not_make_one_video(engine: Engine, output_folder: Path) -> None:
     def another(progress: Progress) -> None:
         if progress.stage == "denoise" and progress.step == 1:
-            with pytest.raises(RequestError, match=r"another run works in .*clip.windows"):
-                engine.write(replace(LONG, seed=9), out / "clip.mp4")
+            with pytest.raises(RequestError, match=r"another process is writing to .*clip.windows"):
+                engine.write(replace(LONG, seed=9), output_folder / "clip.mp4")
 
-    made = engine.write(LONG, out / "clip.mp4", watch=another)
+    made = engine.write(LONG, output_folder / "clip.mp4", watch=another)
     assert made.latents.equal(engine.denoise(LONG)[0])
-    assert [path.name for path in out.iterdir()] == ["clip.mp4"]
+    assert [path.name for path in output_folder.iterdir()] == ["clip.mp4"]
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "null"])
-def test_what_says_nothing_of_the_windows_is_named(text: str, engine: Engine, out: Path) -> None:
-    cut_off(engine, out / "clip.mp4")
-    (window_folder_path(out / "clip.mp4") / REQUEST_FILE).write_text(text)
+def test_what_says_nothing_of_the_windows_is_named(text: str, engine: Engine, output_folder: Path) -> None:
+    cut_off(engine, output_folder / "clip.mp4")
+    (window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"request.json cannot be read: .* Delete .*clip.windows"):
-        engine.write(LONG, out / "clip.mp4", resume=True)
+        engine.write(LONG, output_folder / "clip.mp4", resume=True)
 
 
-def test_only_what_is_kadrs_is_removed(engine: Engine, out: Path) -> None:
-    cut_off(engine, out / "clip.mp4")
-    notes = window_folder_path(out / "clip.mp4") / "notes.txt"
+def test_only_what_is_kadrs_is_removed(engine: Engine, output_folder: Path) -> None:
+    cut_off(engine, output_folder / "clip.mp4")
+    notes = window_folder_path(output_folder / "clip.mp4") / "notes.txt"
     notes.write_text("mine")
-    engine.write(LONG, out / "clip.mp4", resume=True)
-    assert list(window_folder_path(out / "clip.mp4").iterdir()) == [notes]
+    engine.write(LONG, output_folder / "clip.mp4", resume=True)
+    assert list(window_folder_path(output_folder / "clip.mp4").iterdir()) == [notes]
 
 
-def test_windows_leave_memory_when_they_are_on_disk(engine: Engine, out: Path) -> None:
+def test_windows_leave_memory_when_they_are_on_disk(engine: Engine, output_folder: Path) -> None:
     """While a window is made, of all latents only what it is shown is in memory."""
     import gc
 
@@ -281,6 +281,6 @@ def test_windows_leave_memory_when_they_are_on_disk(engine: Engine, out: Path) -
             alive.append(sum(x.numel() for x in own))
 
     request = replace(LONG, frames=25 + 16 * 6, prompt="birds fly")
-    engine.write(request, out / "clip.mp4", watch=watch)
+    engine.write(request, output_folder / "clip.mp4", watch=watch)
     assert len(alive) == 7
     assert max(alive[3:]) == alive[2]

@@ -100,13 +100,13 @@ def brightness(item: ResolvedCondition) -> list[int]:
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-def refused_by_all(engine: Engine, request: Request, out: Path, says: Sequence[str], kind: type[KadrError]) -> None:
+def refused_by_all(engine: Engine, request: Request, output_folder: Path, says: Sequence[str], kind: type[KadrError]) -> None:
     """In making frames, latents and a file, of which nothing is left."""
-    for make in (engine.generate, engine.denoise, lambda request: engine.write(request, out / "a.mp4")):
+    for make in (engine.generate, engine.denoise, lambda request: engine.write(request, output_folder / "a.mp4")):
         with pytest.raises(kind) as caught:
             make(request)
         assert all(what in str(caught.value) for what in says), str(caught.value)
-    assert list(out.iterdir()) == []
+    assert list(output_folder.iterdir()) == []
 
 
 BETWEEN = "Give 0 to 24, or more frames"
@@ -117,12 +117,12 @@ PLACES: dict[str, tuple[Shown, list[str]]] = {
     "a clip that ends before the beginning": (clip(9, frame=-26), ["frame -26", "25 frames", BETWEEN]),
     "a clip off the groups of eight": (clip(9, frame=5), ["clip9.mp4", "frame 5", "multiple of 8", "0 or 8"]),
     "a clip off them, by its end": (clip(9, frame=-5), ["frame 12", "multiple of 8", "8 or 16"]),
-    "no part": (clip(9, part=(4, 4)), ["part 4:4", "clip9.mp4", "has 9 frames"]),
-    "a part that ends at 0": (clip(9, part=(None, 0)), ["part :0", "has 9 frames"]),
-    "a part that ends before it begins": (clip(9, part=(5, 3)), ["part 5:3", "has 9 frames"]),
-    "a part past the end": (clip(9, part=(9, None)), ["part 9:", "has 9 frames"]),
-    "a part past the end, with an end": (clip(9, part=(20, 30)), ["part 20:30", "has 9 frames"]),
-    "a part that ends before it begins, from the end": (clip(9, part=(-3, -5)), ["part -3:-5", "has 9 frames"]),
+    "no part": (clip(9, frame_range=(4, 4)), ["part 4:4", "clip9.mp4", "has 9 frames"]),
+    "a part that ends at 0": (clip(9, frame_range=(None, 0)), ["part :0", "has 9 frames"]),
+    "a part that ends before it begins": (clip(9, frame_range=(5, 3)), ["part 5:3", "has 9 frames"]),
+    "a part past the end": (clip(9, frame_range=(9, None)), ["part 9:", "has 9 frames"]),
+    "a part past the end, with an end": (clip(9, frame_range=(20, 30)), ["part 20:30", "has 9 frames"]),
+    "a part that ends before it begins, from the end": (clip(9, frame_range=(-3, -5)), ["part -3:-5", "has 9 frames"]),
     "a box outside": (photo(box=(32, 0, 64, 64)), ["(32, 0, 64, 64)", "outside the video", "64x64"]),
     "a box below": (photo(box=(0, 1, 64, 64)), ["(0, 1, 64, 64)", "outside the video", "64x64"]),
     "a box of which nothing is left": (photo(box=(0, 0, 32, 64)), ["(0, 0, 32, 64)", "nothing is left", "96 pixels"]),
@@ -132,22 +132,22 @@ PLACES: dict[str, tuple[Shown, list[str]]] = {
 
 @pytest.mark.parametrize("case", PLACES)
 def test_a_condition_that_has_no_place_is_refused_before_any_weight_is_loaded(
-    case: str, untouched: Engine, media: Media, out: Path
+    case: str, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
     shown, says = PLACES[case]
-    refused_by_all(untouched, replace(REQUEST, conditions=media.conditions(shown)), out, says, RequestError)
+    refused_by_all(engine_without_weights, replace(REQUEST, conditions=media.conditions(shown)), output_folder, says, RequestError)
 
 
 @pytest.mark.parametrize(
-    "shown", [clip(9, frame=24), clip(9, part=(0, 1), frame=-1)], ids=["by its front", "by its end"]
+    "shown", [clip(9, frame=24), clip(9, frame_range=(0, 1), frame=-1)], ids=["by its front", "by its end"]
 )
 def test_a_clip_that_would_begin_where_frames_are_trimmed_is_refused(
-    shown: Shown, untouched: Engine, media: Media, out: Path
+    shown: Shown, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
     """18 frames are made as 25, and the last seven are not shown."""
     request = replace(REQUEST, frames=18, conditions=media.conditions(shown))
     says = [f"frame {shown.fields['frame']}", "a video of 18 frames", "0 to 17"]
-    refused_by_all(untouched, request, out, says, RequestError)
+    refused_by_all(engine_without_weights, request, output_folder, says, RequestError)
 
 
 OVERLAPPING: dict[str, tuple[list[Shown], list[str]]] = {
@@ -166,12 +166,12 @@ OVERLAPPING: dict[str, tuple[list[Shown], list[str]]] = {
 
 @pytest.mark.parametrize("case", OVERLAPPING)
 def test_two_conditions_over_each_other_are_refused_by_name_and_place(
-    case: str, untouched: Engine, media: Media, out: Path
+    case: str, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
     shown, says = OVERLAPPING[case]
     request = replace(REQUEST, size=Size(128, 128), conditions=media.conditions(*shown))
     advice = ["lie over each other", "Leave one out, or move it"]
-    refused_by_all(untouched, request, out, [*says, *advice], RequestError)
+    refused_by_all(engine_without_weights, request, output_folder, [*says, *advice], RequestError)
 
 
 BESIDE: dict[str, list[Shown]] = {
@@ -212,13 +212,13 @@ def damaged(media: Media, how: str) -> Path:
 
 @pytest.mark.parametrize("how", ["cut.mp4", "text.mp4", "empty.mp4", "overwritten.mp4", "picture.mp4", "gone.mp4"])
 def test_a_damaged_clip_is_refused_by_name_before_any_weight_is_loaded(
-    how: str, untouched: Engine, media: Media, out: Path
+    how: str, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
     path = damaged(media, how)
     shown = replace(REQUEST, conditions=(Condition(media=str(path)),))
     begun = replace(REQUEST, input_video=str(path), denoise_strength=0.75)
     for request in (shown, begun, replace(begun, frames=None, fps=None)):
-        refused_by_all(untouched, request, out, [str(path)], MediaError)
+        refused_by_all(engine_without_weights, request, output_folder, [str(path)], MediaError)
 
 
 def test_a_clip_whose_tags_are_not_unicode_is_read(media: Media) -> None:
@@ -235,9 +235,9 @@ def test_a_clip_whose_tags_are_not_unicode_is_read(media: Media) -> None:
 
 VIDEO_REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "it is too short": ({"frames": 17}, ["clip9.mp4 has 9 frames", "17 are to be made", "Ask for 9 or fewer"]),
-    "nothing below its strength": ({"frames": 9, "video_strength": 0.1}, ["video_strength is 0.1", "least is"]),
+    "nothing below its strength": ({"frames": 9, "denoise_strength": 0.1}, ["video_strength is 0.1", "least is"]),
     "the levels given begin at 1": (
-        {"frames": 9, "steps": None, "levels": (1.0,), "video_strength": 0.9999},
+        {"frames": 9, "steps": None, "sigmas": (1.0,), "denoise_strength": 0.9999},
         ["video_strength is 0.9999", "least is 1"],
     ),
 }
@@ -245,11 +245,11 @@ VIDEO_REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("case", VIDEO_REFUSED)
 def test_a_video_that_cannot_be_started_from_is_refused_before_any_weight_is_loaded(
-    case: str, untouched: Engine, media: Media, out: Path
+    case: str, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
     fields, says = VIDEO_REFUSED[case]
     request = replace(REQUEST, input_video=str(media.path("clip 9")), **fields)
-    refused_by_all(untouched, request, out, says, RequestError)
+    refused_by_all(engine_without_weights, request, output_folder, says, RequestError)
 
 
 @pytest.mark.parametrize("steps", [3, 7, 11, 40])
@@ -264,10 +264,10 @@ def test_the_least_strength_that_is_named_is_one_that_works(engine: Engine, medi
 
 @pytest.mark.parametrize("fields", [{"skip_initial": 2}, {"skip_initial": 1, "skip_final": 1}])
 def test_levels_left_out_at_the_front_need_something_to_start_from(
-    untouched: Engine, out: Path, fields: dict[str, int]
+    engine_without_weights: Engine, output_folder: Path, fields: dict[str, int]
 ) -> None:
     says = [f"skip_initial is {fields['skip_initial']}", "nothing to start from", "a video"]
-    refused_by_all(untouched, replace(REQUEST, **fields), out, says, RequestError)
+    refused_by_all(engine_without_weights, replace(REQUEST, **fields), output_folder, says, RequestError)
 
 
 def test_length_and_rate_are_those_of_the_video_unless_the_request_says_otherwise(engine: Engine, media: Media) -> None:
@@ -334,8 +334,8 @@ CUT: dict[str, tuple[Shown, int, tuple[int, list[int]], tuple[int, int]]] = {
     "one too many, by its end": (clip(10, frame=-1), 25, (16, [*range(1, 10)]), (10, 25)),
     "longer than the video, by its end": (clip(33, frame=-1), 25, (0, [*range(8, 33)]), (33, 25)),
     "longer than what is left before its end": (clip(25, frame=-9), 25, (0, [*range(8, 25)]), (25, 17)),
-    "a part": (clip(33, part=(3, 14)), 25, (0, [*range(3, 12)]), (11, 25)),
-    "a part, by its end": (clip(33, part=(3, 14), frame=-1), 25, (16, [*range(5, 14)]), (11, 25)),
+    "a part": (clip(33, frame_range=(3, 14)), 25, (0, [*range(3, 12)]), (11, 25)),
+    "a part, by its end": (clip(33, frame_range=(3, 14), frame=-1), 25, (16, [*range(5, 14)]), (11, 25)),
 }
 
 
@@ -359,15 +359,15 @@ WHOLE: dict[str, tuple[Shown, int, tuple[int, list[int]]]] = {
     "by its end": (clip(9, frame=-1), 25, (16, [*range(9)])),
     "by its end, before the last group": (clip(9, frame=-9), 25, (8, [*range(9)])),
     "by its end, from the beginning": (clip(25, frame=-1), 25, (0, [*range(25)])),
-    "by its end, at frame 0": (clip(9, part=(0, 1), frame=-25), 25, (0, [0])),
-    "one frame anywhere": (clip(9, part=(4, 5), frame=13), 25, (13, [4])),
-    "a part": (clip(33, part=(4, 21)), 25, (0, [*range(4, 21)])),
-    "an open part": (clip(33, part=(24, None)), 25, (0, [*range(24, 33)])),
-    "a part open at the front": (clip(33, part=(None, 17)), 25, (0, [*range(17)])),
-    "the last nine": (clip(33, part=(-9, None)), 25, (0, [*range(24, 33)])),
-    "all but the last 16": (clip(33, part=(None, -16)), 25, (0, [*range(17)])),
-    "from a negative to a positive": (clip(33, part=(-30, 12)), 25, (0, [*range(3, 12)])),
-    "more than there is": (clip(9, part=(0, 100)), 25, (0, [*range(9)])),
+    "by its end, at frame 0": (clip(9, frame_range=(0, 1), frame=-25), 25, (0, [0])),
+    "one frame anywhere": (clip(9, frame_range=(4, 5), frame=13), 25, (13, [4])),
+    "a part": (clip(33, frame_range=(4, 21)), 25, (0, [*range(4, 21)])),
+    "an open part": (clip(33, frame_range=(24, None)), 25, (0, [*range(24, 33)])),
+    "a part open at the front": (clip(33, frame_range=(None, 17)), 25, (0, [*range(17)])),
+    "the last nine": (clip(33, frame_range=(-9, None)), 25, (0, [*range(24, 33)])),
+    "all but the last 16": (clip(33, frame_range=(None, -16)), 25, (0, [*range(17)])),
+    "from a negative to a positive": (clip(33, frame_range=(-30, 12)), 25, (0, [*range(3, 12)])),
+    "more than there is": (clip(9, frame_range=(0, 100)), 25, (0, [*range(9)])),
 }
 
 
@@ -410,7 +410,7 @@ def test_a_warning_is_given_once(passes: int, home: Path, media: Media) -> None:
     opened = Engine.open(
         home / MODEL_FILE, device="cpu", upscaler=write_random_upscaler(media.folder / "up.safetensors")
     )
-    two = {"multi_scale": True, "second": Pass(sigmas=(0.5,))} if passes == 2 else {}
+    two = {"multi_scale": True, "second_pass": Pass(sigmas=(0.5,))} if passes == 2 else {}
     with pytest.warns(KadrWarning) as told:
         opened.denoise(replace(REQUEST, frames=9, steps=1, conditions=media.conditions(clip(10)), **two))
     assert len(told) == 1
@@ -458,7 +458,7 @@ def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQU
         (clip(9, frame=8), True, [8, 9]),
         (clip(9, frame=8), False, [8, 16]),
         (clip(17, frame=-1), True, [8, 9]),
-        (clip(9, part=(3, 4), frame=5), True, [5]),
+        (clip(9, frame_range=(3, 4), frame=5), True, [5]),
     ],
 )
 def test_tokens_of_their_own_stand_at_the_second_of_their_frame_and_over_the_whole_picture(
@@ -557,8 +557,8 @@ def test_a_box_holds_what_the_official_pipeline_holds_wherever_it_lies_on_the_gr
         expected[rows, columns] = True
         assert torch.equal(held_in(state), expected), box
         assert torch.equal(state.latents()[..., rows, columns], kept)
-        untouched = state.latents()[0, :, 0, ~expected]
-        assert torch.equal(untouched, randn(1, CHANNELS, 1, down, across, seed=6)[0, :, 0, ~expected])
+        engine_without_weights = state.latents()[0, :, 0, ~expected]
+        assert torch.equal(engine_without_weights, randn(1, CHANNELS, 1, down, across, seed=6)[0, :, 0, ~expected])
     assert len(edges) - empty == 8 * 5  # of 15 widths and 10 heights, those that are more than what is cut off
 
 
@@ -593,7 +593,7 @@ def test_a_picture_in_a_box_is_there_and_nowhere_else(engine: Engine, media: Med
 
 def test_two_pictures_side_by_side_are_both_held(engine: Engine, media: Media) -> None:
     request = replace(REQUEST, size=Size(128, 64), frames=1, steps=1, image_noise=0.0)
-    left, right = media.conditions(photo(box=(0, 0, 64, 64)), clip(9, part=(8, 9), box=(64, 0, 64, 64)))
+    left, right = media.conditions(photo(box=(0, 0, 64, 64)), clip(9, frame_range=(8, 9), box=(64, 0, 64, 64)))
     made = engine.denoise(replace(request, conditions=(left, right)))
     for condition, columns, kept in ((left, slice(0, 1), slice(0, 1)), (right, slice(3, 4), slice(1, 2))):
         encoded = engine.encode_first_condition(replace(request, conditions=(condition,)))

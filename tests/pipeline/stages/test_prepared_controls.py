@@ -134,7 +134,7 @@ class Oracle:
     def velocity(self, text: Any, tokens: Tensor, level: Tensor, where: Tensor) -> Tensor:
         return self.transformer(
             tokens,
-            encoder_hidden_states=text.encoding,
+            encoder_hidden_states=text.embeddings,
             encoder_attention_mask=text.mask.float(),
             timestep=level * 1000,
             video_coords=where[None],
@@ -248,13 +248,13 @@ def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
     opened: Callable[..., Engine],
     oracle: Callable[..., Oracle],
     clips: Callable[..., str],
-    photo: Condition,
+    image_condition: Condition,
     parity: Callable[[str, str, str, float], float],
 ) -> None:
     case = dict(CASES[name])
     kinds, frames, factor = case.pop("kinds", ("ready",)), case.pop("shown", ()), case.pop("factor", 1)
     said = None if factor == 1 else str(factor)
-    shown = tuple(replace(photo, frame=frame) for frame in frames)
+    shown = tuple(replace(image_condition, frame=frame) for frame in frames)
     controls = tuple(Control(clips(17), kind=kind) for kind in kinds)
     request = replace(REQUEST, conditions=shown, controls=controls, seed=3, **case)
     noise = randn(1, CHANNELS, 3, 2, 4, seed=8)
@@ -263,7 +263,7 @@ def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
     film = film if factor == 1 else halved(film)
     traced = np.stack([canny_edges(frame) for frame in film])
     references = [as_pixels(traced if kind == "canny" else film) for kind in kinds]
-    pictures = {frame: prepare_image(photo.media, Size(128, 64), 29) for frame in frames}
+    pictures = {frame: prepare_image(image_condition.media, Size(128, 64), 29) for frame in frames}
     expected = oracle(said).denoise(replace(request, image_crf=29), noise, references, factor, pictures)
     made = engine.denoise(request, noise=noise)
     size = "the video's size" if factor == 1 else "half the size"
@@ -294,7 +294,7 @@ def test_a_smaller_context_covers_the_same_pixels_at_the_same_times() -> None:
 
 
 def test_a_control_changes_no_noise(
-    opened: Callable[..., Engine], clips: Callable[..., str], photo: Condition, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Engine], clips: Callable[..., str], image_condition: Condition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn_before, real = [], NoiseStreams.draw
 
@@ -303,7 +303,7 @@ def test_a_control_changes_no_noise(
         return real(self, name, shape)
 
     monkeypatch.setattr(NoiseStreams, "draw", draw)
-    request = replace(REQUEST, stochastic=True, conditions=(photo, replace(photo, frame=AT, strength=0.5)))
+    request = replace(REQUEST, stochastic=True, conditions=(image_condition, replace(image_condition, frame=AT, strength=0.5)))
     opened().denoise(request)
     without = list(drawn_before)
     drawn_before.clear()
@@ -333,7 +333,7 @@ def test_guidance_sums_over_the_tokens_of_the_video_alone(
 def test_steps_are_cached_beside_a_control(
     cache: StepCache, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
-    small = {"size": Size(64, 64), "frames": 9, "levels": None, "steps": 10}
+    small = {"size": Size(64, 64), "frames": 9, "sigmas": None, "steps": 10}
     request = replace(REQUEST, controls=(Control(clips(9)),), **small)
     full = opened().denoise(request)
     assert 0 < relative_error(opened().denoise(replace(request, cache=cache)), full) < 0.5
@@ -425,7 +425,7 @@ def test_each_window_follows_its_own_frames_as_diffusers_transformer_does(
     film, path = read_video(clips(41)).frames, clips(41)
     fields: dict[str, Any] = {"controls": (Control(path),)} if led else {}
     if begun is not None:
-        fields |= {"video": path, "video_strength": begun, "image_crf": 0}
+        fields |= {"input_video": path, "denoise_strength": begun, "image_crf": 0}
     request = replace(LONG, **fields)
     expected = windowed(request, oracle(None), film, led=led, begun=begun)
     made = opened(None, 0.7).denoise(request)
@@ -442,7 +442,7 @@ def test_a_window_sees_the_frames_that_it_makes(opened: Callable[..., Engine], c
 
 
 def test_a_long_video_that_is_led_goes_on_where_it_was_cut_off(
-    opened: Callable[..., Engine], clips: Callable[..., str], out: Path
+    opened: Callable[..., Engine], clips: Callable[..., str], output_folder: Path
 ) -> None:
     request = replace(LONG, controls=(Control(clips(41), kind="canny"),), input_video=clips(41), denoise_strength=0.8)
     engine, told = opened(), list[Progress]()
@@ -454,10 +454,10 @@ def test_a_long_video_that_is_led_goes_on_where_it_was_cut_off(
         if progress.stage == "denoise" and progress.window == (3, 3):
             raise Cut
 
-    whole = engine.write(request, out / "whole.mp4")
+    whole = engine.write(request, output_folder / "whole.mp4")
     with pytest.raises(KadrError):
-        engine.write(request, out / "cut.mp4", watch=cut)
-    made = engine.write(request, out / "cut.mp4", resume=True, watch=told.append)
+        engine.write(request, output_folder / "cut.mp4", watch=cut)
+    made = engine.write(request, output_folder / "cut.mp4", resume=True, watch=told.append)
     assert torch.equal(made.latents, whole.latents)
     assert max(report.of for report in told if report.stage == "encode") == 2  # of the last window alone
 
@@ -501,8 +501,8 @@ def test_a_longer_clip_is_cut_with_a_warning(clips: Callable[..., str]) -> None:
     assert brightness(followed) == [*range(9)]
 
 
-def test_a_picture_leads_a_video_of_one_frame(opened: Callable[..., Engine], photo: Condition) -> None:
-    request = replace(REQUEST, frames=1, controls=(Control(photo.media),))
+def test_a_picture_leads_a_video_of_one_frame(opened: Callable[..., Engine], image_condition: Condition) -> None:
+    request = replace(REQUEST, frames=1, controls=(Control(image_condition.media),))
     assert relative_error(opened().denoise(request), opened().denoise(replace(request, controls=()))) > 1e-3
 
 
@@ -513,8 +513,8 @@ def test_a_picture_leads_a_video_of_one_frame(opened: Callable[..., Engine], pho
     ("control", "fields", "says", "kind"),
     [
         ({}, {"frames": 25}, ["has 17 frames", "the video has 25", "Ask for 17 or fewer"], RequestError),
-        ({"part": (4, 12)}, {}, ["17 frames, 8 of them taken", "Ask for 8 or fewer"], RequestError),
-        ({"part": (20, None)}, {}, ["0 of them taken", "Take another part"], RequestError),
+        ({"frame_range": (4, 12)}, {}, ["17 frames, 8 of them taken", "Ask for 8 or fewer"], RequestError),
+        ({"frame_range": (20, None)}, {}, ["0 of them taken", "Take another part"], RequestError),
         ({"media": "photo"}, {}, ["is a picture", "17 frames", "Give a clip"], RequestError),
         ({"media": "gone.mp4"}, {}, ["gone.mp4", "no such file"], MediaError),
         ({"media": "text.mp4"}, {}, ["text.mp4", "cannot be read as a video"], MediaError),
@@ -527,25 +527,25 @@ def test_what_cannot_lead_a_video_is_refused_before_anything_is_loaded(
     fields: dict[str, Any],
     says: list[str],
     kind: type[KadrError],
-    untouched: Engine,
+    engine_without_weights: Engine,
     clips: Callable[..., str],
-    photo: Condition,
-    out: Path,
+    image_condition: Condition,
+    output_folder: Path,
     tmp_path: Path,
 ) -> None:
     (tmp_path / "text.mp4").write_text("no clip")
     with VideoWriter(tmp_path / "thin.mp4", Size(2, 64), 24) as writer:
         writer.write(np.zeros((17, 64, 2, 3), np.uint8))
     name = control.get("media")
-    media = clips(17) if name is None else photo.media if name == "photo" else str(tmp_path / name)
+    media = clips(17) if name is None else image_condition.media if name == "photo" else str(tmp_path / name)
     request = replace(REQUEST, controls=(Control(**{**control, "media": media}),), **fields)
-    for make in (untouched.generate, untouched.plan, lambda asked: untouched.write(asked, out / "a.mp4")):
+    for make in (engine_without_weights.generate, engine_without_weights.plan, lambda asked: engine_without_weights.write(asked, output_folder / "a.mp4")):
         with pytest.raises(kind) as caught:
             make(request)
         assert all(what in str(caught.value) for what in says), str(caught.value)
-    assert list(out.iterdir()) == []
+    assert list(output_folder.iterdir()) == []
     with pytest.raises(kind, match=re.escape(says[0])):
-        DryRunEngine.open(untouched.components.checkpoint.path).run(request)
+        DryRunEngine.open(engine_without_weights.components.checkpoint.path).run(request)
 
 
 @pytest.mark.parametrize(
@@ -553,11 +553,11 @@ def test_what_cannot_lead_a_video_is_refused_before_anything_is_loaded(
     [("canny", "cv2", "control"), ("depth", "onnxruntime", "depth"), ("pose", "rtmlib", "pose")],
 )
 def test_a_kind_whose_library_is_absent_is_refused_before_anything_is_loaded(
-    kind: str, module: str, extra: str, untouched: Engine, clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    kind: str, module: str, extra: str, engine_without_weights: Engine, clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RequestError, match=re.escape(f"pip install 'kadr[{extra}]'")):
-        untouched.generate(replace(REQUEST, controls=(Control(clips(17), kind=kind),)))
+        engine_without_weights.generate(replace(REQUEST, controls=(Control(clips(17), kind=kind),)))
 
 
 def test_sides_that_a_smaller_reference_does_not_divide_are_refused(
@@ -688,14 +688,14 @@ def test_depth_that_is_encoded_is_bright_where_the_network_says_near(
 
 
 def test_a_network_that_cannot_be_fetched_is_told_before_anything_is_loaded(
-    untouched: Engine, clips: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine_without_weights: Engine, clips: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("kadr.pipeline.engine.warn_control_lora_mismatch", lambda request, **given: None)
     with pytest.raises(
-        CheckpointError, match=r"onnx/model\.onnx of onnx-community.*shows the depth already needs none"
+        CheckpointError, match=r"onnx/model\.onnx of onnx-community.*already shows the depth needs no network"
     ):
-        untouched.generate(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)))
+        engine_without_weights.generate(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)))
 
 
 def test_a_plan_fetches_no_network(

@@ -93,7 +93,7 @@ def whole(pixels: PreparedFrames) -> Tensor:
 
 @pytest.mark.parametrize(
     "condition",
-    [{}, {"part": (3, 28)}, {"part": (-25, None), "frame": -1}, {"part": (0, 17), "frame": 8}, {"box": (0, 0, 64, 32)}],
+    [{}, {"frame_range": (3, 28)}, {"frame_range": (-25, None), "frame": -1}, {"frame_range": (0, 17), "frame": 8}, {"box": (0, 0, 64, 32)}],
     ids=str,
 )
 def test_the_latents_of_a_clip_are_those_of_all_its_pixels_at_once(
@@ -133,10 +133,10 @@ def test_of_a_video_to_start_from_the_first_pass_takes_what_it_makes(engine: Eng
     assert pixels.grid.video_frames == 17
 
 
-def test_a_picture_is_read_once_before_anything_is_loaded(engine: Engine, photo: Condition, tmp_path: Path) -> None:
+def test_a_picture_is_read_once_before_anything_is_loaded(engine: Engine, image_condition: Condition, tmp_path: Path) -> None:
     own = tmp_path / "photo.png"
-    own.write_bytes(Path(photo.media).read_bytes())
-    expected = engine.encode_first_condition(replace(REQUEST, conditions=(photo,)))
+    own.write_bytes(Path(image_condition.media).read_bytes())
+    expected = engine.encode_first_condition(replace(REQUEST, conditions=(image_condition,)))
     generation = engine._create_generation(replace(REQUEST, conditions=(Condition(str(own)),)), lambda progress: None)
     own.unlink()
     assert torch.equal(generation.encode_media()[0].conditions[0][1], expected)
@@ -154,14 +154,14 @@ def test_frames_in_memory_are_used_where_they_are(engine: Engine, film: Path) ->
 
 
 def test_a_clip_too_small_for_the_size_is_refused_before_any_weight_is_loaded(
-    untouched: Engine, tmp_path: Path
+    engine_without_weights: Engine, tmp_path: Path
 ) -> None:
     path = tmp_path / "thin.mp4"
     with VideoWriter(path, Size(256, 2), 24) as writer:
         writer.write(np.zeros((9, 2, 256, 3), np.uint8))
     request = replace(REQUEST, size=Size(32, 64), conditions=(Condition(str(path)),))
     with pytest.raises(MediaError, match="at least 2x2 are needed"):
-        untouched.denoise(request)
+        engine_without_weights.denoise(request)
 
 
 def test_a_clip_that_is_changed_while_it_is_used_is_named(film: Path, tmp_path: Path) -> None:
