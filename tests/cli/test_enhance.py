@@ -135,7 +135,7 @@ def test_nobody_is_asked_for_a_video_that_cannot_be_made(
     (tmp_path / "a.windows").mkdir()
     (tmp_path / "a.windows" / "window-0001.safetensors").touch()
     (tmp_path / "a.windows" / "request.json").write_text("{}")
-    assert "holds 1 finished window of a video" in kadr("generate", PROMPT, *long, "--output", tmp_path / "a.mp4").err
+    assert "holds 1 finished window of an unfinished video" in kadr("generate", PROMPT, *long, "--output", tmp_path / "a.mp4").err
     too_many = kadr("generate", "--prompt", "one", "--prompt", "two", "--prompt", "three", *long[:2], *long[4:])
     assert too_many.code == 0  # a window for each
     chat.requests.clear()

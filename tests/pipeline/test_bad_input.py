@@ -125,7 +125,7 @@ def test_latents_to_start_from_need_a_schedule_that_leaves_something_of_them(unt
 
 
 def test_encoding_without_a_picture_is_refused(untouched: Engine) -> None:
-    with pytest.raises(RequestError, match="no picture"):
+    with pytest.raises(RequestError, match="no image or clip to encode"):
         untouched.encode_first_condition(REQUEST)
 
 
@@ -223,7 +223,7 @@ DAMAGED: dict[str, tuple[dict[str, WeightEdit], str, str]] = {
         "prompt 1 of 1",
     ),
     "transformer": ({"transformer": spoil(lambda t: t.layers[1].feed_forward.down.weight)}, "denoise", "step 1 of 3"),
-    "encoder": ({"vae": spoil(lambda vae: vae.encoder.conv_in.bias)}, "encode", "picture or clip 1 of 1"),
+    "encoder": ({"vae": spoil(lambda vae: vae.encoder.conv_in.bias)}, "encode", "image or clip 1 of 1"),
     "decoder": ({"vae": spoil(lambda vae: vae.decoder.conv_out.bias)}, "decode", "frame 1 of 9"),
 }
 

@@ -234,7 +234,7 @@ def spoil_decoder(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) ->
 Spoil = Callable[[pytest.MonkeyPatch, tuple[torch.dtype, ...]], None]
 STAGES: dict[str, tuple[Spoil, str]] = {
     "text": (spoil_text, "prompt 1 of 1"),
-    "encode": (spoil_encoder, "picture or clip 1 of 1"),
+    "encode": (spoil_encoder, "image or clip 1 of 1"),
     "denoise": (spoil_transformer, "step 2 of 3"),
     "decode": (spoil_decoder, r"frame \d of 9"),
 }

@@ -1,1 +1,1 @@
-"""From a request to a video."""
+"""A generation: from a request to a finished video."""

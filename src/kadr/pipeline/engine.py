@@ -1,4 +1,4 @@
-"""The engine: a model that is open, and what can be asked of it."""
+"""`Engine`: an open model, and everything that makes a video or a part of one with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe, Release
 from kadr.pipeline.components import Components
 from kadr.pipeline.generation import Generation
-from kadr.pipeline.longvideo.window_folder import EXECUTION, WindowFolder, check_resumable
+from kadr.pipeline.longvideo.window_folder import EXECUTION_KEY, WindowFolder, check_resumable
 from kadr.pipeline.progress import Progress, Watch, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
 from kadr.pipeline.stages.text import PromptEncoder
@@ -45,12 +45,12 @@ from kadr.version import __version__
 
 @dataclass(frozen=True)
 class Engine:
-    """A model, known from its headers. Weights are read when a stage needs them.
+    """An open model, known from its headers. A stage reads weights when it needs them.
 
     Args:
-        model_name: as it was asked for.
-        release: the registry's entry; None for an unreleased one.
-        second_model: name and entry of the model of the second pass, where it is another.
+        model_name: the name or path that the model was opened by.
+        release: registry entry of the model; None for an unreleased one.
+        second_model: name and registry entry of the second pass's model; None where both passes use one model.
     """
 
     model_name: str
@@ -79,103 +79,108 @@ class Engine:
         compile_transformer: bool = False,
         prompt_cache: bool | Path = True,
     ) -> Engine:
-        """Open a model.
+        """Opens a model. Reads headers, never weights.
 
         Args:
-            model: a name of the registry, an official .safetensors file, or a diffusers folder.
-            text_encoder: a folder with a T5 encoder and its tokenizer; by default beside the model, else from the hub.
-            vae: a checkpoint to take the VAE from instead of the model's own.
-            upscaler: names or paths of latent upscalers, one spatial and one temporal at most, for requests of two
-                passes; by default the one that belongs to the model.
-            second_model: take the second pass's transformer, and its recipe, from this model.
-            recipe: what requests mean when they do not say, instead of the model's own.
-            loras: `Lora`s, paths, or tuples of a path and its strength; of its strength in the second pass, too. They
-                act beside the weights, however those are stored, and a request may say how strongly.
-            lora_partial: leave out what a LoRA has for layers that the transformer does not have, with a warning,
-                instead of refusing it.
-            merge_loras: add the LoRAs to the weights when those are loaded: a little faster, and rounded to what the
-                weights are stored as. Their strengths are fixed then.
+            model: a registry name, an official .safetensors file, a .gguf file or a diffusers folder.
+            text_encoder: a folder with a T5 encoder and its tokenizer; by default the one beside the model, else it is
+                fetched from the hub.
+            vae: a checkpoint whose VAE replaces the model's own.
+            upscaler: names or paths of latent upscalers for requests with two passes, at most one spatial and one
+                temporal; by default the one released for the model.
+            second_model: a model whose transformer and recipe the second pass uses.
+            recipe: defaults for what requests leave out, instead of the model's own.
+            loras: `Lora`s, paths, or tuples (path, strength) or (path, strength, strength in the second pass). They
+                run beside the weights in any weight format, and a request may set their strengths.
+            lora_partial: ignore a LoRA's weights for layers that the transformer lacks, with a warning, instead of
+                refusing the LoRA.
+            merge_loras: add the LoRAs to the weights at load time: slightly faster, but rounded to the weight format,
+                and their strengths are then fixed.
             device: "auto", "cpu", "cuda" or "mps".
             dtype: "auto", "bfloat16" or "float32".
-            quant: how the transformer's weights are stored in memory; see `kadr.quant.weight_formats.SCHEMES`. None
-                leaves them as the file has them, which is exact. GGUF and fp8 files need none.
-            offload: what is done with what does not fit: "auto" (whatever keeps the most speed), "none" (nothing),
-                "stages" (modules leave memory after their stage) or "blocks" (blocks are in memory while they run).
-            compile_transformer: have torch's compiler fuse what the transformer's layers compute, on CUDA: the first video waits
-                for it, the better part of a minute.
-            prompt_cache: keep encoded prompts on disk, so that one that was encoded before does not touch the text
-                encoder: in `prompts` in $KADR_CACHE or the system's folder for caches, 512 MB at most; or a folder.
+            quant: weight format of the transformer in memory; see `kadr.quant.weight_formats.SCHEMES`. None keeps the
+                file's own, which is exact. GGUF and fp8 files need no value.
+            offload: what to unload when memory is short: "auto" (the fastest that fits), "none" (nothing), "stages"
+                (each module after its stage) or "blocks" (stream transformer blocks).
+            compile_transformer: fuse the transformer's layers with torch.compile, on CUDA. The first video waits for
+                the compiler, close to a minute.
+            prompt_cache: cache prompt embeddings on disk, so that a cached prompt does not need the text encoder. True
+                uses `prompts` under $KADR_CACHE or the system's cache folder, 512 MB at most; a path names a folder.
 
         Raises:
-            RequestError: an unknown name, device, dtype or way.
-            CheckpointError: a file is missing, damaged, incomplete, or not of this family.
+            RequestError: unknown name, device, dtype, weight format or offload mode.
+            CheckpointError: a file is missing, damaged, incomplete or not of the LTX-Video family.
         """
-        # What cannot work is refused before gigabytes are fetched for it: the names first, the text encoder last.
-        picked = pick_device(device)
-        pick_dtype(dtype, picked, 0)
-        check_compile(compile_transformer, picked)
+        # Refuse what cannot work before gigabytes are fetched for it: names first, the text encoder last.
+        torch_device = pick_device(device)
+        pick_dtype(dtype, torch_device, 0)
+        check_compile(compile_transformer, torch_device)
         check_weight_format(quant or NONE)
         check_offload(offload)
         check_lora_names(loras)
-        found = locate(model, text_encoder=text_encoder, vae=vae)
-        checkpoint = Checkpoint.open(found.model, release=found.release)
-        own_vae = Checkpoint.open(found.vae) if found.vae else None
-        require_components(checkpoint, own_vae or checkpoint)
-        second, second_released = open_second_model(second_model)
-        if second is not None:
-            require_components(second, own_vae or checkpoint)
+        located = locate(model, text_encoder=text_encoder, vae=vae)
+        checkpoint = Checkpoint.open(located.model, release=located.release)
+        separate_vae = Checkpoint.open(located.vae) if located.vae else None
+        require_components(checkpoint, separate_vae or checkpoint)
+        second_checkpoint, second_release = open_second_model(second_model)
+        if second_checkpoint is not None:
+            require_components(second_checkpoint, separate_vae or checkpoint)
         adapters = Loras(loras, allow_partial=lora_partial, merge=merge_loras)
-        adapters.check_fits((checkpoint, second or checkpoint))
+        adapters.check_fits((checkpoint, second_checkpoint or checkpoint))
         upscalers = open_upscalers(upscaler)
         order_upscalers(upscalers, checkpoint)
-        released = found.release or checkpoint.info.release
-        text = TextEncoderCheckpoint.open(found.text_encoder or fetch_text_encoder(released))
+        release = located.release or checkpoint.info.release
+        text_encoder_checkpoint = TextEncoderCheckpoint.open(located.text_encoder or fetch_text_encoder(release))
         components = Components(
             checkpoint,
-            text,
-            own_vae,
+            text_encoder_checkpoint,
+            separate_vae,
             device=device,
             dtype=dtype,
-            second_checkpoint=second,
+            second_checkpoint=second_checkpoint,
             loras=adapters,
             quant=quant,
             offload=offload,
             compile_transformer=compile_transformer,
             prompt_cache=prompt_cache,
         )
-        for opened in upscalers:
-            components.add_upscaler(opened)
-        own = recipe or (released.recipe if released else Recipe())
-        recipe = with_second_model(own, second_released)
-        named = None if second_model is None else (str(second_model), second_released)
-        return cls(model_name=found.name, components=components, recipe=recipe, release=released, second_model=named)
+        for upscaler_checkpoint in upscalers:
+            components.add_upscaler(upscaler_checkpoint)
+        first_recipe = recipe or (release.recipe if release else Recipe())
+        return cls(
+            model_name=located.name,
+            components=components,
+            recipe=with_second_model(first_recipe, second_release),
+            release=release,
+            second_model=None if second_model is None else (str(second_model), second_release),
+        )
 
     def resolve(self, request: Request) -> Request:
-        """The request with everything it left out taken from the model's recipe.
+        """Returns the request with the recipe's defaults for everything it leaves out.
 
         Raises:
-            RequestError: two passes are asked for, and there is no recipe for the second.
-            MediaError: the video to start from cannot be read.
+            RequestError: the request has two passes, but the recipe has no second one.
+            MediaError: the input video cannot be read.
         """
         return resolve(request, self.recipe)
 
     def resolve_passes(self, request: Request) -> tuple[ResolvedPass, ...]:
-        """The passes the request comes to, with the level and the strengths of every step. Nothing is loaded.
+        """Returns the passes of the request, with sigma and guidance of every step. Loads nothing.
 
         Raises:
             RequestError: the request does not fit this model.
-            CheckpointError: two passes are asked for, and there is no upscaler.
+            CheckpointError: the request has two passes, but there is no upscaler.
         """
         return self._create_generation(request, ignore_progress, read_media=False).passes
 
     def plan(self, request: Request) -> Plan:
-        """What a run will need and how it is made to fit: what is in memory when, how long it takes, and why.
+        """Returns the plan of a generation: placement, peak bytes and seconds of each stage, with reasons.
 
-        Arithmetic on headers; no weight is read. Its pictures and clips are.
+        The plan is arithmetic on headers: no weight is read. Images and clips of the request are read.
 
         Raises:
             RequestError: the request does not fit this model.
-            PlanError: it does not fit in memory; carries the shortfall in bytes, and says what would fit.
+            PlanError: the generation does not fit in memory; carries the shortfall in bytes and suggests what fits.
         """
         generation = self._create_generation(request, ignore_progress)
         generation.check_first_sigma()
@@ -183,19 +188,19 @@ class Engine:
         return self._plan_generation(generation, request)
 
     def generate(self, request: Request, *, watch: Watch = ignore_progress) -> Video:
-        """Make one video.
+        """Generates one video.
 
         Args:
-            request: `size` in pixels (any; snapped up to 32 and cropped back), `frames` (snapped to 8k+1 and trimmed
-                back) at `fps`.
-            watch: called after every step with a `Progress`. Raise from it to cancel.
+            request: any `size` in pixels (sampled at the next multiple of 32 and cropped back) and any number of
+                `frames` (sampled as 8k+1 and trimmed back) at `fps`.
+            watch: called with a `Progress` after every step. Raise from it to cancel.
 
         Returns:
-            Video whose `frames` are uint8 (frames, height, width, 3): RGB, full range, on the CPU.
+            Video whose `frames` are uint8 (F, H, W, 3): RGB, full range, on the CPU.
 
         Raises:
-            RequestError: the request does not fit this model. Raised before any weight is moved.
-            MediaError: a picture cannot be read.
+            RequestError: the request does not fit this model. Raised before any weight is loaded.
+            MediaError: an image or clip cannot be read.
             CheckpointError: the weights are damaged or incomplete.
             NonFiniteError: a stage produced NaN or infinity; it carries the stage.
             Cancelled: `watch` raised; its exception is the cause.
@@ -215,40 +220,40 @@ class Engine:
         on_plan: Callable[[Plan], object] | None = None,
         resume: bool = False,
     ) -> VideoFile:
-        """Make one video straight into an mp4: frames are written as they are decoded.
+        """Generates one video into an mp4, and writes frames as they are decoded.
 
-        Memory does not grow with the length, but for the latents: half a megabyte a second at 704x480. The file is
-        written beside `path` and renamed when it is whole. Of a long video each finished window is kept in a folder
-        beside it, `clip.windows` for `clip.mp4`, until then.
+        Memory does not grow with the length, except for the latents: half a megabyte per second of video at 704x480.
+        The file is written beside `path` and renamed when complete. Until then, finished windows of a long video are
+        stored in a folder beside it: `clip.windows` for `clip.mp4`.
 
         Args:
-            watch: as of `generate`.
-            on_plan: told the plan, before anything is loaded.
-            resume: go on with the windows that a run of the same request has left there.
+            watch: as in `generate`.
+            on_plan: called with the plan before anything is loaded.
+            resume: continue from the windows that an interrupted generation of the same request has stored.
 
         Raises:
-            As `generate`, and MediaError where the file cannot be written: found before anything is computed where
-            that can be known.
+            As `generate`, and MediaError: the file cannot be written; raised before anything is computed where that
+            can be known.
         """
         began = time.monotonic()
         refuse_overwriting(request, Path(path))
         generation = self._start_generation(request, watch)
         generation.check_first_sigma()
         request = generation.request
-        fps, record = float(request.fps or 0), self.metadata(request)
-        writer = VideoWriter(path, generation.size, fps, metadata=record)
-        with self._open_window_folder(generation, Path(path), record, resume) as kept:
+        fps, metadata = float(request.fps or 0), self.metadata(request)
+        writer = VideoWriter(path, generation.size, fps, metadata=metadata)
+        with self._open_window_folder(generation, Path(path), metadata, resume) as window_folder:
             if on_plan is not None and self.components.plan is not None:
                 on_plan(self.components.plan)
-            # A run that is cut off while it makes windows is to leave nothing but them.
-            pieces = None if kept is None else generation.denoise_windows(kept)
+            # Sample windows before the writer opens its file: if interrupted, nothing but finished windows remains.
+            windowed = None if window_folder is None else generation.denoise_windows(window_folder)
             with writer:
-                latents = generation.denoise() if pieces is None else pieces
+                latents = generation.denoise() if windowed is None else windowed
                 writer.write_all(frames.numpy() for frames in generation.decode(latents))
             if not isinstance(latents, Tensor):
                 latents = latents.to_tensor()
-            if kept is not None:
-                kept.remove()
+            if window_folder is not None:
+                window_folder.remove()
         return VideoFile(
             path=Path(path),
             frames=generation.frames,
@@ -261,22 +266,26 @@ class Engine:
 
     @contextmanager
     def _open_window_folder(
-        self, generation: Generation, path: Path, record: dict[str, Any], resume: bool
+        self, generation: Generation, path: Path, metadata: dict[str, Any], resume: bool
     ) -> Iterator[WindowFolder | None]:
-        """Where the windows of a long video are kept; None for any other."""
+        """Yields the folder for the windows of a long video, or None for a video without windows."""
         if not generation.window_passes:
             if resume:
-                raise RequestError("there is nothing to go on with: a video without windows is made at once.")
-            check_resumable(window_folder_path(path), resume=False)  # another video is to be written there
+                raise RequestError(
+                    "there is nothing to resume: only a long video, made in windows, is stored before it is finished. "
+                    "Leave out --resume."
+                )
+            check_resumable(window_folder_path(path), resume=False)  # refuses to write over an unfinished long video
             yield None
             return
-        choice = self.components.placement("denoise")
-        way = f"{describe_weights(choice)}, by {choice.backend}, {torch.get_num_threads()} threads"
-        identity = {**record, **self.components.file_fingerprints(generation.request.media_paths()), EXECUTION: way}
+        placement = self.components.placement("denoise")
+        execution = f"{describe_weights(placement)}, by {placement.backend}, {torch.get_num_threads()} threads"
+        fingerprints = self.components.file_fingerprints(generation.request.media_paths())
+        identity = {**metadata, **fingerprints, EXECUTION_KEY: execution}
         with WindowFolder.open(
             window_folder_path(path), identity, generation.window_latents_shapes(), resume=resume
-        ) as kept:
-            yield kept
+        ) as window_folder:
+            yield window_folder
 
     def denoise(
         self,
@@ -286,12 +295,12 @@ class Engine:
         init_latents: Tensor | None = None,
         watch: Watch = ignore_progress,
     ) -> Tensor:
-        """Everything up to the decoder.
+        """Runs every stage before the VAE decoder.
 
         Args:
-            noise: (1, C, f, h, w), instead of the seed's.
-            init_latents: normalised latents (1, C, f, h, w) to begin from instead of pure noise; the request's levels must
-                then begin below 1, through `skip_initial` or `levels`.
+            noise: initial noise (1, C, f, h, w), instead of the seed's.
+            init_latents: normalised latents (1, C, f, h, w) to start from instead of pure noise. The request's sigmas
+                must then start below 1, by `skip_initial` or `sigmas`.
 
         Returns:
             Normalised latents (1, C, f, h, w), float32, on the device.
@@ -300,22 +309,21 @@ class Engine:
         return self._start_generation(request, watch, stages=stages).denoise(noise, init_latents=init_latents)
 
     def encode_first_condition(self, request: Request, *, watch: Watch = ignore_progress) -> Tensor:
-        """The request's first condition through the VAE's encoder: normalised latents (1, C, n, h, w), on the device.
+        """Encodes the first condition of the request: normalised latents (1, C, n, h, w), on the device.
 
         Raises:
             RequestError: the request has no condition.
         """
         if not request.conditions:
-            raise RequestError("the request has no picture to encode; give it a Condition.")
+            raise RequestError("the request has no image or clip to encode; give it a Condition.")
         generation = self._start_generation(request, watch, stages=("encode",))
-        first = generation.media.prepared_conditions[0][0].pixels
-        places = [[item.pixels is first for item in one.conditions] for one in generation.media.pass_inputs]
-        where = next(number for number, found in enumerate(places) if any(found))
-        return generation.encode_media(indices=(where,))[where].conditions[places[where].index(True)][1]
+        pixels = generation.media.prepared_conditions[0][0].pixels
+        matches = [[item.pixels is pixels for item in inputs.conditions] for inputs in generation.media.pass_inputs]
+        index = next(index for index, row in enumerate(matches) if any(row))
+        return generation.encode_media(indices=(index,))[index].conditions[matches[index].index(True)][1]
 
     def encode_media(self, request: Request, *, watch: Watch = ignore_progress) -> EncodedInputs:
-        """The pictures and clips of the request, and what it follows, through the VAE's encoder, for its first pass or
-        window.
+        """Encodes conditions, input video and controls of the request, for its first pass or window.
 
         Raises:
             As `generate`.
@@ -325,34 +333,34 @@ class Engine:
     def encode_prompts(
         self, request: Request, prompts: Sequence[str], *, watch: Watch = ignore_progress
     ) -> list[Tensor]:
-        """What the text encoder makes of some prompts: (n, D) each, for its n tokens, on the CPU.
+        """Returns the prompt embeddings (n, D) of each prompt, for its n tokens, on the CPU.
 
         Args:
-            request: that it is planned for; its own prompt is not encoded.
+            request: the request to plan for; its own prompt is not encoded.
         """
         self._start_generation(request, watch, read_media=False, stages=("text",))
-        texts = PromptEncoder(self.components, prompts).encode(watch)
-        return [text.embeddings[text.mask].cpu() for text in texts]
+        prompt_embeddings = PromptEncoder(self.components, prompts).encode(watch)
+        return [item.embeddings[item.mask].cpu() for item in prompt_embeddings]
 
     def decode(
         self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore_progress
     ) -> Tensor:
-        """Normalised latents (1, C, f, h, w) -> uint8 (F, H, W, 3) on the CPU, cropped and trimmed as requested.
+        """Decodes normalised latents (1, C, f, h, w) to uint8 (F, H, W, 3) on the CPU, cropped and trimmed.
 
         Args:
-            request: the one the latents were made for; it holds the size, the frames and the decoder's settings.
-            noise: shaped as the latents, instead of the seed's, for decoders that take noise.
+            request: the request that the latents were sampled for; it sets size, frames and decoder settings.
+            noise: decode noise in the shape of the latents, instead of the seed's, for decoders that take noise.
         """
         generation = self._start_generation(request, watch, read_media=False, stages=("decode",))
         return torch.cat(list(generation.decode(latents, noise)))
 
     def metadata(self, request: Request) -> dict[str, Any]:
-        """What is stored beside the pictures: enough to make the same video again."""
+        """Returns the metadata stored in an mp4: enough to generate the same video again."""
         device, dtype = self.components.device, self.components.dtype
-        # Absolute paths, so that the video can be made again from another folder.
-        here = [replace(c, media=_absolute_path(c.media)) for c in request.conditions]
-        followed = tuple(replace(c, media=_absolute_path(c.media)) for c in request.controls)
-        start = None if request.input_video is None else _absolute_path(request.input_video)
+        # Absolute paths, so that `kadr rerun` works from another folder.
+        conditions = [replace(item, media=_absolute_path(item.media)) for item in request.conditions]
+        controls = tuple(replace(item, media=_absolute_path(item.media)) for item in request.controls)
+        input_video = None if request.input_video is None else _absolute_path(request.input_video)
         return {
             "version": __version__,
             "model_name": self.model_name,
@@ -362,7 +370,9 @@ class Engine:
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
             "compile_transformer": self.components.compile_transformer,
-            "request": replace(request, conditions=tuple(here), controls=followed, input_video=start).to_json(),
+            "request": replace(
+                request, conditions=tuple(conditions), controls=controls, input_video=input_video
+            ).to_json(),
         }
 
     def _warn_unused_controls(self, request: Request) -> None:
@@ -373,14 +383,14 @@ class Engine:
             )
 
     def _lora_metadata(self) -> dict[str, Any]:
-        """What is added to the weights; of a transformer that learns, what it has learned by now."""
-        learned = self.components.override_lora_path
-        return (Loras([learned]) if learned is not None else self.components.loras).metadata()
+        """Returns the metadata of the LoRAs; of a transformer in training, that of the LoRA trained so far."""
+        trained = self.components.override_lora_path
+        return (Loras([trained]) if trained is not None else self.components.loras).metadata()
 
     def _start_generation(
         self, request: Request, watch: Watch, *, read_media: bool = True, stages: Collection[str] = ()
     ) -> Generation:
-        """The request on its way: checked, planned, and nothing loaded yet. stages: those to be run; () is all."""
+        """Checks and plans a generation; nothing is loaded yet. stages: the stages that will run, () for all."""
         generation = self._create_generation(request, watch, read_media=read_media)
         if not stages or "denoise" in stages:
             self._warn_unused_controls(request)
@@ -388,24 +398,24 @@ class Engine:
         return generation
 
     def _create_generation(self, request: Request, watch: Watch, *, read_media: bool = True) -> Generation:
-        asked, request = request, self.resolve(request)
-        warn_single_pass(asked, request, self.recipe)
+        unresolved, request = request, self.resolve(request)
+        warn_single_pass(unresolved, request, self.recipe)
         if request.multi_scale and not self.components.upscaler_checkpoints:
             self.components.add_upscaler(open_default_upscaler(self.release))
         generation = Generation(self.components, request, _raise_as_cancelled(watch), read_media=read_media)
-        own = (self.model_name, self.release)
-        models = zip((own, self.second_model or own), self.components.schedules, strict=True)
-        for plan, ((name, released), schedule) in zip(generation.passes, models, strict=False):
-            warn_distilled_guidance(plan, name, schedule, released)
+        first_model = (self.model_name, self.release)
+        models = zip((first_model, self.second_model or first_model), self.components.schedules, strict=True)
+        for resolved_pass, ((name, release), schedule) in zip(generation.passes, models, strict=False):
+            warn_distilled_guidance(resolved_pass, name, schedule, release)
         return generation
 
     def _plan_generation(self, generation: Generation, request: Request, stages: Collection[str] = ()) -> Plan:
-        work, cached = generation.build_workload(stages), self.components.cached_private_bytes
+        workload, cached = generation.build_workload(stages), self.components.cached_private_bytes
         try:
-            return Planner(self.components, work, cached=cached).plan()
+            return Planner(self.components, workload, cached=cached).plan()
         except PlanError as error:
-            way_out = suggest_smaller(self.components, work, generation.request, cached=cached)
-            raise PlanError(f"{error} {way_out}", shortfall=error.shortfall) from error
+            suggestion = suggest_smaller(self.components, workload, generation.request, cached=cached)
+            raise PlanError(f"{error} {suggestion}", shortfall=error.shortfall) from error
 
 
 def _absolute_path(path: str) -> str:
@@ -413,7 +423,7 @@ def _absolute_path(path: str) -> str:
 
 
 def _raise_as_cancelled(watch: Watch) -> Watch:
-    """The watcher, whose exceptions become `Cancelled`."""
+    """Wraps a watcher so that its exceptions become `Cancelled`."""
 
     def report(progress: Progress) -> None:
         try:

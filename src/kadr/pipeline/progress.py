@@ -1,4 +1,4 @@
-"""How far a generation is."""
+"""Progress reports of a generation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ STAGES = ("text", "control", "encode", "train", "denoise", "upscale", "refine", 
 
 @dataclass(frozen=True)
 class Progress:
-    """One report.
+    """One progress report.
 
     Args:
-        stage: "text", "control" (where a network looks for depth or poses), "encode" (only with pictures or clips),
-            "denoise", then "upscale" and "refine" where there is a second pass, and "decode".
-        step: how many steps of the stage are done, 0 when it begins.
-        of: how many it has. Steps of "control" and "decode" are frames.
-        sigma: the noise level of the step just done, in "denoise" and "refine" alone.
-        eta: seconds until the stage is done, at its pace so far; None before its first step.
-        window: of a long video, which window is being made and how many there are, from 1. The steps are those of all.
+        stage: "text", "control" (a network estimates depth or poses), "encode" (only with images or clips),
+            "denoise", then "upscale" and "refine" if there is a second pass, and "decode".
+        step: number of finished steps of the stage, 0 when it starts.
+        of: total number of steps. Steps of "control" and "decode" are frames.
+        sigma: sigma of the step just finished; None except in "denoise" and "refine".
+        eta: estimated seconds until the stage ends, at its pace so far; None before its first step.
+        window: of a long video, (number of the current window from 1, number of windows). Steps count over all windows.
     """
 
     stage: str
@@ -35,16 +35,16 @@ Watch = Callable[[Progress], None]
 
 
 def ignore_progress(progress: Progress) -> None:
-    """Watch nothing."""
+    """Ignores a report."""
 
 
 @dataclass
 class StageProgress:
-    """The clock of one stage: reports to `watch` when it begins and after every step.
+    """Reporter of one stage: calls `watch` when the stage starts and after every step.
 
     Args:
-        steps_before: steps of the stage that are done already.
-        window: as of `Progress`.
+        steps_before: steps of the stage finished earlier, in other windows.
+        window: see `Progress`.
     """
 
     name: str
@@ -58,6 +58,6 @@ class StageProgress:
         self.watch(Progress(self.name, self.steps_before, self.total, window=self.window))
 
     def report(self, step: int, sigma: float | None = None) -> None:
-        """step: how many are done, besides those of before."""
+        """Reports progress. step: number of finished steps, without `steps_before`."""
         pace, done = (time.monotonic() - self.started_at) / max(step, 1), self.steps_before + step
         self.watch(Progress(self.name, done, self.total, sigma, pace * (self.total - done), self.window))

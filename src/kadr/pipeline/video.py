@@ -1,4 +1,4 @@
-"""What comes out."""
+"""Results of a generation: `Video` in memory, `VideoFile` on disk."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Video:
         frames: uint8 (F, H, W, 3): RGB, full range.
         latents: float32 (128, f, h, w) on the CPU, normalised.
         fps: frames per second.
-        request: what was asked, with the model's own defaults filled in.
-        metadata: everything that is stored in an mp4 beside the pictures: version, model, request.
+        request: the request with the model's defaults.
+        metadata: everything stored in the mp4 beside the frames: version, model, request.
     """
 
     frames: np.ndarray
@@ -37,10 +37,10 @@ class Video:
         return Size(self.frames.shape[2], self.frames.shape[1])
 
     def save(self, path: str | Path) -> Path:
-        """Write an mp4 (H.264, yuv420p). Written beside `path` and renamed when whole.
+        """Writes an mp4 (H.264, yuv420p), beside `path` first, and renames it when complete.
 
         Raises:
-            MediaError: the folder does not exist, the disk is full, or a side is odd.
+            MediaError: the folder does not exist, the disk is full, or a side is an odd number of pixels.
         """
         with VideoWriter(path, self.size, self.fps, metadata=self.metadata) as writer:
             writer.write(self.frames)
@@ -49,14 +49,14 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A video that went to its file as it was decoded.
+    """A video that was written to its file while it was decoded.
 
     Args:
-        path: of the mp4.
-        frames, size, fps: as written.
-        seconds: the whole generation took.
+        path: path of the mp4.
+        frames, size, fps: number of frames, size and frame rate as written.
+        seconds: duration of the whole generation.
         latents: float32 (128, f, h, w) on the CPU, normalised.
-        request: what was asked, with the model's own defaults filled in.
+        request: the request with the model's defaults.
     """
 
     path: Path

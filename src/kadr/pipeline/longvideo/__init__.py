@@ -1,1 +1,1 @@
-"""Videos longer than one window: sampled window by window, resumable."""
+"""Long videos: sampled window by window, resumable after an interruption."""

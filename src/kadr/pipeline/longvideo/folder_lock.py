@@ -1,4 +1,4 @@
-"""A folder that one run works in, and no other at the same time: their files would be mixed."""
+"""Lock on a folder: only one process at a time writes into it, so that no files are mixed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from filelock import FileLock, Timeout
 
 from kadr.errors import MediaError, RequestError
 
-LOCK_FILE = ".lock"  # the system lets go of it when the process ends, however it does
+LOCK_FILE = ".lock"  # the system releases the lock when the process ends, however it ends
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """The folder, made if it is not there, is this run's as long as the block runs.
+    """Creates the folder if absent, and locks it for this process while the block runs.
 
     Raises:
-        RequestError: another run works in it.
-        MediaError: it cannot be made.
+        RequestError: another process has locked the folder.
+        MediaError: the folder cannot be created or written.
     """
     lock = FileLock(folder / LOCK_FILE)
     try:
@@ -27,11 +27,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise RequestError(
-            f"another run works in {folder}. Wait until it has ended, or name another --output."
+            f"another process is writing to {folder}. Wait until it ends, or choose another --output."
         ) from None
     except OSError as error:
         raise MediaError(
-            f"the folder {folder} cannot be made or written: {error.strerror or error}. Give another --output."
+            f"the folder {folder} cannot be created or written: {error.strerror or error}. Choose another --output."
         ) from error
     try:
         yield
@@ -40,7 +40,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_lock(folder: Path) -> None:
-    """Take away the claim of a folder, and the folder where nothing else is in it; a link to one stays."""
+    """Deletes the lock of a folder, and the folder itself if it is empty; a symbolic link to a folder stays."""
     with suppress(OSError):
         (folder / LOCK_FILE).unlink(missing_ok=True)
         folder.rmdir()

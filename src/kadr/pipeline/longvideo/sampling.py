@@ -1,6 +1,6 @@
-"""A long video, window by window. Nothing is carried from one to the next but latents that are kept.
+"""Sampling of a long video, window by window: a window depends on earlier ones only through their stored latents.
 
-So a run that was cut off goes on from what it kept, and comes to the same.
+So an interrupted generation continues from its stored windows, with the same result.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from kadr.sampling.positions import token_positions
 from kadr.sampling.state import LatentState
 from kadr.shapes import TEMPORAL_COMPRESSION, LatentGrid
 
-ANCHOR_FRAME = -TEMPORAL_COMPRESSION  # pixel frame at which the remembered picture stands: one latent before the window
+ANCHOR_FRAME = -TEMPORAL_COMPRESSION  # pixel frame of the anchor image: one latent before the window
 
 
 class Guide(NamedTuple):
-    """Latents that a window is shown beside its own, as tokens that are taken away afterwards.
+    """Latents appended to a window's tokens, as in ComfyUI's LTXVAddGuide, and removed after sampling.
 
     Args:
-        name: of its stream of noise.
+        name: name of its noise stream.
         latents: (1, C, n, h, w), normalised.
-        first_frame: pixel frame of the window at which they stand.
+        first_frame: pixel frame of the window at which the latents start.
         strength: in (0, 1].
     """
 
@@ -44,27 +44,27 @@ class Guide(NamedTuple):
     def append_to(
         self, state: LatentState, resolved_pass: ResolvedPass, *, causal: bool, draw: Callable[[torch.Size], Tensor]
     ) -> LatentState:
-        """The state with them behind it."""
+        """Returns the state with the guide's tokens appended."""
         grid = LatentGrid(*self.latents.shape[2:])
-        where = token_positions(grid, fps=resolved_pass.fps, causal=causal, first_frame=self.first_frame)
-        return append_keyframe(state, self.latents, where, self.strength, draw(self.latents.shape))
+        positions = token_positions(grid, fps=resolved_pass.fps, causal=causal, first_frame=self.first_frame)
+        return append_keyframe(state, self.latents, positions, self.strength, draw(self.latents.shape))
 
 
 class WindowStore(Protocol):
-    """Where finished windows are: what each added to the video, (1, C, n, h, w), fp32, on the CPU."""
+    """Store of finished windows: the latents each adds to the video, (1, C, n, h, w), fp32, on the CPU."""
 
     def has(self, index: int) -> bool:
-        """Whether window `index` is there, from 0."""
+        """Tells if window `index`, from 0, is stored."""
 
     def store(self, index: int, latents: Tensor) -> None:
-        """Keep what window `index` added, from 0."""
+        """Stores the latents that window `index`, from 0, adds."""
 
     def read(self, index: int) -> Tensor:
-        """What it added. The end of it is taken back by the next window, which crosses over."""
+        """Returns the stored latents of a window. The next window replaces their end, blended with its own start."""
 
 
 class InMemoryWindowStore:
-    """Finished windows that are only needed until the run ends."""
+    """Store of windows that are needed only until the generation ends."""
 
     def __init__(self) -> None:
         self.latents: list[Tensor] = []
@@ -82,11 +82,11 @@ class InMemoryWindowStore:
 
 @dataclass(frozen=True)
 class WindowedLatents:
-    """The latents of a long video, one piece (1, C, n, h, w) for each window, read when its turn has come.
+    """Latents of a long video, one tensor (1, C, n, h, w) per window, read when iteration reaches it.
 
     Args:
-        spans: of the windows.
-        read_window: the latents from a window's first kept one on, at least up to where the next window's begin.
+        spans: spans of the windows.
+        read_window: returns the latents from a window's first output latent on, at least up to the next window's.
     """
 
     spans: tuple[Span, ...]
@@ -94,22 +94,22 @@ class WindowedLatents:
 
     @classmethod
     def from_latents(cls, latents: Tensor, spans: tuple[Span, ...]) -> WindowedLatents:
-        """Those of a whole video, (1, C, f, h, w)."""
-        return cls(spans, lambda number: latents[:, :, spans[number].output_start : spans[number].end])
+        """Splits the latents of a whole video, (1, C, f, h, w)."""
+        return cls(spans, lambda index: latents[:, :, spans[index].output_start : spans[index].end])
 
     def __iter__(self) -> Iterator[Tensor]:
         ends = [*(span.output_start for span in self.spans[1:]), self.spans[-1].end]
-        for number, (span, end) in enumerate(zip(self.spans, ends, strict=True)):
-            yield self.read_window(number)[:, :, : end - span.output_start]
+        for index, (span, end) in enumerate(zip(self.spans, ends, strict=True)):
+            yield self.read_window(index)[:, :, : end - span.output_start]
 
     def to_tensor(self) -> Tensor:
-        """All of them, (1, C, f, h, w)."""
+        """Returns the latents of the whole video, (1, C, f, h, w)."""
         return torch.cat(list(self), dim=2)
 
 
 def missing_windows(store: WindowStore, spans: Sequence[Span]) -> list[int]:
-    """The numbers of the windows that are to be made."""
-    return [number for number in range(len(spans)) if not store.has(number)]
+    """Returns the indices of the windows that are not stored."""
+    return [index for index in range(len(spans)) if not store.has(index)]
 
 
 def sample_windows(
@@ -119,60 +119,62 @@ def sample_windows(
     sample_window: Callable[[int, Sequence[Guide]], Tensor],
     anchor_latents: Tensor | None,
 ) -> WindowedLatents:
-    """Make the windows that are not there yet. Those after one that is made again were made from one just like it.
+    """Samples and stores the missing windows.
+
+    Stored windows after a missing one stay valid: they were sampled from an identical window.
 
     Args:
-        sample_window: makes a window, by its number, from 0, and what it is shown: latents (1, C, n, h, w).
-        anchor_latents: the latent (1, C, 1, h, w) that is to be remembered.
+        sample_window: takes a window index, from 0, and the window's guides; returns its latents (1, C, n, h, w).
+        anchor_latents: latents (1, C, 1, h, w) of the anchor image; None if there is none.
     """
     _, overlap = windows.latent_frames
-    remembered = (
+    anchor_guides = (
         []
         if anchor_latents is None
         else [Guide("remembered", anchor_latents, ANCHOR_FRAME, float(windows.anchor_strength or 0))]
     )
-    for number in missing_windows(store, spans):
-        if number == 0:
-            store.store(0, sample_window(0, remembered).cpu())
+    for index in missing_windows(store, spans):
+        if index == 0:
+            store.store(0, sample_window(0, anchor_guides).cpu())
             continue
-        before = store.read(number - 1)
-        end = Guide("overlap", before[:, :, -overlap:], 0, windows.overlap_strength)
-        made = sample_window(number, [end, *remembered]).cpu()
-        store.store(number, blend_window(made, before, store.read(0), overlap=overlap, adain_factor=windows.adain))
+        previous = store.read(index - 1)
+        overlap_guide = Guide("overlap", previous[:, :, -overlap:], 0, windows.overlap_strength)
+        latents = sample_window(index, [overlap_guide, *anchor_guides]).cpu()
+        store.store(index, blend_window(latents, previous, store.read(0), overlap=overlap, adain_factor=windows.adain))
     return WindowedLatents(spans, store.read)
 
 
 def rechunk(latents: Iterable[Tensor], chunk_frames: int) -> Iterator[Tensor]:
-    """Latents (1, C, n, h, w) that come in any pieces, `chunk_frames` frames at a time; the last ones perhaps fewer."""
-    waiting: Tensor | None = None
-    for part in latents:
-        waiting = part if waiting is None else torch.cat([waiting, part], dim=2)
-        whole = waiting.shape[2] // chunk_frames * chunk_frames
-        yield from waiting[:, :, :whole].split(chunk_frames, dim=2) if whole else ()
-        waiting = waiting[:, :, whole:]
-    if waiting is not None and waiting.shape[2]:
-        yield waiting
+    """Splits latents (1, C, n, h, w) of any lengths into chunks of `chunk_frames` frames; the last may be shorter."""
+    pending: Tensor | None = None
+    for piece in latents:
+        pending = piece if pending is None else torch.cat([pending, piece], dim=2)
+        full_frames = pending.shape[2] // chunk_frames * chunk_frames
+        yield from pending[:, :, :full_frames].split(chunk_frames, dim=2) if full_frames else ()
+        pending = pending[:, :, full_frames:]
+    if pending is not None and pending.shape[2]:
+        yield pending
 
 
 def conditions_in_window(conditions: Iterable[PreparedCondition], span: Span) -> list[PreparedCondition]:
-    """The conditions that lie wholly inside a window, where they stand in it.
+    """Returns the conditions that lie wholly inside a window, at their frames in it.
 
-    Of a later window the first latent is dropped; what would stand at its frame 0 is the end of the one before.
+    The first latent of a later window is dropped, because its frame 0 belongs to the end of the window before.
     """
     return [
         replace(
-            item,
+            condition,
             resolved_condition=replace(
-                item.resolved_condition, start_frame=item.resolved_condition.start_frame - span.first_frame
+                condition.resolved_condition, start_frame=condition.resolved_condition.start_frame - span.first_frame
             ),
         )
-        for item in conditions
-        if _lies_in(item.resolved_condition, span)
+        for condition in conditions
+        if _lies_inside(condition.resolved_condition, span)
     ]
 
 
 def is_anchor_image(condition: PreparedCondition) -> bool:
-    """Whether a condition is a whole picture at frame 0, which a long video can remember."""
+    """Tells if a condition is a whole image at frame 0, which can anchor every window of a long video."""
     return (
         condition.resolved_condition.start_frame == 0
         and len(condition.resolved_condition.frames) == 1
@@ -181,23 +183,24 @@ def is_anchor_image(condition: PreparedCondition) -> bool:
 
 
 def check_inside_windows(conditions: Iterable[ResolvedCondition], spans: Sequence[Span]) -> None:
-    """Refuse clips that lie over the end of a window.
+    """Refuses clips that cross the end of a window.
 
     Raises:
-        RequestError: with the windows.
+        RequestError: a clip does not lie inside one window; names the windows.
     """
-    for item in conditions:
-        if not any(_lies_in(item, span) for span in spans):
+    for condition in conditions:
+        if not any(_lies_inside(condition, span) for span in spans):
             ranges = ", ".join(
                 f"{span.first_frame + bool(span.start)} to {span.first_frame + span.frames - 1}" for span in spans[:4]
             )
             raise RequestError(
-                f"{item} does not lie inside one window; they make the frames {ranges}"
-                f"{' and so on' if len(spans) > 4 else ''}. Move it, take a part of it, or give a longer --window."
+                f"{condition} does not lie inside one window; the windows cover frames {ranges}"
+                f"{' and so on' if len(spans) > 4 else ''}. Move it, use fewer of its frames (PATH#A:B), or give a "
+                "longer --window."
             )
 
 
-def _lies_in(condition: ResolvedCondition, span: Span) -> bool:
+def _lies_inside(condition: ResolvedCondition, span: Span) -> bool:
     start = condition.start_frame - span.first_frame
-    first = 1 if span.start else 0
-    return first <= start and start + len(condition.frames) <= span.frames
+    min_start = 1 if span.start else 0
+    return min_start <= start and start + len(condition.frames) <= span.frames

@@ -1,6 +1,6 @@
-"""Finished windows on disk, beside the video that they are for: `clip.windows` until `clip.mp4` is written.
+"""Finished windows on disk, beside the video they belong to: `clip.windows` until `clip.mp4` is written.
 
-Each is a file of its own that takes its name when it is whole, so whatever ends a run leaves only finished ones.
+Each window is a file that gets its name when it is complete, so any interruption leaves only finished windows.
 """
 
 from __future__ import annotations
@@ -24,43 +24,44 @@ from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock
 
 REQUEST_FILE = "request.json"
-EXECUTION = "held"  # how the transformer is held and computed with: another way rounds otherwise
+EXECUTION_KEY = "execution"  # weight format, backend and threads of the transformer: others round differently
 _WINDOW_FILE_NAME, _LATENTS, _DIGEST_KEY = re.compile(r"window-(\d{4,})\.safetensors"), "latents", "sha256"
-_MAX_DIFFERENCES = 3  # differences that are named
+_MAX_DIFFERENCES = 3  # differences that an error names
 
 
 def finished_windows(folder: Path) -> list[int]:
-    """The numbers of the windows that are there, from 0."""
+    """Returns the indices, from 0, of the windows in a folder."""
     files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-    found = (_WINDOW_FILE_NAME.fullmatch(file.name) for file in files)
-    return sorted(int(name[1]) - 1 for name in found if name is not None)
+    matches = (_WINDOW_FILE_NAME.fullmatch(file.name) for file in files)
+    return sorted(int(match[1]) - 1 for match in matches if match is not None)
 
 
 def stored_prompt(folder: Path, prompt: str) -> tuple[str, str | None] | None:
-    """The prompt that a video was begun with, and the words it was enhanced from; None where that were other words."""
+    """Returns the stored prompt, and the prompt it was enhanced from if it was; None if the user's prompt differs."""
     try:
         request = json.loads((folder / REQUEST_FILE).read_text("utf-8"))["request"]
-        prompt, original = request["prompt"], request["original_prompt"]
+        stored, original = request["prompt"], request["original_prompt"]
     except (OSError, ValueError, LookupError, TypeError):
-        return None  # what is wrong with the folder is said when it is opened
-    return (prompt, original) if prompt == (prompt if original is None else original) else None
+        return None  # `WindowFolder.open` names what is wrong with the folder
+    return (stored, original) if prompt == (stored if original is None else original) else None
 
 
 def check_resumable(folder: Path, *, resume: bool) -> None:
-    """Refuse to begin where windows are, and to go on with windows of nobody knows what.
+    """Refuses to start over finished windows, and to resume windows whose request is unknown.
 
     Raises:
-        RequestError: with the way out.
+        RequestError: names the ways out.
     """
-    kept, there = finished_windows(folder), (folder / REQUEST_FILE).is_file()
-    if kept and not there:
+    windows, has_request = finished_windows(folder), (folder / REQUEST_FILE).is_file()
+    if windows and not has_request:
         raise RequestError(
-            f"{folder} holds {_count_windows(kept)} and no {REQUEST_FILE} that says of what. Delete it, or name another --output."
+            f"{folder} holds {_count_windows(windows)}, but no {REQUEST_FILE} that names the video. Delete it, or "
+            "choose another --output."
         )
-    if kept and not resume:
+    if windows and not resume:
         raise RequestError(
-            f"{folder} holds {_count_windows(kept)} of a video that was not finished. Go on with it with --resume, delete "
-            "the folder, or name another --output."
+            f"{folder} holds {_count_windows(windows)} of an unfinished video. Continue it with --resume, delete the "
+            "folder, or choose another --output."
         )
 
 
@@ -69,11 +70,11 @@ def _count_windows(indices: Sequence[int]) -> str:
 
 
 class WindowFolder:
-    """The windows of one video, kept on disk. See `long.Kept`.
+    """Windows of one video stored on disk; a `WindowStore`.
 
     Args:
-        folder: exists, and is of this video.
-        indices: the numbers of those that are finished.
+        folder: existing folder of this video.
+        indices: indices of the finished windows.
     """
 
     def __init__(self, folder: Path, indices: Collection[int] = ()) -> None:
@@ -84,16 +85,17 @@ class WindowFolder:
     def open(
         cls, folder: Path, identity: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], *, resume: bool
     ) -> Iterator[WindowFolder]:
-        """The folder of a video that begins, or goes on; no other run has it meanwhile.
+        """Creates or resumes the folder of a video, and locks it against other processes.
 
         Args:
-            identity: everything that the latents depend on, as JSON can hold it.
-            shapes: of what each window keeps. One that is damaged, or has another, is made again, with a warning.
+            identity: everything that the latents depend on, serialisable as JSON.
+            shapes: shape of each window's latents. A damaged window, or one of another shape, is deleted with a
+                warning and sampled again.
 
         Raises:
-            RequestError: there are windows, and they are not to be gone on with, or are of another video; or another
-                run has it.
-            CheckpointError: it cannot be written or read.
+            RequestError: there are finished windows that are not to be resumed or belong to another video; or another
+                process has locked the folder.
+            CheckpointError: the folder cannot be written or read.
         """
         identity = json.loads(json.dumps(identity))
         with lock_folder(folder):
@@ -101,15 +103,15 @@ class WindowFolder:
             try:
                 check_resumable(folder, resume=resume)
                 if finished_windows(folder):
-                    _check_same(folder, identity)
+                    _check_identity(folder, identity)
                     opened = cls(folder, _intact_windows(folder, shapes))
                 else:
                     _warn_nothing_to_resume(folder, resume=resume)
-                    with atomic_path(folder / REQUEST_FILE) as part:
-                        part.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
+                    with atomic_path(folder / REQUEST_FILE) as temporary:
+                        temporary.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
                 yield opened
             finally:
-                if not finished_windows(folder):  # nothing that could be gone on with
+                if not finished_windows(folder):  # nothing to resume
                     (folder / REQUEST_FILE).unlink(missing_ok=True)
                     remove_lock(folder)
 
@@ -117,7 +119,7 @@ class WindowFolder:
         return index in self._indices
 
     def store(self, index: int, latents: Tensor) -> None:
-        """Raises: CheckpointError: it cannot be written."""
+        """Raises: CheckpointError: the file cannot be written."""
         latents = latents.float().contiguous()
         metadata = {_DIGEST_KEY: _digest(latents)}
         write_tensors(
@@ -126,47 +128,49 @@ class WindowFolder:
         self._indices.add(index)
 
     def read(self, index: int) -> Tensor:
-        """Raises: CheckpointError: the file is gone or damaged."""
+        """Raises: CheckpointError: the file is missing or damaged."""
         file = _window_file(self.folder, index)
         try:
-            return load_file(file)[_LATENTS].clone()  # not the file's own memory: it is to be deleted
+            return load_file(file)[_LATENTS].clone()  # not the file's own memory: the file will be deleted
         except (OSError, KeyError, SafetensorError) as error:
             raise CheckpointError(
-                f"{file} cannot be read: {error}. Go on with --resume: it is made again, and the others are not."
+                f"{file} cannot be read: {error}. Continue with --resume: only this window is sampled again."
             ) from error
 
     def remove(self) -> None:
-        """Everything that was kept."""
-        for number in finished_windows(self.folder):
-            _window_file(self.folder, number).unlink()
+        """Deletes all windows."""
+        for index in finished_windows(self.folder):
+            _window_file(self.folder, index).unlink()
         self._indices.clear()
 
 
 def _warn_nothing_to_resume(folder: Path, *, resume: bool) -> None:
     if resume:
-        warnings.warn(f"there is nothing to go on with in {folder}; the video is begun.", KadrWarning, stacklevel=5)
+        warnings.warn(
+            f"there is nothing to resume in {folder}; the video starts from the beginning.", KadrWarning, stacklevel=5
+        )
 
 
 def _intact_windows(folder: Path, shapes: Sequence[tuple[int, ...]]) -> list[int]:
-    """The windows that can be gone on with; what else is called so is deleted."""
-    whole = []
-    for number in finished_windows(folder):
-        file = _window_file(folder, number)
-        wrong = "there is no such window" if number >= len(shapes) else _find_damage(file, shapes[number])
-        if wrong is None:
-            whole.append(number)
+    """Returns the windows that can be reused; deletes other files with a window's name."""
+    intact = []
+    for index in finished_windows(folder):
+        file = _window_file(folder, index)
+        fault = "there is no such window" if index >= len(shapes) else _find_damage(file, shapes[index])
+        if fault is None:
+            intact.append(index)
             continue
         warnings.warn(
-            f"{file} is damaged or of another video: {wrong}. It is deleted, and made again.",
+            f"{file} is damaged or of another video: {fault}. It is deleted, and sampled again.",
             KadrWarning,
             stacklevel=4,
         )
         file.unlink()
-    return whole
+    return intact
 
 
 def _find_damage(file: Path, shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a window's file; None where nothing is."""
+    """Returns what is wrong with a window's file; None if it is intact."""
     try:
         with safe_open(file, framework="pt") as opened:
             digest, latents = (opened.metadata() or {}).get(_DIGEST_KEY), opened.get_tensor(_LATENTS)
@@ -174,7 +178,7 @@ def _find_damage(file: Path, shape: tuple[int, ...]) -> str | None:
         return str(error)
     if latents.dtype != torch.float32 or tuple(latents.shape) != shape:
         return f"its latents are {latents.dtype} of {tuple(latents.shape)}"
-    return None if digest == _digest(latents) else "its checksum is another"
+    return None if digest == _digest(latents) else "its checksum does not match"
 
 
 def _digest(latents: Tensor) -> str:
@@ -185,37 +189,38 @@ def _window_file(folder: Path, index: int) -> Path:
     return folder / f"window-{index + 1:04}.safetensors"
 
 
-def _check_same(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to go on with another video.
+def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuses to resume another video.
 
     Raises:
-        RequestError: with what differs.
-        CheckpointError: what is kept cannot be read.
+        RequestError: names the differences.
+        CheckpointError: the stored identity cannot be read.
     """
     file = folder / REQUEST_FILE
     try:
-        known = json.loads(file.read_text("utf-8"))
-        if not isinstance(known, dict):
-            raise ValueError("it is no object")
+        stored = json.loads(file.read_text("utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Delete {folder} and begin anew.") from error
-    differences = list(_differences(known, identity))
-    if held := [line for name, line in differences if name == EXECUTION]:
+        raise CheckpointError(f"{file} cannot be read: {error}. Delete {folder} and start again.") from error
+    differences = list(_differences(stored, identity))
+    if execution := [line for name, line in differences if name == EXECUTION_KEY]:
         warnings.warn(
-            f"the transformer is held in another way than before: {held[0]}. The rest may be rounded differently.",
+            f"the transformer runs differently than before: {execution[0]}. The remaining windows may be rounded "
+            "differently.",
             KadrWarning,
             stacklevel=3,
         )
-    if others := [f"{name} is {line}" for name, line in differences if name != EXECUTION]:
+    if others := [f"{name} is {line}" for name, line in differences if name != EXECUTION_KEY]:
         more = f" and {len(others) - _MAX_DIFFERENCES} more" if len(others) > _MAX_DIFFERENCES else ""
         raise RequestError(
-            f"{folder} is of another video: {'; '.join(others[:_MAX_DIFFERENCES])}{more}. Ask for the same again, delete the "
-            "folder, or name another --output."
+            f"{folder} is of another video: {'; '.join(others[:_MAX_DIFFERENCES])}{more}. Repeat the same request, "
+            "delete the folder, or choose another --output."
         )
 
 
 def _differences(stored: Any, requested: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """What differs: its name, and what it is there and here."""
+    """Yields for each difference its name, and the stored and the requested value in words."""
     if isinstance(stored, dict) and isinstance(requested, dict):
         for key in dict.fromkeys((*stored, *requested)):
             inner = key if name in ("", "request") else f"{name}.{key}"

@@ -1,1 +1,1 @@
-"""The stages of a generation, in the order they run."""
+"""Stages of a generation: text encoder, condition encode, sampler, upscale, VAE decode."""

@@ -1,4 +1,4 @@
-"""Networks that find the depth or the poses a control shows: fetched, and run over its frames."""
+"""Networks that estimate depth or poses for control maps: fetched from the hub and run over a control's frames."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ NETWORK_FILES = {  # repository and files on the hub
     POSE: ("yzd-v/DWPose", ("yolox_l.onnx", "dw-ll_ucoco_384.onnx")),
 }
 
-
-MapRenderer = Callable[[int, np.ndarray], np.ndarray]  # place and frame -> the picture of it, uint8 (H, W, 3)
+MapRenderer = Callable[[int, np.ndarray], np.ndarray]  # frame index and frame -> its control map, uint8 (H, W, 3)
 
 
 def fetch_networks(controls: Sequence[ResolvedControl]) -> dict[str, list[Path]]:
-    """The networks that find what kinds of control show, brought to this machine.
+    """Fetches the networks that the controls' kinds need, and returns their files by kind.
 
     Raises:
-        CheckpointError: one cannot be fetched.
+        CheckpointError: a file cannot be fetched.
     """
-    kinds = {one.control.kind for one in controls} & NETWORK_FILES.keys()
+    kinds = {control.control.kind for control in controls} & NETWORK_FILES.keys()
     try:
         return {
             kind: [hub.fetch(NETWORK_FILES[kind][0], file) for file in NETWORK_FILES[kind][1]] for kind in sorted(kinds)
         }
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error} A clip that shows the {' or '.join(sorted(kinds))} already needs none of this: give it with no "
+            f"{error} A clip that already shows the {' or '.join(sorted(kinds))} needs no network: give it with no "
             "kind in front of its path."
         ) from error
 
@@ -45,20 +44,20 @@ def fetch_networks(controls: Sequence[ResolvedControl]) -> dict[str, list[Path]]
 def build_map_renderers(
     controls: Sequence[ResolvedControl], networks: dict[str, list[Path]], watch: Watch
 ) -> list[MapRenderer | None]:
-    """For each control what draws its frames, once a network has gone through all of them; None where none has to."""
-    count = sum(len(one.frames) for one in controls if one.control.kind in networks)
+    """Runs the networks over all frames; returns a map renderer for each control, None if it needs no network."""
+    count = sum(len(control.frames) for control in controls if control.control.kind in networks)
     if not count:
         return [None] * len(controls)
-    stage, done = StageProgress("control", count, watch), 0
+    progress, done = StageProgress("control", count, watch), 0
 
-    def gone_through(followed: ResolvedControl) -> Iterator[np.ndarray]:
+    def read_frames(control: ResolvedControl) -> Iterator[np.ndarray]:
         nonlocal done
-        for picture in followed.read_frames():
-            yield picture
+        for frame in control.read_frames():
+            yield frame
             done += 1
-            stage.report(done)
+            progress.report(done)
 
-    return [_build_map_renderer(one, networks, gone_through) for one in controls]
+    return [_build_map_renderer(control, networks, read_frames) for control in controls]
 
 
 def _build_map_renderer(
@@ -67,11 +66,11 @@ def _build_map_renderer(
     read_frames: Callable[[ResolvedControl], Iterator[np.ndarray]],
 ) -> MapRenderer | None:
     if control.control.kind == DEPTH:
-        depth = DepthEstimator(*networks[DEPTH])
-        depths = DepthMaps([depth(picture) for picture in read_frames(control)])
-        return lambda place, frame: depths.render(place, frame.shape[1], frame.shape[0])
+        estimate_depth = DepthEstimator(*networks[DEPTH])
+        depth_maps = DepthMaps([estimate_depth(frame) for frame in read_frames(control)])
+        return lambda frame_index, frame: depth_maps.render(frame_index, frame.shape[1], frame.shape[0])
     if control.control.kind == POSE:
-        pose = PoseEstimator(*networks[POSE])
-        poses = [pose(picture) for picture in read_frames(control)]
-        return lambda place, frame: poses[place].render()
+        estimate_poses = PoseEstimator(*networks[POSE])
+        poses = [estimate_poses(frame) for frame in read_frames(control)]
+        return lambda frame_index, frame: poses[frame_index].render()
     return None

@@ -1,4 +1,4 @@
-"""The last stage: latents to frames, a few at a time."""
+"""VAE decode, the last stage: latents to frames, streamed chunk by chunk."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from kadr.shapes import LatentGrid, Size
 
 @dataclass(frozen=True)
 class DecodeStage:
-    """What the frames of one request are made with.
+    """Streamed VAE decode of one request.
 
     Args:
-        request: nothing in it is open that has a default.
-        last_pass: of the last pass.
-        spans: the windows of a long video; () of any other.
+        request: a complete request.
+        last_pass: the pass whose latents are decoded.
+        spans: windows of a long video; () for any other.
     """
 
     components: Components
@@ -42,68 +42,72 @@ class DecodeStage:
     watch: Watch
 
     def decode(self, latents: Tensor | WindowedLatents, noise: Tensor | None) -> Iterator[Tensor]:
-        """uint8 (n, H, W, 3) on the CPU, cropped and trimmed as asked, of latents (1, C, f, h, w).
+        """Yields uint8 (n, H, W, 3) on the CPU, cropped and trimmed as requested, from latents (1, C, f, h, w).
 
         Args:
-            noise: shaped as the latents, instead of the seed's, for decoders that take noise.
+            noise: decode noise in the shape of the latents, instead of the seed's, for decoders that take noise.
         """
-        run = retry_frames_on_oom(self.components, "decode", partial(self._decode, latents, noise))
-        yield from retry_frames_in_fp32("decode", self.components.stage_dtype("decode"), run)
+        decode = retry_frames_on_oom(self.components, "decode", partial(self._decode, latents, noise))
+        yield from retry_frames_in_fp32("decode", self.components.stage_dtype("decode"), decode)
 
     def _decode(
         self, latents: Tensor | WindowedLatents, noise: Tensor | None, dtype: torch.dtype | None
     ) -> Iterator[Tensor]:
-        """As `frames`; dtype: to compute in, instead of the plan's."""
+        """Decodes as `decode` does, without its retries. dtype: dtype to compute in, instead of the plan's."""
         components, request = self.components, self.request
         assert isinstance(request.size, Size)
         assert request.frames is not None
-        stage, watchman = StageProgress("decode", request.frames, self.watch), FiniteCheck.for_device(components.device)
-        made, done = request.size.snap(), 0
-        own = dtype or components.stage_dtype("decode")
+        progress = StageProgress("decode", request.frames, self.watch)
+        finite_check = FiniteCheck.for_device(components.device)
+        sampled_size, frames_done = request.size.snap(), 0
+        stage_dtype = dtype or components.stage_dtype("decode")
         with components.vae_decoder(dtype) as vae:
-            conditioned, injected = vae.config.timestep_conditioning, _InjectedNoise(self.noise_streams)
-            level = None
-            if conditioned:
+            takes_noise, injected_noise = vae.config.timestep_conditioning, _InjectedNoise(self.noise_streams)
+            timestep = None
+            if takes_noise:
                 assert request.decode_timestep is not None
-                level = torch.full((1,), request.decode_timestep, device=components.device)
-            handed = components.placement("decode").chunk_frames or CHUNK_FRAMES
-            chunks = rechunk(
-                (part.to(own) for part in self._prepare_latents(latents, noise, add_noise=conditioned)), handed
-            )
+                timestep = torch.full((1,), request.decode_timestep, device=components.device)
+            chunk_frames = components.placement("decode").chunk_frames or CHUNK_FRAMES
+            prepared = self._prepare_latents(latents, noise, add_noise=takes_noise)
+            chunks = rechunk((window_latents.to(stage_dtype) for window_latents in prepared), chunk_frames)
             count = LatentGrid.for_video(self.last_pass.size, self.last_pass.frames).frames
-            for chunk in vae.decode_chunks(chunks, count, timestep=level, noise_source=injected, chunk_frames=handed):
-                watchman.check(chunk, f"frame {done + 1} of {request.frames}")
-                unit = crop_margins(resize_frames(denormalize(chunk[0]), made), request.size)
-                frames = to_uint8(unit)[: request.frames - done].cpu()
-                watchman.synchronize()  # the frames have come, so the answer has
-                done += len(frames)
+            for chunk in vae.decode_chunks(
+                chunks, count, timestep=timestep, noise_source=injected_noise, chunk_frames=chunk_frames
+            ):
+                finite_check.check(chunk, f"frame {frames_done + 1} of {request.frames}")
+                unit_range = crop_margins(resize_frames(denormalize(chunk[0]), sampled_size), request.size)
+                frames = to_uint8(unit_range)[: request.frames - frames_done].cpu()
+                finite_check.synchronize()  # costs no wait: the copy of the frames has synchronized already
+                frames_done += len(frames)
                 if len(frames):
                     yield frames
-                    stage.report(done)
+                    progress.report(frames_done)
 
     def _prepare_latents(
         self, latents: Tensor | WindowedLatents, noise: Tensor | None, *, add_noise: bool
     ) -> Iterator[Tensor]:
-        """The latents, tone mapped, with the noise mixed in that the decoder may expect; those of each window apart."""
-        share, pressed = self.request.decode_noise, self.last_pass.settings.tone_map
-        assert share is not None
-        assert pressed is not None
-        for number, part in enumerate([latents] if isinstance(latents, Tensor) else latents):
-            part = part.to(self.components.device)
+        """Yields the latents window by window: decode noise mixed in if the decoder takes it, then tone mapped."""
+        decode_noise, compression = self.request.decode_noise, self.last_pass.settings.tone_map
+        assert decode_noise is not None
+        assert compression is not None
+        windows = [latents] if isinstance(latents, Tensor) else latents
+        for window_index, window_latents in enumerate(windows):
+            window_latents = window_latents.to(self.components.device)
             if add_noise:
-                own = (
-                    self.noise_streams.draw(window_stream_name("decode", number), part.shape)
+                window_noise = (
+                    self.noise_streams.draw(window_stream_name("decode", window_index), window_latents.shape)
                     if noise is None
                     else noise
                 )
                 if noise is not None and self.spans:
-                    own = noise[:, :, (start := self.spans[number].output_start) : start + part.shape[2]]
-                part = (1 - share) * part + share * own.to(part)
-            yield tone_map(part, pressed)
+                    start = self.spans[window_index].output_start
+                    window_noise = noise[:, :, start : start + window_latents.shape[2]]
+                window_latents = (1 - decode_noise) * window_latents + decode_noise * window_noise.to(window_latents)
+            yield tone_map(window_latents, compression)
 
 
 class _InjectedNoise:
-    """Noise for the places where a decoder injects it, one stream each, in the order they come up."""
+    """Source of the noise that a 0.9.1 decoder injects: one stream per injection, in the order they occur."""
 
     def __init__(self, noise_streams: NoiseStreams) -> None:
         self.noise_streams, self.count = noise_streams, 0

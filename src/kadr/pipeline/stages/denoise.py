@@ -1,4 +1,4 @@
-"""The stage that samples: a pass, or a window of a long video, from noise to latents."""
+"""Denoise stage: samples one pass, or one window of a long video, from noise to latents."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from kadr.spec.model import PASS_STAGES
 
 @dataclass(frozen=True)
 class DenoiseStage:
-    """What the passes of one request are sampled with.
+    """Sampling of the passes of one request.
 
     Args:
-        request: nothing in it is open that has a default.
-        reference_downscale: how many times smaller than the video its references are.
+        request: a complete request.
+        reference_downscale: factor by which the references of in-context LoRAs are smaller than the video.
     """
 
     components: Components
@@ -56,28 +56,18 @@ class DenoiseStage:
         prompt_embeddings: Sequence[PromptEmbeddings],
         guides: Sequence[Guide] = (),
     ) -> Tensor:
-        """The latents at the end of a pass or window, from those at its first level.
+        """Denoises a pass or window, from latents at its first sigma to clean latents (1, C, f, h, w).
 
         Args:
             noisy_latents: (1, C, f, h, w).
-            prompt_embeddings: of the prompt and, where guidance needs it, the negative prompt.
-            guides: of a window.
+            prompt_embeddings: embeddings of the prompt and, if CFG needs it, the negative prompt.
+            guides: guides of a window.
         """
-        state, stage = (
-            self._build_state(resolved_pass, noisy_latents, encoded_inputs, guides),
-            PASS_STAGES[resolved_pass.number - 1],
-        )
-        run = retry_on_oom(
-            self.components,
-            stage,
-            partial(
-                self._denoise,
-                resolved_pass,
-                state,
-                self._build_reference_tokens(resolved_pass, encoded_inputs),
-                prompt_embeddings,
-            ),
-        )
+        state = self._build_state(resolved_pass, noisy_latents, encoded_inputs, guides)
+        stage = PASS_STAGES[resolved_pass.number - 1]
+        reference_tokens = self._build_reference_tokens(resolved_pass, encoded_inputs)
+        sample = partial(self._denoise, resolved_pass, state, reference_tokens, prompt_embeddings)
+        run = retry_on_oom(self.components, stage, sample)
         return retry_in_fp32(stage, self.components.stage_dtype(stage), run).latents()
 
     def _has_causal_positions(self, resolved_pass: ResolvedPass) -> bool:
@@ -90,10 +80,10 @@ class DenoiseStage:
         state = LatentState.from_latents(
             latents, token_positions(resolved_pass.grid, fps=resolved_pass.fps, causal=causal), resolved_pass.grid
         )
-        for index, (item, held) in enumerate(encoded_inputs.conditions):
-            name = noise_stream_name(resolved_pass, f"keyframe {index}")
+        for index, (condition, condition_latents) in enumerate(encoded_inputs.conditions):
+            draw_noise = partial(self.noise_streams.draw, noise_stream_name(resolved_pass, f"keyframe {index}"))
             state = apply_condition(
-                state, item, held, resolved_pass, causal=causal, draw_noise=partial(self.noise_streams.draw, name)
+                state, condition, condition_latents, resolved_pass, causal=causal, draw_noise=draw_noise
             )
         for guide in guides:
             draw = partial(self.noise_streams.draw, noise_stream_name(resolved_pass, guide.name))
@@ -120,27 +110,30 @@ class DenoiseStage:
         prompt_embeddings: Sequence[PromptEmbeddings],
         dtype: torch.dtype | None,
     ) -> LatentState:
-        number, count, device = resolved_pass.number - 1, len(resolved_pass.sigmas), self.components.device
-        name, watchman = PASS_STAGES[number], FiniteCheck.for_device(device)
-        own = dtype or self.components.stage_dtype(name)
+        pass_index, count, device = resolved_pass.number - 1, len(resolved_pass.sigmas), self.components.device
+        stage, finite_check = PASS_STAGES[pass_index], FiniteCheck.for_device(device)
+        stage_dtype = dtype or self.components.stage_dtype(stage)
         assert self.request.image_noise is not None
-        with self.components.transformer(number, dtype, self.request.lora_strengths) as transformer:
+        with self.components.transformer(pass_index, dtype, self.request.lora_strengths) as transformer:
             rope = transformer.compute_rope(_all_positions(state, reference_tokens)[None].to(device))
-            long = (
-                (resolved_pass.window_index + 1, resolved_pass.window_count) if resolved_pass.window_count > 1 else None
-            )
-            stage = StageProgress(
-                name, resolved_pass.total_steps or count, self.watch, resolved_pass.steps_before, long
+            is_window = resolved_pass.window_count > 1
+            progress = StageProgress(
+                stage,
+                resolved_pass.total_steps or count,
+                self.watch,
+                resolved_pass.steps_before,
+                (resolved_pass.window_index + 1, resolved_pass.window_count) if is_window else None,
             )
 
-            def watch(index: int, now: Tensor, state: LatentState) -> None:
-                place = f" of window {resolved_pass.window_index + 1}" if resolved_pass.window_count > 1 else ""
-                watchman.check(state.tokens, f"step {index + 1} of {count}{place}")
-                stage.report(index + 1, float(resolved_pass.sigmas[index]))  # not `now`, which lies on the device
+            def watch(index: int, _: Tensor, state: LatentState) -> None:
+                location = f" of window {resolved_pass.window_index + 1}" if is_window else ""
+                finite_check.check(state.tokens, f"step {index + 1} of {count}{location}")
+                # The sampler's own sigma is on the device; reading it would wait for the GPU.
+                progress.report(index + 1, float(resolved_pass.sigmas[index]))
 
-            read = [text._replace(embeddings=text.embeddings.to(own)) for text in prompt_embeddings]
+            embeddings = [item._replace(embeddings=item.embeddings.to(stage_dtype)) for item in prompt_embeddings]
             state = denoise(
-                self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, read),
+                self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, embeddings),
                 state,
                 resolved_pass.sigmas.to(device),
                 step=stochastic_step(self._step_noise(resolved_pass, "stochastic"))
@@ -149,7 +142,7 @@ class DenoiseStage:
                 prepare=add_image_noise(self.request.image_noise, self._step_noise(resolved_pass, "condition")),
                 watch=watch,
             )
-            watchman.synchronize()
+            finite_check.synchronize()
         return state
 
     def _build_denoiser(
@@ -161,34 +154,37 @@ class DenoiseStage:
         prompt_embeddings: Sequence[PromptEmbeddings],
     ) -> Denoiser:
         dtype = prompt_embeddings[0].embeddings.dtype
-        caching = self.request.step_cache
-        cached = None if caching is None else PassCache(caching, resolved_pass.step_guidance)
-        text_caches: dict[int, TextKVCache] = {}  # by the identity of texts, which are there as long as the steps are
+        step_cache = self.request.step_cache
+        pass_cache = None if step_cache is None else PassCache(step_cache, resolved_pass.step_guidance)
+        text_caches: dict[int, TextKVCache] = {}  # by id of the prompt embeddings, which outlive all steps
 
-        def model(
+        def evaluate(
             tokens: Tensor, sigma: Tensor, prompt_embeddings: PromptEmbeddings, perturbation: Perturbation | None = None
         ) -> tuple[Tensor, Tensor | None]:
-            if id(prompt_embeddings) not in text_caches:
-                text_caches[id(prompt_embeddings)] = transformer.project_text(*prompt_embeddings)
+            key = id(prompt_embeddings)
+            if key not in text_caches:
+                text_caches[key] = transformer.project_text(*prompt_embeddings)
             count = tokens.shape[1]
             if reference_tokens is not None:
                 tokens, sigma = reference_tokens.append_to(tokens, sigma)
-            arguments = (tokens.to(dtype), rope, text_caches[id(prompt_embeddings)], None, sigma)
-            how: dict[str, Any] = (
-                {} if cached is None else {"residual_cache": cached.residual_cache(id(prompt_embeddings))}
-            )
+            arguments = (tokens.to(dtype), rope, text_caches[key], None, sigma)
+            options: dict[str, Any] = {} if pass_cache is None else {"residual_cache": pass_cache.residual_cache(key)}
             if perturbation is None:
-                return transformer(*arguments, **how)[:, :count], None
-            said, disturbed = transformer.forward_with_perturbed(*arguments, **perturbation._asdict() | how)
-            return said[:, :count], disturbed[:, :count]
+                return transformer(*arguments, **options)[:, :count], None
+            velocity, perturbed = transformer.forward_with_perturbed(*arguments, **perturbation._asdict() | options)
+            return velocity[:, :count], perturbed[:, :count]
 
-        text, negative = (*prompt_embeddings, None)[:2]
-        assert text is not None
-        together = self.request.guidance_batch
-        estimate = guided_denoiser(
-            model, text, negative, resolved_pass.settings.guidance, resolved_pass.step_guidance, guidance_batch=together
+        cond, uncond = (*prompt_embeddings, None)[:2]
+        assert cond is not None
+        denoiser = guided_denoiser(
+            evaluate,
+            cond,
+            uncond,
+            resolved_pass.settings.guidance,
+            resolved_pass.step_guidance,
+            guidance_batch=self.request.guidance_batch,
         )
-        return estimate if cached is None else cached.wrap(estimate)
+        return denoiser if pass_cache is None else pass_cache.wrap(denoiser)
 
     def _step_noise(self, resolved_pass: ResolvedPass, name: str) -> StepNoise:
         return StepNoise(self.noise_streams, noise_stream_name(resolved_pass, name))
@@ -196,7 +192,7 @@ class DenoiseStage:
 
 @dataclass(frozen=True)
 class StepNoise:
-    """Noise for each step of a sampling, one stream each."""
+    """Noise for each step of a pass, one stream per step."""
 
     noise_streams: NoiseStreams
     stream_name: str
@@ -206,7 +202,7 @@ class StepNoise:
 
 
 def _all_positions(state: LatentState, reference_tokens: ReferenceTokens | None) -> Tensor:
-    """Of all that the network sees, (3, N+M)."""
+    """Returns the positions of all tokens that the transformer sees, (3, N + M)."""
     if reference_tokens is None:
         return state.positions
     return torch.cat([state.positions, reference_tokens.positions.to(state.positions)], dim=1)

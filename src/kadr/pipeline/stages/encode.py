@@ -1,6 +1,6 @@
-"""The stage of pictures and clips: looked into before anything is loaded, and through the VAE's encoder.
+"""Encode stage: reads conditions, input video and controls before anything is loaded, then VAE-encodes them.
 
-What is encoded is fitted to what is sampled by itself: a pass, or a window of a long video.
+Inputs are prepared separately for each pass, or for each window of a long video.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from kadr.request.resolved_controls import resolve_controls
 from kadr.request.windows import Span
 from kadr.shapes import LatentGrid, Size
 
-ENCODE_CHUNK_FRAMES = 8  # pixel frames that go through the encoder at a time
+ENCODE_CHUNK_FRAMES = 8  # pixel frames that the VAE encoder takes at once
 
 
 @dataclass(frozen=True)
 class PassInputs:
-    """What one pass or window is shown.
+    """Prepared images and clips of one pass or window, not yet encoded.
 
     Args:
-        conditions: the conditions, where they stand in it.
-        input_video: of the video that it starts from; None where there is none.
-        controls: the controls.
+        conditions: conditions at their position in the pass or window.
+        input_video: video to start from; None if there is none.
+        controls: controls of the pass or window.
     """
 
     conditions: Sequence[PreparedCondition]
@@ -48,11 +48,11 @@ class PassInputs:
 
 @dataclass(frozen=True)
 class EncodedInputs:
-    """What the VAE made of that.
+    """Latents of one pass's or window's `PassInputs`.
 
     Args:
-        conditions: the conditions with their latents, each (1, C, n, h, w).
-        init_latents: latents of the video to start from; None where there is none.
+        conditions: conditions with their latents, each (1, C, n, h, w).
+        init_latents: latents of the input video; None if there is none.
         reference_latents: latents of the controls, each (1, C, f, h, w).
     """
 
@@ -62,16 +62,17 @@ class EncodedInputs:
 
 
 class Media:
-    """The pictures and clips of one request, in which nothing is open that has a default.
+    """Images, clips and input video of one complete request.
 
     Args:
-        window_passes: of a long video, with their `spans`; both empty for any other.
-        reference_downscale: says how many times smaller than the video references are, if there are any.
-        read_files: look into them; decoding alone does without.
+        window_passes: passes of a long video's windows, with their `spans`; both empty for any other.
+        reference_downscale: returns the factor by which references are smaller than the video; called only if the
+            request has controls.
+        read_files: read the files; decoding alone does not need them.
 
     Raises:
-        MediaError: one cannot be read, or is too small.
-        RequestError: one has no place.
+        MediaError: a file cannot be read, or an image or clip is too small.
+        RequestError: a condition does not fit into the video.
     """
 
     def __init__(
@@ -92,46 +93,45 @@ class Media:
         self.reference_downscale = reference_downscale() if self.resolved_controls else 1
         self.input_video = open_input_video(request) if read_files and request.input_video is not None else None
         self.has_windows = bool(spans)
-        self.prepared_conditions = [self._prepare_conditions(plan) for plan in passes]
-        stretches = window_passes or passes
-        own = (
+        self.prepared_conditions = [self._prepare_conditions(resolved_pass) for resolved_pass in passes]
+        conditions_per_pass = (
             [conditions_in_window(self.prepared_conditions[0], span) for span in spans]
             if spans
             else self.prepared_conditions
         )
         self.pass_inputs = [
-            PassInputs(items, self._prepare_input_video(plan), self._prepare_controls(plan))
-            for items, plan in zip(own, stretches, strict=True)
+            PassInputs(conditions, self._prepare_input_video(resolved_pass), self._prepare_controls(resolved_pass))
+            for conditions, resolved_pass in zip(conditions_per_pass, window_passes or passes, strict=True)
         ]
 
     def _prepare_conditions(self, resolved_pass: ResolvedPass) -> list[PreparedCondition]:
         return [
-            prepare_condition(item, self.request, resolved_pass)
-            for item in place_in_pass(self.resolved_conditions, self.request, resolved_pass)
+            prepare_condition(condition, self.request, resolved_pass)
+            for condition in place_in_pass(self.resolved_conditions, self.request, resolved_pass)
         ]
 
     def _prepare_controls(self, resolved_pass: ResolvedPass) -> list[PreparedControl]:
         return [
-            prepare_control(one, self.request, resolved_pass, self.reference_downscale)
-            for one in self.resolved_controls
+            prepare_control(control, self.request, resolved_pass, self.reference_downscale)
+            for control in self.resolved_controls
         ]
 
     def _prepare_input_video(self, resolved_pass: ResolvedPass) -> PreparedFrames | None:
-        """What a pass or window makes of the video to start from; of every second frame, where it makes only those."""
+        """Returns the input video for a pass or window, with every second frame for a pass at half the frame rate."""
         if self.input_video is None or resolved_pass.number > 1:
             return None
         request = self.request
         assert isinstance(request.size, Size)
         assert request.image_crf is not None
-        film = self.input_video.select(resolved_pass.clip_frame_indices(request.fps, len(self.input_video)))
-        return PreparedFrames.from_frames(film, request.size, request.image_crf, resolved_pass.size, resize=True)
+        frames = self.input_video.select(resolved_pass.clip_frame_indices(request.fps, len(self.input_video)))
+        return PreparedFrames.from_frames(frames, request.size, request.image_crf, resolved_pass.size, resize=True)
 
     def grids(self, pass_index: int) -> tuple[LatentGrid, ...]:
-        """Of all that is encoded for a pass; of a long video, for all of it."""
-        shown = self.pass_inputs if self.has_windows else [self.pass_inputs[pass_index]]
-        starts = [one.input_video.grid for one in shown if one.input_video is not None]
-        references = [each.grid for one in shown for each in one.controls]
-        return (*(item.grid for item in self.prepared_conditions[pass_index]), *references, *starts)
+        """Returns the latent grids of everything encoded for a pass; of a long video, for all its windows."""
+        pass_inputs = self.pass_inputs if self.has_windows else [self.pass_inputs[pass_index]]
+        input_videos = [inputs.input_video.grid for inputs in pass_inputs if inputs.input_video is not None]
+        references = [control.grid for inputs in pass_inputs for control in inputs.controls]
+        return (*(condition.grid for condition in self.prepared_conditions[pass_index]), *references, *input_videos)
 
     @torch.no_grad()
     def encode(
@@ -142,62 +142,65 @@ class Media:
         control_networks: dict[str, list[Path]] | None = None,
         indices: Collection[int] | None = None,
     ) -> list[EncodedInputs]:
-        """All of it through the encoder, for each pass or window.
+        """Encodes the inputs of each pass or window with the VAE encoder.
 
         Args:
-            control_networks: that find what controls show, as `fetched` gives them.
-            indices: the windows that are to be made; None: all. Of what the others were shown, the conditions of the
-                first one alone are encoded, because a picture may be remembered.
+            control_networks: network files for control maps, from `fetch_networks`; None: fetched here.
+            indices: windows to encode; None: all. Of the others, only the conditions of the first window are encoded,
+                because it may hold the anchor image.
         """
-        if not any(one.conditions or one.controls or one.input_video for one in self.pass_inputs):
+        if not any(inputs.conditions or inputs.controls or inputs.input_video for inputs in self.pass_inputs):
             return [EncodedInputs([]) for _ in self.pass_inputs]
-        ways = build_map_renderers(
+        map_renderers = build_map_renderers(
             self.resolved_controls,
             fetch_networks(self.resolved_controls) if control_networks is None else control_networks,
             watch,
         )
-        shown = []
-        for number, one in enumerate(self.pass_inputs):
-            drawn = [replace(each, map_renderer=way) for each, way in zip(one.controls, ways, strict=True)]
-            if indices is None or number in indices:
-                shown.append(PassInputs(one.conditions, one.input_video, drawn))
+        pass_inputs = []
+        for index, inputs in enumerate(self.pass_inputs):
+            controls = [
+                replace(control, map_renderer=map_renderer)
+                for control, map_renderer in zip(inputs.controls, map_renderers, strict=True)
+            ]
+            if indices is None or index in indices:
+                pass_inputs.append(PassInputs(inputs.conditions, inputs.input_video, controls))
             else:
-                shown.append(PassInputs([] if number else one.conditions, None, []))
-        run = retry_on_oom(components, "encode", partial(_encode_inputs, components, shown, watch))
-        return retry_in_fp32("encode", components.stage_dtype("encode"), run)
+                pass_inputs.append(PassInputs([] if index else inputs.conditions, None, []))
+        encode = retry_on_oom(components, "encode", partial(_encode_inputs, components, pass_inputs, watch))
+        return retry_in_fp32("encode", components.stage_dtype("encode"), encode)
 
 
 def _encode_inputs(
     components: Components, pass_inputs: Sequence[PassInputs], watch: Watch, dtype: torch.dtype | None
 ) -> list[EncodedInputs]:
-    """All that is shown through the encoder. dtype: to compute in, instead of the plan's."""
-    known: dict[int, Tensor] = {}  # by the identity of its pixels: a picture may stand in several windows
-    count = len({id(item.pixels) for one in pass_inputs for item in one.conditions})
-    count += sum(len(one.controls) + (one.input_video is not None) for one in pass_inputs)
+    """Encodes the inputs of all passes or windows. dtype: dtype to compute in, instead of the plan's."""
+    latents_by_id: dict[int, Tensor] = {}  # keyed by id of the pixels: several windows may show one image
+    count = len({id(condition.pixels) for inputs in pass_inputs for condition in inputs.conditions})
+    count += sum(len(inputs.controls) + (inputs.input_video is not None) for inputs in pass_inputs)
     device = components.device
-    stage, watchman = StageProgress("encode", count, watch), FiniteCheck.for_device(device)
-    own, done = dtype or components.stage_dtype("encode"), 0
+    progress, finite_check = StageProgress("encode", count, watch), FiniteCheck.for_device(device)
+    stage_dtype, done = dtype or components.stage_dtype("encode"), 0
     with components.vae_encoder(dtype) as vae:
 
         def encode(pixels: PreparedFrames | PreparedControl) -> Tensor:
             nonlocal done
-            if id(pixels) in known:
-                return known[id(pixels)]
-            chunks = pixels.chunks(ENCODE_CHUNK_FRAMES, device=device, dtype=own)
+            if id(pixels) in latents_by_id:
+                return latents_by_id[id(pixels)]
+            chunks = pixels.chunks(ENCODE_CHUNK_FRAMES, device=device, dtype=stage_dtype)
             latents = vae.encode_stream(chunks, len(pixels.frames)).float()
             done += 1
-            watchman.check(latents, f"picture or clip {done} of {count}")
-            stage.report(done)
-            known[id(pixels)] = latents
+            finite_check.check(latents, f"image or clip {done} of {count}")
+            progress.report(done)
+            latents_by_id[id(pixels)] = latents
             return latents
 
-        made = [
+        encoded_inputs = [
             EncodedInputs(
-                [(item, encode(item.pixels)) for item in one.conditions],
-                None if one.input_video is None else encode(one.input_video),
-                [encode(each) for each in one.controls],
+                [(condition, encode(condition.pixels)) for condition in inputs.conditions],
+                None if inputs.input_video is None else encode(inputs.input_video),
+                [encode(control) for control in inputs.controls],
             )
-            for one in pass_inputs
+            for inputs in pass_inputs
         ]
-        watchman.synchronize()
-    return made
+        finite_check.synchronize()
+    return encoded_inputs

@@ -1,4 +1,4 @@
-"""Conditions at the size of a pass: prepared piece by piece as the encoder takes them, and put into a state.
+"""Conditions prepared for a pass: read chunk by chunk as the encoder takes them, then applied to a latent state.
 
 Placement follows LTXVideoPipeline.prepare_conditioning of the official package.
 """
@@ -27,12 +27,12 @@ from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid, S
 
 @dataclass(frozen=True)
 class PreparedFrames:
-    """Pictures as the encoder is given them: prepared when they are asked for, and not kept.
+    """Frames for the VAE encoder, prepared when the encoder reads them, and not kept.
 
     Args:
-        frames: 8k+1 of them.
+        frames: 8k+1 frames.
         size, crf, sampled_size, resize: see `prepare_image`.
-        image_tensor: what a single picture comes to, float32 (1, 3, 1, H, W); it is prepared at once.
+        image_tensor: a single image, prepared at once: float32 (1, 3, 1, H, W); None for a clip.
     """
 
     frames: Frames
@@ -46,50 +46,50 @@ class PreparedFrames:
     def from_frames(
         cls, frames: Frames, size: Size, crf: int, sampled_size: Size, *, resize: bool = False
     ) -> PreparedFrames:
-        """The first one is prepared here, so that what cannot be is known before anything is computed.
+        """Wraps frames, and prepares the first one now, so that unusable ones are refused before any computation.
 
         Raises:
             MediaError: see `prepare_image`.
         """
         first = frames.sample_frame if isinstance(frames, ClipReader) else frames[0]
-        made_of_it = prepare_image(first, size, crf, sampled_size, resize=resize)
-        single = len(frames) == 1 and not isinstance(frames, ClipReader)
-        return cls(frames, size, crf, sampled_size, resize, made_of_it if single else None)
+        image_tensor = prepare_image(first, size, crf, sampled_size, resize=resize)
+        is_single_image = len(frames) == 1 and not isinstance(frames, ClipReader)
+        return cls(frames, size, crf, sampled_size, resize, image_tensor if is_single_image else None)
 
     @property
     def grid(self) -> LatentGrid:
-        """Of their latents."""
+        """Latent grid of the frames."""
         return LatentGrid.for_video(self.sampled_size, len(self.frames))
 
     def chunks(self, chunk_frames: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-        """`chunk_frames` pictures at a time, the last ones perhaps fewer: (1, 3, n, H, W) in [-1, 1].
+        """Yields chunks of `chunk_frames` frames (the last may be shorter), (1, 3, n, H, W) in [-1, 1].
 
         Raises:
-            MediaError: a file was changed since it was opened.
+            MediaError: a file has changed since it was opened.
         """
         if self.image_tensor is not None:
             yield self.image_tensor.to(device, dtype)
             return
-        prepared = (prepare_image(f, self.size, self.crf, self.sampled_size, resize=self.resize) for f in self.frames)
+        images = (prepare_image(f, self.size, self.crf, self.sampled_size, resize=self.resize) for f in self.frames)
         for start in range(0, len(self.frames), chunk_frames):
-            yield self._stack_chunk(prepared, min(chunk_frames, len(self.frames) - start)).to(device, dtype)
+            yield self._stack_chunk(images, min(chunk_frames, len(self.frames) - start)).to(device, dtype)
 
     def _stack_chunk(self, images: Iterator[Tensor], chunk_frames: int) -> Tensor:
         chunk = torch.empty(1, 3, chunk_frames, self.sampled_size.height, self.sampled_size.width)
-        for place, picture in enumerate(islice(images, chunk_frames)):
-            chunk[:, :, place] = picture[:, :, 0]
+        for index, image in enumerate(islice(images, chunk_frames)):
+            chunk[:, :, index] = image[:, :, 0]
         return chunk
 
 
 @dataclass(frozen=True)
 class PreparedCondition:
-    """A condition at the size of a pass.
+    """A condition prepared for a pass.
 
     Args:
-        pixels: what the encoder is given of it.
-        latent_offset: row and column of the latent grid at which it lies, before its margins are cut.
-        latent_crop: latents that are cut off: top, bottom, left and right. Those at an edge that is not the video's have seen
-            its grey outside, and look like it.
+        pixels: frames for the encoder.
+        latent_offset: row and column of its top left latent in the pass's grid, before the crop.
+        latent_crop: number of latents to crop at top, bottom, left and right. Latents at an edge inside the video were
+            encoded next to grey padding, and would show it.
     """
 
     resolved_condition: ResolvedCondition
@@ -99,12 +99,12 @@ class PreparedCondition:
 
     @property
     def grid(self) -> LatentGrid:
-        """Of its latents."""
+        """Latent grid of the condition, before the crop."""
         return self.pixels.grid
 
 
 def count_appended_tokens(condition: PreparedCondition) -> int:
-    """How many tokens of its own a condition has behind the video's; see `apply_condition`."""
+    """Returns the number of tokens that a condition appends to the video's; see `apply_condition`."""
     grid = condition.grid
     return (
         0
@@ -116,42 +116,43 @@ def count_appended_tokens(condition: PreparedCondition) -> int:
 def place_in_pass(
     conditions: Sequence[ResolvedCondition], request: Request, resolved_pass: ResolvedPass
 ) -> list[ResolvedCondition]:
-    """The conditions where they stand in one pass.
+    """Returns the conditions at their frames in one pass, which may sample every second frame.
 
     Raises:
-        RequestError: a box does not lie inside the video, or nothing would be left of it; or the pass makes every
-            second frame, and there is a clip, whose frames do not fall on its own, or two pictures fall on one of them.
+        RequestError: a box reaches outside the video or is empty after its crop; or the pass samples every second
+            frame, and a condition is a clip or two images fall on one frame.
     """
-    made = list(conditions)
+    placed = list(conditions)
     if resolved_pass.fps != request.fps:
-        made = [_at_half_rate(item) for item in conditions]
-        for one, other in combinations(range(len(made)), 2):
-            if conditions_intersect(made[one], made[other]):
+        placed = [_at_half_rate(condition) for condition in conditions]
+        for first, second in combinations(range(len(placed)), 2):
+            if conditions_intersect(placed[first], placed[second]):
                 raise RequestError(
-                    f"two pictures fall on one frame of the first pass, which makes every second frame only: "
-                    f"{conditions[one]} and {conditions[other]}. Move one of them, or leave out the temporal upscaler."
+                    f"two images fall on one frame of the first pass, which samples every second frame only: "
+                    f"{conditions[first]} and {conditions[second]}. Move one of them, or leave out the temporal "
+                    "upscaler."
                 )
-    for item in made:
-        if item.condition.box is not None:
-            _latent_box(item.condition.box, request, resolved_pass)
-    return made
+    for condition in placed:
+        if condition.condition.box is not None:
+            _latent_box(condition.condition.box, request, resolved_pass)
+    return placed
 
 
 def _at_half_rate(condition: ResolvedCondition) -> ResolvedCondition:
-    """The condition in a pass that makes every second frame."""
+    """Returns the condition at its frame in a pass that samples every second frame."""
     if len(condition.frames) > 1:
         raise RequestError(
-            f"{condition.condition.media} is a clip, and the first pass makes every second frame only. Give pictures, or "
-            "leave out the temporal upscaler."
+            f"{condition.condition.media} is a clip, and the first pass samples every second frame only. Give images, "
+            "or leave out the temporal upscaler."
         )
     return replace(condition, start_frame=condition.start_frame // 2)
 
 
 def prepare_condition(condition: ResolvedCondition, request: Request, resolved_pass: ResolvedPass) -> PreparedCondition:
-    """The condition for one pass, in which it is settled.
+    """Prepares a condition for the pass that it was placed in.
 
     Raises:
-        MediaError: it is too small for the size.
+        MediaError: the image or clip is too small for the size.
     """
     assert isinstance(request.size, Size)
     assert request.image_crf is not None
@@ -159,52 +160,53 @@ def prepare_condition(condition: ResolvedCondition, request: Request, resolved_p
         return PreparedCondition(
             condition, PreparedFrames.from_frames(condition.frames, request.size, request.image_crf, resolved_pass.size)
         )
-    size, corner, cut = _latent_box(condition.condition.box, request, resolved_pass)
+    size, offset, crop = _latent_box(condition.condition.box, request, resolved_pass)
     return PreparedCondition(
-        condition, PreparedFrames.from_frames(condition.frames, size, request.image_crf, size), corner, cut
+        condition, PreparedFrames.from_frames(condition.frames, size, request.image_crf, size), offset, crop
     )
 
 
 def _latent_box(
     box: Box, request: Request, resolved_pass: ResolvedPass
 ) -> tuple[Size, tuple[int, int], tuple[int, int, int, int]]:
-    """What a box becomes in a pass: its size in pixels, and its corner and what is cut of it as in `PreparedCondition`."""
+    """Returns a box in a pass: its size in pixels, and offset and crop as in `PreparedCondition`."""
     assert isinstance(request.size, Size)
     row, column, height, width = _snap_box_to_grid(box, request.size, resolved_pass.grid)
     size = Size(width * SPATIAL_COMPRESSION, height * SPATIAL_COMPRESSION)
-    cut = (
+    crop = (
         int(row > 0),
         int(row + height < resolved_pass.grid.height),
         int(column > 0),
         int(column + width < resolved_pass.grid.width),
     )
-    if height <= cut[0] + cut[1] or width <= cut[2] + cut[3]:
-        made = request.size.snap()
-        least = math.ceil(
-            3 * max(made.width / resolved_pass.grid.width, made.height / resolved_pass.grid.height)
-        )  # latents of this pass
-        raise RequestError(
-            f"box {box} covers {size} pixels of a pass at {resolved_pass.size}: with its margins cut off, nothing is left. "
-            f"Give at least {least} pixels each way, or place it at the edge."
+    if height <= crop[0] + crop[1] or width <= crop[2] + crop[3]:
+        sampled_size = request.size.snap()
+        min_pixels = math.ceil(  # three latents of this pass
+            3 * max(sampled_size.width / resolved_pass.grid.width, sampled_size.height / resolved_pass.grid.height)
         )
-    return size, (row, column), cut
+        raise RequestError(
+            f"box {box} covers {size} pixels of a pass at {resolved_pass.size}: with its margins cut off, nothing is "
+            f"left. Give at least {min_pixels} pixels each way, or place it at the edge."
+        )
+    return size, (row, column), crop
 
 
 def _snap_box_to_grid(box: Box, size: Size, grid: LatentGrid) -> Box:
-    """Row, column, height and width in latents, the nearest to a box in pixels of a video of `size`."""
+    """Returns row, column, height and width in latents, nearest to a box in pixels of a video of `size`."""
     x, y, width, height = box
     if x + width > size.width or y + height > size.height:
         raise RequestError(f"box {box} reaches outside the video, which is {size}.")
     left, _, top, _ = size.padding()
-    made = size.snap()
-    across, down = grid.width / made.width, grid.height / made.height
-    column, row = _round_half_up((x + left) * across), _round_half_up((y + top) * down)
-    right, bottom = _round_half_up((x + width + left) * across), _round_half_up((y + height + top) * down)
+    sampled_size = size.snap()
+    columns_per_pixel, rows_per_pixel = grid.width / sampled_size.width, grid.height / sampled_size.height
+    column, row = _round_half_up((x + left) * columns_per_pixel), _round_half_up((y + top) * rows_per_pixel)
+    right = _round_half_up((x + width + left) * columns_per_pixel)
+    bottom = _round_half_up((y + height + top) * rows_per_pixel)
     return row, column, max(bottom - row, 1), max(right - column, 1)
 
 
 def _round_half_up(position: float) -> int:
-    """Halves go up, always: as `round` has them, a box of three would be two or four wide, by where it stands."""
+    """Rounds halves up. With `round`, the width of a box of three latents would vary with its position."""
     return math.floor(position + 0.5)
 
 
@@ -217,11 +219,11 @@ def apply_condition(
     causal: bool,
     draw_noise: Callable[[torch.Size], Tensor],
 ) -> LatentState:
-    """The state with a condition in it.
+    """Returns the state with a condition applied: at frame 0 it replaces latents, elsewhere it appends tokens.
 
     Args:
-        latents: (1, C, n, h, w), normalised, of `condition.pixels`.
-        draw_noise: noise for latents that become tokens of their own.
+        latents: normalised latents (1, C, n, h, w) of `condition.pixels`.
+        draw_noise: draws the noise of appended tokens.
     """
     strength, start = condition.resolved_condition.condition.strength, condition.resolved_condition.start_frame
     if start == 0:
@@ -229,11 +231,11 @@ def apply_condition(
         row, column = condition.latent_offset
         inner = latents[..., top : latents.shape[-2] - bottom, left : latents.shape[-1] - right]
         return replace_latents(state, inner, strength, origin=(0, row + top, column + left))
-    own = latents[:, :, :PREFIX_LATENT_FRAMES]
-    grid = LatentGrid(*own.shape[2:])
-    where = token_positions(grid, fps=resolved_pass.fps, causal=causal, first_frame=start)
+    prefix = latents[:, :, :PREFIX_LATENT_FRAMES]
+    grid = LatentGrid(*prefix.shape[2:])
+    positions = token_positions(grid, fps=resolved_pass.fps, causal=causal, first_frame=start)
     if latents.shape[2] == 1:
-        return append_keyframe(state, latents, where, strength, draw_noise(own.shape))
+        return append_keyframe(state, latents, positions, strength, draw_noise(prefix.shape))
     return insert_clip(
-        state, latents, where, strength, draw_noise(own.shape), latent_frame=start // TEMPORAL_COMPRESSION
+        state, latents, positions, strength, draw_noise(prefix.shape), latent_frame=start // TEMPORAL_COMPRESSION
     )

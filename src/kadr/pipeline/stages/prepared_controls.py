@@ -1,4 +1,4 @@
-"""Controls at the size of a pass or window, as the VAE's encoder is given them."""
+"""Controls prepared for a pass or window: what the VAE encoder takes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from kadr.shapes import SPATIAL_COMPRESSION, LatentGrid, Size
 
 @dataclass(frozen=True)
 class PreparedControl:
-    """A control for one pass, as the encoder is given it: drawn when it is asked for, and not kept.
+    """A control prepared for one pass. Control maps are rendered when the encoder reads them, and not kept.
 
     Args:
-        frame_indices: for each frame, which of the control's it is.
-        frames: those.
-        requested_size: of the video, as it was asked for.
-        reference_size: of the reference.
-        map_renderer: draws what a network has found; None where none has looked.
+        frame_indices: index among the control's frames of each of `frames`.
+        frames: frames that the pass uses.
+        requested_size: size of the video as requested.
+        reference_size: size of the reference that is encoded.
+        map_renderer: draws the control map of a frame from a network's estimate; None if no network is needed.
     """
 
     control: Control
@@ -44,58 +44,59 @@ class PreparedControl:
 
     @property
     def grid(self) -> LatentGrid:
-        """Of its latents."""
+        """Latent grid of the reference."""
         return LatentGrid.for_video(self.reference_size, len(self.frame_indices))
 
     def chunks(self, chunk_frames: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-        """`chunk_frames` pictures at a time, the last ones perhaps fewer: (1, 3, n, H, W) in [-1, 1].
+        """Yields chunks of `chunk_frames` frames (the last may be shorter), (1, 3, n, H, W) in [-1, 1].
 
         Raises:
-            MediaError: a file was changed since it was opened.
+            MediaError: a file has changed since it was opened.
         """
-        pictures = (self.render_frame(*pair) for pair in zip(self.frame_indices, self.frames, strict=True))
-        while chunk := list(islice(pictures, chunk_frames)):
-            yield torch.stack([normalize_image(one) for one in chunk], dim=1)[None].to(device, dtype)
+        images = (self.render_frame(*pair) for pair in zip(self.frame_indices, self.frames, strict=True))
+        while chunk := list(islice(images, chunk_frames)):
+            yield torch.stack([normalize_image(image) for image in chunk], dim=1)[None].to(device, dtype)
 
     def render_frame(self, frame_index: int, frame: str | np.ndarray) -> np.ndarray:
-        """What is encoded of one frame, uint8 (H, W, 3)."""
+        """Returns the image that is encoded for one frame, uint8 (H, W, 3)."""
         if self.map_renderer is not None:
             frame = self.map_renderer(frame_index, np.asarray(load_image(frame)))
-        covered = fit_to_reference(frame, self.requested_size, self.reference_size, name=self.control.media)
-        return canny_edges(covered) if self.control.kind == CANNY else covered
+        fitted = fit_to_reference(frame, self.requested_size, self.reference_size, name=self.control.media)
+        return canny_edges(fitted) if self.control.kind == CANNY else fitted
 
 
 def prepare_control(
     control: ResolvedControl, request: Request, resolved_pass: ResolvedPass, reference_downscale: int = 1
 ) -> PreparedControl:
-    """A control for one pass or window; every second frame of it, where the pass makes only those.
+    """Prepares a control for one pass or window, with every second frame for a pass at half the frame rate.
 
     Args:
-        reference_downscale: how many times smaller than the video the references of the LoRA are.
+        reference_downscale: factor by which the LoRA's references are smaller than the video.
 
     Raises:
-        RequestError: the sides of the pass cannot be divided so.
-        MediaError: the medium is too small.
+        RequestError: the sides of the pass are not divisible by the factor.
+        MediaError: the image or clip is too small.
     """
     assert isinstance(request.size, Size)
     unit = SPATIAL_COMPRESSION * reference_downscale
     if resolved_pass.size.width % unit or resolved_pass.size.height % unit:
         raise RequestError(
-            f"the references of this LoRA are {reference_downscale} times smaller than the video, and pass {resolved_pass.number} is made "
-            f"at {resolved_pass.size}: both sides must be multiples of {unit}. {_suggest_divisible_size(request, resolved_pass, unit)}"
+            f"the references of this LoRA are {reference_downscale} times smaller than the video, and pass "
+            f"{resolved_pass.number} is sampled at {resolved_pass.size}: both sides must be multiples of {unit}. "
+            f"{_suggest_divisible_size(request, resolved_pass, unit)}"
         )
-    places = resolved_pass.clip_frame_indices(request.fps, len(control.frames))
-    frames = control.frames.select(places) if isinstance(control.frames, ClipReader) else control.frames
-    made = Size(resolved_pass.size.width // reference_downscale, resolved_pass.size.height // reference_downscale)
+    frame_indices = resolved_pass.clip_frame_indices(request.fps, len(control.frames))
+    frames = control.frames.select(frame_indices) if isinstance(control.frames, ClipReader) else control.frames
+    width, height = resolved_pass.size.width, resolved_pass.size.height
+    reference_size = Size(width // reference_downscale, height // reference_downscale)
     first = frames.sample_frame if isinstance(frames, ClipReader) else frames[0]
-    fit_to_reference(first, request.size, made, name=control.control.media)  # refuses here what is too small
-    return PreparedControl(control.control, places, frames, request.size, made)
+    fit_to_reference(first, request.size, reference_size, name=control.control.media)  # refuses a too small one here
+    return PreparedControl(control.control, frame_indices, frames, request.size, reference_size)
 
 
 def _suggest_divisible_size(request: Request, resolved_pass: ResolvedPass, unit: int) -> str:
-    """A way out, in words."""
+    """Suggests in words a size whose sides are multiples of `unit`."""
     if request.multi_scale:
         return "Ask for another size, or for a single pass."
-    return (
-        f"Ask for {Size(*(-(-side // unit) * unit for side in (resolved_pass.size.width, resolved_pass.size.height)))}."
-    )
+    width, height = (-(-side // unit) * unit for side in (resolved_pass.size.width, resolved_pass.size.height))
+    return f"Ask for {Size(width, height)}."

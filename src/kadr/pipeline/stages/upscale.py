@@ -1,4 +1,4 @@
-"""The stage between two passes: latents to twice their sides, or twice their rate."""
+"""Upscale stage between two passes: doubles the sides of the latents, or their frame rate."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from kadr.pipeline.progress import StageProgress, Watch
 from kadr.sampling.latents import adain
 
 
-def upscaled(components: Components, latents: Tensor, watch: Watch, _: torch.dtype | None) -> Tensor:
-    """The latents at the size of the second pass, with the statistics they had before; in float32, always."""
+def upscale_latents(components: Components, latents: Tensor, watch: Watch, _: torch.dtype | None) -> Tensor:
+    """Upscales latents for the second pass; AdaIN restores their statistics. Always in float32."""
     with components.latent_statistics() as vae:
         statistics = vae.statistics
-        made = statistics.denormalise(latents.float())
+        upscaled = statistics.denormalise(latents.float())
         kinds = components.upscaler_checkpoints
-        stage, watchman = StageProgress("upscale", len(kinds), watch), FiniteCheck.for_device(components.device)
-        for done, kind in enumerate(kinds, 1):
+        progress, finite_check = StageProgress("upscale", len(kinds), watch), FiniteCheck.for_device(components.device)
+        for step, kind in enumerate(kinds, 1):
             with components.upscaler(kind) as upscaler:
-                made = upscaler(made)
-            watchman.check(made, f"{kind} upscaler")
-            stage.report(done)
-        watchman.synchronize()
-        return adain(statistics.normalise(made), latents)
+                upscaled = upscaler(upscaled)
+            finite_check.check(upscaled, f"{kind} upscaler")
+            progress.report(step)
+        finite_check.synchronize()
+        return adain(statistics.normalise(upscaled), latents)
