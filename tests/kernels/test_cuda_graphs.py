@@ -20,14 +20,14 @@ class Notes:
         self.warmed = self.recorded = self.replayed = 0
         self.refuses = refuses
 
-    def takes(self, device: torch.device) -> bool:
+    def can_capture(self, device: torch.device) -> bool:
         return device.type == "cpu"
 
-    def warm(self, call: Callable[[], Any], device: torch.device) -> Any:
+    def warm_up(self, call: Callable[[], Any], device: torch.device) -> Any:
         self.warmed += 1
         return call()
 
-    def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    def capture(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
         if self.refuses:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.recorded += 1
@@ -163,8 +163,8 @@ def test_the_graph_that_was_longest_not_used_goes_first() -> None:
 
 def test_a_replay_that_is_wrong_is_not_trusted() -> None:
     class Wrong(Notes):
-        def record(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-            _, made = super().record(call, device)
+        def capture(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+            _, made = super().capture(call, device)
             return lambda: made.fill_(1.0), made
 
     graphed = GraphedCallable(turned, backend=Wrong())

@@ -107,7 +107,7 @@ def test_the_scratch_buffer_grows_to_the_largest_weight_and_is_used_again() -> N
 def test_what_is_quantized_is_not_quantized_again(first: str, second: str) -> None:
     transformer = made()
     quantize_blocks(transformer, first, device=CPU)
-    with pytest.raises(CheckpointError, match=r"layers\.0\..*would lose twice.*Leave --quant out"):
+    with pytest.raises(CheckpointError, match=r"blocks\.0\..*would lose twice.*Leave --quant out"):
         quantize_blocks(transformer, second, device=CPU)
 
 
@@ -152,7 +152,7 @@ def test_a_layer_of_other_sides_than_gpus_multiply_is_stored_alone() -> None:
 def test_a_weight_that_is_not_finite_is_named(scheme: str, value: float) -> None:
     transformer = made()
     transformer.blocks[1].feed_forward.up.weight[3, 5] = value
-    with pytest.raises(CheckpointError, match=r"layers\.1\.feed_forward\.up cannot be stored as .*not finite"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.feed_forward\.up cannot be stored as .*not finite"):
         quantize_blocks(transformer, scheme, device=CPU)
 
 
@@ -202,10 +202,10 @@ class Through(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         matrix = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(3)))[0]
-        self.layers = nn.ModuleList([ScaledLinear(m, None, None, Scratch()) for m in (matrix, matrix.T.contiguous())])
+        self.blocks = nn.ModuleList([ScaledLinear(m, None, None, Scratch()) for m in (matrix, matrix.T.contiguous())])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
+        for layer in self.blocks:
             x = torch.tanh(layer(x))
         return x
 
@@ -213,7 +213,7 @@ class Through(nn.Module):
 def turned_and_stored(module: Through, size: int) -> None:
     from kadr.kernels.hadamard import hadamard_transform
 
-    for layer in module.layers:
+    for layer in module.blocks:
         layer.weight = hadamard_transform(layer.weight, size)
 
 
@@ -230,10 +230,10 @@ def test_turned_weights_are_found_and_turned_back(size: int | None, found: int |
 
 def test_weights_that_answer_in_no_way_are_refused() -> None:
     module, noise = Through(), torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(4))
-    module.layers[0].weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(8))
+    module.blocks[0].weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(8))
     with pytest.raises(ValueError, match=r"^-?0\.\d\d$"):
         detect_and_undo_rotation(module, module, noise)
-    assert all(layer.rotation is None for layer in module.layers)
+    assert all(layer.rotation_size is None for layer in module.blocks)
 
 
 def test_turning_plain_weights_twice_gives_them_back() -> None:

@@ -196,7 +196,7 @@ def test_pieces_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(5, 512)
     whole = quantize(weight, GGML_TYPES[name])
     for piece in (1, 1024):  # a row at a time, and two with one left over
-        monkeypatch.setattr(ggml, "SLICE_ELEMENTS", piece)
+        monkeypatch.setattr(ggml, "QUANTIZE_SLICE_ELEMENTS", piece)
         assert torch.equal(quantize(weight, GGML_TYPES[name]), whole)
 
 

@@ -104,15 +104,15 @@ def test_layers_of_one_input_share_what_is_done_to_it_and_others_do_not() -> Non
     class Counting(QuantizesInput):
         times = 0
 
-        def prepared(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+        def quantize_input(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
             Counting.times += 1
             return F.gelu(x, approximate="tanh") if gelu else x
 
-        def finished(self, prepared: torch.Tensor) -> torch.Tensor:
-            return 2 * prepared
+        def matmul(self, quantized: torch.Tensor) -> torch.Tensor:
+            return 2 * quantized
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.finished(self.prepared(x))
+            return self.matmul(self.quantize_input(x))
 
     x, up = randn(3, 64), linear()
     assert torch.equal(linear_shared_input(x, Counting(), Counting(), Counting())[2], 2 * x)
@@ -152,7 +152,7 @@ def test_a_packed_transformer_in_8_bits_is_as_near_as_the_plain_one() -> None:
 def test_a_packed_vae_gives_what_the_plain_one_gives(family: str, frames: int) -> None:
     module = build_random(lambda: VAE(vae_config(family)))
     pixels, latents = randn(2, 3, frames, 32, 64), randn(2, module.config.latent_channels, (frames - 1) // 8 + 1, 1, 2)
-    given = {"level": torch.tensor([0.05, 0.1]), "noise": lambda shape: torch.ones(shape)}
+    given = {"timestep": torch.tensor([0.05, 0.1]), "noise_source": lambda shape: torch.ones(shape)}
     encoded, decoded = module.encode(pixels), module.decode(latents, **given)
     prepack_convs(module)
     assert [child for child in module.modules() if isinstance(child, WinogradConv3d)]
@@ -167,7 +167,7 @@ def lay(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, CausalConv3d):
             plain = layer.convolve
-            layer.convolve = lambda joined, biased, plain=plain: plain(joined, add_bias=biased).contiguous(
+            layer.convolve = lambda padded, add_bias, plain=plain: plain(padded, add_bias=add_bias).contiguous(
                 memory_format=torch.channels_last_3d
             )
 

@@ -17,7 +17,7 @@ PROGRAM = """
 from pathlib import Path
 import resource
 import torch
-from kadr.kernels.cpu.malloc import at_work, give_back_at_once, to_stay
+from kadr.kernels.cpu.malloc import mmap_large_allocations, retain_freed_memory, tune_malloc
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
@@ -25,18 +25,18 @@ def held():
 def blocks():
     return [torch.ones(1 << 21) for _ in range(6)]
 
-assert give_back_at_once()
+assert tune_malloc()
 blocks()
 before = held()
 blocks()
 outside = held() - before
-with at_work():
-    with to_stay():
+with retain_freed_memory():
+    with mmap_large_allocations():
         blocks()
     stayed = held() - before
     blocks()
     inside = held() - before
-    with at_work():
+    with retain_freed_memory():
         pass
     nested = held() - before
 print(outside, stayed, inside, nested, held() - before)

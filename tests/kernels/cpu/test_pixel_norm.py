@@ -18,7 +18,7 @@ def video(dtype: torch.dtype, batch: int = 2) -> Tensor:
 
 @pytest.fixture(params=[1, 40 * 32, 10**6])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(pixel_norm, "SLICE_ELEMENTS", request.param)
+    monkeypatch.setattr(pixel_norm, "PIXEL_NORM_SLICE_ELEMENTS", request.param)
     return request.param
 
 

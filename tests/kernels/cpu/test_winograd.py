@@ -61,7 +61,7 @@ def test_in_bfloat16_its_error_is_less_than_twice_that_of_the_plain_one() -> Non
 def test_a_large_weight_is_worked_on_in_pieces(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
     weight = randn(10, 8, 3, 3, 3)
     whole = winograd.transform_kernel(weight, together)
-    monkeypatch.setattr(winograd, "SLICE_ELEMENTS", 3 * weight[0].numel())
+    monkeypatch.setattr(winograd, "WINOGRAD_SLICE_ELEMENTS", 3 * weight[0].numel())
     assert all(
         torch.equal(one, other) for one, other in zip(winograd.transform_kernel(weight, together), whole, strict=True)
     )

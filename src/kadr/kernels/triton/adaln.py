@@ -122,8 +122,17 @@ def gate_residual_norm_modulate_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.gate_residual_norm_modulate_quantize`."""
     ended, (codes, factors) = x.new_empty(x.shape), _empty_codes(x, code_dtype)
-    made = {"ended": ended, "entered": codes, "codes_scale": factors}
-    _launch(x, branch=branch, gate=gate, scale=scale, shift=shift, epsilon=epsilon, **made)
+    _launch(
+        x,
+        branch=branch,
+        gate=gate,
+        scale=scale,
+        shift=shift,
+        epsilon=epsilon,
+        residual_out=ended,
+        modulated_out=codes,
+        row_scales_out=factors,
+    )
     return ended, codes, factors
 
 

@@ -105,4 +105,4 @@ def _launch_sizes(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     block = padded_row_size(width)
     rows = max(1, ELEMENTS_PER_PROGRAM // block)
     grid = (triton.cdiv(x[0, 0].numel(), rows), samples)
-    return grid, {"WIDTH": width, "BLOCK": block, "ROWS": rows, "num_warps": warps_for(rows * block)}
+    return grid, {"ROW_SIZE": width, "BLOCK": block, "ROWS": rows, "num_warps": warps_for(rows * block)}
