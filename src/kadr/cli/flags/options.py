@@ -1,4 +1,4 @@
-"""The flags, one entry each. What a verb takes is the list of its parameters; `generate` takes them in groups."""
+"""Flags, one entry each. A verb lists its flags as parameters; `generate` and `plan` take them in groups."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ def flag(name: str, metavar: str | None, help: str) -> Any:
     return typer.Option(name, metavar=metavar, help=help, show_default=False)
 
 
-# What several verbs take, or others than `generate`.
+# Flags of several verbs, or of verbs other than `generate`.
 Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to show, in quotes.", show_default=False)]
 Model = Annotated[
     str | None, flag("--model", "NAME|PATH", "A name of `kadr models`, a .safetensors, a .gguf or a diffusers folder.")
 ]
-RerunDevice = Annotated[str | None, flag("--device", "auto|cpu|cuda|mps", "Where to compute, if not as it was made.")]
-RerunSeed = Annotated[int | None, flag("--seed", "N", "Another seed than the video was made with.")]
+RerunDevice = Annotated[
+    str | None, flag("--device", "auto|cpu|cuda|mps", "Device to compute on. [default: as FILE says]")
+]
+RerunSeed = Annotated[int | None, flag("--seed", "N", "Seed to use instead of the one in FILE.")]
 RerunOutput = Annotated[
-    Path | None, flag("--output", "PATH", "The .mp4 to write or replace; else a new name beside FILE.")
+    Path | None, flag("--output", "PATH", "The .mp4 to write or replace. [default: a new name beside FILE]")
 ]
-Resume = Annotated[
-    bool, flag("--resume", None, "Go on with a long video that was cut off: its finished windows are beside it.")
-]
+Resume = Annotated[bool, flag("--resume", None, "Resume a long video from the finished windows beside it.")]
 Json = Annotated[bool, flag("--json", None, "Print one JSON object instead.")]
 
 _Float = float | None
@@ -39,11 +39,11 @@ class VideoFlags:
     """The video"""
 
     size: Annotated[_Text, flag("--size", "WxH", "Width and height in pixels, such as 704x480.")] = None
-    frames: Annotated[_Int, flag("--frames", "N", "How many frames.")] = None
-    seconds: Annotated[_Float, flag("--seconds", "S", "How long, instead of --frames.")] = None
-    fps: Annotated[_Float, flag("--fps", "N", "Frames per second; the model makes the motion for it.")] = None
+    frames: Annotated[_Int, flag("--frames", "N", "Number of frames.")] = None
+    seconds: Annotated[_Float, flag("--seconds", "S", "Length in seconds, instead of --frames.")] = None
+    fps: Annotated[_Float, flag("--fps", "N", "Frames per second; the model matches the motion to it.")] = None
     seed: Annotated[int, flag("--seed", "N", "The same seed gives the same noise on every device. [default: 0]")] = 0
-    negative_prompt: Annotated[_Text, flag("--negative-prompt", "TEXT", "What to guide away from.")] = None
+    negative_prompt: Annotated[_Text, flag("--negative-prompt", "TEXT", "What CFG guides away from.")] = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class EnhanceFlags:
     """Prompt enhancement"""
 
     enhance: Annotated[
-        _Text, flag("--enhance", "URL", "Have a chat model write the prompt out: an OpenAI-compatible endpoint.")
+        _Text, flag("--enhance", "URL", "Let the chat model at this OpenAI-compatible endpoint rewrite the prompt.")
     ] = None
     enhance_model: Annotated[
-        _Text, flag("--enhance-model", "NAME", "The model's name there. Its key is taken from KADR_ENHANCE_KEY.")
+        _Text, flag("--enhance-model", "NAME", "Name of that model. The key is read from KADR_ENHANCE_KEY.")
     ] = None
     enhance_required: Annotated[
-        bool, flag("--enhance-required", None, "Stop where the endpoint fails, instead of using your own words.")
+        bool, flag("--enhance-required", None, "Stop if the endpoint fails, instead of using your own words.")
     ] = False
     enhance_timeout: Annotated[
         _Float, flag("--enhance-timeout", "S", "Seconds to wait for an answer. [default: 60]")
@@ -66,35 +66,31 @@ class EnhanceFlags:
 
 @dataclass(frozen=True)
 class WindowFlags:
-    """Long videos; any of these, or several --prompt, makes the video window by window"""
+    """Long videos (any of these, or several --prompt, samples the video window by window)"""
 
-    window: Annotated[_Int, flag("--window", "N", "Frames of a window; left out, as many as the model is good at.")] = (
-        None
-    )
-    overlap: Annotated[
-        _Int, flag("--overlap", "N", "Frames that a window has in common with the one before, a multiple of 8.")
-    ] = None
+    window: Annotated[_Int, flag("--window", "N", "Frames of a window. [default: the recipe's frames]")] = None
+    overlap: Annotated[_Int, flag("--overlap", "N", "Frames that consecutive windows share, a multiple of 8.")] = None
     overlap_strength: Annotated[
-        _Float, flag("--overlap-strength", "S", "How firmly a window is held to the end of the one before, up to 1.")
+        _Float, flag("--overlap-strength", "S", "Strength of the window before as a condition, up to 1.")
     ] = None
     adain: Annotated[
-        _Float, flag("--adain", "A", "How far each window's colours are moved to those of the first, 0 to 1.")
+        _Float, flag("--adain", "A", "How far AdaIN moves a window's colours to those of the first, 0 to 1.")
     ] = None
     anchor_strength: Annotated[
-        _Float, flag("--anchor-strength", "S", "How firmly every window is shown the picture at frame 0; 0 does not.")
+        _Float, flag("--anchor-strength", "S", "Strength of the image at frame 0 in every window; 0 is off.")
     ] = None
 
 
 @dataclass(frozen=True)
 class OutputFlags:
-    """What comes out"""
+    """Output"""
 
     output: Annotated[
-        Path | None, flag("--output", "PATH", "The .mp4 to write or replace; else out.mp4, out-2.mp4, ...")
+        Path | None, flag("--output", "PATH", "The .mp4 to write or replace. [default: out.mp4, out-2.mp4, ...]")
     ] = None
     resume: Resume = False
     json: Json = False
-    dry_run: Annotated[bool, flag("--dry-run", None, "Print what would be done, step by step; make nothing.")] = False
+    dry_run: Annotated[bool, flag("--dry-run", None, "Print every step of the run; make nothing.")] = False
     save_latents: Annotated[
         Path | None, flag("--save-latents", "PATH", "Also write the latents, before decoding, as .safetensors.")
     ] = None
@@ -109,82 +105,84 @@ class ModelFlags:
         Path | None, flag("--config", "FILE.yaml", "Take model and recipe from an official pipeline config.")
     ] = None
     upscaler: Annotated[
-        list[str] | None, flag("--upscaler", "NAME|PATH", "Latent upscaler for two passes; may be given twice.")
+        list[str] | None, flag("--upscaler", "NAME|PATH", "Latent upscaler between two passes; may be given twice.")
     ] = None
-    second_model: Annotated[_Text, flag("--second-model", "NAME|PATH", "Another model for the second pass.")] = None
+    second_model: Annotated[_Text, flag("--second-model", "NAME|PATH", "Use this model for the second pass.")] = None
     text_encoder: Annotated[
-        Path | None, flag("--text-encoder", "NAME|PATH", "Folder of the T5 encoder and its tokenizer, or a .gguf.")
+        Path | None, flag("--text-encoder", "NAME|PATH", "Folder of the T5 text encoder and its tokenizer, or a .gguf.")
     ] = None
     vae: Annotated[Path | None, flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")] = None
     lora: Annotated[
         list[str] | None,
         flag(
-            "--lora", "NAME|PATH [STRENGTH [SECOND]]", "A LoRA, at strength 1.0 if not said; SECOND in a second pass."
+            "--lora",
+            "NAME|PATH [STRENGTH [SECOND]]",
+            "A LoRA at strength 1.0 unless given; SECOND is its strength in a second pass.",
         ),
     ] = None
     lora_partial: Annotated[
-        bool, flag("--lora-partial", None, "Leave out what a LoRA has for layers that are not there.")
+        bool, flag("--lora-partial", None, "Ignore LoRA weights for layers that the model lacks.")
     ] = False
     merge_loras: Annotated[
-        bool, flag("--merge-loras", None, "Add LoRAs to the weights once, instead of beside them at every step.")
+        bool, flag("--merge-loras", None, "Merge LoRAs into the weights, instead of applying them at every step.")
     ] = False
-    device: Annotated[
-        str, flag("--device", "auto|cpu|cuda|mps", "Where to compute; auto takes the fastest there is.")
-    ] = "auto"
-    dtype: Annotated[
-        str, flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with; auto suits the device.")
-    ] = "auto"
+    device: Annotated[str, flag("--device", "auto|cpu|cuda|mps", "Device to compute on; auto picks the fastest.")] = (
+        "auto"
+    )
+    dtype: Annotated[str, flag("--dtype", "auto|bfloat16|float32", "Dtype to compute in; auto suits the device.")] = (
+        "auto"
+    )
     no_prompt_cache: Annotated[
-        bool, flag("--no-prompt-cache", None, "Encode the prompts anew, and do not keep what they come to.")
+        bool, flag("--no-prompt-cache", None, "Encode the prompts anew and do not store the embeddings.")
     ] = False
     quant: Annotated[
         str,
         flag(
             "--quant",
             "none|auto|int8|fp8|Q8_0|...",
-            "Hold the transformer's weights in fewer bits: int8, int8-weights, fp8, fp8-weights, Q8_0, Q6_K, Q5_K "
-            "and so on; auto does so where nothing else fits. [default: none]",
+            "Quantize the transformer's weights: int8, int8-weights, fp8, fp8-weights, Q8_0, Q6_K, Q5_K and so on; "
+            "auto does so only where nothing else fits. [default: none]",
         ),
     ] = "none"
     compile_transformer: Annotated[
         bool,
-        flag("--compile", None, "Compile the transformer's layers, on CUDA: the first video waits a minute for it."),
+        flag("--compile", None, "Compile the transformer blocks, on CUDA: the first video waits a minute for it."),
     ] = False
     offload: Annotated[
         str,
         flag(
             "--offload",
             "auto|none|stages|blocks",
-            "What is done where memory is short: modules leave it after their stage, or blocks of them come and go.",
+            "Where memory is short: stages unloads each model after its stage, blocks streams transformer blocks.",
         ),
     ] = "auto"
 
 
 @dataclass(frozen=True)
 class MediaFlags:
-    """Pictures and clips"""
+    """Images and clips"""
 
     image: Annotated[
         list[str] | None,
-        flag("--image", "PATH [FRAME [STRENGTH]]", "A picture to show; at frame 0 with strength 1.0 if not said."),
+        flag("--image", "PATH [FRAME [STRENGTH]]", "An image to show; at frame 0 with strength 1.0 unless given."),
     ] = None
     video: Annotated[
         list[str] | None,
-        flag("--video", "PATH[#A:B] [FRAME [STRENGTH]]", "A clip to show, or frames A to B of it; likewise."),
+        flag("--video", "PATH[#A:B] [FRAME [STRENGTH]]", "A clip to show, or its frames A to B; likewise."),
     ] = None
     control: Annotated[
         list[str] | None,
         flag("--control", "[KIND:]PATH[#A:B]", "A clip for an in-context LoRA to follow. KIND: canny, depth or pose."),
     ] = None
-    input_video: Annotated[Path | None, flag("--input-video", "PATH", "Make the video from this one.")] = None
+    input_video: Annotated[Path | None, flag("--input-video", "PATH", "Make the video from this clip.")] = None
     denoise_strength: Annotated[
         _Float, flag("--denoise-strength", "S", "How much of --input-video is made anew, between 0 and 1.")
     ] = None
     image_noise: Annotated[
-        _Float, flag("--image-noise", "X", "Noise on pictures at each step, times level squared.")
+        _Float, flag("--image-noise", "X", "Noise on conditions at each step, times sigma squared.")
     ] = None
     image_crf: Annotated[
-        _Int, flag("--image-crf", "N", "H.264 quality that pictures are passed through first; 0 is off.")
+        _Int, flag("--image-crf", "N", "H.264 quality that images are compressed with first; 0 is off.")
     ] = None
 
 
@@ -192,47 +190,50 @@ class MediaFlags:
 class DenoisingFlags:
     """Denoising"""
 
-    steps: Annotated[_Int, flag("--steps", "N", "Steps of denoising.")] = None
-    sigmas: Annotated[_Text, flag("--sigmas", "1.0,0.9,...", "Noise levels themselves, instead of --steps.")] = None
-    skip_initial: Annotated[int, flag("--skip-initial", "N", "Leave out the first N noise levels.")] = 0
-    skip_final: Annotated[int, flag("--skip-final", "N", "Leave out the last N noise levels.")] = 0
+    steps: Annotated[_Int, flag("--steps", "N", "Number of denoising steps.")] = None
+    sigmas: Annotated[_Text, flag("--sigmas", "1.0,0.9,...", "The sigma schedule, instead of --steps.")] = None
+    skip_initial: Annotated[int, flag("--skip-initial", "N", "Skip the first N sigmas.")] = 0
+    skip_final: Annotated[int, flag("--skip-final", "N", "Skip the last N sigmas.")] = 0
     stochastic: Annotated[
-        _Switch, flag("--stochastic/--no-stochastic", None, "Fresh noise at every step, as some models want.")
+        _Switch,
+        flag("--stochastic/--no-stochastic", None, "Add fresh noise at every step, as some distilled models need."),
     ] = None
     cache: Annotated[
-        str, flag("--cache", "none|first-block|taylor", "Skip layers on some of many steps: faster, not the same.")
+        str, flag("--cache", "none|first-block|taylor", "Skip transformer blocks on some steps: faster, other frames.")
     ] = "none"
     cache_threshold: Annotated[
-        _Float, flag("--cache-threshold", "X", "Of first-block: the change below which a step is skipped.")
+        _Float, flag("--cache-threshold", "X", "For first-block: the change below which a step is skipped.")
     ] = None
-    cache_interval: Annotated[_Int, flag("--cache-interval", "N", "Of taylor: every N-th step is computed.")] = None
+    cache_interval: Annotated[_Int, flag("--cache-interval", "N", "For taylor: compute every N-th step.")] = None
 
 
 @dataclass(frozen=True)
 class GuidanceFlags:
-    """Guidance; X,... is one value, or one for each level of --guidance-sigmas"""
+    """Guidance (X,... is one value, or one for each of --guidance-sigmas)"""
 
-    guidance: Annotated[_Text, flag("--guidance", "X,...", "How far to go beyond the prompt; 1 is off.")] = None
+    guidance: Annotated[_Text, flag("--guidance", "X,...", "CFG scale (classifier-free guidance); 1 is off.")] = None
     guidance_sigmas: Annotated[
-        _Text, flag("--guidance-sigmas", "1.0,0.9,...", "The noise levels that lists are for, falling.")
+        _Text, flag("--guidance-sigmas", "1.0,0.9,...", "Sigmas that lists of values are for, decreasing.")
     ] = None
-    stg: Annotated[_Text, flag("--stg", "X,...", "Guidance away from disturbed blocks; 0 is off.")] = None
-    rescale: Annotated[_Text, flag("--rescale", "X,...", "Contrast taken back where --stg acts; 1 is off.")] = None
+    stg: Annotated[_Text, flag("--stg", "X,...", "STG scale (spatio-temporal guidance); 0 is off.")] = None
+    rescale: Annotated[_Text, flag("--rescale", "X,...", "Rescaling of contrast where --stg acts; 1 is off.")] = None
     skip_blocks: Annotated[
-        _Text, flag("--skip-blocks", "N,.../...", "Blocks that --stg disturbs; / between the lists of two levels.")
+        _Text, flag("--skip-blocks", "N,.../...", "Blocks that --stg perturbs; / between the lists of two sigmas.")
     ] = None
     stg_mode: Annotated[
-        _Text, flag("--stg-mode", "NAME", "How: attention_values, attention_skip or transformer_block.")
+        _Text,
+        flag("--stg-mode", "NAME", "How blocks are perturbed: attention_values, attention_skip, transformer_block."),
     ] = None
     cfg_star: Annotated[
-        _Switch, flag("--cfg-star/--no-cfg-star", None, "Scale the negative prompt's velocity to the prompt's.")
+        _Switch,
+        flag("--cfg-star/--no-cfg-star", None, "CFG-star: scale the unconditional prediction to the conditional one."),
     ] = None
-    apg: Annotated[_Float, flag("--apg", "X", "Keep this share of the guidance along the picture; below 0 is off.")] = (
-        None
-    )
-    apg_norm: Annotated[_Float, flag("--apg-norm", "X", "Limit on the norm of the guidance with --apg.")] = None
+    apg: Annotated[
+        _Float, flag("--apg", "X", "APG: keep this share of the guidance parallel to the prediction; below 0 is off.")
+    ] = None
+    apg_norm: Annotated[_Float, flag("--apg-norm", "X", "APG: limit on the norm of the guidance.")] = None
     guidance_batch: Annotated[
-        bool, flag("--guidance-batch", None, "Evaluate with and without prompt at once: faster, more memory.")
+        bool, flag("--guidance-batch", None, "Evaluate both prompts in one batch: faster, more memory.")
     ] = False
 
 
@@ -241,12 +242,12 @@ class SecondPassFlags:
     """The second pass"""
 
     multi_scale: Annotated[
-        _Switch, flag("--multi-scale/--single-pass", None, "Make it smaller first, upscale, refine; or in one pass.")
+        _Switch, flag("--multi-scale/--single-pass", None, "Two passes: small, upscaled, refined; or a single pass.")
     ] = None
-    second_steps: Annotated[_Int, flag("--second-steps", "N", "Steps of the second pass.")] = None
-    second_sigmas: Annotated[_Text, flag("--second-sigmas", "0.9,0.7,...", "Its noise levels themselves.")] = None
-    second_skip_initial: Annotated[_Int, flag("--second-skip-initial", "N", "Leave out its first N levels.")] = None
-    second_guidance: Annotated[_Float, flag("--second-guidance", "X", "Its guidance.")] = None
+    second_steps: Annotated[_Int, flag("--second-steps", "N", "Its number of steps.")] = None
+    second_sigmas: Annotated[_Text, flag("--second-sigmas", "0.9,0.7,...", "Its sigma schedule.")] = None
+    second_skip_initial: Annotated[_Int, flag("--second-skip-initial", "N", "Skip its first N sigmas.")] = None
+    second_guidance: Annotated[_Float, flag("--second-guidance", "X", "Its CFG scale.")] = None
     second_tone_map: Annotated[_Float, flag("--second-tone-map", "X", "Its tone map.")] = None
 
 
@@ -254,16 +255,18 @@ class SecondPassFlags:
 class DecodingFlags:
     """Decoding"""
 
-    tone_map: Annotated[
-        _Float, flag("--tone-map", "X", "How strongly extremes are pressed together before decoding, 0 to 1.")
+    tone_map: Annotated[_Float, flag("--tone-map", "X", "Compress the latents' extremes before decoding, 0 to 1.")] = (
+        None
+    )
+    decode_timestep: Annotated[_Float, flag("--decode-timestep", "X", "Timestep of the VAE's decoder.")] = None
+    decode_noise: Annotated[
+        _Float, flag("--decode-noise", "X", "Share of noise mixed into the latents before decoding.")
     ] = None
-    decode_timestep: Annotated[_Float, flag("--decode-timestep", "X", "Noise level that the decoder is told.")] = None
-    decode_noise: Annotated[_Float, flag("--decode-noise", "X", "Share of noise mixed in before decoding.")] = None
 
 
 @dataclass(frozen=True)
 class GenerateFlags:
-    """All that `kadr generate` takes, in the order of its help."""
+    """Flags of `kadr generate`, in the order of its help."""
 
     video: VideoFlags
     enhance: EnhanceFlags
@@ -279,14 +282,14 @@ class GenerateFlags:
 
 @dataclass(frozen=True)
 class PlanOutputFlags:
-    """What comes out"""
+    """Output"""
 
     json: Json = False
 
 
 @dataclass(frozen=True)
 class PlanFlags:
-    """All that `kadr plan` takes: what `kadr generate` does, and nothing to write or to ask others."""
+    """Flags of `kadr plan`: those of `kadr generate` but for output and prompt enhancement."""
 
     video: VideoFlags
     windows: WindowFlags
