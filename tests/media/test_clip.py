@@ -59,7 +59,7 @@ def test_what_is_read_of_a_long_file_is_what_is_wanted(tmp_path: Path, monkeypat
     assert len(seen) <= APART + 9
 
 
-@pytest.mark.parametrize("change", [{"stamp": 20481}, {"digest": b"another"}, {"stamp": 10**12}])
+@pytest.mark.parametrize("change", [{"pts": 20481}, {"digest": b"another"}, {"pts": 10**12}])
 def test_a_file_that_does_not_lead_to_an_entry_is_read_from_the_front(change: dict, tmp_path: Path) -> None:
     path = written(tmp_path / "closed.mp4")
     film, whole = clip.ClipReader.open(path), clip.read_video(path).frames

@@ -110,11 +110,11 @@ CASES = [
 def test_a_prepared_picture_equals_the_official_one(official, tmp_path, given, size, crf, parity):
     path = tmp_path / "picture.png"
     Image.fromarray(photograph(*given)).save(path)
-    expected = official(str(path), size, crf, size.snapped())
+    expected = official(str(path), size, crf, size.snap())
     prepared = prepare_image(path, size, crf)
     assert prepared.dtype == torch.float32
-    assert prepared.shape == (1, 3, 1, size.snapped().height, size.snapped().width)
-    parity("picture", f"H.264 at CRF {crf}" if crf else "uncompressed", "official", relative_error(prepared, expected))
+    assert prepared.shape == (1, 3, 1, size.snap().height, size.snap().width)
+    parity("image", f"H.264 at CRF {crf}" if crf else "uncompressed", "official", relative_error(prepared, expected))
     assert (prepared - expected).abs().max() <= (0 if crf else 1e-6)
 
 
@@ -260,7 +260,7 @@ def test_frames_equal_those_of_the_official_script(dtype):
 @pytest.mark.parametrize("size", [Size(64, 32), Size(65, 33), Size(33, 100), Size(1, 1)])
 def test_cropping_the_margins_undoes_padding_them(size):
     pixels = torch.rand(3, 2, size.height, size.width)
-    assert torch.equal(crop_margins(F.pad(pixels, size.margins()), size), pixels)
+    assert torch.equal(crop_margins(F.pad(pixels, size.padding()), size), pixels)
 
 
 def test_cropping_frames_of_another_size_is_refused():

@@ -68,11 +68,11 @@ def level(request: pytest.FixtureRequest) -> Tensor:
 
 
 ALL: Sequence[dict[str, Any]] = (
-    {"scale": 3.0},
-    {"stg": 2.0, "skip_blocks": (1,)},
-    {"scale": 3.0, "stg": 2.0, "skip_blocks": (1, 4)},
-    {"scale": 3.0, "stg": 2.0, "skip_blocks": (1,), "rescale": 0.7, "cfg_star": True},
-    {"scale": 5.0, "apg": 0.2, "apg_norm": 0.5},
+    {"cfg_scale": 3.0},
+    {"stg_scale": 2.0, "skip_blocks": (1,)},
+    {"cfg_scale": 3.0, "stg_scale": 2.0, "skip_blocks": (1, 4)},
+    {"cfg_scale": 3.0, "stg_scale": 2.0, "skip_blocks": (1,), "rescale": 0.7, "cfg_star": True},
+    {"cfg_scale": 5.0, "apg": 0.2, "apg_norm": 0.5},
 )
 
 
@@ -84,7 +84,7 @@ def test_together_gives_the_numbers_of_one_after_the_other(values: dict[str, Any
     one = estimate(apart, batch=batch, **values)(0, tokens, level)
     other = estimate(joined, batch=batch, together=True, **values)(0, tokens, level)
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
-    guided = values.get("scale", 1.0) > 1
+    guided = values.get("cfg_scale", 1.0) > 1
     assert apart.asked == [(batch, TOKENS, CHANNELS)] * (1 + guided)
     assert joined.asked == [(batch * (1 + guided), TOKENS, CHANNELS)]
 
@@ -93,7 +93,7 @@ def test_guidance_goes_beyond_the_prompt_by_its_scale(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=4), Model()
     (prompt, _), (negative, _) = model(tokens, level, POSITIVE), model(tokens, level, NEGATIVE)
     for scale in (3.0, 7.5):
-        made = estimate(model, scale=scale)(0, tokens, level)
+        made = estimate(model, cfg_scale=scale)(0, tokens, level)
         torch.testing.assert_close(made, negative + scale * (prompt - negative))
 
 
@@ -101,14 +101,14 @@ def test_a_scale_of_1_asks_the_model_once_and_changes_nothing(level: Tensor) -> 
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=5), Model()
     unguided, _ = model(tokens, level, POSITIVE)
     model.asked.clear()
-    assert torch.equal(estimate(model, scale=1.0)(0, tokens, level), unguided)
+    assert torch.equal(estimate(model, cfg_scale=1.0)(0, tokens, level), unguided)
     assert model.asked == [(1, TOKENS, CHANNELS)]
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_stg_asks_for_the_prompt_s_rows_disturbed_and_no_others(together: bool, level: Tensor) -> None:
     tokens, model = drawn(2, TOKENS, CHANNELS, seed=6), Model()
-    values = {"scale": 3.0, "stg": 1.0, "skip_blocks": (2, 5), "mode": "attention_skip"}
+    values = {"cfg_scale": 3.0, "stg_scale": 1.0, "skip_blocks": (2, 5), "stg_mode": "attention_skip"}
     estimate(model, together=together, batch=2, **values)(0, tokens, level.expand(2, -1))
     rows = slice(2, None) if together else slice(None)
     assert model.disturbed == [Perturbation((2, 5), "attention_skip", rows)]
@@ -117,7 +117,7 @@ def test_stg_asks_for_the_prompt_s_rows_disturbed_and_no_others(together: bool, 
 def test_stg_goes_away_from_what_is_said_with_blocks_disturbed(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=7), Model()
     prompt, _ = model(tokens, level, POSITIVE)
-    made = estimate(model, stg=2.0, skip_blocks=(0,))(0, tokens, level)
+    made = estimate(model, stg_scale=2.0, skip_blocks=(0,))(0, tokens, level)
     torch.testing.assert_close(made, prompt + 2.0 * (prompt - (prompt * 0.5 - 0.1)))
 
 
@@ -125,7 +125,7 @@ def test_stg_without_blocks_is_nothing_and_costs_nothing(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=8), Model()
     prompt, _ = model(tokens, level, POSITIVE)
     model.asked.clear()
-    assert torch.equal(estimate(model, stg=4.0, skip_blocks=())(0, tokens, level), prompt)
+    assert torch.equal(estimate(model, stg_scale=4.0, skip_blocks=())(0, tokens, level), prompt)
     assert len(model.asked) == 1
     assert not model.disturbed
 
@@ -134,8 +134,8 @@ def test_stg_without_blocks_is_nothing_and_costs_nothing(level: Tensor) -> None:
 def test_rescaling_takes_back_its_share_of_the_growth_in_deviation(rescale: float, level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=9), Model()
     prompt, _ = model(tokens, level, POSITIVE)
-    free = estimate(model, stg=3.0, skip_blocks=(0,))(0, tokens, level)
-    made = estimate(model, stg=3.0, skip_blocks=(0,), rescale=rescale)(0, tokens, level)
+    free = estimate(model, stg_scale=3.0, skip_blocks=(0,))(0, tokens, level)
+    made = estimate(model, stg_scale=3.0, skip_blocks=(0,), rescale=rescale)(0, tokens, level)
     wanted = rescale * prompt.std() + (1 - rescale) * free.std()
     torch.testing.assert_close(made.std(), wanted)
     torch.testing.assert_close(made / made.std(), free / free.std())
@@ -143,10 +143,10 @@ def test_rescaling_takes_back_its_share_of_the_growth_in_deviation(rescale: floa
 
 def test_a_rescale_of_1_is_off_and_so_is_one_without_stg(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=10), Model()
-    free = estimate(model, stg=3.0, skip_blocks=(0,))(0, tokens, level)
-    assert torch.equal(estimate(model, stg=3.0, skip_blocks=(0,), rescale=1.0)(0, tokens, level), free)
-    plain = estimate(model, scale=3.0)(0, tokens, level)
-    assert torch.equal(estimate(model, scale=3.0, rescale=0.5)(0, tokens, level), plain)
+    free = estimate(model, stg_scale=3.0, skip_blocks=(0,))(0, tokens, level)
+    assert torch.equal(estimate(model, stg_scale=3.0, skip_blocks=(0,), rescale=1.0)(0, tokens, level), free)
+    plain = estimate(model, cfg_scale=3.0)(0, tokens, level)
+    assert torch.equal(estimate(model, cfg_scale=3.0, rescale=0.5)(0, tokens, level), plain)
 
 
 def test_cfg_star_leaves_nothing_of_the_negative_direction_in_the_difference() -> None:

@@ -63,6 +63,6 @@ def test_tokens_are_in_the_order_in_which_the_official_package_flattens_latents(
 def test_a_grid_has_the_published_count_of_tokens(size, frames, grid, tokens):
     assert LatentGrid.for_video(size, frames) == grid
     assert token_positions(grid, fps=30, causal=True).shape == (3, tokens)
-    assert grid.tokens == tokens
+    assert grid.num_tokens == tokens
     assert grid.video_frames == frames
-    assert grid.size == size
+    assert grid.video_size == size

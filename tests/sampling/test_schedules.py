@@ -91,7 +91,7 @@ def test_shifted_levels_are_those_of_the_fact_sheet(steps: int, count: int, pick
 def test_unshifted_levels_are_the_official_ones_in_every_bit(schedule: Schedule, parity: Any) -> None:
     for steps in COUNTS:
         made, expected = schedule.get_sigmas(steps, tokens=77), official_levels(schedule, steps, (1, 7, 11))
-        parity("noise levels", schedule.sampler, "official", relative_error(made, expected))
+        parity("sigmas", schedule.sampler, "official", relative_error(made, expected))
         assert torch.equal(made, expected)
 
 
@@ -101,7 +101,7 @@ def test_shifted_levels_are_the_official_ones(terminal: float | None, parity: An
     for grid in GRIDS:
         for steps in COUNTS[1:]:
             made, expected = schedule.get_sigmas(steps, tokens=tokens(grid)), official_levels(schedule, steps, grid)
-            parity("noise levels", "SD3 shift", "official", relative_error(made, expected))
+            parity("sigmas", "SD3 shift", "official", relative_error(made, expected))
             torch.testing.assert_close(made, expected, rtol=0, atol=5e-7)
 
 

@@ -62,18 +62,18 @@ def test_what_is_open_is_taken_from_the_other_and_is_off_in_the_end() -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"scale": 0.5}, "guidance is 0.5; it must lie between 1 and 100; 1 is off"),
-        ({"scale": float("nan")}, "guidance is nan"),
-        ({"scale": ()}, "guidance is an empty list"),
-        ({"scale": (1.0, "3")}, "guidance is '3'"),
-        ({"stg": -1}, "stg is -1"),
+        ({"cfg_scale": 0.5}, "guidance is 0.5; it must lie between 1 and 100; 1 is off"),
+        ({"cfg_scale": float("nan")}, "guidance is nan"),
+        ({"cfg_scale": ()}, "guidance is an empty list"),
+        ({"cfg_scale": (1.0, "3")}, "guidance is '3'"),
+        ({"stg_scale": -1}, "stg is -1"),
         ({"rescale": 1.5}, "rescale is 1.5"),
         ({"skip_blocks": (1, -2)}, "skipped blocks"),
         ({"skip_blocks": ((1,), 2)}, "skipped blocks"),
         ({"skip_blocks": 7}, "skipped blocks"),
-        ({"mode": "residual"}, "In these models it changes nothing"),
-        ({"mode": "attention"}, "must be one of attention_values, attention_skip, transformer_block"),
-        ({"at": (0.5, 1.0)}, "must fall"),
+        ({"stg_mode": "residual"}, "In these models it changes nothing"),
+        ({"stg_mode": "attention"}, "must be one of attention_values, attention_skip, transformer_block"),
+        ({"sigmas": (0.5, 1.0)}, "must decrease"),
         ({"cfg_star": 1}, "true or false"),
     ],
 )
@@ -85,9 +85,9 @@ def test_a_guidance_that_means_nothing_is_refused(values: dict[str, Any], told: 
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"scale": (1.0, 2.0)}, "guidance has 2 values, and no levels"),
-        ({"stg": (1.0, 2.0), "at": (1.0,)}, "stg has 2 values for 1 levels"),
-        ({"skip_blocks": ((1,), (2,)), "at": (1.0, 0.5, 0.1)}, "the skipped blocks has 2 values for 3 levels"),
+        ({"cfg_scale": (1.0, 2.0)}, "guidance has 2 values, and no sigmas"),
+        ({"stg_scale": (1.0, 2.0), "sigmas": (1.0,)}, "stg has 2 values for 1 sigmas"),
+        ({"skip_blocks": ((1,), (2,)), "sigmas": (1.0, 0.5, 0.1)}, "the skipped blocks has 2 values for 3 sigmas"),
     ],
 )
 def test_lists_that_do_not_fit_their_levels_are_refused_when_they_are_used(values: dict[str, Any], told: str) -> None:
@@ -111,7 +111,7 @@ def test_a_pass_comes_back_from_json(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"steps": 0}, {"steps": 2.5}, {"tone_map": 2}, {"levels": (1.0,), "skip_final": 1}, {"guidance": 3.0}]
+    "values", [{"steps": 0}, {"steps": 2.5}, {"tone_map": 2}, {"sigmas": (1.0,), "skip_final": 1}, {"guidance": 3.0}]
 )
 def test_a_pass_that_means_nothing_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RequestError):

@@ -118,7 +118,7 @@ def test_ids_and_mask_equal_those_of_transformers(tokenizer, oracle, prompt):
     expected = oracle(re.sub("</s>$", "", prompt.strip()), **options)
     assert torch.equal(ours.ids, expected.input_ids)
     assert torch.equal(ours.mask, expected.attention_mask.bool())
-    assert ours.cut == ""
+    assert ours.truncated_text == ""
 
 
 def test_ids_are_the_pieces_then_the_end_then_padding(tokenizer, processor):
@@ -153,15 +153,15 @@ def test_a_prompt_is_cut_from_one_token_too_many_on(tokenizer, processor):
     word = "x"  # one token for the space, one for the unknown letter
     assert len(processor.encode(word)) == 2
     fits, too_long = " ".join([word] * 127), " ".join([word] * 128)
-    assert tokenizer.encode(fits).cut == ""
+    assert tokenizer.encode(fits).truncated_text == ""
     assert tokenizer.encode(fits).mask.sum() == 255
-    assert tokenizer.encode(too_long).cut == word
+    assert tokenizer.encode(too_long).truncated_text == word
     assert tokenizer.encode(too_long).mask.sum() == 256
 
 
 def test_one_endless_word_is_cut_as_a_whole(tokenizer):
     tokens = tokenizer.encode("ab" * 600)
-    assert tokens.cut == "ab" * 600
+    assert tokens.truncated_text == "ab" * 600
     assert tokens.ids[0, -1] == EOS_ID
 
 

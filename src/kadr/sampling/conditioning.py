@@ -1,8 +1,8 @@
-"""Conditions: each maps a state to a state.
+"""Conditions: functions from a latent state to a latent state.
 
-A picture or clip at the beginning of the video, and the later latents of a clip anywhere, take the place of the video's
-own tokens. The first latents of a clip that begins later were encoded as if a video began there, so they fit no place
-of the grid: they stand behind the video as tokens of their own, with positions that say where they belong.
+An image or clip at the beginning of the video, and the later latents of a clip anywhere, replace the video's own
+tokens. The first latents of a clip that begins later were encoded as the beginning of a video, so they fit nowhere in
+the latent grid: they are appended as keyframe tokens, whose positions say when they are shown.
 """
 
 from __future__ import annotations
@@ -15,56 +15,56 @@ from torch import Tensor
 
 from kadr.sampling.state import SIGMA_TOLERANCE, LatentState, to_latents, to_tokens
 
-PREFIX_LATENT_FRAMES = (
-    2  # latent frames of a clip that know of its beginning: the first, and the one that looks back at it
-)
+# Latent frames of a clip that depend on where it begins: the first, and the one that looks back at it.
+PREFIX_LATENT_FRAMES = 2
 
 
 def replace_latents(
     state: LatentState, latents: Tensor, strength: float, *, origin: tuple[int, int, int] = (0, 0, 0)
 ) -> LatentState:
-    """Put latents (B, C, n, h, w) into the video and hold them with `strength` in (0, 1].
+    """Puts latents (B, C, n, h, w) into the video and conditions on them with `strength` in (0, 1].
 
-    Below 1 the tokens start as the flow would have them at level 1 - strength, and stay until the sampling is there.
+    Below 1 the tokens start at the point of the flow with sigma 1 - strength, and stay there until the sampler gets
+    down to that sigma.
 
     Args:
-        origin: latent frame, row and column of the video at which their first one stands.
+        origin: latent frame, row and column of the video at which the latents begin.
     """
     video = state.grid.num_tokens
     (frame, row, column), (frames, rows, columns) = origin, latents.shape[2:]
     region = (..., slice(frame, frame + frames), slice(row, row + rows), slice(column, column + columns))
-    tokens = to_latents(state.tokens[:, :video], state.grid).clone()
-    tokens[region] = torch.lerp(tokens[region], latents.to(tokens), strength)
-    before = _conditioning_mask(state)
-    held = to_latents(before[:, :video, None], state.grid).clone()
-    held[region] = strength
-    packed = torch.cat([to_tokens(tokens), state.tokens[:, video:]], dim=1)
-    kept = torch.cat([to_tokens(held)[..., 0], before[:, video:]], dim=1)
-    return replace(state, tokens=packed, clean_tokens=packed, conditioning_mask=kept)
+    video_latents = to_latents(state.tokens[:, :video], state.grid).clone()
+    video_latents[region] = torch.lerp(video_latents[region], latents.to(video_latents), strength)
+    old_mask = _conditioning_mask(state)
+    video_mask = to_latents(old_mask[:, :video, None], state.grid).clone()
+    video_mask[region] = strength
+    tokens = torch.cat([to_tokens(video_latents), state.tokens[:, video:]], dim=1)
+    mask = torch.cat([to_tokens(video_mask)[..., 0], old_mask[:, video:]], dim=1)
+    return replace(state, tokens=tokens, clean_tokens=tokens, conditioning_mask=mask)
 
 
 def append_keyframe(
     state: LatentState, latents: Tensor, positions: Tensor, strength: float, noise: Tensor
 ) -> LatentState:
-    """Add latents (B, C, n, h, w) as tokens behind the video's, and hold them with `strength` in (0, 1].
+    """Appends latents (B, C, n, h, w) as tokens behind the video's, conditioned with `strength` in (0, 1].
 
     Args:
-        positions: (3, n·h·w) of the added tokens.
-        noise: shaped as `latents`; with a strength below 1 they start with so much of it.
+        positions: (3, n·h·w) of the appended tokens.
+        noise: shaped as `latents`; with a strength below 1 the tokens start with 1 - strength of it.
     """
-    added = to_tokens(torch.lerp(noise.to(state.tokens), latents.to(state.tokens), strength))
-    tokens = torch.cat([state.tokens, added], dim=1)
-    kept = torch.cat([_conditioning_mask(state), torch.full_like(added[..., 0], strength)], dim=1)
-    where = torch.cat([state.positions, positions.to(state.positions)], dim=1)
-    return replace(state, tokens=tokens, clean_tokens=tokens, positions=where, conditioning_mask=kept)
+    keyframe = to_tokens(torch.lerp(noise.to(state.tokens), latents.to(state.tokens), strength))
+    tokens = torch.cat([state.tokens, keyframe], dim=1)
+    mask = torch.cat([_conditioning_mask(state), torch.full_like(keyframe[..., 0], strength)], dim=1)
+    all_positions = torch.cat([state.positions, positions.to(state.positions)], dim=1)
+    return replace(state, tokens=tokens, clean_tokens=tokens, positions=all_positions, conditioning_mask=mask)
 
 
 def insert_clip(
     state: LatentState, latents: Tensor, positions: Tensor, strength: float, noise: Tensor, *, latent_frame: int
 ) -> LatentState:
-    """Put a clip's latents (B, C, n, h, w) into the middle of the video, n at least 2.
+    """Puts a clip's latents (B, C, n, h, w), n at least 2, into the middle of the video.
 
-    The first two become tokens of their own, the others take the place of the video's from latent frame `latent_frame` + 2 on.
+    The first two become keyframe tokens; the others replace the video's from latent frame `latent_frame` + 2 on.
 
     Args:
         positions: (3, 2·h·w) of the first two.
@@ -81,18 +81,23 @@ def insert_clip(
 def add_image_noise(
     noise_scale: float, draw: Callable[[int, torch.Size], Tensor]
 ) -> Callable[[int, LatentState, Tensor], LatentState]:
-    """Before each step, move the fully held tokens off what was given by scale · level² · noise.
+    """Returns a `prepare` of `denoise` that adds noise_scale · sigma² · noise to the fully conditioned tokens.
 
-    The network is still told that they are clean: this keeps a held picture from freezing the motion around it.
+    The network is still told that these tokens are clean (sigma 0). The noise keeps a conditioning image from freezing
+    the motion around it.
+
+    Args:
+        noise_scale: image_cond_noise_scale of the official package; 0 adds nothing.
+        draw: (step index, shape) -> standard normal noise.
     """
 
-    def prepare(index: int, state: LatentState, now: Tensor) -> LatentState:
+    def prepare(index: int, state: LatentState, sigma: Tensor) -> LatentState:
         if state.conditioning_mask is None or not noise_scale:
             return state
         noise = draw(index, state.tokens.shape).to(state.tokens)
-        shaken = state.clean_tokens + noise_scale * now**2 * noise
-        held = (state.conditioning_mask > 1.0 - SIGMA_TOLERANCE)[..., None]
-        return replace(state, tokens=torch.where(held, shaken, state.tokens))
+        noisy = state.clean_tokens + noise_scale * sigma**2 * noise
+        is_clean = (state.conditioning_mask > 1.0 - SIGMA_TOLERANCE)[..., None]
+        return replace(state, tokens=torch.where(is_clean, noisy, state.tokens))
 
     return prepare
 

@@ -1,4 +1,8 @@
-"""How what the network says with a prompt, with another and with some of its blocks disturbed becomes one velocity."""
+"""Combines the conditional, unconditional and STG-perturbed predictions of a network into one velocity.
+
+Classifier-free guidance (CFG) with its variants CFG-Zero* and adaptive projected guidance (APG), and spatio-temporal
+guidance (STG).
+"""
 
 from __future__ import annotations
 
@@ -10,18 +14,18 @@ from torch import Tensor
 
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, StepGuidance
 
-EPSILON = 1e-8  # keeps the share of CFG-star finite
+EPSILON = 1e-8  # keeps the factor of CFG-Zero* and the step of APG finite
 
 
 class PromptEmbeddings(NamedTuple):
-    """An encoded prompt: encoding (B, L, T) and mask (B, L), true where it is not padding."""
+    """Prompt embeddings of T5 (B, L, T), and their mask (B, L), true where a token is not padding."""
 
     embeddings: Tensor
     mask: Tensor
 
 
 class Perturbation(NamedTuple):
-    """Which rows of a batch are evaluated once more with some blocks disturbed, and how; see `Guidance`."""
+    """STG's perturbation of a forward pass: the blocks, the mode (see `Guidance`) and the rows of the batch."""
 
     blocks: tuple[int, ...]
     mode: str
@@ -29,7 +33,10 @@ class Perturbation(NamedTuple):
 
 
 class VelocityModel(Protocol):
-    """tokens (B, N, C), level (B, 1 or N) and text to velocity (B, N, C), and to that of the disturbed rows if any."""
+    """One model evaluation: tokens (B, N, C), sigma (B, 1 or N) and prompt embeddings to velocity (B, N, C).
+
+    Also returns the velocity of the perturbed rows, or None without a perturbation.
+    """
 
     def __call__(
         self,
@@ -40,11 +47,11 @@ class VelocityModel(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-Denoiser = Callable[[int, Tensor, Tensor], Tensor]  # step, tokens (B, N, C), level (B, 1 or N) -> velocity
+Denoiser = Callable[[int, Tensor, Tensor], Tensor]  # step, tokens (B, N, C), sigma (B, 1 or N) -> velocity
 
 
 class Predictions(NamedTuple):
-    """What the network said, each (B, N, C): with the prompt, with the negative one, and disturbed."""
+    """Velocities (B, N, C): conditional (the prompt), unconditional (the negative prompt) and perturbed (STG)."""
 
     cond: Tensor
     uncond: Tensor | None
@@ -60,37 +67,36 @@ def guided_denoiser(
     *,
     guidance_batch: bool = False,
 ) -> Denoiser:
-    """The guided velocity.
+    """Returns a denoiser that evaluates the model as guidance needs it and gives the guided velocity.
 
     Args:
-        negative_embeddings: needed where a step's scale is above 1.
+        negative_embeddings: needed where a step's CFG scale is above 1.
         guidance: for what does not change from step to step.
-        step_guidance: the strengths of each.
-        guidance_batch: evaluate both prompts in one batch: twice the activations, fewer kernel launches, the same numbers.
+        step_guidance: one for each step.
+        guidance_batch: evaluate both prompts in one batch: twice the activations, fewer kernel launches, the same
+            numbers.
     """
-
-    # One object for all steps: a model may keep what it makes of a text.
-    both = (
+    # One object for all steps: a model may cache what it computes from prompt embeddings.
+    both_embeddings = (
         PromptEmbeddings(*(torch.cat(pair) for pair in zip(negative_embeddings, prompt_embeddings, strict=True)))
         if negative_embeddings and guidance_batch
         else None
     )
 
-    def estimate(index: int, tokens: Tensor, level: Tensor) -> Tensor:
-        strengths = step_guidance[index]
-        said = _evaluate(
+    def guided_velocity(index: int, tokens: Tensor, sigma: Tensor) -> Tensor:
+        predictions = _evaluate(
             model,
             tokens,
-            level,
+            sigma,
             prompt_embeddings,
             negative_embeddings,
-            both,
-            strengths,
+            both_embeddings,
+            step_guidance[index],
             guidance.stg_mode or ATTENTION_VALUES,
         )
-        return combine(said, strengths, guidance, tokens, level)
+        return combine(predictions, step_guidance[index], guidance, tokens, sigma)
 
-    return estimate
+    return guided_velocity
 
 
 def _evaluate(
@@ -101,58 +107,62 @@ def _evaluate(
     negative_embeddings: PromptEmbeddings | None,
     both_embeddings: PromptEmbeddings | None,
     step_guidance: StepGuidance,
-    mode: str,
+    stg_mode: str,
 ) -> Predictions:
-    """both: the negative prompt and the prompt, where they are evaluated in one batch."""
+    """Runs the model evaluations of one step.
+
+    Args:
+        both_embeddings: the negative prompt and the prompt, if they are evaluated in one batch.
+    """
     batch = len(tokens)
-    disturb = None
+    perturbation = None
     if step_guidance.stg_scale > 0 and step_guidance.skip_blocks:
-        disturb = Perturbation(step_guidance.skip_blocks, mode, slice(None))
+        perturbation = Perturbation(step_guidance.skip_blocks, stg_mode, slice(None))
     if step_guidance.cfg_scale <= 1:
-        prompt, disturbed = model(tokens, sigma, prompt_embeddings, disturb)
-        without = None
+        cond, perturbed = model(tokens, sigma, prompt_embeddings, perturbation)
+        uncond = None
     elif negative_embeddings is None:
         raise ValueError(f"guidance is {step_guidance.cfg_scale}, and there is no negative prompt")
     elif both_embeddings is not None:
-        disturb = disturb and disturb._replace(rows=slice(batch, None))
-        said, disturbed = model(torch.cat([tokens, tokens]), torch.cat([sigma, sigma]), both_embeddings, disturb)
-        without, prompt = said.chunk(2)
+        perturbation = perturbation and perturbation._replace(rows=slice(batch, None))
+        both, perturbed = model(torch.cat([tokens, tokens]), torch.cat([sigma, sigma]), both_embeddings, perturbation)
+        uncond, cond = both.chunk(2)
     else:
-        without, _ = model(tokens, sigma, negative_embeddings)
-        prompt, disturbed = model(tokens, sigma, prompt_embeddings, disturb)
-    if step_guidance.stg_scale > 0 and disturbed is None:
-        disturbed = prompt  # no block is disturbed
-    return Predictions(prompt, without, disturbed)
+        uncond, _ = model(tokens, sigma, negative_embeddings)
+        cond, perturbed = model(tokens, sigma, prompt_embeddings, perturbation)
+    if step_guidance.stg_scale > 0 and perturbed is None:
+        perturbed = cond  # no block is perturbed
+    return Predictions(cond, uncond, perturbed)
 
 
 def combine(
     predictions: Predictions, step_guidance: StepGuidance, guidance: Guidance, tokens: Tensor, sigma: Tensor
 ) -> Tensor:
-    """One velocity (B, N, C) of all that was said.
+    """Combines predictions into one velocity (B, N, C).
 
-    v = n + scale · (p - n) with prompt p and negative n (Ho and Salimans 2022, arXiv:2207.12598), plus stg · (p - d)
-    with the disturbed d (Hyung et al. 2024, arXiv:2411.18664). Sums and deviations run over all tokens of a sample,
-    those of conditions too, as in LTXVideoPipeline of the official package.
+    v = uncond + cfg_scale · (cond - uncond), classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), plus
+    stg_scale · (cond - perturbed), spatio-temporal guidance (Hyung et al. 2024, arXiv:2411.18664). Sums and standard
+    deviations run over all tokens of a sample, those of conditions too, as in LTXVideoPipeline of the official package.
     """
-    prompt, negative, disturbed = predictions
-    made = prompt
-    if negative is not None:
+    cond, uncond, perturbed = predictions
+    velocity = cond
+    if uncond is not None:
         if guidance.cfg_star:
-            negative = cfg_star_scale(prompt, negative) * negative
+            uncond = cfg_star_scale(cond, uncond) * uncond
         if guidance.apg is not None and guidance.apg >= 0:
-            made = adaptive_projected_guidance(prompt, negative, step_guidance.cfg_scale, tokens, sigma, guidance)
+            velocity = adaptive_projected_guidance(cond, uncond, step_guidance.cfg_scale, tokens, sigma, guidance)
         else:
-            made = negative + step_guidance.cfg_scale * (prompt - negative)
-    if disturbed is not None:
-        made = made + step_guidance.stg_scale * (prompt - disturbed)
+            velocity = uncond + step_guidance.cfg_scale * (cond - uncond)
+    if perturbed is not None:
+        velocity = velocity + step_guidance.stg_scale * (cond - perturbed)
         if step_guidance.rescale != 1:
-            ratio = _std(prompt) / _std(made)
-            made = made * (step_guidance.rescale * ratio + (1 - step_guidance.rescale))
-    return made
+            ratio = _std(cond) / _std(velocity)
+            velocity = velocity * (step_guidance.rescale * ratio + (1 - step_guidance.rescale))
+    return velocity
 
 
 def cfg_star_scale(cond: Tensor, uncond: Tensor) -> Tensor:
-    """The factor (B, 1, 1) that brings `uncond` nearest to `cond` (CFG-Zero*, arXiv:2503.18886)."""
+    """Returns the factor (B, 1, 1) that brings `uncond` nearest to `cond` (CFG-Zero*, arXiv:2503.18886)."""
     product = (cond * uncond).flatten(1).sum(1)
     return (product / (uncond.square().flatten(1).sum(1) + EPSILON))[:, None, None]
 
@@ -160,23 +170,25 @@ def cfg_star_scale(cond: Tensor, uncond: Tensor) -> Tensor:
 def adaptive_projected_guidance(
     cond: Tensor, uncond: Tensor, cfg_scale: float, tokens: Tensor, sigma: Tensor, guidance: Guidance
 ) -> Tensor:
-    """Guidance whose part along the clean picture is weakened (APG, Sadat et al. 2024, arXiv:2410.02416).
+    """Returns CFG whose component parallel to the clean prediction is scaled by `guidance.apg`.
 
-    Guidance along the picture mostly raises contrast and saturation. The split is made between clean pictures, x - t v,
-    per channel over all tokens; a token at level 0 is its own clean picture and is not guided.
+    That component mostly raises contrast and saturation. The projection is done on clean predictions, x - sigma · v,
+    per channel over all tokens; a token at sigma 0 is its own clean prediction and is not guided.
+
+    Source: APG (Sadat et al. 2024, arXiv:2410.02416).
     """
     sigma = sigma[..., None]
-    picture = tokens - sigma * cond
-    push = sigma * (uncond - cond)  # from the negative's clean picture to the prompt's
+    clean = tokens - sigma * cond
+    update = sigma * (uncond - cond)  # from the unconditional clean prediction to the conditional one
     if guidance.apg_norm:
-        norm = push.square().sum((1, 2), keepdim=True).sqrt()
-        push = push * (guidance.apg_norm / norm.clamp(min=EPSILON)).clamp(max=1)
-    unit = torch.nn.functional.normalize(picture.double(), dim=1)
-    along = ((push.double() * unit).sum(1, keepdim=True) * unit).to(push.dtype)
-    push = push - along + (guidance.apg or 0.0) * along
-    return cond - (cfg_scale - 1) * torch.where(sigma > 0, push / sigma.clamp(min=EPSILON), 0.0)
+        norm = update.square().sum((1, 2), keepdim=True).sqrt()
+        update = update * (guidance.apg_norm / norm.clamp(min=EPSILON)).clamp(max=1)
+    unit = torch.nn.functional.normalize(clean.double(), dim=1)
+    parallel = ((update.double() * unit).sum(1, keepdim=True) * unit).to(update.dtype)
+    update = update - parallel + (guidance.apg or 0.0) * parallel
+    return cond - (cfg_scale - 1) * torch.where(sigma > 0, update / sigma.clamp(min=EPSILON), 0.0)
 
 
 def _std(x: Tensor) -> Tensor:
-    """(B, 1, 1), unbiased."""
+    """Returns the unbiased standard deviation of each sample, (B, 1, 1)."""
     return x.flatten(1).std(1)[:, None, None]

@@ -1,4 +1,4 @@
-"""What is done to whole latents between passes and before they are decoded."""
+"""Transforms of whole latents: AdaIN between passes, tone mapping before decoding."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 def adain(latents: Tensor, reference: Tensor, factor: float = 1.0) -> Tensor:
-    """Give each channel of `latents` (B, C, f, h, w) the mean and deviation it has in `reference` (B, C, f', h', w').
+    """Gives each channel of `latents` (B, C, f, h, w) the mean and std that it has in `reference` (B, C, f', h', w').
 
     Args:
-        factor: 0 leaves `latents`, 1 moves them all the way.
+        factor: 0 returns `latents`, 1 takes the statistics of `reference`; linear in between.
 
-    Source: adain_filter_latent of ltx_video/pipelines/pipeline_ltx_video.py, with the unbiased deviation.
+    Source: adain_filter_latent of ltx_video/pipelines/pipeline_ltx_video.py, with the unbiased standard deviation.
     """
     axes = (2, 3, 4)
-    deviation, mean = torch.std_mean(latents, axes, keepdim=True)
-    wanted_deviation, wanted_mean = torch.std_mean(reference, axes, keepdim=True)
-    moved = (latents - mean) / deviation * wanted_deviation + wanted_mean
-    return torch.lerp(latents, moved, factor)
+    std, mean = torch.std_mean(latents, axes, keepdim=True)
+    reference_std, reference_mean = torch.std_mean(reference, axes, keepdim=True)
+    normalized = (latents - mean) / std * reference_std + reference_mean
+    return torch.lerp(latents, normalized, factor)
 
 
 def tone_map(latents: Tensor, compression: float) -> Tensor:
-    """Press the extremes of normalised latents together.
+    """Compresses the extremes of normalized latents.
 
     x -> x (1 - 0.8 s sigmoid(4 s (|x| - 1))) with s = 0.75 compression.
 

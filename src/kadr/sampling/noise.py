@@ -1,7 +1,7 @@
 """Noise from named streams of one seed.
 
 Every use of noise has its own stream, drawn on the CPU in fp32. So a seed gives the same noise on every device, and
-one use more or less, or in another order, changes no other.
+adding, removing or reordering one use changes no other.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseStreams:
-    """The streams of a seed (any whole number)."""
+    """The noise streams of a seed (any whole number)."""
 
     seed: int
 
     def draw(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal noise, fp32, on the CPU: always the same for a seed, a name and a shape."""
+        """Returns standard normal noise, fp32, on the CPU: always the same for a seed, a name and a shape."""
         digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         return torch.randn(tuple(shape), generator=generator)

@@ -1,4 +1,4 @@
-"""Where latent tokens stand in time and space."""
+"""Positions of latent tokens in time and space, as the transformer's rotary embedding (RoPE) takes them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid
 
 
 def token_positions(grid: LatentGrid, *, fps: float, causal: bool, first_frame: int = 0) -> Tensor:
-    """The positions of a grid's tokens: fp32 (3, N) of seconds, pixels down and pixels right, top left corners.
+    """Returns the positions of a grid's tokens: fp32 (3, N) of seconds, pixels down and pixels right, top left corners.
 
     Args:
-        fps: frames per second; it decides how fast things move, so it must be the rate the video is shown at.
-        causal: latent frame l stands at its own first pixel frame, 0, 1, 9, 17, ... (0.9.5 on); else at 8l.
+        fps: frames per second; it decides how fast objects move, so it must be the rate the video is shown at.
+        causal: latent frame l is at its own first pixel frame, 0, 1, 9, 17, ... (0.9.5 on); else at 8l.
         first_frame: pixel frame at which the grid begins in the video; added after the causal shift.
     """
     frames = torch.arange(grid.frames, dtype=torch.float32) * TEMPORAL_COMPRESSION

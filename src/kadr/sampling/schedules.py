@@ -1,6 +1,6 @@
-"""Which noise levels a sampling visits.
+"""Schedules: the sigmas that a sampler visits, from 1, pure noise, towards 0, the clean video.
 
-A schedule is a list of levels t in (0, 1], falling; the last step goes from its last level to 0.
+A schedule is a list of decreasing sigmas in (0, 1]; the last step goes from its last sigma to 0.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from kadr.errors import CheckpointError, RequestError
 SAMPLERS = ("Uniform", "LinearQuadratic")
 SHIFTINGS = (None, "SD3")
 THRESHOLD_NOISE = 0.025  # how far from pure noise the first, linear half of a linear-quadratic schedule goes
-SHIFT_LOW, SHIFT_HIGH = (1024, 0.95), (4096, 2.05)  # tokens and shift: the two points that SD3's line goes through
+SHIFT_LOW, SHIFT_HIGH = (1024, 0.95), (4096, 2.05)  # (tokens, shift): the two points that SD3's line goes through
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a model's levels are made, as its header says.
+    """The scheduler of a model, as its header says: how sigmas are computed from a number of steps.
 
     Args:
         sampler: "Uniform" or "LinearQuadratic".
-        shifting: "SD3" moves the levels towards noise, the more the more tokens there are; None leaves them.
-        shift_terminal: stretch a shifted list so that it ends at this level.
-        allowed_sigmas: the only levels the model was distilled for, rounded to four digits; None where any will do.
+        shifting: "SD3" shifts the sigmas towards noise, the more the more tokens there are; None does not.
+        shift_terminal: stretch a shifted schedule so that it ends at this sigma.
+        allowed_sigmas: the only sigmas the model was distilled for, rounded to four digits; None where any will do.
     """
 
     sampler: str = "Uniform"
@@ -45,16 +45,16 @@ class Schedule:
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], allowed_sigmas: Sequence[float] | None = None) -> Schedule:
-        """Read the "scheduler" entry of an official header, and its "allowed_inference_steps" beside it."""
+        """Reads the "scheduler" entry of an official header, and its "allowed_inference_steps" beside it."""
         return cls(
             sampler=header.get("sampler") or "Uniform",
             shifting=header.get("shifting"),
             shift_terminal=header.get("target_shift_terminal"),
-            allowed_sigmas=None if allowed_sigmas is None else tuple(float(level) for level in allowed_sigmas),
+            allowed_sigmas=None if allowed_sigmas is None else tuple(float(sigma) for sigma in allowed_sigmas),
         )
 
     def to_header(self) -> dict[str, Any]:
-        """The "scheduler" entry of an official header."""
+        """Returns the "scheduler" entry of an official header."""
         return {
             "_class_name": "RectifiedFlowScheduler",
             "num_train_timesteps": 1000,
@@ -65,62 +65,67 @@ class Schedule:
         }
 
     def get_sigmas(self, steps: int, *, tokens: int, skip_initial: int = 0, skip_final: int = 0) -> Tensor:
-        """The levels of `steps` steps, fp32.
+        """Returns the sigmas of `steps` steps, fp32 (steps - skip_initial - skip_final).
 
         Args:
-            tokens: latent positions of the video itself; extra conditioning tokens do not count.
-            skip_initial, skip_final: leave out so many levels at the front and at the back. What follows the
-                last kept level is 0 all the same.
+            tokens: latent tokens of the video itself; extra conditioning tokens do not count.
+            skip_initial, skip_final: sigmas left out at the front and at the back. The last step goes to 0 all the
+                same.
 
         Raises:
-            RequestError: too few steps are left, or a level is outside `allowed`.
+            RequestError: no step is left, or a sigma is not in `allowed_sigmas`.
         """
         if steps < 1:
             raise RequestError(f"steps is {steps}; at least 1 is needed.")
         if min(skip_initial, skip_final) < 0 or skip_initial + skip_final >= steps:
             raise RequestError(
-                f"{steps} steps, less {skip_initial} at the front and {skip_final} at the back, are none."
+                f"skip_initial is {skip_initial} and skip_final is {skip_final}; both must be at least 0, and leave "
+                f"at least one of the {steps} steps."
             )
-        made = uniform_schedule(steps) if self.sampler == "Uniform" else linear_quadratic_schedule(steps)
+        sigmas = uniform_schedule(steps) if self.sampler == "Uniform" else linear_quadratic_schedule(steps)
         if self.shifting == "SD3":
-            made = sd3_shift(made, tokens)
+            sigmas = sd3_shift(sigmas, tokens)
             if self.shift_terminal:
-                made = stretch_to_terminal(made, self.shift_terminal)
-        return self.check_allowed(made[skip_initial : steps - skip_final])
+                sigmas = stretch_to_terminal(sigmas, self.shift_terminal)
+        return self.check_allowed(sigmas[skip_initial : steps - skip_final])
 
     def check_allowed(self, sigmas: Tensor) -> Tensor:
-        """The same levels, if the model allows each of them."""
+        """Returns the sigmas, if the model was distilled for each of them.
+
+        Raises:
+            RequestError: one is not in `allowed_sigmas`.
+        """
         if self.allowed_sigmas is not None:
-            known = {round(level, 4) for level in self.allowed_sigmas}
-            strange = [level for level in sigmas.tolist() if round(level, 4) not in known]
-            if strange:
+            allowed = {round(sigma, 4) for sigma in self.allowed_sigmas}
+            refused = [sigma for sigma in sigmas.tolist() if round(sigma, 4) not in allowed]
+            if refused:
                 raise RequestError(
-                    f"this model was distilled for the noise levels {', '.join(map(str, self.allowed_sigmas))}; "
-                    f"the schedule has {', '.join(f'{level:.4f}' for level in strange)}. "
-                    "Leave out --steps, or give levels of that list."
+                    f"this model was distilled for the sigmas {', '.join(map(str, self.allowed_sigmas))}; "
+                    f"the schedule has {', '.join(f'{sigma:.4f}' for sigma in refused)}. "
+                    "Leave out --steps, or give sigmas of that list."
                 )
         return sigmas
 
 
 def explicit_sigmas(sigmas: Sequence[float]) -> Tensor:
-    """A list given by hand: used as it is, never shifted.
+    """Returns sigmas from the user as fp32: used as they are, never shifted.
 
     Raises:
-        RequestError: it is empty, leaves (0, 1], or does not fall.
+        RequestError: there are none, one is not in (0, 1], or they do not decrease.
     """
-    made = torch.tensor(list(sigmas), dtype=torch.float32)
-    if not len(made) or not bool(((made > 0) & (made <= 1)).all()) or bool((made.diff() >= 0).any()):
-        raise RequestError(f"the noise levels are {list(sigmas)}; they must fall, between 1 and 0, without 0 itself.")
-    return made
+    schedule = torch.tensor(list(sigmas), dtype=torch.float32)
+    if not len(schedule) or not bool(((schedule > 0) & (schedule <= 1)).all()) or bool((schedule.diff() >= 0).any()):
+        raise RequestError(f"the sigmas are {list(sigmas)}; they must decrease, from at most 1, and stay above 0.")
+    return schedule
 
 
 def uniform_schedule(steps: int) -> Tensor:
-    """1, 1 - 1/n, ..., 1/n."""
+    """Returns 1, 1 - 1/n, ..., 1/n."""
     return torch.linspace(1, 1 / steps, steps)
 
 
 def linear_quadratic_schedule(steps: int) -> Tensor:
-    """Tiny equal steps over the first half, then a parabola that meets them with the same slope and ends at 0."""
+    """Returns tiny equal steps in the first half, then a parabola that continues their slope and ends at 0."""
     if steps == 1:
         return torch.ones(1)
     linear = steps // 2
@@ -135,14 +140,17 @@ def linear_quadratic_schedule(steps: int) -> Tensor:
 
 
 def sd3_shift(sigmas: Tensor, tokens: int) -> Tensor:
-    """t -> e^m / (e^m + 1/t - 1), with m linear in the number of tokens and not clamped (SD3, arXiv:2403.03206)."""
+    """Shifts sigmas towards noise: s -> e^m / (e^m + 1/s - 1), with m linear in the number of tokens and not clamped.
+
+    Source: SD3, arXiv:2403.03206.
+    """
     (low, base), (high, top) = SHIFT_LOW, SHIFT_HIGH
     shift = base + (tokens - low) * (top - base) / (high - low)
     return math.exp(shift) / (math.exp(shift) + (1 / sigmas - 1))
 
 
 def stretch_to_terminal(sigmas: Tensor, shift_terminal: float) -> Tensor:
-    """Scale the distances from 1 so that the last level is `shift_terminal`. A list of pure noise alone stays."""
+    """Scales the distances from 1 so that the last sigma is `shift_terminal`. A schedule of 1 alone stays."""
     distance = 1 - sigmas
     if distance[-1] == 0:
         return sigmas

@@ -1,4 +1,4 @@
-"""How a sampling is run, as data: guidance, and one pass over the noise levels."""
+"""Settings of a sampler, as data: guidance (CFG, STG, APG), and one pass over a schedule of sigmas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_STEPS = 1000
 
 
 class StepGuidance(NamedTuple):
-    """The guidance of one step: as `Guidance`, with one value each."""
+    """The guidance of one step: the fields of `Guidance` that may be lists, with one value each."""
 
     cfg_scale: float
     stg_scale: float
@@ -29,29 +29,29 @@ class StepGuidance(NamedTuple):
 
     @property
     def model_evaluations(self) -> int:
-        """How often the network is asked."""
+        """Forward passes of the transformer in the step: conditional, unconditional (CFG), perturbed (STG)."""
         return 1 + (self.cfg_scale > 1) + (self.stg_scale > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How far the velocity is pushed beyond what the network says. What is None is taken from the model's own recipe.
+    """Classifier-free guidance (CFG) and spatio-temporal guidance (STG) of a pass. None leaves a value to the recipe.
 
-    Lists hold a value for each entry of `sigmas`: a step at level t takes that of the first entry that is at most t, and
-    the last one where there is none.
+    A list has one value for each entry of `sigmas`: a step at sigma s takes the value of the first entry that is at
+    most s, and the last value if there is none.
 
     Args:
-        cfg_scale: away from the negative prompt (classifier-free guidance); 1 is off.
-        stg_scale: away from what the network says with some blocks disturbed (spatio-temporal guidance); 0 is off.
-        rescale: how much of the growth in contrast that guidance brings is taken back, where `stg_scale` acts; 1 is off, as
-            in the official package, and so is 0.
-        skip_blocks: which blocks are disturbed, counted from 0.
-        stg_mode: how: "attention_values" (tokens see only themselves), "attention_skip" (attention gives back what it was
-            given) or "transformer_block" (the block does nothing).
-        sigmas: noise levels that the lists are for, falling.
-        cfg_star: scale the velocity of the negative prompt to the share of it that is in the other.
-        apg: the part of the guidance that runs along the clean picture is multiplied by this (adaptive projected
-            guidance); a negative value turns it off.
+        cfg_scale: CFG scale, away from the negative prompt; 1 is off.
+        stg_scale: STG scale, away from the prediction with some transformer blocks perturbed; 0 is off.
+        rescale: how much of the growth of the standard deviation that guidance brings is removed, where `stg_scale`
+            acts; 1 is off, as in the official package, and so is 0.
+        skip_blocks: the perturbed blocks, counted from 0.
+        stg_mode: "attention_values" (each token attends to itself only), "attention_skip" (attention returns its
+            input) or "transformer_block" (the block returns its input).
+        sigmas: not increasing; the sigmas that the lists are for.
+        cfg_star: scale the unconditional prediction to its projection on the conditional one (CFG-Zero*).
+        apg: factor of the guidance's component parallel to the clean prediction (adaptive projected guidance, APG); a
+            negative value turns APG off.
         apg_norm: limit on the norm of the guidance when `apg` is on; 0 is none.
     """
 
@@ -66,52 +66,51 @@ class Guidance:
     apg_norm: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least, most in (
+        for name, minimum, maximum in (
             ("cfg_scale", 1.0, MAX_SCALE),
             ("stg_scale", 0.0, MAX_SCALE),
             ("rescale", 0.0, 1.0),
         ):
-            object.__setattr__(
-                self, name, _check_scalar_or_list(_NAMES_IN_MESSAGES[name], getattr(self, name), least, most)
-            )
+            value = _check_scalar_or_list(_NAMES_IN_MESSAGES[name], getattr(self, name), minimum, maximum)
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "skip_blocks", _parse_blocks(self.skip_blocks))
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", _parse_decreasing_sigmas(self.sigmas))
         if self.stg_mode is not None and self.stg_mode not in STG_MODES:
-            why = " In these models it changes nothing." if self.stg_mode in ("residual", "stg_r") else ""
-            raise RequestError(f"the mode of STG is {self.stg_mode!r}; it must be one of {', '.join(STG_MODES)}.{why}")
+            hint = " In these models it changes nothing." if self.stg_mode in ("residual", "stg_r") else ""
+            raise RequestError(f"the mode of STG is {self.stg_mode!r}; it must be one of {', '.join(STG_MODES)}.{hint}")
         if not isinstance(self.cfg_star, bool | None):
             raise RequestError(f"cfg_star is {self.cfg_star!r}; it must be true or false.")
         _check_number("apg", self.apg, -1.0, 1.0)
         _check_number("apg_norm", self.apg_norm, 0.0, math.inf)
 
     def with_defaults(self, defaults: Guidance) -> Guidance:
-        """This guidance, with what it leaves open taken from `defaults`."""
-        open_ = [f.name for f in fields(self) if getattr(self, f.name) is None]
-        return replace(self, **{name: getattr(defaults, name) for name in open_})
+        """Returns this guidance, with what it leaves open taken from `defaults`."""
+        unset = [f.name for f in fields(self) if getattr(self, f.name) is None]
+        return replace(self, **{name: getattr(defaults, name) for name in unset})
 
     def at_sigma(self, sigma: float) -> StepGuidance:
-        """What holds for a step at `sigma`; what is left open is off.
+        """Returns the guidance of a step at `sigma`; what is still open is off.
 
         Raises:
-            RequestError: a list and `at` are not of one length.
+            RequestError: a list and `sigmas` differ in length.
         """
         self.check_lists()
         index = self._index(sigma)
         blocks = self.skip_blocks or ()
-        own: Any = blocks[index] if _is_nested(blocks) else blocks
+        step_blocks: Any = blocks[index] if _is_nested(blocks) else blocks
         return StepGuidance(
             _value_at(self.cfg_scale, index, 1.0),
             _value_at(self.stg_scale, index, 0.0),
             _value_at(self.rescale, index, 1.0),
-            tuple(own),
+            tuple(step_blocks),
         )
 
     def check_lists(self) -> None:
-        """Refuse lists that do not fit `at`.
+        """Refuses lists that do not fit `sigmas`.
 
         Raises:
-            RequestError: they do not.
+            RequestError: a list and `sigmas` differ in length.
         """
         lists: dict[str, Sequence[Any]] = {
             _NAMES_IN_MESSAGES[name]: value
@@ -122,30 +121,30 @@ class Guidance:
             lists["the skipped blocks"] = self.skip_blocks
         for name, values in lists.items():
             if self.sigmas is None:
-                raise RequestError(f"{name} has {len(values)} values, and no levels that they are for. Give `at`.")
+                raise RequestError(f"{name} has {len(values)} values, and no sigmas that they are for. Give `sigmas`.")
             if len(values) != len(self.sigmas):
-                raise RequestError(f"{name} has {len(values)} values for {len(self.sigmas)} levels; give one for each.")
+                raise RequestError(f"{name} has {len(values)} values for {len(self.sigmas)} sigmas; give one for each.")
 
     def _index(self, sigma: float) -> int:
-        # In fp32, as the levels are: 0.9767 does not cover 29.3/30.
-        levels = () if self.sigmas is None else self.sigmas
+        # In fp32, as the sigmas of a schedule are: 0.9767 does not cover 29.3/30.
+        sigmas = () if self.sigmas is None else self.sigmas
         return next(
-            (i for i, known in enumerate(levels) if _round_to_fp32(known) <= _round_to_fp32(sigma)),
-            max(len(levels) - 1, 0),
+            (i for i, entry in enumerate(sigmas) if _round_to_fp32(entry) <= _round_to_fp32(sigma)),
+            max(len(sigmas) - 1, 0),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One pass over the noise levels. What is None is left to the recipe.
+    """One denoising run over a schedule of sigmas. None leaves a value to the recipe.
 
     Args:
         steps: of the model's own schedule.
-        sigmas: the noise levels themselves, falling from at most 1, instead of `steps`.
-        skip_initial, skip_final: levels left out at the front and at the back of the schedule.
-        guidance: see there; what it leaves open is off.
-        stochastic: every step draws fresh noise instead of following the flow.
-        tone_map: how strongly the latents' extremes are pressed together before they are decoded, in [0, 1].
+        sigmas: the sigmas themselves, decreasing from at most 1, instead of `steps`.
+        skip_initial, skip_final: sigmas left out at the front and at the back of the schedule.
+        guidance: what it leaves open is off.
+        stochastic: every step adds fresh noise instead of following the flow ODE.
+        tone_map: how strongly the extremes of the latents are compressed before they are decoded, in [0, 1].
     """
 
     steps: int | None = None
@@ -164,30 +163,30 @@ class Pass:
         if self.sigmas is not None:
             object.__setattr__(self, "sigmas", parse_sigmas(self.sigmas))
             if self.skip_initial or self.skip_final:
-                raise RequestError("levels are given, and skipped levels too; give the one or the other.")
+                raise RequestError("both sigmas and skipped steps are given; give one or the other.")
         if not isinstance(self.guidance, Guidance):
             raise RequestError(f"guidance is {self.guidance!r}; it must be a Guidance.")
         if not isinstance(self.stochastic, bool | None):
             raise RequestError(f"stochastic is {self.stochastic!r}; it must be true or false.")
 
     def with_defaults(self, defaults: Pass) -> Pass:
-        """This pass, with what it leaves open taken from `defaults`."""
-        made = replace(self, guidance=self.guidance.with_defaults(defaults.guidance))
-        if made.sigmas is None and made.steps is None and not (made.skip_initial or made.skip_final):
+        """Returns this pass, with what it leaves open taken from `defaults`."""
+        merged = replace(self, guidance=self.guidance.with_defaults(defaults.guidance))
+        if merged.sigmas is None and merged.steps is None and not (merged.skip_initial or merged.skip_final):
             timing = ("steps", "sigmas", "skip_initial", "skip_final")
-            made = replace(made, **{name: getattr(defaults, name) for name in timing})
-        elif made.sigmas is None and made.steps is None:
-            made = replace(made, steps=defaults.steps or (len(defaults.sigmas) if defaults.sigmas else None))
-        left = {n: getattr(defaults, n) for n in ("stochastic", "tone_map") if getattr(made, n) is None}
-        return replace(made, **left)
+            merged = replace(merged, **{name: getattr(defaults, name) for name in timing})
+        elif merged.sigmas is None and merged.steps is None:
+            merged = replace(merged, steps=defaults.steps or (len(defaults.sigmas) if defaults.sigmas else None))
+        unset = {n: getattr(defaults, n) for n in ("stochastic", "tone_map") if getattr(merged, n) is None}
+        return replace(merged, **unset)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Pass:
-        """Read what `dataclasses.asdict` made of one, after JSON.
+        """Reads the result of `dataclasses.asdict` after a round trip through JSON.
 
         Raises:
-            RequestError: a value out of its range.
-            TypeError: a field that does not exist.
+            RequestError: a value is out of its range.
+            TypeError: a field does not exist.
         """
         data = dict(data)
         if isinstance(data.get("guidance"), Mapping):
@@ -199,20 +198,20 @@ _NAMES_IN_MESSAGES = {"cfg_scale": "guidance", "stg_scale": "stg", "rescale": "r
 
 
 def parse_sigmas(value: Any) -> tuple[float, ...]:
-    """A list of numbers, as a tuple.
+    """Returns a list of numbers as a tuple.
 
     Raises:
-        RequestError: it is none.
+        RequestError: it is not a list of numbers.
     """
-    if not isinstance(value, tuple | list) or not all(_is_number(level) for level in value):
-        raise RequestError(f"levels are {value!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
+    if not isinstance(value, tuple | list) or not all(_is_number(sigma) for sigma in value):
+        raise RequestError(f"sigmas are {value!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
     return tuple(value)
 
 
 def _check_scalar_or_list(name: str, scalar_or_list: Any, minimum: float, maximum: float) -> ScalarOrList | None:
     if isinstance(scalar_or_list, list | tuple):
         if not scalar_or_list:
-            raise RequestError(f"{name} is an empty list; give a number, or one for each level.")
+            raise RequestError(f"{name} is an empty list; give a number, or one for each sigma.")
         for value in scalar_or_list:
             _check_number(name, value, minimum, maximum)
         return tuple(scalar_or_list)
@@ -221,14 +220,14 @@ def _check_scalar_or_list(name: str, scalar_or_list: Any, minimum: float, maximu
 
 
 def _check_number(name: str, value: Any, minimum: float, maximum: float, *, is_whole: bool = False) -> None:
-    """Refuse what is no number, or lies outside [least, most]; None is none of it."""
+    """Refuses what is not a number in [minimum, maximum]; None passes."""
     if value is None:
         return
     if not _is_number(value) or (is_whole and not isinstance(value, int)):
         raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if is_whole else 'number'}.")
     if not minimum <= value <= maximum:
-        off = {"guidance": "; 1 is off", "stg": "; 0 is off"}.get(name, "")
-        raise RequestError(f"{name} is {value}; it must lie between {minimum:g} and {maximum:g}{off}.")
+        hint = {"guidance": "; 1 is off", "stg": "; 0 is off"}.get(name, "")
+        raise RequestError(f"{name} is {value}; it must lie between {minimum:g} and {maximum:g}{hint}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -239,13 +238,13 @@ def _parse_blocks(value: Any) -> BlockIndices | None:
     if value is None:
         return None
     if isinstance(value, list | tuple):
-        if all(isinstance(part, list | tuple) for part in value) and value:
-            if all(_is_block(block) for part in value for block in part):
-                return tuple(tuple(part) for part in value)
+        if all(isinstance(blocks, list | tuple) for blocks in value) and value:
+            if all(_is_block(block) for blocks in value for block in blocks):
+                return tuple(tuple(blocks) for blocks in value)
         elif all(_is_block(block) for block in value):
             return tuple(value)
     raise RequestError(
-        f"the skipped blocks are {value!r}; they must be a list of whole numbers, or one list per level."
+        f"the skipped blocks are {value!r}; they must be a list of whole numbers, or one list per sigma."
     )
 
 
@@ -258,10 +257,10 @@ def _is_nested(blocks: Sequence[Any]) -> bool:
 
 
 def _parse_decreasing_sigmas(value: Any) -> tuple[float, ...]:
-    levels = parse_sigmas(value)
-    if not levels or not all(0 <= level <= 1 for level in levels) or sorted(levels, reverse=True) != list(levels):
-        raise RequestError(f"the levels that guidance changes at are {value!r}; they must fall, between 1 and 0.")
-    return levels
+    sigmas = parse_sigmas(value)
+    if not sigmas or not all(0 <= sigma <= 1 for sigma in sigmas) or sorted(sigmas, reverse=True) != list(sigmas):
+        raise RequestError(f"the sigmas of guidance are {value!r}; they must decrease and lie between 0 and 1.")
+    return sigmas
 
 
 def _value_at(value: ScalarOrList | None, index: int, default: float) -> float:

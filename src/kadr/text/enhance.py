@@ -79,7 +79,7 @@ class Enhancer:
         url: of the endpoint, such as http://localhost:11434/v1; with or without /chat/completions.
         model: the name by which the endpoint knows it; None sends none, which endpoints with one model take.
         key: sent as a bearer token, over https or to this machine alone. It is in no message and no repr.
-        required: `kadr.enhanced` raises where the endpoint fails, instead of going on with the user's own words.
+        required: `kadr.enhance_prompt` raises where the endpoint fails, instead of going on with the user's own words.
         timeout: seconds for each answer, from the look-up of the name to the last byte; a second try without pictures
             has what is left of them.
 
@@ -130,7 +130,7 @@ class Enhancer:
         made: list[str] = []
         blind = False
         for index, scene in enumerate(scenes):
-            around = {"before": tuple(made), "after": scenes[index + 1 :]}
+            around = {"previous_scenes": tuple(made), "next_scenes": scenes[index + 1 :]}
             try:
                 answer, blind = self._enhance_scene(scene, images, omit_images=blind, **around)
                 made.append(self._fit_to_encoder(extract_paragraph(answer, self._redact_key), scene))
