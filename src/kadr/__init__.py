@@ -60,7 +60,7 @@ _HOMES = {
     "StepCache": "kadr.sampling.step_cache",
     "Video": "kadr.pipeline.video",
     "Windows": "kadr.request.windows",
-    "enhanced": "kadr.request.prompt_enhancement",
+    "enhance_prompt": "kadr.request.prompt_enhancement",
 }
 
 

@@ -1,4 +1,4 @@
-"""What a request is shown: pictures and clips that the video must show, and videos that it follows."""
+"""Media inputs of a request: conditions that the video must show, and controls that it follows."""
 
 from __future__ import annotations
 
@@ -11,30 +11,23 @@ from kadr.shapes import MAX_FRAMES
 from kadr.validation import check_bool, check_range, is_number
 
 Input = TypeVar("Input", bound="Condition | Control")
-CLIP_SUFFIXES = (
-    ".mp4",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".m4v",
-)  # endings that are taken for clips; others are pictures
+CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # any other suffix is an image's
 CANNY, DEPTH, POSE, READY = "canny", "depth", "pose", "ready"
 CONTROL_KINDS = (CANNY, DEPTH, POSE, READY)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A picture or clip that the video must show.
+    """An image or clip that the video must show.
 
     Args:
-        media: path of a picture, or of a clip.
-        frame: pixel frame at which it begins; 0 is the first. Below 0 it is counted from the end: at -1 a picture is
+        media: path of an image or a clip.
+        frame: pixel frame at which it begins; 0 is the first. A negative frame counts from the end: at -1 an image is
             the last frame, and a clip ends with it. A clip that does not begin at 0 begins at a multiple of 8.
-        strength: in (0, 1]. 1 keeps it as it is; less lets it be repainted from noise level 1 - strength on.
-        is_clip: whether `media` is a clip; None: as its ending says.
-        frame_range: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
-        box: (x, y, width, height) of the video, in pixels, that it covers, at frame 0; None: all.
+        strength: in (0, 1]. 1 keeps it unchanged; less lets it be denoised again from sigma 1 - strength on.
+        is_clip: whether `media` is a clip; None decides by its suffix.
+        frame_range: (first, end) frames of the clip to use, as a Python slice; None leaves an end open.
+        box: (x, y, width, height) of the video, in pixels, that it covers, at frame 0 only; None covers all of it.
     """
 
     media: str = field(kw_only=False)
@@ -48,15 +41,14 @@ class Condition:
         object.__setattr__(self, "media", str(self.media))
         check_range("strength", self.strength, 0.0, 1.0)
         if self.strength == 0:
-            raise RequestError("strength is 0: the picture would do nothing. Give more than 0, or leave it out.")
+            raise RequestError("strength is 0: the condition would have no effect. Give more than 0, or leave it out.")
         check_range("frame", self.frame, -MAX_FRAMES, MAX_FRAMES, is_whole=True)
         check_bool("is_clip", self.is_clip)
         if self.is_clip is None:
             object.__setattr__(self, "is_clip", Path(self.media).suffix.lower() in CLIP_SUFFIXES)
         if self.frame_range is not None:
-            object.__setattr__(
-                self, "frame_range", _check_frame_range(self.frame_range, self.media, is_clip=bool(self.is_clip))
-            )
+            frame_range = _check_frame_range(self.frame_range, self.media, is_clip=bool(self.is_clip))
+            object.__setattr__(self, "frame_range", frame_range)
         if self.box is not None:
             object.__setattr__(self, "box", self._checked_box())
 
@@ -68,23 +60,21 @@ class Condition:
         if min(x, y) < 0 or min(width, height) < 1:
             raise RequestError(f"box is {box}; x and y must not be below 0, width and height not below 1.")
         if self.frame != 0:
-            raise RequestError(
-                f"box is given at frame {self.frame}; only at frame 0 can a part of the picture be given."
-            )
+            raise RequestError(f"box is given at frame {self.frame}; only a condition at frame 0 can have a box.")
         return x, y, width, height
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """A video that the new one follows, frame by frame, through an in-context LoRA.
+    """A clip that the video follows, frame by frame, through an in-context LoRA (IC-LoRA).
 
-    How closely is the LoRA's strength: the references that these were trained with are always clean.
+    The LoRA's strength decides how closely. A control itself has no strength: in training the references are clean.
 
     Args:
-        media: path of a clip, or of a picture for a video of one frame.
-        kind: what the LoRA is shown of it: "canny" (edges), "depth" (near is bright), "pose" (skeletons), each made
-            from `media`; or "ready", `media` as it is.
-        frame_range: (first, end) frames of the clip that are taken, as a slice of Python's; None where it is open.
+        media: path of a clip, or of an image for a video of one frame.
+        kind: the map of `media` that the LoRA is given: "canny" (edges), "depth" (near is bright), "pose"
+            (skeletons); or "ready", `media` itself.
+        frame_range: (first, end) frames of the clip to use, as a Python slice; None leaves an end open.
     """
 
     media: str = field(kw_only=False)
@@ -96,13 +86,12 @@ class Control:
         if self.kind not in CONTROL_KINDS:
             raise RequestError(f"the kind of control is {self.kind!r}; it must be one of {', '.join(CONTROL_KINDS)}.")
         if self.frame_range is not None:
-            object.__setattr__(
-                self, "frame_range", _check_frame_range(self.frame_range, self.media, is_clip=self.is_clip)
-            )
+            frame_range = _check_frame_range(self.frame_range, self.media, is_clip=self.is_clip)
+            object.__setattr__(self, "frame_range", frame_range)
 
     @property
     def is_clip(self) -> bool:
-        """Whether `media` is a clip, by its ending."""
+        """True if `media` is a clip, by its suffix."""
         return Path(self.media).suffix.lower() in CLIP_SUFFIXES
 
     def __str__(self) -> str:
@@ -116,10 +105,10 @@ def _check_frame_range(frame_range: Any, media: str, *, is_clip: bool) -> tuple[
         or not all(_is_range_end(end) for end in frame_range)
     ):
         raise RequestError(
-            f"part is {frame_range!r}; it must be (first, end) frames of the clip; None leaves one open."
+            f"frame_range is {frame_range!r}; it must be (first, end) frames of the clip; None leaves one open."
         )
     if not is_clip:
-        raise RequestError(f"part is given, but {media} is a picture. Only a clip has parts.")
+        raise RequestError(f"frame_range is given, but {media} is an image. Only a clip has a frame range.")
     return frame_range[0], frame_range[1]
 
 
@@ -128,11 +117,15 @@ def _is_range_end(value: Any) -> bool:
 
 
 def as_tuple_of(kind: type[Input], values: Any, name: str) -> tuple[Input, ...]:
-    """Conditions, or controls, if they are.
+    """Returns the values as a tuple, if all of them are conditions or all are controls.
+
+    Args:
+        kind: `Condition` or `Control`.
+        name: of the field, for the message.
 
     Raises:
-        RequestError: with what they are. name: as a message calls them.
+        RequestError: they are not a list of `kind`.
     """
-    if not isinstance(values, tuple | list) or not all(isinstance(one, kind) for one in values):
+    if not isinstance(values, tuple | list) or not all(isinstance(value, kind) for value in values):
         raise RequestError(f"{name} are {values!r}; they must be a list of {kind.__name__}(media=...).")
     return tuple(values)

@@ -1,7 +1,7 @@
-"""The pipeline configs of the official package: a YAML file, read as it is, becomes a recipe and the parts it names.
+"""Pipeline configs of the official package: an unchanged YAML file becomes a recipe and the components it names.
 
-What a file leaves out means what it means there, the defaults of LTXVideoPipeline.__call__, and not what kadr would do.
-In a file of two passes, what stands at the top holds for both, as in LTXMultiScalePipeline.
+A key that the file leaves out has the default of the official LTXVideoPipeline.__call__, not kadr's. In a file with two
+passes, keys at the top hold for both, as in LTXMultiScalePipeline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kadr.models import registry
 from kadr.models.registry import Recipe
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
 
-MAX_CONFIG_BYTES = 1 << 20  # the official ones are two kilobytes; above this it is another file
+MAX_CONFIG_BYTES = 1 << 20  # the official ones have two kilobytes; a larger file is something else
 PIPELINE_TYPES = ("base", "multi-scale")
 PRECISIONS = ("bfloat16", "mixed_precision", "float8_e4m3fn")
 OFFICIAL_SAMPLERS: Mapping[str, str | None] = {
@@ -34,7 +34,7 @@ OFFICIAL_STG_MODES: Mapping[str, str] = {
     "stg_r": "residual",
     "stg_t": "transformer_block",
 }
-# Official key -> field. These may stand at the top or in a pass.
+# Official key -> field. These may be set at the top or in a pass.
 GUIDANCE_KEYS: Mapping[str, str] = {
     "guidance_scale": "cfg_scale",
     "stg_scale": "stg_scale",
@@ -51,7 +51,7 @@ PASS_KEYS: Mapping[str, str] = {
     "stochastic_sampling": "stochastic",
     "tone_map_compression_ratio": "tone_map",
 }
-LIST_KEYS = ("guidance_scale", "stg_scale", "rescaling_scale")  # a list of these is for guidance_timesteps
+LIST_KEYS = ("guidance_scale", "stg_scale", "rescaling_scale")  # a list has an entry for each guidance_timesteps
 OFFICIAL_DEFAULTS: Mapping[str, Any] = {
     "num_inference_steps": 20,
     "guidance_scale": 4.5,
@@ -78,15 +78,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialConfig:
-    """What a pipeline config says.
+    """Contents of a pipeline config.
 
-    Prompt enhancement is checked and left aside: kadr never changes a prompt by itself. So is the precision: weights
-    are computed with as `dtype` of `Engine.open` says, whatever they are stored as.
+    Keys of prompt enhancement are checked and ignored: kadr never changes a prompt by itself. The precision is ignored
+    too: `dtype` of `Engine.open` decides what is computed in, whatever the weights are stored as.
 
     Args:
-        path: of the file.
-        recipe: as kadr's own ones.
-        checkpoint, upscaler, text_encoder: as the file names them; None where it does not.
+        path: path of the file.
+        recipe: its settings, as a recipe like those of the registry.
+        checkpoint, upscaler, text_encoder: names or paths in the file; None where it has none.
         precision: "bfloat16", "mixed_precision" or "float8_e4m3fn".
     """
 
@@ -99,20 +99,19 @@ class OfficialConfig:
 
     @classmethod
     def read(cls, path: str | Path) -> OfficialConfig:
-        """Read a config.
+        """Reads a config.
 
         Raises:
-            RequestError: it cannot be read, has an unknown key, or a value that kadr cannot take; the message says
-                which, in which file.
+            RequestError: the file cannot be read, or has an unknown key or a bad value; the message names it.
         """
         path = Path(path).expanduser()
-        place = _ErrorContext(path)
+        context = _ErrorContext(path)
         data = _drop_nulls(_load_yaml(path))
-        _refuse_unknown(place, data, TOP_LEVEL_KEYS)
-        _check_top_level(place, data)
+        _refuse_unknown(context, data, TOP_LEVEL_KEYS)
+        _check_top_level(context, data)
         return cls(
             path=path,
-            recipe=_parse_recipe(place, data),
+            recipe=_parse_recipe(context, data),
             checkpoint=data.get("checkpoint_path"),
             upscaler=data.get("spatial_upscaler_model_path"),
             text_encoder=data.get("text_encoder_model_name_or_path"),
@@ -122,62 +121,66 @@ class OfficialConfig:
     def engine_arguments(
         self, overrides: Mapping[str, Any] | None = None, *, include_upscaler: bool = True
     ) -> dict[str, Any]:
-        """What `Engine.open` takes, by name. A name is looked for beside the file, then here, then in the registry.
+        """Returns keyword arguments for `Engine.open`.
+
+        A name is looked up beside the file, then in the current folder, then in the registry.
 
         Args:
-            overrides: parts that go before those of the file.
-            include_upscaler: name the upscaler too.
+            overrides: arguments that replace those of the file.
+            include_upscaler: whether to return the upscaler too.
 
         Raises:
-            RequestError: the file names what is neither a file nor a released model.
+            RequestError: a name is neither a file nor a release.
         """
-        parts = dict(overrides or {})
-        if "model" not in parts:
-            parts["model"] = self._locate("checkpoint_path", self.checkpoint, "model", "--model")
-        if include_upscaler and self.recipe.multi_scale and self.upscaler and "upscaler" not in parts:
+        arguments = dict(overrides or {})
+        if "model" not in arguments:
+            arguments["model"] = self._locate("checkpoint_path", self.checkpoint, "model", "--model")
+        if include_upscaler and self.recipe.multi_scale and self.upscaler and "upscaler" not in arguments:
             kind = "spatial upscaler"
-            parts["upscaler"] = [self._locate("spatial_upscaler_model_path", self.upscaler, kind, "--upscaler")]
-        if "text_encoder" not in parts and self.text_encoder not in (None, registry.TEXT_ENCODER_REPO):
+            arguments["upscaler"] = [self._locate("spatial_upscaler_model_path", self.upscaler, kind, "--upscaler")]
+        if "text_encoder" not in arguments and self.text_encoder not in (None, registry.TEXT_ENCODER_REPO):
             key = "text_encoder_model_name_or_path"
-            parts["text_encoder"] = self._locate(key, self.text_encoder, "text encoder", "--text-encoder")
-        return {**parts, "recipe": self.recipe}
+            arguments["text_encoder"] = self._locate(key, self.text_encoder, "text encoder", "--text-encoder")
+        return {**arguments, "recipe": self.recipe}
 
     def _locate(self, key: str, name: str | None, kind: str, flag: str) -> str:
-        place = _ErrorContext(self.path)
+        context = _ErrorContext(self.path)
         if not name:
-            raise place.error(key, f"is missing, so there is no {kind}. Add it, or give one with {flag}.")
+            raise context.error(key, f"is missing, so there is no {kind}. Add it, or give one with {flag}.")
         for folder in (self.path.parent, Path()):
             if (path := folder / Path(name).expanduser()).exists():
                 return str(path.absolute())
         stem = Path(name).name.removesuffix(".safetensors")
-        named = next((r for r in registry.RELEASES if r.kind == kind and stem in (r.file_stem, r.name)), None)
-        if named is None:
-            raise place.error(
+        release = next((r for r in registry.RELEASES if r.kind == kind and stem in (r.file_stem, r.name)), None)
+        if release is None:
+            raise context.error(
                 key,
-                f"is {name!r}, which is no file beside the config or in this folder, and no released {kind}. Give one "
-                f"with {flag}; `kadr models` lists those known.",
+                f"is {name!r}, which is neither a file beside the config or in this folder, nor a released {kind}. "
+                f"Give one with {flag}; `kadr models` lists the releases.",
             )
-        return named.name
+        return release.name
 
 
 @dataclass(frozen=True)
 class _ErrorContext:
-    """Where something stands, for errors."""
+    """Place of a key in a file, for error messages."""
 
     path: Path
     section: str = ""
 
     def error(self, key: object, problem: object) -> RequestError:
+        """Returns an error that names the file, the section and the key."""
         return RequestError(f"{self.path}: {self.section}{key} {problem}")
 
     def build(self, key: str, build: Callable[..., T], **values: Any) -> T:
-        """Build something of one key's value; an error says the key."""
+        """Calls `build` with values of one key; an error names the key."""
         try:
             return build(**values)
         except RequestError as error:
-            raise self.error(key, f"cannot be taken: {error}") from error
+            raise self.error(key, f"is not valid: {error}") from error
 
     def in_section(self, name: str) -> _ErrorContext:
+        """Returns the context of a pass of the file."""
         return _ErrorContext(self.path, f"{name}: ")
 
 
@@ -193,12 +196,12 @@ def _load_yaml(path: Path) -> Mapping[Any, Any]:
     except yaml.YAMLError as error:
         raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}. {advice}") from error
     if not isinstance(data, dict):
-        raise RequestError(f"{path} holds no keys with values. {advice}")
+        raise RequestError(f"{path} is not a mapping of keys to values. {advice}")
     return data
 
 
 def _drop_nulls(data: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A key without a value counts as left out."""
+    """Returns the data without keys whose value is null: they count as left out."""
     return {
         key: _drop_nulls(value) if isinstance(value, dict) else value
         for key, value in data.items()
@@ -211,10 +214,10 @@ def _refuse_unknown(context: _ErrorContext, data: Mapping[Any, Any], known: Sequ
         if key in known:
             continue
         if key in TOP_LEVEL_KEYS:
-            raise context.error(key, "stands in a pass; it belongs at the top of the file.")
-        near = get_close_matches(str(key), known, n=1) or get_close_matches(str(key), TOP_LEVEL_KEYS, n=1)
-        advice = f"Did you mean {near[0]}?" if near else "Remove it."
-        raise context.error(key, f"is no key of a pipeline config. {advice}")
+            raise context.error(key, "is set in a pass; it belongs at the top of the file.")
+        nearest = get_close_matches(str(key), known, n=1) or get_close_matches(str(key), TOP_LEVEL_KEYS, n=1)
+        advice = f"Did you mean {nearest[0]}?" if nearest else "Remove it."
+        raise context.error(key, f"is not a key of a pipeline config. {advice}")
 
 
 def _check_top_level(context: _ErrorContext, data: Mapping[str, Any]) -> None:
@@ -238,54 +241,55 @@ def _check_top_level(context: _ErrorContext, data: Mapping[str, Any]) -> None:
 
 def _parse_recipe(context: _ErrorContext, data: Mapping[str, Any]) -> Recipe:
     sampler = OFFICIAL_SAMPLERS[data.get("sampler", "from_checkpoint")]
-    both = {key: value for key, value in data.items() if key in (*PASS_KEYS, *GUIDANCE_KEYS)}
-    _check_settings(context, both)
-    mode = _parse_stg_mode(context, data)
-    decode = data.get("decode_timestep", 0.0)
-    common: dict[str, Any] = {"decode_timestep": decode, "decode_noise": data.get("decode_noise_scale", decode)}
+    shared = {key: value for key, value in data.items() if key in (*PASS_KEYS, *GUIDANCE_KEYS)}  # by both passes
+    _check_settings(context, shared)
+    stg_mode = _parse_stg_mode(context, data)
+    timestep = data.get("decode_timestep", 0.0)
+    decoding: dict[str, Any] = {"decode_timestep": timestep, "decode_noise": data.get("decode_noise_scale", timestep)}
     if data.get("pipeline_type", PIPELINE_TYPES[0]) == "base":
         for name in PASS_SECTIONS:
             if name in data:
                 raise context.error(
                     name, "is given, but the pipeline_type is base, which has one pass. Use multi-scale."
                 )
-        return Recipe(first_pass=_with_explicit_sigmas(context, _parse_pass(context, both, mode), sampler), **common)
+        first = _parse_pass(context, shared, stg_mode)
+        return Recipe(first_pass=_with_explicit_sigmas(context, first, sampler), **decoding)
     for key in ("downscale_factor", *PASS_SECTIONS):
         if key not in data:
             raise context.error(key, "is missing; a pipeline_type of multi-scale needs it.")
     first, second = (
-        _parse_pass(context.in_section(name), {**both, **_parse_section(context, data, name)}, mode)
+        _parse_pass(context.in_section(name), {**shared, **_parse_section(context, data, name)}, stg_mode)
         for name in PASS_SECTIONS
     )
-    alone = _single_pass(first, second)
+    single = _single_pass(first, second)
     return Recipe(
         first_pass=_with_explicit_sigmas(context.in_section(PASS_SECTIONS[0]), first, sampler),
         second_pass=_with_explicit_sigmas(context.in_section(PASS_SECTIONS[1]), second, sampler),
-        single_pass=alone and _with_explicit_sigmas(context, alone, sampler),
+        single_pass=single and _with_explicit_sigmas(context, single, sampler),
         multi_scale=True,
         downscale_factor=data["downscale_factor"],
-        **common,
+        **decoding,
     )
 
 
 def _parse_section(context: _ErrorContext, data: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = data[name]
     if not isinstance(section, dict):
-        raise context.error(name, f"is {section!r}; it must hold keys with values.")
+        raise context.error(name, f"is {section!r}; it must be a mapping of keys to values.")
     _refuse_unknown(context.in_section(name), section, (*PASS_KEYS, *GUIDANCE_KEYS))
     _check_settings(context.in_section(name), section)
     return section
 
 
 def _check_settings(context: _ErrorContext, values: Mapping[str, Any]) -> None:
-    """Build something of each value alone, so that an error names its key."""
+    """Checks each value by itself, so that an error names its key."""
     for key, value in values.items():
         if key == "stochastic_sampling" and not isinstance(value, bool):
             raise context.error(key, f"is {value!r}; it must be true or false.")
         kind, field = (Pass, PASS_KEYS[key]) if key in PASS_KEYS else (Guidance, GUIDANCE_KEYS[key])
-        made = context.build(key, kind, **{field: value})
-        if isinstance(made, Pass) and made.sigmas is not None and not _is_decreasing(made.sigmas):
-            raise context.error(key, f"is {value}; the levels must fall, between 1 and 0, without 0 itself.")
+        settings = context.build(key, kind, **{field: value})
+        if isinstance(settings, Pass) and settings.sigmas is not None and not _is_decreasing(settings.sigmas):
+            raise context.error(key, f"is {value}; the sigmas must decrease, from at most 1, and stay above 0.")
 
 
 def _is_decreasing(sigmas: Sequence[float]) -> bool:
@@ -293,48 +297,51 @@ def _is_decreasing(sigmas: Sequence[float]) -> bool:
 
 
 def _parse_stg_mode(context: _ErrorContext, data: Mapping[str, Any]) -> str | None:
-    """How STG disturbs a block; None where it is as everywhere."""
-    said = data.get("stg_mode", ATTENTION_VALUES).lower()
-    mode = OFFICIAL_STG_MODES.get(said, said)
-    context.build("stg_mode", Guidance, stg_mode=mode)
-    return None if mode == ATTENTION_VALUES else mode
+    """Returns the STG mode; None where it is the default."""
+    official_mode = data.get("stg_mode", ATTENTION_VALUES).lower()
+    stg_mode = OFFICIAL_STG_MODES.get(official_mode, official_mode)
+    context.build("stg_mode", Guidance, stg_mode=stg_mode)
+    return None if stg_mode == ATTENTION_VALUES else stg_mode
 
 
-def _parse_pass(context: _ErrorContext, values: Mapping[str, Any], mode: str | None) -> Pass:
+def _parse_pass(context: _ErrorContext, values: Mapping[str, Any], stg_mode: str | None) -> Pass:
     values = {**OFFICIAL_DEFAULTS, **values}
     if "timesteps" in values:
-        del values["num_inference_steps"]  # the list has its own number
+        del values["num_inference_steps"]  # the list sets the number of steps
     for key in LIST_KEYS:
         if isinstance(values[key], list) and "guidance_timesteps" not in values:
-            raise context.error(key, "is a list, and there are no guidance_timesteps that it is for. Add them.")
+            raise context.error(key, "is a list, but there are no guidance_timesteps for its entries. Add them.")
     guidance = Guidance(
-        **{GUIDANCE_KEYS[key]: value for key, value in values.items() if key in GUIDANCE_KEYS}, stg_mode=mode
+        **{GUIDANCE_KEYS[key]: value for key, value in values.items() if key in GUIDANCE_KEYS}, stg_mode=stg_mode
     )
     context.build("guidance_timesteps", guidance.check_lists)
     settings = {PASS_KEYS[key]: value for key, value in values.items() if key in PASS_KEYS}
-    settings["stochastic"] = settings.get("stochastic") or None  # what is off is left open
+    settings["stochastic"] = settings.get("stochastic") or None  # off is left open
     return context.build("timesteps", Pass, **settings, guidance=guidance)
 
 
 def _single_pass(first_pass: Pass, second_pass: Pass) -> Pass | None:
-    """The first pass made to end where the second would: it may stop early, and alone it must not.
+    """Returns the first pass extended to where the second ends, for a run in a single pass; None if it is long enough.
 
-    The official package has no such thing. Levels that the second goes on with below the first's are added, and
-    levels that were left out at the end are put back.
+    The official package has no such pass. The second pass's sigmas below the first's last are appended, and steps that
+    the first pass skips at its end are restored.
     """
     if first_pass.sigmas is not None and second_pass.sigmas is not None:
         last = first_pass.sigmas[-1]
-        more = tuple(level for level in second_pass.sigmas if level < last)
-        return replace(first_pass, sigmas=(*first_pass.sigmas, *more)) if more else None
+        appended = tuple(sigma for sigma in second_pass.sigmas if sigma < last)
+        return replace(first_pass, sigmas=(*first_pass.sigmas, *appended)) if appended else None
     return replace(first_pass, skip_final=0) if first_pass.skip_final else None
 
 
 def _with_explicit_sigmas(context: _ErrorContext, settings: Pass, sampler: str | None) -> Pass:
-    """The pass with the levels of a sampler that is not the checkpoint's: it shifts nothing, so they fit any size."""
+    """Returns the pass with the sigmas of a sampler other than the checkpoint's.
+
+    Such a sampler does not shift by size, so its sigmas fit any.
+    """
     if sampler is None or settings.steps is None:
         return settings
     from kadr.sampling.schedules import Schedule  # loads torch
 
     steps, skips = settings.steps, {name: getattr(settings, name) for name in ("skip_initial", "skip_final")}
-    levels = context.build("sampler", Schedule(sampler=sampler).get_sigmas, steps=steps, tokens=0, **skips)
-    return replace(settings, steps=None, skip_initial=0, skip_final=0, sigmas=tuple(levels.tolist()))
+    sigmas = context.build("sampler", Schedule(sampler=sampler).get_sigmas, steps=steps, tokens=0, **skips)
+    return replace(settings, steps=None, skip_initial=0, skip_final=0, sigmas=tuple(sigmas.tolist()))

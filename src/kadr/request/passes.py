@@ -1,4 +1,4 @@
-"""Which passes a request comes to: their sizes, levels and strengths, known before anything is loaded."""
+"""Resolved passes of a request, known before anything is loaded, and the checks on them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from kadr.spec.model import Upscaling
 
 @dataclass(frozen=True)
 class ResolvedPass:
-    """One pass, with nothing left open.
+    """A pass with nothing left open: its size, sigmas and guidance of every step.
 
     Args:
         number: 1 or 2.
-        settings: as the request and the recipe have it.
+        settings: of the request and the recipe.
         size: in pixels, multiples of 32.
         frames: 8k+1.
-        fps: that the positions are made with.
+        fps: frame rate of the positions.
         sigmas: fp32 (S), on the CPU.
-        step_guidance: the strengths of each.
-        window_index, window_count: which window of how many this is, from 0. Of a pass in windows as a whole: 0, of how many, and
-            the levels of its first one.
-        first_frame: of the whole video, that is the window's frame 0.
+        step_guidance: guidance of each step.
+        window_index, window_count: index of the window, from 0, and number of windows. For a pass in windows as a
+            whole: 0, the number of windows, and the sigmas of the first one.
+        first_frame: pixel frame of the whole video that is the window's frame 0.
         steps_before, total_steps: steps of the windows before this one, and of all of them.
     """
 
@@ -52,35 +52,37 @@ class ResolvedPass:
 
     @property
     def grid(self) -> LatentGrid:
+        """Latent grid of the pass."""
         return LatentGrid.for_video(self.size, self.frames)
 
     @property
     def uses_cfg(self) -> bool:
-        """Whether any step needs the negative prompt."""
+        """True if any step needs the negative prompt."""
         return any(step.cfg_scale > 1 for step in self.step_guidance)
 
     def clip_frame_indices(self, video_fps: float | None, clip_frames: int) -> list[int]:
-        """Which frames of a clip this makes, or follows: every second one, where it makes only those.
+        """Returns the frames of a clip that belong to the pass's frames; every second one, if it samples only those.
 
         Args:
-            video_fps: of the video.
-            clip_frames: frames of the clip; its last one is repeated where it ends before.
+            video_fps: frame rate of the video.
+            clip_frames: number of frames of the clip; its last one is repeated past its end.
         """
         step = 1 if self.fps == video_fps else 2
-        return [min(self.first_frame + step * place, clip_frames - 1) for place in range(self.frames)]
+        return [min(self.first_frame + step * frame, clip_frames - 1) for frame in range(self.frames)]
 
 
 def resolve_passes(
     request: Request, schedules: Sequence[Schedule], *, upscaling: Upscaling
 ) -> tuple[ResolvedPass, ...]:
-    """The passes of a request in which nothing is open that has a default.
+    """Returns the passes of a resolved request.
 
     Args:
         schedules: of the first pass and of the second.
-        upscaling: what the upscalers at hand do.
+        upscaling: what the available upscalers double.
 
     Raises:
-        RequestError: levels that the model does not allow, too few steps, or a size too small for two passes.
+        RequestError: the model does not allow the sigmas, there are too few steps, or the size is too small for two
+            passes.
     """
     assert isinstance(request.size, Size)
     assert request.frames is not None
@@ -92,17 +94,19 @@ def resolve_passes(
         return (_resolve_pass(1, first, size, frames, request.fps, schedules[0], _max_first_sigma(request)),)
     assert request.second_pass is not None
     assert request.downscale_factor is not None
-    small, made = _two_pass_sizes(request.size, request.downscale_factor) if upscaling.spatial else (size, size)
-    few, many = _two_pass_frames(frames) if upscaling.temporal else (frames, frames)
-    rate = request.fps / 2 if upscaling.temporal else request.fps
+    first_size, second_size = (
+        _two_pass_sizes(request.size, request.downscale_factor) if upscaling.spatial else (size, size)
+    )
+    first_frames, second_frames = _two_pass_frames(frames) if upscaling.temporal else (frames, frames)
+    first_fps = request.fps / 2 if upscaling.temporal else request.fps
     return (
-        _resolve_pass(1, first, small, few, rate, schedules[0], _max_first_sigma(request)),
-        _resolve_pass(2, request.second_pass, made, many, request.fps, schedules[1], None),
+        _resolve_pass(1, first, first_size, first_frames, first_fps, schedules[0], _max_first_sigma(request)),
+        _resolve_pass(2, request.second_pass, second_size, second_frames, request.fps, schedules[1], None),
     )
 
 
 def resolve_window_passes(request: Request, schedule: Schedule) -> tuple[ResolvedPass, ...]:
-    """The windows of a request in which nothing is open, each as a pass of its own; none where there are none.
+    """Returns the windows of a resolved request, each as a pass; none if the request has no windows.
 
     Raises:
         RequestError: as `resolve_passes`.
@@ -113,57 +117,58 @@ def resolve_window_passes(request: Request, schedule: Schedule) -> tuple[Resolve
     assert request.frames is not None
     assert request.fps is not None
     size, spans = request.size.snap(), request.windows.spans(request.frames)
-    made: dict[int, ResolvedPass] = {}  # by frames: all but the last are alike
+    by_frames: dict[int, ResolvedPass] = {}  # all windows but the last have the same length
     for span in spans:
-        if span.frames not in made:
-            made[span.frames] = _resolve_pass(
+        if span.frames not in by_frames:
+            by_frames[span.frames] = _resolve_pass(
                 1, request.first_pass(), size, span.frames, request.fps, schedule, _max_first_sigma(request)
             )
-    plans = [made[span.frames] for span in spans]  # of a schedule that depends on tokens, the last may have more steps
-    counts = [len(plan.sigmas) for plan in plans]
+    # If the schedule depends on the number of tokens, the last window may have more steps.
+    passes = [by_frames[span.frames] for span in spans]
+    counts = [len(window_pass.sigmas) for window_pass in passes]
     return tuple(
         replace(
-            plan,
-            window_index=number,
+            window_pass,
+            window_index=index,
             window_count=len(spans),
             first_frame=span.first_frame,
-            steps_before=sum(counts[:number]),
+            steps_before=sum(counts[:index]),
             total_steps=sum(counts),
         )
-        for number, (plan, span) in enumerate(zip(plans, spans, strict=True))
+        for index, (window_pass, span) in enumerate(zip(passes, spans, strict=True))
     )
 
 
 def noise_stream_name(resolved_pass: ResolvedPass, name: str) -> str:
-    """The stream of noise of a pass or window: the second pass, and each later window, has streams of its own."""
+    """Returns the name of a pass's or window's noise stream: the second pass and later windows have their own."""
     return f"second {name}" if resolved_pass.number > 1 else window_stream_name(name, resolved_pass.window_index)
 
 
 def window_stream_name(name: str, window_index: int) -> str:
-    """The stream of a window, from 0."""
+    """Returns the name of a window's noise stream; `window_index` counts from 0."""
     return f"window {window_index + 1} {name}" if window_index else name
 
 
 def _max_first_sigma(request: Request) -> float | None:
-    """The highest level that a sampling from a video may begin at."""
+    """Returns the highest sigma that sampling from an input video may begin at."""
     return None if request.input_video is None else request.denoise_strength
 
 
 def _resolve_pass(
     number: int, settings: Pass, size: Size, frames: int, fps: float, schedule: Schedule, max_sigma: float | None
 ) -> ResolvedPass:
-    levels = _pass_sigmas(settings, schedule, LatentGrid.for_video(size, frames).num_tokens)
+    sigmas = _pass_sigmas(settings, schedule, LatentGrid.for_video(size, frames).num_tokens)
     if max_sigma is not None:
-        kept = levels[levels <= max_sigma + 1e-6]
-        if not len(kept):
-            least = math.ceil(float(levels[-1]) * 1e4) / 1e4  # not rounded below the level, or giving it would not help
+        allowed_sigmas = sigmas[sigmas <= max_sigma + 1e-6]
+        if not len(allowed_sigmas):
+            lowest = math.ceil(float(sigmas[-1]) * 1e4) / 1e4  # rounded up: below the sigma, it would not help
             raise RequestError(
-                f"video_strength is {max_sigma:g}, below every noise level of this model; the least is {least:g}. "
+                f"denoise_strength is {max_sigma:g}, below every sigma of the schedule; the lowest is {lowest:g}. "
                 "Give at least that, or more steps."
             )
-        levels = kept
-    strengths = tuple(settings.guidance.at_sigma(float(level)) for level in levels)
-    return ResolvedPass(number, settings, size, frames, fps, levels, strengths)
+        sigmas = allowed_sigmas
+    step_guidance = tuple(settings.guidance.at_sigma(float(sigma)) for sigma in sigmas)
+    return ResolvedPass(number, settings, size, frames, fps, sigmas, step_guidance)
 
 
 def _pass_sigmas(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
@@ -174,69 +179,70 @@ def _pass_sigmas(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
     return schedule.get_sigmas(settings.steps, tokens=tokens, **skipped)
 
 
-def _two_pass_sizes(requested_size: Size, downscale: float) -> tuple[Size, Size]:
-    """The sizes of two passes. The second has twice the sides of the first, which need not be those asked for."""
+def _two_pass_sizes(requested_size: Size, downscale_factor: float) -> tuple[Size, Size]:
+    """Returns the sizes of two passes. The second has twice the sides of the first, not always the requested ones."""
     size = requested_size.snap()
     width, height = (
-        int(side * downscale) // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION for side in (size.width, size.height)
+        int(side * downscale_factor) // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION for side in (size.width, size.height)
     )
     if min(width, height) < SPATIAL_COMPRESSION:
         raise RequestError(
-            f"{requested_size} is too small for two passes: the first would be made at {width}x{height}. "
-            f"Ask for a larger size, or for a single pass."
+            f"{requested_size} is too small for two passes: the first would be sampled at {width}x{height}. "
+            "Ask for a larger size, or for a single pass."
         )
     return Size(width, height), Size(2 * width, 2 * height)
 
 
 def _two_pass_frames(frames: int) -> tuple[int, int]:
-    """The frames of two passes, the second with twice the groups of eight."""
+    """Returns the frames of two passes; the second has twice as many groups of eight."""
     groups = -(-((frames - 1) // TEMPORAL_COMPRESSION) // 2)
     return groups * TEMPORAL_COMPRESSION + 1, 2 * groups * TEMPORAL_COMPRESSION + 1
 
 
 def check_skip_blocks(resolved_pass: ResolvedPass, num_layers: int) -> None:
-    """Refuse a skipped block that the transformer does not have, where it would be skipped.
+    """Refuses a skipped block that the transformer does not have, if a step would skip it.
 
     Raises:
-        RequestError: with the block and the last there is.
+        RequestError: a block is past the last one.
     """
-    asked = {block for step in resolved_pass.step_guidance if step.stg_scale > 0 for block in step.skip_blocks}
-    if strange := sorted(block for block in asked if block >= num_layers):
+    skipped = {block for step in resolved_pass.step_guidance if step.stg_scale > 0 for block in step.skip_blocks}
+    if unknown := sorted(block for block in skipped if block >= num_layers):
         raise RequestError(
-            f"skip_blocks has {', '.join(map(str, strange))}; this model has {num_layers} blocks, 0 to {num_layers - 1}."
+            f"skip_blocks has {', '.join(map(str, unknown))}; this model has {num_layers} blocks, 0 to "
+            f"{num_layers - 1}."
         )
 
 
 def check_first_sigma(resolved_pass: ResolvedPass, *, has_init_latents: bool) -> None:
-    """Refuse a first level that does not fit what the first pass begins from.
+    """Refuses a first sigma that does not fit what the first pass starts from.
 
     Args:
-        has_init_latents: there is a video or latents to start from.
+        has_init_latents: whether there is an input video or initial latents.
 
     Raises:
-        RequestError: levels are left out and there is nothing to start from, or nothing of it would stay.
+        RequestError: initial steps are skipped without anything to start from, or nothing of it would remain.
     """
     if not has_init_latents and resolved_pass.settings.skip_initial:
         raise RequestError(
-            f"skip_initial is {resolved_pass.settings.skip_initial}, but there is nothing to start from. Leave it out, or give "
-            "a video."
+            f"skip_initial is {resolved_pass.settings.skip_initial}, but there is nothing to start from. Leave it out, "
+            "or give an input video."
         )
     if has_init_latents and float(resolved_pass.sigmas[0]) >= 1:
         raise RequestError(
-            "there is a video or latents to start from, but the first level is 1: nothing of them would stay. "
-            "Give a video strength below 1, or leave out levels at the front."
+            "there is an input video or initial latents, but the first sigma is 1: nothing of them would remain. "
+            "Give a denoise strength below 1, or skip initial steps."
         )
 
 
 def warn_distilled_guidance(
     resolved_pass: ResolvedPass, name: str, schedule: Schedule, release: Release | None
 ) -> None:
-    """Say where guidance is asked of a model that was made to run without."""
-    distilled = schedule.allowed_sigmas is not None or (release is not None and release.is_distilled)
-    if distilled and resolved_pass.uses_cfg:
+    """Warns where guidance is requested of a distilled model."""
+    is_distilled = schedule.allowed_sigmas is not None or (release is not None and release.is_distilled)
+    if is_distilled and resolved_pass.uses_cfg:
         warnings.warn(
-            f"guidance is above 1, and {name} is distilled: it was made to run without, and guidance makes its colours "
-            "glaring. Leave it out.",
+            f"guidance is above 1, but {name} is distilled: it was made to run without guidance, which oversaturates "
+            "its colours. Leave it out.",
             KadrWarning,
             stacklevel=2,
         )
@@ -245,7 +251,7 @@ def warn_distilled_guidance(
 def unused_second_pass_options(
     *, has_upscaler: bool, has_second_model: bool, has_second_lora_strength: bool = False
 ) -> tuple[str, ...]:
-    """What was named for a second pass, in words. strength: of a LoRA."""
+    """Returns the names, in words, of the options that only a second pass uses."""
     return (
         *(["the upscaler"] * has_upscaler),
         *(["the model"] * has_second_model),
@@ -254,10 +260,14 @@ def unused_second_pass_options(
 
 
 def warn_unused_second_pass(request: Request, unused: Sequence[str]) -> None:
-    """Say what was named for a second pass that is not made. unused: see `unused_second_pass_options`."""
+    """Warns of options for a second pass where there is a single one.
+
+    Args:
+        unused: see `unused_second_pass_options`.
+    """
     if unused and not request.multi_scale:
         warnings.warn(
-            f"a single pass is made, and {' and '.join(unused)} given for a second is not used. Ask for two passes "
+            f"a single pass is run, and {' and '.join(unused)} given for a second is not used. Ask for two passes "
             "with --multi-scale, or leave it out.",
             KadrWarning,
             stacklevel=2,
@@ -265,11 +275,11 @@ def warn_unused_second_pass(request: Request, unused: Sequence[str]) -> None:
 
 
 def warn_step_cache(resolved_pass: ResolvedPass, step_cache: StepCache | None) -> None:
-    """Say where a step cache is asked of a pass that gains little by it."""
+    """Warns where a pass is too short to gain from a step cache."""
     if step_cache is not None and len(resolved_pass.sigmas) < MIN_STEPS:
         warnings.warn(
-            f"steps are cached, and pass {resolved_pass.number} has {len(resolved_pass.sigmas)}: with fewer than {MIN_STEPS} that costs "
-            "quality and saves little time. Leave it out, or give more steps.",
+            f"a step cache is given, and pass {resolved_pass.number} has {len(resolved_pass.sigmas)} steps: with fewer "
+            f"than {MIN_STEPS} it costs quality and saves little time. Leave it out, or give more steps.",
             KadrWarning,
             stacklevel=2,
         )

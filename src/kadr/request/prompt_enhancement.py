@@ -1,4 +1,4 @@
-"""A request whose prompt a chat model writes out; it keeps the user's own words beside it."""
+"""Prompt enhancement of a request: a chat model expands the prompt, and the user's own words are kept beside it."""
 
 from __future__ import annotations
 
@@ -18,70 +18,71 @@ from kadr.request.windows import PROMPT_SEPARATOR
 from kadr.text.chat_messages import ChatImage
 from kadr.text.enhance import Enhancer
 
-MAX_IMAGE_SIDE = 512  # pixels that an endpoint is shown; vision models see little more, and each costs time
+MAX_IMAGE_SIDE = 512  # pixels sent to an endpoint; vision models use little more, and each costs time
 JPEG_QUALITY = 85
 
 
 def enhance_prompt(request: Request, enhancer: Enhancer) -> Request:
-    """The request with its prompt written out by an endpoint, and the user's own words as its `original_prompt`.
+    """Returns the request with its prompt expanded by an endpoint, and the user's own words as its `original_prompt`.
 
-    The prompt of each window of a long video is written out by itself. The endpoint is shown the request's pictures,
-    and the first frames of its clips. What comes is part of the request: to make the video again takes no endpoint.
+    The prompt of each window of a long video is expanded by itself. The endpoint gets the request's images, and the
+    first frame of each of its clips. The result is part of the request: a rerun needs no endpoint.
 
     Returns:
-        The same request, with a warning, where the endpoint fails and is not `required`.
+        The same request, with a warning, if the endpoint fails and is not `required`.
 
     Raises:
         EnhanceError: the endpoint fails, and is `required`.
-        MediaError, RequestError: a picture or clip cannot be read, or has no such part.
+        MediaError: an image or clip cannot be read.
+        RequestError: the frame range of a clip is empty.
     """
     scenes = list(request.prompts)
-    pictures = condition_images(request)
+    images = condition_images(request)
     try:
-        made = enhancer.enhance_scenes(scenes, pictures)
+        enhanced_scenes = enhancer.enhance_scenes(scenes, images)
     except EnhanceError as error:
         if enhancer.required:
             raise
         warnings.warn(f"{error} The prompt is used as it was written.", KadrWarning, stacklevel=2)
         return request
-    prompt = f" {PROMPT_SEPARATOR} ".join(made)
+    prompt = f" {PROMPT_SEPARATOR} ".join(enhanced_scenes)
     return replace(request, prompt=prompt, original_prompt=request.original_prompt or request.prompt)
 
 
 def condition_images(request: Request) -> tuple[ChatImage, ...]:
-    """The pictures that the video is held to, as an endpoint is shown them: small, with the place of each in words."""
-    pictures = [
+    """Returns the images of the request's conditions as an endpoint gets them: small, with a description of each."""
+    images = [
         ChatImage(_encode_jpeg(_first_image(condition)), _describe_position(condition))
         for condition in request.conditions
     ]
     if request.input_video is not None:
         first = Image.fromarray(read_video(request.input_video, max_frames=1).frames[0])
-        pictures.insert(0, ChatImage(_encode_jpeg(first), "the first frame of the video that this one is made from"))
-    return tuple(pictures)
+        images.insert(0, ChatImage(_encode_jpeg(first), "the first frame of the video that this one is made from"))
+    return tuple(images)
 
 
 def _first_image(condition: Condition) -> Image.Image:
-    """Of a clip the first of the frames that are taken."""
+    """Returns a condition's image, or the first frame of the range of its clip."""
     if condition.is_clip:
         return Image.fromarray(next(iter(open_condition_clip(condition))))
     return load_image(condition.media)
 
 
 def _describe_position(condition: Condition) -> str:
-    """Where it stands, in words; how many frames the video has may be for the model's recipe to say."""
+    """Returns where a condition is in the video, in words; the number of frames may not be known yet."""
     at, box = condition.frame, condition.box
     if condition.is_clip:
-        ways = {0: "begins with", -1: "ends with"}
-        among = ways.get(at, f"shows from frame {at} on" if at > 0 else "shows near its end")
-        place = f"the first frame of a clip that the video {among}"
+        verbs = {0: "begins with", -1: "ends with"}
+        verb = verbs.get(at, f"shows from frame {at} on" if at > 0 else "shows near its end")
+        position = f"the first frame of a clip that the video {verb}"
     elif at in (0, -1):
-        place = f"the {'last' if at else 'first'} frame of the video"
+        position = f"the {'last' if at else 'first'} frame of the video"
     else:
-        place = f"frame {at} of the video" if at > 0 else f"frame {-1 - at} before the last of the video"
+        position = f"frame {at} of the video" if at > 0 else f"frame {-1 - at} before the last of the video"
     if box is None:
-        return place
+        return position
     x, y, width, height = box
-    return f"{place}, but only its part of {width}x{height} pixels, {x} from the left and {y} from the top"
+    return f"{position}, but only its part of {width}x{height} pixels, {x} from the left and {y} from the top"
 
 
 def _encode_jpeg(image: Image.Image) -> bytes:

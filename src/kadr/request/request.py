@@ -1,4 +1,4 @@
-"""What to make: a request, checked at birth, and its form as JSON."""
+"""Request for one video: validated when it is created, and convertible to JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ from kadr.spec.lora import LoraStrength, parse_lora_strengths
 from kadr.validation import check_bool, check_range
 
 MAX_FPS = 240
-
-
 DEFAULT_DENOISE_STRENGTH = 0.75
 
-
-# Field, lowest and highest value, and whether it must be whole.
+# (field, lowest value, highest value, must be whole)
 _REQUEST_LIMITS: tuple[tuple[str, float, float, bool], ...] = (
     ("fps", 0.1, MAX_FPS, False),
     ("steps", 1, MAX_STEPS, True),
@@ -38,39 +35,42 @@ _REQUEST_LIMITS: tuple[tuple[str, float, float, bool], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One video. What is None is taken from the model's own recipe.
+    """Request for one video. A field that is None is taken from the model's recipe.
 
     Args:
-        prompt: what to show. With windows, one for each of them with | between; the last one holds for the rest.
-        size: width and height in pixels, a `ModelShape` or a pair. Made at the next multiples of 32 up, then cropped.
-        frames: made at the next 8k+1 up, then trimmed.
-        fps: frames per second. The model hears of it: it decides how fast things move.
+        prompt: what to show. With windows, one prompt for each, separated by |; the last one holds for the rest.
+        size: width and height in pixels, a `Size` or a pair. Sampled at the next multiples of 32 up, then cropped.
+        frames: sampled at the next 8k+1 up, then trimmed.
+        fps: frames per second. The model's positions depend on it: it decides how fast things move.
         seed: any whole number. The same seed gives the same noise on every device.
-        steps: of denoising.
-        sigmas: the noise levels themselves, falling from at most 1, instead of `steps`.
-        skip_initial, skip_final: levels left out at the front and at the back of the schedule.
-        guidance: how far to go beyond the prompt, 1 is off; or a `Guidance`, of which this is the scale.
-        guidance_batch: evaluate with and without the prompt in one batch instead of one after the other.
+        steps: denoising steps.
+        sigmas: the schedule itself, decreasing from at most 1, instead of `steps`.
+        skip_initial, skip_final: steps left out at the front and at the back of the schedule.
+        guidance: CFG scale, 1 is off; or a `Guidance`.
+        guidance_batch: evaluate the conditional and unconditional predictions in one batch instead of in turn.
         negative_prompt: what to guide away from.
-        stochastic: add fresh noise at every step, as some distilled models want.
-        cache: skip layers on some steps, a `StepCache` or its kind; faster, and another picture. None is off.
-        tone_map: how strongly the latents' extremes are pressed together before decoding, 0 to 1.
-        multi_scale: make it smaller first, upscale the latents, and go over them once more.
-        second_pass: the second pass of `multi_scale`; the settings above are those of the first, or only, one. `tone_map` is
-            for what is decoded, and so for the second if it has none of its own.
-        downscale_factor: of both sides, in the first of two passes.
-        conditions: pictures and clips to show.
-        controls: videos to follow, through in-context LoRAs.
-        lora_strengths: of the engine's LoRAs, in their order: one number each, or (first pass, second pass); None: as
-            the engine was opened with.
-        windows: make a video longer than these window by window; None makes it at once.
-        input_video: path of a video to make this one from, instead of from noise alone.
-        denoise_strength: how much of it is made anew: the noise level the sampling begins at, or the nearest below.
-        image_noise: times level squared, the noise on kept pictures at each step.
-        image_crf: H.264 quality a picture is passed through before it is encoded, as the training clips were; 0 is off.
-        decode_timestep: the noise level the decoder is told.
-        decode_noise: the share of noise mixed into the latents before they are decoded.
-        original_prompt: the user's own words, where `prompt` was enhanced; no model sees them.
+        stochastic: add fresh noise at every step, as some distilled models require.
+        cache: skip transformer blocks on some steps, a `StepCache` or its kind; faster, but changes the video. None
+            is off.
+        tone_map: how strongly the latents' extremes are compressed before decoding, 0 to 1.
+        multi_scale: sample at a smaller size first, upscale the latents, and refine them in a second pass.
+        second_pass: settings of the second pass; those above are the settings of the first, or only, pass. `tone_map`
+            belongs to what is decoded, so it is the second pass's where that has none.
+        downscale_factor: factor of both sides, in the first of two passes.
+        conditions: images and clips that the video must show.
+        controls: clips to follow, through in-context LoRAs.
+        lora_strengths: strengths of the engine's LoRAs, in their order: one number each, or (first pass, second pass);
+            None keeps those that the engine was opened with.
+        windows: sample a long video window by window; None samples it at once.
+        input_video: path of a video to start from, instead of pure noise.
+        denoise_strength: how much of `input_video` is made anew: the sigma that sampling begins at, or the nearest
+            below.
+        image_noise: noise added to clean condition images at each step, times the square of sigma.
+        image_crf: H.264 quality (CRF) that an image is compressed with before it is encoded, as the training clips
+            were; 0 is off.
+        decode_timestep: timestep that the decoder is conditioned on.
+        decode_noise: share of noise mixed into the latents before they are decoded.
+        original_prompt: the user's own words, where `prompt` was enhanced; no model reads them.
     """
 
     prompt: str
@@ -126,55 +126,53 @@ class Request:
             object.__setattr__(self, "sigmas", parse_sigmas(self.sigmas))
         if self.guidance is not None and not isinstance(self.guidance, Guidance):
             object.__setattr__(self, "guidance", Guidance(cfg_scale=self.guidance))
-        for name, low, high, whole in _REQUEST_LIMITS:
+        for name, low, high, is_whole in _REQUEST_LIMITS:
             if (value := getattr(self, name)) is not None:
-                check_range(name, value, low, high, is_whole=whole)
+                check_range(name, value, low, high, is_whole=is_whole)
         for name in ("skip_initial", "skip_final"):
             check_range(name, getattr(self, name), 0, MAX_STEPS, is_whole=True)
         for name in ("guidance_batch", "stochastic", "multi_scale"):
             check_bool(name, getattr(self, name))
         if not isinstance(self.second_pass, Pass | None):
-            raise RequestError(f"second is {self.second_pass!r}; it must be a Pass.")
+            raise RequestError(f"second_pass is {self.second_pass!r}; it must be a Pass.")
         if self.sigmas is not None and (self.steps is not None or self.skip_initial or self.skip_final):
-            raise RequestError("levels are given, and steps or skipped levels too; give the one or the other.")
+            raise RequestError("both sigmas and steps or skipped steps are given; give one or the other.")
         self._check_input_video()
 
     def _check_windows(self) -> None:
         if self.windows is None:
             if self.frames is not None and self.frames > MAX_WINDOW_FRAMES:
                 raise RequestError(
-                    f"frames is {self.frames}; at once a video has at most {MAX_WINDOW_FRAMES}. Make it in windows, with "
-                    "--window."
+                    f"frames is {self.frames}; a video sampled at once has at most "
+                    f"{MAX_WINDOW_FRAMES}. Use windows: --window."
                 )
             return
         split_prompts(self.prompt)  # refuses empty ones
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """One for each window, as far as they differ; a single one where there are no windows."""
+        """Prompts of the windows, as far as they differ; a single one where there are no windows."""
         return (self.prompt,) if self.windows is None else split_prompts(self.prompt)
 
     def _check_input_video(self) -> None:
         if self.input_video is None:
             if self.denoise_strength is not None:
-                raise RequestError(f"video_strength is {self.denoise_strength}, and no video to start from is given.")
+                raise RequestError(f"denoise_strength is {self.denoise_strength}, but no input video is given.")
             return
         object.__setattr__(self, "input_video", str(self.input_video))
         if self.denoise_strength is not None:
             check_range("denoise_strength", self.denoise_strength, 0.0, 1.0)
             if self.denoise_strength in (0, 1):
-                nothing = "nothing would change" if self.denoise_strength == 0 else "nothing of the video would stay"
-                raise RequestError(
-                    f"video_strength is {self.denoise_strength}: {nothing}. Give a value between 0 and 1."
-                )
+                effect = "nothing would change" if self.denoise_strength == 0 else "nothing of the video would remain"
+                raise RequestError(f"denoise_strength is {self.denoise_strength}: {effect}. Give one between 0 and 1.")
 
     @property
     def step_cache(self) -> StepCache | None:
-        """`cache`, in the form that it has since birth."""
+        """Settings of the step cache; `cache` is a `StepCache` once the request is created."""
         return StepCache.parse(self.cache)
 
     def first_pass(self) -> Pass:
-        """The settings of the first pass, or of the only one."""
+        """Returns the settings of the first pass, or of the only one."""
         return Pass(
             steps=self.steps,
             sigmas=self.sigmas,
@@ -186,27 +184,27 @@ class Request:
         )
 
     def with_passes(self, first_pass: Pass, second_pass: Pass | None) -> Request:
-        """The request with these settings for its passes."""
+        """Returns the request with these settings for its passes."""
         return replace(
             self, **{f.name: getattr(first_pass, f.name) for f in fields(first_pass)}, second_pass=second_pass
         )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Request:
-        """The request with what was left out taken from `defaults`, by field."""
+        """Returns the request, with the fields it leaves out taken from `defaults`, field name -> value."""
         return replace(self, **{k: v for k, v in defaults.items() if v is not None and getattr(self, k) is None})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data. `from_json` reads it back to an equal request."""
+        """Returns plain data that `from_json` reads back to an equal request."""
         data = asdict(self)
         data["size"] = None if self.size is None else str(self.size)
         return json.loads(json.dumps(data))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
-        """Read what `to_json` wrote.
+        """Reads the result of `to_json`.
 
         Raises:
-            RequestError: an unknown field, one that is missing, or a value out of its range.
+            RequestError: a field is unknown or missing, or a value is out of its range.
         """
         if not isinstance(data, Mapping):
             raise RequestError(f"the request is {data!r}; it must be an object of fields, as `to_json` writes it.")
@@ -228,10 +226,10 @@ class Request:
             raise RequestError(f"the request cannot be read: {error}. Write it as `to_json` does.") from error
 
     def media_paths(self) -> tuple[Path, ...]:
-        """The files the request needs."""
-        own = () if self.input_video is None else (self.input_video,)
-        shown, followed = [one.media for one in self.conditions], [one.media for one in self.controls]
-        return tuple(Path(path) for path in (*own, *shown, *followed))
+        """Returns the paths of the images and clips that the request reads."""
+        input_videos = () if self.input_video is None else (self.input_video,)
+        media = [medium.media for medium in (*self.conditions, *self.controls)]
+        return tuple(Path(path) for path in (*input_videos, *media))
 
 
 def _parse_size(value: Any) -> Size:
@@ -241,14 +239,14 @@ def _parse_size(value: Any) -> Size:
 
 
 def refuse_overwriting(request: Request, output: Path) -> None:
-    """Refuse a file that the request is made from as the place of what is made.
+    """Refuses an output file that is an input of the request.
 
     Raises:
-        RequestError: with the file.
+        RequestError: it is one.
     """
-    for medium in request.media_paths():
-        if medium.exists() and output.exists() and medium.samefile(output):
+    for path in request.media_paths():
+        if path.exists() and output.exists() and path.samefile(output):
             raise RequestError(
-                f"{output} is to be written, and the video is made from it: it would be lost, and the video could not "
-                "be made again. Name another --output."
+                f"{output} is an input of the video: it would be overwritten, and the video could not be made again. "
+                "Name another --output."
             )

@@ -1,4 +1,4 @@
-"""From what a request says, and what the recipe says, to a request that leaves nothing open."""
+"""Resolving a request: every field that it leaves out is filled from the recipe of its model."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
 from kadr.request.windows import check_prompt_count
 from kadr.sampling.settings import Pass
 
-PASS_DEFAULTS = Pass(stochastic=False, tone_map=0.0)  # what holds where neither request nor recipe says anything
+PASS_DEFAULTS = Pass(stochastic=False, tone_map=0.0)  # where neither request nor recipe has a value
 
 
 def resolve(request: Request, recipe: Recipe) -> Request:
-    """The request with everything it left out taken from a recipe.
+    """Returns the request with nothing left open: what it leaves out is taken from the recipe.
 
-    A video to start from gives its own length and rate. Windows are left out where one of them is the whole video.
+    Length and frame rate are taken from an input video instead, where there is one. Windows are dropped where a single
+    one covers the whole video.
 
     Raises:
-        RequestError: two passes are asked for, and neither says how to run the second.
-        MediaError: the video to start from cannot be read.
+        RequestError: two passes are requested, and neither the request nor the recipe defines the second.
+        MediaError: the input video cannot be read.
     """
     if request.input_video is not None:
         request = _with_input_video_defaults(request)
     if request.windows is not None:
         request = _with_window_defaults(request, recipe)
-    wanted = recipe.multi_scale if request.second_pass is None else True
-    multi_scale = wanted if request.multi_scale is None else request.multi_scale
+    default_multi_scale = recipe.multi_scale if request.second_pass is None else True
+    multi_scale = default_multi_scale if request.multi_scale is None else request.multi_scale
     if request.second_pass is not None and not multi_scale:
-        raise RequestError("settings of a second pass are given, and a single pass is asked for.")
+        raise RequestError("settings of a second pass are given, but a single pass is requested. Drop one of the two.")
     first, second = _pass_settings(request, recipe, multi_scale)
-    filled = request.with_defaults(
+    resolved = request.with_defaults(
         {
             "size": recipe.size,
             "frames": recipe.frames,
@@ -48,11 +49,11 @@ def resolve(request: Request, recipe: Recipe) -> Request:
             "decode_noise": recipe.decode_noise,
         }
     ).with_passes(first, second)
-    return _with_denoise_strength(filled)
+    return _with_denoise_strength(resolved)
 
 
 def with_second_model(recipe: Recipe, second_model: Release | None) -> Recipe:
-    """The recipe where another model makes the second pass, in the way of its own recipe if it has one."""
+    """Returns the recipe with the second pass of another model's recipe, if that has one."""
     if second_model is None or second_model.recipe.second_pass is None:
         return recipe
     return replace(recipe, second_pass=second_model.recipe.second_pass, multi_scale=True)
@@ -65,38 +66,42 @@ def _pass_settings(request: Request, recipe: Recipe, multi_scale: bool) -> tuple
         ), None
     if request.second_pass is None and recipe.second_pass is None:
         raise RequestError(
-            "two passes are asked for, and this model's recipe has one only. Say how to run the second: --second-steps "
-            "or --second-sigmas."
+            "two passes are requested, but this model's recipe has only one. Define the second with --second-steps or "
+            "--second-sigmas."
         )
-    asked = (request.second_pass or Pass()).with_defaults(Pass(tone_map=request.tone_map))
-    second = asked.with_defaults(recipe.second_pass or Pass()).with_defaults(PASS_DEFAULTS)
+    requested = (request.second_pass or Pass()).with_defaults(Pass(tone_map=request.tone_map))
+    second = requested.with_defaults(recipe.second_pass or Pass()).with_defaults(PASS_DEFAULTS)
     if second.steps is None and second.sigmas is None:
-        raise RequestError("the second pass has neither steps nor levels. Give --second-steps or --second-sigmas.")
+        raise RequestError("the second pass has neither steps nor sigmas. Give --second-steps or --second-sigmas.")
     if (second.sigmas is None and not second.skip_initial) or (second.sigmas and second.sigmas[0] >= 1):
         raise RequestError(
-            "the second pass begins at level 1: nothing of the first would stay. Give it levels that begin below 1, or "
-            "skip some at the front."
+            "the second pass begins at sigma 1: nothing of the first would remain. Give it sigmas that begin below 1, "
+            "or skip initial steps."
         )
     return request.first_pass().with_defaults(recipe.first_pass).with_defaults(PASS_DEFAULTS), second
 
 
 def _with_input_video_defaults(request: Request) -> Request:
-    """The request at the length and rate of the video it starts from, where it does not say."""
+    """Returns the request with the length and frame rate of its input video, where it leaves them out."""
     assert request.input_video is not None
     frames, fps = probe_video(request.input_video)
     return request.with_defaults({"frames": frames, "fps": float(fps)})
 
 
 def _with_window_defaults(request: Request, recipe: Recipe) -> Request:
-    """The request with nothing left open about its windows and their number.
+    """Returns the request with its windows and their number resolved.
 
     Raises:
-        RequestError: two passes are asked for, or there are more prompts than windows.
+        RequestError: two passes are requested, or there are more prompts than windows.
     """
     assert request.windows is not None
-    first = (0,) if request.frames is None else (0, -request.frames)
-    picture = any(each.frame in first and not each.is_clip and each.box is None for each in request.conditions)
-    windows, prompts = request.windows.with_defaults(recipe.frames, has_anchor_image=picture), request.prompts
+    first_frames = (0,) if request.frames is None else (0, -request.frames)
+    has_anchor_image = any(
+        condition.frame in first_frames and not condition.is_clip and condition.box is None
+        for condition in request.conditions
+    )
+    windows = request.windows.with_defaults(recipe.frames, has_anchor_image=has_anchor_image)
+    prompts = request.prompts
     frames = request.frames or (windows.total_frames(len(prompts)) if len(prompts) > 1 else recipe.frames)
     count = len(windows.spans(frames))
     check_prompt_count(prompts, count)
@@ -104,29 +109,30 @@ def _with_window_defaults(request: Request, recipe: Recipe) -> Request:
         return replace(request, windows=None, frames=frames)
     if request.multi_scale or request.second_pass is not None:
         raise RequestError(
-            f"{count} windows are asked for, and two passes: windows are made in one. Give --single-pass and no "
-            "settings of a second pass, or no windows."
+            f"{count} windows and two passes are requested, but windows are sampled in one pass. Give --single-pass "
+            "and no settings of a second pass, or no windows."
         )
     return replace(request, windows=windows, frames=frames, multi_scale=False)
 
 
 def warn_single_pass(original: Request, request: Request, recipe: Recipe) -> None:
-    """Say where windows take the place of a recipe's two passes.
+    """Warns where windows replace a recipe's two passes.
 
     Args:
         original: the request before it was resolved.
+        request: the resolved request.
     """
     if request.windows is not None and recipe.multi_scale and original.multi_scale is None:
         warnings.warn(
-            "this model's recipe has two passes, and windows are made in one: the video is made at its full size at "
-            "once. --single-pass says so without this warning.",
+            "this model's recipe has two passes, but windows are sampled in one pass, at the full size. Pass "
+            "--single-pass to silence this warning.",
             KadrWarning,
             stacklevel=2,
         )
 
 
 def _with_denoise_strength(request: Request) -> Request:
-    """The request with a strength, if it starts from a video and says in no other way at which level."""
+    """Returns the request with a denoise strength, if it has an input video and no other choice of the first sigma."""
     if request.input_video is None or request.denoise_strength is not None:
         return request
     if request.skip_initial or (request.sigmas and request.sigmas[0] < 1):

@@ -1,7 +1,7 @@
-"""The request's controls: looked into, checked against the video, and fitted to each pass.
+"""Controls resolved for a video: their clips are opened, and checked against its length.
 
-A control becomes a reference video, encoded at the size of the pass and seen by the network beside the video's tokens,
-as an in-context LoRA was trained to.
+A control becomes reference tokens: its clip is encoded at the size of the pass, and its latents stand beside the
+video's tokens, as an in-context LoRA was trained with.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from kadr.request.request import Request
 from kadr.request.resolved_conditions import Frames, open_clip
 from kadr.shapes import snap_frames
 
+# kind -> (module that draws its maps, extra of the package that installs it)
 CONTROL_LIBRARIES = {CANNY: ("cv2", "control"), DEPTH: ("onnxruntime", "depth"), POSE: ("rtmlib", "pose")}
 
 
 @dataclass(frozen=True)
 class ResolvedControl:
-    """A control whose medium is known to be there and whole, and long enough.
+    """A control whose clip exists, can be read and is long enough.
 
     Args:
-        frames: one for each of the video's, as made; those of a clip are decoded when they are gone through.
+        frames: one for each sampled frame of the video; those of a clip are decoded when they are iterated over.
     """
 
     control: Control
     frames: Frames
 
     def read_frames(self) -> Iterator[np.ndarray]:
-        """Each frame, uint8 (H, W, 3) RGB."""
+        """Yields each frame, uint8 (H, W, 3) RGB."""
         for frame in self.frames:
             yield frame if isinstance(frame, np.ndarray) else np.asarray(load_image(frame))
 
 
 def resolve_controls(request: Request) -> list[ResolvedControl]:
-    """Look into all controls of a request whose frames are known.
+    """Opens all controls of a request whose frames are known.
 
     Raises:
         MediaError: a file cannot be read.
-        RequestError: one is shorter than the video, or made with a library that is not installed.
+        RequestError: a control is shorter than the video, or needs a library that is not installed.
     """
     for control in request.controls:
         if control.kind in CONTROL_LIBRARIES:
@@ -58,50 +59,54 @@ def _resolve_control(control: Control, request: Request) -> ResolvedControl:
     assert request.frames is not None
     if control.is_clip:
         return ResolvedControl(control, _open_control_clip(control, request.frames))
-    load_image(control.media)  # refuses here what is no picture
+    load_image(control.media)  # refuses a bad image here
     if request.frames > 1:
         raise RequestError(
-            f"{control.media} is a picture, and the video has {request.frames} frames. Give a clip of as many, or ask "
-            "for one frame."
+            f"{control.media} is an image, but the video has {request.frames} frames. Give a clip of at least as many, "
+            "or ask for one frame."
         )
     return ResolvedControl(control, [control.media])
 
 
 def _open_control_clip(control: Control, frames: int) -> ClipReader:
-    """As many frames as are made: the last is repeated where only those asked for are there."""
-    made = snap_frames(frames)
-    kept = open_clip(control.media, control.frame_range, max_frames=made + 1)
-    if len(kept) < frames:
-        whole = probe_video(control.media)[0]
-        which = f"{control.media} has {whole} frames" + (f", {len(kept)} of them taken" if control.frame_range else "")
-        way = f"Ask for {len(kept)} or fewer" if len(kept) else "Take another part"
-        raise RequestError(f"{which}, and the video has {frames}: a control must be as long. {way}.")
-    if len(kept) > frames:
+    """Opens a control's clip, one frame for each sampled frame of the video; its last frame is repeated if needed."""
+    sampled_frames = snap_frames(frames)
+    clip = open_clip(control.media, control.frame_range, max_frames=sampled_frames + 1)
+    if len(clip) < frames:
+        count = probe_video(control.media)[0]
+        in_range = f", {len(clip)} of them in the frame range" if control.frame_range else ""
+        remedy = f"Ask for {len(clip)} or fewer" if len(clip) else "Choose another range"
+        raise RequestError(
+            f"{control.media} has {count} frames{in_range}, but the video has {frames}: a control must be at least as "
+            f"long. {remedy}."
+        )
+    if len(clip) > frames:
+        of_range = " of its frame range" if control.frame_range else ""
         warnings.warn(
-            f"{control.media} goes on after the {frames} frames of the video; the first {frames} "
-            f"{'that are taken ' if control.frame_range else ''}are followed.",
+            f"{control.media} is longer than the {frames} frames of the video; only the first {frames}{of_range} are "
+            "followed.",
             KadrWarning,
             stacklevel=2,
         )
-    return kept.select(min(place, len(kept) - 1) for place in range(made))
+    return clip.select(min(frame, len(clip) - 1) for frame in range(sampled_frames))
 
 
 def warn_control_lora_mismatch(request: Request, *, has_loras: bool, has_in_context_lora: bool) -> None:
-    """Say where controls are given, and no LoRA that could read them; and where a LoRA waits for one.
+    """Warns where there are controls but no LoRA, or an in-context LoRA but no control.
 
     Args:
-        has_loras: there are some.
-        has_in_context_lora: one of them says that it was trained with a reference.
+        has_loras: whether any LoRA is given.
+        has_in_context_lora: whether the header of one says that it was trained with a reference.
     """
     if has_in_context_lora and not request.controls:
         warnings.warn(
-            "a LoRA is given that was trained to follow a reference, and no control. Give one with --control.",
+            "a LoRA that was trained to follow a reference is given, but no control. Give one with --control.",
             KadrWarning,
             stacklevel=2,
         )
     if request.controls and not has_loras:
         warnings.warn(
-            "a control is given, and no LoRA: the model itself never learned to follow one. Add the in-context LoRA "
+            "a control is given, but no LoRA: the model itself was not trained to follow one. Add the in-context LoRA "
             "that was trained for it with --lora.",
             KadrWarning,
             stacklevel=2,

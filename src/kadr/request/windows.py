@@ -1,7 +1,8 @@
-"""Windows: a long video is made in stretches that overlap, each of a length that the model is good at.
+"""Windows of a long video: stretches that overlap, each of a length that the model is good at.
 
-A window knows the others by three things: the end of what there is, which it is shown as its own beginning; the
-picture that the video began with, which it is shown as the frame before; and the colours of the first window.
+Three things tie a window to the others: it starts with the last frames of the window before (the overlap), it is shown
+the image at frame 0 as the frame before its first one (the anchor image), and its latents' statistics are moved towards
+those of the first window (AdaIN).
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from kadr.errors import RequestError
 from kadr.shapes import MAX_WINDOW_FRAMES, TEMPORAL_COMPRESSION, snap_frames
 
 DEFAULT_OVERLAP, DEFAULT_OVERLAP_STRENGTH, DEFAULT_ADAIN, DEFAULT_ANCHOR_STRENGTH = 24, 1.0, 0.25, 1.0
-MIN_WINDOW_FRAMES = TEMPORAL_COMPRESSION + 1  # frames: two latents, of which one may overlap
-PROMPT_SEPARATOR = "|"  # the prompts of two windows
-WINDOWS_SUFFIX = ".windows"  # the ending of where finished windows are kept
+MIN_WINDOW_FRAMES = TEMPORAL_COMPRESSION + 1  # two latent frames, of which one may overlap
+PROMPT_SEPARATOR = "|"  # between the prompts of two windows
+WINDOWS_SUFFIX = ".windows"  # suffix of the folder of finished windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """How a long video is made window by window. What is None is filled in when the model is known.
+    """Settings for sampling a long video window by window. A field that is None is resolved when the model is known.
 
     Args:
-        frames: of a window, made at the next 8k+1 up; None: as many as the model's recipe has.
-        overlap: pixel frames that a window has in common with the one before, a multiple of 8; None: 24, but at most
+        frames: frames of a window, sampled at the next 8k+1 up; None takes the length of the model's recipe.
+        overlap: pixel frames that a window has in common with the one before, a multiple of 8; None is 24, but at most
             two thirds of a window.
-        overlap_strength: in (0, 1]. How firmly a window is held to the end of the one before, as that of a `Condition`.
-        adain: in [0, 1]. How far the colours and contrasts of each window are moved to those of the first.
-        anchor_strength: in [0, 1]. How firmly every window is shown the picture at frame 0, as the frame before its own first
-            one; 0 does not show it, None is 1 where there is such a picture.
+        overlap_strength: in (0, 1]; strength of the overlap as a condition, see `Condition`.
+        adain: in [0, 1]; how far the statistics of each window's latents are moved towards those of the first window.
+        anchor_strength: in [0, 1]; strength with which every window is shown the image at frame 0, as the frame before
+            its first one. 0 is off; None is 1 where there is such an image.
     """
 
     frames: int | None = None
@@ -43,10 +44,11 @@ class Windows:
     def __post_init__(self) -> None:
         if self.frames is not None:
             if not isinstance(self.frames, int) or isinstance(self.frames, bool):
-                raise RequestError(f"a window has {self.frames!r} frames; it must be a whole number of them.")
+                raise RequestError(f"a window has {self.frames!r} frames; it must be a whole number.")
             if not 1 < self.frames <= MAX_WINDOW_FRAMES:
                 raise RequestError(
-                    f"a window has {self.frames} frames; it must have between {MIN_WINDOW_FRAMES} and {MAX_WINDOW_FRAMES}."
+                    f"a window has {self.frames} frames; it must have between {MIN_WINDOW_FRAMES} and "
+                    f"{MAX_WINDOW_FRAMES}."
                 )
             object.__setattr__(self, "frames", snap_frames(self.frames))
         if self.overlap is not None:
@@ -54,9 +56,7 @@ class Windows:
         for name in ("overlap_strength", "adain", "anchor_strength"):
             _check_fraction(name, getattr(self, name))
         if self.overlap_strength == 0:
-            raise RequestError(
-                "the strength of the overlap is 0: windows would know nothing of each other. Give more than 0."
-            )
+            raise RequestError("overlap_strength is 0: windows would be independent of each other. Give more than 0.")
 
     def _check_overlap(self) -> None:
         overlap: Any = self.overlap
@@ -65,21 +65,22 @@ class Windows:
         if overlap < TEMPORAL_COMPRESSION or overlap % TEMPORAL_COMPRESSION:
             below = max(TEMPORAL_COMPRESSION, overlap // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
             raise RequestError(
-                f"the overlap of windows is {overlap} frames; it must be a multiple of {TEMPORAL_COMPRESSION}, such as {below}."
+                f"the overlap of windows is {overlap} frames; it must be a multiple of {TEMPORAL_COMPRESSION}, such as "
+                f"{below}."
             )
         if self.frames is not None and overlap >= self.frames:
             raise RequestError(
-                f"the overlap is {overlap} frames, and a window has {self.frames}: nothing new would come. Give at "
-                f"most {self.frames - 1}."
+                f"the overlap is {overlap} frames, and a window has {self.frames}: no window would add a frame. Give "
+                f"at most {self.frames - 1}."
             )
 
     @classmethod
     def parse(cls, value: Any) -> Windows | None:
-        """Windows from themselves, or what `dataclasses.asdict` made of them; None is none.
+        """Returns windows from a `Windows` or a dictionary of its fields; None stays None.
 
         Raises:
-            RequestError: it is none of these.
-            TypeError: a field that does not exist.
+            RequestError: `value` is none of these.
+            TypeError: a field does not exist.
         """
         if value is None or isinstance(value, cls):
             return value
@@ -88,51 +89,53 @@ class Windows:
         raise RequestError(f"windows is {value!r}; it must be a Windows.")
 
     def with_defaults(self, default_frames: int, *, has_anchor_image: bool) -> Windows:
-        """With nothing left open.
+        """Returns the windows with nothing left open.
 
         Args:
-            default_frames: of a window, if this does not say.
-            has_anchor_image: the video begins with a picture.
+            default_frames: frames of a window, if `frames` is None.
+            has_anchor_image: whether the video begins with an image.
 
         Raises:
-            RequestError: there is nothing to remember, or the overlap is too long.
+            RequestError: there is no anchor image, or the overlap is too long.
         """
         if self.anchor_strength and not has_anchor_image:
             raise RequestError(
-                f"remember is {self.anchor_strength:g}, and there is no picture at frame 0 to be remembered. Give one, or "
-                "leave it out."
+                f"anchor_strength is {self.anchor_strength:g}, but there is no image at frame 0. Give one, or leave it "
+                "out."
             )
         length = snap_frames(self.frames or max(default_frames, MIN_WINDOW_FRAMES))
-        usual = min(
+        default_overlap = min(
             DEFAULT_OVERLAP, max(TEMPORAL_COMPRESSION, length * 2 // 3 // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
         )
-        remember = DEFAULT_ANCHOR_STRENGTH * has_anchor_image if self.anchor_strength is None else self.anchor_strength
-        return replace(self, frames=length, overlap=self.overlap or usual, anchor_strength=remember)
+        anchor_strength = (
+            DEFAULT_ANCHOR_STRENGTH * has_anchor_image if self.anchor_strength is None else self.anchor_strength
+        )
+        return replace(self, frames=length, overlap=self.overlap or default_overlap, anchor_strength=anchor_strength)
 
     @property
     def latent_frames(self) -> tuple[int, int]:
-        """Latent frames of a window, and of the overlap, when nothing is left open."""
+        """Latent frames of a window and of the overlap, when nothing is left open."""
         assert self.frames is not None
         assert self.overlap is not None
         return (self.frames - 1) // TEMPORAL_COMPRESSION + 1, self.overlap // TEMPORAL_COMPRESSION
 
     def total_frames(self, window_count: int) -> int:
-        """The frames of a video of so many windows."""
+        """Returns the pixel frames of a video of `window_count` windows."""
         length, overlap = self.latent_frames
         return (length + (window_count - 1) * (length - overlap) - 1) * TEMPORAL_COMPRESSION + 1
 
     def spans(self, frames: int) -> tuple[Span, ...]:
-        """The windows of a video of `frames` frames; the last one may be shorter."""
+        """Returns the windows of a video of `frames` frames; the last one may be shorter."""
         (length, overlap), total = self.latent_frames, (snap_frames(frames) - 1) // TEMPORAL_COMPRESSION + 1
         starts = range(0, max(total - overlap, 1), length - overlap)
         return tuple(Span(start, min(start + length, total)) for start in starts)
 
 
 class Span(NamedTuple):
-    """Latent frames of the whole video that a window makes: from `start` to before `end`.
+    """Latent frames of the whole video that a window samples: from `start` to before `end`.
 
-    Its own first latent stands for a single frame, as that of every video. In the whole video that place has eight
-    frames, so from the second window on it is dropped.
+    The window's first latent frame stands for a single pixel frame, as in every video. In the whole video that latent
+    frame stands for eight, so from the second window on it is dropped.
     """
 
     start: int
@@ -140,50 +143,50 @@ class Span(NamedTuple):
 
     @property
     def frames(self) -> int:
-        """Pixel frames of the window alone."""
+        """Pixel frames of the window."""
         return (self.end - self.start - 1) * TEMPORAL_COMPRESSION + 1
 
     @property
     def first_frame(self) -> int:
-        """The pixel frame of the whole video that the window's frame 0 is."""
+        """Pixel frame of the whole video that is the window's frame 0."""
         return self.start * TEMPORAL_COMPRESSION
 
     @property
     def output_start(self) -> int:
-        """The first latent frame of the whole video that comes from this window."""
+        """First latent frame of the whole video that comes from this window."""
         return self.start + 1 if self.start else 0
 
 
 def window_folder_path(video_path: Path) -> Path:
-    """Where the finished windows of a video are kept while it is made."""
+    """Returns the folder where the finished windows of a video are kept while it is generated."""
     return video_path.with_suffix(WINDOWS_SUFFIX)
 
 
 def split_prompts(prompt: str) -> tuple[str, ...]:
-    """The prompts of windows.
+    """Splits a prompt into the prompts of windows.
 
     Raises:
         RequestError: one is empty.
     """
-    parts = tuple(part.strip() for part in prompt.split(PROMPT_SEPARATOR))
-    for number, part in enumerate(parts, 1):
-        if not part:
+    prompts = tuple(part.strip() for part in prompt.split(PROMPT_SEPARATOR))
+    for number, window_prompt in enumerate(prompts, 1):
+        if not window_prompt:
             raise RequestError(
-                f"prompt {number} of {len(parts)} is empty; write what each window shows, with {PROMPT_SEPARATOR} between: "
-                f'"a fox runs {PROMPT_SEPARATOR} the fox sleeps".'
+                f"prompt {number} of {len(prompts)} is empty; write what each window shows, separated by "
+                f'{PROMPT_SEPARATOR}: "a fox runs {PROMPT_SEPARATOR} the fox sleeps".'
             )
-    return parts
+    return prompts
 
 
 def check_prompt_count(prompts: Sequence[str], window_count: int) -> None:
-    """Refuse prompts that no window would show.
+    """Refuses more prompts than there are windows.
 
     Raises:
         RequestError: there are more of them than windows.
     """
     if len(prompts) > window_count:
         raise RequestError(
-            f"{len(prompts)} prompts are given, one for each window, and the video has {window_count} "
+            f"{len(prompts)} prompts are given, one for each window, but the video has {window_count} "
             f"{'window' if window_count == 1 else 'windows'}. Give more --frames or --seconds, or fewer prompts."
         )
 
