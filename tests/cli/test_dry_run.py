@@ -28,19 +28,19 @@ model            demo
 text encoder     beside the model
 prompt           a red circle
 negative prompt  blue
-size             100x70, made as 128x96
-frames           20, made as 25
+size             100x70, sampled at 128x96
+frames           20, sampled as 25
 fps              24
 seed             7
-decoding         at level 0.05, noise 0.025
+decoding         at timestep 0.05, noise 0.025
 
 pass 1: 128x96, 25 frames at 24 per second; 4x3x4 latents, 48 tokens; STG by attention_skip; CFG*
-step  level    guidance  stg  rescale  blocks
+step  sigma    guidance  stg  rescale  blocks
 1     1        1         0    1        -
 2     0.975    5         1    0.7      1,2
 3     0.71875  5         1    0.7      1,2
 
-The transformer is asked 7 times.
+7 model evaluations.
 """
 
 
@@ -91,7 +91,7 @@ def test_steps_of_13b_dev_are_the_official_ones(kadr: Run, words: list[str]) -> 
             numbers = [level, f"{scale:g}", f"{stg:g}", f"{rescale:g}"]
             assert row[1:] == [*numbers, ",".join(map(str, blocks)) or "-"]
     assert "ltxv-13b-0.9.8-dev, not on disk: 28.6 G bytes to fetch" in ended.out
-    assert ended.out.endswith("\n\nThe transformer is asked 88 times.\n")
+    assert ended.out.endswith("\n\n88 model evaluations.\n")
 
 
 @pytest.mark.parametrize("name", OFFICIAL_CONFIGS)
@@ -100,7 +100,7 @@ def test_every_official_config_has_a_plan(kadr: Run, name: str) -> None:
     ended = kadr("generate", "x", "--pipeline_config", "config.yaml", "--dry-run", "--json")
     assert (ended.code, ended.err) == (0, "")
     told = json.loads(ended.out)
-    assert [part["name"] for part in told["parts"] if part["role"] == "model"] == [name]
+    assert [part["name"] for part in told["components"] if part["role"] == "model"] == [name]
     assert len(told["passes"]) == (2 if "second_pass" in OFFICIAL_CONFIGS[name] else 1)
 
 
@@ -119,10 +119,28 @@ def test_loras_are_listed_and_looked_into_where_they_are_here(kadr: Run, tmp_pat
 
 def test_plan_in_json_holds_request_and_steps(kadr: Run) -> None:
     told = json.loads(kadr("generate", "x", "--model", "ltxv-13b-0.9.8-distilled", "--dry-run", "--json").out)
-    keys = {"parts", "size", "frames", "fps", "evaluations", "windows", "passes", "conditions", "controls", "request"}
+    keys = {
+        "components",
+        "size",
+        "frames",
+        "fps",
+        "evaluations",
+        "window_count",
+        "passes",
+        "conditions",
+        "controls",
+        "request",
+    }
     assert set(told) == keys
     assert [len(one["steps"]) for one in told["passes"]] == [7, 3]
-    step = {"level": pytest.approx(0.9094), "scale": 1, "stg": 0, "rescale": 1, "skip_blocks": [42], "evaluations": 1}
+    step = {
+        "sigma": pytest.approx(0.9094),
+        "cfg_scale": 1,
+        "stg_scale": 0,
+        "rescale": 1,
+        "skip_blocks": [42],
+        "evaluations": 1,
+    }
     assert told["passes"][1]["steps"][0] == step
     assert (told["passes"][1]["tone_map"], told["request"]["prompt"]) == (0.6, "x")
 
@@ -133,11 +151,11 @@ def test_conditions_are_shown_where_they_will_stand(kadr: Run) -> None:
     ended = kadr("generate", "x", *media.split(), "--dry-run")
     assert ended.code == 0, ended.err
     shown = [line.replace(os.getcwd() + os.sep, "") for line in ended.out.splitlines()]
-    assert [" ".join(line.split()) for line in shown if line.startswith(("picture ", "clip ", "pictures "))] == [
-        "picture photo.png (frame 0), strength 1",
-        "picture photo.png (frame 80), strength 0.5",
+    assert [" ".join(line.split()) for line in shown if line.startswith(("image ", "clip ", "images "))] == [
+        "image photo.png (frame 0), strength 1",
+        "image photo.png (frame 80), strength 0.5",
         "clip clip.mp4 (frames 32 to 56), strength 1",
-        "pictures through H.264 at quality 29, noise 0.15",
+        "images through H.264 at quality 29, noise 0.15",
     ]
     assert ended.err == ""
 
@@ -146,15 +164,15 @@ def test_conditions_are_shown_where_they_will_stand(kadr: Run) -> None:
 def test_video_gives_its_length_and_its_strength_the_first_level(kadr: Run) -> None:
     words = "--input-video clip.mp4 --denoise-strength 0.6 --steps 10 --size 64x64 --dry-run --json"
     told = json.loads(kadr("generate", "x", *words.split()).out)
-    assert told["frames"] == {"asked": 30, "made": 33}
-    levels = [step["level"] for step in told["passes"][0]["steps"]]
+    assert told["frames"] == {"requested": 30, "sampled": 33}
+    levels = [step["sigma"] for step in told["passes"][0]["steps"]]
     assert max(levels) <= 0.6
 
 
 def test_seconds_are_frames_at_the_rate_of_the_model(kadr: Run) -> None:
     for fps, frames in (([], 60), (["--fps", "10"], 20)):
         words = ["--model", "ltxv-2b-0.9.5", "--seconds", "2", *fps, "--dry-run", "--json"]
-        assert json.loads(kadr("generate", "x", *words).out)["frames"]["asked"] == frames
+        assert json.loads(kadr("generate", "x", *words).out)["frames"]["requested"] == frames
 
 
 def test_only_what_a_single_pass_needs_is_listed(kadr: Run) -> None:
@@ -172,7 +190,7 @@ def test_only_what_a_single_pass_needs_is_listed(kadr: Run) -> None:
         ("--model gone.safetensors", "gone.safetensors"),
         ("--model ltxv-2b-0.9.5 --second-sigmas 0.9", "--upscaler"),
         ("--model ltxv-2b-0.9.8-distilled --steps 9", "distilled"),
-        ("--model ltxv-13b-0.9.8-dev --guidance 1,2 --guidance-sigmas 1,0.9", "7 values for 2 levels"),
+        ("--model ltxv-13b-0.9.8-dev --guidance 1,2 --guidance-sigmas 1,0.9", "7 values for 2 sigmas"),
         ("--video clip.mp4 4 --size 64x64 --frames 49", "multiple of 8"),
         ("--image dot.png --size 64x64 --frames 9", "dot.png is 1x1 pixels"),
     ],
@@ -189,7 +207,7 @@ def test_no_weight_is_read(kadr: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were asked for")
 
-    for name in ("load_transformer", "load_vae", "load_upsampler"):
+    for name in ("load_transformer", "load_vae", "load_upscaler"):
         monkeypatch.setattr(f"kadr.checkpoints.checkpoint.{name}", refuse)
     monkeypatch.setattr("kadr.checkpoints.hub.fetch", refuse)
     assert kadr("generate", "x", "--dry-run").code == 0

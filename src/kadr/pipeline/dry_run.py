@@ -1,4 +1,4 @@
-"""What a request would come to, from headers, the registry and the request alone: for models that are not here too."""
+"""Dry run of a request, from headers, the registry and the request alone; the model need not be on disk."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from kadr.spec.model import Upscaling, require_matching_upscaler
 
 @dataclass(frozen=True)
 class DryRunComponent:
-    """A part that a generation would open.
+    """A component that a generation would open.
 
     Args:
         role: "model", "second model", "upscaler", "text encoder", "vae" or "LoRA".
-        name: as it was asked for.
-        path: None where it would be fetched.
-        size_bytes: of what would be fetched, where that is known.
-        strengths: of a LoRA, in each pass.
+        name: path or registry name in the request.
+        path: None if it would be fetched.
+        size_bytes: bytes to fetch, if known.
+        strengths: strengths of a LoRA in the first and the second pass.
     """
 
     role: str
@@ -59,12 +59,12 @@ class DryRunComponent:
 
 @dataclass(frozen=True)
 class DryRunModel:
-    """What a plan needs to know of a model: from its header, or from the registry where there is no file.
+    """A model as its header describes it, or the registry where there is no file.
 
     Args:
-        num_layers: of its transformer.
-        release: the registry's entry; None for an unreleased one.
-        config: of its transformer; None where there is no file.
+        num_layers: number of blocks of its transformer.
+        release: registry entry; None for an unreleased model.
+        config: config of its transformer; None where there is no file.
     """
 
     component: DryRunComponent
@@ -76,16 +76,17 @@ class DryRunModel:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a request would come to.
+    """Result of a dry run.
 
     Args:
-        request: with everything it left out filled in.
-        sampled_dimensions: the size and the frames of the model's own grid, before they are cropped and trimmed.
-        passes: with the level and the strengths of every step. Of a long video its first window.
-        conditions: the conditions, and where they stand.
-        controls: the controls.
-        evaluations: how often the transformer is asked.
-        window_count: how many there are of a long video; 1 of any other.
+        components: the components that would be opened.
+        request: the resolved request.
+        sampled_dimensions: size and frames that are sampled, before they are cropped and trimmed.
+        passes: the passes with the sigma and guidance of every step; the first window of a long video.
+        conditions: the conditions with their frames.
+        controls: the controls with their frames.
+        evaluations: number of model evaluations, over all passes and windows.
+        window_count: number of windows; 1 without windows.
     """
 
     components: tuple[DryRunComponent, ...]
@@ -98,23 +99,29 @@ class DryRun:
     window_count: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns plain data, as `--dry-run --json` prints it."""
         size, frames = self.sampled_dimensions
         return {
-            "components": [{**asdict(part), "path": part.path and str(part.path)} for part in self.components],
-            "size": {"asked": str(self.request.size), "made": str(size)},
-            "frames": {"asked": self.request.frames, "made": frames},
+            "components": [
+                {**asdict(component), "path": component.path and str(component.path)} for component in self.components
+            ],
+            "size": {"requested": str(self.request.size), "sampled": str(size)},
+            "frames": {"requested": self.request.frames, "sampled": frames},
             "fps": self.request.fps,
             "evaluations": self.evaluations,
             "window_count": self.window_count,
-            "passes": [_pass_json(plan) for plan in self.passes],
+            "passes": [_pass_json(resolved_pass) for resolved_pass in self.passes],
             "conditions": [
-                {"media": item.condition.media, "first": item.start_frame, "frames": len(item.frames)}
-                for item in self.conditions
+                {
+                    "media": resolved.condition.media,
+                    "start_frame": resolved.start_frame,
+                    "frames": len(resolved.frames),
+                }
+                for resolved in self.conditions
             ],
             "controls": [
-                {"media": one.control.media, "kind": one.control.kind, "frames": len(one.frames)}
-                for one in self.controls
+                {"media": resolved.control.media, "kind": resolved.control.kind, "frames": len(resolved.frames)}
+                for resolved in self.controls
             ],
             "request": self.request.to_json(),
         }
@@ -122,13 +129,21 @@ class DryRun:
 
 @dataclass(frozen=True)
 class DryRunEngine:
-    """As an `Engine`, for those who only want to know. No weight is read and nothing is fetched."""
+    """Counterpart of `Engine` for dry runs: reads no weight and fetches nothing.
+
+    Args:
+        models: model of the first pass and of the second.
+        upscalers: the upscalers and what each doubles.
+        other_components: text encoder, separate VAE and LoRAs.
+        loras: the LoRAs and their files; no file where it would be fetched.
+        is_merged: whether the LoRAs are merged into the weights.
+    """
 
     models: tuple[DryRunModel, DryRunModel]
     upscalers: tuple[tuple[DryRunComponent, Upscaling], ...]
     other_components: tuple[DryRunComponent, ...]
     recipe: Recipe
-    loras: tuple[tuple[Lora, LoraFile | None], ...] = ()  # no file where it would be fetched
+    loras: tuple[tuple[Lora, LoraFile | None], ...] = ()
     is_merged: bool = False
 
     @classmethod
@@ -145,78 +160,89 @@ class DryRunEngine:
         lora_partial: bool = False,
         merge_loras: bool = False,
     ) -> DryRunEngine:
-        """As `Engine.open`, without fetching what is not here.
+        """Opens headers as `Engine.open` does, without fetching what is not on disk.
 
         Raises:
-            RequestError: an unknown name.
-            CheckpointError: a path that is not there, a file that is not of this family, or a LoRA for another model.
+            RequestError: a name is unknown.
+            CheckpointError: a path does not exist, a file is not of this family, or a LoRA is for another model.
         """
         first = _inspect_model("model", model, needs_vae=vae is None)
         second = first if second_model is None else _inspect_model("second model", second_model)
-        wanted = [upscaler] if isinstance(upscaler, str | Path) else list(upscaler)
-        own = recipe or (first.release.recipe if first.release else Recipe())
+        upscaler_names = [upscaler] if isinstance(upscaler, str | Path) else list(upscaler)
+        recipe = recipe or (first.release.recipe if first.release else Recipe())
         if second is not first:
-            own = with_second_model(own, second.release)
-        named = first.release if first.release and first.release.name == str(model) else None
-        others = [_inspect_text_encoder(text_encoder, first)]
-        if wanted_vae := vae or (named and named.vae):
-            others.append(_inspect_component("vae", wanted_vae, "model")[0])
-        uses = [Lora.parse(one) for one in loras]
-        added = [_inspect_lora(use, (first, second), allow_partial=lora_partial) for use in uses]
-        others += [part for part, _ in added]
-        upscalers = tuple(_inspect_upscaler(one, first) for one in wanted)
+            recipe = with_second_model(recipe, second.release)
+        named_release = first.release if first.release and first.release.name == str(model) else None
+        components = [_inspect_text_encoder(text_encoder, first)]
+        if vae_name := vae or (named_release and named_release.vae):
+            components.append(_inspect_component("vae", vae_name, "model")[0])
+        parsed_loras = [Lora.parse(lora) for lora in loras]
+        inspected = [_inspect_lora(lora, (first, second), allow_partial=lora_partial) for lora in parsed_loras]
+        components += [component for component, _ in inspected]
+        upscalers = tuple(_inspect_upscaler(name, first) for name in upscaler_names)
         _refuse_duplicate_upscalers(upscalers)
-        files = tuple(zip(uses, (file for _, file in added), strict=True))
-        return cls((first, second), upscalers, tuple(others), own, files, merge_loras)
+        lora_files = tuple(zip(parsed_loras, (file for _, file in inspected), strict=True))
+        return cls((first, second), upscalers, tuple(components), recipe, lora_files, merge_loras)
 
     def resolve(self, request: Request) -> Request:
-        """As `Engine.resolve`."""
+        """Returns the request with nothing left open; see `Engine.resolve`."""
         return resolve(request, self.recipe)
 
     def run(self, request: Request) -> DryRun:
-        """What the request would come to. Its pictures and clips are read.
+        """Returns what a generation of the request would do. Opens its images and clips.
 
         Raises:
             RequestError: the request does not fit this model.
-            MediaError: a picture or clip cannot be read.
-            CheckpointError: two passes are asked for, and there is no upscaler.
+            MediaError: an image or clip cannot be read.
+            CheckpointError: two passes are requested, and there is no upscaler.
         """
-        asked, request = request, self.resolve(request)
-        warn_single_pass(asked, request, self.recipe)
+        original, request = request, self.resolve(request)
+        warn_single_pass(original, request, self.recipe)
         upscalers = self.upscalers
         if request.multi_scale and not upscalers:
             upscalers = (_default_upscaler(self.models[0]),)
-        doubled = Upscaling(any(kind.spatial for _, kind in upscalers), any(kind.temporal for _, kind in upscalers))
+        kinds = [kind for _, kind in upscalers]
+        upscaling = Upscaling(any(kind.spatial for kind in kinds), any(kind.temporal for kind in kinds))
         schedules = [model.schedule for model in self.models]
-        passes = resolve_passes(request, schedules, upscaling=doubled)
-        for plan, model in zip(passes, self.models, strict=False):
-            check_skip_blocks(plan, model.num_layers)
-            warn_distilled_guidance(plan, model.component.name, model.schedule, model.release)
-            warn_step_cache(plan, request.step_cache)
-        strength = any(use.second_strength not in (None, use.strength) for use, _ in self.loras)
-        others = self.models[0] is not self.models[1]
+        passes = resolve_passes(request, schedules, upscaling=upscaling)
+        for resolved_pass, model in zip(passes, self.models, strict=False):
+            check_skip_blocks(resolved_pass, model.num_layers)
+            warn_distilled_guidance(resolved_pass, model.component.name, model.schedule, model.release)
+            warn_step_cache(resolved_pass, request.step_cache)
+        has_second_strength = any(lora.second_strength not in (None, lora.strength) for lora, _ in self.loras)
+        has_second_model = self.models[0] is not self.models[1]
         warn_unused_second_pass(
             request,
             unused_second_pass_options(
-                has_upscaler=bool(self.upscalers), has_second_model=others, has_second_lora_strength=strength
+                has_upscaler=bool(self.upscalers),
+                has_second_model=has_second_model,
+                has_second_lora_strength=has_second_strength,
             ),
         )
         check_first_sigma(passes[0], has_init_latents=request.input_video is not None)
-        if self.is_merged and request.multi_scale and self.models[0] is self.models[1]:
-            refuse_merged_twice(use for use, _ in self.loras)
+        if self.is_merged and request.multi_scale and not has_second_model:
+            refuse_merged_twice(lora for lora, _ in self.loras)
         windows = resolve_window_passes(request, schedules[0])
         spans = () if request.windows is None else request.windows.spans(_sampled_dimensions(request)[1])
-        acting = [file for use, file in self.loras if file is not None and any(use.pass_strengths())]
-        # Refuses what does not fit, as a run does.
-        media = Media(request, passes, windows, spans, reference_downscale=lambda: common_reference_downscale(acting))
-        warn_control_lora_mismatch(
-            request, has_loras=bool(self.loras), has_in_context_lora=any(map(is_in_context, acting))
+        active_loras = [file for lora, file in self.loras if file is not None and any(lora.pass_strengths())]
+        # Refuses media that do not fit, as a generation does.
+        media = Media(
+            request, passes, windows, spans, reference_downscale=lambda: common_reference_downscale(active_loras)
         )
-        used = self.models[:1] if self.models[0] is self.models[1] else self.models
-        parts = [*(model.component for model in used), *(part for part, _ in upscalers), *self.other_components]
-        evaluations = sum(step.model_evaluations for plan in windows or passes for step in plan.step_guidance)
+        warn_control_lora_mismatch(
+            request, has_loras=bool(self.loras), has_in_context_lora=any(map(is_in_context, active_loras))
+        )
+        models = self.models if has_second_model else self.models[:1]
+        components = [
+            *(model.component for model in models),
+            *(component for component, _ in upscalers),
+            *self.other_components,
+        ]
+        evaluations = sum(
+            step.model_evaluations for resolved_pass in windows or passes for step in resolved_pass.step_guidance
+        )
         return DryRun(
-            tuple(parts),
+            tuple(components),
             request,
             _sampled_dimensions(request),
             windows[:1] or passes,
@@ -234,69 +260,69 @@ def _sampled_dimensions(request: Request) -> tuple[Size, int]:
 
 
 def _inspect_model(role: str, name: str | Path, *, needs_vae: bool = False) -> DryRunModel:
-    part, released = _inspect_component(role, name, "model")
-    if part.path is not None:
-        checkpoint = Checkpoint.open(part.path, release=released)
-        detected = checkpoint.info
-        if detected.transformer is None:
+    component, release = _inspect_component(role, name, "model")
+    if component.path is not None:
+        checkpoint = Checkpoint.open(component.path, release=release)
+        info = checkpoint.info
+        if info.transformer is None:
             raise checkpoint.missing_component_error("transformer")
-        if needs_vae and detected.vae is None and not (released and released.vae):
+        if needs_vae and info.vae is None and not (release and release.vae):
             raise checkpoint.missing_component_error("vae")
-        config = detected.transformer
-        return DryRunModel(part, detected.schedule, config.num_layers, released or detected.release, config)
-    assert released is not None
-    assert released.vae_family is not None
-    assert released.num_layers is not None
-    schedule = FAMILY_SCHEDULES[released.vae_family]
-    if released.version.startswith("0.9.8-distilled"):
-        schedule = replace(schedule, allowed_sigmas=DISTILLED_SIGMAS)  # as its header says
-    return DryRunModel(part, schedule, released.num_layers, released)
+        config = info.transformer
+        return DryRunModel(component, info.schedule, config.num_layers, release or info.release, config)
+    assert release is not None
+    assert release.vae_family is not None
+    assert release.num_layers is not None
+    schedule = FAMILY_SCHEDULES[release.vae_family]
+    if release.version.startswith("0.9.8-distilled"):
+        schedule = replace(schedule, allowed_sigmas=DISTILLED_SIGMAS)  # as in its header
+    return DryRunModel(component, schedule, release.num_layers, release)
 
 
 def _inspect_lora(
     lora: Lora, models: Iterable[DryRunModel], *, allow_partial: bool
 ) -> tuple[DryRunComponent, LoraFile | None]:
-    """The part, and its file where it is here; with `allow_partial`, without the layers that a model lacks."""
-    part, _ = _inspect_component(registry.LORA, lora.path, registry.LORA)
-    file = None if part.path is None else LoraFile.open(part.path, allow_partial=allow_partial)
+    """Returns the component and its file, if on disk; with `allow_partial`, without the layers that a model lacks."""
+    component, _ = _inspect_component(registry.LORA, lora.path, registry.LORA)
+    file = None if component.path is None else LoraFile.open(component.path, allow_partial=allow_partial)
     for model in models:
         if file is not None and model.config is not None and model.component.path is not None:
             file = file.without_missing_layers(model.config, model.component.path) if allow_partial else file
             file.check_fits(model.config, model.component.path)
-    return replace(part, strengths=lora.pass_strengths()), file
+    return replace(component, strengths=lora.pass_strengths()), file
 
 
 def _inspect_upscaler(name: str | Path, model: DryRunModel) -> tuple[DryRunComponent, Upscaling]:
-    part, released = _inspect_component("upscaler", name, "spatial upscaler", "temporal upscaler")
-    if part.path is None:
-        assert released is not None
-        return part, Upscaling(released.kind.startswith("spatial"), released.kind.startswith("temporal"))
+    component, release = _inspect_component("upscaler", name, "spatial upscaler", "temporal upscaler")
+    if component.path is None:
+        assert release is not None
+        return component, Upscaling(release.kind.startswith("spatial"), release.kind.startswith("temporal"))
     config = require_matching_upscaler(
-        Checkpoint.open(part.path), model.config, model.component.path or Path(model.component.name)
+        Checkpoint.open(component.path), model.config, model.component.path or Path(model.component.name)
     )
-    return part, Upscaling(config.spatial_upsample, config.temporal_upsample)
+    return component, Upscaling(config.spatial_upsample, config.temporal_upsample)
 
 
 def _refuse_duplicate_upscalers(upscalers: Iterable[tuple[DryRunComponent, Upscaling]]) -> None:
-    space = [part.name for part, kind in upscalers if kind.spatial]
-    time = [part.name for part, kind in upscalers if kind.temporal]
-    for name, given in (("spatial", space), ("temporal", time)):
-        if len(given) > 1:
-            raise CheckpointError(f"{given[1]} is a second {name} upscaler; give one of each kind at most.")
+    spatial = [component.name for component, upscaling in upscalers if upscaling.spatial]
+    temporal = [component.name for component, upscaling in upscalers if upscaling.temporal]
+    for kind, names in (("spatial", spatial), ("temporal", temporal)):
+        if len(names) > 1:
+            raise CheckpointError(f"{names[1]} is a second {kind} upscaler; give one of each kind at most.")
 
 
 def _default_upscaler(model: DryRunModel) -> tuple[DryRunComponent, Upscaling]:
-    released = model.release
-    if released is None or released.upscaler is None:
+    release = model.release
+    if release is None or release.upscaler is None:
         raise CheckpointError(
             "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or make a "
             "single pass."
         )
-    return _inspect_upscaler(released.upscaler, model)
+    return _inspect_upscaler(release.upscaler, model)
 
 
 def _inspect_text_encoder(name_or_path: str | Path | None, model: DryRunModel) -> DryRunComponent:
-    """The text encoder: the one that is given, the one beside the model, or the one of the registry."""
+    """Returns the requested text encoder, else the one beside the model, else the registry's."""
     role = "text encoder"
     if name_or_path is not None:
         return _inspect_component(role, name_or_path, role)[0]
@@ -304,26 +330,27 @@ def _inspect_text_encoder(name_or_path: str | Path | None, model: DryRunModel) -
         folder = model.component.path if model.component.path.is_dir() else model.component.path.parent
         if (folder / "text_encoder").is_dir():
             return DryRunComponent(role, "beside the model", folder)
-    entry = (model.release and model.release.text_encoder) or registry.DEFAULT_TEXT_ENCODER
-    return _inspect_component(role, entry, role)[0]
+    name = (model.release and model.release.text_encoder) or registry.DEFAULT_TEXT_ENCODER
+    return _inspect_component(role, name, role)[0]
 
 
 def _inspect_component(role: str, name_or_path: str | Path, *kinds: str) -> tuple[DryRunComponent, Release | None]:
-    """Where a part is, and its entry in the registry if it is named by it."""
+    """Returns a component, and its registry entry if it is given by name."""
     if is_path(str(name_or_path)):
         path = Path(name_or_path).expanduser()
         if not path.exists():
             raise CheckpointError(f"the {role} is not at {path}. Give an existing path, or a name of `kadr models`.")
         return DryRunComponent(role, str(name_or_path), path), None
-    released = registry.find_release(str(name_or_path))
-    if released.kind not in kinds:
-        raise RequestError(f"{released.name} is a {released.kind}; for the {role}, {_suggest_names(kinds)}.")
-    here = find_release_on_disk(released)
-    return DryRunComponent(role, released.name, here, None if here else released.size_bytes), released
+    release = registry.find_release(str(name_or_path))
+    if release.kind not in kinds:
+        raise RequestError(f"{release.name} is a {release.kind}; for the {role}, {_suggest_names(kinds)}.")
+    path_on_disk = find_release_on_disk(release)
+    size_bytes = None if path_on_disk else release.size_bytes
+    return DryRunComponent(role, release.name, path_on_disk, size_bytes), release
 
 
 def _suggest_names(kinds: Iterable[str]) -> str:
-    names = [entry.name for entry in registry.RELEASES if entry.kind in kinds and entry.repo is not None]
+    names = [release.name for release in registry.RELEASES if release.kind in kinds and release.repo is not None]
     return f"give a path, or a name such as {names[0]}"
 
 
@@ -335,15 +362,12 @@ def _pass_json(resolved_pass: ResolvedPass) -> dict[str, Any]:
         "size": str(resolved_pass.size),
         "frames": resolved_pass.frames,
         "fps": resolved_pass.fps,
-        "latents": [resolved_pass.grid.frames, resolved_pass.grid.height, resolved_pass.grid.width],
+        "latent_grid": [resolved_pass.grid.frames, resolved_pass.grid.height, resolved_pass.grid.width],
         "stochastic": bool(resolved_pass.settings.stochastic),
         "tone_map": resolved_pass.settings.tone_map,
-        "mode": guidance.stg_mode,
+        "stg_mode": guidance.stg_mode,
         "cfg_star": bool(guidance.cfg_star),
         "apg": guidance.apg,
         "apg_norm": guidance.apg_norm,
-        "steps": [
-            {"level": level, **strengths._asdict(), "evaluations": strengths.model_evaluations}
-            for level, strengths in steps
-        ],
+        "steps": [{"sigma": sigma, **step._asdict(), "evaluations": step.model_evaluations} for sigma, step in steps],
     }

@@ -228,7 +228,7 @@ class Request:
     def media_paths(self) -> tuple[Path, ...]:
         """Returns the paths of the images and clips that the request reads."""
         input_videos = () if self.input_video is None else (self.input_video,)
-        media = [medium.media for medium in (*self.conditions, *self.controls)]
+        media = [*(condition.media for condition in self.conditions), *(control.media for control in self.controls)]
         return tuple(Path(path) for path in (*input_videos, *media))
 
 

@@ -1,4 +1,4 @@
-"""What --dry-run prints: the request with nothing left open, and a table of steps for each pass."""
+"""Output of --dry-run: the resolved request, and a table of the steps of each pass."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from kadr.sampling.settings import ATTENTION_VALUES
 
 
 def format_dry_run(dry_run: DryRun, *, as_json: bool) -> str:
-    """All of it, as text or as one JSON object."""
+    """Returns the dry run as text, or as one JSON object."""
     return json.dumps(dry_run.to_json()) if as_json else "\n".join(_lines(dry_run))
 
 
 def _lines(run: DryRun) -> Iterator[str]:
     yield from format_columns([*_components(run), *_video(run), *_media(run), *_decoding(run)])
-    for plan in run.passes:
+    for resolved_pass in run.passes:
         yield ""
-        yield _headline(plan)
-        yield from format_columns(list(_steps(plan)))
+        yield _headline(resolved_pass)
+        yield from format_columns(list(_steps(resolved_pass)))
     yield ""
-    yield f"The transformer is asked {run.evaluations} times."
+    yield f"{run.evaluations} model evaluations."
 
 
 def _components(run: DryRun) -> Iterator[tuple[str, str]]:
-    for part in run.components:
-        yield part.role, f"{part.name}{_disk_state(part)}{_strengths(part)}"
+    for component in run.components:
+        yield component.role, f"{component.name}{_disk_state(component)}{_strengths(component)}"
 
 
-def _disk_state(part: DryRunComponent) -> str:
-    if part.path is not None:
+def _disk_state(component: DryRunComponent) -> str:
+    if component.path is not None:
         return ""
-    size = f": {format_si(part.size_bytes)} bytes to fetch" if part.size_bytes else ""
+    size = f": {format_si(component.size_bytes)} bytes to fetch" if component.size_bytes else ""
     return f", not on disk{size}"
 
 
-def _strengths(part: DryRunComponent) -> str:
-    if part.strengths is None:
+def _strengths(component: DryRunComponent) -> str:
+    if component.strengths is None:
         return ""
-    first, second = part.strengths
+    first, second = component.strengths
     return f", strength {first:g}" + (f", {second:g} in a second pass" if second != first else "")
 
 
@@ -53,10 +53,10 @@ def _video(run: DryRun) -> Iterator[tuple[str, str]]:
         yield "prompt", request.prompt
     else:
         yield from _windows(run, request.windows)
-    if any(plan.uses_cfg for plan in run.passes):
+    if any(resolved_pass.uses_cfg for resolved_pass in run.passes):
         yield "negative prompt", request.negative_prompt or "(empty)"
-    yield "size", f"{request.size}, made as {size}"
-    yield "frames", f"{request.frames}, made as {frames}"
+    yield "size", f"{request.size}, sampled at {size}"
+    yield "frames", f"{request.frames}, sampled as {frames}"
     yield "fps", f"{request.fps:g}"
     yield "seed", str(request.seed)
     if request.cache is not None:
@@ -68,27 +68,29 @@ def _windows(run: DryRun, windows: Windows) -> Iterator[tuple[str, str]]:
     for number, prompt in enumerate(run.request.prompts, 1):
         which = f"window {number}" if number < last else f"from window {number} on"
         yield "prompt", f"{prompt} ({which})"
-    share = f"AdaIN {windows.adain:g}, strength {windows.overlap_strength:g}"
-    yield "windows", f"{run.window_count} of up to {windows.frames} frames, of which {windows.overlap} overlap; {share}"
+    settings = f"AdaIN {windows.adain:g}, strength {windows.overlap_strength:g}"
+    lengths = f"{run.window_count} of up to {windows.frames} frames, of which {windows.overlap} overlap"
+    yield "windows", f"{lengths}; {settings}"
     if windows.anchor_strength:
-        yield "remembered", f"the picture at frame 0, strength {windows.anchor_strength:g}"
+        yield "anchor image", f"the image at frame 0, strength {windows.anchor_strength:g}"
 
 
 def _media(run: DryRun) -> Iterator[tuple[str, str]]:
     request = run.request
     if request.input_video is not None:
         strength = "" if request.denoise_strength is None else f", strength {request.denoise_strength:g}"
-        yield "from video", f"{request.input_video}{strength}"
-    for item in run.conditions:
-        yield "clip" if len(item.frames) > 1 else "picture", f"{item}{_strength_and_box(item.condition)}"
-    for followed in run.controls:
-        yield "control", f"{followed.control} (frames 0 to {len(followed.frames) - 1})"
+        yield "input video", f"{request.input_video}{strength}"
+    for resolved in run.conditions:
+        kind = "clip" if len(resolved.frames) > 1 else "image"
+        yield kind, f"{resolved}{_strength_and_box(resolved.condition)}"
+    for resolved_control in run.controls:
+        yield "control", f"{resolved_control.control} (frames 0 to {len(resolved_control.frames) - 1})"
     if run.conditions or request.input_video is not None:
-        yield "pictures", f"through H.264 at quality {request.image_crf}, noise {request.image_noise:g}"
+        yield "images", f"through H.264 at quality {request.image_crf}, noise {request.image_noise:g}"
 
 
 def _strength_and_box(condition: Condition) -> str:
-    """How firmly a condition is held, and where, as far as that is not usual."""
+    """Returns the strength of a condition, and its box if it has one."""
     box = "" if condition.box is None else f", box {','.join(map(str, condition.box))}"
     return f", strength {condition.strength:g}{box}"
 
@@ -96,13 +98,13 @@ def _strength_and_box(condition: Condition) -> str:
 def _decoding(run: DryRun) -> Iterator[tuple[str, str]]:
     request, last = run.request, run.passes[-1].settings
     tone_map = f", tone map {last.tone_map:g}" if last.tone_map else ""
-    yield "decoding", f"at level {request.decode_timestep:g}, noise {request.decode_noise:g}{tone_map}"
+    yield "decoding", f"at timestep {request.decode_timestep:g}, noise {request.decode_noise:g}{tone_map}"
 
 
 def _headline(resolved_pass: ResolvedPass) -> str:
     grid, settings = resolved_pass.grid, resolved_pass.settings
     guidance = settings.guidance
-    ways = {
+    options = {
         "fresh noise at every step": bool(settings.stochastic),
         f"STG by {guidance.stg_mode or ATTENTION_VALUES}": any(
             step.stg_scale > 0 for step in resolved_pass.step_guidance
@@ -110,20 +112,20 @@ def _headline(resolved_pass: ResolvedPass) -> str:
         "CFG*": bool(guidance.cfg_star) and resolved_pass.uses_cfg,
         f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and resolved_pass.uses_cfg,
     }
-    made = f"{resolved_pass.size}, {resolved_pass.frames} frames at {resolved_pass.fps:g} per second"
+    video = f"{resolved_pass.size}, {resolved_pass.frames} frames at {resolved_pass.fps:g} per second"
     latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.num_tokens} tokens"
     which = (
         f"pass {resolved_pass.number}"
         if resolved_pass.window_count == 1
         else f"each of {resolved_pass.window_count} windows"
     )
-    return "; ".join([f"{which}: {made}", latents, *(way for way, taken in ways.items() if taken)])
+    return "; ".join([f"{which}: {video}", latents, *(option for option, is_on in options.items() if is_on)])
 
 
 def _steps(resolved_pass: ResolvedPass) -> Iterator[tuple[str, ...]]:
-    yield "step", "level", "guidance", "stg", "rescale", "blocks"
-    for number, (level, step) in enumerate(
+    yield "step", "sigma", "guidance", "stg", "rescale", "blocks"
+    for number, (sigma, step) in enumerate(
         zip(resolved_pass.sigmas.tolist(), resolved_pass.step_guidance, strict=True), 1
     ):
-        values = (f"{value:g}" for value in (level, step.cfg_scale, step.stg_scale, step.rescale))
+        values = (f"{value:g}" for value in (sigma, step.cfg_scale, step.stg_scale, step.rescale))
         yield str(number), *values, ",".join(map(str, step.skip_blocks)) or "-"
