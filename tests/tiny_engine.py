@@ -1,4 +1,4 @@
-"""Fixtures: a tiny model and its engine, which the tests of several rooms share, and a photo to show it."""
+"""Fixtures that several test folders share: a tiny model, its engine, and an image as a condition."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from tests.tiny_models import MODEL_FILE, write_model
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model. Nobody writes into it."""
+    """Folder of a tiny model. Tests do not write into it."""
     return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def engine(home: Path) -> Engine:
-    """One that encodes every prompt itself."""
+    """Engine of the tiny model, without a prompt cache."""
     return Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
 
 
 @pytest.fixture
 def engine_without_weights(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """An engine that must not load a weight."""
+    """Engine that must not load a weight."""
 
-    def take(name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
+    def refuse(name: str, load: Callable[[], nn.Module], **options: Any) -> Any:
         raise AssertionError(f"the {name} was loaded")
 
-    monkeypatch.setattr(engine.components.module_cache, "acquire", take)
+    monkeypatch.setattr(engine.components.module_cache, "acquire", refuse)
     return engine
 
 
 @pytest.fixture(scope="session")
 def image_condition(tmp_path_factory: pytest.TempPathFactory) -> Condition:
-    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    """Condition on an image of noise, 90x40, at frame 0."""
+    path = tmp_path_factory.mktemp("image") / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(path)
     return Condition(media=str(path))
 

@@ -1,10 +1,10 @@
-"""A checkpoint of every kind, small enough to run in a test: random weights in the released layout, on disk.
+"""Checkpoints of every kind, small enough to run in a test: random weights in the released layout, on disk.
 
-    home = write(tmp_path, family="0.9.1")
-    engine = kadr.Engine.open(home / MODEL)
+    home = write_model(tmp_path, family="0.9.1")
+    engine = kadr.Engine.open(home / MODEL_FILE)
 
-The folder holds `model.safetensors`, `text_encoder` and `tokenizer`, as kadr finds them beside each other, and as the
-official package and transformers read them.
+The folder holds `model.safetensors`, `text_encoder` and `tokenizer`, where kadr, the official package and transformers
+read them.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def vae_config(family: str) -> VAEConfig:
-    """The blocks of a released VAE, in their order, with one layer each and few channels."""
+    """Returns the config of a released VAE with one layer per block and few channels."""
 
-    def thin(blocks: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
+    def with_one_layer(blocks: tuple[BlockConfig, ...]) -> tuple[BlockConfig, ...]:
         return tuple(replace(block, num_layers=min(block.num_layers, 1)) for block in blocks)
 
     full = VAES[family]
     return replace(
         full,
-        encoder_blocks=thin(full.encoder_blocks),
-        decoder_blocks=thin(full.decoder_blocks),
+        encoder_blocks=with_one_layer(full.encoder_blocks),
+        decoder_blocks=with_one_layer(full.decoder_blocks),
         latent_channels=CHANNELS,
         encoder_base_channels=8,
         decoder_base_channels=8,
@@ -74,8 +74,8 @@ def t5_config() -> T5Config:
 
 
 def build_random(build: Callable[[], Module], seed: int = 0) -> Module:
-    """A module in which every number is random, so that a tensor in the wrong place shows, and in which activations
-    keep their size from layer to layer."""
+    """Builds a module with random numbers in every tensor, so that a swapped tensor is noticed; activations keep their
+    scale from layer to layer."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         module = build().eval().requires_grad_(False)
@@ -87,19 +87,19 @@ def build_random(build: Callable[[], Module], seed: int = 0) -> Module:
 
 def _fill_random(leaf: str, weight: Tensor, generator: torch.Generator) -> None:
     if leaf == "timestep_scale_multiplier":
-        weight.fill_(900.0)  # not the released 1000, which code might have written down
+        weight.fill_(900.0)  # not the released 1000, which code might hard-code
     elif leaf == "std" or (leaf == "weight" and weight.ndim == 1):
         weight.uniform_(0.5, 1.5, generator=generator)
     elif leaf == "weight":
         bound = (3 / prod(weight.shape[1:])) ** 0.5
         weight.uniform_(-bound, bound, generator=generator)
-    else:  # biases, tables of modulation, strengths of noise, latent means
+    else:  # biases, modulation tables, noise scales, latent means
         weight.normal_(std=0.3, generator=generator)
 
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A unigram model with T5's ids for padding, end and unknown."""
+    """Trains a unigram model with T5's ids for padding, end and unknown."""
     draw, words = random.Random(0), SENTENCE.split()
     lines = [" ".join(draw.choices(words, k=draw.randint(3, 12))) for _ in range(300)]
     model = io.BytesIO()
@@ -131,13 +131,14 @@ def write_model(
     seed: int = 0,
     weight_edits: dict[str, WeightEdit] | None = None,
 ) -> Path:
-    """Write a whole model into a folder, which is made if absent, and return the folder.
+    """Writes a whole model into a folder, which is created if absent, and returns the folder.
 
     Args:
-        family: of the VAE.
-        is_causal: whether the positions are, as from 0.9.5 on.
-        num_layers: of the transformer.
-        weight_edits: "transformer", "vae" or "text encoder" -> what to do to its weights before they are written.
+        family: family of the VAE.
+        is_causal: causal temporal positions, as from 0.9.5 on.
+        num_layers: number of transformer blocks.
+        weight_edits: "transformer", "vae" or "text encoder" -> a function that edits its weights before they are
+            written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     modules: dict[str, nn.Module] = {
@@ -147,8 +148,8 @@ def write_model(
         "vae": build_random(lambda: VAE(vae_config(family)), seed + 2),
         "text encoder": build_random(lambda: T5Encoder(t5_config()), seed + 3),
     }
-    for name, do in (weight_edits or {}).items():
-        do(modules[name])
+    for name, edit_weights in (weight_edits or {}).items():
+        edit_weights(modules[name])
     write_single_file(
         folder / MODEL_FILE,
         transformer=modules["transformer"],
@@ -166,7 +167,7 @@ def write_model(
 def write_random_upscaler(
     path: Path, *, upscales_space: bool = True, upscales_time: bool = False, channels: int = CHANNELS
 ) -> Path:
-    """Write a latent upscaler, and return its path."""
+    """Writes a latent upscaler with random weights, and returns its path."""
     config = UpscalerConfig(
         in_channels=channels,
         mid_channels=32,

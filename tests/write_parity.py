@@ -1,6 +1,6 @@
-"""Measures kadr against its oracles, and writes what it finds into docs/parity.md: `make parity`.
+"""Measures kadr against its oracles and writes the errors into docs/parity.md: `make parity`.
 
-Runs the tests that ask for `parity`, of tests/conftest.py. Nothing is written if one of them fails.
+Runs the tests that use the fixture `parity` of tests/conftest.py. Writes nothing if one of them fails.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from tests import doc_tables
 PAGE = doc_tables.DOCS / "parity.md"
 NAME = "make parity"
 COLUMNS = ("stage", "family or recipe", "oracle", "largest relative error", "test")
-# In the order of a generation: its parts, then the whole path, then the released recipes.
+# In the order of a generation: its stages, then the whole pipeline, then the released recipes.
 PARITY_STAGES = (
-    "noise levels",
+    "sigmas",
     "text encoder",
-    "picture",
+    "image",
     "VAE encode",
     "transformer",
-    "disturbed transformer",
+    "perturbed transformer",
     "step",
     "upscaler",
     "AdaIN",
     "tone map",
     "VAE decode",
     "text to video",
-    "picture to video",
+    "image to video",
     "clip at frame 0",
     "keyframe",
     "sequence",
-    "several conditions",
+    "multiple conditions",
     "control",
     "video to video",
     "video from latents",
     "two passes",
     "long video",
-    "guidance by level",
+    "guidance by sigma",
     "CFG-star",
     "STG by attention_values",
     "STG by attention_skip",
@@ -50,7 +50,7 @@ Row = tuple[str, str, str, str]  # stage, family, oracle, test
 
 
 class ParityRecorder:
-    """A plugin of pytest: keeps to the tests that note an error, and keeps the largest of each kind."""
+    """Pytest plugin: runs only the tests that record an error, and keeps the largest error of each row."""
 
     def __init__(self) -> None:
         self.largest_errors: dict[Row, float] = {}
@@ -68,26 +68,28 @@ class ParityRecorder:
                 self.largest_errors[row] = max(error, self.largest_errors.get(row, 0.0))
 
 
-def render_table(largest: dict[Row, float]) -> str:
-    """The table, sorted.
+def render_table(largest_errors: dict[Row, float]) -> str:
+    """Returns the table, sorted by stage.
 
     Raises:
-        ValueError: a stage that has no place in `PARITY_STAGES`.
+        ValueError: a stage is not in `PARITY_STAGES`.
     """
-    rows = sorted(largest, key=lambda row: (PARITY_STAGES.index(row[0]), row))
-    return doc_tables.markdown_table(COLUMNS, [(*row[:3], format_error(largest[row]), f"`{row[3]}`") for row in rows])
+    rows = sorted(largest_errors, key=lambda row: (PARITY_STAGES.index(row[0]), row))
+    return doc_tables.markdown_table(
+        COLUMNS, [(*row[:3], format_error(largest_errors[row]), f"`{row[3]}`") for row in rows]
+    )
 
 
 def format_error(error: float) -> str:
-    """An error to one digit, such as 6e-7; 0 where every bit is the same."""
+    """Formats an error to one digit, such as 6e-7; 0 if every bit is equal."""
     return "0" if error == 0 else f"{error:.0e}".replace("e-0", "e-")
 
 
 def main() -> int:
-    notes = ParityRecorder()
-    status = pytest.main(["--rootdir", str(doc_tables.ROOT), str(doc_tables.ROOT / "tests")], plugins=[notes])
+    recorder = ParityRecorder()
+    status = pytest.main(["--rootdir", str(doc_tables.ROOT), str(doc_tables.ROOT / "tests")], plugins=[recorder])
     if status == pytest.ExitCode.OK:
-        doc_tables.write_table(PAGE, NAME, render_table(notes.largest_errors))
+        doc_tables.write_table(PAGE, NAME, render_table(recorder.largest_errors))
         print(PAGE)
     return status
 

@@ -1,7 +1,7 @@
-"""The official pipeline on one of our tiny checkpoints, fed with the noise that a seed of ours gives.
+"""Official pipeline on a tiny checkpoint, with kadr's noise.
 
-Everything is read from the files by the official package's own loaders and by transformers. What the official code
-draws from two generators is replaced by our named streams, so that the same numbers go in at the same places.
+The official package's own loaders and transformers read the files. Noise that the official code draws from two
+generators is replaced by kadr's named streams, so that both implementations use the same numbers at the same places.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ _ENHANCERS = ("image_caption_model", "image_caption_processor", "llm_model", "ll
 
 @dataclass(frozen=True)
 class OfficialResult:
-    """What came out of the official pipeline.
+    """Output of the official pipeline.
 
     Args:
-        latents: (1, C, f, h, w), as the loop left them.
-        pixels: (1, 3, F, H, W), as the decoder left them: whole, not clamped.
-        frames: uint8 (F, H, W, 3), cropped and trimmed as the official script does.
-        noise_names: the names of all noise it asked for, in order.
+        latents: (1, C, f, h, w) after the last step.
+        pixels: (1, 3, F, H, W) from the decoder: not cropped, not clamped.
+        frames: uint8 (F, H, W, 3), cropped and trimmed as by the official script.
+        noise_names: names of all noise drawn, in order.
     """
 
     latents: Tensor
@@ -62,7 +62,7 @@ class OfficialResult:
 
 
 def open_pipeline(home: Path) -> LTXVideoPipeline:
-    """As create_ltx_video_pipeline of inference.py, in float32."""
+    """Opens the pipeline like create_ltx_video_pipeline of inference.py, in float32."""
     path = home / MODEL_FILE
     pipeline = LTXVideoPipeline(
         tokenizer=_tokenizer(home),
@@ -79,7 +79,7 @@ def open_pipeline(home: Path) -> LTXVideoPipeline:
 
 
 def open_upsampler(path: Path) -> LatentUpsampler:
-    """As create_latent_upsampler of inference.py."""
+    """Opens the upscaler like create_latent_upsampler of inference.py."""
     return LatentUpsampler.from_pretrained(path).eval()
 
 
@@ -90,26 +90,26 @@ def run_official(
     *,
     upsampler: LatentUpsampler | None = None,
 ) -> OfficialResult:
-    """What infer() of inference.py does with a request that leaves nothing to a recipe.
+    """Runs a complete request like infer() of inference.py.
 
     Args:
-        start_latents: normalised latents to begin from.
-        upsampler: makes two passes.
+        start_latents: normalised latents to start from.
+        upsampler: upscaler for two passes; None for one.
     """
     size = request.size
     assert isinstance(size, Size)
     assert request.frames is not None
     height, width = (((side - 1) // 32 + 1) * 32 for side in (size.height, size.width))
     frames = ((request.frames - 2) // 8 + 1) * 8 + 1
-    kept: dict[str, Tensor] = {}
+    captured: dict[str, Tensor] = {}
     decode, step = official_module.vae_decode, pipeline.denoising_step
 
-    def seen_decode(*given: Any, **more: Any) -> Tensor:
-        return kept.setdefault("pixels", decode(*given, **more))
+    def capture_pixels(*args: Any, **kwargs: Any) -> Tensor:
+        return captured.setdefault("pixels", decode(*args, **kwargs))
 
-    def seen_step(*given: Any, **more: Any) -> Tensor:
-        kept["tokens"] = step(*given, **more)
-        return kept["tokens"]
+    def capture_tokens(*args: Any, **kwargs: Any) -> Tensor:
+        captured["tokens"] = step(*args, **kwargs)
+        return captured["tokens"]
 
     common = {
         "height": height,
@@ -130,8 +130,8 @@ def run_official(
     first = _official_pass(request.first_pass())
     with pytest.MonkeyPatch.context() as patch:
         noise = _NamedNoise(patch, request)
-        patch.setattr(official_module, "vae_decode", seen_decode)
-        patch.setattr(pipeline, "denoising_step", seen_step)
+        patch.setattr(official_module, "vae_decode", capture_pixels)
+        patch.setattr(pipeline, "denoising_step", capture_tokens)
         if upsampler is None:
             noise.begin_pass(height, width)
             images = pipeline(**common, **first, latents=start_latents).images
@@ -141,13 +141,15 @@ def run_official(
             passes = {"first_pass": first, "second_pass": _official_pass(request.second_pass)}
             images = scales(0.6666666, **passes, **common).images
     grid = noise.grid
-    latents = kept["tokens"][:, -grid.num_tokens :].transpose(1, 2).unflatten(2, (grid.frames, grid.height, grid.width))
+    latents = (
+        captured["tokens"][:, -grid.num_tokens :].transpose(1, 2).unflatten(2, (grid.frames, grid.height, grid.width))
+    )
     cropped = _crop_to_request(images, request.frames, size, height, width)
-    return OfficialResult(latents, kept["pixels"], cropped, tuple(noise.noise_names))
+    return OfficialResult(latents, captured["pixels"], cropped, tuple(noise.noise_names))
 
 
 def _official_pass(settings: Pass) -> dict[str, Any]:
-    """A pass in the official words."""
+    """Returns a pass as keywords of the official pipeline."""
     guidance = settings.guidance
     return {
         "num_inference_steps": settings.steps,
@@ -167,24 +169,24 @@ def _official_pass(settings: Pass) -> dict[str, Any]:
 
 
 def _as_lists(value: Any) -> Any:
-    """Tuples as lists."""
-    return [_as_lists(part) for part in value] if isinstance(value, tuple) else value
+    """Converts nested tuples to lists."""
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 class _NotifyingPipeline:
-    """The pipeline as the multi-scale one sees it; tells when a pass begins, and at what size."""
+    """Pipeline for the multi-scale one; tells the noise when a pass starts, and at what size."""
 
     def __init__(self, pipeline: LTXVideoPipeline, noise: _NamedNoise) -> None:
         self.pipeline, self.noise = pipeline, noise
         self.vae, self.vae_scale_factor = pipeline.vae, pipeline.vae_scale_factor
 
-    def __call__(self, **given: Any) -> Any:
-        self.noise.begin_pass(given["height"], given["width"])
-        return self.pipeline(**given)
+    def __call__(self, **kwargs: Any) -> Any:
+        self.noise.begin_pass(kwargs["height"], kwargs["width"])
+        return self.pipeline(**kwargs)
 
 
 def _tokenizer(home: Path) -> T5Tokenizer:
-    """Transformers' tokenizer with the same pieces. It would read spiece.model itself, but only where protobuf is."""
+    """Returns transformers' tokenizer with the same pieces; it reads spiece.model itself only with protobuf."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(home / "tokenizer" / "spiece.model"))
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
     return T5Tokenizer(vocab=pieces, extra_ids=0)
@@ -204,14 +206,14 @@ def _conditioning_items(request: Request, size: Size) -> list[ConditioningItem] 
 
 
 def _condition_pixels(item: ResolvedCondition, size: Size, crf: int) -> Tensor:
-    """As prepare_conditioning of inference.py hands it over: at its own resolution, with the margins of the output."""
-    pictures = []
+    """Prepares a condition like prepare_conditioning of inference.py: own resolution, margins of the output."""
+    images = []
     for frame in item.frames:
-        own = crop_to_aspect(load_image(frame), size)
+        cropped = crop_to_aspect(load_image(frame), size)
         left, right, top, bottom = size.padding()
-        made = Size(own.width // 2 * 2 + left + right, own.height // 2 * 2 + top + bottom)
-        pictures.append(prepare_image(frame, size, crf, made))
-    return torch.cat(pictures, dim=2)
+        padded_size = Size(cropped.width // 2 * 2 + left + right, cropped.height // 2 * 2 + top + bottom)
+        images.append(prepare_image(frame, size, crf, padded_size))
+    return torch.cat(images, dim=2)
 
 
 def _initial_video(request: Request, size: Size) -> Tensor | None:
@@ -223,7 +225,7 @@ def _initial_video(request: Request, size: Size) -> Tensor | None:
 
 
 class _NamedNoise:
-    """Answers every draw of the official code with the stream that kadr uses at that place."""
+    """Replaces every draw of the official code by the stream that kadr uses at that place."""
 
     def __init__(self, patch: pytest.MonkeyPatch, request: Request) -> None:
         self.streams = NoiseStreams(request.seed)
@@ -232,11 +234,11 @@ class _NamedNoise:
         self.noise_names: list[str] = []
         self.passes = 0
         self.injections = count(1)
-        real = torch.randn
+        torch_randn = torch.randn
 
         def randn(*shape: Any, generator: torch.Generator | None = None, **options: Any) -> Tensor:
-            if generator is not None:  # our own
-                return real(*shape, generator=generator, **options)
+            if generator is not None:  # drawn by kadr
+                return torch_randn(*shape, generator=generator, **options)
             return self.draw(f"injection {next(self.injections)}", shape[0])
 
         patch.setattr(official_module, "randn_tensor", self.randn_tensor)
@@ -245,7 +247,7 @@ class _NamedNoise:
         patch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
 
     def begin_pass(self, height: int, width: int) -> None:
-        """A pass of this size begins."""
+        """Starts a pass of this size."""
         self.grid = LatentGrid.for_video(Size(width, height), self.frames)
         self.prefix = "second " if self.passes else ""
         self.passes += 1
@@ -263,8 +265,8 @@ class _NamedNoise:
             return self.draw_tokens(f"{self.prefix}condition {next(self.conditions)}", shape)
         self.has_initial = True
         grid = self.grid
-        first = self.draw(f"{self.prefix}initial", (1, CHANNELS, grid.frames, grid.height, grid.width))
-        return first.flatten(2).transpose(1, 2).reshape(*shape)
+        noise = self.draw(f"{self.prefix}initial", (1, CHANNELS, grid.frames, grid.height, grid.width))
+        return noise.flatten(2).transpose(1, 2).reshape(*shape)
 
     def randn_like(self, like: Tensor) -> Tensor:
         if like.ndim == 5:
@@ -272,13 +274,13 @@ class _NamedNoise:
         return self.draw_tokens(f"{self.prefix}stochastic {next(self.steps)}", like.shape)
 
     def draw_tokens(self, name: str, shape: Any) -> Tensor:
-        """Noise for all tokens. Extra ones stand before the video's there, and behind them here."""
-        made = self.draw(name, shape)
-        return torch.cat([made[:, self.grid.num_tokens :], made[:, : self.grid.num_tokens]], dim=1)
+        """Draws noise for all tokens. The official code puts appended tokens before the video, kadr after it."""
+        noise = self.draw(name, shape)
+        return torch.cat([noise[:, self.grid.num_tokens :], noise[:, : self.grid.num_tokens]], dim=1)
 
 
 def _crop_to_request(images: Tensor, frames: int, size: Size, height: int, width: int) -> Tensor:
-    """The end of infer(): (1, 3, F, H, W) in [0, 1] -> uint8 (F, H, W, 3)."""
+    """Crops like the end of infer(): (1, 3, F, H, W) in [0, 1] -> uint8 (F, H, W, 3)."""
     top, left = (height - size.height) // 2, (width - size.width) // 2
     bottom, right = height - size.height - top, width - size.width - left
     images = images[:, :, :frames, top : height - bottom, left : width - right]

@@ -1,4 +1,4 @@
-"""What holds of every generation, whatever the weights: on a tiny model of random numbers."""
+"""Laws of every generation, whatever the weights: on a tiny model with random ones."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SHAPE = (1, CHANNELS, 2, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def injecting(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """With a decoder that injects noise."""
+def noise_injecting_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Engine whose decoder injects noise."""
     return Engine.open(
         write_model(tmp_path_factory.mktemp("0.9.1"), family="0.9.1", is_causal=False) / MODEL_FILE,
         device="cpu",
@@ -41,8 +41,8 @@ def injecting(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     )
 
 
-def same(one: Video, other: Video) -> bool:
-    return np.array_equal(one.frames, other.frames) and torch.equal(one.latents, other.latents)
+def are_equal(first: Video, second: Video) -> bool:
+    return np.array_equal(first.frames, second.frames) and torch.equal(first.latents, second.latents)
 
 
 # --- seeds --------------------------------------------------------------------------------------------------------
@@ -50,28 +50,28 @@ def same(one: Video, other: Video) -> bool:
 
 @pytest.mark.parametrize("change", [{}, {"stochastic": True}, {"guidance": 1.0}], ids=str)
 def test_the_same_seed_gives_the_same_video_bit_for_bit(
-    engine: Engine, injecting: Engine, image_condition: Condition, change: dict[str, Any]
+    engine: Engine, noise_injecting_engine: Engine, image_condition: Condition, change: dict[str, Any]
 ) -> None:
-    for opened in (engine, injecting):
+    for opened in (engine, noise_injecting_engine):
         request = replace(REQUEST, conditions=(image_condition,), **change)
         torch.manual_seed(1)
-        one = opened.generate(request)
-        torch.manual_seed(2)  # what others do to torch's own generator changes nothing
+        first = opened.generate(request)
+        torch.manual_seed(2)  # the state of torch's global generator must not matter
         torch.randn(3)
-        assert same(one, opened.generate(request))
+        assert are_equal(first, opened.generate(request))
 
 
 def test_another_engine_on_the_same_files_gives_the_same_video(home: Path, engine: Engine) -> None:
-    assert same(engine.generate(REQUEST), Engine.open(home / MODEL_FILE, device="cpu").generate(REQUEST))
+    assert are_equal(engine.generate(REQUEST), Engine.open(home / MODEL_FILE, device="cpu").generate(REQUEST))
 
 
 def test_another_seed_gives_another_video(engine: Engine) -> None:
-    one, other = engine.generate(REQUEST), engine.generate(replace(REQUEST, seed=8))
-    assert not np.array_equal(one.frames, other.frames)
-    assert (one.latents - other.latents).std() > 0.1
+    first, second = engine.generate(REQUEST), engine.generate(replace(REQUEST, seed=8))
+    assert not np.array_equal(first.frames, second.frames)
+    assert (first.latents - second.latents).std() > 0.1
 
 
-def test_what_the_seed_would_draw_can_be_given(engine: Engine) -> None:
+def test_noise_from_the_caller_replaces_that_of_the_seed(engine: Engine) -> None:
     streams = NoiseStreams(8)
     latents = engine.denoise(REQUEST, noise=streams.draw("initial", SHAPE))
     assert torch.equal(latents, engine.denoise(replace(REQUEST, seed=8)))
@@ -81,8 +81,10 @@ def test_what_the_seed_would_draw_can_be_given(engine: Engine) -> None:
     assert not torch.equal(frames, engine.decode(latents, REQUEST))
 
 
-def test_generating_is_denoising_and_decoding(engine: Engine, injecting: Engine, image_condition: Condition) -> None:
-    for opened in (engine, injecting):
+def test_generate_equals_denoise_then_decode(
+    engine: Engine, noise_injecting_engine: Engine, image_condition: Condition
+) -> None:
+    for opened in (engine, noise_injecting_engine):
         request = replace(REQUEST, conditions=(image_condition,))
         video = opened.generate(request)
         latents = opened.denoise(request)
@@ -90,50 +92,50 @@ def test_generating_is_denoising_and_decoding(engine: Engine, injecting: Engine,
         assert np.array_equal(video.frames, opened.decode(latents, request).numpy())
 
 
-def test_encoding_gives_the_latents_that_a_held_picture_starts_from(engine: Engine, image_condition: Condition) -> None:
+def test_encoded_image_equals_the_latents_kept_at_frame_0(engine: Engine, image_condition: Condition) -> None:
     request = replace(REQUEST, conditions=(image_condition,), image_noise=0.0)
     assert torch.equal(engine.encode_first_condition(request), engine.denoise(request)[:, :, :1])
 
 
-def test_bfloat16_gives_nearly_the_video_of_float32(home: Path, engine: Engine, image_condition: Condition) -> None:
-    narrow = Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16")
+def test_bfloat16_video_is_close_to_float32(home: Path, engine: Engine, image_condition: Condition) -> None:
+    bfloat16_engine = Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16")
     request = replace(REQUEST, conditions=(image_condition,))
-    one, other = engine.generate(request), narrow.generate(request)
-    assert narrow.metadata(request)["dtype"] == "bfloat16"
-    assert other.latents.dtype == torch.float32
-    assert ((one.latents - other.latents).norm() / one.latents.norm()).item() < 0.03
-    assert not torch.equal(one.latents, other.latents)
-    assert np.abs(one.frames.astype(int) - other.frames).mean() < 6
+    first, second = engine.generate(request), bfloat16_engine.generate(request)
+    assert bfloat16_engine.metadata(request)["dtype"] == "bfloat16"
+    assert second.latents.dtype == torch.float32
+    assert ((first.latents - second.latents).norm() / first.latents.norm()).item() < 0.03
+    assert not torch.equal(first.latents, second.latents)
+    assert np.abs(first.frames.astype(int) - second.frames).mean() < 6
 
 
 # --- guidance and text --------------------------------------------------------------------------------------------
 
 
-def test_guidance_in_one_batch_gives_the_same_video(engine: Engine, image_condition: Condition) -> None:
+def test_guidance_in_one_batch_gives_the_same_latents(engine: Engine, image_condition: Condition) -> None:
     for request in (REQUEST, replace(REQUEST, conditions=(replace(image_condition, strength=0.7),), steps=6)):
-        one, other = engine.denoise(request), engine.denoise(replace(request, guidance_batch=True))
-        assert ((one - other).norm() / one.norm()).item() <= 1e-5
+        first, second = engine.denoise(request), engine.denoise(replace(request, guidance_batch=True))
+        assert ((first - second).norm() / first.norm()).item() <= 1e-5
 
 
 @pytest.mark.parametrize(("guidance", "prompts"), [(1.0, 1), (1.5, 2), (3.0, 2)])
-@pytest.mark.parametrize("together", [False, True])
-def test_the_negative_prompt_is_encoded_only_where_guidance_needs_it(
-    engine: Engine, guidance: float, prompts: int, together: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("guidance_batch", [False, True])
+def test_negative_prompt_is_encoded_only_if_cfg_needs_it(
+    engine: Engine, guidance: float, prompts: int, guidance_batch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[Tensor] = []
     batches: list[int] = []
     encode, forward = T5Encoder.forward, Transformer.forward
-    monkeypatch.setattr(T5Encoder, "forward", lambda *given: (encoded.append(given[1]), encode(*given))[1])
-    monkeypatch.setattr(Transformer, "forward", lambda *given: (batches.append(len(given[1])), forward(*given))[1])
-    request = replace(REQUEST, guidance=guidance, guidance_batch=together, negative_prompt="blue sea")
+    monkeypatch.setattr(T5Encoder, "forward", lambda *args: (encoded.append(args[1]), encode(*args))[1])
+    monkeypatch.setattr(Transformer, "forward", lambda *args: (batches.append(len(args[1])), forward(*args))[1])
+    request = replace(REQUEST, guidance=guidance, guidance_batch=guidance_batch, negative_prompt="blue sea")
     engine.denoise(request)
     tokenizer = engine.components.tokenizer
-    expected = [tokenizer.encode(text).ids for text in ("a red circle", "blue sea")][:prompts]
+    expected = [tokenizer.encode(prompt).ids for prompt in ("a red circle", "blue sea")][:prompts]
     assert [ids.tolist() for ids in encoded] == [ids.tolist() for ids in expected]
-    assert batches == ([prompts] * 3 if together else [1] * 3 * prompts)
+    assert batches == ([prompts] * 3 if guidance_batch else [1] * 3 * prompts)
 
 
-def test_without_guidance_the_negative_prompt_changes_nothing(engine: Engine) -> None:
+def test_without_cfg_the_negative_prompt_changes_nothing(engine: Engine) -> None:
     request = replace(REQUEST, guidance=1.0)
     assert torch.equal(engine.denoise(request), engine.denoise(replace(request, negative_prompt="blue sea")))
     assert not torch.equal(engine.denoise(REQUEST), engine.denoise(replace(REQUEST, negative_prompt="blue sea")))
@@ -143,15 +145,15 @@ def test_space_around_a_prompt_changes_nothing(engine: Engine) -> None:
     assert torch.equal(engine.denoise(REQUEST), engine.denoise(replace(REQUEST, prompt="  a red circle \n")))
 
 
-def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_says_what(engine: Engine) -> None:
+def test_long_prompt_is_truncated_with_a_warning_that_quotes_the_rest(engine: Engine) -> None:
     words = (SENTENCE + " ") * 60
     request = replace(REQUEST, prompt=words + "the very end", guidance=1.0)
-    with pytest.warns(KadrWarning, match=r"256 tokens.*the very end") as told:
-        one = engine.generate(request)
-    assert len(told) == 1
+    with pytest.warns(KadrWarning, match=r"256 tokens.*the very end") as caught:
+        first = engine.generate(request)
+    assert len(caught) == 1
     with pytest.warns(KadrWarning):
-        other = engine.generate(replace(request, prompt=words + "another end"))
-    assert same(one, other)
+        second = engine.generate(replace(request, prompt=words + "another end"))
+    assert are_equal(first, second)
 
 
 # --- sizes --------------------------------------------------------------------------------------------------------
@@ -160,64 +162,77 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning_that_says_what(engine: 
 @pytest.mark.parametrize(
     ("size", "frames"), [(Size(64, 32), 9), (Size(50, 21), 4), (Size(33, 31), 1), (Size(1, 1), 2), (Size(64, 63), 16)]
 )
-@pytest.mark.parametrize("held", [False, True])
-def test_a_video_is_made_larger_and_then_cropped_and_trimmed(
-    engine: Engine, image_condition: Condition, size: Size, frames: int, held: bool
+@pytest.mark.parametrize("has_condition", [False, True])
+def test_video_is_sampled_larger_then_cropped_and_trimmed(
+    engine: Engine, image_condition: Condition, size: Size, frames: int, has_condition: bool
 ) -> None:
-    request = replace(REQUEST, size=size, frames=frames, steps=1, conditions=(image_condition,) if held else ())
-    made, length = size.snap(), (frames + 6) // 8 * 8 + 1
+    request = replace(
+        REQUEST, size=size, frames=frames, steps=1, conditions=(image_condition,) if has_condition else ()
+    )
+    sampled_size, sampled_frames = size.snap(), (frames + 6) // 8 * 8 + 1
     video = engine.generate(request)
     assert video.frames.shape == (frames, size.height, size.width, 3)
     assert video.frames.dtype == np.uint8
-    assert video.latents.shape == (CHANNELS, (length - 1) // 8 + 1, made.height // 32, made.width // 32)
+    assert video.latents.shape == (
+        CHANNELS,
+        (sampled_frames - 1) // 8 + 1,
+        sampled_size.height // 32,
+        sampled_size.width // 32,
+    )
     assert video.latents.dtype == torch.float32
     assert video.size == size
-    whole = engine.decode(video.latents[None], replace(request, size=made, frames=length, conditions=()))
-    assert whole.shape == (length, made.height, made.width, 3)
-    cut = crop_margins(whole.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)[:frames]
-    assert np.array_equal(video.frames, cut.numpy())
+    whole_request = replace(request, size=sampled_size, frames=sampled_frames, conditions=())
+    whole = engine.decode(video.latents[None], whole_request)
+    assert whole.shape == (sampled_frames, sampled_size.height, sampled_size.width, 3)
+    cropped = crop_margins(whole.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)[:frames]
+    assert np.array_equal(video.frames, cropped.numpy())
 
 
-def test_frames_that_are_trimmed_do_not_change_those_that_stay(engine: Engine) -> None:
+def test_trimmed_frames_do_not_change_the_others(engine: Engine) -> None:
     assert torch.equal(engine.denoise(replace(REQUEST, frames=4)), engine.denoise(REQUEST))
 
 
-def test_decoding_as_a_stream_is_decoding_at_once(engine: Engine, injecting: Engine) -> None:
-    for opened in (engine, injecting):
+def test_streamed_decode_equals_decode_at_once(engine: Engine, noise_injecting_engine: Engine) -> None:
+    for opened in (engine, noise_injecting_engine):
         request = replace(REQUEST, frames=33, steps=1, decode_noise=0.0)
         video = opened.generate(request)
         streams = NoiseStreams(request.seed)
-        counted = iter(range(1, 100))
+        injection_numbers = iter(range(1, 100))
         with opened.components.vae_decoder() as vae, torch.no_grad():
-            level = torch.tensor([opened.recipe.decode_timestep])
+            timestep = torch.tensor([opened.recipe.decode_timestep])
             whole = vae.decode(
                 video.latents[None],
-                timestep=level,
-                noise_source=lambda shape: streams.draw(f"injection {next(counted)}", shape),  # noqa: B023
+                timestep=timestep,
+                noise_source=lambda shape: streams.draw(f"injection {next(injection_numbers)}", shape),  # noqa: B023
             )
-        off = (torch.from_numpy(video.frames).int() - to_uint8(denormalize(whole[0])).int()).abs()
-        assert off.max() <= 1  # a hair on either side of a whole number
-        assert off.float().mean() < 1e-3
+        difference = (torch.from_numpy(video.frames).int() - to_uint8(denormalize(whole[0])).int()).abs()
+        assert difference.max() <= 1  # truncation may turn a tiny error into 1
+        assert difference.float().mean() < 1e-3
 
 
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def test_frames_that_go_straight_to_a_file_are_those_of_generate(
+def test_frames_written_while_decoding_equal_those_of_generate(
     engine: Engine, image_condition: Condition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[np.ndarray] = []
-    put = VideoWriter.write
-    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: (written.append(frames), put(self, frames))[1])
+    write = VideoWriter.write
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: (written.append(frames), write(self, frames))[1])
     request = replace(REQUEST, frames=70, steps=1, size=Size(50, 32), conditions=(image_condition,))
-    made = engine.write(request, tmp_path / "out.mp4")
+    video_file = engine.write(request, tmp_path / "out.mp4")
     video = engine.generate(request)
-    assert len(written) > 1, "frames came as they were decoded"
+    assert len(written) > 1, "frames are written as they are decoded"
     assert np.array_equal(np.concatenate(written), video.frames)
-    assert torch.equal(made.latents, video.latents)
-    assert (made.path, made.frames, made.size, made.fps) == (tmp_path / "out.mp4", 70, Size(50, 32), 24.0)
-    assert made.request == video.request
-    clip = read_video(made.path)
+    assert torch.equal(video_file.latents, video.latents)
+    assert (video_file.path, video_file.frames, video_file.size, video_file.fps) == (
+        tmp_path / "out.mp4",
+        70,
+        Size(50, 32),
+        24.0,
+    )
+    assert video_file.request == video.request
+    clip = read_video(video_file.path)
     assert clip.frames.shape == video.frames.shape
     assert clip.fps == 24
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
@@ -230,59 +245,60 @@ def test_the_first_frames_are_on_disk_before_the_last_are_decoded(engine: Engine
         if progress.stage == "decode":
             sizes[progress.step] = sum(path.stat().st_size for path in output_folder.glob(".kadr-*"))
 
-    made = engine.write(
+    video_file = engine.write(
         replace(REQUEST, size=Size(32, 32), frames=121, steps=1, guidance=1.0), output_folder / "a.mp4", watch=watch
     )
     early = [size for frames, size in sizes.items() if 60 <= frames < 121]
-    assert early[0] > 1000, "a header and first frames"
-    assert all(one < other for one, other in pairwise(early)), "and more with every piece"
-    assert early[-1] > made.path.stat().st_size / 4
+    assert early[0] > 1000, "the header and the first frames"
+    assert all(before < after for before, after in pairwise(early)), "more with every chunk"
+    assert early[-1] > video_file.path.stat().st_size / 4
 
 
-def test_a_file_remembers_a_request_that_makes_the_same_video_again(
+def test_request_stored_in_the_file_generates_the_same_video(
     engine: Engine, image_condition: Condition, tmp_path: Path
 ) -> None:
-    made = engine.write(
-        Request(prompt="a red circle", size=(64, 32), frames=9, steps=2, conditions=(image_condition,)), tmp_path / "a.mp4"
+    video_file = engine.write(
+        Request(prompt="a red circle", size=(64, 32), frames=9, steps=2, conditions=(image_condition,)),
+        tmp_path / "a.mp4",
     )
-    record = read_metadata(made.path)
-    again = Request.from_json(record["request"])
-    assert again == made.request
-    assert record["model"] == str(engine.components.checkpoint.path.resolve())
-    assert torch.equal(engine.denoise(again)[0], made.latents)
-    video = engine.generate(again)
-    assert video.metadata == record
-    assert read_metadata(video.save(tmp_path / "b.mp4")) == record
+    metadata = read_metadata(video_file.path)
+    stored_request = Request.from_json(metadata["request"])
+    assert stored_request == video_file.request
+    assert metadata["model"] == str(engine.components.checkpoint.path.resolve())
+    assert torch.equal(engine.denoise(stored_request)[0], video_file.latents)
+    video = engine.generate(stored_request)
+    assert video.metadata == metadata
+    assert read_metadata(video.save(tmp_path / "b.mp4")) == metadata
 
 
-# --- what a request leaves out ------------------------------------------------------------------------------------
+# --- defaults of a request ------------------------------------------------------------------------------------------
 
 
-def test_what_a_request_leaves_out_comes_from_the_model_s_recipe(engine: Engine) -> None:
-    made = engine.resolve(Request(prompt="a red circle"))
+def test_fields_left_out_of_a_request_come_from_the_recipe(engine: Engine) -> None:
+    resolved = engine.resolve(Request(prompt="a red circle"))
     recipe = engine.recipe
-    assert (made.size, made.frames, made.fps) == (recipe.size, recipe.frames, recipe.fps)
-    assert made.first_pass() == replace(recipe.first_pass, stochastic=False, tone_map=0.0)
-    assert (made.negative_prompt, made.image_noise) == (recipe.negative_prompt, recipe.image_noise)
-    assert (made.multi_scale, made.second_pass) == (False, None)
-    assert (made.decode_timestep, made.decode_noise, made.image_crf) == (
+    assert (resolved.size, resolved.frames, resolved.fps) == (recipe.size, recipe.frames, recipe.fps)
+    assert resolved.first_pass() == replace(recipe.first_pass, stochastic=False, tone_map=0.0)
+    assert (resolved.negative_prompt, resolved.image_noise) == (recipe.negative_prompt, recipe.image_noise)
+    assert (resolved.multi_scale, resolved.second_pass) == (False, None)
+    assert (resolved.decode_timestep, resolved.decode_noise, resolved.image_crf) == (
         recipe.decode_timestep,
         recipe.decode_noise,
         29,
     )
 
 
-def test_a_request_that_leaves_out_the_steps_makes_as_many_as_the_recipe(engine: Engine) -> None:
-    seen: list[Progress] = []
-    engine.denoise(Request(prompt="a red circle", size=(32, 32), frames=1, guidance=1), watch=seen.append)
-    assert max(report.of for report in seen if report.stage == "denoise") == engine.recipe.first_pass.steps
+def test_request_without_steps_takes_those_of_the_recipe(engine: Engine) -> None:
+    reports: list[Progress] = []
+    engine.denoise(Request(prompt="a red circle", size=(32, 32), frames=1, guidance=1), watch=reports.append)
+    assert max(report.of for report in reports if report.stage == "denoise") == engine.recipe.first_pass.steps
 
 
-# --- what is in memory, and when -----------------------------------------------------------------------------------
+# --- which modules are in memory, and when -------------------------------------------------------------------------
 
 
-class Seen(ModuleCache):
-    """A shelf that notes when modules come and go."""
+class RecordingCache(ModuleCache):
+    """Module cache that records when modules are loaded and freed."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), release_pages=lambda tensors: None)
@@ -291,7 +307,7 @@ class Seen(ModuleCache):
 
     @property
     def names_to_keep(self) -> frozenset[str]:
-        """Nothing stays, whatever the plan says."""
+        """No module stays, whatever the plan says."""
         return frozenset()
 
     @names_to_keep.setter
@@ -299,54 +315,54 @@ class Seen(ModuleCache):
 
     @contextmanager
     def acquire(self, name: str, load: Callable[[], Any], *, configuration: Any = None) -> Iterator[Any]:
-        def noted() -> nn.Module:
+        def load_and_record() -> nn.Module:
             self.events.append(f"{name}, with {len(self.alive)} others")
             module = load()
             self.alive.add(module)
-            weakref.finalize(module, self.events.append, f"{name} gone")
+            weakref.finalize(module, self.events.append, f"{name} freed")
             return module
 
-        with super().acquire(name, noted, configuration=configuration) as module:
+        with super().acquire(name, load_and_record, configuration=configuration) as module:
             yield module
 
 
 @pytest.fixture
-def seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
-    shelf = Seen()
-    monkeypatch.setattr(engine.components, "module_cache", shelf)
-    gc.freeze()  # what is already there, so that looking for what is not takes no time
-    gc.disable()  # a module must go when the last one looks away, not when Python next tidies up
-    yield shelf
+def recording_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingCache]:
+    cache = RecordingCache()
+    monkeypatch.setattr(engine.components, "module_cache", cache)
+    gc.freeze()  # existing objects, so that each collection is fast
+    gc.disable()  # a module must be freed with its last reference, not at the next collection
+    yield cache
     gc.enable()
     gc.unfreeze()
 
 
-ORDER = [
-    f"{name}{what}"
+EXPECTED_EVENTS = [
+    f"{name}{event}"
     for name in ("text encoder", "VAE encoder", "transformer", "VAE decoder")
-    for what in (", with 0 others", " gone")
+    for event in (", with 0 others", " freed")
 ]
 
 
-def test_each_module_is_gone_before_the_next_is_loaded_and_none_stays(
-    engine: Engine, image_condition: Condition, seen: Seen, tmp_path: Path
+def test_each_module_is_freed_before_the_next_loads_and_none_stays(
+    engine: Engine, image_condition: Condition, recording_cache: RecordingCache, tmp_path: Path
 ) -> None:
     request = replace(REQUEST, conditions=(image_condition,))
     engine.generate(request)
-    assert seen.events == ORDER
-    assert not seen.alive
-    seen.events.clear()
+    assert recording_cache.events == EXPECTED_EVENTS
+    assert not recording_cache.alive
+    recording_cache.events.clear()
     engine.write(request, tmp_path / "out.mp4")
-    assert seen.events == ORDER
-    assert not seen.alive
+    assert recording_cache.events == EXPECTED_EVENTS
+    assert not recording_cache.alive
 
 
-def test_without_a_picture_no_encoder_is_loaded(engine: Engine, seen: Seen) -> None:
+def test_without_an_image_no_vae_encoder_is_loaded(engine: Engine, recording_cache: RecordingCache) -> None:
     engine.generate(REQUEST)
-    assert seen.events == [event for event in ORDER if not event.startswith("VAE encoder")]
+    assert recording_cache.events == [event for event in EXPECTED_EVENTS if not event.startswith("VAE encoder")]
 
 
-def test_encoder_and_decoder_are_loaded_without_each_other(engine: Engine, image_condition: Condition) -> None:
+def test_vae_encoder_and_decoder_load_without_each_other(engine: Engine, image_condition: Condition) -> None:
     with engine.components.vae_encoder() as vae:
         assert vae.decoder is None
         assert vae.encoder is not None
@@ -355,8 +371,8 @@ def test_encoder_and_decoder_are_loaded_without_each_other(engine: Engine, image
         assert vae.decoder is not None
 
 
-def test_opening_loads_no_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: nn.Module, *given: Any, **more: Any) -> None:
+def test_opening_an_engine_loads_no_weights(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(nn.Module, "load_state_dict", refuse)
@@ -379,34 +395,34 @@ def test_progress_counts_every_stage_from_0_to_its_end(
         engine.generate(request, watch=reports.append)
     stages = list(dict.fromkeys(report.stage for report in reports))
     assert stages == ["text", "encode", "denoise", "decode"]
-    for stage, of in (("text", 2), ("encode", 1), ("denoise", 3), ("decode", 20)):
-        mine = [report for report in reports if report.stage == stage]
-        assert {report.of for report in mine} == {of}
-        assert (mine[0].step, mine[-1].step) == (0, of)
-        assert all(one.step < other.step for one, other in pairwise(mine))
-        assert mine[0].eta is None
-        assert all(report.eta is not None and report.eta >= 0 for report in mine[1:])
-        assert mine[-1].eta == 0
+    for stage, total in (("text", 2), ("encode", 1), ("denoise", 3), ("decode", 20)):
+        stage_reports = [report for report in reports if report.stage == stage]
+        assert {report.of for report in stage_reports} == {total}
+        assert (stage_reports[0].step, stage_reports[-1].step) == (0, total)
+        assert all(before.step < after.step for before, after in pairwise(stage_reports))
+        assert stage_reports[0].eta is None
+        assert all(report.eta is not None and report.eta >= 0 for report in stage_reports[1:])
+        assert stage_reports[-1].eta == 0
     assert [report.stage for report in reports] == sorted((r.stage for r in reports), key=stages.index)
     sigmas = [report.sigma for report in reports if report.stage == "denoise"]
     assert sigmas == [None, *engine.components.schedules[0].get_sigmas(3, tokens=6).tolist()]
     assert all(report.sigma is None for report in reports if report.stage != "denoise")
 
 
-def test_watching_changes_nothing(engine: Engine) -> None:
-    assert same(engine.generate(REQUEST), engine.generate(REQUEST, watch=lambda progress: None))
+def test_watcher_does_not_change_the_video(engine: Engine) -> None:
+    assert are_equal(engine.generate(REQUEST), engine.generate(REQUEST, watch=lambda progress: None))
 
 
-class Enough(Exception):
-    """What a watcher may raise."""
+class StopGeneration(Exception):
+    """Exception that a watcher raises."""
 
 
 @pytest.mark.parametrize("stage", ["text", "encode", "denoise", "decode"])
 @pytest.mark.parametrize("step", [0, 1])
-def test_a_watcher_that_raises_cancels_and_leaves_neither_file_nor_weights(
-    engine: Engine, image_condition: Condition, stage: str, step: int, seen: Seen, tmp_path: Path
+def test_watcher_that_raises_cancels_and_leaves_no_file_or_weights(
+    engine: Engine, image_condition: Condition, stage: str, step: int, recording_cache: RecordingCache, tmp_path: Path
 ) -> None:
-    reason = Enough("no more")
+    reason = StopGeneration("no more")
 
     def watch(progress: Progress) -> None:
         if progress.stage == stage and progress.step >= step:
@@ -419,16 +435,16 @@ def test_a_watcher_that_raises_cancels_and_leaves_neither_file_nor_weights(
     reason.__traceback__ = None
     del caught
     gc.collect()
-    assert not seen.alive
+    assert not recording_cache.alive
 
 
-def test_a_cancelled_generation_leaves_an_older_file_as_it_was(engine: Engine, tmp_path: Path) -> None:
+def test_cancelled_generation_leaves_an_older_file_unchanged(engine: Engine, tmp_path: Path) -> None:
     path = tmp_path / "out.mp4"
     path.write_bytes(b"older")
 
     def watch(progress: Progress) -> None:
         if progress.stage == "decode" and progress.step:
-            raise Enough
+            raise StopGeneration
 
     with pytest.raises(Cancelled):
         engine.write(REQUEST, path, watch=watch)
@@ -436,7 +452,7 @@ def test_a_cancelled_generation_leaves_an_older_file_as_it_was(engine: Engine, t
     assert [file.name for file in tmp_path.iterdir()] == ["out.mp4"]
 
 
-def test_ctrl_c_is_not_swallowed_and_leaves_no_file(engine: Engine, tmp_path: Path) -> None:
+def test_ctrl_c_is_raised_and_leaves_no_file(engine: Engine, tmp_path: Path) -> None:
     def watch(progress: Progress) -> None:
         if progress.stage == "denoise" and progress.step:
             raise KeyboardInterrupt
@@ -446,11 +462,11 @@ def test_ctrl_c_is_not_swallowed_and_leaves_no_file(engine: Engine, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_engine_goes_on_after_a_cancelled_generation(engine: Engine) -> None:
+def test_engine_works_after_a_cancelled_generation(engine: Engine) -> None:
     def watch(progress: Progress) -> None:
-        raise Enough
+        raise StopGeneration
 
     before = engine.generate(REQUEST)
     with pytest.raises(Cancelled):
         engine.generate(REQUEST, watch=watch)
-    assert same(before, engine.generate(REQUEST))
+    assert are_equal(before, engine.generate(REQUEST))

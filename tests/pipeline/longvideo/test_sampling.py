@@ -1,4 +1,4 @@
-"""Long videos: windows against the pipeline of diffusers, and the laws that hold whatever a model makes."""
+"""Long videos: windows against the pipeline of diffusers, and laws that hold for any weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kadr.models.registry import Recipe
 from kadr.pipeline.longvideo.sampling import conditions_in_window
 from kadr.pipeline.progress import Progress
 from kadr.planning import planner
-from kadr.planning.plan import Placement
+from kadr.planning.placement import Placement
 from kadr.request.passes import resolve_window_passes
 from kadr.request.windows import Windows
 from kadr.sampling.noise import NoiseStreams
@@ -33,104 +33,106 @@ from tests.oracles import relative_error
 from tests.pipeline.longvideo import diffusers_long
 from tests.tiny_models import CHANNELS, MODEL_FILE
 
-LATENTS = 1e-5  # relative error; asked were 1e-4
+LATENTS = 1e-5  # relative error; the goal was 1e-4
 PROMPTS = "a red circle | birds fly slowly | blue sea"
-LEVELS = (1.0, 0.95, 0.7, 0.4, 0.2)
+SIGMAS = (1.0, 0.95, 0.7, 0.4, 0.2)
 
 
-def asked(**fields: Any) -> Request:
-    """A long video of few tokens."""
-    given: dict[str, Any] = {
+def build_request(**fields: Any) -> Request:
+    """Returns the request of a long video with few tokens."""
+    defaults: dict[str, Any] = {
         "prompt": PROMPTS,
         "negative_prompt": "evening",
         "size": Size(64, 96),
         "frames": 97,
         "fps": 24.0,
         "seed": 5,
-        "sigmas": LEVELS,
+        "sigmas": SIGMAS,
         "guidance": Guidance(cfg_scale=3.0, stg_scale=0.0),
         "stochastic": False,
         "image_noise": 0.0,
         "windows": Windows(frames=41, overlap=24, overlap_strength=1.0, adain=0.25),
     }
-    return Request(**{**given, **fields})
+    return Request(**{**defaults, **fields})
 
 
 CASES: dict[str, dict[str, Any]] = {
     "windows": {},
-    "windows, held half": {"windows": Windows(frames=41, overlap=24, overlap_strength=0.5, adain=0.25)},
-    "windows, all the statistics of the first": {
-        "windows": Windows(frames=41, overlap=32, overlap_strength=1.0, adain=1.0)
-    },
-    "windows, no statistics": {"windows": Windows(frames=41, overlap=24, overlap_strength=0.8, adain=0.0)},
+    "windows, half overlap strength": {"windows": Windows(frames=41, overlap=24, overlap_strength=0.5, adain=0.25)},
+    "windows, full adain": {"windows": Windows(frames=41, overlap=32, overlap_strength=1.0, adain=1.0)},
+    "windows, no adain": {"windows": Windows(frames=41, overlap=24, overlap_strength=0.8, adain=0.0)},
     "windows, one latent of overlap": {"windows": Windows(frames=33, overlap=8, overlap_strength=1.0)},
     "windows, no guidance": {"guidance": Guidance(cfg_scale=1.0), "prompt": "birds fly"},
     "windows, a shorter last one": {"frames": 89},
-    "windows with a picture": {"picture": True},
-    "windows with a picture remembered half": {
-        "picture": True,
+    "windows with an image": {"image": True},
+    "windows with an image at half anchor strength": {
+        "image": True,
         "windows": Windows(frames=41, overlap=24, overlap_strength=0.5, anchor_strength=0.5),
     },
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_long_video_has_the_latents_of_diffusers(
+def test_long_video_latents_equal_those_of_diffusers(
     name: str, engine: Engine, image_condition: Condition, parity: Callable[[str, str, str, float], float]
 ) -> None:
     fields = dict(CASES[name])
-    request = asked(conditions=[image_condition] * fields.pop("picture", False), **fields)
+    request = build_request(conditions=[image_condition] * fields.pop("image", False), **fields)
     expected = diffusers_long.run_diffusers_long(engine, request)
-    made = engine.denoise(request)
-    assert made.shape == expected.shape
-    assert parity("long video", "0.9.5", "diffusers", relative_error(made, expected)) <= LATENTS
+    latents = engine.denoise(request)
+    assert latents.shape == expected.shape
+    assert parity("long video", "0.9.5", "diffusers", relative_error(latents, expected)) <= LATENTS
 
 
-def test_at_full_strength_diffusers_as_it_is_agrees_and_below_it_tells_the_network_other_levels(
+def test_unpatched_diffusers_agrees_only_at_full_overlap_strength(
     engine: Engine,
 ) -> None:
-    request = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0))
+    request = build_request(prompt="birds fly", guidance=Guidance(cfg_scale=1.0))
     assert (
         relative_error(engine.denoise(request), diffusers_long.run_diffusers_long(engine, request, is_unpatched=True))
         <= LATENTS
     )
-    half = asked(prompt="birds fly", guidance=Guidance(cfg_scale=1.0), windows=Windows(frames=41, overlap_strength=0.5))
+    half = build_request(
+        prompt="birds fly", guidance=Guidance(cfg_scale=1.0), windows=Windows(frames=41, overlap_strength=0.5)
+    )
     assert (
         relative_error(engine.denoise(half), diffusers_long.run_diffusers_long(engine, half, is_unpatched=True)) > 1e-3
     )
 
 
-def test_diffusers_makes_a_latent_too_many_at_every_seam_of_two_and_kadr_crosses_over(engine: Engine) -> None:
-    request = asked(windows=Windows(frames=41, overlap=16, overlap_strength=1.0, adain=0.0), frames=97)
+def test_overlap_of_two_is_blended_where_diffusers_adds_a_latent(engine: Engine) -> None:
+    request = build_request(windows=Windows(frames=41, overlap=16, overlap_strength=1.0, adain=0.0), frames=97)
     spans = request.windows.spans(97) if request.windows else ()
-    made, theirs = engine.denoise(request), diffusers_long.run_diffusers_long(engine, request)
-    assert made.shape[2] == 13
+    latents, theirs = engine.denoise(request), diffusers_long.run_diffusers_long(engine, request)
+    assert latents.shape[2] == 13
     assert theirs.shape[2] == 13 + len(spans) - 1
-    assert relative_error(made[:, :, :5], theirs[:, :, :5]) <= LATENTS
-    one, other = theirs[:, :, 5], theirs[:, :, 6]  # the last of the first window, and what the second has there
-    assert relative_error(made[:, :, 5], (one + other) / 2) <= LATENTS
+    assert relative_error(latents[:, :, :5], theirs[:, :, :5]) <= LATENTS
+    first, second = theirs[:, :, 5], theirs[:, :, 6]  # the last of the first window, and the second window's own
+    assert relative_error(latents[:, :, 5], (first + second) / 2) <= LATENTS
 
 
 # Laws
 
 
 def short(**fields: Any) -> Request:
-    """Three windows in a second or so."""
-    usual: dict[str, Any] = {"sigmas": (1.0, 0.7, 0.4), "guidance": Guidance(cfg_scale=1.0), "size": Size(64, 64)}
+    """Returns the request of a video of three windows, sampled in about a second."""
+    defaults: dict[str, Any] = {"sigmas": (1.0, 0.7, 0.4), "guidance": Guidance(cfg_scale=1.0), "size": Size(64, 64)}
     windows = Windows(frames=25, overlap=16)
-    return asked(**{**usual, "frames": 57, "prompt": "birds fly", "image_noise": 0.15, "windows": windows, **fields})
+    return build_request(
+        **{**defaults, "frames": 57, "prompt": "birds fly", "image_noise": 0.15, "windows": windows, **fields}
+    )
 
 
 @pytest.mark.parametrize("frames", [1, 17, 25])
-def test_a_video_that_one_window_holds_is_the_one_made_without(engine: Engine, frames: int) -> None:
+def test_video_that_fits_one_window_equals_one_without_windows(engine: Engine, frames: int) -> None:
     request = short(frames=frames)
-    own, plain = engine.generate(request), engine.generate(replace(request, windows=None))
-    assert own.latents.equal(plain.latents)
-    assert (own.frames == plain.frames).all()
-    assert own.request == plain.request
+    windowed, plain = engine.generate(request), engine.generate(replace(request, windows=None))
+    assert windowed.latents.equal(plain.latents)
+    assert (windowed.frames == plain.frames).all()
+    assert windowed.request == plain.request
 
 
-def test_a_long_video_begins_as_the_video_of_one_window(engine: Engine) -> None:
+def test_long_video_starts_like_the_video_of_one_window(engine: Engine) -> None:
     request = short()
     long, plain = engine.denoise(request), engine.denoise(replace(request, windows=None, frames=25))
     assert long.shape[2] == 8
@@ -139,84 +141,84 @@ def test_a_long_video_begins_as_the_video_of_one_window(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("length", "overlap"), [(2, 1), (4, 1), (4, 2), (4, 3), (10, 3), (16, 3), (16, 15), (40, 7)])
 @pytest.mark.parametrize("frames", [1, 9, 25, 26, 57, 121, 1441, 20000])
-def test_windows_make_every_latent_once_and_share_what_overlaps(frames: int, length: int, overlap: int) -> None:
+def test_windows_cover_every_latent_and_overlap_as_set(frames: int, length: int, overlap: int) -> None:
     windows = Windows(frames=8 * (length - 1) + 1, overlap=8 * overlap)
     spans = windows.spans(frames)
     assert spans[0].start == 0
     assert spans[-1].end == LatentGrid.for_video(Size(32, 32), frames).frames
-    for one, other in pairwise(spans):
-        assert one.end - one.start == length
-        assert one.end - other.start == overlap
-        assert other.end > one.end
+    for span, next_span in pairwise(spans):
+        assert span.end - span.start == length
+        assert span.end - next_span.start == overlap
+        assert next_span.end > span.end
     if len(spans) > 1:
         assert len(windows.spans(windows.total_frames(len(spans)))) == len(spans)
         assert windows.total_frames(len(spans) - 1) < snap_frames(frames) <= windows.total_frames(len(spans))
 
 
-def test_the_seed_is_that_of_every_window_and_no_two_have_the_same_noise(engine: Engine) -> None:
+def test_seed_covers_every_window_and_each_has_its_own_noise(engine: Engine) -> None:
     request = short()
-    one = engine.denoise(request)
-    assert one.equal(engine.denoise(request))
-    other = engine.denoise(replace(request, seed=6))
-    assert all(relative_error(other[:, :, i], one[:, :, i]) > 0.1 for i in range(8))
+    latents = engine.denoise(request)
+    assert latents.equal(engine.denoise(request))
+    other_seed = engine.denoise(replace(request, seed=6))
+    assert all(relative_error(other_seed[:, :, i], latents[:, :, i]) > 0.1 for i in range(8))
     streams = NoiseStreams(request.seed)
-    drawn = [streams.draw(name, (1, CHANNELS, 4, 2, 2)) for name in ("initial", "window 2 initial", "window 3 initial")]
-    whole = torch.cat([drawn[0][:, :, :2], drawn[1][:, :, :2], drawn[2]], dim=2)
-    given_noise = engine.denoise(request, noise=whole)
-    assert given_noise.shape == one.shape
-    assert relative_error(given_noise, one) > 1e-3  # windows share the noise where they overlap
+    noise = [streams.draw(name, (1, CHANNELS, 4, 2, 2)) for name in ("initial", "window 2 initial", "window 3 initial")]
+    whole = torch.cat([noise[0][:, :, :2], noise[1][:, :, :2], noise[2]], dim=2)
+    from_whole_noise = engine.denoise(request, noise=whole)
+    assert from_whole_noise.shape == latents.shape
+    assert relative_error(from_whole_noise, latents) > 1e-3  # windows share the noise where they overlap
 
 
-def test_each_window_has_its_own_prompt_and_the_last_one_holds_for_the_rest(engine: Engine) -> None:
-    one = engine.denoise(short(prompt="birds fly | blue sea", frames=73))
-    other = engine.denoise(short(prompt="birds fly | golden light", frames=73))
-    same = engine.denoise(short(prompt="birds fly|blue sea| blue sea |blue sea", frames=73))
-    assert one.equal(same)
-    assert one[:, :, :3].equal(other[:, :, :3])
-    assert all(relative_error(one[:, :, i], other[:, :, i]) > 1e-4 for i in range(3, 10))
+def test_each_window_has_its_prompt_and_the_last_covers_the_rest(engine: Engine) -> None:
+    two_prompts = engine.denoise(short(prompt="birds fly | blue sea", frames=73))
+    other_second_prompt = engine.denoise(short(prompt="birds fly | golden light", frames=73))
+    repeated = engine.denoise(short(prompt="birds fly|blue sea| blue sea |blue sea", frames=73))
+    assert two_prompts.equal(repeated)
+    assert two_prompts[:, :, :3].equal(other_second_prompt[:, :, :3])
+    assert all(relative_error(two_prompts[:, :, i], other_second_prompt[:, :, i]) > 1e-4 for i in range(3, 10))
 
 
-def test_several_prompts_without_a_length_make_a_window_each(engine: Engine) -> None:
+def test_prompts_without_a_length_give_one_window_each(engine: Engine) -> None:
     request = replace(short(prompt="birds fly|blue sea|golden light"), frames=None)
     assert engine.resolve(request).frames == 57
 
 
-def test_a_picture_is_remembered_by_every_window(engine: Engine, image_condition: Condition) -> None:
+def test_anchor_image_changes_every_window(engine: Engine, image_condition: Condition) -> None:
     request = short(conditions=(image_condition,), frames=73)
-    made = {
-        share: engine.denoise(replace(request, windows=Windows(frames=25, overlap=16, anchor_strength=share)))
-        for share in (None, 1.0, 0.4, 0.0)
+    latents = {
+        strength: engine.denoise(replace(request, windows=Windows(frames=25, overlap=16, anchor_strength=strength)))
+        for strength in (None, 1.0, 0.4, 0.0)
     }
-    assert made[None].equal(made[1.0])
-    for share in (0.4, 0.0):
-        assert all(relative_error(made[share][:, :, i], made[1.0][:, :, i]) > 1e-3 for i in range(1, 10))
+    assert latents[None].equal(latents[1.0])
+    for strength in (0.4, 0.0):
+        assert all(relative_error(latents[strength][:, :, i], latents[1.0][:, :, i]) > 1e-3 for i in range(1, 10))
 
 
-def test_a_picture_counted_from_the_end_that_stands_first_is_remembered(engine: Engine, image_condition: Condition) -> None:
-    front = engine.denoise(short(conditions=(image_condition,)))
-    assert engine.denoise(short(conditions=(replace(image_condition, frame=-57),))).equal(front)
+def test_image_at_frame_0_counted_from_the_end_is_the_anchor(engine: Engine, image_condition: Condition) -> None:
+    at_frame_0 = engine.denoise(short(conditions=(image_condition,)))
+    assert engine.denoise(short(conditions=(replace(image_condition, frame=-57),))).equal(at_frame_0)
 
 
-def test_a_picture_stands_in_the_windows_that_its_frame_is_in(engine: Engine, image_condition: Condition) -> None:
+def test_image_conditions_the_windows_that_contain_its_frame(engine: Engine, image_condition: Condition) -> None:
     generation = engine._create_generation(
         short(conditions=(replace(image_condition, frame=30),), frames=73), lambda progress: None
     )
-    places = [
+    start_frames = [
         [
             item.resolved_condition.start_frame
             for item in conditions_in_window(generation.media.prepared_conditions[0], span)
         ]
         for span in generation.spans
     ]
-    assert places == [[], [14], [], []]
+    assert start_frames == [[], [14], [], []]
     assert [span.first_frame for span in generation.spans] == [0, 16, 32, 48]
-    with_it = engine.denoise(generation.request)
+    with_image = engine.denoise(generation.request)
     without = engine.denoise(replace(generation.request, conditions=()))
-    assert with_it[:, :, :3].equal(without[:, :, :3])
-    assert relative_error(with_it[:, :, 4], without[:, :, 4]) > 1e-3
+    assert with_image[:, :, :3].equal(without[:, :, :3])
+    assert relative_error(with_image[:, :, 4], without[:, :, 4]) > 1e-3
 
 
-def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engine: Engine, tmp_path: Path) -> None:
+def test_clip_across_a_window_end_is_refused_and_one_inside_is_used(engine: Engine, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     with VideoWriter(clip, Size(64, 64), 24) as writer:
         writer.write(np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8))
@@ -224,12 +226,12 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
         RequestError, match=r"clip.mp4 \(frames 16 to 32\) does not lie inside one window.*0 to 24, 17 to 40"
     ):
         engine.denoise(short(conditions=(Condition(str(clip), frame=16),)))
-    made = engine.denoise(short(conditions=(Condition(str(clip), frame=24),)))
-    assert relative_error(made, engine.denoise(short())) > 1e-2
+    latents = engine.denoise(short(conditions=(Condition(str(clip), frame=24),)))
+    assert relative_error(latents, engine.denoise(short())) > 1e-2
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"multi_scale": True}, "3 windows are asked for, and two passes"),
         ({"prompt": "a|b|c|d"}, "4 prompts are given, one for each window, and the video has 3 windows"),
@@ -249,17 +251,19 @@ def test_a_clip_over_the_end_of_a_window_is_refused_and_one_inside_is_shown(engi
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_cannot_be_made_in_windows_is_refused(engine_without_weights: Engine, fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(RequestError, match=re.escape(said)):
+def test_requests_that_windows_cannot_serve_are_refused(
+    engine_without_weights: Engine, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(message)):
         engine_without_weights.generate(short(**fields))
 
 
-def test_latents_to_start_from_are_refused(engine_without_weights: Engine) -> None:
+def test_init_latents_with_windows_are_refused(engine_without_weights: Engine) -> None:
     with pytest.raises(RequestError, match="a long video starts from noise or from an input video"):
         engine_without_weights.denoise(short(), init_latents=torch.zeros(1, CHANNELS, 8, 2, 2))
 
 
-def test_a_request_with_windows_survives_json(engine: Engine) -> None:
+def test_request_with_windows_survives_json(engine: Engine) -> None:
     request = engine.resolve(short(prompt="birds fly|blue sea"))
     assert request.windows == Windows(frames=25, overlap=16, anchor_strength=0.0)
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
@@ -269,25 +273,25 @@ def test_a_request_with_windows_survives_json(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(("frames", "overlap"), [(121, 24), (25, 16), (33, 16), (9, 8)])
-def test_the_overlap_is_24_frames_or_less_where_a_window_is_short(frames: int, overlap: int) -> None:
+def test_default_overlap_is_24_frames_or_less_in_a_short_window(frames: int, overlap: int) -> None:
     assert Windows().with_defaults(frames, has_anchor_image=False).overlap == overlap
 
 
-def test_two_passes_of_a_recipe_give_way_to_windows_with_a_warning(home: Path) -> None:
+def test_windows_replace_a_recipe_s_two_passes_with_a_warning(home: Path) -> None:
     recipe = Recipe(
         first_pass=Pass(steps=2), second_pass=Pass(sigmas=(0.5,)), single_pass=Pass(steps=3), multi_scale=True
     )
     engine = Engine.open(home / MODEL_FILE, device="cpu", recipe=recipe)
     request = replace(short(), sigmas=None, guidance=None)
     with pytest.warns(KadrWarning, match="recipe has two passes, and windows are made in one"):
-        (plan,) = engine.resolve_passes(request)
-    assert (len(plan.sigmas), plan.window_count) == (3, 3)
+        (resolved_pass,) = engine.resolve_passes(request)
+    assert (len(resolved_pass.sigmas), resolved_pass.window_count) == (3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", KadrWarning)
         engine.resolve_passes(replace(request, multi_scale=False))
 
 
-# The plan and the progress
+# Plan and progress
 
 
 def test_more_windows_take_more_time_and_no_more_memory(engine: Engine) -> None:
@@ -297,7 +301,7 @@ def test_more_windows_take_more_time_and_no_more_memory(engine: Engine) -> None:
     assert (many.seconds - two.seconds) / (four.seconds - two.seconds) == pytest.approx(79 / 2, rel=0.01)
 
 
-def test_a_window_takes_the_memory_of_its_own_tokens_and_those_it_is_shown(engine: Engine) -> None:
+def test_window_memory_counts_its_own_tokens_and_its_guides(engine: Engine) -> None:
     long = engine.plan(short()).stage("denoise").placement
     plain = {
         frames: engine.plan(replace(short(), windows=None, frames=frames)).stage("denoise").placement
@@ -305,35 +309,38 @@ def test_a_window_takes_the_memory_of_its_own_tokens_and_those_it_is_shown(engin
     }
     assert (
         plain[25].workspace_bytes < long.workspace_bytes <= 1.05 * plain[41].workspace_bytes
-    )  # 4 latents of its own, 2 of the overlap
+    )  # 4 latents of its own, 2 of the overlap guide
 
 
 def test_progress_counts_the_steps_of_all_windows(engine: Engine) -> None:
-    seen: list[Progress] = []
-    engine.denoise(short(), watch=seen.append)
-    steps = [progress for progress in seen if progress.stage == "denoise"]
+    reports: list[Progress] = []
+    engine.denoise(short(), watch=reports.append)
+    steps = [progress for progress in reports if progress.stage == "denoise"]
     assert {progress.of for progress in steps} == {9}
     assert [progress.step for progress in steps] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9]
     assert [progress.window for progress in steps] == [(number, 3) for number in (1, 2, 3) for _ in range(4)]
     assert steps[-1].eta == 0
 
 
-def test_steps_are_those_of_each_window_where_they_differ(engine: Engine) -> None:
-    """Levels that depend on tokens: the last window is shorter, and has others up to a strength."""
+def test_progress_counts_each_window_s_own_number_of_steps(engine: Engine) -> None:
+    """Sigmas that depend on the number of tokens: the last window is shorter, so fewer or more lie below a strength."""
     windows = Windows(frames=97, overlap=24)
-    long = short(size=Size(704, 480), input_video="clip.mp4", denoise_strength=0.5, sigmas=None, steps=40, windows=windows)
+    long = short(
+        size=Size(704, 480), input_video="clip.mp4", denoise_strength=0.5, sigmas=None, steps=40, windows=windows
+    )
     request = replace(long, frames=129, fps=24.0)
-    plans = resolve_window_passes(request, Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1))
-    one, other = (len(plan.sigmas) for plan in plans)
-    assert one < other
-    assert [(plan.steps_before, plan.total_steps) for plan in plans] == [(0, one + other), (one, one + other)]
+    window_passes = resolve_window_passes(request, Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1))
+    first, second = (len(window_pass.sigmas) for window_pass in window_passes)
+    assert first < second
+    steps = [(window_pass.steps_before, window_pass.total_steps) for window_pass in window_passes]
+    assert steps == [(0, first + second), (first, first + second)]
 
 
-@pytest.mark.parametrize(("free", "said"), [(60, "--window "), (12, "--size ")])
-def test_a_window_that_does_not_fit_is_refused_with_a_shorter_one_or_a_size_that_does(
-    free: int, said: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("free_megabytes", "flag"), [(60, "--window "), (12, "--size ")])
+def test_window_that_does_not_fit_suggests_a_length_or_size_that_does(
+    free_megabytes: int, flag: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def planned(request: Request) -> Placement:
+    def plan_denoising(request: Request) -> Placement:
         return (
             engine._plan_generation(engine._create_generation(request, lambda progress: None), request, ("denoise",))
             .stages[0]
@@ -341,9 +348,9 @@ def test_a_window_that_does_not_fit_is_refused_with_a_shorter_one_or_a_size_that
         )
 
     request = short(size=Size(768, 768), frames=1441, windows=Windows(frames=121))
-    monkeypatch.setattr(planner, "free_bytes", lambda device: free * 10**6)
-    with pytest.raises(PlanError, match=said) as caught:
-        planned(request)
-    value = str(caught.value).partition(said)[2].partition(" ")[0].rstrip(".")
-    fitting = {"windows": Windows(frames=int(value))} if "window" in said else {"size": Size.parse(value)}
-    assert planned(replace(request, **fitting)).window_count > 1
+    monkeypatch.setattr(planner, "free_bytes", lambda device: free_megabytes * 10**6)
+    with pytest.raises(PlanError, match=flag) as caught:
+        plan_denoising(request)
+    value = str(caught.value).partition(flag)[2].partition(" ")[0].rstrip(".")
+    smaller = {"windows": Windows(frames=int(value))} if "window" in flag else {"size": Size.parse(value)}
+    assert plan_denoising(replace(request, **smaller)).window_count > 1

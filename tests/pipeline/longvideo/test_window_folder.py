@@ -1,4 +1,4 @@
-"""A long video that was cut off goes on from its finished windows, and is the same as one that was not."""
+"""Resume: an interrupted long video continues from its finished windows and equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ LONG = Request(
 )
 
 
-def at(window: int, step: int) -> Callable[[Progress], None]:
-    """Cancel at a step of a window, from 1."""
+def interrupt_at(window: int, step: int) -> Callable[[Progress], None]:
+    """Returns a watcher that interrupts at a step of a window, counted from 1."""
 
     def watch(progress: Progress) -> None:
         if progress.window == (window, 4) and progress.step == 3 * (window - 1) + step:
@@ -47,82 +47,84 @@ def at(window: int, step: int) -> Callable[[Progress], None]:
     return watch
 
 
-def cut_off(engine: Engine, path: Path, request: Request = LONG, window: int = 3) -> None:
+def interrupt(engine: Engine, path: Path, request: Request = LONG, window: int = 3) -> None:
     with pytest.raises((KeyboardInterrupt, Cancelled)):
-        engine.write(request, path, watch=at(window, 2))
+        engine.write(request, path, watch=interrupt_at(window, 2))
 
 
 @pytest.fixture(scope="module")
-def unbroken(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> VideoFile:
-    """With a picture that is remembered, and fresh noise at every step."""
-    home = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> VideoFile:
+    """Long video with an anchor image and fresh noise at every step."""
+    home = tmp_path_factory.mktemp("uninterrupted")
     Image.new("RGB", (64, 64), (200, 30, 40)).save(home / "first.png")
     request = replace(LONG, conditions=(Condition(str(home / "first.png")),), stochastic=True)
     return engine.write(request, home / "whole.mp4")
 
 
 @pytest.mark.parametrize("window", [2, 3, 4])
-def test_a_video_that_was_cut_off_in_any_window_ends_as_one_that_was_not(
-    window: int, engine: Engine, output_folder: Path, unbroken: VideoFile
+def test_video_resumed_in_any_window_equals_an_uninterrupted_one(
+    window: int, engine: Engine, output_folder: Path, uninterrupted: VideoFile
 ) -> None:
-    request = unbroken.request
-    cut_off(engine, output_folder / "cut.mp4", request, window)
+    request = uninterrupted.request
+    interrupt(engine, output_folder / "cut.mp4", request, window)
     folder = window_folder_path(output_folder / "cut.mp4")
     assert len(finished_windows(folder)) == window - 1
     assert [path.name for path in output_folder.iterdir()] == ["cut.windows"]
-    seen: list[Progress] = []
-    made = engine.write(request, output_folder / "cut.mp4", watch=seen.append, resume=True)
-    steps = [progress.step for progress in seen if progress.stage == "denoise"]
-    assert steps[0] == 3 * (window - 1)  # what is finished is not made again
+    reports: list[Progress] = []
+    resumed = engine.write(request, output_folder / "cut.mp4", watch=reports.append, resume=True)
+    steps = [progress.step for progress in reports if progress.stage == "denoise"]
+    assert steps[0] == 3 * (window - 1)  # finished windows are not sampled again
     assert steps[-1] == 12
-    assert made.latents.equal(unbroken.latents)
-    assert (read_video(made.path).frames == read_video(unbroken.path).frames).all()
+    assert resumed.latents.equal(uninterrupted.latents)
+    assert (read_video(resumed.path).frames == read_video(uninterrupted.path).frames).all()
     assert not folder.exists()
 
 
-def test_a_video_on_disk_is_the_one_in_memory(engine: Engine, output_folder: Path) -> None:
-    made, video = engine.write(LONG, output_folder / "clip.mp4"), engine.generate(LONG)
-    assert made.latents.equal(video.latents)
+def test_video_on_disk_equals_the_one_in_memory(engine: Engine, output_folder: Path) -> None:
+    video_file, video = engine.write(LONG, output_folder / "clip.mp4"), engine.generate(LONG)
+    assert video_file.latents.equal(video.latents)
     video.save(output_folder / "other.mp4")
     assert (read_video(output_folder / "clip.mp4").frames == read_video(output_folder / "other.mp4").frames).all()
     assert (engine.decode(video.latents[None], LONG).numpy() == video.frames).all()
 
 
-def test_all_windows_finished_and_the_file_not_written_is_gone_on_with(
+def test_resume_writes_the_file_if_all_windows_were_finished(
     engine: Engine, output_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*given: Any, **more: Any) -> Any:
+    def raise_disk_full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(28, "No space left on device")
 
     whole = engine.write(LONG, output_folder / "whole.mp4")
     with monkeypatch.context() as patch:
-        patch.setattr("kadr.pipeline.generation.Generation.decode", full)
+        patch.setattr("kadr.pipeline.generation.Generation.decode", raise_disk_full)
         with pytest.raises(OSError, match="No space"):
             engine.write(LONG, output_folder / "clip.mp4")
     assert len(finished_windows(window_folder_path(output_folder / "clip.mp4"))) == 4
     stages: set[str] = set()
-    made = engine.write(LONG, output_folder / "clip.mp4", resume=True, watch=lambda progress: stages.add(progress.stage))
+    video_file = engine.write(
+        LONG, output_folder / "clip.mp4", resume=True, watch=lambda progress: stages.add(progress.stage)
+    )
     assert stages == {"decode"}
-    assert made.latents.equal(whole.latents)
+    assert video_file.latents.equal(whole.latents)
 
 
-def test_finished_windows_are_never_written_over(engine: Engine, output_folder: Path) -> None:
-    cut_off(engine, output_folder / "clip.mp4")
-    kept = {path: path.read_bytes() for path in window_folder_path(output_folder / "clip.mp4").iterdir()}
+def test_finished_windows_are_never_overwritten(engine: Engine, output_folder: Path) -> None:
+    interrupt(engine, output_folder / "clip.mp4")
+    contents = {path: path.read_bytes() for path in window_folder_path(output_folder / "clip.mp4").iterdir()}
     with pytest.raises(RequestError, match=r"clip.windows holds 2 finished windows .*--resume, delete the folder, or"):
         engine.write(LONG, output_folder / "clip.mp4")
-    assert {path: path.read_bytes() for path in window_folder_path(output_folder / "clip.mp4").iterdir()} == kept
+    assert {path: path.read_bytes() for path in window_folder_path(output_folder / "clip.mp4").iterdir()} == contents
 
 
-def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, output_folder: Path) -> None:
-    cut_off(engine, output_folder / "clip.mp4", window=1)
+def test_folder_without_a_finished_window_starts_over(engine: Engine, output_folder: Path) -> None:
+    interrupt(engine, output_folder / "clip.mp4", window=1)
     assert len(finished_windows(window_folder_path(output_folder / "clip.mp4"))) == 0
     engine.write(replace(LONG, seed=6), output_folder / "clip.mp4")
     assert [path.name for path in output_folder.iterdir()] == ["clip.mp4"]
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "difference"),
     [
         ({"seed": 6}, "seed is 5 there and 6 now"),
         ({"prompt": "birds fly | blue sea"}, "prompt is 'birds fly | blue sea | golden light' there and 'birds fly |"),
@@ -131,156 +133,164 @@ def test_a_folder_without_a_finished_window_is_begun_anew(engine: Engine, output
     ],
     ids=["seed", "prompt", "windows", "frames"],
 )
-def test_the_windows_of_another_request_are_refused_with_what_differs(
-    change: dict[str, Any], said: str, engine: Engine, output_folder: Path
+def test_windows_of_another_request_are_refused_with_the_differences(
+    change: dict[str, Any], difference: str, engine: Engine, output_folder: Path
 ) -> None:
-    cut_off(engine, output_folder / "clip.mp4")
+    interrupt(engine, output_folder / "clip.mp4")
     with pytest.raises(RequestError) as caught:
         engine.write(replace(LONG, **change), output_folder / "clip.mp4", resume=True)
-    assert said in str(caught.value)
+    assert difference in str(caught.value)
     assert len(finished_windows(window_folder_path(output_folder / "clip.mp4"))) == 2
 
 
-def test_the_windows_of_another_model_picture_or_version_are_refused(output_folder: Path, tmp_path: Path) -> None:
+def test_windows_of_another_model_image_or_version_are_refused(output_folder: Path, tmp_path: Path) -> None:
     home = write_model(tmp_path / "model")
     engine = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
     photo = output_folder / "first.png"
     Image.new("RGB", (64, 64), (200, 30, 40)).save(photo)
     request = replace(LONG, conditions=(Condition(str(photo)),))
-    cut_off(engine, output_folder / "clip.mp4", request)
+    interrupt(engine, output_folder / "clip.mp4", request)
 
-    def refused(name: str) -> None:
-        again = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
+    def assert_refused(name: str) -> None:
+        reopened = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
         with pytest.raises(RequestError, match=f"is of another video: .*{name}"):
-            again.write(request, output_folder / "clip.mp4", resume=True)
+            reopened.write(request, output_folder / "clip.mp4", resume=True)
 
     times = {path: (path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (photo, home / MODEL_FILE)}
-    for path, (_, changed) in times.items():
-        os.utime(path, ns=(changed, changed + 10**9))
-        refused(path.name)
+    for path, (_, modified) in times.items():
+        os.utime(path, ns=(modified, modified + 10**9))
+        assert_refused(path.name)
         os.utime(path, ns=times[path])
-    known = json.loads((window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).read_text())
-    (window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).write_text(json.dumps({**known, "version": "0.0.1"}))
-    refused("version is '0.0.1' there")
+    stored = json.loads((window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).read_text())
+    (window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).write_text(
+        json.dumps({**stored, "version": "0.0.1"})
+    )
+    assert_refused("version is '0.0.1' there")
 
 
-def test_a_transformer_that_is_held_in_another_way_is_told(home: Path, output_folder: Path) -> None:
+def test_resume_with_another_weight_format_gives_a_warning(home: Path, output_folder: Path) -> None:
     engine = Engine.open(home / MODEL_FILE, device="cpu")
-    cut_off(engine, output_folder / "clip.mp4")
+    interrupt(engine, output_folder / "clip.mp4")
     streamed = Engine.open(home / MODEL_FILE, device="cpu", offload="blocks")
     with pytest.warns(KadrWarning, match="runs differently than before"):
         streamed.write(LONG, output_folder / "clip.mp4", resume=True)
 
 
-def test_where_there_is_nothing_to_go_on_with_a_video_is_begun(engine: Engine, output_folder: Path) -> None:
-    """So one command does, however often a machine goes down."""
-    cut_off(engine, output_folder / "clip.mp4", window=1)
+def test_resume_with_nothing_to_resume_starts_with_a_warning(engine: Engine, output_folder: Path) -> None:
+    """So one command is enough, however often a machine goes down."""
+    interrupt(engine, output_folder / "clip.mp4", window=1)
     assert list(output_folder.iterdir()) == []
     with pytest.warns(KadrWarning, match=r"nothing to resume in .*clip.windows; the video starts from the beginning"):
-        made = engine.write(LONG, output_folder / "clip.mp4", resume=True)
-    assert made.latents.equal(engine.denoise(LONG)[0])
+        video_file = engine.write(LONG, output_folder / "clip.mp4", resume=True)
+    assert video_file.latents.equal(engine.denoise(LONG)[0])
 
 
-def test_a_video_without_windows_is_not_gone_on_with(engine_without_weights: Engine, output_folder: Path) -> None:
+def test_resume_of_a_video_without_windows_is_refused(engine_without_weights: Engine, output_folder: Path) -> None:
     with pytest.raises(RequestError, match="only a long video, made in windows, is stored"):
-        engine_without_weights.write(replace(LONG, windows=None, prompt="birds"), output_folder / "clip.mp4", resume=True)
+        engine_without_weights.write(
+            replace(LONG, windows=None, prompt="birds"), output_folder / "clip.mp4", resume=True
+        )
     assert list(output_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "of another shape", "of other numbers"])
-def test_a_damaged_window_is_made_again_and_no_other(damage: str, engine: Engine, output_folder: Path) -> None:
-    cut_off(engine, output_folder / "clip.mp4", window=4)
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another shape", "other numbers"])
+def test_only_a_damaged_window_is_sampled_again(damage: str, engine: Engine, output_folder: Path) -> None:
+    interrupt(engine, output_folder / "clip.mp4", window=4)
     damaged = window_folder_path(output_folder / "clip.mp4") / "window-0002.safetensors"
-    if damage == "of another shape":
+    if damage == "another shape":
         save_file({"latents": torch.zeros(1, 2, 3, 4, 5)}, damaged)
-    elif damage == "of other numbers":
+    elif damage == "other numbers":
         whole = damaged.read_bytes()
         damaged.write_bytes(whole[:-4] + b"\0\0\xc0\x7f")
     else:
-        damaged.write_bytes(damaged.read_bytes()[:-8] if damage == "cut short" else b"")
-    seen: list[Progress] = []
+        damaged.write_bytes(damaged.read_bytes()[:-8] if damage == "truncated" else b"")
+    reports: list[Progress] = []
     with pytest.warns(KadrWarning, match=r"window-0002.safetensors is damaged or of another video: .* sampled again"):
-        made = engine.write(LONG, output_folder / "clip.mp4", resume=True, watch=seen.append)
-    assert {progress.window[0] for progress in seen if progress.window} == {2, 4}
-    assert made.latents.equal(engine.denoise(LONG)[0])
+        video_file = engine.write(LONG, output_folder / "clip.mp4", resume=True, watch=reports.append)
+    assert {progress.window[0] for progress in reports if progress.window} == {2, 4}
+    assert video_file.latents.equal(engine.denoise(LONG)[0])
 
 
-def test_windows_of_another_video_are_never_taken_up(engine: Engine, output_folder: Path) -> None:
-    """Also where the first of them is gone."""
-    cut_off(engine, output_folder / "clip.mp4", window=3)
+def test_windows_of_another_video_are_never_reused(engine: Engine, output_folder: Path) -> None:
+    """Even if the first of them is missing."""
+    interrupt(engine, output_folder / "clip.mp4", window=3)
     folder = window_folder_path(output_folder / "clip.mp4")
     (folder / "window-0001.safetensors").unlink()
     with pytest.raises(RequestError, match="holds 1 finished window of an unfinished video"):
         engine.write(replace(LONG, seed=9), output_folder / "clip.mp4")
     (folder / REQUEST_FILE).unlink()
     for resume in (False, True):
-        with pytest.raises(RequestError, match=r"holds 1 finished window, but no request.json that names the video. Del"):
+        with pytest.raises(
+            RequestError, match=r"holds 1 finished window, but no request.json that names the video. Del"
+        ):
             engine.write(LONG, output_folder / "clip.mp4", resume=resume)
 
 
-def test_a_request_that_cannot_be_made_leaves_nothing(engine: Engine, output_folder: Path) -> None:
+def test_refused_request_leaves_no_files(engine: Engine, output_folder: Path) -> None:
     request = replace(LONG, sigmas=None, steps=4, skip_initial=2)
-    for make in (engine.plan, lambda asked: engine.write(asked, output_folder / "clip.mp4")):
+    for method in (engine.plan, lambda request: engine.write(request, output_folder / "clip.mp4")):
         with pytest.raises(RequestError, match="there is nothing to start from"):
-            make(request)
-    cut_off(engine, output_folder / "clip.mp4", window=1)
+            method(request)
+    interrupt(engine, output_folder / "clip.mp4", window=1)
     assert list(output_folder.iterdir()) == []
 
 
-def test_another_video_is_not_written_where_one_is_unfinished(engine: Engine, output_folder: Path) -> None:
-    cut_off(engine, output_folder / "clip.mp4")
+def test_other_video_does_not_overwrite_an_unfinished_one(engine: Engine, output_folder: Path) -> None:
+    interrupt(engine, output_folder / "clip.mp4")
     with pytest.raises(RequestError, match="holds 2 finished windows of an unfinished video"):
         engine.write(replace(LONG, windows=None, prompt="birds", frames=9), output_folder / "clip.mp4")
     assert not (output_folder / "clip.mp4").exists()
 
 
-def test_a_folder_that_is_a_link_stays_one(engine: Engine, output_folder: Path) -> None:
+def test_window_folder_that_is_a_symlink_stays_one(engine: Engine, output_folder: Path) -> None:
     (output_folder / "elsewhere").mkdir()
     window_folder_path(output_folder / "clip.mp4").symlink_to(output_folder / "elsewhere")
     engine.write(LONG, output_folder / "clip.mp4")
     assert sorted(path.name for path in output_folder.iterdir()) == ["clip.mp4", "clip.windows", "elsewhere"]
 
 
-def test_two_runs_do_not_make_one_video(engine: Engine, output_folder: Path) -> None:
-    def another(progress: Progress) -> None:
+def test_two_processes_cannot_write_one_video(engine: Engine, output_folder: Path) -> None:
+    def write_another(progress: Progress) -> None:
         if progress.stage == "denoise" and progress.step == 1:
             with pytest.raises(RequestError, match=r"another process is writing to .*clip.windows"):
                 engine.write(replace(LONG, seed=9), output_folder / "clip.mp4")
 
-    made = engine.write(LONG, output_folder / "clip.mp4", watch=another)
-    assert made.latents.equal(engine.denoise(LONG)[0])
+    video_file = engine.write(LONG, output_folder / "clip.mp4", watch=write_another)
+    assert video_file.latents.equal(engine.denoise(LONG)[0])
     assert [path.name for path in output_folder.iterdir()] == ["clip.mp4"]
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "null"])
-def test_what_says_nothing_of_the_windows_is_named(text: str, engine: Engine, output_folder: Path) -> None:
-    cut_off(engine, output_folder / "clip.mp4")
+def test_unreadable_request_file_is_an_error_that_names_it(text: str, engine: Engine, output_folder: Path) -> None:
+    interrupt(engine, output_folder / "clip.mp4")
     (window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"request.json cannot be read: .* Delete .*clip.windows"):
         engine.write(LONG, output_folder / "clip.mp4", resume=True)
 
 
-def test_only_what_is_kadrs_is_removed(engine: Engine, output_folder: Path) -> None:
-    cut_off(engine, output_folder / "clip.mp4")
+def test_only_kadr_s_files_are_removed(engine: Engine, output_folder: Path) -> None:
+    interrupt(engine, output_folder / "clip.mp4")
     notes = window_folder_path(output_folder / "clip.mp4") / "notes.txt"
     notes.write_text("mine")
     engine.write(LONG, output_folder / "clip.mp4", resume=True)
     assert list(window_folder_path(output_folder / "clip.mp4").iterdir()) == [notes]
 
 
-def test_windows_leave_memory_when_they_are_on_disk(engine: Engine, output_folder: Path) -> None:
-    """While a window is made, of all latents only what it is shown is in memory."""
+def test_windows_on_disk_leave_memory(engine: Engine, output_folder: Path) -> None:
+    """While a window is sampled, only its own latents and its guides are in memory."""
     import gc
 
-    alive: list[int] = []
+    live_elements: list[int] = []
 
     def watch(progress: Progress) -> None:
         if progress.stage == "denoise" and progress.window is not None and progress.step % 3 == 1:
             gc.collect()
-            own = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape[1:2] == (8,) and x.dim() == 5]
-            alive.append(sum(x.numel() for x in own))
+            latents = [
+                x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape[1:2] == (8,) and x.dim() == 5
+            ]
+            live_elements.append(sum(x.numel() for x in latents))
 
     request = replace(LONG, frames=25 + 16 * 6, prompt="birds fly")
     engine.write(request, output_folder / "clip.mp4", watch=watch)
-    assert len(alive) == 7
-    assert max(alive[3:]) == alive[2]
+    assert len(live_elements) == 7
+    assert max(live_elements[3:]) == live_elements[2]

@@ -1,4 +1,4 @@
-"""Pictures and clips in a video: where they come to stand, and what is refused before it costs anything."""
+"""Conditions in a video: their positions, and what is refused before any computation."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ REQUEST = Request(prompt="a red circle", size=Size(64, 64), frames=25, fps=24, s
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A condition whose medium is named: "photo", "clip 9" for one of nine frames, or a file of its own."""
+class ConditionSpec:
+    """A condition whose media file is named: "photo", "clip 9" for a clip of nine frames, or a file name."""
 
     name: str
     fields: dict[str, Any]
 
 
-def photo(**fields: Any) -> Shown:
-    return Shown("photo", fields)
+def photo(**fields: Any) -> ConditionSpec:
+    return ConditionSpec("photo", fields)
 
 
-def clip(frames: int, **fields: Any) -> Shown:
-    return Shown(f"clip {frames}", fields)
+def clip(frames: int, **fields: Any) -> ConditionSpec:
+    return ConditionSpec(f"clip {frames}", fields)
 
 
 class Media:
-    """Writes what is named, once."""
+    """Writes media files by name, each once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,16 +71,16 @@ class Media:
             if kind == "photo":
                 Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 90, 3), dtype=np.uint8)).save(path)
             elif kind == "clip":
-                self._film(path, int(frames))
+                self._write_clip(path, int(frames))
         return path
 
-    def _film(self, path: Path, frames: int) -> None:
-        """A clip that gets brighter from frame to frame, at 20 a second."""
+    def _write_clip(self, path: Path, frames: int) -> None:
+        """Writes a clip that gets brighter from frame to frame, at 20 fps."""
         with VideoWriter(path, Size(48, 48), 20) as writer:
             writer.write(np.stack([np.full((48, 48, 3), 5 * frame + 40, np.uint8) for frame in range(frames)]))
 
-    def conditions(self, *shown: Shown) -> tuple[Condition, ...]:
-        return tuple(Condition(media=str(self.path(one.name)), **one.fields) for one in shown)
+    def conditions(self, *specs: ConditionSpec) -> tuple[Condition, ...]:
+        return tuple(Condition(media=str(self.path(spec.name)), **spec.fields) for spec in specs)
 
 
 @pytest.fixture(scope="module")
@@ -88,141 +88,152 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
     return Media(tmp_path_factory.mktemp("media"))
 
 
-def placed(media: Media, *shown: Shown, **fields: Any) -> list[ResolvedCondition]:
-    return resolve_conditions(replace(REQUEST, conditions=media.conditions(*shown), **fields))
+def resolve_specs(media: Media, *specs: ConditionSpec, **fields: Any) -> list[ResolvedCondition]:
+    return resolve_conditions(replace(REQUEST, conditions=media.conditions(*specs), **fields))
 
 
-def brightness(item: ResolvedCondition) -> list[int]:
-    """Which frames of its clip were taken, told by how bright they are."""
+def source_indices(item: ResolvedCondition) -> list[int]:
+    """Returns the indices of the frames taken from the clip, from their brightness."""
     return [round((float(np.mean(frame)) - 40) / 5) for frame in item.frames]
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def refused_by_all(engine: Engine, request: Request, output_folder: Path, says: Sequence[str], kind: type[KadrError]) -> None:
-    """In making frames, latents and a file, of which nothing is left."""
-    for make in (engine.generate, engine.denoise, lambda request: engine.write(request, output_folder / "a.mp4")):
+def assert_all_refuse(
+    engine: Engine, request: Request, output_folder: Path, expected_texts: Sequence[str], kind: type[KadrError]
+) -> None:
+    """Checks that generate, denoise and write all refuse the request, and that no file is left."""
+    for method in (engine.generate, engine.denoise, lambda request: engine.write(request, output_folder / "a.mp4")):
         with pytest.raises(kind) as caught:
-            make(request)
-        assert all(what in str(caught.value) for what in says), str(caught.value)
+            method(request)
+        assert all(text in str(caught.value) for text in expected_texts), str(caught.value)
     assert list(output_folder.iterdir()) == []
 
 
-BETWEEN = "Give 0 to 24, or more frames"
-PLACES: dict[str, tuple[Shown, list[str]]] = {
-    "a picture past the end": (photo(frame=25), ["photo.png", "frame 25", "a video of 25 frames", BETWEEN]),
-    "a picture before the beginning": (photo(frame=-26), ["frame -26", "a video of 25 frames", BETWEEN]),
-    "a clip past the end": (clip(9, frame=32), ["clip9.mp4", "frame 32", "a video of 25 frames", BETWEEN]),
-    "a clip that ends before the beginning": (clip(9, frame=-26), ["frame -26", "25 frames", BETWEEN]),
-    "a clip off the groups of eight": (clip(9, frame=5), ["clip9.mp4", "frame 5", "multiple of 8", "0 or 8"]),
-    "a clip off them, by its end": (clip(9, frame=-5), ["frame 12", "multiple of 8", "8 or 16"]),
-    "no part": (clip(9, frame_range=(4, 4)), ["part 4:4", "clip9.mp4", "has 9 frames"]),
-    "a part that ends at 0": (clip(9, frame_range=(None, 0)), ["part :0", "has 9 frames"]),
-    "a part that ends before it begins": (clip(9, frame_range=(5, 3)), ["part 5:3", "has 9 frames"]),
-    "a part past the end": (clip(9, frame_range=(9, None)), ["part 9:", "has 9 frames"]),
-    "a part past the end, with an end": (clip(9, frame_range=(20, 30)), ["part 20:30", "has 9 frames"]),
-    "a part that ends before it begins, from the end": (clip(9, frame_range=(-3, -5)), ["part -3:-5", "has 9 frames"]),
+FRAME_ADVICE = "Give 0 to 24, or more frames"
+OUTSIDE: dict[str, tuple[ConditionSpec, list[str]]] = {
+    "an image past the end": (photo(frame=25), ["photo.png", "frame 25", "a video of 25 frames", FRAME_ADVICE]),
+    "an image before the beginning": (photo(frame=-26), ["frame -26", "a video of 25 frames", FRAME_ADVICE]),
+    "a clip past the end": (clip(9, frame=32), ["clip9.mp4", "frame 32", "a video of 25 frames", FRAME_ADVICE]),
+    "a clip that ends before the beginning": (clip(9, frame=-26), ["frame -26", "25 frames", FRAME_ADVICE]),
+    "a clip whose start is not a multiple of 8": (
+        clip(9, frame=5),
+        ["clip9.mp4", "frame 5", "multiple of 8", "0 or 8"],
+    ),
+    "a clip by its end, with such a start": (clip(9, frame=-5), ["frame 12", "multiple of 8", "8 or 16"]),
+    "an empty range": (clip(9, frame_range=(4, 4)), ["part 4:4", "clip9.mp4", "has 9 frames"]),
+    "a range that ends at 0": (clip(9, frame_range=(None, 0)), ["part :0", "has 9 frames"]),
+    "a range that ends before it starts": (clip(9, frame_range=(5, 3)), ["part 5:3", "has 9 frames"]),
+    "a range past the end": (clip(9, frame_range=(9, None)), ["part 9:", "has 9 frames"]),
+    "a range past the end, with an end": (clip(9, frame_range=(20, 30)), ["part 20:30", "has 9 frames"]),
+    "a range that ends before it starts, from the end": (clip(9, frame_range=(-3, -5)), ["part -3:-5", "has 9 frames"]),
     "a box outside": (photo(box=(32, 0, 64, 64)), ["(32, 0, 64, 64)", "outside the video", "64x64"]),
     "a box below": (photo(box=(0, 1, 64, 64)), ["(0, 1, 64, 64)", "outside the video", "64x64"]),
-    "a box of which nothing is left": (photo(box=(0, 0, 32, 64)), ["(0, 0, 32, 64)", "nothing is left", "96 pixels"]),
+    "a box that its margins use up": (photo(box=(0, 0, 32, 64)), ["(0, 0, 32, 64)", "nothing is left", "96 pixels"]),
     "a box smaller than a latent": (photo(box=(50, 0, 5, 64)), ["(50, 0, 5, 64)", "nothing is left", "96 pixels"]),
 }
 
 
-@pytest.mark.parametrize("case", PLACES)
-def test_a_condition_that_has_no_place_is_refused_before_any_weight_is_loaded(
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_condition_outside_the_video_is_refused_before_any_load(
     case: str, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
-    shown, says = PLACES[case]
-    refused_by_all(engine_without_weights, replace(REQUEST, conditions=media.conditions(shown)), output_folder, says, RequestError)
+    spec, expected_texts = OUTSIDE[case]
+    assert_all_refuse(
+        engine_without_weights,
+        replace(REQUEST, conditions=media.conditions(spec)),
+        output_folder,
+        expected_texts,
+        RequestError,
+    )
 
 
 @pytest.mark.parametrize(
-    "shown", [clip(9, frame=24), clip(9, frame_range=(0, 1), frame=-1)], ids=["by its front", "by its end"]
+    "spec", [clip(9, frame=24), clip(9, frame_range=(0, 1), frame=-1)], ids=["by its front", "by its end"]
 )
-def test_a_clip_that_would_begin_where_frames_are_trimmed_is_refused(
-    shown: Shown, engine_without_weights: Engine, media: Media, output_folder: Path
+def test_clip_that_starts_in_trimmed_frames_is_refused(
+    spec: ConditionSpec, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
-    """18 frames are made as 25, and the last seven are not shown."""
-    request = replace(REQUEST, frames=18, conditions=media.conditions(shown))
-    says = [f"frame {shown.fields['frame']}", "a video of 18 frames", "0 to 17"]
-    refused_by_all(engine_without_weights, request, output_folder, says, RequestError)
+    """18 frames are sampled as 25, and the last seven are trimmed."""
+    request = replace(REQUEST, frames=18, conditions=media.conditions(spec))
+    expected_texts = [f"frame {spec.fields['frame']}", "a video of 18 frames", "0 to 17"]
+    assert_all_refuse(engine_without_weights, request, output_folder, expected_texts, RequestError)
 
 
-OVERLAPPING: dict[str, tuple[list[Shown], list[str]]] = {
-    "two pictures": ([photo(), photo()], ["photo.png (frame 0)"]),
-    "two pictures, one from the end": ([photo(frame=24), photo(frame=-1)], ["photo.png (frame 24)"]),
+OVERLAPPING: dict[str, tuple[list[ConditionSpec], list[str]]] = {
+    "two images": ([photo(), photo()], ["photo.png (frame 0)"]),
+    "two images, one from the end": ([photo(frame=24), photo(frame=-1)], ["photo.png (frame 24)"]),
     "a keyframe in a clip": ([clip(9), photo(frame=8)], ["clip9.mp4 (frames 0 to 8)", "photo.png (frame 8)"]),
     "a keyframe in a later clip": ([photo(frame=12), clip(9, frame=8)], ["(frames 8 to 16)", "(frame 12)"]),
     "two clips": ([clip(9), clip(17, frame=8)], ["(frames 0 to 8)", "(frames 8 to 24)"]),
     "two clips, one from the end": ([clip(17), clip(17, frame=-1)], ["(frames 0 to 16)", "(frames 8 to 24)"]),
     "the same clip twice": ([clip(9, frame=16), clip(9, frame=-1)], ["(frames 16 to 24)"]),
-    "a box in a picture": ([photo(), photo(box=(0, 0, 64, 64))], ["photo.png (frame 0)"]),
+    "a box in an image": ([photo(), photo(box=(0, 0, 64, 64))], ["photo.png (frame 0)"]),
     "two boxes": ([photo(box=(0, 0, 64, 64)), photo(box=(63, 0, 65, 128))], ["photo.png (frame 0)"]),
     "a clip in a box, and a keyframe": ([clip(9, box=(0, 0, 64, 64)), photo(frame=5)], ["(frame 5)"]),
 }
 
 
 @pytest.mark.parametrize("case", OVERLAPPING)
-def test_two_conditions_over_each_other_are_refused_by_name_and_place(
+def test_overlapping_conditions_are_refused_by_name_and_frames(
     case: str, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
-    shown, says = OVERLAPPING[case]
-    request = replace(REQUEST, size=Size(128, 128), conditions=media.conditions(*shown))
+    specs, expected_texts = OVERLAPPING[case]
+    request = replace(REQUEST, size=Size(128, 128), conditions=media.conditions(*specs))
     advice = ["lie over each other", "Leave one out, or move it"]
-    refused_by_all(engine_without_weights, request, output_folder, [*says, *advice], RequestError)
+    assert_all_refuse(engine_without_weights, request, output_folder, [*expected_texts, *advice], RequestError)
 
 
-BESIDE: dict[str, list[Shown]] = {
-    "frames beside each other": [photo(), photo(frame=1), photo(frame=24)],
+ADJACENT: dict[str, list[ConditionSpec]] = {
+    "adjacent frames": [photo(), photo(frame=1), photo(frame=24)],
     "a clip and the frame after it": [clip(9), photo(frame=9), photo(frame=15), clip(9, frame=16)],
-    "boxes beside each other": [photo(box=(0, 0, 64, 128)), photo(box=(64, 0, 64, 128))],
+    "adjacent boxes": [photo(box=(0, 0, 64, 128)), photo(box=(64, 0, 64, 128))],
     "boxes above each other, one of them a clip": [photo(box=(0, 0, 128, 64)), clip(9, box=(0, 64, 128, 64))],
     "boxes that touch at a corner": [photo(box=(0, 0, 64, 64)), photo(box=(64, 64, 64, 64))],
 }
 
 
-@pytest.mark.parametrize("case", BESIDE)
-def test_conditions_beside_each_other_are_all_kept(case: str, media: Media) -> None:
-    made = placed(media, *BESIDE[case], size=Size(128, 128))
-    assert [item.condition.box for item in made] == [shown.fields.get("box") for shown in BESIDE[case]]
-    assert len(made) == len(BESIDE[case])
+@pytest.mark.parametrize("case", ADJACENT)
+def test_adjacent_conditions_are_all_accepted(case: str, media: Media) -> None:
+    resolved = resolve_specs(media, *ADJACENT[case], size=Size(128, 128))
+    assert [item.condition.box for item in resolved] == [spec.fields.get("box") for spec in ADJACENT[case]]
+    assert len(resolved) == len(ADJACENT[case])
 
 
-def test_a_box_is_for_frame_0_alone() -> None:
+def test_box_is_allowed_at_frame_0_only() -> None:
     with pytest.raises(RequestError, match=r"box is given at frame 8; only at frame 0"):
         Condition(media="photo.png", frame=8, box=(0, 0, 64, 64))
 
 
-def damaged(media: Media, how: str) -> Path:
+def write_damaged(media: Media, name: str) -> Path:
     whole = media.path("clip 25").read_bytes()
     contents = {
         "cut.mp4": whole[: len(whole) * 2 // 3],
         "text.mp4": b"no clip",
         "empty.mp4": b"",
         "overwritten.mp4": whole[: len(whole) // 2] + b"\xff" * (len(whole) - len(whole) // 2),
-        "picture.mp4": media.path("photo").read_bytes(),
+        "image.mp4": media.path("photo").read_bytes(),
     }
-    path = media.folder / how
-    if how in contents:
-        path.write_bytes(contents[how])
+    path = media.folder / name
+    if name in contents:
+        path.write_bytes(contents[name])
     return path
 
 
-@pytest.mark.parametrize("how", ["cut.mp4", "text.mp4", "empty.mp4", "overwritten.mp4", "picture.mp4", "gone.mp4"])
-def test_a_damaged_clip_is_refused_by_name_before_any_weight_is_loaded(
-    how: str, engine_without_weights: Engine, media: Media, output_folder: Path
+@pytest.mark.parametrize("name", ["cut.mp4", "text.mp4", "empty.mp4", "overwritten.mp4", "image.mp4", "gone.mp4"])
+def test_damaged_clip_is_refused_by_name_before_any_load(
+    name: str, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
-    path = damaged(media, how)
-    shown = replace(REQUEST, conditions=(Condition(media=str(path)),))
-    begun = replace(REQUEST, input_video=str(path), denoise_strength=0.75)
-    for request in (shown, begun, replace(begun, frames=None, fps=None)):
-        refused_by_all(engine_without_weights, request, output_folder, [str(path)], MediaError)
+    path = write_damaged(media, name)
+    as_condition = replace(REQUEST, conditions=(Condition(media=str(path)),))
+    as_input = replace(REQUEST, input_video=str(path), denoise_strength=0.75)
+    for request in (as_condition, as_input, replace(as_input, frames=None, fps=None)):
+        assert_all_refuse(engine_without_weights, request, output_folder, [str(path)], MediaError)
 
 
-def test_a_clip_whose_tags_are_not_unicode_is_read(media: Media) -> None:
-    """FFmpeg hands on what is there; a tag of another program is no reason to refuse its pictures."""
+def test_clip_with_tags_that_are_not_unicode_is_read(media: Media) -> None:
+    """FFmpeg passes tags on as they are; a tag of another program is no reason to refuse the clip."""
     path = media.folder / "latin.mp4"
     with VideoWriter(path, Size(48, 48), 20, metadata={"author": "XXXXXX"}) as writer:
         writer.write(np.zeros((9, 48, 48, 3), np.uint8))
@@ -230,13 +241,13 @@ def test_a_clip_whose_tags_are_not_unicode_is_read(media: Media) -> None:
     assert read_video(path).frames.shape == (9, 48, 48, 3)
 
 
-# --- a video to start from -----------------------------------------------------------------------------------------
+# --- input video --------------------------------------------------------------------------------------------------
 
 
 VIDEO_REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "it is too short": ({"frames": 17}, ["clip9.mp4 has 9 frames", "17 are to be made", "Ask for 9 or fewer"]),
-    "nothing below its strength": ({"frames": 9, "denoise_strength": 0.1}, ["video_strength is 0.1", "least is"]),
-    "the levels given begin at 1": (
+    "too short": ({"frames": 17}, ["clip9.mp4 has 9 frames", "17 are to be made", "Ask for 9 or fewer"]),
+    "no sigma below its strength": ({"frames": 9, "denoise_strength": 0.1}, ["video_strength is 0.1", "least is"]),
+    "all sigmas above its strength": (
         {"frames": 9, "steps": None, "sigmas": (1.0,), "denoise_strength": 0.9999},
         ["video_strength is 0.9999", "least is 1"],
     ),
@@ -244,16 +255,16 @@ VIDEO_REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", VIDEO_REFUSED)
-def test_a_video_that_cannot_be_started_from_is_refused_before_any_weight_is_loaded(
+def test_unusable_input_video_is_refused_before_any_load(
     case: str, engine_without_weights: Engine, media: Media, output_folder: Path
 ) -> None:
-    fields, says = VIDEO_REFUSED[case]
+    fields, expected_texts = VIDEO_REFUSED[case]
     request = replace(REQUEST, input_video=str(media.path("clip 9")), **fields)
-    refused_by_all(engine_without_weights, request, output_folder, says, RequestError)
+    assert_all_refuse(engine_without_weights, request, output_folder, expected_texts, RequestError)
 
 
 @pytest.mark.parametrize("steps", [3, 7, 11, 40])
-def test_the_least_strength_that_is_named_is_one_that_works(engine: Engine, media: Media, steps: int) -> None:
+def test_minimum_denoise_strength_in_the_error_works(engine: Engine, media: Media, steps: int) -> None:
     request = replace(REQUEST, frames=9, steps=steps, input_video=str(media.path("clip 9")), denoise_strength=0.001)
     with pytest.raises(RequestError) as caught:
         engine.resolve_passes(request)
@@ -263,163 +274,162 @@ def test_the_least_strength_that_is_named_is_one_that_works(engine: Engine, medi
 
 
 @pytest.mark.parametrize("fields", [{"skip_initial": 2}, {"skip_initial": 1, "skip_final": 1}])
-def test_levels_left_out_at_the_front_need_something_to_start_from(
+def test_skipped_initial_sigmas_need_an_input_to_start_from(
     engine_without_weights: Engine, output_folder: Path, fields: dict[str, int]
 ) -> None:
-    says = [f"skip_initial is {fields['skip_initial']}", "nothing to start from", "a video"]
-    refused_by_all(engine_without_weights, replace(REQUEST, **fields), output_folder, says, RequestError)
+    expected_texts = [f"skip_initial is {fields['skip_initial']}", "nothing to start from", "a video"]
+    assert_all_refuse(engine_without_weights, replace(REQUEST, **fields), output_folder, expected_texts, RequestError)
 
 
-def test_length_and_rate_are_those_of_the_video_unless_the_request_says_otherwise(engine: Engine, media: Media) -> None:
-    begun = replace(REQUEST, frames=None, fps=None, input_video=str(media.path("clip 9")))
-    made = engine.resolve(begun)
-    assert (made.frames, made.fps, made.denoise_strength) == (9, 20.0, 0.75)
-    said = engine.resolve(replace(begun, frames=4, fps=30, denoise_strength=0.5))
-    assert (said.frames, said.fps, said.denoise_strength) == (4, 30, 0.5)
+def test_length_and_rate_default_to_those_of_the_input_video(engine: Engine, media: Media) -> None:
+    request = replace(REQUEST, frames=None, fps=None, input_video=str(media.path("clip 9")))
+    resolved = engine.resolve(request)
+    assert (resolved.frames, resolved.fps, resolved.denoise_strength) == (9, 20.0, 0.75)
+    explicit = engine.resolve(replace(request, frames=4, fps=30, denoise_strength=0.5))
+    assert (explicit.frames, explicit.fps, explicit.denoise_strength) == (4, 30, 0.5)
 
 
-def test_a_level_named_by_its_place_leaves_the_strength_alone(engine: Engine, media: Media) -> None:
-    begun = replace(REQUEST, input_video=str(media.path("clip 25")))
-    assert engine.resolve(replace(begun, skip_initial=1)).denoise_strength is None
-    assert engine.resolve(replace(begun, steps=None, sigmas=(0.9, 0.5))).denoise_strength is None
-    assert engine.resolve(replace(begun, steps=None, sigmas=(1.0, 0.5))).denoise_strength == 0.75
+def test_explicit_first_sigma_leaves_denoise_strength_unset(engine: Engine, media: Media) -> None:
+    request = replace(REQUEST, input_video=str(media.path("clip 25")))
+    assert engine.resolve(replace(request, skip_initial=1)).denoise_strength is None
+    assert engine.resolve(replace(request, steps=None, sigmas=(0.9, 0.5))).denoise_strength is None
+    assert engine.resolve(replace(request, steps=None, sigmas=(1.0, 0.5))).denoise_strength == 0.75
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.75, 0.9])
-def test_the_sampling_begins_at_the_nearest_level_that_is_not_above_the_strength(
+def test_sampling_starts_at_the_nearest_sigma_not_above_the_strength(
     engine: Engine, media: Media, strength: float
 ) -> None:
-    plain = replace(REQUEST, steps=30, input_video=None)
-    every = engine.resolve_passes(plain)[0].sigmas
-    begun = engine.resolve_passes(replace(plain, input_video=str(media.path("clip 25")), denoise_strength=strength))[
-        0
-    ].sigmas
-    assert begun.tolist() == [level for level in every.tolist() if level <= strength]
-    assert 0 < len(begun) < len(every)
+    without_input = replace(REQUEST, steps=30, input_video=None)
+    with_input = replace(without_input, input_video=str(media.path("clip 25")), denoise_strength=strength)
+    all_sigmas = engine.resolve_passes(without_input)[0].sigmas
+    sigmas = engine.resolve_passes(with_input)[0].sigmas
+    assert sigmas.tolist() == [sigma for sigma in all_sigmas.tolist() if sigma <= strength]
+    assert 0 < len(sigmas) < len(all_sigmas)
 
 
-def test_the_last_frame_of_a_video_to_start_from_fills_the_last_group_of_eight(media: Media) -> None:
-    begun = replace(REQUEST, frames=12, input_video=str(media.path("clip 25")))
-    frames = [round((float(np.mean(frame)) - 40) / 5) for frame in open_input_video(begun)]
+def test_last_input_frame_is_repeated_up_to_8k_plus_1(media: Media) -> None:
+    request = replace(REQUEST, frames=12, input_video=str(media.path("clip 25")))
+    frames = [round((float(np.mean(frame)) - 40) / 5) for frame in open_input_video(request)]
     assert frames == [*range(12), *[11] * 5]
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.95])
-def test_a_video_to_start_from_is_mixed_with_as_much_noise_as_the_first_level_says(
+def test_input_video_is_noised_by_the_first_sigma(
     strength: float, engine: Engine, media: Media, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = replace(REQUEST, frames=9, steps=12, input_video=str(media.path("clip 9")), denoise_strength=strength)
     encoded = engine.encode_first_condition(replace(REQUEST, frames=9, conditions=media.conditions(clip(9))))
     noise = randn(*encoded.shape, seed=7)
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     forward = Transformer.forward
-    monkeypatch.setattr(Transformer, "forward", lambda *given: (seen.append(given[1]), forward(*given))[1])
+    monkeypatch.setattr(Transformer, "forward", lambda *args: (inputs.append(args[1]), forward(*args))[1])
     engine.denoise(request, noise=noise)
-    (plan,) = engine.resolve_passes(request)
-    level = float(plan.sigmas[0])
-    torch.testing.assert_close(to_latents(seen[0], plan.grid), (1 - level) * encoded + level * noise)
+    (resolved_pass,) = engine.resolve_passes(request)
+    sigma = float(resolved_pass.sigmas[0])
+    torch.testing.assert_close(to_latents(inputs[0], resolved_pass.grid), (1 - sigma) * encoded + sigma * noise)
 
 
-# --- lengths and places of clips -----------------------------------------------------------------------------------
+# --- lengths and positions of clips--------------------------------------------------------------------------------
 
 
-CUT: dict[str, tuple[Shown, int, tuple[int, list[int]], tuple[int, int]]] = {
-    # condition, frames of the video, (where it begins, which of its frames), (frames it had, frames it could have)
+TRIMMED: dict[str, tuple[ConditionSpec, int, tuple[int, list[int]], tuple[int, int]]] = {
+    # condition, frames of the video, (start frame, indices of its frames), (frames it has, frames that fit)
     "one too few": (clip(8), 25, (0, [0]), (8, 25)),
     "one too many": (clip(10), 25, (0, [*range(9)]), (10, 25)),
     "seven too many": (clip(16), 25, (0, [*range(9)]), (16, 25)),
     "longer than the video": (clip(33), 25, (0, [*range(25)]), (33, 25)),
-    "longer than what is left": (clip(17, frame=16), 25, (16, [*range(9)]), (17, 9)),
+    "longer than the rest": (clip(17, frame=16), 25, (16, [*range(9)]), (17, 9)),
     "room for one frame": (clip(9, frame=24), 25, (24, [0]), (9, 1)),
     "one too many, by its end": (clip(10, frame=-1), 25, (16, [*range(1, 10)]), (10, 25)),
     "longer than the video, by its end": (clip(33, frame=-1), 25, (0, [*range(8, 33)]), (33, 25)),
-    "longer than what is left before its end": (clip(25, frame=-9), 25, (0, [*range(8, 25)]), (25, 17)),
-    "a part": (clip(33, frame_range=(3, 14)), 25, (0, [*range(3, 12)]), (11, 25)),
-    "a part, by its end": (clip(33, frame_range=(3, 14), frame=-1), 25, (16, [*range(5, 14)]), (11, 25)),
+    "longer than the frames before its end": (clip(25, frame=-9), 25, (0, [*range(8, 25)]), (25, 17)),
+    "a range": (clip(33, frame_range=(3, 14)), 25, (0, [*range(3, 12)]), (11, 25)),
+    "a range, by its end": (clip(33, frame_range=(3, 14), frame=-1), 25, (16, [*range(5, 14)]), (11, 25)),
 }
 
 
-@pytest.mark.parametrize("case", CUT)
-def test_a_clip_is_cut_to_whole_groups_with_a_warning_that_names_the_counts(case: str, media: Media) -> None:
-    shown, frames, (start, taken), (had, room) = CUT[case]
-    with pytest.warns(KadrWarning) as told:
-        (item,) = placed(media, shown, frames=frames)
-    assert (item.start_frame, brightness(item)) == (start, taken)
-    which = "last" if shown.fields.get("frame", 0) < 0 else "first"
-    (message,) = [str(warning.message) for warning in told]
-    assert f"has {had} frames for {room};" in message
-    assert f"{which} {len(taken)} are" in message
+@pytest.mark.parametrize("case", TRIMMED)
+def test_clip_is_trimmed_to_8k_plus_1_with_a_warning_naming_counts(case: str, media: Media) -> None:
+    spec, frames, (start, indices), (length, room) = TRIMMED[case]
+    with pytest.warns(KadrWarning) as caught:
+        (item,) = resolve_specs(media, spec, frames=frames)
+    assert (item.start_frame, source_indices(item)) == (start, indices)
+    which = "last" if spec.fields.get("frame", 0) < 0 else "first"
+    (message,) = [str(warning.message) for warning in caught]
+    assert f"has {length} frames for {room};" in message
+    assert f"{which} {len(indices)} are" in message
 
 
-WHOLE: dict[str, tuple[Shown, int, tuple[int, list[int]]]] = {
+WHOLE: dict[str, tuple[ConditionSpec, int, tuple[int, list[int]]]] = {
     "at the front": (clip(9), 25, (0, [*range(9)])),
     "in the middle": (clip(9, frame=8), 25, (8, [*range(9)])),
     "all of it": (clip(25), 25, (0, [*range(25)])),
-    "in what is trimmed": (clip(9, frame=16), 18, (16, [*range(9)])),
+    "in trimmed frames": (clip(9, frame=16), 18, (16, [*range(9)])),
     "by its end": (clip(9, frame=-1), 25, (16, [*range(9)])),
     "by its end, before the last group": (clip(9, frame=-9), 25, (8, [*range(9)])),
     "by its end, from the beginning": (clip(25, frame=-1), 25, (0, [*range(25)])),
     "by its end, at frame 0": (clip(9, frame_range=(0, 1), frame=-25), 25, (0, [0])),
     "one frame anywhere": (clip(9, frame_range=(4, 5), frame=13), 25, (13, [4])),
-    "a part": (clip(33, frame_range=(4, 21)), 25, (0, [*range(4, 21)])),
-    "an open part": (clip(33, frame_range=(24, None)), 25, (0, [*range(24, 33)])),
-    "a part open at the front": (clip(33, frame_range=(None, 17)), 25, (0, [*range(17)])),
+    "a range": (clip(33, frame_range=(4, 21)), 25, (0, [*range(4, 21)])),
+    "a range with an open end": (clip(33, frame_range=(24, None)), 25, (0, [*range(24, 33)])),
+    "a range with an open start": (clip(33, frame_range=(None, 17)), 25, (0, [*range(17)])),
     "the last nine": (clip(33, frame_range=(-9, None)), 25, (0, [*range(24, 33)])),
     "all but the last 16": (clip(33, frame_range=(None, -16)), 25, (0, [*range(17)])),
     "from a negative to a positive": (clip(33, frame_range=(-30, 12)), 25, (0, [*range(3, 12)])),
-    "more than there is": (clip(9, frame_range=(0, 100)), 25, (0, [*range(9)])),
+    "a range longer than the clip": (clip(9, frame_range=(0, 100)), 25, (0, [*range(9)])),
 }
 
 
 @pytest.mark.parametrize("case", WHOLE)
-def test_a_clip_of_whole_groups_stands_where_it_is_put_and_nothing_is_said(case: str, media: Media) -> None:
-    shown, frames, expected = WHOLE[case]
+def test_clip_of_8k_plus_1_frames_keeps_its_position_without_warning(case: str, media: Media) -> None:
+    spec, frames, expected = WHOLE[case]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (item,) = placed(media, shown, frames=frames)
-    assert (item.start_frame, brightness(item)) == expected
+        (item,) = resolve_specs(media, spec, frames=frames)
+    assert (item.start_frame, source_indices(item)) == expected
 
 
-def test_a_clip_that_ends_where_frames_are_trimmed_is_told_with_the_length_that_shows_it(media: Media) -> None:
+def test_clip_ending_in_trimmed_frames_warns_with_the_length_to_ask_for(media: Media) -> None:
     with pytest.warns(KadrWarning, match=r"ends at frame 24.*after 18 frames.*last 7 are not shown.*Ask for 25"):
-        (item,) = placed(media, clip(9, frame=-1), frames=18)
+        (item,) = resolve_specs(media, clip(9, frame=-1), frames=18)
     assert item.start_frame == 16
 
 
-def test_a_picture_is_counted_from_the_end_of_what_is_shown(media: Media) -> None:
+def test_negative_image_frame_counts_from_the_requested_end(media: Media) -> None:
     for frames in (1, 17, 18, 25):
-        items = placed(media, photo(frame=-1), frames=frames)
+        items = resolve_specs(media, photo(frame=-1), frames=frames)
         assert items[0].start_frame == frames - 1
-    assert placed(media, photo(frame=-18), frames=18)[0].start_frame == 0
+    assert resolve_specs(media, photo(frame=-18), frames=18)[0].start_frame == 0
 
 
 @pytest.mark.parametrize(
-    ("shown", "counted"), [(photo(frame=24), photo(frame=-1)), (clip(9, frame=16), clip(9, frame=-1))]
+    ("spec", "spec_from_end"), [(photo(frame=24), photo(frame=-1)), (clip(9, frame=16), clip(9, frame=-1))]
 )
-def test_a_place_counted_from_the_end_gives_the_same_video(
-    shown: Shown, counted: Shown, engine: Engine, media: Media
+def test_negative_and_positive_frame_give_the_same_latents(
+    spec: ConditionSpec, spec_from_end: ConditionSpec, engine: Engine, media: Media
 ) -> None:
-    one, other = (
-        engine.denoise(replace(REQUEST, steps=1, conditions=media.conditions(item))) for item in (shown, counted)
+    first, second = (
+        engine.denoise(replace(REQUEST, steps=1, conditions=media.conditions(item))) for item in (spec, spec_from_end)
     )
-    assert torch.equal(one, other)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_warning_is_given_once(passes: int, home: Path, media: Media) -> None:
+def test_trim_warning_is_given_once(passes: int, home: Path, media: Media) -> None:
     opened = Engine.open(
         home / MODEL_FILE, device="cpu", upscaler=write_random_upscaler(media.folder / "up.safetensors")
     )
-    two = {"multi_scale": True, "second_pass": Pass(sigmas=(0.5,))} if passes == 2 else {}
-    with pytest.warns(KadrWarning) as told:
-        opened.denoise(replace(REQUEST, frames=9, steps=1, conditions=media.conditions(clip(10)), **two))
-    assert len(told) == 1
+    second_pass = {"multi_scale": True, "second_pass": Pass(sigmas=(0.5,))} if passes == 2 else {}
+    with pytest.warns(KadrWarning) as caught:
+        opened.denoise(replace(REQUEST, frames=9, steps=1, conditions=media.conditions(clip(10)), **second_pass))
+    assert len(caught) == 1
 
 
 # --- positions of keyframes ----------------------------------------------------------------------------------------
 
 
-def plan_of(request: Request) -> ResolvedPass:
+def single_pass(request: Request) -> ResolvedPass:
     size, frames = request.size, request.frames
     assert isinstance(size, Size)
     assert frames is not None
@@ -428,21 +438,21 @@ def plan_of(request: Request) -> ResolvedPass:
 
 
 def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQUEST) -> LatentState:
-    """A video of noise with one condition, of random latents, in it."""
-    plan = plan_of(request)
-    grid = plan.grid
+    """Returns the state of a noise video with one condition of random latents."""
+    resolved_pass = single_pass(request)
+    grid = resolved_pass.grid
     state = LatentState.from_latents(
         randn(1, CHANNELS, grid.frames, grid.height, grid.width),
-        token_positions(grid, fps=plan.fps, causal=causal),
+        token_positions(grid, fps=resolved_pass.fps, causal=causal),
         grid,
     )
     latents = randn(1, CHANNELS, (len(item.frames) - 1) // 8 + 1, grid.height, grid.width, seed=2)
-    pixels = PreparedFrames(item.frames, plan.size, 0, plan.size)
+    pixels = PreparedFrames(item.frames, resolved_pass.size, 0, resolved_pass.size)
     return apply_condition(
         state,
         PreparedCondition(item, pixels),
         latents,
-        plan,
+        resolved_pass,
         causal=causal,
         draw_noise=lambda shape: randn(*shape, seed=3),
     )
@@ -450,7 +460,7 @@ def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQU
 
 @pytest.mark.parametrize("fps", [24.0, 12.5])
 @pytest.mark.parametrize(
-    ("shown", "causal", "frames"),
+    ("spec", "causal", "frames"),
     [
         (photo(frame=13), True, [13]),
         (photo(frame=13), False, [13]),
@@ -461,78 +471,82 @@ def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQU
         (clip(9, frame_range=(3, 4), frame=5), True, [5]),
     ],
 )
-def test_tokens_of_their_own_stand_at_the_second_of_their_frame_and_over_the_whole_picture(
-    shown: Shown, causal: bool, frames: list[int], fps: float, media: Media
+def test_appended_tokens_have_their_frame_time_and_cover_the_image(
+    spec: ConditionSpec, causal: bool, frames: list[int], fps: float, media: Media
 ) -> None:
     request = replace(REQUEST, size=Size(96, 64), fps=fps)
-    (item,) = placed(media, shown, size=request.size, fps=fps)
+    (item,) = resolve_specs(media, spec, size=request.size, fps=fps)
     state = state_with(item, causal=causal, request=request)
-    own = state.positions[:, state.grid.num_tokens :]
+    appended = state.positions[:, state.grid.num_tokens :]
     assert state.conditioning_mask is not None
-    assert own.shape == (3, len(frames) * 6)
+    assert appended.shape == (3, len(frames) * 6)
     seconds = torch.tensor(frames, dtype=torch.float64).repeat_interleave(6) / fps
-    torch.testing.assert_close(own[0].double(), seconds, rtol=1e-6, atol=0)
-    assert own[1].tolist() == [0.0, 0.0, 0.0, 32.0, 32.0, 32.0] * len(frames)
-    assert own[2].tolist() == [0.0, 32.0, 64.0] * 2 * len(frames)
+    torch.testing.assert_close(appended[0].double(), seconds, rtol=1e-6, atol=0)
+    assert appended[1].tolist() == [0.0, 0.0, 0.0, 32.0, 32.0, 32.0] * len(frames)
+    assert appended[2].tolist() == [0.0, 32.0, 64.0] * 2 * len(frames)
     assert state.conditioning_mask[:, state.grid.num_tokens :].unique().tolist() == [1.0]
 
 
 @pytest.mark.parametrize(
-    ("shown", "held"), [(photo(), [0]), (clip(17), [0, 1, 2]), (clip(9, frame=8), []), (clip(25, frame=8), [3, 4])]
+    ("spec", "conditioned"),
+    [(photo(), [0]), (clip(17), [0, 1, 2]), (clip(9, frame=8), []), (clip(25, frame=8), [3, 4])],
 )
-def test_a_clip_holds_the_latents_of_the_video_that_do_not_know_of_its_beginning(
-    shown: Shown, held: list[int], media: Media
+def test_clip_conditions_the_latents_beyond_its_prefix(
+    spec: ConditionSpec, conditioned: list[int], media: Media
 ) -> None:
     request = replace(REQUEST, frames=33)
-    (item,) = placed(media, shown, frames=33)
+    (item,) = resolve_specs(media, spec, frames=33)
     state = state_with(item, causal=True, request=request)
     assert state.conditioning_mask is not None
-    kept = state.conditioning_mask[0, : state.grid.num_tokens].view(state.grid.frames, -1)
-    assert [frame for frame in range(state.grid.frames) if bool((kept[frame] == 1).all())] == held
-    assert set(kept.unique().tolist()) <= {0.0, 1.0}
+    mask = state.conditioning_mask[0, : state.grid.num_tokens].view(state.grid.frames, -1)
+    assert [frame for frame in range(state.grid.frames) if bool((mask[frame] == 1).all())] == conditioned
+    assert set(mask.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_the_transformer_is_told_these_positions(engine: Engine, media: Media, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Tensor] = []
+def test_transformer_receives_these_positions(engine: Engine, media: Media, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[Tensor] = []
     rope = Transformer.compute_rope
-    monkeypatch.setattr(Transformer, "compute_rope", lambda self, where: (told.append(where), rope(self, where))[1])
-    shown = media.conditions(photo(frame=-1), clip(9, frame=8), photo())
-    engine.denoise(replace(REQUEST, steps=1, fps=12.5, conditions=shown))
-    (where,) = told
-    assert where.shape == (1, 3, 4 * 4 + 4 + 8)
-    seconds = where[0, 0, 16:].view(3, 4)
+    monkeypatch.setattr(
+        Transformer, "compute_rope", lambda self, positions: (received.append(positions), rope(self, positions))[1]
+    )
+    conditions = media.conditions(photo(frame=-1), clip(9, frame=8), photo())
+    engine.denoise(replace(REQUEST, steps=1, fps=12.5, conditions=conditions))
+    (positions,) = received
+    assert positions.shape == (1, 3, 4 * 4 + 4 + 8)
+    seconds = positions[0, 0, 16:].view(3, 4)
     torch.testing.assert_close(seconds, torch.tensor([24.0, 8.0, 9.0])[:, None].expand(3, 4) / 12.5)
 
 
 # --- boxes ---------------------------------------------------------------------------------------------------------
 
 
-def in_box(box: tuple[int, int, int, int], size: Size, media: Media) -> tuple[LatentState, Tensor, PreparedCondition]:
-    """A video of noise, with random latents in a box of it; those latents; and how the picture was fitted."""
+def apply_in_box(
+    box: tuple[int, int, int, int], size: Size, media: Media
+) -> tuple[LatentState, Tensor, PreparedCondition]:
+    """Returns the state of a noise video with random latents in a box, those latents, and the prepared condition."""
     request = replace(REQUEST, size=size, frames=1, image_crf=0)
-    plan = plan_of(request)
+    resolved_pass = single_pass(request)
     (condition,) = media.conditions(photo(box=box))
-    (item,) = place_in_pass(resolve_conditions(replace(request, conditions=(condition,))), request, plan)
-    fit = prepare_condition(item, request, plan)
-    latents = randn(1, CHANNELS, fit.grid.frames, fit.grid.height, fit.grid.width, seed=5)
-    grid = plan.grid
+    (item,) = place_in_pass(resolve_conditions(replace(request, conditions=(condition,))), request, resolved_pass)
+    prepared = prepare_condition(item, request, resolved_pass)
+    latents = randn(1, CHANNELS, prepared.grid.frames, prepared.grid.height, prepared.grid.width, seed=5)
+    grid = resolved_pass.grid
     noise = randn(1, CHANNELS, 1, grid.height, grid.width, seed=6)
-    state = LatentState.from_latents(noise, token_positions(grid, fps=plan.fps, causal=True), grid)
-    return (
-        apply_condition(state, fit, latents, plan, causal=True, draw_noise=lambda shape: torch.zeros(shape)),
-        latents,
-        fit,
+    state = LatentState.from_latents(noise, token_positions(grid, fps=resolved_pass.fps, causal=True), grid)
+    state = apply_condition(
+        state, prepared, latents, resolved_pass, causal=True, draw_noise=lambda shape: torch.zeros(shape)
     )
+    return state, latents, prepared
 
 
-def held_in(state: LatentState) -> Tensor:
-    """(h, w), true where a latent is held."""
+def conditioned_latents(state: LatentState) -> Tensor:
+    """Returns a mask (h, w), true where a latent is conditioned."""
     assert state.conditioning_mask is not None
     return state.conditioning_mask.view(state.grid.height, state.grid.width) == 1
 
 
-def test_a_box_holds_what_the_official_pipeline_holds_wherever_it_lies_on_the_grid(media: Media) -> None:
-    """_get_latent_spatial_position: a row is cut off on every side that is not at the edge of the video."""
+def test_box_conditions_the_official_latents_anywhere_on_the_grid(media: Media) -> None:
+    """See _get_latent_spatial_position: a row is cropped on every side that is not at the edge of the video."""
     size, across, down = Size(160, 128), 5, 4
     edges = [(x, y) for x in combinations(range(across + 1), 2) for y in combinations(range(down + 1), 2)]
     empty = 0
@@ -540,61 +554,66 @@ def test_a_box_holds_what_the_official_pipeline_holds_wherever_it_lies_on_the_gr
         pixels = torch.zeros(1, 3, 1, 32 * (bottom - top), 32 * (right - left))
         official = ConditioningItem(pixels, 0, 1.0, media_x=32 * left, media_y=32 * top)
         box = (32 * left, 32 * top, 32 * (right - left), 32 * (bottom - top))
-        given = randn(1, CHANNELS, 1, bottom - top, right - left, seed=5)
-        kept, column, row = LTXVideoPipeline._get_latent_spatial_position(
-            SimpleNamespace(vae_scale_factor=32), given, official, size.height, size.width, strip_latent_border=True
+        box_latents = randn(1, CHANNELS, 1, bottom - top, right - left, seed=5)
+        cropped, column, row = LTXVideoPipeline._get_latent_spatial_position(
+            SimpleNamespace(vae_scale_factor=32),
+            box_latents,
+            official,
+            size.height,
+            size.width,
+            strip_latent_border=True,
         )
-        if not kept.numel():
+        if not cropped.numel():
             empty += 1
             with pytest.raises(RequestError, match="nothing is left"):
-                in_box(box, size, media)
+                apply_in_box(box, size, media)
             continue
-        state, latents, fit = in_box(box, size, media)
-        assert fit.pixels.sampled_size == Size(pixels.shape[-1], pixels.shape[-2])
-        assert torch.equal(latents, given)
-        rows, columns = slice(row, row + kept.shape[-2]), slice(column, column + kept.shape[-1])
+        state, latents, prepared = apply_in_box(box, size, media)
+        assert prepared.pixels.sampled_size == Size(pixels.shape[-1], pixels.shape[-2])
+        assert torch.equal(latents, box_latents)
+        rows, columns = slice(row, row + cropped.shape[-2]), slice(column, column + cropped.shape[-1])
         expected = torch.zeros(down, across, dtype=torch.bool)
         expected[rows, columns] = True
-        assert torch.equal(held_in(state), expected), box
-        assert torch.equal(state.latents()[..., rows, columns], kept)
-        engine_without_weights = state.latents()[0, :, 0, ~expected]
-        assert torch.equal(engine_without_weights, randn(1, CHANNELS, 1, down, across, seed=6)[0, :, 0, ~expected])
-    assert len(edges) - empty == 8 * 5  # of 15 widths and 10 heights, those that are more than what is cut off
+        assert torch.equal(conditioned_latents(state), expected), box
+        assert torch.equal(state.latents()[..., rows, columns], cropped)
+        outside = state.latents()[0, :, 0, ~expected]
+        assert torch.equal(outside, randn(1, CHANNELS, 1, down, across, seed=6)[0, :, 0, ~expected])
+    assert len(edges) - empty == 8 * 5  # of 15 widths and 10 heights, those larger than the crop
 
 
-def test_a_box_moves_with_its_place_and_keeps_its_size(media: Media) -> None:
-    """Off the grid too, where halves go up: three latents, of which one is cut off on each side within the video."""
+def test_box_keeps_its_size_at_every_position(media: Media) -> None:
+    """Off the grid too, where halves round up: three latents, with one cropped on each side inside the video."""
     for x in range(0, 97, 8):
-        state, _, fit = in_box((x, 0, 96, 64), Size(192, 64), media)
-        assert fit.pixels.sampled_size == Size(96, 64), x
+        state, _, prepared = apply_in_box((x, 0, 96, 64), Size(192, 64), media)
+        assert prepared.pixels.sampled_size == Size(96, 64), x
         column = (x + 16) // 32
         first, end = column + (column > 0), column + 3 - (column + 3 < 6)
-        assert held_in(state).tolist() == [[first <= at < end for at in range(6)]] * 2, x
+        assert conditioned_latents(state).tolist() == [[first <= index < end for index in range(6)]] * 2, x
 
 
 @pytest.mark.parametrize("side", [1, 31, 33, 49, 64, 65, 97, 127, 129])
-def test_a_box_of_the_whole_video_holds_all_of_it(side: int, media: Media) -> None:
+def test_box_of_the_whole_video_conditions_all_of_it(side: int, media: Media) -> None:
     size = Size(side, 130 - side)
-    state, _, fit = in_box((0, 0, size.width, size.height), size, media)
-    assert fit.pixels.sampled_size == size.snap()
-    assert held_in(state).all()
+    state, _, prepared = apply_in_box((0, 0, size.width, size.height), size, media)
+    assert prepared.pixels.sampled_size == size.snap()
+    assert conditioned_latents(state).all()
 
 
-def test_a_picture_in_a_box_is_there_and_nowhere_else(engine: Engine, media: Media) -> None:
-    shown = media.conditions(photo(box=(0, 0, 96, 96)))
-    request = replace(REQUEST, size=Size(128, 96), frames=9, steps=1, image_noise=0.0, conditions=shown)
-    encoded, made = engine.encode_first_condition(request), engine.denoise(request)
+def test_image_in_a_box_conditions_only_the_box(engine: Engine, media: Media) -> None:
+    conditions = media.conditions(photo(box=(0, 0, 96, 96)))
+    request = replace(REQUEST, size=Size(128, 96), frames=9, steps=1, image_noise=0.0, conditions=conditions)
+    encoded, latents = engine.encode_first_condition(request), engine.denoise(request)
     assert encoded.shape[-2:] == (3, 3)
-    assert torch.equal(made[:, :, :1, :, :2], encoded[..., :2])
-    assert not torch.isclose(made[:, :, :1, :, 2], encoded[..., 2]).any(dim=1).all()
+    assert torch.equal(latents[:, :, :1, :, :2], encoded[..., :2])
+    assert not torch.isclose(latents[:, :, :1, :, 2], encoded[..., 2]).any(dim=1).all()
     whole = engine.encode_first_condition(replace(request, conditions=media.conditions(photo())))
-    assert not torch.allclose(encoded, whole[..., :3])  # the picture is in the box, not behind it
+    assert not torch.allclose(encoded, whole[..., :3])  # the image is fitted to the box, not cropped by it
 
 
-def test_two_pictures_side_by_side_are_both_held(engine: Engine, media: Media) -> None:
+def test_two_images_side_by_side_are_both_conditioned(engine: Engine, media: Media) -> None:
     request = replace(REQUEST, size=Size(128, 64), frames=1, steps=1, image_noise=0.0)
     left, right = media.conditions(photo(box=(0, 0, 64, 64)), clip(9, frame_range=(8, 9), box=(64, 0, 64, 64)))
-    made = engine.denoise(replace(request, conditions=(left, right)))
-    for condition, columns, kept in ((left, slice(0, 1), slice(0, 1)), (right, slice(3, 4), slice(1, 2))):
+    latents = engine.denoise(replace(request, conditions=(left, right)))
+    for condition, columns, encoded_columns in ((left, slice(0, 1), slice(0, 1)), (right, slice(3, 4), slice(1, 2))):
         encoded = engine.encode_first_condition(replace(request, conditions=(condition,)))
-        assert torch.equal(made[..., columns], encoded[..., kept])
+        assert torch.equal(latents[..., columns], encoded[..., encoded_columns])

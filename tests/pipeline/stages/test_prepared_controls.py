@@ -1,5 +1,4 @@
-"""Controls: reference videos beside the video's tokens, against diffusers' transformer in a plain loop, and what is
-refused before it costs anything."""
+"""Controls: in-context sampling against diffusers' transformer in a plain loop, and refusals before any computation."""
 
 from __future__ import annotations
 
@@ -48,18 +47,18 @@ from tests.fakehub import FakeHub, serve_fake_hub
 from tests.oracles import diffusers_transformer, official_vae, randn, relative_error
 from tests.tiny_models import CHANNELS, MODEL_FILE, build_random, transformer_config, vae_config, write_random_upscaler
 
-LEVELS = (1.0, 0.8, 0.35)
+SIGMAS = (1.0, 0.8, 0.35)
 REQUEST = Request(
     prompt="a red circle",
     negative_prompt="blue sea",
     size=Size(128, 64),
     frames=17,
     fps=24,
-    sigmas=LEVELS,
+    sigmas=SIGMAS,
     guidance=1.0,
     image_noise=0.15,
 )
-AT = 8  # pixel frame of the keyframe
+KEYFRAME = 8  # pixel frame of the keyframe
 
 
 @pytest.fixture(autouse=True)
@@ -70,17 +69,17 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Clips of a square that moves, and gets brighter from frame to frame."""
+    """Writes clips of a moving square that gets brighter from frame to frame."""
     folder = tmp_path_factory.mktemp("clips")
 
     def clip(frames: int) -> str:
         path = folder / f"{frames} frames.mp4"
         if not path.exists():
-            made = np.full((frames, 64, 128, 3), 20, np.uint8)
+            pixels = np.full((frames, 64, 128, 3), 20, np.uint8)
             for frame in range(frames):
-                made[frame, 16:48, 2 * frame : 2 * frame + 32] = 60 + 4 * frame
+                pixels[frame, 16:48, 2 * frame : 2 * frame + 32] = 60 + 4 * frame
             with VideoWriter(path, Size(128, 64), 24) as writer:
-                writer.write(made)
+                writer.write(pixels)
         return str(path)
 
     return clip
@@ -88,27 +87,27 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """In-context LoRAs, with a factor in their header or none."""
+    """Writes in-context LoRAs with a reference factor in their header, or without one."""
     folder = tmp_path_factory.mktemp("loras")
 
-    def made(factor: str | None = None) -> Path:
+    def write(factor: str | None = None) -> Path:
         metadata = {} if factor is None else {REFERENCE_DOWNSCALE_KEY: factor}
         return lora_files.write_lora_file(folder / f"{factor}.safetensors", lora_files.block_pairs(), metadata=metadata)
 
-    return made
+    return write
 
 
 @pytest.fixture(scope="module")
 def opened(home: Path, lora: Callable[..., Path]) -> Callable[..., Engine]:
-    """An engine with an in-context LoRA of that factor, and that strength."""
-    made: dict[Any, Engine] = {}
+    """Opens engines with an in-context LoRA of a factor and strength, each once."""
+    engines: dict[Any, Engine] = {}
 
     def engine(factor: str | None = None, strength: float = 0.0) -> Engine:
         key = factor, strength
-        if key not in made:
+        if key not in engines:
             loras = [(lora(factor), strength)]
-            made[key] = Engine.open(home / MODEL_FILE, device="cpu", loras=loras, prompt_cache=False)
-        return made[key]
+            engines[key] = Engine.open(home / MODEL_FILE, device="cpu", loras=loras, prompt_cache=False)
+        return engines[key]
 
     return engine
 
@@ -117,12 +116,14 @@ def opened(home: Path, lora: Callable[..., Path]) -> Callable[..., Engine]:
 
 
 class Oracle:
-    """In-context sampling with the official VAE and diffusers' transformer: tokens side by side, a level and a place
-    for each, in a plain loop. The LoRA is added to the weights."""
+    """In-context sampling with the official VAE and diffusers' transformer in a plain loop.
+
+    All tokens are concatenated, with a sigma and a position each. The LoRA is merged into the weights.
+    """
 
     def __init__(self, engine: Engine, lora: Path, strength: float) -> None:
         self.engine = engine
-        transformer = build_random(lambda: Transformer(transformer_config()), 1)  # as `tiny.write` sows them
+        transformer = build_random(lambda: Transformer(transformer_config()), 1)  # as `write_model` builds it
         merge_loras(transformer, [LoraFile.open(lora).load()], [strength])
         self.transformer = diffusers_transformer(transformer)
         self.vae = official_vae(build_random(lambda: VAE(vae_config("0.9.5")), 2))
@@ -131,13 +132,13 @@ class Oracle:
         """(1, 3, F, H, W) -> (1, C, f, h, w)."""
         return normalize_latents(self.vae.encode(pixels).latent_dist.mode(), self.vae, True)
 
-    def velocity(self, text: Any, tokens: Tensor, level: Tensor, where: Tensor) -> Tensor:
+    def velocity(self, prompt: Any, tokens: Tensor, sigma: Tensor, positions: Tensor) -> Tensor:
         return self.transformer(
             tokens,
-            encoder_hidden_states=text.embeddings,
-            encoder_attention_mask=text.mask.float(),
-            timestep=level * 1000,
-            video_coords=where[None],
+            encoder_hidden_states=prompt.embeddings,
+            encoder_attention_mask=prompt.mask.float(),
+            timestep=sigma * 1000,
+            video_coords=positions[None],
             return_dict=False,
         )[0]
 
@@ -147,70 +148,81 @@ class Oracle:
         noise: Tensor,
         references: list[Tensor],
         factor: int,
-        shown: dict[int, Tensor],
+        images: dict[int, Tensor],
         *,
         guide: Tensor | None = None,
         stream: str = "",
-        levels: tuple[float, ...] = LEVELS,
+        sigmas: tuple[float, ...] = SIGMAS,
     ) -> Tensor:
-        """references: pixels of each; shown: frame -> pixels of a picture that is held there with strength 1; guide:
-        latents that are held beside the first frames; stream: before the names of all noise."""
-        texts = PromptEncoder(self.engine.components, [request.prompt, request.negative_prompt or ""]).encode(
+        """Samples latents (1, C, f, h, w).
+
+        Args:
+            references: pixels of each reference.
+            images: frame -> pixels of an image that conditions it with strength 1.
+            guide: latents appended with strength 1 at the first frames.
+            stream: prefix of the names of all noise streams.
+        """
+        prompts = PromptEncoder(self.engine.components, [request.prompt, request.negative_prompt or ""]).encode(
             ignore_progress
         )
-        tokens, where = flat(noise), places(noise.shape[2:])
-        given, held = tokens.clone(), torch.zeros(tokens.shape[1])
-        for frame, pixels in shown.items():
-            made = flat(self.latents(pixels))
-            count = made.shape[1]
+        tokens, positions = to_tokens(noise), latent_positions(noise.shape[2:])
+        clean, strength = tokens.clone(), torch.zeros(tokens.shape[1])
+        for frame, pixels in images.items():
+            image_tokens = to_tokens(self.latents(pixels))
+            count = image_tokens.shape[1]
             if frame == 0:
-                given[:, :count], held[:count] = made, 1
+                clean[:, :count], strength[:count] = image_tokens, 1
             else:
-                given, held = torch.cat([given, made], 1), torch.cat([held, torch.ones(count)])
-                where = torch.cat([where, places((1, *noise.shape[3:]), first=frame)], 1)
+                clean, strength = torch.cat([clean, image_tokens], 1), torch.cat([strength, torch.ones(count)])
+                positions = torch.cat([positions, latent_positions((1, *noise.shape[3:]), first=frame)], 1)
         if guide is not None:
-            given, held = torch.cat([given, flat(guide)], 1), torch.cat([held, torch.ones(flat(guide).shape[1])])
-            where = torch.cat([where, places(guide.shape[2:])], 1)
-        context = [self.latents(pixels) for pixels in references]
-        clean = torch.cat([tokens[:, :0], *(flat(one) for one in context)], 1)
-        spread = torch.tensor([1, factor, factor])[:, None]
-        where = torch.cat([where, *(spread * places(one.shape[2:]) for one in context)], 1)
-        count, x, path = given.shape[1], given, [*levels, 0.0]
-        streams, still = NoiseStreams(request.seed), held.bool()[None, :, None]
-        for index, (now, then) in enumerate(pairwise(path)):
-            shake = given + 0.15 * now**2 * streams.draw(f"{stream}condition {index}", given.shape)
-            x = torch.where(still, shake, x)
-            level = torch.cat([torch.minimum(torch.tensor(now), 1 - held), torch.zeros(clean.shape[1])])[None]
-            seen = torch.cat([x, clean], 1)
-            made = self.velocity(texts[0], seen, level, where)[:, :count]
-            scale = request.guidance.cfg_scale if isinstance(request.guidance, Guidance) else 1
-            if scale > 1:
-                without = self.velocity(texts[1], seen, level, where)[:, :count]
-                made = without + scale * (made - without)
-            x = torch.where(still, x, x - (now - then) * made)
+            guide_tokens = to_tokens(guide)
+            clean = torch.cat([clean, guide_tokens], 1)
+            strength = torch.cat([strength, torch.ones(guide_tokens.shape[1])])
+            positions = torch.cat([positions, latent_positions(guide.shape[2:])], 1)
+        reference_latents = [self.latents(pixels) for pixels in references]
+        reference_tokens = torch.cat([tokens[:, :0], *(to_tokens(latents) for latents in reference_latents)], 1)
+        scale = torch.tensor([1, factor, factor])[:, None]
+        reference_positions = (scale * latent_positions(latents.shape[2:]) for latents in reference_latents)
+        positions = torch.cat([positions, *reference_positions], 1)
+        count, x = clean.shape[1], clean
+        streams, is_conditioned = NoiseStreams(request.seed), strength.bool()[None, :, None]
+        for index, (sigma, next_sigma) in enumerate(pairwise([*sigmas, 0.0])):
+            noisy = clean + 0.15 * sigma**2 * streams.draw(f"{stream}condition {index}", clean.shape)
+            x = torch.where(is_conditioned, noisy, x)
+            token_sigmas = torch.cat(
+                [torch.minimum(torch.tensor(sigma), 1 - strength), torch.zeros(reference_tokens.shape[1])]
+            )[None]
+            all_tokens = torch.cat([x, reference_tokens], 1)
+            velocity = self.velocity(prompts[0], all_tokens, token_sigmas, positions)[:, :count]
+            cfg_scale = request.guidance.cfg_scale if isinstance(request.guidance, Guidance) else 1
+            if cfg_scale > 1:
+                uncond = self.velocity(prompts[1], all_tokens, token_sigmas, positions)[:, :count]
+                velocity = uncond + cfg_scale * (velocity - uncond)
+            x = torch.where(is_conditioned, x, x - (sigma - next_sigma) * velocity)
         frames, height, width = noise.shape[2:]
         return x[:, : frames * height * width].transpose(1, 2).unflatten(2, (frames, height, width))
 
 
 @pytest.fixture(scope="module")
 def oracle(opened: Callable[..., Engine], lora: Callable[..., Path]) -> Callable[..., Oracle]:
-    """By the factor of its LoRA, at strength 0.7."""
-    made: dict[str | None, Oracle] = {}
+    """Builds oracles by the factor of their LoRA, at strength 0.7, each once."""
+    oracles: dict[str | None, Oracle] = {}
 
     def find(factor: str | None) -> Oracle:
-        if factor not in made:
-            made[factor] = Oracle(opened(factor, 0.7), lora(factor), 0.7)
-        return made[factor]
+        if factor not in oracles:
+            oracles[factor] = Oracle(opened(factor, 0.7), lora(factor), 0.7)
+        return oracles[factor]
 
     return find
 
 
-def flat(latents: Tensor) -> Tensor:
+def to_tokens(latents: Tensor) -> Tensor:
     return latents.flatten(2).transpose(1, 2)
 
 
-def places(shape: tuple[int, ...], *, first: int = 0) -> Tensor:
-    """Seconds, pixels down and pixels right of every latent, frame by frame, row by row; causal, at 24 a second."""
+def latent_positions(shape: tuple[int, ...], *, first: int = 0) -> Tensor:
+    """Returns (3, N): seconds, pixels down and pixels right of every latent, in row-major order; causal, 24 fps."""
     rows = [
         ((max(8 * frame - 7, 0) + first) / 24, 32 * row, 32 * column)
         for frame in range(shape[0])
@@ -225,7 +237,7 @@ def as_pixels(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].float() / 255 * 2 - 1
 
 
-def halved(frames: np.ndarray) -> np.ndarray:
+def halve_size(frames: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(frame).resize((64, 32))) for frame in frames])
 
 
@@ -235,15 +247,19 @@ CASES: dict[str, dict[str, Any]] = {
     "two controls": {"kinds": ("ready", "canny")},
     "guidance": {"guidance": 3.0},
     "prompts in one batch": {"guidance": 3.0, "guidance_batch": True},
-    "with a first frame": {"shown": (0,)},
-    "with a first frame and a keyframe, guided": {"shown": (0, AT), "guidance": 3.0},
+    "with a first frame": {"image_frames": (0,)},
+    "with a first frame and a keyframe, guided": {"image_frames": (0, KEYFRAME), "guidance": 3.0},
     "half the size": {"factor": 2, "size": Size(128, 64)},
-    "half the size, edges, with a first frame and a keyframe": {"factor": 2, "kinds": ("canny",), "shown": (0, AT)},
+    "half the size, edges, with a first frame and a keyframe": {
+        "factor": 2,
+        "kinds": ("canny",),
+        "image_frames": (0, KEYFRAME),
+    },
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
+def test_latents_equal_diffusers_transformer_in_a_plain_loop(
     name: str,
     opened: Callable[..., Engine],
     oracle: Callable[..., Oracle],
@@ -252,98 +268,103 @@ def test_latents_are_those_of_diffusers_transformer_in_a_plain_loop(
     parity: Callable[[str, str, str, float], float],
 ) -> None:
     case = dict(CASES[name])
-    kinds, frames, factor = case.pop("kinds", ("ready",)), case.pop("shown", ()), case.pop("factor", 1)
-    said = None if factor == 1 else str(factor)
-    shown = tuple(replace(image_condition, frame=frame) for frame in frames)
+    kinds, frames, factor = case.pop("kinds", ("ready",)), case.pop("image_frames", ()), case.pop("factor", 1)
+    lora_factor = None if factor == 1 else str(factor)
+    conditions = tuple(replace(image_condition, frame=frame) for frame in frames)
     controls = tuple(Control(clips(17), kind=kind) for kind in kinds)
-    request = replace(REQUEST, conditions=shown, controls=controls, seed=3, **case)
+    request = replace(REQUEST, conditions=conditions, controls=controls, seed=3, **case)
     noise = randn(1, CHANNELS, 3, 2, 4, seed=8)
-    engine = opened(said, 0.7)
-    film = read_video(clips(17)).frames
-    film = film if factor == 1 else halved(film)
-    traced = np.stack([canny_edges(frame) for frame in film])
-    references = [as_pixels(traced if kind == "canny" else film) for kind in kinds]
-    pictures = {frame: prepare_image(image_condition.media, Size(128, 64), 29) for frame in frames}
-    expected = oracle(said).denoise(replace(request, image_crf=29), noise, references, factor, pictures)
-    made = engine.denoise(request, noise=noise)
+    engine = opened(lora_factor, 0.7)
+    clip = read_video(clips(17)).frames
+    clip = clip if factor == 1 else halve_size(clip)
+    edges = np.stack([canny_edges(frame) for frame in clip])
+    references = [as_pixels(edges if kind == "canny" else clip) for kind in kinds]
+    images = {frame: prepare_image(image_condition.media, Size(128, 64), 29) for frame in frames}
+    expected = oracle(lora_factor).denoise(replace(request, image_crf=29), noise, references, factor, images)
+    latents = engine.denoise(request, noise=noise)
     size = "the video's size" if factor == 1 else "half the size"
-    assert parity("control", f"reference of {size}", "diffusers", relative_error(made, expected)) <= 5e-6
+    assert parity("control", f"reference of {size}", "diffusers", relative_error(latents, expected)) <= 5e-6
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KadrWarning)  # a LoRA that waits for a reference is warned of
+        warnings.simplefilter("ignore", KadrWarning)  # an in-context LoRA without a control
         assert relative_error(engine.denoise(replace(request, controls=()), noise=noise), expected) > 1e-2
 
 
-def test_tokens_of_a_context_are_clean_and_stand_where_the_videos_do() -> None:
+def test_reference_tokens_are_clean_at_the_video_s_positions() -> None:
     latents = randn(1, 4, 2, 2, 2)
-    context = ReferenceTokens.from_latents([latents], fps=24, causal=True)
-    assert torch.equal(context.positions, token_positions(LatentGrid(2, 2, 2), fps=24, causal=True))
-    tokens, level = context.append_to(randn(2, 6, 4), torch.tensor([[0.9], [0.4]]))
+    reference_tokens = ReferenceTokens.from_latents([latents], fps=24, causal=True)
+    assert torch.equal(reference_tokens.positions, token_positions(LatentGrid(2, 2, 2), fps=24, causal=True))
+    tokens, sigma = reference_tokens.append_to(randn(2, 6, 4), torch.tensor([[0.9], [0.4]]))
     assert tokens.shape == (2, 14, 4)
-    assert torch.equal(tokens[1, 6:], flat(latents)[0])
-    assert level[:, :6].unique(dim=1).tolist() == [[pytest.approx(0.9)], [pytest.approx(0.4)]]
-    assert not level[:, 6:].any()
+    assert torch.equal(tokens[1, 6:], to_tokens(latents)[0])
+    assert sigma[:, :6].unique(dim=1).tolist() == [[pytest.approx(0.9)], [pytest.approx(0.4)]]
+    assert not sigma[:, 6:].any()
 
 
-def test_a_smaller_context_covers_the_same_pixels_at_the_same_times() -> None:
+def test_smaller_reference_covers_the_same_pixels_and_times() -> None:
     small = ReferenceTokens.from_latents([randn(1, 4, 3, 1, 2)], fps=24, causal=True, downscale=2).positions
     large = token_positions(LatentGrid(3, 2, 4), fps=24, causal=True).unflatten(1, (3, 2, 4))
     assert torch.equal(small, large[:, :, ::2, ::2].flatten(1))
 
 
-# --- what a control leaves alone -------------------------------------------------------------------------------------
+# --- what a control does not change----------------------------------------------------------------------------------
 
 
 def test_a_control_changes_no_noise(
-    opened: Callable[..., Engine], clips: Callable[..., str], image_condition: Condition, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Engine],
+    clips: Callable[..., str],
+    image_condition: Condition,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drawn_before, real = [], NoiseStreams.draw
+    drawn, original_draw = [], NoiseStreams.draw
 
     def draw(self: NoiseStreams, name: str, shape: Any) -> Tensor:
-        drawn_before.append((name, tuple(shape)))
-        return real(self, name, shape)
+        drawn.append((name, tuple(shape)))
+        return original_draw(self, name, shape)
 
     monkeypatch.setattr(NoiseStreams, "draw", draw)
-    request = replace(REQUEST, stochastic=True, conditions=(image_condition, replace(image_condition, frame=AT, strength=0.5)))
+    request = replace(
+        REQUEST, stochastic=True, conditions=(image_condition, replace(image_condition, frame=KEYFRAME, strength=0.5))
+    )
     opened().denoise(request)
-    without = list(drawn_before)
-    drawn_before.clear()
+    drawn_without_control = list(drawn)
+    drawn.clear()
     opened().denoise(replace(request, controls=(Control(clips(17)),)))
-    assert drawn_before == without
-    assert {name for name, _ in without} >= {"initial", "keyframe 1", "condition 0", "stochastic 2"}
+    assert drawn == drawn_without_control
+    assert {name for name, _ in drawn} >= {"initial", "keyframe 1", "condition 0", "stochastic 2"}
 
 
-def test_guidance_sums_over_the_tokens_of_the_video_alone(
+def test_guidance_sums_exclude_reference_tokens(
     opened: Callable[..., Engine], clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[torch.Size] = []
-    real = guiding.combine
+    shapes: list[torch.Size] = []
+    original_combine = guiding.combine
 
-    def combine(said: Any, strengths: Any, guidance: Any, tokens: Tensor, level: Tensor) -> Tensor:
-        seen.extend(one.shape for one in (*said, tokens))
-        return real(said, strengths, guidance, tokens, level)
+    def combine(predictions: Any, step_guidance: Any, guidance: Any, tokens: Tensor, sigma: Tensor) -> Tensor:
+        shapes.extend(tensor.shape for tensor in (*predictions, tokens))
+        return original_combine(predictions, step_guidance, guidance, tokens, sigma)
 
     monkeypatch.setattr(guiding, "combine", combine)
     guidance = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, skip_blocks=(1,), cfg_star=True)
-    made = opened().denoise(replace(REQUEST, guidance=guidance, controls=(Control(clips(17)),)))
-    assert set(seen) == {(1, 3 * 2 * 4, CHANNELS)}
-    assert made.isfinite().all()
+    latents = opened().denoise(replace(REQUEST, guidance=guidance, controls=(Control(clips(17)),)))
+    assert set(shapes) == {(1, 3 * 2 * 4, CHANNELS)}
+    assert latents.isfinite().all()
 
 
 @pytest.mark.parametrize("cache", [StepCache("first-block", threshold=0.5), StepCache("taylor")], ids=str)
-def test_steps_are_cached_beside_a_control(
+def test_step_cache_works_with_a_control(
     cache: StepCache, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
     small = {"size": Size(64, 64), "frames": 9, "sigmas": None, "steps": 10}
     request = replace(REQUEST, controls=(Control(clips(9)),), **small)
     full = opened().denoise(request)
     assert 0 < relative_error(opened().denoise(replace(request, cache=cache)), full) < 0.5
-    none = replace(cache, threshold=0.0) if cache.threshold is not None else replace(cache, interval=1)
-    assert relative_error(opened().denoise(replace(request, cache=none)), full) < 1e-6
+    unused = replace(cache, threshold=0.0) if cache.threshold is not None else replace(cache, interval=1)
+    assert relative_error(opened().denoise(replace(request, cache=unused)), full) < 1e-6
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
 
-TWO = replace(
+TWO_PASSES = replace(
     REQUEST,
     multi_scale=True,
     downscale_factor=0.5,
@@ -358,27 +379,29 @@ def test_each_pass_sees_the_control_at_its_own_size(
 ) -> None:
     upscaler = write_random_upscaler(tmp_path / "up.safetensors")
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
-    generation = engine._create_generation(replace(TWO, controls=(Control(clips(17)),)), ignore_progress)
-    assert [plan.size for plan in generation.passes] == [Size(64, 32), Size(128, 64)]
+    generation = engine._create_generation(replace(TWO_PASSES, controls=(Control(clips(17)),)), ignore_progress)
+    assert [resolved_pass.size for resolved_pass in generation.passes] == [Size(64, 32), Size(128, 64)]
     assert generation.build_workload().encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
-    assert [[one.shape[2:] for one in each.reference_latents] for each in generation.encode_media()] == [
+    assert [[latents.shape[2:] for latents in inputs.reference_latents] for inputs in generation.encode_media()] == [
         [(3, 1, 2)],
         [(3, 2, 4)],
     ]
     noise = randn(1, CHANNELS, 3, 1, 2)
-    plain = engine.denoise(TWO, noise=noise)
-    led = engine.denoise(replace(TWO, controls=(Control(clips(17)),)), noise=noise)
-    assert led.shape == plain.shape
-    assert relative_error(led, plain) > 1e-2
+    plain = engine.denoise(TWO_PASSES, noise=noise)
+    controlled = engine.denoise(replace(TWO_PASSES, controls=(Control(clips(17)),)), noise=noise)
+    assert controlled.shape == plain.shape
+    assert relative_error(controlled, plain) > 1e-2
 
 
-def test_a_first_pass_of_every_second_frame_sees_every_second_frame_of_the_control(
+def test_half_rate_first_pass_reads_every_second_control_frame(
     home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
     upscaler = write_random_upscaler(tmp_path / "up.safetensors", upscales_space=False, upscales_time=True)
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
-    request = replace(TWO, controls=(Control(clips(17)),), size=Size(64, 64))
-    first, second = (one.controls[0] for one in engine._create_generation(request, ignore_progress).media.pass_inputs)
+    request = replace(TWO_PASSES, controls=(Control(clips(17)),), size=Size(64, 64))
+    first, second = (
+        inputs.controls[0] for inputs in engine._create_generation(request, ignore_progress).media.pass_inputs
+    )
     assert list(first.frame_indices) == list(range(0, 17, 2))
     assert list(second.frame_indices) == list(range(17))
     assert engine.denoise(request).shape[2] == 3
@@ -390,127 +413,134 @@ SIZE = Size(128, 64)
 LONG = replace(REQUEST, frames=41, windows=Windows(frames=17, overlap=8, adain=0.0), seed=4)  # windows at 0, 16, 32
 
 
-def windowed(request: Request, oracle: Oracle, film: np.ndarray, *, led: bool, begun: float | None) -> Tensor:
-    """What a long video is to be: each window by the oracle, from its own frames of the clip.
+def sample_windows(
+    request: Request, oracle: Oracle, clip: np.ndarray, *, has_control: bool, first_sigma: float | None
+) -> Tensor:
+    """Samples a long video with the oracle: each window from its own frames of the clip.
 
     Args:
-        led: the clip is the reference.
-        begun: the level at which it starts from the clip; None: it starts from noise alone.
+        has_control: the clip is the reference.
+        first_sigma: sigma at which sampling starts from the clip; None: it starts from pure noise.
     """
-    streams, made, latents = NoiseStreams(request.seed), [], None
-    levels = LEVELS if begun is None else tuple(level for level in LEVELS if level <= begun)
-    for number, first in enumerate((0, 16, 32)):
-        name, pixels = f"window {number + 1} " * (number > 0), as_pixels(film[first : first + 17])
+    streams, windows, latents = NoiseStreams(request.seed), [], None
+    sigmas = SIGMAS if first_sigma is None else tuple(sigma for sigma in SIGMAS if sigma <= first_sigma)
+    for index, first in enumerate((0, 16, 32)):
+        prefix, pixels = f"window {index + 1} " * (index > 0), as_pixels(clip[first : first + 17])
         count = (pixels.shape[2] - 1) // 8 + 1
-        noise = streams.draw(f"{name}initial", (1, CHANNELS, count, 2, 4))
-        if begun is not None:
-            start = torch.cat([prepare_image(one, SIZE, 0, SIZE, resize=True) for one in film[first : first + 17]], 2)
-            noise = levels[0] * noise + (1 - levels[0]) * oracle.latents(start)
+        noise = streams.draw(f"{prefix}initial", (1, CHANNELS, count, 2, 4))
+        if first_sigma is not None:
+            frames = [prepare_image(frame, SIZE, 0, SIZE, resize=True) for frame in clip[first : first + 17]]
+            noise = sigmas[0] * noise + (1 - sigmas[0]) * oracle.latents(torch.cat(frames, 2))
         guide = None if latents is None else latents[:, :, -1:]
-        references = [pixels] * led
-        latents = oracle.denoise(request, noise, references, 1, {}, guide=guide, stream=name, levels=levels)
-        made.append(latents if number == 0 else latents[:, :, 1:])
-    return torch.cat(made, dim=2)
+        references = [pixels] * has_control
+        latents = oracle.denoise(request, noise, references, 1, {}, guide=guide, stream=prefix, sigmas=sigmas)
+        windows.append(latents if index == 0 else latents[:, :, 1:])
+    return torch.cat(windows, dim=2)
 
 
-@pytest.mark.parametrize("case", ["control", "video to start from", "both"])
-def test_each_window_follows_its_own_frames_as_diffusers_transformer_does(
+@pytest.mark.parametrize("case", ["control", "input video", "both"])
+def test_each_window_follows_its_own_frames_as_diffusers_does(
     case: str,
     opened: Callable[..., Engine],
     oracle: Callable[..., Oracle],
     clips: Callable[..., str],
     parity: Callable[[str, str, str, float], float],
 ) -> None:
-    led, begun = case != "video to start from", 0.8 if case != "control" else None
-    film, path = read_video(clips(41)).frames, clips(41)
-    fields: dict[str, Any] = {"controls": (Control(path),)} if led else {}
-    if begun is not None:
-        fields |= {"input_video": path, "denoise_strength": begun, "image_crf": 0}
+    has_control, strength = case != "input video", 0.8 if case != "control" else None
+    clip, path = read_video(clips(41)).frames, clips(41)
+    fields: dict[str, Any] = {"controls": (Control(path),)} if has_control else {}
+    if strength is not None:
+        fields |= {"input_video": path, "denoise_strength": strength, "image_crf": 0}
     request = replace(LONG, **fields)
-    expected = windowed(request, oracle(None), film, led=led, begun=begun)
-    made = opened(None, 0.7).denoise(request)
-    assert made.shape == expected.shape == (1, CHANNELS, 6, 2, 4)
-    assert parity("control", "windows", "diffusers", relative_error(made, expected)) <= 5e-6
+    expected = sample_windows(request, oracle(None), clip, has_control=has_control, first_sigma=strength)
+    latents = opened(None, 0.7).denoise(request)
+    assert latents.shape == expected.shape == (1, CHANNELS, 6, 2, 4)
+    assert parity("control", "windows", "diffusers", relative_error(latents, expected)) <= 5e-6
 
 
-def test_a_window_sees_the_frames_that_it_makes(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
+def test_window_reads_the_frames_that_it_samples(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
     request = replace(LONG, frames=44, controls=(Control(clips(44)),), input_video=clips(44), denoise_strength=0.8)
-    shown = opened()._create_generation(request, ignore_progress).media.pass_inputs
+    pass_inputs = opened()._create_generation(request, ignore_progress).media.pass_inputs
     expected = [[*range(17)], [*range(16, 33)], [*range(32, 44), *[43] * 5]]
-    assert [[*one.controls[0].frames.frame_indices] for one in shown] == expected
-    assert [[*one.input_video.frames.frame_indices] for one in shown if one.input_video is not None] == expected
+    assert [[*inputs.controls[0].frames.frame_indices] for inputs in pass_inputs] == expected
+    input_videos = [inputs.input_video for inputs in pass_inputs if inputs.input_video is not None]
+    assert [[*video.frames.frame_indices] for video in input_videos] == expected
 
 
-def test_a_long_video_that_is_led_goes_on_where_it_was_cut_off(
+def test_long_video_with_a_control_resumes_where_it_was_interrupted(
     opened: Callable[..., Engine], clips: Callable[..., str], output_folder: Path
 ) -> None:
     request = replace(LONG, controls=(Control(clips(41), kind="canny"),), input_video=clips(41), denoise_strength=0.8)
-    engine, told = opened(), list[Progress]()
+    engine, reports = opened(), list[Progress]()
 
-    class Cut(Exception):
+    class Interrupted(Exception):
         pass
 
-    def cut(progress: Progress) -> None:
+    def interrupt(progress: Progress) -> None:
         if progress.stage == "denoise" and progress.window == (3, 3):
-            raise Cut
+            raise Interrupted
 
     whole = engine.write(request, output_folder / "whole.mp4")
     with pytest.raises(KadrError):
-        engine.write(request, output_folder / "cut.mp4", watch=cut)
-    made = engine.write(request, output_folder / "cut.mp4", resume=True, watch=told.append)
-    assert torch.equal(made.latents, whole.latents)
-    assert max(report.of for report in told if report.stage == "encode") == 2  # of the last window alone
+        engine.write(request, output_folder / "cut.mp4", watch=interrupt)
+    resumed = engine.write(request, output_folder / "cut.mp4", resume=True, watch=reports.append)
+    assert torch.equal(resumed.latents, whole.latents)
+    assert max(report.of for report in reports if report.stage == "encode") == 2  # inputs of the last window only
 
 
 def test_a_plan_counts_the_control_of_each_window(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
     large = replace(LONG, size=Size(512, 512))
-    plain, led = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(41)),)))
-    assert led.stage("denoise").placement.workspace_bytes > 1.4 * plain.stage("denoise").placement.workspace_bytes
-    assert led.stage("denoise").placement.window_count == 3
-    assert "encode: the transformer works on tokens of controls, too: 768 beside a window's 768" in led.reasons()
+    plain, controlled = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(41)),)))
+    assert (
+        controlled.stage("denoise").placement.workspace_bytes > 1.4 * plain.stage("denoise").placement.workspace_bytes
+    )
+    assert controlled.stage("denoise").placement.window_count == 3
+    assert "encode: the transformer works on tokens of controls, too: 768 beside a window's 768" in controlled.reasons()
 
 
-# --- lengths, parts, pictures ----------------------------------------------------------------------------------------
+# --- lengths, ranges, images -----------------------------------------------------------------------------------------
 
 
-def brightness(followed: ResolvedControl) -> list[int]:
-    """Which frames of its clip were taken, told by how bright the square is."""
-    return [round((float(frame.max()) - 60) / 4) for frame in followed.read_frames()]
+def source_indices(control: ResolvedControl) -> list[int]:
+    """Returns the indices of the frames taken from the clip, from the brightness of the square."""
+    return [round((float(frame.max()) - 60) / 4) for frame in control.read_frames()]
 
 
 @pytest.mark.parametrize(
-    ("clip", "part", "frames", "taken"),
+    ("clip", "frame_range", "frames", "expected"),
     [
         (17, None, 17, [*range(17)]),
-        (20, None, 20, [*range(20), 19, 19, 19, 19, 19]),  # made at 25: the last is repeated
+        (20, None, 20, [*range(20), 19, 19, 19, 19, 19]),  # sampled at 25: the last is repeated
         (20, (3, None), 17, [*range(3, 20)]),
         (20, (-9, None), 9, [*range(11, 20)]),
         (20, (2, 11), 9, [*range(2, 11)]),
     ],
 )
-def test_frames_are_followed_one_by_one(
-    clip: int, part: tuple[int, int] | None, frames: int, taken: list[int], clips: Callable[..., str]
+def test_control_frames_match_video_frames_one_by_one(
+    clip: int, frame_range: tuple[int, int] | None, frames: int, expected: list[int], clips: Callable[..., str]
 ) -> None:
-    (followed,) = resolve_controls(replace(REQUEST, frames=frames, controls=(Control(clips(clip), frame_range=part),)))
-    assert brightness(followed) == taken
+    (control,) = resolve_controls(
+        replace(REQUEST, frames=frames, controls=(Control(clips(clip), frame_range=frame_range),))
+    )
+    assert source_indices(control) == expected
 
 
-def test_a_longer_clip_is_cut_with_a_warning(clips: Callable[..., str]) -> None:
+def test_longer_control_clip_is_trimmed_with_a_warning(clips: Callable[..., str]) -> None:
     with pytest.warns(KadrWarning, match="goes on after the 9 frames of the video; the first 9 are followed"):
-        (followed,) = resolve_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
-    assert brightness(followed) == [*range(9)]
+        (control,) = resolve_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
+    assert source_indices(control) == [*range(9)]
 
 
-def test_a_picture_leads_a_video_of_one_frame(opened: Callable[..., Engine], image_condition: Condition) -> None:
+def test_image_controls_a_video_of_one_frame(opened: Callable[..., Engine], image_condition: Condition) -> None:
     request = replace(REQUEST, frames=1, controls=(Control(image_condition.media),))
     assert relative_error(opened().denoise(request), opened().denoise(replace(request, controls=()))) > 1e-3
 
 
-# --- what is refused and what is told ---------------------------------------------------------------------------------
+# --- refusals and warnings --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("control", "fields", "says", "kind"),
+    ("control", "fields", "expected_texts", "kind"),
     [
         ({}, {"frames": 25}, ["has 17 frames", "the video has 25", "Ask for 17 or fewer"], RequestError),
         ({"frame_range": (4, 12)}, {}, ["17 frames, 8 of them taken", "Ask for 8 or fewer"], RequestError),
@@ -520,12 +550,12 @@ def test_a_picture_leads_a_video_of_one_frame(opened: Callable[..., Engine], ima
         ({"media": "text.mp4"}, {}, ["text.mp4", "cannot be read as a video"], MediaError),
         ({"media": "thin.mp4"}, {"size": Size(2000, 32)}, ["thin.mp4 is 2x64"], MediaError),
     ],
-    ids=["short", "a short part", "an empty part", "a picture", "absent", "no clip", "too small"],
+    ids=["short", "a short range", "an empty range", "an image", "absent", "not a clip", "too small"],
 )
-def test_what_cannot_lead_a_video_is_refused_before_anything_is_loaded(
+def test_unusable_control_is_refused_before_any_load(
     control: dict[str, Any],
     fields: dict[str, Any],
-    says: list[str],
+    expected_texts: list[str],
     kind: type[KadrError],
     engine_without_weights: Engine,
     clips: Callable[..., str],
@@ -539,12 +569,16 @@ def test_what_cannot_lead_a_video_is_refused_before_anything_is_loaded(
     name = control.get("media")
     media = clips(17) if name is None else image_condition.media if name == "photo" else str(tmp_path / name)
     request = replace(REQUEST, controls=(Control(**{**control, "media": media}),), **fields)
-    for make in (engine_without_weights.generate, engine_without_weights.plan, lambda asked: engine_without_weights.write(asked, output_folder / "a.mp4")):
+    for method in (
+        engine_without_weights.generate,
+        engine_without_weights.plan,
+        lambda request: engine_without_weights.write(request, output_folder / "a.mp4"),
+    ):
         with pytest.raises(kind) as caught:
-            make(request)
-        assert all(what in str(caught.value) for what in says), str(caught.value)
+            method(request)
+        assert all(text in str(caught.value) for text in expected_texts), str(caught.value)
     assert list(output_folder.iterdir()) == []
-    with pytest.raises(kind, match=re.escape(says[0])):
+    with pytest.raises(kind, match=re.escape(expected_texts[0])):
         DryRunEngine.open(engine_without_weights.components.checkpoint.path).run(request)
 
 
@@ -552,20 +586,25 @@ def test_what_cannot_lead_a_video_is_refused_before_anything_is_loaded(
     ("kind", "module", "extra"),
     [("canny", "cv2", "control"), ("depth", "onnxruntime", "depth"), ("pose", "rtmlib", "pose")],
 )
-def test_a_kind_whose_library_is_absent_is_refused_before_anything_is_loaded(
-    kind: str, module: str, extra: str, engine_without_weights: Engine, clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_control_kind_without_its_library_is_refused_before_any_load(
+    kind: str,
+    module: str,
+    extra: str,
+    engine_without_weights: Engine,
+    clips: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(RequestError, match=re.escape(f"pip install 'kadr[{extra}]'")):
         engine_without_weights.generate(replace(REQUEST, controls=(Control(clips(17), kind=kind),)))
 
 
-def test_sides_that_a_smaller_reference_does_not_divide_are_refused(
+def test_sides_that_reference_downscale_does_not_divide_are_refused(
     opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
     request = replace(REQUEST, size=Size(160, 64), controls=(Control(clips(17)),))
     with pytest.raises(
-        RequestError, match=r"2 times smaller .* pass 1 is made at 160x64: .* multiples of 64\. Ask for 192x64"
+        RequestError, match=r"2 times smaller .* pass 1 is sampled at 160x64: .* multiples of 64\. Ask for 192x64"
     ):
         opened("2", 0.7).plan(request)
     loras = [(opened("2", 0.7).components.loras.entries[0].path, 0.7)]
@@ -574,7 +613,7 @@ def test_sides_that_a_smaller_reference_does_not_divide_are_refused(
         dry.run(request)
 
 
-def test_a_lora_at_strength_0_says_nothing_of_the_size_of_references(
+def test_lora_at_strength_0_does_not_set_the_reference_size(
     home: Path, opened: Callable[..., Engine], lora: Callable[..., Path], clips: Callable[..., str]
 ) -> None:
     request = replace(REQUEST, controls=(Control(clips(17)),))
@@ -583,7 +622,7 @@ def test_a_lora_at_strength_0_says_nothing_of_the_size_of_references(
     assert relative_error(both.denoise(request), opened(None, 0.7).denoise(request)) > 1e-3
 
 
-def test_loras_that_want_references_of_other_sizes_are_refused(
+def test_loras_with_different_reference_sizes_are_refused(
     home: Path, lora: Callable[..., Path], clips: Callable[..., str]
 ) -> None:
     engine = Engine.open(home / MODEL_FILE, device="cpu", loras=[lora("2"), lora("3"), lora()], prompt_cache=False)
@@ -596,12 +635,12 @@ def test_loras_that_want_references_of_other_sizes_are_refused(
         engine.plan(REQUEST)
 
 
-def test_a_factor_of_one_lora_counts_beside_others_that_name_none(home: Path, lora: Callable[..., Path]) -> None:
+def test_one_lora_s_reference_factor_counts_if_others_name_none(home: Path, lora: Callable[..., Path]) -> None:
     engine = Engine.open(home / MODEL_FILE, device="cpu", loras=[lora(), lora("2")], prompt_cache=False)
     assert engine.components.loras.reference_downscale() == 2
 
 
-def test_a_control_without_a_lora_is_warned_of(
+def test_control_without_a_lora_gives_a_warning(
     engine: Engine, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
     request = replace(REQUEST, controls=(Control(clips(17)),))
@@ -613,38 +652,42 @@ def test_a_control_without_a_lora_is_warned_of(
         engine.plan(REQUEST)
 
 
-def test_a_plan_counts_the_control_and_tells_it(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
+def test_plan_counts_the_control_and_gives_the_reason(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
     large = replace(REQUEST, size=Size(512, 512))
-    plain, led = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(17)),)))
-    assert led.stage("denoise").placement.workspace_bytes > 1.8 * plain.stage("denoise").placement.workspace_bytes
-    assert led.stage("denoise").placement.seconds > 1.8 * plain.stage("denoise").placement.seconds
-    assert led.reasons() == ["encode: the transformer works on tokens of controls, too: 768 beside the video's 768"]
+    plain, controlled = opened().plan(large), opened().plan(replace(large, controls=(Control(clips(17)),)))
+    assert (
+        controlled.stage("denoise").placement.workspace_bytes > 1.8 * plain.stage("denoise").placement.workspace_bytes
+    )
+    assert controlled.stage("denoise").placement.seconds > 1.8 * plain.stage("denoise").placement.seconds
+    assert controlled.reasons() == [
+        "encode: the transformer works on tokens of controls, too: 768 beside the video's 768"
+    ]
 
 
-def test_a_video_remembers_its_control_by_its_whole_path(
+def test_metadata_stores_the_absolute_path_of_a_control(
     opened: Callable[..., Engine], clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = Path(clips(17))
     monkeypatch.chdir(path.parent)
     request = replace(REQUEST, controls=(Control(path.name, kind="canny", frame_range=(0, 17)),))
-    made = Request.from_json(opened().metadata(request)["request"])
-    assert made.controls == (Control(str(path), kind="canny", frame_range=(0, 17)),)
-    assert made.media_paths() == (path,)
+    stored = Request.from_json(opened().metadata(request)["request"])
+    assert stored.controls == (Control(str(path), kind="canny", frame_range=(0, 17)),)
+    assert stored.media_paths() == (path,)
 
 
-# --- networks that find what a control shows ------------------------------------------------------------------------
+# --- networks for control maps --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub with networks of a few nodes, by the names of the real ones."""
+    """Serves a hub with networks of a few nodes under the names of the real ones."""
     person = [(160.0, 160.0, 480.0, 480.0, 0)]
     files = (
         onnx_files.write_depth_model(tmp_path / "depth.onnx"),
         onnx_files.write_person_detector(tmp_path / "people.onnx", person),
         onnx_files.write_pose_model(tmp_path / "joints.onnx", {0: (144.0, 100.0), 5: (194.0, 200.0), 6: (94.0, 200.0)}),
     )
-    names = [(repo, name) for repo, found in NETWORK_FILES.values() for name in found]
+    names = [(repo, name) for repo, repo_files in NETWORK_FILES.values() for name in repo_files]
     with serve_fake_hub(monkeypatch, tmp_path / "cache") as hub:
         for (repo, name), file in zip(names, files, strict=True):
             hub.repos.setdefault(repo, {})[name] = file.read_bytes()
@@ -652,46 +695,46 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]
 
 
 @pytest.mark.parametrize("kind", ["depth", "pose"])
-def test_a_network_is_fetched_once_and_goes_through_the_clip_once_for_all_passes(
+def test_network_is_fetched_and_run_once_for_all_passes(
     kind: str, remote: FakeHub, home: Path, clips: Callable[..., str], lora: Callable[..., Path], tmp_path: Path
 ) -> None:
     upscaler = write_random_upscaler(tmp_path / "up.safetensors")
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
-    short = replace(TWO, frames=9)
-    request, told = replace(short, controls=(Control(clips(9), kind=kind),)), list[Progress]()
-    led = engine.denoise(request, watch=told.append)
-    assert [report.step for report in told if report.stage == "control"] == [*range(10)]
-    assert [report.stage for report in told].index("control") < [report.stage for report in told].index("encode")
+    short = replace(TWO_PASSES, frames=9)
+    request, reports = replace(short, controls=(Control(clips(9), kind=kind),)), list[Progress]()
+    controlled = engine.denoise(request, watch=reports.append)
+    assert [report.step for report in reports if report.stage == "control"] == [*range(10)]
+    stages = [report.stage for report in reports]
+    assert stages.index("control") < stages.index("encode")
     assert sorted(name for name, _ in remote.sent_files) == sorted(NETWORK_FILES[kind][1])
-    assert (
-        relative_error(led, engine.denoise(replace(short, controls=(Control(clips(9)),)))) > 1e-4
-    )  # the clip as it is
+    by_the_clip_itself = engine.denoise(replace(short, controls=(Control(clips(9)),)))
+    assert relative_error(controlled, by_the_clip_itself) > 1e-4
     remote.is_silent = True
-    assert torch.equal(engine.denoise(request), led)
+    assert torch.equal(engine.denoise(request), controlled)
 
 
-def test_depth_that_is_encoded_is_bright_where_the_network_says_near(
+def test_encoded_depth_map_is_bright_where_the_network_says_near(
     remote: FakeHub, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
     generation = opened()._create_generation(
         replace(REQUEST, controls=(Control(clips(17), kind="depth"),)), ignore_progress
     )
-    (way,) = build_map_renderers(
+    (map_renderer,) = build_map_renderers(
         generation.media.resolved_controls, fetch_networks(generation.media.resolved_controls), ignore_progress
     )
-    seen = replace(generation.media.pass_inputs[0].controls[0], map_renderer=way)
-    chunks = torch.cat(list(seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)), dim=2)
+    control = replace(generation.media.pass_inputs[0].controls[0], map_renderer=map_renderer)
+    chunks = torch.cat(list(control.chunks(8, device=torch.device("cpu"), dtype=torch.float32)), dim=2)
     assert chunks.shape == (1, 3, 17, 64, 128)
     assert chunks[0, :, 0, 24:40, 4:28].mean() < chunks[0, :, 16, 24:40, 36:60].mean()  # the square gets redder
-    assert chunks[0, :, 0, 24:40, 40:].max() < -0.8  # what is farthest in the clip is black
-    assert chunks.max() > 0.7  # what is sharp overshoots where it is resized, and nothing else is nearer
+    assert chunks[0, :, 0, 24:40, 40:].max() < -0.8  # the farthest depth of the clip is black
+    assert chunks.max() > 0.7  # resizing overshoots at sharp edges
 
 
-def test_a_network_that_cannot_be_fetched_is_told_before_anything_is_loaded(
+def test_network_that_cannot_be_fetched_is_an_error_before_any_load(
     engine_without_weights: Engine, clips: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr("kadr.pipeline.engine.warn_control_lora_mismatch", lambda request, **given: None)
+    monkeypatch.setattr("kadr.pipeline.engine.warn_control_lora_mismatch", lambda request, **kwargs: None)
     with pytest.raises(
         CheckpointError, match=r"onnx/model\.onnx of onnx-community.*already shows the depth needs no network"
     ):
@@ -707,12 +750,12 @@ def test_a_plan_fetches_no_network(
     assert not (tmp_path / "empty").exists()
 
 
-def test_a_reference_is_drawn_when_it_is_asked_for_and_not_kept(
+def test_control_map_is_rendered_chunk_by_chunk_on_demand(
     clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (followed,) = resolve_controls(replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),)))
-    assert isinstance(followed.frames, ClipReader)
-    generation = Engine.open("demo", device="cpu").resolve_passes(replace(REQUEST, frames=25))
-    seen = prepare_control(followed, replace(REQUEST, frames=25), generation[0])
-    sizes = [chunk.shape[2] for chunk in seen.chunks(8, device=torch.device("cpu"), dtype=torch.float32)]
+    (control,) = resolve_controls(replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),)))
+    assert isinstance(control.frames, ClipReader)
+    passes = Engine.open("demo", device="cpu").resolve_passes(replace(REQUEST, frames=25))
+    prepared = prepare_control(control, replace(REQUEST, frames=25), passes[0])
+    sizes = [chunk.shape[2] for chunk in prepared.chunks(8, device=torch.device("cpu"), dtype=torch.float32)]
     assert sizes == [8, 8, 8, 1]
