@@ -108,7 +108,7 @@ def test_numbers_for_the_encoder_reach_from_minus_one_to_one() -> None:
 
 def test_a_library_that_is_absent_is_told_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(RequestError, match=r"made with cv2, which is not installed: pip install 'kadr\[control\]'"):
+    with pytest.raises(RequestError, match=r"needs cv2, which is not installed: pip install 'kadr\[control\]'"):
         canny_edges(plain(8, 8))
     assert import_optional("numpy", "control") is np
 
@@ -164,7 +164,7 @@ def test_a_clip_without_depth_is_black_and_not_a_number_of_none(tmp_path: Path) 
 
 def test_what_is_no_network_for_depth_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"half of it")
-    with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as a network for depth"):
+    with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as a depth network"):
         DepthEstimator(tmp_path / "broken.onnx")
     endless = DepthEstimator(onnx_files.write_depth_model(tmp_path / "endless.onnx", scale=1e38))
     with pytest.raises(MediaError, match="not a finite number for every pixel"):
@@ -220,7 +220,7 @@ def test_the_library_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
 def test_what_is_no_network_for_poses_is_refused(tmp_path: Path) -> None:
     whole, broken = onnx_files.write_person_detector(tmp_path / "people.onnx", []), tmp_path / "broken.onnx"
     broken.write_bytes(b"half of it")
-    with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as networks for poses"):
+    with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as pose networks"):
         PoseEstimator(whole, broken)
 
 

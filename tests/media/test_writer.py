@@ -203,7 +203,7 @@ def test_other_tools_see_the_request_in_the_comment_tag(tmp_path):
 @pytest.mark.parametrize("comment", [None, "holiday", '{"prompt": "of another program"}', '["kadr"]', '{"kadr": 1}'])
 def test_a_video_without_a_request_of_kadr_is_refused_by_name(tmp_path, comment):
     path = foreign(tmp_path / "foreign.mp4", comment=comment)
-    with pytest.raises(MediaError, match=r"foreign\.mp4 holds no request"):
+    with pytest.raises(MediaError, match=r"foreign\.mp4 contains no request"):
         read_metadata(path)
     assert read_video(path).metadata == {}
 

@@ -1,7 +1,7 @@
-"""Pictures that a video is made to follow: edges, and frames brought to the size of the reference that is encoded.
+"""Control maps: edges of frames, and control frames fitted to the size of the reference that is encoded.
 
-They are drawings, not film: none is blurred or passed through H.264, as pictures that a video shows are. The trainer of
-the released in-context LoRAs (Lightricks' LTX-Video-Trainer) gives its reference videos to the encoder so, too.
+They are drawings, not camera footage: none is blurred or passed through H.264, as conditioning images are. The trainer
+of the released in-context LoRAs (Lightricks' LTX-Video-Trainer) encodes its reference videos without that too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CANNY_LOW, CANNY_HIGH = 100, 200  # Canny's thresholds, of the trainer
 
 
 def canny_edges(image: np.ndarray) -> np.ndarray:
-    """The edges of a picture, as the trainer of the released canny LoRA draws them: white on black, one pixel wide.
+    """Draws Canny edges as the trainer of the released canny LoRA does: white on black, one pixel wide.
 
     Args:
         image: uint8 (H, W, 3), RGB.
@@ -34,29 +34,28 @@ def canny_edges(image: np.ndarray) -> np.ndarray:
         RequestError: OpenCV is not installed.
     """
     cv2 = import_optional("cv2", "control")
-    found = cv2.Canny(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), CANNY_LOW, CANNY_HIGH)
-    return np.repeat(found[..., None], 3, axis=2)
+    edges = cv2.Canny(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), CANNY_LOW, CANNY_HIGH)
+    return np.repeat(edges[..., None], 3, axis=2)
 
 
 def fit_to_reference(image: ImageInput, size: Size, reference_size: Size, *, name: str = "the control") -> np.ndarray:
-    """A picture at the size of a reference: its largest centred part with the aspect of the video.
+    """Fits a control frame to the size of a reference: its largest centred crop with the aspect of the video.
 
-    The margins that a video is made with are filled with the picture's outermost pixels: a frame around it would be
-    edges.
+    The padding that the video is made with is filled with the outermost pixels: black padding would show an edge.
 
     Args:
-        size: of the video, as it was asked for.
-        reference_size: of the reference; it shows `size` with its margins.
-        name: what a message calls the picture.
+        size: of the video, as requested.
+        reference_size: of the reference; it covers `size` and its padding.
+        name: of the image in messages.
 
     Returns:
-        uint8 (made.height, made.width, 3). Every pixel is the picture's own where it has that size already.
+        uint8 (reference_size.height, reference_size.width, 3). An image that has this size already stays as it is.
 
     Raises:
-        MediaError: it cannot be read, or is too small.
+        MediaError: the image cannot be read, or is too small.
     """
     cropped = crop_to_aspect(load_image(image), size, name=name)
-    across, down = cropped.width / size.width, cropped.height / size.height  # its pixels for one of the video's
+    across, down = cropped.width / size.width, cropped.height / size.height  # image pixels per pixel of the video
     left, right, top, bottom = (
         margin * scale for margin, scale in zip(size.padding(), (across, across, down, down), strict=True)
     )
@@ -68,12 +67,12 @@ def fit_to_reference(image: ImageInput, size: Size, reference_size: Size, *, nam
 
 
 def normalize_image(image: np.ndarray) -> torch.Tensor:
-    """uint8 (H, W, 3) as the encoder takes it: float32 (3, H, W) in [-1, 1]."""
+    """Converts uint8 (H, W, 3) to the VAE encoder's float32 (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def import_optional(module_name: str, extra: str) -> Any:
-    """A library that comes with an extra of kadr.
+    """Imports a library that comes with an extra of kadr.
 
     Raises:
         RequestError: it is not installed.
@@ -82,6 +81,6 @@ def import_optional(module_name: str, extra: str) -> Any:
         return importlib.import_module(module_name)
     except ImportError as error:
         raise RequestError(
-            f"this kind of control is made with {module_name}, which is not installed: pip install 'kadr[{extra}]'. Or give "
-            "a clip that is made already, with no kind in front of its path."
+            f"this kind of control needs {module_name}, which is not installed: pip install 'kadr[{extra}]'. Or pass a "
+            "clip of finished control maps, with no kind before its path."
         ) from error

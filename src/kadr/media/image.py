@@ -1,7 +1,7 @@
-"""Prepare a conditioning picture: crop, soften, compress, pad.
+"""Prepares a conditioning image: crop, blur, compress, pad.
 
-The model was trained on frames of compressed videos, so a crisp photograph makes it hold still. The official package
-therefore blurs every conditioning picture and passes it through H.264 first; without this, image-to-video barely moves.
+The model was trained on frames of compressed videos, so a crisp photograph makes it stand still. The official package
+therefore blurs every conditioning image and passes it through H.264 first; without this, image-to-video barely moves.
 Every number here follows `load_image_to_tensor_with_resize_and_crop`, `calculate_padding` and `crf_compressor` of the
 official package ltx_video 0.1.2, operation by operation: the truncation before H.264 turns a last-bit difference into a
 whole grey level.
@@ -27,11 +27,11 @@ ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 DEFAULT_IMAGE_CRF = 29
 MAX_CRF = 51  # of 8-bit H.264
 
-# Named one by one because Pillow would otherwise also try formats that start other programs, such as EPS.
+# Listed because Pillow would otherwise also try formats that start other programs, such as EPS.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _SUPPORTED_IMAGES = "Supported: PNG, JPEG, WebP, BMP, TIFF, GIF and PPM with 8 bits per channel."
 _HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-# What Pillow's readers raise on damaged files; most of it is meant for their own dispatch and leaks through.
+# Raised by Pillow's readers on damaged files; most are meant for their own dispatch and leak through.
 _READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
 
 
@@ -43,33 +43,33 @@ def prepare_image(
     *,
     resize: bool = False,
 ) -> torch.Tensor:
-    """Make of a picture what the video encoder is given.
+    """Prepares an image for the VAE encoder.
 
     Args:
         image: a path, a Pillow image, or uint8 (H, W, 3) RGB.
-        size: the size asked for, before snapping to 32: the picture is cropped to its aspect.
+        size: the requested size, before snapping to 32: the image is cropped to its aspect.
         crf: H.264 quality of the compression, 1 (best) to 51; 0 leaves it out.
-        sampled_size: the size of the pass that uses the picture, where it is not `size.snapped()` (multi-scale makes one).
-        resize: bring the picture to `size` before it is softened and compressed, as frames of a video to start from
-            are; conditions are compressed at their own resolution.
+        sampled_size: the size of the pass that uses the image, if it is not `size.snap()`, as in two passes.
+        resize: resize the image to `size` before it is blurred and compressed, as frames of an input video are;
+            conditions are compressed at their own resolution.
 
     Returns:
-        float32 (1, 3, 1, H, W) in [-1, 1] at `sampled_size`; the margins hold 0, a middle grey.
+        float32 (1, 3, 1, H, W) in [-1, 1] at `sampled_size`; the padding is 0, a middle grey.
 
     Raises:
-        MediaError: the picture is missing, damaged, of an unsupported kind or too small; or `crf` is out of range.
+        MediaError: the image is missing, damaged, of an unsupported format or too small; or `crf` is out of range.
 
-    Source: ltx_video/inference.py. The margins are counted in pixels of the output but added to the picture at its own
-    resolution, and then everything is stretched: an oddity of the official code, kept, and nothing where both sides are
-    multiples of 32.
+    Source: ltx_video/inference.py. The padding is counted in pixels of the output but added to the image at its own
+    resolution, and then everything is resized: a bug of the official code that is kept, without effect where both
+    sides are multiples of 32.
     """
     sampled_size = sampled_size or size.snap()
     cropped = crop_to_aspect(load_image(image), size, name=_display_name(image))
     if resize:
         cropped = cropped.resize((size.width, size.height))
     unit = compress(blur(_to_tensor(cropped)), crf)
-    signed = unit * 255.0 / 127.5 - 1.0
-    padded = F.pad(signed[None], size.padding())
+    normalized = unit * 255.0 / 127.5 - 1.0
+    padded = F.pad(normalized[None], size.padding())
     if padded.shape[-2:] != (sampled_size.height, sampled_size.width):
         padded = F.interpolate(
             padded, size=(sampled_size.height, sampled_size.width), mode="bilinear", align_corners=False
@@ -78,13 +78,13 @@ def prepare_image(
 
 
 def load_image(image: ImageInput) -> Image.Image:
-    """Open a picture, upright and RGB.
+    """Opens an image, upright and RGB.
 
-    The EXIF orientation is honoured. The official package ignores it and so shows the model a phone's portrait
-    photograph lying on its side; nobody wants that. Transparency is dropped, as there.
+    The EXIF orientation is honoured. The official package ignores it, so the model sees a phone's portrait photograph
+    on its side, which nobody wants. Transparency is dropped, as there.
 
     Raises:
-        MediaError: it is missing, damaged, empty, or of an unsupported kind.
+        MediaError: the image is missing, damaged, empty, or of an unsupported format.
     """
     name = _display_name(image)
     if isinstance(image, np.ndarray):
@@ -97,40 +97,44 @@ def load_image(image: ImageInput) -> Image.Image:
     except FileNotFoundError:
         raise MediaError(f"{name}: there is no such file.") from None
     except UnidentifiedImageError:
-        raise MediaError(f"{name} is not a picture that can be read. {_SUPPORTED_IMAGES}") from None
+        raise MediaError(f"{name} is not a readable image. {_SUPPORTED_IMAGES}") from None
     except _READ_ERRORS as error:
-        raise MediaError(f"{name} cannot be read as a picture: {error}. {_SUPPORTED_IMAGES}") from error
+        raise MediaError(f"{name} cannot be read as an image: {error}. {_SUPPORTED_IMAGES}") from error
 
 
-def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the picture") -> Image.Image:
-    """Cut the largest centred part with the aspect of `size`, at the picture's own resolution.
+def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the image") -> Image.Image:
+    """Crops the largest centred part with the aspect of `size`, at the image's own resolution.
+
+    Args:
+        name: of the image in messages.
 
     Raises:
-        MediaError: less than 2x2 pixels would be left; `name` is how the message calls the picture.
+        MediaError: less than 2x2 pixels would be left.
     """
     width, height = image.size
     aspect = size.width / size.height
     if width / height > aspect:
-        kept_width, kept_height = int(height * aspect), height
+        cropped_width, cropped_height = int(height * aspect), height
     else:
-        kept_width, kept_height = width, int(width / aspect)
-    if min(kept_width, kept_height) < 2:
+        cropped_width, cropped_height = width, int(width / aspect)
+    if min(cropped_width, cropped_height) < 2:
         raise MediaError(
-            f"{name} is {width}x{height} pixels; cropped to the shape of {size} it keeps {kept_width}x{kept_height}, "
-            "and at least 2x2 are needed. Use a larger picture or a size of a more similar shape."
+            f"{name} is {width}x{height} pixels; cropped to the aspect of {size} it has "
+            f"{cropped_width}x{cropped_height}, and at least 2x2 are needed. Use a larger image or a size of a similar "
+            "aspect."
         )
-    left, top = (width - kept_width) // 2, (height - kept_height) // 2
-    return image.crop((left, top, left + kept_width, top + kept_height))
+    left, top = (width - cropped_width) // 2, (height - cropped_height) // 2
+    return image.crop((left, top, left + cropped_width, top + cropped_height))
 
 
 def blur(image: torch.Tensor) -> torch.Tensor:
-    """Soften with a 3x3 Gaussian of sigma 1 (.27407, .45186, .27407 each way), mirrored at the edges.
+    """Blurs with a 3x3 Gaussian of standard deviation 1 (.27407, .45186, .27407), mirrored at the edges.
 
     Args:
         image: float32 (3, H, W), both sides at least 2.
 
     Source: torchvision's gaussian_blur(kernel_size=3, sigma=1). One 3x3 kernel, not two passes of 3: the sums differ in
-    the last bit, and the truncation in `compress` would show it as a grey level.
+    the last bit, which the truncation in `compress` turns into a whole grey level.
     """
     weights = torch.linspace(-1, 1, 3, dtype=image.dtype, device=image.device).square().mul(-0.5).exp()
     weights = weights / weights.sum()
@@ -140,11 +144,11 @@ def blur(image: torch.Tensor) -> torch.Tensor:
 
 
 def compress(image: torch.Tensor, crf: int = DEFAULT_IMAGE_CRF) -> torch.Tensor:
-    """Pass a picture through one frame of H.264 and back.
+    """Encodes an image as one frame of H.264, and decodes it again.
 
     Args:
         image: float32 (3, H, W) in [0, 1].
-        crf: 1 (best) to 51; 0 returns the picture as it is.
+        crf: 1 (best) to 51; 0 returns the image as it is.
 
     Returns:
         float32 (3, H, W) in [0, 1]; an odd side loses its last pixel.
@@ -159,13 +163,13 @@ def compress(image: torch.Tensor, crf: int = DEFAULT_IMAGE_CRF) -> torch.Tensor:
     if crf == 0:
         return image
     even = image[:, : image.shape[1] // 2 * 2, : image.shape[2] // 2 * 2]
-    levels = (even * 255.0).to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-    decoded = _h264_roundtrip(levels, crf)
+    pixels = (even * 255.0).to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    decoded = _h264_roundtrip(pixels, crf)
     return torch.from_numpy(decoded).to(image).permute(2, 0, 1) / 255.0
 
 
 def _h264_roundtrip(pixels: np.ndarray, crf: int) -> np.ndarray:
-    """Encode and decode uint8 (H, W, 3). The settings and the plain conversions are the official ones."""
+    """Encodes and decodes uint8 (H, W, 3), with the settings and plain colour conversions of the official package."""
     import av
 
     height, width, _ = pixels.shape
@@ -181,13 +185,13 @@ def _h264_roundtrip(pixels: np.ndarray, crf: int) -> np.ndarray:
             return next(container.decode(video=0)).to_ndarray(format="rgb24")
     except av.error.FFmpegError as error:
         raise MediaError(
-            f"a picture of {width}x{height} pixels cannot be compressed as H.264: {error.strerror}. "
+            f"an image of {width}x{height} pixels cannot be compressed as H.264: {error.strerror}. "
             "Make it smaller, or set crf to 0 for no compression."
         ) from error
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """float32 (3, H, W) in [0, 1]."""
+    """Converts to float32 (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
 
 
@@ -201,16 +205,16 @@ def _from_array(image: np.ndarray, name: str) -> Image.Image:
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     _refuse_empty(*image.size, name)
     if image.mode in _HIGH_BIT_DEPTH_MODES:
-        # Pillow would clip these to 8 bits, which turns nearly all of the picture white.
-        raise MediaError(f"{name} has pixels of kind {image.mode}. {_SUPPORTED_IMAGES}")
+        # Pillow would clip these to 8 bits, which turns nearly all of the image white.
+        raise MediaError(f"{name} has pixels in mode {image.mode}. {_SUPPORTED_IMAGES}")
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _refuse_empty(width: int, height: int, name: str) -> None:
     if not (width and height):
-        raise MediaError(f"{name} is {width}x{height} pixels: there is nothing in it.")
+        raise MediaError(f"{name} is {width}x{height} pixels, so it is empty.")
 
 
 def _display_name(image: ImageInput) -> str:
-    """How messages call it: its path, where it has one."""
-    return "the picture" if isinstance(image, (Image.Image, np.ndarray)) else os.fspath(image)
+    """Returns the name of an image in messages: its path, if it has one."""
+    return "the image" if isinstance(image, (Image.Image, np.ndarray)) else os.fspath(image)

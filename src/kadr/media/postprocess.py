@@ -1,4 +1,4 @@
-"""From the decoder's numbers to frames one can look at."""
+"""Converts the decoder's output to frames: denormalize, resize, crop, uint8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kadr.shapes import Size
 
 
 def denormalize(pixels: torch.Tensor) -> torch.Tensor:
-    """Decoded pixels in [-1, 1], of any shape, in [0, 1]; values outside are clamped.
+    """Maps decoded pixels in [-1, 1], of any shape, to [0, 1]; values outside are clamped.
 
     Source: VaeImageProcessor.postprocess of diffusers, in the dtype of `pixels` as there.
     """
@@ -18,20 +18,20 @@ def denormalize(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def resize_frames(pixels: torch.Tensor, size: Size) -> torch.Tensor:
-    """Frames (3, F, H, W) at `size`, by bilinear interpolation; unchanged where they have it.
+    """Resizes frames (3, F, H, W) to `size` by bilinear interpolation; frames of that size stay unchanged.
 
-    Source: the end of LTXMultiScalePipeline.__call__ of the official package, whose second pass seldom has the size
-    that was asked for. It resizes after the clamp.
+    Source: the end of LTXMultiScalePipeline.__call__ of the official package, whose second pass seldom has the
+    requested size. It resizes after the clamp.
     """
     if pixels.shape[-2:] == (size.height, size.width):
         return pixels
     frames = pixels.transpose(0, 1)
-    made = F.interpolate(frames, size=(size.height, size.width), mode="bilinear", align_corners=False)
-    return made.transpose(0, 1)
+    resized = F.interpolate(frames, size=(size.height, size.width), mode="bilinear", align_corners=False)
+    return resized.transpose(0, 1)
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """float (3, F, H, W) in [0, 1] -> uint8 (F, H, W, 3) on the same device: RGB, full range.
+    """Converts float (3, F, H, W) in [0, 1] to uint8 (F, H, W, 3) on the same device: RGB, full range.
 
     Source: the end of ltx_video/inference.py. As there, the scaling to 255 happens in float32, so bfloat16 pixels round
     twice.
@@ -41,21 +41,21 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def crop_margins(pixels: torch.Tensor, size: Size) -> torch.Tensor:
-    """Cut what was added to make both sides multiples of 32.
+    """Crops the padding that made both sides multiples of 32.
 
     Args:
-        pixels: (..., H, W) of any dtype, made at `size.snapped()`.
-        size: what was asked for.
+        pixels: (..., H, W) of any dtype, made at `size.snap()`.
+        size: as requested.
 
     Returns:
         A view (..., size.height, size.width).
 
     Raises:
-        MediaError: `pixels` were not made at `size.snapped()`.
+        MediaError: `pixels` were not made at `size.snap()`.
     """
     height, width = pixels.shape[-2:]
-    made = size.snap()
-    if (width, height) != (made.width, made.height):
-        raise MediaError(f"frames are {width}x{height}; a video of {size} is made at {made} and then cropped.")
+    padded_size = size.snap()
+    if (width, height) != (padded_size.width, padded_size.height):
+        raise MediaError(f"frames are {width}x{height}; a video of {size} is made at {padded_size} and then cropped.")
     left, _, top, _ = size.padding()
     return pixels[..., top : top + size.height, left : left + size.width]

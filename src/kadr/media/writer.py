@@ -1,6 +1,6 @@
-"""Video files that are written: frames go to mp4 as they come, and the request that made them goes along.
+"""Writer of video files: frames go to mp4 as they are decoded, with the request that made them as metadata.
 
-Frames here are RGB, full range; files hold BT.709, limited range, and say so, which is what players assume for mp4.
+Frames here are RGB, full range; files use BT.709, limited range, and say so, which is what players assume for mp4.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ DEFAULT_CRF = 18  # visually lossless for most eyes
 MAX_CRF = 51  # of 8-bit H.264
 MAX_FILE_FPS = 1000
 
-COMMENT_KEY = "kadr"  # the comment tag holds {"kadr": request}, so that nobody else's JSON is taken for a request
-_BT709 = 1  # the same number in FFmpeg's lists of matrices, primaries and transfer curves
+COMMENT_KEY = "kadr"  # the comment tag is {"kadr": request}, so that no other program's JSON is taken for a request
+_BT709 = 1  # the same number in FFmpeg's enums of matrices, primaries and transfer curves
 _LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
 class VideoWriter:
-    """Write an mp4 (H.264, 4:2:0) frame by frame; the file appears, or replaces an older one, only when it is whole.
+    """Writes an mp4 (H.264, 4:2:0) frame by frame; it appears, or replaces an older one, only when it is complete.
 
         with VideoWriter("out.mp4", Size(704, 480), fps=24) as writer:
             for frames in chunks:
                 writer.write(frames)
 
-    Until then the frames are in a hidden file beside it, which is removed if anything at all interrupts. They are on
-    disk as soon as the encoder has seen the 40 that follow, by which it tells where bits are spent best.
+    Until then the frames are in a hidden file beside it, which is removed after any error or interruption. A frame is
+    on disk once the encoder has seen the 40 that follow (its lookahead for rate control).
 
     Args:
         path: ends in .mp4; its folder exists.
         size: both sides even, which 4:2:0 colour demands.
         fps: above 0, up to 1000. Whole numbers and ratios over at most 1001 are kept exactly; 23.976 is 2997/125.
         crf: 0 (lossless) to 51.
-        metadata: the request, as JSON can hold it; `read_metadata` gives it back.
+        metadata: the request, as JSON can hold it; `read_metadata` returns it.
 
     Raises:
-        MediaError: at construction, for every argument that cannot work; in the block, if the frames are of another
-            shape, none came, or the disk is full.
+        MediaError: at construction, for every argument that cannot work; in the block, if the frames have another
+            shape or dtype, there are none, or the disk is full.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class VideoWriter:
         _check_even(size)
         if not 0 <= crf <= MAX_CRF:
             raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAX_CRF}.")
-        # ASCII, because a prompt may hold what is not valid UTF-8 and no tool on the way should get to spoil it.
+        # ASCII, because a prompt may contain what is not valid UTF-8, which another tool could corrupt.
         self._comment = None if metadata is None else json.dumps({COMMENT_KEY: dict(metadata)}, allow_nan=False)
         self._partial = self.path.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")
 
@@ -90,7 +90,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: ArrayLike) -> None:
-        """Append frames, uint8 (F, height, width, 3): RGB, full range, on the CPU. F may be anything, also 0."""
+        """Appends frames, uint8 (F, height, width, 3): RGB, full range, on the CPU. F may be any number, also 0."""
         pixels = np.ascontiguousarray(frames)
         height, width = self.size.height, self.size.width
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (height, width, 3):
@@ -98,12 +98,12 @@ class VideoWriter:
                 f"frames are {pixels.dtype} {pixels.shape}; this file takes uint8 (F, {height}, {width}, 3)."
             )
         with self._translate_errors():
-            for picture in pixels:
-                self._container.mux(self._stream.encode(self._convert(picture)))
+            for frame in pixels:
+                self._container.mux(self._stream.encode(self._convert(frame)))
                 self.frames_written += 1
 
     def write_all(self, chunks: Iterable[ArrayLike]) -> None:
-        """`write` each slice of frames in a thread, while the next one is made. At most one is under way."""
+        """Writes each chunk of frames in a thread, while the next one is made. At most one is being written."""
         with ThreadPoolExecutor(1, "video encoder") as thread:
             writing: Future[None] | None = None
             for frames in chunks:
@@ -125,8 +125,8 @@ class VideoWriter:
     def _open(self) -> None:
         import av
 
-        # mp4 counts a file's duration in 1/1000 s by default, which no frame rate over 1001 divides. And it would keep
-        # frames back until there are 32 KiB of them.
+        # By default mp4 counts a file's duration in 1/1000 s, which no frame rate over 1001 divides, and buffers 32 KiB
+        # of frames.
         options = {"movflags": "+faststart", "movie_timescale": str(self.fps.numerator), "flush_packets": "1"}
         self._container = av.open(str(self._partial.absolute()), "w", format="mp4", options=options)
         if self._comment is not None:
@@ -153,14 +153,14 @@ class VideoWriter:
 
     def _finish(self) -> None:
         if not self.frames_written:
-            raise MediaError(f"{self.path} was not written: no frames came.")
+            raise MediaError(f"{self.path} was not written: it got no frames.")
         with self._translate_errors():
             self._container.mux(self._stream.encode())
             self._container.close()
             os.replace(self._partial, self.path)
 
     def _discard(self) -> None:
-        """Close and remove the hidden file; after `_finish` there is none, and this does nothing."""
+        """Closes and removes the hidden file; after `_finish` it no longer exists, and this does nothing."""
         if hasattr(self, "_container"):
             with suppress(Exception):  # closing writes the index, which fails again where the disk is full
                 self._container.close()
@@ -181,17 +181,18 @@ class VideoWriter:
 
 
 def swscale_flags() -> int:
-    """How to resample colour. FFmpeg's default repeats each sample twice: five times the mean error on a ramp."""
-    from av.video.reformatter import Interpolation as How
+    """Returns flags for resampling colour. FFmpeg's default repeats samples: five times the mean error on a ramp."""
+    from av.video.reformatter import Interpolation
 
-    return How.BILINEAR | How.ACCURATE_RND | How.FULL_CHR_H_INT | How.FULL_CHR_H_INP
+    full_chroma = Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
+    return Interpolation.BILINEAR | Interpolation.ACCURATE_RND | full_chroma
 
 
 def _free_space(folder: Path) -> str:
     try:
         free = shutil.disk_usage(folder).free
     except OSError:
-        return f"The folder {folder.absolute()} is no longer there."
+        return f"The folder {folder.absolute()} no longer exists."
     return f"{free} bytes are free in {folder.absolute()}; make room or choose another folder."
 
 
