@@ -27,7 +27,7 @@ from tests import tiny_models
 
 CPU = torch.device("cpu")
 GRID = LatentGrid(2, 4, 4)
-OURS = {"attn1": "self_attention", "attn2": "text_attention"}
+OURS = {"attn1": "self_attention", "attn2": "cross_attention"}
 
 
 def additions(
@@ -144,10 +144,10 @@ def test_layers_of_8_bit_products_still_round_a_shared_input_once(monkeypatch: p
     attach_loras(module, [additions()], torch.float32)
     counted = []
     for layer in (module.blocks[0].self_attention.q, module.blocks[0].self_attention.k):
-        original = layer.base.prepared
+        original = layer.base.quantize_input
         monkeypatch.setattr(
             layer.base,
-            "prepared",
+            "quantize_input",
             lambda x, *, gelu=False, original=original: (counted.append(1), original(x, gelu=gelu))[1],
         )
     set_lora_strengths(module, [1.0], CPU)
@@ -179,8 +179,8 @@ def test_the_layers_underneath_are_packed_as_they_were(scheme: str | None) -> No
 def test_a_layer_that_is_not_plain_is_not_merged_into() -> None:
     module = transformer()
     quantized("int8-weights")(module)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attention\.q"):
-        merge_loras(module, [{name: each for name, each in additions().items() if name.startswith("layers")}], [1.0])
+    with pytest.raises(ValueError, match=r"blocks\.0\.self_attention\.q"):
+        merge_loras(module, [{name: each for name, each in additions().items() if name.startswith("blocks")}], [1.0])
 
 
 def test_merging_does_not_write_into_the_weights_it_was_given() -> None:

@@ -37,16 +37,16 @@ from kadr.shapes import Size, snap_frames
 HOSTED = [released for released in MODEL_RELEASES if released.repo]
 FP8 = [released for released in HOSTED if released.name.endswith("-fp8")]
 PARTS = [released for released in RELEASES if released.kind != "model" and released.repo]
-MATRIX = re.compile(r"layers\.\d+\.(self_attention|text_attention|feed_forward)\.(q|k|v|out|up|down)\.weight")
+MATRIX = re.compile(r"blocks\.\d+\.(self_attention|cross_attention|feed_forward)\.(q|k|v|out|up|down)\.weight")
 T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 
 # What the official configs say, configs/*.yaml of ltx_video: the settings of each pass.
-PLAIN_2B = ({"steps": 40, "guidance": {"scale": 3, "stg": 1, "rescale": 0.7, "skip_blocks": (19,)}},)
-STOCHASTIC_2B = ({"steps": 8, "stochastic": True, "guidance": {"scale": 1, "stg": 0, "rescale": 1}},)
-OFF = {"scale": 1, "stg": 0, "rescale": 1, "skip_blocks": (42,)}
+PLAIN_2B = ({"steps": 40, "guidance": {"cfg_scale": 3, "stg_scale": 1, "rescale": 0.7, "skip_blocks": (19,)}},)
+STOCHASTIC_2B = ({"steps": 8, "stochastic": True, "guidance": {"cfg_scale": 1, "stg_scale": 0, "rescale": 1}},)
+OFF = {"cfg_scale": 1, "stg_scale": 0, "rescale": 1, "skip_blocks": (42,)}
 FEW = (
-    {"levels": (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725), "guidance": OFF},
-    {"levels": (0.9094, 0.725, 0.4219), "guidance": OFF},
+    {"sigmas": (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725), "guidance": OFF},
+    {"sigmas": (0.9094, 0.725, 0.4219), "guidance": OFF},
 )
 FEW_13B = (FEW[0], {**FEW[1], "tone_map": 0.6})
 DEV_13B = (
@@ -54,9 +54,9 @@ DEV_13B = (
         "steps": 30,
         "skip_final": 3,
         "guidance": {
-            "at": (1.0, 0.996, 0.9933, 0.985, 0.9767, 0.9008, 0.6180),
-            "scale": (1, 1, 6, 8, 6, 1, 1),
-            "stg": (0, 0, 4, 4, 4, 2, 1),
+            "sigmas": (1.0, 0.996, 0.9933, 0.985, 0.9767, 0.9008, 0.6180),
+            "cfg_scale": (1, 1, 6, 8, 6, 1, 1),
+            "stg_scale": (0, 0, 4, 4, 4, 2, 1),
             "rescale": (1, 1, 0.5, 0.5, 1, 1, 1),
             "skip_blocks": ((), (11, 25, 35, 39), (22, 35, 39), (28,), (28,), (28,), (28,)),
             "cfg_star": True,
@@ -66,9 +66,9 @@ DEV_13B = (
         "steps": 30,
         "skip_initial": 17,
         "guidance": {
-            "at": (1.0,),
-            "scale": (1,),
-            "stg": (1,),
+            "sigmas": (1.0,),
+            "cfg_scale": (1,),
+            "stg_scale": (1,),
             "rescale": (1,),
             "skip_blocks": (27,),
             "cfg_star": True,
@@ -323,7 +323,7 @@ def test_the_distilled_levels_are_the_linear_quadratic_ones_rounded_down() -> No
 
 
 def test_a_recipe_of_two_passes_without_a_second_is_refused() -> None:
-    with pytest.raises(RequestError, match="multi-scale, and has no second pass"):
+    with pytest.raises(RequestError, match="multi-scale but has no second pass"):
         Recipe(multi_scale=True)
 
 

@@ -101,7 +101,7 @@ def test_it_equals_transformers_in_float32(config, lengths, longest, parity):
     ids, mask = prompts(config, lengths, longest)
     expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     ours = encoder(ids, mask)
-    parity("text encoder", f"T5, width {config.width}", "transformers", relative_error(ours, expected))
+    parity("text encoder", f"T5, width {config.d_model}", "transformers", relative_error(ours, expected))
     assert_close(ours, expected)
 
 

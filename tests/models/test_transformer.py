@@ -136,7 +136,7 @@ def test_velocity_equals_the_official_where_the_text_is_all_padding(tiny):
 def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(tiny):
     faint = deepcopy(tiny)
     for name, weight in faint.state_dict().items():
-        if re.search(r"^patch_in|attention\.(q|k|out)\.|feed_forward\.down", name):
+        if re.search(r"^proj_in|attention\.(q|k|out)\.|feed_forward\.down", name):
             weight *= 1e-3
     given = Inputs.of(TINY)
     assert relative_error(velocity(faint, given), official_velocity(faint, given)) <= 1e-5
@@ -283,7 +283,7 @@ def test_disturbed_layers_equal_the_official_skip_layer_mask(tiny, batch, blocks
         made, disturbed = both_ways(tiny, given, blocks=blocks, mode=mode, rows=rows)
         together = made.clone()
         together[rows] = disturbed
-        assert parity("disturbed transformer", mode, "official", relative_error(together, theirs)) <= 1e-5
+        assert parity("perturbed transformer", mode, "official", relative_error(together, theirs)) <= 1e-5
 
 
 @pytest.mark.parametrize("mode", STRATEGIES)
@@ -318,7 +318,7 @@ def test_layers_before_the_first_disturbed_one_are_evaluated_once(tiny, blocks, 
 
         return hook
 
-    hooks = [layer.register_forward_hook(count(index)) for index, layer in enumerate(tiny.layers)]
+    hooks = [layer.register_forward_hook(count(index)) for index, layer in enumerate(tiny.blocks)]
     both_ways(tiny, inputs(3), blocks=blocks, mode=ATTENTION_VALUES, rows=slice(1, None))
     for hook in hooks:
         hook.remove()
@@ -329,14 +329,14 @@ def test_layers_before_the_first_disturbed_one_are_evaluated_once(tiny, blocks, 
 @pytest.mark.parametrize("masked", [False, True])
 def test_replayed_layers_give_what_layers_give_that_are_not(tiny, mode, masked):
     given, notes, replayed = inputs(2), Notes(), deepcopy(tiny)
-    replayed.replay(notes)
-    rope, mask = tiny.rope(given.positions), given.text_mask if masked else None
-    reading, other = replayed.read(given.text, mask), replayed.read(given.text.flip(0), None)
+    replayed.use_cuda_graphs(notes)
+    rope, mask = tiny.compute_rope(given.positions), given.text_mask if masked else None
+    reading, other = replayed.project_text(given.text, mask), replayed.project_text(given.text.flip(0), None)
     how = {} if mode is None else {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
     for step, levels in enumerate((given.levels, given.levels / 2, given.levels / 3, given.levels / 4)):
         tokens = given.tokens + step
         made, right = (
-            (model if mode is None else model.with_disturbed)(tokens, rope, *text, levels, **how)
+            (model if mode is None else model.forward_with_perturbed)(tokens, rope, *text, levels, **how)
             for model, text in ((replayed, (reading, None)), (tiny, (given.text, mask)))
         )
         assert all(map(torch.equal, made, right))
@@ -344,17 +344,17 @@ def test_replayed_layers_give_what_layers_give_that_are_not(tiny, mode, masked):
     assert notes.warmed
     assert notes.recorded
     assert notes.replayed >= 2
-    replayed.forget()
-    assert not replayed._graphed._graphs
+    replayed.clear_cuda_graphs()
+    assert not replayed._cuda_graphs._graphs
 
 
 def test_too_many_tokens_for_a_graph_are_computed_without_one(tiny, monkeypatch):
     given, notes, replayed = inputs(2), Notes(), deepcopy(tiny)
     monkeypatch.setattr("kadr.models.transformer.CUDA_GRAPH_MAX_TOKENS", given.tokens.shape[1] * 2 - 1)
-    replayed.replay(notes)
-    reading = replayed.read(given.text, None)
+    replayed.use_cuda_graphs(notes)
+    reading = replayed.project_text(given.text, None)
     for _ in range(3):
-        replayed(given.tokens, replayed.rope(given.positions), reading, None, given.levels)
+        replayed(given.tokens, replayed.compute_rope(given.positions), reading, None, given.levels)
     assert not notes.warmed
 
 
@@ -382,7 +382,7 @@ def test_disturbing_changes_no_weight_and_no_input(tiny):
     ids=["2B", "13B", "2B before 0.9.5", "tiny"],
 )
 def test_a_header_comes_back_from_json_as_it_went(config):
-    assert TransformerConfig.from_header(json.loads(json.dumps(config.header()))) == config
+    assert TransformerConfig.from_header(json.loads(json.dumps(config.to_header()))) == config
 
 
 def test_the_released_headers_are_read_as_their_sizes():

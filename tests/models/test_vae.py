@@ -125,7 +125,7 @@ def official_decoded(oracle: CausalVideoAutoencoder, latents: Tensor, level: Ten
 @pytest.mark.parametrize("batch, frames, height, width", [(2, 9, 64, 64), (1, 17, 64, 96), (1, 1, 32, 64)])
 def test_moments_equal_the_official_and_those_of_diffusers(twins, family, batch, frames, height, width, parity):
     pixels = pixels_of(batch, 3, frames, height, width)
-    moments = twins.ours.moments(pixels)
+    moments = twins.ours.encode_moments(pixels)
     assert moments.mean.shape == (batch, 12, (frames - 1) // 8 + 1, height // 32, width // 32)
     for oracle in ("official", "diffusers"):
         expected = getattr(twins, oracle).encode(pixels).latent_dist
@@ -152,7 +152,7 @@ def test_a_sampled_latent_equals_the_official_sample_on_the_same_noise(twins):
 def test_pixels_equal_the_official_and_those_of_diffusers_at_two_levels_in_one_batch(twins, family, levels, parity):
     latents = randn(2, 12, 2, 2, 2)
     ours, level = decoded(twins.ours, latents, *levels), levels_of(twins.ours, *levels)
-    raw = twins.ours.statistics.restore(latents)
+    raw = twins.ours.statistics.denormalise(latents)
     expected = {
         "official": official_decoded(twins.official, latents, level),
         "diffusers": seeded(lambda: twins.diffusers.decode(raw, level, return_dict=False)[0]),
@@ -171,7 +171,7 @@ def test_pixels_equal_the_official_at_every_shape(twins, frames, height, width):
 
 def test_statistics_restore_as_the_official_package_does_and_undo_their_normalisation(twins):
     latents = randn(2, 12, 3, 2, 2)
-    restored = twins.ours.statistics.restore(latents)
+    restored = twins.ours.statistics.denormalise(latents)
     assert torch.equal(restored, un_normalize_latents(latents, twins.official, vae_per_channel_normalize=True))
     assert relative_error(twins.ours.statistics.normalise(restored), latents) <= 1e-6
 
@@ -192,7 +192,7 @@ def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(tw
             weight *= 1e-4
     official = official_vae(faint)
     pixels, latents = pixels_of(1, 3, 9, 64, 64), randn(1, 12, 2, 2, 2)
-    assert relative_error(faint.moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
+    assert relative_error(faint.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
     expected = official_decoded(official, latents, levels_of(faint, 0.05))
     assert relative_error(decoded(faint, latents, 0.05), expected) <= 1e-5
 
@@ -206,12 +206,12 @@ def test_bfloat16_is_no_further_from_float32_than_the_official_package(twins):
     def decode(vae: VAE) -> Tensor:
         return seeded(lambda: vae.decode(latents.to(vae.statistics.mean), timestep=level, noise_source=half_noise))
 
-    ours = decode(half), half.moments(pixels.bfloat16()).mean
+    ours = decode(half), half.encode_moments(pixels.bfloat16()).mean
     theirs = (
         official_decoded(official, latents.bfloat16(), level),
         official.encode(pixels.bfloat16()).latent_dist.mean,
     )
-    exact = decode(twins.ours), twins.ours.moments(pixels).mean
+    exact = decode(twins.ours), twins.ours.encode_moments(pixels).mean
     for made, expected, truth in zip(ours, theirs, exact, strict=True):
         assert made.dtype == torch.bfloat16
         assert relative_error(made, truth) <= 1.3 * relative_error(expected, truth)
@@ -222,7 +222,7 @@ def test_a_decoder_says_what_it_lacks():
         build_random(lambda c=c: VAE(narrow_vae_config(c, width=8))) for c in (VAE_0_9_5, VAE_0_9_1)
     )
     latents = randn(1, 12, 1, 1, 1)
-    with pytest.raises(ValueError, match="level"):
+    with pytest.raises(ValueError, match="timestep"):
         conditioned.decode(latents)
     with pytest.raises(ValueError, match="noise"):
         injecting.decode(latents, timestep=torch.tensor([0.05]))
@@ -257,7 +257,7 @@ def test_a_streamed_decode_gives_the_pixels_of_the_whole(small, chunk):
     whole = decoded(small, latents, 0.05, 0.4)
     level = levels_of(small, 0.05, 0.4)
     pieces = seeded(
-        lambda: torch.cat([*small.decode_stream(latents, level=level, noise=torch.randn, chunk=chunk)], dim=2)
+        lambda: torch.cat([*small.decode_stream(latents, timestep=level, noise_source=torch.randn, input_chunk_frames=chunk)], dim=2)
     )
     assert pieces.shape == whole.shape
     assert (pieces - whole).abs().max() <= 1e-5 * (whole.max() - whole.min())
@@ -266,7 +266,7 @@ def test_a_streamed_decode_gives_the_pixels_of_the_whole(small, chunk):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 8, 25, 99])
 def test_a_streamed_encode_gives_the_latents_of_the_whole(small, chunk):
     pixels = pixels_of(2, 3, 25, 32, 64)
-    whole, pieces = small.encode(pixels), small.encode(pixels, chunk=chunk)
+    whole, pieces = small.encode(pixels), small.encode(pixels, chunk_frames=chunk)
     assert pieces.shape == whole.shape
     assert (pieces - whole).abs().max() <= 1e-5 * (whole.max() - whole.min())
 
@@ -295,7 +295,7 @@ def test_frames_whose_last_would_be_lost_are_refused(small, frames):
 
 
 def test_fewer_frames_than_were_to_come_are_no_video(small):
-    with pytest.raises(ValueError, match="9 frames came, and 17 were to come"):
+    with pytest.raises(ValueError, match="the chunks have 9 frames, not 17"):
         small.encode_stream(iter([pixels_of(1, 3, 9, 32, 32)]), 17)
 
 
@@ -413,16 +413,16 @@ def test_what_a_streamed_decode_keeps_does_not_grow_with_the_clip(small, streams
 def test_what_a_streamed_encode_keeps_does_not_grow_with_the_clip(small, streams):
     kept = []
     for frames in (17, 65):
-        small.encode(pixels_of(1, 3, frames, 32, 32), chunk=4)
+        small.encode(pixels_of(1, 3, frames, 32, 32), chunk_frames=4)
         kept.append(sum(kept_storages(streams[-1]).values()))
     assert kept[0] == kept[1] > 0
 
 
 def test_a_stream_keeps_copies_and_never_a_view_of_a_chunk(small, streams):
-    list(small.decode_stream(randn(1, 4, 40, 1, 1), level=levels_of(small, 0.05), noise=torch.ones, chunk=8))
-    small.encode(pixels_of(1, 3, 17, 32, 32), chunk=4)
+    list(small.decode_stream(randn(1, 4, 40, 1, 1), timestep=levels_of(small, 0.05), noise_source=torch.ones, input_chunk_frames=8))
+    small.encode(pixels_of(1, 3, 17, 32, 32), chunk_frames=4)
     for stream in streams:
-        held = [*stream._kept.values(), *stream._drawn.values()]
+        held = [*stream._frames.values(), *stream._noise_maps.values()]
         assert sum(kept_storages(stream).values()) == sum(tensor.nbytes for tensor in held)
 
 
@@ -445,7 +445,7 @@ def test_a_streamed_decode_of_a_usual_clip_takes_a_third_of_the_memory_of_the_wh
     ids=[*VAES, "unreleased", *map(str, range(3))],
 )
 def test_a_header_comes_back_from_json_as_it_went(config):
-    assert VAEConfig.from_header(json.loads(json.dumps(config.header()))) == config
+    assert VAEConfig.from_header(json.loads(json.dumps(config.to_header()))) == config
 
 
 # As in the released files: 0.9's from the official package, the others' as ComfyUI ships them for files without.
@@ -540,7 +540,7 @@ def test_a_header_is_refused_where_the_official_default_would_be_another_vae(abs
 @pytest.mark.parametrize(
     "change, numbers",
     [
-        ({"patch": 8}, "patches of 8 reduce time 8 and space 64"),
+        ({"patch_size": 8}, "patches of 8 reduce time 8 and space 64"),
         ({"encoder_blocks": VAE_0_9.encoder_blocks[:7]}, "encoder_blocks .* time 4 and space 16"),
         ({"decoder_blocks": VAE_0_9_1.decoder_blocks[2:]}, "decoder_blocks .* time 4 and space 16"),
     ],

@@ -105,7 +105,7 @@ def test_the_table_equals_the_official_and_that_of_diffusers(config):
     grids = [token_positions(LatentGrid(16, 3, 4), fps=fps, causal=causal) for fps, causal in ((30, True), (24, False))]
     places = torch.stack(grids)
     made = table(places, config.width)
-    official = official_transformer_on_meta(replace(config, layers=0))
+    official = official_transformer_on_meta(replace(config, num_layers=0))
     for part, expected in zip(made, official.precompute_freqs_cis(places), strict=True):
         assert part.shape == (2, 192, config.width)
         assert (part - expected).abs().max() <= 1e-6
