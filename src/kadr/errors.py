@@ -1,22 +1,22 @@
-"""What can go wrong, as one tree.
+"""The tree of errors that kadr raises.
 
     KadrError                  everything kadr explains; the command line prints it and exits with 1
     ├── RequestError           the request does not fit: a size, a frame count, a prompt, an unknown model name
-    ├── MediaError             a picture or a video cannot be read or written
+    ├── MediaError             an image or a video cannot be read or written
     ├── CheckpointError        a file is not the checkpoint it should be
     ├── PlanError              no placement fits in memory
     ├── EnhanceError           a prompt was not enhanced
-    ├── NonFiniteError         numbers stopped being numbers; carries the stage
-    └── Cancelled              the watcher asked to stop
+    ├── NonFiniteError         a stage produced NaN or infinity; carries the stage
+    └── Cancelled              the watch callback asked to stop
 
-    KadrWarning                something was done otherwise than asked; the command line prints it and goes on
+    KadrWarning                something differs from the request; the command line prints it and goes on
 
 Every message carries the value, the limit and the way out.
 """
 
 
 class KadrError(Exception):
-    """The root: an error whose message is written for the person who sees it."""
+    """Root of the tree: an error whose message is written for the person who reads it."""
 
 
 class RequestError(KadrError, ValueError):
@@ -24,7 +24,7 @@ class RequestError(KadrError, ValueError):
 
 
 class MediaError(KadrError):
-    """A picture or a video cannot be read or written."""
+    """An image or a video cannot be read or written."""
 
 
 class CheckpointError(KadrError):
@@ -44,14 +44,14 @@ class PlanError(KadrError):
 
 
 class EnhanceError(KadrError):
-    """An endpoint did not enhance a prompt: it is down, slow, refuses, or answers what is no prompt."""
+    """An endpoint did not enhance a prompt: it is down, is slow, refuses, or its answer is not a prompt."""
 
 
 class NonFiniteError(KadrError):
     """A stage produced NaN or infinity.
 
     Args:
-        stage: where it was first seen: "text", "encode", "denoise", "upscale", "refine" or "decode".
+        stage: the first stage with such values: "text", "encode", "denoise", "upscale", "refine" or "decode".
     """
 
     def __init__(self, message: str, *, stage: str) -> None:
@@ -60,8 +60,8 @@ class NonFiniteError(KadrError):
 
 
 class Cancelled(KadrError):
-    """The watcher raised; its exception is the cause."""
+    """The watch callback raised; its exception is the cause."""
 
 
 class KadrWarning(UserWarning):
-    """Something was done otherwise than asked, such as a prompt cut at its limit."""
+    """Something differs from the request, such as a prompt truncated at its limit."""

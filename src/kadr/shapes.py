@@ -1,7 +1,7 @@
-"""Sizes and frame counts: the 32s and the 8k+1, and only here.
+"""Sizes and frame counts. Multiples of 32 pixels and counts of 8k+1 frames are defined here and nowhere else.
 
-The video VAE of the family maps 32 x 32 pixels to one latent position and, causally, one first frame plus groups of
-eight frames to one latent frame each. So a video of 8k+1 frames has k+1 latent frames.
+The video VAE compresses 32 x 32 pixels to one latent position. In time it is causal: the first frame becomes one latent
+frame, and so does each group of eight after it. So a video of 8k+1 frames has k+1 latent frames.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from kadr.errors import RequestError
 
-SPATIAL_COMPRESSION = 32  # pixels per latent position, each way
+SPATIAL_COMPRESSION = 32  # pixels per latent position, in height and in width
 TEMPORAL_COMPRESSION = 8  # frames per latent frame, after the first
-MAX_SIDE = 8192  # pixels; above this no released model makes a picture and a typing error is likelier
+MAX_SIDE = 8192  # pixels; no released model makes larger videos, so a larger number is likely a typing error
 MAX_FRAMES = 36001  # twenty minutes at 30 per second
-MAX_WINDOW_FRAMES = 4097  # in one sampling; more are made in windows
+MAX_WINDOW_FRAMES = 4097  # denoised at once; longer videos are made in windows
 
 
 @dataclass(frozen=True)
 class Size:
-    """Width and height of a picture in pixels."""
+    """Width and height of an image or a video in pixels."""
 
     width: int
     height: int
@@ -36,28 +36,33 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """Read "704x480"."""
+        """Parses a size such as "704x480"."""
         width, cross, height = text.lower().replace("×", "x").partition("x")
         if not (cross and width.strip().isdecimal() and height.strip().isdecimal()):
             raise RequestError(f"size is {text!r}; write WIDTHxHEIGHT in pixels, such as 704x480.")
         return cls(int(width), int(height))
 
     def snap(self) -> Size:
-        """The next size up whose sides are multiples of 32."""
+        """Rounds both sides up to multiples of 32."""
         return Size(
             -(-self.width // SPATIAL_COMPRESSION) * SPATIAL_COMPRESSION,
             -(-self.height // SPATIAL_COMPRESSION) * SPATIAL_COMPRESSION,
         )
 
     def padding(self) -> tuple[int, int, int, int]:
-        """(left, right, top, bottom) pixels by which `snapped()` is larger; an odd pixel goes right and below."""
-        made = self.snap()
-        across, down = made.width - self.width, made.height - self.height
-        return across // 2, across - across // 2, down // 2, down - down // 2
+        """Returns the pixels (left, right, top, bottom) that `snap()` adds; an odd pixel goes right and below."""
+        snapped = self.snap()
+        extra_width, extra_height = snapped.width - self.width, snapped.height - self.height
+        return (
+            extra_width // 2,
+            extra_width - extra_width // 2,
+            extra_height // 2,
+            extra_height - extra_height // 2,
+        )
 
 
 def snap_frames(frames: int) -> int:
-    """The next count up of the form 8k+1."""
+    """Rounds a frame count up to the form 8k+1."""
     if not isinstance(frames, int) or isinstance(frames, bool):
         raise RequestError(f"frames is {frames!r}; it must be a whole number.")
     if not 1 <= frames <= MAX_FRAMES:
@@ -67,7 +72,7 @@ def snap_frames(frames: int) -> int:
 
 @dataclass(frozen=True)
 class LatentGrid:
-    """Latent frames, rows and columns of a video. Tokens are counted frame by frame, row by row, column by column."""
+    """Latent frames, rows and columns of a video. Tokens are in the order (frame, row, column), columns fastest."""
 
     frames: int
     height: int
@@ -75,12 +80,12 @@ class LatentGrid:
 
     @classmethod
     def for_video(cls, size: Size, frames: int) -> LatentGrid:
-        """The grid for a picture size and frame count, both snapped up first."""
-        made = size.snap()
+        """Returns the grid for a size and a frame count, both snapped up first."""
+        snapped = size.snap()
         return cls(
             (snap_frames(frames) - 1) // TEMPORAL_COMPRESSION + 1,
-            made.height // SPATIAL_COMPRESSION,
-            made.width // SPATIAL_COMPRESSION,
+            snapped.height // SPATIAL_COMPRESSION,
+            snapped.width // SPATIAL_COMPRESSION,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Checks of single values that a person gives."""
+"""Checks of single values from a user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kadr.errors import RequestError
 def check_range(
     name: str, value: Any, minimum: float, maximum: float, suffix: str = "", *, is_whole: bool = False
 ) -> None:
-    """Refuse what is no number, or lies outside [low, high].
+    """Refuses a value that is not a number or lies outside [minimum, maximum].
 
     Raises:
         RequestError: with the value and the limits, and `suffix` behind them.
@@ -23,14 +23,14 @@ def check_range(
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one, finite, and not true or false."""
+    """Tells whether a value is a finite number; true and false are not."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Refuse what is neither, nor None.
+    """Refuses a value that is neither a boolean nor None.
 
     Raises:
         RequestError: with the value.

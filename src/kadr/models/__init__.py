@@ -1,1 +1,1 @@
-"""The networks of the family: video VAE, transformer, text encoder. No file, device or rank is known here."""
+"""The networks: transformer, video VAE, text encoder, latent upscaler. No file, device or rank is known here."""

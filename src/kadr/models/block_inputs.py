@@ -1,4 +1,4 @@
-"""What every transformer block is given besides its tokens."""
+"""Inputs that all transformer blocks share: the text's KV cache, the adaLN modulation and RoPE."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kadr.nn.rope import Rope
 
 
 class TextKVCache:
-    """A text as the layers read it: keys and values of each layer are computed once, however many steps come.
+    """Cross-attention keys and values of a text, computed once per block and reused in every denoising step.
 
     Args:
-        text: (B, L, D); None where all keys and values are there.
-        bias: (B, 1, 1, L) for the logits of the text; None where nothing is padded.
-        kv: keys and values by their attention, as far as they are there.
+        text: projected prompt embeddings (B, L, D); None if all keys and values are in `kv`.
+        bias: (B, 1, 1, L) for the logits of cross-attention; None if nothing is padded.
+        kv: keys and values computed so far, by their attention.
     """
 
     def __init__(
@@ -27,24 +27,24 @@ class TextKVCache:
         self._kv = dict(kv or {})
 
     def get(self, attention: Attention) -> KeysValues:
-        """The keys and values of a layer's attention."""
+        """Returns the keys and values for one cross-attention; computes them on first use."""
         if attention not in self._kv:
             assert self.text is not None
             self._kv[attention] = attention.project_kv(self.text)
         return self._kv[attention]
 
     def get_all(self, attentions: Sequence[Attention]) -> tuple[KeysValues, ...] | None:
-        """The keys and values of some layers' attentions; None as long as some are not there."""
-        found = tuple(self._kv[attention] for attention in attentions if attention in self._kv)
-        return found if len(found) == len(attentions) else None
+        """Returns the keys and values for several cross-attentions; None while some are not computed yet."""
+        cached = tuple(self._kv[attention] for attention in attentions if attention in self._kv)
+        return cached if len(cached) == len(attentions) else None
 
 
 class BlockInputs(NamedTuple):
-    """What all layers are given besides the tokens.
+    """Inputs of every transformer block besides the tokens.
 
     Args:
-        adaln: (B, 1 or N, 6, D), of the noise level.
-        samples: of the reading's batch, those that the tokens belong to.
+        adaln: (B, 1 or N, 6, D), the timestep's part of the modulation.
+        samples: samples of the text's batch that the tokens belong to.
     """
 
     text_kv: TextKVCache
@@ -53,5 +53,5 @@ class BlockInputs(NamedTuple):
     samples: slice = slice(None)
 
     def for_samples(self, samples: slice) -> BlockInputs:
-        """Of some samples of the batch."""
+        """Returns the inputs for some samples of the batch."""
         return BlockInputs(self.text_kv, self.adaln[samples], self.rope.for_samples(samples), samples)

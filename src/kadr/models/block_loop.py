@@ -1,4 +1,4 @@
-"""A network's layers where a step cache may stand in for those after the first; see `sampling.step_cache`."""
+"""The loop over transformer blocks, with STG's perturbed branch and the step cache (see `sampling.step_cache`)."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ def run_blocks_cached(
     residual_cache: ResidualCache,
     perturbation: Perturbation | None = None,
 ) -> tuple[Tensor, ...]:
-    """What comes out of the last layer, or what the cache makes of earlier steps.
+    """Runs the first block, then either the others or the cache's prediction of their residual.
 
-    A disturbed evaluation is skipped on the steps on which the plain one is, and has a residual of its own: guidance
-    takes the difference of both, and of one that is new and one that is old it would push along what changed between.
+    The perturbed branch is skipped on the same steps as the plain one, with a residual of its own. Guidance takes the
+    difference of the two: with one of them new and the other cached, it would amplify the change between steps.
 
     Args:
-        x: (B, N, D) before the first layer.
-        perturbation: also give back what some samples come to with some blocks disturbed.
+        x: (B, N, D), input of the first block.
+        perturbation: also returns the output of some samples with some blocks perturbed.
 
     Returns:
-        (B, N, D), and (rows, N, D) where `perturbation` is given.
+        (B, N, D), and (rows, N, D) if `perturbation` is not None.
     """
-    first = blocks[0](x, block_inputs)
-    starts = [first]
+    first_output = blocks[0](x, block_inputs)
+    first_outputs = [first_output]
     if perturbation is not None:
         rows = perturbation.rows
-        starts.append(
+        first_outputs.append(
             blocks[0](x[rows], block_inputs.for_samples(rows), perturbation.mode)
             if 0 in perturbation.blocks
-            else first[rows]
+            else first_output[rows]
         )
-    added = residual_cache.predict(x, first)
-    if added is not None:
-        return tuple(start + part for start, part in zip(starts, added, strict=True))
-    ends = run_blocks(blocks, list(starts), block_inputs, perturbation, first_block=1)
-    residual_cache.store(starts, ends)
-    return ends
+    residuals = residual_cache.predict(x, first_output)
+    if residuals is not None:
+        return tuple(output + residual for output, residual in zip(first_outputs, residuals, strict=True))
+    outputs = run_blocks(blocks, list(first_outputs), block_inputs, perturbation, first_block=1)
+    residual_cache.store(first_outputs, outputs)
+    return outputs
 
 
 def run_blocks(
@@ -53,27 +53,26 @@ def run_blocks(
     *,
     first_block: int = 0,
 ) -> tuple[Tensor, ...]:
-    """What comes out of the last layer, and where `perturbation` is given what some samples come to disturbed.
+    """Runs the blocks from `first_block` on, and the perturbed branch if `perturbation` is not None.
 
     Args:
-        hidden_states: (B, N, D) before layer `first_block`; and (rows, N, D), which counts where a block before it is disturbed.
-            They are taken out of the list: who keeps them keeps them in memory.
+        hidden_states: (B, N, D), input of `first_block`; and (rows, N, D), that of the perturbed branch, used only if
+            a block before `first_block` was perturbed. Both are popped off the list: any other reference to them
+            keeps them in memory.
     """
     x = hidden_states.pop(0)
     if perturbation is None:
-        for layer in blocks[first_block:]:
-            x = layer(x, block_inputs)
+        for block in blocks[first_block:]:
+            x = block(x, block_inputs)
         return (x,)
-    aside, own, apart = (
-        hidden_states.pop() if hidden_states else None,
-        block_inputs.for_samples(perturbation.rows),
-        min(perturbation.blocks),
-    )
-    for index, layer in enumerate(blocks[first_block:], first_block):
-        if index == apart:
-            aside = x[perturbation.rows]  # up to here both are one
-        x = layer(x, block_inputs)
-        if index >= apart:
-            aside = layer(aside, own, perturbation.mode if index in perturbation.blocks else None)
-    assert aside is not None
-    return x, aside
+    perturbed = hidden_states.pop() if hidden_states else None
+    perturbed_inputs = block_inputs.for_samples(perturbation.rows)
+    branch_block = min(perturbation.blocks)
+    for index, block in enumerate(blocks[first_block:], first_block):
+        if index == branch_block:
+            perturbed = x[perturbation.rows]  # both branches are equal up to here
+        x = block(x, block_inputs)
+        if index >= branch_block:
+            perturbed = block(perturbed, perturbed_inputs, perturbation.mode if index in perturbation.blocks else None)
+    assert perturbed is not None
+    return x, perturbed

@@ -1,4 +1,4 @@
-"""LoRAs on a finished module: put beside the weights, where their strengths can change, or added to them for good."""
+"""Attaches LoRAs to a loaded module with adjustable strengths, or merges them into its weights."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from kadr.nn.linear import Linear, LoRALinear
 
-_ROWS_AT_A_TIME = 1024  # of a weight that are added to at a time: their fp32 copies are small then
+_MERGE_ROWS = 1024  # rows of a weight that are merged at a time, to keep their fp32 copies small
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """What a LoRA adds to one layer's weight at strength 1: scale · up · down.
+    """A LoRA's weights for one layer; at strength 1 it adds scale · up · down to the layer's weight.
 
     Args:
         down: (rank, inputs).
         up: (outputs, rank).
-        scale: alpha / rank, or what else the file says.
+        scale: alpha / rank, or the scale that the file gives.
     """
 
     down: Tensor
@@ -32,57 +32,57 @@ LoraWeightsByLayer = Mapping[str, LoraWeights]  # by the layer's name in the mod
 
 
 def attach_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], dtype: torch.dtype) -> None:
-    """Put LoRAs beside the layers they are for. They add nothing until `set_lora_strengths` says how much.
+    """Wraps the layers that LoRAs target. The LoRAs add nothing until `set_lora_strengths` is called.
 
     Args:
-        module: finished: its layers may be stored in any way by now.
-        dtype: that is computed in.
+        module: loaded, with its layers in any weight format.
+        dtype: of the computation.
     """
-    for name in dict.fromkeys(name for additions in loras for name in additions):
-        own = [(number, additions[name]) for number, additions in enumerate(loras) if name in additions]
-        down = torch.cat([each.down.to(dtype) for _, each in own])
-        up = torch.cat([each.up.to(dtype) for _, each in own], dim=1)
-        made = LoRALinear(module.get_submodule(name), down, up)
-        made.segments = tuple((number, each.scale, len(each.down)) for number, each in own)
+    for name in dict.fromkeys(name for lora in loras for name in lora):
+        layer_loras = [(index, lora[name]) for index, lora in enumerate(loras) if name in lora]
+        down = torch.cat([weights.down.to(dtype) for _, weights in layer_loras])
+        up = torch.cat([weights.up.to(dtype) for _, weights in layer_loras], dim=1)
+        lora_linear = LoRALinear(module.get_submodule(name), down, up)
+        lora_linear.segments = tuple((index, weights.scale, len(weights.down)) for index, weights in layer_loras)
         parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, made.eval())
+        setattr(module.get_submodule(parent), leaf, lora_linear.eval())
 
 
 def set_lora_strengths(module: nn.Module, strengths: Sequence[float], device: torch.device) -> None:
-    """How much each LoRA of a module adds from now on: one number each, in the order of `attach_loras`."""
+    """Sets the strength of each LoRA of a module, in the order of `attach_loras`."""
     for layer in lora_linears(module):
-        pieces = [torch.full((rank,), strengths[number] * scale) for number, scale, rank in layer.segments]
-        layer.set_scale(torch.cat(pieces).to(device))
+        scales = [torch.full((rank,), strengths[index] * scale) for index, scale, rank in layer.segments]
+        layer.set_scale(torch.cat(scales).to(device))
 
 
 def lora_linears(module: nn.Module) -> Iterable[LoRALinear]:
-    """The layers that something may be added to."""
+    """Returns the layers of a module that have LoRAs attached."""
     return (child for child in module.modules() if isinstance(child, LoRALinear))
 
 
 def merge_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], strengths: Sequence[float]) -> None:
-    """Add LoRAs to the weights themselves, summed in fp32 and rounded once.
+    """Adds LoRAs to the weights of a module, summed in fp32 and rounded once.
 
     Args:
-        module: the layers that are added to are plain.
+        module: the targeted layers must be plain `Linear`.
 
     Raises:
-        ValueError: one is not; it carries the layer's name.
+        ValueError: a targeted layer is not; the message is its name.
     """
-    for name in dict.fromkeys(name for additions in loras for name in additions):
+    for name in dict.fromkeys(name for lora in loras for name in lora):
         layer = module.get_submodule(name)
         if not isinstance(layer, Linear):
             raise ValueError(name)
-        own = [(strengths[number], loras[number][name]) for number in range(len(loras)) if name in loras[number]]
-        if any(strength for strength, _ in own):
-            layer.weight.data = _merge_weight(layer.weight.data, own)
+        layer_loras = [(strengths[index], loras[index][name]) for index in range(len(loras)) if name in loras[index]]
+        if any(strength for strength, _ in layer_loras):
+            layer.weight.data = _merge_weight(layer.weight.data, layer_loras)
 
 
 def _merge_weight(weight: Tensor, loras: Sequence[tuple[float, LoraWeights]]) -> Tensor:
-    made = torch.empty_like(weight)  # a new one: the old one may be the file's
-    for rows in (slice(start, start + _ROWS_AT_A_TIME) for start in range(0, len(weight), _ROWS_AT_A_TIME)):
+    merged = torch.empty_like(weight)  # a new tensor: the old one may be a mapping of the file
+    for rows in (slice(start, start + _MERGE_ROWS) for start in range(0, len(weight), _MERGE_ROWS)):
         total = weight[rows].float()
-        for strength, each in loras:
-            total = total.addmm(each.up[rows].float(), each.down.float(), alpha=strength * each.scale)
-        made[rows] = total
-    return made
+        for strength, lora in loras:
+            total = total.addmm(lora.up[rows].float(), lora.down.float(), alpha=strength * lora.scale)
+        merged[rows] = total
+    return merged

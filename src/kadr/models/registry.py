@@ -1,7 +1,7 @@
-"""The released models and how each is meant to be run, as data.
+"""The released models and the recipe of each, as data.
 
-Recipes are those of the official configs, ltx_video's configs/*.yaml. Those of 0.9.7 were removed there; the 13B models
-of both versions are run alike.
+Recipes are those of the official configs, ltx_video's configs/*.yaml. The configs of 0.9.7 were removed there; the 13B
+models of 0.9.7 and 0.9.8 have the same recipes.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ DISTILLED_SIGMAS = (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725, 0.4219)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a request means when it does not say.
+    """Defaults for what a request leaves out.
 
     Args:
         first_pass: the only pass, or the first of two.
         second_pass: the pass at full size, on the upscaled latents of the first; None where there is none.
-        single_pass: the only pass, where that is not `first_pass`: a first pass may stop early.
+        single_pass: the only pass if it differs from `first_pass`, which may stop early; None: `first_pass`.
         multi_scale: run both passes unless the request says otherwise.
         downscale_factor: of both sides, in the first of two passes.
-        fps: frames per second that the positions are made with.
-        size, frames: a picture size and a frame count the model is good at.
-        decode_timestep: the noise level told to the VAE's decoder, where it is conditioned on one.
-        decode_noise: how much noise is mixed into the latents for it.
-        image_noise: how much noise conditioning pictures get, times the square of the level.
+        fps: frames per second that positions are computed with.
+        size, frames: a size and a frame count that the model is good at.
+        decode_timestep: for a VAE decoder with timestep conditioning.
+        decode_noise: share of noise mixed into the latents before such a decoder.
+        image_noise: scale of the noise added to conditions, times sigma squared.
     """
 
     first_pass: Pass = _DEFAULT_PASS
@@ -56,26 +56,26 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.multi_scale and self.second_pass is None:
-            raise RequestError("the recipe is multi-scale, and has no second pass.")
+            raise RequestError("the recipe is multi-scale but has no second pass; give it one.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One released model, or a part that models need.
+    """A released model, or a component that models need.
 
     Args:
-        name: what `Engine.open` takes.
-        version: of the family.
+        name: for `Engine.open`.
+        version: of the LTX-Video family.
         kind: "model", "spatial upscaler", "temporal upscaler", "text encoder" or "LoRA".
-        repo: on the hub; None for what comes with kadr.
+        repo: on the Hugging Face Hub; None: bundled with kadr.
         file: within the repository, or within the package; a pattern for a text encoder of many files.
-        size_bytes: of the file, to within a percent; None where it does not matter.
-        num_layers: of the transformer; tells a file from another of the same name. None: any.
-        vae_family: which VAE is in the file: "0.9", "0.9.1" or "0.9.5"; None: its own.
-        text_encoder: name of the entry with the text encoder; None: it lies beside the file.
-        upscaler: name of the entry with the spatial upscaler that the second pass needs.
-        vae: name of the entry that has the VAE, where this one has none.
-        recipe: of a model.
+        size_bytes: of the file, to within 1 %; None if it does not matter.
+        num_layers: transformer blocks; distinguishes files of the same name. None: any.
+        vae_family: of the VAE in the file: "0.9", "0.9.1" or "0.9.5"; None: a VAE of its own.
+        text_encoder: name of the release of the text encoder; None: it is beside the file.
+        upscaler: name of the release of the spatial upscaler that the second pass needs.
+        vae: name of the release with the VAE, if this one has none.
+        recipe: defaults of a model.
     """
 
     name: str
@@ -94,17 +94,17 @@ class Release:
 
     @property
     def file_stem(self) -> str:
-        """The name of the file, without folder and suffix."""
+        """Name of the file, without folder and suffix."""
         return self.file.rpartition("/")[2].removesuffix(".safetensors")
 
     @property
     def file_patterns(self) -> tuple[str, ...]:
-        """What is taken of the repository: names or patterns. A text encoder of many files comes with its tokenizer."""
+        """Names or patterns of the files to fetch. A text encoder of many files comes with its tokenizer."""
         return TEXT_ENCODER_FILES if self.file in TEXT_ENCODER_FILES else (self.file,)
 
     @property
     def is_distilled(self) -> bool:
-        """Whether it was made to run in few steps and without guidance."""
+        """True for a model distilled to run in few steps and without guidance."""
         return "distilled" in self.version
 
 
@@ -167,28 +167,28 @@ _DEMO_DISTILLED = Recipe(
 )
 
 
-def _model_release(name: str, version: str, file: str, size: int, num_layers: int, **more: Any) -> Release:
-    parts: dict[str, Any] = {
+def _model_release(name: str, version: str, file: str, size: int, num_layers: int, **overrides: Any) -> Release:
+    fields: dict[str, Any] = {
         "vae_family": "0.9.5",
         "text_encoder": DEFAULT_TEXT_ENCODER,
         "licence": _OPEN_WEIGHTS,
-        **more,
+        **overrides,
     }
     return Release(
-        name=name, version=version, file=f"{file}.safetensors", size_bytes=size, num_layers=num_layers, **parts
+        name=name, version=version, file=f"{file}.safetensors", size_bytes=size, num_layers=num_layers, **fields
     )
 
 
-# The sizes are tensors times bytes: 1923 M or 13043 M numbers of transformer, 419 M, 935 M or 1247 M of VAE; float32 in
-# the file of 0.9, bfloat16 in all others, one byte for each weight of the blocks' matrices in those named fp8.
+# Sizes are parameters times bytes: 1923 M or 13043 M of the transformer, 419 M, 935 M or 1247 M of the VAE; float32 in
+# the file of 0.9, bfloat16 in all others. In those named fp8, the matrices of the blocks have one byte per weight.
 _FILE_BYTES = {"2b": 6_341_000_000, "13b": 28_579_000_000, "2b-fp8": 4_461_000_000, "13b-fp8": 15_692_000_000}
 
 
 def _multi_scale_release(size: str, version: str, recipe: Recipe, fp8: str) -> Release:
     name = f"ltxv-{size}-{version}{fp8}"
-    layers = {"2b": 28, "13b": 48}[size]
+    num_layers = {"2b": 28, "13b": 48}[size]
     upscaler = f"ltxv-spatial-upscaler-{version.partition('-')[0]}"
-    return _model_release(name, version, name, _FILE_BYTES[size + fp8], layers, upscaler=upscaler, recipe=recipe)
+    return _model_release(name, version, name, _FILE_BYTES[size + fp8], num_layers, upscaler=upscaler, recipe=recipe)
 
 
 def _upscaler_release(kind: str, version: str, size: int) -> Release:
@@ -203,14 +203,14 @@ def _upscaler_release(kind: str, version: str, size: int) -> Release:
 
 
 def _lora_release(name: str, version: str, repo: str, file: str, size: int) -> Release:
-    told = f"{_OPEN_WEIGHTS.partition(',')[0]}, as of the model it is for; see the repository"
-    licence = _OPEN_WEIGHTS if repo == LTX_VIDEO_REPO else told
+    base_licence = f"{_OPEN_WEIGHTS.partition(',')[0]}, as of the model it is for; see the repository"
+    licence = _OPEN_WEIGHTS if repo == LTX_VIDEO_REPO else base_licence
     return Release(
         name=name, version=version, kind=LORA, repo=repo, file=f"{file}.safetensors", licence=licence, size_bytes=size
     )
 
 
-# Each is there in two spellings of its names; this is the one that most engines read.
+# Each repository has two files that differ in tensor names; these are the ones that most engines read.
 _IC_LORAS = {
     ("canny", "0.9.7"): ("ltxv-097-ic-lora-canny-control-comfyui", 81_800_000),
     ("depth", "0.9.7"): ("ltxv-097-ic-lora-depth-control-comfyui", 81_800_000),
@@ -291,14 +291,14 @@ RELEASES: tuple[Release, ...] = (
     ),
     *(
         Release(
-            name=f"demo-{what}",
+            name=f"demo-{lora}",
             version="demo",
             kind=LORA,
             repo=None,
-            file=f"assets/demo/demo-{what}.safetensors",
+            file=f"assets/demo/demo-{lora}.safetensors",
             licence="Apache-2.0",
         )
-        for what in ("lora-teal", "ic-lora-canny")
+        for lora in ("lora-teal", "ic-lora-canny")
     ),
     *(_upscaler_release("spatial", version, 505_000_000) for version in ("0.9.7", "0.9.8")),
     *(_upscaler_release("temporal", version, 524_000_000) for version in ("0.9.7", "0.9.8")),
@@ -307,9 +307,13 @@ RELEASES: tuple[Release, ...] = (
     ),
     *(
         _lora_release(
-            f"ltxv-13b-{version}-ic-lora-{what}", version, f"Lightricks/LTX-Video-ICLoRA-{what}-13b-{version}", *of_file
+            f"ltxv-13b-{version}-ic-lora-{control}",
+            version,
+            f"Lightricks/LTX-Video-ICLoRA-{control}-13b-{version}",
+            file,
+            size_bytes,
         )
-        for (what, version), of_file in _IC_LORAS.items()
+        for (control, version), (file, size_bytes) in _IC_LORAS.items()
     ),
     Release(
         name=DEFAULT_TEXT_ENCODER,
@@ -330,30 +334,30 @@ RELEASES: tuple[Release, ...] = (
         licence="Apache-2.0",
     ),
 )
-RELEASES_BY_NAME = {released.name: released for released in RELEASES}
-MODEL_RELEASES = tuple(released for released in RELEASES if released.kind == "model")
+RELEASES_BY_NAME = {release.name: release for release in RELEASES}
+MODEL_RELEASES = tuple(release for release in RELEASES if release.kind == "model")
 
 
 def find_release(name: str) -> Release:
-    """The released model of that name.
+    """Returns the release with this name.
 
     Raises:
-        RequestError: there is none; the message names the nearest.
+        RequestError: there is none; the message suggests similar names.
     """
-    if (released := RELEASES_BY_NAME.get(name)) is not None:
-        return released
-    begun = [known for known in RELEASES_BY_NAME if name and known.startswith(name)]
-    near = list(dict.fromkeys([*begun, *get_close_matches(name.lower(), RELEASES_BY_NAME, n=3)]))[:3]
-    advice = f"Did you mean {', '.join(near)}?" if near else f"Known are {', '.join(RELEASES_BY_NAME)}."
-    raise RequestError(f"there is no model named {name!r}. {advice} A file is opened by its path.")
+    if (release := RELEASES_BY_NAME.get(name)) is not None:
+        return release
+    same_prefix = [known for known in RELEASES_BY_NAME if name and known.startswith(name)]
+    similar = list(dict.fromkeys([*same_prefix, *get_close_matches(name.lower(), RELEASES_BY_NAME, n=3)]))[:3]
+    advice = f"Did you mean {', '.join(similar)}?" if similar else f"Known are {', '.join(RELEASES_BY_NAME)}."
+    raise RequestError(f"there is no model named {name!r}. {advice} To open a file, pass its path.")
 
 
 def required_releases(release: Release) -> tuple[Release, ...]:
-    """The entries whose files it takes to run a model: itself, and those that it names. A part needs itself alone."""
-    named = (release.upscaler, release.vae, release.text_encoder)
-    return tuple(dict.fromkeys([release, *(RELEASES_BY_NAME[name] for name in named if name is not None)]))
+    """Returns the releases that a model needs: itself and those that it names. A component needs only itself."""
+    names = (release.upscaler, release.vae, release.text_encoder)
+    return tuple(dict.fromkeys([release, *(RELEASES_BY_NAME[name] for name in names if name is not None)]))
 
 
 def find_by_file_stem(stem: str) -> Release | None:
-    """The model that was released under this file name (without folder and suffix), or is named so; else None."""
+    """Returns the model whose file (without folder and suffix) or name is `stem`; None if there is none."""
     return next((r for r in MODEL_RELEASES if r.repo is not None and stem.lower() in (r.file_stem, r.name)), None)

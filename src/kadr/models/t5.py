@@ -1,7 +1,7 @@
 """The text encoder: the encoder half of T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683; Shazeer 2020, arXiv:2002.05202).
 
-Three things set it apart from a common transformer: queries and keys are not scaled by 1/sqrt(width), positions enter
-only as one learned bias per head and distance that all layers share, and there is no additive term in any layer.
+Three things distinguish it from a standard transformer: attention logits are not scaled by 1/sqrt(width), positions
+enter only as one learned bias per head and distance that all blocks share, and no layer has a bias.
 Released weights overflow in float16; run them in bfloat16 or float32.
 """
 
@@ -22,7 +22,7 @@ from kadr.errors import CheckpointError
 from kadr.nn.init import init_normal
 from kadr.nn.linear import Linear
 
-# Transformers reads an absent feed_forward_proj as "relu", so that one must be said; the rest is asked only if said.
+# transformers reads a missing feed_forward_proj as "relu", so that key is required; the others are checked if present.
 _FIXED_HEADER_VALUES = {
     "model_type": "t5",
     "feed_forward_proj": "gated-gelu",
@@ -34,14 +34,14 @@ _REQUIRED_KEYS = ("model_type", "feed_forward_proj")
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """Sizes of a T5 v1.1 encoder, by their names in `config.json`.
+    """Sizes of a T5 v1.1 encoder, named as in `config.json`.
 
     Args:
         vocab_size: rows of the embedding; at least the tokenizer's size.
         d_model: D, of the residual stream.
         num_heads, d_kv: num_heads * d_kv need not equal `d_model`.
-        d_ff: between the two matrices of the feed-forward.
-        relative_attention_num_buckets: distances told apart, both directions together.
+        d_ff: width inside the feed-forward.
+        relative_attention_num_buckets: buckets of distances, for both directions in all.
         relative_attention_max_distance: tokens; from here on all distances share the last bucket of their direction.
         layer_norm_epsilon: added to the mean square in every norm.
 
@@ -79,18 +79,18 @@ class T5Config:
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> T5Config:
-        """Read the `config.json` of a transformers folder. Keys that do not shape the encoder are ignored.
+        """Reads the `config.json` of a transformers folder. Ignores keys that do not affect the encoder.
 
         Raises:
-            CheckpointError: a size is absent or impossible, or the file describes another architecture.
+            CheckpointError: a size is missing or impossible, or the file describes another architecture.
         """
         for name, supported in _FIXED_HEADER_VALUES.items():
             value = header.get(name, None if name in _REQUIRED_KEYS else supported)
             if value != supported:
                 _refuse(name, value, repr(supported))
-        defaults = ("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
+        optional = ("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon")
         names = [field.name for field in fields(cls)]
-        absent = [name for name in names if name not in defaults and name not in header]
+        absent = [name for name in names if name not in optional and name not in header]
         if absent:
             raise CheckpointError(
                 f"The text encoder's config.json lacks {', '.join(absent)}. "
@@ -107,9 +107,9 @@ def _refuse(name: str, value: object, supported: str) -> None:
 
 @cache
 def _log_bucket_edges(near: int, max_distance: int) -> tuple[int, ...]:
-    """The distances at which a new far bucket starts: the least n with near * ln(n/near) / ln(max/near) >= 1, 2, ...
+    """Returns the distances where far buckets start: the least n with near * ln(n/near) / ln(max/near) >= 1, 2, ...
 
-    In whole numbers, because the powers of two sit exactly on an edge and a rounded logarithm may fall on either side.
+    Computed in integers, because powers of two are exactly on an edge and a rounded logarithm may fall on either side.
     """
     return tuple(
         next(n for n in count(near) if n**near * near**k >= max_distance**k * near**near) for k in range(1, near)
@@ -117,16 +117,16 @@ def _log_bucket_edges(near: int, max_distance: int) -> tuple[int, ...]:
 
 
 def relative_position_bucket(relative_position: Tensor, *, num_buckets: int = 32, max_distance: int = 128) -> Tensor:
-    """Number the distance from a query to a key (T5 paper, section 2.1; bidirectional).
+    """Maps the distance from a query to a key to a bucket (T5 paper, section 2.1; bidirectional).
 
-    Half of the buckets are for keys ahead. In each direction, one half of the rest holds the distances 0, 1, 2, ...
-    and the other half grows logarithmically up to `max_distance`.
+    Half of the buckets are for keys after the query. In each direction, half of the buckets are for single distances
+    0, 1, 2, ..., and the other half grow logarithmically up to `max_distance`.
 
     Args:
         relative_position: int64, any shape: position of the key minus position of the query.
 
     Returns:
-        int64 of the same shape, in [0, buckets).
+        int64 of the same shape, in [0, num_buckets).
     """
     near = num_buckets // 4
     steps = relative_position.abs()
@@ -137,7 +137,7 @@ def relative_position_bucket(relative_position: Tensor, *, num_buckets: int = 32
 
 
 class T5Norm(nn.Module):
-    """Divide by the root mean square, then weigh. The mean is not subtracted."""
+    """RMS norm with a learned weight."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -146,12 +146,12 @@ class T5Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.epsilon)
-        # The product is in float32 and is rounded before it is weighed: the order the weights were released with.
+        # The float32 product is rounded before the weight is applied, as in the released implementation.
         return self.weight * (x * scale).to(self.weight.dtype)
 
 
 class T5Attention(nn.Module):
-    """Tokens look at each other; the logits are q·k + bias, unscaled (the scale lives in the weights)."""
+    """Self-attention with logits q·k + bias, unscaled (the weights contain the scale)."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -163,13 +163,13 @@ class T5Attention(nn.Module):
         self.o = Linear(inner, config.d_model, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # x (B, L, D), bias (B, heads, L, L) -> (B, L, D)
-        q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        return self.o(seen.transpose(1, 2).flatten(2))
+        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(attended.transpose(1, 2).flatten(2))
 
 
 class T5FeedForward(nn.Module):
-    """Each token thinks alone: down(gelu(gate x) * up x), with the tanh form of gelu."""
+    """Gated feed-forward: down(gelu(gate(x)) * up(x)), with the tanh form of GELU."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
-    """One layer: attention, then feed-forward, each on a normed copy and added back."""
+    """Self-attention, then feed-forward, both pre-norm with a residual connection."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class T5Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """Token ids to one vector per token."""
+    """Encodes token ids to prompt embeddings, one vector per token."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -214,14 +214,14 @@ class T5Encoder(nn.Module):
         self.final_norm = T5Norm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode.
+        """Encodes tokens.
 
         Args:
-            ids: int64 (B, L), each in [0, vocabulary).
-            mask: bool or integer (B, L); true or non-zero where a token is real. Padding is never looked at.
+            ids: int64 (B, L), each in [0, vocab_size).
+            mask: bool or integer (B, L); true or non-zero for tokens that are not padding. No token attends to padding.
 
         Returns:
-            (B, L, D) in the weights' dtype. Positions of padding hold numbers without meaning: mask them later too.
+            (B, L, D) in the weights' dtype. Positions of padding have meaningless values: mask them later too.
         """
         x = self.embedding(ids)
         bias = self._attention_bias(mask).to(x.dtype)
@@ -230,7 +230,7 @@ class T5Encoder(nn.Module):
         return self.final_norm(x)
 
     def _attention_bias(self, mask: Tensor) -> Tensor:
-        """(B, L) -> (B, heads, L, L): what every layer adds to its logits, by query and key."""
+        """Computes the bias of every block's attention logits, (B, heads, L, L), from the mask (B, L)."""
         position = torch.arange(mask.shape[1], device=mask.device)
         distance = position[None, :] - position[:, None]
         bucket = relative_position_bucket(
@@ -239,36 +239,36 @@ class T5Encoder(nn.Module):
             max_distance=self.config.relative_attention_max_distance,
         )
         bias = self.position_bias(bucket).permute(2, 0, 1)
-        # The least finite number, not -inf: a sample that is all padding must not become NaN.
+        # The lowest finite number, not -inf: a sample that is all padding must not become NaN.
         return torch.where(mask[:, None, None, :].bool(), bias, torch.finfo(bias.dtype).min).contiguous()
 
 
 @torch.no_grad()
 def initialise_t5(encoder: T5Encoder, generator: torch.Generator) -> None:
-    """Draw fresh weights in place, as T5 v1.1 was initialised (Mesh TensorFlow's scheme, as kept by transformers).
+    """Initialises weights in place as T5 v1.1 was (Mesh TensorFlow's scheme, as in transformers).
 
-    A zero-mean normal whose deviation makes up for what the attention does not scale.
+    Weights are normal with mean 0; the standard deviation of the queries contains the scale that the attention omits.
 
     Args:
         generator: on the device of the weights.
     """
     config = encoder.config
-    inward = config.d_model**-0.5
+    input_std = config.d_model**-0.5
 
-    def draw(weight: Tensor, deviation: float) -> None:
-        weight.normal_(0.0, deviation, generator=generator)
+    def draw(weight: Tensor, std: float) -> None:
+        weight.normal_(0.0, std, generator=generator)
 
     draw(encoder.embedding.weight, 1.0)
-    draw(encoder.position_bias.weight, inward)
+    draw(encoder.position_bias.weight, input_std)
     encoder.final_norm.weight.fill_(1.0)
     for block in encoder.blocks:
         attention, feed_forward = block.attention, block.feed_forward
         block.attention_norm.weight.fill_(1.0)
         block.feed_forward_norm.weight.fill_(1.0)
         draw(attention.q.weight, (config.d_model * config.d_kv) ** -0.5)
-        draw(attention.k.weight, inward)
-        draw(attention.v.weight, inward)
+        draw(attention.k.weight, input_std)
+        draw(attention.v.weight, input_std)
         draw(attention.o.weight, (config.num_heads * config.d_kv) ** -0.5)
-        draw(feed_forward.gate.weight, inward)
-        draw(feed_forward.up.weight, inward)
+        draw(feed_forward.gate.weight, input_std)
+        draw(feed_forward.up.weight, input_std)
         draw(feed_forward.down.weight, config.d_ff**-0.5)

@@ -1,6 +1,6 @@
-"""The diffusion transformer: noisy latent tokens, a text and a noise level to a velocity.
+"""The diffusion transformer: noisy latent tokens, prompt embeddings and sigma to a velocity.
 
-B batch, N tokens, L text positions, C latent channels, D width.
+B batch, N tokens, L text positions, T caption channels, C latent channels, D width.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ TRANSFORMER_FIXED_VALUES: Mapping[str, Any] = {
     "positional_embedding_type": "rope",
     "timestep_scale_multiplier": 1000,
 }
-# Modes of spatio-temporal guidance that disturb a layer's self-attention, and what then takes the place of its outcome.
+# STG modes that perturb a block's self-attention -> what replaces the output of that attention.
 PERTURBED_VALUES = {ATTENTION_VALUES: PERTURB_TO_VALUES, ATTENTION_SKIP: PERTURB_TO_INPUT}
-CUDA_GRAPH_MAX_TOKENS = (
-    2048  # tokens of all samples: a GPU needs longer for more of them than the host for telling it what to do
-)
-PADDING_BIAS = -10000.0  # added to the logits of padded text: the official bias, kept finite
+# Tokens of all samples. For more of them, computation on a GPU takes longer than kernel launches on the host.
+CUDA_GRAPH_MAX_TOKENS = 2048
+PADDING_BIAS = -10000.0  # added to the cross-attention logits of padding; finite, as in the official package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +57,11 @@ class TransformerConfig:
     """Sizes of a transformer.
 
     Args:
-        causal_temporal_positioning: latent frame l stands at pixel frame max(0, 8l - 7), as from 0.9.5 on; before, at 8l.
+        num_layers: transformer blocks.
+        caption_channels: T, width of the prompt embeddings.
+        in_channels: C, of the latents; the output has as many.
+        rope_max_positions: seconds, pixels down and pixels right that RoPE divides positions by.
+        causal_temporal_positioning: latent frame l is at pixel frame max(0, 8l - 7), as from 0.9.5 on; before, at 8l.
     """
 
     num_layers: int
@@ -72,7 +75,10 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         if self.width < 6 or self.width % 2:
-            raise CheckpointError(f"a transformer of width {self.width} has no room for three axes of rotation.")
+            raise CheckpointError(
+                f"a transformer of width {self.width} has no room for RoPE over three axes; "
+                "the width must be even and at least 6."
+            )
 
     @property
     def width(self) -> int:
@@ -80,7 +86,7 @@ class TransformerConfig:
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> TransformerConfig:
-        """Read the "transformer" entry of an official header.
+        """Reads the "transformer" entry of an official header.
 
         Raises:
             CheckpointError: a value that no released weights use.
@@ -106,7 +112,7 @@ class TransformerConfig:
         return config
 
     def to_header(self) -> dict[str, Any]:
-        """The "transformer" entry of an official header."""
+        """Returns the "transformer" entry of an official header."""
         return {
             **TRANSFORMER_FIXED_VALUES,
             "num_layers": self.num_layers,
@@ -131,7 +137,7 @@ TRANSFORMER_13B = TransformerConfig(num_layers=48, num_heads=32, head_dim=128)
 
 
 class FeedForward(nn.Module):
-    """Linear to `hidden_width`, GELU (tanh form), linear to `width_out`."""
+    """Feed-forward: linear to `hidden_width`, GELU (tanh form), linear to `width_out`."""
 
     def __init__(self, width_in: int, hidden_width: int, width_out: int) -> None:
         super().__init__()
@@ -143,10 +149,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Tokens look at each other, then at the text, then think alone.
+    """Self-attention, cross-attention to the text, feed-forward.
 
-    The first and the last branch are bent by the noise level. The text branch is not, and reads the residual
-    stream without a norm: the released weights were trained that way.
+    adaLN-single modulates the self-attention and the feed-forward by the timestep. Cross-attention is not modulated
+    and reads the residual stream without a norm: the released weights were trained that way.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -156,20 +162,25 @@ class TransformerBlock(nn.Module):
         self.self_attention = Attention(width, config.num_heads)
         self.cross_attention = Attention(width, config.num_heads)
         self.feed_forward = FeedForward(width, 4 * width, width)
-        self.compute_override: Callable[..., Tensor] | None = None  # `compute`, where a compiler has seen it
+        self.compute_override: Callable[..., Tensor] | None = None  # a compiled `compute`
 
     def forward(self, x: Tensor, block_inputs: BlockInputs, stg_mode: str | None = None) -> Tensor:
-        """x (B, N, D) -> (B, N, D). `stg_mode` is a mode of spatio-temporal guidance; see `PERTURBED_VALUES`."""
+        """Computes the block for x (B, N, D) -> (B, N, D).
+
+        Args:
+            stg_mode: perturb the block as spatio-temporal guidance (STG) does. "transformer_block" skips it; for the
+                modes that perturb its self-attention see `PERTURBED_VALUES`.
+        """
         if stg_mode == TRANSFORMER_BLOCK:
             return x
-        reading, samples = block_inputs.text_kv, block_inputs.samples
-        read, bias = reading.get(self.cross_attention).for_samples(samples), reading.bias
+        text_kv_cache, samples = block_inputs.text_kv, block_inputs.samples
+        text_kv, bias = text_kv_cache.get(self.cross_attention).for_samples(samples), text_kv_cache.bias
         compute = self.compute_override or self.compute
         return compute(
             x,
             block_inputs.adaln,
             block_inputs.rope,
-            read,
+            text_kv,
             None if bias is None else bias[samples],
             PERTURBED_VALUES[stg_mode] if stg_mode else None,
         )
@@ -183,24 +194,26 @@ class TransformerBlock(nn.Module):
         text_bias: Tensor | None,
         perturbed_value: str | None,
     ) -> Tensor:
-        """The three branches.
+        """Computes self-attention, cross-attention and feed-forward.
 
         Args:
-            text_kv: keys and values of the text; bias: (B, 1, 1, L) for its logits.
-            perturbed_value: of what the attention among tokens comes to; see `Attention.forward`.
+            adaln: (B, 1 or N, 6, D), the timestep's part of the modulation.
+            text_kv: keys and values of the text.
+            text_bias: (B, 1, 1, L) for the logits of cross-attention.
+            perturbed_value: for the self-attention; see `Attention.forward`.
         """
-        around_attention, around_thought = compute_adaln_params(self.scale_shift_table, adaln)
-        bent = fused.norm_modulate(x, around_attention.scale, around_attention.shift)
-        bent = self.self_attention(bent, rope=rope, perturbed_value=perturbed_value)
-        x = fused.gate_residual(x, around_attention.gate, bent)
-        # What is not needed any more keeps no name: it would stay in memory until the layer ends.
-        bent = self.cross_attention(x, text_kv, bias=text_bias)
-        x, bent = fused.gate_residual_norm_modulate(x, None, bent, around_thought.scale, around_thought.shift)
-        return fused.gate_residual(x, around_thought.gate, self.feed_forward(bent))
+        attn_mod, mlp_mod = compute_adaln_params(self.scale_shift_table, adaln)
+        h = fused.norm_modulate(x, attn_mod.scale, attn_mod.shift)  # (B, N, D)
+        h = self.self_attention(h, rope=rope, perturbed_value=perturbed_value)
+        x = fused.gate_residual(x, attn_mod.gate, h)
+        # `h` is reused: a tensor under another name would stay in memory until the block ends.
+        h = self.cross_attention(x, text_kv, bias=text_bias)
+        x, h = fused.gate_residual_norm_modulate(x, None, h, mlp_mod.scale, mlp_mod.shift)
+        return fused.gate_residual(x, mlp_mod.gate, self.feed_forward(h))
 
 
 class Transformer(nn.Module):
-    """Velocity of a rectified flow: the noise minus the clean latents."""
+    """Predicts the velocity of a rectified flow: the noise minus the clean latents."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -216,31 +229,32 @@ class Transformer(nn.Module):
         self._cuda_graphs: GraphedCallable | None = None
 
     def use_cuda_graphs(self, graph_backend: GraphBackend | None = None) -> None:
-        """Run the layers as CUDA graphs from now on, where they have seen a shape before; see `kernels.cuda_graphs`.
+        """Replays the blocks as CUDA graphs for shapes that they ran before; see `kernels.cuda_graphs`.
 
-        For weights that stay where they are, texts that all layers have read once, and up to `CUDA_GRAPH_MAX_TOKENS` tokens.
+        Needs weights that are not moved, a text whose KV cache all blocks have filled, and at most
+        `CUDA_GRAPH_MAX_TOKENS` tokens.
         """
         self._cuda_graphs = GraphedCallable(self._run_blocks_of_tensors, backend=graph_backend)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Have torch's compiler fuse what the layers compute, when they first run: one compilation serves all of them.
+        """Compiles the blocks with `torch.compile` when they first run: one compilation serves all blocks.
 
-        Takes the better part of a minute for each kind of input (with and without a padded text, or disturbed blocks).
+        Takes most of a minute for each kind of input (with and without a padded text, or with perturbed blocks).
 
         Args:
             backend: of `torch.compile`.
         """
         compiled = torch.compile(TransformerBlock.compute, backend=backend)
-        for layer in self.blocks:
-            cast(TransformerBlock, layer).compute_override = partial(compiled, layer)
+        for block in self.blocks:
+            cast(TransformerBlock, block).compute_override = partial(compiled, block)
 
     def clear_cuda_graphs(self) -> None:
-        """Drop what was recorded, and the memory that it holds."""
+        """Drops the captured CUDA graphs and frees their memory."""
         if self._cuda_graphs is not None:
             self._cuda_graphs.clear()
 
     def compute_rope(self, positions: Tensor) -> Rope:
-        """The table for positions (B, 3, N), fp32: seconds, pixels down, pixels right. Constant over the steps."""
+        """Computes the RoPE table for positions (B, 3, N), fp32: seconds, pixels down, pixels right."""
         dtype = self.scale_shift_table.dtype
         return rope_table(
             positions,
@@ -251,15 +265,15 @@ class Transformer(nn.Module):
         )
 
     def project_text(self, text: Tensor, text_mask: Tensor | None) -> TextKVCache:
-        """A text for the layers. Constant over the steps, and much is computed but once where it is kept.
+        """Projects prompt embeddings for cross-attention. Reuse the result over the steps: it holds the KV cache.
 
-        Padding behind the longest text is left out. What is padded before that gets a bias that no weight survives, as
-        in the official package, so the velocity is the same. A sample that is all padding attends to all of it there,
-        and so it does here.
+        Cuts the padding behind the longest text. Other padding gets a bias that sets its attention weights to 0, as in
+        the official package, so the velocity is the same. A sample that is all padding attends to all of it, there and
+        here.
 
         Args:
-            text: (B, L, T) text encoding.
-            text_mask: (B, L), true where the text is not padding; None where nothing is padded.
+            text: (B, L, T) prompt embeddings.
+            text_mask: (B, L), true for tokens that are not padding; None if nothing is padded.
         """
         bias = None
         if text_mask is not None and bool((text_mask := text_mask.bool()).any(1).all()):
@@ -279,25 +293,25 @@ class Transformer(nn.Module):
         *,
         residual_cache: ResidualCache | None = None,
     ) -> Tensor:
-        """The velocity of every token.
+        """Predicts the velocity of every token.
 
         Args:
             tokens: (B, N, C) normalised latents, frame by frame, row by row.
-            rope: the table made by `rope`.
-            text: (B, L, T) text encoding, or what `read` made of it, with no mask then.
-            text_mask: (B, L), true where the text is not padding; None where nothing is padded.
-            sigma: (B, 1) or (B, N) noise levels in [0, 1], fp32.
-            residual_cache: stands in for the layers after the first where it can; None: all are run.
+            rope: the table from `compute_rope`.
+            text: (B, L, T) prompt embeddings, or the result of `project_text`, then without a mask.
+            text_mask: (B, L), true for tokens that are not padding; None if nothing is padded.
+            sigma: (B, 1) or (B, N) in [0, 1], fp32; the timestep is 1000 times that.
+            residual_cache: step cache that may replace the blocks after the first; None: all blocks run.
 
         Returns:
             (B, N, C) in the dtype of the weights.
         """
-        x, given, embedded = self._embed_inputs(tokens, rope, text, text_mask, sigma)
+        x, block_inputs, temb = self._embed_inputs(tokens, rope, text, text_mask, sigma)
         if residual_cache is not None:
-            return self._project_out(run_blocks_cached(self.blocks, x, given, residual_cache)[0], embedded)
-        starts = [x]
+            return self._project_out(run_blocks_cached(self.blocks, x, block_inputs, residual_cache)[0], temb)
+        hidden_states = [x]
         del x
-        return self._project_out(self._run_blocks(starts, given)[0], embedded)
+        return self._project_out(self._run_blocks(hidden_states, block_inputs)[0], temb)
 
     def forward_with_perturbed(
         self,
@@ -312,41 +326,41 @@ class Transformer(nn.Module):
         rows: slice = slice(None),
         residual_cache: ResidualCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The velocity of every token, and that of some samples with some blocks disturbed.
+        """Predicts the velocity of every token, and that of some samples with some blocks perturbed, for STG.
 
-        Up to the first disturbed block both are one, and computed once. Arguments as in `forward`, and:
+        The two branches share the blocks before the first perturbed one. Arguments as in `forward`, and:
 
         Args:
-            blocks: which, at least one, counted from 0.
-            mode: how; see `PERTURBED_VALUES`.
-            rows: samples of the batch that are evaluated both ways.
+            blocks: indices of the perturbed blocks, at least one, from 0.
+            mode: STG mode; see `TransformerBlock.forward`.
+            rows: samples of the batch that are also evaluated with perturbed blocks.
 
         Returns:
             (B, N, C), and (rows, N, C).
         """
-        x, given, embedded = self._embed_inputs(tokens, rope, text, text_mask, sigma)
-        disturb = Perturbation(tuple(blocks), mode, rows)
+        x, block_inputs, temb = self._embed_inputs(tokens, rope, text, text_mask, sigma)
+        perturbation = Perturbation(tuple(blocks), mode, rows)
         if residual_cache is not None:
-            x, aside = run_blocks_cached(self.blocks, x, given, residual_cache, disturb)
+            x, perturbed = run_blocks_cached(self.blocks, x, block_inputs, residual_cache, perturbation)
         else:
-            starts = [x]
+            hidden_states = [x]
             del x
-            x, aside = self._run_blocks(starts, given, disturb)
-        return self._project_out(x, embedded), self._project_out(aside, embedded[rows])
+            x, perturbed = self._run_blocks(hidden_states, block_inputs, perturbation)
+        return self._project_out(x, temb), self._project_out(perturbed, temb[rows])
 
     def _run_blocks(
         self, hidden_states: list[Tensor], block_inputs: BlockInputs, perturbation: Perturbation | None = None
     ) -> tuple[Tensor, ...]:
-        """All layers, replayed where they can be. starts: x (B, N, D) alone; see `onward`."""
-        kept, tokens = None, hidden_states[0].shape[0] * hidden_states[0].shape[1]
-        if self._cuda_graphs is not None and tokens <= CUDA_GRAPH_MAX_TOKENS:
-            kept = block_inputs.text_kv.get_all(self._cross_attentions)
-        if self._cuda_graphs is None or kept is None:
+        """Runs all blocks, as a CUDA graph if possible. hidden_states: [x (B, N, D)]; see `run_blocks`."""
+        text_kv, num_tokens = None, hidden_states[0].shape[0] * hidden_states[0].shape[1]
+        if self._cuda_graphs is not None and num_tokens <= CUDA_GRAPH_MAX_TOKENS:
+            text_kv = block_inputs.text_kv.get_all(self._cross_attentions)
+        if self._cuda_graphs is None or text_kv is None:
             return run_blocks(self.blocks, hidden_states, block_inputs, perturbation)
-        made: tuple[Tensor, ...] = self._cuda_graphs(
-            *hidden_states, block_inputs.adaln, block_inputs.rope, block_inputs.text_kv.bias, kept, perturbation
+        outputs: tuple[Tensor, ...] = self._cuda_graphs(
+            *hidden_states, block_inputs.adaln, block_inputs.rope, block_inputs.text_kv.bias, text_kv, perturbation
         )
-        return made
+        return outputs
 
     def _run_blocks_of_tensors(
         self,
@@ -357,34 +371,37 @@ class Transformer(nn.Module):
         text_kv: tuple[KeysValues, ...],
         perturbation: Perturbation | None,
     ) -> tuple[Tensor, ...]:
-        """`onward`, with every tensor that it reads an argument."""
-        reading = TextKVCache(None, text_bias, dict(zip(self._cross_attentions, text_kv, strict=True)))
-        return run_blocks(self.blocks, [x], BlockInputs(reading, adaln, rope), perturbation)
+        """Runs all blocks with every input tensor as an argument, as CUDA graphs need it."""
+        text_kv_cache = TextKVCache(None, text_bias, dict(zip(self._cross_attentions, text_kv, strict=True)))
+        return run_blocks(self.blocks, [x], BlockInputs(text_kv_cache, adaln, rope), perturbation)
 
     @property
     def _cross_attentions(self) -> list[Attention]:
-        return [cast(TransformerBlock, layer).cross_attention for layer in self.blocks]
+        return [cast(TransformerBlock, block).cross_attention for block in self.blocks]
 
     def _embed_inputs(
         self, tokens: Tensor, rope: Rope, text: Tensor | TextKVCache, text_mask: Tensor | None, sigma: Tensor
     ) -> tuple[Tensor, BlockInputs, Tensor]:
-        """What the first layer gets, and the embedded level (B, 1 or N, D), which the end reads again."""
+        """Embeds the inputs of the first block, and the timestep (B, 1 or N, D), which `_project_out` needs too."""
         x = self.proj_in(tokens)
-        embedded, bends = self._embed_sigma(sigma, x.dtype)
-        reading = text if isinstance(text, TextKVCache) else self.project_text(text, text_mask)
-        return x, BlockInputs(reading, bends, rope), embedded
+        temb, adaln = self._embed_sigma(sigma, x.dtype)
+        text_kv = text if isinstance(text, TextKVCache) else self.project_text(text, text_mask)
+        return x, BlockInputs(text_kv, adaln, rope), temb
 
     def _project_out(self, x: Tensor, temb: Tensor) -> Tensor:
-        # The last bend reads the embedding before its SiLU and its widening to six rows.
+        # The last modulation reads the timestep embedding itself, without `adaln_linear` and its SiLU.
         shift, scale = (self.scale_shift_table + temb[..., None, :]).unbind(-2)
         return self.proj_out(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale))
 
     def _embed_sigma(self, sigma: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """level (B, T) -> (B, T, D) and (B, T, 6, D). Tokens share few levels: each distinct one is embedded once."""
-        if sigma.shape[1] == 1:  # nothing to look for, which a GPU would have to be waited for
-            embedded = self.time_embed(sigma[:, 0] * 1000, dtype)
-            return embedded[:, None], self.adaln_linear(F.silu(embedded)).unflatten(-1, (6, -1))[:, None]
-        distinct, where = sigma.unique(return_inverse=True)
-        embedded = self.time_embed(distinct * 1000, dtype)
-        bends = self.adaln_linear(F.silu(embedded)).unflatten(-1, (6, -1))
-        return embedded[where], bends[where]
+        """Embeds the timestep of sigma (B, 1 or N): (B, 1 or N, D), and for the adaLN of the blocks (B, 1 or N, 6, D).
+
+        Tokens share few sigmas: each distinct one is embedded once.
+        """
+        if sigma.shape[1] == 1:  # `unique` would wait for the GPU
+            temb = self.time_embed(sigma[:, 0] * 1000, dtype)
+            return temb[:, None], self.adaln_linear(F.silu(temb)).unflatten(-1, (6, -1))[:, None]
+        distinct_sigmas, indices = sigma.unique(return_inverse=True)
+        temb = self.time_embed(distinct_sigmas * 1000, dtype)
+        adaln = self.adaln_linear(F.silu(temb)).unflatten(-1, (6, -1))
+        return temb[indices], adaln[indices]

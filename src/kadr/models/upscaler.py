@@ -1,4 +1,4 @@
-"""The latent upscaler: latents in, latents of twice the height and width or nearly twice the frames out."""
+"""The latent upscaler (official name: `LatentUpsampler`) doubles the height and width of latents, or their frames."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kadr.errors import CheckpointError
 from kadr.models.vae.blocks import depth_to_space
 from kadr.models.vae.config import Strides
 
-NORM_GROUPS = 32  # of every norm
+NORM_GROUPS = 32  # groups of every GroupNorm
 OFFICIAL_CLASS_NAME = "LatentUpsampler"
-# Entry of the header -> ours. Three have no default: those who read the header do not agree on one.
+# Keys of the header. `in_channels`, `mid_channels` and `dims` have no default: its readers do not agree on one.
 _SIZE_KEYS = ("in_channels", "mid_channels", "num_blocks_per_stage")
 _FLAG_KEYS = ("spatial_upsample", "temporal_upsample")
 _DEFAULTS: Mapping[str, Any] = {"num_blocks_per_stage": 4, "spatial_upsample": True, "temporal_upsample": False}
@@ -25,14 +25,14 @@ _DIMS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class UpscalerConfig:
-    """Sizes of an upscaler, and what it makes larger.
+    """Sizes of an upscaler, and the axes that it upscales.
 
     Args:
         in_channels: of the latents.
         mid_channels: channels inside.
-        num_blocks_per_stage: residual blocks before the latents grow, and as many after.
-        spatial_upsample: twice the rows and columns.
-        temporal_upsample: 2f - 1 frames for f.
+        num_blocks_per_stage: residual blocks before the upsampling convolution, and as many after it.
+        spatial_upsample: doubles rows and columns.
+        temporal_upsample: makes 2f - 1 frames from f.
     """
 
     in_channels: int = 128
@@ -43,42 +43,40 @@ class UpscalerConfig:
 
     def __post_init__(self) -> None:
         if not (self.spatial_upsample or self.temporal_upsample):
-            raise CheckpointError("the upscaler makes neither space nor time larger; released ones make one of them.")
+            raise CheckpointError("the upscaler enlarges neither space nor time; released ones enlarge one of them.")
         if self.mid_channels % NORM_GROUPS:
             raise CheckpointError(
-                f"the upscaler is {self.mid_channels} channels wide inside; its norms take {NORM_GROUPS} groups, so it must be a "
-                f"multiple of {NORM_GROUPS} (released ones have 512)."
+                f"the upscaler has mid_channels = {self.mid_channels}; its norms have {NORM_GROUPS} groups, so it must "
+                f"be a multiple of {NORM_GROUPS} (released ones have 512)."
             )
 
     @property
     def kind(self) -> str:
-        """As the registry names it."""
-        ways = [
-            name for name, grows in (("spatial", self.spatial_upsample), ("temporal", self.temporal_upsample)) if grows
-        ]
-        return f"{' and '.join(ways)} upscaler"
+        """The kind as the registry names it."""
+        axes = (("spatial", self.spatial_upsample), ("temporal", self.temporal_upsample))
+        return f"{' and '.join(axis for axis, is_upscaled in axes if is_upscaled)} upscaler"
 
     @property
     def scale_factors(self) -> Strides:
-        """How many frames, rows and columns come of one; of the frames the first is then dropped."""
+        """Factors for frames, rows and columns. Of the doubled frames the first is then dropped."""
         rows = 2 if self.spatial_upsample else 1
         return (2 if self.temporal_upsample else 1, rows, rows)
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> UpscalerConfig:
-        """Read the config of an official header, or a diffusers config.json without its entries that begin with _.
+        """Reads the config of an official header, or a diffusers config.json without its keys that begin with _.
 
         Raises:
-            CheckpointError: a value that no released weights use, or an entry that none has, as LTX-2's upscalers do.
+            CheckpointError: a value that no released weights use, or a key that none have, such as those of LTX-2.
         """
-        strange = [
+        unknown = [
             key
             for key in header
             if not (key in _SIZE_KEYS or key in _FLAG_KEYS or key == "dims" or key.startswith("_"))
         ]
-        if strange:
+        if unknown:
             raise CheckpointError(
-                f"the upscaler's header has {', '.join(strange)}, which those of LTX-Video do not have (those of LTX-2 "
+                f"the upscaler's header has {', '.join(unknown)}, which those of LTX-Video do not have (those of LTX-2 "
                 "may). Take ltxv-spatial-upscaler-0.9.8 or ltxv-temporal-upscaler-0.9.8."
             )
         for key, value, found in (
@@ -87,23 +85,23 @@ class UpscalerConfig:
         ):
             if found != value:
                 raise CheckpointError(f"the upscaler's header has {key} = {found!r}; kadr knows only {value!r}.")
-        said = {**_DEFAULTS, **header}
-        read: dict[str, Any] = {key: _size(key, said.get(key)) for key in _SIZE_KEYS}
-        return cls(**read, **{key: _flag(key, said[key]) for key in _FLAG_KEYS})
+        values = {**_DEFAULTS, **header}
+        sizes: dict[str, Any] = {key: _parse_size(key, values.get(key)) for key in _SIZE_KEYS}
+        return cls(**sizes, **{key: _parse_flag(key, values[key]) for key in _FLAG_KEYS})
 
     def to_header(self) -> dict[str, Any]:
-        """The config of an official header."""
+        """Returns the config of an official header."""
         values = {key: getattr(self, key) for key in (*_SIZE_KEYS, *_FLAG_KEYS)}
         return {"_class_name": OFFICIAL_CLASS_NAME, "dims": _DIMS, **values}
 
 
-def _size(key: str, value: Any) -> int:
+def _parse_size(key: str, value: Any) -> int:
     if type(value) is not int or value < 1:
         raise CheckpointError(f"the upscaler's header has {key} = {value!r}; it must be a positive whole number.")
     return value
 
 
-def _flag(key: str, value: Any) -> bool:
+def _parse_flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"the upscaler's header has {key} = {value!r}; it must be true or false.")
     return value
@@ -114,7 +112,7 @@ TEMPORAL_UPSCALER_CONFIG = UpscalerConfig(spatial_upsample=False, temporal_upsam
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a residual path. The last activation comes after the sum."""
+    """A residual block of two convolutions. The last activation comes after the sum."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -122,33 +120,37 @@ class ResBlock(nn.Module):
         self.conv2, self.norm2 = _conv(channels, channels), nn.GroupNorm(NORM_GROUPS, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, F, H, W)."""
+        """Computes the block for x (B, C, F, H, W)."""
         main = self.conv2(F.silu(self.norm1(self.conv1(x))))
         return F.silu(x + self.norm2(main))
 
 
 class LatentUpscaler(nn.Module):
-    """Makes latents larger.
+    """Upscales latents; the official `LatentUpsampler`.
 
-    Its norms take their statistics over a whole video and its convolutions look to both sides in time, so neither
-    pieces of a picture nor pieces of a video can be upscaled apart and give the same.
+    Its norms take their statistics over a whole video, and its convolutions reach to both sides in time. So a video
+    cannot be upscaled in parts, of space or of time, with the same result.
     """
 
     def __init__(self, config: UpscalerConfig) -> None:
         super().__init__()
         self.config = config
-        width, grown = config.mid_channels, config.mid_channels * prod(config.scale_factors)
+        width, upsampled_width = config.mid_channels, config.mid_channels * prod(config.scale_factors)
         self.conv_in, self.norm_in = _conv(config.in_channels, width), nn.GroupNorm(NORM_GROUPS, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(config.num_blocks_per_stage))
-        # Where only space grows, the released weights are those of a convolution over single frames.
-        self.upsample_conv = _conv(width, grown) if config.temporal_upsample else nn.Conv2d(width, grown, 3, padding=1)
+        # A purely spatial upscaler has the released weights of a convolution over single frames.
+        self.upsample_conv = (
+            _conv(width, upsampled_width)
+            if config.temporal_upsample
+            else nn.Conv2d(width, upsampled_width, 3, padding=1)
+        )
         self.post_upsample_res_blocks = nn.ModuleList(ResBlock(width) for _ in range(config.num_blocks_per_stage))
         self.conv_out = _conv(width, config.in_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """latents (B, C, f, h, w), not normalised -> (B, C, f', h', w'), in the dtype of the weights (float32).
+        """Upscales latents (B, C, f, h, w), not normalised -> (B, C, f', h', w'), in the weights' dtype (float32).
 
-        h' = 2h and w' = 2w where the upscaler is spatial, f' = 2f - 1 where it is temporal; the rest stays.
+        h' = 2h and w' = 2w if the upscaler is spatial, f' = 2f - 1 if it is temporal; the other axes stay as they are.
         """
         x = F.silu(self.norm_in(self.conv_in(latents)))
         for block in self.res_blocks:
@@ -159,15 +161,14 @@ class LatentUpscaler(nn.Module):
         return self.conv_out(x)
 
     def _upsample(self, x: Tensor) -> Tensor:
-        if (
-            self.config.temporal_upsample
-        ):  # a video's first latent stands for one frame and not for eight: doubled, it is one too many
+        if self.config.temporal_upsample:
+            # A video's first latent frame stands for one frame and not for eight: doubled, it is one too many.
             return depth_to_space(self.upsample_conv(x), self.config.scale_factors)[:, :, 1:]
         frames = x.transpose(1, 2)
-        grown = self.upsample_conv(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        return depth_to_space(grown.transpose(1, 2), self.config.scale_factors)
+        upsampled = self.upsample_conv(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return depth_to_space(upsampled.transpose(1, 2), self.config.scale_factors)
 
 
 def _conv(in_channels: int, out_channels: int) -> nn.Conv3d:
-    """Zeros around the video, in time too."""
+    """Returns a convolution with zero padding in space and time."""
     return nn.Conv3d(in_channels, out_channels, 3, padding=1)

@@ -1,4 +1,4 @@
-"""Multi-head attention with normalised queries and keys."""
+"""Multi-head attention with RMS-normalised queries and keys (QK norm), RoPE and a KV cache for cross-attention."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from kadr.nn.linear import Linear, linear_shared_input, uses_8bit_matmul
 from kadr.nn.norm import RMSNorm
 from kadr.nn.rope import Rope
 
-# What may take the place of an attention's outcome, before its last layer.
+# STG replaces the output of an attention by its values or by its input, before the output projection.
 PERTURB_TO_VALUES, PERTURB_TO_INPUT = "values", "input"
 
 
 class KeysValues(NamedTuple):
-    """What queries attend to: keys, normalised, and values, each (B, H, M, d)."""
+    """Normalised keys, and values, each (B, H, M, d). Those of cross-attention are cached over the denoising steps."""
 
     keys: Tensor
     values: Tensor
 
     def for_samples(self, samples: slice) -> KeysValues:
-        """Of some samples of the batch."""
+        """Returns the keys and values of some samples of the batch."""
         return KeysValues(self.keys[samples], self.values[samples])
 
 
 class Attention(nn.Module):
-    """Queries and keys are normalised over all heads at once, then rotated, then split into heads."""
+    """Self-attention or cross-attention.
+
+    Queries and keys are normalised over all heads at once, then rotated by RoPE, then split into heads.
+
+    Args:
+        width: D, of the tokens.
+        context_width: of what cross-attention attends to; None: `width`.
+    """
 
     def __init__(self, width: int, num_heads: int, *, context_width: int | None = None) -> None:
         super().__init__()
@@ -50,29 +57,30 @@ class Attention(nn.Module):
         bias: Tensor | None = None,
         perturbed_value: str | None = None,
     ) -> Tensor:
-        """x (B, N, D), keys and values of something else or of x itself -> (B, N, D).
+        """Attends from x (B, N, D) to a context, or to x itself, and returns (B, N, D).
 
         Args:
-            kv: as `keys_values` made them.
+            kv: keys and values from `project_kv`, for cross-attention; None: self-attention.
+            rope: for self-attention.
             bias: added to the logits, (B, 1, 1, M).
-            perturbed_value: "values" lets each token of x attend to itself alone, "input" lets the attention pass on what it
-                was given; both then go through the last layer.
+            perturbed_value: for STG. "values" replaces the attention's output by the values of x, as if each token
+                attended only to itself; "input" replaces it by x. Both then go through the output projection.
         """
         if perturbed_value is not None:
             return self.out(self.v(x) if perturbed_value == PERTURB_TO_VALUES else x)
         q, kv = self._project_qkv(x, rope) if kv is None else (self.q(x), kv)
         q = self._norm_rotate_split(q, self.q_norm, rope)
-        # Queries and keys of 8-bit products are off by a per cent: logits rounded to bfloat16 add little to that.
+        # 8-bit matmuls put queries and keys off by about 1 %: logits rounded to bfloat16 add little to that.
         attended = attend(q, *kv, bias, bf16_logits=uses_8bit_matmul(self.q))
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def project_kv(self, context: Tensor) -> KeysValues:
-        """Of context (B, M, X): they are the same for every x."""
+        """Projects a context (B, M, context_width) to keys and values. They can be cached: x does not change them."""
         k, v = linear_shared_input(context, self.k, self.v)
         return KeysValues(self._norm_rotate_split(k, self.k_norm, None), self._split_heads(v))
 
     def _project_qkv(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, KeysValues]:
-        """Queries as they come, and keys and values of x itself."""
+        """Projects x to raw queries (B, N, D), and to keys and values for self-attention."""
         q, k, v = linear_shared_input(x, self.q, self.k, self.v)
         return q, KeysValues(self._norm_rotate_split(k, self.k_norm, rope), self._split_heads(v))
 
@@ -82,12 +90,12 @@ class Attention(nn.Module):
         return self._split_heads(fused.norm_rope(t, norm.weight, rope.cosine, rope.sine, norm.epsilon))
 
     def _split_heads(self, t: Tensor) -> Tensor:
-        """(B, M, D) -> (B, H, M, d)."""
+        """Splits heads, (B, M, D) -> (B, H, M, d)."""
         return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, bf16_logits: bool) -> Tensor:
-    """softmax(q kᵀ / √d + bias) v, by what is fastest for these inputs where they lie.
+    """Computes softmax(q kᵀ / √d + bias) v with the fastest kernel for these inputs on their device.
 
     Args:
         q: (B, H, N, d).

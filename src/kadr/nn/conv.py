@@ -1,4 +1,4 @@
-"""Convolution over time and space, as an exact stream."""
+"""3D convolution over time and space that takes a video chunk by chunk, exactly."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ KERNEL_SIZE = 3
 
 
 class ChunkedConv3d(nn.Module):
-    """A 3 x 3 x 3 convolution: zeros around the picture, the edge frames repeated around the video.
+    """A 3 x 3 x 3 convolution with zero padding in space and repeated edge frames in time.
 
-    Causal: the first frame is repeated twice in front, so an output frame sees no later one. Otherwise the first and
-    the last frame are repeated once each, and in a stream the output lags one frame behind.
+    Causal: the first frame is repeated twice in front, so no output frame depends on a later one. Otherwise the first
+    and the last frame are repeated once each, and chunk by chunk the output lags one frame behind.
     """
 
     causal: bool
@@ -21,42 +21,48 @@ class ChunkedConv3d(nn.Module):
     out_channels: int
 
     def forward(self, x: Tensor, cache: TemporalCache, *, add_bias: bool = True) -> Tensor:
-        """x (B, C, F, H, W) -> (B, C', F', H', W'). Who adds the bias later, with something else, wants it unbiased."""
-        # A first frame that is alone sees nothing but itself: the frames before it, and after the last, are its copies.
-        still = cache.get(self) is None and x.shape[2] == 1 and (self.causal or cache.is_last_chunk)
-        joined = self._pad_frames(x, cache)
-        step = self.stride[0]
-        made = max(0, (joined.shape[2] - KERNEL_SIZE) // step + 1)
+        """Convolves a chunk (B, C, F, H, W) -> (B, C', F', H', W').
+
+        Args:
+            cache: frames of the chunks before.
+            add_bias: False where the caller adds the bias itself, fused with another addition.
+        """
+        # Around a single first frame, all padding frames are copies of it.
+        is_repeated_frame = cache.get(self) is None and x.shape[2] == 1 and (self.causal or cache.is_last_chunk)
+        padded = self._pad_frames(x, cache)
+        stride = self.stride[0]
+        out_frames = max(0, (padded.shape[2] - KERNEL_SIZE) // stride + 1)
         if x.shape[2]:
-            cache.store(self, joined[:, :, made * step :])
-        if not made:
+            cache.store(self, padded[:, :, out_frames * stride :])
+        if not out_frames:
             return self._empty_output(x)
-        return (self.convolve_repeated_frame if still else self.convolve)(joined, add_bias=add_bias)
+        convolve = self.convolve_repeated_frame if is_repeated_frame else self.convolve
+        return convolve(padded, add_bias=add_bias)
 
     def convolve_repeated_frame(self, padded: Tensor, *, add_bias: bool) -> Tensor:
-        """`convolve`, of frames that are one and the same."""
+        """Computes `convolve` for frames that are all equal; a subclass may do it faster."""
         return self.convolve(padded, add_bias=add_bias)
 
     def convolve(self, padded: Tensor, *, add_bias: bool) -> Tensor:
-        """joined (B, C, F + 2, H, W), with its edges -> (B, C', F', H', W')."""
+        """Convolves frames with their padding, (B, C, F + 2, H, W) -> (B, C', F', H', W')."""
         raise NotImplementedError
 
     def _pad_frames(self, x: Tensor, cache: TemporalCache) -> Tensor:
-        kept = cache.get(self)
-        if kept is None:
+        cached = cache.get(self)
+        if cached is None:
             front = 2 if self.causal else 1
-            kept = x[:, :, :1].expand(-1, -1, front if x.shape[2] else 0, -1, -1)
-        # Where no frame comes any more, what was kept ends the video.
-        end = [(x if x.shape[2] else kept)[:, :, -1:]] if cache.is_last_chunk and not self.causal else []
-        return cat_frames(kept, x, *end)
+            cached = x[:, :, :1].expand(-1, -1, front if x.shape[2] else 0, -1, -1)
+        # If the last chunk has no frames, the last cached frame ends the video.
+        end = [(x if x.shape[2] else cached)[:, :, -1:]] if cache.is_last_chunk and not self.causal else []
+        return cat_frames(cached, x, *end)
 
     def _empty_output(self, x: Tensor) -> Tensor:
-        height, width = (-(-side // step) for side, step in zip(x.shape[3:], self.stride[1:], strict=True))
+        height, width = (-(-side // stride) for side, stride in zip(x.shape[3:], self.stride[1:], strict=True))
         return x.new_empty(x.shape[0], self.out_channels, 0, height, width)
 
 
 class CausalConv3d(ChunkedConv3d, nn.Conv3d):
-    """A streamed convolution with plain weights (C', C, 3, 3, 3) and bias (C')."""
+    """A chunked convolution with plain weights (C', C, 3, 3, 3) and bias (C')."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, causal: bool, stride: tuple[int, int, int] = (1, 1, 1)
@@ -65,5 +71,5 @@ class CausalConv3d(ChunkedConv3d, nn.Conv3d):
         self.causal = causal
 
     def convolve(self, padded: Tensor, *, add_bias: bool) -> Tensor:
-        """See `ChunkedConv3d.convolve`. On CUDA the result lies channels last where the weight does."""
+        """Implements `ChunkedConv3d.convolve`. On CUDA the output is channels last where the weight is."""
         return self._conv_forward(padded, self.weight, self.bias if add_bias else None)

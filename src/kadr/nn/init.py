@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def init_normal(*shape: int) -> Tensor:
-    """`torch.randn`, but on the meta device nothing is drawn: torch would load its compiler for it, a second."""
-    made = torch.empty(*shape)
-    return made if made.is_meta else made.normal_()
+    """Returns `torch.randn(*shape)`; draws nothing on the meta device, where torch would load its compiler (1 s)."""
+    weight = torch.empty(*shape)
+    return weight if weight.is_meta else weight.normal_()

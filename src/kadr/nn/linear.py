@@ -1,7 +1,7 @@
-"""The one seam where weights may be stored other than as plain numbers, and where others may be added to them.
+"""Linear layers: the one seam where weights may be quantized or prepacked, and where LoRAs are added.
 
-What stands in the place of a `Linear` may also do two things faster than it can: begin with what several layers share
-of one input, and take the GELU between two layers into the product before or after it.
+A replacement of `Linear` may also fuse two things: quantize an input once for all layers that share it, and compute the
+GELU between two layers as part of the matmul before or after it.
 """
 
 from __future__ import annotations
@@ -15,57 +15,58 @@ from kadr.kernels.matmul import linear, linear_gelu
 
 
 class QuantizesInput(nn.Module):
-    """A layer whose input is changed first, in a way that does not depend on its weight."""
+    """A layer that quantizes its input before the matmul. Layers of one type can share a quantized input."""
 
     def quantize_input(self, x: Tensor, *, gelu: bool = False) -> Any:
-        """What `finished` takes; of gelu(x) where asked."""
+        """Quantizes x, or gelu(x), for `matmul`."""
         raise NotImplementedError
 
     def matmul(self, quantized: Any) -> Tensor:
-        """The layer's outcome."""
+        """Returns the output of the layer for a quantized input."""
         raise NotImplementedError
 
 
 class FusedGELU(nn.Module):
-    """A layer that gives gelu(x Wᵀ + b) for little more than x Wᵀ + b."""
+    """A layer that computes gelu(x Wᵀ + b) at little more than the cost of x Wᵀ + b."""
 
     def with_gelu(self, x: Tensor) -> Tensor:
-        """gelu(x Wᵀ + b), in the tanh form."""
+        """Computes gelu(x Wᵀ + b), with the tanh form of GELU."""
         raise NotImplementedError
 
 
 class Linear(nn.Linear, FusedGELU):
-    """y = x Wᵀ + b. Quantization and packing replace instances of this class and of no other."""
+    """y = x Wᵀ + b. Quantization and prepacking replace instances of this class and of no other."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
     def with_gelu(self, x: Tensor) -> Tensor:
-        """gelu(x Wᵀ + b), in the tanh form."""
+        """Computes gelu(x Wᵀ + b), with the tanh form of GELU."""
         return linear_gelu(x, self.weight, self.bias)
 
 
 class _LoraInput(NamedTuple):
-    """What the layer underneath takes, and the input itself."""
+    """Input of a LoRA layer: quantized for the base layer where that quantizes, and as it is for the LoRA."""
 
     base_input: Any
     x: Tensor
 
 
 class LoRALinear(QuantizesInput):
-    """y = base(x) + B S A x: a layer and what LoRAs add to it, whatever its own weight is stored as.
+    """y = base(x) + B S A x: a layer with its LoRAs. The base may be stored in any weight format.
 
-    The LoRAs of a layer are one: the rows of their A stand under each other, the columns of their B side by side, and S
-    is diagonal. While S is 0 the layer stands aside: what is computed is `base`, and nothing else.
+    All LoRAs of a layer are one product: their A matrices stacked by rows, their B matrices by columns, and S diagonal
+    with their strengths. While S is 0, only `base` is computed.
 
     Args:
-        base: the layer.
-        down: A, (R, K): ranks of all LoRAs, inputs.
-        up: B, (O, R).
+        base: the layer that the LoRAs add to.
+        down: A, (R, K): R is the sum of all ranks, K the inputs.
+        up: B, (O, R): O are the outputs.
     """
 
     down: Tensor
     up: Tensor
+    segments: tuple[tuple[int, float, int], ...]  # of each LoRA: its index, scale and rank
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
         super().__init__()
@@ -75,64 +76,64 @@ class LoRALinear(QuantizesInput):
         self.scale: Tensor | None = None
 
     def set_scale(self, scale: Tensor) -> None:
-        """Take another S. scale: its diagonal, fp32 (R), where x will lie.
+        """Sets the diagonal of S: fp32 (R), on the device of x.
 
-        It is no buffer: those of a streamed block are on their way to and fro, and one that is changed may come late.
+        S is not a buffer: block swapping copies buffers asynchronously, and a change could arrive too late.
         """
         self.scale = scale if bool(scale.any()) else None
 
     @property
     def is_active(self) -> bool:
-        """Whether S is anything but 0."""
+        """True where S is not 0."""
         return self.scale is not None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.matmul(self.quantize_input(x)) if self.is_active else self.base(x)
 
     def quantize_input(self, x: Tensor, *, gelu: bool = False) -> _LoraInput:
-        """What `finished` takes; of gelu(x) where asked."""
+        """Prepares x, or gelu(x), for `matmul`: quantized for the base layer, plain for the LoRAs."""
         activated = F.gelu(x, approximate="tanh") if gelu else x
-        own = self.base.quantize_input(x, gelu=gelu) if isinstance(self.base, QuantizesInput) else activated
-        return _LoraInput(own, activated)
+        base_input = self.base.quantize_input(x, gelu=gelu) if isinstance(self.base, QuantizesInput) else activated
+        return _LoraInput(base_input, activated)
 
     def matmul(self, lora_input: _LoraInput) -> Tensor:
-        """The sum of the two."""
+        """Returns base(x) + B S A x."""
         base = self.base
-        made: Tensor = (
+        out: Tensor = (
             base.matmul(lora_input.base_input) if isinstance(base, QuantizesInput) else base(lora_input.base_input)
         )
         assert self.scale is not None
-        low = linear(lora_input.x, self.down, None)
-        return made + linear((low * self.scale).to(low.dtype), self.up, None)
+        low_rank = linear(lora_input.x, self.down, None)
+        return out + linear((low_rank * self.scale).to(low_rank.dtype), self.up, None)
 
 
 def active_layer(layer: nn.Module) -> nn.Module:
-    """The layer, or the one underneath where nothing is added to it."""
+    """Returns the layer, or its base where it is a LoRA layer whose strengths are all 0."""
     return layer.base if isinstance(layer, LoRALinear) and not layer.is_active else layer
 
 
 def uses_8bit_matmul(layer: nn.Module) -> bool:
-    """Whether a layer's products are in 8 bits."""
+    """Tells whether a layer computes its matmul in 8 bits."""
     return isinstance(layer.base if isinstance(layer, LoRALinear) else layer, QuantizesInput)
 
 
 def linear_shared_input(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What each of some layers, all stored alike, makes of one x."""
+    """Applies layers of one weight format to the same x. Quantizes x only once where they allow it."""
     layers = tuple(map(active_layer, layers))
     first = layers[0]
     if not isinstance(first, QuantizesInput) or any(type(layer) is not type(first) for layer in layers):
         return tuple(layer(x) for layer in layers)
-    prepared = first.quantize_input(x)
-    return tuple(layer.matmul(prepared) for layer in layers if isinstance(layer, QuantizesInput))
+    quantized = first.quantize_input(x)
+    return tuple(layer.matmul(quantized) for layer in layers if isinstance(layer, QuantizesInput))
 
 
 def mlp(up: nn.Module, down: nn.Module, x: Tensor) -> Tensor:
-    """down(gelu(up(x))), in the tanh form."""
+    """Computes down(gelu(up(x))), with the tanh form of GELU."""
     up, down = active_layer(up), active_layer(down)
     if isinstance(up, FusedGELU):
-        made: Tensor = down(up.with_gelu(x))
+        out: Tensor = down(up.with_gelu(x))
     elif isinstance(down, QuantizesInput):
-        made = down.matmul(down.quantize_input(up(x), gelu=True))
+        out = down.matmul(down.quantize_input(up(x), gelu=True))
     else:
-        made = down(F.gelu(up(x), approximate="tanh"))
-    return made
+        out = down(F.gelu(up(x), approximate="tanh"))
+    return out

@@ -1,4 +1,4 @@
-"""Normalisations."""
+"""RMSNorm, and LayerNorm over channels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kadr.kernels.reference import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """rms_norm with a learned weight (D)."""
+    """RMS norm over the last axis, with a learned weight (D)."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rotary positions over fractions of time, height and width."""
+"""Rotary position embeddings (RoPE; Su et al. 2021, arXiv:2104.09864) over fractions of time, height and width."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from kadr.kernels.reference import apply_rope
 
 
 class Rope(NamedTuple):
-    """Cosine and sine of every angle, each (B, N, D), or (1, N, D) for all samples, with equal neighbours in pairs."""
+    """Cosines and sines, each (B, N, D), or (1, N, D) for all samples. Both elements of a pair have one angle."""
 
     cosine: Tensor
     sine: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotate the pairs (0, 1), (2, 3), ... of x (B, N, D)."""
+        """Rotates the pairs (0, 1), (2, 3), ... of x (B, N, D)."""
         return apply_rope(x, self.cosine, self.sine)
 
     def for_samples(self, samples: slice) -> Rope:
-        """Of some samples of the batch."""
+        """Returns the table of some samples of the batch."""
         return self if len(self.cosine) == 1 else Rope(self.cosine[samples], self.sine[samples])
 
 
 def rope_table(
     positions: Tensor, width: int, *, max_positions: tuple[float, float, float], theta: float, dtype: torch.dtype
 ) -> Rope:
-    """The table for tokens at positions (B, 3, N), fp32: seconds, then pixels down, then pixels right.
+    """Computes the RoPE table for tokens at positions (B, 3, N), fp32: seconds, then pixels down, then pixels right.
 
-    A position becomes a fraction p of its limit (20 s, 2048 px, 2048 px); the angles are 2p - 1 times pi/2 · theta^(k
-    / (K - 1)), k < K = width // 6, frequency-major with the three axes interleaved. What 6K leaves of the width is
-    unrotated and stands in front. Angles reach 15708, so they are computed in fp32 whatever the dtype of the model.
+    A position becomes a fraction p of its maximum (20 s, 2048 px, 2048 px). The angles are (2p - 1) · pi/2 ·
+    theta^(k / (K - 1)), k < K = width // 6, frequency-major with the three axes interleaved. The width - 6K elements
+    that remain come first and are not rotated. Angles reach 15708, so they are computed in fp32 for every model dtype.
     """
-    count = width // 6
-    frequencies = theta ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device=positions.device)
+    num_frequencies = width // 6
+    frequencies = theta ** torch.linspace(0.0, 1.0, num_frequencies, dtype=torch.float32, device=positions.device)
     fractions = positions.float() / torch.tensor(max_positions, device=positions.device)[None, :, None]
     angles = (frequencies * (math.pi / 2)) * (2 * fractions - 1).transpose(1, 2)[..., None]  # (B, N, 3, K)
     angles = angles.transpose(2, 3).flatten(2).repeat_interleave(2, dim=-1)
-    front = angles.new_zeros(*angles.shape[:2], width - 6 * count)
-    angles = torch.cat([front, angles], dim=-1)
+    unrotated = angles.new_zeros(*angles.shape[:2], width - 6 * num_frequencies)
+    angles = torch.cat([unrotated, angles], dim=-1)
     return Rope(angles.cos().to(dtype), angles.sin().to(dtype))

@@ -1,8 +1,8 @@
-"""What the temporal layers of one pass over a video remember from chunk to chunk.
+"""Temporal cache: the frames that temporal layers of the VAE keep from chunk to chunk.
 
-A video goes through the VAE in chunks of any length, first frame first. Each layer that looks across time keeps the
-frames it still needs, so that any way of cutting the video into chunks computes the same numbers; the whole video at
-once is a stream of one chunk. Tensors are (B, C, F, H, W); F may be 0 where a layer still waits for its next frame.
+A video goes through the VAE in chunks of any length, in order. Each temporal layer keeps the frames that it still
+needs, so the numbers do not depend on the chunk lengths; a whole video is one chunk. Tensors are (B, C, F, H, W); F may
+be 0 while a layer waits for its next frame.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ NoiseSource = Callable[[tuple[int, ...]], Tensor]
 
 
 def cat_frames(*parts: Tensor) -> Tensor:
-    """Frames (B, C, F, H, W) of several tensors, one after the other, channels last in memory if the last part is.
+    """Concatenates frames (B, C, F, H, W) in time; the output is channels last in memory if the last part is.
 
-    `torch.cat` puts the channels first as soon as one part says nothing of its order, as a repeated frame does, and
-    from there on every sum has to reorder.
+    `torch.cat` falls back to channels first if the layout of a part is ambiguous, as that of a repeated frame is, and
+    every later addition then has to reorder.
     """
     if parts[-1].movedim(1, -1).is_contiguous():
         return torch.cat([part.movedim(1, -1) for part in parts], dim=1).movedim(-1, 1)
@@ -27,11 +27,11 @@ def cat_frames(*parts: Tensor) -> Tensor:
 
 
 class TemporalCache:
-    """The memory of one pass.
+    """Frames and noise that layers keep while one video goes through. An owner is any hashable key of a layer.
 
     Args:
-        is_last_chunk: the chunk now going through ends the video. Set it before the last chunk.
-        noise_source: draws standard normal noise of a shape, for decoders with noise injection.
+        is_last_chunk: the current chunk ends the video. Set it before the last chunk.
+        noise_source: draws standard normal noise of a shape, for decoders that inject noise.
     """
 
     def __init__(self, *, is_last_chunk: bool = False, noise_source: NoiseSource | None = None) -> None:
@@ -42,49 +42,49 @@ class TemporalCache:
 
     @classmethod
     def single_chunk(cls, noise_source: NoiseSource | None = None) -> TemporalCache:
-        """The stream of a video that comes as one chunk."""
+        """Returns a cache for a video that is one chunk."""
         return cls(is_last_chunk=True, noise_source=noise_source)
 
     def get(self, owner: Hashable) -> Tensor | None:
-        """What `owner` kept from the chunk before; None before its first frame."""
+        """Returns the frames that `owner` stored in the chunk before; None before its first frame."""
         return self._frames.get(owner)
 
     def store(self, owner: Hashable, x: Tensor) -> None:
-        """Keep `x` for `owner` until the next chunk, where the frames of the chunk before lay if they are as many.
+        """Stores a copy of `x` for `owner` until the next chunk, in the memory of the last copy if the shape is equal.
 
-        Copied, or a view would hold the whole chunk in memory. In the same place, because what stays long among what
-        comes and goes leaves holes in the heap that nothing fits.
+        A view would keep the whole chunk in memory. The memory is reused because long-lived allocations between
+        short-lived ones fragment the heap.
         """
         if self.is_last_chunk:
             return
-        kept = self._frames.get(owner)
-        if kept is None or kept.shape != x.shape:
+        cached = self._frames.get(owner)
+        if cached is None or cached.shape != x.shape:
             self._frames[owner] = x.clone()
         else:
-            kept.copy_(x)
+            cached.copy_(x)
 
     def prepend(self, owner: Hashable, x: Tensor) -> Tensor:
-        """The frames `owner` kept, followed by `x`."""
-        kept = self.get(owner)
-        return x if kept is None or not kept.shape[2] else cat_frames(kept, x)
+        """Returns the frames that `owner` stored, followed by `x`."""
+        cached = self.get(owner)
+        return x if cached is None or not cached.shape[2] else cat_frames(cached, x)
 
     def delay(self, owner: Hashable, x: Tensor, frames: int) -> Tensor:
-        """The oldest `frames` frames not yet returned: holds a skip path back until the main path has caught up."""
+        """Returns the oldest `frames` frames not yet returned: delays a skip connection as its main path is delayed."""
         x = self.prepend(owner, x)
         self.store(owner, x[:, :, frames:])
         return x[:, :, :frames]
 
     def is_first(self, owner: Hashable, x: Tensor) -> bool:
-        """True once: when the first frame of the video reaches `owner` in `x`."""
+        """Returns True once: when `x` has the first frame of the video for `owner`."""
         if not x.shape[2] or owner in self._frames:
             return False
         self._frames[owner] = x.new_empty(0)
         return True
 
     def get_noise(self, owner: Hashable, like: Tensor) -> Tensor:
-        """Noise (H, W) for `owner`: drawn once, the same for every frame, channel and sample of the video."""
+        """Returns noise (H, W) for `owner`, drawn once for all frames, channels and samples of the video."""
         if owner not in self._noise_maps:
             if self._noise_source is None:
-                raise ValueError("this decoder injects noise: give its stream a source of noise")
+                raise ValueError("this decoder injects noise: pass a noise_source")
             self._noise_maps[owner] = self._noise_source(tuple(like.shape[-2:])).to(like)
         return self._noise_maps[owner]

@@ -1,4 +1,4 @@
-"""How a noise level enters a network."""
+"""Sinusoidal timestep embedding."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ SINUSOID_WIDTH = 256
 
 
 def sinusoidal_embedding(timestep: Tensor, width: int = SINUSOID_WIDTH) -> Tensor:
-    """value (N), fp32 -> (N, width), fp32: cosines of value / 10000^(k / half), k < half = width / 2, then sines.
+    """Embeds timestep (N), fp32 -> (N, width), fp32: cosines of timestep / 10000^(k / half), k < half, then sines.
 
-    The exponent is divided by half and not by half - 1 (`downscale_freq_shift` 0), and the cosines come first.
+    half = width / 2. The exponent is divided by half and not by half - 1 (`downscale_freq_shift` 0), and the cosines
+    come first.
     """
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(10000.0) / half)
@@ -25,7 +26,7 @@ def sinusoidal_embedding(timestep: Tensor, width: int = SINUSOID_WIDTH) -> Tenso
 
 
 class TimestepEmbedding(nn.Module):
-    """A scaled noise level (N) -> (N, width): sinusoid, linear, SiLU, linear."""
+    """Embeds a timestep, which is a scaled sigma, (N) -> (N, width): sinusoid, linear, SiLU, linear."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

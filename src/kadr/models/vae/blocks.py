@@ -1,4 +1,4 @@
-"""The blocks of encoder and decoder. Tensors are (B, C, F, H, W)."""
+"""Blocks of the encoder and the decoder. Tensors are (B, C, F, H, W)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kadr.nn.timestep_embedding import TimestepEmbedding
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, F, H, W) -> (B, C·p·p, F, H/p, W/p): channel, then column within the patch, then row (fastest)."""
+    """Folds patches, (B, C, F, H, W) -> (B, C·p·p, F, H/p, W/p), in the order (channel, column, row), rows fastest."""
     batch, channels, frames, height, width = x.shape
     x = x.reshape(batch, channels, frames, height // patch_size, patch_size, width // patch_size, patch_size)
     return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(
@@ -27,7 +27,7 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(x: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `patchify`."""
+    """Inverts `patchify`."""
     batch, channels, frames, height, width = x.shape
     channels //= patch_size**2
     x = x.reshape(batch, channels, patch_size, patch_size, frames, height, width)
@@ -35,46 +35,49 @@ def unpatchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def space_to_depth(x: Tensor, strides: Strides) -> Tensor:
-    """Fold frames, rows and columns into channels, ordered (channel, frame, row, column). Unlike `patchify`."""
+    """Folds frames, rows and columns into channels, in the order (channel, frame, row, column), unlike `patchify`."""
     batch, channels, *sides = x.shape
-    (t, frames), (s, height), (r, width) = ((step, side // step) for step, side in zip(strides, sides, strict=True))
+    (t, frames), (s, height), (r, width) = (
+        (stride, side // stride) for stride, side in zip(strides, sides, strict=True)
+    )
     x = x.reshape(batch, channels, frames, t, height, s, width, r)
     return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(batch, channels * t * s * r, frames, height, width)
 
 
 def depth_to_space(x: Tensor, strides: Strides) -> Tensor:
-    """The inverse of `space_to_depth`. What lies channels last comes out so, for a sixth of the time."""
+    """Inverts `space_to_depth`. A channels-last input gives a channels-last output, in a sixth of the time."""
     batch, channels, frames, height, width = x.shape
     t, s, r = strides
     channels //= t * s * r
-    last = x.movedim(1, -1)
-    if last.is_contiguous():
-        last = last.reshape(batch, frames, height, width, channels, t, s, r).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        return last.reshape(batch, frames * t, height * s, width * r, channels).movedim(-1, 1)
+    channels_last = x.movedim(1, -1)
+    if channels_last.is_contiguous():
+        unfolded = channels_last.reshape(batch, frames, height, width, channels, t, s, r)
+        unfolded = unfolded.permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return unfolded.reshape(batch, frames * t, height * s, width * r, channels).movedim(-1, 1)
     x = x.reshape(batch, channels, t, s, r, frames, height, width)
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(batch, channels, frames * t, height * s, width * r)
 
 
 class ScaleShift(NamedTuple):
-    """A shift and a scale per channel, each (B, C)."""
+    """Modulation without a gate: a shift and a scale per channel, each (B, C)."""
 
     shift: Tensor
     scale: Tensor
 
 
 def compute_scale_shifts(table: Tensor, embedding: Tensor) -> list[ScaleShift]:
-    """table (2n, C) + embedding (B, 2n·C) -> n bends; the rows are shift, scale, shift, scale, ..."""
+    """Adds table (2n, C) to a timestep embedding (B, 2n·C): n pairs from the rows shift, scale, shift, scale, ..."""
     rows = (table[None] + embedding.unflatten(1, table.shape)).unbind(1)
     return [ScaleShift(shift, scale) for shift, scale in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def adds_bias_to_skip(x: Tensor) -> bool:
-    """Whether a bias is better added with the skip: on a GPU, a convolution would take a pass of its own for it."""
+    """Tells whether to add a bias together with the skip: on a GPU, a convolution needs another pass for it."""
     return x.is_cuda
 
 
 class ResnetBlock3D(nn.Module):
-    """Two convolutions around a residual path; optionally bent by the noise level, optionally with noise added."""
+    """A residual block of two convolutions, with optional timestep modulation and optional noise injection."""
 
     def __init__(
         self,
@@ -103,19 +106,23 @@ class ResnetBlock3D(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: TemporalCache, temb: Tensor | None = None) -> Tensor:
-        """x (B, C, F, H, W), level (B, 4C): the embedded noise level, where the layer is conditioned on it."""
-        bend1 = bend2 = None
+        """Computes the block for x (B, C, F, H, W).
+
+        Args:
+            temb: (B, 4C) timestep embedding, for blocks with timestep conditioning.
+        """
+        mod1 = mod2 = None
         if self.timestep_conditioning and temb is not None:
-            bend1, bend2 = compute_scale_shifts(self.scale_shift_table, temb)
-        main = self._norm_conv(x, cache, self.conv1, bend1, "per_channel_scale1")
-        together = adds_bias_to_skip(main)
-        main = self._norm_conv(main, cache, self.conv2, bend2, "per_channel_scale2", add_bias=not together)
+            mod1, mod2 = compute_scale_shifts(self.scale_shift_table, temb)
+        main = self._norm_conv(x, cache, self.conv1, mod1, "per_channel_scale1")
+        bias_with_skip = adds_bias_to_skip(main)
+        main = self._norm_conv(main, cache, self.conv2, mod2, "per_channel_scale2", add_bias=not bias_with_skip)
         skip = cache.delay(self, x, main.shape[2])
         if not main.shape[2]:
-            return main  # still waiting; native convolutions refuse a tensor without frames
+            return main  # no frame is ready yet; native convolutions refuse a tensor without frames
         if self.changes_channels:
             skip = self.shortcut(self.shortcut_norm(skip))
-        return fused.bias_residual(main, self.conv2.bias, skip) if together else main.add_(skip)
+        return fused.bias_residual(main, self.conv2.bias, skip) if bias_with_skip else main.add_(skip)
 
     def _norm_conv(
         self,
@@ -135,7 +142,7 @@ class ResnetBlock3D(nn.Module):
 
 
 class ResnetStage(nn.Module):
-    """The "res_x" block: residual layers of one width that share one embedding of the noise level."""
+    """The "res_x" block: residual blocks of equal width that share one timestep embedding."""
 
     def __init__(
         self,
@@ -160,19 +167,23 @@ class ResnetStage(nn.Module):
         self.time_embed = TimestepEmbedding(4 * channels) if timestep_conditioning else None
 
     def forward(self, x: Tensor, cache: TemporalCache, timestep: Tensor | None = None) -> Tensor:
-        """level (B): the scaled noise level, where the stage is conditioned on it."""
-        embedded = None
+        """Runs the residual blocks on x (B, C, F, H, W).
+
+        Args:
+            timestep: (B), scaled, for stages with timestep conditioning.
+        """
+        temb = None
         if self.time_embed is not None and timestep is not None:
-            embedded = self.time_embed(timestep, x.dtype)
-        for layer in self.res_blocks:
-            x = layer(x, cache, embedded)
+            temb = self.time_embed(timestep, x.dtype)
+        for block in self.res_blocks:
+            x = block(x, cache, temb)
         return x
 
 
 class SpaceToDepthDownsample(nn.Module):
-    """The "compress_*_res" block of the encoder: a convolution folded into channels, beside averaged channels.
+    """The "compress_*_res" block of the encoder: a convolution and `space_to_depth`, with a skip of averaged channels.
 
-    The first frame is doubled before both paths, so an odd count of frames folds in pairs.
+    The first frame is doubled before both paths, so an odd number of frames folds in pairs.
     """
 
     def __init__(self, in_channels: int, out_channels: int, strides: Strides) -> None:
@@ -197,10 +208,10 @@ class SpaceToDepthDownsample(nn.Module):
 
 
 class DepthToSpaceUpsample(nn.Module):
-    """The "compress_*" block of the decoder: a convolution unfolded into frames, rows and columns.
+    """The "compress_*" block of the decoder: a convolution and `depth_to_space`.
 
-    Twice as many frames come out, less the first. With `residual`, the unfolded input is added, its channels
-    tiled (0..K-1, 0..K-1, ...) to the width of the output.
+    A temporal stride doubles the frames and drops the first. With `residual`, the unfolded input is added, its channels
+    repeated (0..K-1, 0..K-1, ...) to the channels of the output.
     """
 
     def __init__(self, in_channels: int, strides: Strides, *, multiplier: int, residual: bool) -> None:
@@ -212,10 +223,10 @@ class DepthToSpaceUpsample(nn.Module):
 
     def forward(self, x: Tensor, cache: TemporalCache) -> Tensor:
         out = self.conv(x, cache)
-        made = out.shape[2]
+        conv_frames = out.shape[2]
         out = depth_to_space(out, self.strides)
         if self.skip_repeats:
-            skip = depth_to_space(cache.delay(self, x, made), self.strides)
+            skip = depth_to_space(cache.delay(self, x, conv_frames), self.strides)
             out = (out.unflatten(1, (self.skip_repeats, -1)) + skip[:, None]).flatten(1, 2)
         if self.strides[0] == 2 and cache.is_first((self, "dropped"), out):
             out = out[:, :, 1:]

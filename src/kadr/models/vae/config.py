@@ -1,4 +1,4 @@
-"""The sizes of a video VAE, as data."""
+"""Sizes of a video VAE, as data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK_STRIDES: Mapping[str, Strides] = {
 }
 ENCODER_BLOCK_KINDS = ("res_x", "res_x_y", *BLOCK_STRIDES)
 DECODER_BLOCK_KINDS = ("res_x", "res_x_y", "compress_time", "compress_space", "compress_all")
-# Keys of the header that change what is computed, with the only value released weights use.
+# Keys of the header that change the computation, with the only value that released weights use.
 VAE_FIXED_VALUES: Mapping[str, Any] = {
     "_class_name": "CausalVideoAutoencoder",
     "dims": 3,
@@ -44,10 +44,10 @@ class BlockConfig:
 
     Args:
         kind: its name in the header.
-        num_layers: residual layers of a "res_x".
-        multiplier: channels out per channel in, seen in the encoder's direction.
-        residual: a decoder's "compress_all" adds its input, re-arranged, to its output.
-        inject_noise: the residual layers add noise of a learned strength per channel.
+        num_layers: residual blocks of a "res_x".
+        multiplier: output channels per input channel, in the encoder's direction.
+        residual: a decoder's "compress_all" adds its input, rearranged, to its output.
+        inject_noise: the residual blocks add noise with a learned scale per channel.
     """
 
     kind: str
@@ -62,18 +62,20 @@ class BlockConfig:
 
     @classmethod
     def from_header(cls, entry: Sequence[Any], *, list_name: str, allowed_kinds: Sequence[str]) -> BlockConfig:
-        """Read ["res_x", 4] or ["compress_all", {"residual": true, "multiplier": 2}]."""
+        """Reads ["res_x", 4] or ["compress_all", {"residual": true, "multiplier": 2}]."""
         kind, detail = entry
         if kind not in allowed_kinds:
-            raise CheckpointError(f"the VAE's {list_name} list a block {kind!r}; known are {', '.join(allowed_kinds)}.")
+            raise CheckpointError(
+                f"the VAE's {list_name} contain a block {kind!r}; known are {', '.join(allowed_kinds)}."
+            )
         detail = {"num_layers": detail} if isinstance(detail, int) else dict(detail)
         if kind != "res_x":
             detail.pop("num_layers", None)  # ["compress_all", 1] is how 0.9 writes a block without layers
-        usual = 2 if kind == "res_x_y" or kind.endswith("_res") else 1
+        default_multiplier = 2 if kind == "res_x_y" or kind.endswith("_res") else 1
         block = cls(
             kind=kind,
             num_layers=detail.pop("num_layers", 0),
-            multiplier=detail.pop("multiplier", usual),
+            multiplier=detail.pop("multiplier", default_multiplier),
             residual=detail.pop("residual", False),
             inject_noise=detail.pop("inject_noise", False),
         )
@@ -84,7 +86,7 @@ class BlockConfig:
         return block
 
     def to_header(self) -> list[Any]:
-        """The entry as the official header writes it."""
+        """Returns the entry as the official header writes it."""
         if self.kind == "res_x":
             return [self.kind, {"num_layers": self.num_layers, "inject_noise": self.inject_noise}]
         detail: dict[str, Any] = {"multiplier": self.multiplier}
@@ -97,7 +99,7 @@ class BlockConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Sizes of a VAE. Block lists are in the order of the encoder; the decoder walks its own backwards."""
+    """Sizes of a VAE. Both block lists are in the order of the encoder; the decoder runs its list backwards."""
 
     encoder_blocks: tuple[BlockConfig, ...]
     decoder_blocks: tuple[BlockConfig, ...]
@@ -127,7 +129,7 @@ class VAEConfig:
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> VAEConfig:
-        """Read the "vae" entry of an official header.
+        """Reads the "vae" entry of an official header.
 
         Raises:
             CheckpointError: a value that no released weights use, or an unknown block.
@@ -155,7 +157,7 @@ class VAEConfig:
         )
 
     def to_header(self) -> dict[str, Any]:
-        """The "vae" entry of an official header."""
+        """Returns the "vae" entry of an official header."""
         return {
             **VAE_FIXED_VALUES,
             "latent_channels": self.latent_channels,
@@ -197,6 +199,8 @@ VAE_0_9_5 = VAEConfig(
         ("res_x", 6), ("compress_all_res", {"multiplier": 2}), ("res_x", 2), ("compress_all_res", {"multiplier": 2}),
         ("res_x", 2),
     ),
-    decoder_blocks=_parse_blocks(("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5)),
+    decoder_blocks=_parse_blocks(
+        ("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5), _UPSAMPLE_BLOCK, ("res_x", 5),
+    ),
     timestep_conditioning=True,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pixels to latents."""
+"""The VAE encoder: pixels to latents."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from kadr.nn.temporal_cache import TemporalCache
 
 
 def _build_block(block: BlockConfig, channels: int) -> tuple[nn.Module, int]:
-    """The module for one entry of the list, and the width it hands on."""
+    """Builds the module for one entry of the block list; returns it and its output channels."""
     if block.kind == "res_x":
         return ResnetStage(channels, block.num_layers, causal=True), channels
-    wider = channels * block.multiplier
+    out_channels = channels * block.multiplier
     if block.kind == "res_x_y":
-        return ResnetBlock3D(channels, wider, causal=True), wider
+        return ResnetBlock3D(channels, out_channels, causal=True), out_channels
     if block.kind.endswith("_res"):
-        return SpaceToDepthDownsample(channels, wider, block.strides), wider
+        return SpaceToDepthDownsample(channels, out_channels, block.strides), out_channels
     return CausalConv3d(channels, channels, causal=True, stride=block.strides), channels
 
 
 class Encoder(nn.Module):
-    """The causal encoder: a latent frame sees no later pixels, so one picture is encoded as the first frame is."""
+    """The causal encoder: no latent frame depends on later pixels, so an image is encoded like the first frame."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        width = config.encoder_base_channels
-        self.conv_in = CausalConv3d(3 * config.patch_size**2, width, causal=True)
+        channels = config.encoder_base_channels
+        self.conv_in = CausalConv3d(3 * config.patch_size**2, channels, causal=True)
         self.blocks = nn.ModuleList()
         for entry in config.encoder_blocks:
-            module, width = _build_block(entry, width)
+            module, channels = _build_block(entry, channels)
             self.blocks.append(module)
-        self.conv_out = CausalConv3d(width, config.latent_channels + 1, causal=True)
+        self.conv_out = CausalConv3d(channels, config.latent_channels + 1, causal=True)
 
     def forward(self, pixels: Tensor, cache: TemporalCache) -> Tensor:
-        """pixels (B, 3, F, H, W) in [-1, 1] -> (B, C + 1, f, h, w): the mean, then one log variance for them all."""
+        """Encodes pixels (B, 3, F, H, W) in [-1, 1] to (B, C + 1, f, h, w): C means, then one log variance for all."""
         x = self.conv_in(patchify(pixels, self.patch_size), cache)
         for block in self.blocks:
             x = block(x, cache)

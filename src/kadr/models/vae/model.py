@@ -1,4 +1,4 @@
-"""The video VAE: pixels (B, 3, 8k+1, 32h, 32w) to latents (B, C, k+1, h, w) and back."""
+"""The video VAE: encodes pixels (B, 3, 8k+1, 32h, 32w) to latents (B, C, k+1, h, w), and decodes them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kadr.shapes import TEMPORAL_COMPRESSION
 
 @dataclass(frozen=True)
 class Moments:
-    """What the encoder says of a video: mean (B, C, f, h, w) and one log variance per position (B, 1, f, h, w)."""
+    """The encoder's output: mean (B, C, f, h, w) and one log variance per position (B, 1, f, h, w)."""
 
     mean: Tensor
     log_variance: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """A latent drawn with the given standard normal noise, shaped as the mean."""
+        """Samples latents with standard normal noise, shaped as the mean."""
         return self.mean + (0.5 * self.log_variance.clamp(-30.0, 20.0)).exp() * noise
 
 
@@ -50,7 +50,7 @@ class LatentStatistics(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder, decoder and latent statistics. Latents are normalised unless said otherwise."""
+    """Encoder, decoder and latent statistics. Latents are normalised unless a docstring says otherwise."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -60,50 +60,50 @@ class VAE(nn.Module):
         self.statistics = LatentStatistics(config.latent_channels)
 
     def encode_moments(self, pixels: Tensor, *, chunk_frames: int | None = None) -> Moments:
-        """pixels (B, 3, 8k+1, 32h, 32w) in [-1, 1] -> moments, not normalised. `chunk_frames` frames go through at a time."""
+        """Encodes pixels (B, 3, 8k+1, 32h, 32w) in [-1, 1], `chunk_frames` at a time, to moments, not normalised."""
         frames = pixels.shape[2]
         return self.encode_moments_stream(iter(pixels.split(chunk_frames or frames, dim=2)), frames)
 
     def encode_moments_stream(self, chunks: Iterator[Tensor], frames: int) -> Moments:
-        """As `moments`, of pixels (B, 3, n, 32h, 32w) that come one chunk after the other, `frames` of them in all.
+        """Encodes pixels that come in chunks (B, 3, n, 32h, 32w), with `frames` frames in all, to the same moments.
 
-        The moments are the same; no chunk is held while the next one is made.
+        Each chunk is released before the next one is taken from `chunks`.
 
         Raises:
-            ValueError: the frames are not 8k+1, or not as many come.
+            ValueError: `frames` is not of the form 8k+1, or the chunks have another number of frames.
         """
         if frames % TEMPORAL_COMPRESSION != 1:
             raise ValueError(
-                f"{frames} frames; the encoder takes {TEMPORAL_COMPRESSION}k+1, and what is over would be lost"
+                f"{frames} frames; the encoder takes {TEMPORAL_COMPRESSION}k+1 and would lose those beyond"
             )
-        stream, done, made = TemporalCache(), 0, []
-        for part in chunks:
-            done += part.shape[2]
-            stream.is_last_chunk = done >= frames
-            made.append(self.encoder(part, stream))
-            del part
-        if done != frames:
-            raise ValueError(f"{done} frames came, and {frames} were to come")
-        joined = torch.cat(made, dim=2)
-        return Moments(joined[:, :-1], joined[:, -1:])
+        cache, frames_done, outputs = TemporalCache(), 0, []
+        for chunk in chunks:
+            frames_done += chunk.shape[2]
+            cache.is_last_chunk = frames_done >= frames
+            outputs.append(self.encoder(chunk, cache))
+            del chunk
+        if frames_done != frames:
+            raise ValueError(f"the chunks have {frames_done} frames, not {frames}")
+        moments = torch.cat(outputs, dim=2)
+        return Moments(moments[:, :-1], moments[:, -1:])
 
     def encode(self, pixels: Tensor, *, noise: Tensor | None = None, chunk_frames: int | None = None) -> Tensor:
-        """pixels -> normalised latents (B, C, f, h, w): the mean, or with `noise` (shaped as the latents) a sample."""
+        """Encodes pixels to normalised latents (B, C, f, h, w): the mean, or with `noise` of that shape a sample."""
         moments = self.encode_moments(pixels, chunk_frames=chunk_frames)
         return self.statistics.normalise(moments.mean if noise is None else moments.sample(noise))
 
     def encode_stream(self, chunks: Iterator[Tensor], frames: int) -> Tensor:
-        """As `encode`, the mean, of pixels that come in chunks; see `moments_stream`."""
+        """Encodes pixels that come in chunks to normalised latents, the mean; see `encode_moments_stream`."""
         return self.statistics.normalise(self.encode_moments_stream(chunks, frames).mean)
 
     def decode(
         self, latents: Tensor, *, timestep: Tensor | None = None, noise_source: NoiseSource | None = None
     ) -> Tensor:
-        """Normalised latents (B, C, f, h, w) -> pixels (B, 3, 8(f-1)+1, 32h, 32w), about [-1, 1].
+        """Decodes normalised latents (B, C, f, h, w) to pixels (B, 3, 8(f-1)+1, 32h, 32w), about [-1, 1].
 
         Args:
-            timestep: (B) the decode timestep in [0, 1], for decoders conditioned on it.
-            noise_source: source of injected noise, for decoders that inject it (0.9.1).
+            timestep: (B) the decode timestep in [0, 1], for decoders with timestep conditioning.
+            noise_source: draws the injected noise, for decoders that inject it (0.9.1).
         """
         return self.decoder(self.statistics.denormalise(latents), TemporalCache.single_chunk(noise_source), timestep)
 
@@ -116,12 +116,12 @@ class VAE(nn.Module):
         input_chunk_frames: int | None = None,
         chunk_frames: int = CHUNK_FRAMES,
     ) -> Iterator[Tensor]:
-        """As `decode`, `input_chunk_frames` latent frames at a time: yields pixels (B, 3, n, H, W) as they are ready.
+        """Decodes latents chunk by chunk: yields pixels (B, 3, n, H, W) as they are ready.
 
-        The pixels are the same; the memory does not grow with the number of frames.
+        The pixels are those of `decode`; memory does not grow with the number of frames.
 
         Args:
-            input_chunk_frames: as many as are handed on, unless told otherwise.
+            input_chunk_frames: latent frames taken at a time; None: `chunk_frames`.
             chunk_frames: see `Decoder.forward_chunks`.
         """
         chunks = latents.split(input_chunk_frames or chunk_frames, dim=2)
@@ -138,11 +138,11 @@ class VAE(nn.Module):
         noise_source: NoiseSource | None = None,
         chunk_frames: int = CHUNK_FRAMES,
     ) -> Iterator[Tensor]:
-        """As `decode_stream`, of latents (B, C, n, h, w) that come in chunks, `frames` of them in all."""
-        stream, done = TemporalCache(noise_source=noise_source), 0
-        for part in chunks:
-            done += part.shape[2]
-            stream.is_last_chunk = done >= frames
+        """Decodes like `decode_stream`, from latents in chunks (B, C, n, h, w), with `frames` latent frames in all."""
+        cache, frames_done = TemporalCache(noise_source=noise_source), 0
+        for chunk in chunks:
+            frames_done += chunk.shape[2]
+            cache.is_last_chunk = frames_done >= frames
             yield from self.decoder.forward_chunks(
-                self.statistics.denormalise(part), stream, timestep, chunk_frames=chunk_frames
+                self.statistics.denormalise(chunk), cache, timestep, chunk_frames=chunk_frames
             )
