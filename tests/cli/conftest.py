@@ -15,7 +15,8 @@ from kadr.cli import run
 from kadr.cli.main import main
 from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
-from kadr.planning.plan import Placement, Plan, StagePlan
+from kadr.planning.placement import Placement
+from kadr.planning.plan import Plan, StagePlan
 from kadr.request.request import Request
 from kadr.request.resolve import resolve
 from kadr.sampling.settings import Guidance, Pass

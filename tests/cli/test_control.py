@@ -64,9 +64,9 @@ def test_controls_may_be_many_and_stand_beside_pictures(kadr: Run, engine: FakeE
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ("dog:walk.mp4", 2, "'dog' is no kind of control: give one of canny, depth, pose, ready"),
+        ("dog:walk.mp4", 2, "'dog' is not a kind of control: give one of canny, depth, pose, ready"),
         ("canny:gone.mp4", 1, "there is no file"),
-        ("canny:walk.mp4#3", 2, "'3' is no part of a clip"),
+        ("canny:walk.mp4#3", 2, "'3' is not a range of frames"),
         ("canny:", 2, "'canny:' names no clip"),
         ("", 2, "'' names no clip"),
     ],
@@ -86,13 +86,13 @@ def test_dry_run_tells_of_controls(kadr: Run, clip: str) -> None:
     path = os.path.abspath(clip)
     assert ended.code == 0
     assert f"control          canny of {path} (frames 0 to 8)" in ended.out.splitlines()
-    assert "a control is given, and no LoRA" in ended.err
+    assert "a control is given, but no LoRA" in ended.err
     told = json.loads(kadr(*words, "--json", "--lora", "ltxv-13b-0.9.7-ic-lora-canny").out)
     assert told["controls"] == [{"media": path, "kind": "canny", "frames": 9}]
-    assert told["request"]["controls"] == [{"media": path, "kind": "canny", "part": None}]
+    assert told["request"]["controls"] == [{"media": path, "kind": "canny", "frame_range": None}]
 
 
 def test_dry_run_refuses_a_clip_that_is_too_short(kadr: Run, clip: str) -> None:
     ended = kadr("generate", PROMPT, "--frames", "17", "--control", clip, "--dry-run")
     assert (ended.code, ended.out) == (1, "")
-    assert "has 9 frames, and the video has 17: a control must be as long. Ask for 9 or fewer." in ended.err
+    assert "has 9 frames, but the video has 17: a control must be at least as long. Ask for 9 or fewer." in ended.err

@@ -52,7 +52,7 @@ def test_flags_and_the_key_of_the_environment_reach_the_endpoint(
     assert asked.body["model"] == "m:4b"
     assert asked.headers["Authorization"] == f"Bearer {KEY}"
     assert engine.written_requests == [Request(prompt=PARAGRAPH, original_prompt=PROMPT)]
-    assert f"{chat.url} is asked to enhance the prompt\nenhanced: {PARAGRAPH}\n" in ended.err
+    assert f"asking {chat.url} to enhance the prompt\nenhanced: {PARAGRAPH}\n" in ended.err
     assert KEY not in ended.err
 
 
@@ -109,7 +109,7 @@ def test_a_long_video_goes_on_with_the_prompt_that_was_enhanced_when_it_began(
             WRITTEN_OUT,
             PROMPT,
         )
-        assert f"enhanced when the video was begun: {WRITTEN_OUT}" in ended.err
+        assert f"enhanced when the video began: {WRITTEN_OUT}" in ended.err
     assert chat.requests == []
     assert kadr("generate", "other words", *words).code == 0
     assert len(chat.requests) == 1  # those of another video; the engine refuses the folder
@@ -212,7 +212,7 @@ def test_waiting_can_be_cancelled(kadr: Run, engine: FakeEngine, chat: FakeChat)
 def test_a_dry_run_asks_nobody_and_says_so(kadr: Run, chat: FakeChat, more: list[str]) -> None:
     ended = kadr("generate", PROMPT, "--model", "demo", "--enhance", chat.url, "--dry-run", *more)
     assert (ended.code, chat.requests) == (0, [])
-    assert f"{chat.url} would enhance the prompt; it was not asked" in ended.err
+    assert f"{chat.url} would enhance the prompt; a dry run does not call it" in ended.err
     assert PROMPT in ended.out
     assert not more or json.loads(ended.out)["request"]["original_prompt"] is None
 

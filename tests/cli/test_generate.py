@@ -51,7 +51,7 @@ def picture(tmp_path: Path) -> str:
         ("--fps 29.97", "fps", 29.97),
         ("--seed 7", "seed", 7),
         ("--steps 8", "steps", 8),
-        ("--sigmas 1.0,0.9,.5", "levels", (1.0, 0.9, 0.5)),
+        ("--sigmas 1.0,0.9,.5", "sigmas", (1.0, 0.9, 0.5)),
         ("--skip-initial 2", "skip_initial", 2),
         ("--skip-final 3", "skip_final", 3),
         ("--guidance 4.5", "guidance", Guidance(cfg_scale=4.5)),
@@ -69,10 +69,10 @@ def picture(tmp_path: Path) -> str:
         ("--apg 0.5 --apg-norm 10", "guidance", Guidance(apg=0.5, apg_norm=10.0)),
         ("--multi-scale", "multi_scale", True),
         ("--single-pass", "multi_scale", False),
-        ("--second-steps 10 --second-skip-initial 6", "second", Pass(steps=10, skip_initial=6)),
-        ("--second-sigmas .9,.7", "second", Pass(sigmas=(0.9, 0.7))),
-        ("--second-guidance 2", "second", Pass(guidance=Guidance(cfg_scale=2.0))),
-        ("--second-tone-map .6", "second", Pass(tone_map=0.6)),
+        ("--second-steps 10 --second-skip-initial 6", "second_pass", Pass(steps=10, skip_initial=6)),
+        ("--second-sigmas .9,.7", "second_pass", Pass(sigmas=(0.9, 0.7))),
+        ("--second-guidance 2", "second_pass", Pass(guidance=Guidance(cfg_scale=2.0))),
+        ("--second-tone-map .6", "second_pass", Pass(tone_map=0.6)),
         ("--tone-map .6", "tone_map", 0.6),
         ("--guidance-batch", "guidance_batch", True),
         ("--negative-prompt blurry", "negative_prompt", "blurry"),
@@ -118,7 +118,7 @@ def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(kadr: R
     assert "a single pass" not in kadr("generate", PROMPT, *["--lora", "l.safetensors", "1", "1"]).err
     for words in ("--upscaler u.safetensors", "--second-model m.safetensors", "--lora l.safetensors 1 0.5"):
         ended = kadr("generate", PROMPT, *words.split())
-        assert (ended.code, "a single pass is made, and the" in ended.err) == (0, True)
+        assert (ended.code, "a single pass is run, and the" in ended.err) == (0, True)
         assert "a single pass" not in kadr("generate", PROMPT, *words.split(), "--multi-scale").err
 
 
@@ -305,7 +305,7 @@ def test_demo_is_announced_only_where_no_model_is_named(kadr: Run, engine: FakeE
 def test_json_is_one_object_that_holds_the_request(kadr: Run, engine: FakeEngine) -> None:
     told = json.loads(kadr("generate", PROMPT, "--model", "demo", "--seed", "5", "--json").out)
     assert Request.from_json(told.pop("request")) == engine.resolve(Request(prompt=PROMPT, seed=5))
-    made = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "model": "demo", "seed": 5}
+    made = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "model_name": "demo", "seed": 5}
     assert told == made
 
 
@@ -325,7 +325,7 @@ def test_named_output_is_replaced_and_a_folder_gets_a_new_file(kadr: Run, engine
 def test_what_is_no_strength_of_a_lora_is_called_that(kadr: Run, engine: FakeEngine, strength: str) -> None:
     ended = kadr("generate", PROMPT, "--lora", "l.safetensors", strength)
     assert (ended.code, engine.open_calls) == (2, [])
-    assert f"'{strength}' is no strength: write PATH, a number such as 0.8" in " ".join(
+    assert f"'{strength}' is not a strength: write PATH, a number such as 0.8" in " ".join(
         ended.err.replace("│", " ").split()
     )
 
@@ -339,7 +339,7 @@ def test_what_a_video_is_made_from_is_never_written_over(
     for output in ("own.mp4", "./own.mp4", "link.mp4"):
         ended = kadr("generate", PROMPT, flag, "own.mp4", "--output", output)
         assert (ended.code, engine.open_calls) == (1, [])
-        assert "the video is made from it: it would be lost" in ended.err
+        assert "is an input of the video: it would be overwritten" in ended.err
     assert (tmp_path / "own.mp4").read_bytes() == b"mine"
 
 
@@ -422,25 +422,25 @@ def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, eng
         ("--offload_to_cpu", {"offload": "stages"}),
         ("--offload_to_cpu True", {"offload": "stages"}),
         ("--offload_to_cpu=False", {}),
-        ("--compile", {"compiled": True}),
+        ("--compile", {"compile_transformer": True}),
     ],
 )
 def test_how_weights_are_held_is_passed_on(kadr: Run, engine: FakeEngine, words: str, given: dict[str, object]) -> None:
     assert kadr("generate", PROMPT, *words.split()).code == 0
     options = engine.open_calls[0][1]
-    assert {name: options[name] for name in ("quant", "offload", "compiled") if name in options} == given
+    assert {name: options[name] for name in ("quant", "offload", "compile_transformer") if name in options} == given
 
 
 def test_the_plan_is_said_before_the_video_is_made(kadr: Run, engine: FakeEngine) -> None:
     ended = kadr("generate", PROMPT)
-    assert "plan: peak 1.0 GB on cpu, where 2.0 GB can be had; about 60 s\nplan: denoise: it is a fake" in ended.err
+    assert "plan: peak 1.0 GB on cpu, of 2.0 GB available; about 60 s\nplan: denoise: it is a fake" in ended.err
     assert ended.out == "out.mp4\n"
 
 
 def test_plan_prints_the_plan_and_makes_nothing(kadr: Run, engine: FakeEngine) -> None:
     ended = kadr("plan", PROMPT, "--size", "64x64", "--seconds", "0.5")
     assert ended.code == 0
-    assert "denoise  transformer  bfloat16  torch  1.0 GB  60 s" in ended.out
+    assert "denoise  transformer  bfloat16  torch    1.0 GB  60 s" in ended.out
     assert engine.requests == [Request(prompt=PROMPT, size=(64, 64), frames=12)]
     assert json.loads(kadr("plan", PROMPT, "--json").out)["peak_bytes"] == 10**9
     assert not list(Path().iterdir())

@@ -32,25 +32,25 @@ def test_checkpoint_is_described_in_words(kadr: Run, home: Path) -> None:
     lines = ended.out.splitlines()
     assert lines[0].startswith("LTX-Video 0.9.5")
     assert "LinearQuadratic" in lines[1]
-    assert [line.split("  ")[0] for line in lines[2:]] == ["part", "transformer", "vae", "text encoder"]
+    assert [line.split("  ")[0] for line in lines[2:]] == ["component", "transformer", "vae", "text encoder"]
     assert "float32" in lines[3]
 
 
 def test_checkpoint_is_described_in_json(kadr: Run, home: Path) -> None:
     told = json.loads(kadr("inspect", home / tiny_models.MODEL_FILE, "--json").out)
     assert (told["family"], told["layout"], told["vae_family"]) == ("LTX-Video", "single file", "0.9.5")
-    parts = {part["name"]: part for part in told["parts"]}
-    assert parts["transformer"]["sizes"]["layers"] == 2
-    assert parts["text encoder"]["sizes"]["vocabulary"] == tiny_models.t5_config().vocab_size
+    components = {component["name"]: component for component in told["components"]}
+    assert components["transformer"]["sizes"]["num_layers"] == 2
+    assert components["text encoder"]["sizes"]["vocab_size"] == tiny_models.t5_config().vocab_size
     whole = (home / tiny_models.MODEL_FILE).stat().st_size
-    assert 0.9 * whole < parts["transformer"]["bytes"] + parts["vae"]["bytes"] < whole
+    assert 0.9 * whole < components["transformer"]["size_bytes"] + components["vae"]["size_bytes"] < whole
 
 
 def test_missing_part_is_named_with_the_way_out(kadr: Run, home: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone.safetensors"
     alone.symlink_to(home / tiny_models.MODEL_FILE)
     assert "missing: text encoder (" in kadr("inspect", alone).out
-    assert json.loads(kadr("inspect", alone, "--json").out)["missing"] == ["text encoder"]
+    assert json.loads(kadr("inspect", alone, "--json").out)["missing_components"] == ["text encoder"]
 
 
 @pytest.mark.parametrize("folder", [".", "text_encoder"])
@@ -71,22 +71,23 @@ def test_lora_is_described_with_what_it_changes_and_what_is_strange_in_it(kadr: 
     ended = kadr("inspect", path)
     assert ended.code == 0, ended.err
     for line in (
-        "LTX-Video LoRA for 2B, with the names of Comfy",
+        "LTX-Video LoRA for 2B, key format: Comfy",
         "rank 4, alpha 2; scale 0.5 at strength 1",
-        "in context: its reference has the size of the video divided by 2",
-        "of no layer: diffusion_model.head.lora_A.weight",
+        "in-context LoRA: its control has the size of the video divided by 2",
+        "unexpected key: diffusion_model.head.lora_A.weight",
     ):
         assert line in ended.out.splitlines()
     assert "self_attention.q   2" in ended.out
     assert "somebody" in ended.out
     told = json.loads(kadr("inspect", path, "--json").out)
-    assert (told["kind"], told["fits"], told["layers"], told["blocks"]) == ("LoRA", "2B", 4, 2)
+    assert (told["kind"], told["model_size"]) == ("LoRA", "2B")
+    assert (told["num_adapted_layers"], told["num_adapted_blocks"]) == (4, 2)
 
 
 def test_a_name_that_is_on_disk_is_inspected(kadr: Run) -> None:
     ended = kadr("inspect", "demo-ic-lora-canny")
     assert ended.code == 0, ended.err
-    assert "in context: its reference has the size of the video" in ended.out
+    assert "in-context LoRA: its control has the size of the video" in ended.out
     assert "kadr models" in kadr("inspect", "demo-lora-tael").err
 
 
@@ -101,9 +102,9 @@ def test_upscaler_is_described_and_misses_nothing(kadr: Run, tmp_path: Path) -> 
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[:2] == ["LTX-Video unreleased temporal upscaler, single file", "for --upscaler, beside a model"]
-    assert [line.split("  ")[0] for line in lines[2:]] == ["part", "upscaler"]
+    assert [line.split("  ")[0] for line in lines[2:]] == ["component", "upscaler"]
     told = json.loads(kadr("inspect", tmp_path / "u.safetensors", "--json").out)
-    assert (told["kind"], told["missing"]) == ("temporal upscaler", [])
+    assert (told["kind"], told["missing_components"]) == ("temporal upscaler", [])
 
 
 def test_video_shows_its_request(kadr: Run, tmp_path: Path) -> None:

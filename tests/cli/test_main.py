@@ -82,7 +82,7 @@ def test_lines_come_every_few_seconds_and_at_the_end_of_a_stage(capsys: pytest.C
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "reading the prompt: 1 of 1",
+        "encoding the prompt: 1 of 1",
         "denoising: 3 of 9, 0:12 left",
         "denoising: 6 of 9, 0:06 left",
     ]

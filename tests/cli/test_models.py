@@ -184,7 +184,7 @@ def test_pull_notices_a_full_disk_before_anything_comes(
     kadr("models", "pull", DEFAULT_TEXT_ENCODER)
     remote.sent_files.clear()
     room: list[int] = []
-    monkeypatch.setattr(pull.hub, "check_room", lambda what, needed: room.append(needed))
+    monkeypatch.setattr(pull.hub, "check_disk_space", lambda what, needed: room.append(needed))
     assert kadr("models", "pull", NAME).code == 0
     assert room[0] == len(FILES[MODEL_FILE]) + len(FILES[f"{UPSCALER}.safetensors"])
 
@@ -255,13 +255,13 @@ def test_verify_names_a_damaged_file_with_both_checksums_and_the_way_out(kadr: R
     told = json.loads(kadr("models", "verify", NAME, "--json").out)
     (file,) = [file for file in told["files"] if file["state"] == "damaged"]
     assert (file["of"], file["path"]) == (DEFAULT_TEXT_ENCODER, str(bad))
-    assert (file["expected"], file["found"]) == (expected, found)
+    assert (file["expected_digest"], file["actual_digest"]) == (expected, found)
 
 
 def test_verify_says_when_a_file_is_cut_short(kadr: Run, remote: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path(kadr("models", "pull", NAME).out.splitlines()[0])
     entry = replace(find_release(NAME), size_bytes=len(FILES[MODEL_FILE]))
-    monkeypatch.setitem(verify.find_release.__globals__["BY_NAME"], NAME, entry)
+    monkeypatch.setitem(verify.find_release.__globals__["RELEASES_BY_NAME"], NAME, entry)
     assert kadr("models", "verify", NAME).code == 0
     model.resolve().write_bytes(FILES[MODEL_FILE][:1000])
     ended = kadr("models", "verify", NAME)

@@ -61,10 +61,10 @@ def test_the_file_is_what_inspect_says(kadr: Run, home: Path, tmp_path: Path) ->
     assert "float32 (" in lines[3]
     assert "missing: vae (give a checkpoint with one as --vae)" in lines
     told = json.loads(kadr("inspect", out, "--json").out)
-    (part,) = told["parts"]
-    assert (told["layout"], part["types"]) == ("GGUF", Source.open(out).type_counts)
-    assert part["dtype"] == next(iter(part["types"]))
-    assert sum(part["types"].values()) == part["tensors"]
+    (component,) = told["components"]
+    assert (told["layout"], component["type_counts"]) == ("GGUF", Source.open(out).type_counts)
+    assert component["dtype"] == next(iter(component["type_counts"]))
+    assert sum(component["type_counts"].values()) == component["num_tensors"]
 
 
 @pytest.mark.parametrize("given", [".", "text_encoder"])
@@ -100,7 +100,7 @@ def test_the_name_of_a_text_encoder_fetches_it(kadr: Run, asked: list[tuple[str,
 def test_the_demo_remembers_its_name(kadr: Run, tmp_path: Path) -> None:
     out = tmp_path / "x.gguf"
     assert kadr("quantize", "demo-distilled", out, "--type", "BF16").code == 0
-    assert json.loads(kadr("inspect", out, "--json").out)["model"] == "demo-distilled"
+    assert json.loads(kadr("inspect", out, "--json").out)["registry_name"] == "demo-distilled"
 
 
 @pytest.mark.parametrize(

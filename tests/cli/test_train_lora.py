@@ -39,13 +39,16 @@ def test_a_lora_is_trained_and_its_path_printed(kadr: Run, model: Path, clips: P
     assert "2 steps on 2 clips, in 0:0" in ended.err
     assert LoraFile.open(output).describe().ranks == (2,)
     told = json.loads(kadr("train-lora", clips, "--model", model, "--output", output, *SMALL, "--json").out)
-    assert (told["path"], told["steps"], told["examples"]) == (str(output), 2, 2)  # nothing was left to do
-    assert told["begun"] == 2
-    assert set(told) == {"path", "steps", "begun", "examples", "first", "last", "seconds"}
+    assert (told["path"], told["steps"], told["num_examples"]) == (str(output), 2, 2)  # nothing was left to do
+    assert told["start_step"] == 2
+    assert set(told) == {"path", "steps", "start_step", "num_examples", "first_loss", "last_loss", "seconds"}
 
 
 def test_flags_reach_the_training(kadr: Run, model: Path, clips: Path, tmp_path: Path) -> None:
-    words = "--target-modules attention+feed-forward --batch-size 2 --learning-rate 0.01 --sigma-sampling uniform --first-frame-conditioning-p 0 --seed 3"
+    words = (
+        "--target-modules attention+feed-forward --batch-size 2 --learning-rate 0.01 --sigma-sampling uniform "
+        "--first-frame-conditioning-p 0 --seed 3"
+    )
     output = tmp_path / "made.safetensors"
     ended = kadr(
         "train-lora", clips, "--model", model, "--output", output, *SMALL, *words.split(), "--references", "canny"
@@ -53,9 +56,15 @@ def test_flags_reach_the_training(kadr: Run, model: Path, clips: Path, tmp_path:
     assert ended.code == 0, ended.err
     told = LoraFile.open(output).describe()
     settings = json.loads(told.metadata["kadr_settings"])
-    asked = {"targets": "attention+feed-forward", "batch": 2, "rate": 0.01, "levels": "uniform", "seed": 3}
+    asked = {
+        "target_modules": "attention+feed-forward",
+        "batch_size": 2,
+        "learning_rate": 0.01,
+        "sigma_sampling": "uniform",
+        "seed": 3,
+    }
     assert asked.items() <= settings.items()
-    assert (settings["first_frame"], settings["references"], told.num_adapted_layers) == (0, "canny", 20)
+    assert (settings["first_frame_conditioning_p"], settings["references"], told.num_adapted_layers) == (0, "canny", 20)
 
 
 def test_a_broken_clip_is_named_and_left_out_when_told_to(kadr: Run, model: Path, clips: Path, tmp_path: Path) -> None:
@@ -65,14 +74,14 @@ def test_a_broken_clip_is_named_and_left_out_when_told_to(kadr: Run, model: Path
     ended = kadr(*words)
     assert (ended.code, "torn.mp4 cannot be read" in ended.err, "--skip-broken" in ended.err) == (1, True, True)
     ended = kadr(*words, "--skip-broken")
-    assert (ended.code, "1 of the 3 clips and pictures" in ended.err) == (0, True)
+    assert (ended.code, "1 of the 3 clips and images" in ended.err) == (0, True)
 
 
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
         ("--rank 0", 1, "rank is 0; it must lie between 1 and 1024"),
-        ("--frames 10", 1, "clips are learned in 8k+1"),
+        ("--frames 10", 1, "training takes 8k+1 frames of a clip"),
         ("--save-every 0", 2, "0 is below 1"),
         ("--size big", 2, "--size"),
         ("--output lora.pt", 1, "does not end in .safetensors"),
@@ -117,5 +126,5 @@ def test_a_training_that_is_cut_off_says_how_to_go_on(
     output = tmp_path / "made.safetensors"
     ended = kadr("train-lora", clips, "--model", model, "--output", output, *SMALL)
     assert ended.code == 130
-    assert "the same command goes on from there" in ended.err
+    assert "run the same command again to resume it" in ended.err
     assert not output.exists()

@@ -78,10 +78,10 @@ def test_a_prompt_given_in_two_ways_is_bad_usage(
     ("words", "said"),
     [
         ((PROMPT, "--overlap", "12"), "must be a multiple of 8"),
-        ((PROMPT, "--window", "25", "--overlap", "32"), "nothing new would come"),
+        ((PROMPT, "--window", "25", "--overlap", "32"), "no window would add a frame"),
         ((PROMPT, "--adain", "2"), "adain of windows is 2.0"),
         (("--prompt", "one", "--prompt", " "), "prompt 2 of 2 is empty"),
-        ((PROMPT, "--frames", "5000"), "Make it in windows, with --window"),
+        ((PROMPT, "--frames", "5000"), "Use windows: --window"),
     ],
 )
 def test_what_windows_cannot_be_is_an_error_that_says_what_they_can(
@@ -130,7 +130,7 @@ def test_a_video_that_is_not_finished_keeps_its_name_and_is_found_again(
     assert kadr("generate", PROMPT, "--window", "9", "--resume").out == "out.mp4\n"
     begun(tmp_path, "out-3.windows")
     ended = kadr("generate", PROMPT, "--window", "9", "--resume")
-    assert (ended.code, "several videos are not finished: out-3.mp4, out.mp4." in ended.err) == (1, True)
+    assert (ended.code, "several videos are unfinished: out-3.mp4, out.mp4." in ended.err) == (1, True)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), RequestError("seed")])
@@ -147,7 +147,7 @@ def test_what_is_kept_is_told_where_a_run_ends_early(
     engine.on_half_written = during
     ended = kadr("generate", PROMPT, "--window", "9", "--frames", "25")
     assert ended.code != 0
-    told = "2 finished windows are kept; --resume goes on with the video" in ended.err
+    told = "2 finished windows are kept; resume the video with --resume" in ended.err
     assert told is not isinstance(error, RequestError)
 
 
@@ -156,9 +156,9 @@ def test_dry_run_tells_the_windows(kadr: Run) -> None:
     ended = kadr("generate", "--prompt", "one", "--prompt", "two", *words, "--dry-run")
     assert ended.code == 0, ended.err
     told: dict[str, Any] = json.loads(ended.out)
-    assert told["windows"] == 18
+    assert told["window_count"] == 18
     assert told["passes"][0]["frames"] == 121
-    assert told["frames"]["asked"] == 1800
+    assert told["frames"]["requested"] == 1800
     assert told["evaluations"] == 18 * sum(step["evaluations"] for step in told["passes"][0]["steps"])
     plain = kadr("generate", "--prompt", "one", "--prompt", "two", *words[:-1], "--dry-run").out
     assert "one (window 1)" in plain

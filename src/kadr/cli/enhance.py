@@ -1,4 +1,4 @@
-"""The flags of prompt enhancement: who is asked, and what is said of it."""
+"""Prompt enhancement from the command line: which endpoint is called, and what is printed about it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def create_enhancer(flags: options.EnhanceFlags) -> Enhancer | None:
-    """The endpoint that is to enhance the prompt, with the key of the environment.
+    """Returns the endpoint that --enhance names, with the key from the environment; None without --enhance.
 
     Raises:
-        RequestError: a URL that is none, or that the key must not be sent to.
+        RequestError: not a URL, or one that the key must not be sent to.
     """
     if flags.enhance is None:
-        given = {"model": flags.enhance_model, "required": flags.enhance_required, "timeout": flags.enhance_timeout}
-        for name, value in given.items():
+        values = {"model": flags.enhance_model, "required": flags.enhance_required, "timeout": flags.enhance_timeout}
+        for name, value in values.items():
             if value is not None and value is not False:
                 raise typer.BadParameter("it needs --enhance URL.", param_hint=f"--enhance-{name}")
         return None
@@ -42,28 +42,26 @@ def create_enhancer(flags: options.EnhanceFlags) -> Enhancer | None:
 
 
 def announce_enhancer(enhancer: Enhancer | None) -> None:
-    """Say what a dry run leaves out."""
+    """Prints that a dry run does not call the endpoint."""
     if enhancer is not None:
-        print_stderr(
-            f"{enhancer.display_url} would enhance the prompt; it was not asked, and the prompt is shown as it was written"
-        )
+        print_stderr(f"{enhancer.display_url} would enhance the prompt; a dry run does not call it")
 
 
 def enhance_request(
     engine: Engine, request: Request, enhancer: Enhancer | None, output: Path, *, resume: bool
 ) -> Request:
-    """The request with the prompt that the endpoint made of it, which is said.
+    """Returns the request with the endpoint's prompt, and prints it.
 
     Args:
-        resume: a long video is gone on with. The prompt that it was begun with is taken, and nobody is asked: another
-            answer would be another video.
+        resume: resume a long video. The prompt it began with is used and the endpoint is not called: another answer
+            would make another video.
 
     Raises:
         EnhanceError: the endpoint fails, and --enhance-required is given.
-        KadrError: the video cannot be made; nobody is asked then.
+        KadrError: the video cannot be made; the endpoint is not called then.
     """
-    if resume and (begun := _with_stored_prompt(window_folder_path(output), request)) is not None:
-        return begun
+    if resume and (stored := _with_stored_prompt(window_folder_path(output), request)) is not None:
+        return stored
     if enhancer is None:
         return request
     from kadr.pipeline.longvideo.window_folder import check_resumable  # loads torch
@@ -72,23 +70,23 @@ def enhance_request(
     if engine.resolve(request).windows is not None:
         check_resumable(window_folder_path(output), resume=resume)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", KadrWarning)  # it is said when the video is made
-        engine.plan(request)  # an answer may cost money, and does not change what can be made
-    print_stderr(f"{enhancer.display_url} is asked to enhance the prompt")
-    made = prompt_enhancement.enhance_prompt(request, enhancer)
-    if made is not request:
-        print_stderr(f"enhanced: {made.prompt}")
-    return made
+        warnings.simplefilter("ignore", KadrWarning)  # printed when the video is made
+        engine.plan(request)  # an answer may cost money: refuse first what cannot be made
+    print_stderr(f"asking {enhancer.display_url} to enhance the prompt")
+    enhanced = prompt_enhancement.enhance_prompt(request, enhancer)
+    if enhanced is not request:
+        print_stderr(f"enhanced: {enhanced.prompt}")
+    return enhanced
 
 
 def _with_stored_prompt(folder: Path, request: Request) -> Request | None:
-    """The request with the prompt that a long video was begun with, if that was made of the same words."""
+    """Returns the request with the prompt that a long video began with, if it was made from the same words."""
     from kadr.pipeline.longvideo.window_folder import stored_prompt  # loads torch
 
-    found = stored_prompt(folder, request.prompt)
-    if found is None:
+    stored = stored_prompt(folder, request.prompt)
+    if stored is None:
         return None
-    prompt, original = found
+    prompt, original = stored
     if original is not None:
-        print_stderr(f"enhanced when the video was begun: {prompt}")
+        print_stderr(f"enhanced when the video began: {prompt}")
     return replace(request, prompt=prompt, original_prompt=original)

@@ -1,4 +1,4 @@
-"""`kadr`: the verbs, put together. Nothing here loads torch, and no verb does before it is asked to."""
+"""`kadr`: all verbs. Nothing here loads torch, and no verb does until it has to."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _about(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Video from text and pictures with the LTX-Video family."""
+    """Make video from text, images and clips with the LTX-Video family."""
 
 
 app.command(cls=OfficialCommand, epilog=generate.GENERATE_EPILOG)(handle_errors()(generate.generate))
@@ -51,8 +51,8 @@ app.add_typer(models.app, name="models")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; ends the process with its exit code."""
-    # A polite kill is a Ctrl-C: half-written files are removed.
+    """Runs the command line and ends the process with its exit code."""
+    # Treat TERM as Ctrl-C, so that half-written files are removed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     tune_malloc()
     app(args=args, prog_name="kadr")

@@ -1,4 +1,4 @@
-"""`kadr bench`: how fast kadr is on this machine, stage by stage."""
+"""`kadr bench`: speed of kadr on this machine, stage by stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kadr.errors import RequestError
 
 ALL_STAGES, ALL_VARIANTS = ",".join(BENCH_STAGES), ",".join(DEFAULT_VARIANTS)
 BENCH_EPILOG = (
-    "Lists are written with commas. Models other than the demo get random weights, written into a temporary folder: "
+    "Separate list entries with commas. Models other than the demo get random weights in a temporary folder: "
     "6.3 GB for 2b, 28.6 for 13b, and 9.5 for the text encoder where it is measured."
 )
 
@@ -40,11 +40,11 @@ Sizes = Annotated[
 ]
 Stages = Annotated[str, _list_option("--stage", "Stages", BENCH_STAGES, "all")]
 Schedules = Annotated[str, _list_option("--schedule", "Steps and guidance, end to end", SCHEDULES, "8")]
-Variants = Annotated[str, _list_option("--variant", "Ways to run kadr", VARIANTS, DEFAULT_VARIANTS)]
+Variants = Annotated[str, _list_option("--variant", "Variants of kadr", VARIANTS, DEFAULT_VARIANTS)]
 NumLayers = Annotated[
-    int | None, typer.Option("--num-layers", metavar="N", help="Only the first N layers of a random model.")
+    int | None, typer.Option("--num-layers", metavar="N", help="Only the first N blocks of a random model.")
 ]
-Rounds = Annotated[int, typer.Option("--rounds", metavar="N", help="In each of them every way runs once.")]
+Rounds = Annotated[int, typer.Option("--rounds", metavar="N", help="Each round runs every variant once.")]
 NoReference = Annotated[bool, typer.Option("--no-reference", help="Do not compare the results with float32.")]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda|mps", help="Where to compute.")]
 ModelFolder = Annotated[
@@ -68,13 +68,13 @@ def bench(
 ) -> None:
     """Measure how fast kadr is on this machine.
 
-    Times every stage, with what it is of the rate at which this machine multiplies matrices, its memory, and how far
-    its result is from float32. What is compared runs in turns.
+    Prints for every stage its time, its share of this machine's matmul rate, its memory and its error against float32.
+    Variants run in turns.
     """
     try:
         selection = Selection(
             models=model.split(","),
-            shapes=[VideoShape.parse(one) for one in size.split(",")] if size else (),
+            shapes=[VideoShape.parse(text) for text in size.split(",")] if size else (),
             stages=stage.split(","),
             schedules=schedule.split(","),
             variants=variant.split(","),
@@ -87,5 +87,5 @@ def bench(
         raise typer.BadParameter(str(error)) from error
     from kadr.bench.benchmark import run_benchmark
 
-    made = run_benchmark(selection, models_folder=model_folder, log=print_stderr)
-    print(json.dumps(made) if json_ else "\n".join(report_lines(made)))
+    results = run_benchmark(selection, models_folder=model_folder, log=print_stderr)
+    print(json.dumps(results) if json_ else "\n".join(report_lines(results)))

@@ -1,4 +1,4 @@
-"""`kadr inspect`: what a file is, from its header."""
+"""`kadr inspect`: describes a file from its header."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kadr.kernels.ggml_types import GGML_TYPES
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 TEXT_ENCODER = "text encoder"
-MAX_UNEXPECTED_KEYS = 20  # of a LoRA, that are named; --json has all
+MAX_UNEXPECTED_KEYS = 20  # unexpected keys of a LoRA that are listed; --json has all
 REMEDIES = {
     "transformer": "give a checkpoint with one as --model, and this one as --vae",
     "vae": "give a checkpoint with one as --vae",
@@ -32,10 +32,10 @@ Target = Annotated[
 
 
 def inspect(path: Target, as_json: options.Json = False) -> None:
-    """Tell what a file is.
+    """Describe a file.
 
-    Of a checkpoint: its version, its parts and what it lacks, from the header alone. Of a LoRA: what it changes, and
-    for which model. Of a video: its request.
+    For a checkpoint: version, components and missing components, from the header alone. For a LoRA: the layers it
+    adapts, and the model it fits. For a video: its request.
     """
     path = _find_by_name(path.expanduser())
     if path.suffix.lower() in VIDEO_SUFFIXES:
@@ -46,7 +46,7 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
 
 
 def _find_by_name(path: Path) -> Path:
-    """The file of a name that `kadr models` lists and that is on disk."""
+    """Resolves a registry name to its file on disk; returns anything else as it is."""
     from kadr.models.registry import RELEASES_BY_NAME
     from kadr.spec.locate import find_release_on_disk
 
@@ -66,15 +66,15 @@ def _video(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
 
 def _fields(record: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """A line per entry; what was left out is not shown."""
+    """Yields one line per entry; entries that are None are skipped."""
     width = max(map(len, record), default=0)
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield f"{indent}{name}"
             yield from _fields(value, indent + "  ")
         elif value is not None:
-            shown = value if isinstance(value, str) else json.dumps(value)
-            yield f"{indent}{name:<{width}}  {shown}"
+            text = value if isinstance(value, str) else json.dumps(value)
+            yield f"{indent}{name:<{width}}  {text}"
 
 
 def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
@@ -91,36 +91,39 @@ def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 
-    part = asdict(TextEncoderCheckpoint.open(path).describe())
-    found = {"path": str(path), "family": "T5", "parts": [part]}
-    return found, iter(("T5 text encoder", *_format_components([part])))
+    component = asdict(TextEncoderCheckpoint.open(path).describe())
+    found = {"path": str(path), "family": "T5", "components": [component]}
+    return found, iter(("T5 text encoder", *_format_components([component])))
 
 
 def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.lora.file import LoraFile
 
-    # What is strange in it is told, as everything else.
+    # allow_partial: unexpected keys are listed, not refused.
     found = {"kind": "LoRA", **asdict(LoraFile.open(path, allow_partial=True).describe())}
     return found, _format_lora(found)
 
 
 def _format_lora(found: Mapping[str, Any]) -> Iterator[str]:
-    fits = f" for {found['fits']}" if found["fits"] else ""
-    yield f"LTX-Video LoRA{fits}, with the names of {found['family']}"
+    model = f" for {found['model_size']}" if found["model_size"] else ""
+    yield f"LTX-Video LoRA{model}, key format: {found['key_format']}"
     ranks, alphas, scales = (", ".join(f"{value:g}" for value in found[name]) for name in ("ranks", "alphas", "scales"))
     yield f"rank {ranks}, alpha {alphas or 'the same'}; scale {scales} at strength 1"
-    yield f"{found['layers']} layers in {found['blocks']} blocks, {format_si(found['bytes'])}B in {found['dtype']}"
+    yield (
+        f"{found['num_adapted_layers']} layers in {found['num_adapted_blocks']} blocks, "
+        f"{format_si(found['size_bytes'])}B in {found['dtype']}"
+    )
     yield from format_columns(
-        [("layer", "how many"), *((name, str(count)) for name, count in found["targets"].items())]
+        [("layer", "count"), *((name, str(count)) for name, count in found["target_counts"].items())]
     )
     if found["reference_downscale"]:
         times = found["reference_downscale"]
-        yield f"in context: its reference has the size of the video{f' divided by {times}' if times > 1 else ''}"
-    strangers = found["strangers"]
-    for name in strangers[:MAX_UNEXPECTED_KEYS]:
-        yield f"of no layer: {name}"
-    if len(strangers) > MAX_UNEXPECTED_KEYS:
-        yield f"of no layer: {len(strangers) - MAX_UNEXPECTED_KEYS} more"
+        yield f"in-context LoRA: its control has the size of the video{f' divided by {times}' if times > 1 else ''}"
+    unexpected = found["unexpected_keys"]
+    for name in unexpected[:MAX_UNEXPECTED_KEYS]:
+        yield f"unexpected key: {name}"
+    if len(unexpected) > MAX_UNEXPECTED_KEYS:
+        yield f"unexpected keys: {len(unexpected) - MAX_UNEXPECTED_KEYS} more"
     yield from _fields(found["metadata"])
 
 
@@ -131,42 +134,47 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 
     described = Checkpoint.open(path).describe()
     found = {"path": str(path), "family": "LTX-Video", **asdict(described)}
-    found["parts"] = list(found["parts"])
+    found["components"] = list(found["components"])
     if described.kind != MODEL_KIND:
         return found, _format_upscaler(found)
     if TEXT_ENCODER not in described.missing_components:
         home = path if path.is_dir() else path.parent
-        found["parts"].append(asdict(TextEncoderCheckpoint.open(home).describe()))
+        found["components"].append(asdict(TextEncoderCheckpoint.open(home).describe()))
     return found, _format_checkpoint(found)
 
 
 def _format_checkpoint(found: Mapping[str, Any]) -> Iterator[str]:
-    name = f" ({found['model']})" if found["model"] else ""
+    name = f" ({found['registry_name']})" if found["registry_name"] else ""
     yield f"{found['family']} {found['version']}{name}, {found['layout']}"
-    yield f"VAE of {found['vae_family'] or 'its own kind'}, noise levels by {found['sampler']}"
-    yield from _format_components(found["parts"])
-    for part in found["missing"]:
-        yield f"missing: {part} ({REMEDIES.get(part, 'give it beside this one')})"
+    yield f"VAE of {found['vae_family'] or 'no released family'}, sigmas by {found['sampler']}"
+    yield from _format_components(found["components"])
+    for component in found["missing_components"]:
+        yield f"missing: {component} ({REMEDIES.get(component, 'give it beside this one')})"
 
 
 def _format_upscaler(found: Mapping[str, Any]) -> Iterator[str]:
-    name = f" ({found['model']})" if found["model"] else ""
+    name = f" ({found['registry_name']})" if found["registry_name"] else ""
     yield f"{found['family']} {found['version']} {found['kind']}{name}, {found['layout']}"
     yield "for --upscaler, beside a model"
-    yield from _format_components(found["parts"])
+    yield from _format_components(found["components"])
 
 
 def _format_components(components: list[dict[str, Any]]) -> Iterator[str]:
-    rows = [("part", "tensors", "numbers", "bytes", "dtype", "sizes")]
-    for part in components:
-        sizes = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in part["sizes"].items())
-        counts = (str(part["tensors"]), format_si(part["parameters"]), format_si(part["bytes"]))
-        rows.append((part["name"], *counts, _format_dtype(part), sizes))
+    rows = [("component", "tensors", "parameters", "bytes", "dtype", "sizes")]
+    for component in components:
+        sizes = ", ".join(f"{name} {number}" for name, number in component["sizes"].items())
+        counts = (
+            str(component["num_tensors"]),
+            format_si(component["num_parameters"]),
+            format_si(component["size_bytes"]),
+        )
+        rows.append((component["name"], *counts, _format_dtype(component), sizes))
     yield from format_columns(rows)
 
 
 def _format_dtype(component: Mapping[str, Any]) -> str:
-    """What most of a part is stored as; where some is in blocks, each type with its number of tensors."""
-    types: Mapping[str, int] = component["types"]
-    packed = any(name in GGML_TYPES for name in types)
-    return ", ".join(f"{name} ({count})" for name, count in types.items()) if packed else str(component["dtype"])
+    """Names the storage type of most bytes; with block-quantized tensors, every type and its number of tensors."""
+    type_counts: Mapping[str, int] = component["type_counts"]
+    if any(name in GGML_TYPES for name in type_counts):
+        return ", ".join(f"{name} ({count})" for name, count in type_counts.items())
+    return str(component["dtype"])

@@ -11,6 +11,7 @@ import typer
 
 from kadr.cli import run
 from kadr.cli.flags import options
+from kadr.cli.output_path import choose_output, next_free_path, refuse_missing_media, refuse_unwritable
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import CheckpointError, MediaError
 from kadr.request.request import Request
@@ -42,9 +43,9 @@ def rerun(
     request = Request.from_json(record["request"])
     if seed is not None:
         request = replace(request, seed=seed)
-    output = run.next_free_path(file, resume=resume) if output is None else run.choose_output(output, resume=resume)
-    run.refuse_missing_media(request)
-    run.refuse_unwritable(request, output, None)
+    output = next_free_path(file, resume=resume) if output is None else choose_output(output, resume=resume)
+    refuse_missing_media(request)
+    refuse_unwritable(request, output, None)
     engine = reopen_engine(record, model, device)
     run.write_video(engine, request, output, as_json=json, resume=resume)
 

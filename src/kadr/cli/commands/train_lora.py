@@ -19,35 +19,37 @@ if TYPE_CHECKING:
     from kadr.training.lora_training import LoRATraining, TrainingResult
 
 TRAIN_LORA_EPILOG = (
-    "A run that was cut off goes on where it was when the same command is given again. What was encoded, the log and "
-    "the clips made on the way are beside the output, in a folder that ends in .training."
+    "Run the same command again to resume an interrupted training. Encoded examples, the log and validation clips are "
+    "beside the output, in a folder that ends in .training."
 )
 _flag = options.flag
 Folder = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="Clips and pictures, and a caption beside each (.txt).", show_default=False),
+    typer.Argument(metavar="DIR", help="Clips and images, with a caption beside each (.txt).", show_default=False),
 ]
 Output = Annotated[Path, _flag("--output", "PATH", "The .safetensors to write. [default: lora.safetensors]")]
 SizeFlag = Annotated[
-    str | None, _flag("--size", "WxH", "Clips are cropped and resized to it; else as the recipe has it.")
+    str | None, _flag("--size", "WxH", "Size that clips are cropped and resized to. [default: the recipe's]")
 ]
-Frames = Annotated[int | None, _flag("--frames", "N", "Frames of each clip, 8k+1; else as the recipe has it.")]
-Rank = Annotated[int, _flag("--rank", "N", "Rank of the LoRA: how much it can learn. [default: 32]")]
+Frames = Annotated[int | None, _flag("--frames", "N", "Frames of each clip, 8k+1. [default: the recipe's]")]
+Rank = Annotated[int, _flag("--rank", "N", "Rank of the LoRA. [default: 32]")]
 TargetModules = Annotated[
     str,
-    _flag("--target-modules", "attention|attention+feed-forward|all", "The layers that change. [default: attention]"),
+    _flag(
+        "--target-modules", "attention|attention+feed-forward|all", "The layers that are trained. [default: attention]"
+    ),
 ]
-Steps = Annotated[int, _flag("--steps", "N", "Updates; a finished training goes on with more. [default: 1000]")]
-BatchSize = Annotated[int, _flag("--batch-size", "N", "Clips of an update. [default: 1]")]
-LearningRate = Annotated[float, _flag("--learning-rate", "X", "How fast it learns. [default: 0.0002]")]
+Steps = Annotated[int, _flag("--steps", "N", "Optimizer steps; a finished training resumes with more. [default: 1000]")]
+BatchSize = Annotated[int, _flag("--batch-size", "N", "Examples per step. [default: 1]")]
+LearningRate = Annotated[float, _flag("--learning-rate", "X", "Learning rate of AdamW. [default: 0.0002]")]
 SigmaSampling = Annotated[
-    str, _flag("--sigma-sampling", "shifted|uniform", "How noise levels are drawn. [default: shifted]")
+    str, _flag("--sigma-sampling", "shifted-logit-normal|uniform", "How sigmas are drawn. [default: the first]")
 ]
 FirstFrameConditioningP = Annotated[
-    float, _flag("--first-frame-conditioning-p", "P", "Share of updates given the first frame. [default: 0.1]")
+    float, _flag("--first-frame-conditioning-p", "P", "Probability that the first frame is a condition. [default: 0.1]")
 ]
 CaptionDropoutP = Annotated[
-    float, _flag("--caption-dropout-p", "P", "Share of captions that are left out. [default: 0]")
+    float, _flag("--caption-dropout-p", "P", "Probability that a caption is dropped. [default: 0]")
 ]
 References = Annotated[
     str,
@@ -56,16 +58,17 @@ References = Annotated[
     ),
 ]
 ValidationPrompts = Annotated[
-    list[str] | None, _flag("--validation-prompt", "PROMPT", "Make this on the way; may be given many times.")
+    list[str] | None,
+    _flag("--validation-prompt", "PROMPT", "Make a validation clip of this prompt; may be given many times."),
 ]
-ValidateEvery = Annotated[int, _flag("--validate-every", "N", "Updates between two measurements. [default: 250]")]
-SaveEvery = Annotated[int, _flag("--save-every", "N", "Updates between two saved states. [default: 100]")]
-SkipBroken = Annotated[bool, _flag("--skip-broken", None, "Leave out clips that cannot be used, with a warning.")]
-Quant = Annotated[str, _flag("--quant", "none|int8|fp8|Q8_0|...", "Hold the model's own weights in fewer bits.")]
-Device = Annotated[str, _flag("--device", "auto|cpu|cuda|mps", "Where to compute. [default: auto]")]
-Dtype = Annotated[str, _flag("--dtype", "auto|bfloat16|float32", "Numbers to compute with. [default: auto]")]
-Seed = Annotated[int, _flag("--seed", "N", "Seed of all that is drawn at random. [default: 0]")]
-TextEncoder = Annotated[Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 encoder, or a .gguf.")]
+ValidateEvery = Annotated[int, _flag("--validate-every", "N", "Steps between validations. [default: 250]")]
+SaveEvery = Annotated[int, _flag("--save-every", "N", "Steps between saved states. [default: 100]")]
+SkipBroken = Annotated[bool, _flag("--skip-broken", None, "Skip clips that cannot be used, with a warning.")]
+Quant = Annotated[str, _flag("--quant", "none|int8|fp8|Q8_0|...", "Quantize the base weights.")]
+Device = Annotated[str, _flag("--device", "auto|cpu|cuda|mps", "Device to compute on. [default: auto]")]
+Dtype = Annotated[str, _flag("--dtype", "auto|bfloat16|float32", "Dtype to compute in. [default: auto]")]
+Seed = Annotated[int, _flag("--seed", "N", "Seed of everything random. [default: 0]")]
+TextEncoder = Annotated[Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 text encoder, or a .gguf.")]
 Vae = Annotated[Path | None, _flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")]
 
 
@@ -80,7 +83,7 @@ def train_lora(
     steps: Steps = 1000,
     batch_size: BatchSize = 1,
     learning_rate: LearningRate = 2e-4,
-    sigma_sampling: SigmaSampling = "shifted",
+    sigma_sampling: SigmaSampling = "shifted-logit-normal",
     first_frame_conditioning_p: FirstFrameConditioningP = 0.1,
     caption_dropout_p: CaptionDropoutP = 0.0,
     references: References = "off",
@@ -98,16 +101,18 @@ def train_lora(
 ) -> None:
     """Train a LoRA on your own clips.
 
-    Each clip has a caption beside it, a text file of the same name. Prints the path of the LoRA.
+    Each clip has a caption beside it: a text file of the same name. Prints the path of the LoRA.
     """
     if not folder.is_dir():
         raise MediaError(f"there is no folder {folder}. Give one with clips, and a caption beside each (.txt).")
     for name, value in (("--validate-every", validate_every), ("--save-every", save_every)):
         if value < 1:
             raise typer.BadParameter(f"{value} is below 1.", param_hint=name)
-    held: dict[str, Any] = {"text_encoder": text_encoder, "vae": vae} | ({} if quant == "none" else {"quant": quant})
-    engine = run.open_engine(model or "demo", device=device, dtype=dtype, **held)
-    asked = {
+    engine_options: dict[str, Any] = {"text_encoder": text_encoder, "vae": vae} | (
+        {} if quant == "none" else {"quant": quant}
+    )
+    engine = run.open_engine(model or "demo", device=device, dtype=dtype, **engine_options)
+    settings = {
         "rank": rank,
         "target_modules": target_modules,
         "steps": steps,
@@ -123,7 +128,7 @@ def train_lora(
         engine,
         folder,
         output,
-        {"size": parse.size(size), "frames": frames, **asked},
+        {"size": parse.size(size), "frames": frames, **settings},
         validation_prompts=tuple(validation_prompts or ()),
         validate_every=validate_every,
         save_every=save_every,
@@ -149,7 +154,7 @@ def _run(training: LoRATraining, *, as_json: bool) -> None:
         with show_progress() as watch:
             trained = training.run(watch)
     except KeyboardInterrupt:
-        print_stderr(f"what is done is in {training.work_folder}; the same command goes on from there")
+        print_stderr(f"the training so far is in {training.work_folder}; run the same command again to resume it")
         raise
     _print_result(trained, time.monotonic() - began, as_json=as_json)
 
@@ -159,16 +164,16 @@ def _print_result(trained: TrainingResult, seconds: float, *, as_json: bool) -> 
     clips = "clip" if trained.num_examples == 1 else "clips"
     first = "" if trained.first_loss is None else f"from {trained.first_loss:.4f} "
     print_stderr(
-        f"{trained.steps} steps on {trained.num_examples} {clips}{before}, in {format_duration(seconds)}; over fixed clips and "
-        f"levels the loss went {first}to {trained.last_loss:.4f}"
+        f"{trained.steps} steps on {trained.num_examples} {clips}{before}, in {format_duration(seconds)}; over fixed "
+        f"examples and sigmas the loss went {first}to {trained.last_loss:.4f}"
     )
-    told = {
+    report = {
         "path": str(trained.path),
         "steps": trained.steps,
-        "begun": trained.start_step,
-        "examples": trained.num_examples,
-        "first": trained.first_loss,
-        "last": trained.last_loss,
+        "start_step": trained.start_step,
+        "num_examples": trained.num_examples,
+        "first_loss": trained.first_loss,
+        "last_loss": trained.last_loss,
         "seconds": round(seconds, 3),
     }
-    print(json.dumps(told) if as_json else trained.path)
+    print(json.dumps(report) if as_json else trained.path)

@@ -127,6 +127,6 @@ def _to_json(result: Result) -> dict[str, str | None]:
         "file": file.name,
         "path": str(file.path) if file.path else None,
         "state": file.state,
-        "expected": file.expected_digest,
-        "found": file.actual_digest,
+        "expected_digest": file.expected_digest,
+        "actual_digest": file.actual_digest,
     }

@@ -1,4 +1,4 @@
-"""Flags in groups: a verb is called with one object for all of them, and its help has a section for each."""
+"""Flags in groups: one object holds them all, and the help has a section for each group."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ class GroupedCommand(TyperCommand):
 
 
 def with_flag_groups(flags: type[F]) -> Callable[[Callable[[str, F], None]], Callable[..., None]]:
-    """Give a verb the flags of a dataclass of groups, each a dataclass of flags whose docstring is its title.
+    """Gives a verb the flags of a dataclass of groups; each group is a dataclass whose docstring is its title.
 
-    The verb is called with its first argument and the filled dataclass; the parser sees one long signature.
+    The verb gets its first argument and the filled dataclass; the parser sees one long signature.
     """
     groups = get_type_hints(flags)
 
     def wrap(verb: Callable[[str, F], None]) -> Callable[..., None]:
         @wraps(verb)
-        def run(prompt: str, **given: Any) -> None:
+        def run(prompt: str, **values: Any) -> None:
             filled = {
-                name: group(**{flag.name: given[flag.name] for flag in fields(group)}) for name, group in groups.items()
+                name: group(**{flag.name: values[flag.name] for flag in fields(group)})
+                for name, group in groups.items()
             }
             verb(prompt, flags(**filled))
 
@@ -64,17 +65,17 @@ def _first_parameter(verb: Callable[..., None]) -> Parameter:
 
 
 def _group_parameters(group: Any) -> list[Parameter]:
-    """The flags of a group, each told its section."""
+    """Returns the flags of a group as parameters, each with the group's title."""
     hints, title = get_type_hints(group, include_extras=True), (getdoc(group) or "").rstrip(".")
-    made = []
+    parameters = []
     for flag in fields(group):
         kind, info = get_args(hints[flag.name])
         assert isinstance(info, type(typer.Option()))
         info = copy(info)  # several verbs may share a flag
         info.rich_help_panel = title
-        made.append(
+        parameters.append(
             Parameter(
                 flag.name, Parameter.POSITIONAL_OR_KEYWORD, default=flag.default, annotation=Annotated[kind, info]
             )
         )
-    return made
+    return parameters

@@ -1,6 +1,6 @@
-"""The flag names of the official script, put into kadr's words before they are parsed.
+"""Flag names of the official script, translated to kadr's before parsing.
 
-They are not options of their own: some take lists, which the parser has no form for, and --help stays readable. The
+They are not options of their own: some take lists, which the parser cannot express, and --help stays readable. The
 names are the fields of `InferenceConfig` in ltx_video/inference.py and the keys of its pipeline configs.
 """
 
@@ -46,7 +46,7 @@ CONDITIONING_PATHS, CONDITIONING_FRAMES, CONDITIONING_STRENGTHS = (
 OFFLOAD_TO_CPU, OFFLOAD_STAGES_FLAGS = (
     "--offload_to_cpu",
     ["--offload", "stages"],
-)  # a switch, with or without a word for yes or no
+)  # a switch, with or without a value
 MEDIA_FLAGS = ("--image", "--video")
 LORA_FLAG, PROMPT_FLAG = "--lora", "--prompt"
 # Between the parts of one --image, --video or --lora, and between prompts. The system ends every argument at this
@@ -58,19 +58,19 @@ _LIKE_A_STRENGTH = re.compile(r"[+-]?[\d.,]+%?|[+-]?(nan|inf)", re.IGNORECASE)  
 
 
 class OfficialCommand(GroupedCommand):
-    """A command that also takes the official names."""
+    """A command that also accepts the official flag names."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         return super().parse_args(ctx, translate_official(args))
 
 
 def translate_official(args: Sequence[str]) -> list[str]:
-    """The arguments in kadr's words; each --image, --video and --lora with what belongs to it joined to one.
+    """Translates arguments to kadr's flags; joins each --image, --video and --lora with its values.
 
     Raises:
         typer.BadParameter: lists that do not match, or a flag whose value is missing.
     """
-    ours: list[str] = []
+    translated: list[str] = []
     sides: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     prompts: list[str] = []
@@ -81,8 +81,8 @@ def translate_official(args: Sequence[str]) -> list[str]:
         if word == "--":
             plain = rest
             break
-        name, given, value = word.partition("=")
-        if given and name in {
+        name, has_value, value = word.partition("=")
+        if has_value and name in {
             *ALIASES,
             OFFLOAD_TO_CPU,
             *SIZE_FLAGS,
@@ -96,7 +96,7 @@ def translate_official(args: Sequence[str]) -> list[str]:
             rest.insert(0, value)
             word = name
         if word == OFFLOAD_TO_CPU:
-            ours += OFFLOAD_STAGES_FLAGS if _pop_switch(rest) else []
+            translated += OFFLOAD_STAGES_FLAGS if _pop_switch(rest) else []
         elif word in SIZE_FLAGS:
             sides[word] = _pop_value(word, rest)
         elif word in (CONDITIONING_PATHS, CONDITIONING_FRAMES, CONDITIONING_STRENGTHS):
@@ -104,18 +104,18 @@ def translate_official(args: Sequence[str]) -> list[str]:
         elif word == PROMPT_FLAG:
             prompts.append(_pop_value(word, rest))
         elif word in MEDIA_FLAGS:
-            ours += [word, SEPARATOR.join([_pop_value(word, rest), *_pop_numbers(rest), *_pop_box(rest)])]
+            translated += [word, SEPARATOR.join([_pop_value(word, rest), *_pop_numbers(rest), *_pop_box(rest)])]
         elif word == LORA_FLAG:
-            ours += [word, SEPARATOR.join([_pop_value(word, rest), *_pop_numbers(rest)])]
+            translated += [word, SEPARATOR.join([_pop_value(word, rest), *_pop_numbers(rest)])]
             _refuse_malformed_strength(rest)
         else:
-            ours.append(ALIASES.get(word, word))
+            translated.append(ALIASES.get(word, word))
     if prompts and plain:
         raise typer.BadParameter(
             f"a prompt is given as {plain[0]!r} too; give the one or the other.", param_hint=PROMPT_FLAG
         )
     last = [SEPARATOR.join(prompts)] if prompts else plain
-    return [*ours, *_size(sides), *_media(lists), *(["--", *last] if last else [])]
+    return [*translated, *_size(sides), *_media(lists), *(["--", *last] if last else [])]
 
 
 def _pop_value(name: str, rest: list[str]) -> str:
@@ -125,14 +125,14 @@ def _pop_value(name: str, rest: list[str]) -> str:
 
 
 def _pop_switch(rest: list[str]) -> bool:
-    """Whether a switch is on; the word that says so is taken away."""
+    """Returns whether a switch is on; removes the word that says so."""
     if rest and rest[0].lower() in ("true", "false", "1", "0", "yes", "no"):
         return rest.pop(0).lower() in ("true", "1", "yes")
     return True
 
 
 def _pop_values(rest: list[str]) -> list[str]:
-    """What follows up to the next flag."""
+    """Removes and returns the values up to the next flag."""
     values = []
     while rest and not rest[0].startswith("--"):
         values.append(rest.pop(0))
@@ -140,7 +140,7 @@ def _pop_values(rest: list[str]) -> list[str]:
 
 
 def _pop_numbers(rest: list[str]) -> list[str]:
-    """The frame and the strength, or the two strengths, where they follow."""
+    """Removes and returns the frame and strength, or the two strengths, if they follow."""
     numbers: list[str] = []
     while rest and len(numbers) < 2 and _NUMBER.fullmatch(rest[0]):
         numbers.append(rest.pop(0))
@@ -148,16 +148,16 @@ def _pop_numbers(rest: list[str]) -> list[str]:
 
 
 def _refuse_malformed_strength(rest: list[str]) -> None:
-    """Refuse what was meant for a strength and is none: a prompt is no such word."""
+    """Refuses a malformed strength: a prompt does not look like one."""
     if rest and _LIKE_A_STRENGTH.fullmatch(rest[0]):
         raise typer.BadParameter(
-            f"{rest[0]!r} is no strength: write PATH, a number such as 0.8 and, for a second pass, another.",
+            f"{rest[0]!r} is not a strength: write PATH, a number such as 0.8 and, for a second pass, another.",
             param_hint=LORA_FLAG,
         )
 
 
 def _pop_box(rest: list[str]) -> list[str]:
-    """The part of the picture that is covered, where it follows."""
+    """Removes and returns box=X,Y,W,H, if it follows."""
     return [rest.pop(0)] if rest and rest[0].startswith(BOX_PREFIX) else []
 
 
@@ -170,7 +170,7 @@ def _size(sides: Mapping[str, str]) -> list[str]:
 
 
 def _media(lists: Mapping[str, list[str]]) -> list[str]:
-    """The three lists, item by item."""
+    """Turns the three official lists into one flag per item."""
     if not lists:
         return []
     media, starts = lists.get(CONDITIONING_PATHS, []), lists.get(CONDITIONING_FRAMES, [])

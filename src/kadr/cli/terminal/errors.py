@@ -1,4 +1,4 @@
-"""What goes wrong, told in one line on stderr, and the exit code that goes with it."""
+"""Errors and warnings as one line each on stderr, with the exit code."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DEBUG_VARIABLE = "KADR_DEBUG"  # in the environment: anything but nothing or 0 s
 
 
 def print_stderr(line: str) -> None:
-    """Talk."""
+    """Prints a message to stderr; stdout is for data."""
     print(line, file=sys.stderr)
 
 
 @contextmanager
 def handle_errors() -> Iterator[None]:
-    """Turn what a verb raises into a line on stderr and an exit code, and warnings into a line each."""
+    """Turns what a verb raises into a line on stderr and an exit code, and each warning into a line."""
     with _print_warnings():
         try:
             yield
@@ -50,18 +50,18 @@ def _exit(error: BaseException, line: str, code: int) -> typer.Exit:
 
 
 def _unexpected_message(error: Exception) -> str:
-    told = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    summary = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without loading torch
-        return f"error: the memory is full ({told}). Ask for less: a smaller --size, or fewer --frames."
+        return f"error: memory is full ({summary}). Ask for less: a smaller --size, or fewer --frames."
     return (
-        f"error: kadr did not expect this: {told}\n"
-        f"It is a bug. Please report it, with your command and what it prints when {DEBUG_VARIABLE}=1 is set in the environment."
+        f"error: unexpected {summary}\n"
+        f"This is a bug. Please report it with your command and its output under {DEBUG_VARIABLE}=1."
     )
 
 
 @contextmanager
 def _print_warnings() -> Iterator[None]:
-    """Show kadr's own warnings, and nobody else's unless Python was asked to (-W, PYTHONWARNINGS)."""
+    """Shows kadr's own warnings; those of others only where Python was told to (-W, PYTHONWARNINGS)."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if issubclass(category, KadrWarning):

@@ -1,4 +1,4 @@
-"""How far it is, on stderr: a bar per stage on a terminal, a line now and then elsewhere."""
+"""Progress on stderr: a bar per stage on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kadr.pipeline.progress import Progress, Watch
 
 SECONDS_BETWEEN_LINES = 5.0  # seconds between two lines where there is no terminal
 STAGE_LABELS = {
-    "text": "reading the prompt",
-    "control": "making controls",
-    "encode": "looking at pictures",
+    "text": "encoding the prompt",
+    "control": "rendering controls",
+    "encode": "encoding images",
     "train": "training",
     "denoise": "denoising",
     "upscale": "upscaling",
@@ -25,7 +25,7 @@ STAGE_LABELS = {
 
 @contextmanager
 def show_progress() -> Iterator[Watch]:
-    """A watcher that shows what it sees until the block ends."""
+    """Yields a watcher that shows progress until the block ends."""
     if sys.stderr.isatty():
         with _watch_in_bars() as watch:
             yield watch
@@ -34,7 +34,7 @@ def show_progress() -> Iterator[Watch]:
 
 
 def watch_in_lines(clock: Callable[[], float] = time.monotonic) -> Watch:
-    """Watch in plain lines: at the end of every stage, and every few seconds."""
+    """Returns a watcher that prints a line at the end of every stage, and every few seconds."""
     last = clock()
 
     def watch(progress: Progress) -> None:
@@ -77,13 +77,13 @@ def _stage_label(progress: Progress) -> str:
 
 
 def _time_left(progress: Progress, before: str = "") -> str:
-    """How long the stage still takes, where that is known and not over."""
+    """Returns the time left in the stage; "" where it is unknown or over."""
     known = progress.eta is not None and progress.step < progress.of
     return f"{before}{format_duration(progress.eta or 0)} left" if known else ""
 
 
 def format_duration(seconds: float) -> str:
-    """Such as 0:07 or 1:02:03."""
+    """Formats seconds as 0:07 or 1:02:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

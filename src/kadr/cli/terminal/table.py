@@ -1,4 +1,4 @@
-"""Tables as plain text: the same on a terminal and in a pipe."""
+"""Tables as plain text, the same on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 
 
 def format_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of equal length, aligned to the left, two spaces apart."""
+    """Aligns rows of equal length to the left, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def format_si(number: int) -> str:
-    """Such as 6.34 G or 420 M: three digits, powers of ten."""
+    """Formats a number as 6.34 G or 420 M: three digits, powers of ten."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
