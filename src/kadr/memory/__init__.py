@@ -1,1 +1,1 @@
-"""What holds modules in memory: the device, the cache of modules, block swapping."""
+"""Modules in memory: devices, the module cache, block swapping."""

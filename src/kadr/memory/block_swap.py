@@ -1,7 +1,7 @@
-"""Modules whose blocks are not all in memory at once.
+"""Block swapping: modules whose blocks are in memory only while they run.
 
-On a CPU, weights lie in mapped files: a block is touched when it runs, and let go of after it. On a GPU, blocks wait on
-the host and are copied into one of two places on the device, the next one while the present one runs.
+On a CPU, weights lie in mapped files: a block's pages are read when it runs and released after it. On a GPU, blocks
+wait on the host and are copied into one of two slots on the device, the next one while the present one runs.
 """
 
 from __future__ import annotations
@@ -13,51 +13,51 @@ import torch
 from torch import Tensor, nn
 
 PageAdvice = Callable[[Iterable[Tensor]], None]
-_SLOT_ALIGNMENT = 256  # bytes, of a tensor within a place on the device: what CUDA's kernels like best
-NUM_SLOTS = 2  # on the device: one that is computed with, one that is filled
+_SLOT_ALIGNMENT = 256  # bytes; alignment of tensors within a slot, the best for CUDA kernels
+NUM_SLOTS = 2  # on the device: one for the block that runs, one that is being filled
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:
-    """The tensors of a module, each once."""
+    """Returns the parameters and buffers of a module, each once."""
     return [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
 
 
 def stream_mapped_blocks(blocks: Sequence[nn.Module], *, release: PageAdvice, prefetch: PageAdvice) -> None:
-    """Let the blocks of a module on the CPU take memory only while they run.
+    """Streams the blocks of a module on the CPU: their pages are in memory only while they run.
 
-    The same numbers come out: only when pages are in memory changes.
+    Results are bit-identical: only when pages are in memory changes.
 
     Args:
         blocks: in the order they run; their weights lie in mapped files.
-        release: lets go of the pages under tensors.
-        prefetch: has the system read the pages under tensors.
+        release: releases the pages under tensors.
+        prefetch: has the system read the pages under tensors ahead.
     """
-    following = [*blocks[1:], *blocks[:1]]  # after the last block of a step comes the first of the next
-    for block, after in zip(blocks, following, strict=True):
-        own, coming = module_tensors(block), module_tensors(after)
+    next_blocks = [*blocks[1:], *blocks[:1]]  # the last block of a step is followed by the first of the next step
+    for block, next_block in zip(blocks, next_blocks, strict=True):
+        block_tensors, next_tensors = module_tensors(block), module_tensors(next_block)
 
-        def begun(*_: object, coming: list[Tensor] = coming) -> None:
-            prefetch(coming)
+        def before_block(*_: object, tensors: list[Tensor] = next_tensors) -> None:
+            prefetch(tensors)
 
-        def done(*_: object, own: list[Tensor] = own) -> None:
-            release(own)
+        def after_block(*_: object, tensors: list[Tensor] = block_tensors) -> None:
+            release(tensors)
 
-        block.register_forward_pre_hook(begun)
-        block.register_forward_hook(done)
+        block.register_forward_pre_hook(before_block)
+        block.register_forward_hook(after_block)
 
 
 class BlockSwapper:
-    """Two places on a device that the blocks of a module pass through.
+    """Streams the blocks of a module through two slots on a device.
 
-    While a block runs, the weights of the next one are copied into the other place, on a stream of their own. Events
-    order the two streams: a place is filled only when the block that used it is done, and a block runs only when its
-    place is full.
+    While a block runs, the weights of the next one are copied into the other slot, on a separate CUDA stream. Events
+    order the two streams: a slot is filled only after the block that used it, and a block runs only when its slot is
+    full.
 
     Args:
-        blocks: in the order they run, on the CPU. They come round: after the last, the first.
-        device: on "cpu" copies are done when they return; that is how the order is tested.
-        pin_memory: keep all of them in pinned memory, from which they are sent without the host's help; else each goes
-            through a pinned buffer.
+        blocks: in the order they run, on the CPU. The order is cyclic: the first follows the last.
+        device: where blocks run. On "cpu" copies are synchronous, which is how tests check the order.
+        pin_memory: keep all blocks in pinned memory, from which they are copied without the host's help; else each goes
+            through a pinned staging buffer.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, pin_memory: bool = False) -> None:
@@ -66,38 +66,38 @@ class BlockSwapper:
             _CudaCopyStream(device, pin_memory=pin_memory) if device.type == "cuda" else _SyncCopyStream()
         )
         self.host_weights = [self.copy_stream.to_host(_block_tensors(block)) for block in self.blocks]
-        size = max((_aligned_bytes(home) for home in self.host_weights), default=0)
+        slot_bytes = max((_aligned_bytes(weights) for weights in self.host_weights), default=0)
         count = min(NUM_SLOTS, len(self.blocks))
-        self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
-        self._block_in_slot: list[int | None] = [None] * count  # which block lies in a place
+        self.slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._block_in_slot: list[int | None] = [None] * count  # index of the block in each slot
         for index, block in enumerate(self.blocks):
             block.register_forward_pre_hook(lambda *_, index=index: self._before_block(index))
             block.register_forward_hook(lambda *_, index=index: self._after_block(index))
 
     def _before_block(self, index: int) -> None:
-        place = self._copy_to_slot(index)
-        self.copy_stream.wait_filled(place)
-        _set_block_tensors(self.blocks[index], list(self._slot_views(index, place)))
+        slot = self._copy_to_slot(index)
+        self.copy_stream.wait_filled(slot)
+        _set_block_tensors(self.blocks[index], list(self._slot_views(index, slot)))
 
     def _after_block(self, index: int) -> None:
-        # The block's work is queued by now: the host is free to send the next one.
-        place = self._block_in_slot.index(index)
-        self.copy_stream.mark_used(place)
+        # The block's kernels are queued by now: the host is free to start the next copy.
+        slot = self._block_in_slot.index(index)
+        self.copy_stream.mark_used(slot)
         _set_block_tensors(self.blocks[index], self.host_weights[index])
         if len(self.slots) > 1:
-            self._copy_to_slot((index + 1) % len(self.blocks), busy_slot=place)
+            self._copy_to_slot((index + 1) % len(self.blocks), busy_slot=slot)
 
     def _copy_to_slot(self, index: int, busy_slot: int | None = None) -> int:
-        """The place that a block lies in; it is copied there unless it is there already."""
+        """Copies a block into a slot unless it is in one already, and returns the slot."""
         if index in self._block_in_slot:
             return self._block_in_slot.index(index)
-        place = next(number for number in range(len(self.slots)) if number != busy_slot)
-        self._block_in_slot[place] = index
-        self.copy_stream.copy(self.host_weights[index], list(self._slot_views(index, place)), place)
-        return place
+        slot = next(number for number in range(len(self.slots)) if number != busy_slot)
+        self._block_in_slot[slot] = index
+        self.copy_stream.copy(self.host_weights[index], list(self._slot_views(index, slot)), slot)
+        return slot
 
     def _slot_views(self, index: int, slot: int) -> Iterator[Tensor]:
-        """The tensors of a block as they lie in a place."""
+        """Yields the tensors of a block as views into a slot."""
         return _views_into(self.slots[slot], self.host_weights[index])
 
 
@@ -106,12 +106,12 @@ def _block_tensors(block: nn.Module) -> list[Tensor]:
 
 
 def _set_block_tensors(block: nn.Module, tensors: Sequence[Tensor]) -> None:
-    for own, tensor in zip(chain(block.parameters(), block.buffers()), tensors, strict=True):
-        own.data = tensor
+    for parameter, tensor in zip(chain(block.parameters(), block.buffers()), tensors, strict=True):
+        parameter.data = tensor
 
 
 def _views_into(buffer: Tensor, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Pieces of a buffer of bytes, each as large, shaped and typed as the tensor it is for."""
+    """Yields views into a buffer of bytes, each with the shape and dtype of its tensor."""
     start = 0
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size()
@@ -128,7 +128,7 @@ def _aligned_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class _SyncCopyStream:
-    """Copies that are done when they return."""
+    """Synchronous copies."""
 
     def to_host(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors
@@ -138,14 +138,14 @@ class _SyncCopyStream:
             target.copy_(source)
 
     def wait_filled(self, slot: int) -> None:
-        """Nothing to wait for."""
+        """Does nothing: copies are done."""
 
     def mark_used(self, slot: int) -> None:
-        """Nothing to mark."""
+        """Does nothing: copies are in order."""
 
 
 class _CudaCopyStream:
-    """Copies on a stream of their own, from pinned memory."""
+    """Copies on a separate CUDA stream, from pinned memory."""
 
     def __init__(self, device: torch.device, *, pin_memory: bool) -> None:
         self.device, self.pin_memory = device, pin_memory
@@ -174,8 +174,8 @@ class _CudaCopyStream:
         self.used_events[slot].record(torch.cuda.current_stream(self.device))
 
     def _copy_to_staging(self, sources: Sequence[Tensor], slot: int) -> list[Tensor]:
-        """The tensors in the pinned buffer of a place."""
-        self.filled_events[slot].synchronize()  # what was in the buffer is sent
+        """Copies tensors into the pinned staging buffer of a slot."""
+        self.filled_events[slot].synchronize()  # the copy out of the buffer is done
         buffer, size = self._staging_buffers[slot], _aligned_bytes(sources)
         if buffer is None or len(buffer) < size:
             buffer = self._staging_buffers[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -183,8 +183,8 @@ class _CudaCopyStream:
 
 
 def _copy_into(buffer: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors in a buffer of bytes."""
-    made = list(_views_into(buffer, tensors))
-    for copy, tensor in zip(made, tensors, strict=True):
+    """Copies tensors into a buffer of bytes and returns the copies."""
+    copies = list(_views_into(buffer, tensors))
+    for copy, tensor in zip(copies, tensors, strict=True):
         copy.copy_(tensor)
-    return made
+    return copies

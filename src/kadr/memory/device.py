@@ -1,4 +1,4 @@
-"""Which device and which numbers to compute with."""
+"""Devices and dtypes: picking them by name, and memory that is free or in use."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from kadr.errors import RequestError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# Where a container's limit and its use stand: control groups of version 2, then of version 1.
+# Limit and use of a container's memory: cgroup v2, then v1.
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-FP32_MAX_PARAMETERS = 500_000_000  # parameters: below this, fp32 costs little anywhere
+FP32_MAX_PARAMETERS = 500_000_000  # a model of fewer parameters runs in fp32: that costs little anywhere
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first of cuda, mps, cpu that is there.
+    """Returns the device of that name; "auto" is the first available of cuda, mps and cpu.
 
     Raises:
-        RequestError: no such device here.
+        RequestError: unknown or unavailable device.
     """
     kind = name.partition(":")[0]
     if kind not in DEVICES:
         raise RequestError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}.")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    if not there[kind]:
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available[kind]:
         raise RequestError(f"device is {name!r}, but torch finds none here. Leave out --device, or give cpu.")
     try:
         device = torch.device(name)
@@ -47,12 +47,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
-    """The dtype of that name. "auto" is bfloat16, but float32 for small models and for CPUs without bfloat16 units.
+    """Returns the dtype of that name. "auto" is bfloat16, but float32 for small models and CPUs without bfloat16 units.
 
-    There bfloat16 products run many times slower than float32 ones (pytorch issue 146508).
+    On such CPUs bfloat16 products run many times slower than float32 ones (pytorch issue 146508).
+
+    Args:
+        parameters: parameter count of the model.
 
     Raises:
-        RequestError: no such dtype.
+        RequestError: unknown dtype.
     """
     if name in DTYPES:
         return DTYPES[name]
@@ -64,12 +67,12 @@ def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether products in bfloat16 have units of their own: AVX512-BF16 or AMX on x86, BF16 on Arm."""
+    """Returns whether the CPU has bfloat16 units: AVX512-BF16 or AMX on x86, BF16 on Arm."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or _arm_has("bf16")
 
 
 def has_fast_int8() -> bool:
-    """Whether this CPU has units for products in 8 bits: VNNI or AMX on x86, the dot products of Arm."""
+    """Returns whether the CPU has units for int8 products: VNNI or AMX on x86, the dot products of Arm."""
     return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported() or _arm_has("asimddp")
 
 
@@ -82,19 +85,19 @@ def _arm_has(feature: str) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can be had on the device now; for the CPU, what the system could give without swapping."""
+    """Returns the free memory of a device; for the CPU, what the system can give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(psutil.virtual_memory().available, _cgroup_free_bytes())
 
 
 def resident_bytes() -> int:
-    """What this process takes of the memory of the host now, by the account of the system."""
+    """Returns the resident set size of this process."""
     return psutil.Process().memory_info().rss
 
 
 def trim_heap() -> None:
-    """Give the system what is free inside the process: glibc keeps it for itself otherwise."""
+    """Returns freed heap memory to the system, which glibc would keep otherwise."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -106,20 +109,20 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def _cgroup_free_bytes() -> int:
-    """What a container's limit leaves, on Linux; a great deal where there is none."""
+    """Returns the free memory under a container's limit, on Linux; sys.maxsize without one."""
     for limit, used in _CGROUP_FILES:
         try:
-            most, now = Path(limit).read_text(), Path(used).read_text()
+            limit_text, used_text = Path(limit).read_text(), Path(used).read_text()
         except OSError:
             continue
-        if most.strip().isdecimal():
-            return max(0, int(most) - int(now) + _inactive_file_bytes())
+        if limit_text.strip().isdecimal():
+            return max(0, int(limit_text) - int(used_text) + _inactive_file_bytes())
     return sys.maxsize
 
 
 def _inactive_file_bytes() -> int:
-    """Bytes of files in the container's account that go when memory is asked for."""
-    for path, word in (
+    """Returns the bytes of cached files on a container's account, which the system drops under pressure."""
+    for path, key in (
         ("/sys/fs/cgroup/memory.stat", "inactive_file"),
         ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
     ):
@@ -127,5 +130,5 @@ def _inactive_file_bytes() -> int:
             lines = Path(path).read_text().splitlines()
         except OSError:
             continue
-        return next((int(line.split()[1]) for line in lines if line.startswith(f"{word} ")), 0)
+        return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)
     return 0

@@ -1,4 +1,4 @@
-"""Modules that are in memory only while their stage runs, or for as long as there is room."""
+"""Cache of loaded modules: each is unloaded after its stage, unless the plan has room to keep it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ class _Entry(NamedTuple):
 
 
 class ModuleCache:
-    """Lends modules. Afterwards it keeps those named in `names_to_keep`, and lets go of the others.
+    """Loads modules for a stage; afterwards keeps those named in `names_to_keep` and frees the others.
 
-    A module that is kept on the CPU lets go of its pages of files all the same: the system has them at hand still, and
-    gives them to others if it must. It lets go of what weights were unpacked into, too. Weights that it made for itself
-    stay.
+    A module kept on the CPU still releases its mapped pages, which the system keeps cached for as long as memory is not
+    needed elsewhere, and its buffers of dequantized weights. Its private weights stay.
 
     Args:
-        release_pages: lets go of the pages under tensors.
+        release_pages: releases the pages under tensors.
     """
 
     def __init__(self, device: torch.device, *, release_pages: PageAdvice) -> None:
@@ -41,16 +40,16 @@ class ModuleCache:
 
     @contextmanager
     def acquire(self, name: str, load: Callable[[], M], *, configuration: Hashable = None) -> Iterator[M]:
-        """The module of that name, loaded unless it was kept.
+        """Yields the module of that name, loaded unless it is cached.
 
         Args:
-            load: makes it, on the device.
-            configuration: how it is held; one that was kept in another way is let go of first.
+            load: loads the module onto the device.
+            configuration: how the module is placed; a cached one with another configuration is freed first.
         """
-        kept = self._entries.pop(name, None)
-        module = kept.module if kept is not None and kept.configuration == configuration else None
-        kept, another = None, kept is not None and module is None
-        if another:
+        entry = self._entries.pop(name, None)
+        module = entry.module if entry is not None and entry.configuration == configuration else None
+        entry, is_outdated = None, entry is not None and module is None
+        if is_outdated:
             self._free_memory()
         if module is None:
             module = load().eval().requires_grad_(False)
@@ -59,26 +58,26 @@ class ModuleCache:
         finally:
             self._release_pages(module_tensors(module))
             clear_scratch(module)
-            stays = name in self.names_to_keep
-            if stays:
+            is_kept = name in self.names_to_keep
+            if is_kept:
                 self._entries[name] = _Entry(module, configuration)
             del module
-            if stays:
-                trim_heap()  # what it worked with; to look for cycles would take longer than a small model's step
+            if is_kept:
+                trim_heap()  # its activations; collecting cycles would take longer than a small model's step
             else:
                 self._free_memory()
 
     @property
     def cached_names(self) -> frozenset[str]:
-        """The names of the modules it has."""
+        """Names of the cached modules."""
         return frozenset(self._entries)
 
     def clear(self, *, keep: Collection[str] = ()) -> None:
-        """Let go of everything that is kept, but for some names."""
-        gone = self._entries.keys() - set(keep)
-        for name in gone:
+        """Frees all cached modules except those named in `keep`."""
+        names = self._entries.keys() - set(keep)
+        for name in names:
             del self._entries[name]
-        if gone:
+        if names:
             self._free_memory()
 
     def _free_memory(self) -> None:

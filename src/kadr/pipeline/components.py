@@ -1,4 +1,4 @@
-"""The modules of a model: in memory only while a stage runs."""
+"""The modules of a model, each loaded for its stage and placed as the plan says."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from kadr.models.vae import VAE
 from kadr.pipeline.module_placement import place_module
 from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.rotation_check import detect_rotation, may_be_rotated
-from kadr.planning.plan import AS_STORED, Placement, Plan
+from kadr.planning.placement import AS_STORED, Placement
+from kadr.planning.plan import Plan
 from kadr.quant.rotation import rotate_weights
 from kadr.quant.weight_formats import FP8
 from kadr.spec.lora import LoraStrength
@@ -47,10 +48,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Components(ModelSpec):
-    """What a generation takes its modules from.
+    """A model whose modules can be acquired for a stage; its specification is the base class.
 
     Args:
-        prompt_cache: see `Engine.open`; the others as of `ModelSpec`.
+        prompt_cache: see `Engine.open`. All other arguments are those of `ModelSpec`.
     """
 
     def __init__(
@@ -80,28 +81,33 @@ class Components(ModelSpec):
             offload=offload,
             compiled=compile_transformer,
         )
-        # However the text encoder is held, it computes the same numbers.
+        # No weight format in the key: the text encoder's placement does not change what it computes.
         self.prompt_cache = PromptCache.open(
             prompt_cache, text_encoder_folder, dtype=self.dtype, device=self.device.type
         )
         self.module_cache = ModuleCache(self.device, release_pages=release_pages)
         self.plan: Plan | None = None
         self.transformer_override: Transformer | None = None
-        self.override_lora_path: Path | None = None  # that it is written as
-        self._rotations: dict[Path, int | None] = {}  # of the transformers that were looked at
+        self.override_lora_path: Path | None = None  # where its weights are saved
+        self._rotations: dict[Path, int | None] = {}  # Hadamard rotation of each checked transformer
 
     def apply_plan(self, plan: Plan) -> None:
-        """Lend modules as a plan has it, from now on."""
+        """Places modules as the plan says from now on, and frees cached ones that it does not keep."""
         self.plan = plan
         self.module_cache.names_to_keep = plan.cached_components
         self.module_cache.clear(keep=plan.cached_components)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the text encoder."""
         return self.text_encoder_folder.load_tokenizer()
 
     def text_encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[T5Encoder]:
-        """Args: dtype: to compute in, instead of the plan's; this one is not kept. So for the others."""
+        """Acquires the text encoder.
+
+        Args:
+            dtype: dtype of the computation instead of the plan's; such a module is not cached.
+        """
         return self._acquire(TEXT_ENCODER, "text", self.text_encoder_folder.load, dtype)
 
     @contextmanager
@@ -111,29 +117,30 @@ class Components(ModelSpec):
         dtype: torch.dtype | None = None,
         lora_strengths: Sequence[LoraStrength] | None = None,
     ) -> Iterator[Transformer]:
-        """The transformer of a pass, 0 or 1; the one that is `borrowed`, where it is in memory for another end.
+        """Acquires the transformer of a pass, 0 or 1, or the one set by `override_transformer`.
 
         Args:
-            lora_strengths: of the LoRAs; see `Loras.strengths`.
+            dtype: dtype of the computation instead of the plan's; such a module is not cached.
+            lora_strengths: strengths of the LoRAs; see `Loras.strengths`.
         """
         if self.transformer_override is not None:
             yield self.transformer_override
             return
-        stage, acting = PASS_STAGES[pass_index], self.loras.strengths(pass_index, lora_strengths)
+        stage, strengths = PASS_STAGES[pass_index], self.loras.strengths(pass_index, lora_strengths)
         load = partial(self.load_transformer, pass_index)
         with self._acquire(self.transformer_component(pass_index), stage, load, dtype, with_loras=True) as module:
-            set_lora_strengths(module, acting, self.device)
+            set_lora_strengths(module, strengths, self.device)
             try:
                 yield module
             finally:
-                module.clear_cuda_graphs()  # also where a step was cancelled: what is recorded has these strengths in it
+                module.clear_cuda_graphs()  # also after a cancelled step: graphs have these strengths recorded
 
     @contextmanager
     def override_transformer(self, transformer: Transformer, lora_path: Path) -> Iterator[None]:
-        """Lend this transformer in place of one that would be loaded, as long as the block runs.
+        """Uses this transformer instead of loading one, while the context lasts.
 
         Args:
-            lora_path: what it has learned, on disk: for the record.
+            lora_path: file of the LoRA that the transformer is being trained with, for the video's metadata.
         """
         self.transformer_override, self.override_lora_path = transformer, lora_path
         try:
@@ -142,16 +149,16 @@ class Components(ModelSpec):
             self.transformer_override = self.override_lora_path = None
 
     def load_transformer(self, pass_index: int, dtype: torch.dtype, *, keep_storage_dtype: bool) -> Transformer:
-        """The transformer of a pass as its file has it, with merged LoRAs in it; not held in any way yet."""
+        """Loads the transformer of a pass from its file and merges LoRAs; it has no placement yet."""
         checkpoint = self.transformer_checkpoints[pass_index]
         if checkpoint.path not in self._rotations:
-            looked = may_be_rotated(checkpoint)
-            self._rotations[checkpoint.path] = detect_rotation(checkpoint, dtype, self.device) if looked else None
-        # What is stored in 8-bit floats is multiplied as it is: to widen and to round it again would lose twice.
+            is_suspect = may_be_rotated(checkpoint)
+            self._rotations[checkpoint.path] = detect_rotation(checkpoint, dtype, self.device) if is_suspect else None
+        # Weights stored in 8-bit floats are multiplied as they are: widening and rounding again would lose twice.
         keep_storage_dtype = keep_storage_dtype or (
             self.quant == FP8 and is_quantized(checkpoint.sources["transformer"])
         )
-        keep_storage_dtype = keep_storage_dtype and not self.loras.is_merged  # they are added to plain weights
+        keep_storage_dtype = keep_storage_dtype and not self.loras.is_merged  # they are merged into unquantized weights
         module = checkpoint.load_transformer(dtype, keep_storage_dtype=keep_storage_dtype)
         rotation = self._rotations[checkpoint.path]
         if rotation is not None:
@@ -161,28 +168,28 @@ class Components(ModelSpec):
         return module
 
     def upscaler(self, kind: str) -> AbstractContextManager[LatentUpscaler]:
-        """A latent upscaler, in float32 as in the official package."""
+        """Acquires a latent upscaler, in float32 as in the official package."""
         checkpoint = self.upscaler_checkpoints[kind]
         return self.module_cache.acquire(
             f"{kind} upscaler", lambda: checkpoint.load_upscaler(torch.float32).to(self.device)
         )
 
     def latent_statistics(self) -> AbstractContextManager[VAE]:
-        """The VAE with neither encoder nor decoder: the statistics of its latents."""
+        """Acquires the VAE without encoder and decoder: the statistics of its latents."""
         load = partial(self.vae_checkpoint.load_vae, torch.float32, with_encoder=False, with_decoder=False)
         return self.module_cache.acquire("statistics", lambda: load().to(self.device))
 
     def vae_encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[VAE]:
-        """The VAE without its decoder."""
+        """Acquires the VAE without its decoder; dtype as for `text_encoder`."""
         return self._acquire(VAE_ENCODER, "encode", self._vae_loader(with_decoder=False), dtype)
 
     def vae_decoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[VAE]:
-        """The VAE without its encoder."""
+        """Acquires the VAE without its encoder; dtype as for `text_encoder`."""
         return self._acquire(VAE_DECODER, "decode", self._vae_loader(with_encoder=False), dtype)
 
-    def _vae_loader(self, **parts: bool) -> Callable[..., VAE]:
+    def _vae_loader(self, **options: bool) -> Callable[..., VAE]:
         def load(dtype: torch.dtype, *, keep_storage_dtype: bool) -> VAE:
-            return self.vae_checkpoint.load_vae(dtype, **parts)
+            return self.vae_checkpoint.load_vae(dtype, **options)
 
         return load
 
@@ -190,50 +197,54 @@ class Components(ModelSpec):
     def _acquire(
         self, name: str, stage: str, load: Callable[..., M], dtype: torch.dtype | None, *, with_loras: bool = False
     ) -> Iterator[M]:
-        """A module as the plan has it for a stage; in another dtype for this time only.
+        """Acquires a module in the plan's placement of a stage; with `dtype` in that one, for this time only.
 
         Args:
-            with_loras: with the LoRAs beside its weights.
+            with_loras: attach unmerged LoRAs.
         """
-        choice = self.placement(stage)
+        placement = self.placement(stage)
         if dtype is not None:
-            # Weights that stay as they are stored take no more memory than before, whatever is computed in.
-            choice = replace(choice, dtype=_dtype_name(dtype), weight_format=AS_STORED)
+            # Weights kept as stored take no more memory than before, in any dtype of the computation.
+            placement = replace(placement, dtype=_dtype_name(dtype), weight_format=AS_STORED)
 
-        def made() -> M:
-            module = load(DTYPES[choice.dtype], keep_storage_dtype=choice.weight_format == AS_STORED)
+        def load_placed() -> M:
+            module = load(DTYPES[placement.dtype], keep_storage_dtype=placement.weight_format == AS_STORED)
             loras = self.loras.load() if with_loras and not self.loras.is_merged else ()
-            return place_module(module, choice, self.device, compile_transformer=self.compile_transformer, loras=loras)
+            return place_module(
+                module, placement, self.device, compile_transformer=self.compile_transformer, loras=loras
+            )
 
         if dtype is not None:
             self.module_cache.clear(keep=self.module_cache.cached_names - {name})
-            gc.collect()  # the one that was used before may hang in a circle of hooks
-        kept_name = name if dtype is None else f"{name} in {choice.dtype}"
+            gc.collect()  # the one used before may be in a reference cycle of hooks
+        cache_name = name if dtype is None else f"{name} in {placement.dtype}"
+        configuration = (
+            placement.dtype,
+            placement.weight_format,
+            placement.streamed_blocks,
+            placement.winograd_frames,
+        )
         with (
-            self.module_cache.acquire(
-                kept_name,
-                made,
-                configuration=(choice.dtype, choice.weight_format, choice.streamed_blocks, choice.winograd_frames),
-            ) as module,
+            self.module_cache.acquire(cache_name, load_placed, configuration=configuration) as module,
             retain_freed_memory(),
         ):
             yield module
 
     @property
     def cached_private_bytes(self) -> int:
-        """What the modules that are kept take of their own: it is there for those who use them."""
+        """Private bytes of cached modules, free to the stage that reuses one."""
         stages = () if self.plan is None else self.plan.stages
-        own = {stage.component: stage.placement.private_bytes for stage in stages}
-        return sum(own.get(name, 0) for name in self.module_cache.cached_names)
+        private_bytes = {stage.component: stage.placement.private_bytes for stage in stages}
+        return sum(private_bytes.get(name, 0) for name in self.module_cache.cached_names)
 
     def placement(self, stage: str) -> Placement:
-        """How the module of a stage is held; the plain way where there is no plan."""
-        planned = () if self.plan is None else self.plan.stages
-        plain = Placement(dtype=_dtype_name(self.dtype))
-        return next((each.placement for each in planned if each.stage == stage), plain)
+        """Returns the placement of a stage: the plan's, or the default one without a plan."""
+        stages = () if self.plan is None else self.plan.stages
+        default = Placement(dtype=_dtype_name(self.dtype))
+        return next((planned.placement for planned in stages if planned.stage == stage), default)
 
     def stage_dtype(self, stage: str) -> torch.dtype:
-        """What a stage is computed in."""
+        """Returns the dtype of a stage's computation."""
         return DTYPES[self.placement(stage).dtype]
 
 

@@ -1,6 +1,6 @@
-"""Numbers that stopped being numbers: found at the step where it happened, and the stage is done again in float32.
+"""NaN/inf check of every step and chunk; a stage that fails it is retried in float32 by `pipeline.retry`.
 
-bfloat16 runs out of digits, not of range, but what it rounds away can still end in a division by nothing.
+bfloat16 runs out of digits, not of range, but a value that it rounds to 0 can still become a divisor.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ PendingFlag = Callable[[], bool]
 
 
 class NonFiniteFound(Exception):
-    """Found by `FiniteCheck`, and for this module alone: it becomes a `NonFiniteError` or a warning.
+    """Raised by `FiniteCheck` and handled by `pipeline.retry`, which turns it into a warning or a `NonFiniteError`.
 
     Args:
-        location: such as "step 3 of 8".
+        location: where NaN or infinity appeared, such as "step 3 of 8".
     """
 
     def __init__(self, location: str) -> None:
@@ -26,13 +26,13 @@ class NonFiniteFound(Exception):
 
 
 class FiniteCheck:
-    """Looks whether numbers are finite, and lets nobody wait for the answer.
+    """Asynchronous NaN/inf check: each result is read at the next check.
 
-    On a GPU the answer comes while the next step is computed, and is asked for at the next look: work stays queued all
-    the time. On other devices there is nothing to wait for.
+    So on a GPU the next step is already queued while the result is on its way to the host. On other devices the result
+    is read at once.
 
     Args:
-        copy_to_host: starts an answer, a bool on the device, on its way to the host; what it returns waits for it.
+        copy_to_host: starts the copy of a bool from the device to the host; returns a function that waits for it.
     """
 
     def __init__(self, copy_to_host: Callable[[Tensor], PendingFlag] | None = None) -> None:
@@ -41,51 +41,52 @@ class FiniteCheck:
 
     @classmethod
     def for_device(cls, device: torch.device) -> FiniteCheck:
+        """Creates the check for a device: asynchronous on CUDA, immediate elsewhere."""
         return cls(_copy_flag_to_host if device.type == "cuda" else None)
 
     def check(self, x: Tensor, location: str) -> None:
-        """Look at x, of any shape, which `location` names.
+        """Checks x, of any shape; `location` names it in the error.
 
         Raises:
-            NotFinite: it, or what was looked at before, holds NaN or infinity.
+            NonFiniteFound: x, or the tensor checked before it, has NaN or infinity.
         """
-        answer = is_finite(x)
+        flag = is_finite(x)
         if self._copy_to_host is not None:
-            answered = self._copy_to_host(answer)
+            read_flag = self._copy_to_host(flag)
             self.synchronize()
-            self._pending = location, answered
-        elif not answer:
+            self._pending = location, read_flag
+        elif not flag:
             raise NonFiniteFound(location)
 
     def synchronize(self) -> None:
-        """Wait for the last answer. To be called at the end of a stage, and before anything is handed on.
+        """Waits for the last check. Call it at the end of a stage, and before passing frames on.
 
         Raises:
-            NotFinite: as `look`.
+            NonFiniteFound: the last tensor checked has NaN or infinity.
         """
         if self._pending is not None:
-            (place, answered), self._pending = self._pending, None
-            if not answered():
-                raise NonFiniteFound(place)
+            (location, read_flag), self._pending = self._pending, None
+            if not read_flag():
+                raise NonFiniteFound(location)
 
 
 def is_finite(x: Tensor) -> Tensor:
-    """Whether all numbers are finite: one bool, on the device."""
-    if x.device.type == "mps":  # whose extremes pass over NaN
+    """Returns whether all numbers are finite: one bool, on the device."""
+    if x.device.type == "mps":  # where aminmax ignores NaN
         return torch.isfinite(x).all()
-    # One pass and no copies, where isfinite makes three: both extremes are NaN if anything is.
+    # One pass without copies, where isfinite makes three: minimum and maximum are NaN if any number is.
     return torch.isfinite(torch.stack(torch.aminmax(x))).all()
 
 
 def _copy_flag_to_host(flag: Tensor) -> PendingFlag:
-    """An answer on its way from a GPU."""
+    """Starts the copy of a flag from a GPU; the function returned waits for it."""
     host = torch.empty((), dtype=torch.bool, pin_memory=True)
     host.copy_(flag, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record(torch.cuda.current_stream(flag.device))
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(flag.device))
 
-    def answered() -> bool:
-        there.synchronize()
+    def read_flag() -> bool:
+        copied.synchronize()
         return bool(host)
 
-    return answered
+    return read_flag

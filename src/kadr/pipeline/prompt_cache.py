@@ -1,7 +1,7 @@
-"""What the text encoder made of prompts, kept on disk: one that was encoded before does not touch the encoder again.
+"""Prompt cache: prompt embeddings on disk, so that a prompt encoded before does not load the text encoder again.
 
-A file holds the rows of the real tokens alone, in the dtype they were computed in, and is named after everything they
-depend on. So a file is never out of date: what changes gets another name, and the oldest are removed in time.
+A file has the rows of the real tokens only, in the dtype they were computed in, and its name is a hash of everything
+they depend on. So a file is never out of date: a change gives another name, and the oldest files are removed in time.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from kadr.errors import CheckpointError, KadrWarning
 from kadr.memory.device import DTYPES
 from kadr.text.tokenizer import PromptTokens
 
-FORMAT_VERSION = 1  # part of every name: with another number, all files of before are strangers
-MAX_CACHE_BYTES = 512_000_000  # bytes of all files; those used longest ago go first
+FORMAT_VERSION = 1  # part of every name: another number makes all earlier files unknown
+MAX_CACHE_BYTES = 512_000_000  # bytes of all files; the least recently used are removed first
 FOLDER = "prompts"
-_EMBEDDINGS_KEY, _DIGEST_KEY = "encoding", "sha256"
+_EMBEDDINGS_KEY, _DIGEST_KEY = "prompt_embeddings", "sha256"
 _PROMPT_FILE_NAME = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+\.part)?")
 
 
 def cache_home() -> Path:
-    """The folder for what kadr can make again: $KADR_CACHE, else the one the system has for such things.
+    """Returns the folder of kadr's caches: $KADR_CACHE, else a folder in the system's place for caches.
 
     Raises:
-        RuntimeError: this user has no home.
+        RuntimeError: this user has no home directory.
     """
-    if named := os.environ.get("KADR_CACHE"):
-        return Path(named).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(shared):  # others are to be ignored, says the standard
-        return Path(shared) / "kadr"
+    if kadr_cache := os.environ.get("KADR_CACHE"):
+        return Path(kadr_cache).expanduser()
+    xdg_cache = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(xdg_cache):  # the standard says to ignore relative ones
+        return Path(xdg_cache) / "kadr"
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local) / "kadr" / "cache"
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "kadr"
 
 
 class PromptCache:
-    """The encodings of one text encoder.
+    """Prompt embeddings of one text encoder, on disk.
 
     Args:
-        folder: made when there is something to keep; None keeps nothing and finds nothing.
-        text_encoder_folder: the encoder. Names, sizes and times of change of its files count, not where they lie.
-        dtype: that is computed in.
-        device: such as "cpu" or "cuda"; the last bits differ from one to the other.
-        weight_format: how its weights are held, where that changes the numbers.
+        folder: created when the first embeddings are stored; None disables the cache.
+        text_encoder_folder: the text encoder. Names, sizes and modification times of its files count, not their folder.
+        dtype: dtype of the computation.
+        device: such as "cpu" or "cuda"; the last bits differ between devices.
+        weight_format: weight format of the encoder, where it changes the embeddings.
     """
 
     def __init__(
@@ -82,7 +82,11 @@ class PromptCache:
         device: str,
         weight_format: str = "",
     ) -> PromptCache:
-        """The one in a folder; where: True is the folder `prompts` in `cache_home`, False is nowhere."""
+        """Opens the cache in a folder.
+
+        Args:
+            location: the folder; True is `prompts` in `cache_home`, False disables the cache.
+        """
         folder = Path(location).expanduser() if not isinstance(location, bool) else None
         if location is True:
             with suppress(RuntimeError):
@@ -90,7 +94,7 @@ class PromptCache:
         return cls(folder, text_encoder_folder, dtype=dtype, device=device, weight_format=weight_format)
 
     def look_up(self, tokens: PromptTokens) -> Tensor | None:
-        """The rows (n, D) of the n real tokens, on the CPU; None where they are not there, or not whole."""
+        """Returns the rows (n, D) of the n real tokens, on the CPU; None if they are missing or damaged."""
         try:
             path = self._path(tokens)
             if path is None or not path.is_file():
@@ -104,19 +108,19 @@ class PromptCache:
         return rows
 
     def store(self, tokens: PromptTokens, embeddings: Tensor) -> None:
-        """Remember the rows (n, D) of the n real tokens. Where nothing can be written, this does nothing."""
+        """Stores the rows (n, D) of the n real tokens. Warns once if the folder cannot be written."""
         try:
             path = self._path(tokens)
             if path is None:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            plain = embeddings.detach().cpu().contiguous()
-            metadata = {_DIGEST_KEY: _digest(plain), "kadr": f"prompt {FORMAT_VERSION}"}
-            write_tensors(path, {_EMBEDDINGS_KEY: plain}, dtype=plain.dtype, metadata=metadata)
+            rows = embeddings.detach().cpu().contiguous()
+            metadata = {_DIGEST_KEY: _digest(rows), "kadr": f"prompt {FORMAT_VERSION}"}
+            write_tensors(path, {_EMBEDDINGS_KEY: rows}, dtype=rows.dtype, metadata=metadata)
         except (OSError, CheckpointError) as error:
             self._warn_once(error.__cause__ or error)
             return
-        with suppress(OSError):  # another process may be at it too
+        with suppress(OSError):  # another process may prune at the same time
             _prune(path.parent)
 
     def _warn_once(self, error: BaseException) -> None:
@@ -124,30 +128,30 @@ class PromptCache:
             self._has_warned = True
             reason = getattr(error, "strerror", None) or error
             warnings.warn(
-                f"encoded prompts cannot be kept in {self.folder} ({reason}), so they will be encoded again next time. "
-                "Set KADR_CACHE to a folder that can be written to, or turn this off with --no-prompt-cache.",
+                f"prompt embeddings cannot be stored in {self.folder} ({reason}), so prompts will be encoded again next "
+                "time. Set KADR_CACHE to a writable folder, or disable the cache with --no-prompt-cache.",
                 KadrWarning,
                 stacklevel=3,
             )
 
     def _path(self, tokens: PromptTokens) -> Path | None:
-        """Where the rows are, if they are there. Files are asked for their state each time: they may be replaced."""
+        """Returns the file of a prompt. Reads the state of the encoder's files each time: they may be replaced."""
         if self.folder is None:
             return None
-        real = tokens.ids[tokens.mask].tolist()
-        depends = [
+        real_ids = tokens.ids[tokens.mask].tolist()
+        dependencies = [
             FORMAT_VERSION,
             _fingerprint(self.text_encoder_folder),
             str(self.dtype),
             self.device,
             self.weight_format,
-            real,
+            real_ids,
         ]
-        return self.folder / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()}.safetensors"
+        return self.folder / f"{hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()}.safetensors"
 
 
 def _fingerprint(text_encoder_folder: TextEncoderCheckpoint) -> list[object]:
-    """What tells the files of an encoder from others, and from what they were before they were changed."""
+    """Returns what identifies the files of a text encoder and changes when they do."""
     infos = text_encoder_folder.source.infos
     stats = [(file.name, file.stat()) for file in sorted({info.file for info in infos.values()})]
     tensors = [
@@ -175,11 +179,11 @@ def _digest(embeddings: Tensor) -> str:
 
 
 def _prune(folder: Path) -> None:
-    """Remove the files used longest ago that are too many, and no file that is not ours."""
+    """Removes the least recently used prompt files above the limit, and no other files."""
     with os.scandir(folder) as entries:
-        found = [(entry.stat(), Path(entry.path)) for entry in entries if _PROMPT_FILE_NAME.fullmatch(entry.name)]
+        files = [(entry.stat(), Path(entry.path)) for entry in entries if _PROMPT_FILE_NAME.fullmatch(entry.name)]
     total = 0
-    for stat, path in sorted(found, key=lambda each: each[0].st_mtime_ns, reverse=True):
+    for stat, path in sorted(files, key=lambda file: file[0].st_mtime_ns, reverse=True):
         total += stat.st_size
         if total > MAX_CACHE_BYTES:
             path.unlink(missing_ok=True)

@@ -1,4 +1,9 @@
-"""A stage that ran out of memory in spite of the plan: the next way down is taken, once, and said."""
+"""Retries a stage that ran out of memory in spite of its plan, or whose result has NaN or infinity.
+
+Out of memory: the plan falls back to the stage's next smaller placement (`Plan.with_fallback`: streamed blocks, fewer
+frames per chunk), all cached modules are freed, and the stage runs once more, with a warning. A second failure is
+raised; so is a `PlanError` if no placement is smaller. NaN or infinity: the stage runs once more in float32.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +20,19 @@ from kadr.pipeline.finite_check import NonFiniteFound
 from kadr.planning.plan import format_bytes
 
 T = TypeVar("T")
-StageFunction = Callable[["torch.dtype | None"], T]  # a stage: None as it is planned, or in another dtype than that
-_OOM_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")  # by torch, on a CPU or on Apple's GPUs
+StageFunction = Callable[["torch.dtype | None"], T]  # a stage; None runs it in the dtype of its plan
+_OOM_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")  # of torch, on CPUs and on Apple GPUs
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
+    """Returns whether an error says that memory ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OOM_MESSAGES)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
 
 
 def retry_on_oom(components: Components, stage: str, stage_function: StageFunction[T]) -> StageFunction[T]:
-    """A stage that is done again in the next way of the plan if it runs out of memory."""
+    """Returns a stage function that retries once with a smaller placement if memory runs out."""
 
     def attempt(dtype: torch.dtype | None) -> T:
         try:
@@ -35,9 +40,9 @@ def retry_on_oom(components: Components, stage: str, stage_function: StageFuncti
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            down = _prepare_fallback(components, stage, error)
-        # Outside of the handler: the error holds on to what the first run had in memory.
-        down()
+            apply_fallback = _prepare_fallback(components, stage, error)
+        # Outside of the handler: the error keeps the first attempt's tensors alive.
+        apply_fallback()
         return stage_function(dtype)
 
     return attempt
@@ -46,55 +51,56 @@ def retry_on_oom(components: Components, stage: str, stage_function: StageFuncti
 def retry_frames_on_oom(
     components: Components, stage: str, stage_function: StageFunction[Iterator[Tensor]]
 ) -> StageFunction[Iterator[Tensor]]:
-    """As `retry_on_oom`, for a stage that hands on frames (n, ...) as they come. None is handed on twice."""
+    """Returns a stage function like `retry_on_oom`'s for a stage that yields frames (n, ...), none of them twice."""
 
     def attempt(dtype: torch.dtype | None) -> Iterator[Tensor]:
-        handed = 0
+        num_yielded = 0
         try:
             for frames in stage_function(dtype):
-                handed += len(frames)
+                num_yielded += len(frames)
                 yield frames
             return
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            down = _prepare_fallback(components, stage, error)
-        down()
+            apply_fallback = _prepare_fallback(components, stage, error)
+        apply_fallback()
         for frames in stage_function(dtype):
-            known = min(handed, len(frames))
-            handed -= known
-            if known < len(frames):
-                yield frames[known:]
+            num_skipped = min(num_yielded, len(frames))
+            num_yielded -= num_skipped
+            if num_skipped < len(frames):
+                yield frames[num_skipped:]
 
     return attempt
 
 
 def _prepare_fallback(components: Components, stage: str, error: BaseException) -> Callable[[], None]:
-    """What changes the plan to the next way.
+    """Returns a function that warns, frees cached modules and applies the plan with the stage's next placement.
 
     Raises:
-        PlanError: there is none.
+        PlanError: there is no smaller placement.
     """
     plan = components.plan
-    lower = None if plan is None else plan.with_fallback(stage)
-    if plan is None or lower is None:
+    fallback_plan = None if plan is None else plan.with_fallback(stage)
+    if plan is None or fallback_plan is None:
         raise PlanError(
-            f"{stage} ran out of memory in spite of the plan ({_first_line(error)}), and no way of doing it takes "
-            "less. Close other programs, or ask for less: a smaller --size or fewer --frames.",
+            f"{stage} ran out of memory in spite of the plan ({_first_line(error)}), and has no placement that takes "
+            "less. Close other programs, or request less: a smaller --size or fewer --frames.",
             shortfall=0,
         ) from error
-    choice = lower.stage(stage).placement
-    told = (
-        f"{stage} ran out of memory in spite of the plan, which had {format_bytes(plan.stage(stage).placement.device_bytes)} for it; "
-        f"doing it again with {format_bytes(choice.device_bytes)}{f': {choice.reason}' if choice.reason else ''}."
+    planned_bytes = plan.stage(stage).placement.device_bytes
+    fallback = fallback_plan.stage(stage).placement
+    message = (
+        f"{stage} ran out of memory in spite of the plan, which expected {format_bytes(planned_bytes)}; retrying with "
+        f"{format_bytes(fallback.device_bytes)}{f': {fallback.reason}' if fallback.reason else ''}."
     )
 
-    def down() -> None:
-        warnings.warn(told, KadrWarning, stacklevel=3)
+    def apply_fallback() -> None:
+        warnings.warn(message, KadrWarning, stacklevel=3)
         components.module_cache.clear()
-        components.apply_plan(lower)
+        components.apply_plan(fallback_plan)
 
-    return down
+    return apply_fallback
 
 
 def _first_line(error: BaseException) -> str:
@@ -102,20 +108,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def retry_in_fp32(stage: str, dtype: torch.dtype, stage_function: StageFunction[T]) -> T:
-    """What a stage comes to; done again in float32 where it gave NaN or infinity in a narrower dtype.
+    """Returns a stage's result; runs it again in float32 if it has NaN or infinity in a narrower dtype.
 
     Args:
-        dtype: that the stage is planned in.
-        stage_function: the stage. Raises `NonFiniteFound`; keeps no module when it does.
+        dtype: dtype of the stage's plan.
+        stage_function: the stage. Raises `NonFiniteFound`, and then keeps no module.
 
     Raises:
-        NonFiniteError: it was float32, or fails in float32 too.
+        NonFiniteError: the stage was planned in float32, or fails in float32 too.
     """
     try:
         return stage_function(None)
     except NonFiniteFound as found:
         _warn_retry(stage, found.location, dtype)
-    # Outside of the handler: the exception holds on to what the first run had in memory.
+    # Outside of the handler: the exception keeps the first attempt's tensors alive.
     try:
         return stage_function(torch.float32)
     except NonFiniteFound as found:
@@ -125,36 +131,36 @@ def retry_in_fp32(stage: str, dtype: torch.dtype, stage_function: StageFunction[
 def retry_frames_in_fp32(
     stage: str, dtype: torch.dtype, stage_function: StageFunction[Iterator[Tensor]]
 ) -> Iterator[Tensor]:
-    """As `retry_in_fp32`, for a stage that hands on frames (n, ...) as they come. None is handed on twice."""
-    handed = 0
+    """Yields frames (n, ...) of a stage, like `retry_in_fp32`; none is yielded twice."""
+    num_yielded = 0
     try:
         for frames in stage_function(None):
-            handed += len(frames)
+            num_yielded += len(frames)
             yield frames
         return
     except NonFiniteFound as found:
         _warn_retry(stage, found.location, dtype)
     try:
-        yield from skip_frames(handed, stage_function(torch.float32))
+        yield from skip_frames(num_yielded, stage_function(torch.float32))
     except NonFiniteFound as found:
         raise _non_finite_error(stage, found.location) from None
 
 
 def skip_frames(count: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Frames (n, ...) as they come, without the first `count`."""
+    """Yields chunks of frames (n, ...) without the first `count` frames."""
     for frames in chunks:
-        known = min(count, len(frames))
-        count -= known
-        if known < len(frames):
-            yield frames[known:]
+        num_skipped = min(count, len(frames))
+        count -= num_skipped
+        if num_skipped < len(frames):
+            yield frames[num_skipped:]
 
 
 def _warn_retry(stage: str, location: str, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         raise _non_finite_error(stage, location) from None
     warnings.warn(
-        f"{stage} gave numbers that are not finite at {location} in {str(dtype).removeprefix('torch.')}; doing it again "
-        "in float32, which is slower and takes more memory.",
+        f"{stage} produced NaN or infinity at {location} in {str(dtype).removeprefix('torch.')}; retrying in float32, "
+        "which is slower and takes more memory.",
         KadrWarning,
         stacklevel=4,
     )
@@ -162,8 +168,8 @@ def _warn_retry(stage: str, location: str, dtype: torch.dtype) -> None:
 
 def _non_finite_error(stage: str, location: str) -> NonFiniteError:
     return NonFiniteError(
-        f"{stage} gave numbers that are not finite at {location}, in float32. The weights are damaged, or what was given "
-        "is: `kadr models verify` compares released files with what they should be; download others again. Where LoRAs "
-        "are given, give less of them.",
+        f"{stage} produced NaN or infinity at {location}, in float32. The weights or the input are damaged: "
+        "`kadr models verify` compares released files with their checksums; download others again. With LoRAs, lower "
+        "their strength.",
         stage=stage,
     )

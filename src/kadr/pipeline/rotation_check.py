@@ -1,4 +1,4 @@
-"""A look at what a transformer does, before anything is made with it."""
+"""Checks a transformer for Hadamard-rotated weights by its prediction on noise, before anything is made with it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from kadr.quant.rotation import FULL_ROW, MIN_NOISE_CORRELATION, detect_and_undo
 from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
 
-PROBE_GRID = LatentGrid(2, 4, 4)  # enough tokens to tell an answer by, few enough to cost little
+PROBE_GRID = LatentGrid(2, 4, 4)  # enough tokens for a reliable correlation, few enough to cost little
 PROBE_FPS = 24.0
 
 
 def may_be_rotated(checkpoint: Checkpoint) -> bool:
-    """Whether the weights are in 8-bit floats without scales, which is how turned ones look too."""
+    """Returns whether weights are 8-bit floats without scales, as Hadamard-rotated ones are."""
     infos = checkpoint.sources["transformer"].infos
     return any(info.dtype in FP8_DTYPES for info in infos.values()) and not find_weight_scales(infos, infos)
 
 
 @torch.no_grad()
 def detect_rotation(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int | None:
-    """How the weights of a transformer were turned before they were stored; see `quant.rotation`.
+    """Detects the Hadamard rotation that a transformer's weights were stored with; see `quant.rotation`.
 
-    One evaluation on a few tokens of noise, more of them where the first answer is no answer.
+    Takes one model evaluation on a few tokens of noise, and more if that prediction does not match the noise.
 
     Returns:
         As `detect_and_undo_rotation`.
 
     Raises:
-        CheckpointError: it answers as no trained model does.
+        CheckpointError: no rotation gives the prediction of a trained model.
     """
     module = checkpoint.load_transformer(dtype, keep_storage_dtype=True).to(device)
     config = module.config
@@ -43,25 +43,25 @@ def detect_rotation(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
     rope = module.compute_rope(
         token_positions(PROBE_GRID, fps=PROBE_FPS, causal=config.causal_temporal_positioning)[None].to(device)
     )
-    text = torch.zeros(1, 1, config.caption_channels, dtype=dtype, device=device)
-    level = torch.ones(1, 1, device=device)
+    prompt_embeds = torch.zeros(1, 1, config.caption_channels, dtype=dtype, device=device)
+    sigma = torch.ones(1, 1, device=device)
 
     def velocity(tokens: Tensor) -> Tensor:
-        return module(tokens.to(device, dtype), rope, text, None, level).cpu()
+        return module(tokens.to(device, dtype), rope, prompt_embeds, None, sigma).cpu()
 
     try:
         size = detect_and_undo_rotation(module, velocity, noise)
     except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.path} does not answer noise as a trained model does (likeness {error}; at least {MIN_NOISE_CORRELATION} "
-            "is expected), with its weights taken as they are or as turned by a rotation: its pictures would be "
-            "noise. Download it again, or take the bf16 file of the model."
+            f"{checkpoint.path}: its prediction on noise does not correlate with the noise, as a trained model's does "
+            f"(correlation {error}; at least {MIN_NOISE_CORRELATION} is expected), with its weights as they are or "
+            "Hadamard-rotated back: its videos would be noise. Download it again, or use the bf16 file of the model."
         ) from error
     if size is not None:
-        told = "whole rows" if size == FULL_ROW else f"{size} columns"
+        extent = "whole rows" if size == FULL_ROW else f"{size} columns"
         warnings.warn(
-            f"{checkpoint.path} holds weights that were turned by a Walsh-Hadamard rotation of {told}, as the first "
-            "fp8 upload of 0.9.7 did; they are turned back.",
+            f"{checkpoint.path} has Hadamard-rotated weights, over {extent}, as the first fp8 upload of 0.9.7 did; "
+            "they are rotated back.",
             KadrWarning,
             stacklevel=2,
         )

@@ -1,1 +1,1 @@
-"""What a request will take: memory, time, and where each module lives. Arithmetic on headers."""
+"""Plans a request before anything is loaded: memory, time and the placement of each module, from headers alone."""

@@ -1,4 +1,4 @@
-"""Which of the ways to compute a stage this machine takes, in words."""
+"""Names the backend, the kernels that compute a stage on this machine, for the plan."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TORCH = "torch"
 
 
 def matmul_backend(dtype: torch.dtype, device: torch.device, weight_format: str, *, is_streamed: bool) -> str:
-    """What a transformer's products are computed by.
+    """Returns the backend of a transformer's or text encoder's matrix products.
 
     Args:
-        weight_format: see `planning.plan.Choice`.
-        is_streamed: blocks come and go, so their weights stay in the order of the file.
+        weight_format: see `planning.placement.Placement`.
+        is_streamed: blocks are streamed, so their weights cannot be prepacked.
     """
     if mode.current() == mode.REFERENCE:
         return _reference_backend()
@@ -37,7 +37,7 @@ def matmul_backend(dtype: torch.dtype, device: torch.device, weight_format: str,
 
 
 def conv_backend(dtype: torch.dtype, device: torch.device) -> str:
-    """What a VAE's convolutions are computed by."""
+    """Returns the backend of a VAE's convolutions."""
     if mode.current() == mode.REFERENCE:
         return _reference_backend()
     if device.type == "cuda":
@@ -56,4 +56,4 @@ def _gpu_backend(device: torch.device) -> str:
 
 
 def _reference_backend() -> str:
-    return f"{TORCH}, as {mode.ENVIRONMENT_VARIABLE}={mode.REFERENCE} has it"
+    return f"{TORCH}, set by {mode.ENVIRONMENT_VARIABLE}={mode.REFERENCE}"

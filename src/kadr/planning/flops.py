@@ -1,4 +1,7 @@
-"""Floating-point operations of each component, from its config and the size of what it is given."""
+"""FLOPs of each component, from its config and the size of its input.
+
+FLOPs are twice the multiplications of matrix products, convolutions and attention (performance.md, B).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from kadr.shapes import LatentGrid
 
 
 def lora_flops(parameters: int, tokens: int) -> int:
-    """Of the products with A and B of all layers, for tokens or the positions of a text alike."""
+    """Returns the FLOPs of the LoRA matrices A and B of all layers, for `tokens` tokens of the video or the prompt."""
     return 2 * parameters * tokens
 
 
@@ -27,21 +30,21 @@ def transformer_flops(
     text_tokens: int = MAX_PROMPT_TOKENS,
     num_sigmas: int | None = None,
 ) -> int:
-    """Of one evaluation, where the text was read already.
+    """Returns the FLOPs of one model evaluation with the text KV cache filled.
 
     Args:
-        text_tokens: positions of the longest prompt.
-        num_sigmas: how many different noise levels the tokens have; None is one for each sample.
+        text_tokens: tokens of the longest prompt.
+        num_sigmas: number of distinct sigmas among the tokens; None is one for each sample.
     """
     width = config.width
-    layers = config.num_layers * _block_flops(config, tokens, text_tokens)
-    ends = 2 * 2 * tokens * config.in_channels * width
+    blocks = config.num_layers * _block_flops(config, tokens, text_tokens)
+    projections = 2 * 2 * tokens * config.in_channels * width
     num_sigmas = batch if num_sigmas is None else num_sigmas
-    return batch * (layers + ends) + 2 * num_sigmas * (time_embed_parameters(width) - 2 * width + 6 * width**2)
+    return batch * (blocks + projections) + 2 * num_sigmas * (time_embed_parameters(width) - 2 * width + 6 * width**2)
 
 
 def text_kv_flops(config: TransformerConfig, *, batch: int = 1, text_tokens: int = MAX_PROMPT_TOKENS) -> int:
-    """Of reading a text: once for all steps."""
+    """Returns the FLOPs of filling the text KV cache: once for all steps."""
     width = config.width
     return batch * text_tokens * (2 * (config.caption_channels + width) + 4 * config.num_layers * width) * width
 
@@ -55,37 +58,40 @@ def perturbed_flops(
     batch: int = 1,
     text_tokens: int = MAX_PROMPT_TOKENS,
 ) -> int:
-    """What evaluating some samples once more with `blocks` disturbed adds: from the first of them on.
+    """Returns the FLOPs that STG adds: evaluating samples again from the first of the perturbed `blocks` on.
 
     Args:
-        batch: how many samples.
-        mode: see `models.transformer.DISTURBED`.
+        batch: number of perturbed samples.
+        mode: STG mode; see `models.transformer.PERTURBED_VALUES`.
     """
     width = config.width
-    plain = _block_flops(config, tokens, text_tokens)
+    block_flops = _block_flops(config, tokens, text_tokens)
     if mode == TRANSFORMER_BLOCK:
-        saved = plain
-    else:  # no queries, no keys, no logits; where values do not take their place, no values either
+        saved = block_flops
+    else:  # no queries, keys or logits; no values either unless they replace the attention's output
         saved = (4 if mode == ATTENTION_VALUES else 6) * tokens * width**2 + 4 * tokens**2 * width
-    layers = (config.num_layers - min(blocks)) * plain - len(set(blocks)) * saved
-    return batch * (layers + 2 * tokens * config.in_channels * width)
+    repeated = (config.num_layers - min(blocks)) * block_flops - len(set(blocks)) * saved
+    return batch * (repeated + 2 * tokens * config.in_channels * width)
 
 
 def _block_flops(config: TransformerConfig, tokens: int, text_tokens: int) -> int:
-    """28 N D² + 4 N² D + 4 N T D: the 4 T D² of keys and values of a text are those of reading it."""
+    """Returns 28 N D² + 4 N² D + 4 N T D; the 4 T D² of text keys and values are in `text_kv_flops`."""
     width = config.width
     return 28 * tokens * width**2 + 4 * tokens * (tokens + text_tokens) * width
 
 
 def text_encoder_flops(config: T5Config, *, batch: int = 1, length: int = MAX_PROMPT_TOKENS) -> int:
-    """Of encoding a prompt: 2 L (4 D I + 3 D H) + 4 L² I per block, where I is the width of all heads (B.3)."""
+    """Returns the FLOPs of encoding a prompt: 2 L (4 D I + 3 D H) + 4 L² I per block.
+
+    I is the width of all heads (performance.md, B.3).
+    """
     inner = config.num_heads * config.d_kv
     block = 2 * length * (4 * inner + 3 * config.d_ff) * config.d_model + 4 * length**2 * inner
     return batch * config.num_layers * block
 
 
 def upscaler_flops(config: UpscalerConfig, grid: LatentGrid) -> int:
-    """Of upscaling latents of `grid`."""
+    """Returns the FLOPs of upscaling latents of `grid`."""
     width, before = config.mid_channels, grid.num_tokens
     rows = prod(config.scale_factors[1:])
     after = (2 * grid.frames - 1 if config.temporal_upsample else grid.frames) * grid.height * grid.width * rows
@@ -100,10 +106,11 @@ def upscaler_flops(config: UpscalerConfig, grid: LatentGrid) -> int:
 def estimate_seconds(
     flops: int, flops_per_second: float, *, bytes_read: int = 0, disk_bytes_per_second: float | None = None
 ) -> float:
-    """How long a stage takes.
+    """Estimates the seconds of a stage.
 
     Args:
-        flops_per_second: FLOPs per second; see `planning.calibration`.
-        bytes_read: bytes of weights that come from files, at `disk_bytes_per_second` bytes per second; None where they are in memory.
+        flops_per_second: rate of matrix products; see `planning.calibration`.
+        bytes_read: bytes of weights that are read from files.
+        disk_bytes_per_second: rate at which they are read; None if weights are in memory.
     """
     return flops / flops_per_second + (bytes_read / disk_bytes_per_second if disk_bytes_per_second else 0.0)

@@ -1,8 +1,4 @@
-"""What a run will need, and how it is made to fit. Arithmetic: nothing is loaded, nothing is measured.
-
-Every stage comes with the ways it can be run, the best first. The plan takes for each the first that fits into what is
-free; stages come one after the other, so each has all of it, less what is kept from the others.
-"""
+"""The plan of a request: one placement per stage, the peak in bytes, the time, and the reasons."""
 
 from __future__ import annotations
 
@@ -10,74 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kadr.errors import PlanError
-
-AS_STORED, CONVERTED = "as stored", "converted"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """One way to run a stage.
-
-    Args:
-        dtype: that is computed in: "bfloat16" or "float32".
-        weight_format: "as stored" (converted while it is used), "converted" when it is loaded, or one of
-            `quant.weight_formats`.
-        streamed_blocks: how many blocks are in memory only while they run.
-        chunk_frames: that the decoder's stages hand on at a time; 0 for other stages.
-        winograd_frames: frames that packed convolutions make at a time; 0 where none are packed.
-        mapped_bytes, private_bytes: bytes of weights in memory at once, on the device: in the pages of files, which can be let go of
-            at any time, and others.
-        workspace_bytes: bytes besides: activations, buffers.
-        host_bytes: bytes on the host, where the device is another.
-        seconds: about.
-        window_count: of a long video, in how many it is made; 0 where it is made at once.
-        backend: what its products are computed by, of the ways there are, in words.
-        reason: what speaks for it or made it necessary; "" for the plain way.
-    """
-
-    dtype: str
-    weight_format: str = CONVERTED
-    streamed_blocks: int = 0
-    chunk_frames: int = 0
-    winograd_frames: int = 0
-    mapped_bytes: int = 0
-    private_bytes: int = 0
-    workspace_bytes: int = 0
-    host_bytes: int = 0
-    seconds: float = 0.0
-    window_count: int = 0
-    backend: str = "torch"
-    reason: str = ""
-
-    @property
-    def device_bytes(self) -> int:
-        """At the stage's peak, on the device."""
-        return self.mapped_bytes + self.private_bytes + self.workspace_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageOptions:
-    """A stage before anything is decided.
-
-    Args:
-        stage: "text", "encode", "denoise", "upscale", "refine" or "decode".
-        component: the module, as the shelf names it.
-        placements: the ways to run it, best first.
-    """
-
-    stage: str
-    component: str
-    placements: tuple[Placement, ...]
+from kadr.planning.placement import Placement, describe_weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """A stage, decided.
+    """A stage with the placement chosen for it.
 
     Args:
-        fallbacks: the ways that were left, for when memory runs out in spite of the plan.
-        rejected_placement: the first way that did not fit, where the chosen one is not the best.
+        component: name of its module in the `ModuleCache`.
+        fallbacks: placements after the chosen one, for a stage that runs out of memory in spite of the plan.
+        rejected_placement: the best placement, where it did not fit and another one was chosen.
     """
 
     stage: str
@@ -89,14 +28,14 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is in memory when, and how long it takes.
+    """Placements of all stages of a request, with memory and time.
 
     Args:
         device: such as "cpu" or "cuda:0".
-        base_bytes: bytes that the process takes without any of this.
-        free_bytes: bytes that the run may take, on the device.
+        base_bytes: bytes that the process takes without the request.
+        free_bytes: bytes on the device that the request may take.
         stages: in the order they run.
-        cached_components: parts that stay in memory for the next request.
+        cached_components: components that stay in memory for the next request.
     """
 
     device: str
@@ -107,51 +46,54 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the whole process at its worst moment; of the device's memory, where that is another."""
+        """Peak of the whole process on a CPU; of the device's memory otherwise."""
         return self.base_bytes + max((self.stage_bytes(stage) for stage in self.stages), default=0)
 
     @property
     def seconds(self) -> float:
+        """Estimated time of all stages."""
         return sum(stage.placement.seconds for stage in self.stages)
 
     def stage_bytes(self, stage: StagePlan) -> int:
-        """What a stage takes at its peak, with what the stages before have left in memory."""
-        return stage.placement.device_bytes + _cached_bytes(
-            self.stages[: self.stages.index(stage)], stage.component, self.cached_components
-        )
+        """Returns a stage's peak in bytes, with the components that earlier stages left in memory."""
+        earlier = self.stages[: self.stages.index(stage)]
+        return stage.placement.device_bytes + _cached_bytes(earlier, stage.component, self.cached_components)
 
     def stage(self, name: str) -> StagePlan:
-        """The plan of the stage of that name."""
-        return next(each for each in self.stages if each.stage == name)
+        """Returns the plan of the stage of that name."""
+        return next(stage for stage in self.stages if stage.stage == name)
 
     def with_fallback(self, stage: str) -> Plan | None:
-        """The plan with the next way down for a stage, one that takes less; None where there is none."""
-        now = self.stage(stage)
-        smaller = [choice for choice in now.fallbacks if choice.device_bytes < now.placement.device_bytes]
+        """Returns the plan with the next placement of a stage that takes fewer bytes and with no cached components.
+
+        None if no placement takes fewer bytes. `pipeline.retry` calls this when a stage runs out of memory.
+        """
+        current = self.stage(stage)
+        smaller = [option for option in current.fallbacks if option.device_bytes < current.placement.device_bytes]
         if not smaller:
             return None
-        rest = now.fallbacks[now.fallbacks.index(smaller[0]) + 1 :]
-        changed = replace(now, placement=smaller[0], fallbacks=rest, rejected_placement=now.placement)
-        return replace(
-            self, stages=tuple(changed if each is now else each for each in self.stages), cached_components=frozenset()
-        )
+        rest = current.fallbacks[current.fallbacks.index(smaller[0]) + 1 :]
+        changed = replace(current, placement=smaller[0], fallbacks=rest, rejected_placement=current.placement)
+        stages = tuple(changed if planned is current else planned for planned in self.stages)
+        return replace(self, stages=stages, cached_components=frozenset())
 
     def reasons(self) -> list[str]:
-        """Why it is done so, stage by stage, where it is not the plain way."""
-        told = []
+        """Returns a line per stage that is not in its default placement, and says why."""
+        lines = []
         for stage in self.stages:
-            why = stage.placement.reason
+            reason = stage.placement.reason
             if stage.rejected_placement is not None:
-                lacking = f"{format_bytes(stage.rejected_placement.device_bytes)} do not fit into {format_bytes(self.free_bytes)}"
-                why = f"{why}, because {lacking}" if why else lacking
-            if why:
-                told.append(f"{stage.stage}: {why}")
+                needed = format_bytes(stage.rejected_placement.device_bytes)
+                shortage = f"{needed} do not fit into {format_bytes(self.free_bytes)}"
+                reason = f"{reason}, because {shortage}" if reason else shortage
+            if reason:
+                lines.append(f"{stage.stage}: {reason}")
             if stage.placement.window_count:
-                told.append(f"{stage.stage}: {stage.placement.window_count} windows, one after the other")
-        return told
+                lines.append(f"{stage.stage}: {stage.placement.window_count} windows, one after the other")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns the plan as plain data, as `kadr plan --json` prints it."""
         return {
             "device": self.device,
             "free_bytes": self.free_bytes,
@@ -163,14 +105,14 @@ class Plan:
             "stages": [
                 {
                     "stage": stage.stage,
-                    "part": stage.component,
+                    "component": stage.component,
                     "dtype": stage.placement.dtype,
-                    "hold": stage.placement.weight_format,
-                    "path": stage.placement.backend,
+                    "weight_format": stage.placement.weight_format,
+                    "backend": stage.placement.backend,
                     "streamed_blocks": stage.placement.streamed_blocks,
-                    "windows": stage.placement.window_count,
+                    "window_count": stage.placement.window_count,
                     "weight_bytes": stage.placement.mapped_bytes + stage.placement.private_bytes,
-                    "working_bytes": stage.placement.workspace_bytes,
+                    "workspace_bytes": stage.placement.workspace_bytes,
                     "host_bytes": stage.placement.host_bytes,
                     "peak_bytes": self.base_bytes + self.stage_bytes(stage),
                     "seconds": round(stage.placement.seconds, 1),
@@ -180,126 +122,34 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        rows = [("stage", "part", "held", "by", "peak", "about")]
+        rows = [("stage", "component", "weights", "backend", "peak", "time")]
         for stage in self.stages:
-            peak = format_bytes(self.base_bytes + self.stage_bytes(stage))
-            way = describe_weights(stage.placement), stage.placement.backend
-            rows.append((stage.stage, stage.component, *way, peak, format_seconds(stage.placement.seconds)))
+            placement, peak = stage.placement, format_bytes(self.base_bytes + self.stage_bytes(stage))
+            cells = describe_weights(placement), placement.backend, peak, format_seconds(placement.seconds)
+            rows.append((stage.stage, stage.component, *cells))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, self.summary(), *self.reasons()])
 
     def summary(self) -> str:
-        """The plan in one line."""
-        return (
-            f"peak {format_bytes(self.peak_bytes)} on {self.device}, where {format_bytes(self.base_bytes + self.free_bytes)} can be had; "
-            f"about {format_seconds(self.seconds)}"
-        )
-
-
-def describe_weights(placement: Placement) -> str:
-    """How the weights of a stage are held, in words."""
-    words = (
-        placement.dtype
-        if placement.weight_format in (AS_STORED, CONVERTED)
-        else f"{placement.weight_format}, computed in {placement.dtype}"
-    )
-    if placement.weight_format == AS_STORED:
-        words = f"as stored, computed in {placement.dtype}"
-    return f"{words}, {placement.streamed_blocks} blocks streamed" if placement.streamed_blocks else words
-
-
-def make_plan(
-    stage_options: Sequence[StageOptions], *, device: str, base_bytes: int, free_bytes: int, free_host_bytes: int
-) -> Plan:
-    """Choose for each stage the first way that fits.
-
-    Args:
-        base_bytes, free_bytes: see `Plan`.
-        free_host_bytes: bytes that are free on the host, where the device is another.
-
-    Raises:
-        PlanError: a stage has no way that fits; it carries the shortfall.
-    """
-    taken: dict[str, int] = {}  # part -> the number of its way: a module is held in one way by all who use it
-    for need in stage_options:
-        fitting = [
-            number
-            for number, choice in enumerate(need.placements)
-            if choice.device_bytes <= free_bytes and choice.host_bytes <= free_host_bytes
-        ]
-        if not fitting:
-            raise _does_not_fit_error(need, free_bytes, free_host_bytes, device)
-        taken[need.component] = max(taken.get(need.component, 0), fitting[0])
-    stages = [_stage_plan(need, taken[need.component]) for need in stage_options]
-    plan = Plan(device=device, base_bytes=base_bytes, free_bytes=free_bytes, stages=tuple(stages))
-    return replace(plan, cached_components=_choose_cached(plan))
-
-
-def _stage_plan(options: StageOptions, index: int) -> StagePlan:
-    passed = options.placements[0] if index else None
-    rest = options.placements[index + 1 :]
-    return StagePlan(
-        stage=options.stage,
-        component=options.component,
-        placement=options.placements[index],
-        fallbacks=rest,
-        rejected_placement=passed,
-    )
-
-
-def _does_not_fit_error(options: StageOptions, free_bytes: int, free_host_bytes: int, device: str) -> PlanError:
-    least = min(
-        options.placements,
-        key=lambda choice: max(choice.device_bytes - free_bytes, choice.host_bytes - free_host_bytes),
-    )
-    if least.device_bytes - free_bytes >= least.host_bytes - free_host_bytes:
-        asked, there, where = least.device_bytes, free_bytes, device
-    else:
-        asked, there, where = least.host_bytes, free_host_bytes, "the host"
-    return PlanError(
-        f"{options.stage} needs {format_bytes(asked)} on {where} at the least, and {format_bytes(there)} are free: "
-        f"{format_bytes(asked - there)} are missing.",
-        shortfall=asked - there,
-    )
-
-
-def _choose_cached(plan: Plan) -> frozenset[str]:
-    """The parts that can stay in memory, the costliest to load first, as long as every stage still fits."""
-    parts = {stage.component: stage.placement.private_bytes + stage.placement.mapped_bytes for stage in plan.stages}
-    kept: set[str] = set()
-    for part in sorted(parts, key=parts.__getitem__, reverse=True):
-        trial = replace(plan, cached_components=frozenset(kept | {part}))
-        # A second request begins with all of them in memory.
-        again = sum(_cached_component_bytes(plan.stages, name) for name in trial.cached_components)
-        others = max(
-            stage.placement.device_bytes
-            + again
-            - (
-                _cached_component_bytes(plan.stages, stage.component)
-                if stage.component in trial.cached_components
-                else 0
-            )
-            for stage in plan.stages
-        )
-        if others <= plan.free_bytes:
-            kept.add(part)
-    return frozenset(kept)
+        """Returns peak, available memory and time in one line."""
+        peak, available = format_bytes(self.peak_bytes), format_bytes(self.base_bytes + self.free_bytes)
+        return f"peak {peak} on {self.device}, of {available} available; about {format_seconds(self.seconds)}"
 
 
 def _cached_bytes(earlier_stages: Sequence[StagePlan], component: str, cached_components: frozenset[str]) -> int:
-    """Bytes that earlier stages have left in memory, besides the part itself."""
-    left = {stage.component for stage in earlier_stages} & cached_components - {component}
-    return sum(_cached_component_bytes(earlier_stages, name) for name in left)
+    """Returns the bytes of cached components that earlier stages left in memory, without `component` itself."""
+    remaining = {stage.component for stage in earlier_stages} & cached_components - {component}
+    return sum(cached_component_bytes(earlier_stages, name) for name in remaining)
 
 
-def _cached_component_bytes(stages: Sequence[StagePlan], component: str) -> int:
-    """What stays in memory of a part that is kept: pages of files are let go of."""
+def cached_component_bytes(stages: Sequence[StagePlan], component: str) -> int:
+    """Returns the bytes that a cached component keeps in memory: private ones, as pages of files are released."""
     return max(stage.placement.private_bytes for stage in stages if stage.component == component)
 
 
 def format_seconds(seconds: float) -> str:
-    """A time as people say it."""
+    """Formats a duration in the unit that people use."""
     if seconds < 1:
         return "a second"
     if seconds < 120:
@@ -308,7 +158,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(size: int) -> str:
-    """Bytes as people read them."""
+    """Formats bytes as MB or GB."""
     if size >= 10**9:
         return f"{size / 1e9:.1f} GB"
     return f"{size / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""What would fit in memory where a request does not."""
+"""Suggests settings and a smaller request that fit into memory, for one that does not."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Fits = Callable[[ModelSpec, Workload], bool]
 
 
 def suggest_smaller(spec: ModelSpec, workload: Workload, request: Request, *, cached: int = 0) -> str:
-    """What would fit where a request does not: a setting, and the nearest smaller request. As advice, in words.
+    """Returns a sentence with the settings that would fit, and with the nearest smaller request that would.
 
     Args:
-        cached: as of `Planner`.
+        cached: private bytes of cached modules; see `Planner`.
     """
 
-    def fits(spec: ModelSpec, work: Workload) -> bool:
-        return _fits(Planner(spec, work, cached=cached))
+    def fits(spec: ModelSpec, workload: Workload) -> bool:
+        return _fits(Planner(spec, workload, cached=cached))
 
-    ways = [words for words, other in _lighter_settings(spec) if fits(other, workload)]
+    suggestions = [flags for flags, lighter_spec in _lighter_settings(spec) if fits(lighter_spec, workload)]
     smaller = _shorter_window(spec, workload, request, fits) or _smaller_request(spec, workload, request, fits)
     if smaller is not None:
-        ways.append(smaller)
-    if not ways:
+        suggestions.append(smaller)
+    if not suggestions:
         return "Nothing smaller fits either: close other programs, or use a machine with more memory."
-    return f"What would fit: {'; '.join(ways)}."
+    return f"These would fit: {'; '.join(suggestions)}."
 
 
 def _fits(planner: Planner) -> bool:
@@ -48,23 +48,25 @@ def _fits(planner: Planner) -> bool:
 
 
 def _lighter_settings(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
-    """Settings that take less memory, each with the spec under it."""
-    for words, changed in (
-        ("--offload auto", {"offload": OFFLOAD_AUTO, "quant": spec.quant}),
-        ("--quant int8", {"offload": spec.offload, "quant": INT8}),
-        ("--offload auto --quant int8", {"offload": OFFLOAD_AUTO, "quant": INT8}),
+    """Yields flags that take less memory, each with the spec that has them."""
+    is_stored_quantized = any(
+        is_quantized(checkpoint.sources["transformer"]) for checkpoint in spec.transformer_checkpoints
+    )
+    for flags, offload, quant in (
+        ("--offload auto", OFFLOAD_AUTO, spec.quant),
+        ("--quant int8", spec.offload, INT8),
+        ("--offload auto --quant int8", OFFLOAD_AUTO, INT8),
     ):
-        quantized = any(is_quantized(one.sources["transformer"]) for one in spec.transformer_checkpoints)
-        if changed["quant"] != spec.quant and quantized:
+        if quant != spec.quant and is_stored_quantized:
             continue
-        other = copy(spec)
-        other.offload, other.quant = changed["offload"], changed["quant"]
-        if (other.offload, other.quant) != (spec.offload, spec.quant):
-            yield words, other
+        lighter_spec = copy(spec)
+        lighter_spec.offload, lighter_spec.quant = offload, quant
+        if (offload, quant) != (spec.offload, spec.quant):
+            yield flags, lighter_spec
 
 
 def _shorter_window(spec: ModelSpec, workload: Workload, request: Request, fits: Fits) -> str | None:
-    """The longest window with which a long video fits."""
+    """Returns the flag of the longest window with which a long video fits; None if none does."""
     if request.windows is None:
         return None
     assert request.windows.frames is not None
@@ -82,9 +84,9 @@ def _shorter_window(spec: ModelSpec, workload: Workload, request: Request, fits:
 
 
 def _smaller_request(spec: ModelSpec, workload: Workload, request: Request, fits: Fits) -> str | None:
-    """The nearest request that fits: fewer frames of this size, or else a smaller size with them."""
+    """Returns the flags of the nearest request that fits: fewer frames at this size, or else a smaller size."""
     for size, frames in _smaller_sizes(request):
-        passes = tuple(_resize_pass(plan, size, frames, request) for plan in workload.passes)
+        passes = tuple(_resize_pass(resolved_pass, size, frames, request) for resolved_pass in workload.passes)
         windows = tuple(_resize_window(window, size, request) for window in workload.windows)
         if fits(spec, replace(workload, passes=passes, windows=windows)):
             return f"--size {size} --frames {frames}"
@@ -92,6 +94,7 @@ def _smaller_request(spec: ModelSpec, workload: Workload, request: Request, fits
 
 
 def _smaller_sizes(request: Request) -> Iterator[tuple[Size, int]]:
+    """Yields smaller sizes and frame counts, the nearest first."""
     assert isinstance(request.size, Size)
     assert request.frames is not None
     size, frames = request.size, request.frames
@@ -105,27 +108,29 @@ def _smaller_sizes(request: Request) -> Iterator[tuple[Size, int]]:
                 for side in (size.width, size.height)
             )
         )
-        # Of a long video the number of windows costs no memory.
+        # The number of windows of a long video costs no memory.
         for count in (frames, snap_frames(max(1, frames // 2)), 1) if request.windows is None else (frames,):
             yield smaller, count
 
 
 def _resize_window(window: WindowWorkload, size: Size, request: Request) -> WindowWorkload:
     assert request.frames is not None
-    plan = _resize_pass(window.resolved_pass, size, request.frames, request)
-    before = window.resolved_pass.grid.num_tokens
-    extra, context = (
-        tokens * plan.grid.num_tokens // before for tokens in (window.condition_tokens, window.reference_tokens)
+    resolved_pass = _resize_pass(window.resolved_pass, size, request.frames, request)
+    before, after = window.resolved_pass.grid.num_tokens, resolved_pass.grid.num_tokens
+    condition_tokens, reference_tokens = (
+        tokens * after // before for tokens in (window.condition_tokens, window.reference_tokens)
     )
-    return replace(window, resolved_pass=plan, condition_tokens=extra, reference_tokens=context)
+    return replace(
+        window, resolved_pass=resolved_pass, condition_tokens=condition_tokens, reference_tokens=reference_tokens
+    )
 
 
 def _resize_pass(resolved_pass: ResolvedPass, size: Size, frames: int, request: Request) -> ResolvedPass:
-    """A pass of a smaller request: smaller by as much."""
+    """Scales a pass by the ratio of a smaller request to the original one."""
     assert isinstance(request.size, Size)
     sides = (
-        max(SPATIAL_COMPRESSION, own * new // old // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION)
-        for own, new, old in (
+        max(SPATIAL_COMPRESSION, side * new // old // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION)
+        for side, new, old in (
             (resolved_pass.size.width, size.width, request.size.width),
             (resolved_pass.size.height, size.height, request.size.height),
         )

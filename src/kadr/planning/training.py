@@ -1,4 +1,4 @@
-"""What the training of a LoRA takes, from configs and sizes alone."""
+"""Memory of LoRA training, from configs and sizes alone."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from dataclasses import dataclass
 from kadr.models.transformer import TransformerConfig
 from kadr.planning.activations import MAX_PROMPT_TOKENS
 
-BYTES_PER_TRAINABLE_PARAMETER = (
-    16  # bytes of a number that learns, all in fp32: itself, its gradient, and AdamW's two moments
-)
-SAVED_ROWS_PER_BLOCK = (
-    48  # rows of the model's width that one layer keeps for each token until its gradient has passed; counted
-)
-SAVED_ADALN_ROWS = 12  # of them more where every token has a level of its own
+# Bytes of a trainable parameter, all in fp32: itself, its gradient, and AdamW's two moments.
+BYTES_PER_TRAINABLE_PARAMETER = 16
+# Rows of the model's width that one block saves per token for its gradient; counted.
+SAVED_ROWS_PER_BLOCK = 48
+SAVED_ADALN_ROWS = 12  # more of them, where every token has its own sigma
 
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Of the training of a LoRA, by what they are for.
+    """Bytes of LoRA training, by use.
 
     Args:
-        weights: of the transformer, as they are held.
-        trainable: of the matrices that learn, with what the optimizer keeps of them.
-        activations: at the worst moment.
+        weights: weights of the transformer, as they are stored in memory.
+        trainable: LoRA matrices with their gradients and the optimizer's state.
+        activations: activations at the worst moment.
     """
 
     weights: int
@@ -32,6 +30,7 @@ class TrainingBytes:
 
     @property
     def total(self) -> int:
+        """All bytes."""
         return self.weights + self.trainable + self.activations
 
 
@@ -45,22 +44,25 @@ def training_bytes(
     itemsize: int,
     gradient_checkpointing: bool,
 ) -> TrainingBytes:
-    """What the training of a LoRA takes.
+    """Returns the bytes of LoRA training.
 
     Args:
-        weight_bytes: bytes of the transformer's, as they are held.
-        trainable_parameters: numbers that learn.
-        tokens: of one example, with those of its reference.
-        itemsize: bytes of a number that is computed with.
-        gradient_checkpointing: each layer is computed again for its gradient, from what it was given.
+        weight_bytes: bytes of the transformer's weights, as they are stored in memory.
+        trainable_parameters: numbers that are trained.
+        tokens: tokens of one example, with those of its reference.
+        itemsize: bytes per number of the computation.
+        gradient_checkpointing: each block is recomputed from its input for its gradient.
     """
     row = batch * tokens * config.width * itemsize
     text = batch * MAX_PROMPT_TOKENS * config.width * itemsize
-    within = (SAVED_ROWS_PER_BLOCK + SAVED_ADALN_ROWS) * row
-    read = config.num_layers * 4 * text  # keys and values of the text, and what came before them
-    layers = config.num_layers * row + within if gradient_checkpointing else config.num_layers * within
+    saved_per_block = (SAVED_ROWS_PER_BLOCK + SAVED_ADALN_ROWS) * row
+    text_kv = config.num_layers * 4 * text  # keys and values of the text, and the inputs of their norms
+    if gradient_checkpointing:
+        blocks = config.num_layers * row + saved_per_block
+    else:
+        blocks = config.num_layers * saved_per_block
     return TrainingBytes(
         weights=weight_bytes,
         trainable=trainable_parameters * BYTES_PER_TRAINABLE_PARAMETER,
-        activations=read + layers,
+        activations=text_kv + blocks,
     )

@@ -1,10 +1,10 @@
-"""How much memory the VAE takes at work, besides its weights: its stream, played through with sizes instead of numbers.
+"""Activation bytes of the VAE: its stream, simulated with sizes instead of tensors.
 
-What a layer holds while it computes, what it keeps for the next chunk and what waits above it depends on how far the
-stream is; at its end the frames in flight all come at once. So the stream is followed call by call, as `models.vae`
-runs it, and its worst moment is the answer.
+A layer's memory while it computes, its cache for the next chunk and the chunks that wait above it depend on how far the
+stream is; at its end all frames in flight come out at once. So the stream is simulated call by call, as `models.vae`
+runs it, and the result is its peak.
 
-Below, `others` are the bytes that exist while something runs, its input among them, besides what layers keep.
+Below, `other_bytes` are the bytes that exist while a layer runs, its input among them, besides cached frames.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from kadr.planning.vae_stages import (
 )
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid
 
-ENCODE_CHUNK_FRAMES = 8  # pixel frames that go through the encoder at a time
-# Latent frames after which a stream has come into its stride: the deepest stage waits for 31 at most, and from there on
-# the pattern repeats with every one. A longer stream has no worse moment.
+ENCODE_CHUNK_FRAMES = 8  # pixel frames per chunk of the VAE encoder
+# Latent frames after which a stream is in its steady state: the deepest stage waits for 31 at most, and from there on
+# the pattern repeats with every one. A longer stream has no higher peak.
 STEADY_STATE_FRAMES = 40
 Plane = tuple[int, int]  # rows, columns
 
 
 class _Ledger:
-    """Bytes that layers keep from call to call, and the most that there were at any moment.
+    """Bytes of all frame caches, and the peak of those and all other bytes.
 
-    winograd_frames: frames that packed convolutions of stride 1 make at a time; 0 where they are not packed.
+    Args:
+        winograd_frames: frames that prepacked convolutions of stride 1 compute at a time; 0 if they are not prepacked.
     """
 
     def __init__(self, *, winograd_frames: int) -> None:
@@ -52,17 +53,21 @@ class _Ledger:
 
 
 class _FrameCache:
-    """Frames that a layer keeps for the next chunk. frame: bytes of one."""
+    """Frames that a layer caches for the next chunk.
+
+    Args:
+        frame_bytes: bytes of one frame.
+    """
 
     def __init__(self, ledger: _Ledger, frame_bytes: int) -> None:
         self.ledger, self.frame_bytes, self.frames = ledger, frame_bytes, 0
 
     def concatenated_bytes(self, frames: int) -> int:
-        """Bytes of one tensor of the kept frames and so many new ones; none is made where nothing is kept."""
+        """Returns the bytes of cached and new frames in one tensor; 0 with an empty cache, where nothing is copied."""
         return (self.frames + frames) * self.frame_bytes if self.frames else 0
 
     def store(self, frames: int, other_bytes: int) -> None:
-        """Keep so many instead. The old ones go when the new ones have been copied."""
+        """Replaces the cached frames. The old ones are freed when the new ones have been copied."""
         self.ledger.record(other_bytes + frames * self.frame_bytes)
         self.ledger.cached_bytes += (frames - self.frames) * self.frame_bytes
         self.frames = frames
@@ -72,9 +77,9 @@ class _Conv:
     """A 3 x 3 x 3 convolution; see `nn.conv`.
 
     Args:
-        channels: before and after.
+        channels: channels before and after.
         plane: rows and columns before.
-        strides: over frames, rows and columns.
+        strides: strides over frames, rows and columns.
     """
 
     def __init__(
@@ -88,163 +93,166 @@ class _Conv:
         self.cache, self.has_started = _FrameCache(ledger, self.in_frame_bytes), False
 
     def __call__(self, frames: int, other_bytes: int, is_last: bool) -> int:
-        """Frames in -> frames out."""
-        front = self.cache.frames if self.has_started else (2 if self.causal else 1) * bool(frames)
-        count = front + frames
+        """Returns the number of output frames for `frames` input frames."""
+        padding = self.cache.frames if self.has_started else (2 if self.causal else 1) * bool(frames)
+        count = padding + frames
         if is_last and not self.causal:  # the last frame is repeated, for which all are copied once more
             self.ledger.record(other_bytes + (2 * count + 1) * self.in_frame_bytes)
             count += 1
-        made, joined = max(0, (count - KERNEL_SIZE) // self.temporal_stride + 1), count * self.in_frame_bytes
-        self.ledger.record(other_bytes + joined)
+        frames_out = max(0, (count - KERNEL_SIZE) // self.temporal_stride + 1)
+        padded_bytes = count * self.in_frame_bytes
+        self.ledger.record(other_bytes + padded_bytes)
         if frames:
             self.has_started = True
             if not is_last:
-                self.cache.store(count - made * self.temporal_stride, other_bytes + joined)
-        if made:
-            before, after = (count, *self.plane), (made, *self.out_plane)
+                self.cache.store(count - frames_out * self.temporal_stride, other_bytes + padded_bytes)
+        if frames_out:
+            before, after = (count, *self.plane), (frames_out, *self.out_plane)
             if self.ledger.winograd_frames and self.plane == self.out_plane and self.temporal_stride == 1:
-                besides = activations.winograd_workspace_bytes(
+                workspace_bytes = activations.winograd_workspace_bytes(
                     self.channels, before, after, self.itemsize, self.ledger.winograd_frames
                 )
             else:
-                besides = activations.conv_workspace_bytes(self.channels, before, after, self.itemsize)
-            self.ledger.record(other_bytes + joined + made * self.out_frame_bytes + besides)
-        return made
+                workspace_bytes = activations.conv_workspace_bytes(self.channels, before, after, self.itemsize)
+            self.ledger.record(other_bytes + padded_bytes + frames_out * self.out_frame_bytes + workspace_bytes)
+        return frames_out
 
 
 class _Stage:
-    """A stage at work. A call takes frames and returns frames, and the bytes of the tensor that they lie in.
+    """A running stage. `run` takes a number of frames and returns that of the output, and the bytes of its tensor.
 
     Args:
-        plane: rows and columns before it.
+        plane: rows and columns before the stage.
         itemsize: bytes per number.
     """
 
     def __init__(self, ledger: _Ledger, stage: VAEStage, plane: Plane, itemsize: int, *, causal: bool) -> None:
         self.ledger, self.stage, self.causal = ledger, stage, causal
         _, down, across = stage.strides
-        grows = stage.kind == DEPTH_TO_SPACE
-        self.plane = (plane[0] * down, plane[1] * across) if grows else (plane[0] // down, plane[1] // across)
+        is_upsampling = stage.kind == DEPTH_TO_SPACE
+        self.plane = (plane[0] * down, plane[1] * across) if is_upsampling else (plane[0] // down, plane[1] // across)
         self.in_frame_bytes, self.out_frame_bytes = (
             stage.in_channels * prod(plane) * itemsize,
             stage.out_channels * prod(self.plane) * itemsize,
         )
-        strides = stage.strides if stage.kind == STRIDED_CONV else (1, 1, 1)  # others fold what a plain one made
+        strides = stage.strides if stage.kind == STRIDED_CONV else (1, 1, 1)  # others rearrange after stride 1
         self.convs = [
             _Conv(ledger, channels, plane, itemsize, strides, causal=causal) for channels in stage.conv_channels
         ]
         self.skip_caches = [_FrameCache(ledger, self.in_frame_bytes) for _ in self.convs[::2]]
         self.has_started = False
-        ways = {
+        runs = {
             RES_X: self._run_res_blocks,
             RES_X_Y: self._run_res_blocks,
             DEPTH_TO_SPACE: self._run_depth_to_space,
             SPACE_TO_DEPTH: self._run_space_to_depth,
             CONV_OUT: self._run_conv_out,
         }
-        self.run: Callable[[int, int, bool], tuple[int, int]] = ways.get(stage.kind, self._run_conv)
+        self.run: Callable[[int, int, bool], tuple[int, int]] = runs.get(stage.kind, self._run_conv)
 
     def _run_conv(self, frames: int, other_bytes: int, is_last: bool) -> tuple[int, int]:
-        made = self.convs[0](frames, other_bytes, is_last)
-        return made, made * self.out_frame_bytes
+        frames_out = self.convs[0](frames, other_bytes, is_last)
+        return frames_out, frames_out * self.out_frame_bytes
 
     def _run_res_blocks(self, frames: int, other_bytes: int, is_last: bool) -> tuple[int, int]:
-        given = 0  # the input of the first layer is the caller's
-        for skip, one, two in zip(self.skip_caches, self.convs[::2], self.convs[1::2], strict=True):
-            main = self._run_norm_act_conv(one, frames, other_bytes + given, is_last)
-            made = self._run_norm_act_conv(two, main, other_bytes + given + main * one.out_frame_bytes, is_last)
-            out, joined = made * self.out_frame_bytes, skip.concatenated_bytes(frames)
+        input_bytes = 0  # the input of the first block belongs to the caller
+        for skip, conv1, conv2 in zip(self.skip_caches, self.convs[::2], self.convs[1::2], strict=True):
+            hidden = self._run_norm_act_conv(conv1, frames, other_bytes + input_bytes, is_last)
+            hidden_bytes = hidden * conv1.out_frame_bytes
+            frames_out = self._run_norm_act_conv(conv2, hidden, other_bytes + input_bytes + hidden_bytes, is_last)
+            out_bytes, skip_bytes = frames_out * self.out_frame_bytes, skip.concatenated_bytes(frames)
             if not is_last:
-                skip.store(skip.frames + frames - made, other_bytes + given + out + joined)
-            if self.stage.kind == RES_X_Y and made:
-                # The norm copies what comes with other strides; its outcome goes through a convolution of its own.
-                self.ledger.record(other_bytes + given + joined + 2 * out + 2 * made * self.in_frame_bytes)
-                joined = out
-            self.ledger.record(other_bytes + given + joined + 2 * out)
-            frames, given = made, out
-        return frames, given
+                skip.store(skip.frames + frames - frames_out, other_bytes + input_bytes + out_bytes + skip_bytes)
+            if self.stage.kind == RES_X_Y and frames_out:
+                # The skip path's norm copies its input to other strides; a 1 x 1 x 1 convolution takes its output.
+                norm_bytes = 2 * frames_out * self.in_frame_bytes
+                self.ledger.record(other_bytes + input_bytes + skip_bytes + 2 * out_bytes + norm_bytes)
+                skip_bytes = out_bytes
+            self.ledger.record(other_bytes + input_bytes + skip_bytes + 2 * out_bytes)
+            frames, input_bytes = frames_out, out_bytes
+        return frames, input_bytes
 
     def _run_norm_act_conv(self, conv: _Conv, frames: int, other_bytes: int, is_last: bool) -> int:
-        """Norm, bend and SiLU, then the convolution, then noise."""
+        """Runs norm, modulation and SiLU, then the convolution, then noise."""
         x = frames * conv.in_frame_bytes
         self.ledger.record(other_bytes + (3 if self.stage.timestep_conditioning else 2) * x)
-        made = conv(frames, other_bytes + x, is_last)
+        frames_out = conv(frames, other_bytes + x, is_last)
         if self.stage.inject_noise:
-            self.ledger.record(other_bytes + (2 * made + 1) * conv.out_frame_bytes)
-        return made
+            self.ledger.record(other_bytes + (2 * frames_out + 1) * conv.out_frame_bytes)
+        return frames_out
 
     def _run_depth_to_space(self, frames: int, other_bytes: int, is_last: bool) -> tuple[int, int]:
-        made = self.convs[0](frames, other_bytes, is_last)
-        out = made * self.convs[0].out_frame_bytes
-        self.ledger.record(other_bytes + 2 * out)
+        conv_frames = self.convs[0](frames, other_bytes, is_last)
+        out_bytes = conv_frames * self.convs[0].out_frame_bytes
+        self.ledger.record(other_bytes + 2 * out_bytes)
         if self.stage.residual:
-            skip, small = self.skip_caches[0], made * self.in_frame_bytes
-            joined = skip.concatenated_bytes(frames)
+            skip, delayed_bytes = self.skip_caches[0], conv_frames * self.in_frame_bytes
+            skip_bytes = skip.concatenated_bytes(frames)
             if not is_last:
-                skip.store(skip.frames + frames - made, other_bytes + out + joined)
-            self.ledger.record(other_bytes + out + joined + small)
-            self.ledger.record(other_bytes + 2 * out + small)  # unfolded, the unfolded skip, and the sum
+                skip.store(skip.frames + frames - conv_frames, other_bytes + out_bytes + skip_bytes)
+            self.ledger.record(other_bytes + out_bytes + skip_bytes + delayed_bytes)
+            # The rearranged output, the rearranged skip, and their sum.
+            self.ledger.record(other_bytes + 2 * out_bytes + delayed_bytes)
         time = self.stage.strides[0]
-        dropped = time == 2 and made > 0 and not self.has_started
-        self.has_started = self.has_started or made > 0
-        return made * time - dropped, out  # what is dropped is only hidden
+        dropped = time == 2 and conv_frames > 0 and not self.has_started
+        self.has_started = self.has_started or conv_frames > 0
+        return conv_frames * time - dropped, out_bytes  # a dropped frame is a view that hides it, and stays in memory
 
     def _run_space_to_depth(self, frames: int, other_bytes: int, is_last: bool) -> tuple[int, int]:
-        time, waiting, convolution = self.stage.strides[0], self.skip_caches[0], self.convs[0]
+        time, pending, conv = self.stage.strides[0], self.skip_caches[0], self.convs[0]
         if time == 2:
-            doubled = bool(frames) and not self.has_started
-            copied = (frames + 1) * self.in_frame_bytes if doubled else waiting.concatenated_bytes(frames)
-            self.ledger.record(other_bytes + copied)
-            count = waiting.frames + frames + doubled
+            is_doubled = bool(frames) and not self.has_started
+            input_bytes = (frames + 1) * self.in_frame_bytes if is_doubled else pending.concatenated_bytes(frames)
+            self.ledger.record(other_bytes + input_bytes)
+            count = pending.frames + frames + is_doubled
             if not is_last:
-                waiting.store(count % 2, other_bytes + copied)
-            self.has_started, frames, other_bytes = True, count // 2 * 2, other_bytes + copied
-        skip = frames // time * self.out_frame_bytes
-        self.ledger.record(other_bytes + frames * self.in_frame_bytes + skip)  # folded, and its mean
-        made = convolution(frames, other_bytes + skip, is_last) // time
-        self.ledger.record(other_bytes + 3 * skip)  # before and after folding; then the sum
-        return made, made * self.out_frame_bytes
+                pending.store(count % 2, other_bytes + input_bytes)
+            self.has_started, frames, other_bytes = True, count // 2 * 2, other_bytes + input_bytes
+        skip_bytes = frames // time * self.out_frame_bytes
+        self.ledger.record(other_bytes + frames * self.in_frame_bytes + skip_bytes)  # rearranged input, and its mean
+        frames_out = conv(frames, other_bytes + skip_bytes, is_last) // time
+        self.ledger.record(other_bytes + 3 * skip_bytes)  # before and after rearranging; then the sum
+        return frames_out, frames_out * self.out_frame_bytes
 
     def _run_conv_out(self, frames: int, other_bytes: int, is_last: bool) -> tuple[int, int]:
-        """Norm, bend, SiLU and the convolution; of the decoder, then from patches to pixels."""
+        """Runs norm, modulation, SiLU and the convolution; in the decoder, also unpatchifies to pixels."""
         x = frames * self.in_frame_bytes
         self.ledger.record(other_bytes + (3 if self.stage.timestep_conditioning else 2) * x)
-        made = self.convs[0](frames, other_bytes + x, is_last)
+        frames_out = self.convs[0](frames, other_bytes + x, is_last)
         if not self.causal:
-            self.ledger.record(other_bytes + 2 * made * self.out_frame_bytes)
-        return made, made * self.out_frame_bytes
+            self.ledger.record(other_bytes + 2 * frames_out * self.out_frame_bytes)
+        return frames_out, frames_out * self.out_frame_bytes
 
 
 def _build_stages(
     ledger: _Ledger, stages: Sequence[VAEStage], plane: Plane, itemsize: int, *, causal: bool
 ) -> Iterator[_Stage]:
-    for stage in stages:
-        made = _Stage(ledger, stage, plane, itemsize, causal=causal)
-        plane = made.plane
-        yield made
+    for vae_stage in stages:
+        stage = _Stage(ledger, vae_stage, plane, itemsize, causal=causal)
+        plane = stage.plane
+        yield stage
 
 
 @cache
 def vae_decode_activation_bytes(
     config: VAEConfig, grid: LatentGrid, itemsize: int, *, chunk_frames: int = CHUNK_FRAMES, winograd_frames: int = 0
 ) -> int:
-    """The most that `VAE_KEYS.decode_stream` takes besides weights and latents.
+    """Returns the peak bytes of `VAE.decode_stream` besides weights and latents.
 
     Args:
         itemsize: bytes per number: 2 or 4.
-        chunk_frames: frames that a stage hands on at a time, and latent frames that come in.
-        winograd_frames: frames that packed convolutions make at a time; 0 where they are not packed.
+        chunk_frames: latent frames per input chunk, and the most frames that a stage passes on at a time.
+        winograd_frames: frames that prepacked convolutions compute at a time; 0 if they are not prepacked.
     """
     ledger = _Ledger(winograd_frames=winograd_frames)
     stages = tuple(_build_stages(ledger, decoder_stages(config), (grid.height, grid.width), itemsize, causal=False))
     frames = min(grid.frames, STEADY_STATE_FRAMES)
-    # Whoever takes the pixels holds the last slice, and its bytes as a picture, while the next is made.
-    taken = (
-        3 * chunk_frames * prod((SPATIAL_COMPRESSION, SPATIAL_COMPRESSION, grid.height, grid.width)) * (itemsize + 1)
-    )
+    # The caller holds the last chunk of pixels, and its conversion to bytes, while the next one is decoded.
+    pixels = 3 * chunk_frames * prod((SPATIAL_COMPRESSION, SPATIAL_COMPRESSION, grid.height, grid.width))
+    caller_bytes = pixels * (itemsize + 1)
     for start in range(0, frames, chunk_frames):
         _run_stages(
-            ledger, stages, min(chunk_frames, frames - start), taken, chunk_frames, start + chunk_frames >= frames
+            ledger, stages, min(chunk_frames, frames - start), caller_bytes, chunk_frames, start + chunk_frames >= frames
         )
     return ledger.peak_bytes + activations.KERNEL_WORKSPACE_BYTES
 
@@ -252,14 +260,14 @@ def vae_decode_activation_bytes(
 def _run_stages(
     ledger: _Ledger, stages: tuple[_Stage, ...], frames: int, other_bytes: int, chunk_frames: int, is_last: bool
 ) -> None:
-    """Through all stages, slice by slice; what a stage made stays until all of it has come out below."""
+    """Runs all stages chunk by chunk; a stage's output stays until all of it has come out at the end."""
     if not stages:
         return
-    made, size = stages[0].run(frames, other_bytes, is_last)
-    starts = range(0, made, chunk_frames) or range(1)
+    frames_out, size = stages[0].run(frames, other_bytes, is_last)
+    starts = range(0, frames_out, chunk_frames) or range(1)
     for start in starts:
-        part = min(chunk_frames, made - start)
-        _run_stages(ledger, stages[1:], part, other_bytes + size, chunk_frames, is_last and start == starts[-1])
+        chunk = min(chunk_frames, frames_out - start)
+        _run_stages(ledger, stages[1:], chunk, other_bytes + size, chunk_frames, is_last and start == starts[-1])
 
 
 @cache
@@ -271,13 +279,13 @@ def vae_encode_activation_bytes(
     chunk_frames: int = ENCODE_CHUNK_FRAMES,
     winograd_frames: int = 0,
 ) -> int:
-    """The most that `VAE_KEYS.encode` takes besides weights and pixels.
+    """Returns the peak bytes of `VAE.encode` besides weights and pixels.
 
     Args:
-        grid: of the latents that come out.
+        grid: latent grid of the output.
         itemsize: bytes per number: 2 or 4.
-        chunk_frames: pixel frames that go through at a time.
-        winograd_frames: frames that packed convolutions make at a time; 0 where they are not packed.
+        chunk_frames: pixel frames per chunk.
+        winograd_frames: frames that prepacked convolutions compute at a time; 0 if they are not prepacked.
     """
     ledger = _Ledger(winograd_frames=winograd_frames)
     patches = SPATIAL_COMPRESSION // config.patch_size
@@ -285,8 +293,8 @@ def vae_encode_activation_bytes(
     stages = tuple(_build_stages(ledger, encoder_stages(config), plane, itemsize, causal=True))
     frames = min(grid.video_frames, STEADY_STATE_FRAMES * TEMPORAL_COMPRESSION)
     for start in range(0, frames, chunk_frames):
-        made = min(chunk_frames, frames - start)
-        given = made * stages[0].in_frame_bytes  # the patches
+        count = min(chunk_frames, frames - start)
+        tensor_bytes = count * stages[0].in_frame_bytes  # the patches
         for stage in stages:
-            made, given = stage.run(made, given, start + chunk_frames >= frames)
+            count, tensor_bytes = stage.run(count, tensor_bytes, start + chunk_frames >= frames)
     return ledger.peak_bytes + activations.KERNEL_WORKSPACE_BYTES

@@ -1,4 +1,4 @@
-"""What a generation has to do, as far as memory and time depend on it."""
+"""The workload of a generation: everything about a request that memory and time depend on."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from kadr.shapes import LatentGrid
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be done, as far as memory and time depend on it.
+    """The workload of a generation.
 
     Args:
-        prompts_to_encode: how many are encoded; those that are remembered are not.
-        prompt_tokens: how many tokens each has that the transformer reads.
-        encode_grids: for each pass, the grids of what the VAE encodes.
-        condition_tokens: for each pass, tokens that conditions add.
-        has_conditions: for each pass, whether conditions give tokens noise levels of their own.
+        prompts_to_encode: number of prompts whose embeddings are not in the prompt cache.
+        prompt_tokens: for each prompt, the tokens that the transformer reads.
+        encode_grids: for each pass, the latent grids of images and clips that the VAE encodes.
+        condition_tokens: for each pass, the tokens that conditions add.
+        has_conditions: for each pass, whether conditions give tokens their own sigmas.
         guidance_batch: both prompts are evaluated in one batch.
-        step_cache: what is kept from step to step.
-        reference_tokens: for each pass, tokens of controls; () where there are none. Of a long video those of its windows count.
-        stages: what is run; all of it where empty.
-        windows: those of a long video, in the place of its only pass.
+        step_cache: settings of the step cache; None without one.
+        reference_tokens: for each pass, the tokens of controls; () without controls. For a long video see its windows.
+        stages: names of the stages that run; empty for all of them.
+        windows: windows of a long video, in place of its only pass.
     """
 
     passes: tuple[ResolvedPass, ...]
@@ -39,22 +39,22 @@ class Workload:
     windows: tuple[WindowWorkload, ...] = ()
 
     def extra_tokens(self, pass_index: int) -> int:
-        """Tokens of a pass that are not of its video's grid."""
+        """Returns the tokens of a pass outside its video's grid."""
         return self.condition_tokens[pass_index] + (self.reference_tokens[pass_index] if self.reference_tokens else 0)
 
     def has_per_token_sigmas(self, pass_index: int) -> bool:
-        """Whether the tokens of a pass have noise levels of their own."""
+        """Returns whether the tokens of a pass have their own sigmas."""
         return self.has_conditions[pass_index] or any(self.reference_tokens)
 
 
 @dataclass(frozen=True)
 class WindowWorkload:
-    """What is to be done for one window.
+    """The workload of one window of a long video.
 
     Args:
-        prompt_tokens: how many tokens each prompt has that the transformer reads.
-        condition_tokens: tokens that conditions, the overlap and what is remembered add.
-        has_conditions: whether tokens have noise levels of their own.
+        prompt_tokens: for each prompt, the tokens that the transformer reads.
+        condition_tokens: tokens that conditions, the overlap and the anchor add.
+        has_conditions: tokens have their own sigmas.
         reference_tokens: tokens of controls.
     """
 
