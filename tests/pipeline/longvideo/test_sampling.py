@@ -114,7 +114,7 @@ def test_overlap_of_two_is_blended_where_diffusers_adds_a_latent(engine: Engine)
 # Laws
 
 
-def short(**fields: Any) -> Request:
+def short_request(**fields: Any) -> Request:
     """Returns the request of a video of three windows, sampled in about a second."""
     defaults: dict[str, Any] = {"sigmas": (1.0, 0.7, 0.4), "guidance": Guidance(cfg_scale=1.0), "size": Size(64, 64)}
     windows = Windows(frames=25, overlap=16)
@@ -125,7 +125,7 @@ def short(**fields: Any) -> Request:
 
 @pytest.mark.parametrize("frames", [1, 17, 25])
 def test_video_that_fits_one_window_equals_one_without_windows(engine: Engine, frames: int) -> None:
-    request = short(frames=frames)
+    request = short_request(frames=frames)
     windowed, plain = engine.generate(request), engine.generate(replace(request, windows=None))
     assert windowed.latents.equal(plain.latents)
     assert (windowed.frames == plain.frames).all()
@@ -133,7 +133,7 @@ def test_video_that_fits_one_window_equals_one_without_windows(engine: Engine, f
 
 
 def test_long_video_starts_like_the_video_of_one_window(engine: Engine) -> None:
-    request = short()
+    request = short_request()
     long, plain = engine.denoise(request), engine.denoise(replace(request, windows=None, frames=25))
     assert long.shape[2] == 8
     assert long[:, :, :3].equal(plain[:, :, :3])
@@ -156,7 +156,7 @@ def test_windows_cover_every_latent_and_overlap_as_set(frames: int, length: int,
 
 
 def test_seed_covers_every_window_and_each_has_its_own_noise(engine: Engine) -> None:
-    request = short()
+    request = short_request()
     latents = engine.denoise(request)
     assert latents.equal(engine.denoise(request))
     other_seed = engine.denoise(replace(request, seed=6))
@@ -170,21 +170,21 @@ def test_seed_covers_every_window_and_each_has_its_own_noise(engine: Engine) -> 
 
 
 def test_each_window_has_its_prompt_and_the_last_covers_the_rest(engine: Engine) -> None:
-    two_prompts = engine.denoise(short(prompt="birds fly | blue sea", frames=73))
-    other_second_prompt = engine.denoise(short(prompt="birds fly | golden light", frames=73))
-    repeated = engine.denoise(short(prompt="birds fly|blue sea| blue sea |blue sea", frames=73))
+    two_prompts = engine.denoise(short_request(prompt="birds fly | blue sea", frames=73))
+    other_second_prompt = engine.denoise(short_request(prompt="birds fly | golden light", frames=73))
+    repeated = engine.denoise(short_request(prompt="birds fly|blue sea| blue sea |blue sea", frames=73))
     assert two_prompts.equal(repeated)
     assert two_prompts[:, :, :3].equal(other_second_prompt[:, :, :3])
     assert all(relative_error(two_prompts[:, :, i], other_second_prompt[:, :, i]) > 1e-4 for i in range(3, 10))
 
 
 def test_prompts_without_a_length_give_one_window_each(engine: Engine) -> None:
-    request = replace(short(prompt="birds fly|blue sea|golden light"), frames=None)
+    request = replace(short_request(prompt="birds fly|blue sea|golden light"), frames=None)
     assert engine.resolve(request).frames == 57
 
 
 def test_anchor_image_changes_every_window(engine: Engine, image_condition: Condition) -> None:
-    request = short(conditions=(image_condition,), frames=73)
+    request = short_request(conditions=(image_condition,), frames=73)
     latents = {
         strength: engine.denoise(replace(request, windows=Windows(frames=25, overlap=16, anchor_strength=strength)))
         for strength in (None, 1.0, 0.4, 0.0)
@@ -195,13 +195,13 @@ def test_anchor_image_changes_every_window(engine: Engine, image_condition: Cond
 
 
 def test_image_at_frame_0_counted_from_the_end_is_the_anchor(engine: Engine, image_condition: Condition) -> None:
-    at_frame_0 = engine.denoise(short(conditions=(image_condition,)))
-    assert engine.denoise(short(conditions=(replace(image_condition, frame=-57),))).equal(at_frame_0)
+    at_frame_0 = engine.denoise(short_request(conditions=(image_condition,)))
+    assert engine.denoise(short_request(conditions=(replace(image_condition, frame=-57),))).equal(at_frame_0)
 
 
 def test_image_conditions_the_windows_that_contain_its_frame(engine: Engine, image_condition: Condition) -> None:
     generation = engine._create_generation(
-        short(conditions=(replace(image_condition, frame=30),), frames=73), lambda progress: None
+        short_request(conditions=(replace(image_condition, frame=30),), frames=73), lambda progress: None
     )
     start_frames = [
         [
@@ -225,18 +225,18 @@ def test_clip_across_a_window_end_is_refused_and_one_inside_is_used(engine: Engi
     with pytest.raises(
         RequestError, match=r"clip.mp4 \(frames 16 to 32\) does not lie inside one window.*0 to 24, 17 to 40"
     ):
-        engine.denoise(short(conditions=(Condition(str(clip), frame=16),)))
-    latents = engine.denoise(short(conditions=(Condition(str(clip), frame=24),)))
-    assert relative_error(latents, engine.denoise(short())) > 1e-2
+        engine.denoise(short_request(conditions=(Condition(str(clip), frame=16),)))
+    latents = engine.denoise(short_request(conditions=(Condition(str(clip), frame=24),)))
+    assert relative_error(latents, engine.denoise(short_request())) > 1e-2
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"multi_scale": True}, "3 windows are asked for, and two passes"),
-        ({"prompt": "a|b|c|d"}, "4 prompts are given, one for each window, and the video has 3 windows"),
+        ({"multi_scale": True}, "3 windows and two passes are requested"),
+        ({"prompt": "a|b|c|d"}, "4 prompts are given, one for each window, but the video has 3 windows"),
         ({"prompt": "a||c"}, "prompt 2 of 3 is empty"),
-        ({"windows": Windows(anchor_strength=0.5)}, "there is no picture at frame 0 to be remembered"),
+        ({"windows": Windows(anchor_strength=0.5)}, "there is no image at frame 0"),
         ({"windows": {"frames": 25, "overlap": 32}}, "the overlap is 32 frames, and a window has 25"),
         ({"windows": {"overlap": 12}}, "it must be a multiple of 8, such as 8"),
         ({"windows": {"overlap": "24"}}, "it must be a whole number of frames"),
@@ -244,10 +244,10 @@ def test_clip_across_a_window_end_is_refused_and_one_inside_is_used(engine: Engi
         ({"windows": {"frames": 0}}, "a window has 0 frames; it must have between 9 and 4097"),
         ({"windows": {"frames": -5}}, "a window has -5 frames; it must have between 9 and 4097"),
         ({"windows": {"frames": 24.5}}, "a window has 24.5 frames; it must be a whole number"),
-        ({"windows": {"overlap_strength": 0}}, "windows would know nothing of each other"),
+        ({"windows": {"overlap_strength": 0}}, "windows would be independent of each other"),
         ({"windows": {"adain": 1.5}}, "adain of windows is 1.5; it must be a number between 0 and 1"),
         ({"windows": 121}, "windows is 121; it must be a Windows"),
-        ({"windows": None, "frames": 5000}, "at once a video has at most 4097"),
+        ({"windows": None, "frames": 5000}, "a video sampled at once has at most 4097"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -255,16 +255,16 @@ def test_requests_that_windows_cannot_serve_are_refused(
     engine_without_weights: Engine, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RequestError, match=re.escape(message)):
-        engine_without_weights.generate(short(**fields))
+        engine_without_weights.generate(short_request(**fields))
 
 
 def test_init_latents_with_windows_are_refused(engine_without_weights: Engine) -> None:
     with pytest.raises(RequestError, match="a long video starts from noise or from an input video"):
-        engine_without_weights.denoise(short(), init_latents=torch.zeros(1, CHANNELS, 8, 2, 2))
+        engine_without_weights.denoise(short_request(), init_latents=torch.zeros(1, CHANNELS, 8, 2, 2))
 
 
 def test_request_with_windows_survives_json(engine: Engine) -> None:
-    request = engine.resolve(short(prompt="birds fly|blue sea"))
+    request = engine.resolve(short_request(prompt="birds fly|blue sea"))
     assert request.windows == Windows(frames=25, overlap=16, anchor_strength=0.0)
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
     assert engine.resolve(request) == request
@@ -282,8 +282,8 @@ def test_windows_replace_a_recipe_s_two_passes_with_a_warning(home: Path) -> Non
         first_pass=Pass(steps=2), second_pass=Pass(sigmas=(0.5,)), single_pass=Pass(steps=3), multi_scale=True
     )
     engine = Engine.open(home / MODEL_FILE, device="cpu", recipe=recipe)
-    request = replace(short(), sigmas=None, guidance=None)
-    with pytest.warns(KadrWarning, match="recipe has two passes, and windows are made in one"):
+    request = replace(short_request(), sigmas=None, guidance=None)
+    with pytest.warns(KadrWarning, match="recipe has two passes, but windows are sampled in one"):
         (resolved_pass,) = engine.resolve_passes(request)
     assert (len(resolved_pass.sigmas), resolved_pass.window_count) == (3, 3)
     with warnings.catch_warnings():
@@ -295,16 +295,18 @@ def test_windows_replace_a_recipe_s_two_passes_with_a_warning(home: Path) -> Non
 
 
 def test_more_windows_take_more_time_and_no_more_memory(engine: Engine) -> None:
-    two, four, many = (engine.plan(short(frames=25 + 16 * more)).stage("denoise").placement for more in (1, 3, 80))
+    two, four, many = (
+        engine.plan(short_request(frames=25 + 16 * more)).stage("denoise").placement for more in (1, 3, 80)
+    )
     assert (two.window_count, four.window_count, many.window_count) == (2, 4, 81)
     assert two.device_bytes == four.device_bytes == many.device_bytes
     assert (many.seconds - two.seconds) / (four.seconds - two.seconds) == pytest.approx(79 / 2, rel=0.01)
 
 
 def test_window_memory_counts_its_own_tokens_and_its_guides(engine: Engine) -> None:
-    long = engine.plan(short()).stage("denoise").placement
+    long = engine.plan(short_request()).stage("denoise").placement
     plain = {
-        frames: engine.plan(replace(short(), windows=None, frames=frames)).stage("denoise").placement
+        frames: engine.plan(replace(short_request(), windows=None, frames=frames)).stage("denoise").placement
         for frames in (25, 41)
     }
     assert (
@@ -314,7 +316,7 @@ def test_window_memory_counts_its_own_tokens_and_its_guides(engine: Engine) -> N
 
 def test_progress_counts_the_steps_of_all_windows(engine: Engine) -> None:
     reports: list[Progress] = []
-    engine.denoise(short(), watch=reports.append)
+    engine.denoise(short_request(), watch=reports.append)
     steps = [progress for progress in reports if progress.stage == "denoise"]
     assert {progress.of for progress in steps} == {9}
     assert [progress.step for progress in steps] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9]
@@ -323,9 +325,9 @@ def test_progress_counts_the_steps_of_all_windows(engine: Engine) -> None:
 
 
 def test_progress_counts_each_window_s_own_number_of_steps(engine: Engine) -> None:
-    """Sigmas that depend on the number of tokens: the last window is shorter, so fewer or more lie below a strength."""
+    """Sigmas depend on the number of tokens: the last window is shorter, so another number lies below the strength."""
     windows = Windows(frames=97, overlap=24)
-    long = short(
+    long = short_request(
         size=Size(704, 480), input_video="clip.mp4", denoise_strength=0.5, sigmas=None, steps=40, windows=windows
     )
     request = replace(long, frames=129, fps=24.0)
@@ -347,7 +349,7 @@ def test_window_that_does_not_fit_suggests_a_length_or_size_that_does(
             .placement
         )
 
-    request = short(size=Size(768, 768), frames=1441, windows=Windows(frames=121))
+    request = short_request(size=Size(768, 768), frames=1441, windows=Windows(frames=121))
     monkeypatch.setattr(planner, "free_bytes", lambda device: free_megabytes * 10**6)
     with pytest.raises(PlanError, match=flag) as caught:
         plan_denoising(request)

@@ -122,12 +122,15 @@ OUTSIDE: dict[str, tuple[ConditionSpec, list[str]]] = {
         ["clip9.mp4", "frame 5", "multiple of 8", "0 or 8"],
     ),
     "a clip by its end, with such a start": (clip(9, frame=-5), ["frame 12", "multiple of 8", "8 or 16"]),
-    "an empty range": (clip(9, frame_range=(4, 4)), ["part 4:4", "clip9.mp4", "has 9 frames"]),
-    "a range that ends at 0": (clip(9, frame_range=(None, 0)), ["part :0", "has 9 frames"]),
-    "a range that ends before it starts": (clip(9, frame_range=(5, 3)), ["part 5:3", "has 9 frames"]),
-    "a range past the end": (clip(9, frame_range=(9, None)), ["part 9:", "has 9 frames"]),
-    "a range past the end, with an end": (clip(9, frame_range=(20, 30)), ["part 20:30", "has 9 frames"]),
-    "a range that ends before it starts, from the end": (clip(9, frame_range=(-3, -5)), ["part -3:-5", "has 9 frames"]),
+    "an empty range": (clip(9, frame_range=(4, 4)), ["range 4:4", "clip9.mp4", "has 9 frames"]),
+    "a range that ends at 0": (clip(9, frame_range=(None, 0)), ["range :0", "has 9 frames"]),
+    "a range that ends before it starts": (clip(9, frame_range=(5, 3)), ["range 5:3", "has 9 frames"]),
+    "a range past the end": (clip(9, frame_range=(9, None)), ["range 9:", "has 9 frames"]),
+    "a range past the end, with an end": (clip(9, frame_range=(20, 30)), ["range 20:30", "has 9 frames"]),
+    "a range that ends before it starts, from the end": (
+        clip(9, frame_range=(-3, -5)),
+        ["range -3:-5", "has 9 frames"],
+    ),
     "a box outside": (photo(box=(32, 0, 64, 64)), ["(32, 0, 64, 64)", "outside the video", "64x64"]),
     "a box below": (photo(box=(0, 1, 64, 64)), ["(0, 1, 64, 64)", "outside the video", "64x64"]),
     "a box that its margins use up": (photo(box=(0, 0, 32, 64)), ["(0, 0, 32, 64)", "nothing is left", "96 pixels"]),
@@ -181,7 +184,7 @@ def test_overlapping_conditions_are_refused_by_name_and_frames(
 ) -> None:
     specs, expected_texts = OVERLAPPING[case]
     request = replace(REQUEST, size=Size(128, 128), conditions=media.conditions(*specs))
-    advice = ["lie over each other", "Leave one out, or move it"]
+    advice = ["two conditions overlap", "Leave one out, or move it"]
     assert_all_refuse(engine_without_weights, request, output_folder, [*expected_texts, *advice], RequestError)
 
 
@@ -202,7 +205,7 @@ def test_adjacent_conditions_are_all_accepted(case: str, media: Media) -> None:
 
 
 def test_box_is_allowed_at_frame_0_only() -> None:
-    with pytest.raises(RequestError, match=r"box is given at frame 8; only at frame 0"):
+    with pytest.raises(RequestError, match=r"box is given at frame 8; only a condition at frame 0"):
         Condition(media="photo.png", frame=8, box=(0, 0, 64, 64))
 
 
@@ -245,11 +248,11 @@ def test_clip_with_tags_that_are_not_unicode_is_read(media: Media) -> None:
 
 
 VIDEO_REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "too short": ({"frames": 17}, ["clip9.mp4 has 9 frames", "17 are to be made", "Ask for 9 or fewer"]),
-    "no sigma below its strength": ({"frames": 9, "denoise_strength": 0.1}, ["video_strength is 0.1", "least is"]),
+    "too short": ({"frames": 17}, ["clip9.mp4 has 9 frames", "fewer than the 17 of the video", "Ask for 9 or fewer"]),
+    "no sigma below its strength": ({"frames": 9, "denoise_strength": 0.1}, ["denoise_strength is 0.1", "lowest is"]),
     "all sigmas above its strength": (
         {"frames": 9, "steps": None, "sigmas": (1.0,), "denoise_strength": 0.9999},
-        ["video_strength is 0.9999", "least is 1"],
+        ["denoise_strength is 0.9999", "lowest is 1"],
     ),
 }
 
@@ -268,7 +271,7 @@ def test_minimum_denoise_strength_in_the_error_works(engine: Engine, media: Medi
     request = replace(REQUEST, frames=9, steps=steps, input_video=str(media.path("clip 9")), denoise_strength=0.001)
     with pytest.raises(RequestError) as caught:
         engine.resolve_passes(request)
-    named = re.search(r"the least is ([0-9.]+[0-9])", str(caught.value))
+    named = re.search(r"the lowest is ([0-9.]+[0-9])", str(caught.value))
     assert named
     assert len(engine.resolve_passes(replace(request, denoise_strength=float(named[1])))[0].sigmas) == 1
 
@@ -277,7 +280,7 @@ def test_minimum_denoise_strength_in_the_error_works(engine: Engine, media: Medi
 def test_skipped_initial_sigmas_need_an_input_to_start_from(
     engine_without_weights: Engine, output_folder: Path, fields: dict[str, int]
 ) -> None:
-    expected_texts = [f"skip_initial is {fields['skip_initial']}", "nothing to start from", "a video"]
+    expected_texts = [f"skip_initial is {fields['skip_initial']}", "nothing to start from", "an input video"]
     assert_all_refuse(engine_without_weights, replace(REQUEST, **fields), output_folder, expected_texts, RequestError)
 
 
@@ -357,7 +360,7 @@ def test_clip_is_trimmed_to_8k_plus_1_with_a_warning_naming_counts(case: str, me
     assert (item.start_frame, source_indices(item)) == (start, indices)
     which = "last" if spec.fields.get("frame", 0) < 0 else "first"
     (message,) = [str(warning.message) for warning in caught]
-    assert f"has {length} frames for {room};" in message
+    assert f"has {length} frames and {room} fit;" in message
     assert f"{which} {len(indices)} are" in message
 
 
@@ -391,7 +394,7 @@ def test_clip_of_8k_plus_1_frames_keeps_its_position_without_warning(case: str, 
 
 
 def test_clip_ending_in_trimmed_frames_warns_with_the_length_to_ask_for(media: Media) -> None:
-    with pytest.warns(KadrWarning, match=r"ends at frame 24.*after 18 frames.*last 7 are not shown.*Ask for 25"):
+    with pytest.warns(KadrWarning, match=r"ends at frame 24.*has 18 frames.*last 7 are not shown.*Ask for 25"):
         (item,) = resolve_specs(media, clip(9, frame=-1), frames=18)
     assert item.start_frame == 16
 

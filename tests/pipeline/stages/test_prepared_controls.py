@@ -495,7 +495,8 @@ def test_a_plan_counts_the_control_of_each_window(opened: Callable[..., Engine],
         controlled.stage("denoise").placement.workspace_bytes > 1.4 * plain.stage("denoise").placement.workspace_bytes
     )
     assert controlled.stage("denoise").placement.window_count == 3
-    assert "encode: the transformer works on tokens of controls, too: 768 beside a window's 768" in controlled.reasons()
+    reason = "encode: the transformer also sees reference tokens of controls: 768 beside a window's 768"
+    assert reason in controlled.reasons()
 
 
 # --- lengths, ranges, images -----------------------------------------------------------------------------------------
@@ -526,7 +527,7 @@ def test_control_frames_match_video_frames_one_by_one(
 
 
 def test_longer_control_clip_is_trimmed_with_a_warning(clips: Callable[..., str]) -> None:
-    with pytest.warns(KadrWarning, match="goes on after the 9 frames of the video; the first 9 are followed"):
+    with pytest.warns(KadrWarning, match="is longer than the 9 frames of the video; only the first 9 are followed"):
         (control,) = resolve_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
     assert source_indices(control) == [*range(9)]
 
@@ -543,9 +544,9 @@ def test_image_controls_a_video_of_one_frame(opened: Callable[..., Engine], imag
     ("control", "fields", "expected_texts", "kind"),
     [
         ({}, {"frames": 25}, ["has 17 frames", "the video has 25", "Ask for 17 or fewer"], RequestError),
-        ({"frame_range": (4, 12)}, {}, ["17 frames, 8 of them taken", "Ask for 8 or fewer"], RequestError),
-        ({"frame_range": (20, None)}, {}, ["0 of them taken", "Take another part"], RequestError),
-        ({"media": "photo"}, {}, ["is a picture", "17 frames", "Give a clip"], RequestError),
+        ({"frame_range": (4, 12)}, {}, ["17 frames, 8 of them in the frame range", "Ask for 8 or fewer"], RequestError),
+        ({"frame_range": (20, None)}, {}, ["0 of them in the frame range", "Choose another range"], RequestError),
+        ({"media": "photo"}, {}, ["is an image", "17 frames", "Give a clip"], RequestError),
         ({"media": "gone.mp4"}, {}, ["gone.mp4", "no such file"], MediaError),
         ({"media": "text.mp4"}, {}, ["text.mp4", "cannot be read as a video"], MediaError),
         ({"media": "thin.mp4"}, {"size": Size(2000, 32)}, ["thin.mp4 is 2x64"], MediaError),
@@ -631,7 +632,7 @@ def test_loras_with_different_reference_sizes_are_refused(
     dry = DryRunEngine.open(home / MODEL_FILE, loras=[lora("2"), lora("3")])
     with pytest.raises(RequestError, match="references of other sizes"):
         dry.run(replace(REQUEST, controls=(Control(clips(17)),)))
-    with pytest.warns(KadrWarning, match="trained to follow a reference, and no control"):
+    with pytest.warns(KadrWarning, match="trained to follow a reference is given, but no control"):
         engine.plan(REQUEST)
 
 
@@ -644,7 +645,7 @@ def test_control_without_a_lora_gives_a_warning(
     engine: Engine, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
     request = replace(REQUEST, controls=(Control(clips(17)),))
-    with pytest.warns(KadrWarning, match="a control is given, and no LoRA"):
+    with pytest.warns(KadrWarning, match="a control is given, but no LoRA"):
         engine.plan(request)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -660,7 +661,7 @@ def test_plan_counts_the_control_and_gives_the_reason(opened: Callable[..., Engi
     )
     assert controlled.stage("denoise").placement.seconds > 1.8 * plain.stage("denoise").placement.seconds
     assert controlled.reasons() == [
-        "encode: the transformer works on tokens of controls, too: 768 beside the video's 768"
+        "encode: the transformer also sees reference tokens of controls: 768 beside the video's 768"
     ]
 
 
