@@ -93,8 +93,8 @@ def test_the_first_way_that_works_is_gone(a_gpu: Callable[..., None]) -> None:
     for broken in (lacks, wrong):
         a_gpu(scaled=broken)
         assert fp8.select_matmul(HERE, torch.bfloat16) == UNSCALED_MM
-    a_gpu(scaled=lacks, bare=wrong)
-    with pytest.warns(KadrWarning, match="Invalid scaling configuration; bare: wrong by 10 %"):
+    a_gpu(scaled=lacks, unscaled=wrong)
+    with pytest.warns(KadrWarning, match="Invalid scaling configuration; unscaled: wrong by 10 %"):
         assert fp8.select_matmul(HERE, torch.bfloat16) == FP32_MATMUL
 
 

@@ -169,7 +169,7 @@ def test_rows_that_are_no_whole_blocks_fall_back_as_llama_cpp_does() -> None:
         "Q8_0", "Q5_1", "Q5_0", "Q4_0", "Q4_0", "Q8_0",
     ]  # fmt: skip
     assert ggml_type_for("Q4_K", 512).name == "Q4_K"
-    with pytest.raises(CheckpointError, match=r"rows of 40 numbers.*int8-weights or fp8"):
+    with pytest.raises(CheckpointError, match=r"rows of 40 elements.*int8-weights or fp8"):
         ggml_type_for("Q4_K", 40)
 
 

@@ -187,7 +187,7 @@ def test_what_is_no_number_is_refused_by_name(name: str, value: float, what: str
 @pytest.mark.parametrize("name", GGML_TYPES)
 def test_a_row_of_half_a_block_is_refused(name: str) -> None:
     packing = GGML_TYPES[name]
-    with pytest.raises(ValueError, match=f"no whole number of {name} blocks"):
+    with pytest.raises(ValueError, match=f"does not divide into {name} blocks"):
         quantize(torch.zeros(2, packing.block_size * 3 // 2), packing)
 
 
@@ -196,7 +196,7 @@ def test_pieces_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(5, 512)
     whole = quantize(weight, GGML_TYPES[name])
     for piece in (1, 1024):  # a row at a time, and two with one left over
-        monkeypatch.setattr(ggml, "QUANTIZE_SLICE_ELEMENTS", piece)
+        monkeypatch.setattr(ggml, "GGML_SLICE_ELEMENTS", piece)
         assert torch.equal(quantize(weight, GGML_TYPES[name]), whole)
 
 

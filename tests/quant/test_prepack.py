@@ -93,7 +93,7 @@ def test_rows_in_8_bits_come_back_within_a_step_and_zeros_as_zeros() -> None:
 
 @vnni
 def test_the_gelu_of_rows_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "QUANTIZE_SLICE_ELEMENTS", 3 * 64)
+    monkeypatch.setattr(int8, "ACTIVATION_SLICE_ELEMENTS", 3 * 64)
     x = 3 * randn(10, 64)
     rows, bent = int8.quantize_rows_unsigned(x, gelu=True), F.gelu(x, approximate="tanh")
     back = (rows.codes.float() - int8.ZERO_POINT) * rows.scales

@@ -1,1 +1,1 @@
-"""Operations worth writing twice: plainly, and fast."""
+"""Operations with a definition in plain torch and a faster implementation beside it."""

@@ -1,12 +1,11 @@
-"""Numbers out of the block formats of GGML.
+"""Dequantizes GGML's block formats.
 
-Every format says: number = scale * code, or scale * code + offset. A scale belongs to a block of 32 numbers; in the K
-formats to a group of 16 or 32 inside a block of 256, and is itself a small whole number times the block's own factor.
-Codes are split among bytes so that neighbours in a block are neighbours in different bytes, which vector instructions
-like; `_unpack_bits` puts them in order.
+Every format is value = scale * code, or scale * code + offset. A scale belongs to a block of 32 elements; in the K
+formats to a group of 16 or 32 inside a block of 256, and is itself a small integer times the block's own factor. Codes
+of neighbouring elements lie in different bytes, which suits vector instructions; `_unpack_bits` puts them in order.
 
-Products of a float16 factor with whole numbers of so few bits are exact in fp32, so a result is rounded at most once
-there (by the offset), and once more where `out` is narrower. The layouts are in
+Products of a float16 factor with such small integers are exact in fp32, so a value is rounded at most once there (by
+the offset), and once more where `out` is narrower. The layouts are in
 https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
 """
 
@@ -20,38 +19,37 @@ from torch import Tensor
 
 from kadr.kernels.ggml_types import GGMLType
 
-CPU_SLICE_ELEMENTS = (
-    262_144  # numbers unpacked at a time by each thread: what comes up on the way stays in a core's cache
-)
-ACCELERATOR_SLICE_ELEMENTS = 4_194_304  # on an accelerator, where a piece must outlast the launch of a dozen operations
+# Elements dequantized at a time. On a CPU for each thread: the temporaries stay in a core's cache. On an accelerator a
+# slice must take longer than the launch of a dozen operations.
+CPU_SLICE_ELEMENTS, ACCELERATOR_SLICE_ELEMENTS = 262_144, 4_194_304
 
 
 def dequantize(quantized_weight: Tensor, ggml_type: GGMLType, out: Tensor) -> Tensor:
-    """Write the numbers that `quantized_weight` stands for into `out`.
+    """Writes the values of `quantized_weight` into `out`.
 
     Args:
-        quantized_weight: uint8 (rows, bytes of a row), only read.
-        ggml_type: how they are packed.
+        quantized_weight: uint8 (rows, bytes per row), only read.
+        ggml_type: its block format.
         out: (rows, columns) in fp32, bf16 or fp16, on the same device.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: the two shapes do not belong together.
+        ValueError: the two shapes do not match.
     """
     rows, columns = out.shape
     if quantized_weight.shape != (rows, ggml_type.row_bytes(columns)):
         raise ValueError(
-            f"{ggml_type.name} of shape {tuple(quantized_weight.shape)} does not unpack to {tuple(out.shape)}"
+            f"{ggml_type.name} of shape {tuple(quantized_weight.shape)} does not dequantize to {tuple(out.shape)}"
         )
-    unpack = _DEQUANTIZERS[ggml_type.name]
-    piece = CPU_SLICE_ELEMENTS * torch.get_num_threads() if out.device.type == "cpu" else ACCELERATOR_SLICE_ELEMENTS
-    step = max(1, piece // max(1, columns))
+    dequantize_blocks = _DEQUANTIZERS[ggml_type.name]
+    elements = CPU_SLICE_ELEMENTS * torch.get_num_threads() if out.device.type == "cpu" else ACCELERATOR_SLICE_ELEMENTS
+    step = max(1, elements // max(1, columns))
     for start in range(0, rows, step):
-        part = slice(start, start + step)
-        blocks = quantized_weight[part].reshape(-1, ggml_type.type_size)
-        out[part] = unpack(blocks).view(-1, columns)
+        rows_slice = slice(start, start + step)
+        blocks = quantized_weight[rows_slice].reshape(-1, ggml_type.type_size)
+        out[rows_slice] = dequantize_blocks(blocks).view(-1, columns)
     return out
 
 
@@ -61,7 +59,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    """Scale; 16 bytes: the first 16 codes in the lower halves, the others in the upper. The code of 0 is 8."""
+    """Scale; 16 bytes: the first 16 codes in the low nibbles, the others in the high. Code 8 is 0."""
     return _subtract(_unpack_bits(blocks[:, 2:], 4), 8).float().mul_(_read_fp16(blocks, 0))
 
 
@@ -71,7 +69,7 @@ def _q4_1(blocks: Tensor) -> Tensor:
 
 
 def _q5_0(blocks: Tensor) -> Tensor:
-    """Scale; 4 bytes with the fifth bit of each code, in order; the other four as in Q4_0. The code of 0 is 16."""
+    """Scale; 4 bytes with the fifth bit of each code, in order; the other four as in Q4_0. Code 16 is 0."""
     codes = _unpack_bits(blocks[:, 6:], 4).bitwise_or_(_fifth_bits(blocks[:, 2:6]))
     return _subtract(codes, 16).float().mul_(_read_fp16(blocks, 0))
 
@@ -83,7 +81,7 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 
 def _q2_k(blocks: Tensor) -> Tensor:
-    """16 bytes for as many groups of 16: scale below, offset above, 4 bits each; 64 bytes of codes; the two factors."""
+    """16 bytes, one per group of 16: scale in the low nibble, offset in the high; 64 bytes of codes; two factors."""
     codes = _unpack_bits(blocks[:, 16:80], 2, width=32)
     scales, offsets = _unpack_bits(blocks[:, :16], 4).float().view(-1, 2, 16).unbind(1)
     return _apply_scales(codes, scales.mul_(_read_fp16(blocks, 80)), offsets.mul_(_read_fp16(blocks, 82)))
@@ -92,7 +90,7 @@ def _q2_k(blocks: Tensor) -> Tensor:
 def _q3_k(blocks: Tensor) -> Tensor:
     """32 bytes with the third bit of each code, 64 with the other two; 16 scales of 6 bits; factor.
 
-    The code of 0 is 4. Scales lie 32 higher: 8 bytes with four bits of each, 4 with the other two.
+    Code 4 is 0. Scales are stored plus 32: 8 bytes with four bits of each, 4 with the other two.
     """
     codes = _unpack_bits(blocks[:, 32:96], 2, width=32).bitwise_or_(_unpack_bits(blocks[:, :32], 1).mul_(4))
     scales = _unpack_bits(blocks[:, 96:104], 4).bitwise_or_(_unpack_bits(blocks[:, 104:108], 2).mul_(16))
@@ -100,18 +98,18 @@ def _q3_k(blocks: Tensor) -> Tensor:
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
-    """Factors of scales and of offsets; 8 of each in 12 bytes; 128 bytes of codes, 32 in the halves of 32 bytes."""
+    """Factors of scales and of offsets; 8 of each in 12 bytes; 128 bytes of codes, 32 to the nibbles of 32 bytes."""
     return _apply_scales(_unpack_bits(blocks[:, 16:], 4, width=32), *_scales_and_offsets(blocks))
 
 
 def _q5_k(blocks: Tensor) -> Tensor:
-    """As Q4_K, with 32 bytes for the fifth bits before the other four."""
+    """As Q4_K, with 32 bytes of fifth bits before the other four."""
     codes = _unpack_bits(blocks[:, 48:], 4, width=32).bitwise_or_(_unpack_bits(blocks[:, 16:48], 1).mul_(16))
     return _apply_scales(codes, *_scales_and_offsets(blocks))
 
 
 def _q6_k(blocks: Tensor) -> Tensor:
-    """128 bytes with four bits of each code, 64 with the other two; 16 scales in int8; factor. The code of 0 is 32."""
+    """128 bytes with four bits of each code, 64 with the other two; 16 scales in int8; factor. Code 32 is 0."""
     codes = _unpack_bits(blocks[:, :128], 4, width=64).bitwise_or_(
         _unpack_bits(blocks[:, 128:192], 2, width=32).mul_(16)
     )
@@ -120,10 +118,10 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 def _unpack_bits(packed: Tensor, bits: int, width: int | None = None) -> Tensor:
-    """Whole numbers of so many bits, out of bytes that hold several each.
+    """Unpacks integers of `bits` bits, several to a byte.
 
     Args:
-        packed: uint8 (N, bytes). A run of `width` bytes (all of them if None) holds the first `width` numbers in its
+        packed: uint8 (N, bytes). A run of `width` bytes (all of them if None) holds the first `width` integers in its
             lowest bits, the next in those above, and so on; then comes the next run.
 
     Returns:
@@ -135,24 +133,24 @@ def _unpack_bits(packed: Tensor, bits: int, width: int | None = None) -> Tensor:
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:
-    """uint8 (N, 4), a bit for each of 32 codes -> uint8 (N, 32), the bits at their place in a code."""
-    eight = _fifth_bit_table(packed.device).index_select(0, packed.flatten().int())
-    return eight.view(torch.uint8).view(-1, 32)
+    """Unpacks uint8 (N, 4), a bit for each of 32 codes, to uint8 (N, 32): 16 where the bit is set, else 0."""
+    bytes_of_8 = _fifth_bit_table(packed.device).index_select(0, packed.flatten().int())
+    return bytes_of_8.view(torch.uint8).view(-1, 32)
 
 
 @cache
 def _fifth_bit_table(device: torch.device) -> Tensor:
-    """int64 (256): for each byte what its bits become, 16 or 0, as the eight bytes of one number."""
-    every = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
-    bits = (every >> torch.arange(8, dtype=torch.uint8, device=device)).bitwise_and_(1)
+    """Returns int64 (256): for each byte value its eight bits, each as a byte of 16 or 0."""
+    all_bytes = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    bits = (all_bytes >> torch.arange(8, dtype=torch.uint8, device=device)).bitwise_and_(1)
     return bits.mul_(16).view(torch.int64).flatten()
 
 
 def _scales_and_offsets(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of Q4_K and Q5_K, fp32 (N, 8) each, out of the first 16 bytes.
+    """Reads the scales and offsets of Q4_K and Q5_K, fp32 (N, 8) each, from the first 16 bytes of a block.
 
-    After the factors come 4 bytes of scales, 4 of offsets, and 4 bytes whose halves are the lower bits of the scales
-    and offsets 4 to 7; their upper two bits are on top of the first eight bytes. Worked out four bytes at a time.
+    After the factors come 4 bytes of scales, 4 of offsets, and 4 bytes whose nibbles are the lower bits of scales and
+    offsets 4 to 7; their upper two bits are on top of the first eight bytes. Computed four bytes at a time.
     """
     words = blocks[:, 4:16].view(torch.int32).contiguous()
     first, last = words[:, :2], words[:, 2]
@@ -164,18 +162,18 @@ def _scales_and_offsets(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _apply_scales(codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """scale * code - offset. codes (N, 256) of bytes; scales and offsets fp32 (N, groups)."""
-    numbers = codes.float().unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None])
-    return numbers if offsets is None else numbers.sub_(offsets[..., None])
+    """Returns scale * code - offset. codes (N, 256) of bytes; scales and offsets fp32 (N, groups)."""
+    values = codes.float().unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None])
+    return values if offsets is None else values.sub_(offsets[..., None])
 
 
 def _subtract(codes: Tensor, offset: int) -> Tensor:
-    """codes - by: uint8 -> int8 in the same memory."""
+    """Returns codes - offset: uint8 -> int8 in the same memory."""
     return codes.view(torch.int8).sub_(offset)
 
 
 def _read_fp16(blocks: Tensor, start: int) -> Tensor:
-    """The float16 that starts at a byte of each block: fp32 (N, 1)."""
+    """Returns the float16 at byte `start` of each block as fp32 (N, 1)."""
     return blocks[:, start : start + 2].view(torch.float16).float()
 
 

@@ -1,7 +1,7 @@
-"""Operations that a GPU does in one pass over memory: by a kernel where it can, by their definition elsewhere.
+"""Operations that a GPU does in one pass over memory: by a kernel where one applies, by their definition elsewhere.
 
-Each function is that of the same name in `reference` (`dequantize` in `dequant`): its arguments and results are
-described there, and so is by how much a kernel may differ. `switch` says who may want which.
+Each function has the name of its definition in `reference` (`dequantize` in `dequant`), which describes arguments and
+results, and by how much a kernel may differ. `mode` switches kernels off, or on everywhere.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from kadr.kernels import dequant, reference, trial
 from kadr.kernels.cpu import pixel_norm
 from kadr.kernels.ggml_types import GGMLType
 
-MAX_ROW_ELEMENTS = 16_384  # numbers of a row that a program holds in registers; the hidden layer of 13B has as many
+MAX_ROW_ELEMENTS = 16_384  # a Triton program keeps a row in registers; the feed-forward of 13B is this wide
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_CAPABILITIES = {
-    torch.int8: trial.TRITON_MIN_CAPABILITY,
-    torch.float8_e4m3fn: (8, 9),
-}  # capabilities; 8-bit floats came with Ada and Hopper
-GGML_KERNEL_TYPES = ("Q8_0", "Q6_K", "Q4_K")  # formats of GGML that there are kernels for
+# CUDA compute capability by dtype of the codes; 8-bit floats came with Ada and Hopper.
+MIN_CAPABILITIES = {torch.int8: trial.TRITON_MIN_CAPABILITY, torch.float8_e4m3fn: (8, 9)}
+GGML_KERNEL_TYPES = ("Q8_0", "Q6_K", "Q4_K")  # GGML types that have a kernel
 
 
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float = 1e-6) -> Tensor:
@@ -96,9 +94,10 @@ def gelu_quantize(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def rescale(sums: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See `reference.rescale`."""
     shared = [tensor for tensor in (column_scales, bias) if tensor is not None]
-    fits = sums.dim() == 2 and sums.stride(1) == 1 and row_scales.is_contiguous() and row_scales.shape == (len(sums), 1)
-    fits = fits and all(tensor.is_contiguous() and tensor.shape == sums.shape[1:] for tensor in shared)
-    if fits and sums.numel() and trial.should_use_kernel((sums, row_scales, *shared)):
+    is_supported = sums.dim() == 2 and sums.stride(1) == 1
+    is_supported = is_supported and row_scales.is_contiguous() and row_scales.shape == (len(sums), 1)
+    is_supported = is_supported and all(tensor.is_contiguous() and tensor.shape == sums.shape[1:] for tensor in shared)
+    if is_supported and sums.numel() and trial.should_use_kernel((sums, row_scales, *shared)):
         return trial.run("quantization", reference.rescale, sums, row_scales, column_scales, bias, dtype)
     return reference.rescale(sums, row_scales, column_scales, bias, dtype)
 
@@ -107,10 +106,11 @@ def pixel_norm_modulate_silu(
     x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, epsilon: float = 1e-8
 ) -> Tensor:
     """See `reference.pixel_norm_modulate_silu`."""
-    bends = [tensor for tensor in (scale, shift) if tensor is not None]
-    fits = _has_contiguous_channels(x) and len(bends) != 1 and _share_dtype_and_layout(x, x.movedim(1, -1), *bends)
-    fits = fits and all(tensor.shape in ((1, x.shape[1]), x.shape[:2]) for tensor in bends)
-    if fits and trial.should_use_kernel((x, *bends)):
+    modulation = [tensor for tensor in (scale, shift) if tensor is not None]
+    is_supported = _has_contiguous_channels(x) and len(modulation) != 1
+    is_supported = is_supported and _share_dtype_and_layout(x, x.movedim(1, -1), *modulation)
+    is_supported = is_supported and all(tensor.shape in ((1, x.shape[1]), x.shape[:2]) for tensor in modulation)
+    if is_supported and trial.should_use_kernel((x, *modulation)):
         return trial.run("vae", reference.pixel_norm_modulate_silu, x, scale, shift, epsilon)
     if pixel_norm.is_supported(x, scale, shift):
         return pixel_norm.pixel_norm_modulate_silu(x, scale, shift, epsilon)
@@ -119,14 +119,14 @@ def pixel_norm_modulate_silu(
 
 def bias_residual(x: Tensor, bias: Tensor | None, skip: Tensor) -> Tensor:
     """See `reference.bias_residual`."""
-    fits = (
+    is_supported = (
         _has_contiguous_channels(x)
         and _has_contiguous_channels(skip)
         and x.shape == skip.shape
         and _share_dtype_and_layout(x, bias, skip.movedim(1, -1))
     )
-    fits = fits and (bias is None or bias.shape == x.shape[1:2])
-    if fits and trial.should_use_kernel((x, bias, skip)):
+    is_supported = is_supported and (bias is None or bias.shape == x.shape[1:2])
+    if is_supported and trial.should_use_kernel((x, bias, skip)):
         return trial.run("vae", reference.bias_residual, x, bias, skip)
     return reference.bias_residual(x, bias, skip)
 
@@ -134,11 +134,13 @@ def bias_residual(x: Tensor, bias: Tensor | None, skip: Tensor) -> Tensor:
 def dequantize(quantized_weight: Tensor, ggml_type: GGMLType, out: Tensor) -> Tensor:
     """See `dequant.dequantize`."""
     rows, columns = out.shape
-    lies = rows and columns and quantized_weight.stride(-1) == out.stride(-1) == 1 and out.dtype in KERNEL_DTYPES
-    fits = (
-        lies and ggml_type.name in GGML_KERNEL_TYPES and quantized_weight.shape == (rows, ggml_type.row_bytes(columns))
+    has_layout = rows and columns and quantized_weight.stride(-1) == out.stride(-1) == 1 and out.dtype in KERNEL_DTYPES
+    is_supported = (
+        has_layout
+        and ggml_type.name in GGML_KERNEL_TYPES
+        and quantized_weight.shape == (rows, ggml_type.row_bytes(columns))
     )
-    if fits and trial.should_use_kernel((quantized_weight, out)):
+    if is_supported and trial.should_use_kernel((quantized_weight, out)):
         return trial.run("ggml", dequant.dequantize, quantized_weight, ggml_type, out)
     return dequant.dequantize(quantized_weight, ggml_type, out)
 
@@ -146,12 +148,12 @@ def dequantize(quantized_weight: Tensor, ggml_type: GGMLType, out: Tensor) -> Te
 def _can_fuse_tokens(
     x: Tensor, *broadcast: Tensor | None, same_shape: tuple[Tensor, ...] = (), code_dtype: torch.dtype = torch.int8
 ) -> bool:
-    """Whether there is a kernel for x (B, N, D), and may run.
+    """Returns whether a kernel supports x (B, N, D) and the others, and may run.
 
     Args:
         broadcast: (B or 1, N or 1, D), or None.
-        same_shape: of x's shape.
-        code_dtype: what comes out in 8 bits, if anything.
+        same_shape: tensors that must have x's shape.
+        code_dtype: dtype of the output in 8 bits, if any.
     """
     if (
         not trial.may_use_kernel(x)
@@ -163,26 +165,28 @@ def _can_fuse_tokens(
         return False
     if any(tensor.shape != x.shape for tensor in same_shape):
         return False
-    given = [tensor for tensor in broadcast if tensor is not None]
-    spread = all(side in (1, own) for tensor in given for side, own in zip(tensor.shape[:-1], x.shape, strict=False))
-    fits = spread and all(tensor.dim() == 3 and tensor.shape[-1] == x.shape[-1] for tensor in given)
-    return fits and trial.should_use_kernel((x, *given, *same_shape), MIN_CAPABILITIES[code_dtype])
+    present = [tensor for tensor in broadcast if tensor is not None]
+    is_broadcastable = all(
+        side in (1, x_side) for tensor in present for side, x_side in zip(tensor.shape[:-1], x.shape, strict=False)
+    )
+    is_supported = is_broadcastable and all(tensor.dim() == 3 and tensor.shape[-1] == x.shape[-1] for tensor in present)
+    return is_supported and trial.should_use_kernel((x, *present, *same_shape), MIN_CAPABILITIES[code_dtype])
 
 
 def _can_fuse_rows(x: Tensor, code_dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for the rows of x (R, K), and may run."""
-    fits = (
+    """Returns whether a kernel supports the rows of x (R, K), and may run."""
+    is_supported = (
         trial.may_use_kernel(x)
         and x.dim() == 2
         and bool(x.numel())
         and x.shape[-1] <= MAX_ROW_ELEMENTS
         and _share_dtype_and_layout(x, x)
     )
-    return fits and trial.should_use_kernel((x,), MIN_CAPABILITIES[code_dtype])
+    return is_supported and trial.should_use_kernel((x,), MIN_CAPABILITIES[code_dtype])
 
 
 def _has_contiguous_channels(x: Tensor) -> bool:
-    """Whether the channels of x (B, C, F, H, W) lie next to each other, and its positions evenly spaced."""
+    """Returns whether the channels of x (B, C, F, H, W) are contiguous and its positions evenly spaced."""
     if (
         not trial.may_use_kernel(x)
         or x.dim() != 5
@@ -196,7 +200,7 @@ def _has_contiguous_channels(x: Tensor) -> bool:
 
 
 def _share_dtype_and_layout(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether all are of one dtype that kernels read, with neighbours along the last axis of the others."""
-    given = [tensor for tensor in others if tensor is not None]
-    same = x.dtype in KERNEL_DTYPES and all(tensor.dtype == x.dtype for tensor in given)
-    return same and all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in given)
+    """Returns whether all have one dtype that kernels support, and the others a contiguous last axis."""
+    present = [tensor for tensor in others if tensor is not None]
+    same_dtype = x.dtype in KERNEL_DTYPES and all(tensor.dtype == x.dtype for tensor in present)
+    return same_dtype and all(tensor.stride(-1) == 1 or tensor.shape[-1] == 1 for tensor in present)

@@ -1,6 +1,6 @@
-"""The block formats of GGML: how many numbers share a block, and how many bytes it takes.
+"""GGML block formats: elements and bytes per block.
 
-https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h has their layouts; `dequant` says each in words.
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h has their layouts; `dequant` describes each in words.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GGMLType:
-    """One block format. Blocks lie along the last axis of a weight, row after row.
+    """A GGML block format. Blocks run along the last axis of a weight, row after row.
 
     Args:
-        name: as GGML has it, such as "Q4_K".
-        block_size: numbers in a block.
-        type_size: that a block takes.
+        name: GGML's name, such as "Q4_K".
+        block_size: elements per block.
+        type_size: bytes per block.
     """
 
     name: str
@@ -24,26 +24,26 @@ class GGMLType:
 
     @property
     def bits_per_weight(self) -> float:
-        """Per number."""
+        """Bits per element, with the scales of its block."""
         return 8 * self.type_size / self.block_size
 
     def row_bytes(self, columns: int) -> int:
-        """Of a row of so many numbers.
+        """Returns the bytes of a row of `columns` elements.
 
         Raises:
-            ValueError: the row is no whole number of blocks.
+            ValueError: the row does not divide into blocks.
         """
-        blocks, rest = divmod(columns, self.block_size)
-        if rest:
+        blocks, remainder = divmod(columns, self.block_size)
+        if remainder:
             raise ValueError(
-                f"a row of {columns} numbers is no whole number of {self.name} blocks of {self.block_size}"
+                f"a row of {columns} elements does not divide into {self.name} blocks of {self.block_size}"
             )
         return blocks * self.type_size
 
 
 GGML_TYPES = {
-    packing.name: packing
-    for packing in (
+    ggml_type.name: ggml_type
+    for ggml_type in (
         GGMLType("Q8_0", 32, 34),
         GGMLType("Q6_K", 256, 210),
         GGMLType("Q5_K", 256, 176),

@@ -1,4 +1,4 @@
-"""The Walsh-Hadamard rotation."""
+"""Walsh-Hadamard transform."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MAX_MATRIX_SIZE = 128  # columns that one product turns; wider rotations are two
+MAX_MATRIX_SIZE = 128  # columns of one matmul; wider transforms take two
 
 
 def hadamard_transform(x: Tensor, block_size: int) -> Tensor:
-    """x (..., D) with each run of `block_size` columns turned by H / sqrt(block), H in Sylvester's order.
+    """Rotates each run of `block_size` columns of x (..., D) by H / sqrt(block_size), H in Sylvester's order.
 
-    The rotation is its own inverse. Computed in fp32, returned in x's dtype.
+    The transform is its own inverse. Computed in fp32, returned in x's dtype.
 
     Args:
         block_size: a power of two that divides D.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `block_size` is not a power of two, or does not divide D.
     """
     if block_size < 1 or block_size & (block_size - 1) or x.shape[-1] % block_size:
-        raise ValueError(f"a rotation of {block_size} columns: it must be a power of two that divides {x.shape[-1]}")
-    narrow = min(block_size, MAX_MATRIX_SIZE)
-    # H of a·b columns is the Kronecker product of H of a and H of b.
-    made = x.float().unflatten(-1, (-1, block_size // narrow, narrow))
-    made = made @ _hadamard_matrix(narrow, x.device)
-    if block_size > narrow:
-        made = (made.transpose(-1, -2) @ _hadamard_matrix(block_size // narrow, x.device)).transpose(-1, -2)
-    return made.flatten(-3).to(x.dtype)
+        raise ValueError(f"block_size is {block_size}; it must be a power of two that divides {x.shape[-1]}")
+    inner = min(block_size, MAX_MATRIX_SIZE)
+    # H of size a·b is the Kronecker product of H of size a and H of size b.
+    rotated = x.float().unflatten(-1, (-1, block_size // inner, inner))
+    rotated = rotated @ _hadamard_matrix(inner, x.device)
+    if block_size > inner:
+        rotated = (rotated.transpose(-1, -2) @ _hadamard_matrix(block_size // inner, x.device)).transpose(-1, -2)
+    return rotated.flatten(-3).to(x.dtype)
 
 
 @cache
 def _hadamard_matrix(size: int, device: torch.device) -> Tensor:
-    """(size, size), symmetric and orthogonal."""
-    made = torch.ones(1, 1)
-    while len(made) < size:
-        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
-    return (made / size**0.5).to(device)
+    """Returns H / sqrt(size), (size, size), symmetric and orthogonal."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (matrix / size**0.5).to(device)

@@ -1,4 +1,4 @@
-"""Whether operations that are written twice run their fast version."""
+"""Process-wide choice between the fast kernels and their definitions in plain torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from kadr.errors import RequestError
 ENVIRONMENT_VARIABLE = "KADR_KERNELS"
 AUTO, REFERENCE, EVERYWHERE = "auto", "reference", "everywhere"
 MODES = {
-    AUTO: "the fast version where the device has one",
-    REFERENCE: "the plain version, always",
-    EVERYWHERE: "the fast version on every device: for tests, where an interpreter stands in for a GPU",
+    AUTO: "fast kernels where the device has them",
+    REFERENCE: "the definitions in plain torch, always",
+    EVERYWHERE: "fast kernels on every device: for tests, where an interpreter stands in for a GPU",
 }
 
-_current_mode: str | None = None  # None until somebody asks
+_current_mode: str | None = None  # None until it is first read
 
 
 def current() -> str:
-    """A name of `MODES`: what the environment says when it is first asked for, or what `override` says inside it.
+    """Returns the current mode, one of `MODES`: the environment's, read once, or that of an enclosing `override`.
 
     Raises:
-        RequestError: the environment names no such thing.
+        RequestError: the environment variable is not one of `MODES`.
     """
     global _current_mode
     if _current_mode is None:
@@ -33,17 +33,17 @@ def current() -> str:
 
 @contextmanager
 def override(name: str) -> Iterator[None]:
-    """Choose otherwise for a while, in all threads.
+    """Sets the mode for the duration of the block, in all threads.
 
     Raises:
-        RequestError: there is no such name.
+        RequestError: `name` is not one of `MODES`.
     """
     global _current_mode
-    before, _current_mode = _current_mode, _check(name, "the choice of kernels")
+    previous, _current_mode = _current_mode, _check(name, "the kernel mode")
     try:
         yield
     finally:
-        _current_mode = before
+        _current_mode = previous
 
 
 def _check(name: str, source: str) -> str:

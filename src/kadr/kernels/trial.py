@@ -1,7 +1,7 @@
-"""Whether a kernel may stand in for its definition: asked of every kernel once, with the first numbers it is given.
+"""Checks every kernel once against its definition, on the first inputs that it gets.
 
-A kernel is compiled on the machine it runs on, for a GPU its author may not have seen. So the first time, its
-definition runs beside it. One that fails or differs is left alone from then on, with a warning.
+A kernel is compiled on the machine that it runs on, for a GPU that its author may never have had. So its definition
+runs beside it the first time. A kernel that fails or differs is not used from then on, and gives a warning.
 """
 
 from __future__ import annotations
@@ -21,96 +21,95 @@ from kadr.kernels import mode
 
 Result = TypeVar("Result")
 Capability = tuple[int, int]
-TRITON_MIN_CAPABILITY: Capability = (8, 0)  # the first with bfloat16, Ampere
-TRIAL_MAX_RELATIVE_ERROR = (
-    0.05  # relative; rounding to bfloat16 on the way moves a twentieth of fp8's codes by a step, 0.015 in all
-)
-CORNER_SIZE = 8  # from the end of each axis; the numbers that lie furthest in memory are the ones to compare
+TRITON_MIN_CAPABILITY: Capability = (8, 0)  # Ampere, the first with bfloat16
+# The definition's roundings to bfloat16 move a twentieth of the fp8 codes by one step, which is an error of 0.015.
+TRIAL_MAX_RELATIVE_ERROR = 0.05
+CORNER_SIZE = 8  # elements compared at the end of each axis: errors in offsets show furthest in memory
 
-_verdicts: dict[Hashable, Callable[..., Any] | None] = {}  # the kernel, or None where it is not to be trusted
+_verdicts: dict[Hashable, Callable[..., Any] | None] = {}  # the kernel, or None where it was rejected
 
 
 def run(module_name: str, definition: Callable[..., Result], *arguments: Any) -> Result:
-    """What `definition` computes, by the kernel of the same name if that can be trusted.
+    """Computes `definition` by the kernel of the same name, or by itself where that kernel was rejected.
 
     Args:
-        module_name: the module of `kernels.triton` that has it.
-        arguments: a tensor, and whatever else the definition takes, in its order.
+        module_name: the module of `kernels.triton` that has the kernel.
+        arguments: a tensor first, then the other arguments of the definition, in order.
     """
     x, name = arguments[0], definition.__name__
     width = x.shape[1] if x.dim() == 5 else x.shape[-1]
-    kinds = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
-    question = (name, x.device, width, kinds)
-    if question in _verdicts:
-        return (_verdicts[question] or definition)(*arguments)
+    dtypes_or_values = tuple(argument.dtype if isinstance(argument, Tensor) else argument for argument in arguments)
+    key = (name, x.device, width, dtypes_or_values)
+    if key in _verdicts:
+        return (_verdicts[key] or definition)(*arguments)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return definition(*arguments)  # a capture can compare nothing
-    return _try_kernel(module_name, definition, arguments, question)
+        return definition(*arguments)  # nothing can be compared during a capture
+    return _try_kernel(module_name, definition, arguments, key)
 
 
 def should_use_kernel(tensors: Iterable[Tensor | None], min_capability: Capability = TRITON_MIN_CAPABILITY) -> bool:
-    """Whether a kernel is to run on these: the switch allows it, their device can, and nobody asks for gradients.
+    """Returns whether a kernel should run on these: the mode and their device allow it and no gradient is needed.
 
-    Code that is being compiled keeps the definitions, which the compiler fuses by itself.
+    Code under torch.compile keeps the definitions, which the compiler fuses by itself.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
+    present = [tensor for tensor in tensors if tensor is not None]
     if mode.current() == mode.REFERENCE or torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
         return False
-    if any(tensor.device != given[0].device for tensor in given):
+    if any(tensor.device != present[0].device for tensor in present):
         return False
-    return mode.current() == mode.EVERYWHERE or is_supported(given[0].device, min_capability)
+    return mode.current() == mode.EVERYWHERE or is_supported(present[0].device, min_capability)
 
 
 def may_use_kernel(x: Tensor) -> bool:
-    """Whether a kernel could run on x at all: asked first, for it is soon answered."""
+    """Returns whether a kernel could run on x at all: a cheap first check."""
     return x.is_cuda or mode.current() == mode.EVERYWHERE
 
 
 def is_supported(device: torch.device, min_capability: Capability = TRITON_MIN_CAPABILITY) -> bool:
-    """Whether a device is one that kernels are written for."""
+    """Returns whether kernels support a device."""
     return device.type == "cuda" and _capability(device) >= min_capability
 
 
 def reset() -> None:
-    """Ask again of every kernel."""
+    """Clears the verdicts, so that every kernel is checked again."""
     _verdicts.clear()
 
 
 @cache
 def _capability(device: torch.device) -> Capability:
-    """Of a CUDA device; (0, 0) where triton is not installed, which stands for none."""
+    """Returns the compute capability of a CUDA device; (0, 0) where triton is not installed."""
     return torch.cuda.get_device_capability(device) if importlib.util.find_spec("triton") else (0, 0)
 
 
 def _try_kernel(
     module_name: str, definition: Callable[..., Result], arguments: tuple[Any, ...], key: Hashable
 ) -> Result:
-    right = definition(*arguments)
-    if any(right is argument for argument in arguments):  # it was told where to write; so will the kernel be
-        right = right.clone()  # type: ignore[attr-defined]
+    expected = definition(*arguments)
+    if any(expected is argument for argument in arguments):  # an out argument, which the kernel will overwrite
+        expected = expected.clone()  # type: ignore[attr-defined]
     try:
         kernel = getattr(import_module(f"kadr.kernels.triton.{module_name}"), definition.__name__)
-        made = kernel(*arguments)
-        apart = _relative_error(made, right)
+        output = kernel(*arguments)
+        error = _relative_error(output, expected)
     except torch.OutOfMemoryError:
-        return right  # both did not fit side by side: says nothing about the kernel
-    except Exception as error:  # compilers, linkers and drivers fail in their own ways
-        return _reject_kernel(key, definition, arguments, f"it fails with {type(error).__name__}: {error}")
-    if apart is None:
-        return right
-    if apart > TRIAL_MAX_RELATIVE_ERROR:
-        return _reject_kernel(key, definition, arguments, f"its result is {100 * apart:.1f} % off")
+        return expected  # the two did not fit side by side, which says nothing about the kernel
+    except Exception as failure:  # compilers, linkers and drivers raise their own types
+        return _reject_kernel(key, definition, arguments, f"it fails with {type(failure).__name__}: {failure}")
+    if error is None:
+        return expected
+    if error > TRIAL_MAX_RELATIVE_ERROR:
+        return _reject_kernel(key, definition, arguments, f"its result is {100 * error:.1f} % off")
     _verdicts[key] = kernel
-    return made
+    return output
 
 
 def _reject_kernel(key: Hashable, definition: Callable[..., Result], arguments: tuple[Any, ...], reason: str) -> Result:
     _verdicts[key] = None
     warnings.warn(
         f"the kernel {definition.__name__} is not used on {arguments[0].device}: {reason}. Plain torch computes the "
-        f"same, only slower. {mode.ENVIRONMENT_VARIABLE}={mode.REFERENCE} leaves out all kernels, and this warning.",
+        f"same, only slower. {mode.ENVIRONMENT_VARIABLE}={mode.REFERENCE} turns off all kernels, and this warning.",
         KadrWarning,
         stacklevel=4,
     )
@@ -118,20 +117,20 @@ def _reject_kernel(key: Hashable, definition: Callable[..., Result], arguments: 
 
 
 def _relative_error(output: Any, expected: Any) -> float | None:
-    """The largest relative error of the tensors that came out; None where the right ones are no numbers themselves."""
+    """Returns the largest relative error of the output tensors; None where an expected one is not finite."""
     pairs = [(output, expected)] if isinstance(expected, Tensor) else list(zip(output, expected, strict=True))
-    if any(one.shape != other.shape or one.dtype != other.dtype for one, other in pairs):
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
         return float("inf")
     errors = []
-    for one, other in ((_corner(one), _corner(other)) for one, other in pairs):
-        if not bool(other.isfinite().all()):
+    for actual, correct in ((_corner(a), _corner(b)) for a, b in pairs):
+        if not bool(correct.isfinite().all()):
             return None
-        error = float((one - other).norm() / other.norm().clamp_min(1e-30))
+        error = float((actual - correct).norm() / correct.norm().clamp_min(1e-30))
         errors.append(float("inf") if error != error else error)
     return max(errors)
 
 
 def _corner(x: Tensor) -> Tensor:
-    """The end of x along every axis but that of its rows, in fp32."""
-    along = 1 if x.dim() == 5 else x.dim() - 1
-    return x[tuple(slice(None) if axis == along else slice(-CORNER_SIZE, None) for axis in range(x.dim()))].float()
+    """Returns the end of x along every axis but that of its rows, in fp32."""
+    row_axis = 1 if x.dim() == 5 else x.dim() - 1
+    return x[tuple(slice(None) if axis == row_axis else slice(-CORNER_SIZE, None) for axis in range(x.dim()))].float()

@@ -1,1 +1,1 @@
-"""How a weight may be stored."""
+"""Weight formats: quantized storage of the weights of finished modules."""

@@ -1,7 +1,7 @@
-"""Change how the weights of a finished module are stored.
+"""Changes the weight format of a finished module.
 
-The layers changed are those inside the blocks, attention and feed-forward: nearly all of the bytes. What is around them
-(embeddings, modulation, the way in and out) stays as it is, as in the released fp8 files.
+Only the layers inside the blocks change, attention and feed-forward: nearly all of the bytes. Embeddings, modulation,
+and the projections in and out stay as they are, as in the released fp8 files.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from kadr.quant.layers import (
 from kadr.quant.mixes import FALLBACK_TYPES
 from kadr.quant.weight_formats import FP8, FP8_WEIGHT_ONLY, INT8, INT8_WEIGHT_ONLY
 
-BLOCK_LIST_NAME = "blocks"  # of a transformer and of a text encoder
+BLOCK_LIST_NAME = "blocks"  # attribute of a transformer and of a text encoder
 ReleaseTensors = Callable[[Iterable[Tensor]], None]
 
 
 def release_nothing(tensors: Iterable[Tensor]) -> None:
-    """Let go of nothing."""
+    """Releases nothing: the weights that were replaced are only garbage-collected."""
 
 
 def blocks_of(module: nn.Module) -> nn.ModuleList:
-    """The blocks of a transformer or a text encoder."""
+    """Returns the blocks of a transformer or a text encoder."""
     return getattr(module, BLOCK_LIST_NAME)
 
 
 def in_block(name: str) -> bool:
-    """Whether a module or parameter of that name is inside a block."""
+    """Returns whether a module or parameter of that name is inside a block."""
     return name.partition(".")[0] == BLOCK_LIST_NAME
 
 
 def linears_in_blocks(module: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """The layers whose storage may be changed, with their names."""
+    """Yields the layers whose weight format can be changed, with their names."""
     for name, child in list(module.named_modules()):
         if isinstance(child, Linear) and in_block(name):
             yield name, child
@@ -63,13 +63,15 @@ def wrap_stored_weight(
     dtype: torch.dtype,
     scratch: Scratch,
 ) -> nn.Module:
-    """What takes the place of a layer, so that its weight can stay as the file has it.
+    """Returns a module that replaces `layer` and keeps its weight as the file stores it.
 
     Args:
-        layer: the layer, a `Linear` or an embedding; on meta.
-        weight: as stored: packed, or in a float dtype.
+        layer: a `Linear` or an embedding, on the meta device.
+        weight: as stored: in GGML's blocks, or in a float dtype.
+        ggml_type: block format of `weight`, or None.
         scale: of a weight in 8-bit floats.
-        dtype: that is computed in.
+        dtype: the dtype of the output of an embedding.
+        scratch: the buffer that the weight is dequantized into.
     """
     if isinstance(layer, nn.Embedding):
         assert ggml_type is not None
@@ -82,16 +84,16 @@ def wrap_stored_weight(
 def quantize_blocks(
     module: nn.Module, weight_format: str, *, device: torch.device, release: ReleaseTensors = release_nothing
 ) -> None:
-    """Store the layers inside the blocks otherwise, one after the other: no second copy of the module is made.
+    """Quantizes the layers inside the blocks, one after the other, without a second copy of the module.
 
     Args:
-        module: its weights are plain numbers; for "fp8" they may be 8-bit floats already, which stay what they are.
-        weight_format: of `weight_format.SCHEMES`, neither "none" nor "auto".
-        device: where the new weights go; the arithmetic is done there.
-        release: told of each weight that is not needed any more.
+        module: has unquantized weights; for "fp8" they may be 8-bit floats already, whose values stay.
+        weight_format: a key of `WEIGHT_FORMATS`, neither "none" nor "auto".
+        device: where the new weights go and are computed.
+        release: called with each weight that was replaced.
 
     Raises:
-        CheckpointError: a weight that is stored in fewer bits already, or that is not finite.
+        CheckpointError: a weight is quantized already, or not finite.
     """
     scratch = Scratch()
     if weight_format == FP8 and _use_fp8_matmul(module, device):
@@ -100,88 +102,92 @@ def quantize_blocks(
     for name, linear in linears_in_blocks(module):
         weight, bias = linear.weight.detach(), linear.bias
         try:
-            made = _quantized_layer(
+            quantized = _quantized_layer(
                 weight.to(device), None if bias is None else bias.detach().to(device), weight_format, scratch
             )
         except ValueError as error:
             raise CheckpointError(f"{name} cannot be stored as {weight_format}: {error}. Verify the file.") from error
-        replace_module(module, name, made)
+        replace_module(module, name, quantized)
         release([weight])
 
 
 def refuse_quantized(module: nn.Module) -> None:
-    """Refuse to quantize what is quantized: it would lose twice."""
+    """Refuses a module that is quantized already: rounding twice loses twice.
+
+    Raises:
+        CheckpointError: a layer inside the blocks is quantized.
+    """
     for name, child in module.named_modules():
         if in_block(name) and isinstance(child, GGMLLinear | ScaledLinear | W8A8Linear):
             raise CheckpointError(
-                f"{name} is stored in fewer bits already, and to round it again would lose twice. Leave --quant out, "
-                "or take the bf16 file of the model."
+                f"{name} is quantized already, and rounding it again would lose twice. Leave --quant out, or use the "
+                "bf16 file of the model."
             )
 
 
 def _use_fp8_matmul(module: nn.Module, device: torch.device) -> bool:
-    """Multiply in 8 bits what is stored in 8-bit floats. False where nothing is.
+    """Replaces layers stored in 8-bit floats by ones that multiply in 8 bits. Returns whether there are any.
 
-    Turned weights stay as they are, and so does what GPUs do not multiply for its sides.
+    Hadamard-rotated weights stay as they are, and so do those whose shape no fp8 matmul supports.
     """
-    stored = [
+    fp8_layers = [
         (name, child)
         for name, child in module.named_modules()
         if in_block(name) and isinstance(child, ScaledLinear) and child.weight.dtype == fp8.E4M3
     ]
-    for name, child in stored:
+    for name, child in fp8_layers:
         if child.rotation_size is None and fp8.supports_shape(*child.weight.shape):
             scale = child.weight.new_ones(1, 1, dtype=torch.float32) if child.scale is None else child.scale
-            rows = scale.expand(len(child.weight), 1).flatten()
-            replace_module(module, name, Fp8Linear(child.weight, rows, child.bias).to(device))
-    return bool(stored)
+            row_scales = scale.expand(len(child.weight), 1).flatten()
+            replace_module(module, name, Fp8Linear(child.weight, row_scales, child.bias).to(device))
+    return bool(fp8_layers)
 
 
 def replace_module(module: nn.Module, name: str, child: nn.Module) -> None:
-    """Put a module in the place of another."""
+    """Replaces the module of that name by `child`."""
     parent, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(parent), leaf, child.eval())
 
 
 def _quantized_layer(weight: Tensor, bias: Tensor | None, weight_format: str, scratch: Scratch) -> nn.Module:
     if not bool(torch.isfinite(weight.sum(dtype=torch.float32))):
-        raise ValueError("it has numbers that are not finite")
+        raise ValueError("it has values that are not finite")
     if weight_format in (INT8, INT8_WEIGHT_ONLY):
-        numbers, scale = _quantize_in_slices(weight, int8.quantize_rows)
+        codes, scale = _quantize_in_slices(weight, int8.quantize_rows)
         if weight_format == INT8 and int8.supports_shape(*weight.shape):
-            return Int8Linear(numbers, scale.flatten(), bias)
-        return ScaledLinear(numbers, scale, bias, scratch)
+            return Int8Linear(codes, scale.flatten(), bias)
+        return ScaledLinear(codes, scale, bias, scratch)
     if weight_format in (FP8, FP8_WEIGHT_ONLY):
-        numbers, scale = _quantize_in_slices(weight, quantize_rows_fp8)
+        codes, scale = _quantize_in_slices(weight, quantize_rows_fp8)
         if weight_format == FP8 and fp8.supports_shape(*weight.shape):
-            return Fp8Linear(numbers, scale.flatten(), bias)
-        return ScaledLinear(numbers, scale, bias, scratch)
-    packing = ggml_type_for(weight_format, weight.shape[1])
-    return GGMLLinear(quantize(weight, packing), packing, weight.shape[1], bias, scratch)
+            return Fp8Linear(codes, scale.flatten(), bias)
+        return ScaledLinear(codes, scale, bias, scratch)
+    ggml_type = ggml_type_for(weight_format, weight.shape[1])
+    return GGMLLinear(quantize(weight, ggml_type), ggml_type, weight.shape[1], bias, scratch)
 
 
 def quantize_rows_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (rows, columns) -> float8_e4m3fn, and the scale (rows, 1) in fp32 that gives it back."""
+    """Quantizes weight (rows, columns) to float8_e4m3fn codes and fp32 scales (rows, 1)."""
     return reference.quantize_rows(weight, fp8.E4M3)
 
 
 def ggml_type_for(name: str, columns: int) -> GGMLType:
-    """The packing of that name, or the one that takes its place where rows are no whole number of its blocks.
+    """Returns the GGML type of that name, or its fallback if rows of `columns` do not divide into its blocks.
 
     Raises:
-        CheckpointError: none fits.
+        CheckpointError: they do not divide into blocks of the fallback either.
     """
     for candidate in (GGML_TYPES[name], GGML_TYPES[FALLBACK_TYPES.get(name, name)]):
         if columns % candidate.block_size == 0:
             return candidate
     raise CheckpointError(
-        f"rows of {columns} numbers are no whole number of {name} blocks. Use {INT8_WEIGHT_ONLY} or {FP8} for this model."
+        f"rows of {columns} elements do not divide into {name} blocks. Use {INT8_WEIGHT_ONLY} or {FP8} for this model."
     )
 
 
 def _quantize_in_slices(
     weight: Tensor, quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """A rule that works row by row, for a piece of the rows at a time: its temporaries are wide."""
-    made = [quantize_rows(piece) for piece in weight.split(max(1, 4_194_304 // weight.shape[1]))]
-    return torch.cat([numbers for numbers, _ in made]), torch.cat([scale for _, scale in made])
+    """Applies `quantize_rows` to a slice of the rows at a time, because its temporaries are in float32."""
+    quantized = [quantize_rows(rows) for rows in weight.split(max(1, 4_194_304 // weight.shape[1]))]
+    return torch.cat([codes for codes, _ in quantized]), torch.cat([scale for _, scale in quantized])

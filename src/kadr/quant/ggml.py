@@ -1,7 +1,7 @@
-"""Numbers into the block formats of GGML, and the simple ones of them: one block of 32, one scale.
+"""Quantizes to GGML's block formats; has the simple formats, with one scale per block of 32.
 
-A simple format spans the numbers of a block: its bytes are those of llama.cpp's reference quantizers, and of the
-`gguf` package. `kquants` has the others; `kernels.dequant` describes the layouts, and goes the other way.
+In a simple format the codes span the values of a block: its bytes equal those of llama.cpp's reference quantizers and
+of the `gguf` package. `kquants` has the other formats; `kernels.dequant` describes the layouts, and dequantizes.
 """
 
 from __future__ import annotations
@@ -15,84 +15,82 @@ from kadr.kernels.ggml_types import GGMLType
 from kadr.quant.kquants import fp16_bytes, pack_bits, q2_k, q3_k, q4_k, q5_k, q6_k, to_uint8
 from kadr.quant.scale_search import safe_reciprocal
 
-QUANTIZE_SLICE_ELEMENTS = (
-    262_144  # numbers that are worked on at a time: a dozen temporaries of this size stay near the cores
-)
+GGML_SLICE_ELEMENTS = 262_144  # quantized at a time, so that a dozen temporaries of this size stay in the cache
 
 
 def quantize(weight: Tensor, ggml_type: GGMLType) -> Tensor:
-    """Round a weight to the codes of a block format.
+    """Quantizes a weight to a block format.
 
     Args:
         weight: (rows, columns) in a float dtype.
 
     Returns:
-        uint8 (rows, bytes of a row).
+        uint8 (rows, bytes per row).
 
     Raises:
-        ValueError: a row is no whole number of blocks; a number is NaN or infinite, or too large for the scale of its
-            block to fit into float16.
+        ValueError: a row does not divide into blocks; a value is NaN, infinite, or too large for the scale of its block
+            to fit into float16.
     """
     weight = weight.detach()
     rows, columns = weight.shape
     out = torch.empty(rows, ggml_type.row_bytes(columns), dtype=torch.uint8, device=weight.device)
-    write = _QUANTIZERS[ggml_type.name]
-    step = max(1, QUANTIZE_SLICE_ELEMENTS // max(1, columns))
+    quantize_blocks = _QUANTIZERS[ggml_type.name]
+    step = max(1, GGML_SLICE_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        piece = weight[part].float()
-        _require_finite(piece)
-        # Blocks side by side. Of a single block this is the weight itself, so nothing writes to it.
-        numbers = piece.reshape(-1, ggml_type.block_size).t().contiguous()
-        out[part] = write(numbers).t().reshape(-1, out.shape[1])
+        rows_part = weight[part].float()
+        _require_finite(rows_part)
+        # (block size, N). For a single block this is a view of the weight, so nothing writes to it.
+        values = rows_part.reshape(-1, ggml_type.block_size).t().contiguous()
+        out[part] = quantize_blocks(values).t().reshape(-1, out.shape[1])
     return out
 
 
 def _require_finite(values: Tensor) -> None:
     low, high = (bound.item() for bound in values.aminmax())
     if low != low:
-        raise ValueError("it has a number that is NaN")
+        raise ValueError("it has a value that is NaN")
     if torch.inf in (-low, high):
-        raise ValueError("it has a number that is infinite")
+        raise ValueError("it has a value that is infinite")
 
 
 def _q8_0(values: Tensor) -> Tensor:
-    """fp32 (32, N) -> bytes (34, N)."""
+    """Quantizes fp32 (32, N) to bytes (34, N)."""
     scale = values.abs().amax(0, keepdim=True) / 127
     scaled = values * safe_reciprocal(scale)
-    whole = scaled.trunc()
-    codes = scaled.sub_(whole).mul_(2).trunc_().add_(whole)  # halves away from zero, where round goes to the even
+    truncated = scaled.trunc()
+    codes = scaled.sub_(truncated).mul_(2).trunc_().add_(truncated)  # ties away from zero; round takes the even
     return torch.cat([fp16_bytes(scale), to_uint8(codes)])
 
 
 def _q4_0(values: Tensor) -> Tensor:
-    """fp32 (32, N) -> bytes (18, N)."""
+    """Quantizes fp32 (32, N) to bytes (18, N)."""
     scale, codes = _quantize_symmetric(values, 8)
     return torch.cat([scale, pack_bits(codes, 4, 16)])
 
 
 def _q4_1(values: Tensor) -> Tensor:
-    """fp32 (32, N) -> bytes (20, N)."""
+    """Quantizes fp32 (32, N) to bytes (20, N)."""
     scale, lowest, codes = _quantize_affine(values, 15)
     return torch.cat([scale, lowest, pack_bits(codes, 4, 16)])
 
 
 def _q5_0(values: Tensor) -> Tensor:
-    """fp32 (32, N) -> bytes (22, N)."""
+    """Quantizes fp32 (32, N) to bytes (22, N)."""
     scale, codes = _quantize_symmetric(values, 16)
     return torch.cat([scale, pack_bits(codes >> 4, 1, 1), pack_bits(codes & 15, 4, 16)])
 
 
 def _q5_1(values: Tensor) -> Tensor:
-    """fp32 (32, N) -> bytes (24, N)."""
+    """Quantizes fp32 (32, N) to bytes (24, N)."""
     scale, lowest, codes = _quantize_affine(values, 31)
     return torch.cat([scale, lowest, pack_bits(codes >> 4, 1, 1), pack_bits(codes & 15, 4, 16)])
 
 
 def _quantize_symmetric(values: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """scale * (code - half): the scale in bytes, and codes uint8 below 2 * half.
+    """Quantizes to scale * (code - half): the scale in bytes, and codes uint8 below 2 * half.
 
-    Code 0 goes to the number of the largest magnitude, the first if there are several: their signs may differ.
+    The value of the largest magnitude gets code 0, the first if there are several: their signs may differ.
     """
     scale = values.gather(0, values.abs().argmax(0, keepdim=True)) / -half
     codes = to_uint8((values * safe_reciprocal(scale)).add_(half + 0.5)).clamp_(max=2 * half - 1)
@@ -100,7 +98,7 @@ def _quantize_symmetric(values: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_affine(values: Tensor, max_code: int) -> tuple[Tensor, Tensor, Tensor]:
-    """scale * code + lowest: the two in bytes, and codes uint8 from 0 to `max_code`."""
+    """Quantizes to scale * code + lowest: the two in bytes, and codes uint8 from 0 to `max_code`."""
     lowest = values.amin(0, keepdim=True)
     scale = (values.amax(0, keepdim=True) - lowest) / max_code
     codes = to_uint8((values - lowest).mul_(safe_reciprocal(scale)).add_(0.5)).clamp_(max=max_code)

@@ -1,7 +1,7 @@
-"""Numbers into the K formats of GGML: blocks of 256, whose groups have a scale each, or a scale and an offset.
+"""Quantizes to GGML's K formats: blocks of 256, whose groups have a scale each, or a scale and an offset.
 
-`search` finds these and the codes; here they become bytes. Blocks lie side by side: numbers (256, N), bytes (size, N).
-`kernels.dequant` describes the layouts.
+`scale_search` finds the scales, offsets and codes; here they become bytes. Every column is one block: values (256, N),
+bytes (type size, N). `kernels.dequant` describes the layouts.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from kadr.quant.scale_search import quantize_affine, quantize_symmetric
 
 
 def q2_k(values: Tensor) -> Tensor:
-    """fp32 (256, N) -> bytes (84, N)."""
+    """Quantizes fp32 (256, N) to bytes (84, N)."""
     codes, scales, offsets, factors = _quantize_affine(values, 16, 3, 15)
     return torch.cat([pack_bits(torch.cat([scales, offsets]), 4, 16), pack_bits(codes, 2, 32), factors])
 
 
 def q3_k(values: Tensor) -> Tensor:
-    """fp32 (256, N) -> bytes (110, N)."""
+    """Quantizes fp32 (256, N) to bytes (110, N)."""
     codes, scales, factor = _quantize_symmetric(values, 16, 4, 32)
     scales = scales.add_(32).view(torch.uint8)
     split = [pack_bits(scales & 15, 4, 8), pack_bits(scales >> 4, 2, 4)]
@@ -27,68 +27,68 @@ def q3_k(values: Tensor) -> Tensor:
 
 
 def q4_k(values: Tensor) -> Tensor:
-    """fp32 (256, N) -> bytes (144, N)."""
+    """Quantizes fp32 (256, N) to bytes (144, N)."""
     codes, scales, offsets, factors = _quantize_affine(values, 8, 15, 63)
     return torch.cat([factors, _pack_6bit_scales(scales, offsets), pack_bits(codes, 4, 32)])
 
 
 def q5_k(values: Tensor) -> Tensor:
-    """fp32 (256, N) -> bytes (176, N)."""
+    """Quantizes fp32 (256, N) to bytes (176, N)."""
     codes, scales, offsets, factors = _quantize_affine(values, 8, 31, 63)
     split = [pack_bits(codes >> 4, 1, 32), pack_bits(codes & 15, 4, 32)]
     return torch.cat([factors, _pack_6bit_scales(scales, offsets), *split])
 
 
 def q6_k(values: Tensor) -> Tensor:
-    """fp32 (256, N) -> bytes (210, N)."""
+    """Quantizes fp32 (256, N) to bytes (210, N)."""
     codes, scales, factor = _quantize_symmetric(values, 16, 32, 128)
     return torch.cat([pack_bits(codes & 15, 4, 64), pack_bits(codes >> 4, 2, 32), scales.view(torch.uint8), factor])
 
 
 def pack_bits(codes: Tensor, bits: int, width: int) -> Tensor:
-    """Whole numbers of so many bits, several to a byte.
+    """Packs integers of `bits` bits, several to a byte.
 
     Args:
-        codes: uint8 (count, N). The first `width` come into the lowest bits of `width` bytes, the next into the bits
+        codes: uint8 (count, N). The first `width` go into the lowest bits of `width` bytes, the next into the bits
             above, and so on; then comes the next run of bytes.
 
     Returns:
         uint8 (count * bits / 8, N).
     """
     runs = codes.unflatten(0, (-1, 8 // bits, width))
-    made = runs[:, 0]
-    for place in range(1, 8 // bits):
-        made = made | runs[:, place] << bits * place
-    return made.flatten(0, 1)
+    packed = runs[:, 0]
+    for index in range(1, 8 // bits):
+        packed = packed | runs[:, index] << bits * index
+    return packed.flatten(0, 1)
 
 
 def to_uint8(values: Tensor) -> Tensor:
-    """Whole numbers below 128 in uint8; a fraction is cut off. The detour by int8 is six times as fast on a CPU."""
+    """Converts values in [0, 128) to uint8, truncating. By way of int8, which is six times as fast on a CPU."""
     return values.to(torch.int8).view(torch.uint8)
 
 
 def fp16_bytes(values: Tensor) -> Tensor:
-    """values (1, N) as float16: bytes (2, N).
+    """Returns values (1, N) as the bytes of float16 (2, N).
 
     Raises:
-        ValueError: one is beyond float16.
+        ValueError: a value is out of the range of float16.
     """
     half = values.half()
     if not bool(half.isfinite().all()):
-        raise ValueError("its numbers are so large that the scale of a block does not fit into float16")
+        raise ValueError("its values are so large that the scale of a block does not fit into float16")
     return half.view(torch.uint8).view(-1, 2).t()
 
 
 def _pack_6bit_scales(scales: Tensor, offsets: Tensor) -> Tensor:
-    """Of Q4_K and Q5_K; uint8 (8, N) each, of 6 bits."""
-    first = [part[:4] | part[4:] >> 4 << 6 for part in (scales, offsets)]
-    return torch.cat([*first, scales[4:] & 15 | offsets[4:] << 4])
+    """Packs the 6-bit scales and offsets of Q4_K and Q5_K, uint8 (8, N) each, into bytes (12, N)."""
+    first_bytes = [part[:4] | part[4:] >> 4 << 6 for part in (scales, offsets)]
+    return torch.cat([*first_bytes, scales[4:] & 15 | offsets[4:] << 4])
 
 
 def _quantize_affine(
     values: Tensor, groups: int, max_code: int, max_scale: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes uint8 (256, N); scales and offsets uint8 (groups, N); their two factors in bytes (4, N)."""
+    """Returns codes uint8 (256, N), scales and offsets uint8 (groups, N), and their two factors in bytes (4, N)."""
     x = values.unflatten(0, (groups, -1))
     codes, scales, offsets, factor, offset_factor = quantize_affine(x, max_code, max_scale)
     factors = torch.cat([fp16_bytes(factor[0]), fp16_bytes(offset_factor[0])])
@@ -96,6 +96,6 @@ def _quantize_affine(
 
 
 def _quantize_symmetric(values: Tensor, groups: int, max_code: int, max_scale: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes from 0, uint8 (256, N); scales int8 (groups, N); their factor in bytes (2, N)."""
+    """Returns codes from 0, uint8 (256, N), scales int8 (groups, N), and their factor in bytes (2, N)."""
     codes, scales, factor = quantize_symmetric(values.unflatten(0, (groups, -1)), max_code, max_scale)
     return to_uint8(codes.add_(max_code)).flatten(0, 1), scales[:, 0].to(torch.int8), fp16_bytes(factor[0])

@@ -1,4 +1,4 @@
-"""Layers whose weight stays as it is stored, and becomes plain numbers only while it is used."""
+"""Layers with quantized weights: dequantized for each use (weight only), or multiplied in 8 bits (W8A8)."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from kadr.kernels.hadamard import hadamard_transform
 from kadr.kernels.matmul import linear, linear_gelu
 from kadr.nn.linear import FusedGELU, QuantizesInput
 
-DEQUANT_SLICE_ELEMENTS = 262_144  # numbers that are converted at a time: what stays in a core's cache
+DEQUANT_SLICE_ELEMENTS = 262_144  # rescaled at a time, so that they stay in a core's cache
 
 
 class Scratch:
-    """The buffer that all weights of a module are unpacked into, one after the other.
+    """A buffer that the weights of a module are dequantized into, one after the other.
 
-    For a module that runs its layers in turn, as all of kadr's do: a weight is gone when the next one comes.
+    For modules that run their layers in sequence, as all of kadr's do: the next weight overwrites the last.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def get_buffer(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """(rows, columns) of numbers without meaning, in the dtype and on the device of `like`."""
-        place = (like.device, like.dtype)
-        buffer = self._buffers.get(place)
+        """Returns an uninitialised tensor (rows, columns) with the dtype and device of `like`."""
+        key = (like.device, like.dtype)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < rows * columns:
-            self._buffers.pop(place, None)  # before the larger one is made
-            buffer = self._buffers[place] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+            self._buffers.pop(key, None)  # frees it before the larger one is allocated
+            buffer = self._buffers[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
         return buffer[: rows * columns].view(rows, columns)
 
     def clear(self) -> None:
-        """Let go of the buffer. It comes back when it is needed."""
+        """Frees the buffer. It is allocated again when it is needed."""
         self._buffers.clear()
 
 
 def clear_scratch(module: nn.Module) -> None:
-    """Let go of what a module's weights were unpacked into: nobody else can use it while the module waits."""
+    """Frees the scratch buffers of a module, which nothing else can use while the module is idle."""
     for child in module.modules():
         if isinstance(child, DequantizingLinear):
             child.scratch.clear()
 
 
 class DequantizingLinear(FusedGELU):
-    """y = x Wᵀ + b, with W unpacked into the scratch buffer for the time of the product."""
+    """Linear layer y = x Wᵀ + b whose W is dequantized into the scratch buffer for each use."""
 
     def __init__(self, out_features: int, in_features: int, bias: Tensor | None, scratch: Scratch) -> None:
         super().__init__()
@@ -60,22 +60,22 @@ class DequantizingLinear(FusedGELU):
         return linear(x, self.dequantize_weight(x), self.bias)
 
     def with_gelu(self, x: Tensor) -> Tensor:
-        """gelu(x Wᵀ + b), in the tanh form."""
+        """Computes gelu(x Wᵀ + b), in the tanh form."""
         return linear_gelu(x, self.dequantize_weight(x), self.bias)
 
     def dequantize_weight(self, x: Tensor) -> Tensor:
-        """The weight (outputs, columns) in the dtype of x, until another layer's is asked for."""
+        """Returns the weight (out_features, in_features) in x's dtype, valid until the scratch buffer is reused."""
         weight = self.scratch.get_buffer(self.out_features, self.in_features, x)
         self.dequantize_into(weight)
         return weight
 
     def dequantize_into(self, out: Tensor) -> None:
-        """Write the weight into `out` (outputs, columns)."""
+        """Writes the weight into `out` (out_features, in_features)."""
         raise NotImplementedError
 
 
 class GGMLLinear(DequantizingLinear):
-    """Its weight lies in the blocks of GGML. packed: uint8 (outputs, bytes of a row)."""
+    """Linear layer with a weight in GGML's blocks. quantized_weight: uint8 (out_features, bytes per row)."""
 
     quantized_weight: Tensor
 
@@ -91,13 +91,13 @@ class GGMLLinear(DequantizingLinear):
 
 
 class ScaledLinear(DequantizingLinear):
-    """Its weight lies in 8-bit floats, in 8-bit whole numbers, or in another float dtype than is computed in.
+    """Linear layer with a weight in 8-bit floats, 8-bit integers, or another float dtype than that of its input.
 
     Args:
-        weight: (outputs, columns).
-        scale: fp32 (outputs, 1) or (1, 1), which the stored numbers are multiplied with; None for 1.
-        rotation_size: the weight was turned before it was stored, along its columns in blocks of so many; see `rotate`. What
-            comes in is then turned likewise, and the product is that of the two unturned.
+        weight: (out_features, in_features).
+        scale: fp32 (out_features, 1) or (1, 1), a factor of the stored values; None for 1.
+        rotation_size: the weight is Hadamard-rotated in blocks of this many columns; see `rotation`. The input is
+            rotated likewise, so that the output is that of the weight before rotation.
     """
 
     weight: Tensor
@@ -111,8 +111,8 @@ class ScaledLinear(DequantizingLinear):
         scratch: Scratch,
         rotation_size: int | None = None,
     ) -> None:
-        outputs, columns = weight.shape
-        super().__init__(outputs, columns, bias, scratch)
+        out_features, in_features = weight.shape
+        super().__init__(out_features, in_features, bias, scratch)
         self.rotation_size = rotation_size
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
@@ -121,7 +121,7 @@ class ScaledLinear(DequantizingLinear):
         return super().forward(self._rotate_input(x))
 
     def with_gelu(self, x: Tensor) -> Tensor:
-        """gelu(x Wᵀ + b), in the tanh form."""
+        """Computes gelu(x Wᵀ + b), in the tanh form."""
         return super().with_gelu(self._rotate_input(x))
 
     def _rotate_input(self, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class ScaledLinear(DequantizingLinear):
 
 
 class QuantizedInput(NamedTuple):
-    """Activations (R, K) in 8 bits and their scales (R, 1), with the shape around the rows and the dtype they had."""
+    """Activations (R, K) in 8 bits and their scales (R, 1), with their leading shape and dtype before."""
 
     codes: Tensor
     row_scales: Tensor
@@ -141,9 +141,9 @@ class QuantizedInput(NamedTuple):
 
 
 class W8A8Linear(QuantizesInput):
-    """The product itself is in 8 bits. weight: (outputs, columns), scale: fp32 (outputs)."""
+    """Linear layer that multiplies in 8 bits. weight: (out_features, in_features), scale: fp32 (out_features)."""
 
-    scaled_matmul: ClassVar[Callable[..., Tensor]]  # codes by codes, scaled
+    scaled_matmul: ClassVar[Callable[..., Tensor]]  # see `int8.scaled_matmul`
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -158,39 +158,39 @@ class W8A8Linear(QuantizesInput):
         return self.matmul(self.quantize_input(x))
 
     def quantize_input(self, x: Tensor, *, gelu: bool = False) -> QuantizedInput:
-        """x (..., K), or its GELU, in 8 bits."""
-        rows, kind = x.reshape(-1, x.shape[-1]), self.weight.dtype
-        numbers, scales = fused.gelu_quantize(rows, kind) if gelu else fused.quantize_rows(rows, kind)
-        return QuantizedInput(numbers, scales, x.shape[:-1], x.dtype)
+        """Quantizes x (..., K), or its GELU, to 8 bits per row."""
+        rows, code_dtype = x.reshape(-1, x.shape[-1]), self.weight.dtype
+        codes, scales = fused.gelu_quantize(rows, code_dtype) if gelu else fused.quantize_rows(rows, code_dtype)
+        return QuantizedInput(codes, scales, x.shape[:-1], x.dtype)
 
     def dequantize_weight(self, x: Tensor) -> Tensor:
-        """The weight (outputs, columns) in the dtype of x."""
-        made = x.new_empty(self.weight.shape)
-        rescale_into(self.weight, self.scale[:, None], made)
-        return made
+        """Returns the weight (out_features, in_features) in the dtype of x."""
+        weight = x.new_empty(self.weight.shape)
+        rescale_into(self.weight, self.scale[:, None], weight)
+        return weight
 
     def matmul(self, quantized: QuantizedInput) -> Tensor:
-        """The product (..., O)."""
-        made = self.scaled_matmul(
+        """Multiplies a quantized input with the weight and adds the bias -> (..., O)."""
+        output = self.scaled_matmul(
             quantized.codes, quantized.row_scales, self.weight, self.scale, self.bias, quantized.dtype
         )
-        return made.view(*quantized.leading_shape, -1)
+        return output.view(*quantized.leading_shape, -1)
 
 
 class Int8Linear(W8A8Linear):
-    """See `kernels.int8`. weight: int8."""
+    """Linear layer in 8-bit integers; see `kernels.int8`. weight: int8."""
 
     scaled_matmul = staticmethod(int8.scaled_matmul)
 
 
 class Fp8Linear(W8A8Linear):
-    """See `kernels.fp8`. weight: float8_e4m3fn."""
+    """Linear layer in 8-bit floats; see `kernels.fp8`. weight: float8_e4m3fn."""
 
     scaled_matmul = staticmethod(fp8.scaled_matmul)
 
 
 class GGMLEmbedding(nn.Module):
-    """An embedding in the blocks of GGML: only the rows that are looked up are unpacked. packed: uint8 (rows, ...)."""
+    """Embedding in GGML's blocks; only the rows looked up are dequantized. quantized_weight: uint8 (rows, ...)."""
 
     quantized_weight: Tensor
 
@@ -199,20 +199,20 @@ class GGMLEmbedding(nn.Module):
         self.ggml_type, self.embedding_dim, self.dtype = ggml_type, embedding_dim, dtype
         self.register_buffer("quantized_weight", quantized_weight)
 
-    def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., width)
+    def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., embedding_dim)
         rows = self.quantized_weight[ids.flatten()]
-        made = torch.empty(len(rows), self.embedding_dim, dtype=self.dtype, device=rows.device)
-        dequantize(rows, self.ggml_type, made)
-        return made.view(*ids.shape, self.embedding_dim)
+        embeddings = torch.empty(len(rows), self.embedding_dim, dtype=self.dtype, device=rows.device)
+        dequantize(rows, self.ggml_type, embeddings)
+        return embeddings.view(*ids.shape, self.embedding_dim)
 
 
 def rescale_into(weight: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    """Write weight * scale into `out`, rounded once. weight (rows, columns) in any dtype, scale (rows or 1, 1)."""
+    """Writes weight * scale into `out`, rounded once. weight (rows, columns) in any dtype, scale (rows or 1, 1)."""
     if scale is None:
         out.copy_(weight)
         return
     step = max(1, DEQUANT_SLICE_ELEMENTS // weight.shape[1]) if weight.device.type == "cpu" else len(weight)
     for start in range(0, len(weight), step):
-        piece = slice(start, start + step)
-        own = scale if len(scale) == 1 else scale[piece]
-        out[piece] = weight[piece].float().mul_(own)
+        rows = slice(start, start + step)
+        row_scales = scale if len(scale) == 1 else scale[rows]
+        out[rows] = weight[rows].float().mul_(row_scales)

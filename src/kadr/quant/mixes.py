@@ -1,8 +1,8 @@
-"""What each tensor of a GGUF file is stored as: the types a user can name, and the mixes behind them. No torch.
+"""GGUF quantization types that a user can name, and the type that each gives to each tensor. Does not import torch.
 
-A type such as Q4_K_M is a mix: most weights in Q4_K, and those that suffer most from rounding in more bits. A
-transformer is mixed as the published GGUF files of this family are (the rule for image models in city96's patch of
-llama.cpp), a text encoder as llama.cpp does it (`llama_tensor_get_type` in src/llama-quant.cpp).
+A type such as Q4_K_M is a mix: most weights in Q4_K, and those most sensitive to rounding in more bits. The mixes of a
+transformer are those of the published GGUF files of this family (the rule for image models in city96's patch of
+llama.cpp), those of a text encoder are llama.cpp's (`llama_tensor_get_type` in src/llama-quant.cpp).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from types import MappingProxyType
 from kadr.kernels.ggml_types import GGML_TYPES
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
-FP32_MAX_ELEMENTS = 1024  # numbers; a tensor of no more stays F32
-# Where rows are no whole number of blocks of 256; as llama.cpp falls back.
+FP32_MAX_ELEMENTS = 1024  # a tensor of no more stays F32
+# For rows that do not divide into blocks of 256; llama.cpp's fallbacks.
 FALLBACK_TYPES: Mapping[str, str] = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
 
 ATTN_V, FFN_DOWN, TOKEN_EMBD = "value", "down", "embedding"
@@ -26,24 +26,25 @@ _ROLES: Mapping[str, re.Pattern[str]] = {
     FFN_DOWN: re.compile(r"\.(ff\.net\.2|ffn_down)\.weight$"),
     TOKEN_EMBD: re.compile(r"^token_embd\.weight$"),
 }
-# Never in blocks: the first always in F32, the second as it is stored.
+# Never quantized: the first is always F32, the second stays as stored.
 _FP32_TENSORS = re.compile(r"scale_shift_table$|attn_rel_b\.weight$")
 _UNQUANTIZED_TENSORS = re.compile(r"(^|\.)(adaln_single|caption_projection|patchify_proj|proj_out)\.")
 
-# Which of n tensors of a role: all; the first so many; the first n // so many; or those at both ends and every third.
-ALL, FIRST_COUNT, FIRST_FRACTION, USE_MORE_BITS = "every", "first", "share", "ends"
+# Which of the n tensors of a role: all; the first `count`; the first n // `count`; or those that llama.cpp's
+# `use_more_bits` selects: the first and the last eighth, and every third between.
+ALL, FIRST_COUNT, FIRST_FRACTION, USE_MORE_BITS = "all", "first_count", "first_fraction", "use_more_bits"
 
 
 @dataclass(frozen=True)
 class TypeOverride:
-    """Some of the tensors of one role, and the type that they get."""
+    """Type of some tensors of one role, instead of the base type of the mix."""
 
     type: str
     selection: str = ALL
     count: int = 0
 
     def applies_to(self, index: int, total: int) -> bool:
-        """Whether the tensor of this index, of so many in the role, is among them."""
+        """Returns whether it applies to the tensor with this index among the `total` tensors of the role."""
         if self.selection == FIRST_COUNT:
             return index < self.count
         if self.selection == FIRST_FRACTION:
@@ -53,18 +54,18 @@ class TypeOverride:
         return True
 
 
-TypeOverrides = Mapping[str, tuple[TypeOverride, ...]]  # role -> the first that holds counts
+TypeOverrides = Mapping[str, tuple[TypeOverride, ...]]  # role -> overrides, of which the first that applies wins
 _NO_OVERRIDES: TypeOverrides = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What a user can ask for.
+    """A quantization type that a user can name.
 
     Args:
         base_type: the type of most weights.
         file_type: its number in a GGUF file (llama.cpp's `llama_ftype`).
-        transformer, text_encoder: what differs from the base.
+        transformer, text_encoder: overrides of the base type.
     """
 
     name: str
@@ -77,8 +78,8 @@ class Mix:
 def _k_mix(
     name: str, file_type: int, transformer: TypeOverrides = _NO_OVERRIDES, text_encoder: TypeOverrides = _NO_OVERRIDES
 ) -> Mix:
-    words = {TOKEN_EMBD: (TypeOverride("Q6_K"),), **text_encoder}
-    return Mix(name, name[:4], file_type, transformer, words)
+    text_overrides = {TOKEN_EMBD: (TypeOverride("Q6_K"),), **text_encoder}
+    return Mix(name, name[:4], file_type, transformer, text_overrides)
 
 
 _VALUE_DOWN_Q6 = {ATTN_V: (TypeOverride("Q6_K"),), FFN_DOWN: (TypeOverride("Q6_K"),)}
@@ -130,7 +131,7 @@ MIX_NAMES = (*MIXES, *MIX_ALIASES)
 
 
 def find_mix(name: str) -> Mix:
-    """The mix of that name, in capitals or not.
+    """Returns the mix of that name, in any case of letters.
 
     Raises:
         KeyError: there is none.
@@ -142,34 +143,39 @@ def find_mix(name: str) -> Mix:
 def assign_types(
     mix: Mix, overrides: TypeOverrides, tensors: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> dict[str, str]:
-    """What each tensor is stored as.
+    """Returns the GGUF type of each tensor.
 
     Args:
-        overrides: those of the mix, for a transformer or for a text encoder.
-        tensors: name -> shape, and the one of `FLOAT_TYPES` that it is kept as where it is not put into blocks; by layer.
+        overrides: those of the mix for a transformer, or for a text encoder.
+        tensors: name -> (shape, the one of `FLOAT_TYPES` that it has if it is not quantized), in order of layers.
     """
-    made = {}
+    types = {}
     members = {role: [name for name in tensors if pattern.search(name)] for role, pattern in _ROLES.items()}
-    for name, (shape, kept) in tensors.items():
+    for name, (shape, unquantized_type) in tensors.items():
         if len(shape) < 2 or prod(shape) <= FP32_MAX_ELEMENTS or _FP32_TENSORS.search(name):
-            made[name] = "F32"
+            types[name] = "F32"
         elif mix.base_type in FLOAT_TYPES:
-            made[name] = mix.base_type
+            types[name] = mix.base_type
         elif _UNQUANTIZED_TENSORS.search(name):
-            made[name] = kept
+            types[name] = unquantized_type
         else:
-            wanted = mix.base_type
+            type_name = mix.base_type
             for role, names in members.items():
                 if name in names:
                     index = names.index(name)
-                    wanted = next(
-                        (more.type for more in overrides.get(role, ()) if more.applies_to(index, len(names))), wanted
+                    type_name = next(
+                        (
+                            override.type
+                            for override in overrides.get(role, ())
+                            if override.applies_to(index, len(names))
+                        ),
+                        type_name,
                     )
-            made[name] = _type_for_columns(wanted, shape[-1], kept)
-    return made
+            types[name] = _type_for_columns(type_name, shape[-1], unquantized_type)
+    return types
 
 
 def _type_for_columns(type_name: str, columns: int, unquantized_type: str) -> str:
-    """The type, or the nearest one whose blocks rows of so many numbers fill."""
+    """Returns the type, or its fallback, if its blocks divide rows of `columns` elements; else `unquantized_type`."""
     candidates = (type_name, FALLBACK_TYPES.get(type_name, type_name))
     return next((name for name in candidates if columns % GGML_TYPES[name].block_size == 0), unquantized_type)

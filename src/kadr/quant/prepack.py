@@ -1,8 +1,8 @@
-"""Weights in the order that this CPU's kernels read them: the same numbers, sooner multiplied.
+"""Prepacking: weights in the memory order that this CPU's kernels read, with equal values.
 
-oneDNN puts a weight into blocks before every product. A weight that is multiplied with many times is better put there
-once. A packed matrix takes as many bytes as the plain one, and the four kernels of a convolution a third more; see
-`kernels.cpu.winograd`. The plain ones are let go of.
+oneDNN reorders a weight before every matmul; for one that is used many times, reordering once is faster. A prepacked
+matrix takes as many bytes as the plain one, and the four kernels of a convolution a third more; see
+`kernels.cpu.winograd`. The plain weights are released.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from kadr.nn.conv import KERNEL_SIZE, CausalConv3d, ChunkedConv3d
 from kadr.nn.linear import FusedGELU, Linear, QuantizesInput
 from kadr.quant.layers import Int8Linear
 
-# Bytes of the packed kernels to those of the weight, by how many frames are made at a time.
+# Bytes of the prepacked kernels over those of the weight, by output frames at a time.
 WINOGRAD_BYTES_RATIO = {winograd.F23: 4 / 3, winograd.F43: 2.0}
 ReleaseTensors = Callable[[Iterable[Tensor]], None]
 
 
 def release_nothing(tensors: Iterable[Tensor]) -> None:
-    """Let go of nothing."""
+    """Releases nothing: the weights that were replaced are only garbage-collected."""
 
 
 def should_prepack_linears(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether matrices in that dtype are worth packing there: bfloat16 on CPUs with units for it."""
+    """Returns whether prepacking linear layers pays: in bfloat16, on CPUs with units for it."""
     return dtype == torch.bfloat16 and has_bf16_units() and _is_enabled(device)
 
 
 def should_prepack_convs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether convolutions in that dtype are worth packing there."""
+    """Returns whether prepacking convolutions pays for a dtype on a device."""
     return (dtype == torch.float32 or should_prepack_linears(dtype, device)) and _is_enabled(device)
 
 
@@ -50,7 +50,7 @@ def _has_onednn_avx() -> bool:
 
 
 class PrepackedLinear(FusedGELU):
-    """y = x Wᵀ + b in bfloat16, with W packed; with or without a GELU before the sums are rounded."""
+    """Linear layer in bfloat16 with a prepacked W; its GELU, if any, comes before the sums are rounded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class PrepackedLinear(FusedGELU):
         return linear(x, self.prepacked_weight, self.bias)
 
     def with_gelu(self, x: Tensor) -> Tensor:
-        """gelu(x Wᵀ + b), in the tanh form."""
+        """Computes gelu(x Wᵀ + b), in the tanh form."""
         return linear_gelu(x, self.prepacked_weight, self.bias)
 
 
 class PrepackedInt8Linear(QuantizesInput):
-    """`Int8Linear` through oneDNN; see `kernels.int8.packed_linear`."""
+    """`Int8Linear` through oneDNN; see `kernels.int8.prepacked_linear`."""
 
     scale: Tensor
 
@@ -80,19 +80,19 @@ class PrepackedInt8Linear(QuantizesInput):
         return self.matmul(self.quantize_input(x))
 
     def quantize_input(self, x: Tensor, *, gelu: bool = False) -> tuple[int8.UnsignedRows, torch.Size]:
-        """x (..., K), or its GELU, in 8 bits; and the shape of what is around the rows."""
+        """Quantizes x (..., K), or its GELU, to 8 bits per row. Returns the rows and the leading shape of x."""
         return int8.quantize_rows_unsigned(x.reshape(-1, x.shape[-1]), gelu=gelu), x.shape[:-1]
 
     def matmul(self, quantized: tuple[int8.UnsignedRows, torch.Size]) -> Tensor:
-        """The product (..., O)."""
-        rows, around = quantized
-        return int8.prepacked_linear(rows, self.prepacked_weight, self.scale, self.bias).view(*around, -1)
+        """Multiplies a quantized input with the weight and adds the bias -> (..., O)."""
+        rows, leading_shape = quantized
+        return int8.prepacked_linear(rows, self.prepacked_weight, self.scale, self.bias).view(*leading_shape, -1)
 
 
 class WinogradConv3d(ChunkedConv3d):
-    """A streamed convolution of stride 1 by four kernels over single pictures, or by six; see `kernels.cpu.winograd`.
+    """Chunked convolution of stride 1 by four or six 2D kernels; see `kernels.cpu.winograd`.
 
-    They are packed when the first pictures come: which order is best depends on their size.
+    The kernels are prepacked at the first call: the best memory order depends on the size of the frames.
     """
 
     def __init__(self, conv: CausalConv3d, winograd_frames: int) -> None:
@@ -104,32 +104,32 @@ class WinogradConv3d(ChunkedConv3d):
         self.is_prepacked = False
 
     def convolve(self, padded: Tensor, *, add_bias: bool) -> Tensor:
-        """See `ChunkedConv3d.convolve`. The result lies channels last."""
+        """See `ChunkedConv3d.convolve`. The result is channels last in memory."""
         x = padded.movedim(1, -1).contiguous()
         return winograd.convolve(x, self._prepacked_kernels(x), self.bias if add_bias else None).movedim(-1, 1)
 
     def convolve_repeated_frame(self, padded: Tensor, *, add_bias: bool) -> Tensor:
-        """See `ChunkedConv3d.convolve_repeated_frame`: a third of the products."""
+        """See `ChunkedConv3d.convolve_repeated_frame`: a third of the convolutions."""
         x = padded[:, :, :1].movedim(1, -1).contiguous()
         kernels = self._prepacked_kernels(padded.movedim(1, -1))
         return winograd.convolve_repeated_frame(x, kernels, self.bias if add_bias else None).movedim(-1, 1)
 
     def _prepacked_kernels(self, x: Tensor) -> Sequence[Tensor]:
-        """The kernels, packed for x (B, F + 2, H, W, C)."""
+        """Returns the kernels, prepacked for x (B, F + 2, H, W, C)."""
         if not self.is_prepacked:
-            pictures = max(1, x.shape[0] * (x.shape[1] - KERNEL_SIZE + 1) // self.winograd_frames)
-            for index, kernel in enumerate(self.kernels):  # one by one: the plain one goes when the packed one is there
+            images = max(1, x.shape[0] * (x.shape[1] - KERNEL_SIZE + 1) // self.winograd_frames)
+            for index, kernel in enumerate(self.kernels):  # each plain kernel is freed once it is prepacked
                 with mmap_large_allocations():
-                    self.kernels[index] = winograd.prepack_kernel(kernel, pictures, x.shape[2], x.shape[3])
+                    self.kernels[index] = winograd.prepack_kernel(kernel, images, x.shape[2], x.shape[3])
             self.is_prepacked = True
         return self.kernels
 
 
 def prepack_linears(module: nn.Module, *, release: ReleaseTensors = release_nothing) -> None:
-    """Pack the matrices of a module, one after the other: those in bfloat16, and those in 8 bits.
+    """Prepacks the linear layers of a module, one after the other: those in bfloat16, and those in 8-bit integers.
 
     Args:
-        release: told of each weight that is not needed any more.
+        release: called with each weight that was replaced.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
@@ -144,18 +144,19 @@ def prepack_linears(module: nn.Module, *, release: ReleaseTensors = release_noth
 def prepack_convs(
     module: nn.Module, *, winograd_frames: int = winograd.F43, release: ReleaseTensors = release_nothing
 ) -> None:
-    """Pack the convolutions of a VAE's half, one after the other; see `prepack_linears`.
+    """Prepacks the convolutions of a VAE's encoder or decoder, one after the other; see `prepack_linears`.
 
     Args:
-        winograd_frames: frames that are made at a time, `winograd.PAIRS` or `F43`.
+        winograd_frames: output frames at a time, `winograd.F23` or `winograd.F43`.
+        release: called with each weight that was replaced.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, CausalConv3d) and set(child.stride) == {1}:
                 weight = child.weight.detach()
-                packed = WinogradConv3d(child, winograd_frames).eval()
+                prepacked = WinogradConv3d(child, winograd_frames).eval()
                 if isinstance(parent, nn.ModuleList):
-                    parent[int(name)] = packed
+                    parent[int(name)] = prepacked
                 else:
-                    setattr(parent, name, packed)
+                    setattr(parent, name, prepacked)
                 release([weight])

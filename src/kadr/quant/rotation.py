@@ -1,9 +1,8 @@
-"""Weights that were turned before they were stored, told by what they do.
+"""Detection of weights that were Hadamard-rotated before they were stored.
 
-The first fp8 upload of 13B 0.9.7-dev held weights turned by a Walsh-Hadamard rotation, under the names and in the
-shapes of plain ones: read as plain weights they give noise and no error. What tells them apart is that a trained model
-answers pure noise with a velocity that is mostly that noise (it is the noise less the picture), and a turned one does
-not.
+The first fp8 upload of 13B 0.9.7-dev has weights rotated by a Walsh-Hadamard transform under the names and shapes of
+plain ones: used as plain weights they give noise and no error. The velocity that a trained model predicts for pure
+noise is mostly that noise (it is the noise minus the clean latents); with rotated weights it is not.
 """
 
 from __future__ import annotations
@@ -18,74 +17,70 @@ from kadr.nn.linear import Linear
 from kadr.quant.convert import in_block
 from kadr.quant.layers import ScaledLinear
 
-# Of the answer to the noise, from here on a model is taken for a trained one: those reach 0.9, distilled ones 0.7. With
-# turned weights only what goes around the blocks is left of it, at most 0.5.
+# Correlation of velocity and noise from which the weights count as plain: trained models reach 0.9, distilled ones 0.7.
+# With rotated weights only the residual stream carries the noise through, which gives at most 0.5.
 MIN_NOISE_CORRELATION = 0.55
-FULL_ROW = 0  # turned over the whole row
-ROTATION_SIZES = (
-    FULL_ROW,
-    4096,
-    2048,
-    1024,
-    512,
-    256,
-    128,
-    64,
-)  # columns that may have been turned together, tried in this order
+FULL_ROW = 0  # rotated over the whole row
+ROTATION_SIZES = (FULL_ROW, 4096, 2048, 1024, 512, 256, 128, 64)  # block_size sizes in columns, tried in this order
 
 VelocityFunction = Callable[[Tensor], Tensor]
 _ROTATABLE_LAYERS = (Linear, ScaledLinear)
 
 
 def noise_correlation(velocity: VelocityFunction, noise: Tensor) -> float:
-    """How much of the noise is in the answer to it: the correlation of the two, in [-1, 1]; 0 if it is not finite.
+    """Returns the correlation of the predicted velocity with the noise, in [-1, 1]; 0 if it is not finite.
 
     Args:
-        velocity: of pure noise, shaped as it.
+        velocity: predicts the velocity of pure noise, in the shape of the noise.
     """
-    answer = velocity(noise).double().flatten()
-    given = noise.double().flatten()
-    answer, given = answer - answer.mean(), given - given.mean()
-    value = float((answer @ given) / (answer.norm() * given.norm()).clamp(min=1e-30))
-    return value if value == value else 0.0
+    predicted = velocity(noise).double().flatten()
+    actual = noise.double().flatten()
+    predicted, actual = predicted - predicted.mean(), actual - actual.mean()
+    correlation = float((predicted @ actual) / (predicted.norm() * actual.norm()).clamp(min=1e-30))
+    return correlation if correlation == correlation else 0.0
 
 
 def detect_and_undo_rotation(module: nn.Module, velocity: VelocityFunction, noise: Tensor) -> int | None:
-    """How the weights of the blocks were turned, found by trying; afterwards the module computes as if they were not.
+    """Finds the rotation of the weights of the blocks by trying each size, and undoes it in the module.
 
     Args:
-        module: the transformer that `velocity` asks.
+        module: the transformer that `velocity` evaluates.
 
     Returns:
-        The columns turned together, 0 for whole rows; None where they were not turned.
+        The block_size size in columns, 0 for whole rows; None if the weights were not rotated.
 
     Raises:
-        ValueError: the model gives no answer like that of a trained one, whichever way its weights are turned. It
-            carries the likeness of the plain ones.
+        ValueError: with no rotation does the model predict as a trained one. The message is the noise correlation of
+            the weights as stored.
     """
-    plain = noise_correlation(velocity, noise)
-    if plain >= MIN_NOISE_CORRELATION:
+    correlation = noise_correlation(velocity, noise)
+    if correlation >= MIN_NOISE_CORRELATION:
         return None
     for size in ROTATION_SIZES:
         if not rotate_weights(module, size):
             continue
         if noise_correlation(velocity, noise) >= MIN_NOISE_CORRELATION:
             return size
-        rotate_weights(module, size)  # back: a rotation is its own inverse
-    raise ValueError(f"{plain:.2f}")
+        rotate_weights(module, size)  # undo: a rotation is its own inverse
+    raise ValueError(f"{correlation:.2f}")
 
 
 def rotate_weights(module: nn.Module, size: int) -> bool:
-    """Turn the weights of the blocks, or turn them back; False where their rows are no multiple of `size`."""
+    """Rotates the weights of the blocks, or rotates them back. Returns False if `size` does not fit their rows."""
     layers = [
         layer for name, layer in module.named_modules() if in_block(name) and isinstance(layer, _ROTATABLE_LAYERS)
     ]
-    blocks = [size or layer.weight.shape[1] for layer in layers]
-    if any(layer.weight.shape[1] % block or block & (block - 1) for layer, block in zip(layers, blocks, strict=True)):
+    sizes = [size or layer.weight.shape[1] for layer in layers]
+    if any(
+        layer.weight.shape[1] % block_size or block_size & (block_size - 1)
+        for layer, block_size in zip(layers, sizes, strict=True)
+    ):
         return False
-    for layer, block in zip(layers, blocks, strict=True):
+    for layer, block_size in zip(layers, sizes, strict=True):
         if isinstance(layer, ScaledLinear):
-            layer.rotation_size = None if layer.rotation_size == block else block
+            layer.rotation_size = None if layer.rotation_size == block_size else block_size
         else:
-            layer.weight.data = torch.cat([hadamard_transform(rows, block) for rows in layer.weight.data.split(256)])
+            layer.weight.data = torch.cat(
+                [hadamard_transform(rows, block_size) for rows in layer.weight.data.split(256)]
+            )
     return bool(layers)

@@ -1,4 +1,4 @@
-"""The ways to store a weight that a user can name. Nothing here loads torch."""
+"""Weight formats that a user can name. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from kadr.kernels.ggml_types import GGML_TYPES
 
 NONE, AUTO_QUANT = "none", "auto"
 INT8, INT8_WEIGHT_ONLY, FP8, FP8_WEIGHT_ONLY = "int8", "int8-weights", "fp8", "fp8-weights"
-# What each is, for help and documents.
+# Descriptions, for help texts.
 WEIGHT_FORMATS = {
-    NONE: "as the file has them",
-    AUTO_QUANT: "as the file has them where that fits, else in 8 bits",
-    INT8: "8-bit whole numbers, weights and activations: twice as fast on CPUs with VNNI",
-    INT8_WEIGHT_ONLY: "8-bit whole numbers, weights alone: keeps more of the picture, and is not faster",
+    NONE: "as in the file",
+    AUTO_QUANT: "as in the file if that fits into memory, else 8 bits",
+    INT8: "8-bit integers, weights and activations: twice as fast on CPUs with VNNI",
+    INT8_WEIGHT_ONLY: "8-bit integers, weight only: closer to the unquantized output, and not faster",
     FP8: "8-bit floats, weights and activations: faster on GPUs since Ada and Hopper",
-    FP8_WEIGHT_ONLY: "8-bit floats, weights alone",
+    FP8_WEIGHT_ONLY: "8-bit floats, weight only",
     **{
-        name: f"{packing.bits_per_weight:g} bits a weight, in GGML's {name} blocks"
-        for name, packing in GGML_TYPES.items()
+        name: f"{ggml_type.bits_per_weight:g} bits per weight, in GGML's {name} blocks"
+        for name, ggml_type in GGML_TYPES.items()
     },
 }
-EIGHT_BIT_FORMATS = (INT8, INT8_WEIGHT_ONLY, FP8, FP8_WEIGHT_ONLY)  # with a scale for each row
-# Bits per weight, without what a row costs.
+EIGHT_BIT_FORMATS = (INT8, INT8_WEIGHT_ONLY, FP8, FP8_WEIGHT_ONLY)  # with one scale per row
+# Bits per weight, without the scale of a row.
 BITS_PER_WEIGHT = {
     **dict.fromkeys(EIGHT_BIT_FORMATS, 8.0),
-    **{name: packing.bits_per_weight for name, packing in GGML_TYPES.items()},
+    **{name: ggml_type.bits_per_weight for name, ggml_type in GGML_TYPES.items()},
 }
 
 
 def check_weight_format(name: str) -> str:
-    """The scheme of that name.
+    """Returns the weight format of that name, in any case of letters.
 
     Raises:
         RequestError: there is none.
     """
-    for known in WEIGHT_FORMATS:
-        if known.lower() == name.lower():
-            return known
+    for weight_format in WEIGHT_FORMATS:
+        if weight_format.lower() == name.lower():
+            return weight_format
     raise RequestError(f"quant is {name!r}; it must be one of {', '.join(WEIGHT_FORMATS)}.")

@@ -1,1 +1,1 @@
-"""Kernels for the CPU alone."""
+"""Kernels that run on CPUs only."""

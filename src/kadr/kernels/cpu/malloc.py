@@ -1,8 +1,8 @@
-"""How freed memory goes back to the system, on Linux with glibc.
+"""Tunes glibc's malloc on Linux so that freed memory goes back to the system.
 
-Left alone, glibc raises the size from which a block gets pages of its own, up to 32 MB, as such blocks are freed. Below
-it, blocks lie in one heap that shrinks from its end only, and what is freed inside stays with the process: measured, a
-third of a decoder's working memory, and up to as much again as a transformer's.
+By default, glibc raises its mmap threshold (the size from which a block gets its own pages) up to 32 MB as such blocks
+are freed. Smaller blocks lie in one heap that shrinks only from its end, so memory freed inside it stays with the
+process: measured, a third of a decoder's working memory, and up to as much again as a transformer's.
 """
 
 from __future__ import annotations
@@ -14,33 +14,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
-# Bytes. Smaller blocks stay in the heap, or each would cost the system's time for fresh pages: measured on two cores,
-# 1 MB costs 13 % of a transformer's time on 640 tokens, 4 MB 4 % and 25 MB of memory.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # options of mallopt, from malloc.h
+# Bytes. Smaller blocks stay in the heap, since fresh pages for each cost time: measured on two cores with 640 tokens,
+# 1 MB costs 13 % of a transformer's time, 4 MB costs 4 % and 25 MB of memory.
 MMAP_THRESHOLD = 4 << 20
-# While a model runs, the same few sizes come and go: with 4 MB a decoder takes a quarter longer and, as its blocks do
-# not fit each other's holes, hardly less memory; with 32 MB, as much as glibc takes, it is no faster.
+# While a model runs, it allocates and frees the same few sizes: with 4 MB a decoder takes a quarter longer and, since
+# blocks do not fit the holes that others leave, hardly less memory; with 32 MB, glibc's own maximum, it is no faster.
 RUNNING_MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD = 16 << 20, 64 << 20
 
 
 def tune_malloc() -> bool:
-    """Have the whole process give large blocks back when they are freed. False where there is no such setting.
+    """Makes the whole process return large blocks to the system when they are freed.
 
-    For programs that own their process, before anything is computed: a library's guest has no business here. Fresh
-    pages come in pieces of 2 MB, where the system leaves that to programs: in pieces of 4 KB, as is usual, a
-    convolution would take a third longer.
+    For programs that own their process, before anything is computed; a library must not call it. Also asks for huge
+    pages of 2 MB, where the system leaves that to programs: with the usual 4 KB a convolution takes a third longer.
+
+    Returns:
+        False where malloc has no such options.
     """
     _Process.is_tuned = _mallopt() is not None
     if _Process.is_tuned:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks once, at its first large tensor
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once, at its first large tensor
     return _set_thresholds(MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 @contextmanager
 def retain_freed_memory() -> Iterator[None]:
-    """Keep freed blocks for the next ones while a model runs, and give them all back after it.
+    """Keeps freed blocks for reuse while a model runs, and returns them all to the system afterwards.
 
-    Does nothing in a process that `tune_malloc` was not called for.
+    Does nothing in a process that did not call `tune_malloc`.
     """
     _Process.running_models += 1
     _set_thresholds(RUNNING_MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD)
@@ -54,7 +56,10 @@ def retain_freed_memory() -> Iterator[None]:
 
 @contextmanager
 def mmap_large_allocations() -> Iterator[None]:
-    """Give large blocks pages of their own also `retain_freed_memory`: they stay, and would cut up the room of those that go."""
+    """Gives large blocks their own pages also inside `retain_freed_memory`.
+
+    For allocations that stay: among those that come and go, they would fragment the heap.
+    """
     if not _Process.running_models:
         yield
         return
@@ -66,8 +71,8 @@ def mmap_large_allocations() -> Iterator[None]:
 
 
 class _Process:
-    is_tuned = False  # by a program that had its heap set
-    running_models = 0  # models that run now
+    is_tuned = False  # `tune_malloc` was called
+    running_models = 0  # `retain_freed_memory` blocks that are active
 
 
 def _set_thresholds(mmap_threshold: int, trim_threshold: int) -> bool:

@@ -1,4 +1,4 @@
-"""The operations of `reference` as Triton kernels, under the same names: what they share is in `rows`.
+"""The operations of `reference` as Triton kernels, under the same names; `common` has what they share.
 
-Nothing here is imported before a kernel is wanted: triton is no dependency of its own, but comes with torch for CUDA.
+Nothing here is imported before a kernel is needed: triton is not a dependency of kadr, but comes with torch for CUDA.
 """

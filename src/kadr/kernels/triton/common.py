@@ -1,7 +1,7 @@
-"""What kernels share that hold whole rows of numbers.
+"""Helpers of the kernels that keep whole rows in registers.
 
-They compute in fp32, and count in 64 bits what may pass 2^31: offsets into a tensor. A row whose width is no power of
-two is filled up with zeros, which no sum of squares and no largest magnitude notices.
+They compute in fp32, and use 64 bits for offsets into a tensor, which may exceed 2^31. A row whose width is not a power
+of two is padded with zeros, which change neither a sum of squares nor the abs_max magnitude.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from torch import Tensor
 from kadr.kernels import reference
 
 TL_MIN_ABS_MAX = tl.constexpr(reference.MIN_ABS_MAX)
-# Numbers below 2^22 that are added to it lose their fraction, to the even side of a tie, as all fp32 sums do.
+# Adding it to a value below 2^22 rounds away the fraction, ties to even, as every fp32 sum rounds.
 ROUNDING_MAGIC = tl.constexpr(1.5 * 2.0**23)
-ELEMENTS_PER_WARP = 512  # 16 for each thread: enough to hide the wait for memory, few enough to stay in registers
+ELEMENTS_PER_WARP = 512  # 16 per thread: enough to hide memory latency, few enough to stay in registers
 
 
 @triton.jit
 def inverse_rms(x, epsilon, ROW_SIZE: tl.constexpr):
-    """1 over the root mean square of x (BLOCK) or of each row of x (ROWS, BLOCK), of which WIDTH numbers count."""
+    """Returns 1 / rms of x (BLOCK), or of each row of x (ROWS, BLOCK), over its ROW_SIZE elements."""
     return tl.rsqrt(tl.sum(x * x, axis=-1, keep_dims=True) / ROW_SIZE + epsilon)
 
 
 @triton.jit
 def quantize_row(x, code_dtype: tl.constexpr, MAX_CODE: tl.constexpr):
-    """x (BLOCK) -> its codes, and what they are multiplied with; see `reference.quantize_rows`."""
-    largest = tl.maximum(tl.max(tl.abs(x), axis=0), TL_MIN_ABS_MAX)
-    largest += tl.sum(x * 0.0, axis=0)  # a maximum passes over what is no number; a scale must not
-    scaled = x * tl.div_rn(tl.full((), MAX_CODE, tl.float32), largest)
+    """Quantizes x (BLOCK) to codes and their scale; see `reference.quantize_rows`."""
+    abs_max = tl.maximum(tl.max(tl.abs(x), axis=0), TL_MIN_ABS_MAX)
+    abs_max += tl.sum(x * 0.0, axis=0)  # a maximum ignores NaN; a scale must not
+    scaled = x * tl.div_rn(tl.full((), MAX_CODE, tl.float32), abs_max)
     if code_dtype == tl.int8:
         scaled = (scaled + ROUNDING_MAGIC) - ROUNDING_MAGIC
-    return scaled.to(code_dtype), tl.div_rn(largest, tl.full((), MAX_CODE, tl.float32))
+    return scaled.to(code_dtype), tl.div_rn(abs_max, tl.full((), MAX_CODE, tl.float32))
 
 
 def padded_row_size(width: int) -> int:
-    """The power of two that a row of so many numbers is filled up to."""
+    """Returns the power of two that a row of `width` elements is padded to."""
     return triton.next_power_of_2(width)
 
 
 def warps_for(elements: int) -> int:
-    """How many warps share a program's numbers."""
+    """Returns the number of warps for a program of that many elements."""
     return min(16, max(1, elements // ELEMENTS_PER_WARP))
 
 
 def broadcast_strides(tensor: Tensor | None) -> tuple[int, int]:
-    """Numbers from sample to sample and from token to token of (B or 1, N or 1, D); 0 where all have the same."""
+    """Returns the strides of samples and tokens of (B or 1, N or 1, D); 0 for an axis that is broadcast."""
     if tensor is None:
         return 0, 0
     samples, tokens, _ = tensor.shape
@@ -59,7 +59,7 @@ def broadcast_strides(tensor: Tensor | None) -> tuple[int, int]:
 
 @contextmanager
 def device_of(x: Tensor) -> Iterator[None]:
-    """Kernels run on the current device: make it that of x."""
+    """Makes the device of x the current one, on which kernels run."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             yield

@@ -1,4 +1,4 @@
-"""Into products of 8 bits and out of them."""
+"""Quantization of the inputs of 8-bit matmuls, and rescaling of their sums."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kadr.kernels.reference import MAX_CODES as LARGEST_OF
+from kadr.kernels.reference import MAX_CODES
 from kadr.kernels.triton.common import device_of, padded_row_size, quantize_row, warps_for
 
-COLUMNS_PER_PROGRAM = 1024  # of a product that a program scales; it takes one row
+COLUMNS_PER_PROGRAM = 1024  # of one row that a program rescales
 
 
 @triton.jit
 def _gelu(x):
-    """In its tanh form: x (1 + tanh u) / 2 is x sigmoid(2u)."""
+    """Computes GELU in its tanh form: x (1 + tanh u) / 2 is x sigmoid(2u)."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # 2 sqrt(2 / pi)
 
 
@@ -30,29 +30,29 @@ def _quantize(
     GELU: tl.constexpr,
     MAX_CODE: tl.constexpr,
 ):
-    """One row of x, which begins `row_stride` numbers after the one before."""
+    """Quantizes one row of x, or its GELU. Rows are `row_stride` elements apart."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < ROW_SIZE
-    numbers = tl.load(x + row * row_stride + column, inside, 0.0).to(tl.float32)
+    values = tl.load(x + row * row_stride + column, inside, 0.0).to(tl.float32)
     if GELU:
-        numbers = _gelu(numbers)
-    coded, factor = quantize_row(numbers, codes.dtype.element_ty, MAX_CODE)
-    tl.store(codes + row * ROW_SIZE + column, coded, inside)
-    tl.store(row_scales + row, factor)
+        values = _gelu(values)
+    row_codes, row_scale = quantize_row(values, codes.dtype.element_ty, MAX_CODE)
+    tl.store(codes + row * ROW_SIZE + column, row_codes, inside)
+    tl.store(row_scales + row, row_scale)
 
 
 @triton.jit
 def _rescale(out, sums, row_scales, column_scales, bias, row_stride, ROW_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """A piece of one row."""
+    """Rescales BLOCK columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < ROW_SIZE
-    numbers = tl.load(sums + row * row_stride + column, inside, 0).to(tl.float32)
-    numbers *= tl.load(column_scales + column, inside, 0.0) * tl.load(row_scales + row)
+    values = tl.load(sums + row * row_stride + column, inside, 0).to(tl.float32)
+    values *= tl.load(column_scales + column, inside, 0.0) * tl.load(row_scales + row)
     if bias is not None:
-        numbers += tl.load(bias + column, inside, 0.0).to(tl.float32)
-    tl.store(out + row * ROW_SIZE + column, numbers.to(out.dtype.element_ty), inside)
+        values += tl.load(bias + column, inside, 0.0).to(tl.float32)
+    tl.store(out + row * ROW_SIZE + column, values.to(out.dtype.element_ty), inside)
 
 
 def quantize_rows(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -67,12 +67,12 @@ def gelu_quantize(x: Tensor, code_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def rescale(sums: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See `reference.rescale`."""
-    count, width = sums.shape
-    made = sums.new_empty(sums.shape, dtype=dtype)
-    grid = (count, triton.cdiv(width, COLUMNS_PER_PROGRAM))
+    rows, width = sums.shape
+    output = sums.new_empty(sums.shape, dtype=dtype)
+    grid = (rows, triton.cdiv(width, COLUMNS_PER_PROGRAM))
     with device_of(sums):
         _rescale[grid](
-            made,
+            output,
             sums,
             row_scales,
             column_scales,
@@ -82,23 +82,23 @@ def rescale(sums: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Tenso
             BLOCK=COLUMNS_PER_PROGRAM,
             num_warps=warps_for(COLUMNS_PER_PROGRAM),
         )
-    return made
+    return output
 
 
 def _launch_quantize(x: Tensor, code_dtype: torch.dtype, *, gelu: bool) -> tuple[Tensor, Tensor]:
-    count, width = x.shape
-    codes, factors = x.new_empty(x.shape, dtype=code_dtype), x.new_empty((count, 1), dtype=torch.float32)
+    rows, width = x.shape
+    codes, row_scales = x.new_empty(x.shape, dtype=code_dtype), x.new_empty((rows, 1), dtype=torch.float32)
     block = padded_row_size(width)
     with device_of(x):
-        _quantize[(count,)](
+        _quantize[(rows,)](
             codes,
-            factors,
+            row_scales,
             x,
             x.stride(0),
             ROW_SIZE=width,
             BLOCK=block,
             GELU=gelu,
-            MAX_CODE=LARGEST_OF[code_dtype],
+            MAX_CODE=MAX_CODES[code_dtype],
             num_warps=warps_for(block),
         )
-    return codes, factors
+    return codes, row_scales
