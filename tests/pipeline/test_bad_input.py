@@ -1,4 +1,4 @@
-"""What cannot work is said before it costs anything, with value, limit and way out, and leaves nothing behind."""
+"""Bad input is refused before any weight is loaded, with value, limit and remedy, and leaves no file."""
 
 from __future__ import annotations
 
@@ -25,93 +25,103 @@ REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, st
 SHAPE = (1, CHANNELS, 2, 1, 2)
 
 
-# --- pictures and files --------------------------------------------------------------------------------------------
+# --- images and files ----------------------------------------------------------------------------------------------
 
 
-def broken_pictures(photo: Condition, folder: Path) -> dict[str, tuple[Path, str]]:
-    """Name -> file, and what the message must say beside its name."""
-    whole = Path(photo.media).read_bytes()
-    contents = {"cut.png": whole[: len(whole) // 2], "text.jpg": b"not a picture", "empty.png": b""}
+def write_broken_images(image_condition: Condition, folder: Path) -> dict[str, tuple[Path, str]]:
+    """Returns name -> file, and text of the message beside its name."""
+    whole = Path(image_condition.media).read_bytes()
+    contents = {"cut.png": whole[: len(whole) // 2], "text.jpg": b"not an image", "empty.png": b""}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
-    says = {"cut.png": "cannot be read", "text.jpg": "not a picture", "empty.png": "not a picture", "dot.png": "2x2"}
-    return {name: (folder / name, what) for name, what in says.items()} | {
+    expected_texts = {
+        "cut.png": "cannot be read",
+        "text.jpg": "not a picture",
+        "empty.png": "not a picture",
+        "dot.png": "2x2",
+    }
+    return {name: (folder / name, text) for name, text in expected_texts.items()} | {
         "gone.png": (folder / "gone.png", "no such file")
     }
 
 
 @pytest.mark.parametrize("name", ["cut.png", "text.jpg", "empty.png", "dot.png", "gone.png"])
-def test_a_picture_that_cannot_be_read_is_refused_before_any_weight_is_loaded(
-    untouched: Engine, photo: Condition, out: Path, tmp_path: Path, name: str
+def test_unreadable_image_is_refused_before_any_load(
+    engine_without_weights: Engine, image_condition: Condition, output_folder: Path, tmp_path: Path, name: str
 ) -> None:
-    path, says = broken_pictures(photo, tmp_path)[name]
+    path, expected = write_broken_images(image_condition, tmp_path)[name]
     request = replace(REQUEST, conditions=(Condition(media=str(path)),))
-    for make in (lambda: untouched.generate(request), lambda: untouched.write(request, out / "a.mp4")):
+    for make in (
+        lambda: engine_without_weights.generate(request),
+        lambda: engine_without_weights.write(request, output_folder / "a.mp4"),
+    ):
         with pytest.raises(MediaError) as caught:
             make()
         assert str(path) in str(caught.value)
-        assert says in str(caught.value)
-    assert list(out.iterdir()) == []
+        assert expected in str(caught.value)
+    assert list(output_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("target", "says"),
+    ("target", "expected"),
     [("gone/a.mp4", "mkdir -p"), ("a.avi", "only .mp4"), (".", "is a folder"), ("file/a.mp4", "is a file")],
 )
-def test_a_file_that_cannot_be_written_is_refused_before_any_weight_is_loaded(
-    untouched: Engine, out: Path, target: str, says: str
+def test_unwritable_output_is_refused_before_any_load(
+    engine_without_weights: Engine, output_folder: Path, target: str, expected: str
 ) -> None:
-    (out / "file").write_bytes(b"")
+    (output_folder / "file").write_bytes(b"")
     with pytest.raises(MediaError) as caught:
-        untouched.write(REQUEST, out / target)
-    assert says in str(caught.value)
-    assert [path.name for path in out.iterdir()] == ["file"]
+        engine_without_weights.write(REQUEST, output_folder / target)
+    assert expected in str(caught.value)
+    assert [path.name for path in output_folder.iterdir()] == ["file"]
 
 
-def test_a_size_that_no_mp4_has_is_refused_with_the_nearest(untouched: Engine, out: Path) -> None:
+def test_odd_size_is_refused_for_mp4_with_the_nearest_even_ones(
+    engine_without_weights: Engine, output_folder: Path
+) -> None:
     with pytest.raises(MediaError, match=r"63x32.*62x32 or 64x32"):
-        untouched.write(replace(REQUEST, size=Size(63, 32)), out / "a.mp4")
-    assert list(out.iterdir()) == []
+        engine_without_weights.write(replace(REQUEST, size=Size(63, 32)), output_folder / "a.mp4")
+    assert list(output_folder.iterdir()) == []
 
 
 # --- requests that do not fit the model ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("fields", "expected"),
     [
-        ({"skip_final": 3}, "3 steps, less 0 at the front and 3 at the back"),
+        ({"skip_final": 3}, "skip_initial is 0 and skip_final is 3; .* one of the 3 steps"),
         ({"skip_initial": 1}, "skip_initial is 1"),
-        ({"steps": None, "levels": (0.5, 0.5)}, r"\[0.5, 0.5\]"),
-        ({"steps": None, "levels": (1.0, math.nan)}, "nan"),
-        ({"steps": None, "levels": ()}, r"\[\]"),
-        ({"steps": None, "levels": (1.5,)}, "1.5"),
+        ({"steps": None, "sigmas": (0.5, 0.5)}, r"\[0.5, 0.5\]"),
+        ({"steps": None, "sigmas": (1.0, math.nan)}, "nan"),
+        ({"steps": None, "sigmas": ()}, r"\[\]"),
+        ({"steps": None, "sigmas": (1.5,)}, "1.5"),
         ({"prompt": "half a \ud83d character"}, "half a character"),
     ],
     ids=str,
 )
-def test_a_request_that_does_not_fit_is_refused_before_any_weight_is_loaded(
-    untouched: Engine, change: dict[str, Any], says: str
+def test_request_that_does_not_fit_is_refused_before_any_load(
+    engine_without_weights: Engine, fields: dict[str, Any], expected: str
 ) -> None:
-    with pytest.raises(RequestError, match=says):
-        untouched.generate(replace(REQUEST, **change))
+    with pytest.raises(RequestError, match=expected):
+        engine_without_weights.generate(replace(REQUEST, **fields))
 
 
 @pytest.mark.parametrize(
     "shape", [(1, CHANNELS, 2, 2, 1), (1, CHANNELS, 3, 1, 2), (CHANNELS, 2, 1, 2), (1, 128, 2, 1, 2)]
 )
-def test_noise_and_latents_of_another_shape_are_refused_before_any_weight_is_loaded(
-    untouched: Engine, shape: tuple[int, ...]
+def test_tensors_of_another_shape_are_refused_before_any_load(
+    engine_without_weights: Engine, shape: tuple[int, ...]
 ) -> None:
     right, wrong = torch.zeros(SHAPE), torch.zeros(shape)
-    begun = replace(REQUEST, skip_initial=1)
+    with_init_latents = replace(REQUEST, skip_initial=1)
     for make in (
-        lambda: untouched.denoise(REQUEST, noise=wrong),
-        lambda: untouched.denoise(begun, init_latents=wrong),
-        lambda: untouched.decode(wrong, REQUEST),
-        lambda: untouched.decode(right, REQUEST, noise=wrong),
-        lambda: untouched.decode(right, REQUEST, noise=torch.zeros(1)),
+        lambda: engine_without_weights.denoise(REQUEST, noise=wrong),
+        lambda: engine_without_weights.denoise(with_init_latents, init_latents=wrong),
+        lambda: engine_without_weights.decode(wrong, REQUEST),
+        lambda: engine_without_weights.decode(right, REQUEST, noise=wrong),
+        lambda: engine_without_weights.decode(right, REQUEST, noise=torch.zeros(1)),
     ):
         with pytest.raises(RequestError) as caught:
             make()
@@ -119,23 +129,23 @@ def test_noise_and_latents_of_another_shape_are_refused_before_any_weight_is_loa
         assert str(shape) in str(caught.value) or "(1,)" in str(caught.value)
 
 
-def test_latents_to_start_from_need_a_schedule_that_leaves_something_of_them(untouched: Engine) -> None:
-    with pytest.raises(RequestError, match="first level is 1"):
-        untouched.denoise(REQUEST, init_latents=torch.zeros(SHAPE))
+def test_init_latents_need_a_first_sigma_below_1(engine_without_weights: Engine) -> None:
+    with pytest.raises(RequestError, match="first sigma is 1"):
+        engine_without_weights.denoise(REQUEST, init_latents=torch.zeros(SHAPE))
 
 
-def test_encoding_without_a_picture_is_refused(untouched: Engine) -> None:
+def test_encoding_without_a_condition_is_refused(engine_without_weights: Engine) -> None:
     with pytest.raises(RequestError, match="no image or clip to encode"):
-        untouched.encode_first_condition(REQUEST)
+        engine_without_weights.encode_first_condition(REQUEST)
 
 
-# --- models that are not there -------------------------------------------------------------------------------------
+# --- missing models ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*given: Any, **more: Any) -> Path:
-        raise AssertionError(f"something was fetched: {given}")
+    def refuse(*args: Any, **kwargs: Any) -> Path:
+        raise AssertionError(f"something was fetched: {args}")
 
     monkeypatch.setattr(hub, "fetch", refuse)
     monkeypatch.setattr(hub, "fetch_folder", refuse)
@@ -143,7 +153,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "/gone/model.safetensors", "folder/", "~/gone.safetensors"])
 @pytest.mark.usefixtures("no_hub")
-def test_a_model_path_that_is_not_there_is_named(name: str) -> None:
+def test_missing_model_path_is_named(name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         Engine.open(name)
     assert str(Path(name).expanduser()) in str(caught.value)
@@ -151,7 +161,7 @@ def test_a_model_path_that_is_not_there_is_named(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"),
+    ("name", "nearest"),
     [
         ("ltxv-2b-0.9.7", "ltxv-2b-0.9.5"),
         ("ltxv-13b-0.9.8-destilled", "ltxv-13b-0.9.8-distilled"),
@@ -161,15 +171,15 @@ def test_a_model_path_that_is_not_there_is_named(name: str) -> None:
     ],
 )
 @pytest.mark.usefixtures("no_hub")
-def test_an_unknown_model_name_is_refused_with_the_nearest(name: str, near: str) -> None:
+def test_unknown_model_name_is_refused_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(RequestError) as caught:
         Engine.open(name)
     assert repr(name) in str(caught.value)
-    assert near in str(caught.value)
+    assert nearest in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "expected"),
     [
         ({"device": "gpu"}, "'gpu'.*auto, cpu, cuda, mps"),
         ({"dtype": "fp16"}, "'fp16'.*auto, bfloat16 or float32"),
@@ -179,13 +189,13 @@ def test_an_unknown_model_name_is_refused_with_the_nearest(name: str, near: str)
     ids=str,
 )
 @pytest.mark.usefixtures("no_hub")
-def test_an_option_that_cannot_work_is_refused_before_anything_is_fetched(options: dict[str, str], says: str) -> None:
-    with pytest.raises(KadrError, match=says):
+def test_bad_engine_option_is_refused_before_any_fetch(options: dict[str, str], expected: str) -> None:
+    with pytest.raises(KadrError, match=expected):
         Engine.open("ltxv-2b-0.9.5", **options)
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_a_file_that_is_no_model_is_refused_before_a_text_encoder_is_fetched_for_it(home: Path, tmp_path: Path) -> None:
+def test_file_that_is_not_a_model_is_refused_before_any_fetch(home: Path, tmp_path: Path) -> None:
     cut, empty = tmp_path / "cut.safetensors", tmp_path / "empty"
     cut.write_bytes((home / MODEL_FILE).read_bytes()[:-100])
     empty.mkdir()
@@ -196,90 +206,93 @@ def test_a_file_that_is_no_model_is_refused_before_a_text_encoder_is_fetched_for
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_parts_that_are_missing_or_do_not_fit_are_refused_before_a_text_encoder_is_fetched(
-    home: Path, tmp_path: Path
-) -> None:
+def test_missing_or_unfit_components_are_refused_before_any_fetch(home: Path, tmp_path: Path) -> None:
     narrow = build_random(lambda: VAE(replace(vae_config("0.9.5"), latent_channels=12)), seed=1)
-    alone = tmp_path / "vae.safetensors"
-    write_single_file(alone, vae=narrow, schedule=LINEAR_QUADRATIC, dtype=torch.float32)
+    vae_path = tmp_path / "vae.safetensors"
+    write_single_file(vae_path, vae=narrow, schedule=LINEAR_QUADRATIC, dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"12 latent channels.* 8"):
-        Engine.open(home / MODEL_FILE, vae=alone)
+        Engine.open(home / MODEL_FILE, vae=vae_path)
     with pytest.raises(CheckpointError, match="has no transformer"):
-        Engine.open(alone)
+        Engine.open(vae_path)
 
 
 # --- damaged weights -----------------------------------------------------------------------------------------------
 
 
-def spoil(where: Callable[[nn.Module], Tensor], value: float = math.nan) -> WeightEdit:
-    return lambda module: where(module).view(-1)[0].fill_(value) and None
+def damage_weight(get_weight: Callable[[nn.Module], Tensor], value: float = math.nan) -> WeightEdit:
+    """Returns an edit that sets the first number of a weight."""
+    return lambda module: get_weight(module).view(-1)[0].fill_(value) and None
 
 
 DAMAGED: dict[str, tuple[dict[str, WeightEdit], str, str]] = {
-    "text encoder": ({"text encoder": spoil(lambda t5: t5.final_norm.weight)}, "text", "prompt 1 of 1"),
+    "text encoder": ({"text encoder": damage_weight(lambda t5: t5.final_norm.weight)}, "text", "prompt 1 of 1"),
     "text encoder, infinite": (
-        {"text encoder": spoil(lambda t5: t5.final_norm.weight, math.inf)},
+        {"text encoder": damage_weight(lambda t5: t5.final_norm.weight, math.inf)},
         "text",
         "prompt 1 of 1",
     ),
-    "transformer": ({"transformer": spoil(lambda t: t.layers[1].feed_forward.down.weight)}, "denoise", "step 1 of 3"),
-    "encoder": ({"vae": spoil(lambda vae: vae.encoder.conv_in.bias)}, "encode", "image or clip 1 of 1"),
-    "decoder": ({"vae": spoil(lambda vae: vae.decoder.conv_out.bias)}, "decode", "frame 1 of 9"),
+    "transformer": (
+        {"transformer": damage_weight(lambda t: t.blocks[1].feed_forward.down.weight)},
+        "denoise",
+        "step 1 of 3",
+    ),
+    "encoder": ({"vae": damage_weight(lambda vae: vae.encoder.conv_in.bias)}, "encode", "image or clip 1 of 1"),
+    "decoder": ({"vae": damage_weight(lambda vae: vae.decoder.conv_out.bias)}, "decode", "frame 1 of 9"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_damaged_weights_are_found_at_the_first_number_that_is_none(
-    damage: str, photo: Condition, tmp_path: Path, out: Path
+def test_damaged_weights_are_found_at_their_stage(
+    damage: str, image_condition: Condition, tmp_path: Path, output_folder: Path
 ) -> None:
-    change, stage, where = DAMAGED[damage]
-    engine = Engine.open(write_model(tmp_path / "model", weight_edits=change) / MODEL_FILE, device="cpu")
+    weight_edits, stage, expected = DAMAGED[damage]
+    engine = Engine.open(write_model(tmp_path / "model", weight_edits=weight_edits) / MODEL_FILE, device="cpu")
     stages: list[str] = []
-    request = replace(REQUEST, conditions=(photo,))
+    request = replace(REQUEST, conditions=(image_condition,))
     with pytest.raises(NonFiniteError) as caught:
-        engine.write(request, out / "a.mp4", watch=lambda progress: stages.append(progress.stage))
+        engine.write(request, output_folder / "a.mp4", watch=lambda progress: stages.append(progress.stage))
     assert caught.value.stage == stage == stages[-1]
-    assert where in str(caught.value)
+    assert expected in str(caught.value)
     assert "kadr models verify" in str(caught.value)
-    assert list(out.iterdir()) == []
+    assert list(output_folder.iterdir()) == []
 
 
-def test_a_damaged_encoder_is_no_matter_where_there_is_no_picture(tmp_path: Path) -> None:
-    change = {"vae": spoil(lambda vae: vae.encoder.conv_in.bias)}
-    engine = Engine.open(write_model(tmp_path / "model", weight_edits=change) / MODEL_FILE, device="cpu")
+def test_damaged_encoder_is_unused_without_conditions(tmp_path: Path) -> None:
+    weight_edits = {"vae": damage_weight(lambda vae: vae.encoder.conv_in.bias)}
+    engine = Engine.open(write_model(tmp_path / "model", weight_edits=weight_edits) / MODEL_FILE, device="cpu")
     assert engine.generate(REQUEST).frames.shape == (9, 32, 64, 3)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_the_first_step_that_is_not_finite_is_named_and_no_other_is_made(
-    engine: Engine, step: int, out: Path, monkeypatch: pytest.MonkeyPatch
+def test_first_step_that_is_not_finite_ends_the_generation(
+    engine: Engine, step: int, output_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
     forward = Transformer.forward
 
-    def failing(self: Transformer, *given: Any) -> Tensor:
+    def failing(self: Transformer, *args: Any) -> Tensor:
         calls.append(len(calls) + 1)
-        return forward(self, *given) / (0.0 if len(calls) == step else 1.0)
+        return forward(self, *args) / (0.0 if len(calls) == step else 1.0)
 
     monkeypatch.setattr(Transformer, "forward", failing)
     with pytest.raises(NonFiniteError, match=f"step {step} of 3") as caught:
-        engine.write(REQUEST, out / "a.mp4")
+        engine.write(REQUEST, output_folder / "a.mp4")
     assert caught.value.stage == "denoise"
     assert len(calls) == step
-    assert list(out.iterdir()) == []
+    assert list(output_folder.iterdir()) == []
 
 
-def test_a_decoder_that_fails_on_the_way_leaves_no_part_of_a_file(
-    engine: Engine, out: Path, monkeypatch: pytest.MonkeyPatch
+def test_decoder_that_fails_midway_leaves_no_partial_file(
+    engine: Engine, output_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream = VAE.decode_chunks
+    decode_chunks = VAE.decode_chunks
 
-    def failing(self: VAE, *given: Any, **more: Any) -> Any:
-        for count, pixels in enumerate(stream(self, *given, **more)):
-            yield pixels / 0.0 if count == 1 else pixels
+    def failing(self: VAE, *args: Any, **kwargs: Any) -> Any:
+        for index, pixels in enumerate(decode_chunks(self, *args, **kwargs)):
+            yield pixels / 0.0 if index == 1 else pixels
 
     monkeypatch.setattr(VAE, "decode_chunks", failing)
     with pytest.raises(NonFiniteError, match=r"frame \d+ of 70") as caught:
-        engine.write(replace(REQUEST, frames=70, steps=1), out / "a.mp4")
+        engine.write(replace(REQUEST, frames=70, steps=1), output_folder / "a.mp4")
     assert caught.value.stage == "decode"
-    assert list(out.iterdir()) == []
+    assert list(output_folder.iterdir()) == []

@@ -1,6 +1,6 @@
-"""What the official package gets wrong, shown on it, and what kadr does there. docs/parity.md lists it.
+"""Bugs of the official package, reproduced, and kadr's behaviour in their place; docs/parity.md lists them.
 
-Where kadr refuses, the official package stops with an error that explains nothing, or makes something else in silence.
+Where kadr refuses, the official package stops with an unhelpful error, or silently does something else.
 """
 
 from __future__ import annotations
@@ -70,56 +70,56 @@ def pipeline(home: Path) -> Any:
     return official_pipeline.open_pipeline(home)
 
 
-def test_stg_disturbs_the_samples_with_the_prompt_where_the_official_mask_takes_others() -> None:
-    """Two videos with guidance and STG: their samples stand in a batch as n n p p d d."""
+def test_stg_perturbs_the_conditional_samples_unlike_official_mask() -> None:
+    """Two videos with CFG and STG: a batch of two unconditional, two conditional and two perturbed samples."""
     transformer = SimpleNamespace(transformer_blocks=[None] * 2, device="cpu", dtype=torch.float32)
     mask = Transformer3DModel.create_skip_layer_mask(transformer, 2, 3, 2, [1])
-    assert (mask[1] == 0).nonzero().flatten().tolist() == [2, 5]  # a prompt's own and one of the disturbed
-    asked: list[Perturbation] = []
+    assert (mask[1] == 0).nonzero().flatten().tolist() == [2, 5]  # a conditional sample and a perturbed one
+    perturbations: list[Perturbation] = []
 
     def model(
-        tokens: Tensor, level: Tensor, text: PromptEmbeddings, disturb: Perturbation | None = None
+        tokens: Tensor, sigma: Tensor, text: PromptEmbeddings, perturbation: Perturbation | None = None
     ) -> tuple[Tensor, Any]:
-        if disturb is not None:
-            asked.append(disturb)
-        return tokens, tokens[disturb.rows] if disturb else None
+        if perturbation is not None:
+            perturbations.append(perturbation)
+        return tokens, tokens[perturbation.rows] if perturbation else None
 
     text = PromptEmbeddings(torch.zeros(2, 3, 4), torch.ones(2, 3))
-    estimate = guided_denoiser(model, text, text, STG, [STG.at_sigma(1.0)], guidance_batch=True)
-    estimate(0, randn(2, 5, 4), torch.ones(2, 1))
-    assert [(disturb.blocks, disturb.rows) for disturb in asked] == [((1,), slice(2, None))]
+    denoiser = guided_denoiser(model, text, text, STG, [STG.at_sigma(1.0)], guidance_batch=True)
+    denoiser(0, randn(2, 5, 4), torch.ones(2, 1))
+    assert [(perturbation.blocks, perturbation.rows) for perturbation in perturbations] == [((1,), slice(2, None))]
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("guidance_batch", [False, True])
 @pytest.mark.parametrize("mode", official_pipeline.MODES)
 @torch.no_grad()
-def test_each_video_of_a_batch_is_guided_as_if_alone(mode: str, together: bool) -> None:
+def test_batch_of_videos_is_guided_like_each_by_itself(mode: str, guidance_batch: bool) -> None:
     transformer = build_random(lambda: Transformer(transformer_config()), 1)
     rope = transformer.compute_rope(token_positions(LatentGrid(2, 2, 2), fps=24.0, causal=True)[None])
 
     def model(
-        tokens: Tensor, level: Tensor, text: PromptEmbeddings, disturb: Perturbation | None = None
+        tokens: Tensor, sigma: Tensor, text: PromptEmbeddings, perturbation: Perturbation | None = None
     ) -> tuple[Tensor, Any]:
-        given = tokens, rope, text.embeddings, text.mask, level
-        if disturb is None:
-            return transformer(*given), None
-        return transformer.forward_with_perturbed(*given, **disturb._asdict())
+        inputs = tokens, rope, text.embeddings, text.mask, sigma
+        if perturbation is None:
+            return transformer(*inputs), None
+        return transformer.forward_with_perturbed(*inputs, **perturbation._asdict())
 
-    tokens, level = randn(2, 8, CHANNELS), torch.tensor([[0.9], [0.4]])
+    tokens, sigma = randn(2, 8, CHANNELS), torch.tensor([[0.9], [0.4]])
     texts = [
         PromptEmbeddings(randn(2, 5, TEXT_WIDTH, seed=seed), torch.arange(5) < torch.tensor([[5], [3]]))
         for seed in (2, 3)
     ]
     guidance = replace(STG, stg_mode=mode, rescale=0.7, cfg_star=True)
     steps = [guidance.at_sigma(1.0)]
-    both = guided_denoiser(model, *texts, guidance, steps, guidance_batch=together)(0, tokens, level)
+    both = guided_denoiser(model, *texts, guidance, steps, guidance_batch=guidance_batch)(0, tokens, sigma)
     for row in (slice(1), slice(1, 2)):
-        own = [PromptEmbeddings(text.embeddings[row], text.mask[row]) for text in texts]
-        alone = guided_denoiser(model, *own, guidance, steps)(0, tokens[row], level[row])
-        assert relative_error(both[row], alone) <= 1e-5
+        row_texts = [PromptEmbeddings(text.embeddings[row], text.mask[row]) for text in texts]
+        single = guided_denoiser(model, *row_texts, guidance, steps)(0, tokens[row], sigma[row])
+        assert relative_error(both[row], single) <= 1e-5
 
 
-def test_the_official_residual_mode_does_nothing_and_is_refused(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residual_mode_does_nothing_officially_and_is_refused(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     without = official_pipeline.run_official(
         pipeline, replace(REQUEST, guidance=Guidance(cfg_scale=3.0, stg_scale=0.0, rescale=1.0))
     )
@@ -136,18 +136,16 @@ def test_the_official_residual_mode_does_nothing_and_is_refused(pipeline: Any, m
         Guidance(stg_mode="residual")
 
 
-def test_lists_without_their_levels_are_refused_where_the_official_pipeline_breaks(
-    engine: Engine, pipeline: Any
-) -> None:
+def test_guidance_lists_without_sigmas_are_refused(engine: Engine, pipeline: Any) -> None:
     request = replace(REQUEST, guidance=Guidance(cfg_scale=(3.0, 1.0), stg_scale=0.0, rescale=1.0))
     with pytest.raises(NameError):
         official_pipeline.run_official(pipeline, request)
-    with pytest.raises(RequestError, match=r"guidance has 2 values, and no levels that they are for. Give `at`"):
+    with pytest.raises(RequestError, match=r"guidance has 2 values, and no sigmas that they are for. Give `sigmas`"):
         engine.denoise(request)
 
 
-def test_a_block_that_is_not_there_is_refused_only_where_it_would_be_disturbed(engine: Engine, pipeline: Any) -> None:
-    """As 42 of the 28 blocks of 2B 0.9.8 distilled, whose config has STG at 0."""
+def test_skipped_block_past_the_last_is_refused_only_with_stg(engine: Engine, pipeline: Any) -> None:
+    """The official config of 2B 0.9.8 distilled skips block 42 of 28, with STG at 0."""
     off = replace(REQUEST, guidance=Guidance(cfg_scale=3.0, stg_scale=0.0, rescale=1.0, skip_blocks=(42,)))
     assert relative_error(engine.denoise(off), official_pipeline.run_official(pipeline, off).latents) <= 1e-5
     on = replace(REQUEST, guidance=replace(STG, skip_blocks=(42,)))
@@ -157,30 +155,30 @@ def test_a_block_that_is_not_there_is_refused_only_where_it_would_be_disturbed(e
         engine.denoise(on)
 
 
-def test_of_two_passes_both_read_one_encoding_of_the_prompt(
+def test_two_passes_encode_the_prompt_once(
     engine: Engine, pipeline: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = Pass(
         sigmas=(0.7,), guidance=Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0), stochastic=False, tone_map=0.0
     )
     request = replace(REQUEST, size=Size(128, 128), multi_scale=True, second_pass=second)
-    encoded: Counter[str] = Counter()
+    encode_counts: Counter[str] = Counter()
     encode = type(pipeline).encode_prompt
 
-    def counted(self: Any, prompt: str, *given: Any, **more: Any) -> Any:
-        encoded[prompt] += 1
-        return encode(self, prompt, *given, **more)
+    def counting(self: Any, prompt: str, *args: Any, **kwargs: Any) -> Any:
+        encode_counts[prompt] += 1
+        return encode(self, prompt, *args, **kwargs)
 
-    monkeypatch.setattr(type(pipeline), "encode_prompt", counted)
+    monkeypatch.setattr(type(pipeline), "encode_prompt", counting)
     official_pipeline.run_official(
         pipeline, request, upsampler=official_pipeline.open_upsampler(home / "upscaler.safetensors")
     )
-    assert encoded == {REQUEST.prompt: 2}
-    told: list[tuple[str, int, int]] = []
-    engine.denoise(request, watch=lambda progress: told.append((progress.stage, progress.step, progress.of)))
-    assert [progress for progress in told if progress[0] == "text"] == [("text", step, 2) for step in range(3)]
+    assert encode_counts == {REQUEST.prompt: 2}
+    reports: list[tuple[str, int, int]] = []
+    engine.denoise(request, watch=lambda progress: reports.append((progress.stage, progress.step, progress.of)))
+    assert [report for report in reports if report[0] == "text"] == [("text", step, 2) for step in range(3)]
 
 
-def test_the_official_wrapper_of_two_passes_cuts_no_clip() -> None:
-    """Its script asks the pipeline for `trim_conditioning_sequence`, which the wrapper lacks; see test_conditions."""
+def test_official_two_pass_wrapper_cannot_trim_clips() -> None:
+    """The official script calls `trim_conditioning_sequence`, which the wrapper lacks; see test_prepared_conditions."""
     assert not hasattr(LTXMultiScalePipeline, "trim_conditioning_sequence")

@@ -1,6 +1,6 @@
-"""The pipeline configs of the official package, restated: name -> YAML.
+"""Pipeline configs of the official package, restated: name -> YAML.
 
-Those of 0.9.7 are no longer there; their last state is that of 0.9.8.
+The package has removed those of 0.9.7; their last version equals that of 0.9.8.
 """
 
 from __future__ import annotations

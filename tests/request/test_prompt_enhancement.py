@@ -1,4 +1,4 @@
-"""A request that an endpoint enhances: what it is shown, what the request holds after, and what happens to failures."""
+"""Prompt enhancement of a request: the images an endpoint gets, the resulting request, and failures."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def chat() -> Iterator[FakeChat]:
 
 @pytest.fixture
 def clip(tmp_path: Path) -> str:
-    """17 frames of 64x48, each as bright as its number times 10."""
+    """Writes 17 frames of 64x48; frame n has brightness 10n."""
     with VideoWriter(tmp_path / "clip.mp4", Size(64, 48), 24) as writer:
         writer.write(np.stack([np.full((48, 64, 3), 10 * number, np.uint8) for number in range(17)]))
     return str(tmp_path / "clip.mp4")
 
 
-def seen(url: str) -> Image.Image:
+def decode_data_url(url: str) -> Image.Image:
     kind, _, data = url.partition(",")
     assert kind == "data:image/jpeg;base64"
     image = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -45,54 +45,54 @@ def seen(url: str) -> Image.Image:
     return image
 
 
-def test_the_prompt_is_what_the_endpoint_made_and_the_users_words_stay_beside_it(chat: FakeChat) -> None:
-    made = enhance_prompt(REQUEST, Enhancer(chat.url))
-    assert made == replace(REQUEST, prompt=PARAGRAPH, original_prompt="a red fox")
-    assert Request.from_json(made.to_json()) == made
+def test_enhanced_request_keeps_the_users_words(chat: FakeChat) -> None:
+    enhanced = enhance_prompt(REQUEST, Enhancer(chat.url))
+    assert enhanced == replace(REQUEST, prompt=PARAGRAPH, original_prompt="a red fox")
+    assert Request.from_json(enhanced.to_json()) == enhanced
 
 
-def test_what_is_enhanced_again_still_has_the_users_words(chat: FakeChat) -> None:
+def test_request_enhanced_twice_keeps_the_users_words(chat: FakeChat) -> None:
     once = enhance_prompt(REQUEST, Enhancer(chat.url))
     chat.reply = chat_completion("Another paragraph about the fox.")
     twice = enhance_prompt(once, Enhancer(chat.url))
     assert (twice.prompt, twice.original_prompt) == ("Another paragraph about the fox.", "a red fox")
 
 
-def test_scenes_are_enhanced_one_by_one_and_joined_again(chat: FakeChat) -> None:
-    chat.reply = lambda asked: chat_completion(
+def test_prompts_of_windows_are_enhanced_one_by_one(chat: FakeChat) -> None:
+    chat.reply = lambda request: chat_completion(
         f"Scene {len(chat.requests)}: fox | number {len(chat.requests)} walks | on."
     )
-    made = enhance_prompt(replace(REQUEST, prompt=" a fox|a hare |  an owl", windows=Windows()), Enhancer(chat.url))
-    assert made.prompt == "fox number 1 walks on. | fox number 2 walks on. | fox number 3 walks on."
-    assert made.original_prompt == " a fox|a hare |  an owl"
-    assert [asked.text.rpartition("\n")[2] for asked in chat.requests] == ["a fox", "a hare", "an owl"]
+    enhanced = enhance_prompt(replace(REQUEST, prompt=" a fox|a hare |  an owl", windows=Windows()), Enhancer(chat.url))
+    assert enhanced.prompt == "fox number 1 walks on. | fox number 2 walks on. | fox number 3 walks on."
+    assert enhanced.original_prompt == " a fox|a hare |  an owl"
+    assert [chat_request.text.rpartition("\n")[2] for chat_request in chat.requests] == ["a fox", "a hare", "an owl"]
 
 
-def test_failure_leaves_the_request_as_it_was_with_a_warning(chat: FakeChat) -> None:
+def test_failure_keeps_the_request_with_a_warning(chat: FakeChat) -> None:
     chat.reply = error_reply(500, "out of memory")
     with pytest.warns(KadrWarning, match=r"out of memory\)\. The prompt is used as it was written\."):
         assert enhance_prompt(REQUEST, Enhancer(chat.url)) is REQUEST
 
 
-def test_without_windows_a_prompt_is_one_scene_whatever_stands_in_it(chat: FakeChat) -> None:
-    made = enhance_prompt(replace(REQUEST, prompt="a fox | a hare"), Enhancer(chat.url))
-    assert (made.prompt, len(chat.requests)) == (PARAGRAPH, 1)
+def test_separator_splits_no_prompt_without_windows(chat: FakeChat) -> None:
+    enhanced = enhance_prompt(replace(REQUEST, prompt="a fox | a hare"), Enhancer(chat.url))
+    assert (enhanced.prompt, len(chat.requests)) == (PARAGRAPH, 1)
 
 
-def test_one_scene_that_fails_leaves_all_as_they_were(chat: FakeChat) -> None:
-    chat.reply = lambda asked: chat_completion(PARAGRAPH if len(chat.requests) == 1 else "")
+def test_failure_of_one_prompt_keeps_all_prompts(chat: FakeChat) -> None:
+    chat.reply = lambda request: chat_completion(PARAGRAPH if len(chat.requests) == 1 else "")
     request = replace(REQUEST, prompt="a fox | a hare", windows=Windows())
     with pytest.warns(KadrWarning, match="answered with nothing"):
         assert enhance_prompt(request, Enhancer(chat.url)) is request
 
 
-def test_failure_is_an_error_where_it_is_required(chat: FakeChat) -> None:
+def test_failure_of_a_required_enhancement_is_an_error(chat: FakeChat) -> None:
     chat.reply = error_reply(500, "out of memory")
     with pytest.raises(EnhanceError, match="out of memory"):
         enhance_prompt(REQUEST, Enhancer(chat.url, required=True))
 
 
-def test_a_picture_is_shown_small_and_with_its_place(chat: FakeChat, tmp_path: Path) -> None:
+def test_endpoint_gets_small_images_with_their_positions(chat: FakeChat, tmp_path: Path) -> None:
     Image.new("RGBA", (2000, 1000), (250, 10, 10, 255)).save(tmp_path / "large.png")
     Image.new("RGB", (60, 90), (10, 10, 250)).save(tmp_path / "small.png")
     large, small = str(tmp_path / "large.png"), str(tmp_path / "small.png")
@@ -104,12 +104,12 @@ def test_a_picture_is_shown_small_and_with_its_place(chat: FakeChat, tmp_path: P
         Condition(small, box=(32, 0, 64, 96)),
     )
     enhance_prompt(replace(REQUEST, conditions=conditions), Enhancer(chat.url))
-    (asked,) = chat.requests
-    images = [seen(url) for url in asked.images]
+    (chat_request,) = chat.requests
+    images = [decode_data_url(url) for url in chat_request.images]
     assert [image.size for image in images] == [(MAX_IMAGE_SIDE, MAX_IMAGE_SIDE // 2), *[(60, 90)] * 4]
     assert images[0].getpixel((9, 9)) == pytest.approx((250, 10, 10), abs=6)
     assert images[1].getpixel((9, 9)) == pytest.approx((10, 10, 250), abs=6)
-    assert [part["text"] for part in asked.content_parts[:-1] if part["type"] == "text"] == [
+    assert [part["text"] for part in chat_request.content_parts[:-1] if part["type"] == "text"] == [
         "Picture 1 is the first frame of the video:",
         "Picture 2 is the last frame of the video:",
         "Picture 3 is frame 40 of the video:",
@@ -119,7 +119,7 @@ def test_a_picture_is_shown_small_and_with_its_place(chat: FakeChat, tmp_path: P
     ]
 
 
-def test_of_a_clip_the_first_frame_that_is_taken_is_shown(chat: FakeChat, clip: str) -> None:
+def test_endpoint_gets_the_first_frame_of_a_clips_range(chat: FakeChat, clip: str) -> None:
     conditions = (
         Condition(clip),
         Condition(clip, frame=16, frame_range=(8, None)),
@@ -127,11 +127,11 @@ def test_of_a_clip_the_first_frame_that_is_taken_is_shown(chat: FakeChat, clip: 
         Condition(clip, frame=-9, frame_range=(12, 13)),
     )
     enhance_prompt(replace(REQUEST, conditions=conditions, input_video=clip), Enhancer(chat.url))
-    (asked,) = chat.requests
-    levels = [np.asarray(seen(url)).mean() for url in asked.images]
-    assert levels == pytest.approx([0, 0, 80, 120, 120], abs=4)
-    places = [part["text"] for part in asked.content_parts[:-1] if part["type"] == "text"]
-    assert places == [
+    (chat_request,) = chat.requests
+    brightness = [np.asarray(decode_data_url(url)).mean() for url in chat_request.images]
+    assert brightness == pytest.approx([0, 0, 80, 120, 120], abs=4)
+    descriptions = [part["text"] for part in chat_request.content_parts[:-1] if part["type"] == "text"]
+    assert descriptions == [
         "Picture 1 is the first frame of the video that this one is made from:",
         "Picture 2 is the first frame of a clip that the video begins with:",
         "Picture 3 is the first frame of a clip that the video shows from frame 16 on:",
@@ -141,16 +141,14 @@ def test_of_a_clip_the_first_frame_that_is_taken_is_shown(chat: FakeChat, clip: 
 
 
 @pytest.mark.parametrize("name", ["gone.png", "odd.png"])
-def test_a_picture_that_cannot_be_read_is_told_before_anyone_is_asked(
-    chat: FakeChat, tmp_path: Path, name: str
-) -> None:
-    (tmp_path / "odd.png").write_bytes(b"no picture")
+def test_unreadable_image_is_refused_before_any_chat_request(chat: FakeChat, tmp_path: Path, name: str) -> None:
+    (tmp_path / "odd.png").write_bytes(b"not an image")
     with pytest.raises(MediaError, match=name):
         enhance_prompt(replace(REQUEST, conditions=(Condition(str(tmp_path / name)),)), Enhancer(chat.url))
     assert chat.requests == []
 
 
-def test_a_part_that_a_clip_does_not_have_is_told_before_anyone_is_asked(chat: FakeChat, clip: str) -> None:
+def test_empty_frame_range_is_refused_before_any_chat_request(chat: FakeChat, clip: str) -> None:
     with pytest.raises(RequestError, match="has 17 frames"):
         enhance_prompt(replace(REQUEST, conditions=(Condition(clip, frame_range=(20, 25)),)), Enhancer(chat.url))
     assert chat.requests == []

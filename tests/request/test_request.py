@@ -1,4 +1,4 @@
-"""Requests: what is refused, how the rest is filled in, and their form as JSON."""
+"""Requests: refused values, defaults from recipes, and the round trip through JSON."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ FULL = Request(
     decode_noise=0.0,
     original_prompt='Kreis "кадр"',
 )
-IN_WINDOWS = Windows(frames=41, overlap=16, overlap_strength=0.75, adain=0.5, anchor_strength=0.25)
-BY_LEVELS = Request(prompt=PROMPT, sigmas=DISTILLED_SIGMAS, stochastic=True, windows=IN_WINDOWS)
-BY_LISTS = Guidance(
+WINDOWS = Windows(frames=41, overlap=16, overlap_strength=0.75, adain=0.5, anchor_strength=0.25)
+WITH_SIGMAS = Request(prompt=PROMPT, sigmas=DISTILLED_SIGMAS, stochastic=True, windows=WINDOWS)
+LIST_GUIDANCE = Guidance(
     cfg_scale=(1.0, 4.0),
     stg_scale=(0.0, 2.0),
     rescale=(1.0, 0.5),
@@ -53,10 +53,10 @@ BY_LISTS = Guidance(
     apg=-0.5,
     apg_norm=2.5,
 )
-IN_TWO_PASSES = Request(
+TWO_PASSES = Request(
     lora_strengths=(0.5, (1.0, 0.0)),
     prompt=PROMPT,
-    guidance=BY_LISTS,
+    guidance=LIST_GUIDANCE,
     multi_scale=True,
     downscale_factor=0.5,
     tone_map=0.25,
@@ -84,7 +84,7 @@ BASE = Recipe()  # one pass of 40 steps
 DISTILLED = RELEASES_BY_NAME["ltxv-2b-0.9.8-distilled"].recipe
 NAN, INFINITY = float("nan"), float("inf")
 
-REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, what the message must say
+REFUSED: list[tuple[str, Any, str]] = [  # field, bad value, text of the message
     *(("prompt", value, "prompt") for value in ("", "   ", "\n\t", None, 5, b"circle")),
     *(("negative_prompt", value, repr(value)) for value in (5, b"blurry", ["blurry"])),
     *(("original_prompt", value, repr(value)) for value in (5, b"circle", "")),
@@ -98,7 +98,7 @@ REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, w
     *(("seed", value, "whole number") for value in (1.0, "1", None, True, NAN)),
     *(("steps", value, "between 1 and 1000") for value in (0, -1, 1001)),
     *(("steps", value, "whole number") for value in (2.5, "4", NAN, True)),
-    *(("levels", value, "levels") for value in (0.5, "abc", ("a",), (1.0, None))),
+    *(("sigmas", value, "sigmas") for value in (0.5, "abc", ("a",), (1.0, None))),
     *(("skip_initial", value, "skip_initial") for value in (-1, 0.5, "1", None)),
     *(("skip_final", value, "skip_final") for value in (-1, 0.5, "1", None)),
     *(("guidance", value, "between 1 and 100; 1 is off") for value in (0.99, 0, -3, 101)),
@@ -108,10 +108,10 @@ REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, w
         for name in ("guidance_batch", "stochastic", "multi_scale")
         for value in ("no", 1)
     ),
-    *(("second", value, "must be a Pass") for value in ({"steps": 3}, 3, "abc")),
+    *(("second_pass", value, "must be a Pass") for value in ({"steps": 3}, 3, "abc")),
     *(("conditions", value, "Condition") for value in (["photo.jpg"], PHOTO, "photo.jpg", None, [None])),
     *(("tone_map", value, "between 0 and 1") for value in (-0.1, 1.5)),
-    *(("video_strength", value, "no video to start from") for value in (0.5, 1)),
+    *(("denoise_strength", value, "no input video") for value in (0.5, 1)),
     *(("image_noise", value, "image_noise") for value in (-0.1, NAN, 11, "a")),
     *(("image_crf", value, "between 0 and 51") for value in (-1, 52)),
     ("image_crf", 28.5, "whole number"),
@@ -121,104 +121,107 @@ REFUSED: list[tuple[str, Any, str]] = [  # a field, a value no video can have, w
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "says"), REFUSED, ids=[f"{name}={value!r}" for name, value, _ in REFUSED])
-def test_a_value_that_no_video_can_have_is_refused_with_its_limit(name: str, value: Any, says: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "expected"), REFUSED, ids=[f"{name}={value!r}" for name, value, _ in REFUSED]
+)
+def test_bad_value_is_refused_with_its_limit(name: str, value: Any, expected: str) -> None:
     with pytest.raises(RequestError) as caught:
         Request(**{"prompt": PROMPT, name: value})
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert isinstance(caught.value, ValueError)
     if isinstance(value, (int, float)) and name != "prompt":
         assert f"{value:g}" in str(caught.value) or repr(value) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "expected"),
     [
         *(("strength", value, "between 0 and 1") for value in (-0.1, 1.1, 5)),
         *(("strength", value, "must be a number") for value in (NAN, INFINITY, "1", None, True)),
         ("strength", 0, "Give more than 0"),
         *(("frame", value, "must be a whole number") for value in (None, "0", 1.5)),
         *(("frame", value, "between -36001 and 36001") for value in (-40000, 40000)),
-        *(("part", value, "(first, end)") for value in (3, (1,), (1, "2"), (0.5, 2))),
-        ("part", (0, 9), "Only a clip has parts"),
-        *(("clip", value, "true or false") for value in ("no", 1, 0)),
+        *(("frame_range", value, "(first, end)") for value in (3, (1,), (1, "2"), (0.5, 2))),
+        ("frame_range", (0, 9), "Only a clip has a frame range"),
+        *(("is_clip", value, "true or false") for value in ("no", 1, 0)),
         *(("box", value, "(x, y, width, height)") for value in (3, (1, 2, 3), (1, 2, 3, "4"))),
         *(("box", value, "must not be below 0") for value in ((-1, 0, 32, 32), (0, 0, 0, 32))),
     ],
 )
-def test_a_condition_that_cannot_be_kept_is_refused_with_its_limit(name: str, value: Any, says: str) -> None:
+def test_bad_condition_is_refused_with_its_limit(name: str, value: Any, expected: str) -> None:
     with pytest.raises(RequestError) as caught:
         Condition(**{"media": "photo.jpg", name: value})
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "expected"),
     [
         *(("kind", value, "one of canny, depth, pose, ready") for value in ("dog", None, 3)),
-        *(("part", value, "(first, end)") for value in (3, (1,), (1, "2"), (0.5, 2))),
+        *(("frame_range", value, "(first, end)") for value in (3, (1,), (1, "2"), (0.5, 2))),
     ],
 )
-def test_a_control_that_cannot_be_followed_is_refused_with_what_can(name: str, value: Any, says: str) -> None:
+def test_bad_control_is_refused_with_its_limit(name: str, value: Any, expected: str) -> None:
     with pytest.raises(RequestError) as caught:
         Control(**{"media": "walk.mp4", name: value})
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
     assert name in str(caught.value)
 
 
-def test_controls_are_a_list_of_controls_and_a_picture_has_no_parts() -> None:
-    for given in ("walk.mp4", Control("walk.mp4"), ["walk.mp4"]):
+def test_controls_must_be_a_list_and_an_image_has_no_frame_range() -> None:
+    for controls in ("walk.mp4", Control("walk.mp4"), ["walk.mp4"]):
         with pytest.raises(RequestError, match="must be a list of Control"):
-            Request(prompt=PROMPT, controls=given)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="Only a clip has parts"):
+            Request(prompt=PROMPT, controls=controls)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="Only a clip has a frame range"):
         Control("photo.jpg", frame_range=(0, 9))
 
 
-def test_levels_and_steps_are_the_one_or_the_other() -> None:
-    for more in ({"steps": 3}, {"skip_initial": 1}, {"skip_final": 1}):
-        with pytest.raises(RequestError, match="the one or the other"):
-            Request(prompt=PROMPT, sigmas=(1.0, 0.5), **more)
+def test_sigmas_and_steps_exclude_each_other() -> None:
+    for fields_of_steps in ({"steps": 3}, {"skip_initial": 1}, {"skip_final": 1}):
+        with pytest.raises(RequestError, match="one or the other"):
+            Request(prompt=PROMPT, sigmas=(1.0, 0.5), **fields_of_steps)
 
 
-def test_a_size_may_be_a_pair_and_lists_become_tuples() -> None:
-    made = Request(prompt=PROMPT, size=(64, 32), sigmas=[1.0, 0.5], conditions=[PHOTO])
-    assert made == Request(prompt=PROMPT, size=Size(64, 32), sigmas=(1.0, 0.5), conditions=(PHOTO,))
-    assert hash(made) == hash(Request(prompt=PROMPT, size=Size(64, 32), sigmas=(1.0, 0.5), conditions=(PHOTO,)))
+def test_size_may_be_a_pair_and_lists_become_tuples() -> None:
+    request = Request(prompt=PROMPT, size=(64, 32), sigmas=[1.0, 0.5], conditions=[PHOTO])
+    assert request == Request(prompt=PROMPT, size=Size(64, 32), sigmas=(1.0, 0.5), conditions=(PHOTO,))
+    assert hash(request) == hash(Request(prompt=PROMPT, size=Size(64, 32), sigmas=(1.0, 0.5), conditions=(PHOTO,)))
     assert Condition(media=Path("photo.jpg")) == PHOTO
-    assert made.media_paths() == (Path("photo.jpg"),)
+    assert request.media_paths() == (Path("photo.jpg"),)
 
 
 RESOLVED = resolve(Request(prompt=PROMPT), DISTILLED)
 
 
-@pytest.mark.parametrize("request_", [FULL, BY_LEVELS, IN_TWO_PASSES, FROM_VIDEO, Request(prompt=PROMPT), RESOLVED])
-def test_a_request_survives_json(request_: Request) -> None:
+@pytest.mark.parametrize("request_", [FULL, WITH_SIGMAS, TWO_PASSES, FROM_VIDEO, Request(prompt=PROMPT), RESOLVED])
+def test_request_survives_json(request_: Request) -> None:
     text = json.dumps(request_.to_json(), allow_nan=False)
-    made = Request.from_json(json.loads(text))
-    assert made == request_
-    assert hash(made) == hash(request_)
+    reread = Request.from_json(json.loads(text))
+    assert reread == request_
+    assert hash(reread) == hash(request_)
 
 
-def test_every_field_of_requests_passes_guidance_and_conditions_is_in_one_that_goes_through_json() -> None:
-    asked = (FULL, BY_LEVELS, IN_TWO_PASSES, FROM_VIDEO)
-    passes = [request.second_pass or Pass() for request in asked]
-    guidances = [BY_LISTS, IN_TWO_PASSES.second_pass.guidance] if IN_TWO_PASSES.second_pass else []
-    shown = [condition for request in asked for condition in request.conditions]
-    followed = [control for request in asked for control in request.controls]
-    for made, plain in (
-        (asked, Request(prompt="another")),
+def test_requests_of_the_json_test_set_every_field() -> None:
+    requests = (FULL, WITH_SIGMAS, TWO_PASSES, FROM_VIDEO)
+    passes = [request.second_pass or Pass() for request in requests]
+    guidances = [LIST_GUIDANCE, TWO_PASSES.second_pass.guidance] if TWO_PASSES.second_pass else []
+    conditions = [condition for request in requests for condition in request.conditions]
+    controls = [control for request in requests for control in request.controls]
+    for instances, default in (
+        (requests, Request(prompt="another")),
         (passes, Pass()),
         (guidances, Guidance()),
-        (shown, Condition(media="another")),
-        (followed, Control(media="another")),
-        ([IN_WINDOWS], Windows()),
+        (conditions, Condition(media="another")),
+        (controls, Control(media="another")),
+        ([WINDOWS], Windows()),
     ):
-        for field in fields(plain):
-            assert any(getattr(one, field.name) != getattr(plain, field.name) for one in made), field.name
+        for field in fields(default):
+            default_value = getattr(default, field.name)
+            assert any(getattr(instance, field.name) != default_value for instance in instances), field.name
 
 
-def test_json_without_defaults_is_read() -> None:
+def test_json_may_leave_out_fields_with_defaults() -> None:
     assert Request.from_json({"prompt": PROMPT}) == Request(prompt=PROMPT)
 
 
@@ -230,23 +233,23 @@ def test_json_without_defaults_is_read() -> None:
         {"prompt": PROMPT, "size": "wide"},
         {"prompt": PROMPT, "size": [64, 64]},
         {"prompt": PROMPT, "seed": 1.5},
-        {"prompt": PROMPT, "levels": "abc"},
-        {"prompt": PROMPT, "levels": 1},
+        {"prompt": PROMPT, "sigmas": "abc"},
+        {"prompt": PROMPT, "sigmas": 1},
         {"prompt": PROMPT, "conditions": None},
         {"prompt": PROMPT, "conditions": ["photo.jpg"]},
         {"prompt": PROMPT, "conditions": [{"media": "a", "framme": 0}]},
         {"prompt": PROMPT, "conditions": [{"strength": 1.0}]},
         {"prompt": PROMPT, "conditions": [{"media": "a", "strength": 7}]},
-        {"prompt": PROMPT, "conditions": [{"media": "a", "clip": "no"}]},
-        {"prompt": PROMPT, "conditions": [{"media": "a.mp4", "part": "0:9"}]},
-        {"prompt": PROMPT, "guidance": {"scale": 0}},
-        {"prompt": PROMPT, "guidance": {"scael": 3}},
+        {"prompt": PROMPT, "conditions": [{"media": "a", "is_clip": "no"}]},
+        {"prompt": PROMPT, "conditions": [{"media": "a.mp4", "frame_range": "0:9"}]},
+        {"prompt": PROMPT, "guidance": {"cfg_scale": 0}},
+        {"prompt": PROMPT, "guidance": {"cfg_scael": 3}},
         {"prompt": PROMPT, "guidance": "3"},
-        {"prompt": PROMPT, "second": "abc"},
-        {"prompt": PROMPT, "second": ["steps"]},
-        {"prompt": PROMPT, "second": {"stesp": 3}},
-        {"prompt": PROMPT, "second": {"steps": 3, "guidance": 3.0}},
-        {"prompt": PROMPT, "second": {"levels": [0.5], "stochastic": "no"}},
+        {"prompt": PROMPT, "second_pass": "abc"},
+        {"prompt": PROMPT, "second_pass": ["steps"]},
+        {"prompt": PROMPT, "second_pass": {"stesp": 3}},
+        {"prompt": PROMPT, "second_pass": {"steps": 3, "guidance": 3.0}},
+        {"prompt": PROMPT, "second_pass": {"sigmas": [0.5], "stochastic": "no"}},
         {"prompt": PROMPT, "multi_scale": "no"},
         {"prompt": PROMPT, "stochastic": 1},
         {"prompt": PROMPT, "guidance_batch": "false"},
@@ -256,97 +259,99 @@ def test_json_without_defaults_is_read() -> None:
     ],
     ids=str,
 )
-def test_json_that_is_no_request_is_refused(data: Any) -> None:
+def test_json_that_is_not_a_request_is_refused(data: Any) -> None:
     with pytest.raises(RequestError):
         Request.from_json(data)
 
 
-# --- filling in ---------------------------------------------------------------------------------------------------
+# --- resolving ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_left_out_comes_from_the_recipe_and_what_is_said_stays() -> None:
-    made = resolve(Request(prompt=PROMPT), BASE)
-    assert (made.size, made.frames, made.fps) == (BASE.size, BASE.frames, BASE.fps)
-    assert made.first_pass() == replace(BASE.first_pass, stochastic=False, tone_map=0.0)
-    said = replace(FULL, multi_scale=False, downscale_factor=0.5)
-    kept = resolve(said, BASE)
+def test_recipe_fills_only_what_a_request_leaves_out() -> None:
+    resolved = resolve(Request(prompt=PROMPT), BASE)
+    assert (resolved.size, resolved.frames, resolved.fps) == (BASE.size, BASE.frames, BASE.fps)
+    assert resolved.first_pass() == replace(BASE.first_pass, stochastic=False, tone_map=0.0)
+    request = replace(FULL, multi_scale=False, downscale_factor=0.5)
+    resolved = resolve(request, BASE)
     for field in fields(Request):
-        if field.name not in ("guidance", "tone_map") and getattr(said, field.name) is not None:
-            assert getattr(kept, field.name) == getattr(said, field.name), field.name
-    assert kept.first_pass().guidance.cfg_scale == said.first_pass().guidance.cfg_scale
+        if field.name not in ("guidance", "tone_map") and getattr(request, field.name) is not None:
+            assert getattr(resolved, field.name) == getattr(request, field.name), field.name
+    assert resolved.first_pass().guidance.cfg_scale == request.first_pass().guidance.cfg_scale
 
 
-def test_nothing_is_taken_for_left_out() -> None:
-    """0, "" and False are said."""
-    said = {"negative_prompt": "", "stochastic": False, "image_noise": 0.0, "image_crf": 0, "multi_scale": False}
-    said |= {"decode_noise": 0.0, "decode_timestep": 0.0, "tone_map": 0.0}
-    made = resolve(Request(prompt=PROMPT, **said), DISTILLED)  # type: ignore[arg-type]
-    assert {name: getattr(made, name) for name in said} == said
+def test_falsy_values_are_not_replaced_by_defaults() -> None:
+    """0, "" and False count as values."""
+    values = {"negative_prompt": "", "stochastic": False, "image_noise": 0.0, "image_crf": 0, "multi_scale": False}
+    values |= {"decode_noise": 0.0, "decode_timestep": 0.0, "tone_map": 0.0}
+    resolved = resolve(Request(prompt=PROMPT, **values), DISTILLED)  # type: ignore[arg-type]
+    assert {name: getattr(resolved, name) for name in values} == values
 
 
 @pytest.mark.parametrize(
-    ("asked", "recipe", "steps", "levels"),
+    ("fields_of_request", "recipe", "steps", "sigmas"),
     [
         ({}, BASE, 40, None),
         ({}, DISTILLED, None, DISTILLED_SIGMAS[:7]),
         ({"multi_scale": False}, DISTILLED, None, DISTILLED_SIGMAS),
         ({"steps": 5}, BASE, 5, None),
         ({"steps": 5}, DISTILLED, 5, None),
-        ({"levels": (0.9, 0.5)}, BASE, None, (0.9, 0.5)),
-        ({"levels": (0.9, 0.5)}, DISTILLED, None, (0.9, 0.5)),
+        ({"sigmas": (0.9, 0.5)}, BASE, None, (0.9, 0.5)),
+        ({"sigmas": (0.9, 0.5)}, DISTILLED, None, (0.9, 0.5)),
         ({"skip_final": 1}, BASE, 40, None),
         ({"skip_final": 1, "multi_scale": False}, DISTILLED, 8, None),
         ({"skip_initial": 2, "steps": 6}, DISTILLED, 6, None),
     ],
 )
-def test_either_steps_or_levels_are_filled_in(
-    asked: dict[str, Any], recipe: Recipe, steps: int | None, levels: tuple[float, ...] | None
+def test_resolved_request_has_either_steps_or_sigmas(
+    fields_of_request: dict[str, Any], recipe: Recipe, steps: int | None, sigmas: tuple[float, ...] | None
 ) -> None:
-    made = resolve(Request(prompt=PROMPT, **asked), recipe)
-    assert (made.steps, made.sigmas) == (steps, levels)
+    resolved = resolve(Request(prompt=PROMPT, **fields_of_request), recipe)
+    assert (resolved.steps, resolved.sigmas) == (steps, sigmas)
 
 
 @pytest.mark.parametrize("name", RELEASES_BY_NAME)
 def test_resolving_twice_changes_nothing(name: str) -> None:
     recipe = RELEASES_BY_NAME[name].recipe
-    for asked in (Request(prompt=PROMPT), Request(prompt=PROMPT, steps=5), Request(prompt=PROMPT, guidance=2.0)):
-        once = resolve(asked, recipe)
+    for request in (Request(prompt=PROMPT), Request(prompt=PROMPT, steps=5), Request(prompt=PROMPT, guidance=2.0)):
+        once = resolve(request, recipe)
         assert resolve(once, recipe) == once
 
 
-def test_a_number_for_guidance_changes_its_scale_and_leaves_the_rest_to_the_recipe() -> None:
+def test_number_for_guidance_replaces_only_its_cfg_scale() -> None:
     dev = RELEASES_BY_NAME["ltxv-13b-0.9.8-dev"].recipe
     assert dev.second_pass is not None
-    made = resolve(Request(prompt=PROMPT, guidance=5.0), dev)
-    assert made.guidance == replace(dev.first_pass.guidance, cfg_scale=5.0)
-    assert made.second_pass == replace(dev.second_pass, stochastic=False, tone_map=0.0)
+    resolved = resolve(Request(prompt=PROMPT, guidance=5.0), dev)
+    assert resolved.guidance == replace(dev.first_pass.guidance, cfg_scale=5.0)
+    assert resolved.second_pass == replace(dev.second_pass, stochastic=False, tone_map=0.0)
 
 
-def test_a_tone_map_is_for_what_is_decoded() -> None:
-    made = resolve(Request(prompt=PROMPT, tone_map=0.9), DISTILLED)
-    assert made.second_pass is not None
-    assert made.second_pass.tone_map == 0.9
-    own = resolve(Request(prompt=PROMPT, tone_map=0.9, second_pass=Pass(tone_map=0.1)), DISTILLED)
-    assert own.second_pass is not None
-    assert own.second_pass.tone_map == 0.1
+def test_tone_map_belongs_to_the_decoded_pass() -> None:
+    resolved = resolve(Request(prompt=PROMPT, tone_map=0.9), DISTILLED)
+    assert resolved.second_pass is not None
+    assert resolved.second_pass.tone_map == 0.9
+    resolved = resolve(Request(prompt=PROMPT, tone_map=0.9, second_pass=Pass(tone_map=0.1)), DISTILLED)
+    assert resolved.second_pass is not None
+    assert resolved.second_pass.tone_map == 0.1
 
 
 @pytest.mark.parametrize(
-    ("asked", "recipe", "says"),
+    ("fields_of_request", "recipe", "expected"),
     [
-        ({"multi_scale": True}, BASE, "this model's recipe has one only"),
-        ({"second": Pass(steps=4, skip_initial=2), "multi_scale": False}, DISTILLED, "a single pass is asked for"),
-        ({"second": Pass(steps=4)}, DISTILLED, "begins at level 1"),
-        ({"second": Pass(sigmas=(1.0, 0.5))}, DISTILLED, "begins at level 1"),
-        ({"second": Pass(skip_initial=2)}, BASE, "neither steps nor levels"),
+        ({"multi_scale": True}, BASE, "this model's recipe has only one"),
+        ({"second_pass": Pass(steps=4, skip_initial=2), "multi_scale": False}, DISTILLED, "a single pass is requested"),
+        ({"second_pass": Pass(steps=4)}, DISTILLED, "begins at sigma 1"),
+        ({"second_pass": Pass(sigmas=(1.0, 0.5))}, DISTILLED, "begins at sigma 1"),
+        ({"second_pass": Pass(skip_initial=2)}, BASE, "neither steps nor sigmas"),
     ],
 )
-def test_two_passes_that_cannot_be_are_refused(asked: dict[str, Any], recipe: Recipe, says: str) -> None:
-    with pytest.raises(RequestError, match=says):
-        resolve(Request(prompt=PROMPT, **asked), recipe)
+def test_two_passes_that_cannot_work_are_refused(
+    fields_of_request: dict[str, Any], recipe: Recipe, expected: str
+) -> None:
+    with pytest.raises(RequestError, match=expected):
+        resolve(Request(prompt=PROMPT, **fields_of_request), recipe)
 
 
-def test_a_filled_request_is_checked_as_any_other() -> None:
+def test_request_with_defaults_is_checked_again() -> None:
     with pytest.raises(KadrError, match="guidance"):
         Request(prompt=PROMPT).with_defaults({"guidance": 0.0})
     with pytest.raises(RequestError, match="fps"):
