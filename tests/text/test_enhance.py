@@ -145,7 +145,7 @@ def test_pictures_are_sent_each_after_its_place(chat: FakeChat) -> None:
 )
 def test_an_endpoint_that_cannot_see_is_asked_once_more_without_pictures(chat: FakeChat, refusal: Reply) -> None:
     chat.reply = lambda asked: refusal if asked.images else chat_completion(PARAGRAPH)
-    with pytest.warns(KadrWarning, match=rf"cannot see: .* HTTP {refusal.status}"):
+    with pytest.warns(KadrWarning, match=rf"takes no images: .* HTTP {refusal.status}"):
         assert Enhancer(chat.url).enhance(PROMPT, PICTURES) == PARAGRAPH
     seeing, blind = chat.requests
     assert (len(seeing.images), blind.images) == (2, [])
@@ -187,7 +187,7 @@ def test_each_scene_is_asked_for_with_the_others_in_view(chat: FakeChat) -> None
 
 def test_a_blind_endpoint_is_shown_the_pictures_of_one_scene_only(chat: FakeChat) -> None:
     chat.reply = lambda asked: error_reply(400, "no images") if asked.images else chat_completion(PARAGRAPH)
-    with pytest.warns(KadrWarning, match="cannot see") as noted:
+    with pytest.warns(KadrWarning, match="takes no images") as noted:
         Enhancer(chat.url).enhance_scenes(["a fox", "a hare"], PICTURES)
     assert [len(asked.images) for asked in chat.requests] == [2, 0, 0]
     assert len(noted) == 1
@@ -314,21 +314,21 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
     "HTML": (Reply(b"<!doctype html><title>hi</title>"), "answered with HTML, not JSON"),
     "not JSON": (Reply(b"A fox runs."), "answered with something else, not JSON"),
     "not text": (Reply(bytes(range(256))), "not JSON"),
-    "cut JSON": (Reply(chat_completion(PARAGRAPH).body, truncate_at=40), "hung up before its answer was whole."),
+    "cut JSON": (Reply(chat_completion(PARAGRAPH).body, truncate_at=40), "closed the connection before its answer was complete."),
     "one endless word": (
         chat_completion("A fox runs fast " + "y" * 9000),
-        "no description, but with 'A fox runs fast yyy",
+        "not a description: 'A fox runs fast yyy",
     ),
-    "no spaces": (chat_completion("y" * 100_000), "no description"),
+    "no spaces": (chat_completion("y" * 100_000), "not a description"),
     "another script": (
         chat_completion("一只红色的小狐狸从左到右在新雪中小跑，" * 9),
-        "letters that the text encoder does not read",
+        "a script that the text encoder cannot read",
     ),
     "a stream": (Reply(b'data: {"choices": []}\n\n'), "answered with a stream of events"),
     "deep JSON": (Reply(b"[" * 200_000), "JSON"),
     "not HTTP": (Reply(raw_bytes=b"SSH-2.0-OpenSSH_9.6\r\n"), "does not speak HTTP"),
-    "hung up": (Reply(raw_bytes=b""), "hung up"),
-    "a bad chunk": (Reply(raw_bytes=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "hung up"),
+    "hung up": (Reply(raw_bytes=b""), "closed the connection"),
+    "a bad chunk": (Reply(raw_bytes=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "closed the connection"),
     "too much": (Reply(b" " * (MAX_RESPONSE_BYTES + 1)), "more than 1 MB"),
     "a number": (json_reply(5), "without choices"),
     "null": (json_reply(None), "without choices"),
@@ -342,8 +342,8 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
     "null content": (chat_completion(None), "answered with nothing"),
     "empty": (chat_completion(""), "answered with nothing"),
     "space": (chat_completion(" \n\t"), "answered with nothing"),
-    "a number for text": (chat_completion(7), "no text: 7"),
-    "an object for text": (chat_completion({"a": 1}), "no text"),
+    "a number for text": (chat_completion(7), "not text: 7"),
+    "an object for text": (chat_completion({"a": 1}), "not text"),
     "no part of text": (chat_completion([{"type": "image"}]), "answered with nothing"),
     "half a character": (chat_completion("A fox \ud83d runs in the snow."), "half a character"),
     "a refusal": (chat_completion(None, refusal="I can't help with that."), "declined: I can't help with that."),
@@ -351,11 +351,11 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
     "another": (chat_completion("I cannot create content that shows foxes in the snow."), "declined: I cannot"),
     "a filter": (chat_completion("", "content_filter"), "filter"),
     "a cut answer": (chat_completion("A fox runs through the snow and", "length"), "cut its answer off"),
-    "thoughts alone": (chat_completion("<think>The user wants a fox. Let me see.</think>\n"), "thoughts alone"),
-    "thoughts without an end": (chat_completion("<think>The user wants a fox. Let me see."), "thoughts alone"),
-    "the same words": (chat_completion(f'"{PROMPT}"'), "the same words back"),
-    "hardly other words": (chat_completion('A red fox in snow; a sign says: "ЗИМА".'), "the same words back"),
-    "OK": (chat_completion("Sure!"), "no description, but with 'Sure!'"),
+    "reasoning only": (chat_completion("<think>The user wants a fox. Let me see.</think>\n"), "reasoning only"),
+    "thoughts without an end": (chat_completion("<think>The user wants a fox. Let me see."), "reasoning only"),
+    "the same words": (chat_completion(f'"{PROMPT}"'), "returned the same words"),
+    "hardly other words": (chat_completion('A red fox in snow; a sign says: "ЗИМА".'), "returned the same words"),
+    "OK": (chat_completion("Sure!"), "not a description: 'Sure!'"),
     "JSON in text": (
         chat_completion('```json\n{"prompt": "a fox runs in snow"}\n```'),
         "data instead of a description",
@@ -437,7 +437,7 @@ def test_a_long_prompt_may_be_given_back_as_it_is_and_a_short_one_not(chat: Fake
     chat.reply = chat_completion(long)
     assert Enhancer(chat.url).enhance(long) == long
     chat.reply = chat_completion("a red fox runs")
-    with pytest.raises(EnhanceError, match="gave the same words back"):
+    with pytest.raises(EnhanceError, match="returned the same words"):
         Enhancer(chat.url).enhance("A red fox runs.")
 
 

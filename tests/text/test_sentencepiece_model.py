@@ -157,11 +157,11 @@ def test_a_vocabulary_of_another_family_is_refused() -> None:
 @pytest.mark.parametrize(
     "model, said",
     [
-        (lambda: trained(300, model_type="bpe"), "no unigram model"),
-        (lambda: trained(300, treat_whitespace_as_suffix=True), "treats spaces in another way"),
+        (lambda: trained(300, model_type="bpe"), "not a unigram model"),
+        (lambda: trained(300, treat_whitespace_as_suffix=True), "treats spaces differently"),
         (lambda: DEMO.read_bytes()[:-3], "cut short"),
-        (lambda: b"\x0b\x01", "in way 3"),
-        (lambda: b"\x08\x01", "a number stands where text should"),
+        (lambda: b"\x0b\x01", "wire type 3"),
+        (lambda: b"\x08\x01", "a number, where bytes are expected"),
         (lambda: b"\x80" * 20, "cut short"),
     ],
 )

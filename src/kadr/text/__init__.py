@@ -1,1 +1,1 @@
-"""Words on their way to the text encoder: token ids, and what is done to a prompt before."""
+"""Text for the text encoder: prompt enhancement by a chat model, and the tokenizer."""

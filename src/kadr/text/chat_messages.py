@@ -1,4 +1,7 @@
-"""What a chat model is told when it is to enhance a prompt, and how it is asked."""
+"""Builds the chat messages that ask a model to enhance a prompt.
+
+The text decides the answers: change it only after comparing answers.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +47,11 @@ quotation marks around it."""
 
 
 class ChatImage(NamedTuple):
-    """A picture that the video is held to, as an endpoint is shown it.
+    """A conditioning image, as it is sent to an endpoint.
 
     Fields:
-        jpeg: the file.
-        frame_description: where it stands, such as "the first frame of the video".
+        jpeg: bytes of the file.
+        frame_description: of its frame in the video, such as "the first frame of the video".
     """
 
     jpeg: bytes
@@ -63,39 +66,40 @@ def build_messages(
     next_scenes: Sequence[str] = (),
     omit_images: bool,
 ) -> list[dict[str, Any]]:
-    """The messages of a chat in which one scene is to be enhanced.
+    """Returns the messages of a chat that asks for the enhancement of one scene.
 
     Args:
         scene: the user's words.
-        previous_scenes, next_scenes: the scenes beside it, in their order.
-        omit_images: the pictures are there and must not be sent.
+        previous_scenes, next_scenes: the other scenes of the video, in their order.
+        omit_images: do not send the images; the model is told that there are some.
     """
-    seeing = bool(images) and not omit_images
-    about = _WITH_IMAGES if seeing else _WITHOUT_IMAGES if images else ""
-    words = "\n\n".join([*_other_scenes(scene, previous_scenes, next_scenes), f"The request:\n{scene}"])
-    content: Any = [*_image_parts(images), {"type": "text", "text": words}] if seeing else words
-    return [{"role": "system", "content": f"{_TASK}{about}{_ANSWER_FORMAT}"}, {"role": "user", "content": content}]
+    sends_images = bool(images) and not omit_images
+    image_rules = _WITH_IMAGES if sends_images else _WITHOUT_IMAGES if images else ""
+    text = "\n\n".join([*_other_scenes(scene, previous_scenes, next_scenes), f"The request:\n{scene}"])
+    content: Any = [*_image_parts(images), {"type": "text", "text": text}] if sends_images else text
+    system = f"{_TASK}{image_rules}{_ANSWER_FORMAT}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 
 def _other_scenes(scene: str, previous_scenes: Sequence[str], next_scenes: Sequence[str]) -> list[str]:
-    """What is said of the other scenes, where there are some."""
+    """Returns the text about the other scenes; [] for a video of one scene."""
     if not previous_scenes and not next_scenes:
         return []
     scenes = [*previous_scenes, scene, *next_scenes]
-    own = len(previous_scenes) + 1
-    others = [f"Scene {number}: {text}" for number, text in enumerate(scenes, 1) if number != own]
+    scene_number = len(previous_scenes) + 1
+    others = [f"Scene {number}: {text}" for number, text in enumerate(scenes, 1) if number != scene_number]
     task = (
-        f"The video has {len(scenes)} scenes that flow into each other without a cut. Write scene {own} alone. The "
-        "others are given so that people, things, places and light stay the same:"
+        f"The video has {len(scenes)} scenes that flow into each other without a cut. Write scene {scene_number} "
+        "alone. The others are given so that people, things, places and light stay the same:"
     )
     return ["\n".join([task, *others])]
 
 
 def _image_parts(images: Sequence[ChatImage]) -> list[Mapping[str, Any]]:
-    """Each picture, and before it where it stands."""
+    """Returns content parts: for each image its place in the video, then the image."""
     parts: list[Mapping[str, Any]] = []
-    for number, picture in enumerate(images, 1):
-        data = base64.b64encode(picture.jpeg).decode("ascii")
-        parts.append({"type": "text", "text": f"Picture {number} is {picture.frame_description}:"})
+    for number, image in enumerate(images, 1):
+        data = base64.b64encode(image.jpeg).decode("ascii")
+        parts.append({"type": "text", "text": f"Picture {number} is {image.frame_description}:"})
         parts.append({"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}})
     return parts

@@ -1,4 +1,4 @@
-"""The address of a chat endpoint and the key for it: what is a URL, and where a key may go."""
+"""URL and API key of a chat endpoint: which URLs are accepted, and where a key may be sent."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 from kadr.errors import RequestError
 
-KEY_VARIABLE = "KADR_ENHANCE_KEY"  # where the command line finds the key in the environment
+KEY_VARIABLE = "KADR_ENHANCE_KEY"  # the environment variable that the command line reads the key from
 _COMPLETIONS = "/chat/completions"
 _URL_EXAMPLE = "It looks like http://localhost:11434/v1."
 
 
 def parse_endpoint_url(url: Any) -> SplitResult:
-    """The parts of the URL of an endpoint.
+    """Returns the parts of an endpoint's URL.
 
     Raises:
-        RequestError: it is none.
+        RequestError: it is not an http or https URL, or contains a user name.
     """
     if not isinstance(url, str) or not url.isascii() or not url.isprintable() or " " in url:
-        raise RequestError(f"the endpoint is {url!r}, which is no URL. {_URL_EXAMPLE}")
+        raise RequestError(f"the endpoint is {url!r}, which is not a URL. {_URL_EXAMPLE}")
     try:
         parts = urlsplit(url)
         if "@" in parts.netloc:  # not shown: it may hold a password
             raise RequestError(
-                f"the URL of the endpoint names a user. Give a key in {KEY_VARIABLE} instead. {_URL_EXAMPLE}"
+                f"the URL of the endpoint contains a user name. Give a key in {KEY_VARIABLE} instead. {_URL_EXAMPLE}"
             )
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.fragment:
             return parts
     except RequestError:
         raise
-    except ValueError:  # a port or an address that is none
+    except ValueError:  # an invalid port or address
         pass
-    raise RequestError(f"the endpoint is {url!r}, which is no http or https URL. {_URL_EXAMPLE}")
+    raise RequestError(f"the endpoint is {url!r}, which is not an http or https URL. {_URL_EXAMPLE}")
 
 
 def redact_url(url: str) -> str:
-    """The endpoint as messages call it: without what its query may hold."""
+    """Returns the URL for messages: without its query, which may contain secrets."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
 
 
 def completions_url(url: str) -> str:
-    """Where it is asked: with /chat/completions once, however it was written."""
+    """Returns the URL of chat completions: ends in /chat/completions, with or without it in `url`."""
     parts = urlsplit(url)
     path = parts.path.rstrip("/").removesuffix(_COMPLETIONS) + _COMPLETIONS
     return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
 
 
 def check_key(key: Any, url: SplitResult) -> None:
-    """Refuse a key that is none, or that anyone on the way could read. It is in no message.
+    """Refuses a key that is malformed, or that would be sent unencrypted to another machine.
 
     Raises:
-        RequestError: it is such a key.
+        RequestError: it is such a key. The message does not contain it.
     """
     if not isinstance(key, str) or not key or not key.isascii() or not key.isprintable() or " " in key:
         raise RequestError(
-            f"the key of the endpoint ({KEY_VARIABLE}) is empty, or holds what no key does, such as a space."
+            f"the key of the endpoint ({KEY_VARIABLE}) is empty, or contains what no key does, such as a space."
         )
     if url.scheme == "http" and not is_loopback(url.hostname):
         raise RequestError(
@@ -67,7 +67,7 @@ def check_key(key: Any, url: SplitResult) -> None:
 
 
 def is_loopback(host: str | None) -> bool:
-    """Whether a host is this machine."""
+    """Tells if a host is this machine."""
     try:
         return ipaddress.ip_address(host or "").is_loopback
     except ValueError:

@@ -1,8 +1,8 @@
-"""The pieces that SentencePiece cuts text into, out of its own file and back into one.
+"""Reads and writes the pieces of a SentencePiece model file, without protobuf.
 
 The file (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto) is a protocol buffer: a
-row of fields, each a number and a value. A GGUF file has the same pieces as lists; put into a file of SentencePiece's
-they give the ids that it would give.
+sequence of fields, each a number and a value. A GGUF file has the same pieces as lists; written to a SentencePiece file
+they give the same ids.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # kinds of pieces; GGUF has the same numbers
-UNIGRAM = 1  # the only algorithm that T5 uses
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces; GGUF has the same numbers
+UNIGRAM = 1  # the only model type that T5 uses
 
-# Numbers of fields, and of the parts of a piece, of the trainer's settings and of the normalizer's.
+# Field numbers: of the file, of a piece, of the trainer spec, of the normalizer spec.
 _PIECE, _TRAINER_SPEC, _NORMALIZER_SPEC = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3
 _MODEL_TYPE, _TREAT_WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
 _PRECOMPILED_CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5
-_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # how a value is written
+_VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class SentencePieceModel:
     """A unigram model.
 
     Args:
-        pieces, scores, types: of each piece, by id. A space is ▁.
+        pieces, scores, types: text, score and type of each piece, by id. A space is ▁.
         precompiled_charsmap: rules that normalize characters, in SentencePiece's compiled form; empty for none.
-        add_dummy_prefix: text begins with a space.
-        remove_extra_whitespaces: spaces at both ends are dropped, and several are one.
+        add_dummy_prefix: a space is added before the text.
+        remove_extra_whitespaces: spaces at both ends are dropped, and repeated ones merged.
     """
 
     pieces: tuple[str, ...]
@@ -42,29 +42,32 @@ class SentencePieceModel:
 
     def __post_init__(self) -> None:
         if not len(self.pieces) == len(self.scores) == len(self.types):
-            counts = ", ".join(str(len(part)) for part in (self.pieces, self.scores, self.types))
-            raise ValueError(f"texts, scores and kinds of pieces differ in number: {counts}")
+            counts = ", ".join(str(len(values)) for values in (self.pieces, self.scores, self.types))
+            raise ValueError(f"pieces, scores and types differ in number: {counts}")
 
     def trim_fillers(self) -> tuple[SentencePieceModel, dict[str, int]]:
-        """Without what only fills up the vocabulary behind the last piece that text is made of; and, of that, the
-        texts that stand for themselves, with their ids."""
-        end = max((i + 1 for i, kind in enumerate(self.types) if kind not in (UNUSED, USER_DEFINED)), default=0)
+        """Removes the fillers (unused and user-defined pieces) at the end of the vocabulary.
+
+        Returns:
+            The model without them, and the ids of the user-defined ones by their text.
+        """
+        end = max((i + 1 for i, type_ in enumerate(self.types) if type_ not in (UNUSED, USER_DEFINED)), default=0)
         markers = {self.pieces[i]: i for i in range(end, len(self.pieces)) if self.types[i] == USER_DEFINED}
         return replace(self, pieces=self.pieces[:end], scores=self.scores[:end], types=self.types[:end]), markers
 
 
 def serialize_sentencepiece(model: SentencePieceModel) -> bytes:
-    """As a file of SentencePiece's."""
-    made = []
-    for text, score, kind in zip(model.pieces, model.scores, model.types, strict=True):
+    """Returns the bytes of a SentencePiece model file."""
+    fields = []
+    for text, score, type_ in zip(model.pieces, model.scores, model.types, strict=True):
         piece = (
             _length_delimited(_PIECE_TEXT, text.encode())
             + _tag(_PIECE_SCORE, _FIXED32)
             + struct.pack("<f", score)
-            + _varint_field(_PIECE_TYPE, kind)
+            + _varint_field(_PIECE_TYPE, type_)
         )
-        made.append(_length_delimited(_PIECE, piece))
-    made.append(
+        fields.append(_length_delimited(_PIECE, piece))
+    fields.append(
         _length_delimited(
             _TRAINER_SPEC, _varint_field(_MODEL_TYPE, UNIGRAM) + _varint_field(_BYTE_FALLBACK, BYTE in model.types)
         )
@@ -72,19 +75,19 @@ def serialize_sentencepiece(model: SentencePieceModel) -> bytes:
     rules = _varint_field(_ADD_DUMMY_PREFIX, model.add_dummy_prefix) + _varint_field(
         _REMOVE_EXTRA_WHITESPACES, model.remove_extra_whitespaces
     )
-    made.append(
+    fields.append(
         _length_delimited(
             _NORMALIZER_SPEC, _length_delimited(_PRECOMPILED_CHARSMAP, model.precompiled_charsmap) + rules
         )
     )
-    return b"".join(made)
+    return b"".join(fields)
 
 
 def parse_sentencepiece(data: bytes) -> SentencePieceModel:
-    """Out of a file of SentencePiece's.
+    """Reads a SentencePiece model file.
 
     Raises:
-        ValueError: it is none, or works in a way that only SentencePiece's own file can say.
+        ValueError: it is not such a file, or has settings that `SentencePieceModel` cannot express.
     """
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -99,14 +102,14 @@ def parse_sentencepiece(data: bytes) -> SentencePieceModel:
         elif number in (_TRAINER_SPEC, _NORMALIZER_SPEC):
             (trainer if number == _TRAINER_SPEC else normalizer).update(_parse_fields(_require_bytes(value)))
     if trainer.get(_MODEL_TYPE, UNIGRAM) != UNIGRAM:
-        raise ValueError("it is no unigram model")
+        raise ValueError("it is not a unigram model")
     if trainer.get(_TREAT_WHITESPACE_AS_SUFFIX, False) or not normalizer.get(_ESCAPE_WHITESPACES, True):
-        raise ValueError("it treats spaces in another way than T5")
-    texts, scores, kinds = zip(*rows, strict=True) if rows else ((), (), ())
+        raise ValueError("it treats spaces differently from T5")
+    pieces, scores, types = zip(*rows, strict=True) if rows else ((), (), ())
     return SentencePieceModel(
-        texts,
+        pieces,
         scores,
-        kinds,
+        types,
         precompiled_charsmap=_require_bytes(normalizer.get(_PRECOMPILED_CHARSMAP, b"")),
         add_dummy_prefix=bool(normalizer.get(_ADD_DUMMY_PREFIX, True)),
         remove_extra_whitespaces=bool(normalizer.get(_REMOVE_EXTRA_WHITESPACES, True)),
@@ -126,34 +129,34 @@ def _length_delimited(number: int, value: bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
-    made = bytearray()
+    """Encodes a number in seven bits a byte, the lowest first; the eighth bit says that more bytes follow."""
+    encoded = bytearray()
     while value > 127:
-        made.append(value & 127 | 128)
+        encoded.append(value & 127 | 128)
         value >>= 7
-    made.append(value)
-    return bytes(made)
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _parse_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message: number and value. The value of a fixed width is left as its bytes."""
-    place = 0
-    while place < len(data):
-        tag, place = _read_varint(data, place)
+    """Yields the fields of a message: number and value. Values of fixed width stay bytes."""
+    offset = 0
+    while offset < len(data):
+        tag, offset = _read_varint(data, offset)
         if tag & 7 == _VARINT:
-            value, place = _read_varint(data, place)
+            value, offset = _read_varint(data, offset)
             yield tag >> 3, value
             continue
         if tag & 7 == _LENGTH_DELIMITED:
-            size, place = _read_varint(data, place)
+            size, offset = _read_varint(data, offset)
         elif tag & 7 in (_FIXED32, _FIXED64):
             size = 4 if tag & 7 == _FIXED32 else 8
         else:
-            raise ValueError(f"a field is written in way {tag & 7}")
-        if place + size > len(data):
+            raise ValueError(f"a field has the unsupported wire type {tag & 7}")
+        if offset + size > len(data):
             raise ValueError("it is cut short")
-        yield tag >> 3, data[place : place + size]
-        place += size
+        yield tag >> 3, data[offset : offset + size]
+        offset += size
 
 
 def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
@@ -169,5 +172,5 @@ def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
 
 def _require_bytes(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError("a number stands where text should")
+        raise ValueError("a field is a number, where bytes are expected")
     return value
