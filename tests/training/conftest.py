@@ -1,4 +1,4 @@
-"""A tiny model, and a folder of clips to train it on."""
+"""A tiny model, and a folder of clips to train a LoRA of it on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE, FRAMES = Size(64, 32), 9
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model. Nobody writes into it."""
+    """The folder of a model. Tests do not write to it."""
     return write_model(tmp_path_factory.mktemp("model"))
 
 
@@ -29,7 +29,7 @@ def engine(home: Path) -> Engine:
 
 
 def write_clip(path: Path, frames: int = FRAMES, seed: int = 0, caption: str | None = "a red circle") -> Path:
-    """A clip of noise that moves, and its caption."""
+    """Writes a clip of moving noise, and its caption."""
     noise = np.random.default_rng(seed).integers(0, 256, (1, 40, 72, 3), dtype=np.uint8)
     with VideoWriter(path, Size(72, 40), 24) as writer:
         writer.write(np.concatenate([np.roll(noise, 2 * frame, axis=2) for frame in range(frames)]))
@@ -40,16 +40,14 @@ def write_clip(path: Path, frames: int = FRAMES, seed: int = 0, caption: str | N
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three clips and a picture."""
-    made = tmp_path / "clips"
-    made.mkdir()
-    for number in range(3):
-        write_clip(
-            made / f"{number}.mp4", seed=number, caption=f"a red circle moving {('left', 'right', 'up')[number]}"
-        )
-    Image.fromarray(np.random.default_rng(9).integers(0, 256, (40, 72, 3), dtype=np.uint8)).save(made / "still.png")
-    (made / "still.txt").write_text("the blue sea\n", "utf-8")
-    return made
+    """Three clips and an image."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number, direction in enumerate(("left", "right", "up")):
+        write_clip(clips / f"{number}.mp4", seed=number, caption=f"a red circle moving {direction}")
+    Image.fromarray(np.random.default_rng(9).integers(0, 256, (40, 72, 3), dtype=np.uint8)).save(clips / "still.png")
+    (clips / "still.txt").write_text("the blue sea\n", "utf-8")
+    return clips
 
 
 @pytest.fixture(scope="session")

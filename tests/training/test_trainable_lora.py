@@ -1,8 +1,8 @@
-"""Matrices that learn, and gradients through weights that do not."""
+"""Trainable LoRA layers, and gradients through frozen weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kadr.checkpoints.keys import TRANSFORMER_KEYS, map_keys
 from kadr.errors import RequestError
 from kadr.kernels import mode
+from kadr.kernels.hadamard import hadamard_transform
 from kadr.models.lora_layers import attach_loras, set_lora_strengths
 from kadr.models.transformer import TRANSFORMER_2B, Transformer
 from kadr.nn.linear import Linear
@@ -50,151 +51,178 @@ def transformer() -> Transformer:
 def run(module: Transformer, tokens: Tensor | None = None) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(2, GRID.num_tokens, tiny_models.CHANNELS, generator=generator)
-    text = torch.randn(2, 5, tiny_models.TEXT_WIDTH, generator=generator)
+    prompt_embeds = torch.randn(2, 5, tiny_models.TEXT_WIDTH, generator=generator)
     rope = module.compute_rope(token_positions(GRID, fps=24, causal=True)[None])
-    return module(noise if tokens is None else tokens, rope, text, None, torch.tensor([[0.4], [0.9]]))
+    return module(noise if tokens is None else tokens, rope, prompt_embeds, None, torch.tensor([[0.4], [0.9]]))
 
 
 def trained(module: Transformer, targets: str = "attention", rank: int = 3) -> dict:
-    """Layers whose matrices are random by now."""
+    """Adds LoRA layers with random matrices, as after some training."""
     layers = add_lora_layers(module, target_layers(module.config, targets), rank, NoiseStreams(1))
     for layer in layers.values():
         layer.up.data.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
     return layers
 
 
-def relative(made: Tensor, right: Tensor) -> float:
-    return float((made - right).detach().norm() / right.detach().norm())
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
-def noted(kept: list[int], tensor: Tensor) -> Tensor:
-    """A hook that sees what autograd keeps."""
-    kept.append(tensor.numel())
+def record_numel(sizes: list[int], tensor: Tensor) -> Tensor:
+    """Hook for the tensors that autograd saves."""
+    sizes.append(tensor.numel())
     return tensor
 
 
 @pytest.mark.parametrize("targets", TARGET_MODULES)
-def test_what_learns_is_what_was_asked_for_and_begins_without_a_trace(targets: str) -> None:
+def test_target_modules_alone_train_and_the_output_starts_unchanged(targets: str) -> None:
     module = transformer()
     before = run(module)
     layers = add_lora_layers(module, target_layers(module.config, targets), 3, NoiseStreams(1))
     assert len(layers) == {"attention": 16, "attention+feed-forward": 20, "all": 27}[targets]
     assert torch.equal(run(module), before)
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    assert names == {f"{name}.{half}" for name in layers for half in ("down", "up")}
+    assert names == {f"{name}.{matrix}" for name in layers for matrix in ("down", "up")}
 
 
-def test_unknown_targets_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"targets are 'everything'; they must be one of attention, attention\+feed"):
+class RecordingNoise(NoiseStreams):
+    """Noise streams that record the names they are drawn from."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.names: list[str] = []
+
+    def draw(self, name: str, shape: Sequence[int]) -> Tensor:
+        self.names.append(name)
+        return super().draw(name, shape)
+
+
+def test_noise_streams_keep_their_names_whatever_layers_are_called() -> None:
+    """The names decide a LoRA's initial matrices: they outlive every rename of a layer."""
+    attention = [f"{kind}_attention.{name}" for kind in ("self", "text") for name in ("q", "k", "v", "out")]
+    block = [*attention, "feed_forward.up", "feed_forward.down"]
+    outer = [
+        *("patch_in", "patch_out", "level_bends", "level_embedding.first", "level_embedding.second"),
+        *("text_in.up", "text_in.down"),
+    ]
+    module, noise = transformer(), RecordingNoise(1)
+    add_lora_layers(module, target_layers(module.config, "all"), 3, noise)
+    expected = [*outer, *(f"layers.{index}.{name}" for index in range(module.config.num_layers) for name in block)]
+    assert len(noise.names) == len(expected)
+    assert set(noise.names) == {f"lora {name}" for name in expected}
+
+
+def test_unknown_target_modules_are_refused() -> None:
+    with pytest.raises(
+        RequestError, match=r"target_modules is 'everything'; it must be one of attention, attention\+feed"
+    ):
         target_layers(tiny_models.transformer_config(), "everything")
 
 
-def test_a_lora_of_a_2b_model_has_the_size_that_the_official_trainer_gives_it() -> None:
+def test_a_2b_lora_has_the_size_of_the_official_trainers() -> None:
     layers = target_layers(TRANSFORMER_2B, "attention")
     assert len(layers) == 28 * 8
     assert sum(32 * (inputs + outputs) for inputs, outputs in layers.values()) == 28 * 8 * 32 * 4096
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_was_learned_adds_the_same_when_it_is_attached(scheme: str | None) -> None:
+def test_attached_lora_equals_the_trained_layers(scheme: str | None) -> None:
     module, plain = transformer(), transformer()
-    for each in (module, plain):
+    for network in (module, plain):
         if scheme is not None:
-            quantize_blocks(each, scheme, device=CPU)
+            quantize_blocks(network, scheme, device=CPU)
     layers = trained(module, "attention+feed-forward")
     attach_loras(plain, [collect_lora_weights(layers)], torch.float32)
     set_lora_strengths(plain, [1.0], CPU)
-    assert relative(run(module), run(plain)) < 1e-5
+    assert relative_error(run(module), run(plain)) < 1e-5
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradients_pass_through_stored_weights_as_through_the_plain_ones_they_stand_for(scheme: str | None) -> None:
+def test_gradients_through_quantized_weights_equal_dequantized_ones(scheme: str | None) -> None:
     module, plain = transformer(), transformer()
     if scheme is not None:
         quantize_blocks(module, scheme, device=CPU)
         for name, child in module.named_modules():
             if isinstance(child, DequantizingLinear | W8A8Linear):
-                own = plain.get_submodule(name)
-                own.weight.data = child.dequantize_weight(own.weight).clone()
-    made = []
-    for each in (module, plain):
-        layers = trained(each)
-        run(each).square().mean().backward()
-        made.append([layer.down.grad for layer in layers.values()] + [layer.up.grad for layer in layers.values()])
-    bound = 0.1 if scheme == "int8" else 1e-4  # the products themselves are rounded there
-    for ours, right in zip(*made, strict=True):
-        assert relative(ours, right) < bound
+                linear = plain.get_submodule(name)
+                linear.weight.data = child.dequantize_weight(linear.weight).clone()
+    gradients = []
+    for network in (module, plain):
+        layers = trained(network)
+        run(network).square().mean().backward()
+        gradients.append([layer.down.grad for layer in layers.values()] + [layer.up.grad for layer in layers.values()])
+    bound = 0.1 if scheme == "int8" else 1e-4  # int8 rounds the products themselves
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < bound
 
 
 @pytest.mark.parametrize("block", [8, 64])
-def test_a_gradient_is_turned_back_where_the_weight_was_stored_turned(block: int) -> None:
-    from kadr.kernels.hadamard import hadamard_transform
-
+def test_gradient_of_a_rotated_weight_is_rotated_back(block: int) -> None:
     weight, x = torch.randn(6, 64), torch.randn(3, 64, requires_grad=True)
-    turned = ScaledLinear(hadamard_transform(weight, block), None, None, Scratch(), rotation_size=block)
-    again = x.detach().clone().requires_grad_()
-    FrozenLinear(turned)(x).square().sum().backward()
-    nn.functional.linear(again, weight).square().sum().backward()
-    assert relative(x.grad, again.grad) < 1e-5
+    rotated = ScaledLinear(hadamard_transform(weight, block), None, None, Scratch(), rotation_size=block)
+    x_plain = x.detach().clone().requires_grad_()
+    FrozenLinear(rotated)(x).square().sum().backward()
+    nn.functional.linear(x_plain, weight).square().sum().backward()
+    assert relative_error(x.grad, x_plain.grad) < 1e-5
 
 
-def test_unpacked_weights_are_not_kept_for_the_gradient() -> None:
+def test_dequantized_weights_are_not_saved_for_backward() -> None:
     module = transformer()
     quantize_blocks(module, "Q8_0", device=CPU)
     trained(module)
-    kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda t: t):
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor.shape), tensor)[1], lambda t: t):
         run(module)
-    assert kept
-    assert not any(shape in ((256, 64), (64, 256)) for shape in kept)  # of the feed-forward, which does not learn
+    assert saved
+    assert not any(shape in ((256, 64), (64, 256)) for shape in saved)  # of the feed-forward, which is frozen
 
 
-def test_layers_that_are_computed_twice_give_the_same_gradients_and_keep_less() -> None:
-    made, kept = [], []
-    for twice in (False, True):
+def test_gradient_checkpointing_gives_the_same_gradients_and_saves_less() -> None:
+    gradients, saved = [], []
+    for checkpointing in (False, True):
         module = transformer()
         layers = trained(module)
-        if twice:
+        if checkpointing:
             enable_gradient_checkpointing(module.blocks)
-        kept.append([])
-        with torch.autograd.graph.saved_tensors_hooks(partial(noted, kept[-1]), lambda tensor: tensor):
+        saved.append([])
+        with torch.autograd.graph.saved_tensors_hooks(partial(record_numel, saved[-1]), lambda tensor: tensor):
             loss = run(module).square().mean()
         loss.backward()
-        made.append([layer.up.grad for layer in layers.values()])
-    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
-    assert sum(kept[1]) < 0.5 * sum(kept[0])
+        gradients.append([layer.up.grad for layer in layers.values()])
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*gradients, strict=True))
+    assert sum(saved[1]) < 0.5 * sum(saved[0])
 
 
-def test_the_model_itself_is_not_changed() -> None:
+def test_base_weights_do_not_change() -> None:
     module = transformer()
     before = {name: child.weight.clone() for name, child in module.named_modules() if isinstance(child, Linear)}
     layers = trained(module)
-    optimizer = torch.optim.AdamW([half for layer in layers.values() for half in (layer.down, layer.up)])
+    optimizer = torch.optim.AdamW([matrix for layer in layers.values() for matrix in (layer.down, layer.up)])
     run(module).square().mean().backward()
     optimizer.step()
     for name, weight in before.items():
         base = module.get_submodule(name)
-        assert torch.equal(getattr(base, "base", base).weight, weight)
+        assert torch.equal(getattr(base, "base_layer", base).weight, weight)
 
 
-def test_gradients_are_those_of_peft() -> None:
+def test_gradients_equal_those_of_peft() -> None:
     config = tiny_models.transformer_config()
-    module, given = tiny_models.build_random(lambda: Transformer(config), seed=3), Inputs.of(config)
+    module, inputs = tiny_models.build_random(lambda: Transformer(config), seed=3), Inputs.of(config)
     adapter = LoraConfig(
         r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     )
-    theirs = get_peft_model(diffusers_transformer(module), adapter)
-    layers, parameters = trained(module, "attention+feed-forward"), dict(theirs.named_parameters())
-    table = map_keys(TRANSFORMER_KEYS, [f"{name}.weight" for name in layers], is_diffusers=True)
+    peft_model = get_peft_model(diffusers_transformer(module), adapter)
+    layers, parameters = trained(module, "attention+feed-forward"), dict(peft_model.named_parameters())
+    keys = map_keys(TRANSFORMER_KEYS, [f"{name}.weight" for name in layers], is_diffusers=True)
     pairs = []
     for name, layer in layers.items():
-        start = f"base_model.model.{table[f'{name}.weight'].removesuffix('.weight')}"
-        pairs += [(layer.down, parameters[f"{start}.lora_A.default.weight"])]
-        pairs += [(layer.up, parameters[f"{start}.lora_B.default.weight"])]
+        prefix = f"base_model.model.{keys[f'{name}.weight'].removesuffix('.weight')}"
+        pairs += [(layer.down, parameters[f"{prefix}.lora_A.default.weight"])]
+        pairs += [(layer.up, parameters[f"{prefix}.lora_B.default.weight"])]
     with torch.no_grad():
-        for ours, other in pairs:
-            other.copy_(ours)
-    velocity(module, given).square().mean().backward()
-    asked_of_diffusers(theirs, given).square().mean().backward()
-    for ours, other in pairs:
-        assert relative(ours.grad, other.grad) < 1e-4
+        for matrix, peft_matrix in pairs:
+            peft_matrix.copy_(matrix)
+    velocity(module, inputs).square().mean().backward()
+    asked_of_diffusers(peft_model, inputs).square().mean().backward()
+    for matrix, peft_matrix in pairs:
+        assert relative_error(matrix.grad, peft_matrix.grad) < 1e-4

@@ -1,1 +1,1 @@
-"""LoRAs, trained on a person's own clips: a folder of them, encoded once, and the low-rank matrices that learn."""
+"""LoRA training on a user's own clips: a folder of them, encoded once, and the low-rank matrices trained on it."""

@@ -1,4 +1,4 @@
-"""A folder of clips and pictures with captions beside them: looked into, and what cannot be used is named."""
+"""Reads a folder of clips and images with captions beside them, and names every file that cannot be used."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from kadr.request.inputs import CLIP_SUFFIXES
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 REFERENCE_SUFFIX = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4
 CAPTION_SUFFIX = ".txt"
-MAX_LISTED_EXAMPLES = 10  # of what cannot be used
+MAX_LISTED_EXAMPLES = 10  # unusable files that an error or warning names
 
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn from.
+    """A clip or image to train on, with its caption.
 
     Args:
-        media: a clip or a picture.
-        frames: that are learned, the first ones of a clip; 1 of a picture.
-        fps: of the clip; None of a picture.
-        reference: a clip or picture beside it; None where none is learned to be followed.
+        media: the clip or the image.
+        frames: frames to train on, the first ones of a clip; 1 for an image.
+        fps: frame rate of the clip; None for an image.
+        reference: a clip or image that an in-context LoRA learns to follow; None without one.
     """
 
     media: Path
@@ -40,79 +40,86 @@ class Example:
     reference: Path | None = None
 
     def content_hash(self) -> str:
-        """What tells it from another of its name, wherever the folder is: a checksum of caption and files."""
-        files = [
+        """Returns a checksum of the caption and the files, wherever the folder is.
+
+        It tells the example from another of the same name.
+        """
+        digests = [
             compute_digest(path, like="0" * SHA256_HEX_DIGITS)
             for path in (self.media, self.reference)
             if path is not None
         ]
-        return hashlib.sha256(json.dumps([self.caption, files]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.caption, digests]).encode()).hexdigest()[:16]
 
 
 def read_dataset(
     dataset_folder: Path, frames: int, *, references: bool = False, skip_broken: bool = False
 ) -> list[Example]:
-    """The examples of a folder, by their names. Every clip is decoded once.
+    """Reads the examples of a folder, sorted by name. Decodes every clip once, to find damaged ones.
 
     Args:
-        frames: that are learned of a clip, 8k+1. A clip must have as many; a picture is learned as one frame.
-        references: each has a reference beside it, such as walk.reference.mp4 for walk.mp4.
-        skip_broken: leave out what cannot be used, with a warning.
+        frames: frames to train on from each clip, 8k+1. A clip must have that many; an image counts as one frame.
+        references: every example needs a reference beside it, such as walk.reference.mp4 for walk.mp4.
+        skip_broken: skip files that cannot be used, with a warning.
 
     Raises:
-        MediaError: some cannot be used, with their names and why; or there is nothing to learn from.
+        MediaError: some files cannot be used, with their names and the reasons; or the folder has no examples.
     """
     if not dataset_folder.is_dir():
-        raise MediaError(f"there is no folder {dataset_folder}. Give one with clips, and a caption beside each (.txt).")
+        raise MediaError(
+            f"there is no folder {dataset_folder}. Name one that has clips, each with a caption beside it (.txt)."
+        )
     media = [
         path
         for path in sorted(dataset_folder.iterdir())
         if _is_media_file(path) and not path.stem.endswith(REFERENCE_SUFFIX)
     ]
     _warn_of_subfolders(dataset_folder)
-    made, broken = [], []
+    examples, problems = [], []
     for path in media:
         try:
-            made.append(_read_example(path, frames, references=references))
+            examples.append(_read_example(path, frames, references=references))
         except KadrError as error:
-            broken.append(str(error))
-    if broken and not skip_broken:
+            problems.append(str(error))
+    count = f"{len(problems)} of the {len(media)} clips and images of {dataset_folder}"
+    if problems and not skip_broken:
         raise MediaError(
-            f"{len(broken)} of the {len(media)} clips and pictures of {dataset_folder} cannot be used:{_bullet_list(broken)}\n"
-            "Mend or remove them, or leave them out with --skip-broken."
+            f"{count} cannot be used:{_bullet_list(problems)}\nFix or remove them, or skip them with --skip-broken."
         )
-    if broken:
-        told = f"{len(broken)} of the {len(media)} clips and pictures of {dataset_folder} are left out:{_bullet_list(broken)}"
-        warnings.warn(told, KadrWarning, stacklevel=2)
-    if not made:
-        endings = ", ".join((*CLIP_SUFFIXES, *IMAGE_SUFFIXES))
+    if problems:
+        warnings.warn(f"{count} are skipped:{_bullet_list(problems)}", KadrWarning, stacklevel=2)
+    if not examples:
+        suffixes = ", ".join((*CLIP_SUFFIXES, *IMAGE_SUFFIXES))
         raise MediaError(
-            f"{dataset_folder} has nothing to learn from: clips or pictures ({endings}), each with a caption."
+            f"{dataset_folder} has nothing to train on. Put clips or images ({suffixes}) there, each with a caption."
         )
-    return made
+    return examples
 
 
 def _is_media_file(path: Path) -> bool:
-    """Hidden files are none: systems put files of their own beside others, under names that end alike."""
+    """Returns true for clips and images that are not hidden.
+
+    Systems put hidden files of their own beside others, under names that end alike.
+    """
     return path.suffix.lower() in (*CLIP_SUFFIXES, *IMAGE_SUFFIXES) and not path.name.startswith(".")
 
 
 def _warn_of_subfolders(folder: Path) -> None:
-    """Say where clips lie in folders inside of the folder."""
-    inner = [path for path in folder.rglob("*") if path.parent != folder and _is_media_file(path)]
-    if inner:
+    """Warns of clips in subfolders, which are not read."""
+    nested = [path for path in folder.rglob("*") if path.parent != folder and _is_media_file(path)]
+    if nested:
         warnings.warn(
-            f"{len(inner)} clips and pictures in folders inside of {folder}, such as {inner[0].relative_to(folder)}, "
-            "are not read: only those in the folder itself are.",
+            f"{len(nested)} clips and images in subfolders of {folder}, such as {nested[0].relative_to(folder)}, "
+            "are not read: only files in the folder itself are.",
             KadrWarning,
             stacklevel=3,
         )
 
 
-def _bullet_list(broken: Sequence[str]) -> str:
-    """A line for each."""
-    more = [f"and {len(broken) - MAX_LISTED_EXAMPLES} more"] if len(broken) > MAX_LISTED_EXAMPLES else []
-    return "".join(f"\n  {one}" for one in [*broken[:MAX_LISTED_EXAMPLES], *more])
+def _bullet_list(problems: Sequence[str]) -> str:
+    """Formats one line per problem, up to `MAX_LISTED_EXAMPLES` of them."""
+    rest = [f"and {len(problems) - MAX_LISTED_EXAMPLES} more"] if len(problems) > MAX_LISTED_EXAMPLES else []
+    return "".join(f"\n  {line}" for line in [*problems[:MAX_LISTED_EXAMPLES], *rest])
 
 
 def _read_example(path: Path, frames: int, *, references: bool) -> Example:
@@ -126,42 +133,44 @@ def _read_example(path: Path, frames: int, *, references: bool) -> Example:
 
 
 def _read_caption(path: Path) -> str:
-    beside = path.with_suffix(CAPTION_SUFFIX)
+    caption_path = path.with_suffix(CAPTION_SUFFIX)
     try:
-        caption = " ".join(beside.read_text("utf-8-sig").split())
+        caption = " ".join(caption_path.read_text("utf-8-sig").split())
     except FileNotFoundError:
-        raise RequestError(f"{path.name} has no caption: write what it shows into {beside.name}.") from None
+        raise RequestError(f"{path.name} has no caption: describe it in {caption_path.name}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"the caption {beside.name} cannot be read as UTF-8 text: {error}.") from error
+        raise RequestError(f"the caption {caption_path.name} cannot be read as UTF-8 text: {error}.") from error
     if not caption:
-        raise RequestError(f"the caption {beside.name} is empty; write what {path.name} shows.")
+        raise RequestError(f"the caption {caption_path.name} is empty; describe {path.name} in it.")
     return caption
 
 
 def _require_length(path: Path, count: int, frames: int) -> None:
-    """Decode what is learned, so that what is damaged is known before anything is computed."""
+    """Refuses a clip with too few frames. Decodes them, to find damage before anything is computed."""
     if count < frames:
-        raise RequestError(f"{path.name} has {count} frames, and {frames} of each clip are learned (--frames).")
+        raise RequestError(f"{path.name} has {count} frames, and training needs {frames} of each clip (--frames).")
     readable = len(ClipReader.open(path, frames))
     if readable < frames:
-        raise MediaError(f"{path.name} says it has {count} frames, and {readable} can be read.")
+        raise MediaError(f"the header of {path.name} says {count} frames, and only {readable} can be decoded.")
 
 
 def _find_reference(path: Path, frames: int) -> Path:
-    found = [
-        beside
-        for end in (*CLIP_SUFFIXES, *IMAGE_SUFFIXES)
-        if (beside := path.with_suffix(REFERENCE_SUFFIX + end)).is_file()
+    candidates = [
+        candidate
+        for suffix in (*CLIP_SUFFIXES, *IMAGE_SUFFIXES)
+        if (candidate := path.with_suffix(REFERENCE_SUFFIX + suffix)).is_file()
     ]
-    if not found:
+    if not candidates:
         raise RequestError(
             f"{path.name} has no reference: put one beside it as {path.stem}{REFERENCE_SUFFIX}{path.suffix}."
         )
-    reference = found[0]
+    reference = candidates[0]
     if reference.suffix.lower() in IMAGE_SUFFIXES:
         load_image(reference)
         if frames > 1:
-            raise RequestError(f"{reference.name} is a picture, and {path.name} a clip; give a clip of as many frames.")
+            raise RequestError(
+                f"{reference.name} is an image, and {path.name} a clip; the reference must be a clip of as many frames."
+            )
     else:
         _require_length(reference, probe_video(reference)[0], frames)
     return reference

@@ -1,4 +1,4 @@
-"""Examples as the network sees them: encoded once, and kept in a folder that later trainings find again."""
+"""Encodes examples once with the VAE and the text encoder, and caches the results in a folder for later runs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from kadr.training.settings import CANNY, FILES, TrainingSettings
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
 
-CACHE_VERSION = 2  # of what a file holds
+CACHE_VERSION = 3  # version of a cache file's contents
 
 
 @dataclass(frozen=True)
 class CachedExample:
-    """An example on disk.
+    """An encoded example on disk.
 
     Args:
-        file: with "latents" (1, C, f, h, w), normalised, "text" (n, D), and "reference" as the latents where there is
-            one; fp32.
-        fps: that its positions are made with.
-        grid: of the latents.
+        file: a safetensors file, all fp32: "latents" (1, C, f, h, w), normalised; "prompt_embeds" (n, D); and
+            "reference", shaped as the latents, where the example has one.
+        fps: frame rate for the token positions.
+        grid: latent grid of the example.
     """
 
     example: Example
@@ -45,23 +45,23 @@ class CachedExample:
     grid: LatentGrid
 
     def load_tensors(self) -> dict[str, Tensor]:
-        """The tensors.
+        """Loads the tensors of the file.
 
         Raises:
-            CheckpointError: the file went away, or was changed.
+            CheckpointError: the file is missing or damaged.
         """
         try:
             return load_file(self.file)
-        except Exception as error:  # safetensors has one of its own, the system others
+        except Exception as error:  # safetensors raises its own error, the operating system others
             raise CheckpointError(
-                f"{self.file} cannot be read: {error}. Remove it; it is made again when the training goes on."
+                f"{self.file} cannot be read: {error}. Remove it; resuming the training writes it again."
             ) from error
 
 
 def encode_examples(
     engine: Engine, examples: Sequence[Example], settings: TrainingSettings, folder: Path, watch: Watch
 ) -> list[CachedExample]:
-    """The examples through the VAE and the text encoder, those that are not there yet.
+    """Encodes the examples that are not cached yet with the VAE and the text encoder.
 
     Raises:
         MediaError: the folder cannot be written, or a clip cannot be used.
@@ -69,20 +69,21 @@ def encode_examples(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MediaError(f"{folder} cannot be made: {error.strerror or error}. Give another --output.") from error
+        raise MediaError(f"{folder} cannot be created: {error.strerror or error}. Choose another --output.") from error
     files = [folder / f"{_cache_key(engine, example, settings)}.safetensors" for example in examples]
-    absent = [(example, file) for example, file in zip(examples, files, strict=True) if not file.is_file()]
-    if absent:
-        texts = _encode_captions(engine, [example for example, _ in absent], settings, watch)
-        stage = StageProgress("encode", len(absent), watch)
-        for done, ((example, file), text) in enumerate(zip(absent, texts, strict=True), 1):
-            write_tensors(file, {"text": text, **_encode_latents(engine, example, settings)}, dtype=torch.float32)
+    missing = [(example, file) for example, file in zip(examples, files, strict=True) if not file.is_file()]
+    if missing:
+        captions = _encode_captions(engine, [example for example, _ in missing], settings, watch)
+        stage = StageProgress("encode", len(missing), watch)
+        for done, ((example, file), embeds) in enumerate(zip(missing, captions, strict=True), 1):
+            tensors = {"prompt_embeds": embeds, **_encode_latents(engine, example, settings)}
+            write_tensors(file, tensors, dtype=torch.float32)
             stage.report(done)
     return [_cached_example(engine, *pair, settings) for pair in zip(examples, files, strict=True)]
 
 
 def example_request(example: Example, settings: TrainingSettings) -> Request:
-    """What a generation would be asked to make such a clip, with its reference."""
+    """Returns the request that would generate such a clip, with the example's reference as its control."""
     controls: tuple[Control, ...] = ()
     if settings.references == FILES:
         assert example.reference is not None
@@ -107,15 +108,18 @@ def _encode_captions(
     engine: Engine, examples: Sequence[Example], settings: TrainingSettings, watch: Watch
 ) -> list[Tensor]:
     request = example_request(examples[0], settings)
-    return [rows.float() for rows in engine.encode_prompts(request, [one.caption for one in examples], watch=watch)]
+    captions = [example.caption for example in examples]
+    return [embeds.float() for embeds in engine.encode_prompts(request, captions, watch=watch)]
 
 
 def _encode_latents(engine: Engine, example: Example, settings: TrainingSettings) -> dict[str, Tensor]:
-    """The clip goes to the encoder as references do. As a condition it would be blurred, and made smaller without
-    regard to what lies between the pixels: a LoRA would learn that."""
+    """Encodes the clip, and its reference, as controls are encoded.
+
+    As a condition the clip would be blurred, and resized without antialiasing: a LoRA would learn both.
+    """
     request = example_request(example, settings)
-    own = Control(str(example.media), frame_range=_frame_range(example))
-    media = engine.encode_media(replace(request, controls=(own, *request.controls)))
+    clip = Control(str(example.media), frame_range=_frame_range(example))
+    media = engine.encode_media(replace(request, controls=(clip, *request.controls)))
     return dict(zip(("latents", "reference"), media.reference_latents, strict=False))
 
 
@@ -127,19 +131,19 @@ def _cached_example(engine: Engine, example: Example, file: Path, settings: Trai
 
 
 def _cache_key(engine: Engine, example: Example, settings: TrainingSettings) -> str:
-    """A name that changes with all that decides what is encoded."""
-    told = {
+    """Returns a file name that changes with everything that decides the encoded tensors."""
+    inputs = {
         "version": CACHE_VERSION,
         "request": example_request(example, settings).to_json(),
         "files": [_file_stamp(path) for path in (example.media, example.reference) if path is not None],
         "vae": _file_stamp(engine.components.vae_checkpoint.path),
-        "text": _file_stamp(engine.components.text_encoder_folder.tokenizer_root),
+        "text_encoder": _file_stamp(engine.components.text_encoder_folder.tokenizer_root),
         "dtype": str(engine.components.dtype),
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _file_stamp(path: Path) -> tuple[str, int, int]:
-    """What tells a file from another, or from itself after a change."""
-    state = Path(path).stat()
-    return str(Path(path).resolve()), state.st_size, state.st_mtime_ns
+    """Returns path, size and modification time: they tell a file from another, or from itself after a change."""
+    stat = Path(path).stat()
+    return str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns

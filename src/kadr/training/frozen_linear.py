@@ -1,4 +1,4 @@
-"""Weights that do not learn, however they are stored: gradients pass through them to what comes before."""
+"""Frozen quantized layers that pass gradients through to their inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kadr.quant.layers import DequantizingLinear, ScaledLinear, W8A8Linear
 
 
 class FrozenLinear(nn.Module):
-    """A layer whose weight is unpacked once for the product, and once more for its gradient.
+    """A layer that dequantizes its weight once for the product, and once more for the gradient of its input.
 
-    torch would keep every unpacked weight until then, and those are what was saved by storing them in fewer bits. Of
-    products in 8 bits the gradient is that of the unrounded input: rounding has none.
+    Plain autograd would save every dequantized weight for the backward pass: the very memory that quantization saved.
+    The gradient of an 8-bit product is that of the unrounded input: rounding has none.
     """
 
     def __init__(self, base: DequantizingLinear | W8A8Linear) -> None:
@@ -23,17 +23,17 @@ class FrozenLinear(nn.Module):
         self.base_layer = base
 
     def forward(self, x: Tensor) -> Tensor:
-        learning = torch.is_grad_enabled() and x.requires_grad
-        made: Tensor = _FrozenMatmul.apply(x, self.base_layer) if learning else self.base_layer(x)
-        return made
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        output: Tensor = _FrozenMatmul.apply(x, self.base_layer) if needs_gradient else self.base_layer(x)
+        return output
 
 
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, base: nn.Module) -> Tensor:
         context.base = base
-        made: Tensor = base(x)
-        return made
+        output: Tensor = base(x)
+        return output
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -41,14 +41,14 @@ class _FrozenMatmul(torch.autograd.Function):
 
 
 def unrotate_gradient(gradient: Tensor, base: nn.Module) -> Tensor:
-    """The gradient of what came in, where that was turned before the product; see `ScaledLinear`."""
+    """Returns the gradient of a layer's input, where the layer Hadamard-rotates it first; see `ScaledLinear`."""
     if isinstance(base, ScaledLinear) and base.rotation_size is not None:
         return hadamard_transform(gradient, base.rotation_size)
     return gradient
 
 
 def freeze_base(module: nn.Module) -> None:
-    """Have gradients pass through all layers of a module whose weights are stored in fewer bits."""
+    """Freezes all weights of a module, and wraps its quantized layers in `FrozenLinear` so that gradients pass."""
     module.requires_grad_(False)
     for name, child in list(module.named_modules()):
         if isinstance(child, DequantizingLinear | W8A8Linear):

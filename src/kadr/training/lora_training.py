@@ -1,4 +1,4 @@
-"""A training from a folder of clips to a file that every engine of the family reads."""
+"""Trains a LoRA: from a folder of clips to a file that every engine of the family reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kadr.models.transformer import Transformer
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.longvideo.folder_lock import lock_folder
 from kadr.pipeline.progress import StageProgress, Watch, ignore_progress
-from kadr.planning.plan import AS_STORED, CONVERTED
+from kadr.planning.placement import AS_STORED, CONVERTED
 from kadr.quant.convert import quantize_blocks
 from kadr.request.inputs import Control
 from kadr.request.request import Request
@@ -41,23 +41,23 @@ from kadr.training.trainable_lora import (
 )
 from kadr.training.trainer import LoRATrainer
 from kadr.training.training_log import TrainingLog
-from kadr.training.training_state import EXAMPLES, check_state, load_state, save_state
+from kadr.training.training_state import EXAMPLES_KEY, check_state, load_state, save_state
 from kadr.version import __version__
 
-VALIDATION_FPS = 24  # of a clip that is made on the way, as far as its size is checked
+VALIDATION_FPS = 24  # frame rate that the size of validation videos is checked with
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training made.
+    """The outcome of a training.
 
     Args:
-        path: of the LoRA.
-        steps: done, in all.
-        start_step: of these, done by earlier runs.
-        num_examples: it learned from.
-        first_loss, last_loss: the loss over fixed examples and levels, before and after; the first is None where the log of the
-            run that measured it is gone.
+        path: path of the LoRA.
+        steps: optimizer steps done, in all.
+        start_step: steps done by earlier runs.
+        num_examples: number of examples.
+        first_loss, last_loss: the validation loss before and after; the first is None where the log of the run that
+            measured it is gone.
     """
 
     path: Path
@@ -70,15 +70,15 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class LoRATraining:
-    """A training, with all that it needs named.
+    """A training of a LoRA and everything it needs.
 
     Args:
-        engine: of the model that is trained, opened with `quant` for a base in fewer bits; without LoRAs of its own.
-        dataset_folder: of clips and captions.
-        output: the .safetensors to write.
-        validation_prompts: of clips that are made on the way.
-        validate_every: steps after which they are made and the loss is measured.
-        save_every: steps after which the state is saved.
+        engine: engine of the base model, opened with `quant` for a quantized base, and without LoRAs.
+        dataset_folder: folder of clips and captions.
+        output: the .safetensors file to write.
+        validation_prompts: prompts of the validation videos.
+        validate_every: steps between validations, each of which writes videos and measures the validation loss.
+        save_every: steps between saved states.
         skip_broken: see `read_dataset`.
     """
 
@@ -97,30 +97,30 @@ class LoRATraining:
 
     @property
     def work_folder(self) -> Path:
-        """Where the cache, the state, the log and the clips made on the way are."""
+        """Folder of the cache, the state, the log and the validation videos."""
         return self.output.with_suffix(".training")
 
     def run(self, watch: Watch = ignore_progress) -> TrainingResult:
-        """Train, or go on where it ended.
+        """Trains, or resumes where an earlier run ended.
 
         Raises:
             MediaError: a clip or a folder cannot be used.
-            PlanError: it does not fit in memory.
-            RequestError: something cannot be made that is to be made on the way, or another run trains there.
+            PlanError: the training does not fit in memory.
+            RequestError: a validation video cannot be generated, or another run trains in the work folder.
             CheckpointError: the work folder holds another training; or as `Engine.generate`.
             NonFiniteError: the loss is NaN or infinite.
         """
         self._check()
         settings = self.settings
-        found = read_dataset(
+        examples = read_dataset(
             self.dataset_folder, settings.frames, references=settings.references == FILES, skip_broken=self.skip_broken
         )
-        recomputed = needs_gradient_checkpointing(self.engine, settings, found)
+        gradient_checkpointing = needs_gradient_checkpointing(self.engine, settings, examples)
         with lock_folder(self.work_folder):
-            told = self._identity(found)
-            check_state(self._state_path, told, settings.steps)
-            examples = encode_examples(self.engine, found, settings, self.work_folder / "cache", watch)
-            wordless = self._null_text(found, watch)
+            identity = self._identity(examples)
+            check_state(self._state_path, identity, settings.steps)
+            cached_examples = encode_examples(self.engine, examples, settings, self.work_folder / "cache", watch)
+            null_text = self._null_text(examples, watch)
             self.engine.components.module_cache.clear()
             module = self._load_transformer()
             layers = add_lora_layers(
@@ -129,11 +129,11 @@ class LoRATraining:
                 settings.rank,
                 NoiseStreams(settings.seed),
             )
-            if recomputed:
+            if gradient_checkpointing:
                 enable_gradient_checkpointing(module.blocks)
-            components = self.engine.components
-            trainer = LoRATrainer(module, layers, examples, settings, components.dtype, components.device, wordless)
-            return self._train(trainer, told, watch)
+            dtype, device = self.engine.components.dtype, self.engine.components.device
+            trainer = LoRATrainer(module, layers, cached_examples, settings, dtype, device, null_text)
+            return self._train(trainer, identity, watch)
 
     @property
     def _state_path(self) -> Path:
@@ -142,7 +142,7 @@ class LoRATraining:
     def _check(self) -> None:
         if self.engine.components.loras:
             raise RequestError(
-                "the model is opened with LoRAs, and a new one would be learned on top. Open it without."
+                "the model was opened with LoRAs, and the new one would be trained on top. Open it without LoRAs."
             )
         if self.output.suffix != ".safetensors":
             raise MediaError(f"{self.output} does not end in .safetensors. Name it {self.output.stem}.safetensors.")
@@ -150,15 +150,14 @@ class LoRATraining:
             raise MediaError(f"the folder {self.output.parent} does not exist or cannot be written. Choose another.")
         if self.output.exists() and not self._state_path.is_file():
             raise MediaError(
-                f"{self.output} is there, and is not of a training that goes on. Name another --output, or move it "
-                "away."
+                f"{self.output} already exists, and no training that can be resumed has written it. Choose another "
+                "--output, or move the file away."
             )
         for number, prompt in enumerate(self.validation_prompts, 1):
             self.engine.resolve(self._validation_request(prompt, number, self.settings.frames, None))
         if self.validation_prompts:
-            VideoWriter(
-                self.output.with_suffix(".mp4"), self.settings.size, VALIDATION_FPS
-            )  # refuses what it could not write
+            # Refuses sizes that it cannot write.
+            VideoWriter(self.output.with_suffix(".mp4"), self.settings.size, VALIDATION_FPS)
 
     def _null_text(self, examples: Sequence[Example], watch: Watch) -> Tensor | None:
         if not self.settings.caption_dropout_p:
@@ -167,15 +166,15 @@ class LoRATraining:
         return self.engine.encode_prompts(request, [""], watch=watch)[0].float()
 
     def _load_transformer(self) -> Transformer:
-        """The transformer on its device, its weights held as asked for, not in the order of any kernel."""
-        components, hold = self.engine.components, base_weight_format(self.engine)
-        module = components.load_transformer(0, components.dtype, keep_storage_dtype=hold == AS_STORED)
-        if hold not in (AS_STORED, CONVERTED):
-            quantize_blocks(module, hold, device=components.device, release=release_pages)
+        """Loads the transformer on its device in the requested weight format, not prepacked for any kernel."""
+        components, weight_format = self.engine.components, base_weight_format(self.engine)
+        module = components.load_transformer(0, components.dtype, keep_storage_dtype=weight_format == AS_STORED)
+        if weight_format not in (AS_STORED, CONVERTED):
+            quantize_blocks(module, weight_format, device=components.device, release=release_pages)
         return module.to(components.device)
 
     def _identity(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """What a training goes on with, and no other."""
+        """Returns what must be the same for a training to resume."""
         components = self.engine.components
         return {
             **self.settings.to_json(),
@@ -184,42 +183,42 @@ class LoRATraining:
             "text_encoder": str(Path(components.text_encoder_folder.tokenizer_root).absolute()),
             "quant": components.quant,
             "dtype": str(components.dtype).removeprefix("torch."),
-            EXAMPLES: {example.media.name: example.content_hash() for example in examples},
+            EXAMPLES_KEY: {example.media.name: example.content_hash() for example in examples},
         }
 
     def _train(self, trainer: LoRATrainer, identity: Mapping[str, Any], watch: Watch) -> TrainingResult:
         settings = self.settings
         start = trainer.steps_done = load_state(self._state_path, trainer.lora_layers, trainer.optimizer)
         log = TrainingLog(self.work_folder / "log.csv", start)
-        first = trainer.validation_loss() if start == 0 else log.first_validation_loss
+        first_loss = trainer.validation_loss() if start == 0 else log.first_validation_loss
         stage, began = StageProgress("train", settings.steps, watch, start), time.monotonic()
         if start == 0:
-            log.add(0, held=first)
-        last = None
+            log.add(0, validation_loss=first_loss)
+        last_loss = None
         with self._save_on_error(trainer, identity):
             for done in range(start + 1, settings.steps + 1):
                 loss = trainer.step(done - 1)
                 _require_finite(loss, done, self.work_folder)
-                ended, due = done == settings.steps, done % self.validate_every == 0
-                if ended or done % self.save_every == 0:
+                is_last, validates = done == settings.steps, done % self.validate_every == 0
+                if is_last or done % self.save_every == 0:
                     save_state(self._state_path, done, trainer.lora_layers, trainer.optimizer, identity)
-                last = trainer.validation_loss() if ended or due else None
-                log.add(done, loss=loss, held=last, seconds=time.monotonic() - began)
+                last_loss = trainer.validation_loss() if is_last or validates else None
+                log.add(done, loss=loss, validation_loss=last_loss, seconds=time.monotonic() - began)
                 stage.report(done - start)
-                if due or ended:
+                if validates or is_last:
                     self._export(trainer, done, self._snapshot_path(done))
-                if due and not ended:
+                if validates and not is_last:
                     self._write_validation_videos(trainer, done)
-        last = trainer.validation_loss() if last is None else last
+        last_loss = trainer.validation_loss() if last_loss is None else last_loss
         self._export(trainer, settings.steps, self.output)
         if start < settings.steps:
             self._write_validation_videos(trainer, settings.steps)
-        _warn_if_loss_rose(first, last)
-        return TrainingResult(self.output, settings.steps, start, len(trainer.examples), first, last)
+        _warn_if_loss_rose(first_loss, last_loss)
+        return TrainingResult(self.output, settings.steps, start, len(trainer.examples), first_loss, last_loss)
 
     @contextmanager
     def _save_on_error(self, trainer: LoRATrainer, identity: Mapping[str, Any]) -> Iterator[None]:
-        """Whatever ends the block, Ctrl-C among it, the steps that are done are not lost."""
+        """Saves the steps that are done when anything ends the block early, Ctrl-C included."""
         start = trainer.steps_done
         try:
             yield
@@ -240,11 +239,11 @@ class LoRATraining:
         write_lora(path, collect_lora_weights(trainer.lora_layers), dtype=torch.bfloat16, metadata=metadata)
 
     def _snapshot_path(self, step: int) -> Path:
-        """The LoRA as it was at a step."""
+        """Returns the path of the LoRA as of a step."""
         return self.work_folder / f"step-{step:06d}.safetensors"
 
     def _validation_request(self, prompt: str, seed: int, frames: int, example: Example | None) -> Request:
-        """A clip that is made on the way; of an in-context LoRA, led by an example's reference."""
+        """Returns the request for a validation video; for an in-context LoRA, it follows an example's reference."""
         controls: tuple[Control, ...] = ()
         fps = None
         if example is not None:
@@ -261,7 +260,7 @@ class LoRATraining:
         )
 
     def _write_validation_videos(self, trainer: LoRATrainer, step: int) -> None:
-        """Make a clip of each prompt with what is learned by now."""
+        """Writes a video of each validation prompt with the LoRA as of now."""
         for number, prompt in enumerate(self.validation_prompts, 1):
             example = trainer.examples[(number - 1) % len(trainer.examples)].example
             request = self._validation_request(prompt, number, example.frames, example)
@@ -272,7 +271,7 @@ class LoRATraining:
 def _warn_if_loss_rose(first_loss: float | None, last_loss: float) -> None:
     if first_loss is not None and last_loss > first_loss:
         warnings.warn(
-            f"the loss over fixed clips and levels went up, from {first_loss:.4f} to {last_loss:.4f}: nothing was learned. Try a "
+            f"the validation loss rose from {first_loss:.4f} to {last_loss:.4f}: the LoRA has learned nothing. Try a "
             "lower --learning-rate and another --output.",
             KadrWarning,
             stacklevel=3,
@@ -282,7 +281,7 @@ def _warn_if_loss_rose(first_loss: float | None, last_loss: float) -> None:
 def _require_finite(loss: float, step: int, work_folder: Path) -> None:
     if not math.isfinite(loss):
         raise NonFiniteError(
-            f"the loss is {loss} at step {step}. The last state that was saved is kept in {work_folder}; go on with a lower "
+            f"the loss is {loss} at step {step}. {work_folder} keeps the last saved state. Train again with a lower "
             "--learning-rate and another --output.",
             stage="train",
         )

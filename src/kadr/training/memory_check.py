@@ -1,4 +1,4 @@
-"""Whether a training has room: what it takes at its largest example, against what is free."""
+"""Checks that a training fits: the memory of its largest example against the memory that is free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kadr.errors import PlanError
 from kadr.memory.device import free_bytes
 from kadr.pipeline.engine import Engine
-from kadr.planning.plan import AS_STORED, CONVERTED
+from kadr.planning.placement import AS_STORED, CONVERTED
 from kadr.planning.training import TrainingBytes, training_bytes
 from kadr.planning.weight_bytes import weight_bytes
 from kadr.quant.weight_formats import AUTO_QUANT, NONE
@@ -17,11 +17,11 @@ from kadr.training.dataset import Example
 from kadr.training.settings import TrainingSettings
 from kadr.training.trainable_lora import target_layers
 
-CHECKPOINTING_THRESHOLD = 0.7  # of the memory that is free, up to which nothing is computed twice
+CHECKPOINTING_THRESHOLD = 0.7  # share of the free memory above which gradient checkpointing is used
 
 
 def base_weight_format(engine: Engine) -> str:
-    """How the transformer's weights are held while it learns; see `planning.plan.Choice`."""
+    """Returns the weight format of the transformer while its LoRA trains; see `planning.placement.Placement`."""
     components = engine.components
     if is_quantized(components.transformer_checkpoints[0].sources["transformer"]):
         return AS_STORED
@@ -31,7 +31,7 @@ def base_weight_format(engine: Engine) -> str:
 def required_bytes(
     engine: Engine, settings: TrainingSettings, examples: Sequence[Example], *, gradient_checkpointing: bool
 ) -> TrainingBytes:
-    """What a training takes. recomputed: see `training_bytes`."""
+    """Returns the memory that a training takes. Args: gradient_checkpointing: see `training_bytes`."""
     components, config = engine.components, engine.components.transformer_config_of(0)
     weights = weight_bytes(
         components.transformer_checkpoints[0].sources["transformer"], components.dtype, base_weight_format(engine)
@@ -50,10 +50,10 @@ def required_bytes(
 
 
 def needs_gradient_checkpointing(engine: Engine, settings: TrainingSettings, examples: Sequence[Example]) -> bool:
-    """Whether layers are computed twice, because what they keep would not fit.
+    """Returns true where the activations of all blocks would not fit at once.
 
     Raises:
-        PlanError: it does not fit then either.
+        PlanError: the training does not fit with gradient checkpointing either.
     """
     device = engine.components.device
     free = free_bytes(device)
@@ -63,10 +63,10 @@ def needs_gradient_checkpointing(engine: Engine, settings: TrainingSettings, exa
     if needed.total > free:
         batch = "a smaller --batch-size, " if settings.batch_size > 1 else ""
         raise PlanError(
-            f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} of weights, "
-            f"{needed.trainable / 1e9:.1f} of what learns, {needed.activations / 1e9:.1f} at work), and {free / 1e9:.1f} "
-            f"are free on {device}. Take {batch}a smaller --size or fewer --frames, or hold the weights in 8 bits with "
-            "--quant int8.",
+            f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} GB of weights, "
+            f"{needed.trainable / 1e9:.1f} GB of LoRA matrices, gradients and optimizer state, "
+            f"{needed.activations / 1e9:.1f} GB of activations), and {free / 1e9:.1f} GB are free on {device}. "
+            f"Use {batch}a smaller --size or fewer --frames, or quantize the base weights to 8 bits with --quant int8.",
             shortfall=needed.total - free,
         )
     return True

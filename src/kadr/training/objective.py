@@ -1,7 +1,7 @@
-"""What a rectified flow learns: x_t = (1 - t) x + t n, and the network says n - x.
+"""The rectified-flow objective: x_t = (1 - t) x + t n, and the network predicts n - x.
 
-Levels are drawn as the official trainer draws them (ShiftedLogitNormalTimestepSampler of LTX-Video-Trainer), evenly, or
-spread so that a batch has one of each part of the range.
+Training sigmas are drawn as the official trainer draws them (ShiftedLogitNormalTimestepSampler of LTX-Video-Trainer),
+uniformly, or stratified, so that a batch has one of each part of the range.
 """
 
 from __future__ import annotations
@@ -11,53 +11,56 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MIN_TOKENS_SHIFT, MAX_TOKENS_SHIFT = (
-    (1024, 0.95),
-    (4096, 2.05),
-)  # tokens, and the mean of the normal that levels are the sigmoid of
-LOGIT_NORMAL = (1.2, 1.3)  # mean and deviation of the normal, where levels are spread
-QUANTILE_EPSILON = 1e-4  # of the range between 0 and 1, that an inverse of the normal does not reach
+# Tokens, and the mean of the normal distribution whose sigmoid the sigmas are.
+MIN_TOKENS_SHIFT, MAX_TOKENS_SHIFT = (1024, 0.95), (4096, 2.05)
+LOGIT_NORMAL = (1.2, 1.3)  # mean and standard deviation of the normal distribution behind stratified sigmas
+QUANTILE_EPSILON = 1e-4  # distance from 0 and 1 at which quantiles are clamped: the normal's are infinite there
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """What lies between: tokens or latents, with as much noise as a level says that is spread over them."""
+    """Returns (1 - sigma) clean + sigma noise, for tokens or latents. sigma: of any shape that broadcasts."""
     return (1 - sigma) * clean + sigma * noise
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """What the network is to say, at any level."""
+    """Returns the velocity that the network must predict, the same at every sigma."""
     return noise - clean
 
 
 def masked_mse(predicted: Tensor, target: Tensor, loss_mask: Tensor) -> Tensor:
-    """The loss: the mean square of what a velocity (B, N, C) is off.
+    """Returns the loss: the mean squared error of a velocity (B, N, C).
 
     Args:
-        loss_mask: (N), true for the tokens that count. Those that were given tell nothing.
+        loss_mask: (N), true for the tokens that count. Clean condition tokens carry no information.
     """
     return (predicted.float() - target).square()[:, loss_mask].mean()
 
 
 def shifted_logit_normal(normal: Tensor, tokens: int) -> Tensor:
-    """Levels from standard normal numbers: the more tokens a video has, the nearer to 1.
+    """Maps standard normal numbers to sigmas: the more tokens a video has, the nearer to 1.
 
-    More tokens show the same picture, so it takes more noise to hide as much of it.
+    More tokens show the same scene, so it takes more noise to hide as much of it.
     """
     (few, low), (many, high) = MIN_TOKENS_SHIFT, MAX_TOKENS_SHIFT
     return torch.sigmoid(normal + low + (tokens - few) * (high - low) / (many - few))
 
 
 def uniform(normal: Tensor, tokens: int) -> Tensor:
-    """Levels from standard normal numbers: none is likelier than another."""
+    """Maps standard normal numbers to sigmas that are uniform between 0 and 1."""
     return torch.special.ndtr(normal)
 
 
-SIGMA_DISTRIBUTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"shifted": shifted_logit_normal, "uniform": uniform}
+SIGMA_DISTRIBUTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "shifted-logit-normal": shifted_logit_normal,
+    "uniform": uniform,
+}
 
 
 def stratified_sigmas(count: int) -> Tensor:
-    """(count) levels, drawn from torch's generator: half even, half leaning towards noise, where layout and motion are
-    decided; one in each of `count` parts of the range."""
+    """Draws (count) sigmas from torch's global generator, one in each of `count` parts of the range.
+
+    Half are uniform; half lean towards noise, where layout and motion are decided.
+    """
     mean, deviation = LOGIT_NORMAL
     even = (torch.randperm(count) + torch.rand(count)) / count
     leaning = torch.sigmoid(mean + deviation * torch.special.ndtri(even.clamp(QUANTILE_EPSILON, 1 - QUANTILE_EPSILON)))

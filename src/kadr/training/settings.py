@@ -1,4 +1,4 @@
-"""What one training is: numbers with their limits, checked at birth."""
+"""Settings of one training, with their limits, checked on construction."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ _TRAINING_LIMITS: tuple[tuple[str, float, float], ...] = (
     ("first_frame_conditioning_p", 0.0, 1.0),
     ("caption_dropout_p", 0.0, 1.0),
 )
-CHANGEABLE_ON_RESUME = ("steps",)  # what may be changed when a training goes on
+CHANGEABLE_ON_RESUME = ("steps",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """One training.
+    """Settings of one training.
 
     Args:
-        size: that clips are cropped and resized to; made at the next multiples of 32 up, as videos are.
-        frames: of each clip, 8k+1.
-        rank: of the matrices; alpha is the same, so that a strength of 1 is as trained.
-        target_modules: which layers; see `low_rank.TARGETS`.
-        steps: updates of the matrices.
+        size: size that clips are cropped and resized to, rounded up to multiples of 32 as a video's is.
+        frames: frames of each clip, 8k+1.
+        rank: rank of the LoRA; alpha is the same, so that a strength of 1 is as trained.
+        target_modules: the layers to adapt; see `trainable_lora.TARGET_MODULES`.
+        steps: optimizer steps.
         batch_size: examples of a step.
-        learning_rate: of AdamW, constant after `warmup_steps` steps: so a training may be made longer when it has ended.
-        sigma_sampling: how noise levels are drawn; see `objective.DISTRIBUTIONS`.
-        first_frame_conditioning_p: share of steps in which the first latent frame is given clean and not learned.
-        caption_dropout_p: share of steps that are learned without their captions.
-        references: "off"; "files", a reference beside each clip, given clean behind its tokens; or "canny", where it is
-            the clip's own edges.
-        seed: of everything that is drawn.
+        learning_rate: learning rate of AdamW, constant after `warmup_steps` steps: so a finished training can be
+            extended.
+        sigma_sampling: distribution of the training sigmas; see `objective.SIGMA_DISTRIBUTIONS`.
+        first_frame_conditioning_p: share of steps in which the first latent frame is clean and not part of the loss.
+        caption_dropout_p: share of captions replaced by an empty one.
+        references: "off"; "files": a reference beside each clip, whose clean tokens follow the clip's own; or "canny":
+            the clip's own edges as its reference.
+        seed: seed of everything random.
     """
 
     size: Size
@@ -54,7 +55,7 @@ class TrainingSettings:
     batch_size: int = 1
     learning_rate: float = 2e-4
     warmup_steps: int = 10
-    sigma_sampling: str = "shifted"
+    sigma_sampling: str = "shifted-logit-normal"
     first_frame_conditioning_p: float = 0.1
     caption_dropout_p: float = 0.0
     references: str = OFF
@@ -72,13 +73,13 @@ class TrainingSettings:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
         if snap_frames(self.frames) != self.frames:
             below = max(1, snap_frames(self.frames) - 8)
-            raise RequestError(f"frames is {self.frames}; clips are learned in 8k+1, such as {below}.")
+            raise RequestError(f"frames is {self.frames}; training takes 8k+1 frames of a clip, such as {below}.")
 
     @property
     def is_in_context(self) -> bool:
-        """Whether a reference is learned to be followed."""
+        """True for an in-context LoRA, which learns to follow a reference."""
         return self.references != OFF
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Returns the settings as plain data."""
         return {**asdict(self), "size": str(self.size)}

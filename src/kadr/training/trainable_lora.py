@@ -1,4 +1,4 @@
-"""The matrices that learn, beside the layers of a finished transformer."""
+"""Trainable LoRA matrices beside the layers of a frozen transformer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from kadr.nn.linear import Linear
 from kadr.sampling.noise import NoiseStreams
 from kadr.training.frozen_linear import freeze_base
 
-ATTENTION_LAYERS = tuple(f".{kind}_attention.{part}" for kind in ("self", "cross") for part in ("q", "k", "v", "out"))
+ATTENTION_LAYERS = tuple(f".{kind}_attention.{name}" for kind in ("self", "cross") for name in ("q", "k", "v", "out"))
 FEED_FORWARD_LAYERS = (".feed_forward.up", ".feed_forward.down")
-# What a LoRA may change: the ends of layers' names. The official trainer's default is the first.
+# The layers that a LoRA may adapt, by the ends of their names. The official trainer's default is the first.
 TARGET_MODULES: Mapping[str, tuple[str, ...]] = {
     "attention": ATTENTION_LAYERS,
     "attention+feed-forward": (*ATTENTION_LAYERS, *FEED_FORWARD_LAYERS),
     "all": ("",),
 }
-
-
-# A LoRA begins with the noise of streams that are named after its layers. The names decide bits, so they are these
-# whatever the layers are called now.
+# The noise streams that initialize a LoRA are named after layers. The names decide bits, so they stay as they are
+# when a layer is renamed: layer name now -> name in the stream.
 _STREAM_NAMES = {
     "proj_in": "patch_in",
     "proj_out": "patch_out",
@@ -43,11 +41,11 @@ _STREAM_NAMES = {
 
 
 class TrainableLoRALinear(nn.Module):
-    """y = base(x) + B A x, with A and B in fp32. B begins at 0, so at first nothing is added.
+    """y = base(x) + B A x, with A and B in fp32. B starts at 0, so the output starts unchanged.
 
     Args:
-        down: A, (rank, inputs), as it begins.
-        outputs: of the layer.
+        down: the initial A, (rank, inputs).
+        outputs: output features of the layer.
     """
 
     def __init__(self, base: nn.Module, down: Tensor, outputs: int) -> None:
@@ -57,18 +55,18 @@ class TrainableLoRALinear(nn.Module):
         self.up = nn.Parameter(down.new_zeros(outputs, len(down)))
 
     def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return self.base_layer(x) + added
+        delta: Tensor = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return self.base_layer(x) + delta
 
 
 def target_layers(config: TransformerConfig, target_modules: str) -> dict[str, tuple[int, int]]:
-    """The layers that a LoRA changes, with what they take and give.
+    """Returns the layers that a LoRA adapts, with their input and output features.
 
     Raises:
-        RequestError: there is no such choice.
+        RequestError: `target_modules` is not a key of `TARGET_MODULES`.
     """
     if target_modules not in TARGET_MODULES:
-        raise RequestError(f"targets are {target_modules!r}; they must be one of {', '.join(TARGET_MODULES)}.")
+        raise RequestError(f"target_modules is {target_modules!r}; it must be one of {', '.join(TARGET_MODULES)}.")
     with torch.device("meta"):
         module = Transformer(config)
     return {
@@ -81,37 +79,39 @@ def target_layers(config: TransformerConfig, target_modules: str) -> dict[str, t
 def add_lora_layers(
     transformer: Transformer, layer_sizes: Mapping[str, tuple[int, int]], rank: int, noise_streams: NoiseStreams
 ) -> dict[str, TrainableLoRALinear]:
-    """Put matrices that learn beside some layers of a transformer, and let nothing else of it learn.
+    """Wraps layers of a transformer in `TrainableLoRALinear`, and freezes everything else.
 
     Args:
-        layer_sizes: as `target_layers` gives them.
-        noise_streams: A begins with noise of the streams "lora NAME", with a standard deviation of 1 / sqrt(3 inputs):
-            that of Kaiming's uniform initialisation, which PEFT takes.
+        layer_sizes: as `target_layers` returns them.
+        noise_streams: A starts as noise of the streams "lora NAME", with a standard deviation of 1 / sqrt(3 inputs):
+            that of the Kaiming-uniform initialization in PEFT.
     """
     freeze_base(transformer)
-    made = {}
+    lora_layers = {}
     for name, (inputs, outputs) in layer_sizes.items():
         base = transformer.get_submodule(name)
-        place = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+        device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
         down = noise_streams.draw(f"lora {_stream_name(name)}", (rank, inputs)) * (3 * inputs) ** -0.5
-        made[name] = TrainableLoRALinear(base, down.to(place), outputs)
+        lora_layers[name] = TrainableLoRALinear(base, down.to(device), outputs)
         parent, _, leaf = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), leaf, made[name])
-    return made
+        setattr(transformer.get_submodule(parent), leaf, lora_layers[name])
+    return lora_layers
 
 
 def _stream_name(layer: str) -> str:
-    return ".".join(_STREAM_NAMES.get(part, part) for part in layer.split("."))
+    return ".".join(_STREAM_NAMES.get(component, component) for component in layer.split("."))
 
 
 def collect_lora_weights(lora_layers: Mapping[str, TrainableLoRALinear]) -> dict[str, LoraWeights]:
-    """What they add by now."""
+    """Returns the current matrices, detached from the graph."""
     return {name: LoraWeights(layer.down.detach(), layer.up.detach()) for name, layer in lora_layers.items()}
 
 
 def enable_gradient_checkpointing(blocks: Iterable[nn.Module]) -> None:
-    """Keep only what each block was given, and compute the rest of it again when gradients pass: half as much time
-    again, for a small part of the memory."""
+    """Saves only each block's inputs for the backward pass, and recomputes the rest there.
+
+    It takes half as much time again, for a small part of the memory.
+    """
     for block in blocks:
         compute: Callable[..., Tensor] = block.compute  # type: ignore[assignment]
-        block.compiled = partial(checkpoint, compute, use_reentrant=False)  # type: ignore[assignment]
+        block.compute_override = partial(checkpoint, compute, use_reentrant=False)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A line of log.csv for each step, as spreadsheets read it."""
+"""log.csv: a row for each step, for spreadsheets."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from kadr.checkpoints.save import atomic_path
 from kadr.errors import CheckpointError, MediaError
 
-LOG_COLUMNS = ("step", "loss", "held", "seconds")
+LOG_COLUMNS = ("step", "loss", "validation_loss", "seconds")
 
 
 class TrainingLog:
-    """The lines of one training. Those of steps that will be done again are dropped, and those that cannot be read.
+    """The log of one training. Rows of steps that will be done again are dropped, and rows that cannot be read.
 
     Args:
-        start_step: steps that are done.
+        start_step: steps already done.
 
     Raises:
         MediaError: the file cannot be read or written.
@@ -33,19 +33,20 @@ class TrainingLog:
                 writer.writeheader()
                 writer.writerows(self.rows)
         except (OSError, csv.Error, CheckpointError) as error:
-            told = getattr(error, "strerror", None) or error
-            raise MediaError(f"{path} cannot be used as the log: {told}. Move it away.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise MediaError(f"{path} cannot be used as the log: {reason}. Move it away.") from error
 
     @property
     def first_validation_loss(self) -> float | None:
-        """The first loss that was measured; None where it is not there any more."""
-        return next((loss for row in self.rows if (loss := _parse_finite(row.get("held"))) is not None), None)
+        """The first validation loss in the log; None where it is missing."""
+        losses = (_parse_finite(row.get("validation_loss")) for row in self.rows)
+        return next((loss for loss in losses if loss is not None), None)
 
     def add(self, step: int, **values: float | None) -> None:
-        """A line."""
-        told = {name: "" if values.get(name) is None else f"{values[name]:.6g}" for name in LOG_COLUMNS[1:]}
+        """Appends a row. Columns without a value stay empty."""
+        cells = {name: "" if values.get(name) is None else f"{values[name]:.6g}" for name in LOG_COLUMNS[1:]}
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, LOG_COLUMNS).writerow({"step": step, **told})
+            csv.DictWriter(file, LOG_COLUMNS).writerow({"step": step, **cells})
 
 
 def _is_done(row: Mapping[str, str], start: int) -> bool:
@@ -55,7 +56,7 @@ def _is_done(row: Mapping[str, str], start: int) -> bool:
 
 def _parse_finite(text: object) -> float | None:
     try:
-        made = float(str(text))
+        value = float(str(text))
     except ValueError:
         return None
-    return made if abs(made) < float("inf") else None
+    return value if abs(value) < float("inf") else None

@@ -1,4 +1,5 @@
-"""A training on disk: written beside and renamed, so whatever ends a run leaves the last whole one."""
+"""Saves and loads the state of a training. A file is written beside the old one and renamed, so an interrupted run
+leaves the last whole state."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from kadr.errors import CheckpointError, RequestError
 from kadr.training.settings import CHANGEABLE_ON_RESUME
 from kadr.training.trainable_lora import TrainableLoRALinear
 
-EXAMPLES = "clips"  # of what is told: names of clips, with what tells a clip and its caption from others
+EXAMPLES_KEY = "examples"  # in the identity of a training: example names, each with a hash of its content
 MATRICES, MOMENTS = ("down", "up"), ("exp_avg", "exp_avg_sq")
 
 
@@ -27,55 +28,55 @@ def save_state(
     optimizer: torch.optim.AdamW,
     identity: Mapping[str, Any],
 ) -> None:
-    """Write matrices, the optimizer's moments, and how many steps are done.
+    """Writes the matrices, the optimizer's moments and the number of steps done.
 
     Args:
-        identity: the settings and the model, as plain data: a training goes on only with the same.
+        identity: settings, model and examples as plain data: a training resumes only with the same.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers.items():
-        for half in MATRICES:
-            parameter = getattr(layer, half)
-            tensors[f"{name}.{half}"] = parameter
+        for matrix in MATRICES:
+            parameter = getattr(layer, matrix)
+            tensors[f"{name}.{matrix}"] = parameter
             for moment in MOMENTS:
-                tensors[f"{name}.{half}.{moment}"] = optimizer.state[parameter][moment]
+                tensors[f"{name}.{matrix}.{moment}"] = optimizer.state[parameter][moment]
     metadata = {"kadr_training": json.dumps({"step": step, **identity})}
     write_tensors(path, tensors, dtype=torch.float32, metadata=metadata, fsync=True)
 
 
 def check_state(path: Path, identity: Mapping[str, Any], steps: int) -> None:
-    """Look at the header of a training that is to go on, if it is there, before anything is computed.
+    """Checks the header of a saved state, if there is one, before anything is computed.
 
     Args:
         identity: as of `save_state`.
-        steps: that are to be done in all.
+        steps: total steps requested.
 
     Raises:
-        CheckpointError: it is of another training, or damaged.
-        RequestError: it has done more steps already.
+        CheckpointError: the state belongs to another training, or is damaged.
+        RequestError: the training has already done more steps.
     """
     if not path.is_file():
         return
-    found = _header(path)
-    _require_same(path, found, identity)
-    if found["step"] > steps:
+    header = _header(path)
+    _require_same(path, header, identity)
+    if header["step"] > steps:
         raise RequestError(
-            f"{path.parent} holds a training that has done {found['step']} steps, and {steps} are asked for. Ask for "
-            "as many or more, or give another --output."
+            f"{path.parent} holds a training that has done {header['step']} steps, more than the {steps} requested. "
+            "Raise --steps, or choose another --output."
         )
 
 
 def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optimizer: torch.optim.AdamW) -> int:
-    """Go on from a file, if it is there.
+    """Loads a saved state into the matrices and the optimizer, if there is one.
 
     Returns:
-        How many steps are done.
+        The number of steps done.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     if not path.is_file():
         return 0
@@ -83,13 +84,13 @@ def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optim
     try:
         with safe_open(path, framework="pt") as file:
             for name, layer in lora_layers.items():
-                for half in MATRICES:
-                    parameter = getattr(layer, half)
-                    parameter.data.copy_(file.get_tensor(f"{name}.{half}"))
-                    moments = {moment: file.get_tensor(f"{name}.{half}.{moment}") for moment in MOMENTS}
+                for matrix in MATRICES:
+                    parameter = getattr(layer, matrix)
+                    parameter.data.copy_(file.get_tensor(f"{name}.{matrix}"))
+                    moments = {moment: file.get_tensor(f"{name}.{matrix}.{moment}") for moment in MOMENTS}
                     state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
                     optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
-    except Exception as error:  # safetensors has one of its own
+    except Exception as error:  # safetensors raises its own error
         raise _unreadable(path, error) from error
     return step
 
@@ -97,39 +98,39 @@ def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optim
 def _header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {})["kadr_training"])
-        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
-            raise ValueError("its header says no step")
-    except Exception as error:  # safetensors has one of its own
+            header = json.loads((file.metadata() or {})["kadr_training"])
+        if not isinstance(header, dict) or not isinstance(header.get("step"), int):
+            raise ValueError("its header has no step")
+    except Exception as error:  # safetensors raises its own error
         raise _unreadable(path, error) from error
-    return found
+    return header
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read as a training: {error}. Remove it to begin anew.")
+    return CheckpointError(f"{path} cannot be read as a training state: {error}. Remove it to start again.")
 
 
 def _require_same(path: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     for name, value in identity.items():
         if name in CHANGEABLE_ON_RESUME or stored.get(name) == value:
             continue
-        what = f"{name} = {stored.get(name)}, and now it is {value}"
-        if name == EXAMPLES:
-            what = f"other clips or captions: {_describe_changes(stored.get(name) or {}, value)}"
+        difference = f"{name} = {stored.get(name)}, not {value}"
+        if name == EXAMPLES_KEY:
+            difference = f"other clips or captions: {_describe_changes(stored.get(name) or {}, value)}"
         raise CheckpointError(
-            f"{path.parent} holds a training with {what}. Go on with the same, give another --output, or remove the "
-            "folder to begin anew."
+            f"{path.parent} holds a training with {difference}. Resume with the same, choose another --output, or "
+            "remove the folder to start again."
         )
 
 
 def _describe_changes(stored: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """How two folders of clips differ, in words."""
-    words = {
-        "gone": [name for name in stored if name not in current],
+    """Describes how two folders of clips differ."""
+    changes = {
+        "missing": [name for name in stored if name not in current],
         "new": [name for name in current if name not in stored],
         "changed": [name for name in current if name in stored and current[name] != stored[name]],
     }
-    return ", ".join(f"{_first_and_count(names)} {word}" for word, names in words.items() if names)
+    return ", ".join(f"{_first_and_count(names)} {change}" for change, names in changes.items() if names)
 
 
 def _first_and_count(names: Sequence[str]) -> str:
