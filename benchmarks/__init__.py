@@ -1,1 +1,1 @@
-"""Measurements: what kadr costs, in time and memory."""
+"""Measures what kadr costs in time and memory."""

@@ -1,8 +1,8 @@
-"""Random checkpoints of full size, to try what no small one can: `python -m benchmarks.full_size FOLDER [--model 13b]`.
+"""Writes random checkpoints of full size: `python -m benchmarks.full_size FOLDER [--model 13b]`.
 
 Writes a 2B or 13B model of the 0.9.8 layout (bfloat16, official names and header; 6.3 or 28.6 GB) and a T5-XXL folder
 (9.5 GB) beside it, tensor by tensor: no module is ever in memory. The weights are noise, scaled so that nothing
-overflows: it loads and runs as the released model does and costs the same, and shows noise.
+overflows: the model loads, runs and costs as the released one does, and generates noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WORDS = ("a", "red", "circle", "moving", "right", "on", "the", "river", "while",
 
 
 def train_tokenizer(folder: Path) -> Path:
-    """A small SentencePiece model with T5's special tokens; ids stay far below the encoder's vocabulary."""
+    """Trains a small SentencePiece model with T5's special tokens; ids stay far below the encoder's vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 20),
@@ -44,18 +44,18 @@ def train_tokenizer(folder: Path) -> Path:
 
 
 def write_random_checkpoint(folder: Path, model: str = "2b") -> Path:
-    """Write the checkpoint and its text encoder; returns the checkpoint's path. What is there already stays."""
+    """Writes a checkpoint and its text encoder, and returns the checkpoint's path. Existing files stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, noise = folder / f"random-{model}-0.9.8-distilled.safetensors", RandomWeights()
+    path, random_weights = folder / f"random-{model}-0.9.8-distilled.safetensors", RandomWeights()
     if not path.exists():
         with torch.device("meta"):
             transformer, vae = Transformer(TRANSFORMERS[model]), VAE(VAE_0_9_5)
         schedule = Schedule(sampler="LinearQuadratic", allowed_sigmas=ALLOWED_SIGMAS)
-        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, materialize=noise)
+        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, materialize=random_weights)
     if not (folder / "text_encoder" / "config.json").exists():
         with torch.device("meta"):
             encoder = T5Encoder(T5_XXL)
-        write_text_encoder(folder, encoder, train_tokenizer(folder / "made"), materialize=noise)
+        write_text_encoder(folder, encoder, train_tokenizer(folder / "made"), materialize=random_weights)
     return path
 
 
@@ -63,9 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", choices=TRANSFORMERS, default="2b")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     began = time.monotonic()
-    path = write_random_checkpoint(asked.folder, asked.model)
+    path = write_random_checkpoint(options.folder, options.model)
     print(f"{path}  ({time.monotonic() - began:.0f} s)")
 
 

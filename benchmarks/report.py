@@ -19,20 +19,20 @@ Result = Mapping[str, Any]
 
 
 def read_results(folder: Path) -> tuple[list[Result], list[Result]]:
-    """The results of cases, and those of growth, by the names of their files."""
-    found = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [each for each in found if "cases" in each], [each for each in found if "curves" in each]
+    """Reads the results of cases, and those of growth, sorted by file name."""
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [each for each in results if "cases" in each], [each for each in results if "curves" in each]
 
 
 def cases_section(results: Sequence[Result]) -> str:
-    """A section for each run: on what, when and how; a table for each of its cases."""
-    parts = []
+    """Returns a section for each result file: command, date and machine, and a table for each case."""
+    sections = []
     for result in results:
         machine, date = result["machine"], result["date"].partition("T")[0]
-        busy = f"; the load before was {machine['load']:.1f}" if machine["load"] is not None else ""
-        parts.append(f"\n`{result['command']}`, {date}: {text_report.machine_line(machine)}{busy}.\n")
-        parts += [_case_section(case) for case in result["cases"]]
-    return "".join(parts) or "\nNothing yet.\n"
+        load = f"; the load before was {machine['load']:.1f}" if machine["load"] is not None else ""
+        sections.append(f"\n`{result['command']}`, {date}: {text_report.machine_line(machine)}{load}.\n")
+        sections += [_case_section(case) for case in result["cases"]]
+    return "".join(sections) or "\nNothing yet.\n"
 
 
 def _case_section(case: Mapping[str, Any]) -> str:
@@ -46,39 +46,40 @@ def _case_section(case: Mapping[str, Any]) -> str:
 
 
 def growth_section(results: Sequence[Result]) -> str:
-    """A line for each curve, and the picture."""
+    """Returns a table with a line for each curve, and the plot."""
     if not results:
         return "\nNothing yet.\n"
-    head = ("model", "what", "over", "", "measured exponent", "expected")
+    head = ("model", "cost", "range", "", "measured exponent", "expected exponent")
     rows = []
     for result in results:
         for curve in result["curves"]:
             fitted = "" if curve["exponent"] is None else f"{curve['exponent']:.2f}"
-            over = f"{curve['x'][0]} to {curve['x'][-1]} {curve['over']}"
-            model = result["model"] + (f", {result['layers']} layers" if result["layers"] else "")
-            rows.append((model, curve["what"], over, curve["contender"], fitted, f"{curve['expected']:.2f}"))
-    where = "; ".join(dict.fromkeys(text_report.machine_line(result["machine"]) for result in results))
-    picture = "![time and memory over tokens and frames, with the expected slopes dotted](images/growth.svg)"
-    return f"\n{doc_tables.markdown_table(head, rows)}\n{where}.\n\n{picture}\n"
+            value_range = f"{curve['x'][0]} to {curve['x'][-1]} {curve['variable']}"
+            model = result["model"] + (f", {result['num_layers']} blocks" if result["num_layers"] else "")
+            expected = f"{curve['expected_exponent']:.2f}"
+            rows.append((model, curve["quantity"], value_range, curve["contender"], fitted, expected))
+    machines = "; ".join(dict.fromkeys(text_report.machine_line(result["machine"]) for result in results))
+    plot = "![time and memory over tokens and frames, with the expected slopes dotted](images/growth.svg)"
+    return f"\n{doc_tables.markdown_table(head, rows)}\n{machines}.\n\n{plot}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--picture", type=Path, default=PLOT)
-    asked = parser.parse_args(arguments)
-    cases, grown = read_results(asked.results)
-    if grown:
+    parser.add_argument("--plot", type=Path, default=PLOT)
+    options = parser.parse_args(arguments)
+    cases, growth = read_results(options.results)
+    if growth:
         try:
             from benchmarks.plot import draw_curves
         except ImportError as error:
             print(f"error: {error}; install kadr[bench]", file=sys.stderr)
             return 1
-        draw_curves(asked.picture, grown[0]["curves"])
-    doc_tables.write_table(asked.page, CASES_MARK, cases_section(cases))
-    doc_tables.write_table(asked.page, GROWTH_MARK, growth_section(grown))
-    print(asked.page)
+        draw_curves(options.plot, growth[0]["curves"])
+    doc_tables.write_table(options.page, CASES_MARK, cases_section(cases))
+    doc_tables.write_table(options.page, GROWTH_MARK, growth_section(growth))
+    print(options.page)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Tables in pages of docs/ that are made from what the code says, between two marks; the rest is written by hand."""
+"""Generates tables in pages of docs/ between two marks; the rest of a page is written by hand."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ DOCS = ROOT / "docs"
 
 
 def marks(name: str) -> tuple[str, str]:
-    """What stands before the table of that name, and what behind."""
+    """Returns the lines before and after the table of a name."""
     return f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->\n"
 
 
-def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    first, *others = ["| " + " | ".join(cells) + " |\n" for cells in (head, *rows)]
-    return first + "|" + "---|" * (first.count(" | ") + 1) + "\n" + "".join(others)
+def markdown_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Formats a table in Markdown."""
+    head, *lines = ["| " + " | ".join(cells) + " |\n" for cells in (columns, *rows)]
+    return head + "|" + "---|" * (head.count(" | ") + 1) + "\n" + "".join(lines)
 
 
 def read_table(page: str, name: str) -> str:
-    """The table that a page has now."""
+    """Returns the table that a page has now."""
     begin, end = marks(name)
     return page.partition(begin)[2].partition(end)[0]
 
 
 def write_table(path: Path, name: str, table: str) -> None:
-    """Put a table into a page.
+    """Writes a table into a page.
 
     Raises:
-        ValueError: the page has no place for it.
+        ValueError: the page does not have the marks of the table.
     """
     page = path.read_text("utf-8")
     begin, end = marks(name)
     if page.count(begin) != 1 or page.count(end) != 1:
-        raise ValueError(f"{path} has no place for {name}: it must have {begin!r} and {end!r}, once each")
+        raise ValueError(f"{path} has no marks for {name}: it must have {begin!r} and {end!r}, once each")
     before, _, rest = page.partition(begin)
     path.write_text(before + begin + table + end + rest.partition(end)[2], "utf-8")

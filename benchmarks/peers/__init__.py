@@ -1,4 +1,4 @@
-"""Other engines on the same work and the same weights. One that is not installed says so."""
+"""Other engines on the same work and the same weights. One that is not installed is reported as skipped."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from kadr.bench.cases import DECODE, DIT, ENCODE, END_TO_END, STARTUP, TEXT
 from kadr.bench.runner import Contender, SkippedContender, error_line
 from kadr.bench.stage_case import ContenderFactory, StageCase
 
-# OpenVINO and NNCF tell their makers what they are used for, unless this package cannot be imported.
+# OpenVINO and NNCF send telemetry, unless this package cannot be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One engine.
+    """An engine to compare with.
 
     Args:
-        module_name: with `enter`, of the form of `work.Entrants`; it imports the engine.
-        stages: that it runs.
+        module_name: module that imports the engine and has `create_contenders`, a `ContenderFactory`.
+        stages: the stages it can run.
     """
 
     module_name: str
@@ -40,13 +40,13 @@ PEERS: Mapping[str, Peer] = {
 
 
 def contender_factories(names: Sequence[str]) -> list[ContenderFactory]:
-    """Those peers."""
+    """Returns the factories of peers, by name."""
     return [_contender_factory(name, PEERS[name]) for name in names]
 
 
 def _contender_factory(name: str, peer: Peer) -> ContenderFactory:
-    def enter(work: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
-        if work.stage not in peer.stages:
+    def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
+        if stage_case.stage not in peer.stages:
             return
         try:
             module = import_module(peer.module_name)
@@ -54,8 +54,8 @@ def _contender_factory(name: str, peer: Peer) -> ContenderFactory:
             yield SkippedContender(name, f"not installed: {error_line(error)}")
             return
         try:
-            yield from module.enter(work, stack)
-        except Exception as error:  # a peer that cannot be built is told, and the others run
+            yield from module.create_contenders(stage_case, stack)
+        except Exception as error:  # one broken peer does not stop the others
             yield SkippedContender(name, f"failed: {error_line(error)}")
 
-    return enter
+    return create_contenders

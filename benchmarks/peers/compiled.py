@@ -1,4 +1,4 @@
-"""diffusers through torch.compile, as its guide has it: the block that repeats is compiled once."""
+"""Contenders of diffusers with torch.compile, as its guide has it: the repeated block is compiled once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ NAME = "diffusers compiled"
 
 def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
     torch._dynamo.reset()
-    for each in diffusers.create_transformed_contenders(stage_case, NAME, compile_module):
-        if isinstance(each, Contender):
+    for contender in diffusers.create_transformed_contenders(stage_case, NAME, compile_module):
+        if isinstance(contender, Contender):
             began = time.perf_counter()
-            each.run()
-            each = replace(each, note=f"the first run, which compiles, took {time.perf_counter() - began:.0f} s")
-        yield each
+            contender.run()
+            note = f"the first run, which compiles, took {time.perf_counter() - began:.0f} s"
+            contender = replace(contender, note=note)
+        yield contender
 
 
 def compile_module(module: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""diffusers' own modules, and its pipeline, on kadr's weights: the same memory, adopted by name."""
+"""Contenders of diffusers: its modules and its pipeline, sharing kadr's weights by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kadr.sampling.noise import NoiseStreams
 from tests.oracles import diffusers_transformer, diffusers_vae
 
 NAME = "diffusers"
-logging.set_verbosity_error()  # it wonders at noise levels that are given
+logging.set_verbosity_error()  # it warns of custom sigmas
 ModuleTransform = Callable[[nn.Module], nn.Module]
 
 
@@ -31,9 +31,9 @@ def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Conte
 def create_transformed_contenders(
     stage_case: StageCase, name: str, transform: ModuleTransform
 ) -> Iterator[Contender | SkippedContender]:
-    """Args: change: what is done to the transformer, the decoder and the encoder before they run."""
+    """Yields contenders. Args: transform: applied to the transformer, the decoder and the encoder before they run."""
     if stage_case.stage != DIT and stage_case.checkpoint.info.vae_family is None:
-        yield SkippedContender(name, "has no VAE of this shape; that of the demo is of no released family")
+        yield SkippedContender(name, "has no VAE of this shape; the demo's VAE is of no released family")
         return
     if stage_case.stage == END_TO_END and SCHEDULES[stage_case.schedule or "8"].guidance.stg_scale:
         yield SkippedContender(name, "has no STG")
@@ -64,30 +64,29 @@ def load_transformer(stage_case: StageCase) -> nn.Module:
 def load_vae(stage_case: StageCase, transform: ModuleTransform) -> AutoencoderKLLTXVideo:
     family = stage_case.checkpoint.info.vae_family
     assert family is not None
-    made = diffusers_vae(stage_case.checkpoint.load_vae(stage_case.dtype), family).to(stage_case.device)
-    made.encoder, made.decoder = transform(made.encoder), transform(made.decoder)
-    return made
+    vae = diffusers_vae(stage_case.checkpoint.load_vae(stage_case.dtype), family).to(stage_case.device)
+    vae.encoder, vae.decoder = transform(vae.encoder), transform(vae.decoder)
+    return vae
 
 
 def create_transformer_task(stage_case: StageCase, module: nn.Module) -> Callable[[], Tensor]:
-    """One evaluation, called as `LTXConditionPipeline` does."""
-    given, dtype = stage_case.inputs, stage_case.dtype
+    """Returns one model evaluation, called as `LTXConditionPipeline` does."""
+    inputs, dtype = stage_case.inputs, stage_case.dtype
     arguments = {
-        "hidden_states": given["tokens"].to(dtype),
-        "encoder_hidden_states": given["text"].to(dtype),
-        "timestep": given["level"] * 1000,
-        "encoder_attention_mask": given["mask"].to(dtype),
-        "video_coords": given["positions"],
+        "hidden_states": inputs["tokens"].to(dtype),
+        "encoder_hidden_states": inputs["prompt_embeds"].to(dtype),
+        "timestep": inputs["sigma"] * 1000,
+        "encoder_attention_mask": inputs["prompt_attention_mask"].to(dtype),
+        "video_coords": inputs["positions"],
     }
     return lambda: module(**arguments, return_dict=False)[0]
 
 
 def create_decode_task(stage_case: StageCase, model: AutoencoderKLLTXVideo) -> Callable[[], Tensor]:
-    latents = _broadcast_channels(model.latents_std) * stage_case.inputs["latents"].to(
-        stage_case.dtype
-    ) + _broadcast_channels(model.latents_mean)
-    level = stage_case.inputs["level"] if stage_case.vae_config.timestep_conditioning else None
-    return lambda: model.decode(latents, level, return_dict=False)[0]
+    mean, deviation = _broadcast_channels(model.latents_mean), _broadcast_channels(model.latents_std)
+    latents = deviation * stage_case.inputs["latents"].to(stage_case.dtype) + mean
+    timestep = stage_case.inputs["decode_timestep"] if stage_case.vae_config.timestep_conditioning else None
+    return lambda: model.decode(latents, timestep, return_dict=False)[0]
 
 
 def create_encode_task(stage_case: StageCase, model: AutoencoderKLLTXVideo) -> Callable[[], Tensor]:
@@ -101,10 +100,10 @@ def _broadcast_channels(row: Tensor) -> Tensor:
 
 
 def create_pipeline_task(stage_case: StageCase, transform: ModuleTransform) -> Callable[[], Tensor]:
-    """The pipeline, from encoded prompts to frames, with kadr's noise and noise levels."""
+    """Returns the pipeline from prompt embeddings to frames, with kadr's noise and sigmas."""
     engine = stage_case.open_engine(VARIANTS["auto"])
-    texts = PromptEncoder(engine.components, [PROMPT, NEGATIVE_PROMPT]).encode(ignore_progress)
-    (plan,) = engine.resolve_passes(stage_case.request)
+    prompt_embeds = PromptEncoder(engine.components, [PROMPT, NEGATIVE_PROMPT]).encode(ignore_progress)
+    (resolved_pass,) = engine.resolve_passes(stage_case.request)
     pipeline = LTXConditionPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=load_vae(stage_case, transform),
@@ -117,18 +116,18 @@ def create_pipeline_task(stage_case: StageCase, transform: ModuleTransform) -> C
         pipeline,
         NoiseStreams(SEED).draw("initial", (1, stage_case.transformer_config.in_channels, *_latent_shape(stage_case))),
     )
-    prompt, negative = (text.embeddings.to(stage_case.dtype) for text in texts)
+    prompt, negative = (encoded.embeddings.to(stage_case.dtype) for encoded in prompt_embeds)
     settings = {
         "prompt_embeds": prompt,
-        "prompt_attention_mask": texts[0].mask,
+        "prompt_attention_mask": prompt_embeds[0].mask,
         "negative_prompt_embeds": negative,
-        "negative_prompt_attention_mask": texts[1].mask,
+        "negative_prompt_attention_mask": prompt_embeds[1].mask,
         "width": stage_case.shape.size.width,
         "height": stage_case.shape.size.height,
         "num_frames": stage_case.shape.frames,
         "frame_rate": FPS,
-        "timesteps": (plan.sigmas * 1000).tolist(),
-        "guidance_scale": plan.step_guidance[0].cfg_scale,
+        "timesteps": (resolved_pass.sigmas * 1000).tolist(),
+        "guidance_scale": resolved_pass.step_guidance[0].cfg_scale,
         "decode_timestep": stage_case.request.decode_timestep,
         "decode_noise_scale": 0.0,
         "output_type": "pt",
@@ -141,11 +140,11 @@ def _latent_shape(stage_case: StageCase) -> tuple[int, int, int]:
 
 
 def _set_initial_noise(pipeline: LTXConditionPipeline, noise: Tensor) -> None:
-    """Have the pipeline begin with this noise: it takes none from outside."""
-    prepare = pipeline.prepare_latents
+    """Makes the pipeline start from this noise; it has no argument for it."""
+    prepare_latents = pipeline.prepare_latents
 
-    def prepared(*given: Any, **more: Any) -> tuple[Any, ...]:
-        latents, *rest = prepare(*given, **more)
+    def prepare_with_noise(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        latents, *rest = prepare_latents(*args, **kwargs)
         return (pipeline._pack_latents(noise).to(latents), *rest)
 
-    pipeline.prepare_latents = prepared
+    pipeline.prepare_latents = prepare_with_noise

@@ -1,4 +1,4 @@
-"""The official package's modules on kadr's weights."""
+"""Contenders of the official package: its modules on kadr's weights."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Conte
 
 
 def create_transformer_task(stage_case: StageCase) -> tuple[Callable[[], Tensor], int]:
-    """One evaluation, called as `LTXVideoPipeline` does."""
+    """Returns one model evaluation, called as `LTXVideoPipeline` does, and the bytes of the weights."""
     module = official_transformer(stage_case.checkpoint.load_transformer(stage_case.dtype)).to(stage_case.device)
-    given = stage_case.inputs
-    tokens, text, mask = given["tokens"].to(stage_case.dtype), given["text"].to(stage_case.dtype), given["mask"].long()
+    inputs, dtype = stage_case.inputs, stage_case.dtype
+    tokens, prompt_embeds = inputs["tokens"].to(dtype), inputs["prompt_embeds"].to(dtype)
+    mask = inputs["prompt_attention_mask"].long()
 
     def run() -> Tensor:
         return module(
             tokens,
-            indices_grid=given["positions"],
-            encoder_hidden_states=text,
+            indices_grid=inputs["positions"],
+            encoder_hidden_states=prompt_embeds,
             encoder_attention_mask=mask,
-            timestep=given["level"],
+            timestep=inputs["sigma"],
             return_dict=False,
         )[0]
 
@@ -47,9 +48,12 @@ def create_decode_task(stage_case: StageCase) -> tuple[Callable[[], Tensor], int
     ours = stage_case.checkpoint.load_vae(stage_case.dtype)
     module = official_vae(ours).to(stage_case.device)
     latents = ours.statistics.to(stage_case.device).denormalise(stage_case.inputs["latents"].to(stage_case.dtype))
-    level = stage_case.inputs["level"] if stage_case.vae_config.timestep_conditioning else None
+    timestep = stage_case.inputs["decode_timestep"] if stage_case.vae_config.timestep_conditioning else None
     shape = (1, 3, stage_case.shape.frames, stage_case.shape.size.height, stage_case.shape.size.width)
-    return lambda: module.decode(latents, target_shape=shape, timestep=level).sample, stored_bytes(module.decoder)
+    return (
+        lambda: module.decode(latents, target_shape=shape, timestep=timestep).sample,
+        stored_bytes(module.decoder),
+    )
 
 
 def create_encode_task(stage_case: StageCase) -> tuple[Callable[[], Tensor], int]:

@@ -1,6 +1,6 @@
-"""The diffusers transformer exported to OpenVINO: in the dtype of the others, and with weights in 8 bits by NNCF.
+"""Contenders of OpenVINO: the exported diffusers transformer, in the common dtype and with 8-bit weights by NNCF.
 
-Only on CPUs: that is where it is the one to beat.
+Only on CPUs: there OpenVINO is the engine to beat.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 class PositionalTransformer(nn.Module):
-    """The transformer with its arguments in a row, as tracing wants them.
+    """The transformer with positional arguments, as tracing needs them.
 
-    Rotations and the sinusoid of the noise level are arguments. Exported with the rest they would be computed in
-    bfloat16 too, where angles of thousands are wrong: the velocity then is 14 % off.
+    RoPE's cosines and sines and the sinusoidal timestep embedding are arguments. Exported with the rest they would be
+    computed in bfloat16, where angles in the thousands are wrong: the velocity is then 14 % off.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -57,32 +57,32 @@ def create_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Conte
         return
     needed, free = 6 * transformer_parameters(stage_case.transformer_config).total, free_bytes(stage_case.device)
     if needed > 0.9 * free:
-        yield SkippedContender(NAME, f"to export it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+        yield SkippedContender(NAME, f"its export takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         return
     hint = HINTS[stage_case.dtype]
-    module = diffusers.load_transformer(
-        stage_case
-    ).float()  # from bfloat16, products with weights in 8 bits run four times longer
-    given = example_inputs(stage_case, module)
-    exported = openvino.convert_model(PositionalTransformer(module), example_input=given)
-    exported.reshape({port: list(tensor.shape) for port, tensor in zip(exported.inputs, given, strict=True)})
-    yield create_contender(f"{NAME} {hint}", stage_case, exported, given)
+    # Exported from bfloat16, products with 8-bit weights would take four times as long.
+    module = diffusers.load_transformer(stage_case).float()
+    inputs = example_inputs(stage_case, module)
+    exported = openvino.convert_model(PositionalTransformer(module), example_input=inputs)
+    exported.reshape({port: list(tensor.shape) for port, tensor in zip(exported.inputs, inputs, strict=True)})
+    yield create_contender(f"{NAME} {hint}", stage_case, exported, inputs)
     try:
         import nncf
     except ImportError as error:
         yield SkippedContender(f"{NAME} int8", f"not installed: {error_line(error)}")
         return
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    small = nncf.compress_weights(exported, mode=nncf.CompressWeightsMode.INT8_SYM)
-    yield create_contender(f"{NAME} int8", stage_case, small, given)
+    compressed = nncf.compress_weights(exported, mode=nncf.CompressWeightsMode.INT8_SYM)
+    yield create_contender(f"{NAME} int8", stage_case, compressed, inputs)
 
 
 def example_inputs(stage_case: StageCase, module: Any) -> tuple[Tensor, ...]:
-    """In the order of `PositionalTransformer`, in float32."""
-    given = stage_case.inputs
-    cosine, sine = module.rope(given["tokens"], None, None, None, None, given["positions"])
-    sinusoid = module.time_embed.emb.time_proj(given["level"].flatten() * 1000)
-    return given["tokens"], given["text"], given["mask"].float(), cosine, sine, sinusoid
+    """Returns the arguments of `PositionalTransformer`, in float32."""
+    inputs = stage_case.inputs
+    cosine, sine = module.rope(inputs["tokens"], None, None, None, None, inputs["positions"])
+    sinusoid = module.time_embed.emb.time_proj(inputs["sigma"].flatten() * 1000)
+    mask = inputs["prompt_attention_mask"].float()
+    return inputs["tokens"], inputs["prompt_embeds"], mask, cosine, sine, sinusoid
 
 
 def create_contender(name: str, stage_case: StageCase, model: Any, inputs: tuple[Tensor, ...]) -> Contender:
@@ -93,20 +93,20 @@ def create_contender(name: str, stage_case: StageCase, model: Any, inputs: tuple
         "PERFORMANCE_HINT": "LATENCY",
     }
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    kept = [tensor.contiguous() for tensor in inputs]
-    for index, tensor in enumerate(kept):
+    contiguous = [tensor.contiguous() for tensor in inputs]
+    for index, tensor in enumerate(contiguous):
         request.set_input_tensor(index, openvino.Tensor(tensor.numpy(), shared_memory=True))
     return Contender(
         name=name,
-        run=_create_task(request, kept),
+        run=_create_task(request, contiguous),
         dtype=str(stage_case.dtype).removeprefix("torch."),
         weight_bytes=max(0, _resident_bytes() - before),
-        note="weights: what the process grew by when the model was compiled, room for activations included",
+        note="weights: growth of the process when the model was compiled, including room for activations",
     )
 
 
 def _create_task(request: Any, inputs: list[Tensor]) -> Callable[[], Tensor]:
-    """inputs: the request reads their memory, and does not hold it."""
+    """Returns the task. It keeps `inputs` alive: the request reads their memory without owning it."""
 
     def run() -> Tensor:
         request.infer()

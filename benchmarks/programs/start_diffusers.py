@@ -1,4 +1,4 @@
-"""The least program that makes the demo's video with diffusers: `... FOLDER PROMPT DEVICE OUTPUT`."""
+"""A minimal program that generates the demo's video with diffusers: `... FOLDER PROMPT DEVICE OUTPUT`."""
 
 import sys
 

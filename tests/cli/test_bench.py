@@ -25,7 +25,7 @@ def test_a_table_is_data_and_progress_is_talk(kadr: Run) -> None:
     assert ended.code == 0, ended.err
     _, _, title, head, auto, int8 = ended.out.splitlines()
     assert title.startswith("demo, 64x64x9: dit  (matmul: float32 ")
-    assert head.split()[:3] == ["numbers", "time", "spread"]
+    assert head.split()[:3] == ["dtype", "time", "IQR"]
     assert auto.startswith("kadr auto  float32")
     assert int8.startswith("kadr int8")
     assert "demo 64x64x9 dit: reference" in ended.err
@@ -39,7 +39,7 @@ def test_json_has_every_figure_of_every_round(kadr: Run) -> None:
         (figure,) = case["contenders"]
         assert len(figure["seconds"]) == 2
         assert figure["error"] == 0  # the demo is float32 as it comes
-        assert figure["peak"] is None or figure["peak"] >= 0
+        assert figure["peak_bytes"] is None or figure["peak_bytes"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_json_has_every_figure_of_every_round(kadr: Run) -> None:
     [
         (("--model", "3b"), "known are demo, 2b, 13b"),
         (("--stage", "dit,vae"), "there is no stage 'vae'"),
-        (("--variant", "fp4"), "there is no way 'fp4'"),
+        (("--variant", "fp4"), "there is no variant 'fp4'"),
         (("--size", "100x64x9"), "multiples of 32"),
-        (("--num-layers", "2"), "layers must be"),
+        (("--num-layers", "2"), "num_layers must be"),
         (("--rounds", "0"), "rounds is 0"),
     ],
 )

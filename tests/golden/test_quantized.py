@@ -1,4 +1,4 @@
-"""The demo model in fewer bits: its videos stay what they were."""
+"""Quantized demo models: their videos stay close to those of float32."""
 
 from __future__ import annotations
 
@@ -25,62 +25,67 @@ PREFIX = "model.diffusion_model."
 
 
 @pytest.fixture(scope="module")
-def right() -> list[Video]:
+def float32_videos() -> list[Video]:
     engine = Engine.open("demo", device="cpu", dtype="float32")
     return [engine.generate(request) for request in REQUESTS]
 
 
-def from_file(kind: str, folder: Path) -> Engine:
+def open_gguf(kind: str, folder: Path) -> Engine:
     path = folder / f"{kind}.gguf"
     quantize(str(DEMO), path, kind)
     return Engine.open(path, vae=DEMO, text_encoder=DEMO.parent, device="cpu", dtype="float32")
 
 
-WAYS: dict[str, tuple[Callable[[Path], Engine], float]] = {
+# How to open the model, and the lowest mean PSNR of its videos in dB.
+VARIANTS: dict[str, tuple[Callable[[Path], Engine], float]] = {
     "int8": (lambda folder: Engine.open("demo", quant="int8", device="cpu", dtype="float32"), 35.0),
-    "a Q8_0 file": (lambda folder: from_file("Q8_0", folder), 35.0),
-    "a Q4_K file": (lambda folder: from_file("Q4_K", folder), 27.0),
+    "a Q8_0 file": (lambda folder: open_gguf("Q8_0", folder), 35.0),
+    "a Q4_K file": (lambda folder: open_gguf("Q4_K", folder), 27.0),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_videos_of_the_demo_keep_their_pixels(way: str, right: list[Video], tmp_path: Path) -> None:
-    opened, bar = WAYS[way]
-    engine = opened(tmp_path)
-    made = [psnr(engine.generate(video.request).frames, video.frames) for video in right]
-    assert bar <= np.mean(made) < 80  # and it is not the same
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quantized_videos_keep_their_pixels(variant: str, float32_videos: list[Video], tmp_path: Path) -> None:
+    open_engine, bound = VARIANTS[variant]
+    engine = open_engine(tmp_path)
+    scores = [psnr(engine.generate(video.request).frames, video.frames) for video in float32_videos]
+    assert bound <= np.mean(scores) < 80  # and it is not the same
 
 
-def as_fp8(path: Path, *, turned: int | None) -> Path:
-    """The demo with the matrices of its blocks in plain 8-bit floats, turned or not."""
+def write_fp8(path: Path, *, rotation_size: int | None) -> Path:
+    """Writes the demo with the matrices of its blocks in fp8 without scales, Hadamard-rotated or not."""
     tensors = load_file(DEMO)
     for name, tensor in tensors.items():
         if name.startswith(f"{PREFIX}transformer_blocks.") and tensor.ndim == 2 and name.endswith(".weight"):
-            weight = tensor.float() if turned is None else hadamard_transform(tensor.float(), turned)
+            weight = tensor.float()
+            if rotation_size is not None:
+                weight = hadamard_transform(weight, rotation_size)
             tensors[name] = weight.to(torch.float8_e4m3fn)
     save_file(tensors, path, dict(Source.open(DEMO).metadata))
     return path
 
 
-def test_turned_fp8_weights_are_recognised_by_what_they_do_and_turned_back(right: list[Video], tmp_path: Path) -> None:
-    plain = Engine.open(as_fp8(tmp_path / "plain.safetensors", turned=None), text_encoder=DEMO.parent, device="cpu")
-    turned = Engine.open(as_fp8(tmp_path / "turned.safetensors", turned=64), text_encoder=DEMO.parent, device="cpu")
-    video = right[0]
-    as_plain = psnr(plain.generate(video.request).frames, video.frames)
-    with pytest.warns(KadrWarning, match=r"turned\.safetensors holds weights that were turned .* 64 columns"):
-        made = turned.generate(video.request)
-    assert psnr(made.frames, video.frames) > as_plain - 6 > 15
+def test_rotated_fp8_weights_are_detected_and_rotated_back(float32_videos: list[Video], tmp_path: Path) -> None:
+    plain_path = write_fp8(tmp_path / "plain.safetensors", rotation_size=None)
+    rotated_path = write_fp8(tmp_path / "rotated.safetensors", rotation_size=64)
+    plain = Engine.open(plain_path, text_encoder=DEMO.parent, device="cpu")
+    rotated = Engine.open(rotated_path, text_encoder=DEMO.parent, device="cpu")
+    video = float32_videos[0]
+    plain_psnr = psnr(plain.generate(video.request).frames, video.frames)
+    with pytest.warns(KadrWarning, match=r"rotated\.safetensors has Hadamard-rotated weights, .* 64 columns"):
+        rotated_video = rotated.generate(video.request)
+    assert psnr(rotated_video.frames, video.frames) > plain_psnr - 6 > 15
 
 
-def test_fp8_weights_that_do_nothing_sensible_are_refused(tmp_path: Path) -> None:
-    path = as_fp8(tmp_path / "noise.safetensors", turned=None)
+def test_nonsensical_fp8_weights_are_refused(tmp_path: Path) -> None:
+    path = write_fp8(tmp_path / "noise.safetensors", rotation_size=None)
     tensors, metadata = load_file(path), dict(Source.open(path).metadata)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float8_e4m3fn:
-            drawn = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * 3
-            tensors[name] = drawn.to(torch.float8_e4m3fn)
+            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * 3
+            tensors[name] = noise.to(torch.float8_e4m3fn)
     save_file(tensors, path, metadata)
     engine = Engine.open(path, text_encoder=DEMO.parent, device="cpu")
-    with pytest.raises(CheckpointError, match=r"does not answer noise as a trained model does .*its pictures would be"):
+    with pytest.raises(CheckpointError, match=r"does not correlate with the noise, .*its videos would be"):
         engine.generate(REQUESTS[0])

@@ -1,1 +1,1 @@
-"""How fast kadr is on this machine: cases, contenders that run in turns, and what is noted of them."""
+"""Benchmarks of kadr on this machine: cases, contenders that run in turns, and the figures they give."""

@@ -1,4 +1,4 @@
-"""All cases of a selection, one after the other; within each, all contenders in turns. The outcome is plain data."""
+"""Runs the cases of a selection one after the other, with all contenders in turns. Results are plain data."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from kadr.memory.device import free_bytes, pick_device
 from kadr.planning.parameters import text_encoder_parameters, transformer_parameters
 from kadr.planning.vae_stages import vae_decoder_parameters, vae_encoder_parameters
 
-WARM_UPS = {"cuda": 3}  # else 1
-MAX_ROUNDS = {STARTUP: 3}  # rounds at most: a process each time
+WARM_UPS = {"cuda": 3}  # warm-up runs by device type; 1 elsewhere
+MAX_ROUNDS = {STARTUP: 3}  # rounds at most: every start-up is a process
 LogFunction = Callable[[str], None]
 
 
@@ -36,32 +36,32 @@ def run_benchmark(
     models_folder: Path | None = None,
     log: LogFunction = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure.
+    """Measures every case of a selection.
 
     Args:
-        peer_factories: others that do the same work.
-        models_folder: keeps random models; see `models.opened`.
-        log: told what is being done.
+        peer_factories: create the other engines' contenders.
+        models_folder: keeps random models; see `model_files.open_model_files`.
+        log: called with a line about each piece of work.
 
     Returns:
-        `machine`, and `cases`: a list with the figures of every stage.
+        `date`, `machine`, and `cases`: a list with the figures of every stage.
     """
     device = pick_device(selection.device)
-    made: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    made |= {"machine": describe_machine(device), "cases": []}
-    entrants = [startup_contenders, kadr_contenders(selection.variants), *peer_factories]
+    result: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    result |= {"machine": describe_machine(device), "cases": []}
+    factories = [startup_contenders, kadr_contenders(selection.variants), *peer_factories]
     for name in selection.models:
         log(f"{name}: weights")
-        with open_model_files(name, selection, models_folder) as source, torch.no_grad():
-            for clip in selection.shapes_for(name):
+        with open_model_files(name, selection, models_folder) as files, torch.no_grad():
+            for shape in selection.shapes_for(name):
                 for stage, schedule in _stages(selection, name):
-                    work = StageCase(source, clip, stage, device, schedule)
-                    made["cases"].append(measure_case(work, entrants, selection, log))
-    return made
+                    stage_case = StageCase(files, shape, stage, device, schedule)
+                    result["cases"].append(measure_case(stage_case, factories, selection, log))
+    return result
 
 
 def _stages(selection: Selection, name: str) -> Iterator[tuple[str, str | None]]:
-    """Each stage, with the schedule where it has one. The start is that of the bundled model."""
+    """Yields each stage, with each schedule where it has one. Only the bundled model has a start-up."""
     for stage in selection.stages:
         if stage == STARTUP and name != DEMO:
             continue
@@ -72,26 +72,23 @@ def _stages(selection: Selection, name: str) -> Iterator[tuple[str, str | None]]
 def measure_case(
     stage_case: StageCase, factories: Sequence[ContenderFactory], selection: Selection, log: LogFunction
 ) -> dict[str, Any]:
-    """The figures of one stage."""
-    label = f"{stage_case.files.name} {stage_case.shape} {stage_case.stage}" + (
-        f" {stage_case.schedule}" if stage_case.schedule else ""
-    )
+    """Returns the figures of one stage as plain data."""
+    schedule = f" {stage_case.schedule}" if stage_case.schedule else ""
+    label = f"{stage_case.files.name} {stage_case.shape} {stage_case.stage}{schedule}"
     on_cuda = stage_case.device.type == "cuda"
     log(f"{label}: reference")
-    reference, compared = (
+    reference, reference_label = (
         _compute_reference(stage_case) if selection.compare_with_reference else (None, "not compared: --no-reference")
     )
     with ExitStack() as stack:
-        ready, absent = _create_contenders(factories, stage_case, stack, log, label)
+        contenders, skipped = _create_contenders(factories, stage_case, stack, log, label)
         side = selection.matmul_side or MATMUL_SIDES.get(stage_case.device.type, MATMUL_SIDES["cpu"])
         if stage_case.flops is not None:
-            ready += [
-                matmul_yardstick(dtype, stage_case.device, side)
-                for dtype in dict.fromkeys(each.dtype for each in ready)
-            ]
-        log(f"{label}: {', '.join(each.name for each in ready)}")
-        measured, failed = measure(
-            ready,
+            dtypes = dict.fromkeys(contender.dtype for contender in contenders)
+            contenders += [matmul_yardstick(dtype, stage_case.device, side) for dtype in dtypes]
+        log(f"{label}: {', '.join(contender.name for contender in contenders)}")
+        measurements, failed = measure(
+            contenders,
             rounds=min(selection.rounds, MAX_ROUNDS.get(stage_case.stage, selection.rounds)),
             warm_ups=WARM_UPS.get(stage_case.device.type, 1),
             clock=cuda_clock if on_cuda and stage_case.stage != STARTUP else host_clock,
@@ -101,39 +98,43 @@ def measure_case(
     gc.collect()
     return {
         "model": stage_case.files.name,
-        "layers": stage_case.active_blocks,
+        "blocks": stage_case.active_blocks,
         "size": str(stage_case.shape),
         "tokens": stage_case.shape.grid.num_tokens,
         "stage": stage_case.stage,
         "schedule": stage_case.schedule,
         "flops": stage_case.flops,
-        "compared": compared,
-        "contenders": summarize(measured, stage_case.flops, side),
-        "absent": [{"name": each.name, "reason": each.reason} for each in (*absent, *failed)],
+        "reference": reference_label,
+        "contenders": summarize(measurements, stage_case.flops, side),
+        "skipped": [{"name": contender.name, "reason": contender.reason} for contender in (*skipped, *failed)],
     }
 
 
 def _create_contenders(
     factories: Sequence[ContenderFactory], stage_case: StageCase, stack: ExitStack, log: LogFunction, label: str
 ) -> tuple[list[Contender], list[SkippedContender]]:
-    ready: list[Contender] = []
-    absent: list[SkippedContender] = []
-    for entrant in factories:
-        for each in entrant(stage_case, stack):
-            log(f"{label}: {each.name} {'is absent' if isinstance(each, SkippedContender) else 'is ready'}")
-            absent.append(each) if isinstance(each, SkippedContender) else ready.append(each)
-    return ready, absent
+    contenders: list[Contender] = []
+    skipped: list[SkippedContender] = []
+    for factory in factories:
+        for contender in factory(stage_case, stack):
+            if isinstance(contender, SkippedContender):
+                log(f"{label}: {contender.name} is skipped")
+                skipped.append(contender)
+            else:
+                log(f"{label}: {contender.name} is ready")
+                contenders.append(contender)
+    return contenders, skipped
 
 
 def _compute_reference(stage_case: StageCase) -> tuple[Tensor | None, str]:
-    """The result in float32, and what it is of; or why there is none. Its module is gone when this returns."""
+    """Returns the float32 result and a label; or None and the reason. Its module is freed on return."""
     if stage_case.stage == STARTUP:
-        return None, "not compared: programs draw their noise in their own ways"
+        return None, "not compared: each program draws its own noise"
     needed, free = 4 * _num_parameters(stage_case), free_bytes(stage_case.device)
     if needed > 0.9 * free:
-        return None, f"not compared: float32 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
+        return None, f"not compared: float32 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
     with ExitStack() as stack:
-        stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))  # of float32, all bits
+        stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))  # float32 with all its bits
         contender = kadr_contender(stage_case, FLOAT32_VARIANT, stage_case.open_engine(FLOAT32_VARIANT), stack)
         try:
             result = contender.run()
@@ -145,7 +146,7 @@ def _compute_reference(stage_case: StageCase) -> tuple[Tensor | None, str]:
 
 
 def _num_parameters(stage_case: StageCase) -> int:
-    """In the weights that float32 has to hold at once."""
+    """Returns how many weights float32 holds at once in this stage."""
     text = text_encoder_parameters(stage_case.open_engine(FLOAT32_VARIANT).components.text_encoder_folder.config).total
     half = max(vae_encoder_parameters(stage_case.vae_config).total, vae_decoder_parameters(stage_case.vae_config).total)
     return {"text": text, "encode": half, "decode": half}.get(
@@ -154,32 +155,32 @@ def _num_parameters(stage_case: StageCase) -> int:
 
 
 def summarize(measurements: Sequence[Measurement], flops: int | None, matmul_side: int) -> list[dict[str, Any]]:
-    """Of each contender. The first of them is what the others are compared with."""
+    """Returns the figures of each contender; ratios are to the first of them. Yardsticks are not listed."""
     yardsticks = {each.contender.dtype: each for each in measurements if each.contender.is_yardstick}
-    compared = [each for each in measurements if not each.contender.is_yardstick]
-    made = []
-    for each in compared:
-        contender, yardstick = each.contender, yardsticks.get(each.contender.dtype)
-        rate = None if flops is None else flops / each.median
+    ranked = [each for each in measurements if not each.contender.is_yardstick]
+    figures = []
+    for measurement in ranked:
+        contender, yardstick = measurement.contender, yardsticks.get(measurement.contender.dtype)
+        flops_per_second = None if flops is None else flops / measurement.median
         share = None
-        if flops is not None and yardstick is not None:  # of each round's own matmul
-            share = flops / yardstick_flops(matmul_side) / each.ratio(yardstick)
-        made.append(
+        if flops is not None and yardstick is not None:  # the matmul of the same round
+            share = flops / yardstick_flops(matmul_side) / measurement.ratio(yardstick)
+        figures.append(
             {
                 "name": contender.name,
                 "dtype": contender.dtype,
-                "seconds": each.seconds,
-                "times": each.repeats,
-                "median": each.median,
-                "spread": each.interquartile_range,
-                "ratio": each.ratio(compared[0]),
-                "flops_per_second": rate,
+                "seconds": measurement.seconds,
+                "repeats": measurement.repeats,
+                "median": measurement.median,
+                "interquartile_range": measurement.interquartile_range,
+                "ratio": measurement.ratio(ranked[0]),
+                "flops_per_second": flops_per_second,
                 "matmul_per_second": None if yardstick is None else yardstick_flops(matmul_side) / yardstick.median,
                 "share_of_matmul": share,
-                "peak": each.peak_bytes,
-                "weights": contender.weight_bytes,
-                "error": each.error,
+                "peak_bytes": measurement.peak_bytes,
+                "weight_bytes": contender.weight_bytes,
+                "error": measurement.error,
                 "note": contender.note,
             }
         )
-    return made
+    return figures

@@ -1,4 +1,4 @@
-"""What is measured, by name: models, sizes, schedules, stages and ways to run them. Nothing here loads torch."""
+"""Benchmark cases by name: models, sizes, schedules, stages and variants of kadr. Nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kadr.sampling.settings import ATTENTION_VALUES, Guidance
 from kadr.shapes import LatentGrid, Size
 
 DEMO = "demo"
-MODELS = (DEMO, "2b", "13b")  # the bundled model, and random weights at the sizes of the released ones
+MODELS = (DEMO, "2b", "13b")  # the bundled model, and random weights of the released sizes
 BENCH_STAGES = STARTUP, TEXT, ENCODE, DIT, DECODE, END_TO_END = (
     "start-up",
     "text",
@@ -24,7 +24,7 @@ FPS = 24.0
 
 @dataclass(frozen=True)
 class VideoShape:
-    """The size of a video."""
+    """Size and frame count of a video."""
 
     size: Size
     frames: int
@@ -38,22 +38,22 @@ class VideoShape:
 
     @classmethod
     def parse(cls, text: str) -> VideoShape:
-        """Read "512x320x25"; of the fixed sizes "512x320" is enough.
+        """Parses "512x320x25"; "512x320" is enough for the shapes in `VIDEO_SHAPES`.
 
         Raises:
-            RequestError: it is neither.
+            RequestError: the text is neither, or no video has this shape.
         """
-        for clip in VIDEO_SHAPES:
-            if text in (str(clip), str(clip.size)):
-                return clip
+        for known_shape in VIDEO_SHAPES:
+            if text in (str(known_shape), str(known_shape.size)):
+                return known_shape
         sides, cross, frames = text.rpartition("x")
         if not (cross and "x" in sides and frames.isdecimal()):
             known = ", ".join(map(str, VIDEO_SHAPES))
             raise RequestError(f"size is {text!r}; write WIDTHxHEIGHTxFRAMES, or one of {known}.")
-        made = cls(Size.parse(sides), int(frames))
-        if (made.size.snap(), made.grid.video_frames) != (made.size, made.frames):
+        shape = cls(Size.parse(sides), int(frames))
+        if (shape.size.snap(), shape.grid.video_frames) != (shape.size, shape.frames):
             raise RequestError(f"size is {text}; both sides must be multiples of 32, and the frames 8k+1.")
-        return made
+        return shape
 
 
 VIDEO_SHAPES = (
@@ -62,12 +62,12 @@ VIDEO_SHAPES = (
     VideoShape(Size(768, 512), 121),
     VideoShape(Size(1216, 704), 121),
 )
-DEFAULT_SHAPES = {DEMO: VideoShape(Size(128, 128), 25)}  # where a model has a size of its own
+DEFAULT_SHAPES = {DEMO: VideoShape(Size(128, 128), 25)}  # of models with a size of their own
 
 
 @dataclass(frozen=True)
 class BenchSchedule:
-    """A schedule: how many steps, and the guidance of each."""
+    """Number of steps, and the guidance of each."""
 
     steps: int
     guidance: Guidance
@@ -76,7 +76,7 @@ class BenchSchedule:
 _PLAIN_GUIDANCE = Guidance(cfg_scale=1.0, stg_scale=0.0)
 _CFG = Guidance(cfg_scale=3.0, stg_scale=0.0)
 _STG = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, stg_mode=ATTENTION_VALUES)
-STG_BLOCK = 2 / 3  # which block is disturbed, as a share of them: the 19th of 28
+STG_BLOCK = 2 / 3  # the perturbed block, as a share of all: the 19th of 28
 SCHEDULES: Mapping[str, BenchSchedule] = {
     "8": BenchSchedule(8, _PLAIN_GUIDANCE),
     "20-cfg": BenchSchedule(20, _CFG),
@@ -85,20 +85,20 @@ SCHEDULES: Mapping[str, BenchSchedule] = {
 
 
 def schedule_for(name: str, num_layers: int) -> BenchSchedule:
-    """The schedule of that name, for a transformer of so many layers."""
-    made = SCHEDULES[name]
-    if not made.guidance.stg_scale:
-        return made
-    return replace(made, guidance=replace(made.guidance, skip_blocks=(int(num_layers * STG_BLOCK),)))
+    """Returns a schedule by name. Its STG perturbs one of `num_layers` transformer blocks."""
+    schedule = SCHEDULES[name]
+    if not schedule.guidance.stg_scale:
+        return schedule
+    return replace(schedule, guidance=replace(schedule.guidance, skip_blocks=(int(num_layers * STG_BLOCK),)))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run kadr.
+    """A configuration of kadr to measure.
 
     Args:
-        dtype, quant, compile: see `Engine.open`; the dtype that is "auto" is what a user gets who says nothing.
-        stages: that it changes; where it changes none, it is not run.
+        dtype, quant, compile: see `Engine.open`; "auto" is the default of `Engine.open`.
+        stages: the stages that this configuration changes; it runs in no others.
     """
 
     name: str
@@ -110,8 +110,8 @@ class Variant:
 
 FLOAT32_VARIANT = Variant("float32", dtype="float32")
 VARIANTS = {
-    way.name: way
-    for way in (
+    variant.name: variant
+    for variant in (
         Variant("auto"),
         Variant("int8", quant="int8", stages=(DIT, END_TO_END)),
         Variant("fp8", quant="fp8", stages=(DIT, END_TO_END)),
@@ -125,14 +125,14 @@ DEFAULT_VARIANTS = ("auto", "int8")
 
 @dataclass(frozen=True)
 class Selection:
-    """Which cases are run.
+    """The cases to run.
 
     Args:
-        shapes: none is the model's own size, else the second of `VIDEO_SHAPES`.
-        num_layers: only so many of a random model's transformer and text encoder; None is all.
-        compare_with_reference: compare with float32, which takes twice the memory and the longest.
-        rounds: in each of which every contender runs once.
-        matmul_side: rows, columns and inner side of the yardstick; None is what suits the device.
+        shapes: empty for the model's own shape, or else the second of `VIDEO_SHAPES`.
+        num_layers: number of blocks in a random model's transformer and text encoder; None is all.
+        compare_with_reference: compare with float32, which takes twice the memory and the longest time.
+        rounds: number of rounds. Every contender runs once in each.
+        matmul_side: rows, columns and inner side of the yardstick; None is the default for the device.
     """
 
     models: Sequence[str] = (DEMO,)
@@ -147,16 +147,18 @@ class Selection:
     matmul_side: int | None = None
 
     def __post_init__(self) -> None:
-        for what, given, known in (
+        for kind, names, known in (
             ("model", self.models, MODELS),
             ("stage", self.stages, BENCH_STAGES),
             ("schedule", self.schedules, tuple(SCHEDULES)),
-            ("way", self.variants, tuple(VARIANTS)),
+            ("variant", self.variants, tuple(VARIANTS)),
         ):
-            if strange := [name for name in given if name not in known]:
-                raise RequestError(f"there is no {what} {strange[0]!r}; known are {', '.join(known)}.")
+            if unknown := [name for name in names if name not in known]:
+                raise RequestError(f"there is no {kind} {unknown[0]!r}; known are {', '.join(known)}.")
         if self.num_layers is not None and (self.num_layers < 1 or DEMO in self.models):
-            raise RequestError("layers must be 1 or more, and only of 2b and 13b: the demo is small as it is.")
+            raise RequestError(
+                "num_layers must be 1 or more, and works with 2b and 13b only: the demo is small already."
+            )
         if self.rounds < 1:
             raise RequestError(f"rounds is {self.rounds}; it must be 1 or more.")
 

@@ -1,6 +1,6 @@
-"""The models that are measured: the bundled one, and random weights at the sizes of the released ones, on disk.
+"""Files of the models to measure: the bundled one, and random weights of the released sizes.
 
-All go through the files, so that what is measured is what a user gets who opens a model.
+All models are opened from files, as a user opens one.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import fetch_release
 
 T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
-# Where nobody measures the text encoder: as wide as it must be, and next to nothing besides.
+# The text encoder where it is not measured: of the width that the transformer needs, and otherwise tiny.
 T5_STUB = replace(T5_XXL, vocab_size=512, num_layers=1, num_heads=1, d_ff=64)
 TRANSFORMERS = {"2b": TRANSFORMER_2B, "13b": TRANSFORMER_13B}
-POOL_NUMEL = (1 << 24) + 1  # numbers drawn once; odd, so that rows of a tensor that goes round are not alike
-BIAS_SCALE = 0.02  # of biases: there, and small
+POOL_NUMEL = (1 << 24) + 1  # random numbers; odd, so that the rows of a tensor that repeats the pool differ
+BIAS_SCALE = 0.02  # small, and not zero
 
 
 class RandomWeights:
-    """Numbers for tensors, by name: pieces of one pool, so that writing is limited by the disk."""
+    """Random weights by tensor name, all slices of one pool: only the disk limits how fast they are written."""
 
     def __init__(self) -> None:
         self.pool = torch.randn(POOL_NUMEL, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """Numbers of the shape of `tensor` that keep activations near their size."""
+        """Returns random weights of the shape of `tensor`, scaled to keep the size of activations."""
         if name.endswith(("norm.weight", "norm_q.weight", "norm_k.weight", "std-of-means")):
             return torch.ones(tensor.shape)
         if name.endswith("timestep_scale_multiplier"):
             return torch.full(tensor.shape, 1000.0)
         start = crc32(name.encode()) % POOL_NUMEL
         count = tensor.numel()
-        around = self.pool.roll(-start).repeat(-(-count // POOL_NUMEL))[:count]
-        return around.view(tensor.shape) * (BIAS_SCALE if tensor.ndim < 2 else tensor[0].numel() ** -0.5)
+        values = self.pool.roll(-start).repeat(-(-count // POOL_NUMEL))[:count]
+        return values.view(tensor.shape) * (BIAS_SCALE if tensor.ndim < 2 else tensor[0].numel() ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class ModelFiles:
     """A model on disk.
 
     Args:
-        path: its file.
-        text_encoder_folder: the folder with `text_encoder` and `tokenizer`.
-        scratch_folder: a folder for what is made on the way.
-        transformer_blocks: of the transformer: how many there are, and how many the model would have; None where these are all.
-        text_encoder_blocks: of the text encoder, likewise.
+        path: the checkpoint.
+        text_encoder_folder: folder with `text_encoder` and `tokenizer`.
+        scratch_folder: folder for temporary files.
+        transformer_blocks: blocks in the file, and blocks of the full model; None where the model is complete.
+        text_encoder_blocks: the same for the text encoder.
     """
 
     name: str
@@ -77,13 +77,13 @@ class ModelFiles:
 
 @contextmanager
 def open_model_files(name: str, selection: Selection, models_folder: Path | None = None) -> Iterator[ModelFiles]:
-    """The files of a model, for as long as the block runs.
+    """Yields the files of a model, which exist until the `with` block ends.
 
     Args:
-        models_folder: keeps random models, and has those that were kept; None is a temporary one.
+        models_folder: keeps random models, and is searched for them; None is a temporary folder.
 
     Raises:
-        CheckpointError: there is no room for them.
+        CheckpointError: the disk has no room for them.
     """
     with tempfile.TemporaryDirectory(prefix="kadr-bench-") as scratch:
         if name == DEMO:
@@ -94,41 +94,44 @@ def open_model_files(name: str, selection: Selection, models_folder: Path | None
 
 
 def write_random_model(name: str, selection: Selection, models_folder: Path, scratch_folder: Path) -> ModelFiles:
-    """Write a model of the 0.9.8 layout in bfloat16, with official names and header; what is there already stays."""
+    """Writes a model of the 0.9.8 layout in bfloat16, with official names and header. Existing files stay."""
     full = TRANSFORMERS[name]
     config = replace(full, num_layers=min(selection.num_layers or full.num_layers, full.num_layers))
-    cut = "" if config == full else f"-{config.num_layers}-layers"
-    text = text_encoder_config(selection)
+    cut = "" if config == full else f"-{config.num_layers}-blocks"
+    text_config = text_encoder_config(selection)
     path = models_folder / f"random-{name}{cut}.safetensors"
-    home = models_folder / ("t5-standing-in" if text is T5_STUB else f"t5-{text.num_layers}-layers")
-    absent, no_text = not path.exists(), not (home / "text_encoder" / "config.json").exists()
+    text_folder = models_folder / ("t5-stub" if text_config is T5_STUB else f"t5-{text_config.num_layers}-blocks")
+    needs_model, needs_text = not path.exists(), not (text_folder / "text_encoder" / "config.json").exists()
     models_folder.mkdir(parents=True, exist_ok=True)
     _require_disk_space(
-        models_folder, (_model_bytes(config) if absent else 0) + (_text_encoder_bytes(text) if no_text else 0)
+        models_folder,
+        (_model_bytes(config) if needs_model else 0) + (_text_encoder_bytes(text_config) if needs_text else 0),
     )
-    noise = RandomWeights() if absent or no_text else None
-    if absent:
+    random_weights = RandomWeights() if needs_model or needs_text else None
+    if needs_model:
         with torch.device("meta"):
             transformer, vae = Transformer(config), VAE(VAE_0_9_5)
         schedule = Schedule(sampler="LinearQuadratic")
-        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, materialize=noise)
-    if no_text:
+        write_single_file(path, transformer=transformer, vae=vae, schedule=schedule, materialize=random_weights)
+    if needs_text:
         with torch.device("meta"):
-            encoder = T5Encoder(text)
+            encoder = T5Encoder(text_config)
         tokenizer = fetch_release(find_release(DEMO)).parent / "tokenizer" / "spiece.model"
-        write_text_encoder(home, encoder, tokenizer, materialize=noise)
+        write_text_encoder(text_folder, encoder, tokenizer, materialize=random_weights)
     return ModelFiles(
         name,
         path,
-        home,
+        text_folder,
         scratch_folder,
         transformer_blocks=None if config == full else (config.num_layers, full.num_layers),
-        text_encoder_blocks=None if text.num_layers == T5_XXL.num_layers else (text.num_layers, T5_XXL.num_layers),
+        text_encoder_blocks=None
+        if text_config.num_layers == T5_XXL.num_layers
+        else (text_config.num_layers, T5_XXL.num_layers),
     )
 
 
 def text_encoder_config(selection: Selection) -> T5Config:
-    """The text encoder of random models: T5-XXL where it is measured."""
+    """Returns the text encoder of random models: T5-XXL where it is measured, or else a stub."""
     if TEXT not in selection.stages:
         return T5_STUB
     return replace(T5_XXL, num_layers=min(selection.num_layers or T5_XXL.num_layers, T5_XXL.num_layers))
@@ -138,8 +141,8 @@ def _require_disk_space(folder: Path, required_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if required_bytes > free:
         raise CheckpointError(
-            f"the random weights take {required_bytes / 1e9:.1f} GB, and {folder} has room for {free / 1e9:.1f}. Take fewer "
-            "layers, or another folder (--model-folder, or TMPDIR)."
+            f"the random weights take {required_bytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Use "
+            "fewer blocks (--num-layers), or another folder (--model-folder, or TMPDIR)."
         )
 
 

@@ -1,4 +1,4 @@
-"""How much memory a run takes at most, besides what was there before it."""
+"""Measures the peak memory of a task, above what was in use before it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kadr.bench.runner import Task
 from kadr.memory.device import trim_heap
 
 STATUS_FILE, RESET_FILE = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_FORGET_PEAK = "5"  # of proc(5): the highest mark becomes what is resident now
+_FORGET_PEAK = "5"  # see proc(5): sets the peak back to the resident size of now
 _LINE = re.compile(r"^Vm(HWM|RSS):\s+(\d+) kB$", re.MULTILINE)
 
 
 def host_peak_bytes(task: Task) -> int | None:
-    """By the system's account of this process, pages of files and all; None where it cannot be asked.
+    """Returns the growth of this process's resident set, file pages included; None where the system cannot tell.
 
-    Its highest mark is set back before the run, so what other contenders took does not count.
+    The peak is reset before the task, so memory of other contenders does not count.
     """
     trim_heap()
     try:
@@ -27,14 +27,14 @@ def host_peak_bytes(task: Task) -> int | None:
         before = _resident()["RSS"]
     except OSError:
         return None
-    kept: Any = task()
+    result: Any = task()
     after = _resident()["HWM"]
-    del kept  # the result is part of what the run takes
+    del result  # alive until here: it is part of what the task takes
     return max(0, after - before)
 
 
 def process_peak_bytes(pid: int) -> int | None:
-    """The highest mark of a process that runs, so far; None where it cannot be asked."""
+    """Returns the peak resident set of a running process so far; None where the system cannot tell."""
     try:
         return _resident(Path(f"/proc/{pid}/status")).get("HWM")
     except OSError:
@@ -46,11 +46,11 @@ def _resident(status: Path = STATUS_FILE) -> dict[str, int]:
 
 
 def cuda_peak_bytes(task: Task) -> int | None:
-    """By torch's account of the device."""
+    """Returns the growth of what torch has allocated on the device."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept: Any = task()
+    result: Any = task()
     torch.cuda.synchronize()
-    del kept
+    del result
     return int(torch.cuda.max_memory_allocated() - before)

@@ -1,8 +1,8 @@
-"""Contenders run in turns, and what is noted of them.
+"""Runs contenders in turns and measures them.
 
-The speed of a machine drifts: other programs, heat, memory in pieces. So nothing here compares runs of different
-times. In each round every contender runs once, each round begins with another one, and who is how much slower than
-whom is the median of what the rounds say.
+The speed of a machine drifts: other programs, heat, fragmented memory. So runs of different times are never compared.
+In each round every contender runs once, each round begins with another one, and a ratio between two contenders is the
+median of the ratios within each round.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MIN_TIMED_SECONDS = 0.2  # seconds: what takes less is run several times in a row, and its time is a share of theirs
-MAX_REPEATS = 100  # times
+MIN_TIMED_SECONDS = 0.2  # a task that takes less is repeated within a round, and its time is the mean
+MAX_REPEATS = 100
 Task = Callable[[], Any]
-Clock = Callable[[Task], float]  # seconds that a run takes
-PeakMemory = Callable[[Task], "int | None"]  # bytes that it takes at most besides what was there before; None: unknown
+Clock = Callable[[Task], float]  # seconds that a task takes
+PeakMemory = Callable[[Task], "int | None"]  # peak bytes of a task above what was in use before; None: unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to do a piece of work.
+    """One implementation of a task.
 
     Args:
-        run: does it all, and gives the result, which is compared with the reference; None where there is nothing to
-            compare.
-        dtype: that it computes in.
-        weight_bytes: bytes of them.
-        note: what a reader of its figures has to know.
-        is_kadr: kadr's; what goes wrong in it is an error, and in others a figure that is missing.
-        is_yardstick: not one of those compared: what it does is known, and so the machine's rate.
-        measure_peak: how its memory is told, where it runs in a process of its own.
+        run: does the task and returns its result, which is compared with the reference; or None, to compare nothing.
+        dtype: dtype it computes in.
+        weight_bytes: bytes of its weights in memory.
+        note: what a reader of its figures must know.
+        is_kadr: kadr itself. Its failure is an error; the failure of another contender only costs its figures.
+        is_yardstick: a known amount of work that gives the machine's rate; not ranked among the contenders.
+        measure_peak: measures its memory, where it runs in a process of its own.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class SkippedContender:
-    """A contender that does not run, and why."""
+    """A contender that does not run, and the reason."""
 
     name: str
     reason: str
@@ -60,13 +59,13 @@ class SkippedContender:
 
 @dataclass
 class Measurement:
-    """What was noted of a contender.
+    """Figures of a contender.
 
     Args:
-        repeats: how often it runs in each round.
-        seconds: of one run, for each round.
-        peak_bytes: bytes, at most, besides what was there before.
-        error: against the reference.
+        repeats: runs in each round.
+        seconds: seconds of one run, for each round.
+        peak_bytes: peak memory above what was in use before.
+        error: relative error against the reference.
     """
 
     contender: Contender
@@ -81,16 +80,16 @@ class Measurement:
 
     @property
     def interquartile_range(self) -> float:
-        """Seconds between the quartiles."""
+        """Seconds between the first and third quartiles."""
         return interquartile_range(self.seconds)
 
     def ratio(self, other: Measurement) -> float:
-        """How many times as long this one takes: the median of the rounds, each compared with itself."""
+        """Returns the time as a multiple of another contender's: the median of the ratios within each round."""
         return statistics.median(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 def interquartile_range(values: Sequence[float]) -> float:
-    """The distance between the quartiles; 0 of one value."""
+    """Returns the distance between the first and third quartiles; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -106,13 +105,13 @@ def measure(
     peak: PeakMemory,
     reference: Tensor | None = None,
 ) -> tuple[list[Measurement], list[SkippedContender]]:
-    """Run them in turns.
+    """Runs contenders in turns.
 
     Args:
-        warm_ups: runs of each before the first round, which do not count; the result of the last is compared.
+        warm_ups: runs of each before the first round. They are not timed; the result of the last is compared.
 
     Returns:
-        What was noted, in the order given, and those that failed.
+        The measurements, in the order of `contenders`, and the contenders that failed.
     """
     ready, failed = [], []
     for contender in contenders:
@@ -123,27 +122,26 @@ def measure(
                 raise
             failed.append(SkippedContender(contender.name, f"failed: {error_line(error)}"))
     for number in range(rounds):
-        for measured in round_order(ready, number):
-            measured.seconds.append(clock(partial(_run_repeats, measured)) / measured.repeats)
-    for measured in ready:  # in a run of its own: what tells the memory takes time
-        if not measured.contender.is_yardstick:
-            measured.peak_bytes = (measured.contender.measure_peak or peak)(measured.contender.run)
+        for measurement in round_order(ready, number):
+            measurement.seconds.append(clock(partial(_run_repeats, measurement)) / measurement.repeats)
+    for measurement in ready:  # in a run of its own: measuring memory takes time
+        if not measurement.contender.is_yardstick:
+            measurement.peak_bytes = (measurement.contender.measure_peak or peak)(measurement.contender.run)
     return ready, failed
 
 
 def _warm_up(contender: Contender, warm_ups: int, clock: Clock, reference: Tensor | None) -> Measurement:
     for _ in range(warm_ups - 1):
         contender.run()
-    kept: list[Any] = []
-    spent = clock(lambda: kept.append(contender.run()))
-    result = kept.pop()
-    measured = Measurement(
-        contender,
-        repeats=min(MAX_REPEATS, math.ceil(MIN_TIMED_SECONDS / spent)) if 0 < spent < MIN_TIMED_SECONDS else 1,
-    )
+    results: list[Any] = []
+    seconds = clock(lambda: results.append(contender.run()))
+    result = results.pop()
+    is_short = 0 < seconds < MIN_TIMED_SECONDS
+    repeats = min(MAX_REPEATS, math.ceil(MIN_TIMED_SECONDS / seconds)) if is_short else 1
+    measurement = Measurement(contender, repeats=repeats)
     if reference is not None and isinstance(result, Tensor) and not contender.is_yardstick:
-        measured.error = relative_error(result, reference)
-    return measured
+        measurement.error = relative_error(result, reference)
+    return measurement
 
 
 def _run_repeats(measurement: Measurement) -> None:
@@ -152,29 +150,29 @@ def _run_repeats(measurement: Measurement) -> None:
 
 
 def round_order(measurements: Sequence[Measurement], round_index: int) -> list[Measurement]:
-    """The order of a round: each begins with the one after the first of the round before."""
+    """Returns the order of a round. Each round starts one contender later than the one before."""
     start = round_index % len(measurements) if measurements else 0
     return [*measurements[start:], *measurements[:start]]
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
-    """||result - reference|| / ||reference||, in float64, on the CPU.
+    """Returns ||result - reference|| / ||reference||, in float64, on the CPU.
 
     Raises:
         ValueError: the shapes differ.
     """
     if result.shape != reference.shape:
         raise ValueError(f"the result has the shape {tuple(result.shape)}, the reference {tuple(reference.shape)}")
-    off = whole = 0.0
-    for mine, right in zip(result.flatten(0, -2).split(1024), reference.flatten(0, -2).split(1024), strict=True):
-        right = right.double().cpu()
-        off += float((mine.double().cpu() - right).square().sum())
-        whole += float(right.square().sum())
-    return (off / whole) ** 0.5 if whole else float(off > 0)
+    squared_error = squared_norm = 0.0
+    for rows, expected in zip(result.flatten(0, -2).split(1024), reference.flatten(0, -2).split(1024), strict=True):
+        expected = expected.double().cpu()
+        squared_error += float((rows.double().cpu() - expected).square().sum())
+        squared_norm += float(expected.square().sum())
+    return (squared_error / squared_norm) ** 0.5 if squared_norm else float(squared_error > 0)
 
 
 def error_line(error: BaseException) -> str:
-    """In one line."""
+    """Returns an exception in one line."""
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0][:300]
 
 
@@ -185,7 +183,7 @@ def host_clock(task: Task) -> float:
 
 
 def cuda_clock(task: Task) -> float:
-    """By events on the device: what the host does before the first kernel and after the last is not in it."""
+    """Returns the seconds between two events on the device, so without host work before and after the kernels."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     begin.record()

@@ -1,4 +1,4 @@
-"""The work of a stage: what goes in, and how many products it takes."""
+"""One stage of one benchmark case: its inputs, its request and its FLOPs."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from kadr.request.request import Request
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_VALUES
 
-TEXT_LENGTH = activations.MAX_PROMPT_TOKENS  # positions that a prompt is padded to
-REAL_TOKENS = 100  # of them, those that are not padding: a prompt of some seventy words
+TEXT_LENGTH = activations.MAX_PROMPT_TOKENS  # a prompt is padded to this length
+REAL_TOKENS = 100  # the ones that are not padding: a prompt of some seventy words
 SIGMA, DECODE_TIMESTEP = 0.7, 0.05
 PROMPT, NEGATIVE_PROMPT = "a red circle moving right on a black background", "blurry"
 SEED = 0
@@ -49,10 +49,10 @@ ContenderFactory = Callable[["StageCase", ExitStack], "Iterator[Contender | Skip
 
 @dataclass(frozen=True)
 class StageCase:
-    """One stage of one case, for all who do it.
+    """One stage of one case, the same for every contender.
 
     Args:
-        schedule: only of what has one.
+        schedule: name of the schedule, for the end-to-end stage.
     """
 
     files: ModelFiles
@@ -63,7 +63,7 @@ class StageCase:
 
     @property
     def active_blocks(self) -> tuple[int, int] | None:
-        """How many layers run of how many, where that changes this stage; None where all do."""
+        """Blocks that run, and blocks of the full model, where fewer run in this stage; None where all do."""
         if self.stage == TEXT:
             return self.files.text_encoder_blocks
         return self.files.transformer_blocks if self.stage in (DIT, END_TO_END) else None
@@ -85,7 +85,7 @@ class StageCase:
         return config
 
     def open_engine(self, variant: Variant) -> Engine:
-        """The model, opened as a user would open it."""
+        """Opens the model as a user would."""
         return Engine.open(
             self.files.path,
             text_encoder=self.files.text_encoder_folder,
@@ -98,13 +98,13 @@ class StageCase:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What a user gets who says nothing; peers compute in it too."""
+        """Default dtype of the engine; peers compute in it too."""
         return self.open_engine(VARIANTS["auto"]).components.dtype
 
     @cached_property
     def request(self) -> Request:
-        """Of the whole way. No noise is mixed in for the decoder: engines do not agree on where."""
-        chosen = schedule_for(self.schedule or "8", self.transformer_config.num_layers)
+        """The end-to-end request. It adds no decode noise: engines add it in different places."""
+        schedule = schedule_for(self.schedule or "8", self.transformer_config.num_layers)
         return Request(
             prompt=PROMPT,
             negative_prompt=NEGATIVE_PROMPT,
@@ -112,8 +112,8 @@ class StageCase:
             frames=self.shape.frames,
             fps=FPS,
             seed=SEED,
-            steps=chosen.steps,
-            guidance=chosen.guidance,
+            steps=schedule.steps,
+            guidance=schedule.guidance,
             decode_timestep=DECODE_TIMESTEP,
             decode_noise=0.0,
             tone_map=0.0,
@@ -121,33 +121,33 @@ class StageCase:
 
     @cached_property
     def inputs(self) -> dict[str, Tensor]:
-        """What goes in, in float32, on the device."""
+        """Inputs of the stage, in float32, on the device."""
         generator = torch.Generator().manual_seed(SEED)
         grid, channels = self.shape.grid, self.transformer_config.in_channels
 
-        def drawn(*shape: int) -> Tensor:
+        def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        made: dict[str, Tensor] = {"mask": torch.arange(TEXT_LENGTH)[None] < REAL_TOKENS}
+        inputs: dict[str, Tensor] = {"prompt_attention_mask": torch.arange(TEXT_LENGTH)[None] < REAL_TOKENS}
         if self.stage == DIT:
-            made["tokens"] = drawn(1, grid.num_tokens, channels)
-            made["positions"] = token_positions(
+            inputs["tokens"] = randn(1, grid.num_tokens, channels)
+            inputs["positions"] = token_positions(
                 grid, fps=FPS, causal=self.transformer_config.causal_temporal_positioning
             )[None]
-            made["text"] = drawn(1, TEXT_LENGTH, self.transformer_config.caption_channels)
-            made["level"] = torch.full((1, 1), SIGMA)
+            inputs["prompt_embeds"] = randn(1, TEXT_LENGTH, self.transformer_config.caption_channels)
+            inputs["sigma"] = torch.full((1, 1), SIGMA)
         elif self.stage == TEXT:
-            made["ids"] = torch.randint(3, 100, (1, TEXT_LENGTH), generator=generator)
+            inputs["input_ids"] = torch.randint(3, 100, (1, TEXT_LENGTH), generator=generator)
         elif self.stage == DECODE:
-            made["latents"] = drawn(1, channels, grid.frames, grid.height, grid.width)
-            made["level"] = torch.full((1,), DECODE_TIMESTEP)
+            inputs["latents"] = randn(1, channels, grid.frames, grid.height, grid.width)
+            inputs["decode_timestep"] = torch.full((1,), DECODE_TIMESTEP)
         elif self.stage == ENCODE:
-            made["pixels"] = drawn(1, 3, self.shape.frames, self.shape.size.height, self.shape.size.width).tanh()
-        return {name: tensor.to(self.device) for name, tensor in made.items()}
+            inputs["pixels"] = randn(1, 3, self.shape.frames, self.shape.size.height, self.shape.size.width).tanh()
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     @cached_property
     def flops(self) -> int | None:
-        """Twice the products that the formulas count; None where that says nothing."""
+        """FLOPs of the stage by formula, two per product; None for the start-up, where they say nothing."""
         grid = self.shape.grid
         if self.stage == STARTUP:
             return None
@@ -161,12 +161,12 @@ class StageCase:
             return vae_decoder_flops(self.vae_config, grid)
         if self.stage == DIT:
             return transformer_flops(self.transformer_config, grid.num_tokens, text_tokens=TEXT_LENGTH)
-        (plan,) = self.open_engine(FLOAT32_VARIANT).resolve_passes(self.request)
-        return pass_flops(self.transformer_config, plan) + vae_decoder_flops(self.vae_config, grid)
+        (resolved_pass,) = self.open_engine(FLOAT32_VARIANT).resolve_passes(self.request)
+        return pass_flops(self.transformer_config, resolved_pass) + vae_decoder_flops(self.vae_config, grid)
 
 
 def pass_flops(config: TransformerConfig, resolved_pass: ResolvedPass) -> int:
-    """Of all evaluations of a pass."""
+    """Returns the FLOPs of all model evaluations of a pass."""
     total, tokens = 0, resolved_pass.grid.num_tokens
     for step in resolved_pass.step_guidance:
         total += (1 + (step.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=TEXT_LENGTH)
@@ -177,5 +177,5 @@ def pass_flops(config: TransformerConfig, resolved_pass: ResolvedPass) -> int:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Of all its weights, as they are stored."""
+    """Returns the bytes of a module's weights, as they are stored."""
     return sum(tensor.nbytes for tensor in chain(module.parameters(), module.buffers()))

@@ -1,4 +1,4 @@
-"""From the start of a process to a written file: what someone waits for who types a command."""
+"""Measures a program from its start to a written file: the wait of someone who types a command."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from kadr.bench.peak_memory import process_peak_bytes
 from kadr.bench.runner import Contender, SkippedContender
 from kadr.bench.stage_case import PROMPT, StageCase
 
-POLL_SECONDS = 0.02  # seconds between looks at a program that runs
+POLL_SECONDS = 0.02  # between two readings of a running program's memory
 
 
 class Program:
-    """A program that writes a file and ends; called, it runs to its end.
+    """A program that writes a file and ends. Calling it runs it to its end.
 
     Args:
-        command: its words; the file to write is put behind them.
-        environment: on top of this process's own.
-        suffix: of the file.
+        command: its arguments; the path of the file to write is appended.
+        environment: variables to add to this process's environment.
+        suffix: suffix of the file.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], suffix: str = ".mp4") -> None:
         self.command, self.environment, self.suffix = command, environment, suffix
-        self.peak_bytes: int | None = None  # bytes: the most that any run took, by the system's account
+        self.peak_bytes: int | None = None  # the largest peak of all runs
 
     def __call__(self) -> None:
-        """Run it.
+        """Runs the program.
 
         Raises:
             RuntimeError: it failed, or wrote nothing.
         """
-        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as talk:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as stderr:
             output = Path(folder) / f"out{self.suffix}"
             process = subprocess.Popen(
                 [*self.command, str(output)],
                 env={**os.environ, **self.environment, "KADR_CACHE": folder},
                 stdout=subprocess.DEVNULL,
-                stderr=talk,
+                stderr=stderr,
             )
             status = self._wait(process)
             if status or not output.exists():
-                talk.seek(0)
-                lines = talk.read().decode(errors="replace").strip().splitlines()
+                stderr.seek(0)
+                lines = stderr.read().decode(errors="replace").strip().splitlines()
                 raise RuntimeError(f"{' '.join(self.command[:4])} ended with {status}: {lines[-1] if lines else ''}")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        """Until it ends, with a look at its highest mark now and then.
+        """Waits for the program to end, and reads its peak memory now and then.
 
-        What the system says of it afterwards (`ru_maxrss`) counts this process, which it began as a copy of.
+        `ru_maxrss`, read afterwards, would include this process, which the program began as a copy of.
         """
         while True:
             try:
@@ -70,8 +70,8 @@ class Program:
 
 
 def startup_contenders(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
-    """`kadr generate` as it comes, with the bundled model."""
+    """Yields `kadr generate` with default settings and the bundled model."""
     if stage_case.stage == STARTUP:
-        words = [sys.executable, "-m", "kadr", "generate", PROMPT, "--device", stage_case.device.type, "--output"]
+        command = [sys.executable, "-m", "kadr", "generate", PROMPT, "--device", stage_case.device.type, "--output"]
         dtype = str(stage_case.dtype).removeprefix("torch.")
-        yield Program(words, {"HF_HUB_OFFLINE": "1"}).as_contender("kadr auto", dtype, is_kadr=True)
+        yield Program(command, {"HF_HUB_OFFLINE": "1"}).as_contender("kadr auto", dtype, is_kadr=True)
