@@ -1,4 +1,4 @@
-"""How many bytes of tensors exist while something runs: counted one by one, on any device, also on meta."""
+"""Counts the bytes of live tensors while something runs, one by one, on any device, also on meta."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the tensors that are made inside its block: `peak_bytes` is the most bytes that there were at once.
+    """Counts the tensors created inside its context: `peak_bytes` is their peak.
 
-    What kernels take for themselves is not among them.
+    Workspace of kernels is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = 0
-        self._storages: dict[int, list[int]] = {}  # bytes, and how many tensors lie in it
+        self._storages: dict[int, list[int]] = {}  # key -> [bytes, number of tensors in the storage]
 
     def __torch_dispatch__(
         self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        made = function(*args, **(kwargs or {}))
-        known, storages = {id(tensor) for tensor in given}, {tensor.untyped_storage()._cdata for tensor in given}
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and id(tensor) not in known:
-                self._add(tensor, storages)
-        return made
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = function(*args, **(kwargs or {}))
+        input_ids = {id(tensor) for tensor in inputs}
+        input_storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and id(tensor) not in input_ids:
+                self._add(tensor, input_storages)
+        return outputs
 
-    def _add(self, tensor: Tensor, given: set[int]) -> None:
+    def _add(self, tensor: Tensor, input_storages: set[int]) -> None:
         key = tensor.untyped_storage()._cdata
         if key not in self._storages:
-            if key in given:  # a view of what was there before
+            if key in input_storages:  # a view of an input
                 return
             self._storages[key] = [tensor.untyped_storage().nbytes(), 0]
             self.live_bytes += self._storages[key][0]

@@ -1,4 +1,4 @@
-"""Blocks that come and go compute what they would compute if they stayed."""
+"""Streamed blocks compute bit for bit what resident blocks compute."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = 24
 
 
 class Stack(nn.Module):
-    """Blocks that run one after the other."""
+    """A module of blocks that run one after the other."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -33,51 +33,50 @@ class Stack(nn.Module):
         return x
 
 
-class Counted(BlockSwapper):
-    """Tells which blocks were copied."""
+class CountingSwapper(BlockSwapper):
+    """A block swapper that lists which blocks were copied."""
 
-    def _fill(self, index: int, busy: int | None = None) -> int:
+    def _copy_to_slot(self, index: int, busy_slot: int | None = None) -> int:
         if index not in self._block_in_slot:
             self.copied = [*getattr(self, "copied", []), index]
-        return super()._copy_to_slot(index, busy)
+        return super()._copy_to_slot(index, busy_slot)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_a_carousel_computes_the_same_and_copies_each_block_once_a_turn(count: int) -> None:
+def test_block_swapper_is_exact_and_copies_each_block_once_per_step(count: int) -> None:
     torch.manual_seed(0)
     stack, x = Stack(count), torch.randn(5, WIDTH)
     before = [tensor.clone() for tensor in module_tensors(stack)]
-    right = stack(x)
-    carousel = Counted(list(stack.blocks), CPU)
+    expected = stack(x)
+    swapper = CountingSwapper(list(stack.blocks), CPU)
     for _ in range(3):
-        assert torch.equal(stack(x), right)
-    ahead = count if count <= 2 else 3 * count + 1  # the last turn has sent for the next one's first block
-    assert carousel.copied == [index % count for index in range(ahead)]
+        assert torch.equal(stack(x), expected)
+    num_copies = count if count <= 2 else 3 * count + 1  # the last step has copied the first block of the next step
+    assert swapper.copied == [index % count for index in range(num_copies)]
     assert all(torch.equal(a, b) for a, b in zip(module_tensors(stack), before, strict=True))
 
 
-def test_a_block_that_runs_twice_in_a_row_is_copied_once() -> None:
+def test_block_that_runs_twice_in_a_row_is_copied_once() -> None:
     stack, x = Stack(4), torch.randn(2, WIDTH)
-    carousel = Counted(list(stack.blocks), CPU)
+    swapper = CountingSwapper(list(stack.blocks), CPU)
     for block in stack.blocks:
         block(block(x))
-    assert carousel.copied == [0, 1, 2, 3, 0]
+    assert swapper.copied == [0, 1, 2, 3, 0]
 
 
-def test_blocks_that_stay_and_blocks_that_come_mix() -> None:
+def test_resident_and_streamed_blocks_mix() -> None:
     torch.manual_seed(1)
     stack, x = Stack(6), torch.randn(2, WIDTH)
-    right = stack(x)
-    carousel = Counted([stack.blocks[1], stack.blocks[3], stack.blocks[5]], CPU)
-    assert torch.equal(stack(x), right)
-    assert torch.equal(stack(x), right)
-    assert (
-        max(len(place) for place in carousel.slots) < sum(w.nbytes for w in module_tensors(stack.blocks[0])) + 3 * 256
-    )
+    expected = stack(x)
+    swapper = CountingSwapper([stack.blocks[1], stack.blocks[3], stack.blocks[5]], CPU)
+    assert torch.equal(stack(x), expected)
+    assert torch.equal(stack(x), expected)
+    block_bytes = sum(tensor.nbytes for tensor in module_tensors(stack.blocks[0]))
+    assert max(len(slot) for slot in swapper.slots) < block_bytes + 3 * 256
 
 
 def mapped_stack(folder: Path, count: int, width: int) -> tuple[Stack, int]:
-    """Blocks whose weights lie in a file, and the bytes of one."""
+    """Returns blocks whose weights are mapped from a file, and the bytes of one block."""
     stack = Stack(0)
     save_file({f"{i}": torch.randn(width, width) / width**0.5 for i in range(count)}, folder / "w.safetensors")
     source = Source.open(folder / "w.safetensors")
@@ -89,35 +88,34 @@ def mapped_stack(folder: Path, count: int, width: int) -> tuple[Stack, int]:
     return stack, 4 * width * width
 
 
-def resident() -> int:
-    """Bytes of files that are in this process's memory."""
+def resident_file_bytes() -> int:
+    """Bytes of mapped files that are in this process's memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what is in memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of resident pages")
 def test_streamed_pages_are_in_memory_one_block_at_a_time(tmp_path: Path) -> None:
-    stack, size = mapped_stack(tmp_path, 8, 1024)
+    stack, block_bytes = mapped_stack(tmp_path, 8, 1024)
     x = torch.randn(2, 1024)
-    begun = resident()
-    right = stack(x)
-    assert resident() - begun >= 7 * size
+    start = resident_file_bytes()
+    expected = stack(x)
+    assert resident_file_bytes() - start >= 7 * block_bytes
     memory_map.release_pages(module_tensors(stack))
-    assert resident() - begun < size
+    assert resident_file_bytes() - start < block_bytes
     stream_mapped_blocks(list(stack.blocks), release=memory_map.release_pages, prefetch=memory_map.prefetch_pages)
-    seen = []
+    samples = []
     for block in stack.blocks:
-        block.register_forward_pre_hook(lambda *_: seen.append(resident() - begun))
-    assert torch.equal(stack(x), right)
-    assert max(seen) < 2 * size
-    assert resident() - begun < size
+        block.register_forward_pre_hook(lambda *_: samples.append(resident_file_bytes() - start))
+    assert torch.equal(stack(x), expected)
+    assert max(samples) < 2 * block_bytes
+    assert resident_file_bytes() - start < block_bytes
 
 
-def test_only_pages_of_files_are_let_go_of(tmp_path: Path) -> None:
+def test_release_pages_affects_only_mapped_files(tmp_path: Path) -> None:
     stack, _ = mapped_stack(tmp_path, 1, 64)
-    own = torch.arange(100_000.0)
-    kept = own.clone()
-    before = stack.blocks[0].weight.clone()
-    memory_map.release_pages([own, stack.blocks[0].weight, torch.empty(0), torch.empty(2, device="meta")])
-    assert torch.equal(own, kept)
-    assert torch.equal(stack.blocks[0].weight, before)
+    private = torch.arange(100_000.0)
+    private_before, mapped_before = private.clone(), stack.blocks[0].weight.clone()
+    memory_map.release_pages([private, stack.blocks[0].weight, torch.empty(0), torch.empty(2, device="meta")])
+    assert torch.equal(private, private_before)
+    assert torch.equal(stack.blocks[0].weight, mapped_before)

@@ -1,4 +1,4 @@
-"""Devices and number formats, picked or refused by name."""
+"""Devices and dtypes are picked or refused by name."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from kadr.memory.device import FP32_MAX_PARAMETERS, free_bytes, pick_device, pic
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def have(patch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = False) -> None:
+def set_devices(patch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = False) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: cuda)
     patch.setattr(torch.backends.mps, "is_available", lambda: mps)
     patch.setattr(torch.cuda, "device_count", lambda: 2 if cuda else 0)
 
 
 @pytest.mark.parametrize(
-    ("cuda", "mps", "picked"),
+    ("cuda", "mps", "expected"),
     [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
-def test_auto_is_the_fastest_device_there_is(
-    cuda: bool, mps: bool, picked: str, monkeypatch: pytest.MonkeyPatch
+def test_auto_picks_the_fastest_available_device(
+    cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    have(monkeypatch, cuda=cuda, mps=mps)
-    assert pick_device("auto") == torch.device(picked)
+    set_devices(monkeypatch, cuda=cuda, mps=mps)
+    assert pick_device("auto") == torch.device(expected)
     assert pick_device("cpu") == CPU
 
 
-def test_a_device_may_have_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    have(monkeypatch, cuda=True)
+def test_device_may_have_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_devices(monkeypatch, cuda=True)
     assert pick_device("cuda:1") == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize("name", ["gpu", "CUDA", "", "xla", "tpu:0", "nvidia"])
-def test_an_unknown_device_is_refused_with_those_there_are(name: str) -> None:
+def test_unknown_device_is_refused_with_known_names(name: str) -> None:
     with pytest.raises(RequestError) as caught:
         pick_device(name)
     assert repr(name) in str(caught.value)
@@ -44,42 +44,42 @@ def test_an_unknown_device_is_refused_with_those_there_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
-def test_a_device_that_is_not_here_is_refused_with_the_way_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    have(monkeypatch)
+def test_unavailable_device_is_refused_with_a_way_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_devices(monkeypatch)
     with pytest.raises(RequestError, match=f"'{name}'.*none here.*cpu"):
         pick_device(name)
 
 
 @pytest.mark.parametrize("name", ["cuda:", "cuda:x", "cpu:x", "cuda:-1"])
-def test_a_device_whose_number_is_none_is_refused_by_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    have(monkeypatch, cuda=True)
+def test_malformed_device_index_is_refused_by_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_devices(monkeypatch, cuda=True)
     with pytest.raises(RequestError, match=name):
         pick_device(name)
 
 
-def test_a_device_with_too_high_a_number_is_refused_with_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    have(monkeypatch, cuda=True)
+def test_too_high_device_index_is_refused_with_the_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_devices(monkeypatch, cuda=True)
     with pytest.raises(RequestError, match="'cuda:2', but there are 2 here"):
         pick_device("cuda:2")
 
 
 @pytest.mark.parametrize("name", ["fp16", "float16", "bf16", "", "int8", "Float32"])
-def test_an_unknown_dtype_is_refused_with_those_there_are(name: str) -> None:
+def test_unknown_dtype_is_refused_with_known_names(name: str) -> None:
     with pytest.raises(RequestError) as caught:
         pick_dtype(name, CPU, 1)
     assert repr(name) in str(caught.value)
     assert all(known in str(caught.value) for known in ("auto", "bfloat16", "float32"))
 
 
-def test_a_dtype_that_is_named_is_taken_whatever_the_machine() -> None:
-    for where in (CPU, CUDA):
+def test_named_dtype_is_used_on_every_device() -> None:
+    for torch_device in (CPU, CUDA):
         for parameters in (1, 10**11):
-            assert pick_dtype("bfloat16", where, parameters) is torch.bfloat16
-            assert pick_dtype("float32", where, parameters) is torch.float32
+            assert pick_dtype("bfloat16", torch_device, parameters) is torch.bfloat16
+            assert pick_dtype("float32", torch_device, parameters) is torch.float32
 
 
 @pytest.mark.parametrize(
-    ("where", "parameters", "units", "picked"),
+    ("torch_device", "parameters", "has_units", "expected"),
     [
         (CPU, FP32_MAX_PARAMETERS - 1, True, torch.float32),
         (CPU, FP32_MAX_PARAMETERS, True, torch.bfloat16),
@@ -88,12 +88,12 @@ def test_a_dtype_that_is_named_is_taken_whatever_the_machine() -> None:
         (CUDA, FP32_MAX_PARAMETERS, False, torch.bfloat16),
     ],
 )
-def test_auto_is_bfloat16_for_large_models_where_it_is_not_slow(
-    where: torch.device, parameters: int, units: bool, picked: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_auto_dtype_is_bfloat16_for_large_models_if_fast(
+    torch_device: torch.device, parameters: int, has_units: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: units)
-    assert pick_dtype("auto", where, parameters) is picked
+    monkeypatch.setattr(device, "_cpu_has_bfloat16", lambda: has_units)
+    assert pick_dtype("auto", torch_device, parameters) is expected
 
 
-def test_free_memory_of_this_machine_is_counted_in_bytes() -> None:
+def test_free_memory_is_in_bytes() -> None:
     assert 10**6 < free_bytes(CPU) < 10**15

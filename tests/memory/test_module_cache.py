@@ -1,4 +1,4 @@
-"""The shelf lends modules and, unless told to keep them, lets go of them."""
+"""The module cache frees modules after use, except those it is told to keep."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kadr.memory.module_cache import ModuleCache
 CPU = torch.device("cpu")
 
 
-def shelf_that_keeps(*names: str) -> ModuleCache:
-    shelf = ModuleCache(CPU, release_pages=lambda tensors: None)
-    shelf.names_to_keep = frozenset(names)
-    return shelf
+def cache_that_keeps(*names: str) -> ModuleCache:
+    cache = ModuleCache(CPU, release_pages=lambda tensors: None)
+    cache.names_to_keep = frozenset(names)
+    return cache
 
 
-class Loads:
-    """Counts what was loaded, and what of it is still alive."""
+class CountingLoader:
+    """Counts the modules it loads, and those still alive."""
 
     def __init__(self) -> None:
         self.alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -36,103 +36,103 @@ class Loads:
 
 
 @pytest.fixture(autouse=True)
-def no_collection() -> Iterator[None]:
-    """A module must go when the last one looks away, not when Python next tidies up."""
-    gc.freeze()  # what is already there, so that looking for what is not takes no time
+def without_garbage_collection() -> Iterator[None]:
+    """A module must be freed with its last reference, not at Python's next collection."""
+    gc.freeze()  # existing objects, so that collecting new ones takes no time
     gc.disable()
     yield
     gc.enable()
     gc.unfreeze()
 
 
-def used(shelf: ModuleCache, name: str, load: Loads) -> None:
-    with shelf.acquire(name, load) as module:
+def use(cache: ModuleCache, name: str, load: CountingLoader) -> None:
+    with cache.acquire(name, load) as module:
         assert isinstance(module, nn.Linear)
         assert len(load.alive) == 1
 
 
-def test_what_is_not_kept_is_gone_after_its_block() -> None:
-    shelf, load = shelf_that_keeps(), Loads()
+def test_module_not_kept_is_freed_after_use() -> None:
+    cache, load = cache_that_keeps(), CountingLoader()
     for turn in range(3):
-        used(shelf, "a", load)
+        use(cache, "a", load)
         assert (load.count, len(load.alive)) == (turn + 1, 0)
 
 
-def test_what_is_kept_is_loaded_once() -> None:
-    shelf, load, other = shelf_that_keeps("a", "b"), Loads(), Loads()
+def test_kept_module_is_loaded_once() -> None:
+    cache, load, other = cache_that_keeps("a", "b"), CountingLoader(), CountingLoader()
     for _ in range(3):
-        used(shelf, "a", load)
-        used(shelf, "b", other)
+        use(cache, "a", load)
+        use(cache, "b", other)
     assert (load.count, len(load.alive)) == (other.count, len(other.alive)) == (1, 1)
 
 
-def test_clearing_lets_go_of_what_was_kept_and_it_is_loaded_again() -> None:
-    shelf, load = shelf_that_keeps("a", "b"), Loads()
-    used(shelf, "a", load)
-    shelf.clear()
+def test_clear_frees_kept_modules() -> None:
+    cache, load = cache_that_keeps("a", "b"), CountingLoader()
+    use(cache, "a", load)
+    cache.clear()
     assert not load.alive
-    used(shelf, "a", load)
+    use(cache, "a", load)
     assert load.count == 2
 
 
-def test_what_is_not_kept_is_gone_after_an_error_too() -> None:
-    shelf, load = shelf_that_keeps(), Loads()
-    with pytest.raises(ZeroDivisionError), shelf.acquire("a", load):
+def test_module_not_kept_is_freed_after_an_error() -> None:
+    cache, load = cache_that_keeps(), CountingLoader()
+    with pytest.raises(ZeroDivisionError), cache.acquire("a", load):
         raise ZeroDivisionError
-    gc.collect()  # the error's own frames
+    gc.collect()  # the frames of the error
     assert not load.alive
 
 
-def test_what_is_kept_outlives_an_error() -> None:
-    shelf, load = shelf_that_keeps("a", "b"), Loads()
-    with pytest.raises(ZeroDivisionError), shelf.acquire("a", load):
+def test_kept_module_outlives_an_error() -> None:
+    cache, load = cache_that_keeps("a", "b"), CountingLoader()
+    with pytest.raises(ZeroDivisionError), cache.acquire("a", load):
         raise ZeroDivisionError
-    used(shelf, "a", load)
+    use(cache, "a", load)
     assert load.count == 1
 
 
-def test_a_load_that_fails_leaves_nothing_and_may_be_tried_again() -> None:
-    shelf, load = shelf_that_keeps("a", "b"), Loads()
+def test_failed_load_leaves_nothing_and_may_be_retried() -> None:
+    cache, load = cache_that_keeps("a", "b"), CountingLoader()
 
     def fail() -> nn.Linear:
         raise OSError("no such file")
 
-    with pytest.raises(OSError, match="no such file"), shelf.acquire("a", fail):
+    with pytest.raises(OSError, match="no such file"), cache.acquire("a", fail):
         pass
-    used(shelf, "a", load)
+    use(cache, "a", load)
     assert load.count == 1
 
 
-def test_modules_are_lent_ready_for_inference() -> None:
-    with shelf_that_keeps().acquire("a", Loads()) as module:
+def test_acquired_modules_are_ready_for_inference() -> None:
+    with cache_that_keeps().acquire("a", CountingLoader()) as module:
         assert not module.training
         assert not any(weight.requires_grad for weight in module.parameters())
         assert all(weight.device == CPU for weight in module.parameters())
 
 
-def test_what_was_kept_in_another_way_is_gone_before_it_is_loaded_anew() -> None:
-    shelf, load = shelf_that_keeps("a"), Loads()
-    with shelf.acquire("a", load, configuration="wide"):
+def test_other_configuration_is_freed_before_the_new_one_loads() -> None:
+    cache, load = cache_that_keeps("a"), CountingLoader()
+    with cache.acquire("a", load, configuration="wide"):
         pass
-    with shelf.acquire("a", load, configuration="narrow"):
+    with cache.acquire("a", load, configuration="narrow"):
         assert (load.count, len(load.alive)) == (2, 1)
-    with shelf.acquire("a", load, configuration="narrow"):
+    with cache.acquire("a", load, configuration="narrow"):
         assert load.count == 2
 
 
-def test_pages_of_files_are_let_go_of_even_where_the_module_stays() -> None:
-    gone: list[torch.Tensor] = []
-    shelf = ModuleCache(CPU, release_pages=gone.extend)
-    shelf.names_to_keep = {"a"}
-    with shelf.acquire("a", Loads()) as module:
-        assert not gone
-    assert {tensor.data_ptr() for tensor in gone} == {weight.data_ptr() for weight in module.parameters()}
-    assert shelf.cached_names == {"a"}
+def test_mapped_pages_are_released_even_if_the_module_is_kept() -> None:
+    released: list[torch.Tensor] = []
+    cache = ModuleCache(CPU, release_pages=released.extend)
+    cache.names_to_keep = {"a"}
+    with cache.acquire("a", CountingLoader()) as module:
+        assert not released
+    assert {tensor.data_ptr() for tensor in released} == {weight.data_ptr() for weight in module.parameters()}
+    assert cache.cached_names == {"a"}
 
 
-def test_clearing_may_spare_some() -> None:
-    shelf, load, other = shelf_that_keeps("a", "b"), Loads(), Loads()
-    used(shelf, "a", load)
-    used(shelf, "b", other)
-    shelf.clear(keep=["b", "c"])
+def test_clear_can_keep_some_modules() -> None:
+    cache, load, other = cache_that_keeps("a", "b"), CountingLoader(), CountingLoader()
+    use(cache, "a", load)
+    use(cache, "b", other)
+    cache.clear(keep=["b", "c"])
     assert (len(load.alive), len(other.alive)) == (0, 1)

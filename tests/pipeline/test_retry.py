@@ -1,4 +1,4 @@
-"""Memory that ran out in spite of the plan."""
+"""A stage that runs out of memory is retried once, with a smaller placement."""
 
 from __future__ import annotations
 
@@ -10,93 +10,97 @@ import torch
 
 from kadr.errors import KadrWarning, PlanError
 from kadr.pipeline.retry import is_out_of_memory, retry_frames_on_oom, retry_on_oom
-from kadr.planning.plan import Placement, Plan, StagePlan
+from kadr.planning.placement import Placement
+from kadr.planning.plan import Plan, StagePlan
 
-SAID = "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+OOM_MESSAGE = (
+    "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+)
 
 
-class Parts:
-    """What a rescue asks of components."""
+class FakeComponents:
+    """The attributes of `Components` that a retry uses; its plan has placements of 9 GB, 8 GB and so on."""
 
-    def __init__(self, ways: int) -> None:
-        best, *rest = [
-            Placement(dtype="float32", private_bytes=(9 - n) * 10**9, reason=f"way {n}") for n in range(ways)
+    def __init__(self, num_placements: int) -> None:
+        best, *fallbacks = [
+            Placement(dtype="float32", private_bytes=(9 - n) * 10**9, reason=f"placement {n}")
+            for n in range(num_placements)
         ]
-        stage = StagePlan(stage="denoise", component="transformer", placement=best, fallbacks=tuple(rest))
+        stage = StagePlan(stage="denoise", component="transformer", placement=best, fallbacks=tuple(fallbacks))
         self.plan = Plan(device="cpu", base_bytes=0, free_bytes=10**10, stages=(stage,))
-        self.shelf, self.cleared = self, 0
+        self.module_cache, self.clear_count = self, 0
 
     def clear(self) -> None:
-        self.cleared += 1
+        self.clear_count += 1
 
-    def follow(self, plan: Plan) -> None:
+    def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
 
 
-class Failing:
-    """Runs out of memory so many times, each time after some frames."""
+class FailingStage:
+    """A stage that runs out of memory a number of times, each time after some frames."""
 
     def __init__(self, times: int, after: int = 0, error: BaseException | None = None) -> None:
-        self.left, self.after, self.error = times, after, error or RuntimeError(SAID)
+        self.failures_left, self.after, self.error = times, after, error or RuntimeError(OOM_MESSAGE)
 
     def __call__(self, dtype: torch.dtype | None) -> str:
         list(self.frames(dtype))
         return f"done in {dtype}"
 
     def frames(self, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
-        failing, self.left = self.left > 0, self.left - 1
+        is_failing, self.failures_left = self.failures_left > 0, self.failures_left - 1
         for number in range(6):
-            if failing and number == self.after:
+            if is_failing and number == self.after:
                 raise self.error
             yield torch.tensor([2 * number, 2 * number + 1])
 
 
 @pytest.mark.parametrize(
-    "error, is_one",
+    "error, is_oom",
     [
         (MemoryError(), True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError(SAID), True),
+        (RuntimeError(OOM_MESSAGE), True),
         (RuntimeError("MPS backend out of memory"), True),
         (RuntimeError("shapes do not match"), False),
         (ValueError("out of memory"), False),
     ],
 )
-def test_errors_that_say_memory_ran_out_are_known(error: BaseException, is_one: bool) -> None:
-    assert is_out_of_memory(error) is is_one
+def test_out_of_memory_errors_are_recognised(error: BaseException, is_oom: bool) -> None:
+    assert is_out_of_memory(error) is is_oom
 
 
-def test_the_next_way_is_taken_once_and_said() -> None:
-    parts: Any = Parts(3)
-    with pytest.warns(KadrWarning, match=r"denoise ran out of memory .* 9\.0 GB .* again with 8\.0 GB: way 1"):
-        assert retry_on_oom(parts, "denoise", Failing(1))(torch.float32) == "done in torch.float32"
-    assert parts.plan.of("denoise").choice.why == "way 1"
-    assert parts.cleared == 1
+def test_next_placement_is_used_once_with_a_warning() -> None:
+    components: Any = FakeComponents(3)
+    with pytest.warns(KadrWarning, match=r"denoise ran out of memory .* 9\.0 GB; retrying with 8\.0 GB: placement 1"):
+        assert retry_on_oom(components, "denoise", FailingStage(1))(torch.float32) == "done in torch.float32"
+    assert components.plan.stage("denoise").placement.reason == "placement 1"
+    assert components.clear_count == 1
 
 
-def test_a_second_time_it_is_an_error() -> None:
-    parts: Any = Parts(3)
+def test_second_out_of_memory_error_is_raised() -> None:
+    components: Any = FakeComponents(3)
     with pytest.warns(KadrWarning), pytest.raises(RuntimeError, match="can't allocate memory"):
-        retry_on_oom(parts, "denoise", Failing(2))(None)
+        retry_on_oom(components, "denoise", FailingStage(2))(None)
 
 
-def test_without_another_way_it_says_so() -> None:
-    parts: Any = Parts(1)
-    with pytest.raises(PlanError, match=r"denoise ran out of memory in spite of the plan .*smaller --size") as said:
-        retry_on_oom(parts, "denoise", Failing(1))(None)
-    assert isinstance(said.value.__cause__, RuntimeError)
+def test_without_smaller_placement_a_plan_error_says_so() -> None:
+    components: Any = FakeComponents(1)
+    with pytest.raises(PlanError, match=r"denoise ran out of memory in spite of the plan .*smaller --size") as raised:
+        retry_on_oom(components, "denoise", FailingStage(1))(None)
+    assert isinstance(raised.value.__cause__, RuntimeError)
 
 
-def test_other_errors_pass() -> None:
-    parts: Any = Parts(3)
+def test_other_errors_are_not_retried() -> None:
+    components: Any = FakeComponents(3)
     with pytest.raises(RuntimeError, match="shapes"):
-        retry_on_oom(parts, "denoise", Failing(1, error=RuntimeError("shapes do not match")))(None)
-    assert parts.cleared == 0
+        retry_on_oom(components, "denoise", FailingStage(1, error=RuntimeError("shapes do not match")))(None)
+    assert components.clear_count == 0
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_no_frame_is_handed_on_twice(after: int) -> None:
-    parts: Any = Parts(2)
+def test_no_frame_is_yielded_twice(after: int) -> None:
+    components: Any = FakeComponents(2)
     with pytest.warns(KadrWarning):
-        frames = torch.cat(list(retry_frames_on_oom(parts, "denoise", Failing(1, after).frames)(None)))
+        frames = torch.cat(list(retry_frames_on_oom(components, "denoise", FailingStage(1, after).frames)(None)))
     assert frames.tolist() == list(range(12))

@@ -1,4 +1,4 @@
-"""What parts of a model take of the system's memory at work, beside what was predicted: one JSON object, on stdout."""
+"""Measures the peak memory of components at work, beside the prediction: prints one JSON object."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ THIN_VAE = replace(VAE_0_9_5, encoder_base_channels=32, decoder_base_channels=32
 GRID = LatentGrid(3, 8, 12)
 
 
-def status_bytes(word: str) -> int:
+def status_bytes(key: str) -> int:
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(word))
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
 
 def peak_growth(task: Callable[[], object]) -> int:
-    """Bytes that the process grew by at most while something ran. It runs twice: the first time loads kernels."""
+    """Returns the peak growth of the process in bytes during a task, which runs twice: the first run loads kernels."""
     task()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as marks:
-        marks.write("5")  # the most there was is now what there is
+        marks.write("5")  # resets the peak to the present size
     before = status_bytes("VmRSS")
     task()
     return status_bytes("VmHWM") - before
@@ -46,7 +46,7 @@ def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> 
     module = Transformer(WIDE).to(dtype)
     rope, mask = module.compute_rope(torch.rand(1, 3, tokens)), torch.arange(256)[None] < 20
     x, text = torch.randn(1, tokens, 128, dtype=dtype), torch.randn(1, 256, 512, dtype=dtype)
-    level = torch.full((1, tokens if per_token else 1), 0.5)
+    sigma = torch.full((1, tokens if per_token else 1), 0.5)
     predicted = activations.transformer_activation_bytes(
         WIDE,
         tokens,
@@ -56,7 +56,7 @@ def transformer(dtype: torch.dtype, tokens: int, *, per_token: bool = False) -> 
         fused_gelu=should_prepack_linears(dtype, CPU),
     )
     predicted += activations.text_kv_bytes(WIDE, dtype.itemsize, text_tokens=20)
-    return [peak_growth(lambda: module(x, rope, text, mask, level)), predicted]
+    return [peak_growth(lambda: module(x, rope, text, mask, sigma)), predicted]
 
 
 def text_encoder() -> list[int]:

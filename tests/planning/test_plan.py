@@ -1,139 +1,147 @@
-"""The plan takes the best way that fits, says why, and says no with a number."""
+"""The plan takes the best placement that fits, gives its reasons, and refuses with the shortfall in bytes."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from kadr.errors import PlanError
-from kadr.planning.plan import AS_STORED, CONVERTED, Placement, Plan, StageOptions, format_seconds, make_plan
+from kadr.planning.choose import make_plan
+from kadr.planning.placement import AS_STORED, CONVERTED, Placement, StageOptions
+from kadr.planning.plan import Plan, format_seconds
 
 MB = 10**6
 
 
-def way(own: int, working: int = 0, *, mapped: int = 0, host: int = 0, why: str = "", **more: object) -> Placement:
-    choice = Placement(
+def placement(private: int, workspace: int = 0, *, mapped: int = 0, host: int = 0, **fields: Any) -> Placement:
+    """A placement of so many MB."""
+    return Placement(
         dtype="bfloat16",
-        private_bytes=own * MB,
-        workspace_bytes=working * MB,
+        private_bytes=private * MB,
+        workspace_bytes=workspace * MB,
         mapped_bytes=mapped * MB,
         host_bytes=host * MB,
-        reason=why,
         seconds=2.0,
+        **fields,
     )
-    return replace(choice, **more)
 
 
-def needs(**stages: tuple[Placement, ...]) -> list[StageOptions]:
+def stage_options(**placements: tuple[Placement, ...]) -> list[StageOptions]:
     return [
-        StageOptions(stage=stage, component=f"{stage} part", placements=choices) for stage, choices in stages.items()
+        StageOptions(stage=stage, component=f"{stage} component", placements=options)
+        for stage, options in placements.items()
     ]
 
 
-def planned(wanted: list[StageOptions], free: int, *, base: int = 0, host_free: int = 10_000) -> Plan:
-    return make_plan(wanted, device="cpu", base_bytes=base * MB, free_bytes=free * MB, free_host_bytes=host_free * MB)
+def plan_in(options: list[StageOptions], free: int, *, base: int = 0, host_free: int = 10_000) -> Plan:
+    """The plan with so many MB free."""
+    return make_plan(options, device="cpu", base_bytes=base * MB, free_bytes=free * MB, free_host_bytes=host_free * MB)
 
 
-BIG, SMALL = way(900, 100), way(100, 100, why="blocks come and go", streamed=28, hold=AS_STORED)
+RESIDENT = placement(900, 100)
+STREAMED = placement(100, 100, reason="transformer blocks are streamed", streamed_blocks=28, weight_format=AS_STORED)
 
 
-def test_the_first_way_that_fits_is_taken() -> None:
-    assert planned(needs(denoise=(BIG, SMALL)), 1000).stage("denoise").placement is BIG
-    assert planned(needs(denoise=(BIG, SMALL)), 999).stage("denoise").placement is SMALL
+def test_first_placement_that_fits_is_chosen() -> None:
+    assert plan_in(stage_options(denoise=(RESIDENT, STREAMED)), 1000).stage("denoise").placement is RESIDENT
+    assert plan_in(stage_options(denoise=(RESIDENT, STREAMED)), 999).stage("denoise").placement is STREAMED
 
 
-def test_the_peak_is_that_of_the_worst_stage_and_of_what_was_there_before() -> None:
-    plan = planned(needs(text=(way(300, 50),), denoise=(way(100, 700),), decode=(way(200, 100),)), 800, base=40)
+def test_peak_is_base_bytes_plus_the_largest_stage() -> None:
+    options = stage_options(text=(placement(300, 50),), denoise=(placement(100, 700),), decode=(placement(200, 100),))
+    plan = plan_in(options, 800, base=40)
     assert plan.peak_bytes == 840 * MB
     assert plan.seconds == 6.0
 
 
-def test_parts_stay_where_all_of_them_fit_and_count_in_the_stages_after_them() -> None:
-    three = needs(text=(way(300, 50),), denoise=(way(100, 700),), decode=(way(200, 100),))
-    assert planned(three, 800).cached_components == {"denoise part"}
-    roomy = planned(three, 1300)
-    assert roomy.cached_components == {"text part", "denoise part", "decode part"}
-    assert roomy.peak_bytes == 1100 * MB  # denoising, with the text encoder beside it; the decoder comes later
-    assert planned(three, 1299).cached_components == {"text part", "denoise part"}
+def test_components_stay_cached_if_they_fit_and_count_in_later_stages() -> None:
+    options = stage_options(text=(placement(300, 50),), denoise=(placement(100, 700),), decode=(placement(200, 100),))
+    assert plan_in(options, 800).cached_components == {"denoise component"}
+    roomy = plan_in(options, 1300)
+    assert roomy.cached_components == {"text component", "denoise component", "decode component"}
+    assert roomy.peak_bytes == 1100 * MB  # denoising, with the text encoder cached; the decoder comes later
+    assert plan_in(options, 1299).cached_components == {"text component", "denoise component"}
 
 
-def test_pages_of_files_do_not_stay() -> None:
-    two = needs(text=(way(0, 50, mapped=900),), denoise=(way(100, 100),))
-    plan = planned(two, 1050)
-    assert plan.cached_components == {"text part", "denoise part"}
+def test_mapped_pages_do_not_count_for_cached_components() -> None:
+    options = stage_options(text=(placement(0, 50, mapped=900),), denoise=(placement(100, 100),))
+    plan = plan_in(options, 1050)
+    assert plan.cached_components == {"text component", "denoise component"}
     assert plan.peak_bytes == 950 * MB
-    assert planned(two, 1049).cached_components == {"text part"}  # a second request would begin with 100 of the other's
+    # A second request would begin with 100 MB of the transformer.
+    assert plan_in(options, 1049).cached_components == {"text component"}
 
 
-def test_what_fits_nowhere_is_refused_with_the_shortfall_of_the_smallest_way() -> None:
-    with pytest.raises(PlanError, match="denoise needs 200 MB on cpu at the least, and 150 MB are free: 50 MB") as said:
-        planned(needs(text=(way(1),), denoise=(BIG, SMALL)), 150)
-    assert said.value.shortfall == 50 * MB
+def test_no_fit_is_refused_with_shortfall_of_smallest_placement() -> None:
+    with pytest.raises(PlanError, match="denoise needs at least 200 MB on cpu, and 150 MB are free: 50 MB") as raised:
+        plan_in(stage_options(text=(placement(1),), denoise=(RESIDENT, STREAMED)), 150)
+    assert raised.value.shortfall == 50 * MB
 
 
-def test_the_host_must_hold_what_waits_for_the_device() -> None:
-    away = way(100, 100, host=5000)
-    assert planned(needs(denoise=(BIG, away)), 500, host_free=5000).stage("denoise").placement is away
-    with pytest.raises(
-        PlanError, match=r"denoise needs 5\.0 GB on the host at the least, and 4\.8 GB are free"
-    ) as said:
-        planned(needs(denoise=(BIG, away)), 500, host_free=4800)
-    assert said.value.shortfall == 200 * MB
-    with pytest.raises(PlanError, match=r"denoise needs 1\.0 GB on cpu"):  # the way that lacks the least
-        planned(needs(denoise=(BIG, away)), 500, host_free=4000)
+def test_host_memory_must_fit_streamed_weights() -> None:
+    streamed = placement(100, 100, host=5000)
+    options = stage_options(denoise=(RESIDENT, streamed))
+    assert plan_in(options, 500, host_free=5000).stage("denoise").placement is streamed
+    with pytest.raises(PlanError, match=r"denoise needs at least 5\.0 GB on the host, and 4\.8 GB are free") as raised:
+        plan_in(options, 500, host_free=4800)
+    assert raised.value.shortfall == 200 * MB
+    with pytest.raises(PlanError, match=r"denoise needs at least 1\.0 GB on cpu"):  # the one that lacks the least
+        plan_in(options, 500, host_free=4000)
 
 
-def test_reasons_name_the_way_that_did_not_fit() -> None:
-    plan = planned(needs(denoise=(BIG, SMALL)), 500)
-    assert plan.reasons() == ["denoise: blocks come and go, because 1.0 GB do not fit into 500 MB"]
-    assert planned(needs(denoise=(BIG, SMALL)), 1000).reasons() == []
+def test_reasons_give_bytes_of_placement_that_did_not_fit() -> None:
+    plan = plan_in(stage_options(denoise=(RESIDENT, STREAMED)), 500)
+    assert plan.reasons() == ["denoise: transformer blocks are streamed, because 1.0 GB do not fit into 500 MB"]
+    assert plan_in(stage_options(denoise=(RESIDENT, STREAMED)), 1000).reasons() == []
 
 
-def test_a_stage_that_ran_out_of_memory_goes_one_way_down_and_keeps_nothing() -> None:
-    tiny = way(50, 20)
-    plan = planned(needs(text=(way(10),), denoise=(BIG, SMALL, tiny)), 2000)
-    lower = plan.with_fallback("denoise")
-    assert lower is not None
-    assert lower.stage("denoise").placement is SMALL
-    assert lower.stage("text") == plan.stage("text")
-    assert lower.cached_components == frozenset()
-    lowest = lower.with_fallback("denoise")
-    assert lowest is not None
-    assert lowest.stage("denoise").placement is tiny
-    assert lowest.with_fallback("denoise") is None
+def test_fallback_takes_next_smaller_placement_and_caches_nothing() -> None:
+    smallest = placement(50, 20)
+    plan = plan_in(stage_options(text=(placement(10),), denoise=(RESIDENT, STREAMED, smallest)), 2000)
+    fallback = plan.with_fallback("denoise")
+    assert fallback is not None
+    assert fallback.stage("denoise").placement is STREAMED
+    assert fallback.stage("text") == plan.stage("text")
+    assert fallback.cached_components == frozenset()
+    last = fallback.with_fallback("denoise")
+    assert last is not None
+    assert last.stage("denoise").placement is smallest
+    assert last.with_fallback("denoise") is None
 
 
-def test_a_way_that_takes_as_much_is_no_way_down() -> None:
-    assert planned(needs(denoise=(SMALL, BIG)), 2000).with_fallback("denoise") is None
+def test_placement_of_as_many_bytes_is_no_fallback() -> None:
+    assert plan_in(stage_options(denoise=(STREAMED, RESIDENT)), 2000).with_fallback("denoise") is None
 
 
-def test_passes_of_one_module_hold_it_in_one_way() -> None:
-    first = StageOptions(stage="denoise", component="transformer", placements=(BIG, SMALL))
+def test_both_passes_of_one_module_share_a_placement() -> None:
+    first = StageOptions(stage="denoise", component="transformer", placements=(RESIDENT, STREAMED))
     second = StageOptions(
         stage="refine",
         component="transformer",
-        placements=(replace(BIG, workspace_bytes=900 * MB), replace(SMALL, workspace_bytes=300 * MB)),
+        placements=(replace(RESIDENT, workspace_bytes=900 * MB), replace(STREAMED, workspace_bytes=300 * MB)),
     )
-    plan = planned([first, second], 1500)
+    plan = plan_in([first, second], 1500)
     assert [stage.placement.streamed_blocks for stage in plan.stages] == [28, 28]
-    assert planned([first, second], 1800).stage("denoise").placement is BIG
+    assert plan_in([first, second], 1800).stage("denoise").placement is RESIDENT
 
 
-def test_a_plan_is_told_as_text_and_as_plain_data() -> None:
-    plan = planned(needs(text=(way(300, 50),), denoise=(BIG, SMALL)), 500, base=20)
+def test_plan_converts_to_text_and_to_plain_data() -> None:
+    plan = plan_in(stage_options(text=(placement(300, 50),), denoise=(RESIDENT, STREAMED)), 500, base=20)
     text = str(plan)
+    assert text.split()[:6] == ["stage", "component", "weights", "backend", "peak", "time"]
     assert "as stored, computed in bfloat16, 28 blocks streamed" in text
-    assert "peak 520 MB on cpu, where 520 MB can be had; about 4 s" in text
-    told = plan.to_json()
-    assert told["peak_bytes"] == plan.peak_bytes
-    assert [stage["stage"] for stage in told["stages"]] == ["text", "denoise"]
-    assert told["stages"][1]["streamed_blocks"] == 28
-    assert told["stages"][0]["hold"] == CONVERTED
+    assert "peak 520 MB on cpu, of 520 MB available; about 4 s" in text
+    data = plan.to_json()
+    assert data["peak_bytes"] == plan.peak_bytes
+    assert [stage["stage"] for stage in data["stages"]] == ["text", "denoise"]
+    assert data["stages"][1]["streamed_blocks"] == 28
+    assert data["stages"][0]["weight_format"] == CONVERTED
 
 
 @pytest.mark.parametrize(
-    "seconds, said", [(0.2, "a second"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h")]
+    "seconds, text", [(0.2, "a second"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h")]
 )
-def test_times_are_told_in_the_unit_people_use(seconds: float, said: str) -> None:
-    assert format_seconds(seconds) == said
+def test_seconds_are_formatted_in_the_usual_unit(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

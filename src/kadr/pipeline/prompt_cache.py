@@ -128,8 +128,8 @@ class PromptCache:
             self._has_warned = True
             reason = getattr(error, "strerror", None) or error
             warnings.warn(
-                f"prompt embeddings cannot be stored in {self.folder} ({reason}), so prompts will be encoded again next "
-                "time. Set KADR_CACHE to a writable folder, or disable the cache with --no-prompt-cache.",
+                f"prompt embeddings cannot be stored in {self.folder} ({reason}), so prompts will be encoded again "
+                "next time. Set KADR_CACHE to a writable folder, or disable the cache with --no-prompt-cache.",
                 KadrWarning,
                 stacklevel=3,
             )
