@@ -15,7 +15,7 @@ WAYS = {
 }
 
 
-def test_a_quarter_of_the_layers_is_skipped_and_the_video_stays_close() -> None:
+def test_step_caching_skips_many_blocks_and_the_video_stays_close() -> None:
     engine = Engine.open("demo", device="cpu", dtype="float32")
     ((caption, _),) = held_out_captions(1, 77)
     request = Request(prompt=caption, seed=0)

@@ -37,7 +37,7 @@ def written(path: Path, rate: int = 24) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_frames_from_the_middle_of_a_file_are_those_that_are_read_from_the_front(name: str, tmp_path: Path) -> None:
+def test_frames_from_the_middle_equal_those_of_a_full_decode(name: str, tmp_path: Path) -> None:
     path = written(tmp_path / name)
     whole, film = clip.read_video(path).frames, clip.ClipReader.open(path)
     assert len(film) == FRAMES
@@ -46,7 +46,7 @@ def test_frames_from_the_middle_of_a_file_are_those_that_are_read_from_the_front
         assert np.array_equal(made, whole[first : first + 9]), first
 
 
-def test_what_is_read_of_a_long_file_is_what_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_wanted_part_of_a_long_file_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film, seen, decoded = clip.ClipReader.open(written(tmp_path / "closed.mp4")), [], clip._decode_frames
 
     def noted(container: object) -> object:
@@ -60,7 +60,7 @@ def test_what_is_read_of_a_long_file_is_what_is_wanted(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("change", [{"pts": 20481}, {"digest": b"another"}, {"pts": 10**12}])
-def test_a_file_that_does_not_lead_to_an_entry_is_read_from_the_front(change: dict, tmp_path: Path) -> None:
+def test_a_wrong_seek_point_falls_back_to_decoding_from_the_front(change: dict, tmp_path: Path) -> None:
     path = written(tmp_path / "closed.mp4")
     film, whole = clip.ClipReader.open(path), clip.read_video(path).frames
     moved = replace(film.select(range(50, 55)), seek_points=[entry._replace(**change) for entry in film.seek_points])
@@ -68,7 +68,7 @@ def test_a_file_that_does_not_lead_to_an_entry_is_read_from_the_front(change: di
 
 
 @pytest.mark.parametrize("name", ["mpeg4.avi", "b-frames.avi"])
-def test_a_file_without_its_index_gives_the_frames_of_a_plain_decode(name: str, tmp_path: Path) -> None:
+def test_a_file_without_an_index_gives_the_frames_of_a_full_decode(name: str, tmp_path: Path) -> None:
     """Time stamps are counted then from wherever reading begins."""
     path = written(tmp_path / name)
     path.write_bytes(path.read_bytes().replace(b"idx1", b"JUNK"))
@@ -78,7 +78,7 @@ def test_a_file_without_its_index_gives_the_frames_of_a_plain_decode(name: str, 
 
 
 @pytest.mark.parametrize("name", ["vp9.mkv", "intra.mkv"])
-def test_frames_of_equal_times_are_told_apart(name: str, tmp_path: Path) -> None:
+def test_frames_with_equal_timestamps_are_distinguished(name: str, tmp_path: Path) -> None:
     """As a file of so many frames a second has them, that two fall on one unit of its time."""
     path = written(tmp_path / name, rate=2400)
     whole, film = clip.read_video(path).frames, clip.ClipReader.open(path)

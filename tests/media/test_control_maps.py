@@ -31,7 +31,7 @@ def noisy(width: int, height: int) -> np.ndarray:
 # --- edges ---------------------------------------------------------------------------------------------------------
 
 
-def test_edges_of_a_square_are_its_outline_white_on_black_and_one_pixel_wide() -> None:
+def test_edges_of_a_square_are_its_white_outline_one_pixel_wide() -> None:
     picture = plain(64, 48)
     picture[10:30, 20:50] = 255
     found = canny_edges(picture)
@@ -44,14 +44,14 @@ def test_edges_of_a_square_are_its_outline_white_on_black_and_one_pixel_wide() -
     assert not outside.any()
 
 
-def test_edges_are_found_by_how_steep_they_are_with_the_trainers_thresholds() -> None:
+def test_edges_depend_on_steepness_by_the_trainer_s_thresholds() -> None:
     steep, flat = plain(32, 32), plain(32, 32)
     steep[:, 16:], flat[:, 16:] = 60, 20  # Sobel makes four of one: 240 is above 200, 80 below 100
     assert canny_edges(steep).any()
     assert not canny_edges(flat).any()
 
 
-def test_colours_are_weighed_as_the_eye_does_red_is_not_blue() -> None:
+def test_edges_of_red_weigh_more_than_edges_of_blue() -> None:
     red, blue = plain(32, 32), plain(32, 32)
     red[:, 16:, 0] = blue[:, 16:, 2] = 200  # grey 60 and 23
     assert canny_edges(red).any()
@@ -61,19 +61,19 @@ def test_colours_are_weighed_as_the_eye_does_red_is_not_blue() -> None:
 # --- covering the reference ------------------------------------------------------------------------------------------
 
 
-def test_a_picture_of_the_size_of_the_reference_stays_as_it_is() -> None:
+def test_an_image_of_the_reference_size_is_unchanged() -> None:
     picture = noisy(96, 64)
     assert np.array_equal(fit_to_reference(picture, Size(96, 64), Size(96, 64)), picture)
 
 
-def test_a_picture_is_cropped_to_its_middle_and_resized() -> None:
+def test_an_image_is_cropped_to_its_centre_and_resized() -> None:
     picture = plain(120, 64, 50)
     picture[:, :28], picture[:, 92:] = 250, 250  # what does not fit a square
     assert (fit_to_reference(picture, Size(64, 64), Size(32, 32)) == 50).all()
     assert fit_to_reference(picture, Size(64, 64), Size(32, 64)).shape == (64, 32, 3)
 
 
-def test_margins_are_filled_with_the_outermost_pixels_so_that_no_edge_is_made_there() -> None:
+def test_padding_repeats_the_outermost_pixels_and_has_no_edges() -> None:
     size = Size(50, 40)  # made at 64x64: 7 left and right, 12 above and below
     picture = np.repeat(np.linspace(10, 200, 50, dtype=np.uint8)[None, :, None], 40, axis=0).repeat(3, axis=2)
     covered = fit_to_reference(picture, size, size.snap())
@@ -83,7 +83,7 @@ def test_margins_are_filled_with_the_outermost_pixels_so_that_no_edge_is_made_th
     assert not canny_edges(covered).any()
 
 
-def test_margins_of_a_smaller_pass_lie_where_they_do_in_the_video() -> None:
+def test_padding_of_a_smaller_pass_is_scaled_with_it() -> None:
     size = Size(50, 64)  # margins of 7 pixels at 64 wide are 3.5 at 32
     picture = plain(50, 64, 100)
     picture[:, 25:] = 200
@@ -92,12 +92,12 @@ def test_margins_of_a_smaller_pass_lie_where_they_do_in_the_video() -> None:
     assert (covered[:, 18:] == 200).all()
 
 
-def test_what_is_too_small_is_refused_by_its_name() -> None:
+def test_an_image_that_is_too_small_is_refused_by_name() -> None:
     with pytest.raises(MediaError, match=r"walk\.mp4 is 40x1 pixels"):
         fit_to_reference(plain(40, 1), Size(64, 64), Size(64, 64), name="walk.mp4")
 
 
-def test_numbers_for_the_encoder_reach_from_minus_one_to_one() -> None:
+def test_normalized_images_are_in_minus_one_to_one() -> None:
     picture = plain(2, 1)
     picture[0, 1] = 255
     made = normalize_image(picture)
@@ -106,7 +106,7 @@ def test_numbers_for_the_encoder_reach_from_minus_one_to_one() -> None:
     assert made[:, 0].tolist() == [[-1.0, 1.0]] * 3
 
 
-def test_a_library_that_is_absent_is_told_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(RequestError, match=r"needs cv2, which is not installed: pip install 'kadr\[control\]'"):
         canny_edges(plain(8, 8))
@@ -138,31 +138,31 @@ def test_the_nearest_of_a_clip_is_white_and_the_farthest_black(tmp_path: Path) -
         (10, 1000, (14, 518)),
     ],
 )
-def test_a_picture_is_given_to_the_network_in_whole_patches(
+def test_the_network_input_has_whole_patches(
     width: int, height: int, given: tuple[int, int], tmp_path: Path
 ) -> None:
     network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx"))
     assert network(noisy(width, height)).shape == given[::-1]
 
 
-def test_a_network_of_a_fixed_size_gets_it(tmp_path: Path) -> None:
+def test_a_network_of_fixed_size_gets_that_size(tmp_path: Path) -> None:
     network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx", fixed_side=28))
     found = network(plain(90, 40, 255))
     assert found.shape == (28, 28)
     assert DepthMaps([found]).render(0, 90, 40).shape == (40, 90, 3)
 
 
-def test_pictures_are_scaled_as_the_network_was_trained(tmp_path: Path) -> None:
+def test_images_are_scaled_as_the_network_was_trained(tmp_path: Path) -> None:
     network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx"))
     assert float(network(plain(28, 28, 255)).max()) == pytest.approx((1 - 0.485) / 0.229, rel=1e-3)
 
 
-def test_a_clip_without_depth_is_black_and_not_a_number_of_none(tmp_path: Path) -> None:
+def test_a_clip_of_constant_depth_is_black_and_finite(tmp_path: Path) -> None:
     network = DepthEstimator(onnx_files.write_depth_model(tmp_path / "depth.onnx"))
     assert (DepthMaps([network(plain(28, 28, 90))]).render(0, 28, 28) == 0).all()
 
 
-def test_what_is_no_network_for_depth_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_depth_network_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"half of it")
     with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as a depth network"):
         DepthEstimator(tmp_path / "broken.onnx")
@@ -184,7 +184,7 @@ def poses(folder: Path, *things: int) -> PoseEstimator:
     )
 
 
-def test_a_skeleton_is_drawn_where_the_joints_are_in_openposes_colours(tmp_path: Path) -> None:
+def test_a_skeleton_is_drawn_at_its_keypoints_in_openpose_colours(tmp_path: Path) -> None:
     found = poses(tmp_path, PERSON_CLASS)(plain(640, 640))
     assert found.keypoints.shape == (1, 134, 2)
     # The box, widened by a quarter, is what the network is given as 288x384.
@@ -206,32 +206,32 @@ def test_only_people_have_skeletons(tmp_path: Path) -> None:
     assert len(poses(tmp_path, dog, PERSON_CLASS)(plain(64, 64)).keypoints) == 1
 
 
-def test_where_nobody_is_nothing_is_drawn(tmp_path: Path) -> None:
+def test_without_people_nothing_is_drawn(tmp_path: Path) -> None:
     drawn = poses(tmp_path)(plain(96, 64)).render()
     assert drawn.shape == (512, 768, 3)
     assert not drawn.any()
 
 
-def test_the_library_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_pose_library_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     poses(tmp_path, PERSON_CLASS)(plain(64, 64))
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_is_no_network_for_poses_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_pose_network_is_refused(tmp_path: Path) -> None:
     whole, broken = onnx_files.write_person_detector(tmp_path / "people.onnx", []), tmp_path / "broken.onnx"
     broken.write_bytes(b"half of it")
     with pytest.raises(MediaError, match=r"broken\.onnx cannot be read as pose networks"):
         PoseEstimator(whole, broken)
 
 
-def test_a_skeleton_is_as_thick_in_every_video(tmp_path: Path) -> None:
+def test_skeletons_are_equally_thick_at_every_size(tmp_path: Path) -> None:
     """It is drawn at one size, as in the released workflow, and resized with it."""
     small, large = (poses(tmp_path, PERSON_CLASS)(plain(side, side)).render() for side in (320, 1280))
     assert small.shape == large.shape
     assert abs(small.any(axis=2).mean() - large.any(axis=2).mean()) < 0.002
 
 
-def test_a_picture_of_a_person_reaches_the_network_in_the_order_of_its_colours(tmp_path: Path) -> None:
+def test_the_pose_network_gets_bgr(tmp_path: Path) -> None:
     """The library takes blue first."""
     network, seen = poses(tmp_path, PERSON_CLASS), []
     network.detector = lambda picture: (seen.append(picture), (np.zeros((0, 4)), np.zeros(0)))[1]

@@ -107,7 +107,7 @@ CASES = [
 
 @pytest.mark.parametrize(("given", "size"), CASES, ids=lambda value: str(value))
 @pytest.mark.parametrize("crf", [29, 0])
-def test_a_prepared_picture_equals_the_official_one(official, tmp_path, given, size, crf, parity):
+def test_a_prepared_image_equals_the_official_one(official, tmp_path, given, size, crf, parity):
     path = tmp_path / "picture.png"
     Image.fromarray(photograph(*given)).save(path)
     expected = official(str(path), size, crf, size.snap())
@@ -118,7 +118,7 @@ def test_a_prepared_picture_equals_the_official_one(official, tmp_path, given, s
     assert (prepared - expected).abs().max() <= (0 if crf else 1e-6)
 
 
-def test_a_pass_of_another_size_is_resized_once_as_in_the_official_pipeline(official, tmp_path):
+def test_an_image_for_another_size_is_resized_once_as_officially(official, tmp_path):
     path, size, made = tmp_path / "picture.png", Size(150, 100), Size(96, 64)
     Image.fromarray(photograph(300, 200)).save(path)
     assert torch.equal(prepare_image(path, size, sampled_size=made), official(str(path), size, 29, made))
@@ -141,7 +141,7 @@ def test_the_blur_is_the_gaussian_of_sigma_one_mirrored_at_the_edges():
     assert np.allclose(blur(picture).numpy(), expected, atol=1e-12)
 
 
-def test_margins_are_grey_and_the_picture_sits_between_them():
+def test_padding_is_grey_around_the_image():
     white = np.full((100, 100, 3), 255, np.uint8)
     prepared = prepare_image(white, Size(100, 100), crf=0)[0, :, 0]
     assert prepared.shape == (3, 128, 128)
@@ -150,7 +150,7 @@ def test_margins_are_grey_and_the_picture_sits_between_them():
     assert prepared.count_nonzero() == inside.numel()
 
 
-def test_compression_of_zero_changes_nothing_and_of_more_changes_more():
+def test_crf_0_changes_nothing_and_a_higher_crf_changes_more():
     picture = torch.from_numpy(photograph(96, 64)).permute(2, 0, 1) / 255
     assert compress(picture, 0) is picture
     fine, coarse = ((compress(picture, crf) - picture).square().mean() for crf in (10, 45))
@@ -167,14 +167,14 @@ def test_the_crop_is_centred_and_keeps_the_resolution():
     assert np.array_equal(np.asarray(cropped), np.asarray(image)[:, 50:150])
 
 
-def test_the_same_picture_as_path_image_and_array_gives_the_same(tmp_path):
+def test_path_pillow_image_and_array_give_the_same_result(tmp_path):
     pixels, path = photograph(64, 64), tmp_path / "picture.png"
     Image.fromarray(pixels).save(path)
     first, *others = (prepare_image(p, Size(64, 64)) for p in (path, str(path), Image.fromarray(pixels), pixels))
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_a_photograph_lying_on_its_side_is_stood_up(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image, path = Image.fromarray(photograph(60, 40)), tmp_path / "phone.png"
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turn a quarter clockwise to view
@@ -183,7 +183,7 @@ def test_a_photograph_lying_on_its_side_is_stood_up(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
-def test_every_8_bit_kind_of_picture_becomes_rgb(mode):
+def test_every_8_bit_mode_becomes_rgb(mode):
     image = Image.fromarray(photograph(8, 8)).convert("RGB" if mode == "LA" else mode)
     assert load_image(image.convert(mode) if mode != "LA" else image.convert("L").convert("LA")).mode == "RGB"
 
@@ -203,7 +203,7 @@ def damaged_files(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "text", "cut", "deep", "program", "folder"])
-def test_a_file_that_is_no_good_picture_is_refused_by_name(tmp_path, kind):
+def test_an_unreadable_image_file_is_refused_by_name(tmp_path, kind):
     path = damaged_files(tmp_path)[kind]
     with pytest.raises(MediaError) as caught:
         prepare_image(path, Size(64, 64))
@@ -222,18 +222,18 @@ def test_a_file_that_is_no_good_picture_is_refused_by_name(tmp_path, kind):
         (np.zeros((1, 1, 3), np.uint8), "at least 2x2"),
     ],
 )
-def test_a_picture_that_cannot_be_prepared_is_refused_with_its_size_or_kind(picture, complaint):
+def test_an_unusable_image_is_refused_with_its_size_or_dtype(picture, complaint):
     with pytest.raises(MediaError, match=complaint):
         prepare_image(picture, Size(32, 96))
 
 
 @pytest.mark.parametrize("crf", [-1, 52])
-def test_a_compression_that_does_not_exist_is_refused(crf):
+def test_a_crf_out_of_range_is_refused(crf):
     with pytest.raises(MediaError, match=f"crf is {crf}.*51"):
         prepare_image(photograph(8, 8), Size(32, 32), crf)
 
 
-def test_a_picture_the_encoder_cannot_hold_is_refused_with_the_way_out():
+def test_an_image_too_large_for_h264_is_refused_with_the_way_out():
     with pytest.raises(MediaError, match=r"20000x2 .*crf to 0"):
         compress(torch.zeros(3, 2, 20000), 29)
 
@@ -258,7 +258,7 @@ def test_frames_equal_those_of_the_official_script(dtype):
 
 
 @pytest.mark.parametrize("size", [Size(64, 32), Size(65, 33), Size(33, 100), Size(1, 1)])
-def test_cropping_the_margins_undoes_padding_them(size):
+def test_cropping_undoes_padding(size):
     pixels = torch.rand(3, 2, size.height, size.width)
     assert torch.equal(crop_margins(F.pad(pixels, size.padding()), size), pixels)
 

@@ -113,7 +113,7 @@ def test_reading_stops_at_the_limit(tmp_path):
     assert len(read_video(path, max_frames=99).frames) == 9
 
 
-def test_the_index_comes_first_so_that_a_browser_can_start_at_once(tmp_path):
+def test_the_index_comes_first_for_browsers(tmp_path):
     content = written(tmp_path / "out.mp4", greys(9)).read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
 
@@ -130,7 +130,7 @@ COLOURS = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (1
 
 
 @pytest.mark.parametrize("colour", COLOURS)
-def test_colours_are_bt709_limited_in_the_file_and_full_rgb_again_when_read(tmp_path, colour):
+def test_colours_are_bt709_limited_in_the_file_and_full_rgb_on_read(tmp_path, colour):
     path = written(tmp_path / "out.mp4", np.broadcast_to(np.uint8(colour), (1, 48, 64, 3)), crf=1)
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
@@ -183,7 +183,7 @@ def test_a_clip_a_phone_recorded_upright_is_read_upright(tmp_path):
 REQUEST = {"prompt": 'красный круг 🎬 "quoted"\n\\', "size": [64, 48], "seed": 7, "guidance": None, "strength": 0.15}
 
 
-def test_the_request_is_read_back_as_it_was(tmp_path):
+def test_the_request_is_read_back_unchanged(tmp_path):
     path = written(tmp_path / "out.mp4", greys(1), metadata=REQUEST)
     assert read_metadata(path) == REQUEST == read_video(path).metadata
 
@@ -201,7 +201,7 @@ def test_other_tools_see_the_request_in_the_comment_tag(tmp_path):
 
 
 @pytest.mark.parametrize("comment", [None, "holiday", '{"prompt": "of another program"}', '["kadr"]', '{"kadr": 1}'])
-def test_a_video_without_a_request_of_kadr_is_refused_by_name(tmp_path, comment):
+def test_metadata_of_a_foreign_video_is_refused_by_name(tmp_path, comment):
     path = foreign(tmp_path / "foreign.mp4", comment=comment)
     with pytest.raises(MediaError, match=r"foreign\.mp4 contains no request"):
         read_metadata(path)
@@ -244,7 +244,7 @@ def test_a_missing_folder_is_refused_with_the_command_that_makes_it(tmp_path):
         ("file.txt/out.mp4", "file.txt is a file"),
     ],
 )
-def test_a_target_that_cannot_be_is_refused(tmp_path, name, complaint):
+def test_an_invalid_target_is_refused(tmp_path, name, complaint):
     (tmp_path / "here.mp4").mkdir()
     (tmp_path / "file.txt").touch()
     with pytest.raises(MediaError, match=complaint):
@@ -259,7 +259,7 @@ def test_a_folder_without_permission_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("crf", [-1, 52])
-def test_a_quality_that_does_not_exist_is_refused(tmp_path, crf):
+def test_a_crf_out_of_range_is_refused(tmp_path, crf):
     with pytest.raises(MediaError, match=f"crf is {crf}.*51"):
         VideoWriter(tmp_path / "out.mp4", SIZE, 24, crf=crf)
 
@@ -293,7 +293,7 @@ def test_the_target_appears_only_when_the_block_ends(tmp_path):
 
 @pytest.mark.parametrize("trouble", [KeyboardInterrupt, SystemExit, RuntimeError])
 @pytest.mark.parametrize("count", [0, 9])
-def test_an_interruption_leaves_the_older_file_and_nothing_else(tmp_path, trouble, count):
+def test_an_interruption_leaves_only_the_older_file(tmp_path, trouble, count):
     path = tmp_path / "out.mp4"
     path.write_text("older")
 
@@ -308,7 +308,7 @@ def test_an_interruption_leaves_the_older_file_and_nothing_else(tmp_path, troubl
     assert path.read_text() == "older"
 
 
-def test_slices_are_written_while_the_next_one_is_made_and_make_the_same_file(tmp_path):
+def test_chunks_written_in_a_thread_make_the_same_file(tmp_path):
     frames, began, threads = noise(9, SIZE), threading.Event(), set()
 
     class Watched(VideoWriter):
@@ -331,7 +331,7 @@ def test_slices_are_written_while_the_next_one_is_made_and_make_the_same_file(tm
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_what_goes_wrong_behind_is_told_and_nothing_is_left(tmp_path, count):
+def test_an_error_in_the_writer_thread_is_raised_and_leaves_no_file(tmp_path, count):
     slices = [noise(2, SIZE)] * count
     slices[-1] = slices[-1][:, 1:]
     with pytest.raises(MediaError, match="frames are uint8"), VideoWriter(tmp_path / "out.mp4", SIZE, 24) as writer:
@@ -340,7 +340,7 @@ def test_what_goes_wrong_behind_is_told_and_nothing_is_left(tmp_path, count):
 
 
 @pytest.mark.parametrize("frames", [greys(1, Size(32, 48)), greys(1).astype(np.float32), greys(1)[0]])
-def test_frames_of_another_kind_are_refused_and_nothing_is_left(tmp_path, frames):
+def test_frames_of_another_shape_or_dtype_are_refused_and_leave_no_file(tmp_path, frames):
     with (
         pytest.raises(MediaError, match=r"uint8 \(F, 48, 64, 3\)"),
         VideoWriter(tmp_path / "out.mp4", SIZE, 24) as writer,
@@ -349,14 +349,14 @@ def test_frames_of_another_kind_are_refused_and_nothing_is_left(tmp_path, frames
     assert not list(tmp_path.iterdir())
 
 
-def test_a_video_of_no_frames_is_refused_and_nothing_is_left(tmp_path):
+def test_a_video_without_frames_is_refused_and_leaves_no_file(tmp_path):
     with pytest.raises(MediaError, match="no frames"), VideoWriter(tmp_path / "out.mp4", SIZE, 24):
         pass
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("room", [1_000, 200_000])
-def test_a_file_that_may_not_grow_is_explained_with_the_free_bytes_and_removed(tmp_path, room):
+def test_a_file_size_limit_is_explained_and_leaves_no_file(tmp_path, room):
     size = Size(320, 240)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -383,7 +383,7 @@ except MediaError as error:
 """
 
 
-def test_a_full_disk_is_explained_with_the_free_bytes_and_nothing_is_left(tmp_path):
+def test_a_full_disk_is_explained_with_the_free_bytes_and_no_file_is_left(tmp_path):
     # A private mount, seen by this one process: no root needed where the system allows user namespaces.
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=200k none "$0" && exec "$@"']
     if not shutil.which("unshare") or subprocess.run([*mount, tmp_path, "true"], capture_output=True).returncode:
@@ -435,7 +435,7 @@ NOT_VIDEOS = {
 
 
 @pytest.mark.parametrize("kind", NOT_VIDEOS)
-def test_what_is_not_a_whole_video_is_refused_by_name(tmp_path, kind):
+def test_a_file_that_is_not_a_complete_video_is_refused_by_name(tmp_path, kind):
     path = NOT_VIDEOS[kind](tmp_path / "clip.mp4")
     with pytest.raises(MediaError) as caught:
         read_video(path)
@@ -446,7 +446,7 @@ def test_what_is_not_a_whole_video_is_refused_by_name(tmp_path, kind):
             read_metadata(path)
 
 
-def test_importing_the_video_module_loads_neither_torch_nor_ffmpeg():
+def test_importing_the_writer_loads_neither_torch_nor_ffmpeg():
     code = "import sys, kadr.media.writer; print([m for m in ('torch', 'av') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(SRC)})
     assert done.stdout.strip() == "[]"

@@ -78,7 +78,7 @@ ALL: Sequence[dict[str, Any]] = (
 
 @pytest.mark.parametrize("values", ALL)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_together_gives_the_numbers_of_one_after_the_other(values: dict[str, Any], batch: int, level: Tensor) -> None:
+def test_guidance_in_one_batch_equals_separate_evaluations(values: dict[str, Any], batch: int, level: Tensor) -> None:
     tokens, level = drawn(batch, TOKENS, CHANNELS, seed=3), level.expand(batch, -1)
     apart, joined = Model(), Model()
     one = estimate(apart, batch=batch, **values)(0, tokens, level)
@@ -89,7 +89,7 @@ def test_together_gives_the_numbers_of_one_after_the_other(values: dict[str, Any
     assert joined.asked == [(batch * (1 + guided), TOKENS, CHANNELS)]
 
 
-def test_guidance_goes_beyond_the_prompt_by_its_scale(level: Tensor) -> None:
+def test_cfg_extrapolates_from_uncond_to_cond_by_its_scale(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=4), Model()
     (prompt, _), (negative, _) = model(tokens, level, POSITIVE), model(tokens, level, NEGATIVE)
     for scale in (3.0, 7.5):
@@ -97,7 +97,7 @@ def test_guidance_goes_beyond_the_prompt_by_its_scale(level: Tensor) -> None:
         torch.testing.assert_close(made, negative + scale * (prompt - negative))
 
 
-def test_a_scale_of_1_asks_the_model_once_and_changes_nothing(level: Tensor) -> None:
+def test_cfg_scale_1_evaluates_the_model_once_and_changes_nothing(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=5), Model()
     unguided, _ = model(tokens, level, POSITIVE)
     model.asked.clear()
@@ -106,7 +106,7 @@ def test_a_scale_of_1_asks_the_model_once_and_changes_nothing(level: Tensor) -> 
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_stg_asks_for_the_prompt_s_rows_disturbed_and_no_others(together: bool, level: Tensor) -> None:
+def test_stg_perturbs_the_conditional_rows_only(together: bool, level: Tensor) -> None:
     tokens, model = drawn(2, TOKENS, CHANNELS, seed=6), Model()
     values = {"cfg_scale": 3.0, "stg_scale": 1.0, "skip_blocks": (2, 5), "stg_mode": "attention_skip"}
     estimate(model, together=together, batch=2, **values)(0, tokens, level.expand(2, -1))
@@ -114,14 +114,14 @@ def test_stg_asks_for_the_prompt_s_rows_disturbed_and_no_others(together: bool, 
     assert model.disturbed == [Perturbation((2, 5), "attention_skip", rows)]
 
 
-def test_stg_goes_away_from_what_is_said_with_blocks_disturbed(level: Tensor) -> None:
+def test_stg_moves_away_from_the_perturbed_prediction(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=7), Model()
     prompt, _ = model(tokens, level, POSITIVE)
     made = estimate(model, stg_scale=2.0, skip_blocks=(0,))(0, tokens, level)
     torch.testing.assert_close(made, prompt + 2.0 * (prompt - (prompt * 0.5 - 0.1)))
 
 
-def test_stg_without_blocks_is_nothing_and_costs_nothing(level: Tensor) -> None:
+def test_stg_without_blocks_changes_nothing_and_costs_nothing(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=8), Model()
     prompt, _ = model(tokens, level, POSITIVE)
     model.asked.clear()
@@ -131,7 +131,7 @@ def test_stg_without_blocks_is_nothing_and_costs_nothing(level: Tensor) -> None:
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7])
-def test_rescaling_takes_back_its_share_of_the_growth_in_deviation(rescale: float, level: Tensor) -> None:
+def test_rescale_interpolates_the_standard_deviation(rescale: float, level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=9), Model()
     prompt, _ = model(tokens, level, POSITIVE)
     free = estimate(model, stg_scale=3.0, skip_blocks=(0,))(0, tokens, level)
@@ -141,7 +141,7 @@ def test_rescaling_takes_back_its_share_of_the_growth_in_deviation(rescale: floa
     torch.testing.assert_close(made / made.std(), free / free.std())
 
 
-def test_a_rescale_of_1_is_off_and_so_is_one_without_stg(level: Tensor) -> None:
+def test_rescale_is_off_at_1_and_without_stg(level: Tensor) -> None:
     tokens, model = drawn(1, TOKENS, CHANNELS, seed=10), Model()
     free = estimate(model, stg_scale=3.0, skip_blocks=(0,))(0, tokens, level)
     assert torch.equal(estimate(model, stg_scale=3.0, skip_blocks=(0,), rescale=1.0)(0, tokens, level), free)
@@ -149,7 +149,7 @@ def test_a_rescale_of_1_is_off_and_so_is_one_without_stg(level: Tensor) -> None:
     assert torch.equal(estimate(model, cfg_scale=3.0, rescale=0.5)(0, tokens, level), plain)
 
 
-def test_cfg_star_leaves_nothing_of_the_negative_direction_in_the_difference() -> None:
+def test_cfg_star_makes_the_difference_orthogonal_to_uncond() -> None:
     prompt, negative = drawn(3, TOKENS, CHANNELS, seed=11), drawn(3, TOKENS, CHANNELS, seed=12)
     factor = cfg_star_scale(prompt, negative)
     assert factor.shape == (3, 1, 1)
@@ -157,14 +157,14 @@ def test_cfg_star_leaves_nothing_of_the_negative_direction_in_the_difference() -
     torch.testing.assert_close(left, torch.zeros(3), rtol=0, atol=1e-5)
 
 
-def test_projected_guidance_with_a_share_of_1_is_ordinary_guidance() -> None:
+def test_apg_of_1_equals_plain_cfg() -> None:
     prompt, negative, tokens = (drawn(2, TOKENS, CHANNELS, seed=seed) for seed in (13, 14, 15))
     level = torch.full((2, 1), 0.6)
     made = adaptive_projected_guidance(prompt, negative, 4.0, tokens, level, Guidance(apg=1.0))
     torch.testing.assert_close(made, negative + 4.0 * (prompt - negative), rtol=1e-5, atol=1e-5)
 
 
-def test_projected_guidance_with_a_share_of_0_moves_no_channel_along_its_clean_picture() -> None:
+def test_apg_of_0_has_no_component_along_the_clean_prediction() -> None:
     prompt, negative, tokens = (drawn(2, TOKENS, CHANNELS, seed=seed) for seed in (16, 17, 18))
     level = torch.full((2, 1), 0.6)
     made = adaptive_projected_guidance(prompt, negative, 4.0, tokens, level, Guidance(apg=0.0))
@@ -173,7 +173,7 @@ def test_projected_guidance_with_a_share_of_0_moves_no_channel_along_its_clean_p
     assert push.abs().max() > 0.1
 
 
-def test_projected_guidance_leaves_clean_tokens_alone_and_keeps_to_its_norm() -> None:
+def test_apg_leaves_clean_tokens_unguided_and_limits_the_norm() -> None:
     prompt, negative, tokens = (drawn(1, TOKENS, CHANNELS, seed=seed) for seed in (19, 20, 21))
     level = torch.full((1, TOKENS), 0.5)
     level[0, 0] = 0.0
@@ -182,7 +182,7 @@ def test_projected_guidance_leaves_clean_tokens_alone_and_keeps_to_its_norm() ->
     torch.testing.assert_close((0.5 * (made - prompt)).norm(), torch.tensor(0.25))
 
 
-def test_guidance_without_a_negative_prompt_is_a_mistake_of_the_caller() -> None:
+def test_cfg_without_a_negative_prompt_raises() -> None:
     guidance = Guidance(cfg_scale=2.0)
     asking = guided_denoiser(Model(), POSITIVE, None, guidance, [guidance.at_sigma(0.5)])
     with pytest.raises(ValueError, match="negative prompt"):

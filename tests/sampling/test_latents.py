@@ -1,4 +1,4 @@
-"""Statistics and tone of whole latents, against the official code and in closed form."""
+"""AdaIN and tone mapping, against the official code and in closed form."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ LATENTS = torch.randn(2, 6, 3, 4, 5, generator=torch.Generator().manual_seed(1))
 REFERENCE = torch.randn(2, 6, 3, 2, 3, generator=torch.Generator().manual_seed(2)) * 0.7 - 1
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_adain_is_the_official_one(share: float, parity: Any) -> None:
-    error = relative_error(adain(LATENTS, REFERENCE, share), adain_filter_latent(LATENTS, REFERENCE, share))
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0])
+def test_adain_equals_the_official_filter(factor: float, parity: Any) -> None:
+    error = relative_error(adain(LATENTS, REFERENCE, factor), adain_filter_latent(LATENTS, REFERENCE, factor))
     assert parity("AdaIN", "two passes", "official", error) <= 1e-6
 
 
-def test_adain_gives_each_channel_the_reference_s_mean_and_deviation() -> None:
-    made = adain(LATENTS, REFERENCE)
-    for made_value, wanted in zip(torch.std_mean(made, (2, 3, 4)), torch.std_mean(REFERENCE, (2, 3, 4)), strict=True):
-        torch.testing.assert_close(made_value, wanted, rtol=1e-5, atol=1e-5)
+def test_adain_gives_each_channel_the_mean_and_std_of_the_reference() -> None:
+    statistics = torch.std_mean(adain(LATENTS, REFERENCE), (2, 3, 4))
+    for statistic, expected in zip(statistics, torch.std_mean(REFERENCE, (2, 3, 4)), strict=True):
+        torch.testing.assert_close(statistic, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("compression", [0.1, 0.6, 1.0])
-def test_tone_mapping_is_the_official_one(compression: float, parity: Any) -> None:
+def test_tone_map_equals_the_official_one(compression: float, parity: Any) -> None:
     error = relative_error(tone_map(LATENTS, compression), LTXVideoPipeline.tone_map_latents(LATENTS, compression))
     assert parity("tone map", "13B 0.9.8 distilled", "official", error) <= 1e-6
 
 
-def test_tone_mapping_has_the_known_values() -> None:
-    given = torch.tensor([-3, -1, -0.1, 0, 0.5, 2, 5])
-    known = torch.tensor([-1.948725, -0.82, -0.094053, 0, 0.447971, 1.382133, 3.201343])
-    torch.testing.assert_close(tone_map(given, 0.6), known, rtol=0, atol=1e-6)
+def test_tone_map_has_the_known_values() -> None:
+    latents = torch.tensor([-3, -1, -0.1, 0, 0.5, 2, 5])
+    expected = torch.tensor([-1.948725, -0.82, -0.094053, 0, 0.447971, 1.382133, 3.201343])
+    torch.testing.assert_close(tone_map(latents, 0.6), expected, rtol=0, atol=1e-6)
 
 
-def test_no_compression_changes_nothing() -> None:
+def test_compression_0_changes_nothing() -> None:
     assert tone_map(LATENTS, 0.0) is LATENTS

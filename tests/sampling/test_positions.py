@@ -1,4 +1,4 @@
-"""Where tokens stand, against published values and the official package."""
+"""Token positions, against published values and the official package."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ GRID = LatentGrid(16, 3, 5)
     "causal, seconds",
     [(True, [0, 1 / 30, 9 / 30, 113 / 30]), (False, [0, 8 / 30, 16 / 30, 120 / 30])],
 )
-def test_latent_frames_0_1_2_and_15_stand_at_the_published_seconds(causal, seconds):
-    rows = token_positions(LatentGrid(16, 1, 1), fps=30, causal=causal)
-    assert rows.dtype == torch.float32
-    assert rows[0, [0, 1, 2, 15]].tolist() == pytest.approx(seconds, rel=1e-6)
+def test_latent_frames_are_at_the_published_seconds(causal, seconds):
+    positions = token_positions(LatentGrid(16, 1, 1), fps=30, causal=causal)
+    assert positions.dtype == torch.float32
+    assert positions[0, [0, 1, 2, 15]].tolist() == pytest.approx(seconds, rel=1e-6)
 
 
 @pytest.mark.parametrize("fps", [24.0, 25.0, 30.0, 29.97, 60.0])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("first_frame", [0, 8, 41])
-def test_positions_equal_the_official_ones_to_the_bit(fps, causal, first_frame):
+def test_positions_equal_the_official_ones_bit_for_bit(fps, causal, first_frame):
     latent = SymmetricPatchifier(patch_size=1).get_latent_coords(GRID.frames, GRID.height, GRID.width, 1, "cpu")
     pixels = latent_to_pixel_coords_from_factors(latent, (8, 32, 32), causal_fix=causal)
     pixels[:, 0] += first_frame
@@ -35,15 +35,15 @@ def test_positions_equal_the_official_ones_to_the_bit(fps, causal, first_frame):
     assert torch.equal(token_positions(GRID, fps=fps, causal=causal, first_frame=first_frame), expected[0])
 
 
-def test_tokens_go_frame_by_frame_then_row_by_row_then_column_by_column():
-    rows = token_positions(GRID, fps=8, causal=False)
-    assert rows.shape == (3, GRID.num_tokens)
+def test_tokens_are_ordered_by_frame_then_row_then_column():
+    positions = token_positions(GRID, fps=8, causal=False)
+    assert positions.shape == (3, GRID.num_tokens)
     for frame, row, column in [(0, 0, 0), (0, 0, 4), (0, 1, 0), (0, 2, 3), (1, 0, 0), (15, 2, 4)]:
         token = (frame * GRID.height + row) * GRID.width + column
-        assert rows[:, token].tolist() == [frame, 32 * row, 32 * column]
+        assert positions[:, token].tolist() == [frame, 32 * row, 32 * column]
 
 
-def test_tokens_are_in_the_order_in_which_the_official_package_flattens_latents():
+def test_token_order_equals_the_official_patchifier():
     latents = torch.arange(2 * GRID.num_tokens).view(1, 2, GRID.frames, GRID.height, GRID.width)
     tokens, _ = SymmetricPatchifier(patch_size=1).patchify(latents)
     assert torch.equal(tokens, latents.flatten(2).transpose(1, 2))
@@ -60,7 +60,7 @@ def test_tokens_are_in_the_order_in_which_the_official_package_flattens_latents(
     ],
     ids=str,
 )
-def test_a_grid_has_the_published_count_of_tokens(size, frames, grid, tokens):
+def test_a_grid_has_the_published_number_of_tokens(size, frames, grid, tokens):
     assert LatentGrid.for_video(size, frames) == grid
     assert token_positions(grid, fps=30, causal=True).shape == (3, tokens)
     assert grid.num_tokens == tokens

@@ -1,4 +1,4 @@
-"""Guidance and passes as data: lists over levels, what is left open, and what is refused."""
+"""Guidance and passes as data: lists by sigma, defaults, and invalid values."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ RESOLVED = (
 )
 
 
-def test_the_first_pass_of_13b_dev_is_resolved_as_the_official_package_does() -> None:
-    levels = LINEAR_QUADRATIC.get_sigmas(30, tokens=5600, skip_final=3).tolist()
-    wanted = [StepGuidance(*values) for count, values in RESOLVED for _ in range(count)]
-    assert [DEV.first_pass.guidance.at_sigma(level) for level in levels] == wanted
+def test_guidance_of_13b_dev_first_pass_is_resolved_as_officially() -> None:
+    sigmas = LINEAR_QUADRATIC.get_sigmas(30, tokens=5600, skip_final=3).tolist()
+    expected = [StepGuidance(*values) for count, values in RESOLVED for _ in range(count)]
+    assert [DEV.first_pass.guidance.at_sigma(sigma) for sigma in sigmas] == expected
 
 
-def test_the_second_pass_of_13b_dev_is_resolved_as_the_official_package_does() -> None:
+def test_guidance_of_13b_dev_second_pass_is_resolved_as_officially() -> None:
     assert DEV.second_pass is not None
-    levels = LINEAR_QUADRATIC.get_sigmas(30, tokens=22400, skip_initial=17).tolist()
-    assert len(levels) == 13
-    assert {DEV.second_pass.guidance.at_sigma(level) for level in levels} == {StepGuidance(1, 1, 1, (27,))}
+    sigmas = LINEAR_QUADRATIC.get_sigmas(30, tokens=22400, skip_initial=17).tolist()
+    assert len(sigmas) == 13
+    assert {DEV.second_pass.guidance.at_sigma(sigma) for sigma in sigmas} == {StepGuidance(1, 1, 1, (27,))}
 
 
-def test_a_level_takes_the_first_entry_at_or_below_it_and_the_last_where_there_is_none() -> None:
+def test_a_step_takes_the_first_entry_at_or_below_its_sigma_else_the_last() -> None:
     guidance = Guidance(cfg_scale=(2.0, 3.0, 4.0), sigmas=(1.0, 0.5, 0.25))
-    taken = {level: guidance.at_sigma(level).cfg_scale for level in (1.0, 0.9, 0.5, 0.3, 0.25, 0.1)}
-    assert taken == {1.0: 2.0, 0.9: 3.0, 0.5: 3.0, 0.3: 4.0, 0.25: 4.0, 0.1: 4.0}
+    scales = {sigma: guidance.at_sigma(sigma).cfg_scale for sigma in (1.0, 0.9, 0.5, 0.3, 0.25, 0.1)}
+    assert scales == {1.0: 2.0, 0.9: 3.0, 0.5: 3.0, 0.3: 4.0, 0.25: 4.0, 0.1: 4.0}
 
 
-def test_levels_are_compared_as_float32() -> None:
+def test_sigmas_are_compared_as_float32() -> None:
     almost = 0.1 + 1e-10  # the same float32 as 0.1
     assert Guidance(cfg_scale=(2.0, 3.0), sigmas=(almost, 0.0)).at_sigma(0.1).cfg_scale == 2.0
 
 
-def test_what_is_open_is_taken_from_the_other_and_is_off_in_the_end() -> None:
-    mixed = Guidance(cfg_scale=5.0).with_defaults(
+def test_unset_guidance_comes_from_the_defaults_and_else_is_off() -> None:
+    merged = Guidance(cfg_scale=5.0).with_defaults(
         Guidance(cfg_scale=(1.0, 2.0), stg_scale=(0.0, 1.0), sigmas=(1.0, 0.5), skip_blocks=(3,))
     )
-    assert mixed.at_sigma(0.5) == StepGuidance(5.0, 1.0, 1.0, (3,))
+    assert merged.at_sigma(0.5) == StepGuidance(5.0, 1.0, 1.0, (3,))
     assert Guidance().at_sigma(0.5) == StepGuidance(1.0, 0.0, 1.0, ())
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"cfg_scale": 0.5}, "guidance is 0.5; it must lie between 1 and 100; 1 is off"),
         ({"cfg_scale": float("nan")}, "guidance is nan"),
@@ -77,25 +77,25 @@ def test_what_is_open_is_taken_from_the_other_and_is_off_in_the_end() -> None:
         ({"cfg_star": 1}, "true or false"),
     ],
 )
-def test_a_guidance_that_means_nothing_is_refused(values: dict[str, Any], told: str) -> None:
-    with pytest.raises(RequestError, match="(?i)" + told.replace("(", r"\(")):
+def test_invalid_guidance_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match="(?i)" + message.replace("(", r"\(")):
         Guidance(**values)
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"cfg_scale": (1.0, 2.0)}, "guidance has 2 values, and no sigmas"),
         ({"stg_scale": (1.0, 2.0), "sigmas": (1.0,)}, "stg has 2 values for 1 sigmas"),
         ({"skip_blocks": ((1,), (2,)), "sigmas": (1.0, 0.5, 0.1)}, "the skipped blocks has 2 values for 3 sigmas"),
     ],
 )
-def test_lists_that_do_not_fit_their_levels_are_refused_when_they_are_used(values: dict[str, Any], told: str) -> None:
-    with pytest.raises(RequestError, match=told):
+def test_lists_that_do_not_fit_their_sigmas_are_refused_on_use(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
         Guidance(**values).at_sigma(0.5)
 
 
-def test_a_pass_fills_its_timing_as_a_whole() -> None:
+def test_a_pass_takes_its_timing_from_the_defaults_as_a_whole() -> None:
     distilled = Pass(sigmas=(1.0, 0.7, 0.4), stochastic=False, tone_map=0.6)
     assert Pass().with_defaults(distilled) == distilled
     assert Pass(steps=5).with_defaults(distilled).sigmas is None
@@ -104,7 +104,7 @@ def test_a_pass_fills_its_timing_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled"])
-def test_a_pass_comes_back_from_json(name: str) -> None:
+def test_a_pass_survives_json(name: str) -> None:
     second = RELEASES_BY_NAME[name].recipe.second_pass
     assert second is not None
     assert Pass.from_json(json.loads(json.dumps(asdict(second)))) == second
@@ -113,6 +113,6 @@ def test_a_pass_comes_back_from_json(name: str) -> None:
 @pytest.mark.parametrize(
     "values", [{"steps": 0}, {"steps": 2.5}, {"tone_map": 2}, {"sigmas": (1.0,), "skip_final": 1}, {"guidance": 3.0}]
 )
-def test_a_pass_that_means_nothing_is_refused(values: dict[str, Any]) -> None:
+def test_an_invalid_pass_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
         Pass(**values)

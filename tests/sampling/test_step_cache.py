@@ -46,7 +46,7 @@ def made(kind: str, asked: Sequence[StepGuidance] = (PLAIN,) * STEPS, **settings
 
 
 @pytest.mark.parametrize("known", [(4, 5), (2, 7), (0, 1, 2), (2, 5, 11)])
-def test_weights_carry_every_polynomial_of_their_order_on(known: tuple[int, ...]) -> None:
+def test_lagrange_weights_extrapolate_polynomials_exactly(known: tuple[int, ...]) -> None:
     for wanted in (8, 12, 13):
         for power in range(len(known)):
             value = sum(
@@ -57,7 +57,7 @@ def test_weights_carry_every_polynomial_of_their_order_on(known: tuple[int, ...]
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("interval", [2, 3, 5])
-def test_a_residual_of_the_caches_own_order_is_extrapolated_exactly(order: int, interval: int) -> None:
+def test_a_residual_of_the_cache_s_order_is_extrapolated_exactly(order: int, interval: int) -> None:
     def added(index: int) -> Tensor:
         return (torch.arange(12.0) - 5).reshape(1, 4, 3) * index**order + 7
 
@@ -94,7 +94,7 @@ def test_first_block_adds_what_the_last_computed_step_added() -> None:
     assert all(torch.equal(value, ONE * (WARMUP_STEPS - 1)) for value in skipped.values())
 
 
-def test_numbers_that_are_none_are_no_sign_that_nothing_changed() -> None:
+def test_first_block_never_skips_on_nan() -> None:
     assert run(made("first-block", threshold=1.0), grown=lambda index: ONE * float("nan")) == {}
 
 
@@ -114,7 +114,7 @@ def test_the_first_evaluation_decides_for_all_of_a_step(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["first-block", "taylor"])
-def test_evaluations_do_not_mix(kind: str) -> None:
+def test_evaluations_have_separate_residuals(kind: str) -> None:
     cache, alone = made(kind), {name: made(kind) for name in ("negative", "prompt")}
     for index in range(STEPS):
         cache.begin_step(index)
@@ -129,7 +129,7 @@ def test_evaluations_do_not_mix(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["first-block", "taylor"])
-def test_where_other_evaluations_are_asked_for_everything_begins_anew(kind: str) -> None:
+def test_the_cache_restarts_where_the_evaluations_change(kind: str) -> None:
     asked = [GUIDED] * 10 + [PLAIN] * 10
     skipped = run(made(kind, asked), added=lambda index: ONE * index)
     assert 9 in skipped
@@ -151,11 +151,11 @@ def test_where_other_evaluations_are_asked_for_everything_begins_anew(kind: str)
         ({"kind": "taylor", "order": True}, "order is True; it must be a whole number"),
     ],
 )
-def test_settings_that_no_cache_can_have_are_refused(given: dict[str, Any], says: str) -> None:
+def test_invalid_settings_are_refused(given: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         StepCache(**given)
 
 
-def test_what_is_left_open_is_filled_in_at_birth() -> None:
+def test_defaults_are_filled_in_at_construction() -> None:
     assert StepCache("first-block") == StepCache("first-block", threshold=0.08)
     assert StepCache.parse("taylor") == StepCache("taylor", interval=3, order=1)

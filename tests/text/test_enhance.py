@@ -60,19 +60,19 @@ def failure(chat: FakeChat, reply: Reply, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("tail", ["", "/", "/chat/completions", "/chat/completions/"])
-def test_a_url_may_be_written_as_users_do(chat: FakeChat, tail: str) -> None:
+def test_the_url_may_end_in_v1_or_chat_completions(chat: FakeChat, tail: str) -> None:
     assert Enhancer(chat.url + tail).enhance(PROMPT) == PARAGRAPH
     assert (chat.requests[0].method, chat.requests[0].path) == ("POST", "/v1/chat/completions")
 
 
-def test_a_query_stays_at_its_place_and_out_of_messages(chat: FakeChat) -> None:
+def test_a_url_query_is_sent_and_stays_out_of_messages(chat: FakeChat) -> None:
     url = f"{chat.url}?api-version=3&code=abc"
     assert Enhancer(url).enhance(PROMPT) == PARAGRAPH
     assert chat.requests[0].path == "/v1/chat/completions?api-version=3&code=abc"
     assert Enhancer(url).display_url == chat.url
 
 
-def test_the_prompt_is_sent_whole_with_instructions_of_our_own(chat: FakeChat) -> None:
+def test_the_whole_prompt_is_sent_with_instructions(chat: FakeChat) -> None:
     Enhancer(chat.url, "some-model:4b").enhance(PROMPT)
     (asked,) = chat.requests
     assert asked.body.keys() == {"model", "messages", "stream"}
@@ -84,7 +84,7 @@ def test_the_prompt_is_sent_whole_with_instructions_of_our_own(chat: FakeChat) -
     assert "Authorization" not in asked.headers
 
 
-def test_without_a_model_none_is_sent(chat: FakeChat) -> None:
+def test_no_model_name_is_sent_by_default(chat: FakeChat) -> None:
     Enhancer(chat.url).enhance(PROMPT)
     assert "model" not in chat.requests[0].body
 
@@ -110,12 +110,12 @@ def test_the_key_is_in_one_header_and_nowhere_else(chat: FakeChat) -> None:
         json_reply({"error": KEY}),
     ],
 )
-def test_a_key_that_the_endpoint_repeats_is_in_no_message(chat: FakeChat, reply: Reply) -> None:
+def test_a_key_repeated_by_the_endpoint_is_in_no_message(chat: FakeChat, reply: Reply) -> None:
     message = failure(chat, reply, key=KEY)
     assert KEY[:6] not in message
 
 
-def test_a_key_that_the_endpoint_repeats_is_not_in_the_prompt(chat: FakeChat) -> None:
+def test_a_key_repeated_by_the_endpoint_is_not_in_the_prompt(chat: FakeChat) -> None:
     chat.reply = chat_completion(f"A fox runs past a wall that says {KEY} in the snow.")
     assert Enhancer(chat.url, key=KEY).enhance(PROMPT) == "A fox runs past a wall that says (the key) in the snow."
 
@@ -123,7 +123,7 @@ def test_a_key_that_the_endpoint_repeats_is_not_in_the_prompt(chat: FakeChat) ->
 # --- pictures and scenes ------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_sent_each_after_its_place(chat: FakeChat) -> None:
+def test_images_are_sent_after_their_frame_descriptions(chat: FakeChat) -> None:
     Enhancer(chat.url).enhance(PROMPT, PICTURES)
     (asked,) = chat.requests
     assert [part["type"] for part in asked.content_parts] == ["text", "image_url", "text", "image_url", "text"]
@@ -143,7 +143,7 @@ def test_pictures_are_sent_each_after_its_place(chat: FakeChat) -> None:
         error_reply(404, "No endpoints found that support image input"),
     ],
 )
-def test_an_endpoint_that_cannot_see_is_asked_once_more_without_pictures(chat: FakeChat, refusal: Reply) -> None:
+def test_an_endpoint_that_refuses_images_is_called_again_without_them(chat: FakeChat, refusal: Reply) -> None:
     chat.reply = lambda asked: refusal if asked.images else chat_completion(PARAGRAPH)
     with pytest.warns(KadrWarning, match=rf"takes no images: .* HTTP {refusal.status}"):
         assert Enhancer(chat.url).enhance(PROMPT, PICTURES) == PARAGRAPH
@@ -153,7 +153,7 @@ def test_an_endpoint_that_cannot_see_is_asked_once_more_without_pictures(chat: F
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 408, 429, 502, 503])
-def test_what_is_not_about_pictures_is_not_asked_again(chat: FakeChat, status: int) -> None:
+def test_errors_unrelated_to_images_are_not_retried(chat: FakeChat, status: int) -> None:
     chat.reply = error_reply(status, "no")
     with pytest.raises(EnhanceError, match=f"HTTP {status}"):
         Enhancer(chat.url).enhance(PROMPT, PICTURES)
@@ -161,19 +161,19 @@ def test_what_is_not_about_pictures_is_not_asked_again(chat: FakeChat, status: i
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_without_pictures_a_refusal_is_final(chat: FakeChat, status: int) -> None:
+def test_without_images_an_error_is_not_retried(chat: FakeChat, status: int) -> None:
     failure(chat, error_reply(status, "no"))
     assert len(chat.requests) == 1
 
 
-def test_an_endpoint_that_refuses_without_pictures_too_has_failed(chat: FakeChat) -> None:
+def test_an_endpoint_that_fails_without_images_too_raises(chat: FakeChat) -> None:
     chat.reply = error_reply(400, "no")
     with warnings.catch_warnings(record=True) as noted, pytest.raises(EnhanceError, match="HTTP 400"):
         Enhancer(chat.url, "m").enhance(PROMPT, PICTURES)
     assert (len(chat.requests), noted) == (2, [])
 
 
-def test_each_scene_is_asked_for_with_the_others_in_view(chat: FakeChat) -> None:
+def test_each_scene_is_requested_with_the_others_as_context(chat: FakeChat) -> None:
     chat.reply = lambda asked: chat_completion(f"A long and whole scene of number {len(chat.requests)}.")
     made = Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
     assert made == [f"A long and whole scene of number {number}." for number in (1, 2, 3)]
@@ -185,7 +185,7 @@ def test_each_scene_is_asked_for_with_the_others_in_view(chat: FakeChat) -> None
     assert "Scene 3" not in third
 
 
-def test_a_blind_endpoint_is_shown_the_pictures_of_one_scene_only(chat: FakeChat) -> None:
+def test_after_a_refusal_later_scenes_are_sent_without_images(chat: FakeChat) -> None:
     chat.reply = lambda asked: error_reply(400, "no images") if asked.images else chat_completion(PARAGRAPH)
     with pytest.warns(KadrWarning, match="takes no images") as noted:
         Enhancer(chat.url).enhance_scenes(["a fox", "a hare"], PICTURES)
@@ -194,7 +194,7 @@ def test_a_blind_endpoint_is_shown_the_pictures_of_one_scene_only(chat: FakeChat
     assert all("cannot be shown" in asked.system for asked in chat.requests[1:])
 
 
-def test_one_scene_that_fails_fails_all(chat: FakeChat) -> None:
+def test_one_failed_scene_fails_all(chat: FakeChat) -> None:
     chat.reply = lambda asked: chat_completion(PARAGRAPH if len(chat.requests) < 2 else "")
     with pytest.raises(EnhanceError, match="answered with nothing"):
         Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
@@ -214,12 +214,12 @@ def test_one_scene_that_fails_fails_all(chat: FakeChat) -> None:
     ],
     ids=["silent", "dripping", "dripping headers", "dripping an error"],
 )
-def test_a_slow_answer_ends_in_time(chat: FakeChat, reply: Reply) -> None:
+def test_a_slow_answer_times_out(chat: FakeChat, reply: Reply) -> None:
     with assert_faster_than(SOON):
         assert "did not answer within 0.3 s" in failure(chat, reply, timeout=PATIENCE)
 
 
-def test_an_answer_that_drips_is_left_behind_for_good(chat: FakeChat) -> None:
+def test_the_thread_of_an_abandoned_answer_ends(chat: FakeChat) -> None:
     before = set(threading.enumerate())
     failure(chat, Reply(chat_completion(PARAGRAPH).body, byte_interval=0.2), timeout=PATIENCE)
     (left,) = [each for each in set(threading.enumerate()) - before if each.name == "kadr enhance"]
@@ -227,7 +227,7 @@ def test_an_answer_that_drips_is_left_behind_for_good(chat: FakeChat) -> None:
     assert not left.is_alive()
 
 
-def test_a_second_try_without_pictures_has_what_is_left_of_the_time(chat: FakeChat) -> None:
+def test_the_retry_without_images_has_the_remaining_time(chat: FakeChat) -> None:
     chat.reply = lambda asked: (
         Reply(error_reply(400, "no").body, 400, delay_seconds=0.2) if asked.images else Reply(delay_seconds=60.0)
     )
@@ -236,13 +236,13 @@ def test_a_second_try_without_pictures_has_what_is_left_of_the_time(chat: FakeCh
     assert len(chat.requests) == 2
 
 
-def test_a_name_that_is_not_found_in_time_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_dns_lookup_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: threading.Event().wait(30))
     with assert_faster_than(SOON), pytest.raises(EnhanceError, match="did not answer within"):
         Enhancer("https://chat.example/v1", timeout=PATIENCE).enhance(PROMPT)
 
 
-def test_a_name_that_nobody_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_host_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*args: Any, **more: Any) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -251,14 +251,14 @@ def test_a_name_that_nobody_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         Enhancer("https://chat.example/v1").enhance(PROMPT)
 
 
-def test_a_server_that_is_down_is_told() -> None:
+def test_a_refused_connection_is_reported() -> None:
     with serve_fake_chat() as chat:
         url = chat.url
     with pytest.raises(EnhanceError, match=r"refuses the connection; is it running, and is the port right\?"):
         Enhancer(url).enhance(PROMPT)
 
 
-def test_a_server_without_tls_is_told(chat: FakeChat) -> None:
+def test_a_server_without_tls_is_reported(chat: FakeChat) -> None:
     with pytest.raises(EnhanceError, match=r"over TLS .* http or https"):
         Enhancer(chat.url.replace("http:", "https:"), timeout=SOON).enhance(PROMPT)
 
@@ -283,7 +283,7 @@ def test_a_server_without_tls_is_told(chat: FakeChat) -> None:
         (Reply(b"y" * (MAX_RESPONSE_BYTES + 9), 500), ["HTTP 500."]),
     ],
 )
-def test_a_refusal_is_told_in_the_endpoints_words_but_short(chat: FakeChat, reply: Reply, words: list[str]) -> None:
+def test_an_error_quotes_the_endpoint_briefly(chat: FakeChat, reply: Reply, words: list[str]) -> None:
     message = failure(chat, reply)
     assert [word for word in words if word not in message] == []
     assert len(message) < 500
@@ -291,14 +291,14 @@ def test_a_refusal_is_told_in_the_endpoints_words_but_short(chat: FakeChat, repl
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_is_told_and_not_followed(chat: FakeChat, status: int) -> None:
+def test_a_redirect_is_reported_and_not_followed(chat: FakeChat, status: int) -> None:
     with serve_fake_chat() as other:
         message = failure(chat, Reply(status=status, headers={"Location": f"{other.url}/chat/completions"}), key=KEY)
         assert f"{other.url}/chat/completions" in message
         assert (len(chat.requests), other.requests) == (1, [])
 
 
-def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
+def test_proxies_are_not_used_for_this_machine(
     chat: FakeChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
@@ -369,7 +369,7 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
 
 
 @pytest.mark.parametrize("key", ["x", "none", "key", "content", "token123"])
-def test_a_word_in_the_place_of_a_key_is_taken_out_of_nothing(chat: FakeChat, key: str) -> None:
+def test_a_placeholder_key_is_not_redacted(chat: FakeChat, key: str) -> None:
     """Servers without keys are given any."""
     text = PARAGRAPH.replace("fox", "fox, the content key, none of token123 x")
     chat.reply = chat_completion(text)
@@ -385,7 +385,7 @@ def heard(chat: FakeChat, reply: Reply, key: str) -> str:
         return str(error)
 
 
-def test_a_key_is_taken_out_however_json_spells_it(chat: FakeChat) -> None:
+def test_a_key_is_redacted_however_json_escapes_it(chat: FakeChat) -> None:
     key = "c2Vj/cmV0+a/0123=="
     body = json.dumps({"error": {"message": f"bad key {key}"}}).replace("/", "\\/")
     for reply in (Reply(body.encode(), 401), chat_completion(f"{PARAGRAPH} {key}")):
@@ -397,7 +397,7 @@ def test_a_key_is_taken_out_however_json_spells_it(chat: FakeChat) -> None:
 @pytest.mark.parametrize(
     "noise", ["\n", "\n ", " \n", "\nnote ", "<think>", "**", "- ", '"', "Here is ", "```\n", "sorry "]
 )
-def test_an_answer_of_any_shape_is_read_in_no_time(noise: str) -> None:
+def test_an_answer_of_any_shape_is_parsed_fast(noise: str) -> None:
     """An endpoint may send a megabyte of anything."""
     times = 300_000 // len(noise)
     with assert_faster_than(5):
@@ -406,7 +406,7 @@ def test_an_answer_of_any_shape_is_read_in_no_time(noise: str) -> None:
                 extract_paragraph(text)
 
 
-def test_a_key_is_not_put_together_again_when_signs_are_taken_out(chat: FakeChat) -> None:
+def test_removing_control_characters_does_not_reveal_a_key(chat: FakeChat) -> None:
     key = "sk-abcdefghij1234"
     for reply in (
         error_reply(401, "bad key sk-abcdef\u0007ghij1234"),
@@ -430,7 +430,7 @@ def test_a_description_keeps_its_beginning(chat: FakeChat, answer: str) -> None:
     assert Enhancer(chat.url).enhance("a red fox") == answer
 
 
-def test_a_long_prompt_may_be_given_back_as_it_is_and_a_short_one_not(chat: FakeChat) -> None:
+def test_a_long_prompt_may_be_returned_unchanged_and_a_short_one_not(chat: FakeChat) -> None:
     long = (
         f"{PARAGRAPH} It stops at the edge of the wood and looks back over its shoulder, and snow falls from a branch."
     )
@@ -441,7 +441,7 @@ def test_a_long_prompt_may_be_given_back_as_it_is_and_a_short_one_not(chat: Fake
         Enhancer(chat.url).enhance("A red fox runs.")
 
 
-def test_a_message_ends_once(chat: FakeChat) -> None:
+def test_a_message_ends_in_one_mark(chat: FakeChat) -> None:
     with serve_fake_chat() as other:
         url = other.url
     with pytest.raises(EnhanceError, match=r"is the port right\?$"):
@@ -449,7 +449,7 @@ def test_a_message_ends_once(chat: FakeChat) -> None:
 
 
 @pytest.mark.parametrize("reply, words", NONSENSE.values(), ids=NONSENSE)
-def test_nonsense_is_told_and_never_a_prompt(chat: FakeChat, reply: Reply, words: str) -> None:
+def test_an_unusable_answer_is_reported_and_never_a_prompt(chat: FakeChat, reply: Reply, words: str) -> None:
     message = failure(chat, reply, timeout=SOON)
     assert words in message
     assert len(message) < 500
@@ -488,7 +488,7 @@ def test_nonsense_is_told_and_never_a_prompt(chat: FakeChat, reply: Reply, words
         PARAGRAPH.replace("red", "**red**"),
     ],
 )
-def test_what_stands_around_the_paragraph_is_taken_off(chat: FakeChat, answer: str) -> None:
+def test_text_around_the_paragraph_is_removed(chat: FakeChat, answer: str) -> None:
     chat.reply = chat_completion(answer)
     assert Enhancer(chat.url).enhance(PROMPT) == PARAGRAPH
 
@@ -504,26 +504,26 @@ def test_what_stands_around_the_paragraph_is_taken_off(chat: FakeChat, answer: s
         "The family's fox runs past the owners' house",
     ],
 )
-def test_what_is_part_of_the_paragraph_stays(chat: FakeChat, answer: str) -> None:
+def test_text_within_the_paragraph_is_kept(chat: FakeChat, answer: str) -> None:
     chat.reply = chat_completion(answer)
     assert Enhancer(chat.url).enhance(PROMPT) == answer
 
 
-def test_marks_around_a_paragraph_with_lettering_are_taken_off(chat: FakeChat) -> None:
+def test_quotes_around_a_paragraph_with_quotes_are_removed(chat: FakeChat) -> None:
     for begin, end in ('""', "“”"):
         inner = f"A fox walks past a sign that says {begin}ЗИМА{end}"
         chat.reply = chat_completion(f"{begin}{inner}{end}")
         assert Enhancer(chat.url).enhance("a fox") == inner
 
 
-def test_content_in_parts_is_put_together(chat: FakeChat) -> None:
+def test_content_parts_are_joined(chat: FakeChat) -> None:
     half = PARAGRAPH.index("while")
     parts = [{"type": "text", "text": PARAGRAPH[:half]}, {"type": "text", "text": PARAGRAPH[half:]}]
     chat.reply = chat_completion([{"type": "reasoning", "summary": []}, *parts])
     assert Enhancer(chat.url).enhance(PROMPT) == PARAGRAPH
 
 
-def test_a_long_answer_is_cut_after_a_whole_sentence_and_says_so(chat: FakeChat) -> None:
+def test_a_long_answer_is_cut_after_a_sentence_with_a_warning(chat: FakeChat) -> None:
     sentence = "The fox turns its head and walks on through the snow."  # 11 words
     chat.reply = chat_completion(" ".join([sentence] * 30))
     with pytest.warns(KadrWarning, match=f"330 words.*{MAX_WORDS // 11 * 11} words"):
@@ -551,7 +551,7 @@ def test_an_answer_that_just_fits_is_not_cut(chat: FakeChat) -> None:
         "http://h\n/v1",
     ],
 )
-def test_what_is_no_url_of_an_endpoint_is_refused(url: Any) -> None:
+def test_an_invalid_url_is_refused(url: Any) -> None:
     with pytest.raises(RequestError, match=r"It looks like http://localhost:11434/v1\."):
         Enhancer(url)
 
@@ -577,7 +577,7 @@ def test_a_key_may_be_sent_to_this_machine(host: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "two words", "line\nend", "ключ", 5])
-def test_what_is_no_key_is_refused_and_not_repeated(key: Any) -> None:
+def test_an_invalid_key_is_refused_and_not_repeated(key: Any) -> None:
     with pytest.raises(RequestError, match="KADR_ENHANCE_KEY") as caught:
         Enhancer("https://chat.example/v1", key=key)
     assert not key or repr(key).strip("'") not in str(caught.value)
@@ -592,7 +592,7 @@ def test_a_value_out_of_range_is_refused(option: dict[str, Any]) -> None:
         Enhancer("https://chat.example/v1", **option)
 
 
-def test_the_fake_server_is_a_real_one(chat: FakeChat) -> None:
+def test_the_fake_server_speaks_http_over_a_socket(chat: FakeChat) -> None:
     """What these tests stand on: bytes over a socket of this machine."""
     with socket.create_connection(("127.0.0.1", int(chat.url.split(":")[2].removesuffix("/v1")))) as line:
         line.sendall(b"GET /v1/chat/completions HTTP/1.0\r\n\r\n")

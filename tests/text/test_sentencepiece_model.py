@@ -91,7 +91,7 @@ def listed(fields: Mapping[str, object]) -> SentencePieceModel:
     )
 
 
-def test_pieces_are_those_that_protobuf_reads(model: bytes) -> None:
+def test_pieces_equal_those_that_protobuf_reads(model: bytes) -> None:
     ours, oracle = parse_sentencepiece(model), protobuf.ModelProto.FromString(model)
     assert ours.pieces == tuple(piece.piece for piece in oracle.pieces)
     assert ours.scores == tuple(piece.score for piece in oracle.pieces)
@@ -104,7 +104,7 @@ def test_pieces_are_those_that_protobuf_reads(model: bytes) -> None:
     )
 
 
-def test_pieces_are_read_as_they_were_written(model: bytes) -> None:
+def test_pieces_survive_a_round_trip(model: bytes) -> None:
     pieces = parse_sentencepiece(model)
     assert parse_sentencepiece(serialize_sentencepiece(pieces)) == pieces
     protobuf.ModelProto.FromString(serialize_sentencepiece(pieces))
@@ -141,7 +141,7 @@ def test_sentinels_have_the_ids_of_the_released_tokenizer(tmp_path: Path, added:
     assert ours.vocab_size <= 32128
 
 
-def test_what_fills_up_a_vocabulary_is_cut_off_behind_and_kept_between() -> None:
+def test_fillers_are_trimmed_at_the_end_and_kept_in_between() -> None:
     kinds = (CONTROL, UNUSED, NORMAL, UNUSED, USER_DEFINED, UNUSED)
     kept, markers = SentencePieceModel(tuple("abcdef"), (0.0,) * 6, kinds).trim_fillers()
     assert (kept.pieces, kept.types) == (tuple("abc"), kinds[:3])
@@ -165,7 +165,7 @@ def test_a_vocabulary_of_another_family_is_refused() -> None:
         (lambda: b"\x80" * 20, "cut short"),
     ],
 )
-def test_a_file_that_pieces_cannot_stand_for_is_refused(model: object, said: str) -> None:
+def test_an_unsupported_model_file_is_refused(model: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_sentencepiece(model())
 

@@ -121,7 +121,7 @@ def test_ids_and_mask_equal_those_of_transformers(tokenizer, oracle, prompt):
     assert ours.truncated_text == ""
 
 
-def test_ids_are_the_pieces_then_the_end_then_padding(tokenizer, processor):
+def test_ids_are_pieces_then_end_of_sequence_then_padding(tokenizer, processor):
     pieces = processor.encode(PLAIN)
     ids, mask, cut = tokenizer.encode(f" {PLAIN}\n")
     assert (ids.dtype, ids.shape, mask.dtype, mask.shape) == (torch.int64, (1, 256), torch.bool, (1, 256))
@@ -138,7 +138,7 @@ def test_an_empty_prompt_is_a_lone_end_of_sequence(tokenizer, prompt):
     assert mask[0].tolist() == [True] + [False] * 255
 
 
-def test_a_long_prompt_keeps_its_end_of_sequence_and_says_what_was_cut(tokenizer, processor):
+def test_a_long_prompt_keeps_its_end_of_sequence_and_reports_the_cut(tokenizer, processor):
     prompt = "\n".join([PLAIN] * 8)
     ids, mask, cut = tokenizer.encode(prompt)
     assert ids[0].tolist() == processor.encode(prompt)[:255] + [EOS_ID]
@@ -149,7 +149,7 @@ def test_a_long_prompt_keeps_its_end_of_sequence_and_says_what_was_cut(tokenizer
     assert len(processor.encode(kept)) <= 255 < len(processor.encode(kept + first_cut_word))
 
 
-def test_a_prompt_is_cut_from_one_token_too_many_on(tokenizer, processor):
+def test_a_prompt_is_cut_from_the_first_token_too_many(tokenizer, processor):
     word = "x"  # one token for the space, one for the unknown letter
     assert len(processor.encode(word)) == 2
     fits, too_long = " ".join([word] * 127), " ".join([word] * 128)
@@ -181,14 +181,14 @@ def test_both_files_give_the_same_ids_for_random_text(folder):
         assert ours.truncated_text == theirs.truncated_text
 
 
-def test_no_id_reaches_the_size(folder):
+def test_ids_are_below_the_vocabulary_size(folder):
     assert Tokenizer.open(folder / "original").vocab_size == 150
     assert Tokenizer.open(folder / "converted").vocab_size == 150
     prompt = "<extra_id_0> <extra_id_99>"
     assert Tokenizer.open(folder / "original").encode(prompt).ids.max() < 150
 
 
-def test_the_released_size_brings_the_sentinels(monkeypatch, folder, processor):
+def test_a_vocabulary_of_released_size_has_sentinels(monkeypatch, folder, processor):
     monkeypatch.setattr("kadr.text.tokenizer._RELEASED_PIECES", 150)
     tokenizer = Tokenizer.open(folder / "original")
     ids, mask, _ = tokenizer.encode("circle <extra_id_0>sea<extra_id_99>")
@@ -215,13 +215,13 @@ def test_the_tokenizer_is_found(folder, tmp_path, source, place, asked):
     assert Tokenizer.open(str(path)).vocab_size == 150
 
 
-def test_the_original_is_preferred_to_its_conversion(folder, tmp_path):
+def test_spiece_model_is_preferred_to_tokenizer_json(folder, tmp_path):
     (tmp_path / "spiece.model").write_bytes((folder / "original" / "spiece.model").read_bytes())
     (tmp_path / "tokenizer.json").write_text("never read")
     assert Tokenizer.open(tmp_path).vocab_size == 150
 
 
-def test_a_missing_tokenizer_is_refused_with_every_place_that_was_looked_in(tmp_path):
+def test_a_missing_tokenizer_is_refused_with_all_searched_folders(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     with pytest.raises(CheckpointError) as caught:
         Tokenizer.open(tmp_path / "text_encoder")
@@ -270,6 +270,6 @@ def test_the_tokenizer_of_another_family_is_refused(tmp_path):
         Tokenizer.open(tmp_path)
 
 
-def test_half_a_character_is_refused_where_it_stands(tokenizer):
+def test_half_a_character_is_refused_with_its_position(tokenizer):
     with pytest.raises(RequestError, match="position 4"):
         tokenizer.encode(" red \ud83d circle")
