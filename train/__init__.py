@@ -1,1 +1,1 @@
-"""How the demo model is made, from nothing: its world, its training, its export."""
+"""The demo model's training, from scratch: its scenes, the training of each network, the export."""

@@ -1,4 +1,4 @@
-"""What both trainings need: an average of the weights, a log, and a state to go on from."""
+"""Parts of every training: the EMA of the weights, the log of the loss curve, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class EMA:
-    """An exponential average of a model's weights, quick at first so that early weights are forgotten."""
+    """Exponential moving average (EMA) of a model's weights; its decay is smaller at first, to forget early weights."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model: Any = copy.deepcopy(model).requires_grad_(False)
@@ -21,22 +21,22 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        keep = min(self.decay, (1 + step) / (10 + step))
-        mine = dict(self.model.state_dict())
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = dict(self.model.state_dict())
         for name, value in model.state_dict().items():
-            mine[name].lerp_(value, 1 - keep)
+            averages[name].lerp_(value, 1 - decay)
 
 
 class CurveLog:
-    """A CSV of the curve, with a line printed every so often."""
+    """CSV file of the loss curve. Prints one row of every `every`."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], every: int = 20) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not path.exists()
+        is_new = not path.exists()
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, columns)
         self._every, self._lines = every, 0
-        if fresh:
+        if is_new:
             self._writer.writeheader()
 
     def add(self, **row: float) -> None:
@@ -48,18 +48,18 @@ class CurveLog:
 
 
 def save_state(path: Path, step: int, **objects: Any) -> None:
-    """Write the state of every part beside `path`, then rename: a cut leaves the state before it."""
+    """Saves the state of every object in a temporary file, then renames it: an interruption leaves the last state."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    torch.save({"step": step, **{name: part.state_dict() for name, part in objects.items()}}, beside)
-    os.replace(beside, path)
+    temporary = path.with_suffix(".part")
+    torch.save({"step": step, **{name: item.state_dict() for name, item in objects.items()}}, temporary)
+    os.replace(temporary, path)
 
 
 def load_state(path: Path, **objects: Any) -> int:
-    """Load every part's state from `path`; returns the step to go on from, 0 where there is no state."""
+    """Loads the state of every object from `path`; returns the step to resume from, 0 if there is no state."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
-    for name, part in objects.items():
-        part.load_state_dict(state[name])
+    for name, item in objects.items():
+        item.load_state_dict(state[name])
     return int(state["step"])

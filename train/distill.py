@@ -1,7 +1,7 @@
-"""The distilled demo transformer: few steps, no guidance.
+"""Guidance distillation of the demo transformer: few steps, no CFG.
 
-A copy of the tuned transformer learns to say at once what its teacher says with guidance, at the few levels that it
-will be asked at. The text encoder stays the teacher's, and is shared.
+A copy of the tuned transformer learns to predict in one evaluation what its teacher predicts with CFG, at the few
+sigmas that it will sample at. Student and teacher share the frozen text encoder.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ SIGMAS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """What one distillation is.
+    """Settings of a distillation.
 
     Args:
-        guidance: the teacher's.
+        guidance: the teacher's CFG scale.
     """
 
     guidance: float = 3.0
@@ -55,7 +55,7 @@ class DistillConfig:
 
 
 class Distiller:
-    """One distillation: teacher, student and the batches both see."""
+    """A distillation: teacher, student and the batches of both."""
 
     def __init__(self, tuning_trainer: TuningTrainer, config: DistillConfig) -> None:
         self.tuning_trainer, self.config = tuning_trainer, config
@@ -65,54 +65,54 @@ class Distiller:
         self.null_text = tokenize(tuning_trainer.tokenizer, [""])
 
     def loss(self, rng: Random, step: int) -> Tensor:
-        """The loss of one batch, drawn from `rng` and torch's generator."""
+        """Returns the loss of one batch, drawn from `rng` and torch's generator."""
         batch = self.tuning_trainer.draw_batch(rng, step)
-        level = torch.tensor([[rng.choice(SIGMAS)] for _ in batch.scene_indices])
-        state, _, level = noisy_state(batch, torch.randn_like(batch.clean_latents), level)
+        sigma = torch.tensor([[rng.choice(SIGMAS)] for _ in batch.scene_indices])  # (B, 1)
+        state, _, sigma = noisy_state(batch, torch.randn_like(batch.clean_latents), sigma)
         state = self.tuning_trainer.add_conditions(rng, batch, state)
-        tokens = tokens_with_image_noise(state, level, self.config.batch_config.image_noise)
+        tokens = tokens_with_image_noise(state, sigma, self.config.batch_config.image_noise)
         with torch.no_grad():
-            prompt, empty = (
-                predict_velocity(self.teacher, self.text_encoder, state, tokens, level, asked).float()
-                for asked in (batch, self._with_null_text(batch))
+            cond, uncond = (
+                predict_velocity(self.teacher, self.text_encoder, state, tokens, sigma, text_batch).float()
+                for text_batch in (batch, self._with_null_text(batch))
             )
-            target = empty + self.config.guidance * (prompt - empty)
-        said = predict_velocity(self.student, self.text_encoder, state, tokens, level, batch).float()
-        free = torch.ones(batch.grid.num_tokens, dtype=torch.bool)
+            target = uncond + self.config.guidance * (cond - uncond)
+        predicted = predict_velocity(self.student, self.text_encoder, state, tokens, sigma, batch).float()
+        loss_mask = torch.ones(batch.grid.num_tokens, dtype=torch.bool)
         if state.conditioning_mask is not None:
-            free = state.conditioning_mask[0, : batch.grid.num_tokens] == 0
-        return masked_mse(said[:, : batch.grid.num_tokens], target[:, : batch.grid.num_tokens], free)
+            loss_mask = state.conditioning_mask[0, : batch.grid.num_tokens] == 0
+        return masked_mse(predicted[:, : batch.grid.num_tokens], target[:, : batch.grid.num_tokens], loss_mask)
 
     def _with_null_text(self, batch: TuningBatch) -> TuningBatch:
-        ids, mask = (part.expand(len(batch.input_ids), -1) for part in self.null_text)
+        ids, mask = (tensor.expand(len(batch.input_ids), -1) for tensor in self.null_text)
         return batch._replace(input_ids=ids, prompt_attention_mask=mask)
 
 
 def distill(state_folder: Path, vae: VAE, config: DistillConfig = DistillConfig()) -> Transformer:
-    """Train, or go on from `state_folder`/distilled.pt; returns the averaged weights."""
+    """Trains, or resumes from `state_folder`/distilled.pt; returns the EMA weights."""
     tokenizer = Tokenizer.open(state_folder / "tokenizer" / "spiece.model")
     trainer = TuningTrainer(load_or_encode(state_folder, vae, config.batch_config), tokenizer, config.batch_config)
-    trainer.modules.load_state_dict(torch.load(state_folder / "tuned.pt", weights_only=True)["average"])
+    trainer.modules.load_state_dict(torch.load(state_folder / "tuned.pt", weights_only=True)["ema"])
     distiller = Distiller(trainer, config)
     student = distiller.student
-    average = EMA(student, config.ema_decay)
+    ema = EMA(student, config.ema_decay)
     optimizer = MuonAdamW(student, uses_muon=_uses_muon, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
-    parts = {"model": student, "average": average.model, "optimizer": optimizer}
-    state = state_folder / "distilled.pt"
-    start = load_state(state, **parts)
+    checkpoint = {"model": student, "ema": ema.model, "optimizer": optimizer}
+    state_file = state_folder / "distilled.pt"
+    start_step = load_state(state_file, **checkpoint)
     log = CurveLog(state_folder / "distilled.csv", ("step", "loss", "seconds"), every=20)
     print(asdict(config), flush=True)
-    began = time.monotonic()
-    for step in range(start, config.steps):
+    start_time = time.monotonic()
+    for step in range(start_step, config.steps):
         torch.manual_seed(config.seed * 1_000_003 + step)
         loss = distiller.loss(Random(config.seed * 1_000_003 + step), step)
         loss.backward()
         optimizer.step(lr_multiplier(step, config.steps, warmup=20, decay=0.6))
-        average.update(student, step)
-        log.add(step=step, loss=loss.item(), seconds=time.monotonic() - began)
+        ema.update(student, step)
+        log.add(step=step, loss=loss.item(), seconds=time.monotonic() - start_time)
         if (step + 1) % 50 == 0 or step + 1 == config.steps:
-            save_state(state, step + 1, **parts)
-    return average.model
+            save_state(state_file, step + 1, **checkpoint)
+    return ema.model
 
 
 def _uses_muon(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""From trained weights to the demo model: the official single file, and a T5 folder beside it."""
+"""Exports trained weights as the demo model: an official single file, and a T5 folder beside it."""
 
 from __future__ import annotations
 
@@ -26,42 +26,48 @@ MAX_BYTES = {
     "demo-distilled.safetensors": 11_000_000,
     "demo-upscaler.safetensors": 5_000_000,
 }
-CURVES = ("vae", "transformer", "tuned", "distilled", "upsampler")
+CURVES = ("vae", "transformer", "tuned", "distilled", "upscaler")
 
 
-def _trim_vocabulary(text: T5Encoder, vocabulary: int) -> T5Encoder:
-    """The encoder without the rows of its embedding that no token uses."""
-    state = text.state_dict()
-    state["embedding.weight"] = state["embedding.weight"][:vocabulary]
-    smaller = T5Encoder(replace(text.config, vocab_size=vocabulary))
-    smaller.load_state_dict(state)
-    return smaller
+def _trim_vocabulary(text_encoder: T5Encoder, vocab_size: int) -> T5Encoder:
+    """Returns the encoder without the rows of its embedding that no token uses."""
+    state = text_encoder.state_dict()
+    state["embedding.weight"] = state["embedding.weight"][:vocab_size]
+    trimmed = T5Encoder(replace(text_encoder.config, vocab_size=vocab_size))
+    trimmed.load_state_dict(state)
+    return trimmed
 
 
 def export(state_folder: Path, assets: Path) -> None:
-    """Write the checkpoints, text_encoder and tokenizer into `assets` from the averaged weights in `state_folder`."""
+    """Writes the checkpoints, text_encoder and tokenizer into `assets` from the EMA weights in `state_folder`."""
     assets.mkdir(parents=True, exist_ok=True)
-    both = build_modules()
-    both.load_state_dict(_load_ema(state_folder, "tuned"))
-    vae, distilled, upsampler = VAE(DEMO_VAE), Transformer(DEMO_TRANSFORMER), LatentUpscaler(DEMO_UPSCALER)
-    for module, name in ((vae, "vae"), (distilled, "distilled"), (upsampler, "upsampler")):
+    modules = build_modules()
+    modules.load_state_dict(_load_ema(state_folder, "tuned"))
+    vae, distilled, upscaler = VAE(DEMO_VAE), Transformer(DEMO_TRANSFORMER), LatentUpscaler(DEMO_UPSCALER)
+    for module, name in ((vae, "vae"), (distilled, "distilled"), (upscaler, "upscaler")):
         module.load_state_dict(_load_ema(state_folder, name))
-    schedule, few = Schedule(sampler="LinearQuadratic"), Schedule(sampler="LinearQuadratic", allowed_sigmas=SIGMAS)
-    stored = {"dtype": torch.bfloat16}
+    schedule = Schedule(sampler="LinearQuadratic")
+    distilled_schedule = Schedule(sampler="LinearQuadratic", allowed_sigmas=SIGMAS)
+    options = {"dtype": torch.bfloat16}
     write_single_file(
-        assets / "demo.safetensors", transformer=both["transformer"], vae=vae, schedule=schedule, **stored
+        assets / "demo.safetensors", transformer=modules["transformer"], vae=vae, schedule=schedule, **options
     )
-    write_single_file(assets / "demo-distilled.safetensors", transformer=distilled, schedule=few, **stored)
-    write_upscaler(assets / "demo-upscaler.safetensors", upsampler, **stored)
-    text = _trim_vocabulary(both["text"], Tokenizer.open(state_folder / "tokenizer" / "spiece.model").vocab_size)
-    write_text_encoder(assets, text, state_folder / "tokenizer" / "spiece.model", **stored)
+    write_single_file(
+        assets / "demo-distilled.safetensors", transformer=distilled, schedule=distilled_schedule, **options
+    )
+    write_upscaler(assets / "demo-upscaler.safetensors", upscaler, **options)
+    sentencepiece_file = state_folder / "tokenizer" / "spiece.model"
+    text_encoder = _trim_vocabulary(modules["text_encoder"], Tokenizer.open(sentencepiece_file).vocab_size)
+    write_text_encoder(assets, text_encoder, sentencepiece_file, **options)
     for curve in CURVES:
         shutil.copy(state_folder / f"{curve}.csv", Path(__file__).parent / "curves" / f"{curve}.csv")
     sizes = {path.name: path.stat().st_size for path in assets.glob("*.safetensors")}
     print(json.dumps({"bytes": sizes, "limits": MAX_BYTES}))
-    if large := [name for name, size in sizes.items() if size > MAX_BYTES[name]]:
-        raise SystemExit(f"{', '.join(large)} is larger than may be shipped")
+    if too_large := [
+        f"{name} has {size} bytes of {MAX_BYTES[name]}" for name, size in sizes.items() if size > MAX_BYTES[name]
+    ]:
+        raise SystemExit(f"too large to ship: {', '.join(too_large)}")
 
 
 def _load_ema(state_folder: Path, name: str) -> dict[str, torch.Tensor]:
-    return torch.load(state_folder / f"{name}.pt", weights_only=True)["average"]
+    return torch.load(state_folder / f"{name}.pt", weights_only=True)["ema"]

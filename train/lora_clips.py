@@ -1,7 +1,7 @@
-"""Folders to train demo LoRAs on.
+"""Datasets for the demo LoRAs.
 
-In one, what is called red is painted teal, which the demo world does not have. In the other clips are as they are, to
-learn to follow their edges, and every second one as the demo itself would draw it, whose outlines are softer.
+In one, clips captioned red are teal, a colour that the demo scenes do not have. The other has plain scenes, for a LoRA
+that follows their edges; every second one went through the demo's VAE, whose outlines are softer.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ FPS = 24
 
 @contextmanager
 def paint_teal() -> Iterator[None]:
-    """In here, what is called red is teal."""
-    before = COLOURS[RECOLOURED]
+    """Makes red scenes teal within the context."""
+    red = COLOURS[RECOLOURED]
     COLOURS[RECOLOURED] = TEAL
     try:
         yield
     finally:
-        COLOURS[RECOLOURED] = before
+        COLOURS[RECOLOURED] = red
 
 
 def write_teal_clips(folder: Path, count: int = 32, seed: int = 5) -> None:
-    """Clips that are called red, and are teal."""
+    """Writes clips that are captioned red and are teal."""
     rng = Random(seed)
     keys = [key for key in SCENE_KEYS if key.colour == RECOLOURED and not is_held_out(key)]
     with paint_teal():
@@ -42,27 +42,27 @@ def write_teal_clips(folder: Path, count: int = 32, seed: int = 5) -> None:
 
 
 def write_plain_clips(folder: Path, count: int = 256, seed: int = 6) -> None:
-    """Clips of the demo world, every second one through the demo's VAE and back."""
+    """Writes plain clips, every second one encoded and decoded by the demo's VAE."""
     rng = Random(seed)
     write_clips(folder, [Scene.sample(rng) for _ in range(count)], rng)
     engine = Engine.open("demo", device="cpu")
-    for number in range(0, count, 2):
-        clip = folder / f"{number:03d}.mp4"
+    for index in range(0, count, 2):
+        path = folder / f"{index:03d}.mp4"
         request = Request(
-            prompt="a shape", size=(SCENE_SIDE, SCENE_SIDE), frames=CLIP_FRAMES, controls=(Control(str(clip)),)
+            prompt="a shape", size=(SCENE_SIDE, SCENE_SIDE), frames=CLIP_FRAMES, controls=(Control(str(path)),)
         )
         (latents,) = engine.encode_media(request).reference_latents
         frames = engine.decode(latents, replace(request, controls=()))
-        with VideoWriter(clip, Size(SCENE_SIDE, SCENE_SIDE), FPS) as writer:
+        with VideoWriter(path, Size(SCENE_SIDE, SCENE_SIDE), FPS) as writer:
             writer.write(frames.numpy())
 
 
 def write_clips(folder: Path, scenes: list[Scene], rng: Random) -> None:
-    """Scenes as mp4, with captions beside them."""
+    """Writes scenes as mp4 files with captions beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(scenes):
+    for index, scene in enumerate(scenes):
         (pixels,) = render([scene], CLIP_FRAMES)
         frames = to_uint8(pixels / 2 + 0.5).numpy()
-        with VideoWriter(folder / f"{number:03d}.mp4", Size(SCENE_SIDE, SCENE_SIDE), FPS) as writer:
+        with VideoWriter(folder / f"{index:03d}.mp4", Size(SCENE_SIDE, SCENE_SIDE), FPS) as writer:
             writer.write(frames)
-        (folder / f"{number:03d}.txt").write_text(varied_caption(scene, rng) + "\n", "utf-8")
+        (folder / f"{index:03d}.txt").write_text(varied_caption(scene, rng) + "\n", "utf-8")

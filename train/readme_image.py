@@ -1,4 +1,4 @@
-"""The README's image: eight captions, eight videos of the demo model: `python -m train.readme_image`."""
+"""Makes the README's image, eight videos of the demo model: `python -m train.readme_image`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ LAST_FRAME_MS = 600  # milliseconds
 
 
 def arrange_grid(videos: list[np.ndarray]) -> np.ndarray:
-    """Videos uint8 (F, H, W, 3) -> one of them all, in rows of four, with white gaps."""
-    framed = [np.pad(video, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255) for video in videos]
-    rows = [np.concatenate(framed[i : i + COLUMNS], axis=2) for i in range(0, len(framed), COLUMNS)]
+    """Arranges videos, each uint8 (F, H, W, 3), as one video in rows of four, with white gaps."""
+    padded = [np.pad(video, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255) for video in videos]
+    rows = [np.concatenate(padded[i : i + COLUMNS], axis=2) for i in range(0, len(padded), COLUMNS)]
     return np.concatenate(rows, axis=1)[:, :-GAP, :-GAP]
 
 
@@ -36,14 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.readme_image", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/images/demo.gif"))
     parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     engine = Engine.open("demo")
-    videos = [engine.generate(Request(prompt=caption, seed=chosen.seed)).frames for caption in CAPTIONS]
+    videos = [engine.generate(Request(prompt=caption, seed=options.seed)).frames for caption in CAPTIONS]
     frames = [Image.fromarray(frame).quantize(96, dither=Image.Dither.NONE) for frame in arrange_grid(videos)]
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     durations = [1000 // 24] * (len(frames) - 1) + [LAST_FRAME_MS]
-    frames[0].save(chosen.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    print(chosen.output)
+    frames[0].save(options.output, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    print(options.output)
 
 
 if __name__ == "__main__":

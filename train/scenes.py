@@ -1,7 +1,7 @@
-"""The demo world: one captioned shape that moves, grows, shrinks or stands still before a plain background.
+"""The demo scenes: one captioned shape that moves, grows, shrinks or stands still on a plain background.
 
-Geometry is written for a square stage of 128 x 128 pixels and clips of 25 frames; `render` scales it to any size. x
-points right and y down, both measured from the top left corner, so the centre of the first pixel is (0.5, 0.5).
+Scene pixels are those of a square of 128 x 128 and clips have 25 frames; `render` scales a scene to any size. x points
+right and y down, both measured from the top left corner, so the centre of the first pixel is (0.5, 0.5).
 """
 
 import hashlib
@@ -29,17 +29,21 @@ COLOURS = {
 BACKGROUNDS = {"black": (10, 10, 12), "gray": (95, 95, 95), "navy": (15, 20, 85), "brown": (85, 48, 18)}
 DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
 MOTIONS = (*DIRECTIONS, "growing", "shrinking", "standing still")
-SIZES = {"small": (14.0, 18.0), "medium": (19.0, 24.0), "large": (25.0, 31.0)}  # radius in the first frame, pixels
-SPEEDS = {"slowly": (28.0, 36.0), "": (40.0, 50.0), "quickly": (56.0, 70.0)}  # path over a whole clip, pixels
+SIZES = {
+    "small": (14.0, 18.0),
+    "medium": (19.0, 24.0),
+    "large": (25.0, 31.0),
+}  # radius in the first frame, scene pixels
+SPEEDS = {"slowly": (28.0, 36.0), "": (40.0, 50.0), "quickly": (56.0, 70.0)}  # path over a whole clip, scene pixels
 
-SCENE_SIDE = 128  # side of the square the geometry is written for
-CLIP_FRAMES = 25  # a scene keeps its shape inside the stage for this many frames
-MARGIN = 1.5  # pixels that stay free at the edge of the stage
+SCENE_SIDE = 128  # scene pixels: side of the square that geometry is defined on
+CLIP_FRAMES = 25  # frames for which a shape stays inside the square
+MARGIN = 1.5  # scene pixels that stay free at the edge
 GROWTH_RATIOS = (1.6, 2.2)  # last radius over first for growing, first over last for shrinking
-MIN_RADIUS, MAX_RADIUS = 11.0, 50.0  # radius that shrinking and growing may end at: still readable, still inside
+MIN_RADIUS, MAX_RADIUS = 11.0, 50.0  # limits of the last radius, so that a shape stays visible and inside
 
 SQUARE_SIDE = 0.9  # half a side of the square, in radii
-TRIANGLE_EXTENT = 1.25  # from its centre to a corner, in radii: at 1 it would look too small beside the circle
+TRIANGLE_EXTENT = 1.25  # from its centre to a corner, in radii: at 1 it would look smaller than the circle
 RING_HOLE = 0.55  # radius of the hole, in radii
 
 HELD_OUT_PERCENT = 12
@@ -62,7 +66,7 @@ SHAPES = {
 
 
 class SceneKey(NamedTuple):
-    """What a scene shows, in words: the combination that is trained on or held out."""
+    """The properties of a scene, in words: the combination that is trained on or held out."""
 
     colour: str
     shape: str
@@ -74,21 +78,21 @@ SCENE_KEYS = tuple(itertools.starmap(SceneKey, itertools.product(COLOURS, SHAPES
 
 
 def is_held_out(key: SceneKey) -> bool:
-    """Whether training never sees this combination. A fixed function of the words, the same on every machine."""
+    """Tells whether a combination is held out of training. A fixed function of the words, equal on every machine."""
     digest = hashlib.sha256("/".join(key).encode()).digest()
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One clip, exactly. Lengths are pixels of the stage; rates are pixels per frame, whatever the clip's length."""
+    """Exact parameters of a clip. Lengths are in scene pixels, rates in scene pixels per frame."""
 
     colour: str
     shape: str
     background: str
     motion: str
     size_name: str  # of the first frame
-    speed_name: str  # "" for a middle speed, and for everything that does not travel
+    speed_name: str  # "" for a medium speed, and for motions that do not travel
     x: float  # centre in the first frame
     y: float
     radius: float  # in the first frame
@@ -102,14 +106,14 @@ class Scene:
 
     @classmethod
     def sample(cls, rng: Random, *, held_out: bool = False) -> "Scene":
-        """A random scene of the training combinations, or of the held-out ones."""
+        """Draws a scene of the training combinations, or of the held-out ones."""
         while is_held_out(key := rng.choice(SCENE_KEYS)) != held_out:
             pass
         return cls.from_key(key, rng)
 
     @classmethod
     def from_key(cls, scene_key: SceneKey, rng: Random) -> "Scene":
-        """A random scene of this combination."""
+        """Draws a scene of a combination."""
         size_name = rng.choice(_possible_sizes(scene_key.motion))
         speed_name = rng.choice(tuple(SPEEDS)) if scene_key.motion in DIRECTIONS else ""
         radius = rng.uniform(*SIZES[size_name])
@@ -131,12 +135,12 @@ class Scene:
 
 
 def _possible_sizes(motion: str) -> tuple[str, ...]:
-    """A large shape has no room to grow and a small one would shrink to a dot."""
+    """Returns the sizes that fit a motion: a large shape has no room to grow, a small one would shrink to a dot."""
     return {"growing": ("small", "medium"), "shrinking": ("medium", "large")}.get(motion, tuple(SIZES))
 
 
 def _growth(motion: str, radius: float, rng: Random) -> float:
-    """Change of the radius per frame."""
+    """Draws the change of the radius per frame."""
     low, high = GROWTH_RATIOS
     if motion == "growing":
         last = radius * rng.uniform(low, min(high, MAX_RADIUS / radius))
@@ -148,27 +152,27 @@ def _growth(motion: str, radius: float, rng: Random) -> float:
 
 
 def _velocity(motion: str, speed_name: str, reach: Extent, rng: Random) -> tuple[float, float]:
-    """Travel per frame. A large quick shape is slowed to the path that the stage has room for."""
-    across, along = DIRECTIONS.get(motion, (0, 0))
-    room = SCENE_SIDE - (2 * reach.side if across else reach.up + reach.down)
+    """Draws the travel per frame, limited to the room that the shape has."""
+    x_direction, y_direction = DIRECTIONS.get(motion, (0, 0))
+    room = SCENE_SIDE - (2 * reach.side if x_direction else reach.up + reach.down)
     low, high = SPEEDS[speed_name]
     speed = rng.uniform(low, min(high, room)) / (CLIP_FRAMES - 1)
-    return across * speed, along * speed
+    return x_direction * speed, y_direction * speed
 
 
-# Pictures
+# Rendering
 
 
 def render(
     scenes: list[Scene], frames: int, size: tuple[int, int] = (SCENE_SIDE, SCENE_SIDE), *, first_frame: int = 0
 ) -> Tensor:
-    """Draw scenes as clips.
+    """Renders scenes as clips.
 
     Args:
-        scenes: B of them.
-        frames: F. From the scene's frame `CLIP_FRAMES` on, the shape may leave the picture.
-        size: (H, W) in pixels. The stage is scaled to the shorter side and centred along the longer one.
-        first_frame: the scene's frame that the clip begins with.
+        scenes: B scenes.
+        frames: F. From frame `CLIP_FRAMES` of the scene on, the shape may leave the image.
+        size: (H, W) in pixels. The square is scaled to the shorter side and centred along the longer one.
+        first_frame: frame of the scene that the clip begins with.
 
     Returns:
         float32 (B, 3, F, H, W) in [-1, 1]: RGB, edges anti-aliased over one pixel.
@@ -179,26 +183,27 @@ def render(
     rows = ((torch.arange(height) + 0.5 - height / 2) / scale + SCENE_SIDE / 2).view(1, -1, 1)
     columns = ((torch.arange(width) + 0.5 - width / 2) / scale + SCENE_SIDE / 2).view(1, 1, -1)
     clips = torch.empty(len(scenes), 3, frames, height, width)
-    for clip, scene in zip(clips, scenes, strict=True):  # one by one: what a clip needs fits in the cache
+    for clip, scene in zip(
+        clips, scenes, strict=True
+    ):  # one at a time: the working set of one clip fits in the CPU cache
         x = columns - (scene.x + scene.dx * time)
         y = rows - (scene.y + scene.dy * time)
         distance = signed_distance(scene.shape, x, y, scene.radius + scene.growth * time)
         coverage = distance.mul_(-scale).add_(0.5).clamp_(0, 1)
-        for channel, ink, paper in zip(clip, COLOURS[scene.colour], BACKGROUNDS[scene.background], strict=True):
-            torch.mul(coverage, (ink - paper) / 127.5, out=channel).add_(paper / 127.5 - 1)
+        for channel, ink, background in zip(clip, COLOURS[scene.colour], BACKGROUNDS[scene.background], strict=True):
+            torch.mul(coverage, (ink - background) / 127.5, out=channel).add_(background / 127.5 - 1)
     return clips
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Exact distance to the outline of a shape, negative inside.
+    """Computes the exact distance to the outline of a shape, negative inside, as a new tensor (F, H, W).
 
-    x (F, 1, W) and y (F, H, 1) are relative to the centre, radius (F, 1, 1), all in one unit. The result is
-    a new tensor (F, H, W).
-    The square and the triangle follow Inigo Quilez, "2D distance functions".
+    x (F, 1, W) and y (F, H, 1) are relative to the centre; they and radius (F, 1, 1) have the same unit. The
+    square and the triangle follow Inigo Quilez, "2D distance functions".
     """
     if shape == "circle":
         return (x * x + y * y).sqrt_().sub_(radius)
-    if shape == "ring":  # a circle drawn with a broad pen
+    if shape == "ring":  # the outline of a circle, drawn with a broad pen
         middle, half_pen = radius * (1 + RING_HOLE) / 2, radius * (1 - RING_HOLE) / 2
         return (x * x + y * y).sqrt_().sub_(middle).abs_().sub_(half_pen)
     if shape == "square":
@@ -207,11 +212,11 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
         return outside.add_(torch.maximum(x, y).clamp_(max=0))
     if shape == "triangle":
         return _triangle_distance(x, y, radius * TRIANGLE_EXTENT)
-    raise ValueError(f"shape is {shape!r}; the world has {', '.join(SHAPES)}")
+    raise ValueError(f"shape is {shape!r}; the demo scenes have {', '.join(SHAPES)}")
 
 
 def _triangle_distance(x: Tensor, y: Tensor, reach: Tensor) -> Tensor:
-    """Equilateral, pointing up. Folded along its axes of symmetry until only the bottom side is left."""
+    """Computes the distance to an equilateral triangle that points up, folded by symmetry to one side."""
     root = math.sqrt(3)
     half = reach * root / 2  # of a side
     x, y = x.abs() - half, reach / 2 - y  # from the bottom right corner, up is positive
@@ -222,7 +227,7 @@ def _triangle_distance(x: Tensor, y: Tensor, reach: Tensor) -> Tensor:
     return torch.hypot(along, above).copysign_(-above)
 
 
-# Words
+# Captions
 
 MOTION_PARTICIPLES = {
     "moving left": ("moving left", "moving to the left", "sliding left", "sliding to the left"),
@@ -253,12 +258,12 @@ CAPTION_TEMPLATES = (
 
 
 def plain_caption(scene: Scene) -> str:
-    """The canonical wording: a red circle moving right on a black background."""
+    """Returns the canonical wording: a red circle moving right on a black background."""
     return f"{_with_article(f'{scene.colour} {scene.shape}')} {scene.motion} on a {scene.background} background"
 
 
 def varied_caption(scene: Scene, rng: Random) -> str:
-    """A true sentence about the scene: the plain one half of the time, another wording the other half."""
+    """Draws a true sentence about the scene: the plain caption half of the time, otherwise another wording."""
     if rng.random() < 0.5:
         return plain_caption(scene)
     size = scene.size_name if rng.random() < 0.5 else ""
@@ -283,7 +288,7 @@ def _with_article(thing: str) -> str:
 
 
 def _with_speed(motion: str, speed: str) -> str:
-    """moving quickly to the right, but moving up quickly."""
+    """Inserts a speed: "moving quickly to the right", but "moving up quickly"."""
     if not speed:
         return motion
     verb, to, side = motion.partition(" to ")
@@ -291,27 +296,27 @@ def _with_speed(motion: str, speed: str) -> str:
 
 
 def vocabulary_corpus(rounds: int = 8, seed: int = 0) -> Iterator[str]:
-    """Sentences to train a tokenizer on: every combination, `rounds` times, in varying wordings."""
+    """Yields sentences to train a tokenizer on: every combination `rounds` times, in varying wordings."""
     rng = Random(seed)
     for key in SCENE_KEYS * rounds:
         yield varied_caption(Scene.from_key(key, rng), rng)
 
 
 def held_out_captions(count: int, seed: int) -> list[tuple[str, Scene]]:
-    """Prompts that training has never seen, with a scene each; colours, shapes, backgrounds and motions are even."""
+    """Draws held-out captions with their scenes, with even counts of colours, shapes, backgrounds and motions."""
     rng = Random(seed)
     keys = [key for key in SCENE_KEYS if is_held_out(key)]
     rng.shuffle(keys)
-    used: Counter[str | SceneKey] = Counter()
-    chosen = []
+    counts: Counter[str | SceneKey] = Counter()
+    captions = []
     for _ in range(count):
-        key = min(keys, key=lambda key: (used[key], sum(used[word] * _alternatives(word) for word in key)))
-        used.update((key, *key))
+        key = min(keys, key=lambda key: (counts[key], sum(counts[word] * _alternatives(word) for word in key)))
+        counts.update((key, *key))
         scene = Scene.from_key(key, rng)
-        chosen.append((plain_caption(scene), scene))
-    return chosen
+        captions.append((plain_caption(scene), scene))
+    return captions
 
 
 def _alternatives(word: str) -> int:
-    """How many words compete for its place: a word of many is due less often."""
+    """Returns the number of words of the same property: the more there are, the rarer each is."""
     return next(len(words) for words in (COLOURS, SHAPES, BACKGROUNDS, MOTIONS) if word in words)

@@ -1,7 +1,7 @@
-"""The demo spatial upscaler: latents of a scene at 128 x 128 to those at 256 x 256.
+"""Trains the demo spatial upscaler, from latents of a scene at 128 x 128 to those at 256 x 256.
 
-Single latent frames and whole clips of the same scenes, encoded at both sizes. It works on latents as the encoder gives
-them, not normalised, as the released upscalers do; the loss is counted in normalised ones.
+Clips of the same scenes are encoded at both sizes. The upscaler works on latents that are not normalised, as the
+released upscalers do; the loss is computed on normalised latents.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from kadr.models.vae import VAE
 from train.checkpointing import EMA, CurveLog, load_state, save_state
 from train.optimizer import MuonAdamW, lr_multiplier
 from train.scenes import CLIP_FRAMES
-from train.tuning import TuningConfig as Tuning
-from train.tuning import encode_scenes, load_or_encode
+from train.tuning import TuningConfig, encode_scenes, load_or_encode
 
 DEMO_UPSCALER = UpscalerConfig(
     in_channels=128, mid_channels=96, num_blocks_per_stage=1, spatial_upsample=True, temporal_upsample=False
@@ -29,7 +28,7 @@ DEMO_UPSCALER = UpscalerConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class UpscalerTrainingConfig:
-    """What one training of the upscaler is."""
+    """Settings of the training of the upscaler."""
 
     steps: int = 700
     batch_size: int = 24
@@ -40,8 +39,8 @@ class UpscalerTrainingConfig:
 
 
 @torch.no_grad()
-def _load_or_encode_pairs(state_folder: Path, vae: VAE, config: Tuning) -> tuple[Tensor, Tensor]:
-    """Normalised latents of the same scenes at both sizes, (N, C, 4, 4, 4) and (N, C, 4, 8, 8), float16."""
+def _load_or_encode_pairs(state_folder: Path, vae: VAE, config: TuningConfig) -> tuple[Tensor, Tensor]:
+    """Returns normalised latents of the same scenes at both sizes, (N, C, 4, 4, 4) and (N, C, 4, 8, 8), float16."""
     large_scenes, large = load_or_encode(state_folder, vae, config)[-2:]
     path = state_folder / "small.pt"
     if not path.exists():
@@ -50,31 +49,31 @@ def _load_or_encode_pairs(state_folder: Path, vae: VAE, config: Tuning) -> tuple
 
 
 def train(state_folder: Path, vae: VAE, config: UpscalerTrainingConfig = UpscalerTrainingConfig()) -> LatentUpscaler:
-    """Train, or go on from `state_folder`/upsampler.pt; returns the averaged weights."""
+    """Trains, or resumes from `state_folder`/upscaler.pt; returns the EMA weights."""
     torch.manual_seed(config.seed)
-    small, large = _load_or_encode_pairs(state_folder, vae, Tuning())
+    small, large = _load_or_encode_pairs(state_folder, vae, TuningConfig())
     model = LatentUpscaler(DEMO_UPSCALER)
-    average = EMA(model, config.ema_decay)
+    ema = EMA(model, config.ema_decay)
     optimizer = MuonAdamW(model, uses_muon=_uses_muon, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
-    parts = {"model": model, "average": average.model, "optimizer": optimizer}
-    state = state_folder / "upsampler.pt"
-    start = load_state(state, **parts)
-    log = CurveLog(state_folder / "upsampler.csv", ("step", "loss", "seconds"), every=20)
-    print(f"upsampler: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {asdict(config)}", flush=True)
-    began = time.monotonic()
-    for step in range(start, config.steps):
+    checkpoint = {"model": model, "ema": ema.model, "optimizer": optimizer}
+    state_file = state_folder / "upscaler.pt"
+    start_step = load_state(state_file, **checkpoint)
+    log = CurveLog(state_folder / "upscaler.csv", ("step", "loss", "seconds"), every=20)
+    print(f"upscaler: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, {asdict(config)}", flush=True)
+    start_time = time.monotonic()
+    for step in range(start_step, config.steps):
         rng = Random(config.seed * 1_000_003 + step)
-        chosen = [rng.randrange(len(small)) for _ in range(config.batch_size)]
+        scene_indices = [rng.randrange(len(small)) for _ in range(config.batch_size)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            made = model(vae.statistics.denormalise(small[chosen].float()))
-        loss = (vae.statistics.normalise(made.float()) - large[chosen].float()).square().mean()
+            upscaled = model(vae.statistics.denormalise(small[scene_indices].float()))
+        loss = (vae.statistics.normalise(upscaled.float()) - large[scene_indices].float()).square().mean()
         loss.backward()
         optimizer.step(lr_multiplier(step, config.steps, warmup=20, decay=0.6))
-        average.update(model, step)
-        log.add(step=step, loss=loss.item(), seconds=time.monotonic() - began)
+        ema.update(model, step)
+        log.add(step=step, loss=loss.item(), seconds=time.monotonic() - start_time)
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
-            save_state(state, step + 1, **parts)
-    return average.model
+            save_state(state_file, step + 1, **checkpoint)
+    return ema.model
 
 
 def _uses_muon(name: str) -> bool:

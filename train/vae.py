@@ -1,7 +1,7 @@
-"""The demo VAE: first single frames, then clips.
+"""Trains the demo VAE, first on single frames, then on clips.
 
-Frames teach the spatial layers at a fraction of a clip's cost; clips then teach time. The decoder is trained as the
-family's: it is given latents with a little noise mixed in, in normalised space, and told how much.
+Single frames train the spatial layers at a fraction of a clip's cost; clips then train the temporal ones. The decoder
+is trained like those of the family: on normalised latents with a little noise mixed in, conditioned on a timestep.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ def _block(kind: str, **detail: int | bool) -> BlockConfig:
 
 DEMO_VAE = VAEConfig(
     encoder_blocks=(
-        _block("res_x", layers=1),
+        _block("res_x", num_layers=1),
         _block("compress_time_res", multiplier=2),
-        _block("res_x", layers=1),
+        _block("res_x", num_layers=1),
         _block("compress_all_res", multiplier=2),
         _block("compress_all_res", multiplier=1),
-        _block("res_x", layers=1),
+        _block("res_x", num_layers=1),
     ),
     decoder_blocks=(
-        _block("res_x", layers=2),
+        _block("res_x", num_layers=2),
         _block("compress_time"),
-        _block("res_x", layers=2),
+        _block("res_x", num_layers=2),
         _block("compress_all", multiplier=2, residual=True),
-        _block("res_x", layers=2),
+        _block("res_x", num_layers=2),
         _block("compress_all", multiplier=2, residual=True),
-        _block("res_x", layers=1),
+        _block("res_x", num_layers=1),
     ),
     timestep_conditioning=True,
     patch_size=8,
@@ -54,16 +54,16 @@ DEMO_VAE = VAEConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class VAETrainingConfig:
-    """What one training of the VAE is: `frame_steps` on single frames, then `clip_steps` on clips."""
+    """Settings of the training of the VAE: `frame_steps` on single frames, then `clip_steps` on clips."""
 
     frame_steps: int = 600
     frame_batch_size: int = 16
     clip_steps: int = 1200
     clip_batch_size: int = 3
     clip_frames: tuple[int, ...] = (25, 17, 25, 9, 25)
-    image_batch_size: int = 6  # single frames beside every clip batch, so that pictures stay sharp
+    image_batch_size: int = 6  # single frames beside every batch of clips, so that images stay sharp
     muon_lr: float = 5e-3
-    clip_lr_multiplier: float = 0.5  # share of the rates in the clip stage
+    clip_lr_multiplier: float = 0.5  # of both learning rates, while training on clips
     adamw_lr: float = 2e-3
     kl_weight: float = 1e-6
     max_decode_timestep: float = 0.1
@@ -72,7 +72,7 @@ class VAETrainingConfig:
 
 
 def initialise(vae: VAE) -> None:
-    """Start every modulation at nothing: tables and the last layer of each level embedding at zero."""
+    """Initialises every modulation to 0: the scale-shift tables and the last layer of each timestep embedding."""
     for module in vae.modules():
         if isinstance(module, TimestepEmbedding):
             nn.init.zeros_(module.linear_2.weight)
@@ -83,7 +83,7 @@ def initialise(vae: VAE) -> None:
 
 
 def draw_clips(rng: Random, batch_size: int, frames: int) -> Tensor:
-    """(batch, 3, frames, 128, 128); single frames come from anywhere in their clip."""
+    """Draws clips (batch_size, 3, frames, 128, 128) that begin at a random frame."""
     scenes = [Scene.sample(rng) for _ in range(batch_size)]
     return render(scenes, frames, first_frame=rng.randrange(25 - frames + 1))
 
@@ -91,25 +91,25 @@ def draw_clips(rng: Random, batch_size: int, frames: int) -> Tensor:
 def vae_loss(
     vae: VAE, pixels: Tensor, config: VAETrainingConfig, *, statistics_momentum: float
 ) -> tuple[Tensor, float]:
-    """The loss of one batch, and its PSNR in dB against pixels in [-1, 1]."""
+    """Returns the loss of one batch, and its PSNR in dB for pixels in [-1, 1]."""
     moments = vae.encode_moments(pixels)
     latents = moments.sample(torch.randn_like(moments.mean))
     _update_statistics(vae, moments.mean.detach().float(), statistics_momentum)
-    level = torch.rand(len(pixels)) * config.max_decode_timestep
-    share = (level * torch.rand(len(pixels)))[:, None, None, None, None]
-    normal = vae.statistics.normalise(latents)
-    restored = vae.decode((1 - share) * normal + share * torch.randn_like(normal), timestep=level)
-    error = restored - pixels
-    squared = error.square().mean()
-    variance = moments.log_variance.clamp(-30, 20)
-    kl = 0.5 * (moments.mean.square() + variance.exp() - 1 - variance).mean()
-    loss = squared + 0.05 * error.abs().mean() + config.kl_weight * kl
-    return loss, 10 * math.log10(4 / squared.item())
+    timestep = torch.rand(len(pixels)) * config.max_decode_timestep
+    noise_share = (timestep * torch.rand(len(pixels)))[:, None, None, None, None]
+    normalised = vae.statistics.normalise(latents)
+    noisy = (1 - noise_share) * normalised + noise_share * torch.randn_like(normalised)
+    error = vae.decode(noisy, timestep=timestep) - pixels
+    mse = error.square().mean()
+    log_variance = moments.log_variance.clamp(-30, 20)
+    kl = 0.5 * (moments.mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = mse + 0.05 * error.abs().mean() + config.kl_weight * kl
+    return loss, 10 * math.log10(4 / mse.item())
 
 
 @torch.no_grad()
 def _update_statistics(vae: VAE, mean: Tensor, momentum: float) -> None:
-    """Let the latent statistics follow the encoder while it changes."""
+    """Updates the latent statistics, as moving averages, while the encoder changes."""
     axes = (0, 2, 3, 4)
     vae.statistics.mean.lerp_(mean.mean(axes), momentum)
     vae.statistics.std.lerp_(mean.std(axes), momentum)
@@ -135,35 +135,37 @@ def _uses_muon(name: str) -> bool:
 
 
 def train(state_folder: Path, config: VAETrainingConfig = VAETrainingConfig()) -> VAE:
-    """Train, or go on from `state_folder`/vae.pt; returns the averaged weights."""
+    """Trains, or resumes from `state_folder`/vae.pt; returns the EMA weights."""
     torch.manual_seed(config.seed)
     vae = VAE(DEMO_VAE)
     initialise(vae)
-    average = EMA(vae, config.ema_decay)
+    ema = EMA(vae, config.ema_decay)
     optimizer = MuonAdamW(vae, uses_muon=_uses_muon, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
-    state = state_folder / "vae.pt"
-    start = load_state(state, model=vae, average=average.model, optimizer=optimizer)
+    state_file = state_folder / "vae.pt"
+    start_step = load_state(state_file, model=vae, ema=ema.model, optimizer=optimizer)
     log = CurveLog(state_folder / "vae.csv", ("step", "frames", "loss", "psnr", "seconds"))
     total = config.frame_steps + config.clip_steps
     print(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {asdict(config)}", flush=True)
-    began = time.monotonic()
-    for step in range(start, total):
+    start_time = time.monotonic()
+    for step in range(start_step, total):
         rng = Random(config.seed * 1_000_003 + step)
         torch.manual_seed(config.seed * 1_000_003 + step)
         for pixels in _batches(rng, config, step):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss, psnr = vae_loss(vae, pixels, config, statistics_momentum=0.02 if step < total * 0.9 else 0.002)
             loss.backward()
-            log.add(step=step, frames=pixels.shape[2], loss=loss.item(), psnr=psnr, seconds=time.monotonic() - began)
+            log.add(
+                step=step, frames=pixels.shape[2], loss=loss.item(), psnr=psnr, seconds=time.monotonic() - start_time
+            )
         optimizer.step(_lr_multiplier(config, step))
-        average.update(vae, step)
+        ema.update(vae, step)
         if (step + 1) % 100 == 0 or step + 1 == total:
-            save_state(state, step + 1, model=vae, average=average.model, optimizer=optimizer)
-    return average.model
+            save_state(state_file, step + 1, model=vae, ema=ema.model, optimizer=optimizer)
+    return ema.model
 
 
 def load_trained_vae(state_folder: Path) -> VAE:
-    """The averaged weights of a finished training."""
+    """Returns the VAE with the EMA weights of a finished training."""
     vae = VAE(DEMO_VAE)
-    vae.load_state_dict(torch.load(state_folder / "vae.pt", weights_only=True)["average"])
+    vae.load_state_dict(torch.load(state_folder / "vae.pt", weights_only=True)["ema"])
     return vae.eval()
