@@ -25,7 +25,8 @@ from kadr.pipeline.progress import Progress, Watch, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
 from kadr.pipeline.stages.text import PromptEncoder
 from kadr.pipeline.video import Video, VideoFile
-from kadr.planning.plan import Plan, describe_weights
+from kadr.planning.placement import describe_weights
+from kadr.planning.plan import Plan
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import suggest_smaller
 from kadr.quant.weight_formats import NONE, check_weight_format

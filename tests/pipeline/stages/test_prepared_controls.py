@@ -627,10 +627,10 @@ def test_loras_with_different_reference_sizes_are_refused(
     home: Path, lora: Callable[..., Path], clips: Callable[..., str]
 ) -> None:
     engine = Engine.open(home / MODEL_FILE, device="cpu", loras=[lora("2"), lora("3"), lora()], prompt_cache=False)
-    with pytest.raises(RequestError, match=r"references of other sizes: .*2\.safetensors 2, .*3\.safetensors 3"):
+    with pytest.raises(RequestError, match=r"controls of different sizes: .*2\.safetensors 2, .*3\.safetensors 3"):
         engine.plan(replace(REQUEST, controls=(Control(clips(17)),)))
     dry = DryRunEngine.open(home / MODEL_FILE, loras=[lora("2"), lora("3")])
-    with pytest.raises(RequestError, match="references of other sizes"):
+    with pytest.raises(RequestError, match="controls of different sizes"):
         dry.run(replace(REQUEST, controls=(Control(clips(17)),)))
     with pytest.warns(KadrWarning, match="trained to follow a reference is given, but no control"):
         engine.plan(REQUEST)

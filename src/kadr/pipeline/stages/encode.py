@@ -21,14 +21,13 @@ from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.control_networks import build_map_renderers, fetch_networks
 from kadr.pipeline.stages.prepared_conditions import PreparedCondition, PreparedFrames, place_in_pass, prepare_condition
 from kadr.pipeline.stages.prepared_controls import PreparedControl, prepare_control
+from kadr.planning.vae_activations import ENCODE_CHUNK_FRAMES
 from kadr.request.passes import ResolvedPass
 from kadr.request.request import Request
 from kadr.request.resolved_conditions import open_input_video, resolve_conditions
 from kadr.request.resolved_controls import resolve_controls
 from kadr.request.windows import Span
 from kadr.shapes import LatentGrid, Size
-
-ENCODE_CHUNK_FRAMES = 8  # pixel frames that the VAE encoder takes at once
 
 
 @dataclass(frozen=True)
