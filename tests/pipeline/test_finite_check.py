@@ -1,4 +1,4 @@
-"""Numbers that are none are found where they arise, and the stage is done again in float32, once."""
+"""NaN and infinity are found where they arise, and the stage is retried once in float32."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.finite_check import FiniteCheck, NonFiniteFound, is_finite
 from kadr.pipeline.retry import retry_frames_in_fp32, retry_in_fp32
-from kadr.planning.plan import CONVERTED
+from kadr.planning.placement import CONVERTED, Placement
 from tests.tiny_models import MODEL_FILE, write_model
 
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=9, fps=24, seed=7, steps=3, guidance=1.0)
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 
-# --- looking ------------------------------------------------------------------------------------------------------
+# --- the check -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_number_that_is_none_is_found_among_many(dtype: torch.dtype) -> None:
+def test_one_nan_or_infinity_is_found_among_many_numbers(dtype: torch.dtype) -> None:
     for bad in (math.nan, math.inf, -math.inf):
         x = torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
         assert is_finite(x)
@@ -45,94 +45,96 @@ def test_one_number_that_is_none_is_found_among_many(dtype: torch.dtype) -> None
         assert not is_finite(x.transpose(0, 2))
 
 
-class Post:
-    """Answers that come when they are asked for, and a note of what happened."""
+class FakeCopy:
+    """A copy to the host that completes when it is waited for; lists what happened."""
 
     def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.sent = 0
+        self.events: list[str] = []
+        self.started = 0
 
-    def __call__(self, answer: Tensor) -> Callable[[], bool]:
-        self.sent += 1
-        number = self.sent
-        self.notes.append(f"sent {number}")
+    def __call__(self, flag: Tensor) -> Callable[[], bool]:
+        self.started += 1
+        number = self.started
+        self.events.append(f"started {number}")
 
-        def answered() -> bool:
-            self.notes.append(f"asked {number}")
-            return bool(answer)
+        def read_flag() -> bool:
+            self.events.append(f"read {number}")
+            return bool(flag)
 
-        return answered
+        return read_flag
 
 
-def test_an_answer_that_takes_time_is_asked_for_when_the_next_one_is_on_its_way() -> None:
-    post = Post()
-    watchman = FiniteCheck(post)
+def test_asynchronous_flag_is_read_at_the_next_check() -> None:
+    copy = FakeCopy()
+    finite_check = FiniteCheck(copy)
     for step in range(3):
-        watchman.check(torch.ones(2), f"step {step}")
-    assert post.notes == ["sent 1", "sent 2", "asked 1", "sent 3", "asked 2"]
-    watchman.synchronize()
-    watchman.synchronize()
-    assert post.notes[5:] == ["asked 3"]
+        finite_check.check(torch.ones(2), f"step {step}")
+    assert copy.events == ["started 1", "started 2", "read 1", "started 3", "read 2"]
+    finite_check.synchronize()
+    finite_check.synchronize()
+    assert copy.events[5:] == ["read 3"]
 
 
-def test_a_late_answer_names_the_place_it_is_about() -> None:
-    watchman = FiniteCheck(Post())
-    watchman.check(torch.tensor([math.nan]), "step 1")
+def test_asynchronous_check_names_the_right_location() -> None:
+    finite_check = FiniteCheck(FakeCopy())
+    finite_check.check(torch.tensor([math.nan]), "step 1")
     with pytest.raises(NonFiniteFound) as caught:
-        watchman.check(torch.ones(2), "step 2")
+        finite_check.check(torch.ones(2), "step 2")
     assert caught.value.location == "step 1"
-    watchman.synchronize()
-    watchman.check(torch.tensor([math.inf]), "step 3")
+    finite_check.synchronize()
+    finite_check.check(torch.tensor([math.inf]), "step 3")
     with pytest.raises(NonFiniteFound) as caught:
-        watchman.synchronize()
+        finite_check.synchronize()
     assert caught.value.location == "step 3"
 
 
-def test_on_a_cpu_the_answer_is_there_at_once() -> None:
-    watchman = FiniteCheck.for_device(torch.device("cpu"))
+def test_cpu_check_is_immediate() -> None:
+    finite_check = FiniteCheck.for_device(torch.device("cpu"))
     with pytest.raises(NonFiniteFound, match="step 1"):
-        watchman.check(torch.tensor([math.nan]), "step 1")
+        finite_check.check(torch.tensor([math.nan]), "step 1")
 
 
-# --- doing it again -----------------------------------------------------------------------------------------------
+# --- the retry -------------------------------------------------------------------------------------------------------
 
 
-def failing(dtype: torch.dtype | None, calls: list[torch.dtype | None], *, until: torch.dtype | None = FLOAT32) -> str:
+def fail_until(
+    dtype: torch.dtype | None, calls: list[torch.dtype | None], *, until: torch.dtype | None = FLOAT32
+) -> str:
     calls.append(dtype)
     if dtype != until:
         raise NonFiniteFound("step 3 of 8")
     return "done"
 
 
-def test_a_stage_that_fails_in_bfloat16_is_done_again_in_float32_with_one_line() -> None:
+def test_stage_that_fails_in_bfloat16_is_retried_with_one_warning() -> None:
     calls: list[torch.dtype | None] = []
-    with pytest.warns(KadrWarning) as told:
-        assert retry_in_fp32("denoise", BFLOAT16, lambda dtype: failing(dtype, calls)) == "done"
+    with pytest.warns(KadrWarning) as warned:
+        assert retry_in_fp32("denoise", BFLOAT16, lambda dtype: fail_until(dtype, calls)) == "done"
     assert calls == [None, FLOAT32]
-    (line,) = [str(warning.message) for warning in told]
-    assert line == (
-        "denoise gave numbers that are not finite at step 3 of 8 in bfloat16; doing it again in float32, which is "
-        "slower and takes more memory."
+    (message,) = [str(warning.message) for warning in warned]
+    assert message == (
+        "denoise produced NaN or infinity at step 3 of 8 in bfloat16; retrying in float32, which is slower and takes "
+        "more memory."
     )
 
 
-def test_a_stage_in_float32_is_not_done_again() -> None:
+def test_stage_in_float32_is_not_retried() -> None:
     calls: list[torch.dtype | None] = []
     with pytest.raises(NonFiniteError, match=r"step 3 of 8, in float32\. .*verify") as caught:
-        retry_in_fp32("denoise", FLOAT32, lambda dtype: failing(dtype, calls))
+        retry_in_fp32("denoise", FLOAT32, lambda dtype: fail_until(dtype, calls))
     assert caught.value.stage == "denoise"
     assert calls == [None]
 
 
-def test_what_fails_in_float32_too_ends_there() -> None:
+def test_failure_in_float32_after_retry_is_an_error() -> None:
     calls: list[torch.dtype | None] = []
     with pytest.warns(KadrWarning), pytest.raises(NonFiniteError) as caught:
-        retry_in_fp32("refine", BFLOAT16, lambda dtype: failing(dtype, calls, until=BFLOAT16))
+        retry_in_fp32("refine", BFLOAT16, lambda dtype: fail_until(dtype, calls, until=BFLOAT16))
     assert caught.value.stage == "refine"
     assert calls == [None, FLOAT32]
 
 
-def test_what_the_first_run_had_in_memory_is_gone_before_the_second() -> None:
+def test_fp32_retry_frees_tensors_of_the_first_attempt() -> None:
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def run(dtype: torch.dtype | None) -> int:
@@ -148,39 +150,41 @@ def test_what_the_first_run_had_in_memory_is_gone_before_the_second() -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [((4, 4), (4, 4, 1)), ((1, 2), (5, 4)), ((), (9,)), ((8,), (1,) * 9)])
-def test_frames_that_were_handed_on_are_not_handed_on_again(first: tuple[int, ...], second: tuple[int, ...]) -> None:
+def test_retry_skips_frames_already_yielded(first: tuple[int, ...], second: tuple[int, ...]) -> None:
     def run(dtype: torch.dtype | None) -> Iterator[Tensor]:
-        sizes, mark = (second, 100) if dtype else (first, 0)
-        done = 0
+        sizes, offset = (second, 100) if dtype else (first, 0)
+        start = 0
         for size in sizes:
-            yield torch.arange(done, done + size) + mark
-            done += size
+            yield torch.arange(start, start + size) + offset
+            start += size
         if dtype is None:
-            raise NonFiniteFound(f"frame {done + 1} of 9")
+            raise NonFiniteFound(f"frame {start + 1} of 9")
 
     with pytest.warns(KadrWarning):
         frames = torch.cat(list(retry_frames_in_fp32("decode", BFLOAT16, run)))
-    known = sum(first)
-    assert frames.tolist() == [frame + (100 if frame >= known else 0) for frame in range(9)]
+    num_yielded = sum(first)
+    assert frames.tolist() == [frame + (100 if frame >= num_yielded else 0) for frame in range(9)]
 
 
 # --- in a generation ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def narrow(home: Path) -> Engine:
+def bf16_engine(home: Path) -> Engine:
     return Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16", prompt_cache=False)
 
 
 @contextmanager
 def float32_in(engine: Engine, stage: str) -> Iterator[None]:
-    """One stage is planned in float32."""
+    """Plans one stage in float32."""
     components = engine.components
-    choice, wide = components.placement, {"dtype": "float32", "hold": CONVERTED, "streamed": 0}
+    placement, changes = components.placement, {"dtype": "float32", "weight_format": CONVERTED, "streamed_blocks": 0}
+
+    def patched(name: str) -> Placement:
+        return replace(placement(name), **changes) if name == stage else placement(name)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            components, "placement", lambda asked: replace(choice(asked), **wide) if asked == stage else choice(asked)
-        )
+        patch.setattr(components, "placement", patched)
         yield
 
 
@@ -188,8 +192,8 @@ def spoil_text(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> No
     forward = T5Encoder.forward
 
     def spoiled(self: T5Encoder, ids: Tensor, mask: Tensor) -> Tensor:
-        made = forward(self, ids, mask)
-        return made / 0 if made.dtype in dtypes else made
+        prompt_embeds = forward(self, ids, mask)
+        return prompt_embeds / 0 if prompt_embeds.dtype in dtypes else prompt_embeds
 
     patch.setattr(T5Encoder, "forward", spoiled)
 
@@ -197,35 +201,35 @@ def spoil_text(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> No
 def spoil_encoder(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> None:
     encode = VAE.encode_stream
 
-    def spoiled(self: VAE, *given: Any, **more: Any) -> Tensor:
-        made = encode(self, *given, **more)
-        return made * math.nan if made.dtype in dtypes else made
+    def spoiled(self: VAE, *args: Any, **kwargs: Any) -> Tensor:
+        latents = encode(self, *args, **kwargs)
+        return latents * math.nan if latents.dtype in dtypes else latents
 
     patch.setattr(VAE, "encode_stream", spoiled)
 
 
 def spoil_transformer(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> None:
-    """From its second step on."""
+    """Spoils all steps from the second on."""
     forward, calls = Transformer.forward, dict.fromkeys(dtypes, 0)
 
-    def spoiled(self: Transformer, tokens: Tensor, *given: Any) -> Tensor:
-        made = forward(self, tokens, *given)
+    def spoiled(self: Transformer, tokens: Tensor, *args: Any) -> Tensor:
+        velocity = forward(self, tokens, *args)
         if tokens.dtype in dtypes:
             calls[tokens.dtype] += 1
-            made = made / 0 if calls[tokens.dtype] > 1 else made
-        return made
+            velocity = velocity / 0 if calls[tokens.dtype] > 1 else velocity
+        return velocity
 
     patch.setattr(Transformer, "forward", spoiled)
 
 
 def spoil_decoder(patch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...]) -> None:
-    """From its second piece on."""
+    """Spoils all chunks from the second on."""
     stream = VAE.decode_chunks
 
-    def spoiled(self: VAE, chunks: Iterable[Tensor], *given: Any, **more: Any) -> Iterator[Tensor]:
-        chunks, looked_at = tee(chunks)
-        dtype = next(looked_at).dtype
-        for number, pixels in enumerate(stream(self, chunks, *given, **more)):
+    def spoiled(self: VAE, chunks: Iterable[Tensor], *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+        chunks, peeked = tee(chunks)
+        dtype = next(peeked).dtype
+        for number, pixels in enumerate(stream(self, chunks, *args, **kwargs)):
             yield pixels / 0 if number and dtype in dtypes else pixels
 
     patch.setattr(VAE, "decode_chunks", spoiled)
@@ -241,90 +245,89 @@ STAGES: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_that_fails_in_bfloat16_comes_to_what_it_comes_to_in_float32(
-    stage: str, narrow: Engine, photo: Condition, monkeypatch: pytest.MonkeyPatch
+def test_retried_stage_gives_the_float32_result(
+    stage: str, bf16_engine: Engine, image_condition: Condition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = replace(REQUEST, conditions=(photo,))
-    plain = narrow.generate(request)
-    with float32_in(narrow, stage):
-        expected = narrow.generate(request)
-    spoil, place = STAGES[stage]
+    request = replace(REQUEST, conditions=(image_condition,))
+    plain = bf16_engine.generate(request)
+    with float32_in(bf16_engine, stage):
+        expected = bf16_engine.generate(request)
+    spoil, location = STAGES[stage]
     spoil(monkeypatch, (BFLOAT16,))
     reports: list[Progress] = []
-    with pytest.warns(KadrWarning, match=rf"^{stage} .*{place} in bfloat16; doing it again in float32") as told:
-        made = narrow.generate(request, watch=reports.append)
-    assert len(told) == 1
-    if stage == "decode":  # what had been handed on stays
-        known = first_difference(made, plain)
-        assert known > 0
-        expected = replace(expected, frames_psnr=np.concatenate([plain.frames[:known], expected.frames[known:]]))
-    assert torch.equal(made.latents, expected.latents)
-    assert np.array_equal(made.frames, expected.frames)
-    assert torch.equal(made.latents, plain.latents) == (stage == "decode")
+    with pytest.warns(KadrWarning, match=rf"^{stage} .*{location} in bfloat16; retrying in float32") as warned:
+        video = bf16_engine.generate(request, watch=reports.append)
+    assert len(warned) == 1
+    if stage == "decode":  # frames already yielded stay
+        num_yielded = first_difference(video, plain)
+        assert num_yielded > 0
+        frames = np.concatenate([plain.frames[:num_yielded], expected.frames[num_yielded:]])
+        expected = replace(expected, frames=frames)
+    assert torch.equal(video.latents, expected.latents)
+    assert np.array_equal(video.frames, expected.frames)
+    assert torch.equal(video.latents, plain.latents) == (stage == "decode")
     steps = [report.step for report in reports if report.stage == stage]
-    again = steps.index(0, 1)
-    assert steps[again:] == sorted(steps[again:])
-    assert max(steps[:again]) < max(steps[again:]) or stage in ("text", "encode")
+    retry = steps.index(0, 1)
+    assert steps[retry:] == sorted(steps[retry:])
+    assert max(steps[:retry]) < max(steps[retry:]) or stage in ("text", "encode")
 
 
-def first_difference(one: Video, other: Video) -> int:
-    return next(i for i, (a, b) in enumerate(zip(one.frames, other.frames, strict=True)) if not np.array_equal(a, b))
+def first_difference(a: Video, b: Video) -> int:
+    return next(i for i, (x, y) in enumerate(zip(a.frames, b.frames, strict=True)) if not np.array_equal(x, y))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_that_fails_in_float32_too_is_named_and_leaves_nothing(
-    stage: str, narrow: Engine, photo: Condition, out: Path, monkeypatch: pytest.MonkeyPatch
+def test_stage_that_fails_in_float32_is_named_and_leaves_no_file(
+    stage: str, bf16_engine: Engine, image_condition: Condition, output_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     STAGES[stage][0](monkeypatch, (BFLOAT16, FLOAT32))
-    with pytest.warns(KadrWarning) as told, pytest.raises(NonFiniteError, match=STAGES[stage][1]) as caught:
-        narrow.write(replace(REQUEST, conditions=(photo,)), out / "a.mp4")
-    assert len(told) == 1
+    with pytest.warns(KadrWarning) as warned, pytest.raises(NonFiniteError, match=STAGES[stage][1]) as caught:
+        bf16_engine.write(replace(REQUEST, conditions=(image_condition,)), output_folder / "a.mp4")
+    assert len(warned) == 1
     assert caught.value.stage == stage
-    assert list(out.iterdir()) == []
+    assert list(output_folder.iterdir()) == []
 
 
-def test_damaged_weights_stop_a_bfloat16_run_after_one_more_try(tmp_path: Path) -> None:
+def test_damaged_weights_stop_a_generation_after_one_retry(tmp_path: Path) -> None:
     def spoil(module: nn.Module) -> None:
-        module.layers[1].feed_forward.down.weight.view(-1)[0] = math.nan  # type: ignore[union-attr,index]
+        module.blocks[1].feed_forward.down.weight.view(-1)[0] = math.nan  # type: ignore[union-attr,index]
 
     home = write_model(tmp_path / "model", weight_edits={"transformer": spoil})
     engine = Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16", prompt_cache=False)
-    with pytest.warns(KadrWarning) as told, pytest.raises(NonFiniteError, match="step 1 of 3, in float32") as caught:
+    with pytest.warns(KadrWarning) as warned, pytest.raises(NonFiniteError, match="step 1 of 3, in float32") as caught:
         engine.denoise(REQUEST)
-    assert len(told) == 1
+    assert len(warned) == 1
     assert caught.value.stage == "denoise"
 
 
-def test_no_frame_of_a_failed_stage_is_written_twice_or_left_out(
-    narrow: Engine, out: Path, monkeypatch: pytest.MonkeyPatch
+def test_retried_decode_writes_every_frame_exactly_once(
+    bf16_engine: Engine, output_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[np.ndarray] = []
-    put = VideoWriter.write
-    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: (written.append(frames), put(self, frames))[1])
+    write = VideoWriter.write
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: (written.append(frames), write(self, frames))[1])
     spoil_decoder(monkeypatch, (BFLOAT16,))
     with pytest.warns(KadrWarning, match=r"^decode"):
-        made = narrow.write(replace(REQUEST, frames=30, steps=1), out / "a.mp4")
-    assert made.frames == sum(map(len, written)) == 30
+        video_file = bf16_engine.write(replace(REQUEST, frames=30, steps=1), output_folder / "a.mp4")
+    assert video_file.frames == sum(map(len, written)) == 30
 
 
-def test_the_module_in_bfloat16_is_gone_before_the_one_in_float32_comes_and_that_one_is_not_kept(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fp32_retry_frees_bf16_module_first_and_caches_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16", prompt_cache=False)
     events: list[str] = []
     alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-    take = ModuleCache.acquire
+    acquire = ModuleCache.acquire
 
-    def noted(self: ModuleCache, name: str, load: Callable[[], nn.Module], **how: Any) -> Any:
-        def loaded() -> nn.Module:
-            events.append(f"{name}, with {sum(isinstance(one, Transformer) for one in alive)} others")
+    def recording_acquire(self: ModuleCache, name: str, load: Callable[[], nn.Module], **kwargs: Any) -> Any:
+        def recording_load() -> nn.Module:
+            events.append(f"{name}, with {sum(isinstance(module, Transformer) for module in alive)} others")
             module = load()
             alive.add(module)
             return module
 
-        return take(self, name, loaded, **how)
+        return acquire(self, name, recording_load, **kwargs)
 
-    monkeypatch.setattr(ModuleCache, "acquire", noted)
+    monkeypatch.setattr(ModuleCache, "acquire", recording_acquire)
     spoil_transformer(monkeypatch, (BFLOAT16,))
     with pytest.warns(KadrWarning):
         engine.denoise(REQUEST)
@@ -332,20 +335,22 @@ def test_the_module_in_bfloat16_is_gone_before_the_one_in_float32_comes_and_that
     assert not any("float32" in name for name in engine.components.module_cache.cached_names)
 
 
-def test_where_answers_are_late_the_step_is_named_all_the_same_and_no_bad_frame_is_handed_on(
-    engine: Engine, out: Path, monkeypatch: pytest.MonkeyPatch
+def test_asynchronous_check_names_the_step_and_yields_no_bad_frame(
+    engine: Engine, output_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FiniteCheck, "for_device", lambda device: FiniteCheck(Post()))
+    monkeypatch.setattr(FiniteCheck, "for_device", lambda device: FiniteCheck(FakeCopy()))
     good = engine.generate(replace(REQUEST, frames=30))
-    for stage, place in (("denoise", "step 2 of 3"), ("decode", r"frame \d+ of 30")):
+    for stage, location in (("denoise", "step 2 of 3"), ("decode", r"frame \d+ of 30")):
         with pytest.MonkeyPatch.context() as patch:
             STAGES[stage][0](patch, (FLOAT32,))
             written: list[np.ndarray] = []
-            put = VideoWriter.write
-            patch.setattr(VideoWriter, "write", lambda self, f, put=put, to=written: (to.append(f), put(self, f))[1])
-            with pytest.raises(NonFiniteError, match=place) as caught:
-                engine.write(replace(REQUEST, frames=30), out / "a.mp4")
+            write = VideoWriter.write
+            patch.setattr(
+                VideoWriter, "write", lambda self, f, write=write, to=written: (to.append(f), write(self, f))[1]
+            )
+            with pytest.raises(NonFiniteError, match=location) as caught:
+                engine.write(replace(REQUEST, frames=30), output_folder / "a.mp4")
         assert caught.value.stage == stage
-        made = np.concatenate(written) if written else good.frames[:0]
-        assert np.array_equal(made, good.frames[: len(made)])
-        assert (len(made) > 0) == (stage == "decode")
+        frames = np.concatenate(written) if written else good.frames[:0]
+        assert np.array_equal(frames, good.frames[: len(frames)])
+        assert (len(frames) > 0) == (stage == "decode")

@@ -1,4 +1,4 @@
-"""A prompt that was encoded before does not touch the text encoder, and gives the same video bit for bit."""
+"""A cached prompt does not load the text encoder, and gives bit for bit the same video."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ REQUEST = Request(prompt="a red circle", size=Size(32, 32), frames=1, fps=24, st
 BLUE = "over the blue sea"
 
 
-def opened(home: Path, cache: Path | bool, dtype: str = "float32") -> Engine:
+def open_engine(home: Path, cache: Path | bool, dtype: str = "float32") -> Engine:
     return Engine.open(home / MODEL_FILE, device="cpu", dtype=dtype, prompt_cache=cache)
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """Where nothing is yet."""
+    """A folder that does not exist yet."""
     return tmp_path / "cache" / "prompts"
 
 
 @pytest.fixture
 def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text encoder must not be touched: not even its module is built."""
+    """Fails if the text encoder is loaded, even without weights."""
 
-    def refuse(self: TextEncoderCheckpoint, *given: object, **more: object) -> T5Encoder:
+    def refuse(self: TextEncoderCheckpoint, *args: object, **kwargs: object) -> T5Encoder:
         raise AssertionError("the text encoder was loaded")
 
     monkeypatch.setattr(TextEncoderCheckpoint, "load", refuse)
@@ -50,50 +50,49 @@ def no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The ids of what was encoded."""
-    seen: list[Tensor] = []
+    """Token ids of the prompts that were encoded."""
+    ids: list[Tensor] = []
     forward = T5Encoder.forward
-    monkeypatch.setattr(T5Encoder, "forward", lambda *given: (seen.append(given[1]), forward(*given))[1])
-    return seen
+    monkeypatch.setattr(T5Encoder, "forward", lambda *args: (ids.append(args[1]), forward(*args))[1])
+    return ids
 
 
 # --- the same video -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_prompt_of_before_gives_the_same_latents_without_the_text_encoder(
+def test_cached_prompt_gives_same_latents_without_text_encoder(
     dtype: str, home: Path, cache: Path, request: pytest.FixtureRequest
 ) -> None:
-    uncached = opened(home, False, dtype).denoise(REQUEST)
-    fresh = opened(home, cache, dtype).denoise(REQUEST)
+    uncached = open_engine(home, False, dtype).denoise(REQUEST)
+    fresh = open_engine(home, cache, dtype).denoise(REQUEST)
     request.getfixturevalue("no_encoder")
     reports: list[Progress] = []
-    found = opened(home, cache, dtype).denoise(REQUEST, watch=reports.append)
+    cached = open_engine(home, cache, dtype).denoise(REQUEST, watch=reports.append)
     assert torch.equal(fresh, uncached)
-    assert torch.equal(found, uncached)
+    assert torch.equal(cached, uncached)
     assert [(report.step, report.of) for report in reports if report.stage == "text"] == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_only_what_is_missing_is_encoded(home: Path, cache: Path, encoded: list[Tensor]) -> None:
-    engine = opened(home, cache)
-    alone = replace(REQUEST, guidance=1.0)
-    engine.denoise(alone)
+def test_only_missing_prompts_are_encoded(home: Path, cache: Path, encoded: list[Tensor]) -> None:
+    engine = open_engine(home, cache)
+    engine.denoise(replace(REQUEST, guidance=1.0))
     engine.denoise(replace(REQUEST, negative_prompt=BLUE))
     engine.denoise(replace(REQUEST, prompt=BLUE, negative_prompt="a red circle"))
-    ids = engine.components.tokenizer.encode
-    assert [each.tolist() for each in encoded] == [ids("a red circle").ids.tolist(), ids(BLUE).ids.tolist()]
+    encode = engine.components.tokenizer.encode
+    assert [ids.tolist() for ids in encoded] == [encode("a red circle").ids.tolist(), encode(BLUE).ids.tolist()]
 
 
-def test_the_plan_has_no_text_stage_where_all_prompts_are_known(home: Path, cache: Path) -> None:
-    engine = opened(home, cache)
+def test_plan_has_no_text_stage_if_all_prompts_are_cached(home: Path, cache: Path) -> None:
+    engine = open_engine(home, cache)
     assert [stage.stage for stage in engine.plan(REQUEST).stages] == ["text", "denoise", "decode"]
     engine.denoise(REQUEST)
     assert [stage.stage for stage in engine.plan(REQUEST).stages] == ["denoise", "decode"]
 
 
-def test_only_the_rows_of_real_tokens_are_kept_in_the_dtype_they_were_computed_in(home: Path, cache: Path) -> None:
+def test_cache_has_only_real_tokens_in_the_computed_dtype(home: Path, cache: Path) -> None:
     for dtype in ("float32", "bfloat16"):
-        engine = opened(home, cache / dtype, dtype)
+        engine = open_engine(home, cache / dtype, dtype)
         engine.denoise(replace(REQUEST, guidance=1.0))
         (path,) = (cache / dtype).iterdir()
         (info,) = Source.open(path).infos.values()
@@ -101,29 +100,28 @@ def test_only_the_rows_of_real_tokens_are_kept_in_the_dtype_they_were_computed_i
         assert info.storage_type == dtype
 
 
-def test_where_there_is_no_token_the_transformer_is_told_zero(home: Path) -> None:
-    engine = opened(home, False)
-    text = engine._create_generation(replace(REQUEST, guidance=1.0), lambda progress: None).prompt_encoder
+def test_embeddings_of_padding_are_zero(home: Path) -> None:
+    engine = open_engine(home, False)
+    prompt_encoder = engine._create_generation(replace(REQUEST, guidance=1.0), lambda progress: None).prompt_encoder
     with torch.no_grad():
-        (made,) = text.encode(lambda progress: None)
-    assert made.mask.any()
-    assert made.embeddings[made.mask].abs().min() > 0
-    assert made.embeddings[~made.mask].abs().max() == 0
+        (encoded,) = prompt_encoder.encode(lambda progress: None)
+    assert encoded.mask.any()
+    assert encoded.embeddings[encoded.mask].abs().min() > 0
+    assert encoded.embeddings[~encoded.mask].abs().max() == 0
 
 
-# --- what a name depends on ---------------------------------------------------------------------------------------
+# --- the key of a file -----------------------------------------------------------------------------------------------
 
 
-def kept(text: TextEncoderCheckpoint, folder: Path, **other: str) -> PromptCache:
-    how = {"dtype": torch.float32, "device": "cpu", **other}
-    return PromptCache(folder, text, **how)
+def prompt_cache_in(text: TextEncoderCheckpoint, folder: Path, **settings: str) -> PromptCache:
+    return PromptCache(folder, text, **{"dtype": torch.float32, "device": "cpu", **settings})
 
 
 @pytest.fixture
 def text(home: Path, tmp_path: Path) -> TextEncoderCheckpoint:
-    """An encoder of its own, that may be changed."""
-    shutil.copytree(home, tmp_path / "own")
-    return TextEncoderCheckpoint.open(tmp_path / "own")
+    """A copy of the text encoder that may be changed."""
+    shutil.copytree(home, tmp_path / "copy")
+    return TextEncoderCheckpoint.open(tmp_path / "copy")
 
 
 def rows_for(text: TextEncoderCheckpoint, prompt: str = "a red circle") -> tuple[PromptTokens, Tensor]:
@@ -131,38 +129,36 @@ def rows_for(text: TextEncoderCheckpoint, prompt: str = "a red circle") -> tuple
     return tokens, torch.randn(int(tokens.mask.sum()), TEXT_WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def test_another_prompt_dtype_device_or_way_to_hold_the_weights_is_another_name(
-    text: TextEncoderCheckpoint, cache: Path
-) -> None:
+def test_prompt_dtype_device_and_weight_format_are_in_the_key(text: TextEncoderCheckpoint, cache: Path) -> None:
     tokens, rows = rows_for(text)
-    kept(text, cache).store(tokens, rows)
-    found = kept(text, cache).look_up(tokens)
-    assert found is not None
-    assert torch.equal(found, rows)
-    assert kept(text, cache).look_up(rows_for(text, BLUE)[0]) is None
-    for other in ({"dtype": torch.bfloat16}, {"device": "cuda"}, {"held": "Q8_0"}):
-        assert kept(text, cache, **other).look_up(tokens) is None
+    prompt_cache_in(text, cache).store(tokens, rows)
+    stored = prompt_cache_in(text, cache).look_up(tokens)
+    assert stored is not None
+    assert torch.equal(stored, rows)
+    assert prompt_cache_in(text, cache).look_up(rows_for(text, BLUE)[0]) is None
+    for other in ({"dtype": torch.bfloat16}, {"device": "cuda"}, {"weight_format": "Q8_0"}):
+        assert prompt_cache_in(text, cache, **other).look_up(tokens) is None
 
 
-def test_a_changed_file_is_another_name_and_a_moved_one_is_not(
+def test_changed_files_change_the_key_and_moved_files_do_not(
     text: TextEncoderCheckpoint, cache: Path, tmp_path: Path
 ) -> None:
     tokens, rows = rows_for(text)
-    kept(text, cache).store(tokens, rows)
-    shutil.move(tmp_path / "own", tmp_path / "moved")
+    prompt_cache_in(text, cache).store(tokens, rows)
+    shutil.move(tmp_path / "copy", tmp_path / "moved")
     moved = TextEncoderCheckpoint.open(tmp_path / "moved")
-    assert kept(moved, cache).look_up(tokens) is not None
+    assert prompt_cache_in(moved, cache).look_up(tokens) is not None
     weights = tmp_path / "moved" / "text_encoder" / "model.safetensors"
     stat = weights.stat()
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert kept(moved, cache).look_up(tokens) is None
+    assert prompt_cache_in(moved, cache).look_up(tokens) is None
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     config = weights.with_name("config.json")
     config.write_text(config.read_text().replace('"layer_norm_epsilon": 1e-06', '"layer_norm_epsilon": 1e-05'))
-    assert kept(TextEncoderCheckpoint.open(tmp_path / "moved"), cache).look_up(tokens) is None
+    assert prompt_cache_in(TextEncoderCheckpoint.open(tmp_path / "moved"), cache).look_up(tokens) is None
 
 
-# --- files that are not what they should be --------------------------------------------------------------------------
+# --- damaged files ---------------------------------------------------------------------------------------------------
 
 
 def _flip(path: Path) -> None:
@@ -177,68 +173,77 @@ SPOILED: dict[str, Callable[[Path], object]] = {
     "text": lambda path: path.write_text("no tensors at all, and a long line about it"),
     "one bit": _flip,
     "another tensor": lambda path: write_tensors(path, {"weight": torch.ones(3)}, dtype=torch.float32),
-    "another shape": lambda path: write_tensors(path, {"encoding": torch.ones(3, 5)}, dtype=torch.float32),
-    "whole numbers": lambda path: write_tensors(path, {"encoding": torch.ones(4, TEXT_WIDTH)}, dtype=torch.int32),
+    "another shape": lambda path: write_tensors(path, {"prompt_embeddings": torch.ones(3, 5)}, dtype=torch.float32),
+    "integers": lambda path: write_tensors(path, {"prompt_embeddings": torch.ones(4, TEXT_WIDTH)}, dtype=torch.int32),
 }
 
 
-@pytest.mark.parametrize("how", SPOILED)
-def test_a_damaged_or_foreign_file_is_ignored_and_written_again(
-    how: str, text: TextEncoderCheckpoint, cache: Path, recwarn: pytest.WarningsRecorder
+@pytest.mark.parametrize("damage", SPOILED)
+def test_damaged_or_foreign_file_is_ignored_and_written_again(
+    damage: str, text: TextEncoderCheckpoint, cache: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     tokens, rows = rows_for(text)
-    prompts = kept(text, cache)
+    prompts = prompt_cache_in(text, cache)
     prompts.store(tokens, rows)
     (path,) = cache.iterdir()
-    SPOILED[how](path)
+    SPOILED[damage](path)
     assert prompts.look_up(tokens) is None
     prompts.store(tokens, rows)
-    found = prompts.look_up(tokens)
-    assert found is not None
-    assert torch.equal(found, rows)
+    stored = prompts.look_up(tokens)
+    assert stored is not None
+    assert torch.equal(stored, rows)
     assert list(cache.iterdir()) == [path]
     assert not recwarn.list
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_once_and_changes_nothing(home: Path, tmp_path: Path) -> None:
+def test_unwritable_folder_warns_once_and_changes_nothing(home: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    engine = opened(home, tmp_path / "file" / "prompts")
-    with pytest.warns(KadrWarning, match=r"cannot be kept in .*file.prompts .*KADR_CACHE.*--no-prompt-cache") as told:
+    engine = open_engine(home, tmp_path / "file" / "prompts")
+    with pytest.warns(
+        KadrWarning, match=r"cannot be stored in .*file.prompts .*KADR_CACHE.*--no-prompt-cache"
+    ) as warned:
         latents = [engine.denoise(REQUEST) for _ in range(2)]
-    assert len(told) == 1
+    assert len(warned) == 1
     assert torch.equal(*latents)
-    assert torch.equal(latents[0], opened(home, False).denoise(REQUEST))
+    assert torch.equal(latents[0], open_engine(home, False).denoise(REQUEST))
 
 
-# --- how much is kept, and where -----------------------------------------------------------------------------------
+# --- size and folder of the cache ------------------------------------------------------------------------------------
 
 
-def test_what_was_used_longest_ago_goes_first_and_no_file_of_others_does(
+def test_least_recently_used_files_go_first_and_no_foreign_one(
     text: TextEncoderCheckpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = kept(text, cache)
+    prompts = prompt_cache_in(text, cache)
     words = ["a", "red", "circle", "moving", "right", "over", "the", "blue", "sea"]
-    made = [rows_for(text, word) for word in words]
-    stranger = cache / "notes.safetensors"
+    prompts_rows = [rows_for(text, word) for word in words]
+    foreign_file = cache / "notes.safetensors"
     cache.mkdir(parents=True)
-    stranger.write_bytes(b"x" * 10_000)
-    for age, (tokens, rows) in enumerate(made[:5]):
+    foreign_file.write_bytes(b"x" * 10_000)
+    for age, (tokens, rows) in enumerate(prompts_rows[:5]):
         prompts.store(tokens, rows)
-        (newest,) = (path for path in cache.iterdir() if path != stranger and path.stat().st_mtime > 1_000_000)
+        (newest,) = (path for path in cache.iterdir() if path != foreign_file and path.stat().st_mtime > 1_000_000)
         os.utime(newest, (age, age))
         size = newest.stat().st_size
-    assert prompts.look_up(made[0][0]) is not None  # and so it is the one used last
+    assert prompts.look_up(prompts_rows[0][0]) is not None  # which makes it the last one used
     monkeypatch.setattr(prompt_cache, "MAX_CACHE_BYTES", 3 * size + size // 2)
-    prompts.store(*made[5])
-    assert [prompts.look_up(tokens) is not None for tokens, _ in made[:6]] == [True, False, False, False, True, True]
-    assert stranger.exists()
+    prompts.store(*prompts_rows[5])
+    assert [prompts.look_up(tokens) is not None for tokens, _ in prompts_rows[:6]] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert foreign_file.exists()
 
 
-def test_without_a_cache_nothing_is_written(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cache_nothing_is_written(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KADR_CACHE", str(tmp_path / "cache"))
-    opened(home, False).denoise(REQUEST)
+    open_engine(home, False).denoise(REQUEST)
     assert not (tmp_path / "cache").exists()
-    opened(home, True).denoise(REQUEST)
+    open_engine(home, True).denoise(REQUEST)
     assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 2
 
 
@@ -254,7 +259,7 @@ def test_without_a_cache_nothing_is_written(home: Path, tmp_path: Path, monkeypa
         ("win32", {"LOCALAPPDATA": "/local"}, "/local/kadr/cache"),
     ],
 )
-def test_the_cache_lies_where_the_system_has_such_things(
+def test_cache_home_follows_the_platform(
     platform: str, environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("KADR_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
@@ -265,15 +270,13 @@ def test_the_cache_lies_where_the_system_has_such_things(
     assert cache_home() == Path(expected)
 
 
-def test_a_user_without_a_home_goes_without_a_cache(
-    text: TextEncoderCheckpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def none() -> Path:
+def test_user_without_home_directory_has_no_cache(text: TextEncoderCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     for name in ("KADR_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setattr(Path, "home", no_home)
     prompts = PromptCache.open(True, text, dtype=torch.float32, device="cpu")
     tokens, rows = rows_for(text)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What a stage costs, told from configs and sizes alone: against the modules, torch's counters and the system."""
+"""Predicted parameters, FLOPs and bytes against modules, torch's counters and the operating system."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from tests.tiny_models import vae_config
 DEMO = TransformerConfig(num_layers=8, num_heads=4, head_dim=64, caption_channels=256)
 XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 VAES = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
-UPSAMPLERS = [
-    UpscalerConfig(mid_channels=64, num_blocks_per_stage=2, spatial_upsample=space, temporal_upsample=time)
-    for space, time in ((1, 0), (0, 1), (1, 1))
+UPSCALERS = [
+    UpscalerConfig(mid_channels=64, num_blocks_per_stage=2, spatial_upsample=spatial, temporal_upsample=temporal)
+    for spatial, temporal in ((1, 0), (0, 1), (1, 1))
 ]
 GRID = LatentGrid(3, 4, 2)
 SMALL = TransformerConfig(num_layers=3, num_heads=4, head_dim=64, caption_channels=48, in_channels=8)
 SMALL_T5 = T5Config(vocab_size=50, d_model=256, num_layers=2, num_heads=4, d_kv=64, d_ff=640)
-TEXT = 24
+TEXT_TOKENS = 24
 CPU = torch.device("cpu")
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @pytest.fixture(autouse=True)
-def plainly() -> Iterator[None]:
-    """Without gradients; in one thread, for what is counted here is too small to share."""
+def without_gradients() -> Iterator[None]:
+    """No gradients; one thread, because the tensors here are too small to split."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():
@@ -65,16 +65,16 @@ def plainly() -> Iterator[None]:
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what kernels take besides their tensors: torch's own account does not have it."""
+    """Removes the workspace of kernels from predictions: `LiveBytes` does not count it."""
     monkeypatch.setattr(activations, "KERNEL_WORKSPACE_BYTES", 0)
     monkeypatch.setattr(activations, "conv_workspace_bytes", lambda *_: 0)
 
 
-def thinned(family: str, layers: int) -> VAEConfig:
-    """A released VAE with this many layers where it has more, and an eighth of its channels."""
+def thin_vae_config(family: str, num_layers: int) -> VAEConfig:
+    """A released VAE with at most this many layers per block, and an eighth of its channels."""
     full = VAES[family]
     encoder, decoder = (
-        tuple(replace(block, num_layers=min(block.num_layers, layers)) for block in blocks)
+        tuple(replace(block, num_layers=min(block.num_layers, num_layers)) for block in blocks)
         for blocks in (full.encoder_blocks, full.decoder_blocks)
     )
     return replace(
@@ -82,17 +82,17 @@ def thinned(family: str, layers: int) -> VAEConfig:
     )
 
 
-def on_meta(make: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+def on_meta(module_class: Callable[[Any], nn.Module], config: Any) -> nn.Module:
     with torch.device("meta"):
-        return make(config)
+        return module_class(config)
 
 
-def numbers(module: nn.Module) -> int:
+def num_parameters(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
-def flops(run: Callable[[], object]) -> int:
-    """As torch counts them. It leaves out the attention of CPUs, unless told."""
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs as torch counts them, which needs a formula for the attention of CPUs."""
 
     def attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -102,118 +102,117 @@ def flops(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def live(run: Callable[[], object]) -> int:
+def peak_live_bytes(run: Callable[[], object]) -> int:
     with LiveBytes() as counter:
         run()
     return counter.peak_bytes
 
 
-def arguments(batch: int, tokens: int, *, per_token: bool = False) -> tuple[Any, ...]:
-    # Padding between words costs what they do; what is behind them is left out.
-    mask = (torch.arange(TEXT)[None].expand(batch, -1) < 7) | (torch.arange(TEXT) == TEXT - 1)
-    level = torch.full((batch, tokens if per_token else 1), 0.7)
-    level[:, 1:] = 0.1
-    text = torch.randn(batch, TEXT, SMALL.caption_channels)
-    return torch.randn(batch, tokens, SMALL.in_channels), text, mask, level
+def random_inputs(batch: int, tokens: int, *, per_token: bool = False) -> tuple[Any, ...]:
+    # Padding between real tokens costs as much as they do; padding after the last one is cut off.
+    mask = (torch.arange(TEXT_TOKENS)[None].expand(batch, -1) < 7) | (torch.arange(TEXT_TOKENS) == TEXT_TOKENS - 1)
+    sigma = torch.full((batch, tokens if per_token else 1), 0.7)
+    sigma[:, 1:] = 0.1
+    text = torch.randn(batch, TEXT_TOKENS, SMALL.caption_channels)
+    return torch.randn(batch, tokens, SMALL.in_channels), text, mask, sigma
 
 
 @pytest.mark.parametrize("config", [DEMO, TRANSFORMER_2B, TRANSFORMER_13B], ids=["demo", "2B", "13B"])
-def test_the_weights_of_a_transformer_are_counted_block_by_block(config: TransformerConfig) -> None:
-    module, weights = on_meta(Transformer, config), transformer_parameters(config)
-    block = list(module.layers[0].parameters())
-    matrices = sum(layer.weight.numel() for layer in module.layers[0].modules() if isinstance(layer, nn.Linear))
-    assert weights.total == numbers(module)
-    assert (weights.linear_per_block, weights.other_per_block) == (matrices, sum(p.numel() for p in block) - matrices)
+def test_transformer_parameters_match_the_module(config: TransformerConfig) -> None:
+    module, counts = on_meta(Transformer, config), transformer_parameters(config)
+    total = sum(parameter.numel() for parameter in module.blocks[0].parameters())
+    linear = sum(layer.weight.numel() for layer in module.blocks[0].modules() if isinstance(layer, nn.Linear))
+    assert counts.total == num_parameters(module)
+    assert (counts.linear_per_block, counts.other_per_block) == (linear, total - linear)
 
 
-def test_the_weights_of_a_text_encoder_are_counted_block_by_block() -> None:
-    module, weights = on_meta(T5Encoder, XXL), text_encoder_parameters(XXL)
-    matrices = sum(layer.weight.numel() for layer in module.blocks[0].modules() if isinstance(layer, nn.Linear))
-    assert weights.total == numbers(module)
-    assert (weights.linear_per_block, weights.other_per_block) == (matrices, numbers(module.blocks[0]) - matrices)
+def test_text_encoder_parameters_match_the_module() -> None:
+    module, counts = on_meta(T5Encoder, XXL), text_encoder_parameters(XXL)
+    linear = sum(layer.weight.numel() for layer in module.blocks[0].modules() if isinstance(layer, nn.Linear))
+    assert counts.total == num_parameters(module)
+    assert (counts.linear_per_block, counts.other_per_block) == (linear, num_parameters(module.blocks[0]) - linear)
 
 
 @pytest.mark.parametrize("config", [*VAES.values(), vae_config("0.9.5")], ids=[*VAES, "tiny"])
-def test_the_weights_of_a_vae_are_counted_half_by_half(config: VAEConfig) -> None:
+def test_vae_parameters_match_encoder_and_decoder(config: VAEConfig) -> None:
     module = on_meta(VAE, config)
-    assert vae_encoder_parameters(config).total == numbers(module.encoder)
-    assert vae_decoder_parameters(config).total == numbers(module.decoder)
-    assert latent_statistics_parameters(config).total == numbers(module.statistics)
+    assert vae_encoder_parameters(config).total == num_parameters(module.encoder)
+    assert vae_decoder_parameters(config).total == num_parameters(module.decoder)
+    assert latent_statistics_parameters(config).total == num_parameters(module.statistics)
 
 
-@pytest.mark.parametrize("config", UPSAMPLERS, ids=lambda config: config.kind)
-def test_the_weights_of_an_upscaler_are_counted(config: UpscalerConfig) -> None:
-    assert upscaler_parameters(config).total == numbers(on_meta(LatentUpscaler, config))
+@pytest.mark.parametrize("config", UPSCALERS, ids=lambda config: config.kind)
+def test_upscaler_parameters_match_the_module(config: UpscalerConfig) -> None:
+    assert upscaler_parameters(config).total == num_parameters(on_meta(LatentUpscaler, config))
 
 
-def test_matrices_may_be_stored_in_fewer_bits_than_the_rest() -> None:
-    weights = transformer_parameters(DEMO)
-    assert weights.bytes(2, 0.5625) == 0.5625 * weights.linear + 2 * (weights.total - weights.linear)
-    assert weights.bytes(4) == 4 * weights.total
-    assert weights.num_blocks * weights.block_bytes(2) + 2 * weights.outside_blocks == weights.bytes(2)
+def test_linear_weights_may_have_fewer_bits_than_the_rest() -> None:
+    counts = transformer_parameters(DEMO)
+    assert counts.bytes(2, 0.5625) == 0.5625 * counts.linear + 2 * (counts.total - counts.linear)
+    assert counts.bytes(4) == 4 * counts.total
+    assert counts.num_blocks * counts.block_bytes(2) + 2 * counts.outside_blocks == counts.bytes(2)
 
 
-@pytest.mark.parametrize(("batch", "per_token", "levels"), [(1, False, None), (2, False, None), (2, True, 2)])
-def test_the_products_of_a_transformer_are_those_that_torch_counts(
-    batch: int, per_token: bool, levels: int | None
-) -> None:
-    module, (tokens, text, mask, level) = Transformer(SMALL), arguments(batch, 12, per_token=per_token)
+@pytest.mark.parametrize(("batch", "per_token", "num_sigmas"), [(1, False, None), (2, False, None), (2, True, 2)])
+def test_transformer_flops_match_torch(batch: int, per_token: bool, num_sigmas: int | None) -> None:
+    module, (tokens, text, mask, sigma) = Transformer(SMALL), random_inputs(batch, 12, per_token=per_token)
     rope = module.compute_rope(torch.rand(1, 3, 12))
-    counted = flops(lambda: module(tokens, rope, text, mask, level))
-    reading = text_kv_flops(SMALL, batch=batch, text_tokens=TEXT)
-    assert counted == reading + transformer_flops(SMALL, 12, batch=batch, text_tokens=TEXT, num_sigmas=levels)
+    counted = count_flops(lambda: module(tokens, rope, text, mask, sigma))
+    text_kv = text_kv_flops(SMALL, batch=batch, text_tokens=TEXT_TOKENS)
+    assert counted == text_kv + transformer_flops(
+        SMALL, 12, batch=batch, text_tokens=TEXT_TOKENS, num_sigmas=num_sigmas
+    )
 
 
-def test_a_text_that_was_read_costs_a_step_no_products() -> None:
-    module, (tokens, text, mask, level) = Transformer(SMALL), arguments(2, 12)
-    rope, reading = module.compute_rope(torch.rand(1, 3, 12)), module.project_text(text, mask)
-    first = flops(lambda: module(tokens, rope, reading, None, level))
-    second = flops(lambda: module(tokens, rope, reading, None, level))
-    assert second == transformer_flops(SMALL, 12, batch=2, text_tokens=TEXT)
-    kept = 4 * SMALL.num_layers * 2 * TEXT * SMALL.width**2
-    assert first == second + kept
+def test_filled_text_kv_cache_costs_no_flops() -> None:
+    module, (tokens, text, mask, sigma) = Transformer(SMALL), random_inputs(2, 12)
+    rope, text_kv = module.compute_rope(torch.rand(1, 3, 12)), module.project_text(text, mask)
+    first = count_flops(lambda: module(tokens, rope, text_kv, None, sigma))
+    second = count_flops(lambda: module(tokens, rope, text_kv, None, sigma))
+    assert second == transformer_flops(SMALL, 12, batch=2, text_tokens=TEXT_TOKENS)
+    key_value_flops = 4 * SMALL.num_layers * 2 * TEXT_TOKENS * SMALL.width**2
+    assert first == second + key_value_flops
 
 
 @pytest.mark.parametrize("mode", [*PERTURBED_VALUES, TRANSFORMER_BLOCK])
-def test_the_products_of_a_disturbed_evaluation_are_those_that_torch_counts(mode: str) -> None:
-    module, given = Transformer(SMALL), arguments(2, 12)
-    tokens, text, mask, level = given
+def test_perturbed_flops_match_torch(mode: str) -> None:
+    module, (tokens, text, mask, sigma) = Transformer(SMALL), random_inputs(2, 12)
     rope = module.compute_rope(torch.rand(1, 3, 12))
-    disturb: dict[str, Any] = {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
-    both = flops(lambda: module.forward_with_perturbed(tokens, rope, text, mask, level, **disturb))
-    added = perturbed_flops(SMALL, 12, (1,), mode, text_tokens=TEXT)
-    reading = text_kv_flops(SMALL, batch=2, text_tokens=TEXT)
-    assert both == reading + transformer_flops(SMALL, 12, batch=2, text_tokens=TEXT) + added
+    stg: dict[str, Any] = {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
+    both = count_flops(lambda: module.forward_with_perturbed(tokens, rope, text, mask, sigma, **stg))
+    added = perturbed_flops(SMALL, 12, (1,), mode, text_tokens=TEXT_TOKENS)
+    text_kv = text_kv_flops(SMALL, batch=2, text_tokens=TEXT_TOKENS)
+    assert both == text_kv + transformer_flops(SMALL, 12, batch=2, text_tokens=TEXT_TOKENS) + added
 
 
-def test_the_products_of_a_text_encoder_are_those_that_torch_counts() -> None:
-    module, ids = T5Encoder(SMALL_T5), torch.zeros(2, TEXT, dtype=torch.int64)
-    assert flops(lambda: module(ids, ids == 0)) == text_encoder_flops(SMALL_T5, batch=2, length=TEXT)
+def test_text_encoder_flops_match_torch() -> None:
+    module, ids = T5Encoder(SMALL_T5), torch.zeros(2, TEXT_TOKENS, dtype=torch.int64)
+    assert count_flops(lambda: module(ids, ids == 0)) == text_encoder_flops(SMALL_T5, batch=2, length=TEXT_TOKENS)
 
 
 @pytest.mark.parametrize("family", VAES)
-def test_the_products_of_a_vae_are_those_that_torch_counts(family: str) -> None:
-    config = thinned(family, 2)
+def test_vae_flops_match_torch(family: str) -> None:
+    config = thin_vae_config(family, 2)
     with torch.device("meta"):
         module, latents, pixels = VAE(config), torch.empty(1, 128, 3, 4, 2), torch.empty(1, 3, 17, 128, 64)
-        level = torch.empty(1)
-        decoded = flops(lambda: module.decode(latents, timestep=level, noise_source=torch.empty))
-        encoded = flops(lambda: module.encode(pixels))
+        timestep = torch.empty(1)
+        decoded = count_flops(lambda: module.decode(latents, timestep=timestep, noise_source=torch.empty))
+        encoded = count_flops(lambda: module.encode(pixels))
     assert decoded == vae_decoder_flops(config, GRID)
     assert encoded == vae_encoder_flops(config, GRID)
 
 
-@pytest.mark.parametrize("config", UPSAMPLERS, ids=lambda config: config.kind)
-def test_the_products_of_an_upscaler_are_those_that_torch_counts(config: UpscalerConfig) -> None:
+@pytest.mark.parametrize("config", UPSCALERS, ids=lambda config: config.kind)
+def test_upscaler_flops_match_torch(config: UpscalerConfig) -> None:
     with torch.device("meta"):
         module, latents = LatentUpscaler(config), torch.empty(1, 128, 3, 4, 2)
-        assert flops(lambda: module(latents)) == upscaler_flops(config, GRID)
+        assert count_flops(lambda: module(latents)) == upscaler_flops(config, GRID)
 
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("batch", "tokens", "per_token", "disturbed"),
+    ("batch", "tokens", "per_token", "perturbed"),
     [
         (1, 16, False, 0),
         (1, 600, False, 0),
@@ -223,138 +222,139 @@ def test_the_products_of_an_upscaler_are_those_that_torch_counts(config: Upscale
         (1, 300, True, 1),
     ],
 )
-def test_a_transformer_holds_the_bytes_that_are_predicted(
-    batch: int, tokens: int, per_token: bool, disturbed: int, dtype: torch.dtype
+def test_transformer_activation_bytes_match_live_tensors(
+    batch: int, tokens: int, per_token: bool, perturbed: int, dtype: torch.dtype
 ) -> None:
     module = Transformer(SMALL).to(dtype)
-    x, text, mask, level = arguments(batch, tokens, per_token=per_token)
-    given = (x.to(dtype), module.compute_rope(torch.rand(1, 3, tokens)), text.to(dtype), mask, level)
-    if disturbed:
-        disturb: dict[str, Any] = {"blocks": (0,), "mode": "attention_skip", "rows": slice(batch - 1, None)}
-        counted = live(lambda: module.forward_with_perturbed(*given, **disturb))
+    x, text, mask, sigma = random_inputs(batch, tokens, per_token=per_token)
+    inputs = (x.to(dtype), module.compute_rope(torch.rand(1, 3, tokens)), text.to(dtype), mask, sigma)
+    if perturbed:
+        stg: dict[str, Any] = {"blocks": (0,), "mode": "attention_skip", "rows": slice(batch - 1, None)}
+        counted = peak_live_bytes(lambda: module.forward_with_perturbed(*inputs, **stg))
     else:
-        counted = live(lambda: module(*given))
+        counted = peak_live_bytes(lambda: module(*inputs))
     predicted = activations.transformer_activation_bytes(
         SMALL,
         tokens,
         dtype.itemsize,
         batch=batch,
-        text_tokens=TEXT,
+        text_tokens=TEXT_TOKENS,
         per_token_sigmas=per_token,
-        perturbed_samples=disturbed,
+        perturbed_samples=perturbed,
         fused_gelu=should_prepack_linears(dtype, CPU),
     )
-    predicted += activations.text_kv_bytes(SMALL, dtype.itemsize, batch=batch, text_tokens=TEXT)
+    predicted += activations.text_kv_bytes(SMALL, dtype.itemsize, batch=batch, text_tokens=TEXT_TOKENS)
     assert counted == pytest.approx(predicted, rel=0.02, abs=20_000)
 
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_table_of_rotations_holds_the_bytes_that_are_predicted(dtype: torch.dtype) -> None:
-    module, (making, made) = Transformer(SMALL).to(dtype), activations.rope_bytes(SMALL, 600, dtype.itemsize)
+def test_rope_bytes_match_live_tensors(dtype: torch.dtype) -> None:
+    module, (peak, table) = Transformer(SMALL).to(dtype), activations.rope_bytes(SMALL, 600, dtype.itemsize)
     rope = module.compute_rope(torch.rand(1, 3, 600))
-    assert sum(part.nbytes for part in rope) == made
-    assert live(lambda: module.compute_rope(torch.rand(1, 3, 600))) == pytest.approx(making, rel=0.02)
+    assert sum(tensor.nbytes for tensor in rope) == table
+    assert peak_live_bytes(lambda: module.compute_rope(torch.rand(1, 3, 600))) == pytest.approx(peak, rel=0.02)
 
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("length", [32, 256])
-def test_a_text_encoder_holds_the_bytes_that_are_predicted(length: int, dtype: torch.dtype) -> None:
+def test_text_encoder_activation_bytes_match_live_tensors(length: int, dtype: torch.dtype) -> None:
     module, ids = T5Encoder(SMALL_T5).to(dtype), torch.zeros(1, length, dtype=torch.int64)
-    counted = live(lambda: module(ids, ids == 0))
+    counted = peak_live_bytes(lambda: module(ids, ids == 0))
     assert counted == pytest.approx(
         activations.text_encoder_activation_bytes(SMALL_T5, dtype.itemsize, length=length), rel=0.04
     )
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize("config", UPSAMPLERS, ids=lambda config: config.kind)
-def test_an_upscaler_holds_the_bytes_that_are_predicted(config: UpscalerConfig) -> None:
+@pytest.mark.parametrize("config", UPSCALERS, ids=lambda config: config.kind)
+def test_upscaler_activation_bytes_match_live_tensors(config: UpscalerConfig) -> None:
     with torch.device("meta"):
         module, latents = LatentUpscaler(config), torch.empty(1, 128, 3, 4, 2)
-        assert live(lambda: module(latents)) == pytest.approx(
+        assert peak_live_bytes(lambda: module(latents)) == pytest.approx(
             activations.upscaler_activation_bytes(config, GRID), rel=0.08
         )
 
 
 @pytest.mark.usefixtures("no_kernels")
-@pytest.mark.parametrize(("frames", "handed"), [(1, 4), (2, 4), (3, 4), (6, 4), (3, 1)])
+@pytest.mark.parametrize(("frames", "chunk_frames"), [(1, 4), (2, 4), (3, 4), (6, 4), (3, 1)])
 @pytest.mark.parametrize("family", VAES)
-def test_a_decoder_holds_the_bytes_that_are_predicted_wherever_its_stream_is(
-    family: str, frames: int, handed: int
-) -> None:
-    config, grid = thinned(family, 2), LatentGrid(frames, 4, 2)
+def test_decoder_activation_bytes_match_live_tensors(family: str, frames: int, chunk_frames: int) -> None:
+    config, grid = thin_vae_config(family, 2), LatentGrid(frames, 4, 2)
     with torch.device("meta"):
         module, latents = VAE(config).bfloat16(), torch.empty(1, 128, frames, 4, 2, dtype=torch.bfloat16)
 
         def decode() -> None:
             for _ in module.decode_stream(
-                latents, timestep=torch.empty(1), noise_source=torch.empty, chunk_frames=handed
+                latents, timestep=torch.empty(1), noise_source=torch.empty, chunk_frames=chunk_frames
             ):
                 pass
 
-        counted = live(decode)
-    # A loop holds the pixels of the turn before; that they are made into bytes as well is the pipeline's doing.
-    as_bytes = 3 * handed * 128 * 64
-    predicted = vae_activations.vae_decode_activation_bytes.__wrapped__(config, grid, 2, handed=handed) - as_bytes
-    assert counted == pytest.approx(predicted, rel=0.02, abs=3 * handed * 128 * 64 * 2)
+        counted = peak_live_bytes(decode)
+    # The loop holds the last chunk of pixels; only the pipeline converts it to bytes, which is predicted too.
+    as_bytes = 3 * chunk_frames * 128 * 64
+    predicted = (
+        vae_activations.vae_decode_activation_bytes.__wrapped__(config, grid, 2, chunk_frames=chunk_frames) - as_bytes
+    )
+    assert counted == pytest.approx(predicted, rel=0.02, abs=3 * chunk_frames * 128 * 64 * 2)
 
 
 @pytest.mark.usefixtures("no_kernels")
 @pytest.mark.parametrize("frames", [1, 2, 4])
 @pytest.mark.parametrize("family", VAES)
-def test_an_encoder_holds_the_bytes_that_are_predicted(family: str, frames: int) -> None:
-    config = thinned(family, 1)
+def test_encoder_activation_bytes_match_live_tensors(family: str, frames: int) -> None:
+    config = thin_vae_config(family, 1)
     with torch.device("meta"):
         module = VAE(config).bfloat16()
         pixels = torch.empty(1, 3, 8 * frames - 7, 128, 64, dtype=torch.bfloat16)
-        counted = live(lambda: module.encode(pixels, chunk_frames=8))
+        counted = peak_live_bytes(lambda: module.encode(pixels, chunk_frames=8))
     predicted = vae_activations.vae_encode_activation_bytes.__wrapped__(config, LatentGrid(frames, 4, 2), 2)
     assert counted == pytest.approx(predicted, rel=0.01, abs=100_000)
 
 
-def test_fewer_frames_handed_on_take_less() -> None:
+def test_smaller_decoder_chunks_take_fewer_bytes() -> None:
     grid = LatentGrid(4, 10, 16)
     four, two, one = (
-        vae_activations.vae_decode_activation_bytes(VAE_0_9_5, grid, 2, chunk_frames=handed) for handed in (4, 2, 1)
+        vae_activations.vae_decode_activation_bytes(VAE_0_9_5, grid, 2, chunk_frames=chunk_frames)
+        for chunk_frames in (4, 2, 1)
     )
     assert four > two > one
 
 
-def test_a_long_video_takes_no_more_to_decode_than_one_that_has_settled() -> None:
-    settled, long, longer = (
+def test_decoder_bytes_do_not_grow_in_steady_state() -> None:
+    steady, long, longer = (
         vae_activations.vae_decode_activation_bytes(VAE_0_9_5, LatentGrid(frames, 10, 16), 2)
         for frames in (30, vae_activations.STEADY_STATE_FRAMES, 500)
     )
-    assert settled == pytest.approx(long, rel=0.01)
+    assert steady == pytest.approx(long, rel=0.01)
     assert long == longer
 
 
-def test_seconds_are_of_computing_and_of_reading() -> None:
+def test_seconds_include_computing_and_reading() -> None:
     assert estimate_seconds(10**12, 10**11) == 10
     assert estimate_seconds(10**12, 10**11, bytes_read=3 * 10**9, disk_bytes_per_second=10**9) == 13
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, list[int]]:
-    """For each part at work, what the system says that it took at most, and what was predicted; in bytes."""
+    """For each component at work: peak bytes by the system's account, and predicted bytes."""
     if sys.platform != "linux" or not os.access("/proc/self/clear_refs", os.W_OK):
-        pytest.skip("the system does not say how much memory a process took at most since some moment")
-    # All blocks but the smallest go back when they are freed, so that what is measured is what was in use.
+        pytest.skip("the system has no resettable account of a process's peak memory")
+    # The heap returns all but the smallest blocks when they are freed, so that the peak is of memory in use.
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "passive"}
     environment = {**os.environ, **settings}
     command = [sys.executable, "-m", "tests.planning.measure_memory"]
     paths = os.pathsep.join([os.getcwd(), *sys.path])
-    done = subprocess.run(
+    process = subprocess.run(
         command, env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
 @pytest.mark.parametrize(
-    "part",
+    "component",
     [
         "transformer",
         "transformer in float32",
@@ -369,9 +369,9 @@ def measured() -> dict[str, list[int]]:
         "packed encoder",
     ],
 )
-def test_a_part_at_work_takes_the_memory_that_was_predicted(part: str, measured: dict[str, list[int]]) -> None:
-    taken, predicted = measured[part]
-    # Packed convolutions take a little less than is said: the plan may be above what happens, and hardly below.
-    bound = 0.15 if "packed" in part else 0.05
-    assert taken <= 1.05 * predicted + 6_000_000
-    assert taken >= (1 - bound) * predicted - 6_000_000
+def test_predicted_bytes_match_process_memory(component: str, measured: dict[str, list[int]]) -> None:
+    peak, predicted = measured[component]
+    # Prepacked convolutions take a little less than predicted: a plan may be too high, and hardly too low.
+    bound = 0.15 if "packed" in component else 0.05
+    assert peak <= 1.05 * predicted + 6_000_000
+    assert peak >= (1 - bound) * predicted - 6_000_000
