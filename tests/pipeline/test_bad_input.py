@@ -37,8 +37,8 @@ def write_broken_images(image_condition: Condition, folder: Path) -> dict[str, t
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     expected_texts = {
         "cut.png": "cannot be read",
-        "text.jpg": "not a picture",
-        "empty.png": "not a picture",
+        "text.jpg": "not a readable image",
+        "empty.png": "not a readable image",
         "dot.png": "2x2",
     }
     return {name: (folder / name, text) for name, text in expected_texts.items()} | {

@@ -1,4 +1,4 @@
-"""LoRAs as PEFT and diffusers save them, loaded here; ours, loaded there; the same numbers come out."""
+"""LoRAs saved by PEFT and diffusers act alike in kadr, and kadr's act alike in diffusers."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def ours() -> Transformer:
 
 
 @pytest.fixture(scope="module")
-def given() -> Inputs:
+def inputs() -> Inputs:
     return Inputs.of(TINY)
 
 
-def filled(module: torch.nn.Module) -> torch.nn.Module:
-    """PEFT begins with B = 0."""
+def randomize_lora(module: torch.nn.Module) -> torch.nn.Module:
+    """Fills the B matrices, which PEFT initializes with 0."""
     generator = torch.Generator().manual_seed(3)
     for name, weight in module.named_parameters():
         if "lora_B" in name:
@@ -50,14 +50,14 @@ def filled(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def with_file(ours: Transformer, path: Path, given: Inputs, strength: float = 1.0) -> Tensor:
+def velocity_with_lora(ours: Transformer, path: Path, inputs: Inputs, strength: float = 1.0) -> Tensor:
     module = build_random(lambda: Transformer(TINY))
     module.load_state_dict(ours.state_dict())
     file = LoraFile.open(path)
     file.check_fits(TINY, Path("model"))
     attach_loras(module, [file.load()], torch.float32)
     set_lora_strengths(module, [strength], CPU)
-    return velocity(module, given)
+    return velocity(module, inputs)
 
 
 @pytest.mark.parametrize(
@@ -68,57 +68,57 @@ def with_file(ours: Transformer, path: Path, given: Inputs, strength: float = 1.
         {"r": 4, "lora_alpha": 6, "use_rslora": True},
         {"r": 4, "lora_alpha": 6, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"attn1.to_v": 12, "to_q": 5}},
     ],
-    ids=["alpha is the rank", "another alpha", "by the root of the rank", "patterns"],
+    ids=["alpha equals rank", "another alpha", "rank-stabilized", "patterns"],
 )
-def test_what_peft_saves_gives_the_same_velocity(
-    config: dict, ours: Transformer, given: Inputs, tmp_path: Path
+def test_lora_saved_by_peft_gives_the_same_velocity(
+    config: dict, ours: Transformer, inputs: Inputs, tmp_path: Path
 ) -> None:
-    theirs = filled(get_peft_model(diffusers_transformer(ours), LoraConfig(target_modules=TARGETS, **config)))
+    theirs = randomize_lora(get_peft_model(diffusers_transformer(ours), LoraConfig(target_modules=TARGETS, **config)))
     theirs.save_pretrained(tmp_path)
-    expected = asked_of_diffusers(theirs, given)
-    assert relative_error(velocity(ours, given), expected) > 0.05
-    assert relative_error(with_file(ours, tmp_path, given), expected) <= 1e-5
+    expected = asked_of_diffusers(theirs, inputs)
+    assert relative_error(velocity(ours, inputs), expected) > 0.05
+    assert relative_error(velocity_with_lora(ours, tmp_path, inputs), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("alpha", [4, 10])
-def test_what_diffusers_saves_gives_the_same_velocity(
-    alpha: int, ours: Transformer, given: Inputs, tmp_path: Path
+def test_lora_saved_by_diffusers_gives_the_same_velocity(
+    alpha: int, ours: Transformer, inputs: Inputs, tmp_path: Path
 ) -> None:
     theirs, config = diffusers_transformer(ours), LoraConfig(r=4, lora_alpha=alpha, target_modules=TARGETS)
     theirs.add_adapter(config)
-    filled(theirs)
+    randomize_lora(theirs)
     LTXPipeline.save_lora_weights(
         tmp_path,
         transformer_lora_layers=get_peft_model_state_dict(theirs),
         transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": TARGETS},
     )
-    assert relative_error(with_file(ours, tmp_path, given), asked_of_diffusers(theirs, given)) <= 1e-5
+    assert relative_error(velocity_with_lora(ours, tmp_path, inputs), asked_of_diffusers(theirs, inputs)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["Comfy", "diffusers"])
-def test_what_kadr_saves_gives_the_same_velocity_in_diffusers(
-    family: str, ours: Transformer, given: Inputs, tmp_path: Path
+def test_lora_saved_by_kadr_gives_the_same_velocity_in_diffusers(
+    family: str, ours: Transformer, inputs: Inputs, tmp_path: Path
 ) -> None:
-    theirs = filled(
+    theirs = randomize_lora(
         get_peft_model(diffusers_transformer(ours), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[:6]))
     )
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "ours.safetensors"
     write_lora(path, LoraFile.open(tmp_path).load(), key_format=family)
-    expected = with_file(ours, path, given, 0.7)
+    expected = velocity_with_lora(ours, path, inputs, 0.7)
     pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
     pipeline.load_lora_weights(path, adapter_name="ours")
     pipeline.set_adapters(["ours"], [0.7])
-    assert relative_error(asked_of_diffusers(pipeline.transformer, given), expected) <= 1e-5
+    assert relative_error(asked_of_diffusers(pipeline.transformer, inputs), expected) <= 1e-5
 
 
-def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_path: Path) -> None:
+def test_two_loras_act_as_in_diffusers(ours: Transformer, inputs: Inputs, tmp_path: Path) -> None:
     files = []
     for number, rank in enumerate((4, 2)):
         adapter = get_peft_model(
             diffusers_transformer(ours), LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS[:4])
         )
-        filled(adapter).save_pretrained(tmp_path / str(number))
+        randomize_lora(adapter).save_pretrained(tmp_path / str(number))
         files.append(tmp_path / f"{number}.safetensors")
         write_lora(files[-1], LoraFile.open(tmp_path / str(number)).load(), key_format="diffusers")
     pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
@@ -129,4 +129,4 @@ def test_two_at_once_are_as_in_diffusers(ours: Transformer, given: Inputs, tmp_p
     module.load_state_dict(ours.state_dict())
     attach_loras(module, [LoraFile.open(path).load() for path in files], torch.float32)
     set_lora_strengths(module, [0.8, -0.5], CPU)
-    assert relative_error(velocity(module, given), asked_of_diffusers(pipeline.transformer, given)) <= 1e-5
+    assert relative_error(velocity(module, inputs), asked_of_diffusers(pipeline.transformer, inputs)) <= 1e-5

@@ -1,4 +1,4 @@
-"""LoRAs of an engine: strengths of a request and of a pass, merged or beside, planned, remembered."""
+"""LoRAs of an engine: strengths of a request and of a pass, merged or not, their plan and metadata."""
 
 from __future__ import annotations
 
@@ -26,60 +26,59 @@ TWO_PASSES = replace(REQUEST, multi_scale=True, sigmas=(1.0, 0.9), steps=None, s
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lora_file(
-        tmp_path_factory.mktemp("lora") / "one.safetensors", block_pairs((*ATTENTION, *FEED_FORWARD))
+        tmp_path_factory.mktemp("lora") / "lora.safetensors", block_pairs((*ATTENTION, *FEED_FORWARD))
     )
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lora_file(
-        tmp_path_factory.mktemp("lora") / "other.safetensors", block_pairs(seed=7), lora_files.kohya, alpha=2.0
+        tmp_path_factory.mktemp("lora") / "other_lora.safetensors", block_pairs(seed=7), lora_files.kohya, alpha=2.0
     )
 
 
 @pytest.fixture
 def opened(home: Path) -> Callable[..., Engine]:
-    def engine(**how: Any) -> Engine:
-        return Engine.open(
-            home / tiny_models.MODEL_FILE, **{"prompt_cache": False, "device": "cpu", "dtype": "float32", **how}
-        )
+    def open_engine(**options: Any) -> Engine:
+        defaults = {"prompt_cache": False, "device": "cpu", "dtype": "float32"}
+        return Engine.open(home / tiny_models.MODEL_FILE, **{**defaults, **options})
 
-    return engine
-
-
-def relative(made: torch.Tensor, right: torch.Tensor) -> float:
-    return float((made - right).norm() / right.norm())
+    return open_engine
 
 
-def test_merged_and_beside_the_weights_give_one_video(opened: Callable[..., Engine], one: Path, other: Path) -> None:
-    loras = [(one, 0.8), (other, -0.5)]
-    beside, merged = (opened(loras=loras, merge_loras=how).denoise(REQUEST) for how in (False, True))
-    assert relative(beside, opened().denoise(REQUEST)) > 0.05
-    assert relative(beside, merged) < 1e-5
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
-def test_a_request_says_how_strongly_and_0_is_without_to_the_bit(
-    opened: Callable[..., Engine], one: Path, other: Path
+def test_merged_loras_equal_unmerged_ones(opened: Callable[..., Engine], lora: Path, other_lora: Path) -> None:
+    loras = [(lora, 0.8), (other_lora, -0.5)]
+    unmerged, merged = (opened(loras=loras, merge_loras=merge).denoise(REQUEST) for merge in (False, True))
+    assert relative_error(unmerged, opened().denoise(REQUEST)) > 0.05
+    assert relative_error(unmerged, merged) < 1e-5
+
+
+def test_request_sets_strengths_and_0_changes_no_bit(
+    opened: Callable[..., Engine], lora: Path, other_lora: Path
 ) -> None:
-    engine = opened(loras=[one, Lora(str(other), 0.0)])
-    plain = opened().denoise(REQUEST)
-    own = engine.denoise(REQUEST)
+    engine = opened(loras=[lora, Lora(str(other_lora), 0.0)])
+    without_lora = opened().denoise(REQUEST)
+    full = engine.denoise(REQUEST)
     half = engine.denoise(replace(REQUEST, lora_strengths=(0.5, 0)))
-    assert torch.equal(engine.denoise(replace(REQUEST, lora_strengths=(0, 0))), plain)
-    assert torch.equal(engine.denoise(REQUEST), own)
-    assert 0 < relative(half, plain) < relative(own, plain)
-    right = opened(loras=[(one, 0.5)]).denoise(REQUEST)
-    assert relative(half, right) < 1e-6
+    assert torch.equal(engine.denoise(replace(REQUEST, lora_strengths=(0, 0))), without_lora)
+    assert torch.equal(engine.denoise(REQUEST), full)
+    assert 0 < relative_error(half, without_lora) < relative_error(full, without_lora)
+    expected = opened(loras=[(lora, 0.5)]).denoise(REQUEST)
+    assert relative_error(half, expected) < 1e-6
 
 
-def test_what_is_recorded_with_some_strengths_is_forgotten_also_where_a_step_is_cancelled(
-    opened: Callable[..., Engine], one: Path, monkeypatch: pytest.MonkeyPatch
+def test_cancelled_step_clears_cuda_graphs_of_its_strengths(
+    opened: Callable[..., Engine], lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forgotten: list[Transformer] = []
-    monkeypatch.setattr(Transformer, "clear_cuda_graphs", lambda module: forgotten.append(module))
-    engine = opened(loras=[one])
+    cleared: list[Transformer] = []
+    monkeypatch.setattr(Transformer, "clear_cuda_graphs", lambda module: cleared.append(module))
+    engine = opened(loras=[lora])
 
     def cancel(progress: Progress) -> None:
         if progress.stage == "denoise":
@@ -87,175 +86,174 @@ def test_what_is_recorded_with_some_strengths_is_forgotten_also_where_a_step_is_
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate(REQUEST, watch=cancel)
-    assert len(forgotten) == 1
+    assert len(cleared) == 1
 
 
-def test_each_of_two_passes_has_a_strength_of_its_own(opened: Callable[..., Engine], one: Path, tmp_path: Path) -> None:
+def test_each_of_two_passes_has_its_own_strength(opened: Callable[..., Engine], lora: Path, tmp_path: Path) -> None:
     upscaler = tiny_models.write_random_upscaler(tmp_path / "up.safetensors")
     request = replace(TWO_PASSES, second_pass=Pass(sigmas=(0.6,)))
-    made = {
-        strengths: opened(loras=[(one, *strengths)], upscaler=upscaler).denoise(request)
+    latents = {
+        strengths: opened(loras=[(lora, *strengths)], upscaler=upscaler).denoise(request)
         for strengths in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0,))
     }
-    assert torch.equal(made[1.0, 1.0], made[1.0,])
-    assert relative(made[1.0, 0.0], made[1.0, 1.0]) > 1e-3
-    assert relative(made[0.0, 1.0], made[1.0, 1.0]) > 1e-3
-    asked = opened(loras=[one], upscaler=upscaler).denoise(replace(request, lora_strengths=((1.0, 0.0),)))
-    assert torch.equal(asked, made[1.0, 0.0])
+    assert torch.equal(latents[1.0, 1.0], latents[1.0,])
+    assert relative_error(latents[1.0, 0.0], latents[1.0, 1.0]) > 1e-3
+    assert relative_error(latents[0.0, 1.0], latents[1.0, 1.0]) > 1e-3
+    by_request = opened(loras=[lora], upscaler=upscaler).denoise(replace(request, lora_strengths=((1.0, 0.0),)))
+    assert torch.equal(by_request, latents[1.0, 0.0])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "Q8_0", "fp8-weights"])
-def test_quantized_weights_take_a_lora_and_one_merged_before(
-    scheme: str, opened: Callable[..., Engine], one: Path
-) -> None:
-    right = opened(loras=[one]).denoise(REQUEST)
-    plain = opened().denoise(REQUEST)
-    for merged in (False, True):
-        made = opened(loras=[one], quant=scheme, merge_loras=merged).denoise(REQUEST)
-        assert relative(made, right) < 0.5 * relative(plain, right)
+def test_quantized_weights_take_loras_merged_or_not(scheme: str, opened: Callable[..., Engine], lora: Path) -> None:
+    expected = opened(loras=[lora]).denoise(REQUEST)
+    without_lora = opened().denoise(REQUEST)
+    for merge in (False, True):
+        quantized = opened(loras=[lora], quant=scheme, merge_loras=merge).denoise(REQUEST)
+        assert relative_error(quantized, expected) < 0.5 * relative_error(without_lora, expected)
 
 
-def test_a_file_in_8_bit_floats_takes_a_lora_beside_and_none_merged(
-    tmp_path: Path, one: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(components, "may_be_rotated", lambda checkpoint: False)  # nobody trained it
+def test_fp8_file_takes_a_lora_only_unmerged(tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(components, "may_be_rotated", lambda checkpoint: False)  # random weights
     tiny_models.write_model(tmp_path)
-    right = Engine.open(
-        tmp_path / tiny_models.MODEL_FILE, device="cpu", dtype="float32", loras=[one], prompt_cache=False
+    expected = Engine.open(
+        tmp_path / tiny_models.MODEL_FILE, device="cpu", dtype="float32", loras=[lora], prompt_cache=False
     ).denoise(REQUEST)
     cast_as_released(tmp_path / tiny_models.MODEL_FILE, torch.float8_e4m3fn)
     engine = Engine.open(
-        tmp_path / tiny_models.MODEL_FILE, device="cpu", dtype="float32", loras=[one], prompt_cache=False
+        tmp_path / tiny_models.MODEL_FILE, device="cpu", dtype="float32", loras=[lora], prompt_cache=False
     )
-    assert relative(engine.denoise(REQUEST), right) < 0.2
-    with pytest.raises(CheckpointError, match="float8_e4m3fn, and to merge a LoRA its weights would be rounded"):
-        Engine.open(tmp_path / tiny_models.MODEL_FILE, device="cpu", loras=[one], merge_loras=True)
+    assert relative_error(engine.denoise(REQUEST), expected) < 0.2
+    with pytest.raises(CheckpointError, match="float8_e4m3fn; merging a LoRA would round its weights"):
+        Engine.open(tmp_path / tiny_models.MODEL_FILE, device="cpu", loras=[lora], merge_loras=True)
 
 
-def test_blocks_that_come_and_go_bring_their_loras(opened: Callable[..., Engine], one: Path) -> None:
-    right = opened(loras=[one]).denoise(REQUEST)
-    assert torch.equal(opened(loras=[one], offload="blocks").denoise(REQUEST), right)
+def test_streamed_blocks_apply_their_loras(opened: Callable[..., Engine], lora: Path) -> None:
+    expected = opened(loras=[lora]).denoise(REQUEST)
+    assert torch.equal(opened(loras=[lora], offload="blocks").denoise(REQUEST), expected)
 
 
-def test_the_plan_counts_what_loras_take(opened: Callable[..., Engine], one: Path, other: Path) -> None:
-    def denoise(**how: Any) -> Any:
-        return next(stage for stage in opened(**how).plan(REQUEST).stages if stage.stage == "denoise").placement
+def test_plan_counts_bytes_and_seconds_of_loras(opened: Callable[..., Engine], lora: Path, other_lora: Path) -> None:
+    def denoise_placement(**options: Any) -> Any:
+        return next(stage for stage in opened(**options).plan(REQUEST).stages if stage.stage == "denoise").placement
 
-    plain, beside, merged = denoise(), denoise(loras=[one, other]), denoise(loras=[one, other], merge_loras=True)
-    taken = 4 * sum(down.numel() + up.numel() for down, up in block_pairs((*ATTENTION, *FEED_FORWARD)).values())
-    taken += 4 * sum(down.numel() + up.numel() for down, up in block_pairs(seed=7).values())
-    assert beside.own - plain.own == taken
-    assert beside.working > plain.working
-    assert beside.seconds > plain.seconds
-    assert merged.own > plain.own
-    assert merged.own + merged.mapped == plain.own + plain.mapped
-    assert merged.working == plain.working
-
-
-def test_merged_weights_are_not_streamed_on_a_cpu(opened: Callable[..., Engine], one: Path) -> None:
-    """They lie in no file any more, so their pages cannot be let go of."""
-    choice = opened(loras=[one], merge_loras=True, offload="blocks").plan(REQUEST).stages[-2].placement
-    assert not choice.streamed_blocks
-    assert opened(loras=[one], offload="blocks").plan(REQUEST).stages[-2].placement.streamed_blocks
+    plain, unmerged = denoise_placement(), denoise_placement(loras=[lora, other_lora])
+    merged = denoise_placement(loras=[lora, other_lora], merge_loras=True)
+    lora_bytes = 4 * sum(down.numel() + up.numel() for down, up in block_pairs((*ATTENTION, *FEED_FORWARD)).values())
+    lora_bytes += 4 * sum(down.numel() + up.numel() for down, up in block_pairs(seed=7).values())
+    assert unmerged.private_bytes - plain.private_bytes == lora_bytes
+    assert unmerged.workspace_bytes > plain.workspace_bytes
+    assert unmerged.seconds > plain.seconds
+    assert merged.private_bytes > plain.private_bytes
+    assert merged.private_bytes + merged.mapped_bytes == plain.private_bytes + plain.mapped_bytes
+    assert merged.workspace_bytes == plain.workspace_bytes
 
 
-def test_strengths_that_cannot_be_are_refused_before_anything_is_loaded(
-    opened: Callable[..., Engine], one: Path, monkeypatch: pytest.MonkeyPatch
+def test_merged_weights_are_not_streamed_on_a_cpu(opened: Callable[..., Engine], lora: Path) -> None:
+    """Merged weights are in no file, so their pages cannot be dropped."""
+    placement = opened(loras=[lora], merge_loras=True, offload="blocks").plan(REQUEST).stages[-2].placement
+    assert not placement.streamed_blocks
+    assert opened(loras=[lora], offload="blocks").plan(REQUEST).stages[-2].placement.streamed_blocks
+
+
+def test_bad_strengths_are_refused_before_any_load(
+    opened: Callable[..., Engine], lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = opened(loras=[one])
+    engine = opened(loras=[lora])
 
-    def take(*given: object, **more: object) -> None:
+    def acquire(*args: object, **kwargs: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(engine.components.module_cache, "acquire", take)
+    monkeypatch.setattr(engine.components.module_cache, "acquire", acquire)
     with pytest.raises(RequestError, match="2 strengths of LoRAs are given, and this engine has 1"):
         engine.generate(replace(REQUEST, lora_strengths=(1, 1)))
     with pytest.raises(RequestError, match="this engine has 0"):
         opened().plan(replace(REQUEST, lora_strengths=(1,)))
-    with pytest.raises(RequestError, match="their strengths are fixed"):
-        opened(loras=[one], merge_loras=True).plan(replace(REQUEST, lora_strengths=(0.5,)))
-    for strength, says in (("1", "must be a number"), (float("nan"), "must be a number"), (100, "between -10 and 10")):
-        with pytest.raises(RequestError, match=says):
+    with pytest.raises(RequestError, match="which fixes their strengths"):
+        opened(loras=[lora], merge_loras=True).plan(replace(REQUEST, lora_strengths=(0.5,)))
+    for strength, expected in (
+        ("1", "must be a number"),
+        (float("nan"), "must be a number"),
+        (100, "between -10 and 10"),
+    ):
+        with pytest.raises(RequestError, match=expected):
             replace(REQUEST, lora_strengths=(strength,))
-        with pytest.raises(RequestError, match=says):
-            opened(loras=[(one, strength)])
+        with pytest.raises(RequestError, match=expected):
+            opened(loras=[(lora, strength)])
     with pytest.raises(RequestError, match="one for each of two passes"):
         replace(REQUEST, lora_strengths=((1, 2, 3),))
-    for no_list in (str(one), {str(one): 0.5}, None, 5):
+    for no_list in (str(lora), {str(lora): 0.5}, None, 5):
         with pytest.raises(RequestError, match="must be a list"):
             opened(loras=no_list)
     with pytest.raises(RequestError, match="must be a path"):
         opened(loras=[3])
 
 
-def test_one_transformer_cannot_have_two_strengths_merged(
-    opened: Callable[..., Engine], one: Path, tmp_path: Path
+def test_two_merged_strengths_of_one_transformer_are_refused(
+    opened: Callable[..., Engine], lora: Path, tmp_path: Path
 ) -> None:
     upscaler = tiny_models.write_random_upscaler(tmp_path / "up.safetensors")
-    engine = opened(loras=[(one, 1, 0)], merge_loras=True, upscaler=upscaler)
+    engine = opened(loras=[(lora, 1, 0)], merge_loras=True, upscaler=upscaler)
     with pytest.raises(RequestError, match="strength 1 in the first pass and 0 in the second"):
         engine.plan(replace(TWO_PASSES, second_pass=Pass(sigmas=(0.6,))))
     single = engine.denoise(REQUEST)  # there is no second pass
-    assert relative(single, opened(loras=[one]).denoise(REQUEST)) < 1e-5
+    assert relative_error(single, opened(loras=[lora]).denoise(REQUEST)) < 1e-5
 
 
-def test_a_lora_of_another_model_is_refused_when_the_engine_opens(
-    opened: Callable[..., Engine], tmp_path: Path
-) -> None:
+def test_lora_of_another_model_is_refused_at_open(opened: Callable[..., Engine], tmp_path: Path) -> None:
     wide = write_lora_file(tmp_path / "wide.safetensors", block_pairs(width=2048))
-    with pytest.raises(CheckpointError, match=r"does not fit .*It looks like one for 2B"):
+    with pytest.raises(CheckpointError, match=r"does not fit .*It fits a 2B model"):
         opened(loras=[wide])
-    strange = write_lora_file(
-        tmp_path / "strange.safetensors",
+    partial = write_lora_file(
+        tmp_path / "partial.safetensors",
         block_pairs(),
         extra_tensors={"diffusion_model.head.lora_A.weight": torch.ones(4, 64)},
     )
     with pytest.raises(CheckpointError, match="belong to no layer"):
-        opened(loras=[strange])
+        opened(loras=[partial])
     with pytest.warns(KadrWarning, match="left out: diffusion_model.head"):
-        engine = opened(loras=[strange], lora_partial=True)
-    assert relative(engine.denoise(REQUEST), opened().denoise(REQUEST)) > 0.01
+        engine = opened(loras=[partial], lora_partial=True)
+    assert relative_error(engine.denoise(REQUEST), opened().denoise(REQUEST)) > 0.01
 
 
-def test_a_lora_may_be_named_as_the_registry_has_it(
-    opened: Callable[..., Engine], one: Path, monkeypatch: pytest.MonkeyPatch
+def test_lora_may_be_given_by_its_registry_name(
+    opened: Callable[..., Engine], lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched: list[tuple[str, str]] = []
-    monkeypatch.setattr(locate.hub, "fetch", lambda repo, file: fetched.append((repo, file)) or one)
+    monkeypatch.setattr(locate.hub, "fetch", lambda repo, file: fetched.append((repo, file)) or lora)
     engine = opened(loras=[("ltxv-13b-0.9.7-ic-lora-canny", 0.5)])
     assert fetched == [
         ("Lightricks/LTX-Video-ICLoRA-canny-13b-0.9.7", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
     ]
-    assert engine.metadata(REQUEST)["loras"] == [noted(one, 0.5)]
-    with pytest.raises(RequestError, match=r"is a LoRA, and no model\. Give it as --lora"):
+    assert engine.metadata(REQUEST)["loras"] == [lora_metadata(lora, 0.5)]
+    with pytest.raises(RequestError, match=r"is a LoRA, not a model\. Give it as --lora"):
         Engine.open("ltxv-13b-0.9.7-ic-lora-canny")
     with pytest.raises(RequestError, match=r"is a spatial upscaler; for the LoRA give a path, or a name such as ltxv"):
         opened(loras=["ltxv-spatial-upscaler-0.9.8"])
-    with pytest.raises(CheckpointError, match="the LoRA is not at nowhere"):
+    with pytest.raises(CheckpointError, match="the LoRA nowhere.* does not exist"):
         opened(loras=["nowhere"])
 
 
-def test_a_lora_that_is_not_there_is_told_before_a_model_is_fetched() -> None:
-    with pytest.raises(CheckpointError, match=r"the LoRA is not at gone\.safetensors"):
+def test_missing_lora_is_refused_before_a_model_is_fetched() -> None:
+    with pytest.raises(CheckpointError, match=r"the LoRA gone\.safetensors does not exist"):
         Engine.open("ltxv-13b-0.9.8-distilled", loras=["gone.safetensors"])  # no test reaches the network
 
 
-def test_a_request_with_strengths_comes_back_from_json(one: Path) -> None:
+def test_request_with_strengths_survives_json(lora: Path) -> None:
     request = replace(REQUEST, lora_strengths=(1, (0.5, 0.25)))
     assert Request.from_json(request.to_json()) == request
 
 
-def noted(path: Path, strength: float, second: float | None = None) -> dict[str, Any]:
-    """What a video remembers of a LoRA."""
+def lora_metadata(path: Path, strength: float, second_strength: float | None = None) -> dict[str, Any]:
+    """Returns the metadata of a LoRA in a video's file."""
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"path": str(path), "strength": strength, "second": second, "sha256": sha256}
+    return {"path": str(path), "strength": strength, "second_strength": second_strength, "sha256": sha256}
 
 
-def test_what_was_added_is_remembered(opened: Callable[..., Engine], one: Path, other: Path) -> None:
-    engine = opened(loras=[(one, 0.5), (other, 1.0, 0.25)], merge_loras=False)
-    record = engine.metadata(engine.resolve(REQUEST))
-    assert record["loras"] == [
-        noted(one, 0.5),
-        noted(other, 1.0, 0.25),
+def test_metadata_names_loras_and_their_hashes(opened: Callable[..., Engine], lora: Path, other_lora: Path) -> None:
+    engine = opened(loras=[(lora, 0.5), (other_lora, 1.0, 0.25)], merge_loras=False)
+    metadata = engine.metadata(engine.resolve(REQUEST))
+    assert metadata["loras"] == [
+        lora_metadata(lora, 0.5),
+        lora_metadata(other_lora, 1.0, 0.25),
     ]
     assert "loras" not in opened().metadata(REQUEST)

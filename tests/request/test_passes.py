@@ -339,8 +339,8 @@ def test_size_too_small_for_two_passes_is_refused(opened: Opened, size: Size, no
         (["both", "temporal"], ("temporal.safetensors is a second temporal upscaler",)),
         (["temporal", "both"], ("both.safetensors is a second temporal upscaler",)),
         (["both", "spatial"], ("spatial.safetensors is a second spatial upscaler",)),
-        (["model"], ("model.safetensors is no latent upscaler", "`kadr models`")),
-        (["gone"], ("the upscaler is not at", "gone.safetensors")),
+        (["model"], ("model.safetensors is not a latent upscaler", "`kadr models`")),
+        (["gone"], ("the upscaler", "gone.safetensors does not exist")),
     ],
     ids=str,
 )
@@ -512,7 +512,7 @@ def test_text_encoder_of_another_width_is_refused(home: Path, other: Path, tmp_p
     spiece.write_bytes(sentencepiece_model())
     narrow = build_random(lambda: T5Encoder(replace(t5_config(), d_model=16)))
     write_text_encoder(tmp_path, narrow, spiece, dtype=torch.float32)
-    expected_texts = ("16 wide", "reads text of 24", "--text-encoder", str(home))
+    expected_texts = ("width 16", "prompt embeddings of width 24", "--text-encoder", str(home))
     assert_refused(
         lambda: Engine.open(home / MODEL_FILE, text_encoder=tmp_path, device="cpu"), CheckpointError, *expected_texts
     )
