@@ -1,8 +1,7 @@
-"""What the training of a LoRA takes, foretold and measured: `python -m benchmarks.training_memory FOLDER`.
+"""Compares predicted and measured memory of LoRA training: `python -m benchmarks.training_memory FOLDER`.
 
-Each case trains for a step or two, by `kadr train-lora` in a process of its own, and the operating system says what it
-took at its highest mark. FOLDER holds the random model of `python -m benchmarks.full_size FOLDER`. Writes the table of
-docs/guides/train-lora.md.
+Each case trains for a step with `kadr train-lora` in its own process, and the operating system reports the peak. FOLDER
+has the random model of `python -m benchmarks.full_size FOLDER`. Writes the table of docs/guides/train-lora.md.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ FILE_2B = "random-2b-0.9.8-distilled.safetensors"
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """A training. model: a file in the folder; None is the demo."""
+    """A training to run. model: file name in the folder; None is the demo."""
 
     name: str
     size: Size
@@ -42,7 +41,7 @@ class TrainingCase:
     quant: str
     rank: int = 32
     model: str | None = None
-    gradient_checkpointing: bool = False  # layers are computed twice
+    gradient_checkpointing: bool = False  # blocks are computed twice
 
 
 CASES = (
@@ -52,7 +51,7 @@ CASES = (
     TrainingCase("2B in 8 bits, 512x320, 25 frames", Size(512, 320), 25, "int8", model=FILE_2B),
     TrainingCase("2B in 4 bits, 512x320, 25 frames", Size(512, 320), 25, "Q4_K", model=FILE_2B),
     TrainingCase(
-        "2B in 8 bits, 704x480, 49 frames, layers twice",
+        "2B in 8 bits, 704x480, 49 frames, gradient checkpointing",
         Size(704, 480),
         49,
         "int8",
@@ -63,7 +62,7 @@ CASES = (
 
 
 def write_clip_folder(folder: Path, case: TrainingCase) -> Path:
-    """A folder with one clip of noise."""
+    """Writes a folder with one clip of noise and its caption."""
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (case.size.height, case.size.width, 3), dtype=np.uint8)
     with VideoWriter(folder / "clip.mp4", case.size, 24) as writer:
@@ -73,53 +72,53 @@ def write_clip_folder(folder: Path, case: TrainingCase) -> Path:
 
 
 def predict(case: TrainingCase, models_folder: Path) -> int:
-    """Bytes that kadr reckons with, and what the process has before."""
+    """Returns the predicted bytes, with those of the process before training."""
     base = resident_bytes() + STARTUP_BYTES
-    how = {} if case.quant == "none" else {"quant": case.quant}
-    engine = Engine.open("demo" if case.model is None else models_folder / case.model, device="cpu", **how)
+    options = {} if case.quant == "none" else {"quant": case.quant}
+    engine = Engine.open("demo" if case.model is None else models_folder / case.model, device="cpu", **options)
     settings = TrainingSettings(size=case.size, frames=case.frames, rank=case.rank)
     example = Example(Path("clip.mp4"), "", case.frames, None)
     return base + required_bytes(engine, settings, [example], gradient_checkpointing=case.gradient_checkpointing).total
 
 
 def measure(case: TrainingCase, models_folder: Path) -> tuple[int, float]:
-    """Bytes at the highest mark, and seconds."""
+    """Returns the peak bytes and the seconds."""
     with tempfile.TemporaryDirectory() as name:
         clips = write_clip_folder(Path(name) / "clips", case)
-        words = ["--size", str(case.size), "--frames", str(case.frames), "--rank", str(case.rank), "--steps", "1"]
-        words += ["--output", str(Path(name) / "lora.safetensors"), "--quant", case.quant, "--device", "cpu"]
-        words += [] if case.model is None else ["--model", str(models_folder / case.model)]
-        began = time.monotonic()
+        arguments = ["--size", str(case.size), "--frames", str(case.frames), "--rank", str(case.rank), "--steps", "1"]
+        arguments += ["--output", str(Path(name) / "lora.safetensors"), "--quant", case.quant, "--device", "cpu"]
+        arguments += [] if case.model is None else ["--model", str(models_folder / case.model)]
+        start = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, "-m", "kadr", "train-lora", str(clips), *words], stdout=subprocess.DEVNULL
+            [sys.executable, "-m", "kadr", "train-lora", str(clips), *arguments], stdout=subprocess.DEVNULL
         )
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             raise SystemExit(f"{case.name}: kadr train-lora ended with {os.waitstatus_to_exitcode(status)}")
-        return usage.ru_maxrss * 1024, time.monotonic() - began
+        return usage.ru_maxrss * 1024, time.monotonic() - start
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_memory", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", metavar="WORDS", default="", help="cases whose names have these words")
-    parser.add_argument("--table-only", action="store_true", help="measured figures are those of earlier runs")
-    asked = parser.parse_args()
-    kept = asked.folder / "trained.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    parser.add_argument("--only", metavar="WORDS", default="", help="run the cases whose names contain WORDS")
+    parser.add_argument("--table-only", action="store_true", help="reuse the measurements of earlier runs")
+    args = parser.parse_args()
+    results_file = args.folder / "trained.json"
+    measurements = json.loads(results_file.read_text()) if results_file.exists() else {}
     for case in CASES:
-        if asked.only in case.name and not asked.table_only:
-            known[case.name] = measure(case, asked.folder)
-            kept.write_text(json.dumps(known, indent=1))
-            print(case.name, known[case.name], flush=True)
+        if args.only in case.name and not args.table_only:
+            measurements[case.name] = measure(case, args.folder)
+            results_file.write_text(json.dumps(measurements, indent=1))
+            print(case.name, measurements[case.name], flush=True)
     rows = []
     for case in CASES:
-        if case.name in known:
-            told, peak = predict(case, asked.folder), known[case.name][0]
-            rows.append((case.name, f"{told / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB", f"{told / peak:.2f}"))
+        if case.name in measurements:
+            predicted, peak = predict(case, args.folder), measurements[case.name][0]
+            rows.append((case.name, f"{predicted / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB", f"{predicted / peak:.2f}"))
             print(*rows[-1], sep="  ")
     doc_tables.write_table(
-        PAGE, NAME, doc_tables.markdown_table(("one clip, rank 32", "foretold", "measured", "ratio"), rows)
+        PAGE, NAME, doc_tables.markdown_table(("one clip, rank 32", "predicted", "measured", "ratio"), rows)
     )
     return 0
 
