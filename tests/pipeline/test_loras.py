@@ -229,7 +229,7 @@ def test_lora_may_be_given_by_its_registry_name(
         Engine.open("ltxv-13b-0.9.7-ic-lora-canny")
     with pytest.raises(RequestError, match=r"is a spatial upscaler; for the LoRA give a path, or a name such as ltxv"):
         opened(loras=["ltxv-spatial-upscaler-0.9.8"])
-    with pytest.raises(CheckpointError, match="the LoRA nowhere.* does not exist"):
+    with pytest.raises(CheckpointError, match=r"the LoRA nowhere.* does not exist"):
         opened(loras=["nowhere"])
 
 

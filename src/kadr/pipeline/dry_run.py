@@ -315,7 +315,7 @@ def _default_upscaler(model: DryRunModel) -> tuple[DryRunComponent, Upscaling]:
     release = model.release
     if release is None or release.upscaler is None:
         raise CheckpointError(
-            "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or make a "
+            "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or use a "
             "single pass."
         )
     return _inspect_upscaler(release.upscaler, model)
@@ -339,7 +339,9 @@ def _inspect_component(role: str, name_or_path: str | Path, *kinds: str) -> tupl
     if is_path(str(name_or_path)):
         path = Path(name_or_path).expanduser()
         if not path.exists():
-            raise CheckpointError(f"the {role} is not at {path}. Give an existing path, or a name of `kadr models`.")
+            raise CheckpointError(
+                f"the {role} {path} does not exist. Give an existing path, or a name of `kadr models`."
+            )
         return DryRunComponent(role, str(name_or_path), path), None
     release = registry.find_release(str(name_or_path))
     if release.kind not in kinds:
