@@ -32,7 +32,7 @@ RECIPE = Recipe(
 
 
 class CommandResult(NamedTuple):
-    """How a run ended."""
+    """Exit code and output of one run."""
 
     code: int
     out: str

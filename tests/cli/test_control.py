@@ -36,24 +36,24 @@ def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("walk.mp4", "walk.mp4", {}),
         ("ready:walk.mp4", "walk.mp4", {}),
         ("canny:walk.mp4", "walk.mp4", {"kind": "canny"}),
-        ("depth:walk.mp4#0:9", "walk.mp4", {"kind": "depth", "part": (0, 9)}),
-        ("pose:walk.mp4#-5:", "walk.mp4", {"kind": "pose", "part": (-5, None)}),
+        ("depth:walk.mp4#0:9", "walk.mp4", {"kind": "depth", "frame_range": (0, 9)}),
+        ("pose:walk.mp4#-5:", "walk.mp4", {"kind": "pose", "frame_range": (-5, None)}),
         ("canny:./canny:odd.mp4", "canny:odd.mp4", {"kind": "canny"}),
         ("dog:odd.mp4", "dog:odd.mp4", {}),
-        ("dog:odd.mp4#0:5", "dog:odd.mp4", {"part": (0, 5)}),
+        ("dog:odd.mp4#0:5", "dog:odd.mp4", {"frame_range": (0, 5)}),
         ("canny:odd.mp4", "canny:odd.mp4", {}),  # a file that is called so
-        ("canny:odd.mp4#-3:", "canny:odd.mp4", {"part": (-3, None)}),
+        ("canny:odd.mp4#-3:", "canny:odd.mp4", {"frame_range": (-3, None)}),
         ("canny:walk#1:2.mp4", "walk#1:2.mp4", {"kind": "canny"}),
     ],
 )
-def test_control_takes_a_kind_and_a_part_or_leaves_them(
+def test_a_control_may_have_a_kind_and_a_frame_range(
     kadr: Run, engine: FakeEngine, clip: str, words: str, name: str, fields: dict[str, Any]
 ) -> None:
     assert kadr("generate", PROMPT, "--control", words).code == 0
     assert engine.requests == [Request(prompt=PROMPT, controls=(Control(os.path.abspath(name), **fields),))]
 
 
-def test_controls_may_be_many_and_stand_beside_pictures(kadr: Run, engine: FakeEngine, clip: str) -> None:
+def test_controls_may_be_many_and_stand_beside_images(kadr: Run, engine: FakeEngine, clip: str) -> None:
     words = ("--control", f"canny:{clip}", "--control", clip, "--video", clip)
     assert kadr("plan", PROMPT, *words, "--frames", "9").code == 0
     (request,) = engine.requests

@@ -65,7 +65,7 @@ def media() -> None:
 
 
 def tables(text: str) -> Iterator[list[list[str]]]:
-    """The rows of each pass: step, level, guidance, stg, rescale, blocks."""
+    """Rows of each pass: step, sigma, guidance, stg, rescale, blocks."""
     for block in text.split("\n\n"):
         if block.startswith("pass "):
             yield [line.split() for line in block.splitlines()[2:]]
@@ -85,10 +85,10 @@ def test_steps_of_13b_dev_are_the_official_ones(kadr: Run, words: list[str]) -> 
     ended = kadr("generate", "x", *words, "--dry-run")
     assert (ended.code, ended.err) == (0, "")
     for rows, table in zip(tables(ended.out), (FIRST, SECOND), strict=True):
-        expected = [(f"{level:g}", values) for *values, levels in table for level in levels]
+        expected = [(f"{sigma:g}", values) for *values, sigmas in table for sigma in sigmas]
         assert [int(row[0]) for row in rows] == list(range(1, len(expected) + 1))
-        for row, (level, (scale, stg, rescale, blocks)) in zip(rows, expected, strict=True):
-            numbers = [level, f"{scale:g}", f"{stg:g}", f"{rescale:g}"]
+        for row, (sigma, (scale, stg, rescale, blocks)) in zip(rows, expected, strict=True):
+            numbers = [sigma, f"{scale:g}", f"{stg:g}", f"{rescale:g}"]
             assert row[1:] == [*numbers, ",".join(map(str, blocks)) or "-"]
     assert "ltxv-13b-0.9.8-dev, not on disk: 28.6 G bytes to fetch" in ended.out
     assert ended.out.endswith("\n\n88 model evaluations.\n")
@@ -161,12 +161,12 @@ def test_conditions_are_shown_where_they_will_stand(kadr: Run) -> None:
 
 
 @pytest.mark.usefixtures("media")
-def test_video_gives_its_length_and_its_strength_the_first_level(kadr: Run) -> None:
+def test_an_input_video_gives_its_length_and_the_first_sigma(kadr: Run) -> None:
     words = "--input-video clip.mp4 --denoise-strength 0.6 --steps 10 --size 64x64 --dry-run --json"
     told = json.loads(kadr("generate", "x", *words.split()).out)
     assert told["frames"] == {"requested": 30, "sampled": 33}
-    levels = [step["sigma"] for step in told["passes"][0]["steps"]]
-    assert max(levels) <= 0.6
+    sigmas = [step["sigma"] for step in told["passes"][0]["steps"]]
+    assert max(sigmas) <= 0.6
 
 
 def test_seconds_are_frames_at_the_rate_of_the_model(kadr: Run) -> None:

@@ -94,7 +94,7 @@ def test_what_the_model_was_given_is_in_the_file_and_a_rerun_asks_nobody(kadr: R
     assert (read_video(tmp_path / "plain.mp4").frames == read_video(output).frames).all()
 
 
-def test_a_long_video_goes_on_with_the_prompt_that_was_enhanced_when_it_began(
+def test_a_long_video_resumes_with_the_prompt_that_it_began_with(
     kadr: Run, engine: FakeEngine, chat: FakeChat, tmp_path: Path
 ) -> None:
     windows = tmp_path / "out.windows"
@@ -135,7 +135,8 @@ def test_nobody_is_asked_for_a_video_that_cannot_be_made(
     (tmp_path / "a.windows").mkdir()
     (tmp_path / "a.windows" / "window-0001.safetensors").touch()
     (tmp_path / "a.windows" / "request.json").write_text("{}")
-    assert "holds 1 finished window of an unfinished video" in kadr("generate", PROMPT, *long, "--output", tmp_path / "a.mp4").err
+    again = kadr("generate", PROMPT, *long, "--output", tmp_path / "a.mp4")
+    assert "holds 1 finished window of an unfinished video" in again.err
     too_many = kadr("generate", "--prompt", "one", "--prompt", "two", "--prompt", "three", *long[:2], *long[4:])
     assert too_many.code == 0  # a window for each
     chat.requests.clear()

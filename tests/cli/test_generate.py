@@ -35,7 +35,7 @@ SKIPPING = Guidance(skip_blocks=((), (11, 25), (28,)), sigmas=(1.0, 0.9, 0.5))
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image_path(tmp_path: Path) -> str:
     (tmp_path / "photo.jpg").write_bytes(b"looked at by the engine alone")
     return "photo.jpg"
 
@@ -129,10 +129,10 @@ def test_the_prompt_cache_is_used_unless_a_flag_says_otherwise(kadr: Run, engine
 
 @pytest.mark.parametrize("numbers, frame, strength", [((), 0, 1.0), (("0",), 0, 1.0), (("0", "0.8"), 0, 0.8)])
 def test_image_takes_its_numbers_or_leaves_them(
-    kadr: Run, engine: FakeEngine, picture: str, numbers: tuple[str, ...], frame: int, strength: float
+    kadr: Run, engine: FakeEngine, image_path: str, numbers: tuple[str, ...], frame: int, strength: float
 ) -> None:
-    assert kadr("generate", "--image", picture, *numbers, PROMPT).code == 0
-    expected = Condition(media=os.path.abspath(picture), frame=frame, strength=strength)
+    assert kadr("generate", "--image", image_path, *numbers, PROMPT).code == 0
+    expected = Condition(media=os.path.abspath(image_path), frame=frame, strength=strength)
     assert engine.requests == [Request(prompt=PROMPT, conditions=(expected,))]
 
 
@@ -161,10 +161,10 @@ def test_video_takes_a_part_and_numbers(
     assert engine.requests[0].conditions == (expected,)
 
 
-def test_image_takes_a_box_after_its_numbers_or_without(kadr: Run, engine: FakeEngine, picture: str) -> None:
+def test_image_takes_a_box_after_its_numbers_or_without(kadr: Run, engine: FakeEngine, image_path: str) -> None:
     for words in (["0", "1.0"], []):
-        assert kadr("generate", "--image", picture, *words, "box=0,0,32,64", PROMPT).code == 0
-    expected = Condition(media=os.path.abspath(picture), box=(0, 0, 32, 64))
+        assert kadr("generate", "--image", image_path, *words, "box=0,0,32,64", PROMPT).code == 0
+    expected = Condition(media=os.path.abspath(image_path), box=(0, 0, 32, 64))
     assert [request.conditions for request in engine.requests] == [(expected,), (expected,)]
 
 
@@ -219,20 +219,20 @@ def test_official_name_is_ours(kadr: Run, engine: FakeEngine, official: str, our
     assert ours != "--output" or sorted(os.listdir()) == ["config.yaml", "named.mp4"]
 
 
-def test_official_command_line_is_understood(kadr: Run, engine: FakeEngine, picture: str) -> None:
-    words = f"--prompt|{PROMPT}|--conditioning_media_paths|{picture}|--conditioning_start_frames|0|"
+def test_official_command_line_is_understood(kadr: Run, engine: FakeEngine, image_path: str) -> None:
+    words = f"--prompt|{PROMPT}|--conditioning_media_paths|{image_path}|--conditioning_start_frames|0|"
     words += "--conditioning_strengths|0.5|--height|480|--width=704|--num_frames|17|--seed|3"
     assert kadr("generate", *words.split("|")).code == 0
-    condition = Condition(media=os.path.abspath(picture), frame=0, strength=0.5)
+    condition = Condition(media=os.path.abspath(image_path), frame=0, strength=0.5)
     made = Request(prompt=PROMPT, size=(704, 480), frames=17, seed=3, conditions=(condition,))
     assert engine.requests == [made]
 
 
-def test_official_media_are_pictures_or_clips_by_their_endings(kadr: Run, engine: FakeEngine, picture: str) -> None:
+def test_official_media_are_images_or_clips_by_their_endings(kadr: Run, engine: FakeEngine, image_path: str) -> None:
     Path("clip.MP4").touch()
-    words = ("--conditioning_media_paths", "clip.MP4", picture, "--conditioning_start_frames", "8", "0")
+    words = ("--conditioning_media_paths", "clip.MP4", image_path, "--conditioning_start_frames", "8", "0")
     assert kadr("generate", PROMPT, *words).code == 0
-    first = Condition(media=os.path.abspath(picture), is_clip=False)
+    first = Condition(media=os.path.abspath(image_path), is_clip=False)
     second = Condition(media=os.path.abspath("clip.MP4"), frame=8, is_clip=True)
     assert engine.requests[0].conditions == (first, second)
 
@@ -305,7 +305,8 @@ def test_demo_is_announced_only_where_no_model_is_named(kadr: Run, engine: FakeE
 def test_json_is_one_object_that_holds_the_request(kadr: Run, engine: FakeEngine) -> None:
     told = json.loads(kadr("generate", PROMPT, "--model", "demo", "--seed", "5", "--json").out)
     assert Request.from_json(told.pop("request")) == engine.resolve(Request(prompt=PROMPT, seed=5))
-    made = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "model_name": "demo", "seed": 5}
+    made = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "seed": 5}
+    made["model_name"] = "demo"
     assert told == made
 
 
@@ -380,7 +381,7 @@ def test_explained_error_is_one_line(kadr: Run, engine: FakeEngine, error: Excep
     assert "Traceback" not in ended.err
 
 
-def test_unexpected_error_asks_for_a_report_and_shows_its_traceback_on_demand(
+def test_an_unexpected_error_asks_for_a_report_and_can_show_its_traceback(
     kadr: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.on_half_written = raising(ZeroDivisionError("by nought\nand more"))

@@ -61,7 +61,7 @@ def test_text_encoder_is_described(kadr: Run, home: Path, folder: str) -> None:
     assert json.loads(kadr("inspect", home / folder, "--json").out)["family"] == "T5"
 
 
-def test_lora_is_described_with_what_it_changes_and_what_is_strange_in_it(kadr: Run, tmp_path: Path) -> None:
+def test_a_lora_is_described_with_its_layers_and_unexpected_keys(kadr: Run, tmp_path: Path) -> None:
     halves = lora_files.block_pairs(("attn1.to_q", "ff.net.2"), width=2048)
     more = {"diffusion_model.head.lora_A.weight": torch.ones(4, 64)}
     metadata = {"reference_downscale_factor": "2", "made_by": "somebody"}

@@ -163,7 +163,7 @@ def test_pull_refuses_what_comes_damaged(kadr: Run, remote: FakeHub) -> None:
     remote.corrupted_files[MODEL_FILE] = bytes(len(FILES[MODEL_FILE]))
     ended = kadr("models", "pull", NAME)
     assert (ended.code, ended.out) == (1, "")
-    assert f"{MODEL_FILE} of {LTX_VIDEO_REPO} came damaged" in ended.err
+    assert f"{MODEL_FILE} of {LTX_VIDEO_REPO} arrived damaged" in ended.err
     assert hub.cached_file(LTX_VIDEO_REPO, MODEL_FILE) is None
 
 

@@ -28,7 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, home: Path) -> list[tuple[str, ...]]:
-    """What is asked of the hub; whatever it is, it has the tiny model."""
+    """A hub that holds the tiny model, under every name."""
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(hub, "fetch", lambda repo, file: asked.append((repo, file)) or home / tiny_models.MODEL_FILE)
     monkeypatch.setattr(hub, "fetch_folder", lambda repo, patterns: asked.append((repo, *patterns)) or home)
@@ -43,7 +43,7 @@ def test_a_model_is_written_and_its_path_printed(kadr: Run, home: Path, tmp_path
     assert ours.info.transformer == official.info.transformer
     assert list(ours.sources) == ["transformer"]
     lines = ended.err.splitlines()
-    assert lines[0].startswith(f"quantizing: {len(ours.sources['transformer'].infos)} of ")
+    assert lines[0].startswith(f"quantize: {len(ours.sources['transformer'].infos)} of ")
     assert "bytes before, " in lines[1]
     assert "Q8_0 (" in lines[1]
     assert lines[2] == f"the VAE is not in this file: give it with --vae {home / tiny_models.MODEL_FILE}"
@@ -108,7 +108,10 @@ def test_the_demo_remembers_its_name(kadr: Run, tmp_path: Path) -> None:
     [
         ("ltxv-spatial-upscaler-0.9.8", "is a spatial upscaler"),
         ("ltxv-13b-0.9.7-ic-lora-canny", "is a LoRA"),
-        (TEXT_ENCODER_GGUF, f"is quantized already, and to do it again loses twice. Take {DEFAULT_TEXT_ENCODER}"),
+        (
+            TEXT_ENCODER_GGUF,
+            f"quantized already; quantizing it again loses precision twice. Use {DEFAULT_TEXT_ENCODER}",
+        ),
         ("ltxv-2b-0.9.55", "there is no model named"),
         ("absent.safetensors", "does not exist"),
     ],
@@ -153,7 +156,7 @@ def test_what_is_there_is_replaced_only_by_force(kadr: Run, home: Path, tmp_path
     out.write_text("older")
     ended = kadr("quantize", home / tiny_models.MODEL_FILE, out, "--type", "Q8_0")
     assert ended.code == 1
-    assert "is there already. Give --force" in ended.err
+    assert "exists already. Pass --force" in ended.err
     assert out.read_text() == "older"
     assert kadr("quantize", home / tiny_models.MODEL_FILE, out, "--type", "Q8_0", "--force").code == 0
     assert Checkpoint.open(out).info.layout == "GGUF"

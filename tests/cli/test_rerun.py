@@ -98,7 +98,11 @@ def test_loras_are_taken_again_with_their_strengths(kadr: Run, engine: FakeEngin
     (tmp_path / "style.safetensors").touch()
     loras = [
         {"path": str(tmp_path / "style.safetensors"), "strength": 0.5, "second_strength": None},
-        {"path": str(tmp_path / "ltxv-097-ic-lora-canny-control-comfyui.safetensors"), "strength": 1.0, "second_strength": 0.0},
+        {
+            "path": str(tmp_path / "ltxv-097-ic-lora-canny-control-comfyui.safetensors"),
+            "strength": 1.0,
+            "second_strength": 0.0,
+        },
     ]
     ended = kadr("rerun", film(loras=loras, merge_loras=True))
     assert ended.code == 0, ended.err
@@ -113,7 +117,7 @@ def test_loras_are_taken_again_with_their_strengths(kadr: Run, engine: FakeEngin
     assert "another file" not in kadr("rerun", film(loras=loras)).err
     (tmp_path / "style.safetensors").write_bytes(b"trained again")
     ended = kadr("rerun", film(loras=loras))
-    assert (ended.code, "style.safetensors is another file than the one" in ended.err) == (0, True)
+    assert (ended.code, "style.safetensors is not the file" in ended.err) == (0, True)
     (tmp_path / "style.safetensors").unlink()
     ended = kadr("rerun", film(loras=loras))
     assert (ended.code, "the LoRA was" in ended.err, "style.safetensors" in ended.err) == (1, True, True)
@@ -136,7 +140,8 @@ def test_missing_part_of_the_model_is_named(kadr: Run, engine: FakeEngine, film:
 
 
 def test_released_model_that_moved_is_opened_by_name(kadr: Run, engine: FakeEngine, film: Film) -> None:
-    file = film(model_name="demo", model="/gone/demo.safetensors", vae="/gone/demo.safetensors", text_encoder="/gone/t5")
+    gone = "/gone/demo.safetensors"
+    file = film(model_name="demo", model=gone, vae=gone, text_encoder="/gone/t5")
     ended = kadr("rerun", file)
     assert ended.code == 0, ended.err
     assert engine.open_calls == [("demo", {"device": "cpu", "dtype": "float32"})]
@@ -155,7 +160,7 @@ def test_released_model_keeps_its_name(
     assert engine.open_calls[-1][0] == str(tmp_path / "m.safetensors")
 
 
-def test_missing_picture_is_named(kadr: Run, engine: FakeEngine, film: Film) -> None:
+def test_a_missing_image_is_named(kadr: Run, engine: FakeEngine, film: Film) -> None:
     request = Request(prompt="x", conditions=[Condition(media="/gone/photo.jpg")])
     ended = kadr("rerun", film(request=request.to_json()))
     assert (ended.code, ended.out, engine.open_calls) == (1, "", [])

@@ -100,7 +100,7 @@ def test_a_file_that_no_training_made_is_never_written_over(
     monkeypatch.chdir(tmp_path)
     Path("lora.safetensors").write_bytes(b"precious")
     ended = kadr("train-lora", clips, "--model", model, *SMALL)
-    assert (ended.code, "lora.safetensors is there, and is not of a training" in ended.err) == (1, True)
+    assert (ended.code, "lora.safetensors already exists, and no training" in ended.err) == (1, True)
     assert Path("lora.safetensors").read_bytes() == b"precious"
 
 

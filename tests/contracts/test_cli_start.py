@@ -37,7 +37,7 @@ def test_help_does_not_load_torch() -> None:
 
 
 def test_help_answers_in_under_400_milliseconds() -> None:
-    """Of a CPU: other tests run beside this one, and it waits for nothing else."""
+    """CPU time: other tests run beside this one, and it waits for nothing else."""
     times = []
     for _ in range(5):
         before = getrusage(RUSAGE_CHILDREN)

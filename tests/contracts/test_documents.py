@@ -1,4 +1,4 @@
-"""What the documents say exists: the tests and files they name, and every released model in its table."""
+"""Documents name what exists: tests, files, links, floors, and every released model in its table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def claims(path: Path) -> dict[str, set[str]]:
     return {name: fixtures for name, fixtures in asked.items() if name.startswith("test_")}
 
 
-def strangers(text: str) -> list[str]:
+def missing_tests(text: str) -> list[str]:
     """The tests that a text names and that do not exist."""
     named = sorted(set(NAMED.findall(text)))
     paths = {file for file, _ in named if (ROOT / file).is_file()}
@@ -37,7 +37,7 @@ def strangers(text: str) -> list[str]:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_tests_files_and_links_that_a_document_names_exist(path: Path) -> None:
     text = path.read_text("utf-8")
-    assert strangers(text) == []
+    assert missing_tests(text) == []
     homes = (ROOT, PACKAGE, PACKAGE.parent)
     assert [file for file in FILE.findall(text) if not any((home / file).is_file() for home in homes)] == []
     assert [link for link in LINK.findall(text) if not (path.parent / link).exists()] == []
@@ -45,13 +45,13 @@ def test_tests_files_and_links_that_a_document_names_exist(path: Path) -> None:
 
 def test_a_test_that_does_not_exist_would_be_noticed() -> None:
     here = "tests/contracts/test_documents.py"
-    assert strangers(f"`{here}::test_a_test_that_does_not_exist_would_be_noticed`") == []
-    for gone in (f"{here}::test_gone", "tests/test_gone.py::test_gone", f"{here}::strangers"):
-        assert strangers(f"`{gone}`") == [gone]
+    assert missing_tests(f"`{here}::test_a_test_that_does_not_exist_would_be_noticed`") == []
+    for gone in (f"{here}::test_gone", "tests/test_gone.py::test_gone", f"{here}::missing_tests"):
+        assert missing_tests(f"`{gone}`") == [gone]
 
 
 def test_the_floors_in_the_documents_are_those_that_are_held() -> None:
-    """Where they are not: python -m tests.write_floors."""
+    """If it fails: python -m tests.write_floors."""
     pages = {path: path.read_text("utf-8") for path in DOCUMENTS}
     assert doc_tables.read_table(pages[write_floors.PAGE], write_floors.NAME) == write_floors.floors_table()
     listed = [path for path, page in pages.items() if re.search(r"^\| *floor *\|", page, re.MULTILINE)]
@@ -60,20 +60,20 @@ def test_the_floors_in_the_documents_are_those_that_are_held() -> None:
 
 @pytest.mark.parametrize("name", write_models.TABLES)
 def test_the_page_of_models_is_what_the_registry_says(name: str) -> None:
-    """Where it is not: python -m tests.write_models."""
+    """If it fails: python -m tests.write_models."""
     assert doc_tables.read_table(write_models.PAGE.read_text("utf-8"), name) == write_models.TABLES[name]()
 
 
 def test_every_entry_of_the_registry_is_in_the_page_of_models_with_its_test() -> None:
     page = write_models.PAGE.read_text("utf-8")
-    rows = [line for name in ("models", "parts") for line in doc_tables.read_table(page, name).splitlines()]
+    rows = [line for name in ("models", "components") for line in doc_tables.read_table(page, name).splitlines()]
     for released in RELEASES:
         (row,) = [row for row in rows if row.startswith(f"| `{released.name}` |")]
         assert NAMED.search(row)
 
 
 def test_every_test_that_notes_an_error_is_in_the_page_of_parity_and_no_other() -> None:
-    """Where it is not: make parity."""
+    """If it fails: make parity."""
     table = doc_tables.read_table(write_parity.PAGE.read_text("utf-8"), write_parity.NAME)
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     asking = {

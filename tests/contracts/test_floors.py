@@ -1,4 +1,4 @@
-"""A module of kadr imports from a lower floor or from its own unit, and from no stranger."""
+"""A module of kadr imports from a lower floor or its own unit; no circles, no oracles, no network."""
 
 import ast
 from collections import Counter
@@ -50,7 +50,7 @@ def unit_of(name: str) -> str:
 
 
 def complaints(path: str, source: str) -> Iterator[str]:
-    """What is wrong with the imports of a file. path: relative to the package, with slashes."""
+    """Yields complaints about the imports of a file. path: relative to the package, with slashes."""
     *folders, file = path.split("/")
     unit = folders[0] if folders else file.removesuffix(".py")
     if unit not in FLOOR:

@@ -1,4 +1,4 @@
-"""What a start may not load."""
+"""Starting up must not load the compiler."""
 
 from __future__ import annotations
 

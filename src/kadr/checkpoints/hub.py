@@ -1,7 +1,7 @@
-"""Checkpoints from the Hugging Face hub. Nothing else in kadr touches the network but `text/enhance.py`.
+"""Fetches checkpoints from the Hugging Face hub. Only this module and `text/enhance.py` use the network.
 
-What is in the local cache is used without asking. A large file that broke off goes on where it stopped, and whatever
-comes is compared with the hub's checksum before it is used.
+A cached file is used without a request. An interrupted download of a large file resumes where it stopped, and every
+download is verified against the hub's checksum before it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kadr.errors import CheckpointError
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-RESERVED_BYTES = 1 << 30  # bytes that a download leaves free on the disk
+RESERVED_BYTES = 1 << 30  # stay free on the disk after a download
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class RemoteFile:
 
     Args:
         repo: such as "Lightricks/LTX-Video".
-        name: within the repository.
-        digest: its checksum; see `digest`.
+        name: its path within the repository.
+        size: in bytes.
+        digest: its checksum; see the module `digest`.
     """
 
     repo: str
@@ -41,37 +42,37 @@ class RemoteFile:
 
     @property
     def is_lfs(self) -> bool:
-        """Whether it is stored beside git, as everything of more than a few megabytes is."""
+        """True if git-lfs stores it, as it does every file of more than a few megabytes."""
         return len(self.digest) == SHA256_HEX_DIGITS
 
     @property
     def blob_path(self) -> Path:
-        """Where the library's cache keeps its bytes."""
+        """Path of its bytes in huggingface_hub's cache."""
         return _repo_folder(self.repo) / "blobs" / self.digest
 
     @property
     def incomplete_path(self) -> Path:
-        """Where they are gathered."""
+        """Path of its bytes while they download."""
         return self.blob_path.with_name(f"{self.digest}.incomplete")
 
     @property
     def remaining_bytes(self) -> int:
-        """Bytes still to come."""
+        """Bytes still to download."""
         if self.blob_path.exists():
             return 0
         return max(self.size - (self.incomplete_path.stat().st_size if self.incomplete_path.exists() else 0), 0)
 
 
 def cached_file(repo: str, file: str) -> Path | None:
-    """Where a file lies in the cache, if it is there whole. The network is not asked."""
+    """Returns the path of a file in the cache, if it is there. Uses no network."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, file)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(repo, file)
+    return Path(path) if isinstance(path, str) else None
 
 
 def cached_folder(repo: str, patterns: Sequence[str]) -> Path | None:
-    """The folder of a repository in the cache, if all that patterns name is there. The network is not asked."""
+    """Returns a repository's folder in the cache, if all files that the patterns name are there. Uses no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -79,72 +80,75 @@ def cached_folder(repo: str, patterns: Sequence[str]) -> Path | None:
         folder = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    # Older versions of the library also hand out what a broken download left behind.
-    held = _list_local(folder, patterns)
-    matched = all(fnmatch.filter(held, pattern) for pattern in patterns)
-    return folder if matched and all(path.is_file() for path in held.values()) else None
+    # Older versions of huggingface_hub also return the folder of an interrupted download.
+    files = _list_local(folder, patterns)
+    all_matched = all(fnmatch.filter(files, pattern) for pattern in patterns)
+    return folder if all_matched and all(path.is_file() for path in files.values()) else None
 
 
 def list_cached(repo: str, patterns: Sequence[str]) -> dict[str, Path]:
-    """The files that the cache knows of among those that patterns name, by name; some may be gone."""
+    """Lists the files that the cache has for the patterns, by name; some paths may be gone from the disk."""
     commit = _repo_folder(repo) / "refs" / "main"
     folder = _repo_folder(repo) / "snapshots" / (commit.read_text("utf-8").strip() if commit.is_file() else "main")
     return _list_local(folder, patterns)
 
 
 def list_missing(repo: str, patterns: Sequence[str]) -> list[RemoteFile]:
-    """What the hub has under these names and the cache has not.
+    """Lists the files on the hub that match the patterns and are not in the cache.
 
     Raises:
-        CheckpointError: the hub does not answer, or has nothing of one of these names.
+        CheckpointError: the hub does not answer, or a pattern matches nothing.
     """
     with _translate_errors(repo, patterns):
         return [file for file in _list_remote(repo, patterns) if cached_file(repo, file.name) is None]
 
 
 def fetch(repo: str, file: str) -> Path:
-    """Bring a file to this machine, unless it is here.
+    """Downloads a file, unless it is cached.
+
+    Returns:
+        Its path in the cache.
 
     Raises:
-        CheckpointError: it is not in the cache, and there is no network, no such file, no leave or no room to take it;
-            or what came is not what the hub has.
+        CheckpointError: it is not cached, and there is no network, no such file, no access or no disk space; or the
+            download does not have the hub's checksum.
     """
     from huggingface_hub import hf_hub_download
 
-    if (found := cached_file(repo, file)) is not None:
-        return found
+    if (cached := cached_file(repo, file)) is not None:
+        return cached
     with _translate_errors(repo, [file]):
-        rest = _fetch_large_files(repo, [file])
+        other_files = _fetch_large_files(repo, [file])
         path = Path(hf_hub_download(repo, file))
-        _verify_files(rest)
+        _verify_files(other_files)
     return path
 
 
 def fetch_folder(repo: str, patterns: Sequence[str]) -> Path:
-    """Bring the part of a repository that patterns name to this machine, unless it is here.
+    """Downloads the files of a repository that match the patterns, unless they are cached.
 
     Args:
-        patterns: such as "text_encoder/*"; each must match something.
+        patterns: such as "text_encoder/*"; each must match a file.
 
     Returns:
-        The folder of the repository, in which other files may be missing.
+        The folder of the repository in the cache; other files may be missing in it.
 
     Raises:
-        CheckpointError: as `fetch`.
+        CheckpointError: see `fetch`.
     """
     from huggingface_hub import snapshot_download
 
-    if (found := cached_folder(repo, patterns)) is not None:
-        return found
+    if (cached := cached_folder(repo, patterns)) is not None:
+        return cached
     with _translate_errors(repo, patterns):
-        rest = _fetch_large_files(repo, patterns)
+        other_files = _fetch_large_files(repo, patterns)
         folder = Path(snapshot_download(repo, allow_patterns=list(patterns)))
-        _verify_files(rest)
+        _verify_files(other_files)
     return folder
 
 
 def fetch_digest(repo: str, name: str, path: Path) -> str | None:
-    """The checksum that the hub has for a file in the cache; None where it does not answer."""
+    """Asks the hub for the checksum of a cached file; returns None where it does not answer."""
     revision = path.relative_to(_repo_folder(repo) / "snapshots").parts[0]
     try:
         with _translate_errors(repo, [name]):
@@ -154,7 +158,7 @@ def fetch_digest(repo: str, name: str, path: Path) -> str | None:
 
 
 def compute_digest_with_progress(path: Path, name: str, like: str) -> str:
-    """As `compute_digest`, with a bar on a terminal, as the library shows them."""
+    """Computes the checksum of a file, with a progress bar on a terminal; see `compute_digest`."""
     from huggingface_hub.utils import tqdm
 
     size = path.stat().st_size
@@ -163,39 +167,39 @@ def compute_digest_with_progress(path: Path, name: str, like: str) -> str:
 
 
 def check_disk_space(description: str, needed_bytes: int) -> None:
-    """Refuse a download that would fill the disk.
+    """Refuses a download that would fill the disk.
 
     Args:
-        needed_bytes: bytes.
+        description: the download, for the error.
 
     Raises:
-        CheckpointError: there is no room for it.
+        CheckpointError: the disk has too little free space.
     """
     cache = _cache_folder()
-    free = shutil.disk_usage(next(place for place in (cache, *cache.parents) if place.exists())).free
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
     if free < needed_bytes + RESERVED_BYTES:
         raise CheckpointError(
             f"{description} takes {needed_bytes / 1e9:.1f} GB, and {cache} has {free / 1e9:.1f} GB free, of which "
-            f"{RESERVED_BYTES / 1e9:.0f} GB stay so. Free some, or set HF_HOME to a folder on a larger disk."
+            f"{RESERVED_BYTES / 1e9:.0f} GB stay free. Free some, or set HF_HOME to a folder on a larger disk."
         )
 
 
 def _list_local(folder: Path, patterns: Sequence[str]) -> dict[str, Path]:
-    """What a folder has of these names, with the parts that an index names, whether they are there or not."""
-    held = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
-    held = {name: path for name, path in held.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
-    for index in [path for name, path in held.items() if name.endswith(".index.json") and path.is_file()]:
-        for part in _read_shard_names(index):
-            path = index.with_name(part)
-            held.setdefault(path.relative_to(folder).as_posix(), path)
-    return held
+    """Lists the files of a folder that match the patterns, and the shards that an index names, on disk or not."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    paths = {name: path for name, path in paths.items() if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)}
+    for index in [path for name, path in paths.items() if name.endswith(".index.json") and path.is_file()]:
+        for shard in _read_shard_names(index):
+            path = index.with_name(shard)
+            paths.setdefault(path.relative_to(folder).as_posix(), path)
+    return paths
 
 
 def _read_shard_names(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError):
-        return set()  # damaged, which is for its checksum to tell
+        return set()  # damaged: its checksum reports it
 
 
 def _list_remote(repo: str, patterns: Sequence[str], revision: str | None = None) -> list[RemoteFile]:
@@ -205,8 +209,8 @@ def _list_remote(repo: str, patterns: Sequence[str], revision: str | None = None
     for pattern in patterns:
         if not fnmatch.filter([file.rfilename for file in files], pattern):
             raise _not_in_repo_error(repo, pattern)
-    wanted = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in patterns)]
-    return [RemoteFile(repo, file.rfilename, file.size or 0, _listed_digest(file)) for file in wanted]
+    matching = [file for file in files if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in patterns)]
+    return [RemoteFile(repo, file.rfilename, file.size or 0, _listed_digest(file)) for file in matching]
 
 
 def _listed_digest(file: RepoSibling) -> str:
@@ -215,17 +219,22 @@ def _listed_digest(file: RepoSibling) -> str:
 
 
 def _fetch_large_files(repo: str, patterns: Sequence[str]) -> list[RemoteFile]:
-    """Make sure of the room for a download, and bring its large files; those that are left to the library are returned.
+    """Checks the disk space of a download and fetches its large files into huggingface_hub's cache.
 
-    The library leaves alone what lies in its cache already. Newer ones of it throw away what did come of a file when a
-    download breaks off: gigabytes, with these models.
+    huggingface_hub skips files that its cache has. Its newer versions discard the bytes of an interrupted download:
+    gigabytes, with these models. So kadr downloads large files itself.
+
+    Returns:
+        The missing files that are left to huggingface_hub.
     """
     files = list_missing(repo, patterns)
     check_disk_space(f"{', '.join(patterns)} of {repo}", sum(file.remaining_bytes for file in files))
-    own = [file for file in files if file.is_lfs and not file.blob_path.exists()] if _supports_symlinks() else []
-    for file in sorted(own, key=lambda file: file.size):
+    large_files = (
+        [file for file in files if file.is_lfs and not file.blob_path.exists()] if _supports_symlinks() else []
+    )
+    for file in sorted(large_files, key=lambda file: file.size):
         _download(file)
-    return [file for file in files if file not in own]
+    return [file for file in files if file not in large_files]
 
 
 def _verify_files(files: Iterable[RemoteFile]) -> None:
@@ -235,23 +244,23 @@ def _verify_files(files: Iterable[RemoteFile]) -> None:
 
 
 def _download(file: RemoteFile) -> None:
-    """Bring the bytes of a file into the library's cache, beginning where an earlier attempt ended."""
+    """Downloads a file into huggingface_hub's cache, resuming an earlier attempt."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-    lock = _cache_folder() / ".locks" / _repo_folder(file.repo).name / f"{file.digest}.lock"  # the library's own
+    lock = _cache_folder() / ".locks" / _repo_folder(file.repo).name / f"{file.digest}.lock"  # huggingface_hub's own
     for folder in (lock.parent, file.incomplete_path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
         if file.blob_path.exists():  # another process was faster
             return
-        begun = file.incomplete_path.stat().st_size if file.incomplete_path.exists() else 0
-        with file.incomplete_path.open("ab" if begun <= file.size else "wb") as part:
+        downloaded_bytes = file.incomplete_path.stat().st_size if file.incomplete_path.exists() else 0
+        with file.incomplete_path.open("ab" if downloaded_bytes <= file.size else "wb") as incomplete:
             http_get(
                 hf_hub_url(file.repo, file.name),
-                part,
-                resume_size=part.tell(),
+                incomplete,
+                resume_size=incomplete.tell(),
                 headers=build_hf_headers(),
                 expected_size=file.size,
                 displayed_filename=file.name,
@@ -261,11 +270,11 @@ def _download(file: RemoteFile) -> None:
 
 
 def _verify_digest(path: Path, file: RemoteFile) -> None:
-    if (found := compute_digest_with_progress(path, file.name, file.digest)) != file.digest:
-        path.resolve().unlink()  # not only the link to it
+    if (actual := compute_digest_with_progress(path, file.name, file.digest)) != file.digest:
+        path.resolve().unlink()  # the bytes, not only the link to them
         raise CheckpointError(
-            f"{file.name} of {file.repo} came damaged: its checksum is {found}, and the hub's is {file.digest}. What "
-            "came was thrown away; try again."
+            f"{file.name} of {file.repo} arrived damaged: its checksum is {actual}, and the hub's is {file.digest}. "
+            "The download was deleted; try again."
         )
 
 
@@ -281,7 +290,7 @@ def _translate_errors(repo: str, patterns: Iterable[str]) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # the library's own errors, and those of whichever HTTP client it is built on
+    except Exception as error:  # huggingface_hub's errors, and those of the HTTP client it is built on
         raise _as_checkpoint_error(repo, ", ".join(patterns), error) from error
 
 
@@ -290,7 +299,7 @@ def _as_checkpoint_error(repo: str, patterns: str, error: Exception) -> Checkpoi
 
     if isinstance(error, errors.GatedRepoError):
         return CheckpointError(
-            f"{repo} asks for its licence to be accepted. Do so on {_url(repo)}, then run `hf auth login`."
+            f"{repo} requires you to accept its licence. Accept it on {_url(repo)}, then run `hf auth login`."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return CheckpointError(f"there is no repository {repo} on the hub, or it is private. Check {_url(repo)}.")
@@ -298,14 +307,14 @@ def _as_checkpoint_error(repo: str, patterns: str, error: Exception) -> Checkpoi
         return _not_in_repo_error(repo, patterns)
     reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return CheckpointError(
-        f"{patterns} of {repo} is not in the cache ({_cache_folder()}) and could not be fetched: {reason}. Try again with a "
-        f"network; or download it from {_url(repo)} on another machine and give its path instead of a name, or copy "
-        f"{_repo_folder(repo).name} from that machine's cache."
+        f"{patterns} of {repo} is not in the cache ({_cache_folder()}) and could not be fetched: {reason}. Try again "
+        f"with a network; or download it from {_url(repo)} on another machine and give its path instead of a name, or "
+        f"copy {_repo_folder(repo).name} from that machine's cache."
     )
 
 
 def _not_in_repo_error(repo: str, pattern: str) -> CheckpointError:
-    return CheckpointError(f"{repo} has no {pattern}. {_url(repo)}/tree/main shows what it has.")
+    return CheckpointError(f"{repo} has no {pattern}. {_url(repo)}/tree/main lists its files.")
 
 
 def _url(repo: str) -> str:
@@ -313,7 +322,7 @@ def _url(repo: str) -> str:
 
 
 def _repo_folder(repo: str) -> Path:
-    """The folder of a repository in the cache."""
+    """Returns the folder of a repository in the cache."""
     from huggingface_hub.file_download import repo_folder_name
 
     return _cache_folder() / repo_folder_name(repo_id=repo, repo_type="model")

@@ -1,1 +1,1 @@
-"""What is asked for: a request, and the request with nothing left open."""
+"""The request: as it is asked, and resolved with nothing left open."""

@@ -1,4 +1,4 @@
-"""`kadr models`: what can be named, and whether it is here."""
+"""`kadr models`: lists, fetches and verifies released models."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from kadr.spec.locate import find_release_on_disk
 
 MODELS_EPILOG = (
     "`kadr models pull NAME` fetches a model with all it needs, `kadr models verify NAME` compares it with the hub's "
-    "checksums. What is not on disk is also fetched by the first `kadr generate --model NAME` that needs it."
+    "checksums. `kadr generate --model NAME` also fetches what is not on disk."
 )
 
 
 def models(context: typer.Context, as_json: options.Json = False) -> None:
-    """List the models known by name; fetch them, check them.
+    """List released models; fetch them, verify them.
 
     With their licences and sizes, and whether they are on disk.
     """
@@ -31,38 +31,38 @@ def models(context: typer.Context, as_json: options.Json = False) -> None:
 
 
 def list_models(as_json: options.Json = False) -> None:
-    """List the models known by name, and the parts they need.
+    """List released models, and the components they need.
 
     With their licences and sizes, and whether they are on disk.
     """
-    entries = [_entry(released, find_release_on_disk(released)) for released in RELEASES]
+    entries = [_entry(release, find_release_on_disk(release)) for release in RELEASES]
     if as_json:
         print(json.dumps(entries))
         return
     head = ("name", "kind", "version", "bytes", "on disk", "licence")
-    rows = [_row(released, entry) for released, entry in zip(RELEASES, entries, strict=True)]
+    rows = [_row(release, entry) for release, entry in zip(RELEASES, entries, strict=True)]
     print("\n".join(format_columns([head, *rows])))
     print_stderr(MODELS_EPILOG)
 
 
-def _entry(released: Release, path: Path | None) -> dict[str, Any]:
+def _entry(release: Release, path: Path | None) -> dict[str, Any]:
     return {
-        "name": released.name,
-        "kind": released.kind,
-        "version": released.version,
-        "bytes": verify.bytes_on_disk(released, path) if path else released.size_bytes,
+        "name": release.name,
+        "kind": release.kind,
+        "version": release.version,
+        "bytes": verify.bytes_on_disk(release, path) if path else release.size_bytes,
         "on_disk": str(path) if path else None,
-        "licence": released.licence,
-        "repo": released.repo,
-        "file": released.file,
+        "licence": release.licence,
+        "repo": release.repo,
+        "file": release.file,
     }
 
 
-def _row(released: Release, entry: dict[str, Any]) -> tuple[str, ...]:
+def _row(release: Release, entry: dict[str, Any]) -> tuple[str, ...]:
     size = entry["bytes"]
-    here = "no" if not entry["on_disk"] else "wrong size" if verify.has_wrong_size(released, size) else "yes"
-    licence = released.licence.partition(",")[0]
-    return released.name, released.kind, released.version, format_si(size) if size else "", here, licence
+    here = "no" if not entry["on_disk"] else "wrong size" if verify.has_wrong_size(release, size) else "yes"
+    licence = release.licence.partition(",")[0]
+    return release.name, release.kind, release.version, format_si(size) if size else "", here, licence
 
 
 # Without markup, as in `main`.

@@ -1,4 +1,4 @@
-"""`kadr models pull`: all that a model needs, brought to this machine."""
+"""`kadr models pull`: fetches a model and everything it needs."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from kadr.spec.locate import fetch_release, find_release_on_disk
 if TYPE_CHECKING:
     from kadr.checkpoints.hub import RemoteFile
 
-PULL_EPILOG = "What broke off goes on where it stopped. The files lie in the hub's own cache, which HF_HOME moves."
+PULL_EPILOG = "Interrupted downloads resume. Files are stored in the hub's own cache, which HF_HOME moves."
 
 
 def pull(name: Name, as_json: options.Json = False) -> None:
     """Fetch a model with its text encoder and upscaler.
 
-    Every file is compared with the hub's checksum, those that are there already too. Prints where they lie.
+    Compares every file with the hub's checksum, also those on disk already. Prints the path of each.
     """
     entries = required_releases(find_release(name))
-    coming = {
+    to_fetch = {
         entry: hub.list_missing(entry.repo, entry.file_patterns)
         for entry in entries
         if entry.repo and not find_release_on_disk(entry)
     }
-    _announce(entries, coming)
-    hub.check_disk_space(name, sum(file.remaining_bytes for files in coming.values() for file in files))
-    places = {}
+    _announce(entries, to_fetch)
+    hub.check_disk_space(name, sum(file.remaining_bytes for files in to_fetch.values() for file in files))
+    paths = {}
     for entry in entries:
-        print_stderr(f"{'fetching' if entry in coming else 'checking'} {entry.name}")
-        if entry not in coming:
+        print_stderr(f"{'fetching' if entry in to_fetch else 'checking'} {entry.name}")
+        if entry not in to_fetch:
             require_intact(list(verify_entry(entry)))
-        places[entry] = fetch_release(entry)
+        paths[entry] = fetch_release(entry)
     if as_json:
-        told = [
-            {"name": e.name, "kind": e.kind, "path": str(path), "fetched": e in coming} for e, path in places.items()
+        files = [
+            {"name": entry.name, "kind": entry.kind, "path": str(path), "fetched": entry in to_fetch}
+            for entry, path in paths.items()
         ]
-        print(json.dumps({"name": name, "files": told}))
+        print(json.dumps({"name": name, "files": files}))
     else:
-        print("\n".join(map(str, places.values())))
+        print("\n".join(map(str, paths.values())))
 
 
 def _announce(entries: Sequence[Release], to_fetch: Mapping[Release, Sequence[RemoteFile]]) -> None:

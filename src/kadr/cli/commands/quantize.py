@@ -1,4 +1,4 @@
-"""`kadr quantize`: a transformer or a text encoder in fewer bits, as a GGUF file."""
+"""`kadr quantize`: writes a quantized transformer or text encoder as a GGUF file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kadr.checkpoints.gguf.convert import ConversionResult
 
 QUANTIZE_EPILOG = (
-    "The types are listed from large to small: the fewer bits, the smaller the file, and the farther from the model. "
+    "Types are listed from large to small: fewer bits make a smaller file that is farther from the model. "
     "Q5_K, Q4_K and Q3_K mean their _M."
 )
 SUFFIX = ".gguf"
@@ -42,19 +42,19 @@ Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there
 
 
 def quantize(source: Input, output: Output, type: Type, force: Force = False) -> None:
-    """Write a transformer or a text encoder in fewer bits.
+    """Quantize a transformer or a text encoder.
 
-    Prints the path of the file. The VAE of a model is not in it: give the model's own file with --vae.
+    Prints the path of the GGUF file. It holds no VAE: pass the model's own file with --vae.
     """
     check_one_of("--type", type.upper(), MIX_NAMES)
     if output.suffix.lower() != SUFFIX:
         raise typer.BadParameter(f"{output} must end in {SUFFIX}.", param_hint="OUT")
     output = output.expanduser()
     if output.exists() and not force:
-        raise RequestError(f"{output} is there already. Give --force to replace it, or write to another path.")
-    path, released = _find_source(source)
+        raise RequestError(f"{output} exists already. Pass --force to replace it, or write to another path.")
+    path, release = _find_source(source)
     with show_progress() as watch:
-        written, left_out = _write_quantized(path, released, output, find_mix(type), _watch_tensors(watch))
+        written, left_out = _write_quantized(path, release, output, find_mix(type), _watch_tensors(watch))
     types = ", ".join(f"{name} ({count})" for name, count in written.type_counts.items())
     print_stderr(f"{format_si(written.source_bytes)} bytes before, {format_si(written.output_bytes)} now: {types}")
     if left_out:
@@ -63,47 +63,47 @@ def quantize(source: Input, output: Output, type: Type, force: Force = False) ->
 
 
 def _find_source(source: str) -> tuple[Path, Release | None]:
-    """The files, and the registry's entry where they are named by it; what is not on disk is fetched."""
+    """Returns the files, and the release where the registry names them; fetches what is not on disk."""
     if is_path(source):
         path = Path(source).expanduser()
         if not path.exists():
             raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
         return path, None
-    released = find_release(source)
-    if released.kind not in ("model", "text encoder"):
-        raise RequestError(f"{source} is a {released.kind}: small enough. Only models and text encoders are quantized.")
-    if released.file.endswith(SUFFIX):
+    release = find_release(source)
+    if release.kind not in ("model", "text encoder"):
+        raise RequestError(f"{source} is a {release.kind}: small enough. Only models and text encoders are quantized.")
+    if release.file.endswith(SUFFIX):
         raise RequestError(
-            f"{source} is quantized already, and to do it again loses twice. Take {DEFAULT_TEXT_ENCODER}."
+            f"{source} is quantized already; quantizing it again loses precision twice. Use {DEFAULT_TEXT_ENCODER}."
         )
-    return fetch_release(released), released
+    return fetch_release(release), release
 
 
 def _write_quantized(
-    path: Path, released: Release | None, output: Path, mix: Mix, watch: Callable[[int, int], None]
+    path: Path, release: Release | None, output: Path, mix: Mix, watch: Callable[[int, int], None]
 ) -> tuple[ConversionResult, str]:
-    """What was written, and what a user has to know is not in the file."""
+    """Writes the file; returns the result, and a note on what the file lacks."""
     from kadr.checkpoints.checkpoint import Checkpoint
     from kadr.checkpoints.gguf.convert import text_encoder_to_gguf, transformer_to_gguf
     from kadr.checkpoints.text_encoder import TextEncoderCheckpoint, is_text_encoder
 
     if is_text_encoder(path):
         return text_encoder_to_gguf(TextEncoderCheckpoint.open(path), output, mix, watch=watch), ""
-    checkpoint = Checkpoint.open(path, release=released)
+    checkpoint = Checkpoint.open(path, release=release)
     written = transformer_to_gguf(checkpoint, output, mix, watch=watch)
-    vae = f": give it with --vae {path}" if checkpoint.info.has_vae else ", nor was it in what was given"
+    vae = f": give it with --vae {path}" if checkpoint.info.has_vae else ", nor was it in the input"
     return written, f"the VAE is not in this file{vae}"
 
 
 def _watch_tensors(watch: Watch) -> Callable[[int, int], None]:
-    """What turns counts of tensors into reports of a stage."""
+    """Returns a callback that reports counts of tensors as progress of a stage."""
     stage: StageProgress | None = None
 
-    def told(done: int, of: int) -> None:
+    def report(done: int, of: int) -> None:
         nonlocal stage
         if stage is None:
-            stage = StageProgress("quantizing", of, watch)
+            stage = StageProgress("quantize", of, watch)
         else:
             stage.report(done)
 
-    return told
+    return report

@@ -1,4 +1,4 @@
-"""`kadr rerun`: make a video again from what it remembers."""
+"""`kadr rerun`: makes a video again from the request stored in it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
 
 RERUN_EPILOG = (
-    "On the same machine and device the frames are the same. Others round differently, and so may another version."
+    "On the same machine and device the frames are the same; other machines, devices and versions may round "
+    "differently."
 )
 File = Annotated[Path, typer.Argument(metavar="FILE", help="An .mp4 that kadr made.", show_default=False)]
 
@@ -35,9 +36,9 @@ def rerun(
     resume: options.Resume = False,
     json: options.Json = False,
 ) -> None:
-    """Make a video again, from its file.
+    """Make a video again from its file.
 
-    An .mp4 that kadr made remembers its request. Prints the path of the new video.
+    An .mp4 that kadr made stores its request. Prints the path of the new video.
     """
     record = read_video_metadata(file)
     request = Request.from_json(record["request"])
@@ -51,21 +52,21 @@ def rerun(
 
 
 def read_video_metadata(file: Path) -> dict[str, Any]:
-    """What kadr noted down when it made the file.
+    """Returns what kadr stored in the file when it made it.
 
     Raises:
-        MediaError: it is not a video, or not kadr's.
+        MediaError: it is not a video, or not one that kadr made.
     """
     from kadr.media.clip import read_metadata
 
     record = read_metadata(file)
     if not isinstance(record.get("request"), dict):
-        raise MediaError(f"{file} does not remember its request. Only what `kadr generate` wrote can be made again.")
+        raise MediaError(f"{file} stores no request. Only a video that `kadr generate` wrote can be made again.")
     return record
 
 
 def reopen_engine(record: Mapping[str, Any], model: str | None, device: str | None) -> Engine:
-    """The engine as it was, unless a model or a device is named.
+    """Opens the engine that made the video, unless a model or a device is named.
 
     Raises:
         CheckpointError: a file of the model is no longer there.
@@ -76,51 +77,49 @@ def reopen_engine(record: Mapping[str, Any], model: str | None, device: str | No
         print_stderr(
             f"warning: made with kadr {record.get('version')}, and this is {__version__}; the frames may differ"
         )
-    parts = _second_pass_components(record)
+    components = _second_pass_components(record)
     if model is None:
         model = _find_model(record)
-        parts |= {"text_encoder": _find_text_encoder(record), "vae": _find_vae(record, model)}
+        components |= {"text_encoder": _find_text_encoder(record), "vae": _find_vae(record, model)}
     device = device or str(record.get("device", "auto"))
-    own: dict[str, Any] = {word: str(record[word]) for word in ("dtype", "quant") if record.get(word)}
-    own |= _lora_options(record)
+    engine_options: dict[str, Any] = {name: str(record[name]) for name in ("dtype", "quant") if record.get(name)}
+    engine_options |= _lora_options(record)
     if record.get("compile_transformer") and device.startswith("cuda"):
-        own["compile_transformer"] = True
-    return run.open_engine(model, **parts, device=device, **own)
+        engine_options["compile_transformer"] = True
+    return run.open_engine(model, **components, device=device, **engine_options)
 
 
 def _second_pass_components(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the second of two passes was made with."""
-    parts: dict[str, Any] = {}
+    """Returns model and upscalers of the second pass, as keywords of `Engine.open`."""
+    components: dict[str, Any] = {}
     if path := record.get("second_model"):
-        parts["second_model"] = _find_component("second model", path)
+        components["second_model"] = _find_component("second model", path)
     kinds = ("spatial", "temporal")
     upscalers = [
         _find_component(f"{kind} upscaler", path) for kind in kinds if (path := record.get(f"{kind}_upscaler"))
     ]
-    return parts | ({"upscaler": upscalers} if upscalers else {})
+    return components | ({"upscaler": upscalers} if upscalers else {})
 
 
 def _lora_options(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What was added to the weights."""
-    own: dict[str, Any] = {word: True for word in ("lora_partial", "merge_loras") if record.get(word)}
+    """Returns the LoRAs, as keywords of `Engine.open`."""
+    engine_options: dict[str, Any] = {name: True for name in ("lora_partial", "merge_loras") if record.get(name)}
     loras = [(_lora(lora), lora["strength"], lora["second_strength"]) for lora in record.get("loras", ())]
-    return own | ({"loras": loras} if loras else {})
+    return engine_options | ({"loras": loras} if loras else {})
 
 
 def _lora(stored: Mapping[str, Any]) -> str:
-    """The file, or its name; what is said where it is another one than it was."""
+    """Returns the LoRA's file or name; warns if the file is not the one that the video was made with."""
     from kadr.checkpoints.lora.file import lora_sha256  # loads torch
 
     found = _find_component("LoRA", stored["path"])
     if Path(found).exists() and "sha256" in stored and lora_sha256(found) != stored["sha256"]:
-        print_stderr(
-            f"warning: {found} is another file than the one that the video was made with; the frames will differ"
-        )
+        print_stderr(f"warning: {found} is not the file that the video was made with; the frames will differ")
     return found
 
 
 def _find_component(what: str, path: str) -> str:
-    """The file that was used; by its name, where that of a released one has moved."""
+    """Returns the file that was used, or its registry name if it has moved."""
     from kadr.models.registry import RELEASES
 
     file = Path(path).name
@@ -129,7 +128,7 @@ def _find_component(what: str, path: str) -> str:
 
 
 def _find_model(record: Mapping[str, Any]) -> str:
-    """The file that made the video; by its name, where that of a released model means the same file or it has moved."""
+    """Returns the file that made the video; its registry name if that means the same file, or the file has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
     path, released = str(record.get("model", "")), RELEASES_BY_NAME.get(str(record.get("model_name", "")))
@@ -141,7 +140,7 @@ def _find_model(record: Mapping[str, Any]) -> str:
 
 
 def _find_vae(record: Mapping[str, Any], model: str) -> Path | None:
-    """Its file; None, the model's own, where the same is noted for both or that of a released model has moved."""
+    """Returns the VAE's file; None, for the model's own, if both are the same or a released one has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
     path, released = record.get("vae"), RELEASES_BY_NAME.get(model)
@@ -150,7 +149,7 @@ def _find_vae(record: Mapping[str, Any], model: str) -> Path | None:
 
 
 def _find_text_encoder(record: Mapping[str, Any]) -> Path | None:
-    """Its folder; None, the model's own, where that of a released model has moved."""
+    """Returns the text encoder's folder; None, for the model's own, if a released model's has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
     path = record.get("text_encoder")

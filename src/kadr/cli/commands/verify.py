@@ -1,4 +1,4 @@
-"""`kadr models verify`: whether the files of a model are what they should be."""
+"""`kadr models verify`: compares a model's files with the hub's checksums."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def verify(name: Name, as_json: options.Json = False) -> None:
 
 
 def verify_entry(entry: Release) -> Iterator[Result]:
-    """Each file of an entry, compared with the hub's checksum; what came with kadr is opened instead.
+    """Compares each file of an entry with the hub's checksum; opens files that came with kadr instead.
 
     Raises:
         CheckpointError: a file that came with kadr does not open.
@@ -56,7 +56,7 @@ def verify_entry(entry: Release) -> Iterator[Result]:
 
 
 def require_intact(results: Sequence[Result], *, required_name: str = "") -> None:
-    """Refuse what comparing has found to be damaged.
+    """Refuses damaged files.
 
     Args:
         required_name: the name of an entry, of which no file may be absent.
@@ -73,7 +73,7 @@ def require_intact(results: Sequence[Result], *, required_name: str = "") -> Non
 
 
 def bytes_on_disk(entry: Release, path: Path) -> int:
-    """Bytes of an entry that is on disk."""
+    """Returns the bytes of an entry that is on disk."""
     if path.is_file() or entry.repo is None:
         return path.stat().st_size
     return sum(
@@ -82,7 +82,7 @@ def bytes_on_disk(entry: Release, path: Path) -> int:
 
 
 def has_wrong_size(entry: Release, size: int) -> bool:
-    """Whether so many bytes are not about those that the registry states."""
+    """Returns whether a size is more than a percent off the registry's."""
     stated = entry.size_bytes
     return stated is not None and abs(size - stated) > SIZE_TOLERANCE * stated
 
@@ -113,7 +113,7 @@ def _describe_fault(result: Result) -> str:
 
 
 def _describe_size(entry: Release, file: FileVerification) -> str:
-    """What is odd about the size of a file; nothing, where nothing is or where the registry does not know it."""
+    """Describes a wrong size of a file; "" where it is right or the registry does not state it."""
     if file.path is None or len(entry.file_patterns) > 1 or not has_wrong_size(entry, size := file.path.stat().st_size):
         return ""
     short = "cut short to" if size < (entry.size_bytes or 0) else "grown to"
