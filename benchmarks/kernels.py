@@ -1,7 +1,7 @@
-"""What each kernel saves: `python -m benchmarks.kernels`. Needs a CUDA device.
+"""Speedup of each kernel over its definition: `python -m benchmarks.kernels`. Needs a CUDA device.
 
-Every kernel runs beside its definition at the sizes of the released models, with cold caches. So do the ways to compute
-attention and products in 8 bits. Errors are relative, against the definition in float32. Prints a table, and the same
+Every kernel runs beside its definition at the sizes of the released models, with cold caches, and so do the attention
+candidates and the 8-bit matmuls. Errors are relative, against the definition in float32. Prints a table, and the same
 as one line of JSON.
 """
 
@@ -23,24 +23,31 @@ from torch import Tensor
 from kadr.kernels import attention, dequant, fp8, fused, int8, reference
 from kadr.kernels.ggml_types import GGML_TYPES
 
-WARM_UPS, TIMED_RUNS, FLUSH_BYTES = (
-    3,
-    15,
-    256 << 20,
-)  # bytes that are written before each run, more than any cache holds
+WARM_UPS, TIMED_RUNS = 3, 15
+FLUSH_BYTES = 256 << 20  # written before each run; more than any cache holds
 EIGHT_BIT_DTYPES = (torch.int8, torch.float8_e4m3fn)
-COLUMNS = ("operation", "size", "plain, µs", "fast, µs", "times", "GB/s, TFLOP/s", "error, plain", "error, fast")
+COLUMNS = (
+    "operation",
+    "size",
+    "reference, µs",
+    "kernel, µs",
+    "speedup",
+    "GB/s, TFLOP/s",
+    "error, reference",
+    "error, kernel",
+)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the kernels meet in one model.
+    """Tensor sizes of one model.
 
     Args:
-        tokens: of a video, 768x512x121 or 1216x704x121.
-        decoder_stages: of the VAE's decoder, a slice of a video in its first and its last: channels, frames, rows, columns.
-        weight_rows: rows of a weight in the blocks of GGML.
-        text_length: positions of a prompt.
+        tokens: of a video of 768x512x121 or 1216x704x121.
+        decoder_stages: a slice of a video in the first and the last stage of the VAE's decoder, as channels, frames,
+            rows, columns.
+        weight_rows: rows of a weight in GGML's blocks.
+        text_length: positions of the prompt embeddings.
     """
 
     name: str
@@ -60,7 +67,7 @@ MODEL_SHAPES = (
 
 @dataclass(frozen=True)
 class KernelCase:
-    """One operation with what it is given."""
+    """One operation with its arguments."""
 
     name: str
     module: str
@@ -78,7 +85,7 @@ class KernelCase:
 
 @dataclass(frozen=True)
 class KernelResult:
-    """One line of the table. `reference_seconds` and `kernel_seconds` are seconds; rate is in GB/s or, of products, in TFLOP/s."""
+    """One row of the table. `rate` is in GB/s, or for matmuls in TFLOP/s."""
 
     name: str
     size: str
@@ -95,53 +102,55 @@ def cases(
     dtype: torch.dtype = torch.bfloat16,
     eight_bit_dtypes: tuple[torch.dtype, ...] = EIGHT_BIT_DTYPES,
 ) -> Iterator[KernelCase]:
-    """Every kernel at one size, on random numbers: zeros would be faster than any video. kinds: of 8 bits."""
+    """Yields every kernel at one size, on random values: zeros would be faster than any video."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def drawn(*shape: int) -> Tensor:
+    def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     width = size.width
-    x, branch = drawn(1, size.tokens, 3 * width)[..., :width], drawn(1, size.tokens, width)
-    shift, scale, gate = drawn(1, 1, 6, width).unbind(-2)[:3]
+    x, branch = randn(1, size.tokens, 3 * width)[..., :width], randn(1, size.tokens, width)
+    shift, scale, gate = randn(1, 1, 6, width).unbind(-2)[:3]
     yield KernelCase("norm_modulate", "adaln", (x, scale, shift))
     yield KernelCase("gate_residual", "adaln", (branch, gate, x))
     yield KernelCase("gate_residual_norm_modulate", "adaln", (branch, gate, x, scale, shift))
     yield KernelCase("norm_rope", "rope", (x, shift[0, 0], branch.cos(), branch.sin()))
-    hidden = drawn(size.tokens, 4 * width)
-    for kind in eight_bit_dtypes:
-        note = str(kind).removeprefix("torch.")
-        yield KernelCase("norm_modulate_quantize", "adaln", (x, scale, shift, kind), note)
-        yield KernelCase("gate_residual_norm_modulate_quantize", "adaln", (branch, gate, x, scale, shift, kind), note)
-        yield KernelCase("quantize_rows", "quantization", (x[0], kind), note)
-        yield KernelCase("gelu_quantize", "quantization", (hidden, kind), note)
-    sums, rows, columns = (hidden * 1000).int(), drawn(size.tokens, 1).float().abs(), hidden[0].float().abs()
+    hidden = randn(size.tokens, 4 * width)
+    for code_dtype in eight_bit_dtypes:
+        note = str(code_dtype).removeprefix("torch.")
+        yield KernelCase("norm_modulate_quantize", "adaln", (x, scale, shift, code_dtype), note)
+        yield KernelCase(
+            "gate_residual_norm_modulate_quantize", "adaln", (branch, gate, x, scale, shift, code_dtype), note
+        )
+        yield KernelCase("quantize_rows", "quantization", (x[0], code_dtype), note)
+        yield KernelCase("gelu_quantize", "quantization", (hidden, code_dtype), note)
+    sums, rows, columns = (hidden * 1000).int(), randn(size.tokens, 1).float().abs(), hidden[0].float().abs()
     yield KernelCase("rescale", "quantization", (sums, rows, columns, hidden[1], dtype))
     for stage in size.decoder_stages:
-        clip = drawn(1, *stage).contiguous(memory_format=torch.channels_last_3d)
-        bend = drawn(1, 4, stage[0]).unbind(1)[:2]
-        yield KernelCase("pixel_norm_modulate_silu", "vae", (clip, *bend), f"{stage[0]} channels")
-        yield KernelCase("bias_residual", "vae", (clip, bend[0][0], clip), f"{stage[0]} channels")
+        video = randn(1, *stage).contiguous(memory_format=torch.channels_last_3d)
+        scale_shift = randn(1, 4, stage[0]).unbind(1)[:2]
+        yield KernelCase("pixel_norm_modulate_silu", "vae", (video, *scale_shift), f"{stage[0]} channels")
+        yield KernelCase("bias_residual", "vae", (video, scale_shift[0][0], video), f"{stage[0]} channels")
     for name in fused.GGML_KERNEL_TYPES:
         yield KernelCase("dequantize", "ggml", random_ggml_blocks(name, size.weight_rows, width, device, dtype), name)
 
 
 def random_ggml_blocks(name: str, rows: int, columns: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """Random bytes of a format with scales that are numbers, and where what they stand for goes."""
-    packing = GGML_TYPES[name]
-    blocks = torch.randint(0, 256, (rows, columns // packing.block_size, packing.type_size), dtype=torch.uint8)
+    """Returns the arguments of `dequantize`: random bytes with finite scales, the type, and an output buffer."""
+    ggml_type = GGML_TYPES[name]
+    blocks = torch.randint(0, 256, (rows, columns // ggml_type.block_size, ggml_type.type_size), dtype=torch.uint8)
     for start in {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2)}[name]:
-        blocks[..., start + 1] &= 0x3B  # below 1, and no infinity
-    return blocks.flatten(1).to(device), packing, torch.empty(rows, columns, dtype=dtype, device=device)
+        blocks[..., start + 1] &= 0x3B  # below 1, and finite
+    return blocks.flatten(1).to(device), ggml_type, torch.empty(rows, columns, dtype=dtype, device=device)
 
 
 def supported_eight_bit_dtypes() -> tuple[torch.dtype, ...]:
-    """Of 8 bits, those that the CUDA device can round to."""
+    """Returns the 8-bit dtypes that the CUDA device supports."""
     return EIGHT_BIT_DTYPES if fp8.has_fp8_units(torch.device("cuda")) else EIGHT_BIT_DTYPES[:1]
 
 
 def median_seconds(run: Callable[..., Any], *arguments: Any) -> float:
-    """The median of some runs on the current CUDA device, each with cold caches."""
+    """Returns the median seconds of some runs on the current CUDA device, each with cold caches."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for _ in range(WARM_UPS):
         run(*arguments)
@@ -156,7 +165,7 @@ def median_seconds(run: Callable[..., Any], *arguments: Any) -> float:
 
 
 def output_tensors(outputs: Any) -> list[Tensor]:
-    """The tensors that came out, in fp32; codes times their scales."""
+    """Returns the output tensors in fp32; codes times their scales."""
     if isinstance(outputs, Tensor):
         return [outputs.float()]
     if outputs[-2].dtype in EIGHT_BIT_DTYPES:
@@ -165,93 +174,115 @@ def output_tensors(outputs: Any) -> list[Tensor]:
 
 
 def to_float32(argument: Any) -> Any:
-    """A tensor of narrow floats in fp32, and fp32 in the place of their dtype."""
-    narrow = (torch.bfloat16, torch.float16)
+    """Converts a tensor of 16-bit floats to fp32, and their dtype to torch.float32."""
+    narrow_dtypes = (torch.bfloat16, torch.float16)
     if isinstance(argument, Tensor):
-        return argument.float() if argument.dtype in narrow else argument
-    return torch.float32 if argument in narrow else argument
+        return argument.float() if argument.dtype in narrow_dtypes else argument
+    return torch.float32 if argument in narrow_dtypes else argument
 
 
 def float32_reference(case: KernelCase) -> list[Tensor]:
-    """What the definition gives in fp32. Numbers that were not rounded on the way may become other codes."""
+    """Returns the output of the definition in fp32. Intermediates are not rounded, so codes may differ."""
     return output_tensors(case.reference(*map(to_float32, case.arguments)))
 
 
 def largest_error(outputs: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest relative error of the tensors."""
-    return max(float((one - other).norm() / other.norm()) for one, other in zip(outputs, expected, strict=True))
+    """Returns the largest relative error of the tensors."""
+    return max(
+        float((actual - correct).norm() / correct.norm()) for actual, correct in zip(outputs, expected, strict=True)
+    )
 
 
 def measure_kernel(case: KernelCase, size: ModelShape) -> KernelResult:
-    """The kernel beside its definition."""
-    right, made = float32_reference(case), case.kernel(*case.arguments)
-    errors = [largest_error(output_tensors(one), right) for one in (case.reference(*case.arguments), made)]
-    tensors = [*case.arguments, *(made if isinstance(made, tuple) else (made,))]
-    moved = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors if isinstance(t, Tensor)}.values())
-    plain, fast = (median_seconds(run, *case.arguments) for run in (case.reference, case.kernel))
+    """Measures a kernel beside its definition."""
+    expected, output = float32_reference(case), case.kernel(*case.arguments)
+    errors = [largest_error(output_tensors(outputs), expected) for outputs in (case.reference(*case.arguments), output)]
+    tensors = [*case.arguments, *(output if isinstance(output, tuple) else (output,))]
+    moved_bytes = sum(
+        t.numel() * t.element_size() for t in {id(t): t for t in tensors if isinstance(t, Tensor)}.values()
+    )
+    reference_seconds, kernel_seconds = (median_seconds(run, *case.arguments) for run in (case.reference, case.kernel))
     name = f"{case.name}, {case.note}" if case.note else case.name
-    return KernelResult(name, size.name, plain, fast, moved / fast / 1e9, *errors)
+    return KernelResult(name, size.name, reference_seconds, kernel_seconds, moved_bytes / kernel_seconds / 1e9, *errors)
 
 
 def measure_attention(size: ModelShape) -> Iterator[KernelResult]:
-    """Attention among the tokens, and to the text, with a bias and without."""
-    chooser = attention.autotuner_for(torch.device("cuda"))
-    for keys, biased in ((size.tokens, False), (size.text_length, False), (size.text_length, True)):
+    """Measures self-attention, and cross-attention with a bias and without."""
+    autotuner = attention.autotuner_for(torch.device("cuda"))
+    for keys, has_bias in ((size.tokens, False), (size.text_length, False), (size.text_length, True)):
         shapes = ((1, length, size.heads, size.width // size.heads) for length in (size.tokens, keys, keys))
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for shape in shapes)
-        given = (q, k, v, torch.zeros(1, 1, 1, keys, device="cuda", dtype=torch.bfloat16) if biased else None)
-        plain = median_seconds(attention.torch_sdpa, *given)
-        for candidate in chooser.candidates:
-            outcome = chooser.try_candidate(candidate, *given)
+        arguments = (q, k, v, torch.zeros(1, 1, 1, keys, device="cuda", dtype=torch.bfloat16) if has_bias else None)
+        reference_seconds = median_seconds(attention.torch_sdpa, *arguments)
+        for candidate in autotuner.candidates:
+            outcome = autotuner.try_candidate(candidate, *arguments)
             if isinstance(outcome, str):
                 print(f"{candidate.name}, {keys} keys: {outcome}", file=sys.stderr)
                 continue
-            name = f"attention by {candidate.name}, {keys} keys{', bias' if biased else ''}"
-            spent = median_seconds(candidate.run, *given)
-            errors = (attention.relative_error(run(*given), *given) for run in (attention.torch_sdpa, candidate.run))
+            name = f"attention by {candidate.name}, {keys} keys{', bias' if has_bias else ''}"
+            seconds = median_seconds(candidate.run, *arguments)
+            errors = (
+                attention.relative_error(run(*arguments), *arguments) for run in (attention.torch_sdpa, candidate.run)
+            )
             yield KernelResult(
-                name, size.name, plain, spent, 4 * size.tokens * keys * size.width / spent / 1e12, *errors
+                name,
+                size.name,
+                reference_seconds,
+                seconds,
+                4 * size.tokens * keys * size.width / seconds / 1e12,
+                *errors,
             )
 
 
 def measure_matmul(size: ModelShape) -> Iterator[KernelResult]:
-    """The way up of the feed-forward in 8 bits, beside bfloat16. Their error is by design."""
+    """Measures the up projection of the feed-forward in 8 bits, beside bfloat16. Its error is by design."""
     shapes = ((size.tokens, size.width), (4 * size.width, size.width))
     x, weight = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-    right, plain = [x.float() @ weight.float().t()], median_seconds(F.linear, x, weight)
-    plain_error, work = largest_error([F.linear(x, weight).float()], right), 2 * right[0].numel() * size.width
-    for run, kind in ((int8.linear, torch.int8), (fp8.linear, torch.float8_e4m3fn)):
-        if kind in supported_eight_bit_dtypes():
-            codes, scale = reference.quantize_rows(weight, kind)
-            given = (x, codes, scale.flatten(), None)
-            spent, error = median_seconds(run, *given), largest_error([run(*given).float()], right)
-            yield KernelResult(f"linear in {kind}", size.name, plain, spent, work / spent / 1e12, plain_error, error)
+    expected, reference_seconds = [x.float() @ weight.float().t()], median_seconds(F.linear, x, weight)
+    reference_error, flops = (
+        largest_error([F.linear(x, weight).float()], expected),
+        2 * expected[0].numel() * size.width,
+    )
+    for run, code_dtype in ((int8.linear, torch.int8), (fp8.linear, torch.float8_e4m3fn)):
+        if code_dtype in supported_eight_bit_dtypes():
+            codes, scale = reference.quantize_rows(weight, code_dtype)
+            arguments = (x, codes, scale.flatten(), None)
+            seconds, error = median_seconds(run, *arguments), largest_error([run(*arguments).float()], expected)
+            yield KernelResult(
+                f"linear in {code_dtype}",
+                size.name,
+                reference_seconds,
+                seconds,
+                flops / seconds / 1e12,
+                reference_error,
+                error,
+            )
 
 
 def markdown_table(rows: list[KernelResult]) -> str:
-    """As Markdown."""
+    """Formats the results as Markdown."""
     lines: list[tuple[str, ...]] = [COLUMNS, ("---",) * len(COLUMNS)]
     for row in rows:
-        spent = (
+        seconds = (
             f"{row.reference_seconds * 1e6:.1f}",
             f"{row.kernel_seconds * 1e6:.1f}",
             f"{row.reference_seconds / row.kernel_seconds:.2f}",
             f"{row.rate:.0f}",
         )
-        lines.append((row.name, row.size, *spent, f"{row.reference_error:.1e}", f"{row.kernel_error:.1e}"))
+        lines.append((row.name, row.size, *seconds, f"{row.reference_error:.1e}", f"{row.kernel_error:.1e}"))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--size", choices=[size.name for size in MODEL_SHAPES], action="append", help="default: all")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("the kernels run on a GPU, and torch finds no CUDA device here.")
     rows: list[KernelResult] = []
     with torch.inference_mode():
         for size in MODEL_SHAPES:
-            if size.name in (asked.size or [size.name]):
+            if size.name in (options.size or [size.name]):
                 rows += [
                     measure_kernel(case, size)
                     for case in cases(size, "cuda", eight_bit_dtypes=supported_eight_bit_dtypes())

@@ -1,4 +1,4 @@
-"""On a GPU: the same noise, and so the same video up to rounding."""
+"""On a GPU the noise is the same, and so is the video up to rounding."""
 
 from __future__ import annotations
 
@@ -24,85 +24,87 @@ def test_a_seed_gives_the_same_video_on_both_devices() -> None:
 
 
 def test_bfloat16_on_a_gpu_stays_finite_and_close() -> None:
-    exact = Engine.open("demo", device="cuda", dtype="float32").generate(REQUEST)
-    narrow = Engine.open("demo", device="cuda", dtype="bfloat16").generate(REQUEST)
-    assert np.abs(exact.frames.astype(int) - narrow.frames.astype(int)).mean() < 12
+    fp32 = Engine.open("demo", device="cuda", dtype="float32").generate(REQUEST)
+    bf16 = Engine.open("demo", device="cuda", dtype="bfloat16").generate(REQUEST)
+    assert np.abs(fp32.frames.astype(int) - bf16.frames.astype(int)).mean() < 12
 
 
-def test_looking_for_numbers_that_are_none_does_not_wait_for_the_device() -> None:
-    watchman, x = FiniteCheck.for_device(torch.device("cuda")), torch.ones(1000, 128, device="cuda")
-    for warm in range(3):  # the first answers allocate memory on the host
-        watchman.check(x, f"step {warm}")
+def test_the_finite_check_does_not_synchronize_the_device() -> None:
+    finite_check, x = FiniteCheck.for_device(torch.device("cuda")), torch.ones(1000, 128, device="cuda")
+    for step in range(3):  # the first results allocate host memory
+        finite_check.check(x, f"step {step}")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(3, 9):
-            watchman.check(x, f"step {step}")
+            finite_check.check(x, f"step {step}")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    watchman.check(x / 0, "step 9")
+    finite_check.check(x / 0, "step 9")
     with pytest.raises(NonFiniteFound, match="step 9"):
-        watchman.check(x, "step 10")
+        finite_check.check(x, "step 10")
 
 
 @pytest.mark.parametrize("pinned", [False, True])
-def test_blocks_that_pass_through_two_places_compute_as_blocks_that_stay(pinned: bool) -> None:
+def test_swapped_blocks_compute_as_resident_ones(pinned: bool) -> None:
     from kadr.memory.block_swap import BlockSwapper
 
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(torch.nn.Linear(512, 512) for _ in range(7)).requires_grad_(False)
     x = torch.randn(64, 512, device="cuda")
 
-    def through() -> torch.Tensor:
-        made = x
+    def run_blocks() -> torch.Tensor:
+        output = x
         for block in blocks:
-            made = torch.tanh(block(made))
-        return made
+            output = torch.tanh(block(output))
+        return output
 
     blocks.to("cuda")
-    right = through()
+    expected = run_blocks()
     blocks.to("cpu")
-    carousel = BlockSwapper(list(blocks), torch.device("cuda"), pin_memory=pinned)
+    swapper = BlockSwapper(list(blocks), torch.device("cuda"), pin_memory=pinned)
     for _ in range(3):
-        torch.testing.assert_close(through(), right)
-    assert len(carousel.slots) == 2
+        torch.testing.assert_close(run_blocks(), expected)
+    assert len(swapper.slots) == 2
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8", "fp8-weights", "Q8_0", "Q4_0"])
-def test_weights_are_rounded_on_the_gpu_as_on_the_cpu(scheme: str) -> None:
+@pytest.mark.parametrize("weight_format", ["int8", "int8-weights", "fp8", "fp8-weights", "Q8_0", "Q4_0"])
+def test_quantization_on_the_gpu_equals_that_on_the_cpu(weight_format: str) -> None:
     from kadr.quant.convert import quantize_blocks
-    from tests.quant.test_convert import answer, apart, made
+    from tests.quant.test_convert import build_transformer, predict, relative_error
 
-    here, there = made(), made()
-    quantize_blocks(here, scheme, device=torch.device("cpu"))
-    quantize_blocks(there, scheme, device=torch.device("cuda"))
-    assert apart(answer(there.to("cpu")), answer(here)) < 1e-3
+    on_cpu, on_gpu = build_transformer(), build_transformer()
+    quantize_blocks(on_cpu, weight_format, device=torch.device("cpu"))
+    quantize_blocks(on_gpu, weight_format, device=torch.device("cuda"))
+    assert relative_error(predict(on_gpu.to("cpu")), predict(on_cpu)) < 1e-3
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "fp8", "Q8_0"])
-def test_compiled_layers_give_what_the_plain_ones_give(scheme: str | None) -> None:
+@pytest.mark.parametrize("weight_format", [None, "int8", "fp8", "Q8_0"])
+def test_compiled_blocks_equal_the_plain_ones(weight_format: str | None) -> None:
     plain, compiled = (
-        Engine.open("demo", device="cuda", dtype="float32", quant=scheme, compile_transformer=c).generate(REQUEST)
-        for c in (False, True)
+        Engine.open("demo", device="cuda", dtype="float32", quant=weight_format, compile_transformer=compiles).generate(
+            REQUEST
+        )
+        for compiles in (False, True)
     )
     error = (compiled.latents - plain.latents).norm() / plain.latents.norm()
-    assert error < (1e-3 if scheme is None else 0.02)
+    assert error < (1e-3 if weight_format is None else 0.02)
 
 
-def test_videos_keep_their_channels_last_through_the_vae() -> None:
+def test_the_vae_keeps_channels_last_memory_throughout() -> None:
     engine = Engine.open("demo", device="cuda", dtype="bfloat16")
     engine.components.apply_plan(engine.plan(REQUEST))
-    seen = 0
+    checked = 0
 
-    def lies_last(layer: torch.nn.Module, given: object, made: torch.Tensor) -> None:
-        nonlocal seen
-        seen += 1
-        assert not made.shape[2] or made.movedim(1, -1).is_contiguous(), type(layer).__name__
+    def assert_channels_last(layer: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        nonlocal checked
+        checked += 1
+        assert not output.shape[2] or output.movedim(1, -1).is_contiguous(), type(layer).__name__
 
     with engine.components.vae_decoder() as vae, torch.no_grad():
         for layer in vae.modules():
             if isinstance(layer, ChunkedConv3d | ResnetBlock3D | DepthToSpaceUpsample):
-                layer.register_forward_hook(lies_last)
+                layer.register_forward_hook(assert_channels_last)
         latents = torch.randn(1, vae.config.latent_channels, 3, 4, 4, device="cuda", dtype=torch.bfloat16)
-        level = torch.tensor([0.05], device="cuda")
-        assert sum(part.shape[2] for part in vae.decode_stream(latents, timestep=level)) == 17
-    assert seen > 10
+        timestep = torch.tensor([0.05], device="cuda")
+        assert sum(chunk.shape[2] for chunk in vae.decode_stream(latents, timestep=timestep)) == 17
+    assert checked > 10

@@ -1,4 +1,4 @@
-"""Which attention is run: the fastest that is right, found out once for each size."""
+"""The attention autotuner runs the fastest correct candidate, timed once per bucket."""
 
 from __future__ import annotations
 
@@ -14,96 +14,98 @@ from kadr.kernels import attention
 from kadr.kernels.attention import TORCH_SDPA, AttentionAutotuner, Bucket, Candidate, attend, torch_sdpa
 
 
-class Clock:
-    """Tells how long each candidate takes, by name, and how often it was asked."""
+class FakeTimer:
+    """Returns invented seconds for each candidate by name, and counts its calls."""
 
     def __init__(self, **seconds: float) -> None:
-        self.told, self.running, self.asked = seconds, "", 0
+        self.seconds_by_name, self.running, self.calls = seconds, "", 0
 
     def __call__(self, call: Callable[[], object]) -> float:
-        self.asked += 1
+        self.calls += 1
         call()
-        return self.told[self.running]
+        return self.seconds_by_name[self.running]
 
-    def candidate(self, name: str, run: attention.AttentionFunction = torch_sdpa, takes_bias: bool = True) -> Candidate:
-        def noted(*given: Tensor | None) -> Tensor:
+    def candidate(
+        self, name: str, run: attention.AttentionFunction = torch_sdpa, supports_bias: bool = True
+    ) -> Candidate:
+        def recorded(*arguments: Tensor | None) -> Tensor:
             self.running = name
-            return run(*given)
+            return run(*arguments)
 
-        return Candidate(name, noted, takes_bias)
+        return Candidate(name, recorded, supports_bias)
 
 
-class Heads(NamedTuple):
+class Inputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
 
 
-def heads(queries: int = 70, keys: int = 70, width: int = 16, dtype: torch.dtype = torch.float32) -> Heads:
+def inputs(queries: int = 70, keys: int = 70, head_dim: int = 16, dtype: torch.dtype = torch.float32) -> Inputs:
     generator = torch.Generator().manual_seed(queries + keys)
     lengths = (queries, keys, keys)
-    return Heads(*(torch.randn(2, 6, length, width, generator=generator).to(dtype) for length in lengths))
+    return Inputs(*(torch.randn(2, 6, length, head_dim, generator=generator).to(dtype) for length in lengths))
 
 
-def wrong(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Right but for the last query of one sample."""
-    made = torch_sdpa(q, k, v, bias)
-    made[-1, :, -1] += 1
-    return made
+def wrong_last_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns correct attention but for the last query of one sample."""
+    output = torch_sdpa(q, k, v, bias)
+    output[-1, :, -1] += 1
+    return output
 
 
-def refuses(*_: Tensor | None) -> Tensor:
+def raises_error(*_: Tensor | None) -> Tensor:
     raise RuntimeError("no kernel image is available")
 
 
-def nothing(q: Tensor, *_: Tensor | None) -> Tensor:
+def all_nan(q: Tensor, *_: Tensor | None) -> Tensor:
     return torch.full_like(q, torch.nan)
 
 
-def test_the_fastest_is_run() -> None:
-    clock = Clock(a=3.0, b=1.0, c=2.0)
-    chooser = AttentionAutotuner([clock.candidate(name) for name in "abc"], clock)
-    assert chooser.pick(*heads()).name == "b"
-    assert list(chooser.outcomes.values()) == [{"a": 3.0, "b": 1.0, "c": 2.0}]
+def test_the_fastest_candidate_runs() -> None:
+    timer = FakeTimer(a=3.0, b=1.0, c=2.0)
+    autotuner = AttentionAutotuner([timer.candidate(name) for name in "abc"], timer)
+    assert autotuner.pick(*inputs()).name == "b"
+    assert list(autotuner.outcomes.values()) == [{"a": 3.0, "b": 1.0, "c": 2.0}]
 
 
-def test_noise_decides_nothing() -> None:
-    clock = Clock(a=1.0, b=0.98, c=1.02)
-    assert AttentionAutotuner([clock.candidate(name) for name in "abc"], clock).pick(*heads()).name == "a"
+def test_an_earlier_candidate_wins_near_ties() -> None:
+    timer = FakeTimer(a=1.0, b=0.98, c=1.02)
+    assert AttentionAutotuner([timer.candidate(name) for name in "abc"], timer).pick(*inputs()).name == "a"
 
 
-def test_what_is_wrong_or_raises_is_left_out_however_fast() -> None:
-    clock = Clock(slow=9.0, wrong=1.0, refuses=1.0, nothing=1.0)
-    runs = {"wrong": wrong, "refuses": refuses, "nothing": nothing, "slow": torch_sdpa}
-    chooser = AttentionAutotuner([clock.candidate(name, run) for name, run in runs.items()], clock)
-    assert chooser.pick(*heads()).name == "slow"
-    (outcomes,) = chooser.outcomes.values()
+def test_a_wrong_or_raising_candidate_is_rejected_however_fast() -> None:
+    timer = FakeTimer(slow=9.0, wrong=1.0, raises_error=1.0, all_nan=1.0)
+    runs = {"wrong": wrong_last_query, "raises_error": raises_error, "all_nan": all_nan, "slow": torch_sdpa}
+    autotuner = AttentionAutotuner([timer.candidate(name, run) for name, run in runs.items()], timer)
+    assert autotuner.pick(*inputs()).name == "slow"
+    (outcomes,) = autotuner.outcomes.values()
     assert str(outcomes["wrong"]).startswith("wrong by ")
-    assert outcomes["refuses"] == "RuntimeError: no kernel image is available"
-    assert outcomes["nothing"] == "wrong by nan %"
+    assert outcomes["raises_error"] == "RuntimeError: no kernel image is available"
+    assert outcomes["all_nan"] == "wrong by nan %"
 
 
-def test_where_none_is_left_torch_chooses() -> None:
-    clock = Clock()
-    assert AttentionAutotuner([clock.candidate("refuses", refuses)], clock).pick(*heads()) is TORCH_SDPA
-    assert AttentionAutotuner([], clock).pick(*heads()) is TORCH_SDPA
+def test_torch_chooses_when_every_candidate_is_rejected() -> None:
+    timer = FakeTimer()
+    assert AttentionAutotuner([timer.candidate("raises_error", raises_error)], timer).pick(*inputs()) is TORCH_SDPA
+    assert AttentionAutotuner([], timer).pick(*inputs()) is TORCH_SDPA
 
 
-def test_a_choice_is_made_once_for_each_bucket() -> None:
-    clock = Clock(a=1.0)
-    chooser = AttentionAutotuner([clock.candidate("a")], clock)
-    for given in (heads(70, 70), heads(128, 128), heads(65, 100), heads(100, 100)):
-        chooser.pick(*given)
-    assert clock.asked == 1
-    others = (heads(129, 70), heads(70, 64), heads(width=32), heads(dtype=torch.bfloat16))
-    for given in (*others, heads()._replace(bias=torch.zeros(2, 1, 1, 70))):
-        chooser.pick(*given)
-    assert clock.asked == 1 + 5 == len(chooser.outcomes)
+def test_each_bucket_is_timed_once() -> None:
+    timer = FakeTimer(a=1.0)
+    autotuner = AttentionAutotuner([timer.candidate("a")], timer)
+    for arguments in (inputs(70, 70), inputs(128, 128), inputs(65, 100), inputs(100, 100)):
+        autotuner.pick(*arguments)
+    assert timer.calls == 1
+    others = (inputs(129, 70), inputs(70, 64), inputs(head_dim=32), inputs(dtype=torch.bfloat16))
+    for arguments in (*others, inputs()._replace(bias=torch.zeros(2, 1, 1, 70))):
+        autotuner.pick(*arguments)
+    assert timer.calls == 1 + 5 == len(autotuner.outcomes)
 
 
-def test_a_length_is_rounded_up_to_a_power_of_two() -> None:
-    assert [Bucket.from_tensors(heads(count).q, heads().k, None).query_length for count in (1, 2, 3, 64, 65)] == [
+def test_bucket_lengths_round_up_to_powers_of_two() -> None:
+    assert [Bucket.from_tensors(inputs(count).q, inputs().k, None).query_length for count in (1, 2, 3, 64, 65)] == [
         1,
         2,
         4,
@@ -112,34 +114,34 @@ def test_a_length_is_rounded_up_to_a_power_of_two() -> None:
     ]
 
 
-def test_who_does_not_know_a_bias_is_not_asked_with_one() -> None:
-    clock = Clock(fast=1.0, biased=2.0)
-    chooser = AttentionAutotuner([clock.candidate("fast", takes_bias=False), clock.candidate("biased")], clock)
+def test_a_candidate_without_bias_support_gets_no_bias() -> None:
+    timer = FakeTimer(fast=1.0, biased=2.0)
+    autotuner = AttentionAutotuner([timer.candidate("fast", supports_bias=False), timer.candidate("biased")], timer)
     bias = torch.zeros(2, 1, 1, 70)
     bias[..., 40:] = -10000.0
-    assert chooser.pick(*heads()).name == "fast"
-    assert chooser.pick(*heads()._replace(bias=bias)).name == "biased"
+    assert autotuner.pick(*inputs()).name == "fast"
+    assert autotuner.pick(*inputs()._replace(bias=bias)).name == "biased"
 
 
-def test_a_bias_that_is_passed_over_is_noticed() -> None:
-    clock = Clock(deaf=1.0)
+def test_a_candidate_that_ignores_the_bias_is_rejected() -> None:
+    timer = FakeTimer(ignores_bias=1.0)
     bias = torch.zeros(2, 1, 1, 70)
     bias[..., 40:] = -10000.0
-    deaf = clock.candidate("deaf", lambda q, k, v, _: torch_sdpa(q, k, v, None))
-    assert AttentionAutotuner([deaf], clock).pick(*heads()._replace(bias=bias)) is TORCH_SDPA
+    ignores_bias = timer.candidate("ignores_bias", lambda q, k, v, _: torch_sdpa(q, k, v, None))
+    assert AttentionAutotuner([ignores_bias], timer).pick(*inputs()._replace(bias=bias)) is TORCH_SDPA
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_torch_is_right_in_every_dtype(dtype: torch.dtype) -> None:
-    clock = Clock(a=1.0)
-    chooser = AttentionAutotuner([clock.candidate("a")], clock)
-    chooser.pick(*heads(300, 200, 64, dtype))
-    assert list(chooser.outcomes.values()) == [{"a": 1.0}]
+def test_torch_sdpa_passes_the_check_in_every_dtype(dtype: torch.dtype) -> None:
+    timer = FakeTimer(a=1.0)
+    autotuner = AttentionAutotuner([timer.candidate("a")], timer)
+    autotuner.pick(*inputs(300, 200, 64, dtype))
+    assert list(autotuner.outcomes.values()) == [{"a": 1.0}]
 
 
-def test_without_cuda_it_is_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "autotuner_for", refuses)
-    q, k, v, _ = heads(30, 70)
+def test_without_cuda_attend_equals_torch_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "autotuner_for", raises_error)
+    q, k, v, _ = inputs(30, 70)
     bias = torch.randn(2, 1, 1, 70)
     assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
     assert torch.equal(attend(q, k, v, bias), F.scaled_dot_product_attention(q, k, v, attn_mask=bias))

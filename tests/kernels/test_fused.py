@@ -1,4 +1,4 @@
-"""When a kernel stands in for its definition, and when it is not trusted to."""
+"""Dispatch between kernels and their definitions, and the trial that a kernel must pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOURCES = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_mode_and_no_verdicts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(mode.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(mode, "_current_mode", None)
     trial.reset()
@@ -31,15 +31,15 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Kernels:
-    """Stand-ins for kernels: definitions that note that they were called. `spoil` changes what one gives."""
+    """Fake kernels: definitions that record their calls. `spoil` changes their output."""
 
     def __init__(self) -> None:
-        self.called: list[str] = []
-        self.spoil: Callable[[Any], Any] = lambda made: made
+        self.calls: list[str] = []
+        self.spoil: Callable[[Any], Any] = lambda output: output
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def kernel(*arguments: Any) -> Any:
-            self.called.append(name)
+            self.calls.append(name)
             return self.spoil(getattr(dequant if name == "dequantize" else reference, name)(*arguments))
 
         return kernel
@@ -47,22 +47,22 @@ class Kernels:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
-    """Kernels everywhere, without triton."""
-    made = Kernels()
-    monkeypatch.setattr(trial, "import_module", lambda name: made)
+    """Enables fake kernels on every device, without triton."""
+    output = Kernels()
+    monkeypatch.setattr(trial, "import_module", lambda name: output)
     with mode.override(mode.EVERYWHERE):
-        yield made
+        yield output
 
 
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def entry(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    return drawn(2, 3, 8, dtype=dtype), drawn(2, 1, 8, seed=1, dtype=dtype), drawn(2, 1, 8, seed=2, dtype=dtype)
+def branch_input(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return randn(2, 3, 8, dtype=dtype), randn(2, 1, 8, seed=1, dtype=dtype), randn(2, 1, 8, seed=2, dtype=dtype)
 
 
-def test_the_environment_is_read_when_it_is_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_is_read_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mode.current() == mode.AUTO
     monkeypatch.setattr(mode, "_current_mode", None)
     monkeypatch.setenv(mode.ENVIRONMENT_VARIABLE, "reference")
@@ -72,7 +72,7 @@ def test_the_environment_is_read_when_it_is_first_needed(monkeypatch: pytest.Mon
     assert mode.current() == mode.REFERENCE
 
 
-def test_a_choice_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(mode.ENVIRONMENT_VARIABLE, "fastest")
     with pytest.raises(RequestError, match="KADR_KERNELS is 'fastest'; it must be one of auto, reference, everywhere"):
         mode.current()
@@ -80,13 +80,13 @@ def test_a_choice_that_there_is_not_is_refused(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
-def test_a_choice_ends_with_its_block_even_in_an_error() -> None:
+def test_an_override_ends_with_its_block_even_in_an_error() -> None:
     with pytest.raises(ZeroDivisionError), mode.override(mode.REFERENCE):
         raise ZeroDivisionError
     assert mode.current() == mode.AUTO
 
 
-def test_importing_the_dispatch_brings_no_triton() -> None:
+def test_importing_fused_does_not_import_triton() -> None:
     script = (
         "import kadr.kernels.fused, kadr.kernels.attention, kadr.kernels.fp8, kadr.kernels.cuda_graphs, sys, torch;"
     )
@@ -95,148 +95,152 @@ def test_importing_the_dispatch_brings_no_triton() -> None:
 
 
 def test_without_a_gpu_definitions_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "import_module", lambda name: pytest.fail("a kernel was asked for"))
-    assert torch.equal(fused.norm_modulate(*entry()), reference.norm_modulate(*entry()))
-    packed, out = torch.zeros(2, 34, dtype=torch.uint8), torch.ones(2, 32)
-    assert fused.dequantize(packed, GGML_TYPES["Q8_0"], out) is out
+    monkeypatch.setattr(trial, "import_module", lambda name: pytest.fail("a kernel was imported"))
+    assert torch.equal(fused.norm_modulate(*branch_input()), reference.norm_modulate(*branch_input()))
+    quantized, out = torch.zeros(2, 34, dtype=torch.uint8), torch.ones(2, 32)
+    assert fused.dequantize(quantized, GGML_TYPES["Q8_0"], out) is out
     assert out.eq(0).all()
 
 
-def test_a_kernel_that_agrees_is_tried_once_and_then_runs_alone(
-    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_correct_kernel_is_compared_once_then_runs_alone(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
-        assert torch.equal(fused.norm_modulate(*entry()), reference.norm_modulate(*entry()))
-    assert kernels.called == ["norm_modulate"] * 3
-    compared: list[Any] = []
-    monkeypatch.setattr(trial, "_relative_error", lambda *given: compared.append(given) or 0.0)
-    fused.norm_modulate(*entry())
-    assert not compared
-    fused.norm_modulate(*entry(torch.bfloat16))  # compiled anew for another dtype, and so tried anew
-    assert len(compared) == 1
+        assert torch.equal(fused.norm_modulate(*branch_input()), reference.norm_modulate(*branch_input()))
+    assert kernels.calls == ["norm_modulate"] * 3
+    comparisons: list[Any] = []
+    monkeypatch.setattr(trial, "_relative_error", lambda *arguments: comparisons.append(arguments) or 0.0)
+    fused.norm_modulate(*branch_input())
+    assert not comparisons
+    fused.norm_modulate(*branch_input(torch.bfloat16))  # compiled again for another dtype, so compared again
+    assert len(comparisons) == 1
 
 
-def test_a_kernel_that_differs_is_left_alone(kernels: Kernels) -> None:
-    kernels.spoil = lambda made: made * 1.1
+def test_a_kernel_that_differs_warns_and_is_not_used(kernels: Kernels) -> None:
+    kernels.spoil = lambda output: output * 1.1
     with pytest.warns(KadrWarning, match=r"norm_modulate is not used on cpu: its result is 10\.0 % off"):
-        made = fused.norm_modulate(*entry())
-    assert torch.equal(made, reference.norm_modulate(*entry()))
-    assert torch.equal(fused.norm_modulate(*entry()), made)
-    assert kernels.called == ["norm_modulate"]
+        output = fused.norm_modulate(*branch_input())
+    assert torch.equal(output, reference.norm_modulate(*branch_input()))
+    assert torch.equal(fused.norm_modulate(*branch_input()), output)
+    assert kernels.calls == ["norm_modulate"]
 
 
-@pytest.mark.parametrize("spoil", [lambda made: made * torch.nan, lambda made: made[:1], lambda made: made.double()])
-def test_no_numbers_and_other_shapes_and_dtypes_differ(kernels: Kernels, spoil: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    "spoil", [lambda output: output * torch.nan, lambda output: output[:1], lambda output: output.double()]
+)
+def test_nan_and_other_shapes_and_dtypes_count_as_different(
+    kernels: Kernels, spoil: Callable[[Tensor], Tensor]
+) -> None:
     kernels.spoil = spoil
     with pytest.warns(KadrWarning, match="norm_modulate"):
-        assert torch.equal(fused.norm_modulate(*entry()), reference.norm_modulate(*entry()))
+        assert torch.equal(fused.norm_modulate(*branch_input()), reference.norm_modulate(*branch_input()))
 
 
-def test_a_kernel_that_fails_is_left_alone(kernels: Kernels) -> None:
-    def fails(_: Any) -> Any:
+def test_a_kernel_that_fails_warns_and_is_not_used(kernels: Kernels) -> None:
+    def no_compiler(_: Any) -> Any:
         raise RuntimeError("Failed to find C compiler")
 
-    kernels.spoil = fails
+    kernels.spoil = no_compiler
     with pytest.warns(KadrWarning, match=r"RuntimeError: Failed to find C compiler\. .* KADR_KERNELS=reference"):
-        made = fused.gate_residual(entry()[0], None, entry()[0])
-    assert torch.equal(made, 2 * entry()[0])
+        output = fused.gate_residual(branch_input()[0], None, branch_input()[0])
+    assert torch.equal(output, 2 * branch_input()[0])
 
 
-def test_of_a_tuple_every_part_is_compared(kernels: Kernels) -> None:
-    x, scale, shift = entry()
-    kernels.spoil = lambda made: (made[0], made[1] * 1.2)
+def test_every_tensor_of_a_tuple_is_compared(kernels: Kernels) -> None:
+    x, scale, shift = branch_input()
+    kernels.spoil = lambda output: (output[0], output[1] * 1.2)
     with pytest.warns(KadrWarning, match="norm_modulate_quantize"):
         fused.norm_modulate_quantize(x, scale, shift, torch.int8)
 
 
-def test_what_is_written_in_place_is_compared_with_what_was_right(kernels: Kernels) -> None:
-    packed, out = torch.full((2, 34), 20, dtype=torch.uint8), torch.empty(2, 32)
-    right = dequant.dequantize(packed, GGML_TYPES["Q8_0"], torch.empty(2, 32))
-    kernels.spoil = lambda made: made.mul_(2)
+def test_an_out_argument_is_compared_with_the_definitions_values(kernels: Kernels) -> None:
+    quantized, out = torch.full((2, 34), 20, dtype=torch.uint8), torch.empty(2, 32)
+    expected = dequant.dequantize(quantized, GGML_TYPES["Q8_0"], torch.empty(2, 32))
+    kernels.spoil = lambda output: output.mul_(2)
     with pytest.warns(KadrWarning, match="dequantize"):
-        assert fused.dequantize(packed, GGML_TYPES["Q8_0"], out) is out
-    assert torch.equal(out, right)
+        assert fused.dequantize(quantized, GGML_TYPES["Q8_0"], out) is out
+    assert torch.equal(out, expected)
 
 
-def test_where_memory_runs_out_or_numbers_are_none_nothing_is_decided(kernels: Kernels) -> None:
-    def full(_: Any) -> Any:
+def test_out_of_memory_and_nan_inputs_give_no_verdict(kernels: Kernels) -> None:
+    def out_of_memory(_: Any) -> Any:
         raise torch.OutOfMemoryError("too little")
 
-    kernels.spoil = full
-    assert torch.equal(fused.norm_modulate(*entry()), reference.norm_modulate(*entry()))
-    kernels.spoil = lambda made: made
-    x, scale, shift = entry()
+    kernels.spoil = out_of_memory
+    assert torch.equal(fused.norm_modulate(*branch_input()), reference.norm_modulate(*branch_input()))
+    kernels.spoil = lambda output: output
+    x, scale, shift = branch_input()
     assert fused.norm_modulate(x * torch.nan, scale, shift).isnan().all()
     assert not trial._verdicts
     fused.norm_modulate(x, scale, shift)
     assert len(trial._verdicts) == 1
 
 
-def test_who_wants_gradients_gets_the_definition(kernels: Kernels) -> None:
-    x, scale, shift = entry()
+def test_inputs_with_gradients_run_the_definition(kernels: Kernels) -> None:
+    x, scale, shift = branch_input()
     x.requires_grad_()
     assert fused.norm_modulate(x, scale, shift).requires_grad
-    assert not kernels.called
+    assert not kernels.calls
     with torch.no_grad():
         fused.norm_modulate(x, scale, shift)
-    assert kernels.called
+    assert kernels.calls
 
 
-def test_the_switch_turns_all_kernels_off(kernels: Kernels) -> None:
+def test_reference_mode_turns_all_kernels_off(kernels: Kernels) -> None:
     with mode.override(mode.REFERENCE):
-        fused.norm_modulate(*entry())
-    assert not kernels.called
+        fused.norm_modulate(*branch_input())
+    assert not kernels.calls
 
 
-def clip(*shape: int) -> Tensor:
-    return drawn(*shape).contiguous(memory_format=torch.channels_last_3d)
+def video(*shape: int) -> Tensor:
+    return randn(*shape).contiguous(memory_format=torch.channels_last_3d)
 
 
-X, SHARED = drawn(2, 3, 8), drawn(2, 1, 8)
-CLIP = clip(2, 8, 3, 2, 2)
+TOKENS, MODULATION = randn(2, 3, 8), randn(2, 1, 8)
+VIDEO = video(2, 8, 3, 2, 2)
 
 
 @pytest.mark.parametrize(
     "name, arguments",
     [
-        ("norm_modulate", (X.double(), SHARED.double(), SHARED.double())),
-        ("norm_modulate", (X, SHARED.half(), SHARED)),
-        ("norm_modulate", (X, SHARED[0, 0], SHARED[0, 0])),
-        ("norm_modulate", (X.transpose(1, 2).contiguous().transpose(1, 2), SHARED, SHARED)),
-        ("norm_modulate", (X[:0], SHARED[:0], SHARED[:0])),
-        ("norm_modulate", (drawn(1, 1, 16_385),) * 3),
-        ("gate_residual", (X, SHARED, SHARED)),
-        ("norm_rope", (drawn(1, 2, 8), drawn(8), drawn(2, 8), drawn(2, 8))),
-        ("quantize_rows", (X, torch.int8)),
-        ("pixel_norm_modulate_silu", (drawn(2, 8, 3, 2, 2),)),
-        ("pixel_norm_modulate_silu", (CLIP[..., :1, :],)),
-        ("pixel_norm_modulate_silu", (CLIP, drawn(2, 1), drawn(2, 1))),
-        ("bias_residual", (CLIP, drawn(1), CLIP)),
-        ("rescale", (drawn(2, 8), drawn(1, 1), drawn(8), None, torch.float32)),
-        ("rescale", (drawn(2, 8), drawn(2, 1), drawn(1), None, torch.float32)),
-        ("rescale", (drawn(8, 2).t(), drawn(2, 1), drawn(8), None, torch.float32)),
-        ("bias_residual", (CLIP, drawn(8), drawn(2, 8, 3, 2, 2))),
-        ("bias_residual", (CLIP, drawn(8), clip(1, 8, 3, 2, 2))),
+        ("norm_modulate", (TOKENS.double(), MODULATION.double(), MODULATION.double())),
+        ("norm_modulate", (TOKENS, MODULATION.half(), MODULATION)),
+        ("norm_modulate", (TOKENS, MODULATION[0, 0], MODULATION[0, 0])),
+        ("norm_modulate", (TOKENS.transpose(1, 2).contiguous().transpose(1, 2), MODULATION, MODULATION)),
+        ("norm_modulate", (TOKENS[:0], MODULATION[:0], MODULATION[:0])),
+        ("norm_modulate", (randn(1, 1, 16_385),) * 3),
+        ("gate_residual", (TOKENS, MODULATION, MODULATION)),
+        ("norm_rope", (randn(1, 2, 8), randn(8), randn(2, 8), randn(2, 8))),
+        ("quantize_rows", (TOKENS, torch.int8)),
+        ("pixel_norm_modulate_silu", (randn(2, 8, 3, 2, 2),)),
+        ("pixel_norm_modulate_silu", (VIDEO[..., :1, :],)),
+        ("pixel_norm_modulate_silu", (VIDEO, randn(2, 1), randn(2, 1))),
+        ("bias_residual", (VIDEO, randn(1), VIDEO)),
+        ("rescale", (randn(2, 8), randn(1, 1), randn(8), None, torch.float32)),
+        ("rescale", (randn(2, 8), randn(2, 1), randn(1), None, torch.float32)),
+        ("rescale", (randn(8, 2).t(), randn(2, 1), randn(8), None, torch.float32)),
+        ("bias_residual", (VIDEO, randn(8), randn(2, 8, 3, 2, 2))),
+        ("bias_residual", (VIDEO, randn(8), video(1, 8, 3, 2, 2))),
         ("dequantize", (torch.zeros(2, 132, dtype=torch.uint8), GGML_TYPES["Q5_0"], torch.empty(2, 192))),
         ("dequantize", (torch.zeros(2, 34, dtype=torch.uint8), GGML_TYPES["Q8_0"], torch.empty(2, 32).double())),
     ],
 )
-def test_what_no_kernel_is_written_for_is_computed_by_definition(
+def test_inputs_that_no_kernel_supports_run_the_definition(
     kernels: Kernels, name: str, arguments: tuple[Any, ...]
 ) -> None:
-    made = getattr(fused, name)(*arguments)
-    right = getattr(dequant if name == "dequantize" else reference, name)(*arguments)
-    for one, other in zip(*((it if isinstance(it, tuple) else (it,)) for it in (made, right)), strict=True):
-        assert torch.equal(one, other)
-    assert not kernels.called
+    output = getattr(fused, name)(*arguments)
+    expected = getattr(dequant if name == "dequantize" else reference, name)(*arguments)
+    for actual, correct in zip(
+        *((outputs if isinstance(outputs, tuple) else (outputs,)) for outputs in (output, expected)), strict=True
+    ):
+        assert torch.equal(actual, correct)
+    assert not kernels.calls
 
 
-def test_a_kernel_waits_while_a_graph_is_recorded(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu(SimpleNamespace):
+def test_a_kernel_is_not_tried_during_a_graph_capture(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakeCudaTensor(SimpleNamespace):
         __hash__ = object.__hash__
 
-    x = OnGpu(is_cuda=True, device="cuda:0", shape=(2, 3, 8), dim=lambda: 3)
+    x = FakeCudaTensor(is_cuda=True, device="cuda:0", shape=(2, 3, 8), dim=lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert trial.run("adaln", lambda given: "by definition", x) == "by definition"
-    assert not kernels.called
+    assert trial.run("adaln", lambda arguments: "by definition", x) == "by definition"
+    assert not kernels.calls
     assert not trial._verdicts

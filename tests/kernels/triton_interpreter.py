@@ -1,4 +1,4 @@
-"""What a process needs in which Triton's interpreter stands in for a GPU. Import it before any kernel."""
+"""Fixtures for a process in which Triton's interpreter replaces the GPU. Import it before any kernel."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ TORCH = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: 
 
 @pytest.fixture(autouse=True)
 def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7 interprets a conversion to bfloat16 by cutting off, and to fp8 without carrying. GPUs round."""
+    """Rounds conversions as GPUs do: Triton 3.7's interpreter truncates to bfloat16, and loses carries to fp8."""
 
-    def convert(numbers: np.ndarray, source: tl.dtype, target: tl.dtype, _: Any) -> np.ndarray:
-        there, here = TORCH[source], TORCH[target]
-        made = torch.from_numpy(numbers.copy().view(f"i{there.itemsize}")).view(there).to(here)
-        return made.view(BITS[here]).numpy().view(f"u{here.itemsize}")
+    def convert(values: np.ndarray, source: tl.dtype, target: tl.dtype, _: Any) -> np.ndarray:
+        source_dtype, target_dtype = TORCH[source], TORCH[target]
+        converted = (
+            torch.from_numpy(values.copy().view(f"i{source_dtype.itemsize}")).view(source_dtype).to(target_dtype)
+        )
+        return converted.view(BITS[target_dtype]).numpy().view(f"u{target_dtype.itemsize}")
 
     monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 @pytest.fixture(autouse=True)
 def enable_all_kernels() -> Iterator[None]:
-    """And none tried yet."""
+    """Enables kernels on every device, with no verdicts yet."""
     trial.reset()
     with mode.override(mode.EVERYWHERE):
         yield

@@ -1,4 +1,4 @@
-"""What each tensor is stored as: as the published files of this family have it, and for text encoders as llama.cpp."""
+"""GGUF types of tensors: transformers as in the published files of this family, text encoders as in llama.cpp."""
 
 from __future__ import annotations
 
@@ -18,30 +18,34 @@ from tests.checkpoints.gguf import gguf_files
 
 XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 # For 24 layers: the first and the last eighth, and every third between.
-ENDS = {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
+MORE_BITS_LAYERS = {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
 
 
-def of_transformer(name: str, layers: int = 28) -> dict[str, str]:
+def transformer_types(name: str, layers: int = 28) -> dict[str, str]:
     shapes = single_file_shapes({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], without_prefix=True)
     mix = find_mix(name)
     return assign_types(mix, mix.transformer, {tensor: (shape, "BF16") for tensor, shape in shapes.items()})
 
 
-def of_text(name: str) -> dict[str, str]:
+def text_encoder_types(name: str) -> dict[str, str]:
     mix = find_mix(name)
     return assign_types(mix, mix.text_encoder, {tensor: (s, "BF16") for tensor, s in gguf_files.t5_shapes(XXL).items()})
 
 
-def layers_of(types: dict[str, str], leaf: str, kind: str) -> set[int]:
-    """The layers whose tensor is stored as that."""
+def layers_with_type(types: dict[str, str], leaf: str, type_name: str) -> set[int]:
+    """Returns the layers whose tensor has that type."""
     end = f"{leaf}.weight"
-    return {int(name.split(".")[2]) for name, found in types.items() if name.endswith(end) and found == kind}
+    return {
+        int(name.split(".")[2])
+        for name, tensor_type in types.items()
+        if name.endswith(end) and tensor_type == type_name
+    }
 
 
-def test_every_type_is_numbered_as_llama_cpp_does() -> None:
+def test_file_types_equal_llama_cpps() -> None:
     for mix in MIXES.values():
-        known = gguf.LlamaFileType["ALL_F32" if mix.name == "F32" else f"MOSTLY_{mix.name}"]
-        assert mix.file_type == known
+        expected = gguf.LlamaFileType["ALL_F32" if mix.name == "F32" else f"MOSTLY_{mix.name}"]
+        assert mix.file_type == expected
         assert mix.base_type in (*FLOAT_TYPES, *GGML_TYPES)
     assert {name: mix.base_type for name, mix in MIXES.items() if name in GGML_TYPES} == {
         name: name for name in MIXES if name in GGML_TYPES
@@ -49,39 +53,41 @@ def test_every_type_is_numbered_as_llama_cpp_does() -> None:
 
 
 @pytest.mark.parametrize("name", MIX_NAMES)
-def test_a_type_is_found_in_small_letters_too(name: str) -> None:
+def test_mix_names_ignore_case(name: str) -> None:
     assert find_mix(name.lower()) is find_mix(name) is MIXES[MIX_ALIASES.get(name, name)]
 
 
-def test_another_type_is_not_found() -> None:
+def test_an_unknown_mix_is_not_found() -> None:
     with pytest.raises(KeyError):
         find_mix("IQ4_XS")
 
 
 @pytest.mark.parametrize("name", MIX_NAMES)
-def test_what_is_never_packed_is_kept_exact(name: str) -> None:
+def test_tensors_that_are_never_quantized_keep_their_type(name: str) -> None:
     for layers in (28, 48):
-        types = of_transformer(name, layers)
+        types = transformer_types(name, layers)
         shapes = single_file_shapes({28: TRANSFORMER_2B, 48: TRANSFORMER_13B}[layers], without_prefix=True)
-        around = find_mix(name).base_type if find_mix(name).base_type in FLOAT_TYPES else "BF16"
-        expected = gguf_files.transformer_types(shapes, "packed", outer_type=around)
-        for tensor, (_, kind) in expected.items():
-            assert types[tensor] == kind or (kind == "packed" and types[tensor] in (*GGML_TYPES, around)), tensor
-    words = of_text(name)
-    assert {words[tensor] for tensor in words if "norm" in tensor or "attn_rel_b" in tensor} == {"F32"}
+        outer_type = find_mix(name).base_type if find_mix(name).base_type in FLOAT_TYPES else "BF16"
+        expected = gguf_files.transformer_types(shapes, "packed", outer_type=outer_type)
+        for tensor, (_, type_name) in expected.items():
+            assert types[tensor] == type_name or (
+                type_name == "packed" and types[tensor] in (*GGML_TYPES, outer_type)
+            ), tensor
+    text_types = text_encoder_types(name)
+    assert {text_types[tensor] for tensor in text_types if "norm" in tensor or "attn_rel_b" in tensor} == {"F32"}
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "Q5_K_S", "Q5_1", "Q4_1", "Q3_K_S"])
-def test_a_type_without_a_mix_is_one_type(name: str) -> None:
+def test_a_type_without_overrides_is_uniform(name: str) -> None:
     base = find_mix(name).base_type
-    assert set(of_transformer(name).values()) == {base, "F32", "BF16"}
+    assert set(transformer_types(name).values()) == {base, "F32", "BF16"}
     embedding = "Q8_0" if name == "Q8_0" else "Q6_K"
-    assert set(of_text(name).values()) == {base, "F32", embedding}
+    assert set(text_encoder_types(name).values()) == {base, "F32", embedding}
 
 
-# Values (twice a block) and the way down of the feed-forward, and what all else in a block is.
+# Types of the value projections (two per block), of the feed-forward's down projection, and of the rest of a block.
 @pytest.mark.parametrize(
-    "name, values, down, rest",
+    "name, attn_v, ffn_down, rest",
     [
         ("Q5_K_M", {"Q6_K": 56}, {"Q6_K": 28}, "Q5_K"),
         ("Q5_0", {"Q5_0": 56}, {"Q5_1": 28}, "Q5_0"),
@@ -94,27 +100,27 @@ def test_a_type_without_a_mix_is_one_type(name: str) -> None:
     ],
 )
 def test_a_transformer_is_mixed_as_the_published_files(
-    name: str, values: dict[str, int], down: dict[str, int], rest: str
+    name: str, attn_v: dict[str, int], ffn_down: dict[str, int], rest: str
 ) -> None:
-    types = of_transformer(name)
-    assert Counter(types[tensor] for tensor in types if tensor.endswith(".to_v.weight")) == values
-    assert Counter(types[tensor] for tensor in types if tensor.endswith(".ff.net.2.weight")) == down
+    types = transformer_types(name)
+    assert Counter(types[tensor] for tensor in types if tensor.endswith(".to_v.weight")) == attn_v
+    assert Counter(types[tensor] for tensor in types if tensor.endswith(".ff.net.2.weight")) == ffn_down
     others = (".to_q.weight", ".to_k.weight", ".to_out.0.weight", ".ff.net.0.proj.weight")
     assert {types[tensor] for tensor in types if tensor.endswith(others)} == {rest}
-    first = [tensor for tensor in types if tensor.endswith(".to_v.weight")][: next(iter(values.values()))]
-    assert {types[tensor] for tensor in first} == {next(iter(values))}
+    first = [tensor for tensor in types if tensor.endswith(".to_v.weight")][: next(iter(attn_v.values()))]
+    assert {types[tensor] for tensor in first} == {next(iter(attn_v))}
 
 
 @pytest.mark.parametrize("name", ["Q4_K_M", "Q5_K_M"])
-def test_a_text_encoder_has_more_bits_at_both_ends_and_in_every_third_layer_between(name: str) -> None:
-    types = of_text(name)
-    assert layers_of(types, "attn_v", "Q6_K") == layers_of(types, "ffn_down", "Q6_K") == ENDS
-    assert layers_of(types, "ffn_up", name[:4]) == layers_of(types, "attn_o", name[:4]) == set(range(24))
+def test_text_encoder_has_more_bits_at_both_ends_and_every_third(name: str) -> None:
+    types = text_encoder_types(name)
+    assert layers_with_type(types, "attn_v", "Q6_K") == layers_with_type(types, "ffn_down", "Q6_K") == MORE_BITS_LAYERS
+    assert layers_with_type(types, "ffn_up", name[:4]) == layers_with_type(types, "attn_o", name[:4]) == set(range(24))
     assert types["token_embd.weight"] == "Q6_K"
 
 
 @pytest.mark.parametrize(
-    "name, values, down",
+    "name, attn_v, ffn_down",
     [
         ("Q4_K_S", {"Q5_K": set(range(4))}, {"Q5_K": set(range(3))}),
         ("Q3_K_M", {"Q5_K": {0, 1}, "Q4_K": set(range(2, 24))}, {"Q5_K": {0}, "Q4_K": set(range(1, 24))}),
@@ -124,19 +130,19 @@ def test_a_text_encoder_has_more_bits_at_both_ends_and_in_every_third_layer_betw
     ],
 )
 def test_a_text_encoder_is_mixed_as_llama_cpp_does(
-    name: str, values: dict[str, set[int]], down: dict[str, set[int]]
+    name: str, attn_v: dict[str, set[int]], ffn_down: dict[str, set[int]]
 ) -> None:
-    types = of_text(name)
-    for leaf, expected in (("attn_v", values), ("ffn_down", down)):
-        assert {kind: layers_of(types, leaf, kind) for kind in expected} == expected
+    types = text_encoder_types(name)
+    for leaf, expected in (("attn_v", attn_v), ("ffn_down", ffn_down)):
+        assert {type_name: layers_with_type(types, leaf, type_name) for type_name in expected} == expected
 
 
-@pytest.mark.parametrize("wanted, nearest", FALLBACK_TYPES.items())
-def test_rows_that_blocks_of_256_do_not_fill_take_the_nearest_type_of_32(wanted: str, nearest: str) -> None:
-    mix = next(mix for mix in MIXES.values() if mix.base_type == wanted)
+@pytest.mark.parametrize("base_type, fallback", FALLBACK_TYPES.items())
+def test_rows_that_do_not_fill_blocks_of_256_take_the_fallback(base_type: str, fallback: str) -> None:
+    mix = next(mix for mix in MIXES.values() if mix.base_type == base_type)
     tensors = {f"x{columns}": ((64, columns), "F16") for columns in (256, 32, 96, 1000, 24)}
     types = assign_types(mix, mix.transformer, tensors)
-    assert types == {"x256": wanted, "x32": nearest, "x96": nearest, "x1000": "F16", "x24": "F16"}
+    assert types == {"x256": base_type, "x32": fallback, "x96": fallback, "x1000": "F16", "x24": "F16"}
 
 
 def test_the_types_can_be_listed_without_torch() -> None:

@@ -1,4 +1,4 @@
-"""What glibc is told about large blocks, seen in what a process holds."""
+"""malloc options, tested by the resident memory of a process."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 
 from kadr.kernels.cpu import malloc
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is glibc's heap only on Linux")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is on Linux only")
 
-# Prints how many MB more the process holds after each step than before it; 6 blocks of 8 MB come and go: 8 would be
-# exactly what is kept, and a little else that is free beside them would have them given back.
+# Prints by how many MB resident memory has grown after each step, which allocates and frees 6 blocks of 8 MB. 8 blocks
+# would be exactly the trim threshold: a little more free memory beside them, and they would be returned.
 PROGRAM = """
 from pathlib import Path
 import resource
 import torch
 from kadr.kernels.cpu.malloc import mmap_large_allocations, retain_freed_memory, tune_malloc
 
-def held():
+def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 def blocks():
@@ -27,38 +27,38 @@ def blocks():
 
 assert tune_malloc()
 blocks()
-before = held()
+before = resident_mb()
 blocks()
-outside = held() - before
+outside = resident_mb() - before
 with retain_freed_memory():
     with mmap_large_allocations():
         blocks()
-    stayed = held() - before
+    after_mmap = resident_mb() - before
     blocks()
-    inside = held() - before
+    inside = resident_mb() - before
     with retain_freed_memory():
         pass
-    nested = held() - before
-print(outside, stayed, inside, nested, held() - before)
+    nested = resident_mb() - before
+print(outside, after_mmap, inside, nested, resident_mb() - before)
 """
 
 
 @linux
-def test_blocks_wait_for_the_next_ones_only_while_a_model_runs() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    outside, stayed, inside, nested, after = map(float, done.stdout.split())
-    assert max(outside, stayed, after) < 8
+def test_freed_blocks_are_kept_only_while_a_model_runs() -> None:
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    outside, after_mmap, inside, nested, after = map(float, result.stdout.split())
+    assert max(outside, after_mmap, after) < 8
     assert min(inside, nested) > 40
 
 
-def test_who_does_not_own_the_process_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr(malloc, "_mallopt", lambda: lambda *option: told.append(option) or 1)
+def test_without_tune_malloc_no_option_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: list[tuple[int, int]] = []
+    monkeypatch.setattr(malloc, "_mallopt", lambda: lambda *option: options.append(option) or 1)
     monkeypatch.setattr(malloc._Process, "is_tuned", False)
     with malloc.retain_freed_memory(), malloc.mmap_large_allocations():
         pass
-    assert not told
+    assert not options
     monkeypatch.setattr(malloc._Process, "is_tuned", True)
     with malloc.retain_freed_memory():
-        assert told[-2:] == [(-3, malloc.RUNNING_MMAP_THRESHOLD), (-1, malloc.RUNNING_TRIM_THRESHOLD)]
-    assert told[-2:] == [(-3, malloc.MMAP_THRESHOLD), (-1, malloc.MMAP_THRESHOLD)]
+        assert options[-2:] == [(-3, malloc.RUNNING_MMAP_THRESHOLD), (-1, malloc.RUNNING_TRIM_THRESHOLD)]
+    assert options[-2:] == [(-3, malloc.MMAP_THRESHOLD), (-1, malloc.MMAP_THRESHOLD)]

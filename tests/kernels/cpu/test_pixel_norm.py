@@ -1,4 +1,4 @@
-"""Norm, modulation and SiLU by pieces: the same numbers as at once."""
+"""Norm, modulation and SiLU in slices equal the definition."""
 
 from __future__ import annotations
 
@@ -17,37 +17,43 @@ def video(dtype: torch.dtype, batch: int = 2) -> Tensor:
 
 
 @pytest.fixture(params=[1, 40 * 32, 10**6])
-def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def slice_elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(pixel_norm, "PIXEL_NORM_SLICE_ELEMENTS", request.param)
     return request.param
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("modulation_rows", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_equals_the_definition(dtype: torch.dtype, rows: int, piece: int) -> None:
-    x, given = video(dtype), video(dtype)
-    bends = [randn(rows, 32, seed=seed).to(dtype) for seed in (1, 2)] if rows else [None, None]
-    made = pixel_norm.pixel_norm_modulate_silu(x, *bends)
-    exact = reference.pixel_norm_modulate_silu(x.double(), *(None if b is None else b.double() for b in bends))
-    right = reference.pixel_norm_modulate_silu(x, *bends)
-    assert made.dtype == dtype
-    assert made.movedim(1, -1).is_contiguous()
-    assert relative_error(made.double(), exact) <= (
-        1e-6 if dtype == torch.float32 else 1.05 * relative_error(right.double(), exact)
+def test_it_equals_the_definition_for_every_slice_size(
+    dtype: torch.dtype, modulation_rows: int, slice_elements: int
+) -> None:
+    x, original = video(dtype), video(dtype)
+    scale_shift = (
+        [randn(modulation_rows, 32, seed=seed).to(dtype) for seed in (1, 2)] if modulation_rows else [None, None]
     )
-    assert torch.equal(x, given)
+    output = pixel_norm.pixel_norm_modulate_silu(x, *scale_shift)
+    exact = reference.pixel_norm_modulate_silu(
+        x.double(), *(None if tensor is None else tensor.double() for tensor in scale_shift)
+    )
+    expected = reference.pixel_norm_modulate_silu(x, *scale_shift)
+    assert output.dtype == dtype
+    assert output.movedim(1, -1).is_contiguous()
+    assert relative_error(output.double(), exact) <= (
+        1e-6 if dtype == torch.float32 else 1.05 * relative_error(expected.double(), exact)
+    )
+    assert torch.equal(x, original)
 
 
-def test_it_is_taken_where_it_suits() -> None:
-    x, bend = video(torch.bfloat16), torch.ones(1, 32, dtype=torch.bfloat16)
+def test_is_supported_for_channels_last_without_gradients() -> None:
+    x, scale_or_shift = video(torch.bfloat16), torch.ones(1, 32, dtype=torch.bfloat16)
     with torch.no_grad():
-        assert pixel_norm.is_supported(x, bend, bend)
+        assert pixel_norm.is_supported(x, scale_or_shift, scale_or_shift)
         assert pixel_norm.is_supported(x, None, None)
         assert torch.equal(fused.pixel_norm_modulate_silu(x), pixel_norm.pixel_norm_modulate_silu(x))
-        assert not pixel_norm.is_supported(x.contiguous(), bend, bend)
-        assert not pixel_norm.is_supported(x[:, :, :0], bend, bend)
-        assert not pixel_norm.is_supported(x.double(), bend, bend)
+        assert not pixel_norm.is_supported(x.contiguous(), scale_or_shift, scale_or_shift)
+        assert not pixel_norm.is_supported(x[:, :, :0], scale_or_shift, scale_or_shift)
+        assert not pixel_norm.is_supported(x.double(), scale_or_shift, scale_or_shift)
         with mode.override(mode.REFERENCE):
-            assert not pixel_norm.is_supported(x, bend, bend)
-    assert not pixel_norm.is_supported(x, bend, bend)  # gradients are wanted
+            assert not pixel_norm.is_supported(x, scale_or_shift, scale_or_shift)
+    assert not pixel_norm.is_supported(x, scale_or_shift, scale_or_shift)  # gradients are enabled
