@@ -33,7 +33,7 @@ def calculate_padding() -> Callable[..., tuple[int, int, int, int]]:
     return scope["calculate_padding"]
 
 
-def test_sides_snap_up_to_multiples_of_32_as_in_the_official_script() -> None:
+def test_sides_snap_to_multiples_of_32_as_in_the_official_script() -> None:
     for side in SIDES:
         assert Size(side, 64).snap() == Size(((side - 1) // 32 + 1) * 32, 64)
         assert Size(64, side).snap() == Size(64, ((side - 1) // 32 + 1) * 32)
@@ -46,7 +46,7 @@ def test_snapping_twice_changes_nothing() -> None:
         assert made.padding() == (0, 0, 0, 0)
 
 
-def test_margins_are_those_of_the_official_calculate_padding(calculate_padding: Callable[..., Any]) -> None:
+def test_padding_equals_the_official_calculate_padding(calculate_padding: Callable[..., Any]) -> None:
     for width in SIDES:
         for height in (1, 31, 32, 33, 100, 705):
             size = Size(width, height)
@@ -56,7 +56,7 @@ def test_margins_are_those_of_the_official_calculate_padding(calculate_padding: 
             assert (left + width + right, top + height + bottom) == (made.width, made.height)
 
 
-def test_frames_snap_up_to_8k_plus_1_as_in_the_official_script() -> None:
+def test_frames_snap_to_8k_plus_1_as_in_the_official_script() -> None:
     for frames in [*range(1, 300), MAX_FRAMES - 1, MAX_FRAMES]:
         made = snap_frames(frames)
         assert made == ((frames - 2) // 8 + 1) * 8 + 1
@@ -76,7 +76,7 @@ def test_frames_snap_up_to_8k_plus_1_as_in_the_official_script() -> None:
         (Size(33, 1), 2, LatentGrid(2, 1, 2), 4),
     ],
 )
-def test_grids_are_those_of_the_fact_sheet(size: Size, frames: int, grid: LatentGrid, tokens: int) -> None:
+def test_latent_grids_are_those_of_the_fact_sheet(size: Size, frames: int, grid: LatentGrid, tokens: int) -> None:
     made = LatentGrid.for_video(size, frames)
     assert made == grid
     assert made.num_tokens == tokens
@@ -84,14 +84,14 @@ def test_grids_are_those_of_the_fact_sheet(size: Size, frames: int, grid: Latent
     assert made.video_frames == snap_frames(frames)
 
 
-def test_a_size_is_read_back_from_its_text() -> None:
+def test_size_is_parsed_from_its_text() -> None:
     for size in (Size(1, 1), Size(704, 480), Size(8192, 8192)):
         assert Size.parse(str(size)) == size
     assert Size.parse("704×480") == Size.parse(" 704 X 480 ") == Size(704, 480)
 
 
 @pytest.mark.parametrize("text", ["", "704", "704x", "x480", "704x480x3", "704 480", "-64x64", "64.5x64", "axb"])
-def test_a_text_that_is_no_size_is_refused_by_value(text: str) -> None:
+def test_text_that_is_not_a_size_is_refused_by_value(text: str) -> None:
     with pytest.raises(RequestError, match="WIDTHxHEIGHT") as caught:
         Size.parse(text)
     assert repr(text) in str(caught.value)
@@ -100,7 +100,7 @@ def test_a_text_that_is_no_size_is_refused_by_value(text: str) -> None:
 
 
 @pytest.mark.parametrize("side", [0, -1, MAX_SIDE + 1, 64.0, "64", None, True, float("nan")])
-def test_a_side_that_no_picture_has_is_refused_by_value_and_limit(side: Any) -> None:
+def test_impossible_side_is_refused_by_value_and_limit(side: Any) -> None:
     for made, name in ((lambda: Size(side, 64), "width"), (lambda: Size(64, side), "height")):
         with pytest.raises(RequestError) as caught:
             made()
@@ -110,7 +110,7 @@ def test_a_side_that_no_picture_has_is_refused_by_value_and_limit(side: Any) -> 
 
 
 @pytest.mark.parametrize("frames", [0, -8, MAX_FRAMES + 1, 10**9, 25.0, "25", None, True])
-def test_a_frame_count_that_no_video_has_is_refused_by_value_and_limit(frames: Any) -> None:
+def test_impossible_frame_count_is_refused_by_value_and_limit(frames: Any) -> None:
     with pytest.raises(RequestError) as caught:
         snap_frames(frames)
     assert str(frames) in str(caught.value)

@@ -17,18 +17,18 @@ OFFICIAL_TEST = "tests/pipeline/test_recipes.py::test_recipe_of_a_release_gives_
 FP8_TEST = "tests/pipeline/test_recipes.py::test_fp8_release_has_the_recipe_of_its_bf16_release"
 # Tests of the bundled models, and of each kind of component.
 BUNDLED_TESTS = {
-    "demo": "tests/golden/test_demo.py::test_the_demo_shows_what_unseen_captions_say",
+    "demo": "tests/golden/test_demo.py::test_demo_follows_held_out_captions",
     "demo-distilled": (
-        "tests/golden/test_demo.py::test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run"
+        "tests/golden/test_demo.py::test_distilled_demo_has_nine_tenths_of_the_prompt_adherence"
     ),
 }
 LORA_TEST = "tests/checkpoints/lora/test_file.py::test_a_released_lora_is_read_whole_and_fits_the_13b_model"
-UPSCALER_TEST = "tests/models/test_upscaler.py::test_it_computes_what_the_other_implementations_do"
+UPSCALER_TEST = "tests/models/test_upscaler.py::test_upscaler_equals_official_and_diffusers"
 COMPONENT_TESTS = {
     "demo-upscaler": "tests/golden/test_demo.py::test_two_passes_are_sharper_than_the_first_resized",
     "demo-lora-teal": ("tests/golden/test_loras.py::test_red_turns_teal_in_proportion_to_the_strength"),
     "demo-ic-lora-canny": "tests/golden/test_loras.py::test_outlines_match_those_of_the_control_clip",
-    "t5-v1.1-xxl": "tests/models/test_t5.py::test_it_equals_transformers_in_float32",
+    "t5-v1.1-xxl": "tests/models/test_t5.py::test_encoder_equals_transformers_in_fp32",
     "t5-v1.1-xxl-q8-gguf": (
         "tests/checkpoints/gguf/test_gguf.py::test_a_llama_cpp_text_encoder_opens_with_weights_and_tokenizer"
     ),

@@ -51,36 +51,36 @@ def told(engine: Engine) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("what", "share"), [("colour", 0.95), ("motion", 0.90), ("shape", 0.80), ("background", 0.95)])
-def test_the_demo_shows_what_unseen_captions_say(told: dict[str, float], what: str, share: float) -> None:
+def test_demo_follows_held_out_captions(told: dict[str, float], what: str, share: float) -> None:
     assert told[what] >= share
 
 
-def test_guidance_makes_the_demo_obey_more(engine: Engine, told: dict[str, float]) -> None:
+def test_guidance_improves_prompt_adherence(engine: Engine, told: dict[str, float]) -> None:
     unguided = prompt_adherence(engine, held_out_captions(CAPTIONS, SEED), guidance=1.0)
     assert sum(told.values()) > sum(unguided.values())
 
 
-def test_a_given_first_frame_is_kept_and_moves_as_told(engine: Engine) -> None:
+def test_first_frame_condition_is_met_and_moves_as_in_the_caption(engine: Engine) -> None:
     figures = first_frame_fidelity(engine, held_out_captions(PICTURES, SEED + 1))
     assert figures["psnr_mean"] >= 28
     assert figures["motion"] >= 0.85
 
 
-def test_a_picture_in_the_middle_is_met_there_and_the_motion_joins_it(engine: Engine) -> None:
+def test_keyframe_in_the_middle_is_met_with_continuous_motion(engine: Engine) -> None:
     figures = keyframe_fidelity(engine, held_out_captions(SOME, SEED + 2))
     assert figures["psnr_mean"] >= 25
     assert figures["joins"] >= 0.6
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_an_extension_goes_on_with_the_track_of_what_it_was_given(engine: Engine, backward: bool) -> None:
+def test_extension_continues_the_track_of_its_clip(engine: Engine, backward: bool) -> None:
     figures = extension_error(engine, held_out_captions(SOME, SEED + 3), input_frames=17, is_backward=backward)
     assert figures["near"] < 3
     assert figures["far"] < 8
     assert figures["follows"] >= 0.6
 
 
-def test_a_video_keeps_its_motion_and_takes_the_new_colour(engine: Engine) -> None:
+def test_video_to_video_changes_the_colour_and_keeps_the_motion(engine: Engine) -> None:
     figures = recolour_rates(engine, held_out_captions(SOME, SEED + 4))
     assert figures["colour"] >= 0.9
     assert figures["motion"] >= 0.85
@@ -94,7 +94,7 @@ def test_two_passes_are_sharper_than_the_first_resized(distilled: Engine) -> Non
     assert figures["colour"] >= 0.8
 
 
-def test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run(
+def test_distilled_demo_has_nine_tenths_of_the_prompt_adherence(
     distilled: Engine, told: dict[str, float]
 ) -> None:
     few = prompt_adherence(distilled, held_out_captions(CAPTIONS, SEED), multi_scale=False, size=(128, 128))
@@ -111,7 +111,7 @@ def test_six_steps_without_guidance_obey_nine_tenths_as_often_as_the_long_run(
         (("demo-upscaler.safetensors",), 5e6),
     ],
 )
-def test_the_demo_models_are_small(names: tuple[str, ...], limit: float) -> None:
+def test_demo_models_are_small(names: tuple[str, ...], limit: float) -> None:
     assert 1e6 < sum(path.stat().st_size for name in names for path in ASSETS.glob(name)) <= limit
 
 
@@ -124,7 +124,7 @@ sys.exit(code)
 """
 
 
-def test_the_command_needs_30_seconds_and_one_and_a_half_gigabytes(tmp_path: Path) -> None:
+def test_command_needs_30_seconds_and_1_5_gigabytes(tmp_path: Path) -> None:
     output = tmp_path / "demo.mp4"
     command = [sys.executable, "-m", "kadr", "generate", PROMPT, "--output", str(output), "--json"]
     began = time.monotonic()
@@ -140,7 +140,7 @@ def test_the_command_needs_30_seconds_and_one_and_a_half_gigabytes(tmp_path: Pat
     assert clip.fps == 24
 
 
-def test_the_official_package_computes_the_same_velocity_from_the_shipped_file() -> None:
+def test_velocity_of_the_shipped_file_equals_official() -> None:
     from ltx_video.models.transformers.transformer3d import Transformer3DModel
 
     official = Transformer3DModel.from_pretrained(ASSETS / "demo.safetensors").float().eval()
@@ -165,7 +165,7 @@ def test_the_official_package_computes_the_same_velocity_from_the_shipped_file()
     assert (mine - theirs).norm() / theirs.norm() < 1e-5
 
 
-def test_the_official_package_computes_the_same_pixels_from_the_shipped_file() -> None:
+def test_pixels_of_the_shipped_file_equal_official() -> None:
     from ltx_video.models.autoencoders.causal_video_autoencoder import CausalVideoAutoencoder
 
     official = CausalVideoAutoencoder.from_pretrained(ASSETS / "demo.safetensors").float().eval()
@@ -179,7 +179,7 @@ def test_the_official_package_computes_the_same_pixels_from_the_shipped_file() -
     assert (mine - theirs).norm() / theirs.norm() < 1e-5
 
 
-def test_a_seed_gives_the_same_video_and_another_seed_another(engine: Engine) -> None:
+def test_video_depends_only_on_the_seed(engine: Engine) -> None:
     first, again, other = (engine.generate(Request(prompt=PROMPT, seed=seed)).frames for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)

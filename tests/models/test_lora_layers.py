@@ -67,7 +67,7 @@ def relative(made: Tensor, right: Tensor) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("strength", [1.0, 0.35, -0.8])
-def test_beside_the_weights_and_merged_into_them_is_the_same(strength: float) -> None:
+def test_attached_lora_equals_merged_lora(strength: float) -> None:
     beside, merged = transformer(), transformer()
     attach_loras(beside, [additions()], torch.float32)
     set_lora_strengths(beside, [strength], CPU)
@@ -78,7 +78,7 @@ def test_beside_the_weights_and_merged_into_them_is_the_same(strength: float) ->
 
 
 @torch.no_grad()
-def test_the_sum_of_two_is_the_lora_of_the_summed_weights() -> None:
+def test_two_loras_add_both_their_weights() -> None:
     one, other = additions(0), additions(1, targets=("q", "out"), scale=2.0)
     module, summed = transformer(), transformer()
     attach_loras(module, [one, other], torch.float32)
@@ -93,7 +93,7 @@ def test_the_sum_of_two_is_the_lora_of_the_summed_weights() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_0_every_bit_is_as_without(dtype: torch.dtype) -> None:
+def test_strength_0_gives_the_bits_of_the_plain_model(dtype: torch.dtype) -> None:
     plain, module = transformer().to(dtype), transformer().to(dtype)
     right = run(plain, dtype)
     attach_loras(module, [additions(), additions(1)], dtype)
@@ -105,7 +105,7 @@ def test_at_0_every_bit_is_as_without(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_one_of_two_at_0_is_the_other_alone() -> None:
+def test_lora_at_strength_0_leaves_only_the_other() -> None:
     both, alone = transformer(), transformer()
     attach_loras(both, [additions(), additions(1)], torch.float32)
     set_lora_strengths(both, [0.0, 0.6], CPU)
@@ -120,7 +120,7 @@ def quantized(scheme: str) -> Callable[[nn.Module], None]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", ["int8", "int8-weights", "fp8-weights", "fp8", "Q8_0", "Q4_K"])
-def test_it_adds_to_quantized_weights_what_it_adds_to_plain_ones(scheme: str) -> None:
+def test_lora_adds_the_same_to_quantized_and_plain_weights(scheme: str) -> None:
     """The layer's outcome moves by B A x, to the rounding of what the base is computed in."""
     module, plain = transformer(), transformer()
     quantized(scheme)(module)
@@ -138,7 +138,7 @@ def test_it_adds_to_quantized_weights_what_it_adds_to_plain_ones(scheme: str) ->
 
 
 @torch.no_grad()
-def test_layers_of_8_bit_products_still_round_a_shared_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8bit_layers_with_loras_quantize_a_shared_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = transformer()
     quantized("int8")(module)
     attach_loras(module, [additions()], torch.float32)
@@ -158,7 +158,7 @@ def test_layers_of_8_bit_products_still_round_a_shared_input_once(monkeypatch: p
 @torch.no_grad()
 @pytest.mark.skipif(not int8.has_int8_units(), reason="this CPU multiplies no 8-bit numbers by oneDNN")
 @pytest.mark.parametrize("scheme", [None, "int8"])
-def test_the_layers_underneath_are_packed_as_they_were(scheme: str | None) -> None:
+def test_base_layers_of_loras_are_prepacked(scheme: str | None) -> None:
     module, plain = transformer().bfloat16(), transformer().bfloat16()
     for each in (module, plain):
         if scheme:
@@ -176,14 +176,14 @@ def test_the_layers_underneath_are_packed_as_they_were(scheme: str | None) -> No
     assert relative(made, run(reference)) < 0.05
 
 
-def test_a_layer_that_is_not_plain_is_not_merged_into() -> None:
+def test_merging_into_a_quantized_layer_is_refused() -> None:
     module = transformer()
     quantized("int8-weights")(module)
     with pytest.raises(ValueError, match=r"blocks\.0\.self_attention\.q"):
         merge_loras(module, [{name: each for name, each in additions().items() if name.startswith("blocks")}], [1.0])
 
 
-def test_merging_does_not_write_into_the_weights_it_was_given() -> None:
+def test_merging_does_not_change_the_old_weight_tensor() -> None:
     module = transformer()
     weight = module.blocks[0].self_attention.q.weight.data
     before = weight.clone()

@@ -130,7 +130,7 @@ def as_pass(told: dict[str, Any]) -> Pass:
     return Pass(**{**told, "guidance": Guidance(**told["guidance"])})
 
 
-def test_every_name_is_an_official_one() -> None:
+def test_names_are_the_official_ones() -> None:
     assert list(OFFICIAL) == [released.name for released in HOSTED]
     assert list(OFFICIAL_PARTS) == [released.name for released in PARTS]
     bundled = [released.name for released in RELEASES if released.repo is None]
@@ -140,7 +140,7 @@ def test_every_name_is_an_official_one() -> None:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_a_model_is_the_official_file(name: str) -> None:
+def test_model_is_the_official_file(name: str) -> None:
     released = find_release(name)
     file, layers, vae, upscaler, _ = OFFICIAL[name]
     assert (released.kind, released.repo, released.file) == ("model", LTX_VIDEO_REPO, f"{file}.safetensors")
@@ -152,7 +152,7 @@ def test_a_model_is_the_official_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_a_recipe_is_the_official_one(name: str) -> None:
+def test_recipe_is_that_of_the_official_config(name: str) -> None:
     recipe, passes = find_release(name).recipe, OFFICIAL[name][-1]
     assert [recipe.first_pass, recipe.second_pass][: len(passes)] == [as_pass(told) for told in passes]
     assert recipe.multi_scale is (recipe.second_pass is not None) is (len(passes) == 2)
@@ -163,7 +163,7 @@ def test_a_recipe_is_the_official_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OFFICIAL_PARTS)
-def test_a_part_is_the_official_file(name: str) -> None:
+def test_component_is_the_official_file(name: str) -> None:
     part = find_release(name)
     assert (part.kind, part.repo, part.file) == OFFICIAL_PARTS[name]
     assert part.version in name
@@ -172,14 +172,14 @@ def test_a_part_is_the_official_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("twin", FP8, ids=lambda released: released.name)
-def test_an_fp8_file_is_run_as_its_twin(twin: Release) -> None:
+def test_fp8_release_differs_from_bf16_only_in_its_file(twin: Release) -> None:
     whole = find_release(twin.name.removesuffix("-fp8"))
     own = {"name": whole.name, "file": whole.file, "size_bytes": whole.size_bytes}
     assert replace(twin, **own) == whole
     assert twin.size_bytes < whole.size_bytes
 
 
-def test_a_model_needs_itself_its_upscaler_and_its_text_encoder() -> None:
+def test_model_requires_its_upscaler_and_text_encoder() -> None:
     names = [entry.name for entry in required_releases(find_release("ltxv-13b-0.9.7-dev-fp8"))]
     assert names == ["ltxv-13b-0.9.7-dev-fp8", "ltxv-spatial-upscaler-0.9.7", DEFAULT_TEXT_ENCODER]
     assert [entry.name for entry in required_releases(find_release("ltxv-2b-0.9.5"))] == [
@@ -193,7 +193,7 @@ def test_a_model_needs_itself_its_upscaler_and_its_text_encoder() -> None:
     ]
 
 
-def test_a_model_without_a_vae_needs_the_one_it_names_once() -> None:
+def test_model_without_vae_requires_its_vae_release_once() -> None:
     bare = replace(find_release("ltxv-13b-0.9.8-dev"), vae="ltxv-2b-0.9.8-distilled")
     names = [entry.name for entry in required_releases(bare)]
     assert names == [bare.name, "ltxv-spatial-upscaler-0.9.8", "ltxv-2b-0.9.8-distilled", DEFAULT_TEXT_ENCODER]
@@ -203,14 +203,14 @@ def test_a_model_without_a_vae_needs_the_one_it_names_once() -> None:
     )
 
 
-def test_a_text_encoder_of_many_files_comes_with_its_tokenizer() -> None:
+def test_text_encoder_folder_includes_its_tokenizer() -> None:
     assert find_release(DEFAULT_TEXT_ENCODER).file_patterns == ("text_encoder/*", "tokenizer/*")
     assert find_release(TEXT_ENCODER_GGUF).file_patterns == ("t5-v1_1-xxl-encoder-Q8_0.gguf",)
     assert find_release("demo").file_patterns == ("assets/demo/demo.safetensors",)
 
 
 @pytest.mark.parametrize("released", RELEASES, ids=lambda released: released.name)
-def test_what_an_entry_names_is_what_it_should_be(released: Release) -> None:
+def test_releases_name_releases_of_the_right_kind(released: Release) -> None:
     for name, kind in (
         (released.text_encoder, "text encoder"),
         (released.upscaler, "spatial upscaler"),
@@ -225,18 +225,18 @@ def test_what_an_entry_names_is_what_it_should_be(released: Release) -> None:
     ("asked", "near"),
     [("ltxv-2b-0.9.6", "ltxv-2b-0.9.6-dev"), ("ltx-13b-0.9.8-dev", "ltxv-13b-0.9.8-dev"), ("Demo", "demo")],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(asked: str, near: str) -> None:
+def test_unknown_name_suggests_similar_names(asked: str, near: str) -> None:
     with pytest.raises(RequestError, match=rf"{asked}.*Did you mean .*{near}"):
         find_release(asked)
 
 
-def test_a_name_near_to_none_is_answered_with_all() -> None:
+def test_name_similar_to_none_lists_all() -> None:
     with pytest.raises(RequestError, match=r"Known are demo, .*ltxv-2b-0\.9,.*t5-v1\.1-xxl"):
         find_release("zzzzzzzz")
 
 
 @pytest.mark.parametrize("released", HOSTED, ids=lambda released: released.name)
-def test_a_model_is_known_by_its_file_and_by_its_name(released: Release) -> None:
+def test_model_is_found_by_file_stem_and_by_name(released: Release) -> None:
     assert (
         find_by_file_stem(released.file_stem)
         is find_by_file_stem(released.file_stem.upper())
@@ -246,7 +246,7 @@ def test_a_model_is_known_by_its_file_and_by_its_name(released: Release) -> None
     assert find_by_file_stem(released.file_stem + "-copy") is None
 
 
-def test_a_file_that_happens_to_be_called_demo_is_not_the_demo() -> None:
+def test_file_called_demo_is_not_the_demo() -> None:
     assert find_by_file_stem("demo") is None
 
 
@@ -266,7 +266,7 @@ def numbers() -> dict[int | str, int]:
 
 
 @pytest.mark.parametrize("released", HOSTED, ids=lambda released: released.name)
-def test_the_size_of_a_file_follows_from_its_tensors(released: Release, numbers: dict[int | str, int]) -> None:
+def test_file_size_follows_from_its_tensors(released: Release, numbers: dict[int | str, int]) -> None:
     width = 4 if released.version == "0.9" else 2
     counted = (numbers[released.num_layers] + numbers[released.vae_family]) * width
     if released in FP8:
@@ -274,7 +274,7 @@ def test_the_size_of_a_file_follows_from_its_tensors(released: Release, numbers:
     assert released.size_bytes == pytest.approx(counted, rel=0.001)
 
 
-def test_the_size_of_the_text_encoder_follows_from_its_tensors() -> None:
+def test_text_encoder_size_follows_from_its_tensors() -> None:
     with torch.device("meta"):
         whole = sum(tensor.numel() for tensor in T5Encoder(T5_XXL).state_dict().values())
     assert find_release(DEFAULT_TEXT_ENCODER).size_bytes == pytest.approx(4 * whole, rel=0.01)
@@ -284,7 +284,7 @@ def test_the_size_of_the_text_encoder_follows_from_its_tensors() -> None:
 
 
 @pytest.mark.parametrize("kind, size", [("spatial", 2048 * 512 * 9 + 2048), ("temporal", 1024 * 512 * 27 + 1024)])
-def test_the_size_of_an_upscaler_follows_from_its_tensors(kind: str, size: int) -> None:
+def test_upscaler_size_follows_from_its_tensors(kind: str, size: int) -> None:
     conv, norm = 512 * 512 * 27 + 512, 2 * 512
     ends = 128 * 512 * 27 + 512 + norm + 512 * 128 * 27 + 128
     whole = ends + 16 * (conv + norm) + size  # eight residual blocks of two convolutions
@@ -293,7 +293,7 @@ def test_the_size_of_an_upscaler_follows_from_its_tensors(kind: str, size: int) 
 
 
 @pytest.mark.parametrize("released", MODEL_RELEASES, ids=lambda released: released.name)
-def test_a_recipe_can_be_sampled(released: Release) -> None:
+def test_recipe_can_be_sampled(released: Release) -> None:
     recipe = released.recipe
     assert recipe.size.snap() == recipe.size
     assert snap_frames(recipe.frames) == recipe.frames
@@ -305,7 +305,7 @@ def test_a_recipe_can_be_sampled(released: Release) -> None:
         assert not (released.is_distilled and any(strong))
 
 
-def test_a_single_pass_goes_all_the_way_where_the_first_of_two_stops_early() -> None:
+def test_single_pass_runs_to_the_end_where_the_first_of_two_stops() -> None:
     for released in HOSTED:
         recipe = released.recipe
         if recipe.multi_scale:
@@ -317,17 +317,17 @@ def test_a_single_pass_goes_all_the_way_where_the_first_of_two_stops_early() -> 
             assert recipe.single_pass is None
 
 
-def test_the_distilled_levels_are_the_linear_quadratic_ones_rounded_down() -> None:
+def test_distilled_sigmas_are_linear_quadratic_rounded_down() -> None:
     made = Schedule(sampler="LinearQuadratic").get_sigmas(8, tokens=1)
     assert torch.allclose(made, torch.tensor(DISTILLED_SIGMAS), atol=1e-4)
 
 
-def test_a_recipe_of_two_passes_without_a_second_is_refused() -> None:
+def test_multi_scale_recipe_without_second_pass_is_refused() -> None:
     with pytest.raises(RequestError, match="multi-scale but has no second pass"):
         Recipe(multi_scale=True)
 
 
-def test_every_model_says_its_licence() -> None:
+def test_every_model_has_a_licence() -> None:
     assert (
         find_release("demo").licence
         == find_release(DEFAULT_TEXT_ENCODER).licence

@@ -96,7 +96,7 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> Non
     ids=["tiny at 256 tokens", "tiny without padding", "XXL width"],
 )
 @torch.no_grad()
-def test_it_equals_transformers_in_float32(config, lengths, longest, parity):
+def test_encoder_equals_transformers_in_fp32(config, lengths, longest, parity):
     encoder = fresh(config)
     ids, mask = prompts(config, lengths, longest)
     expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
@@ -105,7 +105,7 @@ def test_it_equals_transformers_in_float32(config, lengths, longest, parity):
     assert_close(ours, expected)
 
 
-def test_its_gradients_equal_those_of_transformers():
+def test_gradients_equal_transformers():
     encoder = fresh(TINY)
     ids, mask = prompts(TINY, [40, 13, 1], 40)
     model = oracle(encoder)
@@ -118,21 +118,21 @@ def test_its_gradients_equal_those_of_transformers():
         assert_close(ours, expected)
 
 
-def test_distances_fall_into_the_published_buckets():
+def test_distances_have_the_published_buckets():
     distances = [-200, -127, -64, -20, -9, -8, -7, -1, 0, 1, 7, 8, 9, 12, 20, 64, 127, 200]
     buckets = [15, 15, 14, 10, 8, 8, 7, 1, 0, 17, 23, 24, 24, 25, 26, 30, 31, 31]
     assert relative_position_bucket(torch.tensor(distances)).tolist() == buckets
 
 
 @pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 20), (4, 100), (64, 256), (32, 100)])
-def test_buckets_equal_those_of_transformers_at_every_distance(buckets, max_distance):
+def test_buckets_equal_transformers_at_every_distance(buckets, max_distance):
     distance = torch.arange(-3000, 3001)
     expected = OracleAttention._relative_position_bucket(distance, num_buckets=buckets, max_distance=max_distance)
     assert torch.equal(relative_position_bucket(distance, num_buckets=buckets, max_distance=max_distance), expected)
 
 
 @torch.no_grad()
-def test_padding_changes_nothing_for_real_tokens():
+def test_padding_does_not_change_real_tokens():
     encoder = fresh(TINY)
     ids, mask = prompts(TINY, [19], 256)
     ids[~mask] = 5  # not even when the padding holds words
@@ -140,20 +140,20 @@ def test_padding_changes_nothing_for_real_tokens():
 
 
 @torch.no_grad()
-def test_a_mask_of_integers_means_the_same_as_one_of_truths():
+def test_integer_mask_equals_boolean_mask():
     encoder = fresh(TINY)
     ids, mask = prompts(TINY, [4, 11], 12)
     assert torch.equal(encoder(ids, mask), encoder(ids, mask.long()))
 
 
 @torch.no_grad()
-def test_a_sample_that_is_all_padding_stays_finite():
+def test_sample_of_only_padding_stays_finite():
     ids, mask = prompts(TINY, [0, 5], 8)
     assert fresh(TINY)(ids, mask).isfinite().all()
 
 
 @torch.no_grad()
-def test_bfloat16_is_finite_and_as_far_from_float32_as_that_of_transformers():
+def test_bf16_is_finite_and_as_exact_as_transformers():
     encoder = fresh(TINY)
     ids, mask = prompts(TINY, [256, 40, 1], 256)
     exact = encoder(ids, mask)
@@ -168,13 +168,13 @@ def test_bfloat16_is_finite_and_as_far_from_float32_as_that_of_transformers():
 
 
 @torch.no_grad()
-def test_the_norm_rounds_to_bfloat16_before_it_weighs():
+def test_norm_rounds_to_bf16_before_its_weight():
     encoder = fresh(TINY).to(torch.bfloat16)
     x = torch.randn(64, TINY.d_model, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     assert torch.equal(encoder.final_norm(x), oracle(encoder).encoder.final_layer_norm(x))
 
 
-def test_fresh_weights_have_the_published_deviations_and_repeat():
+def test_initial_weights_have_the_published_stds_and_repeat():
     config = T5Config(vocab_size=500, d_model=128, num_layers=1, num_heads=8, d_kv=32, d_ff=320)
     encoder, again = T5Encoder(config), T5Encoder(config)
     for each in (encoder, again):
@@ -200,7 +200,7 @@ def test_fresh_weights_have_the_published_deviations_and_repeat():
         assert torch.equal(weight, encoder.get_parameter(name)), name
 
 
-def test_a_header_written_by_transformers_is_read(tmp_path):
+def test_config_written_by_transformers_is_read(tmp_path):
     oracle_config(TINY).save_pretrained(tmp_path)
     assert T5Config.from_header(json.loads((tmp_path / "config.json").read_text())) == TINY
 
@@ -220,13 +220,13 @@ def test_a_header_written_by_transformers_is_read(tmp_path):
         ("relative_attention_max_distance", 8),
     ],
 )
-def test_a_header_that_no_released_encoder_has_is_refused_by_value(change, value):
+def test_unreleased_config_value_is_refused_by_value(change, value):
     with pytest.raises(CheckpointError, match=re.escape(repr(value))):
         T5Config.from_header(oracle_config(TINY).to_dict() | {change: value})
 
 
 @pytest.mark.parametrize("absent", ["d_ff", "num_layers", "feed_forward_proj"])
-def test_a_header_that_leaves_out_what_shapes_the_encoder_is_refused(absent):
+def test_config_without_a_required_key_is_refused(absent):
     header = {name: value for name, value in oracle_config(TINY).to_dict().items() if name != absent}
     with pytest.raises(CheckpointError, match=absent):
         T5Config.from_header(header)

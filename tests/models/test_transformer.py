@@ -20,7 +20,7 @@ from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
-from tests.kernels.test_cuda_graphs import Notes
+from tests.kernels.test_cuda_graphs import FakeBackend
 from tests.oracles import diffusers_transformer, official_transformer, randn, relative_error
 from tests.tiny_models import build_random
 
@@ -103,7 +103,7 @@ def asked_of_diffusers(module: torch.nn.Module, given: Inputs) -> Tensor:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_velocity_equals_the_official_and_that_of_diffusers(tiny, causal):
+def test_velocity_equals_official_and_diffusers(tiny, causal):
     given = Inputs.of(replace(TINY, causal_temporal_positioning=causal))
     ours = velocity(tiny, given)
     assert ours.shape == given.tokens.shape
@@ -112,7 +112,7 @@ def test_velocity_equals_the_official_and_that_of_diffusers(tiny, causal):
 
 
 @pytest.mark.parametrize("size", RELEASED_WIDTHS)
-def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(size, parity):
+def test_velocity_at_released_widths_equals_official_and_diffusers(size, parity):
     model = build_random(lambda: Transformer(RELEASED_WIDTHS[size]))
     given = Inputs.of(model.config, grid=LatentGrid(2, 2, 2), text_length=6)
     ours = velocity(model, given)
@@ -121,19 +121,19 @@ def test_velocity_equals_the_official_and_that_of_diffusers_at_released_widths(s
 
 
 @pytest.mark.parametrize("heads, head_width", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
-def test_velocity_equals_the_official_at_every_remainder_of_the_width(heads, head_width):
+def test_velocity_equals_official_at_every_width_modulo_six(heads, head_width):
     model = build_random(lambda: Transformer(replace(TINY, num_heads=heads, head_dim=head_width, num_layers=1)))
     given = Inputs.of(model.config)
     assert relative_error(velocity(model, given), official_velocity(model, given)) <= 1e-5
 
 
-def test_velocity_equals_the_official_where_the_text_is_all_padding(tiny):
+def test_velocity_equals_official_where_the_text_is_all_padding(tiny):
     given = Inputs.of(TINY)
     given = replace(given, text_mask=given.text_mask & torch.tensor([[False], [True]]))
     assert relative_error(velocity(tiny, given), official_velocity(tiny, given)) <= 1e-5
 
 
-def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(tiny):
+def test_velocity_equals_official_at_activations_near_epsilon(tiny):
     faint = deepcopy(tiny)
     for name, weight in faint.state_dict().items():
         if re.search(r"^proj_in|attention\.(q|k|out)\.|feed_forward\.down", name):
@@ -142,7 +142,7 @@ def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(ti
     assert relative_error(velocity(faint, given), official_velocity(faint, given)) <= 1e-5
 
 
-def test_bfloat16_is_no_further_from_float32_than_the_official_package(tiny):
+def test_bf16_error_is_no_larger_than_that_of_official(tiny):
     given = Inputs.of(TINY)
     half = deepcopy(tiny).to(torch.bfloat16)
     rounded = replace(given, tokens=given.tokens.bfloat16(), text=given.text.bfloat16())
@@ -155,7 +155,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_official_package(tiny):
 # Laws
 
 
-def test_one_level_for_all_tokens_is_the_same_as_that_level_on_each(tiny):
+def test_one_sigma_equals_the_same_sigma_per_token(tiny):
     given = Inputs.of(TINY)
     one = torch.tensor([[0.7], [0.2]])
     each = one.expand(-1, GRID.num_tokens)
@@ -164,14 +164,14 @@ def test_one_level_for_all_tokens_is_the_same_as_that_level_on_each(tiny):
     )
 
 
-def test_one_level_for_all_tokens_equals_the_official(tiny):
+def test_one_sigma_equals_official_and_diffusers(tiny):
     given = replace(Inputs.of(TINY), levels=torch.tensor([[1.0], [0.025]]))
     ours = velocity(tiny, given)
     assert relative_error(ours, official_velocity(tiny, given)) <= 1e-5
     assert relative_error(ours, diffusers_velocity(tiny, given)) <= 1e-5
 
 
-def test_padded_text_changes_nothing(tiny):
+def test_padded_text_does_not_change_the_velocity(tiny):
     given = Inputs.of(TINY)
     loud = torch.where(given.text_mask[..., None], given.text, 50.0)
     assert torch.equal(velocity(tiny, replace(given, text=loud)), velocity(tiny, given))
@@ -186,12 +186,12 @@ def test_no_mask_means_that_nothing_is_padding(tiny):
     assert relative_error(velocity(tiny, given, mask=False), velocity(tiny, full)) <= 1e-6
 
 
-def test_a_mask_of_integers_means_the_same_as_one_of_truths(tiny):
+def test_integer_mask_equals_boolean_mask(tiny):
     given = Inputs.of(TINY)
     assert torch.equal(velocity(tiny, replace(given, text_mask=given.text_mask.long())), velocity(tiny, given))
 
 
-def test_samples_of_a_batch_do_not_touch(tiny):
+def test_samples_of_a_batch_are_independent(tiny):
     given = Inputs.of(TINY)
     whole = velocity(tiny, given)
     for index in range(2):
@@ -199,7 +199,7 @@ def test_samples_of_a_batch_do_not_touch(tiny):
         assert relative_error(velocity(tiny, only), whole[index : index + 1]) <= 1e-6
 
 
-def test_tokens_are_known_by_their_positions_and_not_by_their_order(tiny):
+def test_velocity_depends_on_positions_not_on_token_order(tiny):
     given = Inputs.of(TINY)
     order = torch.randperm(GRID.num_tokens, generator=torch.Generator().manual_seed(6))
     shuffled = replace(
@@ -249,7 +249,7 @@ def disturbed_from_the_start(model: Transformer, given: Inputs, blocks: tuple[in
 @pytest.mark.parametrize("mode", STRATEGIES)
 @pytest.mark.parametrize("blocks", [(0,), (1,), (2,), (0, 2), (2, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_branching_off_at_the_first_disturbed_layer_is_a_disturbed_forward_of_those_rows(tiny, batch, blocks, mode):
+def test_branch_at_first_perturbed_block_equals_perturbed_forward(tiny, batch, blocks, mode):
     given = inputs(batch)
     plain = velocity(tiny, given)
     expected = disturbed_from_the_start(tiny, given, blocks, mode)
@@ -263,7 +263,7 @@ def test_branching_off_at_the_first_disturbed_layer_is_a_disturbed_forward_of_th
 @pytest.mark.parametrize("mode", STRATEGIES)
 @pytest.mark.parametrize("blocks", [(0,), (2,), (0, 2)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_disturbed_layers_equal_the_official_skip_layer_mask(tiny, batch, blocks, mode, parity):
+def test_perturbed_blocks_equal_the_official_skip_layer_mask(tiny, batch, blocks, mode, parity):
     """The mask is the transformer's own: what the official pipeline does wrong in batches is how it makes one."""
     given = inputs(batch)
     official = official_transformer(tiny)
@@ -287,7 +287,7 @@ def test_disturbed_layers_equal_the_official_skip_layer_mask(tiny, batch, blocks
 
 
 @pytest.mark.parametrize("mode", STRATEGIES)
-def test_one_rope_for_all_samples_is_the_same_as_that_rope_for_each(tiny, mode):
+def test_one_rope_equals_the_same_rope_per_sample(tiny, mode):
     given = inputs(3)
     one = replace(given, positions=given.positions[:1])
     each = replace(given, positions=given.positions[:1].expand(3, -1, -1))
@@ -296,7 +296,7 @@ def test_one_rope_for_all_samples_is_the_same_as_that_rope_for_each(tiny, mode):
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-def test_disturbed_rows_do_not_see_how_their_padded_text_reads(tiny):
+def test_padded_text_does_not_change_perturbed_samples(tiny):
     given = inputs(3)
     loud = replace(given, text=torch.where(given.text_mask[..., None], given.text, 50.0))
     for rows in ROWS[3]:
@@ -309,7 +309,7 @@ def test_disturbed_rows_do_not_see_how_their_padded_text_reads(tiny):
 @pytest.mark.parametrize(
     "blocks, calls", [((0,), [2, 2, 2]), ((1,), [1, 2, 2]), ((2,), [1, 1, 2]), ((2, 1), [1, 2, 2])], ids=str
 )
-def test_layers_before_the_first_disturbed_one_are_evaluated_once(tiny, blocks, calls):
+def test_blocks_before_the_first_perturbed_one_run_once(tiny, blocks, calls):
     counted = [0] * TINY.num_layers
 
     def count(index: int) -> Callable[..., None]:
@@ -327,8 +327,8 @@ def test_layers_before_the_first_disturbed_one_are_evaluated_once(tiny, blocks, 
 
 @pytest.mark.parametrize("mode", [None, ATTENTION_VALUES, TRANSFORMER_BLOCK])
 @pytest.mark.parametrize("masked", [False, True])
-def test_replayed_layers_give_what_layers_give_that_are_not(tiny, mode, masked):
-    given, notes, replayed = inputs(2), Notes(), deepcopy(tiny)
+def test_cuda_graph_replay_equals_a_plain_run(tiny, mode, masked):
+    given, notes, replayed = inputs(2), FakeBackend(), deepcopy(tiny)
     replayed.use_cuda_graphs(notes)
     rope, mask = tiny.compute_rope(given.positions), given.text_mask if masked else None
     reading, other = replayed.project_text(given.text, mask), replayed.project_text(given.text.flip(0), None)
@@ -341,24 +341,24 @@ def test_replayed_layers_give_what_layers_give_that_are_not(tiny, mode, masked):
         )
         assert all(map(torch.equal, made, right))
         assert replayed(tokens, rope, other, None, levels).isfinite().all()  # another text in between
-    assert notes.warmed
-    assert notes.recorded
-    assert notes.replayed >= 2
+    assert notes.warm_ups
+    assert notes.captures
+    assert notes.replays >= 2
     replayed.clear_cuda_graphs()
     assert not replayed._cuda_graphs._graphs
 
 
-def test_too_many_tokens_for_a_graph_are_computed_without_one(tiny, monkeypatch):
-    given, notes, replayed = inputs(2), Notes(), deepcopy(tiny)
+def test_no_cuda_graph_above_the_token_limit(tiny, monkeypatch):
+    given, notes, replayed = inputs(2), FakeBackend(), deepcopy(tiny)
     monkeypatch.setattr("kadr.models.transformer.CUDA_GRAPH_MAX_TOKENS", given.tokens.shape[1] * 2 - 1)
     replayed.use_cuda_graphs(notes)
     reading = replayed.project_text(given.text, None)
     for _ in range(3):
         replayed(given.tokens, replayed.compute_rope(given.positions), reading, None, given.levels)
-    assert not notes.warmed
+    assert not notes.warm_ups
 
 
-def test_disturbing_changes_no_weight_and_no_input(tiny):
+def test_perturbation_changes_no_weight_and_no_input(tiny):
     given = inputs(3)
     before = [field.clone() for field in vars(given).values()]
     plain = velocity(tiny, given)
@@ -381,11 +381,11 @@ def test_disturbing_changes_no_weight_and_no_input(tiny):
     ],
     ids=["2B", "13B", "2B before 0.9.5", "tiny"],
 )
-def test_a_header_comes_back_from_json_as_it_went(config):
+def test_header_round_trips_through_json(config):
     assert TransformerConfig.from_header(json.loads(json.dumps(config.to_header()))) == config
 
 
-def test_the_released_headers_are_read_as_their_sizes():
+def test_released_headers_give_the_released_configs():
     before = TransformerConfig.from_header(OURS_TRANSFORMER_CONFIG)
     assert before == replace(TRANSFORMER_2B, causal_temporal_positioning=False)
     since = {name: value for name, value in OURS_TRANSFORMER_CONFIG.items() if name != "project_to_2d_pos"}
@@ -419,12 +419,12 @@ def test_the_released_headers_are_read_as_their_sizes():
     ],
     ids=str,
 )
-def test_a_header_that_no_released_transformer_has_is_refused_by_value(change, value):
+def test_unreleased_header_value_is_refused_by_value(change, value):
     with pytest.raises(CheckpointError, match=f"{change} = {re.escape(repr(value))};"):
         TransformerConfig.from_header(TRANSFORMER_2B.to_header() | {change: value})
 
 
 @pytest.mark.parametrize("heads, head_width", [(1, 4), (3, 3)])
-def test_a_width_without_room_for_rotations_is_refused_by_value(heads, head_width):
+def test_width_too_small_for_rope_is_refused_by_value(heads, head_width):
     with pytest.raises(CheckpointError, match=str(heads * head_width)):
         replace(TINY, num_heads=heads, head_dim=head_width)

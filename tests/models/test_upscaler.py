@@ -61,7 +61,7 @@ def with_weights_of(ours: LatentUpscaler, build: Any) -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize("way", WAYS)
-def test_it_computes_what_the_other_implementations_do(way: str, oracle: str, parity: Any) -> None:
+def test_upscaler_equals_official_and_diffusers(way: str, oracle: str, parity: Any) -> None:
     ours = build_random(lambda: LatentUpscaler(small(way, width=64)))  # two channels to a group
     latents = randn(1, 12, 3, 3, 4)
     expected = with_weights_of(ours, ORACLES[oracle])(latents)
@@ -70,7 +70,7 @@ def test_it_computes_what_the_other_implementations_do(way: str, oracle: str, pa
 
 @torch.no_grad()
 @pytest.mark.parametrize("frames", [1, 2, 4])
-def test_sides_double_and_frames_nearly_do(ours: LatentUpscaler, frames: int) -> None:
+def test_sides_double_and_f_frames_become_2f_minus_1(ours: LatentUpscaler, frames: int) -> None:
     config = ours.config
     sides = (8, 6) if config.spatial_upsample else (4, 3)
     made = 2 * frames - 1 if config.temporal_upsample else frames
@@ -78,13 +78,13 @@ def test_sides_double_and_frames_nearly_do(ours: LatentUpscaler, frames: int) ->
 
 
 @torch.no_grad()
-def test_each_video_of_a_batch_is_upscaled_as_if_alone(ours: LatentUpscaler) -> None:
+def test_samples_of_a_batch_are_independent(ours: LatentUpscaler) -> None:
     batch = randn(2, 12, 2, 4, 3)
     alone = torch.cat([ours(video[None]) for video in batch])
     assert relative_error(ours(batch), alone) < 1e-5
 
 
-def test_it_can_be_trained(ours: LatentUpscaler) -> None:
+def test_every_parameter_gets_a_gradient(ours: LatentUpscaler) -> None:
     ours = LatentUpscaler(ours.config)
     ours(randn(1, 12, 2, 3, 3)).square().mean().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in ours.parameters())
@@ -96,7 +96,7 @@ def test_it_can_be_trained(ours: LatentUpscaler) -> None:
 @pytest.mark.parametrize(
     ("config", "parameters"), [(SPATIAL_UPSCALER_CONFIG, 126_250_624), (TEMPORAL_UPSCALER_CONFIG, 130_968_192)]
 )
-def test_a_released_upscaler_has_the_published_count_of_parameters(config: UpscalerConfig, parameters: int) -> None:
+def test_released_upscalers_have_the_published_parameter_count(config: UpscalerConfig, parameters: int) -> None:
     with torch.device("meta"):
         module = LatentUpscaler(config)
     assert sum(weight.numel() for weight in module.parameters()) == parameters
@@ -105,32 +105,32 @@ def test_a_released_upscaler_has_the_published_count_of_parameters(config: Upsca
 
 
 @pytest.mark.parametrize(("way", "kind"), zip(WAYS, KINDS, strict=True))
-def test_the_kind_is_said_as_the_registry_names_it(way: str, kind: str) -> None:
+def test_kind_is_that_of_the_registry(way: str, kind: str) -> None:
     assert small(way).kind == kind
 
 
 # Headers
 
 
-def test_the_released_header_is_read_and_written() -> None:
+def test_released_header_is_read_and_written() -> None:
     assert UpscalerConfig.from_header(RELEASED_HEADER) == SPATIAL_UPSCALER_CONFIG
     assert SPATIAL_UPSCALER_CONFIG.to_header() == RELEASED_HEADER
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_header_comes_back_as_it_was(way: str) -> None:
+def test_header_round_trips(way: str) -> None:
     assert UpscalerConfig.from_header(small(way).to_header()) == small(way)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_official_class_reads_and_writes_the_same_header(way: str) -> None:
+def test_official_class_reads_and_writes_the_same_header(way: str) -> None:
     header = small(way).to_header()
     with torch.device("meta"):
         official = OfficialUpsampler.from_config(header)
     assert OfficialUpsampler.config(official) == header
 
 
-def test_what_a_header_leaves_out_is_what_every_reader_takes_it_for() -> None:
+def test_missing_header_keys_have_the_common_defaults() -> None:
     header = {"in_channels": 12, "mid_channels": 64, "dims": 3}
     assert UpscalerConfig.from_header(header) == UpscalerConfig(
         in_channels=12, mid_channels=64, spatial_upsample=True, temporal_upsample=False
@@ -152,6 +152,6 @@ def test_what_a_header_leaves_out_is_what_every_reader_takes_it_for() -> None:
         ({"spatial_scale": 1.5, "rational_resampler": True}, "has spatial_scale, rational_resampler.*LTX-2"),
     ],
 )
-def test_a_header_that_no_released_upscaler_has_is_refused(change: Mapping[str, Any], said: str) -> None:
+def test_unreleased_header_is_refused(change: Mapping[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         UpscalerConfig.from_header({**RELEASED_HEADER, **change})

@@ -123,7 +123,7 @@ def official_decoded(oracle: CausalVideoAutoencoder, latents: Tensor, level: Ten
 
 
 @pytest.mark.parametrize("batch, frames, height, width", [(2, 9, 64, 64), (1, 17, 64, 96), (1, 1, 32, 64)])
-def test_moments_equal_the_official_and_those_of_diffusers(twins, family, batch, frames, height, width, parity):
+def test_moments_equal_official_and_diffusers(twins, family, batch, frames, height, width, parity):
     pixels = pixels_of(batch, 3, frames, height, width)
     moments = twins.ours.encode_moments(pixels)
     assert moments.mean.shape == (batch, 12, (frames - 1) // 8 + 1, height // 32, width // 32)
@@ -139,7 +139,7 @@ def test_encoded_latents_are_the_official_mean_normalised(twins):
     assert relative_error(twins.ours.encode(pixels), expected) <= 1e-5
 
 
-def test_a_sampled_latent_equals_the_official_sample_on_the_same_noise(twins):
+def test_sampled_latent_equals_official_on_the_same_noise(twins):
     pixels = pixels_of(2, 3, 9, 32, 64)
     expected = seeded(lambda: twins.official.encode(pixels).latent_dist.sample())
     noise = seeded(lambda: torch.randn(expected.shape))
@@ -149,7 +149,7 @@ def test_a_sampled_latent_equals_the_official_sample_on_the_same_noise(twins):
 
 
 @pytest.mark.parametrize("levels", [(0.05, 0.3), (0.0, 1.0), (0.025, 0.025)], ids=str)
-def test_pixels_equal_the_official_and_those_of_diffusers_at_two_levels_in_one_batch(twins, family, levels, parity):
+def test_pixels_at_two_timesteps_equal_official_and_diffusers(twins, family, levels, parity):
     latents = randn(2, 12, 2, 2, 2)
     ours, level = decoded(twins.ours, latents, *levels), levels_of(twins.ours, *levels)
     raw = twins.ours.statistics.denormalise(latents)
@@ -163,20 +163,20 @@ def test_pixels_equal_the_official_and_those_of_diffusers_at_two_levels_in_one_b
 
 
 @pytest.mark.parametrize("frames, height, width", [(3, 2, 3), (1, 1, 1)])
-def test_pixels_equal_the_official_at_every_shape(twins, frames, height, width):
+def test_pixels_equal_official_at_every_shape(twins, frames, height, width):
     latents = randn(1, 12, frames, height, width)
     expected = official_decoded(twins.official, latents, levels_of(twins.ours, 0.05))
     assert relative_error(decoded(twins.ours, latents, 0.05), expected) <= 1e-5
 
 
-def test_statistics_restore_as_the_official_package_does_and_undo_their_normalisation(twins):
+def test_denormalise_equals_official_and_inverts_normalise(twins):
     latents = randn(2, 12, 3, 2, 2)
     restored = twins.ours.statistics.denormalise(latents)
     assert torch.equal(restored, un_normalize_latents(latents, twins.official, vae_per_channel_normalize=True))
     assert relative_error(twins.ours.statistics.normalise(restored), latents) <= 1e-6
 
 
-def test_blocks_that_no_released_vae_uses_equal_the_official_ones():
+def test_unreleased_blocks_equal_official():
     ours = build_random(lambda: VAE(UNRELEASED))
     official = official_vae(ours)
     pixels, latents = pixels_of(1, 3, 17, 64, 64), randn(1, 6, 3, 2, 2)
@@ -185,7 +185,7 @@ def test_blocks_that_no_released_vae_uses_equal_the_official_ones():
     assert relative_error(decoded(ours, latents, 0.05), expected) <= 1e-5
 
 
-def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(twins):
+def test_vae_equals_official_at_activations_near_epsilon(twins):
     faint = deepcopy(twins.ours)
     for name, weight in faint.state_dict().items():
         if re.search(r"conv|blocks\.\d+\.(weight|bias)$", name):
@@ -197,7 +197,7 @@ def test_activations_so_faint_that_the_epsilons_count_equal_the_official_ones(tw
     assert relative_error(decoded(faint, latents, 0.05), expected) <= 1e-5
 
 
-def test_bfloat16_is_no_further_from_float32_than_the_official_package(twins):
+def test_bf16_error_is_close_to_that_of_official(twins):
     latents, pixels = randn(2, 12, 2, 2, 2), pixels_of(2, 3, 9, 64, 96)
     level = levels_of(twins.ours, 0.05, 0.3)
     half = deepcopy(twins.ours).to(torch.bfloat16)
@@ -217,7 +217,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_official_package(twins):
         assert relative_error(made, truth) <= 1.3 * relative_error(expected, truth)
 
 
-def test_a_decoder_says_what_it_lacks():
+def test_decode_without_timestep_or_noise_source_is_refused():
     conditioned, injecting = (
         build_random(lambda c=c: VAE(narrow_vae_config(c, width=8))) for c in (VAE_0_9_5, VAE_0_9_1)
     )
@@ -231,7 +231,7 @@ def test_a_decoder_says_what_it_lacks():
 # Patches
 
 
-def test_patches_are_in_the_published_order():
+def test_patches_have_the_published_order():
     patched = patchify(torch.arange(192.0).view(1, 3, 1, 8, 8), 4)
     assert patched.shape == (1, 48, 1, 2, 2)
     assert patched[0, :6, 0, 0, 0].tolist() == [0, 8, 16, 24, 1, 9]
@@ -239,7 +239,7 @@ def test_patches_are_in_the_published_order():
     assert patched[0, :3, 0, 0, 1].tolist() == [4, 12, 20]
 
 
-def test_patches_equal_the_official_and_come_apart_again():
+def test_patchify_equals_official_and_unpatchify_inverts_it():
     pixels = randn(2, 3, 5, 32, 64)
     for patch in (1, 2, 4, 8):
         patched = patchify(pixels, patch)
@@ -252,7 +252,7 @@ def test_patches_equal_the_official_and_come_apart_again():
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 20])
-def test_a_streamed_decode_gives_the_pixels_of_the_whole(small, chunk):
+def test_streamed_decode_equals_decode(small, chunk):
     latents = randn(2, 4, 7, 1, 2)
     whole = decoded(small, latents, 0.05, 0.4)
     level = levels_of(small, 0.05, 0.4)
@@ -264,7 +264,7 @@ def test_a_streamed_decode_gives_the_pixels_of_the_whole(small, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 8, 25, 99])
-def test_a_streamed_encode_gives_the_latents_of_the_whole(small, chunk):
+def test_chunked_encode_equals_encode(small, chunk):
     pixels = pixels_of(2, 3, 25, 32, 64)
     whole, pieces = small.encode(pixels), small.encode(pixels, chunk_frames=chunk)
     assert pieces.shape == whole.shape
@@ -272,7 +272,7 @@ def test_a_streamed_encode_gives_the_latents_of_the_whole(small, chunk):
 
 
 @pytest.mark.parametrize("sizes", [(9, 8, 8), (1, 24), (8, 8, 8, 1)], ids=str)
-def test_chunks_that_come_one_by_one_are_encoded_as_the_whole_and_each_is_gone_before_the_next(small, sizes):
+def test_streamed_encode_frees_each_chunk_before_the_next(small, sizes):
     pixels, alive = pixels_of(1, 3, 25, 32, 64), weakref.WeakSet()
 
     def chunks():
@@ -289,22 +289,22 @@ def test_chunks_that_come_one_by_one_are_encoded_as_the_whole_and_each_is_gone_b
 
 
 @pytest.mark.parametrize("frames", [8, 10, 24])
-def test_frames_whose_last_would_be_lost_are_refused(small, frames):
+def test_frame_counts_other_than_8k_plus_1_are_refused(small, frames):
     with pytest.raises(ValueError, match=f"{frames} frames; the encoder takes 8k"):
         small.encode(pixels_of(1, 3, frames, 32, 32))
 
 
-def test_fewer_frames_than_were_to_come_are_no_video(small):
+def test_chunks_with_too_few_frames_are_refused(small):
     with pytest.raises(ValueError, match="the chunks have 9 frames, not 17"):
         small.encode_stream(iter([pixels_of(1, 3, 9, 32, 32)]), 17)
 
 
-def test_one_picture_is_encoded_as_the_first_frame_of_a_clip_is(small):
+def test_image_is_encoded_like_the_first_frame_of_a_clip(small):
     pixels = pixels_of(1, 3, 17, 64, 64)
     assert relative_error(small.encode(pixels[:, :, :1]), small.encode(pixels)[:, :, :1]) <= 1e-6
 
 
-def test_latents_depend_on_no_later_frame(small):
+def test_latents_do_not_depend_on_later_frames(small):
     pixels = pixels_of(1, 3, 17, 32, 32)
     other = torch.cat([pixels[:, :, :9], pixels_of(1, 3, 8, 32, 32)], dim=2)
     before, after = small.encode(pixels), small.encode(other)
@@ -313,14 +313,14 @@ def test_latents_depend_on_no_later_frame(small):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 6])
-def test_f_latent_frames_make_8f_less_7_frames_and_back(small, frames):
+def test_f_latent_frames_decode_to_8f_minus_7_frames(small, frames):
     latents = randn(1, 4, frames, 1, 1)
     pixels = decoded(small, latents, 0.05)
     assert pixels.shape == (1, 3, 8 * (frames - 1) + 1, 32, 32)
     assert small.encode(pixels).shape == latents.shape
 
 
-def test_injected_noise_is_drawn_once_per_layer_however_the_clip_is_cut():
+def test_injected_noise_is_drawn_once_per_layer_with_any_chunks():
     vae = build_random(lambda: VAE(narrow_vae_config(VAE_0_9_1, width=8)))
     latents, level, shapes = randn(1, 12, 4, 1, 1), torch.tensor([0.05]), []
 
@@ -404,13 +404,13 @@ def kept_while_decoding(vae: VAE, frames: int, streams: list[TemporalCache]) -> 
     return [sum(kept_storages(streams[-1]).values()) for _ in pieces]
 
 
-def test_what_a_streamed_decode_keeps_does_not_grow_with_the_clip(small, streams):
+def test_decode_cache_does_not_grow_with_the_video(small, streams):
     short, long = kept_while_decoding(small, 48, streams), kept_while_decoding(small, 72, streams)
     assert len(long) > len(short)
     assert max(long) == max(short)
 
 
-def test_what_a_streamed_encode_keeps_does_not_grow_with_the_clip(small, streams):
+def test_encode_cache_does_not_grow_with_the_video(small, streams):
     kept = []
     for frames in (17, 65):
         small.encode(pixels_of(1, 3, frames, 32, 32), chunk_frames=4)
@@ -418,7 +418,7 @@ def test_what_a_streamed_encode_keeps_does_not_grow_with_the_clip(small, streams
     assert kept[0] == kept[1] > 0
 
 
-def test_a_stream_keeps_copies_and_never_a_view_of_a_chunk(small, streams):
+def test_cache_stores_copies_and_no_views_of_chunks(small, streams):
     list(small.decode_stream(randn(1, 4, 40, 1, 1), timestep=levels_of(small, 0.05), noise_source=torch.ones, input_chunk_frames=8))
     small.encode(pixels_of(1, 3, 17, 32, 32), chunk_frames=4)
     for stream in streams:
@@ -426,12 +426,12 @@ def test_a_stream_keeps_copies_and_never_a_view_of_a_chunk(small, streams):
         assert sum(kept_storages(stream).values()) == sum(tensor.nbytes for tensor in held)
 
 
-def test_the_peak_of_a_streamed_decode_does_not_grow_with_the_clip(small):
+def test_peak_of_streamed_decode_does_not_grow_with_the_video(small):
     short, long = (peak_bytes(small, randn(1, 4, frames, 1, 1), chunk=8) for frames in (48, 72))
     assert long == short
 
 
-def test_a_streamed_decode_of_a_usual_clip_takes_a_third_of_the_memory_of_the_whole(small):
+def test_streamed_decode_of_121_frames_needs_a_third_of_the_memory(small):
     latents = randn(1, 4, 16, 1, 1)  # 121 frames
     assert peak_bytes(small, latents, chunk=1) <= peak_bytes(small, latents, chunk=None) / 3
 
@@ -444,7 +444,7 @@ def test_a_streamed_decode_of_a_usual_clip_takes_a_third_of_the_memory_of_the_wh
     [*VAES.values(), UNRELEASED, *map(narrow_vae_config, VAES.values())],
     ids=[*VAES, "unreleased", *map(str, range(3))],
 )
-def test_a_header_comes_back_from_json_as_it_went(config):
+def test_header_round_trips_through_json(config):
     assert VAEConfig.from_header(json.loads(json.dumps(config.to_header()))) == config
 
 
@@ -487,7 +487,7 @@ RELEASED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_a_released_header_is_read_as_its_family(family):
+def test_released_header_gives_the_config_of_its_family(family):
     assert VAEConfig.from_header(RELEASED[family]) == VAES[family]
 
 
@@ -519,20 +519,20 @@ HEADER = VAE_0_9_5.to_header()
     ],
     ids=str,
 )
-def test_a_header_that_no_released_vae_has_is_refused_by_value(change, value):
+def test_unreleased_header_value_is_refused_by_value(change, value):
     named = value[0][0] if change.endswith("blocks") else value
     with pytest.raises(CheckpointError, match=re.escape(repr(named))):
         VAEConfig.from_header(HEADER | {change: value})
 
 
-def test_an_unknown_detail_of_a_block_is_refused_by_name():
+def test_unknown_block_setting_is_refused_by_name():
     blocks = [["res_x", {"num_layers": 2, "swirl": 1}], *HEADER["decoder_blocks"]]
     with pytest.raises(CheckpointError, match="swirl"):
         VAEConfig.from_header(HEADER | {"decoder_blocks": blocks})
 
 
 @pytest.mark.parametrize("absent", ["latent_log_var", "norm_layer", "use_quant_conv"])
-def test_a_header_is_refused_where_the_official_default_would_be_another_vae(absent):
+def test_header_without_a_required_key_is_refused(absent):
     with pytest.raises(CheckpointError, match=absent):
         VAEConfig.from_header({name: value for name, value in HEADER.items() if name != absent})
 
@@ -546,6 +546,6 @@ def test_a_header_is_refused_where_the_official_default_would_be_another_vae(abs
     ],
     ids=["patch", "encoder", "decoder"],
 )
-def test_a_vae_that_does_not_reduce_8_and_32_times_is_refused_by_its_numbers(change, numbers):
+def test_vae_without_compression_8_and_32_is_refused_by_number(change, numbers):
     with pytest.raises(CheckpointError, match=numbers):
         replace(VAE_0_9_5, **change)

@@ -36,7 +36,7 @@ def in_chunks(conv: CausalConv3d, x: Tensor, lengths: list[int]) -> Tensor:
 @pytest.mark.parametrize("stride", STRIDES)
 @pytest.mark.parametrize("frames", [1, 2, 9])
 @torch.no_grad()
-def test_it_equals_the_official_convolution(causal, stride, frames):
+def test_conv_equals_official_causal_conv3d(causal, stride, frames):
     ours, official = twins(causal, stride)
     x = randn(2, 5, frames, 6, 8)
     assert relative_error(ours(x, TemporalCache.single_chunk()), official(x, causal=causal)) <= 1e-6
@@ -45,14 +45,14 @@ def test_it_equals_the_official_convolution(causal, stride, frames):
 @pytest.mark.parametrize("causal, stride", [(True, stride) for stride in STRIDES] + [(False, (1, 1, 1))])
 @pytest.mark.parametrize("lengths", [[1] * 9, [2, 2, 2, 3], [1, 8], [8, 1], [3, 0, 5, 1], [0, 4, 5]], ids=str)
 @torch.no_grad()
-def test_in_chunks_it_gives_the_frames_of_the_whole(causal, stride, lengths):
+def test_chunked_conv_equals_conv_of_whole_video(causal, stride, lengths):
     conv, _ = twins(causal, stride)
     x = randn(2, 5, 9, 6, 8)
     assert relative_error(in_chunks(conv, x, lengths), conv(x, TemporalCache.single_chunk())) <= 1e-6
 
 
 @torch.no_grad()
-def test_a_frame_that_is_the_whole_video_comes_out_at_once_and_otherwise_waits_for_the_next():
+def test_only_a_single_frame_video_needs_no_later_frame():
     conv, _ = twins(False, (1, 1, 1))
     x = randn(1, 5, 1, 4, 4)
     assert conv(x, TemporalCache.single_chunk()).shape == (1, 7, 1, 4, 4)
@@ -60,13 +60,13 @@ def test_a_frame_that_is_the_whole_video_comes_out_at_once_and_otherwise_waits_f
 
 
 @torch.no_grad()
-def test_a_chunk_without_frames_keeps_the_shape_of_the_picture():
+def test_chunk_without_frames_has_the_output_shape():
     conv, _ = twins(True, (2, 2, 2))
     assert conv(randn(1, 5, 0, 7, 8), TemporalCache()).shape == (1, 7, 0, 4, 4)
 
 
 @torch.no_grad()
-def test_it_keeps_no_more_frames_than_the_kernel_reaches_back():
+def test_conv_caches_at_most_two_frames():
     for causal, stride in [(True, (1, 1, 1)), (True, (2, 2, 2)), (False, (1, 1, 1))]:
         conv, _ = twins(causal, stride)
         stream = TemporalCache()

@@ -51,13 +51,13 @@ def in_pairs(*values: float) -> list[float]:
         (909.4, [-0.090923, -0.386665, 0.995229, -0.995858, -0.92222, 0.097569]),
     ],
 )
-def test_the_sinusoid_has_the_published_values(level, dimensions):
+def test_sinusoid_has_the_published_values(level, dimensions):
     row = sinusoidal_embedding(torch.tensor([level]))[0]
     assert row.shape == (256,)
     assert row[[0, 1, 127, 128, 129, 255]].tolist() == pytest.approx(dimensions, abs=2e-5)
 
 
-def test_the_sinusoid_equals_that_of_diffusers():
+def test_sinusoid_equals_diffusers():
     levels = torch.cat([torch.linspace(0, 1000, 401), torch.tensor([0.03, 999.99])])
     expected = get_timestep_embedding(levels, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
     assert (sinusoidal_embedding(levels) - expected).abs().max() <= 2e-4  # 1000 radians in fp32 are known to 6e-5
@@ -65,7 +65,7 @@ def test_the_sinusoid_equals_that_of_diffusers():
 
 
 @torch.no_grad()
-def test_a_level_is_embedded_in_the_dtype_asked_for_from_a_sinusoid_in_fp32():
+def test_timestep_embedding_rounds_an_fp32_sinusoid_to_the_dtype():
     embedding = build_random(lambda: TimestepEmbedding(32)).to(torch.bfloat16)
     levels = torch.tensor([993.7, 50.0])
     made = embedding(levels, torch.bfloat16)
@@ -77,7 +77,7 @@ def test_a_level_is_embedded_in_the_dtype_asked_for_from_a_sinusoid_in_fp32():
 # Rotations
 
 
-def test_the_rotation_of_the_2b_has_the_published_values():
+def test_rope_of_the_2b_has_the_published_values():
     cosine, sine = (part[0, 0] for part in table(ONE_PLACE, 2048))
     assert cosine.shape == (2048,)
     expected = in_pairs(1, 0.047106, 0.098017, 0.14673, 0.005284, 0.057705)
@@ -87,7 +87,7 @@ def test_the_rotation_of_the_2b_has_the_published_values():
     assert cosine[-6:].tolist() == pytest.approx(in_pairs(1, 0.0003, -0.707), abs=1e-3)
 
 
-def test_the_rotation_of_the_13b_has_the_published_values():
+def test_rope_of_the_13b_has_the_published_values():
     cosine, sine = (part[0, 0] for part in table(ONE_PLACE, 4096))
     expected = in_pairs(1, 1, 0.047106, 0.098017, 0.14673, 0.026374)
     assert cosine[:12].tolist() == pytest.approx(expected, abs=2e-6)
@@ -101,7 +101,7 @@ def test_the_rotation_of_the_13b_has_the_published_values():
     [TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig(num_layers=0, num_heads=2, head_dim=20)],
     ids=["2B", "13B", "40"],
 )
-def test_the_table_equals_the_official_and_that_of_diffusers(config):
+def test_rope_table_equals_official_and_diffusers(config):
     grids = [token_positions(LatentGrid(16, 3, 4), fps=fps, causal=causal) for fps, causal in ((30, True), (24, False))]
     places = torch.stack(grids)
     made = table(places, config.width)
@@ -114,19 +114,19 @@ def test_the_table_equals_the_official_and_that_of_diffusers(config):
         assert (part - expected).abs().max() <= 1e-6
 
 
-def test_the_table_is_computed_in_fp32_and_only_then_rounded():
+def test_rope_table_is_computed_in_fp32_then_rounded():
     exact, rounded = table(ONE_PLACE, 2048), table(ONE_PLACE, 2048, torch.bfloat16)
     for full, half in zip(exact, rounded, strict=True):
         assert half.dtype == torch.bfloat16
         assert torch.equal(half, full.bfloat16())
 
 
-def test_a_rotation_equals_that_of_diffusers():
+def test_rotation_equals_diffusers():
     x, rope = randn(2, 5, 40), table(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 40)
     assert torch.equal(rope(x), apply_rotary_emb(x, tuple(rope)))
 
 
-def test_a_rotation_turns_pairs_and_keeps_their_length():
+def test_rope_rotates_pairs_and_preserves_their_norm():
     angle = torch.tensor([0.3, -1.2]).repeat_interleave(2)
     x = torch.tensor([1.0, 0.0, 0.0, 2.0])
     turned = Rope(angle.cos(), angle.sin())(x[None, None])[0, 0]
@@ -134,7 +134,7 @@ def test_a_rotation_turns_pairs_and_keeps_their_length():
     assert turned.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_does_not_divide_by_six_stands_in_front_and_is_not_rotated():
+def test_remainder_of_width_by_six_comes_first_unrotated():
     for width in (36, 38, 40):
         rope = table(ONE_PLACE, width)
         rest = width % 6
@@ -147,7 +147,7 @@ def test_what_does_not_divide_by_six_stands_in_front_and_is_not_rotated():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_of_tokens_equals_the_official_one(dtype):
+def test_rms_norm_equals_official(dtype):
     x = (3 * randn(2, 7, 64)).to(dtype)
     assert torch.equal(rms_norm(x), OracleRMSNorm(64, eps=1e-6, elementwise_affine=False)(x).to(dtype))
     ours = build_random(lambda: RMSNorm(64, 1e-5)).to(dtype)
@@ -156,7 +156,7 @@ def test_the_norm_of_tokens_equals_the_official_one(dtype):
     assert torch.equal(ours(x), expected(x))
 
 
-def test_the_norm_of_pixels_equals_the_official_one():
+def test_pixel_norm_equals_official():
     x = randn(2, 24, 3, 4, 5)
     assert relative_error(pixel_norm_modulate_silu(x), silu(PixelNorm()(x))) <= 1e-6
     tiny = x * 1e-5  # where the epsilon counts
@@ -164,7 +164,7 @@ def test_the_norm_of_pixels_equals_the_official_one():
 
 
 @torch.no_grad()
-def test_the_norm_of_a_shortcut_equals_the_official_one():
+def test_channel_layer_norm_equals_official():
     ours, official = build_random(lambda: ChannelLayerNorm(24, eps=1e-6)), OfficialLayerNorm(24, eps=1e-6)
     official.norm.load_state_dict(ours.state_dict())
     x = randn(2, 24, 3, 4, 5)
@@ -197,7 +197,7 @@ def official_attention(ours: Attention, context_width: int | None, rope: bool) -
 
 
 @torch.no_grad()
-def test_attention_among_tokens_equals_the_official_one():
+def test_self_attention_equals_official():
     ours = build_random(lambda: Attention(48, 4))
     x, rope = randn(2, 7, 48), table(ONE_PLACE * torch.arange(7.0), 48)
     expected = official_attention(ours, None, True)(x, freqs_cis=tuple(rope))
@@ -205,7 +205,7 @@ def test_attention_among_tokens_equals_the_official_one():
 
 
 @torch.no_grad()
-def test_attention_to_a_text_of_another_width_equals_the_official_one():
+def test_cross_attention_to_another_width_equals_official():
     ours = build_random(lambda: Attention(48, 4, context_width=20))
     x, text, bias = randn(2, 7, 48), randn(2, 5, 20, seed=2), torch.zeros(2, 1, 1, 5)
     bias[1, ..., 3:] = -10000.0
@@ -214,14 +214,14 @@ def test_attention_to_a_text_of_another_width_equals_the_official_one():
     assert relative_error(ours(x, ours.project_kv(text), bias=bias), expected) <= 1e-6
 
 
-def test_bends_are_shift_scale_and_gate_first_around_attention_then_around_the_feed_forward():
+def test_adaln_rows_are_shift_scale_gate_of_attention_then_mlp():
     names = torch.arange(6.0)[:, None].expand(6, 3)
     attention, thought = compute_adaln_params(names, torch.zeros(1, 1, 6, 3))
     assert [part.unique().tolist() for part in (*attention, *thought)] == [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]
     assert torch.equal(thought(torch.ones(1, 2, 3)), torch.full((1, 2, 3), 1.0 * (1 + 4) + 3))
 
 
-def test_every_linear_of_the_transformer_may_be_stored_otherwise():
+def test_every_linear_of_the_transformer_can_be_quantized():
     with torch.device("meta"):
         model = Transformer(TransformerConfig(num_layers=1, num_heads=2, head_dim=12))
     plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]

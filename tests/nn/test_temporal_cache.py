@@ -14,12 +14,12 @@ def frames_of(count: int) -> Tensor:
     return randn(1, 2, count, 3, 3)
 
 
-def test_the_stream_of_a_whole_video_is_at_its_last_chunk():
+def test_single_chunk_cache_is_at_its_last_chunk():
     assert TemporalCache.single_chunk().is_last_chunk
     assert not TemporalCache().is_last_chunk
 
 
-def test_as_many_frames_are_kept_in_the_same_place():
+def test_store_reuses_memory_for_frames_of_equal_shape():
     stream = TemporalCache()
     stream.store("a", frames_of(2))
     place = stream.get("a").data_ptr()
@@ -31,7 +31,7 @@ def test_as_many_frames_are_kept_in_the_same_place():
     assert torch.equal(stream.get("a"), chunk[:, :, :1])
 
 
-def test_frames_in_turn_lie_as_the_last_of_them():
+def test_cat_frames_has_the_memory_format_of_the_last_part():
     first, last = frames_of(1).expand(-1, -1, 2, -1, -1), frames_of(3)
     plain = torch.cat([first, last], dim=2)
     for order, channels_last in ((torch.contiguous_format, False), (torch.channels_last_3d, True)):
@@ -41,17 +41,17 @@ def test_frames_in_turn_lie_as_the_last_of_them():
         assert joined.is_contiguous() != channels_last
 
 
-def test_an_owner_has_kept_nothing_before_its_first_frame():
+def test_get_is_none_before_the_first_store():
     assert TemporalCache().get("a") is None
 
 
-def test_owners_do_not_share():
+def test_owners_do_not_share_frames():
     stream = TemporalCache()
     stream.store("a", frames_of(1))
     assert stream.get("b") is None
 
 
-def test_what_is_kept_is_a_copy():
+def test_store_copies_frames():
     stream, x = TemporalCache(), frames_of(6)
     stream.store("a", x[:, :, 4:])
     expected = x[:, :, 4:].clone()
@@ -61,13 +61,13 @@ def test_what_is_kept_is_a_copy():
     assert kept.untyped_storage().nbytes() == kept.nbytes
 
 
-def test_nothing_is_kept_after_the_last_chunk():
+def test_last_chunk_is_not_stored():
     stream = TemporalCache.single_chunk()
     stream.store("a", frames_of(1))
     assert stream.get("a") is None
 
 
-def test_join_puts_the_kept_frames_in_front():
+def test_prepend_puts_cached_frames_first():
     stream, x = TemporalCache(), frames_of(5)
     assert torch.equal(stream.prepend("a", x[:, :, :2]), x[:, :, :2])
     stream.store("a", x[:, :, :2])
@@ -86,7 +86,7 @@ def test_delay_returns_every_frame_once_and_in_order(lengths, asked):
     assert torch.equal(torch.cat(returned, dim=2), x)
 
 
-def test_the_first_frame_is_first_once():
+def test_is_first_is_true_once_per_owner():
     stream = TemporalCache()
     assert not stream.is_first("a", frames_of(3)[:, :, :0])  # no frame has come yet
     assert stream.is_first("a", frames_of(3))
@@ -94,13 +94,13 @@ def test_the_first_frame_is_first_once():
     assert stream.is_first("b", frames_of(1))
 
 
-def test_remembering_the_first_frame_holds_no_memory():
+def test_is_first_stores_no_frames():
     stream = TemporalCache()
     stream.is_first("a", frames_of(3))
     assert sum(kept.untyped_storage().nbytes() for kept in stream._frames.values()) == 0
 
 
-def test_noise_is_drawn_once_for_an_owner_and_has_the_dtype_asked_for():
+def test_noise_is_drawn_once_per_owner_in_the_dtype_of_like():
     shapes = []
 
     def noise(shape: tuple[int, ...]) -> Tensor:
@@ -116,6 +116,6 @@ def test_noise_is_drawn_once_for_an_owner_and_has_the_dtype_asked_for():
     assert shapes == [(3, 5), (3, 5)]
 
 
-def test_a_stream_without_a_source_of_noise_says_so():
+def test_noise_without_a_source_is_refused():
     with pytest.raises(ValueError, match="noise"):
         TemporalCache().get_noise("a", frames_of(1))

@@ -72,7 +72,7 @@ def share_right(scenes: list[Scene], worsen: Callable[[Tensor], Tensor]) -> np.n
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_shape_stays_inside_the_frame_for_the_whole_clip(shape):
+def test_shape_stays_inside_the_frame_for_the_whole_clip(shape):
     rng = Random(0)
     scenes = [Scene.from_key(SceneKey("white", shape, "black", motion), rng) for motion in MOTIONS * 3]
     ink = render(scenes, CLIP_FRAMES)[:, 0] > -0.9  # (B, F, H, W); the black is at -0.92
@@ -81,31 +81,31 @@ def test_a_shape_stays_inside_the_frame_for_the_whole_clip(shape):
     assert not ink[..., [0, -1]].any()
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_seed_another():
+def test_scenes_depend_only_on_the_seed():
     first, again, other = (render(some_scenes(3, seed), 5, (32, 32)) for seed in (7, 7, 8))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_a_clip_that_starts_later_is_the_end_of_a_longer_one():
+def test_clip_that_starts_later_is_the_end_of_a_longer_one():
     scenes = some_scenes(12, 1)
     assert torch.equal(render(scenes, 9, (64, 64), first_frame=8), render(scenes, 17, (64, 64))[:, :, 8:])
 
 
-def test_a_clip_is_float32_between_minus_one_and_one_with_its_axes_in_order():
+def test_clip_is_float32_in_minus_1_to_1_with_axes_bcfhw():
     clips = render(some_scenes(2, 2), 9, (64, 96))
     assert clips.shape == (2, 3, 9, 64, 96)
     assert clips.dtype == torch.float32
     assert clips.abs().max() <= 1
 
 
-def test_a_larger_picture_shows_the_same_scene():
+def test_larger_image_shows_the_same_scene():
     scenes = some_scenes(8, 3)
     halved = functional.avg_pool3d(render(scenes, 5, (128, 192)), (1, 2, 2))
     assert (halved - render(scenes, 5, (64, 96))).abs().mean() < 2e-3
 
 
-def test_a_narrow_clip_has_the_shape_in_the_middle_of_the_long_side():
+def test_narrow_clip_centres_the_scene_on_the_long_side():
     scene = Scene("red", "circle", "black", "standing still", "medium", "", SCENE_SIDE / 2, SCENE_SIDE / 2, 20)
     picture = render([scene], 1, (48, 160))[0, 0, 0]
     assert torch.allclose(picture, picture.flip(1), atol=1e-5)
@@ -113,7 +113,7 @@ def test_a_narrow_clip_has_the_shape_in_the_middle_of_the_long_side():
 
 
 @pytest.mark.parametrize("shape", ["square", "triangle"])
-def test_the_signed_distance_is_the_distance_to_the_nearest_point_of_the_outline(shape):
+def test_signed_distance_is_the_distance_to_the_outline(shape):
     side, reach = 20 * SQUARE_SIDE, 20 * TRIANGLE_EXTENT
     corners = {
         "square": [(-side, -side), (side, -side), (side, side), (-side, side)],
@@ -130,7 +130,7 @@ def test_the_signed_distance_is_the_distance_to_the_nearest_point_of_the_outline
     assert found[8, 8] < 0 < found[0, 0]
 
 
-def test_an_unknown_shape_is_named_in_the_error():
+def test_unknown_shape_is_named_in_the_error():
     with pytest.raises(ValueError, match="hexagon"):
         signed_distance("hexagon", torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
 
@@ -138,11 +138,11 @@ def test_an_unknown_shape_is_named_in_the_error():
 # What is seen
 
 
-def test_the_judge_is_right_about_rendered_truth():
+def test_judge_is_right_about_rendered_scenes():
     assert (share_right(some_scenes(200, 4), lambda clips: clips) >= 0.99).all()
 
 
-def test_the_judge_is_right_about_blurred_and_noisy_clips():
+def test_judge_is_right_about_blurred_and_noisy_clips():
     chance = torch.Generator().manual_seed(5)
     errors = []
 
@@ -155,17 +155,17 @@ def test_the_judge_is_right_about_blurred_and_noisy_clips():
     assert 10 * torch.log10(4 / torch.stack(errors).mean()) < 26.5  # PSNR in dB
 
 
-def test_the_judge_names_only_the_background_of_an_empty_clip():
+def test_judge_names_only_the_background_of_an_empty_clip():
     empty = np.broadcast_to(np.uint8(BACKGROUNDS["navy"]), (17, 64, 64, 3))
     assert name_scene(empty) == Verdict(None, None, "navy", None)
 
 
-def test_the_judge_names_nothing_in_noise():
+def test_judge_names_nothing_in_noise():
     noise = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3), dtype=np.uint8)
     assert name_scene(noise) == Verdict(None, None, None, None)
 
 
-def test_the_judge_gives_no_name_to_a_colour_that_is_not_of_the_world():
+def test_judge_does_not_name_other_colours():
     frames = np.full((17, 64, 64, 3), (255, 190, 200), np.uint8)
     frames[:, 20:40, 20:40] = (60, 60, 0)
     verdict = name_scene(frames)
@@ -175,7 +175,7 @@ def test_the_judge_gives_no_name_to_a_colour_that_is_not_of_the_world():
 # Words
 
 
-def test_the_plain_caption_reads_as_documented():
+def test_plain_caption_reads_as_documented():
     rng = Random(0)
     assert plain_caption(Scene.from_key(SceneKey("red", "circle", "black", "moving right"), rng)) == (
         "a red circle moving right on a black background"
@@ -192,7 +192,7 @@ def test_half_of_the_captions_are_plain():
     assert 0.45 < plain / len(scenes) < 0.55
 
 
-def test_a_caption_names_everything_that_is_true_and_nothing_else():
+def test_caption_names_everything_that_is_true_and_nothing_else():
     rng = Random(2)
     for scene in some_scenes(2000, 7):
         text = varied_caption(scene, rng).lower().rstrip(".").replace(",", "").replace(";", "")
@@ -222,7 +222,7 @@ def test_size_and_speed_words_agree_with_the_numbers():
         assert max(last / scene.radius, scene.radius / last) > 1.6 - 1e-6 or scene.growth == 0
 
 
-def test_the_vocabulary_corpus_has_every_word_of_the_captions():
+def test_vocabulary_corpus_has_every_word_of_the_captions():
     rng = Random(3)
     corpus = {word for line in vocabulary_corpus() for word in line.lower().rstrip(".").split()}
     captions = [varied_caption(scene, rng).lower().rstrip(".") for scene in some_scenes(3000, 9)]
@@ -236,7 +236,7 @@ def test_about_an_eighth_of_the_combinations_is_held_out():
     assert 0.10 < sum(map(is_held_out, SCENE_KEYS)) / len(SCENE_KEYS) < 0.14
 
 
-def test_the_held_out_combinations_are_the_same_for_ever():
+def test_held_out_combinations_never_change():
     assert [SCENE_KEYS.index(key) for key in SCENE_KEYS if is_held_out(key)][:5] == [13, 15, 22, 31, 37]
 
 
