@@ -1,4 +1,4 @@
-"""Pictures are prepared as the official package prepares them, except where that would puzzle whoever gave them."""
+"""Images are prepared as by the official package, except where that would surprise the user."""
 
 from __future__ import annotations
 
@@ -24,43 +24,45 @@ from tests.oracles import relative_error
 
 
 def photograph(width: int, height: int) -> np.ndarray:
-    """Something with flat parts, slopes, edges and grain: uint8 (height, width, 3)."""
+    """Returns an image with flat areas, gradients, edges and grain: uint8 (height, width, 3)."""
     rows, columns = np.mgrid[:height, :width]
-    slopes = np.stack([columns * 255 / width, rows * 255 / height, 128 + 100 * np.sin((rows + columns) / 9)], axis=-1)
-    slopes[height // 4 : height // 2, width // 4 : width // 2] = (250, 13, 77)
-    grain = np.random.default_rng(0).normal(0, 6, slopes.shape)
+    gradients = np.stack(
+        [columns * 255 / width, rows * 255 / height, 128 + 100 * np.sin((rows + columns) / 9)], axis=-1
+    )
+    gradients[height // 4 : height // 2, width // 4 : width // 2] = (250, 13, 77)
+    grain = np.random.default_rng(0).normal(0, 6, gradients.shape)
     grain[height // 4 : height // 2] = 0
-    return np.clip(slopes + grain, 0, 255).astype(np.uint8)
+    return np.clip(gradients + grain, 0, 255).astype(np.uint8)
 
 
 # --- the official package, as oracle ---------------------------------------------------------------------------------
 
 
-def torchvision_blur(picture: torch.Tensor, kernel_size: int, sigma: float) -> torch.Tensor:
-    """torchvision.transforms.functional.gaussian_blur, restated; equal to 0.29 in every bit when this was written."""
+def torchvision_blur(image: torch.Tensor, kernel_size: int, sigma: float) -> torch.Tensor:
+    """Restates torchvision.transforms.functional.gaussian_blur; bit-equal to that of 0.29 when this was written."""
     half = (kernel_size - 1) * 0.5
     weights = torch.exp(-0.5 * (torch.linspace(-half, half, kernel_size) / sigma).pow(2))
     weights = weights / weights.sum()
     kernel = torch.outer(weights, weights).expand(3, 1, kernel_size, kernel_size)
-    return F.conv2d(F.pad(picture[None], [kernel_size // 2] * 4, mode="reflect"), kernel, groups=3)[0]
+    return F.conv2d(F.pad(image[None], [kernel_size // 2] * 4, mode="reflect"), kernel, groups=3)[0]
 
 
 def functions_of(path: Path, names: set[str], scope: dict[str, Any]) -> dict[str, Any]:
-    """Run only some functions of a file, since importing inference.py needs the whole of transformers and more."""
-    kept = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef) and n.name in names]
-    for function in kept:
+    """Runs only some functions of a file, since importing inference.py needs transformers and more."""
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef) and n.name in names]
+    for function in functions:
         function.decorator_list = []
-    exec(compile(ast.Module(kept, type_ignores=[]), str(path), "exec"), scope)
+    exec(compile(ast.Module(functions, type_ignores=[]), str(path), "exec"), scope)
     return scope
 
 
 @pytest.fixture(scope="module")
 def official() -> Callable[[str, Size, int, Size], torch.Tensor]:
-    """(path, size, crf, size of the pass) -> (1, 3, 1, H, W), by the official package's own functions."""
-    found = importlib.util.find_spec("ltx_video")
-    if found is None:
+    """Returns (path, size, crf, size of the pass) -> (1, 3, 1, H, W), by the official package's own functions."""
+    spec = importlib.util.find_spec("ltx_video")
+    if spec is None:
         pytest.skip("the official package is not installed")
-    root = Path(next(iter(found.submodule_search_locations or ())))
+    root = Path(next(iter(spec.submodule_search_locations or ())))
     einops = pytest.importorskip("einops")
     crf_names = {"_encode_single_frame", "_decode_single_frame", "compress"}
     import io
@@ -78,7 +80,7 @@ def official() -> Callable[[str, Size, int, Size], torch.Tensor]:
     def to_tensor(image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()).float().div(255)
 
-    def run(path: str, size: Size, crf: int, made: Size) -> torch.Tensor:
+    def run(path: str, size: Size, crf: int, sampled_size: Size) -> torch.Tensor:
         scope = {
             "Image": Image,
             "Union": Union,
@@ -90,26 +92,26 @@ def official() -> Callable[[str, Size, int, Size], torch.Tensor]:
         functions_of(root / "inference.py", names, scope)
         tensor = scope["load_image_to_tensor_with_resize_and_crop"](path, size.height, size.width, just_crop=True)
         snapped = size.snap()
-        margins = scope["calculate_padding"](size.height, size.width, snapped.height, snapped.width)
-        return resize(F.pad(tensor, margins), made.height, made.width)
+        padding = scope["calculate_padding"](size.height, size.width, snapped.height, snapped.width)
+        return resize(F.pad(tensor, padding), sampled_size.height, sampled_size.width)
 
     return run
 
 
 CASES = [
-    ((640, 480), Size(704, 480)),  # wider than the picture
+    ((640, 480), Size(704, 480)),  # wider than the image
     ((333, 517), Size(100, 75)),  # odd everywhere: margins, crops, halves
-    ((301, 97), Size(64, 96)),  # taller than the picture
-    ((256, 256), Size(256, 256)),  # nothing to do
+    ((301, 97), Size(64, 96)),  # taller than the image
+    ((256, 256), Size(256, 256)),  # unchanged
     ((97, 61), Size(161, 223)),  # stretched up, with margins
 ]
 
 
-@pytest.mark.parametrize(("given", "size"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("image_size", "size"), CASES, ids=lambda value: str(value))
 @pytest.mark.parametrize("crf", [29, 0])
-def test_a_prepared_image_equals_the_official_one(official, tmp_path, given, size, crf, parity):
-    path = tmp_path / "picture.png"
-    Image.fromarray(photograph(*given)).save(path)
+def test_a_prepared_image_equals_the_official_one(official, tmp_path, image_size, size, crf, parity):
+    path = tmp_path / "image.png"
+    Image.fromarray(photograph(*image_size)).save(path)
     expected = official(str(path), size, crf, size.snap())
     prepared = prepare_image(path, size, crf)
     assert prepared.dtype == torch.float32
@@ -119,41 +121,43 @@ def test_a_prepared_image_equals_the_official_one(official, tmp_path, given, siz
 
 
 def test_an_image_for_another_size_is_resized_once_as_officially(official, tmp_path):
-    path, size, made = tmp_path / "picture.png", Size(150, 100), Size(96, 64)
+    path, size, sampled_size = tmp_path / "image.png", Size(150, 100), Size(96, 64)
     Image.fromarray(photograph(300, 200)).save(path)
-    assert torch.equal(prepare_image(path, size, sampled_size=made), official(str(path), size, 29, made))
+    assert torch.equal(
+        prepare_image(path, size, sampled_size=sampled_size), official(str(path), size, 29, sampled_size)
+    )
 
 
 # --- laws ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_blur_is_the_gaussian_of_sigma_one_mirrored_at_the_edges():
-    picture = torch.rand(3, 7, 5, dtype=torch.float64)
-    around = np.pad(picture.numpy(), ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    image = torch.rand(3, 7, 5, dtype=torch.float64)
+    mirrored = np.pad(image.numpy(), ((0, 0), (1, 1), (1, 1)), mode="reflect")
     edge = np.exp(-0.5) / (1 + 2 * np.exp(-0.5))
     weights = (edge, 1 - 2 * edge, edge)
     assert np.allclose(weights, (0.27407, 0.45186, 0.27407), atol=5e-6)
     expected = sum(
-        weights[row] * weights[column] * around[:, row : row + 7, column : column + 5]
+        weights[row] * weights[column] * mirrored[:, row : row + 7, column : column + 5]
         for row in range(3)
         for column in range(3)
     )
-    assert np.allclose(blur(picture).numpy(), expected, atol=1e-12)
+    assert np.allclose(blur(image).numpy(), expected, atol=1e-12)
 
 
 def test_padding_is_grey_around_the_image():
     white = np.full((100, 100, 3), 255, np.uint8)
     prepared = prepare_image(white, Size(100, 100), crf=0)[0, :, 0]
     assert prepared.shape == (3, 128, 128)
-    inside = prepared[:, 14:-14, 14:-14]
-    assert torch.allclose(inside, torch.ones(()), atol=1e-6)
-    assert prepared.count_nonzero() == inside.numel()
+    content = prepared[:, 14:-14, 14:-14]
+    assert torch.allclose(content, torch.ones(()), atol=1e-6)
+    assert prepared.count_nonzero() == content.numel()
 
 
 def test_crf_0_changes_nothing_and_a_higher_crf_changes_more():
-    picture = torch.from_numpy(photograph(96, 64)).permute(2, 0, 1) / 255
-    assert compress(picture, 0) is picture
-    fine, coarse = ((compress(picture, crf) - picture).square().mean() for crf in (10, 45))
+    image = torch.from_numpy(photograph(96, 64)).permute(2, 0, 1) / 255
+    assert compress(image, 0) is image
+    fine, coarse = ((compress(image, crf) - image).square().mean() for crf in (10, 45))
     assert fine < coarse
 
 
@@ -168,7 +172,7 @@ def test_the_crop_is_centred_and_keeps_the_resolution():
 
 
 def test_path_pillow_image_and_array_give_the_same_result(tmp_path):
-    pixels, path = photograph(64, 64), tmp_path / "picture.png"
+    pixels, path = photograph(64, 64), tmp_path / "image.png"
     Image.fromarray(pixels).save(path)
     first, *others = (prepare_image(p, Size(64, 64)) for p in (path, str(path), Image.fromarray(pixels), pixels))
     assert all(torch.equal(first, other) for other in others)
@@ -194,7 +198,7 @@ def test_every_8_bit_mode_becomes_rgb(mode):
 def damaged_files(folder: Path) -> dict[str, Path]:
     paths = {name: folder / f"{name}.png" for name in ("absent", "empty", "text", "cut", "deep", "program")}
     paths["empty"].write_bytes(b"")
-    paths["text"].write_text("this is no picture")
+    paths["text"].write_text("this is not an image")
     Image.fromarray(photograph(64, 64)).save(paths["cut"])
     paths["cut"].write_bytes(paths["cut"].read_bytes()[:1000])
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(paths["deep"])
@@ -212,7 +216,7 @@ def test_an_unreadable_image_file_is_refused_by_name(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("picture", "complaint"),
+    ("image", "complaint"),
     [
         (np.zeros((0, 8, 3), np.uint8), "8x0 pixels"),
         (Image.new("RGB", (0, 0)), "0x0 pixels"),
@@ -222,9 +226,9 @@ def test_an_unreadable_image_file_is_refused_by_name(tmp_path, kind):
         (np.zeros((1, 1, 3), np.uint8), "at least 2x2"),
     ],
 )
-def test_an_unusable_image_is_refused_with_its_size_or_dtype(picture, complaint):
+def test_an_unusable_image_is_refused_with_its_size_or_dtype(image, complaint):
     with pytest.raises(MediaError, match=complaint):
-        prepare_image(picture, Size(32, 96))
+        prepare_image(image, Size(32, 96))
 
 
 @pytest.mark.parametrize("crf", [-1, 52])

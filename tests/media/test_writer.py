@@ -1,4 +1,4 @@
-"""Videos come back as they went out, and a file that is not whole never shows."""
+"""Videos are read as they were written, and an incomplete file never appears."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ SIZE = Size(64, 48)
 SRC = Path(__file__).parents[2] / "src"
 
 
-def greys(count: int, size: Size = SIZE) -> np.ndarray:
-    """uint8 (count, H, W, 3): every frame of its own grey."""
-    levels = np.linspace(10, 245, count).astype(np.uint8)
-    return np.broadcast_to(levels[:, None, None, None], (count, size.height, size.width, 3))
+def grey_frames(count: int, size: Size = SIZE) -> np.ndarray:
+    """Returns uint8 (count, H, W, 3), every frame of its own grey."""
+    grey_frames = np.linspace(10, 245, count).astype(np.uint8)
+    return np.broadcast_to(grey_frames[:, None, None, None], (count, size.height, size.width, 3))
 
 
-def noise(count: int, size: Size) -> np.ndarray:
+def noise_frames(count: int, size: Size) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size.height, size.width, 3), dtype=np.uint8)
 
 
-def written(path: Path, frames: np.ndarray, fps: float | Fraction = 24, **options: object) -> Path:
+def write_video(path: Path, frames: np.ndarray, fps: float | Fraction = 24, **options: object) -> Path:
     with VideoWriter(path, Size(frames.shape[2], frames.shape[1]), fps, **options) as writer:
         writer.write(frames)
     return path
 
 
 def frames_on_disk(folder: Path) -> int:
-    """How many whole pictures of H.264 the hidden file in a folder holds so far."""
+    """Returns the number of complete H.264 frames in the hidden file of a folder."""
     content = b"".join(path.read_bytes() for path in folder.glob(".kadr-*"))
-    at, count = content.find(b"mdat") + 4, 0
-    while 4 <= at <= len(content) - 5:  # the length of a unit, and the unit, whose first byte tells its kind
-        kind, at = content[at + 4] & 31, at + 4 + int.from_bytes(content[at : at + 4], "big")
-        count += kind in (1, 5) and at <= len(content)
+    offset, count = content.find(b"mdat") + 4, 0
+    while 4 <= offset <= len(content) - 5:  # the length of a NAL unit, and the unit, whose first byte is its type
+        unit_type, offset = content[offset + 4] & 31, offset + 4 + int.from_bytes(content[offset : offset + 4], "big")
+        count += unit_type in (1, 5) and offset <= len(content)
     return count
 
 
-# --- there and back --------------------------------------------------------------------------------------------------
+# --- round trip ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("fps", "exact"), [(24, 24), (30, 30), (23.976, Fraction(2997, 125)), (1, 1)])
 @pytest.mark.parametrize("count", [1, 3, 9, 25])
 def test_frame_count_rate_duration_and_order_survive_exactly(tmp_path, count, fps, exact):
-    frames = greys(count)
-    path = written(tmp_path / "out.mp4", frames, fps)
+    frames = grey_frames(count)
+    path = write_video(tmp_path / "out.mp4", frames, fps)
     clip = read_video(path)
     assert clip.fps == exact
     assert clip.frames.shape == frames.shape
@@ -76,8 +76,8 @@ def test_frame_count_rate_duration_and_order_survive_exactly(tmp_path, count, fp
 
 @pytest.mark.parametrize("fps", [Fraction(24000, 1001), 23.976])
 def test_the_duration_stays_exact_where_the_encoder_reorders_frames(tmp_path, fps):
-    # Three equal frames make x264 reorder, and mp4 then notes the duration once more, in units of the whole file.
-    path = written(tmp_path / "out.mp4", np.full((3, 48, 64, 3), 99, np.uint8), fps)
+    # Three equal frames make x264 reorder, and mp4 then stores the duration once more, in units of the whole file.
+    path = write_video(tmp_path / "out.mp4", np.full((3, 48, 64, 3), 99, np.uint8), fps)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert stream.duration * stream.time_base == 3 / Fraction(fps).limit_denominator(1001)
@@ -86,12 +86,12 @@ def test_the_duration_stays_exact_where_the_encoder_reorders_frames(tmp_path, fp
 @pytest.mark.parametrize("fps", [Fraction(24000, 1001), 24000 / 1001, Fraction(30000, 1001), 30000 / 1001])
 def test_broadcast_rates_are_kept_exactly_as_ratio_or_as_float(tmp_path, fps):
     expected = Fraction(24000 if fps < 25 else 30000, 1001)
-    assert read_video(written(tmp_path / "out.mp4", greys(3), fps)).fps == expected
+    assert read_video(write_video(tmp_path / "out.mp4", grey_frames(3), fps)).fps == expected
 
 
 def test_chunks_of_any_length_make_the_same_file_as_one(tmp_path):
-    frames = noise(7, SIZE)
-    whole = written(tmp_path / "whole.mp4", frames)
+    frames = noise_frames(7, SIZE)
+    whole = write_video(tmp_path / "whole.mp4", frames)
     with VideoWriter(tmp_path / "chunks.mp4", SIZE, 24) as writer:
         for chunk in (frames[:1], frames[1:1], frames[1:6], frames[6:]):
             writer.write(chunk)
@@ -101,27 +101,27 @@ def test_chunks_of_any_length_make_the_same_file_as_one(tmp_path):
 
 def test_torch_frames_are_written_like_numpy_frames(tmp_path):
     torch = pytest.importorskip("torch")
-    frames = noise(2, SIZE)
+    frames = noise_frames(2, SIZE)
     with VideoWriter(tmp_path / "torch.mp4", SIZE, 24) as writer:
         writer.write(torch.from_numpy(frames))
-    assert (tmp_path / "torch.mp4").read_bytes() == written(tmp_path / "numpy.mp4", frames).read_bytes()
+    assert (tmp_path / "torch.mp4").read_bytes() == write_video(tmp_path / "numpy.mp4", frames).read_bytes()
 
 
 def test_reading_stops_at_the_limit(tmp_path):
-    path = written(tmp_path / "out.mp4", greys(9))
+    path = write_video(tmp_path / "out.mp4", grey_frames(9))
     assert len(read_video(path, max_frames=4).frames) == 4
     assert len(read_video(path, max_frames=99).frames) == 9
 
 
 def test_the_index_comes_first_for_browsers(tmp_path):
-    content = written(tmp_path / "out.mp4", greys(9)).read_bytes()
+    content = write_video(tmp_path / "out.mp4", grey_frames(9)).read_bytes()
     assert content.index(b"moov") < content.index(b"mdat")
 
 
 @pytest.mark.parametrize("side", [2, 16, 34])
 def test_small_and_unaligned_even_sizes_survive(tmp_path, side):
-    frames = greys(2, Size(side, side + 2))
-    assert read_video(written(tmp_path / "out.mp4", frames)).frames.shape == frames.shape
+    frames = grey_frames(2, Size(side, side + 2))
+    assert read_video(write_video(tmp_path / "out.mp4", frames)).frames.shape == frames.shape
 
 
 # --- colour ----------------------------------------------------------------------------------------------------------
@@ -131,11 +131,11 @@ COLOURS = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (1
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_colours_are_bt709_limited_in_the_file_and_full_rgb_on_read(tmp_path, colour):
-    path = written(tmp_path / "out.mp4", np.broadcast_to(np.uint8(colour), (1, 48, 64, 3)), crf=1)
+    path = write_video(tmp_path / "out.mp4", np.broadcast_to(np.uint8(colour), (1, 48, 64, 3)), crf=1)
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
     assert (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc) == (1, 1, 1, 1)
-    red, green, blue = (level / 255 for level in colour)
+    red, green, blue = (value / 255 for value in colour)
     luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     expected = (16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748)
     planes = np.split(frame.to_ndarray(format="yuv420p").reshape(-1), [48 * 64, 60 * 64])
@@ -143,10 +143,10 @@ def test_colours_are_bt709_limited_in_the_file_and_full_rgb_on_read(tmp_path, co
     assert np.abs(read_video(path).frames.astype(int) - colour).max() <= 2
 
 
-def foreign(path: Path, rotation: int = 0, comment: str | None = None, **tags: int) -> Path:
-    """One frame, upper left quarter white, as another program would write it."""
-    picture = np.zeros((48, 64, 3), np.uint8)
-    picture[:24, :32] = 255
+def write_foreign_video(path: Path, rotation: int = 0, comment: str | None = None, **tags: int) -> Path:
+    """Writes one frame, its upper left quarter white, as another program would."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, :32] = 255
     with av.open(str(path), "w") as container:
         if comment is not None:
             container.metadata["comment"] = comment
@@ -156,20 +156,20 @@ def foreign(path: Path, rotation: int = 0, comment: str | None = None, **tags: i
             stream.set_display_rotation(rotation)
         for name, value in tags.items():
             setattr(stream.codec_context, name, value)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return path
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi"])
 def test_the_containers_of_the_official_script_are_read(tmp_path, suffix):
-    clip = read_video(foreign(tmp_path / f"clip{suffix}"))
+    clip = read_video(write_foreign_video(tmp_path / f"clip{suffix}"))
     assert (clip.fps, clip.frames.shape, clip.metadata) == (25, (1, 48, 64, 3), {})
 
 
 def test_a_clip_a_phone_recorded_upright_is_read_upright(tmp_path):
-    path = foreign(tmp_path / "phone.mp4", rotation=-90)
-    # What phones write for portrait: the matrix (0 1; -1 0), a quarter turn clockwise for the viewer.
+    path = write_foreign_video(tmp_path / "phone.mp4", rotation=-90)
+    # Phones write for portrait: the matrix (0 1; -1 0), a quarter turn clockwise for the viewer.
     start = path.read_bytes().index(b"tkhd") + 4 + 40
     assert np.frombuffer(path.read_bytes()[start : start + 20], ">i4").tolist() == [0, 1 << 16, 0, -1 << 16, 0]
     frame = read_video(path).frames[0]
@@ -184,17 +184,17 @@ REQUEST = {"prompt": 'красный круг 🎬 "quoted"\n\\', "size": [64, 4
 
 
 def test_the_request_is_read_back_unchanged(tmp_path):
-    path = written(tmp_path / "out.mp4", greys(1), metadata=REQUEST)
+    path = write_video(tmp_path / "out.mp4", grey_frames(1), metadata=REQUEST)
     assert read_metadata(path) == REQUEST == read_video(path).metadata
 
 
 def test_a_long_prompt_and_one_that_is_not_valid_text_survive(tmp_path):
     request = {"prompt": "ш" * 100_000, "negative_prompt": "\udce9"}
-    assert read_metadata(written(tmp_path / "out.mp4", greys(1), metadata=request)) == request
+    assert read_metadata(write_video(tmp_path / "out.mp4", grey_frames(1), metadata=request)) == request
 
 
 def test_other_tools_see_the_request_in_the_comment_tag(tmp_path):
-    path = written(tmp_path / "out.mp4", greys(1), metadata=REQUEST)
+    path = write_video(tmp_path / "out.mp4", grey_frames(1), metadata=REQUEST)
     assert b"\xa9cmt" in path.read_bytes()
     with av.open(str(path)) as container:
         assert json.loads(container.metadata["comment"]) == {"kadr": REQUEST}
@@ -202,7 +202,7 @@ def test_other_tools_see_the_request_in_the_comment_tag(tmp_path):
 
 @pytest.mark.parametrize("comment", [None, "holiday", '{"prompt": "of another program"}', '["kadr"]', '{"kadr": 1}'])
 def test_metadata_of_a_foreign_video_is_refused_by_name(tmp_path, comment):
-    path = foreign(tmp_path / "foreign.mp4", comment=comment)
+    path = write_foreign_video(tmp_path / "foreign.mp4", comment=comment)
     with pytest.raises(MediaError, match=r"foreign\.mp4 contains no request"):
         read_metadata(path)
     assert read_video(path).metadata == {}
@@ -268,78 +268,78 @@ def test_a_crf_out_of_range_is_refused(tmp_path, crf):
 
 
 def test_frames_are_on_disk_long_before_the_last_one_comes(tmp_path):
-    """All but those that the encoder looks ahead at: its memory does not grow with the video, nor does anybody's."""
-    landed = []
+    """All but those of the encoder's lookahead, so memory does not grow with the video."""
+    frames_after_write = []
     with VideoWriter(tmp_path / "out.mp4", SIZE, 24) as writer:
-        for frame in noise(121, SIZE)[:, None]:
+        for frame in noise_frames(121, SIZE)[:, None]:
             writer.write(frame)
-            landed.append(frames_on_disk(tmp_path))
-    assert landed == sorted(landed)
-    assert landed[45] > 0
-    assert landed[-1] > 121 - 45
-    assert all(after - before <= 4 for before, after in pairwise(landed[50:]))
+            frames_after_write.append(frames_on_disk(tmp_path))
+    assert frames_after_write == sorted(frames_after_write)
+    assert frames_after_write[45] > 0
+    assert frames_after_write[-1] > 121 - 45
+    assert all(after - before <= 4 for before, after in pairwise(frames_after_write[50:]))
 
 
 def test_the_target_appears_only_when_the_block_ends(tmp_path):
     path = tmp_path / "out.mp4"
     path.write_text("older")
     with VideoWriter(path, SIZE, 24) as writer:
-        writer.write(greys(9))
+        writer.write(grey_frames(9))
         assert path.read_text() == "older"
         assert all(other.name.startswith(".") for other in tmp_path.iterdir() if other != path)
     assert len(read_video(path).frames) == 9
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("trouble", [KeyboardInterrupt, SystemExit, RuntimeError])
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit, RuntimeError])
 @pytest.mark.parametrize("count", [0, 9])
-def test_an_interruption_leaves_only_the_older_file(tmp_path, trouble, count):
+def test_an_interruption_leaves_only_the_older_file(tmp_path, exception, count):
     path = tmp_path / "out.mp4"
     path.write_text("older")
 
-    def write_until_trouble() -> None:
+    def write_until_exception() -> None:
         with VideoWriter(path, SIZE, 24) as writer:
-            writer.write(greys(9)[:count])
-            raise trouble
+            writer.write(grey_frames(9)[:count])
+            raise exception
 
-    with pytest.raises(trouble):
-        write_until_trouble()
+    with pytest.raises(exception):
+        write_until_exception()
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_text() == "older"
 
 
 def test_chunks_written_in_a_thread_make_the_same_file(tmp_path):
-    frames, began, threads = noise(9, SIZE), threading.Event(), set()
+    frames, began, threads = noise_frames(9, SIZE), threading.Event(), set()
 
-    class Watched(VideoWriter):
+    class RecordingWriter(VideoWriter):
         def write(self, frames: np.ndarray) -> None:
             threads.add(threading.get_ident())
             began.set()
             super().write(frames)
 
-    def slices() -> Iterator[np.ndarray]:
+    def chunks() -> Iterator[np.ndarray]:
         for start in range(0, 9, 2):
-            assert not start or began.wait(60)  # the slice before is being written now
+            assert not start or began.wait(60)  # the previous chunk is being written now
             began.clear()
             yield frames[start : start + 2]
 
-    with Watched(tmp_path / "behind.mp4", SIZE, 24) as writer:
-        writer.write_all(slices())
+    with RecordingWriter(tmp_path / "threaded.mp4", SIZE, 24) as writer:
+        writer.write_all(chunks())
     assert writer.frames_written == 9
     assert threads.isdisjoint({threading.get_ident()})
-    assert (tmp_path / "behind.mp4").read_bytes() == written(tmp_path / "plain.mp4", frames).read_bytes()
+    assert (tmp_path / "threaded.mp4").read_bytes() == write_video(tmp_path / "plain.mp4", frames).read_bytes()
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_an_error_in_the_writer_thread_is_raised_and_leaves_no_file(tmp_path, count):
-    slices = [noise(2, SIZE)] * count
-    slices[-1] = slices[-1][:, 1:]
+    chunks = [noise_frames(2, SIZE)] * count
+    chunks[-1] = chunks[-1][:, 1:]
     with pytest.raises(MediaError, match="frames are uint8"), VideoWriter(tmp_path / "out.mp4", SIZE, 24) as writer:
-        writer.write_all(slices)
+        writer.write_all(chunks)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("frames", [greys(1, Size(32, 48)), greys(1).astype(np.float32), greys(1)[0]])
+@pytest.mark.parametrize("frames", [grey_frames(1, Size(32, 48)), grey_frames(1).astype(np.float32), grey_frames(1)[0]])
 def test_frames_of_another_shape_or_dtype_are_refused_and_leave_no_file(tmp_path, frames):
     with (
         pytest.raises(MediaError, match=r"uint8 \(F, 48, 64, 3\)"),
@@ -355,16 +355,16 @@ def test_a_video_without_frames_is_refused_and_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("room", [1_000, 200_000])
-def test_a_file_size_limit_is_explained_and_leaves_no_file(tmp_path, room):
+@pytest.mark.parametrize("limit", [1_000, 200_000])
+def test_a_file_size_limit_is_explained_and_leaves_no_file(tmp_path, limit):
     size = Size(320, 240)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old_limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old_limits[1]))
         with pytest.raises(MediaError, match=r"out.mp4 could not be written: .*\d+ bytes are free in"):
-            written(tmp_path / "out.mp4", noise(12, size), crf=1)
+            write_video(tmp_path / "out.mp4", noise_frames(12, size), crf=1)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limits)
     assert not list(tmp_path.iterdir())
 
 
@@ -384,22 +384,22 @@ except MediaError as error:
 
 
 def test_a_full_disk_is_explained_with_the_free_bytes_and_no_file_is_left(tmp_path):
-    # A private mount, seen by this one process: no root needed where the system allows user namespaces.
+    # A private mount, visible to this one process: no root needed where the system allows user namespaces.
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=200k none "$0" && exec "$@"']
     if not shutil.which("unshare") or subprocess.run([*mount, tmp_path, "true"], capture_output=True).returncode:
         pytest.skip("a small disk cannot be mounted here")
     command = [*mount, tmp_path, sys.executable, "-c", ON_A_FULL_DISK, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(SRC)})
-    message, left = done.stdout.strip().split("|")
+    message, file_count = done.stdout.strip().split("|")
     assert "out.mp4 could not be written: No space left on device" in message
     assert f"bytes are free in {tmp_path}" in message
-    assert (left, done.stderr) == ("0", "")
+    assert (file_count, done.stderr) == ("0", "")
 
 
 # --- not a video -----------------------------------------------------------------------------------------------------
 
 
-def sound(path: Path) -> Path:
+def write_audio(path: Path) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
@@ -409,15 +409,15 @@ def sound(path: Path) -> Path:
     return path
 
 
-def playlist(path: Path) -> Path:
-    """FFmpeg would follow it to the other file, which is a good video."""
-    foreign(path.with_name("other.mp4"))
+def write_playlist(path: Path) -> Path:
+    """Writes a playlist that FFmpeg would follow to the other file, which is a valid video."""
+    write_foreign_video(path.with_name("other.mp4"))
     path.write_text("ffconcat version 1.0\nfile other.mp4\n")
     return path
 
 
-def cut(path: Path, keep: float) -> Path:
-    content = written(path, noise(9, SIZE)).read_bytes()
+def write_truncated(path: Path, keep: float) -> Path:
+    content = write_video(path, noise_frames(9, SIZE)).read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     return path
 
@@ -427,10 +427,10 @@ NOT_VIDEOS = {
     "empty": lambda path: path.touch() or path,
     "text": lambda path: path.write_text("no video") and path,
     "folder": lambda path: path.mkdir() or path,
-    "sound": sound,
-    "cut in the frames": lambda path: cut(path, 0.7),
-    "cut in the index": lambda path: cut(path, 0.01),
-    "playlist": playlist,
+    "sound": write_audio,
+    "cut in the frames": lambda path: write_truncated(path, 0.7),
+    "cut in the index": lambda path: write_truncated(path, 0.01),
+    "playlist": write_playlist,
 }
 
 

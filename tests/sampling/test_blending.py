@@ -1,4 +1,4 @@
-"""Blending of a window into the video previous it: dropped latent, AdaIN, linear cross-fade."""
+"""Blending of a window into the previous video: dropped latent, AdaIN, linear cross-fade."""
 
 from __future__ import annotations
 
