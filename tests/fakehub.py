@@ -1,4 +1,4 @@
-"""A hub on this machine: a server that answers what huggingface_hub asks the real one for a model."""
+"""A hub on this machine: a server that answers huggingface_hub's requests for a model like the real one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 COMMIT = "c" * 40
 NO_HEADERS: Mapping[str, str] = {}
-CHUNK = 256  # bytes that the library writes at once; the rest of a broken one is lost
-LFS_SUFFIXES = (".safetensors", ".gguf")  # what the real hub keeps beside git, too
+CHUNK = 256  # bytes that huggingface_hub writes at once; an incomplete chunk is lost
+LFS_SUFFIXES = (".safetensors", ".gguf")  # the real hub stores these with git-lfs too
 
 
 def is_lfs(name: str) -> bool:
@@ -40,16 +40,16 @@ def digest(name: str, content: bytes) -> str:
 
 @dataclass
 class FakeHub:
-    """What the server has, how it misbehaves, and what it was asked.
+    """The server's files, its faults, and its log.
 
     Args:
         repos: repository -> file -> content.
-        corrupted_files: file -> what is sent instead of its content.
-        truncations: file -> how many answers end half-way.
-        hangs_after_cut: after a cut it falls silent.
-        http_error: an HTTP status and the hub's name for it, for every question.
-        is_silent: nothing is answered.
-        sent_files: (file, first byte) for every file that was sent, in order.
+        corrupted_files: file -> content that is sent instead.
+        truncations: file -> number of responses that end half-way.
+        hangs_after_cut: send no response after a truncated one.
+        http_error: HTTP status and the hub's error code, for every request.
+        is_silent: send no response.
+        sent_files: (file, first byte) of every file that was sent, in order.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class FakeHub:
 
 
 class HubHandler(BaseHTTPRequestHandler):
-    """One answer. A large file is sent by another address, to which the first one points, as by the real hub."""
+    """Answers one request. Large files are redirected to another address, like by the real hub."""
 
     hub: FakeHub
 
@@ -82,16 +82,16 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.hang_up()
         if hub.http_error is not None:
             return self.send(b"", status=hub.http_error[0], headers={"X-Error-Code": hub.http_error[1]})
-        place, _, rest = path.partition("/")
-        if place == "api":
+        root, _, rest = path.partition("/")
+        if root == "api":
             return self.describe(rest.removeprefix("models/"))
-        if place == "store":
+        if root == "store":
             return self.send_file(*self.find_by_sha256(rest))
         repo, _, file = path.partition("/resolve/")
         return self.resolve(repo, file.partition("/")[2])
 
     def describe(self, path: str) -> None:
-        """A repository, or the tree of one."""
+        """Sends the description of a repository, or its tree."""
         repo = next((repo for repo in self.hub.repos if path == repo or path.startswith(f"{repo}/")), None)
         if repo is None:
             return self.send(b"", status=404, headers={"X-Error-Code": "RepoNotFound"})
@@ -110,28 +110,31 @@ class HubHandler(BaseHTTPRequestHandler):
         headers["ETag"] = f'"{digest(name, content)}"'
         if not is_lfs(name):
             return self.send_file(name, content, headers)
-        size = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(content))}
-        port = self.server.server_address[1]  # of another host: the library takes only such for the end of the way
-        where = f"http://localhost:{port}/store/{sha256(content)}"
-        return self.send(b"", status=302, headers={**headers, **size, "Location": where})
+        linked = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(content))}
+        port = self.server.server_address[1]
+        location = (
+            f"http://localhost:{port}/store/{sha256(content)}"  # huggingface_hub downloads from another host only
+        )
+        return self.send(b"", status=302, headers={**headers, **linked, "Location": location})
 
     def find_by_sha256(self, sha: str) -> tuple[str, bytes]:
         files = [pair for files in self.hub.repos.values() for pair in files.items()]
         return next((name, content) for name, content in files if sha256(content) == sha)
 
     def send_file(self, name: str, content: bytes, headers: Mapping[str, str] = NO_HEADERS) -> None:
-        """The bytes that were asked for: all, or from one on."""
+        """Sends the requested bytes: all, or from the start of a range."""
         hub, content = self.hub, self.hub.corrupted_files.get(name, content)
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         if self.command == "GET":
             hub.sent_files.append((name, begin))
-        half = None
+        truncate_at = None
         if self.command == "GET" and hub.truncations.get(name):
             hub.truncations[name] -= 1
             hub.is_silent = hub.hangs_after_cut
-            half = (len(content) - begin) // 2
-        more = {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"} if begin else {}
-        self.send(content[begin:], status=206 if begin else 200, headers={**headers, **more}, truncate_at=half)
+            truncate_at = (len(content) - begin) // 2
+        content_range = {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"} if begin else {}
+        status = 206 if begin else 200
+        self.send(content[begin:], status=status, headers={**headers, **content_range}, truncate_at=truncate_at)
 
     def send_json(self, data: Any) -> None:
         self.send(json.dumps(data).encode())
@@ -151,18 +154,18 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 def file_info(name: str, content: bytes) -> dict[str, Any]:
-    """A file, with what `siblings` and a tree call its properties."""
-    told: dict[str, Any] = {"size": len(content), "blobId": git_sha1(content), "oid": git_sha1(content)}
+    """Returns the properties of a file, under the keys of `siblings` and of a tree."""
+    info: dict[str, Any] = {"size": len(content), "blobId": git_sha1(content), "oid": git_sha1(content)}
     if is_lfs(name):
-        told["lfs"] = {"sha256": sha256(content), "oid": sha256(content), "size": len(content), "pointerSize": 130}
-    return told
+        info["lfs"] = {"sha256": sha256(content), "oid": sha256(content), "size": len(content), "pointerSize": 130}
+    return info
 
 
 @contextmanager
 def serve_fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
-    """A hub with nothing in it, and an empty cache instead of this machine's."""
+    """Serves an empty hub, with an empty cache instead of this machine's."""
     hub = FakeHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundAnswer", (HubHandler,), {"hub": hub}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (HubHandler,), {"hub": hub}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -176,7 +179,7 @@ def serve_fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Fak
     }.items():
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the library waits a second before it tries again
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub waits a second before a retry
     disable_progress_bars()
     try:
         yield hub

@@ -1,4 +1,4 @@
-"""LoRA files of every family of names, random, for the tiny model or for layers of any width."""
+"""Random LoRA files in every key format, for the tiny model or for layers of any width."""
 
 from __future__ import annotations
 
@@ -17,29 +17,27 @@ WIDTH = 64  # of the tiny transformer
 ATTENTION = tuple(f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0"))
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 RANK = 4
-Pairs = Mapping[str, tuple[Tensor, Tensor]]  # their name of a layer -> down (r, in), up (out, r)
+Pairs = Mapping[str, tuple[Tensor, Tensor]]  # layer name in the single file -> down (r, in), up (out, r)
 
 
 def block_pairs(
     targets: Iterable[str] = ATTENTION, *, num_layers: int = 2, rank: int = RANK, width: int = WIDTH, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Random halves for layers of every block, by their names in files."""
+    """Returns random pairs for layers of every block, by their names in the single file."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"ff.net.0.proj": (width, 4 * width), "ff.net.2": (4 * width, width)}
-    made = {}
+    pairs = {}
     for block in range(num_layers):
         for target in targets:
-            inputs, outputs = sizes.get(target, (width, width))
-            down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
-            made[f"transformer_blocks.{block}.{target}"] = (
-                down,
-                torch.randn(outputs, rank, generator=generator) / rank,
-            )
-    return made
+            in_features, out_features = sizes.get(target, (width, width))
+            down = torch.randn(rank, in_features, generator=generator) / in_features**0.5
+            up = torch.randn(out_features, rank, generator=generator) / rank
+            pairs[f"transformer_blocks.{block}.{target}"] = down, up
+    return pairs
 
 
 def outer_pairs() -> dict[str, tuple[Tensor, Tensor]]:
-    """Of layers around the blocks, by their names in the single file."""
+    """Returns random pairs for layers around the blocks, by their names in the single file."""
     generator = torch.Generator().manual_seed(9)
     sizes = {
         "patchify_proj": (tiny_models.CHANNELS, WIDTH),
@@ -47,8 +45,8 @@ def outer_pairs() -> dict[str, tuple[Tensor, Tensor]]:
         "adaln_single.linear": (WIDTH, 6 * WIDTH),
     }
     return {
-        name: (torch.randn(2, inputs, generator=generator), torch.randn(outputs, 2, generator=generator) / 8)
-        for name, (inputs, outputs) in sizes.items()
+        name: (torch.randn(2, in_features, generator=generator), torch.randn(out_features, 2, generator=generator) / 8)
+        for name, (in_features, out_features) in sizes.items()
     }
 
 
@@ -86,7 +84,7 @@ def plain(name: str) -> tuple[str, str]:
     return f"{name}.lora.down.weight", f"{name}.lora.up.weight"
 
 
-FAMILIES = {
+KEY_FORMATS = {
     "diffusers": diffusers,
     "Comfy": comfy,
     "PEFT": peft,
@@ -94,7 +92,7 @@ FAMILIES = {
     "plain": plain,
 }
 NAMINGS: Mapping[str, Callable[[str], tuple[str, str]]] = {
-    **FAMILIES,
+    **KEY_FORMATS,
     "diffusers, with the adapter's name": diffusers_with_adapter_name,
     "lycoris": lycoris,
     "Comfy, down and up": comfy_down_up,
@@ -111,21 +109,21 @@ def write_lora_file(
     extra_tensors: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a LoRA.
+    """Writes a LoRA file.
 
     Args:
-        alpha: a tensor of its own for every layer.
-        config: PEFT's, in the header as diffusers keeps it.
-        extra_tensors: other tensors.
+        naming: layer name -> keys of down and up.
+        alpha: written as a tensor for every layer.
+        config: PEFT's adapter config, written into the header like diffusers does.
     """
     tensors = {}
     for name, (down, up) in pairs.items():
-        first, second = naming(name)
-        tensors |= {first: down.contiguous(), second: up.contiguous()}
+        down_key, up_key = naming(name)
+        tensors |= {down_key: down.contiguous(), up_key: up.contiguous()}
         if alpha is not None:
-            tensors[f"{first.rpartition('.lora')[0]}.alpha"] = torch.tensor(alpha)
-    described = dict(metadata or {})
+            tensors[f"{down_key.rpartition('.lora')[0]}.alpha"] = torch.tensor(alpha)
+    header = dict(metadata or {})
     if config is not None:
-        described["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
-    save_file({**tensors, **(extra_tensors or {})}, path, metadata={"format": "pt", **described})
+        header["lora_adapter_metadata"] = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    save_file({**tensors, **(extra_tensors or {})}, path, metadata={"format": "pt", **header})
     return path

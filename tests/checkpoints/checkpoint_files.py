@@ -44,34 +44,34 @@ def _shapes(config: Any, prefix: str) -> Shapes:
         (Transformer, keys.TRANSFORMER_KEYS) if isinstance(config, TransformerConfig) else (VAE, keys.VAE_KEYS)
     )
     state = build_on_meta(lambda: build(config)).state_dict()
-    return {prefix + theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(table, state).items()}
+    return {prefix + file_key: tuple(state[key].shape) for key, file_key in keys.map_keys(table, state).items()}
 
 
 def single_file_shapes(
     transformer: TransformerConfig | None = None, vae: VAEConfig | None = None, *, without_prefix: bool = False
 ) -> Shapes:
-    """Names and shapes of an official single file. bare: without the components' prefixes."""
-    made: Shapes = {}
+    """Returns the keys and shapes of an official single file, with or without the components' prefixes."""
+    shapes: Shapes = {}
     for config, prefix in ((transformer, "model.diffusion_model."), (vae, "vae.")):
         if config is not None:
-            made |= _shapes(config, "" if without_prefix else prefix)
-    return made
+            shapes |= _shapes(config, "" if without_prefix else prefix)
+    return shapes
 
 
 def t5_shapes(config: T5Config) -> Shapes:
     state = build_on_meta(lambda: T5Encoder(config)).state_dict()
-    return {theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(keys.T5_KEYS, state).items()}
+    return {file_key: tuple(state[key].shape) for key, file_key in keys.map_keys(keys.T5_KEYS, state).items()}
 
 
 def upscaler_shapes(config: UpscalerConfig) -> Shapes:
     state = build_on_meta(lambda: LatentUpscaler(config)).state_dict()
-    return {theirs: tuple(state[ours].shape) for ours, theirs in keys.map_keys(keys.UPSCALER_KEYS, state).items()}
+    return {file_key: tuple(state[key].shape) for key, file_key in keys.map_keys(keys.UPSCALER_KEYS, state).items()}
 
 
 def safetensors_header(
     shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None
 ) -> tuple[dict, int]:
-    """The header of a safetensors file and the bytes of its tensors."""
+    """Returns the header of a safetensors file and the number of bytes of its tensors."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for name, shape in shapes.items():
@@ -83,13 +83,13 @@ def safetensors_header(
 def write_sparse(
     path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None
 ) -> Path:
-    """A whole safetensors file of zeros that takes no room on the disk."""
+    """Writes a sparse safetensors file of zeros, which takes no disk space."""
     entries, size = safetensors_header(shapes, dtype=dtype, metadata=metadata)
     return write_framed(path, json.dumps(entries).encode(), size)
 
 
 def write_framed(path: Path, text: bytes, size: int) -> Path:
-    """Length, header, and `size` bytes of zeros."""
+    """Writes header length, header, and `size` bytes of zeros."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -104,18 +104,22 @@ def official_metadata(
     schedule: Schedule | None = LINEAR_QUADRATIC,
     **extra_entries: Any,
 ) -> dict[str, str]:
-    """The metadata of an official header. more: entries of the config beside the components'."""
-    parts = {"transformer": transformer, "vae": vae, "scheduler": schedule}
+    """Returns the metadata of an official header, with further entries of the config."""
+    components = {"transformer": transformer, "vae": vae, "scheduler": schedule}
     return {
-        "config": json.dumps({name: part.header() for name, part in parts.items() if part is not None} | extra_entries)
+        "config": json.dumps(
+            {name: config.to_header() for name, config in components.items() if config is not None} | extra_entries
+        )
     }
 
 
-def have_same_weights(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype | None = None) -> bool:
-    """Whether two modules hold the same numbers under the same names, the second one's rounded to `dtype`."""
-    first, second = ours.state_dict(), theirs.state_dict()
+def have_same_weights(module: nn.Module, reference: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Returns whether two modules have the same weights under the same keys, the reference's rounded to `dtype`."""
+    state, expected = module.state_dict(), reference.state_dict()
 
-    def rounded(tensor: Tensor) -> Tensor:
+    def round_to_dtype(tensor: Tensor) -> Tensor:
         return tensor if dtype is None else tensor.to(dtype)
 
-    return list(first) == list(second) and all(torch.equal(first[name], rounded(second[name])) for name in first)
+    return list(state) == list(expected) and all(
+        torch.equal(state[name], round_to_dtype(expected[name])) for name in state
+    )

@@ -1,4 +1,4 @@
-"""The hub is asked only for what the cache does not have, and what it answers is said in words."""
+"""The hub is used only for files that the cache lacks, and its errors are explained."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def remote(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield server
 
 
-def put(cache: Path, repo: str, files: dict[str, bytes]) -> Path:
-    """Files in the cache, laid out as the library does."""
+def write_cache(cache: Path, repo: str, files: dict[str, bytes]) -> Path:
+    """Writes files into the cache, laid out like huggingface_hub."""
     home = cache / f"models--{repo.replace('/', '--')}"
     (home / "refs").mkdir(parents=True, exist_ok=True)
     (home / "refs" / "main").write_text(COMMIT)
@@ -55,18 +55,18 @@ def put(cache: Path, repo: str, files: dict[str, bytes]) -> Path:
     return home / "snapshots" / COMMIT
 
 
-def kept(cache: Path) -> set[str]:
-    """The names of the bytes in the cache."""
+def blob_names(cache: Path) -> set[str]:
+    """Returns the names of the blobs in the cache."""
     return {path.name for path in cache.glob("models--*/blobs/*")}
 
 
-def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_symlinks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda cache_dir=None: False)
 
 
-def test_a_file_in_the_cache_is_found_without_asking(cache: Path) -> None:
-    there = put(cache, REPO, {FILE: b"x"}) / FILE
-    assert hub.cached_file(REPO, FILE) == hub.fetch(REPO, FILE) == there
+def test_a_cached_file_needs_no_network(cache: Path) -> None:
+    path = write_cache(cache, REPO, {FILE: b"x"}) / FILE
+    assert hub.cached_file(REPO, FILE) == hub.fetch(REPO, FILE) == path
 
 
 def test_a_file_that_is_not_in_the_cache_is_fetched(cache: Path, remote: FakeHub) -> None:
@@ -75,10 +75,10 @@ def test_a_file_that_is_not_in_the_cache_is_fetched(cache: Path, remote: FakeHub
     assert path == hub.cached_file(REPO, FILE) == hub.fetch(REPO, FILE)
     assert path.read_bytes() == WEIGHTS
     assert remote.sent_files == [(FILE, 0)]
-    assert kept(cache) == {digest(FILE, WEIGHTS)}
+    assert blob_names(cache) == {digest(FILE, WEIGHTS)}
 
 
-def test_a_part_of_a_repository_is_fetched_and_the_rest_is_not(cache: Path, remote: FakeHub) -> None:
+def test_only_matching_files_of_a_repository_are_fetched(cache: Path, remote: FakeHub) -> None:
     assert hub.cached_folder(REPO, PATTERNS) is None
     folder = hub.fetch_folder(REPO, PATTERNS)
     assert {name: (folder / name).read_bytes() for name in TEXT} == TEXT
@@ -89,7 +89,7 @@ def test_a_part_of_a_repository_is_fetched_and_the_rest_is_not(cache: Path, remo
 
 
 @pytest.mark.parametrize(
-    ("files", "whole"),
+    ("files", "is_complete"),
     [
         (["text_encoder/model.safetensors", "tokenizer/spiece.model"], True),
         (["text_encoder/model.safetensors"], False),
@@ -100,12 +100,12 @@ def test_a_part_of_a_repository_is_fetched_and_the_rest_is_not(cache: Path, remo
         ),
     ],
 )
-def test_a_part_of_a_repository_counts_as_here_when_all_of_it_is(cache: Path, files: list[str], whole: bool) -> None:
-    folder = put(cache, REPO, {name: INDEX if name.endswith(".json") else b"x" for name in files})
-    assert hub.cached_folder(REPO, PATTERNS) == (folder if whole else None)
+def test_a_folder_counts_as_cached_only_when_complete(cache: Path, files: list[str], is_complete: bool) -> None:
+    folder = write_cache(cache, REPO, {name: INDEX if name.endswith(".json") else b"x" for name in files})
+    assert hub.cached_folder(REPO, PATTERNS) == (folder if is_complete else None)
 
 
-def test_a_part_of_a_repository_of_which_something_was_deleted_is_completed(cache: Path, remote: FakeHub) -> None:
+def test_deleted_files_of_a_cached_folder_are_fetched_again(cache: Path, remote: FakeHub) -> None:
     folder = hub.fetch_folder(REPO, PATTERNS)
     for name in ("text_encoder/config.json", "text_encoder/2.safetensors"):
         (folder / name).resolve().unlink()
@@ -116,72 +116,70 @@ def test_a_part_of_a_repository_of_which_something_was_deleted_is_completed(cach
     assert sorted(remote.sent_files) == [("text_encoder/2.safetensors", 0), ("text_encoder/config.json", 0)]
 
 
-def test_a_download_that_is_cut_goes_on_where_it_was(cache: Path, remote: FakeHub) -> None:
+def test_a_cut_download_resumes_in_the_same_call(cache: Path, remote: FakeHub) -> None:
     remote.truncations[FILE] = 2
     assert hub.fetch(REPO, FILE).read_bytes() == WEIGHTS
-    whole = len(WEIGHTS)
-    assert remote.sent_files == [(FILE, 0), (FILE, whole // 2), (FILE, whole // 2 + whole // 4)]
+    size = len(WEIGHTS)
+    assert remote.sent_files == [(FILE, 0), (FILE, size // 2), (FILE, size // 2 + size // 4)]
 
 
-def test_a_download_that_broke_off_goes_on_the_next_time(cache: Path, remote: FakeHub) -> None:
+def test_an_interrupted_download_resumes_in_the_next_call(cache: Path, remote: FakeHub) -> None:
     remote.truncations[FILE], remote.hangs_after_cut = 1, True
     with pytest.raises(CheckpointError, match=rf"{FILE} of {REPO}.*could not be fetched.*Try again"):
         hub.fetch(REPO, FILE)
-    assert kept(cache) == {f"{digest(FILE, WEIGHTS)}.incomplete"}
+    assert blob_names(cache) == {f"{digest(FILE, WEIGHTS)}.incomplete"}
     remote.revive()
     (file,) = hub.list_missing(REPO, [FILE])
     assert (file.size, file.remaining_bytes) == (len(WEIGHTS), len(WEIGHTS) // 2)
     assert hub.fetch(REPO, FILE).read_bytes() == WEIGHTS
     assert remote.sent_files == [(FILE, 0), (FILE, len(WEIGHTS) // 2)]
-    assert kept(cache) == {digest(FILE, WEIGHTS)}
+    assert blob_names(cache) == {digest(FILE, WEIGHTS)}
 
 
-def test_what_is_left_of_another_file_is_not_taken_for_a_beginning(cache: Path, remote: FakeHub) -> None:
-    part = hub.list_missing(REPO, [FILE])[0].incomplete_path
-    part.parent.mkdir(parents=True)
-    part.write_bytes(bytes(len(WEIGHTS) + 1))
+def test_an_incomplete_file_larger_than_the_download_is_discarded(cache: Path, remote: FakeHub) -> None:
+    incomplete = hub.list_missing(REPO, [FILE])[0].incomplete_path
+    incomplete.parent.mkdir(parents=True)
+    incomplete.write_bytes(bytes(len(WEIGHTS) + 1))
     assert hub.fetch(REPO, FILE).read_bytes() == WEIGHTS
 
 
 @pytest.mark.parametrize("name", [FILE, "README.md"], ids=["large", "small"])
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
-def test_what_comes_damaged_is_thrown_away(
+def test_a_damaged_download_is_deleted(
     cache: Path, remote: FakeHub, monkeypatch: pytest.MonkeyPatch, name: str, links: bool
 ) -> None:
     if not links:
-        without_links(monkeypatch)
-    whole = remote.repos[REPO][name]
-    remote.corrupted_files[name] = bytes(len(whole))
-    expected, found = digest(name, whole), digest(name, bytes(len(whole)))
-    with pytest.raises(CheckpointError, match=f"{name} of {REPO} came damaged.* {found}.* {expected}.*try again"):
+        disable_symlinks(monkeypatch)
+    content = remote.repos[REPO][name]
+    remote.corrupted_files[name] = bytes(len(content))
+    expected, actual = digest(name, content), digest(name, bytes(len(content)))
+    with pytest.raises(CheckpointError, match=f"{name} of {REPO} arrived damaged.* {actual}.* {expected}.*try again"):
         hub.fetch(REPO, name)
     assert hub.cached_file(REPO, name) is None
-    assert kept(cache) == set()
+    assert blob_names(cache) == set()
     remote.corrupted_files.clear()
-    assert hub.fetch(REPO, name).read_bytes() == whole
+    assert hub.fetch(REPO, name).read_bytes() == content
 
 
-def test_a_cache_without_links_holds_every_file_once(
+def test_a_cache_without_links_stores_every_file_once(
     cache: Path, remote: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without_links(monkeypatch)
+    disable_symlinks(monkeypatch)
     path = hub.fetch(REPO, FILE)
     assert path.read_bytes() == WEIGHTS
     assert not path.is_symlink()
-    assert kept(cache) == set()
+    assert blob_names(cache) == set()
 
 
-def test_without_a_network_it_is_said_what_was_looked_for_and_where(cache: Path) -> None:
+def test_without_a_network_the_error_names_file_and_cache(cache: Path) -> None:
     for call in (hub.fetch, lambda repo, file: hub.fetch_folder(repo, [file])):
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(CheckpointError) as error:
             call(REPO, FILE)
-        said = str(caught.value)
-        assert all(part in said for part in (REPO, FILE, str(cache), "HF_HUB_OFFLINE", "give its path"))
+        message = str(error.value)
+        assert all(text in message for text in (REPO, FILE, str(cache), "HF_HUB_OFFLINE", "give its path"))
 
 
-def test_a_full_disk_is_noticed_before_anything_is_fetched(
-    cache: Path, remote: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_refused_before_fetching(cache: Path, remote: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     free = hub.RESERVED_BYTES + len(WEIGHTS)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free - 1))
     with pytest.raises(CheckpointError, match=r"takes .* GB free.*set HF_HOME"):
@@ -192,23 +190,23 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(
 
 
 @pytest.mark.parametrize(
-    ("refusal", "said"),
+    ("http_error", "error"),
     [
-        ((403, "GatedRepo"), "asks for its licence to be accepted.*hf auth login"),
+        ((403, "GatedRepo"), "requires you to accept its licence.*hf auth login"),
         ((404, "RepoNotFound"), "there is no repository Lightricks/LTX-Video"),
         ((401, "RepoNotFound"), "there is no repository Lightricks/LTX-Video on the hub, or it is private"),
         ((500, ""), "could not be fetched: .*500.*Try again"),
     ],
     ids=["gated", "no repository", "private", "server"],
 )
-def test_what_the_hub_answers_is_said_in_words(remote: FakeHub, refusal: tuple[int, str], said: str) -> None:
-    remote.http_error = refusal
-    with pytest.raises(CheckpointError, match=said):
+def test_an_http_error_of_the_hub_is_explained(remote: FakeHub, http_error: tuple[int, str], error: str) -> None:
+    remote.http_error = http_error
+    with pytest.raises(CheckpointError, match=error):
         hub.fetch(REPO, FILE)
 
 
-def test_what_a_repository_does_not_have_is_named(remote: FakeHub) -> None:
-    with pytest.raises(CheckpointError, match=f"{REPO} has no nothing.safetensors. .*/tree/main shows what it has"):
+def test_an_error_names_a_file_that_the_repository_lacks(remote: FakeHub) -> None:
+    with pytest.raises(CheckpointError, match=f"{REPO} has no nothing.safetensors. .*/tree/main lists its files"):
         hub.fetch(REPO, "nothing.safetensors")
     with pytest.raises(CheckpointError, match="has no vae/"):
         hub.fetch_folder(REPO, ["tokenizer/*", "vae/*"])
@@ -216,13 +214,13 @@ def test_what_a_repository_does_not_have_is_named(remote: FakeHub) -> None:
 
 
 @pytest.mark.parametrize("error", [ConnectionError("the cable is cut"), OSError(28, "No space left on device")])
-def test_what_breaks_on_the_way_is_said_in_words(
+def test_a_connection_or_disk_error_is_explained(
     remote: FakeHub, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    def fail(*args: Any, **more: Any) -> str:
+    def fail(*args: Any, **options: Any) -> str:
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-    with pytest.raises(CheckpointError, match=r"could not be fetched: .*(cut|No space left)") as caught:
+    with pytest.raises(CheckpointError, match=r"could not be fetched: .*(cut|No space left)") as raised:
         hub.fetch(REPO, FILE)
-    assert caught.value.__cause__ is error
+    assert raised.value.__cause__ is error

@@ -30,7 +30,7 @@ TRANSFORMERS: Mapping[str, TransformerConfig] = {"2B": TRANSFORMER_2B, "13B": TR
 Shapes = dict[str, tuple[int, ...]]
 
 
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
         return build()
 
@@ -39,12 +39,12 @@ def shapes(module: nn.Module) -> Shapes:
     return {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
 
 
-def translated(ours: nn.Module, table: Any, **layout: Any) -> Shapes:
-    """Their names with our shapes; every one of our tensors must get a name of its own."""
-    names = keys.map_keys(table, ours.state_dict(), **layout)
-    assert list(names) == list(ours.state_dict())
-    assert len(set(names.values())) == len(names)
-    return {names[name]: shape for name, shape in shapes(ours).items()}
+def shapes_by_file_key(module: nn.Module, table: Any, **layout: Any) -> Shapes:
+    """Returns file key -> shape of a module; every tensor must get a key of its own."""
+    key_map = keys.map_keys(table, module.state_dict(), **layout)
+    assert list(key_map) == list(module.state_dict())
+    assert len(set(key_map.values())) == len(key_map)
+    return {key_map[key]: shape for key, shape in shapes(module).items()}
 
 
 @pytest.fixture(scope="module", params=VAES)
@@ -54,7 +54,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def vae(family: str) -> nn.Module:
-    return on_meta(lambda: VAE(VAES[family]))
+    return build_on_meta(lambda: VAE(VAES[family]))
 
 
 @pytest.fixture(scope="module", params=TRANSFORMERS)
@@ -64,78 +64,81 @@ def size(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def transformer(size: str) -> nn.Module:
-    return on_meta(lambda: Transformer(TRANSFORMERS[size]))
+    return build_on_meta(lambda: Transformer(TRANSFORMERS[size]))
 
 
-# Total, shapes included
+# Completeness, with shapes
 
 
-def test_every_tensor_of_the_official_vae_is_named_once_with_its_shape(vae, family):
+def test_official_vae_keys_and_shapes_are_mapped_one_to_one(vae, family):
     expected = shapes(official_vae_on_meta(VAES[family]))
-    for module, file in (("mean_of_means", "mean-of-means"), ("std_of_means", "std-of-means")):
-        expected[f"per_channel_statistics.{file}"] = expected.pop(module)  # as its loader renames them
-    assert translated(vae, keys.VAE_KEYS) == expected
+    for attribute, key in (("mean_of_means", "mean-of-means"), ("std_of_means", "std-of-means")):
+        expected[f"per_channel_statistics.{key}"] = expected.pop(attribute)  # renamed like this by its loader
+    assert shapes_by_file_key(vae, keys.VAE_KEYS) == expected
 
 
-def test_every_tensor_of_the_diffusers_vae_is_named_once_with_its_shape(vae, family):
+def test_diffusers_vae_keys_and_shapes_are_mapped_one_to_one(vae, family):
     expected = shapes(diffusers_vae_on_meta(VAES[family], family))
-    assert translated(vae, keys.VAE_KEYS, diffusers=True, diffusers_family=family) == expected
+    assert shapes_by_file_key(vae, keys.VAE_KEYS, is_diffusers=True, diffusers_vae_family=family) == expected
 
 
-def test_every_tensor_of_the_official_transformer_is_named_once_with_its_shape(transformer, size):
+def test_official_transformer_keys_and_shapes_are_mapped_one_to_one(transformer, size):
     expected = shapes(official_transformer_on_meta(TRANSFORMERS[size]))
-    assert translated(transformer, keys.TRANSFORMER_KEYS) == expected
+    assert shapes_by_file_key(transformer, keys.TRANSFORMER_KEYS) == expected
 
 
-def test_every_tensor_of_the_diffusers_transformer_is_named_once_with_its_shape(transformer, size):
+def test_diffusers_transformer_keys_and_shapes_are_mapped_one_to_one(transformer, size):
     expected = shapes(diffusers_transformer_on_meta(TRANSFORMERS[size]))
-    assert translated(transformer, keys.TRANSFORMER_KEYS, diffusers=True) == expected
+    assert shapes_by_file_key(transformer, keys.TRANSFORMER_KEYS, is_diffusers=True) == expected
 
 
-def test_every_tensor_of_the_text_encoder_is_named_once_with_its_shape():
+def test_text_encoder_keys_and_shapes_are_mapped_one_to_one():
     config = transformers.T5Config(
         vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240, feed_forward_proj="gated-gelu"
     )
     xxl = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
-    expected = shapes(on_meta(lambda: transformers.T5EncoderModel(config)))
+    expected = shapes(build_on_meta(lambda: transformers.T5EncoderModel(config)))
     unused = {name: expected.pop(name) for name in keys.T5_UNUSED_KEYS}
-    ours = on_meta(lambda: T5Encoder(xxl))
-    assert translated(ours, keys.T5_KEYS) == translated(ours, keys.T5_KEYS, diffusers=True) == expected
+    encoder = build_on_meta(lambda: T5Encoder(xxl))
+    assert shapes_by_file_key(encoder, keys.T5_KEYS) == expected
+    assert shapes_by_file_key(encoder, keys.T5_KEYS, is_diffusers=True) == expected
     assert unused == {"encoder.embed_tokens.weight": expected["shared.weight"]}
 
 
-@pytest.mark.parametrize("space, time", [(True, False), (False, True), (True, True)])
-def test_every_tensor_of_the_upscaler_is_named_once_with_its_shape_in_both_layouts(space, time):
-    ours = on_meta(lambda: LatentUpscaler(UpscalerConfig(spatial_upsample=space, temporal_upsample=time)))
-    official = on_meta(lambda: OfficialUpsampler(spatial_upsample=space, temporal_upsample=time))
-    diffusers = on_meta(lambda: LTXLatentUpsamplerModel(spatial_upsample=space, temporal_upsample=time))
-    assert translated(ours, keys.UPSCALER_KEYS) == shapes(official)
-    assert translated(ours, keys.UPSCALER_KEYS, diffusers=True) == shapes(diffusers)
+@pytest.mark.parametrize("spatial, temporal", [(True, False), (False, True), (True, True)])
+def test_upscaler_keys_and_shapes_are_mapped_one_to_one_in_both_layouts(spatial, temporal):
+    axes = {"spatial_upsample": spatial, "temporal_upsample": temporal}
+    upscaler = build_on_meta(lambda: LatentUpscaler(UpscalerConfig(**axes)))
+    official = build_on_meta(lambda: OfficialUpsampler(**axes))
+    diffusers = build_on_meta(lambda: LTXLatentUpsamplerModel(**axes))
+    assert shapes_by_file_key(upscaler, keys.UPSCALER_KEYS) == shapes(official)
+    assert shapes_by_file_key(upscaler, keys.UPSCALER_KEYS, is_diffusers=True) == shapes(diffusers)
 
 
-# Against names written down elsewhere
+# Against published keys
 
 
-def test_the_two_layouts_of_the_transformer_differ_as_the_official_package_says(transformer):
+def test_transformer_layouts_differ_as_in_the_official_rename_dict(transformer):
     official = keys.map_keys(keys.TRANSFORMER_KEYS, transformer.state_dict())
     diffusers = keys.map_keys(keys.TRANSFORMER_KEYS, transformer.state_dict(), is_diffusers=True)
-    for ours, name in diffusers.items():
-        for theirs, renamed in TRANSFORMER_KEYS_RENAME_DICT.items():
-            name = name.replace(theirs, renamed)
-        assert name == official[ours]
+    for key, file_key in diffusers.items():
+        for old, new in TRANSFORMER_KEYS_RENAME_DICT.items():
+            file_key = file_key.replace(old, new)
+        assert file_key == official[key]
 
 
-def test_the_two_layouts_of_the_first_vae_differ_as_the_official_package_says():
-    ours = on_meta(lambda: VAE(VAES["0.9"])).state_dict()
-    official = keys.map_keys(keys.VAE_KEYS, ours)
-    for name, theirs in keys.map_keys(keys.VAE_KEYS, ours, is_diffusers=True, diffusers_vae_family="0.9").items():
+def test_0_9_vae_layouts_differ_as_in_the_official_rename_dict():
+    state = build_on_meta(lambda: VAE(VAES["0.9"])).state_dict()
+    official = keys.map_keys(keys.VAE_KEYS, state)
+    diffusers = keys.map_keys(keys.VAE_KEYS, state, is_diffusers=True, diffusers_vae_family="0.9")
+    for key, file_key in diffusers.items():
         for old, new in VAE_KEYS_RENAME_DICT.items():
-            theirs = theirs.replace(old, new)
-        assert theirs == official[name]
+            file_key = file_key.replace(old, new)
+        assert file_key == official[key]
 
 
 @pytest.mark.parametrize(
-    "family, ours, official, diffusers",
+    "family, key, official, diffusers",
     [
         (
             "0.9.5",
@@ -171,38 +174,38 @@ def test_the_two_layouts_of_the_first_vae_differ_as_the_official_package_says():
     ],
     ids=lambda value: value if len(value) < 6 else "",
 )
-def test_a_name_is_as_published(family, ours, official, diffusers):
-    assert ours in on_meta(lambda: VAE(VAES[family])).state_dict()
-    assert keys.map_keys(keys.VAE_KEYS, [ours]) == {ours: official}
-    assert keys.map_keys(keys.VAE_KEYS, [ours], is_diffusers=True, diffusers_vae_family=family) == {ours: diffusers}
+def test_a_vae_key_is_the_published_one(family, key, official, diffusers):
+    assert key in build_on_meta(lambda: VAE(VAES[family])).state_dict()
+    assert keys.map_keys(keys.VAE_KEYS, [key]) == {key: official}
+    assert keys.map_keys(keys.VAE_KEYS, [key], is_diffusers=True, diffusers_vae_family=family) == {key: diffusers}
 
 
 # Sizes
 
 
 @pytest.mark.parametrize(
-    "size, parameters, in_a_layer, outside_of_layers",
+    "size, parameters, per_block, outside_of_blocks",
     [("2B", 1_923_385_472, 67_155_968, 43_018_368), ("13B", 13_042_569_344, 268_529_664, 153_145_472)],
 )
-def test_a_released_transformer_has_the_published_count_of_parameters(size, parameters, in_a_layer, outside_of_layers):
-    model = on_meta(lambda: Transformer(TRANSFORMERS[size]))
+def test_released_transformers_have_the_published_parameter_counts(size, parameters, per_block, outside_of_blocks):
+    model = build_on_meta(lambda: Transformer(TRANSFORMERS[size]))
     assert sum(weight.numel() for weight in model.parameters()) == parameters
-    assert sum(weight.numel() for weight in model.layers[0].parameters()) == in_a_layer
-    assert parameters == in_a_layer * len(model.layers) + outside_of_layers
+    assert sum(weight.numel() for weight in model.blocks[0].parameters()) == per_block
+    assert parameters == per_block * len(model.blocks) + outside_of_blocks
 
 
 @pytest.mark.parametrize(
     "family, encoder, decoder, tensors",
     [("0.9", 180.4, 238.8, 188), ("0.9.1", 180.4, 754.6, 292), ("0.9.5", 694.1, 552.8, 224)],
 )
-def test_a_released_vae_has_the_published_count_of_parameters_and_tensors(family, encoder, decoder, tensors):
-    model = on_meta(lambda: VAE(VAES[family]))
+def test_released_vaes_have_the_published_parameter_and_tensor_counts(family, encoder, decoder, tensors):
+    model = build_on_meta(lambda: VAE(VAES[family]))
     millions = [sum(weight.numel() for weight in half.parameters()) / 1e6 for half in (model.encoder, model.decoder)]
     assert millions == pytest.approx([encoder, decoder], abs=0.05)
     assert len(model.encoder.state_dict()) + len(model.decoder.state_dict()) == tensors
 
 
-# What the tables do not know
+# Unknown keys
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_a_released_vae_has_the_published_count_of_parameters_and_tensors(family
         (keys.TRANSFORMER_KEYS, "blocks.x.scale_shift_table"),
         (keys.TRANSFORMER_KEYS, "blocks.0.self_attention.q.weight.extra"),
         (keys.TRANSFORMER_KEYS, "prefix.proj_in.weight"),
-        (keys.TRANSFORMER_KEYS, "layersX0Xmodulation"),  # a dot is a dot
+        (keys.TRANSFORMER_KEYS, "blocksX0Xscale_shift_table"),  # a dot is a dot
         (keys.VAE_KEYS, "encoder.blocks.0.res_blocks.0.conv3.weight"),
         (keys.VAE_KEYS, "statistics.median"),
         (keys.VAE_KEYS, "middle.conv_in.weight"),
@@ -222,6 +225,6 @@ def test_a_released_vae_has_the_published_count_of_parameters_and_tensors(family
         (keys.UPSCALER_KEYS, "res_blocks.0.conv3.weight"),
     ],
 )
-def test_an_unknown_name_raises(table, name):
+def test_an_unknown_key_raises(table, name):
     with pytest.raises(KeyError, match=name or "''"):
         keys.map_keys(table, [name])

@@ -1,4 +1,4 @@
-"""What kadr writes is read by kadr, by safetensors, by the official package and by transformers."""
+"""Files that kadr writes are read by kadr, safetensors, the official package and transformers."""
 
 from __future__ import annotations
 
@@ -70,20 +70,21 @@ def path(tmp_path_factory: pytest.TempPathFactory, transformer: Transformer, vae
 
 
 @torch.inference_mode()
-def test_the_official_transformer_loads_the_file_and_computes_the_same(path: Path, transformer: Transformer) -> None:
+def test_official_transformer_loads_the_file_and_computes_the_same(path: Path, transformer: Transformer) -> None:
     official = Transformer3DModel.from_pretrained(path).eval()
-    where = token_positions(LatentGrid(2, 2, 2), fps=24, causal=True)[None]
-    noise, text, level = randn(1, 8, 12), randn(1, 5, 24, seed=2), torch.full((1, 1), 0.7)
+    positions = token_positions(LatentGrid(2, 2, 2), fps=24, causal=True)[None]
+    noise, text, sigma = randn(1, 8, 12), randn(1, 5, 24, seed=2), torch.full((1, 1), 0.7)
     mask = torch.arange(5)[None] < 3
-    theirs = official(
+    expected = official(
         noise,
-        indices_grid=where,
+        indices_grid=positions,
         encoder_hidden_states=text,
         encoder_attention_mask=mask.long(),
-        timestep=level,
+        timestep=sigma,
         return_dict=False,
     )[0]
-    assert relative_error(transformer(noise, transformer.compute_rope(where), text, mask, level), theirs) < 1e-5
+    velocity = transformer(noise, transformer.compute_rope(positions), text, mask, sigma)
+    assert relative_error(velocity, expected) < 1e-5
 
 
 @torch.inference_mode()
@@ -102,16 +103,19 @@ def test_the_official_vae_loads_the_file_and_computes_the_same(tmp_path: Path, f
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("space, time", [(True, False), (False, True), (True, True)])
-def test_the_official_upscaler_loads_the_file_and_computes_the_same(tmp_path: Path, space: bool, time: bool) -> None:
-    ours = build_random(lambda: LatentUpscaler(replace(SMALL_UPSCALER, spatial_upsample=space, temporal_upsample=time)))
+@pytest.mark.parametrize("spatial, temporal", [(True, False), (False, True), (True, True)])
+def test_the_official_upscaler_loads_the_file_and_computes_the_same(
+    tmp_path: Path, spatial: bool, temporal: bool
+) -> None:
+    config = replace(SMALL_UPSCALER, spatial_upsample=spatial, temporal_upsample=temporal)
+    ours = build_random(lambda: LatentUpscaler(config))
     path = tmp_path / "x.safetensors"
     write_upscaler(path, ours, metadata={"trained_on": "shapes"})
     latents = randn(1, 12, 2, 3, 3)
     assert relative_error(ours(latents), OfficialUpsampler.from_pretrained(path).eval()(latents)) < 1e-5
     checkpoint = Checkpoint.open(path)
     assert (checkpoint.info.upscaler, checkpoint.info.dtype) == (ours.config, torch.float32)
-    assert checkpoint.sources["upsampler"].metadata["trained_on"] == "shapes"
+    assert checkpoint.sources["upscaler"].metadata["trained_on"] == "shapes"
     assert have_same_weights(checkpoint.load_upscaler(), ours)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -125,20 +129,22 @@ def test_the_official_scheduler_loads_the_file(path: Path) -> None:
 # kadr and safetensors
 
 
-def test_what_was_written_is_opened_as_it_was(path: Path, transformer: Transformer, vae: VAE) -> None:
+def test_a_written_checkpoint_opens_with_the_same_info_and_weights(
+    path: Path, transformer: Transformer, vae: VAE
+) -> None:
     checkpoint = Checkpoint.open(path)
-    found = checkpoint.info
-    assert (found.transformer, found.vae, found.schedule) == (SMALL_TRANSFORMER, SMALL_VAE, DISTILLED)
-    assert found.dtype == torch.float32
+    info = checkpoint.info
+    assert (info.transformer, info.vae, info.schedule) == (SMALL_TRANSFORMER, SMALL_VAE, DISTILLED)
+    assert info.dtype == torch.float32
     assert have_same_weights(checkpoint.load_transformer(), transformer)
     assert have_same_weights(checkpoint.load_vae(), vae)
 
 
-def test_safetensors_reads_the_file_and_finds_the_metadata(path: Path, transformer: Transformer) -> None:
+def test_safetensors_reads_the_tensors_and_the_metadata(path: Path, transformer: Transformer) -> None:
     with safe_open(path, "pt") as file:
         metadata, names = file.metadata(), set(file.keys())
-        first = file.get_tensor("model.diffusion_model.patchify_proj.weight")
-    assert torch.equal(first, transformer.proj_in.weight)
+        weight = file.get_tensor("model.diffusion_model.patchify_proj.weight")
+    assert torch.equal(weight, transformer.proj_in.weight)
     assert metadata["trained_on"] == "shapes"
     assert metadata["format"] == "pt"
     config = json.loads(metadata["config"])
@@ -148,14 +154,14 @@ def test_safetensors_reads_the_file_and_finds_the_metadata(path: Path, transform
     assert not {f"vae.{name}" for name in keys.VAE_UNUSED_KEYS} & names
 
 
-def test_levels_are_written_only_where_they_are_fixed(tmp_path: Path, vae: VAE) -> None:
+def test_allowed_sigmas_are_written_only_for_distilled_models(tmp_path: Path, vae: VAE) -> None:
     write_single_file(tmp_path / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert json.loads(file.metadata()["config"]).keys() == {"vae", "scheduler"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_tensor_is_written_in_the_dtype_asked_for(tmp_path: Path, vae: VAE, dtype: torch.dtype) -> None:
+def test_every_tensor_is_written_in_the_requested_dtype(tmp_path: Path, vae: VAE, dtype: torch.dtype) -> None:
     write_single_file(tmp_path / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC, dtype=dtype)
     checkpoint = Checkpoint.open(tmp_path / "x.safetensors")
     assert {info.dtype for info in checkpoint.sources["vae"].infos.values()} == {dtype}
@@ -168,14 +174,19 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path, vae: VAE) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_tensors_of_any_layout_are_written_as_they_read(tmp_path: Path) -> None:
-    tensors = {"turned": randn(3, 5).T, "every other": randn(10)[::2], "number": torch.tensor(2.0), "none": randn(0, 4)}
+def test_non_contiguous_scalar_and_empty_tensors_are_written(tmp_path: Path) -> None:
+    tensors = {
+        "transposed": randn(3, 5).T,
+        "strided": randn(10)[::2],
+        "scalar": torch.tensor(2.0),
+        "empty": randn(0, 4),
+    }
     write_tensors(tmp_path / "x.safetensors", tensors, dtype=torch.float32)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
-def test_the_tensors_start_where_they_can_be_mapped(path: Path) -> None:
+def test_tensor_offsets_are_aligned_for_mapping(path: Path) -> None:
     source = Checkpoint.open(path).sources["vae"]
     assert all(info.file_offset % 4 == 0 for info in source.infos.values())
 
@@ -183,21 +194,21 @@ def test_the_tensors_start_where_they_can_be_mapped(path: Path) -> None:
 # Atomic
 
 
-def test_a_file_that_could_not_be_finished_leaves_the_old_one(tmp_path: Path, vae: VAE) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, vae: VAE) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
-    with pytest.raises(NotImplementedError):  # a meta tensor has no numbers
+    with pytest.raises(NotImplementedError):  # a meta tensor has no values
         write_tensors(path, {"a": randn(4), "b": torch.empty(4, device="meta")}, dtype=torch.float32)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path: Path, vae: VAE) -> None:
+def test_a_missing_folder_is_a_checkpoint_error(tmp_path: Path, vae: VAE) -> None:
     with pytest.raises(CheckpointError, match="cannot be written: No such file or directory"):
         write_single_file(tmp_path / "none" / "x.safetensors", vae=vae, schedule=LINEAR_QUADRATIC)
 
 
-def test_nothing_cannot_be_written(tmp_path: Path) -> None:
+def test_a_checkpoint_without_components_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a transformer, a VAE or both"):
         write_single_file(tmp_path / "x.safetensors", schedule=LINEAR_QUADRATIC)
 
@@ -216,14 +227,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.inference_mode()
 def test_transformers_loads_the_text_encoder_and_computes_the_same(text: Path) -> None:
-    theirs, loading = transformers.T5EncoderModel.from_pretrained(text / "text_encoder", output_loading_info=True)
+    official, loading = transformers.T5EncoderModel.from_pretrained(text / "text_encoder", output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    ours = TextEncoderCheckpoint.open(text).load()
+    encoder = TextEncoderCheckpoint.open(text).load()
     tokens = TextEncoderCheckpoint.open(text).load_tokenizer().encode("a red circle moving right")
-    expected = theirs.eval()(tokens.ids, attention_mask=tokens.mask).last_hidden_state
-    real = tokens.mask[0]
-    assert relative_error(ours(tokens.ids, tokens.mask)[:, real], expected[:, real]) < 1e-5
+    expected = official.eval()(tokens.ids, attention_mask=tokens.mask).last_hidden_state
+    is_token = tokens.mask[0]
+    assert relative_error(encoder(tokens.ids, tokens.mask)[:, is_token], expected[:, is_token]) < 1e-5
 
 
 def test_transformers_loads_the_tokenizer_and_gives_the_same_ids(text: Path) -> None:
@@ -234,14 +245,14 @@ def test_transformers_loads_the_tokenizer_and_gives_the_same_ids(text: Path) -> 
 
 
 def test_a_text_encoder_is_described(text: Path) -> None:
-    part = TextEncoderCheckpoint.open(text).describe()
-    assert part.sizes == {"layers": 2, "width": 32, "vocabulary": 160}
-    assert (part.name, part.dtype, part.num_tensors) == ("text encoder", "float32", 2 * 9 + 3)
+    description = TextEncoderCheckpoint.open(text).describe()
+    assert description.sizes == {"num_layers": 2, "d_model": 32, "vocab_size": 160}
+    assert (description.name, description.dtype, description.num_tensors) == ("text encoder", "float32", 2 * 9 + 3)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "some.model").write_bytes(train())
     encoder = build_random(lambda: T5Encoder(replace(SMALL_T5, vocab_size=149)))
     write_text_encoder(tmp_path, encoder, tmp_path / "some.model")
-    with pytest.raises(CheckpointError, match="numbers up to 149, the encoder's vocabulary ends at 148"):
+    with pytest.raises(CheckpointError, match="token ids up to 149, the encoder's vocabulary ends at 148"):
         TextEncoderCheckpoint.open(tmp_path).load_tokenizer()

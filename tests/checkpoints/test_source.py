@@ -1,4 +1,4 @@
-"""A source is safetensors without the reading: a header is believed where it can be checked, and bytes are mapped."""
+"""A source reads headers strictly and maps the bytes instead of reading them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ DTYPES = [
 ]  # fmt: skip
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def random_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
 
 
-def mapped(path: Path) -> list[range]:
-    """Where a file lies in this process's memory."""
+def mapped_ranges(path: Path) -> list[range]:
+    """Returns the address ranges of a file in this process's memory."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     bounds = [line.split()[0].split("-") for line in lines if line.endswith(str(path))]
     return [range(int(start, 16), int(end, 16)) for start, end in bounds]
@@ -41,7 +41,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="re
 
 
 def test_every_dtype_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    tensors = {str(dtype): (drawn(3, 5, dtype=torch.float32) * 10).to(dtype) for dtype in DTYPES}
+    tensors = {str(dtype): (random_tensor(3, 5, dtype=torch.float32) * 10).to(dtype) for dtype in DTYPES}
     save_file(tensors, tmp_path / "x.safetensors", {"who": "a test"})
     source = Source.open(tmp_path / "x.safetensors")
     assert source.metadata == {"who": "a test"}
@@ -60,8 +60,8 @@ def test_scalars_and_empty_tensors_come_back(tmp_path: Path) -> None:
     assert source.read("none").shape == (3, 0)
 
 
-def test_a_tensor_at_an_odd_place_comes_back(tmp_path: Path) -> None:
-    values = drawn(4, dtype=torch.float32)
+def test_a_tensor_at_an_unaligned_offset_comes_back(tmp_path: Path) -> None:
+    values = random_tensor(4, dtype=torch.float32)
     text = json.dumps({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
     text += b" " * (1 - len(text) % 2)  # an odd length
     path = tmp_path / "x.safetensors"
@@ -71,7 +71,7 @@ def test_a_tensor_at_an_odd_place_comes_back(tmp_path: Path) -> None:
 
 
 def test_sizes_are_counted_from_the_header(tmp_path: Path) -> None:
-    save_file({"a": drawn(10, 10), "b": drawn(3, dtype=torch.float32)}, tmp_path / "x.safetensors")
+    save_file({"a": random_tensor(10, 10), "b": random_tensor(3, dtype=torch.float32)}, tmp_path / "x.safetensors")
     source = Source.open(tmp_path / "x.safetensors")
     assert (source.size_bytes, source.num_parameters, source.dtype) == (212, 103, torch.bfloat16)
 
@@ -82,19 +82,19 @@ def test_sizes_are_counted_from_the_header(tmp_path: Path) -> None:
 @needs_proc
 def test_a_tensor_shares_memory_with_its_file_until_it_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({"a": drawn(300, 200), "b": drawn(64)}, path)
+    save_file({"a": random_tensor(300, 200), "b": random_tensor(64)}, path)
     source = Source.open(path)
-    assert mapped(path) == []
+    assert mapped_ranges(path) == []
     first, second = source.read("a"), source.read("b")
-    (place,) = mapped(path)
-    assert first.data_ptr() in place
-    assert second.data_ptr() in place
+    (addresses,) = mapped_ranges(path)
+    assert first.data_ptr() in addresses
+    assert second.data_ptr() in addresses
     view = first[1:]
     del first, second
-    assert mapped(path)
+    assert mapped_ranges(path)
     del view
     gc.collect()
-    assert mapped(path) == []
+    assert mapped_ranges(path) == []
 
 
 def test_reading_26_gigabytes_takes_no_memory(tmp_path: Path) -> None:
@@ -102,20 +102,20 @@ def test_reading_26_gigabytes_takes_no_memory(tmp_path: Path) -> None:
     source = Source.open(write_sparse(tmp_path / "large.safetensors", shapes))
     assert source.size_bytes > 26e9
     before = psutil.Process().memory_info().rss
-    read = [source.read(name) for name in source.infos]
-    assert all(tensor[-1, -1] == 0 for tensor in read)  # one page each
+    tensors = [source.read(name) for name in source.infos]
+    assert all(tensor[-1, -1] == 0 for tensor in tensors)  # one page each
     assert psutil.Process().memory_info().rss - before < 20e6
 
 
 def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({"a": drawn(8)}, path)
+    save_file({"a": random_tensor(8)}, path)
     before = path.read_bytes()
     Source.open(path).read("a").fill_(1.0)
     assert path.read_bytes() == before
 
 
-def test_a_file_that_replaced_another_is_read_and_not_the_old_one(tmp_path: Path) -> None:
+def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
     path, new = tmp_path / "x.safetensors", tmp_path / "new.safetensors"
     save_file({"a": torch.zeros(4)}, path)
     old = Source.open(path).read("a")
@@ -127,7 +127,7 @@ def test_a_file_that_replaced_another_is_read_and_not_the_old_one(tmp_path: Path
 
 def test_a_file_that_shrank_after_it_was_opened_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({"a": drawn(1000)}, path)
+    save_file({"a": random_tensor(1000)}, path)
     source = Source.open(path)
     os.truncate(path, 200)
     with pytest.raises(CheckpointError, match="shrank to 200 bytes"):
@@ -137,9 +137,11 @@ def test_a_file_that_shrank_after_it_was_opened_is_refused(tmp_path: Path) -> No
 # Folders
 
 
-def shards(folder: Path, *, index: str = "model.safetensors.index.json", stem: str = "model") -> dict[str, Tensor]:
+def write_shards(
+    folder: Path, *, index: str = "model.safetensors.index.json", stem: str = "model"
+) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
-    tensors = {"a": drawn(3), "b": drawn(4, 2), "c": drawn(5)}
+    tensors = {"a": random_tensor(3), "b": random_tensor(4, 2), "c": random_tensor(5)}
     files = {name: f"{stem}-0000{i}-of-00003.safetensors" for i, name in enumerate(tensors, start=1)}
     for name, tensor in tensors.items():
         save_file({name: tensor}, folder / files[name])
@@ -156,15 +158,15 @@ def shards(folder: Path, *, index: str = "model.safetensors.index.json", stem: s
         ("model.fp16.safetensors.index.json", "model.fp16"),
     ],
 )
-def test_shards_are_seen_as_one_mapping(tmp_path: Path, index: str, stem: str) -> None:
-    tensors = shards(tmp_path, index=index, stem=stem)
+def test_shards_open_as_one_source(tmp_path: Path, index: str, stem: str) -> None:
+    tensors = write_shards(tmp_path, index=index, stem=stem)
     source = Source.open(tmp_path)
     assert source.infos.keys() == tensors.keys()
     assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(
-    ("present", "taken"),
+    ("present", "expected"),
     [
         (["model.safetensors", "model.fp16.safetensors"], "model.safetensors"),
         (["model.fp16.safetensors", "model.bf16.safetensors"], "model.bf16.safetensors"),
@@ -172,22 +174,22 @@ def test_shards_are_seen_as_one_mapping(tmp_path: Path, index: str, stem: str) -
         (["diffusion_pytorch_model.safetensors", "notes.safetensors"], "diffusion_pytorch_model.safetensors"),
     ],
 )
-def test_the_unmarked_weights_are_taken_before_a_variant(tmp_path: Path, present: list[str], taken: str) -> None:
+def test_the_unmarked_weights_are_taken_before_a_variant(tmp_path: Path, present: list[str], expected: str) -> None:
     for name in present:
-        save_file({name: drawn(1)}, tmp_path / name)
-    assert list(Source.open(tmp_path).infos) == [taken]
+        save_file({name: random_tensor(1)}, tmp_path / name)
+    assert list(Source.open(tmp_path).infos) == [expected]
 
 
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    shards(tmp_path)
+def test_an_error_names_a_missing_shard(tmp_path: Path) -> None:
+    write_shards(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"1 of its 3 shards: model-00002-of-00003\.safetensors"):
         Source.open(tmp_path)
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
-    shards(tmp_path)
-    save_file({"a": drawn(3)}, tmp_path / "model-00002-of-00003.safetensors")
+    write_shards(tmp_path)
+    save_file({"a": random_tensor(3)}, tmp_path / "model-00002-of-00003.safetensors")
     with pytest.raises(CheckpointError, match="tensor a is in two"):
         Source.open(tmp_path)
 
@@ -196,7 +198,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     "index",
     ["", "[]", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": "../other/model.safetensors"}}'],
 )
-def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str) -> None:
+def test_an_invalid_shard_index_is_refused(tmp_path: Path, index: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match="as an index of shards"):
         Source.open(tmp_path)
@@ -210,16 +212,16 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         Source.open(tmp_path)
 
 
-# Files that are something else
+# Other formats and damaged files
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "error"),
     [
         ("x.safetensors", b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
         ("x.safetensors", b"\n <html lang=en>", "a web page"),
         ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        ("x.safetensors", b"GGUF\x03\x00\x00\x00" + bytes(64), "a GGUF file that holds no tensors"),
+        ("x.safetensors", b"GGUF\x03\x00\x00\x00" + bytes(64), "a GGUF file without tensors"),
         ("x.gguf", bytes(64), "is not a GGUF file"),
         ("x.safetensors", b"PK\x03\x04" + bytes(64), "a pickle"),
         ("x.ckpt", b"\x80\x02}q\x00." + bytes(64), "a pickle"),
@@ -230,33 +232,31 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
         ("x.safetensors", bytes(64), "is not a safetensors file"),
         ("x.safetensors", b'{"error": "not found"}', "is not a safetensors file"),
         ("x.safetensors", (1 << 40).to_bytes(8, "little") + b"{", "is not a safetensors file"),
-        ("x.safetensors", (900).to_bytes(8, "little") + b'{"a":' + bytes(50), "cut short: it has 63 bytes, .* 908"),
+        ("x.safetensors", (900).to_bytes(8, "little") + b'{"a":' + bytes(50), "truncated: it has 63 bytes, .* 908"),
     ],
 )
-def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+def test_a_file_of_another_kind_is_refused_with_its_kind(tmp_path: Path, name: str, content: bytes, error: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=error):
         Source.open(tmp_path / name)
 
 
-def test_a_file_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Source.open(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize(("change", "said"), [(-1, "is cut short"), (1, "is too long")])
-def test_a_file_that_is_not_as_long_as_its_header_promises_is_refused(tmp_path: Path, change: int, said: str) -> None:
+@pytest.mark.parametrize(("change", "error"), [(-1, "is truncated"), (1, "is too long")])
+def test_a_file_of_another_length_than_its_header_states_is_refused(tmp_path: Path, change: int, error: str) -> None:
     path = write_sparse(tmp_path / "x.safetensors", {"a": (1000,)})
-    whole = path.stat().st_size
-    os.truncate(path, whole + change)
-    with pytest.raises(
-        CheckpointError, match=f"{said}: it has {whole + change:,} bytes, its header promises {whole:,}"
-    ):
+    size = path.stat().st_size
+    os.truncate(path, size + change)
+    with pytest.raises(CheckpointError, match=f"{error}: it has {size + change:,} bytes, its header states {size:,}"):
         Source.open(path)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "error"),
     [
         (b'{"a": nonsense}', "header cannot be read"),
         (b'{"a": "\xff\xfe"}', "header cannot be read"),
@@ -270,11 +270,11 @@ def test_a_file_that_is_not_as_long_as_its_header_promises_is_refused(tmp_path: 
         (b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}', "stored as F4"),
     ],
 )
-def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
-    with pytest.raises(CheckpointError, match=said):
+def test_a_header_that_contradicts_itself_is_refused(tmp_path: Path, text: bytes, error: str) -> None:
+    with pytest.raises(CheckpointError, match=error):
         Source.open(write_framed(tmp_path / "x.safetensors", text, 4))
 
 
-def test_a_header_longer_than_the_first_look_is_read(tmp_path: Path) -> None:
+def test_a_header_longer_than_the_first_read_is_parsed(tmp_path: Path) -> None:
     shapes = {f"a tensor with a rather long name, number {i}": (1,) for i in range(50)}
     assert Source.open(write_sparse(tmp_path / "x.safetensors", shapes)).infos.keys() == shapes.keys()

@@ -1,1 +1,1 @@
-"""Files to tensors to modules."""
+"""Checkpoint files: headers, detection, tensors, and modules loaded from them."""

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: what it is, at once and for nothing; its modules, when they are asked for."""
+"""A checkpoint on disk: described from its header at once; modules load on demand."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from kadr.models.vae import VAE
 
 @dataclass(frozen=True)
 class ComponentDescription:
-    """One component as it lies on disk.
+    """One component as it is stored on disk.
 
     Args:
         name: "transformer", "vae", "upscaler" or "text encoder".
-        sizes: what makes it the size it is, such as {"layers": 28, "width": 2048}.
-        num_tensors, num_parameters, size_bytes: how many.
-        dtype: what most of its bytes are stored as, such as "bfloat16" or "Q4_K".
-        type_counts: what its tensors are stored as -> how many, most bytes first.
+        sizes: the config fields that set its size, such as {"num_layers": 28, "width": 2048}.
+        dtype: storage type of most of its bytes, such as "bfloat16" or "Q4_K".
+        type_counts: storage type -> number of tensors, most bytes first.
     """
 
     name: str
@@ -45,14 +44,13 @@ class ComponentDescription:
 
 @dataclass(frozen=True)
 class CheckpointDescription:
-    """What `kadr inspect` says of a checkpoint. `dataclasses.asdict` of it is ready for JSON.
+    """The description that `kadr inspect` prints; `dataclasses.asdict` makes it JSON.
 
     Args:
         kind: see `CheckpointInfo.kind`.
-        registry_name: the registry's name; None where the checkpoint is not a released one, or may be several.
-        sampler: None for an upscaler, which makes no noise levels.
-        missing_components: what a generation needs and this checkpoint does not have; nothing for an upscaler, which is none of
-            the things that generate.
+        registry_name: name in the registry; None for an unreleased checkpoint, or where several releases match.
+        sampler: None for an upscaler, which has no schedule.
+        missing_components: components that a generation needs and this checkpoint lacks; empty for an upscaler.
     """
 
     path: str
@@ -71,7 +69,7 @@ class Checkpoint:
     """A single file, a GGUF file or a diffusers folder, opened by its header.
 
     Args:
-        sources: component -> its tensors; "transformer", "vae" or both; or "upsampler", in a folder beside a "vae".
+        sources: component -> its tensors; "transformer", "vae" or both; or "upscaler", in a folder beside a "vae".
     """
 
     path: Path
@@ -80,37 +78,38 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, release: Release | None = None) -> Checkpoint:
-        """Read headers and configs, no tensor.
+        """Reads headers and configs, no tensor.
 
         Args:
-            path: a .safetensors in the official layout, of a model or an upscaler; a .gguf of a transformer; a folder
-                of diffusers, or the folder of one of its components.
+            path: a .safetensors of a model or an upscaler in the official layout; a .gguf of a transformer; a
+                diffusers folder, or the folder of one of its components.
             release: the released model or upscaler that this is, where the checkpoint alone does not say.
 
         Raises:
-            CheckpointError: it is not a checkpoint kadr runs; the message says what it is.
+            CheckpointError: kadr does not run this checkpoint; the message says what it is.
         """
         path = Path(path)
         if path.is_dir():
-            detected, sources = open_diffusers_folder(path, release=release)
+            info, sources = open_diffusers_folder(path, release=release)
         else:
             source = Source.open(path)
             sources = split_components(source)
-            detected = detect_single_file(source, sources, release=release)
-        return cls(path, detected, sources)
+            info = detect_single_file(source, sources, release=release)
+        return cls(path, info, sources)
 
     @property
     def size_bytes(self) -> int:
         return sum(source.size_bytes for source in self.sources.values())
 
     def load_transformer(self, dtype: torch.dtype | None = None, *, keep_storage_dtype: bool = False) -> Transformer:
-        """The transformer on the CPU, sharing memory with the file where `dtype` (None: as stored) agrees.
+        """Loads the transformer on the CPU; tensors already stored in `dtype` share memory with the file.
 
         Args:
-            keep_storage_dtype: see `load.fill`.
+            dtype: None keeps the stored dtypes.
+            keep_storage_dtype: see `load.load_weights`.
 
         Raises:
-            CheckpointError: the checkpoint has none, or its tensors do not fit; see `load.fill`.
+            CheckpointError: the checkpoint has none, or its tensors do not fit; see `load.load_weights`.
         """
         if self.info.transformer is None:
             raise self.missing_component_error("transformer")
@@ -126,57 +125,60 @@ class Checkpoint:
     def load_vae(
         self, dtype: torch.dtype | None = None, *, with_encoder: bool = True, with_decoder: bool = True
     ) -> VAE:
-        """The VAE on the CPU; the part that is not asked for is None in it. As `load_transformer`."""
+        """Loads the VAE on the CPU, like `load_transformer`; a half that is not wanted is None in it."""
         if self.info.vae is None:
             raise self.missing_component_error("vae")
-        family = self.info.vae_family if self._is_diffusers else None
         return load_vae(
             self.info.vae,
             self.sources["vae"],
             dtype=dtype,
-            diffusers_vae_family=family,
+            diffusers_vae_family=self.info.vae_family if self._is_diffusers else None,
             with_encoder=with_encoder,
             with_decoder=with_decoder,
         )
 
     def load_upscaler(self, dtype: torch.dtype | None = torch.float32) -> LatentUpscaler:
-        """The upscaler on the CPU, in float32 unless asked otherwise. As `load_transformer`."""
+        """Loads the upscaler on the CPU, in float32 by default; otherwise like `load_transformer`."""
         if self.info.upscaler is None:
-            raise self.missing_component_error("upsampler")
-        return load_upscaler(self.info.upscaler, self.sources["upsampler"], dtype=dtype)
+            raise self.missing_component_error("upscaler")
+        return load_upscaler(self.info.upscaler, self.sources["upscaler"], dtype=dtype)
 
     def describe(self) -> CheckpointDescription:
-        """Everything that the header tells."""
-        detected = self.info
-        model = detected.kind == MODEL_KIND
+        """Describes the checkpoint from its header."""
+        info = self.info
+        is_model = info.kind == MODEL_KIND
         sizes: dict[str, dict[str, int]] = {}
-        if detected.transformer:
-            config = detected.transformer
-            sizes["transformer"] = {"layers": config.num_layers, "width": config.width, "heads": config.num_heads}
-        if detected.vae:
-            sizes["vae"] = {"latent_channels": detected.vae.latent_channels, "patch": detected.vae.patch_size}
-        if detected.upscaler:
-            larger = detected.upscaler
-            sizes["upsampler"] = {
-                "channels": larger.in_channels,
-                "width": larger.mid_channels,
-                "blocks": larger.num_blocks_per_stage,
+        if info.transformer:
+            transformer = info.transformer
+            sizes["transformer"] = {
+                "num_layers": transformer.num_layers,
+                "width": transformer.width,
+                "num_heads": transformer.num_heads,
+            }
+        if info.vae:
+            sizes["vae"] = {"latent_channels": info.vae.latent_channels, "patch_size": info.vae.patch_size}
+        if info.upscaler:
+            upscaler = info.upscaler
+            sizes["upscaler"] = {
+                "in_channels": upscaler.in_channels,
+                "mid_channels": upscaler.mid_channels,
+                "num_blocks_per_stage": upscaler.num_blocks_per_stage,
             }
         missing = [name for name in ("transformer", "vae") if name not in self.sources]
         if not _has_text_encoder(self.path):
             missing.append("text encoder")
         return CheckpointDescription(
             path=str(self.path),
-            kind=detected.kind,
-            layout=detected.layout,
-            version=detected.version,
-            registry_name=detected.release.name if detected.release else None,
-            vae_family=detected.vae_family,
-            sampler=detected.schedule.sampler if model else None,
+            kind=info.kind,
+            layout=info.layout,
+            version=info.version,
+            registry_name=info.release.name if info.release else None,
+            vae_family=info.vae_family,
+            sampler=info.schedule.sampler if is_model else None,
             components=tuple(
-                describe_component(_DISPLAY_NAMES.get(name, name), self.sources[name], of) for name, of in sizes.items()
+                describe_component(name, self.sources[name], component_sizes) for name, component_sizes in sizes.items()
             ),
-            missing_components=tuple(missing) if model else (),
+            missing_components=tuple(missing) if is_model else (),
         )
 
     @property
@@ -184,48 +186,51 @@ class Checkpoint:
         return self.info.layout == "diffusers"
 
     def missing_component_error(self, component: str) -> CheckpointError:
-        """The error to raise where a component is needed that this checkpoint does not have, saying what it is instead.
+        """Builds the error for a component that is needed and missing; it says what the checkpoint has instead.
 
         Args:
-            component: "transformer", "vae" or "upsampler".
+            component: "transformer", "vae" or "upscaler".
         """
-        kind, name = self.info.kind, _DISPLAY_NAMES.get(component, component)
+        kind = self.info.kind
         if kind != MODEL_KIND:
             return CheckpointError(
-                f"{self.path} is a {kind}, not a model, and has no {name}: it makes a model's latents larger. Give it "
+                f"{self.path} is a {kind}, not a model, and has no {component}: it upscales a model's latents. Give it "
                 f"as --upscaler, and {_SUGGESTIONS[component]}."
             )
-        held = " and ".join(self.sources)
-        such = f", such as {self._suggested_vae}" if component == "vae" else ""
-        return CheckpointError(f"{self.path} has no {name}, only {held}. Give {_SUGGESTIONS[component]}{such}.")
+        present = " and ".join(self.sources)
+        example = f", such as {self._suggested_vae}" if component == "vae" else ""
+        return CheckpointError(
+            f"{self.path} has no {component}, only {present}. Give {_SUGGESTIONS[component]}{example}."
+        )
 
     @property
     def _suggested_vae(self) -> str:
-        """The entry of the registry whose VAE the model was made for, or the nearest that is known."""
-        released, layers = self.info.release, getattr(self.info.transformer, "num_layers", None)
-        if released is not None:
-            return released.vae or released.name
+        """Registry name of the VAE the model was trained with, or of the closest known one."""
+        release, num_layers = self.info.release, getattr(self.info.transformer, "num_layers", None)
+        if release is not None:
+            return release.vae or release.name
         fitting = [
-            r.name for r in MODEL_RELEASES if r.num_layers == layers and self.info.vae_family in (None, r.vae_family)
+            model.name
+            for model in MODEL_RELEASES
+            if model.num_layers == num_layers and self.info.vae_family in (None, model.vae_family)
         ]
         return next((name for name in reversed(fitting) if not name.endswith("fp8")), "ltxv-2b-0.9.5")
 
 
-_DISPLAY_NAMES = {"upsampler": "upscaler"}  # component -> as people call it, where the two differ
 _SUGGESTIONS = {
     "transformer": "a checkpoint with a transformer as --model",
     "vae": "a checkpoint with a VAE as --vae",
-    "upsampler": "one such as ltxv-spatial-upscaler-0.9.8 as --upscaler",
+    "upscaler": "one such as ltxv-spatial-upscaler-0.9.8 as --upscaler",
 }
 
 
 def _has_text_encoder(path: Path) -> bool:
-    home = path if path.is_dir() else path.parent
-    return (home / "text_encoder" / "config.json").is_file()
+    folder = path if path.is_dir() else path.parent
+    return (folder / "text_encoder" / "config.json").is_file()
 
 
 def describe_component(name: str, source: Source, sizes: Mapping[str, int]) -> ComponentDescription:
-    """What a header tells of a component."""
-    stored = source.type_counts
-    dtype = next(iter(stored), "float32")
-    return ComponentDescription(name, sizes, len(source.infos), source.num_parameters, source.size_bytes, dtype, stored)
+    """Describes a component from its header."""
+    counts = source.type_counts
+    dtype = next(iter(counts), "float32")
+    return ComponentDescription(name, sizes, len(source.infos), source.num_parameters, source.size_bytes, dtype, counts)

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: what is in it, without reading it.
+"""Reads the header of a safetensors file, no tensor.
 
 The format (https://github.com/huggingface/safetensors#format): eight bytes give the length of a JSON header, the
-header names every tensor with its dtype, shape and place, and the bytes of the tensors follow to the end of the file.
+header lists every tensor with its dtype, shape and offsets, and the bytes of the tensors follow to the end of the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGMLType
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # bytes; the format's own limit
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,18 +34,18 @@ SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # floats to store weights in: kadr computes in wider ones
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # storage dtypes; kadr computes in wider ones
 _DOWNLOAD_AGAIN = "Download it again."
-# What a file that is not safetensors begins with, what it then is, and the way out.
+# First bytes of other formats, what the file is, and the way out.
 _OTHER_FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
     (
         (b"<!doctype", b"<html", b"<?xml"),
-        "a web page, not a checkpoint: the download was answered with a page to read",
-        "Take the file itself, by its download (resolve/main) link; log in first if its page asks you to.",
+        "a web page, not a checkpoint: the server answered the download with a page",
+        "Download the file by its resolve/main link; log in first if its page asks you to.",
     ),
     (
         (b"version https://git-lfs",),
-        "a git-lfs pointer: the note that git keeps instead of the file",
+        "a git-lfs pointer: git's placeholder for the file",
         "Fetch the file with `git lfs pull`, or download it.",
     ),
 )
@@ -58,10 +58,10 @@ class TensorInfo:
     """One tensor of a file, as its header describes it.
 
     Args:
-        name: its name in the file.
-        dtype: uint8 where it is packed.
-        file_offset: of its bytes, counted from the start of the file.
-        ggml_type: the blocks it is stored in, of a GGUF file; None where it is stored as plain numbers.
+        name: its key in the file.
+        dtype: storage dtype; uint8 for a block-quantized tensor.
+        file_offset: offset of its bytes from the start of the file.
+        ggml_type: block type of a tensor in a GGUF file; None for an unquantized one.
     """
 
     name: str
@@ -73,19 +73,19 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def storage_shape(self) -> tuple[int, ...]:
-        """Of the tensor that is read: where it is packed, its last axis counts bytes."""
+        """Shape of the tensor as read: the last axis of a block-quantized one counts bytes."""
         if self.ggml_type is None:
             return self.shape
         return (*self.shape[:-1], self.ggml_type.row_bytes(self.shape[-1]))
 
     @property
     def storage_type(self) -> str:
-        """What it is stored as: "bfloat16", "Q4_K" and so on."""
+        """Name of its storage type: "bfloat16", "Q4_K" and so on."""
         return self.ggml_type.name if self.ggml_type else str(self.dtype).removeprefix("torch.")
 
     @property
@@ -96,10 +96,10 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata. No tensor is read.
+    """Returns the tensors of a safetensors file by name, and its metadata. No tensor is read.
 
     Raises:
-        CheckpointError: the file is absent, unreadable, cut short, or something else than safetensors.
+        CheckpointError: the file is absent, unreadable, truncated, or in another format.
     """
     try:
         size = path.stat().st_size
@@ -109,7 +109,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(start[:LENGTH_BYTES], "little")
             if LENGTH_BYTES + length > size:
                 raise CheckpointError(
-                    f"{path} is cut short: it has {size:,} bytes, and its header alone takes "
+                    f"{path} is truncated: it has {size:,} bytes, and its header alone takes "
                     f"{LENGTH_BYTES + length:,}. {_DOWNLOAD_AGAIN}"
                 )
             file.seek(LENGTH_BYTES)
@@ -119,27 +119,31 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     header = _parse_header(path, raw)
     metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
     infos = {name: _tensor_info(path, name, entry, LENGTH_BYTES + length) for name, entry in header.items()}
-    promised = max((info.file_offset + info.size_bytes for info in infos.values()), default=LENGTH_BYTES + length)
-    if size != promised:
-        state = "is cut short" if size < promised else "is too long"
+    expected_size = max((info.file_offset + info.size_bytes for info in infos.values()), default=LENGTH_BYTES + length)
+    if size != expected_size:
+        state = "is truncated" if size < expected_size else "is too long"
         raise CheckpointError(
-            f"{path} {state}: it has {size:,} bytes, its header promises {promised:,}. {_DOWNLOAD_AGAIN}"
+            f"{path} {state}: it has {size:,} bytes, its header states {expected_size:,}. {_DOWNLOAD_AGAIN}"
         )
     return infos, metadata
 
 
 def refuse_other_format(path: Path, start: bytes, size: int) -> None:
-    """Say what a file is whose first bytes are not those of safetensors."""
+    """Refuses a file whose first bytes are not a safetensors header, with what it is.
+
+    Raises:
+        CheckpointError: it is in another format.
+    """
     lowered = start.lstrip().lower()
-    for beginnings, what, way_out in _OTHER_FORMATS:
-        if lowered.startswith(beginnings):
-            raise CheckpointError(f"{path} ({size:,} bytes) is {what}. {way_out}")
-    # The length of a header may begin as a pickle does; what follows it then is the header's own brace.
-    pickled = start.startswith(_PICKLE_MAGICS) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
-    if pickled or path.suffix.lower() in _PICKLE_SUFFIXES:
+    for magics, kind, way_out in _OTHER_FORMATS:
+        if lowered.startswith(magics):
+            raise CheckpointError(f"{path} ({size:,} bytes) is {kind}. {way_out}")
+    # The length of a header may begin like a pickle; then the header's opening brace follows it.
+    has_pickle_magic = start.startswith(_PICKLE_MAGICS) and start[LENGTH_BYTES : LENGTH_BYTES + 1] != b"{"
+    if has_pickle_magic or path.suffix.lower() in _PICKLE_SUFFIXES:
         raise CheckpointError(
-            f"{path} is a pickle: to read one is to run the code in it, whoever wrote it, so kadr never does. "
-            "Take the .safetensors of the same model, or convert this one where you trust it."
+            f"{path} is a pickle: reading one runs the code in it, so kadr never does. "
+            "Use the .safetensors of the same model, or convert this file if you trust it."
         )
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if (
@@ -149,7 +153,7 @@ def refuse_other_format(path: Path, start: bytes, size: int) -> None:
     ):
         kind = "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
         raise CheckpointError(
-            f"{path} ({size:,} bytes) is not a {kind} file: it does not begin with a header. "
+            f"{path} ({size:,} bytes) is not a {kind} file: it does not start with a header. "
             "Check that the path names the checkpoint, or download it again."
         )
 
@@ -175,12 +179,12 @@ def _tensor_info(path: Path, name: str, entry: Any, data_offset: int) -> TensorI
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if dtype not in SAFETENSORS_DTYPES:
             raise CheckpointError(
-                f"{path}: its tensor {name} is stored as {dtype}, which kadr does not know; "
-                f"known are {', '.join(SAFETENSORS_DTYPES)}. Take the bf16 file of this model."
+                f"{path}: its tensor {name} is stored as {dtype}, which kadr does not support; "
+                f"it supports {', '.join(SAFETENSORS_DTYPES)}. Use the bf16 file of this model."
             )
         info = TensorInfo(name, shape, SAFETENSORS_DTYPES[dtype], path, data_offset + begin)
         if (
-            not all(isinstance(side, int) and side >= 0 for side in shape)
+            not all(isinstance(length, int) and length >= 0 for length in shape)
             or begin < 0
             or end - begin != info.size_bytes
         ):

@@ -1,7 +1,8 @@
-"""The name of every tensor: ours, in the official single file, in a diffusers folder; a text encoder's in GGUF.
+"""Key tables: every state-dict key of kadr's modules, in the official single file, in a diffusers folder, in GGUF.
 
-{n} is a block, {i} a layer, * is weight or bias. {block} is a block's place, which differs between the two layouts
-and comes from the lists below. A component's table is total: what it does not name does not load.
+{n} is a VAE block, {i} a transformer block or a layer, {side} is encoder or decoder, * is weight or bias. {block} is
+the block's key in the file, which differs between the two layouts and comes from the lists below. A component's table
+is total: a key it does not have does not load.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 
 class Key(NamedTuple):
+    """One row of a key table: the same tensor in three layouts."""
+
     kadr: str
     single_file: str
     diffusers: str
@@ -42,21 +45,21 @@ TRANSFORMER_KEYS = (
     _same_in_both(f"{_KADR_BLOCK}.scale_shift_table", f"{_OFFICIAL_BLOCK}.scale_shift_table"),
     *(
         key
-        for ours, theirs in (("self_attention", "attn1"), ("cross_attention", "attn2"))
+        for kadr, official in (("self_attention", "attn1"), ("cross_attention", "attn2"))
         for key in (
-            _same_in_both(f"{_KADR_BLOCK}.{ours}.q.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_q.*"),
-            _same_in_both(f"{_KADR_BLOCK}.{ours}.k.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_k.*"),
-            _same_in_both(f"{_KADR_BLOCK}.{ours}.v.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_v.*"),
-            _same_in_both(f"{_KADR_BLOCK}.{ours}.out.*", f"{_OFFICIAL_BLOCK}.{theirs}.to_out.0.*"),
+            _same_in_both(f"{_KADR_BLOCK}.{kadr}.q.*", f"{_OFFICIAL_BLOCK}.{official}.to_q.*"),
+            _same_in_both(f"{_KADR_BLOCK}.{kadr}.k.*", f"{_OFFICIAL_BLOCK}.{official}.to_k.*"),
+            _same_in_both(f"{_KADR_BLOCK}.{kadr}.v.*", f"{_OFFICIAL_BLOCK}.{official}.to_v.*"),
+            _same_in_both(f"{_KADR_BLOCK}.{kadr}.out.*", f"{_OFFICIAL_BLOCK}.{official}.to_out.0.*"),
             Key(
-                f"{_KADR_BLOCK}.{ours}.q_norm.*",
-                f"{_OFFICIAL_BLOCK}.{theirs}.q_norm.*",
-                f"{_OFFICIAL_BLOCK}.{theirs}.norm_q.*",
+                f"{_KADR_BLOCK}.{kadr}.q_norm.*",
+                f"{_OFFICIAL_BLOCK}.{official}.q_norm.*",
+                f"{_OFFICIAL_BLOCK}.{official}.norm_q.*",
             ),
             Key(
-                f"{_KADR_BLOCK}.{ours}.k_norm.*",
-                f"{_OFFICIAL_BLOCK}.{theirs}.k_norm.*",
-                f"{_OFFICIAL_BLOCK}.{theirs}.norm_k.*",
+                f"{_KADR_BLOCK}.{kadr}.k_norm.*",
+                f"{_OFFICIAL_BLOCK}.{official}.k_norm.*",
+                f"{_OFFICIAL_BLOCK}.{official}.norm_k.*",
             ),
         )
     ),
@@ -86,24 +89,24 @@ VAE_KEYS = (
     _same_in_both("{side}.blocks.{n}.time_embed.linear_2.*", f"{{side}}.{{block}}.time_embedder.{_TIMESTEP_LINEAR}2.*"),
     *(
         key
-        for ours, single, diffusers in (
+        for kadr, single, diffusers in (
             ("{side}.blocks.{n}.res_blocks.{i}", "{side}.{block}.res_blocks.{i}", "{side}.{block}.resnets.{i}"),
             ("{side}.blocks.{n}", "{side}.{block}", "{side}.{block}"),
         )
         for key in (
-            Key(f"{ours}.conv1.*", f"{single}.conv1.conv.*", f"{diffusers}.conv1.conv.*"),
-            Key(f"{ours}.conv2.*", f"{single}.conv2.conv.*", f"{diffusers}.conv2.conv.*"),
-            Key(f"{ours}.shortcut_norm.*", f"{single}.norm3.norm.*", f"{diffusers}.norm3.*"),
-            Key(f"{ours}.shortcut.*", f"{single}.conv_shortcut.*", f"{diffusers}.conv_shortcut.conv.*"),
-            Key(f"{ours}.scale_shift_table", f"{single}.scale_shift_table", f"{diffusers}.scale_shift_table"),
-            Key(f"{ours}.per_channel_scale1", f"{single}.per_channel_scale1", f"{diffusers}.per_channel_scale1"),
-            Key(f"{ours}.per_channel_scale2", f"{single}.per_channel_scale2", f"{diffusers}.per_channel_scale2"),
+            Key(f"{kadr}.conv1.*", f"{single}.conv1.conv.*", f"{diffusers}.conv1.conv.*"),
+            Key(f"{kadr}.conv2.*", f"{single}.conv2.conv.*", f"{diffusers}.conv2.conv.*"),
+            Key(f"{kadr}.shortcut_norm.*", f"{single}.norm3.norm.*", f"{diffusers}.norm3.*"),
+            Key(f"{kadr}.shortcut.*", f"{single}.conv_shortcut.*", f"{diffusers}.conv_shortcut.conv.*"),
+            Key(f"{kadr}.scale_shift_table", f"{single}.scale_shift_table", f"{diffusers}.scale_shift_table"),
+            Key(f"{kadr}.per_channel_scale1", f"{single}.per_channel_scale1", f"{diffusers}.per_channel_scale1"),
+            Key(f"{kadr}.per_channel_scale2", f"{single}.per_channel_scale2", f"{diffusers}.per_channel_scale2"),
         )
     ),
-    _same_in_both("{side}.blocks.{n}.conv.*", "{side}.{block}.conv.conv.*"),  # folding and unfolding blocks
+    _same_in_both("{side}.blocks.{n}.conv.*", "{side}.{block}.conv.conv.*"),  # space_to_depth and depth_to_space blocks
     _same_in_both("{side}.blocks.{n}.*", "{side}.{block}.conv.*"),  # strided convolutions (0.9, 0.9.1)
 )
-# In the official file beside the two statistics that are used; nothing reads them.
+# Latent statistics that the official file has besides the two in use; nothing reads them.
 VAE_UNUSED_KEYS = (
     "per_channel_statistics.mean-of-stds",
     "per_channel_statistics.mean-of-stds_over_std-of-means",
@@ -119,7 +122,7 @@ _DECODER_0_9_1 = (
     "mid_block", "up_blocks.0.upsamplers.0", "up_blocks.0", "up_blocks.1.upsamplers.0",
     "up_blocks.1", "up_blocks.2.upsamplers.0", "up_blocks.2",
 )  # fmt: skip
-# Where a diffusers folder keeps block {n} of encoder and decoder, by family.
+# Key of block {n} of encoder and decoder in a diffusers folder, by VAE family.
 DIFFUSERS_VAE_BLOCKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "0.9": {
         "encoder": _ENCODER_0_9,
@@ -152,11 +155,11 @@ T5_KEYS = (
     _same_in_both("blocks.{i}.feed_forward.up.*", f"{_T5_BLOCK}.1.DenseReluDense.wi_1.*"),
     _same_in_both("blocks.{i}.feed_forward.down.*", f"{_T5_BLOCK}.1.DenseReluDense.wo.*"),
 )
-# The embedding under its second name: the same tensor twice in some files.
+# The tied copy of the embedding that some files hold a second time.
 T5_UNUSED_KEYS = ("encoder.embed_tokens.weight",)
 
 _T5_GGUF_BLOCK = "enc.blk.{i}"
-# As llama.cpp names them.
+# llama.cpp's names.
 T5_GGUF_KEYS = (
     _same_in_both("embedding.*", "token_embd.*"),
     _same_in_both("position_bias.*", "enc.blk.0.attn_rel_b.*"),
@@ -167,15 +170,15 @@ T5_GGUF_KEYS = (
     *(_same_in_both(f"blocks.{{i}}.feed_forward.{x}.*", f"{_T5_GGUF_BLOCK}.ffn_{x}.*") for x in ("gate", "up", "down")),
 )
 
-# An upscaler's file; the two layouts agree.
+# The single file and the diffusers folder of an upscaler have the same keys.
 UPSCALER_KEYS = (
     _same_in_both("conv_in.*", "initial_conv.*"),
     _same_in_both("norm_in.*", "initial_norm.*"),
     _same_in_both("upsample_conv.*", "upsampler.0.*"),
     _same_in_both("conv_out.*", "final_conv.*"),
     *(
-        _same_in_both(f"{ours}.{{i}}.{leaf}.*", f"{theirs}.{{i}}.{leaf}.*")
-        for ours, theirs in (("res_blocks", "res_blocks"), ("post_upsample_res_blocks", "post_upsample_res_blocks"))
+        _same_in_both(f"{blocks}.{{i}}.{leaf}.*", f"{blocks}.{{i}}.{leaf}.*")
+        for blocks in ("res_blocks", "post_upsample_res_blocks")
         for leaf in ("conv1", "norm1", "conv2", "norm2")
     ),
 )
@@ -188,8 +191,8 @@ _PLACEHOLDERS = {
 }
 
 
-def _pattern(ours: str) -> re.Pattern[str]:
-    parts = re.split(r"(\{n\}|\{i\}|\{side\}|\*)", ours)
+def _pattern(kadr_key: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{n\}|\{i\}|\{side\}|\*)", kadr_key)
     return re.compile("".join(_PLACEHOLDERS.get(part, re.escape(part)) for part in parts))
 
 
@@ -200,30 +203,30 @@ def map_keys(
     diffusers_vae_family: str | None = None,
     is_diffusers: bool = False,
 ) -> dict[str, str]:
-    """Our name -> theirs, for every one of our names.
+    """Maps every kadr key to its file key.
 
     Args:
-        is_diffusers: give the names of a diffusers folder instead of the official single file's.
-        diffusers_vae_family: which of `DIFFUSERS_VAE_BLOCKS` places a VAE's blocks; needed for a VAE with `is_diffusers`.
+        is_diffusers: map to the keys of a diffusers folder instead of the official single file's.
+        diffusers_vae_family: family in `DIFFUSERS_VAE_BLOCKS`; required for a VAE with `is_diffusers`.
 
     Raises:
-        KeyError: a name that the table does not know; the table is at fault.
+        KeyError: the table lacks a key; the table is at fault.
     """
     rules = [(_pattern(key.kadr), key.diffusers if is_diffusers else key.single_file) for key in table]
-    return {name: _translate(name, rules, diffusers_vae_family) for name in kadr_keys}
+    return {key: _translate(key, rules, diffusers_vae_family) for key in kadr_keys}
 
 
-def _translate(name: str, rules: list[tuple[re.Pattern[str], str]], diffusers_vae_family: str | None) -> str:
-    for pattern, theirs in rules:
-        if found := pattern.fullmatch(name):
-            holes = found.groupdict()
-            if "{block}" in theirs:
-                side, n = holes["side"], int(holes["n"])
-                place = (
+def _translate(kadr_key: str, rules: list[tuple[re.Pattern[str], str]], diffusers_vae_family: str | None) -> str:
+    for pattern, file_key in rules:
+        if match := pattern.fullmatch(kadr_key):
+            fields = match.groupdict()
+            if "{block}" in file_key:
+                side, n = fields["side"], int(fields["n"])
+                block_key = (
                     DIFFUSERS_VAE_BLOCKS[diffusers_vae_family][side][n]
                     if diffusers_vae_family
                     else _SINGLE_FILE_VAE_BLOCKS[side].format(n=n)
                 )
-                theirs = theirs.replace("{block}", place)
-            return theirs.replace("*", holes.get("leaf", "")).format(**holes)
-    raise KeyError(name)
+                file_key = file_key.replace("{block}", block_key)
+            return file_key.replace("*", fields.get("leaf", "")).format(**fields)
+    raise KeyError(kadr_key)

@@ -1,4 +1,4 @@
-"""Tensors into modules, strictly: every tensor of the file has a place, every place gets its tensor."""
+"""Loads tensors into modules, strictly: no tensor is missing, none is unexpected."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from kadr.checkpoints.keys import (
     T5_UNUSED_KEYS,
     TRANSFORMER_KEYS,
     UPSCALER_KEYS,
+    VAE_KEYS,
     VAE_UNUSED_KEYS,
     Key,
     map_keys,
 )
-from kadr.checkpoints.keys import VAE_KEYS as VAE_KEYS
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.kernels.dequant import dequantize
@@ -34,10 +34,10 @@ from kadr.quant.convert import in_block, replace_module, wrap_stored_weight
 from kadr.quant.layers import Scratch
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_LISTED = 5  # tensors of each kind of complaint
+MAX_LISTED_TENSORS = 5  # per kind of mismatch in an error
 _T5_EMBEDDING_KEY = "shared.weight"
 _WEIGHT_SUFFIX = ".weight"
-_POSITION_BIAS_KEY = "position_bias.weight"  # small, and read whole: it is not worth keeping packed
+_POSITION_BIAS_KEY = "position_bias.weight"  # small and read whole: not worth keeping block-quantized
 
 
 def load_weights(
@@ -49,53 +49,53 @@ def load_weights(
     keep_storage_dtype: bool = False,
     ignored_keys: Iterable[str] = (),
 ) -> None:
-    """Give every parameter and buffer of a module its tensor from a source.
+    """Assigns every parameter and buffer of a module its tensor from a source.
 
-    Where the dtypes agree the module shares its memory with the file. Weights packed in blocks stay packed and are
-    unpacked as they are used; all else is converted, one by one.
+    Tensors already stored in `dtype` share memory with the file. Block-quantized weights stay quantized and are
+    dequantized on use; all others are converted, one at a time.
 
     Args:
         module: on the meta device.
-        key_map: our name -> the source's, for every name in the module's state.
-        dtype: bf16, fp16 or fp32; None keeps each tensor as it is stored. Weights stored in blocks or 8-bit floats are
-            read into a wider dtype only.
-        keep_storage_dtype: weights of the module's blocks stay as they are in the file, whatever they are, and are converted as
-            they are used.
-        ignored_keys: names that the source may have and nobody reads.
+        key_map: kadr key -> file key, for every key of the module's state.
+        dtype: bf16, fp16 or fp32; None keeps each tensor as stored, and is refused for block-quantized and fp8 weights.
+        keep_storage_dtype: weights of the module's blocks stay in their storage type and are converted on use.
+        ignored_keys: keys that the source may have and that nothing reads.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, of another shape or of a dtype that is not read.
+        CheckpointError: a tensor is missing, unexpected, of another shape or of an unsupported dtype.
     """
     account(module, source, key_map, ignored_keys=ignored_keys)
     assign(module, source, key_map, dtype=dtype, keep_storage_dtype=keep_storage_dtype)
 
 
 def account(module: nn.Module, source: Source, key_map: Mapping[str, str], *, ignored_keys: Iterable[str] = ()) -> None:
-    """Check that module and source have the same tensors, from the header alone. As `load_weights`, without filling."""
-    places = {key_map[ours]: tuple(tensor.shape) for ours, tensor in module.state_dict().items()}
+    """Checks from the header alone that module and source have the same tensors; see `load_weights`."""
+    shapes = {key_map[kadr_key]: tuple(tensor.shape) for kadr_key, tensor in module.state_dict().items()}
     infos = source.infos
-    shared = [name for name in places if name in infos]
-    complaints = [
-        ("missing", [name for name in places if name not in infos]),
-        ("left over", sorted(infos.keys() - places.keys() - set(ignored_keys) - scale_tensor_names(infos))),
+    shared = [name for name in shapes if name in infos]
+    mismatches = [
+        ("missing", [name for name in shapes if name not in infos]),
+        ("unexpected", sorted(infos.keys() - shapes.keys() - set(ignored_keys) - scale_tensor_names(infos))),
         (
             "of another shape",
             [
-                f"{n} is {_format_shape(infos[n].shape)}, not {_format_shape(places[n])}"
-                for n in shared
-                if infos[n].shape != places[n]
+                f"{name} is {_format_shape(infos[name].shape)}, not {_format_shape(shapes[name])}"
+                for name in shared
+                if infos[name].shape != shapes[name]
             ],
         ),
         (
-            "stored in a dtype that is not read here",
-            [f"{n} in {infos[n].storage_type}" for n in shared if not _is_supported(infos[n])],
+            "of an unsupported dtype",
+            [f"{name} in {infos[name].storage_type}" for name in shared if not _is_supported(infos[name])],
         ),
     ]
-    if any(found for _, found in complaints):
-        told = "; ".join(f"{len(found)} tensors {what}: {_join_first(found)}" for what, found in complaints if found)
+    if any(names for _, names in mismatches):
+        report = "; ".join(
+            f"{len(names)} tensors {problem}: {_join_first(names)}" for problem, names in mismatches if names
+        )
         raise CheckpointError(
-            f"{source.path} does not fit its {type(module).__name__.lower()}: {told}. "
-            "The file is incomplete or of another model; take it as it was released."
+            f"{source.path} does not fit its {type(module).__name__.lower()}: {report}. "
+            "The file is incomplete or of another model; use it as released."
         )
 
 
@@ -111,43 +111,43 @@ def assign(
     dtype: torch.dtype | None = None,
     keep_storage_dtype: bool = False,
 ) -> None:
-    """Put the tensors in their places. The module is then ready for inference: in eval mode, without gradients."""
+    """Assigns the tensors and leaves the module ready for inference: in eval mode, without gradients."""
     if dtype is not None and dtype not in COMPUTE_DTYPES:
-        raise CheckpointError(f"weights cannot be held in {_dtype_name(dtype)}; use bfloat16, float16 or float32.")
+        raise CheckpointError(f"weights cannot be loaded as {_dtype_name(dtype)}; use bfloat16, float16 or float32.")
     _refuse_storage_only_dtype(module, source, key_map, dtype)
     module.requires_grad_(False).eval()
     reader = _WeightReader(source, key_map, dtype, keep_storage_dtype)
-    state, stored = {}, {}
-    for ours in module.state_dict():
-        if reader.keeps_storage(ours, module):
-            stored[ours.removesuffix(_WEIGHT_SUFFIX)] = reader.read_stored_weight(ours)
+    state, stored_weights = {}, {}
+    for kadr_key in module.state_dict():
+        if reader.keeps_storage(kadr_key, module):
+            stored_weights[kadr_key.removesuffix(_WEIGHT_SUFFIX)] = reader.read_stored_weight(kadr_key)
         else:
-            state[ours] = reader.read_dequantized(ours)
+            state[kadr_key] = reader.read_dequantized(kadr_key)
     scratch = Scratch()
-    for name, weight in stored.items():
-        owner = module.get_submodule(name)
-        own = dtype or torch.bfloat16
+    for name, weight in stored_weights.items():
+        layer = module.get_submodule(name)
         bias = state.pop(f"{name}.bias", None)
-        replace_module(module, name, wrap_stored_weight(owner, bias=bias, dtype=own, scratch=scratch, **weight))
-    module.load_state_dict(state, strict=not stored, assign=True)
+        wrapped = wrap_stored_weight(layer, bias=bias, dtype=dtype or torch.bfloat16, scratch=scratch, **weight)
+        replace_module(module, name, wrapped)
+    module.load_state_dict(state, strict=not stored_weights, assign=True)
 
 
 def _refuse_storage_only_dtype(
     module: nn.Module, source: Source, key_map: Mapping[str, str], dtype: torch.dtype | None
 ) -> None:
-    """Refuse to compute in what weights are only stored in."""
-    infos = [source.infos[key_map[ours]] for ours in module.state_dict()]
-    narrow = [info for info in infos if info.ggml_type is not None or info.dtype in FP8_DTYPES]
-    if dtype is None and narrow:
+    """Refuses to compute in fp8 or block-quantized types, which only store weights."""
+    infos = [source.infos[key_map[kadr_key]] for kadr_key in module.state_dict()]
+    quantized = [info for info in infos if info.ggml_type is not None or info.dtype in FP8_DTYPES]
+    if dtype is None and quantized:
         raise CheckpointError(
-            f"{source.path} stores {len(narrow)} tensors in 8-bit floats or blocks, such as {narrow[0].name} in "
-            f"{narrow[0].storage_type}; nothing is computed in those. Ask for bfloat16, float16 or float32."
+            f"{source.path} stores {len(quantized)} tensors in fp8 or GGUF blocks, such as {quantized[0].name} in "
+            f"{quantized[0].storage_type}; these types only store weights. Ask for bfloat16, float16 or float32."
         )
 
 
 @dataclass(frozen=True)
 class _WeightReader:
-    """Takes tensors from a source; arguments as of `load_weights`."""
+    """Reads tensors from a source; arguments as in `load_weights`."""
 
     source: Source
     key_map: Mapping[str, str]
@@ -159,37 +159,37 @@ class _WeightReader:
         return find_weight_scales(self.source.infos, self.key_map.values())
 
     def keeps_storage(self, key: str, module: nn.Module) -> bool:
-        """Whether a tensor of the module stays as it is stored."""
+        """Returns whether a tensor of the module keeps its storage type."""
         if not key.endswith(_WEIGHT_SUFFIX):
             return False
-        owner = module.get_submodule(key.removesuffix(_WEIGHT_SUFFIX))
+        layer = module.get_submodule(key.removesuffix(_WEIGHT_SUFFIX))
         info = self.source.infos[self.key_map[key]]
         if info.ggml_type is not None:
-            return isinstance(owner, Linear | nn.Embedding) and len(info.shape) == 2 and key != _POSITION_BIAS_KEY
-        return self.keep_storage_dtype and isinstance(owner, Linear) and in_block(key) and info.dtype != self.dtype
+            return isinstance(layer, Linear | nn.Embedding) and len(info.shape) == 2 and key != _POSITION_BIAS_KEY
+        return self.keep_storage_dtype and isinstance(layer, Linear) and in_block(key) and info.dtype != self.dtype
 
     def read_stored_weight(self, key: str) -> dict[str, Any]:
-        """A weight as it is stored, in the words of `held`."""
-        theirs = self.key_map[key]
+        """Returns a weight as stored, as arguments of `wrap_stored_weight`."""
+        file_key = self.key_map[key]
         return {
-            "weight": self.source.read(theirs),
-            "packing": self.source.infos[theirs].ggml_type,
-            "scale": self._read_scale(theirs),
+            "weight": self.source.read(file_key),
+            "ggml_type": self.source.infos[file_key].ggml_type,
+            "scale": self._read_scale(file_key),
         }
 
     def read_dequantized(self, key: str) -> Tensor:
-        """A tensor in plain numbers of the dtype."""
-        theirs = self.key_map[key]
-        info, tensor = self.source.infos[theirs], self.source.read(theirs)
+        """Returns a tensor dequantized to `dtype`, its fp8 scale applied."""
+        file_key = self.key_map[key]
+        info, tensor = self.source.infos[file_key], self.source.read(file_key)
         if info.ggml_type is not None:
             assert self.dtype is not None
-            made = torch.empty(len(tensor), info.numel // max(1, len(tensor)), dtype=self.dtype)
-            return dequantize(tensor, info.ggml_type, made).view(info.shape)
-        return tensor if self.dtype is None else apply_weight_scale(tensor, self._read_scale(theirs), self.dtype)
+            output = torch.empty(len(tensor), info.numel // max(1, len(tensor)), dtype=self.dtype)
+            return dequantize(tensor, info.ggml_type, output).view(info.shape)
+        return tensor if self.dtype is None else apply_weight_scale(tensor, self._read_scale(file_key), self.dtype)
 
     def _read_scale(self, file_key: str) -> Tensor | None:
-        name = self.scale_keys.get(file_key)
-        return None if name is None else self.source.read(name)
+        scale_key = self.scale_keys.get(file_key)
+        return None if scale_key is None else self.source.read(scale_key)
 
 
 def load_transformer(
@@ -200,11 +200,11 @@ def load_transformer(
     is_diffusers: bool = False,
     keep_storage_dtype: bool = False,
 ) -> Transformer:
-    """The transformer, on the CPU.
+    """Loads a transformer on the CPU.
 
     Args:
-        source: its tensors, under their names without prefix.
-        is_diffusers: the names are those of a diffusers folder.
+        source: its tensors, under file keys without prefix.
+        is_diffusers: the file keys are those of a diffusers folder.
         keep_storage_dtype: see `load_weights`.
 
     Raises:
@@ -212,8 +212,8 @@ def load_transformer(
     """
     with torch.device("meta"):
         module = Transformer(config)
-    wanted = map_keys(TRANSFORMER_KEYS, module.state_dict(), is_diffusers=is_diffusers)
-    load_weights(module, source, wanted, dtype=dtype, keep_storage_dtype=keep_storage_dtype)
+    key_map = map_keys(TRANSFORMER_KEYS, module.state_dict(), is_diffusers=is_diffusers)
+    load_weights(module, source, key_map, dtype=dtype, keep_storage_dtype=keep_storage_dtype)
     return module
 
 
@@ -226,37 +226,38 @@ def load_vae(
     with_encoder: bool = True,
     with_decoder: bool = True,
 ) -> VAE:
-    """The VAE, on the CPU.
+    """Loads a VAE on the CPU.
 
     Args:
-        source: its tensors, under their names without prefix.
-        diffusers_vae_family: of `keys.DIFFUSERS_BLOCKS`, where the names are those of a diffusers folder.
-        with_encoder, with_decoder: a part that is not asked for is None in the module and takes no memory. It is accounted for
-            all the same.
+        source: its tensors, under file keys without prefix.
+        diffusers_vae_family: family in `keys.DIFFUSERS_VAE_BLOCKS`, where the file keys are a diffusers folder's.
+        with_encoder, with_decoder: False leaves that half None, without memory; its tensors are still checked.
 
     Raises:
         CheckpointError: see `load_weights`.
     """
     with torch.device("meta"):
         module = VAE(config)
-    diffusers = diffusers_vae_family is not None
-    wanted = map_keys(VAE_KEYS, module.state_dict(), is_diffusers=diffusers, diffusers_vae_family=diffusers_vae_family)
-    account(module, source, wanted, ignored_keys=() if diffusers else VAE_UNUSED_KEYS)
-    for part, asked in (("encoder", with_encoder), ("decoder", with_decoder)):
-        if not asked:
-            setattr(module, part, None)
-    assign(module, source, wanted, dtype=dtype)
+    is_diffusers = diffusers_vae_family is not None
+    key_map = map_keys(
+        VAE_KEYS, module.state_dict(), is_diffusers=is_diffusers, diffusers_vae_family=diffusers_vae_family
+    )
+    account(module, source, key_map, ignored_keys=() if is_diffusers else VAE_UNUSED_KEYS)
+    for half, is_wanted in (("encoder", with_encoder), ("decoder", with_decoder)):
+        if not is_wanted:
+            setattr(module, half, None)
+    assign(module, source, key_map, dtype=dtype)
     return module
 
 
 def load_upscaler(
     config: UpscalerConfig, source: Source, *, dtype: torch.dtype | None = torch.float32
 ) -> LatentUpscaler:
-    """The upscaler, on the CPU.
+    """Loads an upscaler on the CPU.
 
     Args:
-        source: its tensors, of a single file or a diffusers folder: the names are the same.
-        dtype: float32 unless asked otherwise, which is what the released ones are stored and run in.
+        source: its tensors; a single file and a diffusers folder have the same keys.
+        dtype: the released upscalers are stored and run in float32, the default.
 
     Raises:
         CheckpointError: see `load_weights`.
@@ -275,34 +276,35 @@ def load_text_encoder(
     keep_storage_dtype: bool = False,
     key_table: Iterable[Key] = T5_KEYS,
 ) -> T5Encoder:
-    """The text encoder, on the CPU.
+    """Loads a text encoder on the CPU.
 
     Args:
         keep_storage_dtype: see `load_weights`.
-        key_table: of the names in the source.
+        key_table: table of the file keys in the source.
 
     Raises:
         CheckpointError: see `load_weights`.
     """
     with torch.device("meta"):
         module = T5Encoder(config)
-    (second,) = T5_UNUSED_KEYS
-    if second in source.infos and _T5_EMBEDDING_KEY not in source.infos:  # some writers keep this one of the two names
-        source = source.rename_tensors({_T5_EMBEDDING_KEY if name == second else name: name for name in source.infos})
-    wanted = map_keys(key_table, module.state_dict())
+    (tied_key,) = T5_UNUSED_KEYS
+    if tied_key in source.infos and _T5_EMBEDDING_KEY not in source.infos:  # some writers keep only the tied key
+        source = source.rename_tensors({_T5_EMBEDDING_KEY if name == tied_key else name: name for name in source.infos})
+    key_map = map_keys(key_table, module.state_dict())
     load_weights(
-        module, source, wanted, dtype=dtype, keep_storage_dtype=keep_storage_dtype, ignored_keys=T5_UNUSED_KEYS
+        module, source, key_map, dtype=dtype, keep_storage_dtype=keep_storage_dtype, ignored_keys=T5_UNUSED_KEYS
     )
     return module
 
 
 def _format_shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a single number"
+    return "x".join(map(str, shape)) or "a scalar"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _join_first(found: list[str]) -> str:
-    return ", ".join(found[:MAX_LISTED]) + (f" and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else "")
+def _join_first(names: list[str]) -> str:
+    listed, rest = names[:MAX_LISTED_TENSORS], len(names) - MAX_LISTED_TENSORS
+    return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")

@@ -1,7 +1,7 @@
-"""Files in memory: mapped, shared by all who read them, and let go of page by page.
+"""Memory-mapped files, shared by all their readers, whose pages can be released and prefetched.
 
-A mapped page takes memory from when it is first touched. It can be let go of at any time, because the file still has
-it: the next touch brings it back, from the system's cache as a rule.
+A mapped page takes memory from its first access on. It can be released at any time, because the file still has it: the
+next access reads it again, usually from the page cache.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch import Tensor
 
 from kadr.errors import CheckpointError
 
-# Without it Linux would set memory aside for pages that nobody will write, and refuse files larger than its memory.
+# Without it Linux would reserve memory for pages that are never written, and refuse files larger than the memory.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python names it from 3.13 on
 
-# Shared by all sources of a file, and gone with its last tensor. The key tells a file from one that replaced it.
+# Shared by all sources of a file; an entry dies with the file's last tensor. Inode and mtime in the key distinguish a
+# file from one that replaced it.
 _maps: WeakValueDictionary[tuple[Path, int, int], mmap.mmap] = WeakValueDictionary()
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The file in memory: private, so it may be written to; kept for as long as a tensor uses it.
+    """Maps a file into memory: private, so writing to it is safe; the map lives as long as a tensor uses it.
 
     Raises:
-        CheckpointError: it cannot be read any more.
+        CheckpointError: the file can no longer be read.
     """
     try:
         with path.open("rb") as file:
@@ -40,41 +41,41 @@ def map_file(path: Path) -> mmap.mmap:
                 mapped = _maps[key] = _create_map(file.fileno())
             return mapped
     except (OSError, ValueError) as error:  # ValueError: the file is empty by now
-        raise CheckpointError(f"{path} cannot be read any more: {error}. Open it again.") from error
+        raise CheckpointError(f"{path} can no longer be read: {error}. Open it again.") from error
 
 
 def release_pages(tensors: Iterable[Tensor]) -> None:
-    """Let go of the pages under tensors that share memory with a file; others stay as they are.
+    """Releases the pages of tensors that share memory with a file; other tensors stay as they are.
 
-    What was written into such a tensor is lost: it then reads as the file does.
+    Values written into such a tensor are lost: it reads as the file again.
     """
     _advise(tensors, "MADV_DONTNEED")
 
 
 def prefetch_pages(tensors: Iterable[Tensor]) -> None:
-    """Ask the system to read what is under tensors that share memory with a file, without waiting for it."""
+    """Asks the system to read the pages of tensors that share memory with a file, without waiting for them."""
     _advise(tensors, "MADV_WILLNEED")
 
 
 def _advise(tensors: Iterable[Tensor], advice: str) -> None:
-    number = getattr(mmap, advice, None)
-    if number is None:  # a system that takes no advice, such as Windows
+    option = getattr(mmap, advice, None)
+    if option is None:  # a system without madvise, such as Windows
         return
     maps = [(_address(mapped), mapped) for mapped in list(_maps.values())]
     for start, length, mapped in _page_ranges(tensors, maps):
-        mapped.madvise(number, start, length)
+        mapped.madvise(option, start, length)
 
 
 def _page_ranges(tensors: Iterable[Tensor], maps: list[tuple[int, mmap.mmap]]) -> Iterator[tuple[int, int, mmap.mmap]]:
-    """Start and length in whole pages, and the file, of each tensor that lies in one."""
+    """Yields page-aligned start, length and map of each tensor that lies in one."""
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.numel():
             continue
-        begin = tensor.data_ptr()
+        address = tensor.data_ptr()
         for base, mapped in maps:
-            if base <= begin < base + len(mapped):
-                first = (begin - base) // mmap.PAGESIZE * mmap.PAGESIZE
-                yield first, begin - base + tensor.numel() * tensor.element_size() - first, mapped
+            if base <= address < base + len(mapped):
+                start = (address - base) // mmap.PAGESIZE * mmap.PAGESIZE
+                yield start, address - base + tensor.numel() * tensor.element_size() - start, mapped
 
 
 def _address(mapped: mmap.mmap) -> int:
@@ -84,5 +85,5 @@ def _address(mapped: mmap.mmap) -> int:
 def _create_map(descriptor: int) -> mmap.mmap:
     if os.name != "posix":
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    rights = mmap.PROT_READ | mmap.PROT_WRITE
-    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=rights)
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)

@@ -1,4 +1,4 @@
-"""Modules into files: the official single files, and a text encoder's folder. Written beside, then renamed."""
+"""Saves modules to files: official single files, and a text encoder's folder; each is written atomically."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from kadr.checkpoints.header import LENGTH_BYTES
-from kadr.checkpoints.header import SAFETENSORS_DTYPES as STORED_DTYPES
-from kadr.checkpoints.keys import T5_KEYS, TRANSFORMER_KEYS, UPSCALER_KEYS, Key, map_keys
-from kadr.checkpoints.keys import VAE_KEYS as VAE_KEYS
+from kadr.checkpoints.header import LENGTH_BYTES, SAFETENSORS_DTYPES
+from kadr.checkpoints.keys import T5_KEYS, TRANSFORMER_KEYS, UPSCALER_KEYS, VAE_KEYS, Key, map_keys
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
@@ -26,8 +24,8 @@ from kadr.models.vae import VAE
 from kadr.sampling.schedules import Schedule
 
 Materialize = Callable[[str, Tensor], Tensor]
-_DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-_HEADER_ALIGNMENT = 8  # bytes: where the tensors start, so that they can be mapped
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_HEADER_ALIGNMENT = 8  # bytes; the tensors start at a multiple, so that they can be mapped
 
 
 def write_single_file(
@@ -40,13 +38,13 @@ def write_single_file(
     metadata: Mapping[str, str] | None = None,
     materialize: Materialize | None = None,
 ) -> None:
-    """Write a checkpoint in the official layout, with its config in the header.
+    """Writes a checkpoint in the official layout, with its config in the header.
 
     Args:
         transformer, vae: on any device; at least one of them.
-        dtype: that every tensor is stored in.
+        dtype: storage dtype of every tensor.
         materialize: see `write_tensors`.
-        metadata: more entries of the header, beside "config".
+        metadata: further entries of the header, besides "config".
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -63,8 +61,8 @@ def write_single_file(
         tensors |= _tensors_by_file_key(vae, VAE_KEYS, "vae.")
     if not tensors:
         raise ValueError("give a transformer, a VAE or both")
-    described = {**(metadata or {}), "config": json.dumps(config)}
-    write_tensors(Path(path), tensors, dtype=dtype, metadata=described, materialize=materialize)
+    full_metadata = {**(metadata or {}), "config": json.dumps(config)}
+    write_tensors(Path(path), tensors, dtype=dtype, metadata=full_metadata, materialize=materialize)
 
 
 def write_upscaler(
@@ -74,13 +72,13 @@ def write_upscaler(
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write an upscaler in the official layout, with its config in the header. As `write_single_file`.
+    """Writes an upscaler in the official layout, with its config in the header; see `write_single_file`.
 
     Args:
-        dtype: float32, as the released ones are stored, unless said otherwise.
+        dtype: the released upscalers are stored in float32, the default.
     """
-    described = {**(metadata or {}), "config": json.dumps(upscaler.config.to_header())}
-    write_tensors(Path(path), _tensors_by_file_key(upscaler, UPSCALER_KEYS, ""), dtype=dtype, metadata=described)
+    full_metadata = {**(metadata or {}), "config": json.dumps(upscaler.config.to_header())}
+    write_tensors(Path(path), _tensors_by_file_key(upscaler, UPSCALER_KEYS, ""), dtype=dtype, metadata=full_metadata)
 
 
 def write_text_encoder(
@@ -91,19 +89,19 @@ def write_text_encoder(
     dtype: torch.dtype = torch.bfloat16,
     materialize: Materialize | None = None,
 ) -> None:
-    """Write `text_encoder` and `tokenizer` into a folder, as transformers and `TextEncoderCheckpoint` read them.
+    """Writes `text_encoder` and `tokenizer` into a folder, as transformers and `TextEncoderCheckpoint` read them.
 
     Args:
-        folder: made if absent.
-        tokenizer_file: spiece.model or tokenizer.json; it is copied under that name.
+        folder: created if absent.
+        tokenizer_file: a SentencePiece model or a tokenizer.json; copied as spiece.model or tokenizer.json.
         materialize: see `write_tensors`.
 
     Raises:
         CheckpointError: the files cannot be written.
     """
     home, tokenizer_file = Path(folder), Path(tokenizer_file)
-    for made in (home / "text_encoder", home / "tokenizer"):
-        made.mkdir(parents=True, exist_ok=True)
+    for subfolder in (home / "text_encoder", home / "tokenizer"):
+        subfolder.mkdir(parents=True, exist_ok=True)
     write_tensors(
         home / "text_encoder" / "model.safetensors",
         _tensors_by_file_key(text_encoder, T5_KEYS, ""),
@@ -112,8 +110,8 @@ def write_text_encoder(
     )
     _write_json(home / "text_encoder" / "config.json", _t5_config_json(text_encoder.config, dtype))
     name = "tokenizer.json" if tokenizer_file.suffix == ".json" else "spiece.model"
-    with _atomic_file(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as given:
-        shutil.copyfileobj(given, file)
+    with _atomic_file(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as source:
+        shutil.copyfileobj(source, file)
     _write_json(home / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
 
 
@@ -126,37 +124,37 @@ def write_tensors(
     materialize: Materialize | None = None,
     fsync: bool = False,
 ) -> None:
-    """Write a safetensors file, one tensor at a time: no second copy of the model is made.
+    """Writes a safetensors file, one tensor at a time, without a second copy of the model.
 
     The same tensors give the same bytes.
 
     Args:
-        fsync: wait until the disk has it, so that a power cut leaves it whole or as it was before.
-        materialize: gives the numbers of a tensor, by its name, when its turn has come; `tensors` may then be on meta.
+        fsync: wait until the file is on disk, so that a power cut leaves the new file or the old one.
+        materialize: (name, tensor) -> the tensor's values, called when it is written; `tensors` may then be on meta.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in sorted(tensors.items()):
         start, end = end, end + prod(tensor.shape) * dtype.itemsize
         header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(LENGTH_BYTES + len(text)) % _HEADER_ALIGNMENT)
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-(LENGTH_BYTES + len(header_bytes)) % _HEADER_ALIGNMENT)
     with _atomic_file(path, fsync=fsync) as file:
-        file.write(len(text).to_bytes(LENGTH_BYTES, "little"))
-        file.write(text)
+        file.write(len(header_bytes).to_bytes(LENGTH_BYTES, "little"))
+        file.write(header_bytes)
         for name, tensor in sorted(tensors.items()):
             tensor = tensor if materialize is None else materialize(name, tensor)
-            plain = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
-            file.write(plain.view(torch.uint8).numpy().data)
+            flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _tensors_by_file_key(module: nn.Module, table: tuple[Key, ...], prefix: str) -> dict[str, Tensor]:
     state = module.state_dict()
-    return {prefix + theirs: state[ours] for ours, theirs in map_keys(table, state).items()}
+    return {prefix + file_key: state[kadr_key] for kadr_key, file_key in map_keys(table, state).items()}
 
 
 def _t5_config_json(config: T5Config, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of transformers' T5EncoderModel."""
+    """Returns the config.json of transformers' T5EncoderModel."""
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
@@ -180,7 +178,7 @@ def _t5_config_json(config: T5Config, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-# Without sentinels: the vocabulary is that of the file.
+# extra_ids 0: no sentinel tokens besides the vocabulary of the file.
 _TOKENIZER_CONFIG: Mapping[str, Any] = {
     "tokenizer_class": "T5Tokenizer",
     "pad_token": "<pad>",
@@ -198,8 +196,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _atomic_file(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
-    """A file that takes its name only when it is whole."""
-    with atomic_path(path) as part, part.open("wb") as file:
+    """Opens a file for writing that takes its name only when it is complete."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         yield file
         if fsync:
             file.flush()
@@ -208,17 +206,17 @@ def _atomic_file(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A place to write a file to, which takes its name only when the block ends well, and else is gone.
+    """Yields a temporary path, renamed to `path` when the block succeeds and deleted when it fails.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
-        part.replace(path)
+        yield temporary
+        temporary.replace(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}. Write it elsewhere.") from error
     finally:
         with suppress(FileNotFoundError):
-            part.unlink()
+            temporary.unlink()

@@ -1,7 +1,7 @@
-"""Tensors by name, from one file or several: the header first, the bytes when they are asked for.
+"""Tensors by name, from one file or several: headers are read at once, bytes on demand.
 
-Bytes are mapped, not read: a tensor shares memory with the page cache, and costs nothing until it is touched. The
-mapping goes when the last tensor of its file goes.
+Bytes are mapped, not read: a tensor shares memory with the page cache, and takes none until it is accessed. The map is
+closed with the last tensor of its file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from kadr.checkpoints.header import TensorInfo, read_header
 from kadr.checkpoints.memory_map import map_file
 from kadr.errors import CheckpointError
 
-WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # of the weights in a component's folder: diffusers', transformers'
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # file stems of the weights in diffusers and transformers folders
 FILE_VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran
+MAX_LISTED_FILES = 5  # in an error
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Source:
     """One or several safetensors files, or a GGUF file, seen as one mapping of names.
 
     Args:
-        path: what was opened, for messages.
-        infos: name -> what the header says of the tensor. A name may differ from the one in the file: see `rename_tensors`.
-        metadata: of the header; of several files, the first one's.
+        path: path that was opened, for messages.
+        infos: name -> tensor in the header. A name may differ from the one in the file: see `rename_tensors`.
+        metadata: metadata of the header; with several files, the first non-empty one.
     """
 
     path: Path
@@ -41,30 +42,31 @@ class Source:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Source:
-        """Read the header of a safetensors or a GGUF file, told apart by how they begin; or those of the weights in a
-        component's folder (shards and variants too).
+        """Reads the header of a safetensors or GGUF file, or the headers of the weights in a component's folder.
+
+        The first bytes decide the format. A folder may have shards and variants.
 
         Raises:
-            CheckpointError: nothing is there, it is neither of the two, it is cut short, or a shard is missing.
+            CheckpointError: nothing is there, it is in another format, it is truncated, or a shard is missing.
         """
         path = Path(path)
         files = _find_weight_files(path) if path.is_dir() else (path,)
         infos: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         for file in files:
-            found, said = _read_any_header(file)
-            twice = infos.keys() & found.keys()
-            if twice:
+            file_infos, file_metadata = _read_any_header(file)
+            duplicates = infos.keys() & file_infos.keys()
+            if duplicates:
                 raise CheckpointError(
-                    f"{path}: the tensor {min(twice)} is in two of its files. Download the folder again."
+                    f"{path}: the tensor {min(duplicates)} is in two of its files. Download the folder again."
                 )
-            infos |= found
-            metadata = metadata or dict(said)
+            infos |= file_infos
+            metadata = metadata or dict(file_metadata)
         return cls(path, infos, metadata)
 
     @property
     def size_bytes(self) -> int:
-        """Of the tensors, as they are stored."""
+        """Bytes of the tensors as stored."""
         return sum(info.size_bytes for info in self.infos.values())
 
     @property
@@ -73,34 +75,38 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most of the bytes are stored as: uint8 where they are packed, float32 where there are none."""
-        weight: dict[torch.dtype, int] = {}
+        """Storage dtype of most of the bytes: uint8 for block-quantized tensors, float32 where there are none."""
+        dtype_bytes: dict[torch.dtype, int] = {}
         for info in self.infos.values():
-            weight[info.dtype] = weight.get(info.dtype, 0) + info.size_bytes
-        return max(weight, key=weight.__getitem__, default=torch.float32)
+            dtype_bytes[info.dtype] = dtype_bytes.get(info.dtype, 0) + info.size_bytes
+        return max(dtype_bytes, key=dtype_bytes.__getitem__, default=torch.float32)
 
     @property
     def type_counts(self) -> dict[str, int]:
-        """What the tensors are stored as ("bfloat16", "Q4_K" and so on) -> how many, most bytes first."""
-        weight, count = Counter[str](), Counter[str]()
+        """Storage type ("bfloat16", "Q4_K" and so on) -> number of tensors, most bytes first."""
+        type_bytes, counts = Counter[str](), Counter[str]()
         for info in self.infos.values():
-            weight[info.storage_type] += info.size_bytes
-            count[info.storage_type] += 1
-        return {name: count[name] for name, _ in weight.most_common()}
+            type_bytes[info.storage_type] += info.size_bytes
+            counts[info.storage_type] += 1
+        return {name: counts[name] for name, _ in type_bytes.most_common()}
 
     def rename_tensors(self, names: Mapping[str, str]) -> Source:
-        """The same files under other names. names: new -> present; what it does not mention is left out."""
-        return Source(self.path, {new: self.infos[old] for new, old in names.items()}, self.metadata)
+        """Returns the same files under other names.
+
+        Args:
+            names: new name -> current name; tensors that it does not mention are left out.
+        """
+        return Source(self.path, {new: self.infos[current] for new, current in names.items()}, self.metadata)
 
     def read(self, name: str) -> Tensor:
-        """A tensor in its stored dtype and shape, on the CPU, sharing memory with the file.
+        """Returns a tensor in its stored dtype and shape, on the CPU, sharing memory with the file.
 
-        One that is packed comes as the bytes of its blocks, uint8 (rows, bytes of a row): see its `packing`.
-        Writing to it does not reach the file: written pages become the process's own.
+        A block-quantized tensor comes as the bytes of its blocks, uint8 (rows, bytes of a row): see
+        `TensorInfo.ggml_type`. Writing to a tensor does not change the file: written pages become private.
 
         Raises:
             KeyError: no such name.
-            CheckpointError: the file went away or shrank since it was opened.
+            CheckpointError: the file is gone or shrank since it was opened.
         """
         info = self.infos[name]
         if not info.numel:  # torch takes no empty buffer
@@ -110,11 +116,9 @@ class Source:
             raise CheckpointError(
                 f"{info.file} shrank to {len(mapped):,} bytes since it was opened. Download it again."
             )
-        if (
-            info.file_offset % info.dtype.itemsize
-        ):  # old writers did not align; torch wants whole numbers at whole places
-            piece = bytearray(mapped[info.file_offset : info.file_offset + info.size_bytes])
-            return torch.frombuffer(piece, dtype=info.dtype).view(info.storage_shape)
+        if info.file_offset % info.dtype.itemsize:  # old writers did not align; torch.frombuffer requires it
+            copied = bytearray(mapped[info.file_offset : info.file_offset + info.size_bytes])
+            return torch.frombuffer(copied, dtype=info.dtype).view(info.storage_shape)
         count = info.size_bytes // info.dtype.itemsize
         flat = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=info.file_offset)
         return flat.view(info.storage_shape)
@@ -128,7 +132,7 @@ def _read_any_header(file: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str,
 
 
 def _find_weight_files(folder: Path) -> tuple[Path, ...]:
-    """The weight files of a component's folder: the shards that an index names, or one file."""
+    """Finds the weight files of a component's folder: the shards that an index names, or one file."""
     for variant in FILE_VARIANTS:
         for stem in WEIGHT_STEMS:
             indexes = (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors.index.json")
@@ -139,30 +143,32 @@ def _find_weight_files(folder: Path) -> tuple[Path, ...]:
             if file.is_file():
                 return (file,)
     pickles = sorted(file.name for file in folder.glob("*.bin"))
-    found = f" (it has {pickles[0]}, a pickle, which kadr never reads: it may run code)" if pickles else ""
+    pickle = f" (it has {pickles[0]}, a pickle, which kadr never reads: it may run code)" if pickles else ""
+    names = _join_first(f"{stem}.safetensors" for stem in WEIGHT_STEMS)
     raise CheckpointError(
-        f"{folder} has no weights in it{found}: none of {_join_first(f'{stem}.safetensors' for stem in WEIGHT_STEMS)}, "
-        "nor an index of shards. Name the .safetensors itself, or download the folder again."
+        f"{folder} has no weights in it{pickle}: none of {names}, nor an index of shards. Name the .safetensors "
+        "itself, or download the folder again."
     )
 
 
 def _find_shards(index: Path) -> tuple[Path, ...]:
     try:
-        places: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        names = sorted(set(places.values()))
+        weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it names no file, or one in another folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read as an index of shards: {error!r}. Download it again.") from error
-    absent = [name for name in names if not (index.parent / name).is_file()]
-    if absent:
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
         raise CheckpointError(
-            f"{index.parent} lacks {len(absent)} of its {len(names)} shards: {_join_first(absent)}. "
-            f"Download what is missing, beside {index.name}."
+            f"{index.parent} lacks {len(missing)} of its {len(names)} shards: {_join_first(missing)}. "
+            f"Download them into the folder of {index.name}."
         )
     return tuple(index.parent / name for name in names)
 
 
 def _join_first(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    listed, rest = names[:MAX_LISTED_FILES], len(names) - MAX_LISTED_FILES
+    return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""A text encoder on disk: what it is, at once and for nothing; its module and tokenizer, when they are asked for."""
+"""A text encoder on disk: described from its header at once; module and tokenizer load on demand."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class TextEncoderCheckpoint:
     """A T5 encoder and its tokenizer, opened by their headers.
 
     Args:
-        path: of the weights and config.json; or a .gguf, which has all in it.
-        tokenizer_root: where the tokenizer is looked for, if it is not in `path`.
-        key_table: of the names in `source`.
+        path: folder of the weights and config.json; or a .gguf, which has everything in it.
+        tokenizer_root: folder in which the tokenizer is looked for; a .gguf itself where `path` is one.
+        key_table: table of the file keys in `source`.
     """
 
     path: Path
@@ -38,14 +38,14 @@ class TextEncoderCheckpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TextEncoderCheckpoint:
-        """Read config and headers, no tensor.
+        """Reads config and headers, no tensor.
 
         Args:
-            path: the encoder's own folder, with the tokenizer in it or in the folder `tokenizer` in or beside it; or
-                the folder that holds `text_encoder` and `tokenizer`; or a .gguf.
+            path: the encoder's own folder, with the tokenizer in it or in a folder `tokenizer` in or beside it; or
+                the folder that has `text_encoder` and `tokenizer` in it; or a .gguf.
 
         Raises:
-            CheckpointError: it is no text encoder that kadr runs.
+            CheckpointError: it is not a text encoder that kadr runs.
         """
         home = Path(path)
         if is_gguf(home):
@@ -54,8 +54,8 @@ class TextEncoderCheckpoint:
         if not (folder / "config.json").is_file():
             state = "has no config.json" if folder.is_dir() else "is neither a folder nor a GGUF file"
             raise CheckpointError(
-                f"{folder} {state}, so it is no text encoder. Give the folder with text_encoder/ and tokenizer/ in it, "
-                "such as that of PixArt-alpha/PixArt-XL-2-1024-MS, or a .gguf of the encoder."
+                f"{folder} {state}, so it is not a text encoder. Give the folder with text_encoder/ and tokenizer/ in "
+                "it, such as that of PixArt-alpha/PixArt-XL-2-1024-MS, or a .gguf of the encoder."
             )
         try:
             config = T5Config.from_header(read_json(folder / "config.json"))
@@ -68,20 +68,21 @@ class TextEncoderCheckpoint:
         return self.source.size_bytes
 
     def load(self, dtype: torch.dtype | None = None, *, keep_storage_dtype: bool = False) -> T5Encoder:
-        """The encoder on the CPU, sharing memory with the files where `dtype` (None: as stored) agrees.
+        """Loads the encoder on the CPU; tensors already stored in `dtype` share memory with the files.
 
         Args:
-            keep_storage_dtype: see `load.fill`.
+            dtype: None keeps the stored dtypes.
+            keep_storage_dtype: see `load.load_weights`.
 
         Raises:
-            CheckpointError: its tensors do not fit the config; see `load.fill`.
+            CheckpointError: its tensors do not fit the config; see `load.load_weights`.
         """
         return load_text_encoder(
             self.config, self.source, dtype=dtype, keep_storage_dtype=keep_storage_dtype, key_table=self.key_table
         )
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that belongs to it.
+        """Loads the encoder's tokenizer.
 
         Raises:
             CheckpointError: there is none, or the encoder's vocabulary is too small for it.
@@ -94,19 +95,20 @@ class TextEncoderCheckpoint:
         )
         if tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
-                f"the tokenizer of {self.tokenizer_root} numbers up to {tokenizer.vocab_size - 1}, the encoder's vocabulary ends at "
-                f"{self.config.vocab_size - 1}. Take both from the same place."
+                f"the tokenizer of {self.tokenizer_root} has token ids up to {tokenizer.vocab_size - 1}, the encoder's "
+                f"vocabulary ends at {self.config.vocab_size - 1}. Use tokenizer and encoder of the same release."
             )
         return tokenizer
 
     def describe(self) -> ComponentDescription:
-        """What the header tells."""
-        sizes = {"layers": self.config.num_layers, "width": self.config.d_model, "vocabulary": self.config.vocab_size}
+        """Describes the encoder from its header."""
+        config = self.config
+        sizes = {"num_layers": config.num_layers, "d_model": config.d_model, "vocab_size": config.vocab_size}
         return describe_component("text encoder", self.source, sizes)
 
 
 def is_text_encoder(path: Path) -> bool:
-    """Whether a path is that of a text encoder, and of no model."""
+    """Returns whether a path is a text encoder and not a model."""
     if not path.is_dir():
         return is_gguf(path) and read_gguf_header(path).architecture == T5_ENCODER_ARCHITECTURE
     if (path / "transformer").exists() or (path / "vae").exists():

@@ -1,4 +1,4 @@
-"""Whether the files in the hub's cache are what the hub has."""
+"""Verifies files in the hub's cache against the hub's checksums."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ OK, DAMAGED, ABSENT, UNVERIFIED = "ok", "damaged", "not on disk", "not verified"
 
 @dataclass(frozen=True)
 class FileVerification:
-    """What comparing a file with the hub's checksum has shown.
+    """The result of verifying one file.
 
     Args:
-        name: within the repository; a pattern where nothing of it is there.
-        path: where it lies; None where nothing is known of it.
-        state: OK, DAMAGED, ABSENT, or UNKNOWN where the checksum could not be had.
-        expected_digest, actual_digest: checksums, where they are known.
+        name: its path within the repository; a pattern that matched no file in the cache.
+        path: its path in the cache; None for a pattern.
+        state: OK, DAMAGED, ABSENT, or UNVERIFIED where the hub's checksum is not known.
+        expected_digest, actual_digest: the hub's checksum and the file's; None where they are not known.
     """
 
     name: str
@@ -33,10 +33,10 @@ class FileVerification:
 
 
 def verify_files(repo: str, patterns: Sequence[str]) -> Iterator[FileVerification]:
-    """Compare what the cache has of a repository with the hub's checksums, file by file.
+    """Verifies the cached files of a repository against the hub's checksums, file by file.
 
-    The cache names the bytes of a file by their checksum, so the network is not asked; except where the cache is made
-    without links, as on most Windows machines.
+    The cache names the bytes of a file by their checksum, so no network is needed; except in a cache without symbolic
+    links, as on most Windows machines.
     """
     files = hub.list_cached(repo, patterns)
     yield from (FileVerification(pattern, None, ABSENT) for pattern in patterns if not fnmatch.filter(files, pattern))
@@ -50,14 +50,14 @@ def _verify_file(repo: str, name: str, path: Path) -> FileVerification:
     expected = _digest_from_symlink(path) or hub.fetch_digest(repo, name, path)
     if expected is None:
         return FileVerification(name, path, UNVERIFIED)
-    found = hub.compute_digest_with_progress(path, name, expected)
-    return FileVerification(name, path, OK if found == expected else DAMAGED, expected, found)
+    actual = hub.compute_digest_with_progress(path, name, expected)
+    return FileVerification(name, path, OK if actual == expected else DAMAGED, expected, actual)
 
 
 def _digest_from_symlink(path: Path) -> str | None:
-    """What the bytes behind a link should have as their checksum: their name.
+    """Returns the checksum that a link's target should have, which is the target's name.
 
-    Only the first link counts: where repositories share bytes it leads to another, which is named otherwise.
+    Only the first link counts: where repositories share bytes, it leads to a second link with another kind of target.
     """
     name = Path(os.readlink(path)).name if path.is_symlink() else ""
     return name if is_digest(name) else None

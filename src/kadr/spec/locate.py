@@ -1,4 +1,4 @@
-"""From what a person calls a model to the files it is in."""
+"""Finds the files of a model by its name or path."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class ModelFiles:
     """The files of a model.
 
     Args:
-        name: as it was asked for.
-        text_encoder: None where none is named and none lies beside the model; see `fetch_text_encoder`.
+        name: the name or path that was given.
+        text_encoder: None where none was given and none is beside the model; see `fetch_text_encoder`.
         vae: None where the VAE is in `model`.
-        release: the registry's entry; None for a path, whose header has to tell.
+        release: the registry's entry; None for a path, whose header decides.
     """
 
     name: str
@@ -39,34 +39,37 @@ class ModelFiles:
 
 
 def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: str | Path | None = None) -> ModelFiles:
-    """Find the files; what is named and not on disk yet is fetched from the hub.
+    """Finds the files of a model; a named file that is not on disk is fetched from the hub.
 
     Args:
-        text_encoder, vae: a path or a name of the registry, instead of the model's own.
+        text_encoder, vae: a path or a registry name, instead of the model's own.
 
     Raises:
-        RequestError: an unknown name, or that of something else.
-        CheckpointError: a path that is not there, or a file that cannot be fetched.
+        RequestError: an unknown name, or the name of another kind of release.
+        CheckpointError: a path that does not exist, or a file that cannot be fetched.
     """
-    released = None if is_path(model) else registry.find_release(str(model))
-    if released is not None:
-        _require_model(released)
-    own_text = None if text_encoder is None else _find_component(text_encoder, "text encoder")
-    own_vae = None if vae is None else _find_component(vae, "model", "VAE")
-    if own_vae is None and released is not None and released.vae is not None:
-        own_vae = registry.RELEASES_BY_NAME[released.vae]
-    path = fetch_release(released) if released else _require_existing(model, "model")
+    release = None if is_path(model) else registry.find_release(str(model))
+    if release is not None:
+        _require_model(release)
+    text_encoder_component = None if text_encoder is None else _find_component(text_encoder, "text encoder")
+    vae_component = None if vae is None else _find_component(vae, "model", "VAE")
+    if vae_component is None and release is not None and release.vae is not None:
+        vae_component = registry.RELEASES_BY_NAME[release.vae]
+    path = fetch_release(release) if release else _require_existing(model, "model")
     return ModelFiles(
         name=str(model),
         model=path,
-        vae=_fetch_if_release(own_vae),
-        text_encoder=_fetch_if_release(own_text) or _text_encoder_beside(path),
-        release=released,
+        vae=_fetch_if_release(vae_component),
+        text_encoder=_fetch_if_release(text_encoder_component) or _text_encoder_beside(path),
+        release=release,
     )
 
 
 def fetch_text_encoder(release: Release | None) -> Path:
-    """The text encoder of a model that has none beside it, fetched from the hub where it is not on disk yet.
+    """Returns the text encoder of a model that has none beside it, fetched if it is not on disk.
+
+    Args:
+        release: the model's; None for a model that is not in the registry.
 
     Raises:
         CheckpointError: it cannot be fetched.
@@ -75,7 +78,7 @@ def fetch_text_encoder(release: Release | None) -> Path:
 
 
 def fetch_upscaler(release: Release) -> Path:
-    """The upscaler that a model's second pass needs, fetched from the hub where it is not on disk yet.
+    """Returns the upscaler of a model's second pass, fetched if it is not on disk.
 
     Raises:
         CheckpointError: it cannot be fetched, or there is none.
@@ -86,11 +89,11 @@ def fetch_upscaler(release: Release) -> Path:
 
 
 def locate_lora(lora: str | Path) -> Path:
-    """The file, or folder, of a LoRA that is given by its path or by a name of the registry.
+    """Returns the file or folder of a LoRA given by path or registry name, fetched if it is not on disk.
 
     Raises:
-        RequestError: it is the name of something else.
-        CheckpointError: it is not there, or cannot be fetched.
+        RequestError: the name is not a LoRA's.
+        CheckpointError: the path does not exist, or the file cannot be fetched.
     """
     located = _fetch_if_release(_find_component(lora, registry.LORA))
     assert located is not None
@@ -98,12 +101,12 @@ def locate_lora(lora: str | Path) -> Path:
 
 
 def check_lora_name(lora: str | Path) -> None:
-    """As `locate_lora`, and nothing is fetched."""
+    """Checks a LoRA's path or name like `locate_lora`, without fetching."""
     _find_component(lora, registry.LORA)
 
 
 def fetch_release(release: Release) -> Path:
-    """The file of an entry, or the folder where it is of many, fetched from the hub where it is not on disk yet.
+    """Returns the file of a release, or the folder of one with several files, fetched if it is not on disk.
 
     Raises:
         CheckpointError: it cannot be fetched.
@@ -116,7 +119,7 @@ def fetch_release(release: Release) -> Path:
 
 
 def find_release_on_disk(release: Release) -> Path | None:
-    """As `fetch_release`, if all of it is here already; the network is not asked."""
+    """Returns the path of a release like `fetch_release` if all of it is on disk, else None. Uses no network."""
     if release.repo is None:
         path = PACKAGE_ROOT / release.file
         return path if path.is_file() else None
@@ -126,7 +129,7 @@ def find_release_on_disk(release: Release) -> Path | None:
 
 
 def is_path(name_or_path: str | Path) -> bool:
-    """Whether this is a path, and not a name."""
+    """Returns whether this is a path, and not a registry name."""
     text = str(name_or_path)
     return (
         isinstance(name_or_path, Path)
@@ -144,22 +147,22 @@ def _is_pattern(release: Release) -> bool:
 def _require_model(release: Release) -> None:
     if release.kind != "model":
         raise RequestError(
-            f"{release.name} is a {release.kind}, and no model. Give it as {_FLAGS[release.kind]}, and a model "
+            f"{release.name} is a {release.kind}, not a model. Give it as {_FLAGS[release.kind]}, and a model "
             "that `kadr models` lists."
         )
 
 
 def _find_component(name_or_path: str | Path, kind: str, label: str = "") -> Path | Release:
-    """A part that is given: a path that is there, or an entry of that kind."""
-    released = None if Path(name_or_path).exists() else registry.RELEASES_BY_NAME.get(str(name_or_path))
-    if released is None:
+    """Resolves a component to an existing path, or to a release of that kind."""
+    release = None if Path(name_or_path).exists() else registry.RELEASES_BY_NAME.get(str(name_or_path))
+    if release is None:
         return _require_existing(name_or_path, label or kind)
-    if released.kind != kind:
-        known = [entry.name for entry in registry.RELEASES if entry.kind == kind and entry.repo is not None]
+    if release.kind != kind:
+        example = next(entry.name for entry in registry.RELEASES if entry.kind == kind and entry.repo is not None)
         raise RequestError(
-            f"{released.name} is a {released.kind}; for the {label or kind} give a path, or a name such as {known[0]}."
+            f"{release.name} is a {release.kind}; for the {label or kind} give a path, or a name such as {example}."
         )
-    return released
+    return release
 
 
 def _fetch_if_release(component: Path | Release | None) -> Path | None:
@@ -170,12 +173,12 @@ def _require_existing(path: str | Path, label: str) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(
-            f"the {label} is not at {path}. Give an existing path, or a name that `kadr models` lists."
+            f"the {label} {path} does not exist. Give an existing path, or a name that `kadr models` lists."
         )
     return path
 
 
 def _text_encoder_beside(model: Path) -> Path | None:
-    """A text encoder that came with the model: in the same folder, or in the folder that the model is."""
+    """Returns the text encoder beside a model: in the model's folder, or in the folder of its file."""
     folder = model if model.is_dir() else model.parent
     return folder if (folder / "text_encoder").is_dir() else None

@@ -1,4 +1,4 @@
-"""A LoRA as a person names it, and how strongly it acts. Nothing here loads torch."""
+"""A LoRA's path and strengths. Nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from typing import Any
 from kadr.errors import RequestError
 from kadr.validation import is_number
 
-MAX_LORA_STRENGTH = 10.0  # beyond it any LoRA makes noise: somebody meant per cent
-
-
-LoraStrength = float | tuple[float, float]  # of a LoRA: in all passes, or in the first and in the second
+MAX_LORA_STRENGTH = 10.0  # beyond it any LoRA makes noise: the value was probably meant as a percentage
+LoraStrength = float | tuple[float, float]  # for all passes, or for the first and the second
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA for a model, and how strongly it acts where a request does not say.
+    """A LoRA for a model, and its default strengths.
 
     Args:
-        path: a .safetensors, a folder as PEFT and diffusers write them, or a name of the registry.
-        strength: 1 is as it was trained, 0 is without it, below 0 is away from it.
-        second_strength: in the second of two passes; None: as `strength`.
+        path: a .safetensors, a folder as PEFT and diffusers write them, or a registry name.
+        strength: 1 as trained, 0 without the LoRA, below 0 away from it.
+        second_strength: strength in the second of two passes; None means `strength`.
     """
 
     path: str
@@ -38,7 +36,7 @@ class Lora:
 
     @classmethod
     def parse(cls, value: Any) -> Lora:
-        """From what `Engine.open` takes: a Lora, a path, or a tuple of a path and one strength or two.
+        """Parses an entry of `loras` of `Engine.open`: a Lora, a path, or a tuple of a path and one or two strengths.
 
         Raises:
             RequestError: it is none of these.
@@ -52,59 +50,59 @@ class Lora:
         raise RequestError(f"a LoRA is given as {value!r}; it must be a path, or (path, strength).")
 
     def pass_strengths(self) -> tuple[float, float]:
-        """In the first pass and in the second."""
+        """Returns the strengths in the first and the second pass."""
         return self.strength, self.strength if self.second_strength is None else self.second_strength
 
 
 def refuse_merged_twice(loras: Iterable[Lora]) -> None:
-    """Refuse other strengths in each of two passes that are made with the same merged weights.
+    """Refuses two strengths of a LoRA that is merged into the one transformer of both passes.
 
     Raises:
-        RequestError: with the first.
+        RequestError: a LoRA has two; the message names the first such LoRA.
     """
-    for use in loras:
-        first, second = use.pass_strengths()
+    for lora in loras:
+        first, second = lora.pass_strengths()
         if first != second:
             raise RequestError(
-                f"{use.path} is to be merged, with strength {first:g} in the first pass and {second:g} in the second: "
-                "one transformer makes both. Leave --merge-loras out."
+                f"{lora.path} cannot be merged with strength {first:g} in the first pass and {second:g} in the second: "
+                "one transformer runs both. Leave --merge-loras out."
             )
 
 
 def check_lora_strength(value: Any) -> float:
-    """The strength of a LoRA, if it is one.
+    """Checks the strength of a LoRA and returns it as a float.
 
     Raises:
-        RequestError: it is no number, or none that a LoRA survives.
+        RequestError: it is not a number, or too large.
     """
     if not is_number(value):
         raise RequestError(f"the strength of a LoRA is {value!r}; it must be a number.")
     if abs(value) > MAX_LORA_STRENGTH:
         raise RequestError(
-            f"the strength of a LoRA is {value:g}; it must lie between {-MAX_LORA_STRENGTH:g} and {MAX_LORA_STRENGTH:g}, and 1 is as "
-            "it was trained."
+            f"the strength of a LoRA is {value:g}; it must lie between {-MAX_LORA_STRENGTH:g} and "
+            f"{MAX_LORA_STRENGTH:g}, and 1 is as it was trained."
         )
     return float(value)
 
 
 def parse_lora_strengths(values: Any) -> tuple[LoraStrength, ...] | None:
-    """Strengths of LoRAs, one or two for each; None is none.
+    """Parses the strengths of LoRAs, one or two for each; None stays None.
 
     Raises:
-        RequestError: as `check_lora_strength`.
+        RequestError: it is not a list of strengths; see `check_lora_strength`.
     """
     if values is None:
         return None
     if not isinstance(values, tuple | list):
         raise RequestError(f"lora_strengths is {values!r}; it must be a list, one for each LoRA of the engine.")
-    made: list[LoraStrength] = []
-    for each in values:
-        if isinstance(each, tuple | list):
-            if len(each) != 2:
+    strengths: list[LoraStrength] = []
+    for value in values:
+        if isinstance(value, tuple | list):
+            if len(value) != 2:
                 raise RequestError(
-                    f"a LoRA's strength is {each!r}; it must be one number, or one for each of two passes."
+                    f"a LoRA's strength is {value!r}; it must be one number, or one for each of two passes."
                 )
-            made.append((check_lora_strength(each[0]), check_lora_strength(each[1])))
+            strengths.append((check_lora_strength(value[0]), check_lora_strength(value[1])))
         else:
-            made.append(check_lora_strength(each))
-    return tuple(made)
+            strengths.append(check_lora_strength(value))
+    return tuple(strengths)

@@ -1,4 +1,4 @@
-"""A model, known from its headers: which components it has, and whether they fit each other."""
+"""A model opened by its headers: its components, and checks that they fit each other."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ SPATIAL_UPSCALER, TEMPORAL_UPSCALER = "spatial", "temporal"
 
 @dataclass(frozen=True)
 class Upscaling:
-    """What happens to the latents between two passes: which sides double."""
+    """The axes of the latents that double between two passes."""
 
     spatial: bool
     temporal: bool
 
 
 class ModelSpec:
-    """A model whose headers are read, and how it is to be run here. No weight is in memory.
+    """A model's headers, and the options it runs with on this machine. No weight is in memory.
 
     Args:
-        checkpoint: with the transformer, and the VAE unless `vae_checkpoint` brings it.
-        text_encoder_folder: the text encoder's folder.
-        vae_checkpoint: another checkpoint to take the VAE from.
-        second: another checkpoint to take the second pass's transformer from.
+        checkpoint: has the transformer, and the VAE unless `vae` has it.
+        text: the text encoder.
+        vae: another checkpoint for the VAE; None means `checkpoint`.
+        device, dtype: see `Engine.open`.
+        second: another checkpoint for the transformer of the second pass.
         loras: for the transformers of both passes.
-        quant, offload, compile_transformer: see `Engine.open`.
+        quant, offload, compiled: see `Engine.open`.
     """
 
     def __init__(
@@ -69,79 +70,89 @@ class ModelSpec:
         self.loras = loras or Loras(())
         self.loras.check_fits(self.transformer_checkpoints)
         self.upscaler_checkpoints: dict[str, Checkpoint] = {}
-        checkpoints = {one.path: one for one in (*self.transformer_checkpoints, self.vae_checkpoint)}
-        parameters = sum(source.num_parameters for one in checkpoints.values() for source in one.sources.values())
+        checkpoints = {opened.path: opened for opened in (*self.transformer_checkpoints, self.vae_checkpoint)}
+        num_parameters = sum(
+            source.num_parameters for opened in checkpoints.values() for source in opened.sources.values()
+        )
         self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device, parameters)
+        self.dtype = pick_dtype(dtype, self.device, num_parameters)
         self.quant, self.offload = resolve_scheme(quant, self.transformer_checkpoints, self.device), offload
         if self.loras.is_merged:
             refuse_merging(self.transformer_checkpoints)
         self.compile_transformer = check_compile(compiled, self.device)
 
     def add_upscaler(self, checkpoint: Checkpoint) -> None:
-        """Take a latent upscaler for the way between two passes.
+        """Adds a latent upscaler to run between two passes.
 
         Raises:
-            CheckpointError: it is none, is for another model, or there is one of its kind already.
+            CheckpointError: it is not an upscaler, is for another model, or one of its kind is there already.
         """
         self.upscaler_checkpoints = order_upscalers([*self.upscaler_checkpoints.values(), checkpoint], self.checkpoint)
 
     @property
     def upscaling(self) -> Upscaling:
-        """What the upscalers double."""
-        configs = [made for one in self.upscaler_checkpoints.values() if (made := one.info.upscaler) is not None]
+        """The axes that the upscalers double."""
+        infos = [checkpoint.info for checkpoint in self.upscaler_checkpoints.values()]
+        configs = [info.upscaler for info in infos if info.upscaler is not None]
         return Upscaling(
             any(config.spatial_upsample for config in configs), any(config.temporal_upsample for config in configs)
         )
 
     @property
     def schedules(self) -> tuple[Schedule, Schedule]:
-        """Of the first pass and of the second."""
+        """Schedules of the first and the second pass."""
         first, second = self.transformer_checkpoints
         return first.info.schedule, second.info.schedule
 
     def transformer_config_of(self, pass_index: int) -> TransformerConfig:
-        """Of the transformer of a pass, 0 or 1."""
+        """Returns the config of the transformer of a pass, 0 or 1."""
         config = self.transformer_checkpoints[pass_index].info.transformer
         assert config is not None
         return config
 
     def transformer_component(self, pass_index: int) -> str:
-        """What the shelf calls the transformer of a pass."""
+        """Returns the name of the transformer of a pass in the module cache."""
         return TRANSFORMER if self.transformer_checkpoints[pass_index] is self.checkpoint else SECOND_TRANSFORMER
 
     def component_paths(self) -> dict[str, str]:
-        """Where the parts come from, for the record."""
-        parts = {
+        """Returns the paths of all components, for a video's metadata."""
+        paths = {
             "model": self.checkpoint.path,
             "text_encoder": self.text_encoder_folder.tokenizer_root,
             "vae": self.vae_checkpoint.path,
         }
         if self.transformer_checkpoints[1] is not self.checkpoint:
-            parts["second_model"] = self.transformer_checkpoints[1].path
-        parts |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in self.upscaler_checkpoints.items()}
-        # Not resolved: in the hub's cache a link has the file's name, and what it points to has none.
-        return {name: str(Path(path).absolute()) for name, path in parts.items()}
+            paths["second_model"] = self.transformer_checkpoints[1].path
+        paths |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in self.upscaler_checkpoints.items()}
+        # Not resolved: in the hub's cache the link has the file's name, and its target is named by a checksum.
+        return {name: str(Path(path).absolute()) for name, path in paths.items()}
 
     def file_fingerprints(self, extra_paths: Iterable[Path] = ()) -> dict[str, Any]:
-        """Size and time of change of every file that the pictures depend on. others: besides those of the model."""
-        checkpoints = {id(one): one for one in (*self.transformer_checkpoints, self.vae_checkpoint)}.values()
-        sources = [self.text_encoder_folder.source, *(source for one in checkpoints for source in one.sources.values())]
+        """Returns size and mtime of every file that the frames depend on.
+
+        Args:
+            extra_paths: files besides those of the model.
+        """
+        checkpoints = {id(opened): opened for opened in (*self.transformer_checkpoints, self.vae_checkpoint)}.values()
+        sources = [
+            self.text_encoder_folder.source,
+            *(source for opened in checkpoints for source in opened.sources.values()),
+        ]
         files = {info.file for source in sources for info in source.infos.values()}
         files |= {file.source.path for file in self.loras.files}
         return {"files": {str(path.absolute()): _fingerprint(path) for path in sorted({*files, *extra_paths})}}
 
 
 def _fingerprint(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def require_components(checkpoint: Checkpoint, vae_checkpoint: Checkpoint) -> TransformerConfig:
-    """Check that there are a transformer and a VAE and that they fit each other.
+    """Checks that there are a transformer and a VAE that fit each other, and returns the transformer's config.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: one is missing, or they do not fit.
     """
     transformer = checkpoint.info.transformer
     if transformer is None:
@@ -150,14 +161,14 @@ def require_components(checkpoint: Checkpoint, vae_checkpoint: Checkpoint) -> Tr
         raise vae_checkpoint.missing_component_error("vae")
     if vae_checkpoint.info.vae.latent_channels != transformer.in_channels:
         raise CheckpointError(
-            f"the VAE of {vae_checkpoint.path} has {vae_checkpoint.info.vae.latent_channels} latent channels, the transformer of "
-            f"{checkpoint.path} {transformer.in_channels}. Take both from the same release."
+            f"the VAE of {vae_checkpoint.path} has {vae_checkpoint.info.vae.latent_channels} latent channels, the "
+            f"transformer of {checkpoint.path} {transformer.in_channels}. Use both of the same release."
         )
     return transformer
 
 
 def require_matching_text_encoder(text_encoder_folder: TextEncoderCheckpoint, checkpoint: Checkpoint) -> None:
-    """Check that a transformer reads what a text encoder writes.
+    """Checks that a transformer takes the width of a text encoder's prompt embeddings.
 
     Raises:
         CheckpointError: it does not.
@@ -165,22 +176,23 @@ def require_matching_text_encoder(text_encoder_folder: TextEncoderCheckpoint, ch
     transformer = checkpoint.info.transformer
     if transformer is not None and transformer.caption_channels != text_encoder_folder.config.d_model:
         raise CheckpointError(
-            f"the text encoder of {text_encoder_folder.path} is {text_encoder_folder.config.d_model} wide, and the transformer of {checkpoint.path} "
-            f"reads text of {transformer.caption_channels}. Give the one it was trained with as --text-encoder."
+            f"the text encoder of {text_encoder_folder.path} has width {text_encoder_folder.config.d_model}, but the "
+            f"transformer of {checkpoint.path} takes prompt embeddings of width {transformer.caption_channels}. Give "
+            "the text encoder it was trained with as --text-encoder."
         )
 
 
 def require_matching_upscaler(
     upscaler: Checkpoint, transformer: TransformerConfig | None, model: Path
 ) -> UpscalerConfig:
-    """What an upscaler does, if it is one for a model's latents.
+    """Checks that a checkpoint is an upscaler for a model's latents, and returns its config.
 
     Raises:
-        CheckpointError: it is none, or is for another model.
+        CheckpointError: it is not an upscaler, or is for another model.
     """
     config = upscaler.info.upscaler
     if config is None:
-        raise CheckpointError(f"{upscaler.path} is no latent upscaler. {UPSCALER_HINT}")
+        raise CheckpointError(f"{upscaler.path} is not a latent upscaler. {UPSCALER_HINT}")
     if transformer is not None and config.in_channels != transformer.in_channels:
         raise CheckpointError(
             f"the upscaler {upscaler.path} is for latents of {config.in_channels} channels, and those of {model} have "
@@ -190,12 +202,12 @@ def require_matching_upscaler(
 
 
 def order_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dict[str, Checkpoint]:
-    """The upscalers for a model's latents by what they double, in the order in which they work.
+    """Returns the upscalers of a model by kind, in the order in which they run.
 
     Raises:
-        CheckpointError: one is none, is for another model, or doubles what another doubles.
+        CheckpointError: one is not an upscaler, is for another model, or doubles an axis that another doubles.
     """
-    made: dict[str, Checkpoint] = {}
+    upscaler_by_kind: dict[str, Checkpoint] = {}
     doubled: set[str] = set()
     for upscaler in upscalers:
         config = require_matching_upscaler(upscaler, model.info.transformer, model.path)
@@ -207,9 +219,9 @@ def order_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dict[
             )
             if doubles
         ]
-        if again := [kind for kind in kinds if kind in doubled]:
-            raise CheckpointError(f"{upscaler.path} is a second {again[0]} upscaler; give one of each kind at most.")
+        if repeated := [kind for kind in kinds if kind in doubled]:
+            raise CheckpointError(f"{upscaler.path} is a second {repeated[0]} upscaler; give one of each kind at most.")
         doubled.update(kinds)
-        made[kinds[0]] = upscaler
-    # The picture first: it is the smaller one that the other then has to double.
-    return dict(sorted(made.items(), key=lambda item: item[0] != SPATIAL_UPSCALER))
+        upscaler_by_kind[kinds[0]] = upscaler
+    # The spatial one first.
+    return dict(sorted(upscaler_by_kind.items(), key=lambda item: item[0] != SPATIAL_UPSCALER))

@@ -1,18 +1,19 @@
-"""How memory is made for what does not fit. Nothing here loads torch."""
+"""Offload modes. Nothing here loads torch."""
 
 from __future__ import annotations
 
 from kadr.errors import RequestError
 
-# What is done with what does not fit: whatever helps; nothing; modules leave after their stage; blocks come and go.
+# auto: the planner decides. none: all modules stay loaded. stages: each module is unloaded after its stage. blocks:
+# transformer blocks are streamed.
 OFFLOAD_MODES = OFFLOAD_AUTO, OFFLOAD_NONE, OFFLOAD_STAGES, OFFLOAD_BLOCKS = "auto", "none", "stages", "blocks"
 
 
 def check_offload(name: str) -> str:
-    """The way of that name to make room.
+    """Checks the name of an offload mode and returns it.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no such mode.
     """
     if name not in OFFLOAD_MODES:
         raise RequestError(f"offload is {name!r}; it must be one of {', '.join(OFFLOAD_MODES)}.")

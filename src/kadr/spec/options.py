@@ -1,4 +1,4 @@
-"""Options of an engine: checked against the device and the weights before anything is fetched or loaded."""
+"""Options of an engine, checked against the device and the stored weights before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from kadr.spec.weights import can_multiply_stored_fp8, count_stored_types, is_qu
 
 
 def resolve_scheme(name: str | None, transformers: Sequence[Checkpoint], device: torch.device) -> str:
-    """How the weights of transformers are to be stored in memory: what was asked for, or what comes near it here.
+    """Returns the quantization scheme of the transformers: the requested one, or the closest this device supports.
 
     Raises:
         RequestError: there is no such scheme.
-        CheckpointError: the weights are stored in so few bits already that to round them again would lose twice.
+        CheckpointError: the weights are quantized already; quantizing them again would lose precision twice.
     """
     scheme = check_weight_format(name or NONE)
     if scheme in (NONE, AUTO_QUANT):
@@ -38,17 +38,17 @@ def resolve_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
     for checkpoint in transformers:
         source = checkpoint.sources["transformer"]
         if is_quantized(source) and not (scheme == FP8 and can_multiply_stored_fp8(source)):
-            stored = max(count_stored_types(source).items(), key=itemgetter(1))[0]
+            storage_type = max(count_stored_types(source).items(), key=itemgetter(1))[0]
             raise CheckpointError(
-                f"{checkpoint.path} is stored as {stored} already, and to round it to {scheme} would lose twice. "
-                "Leave --quant out, or take the bf16 file of the model."
+                f"{checkpoint.path} is stored as {storage_type} already; quantizing it to {scheme} would lose "
+                "precision twice. Leave --quant out, or use the bf16 file of the model."
             )
     if scheme == FP8 and not fp8.has_fp8_units(device):
         return _fp8_weights_fallback([checkpoint.sources["transformer"] for checkpoint in transformers], device)
     if scheme == INT8 and device.type == "cpu" and not has_fast_int8():
         warnings.warn(
-            f"this CPU has no instructions for products in 8 bits (VNNI), so {INT8} would be slower than it is now; "
-            f"weights are stored in 8 bits and computed with in a wider dtype instead ({INT8_WEIGHT_ONLY}).",
+            f"this CPU has no instructions for int8 matmuls (VNNI), which would make {INT8} slower than no "
+            f"quantization; {INT8_WEIGHT_ONLY} is used instead: weights in 8 bits, matmuls in a wider dtype.",
             KadrWarning,
             stacklevel=2,
         )
@@ -57,10 +57,10 @@ def resolve_scheme(name: str | None, transformers: Sequence[Checkpoint], device:
 
 
 def _fp8_weights_fallback(sources: Sequence[Source], device: torch.device) -> str:
-    """What comes nearest to products in 8-bit floats where there are none."""
+    """Returns the closest scheme on a device without fp8 matmuls, with a warning."""
     warnings.warn(
-        f"{device} does not multiply 8-bit floats (GPUs since Ada and Hopper do): weights are stored in 8 bits and "
-        f"computed with in a wider dtype instead ({FP8_WEIGHT_ONLY}).",
+        f"{device} has no fp8 matmuls (GPUs since Ada and Hopper have them); {FP8_WEIGHT_ONLY} is used instead: "
+        "weights in 8 bits, matmuls in a wider dtype.",
         KadrWarning,
         stacklevel=3,
     )
@@ -68,30 +68,30 @@ def _fp8_weights_fallback(sources: Sequence[Source], device: torch.device) -> st
 
 
 def refuse_merging(transformers: Sequence[Checkpoint]) -> None:
-    """Refuse to add LoRAs to weights that are stored in fewer bits: they would have to be rounded again.
+    """Refuses to merge LoRAs into quantized weights, which would be rounded a second time.
 
     Raises:
-        CheckpointError: some are.
+        CheckpointError: some weights are quantized.
     """
     for checkpoint in transformers:
         source = checkpoint.sources["transformer"]
         if is_quantized(source):
-            stored = max(count_stored_types(source).items(), key=itemgetter(1))[0]
+            storage_type = max(count_stored_types(source).items(), key=itemgetter(1))[0]
             raise CheckpointError(
-                f"{checkpoint.path} is stored as {stored}, and to merge a LoRA its weights would be rounded a second "
-                "time. Leave --merge-loras out: beside the weights it loses nothing."
+                f"{checkpoint.path} is stored as {storage_type}; merging a LoRA would round its weights a second time. "
+                "Leave --merge-loras out: beside the weights a LoRA loses no precision."
             )
 
 
 def check_compile(requested: bool, device: torch.device) -> bool:
-    """Whether a transformer's layers are to be compiled.
+    """Returns whether to compile the transformer's blocks.
 
     Raises:
-        RequestError: on a device where that is no gain.
+        RequestError: the device gains nothing from it.
     """
     if requested and device.type != "cuda":
         raise RequestError(
-            f"layers are compiled for CUDA alone: on {device.type} it takes longer than it saves, and weights could "
-            "not stay in the order of its kernels. Leave --compile out."
+            f"--compile is for CUDA only: on {device.type} it takes longer than it saves, and weights could not stay "
+            "prepacked for the device's kernels. Leave --compile out."
         )
     return requested

@@ -1,4 +1,4 @@
-"""What a single file is: its header is believed, then its shapes, then its name; what stays open is asked for."""
+"""Detection believes a single file's header, then its shapes, then its name, and asks for what stays open."""
 
 from __future__ import annotations
 
@@ -34,27 +34,28 @@ from tests.checkpoints.checkpoint_files import (
 
 SHIFTED = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 OLD_2B = replace(TRANSFORMER_2B, causal_temporal_positioning=False)
-ERAS = {"0.9": (OLD_2B, SHIFTED), "0.9.1": (OLD_2B, SHIFTED), "0.9.5": (TRANSFORMER_2B, LINEAR_QUADRATIC)}
+FAMILIES = {"0.9": (OLD_2B, SHIFTED), "0.9.1": (OLD_2B, SHIFTED), "0.9.5": (TRANSFORMER_2B, LINEAR_QUADRATIC)}
 
 
-def opened(
+def write_and_open(
     path: Path,
     transformer: TransformerConfig | None = None,
     vae: VAEConfig | None = None,
     *,
     metadata: Any = None,
-    bare: bool = False,
+    without_prefix: bool = False,
     release: str | None = None,
 ) -> Checkpoint:
-    write_sparse(path, single_file_shapes(transformer, vae, without_prefix=bare), metadata=metadata)
+    write_sparse(path, single_file_shapes(transformer, vae, without_prefix=without_prefix), metadata=metadata)
     return Checkpoint.open(path, release=find_release(release) if release else None)
 
 
-def refused(path: Path, shapes: dict[str, tuple[int, ...]], **more: Any) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(write_sparse(path, shapes, **more))
-    assert str(path) in str(caught.value)
-    return str(caught.value)
+def refusal_of(path: Path, shapes: dict[str, tuple[int, ...]], **options: Any) -> str:
+    """Returns the error text of opening a file with these shapes."""
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.open(write_sparse(path, shapes, **options))
+    assert str(path) in str(error.value)
+    return str(error.value)
 
 
 # The header
@@ -62,50 +63,52 @@ def refused(path: Path, shapes: dict[str, tuple[int, ...]], **more: Any) -> str:
 
 @pytest.mark.parametrize("family", VAES)
 def test_a_header_is_read(tmp_path: Path, family: str) -> None:
-    transformer, schedule = ERAS[family]
+    transformer, schedule = FAMILIES[family]
     metadata = official_metadata(transformer, VAES[family], schedule)
-    found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).info
-    assert (found.transformer, found.vae, found.schedule) == (transformer, VAES[family], schedule)
-    assert (found.vae_family, found.layout, found.dtype) == (family, "single file", torch.bfloat16)
-    assert found.release is None
-    assert found.version == (family if family != "0.9.5" else "0.9.5 or later")
+    info = write_and_open(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).info
+    assert (info.transformer, info.vae, info.schedule) == (transformer, VAES[family], schedule)
+    assert (info.vae_family, info.layout, info.dtype) == (family, "single file", torch.bfloat16)
+    assert info.release is None
+    assert info.version == (family if family != "0.9.5" else "0.9.5 or later")
 
 
 def test_the_header_is_believed_before_the_shapes_and_the_name(tmp_path: Path) -> None:
     metadata = official_metadata(OLD_2B, VAE_0_9_5, SHIFTED)
-    found = opened(tmp_path / "ltxv-2b-0.9.6-dev-04-25.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).info
-    assert found.transformer == OLD_2B
-    assert found.schedule == SHIFTED
+    info = write_and_open(
+        tmp_path / "ltxv-2b-0.9.6-dev-04-25.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata
+    ).info
+    assert info.transformer == OLD_2B
+    assert info.schedule == SHIFTED
 
 
-def test_widths_of_ones_own_are_read_from_the_header(tmp_path: Path) -> None:
+def test_unreleased_widths_are_read_from_the_header(tmp_path: Path) -> None:
     metadata = official_metadata(SMALL_TRANSFORMER, SMALL_VAE)
-    found = opened(tmp_path / "x.safetensors", SMALL_TRANSFORMER, SMALL_VAE, metadata=metadata).info
-    assert (found.transformer, found.vae, found.vae_family) == (SMALL_TRANSFORMER, SMALL_VAE, "0.9.5")
+    info = write_and_open(tmp_path / "x.safetensors", SMALL_TRANSFORMER, SMALL_VAE, metadata=metadata).info
+    assert (info.transformer, info.vae, info.vae_family) == (SMALL_TRANSFORMER, SMALL_VAE, "0.9.5")
 
 
-def test_a_header_without_causal_positions_has_none(tmp_path: Path) -> None:
+def test_a_header_without_causal_positioning_means_not_causal(tmp_path: Path) -> None:
     header = TRANSFORMER_2B.to_header()
     del header["causal_temporal_positioning"]
     metadata = {"config": json.dumps({"transformer": header})}
-    found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, metadata=metadata).info
-    assert found.transformer == OLD_2B
-    assert found.schedule == SHIFTED
-    assert found.version == "0.9 or 0.9.1"
+    info = write_and_open(tmp_path / "x.safetensors", TRANSFORMER_2B, metadata=metadata).info
+    assert info.transformer == OLD_2B
+    assert info.schedule == SHIFTED
+    assert info.version == "0.9 or 0.9.1"
 
 
 @pytest.mark.parametrize(("config", "name"), [(TRANSFORMER_2B, "ltxv-2b"), (TRANSFORMER_13B, "ltxv-13b")])
-def test_allowed_levels_give_a_distilled_model_away(tmp_path: Path, config: TransformerConfig, name: str) -> None:
+def test_allowed_sigmas_identify_a_distilled_release(tmp_path: Path, config: TransformerConfig, name: str) -> None:
     metadata = official_metadata(config, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
-    found = opened(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).info
-    assert found.schedule.allowed_sigmas == DISTILLED_SIGMAS
-    assert found.release is find_release(f"{name}-0.9.8-distilled")
+    info = write_and_open(tmp_path / "x.safetensors", config, VAE_0_9_5, metadata=metadata).info
+    assert info.schedule.allowed_sigmas == DISTILLED_SIGMAS
+    assert info.release is find_release(f"{name}-0.9.8-distilled")
 
 
 @pytest.mark.parametrize(
     ("dtype", "name"), [("BF16", "ltxv-13b-0.9.8-distilled"), ("F8_E4M3", "ltxv-13b-0.9.8-distilled-fp8")]
 )
-def test_the_dtype_tells_an_fp8_release_from_the_other(tmp_path: Path, dtype: str, name: str) -> None:
+def test_the_dtype_distinguishes_an_fp8_release_from_bf16(tmp_path: Path, dtype: str, name: str) -> None:
     metadata = official_metadata(TRANSFORMER_13B, VAE_0_9_5, allowed_inference_steps=DISTILLED_SIGMAS)
     path = write_sparse(
         tmp_path / "x.safetensors", single_file_shapes(TRANSFORMER_13B, VAE_0_9_5), dtype=dtype, metadata=metadata
@@ -114,7 +117,7 @@ def test_the_dtype_tells_an_fp8_release_from_the_other(tmp_path: Path, dtype: st
 
 
 @pytest.mark.parametrize(
-    ("metadata", "said"),
+    ("metadata", "error"),
     [
         ({"config": "{"}, "is not JSON"),
         ({"config": "[]"}, "must be a JSON object"),
@@ -125,9 +128,9 @@ def test_the_dtype_tells_an_fp8_release_from_the_other(tmp_path: Path, dtype: st
         ({"config": json.dumps({"transformer": {"qk_norm": "layer_norm"}})}, "qk_norm = 'layer_norm'"),
     ],
 )
-def test_a_header_that_cannot_be_understood_is_refused(tmp_path: Path, metadata: Any, said: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"x\.safetensors.*{said}"):
-        opened(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata)
+def test_an_invalid_header_is_refused(tmp_path: Path, metadata: Any, error: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors.*{error}"):
+        write_and_open(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=metadata)
 
 
 # Shapes
@@ -135,23 +138,23 @@ def test_a_header_that_cannot_be_understood_is_refused(tmp_path: Path, metadata:
 
 @pytest.mark.parametrize("family", VAES)
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["no metadata", "no config"])
-def test_without_a_header_the_vae_tells_the_era(tmp_path: Path, family: str, metadata: Any) -> None:
-    transformer, schedule = ERAS[family]
-    found = opened(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).info
-    assert (found.transformer, found.vae, found.schedule) == (transformer, VAES[family], schedule)
-    assert found.vae_family == family
+def test_without_a_header_the_vae_decides_the_family(tmp_path: Path, family: str, metadata: Any) -> None:
+    transformer, schedule = FAMILIES[family]
+    info = write_and_open(tmp_path / "x.safetensors", transformer, VAES[family], metadata=metadata).info
+    assert (info.transformer, info.vae, info.schedule) == (transformer, VAES[family], schedule)
+    assert info.vae_family == family
 
 
 def test_without_a_header_a_13b_transformer_is_0_9_7_or_later(tmp_path: Path) -> None:
-    found = opened(tmp_path / "x.safetensors", TRANSFORMER_13B, bare=True).info
-    assert (found.transformer, found.vae, found.schedule) == (TRANSFORMER_13B, None, LINEAR_QUADRATIC)
-    assert found.version == "0.9.7 or later"
+    info = write_and_open(tmp_path / "x.safetensors", TRANSFORMER_13B, without_prefix=True).info
+    assert (info.transformer, info.vae, info.schedule) == (TRANSFORMER_13B, None, LINEAR_QUADRATIC)
+    assert info.version == "0.9.7 or later"
 
 
 @pytest.mark.parametrize("family", VAES)
-@pytest.mark.parametrize("bare", [True, False])
-def test_a_vae_alone_is_recognised(tmp_path: Path, family: str, bare: bool) -> None:
-    checkpoint = opened(tmp_path / "x.safetensors", vae=VAES[family], bare=bare)
+@pytest.mark.parametrize("without_prefix", [True, False])
+def test_a_vae_alone_is_detected(tmp_path: Path, family: str, without_prefix: bool) -> None:
+    checkpoint = write_and_open(tmp_path / "x.safetensors", vae=VAES[family], without_prefix=without_prefix)
     assert checkpoint.info.vae == VAES[family]
     assert not checkpoint.info.has_transformer
     assert checkpoint.describe().missing_components == ("transformer", "text encoder")
@@ -160,25 +163,25 @@ def test_a_vae_alone_is_recognised(tmp_path: Path, family: str, bare: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("transformer", "vae", "said"),
+    ("transformer", "vae", "error"),
     [
         (SMALL_TRANSFORMER, VAE_0_9_5, "2 layers 32 wide are none of the released"),
         (TRANSFORMER_2B, SMALL_VAE, "encoder ends 256 wide is none of the released"),
     ],
 )
 def test_without_a_header_only_released_sizes_are_known(
-    tmp_path: Path, transformer: TransformerConfig, vae: VAEConfig, said: str
+    tmp_path: Path, transformer: TransformerConfig, vae: VAEConfig, error: str
 ) -> None:
-    with pytest.raises(CheckpointError, match=said):
-        opened(tmp_path / "x.safetensors", transformer, vae)
+    with pytest.raises(CheckpointError, match=error):
+        write_and_open(tmp_path / "x.safetensors", transformer, vae)
 
 
 # Names
 
 
-def test_without_header_and_vae_a_2b_transformer_asks_for_its_version(tmp_path: Path) -> None:
+def test_a_2b_transformer_without_header_and_vae_needs_a_version(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"Name the version .*ltxv-2b-0\.9\.6-dev"):
-        opened(tmp_path / "x.safetensors", TRANSFORMER_2B)
+        write_and_open(tmp_path / "x.safetensors", TRANSFORMER_2B)
 
 
 @pytest.mark.parametrize(
@@ -190,29 +193,29 @@ def test_without_header_and_vae_a_2b_transformer_asks_for_its_version(tmp_path: 
         ("LTXV-2B-0.9.8-distilled", TRANSFORMER_2B, LINEAR_QUADRATIC),
     ],
 )
-def test_the_name_of_the_file_answers(
+def test_the_file_name_decides_the_version(
     tmp_path: Path, name: str, expected: TransformerConfig, schedule: Schedule
 ) -> None:
-    found = opened(tmp_path / f"{name}.safetensors", TRANSFORMER_2B, bare=True).info
-    assert (found.transformer, found.schedule) == (expected, schedule)
-    assert found.release is not None
-    assert found.version == found.release.version
+    info = write_and_open(tmp_path / f"{name}.safetensors", TRANSFORMER_2B, without_prefix=True).info
+    assert (info.transformer, info.schedule) == (expected, schedule)
+    assert info.release is not None
+    assert info.version == info.release.version
 
 
-def test_the_user_answers(tmp_path: Path) -> None:
-    found = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, release="ltxv-2b-0.9.1").info
-    assert (found.transformer, found.schedule, found.version) == (OLD_2B, SHIFTED, "0.9.1")
+def test_the_given_release_decides_the_version(tmp_path: Path) -> None:
+    info = write_and_open(tmp_path / "x.safetensors", TRANSFORMER_2B, release="ltxv-2b-0.9.1").info
+    assert (info.transformer, info.schedule, info.version) == (OLD_2B, SHIFTED, "0.9.1")
 
 
-def test_a_name_completes_what_the_header_says(tmp_path: Path) -> None:
+def test_the_file_name_completes_the_header(tmp_path: Path) -> None:
     metadata = official_metadata(TRANSFORMER_2B, VAE_0_9_5)
     path = tmp_path / "ltxv-2b-0.9.6-distilled-04-25.safetensors"
-    found = opened(path, TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).info
-    assert found.release is find_release("ltxv-2b-0.9.6-distilled")
+    info = write_and_open(path, TRANSFORMER_2B, VAE_0_9_5, metadata=metadata).info
+    assert info.release is find_release("ltxv-2b-0.9.6-distilled")
 
 
 @pytest.mark.parametrize(
-    ("transformer", "vae", "more", "said"),
+    ("transformer", "vae", "extra_entries", "error"),
     [
         (TRANSFORMER_2B, VAE_0_9_5, {}, "layers: 28, not 48"),
         (TRANSFORMER_13B, VAE_0_9_1, {}, "VAE: 0.9.1, not 0.9.5"),
@@ -220,18 +223,18 @@ def test_a_name_completes_what_the_header_says(tmp_path: Path) -> None:
             TRANSFORMER_13B,
             VAE_0_9_5,
             {"allowed_inference_steps": [1.0, 0.5]},
-            "it was distilled for certain noise levels",
+            "it was distilled for certain sigmas",
         ),
     ],
 )
-def test_a_name_that_the_file_contradicts_is_dropped_or_if_the_user_said_it_refused(
-    tmp_path: Path, transformer: TransformerConfig, vae: VAEConfig, more: Any, said: str
+def test_a_contradicted_file_name_is_ignored_and_a_given_release_refused(
+    tmp_path: Path, transformer: TransformerConfig, vae: VAEConfig, extra_entries: Any, error: str
 ) -> None:
-    metadata = official_metadata(transformer, vae, **more)
-    found = opened(tmp_path / "ltxv-13b-0.9.8-dev.safetensors", transformer, vae, metadata=metadata).info
-    assert found.release is None
-    with pytest.raises(CheckpointError, match=f"is not ltxv-13b-0.9.8-dev: {said}"):
-        opened(tmp_path / "x.safetensors", transformer, vae, metadata=metadata, release="ltxv-13b-0.9.8-dev")
+    metadata = official_metadata(transformer, vae, **extra_entries)
+    info = write_and_open(tmp_path / "ltxv-13b-0.9.8-dev.safetensors", transformer, vae, metadata=metadata).info
+    assert info.release is None
+    with pytest.raises(CheckpointError, match=f"is not ltxv-13b-0.9.8-dev: {error}"):
+        write_and_open(tmp_path / "x.safetensors", transformer, vae, metadata=metadata, release="ltxv-13b-0.9.8-dev")
 
 
 # Upscalers
@@ -245,93 +248,95 @@ UPSCALERS = {
 }
 
 
-def upscaler(path: Path, config: UpscalerConfig, *, header: bool = True, release: str | None = None) -> Checkpoint:
-    metadata = {"config": json.dumps(config.to_header())} if header else None
+def write_and_open_upscaler(
+    path: Path, config: UpscalerConfig, *, with_header: bool = True, release: str | None = None
+) -> Checkpoint:
+    metadata = {"config": json.dumps(config.to_header())} if with_header else None
     write_sparse(path, upscaler_shapes(config), dtype="F32", metadata=metadata)
     return Checkpoint.open(path, release=find_release(release) if release else None)
 
 
 @pytest.mark.parametrize("which", UPSCALERS)
-def test_an_upscaler_is_recognised_by_its_header_and_without_one_by_its_shapes(tmp_path: Path, which: str) -> None:
+def test_an_upscaler_is_detected_by_its_header_or_its_shapes(tmp_path: Path, which: str) -> None:
     config = UPSCALERS[which]
-    checkpoint = upscaler(tmp_path / "x.safetensors", config, header=which == "header")
-    found = checkpoint.info
-    assert (found.upscaler, found.transformer, found.vae, found.vae_family) == (config, None, None, None)
-    assert (found.kind, found.layout, found.dtype) == (config.kind, "single file", torch.float32)
-    assert found.version == (
+    checkpoint = write_and_open_upscaler(tmp_path / "x.safetensors", config, with_header=which == "header")
+    info = checkpoint.info
+    assert (info.upscaler, info.transformer, info.vae, info.vae_family) == (config, None, None, None)
+    assert (info.kind, info.layout, info.dtype) == (config.kind, "single file", torch.float32)
+    assert info.version == (
         "0.9.7 or 0.9.8" if config in (SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG) else "unreleased"
     )
-    assert (found.release, list(checkpoint.sources)) == (None, ["upsampler"])
+    assert (info.release, list(checkpoint.sources)) == (None, ["upscaler"])
 
 
-@pytest.mark.parametrize("header", [True, False])
+@pytest.mark.parametrize("with_header", [True, False])
 @pytest.mark.parametrize(
     ("config", "kind"), [(SPATIAL_UPSCALER_CONFIG, "spatial"), (TEMPORAL_UPSCALER_CONFIG, "temporal")]
 )
 def test_the_name_of_an_upscaler_tells_its_version(
-    tmp_path: Path, config: UpscalerConfig, kind: str, header: bool
+    tmp_path: Path, config: UpscalerConfig, kind: str, with_header: bool
 ) -> None:
-    found = upscaler(tmp_path / f"ltxv-{kind}-upscaler-0.9.7.safetensors", config, header=header).info
-    assert (found.release, found.version) == (find_release(f"ltxv-{kind}-upscaler-0.9.7"), "0.9.7")
+    info = write_and_open_upscaler(
+        tmp_path / f"ltxv-{kind}-upscaler-0.9.7.safetensors", config, with_header=with_header
+    ).info
+    assert (info.release, info.version) == (find_release(f"ltxv-{kind}-upscaler-0.9.7"), "0.9.7")
     other = tmp_path / f"ltxv-{'temporal' if kind == 'spatial' else 'spatial'}-upscaler-0.9.7.safetensors"
-    assert upscaler(other, config, header=header).info.release is None
+    assert write_and_open_upscaler(other, config, with_header=with_header).info.release is None
 
 
-def test_an_upscaler_is_no_model_and_a_model_no_upscaler(tmp_path: Path) -> None:
+def test_an_upscaler_is_not_a_model_and_a_model_not_an_upscaler(tmp_path: Path) -> None:
     for release, kind in (("ltxv-2b-0.9.5", "model"), ("ltxv-temporal-upscaler-0.9.8", "temporal upscaler")):
         with pytest.raises(CheckpointError, match=f"is not {release}: it is a spatial upscaler, not {kind}"):
-            upscaler(tmp_path / "x.safetensors", SPATIAL_UPSCALER_CONFIG, release=release)
+            write_and_open_upscaler(tmp_path / "x.safetensors", SPATIAL_UPSCALER_CONFIG, release=release)
     with pytest.raises(CheckpointError, match=r"is not ltxv-spatial.*: it is a model, not spatial upscaler"):
-        opened(tmp_path / "y.safetensors", TRANSFORMER_13B, release="ltxv-spatial-upscaler-0.9.8")
+        write_and_open(tmp_path / "y.safetensors", TRANSFORMER_13B, release="ltxv-spatial-upscaler-0.9.8")
 
 
-@pytest.mark.parametrize(("part", "flag"), [("transformer", "model"), ("vae", "vae")])
-def test_an_upscaler_asked_for_a_part_of_a_model_says_what_it_is_and_where_it_goes(
-    tmp_path: Path, part: str, flag: str
-) -> None:
-    checkpoint = upscaler(tmp_path / "x.safetensors", SPATIAL_UPSCALER_CONFIG)
+@pytest.mark.parametrize(("component", "flag"), [("transformer", "model"), ("vae", "vae")])
+def test_an_upscaler_without_a_component_is_refused_with_its_flag(tmp_path: Path, component: str, flag: str) -> None:
+    checkpoint = write_and_open_upscaler(tmp_path / "x.safetensors", SPATIAL_UPSCALER_CONFIG)
     with pytest.raises(
         CheckpointError,
-        match=rf"x\.safetensors is a spatial upscaler, not a model, and has no {part}.* as --upscaler, .*--{flag}",
+        match=rf"x\.safetensors is a spatial upscaler, not a model, and has no {component}.* as --upscaler, .*--{flag}",
     ):
-        getattr(checkpoint, f"load_{part}")()
+        getattr(checkpoint, f"load_{component}")()
 
 
-def test_a_model_asked_for_an_upscaler_names_one(tmp_path: Path) -> None:
-    checkpoint = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5)
+def test_the_error_for_a_missing_upscaler_names_one(tmp_path: Path) -> None:
+    checkpoint = write_and_open(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5)
     assert checkpoint.info.upscaler is None
     with pytest.raises(CheckpointError, match=r"has no upscaler, only transformer and vae\. Give one such as"):
         checkpoint.load_upscaler()
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "error"),
     [
         (SPATIAL_UPSCALER_CONFIG.to_header() | {"dims": 2}, "dims = 2"),
         (SPATIAL_UPSCALER_CONFIG.to_header() | {"spatial_scale": 1.5}, "spatial_scale, .*LTX-2"),
         ({"vae": SMALL_VAE.to_header()}, "vae, "),
     ],
 )
-def test_an_upscaler_whose_header_is_another_kinds_is_refused(tmp_path: Path, config: Any, said: str) -> None:
+def test_an_upscaler_with_another_header_is_refused(tmp_path: Path, config: Any, error: str) -> None:
     metadata = {"config": json.dumps(config)}
-    found = refused(tmp_path / "x.safetensors", upscaler_shapes(SPATIAL_UPSCALER_CONFIG), metadata=metadata)
-    assert re.search(f"the upscaler's header has {said}", found)
+    text = refusal_of(tmp_path / "x.safetensors", upscaler_shapes(SPATIAL_UPSCALER_CONFIG), metadata=metadata)
+    assert re.search(f"the upscaler's header has {error}", text)
 
 
 @pytest.mark.parametrize(
     "change",
     [{"upsampler.0.weight": (6 * 32, 32, 3, 3)}, {"upsampler.0.weight": (32,)}, {"initial_conv.weight": (32, 12)}],
 )
-def test_without_a_header_shapes_of_no_upscaler_are_refused(tmp_path: Path, change: Any) -> None:
-    said = refused(tmp_path / "x.safetensors", upscaler_shapes(SMALL_UPSCALER) | change)
-    assert "no upscaler of this family has initial_conv.weight of [32, 12" in said
+def test_without_a_header_unknown_upscaler_shapes_are_refused(tmp_path: Path, change: Any) -> None:
+    text = refusal_of(tmp_path / "x.safetensors", upscaler_shapes(SMALL_UPSCALER) | change)
+    assert "no upscaler of this family has initial_conv.weight of [32, 12" in text
 
 
 # Files of another kind
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "error"),
     [
         ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "is a LoRA"),
         ("diffusion_model.transformer_blocks.0.attn1.to_q.lora_B.default.weight", "is a LoRA"),
@@ -344,7 +349,7 @@ def test_without_a_header_shapes_of_no_upscaler_are_refused(tmp_path: Path, chan
         ("vocoder.conv_pre.weight", "is LTX-2"),
         ("model.diffusion_model.video_embeddings_connector.learnable_registers", "is LTX-2"),
         ("text_embedding_projection.aggregate_embed.weight", "is LTX-2"),
-        ("post_upsample_res_blocks.0.conv1.weight", "has tensors of an upscaler.*Take the two files"),
+        ("post_upsample_res_blocks.0.conv1.weight", "has tensors of an upscaler.*Use the two files"),
         ("model.diffusion_model.transformer_blocks.0.attn1.to_q.comfy_quant", "ComfyUI's mixed precision.*bf16 file"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "is a T5 text encoder.*--text-encoder"),
         ("shared.weight", "is a T5 text encoder"),
@@ -353,93 +358,97 @@ def test_without_a_header_shapes_of_no_upscaler_are_refused(tmp_path: Path, chan
         ("model.layers.0.self_attn.q_proj.weight", "not a checkpoint of the LTX-Video family"),
     ],
 )
-def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, said: str) -> None:
-    # Among tensors of a model, as in the files where such a name occurs.
+def test_a_file_of_another_kind_is_refused_with_its_kind(tmp_path: Path, name: str, error: str) -> None:
+    # Among tensors of a model, as in the files where such a key occurs.
     shapes = {"model.diffusion_model.patchify_proj.weight": (4, 4), name: (4, 4)}
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=error):
         Checkpoint.open(write_sparse(tmp_path / "x.safetensors", shapes))
 
 
-def test_ltx_2_is_known_by_its_header_too(tmp_path: Path) -> None:
+def test_ltx_2_is_recognized_by_its_header(tmp_path: Path) -> None:
     metadata = {"config": json.dumps({"transformer": {"_class_name": "AVTransformer3DModel"}})}
-    assert "LTX-2" in refused(tmp_path / "x.safetensors", single_file_shapes(TRANSFORMER_2B), metadata=metadata)
+    assert "LTX-2" in refusal_of(tmp_path / "x.safetensors", single_file_shapes(TRANSFORMER_2B), metadata=metadata)
 
 
-def test_a_tensor_of_no_component_is_named(tmp_path: Path) -> None:
+def test_an_error_names_a_tensor_of_no_component(tmp_path: Path) -> None:
     shapes = single_file_shapes(TRANSFORMER_2B, VAE_0_9) | {"ema.decay": (1,)}
-    assert "1 of its 906 tensors" in (said := refused(tmp_path / "x.safetensors", shapes))
-    assert "ema.decay" in said
+    assert "1 of its 906 tensors" in (text := refusal_of(tmp_path / "x.safetensors", shapes))
+    assert "ema.decay" in text
 
 
-def test_a_tensor_that_is_there_with_and_without_its_prefix_is_named(tmp_path: Path) -> None:
+def test_a_tensor_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
     shapes = single_file_shapes(TRANSFORMER_2B, VAE_0_9) | {"decoder.conv_in.conv.bias": (512,)}
-    assert "such as decoder.conv_in.conv.bias" in refused(tmp_path / "x.safetensors", shapes)
+    assert "such as decoder.conv_in.conv.bias" in refusal_of(tmp_path / "x.safetensors", shapes)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    assert "none at all" in refused(tmp_path / "x.safetensors", {})
+    assert "none at all" in refusal_of(tmp_path / "x.safetensors", {})
 
 
-# What inspect shows
+# Descriptions
 
 
 def test_a_checkpoint_is_described(tmp_path: Path) -> None:
     metadata = official_metadata(TRANSFORMER_2B, VAE_0_9_1, SHIFTED)
-    checkpoint = opened(tmp_path / "ltx-video-2b-v0.9.1.safetensors", OLD_2B, VAE_0_9_1, metadata=metadata)
-    told = asdict(checkpoint.describe())
-    transformer, vae = told.pop("parts")
-    assert told == {
+    checkpoint = write_and_open(tmp_path / "ltx-video-2b-v0.9.1.safetensors", OLD_2B, VAE_0_9_1, metadata=metadata)
+    description = asdict(checkpoint.describe())
+    transformer, vae = description.pop("components")
+    assert description == {
         "path": str(checkpoint.path),
         "kind": "model",
         "layout": "single file",
         "version": "0.9.1",
-        "model": "ltxv-2b-0.9.1",
+        "registry_name": "ltxv-2b-0.9.1",
         "vae_family": "0.9.1",
         "sampler": "Uniform",
-        "missing": ("text encoder",),
+        "missing_components": ("text encoder",),
     }
     assert transformer == {
         "name": "transformer",
-        "sizes": {"layers": 28, "width": 2048, "heads": 32},
-        "tensors": 28 * 25 + 15,
-        "parameters": 1_923_385_472,
-        "bytes": 2 * 1_923_385_472,
+        "sizes": {"num_layers": 28, "width": 2048, "num_heads": 32},
+        "num_tensors": 28 * 25 + 15,
+        "num_parameters": 1_923_385_472,
+        "size_bytes": 2 * 1_923_385_472,
         "dtype": "bfloat16",
-        "types": {"bfloat16": 28 * 25 + 15},
+        "type_counts": {"bfloat16": 28 * 25 + 15},
     }
-    assert (vae["name"], vae["tensors"], vae["sizes"]) == ("vae", 294, {"latent_channels": 128, "patch": 4})
-    assert checkpoint.size_bytes == transformer["bytes"] + vae["bytes"]
-    json.dumps(told)
+    assert (vae["name"], vae["num_tensors"], vae["sizes"]) == ("vae", 294, {"latent_channels": 128, "patch_size": 4})
+    assert checkpoint.size_bytes == transformer["size_bytes"] + vae["size_bytes"]
+    json.dumps(description)
 
 
-def test_an_upscaler_is_described_and_misses_nothing(tmp_path: Path) -> None:
-    told = asdict(upscaler(tmp_path / "ltxv-spatial-upscaler-0.9.8.safetensors", SPATIAL_UPSCALER_CONFIG).describe())
-    (part,) = told.pop("parts")
-    assert told == {
+def test_an_upscaler_is_described_without_missing_components(tmp_path: Path) -> None:
+    description = asdict(
+        write_and_open_upscaler(
+            tmp_path / "ltxv-spatial-upscaler-0.9.8.safetensors", SPATIAL_UPSCALER_CONFIG
+        ).describe()
+    )
+    (component,) = description.pop("components")
+    assert description == {
         "path": str(tmp_path / "ltxv-spatial-upscaler-0.9.8.safetensors"),
         "kind": "spatial upscaler",
         "layout": "single file",
         "version": "0.9.8",
-        "model": "ltxv-spatial-upscaler-0.9.8",
+        "registry_name": "ltxv-spatial-upscaler-0.9.8",
         "vae_family": None,
         "sampler": None,
-        "missing": (),
+        "missing_components": (),
     }
-    assert part == {
+    assert component == {
         "name": "upscaler",
-        "sizes": {"channels": 128, "width": 512, "blocks": 4},
-        "tensors": 72,
-        "parameters": 126_250_624,
-        "bytes": 4 * 126_250_624,
+        "sizes": {"in_channels": 128, "mid_channels": 512, "num_blocks_per_stage": 4},
+        "num_tensors": 72,
+        "num_parameters": 126_250_624,
+        "size_bytes": 4 * 126_250_624,
         "dtype": "float32",
-        "types": {"float32": 72},
+        "type_counts": {"float32": 72},
     }
 
 
 def test_a_text_encoder_beside_the_file_is_not_missing(tmp_path: Path) -> None:
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder" / "config.json").write_text("{}")
-    checkpoint = opened(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=None)
+    checkpoint = write_and_open(tmp_path / "x.safetensors", TRANSFORMER_2B, VAE_0_9_5, metadata=None)
     assert checkpoint.describe().missing_components == ()
 
 
@@ -447,25 +456,25 @@ INSPECT = """
 import sys, time, resource
 from kadr.checkpoints.detect.vae_families import VAE_FAMILIES as VAES
 from kadr.checkpoints.checkpoint import Checkpoint
-before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-described = Checkpoint.open(sys.argv[1]).describe()
-seconds = time.process_time() - began
-print(described.model, sum(part.bytes for part in described.parts), seconds)
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+description = Checkpoint.open(sys.argv[1]).describe()
+seconds = time.process_time() - start
+print(description.registry_name, sum(component.size_bytes for component in description.components), seconds)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-def test_28_gigabytes_are_inspected_in_less_than_a_second_and_without_being_read(tmp_path: Path) -> None:
+def test_28_gigabytes_are_inspected_in_a_second_without_reading_them(tmp_path: Path) -> None:
     metadata = official_metadata(TRANSFORMER_13B, VAE_0_9_5)
     path = write_sparse(
         tmp_path / "ltxv-13b-0.9.7-dev.safetensors", single_file_shapes(TRANSFORMER_13B, VAE_0_9_5), metadata=metadata
     )
-    run = subprocess.run([sys.executable, "-c", INSPECT, str(path)], check=True, capture_output=True, text=True)
-    model, size, seconds, grown = run.stdout.split()
+    process = subprocess.run([sys.executable, "-c", INSPECT, str(path)], check=True, capture_output=True, text=True)
+    model, size, seconds, added_bytes = process.stdout.split()
     assert (model, int(size)) == ("ltxv-13b-0.9.7-dev", path.stat().st_size - header_bytes(path))
     assert int(size) > 28e9
     assert float(seconds) < 1
-    assert int(grown) < 30e6
+    assert int(added_bytes) < 30e6
 
 
 def header_bytes(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""GGUF files of others are opened for what they are, and their tensors are where the gguf package finds them."""
+"""GGUF files of other tools open as what they are, with the tensors that the gguf package reads."""
 
 from __future__ import annotations
 
@@ -49,49 +49,58 @@ SPIECE = (PACKAGE_ROOT / "assets" / "demo" / "tokenizer" / "spiece.model").read_
 OLD = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 
 
-def drawn(*shape: int) -> np.ndarray:
+def random_values(*shape: int) -> np.ndarray:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).numpy()
 
 
-def numbers_of(source: Source, name: str) -> np.ndarray:
-    """A tensor as the package unpacks it."""
+def dequantize(source: Source, name: str) -> np.ndarray:
+    """Dequantizes a tensor with the gguf package."""
     info, tensor = source.infos[name], source.read(name)
     if info.ggml_type is None:
         return tensor.float().numpy()
     return gguf.quants.dequantize(tensor.numpy(), Type[info.ggml_type.name])
 
 
-def released(tmp_path: Path, name: str, sizes: Any = TRANSFORMER_2B, kind: str = "Q8_0", **fields: Any) -> Path:
-    """A published file of a released transformer's sizes, of zeros."""
-    types = gguf_files.transformer_types(single_file_shapes(sizes, without_prefix=True), kind)
+def write_released(
+    tmp_path: Path, name: str, transformer: Any = TRANSFORMER_2B, block_type: str = "Q8_0", **fields: Any
+) -> Path:
+    """Writes a sparse file with the tensors of a released transformer's published file."""
+    types = gguf_files.transformer_types(single_file_shapes(transformer, without_prefix=True), block_type)
     return gguf_files.write_sparse_gguf(tmp_path / name, "ltxv", types, **fields)
 
 
 # The container
 
 
-def test_types_are_numbered_and_sized_as_in_the_package() -> None:
-    known = {number: str(dtype).removeprefix("torch.") for number, dtype in header.UNQUANTIZED_TYPES.items()}
-    assert known == {Type.F32: "float32", Type.F16: "float16", Type.BF16: "bfloat16"}
-    assert {Type(number).name for number in header.BLOCK_TYPES} == GGML_TYPES.keys()
-    for number, name in header.BLOCK_TYPES.items():
-        assert Type(number).name == name
-        assert gguf.GGML_QUANT_SIZES[Type(number)] == (GGML_TYPES[name].block_size, GGML_TYPES[name].type_size)
+def test_ggml_type_ids_and_sizes_are_those_of_the_gguf_package() -> None:
+    unquantized = {type_id: str(dtype).removeprefix("torch.") for type_id, dtype in header.UNQUANTIZED_TYPES.items()}
+    assert unquantized == {Type.F32: "float32", Type.F16: "float16", Type.BF16: "bfloat16"}
+    assert {Type(type_id).name for type_id in header.BLOCK_TYPES} == GGML_TYPES.keys()
+    for type_id, name in header.BLOCK_TYPES.items():
+        assert Type(type_id).name == name
+        assert gguf.GGML_QUANT_SIZES[Type(type_id)] == (GGML_TYPES[name].block_size, GGML_TYPES[name].type_size)
 
 
-def test_tensors_and_values_are_those_that_the_package_wrote(tmp_path: Path) -> None:
-    kinds = ("F32", "F16", "BF16", *gguf_files.QUANTS_OF_THE_PACKAGE)
-    tensors = {kind: (drawn(6, 64), kind) for kind in kinds} | {"one": (drawn(7), "F32")}
-    fields = {"text": "ünï", "yes": True, "number": 7, "small": 1e-6, "list": [1.5, 2.5], "words": ["a", "▁b"]}
+def test_tensors_and_fields_are_those_that_the_gguf_package_wrote(tmp_path: Path) -> None:
+    types = ("F32", "F16", "BF16", *gguf_files.QUANTS_OF_THE_PACKAGE)
+    tensors = {name: (random_values(6, 64), name) for name in types} | {"one": (random_values(7), "F32")}
+    fields = {
+        "text": "ünï",
+        "yes": True,
+        "number": 7,
+        "small": 1e-6,
+        "list": [1.5, 2.5],
+        "words": ["a", "▁b"],
+    }
     path = gguf_files.write_gguf_file(tmp_path / "x.gguf", "ltxv", tensors, {**fields, "bytes": bytes(range(9))})
     source, header, oracle = Source.open(path), read_gguf_header(path), gguf.GGUFReader(path)
     assert list(source.infos) == [tensor.name for tensor in oracle.tensors]
     for tensor in oracle.tensors:
         assert np.array_equal(source.read(tensor.name).view(torch.uint8).numpy(), tensor.data.view(np.uint8))
-        assert np.array_equal(numbers_of(source, tensor.name), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        assert np.array_equal(dequantize(source, tensor.name), gguf.quants.dequantize(tensor.data, tensor.tensor_type))
     assert source.infos["Q4_0"].shape == (6, 64)
     assert source.type_counts == {
-        kind if kind in GGML_TYPES else str(source.read(kind).dtype)[6:]: 1 for kind in kinds
+        name if name in GGML_TYPES else str(source.read(name).dtype)[6:]: 1 for name in types
     } | {"float32": 2}
     assert source.size_bytes == sum(int(tensor.n_bytes) for tensor in oracle.tensors)
     assert {name: header.fields[name] for name in ("text", "yes", "number", "small")} == {
@@ -104,36 +113,37 @@ def test_tensors_and_values_are_those_that_the_package_wrote(tmp_path: Path) -> 
     assert "words" not in source.metadata
 
 
-def test_a_packed_tensor_is_the_file_itself(tmp_path: Path) -> None:
-    path = gguf_files.write_gguf_file(tmp_path / "x.gguf", "ltxv", {"a": (drawn(4, 64), "Q8_0")})
+def test_a_block_quantized_tensor_shares_memory_with_the_file(tmp_path: Path) -> None:
+    path = gguf_files.write_gguf_file(tmp_path / "x.gguf", "ltxv", {"a": (random_values(4, 64), "Q8_0")})
     source = Source.open(path)
     first, second = source.read("a"), source.read("a")
     assert first.data_ptr() == second.data_ptr()
     assert (first.dtype, tuple(first.shape)) == (torch.uint8, (4, 68))
 
 
-def test_a_reshaped_tensor_has_the_shape_it_had(tmp_path: Path) -> None:
-    numbers = drawn(4, 64)
-    shape = {"comfy.gguf.orig_shape.a": [2, 2, 64], "comfy.gguf.orig_shape.b": [8, 32]}
+def test_a_reshaped_tensor_gets_its_original_shape(tmp_path: Path) -> None:
+    values = random_values(4, 64)
+    fields = {"comfy.gguf.orig_shape.a": [2, 2, 64], "comfy.gguf.orig_shape.b": [8, 32]}
     path = gguf_files.write_gguf_file(
-        tmp_path / "x.gguf", "ltxv", {"a": (numbers, "F16"), "b": (numbers, "Q8_0")}, shape
+        tmp_path / "x.gguf", "ltxv", {"a": (values, "F16"), "b": (values, "Q8_0")}, fields
     )
     source = Source.open(path)
     assert (source.read("a").shape, source.read("b").shape) == ((2, 2, 64), (8, 34))
-    packed = gguf.quants.quantize(numbers, Type.Q8_0)
-    assert np.array_equal(numbers_of(source, "b").ravel(), gguf.quants.dequantize(packed, Type.Q8_0).ravel())
+    quantized = gguf.quants.quantize(values, Type.Q8_0)
+    assert np.array_equal(dequantize(source, "b").ravel(), gguf.quants.dequantize(quantized, Type.Q8_0).ravel())
 
 
-def test_a_file_as_large_as_t5_xxl_opens_at_once(tmp_path: Path) -> None:
-    draw = random.Random(0)
-    pieces = [f"▁{''.join(draw.choices('abcdefgh', k=6))}{i}" for i in range(XXL.vocab_size)]
+def test_a_t5_xxl_file_opens_in_half_a_second(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    pieces = [f"▁{''.join(rng.choices('abcdefgh', k=6))}{i}" for i in range(XXL.vocab_size)]
     types = {name: (shape, "F32" if len(shape) == 1 else "Q8_0") for name, shape in gguf_files.t5_shapes(XXL).items()}
-    words = {
+    tokenizer_fields = {
         "tokenizer.ggml.model": "t5",
         "tokenizer.ggml.tokens": pieces,
         "tokenizer.ggml.scores": [-1.5] * len(pieces),
     }
-    path = gguf_files.write_sparse_gguf(tmp_path / "t5.gguf", "t5encoder", types, **gguf_files.t5_fields(XXL), **words)
+    fields = {**gguf_files.t5_fields(XXL), **tokenizer_fields}
+    path = gguf_files.write_sparse_gguf(tmp_path / "t5.gguf", "t5encoder", types, **fields)
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -147,12 +157,12 @@ def test_a_file_as_large_as_t5_xxl_opens_at_once(tmp_path: Path) -> None:
 # Transformers
 
 
-def test_a_published_13b_file_is_known_by_its_layers(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(released(tmp_path, "anything.gguf", TRANSFORMER_13B, "Q4_K"))
-    detected = checkpoint.info
-    assert (detected.layout, detected.transformer, detected.release) == ("GGUF", TRANSFORMER_13B, None)
-    assert (detected.schedule, detected.version) == (LINEAR_QUADRATIC, "0.9.7 or later")
-    assert (detected.vae, checkpoint.describe().missing_components) == (None, ("vae", "text encoder"))
+def test_a_published_13b_file_is_detected_by_its_layers(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write_released(tmp_path, "anything.gguf", TRANSFORMER_13B, "Q4_K"))
+    info = checkpoint.info
+    assert (info.layout, info.transformer, info.release) == ("GGUF", TRANSFORMER_13B, None)
+    assert (info.schedule, info.version) == (LINEAR_QUADRATIC, "0.9.7 or later")
+    assert (info.vae, checkpoint.describe().missing_components) == (None, ("vae", "text encoder"))
 
 
 @pytest.mark.parametrize(
@@ -169,41 +179,41 @@ def test_a_published_13b_file_is_known_by_its_layers(tmp_path: Path) -> None:
 def test_the_name_of_a_2b_file_tells_its_version(
     tmp_path: Path, name: str, model: str, schedule: Schedule, causal: bool
 ) -> None:
-    detected = Checkpoint.open(released(tmp_path, name)).info
-    assert detected.release is not None
-    assert (detected.release.name, detected.schedule) == (model, schedule)
-    assert detected.transformer is not None
-    assert detected.transformer.causal_temporal_positioning is causal
+    info = Checkpoint.open(write_released(tmp_path, name)).info
+    assert info.release is not None
+    assert (info.release.name, info.schedule) == (model, schedule)
+    assert info.transformer is not None
+    assert info.transformer.causal_temporal_positioning is causal
 
 
-def test_a_2b_file_of_another_name_asks_for_its_version(tmp_path: Path) -> None:
+def test_a_2b_file_of_another_name_needs_a_version(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"2B transformer without VAE.*rename the file to one of ltxv-2b-0\.9,"):
-        Checkpoint.open(released(tmp_path, "model-Q8_0.gguf"))
+        Checkpoint.open(write_released(tmp_path, "model-Q8_0.gguf"))
 
 
 def test_a_config_in_the_file_is_believed_before_its_name(tmp_path: Path) -> None:
-    levels = [1.0, 0.75]
-    config = official_metadata(TRANSFORMER_2B, VAE_0_9_5, LINEAR_QUADRATIC, allowed_inference_steps=levels)
-    detected = Checkpoint.open(released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **config)).info
-    assert (detected.release, detected.vae_family, detected.vae) == (None, "0.9.5", None)
-    assert detected.schedule == Schedule(sampler="LinearQuadratic", allowed_sigmas=tuple(levels))
+    sigmas = [1.0, 0.75]
+    config = official_metadata(TRANSFORMER_2B, VAE_0_9_5, LINEAR_QUADRATIC, allowed_inference_steps=sigmas)
+    info = Checkpoint.open(write_released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **config)).info
+    assert (info.release, info.vae_family, info.vae) == (None, "0.9.5", None)
+    assert info.schedule == Schedule(sampler="LinearQuadratic", allowed_sigmas=tuple(sigmas))
 
 
-def test_the_model_that_a_file_says_it_was_made_of_is_believed_before_its_name(tmp_path: Path) -> None:
-    path = released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **{"general.name": "ltxv-2b-0.9.6-dev"})
-    found = Checkpoint.open(path).info.release
-    assert found is not None
-    assert found.name == "ltxv-2b-0.9.6-dev"
+def test_general_name_is_believed_before_the_file_name(tmp_path: Path) -> None:
+    path = write_released(tmp_path, "ltx-video-2b-v0.9.1-Q8_0.gguf", **{"general.name": "ltxv-2b-0.9.6-dev"})
+    release = Checkpoint.open(path).info.release
+    assert release is not None
+    assert release.name == "ltxv-2b-0.9.6-dev"
 
 
 @pytest.mark.parametrize("architecture", ["ltxv", "pig"])
-def test_a_file_of_plain_numbers_loads_as_the_official_one(tmp_path: Path, architecture: str) -> None:
+def test_an_unquantized_file_loads_the_official_weights(tmp_path: Path, architecture: str) -> None:
     module = tiny_models.build_random(lambda: Transformer(SMALL_TRANSFORMER))
     write_single_file(tmp_path / "x.safetensors", transformer=module, schedule=OLD, dtype=torch.float32)
     official = Checkpoint.open(tmp_path / "x.safetensors")
     types = gguf_files.transformer_types(single_file_shapes(SMALL_TRANSFORMER, without_prefix=True), "BF16")
     source = official.sources["transformer"]
-    tensors = {name: (source.read(name).numpy(), kind) for name, (_, kind) in types.items()}
+    tensors = {name: (source.read(name).numpy(), type_name) for name, (_, type_name) in types.items()}
     path = gguf_files.write_gguf_file(
         tmp_path / "x.gguf", architecture, tensors, official_metadata(SMALL_TRANSFORMER, None, OLD)
     )
@@ -213,29 +223,29 @@ def test_a_file_of_plain_numbers_loads_as_the_official_one(tmp_path: Path, archi
     assert have_same_weights(opened.load_transformer(torch.bfloat16), official.load_transformer(torch.bfloat16))
 
 
-def test_a_model_without_its_vae_asks_for_one_and_names_it(tmp_path: Path) -> None:
-    path = released(tmp_path, "ltxv-13b-0.9.8-distilled-Q4_K_M.gguf", TRANSFORMER_13B)
+def test_the_error_for_a_missing_vae_names_a_matching_one(tmp_path: Path) -> None:
+    path = write_released(tmp_path, "ltxv-13b-0.9.8-distilled-Q4_K_M.gguf", TRANSFORMER_13B)
     with pytest.raises(
         CheckpointError, match=r"has no vae, only transformer\. Give .* as --vae, such as ltxv-13b-0\.9\.8-distilled\.$"
     ):
         Engine.open(path)
     with pytest.raises(CheckpointError, match=r"as --vae, such as ltxv-13b-0\.9\.8-distilled\.$"):
-        Engine.open(released(tmp_path, "unnamed.gguf", TRANSFORMER_13B))
+        Engine.open(write_released(tmp_path, "unnamed.gguf", TRANSFORMER_13B))
     config = official_metadata(TRANSFORMER_2B, VAE_0_9_5)
     with pytest.raises(CheckpointError, match=r"as --vae, such as ltxv-2b-0\.9\.8-distilled\.$"):
-        Engine.open(released(tmp_path, "own.gguf", **config))
+        Engine.open(write_released(tmp_path, "own.gguf", **config))
 
 
 # Text encoders
 
 
-def test_names_of_a_text_encoder_are_those_of_the_package_both_ways() -> None:
+def test_text_encoder_keys_are_those_of_the_gguf_package() -> None:
     state = build_on_meta(lambda: T5Encoder(SMALL_T5)).state_dict()
-    ours, theirs = keys.map_keys(keys.T5_GGUF_KEYS, state), keys.map_keys(keys.T5_KEYS, state)
+    gguf_keys, official_keys = keys.map_keys(keys.T5_GGUF_KEYS, state), keys.map_keys(keys.T5_KEYS, state)
     oracle = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, SMALL_T5.num_layers)
-    for name, llama in ours.items():
-        assert f"{oracle.get_name(theirs[name].removesuffix('.weight'))}.weight" == llama
-    shapes = {llama: tuple(state[name].shape) for name, llama in ours.items()}
+    for name, gguf_key in gguf_keys.items():
+        assert f"{oracle.get_name(official_keys[name].removesuffix('.weight'))}.weight" == gguf_key
+    shapes = {gguf_key: tuple(state[name].shape) for name, gguf_key in gguf_keys.items()}
     assert shapes == gguf_files.t5_shapes(SMALL_T5)
     assert len(shapes) == len(state) == len(t5_shapes(SMALL_T5))
 
@@ -247,19 +257,21 @@ def text(tmp_path: Path) -> tuple[Path, Path]:
     spiece = tmp_path / "spiece.model"
     spiece.write_bytes(tiny_models.sentencepiece_model())
     write_text_encoder(tmp_path / "folder", encoder, spiece, dtype=torch.float32)
-    return tmp_path / "folder", converted(tmp_path / "t5.gguf", encoder, "F32", spiece.read_bytes())
+    return tmp_path / "folder", write_text_encoder_gguf(tmp_path / "t5.gguf", encoder, "F32", spiece.read_bytes())
 
 
-def converted(path: Path, encoder: T5Encoder, kind: str, spiece: bytes = SPIECE, **change: Any) -> Path:
+def write_text_encoder_gguf(
+    path: Path, encoder: T5Encoder, type_name: str, spiece: bytes = SPIECE, **change: Any
+) -> Path:
     state = encoder.state_dict()
-    named = keys.map_keys(keys.T5_GGUF_KEYS, state)
-    types = {name: "F32" if tensor.ndim == 1 or "bias" in name else kind for name, tensor in state.items()}
-    tensors = {named[name]: (tensor.numpy(), types[name]) for name, tensor in state.items()}
+    key_map = keys.map_keys(keys.T5_GGUF_KEYS, state)
+    types = {name: "F32" if tensor.ndim == 1 or "bias" in name else type_name for name, tensor in state.items()}
+    tensors = {key_map[name]: (tensor.numpy(), types[name]) for name, tensor in state.items()}
     fields = gguf_files.t5_fields(encoder.config, spiece) | change
     return gguf_files.write_gguf_file(path, "t5encoder", tensors, {k: v for k, v in fields.items() if v is not None})
 
 
-def test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_tokenizer(
+def test_a_llama_cpp_text_encoder_opens_with_weights_and_tokenizer(
     text: tuple[Path, Path],
 ) -> None:
     folder, file = (TextEncoderCheckpoint.open(path) for path in text)
@@ -274,16 +286,16 @@ def test_a_text_encoder_of_llama_cpp_opens_with_its_sizes_its_weights_and_its_to
 def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> None:
     home = tiny_models.write_model(tmp_path / "model")
     encoder = TextEncoderCheckpoint.open(home).load()
-    path = converted(tmp_path / "t5.gguf", encoder, "F32", tiny_models.sentencepiece_model())
+    path = write_text_encoder_gguf(tmp_path / "t5.gguf", encoder, "F32", tiny_models.sentencepiece_model())
     engine = Engine.open(home / tiny_models.MODEL_FILE, text_encoder=path)
     assert engine.components.text_encoder_folder.path == path
     assert engine.components.component_paths()["text_encoder"] == str(path)
 
 
-def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:
+def test_block_quantized_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:
     wide = T5Config(vocab_size=128, d_model=32, num_layers=2, num_heads=2, d_kv=16, d_ff=64)
     opened = TextEncoderCheckpoint.open(
-        converted(tmp_path / "t5.gguf", tiny_models.build_random(lambda: T5Encoder(wide)), "Q8_0")
+        write_text_encoder_gguf(tmp_path / "t5.gguf", tiny_models.build_random(lambda: T5Encoder(wide)), "Q8_0")
     )
     assert opened.describe().dtype == "Q8_0"
     assert opened.describe().type_counts == {"Q8_0": 15, "float32": 6}
@@ -291,8 +303,8 @@ def test_packed_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> N
     account(module, opened.source, keys.map_keys(opened.key_table, module.state_dict()))
 
 
-def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: Path) -> None:
-    path = converted(
+def test_a_tokenizer_that_is_not_in_the_file_is_read_beside_it(tmp_path: Path) -> None:
+    path = write_text_encoder_gguf(
         tmp_path / "t5.gguf",
         tiny_models.build_random(lambda: T5Encoder(SMALL_T5)),
         "F16",
@@ -306,38 +318,40 @@ def test_a_tokenizer_that_is_not_in_the_file_is_looked_for_beside_it(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, error",
     [
         ({"t5encoder.block_count": None}, "lacks block_count of a T5 encoder"),
         (
             {"t5encoder.embedding_length": None, "t5encoder.feed_forward_length": None},
             "lacks embedding_length, feed_fo",
         ),
-        ({"t5encoder.attention.head_count": 0}, r"t5\.gguf: The text encoder's heads is 0"),
+        ({"t5encoder.attention.head_count": 0}, r"t5\.gguf: The text encoder's num_heads is 0"),
         ({"t5encoder.block_count": 3}, r"tensors missing: enc\.blk\.2\.attn_norm\.weight"),
-        ({"t5encoder.block_count": 1}, r"9 tensors left over: enc\.blk\.1\.attn_k\.weight"),
+        ({"t5encoder.block_count": 1}, r"9 tensors unexpected: enc\.blk\.1\.attn_k\.weight"),
         ({"tokenizer.ggml.model": "gpt2"}, "has a tokenizer that is not T5's.*'gpt2'"),
-        ({"tokenizer.ggml.scores": None}, "not all of one"),
+        ({"tokenizer.ggml.scores": None}, "is incomplete"),
         ({"tokenizer.ggml.scores": [0.5]}, "tokenizer is damaged: .* differ in number: 160, 1, 160"),
     ],
 )
-def test_a_text_encoder_that_lacks_something_is_refused(tmp_path: Path, change: Mapping[str, Any], said: str) -> None:
-    path = converted(tmp_path / "t5.gguf", tiny_models.build_random(lambda: T5Encoder(SMALL_T5)), "F16", **change)
+def test_an_incomplete_text_encoder_is_refused(tmp_path: Path, change: Mapping[str, Any], error: str) -> None:
+    path = write_text_encoder_gguf(
+        tmp_path / "t5.gguf", tiny_models.build_random(lambda: T5Encoder(SMALL_T5)), "F16", **change
+    )
 
-    def use() -> None:
+    def open_and_load() -> None:
         opened = TextEncoderCheckpoint.open(path)
         opened.load_tokenizer()
         opened.load(torch.float32)
 
-    with pytest.raises(CheckpointError, match=said):
-        use()
+    with pytest.raises(CheckpointError, match=error):
+        open_and_load()
 
 
 # Files of other kinds
 
 
 @pytest.mark.parametrize(
-    "architecture, name, fields, said",
+    "architecture, name, fields, error",
     [
         (
             "llama",
@@ -352,109 +366,107 @@ def test_a_text_encoder_that_lacks_something_is_refused(tmp_path: Path, change: 
             {},
             r"another family \(its architecture is flux\).*0\.9 to 0\.9\.8",
         ),
-        ("t5", "enc.blk.0.attn_q.weight", {}, "a whole T5.*Take the encoder alone"),
+        ("t5", "enc.blk.0.attn_q.weight", {}, "a whole T5.*Use the encoder alone"),
         ("t5encoder", "enc.blk.0.attn_q.weight", {}, "is a T5 text encoder, not a model.*--text-encoder"),
         ("ltxv", "audio_adaln_single.linear.weight", {}, "is LTX-2, another family"),
         ("pig", "model.layers.0.self_attn.q_proj.weight", {}, "not a checkpoint of the LTX-Video family"),
-        ("ltxv", "x", {"split.count": 3}, "one of 3 parts.*gguf-split --merge"),
+        ("ltxv", "x", {"split.count": 3}, "one of 3 splits.*gguf-split --merge"),
         ("ltxv", "x", {"general.alignment": 33}, "aligned to 33 bytes"),
         ("ltxv", "x", {"split.count": "3"}, "its header cannot be read"),
-        ("ltxv", "x", {"comfy.gguf.orig_shape.x": [5]}, r"is said to have been \[5\]"),
+        ("ltxv", "x", {"comfy.gguf.orig_shape.x": [5]}, r"original shape is given as \[5\]"),
     ],
 )
-def test_a_file_of_another_kind_is_named(
-    tmp_path: Path, architecture: str, name: str, fields: Mapping[str, Any], said: str
+def test_a_file_of_another_kind_is_refused_with_its_kind(
+    tmp_path: Path, architecture: str, name: str, fields: Mapping[str, Any], error: str
 ) -> None:
-    path = gguf_files.write_gguf_file(tmp_path / "x.gguf", architecture, {name: (drawn(4, 32), "Q8_0")}, fields)
-    with pytest.raises(CheckpointError, match=said):
+    path = gguf_files.write_gguf_file(tmp_path / "x.gguf", architecture, {name: (random_values(4, 32), "Q8_0")}, fields)
+    with pytest.raises(CheckpointError, match=error):
         Checkpoint.open(path)
 
 
-def test_a_transformer_is_no_text_encoder(tmp_path: Path) -> None:
-    path = released(tmp_path, "x.gguf")
-    with pytest.raises(CheckpointError, match=r"no text encoder: its architecture is ltxv.*--model.*q8-gguf"):
+def test_a_transformer_is_not_a_text_encoder(tmp_path: Path) -> None:
+    path = write_released(tmp_path, "x.gguf")
+    with pytest.raises(CheckpointError, match=r"not a text encoder: its architecture is ltxv.*--model.*q8-gguf"):
         TextEncoderCheckpoint.open(path)
     assert not is_text_encoder(path)
 
 
 @pytest.mark.parametrize("kind", ["IQ4_XS", "TQ1_0", "F64", "Q8_K"])
-def test_a_type_that_is_not_read_is_named_with_its_tensor_and_those_that_are(tmp_path: Path, kind: str) -> None:
+def test_an_unsupported_type_is_refused_with_the_supported_ones(tmp_path: Path, kind: str) -> None:
     path = gguf_files.write_sparse_gguf(tmp_path / "x.gguf", "ltxv", {"a": ((2, 256), "Q8_0"), "odd": ((2, 256), kind)})
-    with pytest.raises(
-        CheckpointError, match=rf"tensor odd is stored as {kind}, which .* Q6_K, .*Take a file .*Q4_K_M"
-    ):
+    with pytest.raises(CheckpointError, match=rf"tensor odd is stored as {kind}, which .* Q6_K, .*Use a file .*Q4_K_M"):
         Checkpoint.open(path)
 
 
-def small(tmp_path: Path) -> Path:
+def write_small_file(tmp_path: Path) -> Path:
     fields = {"config": "{}", "list": ["a", "bc"], "numbers": [1, 2], "ratio": 0.5}
     return gguf_files.write_gguf_file(
-        tmp_path / "x.gguf", "ltxv", {"a": (drawn(4, 64), "Q8_0"), "b": (drawn(9), "F32")}, fields
+        tmp_path / "x.gguf", "ltxv", {"a": (random_values(4, 64), "Q8_0"), "b": (random_values(9), "F32")}, fields
     )
 
 
-def overwritten(path: Path, at: int, *new: int) -> None:
+def overwrite(path: Path, at: int, *new: int) -> None:
     data = bytearray(path.read_bytes())
     data[at : at + len(new)] = bytes(new)
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
-    "new, said", [((1,), "version 1 of the format"), ((0, 0, 0, 3), "big-endian machines"), ((9,), "version 9")]
+    "new, error", [((1,), "version 1 of the format"), ((0, 0, 0, 3), "is big-endian"), ((9,), "version 9")]
 )
-def test_a_version_that_is_not_read_is_named(tmp_path: Path, new: tuple[int, ...], said: str) -> None:
-    path = small(tmp_path)
-    overwritten(path, 4, *new)
-    with pytest.raises(CheckpointError, match=said):
+def test_an_unsupported_format_version_is_refused(tmp_path: Path, new: tuple[int, ...], error: str) -> None:
+    path = write_small_file(tmp_path)
+    overwrite(path, 4, *new)
+    with pytest.raises(CheckpointError, match=error):
         Source.open(path)
 
 
-def test_a_type_without_a_name_is_told_by_its_number(tmp_path: Path) -> None:
-    path = small(tmp_path)
+def test_an_unknown_type_is_named_by_its_id(tmp_path: Path) -> None:
+    path = write_small_file(tmp_path)
     at = path.read_bytes().index(b"\x01\0\0\0\0\0\0\0b") + 9 + 4 + 8  # behind the name, the count of axes and the axis
-    overwritten(path, at, 201)
-    with pytest.raises(CheckpointError, match="tensor b is stored as type 201 of GGML"):
+    overwrite(path, at, 201)
+    with pytest.raises(CheckpointError, match="tensor b is stored as GGML type 201"):
         Source.open(path)
 
 
-def test_a_file_cut_anywhere_is_said_to_be_cut(tmp_path: Path) -> None:
-    path = small(tmp_path)
+def test_a_file_truncated_anywhere_is_refused_as_truncated(tmp_path: Path) -> None:
+    path = write_small_file(tmp_path)
     whole = path.read_bytes()
-    needed = max(info.file_offset + info.size_bytes for info in Source.open(path).infos.values())
-    for size in range(4, needed, 7):
+    expected_size = max(info.file_offset + info.size_bytes for info in Source.open(path).infos.values())
+    for size in range(4, expected_size, 7):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match=r"is cut short: .* bytes.*Download it again"):
+        with pytest.raises(CheckpointError, match=r"is truncated: .* bytes.*Download it again"):
             Source.open(path)
 
 
-def test_a_damaged_header_is_opened_or_refused_and_nothing_else(tmp_path: Path) -> None:
-    path = small(tmp_path)
-    whole, draw = path.read_bytes(), random.Random(0)
+def test_a_damaged_header_opens_or_raises_a_checkpoint_error(tmp_path: Path) -> None:
+    path = write_small_file(tmp_path)
+    whole, rng = path.read_bytes(), random.Random(0)
     end = min(info.file_offset for info in Source.open(path).infos.values())
-    refused = 0
+    num_refused = 0
     for _ in range(400):
         damaged = bytearray(whole)
-        damaged[draw.randrange(4, end)] = draw.randrange(256)
+        damaged[rng.randrange(4, end)] = rng.randrange(256)
         path.write_bytes(damaged)
         try:
             source = Source.open(path)
         except CheckpointError:
-            refused += 1
+            num_refused += 1
         else:
             assert all(isinstance(source.read(name), Tensor) for name in source.infos)
-    assert refused > 100
+    assert num_refused > 100
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
-    path = small(tmp_path)
-    overwritten(path, path.read_bytes().index(b"\x01\0\0\0\0\0\0\0b") + 8, ord("a"))
+    path = write_small_file(tmp_path)
+    overwrite(path, path.read_bytes().index(b"\x01\0\0\0\0\0\0\0b") + 8, ord("a"))
     with pytest.raises(CheckpointError, match="two tensors have the same name"):
         Source.open(path)
 
 
 @pytest.mark.parametrize("read", [Checkpoint.open, TextEncoderCheckpoint.open])
-def test_a_gguf_file_is_known_by_how_it_begins(tmp_path: Path, read: Callable[[Path], object]) -> None:
-    path = small(tmp_path).rename(tmp_path / "x.safetensors")
+def test_a_gguf_file_is_recognized_by_its_magic_bytes(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = write_small_file(tmp_path).rename(tmp_path / "x.safetensors")
     assert Source.open(path).infos.keys() == {"a", "b"}
     with pytest.raises(CheckpointError):
         read(path)

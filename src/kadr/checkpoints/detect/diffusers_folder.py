@@ -1,7 +1,7 @@
-"""A diffusers folder: its config files, read into ours.
+"""Reads the config files of a diffusers folder into kadr's configs.
 
-A config of diffusers says the same as the official header in other words: lists per resolution instead of a list of
-blocks. Widths and layer counts are free; the build must be that of one of the three families.
+A diffusers config states the same as the official header in another form: lists per resolution instead of a list of
+blocks. Widths and layer counts are free; the VAE must be built as one of the three families.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from kadr.sampling.schedules import Schedule
 COMPONENT_BY_CLASS: Mapping[str, str] = {
     "LTXVideoTransformer3DModel": "transformer",
     "AutoencoderKLLTXVideo": "vae",
-    "LTXLatentUpsamplerModel": "upsampler",
+    "LTXLatentUpsamplerModel": "upscaler",
 }
-COMPONENT_FOLDERS: Mapping[str, str] = {"transformer": "transformer", "vae": "vae", "upsampler": "latent_upsampler"}
-_LTX2 = ("LTX2", "AVTransformer")  # how the class names of the next family begin
+COMPONENT_FOLDERS: Mapping[str, str] = {"transformer": "transformer", "vae": "vae", "upscaler": "latent_upsampler"}
+_LTX2_CLASS_PREFIXES = ("LTX2", "AVTransformer")
 
-# Keys that change what is computed, with the only value released weights use; it is also what an absent key means.
+# Keys that change the computation, with the only value released weights use; an absent key means this value too.
 _TRANSFORMER_REQUIRED: Mapping[str, Any] = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
@@ -67,61 +67,62 @@ _DOWNSAMPLE_KINDS = {
 
 
 def open_diffusers_folder(path: Path, *, release: Release | None = None) -> tuple[CheckpointInfo, dict[str, Source]]:
-    """Read the headers of a diffusers folder, or of one component's folder.
+    """Reads the headers of a diffusers folder, or of one component's folder.
 
     Args:
         path: holds transformer/ or vae/ or both, or latent_upsampler/; or is one of them.
-        release: the model that the user says it is.
+        release: the release that the user says it is.
 
     Returns:
-        What it is, and its components' tensors under diffusers' names.
+        The checkpoint's info, and its components' tensors under diffusers' keys.
 
     Raises:
-        CheckpointError: it is no such folder, or describes a build that is not of the family.
+        CheckpointError: it is not such a folder, or its configs describe another architecture.
     """
     folders = _find_component_folders(path)
     configs = {component: read_json(folder / "config.json") for component, folder in folders.items()}
     sources = {component: Source.open(folder) for component, folder in folders.items()}
     vae = read_vae_config(configs["vae"], folders["vae"]) if "vae" in folders else None
-    family = find_vae_family(vae) if vae else None
-    transformer, era = None, family or (release.vae_family if release else None)
+    vae_family = find_vae_family(vae) if vae else None
+    # The family whose positions and sigmas the model follows, with or without a VAE in the folder.
+    transformer, family = None, vae_family or (release.vae_family if release else None)
     if "transformer" in folders:
         config = configs["transformer"]
-        era = era or _infer_transformer_family(path, config)
-        transformer = read_transformer_config(config, folders["transformer"], causal_positions=era == "0.9.5")
-    upsampler = read_upscaler_config(configs["upsampler"], folders["upsampler"]) if "upsampler" in folders else None
+        family = family or _infer_transformer_family(path, config)
+        transformer = read_transformer_config(config, folders["transformer"], causal_positions=family == "0.9.5")
+    upscaler = read_upscaler_config(configs["upscaler"], folders["upscaler"]) if "upscaler" in folders else None
     release = confirm_release(
-        path, release, transformer, family, kind=checkpoint_kind(transformer, upsampler), is_explicit=True
+        path, release, transformer, vae_family, kind=checkpoint_kind(transformer, upscaler), is_explicit=True
     )
-    schedule = read_schedule(path / "scheduler" / "scheduler_config.json", era or "0.9.5")
-    detected = CheckpointInfo(
-        version=release.version if release else version_label(transformer, family, upsampler),
+    schedule = read_schedule(path / "scheduler" / "scheduler_config.json", family or "0.9.5")
+    info = CheckpointInfo(
+        version=release.version if release else version_label(transformer, vae_family, upscaler),
         release=release,
         layout="diffusers",
         transformer=transformer,
         vae=vae,
-        vae_family=family,
+        vae_family=vae_family,
         schedule=schedule,
         dtype=sources.get("transformer", next(iter(sources.values()))).dtype,
-        upscaler=upsampler,
+        upscaler=upscaler,
     )
-    return detected, sources
+    return info, sources
 
 
 def _infer_transformer_family(path: Path, config: Mapping[str, Any]) -> str:
-    """Whose positions and noise levels it follows: those of a VAE's family."""
+    """Returns the VAE family whose positions and sigmas a transformer without VAE follows."""
     if config.get("num_layers") == TRANSFORMER_13B.num_layers:
         return "0.9.5"
     raise CheckpointError(
-        f"{path} has a transformer and no VAE, so it does not say whether it is of 0.9.5 or of one before. "
+        f"{path} has a transformer and no VAE, so its version is open: 0.9.5, or an earlier one. "
         "Put the vae folder of the same model beside it, or name the version (release=...)."
     )
 
 
 def read_transformer_config(config: Mapping[str, Any], folder: Path, *, causal_positions: bool) -> TransformerConfig:
-    """Read transformer/config.json. causal: of the positions, which the file does not say."""
+    """Reads transformer/config.json; whether positions are causal is not in it."""
     _check_required_values(config, _TRANSFORMER_REQUIRED, folder)
-    read = TransformerConfig(
+    transformer = TransformerConfig(
         num_layers=_get_positive_int(config, "num_layers", folder),
         num_heads=_get_positive_int(config, "num_attention_heads", folder),
         head_dim=_get_positive_int(config, "attention_head_dim", folder),
@@ -129,26 +130,26 @@ def read_transformer_config(config: Mapping[str, Any], folder: Path, *, causal_p
         in_channels=config.get("in_channels", 128),
         causal_temporal_positioning=causal_positions,
     )
-    same = {"cross_attention_dim": read.width, "out_channels": read.in_channels}
-    _check_required_values({key: config.get(key) or value for key, value in same.items()}, same, folder)
-    return read
+    implied = {"cross_attention_dim": transformer.width, "out_channels": transformer.in_channels}
+    _check_required_values({key: config.get(key) or value for key, value in implied.items()}, implied, folder)
+    return transformer
 
 
 def read_vae_config(config: Mapping[str, Any], folder: Path) -> VAEConfig:
-    """Read vae/config.json.
+    """Reads vae/config.json.
 
     Raises:
-        CheckpointError: its build is none of the three families'.
+        CheckpointError: it is built as none of the three families.
     """
     _check_required_values(config, _VAE_REQUIRED, folder)
     try:
-        conditioned = bool(config.get("timestep_conditioning", False))
-        encoder, encoder_width = _encoder_blocks(config)
-        decoder, decoder_width = _decoder_blocks(config)
-        read = VAEConfig(
-            encoder_blocks=encoder,
-            decoder_blocks=decoder,
-            timestep_conditioning=conditioned,
+        timestep_conditioning = bool(config.get("timestep_conditioning", False))
+        encoder_blocks, encoder_width = _encoder_blocks(config)
+        decoder_blocks, decoder_width = _decoder_blocks(config)
+        vae = VAEConfig(
+            encoder_blocks=encoder_blocks,
+            decoder_blocks=decoder_blocks,
+            timestep_conditioning=timestep_conditioning,
             latent_channels=config.get("latent_channels", 128),
             patch_size=config.get("patch_size", 4),
             encoder_base_channels=encoder_width,
@@ -156,18 +157,18 @@ def read_vae_config(config: Mapping[str, Any], folder: Path) -> VAEConfig:
         )
     except (IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} describes no VAE of this family: {error!r}. Take the folder as it was released."
+            f"{folder / 'config.json'} does not describe an LTX-Video VAE: {error!r}. Use the folder as released."
         ) from error
-    if find_vae_family(read) is None:
+    if find_vae_family(vae) is None:
         raise CheckpointError(
-            f"{folder / 'config.json'} describes a VAE that is built as none of 0.9, 0.9.1 and 0.9.5; diffusers' names "
-            "are known for those only. Take the official single file of this model."
+            f"{folder / 'config.json'} describes a VAE that is built as none of 0.9, 0.9.1 and 0.9.5; diffusers' keys "
+            "are known for these only. Use the official single file of this model."
         )
-    return read
+    return vae
 
 
 def read_upscaler_config(config: Mapping[str, Any], folder: Path) -> UpscalerConfig:
-    """Read latent_upsampler/config.json, which says what the official header says."""
+    """Reads latent_upsampler/config.json, which has the keys of the official header."""
     try:
         return UpscalerConfig.from_header({key: value for key, value in config.items() if not key.startswith("_")})
     except CheckpointError as error:
@@ -175,9 +176,9 @@ def read_upscaler_config(config: Mapping[str, Any], folder: Path) -> UpscalerCon
 
 
 def read_schedule(file: Path, vae_family: str) -> Schedule:
-    """Read scheduler_config.json; where there is none, the schedule is that of the VAE's family.
+    """Reads scheduler_config.json; without one, returns the schedule of the VAE family.
 
-    Without dynamic shifting the official recipe is linear-quadratic, which diffusers makes outside of its scheduler.
+    Without dynamic shifting the official schedule is linear-quadratic, which diffusers computes outside its scheduler.
     """
     if not file.is_file():
         return FAMILY_SCHEDULES[vae_family]
@@ -191,81 +192,90 @@ def read_schedule(file: Path, vae_family: str) -> Schedule:
 
 
 def _encoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
-    """The blocks of the encoder and the width that it starts with."""
+    """Returns the blocks of the encoder and the width it starts with."""
     widths = config.get("block_out_channels", (128, 256, 512, 512))
-    layers = config.get("layers_per_block", (4, 3, 3, 3, 4))
+    layer_counts = config.get("layers_per_block", (4, 3, 3, 3, 4))
     scaling = config.get("spatio_temporal_scaling", (True, True, True, False))
-    new = str(config.get("down_block_types", ("LTXVideoDownBlock3D",))[-1]) == "LTXVideo095DownBlock3D"
+    is_0_9_5 = str(config.get("down_block_types", ("LTXVideoDownBlock3D",))[-1]) == "LTXVideo095DownBlock3D"
     kinds = config.get("downsample_type", ("conv",) * len(scaling))
-    after = widths[1:] if new else (*widths[1:], widths[-1])
+    next_widths = widths[1:] if is_0_9_5 else (*widths[1:], widths[-1])
     blocks = []
-    for width, wider, depth, scales, kind in zip(widths, after, layers, scaling, kinds, strict=False):
-        blocks.append(BlockConfig(kind="res_x", num_layers=depth))
-        if scales and new:
-            blocks.append(BlockConfig(kind=_DOWNSAMPLE_KINDS[kind], multiplier=_channel_multiplier(wider, width)))
+    for width, next_width, num_layers, scales, kind in zip(
+        widths, next_widths, layer_counts, scaling, kinds, strict=False
+    ):
+        blocks.append(BlockConfig(kind="res_x", num_layers=num_layers))
+        if scales and is_0_9_5:
+            blocks.append(BlockConfig(kind=_DOWNSAMPLE_KINDS[kind], multiplier=_channel_multiplier(next_width, width)))
         elif scales:
             blocks.append(BlockConfig(kind="compress_all"))
-        if not new and wider != width:
-            blocks.append(BlockConfig(kind="res_x_y", multiplier=_channel_multiplier(wider, width)))
-    return (*blocks, BlockConfig(kind="res_x", num_layers=layers[-1])), widths[0]
+        if not is_0_9_5 and next_width != width:
+            blocks.append(BlockConfig(kind="res_x_y", multiplier=_channel_multiplier(next_width, width)))
+    return (*blocks, BlockConfig(kind="res_x", num_layers=layer_counts[-1])), widths[0]
 
 
 def _decoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
-    """The blocks of the decoder, in the order of the encoder, and the width that it ends with."""
+    """Returns the blocks of the decoder, in the order of the encoder, and the width it ends with."""
     widths = config.get("decoder_block_out_channels", (128, 256, 512, 512))
-    layers = config.get("decoder_layers_per_block", (4, 3, 3, 3, 4))
+    layer_counts = config.get("decoder_layers_per_block", (4, 3, 3, 3, 4))
     scaling = config.get("decoder_spatio_temporal_scaling", (True, True, True, False))
-    noisy = config.get("decoder_inject_noise", (False,) * len(layers))
+    inject_noise = config.get("decoder_inject_noise", (False,) * len(layer_counts))
     residual = config.get("upsample_residual", (False,) * len(widths))
     factors = config.get("upsample_factor", (1,) * len(widths))
-    made = [width // factor for width, factor in zip(widths, factors, strict=True)]
-    given = [*made[1:], widths[-1]]  # by the block before, which comes after in this order
+    output_widths = [width // factor for width, factor in zip(widths, factors, strict=True)]
+    input_widths = [*output_widths[1:], widths[-1]]  # of the block that runs before, which stands after it here
     blocks = []
-    for i, width in enumerate(made):
-        blocks.append(BlockConfig(kind="res_x", num_layers=layers[i], inject_noise=noisy[i]))
+    for i, width in enumerate(output_widths):
+        blocks.append(BlockConfig(kind="res_x", num_layers=layer_counts[i], inject_noise=inject_noise[i]))
         if scaling[i]:
             blocks.append(BlockConfig(kind="compress_all", multiplier=factors[i], residual=residual[i]))
-        if given[i] // factors[i] != width:
-            multiplier = _channel_multiplier(given[i] // factors[i], width)
-            blocks.append(BlockConfig(kind="res_x_y", multiplier=multiplier, inject_noise=noisy[i]))
-    return (*blocks, BlockConfig(kind="res_x", num_layers=layers[-1], inject_noise=noisy[-1])), made[0]
+        if input_widths[i] // factors[i] != width:
+            multiplier = _channel_multiplier(input_widths[i] // factors[i], width)
+            blocks.append(BlockConfig(kind="res_x_y", multiplier=multiplier, inject_noise=inject_noise[i]))
+    last_block = BlockConfig(kind="res_x", num_layers=layer_counts[-1], inject_noise=inject_noise[-1])
+    return (*blocks, last_block), output_widths[0]
 
 
-def _channel_multiplier(wider: int, width: int) -> int:
-    times, rest = divmod(wider, width)
-    if rest or not times:
-        raise ValueError(f"{wider} channels are no multiple of {width}")
-    return times
+def _channel_multiplier(next_width: int, width: int) -> int:
+    multiplier, rest = divmod(next_width, width)
+    if rest or not multiplier:
+        raise ValueError(f"{next_width} channels are not a multiple of {width}")
+    return multiplier
 
 
 def _find_component_folders(path: Path) -> dict[str, Path]:
-    """Component -> its folder."""
-    found = {component: path / name for component, name in COMPONENT_FOLDERS.items() if (path / name).is_dir()}
-    if not found and (path / "config.json").is_file():
-        kind = str(read_json(path / "config.json").get("_class_name"))
-        if kind in COMPONENT_BY_CLASS:
-            return {COMPONENT_BY_CLASS[kind]: path}
+    """Returns component -> its folder."""
+    folders = {component: path / name for component, name in COMPONENT_FOLDERS.items() if (path / name).is_dir()}
+    if not folders and (path / "config.json").is_file():
+        class_name = str(read_json(path / "config.json").get("_class_name"))
+        if class_name in COMPONENT_BY_CLASS:
+            return {COMPONENT_BY_CLASS[class_name]: path}
         if "T5" in str(read_json(path / "config.json").get("architectures")):
             raise CheckpointError(
                 f"{path} is a T5 text encoder, not a model. Open the model, and give this folder as --text-encoder."
             )
-    if not found:
-        held = sorted(entry.name for entry in path.glob("*.safetensors"))
-        way_out = f"Name one of the files in it: {', '.join(held[:5])}." if held else "Name a .safetensors instead."
-        folders = ", ".join(f"{name}/" for name in COMPONENT_FOLDERS.values())
-        raise CheckpointError(f"{path} is no diffusers folder: it has none of {folders} in it. {way_out}")
-    for component, folder in found.items():
-        kind = str(read_json(folder / "config.json").get("_class_name"))
-        if kind.startswith(_LTX2) or kind.endswith("LTX2Video"):
-            raise CheckpointError(f"{path} is LTX-2, another family of models ({kind}). kadr runs 0.9 to 0.9.8.")
-        if COMPONENT_BY_CLASS.get(kind) != component:
+    if not folders:
+        files = sorted(entry.name for entry in path.glob("*.safetensors"))
+        way_out = f"Name one of the files in it: {', '.join(files[:5])}." if files else "Name a .safetensors instead."
+        names = ", ".join(f"{name}/" for name in COMPONENT_FOLDERS.values())
+        raise CheckpointError(f"{path} is not a diffusers folder: it has none of {names} in it. {way_out}")
+    for component, folder in folders.items():
+        class_name = str(read_json(folder / "config.json").get("_class_name"))
+        if class_name.startswith(_LTX2_CLASS_PREFIXES) or class_name.endswith("LTX2Video"):
+            raise CheckpointError(f"{path} is LTX-2, another family of models ({class_name}). kadr runs 0.9 to 0.9.8.")
+        if COMPONENT_BY_CLASS.get(class_name) != component:
             raise CheckpointError(
-                f"{folder} holds a {kind}; kadr runs {', '.join(COMPONENT_BY_CLASS)}, which are LTX-Video 0.9 to 0.9.8."
+                f"{folder} has a {class_name}; kadr runs {', '.join(COMPONENT_BY_CLASS)}, "
+                "which are LTX-Video 0.9 to 0.9.8."
             )
-    return found
+    return folders
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not a JSON object.
+    """
     try:
         config = json.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:

@@ -1,7 +1,7 @@
-"""Which model is in a file, from what its header says.
+"""Detects the model in a single file.
 
-The header's config is believed first, then the shapes of the tensors, then the name of the file; what they leave open
-is asked for.
+The header's config is believed first, then the tensor shapes, then the file name; what they leave open is an error that
+asks for it.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from kadr.models.vae.config import VAEConfig
 from kadr.sampling.schedules import Schedule
 
 _T = TypeVar("_T")
-# How the names of GGUF files end: "-Q4_K_M", "_q8_0", ".bf16".
+# Endings of GGUF file names: "-Q4_K_M", "_q8_0", ".bf16".
 _GGUF_TYPE_SUFFIX = re.compile(r"[-_.](ud-)?(i?q\d\w*|b?f16|f32|fp16|fp32)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointInfo:
-    """What a checkpoint is.
+    """The model, configs and layout detected in a checkpoint.
 
     Args:
         version: such as "0.9.6-dev" where `release` is known; else what is certain, such as "0.9.5 or later".
         release: the released model this is; None where its name and its header leave that open.
         layout: "single file", "GGUF" or "diffusers".
-        transformer, vae, upscaler: sizes of the components; None where the component is not in the checkpoint.
-        vae_family: "0.9", "0.9.1" or "0.9.5", the VAE that the model was made for; None for one of its own.
-        schedule: how the model's noise levels are made; of an upscaler, those of the models that it goes with.
-        dtype: what most weights are stored as; uint8 where they are packed.
+        transformer, vae, upscaler: configs of the components; None where the component is not in the checkpoint.
+        vae_family: "0.9", "0.9.1" or "0.9.5", the VAE that the model was trained with; None for another VAE.
+        schedule: schedule of the model's sigmas; for an upscaler, that of the models it belongs to.
+        dtype: storage dtype of most weights; uint8 for block-quantized ones.
     """
 
     version: str
@@ -58,7 +58,7 @@ class CheckpointInfo:
 
     @property
     def kind(self) -> str:
-        """ "model", "spatial upscaler" or another kind of the registry's; a part of a model is a "model"."""
+        """Kind as in the registry: "model", "spatial upscaler", ...; a single component of a model is a "model"."""
         return checkpoint_kind(self.transformer, self.upscaler)
 
     @property
@@ -73,56 +73,62 @@ class CheckpointInfo:
 def detect_single_file(
     source: Source, components: Mapping[str, Source], *, release: Release | None = None
 ) -> CheckpointInfo:
-    """Tell what a single file is.
+    """Detects the model in a single file.
 
     Args:
-        components: its components; see `components.split`.
-        release: the model that the user says it is; else the name of the file is looked up.
+        components: its components; see `split.split_components`.
+        release: the release that the user says it is; None looks up the file name.
 
     Raises:
-        CheckpointError: the header cannot be understood, `release` is contradicted by what is in the file, or neither
-            header, shapes nor name tell the version.
+        CheckpointError: the header cannot be parsed, the file contradicts `release`, or neither header, shapes nor
+            name tell the version.
     """
     config = read_header_config(source)
-    upsampler = detect_upscaler_config(components["upsampler"], config) if "upsampler" in components else None
-    vae, family = _detect_vae(source, components.get("vae"), config)
+    upscaler = detect_upscaler_config(components["upscaler"], config) if "upscaler" in components else None
+    vae, vae_family = _detect_vae(source, components.get("vae"), config)
     transformer = _detect_transformer(source, components.get("transformer"), config)
-    allowed = config.get("allowed_inference_steps")
-    named = release or _find_release_by_name(source, upsampler)
-    kind = checkpoint_kind(transformer, upsampler)
-    named = confirm_release(
-        source.path, named, transformer, family, kind=kind, allowed_sigmas=allowed, is_explicit=release is not None
+    allowed_sigmas = config.get("allowed_inference_steps")
+    detected_release = confirm_release(
+        source.path,
+        release or _find_release_by_name(source, upscaler),
+        transformer,
+        vae_family,
+        kind=checkpoint_kind(transformer, upscaler),
+        allowed_sigmas=allowed_sigmas,
+        is_explicit=release is not None,
     )
     if "scheduler" in config:
-        schedule = _parse_config_entry(source, "scheduler", lambda: Schedule.from_header(config["scheduler"], allowed))
+        schedule = _parse_config_entry(
+            source, "scheduler", lambda: Schedule.from_header(config["scheduler"], allowed_sigmas)
+        )
     else:
-        schedule = FAMILY_SCHEDULES[_infer_family(source, config, transformer, family, named)]
+        schedule = FAMILY_SCHEDULES[_infer_family(source, config, transformer, vae_family, detected_release)]
     if transformer is not None and "transformer" not in config:
-        causal = _infer_family(source, config, transformer, family, named) == "0.9.5"
-        transformer = replace(transformer, causal_temporal_positioning=causal)
-    dtype = next((components[name] for name in ("transformer", "upsampler") if name in components), source).dtype
-    named = named or _find_release_by_sigmas(transformer, schedule, dtype)
+        is_causal = _infer_family(source, config, transformer, vae_family, detected_release) == "0.9.5"
+        transformer = replace(transformer, causal_temporal_positioning=is_causal)
+    dtype = next((components[name] for name in ("transformer", "upscaler") if name in components), source).dtype
+    detected_release = detected_release or _find_release_by_sigmas(transformer, schedule, dtype)
     return CheckpointInfo(
-        version=named.version if named else version_label(transformer, family, upsampler),
-        release=named,
+        version=detected_release.version if detected_release else version_label(transformer, vae_family, upscaler),
+        release=detected_release,
         layout="GGUF" if _is_gguf(source) else "single file",
         transformer=transformer,
         vae=vae,
-        vae_family=family,
+        vae_family=vae_family,
         schedule=schedule,
         dtype=dtype,
-        upscaler=upsampler,
+        upscaler=upscaler,
     )
 
 
 def _find_release_by_name(source: Source, upscaler: UpscalerConfig | None) -> Release | None:
-    """The released model of this file's name; of a GGUF file first the one that it says it was made of."""
+    """Finds the release with this file name; for a GGUF file, first the one its `general.name` states."""
     stem = source.path.stem
     if upscaler is not None:
         return find_upscaler_release(stem, upscaler)
-    made_of = RELEASES_BY_NAME.get(source.metadata.get(NAME_KEY, ""))
-    if made_of is not None and made_of.kind == MODEL_KIND:
-        return made_of
+    stated_release = RELEASES_BY_NAME.get(source.metadata.get(NAME_KEY, ""))
+    if stated_release is not None and stated_release.kind == MODEL_KIND:
+        return stated_release
     return find_by_file_stem(_GGUF_TYPE_SUFFIX.sub("", stem) if _is_gguf(source) else stem)
 
 
@@ -131,12 +137,12 @@ def _is_gguf(source: Source) -> bool:
 
 
 def read_header_config(source: Source) -> dict[str, Any]:
-    """The official header's config; empty where a file was saved without."""
+    """Parses the config in the official header; returns an empty one where the file has none."""
     try:
         config = json.loads(source.metadata.get("config", "{}"))
     except ValueError as error:
         raise CheckpointError(
-            f"{source.path}: the config in its header is not JSON: {error}. Take the file as it was released."
+            f"{source.path}: the config in its header is not JSON: {error}. Use the file as released."
         ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{source.path}: the config in its header is {config!r}; it must be a JSON object.")
@@ -146,45 +152,45 @@ def read_header_config(source: Source) -> dict[str, Any]:
 def _detect_vae(
     source: Source, component: Source | None, config: Mapping[str, Any]
 ) -> tuple[VAEConfig | None, str | None]:
-    """The VAE in the file, and the family of the VAE that the model was made for, in the file or not."""
+    """Returns the config of the VAE in the file, and the family of the VAE the model was trained with."""
     if "vae" in config:
-        said = _parse_config_entry(source, "vae", lambda: VAEConfig.from_header(config["vae"]))
-        return (said if component else None), find_vae_family(said)
+        stated_vae = _parse_config_entry(source, "vae", lambda: VAEConfig.from_header(config["vae"]))
+        return (stated_vae if component else None), find_vae_family(stated_vae)
     if component is None:
         return None, None
-    out = component.infos.get("encoder.conv_out.conv.weight")
-    width = out.shape[1] if out and len(out.shape) == 5 else None
-    conditioned = any(name.startswith("decoder.last_time_embedder.") for name in component.infos)
-    family = {2048: "0.9.5", 512: "0.9.1" if conditioned else "0.9"}.get(width or 0)
-    if family is None:
+    conv_out = component.infos.get("encoder.conv_out.conv.weight")
+    width = conv_out.shape[1] if conv_out and len(conv_out.shape) == 5 else None
+    has_time_embedder = any(name.startswith("decoder.last_time_embedder.") for name in component.infos)
+    vae_family = {2048: "0.9.5", 512: "0.9.1" if has_time_embedder else "0.9"}.get(width or 0)
+    if vae_family is None:
         raise CheckpointError(
             f"{source.path}: there is no config in its header, and a VAE whose encoder ends {width} wide is none of "
-            "the released ones (512 or 2048). Take a file that still has its header."
+            "the released ones (512 or 2048). Use a file that still has its header."
         )
-    return VAE_FAMILIES[family], family
+    return VAE_FAMILIES[vae_family], vae_family
 
 
 def _detect_transformer(
     source: Source, component: Source | None, config: Mapping[str, Any]
 ) -> TransformerConfig | None:
-    """Sizes by header or by shape; by shape, whether positions are causal is still open."""
+    """Returns the config by header or by shape; by shape, whether positions are causal stays open."""
     if component is None:
         return None
     if "transformer" in config:
         return _parse_config_entry(source, "transformer", lambda: TransformerConfig.from_header(config["transformer"]))
-    layers = len({name.split(".")[1] for name in component.infos if name.startswith("transformer_blocks.")})
+    num_layers = len({name.split(".")[1] for name in component.infos if name.startswith("transformer_blocks.")})
     width = next((component.infos[name].shape[0] for name in ("patchify_proj.bias",) if name in component.infos), None)
     for known in (TRANSFORMER_2B, TRANSFORMER_13B):
-        if (layers, width) == (known.num_layers, known.width):
+        if (num_layers, width) == (known.num_layers, known.width):
             return known
     raise CheckpointError(
-        f"{source.path}: there is no config in its header, and {layers} layers {width} wide are none of the released "
-        "transformers (28 of 2048, 48 of 4096). Take a file that still has its header."
+        f"{source.path}: there is no config in its header, and {num_layers} layers {width} wide are none of the "
+        "released transformers (28 of 2048, 48 of 4096). Use a file that still has its header."
     )
 
 
 def _parse_config_entry(source: Source, entry: str, parse: Callable[[], _T]) -> _T:
-    """Run a reader of the header and say which file it read."""
+    """Calls a parser of a header entry; its errors name the file and the entry."""
     try:
         return parse()
     except CheckpointError as error:
@@ -192,7 +198,7 @@ def _parse_config_entry(source: Source, entry: str, parse: Callable[[], _T]) -> 
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{source.path}: the config in its header has a {entry!r} that cannot be read ({error!r}). "
-            "Take the file as it was released."
+            "Use the file as released."
         ) from error
 
 
@@ -206,30 +212,35 @@ def confirm_release(
     allowed_sigmas: object = None,
     is_explicit: bool,
 ) -> Release | None:
-    """The model that a name stands for, if what is in the checkpoint does not speak against it.
+    """Returns the named release if nothing in the checkpoint contradicts it, else None.
 
     Args:
-        vae_family: of the VAE.
-        allowed_sigmas: noise levels that the header restricts the model to.
-        is_explicit: the user gave the name, so that a contradiction is an error.
+        release: the release that the user or the file name states.
+        vae_family: family of the VAE the model was trained with.
+        kind: see `CheckpointInfo.kind`.
+        allowed_sigmas: the sigmas that the header restricts the model to.
+        is_explicit: the user named the release, so a contradiction is an error.
+
+    Raises:
+        CheckpointError: `is_explicit`, and the checkpoint contradicts the release.
     """
     if release is None:
         return None
-    layers = transformer.num_layers if transformer else None
-    against = [
-        f"{what} {found}, not {expected}"
-        for what, found, expected in (
+    num_layers = transformer.num_layers if transformer else None
+    contradictions = [
+        f"{label} {actual}, not {expected}"
+        for label, actual, expected in (
             ("it is a", kind, release.kind),
-            ("layers:", layers, release.num_layers),
+            ("layers:", num_layers, release.num_layers),
             ("VAE:", vae_family, release.vae_family),
         )
-        if found is not None and expected is not None and found != expected
+        if actual is not None and expected is not None and actual != expected
     ]
     if allowed_sigmas is not None and release.recipe.first_pass.sigmas is None:
-        against.append("it was distilled for certain noise levels")
-    if against and is_explicit:
-        raise CheckpointError(f"{path} is not {release.name}: {'; '.join(against)}. Leave the name out.")
-    return None if against else release
+        contradictions.append("it was distilled for certain sigmas")
+    if contradictions and is_explicit:
+        raise CheckpointError(f"{path} is not {release.name}: {'; '.join(contradictions)}. Leave the name out.")
+    return None if contradictions else release
 
 
 def _infer_family(
@@ -239,7 +250,7 @@ def _infer_family(
     vae_family: str | None,
     release: Release | None,
 ) -> str:
-    """Whose positions and noise levels a file follows that does not say itself: those of a VAE's family."""
+    """Returns the VAE family whose positions and sigmas a file follows, where its header does not say."""
     if vae_family is not None:
         return vae_family
     if transformer is None:
@@ -253,29 +264,30 @@ def _infer_family(
     known = ", ".join(r.name for r in RELEASES if r.num_layers == transformer.num_layers)
     raise CheckpointError(
         f"{source.path} is a 2B transformer without VAE and without a config in its header: its shapes are the same "
-        f"in all versions, and its name says none. Name the version (release=...) or rename the file to one of {known}."
+        f"in all versions, and its name is none of theirs. Name the version (release=...) or rename the file to one "
+        f"of {known}."
     )
 
 
 def _find_release_by_sigmas(
     transformer: TransformerConfig | None, schedule: Schedule, dtype: torch.dtype
 ) -> Release | None:
-    """The released model that only its list of allowed noise levels gives away."""
+    """Finds the distilled release with the same allowed sigmas."""
     if transformer is None or schedule.allowed_sigmas is None:
         return None
     return next(
         (
-            released
-            for released in reversed(MODEL_RELEASES)
-            if released.num_layers == transformer.num_layers
-            and _recipe_sigmas(released.recipe) == set(schedule.allowed_sigmas)
-            and released.name.endswith("fp8") == (dtype in FP8_DTYPES)
+            release
+            for release in reversed(MODEL_RELEASES)
+            if release.num_layers == transformer.num_layers
+            and _recipe_sigmas(release.recipe) == set(schedule.allowed_sigmas)
+            and release.name.endswith("fp8") == (dtype in FP8_DTYPES)
         ),
         None,
     )
 
 
 def _recipe_sigmas(recipe: Recipe) -> set[float]:
-    """The noise levels of all its passes, where it names them."""
+    """Returns the explicit sigmas of both passes."""
     passes = (recipe.first_pass, recipe.second_pass)
-    return {level for each in passes if each is not None for level in each.sigmas or ()}
+    return {sigma for settings in passes if settings is not None for sigma in settings.sigmas or ()}

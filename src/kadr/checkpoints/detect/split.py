@@ -1,4 +1,4 @@
-"""Which component of a single file a tensor belongs to, by its name."""
+"""Splits a single file into its components by tensor names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kadr.checkpoints.detect.unsupported import refuse_unsupported
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
-# Prefix -> component. A file of one component may leave the prefix out; then these are the first words of its names.
+# Key prefix -> component. A file of a single component may lack the prefix; then the first word of its keys decides.
 COMPONENT_PREFIXES: Mapping[str, str] = {"model.diffusion_model.": "transformer", "vae.": "vae"}
 COMPONENT_BY_FIRST_WORD: Mapping[str, str] = {
     "patchify_proj": "transformer",
@@ -20,44 +20,45 @@ COMPONENT_BY_FIRST_WORD: Mapping[str, str] = {
     "encoder": "vae",
     "decoder": "vae",
     "per_channel_statistics": "vae",
-    "initial_conv": "upsampler",
-    "initial_norm": "upsampler",
-    "res_blocks": "upsampler",
-    "upsampler": "upsampler",
-    "post_upsample_res_blocks": "upsampler",
-    "final_conv": "upsampler",
-    "scaled_fp8": "transformer",  # the marker of a file with scales; see `scales`
+    "initial_conv": "upscaler",
+    "initial_norm": "upscaler",
+    "res_blocks": "upscaler",
+    "upsampler": "upscaler",
+    "post_upsample_res_blocks": "upscaler",
+    "final_conv": "upscaler",
+    "scaled_fp8": "transformer",  # the marker of a file with scales; see `fp8_scales`
 }
 
 
 def split_components(source: Source) -> dict[str, Source]:
-    """The components of a single file, each under its names without prefix.
+    """Splits a single file into its components, each under its keys without prefix.
 
-    They are a "transformer", a "vae" or both; or an "upsampler".
+    Returns:
+        A "transformer", a "vae" or both; or an "upscaler".
 
     Raises:
-        CheckpointError: it is a file of another kind, or holds tensors of no component.
+        CheckpointError: it is a file of another kind, or has tensors of no component.
     """
     refuse_unsupported(source)
-    names: dict[str, dict[str, str]] = {}
-    strangers = []
-    for name in source.infos:
-        prefix = next((prefix for prefix in COMPONENT_PREFIXES if name.startswith(prefix)), "")
-        component = COMPONENT_PREFIXES[prefix] if prefix else COMPONENT_BY_FIRST_WORD.get(name.partition(".")[0])
-        bare = name.removeprefix(prefix)
-        if component is None or bare in names.get(component, ()):  # known to neither, or there with and without prefix
-            strangers.append(name)
+    keys: dict[str, dict[str, str]] = {}  # component -> key without prefix -> key in the file
+    unexpected = []
+    for file_key in source.infos:
+        prefix = next((prefix for prefix in COMPONENT_PREFIXES if file_key.startswith(prefix)), "")
+        component = COMPONENT_PREFIXES[prefix] if prefix else COMPONENT_BY_FIRST_WORD.get(file_key.partition(".")[0])
+        key = file_key.removeprefix(prefix)
+        if component is None or key in keys.get(component, ()):  # of no component, or there with and without prefix
+            unexpected.append(file_key)
         else:
-            names.setdefault(component, {})[bare] = name
-    if strangers or not names:
+            keys.setdefault(component, {})[key] = file_key
+    if unexpected or not keys:
         raise CheckpointError(
-            f"{source.path} is not a checkpoint of the LTX-Video family: {len(strangers)} of its {len(source.infos)} "
-            f"tensors are of no component that kadr knows, such as {', '.join(strangers[:5]) or 'none at all'}. "
+            f"{source.path} is not a checkpoint of the LTX-Video family: {len(unexpected)} of its {len(source.infos)} "
+            f"tensors belong to no component that kadr knows, such as {', '.join(unexpected[:5]) or 'none at all'}. "
             "Name an official .safetensors (`kadr models` lists them) or a diffusers folder."
         )
-    if "upsampler" in names and len(names) > 1:
+    if "upscaler" in keys and len(keys) > 1:
         raise CheckpointError(
-            f"{source.path} has tensors of an upscaler, such as {next(iter(names['upsampler']))}, among those of a "
-            "model. Take the two files as they were released."
+            f"{source.path} has tensors of an upscaler, such as {next(iter(keys['upscaler']))}, among those of a "
+            "model. Use the two files as released."
         )
-    return {component: source.rename_tensors(found) for component, found in names.items()}
+    return {component: source.rename_tensors(component_keys) for component, component_keys in keys.items()}

@@ -1,4 +1,4 @@
-"""Files that are no model kadr runs, known by the names of their tensors, each with what it is and the way out."""
+"""Refuses files that kadr does not run, recognized by their tensor names; each error says what the file is."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
 _SUPPORTED_MODELS = "kadr runs LTX-Video 0.9 to 0.9.8 (`kadr models` lists them)."
-# A pattern that some tensor's name matches, what the file then is, and the way out. The first that matches counts.
+# Pattern of a tensor name, what the file is, and the way out. The first match counts.
 _UNSUPPORTED: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
         re.compile(r"\.lora_(A|B|down|up)\.|^(lora_unet|lycoris)_"),
-        "a LoRA: a change to a model, not a model",
-        "Open the model that it was made for; a LoRA is given beside it.",
+        "a LoRA, not a model",
+        "Open the model it was trained for, and give the LoRA beside it (--lora).",
     ),
     (
         re.compile(
             r"(^|\.)(audio_|av_ca_|video_embeddings_connector)|^(audio_vae|vocoder|text_embedding_projection)\."
         ),
-        "LTX-2, another family of models, which makes sound too",
+        "LTX-2, another family of models, with audio",
         _SUPPORTED_MODELS,
     ),
     (
@@ -35,25 +35,25 @@ _UNSUPPORTED: tuple[tuple[re.Pattern[str], str, str], ...] = (
         "Give the folder instead: the one with transformer/ and vae/ in it, or the component's own.",
     ),
     (
-        # Read without what the marker says, its weights would be others than it holds.
+        # Read without the marker, its weights would come out wrong.
         re.compile(r"(^|\.)comfy_quant$"),
         "a checkpoint in ComfyUI's mixed precision, which kadr does not read",
-        "Take the bf16 file of the same model, or one in 8-bit floats with or without scales.",
+        "Use the bf16 file of the same model, or an fp8 file with or without scales.",
     ),
 )
 _LTX2_CLASS = "AVTransformer3DModel"
 
 
 def refuse_unsupported(source: Source) -> None:
-    """Say what a file is that is not a checkpoint kadr runs.
+    """Refuses a file of another kind of model, with what it is.
 
     Raises:
-        CheckpointError: it is one of another kind.
+        CheckpointError: it is one.
     """
-    for pattern, what, way_out in _UNSUPPORTED:
+    for pattern, kind, way_out in _UNSUPPORTED:
         example = next((name for name in source.infos if pattern.search(name)), None)
         if example is not None:
-            raise CheckpointError(f"{source.path} is {what} (it has the tensor {example}). {way_out}")
+            raise CheckpointError(f"{source.path} is {kind} (it has the tensor {example}). {way_out}")
     if _LTX2_CLASS in _class_name(source.metadata):
         raise CheckpointError(
             f"{source.path} is LTX-2, another family of models (a {_LTX2_CLASS}). {_SUPPORTED_MODELS}"

@@ -1,4 +1,4 @@
-"""Which latent upscaler is in a file."""
+"""Detects the latent upscaler in a file."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kadr.models.registry import RELEASES, Release
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 
-MODEL_KIND = "model"  # the kind of what is no upscaler, as the registry names it
+MODEL_KIND = "model"  # the registry's kind of a checkpoint that is not an upscaler
 _INPUT_CONV, _UPSAMPLE_CONV = "initial_conv.weight", "upsampler.0.weight"
-# How many times wider the growing convolution makes it, and over how many sides it goes -> what grows.
+# Channel factor of the upsampling convolution and its number of spatial axes -> the axes it upsamples.
 _UPSCALED_AXES: Mapping[tuple[int, int], Mapping[str, bool]] = {
     (4, 2): {"spatial_upsample": True, "temporal_upsample": False},
     (2, 3): {"spatial_upsample": False, "temporal_upsample": True},
@@ -22,19 +22,19 @@ _UPSCALED_AXES: Mapping[tuple[int, int], Mapping[str, bool]] = {
 
 
 def checkpoint_kind(transformer: TransformerConfig | None, upscaler: UpscalerConfig | None) -> str:
-    """As the registry names it. An upscaler may come with a VAE, as in its diffusers folder."""
+    """Returns the registry's kind. An upscaler may come with a VAE, as in its diffusers folder."""
     return MODEL_KIND if upscaler is None or transformer is not None else upscaler.kind
 
 
 def detect_upscaler_config(source: Source, config: Mapping[str, Any]) -> UpscalerConfig:
-    """Sizes by header, or by shape where there is none.
+    """Reads the config from the header, or from the shapes where there is none.
 
     Args:
         source: the upscaler's tensors.
-        config: of the header; empty where a file was saved without.
+        config: config in the header; empty where the file has none.
 
     Raises:
-        CheckpointError: neither tells.
+        CheckpointError: neither describes a known upscaler.
     """
     try:
         return UpscalerConfig.from_header(config) if config else _config_from_shapes(source)
@@ -43,23 +43,25 @@ def detect_upscaler_config(source: Source, config: Mapping[str, Any]) -> Upscale
 
 
 def _config_from_shapes(source: Source) -> UpscalerConfig:
-    first, growing = (
+    input_shape, upsample_shape = (
         source.infos[name].shape if name in source.infos else () for name in (_INPUT_CONV, _UPSAMPLE_CONV)
     )
-    if len(first) == 5:
-        width, channels = first[:2]
+    if len(input_shape) == 5:
+        width, channels = input_shape[:2]
         blocks = {name.split(".")[1] for name in source.infos if name.startswith("res_blocks.")}
-        for (times, sides), kind in _UPSCALED_AXES.items():
-            if growing[:2] == (times * width, width) and len(growing) == sides + 2:
+        for (channel_factor, num_axes), axes in _UPSCALED_AXES.items():
+            if upsample_shape[:2] == (channel_factor * width, width) and len(upsample_shape) == num_axes + 2:
                 return UpscalerConfig(
-                    in_channels=channels, mid_channels=width, num_blocks_per_stage=len(blocks), **kind
+                    in_channels=channels, mid_channels=width, num_blocks_per_stage=len(blocks), **axes
                 )
     raise CheckpointError(
-        f"there is no config in its header, and no upscaler of this family has {_INPUT_CONV} of {list(first)} with "
-        f"{_UPSAMPLE_CONV} of {list(growing)}. Take the file as it was released."
+        f"there is no config in its header, and no upscaler of this family has {_INPUT_CONV} of {list(input_shape)} "
+        f"with {_UPSAMPLE_CONV} of {list(upsample_shape)}. Use the file as released."
     )
 
 
 def find_upscaler_release(stem: str, config: UpscalerConfig) -> Release | None:
-    """The upscaler that was released under this file name (without folder and suffix), if this can be it."""
-    return next((r for r in RELEASES if r.kind == config.kind and r.file_stem == stem.lower()), None)
+    """Finds the upscaler release with this file stem and this config's kind."""
+    return next(
+        (release for release in RELEASES if release.kind == config.kind and release.file_stem == stem.lower()), None
+    )

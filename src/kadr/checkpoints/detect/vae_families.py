@@ -1,4 +1,4 @@
-"""The three families of the video VAE, and what follows from one where a checkpoint does not say it."""
+"""The three families of the video VAE, and the schedule and version that each implies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILY_SCHEDULES: Mapping[str, Schedule] = {
 
 
 def find_vae_family(config: VAEConfig) -> str | None:
-    """Which of the three families a VAE is built as, whatever its widths and layer counts; None for another build."""
+    """Finds the family with a VAE's architecture, whatever its widths and layer counts; None if no family has it."""
     return next(
         (family for family, known in VAE_FAMILIES.items() if _architecture(known) == _architecture(config)), None
     )
@@ -36,7 +36,7 @@ def _architecture(config: VAEConfig) -> tuple[object, ...]:
 def version_label(
     transformer: TransformerConfig | None, vae_family: str | None, upscaler: UpscalerConfig | None = None
 ) -> str:
-    """The version as far as the components tell it."""
+    """Names the version as precisely as the components allow."""
     if transformer is None and vae_family is None and upscaler in (SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG):
         return "0.9.7 or 0.9.8"
     if vae_family in ("0.9", "0.9.1"):

@@ -1,1 +1,1 @@
-"""GGUF files: read, written, converted to."""
+"""Reads and writes GGUF files, and converts checkpoints to GGUF."""

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: what is in it, without reading it."""
+"""Reads the header of a GGUF file, no tensor."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
 
 ARCHITECTURE_KEY, NAME_KEY, CONFIG_KEY = "general.architecture", "general.name", "config"
-LTXV_ARCHITECTURE, T5_ENCODER_ARCHITECTURE = "ltxv", "t5encoder"  # architectures
-# Some writers name none, or one of their own for whatever model it is: its tensors have to tell.
+LTXV_ARCHITECTURE, T5_ENCODER_ARCHITECTURE = "ltxv", "t5encoder"
+# Some writers state none, or one of their own for any model: then the tensor names decide.
 _UNSPECIFIC_ARCHITECTURES = (None, "pig", "cow")
 _FULL_T5_ARCHITECTURE = "t5"
-# Numbers of GGML's types: those that are stored as plain numbers, and those in blocks.
+# GGML type ids: unquantized types, and block-quantized ones.
 UNQUANTIZED_TYPES: Mapping[int, torch.dtype] = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 BLOCK_TYPES: Mapping[int, str] = {
     2: "Q4_0",
@@ -50,10 +50,11 @@ _DOWNLOAD_AGAIN = "Download it again."
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says of itself.
+    """The fields and tensors that a GGUF file lists.
 
     Args:
-        fields: name -> number, truth or text; a list is a `ArraySpan`.
+        infos: tensor name -> its description.
+        fields: name -> number, boolean or string; an array is an `ArraySpan`.
     """
 
     path: Path
@@ -66,28 +67,28 @@ class GGUFHeader:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """All that is no list, as text."""
+        """All fields except arrays, as strings."""
         return {name: str(value) for name, value in self.fields.items() if not isinstance(value, ArraySpan)}
 
     def read_array(self, name: str) -> Sequence[Any] | None:
-        """What a list holds: bytes where they are bytes. None where there is no such list.
+        """Reads an array field; an array of bytes comes as bytes. Returns None if there is no such array.
 
         Raises:
-            CheckpointError: the file went away.
+            CheckpointError: the file can no longer be read.
         """
-        at = self.fields.get(name)
-        if not isinstance(at, ArraySpan):
+        span = self.fields.get(name)
+        if not isinstance(span, ArraySpan):
             return None
         try:
             with self.path.open("rb") as file:
-                file.seek(at.start)
-                return decode_array(file.read(at.end - at.start), at)
+                file.seek(span.start)
+                return decode_array(file.read(span.end - span.start), span)
         except (OSError, struct.error) as error:
-            raise CheckpointError(f"{self.path} cannot be read any more: {error}. Open it again.") from error
+            raise CheckpointError(f"{self.path} can no longer be read: {error}. Open it again.") from error
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
+    """Returns whether a file starts with GGUF's magic bytes."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -96,11 +97,11 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:
-    """Read the header. No tensor and no list is read.
+    """Reads the header, no tensor and no array.
 
     Raises:
-        CheckpointError: the file is unreadable, damaged, cut short, one of several parts, of another family of models,
-            or has a tensor in a type that kadr does not read.
+        CheckpointError: the file is unreadable, damaged, truncated, one of several splits, of another family of models,
+            or has a tensor of a type that kadr does not support.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -110,81 +111,86 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     except struct.error as error:
         size = path.stat().st_size
         raise CheckpointError(
-            f"{path} is cut short: its header goes on after {size:,} bytes. {_DOWNLOAD_AGAIN}"
+            f"{path} is truncated: its header continues after {size:,} bytes. {_DOWNLOAD_AGAIN}"
         ) from error
-    except (ValueError, TypeError) as error:  # TypeError: a value of another kind than it should be
+    except (ValueError, TypeError) as error:  # TypeError: a field of another type than expected
         raise CheckpointError(f"{path}: its header cannot be read: {error}. {_DOWNLOAD_AGAIN}") from error
 
 
 def _read_header(path: Path, parser: GGUFParser) -> GGUFHeader:
     version = parser.read_number("I")
     if version not in SUPPORTED_VERSIONS:
-        swapped = version >> 24 in SUPPORTED_VERSIONS
-        what = "is written for big-endian machines" if swapped else f"is of version {version} of the format"
-        raise CheckpointError(f"{path} {what}; kadr reads versions 2 and 3, little-endian. Take a newer file.")
-    tensors, values = parser.read_counts()
-    fields = dict(parser.read_field() for _ in range(values))
+        is_big_endian = version >> 24 in SUPPORTED_VERSIONS
+        problem = "is big-endian" if is_big_endian else f"is of version {version} of the format"
+        raise CheckpointError(f"{path} {problem}; kadr reads versions 2 and 3, little-endian. Use a newer file.")
+    num_tensors, num_fields = parser.read_counts()
+    fields = dict(parser.read_field() for _ in range(num_fields))
     _refuse_unsupported(path, fields)
-    heads = [parser.read_tensor_info() for _ in range(tensors)]
-    base = parser.compute_data_offset(fields.get(ALIGNMENT_KEY, 32))
-    bare = GGUFHeader(path, {}, fields)
-    infos = {head.name: _tensor_info(bare, head, base) for head in heads}
-    if len(infos) != len(heads):
+    entries = [parser.read_tensor_info() for _ in range(num_tensors)]
+    data_offset = parser.compute_data_offset(fields.get(ALIGNMENT_KEY, 32))
+    fields_only = GGUFHeader(path, {}, fields)
+    infos = {entry.name: _tensor_info(fields_only, entry, data_offset) for entry in entries}
+    if len(infos) != len(entries):
         raise ValueError("two tensors have the same name")
     if not infos:
-        raise CheckpointError(f"{path} is a GGUF file that holds no tensors. Take the file with the weights.")
-    promised, size = max(info.file_offset + info.size_bytes for info in infos.values()), len(parser.data)
-    if size < promised:
+        raise CheckpointError(f"{path} is a GGUF file without tensors. Use the file with the weights.")
+    expected_size, size = max(info.file_offset + info.size_bytes for info in infos.values()), len(parser.data)
+    if size < expected_size:
         raise CheckpointError(
-            f"{path} is cut short: it has {size:,} bytes, its header promises {promised:,}. {_DOWNLOAD_AGAIN}"
+            f"{path} is truncated: it has {size:,} bytes, its header states {expected_size:,}. {_DOWNLOAD_AGAIN}"
         )
     return GGUFHeader(path, infos, fields)
 
 
 def _tensor_info(header: GGUFHeader, entry: GGUFTensorInfo, data_offset: int) -> TensorInfo:
-    name, shape, kind, offset = entry
-    if kind not in UNQUANTIZED_TYPES and kind not in BLOCK_TYPES:
+    name, shape, type_id, offset = entry
+    if type_id not in UNQUANTIZED_TYPES and type_id not in BLOCK_TYPES:
         raise CheckpointError(
-            f"{header.path}: its tensor {name} is stored as {_type_name(kind)}, which kadr does not read; it reads "
-            f"F32, F16, BF16, {', '.join(GGML_TYPES)}. Take a file of the same model in one of those, such as Q4_K_M."
+            f"{header.path}: its tensor {name} is stored as {_type_name(type_id)}, which kadr does not support; it "
+            f"supports F32, F16, BF16, {', '.join(GGML_TYPES)}. Use a file of the same model in one of these, such as "
+            "Q4_K_M."
         )
-    original = header.read_array(_ORIGINAL_SHAPE + name)
-    if original is not None:
-        if prod(original) != prod(shape):
-            raise ValueError(f"its tensor {name} of {list(shape)} is said to have been {list(original)}")
-        shape = tuple(original)
-    packing = GGML_TYPES[BLOCK_TYPES[kind]] if kind in BLOCK_TYPES else None
-    if packing is not None and (not shape or shape[-1] % packing.block_size):
-        raise ValueError(f"its tensor {name} of {list(shape)} has rows that are no whole blocks of {packing.name}")
-    dtype = torch.uint8 if packing else UNQUANTIZED_TYPES[kind]
-    return TensorInfo(name, shape, dtype, header.path, data_offset + offset, packing)
+    original_shape = header.read_array(_ORIGINAL_SHAPE + name)
+    if original_shape is not None:
+        if prod(original_shape) != prod(shape):
+            raise ValueError(
+                f"its tensor {name} is {list(shape)}, and its original shape is given as {list(original_shape)}"
+            )
+        shape = tuple(original_shape)
+    ggml_type = GGML_TYPES[BLOCK_TYPES[type_id]] if type_id in BLOCK_TYPES else None
+    if ggml_type is not None and (not shape or shape[-1] % ggml_type.block_size):
+        raise ValueError(f"its tensor {name} of {list(shape)} has rows that are not whole blocks of {ggml_type.name}")
+    dtype = torch.uint8 if ggml_type else UNQUANTIZED_TYPES[type_id]
+    return TensorInfo(name, shape, dtype, header.path, data_offset + offset, ggml_type)
 
 
 def _type_name(type_id: int) -> str:
-    from gguf import GGMLQuantizationType  # here: only this error needs the package
+    from gguf import GGMLQuantizationType  # imported here: only this error needs the package
 
     try:
         return GGMLQuantizationType(type_id).name
     except ValueError:
-        return f"type {type_id} of GGML"
+        return f"GGML type {type_id}"
 
 
 def _refuse_unsupported(path: Path, fields: Mapping[str, Any]) -> None:
-    """Say what a file is that is of no family that kadr runs, whatever tensors it has."""
-    architecture, parts = fields.get(ARCHITECTURE_KEY), fields.get("split.count", 1)
-    if parts > 1:
+    """Refuses a split file and a model of another family by its fields, whatever tensors it has."""
+    architecture, num_splits = fields.get(ARCHITECTURE_KEY), fields.get("split.count", 1)
+    if num_splits > 1:
         raise CheckpointError(
-            f"{path} is one of {parts} parts of a file. Join them with llama.cpp's `llama-gguf-split --merge`."
+            f"{path} is one of {num_splits} splits of a file. Merge them with llama.cpp's `llama-gguf-split --merge`."
         )
     if architecture == _FULL_T5_ARCHITECTURE:
         raise CheckpointError(
-            f"{path} is a whole T5, with its decoder. Take the encoder alone, such as that of "
+            f"{path} is a whole T5, with its decoder. Use the encoder alone, such as that of "
             "city96/t5-v1_1-xxl-encoder-gguf."
         )
     if architecture not in (*_UNSPECIFIC_ARCHITECTURES, LTXV_ARCHITECTURE, T5_ENCODER_ARCHITECTURE):
-        words = any(name.startswith("tokenizer.") for name in fields) or f"{architecture}.context_length" in fields
-        what = "a language model" if words else "a model of another family"
+        is_language_model = (
+            any(name.startswith("tokenizer.") for name in fields) or f"{architecture}.context_length" in fields
+        )
+        kind = "a language model" if is_language_model else "a model of another family"
         raise CheckpointError(
-            f"{path} is {what} (its architecture is {architecture}). kadr runs LTX-Video 0.9 to 0.9.8 ({LTXV_ARCHITECTURE}) "
-            f"with the encoder of T5 v1.1 XXL ({T5_ENCODER_ARCHITECTURE})."
+            f"{path} is {kind} (its architecture is {architecture}). kadr runs LTX-Video 0.9 to 0.9.8 "
+            f"({LTXV_ARCHITECTURE}) with the encoder of T5 v1.1 XXL ({T5_ENCODER_ARCHITECTURE})."
         )

@@ -1,8 +1,8 @@
-"""The bytes that a GGUF file begins with, taken apart.
+"""Parses the header bytes of a GGUF file.
 
-The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): counts, named values, then name, shape, type and
-place of every tensor, and their bytes from the next multiple of the alignment on. The gguf package reads it too, but
-makes an array of each entry of a list: with the vocabulary of T5 that takes seconds, and here it is stepped over.
+The format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): counts, key-value fields, then name, shape, type
+and offset of every tensor, and their bytes from the next multiple of the alignment on. The gguf package reads it too,
+but makes a numpy array of each entry of an array: seconds, with the vocabulary of T5. This parser skips arrays.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
 ALIGNMENT_KEY = "general.alignment"
-# Kinds of values: those that are one number, and how `struct` calls it.
+# GGUF value type of a number -> its `struct` code.
 _STRUCT_CODES: Mapping[int, str] = {**dict(enumerate("BbHhIif?")), 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MAX_DIMS, _MAX_ENTRIES = 8, 1 << 20  # more are a sign of damage
@@ -26,7 +26,7 @@ _MAX_DIMS, _MAX_ENTRIES = 8, 1 << 20  # more are a sign of damage
 
 @dataclass(frozen=True)
 class ArraySpan:
-    """A list that was stepped over: so many entries of a kind, in these bytes of the file."""
+    """An array that the parser skipped: value type, length, and first and last byte in the file."""
 
     value_type: int
     length: int
@@ -35,7 +35,7 @@ class ArraySpan:
 
 
 class GGUFTensorInfo(NamedTuple):
-    """A tensor as the file lists it. kind: the number of its GGML type. offset: from the start of all tensors."""
+    """A tensor as the file lists it, with the id of its GGML type and its offset from the start of the tensor data."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,11 +44,11 @@ class GGUFTensorInfo(NamedTuple):
 
 
 class GGUFParser:
-    """Takes one thing after another out of a file, from its version on.
+    """Reads a file sequentially, from its version on.
 
     Raises:
-        struct.error: the file ends before.
-        ValueError: what stands there cannot be.
+        struct.error: the file ends too early.
+        ValueError: a value is invalid.
     """
 
     def __init__(self, data: mmap.mmap) -> None:
@@ -69,69 +69,70 @@ class GGUFParser:
         self.position += size
 
     def read_counts(self) -> tuple[int, int]:
-        """Of tensors and of values."""
-        tensors, values = self.read_number("Q"), self.read_number("Q")
-        if max(tensors, values) > _MAX_ENTRIES:
-            raise ValueError(f"it promises {tensors} tensors and {values} values")
-        return tensors, values
+        """Reads the numbers of tensors and of fields."""
+        num_tensors, num_fields = self.read_number("Q"), self.read_number("Q")
+        if max(num_tensors, num_fields) > _MAX_ENTRIES:
+            raise ValueError(f"it states {num_tensors} tensors and {num_fields} fields")
+        return num_tensors, num_fields
 
     def read_field(self) -> tuple[str, Any]:
-        """A named value; a list is a `ArraySpan`."""
+        """Reads a key-value field; an array comes as an `ArraySpan`."""
         return self.read_string(), self._read_value()
 
     def read_tensor_info(self) -> GGUFTensorInfo:
-        """A tensor of the list behind the values."""
-        name, axes = self.read_string(), self.read_number("I")
-        if axes > _MAX_DIMS:
-            raise ValueError(f"its tensor {name} has {axes} axes")
-        shape = tuple(self.read_number("Q") for _ in range(axes))[::-1]  # GGML counts them from the innermost
+        """Reads an entry of the tensor list, which follows the fields."""
+        name, num_dims = self.read_string(), self.read_number("I")
+        if num_dims > _MAX_DIMS:
+            raise ValueError(f"its tensor {name} has {num_dims} axes")
+        shape = tuple(self.read_number("Q") for _ in range(num_dims))[::-1]  # GGML lists the innermost axis first
         return GGUFTensorInfo(name, shape, self.read_number("I"), self.read_number("Q"))
 
     def compute_data_offset(self, alignment: Any) -> int:
-        """Where the bytes of the tensors start."""
+        """Returns the file offset of the tensor data."""
         if alignment not in (2**power for power in range(17)):
-            raise ValueError(f"its tensors are aligned to {alignment!r} bytes, which is no power of two")
+            raise ValueError(f"its tensors are aligned to {alignment!r} bytes, which is not a power of two")
         return -(-self.position // alignment) * alignment
 
     def _read_value(self) -> Any:
-        kind = self.read_number("I")
-        if kind == _STRING:
+        value_type = self.read_number("I")
+        if value_type == _STRING:
             return self.read_string()
-        if kind == _ARRAY:
+        if value_type == _ARRAY:
             return self._skip_array()
-        value = self.read_number(_struct_code(kind))
-        return float(str(np.float32(value))) if kind == _FLOAT32 else value  # 1e-6, not the nearest sum of powers of 2
+        value = self.read_number(_struct_code(value_type))
+        # The shortest decimal that rounds to this float32: 1e-6, not 9.99999997e-07.
+        return float(str(np.float32(value))) if value_type == _FLOAT32 else value
 
     def _skip_array(self) -> ArraySpan:
-        kind, count = self.read_number("I"), self.read_number("Q")
+        value_type, length = self.read_number("I"), self.read_number("Q")
         start = self.position
-        if kind == _STRING:
-            self._require_bytes(count * struct.calcsize("<Q"))
-            for _ in range(count):
+        if value_type == _STRING:
+            self._require_bytes(length * struct.calcsize("<Q"))
+            for _ in range(length):
                 self.skip(self.read_number("Q"))
         else:
-            self.skip(count * struct.calcsize(f"<{_struct_code(kind)}"))
-        return ArraySpan(kind, count, start, self.position)
+            self.skip(length * struct.calcsize(f"<{_struct_code(value_type)}"))
+        return ArraySpan(value_type, length, start, self.position)
 
     def _require_bytes(self, size: int) -> None:
         if self.position + size > len(self.data):
-            raise struct.error(f"{size} bytes from {self.position} on are past the end")
+            raise struct.error(f"{size} bytes at offset {self.position} are past the end")
 
 
 def decode_array(raw: bytes, span: ArraySpan) -> Sequence[Any]:
-    """What a list holds: bytes where they are bytes. raw: the bytes that it takes."""
+    """Decodes an array from its raw bytes; an array of bytes is returned as bytes."""
     if span.value_type == _STRING:
-        texts, place = [], 0
+        strings, offset = [], 0
         for _ in range(span.length):
-            (size,) = struct.unpack_from("<Q", raw, place)
-            place += struct.calcsize("<Q") + size
-            texts.append(raw[place - size : place].decode(errors="replace"))
-        return texts
+            (size,) = struct.unpack_from("<Q", raw, offset)
+            offset += struct.calcsize("<Q") + size
+            strings.append(raw[offset - size : offset].decode(errors="replace"))
+        return strings
     code = _STRUCT_CODES[span.value_type]
     return raw if code in "Bb" else struct.unpack(f"<{span.length}{code}", raw)
 
 
 def _struct_code(value_type: int) -> str:
     if value_type not in _STRUCT_CODES:
-        raise ValueError(f"a value is of kind {value_type}, which does not exist")
+        raise ValueError(f"a value has the type {value_type}, which does not exist")
     return _STRUCT_CODES[value_type]

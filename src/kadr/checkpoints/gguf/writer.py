@@ -1,4 +1,4 @@
-"""A GGUF file, written tensor by tensor: no more than one of them is in memory, and it is rounded in pieces."""
+"""Writes a GGUF file tensor by tensor: one at a time in memory, quantized in slices."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.quant.ggml import quantize
 
 UNQUANTIZED_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-WRITER_SLICE_ELEMENTS = 1 << 22  # numbers that are rounded at once
-FP16_MAX = 65504.0  # that fits into float16, which the scales of blocks are stored in too
+WRITER_SLICE_ELEMENTS = 1 << 22  # elements that are quantized at once
+FP16_MAX = 65504.0  # the scales of blocks are float16 too
 WriteWatch = Callable[[int, int], object]
 
 
@@ -32,8 +32,8 @@ class OutputTensor:
     """A tensor to write.
 
     Args:
-        type_name: one of `UNQUANTIZED_DTYPES`, or a packing.
-        read: gives the tensor in plain numbers, of any float dtype.
+        type_name: one of `UNQUANTIZED_DTYPES` or of `GGML_TYPES`.
+        read: returns the unquantized tensor, of any float dtype.
     """
 
     name: str
@@ -60,14 +60,14 @@ def write_gguf(
     *,
     watch: WriteWatch = lambda done, of: None,
 ) -> None:
-    """Write a file beside its place, and put it there when it is whole.
+    """Writes a GGUF file, which takes its name only when it is complete.
 
     Args:
-        fields: named values: text, truths, numbers, and lists of them.
-        watch: called at the start and after each tensor with how many are written, and of how many.
+        fields: name -> string, boolean, number, or a sequence of these.
+        watch: called at the start and after each tensor with the numbers of tensors written and in all.
 
     Raises:
-        CheckpointError: there is no room, the file cannot be written, or a weight is not finite.
+        CheckpointError: the disk is full, the file cannot be written, or a weight is not finite.
     """
     _check_disk_space(path, sum(entry.size_bytes for entry in tensors))
     writer = gguf.GGUFWriter(None, architecture)
@@ -75,11 +75,11 @@ def write_gguf(
         _add_field(writer, name, value)
     for entry in tensors:
         shape = (*entry.shape[:-1], entry.row_bytes)
-        kind = gguf.GGMLQuantizationType[entry.type_name]
-        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), entry.size_bytes, kind)
-    with atomic_path(path) as part:
+        ggml_type = gguf.GGMLQuantizationType[entry.type_name]
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), entry.size_bytes, ggml_type)
+    with atomic_path(path) as temporary:
         try:
-            writer.write_header_to_file(part)
+            writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             watch(0, len(tensors))
@@ -104,44 +104,44 @@ def _add_field(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
 
 
 def _encode_tensor(tensor: OutputTensor, path: Path) -> Tensor:
-    """The tensor as the file has it: uint8 (rows, bytes of a row)."""
+    """Encodes a tensor as uint8 (rows, bytes of a row)."""
     weight = tensor.read()
     rows = weight.reshape(-1, weight.shape[-1])
-    made = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8)
+    encoded = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8)
     step = max(1, WRITER_SLICE_ELEMENTS // rows.shape[1])
     for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        made[start : start + step] = _encode_rows(piece, tensor, path)
-        release_pages([piece])
-    return made
+        row_slice = rows[start : start + step]
+        encoded[start : start + step] = _encode_rows(row_slice, tensor, path)
+        release_pages([row_slice])
+    return encoded
 
 
 def _encode_rows(rows: Tensor, tensor: OutputTensor, path: Path) -> Tensor:
-    numbers = rows.float() if rows.dtype in FP8_DTYPES else rows
-    largest = max(abs(float(end)) for end in torch.aminmax(numbers))
-    if not math.isfinite(largest):
+    values = rows.float() if rows.dtype in FP8_DTYPES else rows
+    abs_max = max(abs(float(bound)) for bound in torch.aminmax(values))
+    if not math.isfinite(abs_max):
         raise CheckpointError(
-            f"the tensor {tensor.name} has numbers that are not finite (NaN or infinity), so {path.name} is not "
-            "written. The file it comes from is damaged: verify it, or download it again."
+            f"the tensor {tensor.name} has values that are not finite (NaN or infinity), so {path.name} is not "
+            "written. Its source is damaged: verify it, or download it again."
         )
-    if tensor.type_name not in ("F32", "BF16") and largest > FP16_MAX:
+    if tensor.type_name not in ("F32", "BF16") and abs_max > FP16_MAX:
         raise CheckpointError(
-            f"the tensor {tensor.name} reaches {largest:g}, and {tensor.type_name} holds no more than {FP16_MAX:g}. "
-            "Take BF16 or F32."
+            f"the tensor {tensor.name} reaches {abs_max:g}; the maximum of {tensor.type_name} is {FP16_MAX:g}. "
+            "Use BF16 or F32."
         )
     if tensor.type_name in GGML_TYPES:
-        return quantize(numbers, GGML_TYPES[tensor.type_name])
-    return numbers.to(UNQUANTIZED_DTYPES[tensor.type_name]).contiguous().view(torch.uint8)
+        return quantize(values, GGML_TYPES[tensor.type_name])
+    return values.to(UNQUANTIZED_DTYPES[tensor.type_name]).contiguous().view(torch.uint8)
 
 
 def _check_disk_space(path: Path, size: int) -> None:
     if not path.parent.is_dir():
         raise CheckpointError(
-            f"{path} cannot be written: there is no folder {path.parent}. Make it, or write elsewhere."
+            f"{path} cannot be written: there is no folder {path.parent}. Create it, or write elsewhere."
         )
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise CheckpointError(
-            f"{path} will take {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Free some, or write it "
+            f"{path} will take {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Free some, or write "
             "elsewhere."
         )

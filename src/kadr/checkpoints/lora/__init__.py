@@ -1,1 +1,1 @@
-"""LoRA files of every trainer: opened, matched to layers, scaled."""
+"""Reads LoRA files in the key formats of all common trainers."""

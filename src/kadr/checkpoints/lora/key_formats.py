@@ -1,11 +1,11 @@
-"""Names in LoRA files: which layer of the transformer each tensor is for, in whosever words.
+"""Key formats of LoRA files: matches each tensor to a layer of the transformer.
 
-Families of names, for a layer m such as transformer_blocks.7.attn1.to_q:
+Key formats, for a layer m such as transformer_blocks.7.attn1.to_q:
 
     diffusers   transformer.m.lora_A.weight                   as diffusers saves them, and trainers for it
     Comfy       diffusion_model.m.lora_A.weight               Lightricks' own releases
     PEFT        base_model.model.m.lora_A.weight              beside an adapter_config.json
-    kohya       lora_unet_m.lora_down.weight, ....alpha       with _ for every dot of m, or with dots
+    kohya       lora_unet_m.lora_down.weight, ....alpha       with _ for every dot of m, or with the dots
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.nn.linear import Linear
 
 BLOCKS_PREFIX, WEIGHT_SUFFIX = "blocks.", ".weight"
-PEFT, NO_PREFIX = "PEFT", "plain"  # the last: names without any of these prefixes
+PEFT, NO_PREFIX = "PEFT", "plain"  # key formats; "plain": keys without any of these prefixes
 _FORMAT_BY_PREFIX = {
     "base_model.model.": PEFT,
     "model.diffusion_model.": "Comfy",
@@ -32,13 +32,13 @@ _FORMAT_BY_PREFIX = {
     "lora_transformer_": "kohya",
     "lycoris_": "kohya",
 }
-# What the end of a name says that the tensor is. PEFT may put the name of the adapter in between: lora_A.default.
+# Role of a tensor by the suffix of its key. PEFT may put the adapter's name in between: lora_A.default.
 _ROLE_SUFFIXES = (
     ("down", re.compile(r"\.(lora_A(\.[^.]+)?|lora_down|lora\.down)\.weight$")),
     ("up", re.compile(r"\.(lora_B(\.[^.]+)?|lora_up|lora\.up)\.weight$")),
     ("alpha", re.compile(r"\.alpha$")),
 )
-# Ends of adapters in which a layer's product is another one. Without these tensors a file would run, and be wrong.
+# Suffixes of adapters that change a layer in another way. Without these tensors a file would run, with wrong results.
 _UNSUPPORTED_ADAPTERS = (
     ("DoRA", re.compile(r"\.(dora_scale|lora_magnitude_vector(\.[^.]+)?(\.weight)?)$")),
     ("a LoRA with biases", re.compile(r"\.lora_B(\.[^.]+)?\.bias$")),
@@ -51,12 +51,12 @@ _LTX2_LAYER = re.compile(r"(^|[._])(audio_|av_ca_|video_to_audio|video_embedding
 
 @dataclass(frozen=True)
 class LoraKeys:
-    """The tensors of a file.
+    """The keys of a LoRA file, matched to layers.
 
     Args:
-        layers: kadr's name of a layer -> its tensors by role, "down", "up" and "alpha".
-        unexpected_keys: names that are of no layer, or of one that another tensor is for already.
-        key_format: that most names are of.
+        layers: kadr's name of a layer -> its keys by role, "down", "up" and "alpha".
+        unexpected_keys: keys that match no layer, or a layer and role that another key has already.
+        key_format: the format of most keys.
     """
 
     layers: Mapping[str, Mapping[str, str]]
@@ -65,83 +65,85 @@ class LoraKeys:
 
     @classmethod
     def parse(cls, keys: Iterable[str]) -> LoraKeys:
-        """From the names of all tensors of a file."""
+        """Matches all keys of a file to layers."""
         layers: dict[str, dict[str, str]] = {}
-        strangers, families = [], dict[str, int]()
-        for name in keys:
-            family, layer, role = _parse_key(name)
+        unexpected, format_counts = [], dict[str, int]()
+        for key in keys:
+            key_format, layer, role = _parse_key(key)
             if layer is None or role in layers.get(layer, ()):
-                strangers.append(name)
+                unexpected.append(key)
                 continue
-            layers.setdefault(layer, {})[role] = name
-            families[family] = families.get(family, 0) + 1
-        return cls(layers, tuple(strangers), max(families, key=families.__getitem__, default=NO_PREFIX))
+            layers.setdefault(layer, {})[role] = key
+            format_counts[key_format] = format_counts.get(key_format, 0) + 1
+        return cls(layers, tuple(unexpected), max(format_counts, key=format_counts.__getitem__, default=NO_PREFIX))
 
 
 def is_adapter_key(key: str) -> bool:
-    """Whether a tensor is of an adapter, of a kind that is read or not."""
+    """Returns whether a key is an adapter's, of a supported kind or not."""
     return _find_role(key) in ("down", "up") or unsupported_adapter_kind(key) is not None
 
 
 def unsupported_adapter_kind(key: str) -> str | None:
-    """The kind of adapter that a tensor is of, in words, where it is none of pairs of matrices alone."""
+    """Returns the kind of adapter that a key belongs to, if it is more than pairs of matrices; else None."""
     return next((kind for kind, pattern in _UNSUPPORTED_ADAPTERS if pattern.search(key)), None)
 
 
 def is_ltx2_key(key: str) -> bool:
-    """Whether a tensor is of the layers for sound that LTX-2 has and this family has not."""
+    """Returns whether a key is one of LTX-2's audio layers, which this family does not have."""
     return _LTX2_LAYER.search(key) is not None
 
 
 def strip_role(key: str) -> str:
-    """A tensor's name without its role: that of its layer, in the file's words."""
+    """Returns a key without its role suffix: the layer's name in the file."""
     for _, pattern in _ROLE_SUFFIXES:
         key = pattern.sub("", key)
     return key
 
 
 def strip_prefix(name: str) -> str:
-    """A layer's name in the file's words, without what its family puts in front."""
+    """Returns a layer's name in the file without the prefixes of its key format."""
     while prefix := next((prefix for prefix in _FORMAT_BY_PREFIX if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)
     return name
 
 
-def _find_role(name: str) -> str | None:
-    return next((role for role, pattern in _ROLE_SUFFIXES if pattern.search(name)), None)
+def _find_role(key: str) -> str | None:
+    return next((role for role, pattern in _ROLE_SUFFIXES if pattern.search(key)), None)
 
 
-def _parse_key(name: str) -> tuple[str, str | None, str]:
-    """Family, kadr's name of the layer (None where there is no such), and role of a tensor; "" where it has none."""
-    role = _find_role(name)
+def _parse_key(key: str) -> tuple[str, str | None, str]:
+    """Returns a key's format, kadr's name of its layer (None if it has none), and its role ("" if it has none)."""
+    role = _find_role(key)
     if role is None:
         return NO_PREFIX, None, ""
-    theirs = strip_role(name)
-    family = next((family for prefix, family in _FORMAT_BY_PREFIX.items() if theirs.startswith(prefix)), NO_PREFIX)
-    return family, _kadr_layer_name(strip_prefix(theirs)), role
+    layer = strip_role(key)
+    key_format = next((name for prefix, name in _FORMAT_BY_PREFIX.items() if layer.startswith(prefix)), NO_PREFIX)
+    return key_format, _kadr_layer_name(strip_prefix(layer)), role
 
 
 def _kadr_layer_name(file_layer: str) -> str | None:
-    """kadr's name of a layer, of one in any layout, with dots or underscores."""
-    number = re.match(r"(?:transformer_blocks[._])(\d{1,4})[._]", file_layer)
-    inside = file_layer if number is None else f"transformer_blocks.0.{file_layer[number.end() :]}"
-    known = _kadr_linears().get(inside.replace(".", "_"))
-    if known is None or number is None:
-        return known
-    return known.replace(f"{BLOCKS_PREFIX}0.", f"{BLOCKS_PREFIX}{int(number[1])}.", 1)
+    """Returns kadr's name of a layer named in either layout, with dots or underscores; None if there is none."""
+    block = re.match(r"(?:transformer_blocks[._])(\d{1,4})[._]", file_layer)
+    in_block_0 = file_layer if block is None else f"transformer_blocks.0.{file_layer[block.end() :]}"
+    kadr_name = _kadr_linears().get(in_block_0.replace(".", "_"))
+    if kadr_name is None or block is None:
+        return kadr_name
+    return kadr_name.replace(f"{BLOCKS_PREFIX}0.", f"{BLOCKS_PREFIX}{int(block[1])}.", 1)
 
 
 @cache
 def _kadr_linears() -> dict[str, str]:
-    """Their names of all layers that have a weight, with _ for every dot, of one block -> kadr's."""
+    """Returns file name (with _ for every dot) -> kadr's name, for all linear layers of a one-block transformer."""
     with torch.device("meta"):
         module = Transformer(TransformerConfig(num_layers=1, num_heads=1, head_dim=8))
-    ours = [name for name, child in module.named_modules() if isinstance(child, Linear)]
-    made: dict[str, str] = {}
-    for diffusers in (False, True):
-        table = map_keys(TRANSFORMER_KEYS, [f"{name}{WEIGHT_SUFFIX}" for name in ours], is_diffusers=diffusers)
-        made |= {
-            theirs.removesuffix(WEIGHT_SUFFIX).replace(".", "_"): our
-            for our, theirs in zip(ours, table.values(), strict=True)
+    kadr_names = [name for name, child in module.named_modules() if isinstance(child, Linear)]
+    kadr_name_by_file_name: dict[str, str] = {}
+    for is_diffusers in (False, True):
+        key_map = map_keys(
+            TRANSFORMER_KEYS, [f"{name}{WEIGHT_SUFFIX}" for name in kadr_names], is_diffusers=is_diffusers
+        )
+        kadr_name_by_file_name |= {
+            file_key.removesuffix(WEIGHT_SUFFIX).replace(".", "_"): kadr_name
+            for kadr_name, file_key in zip(kadr_names, key_map.values(), strict=True)
         }
-    return made
+    return kadr_name_by_file_name
