@@ -1,7 +1,7 @@
-"""What step caching saves and costs: `python -m benchmarks.step_caching`. Writes docs/guides/step-caching.md.
+"""Measures what step caching saves and costs: `python -m benchmarks.step_caching`. Writes docs/guides/step-caching.md.
 
 The demo's own long recipe, the same captions and seeds with and without a cache. Every round makes all videos of one
-seed, one way after the other, so a machine that is busy for a while is busy for all ways.
+seed, one cache after the other, so that other load on the machine affects all caches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEP_CACHES: Mapping[str, StepCache | None] = {
 
 @dataclass
 class CacheResult:
-    """Of one way, a number for each video: seconds of denoising, calls of layers, dB, and how many of four obey."""
+    """Results of one cache, a number per video: seconds of denoising, block calls, dB, matching properties of four."""
 
     seconds: list[float] = field(default_factory=list)
     block_calls: list[int] = field(default_factory=list)
@@ -46,11 +46,11 @@ class CacheResult:
 
 @contextmanager
 def count_block_calls(engine: Engine) -> Iterator[list[int]]:
-    """How often layers are run inside the block."""
+    """Counts calls of transformer blocks inside the `with` block."""
     calls = [0]
     with engine.components.transformer(0, None) as transformer:
         hooks = [
-            layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for layer in transformer.blocks
+            block.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for block in transformer.blocks
         ]
     yield calls
     for hook in hooks:
@@ -58,51 +58,57 @@ def count_block_calls(engine: Engine) -> Iterator[list[int]]:
 
 
 def measure(videos: int, steps: int) -> dict[str, CacheResult]:
-    """All ways in turn, for each of the videos."""
-    found = {name: CacheResult() for name in STEP_CACHES}
-    # One that only denoises keeps its transformer.
+    """Measures all caches in turn, for each of the videos."""
+    results = {name: CacheResult() for name in STEP_CACHES}
+    # An engine that only denoises keeps its transformer.
     engine, decoder = (Engine.open("demo", device="cpu", dtype="float32") for _ in range(2))
-    engine.denoise(Request(prompt="a red circle", steps=2))  # what is set up once is not timed
+    engine.denoise(Request(prompt="a red circle", steps=2))  # one-time setup is not timed
     for seed, (caption, scene) in enumerate(held_out_captions(videos, SEED)):
-        right: np.ndarray | None = None
+        reference: np.ndarray | None = None
         for name, cache in STEP_CACHES.items():
-            request, own = Request(prompt=caption, seed=seed, steps=steps, cache=cache), found[name]
+            request, result = Request(prompt=caption, seed=seed, steps=steps, cache=cache), results[name]
             with count_block_calls(engine) as calls:
-                began = time.perf_counter()
+                start = time.perf_counter()
                 latents = engine.denoise(request)
-                own.seconds.append(time.perf_counter() - began)
+                result.seconds.append(time.perf_counter() - start)
             frames = decoder.decode(latents, request).numpy()
-            right = frames if right is None else right
-            own.block_calls.append(calls[0])
-            own.psnr.append(psnr(frames, right))
-            own.matched_properties.append(
-                sum(seen == told for seen, told in zip(name_scene(frames), scene.key, strict=True))
+            reference = frames if reference is None else reference
+            result.block_calls.append(calls[0])
+            result.psnr.append(psnr(frames, reference))
+            result.matched_properties.append(
+                sum(actual == wanted for actual, wanted in zip(name_scene(frames), scene.key, strict=True))
             )
-    return found
+    return results
 
 
 def table_rows(results: Mapping[str, CacheResult]) -> Iterator[Sequence[str]]:
-    plain = results["none"]
-    for name, own in results.items():
-        ratios = [before / after for before, after in zip(plain.seconds, own.seconds, strict=True)]
-        skipped = 1 - sum(own.block_calls) / sum(plain.block_calls)
-        quality = ("", "") if own is plain else (f"{np.mean(own.psnr):.1f}", f"{min(own.psnr):.1f}")
-        yield name, f"{skipped:.0%}", f"{median(ratios):.2f}x", *quality, f"{np.mean(own.matched_properties) / 4:.0%}"
+    baseline = results["none"]
+    for name, result in results.items():
+        ratios = [without / cached for without, cached in zip(baseline.seconds, result.seconds, strict=True)]
+        skipped = 1 - sum(result.block_calls) / sum(baseline.block_calls)
+        quality = ("", "") if result is baseline else (f"{np.mean(result.psnr):.1f}", f"{min(result.psnr):.1f}")
+        yield (
+            name,
+            f"{skipped:.0%}",
+            f"{median(ratios):.2f}x",
+            *quality,
+            f"{np.mean(result.matched_properties) / 4:.0%}",
+        )
 
 
 def format_section(results: Mapping[str, CacheResult], videos: int, steps: int) -> str:
-    head = ("cache", "layers skipped", "denoising, faster", "PSNR, mean", "worst", "obeyed")
-    made = f"{videos} videos of the demo, {steps} guided steps, float32, {torch.get_num_threads()} thread(s) of a CPU"
+    head = ("cache", "blocks skipped", "denoising, faster", "PSNR, mean", "worst", "prompt followed")
+    setup = f"{videos} videos of the demo, {steps} guided steps, float32, {torch.get_num_threads()} thread(s) of a CPU"
     return (
-        f"\n{doc_tables.markdown_table(head, table_rows(results))}\n{made}; dB against the video without a cache.\n\n"
+        f"\n{doc_tables.markdown_table(head, table_rows(results))}\n{setup}; dB against the video without a cache.\n\n"
     )
 
 
 def write_section(path: Path, section: str) -> None:
-    """Write the table between its marks."""
+    """Writes the table between its markers."""
     page = path.read_text("utf-8")
     if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"{path} has no place for the table: it must have {BEGIN!r} and {END!r}, once each")
+        raise ValueError(f"{path} cannot take the table: it must have {BEGIN!r} and {END!r}, once each")
     before, _, rest = page.partition(BEGIN)
     path.write_text(before + BEGIN + section + END + rest.partition(END)[2], "utf-8")
 
@@ -111,12 +117,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_caching", description=__doc__)
     parser.add_argument("--videos", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     tune_malloc()
-    found = measure(asked.videos, asked.steps)
-    made = format_section(found, asked.videos, asked.steps)
-    write_section(PAGE, made)
-    print(made)
+    results = measure(arguments.videos, arguments.steps)
+    section = format_section(results, arguments.videos, arguments.steps)
+    write_section(PAGE, section)
+    print(section)
 
 
 if __name__ == "__main__":
