@@ -1,4 +1,4 @@
-"""Prompt enhancement against a real server on this machine, well-behaved and not."""
+"""Prompt enhancement against a real HTTP server on this machine, well-behaved or not."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from tests.fakechat import (
 
 PROMPT = 'a red fox in snow, a sign says "ЗИМА"'
 KEY = "sk-very-secret-0123456789"
-PICTURES = [ChatImage(b"\xff\xd8first", "the first frame of the video"), ChatImage(b"\xff\xd8last", "the last frame")]
-PATIENCE = 0.3  # seconds
-SOON = 10.0  # seconds: far more than a client that waits no longer needs, less than those servers drip
+IMAGES = [ChatImage(b"\xff\xd8first", "the first frame of the video"), ChatImage(b"\xff\xd8last", "the last frame")]
+TIMEOUT = 0.3  # seconds
+SOON_SECONDS = 10.0  # seconds: far more than a client needs that times out, less than a slow server takes
 
 
 @pytest.fixture
@@ -44,19 +44,19 @@ def chat() -> Iterator[FakeChat]:
 
 
 def failure(chat: FakeChat, reply: Reply, **options: Any) -> str:
-    """What is said where the answer is this one."""
+    """Returns the error message for an answer."""
     chat.reply = reply
     with pytest.raises(EnhanceError) as caught:
         Enhancer(chat.url, **options).enhance(PROMPT)
-    told = str(caught.value)
-    assert told.startswith(f"the prompt was not enhanced: {chat.url} ")
-    assert told.endswith(".")
-    assert "\n" not in told
+    message = str(caught.value)
+    assert message.startswith(f"the prompt was not enhanced: {chat.url} ")
+    assert message.endswith(".")
+    assert "\n" not in message
     assert caught.value.__cause__ is None
-    return told
+    return message
 
 
-# --- what is asked ------------------------------------------------------------------------------------------------
+# --- the request --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tail", ["", "/", "/chat/completions", "/chat/completions/"])
@@ -74,14 +74,14 @@ def test_a_url_query_is_sent_and_stays_out_of_messages(chat: FakeChat) -> None:
 
 def test_the_whole_prompt_is_sent_with_instructions(chat: FakeChat) -> None:
     Enhancer(chat.url, "some-model:4b").enhance(PROMPT)
-    (asked,) = chat.requests
-    assert asked.body.keys() == {"model", "messages", "stream"}
-    assert (asked.body["model"], asked.body["stream"]) == ("some-model:4b", False)
-    assert [message["role"] for message in asked.body["messages"]] == ["system", "user"]
-    assert asked.text == f"The request:\n{PROMPT}"
-    assert "one flowing paragraph" in asked.system
-    assert "held to pictures" not in asked.system
-    assert "Authorization" not in asked.headers
+    (request,) = chat.requests
+    assert request.body.keys() == {"model", "messages", "stream"}
+    assert (request.body["model"], request.body["stream"]) == ("some-model:4b", False)
+    assert [message["role"] for message in request.body["messages"]] == ["system", "user"]
+    assert request.text == f"The request:\n{PROMPT}"
+    assert "one flowing paragraph" in request.system
+    assert "held to pictures" not in request.system
+    assert "Authorization" not in request.headers
 
 
 def test_no_model_name_is_sent_by_default(chat: FakeChat) -> None:
@@ -93,9 +93,9 @@ def test_the_key_is_in_one_header_and_nowhere_else(chat: FakeChat) -> None:
     enhancer = Enhancer(chat.url, key=KEY)
     assert KEY not in repr(enhancer)
     enhancer.enhance(PROMPT)
-    (asked,) = chat.requests
-    assert asked.headers.pop("Authorization") == f"Bearer {KEY}"
-    assert KEY not in str(asked)
+    (request,) = chat.requests
+    assert request.headers.pop("Authorization") == f"Bearer {KEY}"
+    assert KEY not in str(request)
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def test_a_key_repeated_by_the_endpoint_is_not_in_the_prompt(chat: FakeChat) -> 
     assert Enhancer(chat.url, key=KEY).enhance(PROMPT) == "A fox runs past a wall that says (the key) in the snow."
 
 
-# --- pictures and scenes ------------------------------------------------------------------------------------------
+# --- images and scenes --------------------------------------------------------------------------------------------
 
 
 def test_images_are_sent_after_their_frame_descriptions(chat: FakeChat) -> None:
-    Enhancer(chat.url).enhance(PROMPT, PICTURES)
-    (asked,) = chat.requests
-    assert [part["type"] for part in asked.content_parts] == ["text", "image_url", "text", "image_url", "text"]
-    assert asked.content_parts[0]["text"] == "Picture 1 is the first frame of the video:"
-    assert asked.images == ["data:image/jpeg;base64,/9hmaXJzdA==", "data:image/jpeg;base64,/9hsYXN0"]
-    assert "that you are shown" in asked.system
+    Enhancer(chat.url).enhance(PROMPT, IMAGES)
+    (request,) = chat.requests
+    assert [part["type"] for part in request.content_parts] == ["text", "image_url", "text", "image_url", "text"]
+    assert request.content_parts[0]["text"] == "Picture 1 is the first frame of the video:"
+    assert request.images == ["data:image/jpeg;base64,/9hmaXJzdA==", "data:image/jpeg;base64,/9hsYXN0"]
+    assert "that you are shown" in request.system
 
 
 @pytest.mark.parametrize(
@@ -144,19 +144,19 @@ def test_images_are_sent_after_their_frame_descriptions(chat: FakeChat) -> None:
     ],
 )
 def test_an_endpoint_that_refuses_images_is_called_again_without_them(chat: FakeChat, refusal: Reply) -> None:
-    chat.reply = lambda asked: refusal if asked.images else chat_completion(PARAGRAPH)
+    chat.reply = lambda request: refusal if request.images else chat_completion(PARAGRAPH)
     with pytest.warns(KadrWarning, match=rf"takes no images: .* HTTP {refusal.status}"):
-        assert Enhancer(chat.url).enhance(PROMPT, PICTURES) == PARAGRAPH
-    seeing, blind = chat.requests
-    assert (len(seeing.images), blind.images) == (2, [])
-    assert "that you cannot be shown" in blind.system
+        assert Enhancer(chat.url).enhance(PROMPT, IMAGES) == PARAGRAPH
+    first, second = chat.requests
+    assert (len(first.images), second.images) == (2, [])
+    assert "that you cannot be shown" in second.system
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 408, 429, 502, 503])
 def test_errors_unrelated_to_images_are_not_retried(chat: FakeChat, status: int) -> None:
     chat.reply = error_reply(status, "no")
     with pytest.raises(EnhanceError, match=f"HTTP {status}"):
-        Enhancer(chat.url).enhance(PROMPT, PICTURES)
+        Enhancer(chat.url).enhance(PROMPT, IMAGES)
     assert len(chat.requests) == 1
 
 
@@ -168,16 +168,16 @@ def test_without_images_an_error_is_not_retried(chat: FakeChat, status: int) -> 
 
 def test_an_endpoint_that_fails_without_images_too_raises(chat: FakeChat) -> None:
     chat.reply = error_reply(400, "no")
-    with warnings.catch_warnings(record=True) as noted, pytest.raises(EnhanceError, match="HTTP 400"):
-        Enhancer(chat.url, "m").enhance(PROMPT, PICTURES)
-    assert (len(chat.requests), noted) == (2, [])
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(EnhanceError, match="HTTP 400"):
+        Enhancer(chat.url, "m").enhance(PROMPT, IMAGES)
+    assert (len(chat.requests), warned) == (2, [])
 
 
 def test_each_scene_is_requested_with_the_others_as_context(chat: FakeChat) -> None:
-    chat.reply = lambda asked: chat_completion(f"A long and whole scene of number {len(chat.requests)}.")
-    made = Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
-    assert made == [f"A long and whole scene of number {number}." for number in (1, 2, 3)]
-    first, second, third = (asked.text for asked in chat.requests)
+    chat.reply = lambda request: chat_completion(f"A long and whole scene of number {len(chat.requests)}.")
+    enhanced = Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
+    assert enhanced == [f"A long and whole scene of number {number}." for number in (1, 2, 3)]
+    first, second, third = (request.text for request in chat.requests)
     assert "Write scene 2 alone" in second
     assert second.endswith("The request:\na hare")
     assert "Scene 1: A long and whole scene of number 1.\nScene 3: an owl" in second
@@ -186,16 +186,16 @@ def test_each_scene_is_requested_with_the_others_as_context(chat: FakeChat) -> N
 
 
 def test_after_a_refusal_later_scenes_are_sent_without_images(chat: FakeChat) -> None:
-    chat.reply = lambda asked: error_reply(400, "no images") if asked.images else chat_completion(PARAGRAPH)
-    with pytest.warns(KadrWarning, match="takes no images") as noted:
-        Enhancer(chat.url).enhance_scenes(["a fox", "a hare"], PICTURES)
-    assert [len(asked.images) for asked in chat.requests] == [2, 0, 0]
-    assert len(noted) == 1
-    assert all("cannot be shown" in asked.system for asked in chat.requests[1:])
+    chat.reply = lambda request: error_reply(400, "no images") if request.images else chat_completion(PARAGRAPH)
+    with pytest.warns(KadrWarning, match="takes no images") as warned:
+        Enhancer(chat.url).enhance_scenes(["a fox", "a hare"], IMAGES)
+    assert [len(request.images) for request in chat.requests] == [2, 0, 0]
+    assert len(warned) == 1
+    assert all("cannot be shown" in request.system for request in chat.requests[1:])
 
 
 def test_one_failed_scene_fails_all(chat: FakeChat) -> None:
-    chat.reply = lambda asked: chat_completion(PARAGRAPH if len(chat.requests) < 2 else "")
+    chat.reply = lambda request: chat_completion(PARAGRAPH if len(chat.requests) < 2 else "")
     with pytest.raises(EnhanceError, match="answered with nothing"):
         Enhancer(chat.url).enhance_scenes(["a fox", "a hare", "an owl"])
     assert len(chat.requests) == 2
@@ -212,34 +212,34 @@ def test_one_failed_scene_fails_all(chat: FakeChat) -> None:
         Reply(chat_completion(PARAGRAPH).body, header_interval=0.2),
         Reply(error_reply(500, "long" * 99).body, status=500, byte_interval=0.2),
     ],
-    ids=["silent", "dripping", "dripping headers", "dripping an error"],
+    ids=["silent", "slow body", "slow headers", "slow error"],
 )
 def test_a_slow_answer_times_out(chat: FakeChat, reply: Reply) -> None:
-    with assert_faster_than(SOON):
-        assert "did not answer within 0.3 s" in failure(chat, reply, timeout=PATIENCE)
+    with assert_faster_than(SOON_SECONDS):
+        assert "did not answer within 0.3 s" in failure(chat, reply, timeout=TIMEOUT)
 
 
 def test_the_thread_of_an_abandoned_answer_ends(chat: FakeChat) -> None:
     before = set(threading.enumerate())
-    failure(chat, Reply(chat_completion(PARAGRAPH).body, byte_interval=0.2), timeout=PATIENCE)
-    (left,) = [each for each in set(threading.enumerate()) - before if each.name == "kadr enhance"]
-    left.join(SOON)
-    assert not left.is_alive()
+    failure(chat, Reply(chat_completion(PARAGRAPH).body, byte_interval=0.2), timeout=TIMEOUT)
+    (thread,) = [new for new in set(threading.enumerate()) - before if new.name == "kadr enhance"]
+    thread.join(SOON_SECONDS)
+    assert not thread.is_alive()
 
 
 def test_the_retry_without_images_has_the_remaining_time(chat: FakeChat) -> None:
-    chat.reply = lambda asked: (
-        Reply(error_reply(400, "no").body, 400, delay_seconds=0.2) if asked.images else Reply(delay_seconds=60.0)
+    chat.reply = lambda request: (
+        Reply(error_reply(400, "no").body, 400, delay_seconds=0.2) if request.images else Reply(delay_seconds=60.0)
     )
-    with assert_faster_than(SOON), pytest.raises(EnhanceError, match="within 1 s"):
-        Enhancer(chat.url, "m", timeout=1.0).enhance(PROMPT, PICTURES)
+    with assert_faster_than(SOON_SECONDS), pytest.raises(EnhanceError, match="within 1 s"):
+        Enhancer(chat.url, "m", timeout=1.0).enhance(PROMPT, IMAGES)
     assert len(chat.requests) == 2
 
 
 def test_a_slow_dns_lookup_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **more: threading.Event().wait(30))
-    with assert_faster_than(SOON), pytest.raises(EnhanceError, match="did not answer within"):
-        Enhancer("https://chat.example/v1", timeout=PATIENCE).enhance(PROMPT)
+    with assert_faster_than(SOON_SECONDS), pytest.raises(EnhanceError, match="did not answer within"):
+        Enhancer("https://chat.example/v1", timeout=TIMEOUT).enhance(PROMPT)
 
 
 def test_an_unknown_host_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ def test_a_refused_connection_is_reported() -> None:
 
 def test_a_server_without_tls_is_reported(chat: FakeChat) -> None:
     with pytest.raises(EnhanceError, match=r"over TLS .* http or https"):
-        Enhancer(chat.url.replace("http:", "https:"), timeout=SOON).enhance(PROMPT)
+        Enhancer(chat.url.replace("http:", "https:"), timeout=SOON_SECONDS).enhance(PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -298,23 +298,24 @@ def test_a_redirect_is_reported_and_not_followed(chat: FakeChat, status: int) ->
         assert (len(chat.requests), other.requests) == (1, [])
 
 
-def test_proxies_are_not_used_for_this_machine(
-    chat: FakeChat, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proxies_are_not_used_for_this_machine(chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     assert Enhancer(chat.url).enhance(PROMPT) == PARAGRAPH
 
 
-# --- nonsense -----------------------------------------------------------------------------------------------------
+# --- unusable answers ---------------------------------------------------------------------------------------------
 
-NONSENSE: dict[str, tuple[Reply, str]] = {
+UNUSABLE_ANSWERS: dict[str, tuple[Reply, str]] = {
     "no bytes": (Reply(b""), "answered with nothing, not JSON"),
     "HTML": (Reply(b"<!doctype html><title>hi</title>"), "answered with HTML, not JSON"),
     "not JSON": (Reply(b"A fox runs."), "answered with something else, not JSON"),
     "not text": (Reply(bytes(range(256))), "not JSON"),
-    "cut JSON": (Reply(chat_completion(PARAGRAPH).body, truncate_at=40), "closed the connection before its answer was complete."),
+    "cut JSON": (
+        Reply(chat_completion(PARAGRAPH).body, truncate_at=40),
+        "closed the connection before its answer was complete.",
+    ),
     "one endless word": (
         chat_completion("A fox runs fast " + "y" * 9000),
         "not a description: 'A fox runs fast yyy",
@@ -328,7 +329,10 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
     "deep JSON": (Reply(b"[" * 200_000), "JSON"),
     "not HTTP": (Reply(raw_bytes=b"SSH-2.0-OpenSSH_9.6\r\n"), "does not speak HTTP"),
     "hung up": (Reply(raw_bytes=b""), "closed the connection"),
-    "a bad chunk": (Reply(raw_bytes=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "closed the connection"),
+    "a bad chunk": (
+        Reply(raw_bytes=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"),
+        "closed the connection",
+    ),
     "too much": (Reply(b" " * (MAX_RESPONSE_BYTES + 1)), "more than 1 MB"),
     "a number": (json_reply(5), "without choices"),
     "null": (json_reply(None), "without choices"),
@@ -370,14 +374,14 @@ NONSENSE: dict[str, tuple[Reply, str]] = {
 
 @pytest.mark.parametrize("key", ["x", "none", "key", "content", "token123"])
 def test_a_placeholder_key_is_not_redacted(chat: FakeChat, key: str) -> None:
-    """Servers without keys are given any."""
+    """Users give servers without keys any word."""
     text = PARAGRAPH.replace("fox", "fox, the content key, none of token123 x")
     chat.reply = chat_completion(text)
     assert Enhancer(chat.url, key=key).enhance("a red fox") == text
 
 
-def heard(chat: FakeChat, reply: Reply, key: str) -> str:
-    """The prompt, or the message, that an answer comes to."""
+def prompt_or_message(chat: FakeChat, reply: Reply, key: str) -> str:
+    """Returns the enhanced prompt, or the error message."""
     chat.reply = reply
     try:
         return Enhancer(chat.url, key=key).enhance("a red fox")
@@ -389,9 +393,9 @@ def test_a_key_is_redacted_however_json_escapes_it(chat: FakeChat) -> None:
     key = "c2Vj/cmV0+a/0123=="
     body = json.dumps({"error": {"message": f"bad key {key}"}}).replace("/", "\\/")
     for reply in (Reply(body.encode(), 401), chat_completion(f"{PARAGRAPH} {key}")):
-        told = heard(chat, reply, key)
-        assert "(the key)" in told
-        assert key not in told
+        text = prompt_or_message(chat, reply, key)
+        assert "(the key)" in text
+        assert key not in text
 
 
 @pytest.mark.parametrize(
@@ -412,9 +416,9 @@ def test_removing_control_characters_does_not_reveal_a_key(chat: FakeChat) -> No
         error_reply(401, "bad key sk-abcdef\u0007ghij1234"),
         chat_completion(f"{PARAGRAPH} sk-abcdef\u0007ghij1234"),
     ):
-        told = heard(chat, reply, key)
-        assert "(the key)" in told
-        assert key not in told
+        text = prompt_or_message(chat, reply, key)
+        assert "(the key)" in text
+        assert key not in text
 
 
 @pytest.mark.parametrize(
@@ -448,9 +452,9 @@ def test_a_message_ends_in_one_mark(chat: FakeChat) -> None:
         Enhancer(url).enhance("a red fox")
 
 
-@pytest.mark.parametrize("reply, words", NONSENSE.values(), ids=NONSENSE)
+@pytest.mark.parametrize("reply, words", UNUSABLE_ANSWERS.values(), ids=UNUSABLE_ANSWERS)
 def test_an_unusable_answer_is_reported_and_never_a_prompt(chat: FakeChat, reply: Reply, words: str) -> None:
-    message = failure(chat, reply, timeout=SOON)
+    message = failure(chat, reply, timeout=SOON_SECONDS)
     assert words in message
     assert len(message) < 500
 
@@ -527,8 +531,8 @@ def test_a_long_answer_is_cut_after_a_sentence_with_a_warning(chat: FakeChat) ->
     sentence = "The fox turns its head and walks on through the snow."  # 11 words
     chat.reply = chat_completion(" ".join([sentence] * 30))
     with pytest.warns(KadrWarning, match=f"330 words.*{MAX_WORDS // 11 * 11} words"):
-        made = Enhancer(chat.url).enhance(PROMPT)
-    assert made == " ".join([sentence] * (MAX_WORDS // 11))
+        enhanced = Enhancer(chat.url).enhance(PROMPT)
+    assert enhanced == " ".join([sentence] * (MAX_WORDS // 11))
 
 
 def test_an_answer_that_just_fits_is_not_cut(chat: FakeChat) -> None:
@@ -536,7 +540,7 @@ def test_an_answer_that_just_fits_is_not_cut(chat: FakeChat) -> None:
     assert len(Enhancer(chat.url).enhance(PROMPT).split()) == MAX_WORDS
 
 
-# --- what is refused at birth -------------------------------------------------------------------------------------
+# --- refused at construction --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -593,7 +597,7 @@ def test_a_value_out_of_range_is_refused(option: dict[str, Any]) -> None:
 
 
 def test_the_fake_server_speaks_http_over_a_socket(chat: FakeChat) -> None:
-    """What these tests stand on: bytes over a socket of this machine."""
+    """The other tests rely on it: bytes over a socket of this machine."""
     with socket.create_connection(("127.0.0.1", int(chat.url.split(":")[2].removesuffix("/v1")))) as line:
         line.sendall(b"GET /v1/chat/completions HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: line.recv(4096), b""))

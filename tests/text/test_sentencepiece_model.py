@@ -1,4 +1,4 @@
-"""Pieces taken out of a SentencePiece model, or listed in a GGUF file, cut text as SentencePiece does."""
+"""Pieces of a SentencePiece model, or of a GGUF file, give the ids of SentencePiece."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ PROMPTS = [
 
 
 @cache
-def trained(size: int, **more: object) -> bytes:
+def train_model(size: int, **more: object) -> bytes:
     draw, model = random.Random(0), io.BytesIO()
-    made = ["".join(draw.choices("abcdefghiklmnoprstu", k=draw.randint(2, 9))) for _ in range(4000)]
-    lines = [" ".join(draw.choices(TEXT.split() + made, k=draw.randint(3, 14))) for _ in range(3000)]
+    words = ["".join(draw.choices("abcdefghiklmnoprstu", k=draw.randint(2, 9))) for _ in range(4000)]
+    lines = [" ".join(draw.choices(TEXT.split() + words, k=draw.randint(3, 14))) for _ in range(3000)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_writer=model,
@@ -66,10 +66,10 @@ def trained(size: int, **more: object) -> bytes:
 
 MODELS = {
     "demo": DEMO.read_bytes,
-    "large": lambda: trained(2000),
-    "bytes": lambda: trained(600, byte_fallback=True),
-    "unsqueezed": lambda: trained(300, remove_extra_whitespaces=False, add_dummy_prefix=False),
-    "lowered": lambda: trained(300, normalization_rule_name="nmt_nfkc_cf"),
+    "large": lambda: train_model(2000),
+    "bytes": lambda: train_model(600, byte_fallback=True),
+    "unsqueezed": lambda: train_model(300, remove_extra_whitespaces=False, add_dummy_prefix=False),
+    "lowered": lambda: train_model(300, normalization_rule_name="nmt_nfkc_cf"),
 }
 
 
@@ -78,16 +78,16 @@ def model(request: pytest.FixtureRequest) -> bytes:
     return MODELS[request.param]()
 
 
-def listed(fields: Mapping[str, object]) -> SentencePieceModel:
-    """The pieces of a GGUF file."""
-    own = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
+def model_from_gguf(fields: Mapping[str, object]) -> SentencePieceModel:
+    """Makes a model of the tokenizer fields of a GGUF file."""
+    values = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     return SentencePieceModel(
-        tuple(own["tokens"]),
-        tuple(own["scores"]),
-        tuple(own["token_type"]),
-        precompiled_charsmap=own.get("precompiled_charsmap", b""),
-        add_dummy_prefix=own["add_space_prefix"],
-        remove_extra_whitespaces=own["remove_extra_whitespaces"],
+        tuple(values["tokens"]),
+        tuple(values["scores"]),
+        tuple(values["token_type"]),
+        precompiled_charsmap=values.get("precompiled_charsmap", b""),
+        add_dummy_prefix=values["add_space_prefix"],
+        remove_extra_whitespaces=values["remove_extra_whitespaces"],
     )
 
 
@@ -114,27 +114,27 @@ def test_pieces_survive_a_round_trip(model: bytes) -> None:
 def test_pieces_of_a_gguf_file_give_the_ids_of_sentencepiece(tmp_path: Path, model: bytes, prompt: str) -> None:
     (tmp_path / "spiece.model").write_bytes(model)
     original = Tokenizer.open(tmp_path)
-    pieces = listed(tokenizer_fields(model, original.vocab_size + 28))
+    pieces = model_from_gguf(tokenizer_fields(model, original.vocab_size + 28))
     ours = Tokenizer.from_sentencepiece(pieces, tmp_path / "t5.gguf")
     assert torch.equal(ours.encode(prompt).ids, original.encode(prompt).ids)
     assert ours.vocab_size == original.vocab_size
 
 
-def t5(size: int = 32000) -> bytes:
-    """As many pieces as the released tokenizer has."""
+def t5_sized_model(size: int = 32000) -> bytes:
+    """Returns a model with as many pieces as the released tokenizer."""
     texts = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz", *(f"▁w{i}" for i in range(size - 30))]
-    kinds = [CONTROL, CONTROL, UNKNOWN, *[NORMAL] * (size - 3)]
+    types = [CONTROL, CONTROL, UNKNOWN, *[NORMAL] * (size - 3)]
     return serialize_sentencepiece(
-        SentencePieceModel(tuple(texts), tuple(-float(i) / size for i in range(size)), tuple(kinds))
+        SentencePieceModel(tuple(texts), tuple(-float(i) / size for i in range(size)), tuple(types))
     )
 
 
 @pytest.mark.parametrize("added", [{}, {f"<extra_id_{n}>": 32099 - n for n in range(100)}], ids=["filled up", "named"])
 def test_sentinels_have_the_ids_of_the_released_tokenizer(tmp_path: Path, added: Mapping[str, int]) -> None:
-    model = t5()
+    model = t5_sized_model()
     (tmp_path / "spiece.model").write_bytes(model)
     original = Tokenizer.open(tmp_path)
-    ours = Tokenizer.from_sentencepiece(listed(tokenizer_fields(model, 32128, added)), tmp_path / "t5.gguf")
+    ours = Tokenizer.from_sentencepiece(model_from_gguf(tokenizer_fields(model, 32128, added)), tmp_path / "t5.gguf")
     for prompt in ("a <extra_id_0> b", "x<extra_id_7><extra_id_99> w12 </s>", "[PAD32100]"):
         assert torch.equal(ours.encode(prompt).ids, original.encode(prompt).ids)
     assert 32099 in ours.encode("a <extra_id_0> b").ids
@@ -142,9 +142,9 @@ def test_sentinels_have_the_ids_of_the_released_tokenizer(tmp_path: Path, added:
 
 
 def test_fillers_are_trimmed_at_the_end_and_kept_in_between() -> None:
-    kinds = (CONTROL, UNUSED, NORMAL, UNUSED, USER_DEFINED, UNUSED)
-    kept, markers = SentencePieceModel(tuple("abcdef"), (0.0,) * 6, kinds).trim_fillers()
-    assert (kept.pieces, kept.types) == (tuple("abc"), kinds[:3])
+    types = (CONTROL, UNUSED, NORMAL, UNUSED, USER_DEFINED, UNUSED)
+    trimmed, markers = SentencePieceModel(tuple("abcdef"), (0.0,) * 6, types).trim_fillers()
+    assert (trimmed.pieces, trimmed.types) == (tuple("abc"), types[:3])
     assert markers == {"e": 4}
 
 
@@ -155,18 +155,18 @@ def test_a_vocabulary_of_another_family_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "model, said",
+    "model, message",
     [
-        (lambda: trained(300, model_type="bpe"), "not a unigram model"),
-        (lambda: trained(300, treat_whitespace_as_suffix=True), "treats spaces differently"),
+        (lambda: train_model(300, model_type="bpe"), "not a unigram model"),
+        (lambda: train_model(300, treat_whitespace_as_suffix=True), "treats spaces differently"),
         (lambda: DEMO.read_bytes()[:-3], "cut short"),
         (lambda: b"\x0b\x01", "wire type 3"),
         (lambda: b"\x08\x01", "a number, where bytes are expected"),
         (lambda: b"\x80" * 20, "cut short"),
     ],
 )
-def test_an_unsupported_model_file_is_refused(model: object, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_an_unsupported_model_file_is_refused(model: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_sentencepiece(model())
 
 

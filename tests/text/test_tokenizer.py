@@ -32,7 +32,7 @@ PROMPTS = [
 
 
 def train(**ids: int) -> bytes:
-    """A unigram model of 150 pieces with T5's ids, unless told otherwise."""
+    """Trains a unigram model of 150 pieces, with T5's ids by default."""
     draw = random.Random(0)
     syllables = ["".join(draw.choices("aeiou", k=1) + draw.choices("bdfgklmnprstv", k=1)) for _ in range(40)]
     words = PLAIN.split() + ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(400)]
@@ -51,14 +51,14 @@ def train(**ids: int) -> bytes:
 
 
 def field(message: bytes, number: int) -> bytes:
-    """One length-delimited field of a protocol buffer: spares the test a dependency on protobuf."""
-    at = 0
+    """Returns a length-delimited field of a protocol buffer, without a dependency on protobuf."""
+    offset = 0
 
     def varint() -> int:
-        nonlocal at
+        nonlocal offset
         value = shift = 0
         while True:
-            byte, at = message[at], at + 1
+            byte, offset = message[offset], offset + 1
             value, shift = value | (byte & 127) << shift, shift + 7
             if byte < 128:
                 return value
@@ -69,10 +69,10 @@ def field(message: bytes, number: int) -> bytes:
             varint()
             continue
         if tag & 7 != 2:
-            at += {1: 8, 5: 4}[tag & 7]
+            offset += {1: 8, 5: 4}[tag & 7]
             continue
         size = varint()
-        body, at = message[at : at + size], at + size
+        body, offset = message[offset : offset + size], offset + size
         if tag >> 3 == number:
             return body
 
@@ -89,7 +89,7 @@ def processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
 
 @pytest.fixture(scope="module")
 def oracle(model: bytes, processor: sentencepiece.SentencePieceProcessor) -> transformers.T5Tokenizer:
-    """Transformers' tokenizer with the same pieces and normalisation (normalizer_spec.precompiled_charsmap)."""
+    """Returns transformers' tokenizer with the same pieces and normalization (precompiled_charsmap)."""
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
     charsmap = field(field(model, 3), 2)
     return transformers.T5Tokenizer(vocab=pieces, _spm_precompiled_charsmap=charsmap, extra_ids=0)
@@ -97,7 +97,7 @@ def oracle(model: bytes, processor: sentencepiece.SentencePieceProcessor) -> tra
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, model: bytes, oracle: transformers.T5Tokenizer) -> Path:
-    """original/spiece.model and converted/tokenizer.json."""
+    """Returns a folder with original/spiece.model and converted/tokenizer.json."""
     root = tmp_path_factory.mktemp("tokenizers")
     (root / "original").mkdir()
     (root / "original" / "spiece.model").write_bytes(model)
@@ -123,12 +123,12 @@ def test_ids_and_mask_equal_those_of_transformers(tokenizer, oracle, prompt):
 
 def test_ids_are_pieces_then_end_of_sequence_then_padding(tokenizer, processor):
     pieces = processor.encode(PLAIN)
-    ids, mask, cut = tokenizer.encode(f" {PLAIN}\n")
+    ids, mask, truncated_text = tokenizer.encode(f" {PLAIN}\n")
     assert (ids.dtype, ids.shape, mask.dtype, mask.shape) == (torch.int64, (1, 256), torch.bool, (1, 256))
     assert ids[0].tolist() == pieces + [1] + [0] * (255 - len(pieces))
     assert mask.sum() == len(pieces) + 1
     assert mask[0, : len(pieces) + 1].all()
-    assert cut == ""
+    assert truncated_text == ""
 
 
 @pytest.mark.parametrize("prompt", ["", " \n "])
@@ -140,13 +140,13 @@ def test_an_empty_prompt_is_a_lone_end_of_sequence(tokenizer, prompt):
 
 def test_a_long_prompt_keeps_its_end_of_sequence_and_reports_the_cut(tokenizer, processor):
     prompt = "\n".join([PLAIN] * 8)
-    ids, mask, cut = tokenizer.encode(prompt)
+    ids, mask, truncated_text = tokenizer.encode(prompt)
     assert ids[0].tolist() == processor.encode(prompt)[:255] + [EOS_ID]
     assert mask.all()
-    assert prompt.endswith(cut)
-    kept = prompt.removesuffix(cut)
-    first_cut_word = cut.split()[0]
-    assert len(processor.encode(kept)) <= 255 < len(processor.encode(kept + first_cut_word))
+    assert prompt.endswith(truncated_text)
+    fitting = prompt.removesuffix(truncated_text)
+    first_cut_word = truncated_text.split()[0]
+    assert len(processor.encode(fitting)) <= 255 < len(processor.encode(fitting + first_cut_word))
 
 
 def test_a_prompt_is_cut_from_the_first_token_too_many(tokenizer, processor):
@@ -198,19 +198,19 @@ def test_a_vocabulary_of_released_size_has_sentinels(monkeypatch, folder, proces
 
 @pytest.mark.parametrize("source", ["original/spiece.model", "converted/tokenizer.json"])
 @pytest.mark.parametrize(
-    "place, asked",
+    "subfolder, opened",
     [("", ""), ("tokenizer", ""), ("tokenizer", "text_encoder"), ("", "file"), ("", "text_encoder.safetensors")],
     ids=["in the folder", "in its tokenizer", "in the tokenizer beside it", "by name", "beside the weights"],
 )
-def test_the_tokenizer_is_found(folder, tmp_path, source, place, asked):
-    file = tmp_path / place / Path(source).name
+def test_the_tokenizer_is_found(folder, tmp_path, source, subfolder, opened):
+    file = tmp_path / subfolder / Path(source).name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes((folder / source).read_bytes())
-    if asked.endswith("safetensors"):
-        (tmp_path / asked).touch()
-    elif asked == "text_encoder":
-        (tmp_path / asked).mkdir()
-    path = file if asked == "file" else tmp_path / asked
+    if opened.endswith("safetensors"):
+        (tmp_path / opened).touch()
+    elif opened == "text_encoder":
+        (tmp_path / opened).mkdir()
+    path = file if opened == "file" else tmp_path / opened
     assert Tokenizer.open(path).encode("circle").ids[0, 0] > 2
     assert Tokenizer.open(str(path)).vocab_size == 150
 
