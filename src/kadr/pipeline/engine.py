@@ -99,8 +99,8 @@ class Engine:
                 and their strengths are then fixed.
             device: "auto", "cpu", "cuda" or "mps".
             dtype: "auto", "bfloat16" or "float32".
-            quant: weight format of the transformer in memory; see `kadr.quant.weight_formats.SCHEMES`. None keeps the
-                file's own, which is exact. GGUF and fp8 files need no value.
+            quant: weight format of the transformer in memory, a key of `kadr.quant.weight_formats.WEIGHT_FORMATS`. None
+                keeps the file's own, which is exact. GGUF and fp8 files need no value.
             offload: what to unload when memory is short: "auto" (the fastest that fits), "none" (nothing), "stages"
                 (each module after its stage) or "blocks" (stream transformer blocks).
             compile_transformer: fuse the transformer's layers with torch.compile, on CUDA. The first video waits for
