@@ -99,7 +99,7 @@ def test_frames_with_equal_timestamps_are_distinguished(name: str, tmp_path: Pat
 
 
 def test_frames_that_an_edit_list_leaves_out_are_not_counted(tmp_path: Path) -> None:
-    """As phones and lossless cutters write it: the header counts all frames of the file."""
+    """Phones and lossless cutters write such files, whose header counts all frames."""
     path, cut = write_clip(tmp_path / "closed.mp4"), tmp_path / "cut.mp4"
     with av.open(str(path)) as source, av.open(str(cut), "w", options={"avoid_negative_ts": "disabled"}) as container:
         stream = source.streams.video[0]

@@ -268,7 +268,7 @@ def test_a_crf_out_of_range_is_refused(tmp_path, crf):
 
 
 def test_frames_are_on_disk_long_before_the_last_one_comes(tmp_path):
-    """All but those of the encoder's lookahead, so memory does not grow with the video."""
+    """The encoder only keeps its lookahead, so memory does not grow with the video."""
     frames_after_write = []
     with VideoWriter(tmp_path / "out.mp4", SIZE, 24) as writer:
         for frame in noise_frames(121, SIZE)[:, None]:

@@ -66,7 +66,7 @@ def test_a_condition_does_not_change_its_input_state() -> None:
 
 
 def test_a_later_condition_is_mixed_over_an_earlier_one() -> None:
-    """As in the official code, which mixes into the latents that are there and overwrites the mask."""
+    """The official code, too, mixes into the latents that are there and overwrites the mask."""
     state = replace_latents(replace_latents(noise_state(), IMAGE_LATENTS, 0.5), IMAGE_LATENTS * 2, 0.25)
     expected = torch.lerp(torch.lerp(noise()[:, :, :1], IMAGE_LATENTS, 0.5), IMAGE_LATENTS * 2, 0.25)
     assert torch.equal(state.latents()[:, :, :1], expected)

@@ -1,6 +1,7 @@
 """Schedules: the sigmas that a sampler visits, from 1, pure noise, towards 0, the clean video.
 
-A schedule is a list of decreasing sigmas in (0, 1]; the last step goes from its last sigma to 0.
+A schedule is a list of decreasing sigmas in (0, 1]; the last step goes from its last sigma to 0. The
+official package calls a sigma a timestep; here a timestep is only what a network takes as input.
 """
 
 from __future__ import annotations

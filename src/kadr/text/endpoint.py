@@ -23,7 +23,7 @@ def parse_endpoint_url(url: Any) -> SplitResult:
         raise RequestError(f"the endpoint is {url!r}, which is not a URL. {_URL_EXAMPLE}")
     try:
         parts = urlsplit(url)
-        if "@" in parts.netloc:  # not shown: it may hold a password
+        if "@" in parts.netloc:  # not repeated: it may contain a password
             raise RequestError(
                 f"the URL of the endpoint contains a user name. Give a key in {KEY_VARIABLE} instead. {_URL_EXAMPLE}"
             )
