@@ -1,7 +1,6 @@
-"""The official and the diffusers modules on the very same weights as ours, joined through the key tables.
+"""Official and diffusers modules that share the weights of ours, mapped by the key tables.
 
-Nothing is initialised twice: every module is built on the meta device, ours is filled with random numbers, and the
-oracles adopt the same memory.
+All modules are built on the meta device; ours gets random weights, and the oracles use the same memory.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _UNFOLDING_DECODER: Mapping[str, Any] = {
     "upsample_factor": (2, 2, 2),
     "timestep_conditioning": True,
 }
-# What the released diffusers folders have in vae/config.json, with widths in units of the first one.
+# vae/config.json of the released diffusers folders, with widths in units of the first one.
 DIFFUSERS_VAES: Mapping[str, Mapping[str, Any]] = {
     "0.9": {
         **_STRIDED_ENCODER,
@@ -73,24 +72,24 @@ DIFFUSERS_VAES: Mapping[str, Mapping[str, Any]] = {
 
 
 def narrow_vae_config(config: VAEConfig, *, width: int = 16, latent_channels: int = 12) -> VAEConfig:
-    """The same blocks on few channels."""
+    """Returns a config with the same blocks and few channels."""
     return replace(config, encoder_base_channels=width, decoder_base_channels=width, latent_channels=latent_channels)
 
 
 # Weights
 
 
-def _adopt(oracle: Module, ours: nn.Module, names: Mapping[str, str]) -> Module:
+def _share_weights(oracle: Module, ours: nn.Module, names: Mapping[str, str]) -> Module:
     state = {names[name]: weight for name, weight in ours.state_dict().items()}
     nn.Module.load_state_dict(oracle, state, strict=True, assign=True)
     return oracle.eval().requires_grad_(False)
 
 
-# Twins
+# Oracles
 
 
 def official_vae_on_meta(config: VAEConfig) -> CausalVideoAutoencoder:
-    """Built from our own header. The statistics are declared as its loader does when it meets them in a file."""
+    """Builds it from our header; registers the statistics as its loader does when a file has them."""
     with torch.device("meta"):
         model = CausalVideoAutoencoder.from_config(config.to_header())
         model.register_buffer("mean_of_means", torch.empty(config.latent_channels))
@@ -100,8 +99,8 @@ def official_vae_on_meta(config: VAEConfig) -> CausalVideoAutoencoder:
 
 def official_vae(ours: VAE) -> CausalVideoAutoencoder:
     names = keys.map_keys(keys.VAE_KEYS, ours.state_dict())
-    names |= {"statistics.mean": "mean_of_means", "statistics.std": "std_of_means"}  # of the loaded module
-    return _adopt(official_vae_on_meta(ours.config), ours, names)
+    names |= {"statistics.mean": "mean_of_means", "statistics.std": "std_of_means"}  # their names in the loaded module
+    return _share_weights(official_vae_on_meta(ours.config), ours, names)
 
 
 def diffusers_vae_on_meta(config: VAEConfig, family: str) -> AutoencoderKLLTXVideo:
@@ -111,14 +110,14 @@ def diffusers_vae_on_meta(config: VAEConfig, family: str) -> AutoencoderKLLTXVid
     }
     released = dict(DIFFUSERS_VAES[family])
     for name, unit in widths.items():
-        released[name] = tuple(unit * multiple for multiple in released[name])
+        released[name] = tuple(unit * multiplier for multiplier in released[name])
     with torch.device("meta"):
         return AutoencoderKLLTXVideo(latent_channels=config.latent_channels, patch_size=config.patch_size, **released)
 
 
 def diffusers_vae(ours: VAE, family: str) -> AutoencoderKLLTXVideo:
     names = keys.map_keys(keys.VAE_KEYS, ours.state_dict(), is_diffusers=True, diffusers_vae_family=family)
-    return _adopt(diffusers_vae_on_meta(ours.config, family), ours, names)
+    return _share_weights(diffusers_vae_on_meta(ours.config, family), ours, names)
 
 
 def official_transformer_on_meta(config: TransformerConfig) -> Transformer3DModel:
@@ -128,7 +127,7 @@ def official_transformer_on_meta(config: TransformerConfig) -> Transformer3DMode
 
 def official_transformer(ours: Transformer) -> Transformer3DModel:
     names = keys.map_keys(keys.TRANSFORMER_KEYS, ours.state_dict())
-    return _adopt(official_transformer_on_meta(ours.config), ours, names)
+    return _share_weights(official_transformer_on_meta(ours.config), ours, names)
 
 
 def diffusers_transformer_on_meta(config: TransformerConfig) -> LTXVideoTransformer3DModel:
@@ -146,18 +145,18 @@ def diffusers_transformer_on_meta(config: TransformerConfig) -> LTXVideoTransfor
 
 def diffusers_transformer(ours: Transformer) -> LTXVideoTransformer3DModel:
     names = keys.map_keys(keys.TRANSFORMER_KEYS, ours.state_dict(), is_diffusers=True)
-    return _adopt(diffusers_transformer_on_meta(ours.config), ours, names)
+    return _share_weights(diffusers_transformer_on_meta(ours.config), ours, names)
 
 
-# Measures
+# Helpers
 
 
 def relative_error(ours: Tensor, expected: Tensor) -> float:
-    """||ours - expected|| / ||expected||, in fp64. Refuses shapes that would broadcast."""
+    """Returns ||ours - expected|| / ||expected||, in fp64. Refuses shapes that would broadcast."""
     assert ours.shape == expected.shape
     return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def randn(*shape: int, seed: int = 1) -> Tensor:
-    """Standard normal numbers."""
+    """Draws standard normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

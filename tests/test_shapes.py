@@ -18,11 +18,11 @@ SIDES = [*range(1, 130), 480, 481, 703, 704, 705, 1216, 8191, 8192]
 
 @pytest.fixture(scope="module")
 def calculate_padding() -> Callable[..., tuple[int, int, int, int]]:
-    """The official function alone: importing inference.py needs imageio, torchvision and the whole of transformers."""
-    found = importlib.util.find_spec("ltx_video")
-    if found is None or not found.submodule_search_locations:
+    """Returns the official function without importing inference.py, which needs imageio and torchvision."""
+    spec = importlib.util.find_spec("ltx_video")
+    if spec is None or not spec.submodule_search_locations:
         pytest.skip("the official package is not installed")
-    source = (Path(found.submodule_search_locations[0]) / "inference.py").read_text()
+    source = (Path(spec.submodule_search_locations[0]) / "inference.py").read_text()
     function = next(
         node
         for node in ast.walk(ast.parse(source))
@@ -41,27 +41,27 @@ def test_sides_snap_to_multiples_of_32_as_in_the_official_script() -> None:
 
 def test_snapping_twice_changes_nothing() -> None:
     for side in SIDES:
-        made = Size(side, side).snap()
-        assert made.snap() == made
-        assert made.padding() == (0, 0, 0, 0)
+        snapped = Size(side, side).snap()
+        assert snapped.snap() == snapped
+        assert snapped.padding() == (0, 0, 0, 0)
 
 
 def test_padding_equals_the_official_calculate_padding(calculate_padding: Callable[..., Any]) -> None:
     for width in SIDES:
         for height in (1, 31, 32, 33, 100, 705):
             size = Size(width, height)
-            made = size.snap()
-            assert size.padding() == calculate_padding(height, width, made.height, made.width)
+            snapped = size.snap()
+            assert size.padding() == calculate_padding(height, width, snapped.height, snapped.width)
             left, right, top, bottom = size.padding()
-            assert (left + width + right, top + height + bottom) == (made.width, made.height)
+            assert (left + width + right, top + height + bottom) == (snapped.width, snapped.height)
 
 
 def test_frames_snap_to_8k_plus_1_as_in_the_official_script() -> None:
     for frames in [*range(1, 300), MAX_FRAMES - 1, MAX_FRAMES]:
-        made = snap_frames(frames)
-        assert made == ((frames - 2) // 8 + 1) * 8 + 1
-        assert made % 8 == 1
-        assert 0 <= made - frames < 8
+        snapped = snap_frames(frames)
+        assert snapped == ((frames - 2) // 8 + 1) * 8 + 1
+        assert snapped % 8 == 1
+        assert 0 <= snapped - frames < 8
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_frames_snap_to_8k_plus_1_as_in_the_official_script() -> None:
     ],
 )
 def test_latent_grids_are_those_of_the_fact_sheet(size: Size, frames: int, grid: LatentGrid, tokens: int) -> None:
-    made = LatentGrid.for_video(size, frames)
-    assert made == grid
-    assert made.num_tokens == tokens
-    assert made.video_size == size.snap()
-    assert made.video_frames == snap_frames(frames)
+    latent_grid = LatentGrid.for_video(size, frames)
+    assert latent_grid == grid
+    assert latent_grid.num_tokens == tokens
+    assert latent_grid.video_size == size.snap()
+    assert latent_grid.video_frames == snap_frames(frames)
 
 
 def test_size_is_parsed_from_its_text() -> None:
@@ -101,9 +101,9 @@ def test_text_that_is_not_a_size_is_refused_by_value(text: str) -> None:
 
 @pytest.mark.parametrize("side", [0, -1, MAX_SIDE + 1, 64.0, "64", None, True, float("nan")])
 def test_impossible_side_is_refused_by_value_and_limit(side: Any) -> None:
-    for made, name in ((lambda: Size(side, 64), "width"), (lambda: Size(64, side), "height")):
+    for build, name in ((lambda: Size(side, 64), "width"), (lambda: Size(64, side), "height")):
         with pytest.raises(RequestError) as caught:
-            made()
+            build()
         assert name in str(caught.value)
         assert str(side) in str(caught.value)
         assert isinstance(caught.value, ValueError)

@@ -248,12 +248,12 @@ MOTION_VERBS = {
     "standing still": ("stands still", "stays in place", "does not move"),
 }
 CAPTION_TEMPLATES = (
-    "{a_thing} {doing} on a {background} background",
-    "{a_thing} {does} on a {background} background",
-    "a {background} background with {a_thing} {doing}",
-    "{thing}, {doing}, {background} background",
-    "on a {background} background, {a_thing} {does}",
-    "the {shape} is {colour} and {does}; the background is {background}",
+    "{a_noun} {participle} on a {background} background",
+    "{a_noun} {verb} on a {background} background",
+    "a {background} background with {a_noun} {participle}",
+    "{noun}, {participle}, {background} background",
+    "on a {background} background, {a_noun} {verb}",
+    "the {shape} is {colour} and {verb}; the background is {background}",
 )
 
 
@@ -268,23 +268,23 @@ def varied_caption(scene: Scene, rng: Random) -> str:
         return plain_caption(scene)
     size = scene.size_name if rng.random() < 0.5 else ""
     speed = scene.speed_name if rng.random() < 0.5 else ""
-    thing = f"{size} {scene.colour} {scene.shape}".strip()
+    noun = f"{size} {scene.colour} {scene.shape}".strip()
     sentence = rng.choice(CAPTION_TEMPLATES).format(
-        thing=thing,
-        a_thing=_with_article(thing),
+        noun=noun,
+        a_noun=_with_article(noun),
         shape=f"{size} {scene.shape}".strip(),
         colour=scene.colour,
         background=scene.background,
-        doing=_with_speed(rng.choice(MOTION_PARTICIPLES[scene.motion]), speed),
-        does=_with_speed(rng.choice(MOTION_VERBS[scene.motion]), speed),
+        participle=_with_speed(rng.choice(MOTION_PARTICIPLES[scene.motion]), speed),
+        verb=_with_speed(rng.choice(MOTION_VERBS[scene.motion]), speed),
     )
     if rng.random() < 0.3:
         sentence = sentence[0].upper() + sentence[1:]
     return sentence + "." if rng.random() < 0.3 else sentence
 
 
-def _with_article(thing: str) -> str:
-    return f"{'an' if thing.startswith('orange') else 'a'} {thing}"
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun.startswith('orange') else 'a'} {noun}"
 
 
 def _with_speed(motion: str, speed: str) -> str:

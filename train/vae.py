@@ -63,7 +63,7 @@ class VAETrainingConfig:
     clip_frames: tuple[int, ...] = (25, 17, 25, 9, 25)
     image_batch_size: int = 6  # single frames beside every batch of clips, so that images stay sharp
     muon_lr: float = 5e-3
-    clip_lr_multiplier: float = 0.5  # of both learning rates, while training on clips
+    clip_lr_multiplier: float = 0.5  # factor of both learning rates while training on clips
     adamw_lr: float = 2e-3
     kl_weight: float = 1e-6
     max_decode_timestep: float = 0.1

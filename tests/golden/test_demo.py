@@ -1,4 +1,4 @@
-"""The bundled demo model: it does what it is told, it is an ordinary checkpoint, and it is cheap."""
+"""The bundled demo model: it follows its prompts, is an ordinary checkpoint, and is cheap."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from train.scenes import held_out_captions
 
 ASSETS = Path(kadr.__file__).parent / "assets" / "demo"
 PROMPT = "a red circle moving right on a black background"
-CAPTIONS, PICTURES, SOME = 60, 40, 12
+TEXT_CAPTIONS, IMAGE_CAPTIONS, FEW_CAPTIONS = 60, 40, 12
 SEED = 2026
 
 
@@ -46,61 +46,61 @@ def distilled() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def told(engine: Engine) -> dict[str, float]:
-    return prompt_adherence(engine, held_out_captions(CAPTIONS, SEED))
+def adherence(engine: Engine) -> dict[str, float]:
+    return prompt_adherence(engine, held_out_captions(TEXT_CAPTIONS, SEED))
 
 
-@pytest.mark.parametrize(("what", "share"), [("colour", 0.95), ("motion", 0.90), ("shape", 0.80), ("background", 0.95)])
-def test_demo_follows_held_out_captions(told: dict[str, float], what: str, share: float) -> None:
-    assert told[what] >= share
+@pytest.mark.parametrize(("name", "share"), [("colour", 0.95), ("motion", 0.90), ("shape", 0.80), ("background", 0.95)])
+def test_demo_follows_held_out_captions(adherence: dict[str, float], name: str, share: float) -> None:
+    assert adherence[name] >= share
 
 
-def test_guidance_improves_prompt_adherence(engine: Engine, told: dict[str, float]) -> None:
-    unguided = prompt_adherence(engine, held_out_captions(CAPTIONS, SEED), guidance=1.0)
-    assert sum(told.values()) > sum(unguided.values())
+def test_guidance_improves_prompt_adherence(engine: Engine, adherence: dict[str, float]) -> None:
+    unguided = prompt_adherence(engine, held_out_captions(TEXT_CAPTIONS, SEED), guidance=1.0)
+    assert sum(adherence.values()) > sum(unguided.values())
 
 
 def test_first_frame_condition_is_met_and_moves_as_in_the_caption(engine: Engine) -> None:
-    figures = first_frame_fidelity(engine, held_out_captions(PICTURES, SEED + 1))
+    figures = first_frame_fidelity(engine, held_out_captions(IMAGE_CAPTIONS, SEED + 1))
     assert figures["psnr_mean"] >= 28
     assert figures["motion"] >= 0.85
 
 
 def test_keyframe_in_the_middle_is_met_with_continuous_motion(engine: Engine) -> None:
-    figures = keyframe_fidelity(engine, held_out_captions(SOME, SEED + 2))
+    figures = keyframe_fidelity(engine, held_out_captions(FEW_CAPTIONS, SEED + 2))
     assert figures["psnr_mean"] >= 25
     assert figures["joins"] >= 0.6
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_extension_continues_the_track_of_its_clip(engine: Engine, backward: bool) -> None:
-    figures = extension_error(engine, held_out_captions(SOME, SEED + 3), input_frames=17, is_backward=backward)
+    figures = extension_error(engine, held_out_captions(FEW_CAPTIONS, SEED + 3), input_frames=17, is_backward=backward)
     assert figures["near"] < 3
     assert figures["far"] < 8
     assert figures["follows"] >= 0.6
 
 
 def test_video_to_video_changes_the_colour_and_keeps_the_motion(engine: Engine) -> None:
-    figures = recolour_rates(engine, held_out_captions(SOME, SEED + 4))
+    figures = recolour_rates(engine, held_out_captions(FEW_CAPTIONS, SEED + 4))
     assert figures["colour"] >= 0.9
     assert figures["motion"] >= 0.85
 
 
 def test_two_passes_are_sharper_than_the_first_resized(distilled: Engine) -> None:
-    figures = two_pass_sharpness(distilled, held_out_captions(SOME // 2, SEED + 5))
+    figures = two_pass_sharpness(distilled, held_out_captions(FEW_CAPTIONS // 2, SEED + 5))
     assert figures["two passes"] > 1.3 * figures["resized"]
     assert figures["sharper"] == 1.0
     assert figures["motion"] >= 0.8
     assert figures["colour"] >= 0.8
 
 
-def test_distilled_demo_has_nine_tenths_of_the_prompt_adherence(
-    distilled: Engine, told: dict[str, float]
-) -> None:
-    few = prompt_adherence(distilled, held_out_captions(CAPTIONS, SEED), multi_scale=False, size=(128, 128))
+def test_distilled_demo_has_nine_tenths_of_the_prompt_adherence(distilled: Engine, adherence: dict[str, float]) -> None:
+    distilled_adherence = prompt_adherence(
+        distilled, held_out_captions(TEXT_CAPTIONS, SEED), multi_scale=False, size=(128, 128)
+    )
     assert len(distilled.recipe.first_pass.sigmas or ()) == 6
-    for name, share in told.items():
-        assert few[name] >= 0.9 * share, name
+    for name, share in adherence.items():
+        assert distilled_adherence[name] >= 0.9 * share, name
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_demo_models_are_small(names: tuple[str, ...], limit: float) -> None:
     assert 1e6 < sum(path.stat().st_size for name in names for path in ASSETS.glob(name)) <= limit
 
 
-# A process begins with its parent's highest mark, and the one that runs the tests has a high one.
-IN_BETWEEN = """
+# A process starts with its parent's peak memory, and that of the test process is high: so one process in between.
+PEAK_MEMORY_OF_CHILD = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
@@ -127,12 +127,14 @@ sys.exit(code)
 def test_command_needs_30_seconds_and_1_5_gigabytes(tmp_path: Path) -> None:
     output = tmp_path / "demo.mp4"
     command = [sys.executable, "-m", "kadr", "generate", PROMPT, "--output", str(output), "--json"]
-    began = time.monotonic()
+    start_time = time.monotonic()
     process = subprocess.run(
-        [sys.executable, "-c", IN_BETWEEN, *command], capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        [sys.executable, "-c", PEAK_MEMORY_OF_CHILD, *command],
+        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert process.returncode == 0
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start_time < 30
     assert 1e8 < int(process.stderr.split()[-1]) * 1024 < 1.5e9
     assert json.loads(process.stdout)["path"] == str(output)
     clip = read_video(output)
@@ -150,19 +152,19 @@ def test_velocity_of_the_shipped_file_equals_official() -> None:
     tokens = torch.randn(1, grid.num_tokens, 128, generator=generator)
     text = torch.randn(1, 12, ours.config.caption_channels, generator=generator)
     mask = torch.arange(12)[None] < 9
-    level = torch.full((1, 1), 0.7)
-    where = token_positions(grid, fps=24, causal=True)[None]
+    sigma = torch.full((1, 1), 0.7)
+    positions = token_positions(grid, fps=24, causal=True)[None]
     with torch.inference_mode():
-        theirs = official(
+        expected = official(
             tokens,
-            indices_grid=where,
+            indices_grid=positions,
             encoder_hidden_states=text,
             encoder_attention_mask=mask.long(),
-            timestep=level,
+            timestep=sigma,
             return_dict=False,
         )[0]
-        mine = ours(tokens, ours.compute_rope(where), text, mask, level)
-    assert (mine - theirs).norm() / theirs.norm() < 1e-5
+        ours_output = ours(tokens, ours.compute_rope(positions), text, mask, sigma)
+    assert (ours_output - expected).norm() / expected.norm() < 1e-5
 
 
 def test_pixels_of_the_shipped_file_equal_official() -> None:
@@ -171,12 +173,12 @@ def test_pixels_of_the_shipped_file_equal_official() -> None:
     official = CausalVideoAutoencoder.from_pretrained(ASSETS / "demo.safetensors").float().eval()
     ours = Checkpoint.open(ASSETS / "demo.safetensors").load_vae(torch.float32)
     latents = torch.randn(1, 128, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    level = torch.tensor([0.05])
+    timestep = torch.tensor([0.05])
     with torch.inference_mode():
-        restored = ours.statistics.denormalise(latents)
-        theirs = official.decode(restored, target_shape=(1, 3, 25, 128, 128), timestep=level).sample
-        mine = ours.decode(latents, timestep=level)
-    assert (mine - theirs).norm() / theirs.norm() < 1e-5
+        denormalised = ours.statistics.denormalise(latents)
+        expected = official.decode(denormalised, target_shape=(1, 3, 25, 128, 128), timestep=timestep).sample
+        ours_output = ours.decode(latents, timestep=timestep)
+    assert (ours_output - expected).norm() / expected.norm() < 1e-5
 
 
 def test_video_depends_only_on_the_seed(engine: Engine) -> None:

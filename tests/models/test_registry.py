@@ -1,4 +1,4 @@
-"""The registry is data: names that resolve, sizes that follow from the shapes, the official recipes."""
+"""The registry: names that resolve, sizes that follow from the shapes, recipes of the official configs."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from kadr.sampling.schedules import Schedule, explicit_sigmas
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size, snap_frames
 
-HOSTED = [released for released in MODEL_RELEASES if released.repo]
-FP8 = [released for released in HOSTED if released.name.endswith("-fp8")]
-PARTS = [released for released in RELEASES if released.kind != "model" and released.repo]
-MATRIX = re.compile(r"blocks\.\d+\.(self_attention|cross_attention|feed_forward)\.(q|k|v|out|up|down)\.weight")
+HOSTED = [release for release in MODEL_RELEASES if release.repo]
+FP8 = [release for release in HOSTED if release.name.endswith("-fp8")]
+COMPONENTS = [release for release in RELEASES if release.kind != "model" and release.repo]
+BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(self_attention|cross_attention|feed_forward)\.(q|k|v|out|up|down)\.weight")
 T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 
-# What the official configs say, configs/*.yaml of ltx_video: the settings of each pass.
+# Settings of each pass in the official configs, configs/*.yaml of ltx_video.
 PLAIN_2B = ({"steps": 40, "guidance": {"cfg_scale": 3, "stg_scale": 1, "rescale": 0.7, "skip_blocks": (19,)}},)
 STOCHASTIC_2B = ({"steps": 8, "stochastic": True, "guidance": {"cfg_scale": 1, "stg_scale": 0, "rescale": 1}},)
-OFF = {"cfg_scale": 1, "stg_scale": 0, "rescale": 1, "skip_blocks": (42,)}
-FEW = (
-    {"sigmas": (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725), "guidance": OFF},
-    {"sigmas": (0.9094, 0.725, 0.4219), "guidance": OFF},
+NO_GUIDANCE = {"cfg_scale": 1, "stg_scale": 0, "rescale": 1, "skip_blocks": (42,)}
+DISTILLED = (
+    {"sigmas": (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725), "guidance": NO_GUIDANCE},
+    {"sigmas": (0.9094, 0.725, 0.4219), "guidance": NO_GUIDANCE},
 )
-FEW_13B = (FEW[0], {**FEW[1], "tone_map": 0.6})
+DISTILLED_13B = (DISTILLED[0], {**DISTILLED[1], "tone_map": 0.6})
 DEV_13B = (
     {
         "steps": 30,
@@ -75,27 +75,27 @@ DEV_13B = (
         },
     },
 )
-# name: file without its suffix, layers, VAE, upscaler, passes
+# name: file without its suffix, blocks, VAE, upscaler, passes
 OFFICIAL: dict[str, tuple[str, int, str, str | None, tuple[dict[str, Any], ...]]] = {
     "ltxv-2b-0.9": ("ltx-video-2b-v0.9", 28, "0.9", None, PLAIN_2B),
     "ltxv-2b-0.9.1": ("ltx-video-2b-v0.9.1", 28, "0.9.1", None, PLAIN_2B),
     "ltxv-2b-0.9.5": ("ltx-video-2b-v0.9.5", 28, "0.9.5", None, PLAIN_2B),
     "ltxv-2b-0.9.6-dev": ("ltxv-2b-0.9.6-dev-04-25", 28, "0.9.5", None, PLAIN_2B),
     "ltxv-2b-0.9.6-distilled": ("ltxv-2b-0.9.6-distilled-04-25", 28, "0.9.5", None, STOCHASTIC_2B),
-    "ltxv-2b-0.9.8-distilled": ("ltxv-2b-0.9.8-distilled", 28, "0.9.5", "0.9.8", FEW),
-    "ltxv-2b-0.9.8-distilled-fp8": ("ltxv-2b-0.9.8-distilled-fp8", 28, "0.9.5", "0.9.8", FEW),
+    "ltxv-2b-0.9.8-distilled": ("ltxv-2b-0.9.8-distilled", 28, "0.9.5", "0.9.8", DISTILLED),
+    "ltxv-2b-0.9.8-distilled-fp8": ("ltxv-2b-0.9.8-distilled-fp8", 28, "0.9.5", "0.9.8", DISTILLED),
     "ltxv-13b-0.9.7-dev": ("ltxv-13b-0.9.7-dev", 48, "0.9.5", "0.9.7", DEV_13B),
     "ltxv-13b-0.9.7-dev-fp8": ("ltxv-13b-0.9.7-dev-fp8", 48, "0.9.5", "0.9.7", DEV_13B),
-    "ltxv-13b-0.9.7-distilled": ("ltxv-13b-0.9.7-distilled", 48, "0.9.5", "0.9.7", FEW),
-    "ltxv-13b-0.9.7-distilled-fp8": ("ltxv-13b-0.9.7-distilled-fp8", 48, "0.9.5", "0.9.7", FEW),
+    "ltxv-13b-0.9.7-distilled": ("ltxv-13b-0.9.7-distilled", 48, "0.9.5", "0.9.7", DISTILLED),
+    "ltxv-13b-0.9.7-distilled-fp8": ("ltxv-13b-0.9.7-distilled-fp8", 48, "0.9.5", "0.9.7", DISTILLED),
     "ltxv-13b-0.9.8-dev": ("ltxv-13b-0.9.8-dev", 48, "0.9.5", "0.9.8", DEV_13B),
     "ltxv-13b-0.9.8-dev-fp8": ("ltxv-13b-0.9.8-dev-fp8", 48, "0.9.5", "0.9.8", DEV_13B),
-    "ltxv-13b-0.9.8-distilled": ("ltxv-13b-0.9.8-distilled", 48, "0.9.5", "0.9.8", FEW_13B),
-    "ltxv-13b-0.9.8-distilled-fp8": ("ltxv-13b-0.9.8-distilled-fp8", 48, "0.9.5", "0.9.8", FEW_13B),
+    "ltxv-13b-0.9.8-distilled": ("ltxv-13b-0.9.8-distilled", 48, "0.9.5", "0.9.8", DISTILLED_13B),
+    "ltxv-13b-0.9.8-distilled-fp8": ("ltxv-13b-0.9.8-distilled-fp8", 48, "0.9.5", "0.9.8", DISTILLED_13B),
 }
-IN_CONTEXT = "Lightricks/LTX-Video-ICLoRA"
+IC_LORA_REPO = "Lightricks/LTX-Video-ICLoRA"
 # name: kind, repository, file
-OFFICIAL_PARTS = {
+OFFICIAL_COMPONENTS = {
     "ltxv-spatial-upscaler-0.9.7": ("spatial upscaler", LTX_VIDEO_REPO, "ltxv-spatial-upscaler-0.9.7.safetensors"),
     "ltxv-spatial-upscaler-0.9.8": ("spatial upscaler", LTX_VIDEO_REPO, "ltxv-spatial-upscaler-0.9.8.safetensors"),
     "ltxv-temporal-upscaler-0.9.7": ("temporal upscaler", LTX_VIDEO_REPO, "ltxv-temporal-upscaler-0.9.7.safetensors"),
@@ -103,22 +103,22 @@ OFFICIAL_PARTS = {
     "ltxv-13b-0.9.7-distilled-lora": ("LoRA", LTX_VIDEO_REPO, "ltxv-13b-0.9.7-distilled-lora128.safetensors"),
     "ltxv-13b-0.9.7-ic-lora-canny": (
         "LoRA",
-        f"{IN_CONTEXT}-canny-13b-0.9.7",
+        f"{IC_LORA_REPO}-canny-13b-0.9.7",
         "ltxv-097-ic-lora-canny-control-comfyui.safetensors",
     ),
     "ltxv-13b-0.9.7-ic-lora-depth": (
         "LoRA",
-        f"{IN_CONTEXT}-depth-13b-0.9.7",
+        f"{IC_LORA_REPO}-depth-13b-0.9.7",
         "ltxv-097-ic-lora-depth-control-comfyui.safetensors",
     ),
     "ltxv-13b-0.9.7-ic-lora-pose": (
         "LoRA",
-        f"{IN_CONTEXT}-pose-13b-0.9.7",
+        f"{IC_LORA_REPO}-pose-13b-0.9.7",
         "ltxv-097-ic-lora-pose-control-comfyui.safetensors",
     ),
     "ltxv-13b-0.9.8-ic-lora-detailer": (
         "LoRA",
-        f"{IN_CONTEXT}-detailer-13b-0.9.8",
+        f"{IC_LORA_REPO}-detailer-13b-0.9.8",
         "ltxv-098-ic-lora-detailer-comfyui.safetensors",
     ),
     "t5-v1.1-xxl": ("text encoder", "PixArt-alpha/PixArt-XL-2-1024-MS", "text_encoder/*"),
@@ -126,57 +126,57 @@ OFFICIAL_PARTS = {
 }
 
 
-def as_pass(told: dict[str, Any]) -> Pass:
-    return Pass(**{**told, "guidance": Guidance(**told["guidance"])})
+def as_pass(settings: dict[str, Any]) -> Pass:
+    return Pass(**{**settings, "guidance": Guidance(**settings["guidance"])})
 
 
 def test_names_are_the_official_ones() -> None:
-    assert list(OFFICIAL) == [released.name for released in HOSTED]
-    assert list(OFFICIAL_PARTS) == [released.name for released in PARTS]
-    bundled = [released.name for released in RELEASES if released.repo is None]
+    assert list(OFFICIAL) == [release.name for release in HOSTED]
+    assert list(OFFICIAL_COMPONENTS) == [release.name for release in COMPONENTS]
+    bundled = [release.name for release in RELEASES if release.repo is None]
     assert bundled == ["demo", "demo-distilled", "demo-upscaler", "demo-lora-teal", "demo-ic-lora-canny"]
-    assert len(RELEASES_BY_NAME) == len(RELEASES) == len(OFFICIAL) + len(OFFICIAL_PARTS) + len(bundled)
-    assert all(find_release(released.name) is released for released in RELEASES)
+    assert len(RELEASES_BY_NAME) == len(RELEASES) == len(OFFICIAL) + len(OFFICIAL_COMPONENTS) + len(bundled)
+    assert all(find_release(release.name) is release for release in RELEASES)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_model_is_the_official_file(name: str) -> None:
-    released = find_release(name)
-    file, layers, vae, upscaler, _ = OFFICIAL[name]
-    assert (released.kind, released.repo, released.file) == ("model", LTX_VIDEO_REPO, f"{file}.safetensors")
-    assert (released.num_layers, released.vae_family) == (layers, vae)
-    assert released.upscaler == (upscaler and f"ltxv-spatial-upscaler-{upscaler}")
-    assert (released.text_encoder, released.vae) == (DEFAULT_TEXT_ENCODER, None)
-    assert released.is_distilled is ("distilled" in name)
-    assert released.version in name
+    release = find_release(name)
+    file, num_layers, vae, upscaler, _ = OFFICIAL[name]
+    assert (release.kind, release.repo, release.file) == ("model", LTX_VIDEO_REPO, f"{file}.safetensors")
+    assert (release.num_layers, release.vae_family) == (num_layers, vae)
+    assert release.upscaler == (upscaler and f"ltxv-spatial-upscaler-{upscaler}")
+    assert (release.text_encoder, release.vae) == (DEFAULT_TEXT_ENCODER, None)
+    assert release.is_distilled is ("distilled" in name)
+    assert release.version in name
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_recipe_is_that_of_the_official_config(name: str) -> None:
     recipe, passes = find_release(name).recipe, OFFICIAL[name][-1]
-    assert [recipe.first_pass, recipe.second_pass][: len(passes)] == [as_pass(told) for told in passes]
+    assert [recipe.first_pass, recipe.second_pass][: len(passes)] == [as_pass(settings) for settings in passes]
     assert recipe.multi_scale is (recipe.second_pass is not None) is (len(passes) == 2)
-    # What all of those configs and the official script's defaults have in common.
+    # Equal in all of those configs and in the official script's defaults.
     assert (recipe.downscale_factor, recipe.negative_prompt) == (0.6666666, DEFAULT_NEGATIVE_PROMPT)
     assert (recipe.size, recipe.frames, recipe.fps) == (Size(1216, 704), 121, 30.0)
     assert (recipe.decode_timestep, recipe.decode_noise, recipe.image_noise) == (0.05, 0.025, 0.15)
 
 
-@pytest.mark.parametrize("name", OFFICIAL_PARTS)
+@pytest.mark.parametrize("name", OFFICIAL_COMPONENTS)
 def test_component_is_the_official_file(name: str) -> None:
-    part = find_release(name)
-    assert (part.kind, part.repo, part.file) == OFFICIAL_PARTS[name]
-    assert part.version in name
-    assert required_releases(part) == (part,)
-    assert find_by_file_stem(part.file_stem) is None  # it is no model
+    component = find_release(name)
+    assert (component.kind, component.repo, component.file) == OFFICIAL_COMPONENTS[name]
+    assert component.version in name
+    assert required_releases(component) == (component,)
+    assert find_by_file_stem(component.file_stem) is None  # it is not a model
 
 
-@pytest.mark.parametrize("twin", FP8, ids=lambda released: released.name)
-def test_fp8_release_differs_from_bf16_only_in_its_file(twin: Release) -> None:
-    whole = find_release(twin.name.removesuffix("-fp8"))
-    own = {"name": whole.name, "file": whole.file, "size_bytes": whole.size_bytes}
-    assert replace(twin, **own) == whole
-    assert twin.size_bytes < whole.size_bytes
+@pytest.mark.parametrize("fp8", FP8, ids=lambda release: release.name)
+def test_fp8_release_differs_from_bf16_only_in_its_file(fp8: Release) -> None:
+    bf16 = find_release(fp8.name.removesuffix("-fp8"))
+    file_fields = {"name": bf16.name, "file": bf16.file, "size_bytes": bf16.size_bytes}
+    assert replace(fp8, **file_fields) == bf16
+    assert fp8.size_bytes < bf16.size_bytes
 
 
 def test_model_requires_its_upscaler_and_text_encoder() -> None:
@@ -209,25 +209,25 @@ def test_text_encoder_folder_includes_its_tokenizer() -> None:
     assert find_release("demo").file_patterns == ("assets/demo/demo.safetensors",)
 
 
-@pytest.mark.parametrize("released", RELEASES, ids=lambda released: released.name)
-def test_releases_name_releases_of_the_right_kind(released: Release) -> None:
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.name)
+def test_releases_name_releases_of_the_right_kind(release: Release) -> None:
     for name, kind in (
-        (released.text_encoder, "text encoder"),
-        (released.upscaler, "spatial upscaler"),
-        (released.vae, "model"),
+        (release.text_encoder, "text encoder"),
+        (release.upscaler, "spatial upscaler"),
+        (release.vae, "model"),
     ):
         assert name is None or find_release(name).kind == kind
-    assert (released.recipe.second_pass is None) or released.upscaler is not None
+    assert (release.recipe.second_pass is None) or release.upscaler is not None
     assert find_release(UPSCALER).kind == "spatial upscaler"
 
 
 @pytest.mark.parametrize(
-    ("asked", "near"),
+    ("name", "suggestion"),
     [("ltxv-2b-0.9.6", "ltxv-2b-0.9.6-dev"), ("ltx-13b-0.9.8-dev", "ltxv-13b-0.9.8-dev"), ("Demo", "demo")],
 )
-def test_unknown_name_suggests_similar_names(asked: str, near: str) -> None:
-    with pytest.raises(RequestError, match=rf"{asked}.*Did you mean .*{near}"):
-        find_release(asked)
+def test_unknown_name_suggests_similar_names(name: str, suggestion: str) -> None:
+    with pytest.raises(RequestError, match=rf"{name}.*Did you mean .*{suggestion}"):
+        find_release(name)
 
 
 def test_name_similar_to_none_lists_all() -> None:
@@ -235,15 +235,15 @@ def test_name_similar_to_none_lists_all() -> None:
         find_release("zzzzzzzz")
 
 
-@pytest.mark.parametrize("released", HOSTED, ids=lambda released: released.name)
-def test_model_is_found_by_file_stem_and_by_name(released: Release) -> None:
+@pytest.mark.parametrize("release", HOSTED, ids=lambda release: release.name)
+def test_model_is_found_by_file_stem_and_by_name(release: Release) -> None:
     assert (
-        find_by_file_stem(released.file_stem)
-        is find_by_file_stem(released.file_stem.upper())
-        is find_by_file_stem(released.name)
-        is released
+        find_by_file_stem(release.file_stem)
+        is find_by_file_stem(release.file_stem.upper())
+        is find_by_file_stem(release.name)
+        is release
     )
-    assert find_by_file_stem(released.file_stem + "-copy") is None
+    assert find_by_file_stem(release.file_stem + "-copy") is None
 
 
 def test_file_called_demo_is_not_the_demo() -> None:
@@ -252,62 +252,61 @@ def test_file_called_demo_is_not_the_demo() -> None:
 
 @pytest.fixture(scope="module")
 def numbers() -> dict[int | str, int]:
-    """How many numbers are in a transformer of so many layers, in its layers' matrices, in a VAE of a family."""
+    """Counts parameters: of a transformer by its blocks, of the matrices in its blocks, of a VAE by its family."""
     with torch.device("meta"):
         small, large = Transformer(TRANSFORMER_2B).state_dict(), Transformer(TRANSFORMER_13B).state_dict()
         vaes = {"0.9": VAE(VAE_0_9), "0.9.1": VAE(VAE_0_9_1), "0.9.5": VAE(VAE_0_9_5)}
-    # In the official fp8 files these are stored in one byte, and everything else as in the others.
+    # In the official fp8 files these have one byte, and everything else is as in the other files.
     matrices = {
-        f"matrices of {layers}": {name: tensor for name, tensor in state.items() if MATRIX.fullmatch(name)}
+        f"matrices of {layers}": {name: tensor for name, tensor in state.items() if BLOCK_MATRIX.fullmatch(name)}
         for layers, state in ((28, small), (48, large))
     }
     states = {28: small, 48: large, **matrices, **{family: vae.state_dict() for family, vae in vaes.items()}}
     return {key: sum(tensor.numel() for tensor in state.values()) for key, state in states.items()}
 
 
-@pytest.mark.parametrize("released", HOSTED, ids=lambda released: released.name)
-def test_file_size_follows_from_its_tensors(released: Release, numbers: dict[int | str, int]) -> None:
-    width = 4 if released.version == "0.9" else 2
-    counted = (numbers[released.num_layers] + numbers[released.vae_family]) * width
-    if released in FP8:
-        counted -= numbers[f"matrices of {released.num_layers}"]
-    assert released.size_bytes == pytest.approx(counted, rel=0.001)
+@pytest.mark.parametrize("release", HOSTED, ids=lambda release: release.name)
+def test_file_size_follows_from_its_tensors(release: Release, numbers: dict[int | str, int]) -> None:
+    bytes_per_number = 4 if release.version == "0.9" else 2
+    expected = (numbers[release.num_layers] + numbers[release.vae_family]) * bytes_per_number
+    if release in FP8:
+        expected -= numbers[f"matrices of {release.num_layers}"]
+    assert release.size_bytes == pytest.approx(expected, rel=0.001)
 
 
 def test_text_encoder_size_follows_from_its_tensors() -> None:
     with torch.device("meta"):
-        whole = sum(tensor.numel() for tensor in T5Encoder(T5_XXL).state_dict().values())
-    assert find_release(DEFAULT_TEXT_ENCODER).size_bytes == pytest.approx(4 * whole, rel=0.01)
-    assert find_release(TEXT_ENCODER_GGUF).size_bytes == pytest.approx(
-        34 / 32 * whole, rel=0.01
-    )  # Q8_0: 32 numbers in 34 bytes
+        parameters = sum(tensor.numel() for tensor in T5Encoder(T5_XXL).state_dict().values())
+    assert find_release(DEFAULT_TEXT_ENCODER).size_bytes == pytest.approx(4 * parameters, rel=0.01)
+    gguf_bytes = 34 / 32 * parameters  # Q8_0: 32 numbers in 34 bytes
+    assert find_release(TEXT_ENCODER_GGUF).size_bytes == pytest.approx(gguf_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("kind, size", [("spatial", 2048 * 512 * 9 + 2048), ("temporal", 1024 * 512 * 27 + 1024)])
 def test_upscaler_size_follows_from_its_tensors(kind: str, size: int) -> None:
     conv, norm = 512 * 512 * 27 + 512, 2 * 512
     ends = 128 * 512 * 27 + 512 + norm + 512 * 128 * 27 + 128
-    whole = ends + 16 * (conv + norm) + size  # eight residual blocks of two convolutions
+    parameters = ends + 16 * (conv + norm) + size  # eight residual blocks of two convolutions
     for version in ("0.9.7", "0.9.8"):
-        assert find_release(f"ltxv-{kind}-upscaler-{version}").size_bytes == pytest.approx(4 * whole, rel=0.01)
+        assert find_release(f"ltxv-{kind}-upscaler-{version}").size_bytes == pytest.approx(4 * parameters, rel=0.01)
 
 
-@pytest.mark.parametrize("released", MODEL_RELEASES, ids=lambda released: released.name)
-def test_recipe_can_be_sampled(released: Release) -> None:
-    recipe = released.recipe
+@pytest.mark.parametrize("release", MODEL_RELEASES, ids=lambda release: release.name)
+def test_recipe_can_be_sampled(release: Release) -> None:
+    recipe = release.recipe
     assert recipe.size.snap() == recipe.size
     assert snap_frames(recipe.frames) == recipe.frames
-    for one in filter(None, (recipe.first_pass, recipe.second_pass, recipe.single_pass)):
-        one.guidance.check_lists()
-        assert one.sigmas is None or len(explicit_sigmas(one.sigmas)) == len(one.sigmas)
-        assert (one.sigmas is None) != (one.steps is None)
-        strong = [one.guidance.at_sigma(level / 100).cfg_scale > 1 for level in range(101)]
-        assert not (released.is_distilled and any(strong))
+    for settings in filter(None, (recipe.first_pass, recipe.second_pass, recipe.single_pass)):
+        settings.guidance.check_lists()
+        assert settings.sigmas is None or len(explicit_sigmas(settings.sigmas)) == len(settings.sigmas)
+        assert (settings.sigmas is None) != (settings.steps is None)
+        uses_cfg = [settings.guidance.at_sigma(percent / 100).cfg_scale > 1 for percent in range(101)]
+        assert not (release.is_distilled and any(uses_cfg))
 
 
 def test_single_pass_runs_to_the_end_where_the_first_of_two_stops() -> None:
-    for released in HOSTED:
-        recipe = released.recipe
+    for release in HOSTED:
+        recipe = release.recipe
         if recipe.multi_scale:
             assert recipe.single_pass is not None
             assert recipe.single_pass.skip_final == 0
@@ -318,8 +317,8 @@ def test_single_pass_runs_to_the_end_where_the_first_of_two_stops() -> None:
 
 
 def test_distilled_sigmas_are_linear_quadratic_rounded_down() -> None:
-    made = Schedule(sampler="LinearQuadratic").get_sigmas(8, tokens=1)
-    assert torch.allclose(made, torch.tensor(DISTILLED_SIGMAS), atol=1e-4)
+    sigmas = Schedule(sampler="LinearQuadratic").get_sigmas(8, tokens=1)
+    assert torch.allclose(sigmas, torch.tensor(DISTILLED_SIGMAS), atol=1e-4)
 
 
 def test_multi_scale_recipe_without_second_pass_is_refused() -> None:
@@ -337,6 +336,6 @@ def test_every_model_has_a_licence() -> None:
     assert "research" in find_release("ltxv-2b-0.9").licence
     assert "v0.9.1.license" in find_release("ltxv-2b-0.9.1").licence
     assert "OpenRAIL" in find_release("ltxv-2b-0.9.5").licence
-    later = [released for released in RELEASES if released.repo == LTX_VIDEO_REPO and released.version >= "0.9.6"]
+    later = [release for release in RELEASES if release.repo == LTX_VIDEO_REPO and release.version >= "0.9.6"]
     assert len(later) == 17
-    assert all("Open-Weights-License-0.X" in released.licence for released in later)
+    assert all("Open-Weights-License-0.X" in release.licence for release in later)

@@ -1,4 +1,4 @@
-"""The text encoder against transformers' T5EncoderModel, and its laws."""
+"""The T5 text encoder against transformers' T5EncoderModel, and its laws."""
 
 import json
 import re
@@ -34,7 +34,7 @@ TOP = {
 }
 
 
-def theirs(name: str) -> str:
+def transformers_name(name: str) -> str:
     if name in TOP:
         return TOP[name]
     index, leaf = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name).groups()
@@ -54,8 +54,8 @@ def oracle_config(config: T5Config) -> transformers.T5Config:
     )
 
 
-def fresh(config: T5Config) -> T5Encoder:
-    """Released-like weights, but with biases and norms far enough from 0 and 1 for a mistake in them to show."""
+def build_encoder(config: T5Config) -> T5Encoder:
+    """Builds an encoder with initial weights, and biases and norms far enough from 0 and 1 to reveal mistakes."""
     generator = torch.Generator().manual_seed(7)
     with torch.device("meta"):
         encoder = T5Encoder(config)
@@ -70,15 +70,15 @@ def fresh(config: T5Config) -> T5Encoder:
 
 
 def oracle(encoder: T5Encoder) -> transformers.T5EncoderModel:
-    """Transformers' encoder on the very same memory."""
+    """Returns transformers' encoder with the same weight memory."""
     with torch.device("meta"):
         model = transformers.T5EncoderModel(oracle_config(encoder.config)).eval()
-    weights = {theirs(name): weight for name, weight in encoder.named_parameters()}
+    weights = {transformers_name(name): weight for name, weight in encoder.named_parameters()}
     model.load_state_dict(weights | {"encoder.embed_tokens.weight": encoder.embedding.weight}, assign=True)
     return model
 
 
-def prompts(config: T5Config, lengths: list[int], longest: int) -> tuple[Tensor, Tensor]:
+def random_prompts(config: T5Config, lengths: list[int], longest: int) -> tuple[Tensor, Tensor]:
     ids = torch.randint(2, config.vocab_size, (len(lengths), longest), generator=torch.Generator().manual_seed(3))
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     return ids * mask, mask
@@ -97,8 +97,8 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-5) -> Non
 )
 @torch.no_grad()
 def test_encoder_equals_transformers_in_fp32(config, lengths, longest, parity):
-    encoder = fresh(config)
-    ids, mask = prompts(config, lengths, longest)
+    encoder = build_encoder(config)
+    ids, mask = random_prompts(config, lengths, longest)
     expected = oracle(encoder)(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     ours = encoder(ids, mask)
     parity("text encoder", f"T5, width {config.d_model}", "transformers", relative_error(ours, expected))
@@ -106,8 +106,8 @@ def test_encoder_equals_transformers_in_fp32(config, lengths, longest, parity):
 
 
 def test_gradients_equal_transformers():
-    encoder = fresh(TINY)
-    ids, mask = prompts(TINY, [40, 13, 1], 40)
+    encoder = build_encoder(TINY)
+    ids, mask = random_prompts(TINY, [40, 13, 1], 40)
     model = oracle(encoder)
     direction = torch.randn(3, 40, TINY.d_model, generator=torch.Generator().manual_seed(1))
     outputs = encoder(ids, mask), model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
@@ -133,29 +133,29 @@ def test_buckets_equal_transformers_at_every_distance(buckets, max_distance):
 
 @torch.no_grad()
 def test_padding_does_not_change_real_tokens():
-    encoder = fresh(TINY)
-    ids, mask = prompts(TINY, [19], 256)
-    ids[~mask] = 5  # not even when the padding holds words
+    encoder = build_encoder(TINY)
+    ids, mask = random_prompts(TINY, [19], 256)
+    ids[~mask] = 5  # not even if the padding has words
     assert_close(encoder(ids, mask)[:, :19], encoder(ids[:, :19], mask[:, :19]))
 
 
 @torch.no_grad()
 def test_integer_mask_equals_boolean_mask():
-    encoder = fresh(TINY)
-    ids, mask = prompts(TINY, [4, 11], 12)
+    encoder = build_encoder(TINY)
+    ids, mask = random_prompts(TINY, [4, 11], 12)
     assert torch.equal(encoder(ids, mask), encoder(ids, mask.long()))
 
 
 @torch.no_grad()
 def test_sample_of_only_padding_stays_finite():
-    ids, mask = prompts(TINY, [0, 5], 8)
-    assert fresh(TINY)(ids, mask).isfinite().all()
+    ids, mask = random_prompts(TINY, [0, 5], 8)
+    assert build_encoder(TINY)(ids, mask).isfinite().all()
 
 
 @torch.no_grad()
 def test_bf16_is_finite_and_as_exact_as_transformers():
-    encoder = fresh(TINY)
-    ids, mask = prompts(TINY, [256, 40, 1], 256)
+    encoder = build_encoder(TINY)
+    ids, mask = random_prompts(TINY, [256, 40, 1], 256)
     exact = encoder(ids, mask)
     encoder.to(torch.bfloat16)
     ours = encoder(ids, mask)
@@ -169,7 +169,7 @@ def test_bf16_is_finite_and_as_exact_as_transformers():
 
 @torch.no_grad()
 def test_norm_rounds_to_bf16_before_its_weight():
-    encoder = fresh(TINY).to(torch.bfloat16)
+    encoder = build_encoder(TINY).to(torch.bfloat16)
     x = torch.randn(64, TINY.d_model, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     assert torch.equal(encoder.final_norm(x), oracle(encoder).encoder.final_layer_norm(x))
 
@@ -177,8 +177,8 @@ def test_norm_rounds_to_bf16_before_its_weight():
 def test_initial_weights_have_the_published_stds_and_repeat():
     config = T5Config(vocab_size=500, d_model=128, num_layers=1, num_heads=8, d_kv=32, d_ff=320)
     encoder, again = T5Encoder(config), T5Encoder(config)
-    for each in (encoder, again):
-        initialise_t5(each, torch.Generator().manual_seed(0))
+    for t5 in (encoder, again):
+        initialise_t5(t5, torch.Generator().manual_seed(0))
     block = encoder.blocks[0]
     expected = {
         encoder.embedding: 1.0,
@@ -191,9 +191,9 @@ def test_initial_weights_have_the_published_stds_and_repeat():
         block.feed_forward.up: 128**-0.5,
         block.feed_forward.down: 320**-0.5,
     }
-    for module, deviation in expected.items():
-        slack = 5 / module.weight.numel() ** 0.5
-        assert module.weight.std().item() == pytest.approx(deviation, rel=slack)
+    for module, std in expected.items():
+        tolerance = 5 / module.weight.numel() ** 0.5
+        assert module.weight.std().item() == pytest.approx(std, rel=tolerance)
     for norm in (block.attention_norm, block.feed_forward_norm, encoder.final_norm):
         assert norm.weight.eq(1).all()
     for name, weight in again.named_parameters():
@@ -206,7 +206,7 @@ def test_config_written_by_transformers_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, value",
+    "key, value",
     [
         ("model_type", "umt5"),
         ("feed_forward_proj", "relu"),
@@ -220,9 +220,9 @@ def test_config_written_by_transformers_is_read(tmp_path):
         ("relative_attention_max_distance", 8),
     ],
 )
-def test_unreleased_config_value_is_refused_by_value(change, value):
+def test_unreleased_config_value_is_refused_by_value(key, value):
     with pytest.raises(CheckpointError, match=re.escape(repr(value))):
-        T5Config.from_header(oracle_config(TINY).to_dict() | {change: value})
+        T5Config.from_header(oracle_config(TINY).to_dict() | {key: value})
 
 
 @pytest.mark.parametrize("absent", ["d_ff", "num_layers", "feed_forward_proj"])

@@ -44,57 +44,57 @@ def tiny() -> Transformer:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch of two: other latents, texts of other lengths, other noise levels for every token."""
+    """A batch of two samples that differ in latents, positions, text lengths and the sigma of each token."""
 
     tokens: Tensor
     positions: Tensor
     text: Tensor
     text_mask: Tensor
-    levels: Tensor
+    sigma: Tensor
 
     @classmethod
-    def of(cls, config: TransformerConfig, *, grid: LatentGrid = GRID, text_length: int = 9) -> Inputs:
+    def random(cls, config: TransformerConfig, *, grid: LatentGrid = GRID, text_length: int = 9) -> Inputs:
         grids = [token_positions(grid, fps=fps, causal=config.causal_temporal_positioning) for fps in (30.0, 24.0)]
-        levels = torch.tensor([0.9094, 0.3])[:, None].repeat(1, grid.num_tokens)
-        levels[0, : grid.height * grid.width] = 0.0  # a clean first frame
-        levels[1, ::3] = torch.rand(levels[1, ::3].shape, generator=torch.Generator().manual_seed(3))
+        sigma = torch.tensor([0.9094, 0.3])[:, None].repeat(1, grid.num_tokens)
+        sigma[0, : grid.height * grid.width] = 0.0  # a clean first frame
+        sigma[1, ::3] = torch.rand(sigma[1, ::3].shape, generator=torch.Generator().manual_seed(3))
         return cls(
             tokens=randn(2, grid.num_tokens, config.in_channels, seed=4),
             positions=torch.stack(grids),
             text=randn(2, text_length, config.caption_channels, seed=5),
             text_mask=torch.arange(text_length) < torch.tensor([text_length, 4])[:, None],
-            levels=levels,
+            sigma=sigma,
         )
 
 
-def velocity(model: Transformer, given: Inputs, *, mask: bool = True) -> Tensor:
-    rope = model.compute_rope(given.positions)
-    return model(given.tokens, rope, given.text, given.text_mask if mask else None, given.levels)
+def velocity(model: Transformer, inputs: Inputs, *, mask: bool = True) -> Tensor:
+    rope = model.compute_rope(inputs.positions)
+    return model(inputs.tokens, rope, inputs.text, inputs.text_mask if mask else None, inputs.sigma)
 
 
-def official_velocity(model: Transformer, given: Inputs) -> Tensor:
+def official_velocity(model: Transformer, inputs: Inputs) -> Tensor:
     return official_transformer(model)(
-        given.tokens,
-        indices_grid=given.positions,
-        encoder_hidden_states=given.text,
-        encoder_attention_mask=given.text_mask,
-        timestep=given.levels,
+        inputs.tokens,
+        indices_grid=inputs.positions,
+        encoder_hidden_states=inputs.text,
+        encoder_attention_mask=inputs.text_mask,
+        timestep=inputs.sigma,
         return_dict=False,
     )[0]
 
 
-def diffusers_velocity(model: Transformer, given: Inputs) -> Tensor:
-    return asked_of_diffusers(diffusers_transformer(model), given)
+def diffusers_velocity(model: Transformer, inputs: Inputs) -> Tensor:
+    return run_diffusers(diffusers_transformer(model), inputs)
 
 
-def asked_of_diffusers(module: torch.nn.Module, given: Inputs) -> Tensor:
-    """The velocity by diffusers' transformer, or by one with adapters of PEFT."""
+def run_diffusers(module: torch.nn.Module, inputs: Inputs) -> Tensor:
+    """Predicts the velocity with diffusers' transformer, or one with PEFT adapters."""
     return module(
-        given.tokens,
-        encoder_hidden_states=given.text,
-        encoder_attention_mask=given.text_mask.to(given.tokens.dtype),
-        timestep=given.levels * 1000,
-        video_coords=given.positions,
+        inputs.tokens,
+        encoder_hidden_states=inputs.text,
+        encoder_attention_mask=inputs.text_mask.to(inputs.tokens.dtype),
+        timestep=inputs.sigma * 1000,
+        video_coords=inputs.positions,
         return_dict=False,
     )[0]
 
@@ -104,33 +104,33 @@ def asked_of_diffusers(module: torch.nn.Module, given: Inputs) -> Tensor:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_velocity_equals_official_and_diffusers(tiny, causal):
-    given = Inputs.of(replace(TINY, causal_temporal_positioning=causal))
-    ours = velocity(tiny, given)
-    assert ours.shape == given.tokens.shape
-    assert relative_error(ours, official_velocity(tiny, given)) <= 1e-5
-    assert relative_error(ours, diffusers_velocity(tiny, given)) <= 1e-5
+    inputs = Inputs.random(replace(TINY, causal_temporal_positioning=causal))
+    ours = velocity(tiny, inputs)
+    assert ours.shape == inputs.tokens.shape
+    assert relative_error(ours, official_velocity(tiny, inputs)) <= 1e-5
+    assert relative_error(ours, diffusers_velocity(tiny, inputs)) <= 1e-5
 
 
 @pytest.mark.parametrize("size", RELEASED_WIDTHS)
 def test_velocity_at_released_widths_equals_official_and_diffusers(size, parity):
     model = build_random(lambda: Transformer(RELEASED_WIDTHS[size]))
-    given = Inputs.of(model.config, grid=LatentGrid(2, 2, 2), text_length=6)
-    ours = velocity(model, given)
+    inputs = Inputs.random(model.config, grid=LatentGrid(2, 2, 2), text_length=6)
+    ours = velocity(model, inputs)
     for oracle, theirs in {"official": official_velocity, "diffusers": diffusers_velocity}.items():
-        assert parity("transformer", size, oracle, relative_error(ours, theirs(model, given))) <= 1e-5
+        assert parity("transformer", size, oracle, relative_error(ours, theirs(model, inputs))) <= 1e-5
 
 
-@pytest.mark.parametrize("heads, head_width", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
-def test_velocity_equals_official_at_every_width_modulo_six(heads, head_width):
-    model = build_random(lambda: Transformer(replace(TINY, num_heads=heads, head_dim=head_width, num_layers=1)))
-    given = Inputs.of(model.config)
-    assert relative_error(velocity(model, given), official_velocity(model, given)) <= 1e-5
+@pytest.mark.parametrize("num_heads, head_dim", [(1, 6), (3, 8), (2, 13), (5, 2)])  # D mod 6 = 0, 0, 2, 4
+def test_velocity_equals_official_at_every_width_modulo_six(num_heads, head_dim):
+    model = build_random(lambda: Transformer(replace(TINY, num_heads=num_heads, head_dim=head_dim, num_layers=1)))
+    inputs = Inputs.random(model.config)
+    assert relative_error(velocity(model, inputs), official_velocity(model, inputs)) <= 1e-5
 
 
 def test_velocity_equals_official_where_the_text_is_all_padding(tiny):
-    given = Inputs.of(TINY)
-    given = replace(given, text_mask=given.text_mask & torch.tensor([[False], [True]]))
-    assert relative_error(velocity(tiny, given), official_velocity(tiny, given)) <= 1e-5
+    inputs = Inputs.random(TINY)
+    inputs = replace(inputs, text_mask=inputs.text_mask & torch.tensor([[False], [True]]))
+    assert relative_error(velocity(tiny, inputs), official_velocity(tiny, inputs)) <= 1e-5
 
 
 def test_velocity_equals_official_at_activations_near_epsilon(tiny):
@@ -138,15 +138,15 @@ def test_velocity_equals_official_at_activations_near_epsilon(tiny):
     for name, weight in faint.state_dict().items():
         if re.search(r"^proj_in|attention\.(q|k|out)\.|feed_forward\.down", name):
             weight *= 1e-3
-    given = Inputs.of(TINY)
-    assert relative_error(velocity(faint, given), official_velocity(faint, given)) <= 1e-5
+    inputs = Inputs.random(TINY)
+    assert relative_error(velocity(faint, inputs), official_velocity(faint, inputs)) <= 1e-5
 
 
 def test_bf16_error_is_no_larger_than_that_of_official(tiny):
-    given = Inputs.of(TINY)
+    inputs = Inputs.random(TINY)
     half = deepcopy(tiny).to(torch.bfloat16)
-    rounded = replace(given, tokens=given.tokens.bfloat16(), text=given.text.bfloat16())
-    exact, ours, theirs = velocity(tiny, given), velocity(half, rounded), official_velocity(half, rounded)
+    rounded = replace(inputs, tokens=inputs.tokens.bfloat16(), text=inputs.text.bfloat16())
+    exact, ours, theirs = velocity(tiny, inputs), velocity(half, rounded), official_velocity(half, rounded)
     assert ours.dtype == torch.bfloat16
     assert relative_error(ours, exact) <= 1.2 * relative_error(theirs, exact)
     assert relative_error(ours, theirs) <= 1e-2
@@ -156,62 +156,61 @@ def test_bf16_error_is_no_larger_than_that_of_official(tiny):
 
 
 def test_one_sigma_equals_the_same_sigma_per_token(tiny):
-    given = Inputs.of(TINY)
-    one = torch.tensor([[0.7], [0.2]])
-    each = one.expand(-1, GRID.num_tokens)
-    assert (
-        relative_error(velocity(tiny, replace(given, levels=one)), velocity(tiny, replace(given, levels=each))) <= 1e-6
-    )
+    inputs = Inputs.random(TINY)
+    sigma = torch.tensor([[0.7], [0.2]])
+    sigma_per_token = sigma.expand(-1, GRID.num_tokens)
+    ours, expected = (velocity(tiny, replace(inputs, sigma=value)) for value in (sigma, sigma_per_token))
+    assert relative_error(ours, expected) <= 1e-6
 
 
 def test_one_sigma_equals_official_and_diffusers(tiny):
-    given = replace(Inputs.of(TINY), levels=torch.tensor([[1.0], [0.025]]))
-    ours = velocity(tiny, given)
-    assert relative_error(ours, official_velocity(tiny, given)) <= 1e-5
-    assert relative_error(ours, diffusers_velocity(tiny, given)) <= 1e-5
+    inputs = replace(Inputs.random(TINY), sigma=torch.tensor([[1.0], [0.025]]))
+    ours = velocity(tiny, inputs)
+    assert relative_error(ours, official_velocity(tiny, inputs)) <= 1e-5
+    assert relative_error(ours, diffusers_velocity(tiny, inputs)) <= 1e-5
 
 
 def test_padded_text_does_not_change_the_velocity(tiny):
-    given = Inputs.of(TINY)
-    loud = torch.where(given.text_mask[..., None], given.text, 50.0)
-    assert torch.equal(velocity(tiny, replace(given, text=loud)), velocity(tiny, given))
-    alone = replace(given, text=given.text[:, :4], text_mask=given.text_mask[:, :4])
-    assert relative_error(velocity(tiny, alone)[1], velocity(tiny, given)[1]) <= 1e-6
-    assert relative_error(velocity(tiny, alone)[0], velocity(tiny, given)[0]) > 1e-3  # there, it was not padding
+    inputs = Inputs.random(TINY)
+    noisy_padding = torch.where(inputs.text_mask[..., None], inputs.text, 50.0)
+    assert torch.equal(velocity(tiny, replace(inputs, text=noisy_padding)), velocity(tiny, inputs))
+    cut = replace(inputs, text=inputs.text[:, :4], text_mask=inputs.text_mask[:, :4])
+    assert relative_error(velocity(tiny, cut)[1], velocity(tiny, inputs)[1]) <= 1e-6
+    assert relative_error(velocity(tiny, cut)[0], velocity(tiny, inputs)[0]) > 1e-3  # here the cut text was not padding
 
 
 def test_no_mask_means_that_nothing_is_padding(tiny):
-    given = Inputs.of(TINY)
-    full = replace(given, text_mask=torch.ones_like(given.text_mask))
-    assert relative_error(velocity(tiny, given, mask=False), velocity(tiny, full)) <= 1e-6
+    inputs = Inputs.random(TINY)
+    full = replace(inputs, text_mask=torch.ones_like(inputs.text_mask))
+    assert relative_error(velocity(tiny, inputs, mask=False), velocity(tiny, full)) <= 1e-6
 
 
 def test_integer_mask_equals_boolean_mask(tiny):
-    given = Inputs.of(TINY)
-    assert torch.equal(velocity(tiny, replace(given, text_mask=given.text_mask.long())), velocity(tiny, given))
+    inputs = Inputs.random(TINY)
+    assert torch.equal(velocity(tiny, replace(inputs, text_mask=inputs.text_mask.long())), velocity(tiny, inputs))
 
 
 def test_samples_of_a_batch_are_independent(tiny):
-    given = Inputs.of(TINY)
-    whole = velocity(tiny, given)
+    inputs = Inputs.random(TINY)
+    batch_velocity = velocity(tiny, inputs)
     for index in range(2):
-        only = Inputs(*(field[index : index + 1] for field in vars(given).values()))
-        assert relative_error(velocity(tiny, only), whole[index : index + 1]) <= 1e-6
+        sample = Inputs(*(field[index : index + 1] for field in vars(inputs).values()))
+        assert relative_error(velocity(tiny, sample), batch_velocity[index : index + 1]) <= 1e-6
 
 
 def test_velocity_depends_on_positions_not_on_token_order(tiny):
-    given = Inputs.of(TINY)
+    inputs = Inputs.random(TINY)
     order = torch.randperm(GRID.num_tokens, generator=torch.Generator().manual_seed(6))
     shuffled = replace(
-        given,
-        tokens=given.tokens[:, order],
-        positions=given.positions[..., order],
-        levels=given.levels[:, order],
+        inputs,
+        tokens=inputs.tokens[:, order],
+        positions=inputs.positions[..., order],
+        sigma=inputs.sigma[:, order],
     )
-    assert relative_error(velocity(tiny, shuffled), velocity(tiny, given)[:, order]) <= 1e-6
+    assert relative_error(velocity(tiny, shuffled), velocity(tiny, inputs)[:, order]) <= 1e-6
 
 
-# Some layers disturbed
+# Perturbed blocks (STG)
 
 STRATEGIES = {
     ATTENTION_VALUES: SkipLayerStrategy.AttentionValues,
@@ -221,151 +220,157 @@ STRATEGIES = {
 ROWS = {1: [slice(None)], 3: [slice(None), slice(1, None), slice(2), slice(1, 2)]}
 
 
-def inputs(batch: int) -> Inputs:
-    """One or three samples that differ in everything: positions, levels of each token, lengths of the text."""
-    two = Inputs.of(TINY)
+def batch_inputs(batch: int) -> Inputs:
+    """One or three samples that differ in positions, sigma of each token and length of the text."""
+    two = Inputs.random(TINY)
     rows = torch.tensor([1, 0, 1][:batch])
-    drawn_again = {
+    redrawn = {
         "tokens": randn(batch, GRID.num_tokens, TINY.in_channels, seed=7),
         "text": randn(batch, 9, 24, seed=8),
     }
-    return replace(Inputs(*(field[rows] for field in vars(two).values())), **drawn_again)
+    return replace(Inputs(*(field[rows] for field in vars(two).values())), **redrawn)
 
 
-def both_ways(model: Transformer, given: Inputs, **disturbance: Any) -> tuple[Tensor, Tensor]:
-    rope = model.compute_rope(given.positions)
-    return model.forward_with_perturbed(given.tokens, rope, given.text, given.text_mask, given.levels, **disturbance)
+def velocity_and_perturbed(model: Transformer, inputs: Inputs, **perturbation: Any) -> tuple[Tensor, Tensor]:
+    rope = model.compute_rope(inputs.positions)
+    return model.forward_with_perturbed(
+        inputs.tokens, rope, inputs.text, inputs.text_mask, inputs.sigma, **perturbation
+    )
 
 
-def disturbed_from_the_start(model: Transformer, given: Inputs, blocks: tuple[int, ...], mode: str) -> Tensor:
-    """A whole forward in which the listed layers are disturbed for every sample."""
-    hooks = [model.blocks[index].register_forward_pre_hook(lambda layer, given: (*given[:2], mode)) for index in blocks]
-    made = velocity(model, given)
+def velocity_perturbed_for_all(model: Transformer, inputs: Inputs, blocks: tuple[int, ...], mode: str) -> Tensor:
+    """Predicts the velocity with the listed blocks perturbed for every sample."""
+    hooks = [
+        model.blocks[index].register_forward_pre_hook(lambda block, arguments: (*arguments[:2], mode))
+        for index in blocks
+    ]
+    perturbed = velocity(model, inputs)
     for hook in hooks:
         hook.remove()
-    return made
+    return perturbed
 
 
 @pytest.mark.parametrize("mode", STRATEGIES)
 @pytest.mark.parametrize("blocks", [(0,), (1,), (2,), (0, 2), (2, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_branch_at_first_perturbed_block_equals_perturbed_forward(tiny, batch, blocks, mode):
-    given = inputs(batch)
-    plain = velocity(tiny, given)
-    expected = disturbed_from_the_start(tiny, given, blocks, mode)
-    assert relative_error(expected, plain) > 1e-2
+    inputs = batch_inputs(batch)
+    expected_plain = velocity(tiny, inputs)
+    expected = velocity_perturbed_for_all(tiny, inputs, blocks, mode)
+    assert relative_error(expected, expected_plain) > 1e-2
     for rows in ROWS[batch]:
-        made, disturbed = both_ways(tiny, given, blocks=blocks, mode=mode, rows=rows)
-        assert torch.equal(made, plain)
-        assert relative_error(disturbed, expected[rows]) <= 1e-6
+        plain, perturbed = velocity_and_perturbed(tiny, inputs, blocks=blocks, mode=mode, rows=rows)
+        assert torch.equal(plain, expected_plain)
+        assert relative_error(perturbed, expected[rows]) <= 1e-6
 
 
 @pytest.mark.parametrize("mode", STRATEGIES)
 @pytest.mark.parametrize("blocks", [(0,), (2,), (0, 2)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_perturbed_blocks_equal_the_official_skip_layer_mask(tiny, batch, blocks, mode, parity):
-    """The mask is the transformer's own: what the official pipeline does wrong in batches is how it makes one."""
-    given = inputs(batch)
+    """Builds the mask here, because the official pipeline builds a wrong one for batches."""
+    inputs = batch_inputs(batch)
     official = official_transformer(tiny)
     for rows in ROWS[batch]:
         mask = torch.ones(TINY.num_layers, batch)
         mask[list(blocks), rows] = 0
         theirs = official(
-            given.tokens,
-            indices_grid=given.positions,
-            encoder_hidden_states=given.text,
-            encoder_attention_mask=given.text_mask,
-            timestep=given.levels,
+            inputs.tokens,
+            indices_grid=inputs.positions,
+            encoder_hidden_states=inputs.text,
+            encoder_attention_mask=inputs.text_mask,
+            timestep=inputs.sigma,
             skip_layer_mask=mask,
             skip_layer_strategy=STRATEGIES[mode],
             return_dict=False,
         )[0]
-        made, disturbed = both_ways(tiny, given, blocks=blocks, mode=mode, rows=rows)
-        together = made.clone()
-        together[rows] = disturbed
-        assert parity("perturbed transformer", mode, "official", relative_error(together, theirs)) <= 1e-5
+        plain, perturbed = velocity_and_perturbed(tiny, inputs, blocks=blocks, mode=mode, rows=rows)
+        combined = plain.clone()
+        combined[rows] = perturbed
+        assert parity("perturbed transformer", mode, "official", relative_error(combined, theirs)) <= 1e-5
 
 
 @pytest.mark.parametrize("mode", STRATEGIES)
 def test_one_rope_equals_the_same_rope_per_sample(tiny, mode):
-    given = inputs(3)
-    one = replace(given, positions=given.positions[:1])
-    each = replace(given, positions=given.positions[:1].expand(3, -1, -1))
+    inputs = batch_inputs(3)
+    shared = replace(inputs, positions=inputs.positions[:1])
+    expanded = replace(inputs, positions=inputs.positions[:1].expand(3, -1, -1))
     for rows in ROWS[3]:
-        results = [both_ways(tiny, which, blocks=(1,), mode=mode, rows=rows) for which in (one, each)]
+        results = [velocity_and_perturbed(tiny, each, blocks=(1,), mode=mode, rows=rows) for each in (shared, expanded)]
         assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_padded_text_does_not_change_perturbed_samples(tiny):
-    given = inputs(3)
-    loud = replace(given, text=torch.where(given.text_mask[..., None], given.text, 50.0))
+    inputs = batch_inputs(3)
+    noisy_padding = replace(inputs, text=torch.where(inputs.text_mask[..., None], inputs.text, 50.0))
     for rows in ROWS[3]:
-        quiet, noisy = (
-            both_ways(tiny, which, blocks=(1, 2), mode=ATTENTION_SKIP, rows=rows)[1] for which in (given, loud)
+        perturbed, expected = (
+            velocity_and_perturbed(tiny, each, blocks=(1, 2), mode=ATTENTION_SKIP, rows=rows)[1]
+            for each in (noisy_padding, inputs)
         )
-        assert torch.equal(quiet, noisy)
+        assert torch.equal(perturbed, expected)
 
 
 @pytest.mark.parametrize(
     "blocks, calls", [((0,), [2, 2, 2]), ((1,), [1, 2, 2]), ((2,), [1, 1, 2]), ((2, 1), [1, 2, 2])], ids=str
 )
 def test_blocks_before_the_first_perturbed_one_run_once(tiny, blocks, calls):
-    counted = [0] * TINY.num_layers
+    block_calls = [0] * TINY.num_layers
 
     def count(index: int) -> Callable[..., None]:
-        def hook(layer: Any, given: Any, made: Any) -> None:
-            counted[index] += 1
+        def hook(block: Any, arguments: Any, output: Any) -> None:
+            block_calls[index] += 1
 
         return hook
 
-    hooks = [layer.register_forward_hook(count(index)) for index, layer in enumerate(tiny.blocks)]
-    both_ways(tiny, inputs(3), blocks=blocks, mode=ATTENTION_VALUES, rows=slice(1, None))
+    hooks = [block.register_forward_hook(count(index)) for index, block in enumerate(tiny.blocks)]
+    velocity_and_perturbed(tiny, batch_inputs(3), blocks=blocks, mode=ATTENTION_VALUES, rows=slice(1, None))
     for hook in hooks:
         hook.remove()
-    assert counted == calls
+    assert block_calls == calls
 
 
 @pytest.mark.parametrize("mode", [None, ATTENTION_VALUES, TRANSFORMER_BLOCK])
 @pytest.mark.parametrize("masked", [False, True])
 def test_cuda_graph_replay_equals_a_plain_run(tiny, mode, masked):
-    given, notes, replayed = inputs(2), FakeBackend(), deepcopy(tiny)
-    replayed.use_cuda_graphs(notes)
-    rope, mask = tiny.compute_rope(given.positions), given.text_mask if masked else None
-    reading, other = replayed.project_text(given.text, mask), replayed.project_text(given.text.flip(0), None)
-    how = {} if mode is None else {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
-    for step, levels in enumerate((given.levels, given.levels / 2, given.levels / 3, given.levels / 4)):
-        tokens = given.tokens + step
-        made, right = (
-            (model if mode is None else model.forward_with_perturbed)(tokens, rope, *text, levels, **how)
-            for model, text in ((replayed, (reading, None)), (tiny, (given.text, mask)))
+    inputs, backend, graphed = batch_inputs(2), FakeBackend(), deepcopy(tiny)
+    graphed.use_cuda_graphs(backend)
+    rope, mask = tiny.compute_rope(inputs.positions), inputs.text_mask if masked else None
+    text_kv, other_text_kv = graphed.project_text(inputs.text, mask), graphed.project_text(inputs.text.flip(0), None)
+    perturbation = {} if mode is None else {"blocks": (1,), "mode": mode, "rows": slice(1, 2)}
+    for step, sigma in enumerate((inputs.sigma, inputs.sigma / 2, inputs.sigma / 3, inputs.sigma / 4)):
+        tokens = inputs.tokens + step
+        replayed, expected = (
+            (model if mode is None else model.forward_with_perturbed)(tokens, rope, *text, sigma, **perturbation)
+            for model, text in ((graphed, (text_kv, None)), (tiny, (inputs.text, mask)))
         )
-        assert all(map(torch.equal, made, right))
-        assert replayed(tokens, rope, other, None, levels).isfinite().all()  # another text in between
-    assert notes.warm_ups
-    assert notes.captures
-    assert notes.replays >= 2
-    replayed.clear_cuda_graphs()
-    assert not replayed._cuda_graphs._graphs
+        assert all(map(torch.equal, replayed, expected))
+        assert graphed(tokens, rope, other_text_kv, None, sigma).isfinite().all()  # another text in between the steps
+    assert backend.warm_ups
+    assert backend.captures
+    assert backend.replays >= 2
+    graphed.clear_cuda_graphs()
+    assert not graphed._cuda_graphs._graphs
 
 
 def test_no_cuda_graph_above_the_token_limit(tiny, monkeypatch):
-    given, notes, replayed = inputs(2), FakeBackend(), deepcopy(tiny)
-    monkeypatch.setattr("kadr.models.transformer.CUDA_GRAPH_MAX_TOKENS", given.tokens.shape[1] * 2 - 1)
-    replayed.use_cuda_graphs(notes)
-    reading = replayed.project_text(given.text, None)
+    inputs, backend, graphed = batch_inputs(2), FakeBackend(), deepcopy(tiny)
+    monkeypatch.setattr("kadr.models.transformer.CUDA_GRAPH_MAX_TOKENS", inputs.tokens.shape[1] * 2 - 1)
+    graphed.use_cuda_graphs(backend)
+    text_kv = graphed.project_text(inputs.text, None)
     for _ in range(3):
-        replayed(given.tokens, replayed.compute_rope(given.positions), reading, None, given.levels)
-    assert not notes.warm_ups
+        graphed(inputs.tokens, graphed.compute_rope(inputs.positions), text_kv, None, inputs.sigma)
+    assert not backend.warm_ups
 
 
 def test_perturbation_changes_no_weight_and_no_input(tiny):
-    given = inputs(3)
-    before = [field.clone() for field in vars(given).values()]
-    plain = velocity(tiny, given)
+    inputs = batch_inputs(3)
+    before = [field.clone() for field in vars(inputs).values()]
+    plain = velocity(tiny, inputs)
     for mode in STRATEGIES:
-        both_ways(tiny, given, blocks=(0, 2), mode=mode, rows=slice(1, None))
-    assert all(torch.equal(*pair) for pair in zip(before, vars(given).values(), strict=True))
-    assert torch.equal(velocity(tiny, given), plain)
+        velocity_and_perturbed(tiny, inputs, blocks=(0, 2), mode=mode, rows=slice(1, None))
+    assert all(torch.equal(*pair) for pair in zip(before, vars(inputs).values(), strict=True))
+    assert torch.equal(velocity(tiny, inputs), plain)
 
 
 # The header
@@ -386,17 +391,17 @@ def test_header_round_trips_through_json(config):
 
 
 def test_released_headers_give_the_released_configs():
-    before = TransformerConfig.from_header(OURS_TRANSFORMER_CONFIG)
-    assert before == replace(TRANSFORMER_2B, causal_temporal_positioning=False)
-    since = {name: value for name, value in OURS_TRANSFORMER_CONFIG.items() if name != "project_to_2d_pos"}
-    since |= {"causal_temporal_positioning": True}
-    assert TransformerConfig.from_header(since) == TRANSFORMER_2B
-    larger = {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
-    assert TransformerConfig.from_header(since | larger) == TRANSFORMER_13B
+    config_0_9 = TransformerConfig.from_header(OURS_TRANSFORMER_CONFIG)
+    assert config_0_9 == replace(TRANSFORMER_2B, causal_temporal_positioning=False)
+    header = {name: value for name, value in OURS_TRANSFORMER_CONFIG.items() if name != "project_to_2d_pos"}
+    header |= {"causal_temporal_positioning": True}
+    assert TransformerConfig.from_header(header) == TRANSFORMER_2B
+    larger_sizes = {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096}
+    assert TransformerConfig.from_header(header | larger_sizes) == TRANSFORMER_13B
 
 
 @pytest.mark.parametrize(
-    "change, value",
+    "key, value",
     [
         ("_class_name", "AVTransformer3DModel"),  # LTX-2
         ("qk_norm", None),
@@ -419,12 +424,12 @@ def test_released_headers_give_the_released_configs():
     ],
     ids=str,
 )
-def test_unreleased_header_value_is_refused_by_value(change, value):
-    with pytest.raises(CheckpointError, match=f"{change} = {re.escape(repr(value))};"):
-        TransformerConfig.from_header(TRANSFORMER_2B.to_header() | {change: value})
+def test_unreleased_header_value_is_refused_by_value(key, value):
+    with pytest.raises(CheckpointError, match=f"{key} = {re.escape(repr(value))};"):
+        TransformerConfig.from_header(TRANSFORMER_2B.to_header() | {key: value})
 
 
-@pytest.mark.parametrize("heads, head_width", [(1, 4), (3, 3)])
-def test_width_too_small_for_rope_is_refused_by_value(heads, head_width):
-    with pytest.raises(CheckpointError, match=str(heads * head_width)):
-        replace(TINY, num_heads=heads, head_dim=head_width)
+@pytest.mark.parametrize("num_heads, head_dim", [(1, 4), (3, 3)])
+def test_width_too_small_for_rope_is_refused_by_value(num_heads, head_dim):
+    with pytest.raises(CheckpointError, match=str(num_heads * head_dim)):
+        replace(TINY, num_heads=num_heads, head_dim=head_dim)

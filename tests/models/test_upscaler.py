@@ -18,7 +18,7 @@ from kadr.models.upscaler import SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONF
 from tests.oracles import randn, relative_error
 from tests.tiny_models import build_random
 
-WAYS = {"space": (True, False), "time": (False, True), "both": (True, True)}
+AXES = {"space": (True, False), "time": (False, True), "both": (True, True)}
 ORACLES = {"official": OfficialUpsampler, "diffusers": LTXLatentUpsamplerModel}
 KINDS = ("spatial upscaler", "temporal upscaler", "spatial and temporal upscaler")
 RELEASED_HEADER = {
@@ -32,20 +32,20 @@ RELEASED_HEADER = {
 }
 
 
-def small(way: str, width: int = 32) -> UpscalerConfig:
-    space, time = WAYS[way]
+def small_config(axes: str, width: int = 32) -> UpscalerConfig:
+    spatial, temporal = AXES[axes]
     return UpscalerConfig(
-        in_channels=12, mid_channels=width, num_blocks_per_stage=2, spatial_upsample=space, temporal_upsample=time
+        in_channels=12, mid_channels=width, num_blocks_per_stage=2, spatial_upsample=spatial, temporal_upsample=temporal
     )
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=AXES)
 def ours(request: pytest.FixtureRequest) -> LatentUpscaler:
-    return build_random(lambda: LatentUpscaler(small(request.param)))
+    return build_random(lambda: LatentUpscaler(small_config(request.param)))
 
 
-def with_weights_of(ours: LatentUpscaler, build: Any) -> nn.Module:
-    """Another module, built from our header, on our weights."""
+def build_oracle(ours: LatentUpscaler, build: Any) -> nn.Module:
+    """Builds another implementation from our header, with our weights."""
     entries = {key: value for key, value in ours.config.to_header().items() if key != "_class_name"}
     with torch.device("meta"):
         oracle = build(**entries)
@@ -60,11 +60,11 @@ def with_weights_of(ours: LatentUpscaler, build: Any) -> nn.Module:
 
 @torch.no_grad()
 @pytest.mark.parametrize("oracle", ORACLES)
-@pytest.mark.parametrize("way", WAYS)
-def test_upscaler_equals_official_and_diffusers(way: str, oracle: str, parity: Any) -> None:
-    ours = build_random(lambda: LatentUpscaler(small(way, width=64)))  # two channels to a group
+@pytest.mark.parametrize("axes", AXES)
+def test_upscaler_equals_official_and_diffusers(axes: str, oracle: str, parity: Any) -> None:
+    ours = build_random(lambda: LatentUpscaler(small_config(axes, width=64)))  # two channels per group
     latents = randn(1, 12, 3, 3, 4)
-    expected = with_weights_of(ours, ORACLES[oracle])(latents)
+    expected = build_oracle(ours, ORACLES[oracle])(latents)
     assert parity("upscaler", ours.config.kind, oracle, relative_error(ours(latents), expected)) < 1e-5
 
 
@@ -73,15 +73,15 @@ def test_upscaler_equals_official_and_diffusers(way: str, oracle: str, parity: A
 def test_sides_double_and_f_frames_become_2f_minus_1(ours: LatentUpscaler, frames: int) -> None:
     config = ours.config
     sides = (8, 6) if config.spatial_upsample else (4, 3)
-    made = 2 * frames - 1 if config.temporal_upsample else frames
-    assert ours(randn(1, 12, frames, 4, 3)).shape == (1, 12, made, *sides)
+    expected_frames = 2 * frames - 1 if config.temporal_upsample else frames
+    assert ours(randn(1, 12, frames, 4, 3)).shape == (1, 12, expected_frames, *sides)
 
 
 @torch.no_grad()
 def test_samples_of_a_batch_are_independent(ours: LatentUpscaler) -> None:
     batch = randn(2, 12, 2, 4, 3)
-    alone = torch.cat([ours(video[None]) for video in batch])
-    assert relative_error(ours(batch), alone) < 1e-5
+    separate = torch.cat([ours(video[None]) for video in batch])
+    assert relative_error(ours(batch), separate) < 1e-5
 
 
 def test_every_parameter_gets_a_gradient(ours: LatentUpscaler) -> None:
@@ -104,9 +104,9 @@ def test_released_upscalers_have_the_published_parameter_count(config: UpscalerC
     assert [entry.size_bytes for entry in released] == [pytest.approx(4 * parameters, rel=0.01)] * 2
 
 
-@pytest.mark.parametrize(("way", "kind"), zip(WAYS, KINDS, strict=True))
-def test_kind_is_that_of_the_registry(way: str, kind: str) -> None:
-    assert small(way).kind == kind
+@pytest.mark.parametrize(("axes", "kind"), zip(AXES, KINDS, strict=True))
+def test_kind_is_that_of_the_registry(axes: str, kind: str) -> None:
+    assert small_config(axes).kind == kind
 
 
 # Headers
@@ -117,14 +117,14 @@ def test_released_header_is_read_and_written() -> None:
     assert SPATIAL_UPSCALER_CONFIG.to_header() == RELEASED_HEADER
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_header_round_trips(way: str) -> None:
-    assert UpscalerConfig.from_header(small(way).to_header()) == small(way)
+@pytest.mark.parametrize("axes", AXES)
+def test_header_round_trips(axes: str) -> None:
+    assert UpscalerConfig.from_header(small_config(axes).to_header()) == small_config(axes)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_official_class_reads_and_writes_the_same_header(way: str) -> None:
-    header = small(way).to_header()
+@pytest.mark.parametrize("axes", AXES)
+def test_official_class_reads_and_writes_the_same_header(axes: str) -> None:
+    header = small_config(axes).to_header()
     with torch.device("meta"):
         official = OfficialUpsampler.from_config(header)
     assert OfficialUpsampler.config(official) == header
@@ -138,7 +138,7 @@ def test_missing_header_keys_have_the_common_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"dims": 2}, "dims = 2; kadr knows only 3"),
         ({"dims": None}, "dims = None"),
@@ -152,6 +152,6 @@ def test_missing_header_keys_have_the_common_defaults() -> None:
         ({"spatial_scale": 1.5, "rational_resampler": True}, "has spatial_scale, rational_resampler.*LTX-2"),
     ],
 )
-def test_unreleased_header_is_refused(change: Mapping[str, Any], said: str) -> None:
-    with pytest.raises(CheckpointError, match=said):
+def test_unreleased_header_is_refused(change: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         UpscalerConfig.from_header({**RELEASED_HEADER, **change})

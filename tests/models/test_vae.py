@@ -1,4 +1,4 @@
-"""The video VAE in its three families against the official and the diffusers modules, and its laws as a stream."""
+"""The video VAE in its three families against official and diffusers modules, whole and chunk by chunk."""
 
 import json
 import re
@@ -32,7 +32,7 @@ from tests.tiny_models import build_random
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-# Blocks that the official package knows and no released VAE uses; smaller models may.
+# Blocks that the official package has and no released VAE uses; smaller models may.
 UNRELEASED = VAEConfig(
     encoder_blocks=(
         BlockConfig(kind="res_x", num_layers=1),
@@ -61,8 +61,8 @@ UNRELEASED = VAEConfig(
 
 
 @dataclass(frozen=True)
-class Twins:
-    """Three modules on the same weights."""
+class SharedWeightModels:
+    """Our VAE and both oracles, with the same weights."""
 
     ours: VAE
     official: CausalVideoAutoencoder
@@ -81,81 +81,81 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def twins(family: str) -> Twins:
+def models(family: str) -> SharedWeightModels:
     ours = build_random(lambda: VAE(narrow_vae_config(VAES[family])))
-    return Twins(ours, official_vae(ours), diffusers_vae(ours, family))
+    return SharedWeightModels(ours, official_vae(ours), diffusers_vae(ours, family))
 
 
 @pytest.fixture(scope="module")
-def small(family: str) -> VAE:
+def vae(family: str) -> VAE:
     return build_random(lambda: VAE(narrow_vae_config(VAES[family], width=8, latent_channels=4)), seed=1)
 
 
-def seeded(make: Callable[[], Tensor], seed: int = 5) -> Tensor:
-    """What `make` returns when torch's global generator starts from `seed`; the oracles draw from that one."""
+def with_seed(function: Callable[[], Tensor], seed: int = 5) -> Tensor:
+    """Calls a function with torch's global generator at `seed`, because the oracles draw from that generator."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return make()
+        return function()
 
 
-def pixels_of(*shape: int) -> Tensor:
+def random_pixels(*shape: int) -> Tensor:
     return randn(*shape, seed=2).tanh()
 
 
-def half_noise(shape: tuple[int, ...]) -> Tensor:
+def bf16_noise(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16)
 
 
-def levels_of(vae: VAE, *levels: float) -> Tensor | None:
-    return torch.tensor(levels) if vae.config.timestep_conditioning else None
+def timesteps_of(vae: VAE, *timesteps: float) -> Tensor | None:
+    return torch.tensor(timesteps) if vae.config.timestep_conditioning else None
 
 
-def decoded(vae: VAE, latents: Tensor, *levels: float) -> Tensor:
-    return seeded(lambda: vae.decode(latents, timestep=levels_of(vae, *levels), noise_source=torch.randn))
+def decode(vae: VAE, latents: Tensor, *timesteps: float) -> Tensor:
+    return with_seed(lambda: vae.decode(latents, timestep=timesteps_of(vae, *timesteps), noise_source=torch.randn))
 
 
-def official_decoded(oracle: CausalVideoAutoencoder, latents: Tensor, level: Tensor | None) -> Tensor:
+def official_decode(oracle: CausalVideoAutoencoder, latents: Tensor, timestep: Tensor | None) -> Tensor:
     raw = un_normalize_latents(latents, oracle, vae_per_channel_normalize=True)
-    return seeded(lambda: oracle.decode(raw, target_shape=raw.shape, timestep=level, return_dict=False)[0])
+    return with_seed(lambda: oracle.decode(raw, target_shape=raw.shape, timestep=timestep, return_dict=False)[0])
 
 
 # Against the oracles
 
 
 @pytest.mark.parametrize("batch, frames, height, width", [(2, 9, 64, 64), (1, 17, 64, 96), (1, 1, 32, 64)])
-def test_moments_equal_official_and_diffusers(twins, family, batch, frames, height, width, parity):
-    pixels = pixels_of(batch, 3, frames, height, width)
-    moments = twins.ours.encode_moments(pixels)
+def test_moments_equal_official_and_diffusers(models, family, batch, frames, height, width, parity):
+    pixels = random_pixels(batch, 3, frames, height, width)
+    moments = models.ours.encode_moments(pixels)
     assert moments.mean.shape == (batch, 12, (frames - 1) // 8 + 1, height // 32, width // 32)
     for oracle in ("official", "diffusers"):
-        expected = getattr(twins, oracle).encode(pixels).latent_dist
+        expected = getattr(models, oracle).encode(pixels).latent_dist
         assert parity("VAE encode", family, oracle, relative_error(moments.mean, expected.mean)) <= 1e-5
         assert relative_error(moments.log_variance.clamp(-30, 20).expand_as(expected.logvar), expected.logvar) <= 1e-5
 
 
-def test_encoded_latents_are_the_official_mean_normalised(twins):
-    pixels = pixels_of(1, 3, 9, 64, 96)
-    expected = normalize_latents(twins.official.encode(pixels).latent_dist.mode(), twins.official, True)
-    assert relative_error(twins.ours.encode(pixels), expected) <= 1e-5
+def test_encoded_latents_are_the_official_mean_normalised(models):
+    pixels = random_pixels(1, 3, 9, 64, 96)
+    expected = normalize_latents(models.official.encode(pixels).latent_dist.mode(), models.official, True)
+    assert relative_error(models.ours.encode(pixels), expected) <= 1e-5
 
 
-def test_sampled_latent_equals_official_on_the_same_noise(twins):
-    pixels = pixels_of(2, 3, 9, 32, 64)
-    expected = seeded(lambda: twins.official.encode(pixels).latent_dist.sample())
-    noise = seeded(lambda: torch.randn(expected.shape))
-    expected = normalize_latents(expected, twins.official, True)
-    assert relative_error(twins.ours.encode(pixels, noise=noise), expected) <= 1e-5
-    assert relative_error(twins.ours.encode(pixels), expected) > 1e-2  # the noise mattered
+def test_sampled_latent_equals_official_on_the_same_noise(models):
+    pixels = random_pixels(2, 3, 9, 32, 64)
+    expected = with_seed(lambda: models.official.encode(pixels).latent_dist.sample())
+    noise = with_seed(lambda: torch.randn(expected.shape))
+    expected = normalize_latents(expected, models.official, True)
+    assert relative_error(models.ours.encode(pixels, noise=noise), expected) <= 1e-5
+    assert relative_error(models.ours.encode(pixels), expected) > 1e-2  # the noise has an effect
 
 
-@pytest.mark.parametrize("levels", [(0.05, 0.3), (0.0, 1.0), (0.025, 0.025)], ids=str)
-def test_pixels_at_two_timesteps_equal_official_and_diffusers(twins, family, levels, parity):
+@pytest.mark.parametrize("timesteps", [(0.05, 0.3), (0.0, 1.0), (0.025, 0.025)], ids=str)
+def test_pixels_at_two_timesteps_equal_official_and_diffusers(models, family, timesteps, parity):
     latents = randn(2, 12, 2, 2, 2)
-    ours, level = decoded(twins.ours, latents, *levels), levels_of(twins.ours, *levels)
-    raw = twins.ours.statistics.denormalise(latents)
+    ours, timestep = decode(models.ours, latents, *timesteps), timesteps_of(models.ours, *timesteps)
+    raw = models.ours.statistics.denormalise(latents)
     expected = {
-        "official": official_decoded(twins.official, latents, level),
-        "diffusers": seeded(lambda: twins.diffusers.decode(raw, level, return_dict=False)[0]),
+        "official": official_decode(models.official, latents, timestep),
+        "diffusers": with_seed(lambda: models.diffusers.decode(raw, timestep, return_dict=False)[0]),
     }
     assert ours.shape == (2, 3, 9, 64, 64)
     for oracle, theirs in expected.items():
@@ -163,58 +163,60 @@ def test_pixels_at_two_timesteps_equal_official_and_diffusers(twins, family, lev
 
 
 @pytest.mark.parametrize("frames, height, width", [(3, 2, 3), (1, 1, 1)])
-def test_pixels_equal_official_at_every_shape(twins, frames, height, width):
+def test_pixels_equal_official_at_every_shape(models, frames, height, width):
     latents = randn(1, 12, frames, height, width)
-    expected = official_decoded(twins.official, latents, levels_of(twins.ours, 0.05))
-    assert relative_error(decoded(twins.ours, latents, 0.05), expected) <= 1e-5
+    expected = official_decode(models.official, latents, timesteps_of(models.ours, 0.05))
+    assert relative_error(decode(models.ours, latents, 0.05), expected) <= 1e-5
 
 
-def test_denormalise_equals_official_and_inverts_normalise(twins):
+def test_denormalise_equals_official_and_inverts_normalise(models):
     latents = randn(2, 12, 3, 2, 2)
-    restored = twins.ours.statistics.denormalise(latents)
-    assert torch.equal(restored, un_normalize_latents(latents, twins.official, vae_per_channel_normalize=True))
-    assert relative_error(twins.ours.statistics.normalise(restored), latents) <= 1e-6
+    denormalised = models.ours.statistics.denormalise(latents)
+    assert torch.equal(denormalised, un_normalize_latents(latents, models.official, vae_per_channel_normalize=True))
+    assert relative_error(models.ours.statistics.normalise(denormalised), latents) <= 1e-6
 
 
 def test_unreleased_blocks_equal_official():
     ours = build_random(lambda: VAE(UNRELEASED))
     official = official_vae(ours)
-    pixels, latents = pixels_of(1, 3, 17, 64, 64), randn(1, 6, 3, 2, 2)
+    pixels, latents = random_pixels(1, 3, 17, 64, 64), randn(1, 6, 3, 2, 2)
     assert relative_error(ours.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
-    expected = official_decoded(official, latents, torch.tensor([0.05]))
-    assert relative_error(decoded(ours, latents, 0.05), expected) <= 1e-5
+    expected = official_decode(official, latents, torch.tensor([0.05]))
+    assert relative_error(decode(ours, latents, 0.05), expected) <= 1e-5
 
 
-def test_vae_equals_official_at_activations_near_epsilon(twins):
-    faint = deepcopy(twins.ours)
+def test_vae_equals_official_at_activations_near_epsilon(models):
+    faint = deepcopy(models.ours)
     for name, weight in faint.state_dict().items():
         if re.search(r"conv|blocks\.\d+\.(weight|bias)$", name):
             weight *= 1e-4
     official = official_vae(faint)
-    pixels, latents = pixels_of(1, 3, 9, 64, 64), randn(1, 12, 2, 2, 2)
+    pixels, latents = random_pixels(1, 3, 9, 64, 64), randn(1, 12, 2, 2, 2)
     assert relative_error(faint.encode_moments(pixels).mean, official.encode(pixels).latent_dist.mean) <= 1e-5
-    expected = official_decoded(official, latents, levels_of(faint, 0.05))
-    assert relative_error(decoded(faint, latents, 0.05), expected) <= 1e-5
+    expected = official_decode(official, latents, timesteps_of(faint, 0.05))
+    assert relative_error(decode(faint, latents, 0.05), expected) <= 1e-5
 
 
-def test_bf16_error_is_close_to_that_of_official(twins):
-    latents, pixels = randn(2, 12, 2, 2, 2), pixels_of(2, 3, 9, 64, 96)
-    level = levels_of(twins.ours, 0.05, 0.3)
-    half = deepcopy(twins.ours).to(torch.bfloat16)
+def test_bf16_error_is_close_to_that_of_official(models):
+    latents, pixels = randn(2, 12, 2, 2, 2), random_pixels(2, 3, 9, 64, 96)
+    timestep = timesteps_of(models.ours, 0.05, 0.3)
+    half = deepcopy(models.ours).to(torch.bfloat16)
     official = official_vae(half)
 
-    def decode(vae: VAE) -> Tensor:
-        return seeded(lambda: vae.decode(latents.to(vae.statistics.mean), timestep=level, noise_source=half_noise))
+    def decode_both(vae: VAE) -> Tensor:
+        return with_seed(
+            lambda: vae.decode(latents.to(vae.statistics.mean), timestep=timestep, noise_source=bf16_noise)
+        )
 
-    ours = decode(half), half.encode_moments(pixels.bfloat16()).mean
+    ours = decode_both(half), half.encode_moments(pixels.bfloat16()).mean
     theirs = (
-        official_decoded(official, latents.bfloat16(), level),
+        official_decode(official, latents.bfloat16(), timestep),
         official.encode(pixels.bfloat16()).latent_dist.mean,
     )
-    exact = decode(twins.ours), twins.ours.encode_moments(pixels).mean
-    for made, expected, truth in zip(ours, theirs, exact, strict=True):
-        assert made.dtype == torch.bfloat16
-        assert relative_error(made, truth) <= 1.3 * relative_error(expected, truth)
+    exact = decode_both(models.ours), models.ours.encode_moments(pixels).mean
+    for our_output, official_output, fp32_output in zip(ours, theirs, exact, strict=True):
+        assert our_output.dtype == torch.bfloat16
+        assert relative_error(our_output, fp32_output) <= 1.3 * relative_error(official_output, fp32_output)
 
 
 def test_decode_without_timestep_or_noise_source_is_refused():
@@ -241,108 +243,110 @@ def test_patches_have_the_published_order():
 
 def test_patchify_equals_official_and_unpatchify_inverts_it():
     pixels = randn(2, 3, 5, 32, 64)
-    for patch in (1, 2, 4, 8):
-        patched = patchify(pixels, patch)
-        assert torch.equal(patched, official_patchify(pixels, patch_size_hw=patch, patch_size_t=1))
-        assert torch.equal(unpatchify(patched, patch), pixels)
-        assert torch.equal(official_unpatchify(patched, patch_size_hw=patch, patch_size_t=1), pixels)
+    for patch_size in (1, 2, 4, 8):
+        patched = patchify(pixels, patch_size)
+        assert torch.equal(patched, official_patchify(pixels, patch_size_hw=patch_size, patch_size_t=1))
+        assert torch.equal(unpatchify(patched, patch_size), pixels)
+        assert torch.equal(official_unpatchify(patched, patch_size_hw=patch_size, patch_size_t=1), pixels)
 
 
-# As a stream
+# Chunk by chunk
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 20])
-def test_streamed_decode_equals_decode(small, chunk):
+def test_streamed_decode_equals_decode(vae, chunk):
     latents = randn(2, 4, 7, 1, 2)
-    whole = decoded(small, latents, 0.05, 0.4)
-    level = levels_of(small, 0.05, 0.4)
-    pieces = seeded(
-        lambda: torch.cat([*small.decode_stream(latents, timestep=level, noise_source=torch.randn, input_chunk_frames=chunk)], dim=2)
+    expected = decode(vae, latents, 0.05, 0.4)
+    timestep = timesteps_of(vae, 0.05, 0.4)
+    chunks = with_seed(
+        lambda: torch.cat(
+            [*vae.decode_stream(latents, timestep=timestep, noise_source=torch.randn, input_chunk_frames=chunk)], dim=2
+        )
     )
-    assert pieces.shape == whole.shape
-    assert (pieces - whole).abs().max() <= 1e-5 * (whole.max() - whole.min())
+    assert chunks.shape == expected.shape
+    assert (chunks - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 8, 25, 99])
-def test_chunked_encode_equals_encode(small, chunk):
-    pixels = pixels_of(2, 3, 25, 32, 64)
-    whole, pieces = small.encode(pixels), small.encode(pixels, chunk_frames=chunk)
-    assert pieces.shape == whole.shape
-    assert (pieces - whole).abs().max() <= 1e-5 * (whole.max() - whole.min())
+def test_chunked_encode_equals_encode(vae, chunk):
+    pixels = random_pixels(2, 3, 25, 32, 64)
+    expected, chunks = vae.encode(pixels), vae.encode(pixels, chunk_frames=chunk)
+    assert chunks.shape == expected.shape
+    assert (chunks - expected).abs().max() <= 1e-5 * (expected.max() - expected.min())
 
 
 @pytest.mark.parametrize("sizes", [(9, 8, 8), (1, 24), (8, 8, 8, 1)], ids=str)
-def test_streamed_encode_frees_each_chunk_before_the_next(small, sizes):
-    pixels, alive = pixels_of(1, 3, 25, 32, 64), weakref.WeakSet()
+def test_streamed_encode_frees_each_chunk_before_the_next(vae, sizes):
+    pixels, alive = random_pixels(1, 3, 25, 32, 64), weakref.WeakSet()
 
     def chunks():
-        at = 0
+        start = 0
         for size in sizes:
             assert not alive
-            chunk = pixels[:, :, at : (at := at + size)].clone()
+            chunk = pixels[:, :, start : (start := start + size)].clone()
             alive.add(chunk)
-            handed = [chunk]
+            holder = [chunk]
             del chunk
-            yield handed.pop()
+            yield holder.pop()
 
-    assert relative_error(small.encode_stream(chunks(), 25), small.encode(pixels)) <= 1e-5
+    assert relative_error(vae.encode_stream(chunks(), 25), vae.encode(pixels)) <= 1e-5
 
 
 @pytest.mark.parametrize("frames", [8, 10, 24])
-def test_frame_counts_other_than_8k_plus_1_are_refused(small, frames):
+def test_frame_counts_other_than_8k_plus_1_are_refused(vae, frames):
     with pytest.raises(ValueError, match=f"{frames} frames; the encoder takes 8k"):
-        small.encode(pixels_of(1, 3, frames, 32, 32))
+        vae.encode(random_pixels(1, 3, frames, 32, 32))
 
 
-def test_chunks_with_too_few_frames_are_refused(small):
+def test_chunks_with_too_few_frames_are_refused(vae):
     with pytest.raises(ValueError, match="the chunks have 9 frames, not 17"):
-        small.encode_stream(iter([pixels_of(1, 3, 9, 32, 32)]), 17)
+        vae.encode_stream(iter([random_pixels(1, 3, 9, 32, 32)]), 17)
 
 
-def test_image_is_encoded_like_the_first_frame_of_a_clip(small):
-    pixels = pixels_of(1, 3, 17, 64, 64)
-    assert relative_error(small.encode(pixels[:, :, :1]), small.encode(pixels)[:, :, :1]) <= 1e-6
+def test_image_is_encoded_like_the_first_frame_of_a_clip(vae):
+    pixels = random_pixels(1, 3, 17, 64, 64)
+    assert relative_error(vae.encode(pixels[:, :, :1]), vae.encode(pixels)[:, :, :1]) <= 1e-6
 
 
-def test_latents_do_not_depend_on_later_frames(small):
-    pixels = pixels_of(1, 3, 17, 32, 32)
-    other = torch.cat([pixels[:, :, :9], pixels_of(1, 3, 8, 32, 32)], dim=2)
-    before, after = small.encode(pixels), small.encode(other)
+def test_latents_do_not_depend_on_later_frames(vae):
+    pixels = random_pixels(1, 3, 17, 32, 32)
+    other = torch.cat([pixels[:, :, :9], random_pixels(1, 3, 8, 32, 32)], dim=2)
+    before, after = vae.encode(pixels), vae.encode(other)
     assert relative_error(after[:, :, :2], before[:, :, :2]) <= 1e-6
     assert relative_error(after[:, :, 2:], before[:, :, 2:]) > 1e-2
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5, 6])
-def test_f_latent_frames_decode_to_8f_minus_7_frames(small, frames):
+def test_f_latent_frames_decode_to_8f_minus_7_frames(vae, frames):
     latents = randn(1, 4, frames, 1, 1)
-    pixels = decoded(small, latents, 0.05)
+    pixels = decode(vae, latents, 0.05)
     assert pixels.shape == (1, 3, 8 * (frames - 1) + 1, 32, 32)
-    assert small.encode(pixels).shape == latents.shape
+    assert vae.encode(pixels).shape == latents.shape
 
 
 def test_injected_noise_is_drawn_once_per_layer_with_any_chunks():
     vae = build_random(lambda: VAE(narrow_vae_config(VAE_0_9_1, width=8)))
-    latents, level, shapes = randn(1, 12, 4, 1, 1), torch.tensor([0.05]), []
+    latents, timestep, shapes = randn(1, 12, 4, 1, 1), torch.tensor([0.05]), []
 
     def noise(shape: tuple[int, ...]) -> Tensor:
         shapes.append(shape)
         return torch.zeros(shape)
 
-    vae.decode(latents, timestep=level, noise_source=noise)
-    at_once = list(shapes)
+    vae.decode(latents, timestep=timestep, noise_source=noise)
+    shapes_at_once = list(shapes)
     shapes.clear()
-    list(vae.decode_stream(latents, timestep=level, noise_source=noise))
-    assert at_once == [(2, 2)] * 14 + [(4, 4)] * 12 + [(8, 8)] * 10
-    assert shapes == at_once
+    list(vae.decode_stream(latents, timestep=timestep, noise_source=noise))
+    assert shapes_at_once == [(2, 2)] * 14 + [(4, 4)] * 12 + [(8, 8)] * 10
+    assert shapes == shapes_at_once
 
 
 # Memory
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations made and that are still alive; `peak` is the most there were.
+    """Counts the bytes of live tensors that operations have created; `peak` is their maximum.
 
-    What existed before is not counted, and neither is what an operation uses inside.
+    Counts neither tensors that existed before nor the workspace of operations.
     """
 
     def __init__(self, *known: Tensor) -> None:
@@ -352,8 +356,8 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
@@ -361,79 +365,83 @@ class LiveBytes(TorchDispatchMode):
                     self.alive[reference.cdata] = (reference, storage.nbytes())
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
-        return made
+        return outputs
 
 
 def peak_bytes(vae: VAE, latents: Tensor, chunk: int | None) -> int:
-    """The most bytes alive during a decode, streamed by `chunk` or, with None, all at once."""
-    level = levels_of(vae, 0.05)
-    known = [latents, *vae.state_dict().values()] + ([] if level is None else [level])
+    """Returns the peak bytes of a decode in chunks of `chunk` latent frames, or with None all at once."""
+    timestep = timesteps_of(vae, 0.05)
+    known = [latents, *vae.state_dict().values()] + ([] if timestep is None else [timestep])
     with LiveBytes(*known) as live:
         if chunk is None:
-            vae.decode(latents, timestep=level, noise_source=torch.ones)
+            vae.decode(latents, timestep=timestep, noise_source=torch.ones)
         else:
-            for _ in vae.decode_stream(latents, timestep=level, noise_source=torch.ones, input_chunk_frames=chunk):
+            for _ in vae.decode_stream(latents, timestep=timestep, noise_source=torch.ones, input_chunk_frames=chunk):
                 pass
     return live.peak
 
 
-def kept_storages(stream: TemporalCache) -> dict[int, int]:
-    """Bytes of every storage that a stream keeps alive."""
-    storages = [tensor.untyped_storage() for tensor in (*stream._frames.values(), *stream._noise_maps.values())]
+def cached_storages(cache: TemporalCache) -> dict[int, int]:
+    """Returns the bytes of every storage that a cache keeps alive, by address."""
+    storages = [tensor.untyped_storage() for tensor in (*cache._frames.values(), *cache._noise_maps.values())]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 @pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> list[TemporalCache]:
-    """The streams that the VAE makes, as it makes them."""
-    made: list[TemporalCache] = []
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[TemporalCache]:
+    """Records the caches that the VAE creates."""
+    created: list[TemporalCache] = []
 
-    class Watched(TemporalCache):
+    class RecordedCache(TemporalCache):
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
-            made.append(self)
+            created.append(self)
 
-    monkeypatch.setattr(vae_module, "TemporalCache", Watched)
-    return made
-
-
-def kept_while_decoding(vae: VAE, frames: int, streams: list[TemporalCache]) -> list[int]:
-    """Bytes that the stream holds on to, each time pixels leave it."""
-    latents, level = randn(1, 4, frames, 1, 1), levels_of(vae, 0.05)
-    pieces = vae.decode_stream(latents, timestep=level, noise_source=torch.ones, input_chunk_frames=8)
-    return [sum(kept_storages(streams[-1]).values()) for _ in pieces]
+    monkeypatch.setattr(vae_module, "TemporalCache", RecordedCache)
+    return created
 
 
-def test_decode_cache_does_not_grow_with_the_video(small, streams):
-    short, long = kept_while_decoding(small, 48, streams), kept_while_decoding(small, 72, streams)
+def cached_bytes_while_decoding(vae: VAE, frames: int, caches: list[TemporalCache]) -> list[int]:
+    """Returns the bytes in the cache each time that pixels are ready."""
+    latents, timestep = randn(1, 4, frames, 1, 1), timesteps_of(vae, 0.05)
+    chunks = vae.decode_stream(latents, timestep=timestep, noise_source=torch.ones, input_chunk_frames=8)
+    return [sum(cached_storages(caches[-1]).values()) for _ in chunks]
+
+
+def test_decode_cache_does_not_grow_with_the_video(vae, caches):
+    short, long = cached_bytes_while_decoding(vae, 48, caches), cached_bytes_while_decoding(vae, 72, caches)
     assert len(long) > len(short)
     assert max(long) == max(short)
 
 
-def test_encode_cache_does_not_grow_with_the_video(small, streams):
-    kept = []
+def test_encode_cache_does_not_grow_with_the_video(vae, caches):
+    cached_bytes = []
     for frames in (17, 65):
-        small.encode(pixels_of(1, 3, frames, 32, 32), chunk_frames=4)
-        kept.append(sum(kept_storages(streams[-1]).values()))
-    assert kept[0] == kept[1] > 0
+        vae.encode(random_pixels(1, 3, frames, 32, 32), chunk_frames=4)
+        cached_bytes.append(sum(cached_storages(caches[-1]).values()))
+    assert cached_bytes[0] == cached_bytes[1] > 0
 
 
-def test_cache_stores_copies_and_no_views_of_chunks(small, streams):
-    list(small.decode_stream(randn(1, 4, 40, 1, 1), timestep=levels_of(small, 0.05), noise_source=torch.ones, input_chunk_frames=8))
-    small.encode(pixels_of(1, 3, 17, 32, 32), chunk_frames=4)
-    for stream in streams:
-        held = [*stream._frames.values(), *stream._noise_maps.values()]
-        assert sum(kept_storages(stream).values()) == sum(tensor.nbytes for tensor in held)
+def test_cache_stores_copies_and_no_views_of_chunks(vae, caches):
+    list(
+        vae.decode_stream(
+            randn(1, 4, 40, 1, 1), timestep=timesteps_of(vae, 0.05), noise_source=torch.ones, input_chunk_frames=8
+        )
+    )
+    vae.encode(random_pixels(1, 3, 17, 32, 32), chunk_frames=4)
+    for cache in caches:
+        tensors = [*cache._frames.values(), *cache._noise_maps.values()]
+        assert sum(cached_storages(cache).values()) == sum(tensor.nbytes for tensor in tensors)
 
 
-def test_peak_of_streamed_decode_does_not_grow_with_the_video(small):
-    short, long = (peak_bytes(small, randn(1, 4, frames, 1, 1), chunk=8) for frames in (48, 72))
+def test_peak_of_streamed_decode_does_not_grow_with_the_video(vae):
+    short, long = (peak_bytes(vae, randn(1, 4, frames, 1, 1), chunk=8) for frames in (48, 72))
     assert long == short
 
 
-def test_streamed_decode_of_121_frames_needs_a_third_of_the_memory(small):
+def test_streamed_decode_of_121_frames_needs_a_third_of_the_memory(vae):
     latents = randn(1, 4, 16, 1, 1)  # 121 frames
-    assert peak_bytes(small, latents, chunk=1) <= peak_bytes(small, latents, chunk=None) / 3
+    assert peak_bytes(vae, latents, chunk=1) <= peak_bytes(vae, latents, chunk=None) / 3
 
 
 # The header
@@ -448,7 +456,7 @@ def test_header_round_trips_through_json(config):
     assert VAEConfig.from_header(json.loads(json.dumps(config.to_header()))) == config
 
 
-# As in the released files: 0.9's from the official package, the others' as ComfyUI ships them for files without.
+# As in the released files: 0.9 from the official package, the others as ComfyUI has them for files without a header.
 def released(encoder: list[Any], decoder: list[Any]) -> dict[str, Any]:
     return {name: value for name, value in OURS_VAE_CONFIG.items() if name != "blocks"} | {
         "encoder_blocks": encoder,
@@ -495,7 +503,7 @@ HEADER = VAE_0_9_5.to_header()
 
 
 @pytest.mark.parametrize(
-    "change, value",
+    "key, value",
     [
         ("causal_decoder", True),
         ("norm_layer", "group_norm"),
@@ -519,10 +527,10 @@ HEADER = VAE_0_9_5.to_header()
     ],
     ids=str,
 )
-def test_unreleased_header_value_is_refused_by_value(change, value):
-    named = value[0][0] if change.endswith("blocks") else value
+def test_unreleased_header_value_is_refused_by_value(key, value):
+    named = value[0][0] if key.endswith("blocks") else value
     with pytest.raises(CheckpointError, match=re.escape(repr(named))):
-        VAEConfig.from_header(HEADER | {change: value})
+        VAEConfig.from_header(HEADER | {key: value})
 
 
 def test_unknown_block_setting_is_refused_by_name():

@@ -1,4 +1,4 @@
-"""Sinusoids, rotations, norms and attention against closed forms, the official and the diffusers layers."""
+"""Timestep embedding, RoPE, norms, attention and modulation against closed forms, official and diffusers layers."""
 
 from __future__ import annotations
 
@@ -29,69 +29,69 @@ from kadr.shapes import LatentGrid
 from tests.oracles import official_transformer_on_meta, randn, relative_error
 from tests.tiny_models import build_random
 
-LIMITS = (20.0, 2048.0, 2048.0)
-ONE_PLACE = torch.tensor([9 / 30, 64.0, 96.0]).view(1, 3, 1)
+MAX_POSITIONS = (20.0, 2048.0, 2048.0)
+ONE_POSITION = torch.tensor([9 / 30, 64.0, 96.0]).view(1, 3, 1)
 
 
-def table(places: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rope:
-    return rope_table(places, width, max_positions=LIMITS, theta=10000.0, dtype=dtype)
+def rope_of(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Rope:
+    return rope_table(positions, width, max_positions=MAX_POSITIONS, theta=10000.0, dtype=dtype)
 
 
-def in_pairs(*values: float) -> list[float]:
+def repeat_pairs(*values: float) -> list[float]:
     return [value for value in values for _ in range(2)]
 
 
-# The sinusoid
+# Timestep embedding
 
 
 @pytest.mark.parametrize(
-    "level, dimensions",
+    "timestep, dimensions",
     [
         (50.0, [0.964966, -0.827987, 0.999986, -0.262375, 0.560747, 0.005373]),
         (909.4, [-0.090923, -0.386665, 0.995229, -0.995858, -0.92222, 0.097569]),
     ],
 )
-def test_sinusoid_has_the_published_values(level, dimensions):
-    row = sinusoidal_embedding(torch.tensor([level]))[0]
+def test_sinusoid_has_the_published_values(timestep, dimensions):
+    row = sinusoidal_embedding(torch.tensor([timestep]))[0]
     assert row.shape == (256,)
     assert row[[0, 1, 127, 128, 129, 255]].tolist() == pytest.approx(dimensions, abs=2e-5)
 
 
 def test_sinusoid_equals_diffusers():
-    levels = torch.cat([torch.linspace(0, 1000, 401), torch.tensor([0.03, 999.99])])
-    expected = get_timestep_embedding(levels, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
-    assert (sinusoidal_embedding(levels) - expected).abs().max() <= 2e-4  # 1000 radians in fp32 are known to 6e-5
-    assert relative_error(sinusoidal_embedding(levels), expected) <= 1e-5
+    timesteps = torch.cat([torch.linspace(0, 1000, 401), torch.tensor([0.03, 999.99])])
+    expected = get_timestep_embedding(timesteps, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert (sinusoidal_embedding(timesteps) - expected).abs().max() <= 2e-4  # 1000 radians in fp32 are known to 6e-5
+    assert relative_error(sinusoidal_embedding(timesteps), expected) <= 1e-5
 
 
 @torch.no_grad()
 def test_timestep_embedding_rounds_an_fp32_sinusoid_to_the_dtype():
     embedding = build_random(lambda: TimestepEmbedding(32)).to(torch.bfloat16)
-    levels = torch.tensor([993.7, 50.0])
-    made = embedding(levels, torch.bfloat16)
-    expected = embedding.linear_2(torch.nn.functional.silu(embedding.linear_1(sinusoidal_embedding(levels).bfloat16())))
-    assert made.dtype == torch.bfloat16
-    assert torch.equal(made, expected)
+    timesteps = torch.tensor([993.7, 50.0])
+    embedded = embedding(timesteps, torch.bfloat16)
+    expected = embedding.linear_2(silu(embedding.linear_1(sinusoidal_embedding(timesteps).bfloat16())))
+    assert embedded.dtype == torch.bfloat16
+    assert torch.equal(embedded, expected)
 
 
-# Rotations
+# RoPE
 
 
 def test_rope_of_the_2b_has_the_published_values():
-    cosine, sine = (part[0, 0] for part in table(ONE_PLACE, 2048))
+    cosine, sine = (part[0, 0] for part in rope_of(ONE_POSITION, 2048))
     assert cosine.shape == (2048,)
-    expected = in_pairs(1, 0.047106, 0.098017, 0.14673, 0.005284, 0.057705)
+    expected = repeat_pairs(1, 0.047106, 0.098017, 0.14673, 0.005284, 0.057705)
     assert cosine[:12].tolist() == pytest.approx(expected, abs=2e-6)
-    expected = in_pairs(0, -0.99889, -0.995185, -0.989177, -0.999986, -0.998334)
+    expected = repeat_pairs(0, -0.99889, -0.995185, -0.989177, -0.999986, -0.998334)
     assert sine[:12].tolist() == pytest.approx(expected, abs=2e-6)
-    assert cosine[-6:].tolist() == pytest.approx(in_pairs(1, 0.0003, -0.707), abs=1e-3)
+    assert cosine[-6:].tolist() == pytest.approx(repeat_pairs(1, 0.0003, -0.707), abs=1e-3)
 
 
 def test_rope_of_the_13b_has_the_published_values():
-    cosine, sine = (part[0, 0] for part in table(ONE_PLACE, 4096))
-    expected = in_pairs(1, 1, 0.047106, 0.098017, 0.14673, 0.026374)
+    cosine, sine = (part[0, 0] for part in rope_of(ONE_POSITION, 4096))
+    expected = repeat_pairs(1, 1, 0.047106, 0.098017, 0.14673, 0.026374)
     assert cosine[:12].tolist() == pytest.approx(expected, abs=2e-6)
-    expected = in_pairs(-0.99889, -0.995185, -0.989177, -0.999652)
+    expected = repeat_pairs(-0.99889, -0.995185, -0.989177, -0.999652)
     assert sine[4:12].tolist() == pytest.approx(expected, abs=2e-6)
     assert sine[:4].tolist() == [0] * 4
 
@@ -103,44 +103,44 @@ def test_rope_of_the_13b_has_the_published_values():
 )
 def test_rope_table_equals_official_and_diffusers(config):
     grids = [token_positions(LatentGrid(16, 3, 4), fps=fps, causal=causal) for fps, causal in ((30, True), (24, False))]
-    places = torch.stack(grids)
-    made = table(places, config.width)
+    positions = torch.stack(grids)
+    ours = rope_of(positions, config.width)
     official = official_transformer_on_meta(replace(config, num_layers=0))
-    for part, expected in zip(made, official.precompute_freqs_cis(places), strict=True):
-        assert part.shape == (2, 192, config.width)
-        assert (part - expected).abs().max() <= 1e-6
-    from_diffusers = LTXVideoRotaryPosEmbed(dim=config.width)(torch.zeros(2, 1), video_coords=places)
-    for part, expected in zip(made, from_diffusers, strict=True):
-        assert (part - expected).abs().max() <= 1e-6
+    for table, expected in zip(ours, official.precompute_freqs_cis(positions), strict=True):
+        assert table.shape == (2, 192, config.width)
+        assert (table - expected).abs().max() <= 1e-6
+    from_diffusers = LTXVideoRotaryPosEmbed(dim=config.width)(torch.zeros(2, 1), video_coords=positions)
+    for table, expected in zip(ours, from_diffusers, strict=True):
+        assert (table - expected).abs().max() <= 1e-6
 
 
 def test_rope_table_is_computed_in_fp32_then_rounded():
-    exact, rounded = table(ONE_PLACE, 2048), table(ONE_PLACE, 2048, torch.bfloat16)
+    exact, rounded = rope_of(ONE_POSITION, 2048), rope_of(ONE_POSITION, 2048, torch.bfloat16)
     for full, half in zip(exact, rounded, strict=True):
         assert half.dtype == torch.bfloat16
         assert torch.equal(half, full.bfloat16())
 
 
 def test_rotation_equals_diffusers():
-    x, rope = randn(2, 5, 40), table(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 40)
+    x, rope = randn(2, 5, 40), rope_of(torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(0)), 40)
     assert torch.equal(rope(x), apply_rotary_emb(x, tuple(rope)))
 
 
 def test_rope_rotates_pairs_and_preserves_their_norm():
     angle = torch.tensor([0.3, -1.2]).repeat_interleave(2)
     x = torch.tensor([1.0, 0.0, 0.0, 2.0])
-    turned = Rope(angle.cos(), angle.sin())(x[None, None])[0, 0]
+    rotated = Rope(angle.cos(), angle.sin())(x[None, None])[0, 0]
     expected = [math.cos(0.3), math.sin(0.3), -2 * math.sin(-1.2), 2 * math.cos(-1.2)]
-    assert turned.tolist() == pytest.approx(expected, abs=1e-6)
+    assert rotated.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_remainder_of_width_by_six_comes_first_unrotated():
     for width in (36, 38, 40):
-        rope = table(ONE_PLACE, width)
-        rest = width % 6
-        assert torch.equal(rope.cosine[..., :rest], torch.ones(1, 1, rest))
-        assert torch.equal(rope.sine[..., :rest], torch.zeros(1, 1, rest))
-        assert rope.sine[..., rest:].ne(0).all()
+        rope = rope_of(ONE_POSITION, width)
+        remainder = width % 6
+        assert torch.equal(rope.cosine[..., :remainder], torch.ones(1, 1, remainder))
+        assert torch.equal(rope.sine[..., :remainder], torch.zeros(1, 1, remainder))
+        assert rope.sine[..., remainder:].ne(0).all()
 
 
 # Norms
@@ -159,7 +159,7 @@ def test_rms_norm_equals_official(dtype):
 def test_pixel_norm_equals_official():
     x = randn(2, 24, 3, 4, 5)
     assert relative_error(pixel_norm_modulate_silu(x), silu(PixelNorm()(x))) <= 1e-6
-    tiny = x * 1e-5  # where the epsilon counts
+    tiny = x * 1e-5  # where the epsilon matters
     assert relative_error(pixel_norm_modulate_silu(tiny), silu(PixelNorm()(tiny))) <= 1e-6
 
 
@@ -199,7 +199,7 @@ def official_attention(ours: Attention, context_width: int | None, rope: bool) -
 @torch.no_grad()
 def test_self_attention_equals_official():
     ours = build_random(lambda: Attention(48, 4))
-    x, rope = randn(2, 7, 48), table(ONE_PLACE * torch.arange(7.0), 48)
+    x, rope = randn(2, 7, 48), rope_of(ONE_POSITION * torch.arange(7.0), 48)
     expected = official_attention(ours, None, True)(x, freqs_cis=tuple(rope))
     assert relative_error(ours(x, rope=rope), expected) <= 1e-6
 
@@ -209,21 +209,21 @@ def test_cross_attention_to_another_width_equals_official():
     ours = build_random(lambda: Attention(48, 4, context_width=20))
     x, text, bias = randn(2, 7, 48), randn(2, 5, 20, seed=2), torch.zeros(2, 1, 1, 5)
     bias[1, ..., 3:] = -10000.0
-    rope = tuple(table(ONE_PLACE * torch.arange(7.0), 48))  # the official layer leaves it aside
+    rope = tuple(rope_of(ONE_POSITION * torch.arange(7.0), 48))  # the official cross-attention ignores it
     expected = official_attention(ours, 20, True)(x, rope, encoder_hidden_states=text, attention_mask=bias[:, 0])
     assert relative_error(ours(x, ours.project_kv(text), bias=bias), expected) <= 1e-6
 
 
 def test_adaln_rows_are_shift_scale_gate_of_attention_then_mlp():
-    names = torch.arange(6.0)[:, None].expand(6, 3)
-    attention, thought = compute_adaln_params(names, torch.zeros(1, 1, 6, 3))
-    assert [part.unique().tolist() for part in (*attention, *thought)] == [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]
-    assert torch.equal(thought(torch.ones(1, 2, 3)), torch.full((1, 2, 3), 1.0 * (1 + 4) + 3))
+    row_numbers = torch.arange(6.0)[:, None].expand(6, 3)
+    attn_mod, mlp_mod = compute_adaln_params(row_numbers, torch.zeros(1, 1, 6, 3))
+    assert [row.unique().tolist() for row in (*attn_mod, *mlp_mod)] == [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]
+    assert torch.equal(mlp_mod(torch.ones(1, 2, 3)), torch.full((1, 2, 3), 1.0 * (1 + 4) + 3))
 
 
 def test_every_linear_of_the_transformer_can_be_quantized():
     with torch.device("meta"):
         model = Transformer(TransformerConfig(num_layers=1, num_heads=2, head_dim=12))
-    plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-    assert plain == []
+    torch_linears = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    assert torch_linears == []
     assert any(isinstance(module, Linear) for module in model.modules())

@@ -16,7 +16,7 @@ from torch import Tensor
 from kadr.checkpoints.lora.file import LoraFile, write_lora
 from kadr.models.lora_layers import attach_loras, set_lora_strengths
 from kadr.models.transformer import Transformer, TransformerConfig
-from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
+from tests.models.test_transformer import Inputs, run_diffusers, velocity
 from tests.oracles import diffusers_transformer, relative_error
 from tests.tiny_models import build_random
 
@@ -38,7 +38,7 @@ def ours() -> Transformer:
 
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:
-    return Inputs.of(TINY)
+    return Inputs.random(TINY)
 
 
 def randomize_lora(module: torch.nn.Module) -> torch.nn.Module:
@@ -75,7 +75,7 @@ def test_lora_saved_by_peft_gives_the_same_velocity(
 ) -> None:
     theirs = randomize_lora(get_peft_model(diffusers_transformer(ours), LoraConfig(target_modules=TARGETS, **config)))
     theirs.save_pretrained(tmp_path)
-    expected = asked_of_diffusers(theirs, inputs)
+    expected = run_diffusers(theirs, inputs)
     assert relative_error(velocity(ours, inputs), expected) > 0.05
     assert relative_error(velocity_with_lora(ours, tmp_path, inputs), expected) <= 1e-5
 
@@ -92,7 +92,7 @@ def test_lora_saved_by_diffusers_gives_the_same_velocity(
         transformer_lora_layers=get_peft_model_state_dict(theirs),
         transformer_lora_adapter_metadata=config.to_dict() | {"target_modules": TARGETS},
     )
-    assert relative_error(velocity_with_lora(ours, tmp_path, inputs), asked_of_diffusers(theirs, inputs)) <= 1e-5
+    assert relative_error(velocity_with_lora(ours, tmp_path, inputs), run_diffusers(theirs, inputs)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["Comfy", "diffusers"])
@@ -109,7 +109,7 @@ def test_lora_saved_by_kadr_gives_the_same_velocity_in_diffusers(
     pipeline = LTXPipeline(None, None, None, None, diffusers_transformer(ours))
     pipeline.load_lora_weights(path, adapter_name="ours")
     pipeline.set_adapters(["ours"], [0.7])
-    assert relative_error(asked_of_diffusers(pipeline.transformer, inputs), expected) <= 1e-5
+    assert relative_error(run_diffusers(pipeline.transformer, inputs), expected) <= 1e-5
 
 
 def test_two_loras_act_as_in_diffusers(ours: Transformer, inputs: Inputs, tmp_path: Path) -> None:
@@ -129,4 +129,4 @@ def test_two_loras_act_as_in_diffusers(ours: Transformer, inputs: Inputs, tmp_pa
     module.load_state_dict(ours.state_dict())
     attach_loras(module, [LoraFile.open(path).load() for path in files], torch.float32)
     set_lora_strengths(module, [0.8, -0.5], CPU)
-    assert relative_error(velocity(module, inputs), asked_of_diffusers(pipeline.transformer, inputs)) <= 1e-5
+    assert relative_error(velocity(module, inputs), run_diffusers(pipeline.transformer, inputs)) <= 1e-5

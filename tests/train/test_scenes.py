@@ -1,4 +1,4 @@
-"""The demo world is what its captions say, and the judge sees what is there."""
+"""The demo scenes match their captions, and the judge names what they show."""
 
 import itertools
 import math
@@ -38,18 +38,18 @@ from train.scenes import (
 )
 
 
-def some_scenes(count: int, seed: int) -> list[Scene]:
+def random_scenes(count: int, seed: int) -> list[Scene]:
     rng = Random(seed)
     return [Scene.from_key(rng.choice(SCENE_KEYS), rng) for _ in range(count)]
 
 
 def as_frames(clips: Tensor) -> np.ndarray:
-    """float (B, 3, F, H, W) in [-1, 1] to uint8 (B, F, H, W, 3)."""
+    """Converts float (B, 3, F, H, W) in [-1, 1] to uint8 (B, F, H, W, 3)."""
     return ((clips + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 4, 1).numpy()
 
 
-def blurred(clips: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur over the picture."""
+def blur(clips: Tensor, sigma: float) -> Tensor:
+    """Blurs each frame with a Gaussian."""
     reach = math.ceil(2.5 * sigma)
     weights = torch.softmax(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2), 0).tolist()
     for axis in (-2, -1):  # by shifts: a convolution with one channel is slow
@@ -59,16 +59,16 @@ def blurred(clips: Tensor, sigma: float) -> Tensor:
     return clips
 
 
-def share_right(scenes: list[Scene], worsen: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """For each field of a Key, the share of clips that the judge names right. (4,)
+def judge_accuracy(scenes: list[Scene], degrade: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """Returns the share of clips that the judge names right, for each field of a `SceneKey`, (4,).
 
-    Every other frame is shown, the ones that the judge would look at; one clip at a time, which fits in the cache.
+    It gets every other frame, those that it would sample, and one clip at a time, which fits in the CPU cache.
     """
-    seen = ((scene, as_frames(worsen(render([scene], CLIP_FRAMES)[:, :, ::2]))[0]) for scene in scenes)
-    return np.mean([np.equal(name_scene(frames), scene.key) for scene, frames in seen], axis=0)
+    clips = ((scene, as_frames(degrade(render([scene], CLIP_FRAMES)[:, :, ::2]))[0]) for scene in scenes)
+    return np.mean([np.equal(name_scene(frames), scene.key) for scene, frames in clips], axis=0)
 
 
-# Pictures
+# Rendering
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,34 +82,34 @@ def test_shape_stays_inside_the_frame_for_the_whole_clip(shape):
 
 
 def test_scenes_depend_only_on_the_seed():
-    first, again, other = (render(some_scenes(3, seed), 5, (32, 32)) for seed in (7, 7, 8))
+    first, again, other = (render(random_scenes(3, seed), 5, (32, 32)) for seed in (7, 7, 8))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_clip_that_starts_later_is_the_end_of_a_longer_one():
-    scenes = some_scenes(12, 1)
+    scenes = random_scenes(12, 1)
     assert torch.equal(render(scenes, 9, (64, 64), first_frame=8), render(scenes, 17, (64, 64))[:, :, 8:])
 
 
 def test_clip_is_float32_in_minus_1_to_1_with_axes_bcfhw():
-    clips = render(some_scenes(2, 2), 9, (64, 96))
+    clips = render(random_scenes(2, 2), 9, (64, 96))
     assert clips.shape == (2, 3, 9, 64, 96)
     assert clips.dtype == torch.float32
     assert clips.abs().max() <= 1
 
 
 def test_larger_image_shows_the_same_scene():
-    scenes = some_scenes(8, 3)
+    scenes = random_scenes(8, 3)
     halved = functional.avg_pool3d(render(scenes, 5, (128, 192)), (1, 2, 2))
     assert (halved - render(scenes, 5, (64, 96))).abs().mean() < 2e-3
 
 
 def test_narrow_clip_centres_the_scene_on_the_long_side():
     scene = Scene("red", "circle", "black", "standing still", "medium", "", SCENE_SIDE / 2, SCENE_SIDE / 2, 20)
-    picture = render([scene], 1, (48, 160))[0, 0, 0]
-    assert torch.allclose(picture, picture.flip(1), atol=1e-5)
-    assert torch.allclose(picture, picture.flip(0), atol=1e-5)
+    image = render([scene], 1, (48, 160))[0, 0, 0]
+    assert torch.allclose(image, image.flip(1), atol=1e-5)
+    assert torch.allclose(image, image.flip(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["square", "triangle"])
@@ -122,12 +122,14 @@ def test_signed_distance_is_the_distance_to_the_outline(shape):
     ends = torch.tensor(corners, dtype=torch.float32)
     along = torch.linspace(0, 1, 2000)[:, None, None]
     outline = (ends * (1 - along) + ends.roll(-1, 0) * along).flatten(0, 1)
-    places = torch.arange(-40, 40, 5) + 0.3
-    found = signed_distance(shape, places.view(1, 1, -1), places.view(1, -1, 1), torch.full((1, 1, 1), 20.0))[0]
-    grid = torch.stack(torch.meshgrid(places, places, indexing="xy"), -1).flatten(0, 1)
-    expected = (grid[:, None] - outline).norm(dim=-1).amin(1).view_as(found)
-    assert torch.allclose(found.abs(), expected, atol=1e-2)
-    assert found[8, 8] < 0 < found[0, 0]
+    coordinates = torch.arange(-40, 40, 5) + 0.3
+    distance = signed_distance(
+        shape, coordinates.view(1, 1, -1), coordinates.view(1, -1, 1), torch.full((1, 1, 1), 20.0)
+    )[0]
+    grid = torch.stack(torch.meshgrid(coordinates, coordinates, indexing="xy"), -1).flatten(0, 1)
+    expected = (grid[:, None] - outline).norm(dim=-1).amin(1).view_as(distance)
+    assert torch.allclose(distance.abs(), expected, atol=1e-2)
+    assert distance[8, 8] < 0 < distance[0, 0]
 
 
 def test_unknown_shape_is_named_in_the_error():
@@ -135,23 +137,23 @@ def test_unknown_shape_is_named_in_the_error():
         signed_distance("hexagon", torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
 
 
-# What is seen
+# The judge
 
 
 def test_judge_is_right_about_rendered_scenes():
-    assert (share_right(some_scenes(200, 4), lambda clips: clips) >= 0.99).all()
+    assert (judge_accuracy(random_scenes(200, 4), lambda clips: clips) >= 0.99).all()
 
 
 def test_judge_is_right_about_blurred_and_noisy_clips():
-    chance = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     errors = []
 
-    def worsen(clips: Tensor) -> Tensor:
-        worse = (blurred(clips, 1.5) + torch.randn(clips.shape, generator=chance) * 0.085).clamp(-1, 1)
-        errors.append((worse - clips).square().mean())
-        return worse
+    def degrade(clips: Tensor) -> Tensor:
+        degraded = (blur(clips, 1.5) + torch.randn(clips.shape, generator=generator) * 0.085).clamp(-1, 1)
+        errors.append((degraded - clips).square().mean())
+        return degraded
 
-    assert (share_right(some_scenes(200, 5), worsen) >= 0.99).all()
+    assert (judge_accuracy(random_scenes(200, 5), degrade) >= 0.99).all()
     assert 10 * torch.log10(4 / torch.stack(errors).mean()) < 26.5  # PSNR in dB
 
 
@@ -172,7 +174,7 @@ def test_judge_does_not_name_other_colours():
     assert verdict == Verdict(None, "square", None, "standing still")
 
 
-# Words
+# Captions
 
 
 def test_plain_caption_reads_as_documented():
@@ -187,14 +189,14 @@ def test_plain_caption_reads_as_documented():
 
 def test_half_of_the_captions_are_plain():
     rng = Random(1)
-    scenes = some_scenes(2000, 6)
+    scenes = random_scenes(2000, 6)
     plain = sum(varied_caption(scene, rng) == plain_caption(scene) for scene in scenes)
     assert 0.45 < plain / len(scenes) < 0.55
 
 
 def test_caption_names_everything_that_is_true_and_nothing_else():
     rng = Random(2)
-    for scene in some_scenes(2000, 7):
+    for scene in random_scenes(2000, 7):
         text = varied_caption(scene, rng).lower().rstrip(".").replace(",", "").replace(";", "")
         words = set(text.split())
         assert words & COLOURS.keys() - {scene.background} == {scene.colour}, text
@@ -203,16 +205,16 @@ def test_caption_names_everything_that_is_true_and_nothing_else():
         assert words & SIZES.keys() <= {scene.size_name}, text
         assert words & SPEEDS.keys() <= {scene.speed_name}, text
         unhurried = " ".join(word for word in text.split() if word not in SPEEDS)
-        told = {
+        motions = {
             motion
             for motion in MOTIONS
-            if any(said in unhurried for said in MOTION_PARTICIPLES[motion] + MOTION_VERBS[motion])
+            if any(phrase in unhurried for phrase in MOTION_PARTICIPLES[motion] + MOTION_VERBS[motion])
         }
-        assert told == {scene.motion}, text
+        assert motions == {scene.motion}, text
 
 
 def test_size_and_speed_words_agree_with_the_numbers():
-    for scene in some_scenes(1000, 8):
+    for scene in random_scenes(1000, 8):
         low, high = SIZES[scene.size_name]
         assert low <= scene.radius <= high
         path = math.hypot(scene.dx, scene.dy) * (CLIP_FRAMES - 1)
@@ -225,7 +227,7 @@ def test_size_and_speed_words_agree_with_the_numbers():
 def test_vocabulary_corpus_has_every_word_of_the_captions():
     rng = Random(3)
     corpus = {word for line in vocabulary_corpus() for word in line.lower().rstrip(".").split()}
-    captions = [varied_caption(scene, rng).lower().rstrip(".") for scene in some_scenes(3000, 9)]
+    captions = [varied_caption(scene, rng).lower().rstrip(".") for scene in random_scenes(3000, 9)]
     assert {word for text in captions for word in text.split()} <= corpus
 
 
@@ -253,9 +255,9 @@ def test_training_never_samples_a_held_out_combination():
 
 
 def test_held_out_captions_are_held_out_distinct_and_even():
-    chosen = held_out_captions(56, seed=0)
-    assert all(is_held_out(scene.key) and text == plain_caption(scene) for text, scene in chosen)
-    assert len({scene.key for _, scene in chosen}) == 56
+    captions = held_out_captions(56, seed=0)
+    assert all(is_held_out(scene.key) and text == plain_caption(scene) for text, scene in captions)
+    assert len({scene.key for _, scene in captions}) == 56
     for field, words in enumerate((COLOURS, SHAPES, BACKGROUNDS, MOTIONS)):
-        counts = [sum(scene.key[field] == word for _, scene in chosen) for word in words]
+        counts = [sum(scene.key[field] == word for _, scene in captions) for word in words]
         assert max(counts) - min(counts) <= 3, dict(zip(words, counts, strict=True))

@@ -34,7 +34,7 @@ from kadr.training.memory_check import required_bytes
 from kadr.training.settings import CANNY, FILES, TrainingSettings
 from kadr.training.trainable_lora import enable_gradient_checkpointing
 from kadr.training.trainer import LoRATrainer
-from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
+from tests.models.test_transformer import Inputs, run_diffusers, velocity
 from tests.oracles import diffusers_transformer, relative_error
 from tests.tiny_models import MODEL_FILE
 from tests.training.conftest import FRAMES, SIZE
@@ -90,12 +90,12 @@ def test_trained_lora_opens_and_changes_the_video(engine: Engine, folder: Path, 
 def test_trained_lora_gives_the_same_velocity_in_diffusers(engine: Engine, folder: Path, tmp_path: Path) -> None:
     result = training(engine, folder, tmp_path / "lora.safetensors", target_modules="attention+feed-forward").run()
     module = engine.components.load_transformer(0, torch.float32, keep_storage_dtype=False)
-    inputs, pipeline = Inputs.of(module.config), LTXPipeline(None, None, None, None, diffusers_transformer(module))
+    inputs, pipeline = Inputs.random(module.config), LTXPipeline(None, None, None, None, diffusers_transformer(module))
     with torch.no_grad():
         base_velocity = velocity(module, inputs)
         pipeline.load_lora_weights(result.path, adapter_name="lora")
         pipeline.set_adapters(["lora"], [0.7])
-        diffusers_velocity = asked_of_diffusers(pipeline.transformer, inputs)
+        diffusers_velocity = run_diffusers(pipeline.transformer, inputs)
         attach_loras(module, [LoraFile.open(result.path).load()], torch.float32)
         set_lora_strengths(module, [0.7], torch.device("cpu"))
         assert relative_error(diffusers_velocity, base_velocity) > 1e-3

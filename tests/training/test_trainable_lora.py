@@ -31,7 +31,7 @@ from kadr.training.trainable_lora import (
     target_layers,
 )
 from tests import tiny_models
-from tests.models.test_transformer import Inputs, asked_of_diffusers, velocity
+from tests.models.test_transformer import Inputs, run_diffusers, velocity
 from tests.oracles import diffusers_transformer
 
 GRID, CPU = LatentGrid(2, 2, 3), torch.device("cpu")
@@ -207,7 +207,7 @@ def test_base_weights_do_not_change() -> None:
 
 def test_gradients_equal_those_of_peft() -> None:
     config = tiny_models.transformer_config()
-    module, inputs = tiny_models.build_random(lambda: Transformer(config), seed=3), Inputs.of(config)
+    module, inputs = tiny_models.build_random(lambda: Transformer(config), seed=3), Inputs.random(config)
     adapter = LoraConfig(
         r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     )
@@ -223,6 +223,6 @@ def test_gradients_equal_those_of_peft() -> None:
         for matrix, peft_matrix in pairs:
             peft_matrix.copy_(matrix)
     velocity(module, inputs).square().mean().backward()
-    asked_of_diffusers(peft_model, inputs).square().mean().backward()
+    run_diffusers(peft_model, inputs).square().mean().backward()
     for matrix, peft_matrix in pairs:
         assert relative_error(matrix.grad, peft_matrix.grad) < 1e-4

@@ -254,7 +254,10 @@ class Transformer(nn.Module):
             self._cuda_graphs.clear()
 
     def compute_rope(self, positions: Tensor) -> Rope:
-        """Computes the RoPE table for positions (B, 3, N), fp32: seconds, pixels down, pixels right."""
+        """Computes the RoPE table for positions (B, 3, N), fp32: seconds, pixels down, pixels right.
+
+        It is the same in every denoising step.
+        """
         dtype = self.scale_shift_table.dtype
         return rope_table(
             positions,
