@@ -1,4 +1,4 @@
-"""A chat endpoint on this machine: a real HTTP server that answers as it is told to, and notes what it was asked."""
+"""A chat endpoint on this machine: a real HTTP server that sends a set reply and records its requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARAGRAPH = (
 
 
 class ChatRequest(NamedTuple):
-    """One request, as it came."""
+    """A request, as received."""
 
     method: str
     path: str
@@ -31,7 +31,7 @@ class ChatRequest(NamedTuple):
 
     @property
     def content_parts(self) -> list[dict[str, Any]]:
-        """What the user's message holds."""
+        """Parts of the user's message: texts and images."""
         content = self.body["messages"][1]["content"]
         return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
@@ -46,13 +46,13 @@ class ChatRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer.
+    """A reply of the server.
 
     Args:
-        delay_seconds: seconds before it begins.
-        byte_interval: seconds between its bytes.
-        header_interval: likewise, and they never end.
-        truncate_at: the bytes after which the server hangs up; None: all.
+        delay_seconds: seconds before the reply begins.
+        byte_interval: seconds between two bytes of the body.
+        header_interval: seconds between two headers, which never end.
+        truncate_at: bytes of the body after which the server hangs up; None: all are sent.
         raw_bytes: bytes that are sent instead of HTTP.
     """
 
@@ -67,27 +67,27 @@ class Reply:
 
 
 def chat_completion(content: Any, finish: str = "stop", **message: Any) -> Reply:
-    """A chat completion."""
-    whole = {"role": "assistant", "content": content, **message}
-    return json_reply({"id": "1", "choices": [{"index": 0, "finish_reason": finish, "message": whole}]})
+    """Returns a chat completion."""
+    assistant = {"role": "assistant", "content": content, **message}
+    return json_reply({"id": "1", "choices": [{"index": 0, "finish_reason": finish, "message": assistant}]})
 
 
 def json_reply(data: Any, status: int = 200) -> Reply:
-    """Any JSON."""
+    """Returns a reply with any JSON."""
     return Reply(json.dumps(data).encode(), status, {"Content-Type": "application/json"})
 
 
 def error_reply(status: int, message: str) -> Reply:
-    """An error as OpenAI words it."""
+    """Returns an error in OpenAI's format."""
     return json_reply({"error": {"message": message, "type": "invalid_request_error"}}, status)
 
 
 @dataclass
 class FakeChat:
-    """What the server answers, and what it was asked.
+    """The reply of the server, and the requests it received.
 
     Args:
-        reply: an answer for everything, or what makes one of each question.
+        reply: the same reply for every request, or a function of the request.
         requests: in order.
     """
 
@@ -108,11 +108,11 @@ class ChatHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        asked = ChatRequest(self.command, self.path, dict(self.headers), json.loads(body) if body else {})
-        self.chat.requests.append(asked)
+        request = ChatRequest(self.command, self.path, dict(self.headers), json.loads(body) if body else {})
+        self.chat.requests.append(request)
         reply = self.chat.reply
-        with suppress(OSError):  # who asked does not wait any longer
-            self.send_reply(reply if isinstance(reply, Reply) else reply(asked))
+        with suppress(OSError):  # the client has hung up
+            self.send_reply(reply if isinstance(reply, Reply) else reply(request))
 
     def send_reply(self, reply: Reply) -> None:
         self.chat.closing.wait(reply.delay_seconds)
@@ -138,10 +138,10 @@ class ChatHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve_fake_chat() -> Iterator[FakeChat]:
-    """A server that is up as long as the block."""
+    """Runs the server until the block ends."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), ChatHandler)
     chat = FakeChat(f"http://127.0.0.1:{server.server_port}/v1")
-    server.RequestHandlerClass = type("BoundAnswer", (ChatHandler,), {"chat": chat})
+    server.RequestHandlerClass = type("BoundHandler", (ChatHandler,), {"chat": chat})
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
@@ -154,7 +154,7 @@ def serve_fake_chat() -> Iterator[FakeChat]:
 
 @contextmanager
 def assert_faster_than(seconds: float) -> Iterator[None]:
-    """Fails where the block takes longer."""
+    """Fails if the block takes longer."""
     began = time.monotonic()
     yield
     assert time.monotonic() - began < seconds

@@ -1,4 +1,4 @@
-"""The command line, run in this process, on an engine that makes nothing but notes."""
+"""Fixtures that run the command line in this process, on a fake engine that records its calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RECIPE = Recipe(
 
 
 class CommandResult(NamedTuple):
-    """Exit code and output of one run."""
+    """Exit code and output of one command."""
 
     code: int
     out: str
@@ -41,13 +41,13 @@ class CommandResult(NamedTuple):
 
 @dataclass
 class FakeEngine:
-    """Notes what is asked, and writes a few bytes for a video."""
+    """An engine that records its calls, and writes a few bytes for a video."""
 
     model_name: str = "fake"
     open_calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    requests: list[Request] = field(default_factory=list)  # planned, as all are that are made
+    requests: list[Request] = field(default_factory=list)  # every request that was planned, including those written
     written_requests: list[Request] = field(default_factory=list)
-    on_half_written: Callable[[], None] = lambda: None  # happens while the video is half written
+    on_half_written: Callable[[], None] = lambda: None  # called while the video is half written
     latents: Any = None
     resume_flags: list[bool] = field(default_factory=list)
 
@@ -57,12 +57,12 @@ class FakeEngine:
         return self
 
     def resolve(self, request: Request) -> Request:
-        return resolve(replace(request, input_video=None, denoise_strength=None), RECIPE)  # no file is looked into
+        return resolve(replace(request, input_video=None, denoise_strength=None), RECIPE)  # opens no file
 
     def plan(self, request: Request) -> Plan:
         self.requests.append(request)
-        choice = Placement(dtype="bfloat16", private_bytes=10**9, seconds=60.0, reason="it is a fake")
-        stage = StagePlan(stage="denoise", component="transformer", placement=choice)
+        placement = Placement(dtype="bfloat16", private_bytes=10**9, seconds=60.0, reason="it is a fake")
+        stage = StagePlan(stage="denoise", component="transformer", placement=placement)
         return Plan(device="cpu", base_bytes=0, free_bytes=2 * 10**9, stages=(stage,))
 
     def write(
@@ -77,30 +77,30 @@ class FakeEngine:
         self.resume_flags.append(resume)
         self.written_requests.append(request)
         on_plan(self.plan(request))
-        whole = self.resolve(request)
-        part = path.with_name(".part.mp4")
-        part.write_bytes(b"half")
+        resolved = self.resolve(request)
+        partial = path.with_name(".part.mp4")
+        partial.write_bytes(b"half")
         try:
             for step in range(3):
                 watch(Progress("denoise", step, 2, eta=1.0))
             self.on_half_written()
-            part.replace(path)
+            partial.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         return SimpleNamespace(
             path=path,
-            frames=whole.frames,
-            size=whole.size,
-            fps=whole.fps,
+            frames=resolved.frames,
+            size=resolved.size,
+            fps=resolved.fps,
             seconds=1.5,
             latents=self.latents,
-            request=whole,
+            request=resolved,
         )
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
-    """The fake, in place of `Engine.open`, in an empty working directory."""
+    """A fake engine in place of `Engine.open`, in an empty working directory."""
     fake = FakeEngine()
     monkeypatch.setattr(run, "open_engine", fake.open)
     monkeypatch.chdir(tmp_path)
@@ -109,13 +109,13 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeEngine:
 
 @pytest.fixture
 def kadr(capfd: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
-    """Run `kadr` with these words."""
+    """A function that runs `kadr` with the given arguments."""
 
-    def run(*words: str | os.PathLike[str]) -> CommandResult:
-        with pytest.raises(SystemExit) as end:
-            main([os.fspath(word) for word in words])
+    def run(*args: str | os.PathLike[str]) -> CommandResult:
+        with pytest.raises(SystemExit) as exit_info:
+            main([os.fspath(arg) for arg in args])
         out, err = capfd.readouterr()
-        code = end.value.code
+        code = exit_info.value.code
         return CommandResult(0 if code is None else int(code), out, err)
 
     return run

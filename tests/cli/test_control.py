@@ -1,4 +1,4 @@
-"""`--control`: its words, what is refused, and what --dry-run tells of it."""
+"""`--control`: its syntax, refusals, and its lines in --dry-run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROMPT = "a red circle"
 
 @pytest.fixture
 def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A clip of nine frames, and a name that a colon or a sign could be taken out of."""
+    """walk.mp4, nine frames; also clips whose names contain a colon or #."""
     monkeypatch.chdir(tmp_path)
     for name in ("walk.mp4", "canny:odd.mp4", "dog:odd.mp4", "walk#1:2.mp4"):
         with VideoWriter(name, Size(64, 64), 24) as writer:
@@ -31,7 +31,7 @@ def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.parametrize(
-    ("words", "name", "fields"),
+    ("args", "name", "fields"),
     [
         ("walk.mp4", "walk.mp4", {}),
         ("ready:walk.mp4", "walk.mp4", {}),
@@ -41,28 +41,28 @@ def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         ("canny:./canny:odd.mp4", "canny:odd.mp4", {"kind": "canny"}),
         ("dog:odd.mp4", "dog:odd.mp4", {}),
         ("dog:odd.mp4#0:5", "dog:odd.mp4", {"frame_range": (0, 5)}),
-        ("canny:odd.mp4", "canny:odd.mp4", {}),  # a file that is called so
+        ("canny:odd.mp4", "canny:odd.mp4", {}),  # an existing file of that name
         ("canny:odd.mp4#-3:", "canny:odd.mp4", {"frame_range": (-3, None)}),
         ("canny:walk#1:2.mp4", "walk#1:2.mp4", {"kind": "canny"}),
     ],
 )
 def test_a_control_may_have_a_kind_and_a_frame_range(
-    kadr: Run, engine: FakeEngine, clip: str, words: str, name: str, fields: dict[str, Any]
+    kadr: Run, engine: FakeEngine, clip: str, args: str, name: str, fields: dict[str, Any]
 ) -> None:
-    assert kadr("generate", PROMPT, "--control", words).code == 0
+    assert kadr("generate", PROMPT, "--control", args).code == 0
     assert engine.requests == [Request(prompt=PROMPT, controls=(Control(os.path.abspath(name), **fields),))]
 
 
-def test_controls_may_be_many_and_stand_beside_images(kadr: Run, engine: FakeEngine, clip: str) -> None:
-    words = ("--control", f"canny:{clip}", "--control", clip, "--video", clip)
-    assert kadr("plan", PROMPT, *words, "--frames", "9").code == 0
+def test_several_controls_go_with_a_condition(kadr: Run, engine: FakeEngine, clip: str) -> None:
+    args = ("--control", f"canny:{clip}", "--control", clip, "--video", clip)
+    assert kadr("plan", PROMPT, *args, "--frames", "9").code == 0
     (request,) = engine.requests
     assert [control.kind for control in request.controls] == ["canny", "ready"]
     assert len(request.conditions) == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("args", "code", "message"),
     [
         ("dog:walk.mp4", 2, "'dog' is not a kind of control: give one of canny, depth, pose, ready"),
         ("canny:gone.mp4", 1, "there is no file"),
@@ -71,28 +71,28 @@ def test_controls_may_be_many_and_stand_beside_images(kadr: Run, engine: FakeEng
         ("", 2, "'' names no clip"),
     ],
 )
-def test_what_is_no_control_is_refused(
-    kadr: Run, engine: FakeEngine, clip: str, words: str, code: int, says: str
+def test_malformed_control_is_refused(
+    kadr: Run, engine: FakeEngine, clip: str, args: str, code: int, message: str
 ) -> None:
-    ended = kadr("generate", PROMPT, "--control", words)
-    assert ended.code == code
-    assert says in " ".join(ended.err.replace("│", " ").split())
+    result = kadr("generate", PROMPT, "--control", args)
+    assert result.code == code
+    assert message in " ".join(result.err.replace("│", " ").split())
     assert engine.requests == []
 
 
-def test_dry_run_tells_of_controls(kadr: Run, clip: str) -> None:
-    words = ("generate", PROMPT, "--frames", "9", "--control", f"canny:{clip}", "--dry-run")
-    ended = kadr(*words)
+def test_dry_run_lists_controls(kadr: Run, clip: str) -> None:
+    args = ("generate", PROMPT, "--frames", "9", "--control", f"canny:{clip}", "--dry-run")
+    result = kadr(*args)
     path = os.path.abspath(clip)
-    assert ended.code == 0
-    assert f"control          canny of {path} (frames 0 to 8)" in ended.out.splitlines()
-    assert "a control is given, but no LoRA" in ended.err
-    told = json.loads(kadr(*words, "--json", "--lora", "ltxv-13b-0.9.7-ic-lora-canny").out)
-    assert told["controls"] == [{"media": path, "kind": "canny", "frames": 9}]
-    assert told["request"]["controls"] == [{"media": path, "kind": "canny", "frame_range": None}]
+    assert result.code == 0
+    assert f"control          canny of {path} (frames 0 to 8)" in result.out.splitlines()
+    assert "a control is given, but no LoRA" in result.err
+    report = json.loads(kadr(*args, "--json", "--lora", "ltxv-13b-0.9.7-ic-lora-canny").out)
+    assert report["controls"] == [{"media": path, "kind": "canny", "frames": 9}]
+    assert report["request"]["controls"] == [{"media": path, "kind": "canny", "frame_range": None}]
 
 
 def test_dry_run_refuses_a_clip_that_is_too_short(kadr: Run, clip: str) -> None:
-    ended = kadr("generate", PROMPT, "--frames", "17", "--control", clip, "--dry-run")
-    assert (ended.code, ended.out) == (1, "")
-    assert "has 9 frames, but the video has 17: a control must be at least as long. Ask for 9 or fewer." in ended.err
+    result = kadr("generate", PROMPT, "--frames", "17", "--control", clip, "--dry-run")
+    assert (result.code, result.out) == (1, "")
+    assert "has 9 frames, but the video has 17: a control must be at least as long. Ask for 9 or fewer." in result.err

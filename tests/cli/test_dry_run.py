@@ -1,4 +1,4 @@
-"""`kadr generate --dry-run`: what would be made, step by step, from headers and names alone."""
+"""`kadr generate --dry-run`: the resolved request, step by step, from headers and names alone."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ step  sigma    guidance  stg  rescale  blocks
 
 @pytest.fixture(autouse=True)
 def nothing_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An empty working directory, and no model but the demo."""
+    """An empty working directory, and no model on disk but the demo."""
 
-    def on_disk(released: Release) -> Path | None:
-        return locate.find_release_on_disk(released) if released.repo is None else None
+    def find_bundled(release: Release) -> Path | None:
+        return locate.find_release_on_disk(release) if release.repo is None else None
 
-    monkeypatch.setattr(dry_run, "find_release_on_disk", on_disk)
+    monkeypatch.setattr(dry_run, "find_release_on_disk", find_bundled)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def media() -> None:
-    """photo.png, one of a single pixel, and a clip of 30 frames."""
+    """photo.png, dot.png of a single pixel, and clip.mp4 of 30 frames."""
     Image.new("RGB", (64, 64)).save("photo.png")
     Image.new("RGB", (1, 1)).save("dot.png")
     with VideoWriter("clip.mp4", Size(64, 64), 24) as writer:
         writer.write(np.zeros((30, 64, 64, 3), np.uint8))
 
 
-def tables(text: str) -> Iterator[list[list[str]]]:
-    """Rows of each pass: step, sigma, guidance, stg, rescale, blocks."""
+def step_tables(text: str) -> Iterator[list[list[str]]]:
+    """Yields the rows of each pass: step, sigma, guidance, stg, rescale, blocks."""
     for block in text.split("\n\n"):
         if block.startswith("pass "):
             yield [line.split() for line in block.splitlines()[2:]]
 
 
-def test_plan_of_the_demo_reads_so(kadr: Run) -> None:
+def test_dry_run_of_the_demo_prints_this_text(kadr: Run) -> None:
     flags = "--steps 3 --size 100x70 --frames 20 --fps 24 --seed 7 --negative-prompt blue --cfg-star --single-pass"
     guidance = "--guidance 1,5 --stg 0,1 --rescale 1,.7 --skip-blocks /1,2 --guidance-sigmas 1,0.5"
     guidance += " --stg-mode attention_skip"
@@ -79,46 +79,48 @@ def test_plan_of_the_demo_reads_so(kadr: Run) -> None:
     assert os.listdir() == []
 
 
-@pytest.mark.parametrize("words", [["--model", "ltxv-13b-0.9.8-dev"], ["--config", "config.yaml"]])
-def test_steps_of_13b_dev_are_the_official_ones(kadr: Run, words: list[str]) -> None:
+@pytest.mark.parametrize("args", [["--model", "ltxv-13b-0.9.8-dev"], ["--config", "config.yaml"]])
+def test_steps_of_13b_dev_are_the_official_ones(kadr: Run, args: list[str]) -> None:
     Path("config.yaml").write_text(OFFICIAL_CONFIGS["ltxv-13b-0.9.8-dev"], "utf-8")
-    ended = kadr("generate", "x", *words, "--dry-run")
-    assert (ended.code, ended.err) == (0, "")
-    for rows, table in zip(tables(ended.out), (FIRST, SECOND), strict=True):
+    result = kadr("generate", "x", *args, "--dry-run")
+    assert (result.code, result.err) == (0, "")
+    for rows, table in zip(step_tables(result.out), (FIRST, SECOND), strict=True):
         expected = [(f"{sigma:g}", values) for *values, sigmas in table for sigma in sigmas]
         assert [int(row[0]) for row in rows] == list(range(1, len(expected) + 1))
         for row, (sigma, (scale, stg, rescale, blocks)) in zip(rows, expected, strict=True):
             numbers = [sigma, f"{scale:g}", f"{stg:g}", f"{rescale:g}"]
             assert row[1:] == [*numbers, ",".join(map(str, blocks)) or "-"]
-    assert "ltxv-13b-0.9.8-dev, not on disk: 28.6 G bytes to fetch" in ended.out
-    assert ended.out.endswith("\n\n88 model evaluations.\n")
+    assert "ltxv-13b-0.9.8-dev, not on disk: 28.6 G bytes to fetch" in result.out
+    assert result.out.endswith("\n\n88 model evaluations.\n")
 
 
 @pytest.mark.parametrize("name", OFFICIAL_CONFIGS)
-def test_every_official_config_has_a_plan(kadr: Run, name: str) -> None:
+def test_every_official_config_has_a_dry_run(kadr: Run, name: str) -> None:
     Path("config.yaml").write_text(OFFICIAL_CONFIGS[name], "utf-8")
-    ended = kadr("generate", "x", "--pipeline_config", "config.yaml", "--dry-run", "--json")
-    assert (ended.code, ended.err) == (0, "")
-    told = json.loads(ended.out)
-    assert [part["name"] for part in told["components"] if part["role"] == "model"] == [name]
-    assert len(told["passes"]) == (2 if "second_pass" in OFFICIAL_CONFIGS[name] else 1)
+    result = kadr("generate", "x", "--pipeline_config", "config.yaml", "--dry-run", "--json")
+    assert (result.code, result.err) == (0, "")
+    report = json.loads(result.out)
+    assert [component["name"] for component in report["components"] if component["role"] == "model"] == [name]
+    assert len(report["passes"]) == (2 if "second_pass" in OFFICIAL_CONFIGS[name] else 1)
 
 
-def test_loras_are_listed_and_looked_into_where_they_are_here(kadr: Run, tmp_path: Path) -> None:
+def test_loras_are_listed_and_those_on_disk_are_checked(kadr: Run, tmp_path: Path) -> None:
     lora = tmp_path / "style.safetensors"
     lora_files.write_lora_file(lora, lora_files.block_pairs(("attn1.to_q",), num_layers=1, width=192))
-    ended = kadr("generate", "a", "--lora", lora, "0.5", "--lora", "ltxv-13b-0.9.7-ic-lora-pose", "1", "0", "--dry-run")
-    assert ended.code == 0, ended.err
-    told = [" ".join(line.split()) for line in ended.out.splitlines() if line.startswith("LoRA")]
+    result = kadr(
+        "generate", "a", "--lora", lora, "0.5", "--lora", "ltxv-13b-0.9.7-ic-lora-pose", "1", "0", "--dry-run"
+    )
+    assert result.code == 0, result.err
+    lora_lines = [" ".join(line.split()) for line in result.out.splitlines() if line.startswith("LoRA")]
     absent = "LoRA ltxv-13b-0.9.7-ic-lora-pose, not on disk: 151 M bytes to fetch, strength 1, 0 in a second pass"
-    assert told == [f"LoRA {lora}, strength 0.5", absent]
+    assert lora_lines == [f"LoRA {lora}, strength 0.5", absent]
     lora_files.write_lora_file(lora, lora_files.block_pairs(("attn1.to_q",), num_layers=1, width=2048))
-    ended = kadr("generate", "a", "--lora", lora, "--dry-run")
-    assert (ended.code, "does not fit" in ended.err) == (1, True)
+    result = kadr("generate", "a", "--lora", lora, "--dry-run")
+    assert (result.code, "does not fit" in result.err) == (1, True)
 
 
-def test_plan_in_json_holds_request_and_steps(kadr: Run) -> None:
-    told = json.loads(kadr("generate", "x", "--model", "ltxv-13b-0.9.8-distilled", "--dry-run", "--json").out)
+def test_json_holds_request_and_steps(kadr: Run) -> None:
+    report = json.loads(kadr("generate", "x", "--model", "ltxv-13b-0.9.8-distilled", "--dry-run", "--json").out)
     keys = {
         "components",
         "size",
@@ -131,8 +133,8 @@ def test_plan_in_json_holds_request_and_steps(kadr: Run) -> None:
         "controls",
         "request",
     }
-    assert set(told) == keys
-    assert [len(one["steps"]) for one in told["passes"]] == [7, 3]
+    assert set(report) == keys
+    assert [len(resolved_pass["steps"]) for resolved_pass in report["passes"]] == [7, 3]
     step = {
         "sigma": pytest.approx(0.9094),
         "cfg_scale": 1,
@@ -141,50 +143,50 @@ def test_plan_in_json_holds_request_and_steps(kadr: Run) -> None:
         "skip_blocks": [42],
         "evaluations": 1,
     }
-    assert told["passes"][1]["steps"][0] == step
-    assert (told["passes"][1]["tone_map"], told["request"]["prompt"]) == (0.6, "x")
+    assert report["passes"][1]["steps"][0] == step
+    assert (report["passes"][1]["tone_map"], report["request"]["prompt"]) == (0.6, "x")
 
 
 @pytest.mark.usefixtures("media")
-def test_conditions_are_shown_where_they_will_stand(kadr: Run) -> None:
+def test_conditions_are_listed_with_their_frames(kadr: Run) -> None:
     media = "--image photo.png 0 --image photo.png -1 0.5 --video clip.mp4#-25: 32 --size 64x64 --frames 81"
-    ended = kadr("generate", "x", *media.split(), "--dry-run")
-    assert ended.code == 0, ended.err
-    shown = [line.replace(os.getcwd() + os.sep, "") for line in ended.out.splitlines()]
-    assert [" ".join(line.split()) for line in shown if line.startswith(("image ", "clip ", "images "))] == [
+    result = kadr("generate", "x", *media.split(), "--dry-run")
+    assert result.code == 0, result.err
+    lines = [line.replace(os.getcwd() + os.sep, "") for line in result.out.splitlines()]
+    assert [" ".join(line.split()) for line in lines if line.startswith(("image ", "clip ", "images "))] == [
         "image photo.png (frame 0), strength 1",
         "image photo.png (frame 80), strength 0.5",
         "clip clip.mp4 (frames 32 to 56), strength 1",
         "images through H.264 at quality 29, noise 0.15",
     ]
-    assert ended.err == ""
+    assert result.err == ""
 
 
 @pytest.mark.usefixtures("media")
-def test_an_input_video_gives_its_length_and_the_first_sigma(kadr: Run) -> None:
-    words = "--input-video clip.mp4 --denoise-strength 0.6 --steps 10 --size 64x64 --dry-run --json"
-    told = json.loads(kadr("generate", "x", *words.split()).out)
-    assert told["frames"] == {"requested": 30, "sampled": 33}
-    sigmas = [step["sigma"] for step in told["passes"][0]["steps"]]
+def test_input_video_sets_frames_and_first_sigma(kadr: Run) -> None:
+    args = "--input-video clip.mp4 --denoise-strength 0.6 --steps 10 --size 64x64 --dry-run --json"
+    report = json.loads(kadr("generate", "x", *args.split()).out)
+    assert report["frames"] == {"requested": 30, "sampled": 33}
+    sigmas = [step["sigma"] for step in report["passes"][0]["steps"]]
     assert max(sigmas) <= 0.6
 
 
-def test_seconds_are_frames_at_the_rate_of_the_model(kadr: Run) -> None:
+def test_seconds_become_frames_at_the_models_frame_rate(kadr: Run) -> None:
     for fps, frames in (([], 60), (["--fps", "10"], 20)):
-        words = ["--model", "ltxv-2b-0.9.5", "--seconds", "2", *fps, "--dry-run", "--json"]
-        assert json.loads(kadr("generate", "x", *words).out)["frames"]["requested"] == frames
+        args = ["--model", "ltxv-2b-0.9.5", "--seconds", "2", *fps, "--dry-run", "--json"]
+        assert json.loads(kadr("generate", "x", *args).out)["frames"]["requested"] == frames
 
 
-def test_only_what_a_single_pass_needs_is_listed(kadr: Run) -> None:
+def test_single_pass_lists_no_upscaler(kadr: Run) -> None:
     Path("config.yaml").write_text(OFFICIAL_CONFIGS["ltxv-13b-0.9.8-distilled"], "utf-8")
-    ended = kadr("generate", "x", "--config", "config.yaml", "--single-pass", "--dry-run")
-    assert ended.code == 0, ended.err
-    assert "upscaler" not in ended.out
-    assert [len(rows) for rows in tables(ended.out)] == [8]
+    result = kadr("generate", "x", "--config", "config.yaml", "--single-pass", "--dry-run")
+    assert result.code == 0, result.err
+    assert "upscaler" not in result.out
+    assert [len(rows) for rows in step_tables(result.out)] == [8]
 
 
 @pytest.mark.parametrize(
-    "words, named",
+    "args, message",
     [
         ("--model ltxv-13b", "Did you mean"),
         ("--model gone.safetensors", "gone.safetensors"),
@@ -196,16 +198,16 @@ def test_only_what_a_single_pass_needs_is_listed(kadr: Run) -> None:
     ],
 )
 @pytest.mark.usefixtures("media")
-def test_what_cannot_work_ends_with_1_and_is_explained(kadr: Run, words: str, named: str) -> None:
-    ended = kadr("generate", "x", *words.split(), "--dry-run")
-    assert (ended.code, ended.out) == (1, "")
-    assert ended.err.splitlines()[-1].startswith("error: ")
-    assert named in ended.err
+def test_impossible_request_ends_with_1_and_is_explained(kadr: Run, args: str, message: str) -> None:
+    result = kadr("generate", "x", *args.split(), "--dry-run")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.splitlines()[-1].startswith("error: ")
+    assert message in result.err
 
 
 def test_no_weight_is_read(kadr: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("weights were asked for")
+        raise AssertionError("weights are loaded")
 
     for name in ("load_transformer", "load_vae", "load_upscaler"):
         monkeypatch.setattr(f"kadr.checkpoints.checkpoint.{name}", refuse)

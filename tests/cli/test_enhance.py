@@ -1,4 +1,4 @@
-"""`kadr generate --enhance`: what the model was given is what the video remembers; a bad endpoint costs no video."""
+"""`kadr generate --enhance`: the video stores the prompt it was made with; a bad endpoint costs no video."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.fakechat import (
 
 Run = Callable[..., CommandResult]
 PROMPT = "a red circle"
-WRITTEN_OUT = "A red circle moves right on a black background."
+ENHANCED = "A red circle moves right on a black background."
 KEY = "sk-very-secret-0123456789"
 TINY = ("--model", "demo", "--size", "64x64", "--frames", "9", "--steps", "1", "--device", "cpu")
 
@@ -41,22 +41,22 @@ def chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeChat]:
         yield chat
 
 
-def test_flags_and_the_key_of_the_environment_reach_the_endpoint(
+def test_flags_and_key_variable_reach_the_endpoint(
     kadr: Run, engine: FakeEngine, chat: FakeChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KADR_ENHANCE_KEY", f" {KEY}\n")
-    monkeypatch.setenv("OPENAI_API_KEY", "of another place")
-    ended = kadr("generate", PROMPT, "--enhance", chat.url, "--enhance-model", "m:4b", "--enhance-timeout", "9")
-    assert (ended.code, ended.out) == (0, "out.mp4\n"), ended.err
-    (asked,) = chat.requests
-    assert asked.body["model"] == "m:4b"
-    assert asked.headers["Authorization"] == f"Bearer {KEY}"
+    monkeypatch.setenv("OPENAI_API_KEY", "of another service")
+    result = kadr("generate", PROMPT, "--enhance", chat.url, "--enhance-model", "m:4b", "--enhance-timeout", "9")
+    assert (result.code, result.out) == (0, "out.mp4\n"), result.err
+    (chat_request,) = chat.requests
+    assert chat_request.body["model"] == "m:4b"
+    assert chat_request.headers["Authorization"] == f"Bearer {KEY}"
     assert engine.written_requests == [Request(prompt=PARAGRAPH, original_prompt=PROMPT)]
-    assert f"asking {chat.url} to enhance the prompt\nenhanced: {PARAGRAPH}\n" in ended.err
-    assert KEY not in ended.err
+    assert f"asking {chat.url} to enhance the prompt\nenhanced: {PARAGRAPH}\n" in result.err
+    assert KEY not in result.err
 
 
-def test_without_a_key_of_its_own_none_is_sent(
+def test_no_other_key_is_sent_without_kadr_enhance_key(
     kadr: Run, engine: FakeEngine, chat: FakeChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -66,81 +66,85 @@ def test_without_a_key_of_its_own_none_is_sent(
     assert "Authorization" not in chat.requests[0].headers
 
 
-def test_off_by_default(kadr: Run, engine: FakeEngine, chat: FakeChat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enhancement_is_off_by_default(
+    kadr: Run, engine: FakeEngine, chat: FakeChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KADR_ENHANCE_KEY", KEY)
-    ended = kadr("generate", PROMPT)
+    result = kadr("generate", PROMPT)
     assert engine.written_requests == [Request(prompt=PROMPT)]
-    assert (chat.requests, "enhance" in ended.err) == ([], False)
+    assert (chat.requests, "enhance" in result.err) == ([], False)
 
 
-def test_what_the_model_was_given_is_in_the_file_and_a_rerun_asks_nobody(kadr: Run, tmp_path: Path) -> None:
+def test_rerun_uses_the_stored_prompt_and_calls_no_endpoint(kadr: Run, tmp_path: Path) -> None:
     output = tmp_path / "out.mp4"
     Image.new("RGB", (96, 64), (200, 30, 30)).save(tmp_path / "photo.png")
     with serve_fake_chat() as chat:
-        chat.reply = chat_completion(f'<think>hm</think>Here is the prompt:\n"{WRITTEN_OUT}"')
-        words = ("--enhance", chat.url, "--image", tmp_path / "photo.png", "--output", output, "--json")
-        ended = kadr("generate", PROMPT, *TINY, *words)
-    assert ended.code == 0, ended.err
+        chat.reply = chat_completion(f'<think>hm</think>Here is the prompt:\n"{ENHANCED}"')
+        args = ("--enhance", chat.url, "--image", tmp_path / "photo.png", "--output", output, "--json")
+        result = kadr("generate", PROMPT, *TINY, *args)
+    assert result.code == 0, result.err
     assert len(chat.requests[0].images) == 1
-    for request in (json.loads(ended.out)["request"], read_metadata(output)["request"]):
-        assert (request["prompt"], request["original_prompt"]) == (WRITTEN_OUT, PROMPT)
-    again = kadr("rerun", output, "--output", tmp_path / "again.mp4")  # the endpoint is gone
-    assert again.code == 0, again.err
+    for request in (json.loads(result.out)["request"], read_metadata(output)["request"]):
+        assert (request["prompt"], request["original_prompt"]) == (ENHANCED, PROMPT)
+    rerun = kadr("rerun", output, "--output", tmp_path / "again.mp4")  # the endpoint no longer exists
+    assert rerun.code == 0, rerun.err
     assert len(chat.requests) == 1
     assert (read_video(tmp_path / "again.mp4").frames == read_video(output).frames).all()
     assert read_metadata(tmp_path / "again.mp4")["request"] == read_metadata(output)["request"]
-    plain = kadr("generate", WRITTEN_OUT, *TINY, "--image", tmp_path / "photo.png", "--output", tmp_path / "plain.mp4")
-    assert plain.code == 0, plain.err
-    assert (read_video(tmp_path / "plain.mp4").frames == read_video(output).frames).all()
+    unenhanced = kadr(
+        "generate", ENHANCED, *TINY, "--image", tmp_path / "photo.png", "--output", tmp_path / "unenhanced.mp4"
+    )
+    assert unenhanced.code == 0, unenhanced.err
+    assert (read_video(tmp_path / "unenhanced.mp4").frames == read_video(output).frames).all()
 
 
-def test_a_long_video_resumes_with_the_prompt_that_it_began_with(
+def test_long_video_resumes_with_its_enhanced_prompt(
     kadr: Run, engine: FakeEngine, chat: FakeChat, tmp_path: Path
 ) -> None:
     windows = tmp_path / "out.windows"
     windows.mkdir()
-    begun = Request(prompt=WRITTEN_OUT, original_prompt=PROMPT)
-    (windows / "request.json").write_text(json.dumps({"request": begun.to_json()}))
-    words = ("--enhance", chat.url, "--window", "9", "--output", tmp_path / "out.mp4", "--resume")
-    for extra in (words, words[2:]):  # the endpoint need not be named again
-        ended = kadr("generate", PROMPT, *extra)
-        assert ended.code == 0, ended.err
+    stored = Request(prompt=ENHANCED, original_prompt=PROMPT)
+    (windows / "request.json").write_text(json.dumps({"request": stored.to_json()}))
+    args = ("--enhance", chat.url, "--window", "9", "--output", tmp_path / "out.mp4", "--resume")
+    for flags in (args, args[2:]):  # the second time without --enhance
+        result = kadr("generate", PROMPT, *flags)
+        assert result.code == 0, result.err
         assert (engine.written_requests[-1].prompt, engine.written_requests[-1].original_prompt) == (
-            WRITTEN_OUT,
+            ENHANCED,
             PROMPT,
         )
-        assert f"enhanced when the video began: {WRITTEN_OUT}" in ended.err
+        assert f"enhanced when the video began: {ENHANCED}" in result.err
     assert chat.requests == []
-    assert kadr("generate", "other words", *words).code == 0
-    assert len(chat.requests) == 1  # those of another video; the engine refuses the folder
+    assert kadr("generate", "other words", *args).code == 0
+    assert len(chat.requests) == 1  # for another video; the engine refuses the folder
 
 
-def test_a_long_video_that_was_begun_with_the_users_words_goes_on_with_them(
+def test_long_video_begun_without_enhancement_resumes_without(
     kadr: Run, engine: FakeEngine, chat: FakeChat, tmp_path: Path
 ) -> None:
-    """The endpoint had failed when it began, and is there now."""
+    """The endpoint failed when the video was begun, and works now."""
     windows = tmp_path / "out.windows"
     windows.mkdir()
     (windows / "request.json").write_text(json.dumps({"request": Request(prompt=PROMPT).to_json()}))
-    words = ("--enhance", chat.url, "--window", "9", "--output", tmp_path / "out.mp4", "--resume")
-    assert kadr("generate", PROMPT, *words).code == 0
+    args = ("--enhance", chat.url, "--window", "9", "--output", tmp_path / "out.mp4", "--resume")
+    assert kadr("generate", PROMPT, *args).code == 0
     assert (engine.written_requests[-1].prompt, engine.written_requests[-1].original_prompt) == (PROMPT, None)
     assert chat.requests == []
 
 
-def test_nobody_is_asked_for_a_video_that_cannot_be_made(
+def test_endpoint_is_not_called_for_an_impossible_video(
     kadr: Run, engine: FakeEngine, chat: FakeChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = ("--window", "9", "--frames", "25", "--enhance", chat.url)
+    windows, enhance = ("--window", "9"), ("--enhance", chat.url)
     (tmp_path / "a.windows").mkdir()
     (tmp_path / "a.windows" / "window-0001.safetensors").touch()
     (tmp_path / "a.windows" / "request.json").write_text("{}")
-    again = kadr("generate", PROMPT, *long, "--output", tmp_path / "a.mp4")
-    assert "holds 1 finished window of an unfinished video" in again.err
-    too_many = kadr("generate", "--prompt", "one", "--prompt", "two", "--prompt", "three", *long[:2], *long[4:])
-    assert too_many.code == 0  # a window for each
+    unfinished = kadr("generate", PROMPT, *windows, "--frames", "25", *enhance, "--output", tmp_path / "a.mp4")
+    assert "holds 1 finished window of an unfinished video" in unfinished.err
+    three_prompts = kadr("generate", "--prompt", "one", "--prompt", "two", "--prompt", "three", *windows, *enhance)
+    assert three_prompts.code == 0  # a window for each
     chat.requests.clear()
-    assert "4 prompts are given" in kadr("generate", "a | b | c | d", "--window", "9", "--frames", "9", *long[4:]).err
+    assert "4 prompts are given" in kadr("generate", "a | b | c | d", *windows, "--frames", "9", *enhance).err
 
     def refuse(request: Request) -> None:
         raise RequestError("it does not fit")
@@ -150,12 +154,12 @@ def test_nobody_is_asked_for_a_video_that_cannot_be_made(
     assert chat.requests == []
 
 
-def test_a_failure_is_a_warning_and_the_users_own_words_are_used(kadr: Run, tmp_path: Path, chat: FakeChat) -> None:
+def test_failure_is_a_warning_and_keeps_the_users_prompt(kadr: Run, tmp_path: Path, chat: FakeChat) -> None:
     output = tmp_path / "out.mp4"
     chat.reply = error_reply(429, "You exceeded your quota.")
-    ended = kadr("generate", PROMPT, *TINY, "--enhance", chat.url, "--output", output)
-    assert (ended.code, ended.out) == (0, f"{output}\n"), ended.err
-    (line,) = [line for line in ended.err.splitlines() if line.startswith("warning: ")]
+    result = kadr("generate", PROMPT, *TINY, "--enhance", chat.url, "--output", output)
+    assert (result.code, result.out) == (0, f"{output}\n"), result.err
+    (line,) = [line for line in result.err.splitlines() if line.startswith("warning: ")]
     assert "HTTP 429 (You exceeded your quota)" in line
     assert line.endswith("The prompt is used as it was written.")
     stored = read_metadata(output)["request"]
@@ -175,51 +179,51 @@ def test_a_failure_is_a_warning_and_the_users_own_words_are_used(kadr: Run, tmp_
     ids=["slow", "401", "500", "HTML", "null", "nonsense"],
 )
 @pytest.mark.parametrize("required", [False, True])
-def test_a_bad_endpoint_is_a_warning_or_where_it_is_required_an_error(
+def test_bad_endpoint_is_a_warning_or_an_error_if_required(
     kadr: Run, engine: FakeEngine, chat: FakeChat, reply: Reply, required: bool
 ) -> None:
     chat.reply = reply
-    words = ("--enhance-timeout", "0.3", *(["--enhance-required"] if required else []))
-    ended = kadr("generate", PROMPT, "--enhance", chat.url, *words)
+    args = ("--enhance-timeout", "0.3", *(["--enhance-required"] if required else []))
+    result = kadr("generate", PROMPT, "--enhance", chat.url, *args)
     if required:
-        assert (ended.code, ended.out, engine.written_requests, os.listdir()) == (1, "", [], [])
-        assert ended.err.splitlines()[-1].startswith(f"error: the prompt was not enhanced: {chat.url} ")
+        assert (result.code, result.out, engine.written_requests, os.listdir()) == (1, "", [], [])
+        assert result.err.splitlines()[-1].startswith(f"error: the prompt was not enhanced: {chat.url} ")
     else:
-        assert (ended.code, ended.out, engine.written_requests) == (0, "out.mp4\n", [Request(prompt=PROMPT)])
-        assert f"warning: the prompt was not enhanced: {chat.url} " in ended.err
+        assert (result.code, result.out, engine.written_requests) == (0, "out.mp4\n", [Request(prompt=PROMPT)])
+        assert f"warning: the prompt was not enhanced: {chat.url} " in result.err
 
 
 def test_a_server_that_is_down_is_a_warning(kadr: Run, engine: FakeEngine) -> None:
     with serve_fake_chat() as chat:
         url = chat.url
-    ended = kadr("generate", PROMPT, "--enhance", url)
-    assert (ended.code, engine.written_requests) == (0, [Request(prompt=PROMPT)])
-    assert "refuses the connection" in ended.err
+    result = kadr("generate", PROMPT, "--enhance", url)
+    assert (result.code, engine.written_requests) == (0, [Request(prompt=PROMPT)])
+    assert "refuses the connection" in result.err
 
 
 def test_waiting_can_be_cancelled(kadr: Run, engine: FakeEngine, chat: FakeChat) -> None:
-    def interrupt(asked: ChatRequest) -> Reply:
+    def interrupt(chat_request: ChatRequest) -> Reply:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return Reply(delay_seconds=60.0)
 
     chat.reply = interrupt
     with assert_faster_than(10):
-        ended = kadr("generate", PROMPT, "--enhance", chat.url)
-    assert (ended.code, ended.out, engine.written_requests, os.listdir()) == (130, "", [], [])
-    assert ended.err.splitlines()[-1] == "cancelled"
+        result = kadr("generate", PROMPT, "--enhance", chat.url)
+    assert (result.code, result.out, engine.written_requests, os.listdir()) == (130, "", [], [])
+    assert result.err.splitlines()[-1] == "cancelled"
 
 
-@pytest.mark.parametrize("more", [[], ["--json"]])
-def test_a_dry_run_asks_nobody_and_says_so(kadr: Run, chat: FakeChat, more: list[str]) -> None:
-    ended = kadr("generate", PROMPT, "--model", "demo", "--enhance", chat.url, "--dry-run", *more)
-    assert (ended.code, chat.requests) == (0, [])
-    assert f"{chat.url} would enhance the prompt; a dry run does not call it" in ended.err
-    assert PROMPT in ended.out
-    assert not more or json.loads(ended.out)["request"]["original_prompt"] is None
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_dry_run_calls_no_endpoint_and_says_so(kadr: Run, chat: FakeChat, json_flag: list[str]) -> None:
+    result = kadr("generate", PROMPT, "--model", "demo", "--enhance", chat.url, "--dry-run", *json_flag)
+    assert (result.code, chat.requests) == (0, [])
+    assert f"{chat.url} would enhance the prompt; a dry run does not call it" in result.err
+    assert PROMPT in result.out
+    assert not json_flag or json.loads(result.out)["request"]["original_prompt"] is None
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    "args, message",
     [
         (("--image", "absent.png"), "absent.png"),
         (("--output", "no/such/folder/v.mp4"), "no/such/folder"),
@@ -227,34 +231,32 @@ def test_a_dry_run_asks_nobody_and_says_so(kadr: Run, chat: FakeChat, more: list
         (("--seconds", "-1"), "seconds"),
     ],
 )
-def test_what_is_refused_is_refused_before_the_endpoint_is_asked(
-    kadr: Run, engine: FakeEngine, chat: FakeChat, words: tuple[str, ...], says: str
+def test_bad_request_is_refused_before_the_endpoint_is_called(
+    kadr: Run, engine: FakeEngine, chat: FakeChat, args: tuple[str, ...], message: str
 ) -> None:
-    ended = kadr("generate", PROMPT, "--enhance", chat.url, *words)
-    assert (ended.code, chat.requests) == (1, [])
-    assert says in ended.err
+    result = kadr("generate", PROMPT, "--enhance", chat.url, *args)
+    assert (result.code, chat.requests) == (1, [])
+    assert message in result.err
 
 
-@pytest.mark.parametrize("words", ["--enhance-model m", "--enhance-required", "--enhance-timeout 5", "--enhance"])
-def test_flags_without_an_endpoint_are_bad_usage(kadr: Run, engine: FakeEngine, words: str) -> None:
-    ended = kadr("generate", PROMPT, *words.split())
-    assert (ended.code, ended.out, engine.open_calls) == (2, "", [])
-    assert words.split()[0] in ended.err
+@pytest.mark.parametrize("args", ["--enhance-model m", "--enhance-required", "--enhance-timeout 5", "--enhance"])
+def test_flags_without_an_endpoint_are_bad_usage(kadr: Run, engine: FakeEngine, args: str) -> None:
+    result = kadr("generate", PROMPT, *args.split())
+    assert (result.code, result.out, engine.open_calls) == (2, "", [])
+    assert args.split()[0] in result.err
 
 
 @pytest.mark.parametrize("url", ["localhost:11434", "", "http://h/v1#x"])
-def test_what_is_no_url_is_refused_before_the_model_is_opened(kadr: Run, engine: FakeEngine, url: str) -> None:
-    for more in ([], ["--dry-run"]):
-        ended = kadr("generate", PROMPT, "--enhance", url, *more)
-        assert (ended.code, ended.out, engine.open_calls) == (1, "", [])
-        assert "It looks like http://localhost:11434/v1." in ended.err
+def test_malformed_url_is_refused_before_the_model_is_opened(kadr: Run, engine: FakeEngine, url: str) -> None:
+    for dry_run in ([], ["--dry-run"]):
+        result = kadr("generate", PROMPT, "--enhance", url, *dry_run)
+        assert (result.code, result.out, engine.open_calls) == (1, "", [])
+        assert "It looks like http://localhost:11434/v1." in result.err
 
 
-def test_a_key_that_others_could_read_stops_the_run(
-    kadr: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_key_over_plain_http_is_refused(kadr: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KADR_ENHANCE_KEY", KEY)
-    ended = kadr("generate", PROMPT, "--enhance", "http://chat.example/v1")
-    assert (ended.code, engine.open_calls) == (1, [])
-    assert "unset KADR_ENHANCE_KEY" in ended.err
-    assert KEY not in ended.err
+    result = kadr("generate", PROMPT, "--enhance", "http://chat.example/v1")
+    assert (result.code, engine.open_calls) == (1, [])
+    assert "unset KADR_ENHANCE_KEY" in result.err
+    assert KEY not in result.err

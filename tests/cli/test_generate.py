@@ -1,4 +1,4 @@
-"""`kadr generate`: every flag reaches the request, and nothing but data reaches stdout."""
+"""`kadr generate`: every flag reaches the request, and stdout has only the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.request.official_configs import OFFICIAL_CONFIGS
 
 Run = Callable[..., CommandResult]
 PROMPT = "a red circle"
-VALUES = {  # of official flags that take more than the number 1
+VALUES = {  # for flags that do not take the number 1
     "--output": "named.mp4",
     "--negative-prompt": "dull",
     "--config": "config.yaml",
@@ -36,7 +36,7 @@ SKIPPING = Guidance(skip_blocks=((), (11, 25), (28,)), sigmas=(1.0, 0.9, 0.5))
 
 @pytest.fixture
 def image_path(tmp_path: Path) -> str:
-    (tmp_path / "photo.jpg").write_bytes(b"looked at by the engine alone")
+    (tmp_path / "photo.jpg").write_bytes(b"read only by the engine")
     return "photo.jpg"
 
 
@@ -85,28 +85,28 @@ def image_path(tmp_path: Path) -> str:
     ],
 )
 def test_flag_reaches_the_request(kadr: Run, engine: FakeEngine, flags: str, field: str, value: Any) -> None:
-    ended = kadr("generate", PROMPT, *flags.split())
-    assert ended.code == 0, ended.err
+    result = kadr("generate", PROMPT, *flags.split())
+    assert result.code == 0, result.err
     assert getattr(engine.requests[0], field) == value
 
 
-def test_what_is_left_out_is_left_to_the_recipe(kadr: Run, engine: FakeEngine) -> None:
+def test_omitted_flags_are_left_to_the_recipe(kadr: Run, engine: FakeEngine) -> None:
     assert kadr("generate", PROMPT).code == 0
     assert engine.requests == [Request(prompt=PROMPT)]
     assert engine.open_calls == [("demo", {"device": "auto", "dtype": "auto"})]
 
 
-def test_flags_of_the_model_reach_the_engine(kadr: Run, engine: FakeEngine) -> None:
-    parts = ("--model", "m.safetensors", "--text-encoder", "t5", "--vae", "v.safetensors", "--second-model", "n")
-    words = (*parts, "--upscaler", "s", "--upscaler", "t", "--device", "cuda:1", "--dtype", "float32")
-    assert kadr("generate", PROMPT, *words).code == 0
+def test_model_flags_reach_the_engine(kadr: Run, engine: FakeEngine) -> None:
+    components = ("--model", "m.safetensors", "--text-encoder", "t5", "--vae", "v.safetensors", "--second-model", "n")
+    args = (*components, "--upscaler", "s", "--upscaler", "t", "--device", "cuda:1", "--dtype", "float32")
+    assert kadr("generate", PROMPT, *args).code == 0
     options = {"text_encoder": Path("t5"), "vae": Path("v.safetensors"), "second_model": "n", "upscaler": ["s", "t"]}
     assert engine.open_calls == [("m.safetensors", {**options, "device": "cuda:1", "dtype": "float32"})]
 
 
 def test_loras_reach_the_engine_with_their_strengths(kadr: Run, engine: FakeEngine) -> None:
-    words = "--lora a.safetensors --lora b.safetensors 0.5 --lora=c.safetensors -5e-1 2 --lora-partial --merge-loras"
-    assert kadr("generate", PROMPT, *words.split()).code == 0
+    args = "--lora a.safetensors --lora b.safetensors 0.5 --lora=c.safetensors -5e-1 2 --lora-partial --merge-loras"
+    assert kadr("generate", PROMPT, *args.split()).code == 0
     _, options = engine.open_calls[0]
     assert options["loras"] == [("a.safetensors",), ("b.safetensors", 0.5), ("c.safetensors", -0.5, 2.0)]
     assert (options["lora_partial"], options["merge_loras"]) == (True, True)
@@ -114,21 +114,21 @@ def test_loras_reach_the_engine_with_their_strengths(kadr: Run, engine: FakeEngi
     assert not {"loras", "lora_partial", "merge_loras"} & engine.open_calls[1][1].keys()
 
 
-def test_what_is_named_for_a_second_pass_that_is_not_made_is_pointed_out(kadr: Run, engine: FakeEngine) -> None:
+def test_unused_second_pass_flags_are_a_warning(kadr: Run, engine: FakeEngine) -> None:
     assert "a single pass" not in kadr("generate", PROMPT, *["--lora", "l.safetensors", "1", "1"]).err
-    for words in ("--upscaler u.safetensors", "--second-model m.safetensors", "--lora l.safetensors 1 0.5"):
-        ended = kadr("generate", PROMPT, *words.split())
-        assert (ended.code, "a single pass is run, and the" in ended.err) == (0, True)
-        assert "a single pass" not in kadr("generate", PROMPT, *words.split(), "--multi-scale").err
+    for args in ("--upscaler u.safetensors", "--second-model m.safetensors", "--lora l.safetensors 1 0.5"):
+        result = kadr("generate", PROMPT, *args.split())
+        assert (result.code, "a single pass is run, and the" in result.err) == (0, True)
+        assert "a single pass" not in kadr("generate", PROMPT, *args.split(), "--multi-scale").err
 
 
-def test_the_prompt_cache_is_used_unless_a_flag_says_otherwise(kadr: Run, engine: FakeEngine) -> None:
+def test_prompt_cache_is_used_unless_disabled(kadr: Run, engine: FakeEngine) -> None:
     assert kadr("generate", PROMPT).code == kadr("generate", PROMPT, "--no-prompt-cache").code == 0
     assert [options.get("prompt_cache", True) for _, options in engine.open_calls] == [True, False]
 
 
 @pytest.mark.parametrize("numbers, frame, strength", [((), 0, 1.0), (("0",), 0, 1.0), (("0", "0.8"), 0, 0.8)])
-def test_image_takes_its_numbers_or_leaves_them(
+def test_image_takes_an_optional_frame_and_strength(
     kadr: Run, engine: FakeEngine, image_path: str, numbers: tuple[str, ...], frame: int, strength: float
 ) -> None:
     assert kadr("generate", "--image", image_path, *numbers, PROMPT).code == 0
@@ -137,7 +137,7 @@ def test_image_takes_its_numbers_or_leaves_them(
 
 
 @pytest.mark.parametrize(
-    "words, frame, strength, part, box",
+    "args, frame, strength, frame_range, box",
     [
         ("clip.mp4", 0, 1.0, None, None),
         ("clip.mp4 -1 .5", -1, 0.5, None, None),
@@ -147,28 +147,28 @@ def test_image_takes_its_numbers_or_leaves_them(
         ("strange#name 0", 0, 1.0, None, None),
     ],
 )
-def test_video_takes_a_part_and_numbers(
-    kadr: Run, engine: FakeEngine, words: str, frame: int, strength: float, part: Any, box: Any
+def test_video_takes_a_frame_range_frame_and_strength(
+    kadr: Run, engine: FakeEngine, args: str, frame: int, strength: float, frame_range: Any, box: Any
 ) -> None:
     Path("clip.mp4").touch()
     Path("strange#name").touch()
-    ended = kadr("generate", PROMPT, "--video", *words.split())
-    assert ended.code == 0, ended.err
-    path = words.split()[0].partition(".mp4")[0] + (".mp4" if "mp4" in words else "")
+    result = kadr("generate", PROMPT, "--video", *args.split())
+    assert result.code == 0, result.err
+    path = args.split()[0].partition(".mp4")[0] + (".mp4" if "mp4" in args else "")
     expected = Condition(
-        media=os.path.abspath(path), frame=frame, strength=strength, is_clip=True, frame_range=part, box=box
+        media=os.path.abspath(path), frame=frame, strength=strength, is_clip=True, frame_range=frame_range, box=box
     )
     assert engine.requests[0].conditions == (expected,)
 
 
-def test_image_takes_a_box_after_its_numbers_or_without(kadr: Run, engine: FakeEngine, image_path: str) -> None:
-    for words in (["0", "1.0"], []):
-        assert kadr("generate", "--image", image_path, *words, "box=0,0,32,64", PROMPT).code == 0
+def test_image_takes_a_box_with_or_without_numbers(kadr: Run, engine: FakeEngine, image_path: str) -> None:
+    for args in (["0", "1.0"], []):
+        assert kadr("generate", "--image", image_path, *args, "box=0,0,32,64", PROMPT).code == 0
     expected = Condition(media=os.path.abspath(image_path), box=(0, 0, 32, 64))
     assert [request.conditions for request in engine.requests] == [(expected,), (expected,)]
 
 
-def test_video_to_start_from_is_remembered_by_its_whole_path(kadr: Run, engine: FakeEngine) -> None:
+def test_input_video_is_stored_by_its_absolute_path(kadr: Run, engine: FakeEngine) -> None:
     Path("clip.mp4").touch()
     assert kadr("generate", PROMPT, "--input-video", "clip.mp4", "--denoise-strength", ".4").code == 0
     assert engine.requests == [Request(prompt=PROMPT, input_video=os.path.abspath("clip.mp4"), denoise_strength=0.4)]
@@ -176,13 +176,13 @@ def test_video_to_start_from_is_remembered_by_its_whole_path(kadr: Run, engine: 
 
 @pytest.mark.parametrize("flag", ["--image", "--video", "--input-video"])
 def test_absent_media_is_named_before_the_model_is_opened(kadr: Run, engine: FakeEngine, flag: str) -> None:
-    for words in ([], ["--dry-run"]):
-        ended = kadr("generate", PROMPT, flag, "absent.mp4", *words)
-        assert (ended.code, ended.out, engine.open_calls) == (1, "", [])
-        assert "absent.mp4" in ended.err
+    for args in ([], ["--dry-run"]):
+        result = kadr("generate", PROMPT, flag, "absent.mp4", *args)
+        assert (result.code, result.out, engine.open_calls) == (1, "", [])
+        assert "absent.mp4" in result.err
 
 
-def test_config_gives_model_parts_and_recipe_and_flags_go_first(kadr: Run, engine: FakeEngine) -> None:
+def test_config_sets_components_and_recipe_and_flags_override_it(kadr: Run, engine: FakeEngine) -> None:
     config = Path("config.yaml")
     config.write_text(OFFICIAL_CONFIGS["ltxv-13b-0.9.8-dev"], "utf-8")
     assert kadr("generate", PROMPT, "--config", config).code == 0
@@ -194,51 +194,53 @@ def test_config_gives_model_parts_and_recipe_and_flags_go_first(kadr: Run, engin
 
 
 @pytest.mark.parametrize(
-    "text, word",
+    "text, message",
     [(None, "config.yaml"), ("stg_scall: 1", "stg_scale?"), ("stg_scale: [", "is not YAML"), ("stg_scale: x", "'x'")],
 )
-def test_bad_config_ends_with_1_and_is_named(kadr: Run, engine: FakeEngine, text: str | None, word: str) -> None:
+def test_bad_config_ends_with_1_and_is_named(kadr: Run, engine: FakeEngine, text: str | None, message: str) -> None:
     if text is not None:
         Path("config.yaml").write_text(text, "utf-8")
-    ended = kadr("generate", PROMPT, "--config", "config.yaml")
-    assert (ended.code, ended.out, engine.open_calls) == (1, "", [])
-    assert "config.yaml" in ended.err
-    assert word in ended.err
+    result = kadr("generate", PROMPT, "--config", "config.yaml")
+    assert (result.code, result.out, engine.open_calls) == (1, "", [])
+    assert "config.yaml" in result.err
+    assert message in result.err
 
 
 @pytest.mark.parametrize("official, ours", ALIASES.items())
-@pytest.mark.parametrize("joined", [False, True])
-def test_official_name_is_ours(kadr: Run, engine: FakeEngine, official: str, ours: str, joined: bool) -> None:
+@pytest.mark.parametrize("with_equals_sign", [False, True])
+def test_official_flag_equals_ours(
+    kadr: Run, engine: FakeEngine, official: str, ours: str, with_equals_sign: bool
+) -> None:
     Path("config.yaml").write_text("checkpoint_path: demo", "utf-8")
     value = VALUES.get(ours, "1")
     assert kadr("generate", PROMPT, ours, value).code == 0
-    words = (f"{official}={value}",) if joined else (official, value)
-    assert kadr("generate", PROMPT, *words).code == 0
+    args = (f"{official}={value}",) if with_equals_sign else (official, value)
+    assert kadr("generate", PROMPT, *args).code == 0
     assert engine.requests[0] == engine.requests[1]
     assert engine.open_calls[0] == engine.open_calls[1]
     assert ours != "--output" or sorted(os.listdir()) == ["config.yaml", "named.mp4"]
 
 
 def test_official_command_line_is_understood(kadr: Run, engine: FakeEngine, image_path: str) -> None:
-    words = f"--prompt|{PROMPT}|--conditioning_media_paths|{image_path}|--conditioning_start_frames|0|"
-    words += "--conditioning_strengths|0.5|--height|480|--width=704|--num_frames|17|--seed|3"
-    assert kadr("generate", *words.split("|")).code == 0
+    args = f"--prompt|{PROMPT}|--conditioning_media_paths|{image_path}|--conditioning_start_frames|0|"
+    args += "--conditioning_strengths|0.5|--height|480|--width=704|--num_frames|17|--seed|3"
+    assert kadr("generate", *args.split("|")).code == 0
     condition = Condition(media=os.path.abspath(image_path), frame=0, strength=0.5)
-    made = Request(prompt=PROMPT, size=(704, 480), frames=17, seed=3, conditions=(condition,))
-    assert engine.requests == [made]
+    expected = Request(prompt=PROMPT, size=(704, 480), frames=17, seed=3, conditions=(condition,))
+    assert engine.requests == [expected]
 
 
-def test_official_media_are_images_or_clips_by_their_endings(kadr: Run, engine: FakeEngine, image_path: str) -> None:
+def test_official_media_are_images_or_clips_by_their_suffix(kadr: Run, engine: FakeEngine, image_path: str) -> None:
     Path("clip.MP4").touch()
-    words = ("--conditioning_media_paths", "clip.MP4", image_path, "--conditioning_start_frames", "8", "0")
-    assert kadr("generate", PROMPT, *words).code == 0
+    args = ("--conditioning_media_paths", "clip.MP4", image_path, "--conditioning_start_frames", "8", "0")
+    assert kadr("generate", PROMPT, *args).code == 0
     first = Condition(media=os.path.abspath(image_path), is_clip=False)
     second = Condition(media=os.path.abspath("clip.MP4"), frame=8, is_clip=True)
     assert engine.requests[0].conditions == (first, second)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         "x --quant int3",
         "x --offload cpu",
@@ -271,30 +273,30 @@ def test_official_media_are_images_or_clips_by_their_endings(kadr: Run, engine: 
         "",
     ],
 )
-def test_bad_usage_ends_with_2_and_says_why(kadr: Run, engine: FakeEngine, words: str) -> None:
-    ended = kadr("generate", *words.split())
-    assert (ended.code, ended.out, engine.open_calls) == (2, "", [])
-    assert "Error: " in ended.err
+def test_bad_usage_ends_with_2_and_is_explained(kadr: Run, engine: FakeEngine, args: str) -> None:
+    result = kadr("generate", *args.split())
+    assert (result.code, result.out, engine.open_calls) == (2, "", [])
+    assert "Error: " in result.err
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     ["x --frames 0", "x --guidance 0.5", "x --seconds -1", "x --seconds nan", "x --output no/such/folder/v.mp4"]
     + ["x --denoise-strength 0.5", "x --stg-mode residual", "x --skip-blocks -1", "x --apg 7", "x --tone-map 2"]
     + ["x --second-sigmas .9 --second-skip-initial 1", "x --guidance 0.5,1 --guidance-sigmas 1,0"]
     + ["x --output v.gif", "x --size 63x63", "x --save-latents l.pt", "x --save-latents no/such/l.safetensors"],
 )
-def test_refused_request_ends_with_1_and_leaves_nothing(kadr: Run, engine: FakeEngine, words: str) -> None:
-    ended = kadr("generate", *words.split())
-    assert (ended.code, ended.out, os.listdir()) == (1, "", [])
-    assert ended.err.splitlines()[-1].startswith("error: ")
+def test_refused_request_ends_with_1_and_leaves_no_file(kadr: Run, engine: FakeEngine, args: str) -> None:
+    result = kadr("generate", *args.split())
+    assert (result.code, result.out, os.listdir()) == (1, "", [])
+    assert result.err.splitlines()[-1].startswith("error: ")
 
 
-def test_stdout_is_the_path_and_stderr_the_talk(kadr: Run, engine: FakeEngine) -> None:
-    ended = kadr("generate", PROMPT, "--model", "m.safetensors")
-    assert (ended.code, ended.out) == (0, "out.mp4\n")
-    talk = [line for line in ended.err.splitlines() if not line.startswith("plan: ")]
-    assert talk == ["denoising: 2 of 2", "9 frames of 64x64 at 24 per second, made in 0:02"]
+def test_path_goes_to_stdout_and_messages_to_stderr(kadr: Run, engine: FakeEngine) -> None:
+    result = kadr("generate", PROMPT, "--model", "m.safetensors")
+    assert (result.code, result.out) == (0, "out.mp4\n")
+    messages = [line for line in result.err.splitlines() if not line.startswith("plan: ")]
+    assert messages == ["denoising: 2 of 2", "9 frames of 64x64 at 24 per second, made in 0:02"]
 
 
 def test_demo_is_announced_only_where_no_model_is_named(kadr: Run, engine: FakeEngine) -> None:
@@ -302,15 +304,15 @@ def test_demo_is_announced_only_where_no_model_is_named(kadr: Run, engine: FakeE
     assert "kadr models" not in kadr("generate", PROMPT, "--model", "demo").err
 
 
-def test_json_is_one_object_that_holds_the_request(kadr: Run, engine: FakeEngine) -> None:
-    told = json.loads(kadr("generate", PROMPT, "--model", "demo", "--seed", "5", "--json").out)
-    assert Request.from_json(told.pop("request")) == engine.resolve(Request(prompt=PROMPT, seed=5))
-    made = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "seed": 5}
-    made["model_name"] = "demo"
-    assert told == made
+def test_json_is_one_object_with_the_request(kadr: Run, engine: FakeEngine) -> None:
+    report = json.loads(kadr("generate", PROMPT, "--model", "demo", "--seed", "5", "--json").out)
+    assert Request.from_json(report.pop("request")) == engine.resolve(Request(prompt=PROMPT, seed=5))
+    expected = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "seed": 5}
+    expected["model_name"] = "demo"
+    assert report == expected
 
 
-def test_default_name_replaces_nothing(kadr: Run, engine: FakeEngine) -> None:
+def test_default_name_replaces_no_file(kadr: Run, engine: FakeEngine) -> None:
     assert [kadr("generate", PROMPT).out for _ in range(3)] == ["out.mp4\n", "out-2.mp4\n", "out-3.mp4\n"]
 
 
@@ -323,28 +325,26 @@ def test_named_output_is_replaced_and_a_folder_gets_a_new_file(kadr: Run, engine
 
 
 @pytest.mark.parametrize("strength", ["50%", "0,5", "nan", "-inf", "0.5,0.7"])
-def test_what_is_no_strength_of_a_lora_is_called_that(kadr: Run, engine: FakeEngine, strength: str) -> None:
-    ended = kadr("generate", PROMPT, "--lora", "l.safetensors", strength)
-    assert (ended.code, engine.open_calls) == (2, [])
+def test_malformed_lora_strength_is_refused(kadr: Run, engine: FakeEngine, strength: str) -> None:
+    result = kadr("generate", PROMPT, "--lora", "l.safetensors", strength)
+    assert (result.code, engine.open_calls) == (2, [])
     assert f"'{strength}' is not a strength: write PATH, a number such as 0.8" in " ".join(
-        ended.err.replace("│", " ").split()
+        result.err.replace("│", " ").split()
     )
 
 
 @pytest.mark.parametrize("flag", ["--image", "--video", "--input-video", "--control"])
-def test_what_a_video_is_made_from_is_never_written_over(
-    kadr: Run, engine: FakeEngine, tmp_path: Path, flag: str
-) -> None:
-    (tmp_path / "own.mp4").write_bytes(b"mine")
-    (tmp_path / "link.mp4").symlink_to("own.mp4")
-    for output in ("own.mp4", "./own.mp4", "link.mp4"):
-        ended = kadr("generate", PROMPT, flag, "own.mp4", "--output", output)
-        assert (ended.code, engine.open_calls) == (1, [])
-        assert "is an input of the video: it would be overwritten" in ended.err
-    assert (tmp_path / "own.mp4").read_bytes() == b"mine"
+def test_inputs_are_never_overwritten(kadr: Run, engine: FakeEngine, tmp_path: Path, flag: str) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"mine")
+    (tmp_path / "link.mp4").symlink_to("clip.mp4")
+    for output in ("clip.mp4", "./clip.mp4", "link.mp4"):
+        result = kadr("generate", PROMPT, flag, "clip.mp4", "--output", output)
+        assert (result.code, engine.open_calls) == (1, [])
+        assert "is an input of the video: it would be overwritten" in result.err
+    assert (tmp_path / "clip.mp4").read_bytes() == b"mine"
 
 
-def test_latents_are_saved_under_their_name_with_the_request(kadr: Run, engine: FakeEngine) -> None:
+def test_latents_are_saved_with_the_request(kadr: Run, engine: FakeEngine) -> None:
     import torch
     from safetensors import safe_open
 
@@ -357,48 +357,50 @@ def test_latents_are_saved_under_their_name_with_the_request(kadr: Run, engine: 
     assert sorted(os.listdir()) == ["l.safetensors", "out.mp4"]
 
 
-def raising(error: BaseException) -> Callable[[], None]:
-    def raise_it() -> None:
+def raises(error: BaseException) -> Callable[[], None]:
+    """Returns a function that raises the error."""
+
+    def raise_error() -> None:
         raise error
 
-    return raise_it
+    return raise_error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Cancelled("the watcher asked")])
-def test_cancelling_ends_with_130_and_leaves_nothing(kadr: Run, engine: FakeEngine, error: BaseException) -> None:
-    engine.on_half_written = raising(error)
-    ended = kadr("generate", PROMPT, "--save-latents", "l.safetensors")
-    assert (ended.code, ended.out, os.listdir()) == (130, "", [])
-    assert ended.err.splitlines()[-1] == "cancelled"
+def test_cancelling_ends_with_130_and_leaves_no_file(kadr: Run, engine: FakeEngine, error: BaseException) -> None:
+    engine.on_half_written = raises(error)
+    result = kadr("generate", PROMPT, "--save-latents", "l.safetensors")
+    assert (result.code, result.out, os.listdir()) == (130, "", [])
+    assert result.err.splitlines()[-1] == "cancelled"
 
 
 @pytest.mark.parametrize("error", [RequestError("no"), NonFiniteError("no", stage="decode")])
 def test_explained_error_is_one_line(kadr: Run, engine: FakeEngine, error: Exception) -> None:
-    engine.on_half_written = raising(error)
-    ended = kadr("generate", PROMPT)
-    assert (ended.code, ended.out, os.listdir()) == (1, "", [])
-    assert ended.err.splitlines()[-1] == "error: no"
-    assert "Traceback" not in ended.err
+    engine.on_half_written = raises(error)
+    result = kadr("generate", PROMPT)
+    assert (result.code, result.out, os.listdir()) == (1, "", [])
+    assert result.err.splitlines()[-1] == "error: no"
+    assert "Traceback" not in result.err
 
 
 def test_an_unexpected_error_asks_for_a_report_and_can_show_its_traceback(
     kadr: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.on_half_written = raising(ZeroDivisionError("by nought\nand more"))
+    engine.on_half_written = raises(ZeroDivisionError("by nought\nand more"))
     monkeypatch.delenv("KADR_DEBUG", raising=False)
-    ended = kadr("generate", PROMPT)
-    assert (ended.code, ended.out) == (1, "")
-    assert "ZeroDivisionError: by nought\n" in ended.err
-    assert "KADR_DEBUG=1" in ended.err
-    assert "Traceback" not in ended.err
+    result = kadr("generate", PROMPT)
+    assert (result.code, result.out) == (1, "")
+    assert "ZeroDivisionError: by nought\n" in result.err
+    assert "KADR_DEBUG=1" in result.err
+    assert "Traceback" not in result.err
     monkeypatch.setenv("KADR_DEBUG", "1")
     assert "Traceback" in kadr("generate", PROMPT).err
 
 
-def test_full_memory_is_no_bug(kadr: Run, engine: FakeEngine) -> None:
-    engine.on_half_written = raising(MemoryError())
-    ended = kadr("generate", PROMPT)
-    assert (ended.code, "--size" in ended.err, "bug" in ended.err) == (1, True, False)
+def test_out_of_memory_is_not_reported_as_a_bug(kadr: Run, engine: FakeEngine) -> None:
+    engine.on_half_written = raises(MemoryError())
+    result = kadr("generate", PROMPT)
+    assert (result.code, "--size" in result.err, "bug" in result.err) == (1, True, False)
 
 
 def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, engine: FakeEngine) -> None:
@@ -407,15 +409,15 @@ def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, eng
         warnings.warn("somebody else's", UserWarning, stacklevel=1)
 
     engine.on_half_written = warn
-    ended = kadr("generate", PROMPT)
-    assert ended.code == 0
-    assert "warning: the prompt is cut: 'tail'\n" in ended.err
-    assert "somebody" not in ended.err
-    assert "test_generate" not in ended.err
+    result = kadr("generate", PROMPT)
+    assert result.code == 0
+    assert "warning: the prompt is cut: 'tail'\n" in result.err
+    assert "somebody" not in result.err
+    assert "test_generate" not in result.err
 
 
 @pytest.mark.parametrize(
-    "words, given",
+    "args, expected",
     [
         ("", {}),
         ("--quant q4_k", {"quant": "q4_k"}),
@@ -426,30 +428,32 @@ def test_warnings_of_kadr_are_one_line_each_and_others_are_silent(kadr: Run, eng
         ("--compile", {"compile_transformer": True}),
     ],
 )
-def test_how_weights_are_held_is_passed_on(kadr: Run, engine: FakeEngine, words: str, given: dict[str, object]) -> None:
-    assert kadr("generate", PROMPT, *words.split()).code == 0
+def test_quant_offload_and_compile_reach_the_engine(
+    kadr: Run, engine: FakeEngine, args: str, expected: dict[str, object]
+) -> None:
+    assert kadr("generate", PROMPT, *args.split()).code == 0
     options = engine.open_calls[0][1]
-    assert {name: options[name] for name in ("quant", "offload", "compile_transformer") if name in options} == given
+    assert {name: options[name] for name in ("quant", "offload", "compile_transformer") if name in options} == expected
 
 
-def test_the_plan_is_said_before_the_video_is_made(kadr: Run, engine: FakeEngine) -> None:
-    ended = kadr("generate", PROMPT)
-    assert "plan: peak 1.0 GB on cpu, of 2.0 GB available; about 60 s\nplan: denoise: it is a fake" in ended.err
-    assert ended.out == "out.mp4\n"
+def test_plan_is_printed_before_the_video_is_made(kadr: Run, engine: FakeEngine) -> None:
+    result = kadr("generate", PROMPT)
+    assert "plan: peak 1.0 GB on cpu, of 2.0 GB available; about 60 s\nplan: denoise: it is a fake" in result.err
+    assert result.out == "out.mp4\n"
 
 
-def test_plan_prints_the_plan_and_makes_nothing(kadr: Run, engine: FakeEngine) -> None:
-    ended = kadr("plan", PROMPT, "--size", "64x64", "--seconds", "0.5")
-    assert ended.code == 0
-    assert "denoise  transformer  bfloat16  torch    1.0 GB  60 s" in ended.out
+def test_plan_prints_the_plan_and_makes_no_file(kadr: Run, engine: FakeEngine) -> None:
+    result = kadr("plan", PROMPT, "--size", "64x64", "--seconds", "0.5")
+    assert result.code == 0
+    assert "denoise  transformer  bfloat16  torch    1.0 GB  60 s" in result.out
     assert engine.requests == [Request(prompt=PROMPT, size=(64, 64), frames=12)]
     assert json.loads(kadr("plan", PROMPT, "--json").out)["peak_bytes"] == 10**9
     assert not list(Path().iterdir())
 
 
 def test_plan_fetches_nothing(kadr: Run, engine: FakeEngine) -> None:
-    ended = kadr("plan", PROMPT, "--model", "ltxv-2b-0.9.5")
-    assert ended.code == 1
-    assert "ltxv-2b-0.9.5" in ended.err
-    assert "kadr models pull" in ended.err
+    result = kadr("plan", PROMPT, "--model", "ltxv-2b-0.9.5")
+    assert result.code == 1
+    assert "ltxv-2b-0.9.5" in result.err
+    assert "kadr models pull" in result.err
     assert not engine.open_calls

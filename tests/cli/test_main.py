@@ -1,4 +1,4 @@
-"""`kadr` itself: help, version, and what a terminal or a pipe sees of the progress."""
+"""`kadr` itself: help, version, and progress on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -22,53 +22,53 @@ SOURCES = Path(__file__).parents[2] / "src"
 HEAVY = {"torch", "numpy", "av", "PIL", "safetensors", "huggingface_hub", "rich", "tokenizers"}
 
 
-def test_version_is_data(kadr: Run) -> None:
+def test_version_goes_to_stdout(kadr: Run) -> None:
     assert kadr("--version") == (0, f"kadr {__version__}\n", "")
 
 
 def test_help_names_every_verb(kadr: Run) -> None:
-    ended = kadr("--help")
-    assert (ended.code, ended.err) == (0, "")
-    assert all(verb in ended.out for verb in ("generate", "rerun", "inspect", "models"))
+    result = kadr("--help")
+    assert (result.code, result.err) == (0, "")
+    assert all(verb in result.out for verb in ("generate", "rerun", "inspect", "models"))
 
 
-@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["rerun", "--help"], ["--version"]])
-def test_answer_that_needs_no_model_loads_nothing_heavy(words: list[str]) -> None:
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["rerun", "--help"], ["--version"]])
+def test_help_and_version_load_no_heavy_library(args: list[str]) -> None:
     code = "import sys; from kadr.cli.main import main\ntry: main(sys.argv[1:])\n"
     code += "except SystemExit: print(*sys.modules, file=sys.stderr)"
-    answer = subprocess.run(
-        [sys.executable, "-c", code, *words],
+    process = subprocess.run(
+        [sys.executable, "-c", code, *args],
         env={**os.environ, "PYTHONPATH": str(SOURCES)},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert "kadr.cli.main" in answer.stderr.split()
-    assert HEAVY.isdisjoint(answer.stderr.split())
+    assert "kadr.cli.main" in process.stderr.split()
+    assert HEAVY.isdisjoint(process.stderr.split())
 
 
-def test_module_is_the_command() -> None:
-    answer = subprocess.run(
+def test_python_m_kadr_is_the_command() -> None:
+    process = subprocess.run(
         [sys.executable, "-m", "kadr", "--version"],
         env={**os.environ, "PYTHONPATH": str(SOURCES)},
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert (answer.returncode, answer.stdout) == (0, f"kadr {__version__}\n")
+    assert (process.returncode, process.stdout) == (0, f"kadr {__version__}\n")
 
 
-@pytest.mark.parametrize("words", [["dance"], ["generate", "x", "--wat"]])
-def test_bad_usage_ends_with_2(kadr: Run, words: list[str]) -> None:
-    ended = kadr(*words)
-    assert (ended.code, ended.out) == (2, "")
-    assert "Error: No such" in ended.err
+@pytest.mark.parametrize("args", [["dance"], ["generate", "x", "--wat"]])
+def test_bad_usage_ends_with_2(kadr: Run, args: list[str]) -> None:
+    result = kadr(*args)
+    assert (result.code, result.out) == (2, "")
+    assert "Error: No such" in result.err
 
 
-def test_polite_kill_is_a_cancel(kadr: Run, engine: FakeEngine) -> None:
+def test_sigterm_cancels(kadr: Run, engine: FakeEngine) -> None:
     engine.on_half_written = lambda: signal.raise_signal(signal.SIGTERM)
-    ended = kadr("generate", "x")
-    assert (ended.code, os.listdir()) == (130, [])
+    result = kadr("generate", "x")
+    assert (result.code, os.listdir()) == (130, [])
 
 
 def test_lines_come_every_few_seconds_and_at_the_end_of_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,9 +101,9 @@ def test_terminal_gets_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch, capsys: 
         watch(Progress("denoise", 2, 4, eta=61.0))
         print("data")
         watch(Progress("decode", 9, 9, eta=0.0))
-    shown = terminal.getvalue()
-    assert all(text in shown for text in ("denoising", "2/4", "decoding", "9/9"))
-    assert "data" not in shown
+    output = terminal.getvalue()
+    assert all(text in output for text in ("denoising", "2/4", "decoding", "9/9"))
+    assert "data" not in output
     assert capsys.readouterr().out == "data\n"
 
 

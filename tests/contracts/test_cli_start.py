@@ -1,4 +1,4 @@
-"""The command line answers at once: `kadr --help` loads no torch."""
+"""`kadr --help` is fast and loads no torch."""
 
 import os
 import subprocess
@@ -7,11 +7,11 @@ from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 
 SOURCES = Path(__file__).parents[2] / "src"
-LIMIT = 0.4  # seconds of a CPU, from the start of the process to its end
+MAX_CPU_SECONDS = 0.4  # from the start of the process to its end
 
 
-def ask_for_help(*python_flags: str) -> subprocess.CompletedProcess[str]:
-    """Run `kadr --help` as its own process, on the source tree rather than on an installed copy."""
+def run_help(*python_flags: str) -> subprocess.CompletedProcess[str]:
+    """Runs `kadr --help` in a process of its own, on the source tree rather than an installed copy."""
     return subprocess.run(
         [sys.executable, *python_flags, "-m", "kadr.cli.main", "--help"],
         env={**os.environ, "PYTHONPATH": str(SOURCES)},
@@ -21,28 +21,30 @@ def ask_for_help(*python_flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_is_data_on_stdout() -> None:
-    answer = ask_for_help()
-    assert (answer.returncode, answer.stderr) == (0, "")
-    assert "generate" in answer.stdout
+def test_help_goes_to_stdout() -> None:
+    process = run_help()
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "generate" in process.stdout
 
 
 def test_help_does_not_load_torch() -> None:
-    answer = ask_for_help("-X", "importtime")  # stderr: lines of "import time: self | cumulative | module"
-    talk = [line for line in answer.stderr.splitlines() if line.startswith("import time:")]
-    loaded = {line.rpartition("|")[2].strip() for line in talk}
-    assert answer.returncode == 0, answer.stderr[-2000:]
-    assert "kadr.cli" in loaded, "the log of imports was not read"
+    process = run_help("-X", "importtime")  # stderr: lines of "import time: self | cumulative | module"
+    lines = [line for line in process.stderr.splitlines() if line.startswith("import time:")]
+    loaded = {line.rpartition("|")[2].strip() for line in lines}
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "kadr.cli" in loaded, "the import log was not parsed"
     assert "torch" not in loaded
 
 
 def test_help_answers_in_under_400_milliseconds() -> None:
-    """CPU time: other tests run beside this one, and it waits for nothing else."""
+    """Measures CPU time, because other tests run at the same time."""
     times = []
     for _ in range(5):
         before = getrusage(RUSAGE_CHILDREN)
-        answer = ask_for_help()
+        process = run_help()
         after = getrusage(RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert answer.returncode == 0, answer.stderr
-    assert min(times) < LIMIT, f"the best of {[f'{seconds:.2f} s' for seconds in times]} is over {LIMIT} s"
+        assert process.returncode == 0, process.stderr
+    assert min(times) < MAX_CPU_SECONDS, (
+        f"the best of {[f'{seconds:.2f} s' for seconds in times]} is over {MAX_CPU_SECONDS} s"
+    )

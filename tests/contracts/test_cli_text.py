@@ -1,4 +1,4 @@
-"""The words of the command line: scripts stand on them. Change this list only with a reason."""
+"""Verbs and flags of the command line. Scripts depend on them: change this list only with a reason."""
 
 from pathlib import Path
 
@@ -53,17 +53,17 @@ def test_verbs_are_these() -> None:
     assert list(typer.main.get_command(app).commands) == list(VERBS)
 
 
-@pytest.mark.parametrize("verb, words", VERBS.items())
-def test_words_of_a_verb_are_these(verb: str, words: str) -> None:
+@pytest.mark.parametrize("verb, flags", VERBS.items())
+def test_flags_of_a_verb_are_these(verb: str, flags: str) -> None:
     command = typer.main.get_command(app).commands[verb]
-    found = []
+    actual = []
     for parameter in command.params:
-        options = parameter.param_type_name == "option"
-        found += [*parameter.opts, *parameter.secondary_opts] if options else [parameter.metavar]
-    assert found == words.split()
+        is_option = parameter.param_type_name == "option"
+        actual += [*parameter.opts, *parameter.secondary_opts] if is_option else [parameter.metavar]
+    assert actual == flags.split()
 
 
-def test_official_names_are_these() -> None:
+def test_official_flags_are_these() -> None:
     assert {
         *ALIASES,
         *SIZE_FLAGS,
@@ -74,7 +74,7 @@ def test_official_names_are_these() -> None:
     } == set(OFFICIAL.split())
 
 
-def test_every_word_is_in_the_reference() -> None:
+def test_every_flag_is_in_the_reference() -> None:
     text = REFERENCE.read_text("utf-8")
-    words = [word for words in (*VERBS.values(), OFFICIAL) for word in words.split()]
-    assert [word for word in words if word.strip("-") not in text] == []
+    flags = [flag for flags in (*VERBS.values(), OFFICIAL) for flag in flags.split()]
+    assert [flag for flag in flags if flag.strip("-") not in text] == []

@@ -1,4 +1,4 @@
-"""Documents name what exists: tests, files, links, floors, and every released model in its table."""
+"""Tests, files, links, floors and releases that the documents name exist, and none is missing."""
 
 from __future__ import annotations
 
@@ -14,75 +14,75 @@ from tests.doc_tables import DOCS, ROOT
 
 DOCUMENTS = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 PACKAGE = ROOT / "src" / "kadr"
-NAMED = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
-FILE = re.compile(r"`((?:\w+/)+\w+\.py)`")
+TEST_REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+FILE_REFERENCE = re.compile(r"`((?:\w+/)+\w+\.py)`")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
 
 
-def claims(path: Path) -> dict[str, set[str]]:
-    """The tests of a file, and what each asks for."""
+def fixtures_by_test(path: Path) -> dict[str, set[str]]:
+    """Returns the tests of a file, each with the fixtures it uses."""
     functions = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)]
-    asked = {function.name: {one.arg for one in function.args.args} for function in functions}
-    return {name: fixtures for name, fixtures in asked.items() if name.startswith("test_")}
+    fixtures = {function.name: {arg.arg for arg in function.args.args} for function in functions}
+    return {name: names for name, names in fixtures.items() if name.startswith("test_")}
 
 
 def missing_tests(text: str) -> list[str]:
-    """The tests that a text names and that do not exist."""
-    named = sorted(set(NAMED.findall(text)))
-    paths = {file for file, _ in named if (ROOT / file).is_file()}
-    known = {file: claims(ROOT / file) for file in paths}
-    return [f"{file}::{test}" for file, test in named if test not in known.get(file, ())]
+    """Returns the tests that a text names and that do not exist."""
+    references = sorted(set(TEST_REFERENCE.findall(text)))
+    paths = {file for file, _ in references if (ROOT / file).is_file()}
+    known = {file: fixtures_by_test(ROOT / file) for file in paths}
+    return [f"{file}::{test}" for file, test in references if test not in known.get(file, ())]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_tests_files_and_links_that_a_document_names_exist(path: Path) -> None:
     text = path.read_text("utf-8")
     assert missing_tests(text) == []
-    homes = (ROOT, PACKAGE, PACKAGE.parent)
-    assert [file for file in FILE.findall(text) if not any((home / file).is_file() for home in homes)] == []
+    roots = (ROOT, PACKAGE, PACKAGE.parent)
+    assert [file for file in FILE_REFERENCE.findall(text) if not any((root / file).is_file() for root in roots)] == []
     assert [link for link in LINK.findall(text) if not (path.parent / link).exists()] == []
 
 
-def test_a_test_that_does_not_exist_would_be_noticed() -> None:
-    here = "tests/contracts/test_documents.py"
-    assert missing_tests(f"`{here}::test_a_test_that_does_not_exist_would_be_noticed`") == []
-    for gone in (f"{here}::test_gone", "tests/test_gone.py::test_gone", f"{here}::missing_tests"):
-        assert missing_tests(f"`{gone}`") == [gone]
+def test_missing_test_is_noticed() -> None:
+    this_file = "tests/contracts/test_documents.py"
+    assert missing_tests(f"`{this_file}::test_missing_test_is_noticed`") == []
+    for missing in (f"{this_file}::test_gone", "tests/test_gone.py::test_gone", f"{this_file}::missing_tests"):
+        assert missing_tests(f"`{missing}`") == [missing]
 
 
-def test_the_floors_in_the_documents_are_those_that_are_held() -> None:
-    """If it fails: python -m tests.write_floors."""
+def test_floors_in_documents_are_those_enforced() -> None:
+    """To update the table: python -m tests.write_floors."""
     pages = {path: path.read_text("utf-8") for path in DOCUMENTS}
     assert doc_tables.read_table(pages[write_floors.PAGE], write_floors.NAME) == write_floors.floors_table()
-    listed = [path for path, page in pages.items() if re.search(r"^\| *floor *\|", page, re.MULTILINE)]
-    assert listed == [write_floors.PAGE]
+    pages_with_floors = [path for path, page in pages.items() if re.search(r"^\| *floor *\|", page, re.MULTILINE)]
+    assert pages_with_floors == [write_floors.PAGE]
 
 
 @pytest.mark.parametrize("name", write_models.TABLES)
-def test_the_page_of_models_is_what_the_registry_says(name: str) -> None:
-    """If it fails: python -m tests.write_models."""
+def test_models_page_matches_the_registry(name: str) -> None:
+    """To update the tables: python -m tests.write_models."""
     assert doc_tables.read_table(write_models.PAGE.read_text("utf-8"), name) == write_models.TABLES[name]()
 
 
-def test_every_entry_of_the_registry_is_in_the_page_of_models_with_its_test() -> None:
+def test_models_page_names_a_test_for_every_release() -> None:
     page = write_models.PAGE.read_text("utf-8")
     rows = [line for name in ("models", "components") for line in doc_tables.read_table(page, name).splitlines()]
-    for released in RELEASES:
-        (row,) = [row for row in rows if row.startswith(f"| `{released.name}` |")]
-        assert NAMED.search(row)
+    for release in RELEASES:
+        (row,) = [row for row in rows if row.startswith(f"| `{release.name}` |")]
+        assert TEST_REFERENCE.search(row)
 
 
-def test_every_test_that_notes_an_error_is_in_the_page_of_parity_and_no_other() -> None:
-    """If it fails: make parity."""
+def test_parity_page_lists_exactly_the_tests_using_parity() -> None:
+    """To update the table: make parity."""
     table = doc_tables.read_table(write_parity.PAGE.read_text("utf-8"), write_parity.NAME)
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
-    asking = {
+    tests_using_parity = {
         (path.relative_to(ROOT).as_posix(), test)
         for path in paths
-        for test, fixtures in claims(path).items()
+        for test, fixtures in fixtures_by_test(path).items()
         if "parity" in fixtures
     }
-    assert set(NAMED.findall(table)) == asking
+    assert set(TEST_REFERENCE.findall(table)) == tests_using_parity
     stages = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
     assert stages == sorted(stages, key=write_parity.PARITY_STAGES.index)
     assert set(stages) == set(write_parity.PARITY_STAGES)

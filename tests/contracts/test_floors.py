@@ -1,4 +1,4 @@
-"""A module of kadr imports from a lower floor or its own unit; no circles, no oracles, no network."""
+"""A module of kadr imports from a lower floor or its own unit: no cycles, no oracles, no network."""
 
 import ast
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "kadr"
-FLOORS = (  # from the ground up; shapes stands on errors; the public list stands on all it lists
+FLOORS = (  # from the lowest up; __init__ re-exports the public names and may import all of them
     "errors version",
     "shapes validation",
     "kernels sampling media text",
@@ -26,25 +26,34 @@ FLOORS = (  # from the ground up; shapes stands on errors; the public list stand
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units.split()}
 ORACLES = ("diffusers", "transformers", "ltx_video", "einops")
-DOORS = ("checkpoints/hub.py", "text/enhance.py")  # files of the hub; an endpoint that the user names
-LONGEST_FOLDER = 16  # modules
-NETWORK = ("huggingface_hub", "requests", "urllib.request", "urllib3", "http.client", "httpx", "httpx2", "aiohttp")
+NETWORK_MODULES = ("checkpoints/hub.py", "text/enhance.py")  # the hub; an endpoint that the user names
+MAX_MODULES_PER_FOLDER = 16
+NETWORK_LIBRARIES = (
+    "huggingface_hub",
+    "requests",
+    "urllib.request",
+    "urllib3",
+    "http.client",
+    "httpx",
+    "httpx2",
+    "aiohttp",
+)
 
 
-def imported(tree: ast.AST, home: list[str]) -> Iterator[str]:
-    """Every dotted name that a module imports, wherever the import stands. home: the package that dots start from."""
+def imported_names(tree: ast.AST, package: list[str]) -> Iterator[str]:
+    """Yields every dotted name that a module imports, at any depth. package: that of relative imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = home[: len(home) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
             yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
 def unit_of(name: str) -> str:
-    """The unit that `kadr.unit.rest` names; any other name under `kadr` is read from the public list."""
+    """Returns the unit of `kadr.unit.rest`; "__init__" for a public name such as `kadr.Engine`."""
     unit = [*name.split("."), "__init__"][1]
     return unit if unit in FLOOR or (PACKAGE / unit).is_dir() or (PACKAGE / f"{unit}.py").is_file() else "__init__"
 
@@ -54,60 +63,63 @@ def complaints(path: str, source: str) -> Iterator[str]:
     *folders, file = path.split("/")
     unit = folders[0] if folders else file.removesuffix(".py")
     if unit not in FLOOR:
-        yield f"{path}: {unit} stands on no floor; give it one in FLOORS"
-    for name in imported(ast.parse(source), ["kadr", *folders]):
-        there = unit_of(name)
-        lower = FLOOR.get(there, len(FLOORS)) < FLOOR.get(unit, -1)
-        if name.split(".")[0] == "kadr" and not (lower or there == unit or unit == "__init__"):
+        yield f"{path}: {unit} has no floor; add it to FLOORS"
+    for name in imported_names(ast.parse(source), ["kadr", *folders]):
+        imported_unit = unit_of(name)
+        is_lower = FLOOR.get(imported_unit, len(FLOORS)) < FLOOR.get(unit, -1)
+        if name.split(".")[0] == "kadr" and not (is_lower or imported_unit == unit or unit == "__init__"):
             yield f"{path}: imports {name}, which is not on a lower floor"
         if f"{name}.".startswith(tuple(f"{oracle}." for oracle in ORACLES)):
             yield f"{path}: imports {name}, which only tests and benchmarks may"
-        if f"{name}.".startswith(tuple(f"{door}." for door in NETWORK)) and path not in DOORS:
-            yield f"{path}: imports {name}; only {' and '.join(DOORS)} touch the network"
+        if f"{name}.".startswith(tuple(f"{library}." for library in NETWORK_LIBRARIES)) and path not in NETWORK_MODULES:
+            yield f"{path}: imports {name}; only {' and '.join(NETWORK_MODULES)} use the network"
 
 
 def test_every_import_goes_down() -> None:
     sources = {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in PACKAGE.rglob("*.py")}
     assert sources.keys() >= {"__init__.py", "errors.py", "shapes.py"}
-    assert "kadr.errors.RequestError" in set(imported(ast.parse(sources["shapes.py"]), ["kadr"]))
+    assert "kadr.errors.RequestError" in set(imported_names(ast.parse(sources["shapes.py"]), ["kadr"]))
     assert [complaint for path, source in sorted(sources.items()) for complaint in complaints(path, source)] == []
 
 
 def module_graph() -> dict[str, set[str]]:
-    """Module -> the modules of kadr that it imports, wherever the import stands."""
+    """Returns module -> the modules of kadr that it imports, at any depth."""
     paths = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     names = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in paths}
     graph: dict[str, set[str]] = {}
     for path, file in paths.items():
         if path == "__init__.py":
-            continue  # the public list stands on all it lists
+            continue  # re-exports the public names
         folders = path.split("/")[:-1]
-        found = {
-            name.removeprefix("kadr.") for name in imported(ast.parse(file.read_text("utf-8")), ["kadr", *folders])
+        imports = {
+            name.removeprefix("kadr.")
+            for name in imported_names(ast.parse(file.read_text("utf-8")), ["kadr", *folders])
         }
-        targets = {names.get(name) or names.get(name.rpartition(".")[0]) for name in found}
+        targets = {names.get(name) or names.get(name.rpartition(".")[0]) for name in imports}
         graph[path] = {target for target in targets if target and target not in (path, "__init__.py")}
     return graph
 
 
-def circles(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that are left when those that import nothing of the rest are taken away, again and again."""
-    left = {path: set(targets) for path, targets in graph.items()}
-    while free := {path for path, targets in left.items() if not targets & left.keys()}:
-        left = {path: targets for path, targets in left.items() if path not in free}
-    return sorted(left)
+def modules_in_cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Returns modules in or above an import cycle: those left after modules without remaining imports are removed."""
+    remaining = {path: set(targets) for path, targets in graph.items()}
+    while free := {path for path, targets in remaining.items() if not targets & remaining.keys()}:
+        remaining = {path: targets for path, targets in remaining.items() if path not in free}
+    return sorted(remaining)
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = module_graph()
     assert "errors.py" in graph["shapes.py"]
-    assert circles(graph) == []
-    assert circles({"a.py": {"b.py"}, "b.py": {"c.py"}, "c.py": {"a.py"}, "d.py": {"a.py"}}) != []
+    assert modules_in_cycles(graph) == []
+    assert modules_in_cycles({"a.py": {"b.py"}, "b.py": {"c.py"}, "c.py": {"a.py"}, "d.py": {"a.py"}}) != []
 
 
-def test_no_folder_is_a_long_flat_list() -> None:
+def test_no_folder_has_too_many_modules() -> None:
     folders = Counter(path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
-    assert {folder: count for folder, count in folders.items() if count - 1 > LONGEST_FOLDER} == {}  # but for __init__
+    assert {
+        folder: count for folder, count in folders.items() if count - 1 > MAX_MODULES_PER_FOLDER
+    } == {}  # __init__ is not counted
 
 
 @pytest.mark.parametrize(
@@ -131,9 +143,9 @@ def test_no_folder_is_a_long_flat_list() -> None:
         ("nn/rope.py", "from einops import rearrange"),
         ("checkpoints/load.py", "from huggingface_hub import hf_hub_download"),
         ("text/prompt.py", "from urllib import request"),
-        ("text/endpoint.py", "import http.client"),  # beside a door
-        ("cli/enhance.py", "import urllib.request"),  # named as one
-        ("text/enhance.py", "from kadr.media import image"),  # a door is no way up or across
+        ("text/endpoint.py", "import http.client"),  # beside a network module
+        ("cli/enhance.py", "import urllib.request"),  # has the name of one
+        ("text/enhance.py", "from kadr.media import image"),  # floors hold for network modules too
     ],
 )
 def test_a_planted_import_is_caught(path: str, source: str) -> None:

@@ -1,4 +1,4 @@
-"""Starting up must not load the compiler."""
+"""Building models without weights does not load torch's compiler."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ print(*(name for name in {COMPILER} if name in sys.modules))
 
 
 def test_models_without_weights_do_not_load_the_compiler() -> None:
-    """torch loads it for some operations on the meta device: most of a second of every start, and 80 MB."""
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split() == []
+    """torch loads it for some operations on the meta device, at most of a second per start and 80 MB."""
+    process = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=120, check=True)
+    assert process.stdout.split() == []

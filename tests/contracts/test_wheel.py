@@ -9,20 +9,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 35_000_000  # bytes; 31 of them are the demo model, its distilled twin and its upscaler
+MAX_WHEEL_BYTES = 35_000_000  # 31 MB are the demo model, its distilled twin and its upscaler
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources: by the installed backend, so without the network."""
-    copy, built = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("built")
+    """A wheel built from a copy of the sources by the installed backend, without the network."""
+    source_copy, output = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("built")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    done = subprocess.run([sys.executable, "-c", BUILD, str(built)], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = built.glob("kadr-*.whl")
+        shutil.copy(ROOT / name, source_copy)
+    shutil.copytree(ROOT / "src", source_copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    process = subprocess.run(
+        [sys.executable, "-c", BUILD, str(output)], cwd=source_copy, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    (path,) = output.glob("kadr-*.whl")
     return path
 
 
@@ -34,8 +36,8 @@ def test_wheel_holds_every_file_of_the_package_and_no_other(wheel: Path) -> None
     }
     assert any(name.startswith("kadr/assets/demo/") for name in sources), "the demo model is missing from the sources"
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert packed == sources
+        wheel_files = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert wheel_files == sources
 
 
 def test_wheel_carries_its_licence_and_command(wheel: Path) -> None:
@@ -46,4 +48,4 @@ def test_wheel_carries_its_licence_and_command(wheel: Path) -> None:
 
 
 def test_wheel_is_under_35_megabytes(wheel: Path) -> None:
-    assert wheel.stat().st_size < LIMIT
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES
