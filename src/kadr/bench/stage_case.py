@@ -153,7 +153,7 @@ class StageCase:
             return None
         if self.stage == TEXT:
             return text_encoder_flops(
-                self.open_engine(FLOAT32_VARIANT).components.text_encoder_folder.config, length=TEXT_LENGTH
+                self.open_engine(FLOAT32_VARIANT).components.text_encoder_checkpoint.config, length=TEXT_LENGTH
             )
         if self.stage == ENCODE:
             return vae_encoder_flops(self.vae_config, grid)

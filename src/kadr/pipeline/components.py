@@ -57,7 +57,7 @@ class Components(ModelSpec):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        text_encoder_folder: TextEncoderCheckpoint,
+        text_encoder_checkpoint: TextEncoderCheckpoint,
         vae_checkpoint: Checkpoint | None,
         *,
         device: str,
@@ -71,7 +71,7 @@ class Components(ModelSpec):
     ) -> None:
         super().__init__(
             checkpoint,
-            text_encoder_folder,
+            text_encoder_checkpoint,
             vae_checkpoint,
             device=device,
             dtype=dtype,
@@ -83,7 +83,7 @@ class Components(ModelSpec):
         )
         # No weight format in the key: the text encoder's placement does not change what it computes.
         self.prompt_cache = PromptCache.open(
-            prompt_cache, text_encoder_folder, dtype=self.dtype, device=self.device.type
+            prompt_cache, text_encoder_checkpoint, dtype=self.dtype, device=self.device.type
         )
         self.module_cache = ModuleCache(self.device, release_pages=release_pages)
         self.plan: Plan | None = None
@@ -100,7 +100,7 @@ class Components(ModelSpec):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Tokenizer of the text encoder."""
-        return self.text_encoder_folder.load_tokenizer()
+        return self.text_encoder_checkpoint.load_tokenizer()
 
     def text_encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[T5Encoder]:
         """Acquires the text encoder.
@@ -108,7 +108,7 @@ class Components(ModelSpec):
         Args:
             dtype: dtype of the computation instead of the plan's; such a module is not cached.
         """
-        return self._acquire(TEXT_ENCODER, "text", self.text_encoder_folder.load, dtype)
+        return self._acquire(TEXT_ENCODER, "text", self.text_encoder_checkpoint.load, dtype)
 
     @contextmanager
     def transformer(

@@ -53,7 +53,7 @@ class PromptCache:
 
     Args:
         folder: created when the first embeddings are stored; None disables the cache.
-        text_encoder_folder: the text encoder. Names, sizes and modification times of its files count, not their folder.
+        text_encoder_checkpoint: the text encoder. Names, sizes and mtimes of its files count, not their folder.
         dtype: dtype of the computation.
         device: such as "cpu" or "cuda"; the last bits differ between devices.
         weight_format: weight format of the encoder, where it changes the embeddings.
@@ -62,13 +62,13 @@ class PromptCache:
     def __init__(
         self,
         folder: Path | None,
-        text_encoder_folder: TextEncoderCheckpoint,
+        text_encoder_checkpoint: TextEncoderCheckpoint,
         *,
         dtype: torch.dtype,
         device: str,
         weight_format: str = "",
     ) -> None:
-        self.folder, self.text_encoder_folder = folder, text_encoder_folder
+        self.folder, self.text_encoder_checkpoint = folder, text_encoder_checkpoint
         self.dtype, self.device, self.weight_format = dtype, device, weight_format
         self._has_warned = False
 
@@ -76,7 +76,7 @@ class PromptCache:
     def open(
         cls,
         location: bool | Path,
-        text_encoder_folder: TextEncoderCheckpoint,
+        text_encoder_checkpoint: TextEncoderCheckpoint,
         *,
         dtype: torch.dtype,
         device: str,
@@ -91,7 +91,7 @@ class PromptCache:
         if location is True:
             with suppress(RuntimeError):
                 folder = cache_home() / FOLDER
-        return cls(folder, text_encoder_folder, dtype=dtype, device=device, weight_format=weight_format)
+        return cls(folder, text_encoder_checkpoint, dtype=dtype, device=device, weight_format=weight_format)
 
     def look_up(self, tokens: PromptTokens) -> Tensor | None:
         """Returns the rows (n, D) of the n real tokens, on the CPU; None if they are missing or damaged."""
@@ -99,7 +99,7 @@ class PromptCache:
             path = self._path(tokens)
             if path is None or not path.is_file():
                 return None
-            rows = _read(path, (int(tokens.mask.sum()), self.text_encoder_folder.config.d_model))
+            rows = _read(path, (int(tokens.mask.sum()), self.text_encoder_checkpoint.config.d_model))
         except (OSError, CheckpointError):
             return None
         if rows is not None:
@@ -141,7 +141,7 @@ class PromptCache:
         real_ids = tokens.ids[tokens.mask].tolist()
         dependencies = [
             FORMAT_VERSION,
-            _fingerprint(self.text_encoder_folder),
+            _fingerprint(self.text_encoder_checkpoint),
             str(self.dtype),
             self.device,
             self.weight_format,
@@ -150,9 +150,9 @@ class PromptCache:
         return self.folder / f"{hashlib.sha256(json.dumps(dependencies).encode()).hexdigest()}.safetensors"
 
 
-def _fingerprint(text_encoder_folder: TextEncoderCheckpoint) -> list[object]:
+def _fingerprint(text_encoder_checkpoint: TextEncoderCheckpoint) -> list[object]:
     """Returns what identifies the files of a text encoder and changes when they do."""
-    infos = text_encoder_folder.source.infos
+    infos = text_encoder_checkpoint.source.infos
     stats = [(file.name, file.stat()) for file in sorted({info.file for info in infos.values()})]
     tensors = [
         (name, info.name, info.storage_type, info.shape, info.file_offset) for name, info in sorted(infos.items())
@@ -160,8 +160,8 @@ def _fingerprint(text_encoder_folder: TextEncoderCheckpoint) -> list[object]:
     return [
         [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         tensors,
-        sorted(text_encoder_folder.source.metadata.items()),
-        repr(text_encoder_folder.config),
+        sorted(text_encoder_checkpoint.source.metadata.items()),
+        repr(text_encoder_checkpoint.config),
     ]
 
 

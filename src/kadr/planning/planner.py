@@ -126,7 +126,7 @@ class Planner:
         return measure_matmul_rate(self.dtype, self.device)
 
     def _text_options(self) -> StageOptions:
-        checkpoint = self.spec.text_encoder_folder
+        checkpoint = self.spec.text_encoder_checkpoint
         workspace_bytes = activations.text_encoder_activation_bytes(checkpoint.config, self.itemsize)
         flops = self.workload.prompts_to_encode * text_encoder_flops(checkpoint.config)
         placements = []

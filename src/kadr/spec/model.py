@@ -60,7 +60,7 @@ class ModelSpec:
         offload: str = OFFLOAD_AUTO,
         compiled: bool = False,
     ) -> None:
-        self.checkpoint, self.text_encoder_folder, self.vae_checkpoint = checkpoint, text, vae or checkpoint
+        self.checkpoint, self.text_encoder_checkpoint, self.vae_checkpoint = checkpoint, text, vae or checkpoint
         self.transformer_checkpoints = (checkpoint, second or checkpoint)
         self.transformer_config = require_components(checkpoint, self.vae_checkpoint)
         require_matching_text_encoder(text, checkpoint)
@@ -118,7 +118,7 @@ class ModelSpec:
         """Returns the paths of all components, for a video's metadata."""
         paths = {
             "model": self.checkpoint.path,
-            "text_encoder": self.text_encoder_folder.tokenizer_root,
+            "text_encoder": self.text_encoder_checkpoint.tokenizer_root,
             "vae": self.vae_checkpoint.path,
         }
         if self.transformer_checkpoints[1] is not self.checkpoint:
@@ -135,7 +135,7 @@ class ModelSpec:
         """
         checkpoints = {id(opened): opened for opened in (*self.transformer_checkpoints, self.vae_checkpoint)}.values()
         sources = [
-            self.text_encoder_folder.source,
+            self.text_encoder_checkpoint.source,
             *(source for opened in checkpoints for source in opened.sources.values()),
         ]
         files = {info.file for source in sources for info in source.infos.values()}
@@ -167,18 +167,18 @@ def require_components(checkpoint: Checkpoint, vae_checkpoint: Checkpoint) -> Tr
     return transformer
 
 
-def require_matching_text_encoder(text_encoder_folder: TextEncoderCheckpoint, checkpoint: Checkpoint) -> None:
+def require_matching_text_encoder(text_encoder_checkpoint: TextEncoderCheckpoint, checkpoint: Checkpoint) -> None:
     """Checks that a transformer takes the width of a text encoder's prompt embeddings.
 
     Raises:
         CheckpointError: it does not.
     """
     transformer = checkpoint.info.transformer
-    if transformer is not None and transformer.caption_channels != text_encoder_folder.config.d_model:
+    if transformer is not None and transformer.caption_channels != text_encoder_checkpoint.config.d_model:
         raise CheckpointError(
-            f"the text encoder of {text_encoder_folder.path} has width {text_encoder_folder.config.d_model}, but the "
-            f"transformer of {checkpoint.path} takes prompt embeddings of width {transformer.caption_channels}. Give "
-            "the text encoder it was trained with as --text-encoder."
+            f"the text encoder of {text_encoder_checkpoint.path} has width {text_encoder_checkpoint.config.d_model}, "
+            f"but the transformer of {checkpoint.path} takes prompt embeddings of width "
+            f"{transformer.caption_channels}. Give the text encoder it was trained with as --text-encoder."
         )
 
 

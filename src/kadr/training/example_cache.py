@@ -137,7 +137,7 @@ def _cache_key(engine: Engine, example: Example, settings: TrainingSettings) -> 
         "request": example_request(example, settings).to_json(),
         "files": [_file_stamp(path) for path in (example.media, example.reference) if path is not None],
         "vae": _file_stamp(engine.components.vae_checkpoint.path),
-        "text_encoder": _file_stamp(engine.components.text_encoder_folder.tokenizer_root),
+        "text_encoder": _file_stamp(engine.components.text_encoder_checkpoint.tokenizer_root),
         "dtype": str(engine.components.dtype),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]

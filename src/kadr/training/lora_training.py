@@ -180,7 +180,7 @@ class LoRATraining:
             **self.settings.to_json(),
             "model": str(Path(components.transformer_checkpoints[0].path).absolute()),
             "vae": str(Path(components.vae_checkpoint.path).absolute()),
-            "text_encoder": str(Path(components.text_encoder_folder.tokenizer_root).absolute()),
+            "text_encoder": str(Path(components.text_encoder_checkpoint.tokenizer_root).absolute()),
             "quant": components.quant,
             "dtype": str(components.dtype).removeprefix("torch."),
             EXAMPLES_KEY: {example.media.name: example.content_hash() for example in examples},

@@ -288,7 +288,7 @@ def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> No
     encoder = TextEncoderCheckpoint.open(home).load()
     path = write_text_encoder_gguf(tmp_path / "t5.gguf", encoder, "F32", tiny_models.sentencepiece_model())
     engine = Engine.open(home / tiny_models.MODEL_FILE, text_encoder=path)
-    assert engine.components.text_encoder_folder.path == path
+    assert engine.components.text_encoder_checkpoint.path == path
     assert engine.components.component_paths()["text_encoder"] == str(path)
 
 
