@@ -21,7 +21,7 @@ _FLAGS = {
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class LocatedModel:
     """The files of a model.
 
     Args:
@@ -38,7 +38,7 @@ class ModelFiles:
     release: Release | None
 
 
-def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: str | Path | None = None) -> ModelFiles:
+def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: str | Path | None = None) -> LocatedModel:
     """Finds the files of a model; a named file that is not on disk is fetched from the hub.
 
     Args:
@@ -56,7 +56,7 @@ def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: st
     if vae_component is None and release is not None and release.vae is not None:
         vae_component = registry.RELEASES_BY_NAME[release.vae]
     path = fetch_release(release) if release else _require_existing(model, "model")
-    return ModelFiles(
+    return LocatedModel(
         name=str(model),
         model=path,
         vae=_fetch_if_release(vae_component),
