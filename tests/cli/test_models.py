@@ -107,7 +107,7 @@ def test_pull_fetches_all_a_model_needs_and_prints_paths(kadr: Run, remote: Fake
     assert f"licence of {NAME}, {UPSCALER}: {find_release(NAME).licence}" in lines
     assert f"licence of {DEFAULT_TEXT_ENCODER}: Apache-2.0" in lines
     assert f"{NAME} is to be fetched: 3.5 k bytes" in lines
-    assert "together 6.31 k bytes" in lines
+    assert "total: 6.31 k bytes" in lines
 
 
 def test_pull_fetches_nothing_that_is_on_disk(kadr: Run, remote: FakeHub, offline: Callable[[], None]) -> None:
@@ -117,7 +117,7 @@ def test_pull_fetches_nothing_that_is_on_disk(kadr: Run, remote: FakeHub, offlin
     second = kadr("models", "pull", NAME)
     assert (second.code, second.out) == (0, first.out)
     assert remote.sent_files == []
-    assert f"{DEFAULT_TEXT_ENCODER} is there already" in second.err
+    assert f"{DEFAULT_TEXT_ENCODER} is on disk already" in second.err
 
 
 def test_pull_fetches_only_missing_components(kadr: Run, remote: FakeHub) -> None:
@@ -152,7 +152,7 @@ def test_pull_resumes_an_interrupted_download(kadr: Run, remote: FakeHub) -> Non
     remote.revive()
     resumed = kadr("models", "pull", NAME)
     assert resumed.code == 0, resumed.err
-    assert f"{NAME} is to be fetched: 3.5 k bytes, 1.54 k of which have come before" in resumed.err
+    assert f"{NAME} is to be fetched: 3.5 k bytes, 1.54 k of which are on disk already" in resumed.err
     assert [offset for name, offset in remote.sent_files if name == MODEL_FILE] == [0, 1536]
     assert Path(resumed.out.splitlines()[0]).read_bytes() == FILES[MODEL_FILE]
 

@@ -1,1 +1,1 @@
-"""The command line: a small file per verb. Stdout is data, stderr is talk."""
+"""The command line: one small file per verb. Results go to stdout, messages to stderr."""

@@ -14,7 +14,7 @@ from kadr.cli.terminal.errors import handle_errors
 from kadr.kernels.cpu.malloc import tune_malloc
 from kadr.version import __version__
 
-# Without markup, help is plain text: rich would take longer to load than everything else together.
+# Without markup, help is plain text: rich would take longer to load than everything else.
 app = typer.Typer(
     name="kadr",
     rich_markup_mode=None,

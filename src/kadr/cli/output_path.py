@@ -1,4 +1,4 @@
-"""Output paths: chosen so that nothing is replaced that was not named, and refused early."""
+"""Output paths: a file is replaced only if the user named it, and unwritable paths are refused early."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_OUTPUT = "out.mp4"
 
 
 def choose_output(requested_path: Path | None, *, resume: bool = False) -> Path:
-    """Returns where the video goes. Never replaces a file that was not named, or an unfinished video.
+    """Returns the path of the video. Never replaces a file that was not named, or an unfinished video.
 
     Args:
         resume: resume an interrupted long video.
@@ -36,8 +36,8 @@ def next_free_path(path: Path, *, resume: bool = False) -> Path:
     """
     if resume:
         return _unfinished_video(path)
-    others = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
-    return path if _is_free(path) else next(filter(_is_free, others))
+    numbered_paths = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
+    return path if _is_free(path) else next(filter(_is_free, numbered_paths))
 
 
 def _is_free(path: Path) -> bool:
@@ -49,7 +49,7 @@ def _has_windows(folder: Path) -> bool:
 
 
 def _unfinished_video(path: Path) -> Path:
-    """Returns the unfinished video among the numbered names of `path`; `path` where there is none."""
+    """Returns the unfinished video among the numbered names of `path`; `path` if there is none."""
     numbered = re.compile(rf"{re.escape(path.stem)}(-\d+)?{re.escape(WINDOWS_SUFFIX)}")
     siblings = path.parent.iterdir() if path.parent.is_dir() else ()
     unfinished = sorted(folder for folder in siblings if numbered.fullmatch(folder.name) and _has_windows(folder))
@@ -81,7 +81,7 @@ def refuse_unwritable(request: Request, output: Path, latents_path: Path | None)
 
     refuse_overwriting(request, output)
     size = request.size if isinstance(request.size, Size) else Size(2, 2)
-    VideoWriter(output, size, request.fps or 24)  # refuses what it could not write
+    VideoWriter(output, size, request.fps or 24)  # refuses a file that it could not write
     if latents_path is None:
         return
     if latents_path.suffix != ".safetensors":

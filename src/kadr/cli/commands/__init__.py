@@ -1,1 +1,1 @@
-"""A file per verb."""
+"""Verbs of the command line, one file each."""

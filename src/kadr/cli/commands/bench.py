@@ -25,13 +25,13 @@ from kadr.errors import RequestError
 ALL_STAGES, ALL_VARIANTS = ",".join(BENCH_STAGES), ",".join(DEFAULT_VARIANTS)
 BENCH_EPILOG = (
     "Separate list entries with commas. Models other than the demo get random weights in a temporary folder: "
-    "6.3 GB for 2b, 28.6 for 13b, and 9.5 for the text encoder where it is measured."
+    "6.3 GB for 2b, 28.6 for 13b, and 9.5 for the text encoder if it is measured."
 )
 
 
-def _list_option(name: str, what: str, known: Any, default: str) -> Any:
+def _list_option(name: str, title: str, choices: Any, default: str) -> Any:
     metavar = name.lstrip("-").upper() + ",..."
-    return typer.Option(name, metavar=metavar, help=f"{what}: {', '.join(known)}. [default: {default}]")
+    return typer.Option(name, metavar=metavar, help=f"{title}: {', '.join(choices)}. [default: {default}]")
 
 
 Models = Annotated[str, _list_option("--model", "Models", MODELS, "demo")]

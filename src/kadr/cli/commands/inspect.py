@@ -39,10 +39,10 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
     """
     path = _find_by_name(path.expanduser())
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        found, lines = _video(path)
+        description, lines = _video(path)
     else:
-        found, lines = _weights(path)
-    print(json.dumps(found) if as_json else "\n".join(lines))
+        description, lines = _weights(path)
+    print(json.dumps(description) if as_json else "\n".join(lines))
 
 
 def _find_by_name(path: Path) -> Path:
@@ -50,12 +50,12 @@ def _find_by_name(path: Path) -> Path:
     from kadr.models.registry import RELEASES_BY_NAME
     from kadr.spec.locate import find_release_on_disk
 
-    found = (
+    file = (
         None
         if path.exists() or str(path) not in RELEASES_BY_NAME
         else find_release_on_disk(RELEASES_BY_NAME[str(path)])
     )
-    return path if found is None else found
+    return path if file is None else file
 
 
 def _video(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
@@ -92,39 +92,41 @@ def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 
     component = asdict(TextEncoderCheckpoint.open(path).describe())
-    found = {"path": str(path), "family": "T5", "components": [component]}
-    return found, iter(("T5 text encoder", *_format_components([component])))
+    description = {"path": str(path), "family": "T5", "components": [component]}
+    return description, iter(("T5 text encoder", *_format_components([component])))
 
 
 def _lora(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.lora.file import LoraFile
 
     # allow_partial: unexpected keys are listed, not refused.
-    found = {"kind": "LoRA", **asdict(LoraFile.open(path, allow_partial=True).describe())}
-    return found, _format_lora(found)
+    description = {"kind": "LoRA", **asdict(LoraFile.open(path, allow_partial=True).describe())}
+    return description, _format_lora(description)
 
 
-def _format_lora(found: Mapping[str, Any]) -> Iterator[str]:
-    model = f" for {found['model_size']}" if found["model_size"] else ""
-    yield f"LTX-Video LoRA{model}, key format: {found['key_format']}"
-    ranks, alphas, scales = (", ".join(f"{value:g}" for value in found[name]) for name in ("ranks", "alphas", "scales"))
+def _format_lora(description: Mapping[str, Any]) -> Iterator[str]:
+    model = f" for {description['model_size']}" if description["model_size"] else ""
+    yield f"LTX-Video LoRA{model}, key format: {description['key_format']}"
+    ranks, alphas, scales = (
+        ", ".join(f"{value:g}" for value in description[name]) for name in ("ranks", "alphas", "scales")
+    )
     yield f"rank {ranks}, alpha {alphas or 'the same'}; scale {scales} at strength 1"
     yield (
-        f"{found['num_adapted_layers']} layers in {found['num_adapted_blocks']} blocks, "
-        f"{format_si(found['size_bytes'])}B in {found['dtype']}"
+        f"{description['num_adapted_layers']} layers in {description['num_adapted_blocks']} blocks, "
+        f"{format_si(description['size_bytes'])}B in {description['dtype']}"
     )
     yield from format_columns(
-        [("layer", "count"), *((name, str(count)) for name, count in found["target_counts"].items())]
+        [("layer", "count"), *((name, str(count)) for name, count in description["target_counts"].items())]
     )
-    if found["reference_downscale"]:
-        times = found["reference_downscale"]
-        yield f"in-context LoRA: its control has the size of the video{f' divided by {times}' if times > 1 else ''}"
-    unexpected = found["unexpected_keys"]
+    if description["reference_downscale"]:
+        factor = description["reference_downscale"]
+        yield f"in-context LoRA: its control has the size of the video{f' divided by {factor}' if factor > 1 else ''}"
+    unexpected = description["unexpected_keys"]
     for name in unexpected[:MAX_UNEXPECTED_KEYS]:
         yield f"unexpected key: {name}"
     if len(unexpected) > MAX_UNEXPECTED_KEYS:
         yield f"unexpected keys: {len(unexpected) - MAX_UNEXPECTED_KEYS} more"
-    yield from _fields(found["metadata"])
+    yield from _fields(description["metadata"])
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
@@ -132,31 +134,31 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.detect.upscaler import MODEL_KIND
     from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 
-    described = Checkpoint.open(path).describe()
-    found = {"path": str(path), "family": "LTX-Video", **asdict(described)}
-    found["components"] = list(found["components"])
-    if described.kind != MODEL_KIND:
-        return found, _format_upscaler(found)
-    if TEXT_ENCODER not in described.missing_components:
-        home = path if path.is_dir() else path.parent
-        found["components"].append(asdict(TextEncoderCheckpoint.open(home).describe()))
-    return found, _format_checkpoint(found)
+    info = Checkpoint.open(path).describe()
+    description = {"path": str(path), "family": "LTX-Video", **asdict(info)}
+    description["components"] = list(description["components"])
+    if info.kind != MODEL_KIND:
+        return description, _format_upscaler(description)
+    if TEXT_ENCODER not in info.missing_components:
+        folder = path if path.is_dir() else path.parent
+        description["components"].append(asdict(TextEncoderCheckpoint.open(folder).describe()))
+    return description, _format_checkpoint(description)
 
 
-def _format_checkpoint(found: Mapping[str, Any]) -> Iterator[str]:
-    name = f" ({found['registry_name']})" if found["registry_name"] else ""
-    yield f"{found['family']} {found['version']}{name}, {found['layout']}"
-    yield f"VAE of {found['vae_family'] or 'no released family'}, sigmas by {found['sampler']}"
-    yield from _format_components(found["components"])
-    for component in found["missing_components"]:
+def _format_checkpoint(description: Mapping[str, Any]) -> Iterator[str]:
+    name = f" ({description['registry_name']})" if description["registry_name"] else ""
+    yield f"{description['family']} {description['version']}{name}, {description['layout']}"
+    yield f"VAE of {description['vae_family'] or 'no released family'}, sigmas by {description['sampler']}"
+    yield from _format_components(description["components"])
+    for component in description["missing_components"]:
         yield f"missing: {component} ({REMEDIES.get(component, 'give it beside this one')})"
 
 
-def _format_upscaler(found: Mapping[str, Any]) -> Iterator[str]:
-    name = f" ({found['registry_name']})" if found["registry_name"] else ""
-    yield f"{found['family']} {found['version']} {found['kind']}{name}, {found['layout']}"
+def _format_upscaler(description: Mapping[str, Any]) -> Iterator[str]:
+    name = f" ({description['registry_name']})" if description["registry_name"] else ""
+    yield f"{description['family']} {description['version']} {description['kind']}{name}, {description['layout']}"
     yield "for --upscaler, beside a model"
-    yield from _format_components(found["components"])
+    yield from _format_components(description["components"])
 
 
 def _format_components(components: list[dict[str, Any]]) -> Iterator[str]:

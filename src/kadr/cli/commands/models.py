@@ -24,7 +24,7 @@ MODELS_EPILOG = (
 def models(context: typer.Context, as_json: options.Json = False) -> None:
     """List released models; fetch them, verify them.
 
-    With their licences and sizes, and whether they are on disk.
+    Prints their licences and sizes, and whether they are on disk.
     """
     if context.invoked_subcommand is None:
         list_models(as_json)
@@ -33,15 +33,15 @@ def models(context: typer.Context, as_json: options.Json = False) -> None:
 def list_models(as_json: options.Json = False) -> None:
     """List released models, and the components they need.
 
-    With their licences and sizes, and whether they are on disk.
+    Prints their licences and sizes, and whether they are on disk.
     """
     entries = [_entry(release, find_release_on_disk(release)) for release in RELEASES]
     if as_json:
         print(json.dumps(entries))
         return
-    head = ("name", "kind", "version", "bytes", "on disk", "licence")
+    header = ("name", "kind", "version", "bytes", "on disk", "licence")
     rows = [_row(release, entry) for release, entry in zip(RELEASES, entries, strict=True)]
-    print("\n".join(format_columns([head, *rows])))
+    print("\n".join(format_columns([header, *rows])))
     print_stderr(MODELS_EPILOG)
 
 
@@ -60,9 +60,9 @@ def _entry(release: Release, path: Path | None) -> dict[str, Any]:
 
 def _row(release: Release, entry: dict[str, Any]) -> tuple[str, ...]:
     size = entry["bytes"]
-    here = "no" if not entry["on_disk"] else "wrong size" if verify.has_wrong_size(release, size) else "yes"
+    disk_state = "no" if not entry["on_disk"] else "wrong size" if verify.has_wrong_size(release, size) else "yes"
     licence = release.licence.partition(",")[0]
-    return release.name, release.kind, release.version, format_si(size) if size else "", here, licence
+    return release.name, release.kind, release.version, format_si(size) if size else "", disk_state, licence
 
 
 # Without markup, as in `main`.

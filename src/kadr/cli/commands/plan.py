@@ -39,8 +39,8 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     _refuse_unfetched({**components, **lora_options(flags.model)}, request, flags.video.seconds)
     model = components.pop("model", "demo")
     engine = run.open_engine(model, **components, **engine_options(flags.model))
-    made = engine.plan(with_duration(request, flags.video.seconds, engine))
-    print(json.dumps(made.to_json()) if flags.output.json else made)
+    video_plan = engine.plan(with_duration(request, flags.video.seconds, engine))
+    print(json.dumps(video_plan.to_json()) if flags.output.json else video_plan)
 
 
 def _refuse_unfetched(engine_options: dict[str, Any], request: Request, seconds: float | None) -> None:
@@ -52,9 +52,10 @@ def _refuse_unfetched(engine_options: dict[str, Any], request: Request, seconds:
     from kadr.pipeline.dry_run import DryRunEngine
 
     engine = DryRunEngine.open(**engine_options)
-    absent = [part for part in engine.run(with_duration(request, seconds, engine)).components if part.path is None]
+    components = engine.run(with_duration(request, seconds, engine)).components
+    absent = [component for component in components if component.path is None]
     if absent:
-        names = " and ".join(part.name for part in absent)
+        names = " and ".join(component.name for component in absent)
         raise CheckpointError(
             f"{names} {'is' if len(absent) == 1 else 'are'} not on disk, and a plan is made from the files' headers. "
             f"Fetch it with `kadr models pull {absent[0].name}`, or see every step with `kadr generate --dry-run`."

@@ -56,11 +56,13 @@ def _announce(entries: Sequence[Release], to_fetch: Mapping[Release, Sequence[Re
         if entry in to_fetch:
             print_stderr(f"{entry.name} is to be fetched: {_format_bytes(to_fetch[entry])}")
         else:
-            print_stderr(f"{entry.name} {'is there already' if entry.repo else 'comes with kadr'}")
+            print_stderr(f"{entry.name} {'is on disk already' if entry.repo else 'comes with kadr'}")
     if len(to_fetch) > 1:
-        print_stderr(f"together {_format_bytes([file for files in to_fetch.values() for file in files])}")
+        print_stderr(f"total: {_format_bytes([file for files in to_fetch.values() for file in files])}")
 
 
 def _format_bytes(files: Sequence[RemoteFile]) -> str:
-    size, left = sum(file.size for file in files), sum(file.remaining_bytes for file in files)
-    return f"{format_si(size)} bytes" + (f", {format_si(size - left)} of which have come before" if left < size else "")
+    size, remaining = sum(file.size for file in files), sum(file.remaining_bytes for file in files)
+    return f"{format_si(size)} bytes" + (
+        f", {format_si(size - remaining)} of which are on disk already" if remaining < size else ""
+    )

@@ -54,11 +54,11 @@ def quantize(source: Input, output: Output, type: Type, force: Force = False) ->
         raise RequestError(f"{output} exists already. Pass --force to replace it, or write to another path.")
     path, release = _find_source(source)
     with show_progress() as watch:
-        written, left_out = _write_quantized(path, release, output, find_mix(type), _watch_tensors(watch))
-    types = ", ".join(f"{name} ({count})" for name, count in written.type_counts.items())
-    print_stderr(f"{format_si(written.source_bytes)} bytes before, {format_si(written.output_bytes)} now: {types}")
-    if left_out:
-        print_stderr(left_out)
+        result, note = _write_quantized(path, release, output, find_mix(type), _watch_tensors(watch))
+    types = ", ".join(f"{name} ({count})" for name, count in result.type_counts.items())
+    print_stderr(f"{format_si(result.source_bytes)} bytes before, {format_si(result.output_bytes)} now: {types}")
+    if note:
+        print_stderr(note)
     print(output)
 
 
@@ -90,9 +90,9 @@ def _write_quantized(
     if is_text_encoder(path):
         return text_encoder_to_gguf(TextEncoderCheckpoint.open(path), output, mix, watch=watch), ""
     checkpoint = Checkpoint.open(path, release=release)
-    written = transformer_to_gguf(checkpoint, output, mix, watch=watch)
+    result = transformer_to_gguf(checkpoint, output, mix, watch=watch)
     vae = f": give it with --vae {path}" if checkpoint.info.has_vae else ", nor was it in the input"
-    return written, f"the VAE is not in this file{vae}"
+    return result, f"the VAE is not in this file{vae}"
 
 
 def _watch_tensors(watch: Watch) -> Callable[[int, int], None]:

@@ -52,7 +52,7 @@ def rerun(
 
 
 def read_video_metadata(file: Path) -> dict[str, Any]:
-    """Returns what kadr stored in the file when it made it.
+    """Returns the metadata that kadr stored in the file.
 
     Raises:
         MediaError: it is not a video, or not one that kadr made.
@@ -112,30 +112,30 @@ def _lora(stored: Mapping[str, Any]) -> str:
     """Returns the LoRA's file or name; warns if the file is not the one that the video was made with."""
     from kadr.checkpoints.lora.file import lora_sha256  # loads torch
 
-    found = _find_component("LoRA", stored["path"])
-    if Path(found).exists() and "sha256" in stored and lora_sha256(found) != stored["sha256"]:
-        print_stderr(f"warning: {found} is not the file that the video was made with; the frames will differ")
-    return found
+    file = _find_component("LoRA", stored["path"])
+    if Path(file).exists() and "sha256" in stored and lora_sha256(file) != stored["sha256"]:
+        print_stderr(f"warning: {file} is not the file that the video was made with; the frames will differ")
+    return file
 
 
-def _find_component(what: str, path: str) -> str:
+def _find_component(role: str, path: str) -> str:
     """Returns the file that was used, or its registry name if it has moved."""
     from kadr.models.registry import RELEASES
 
-    file = Path(path).name
-    named = [entry.name for entry in RELEASES if file == f"{entry.file_stem}.safetensors"]
-    return named[0] if named and not Path(path).exists() else str(_require_existing(what, path, remedy=""))
+    file_name = Path(path).name
+    names = [entry.name for entry in RELEASES if file_name == f"{entry.file_stem}.safetensors"]
+    return names[0] if names and not Path(path).exists() else str(_require_existing(role, path, remedy=""))
 
 
 def _find_model(record: Mapping[str, Any]) -> str:
     """Returns the file that made the video; its registry name if that means the same file, or the file has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
-    path, released = str(record.get("model", "")), RELEASES_BY_NAME.get(str(record.get("model_name", "")))
-    if released is not None:
-        here = find_release_on_disk(released)
-        if not Path(path).exists() or (here is not None and here.resolve() == Path(path).resolve()):
-            return released.name
+    path, release = str(record.get("model", "")), RELEASES_BY_NAME.get(str(record.get("model_name", "")))
+    if release is not None:
+        file_on_disk = find_release_on_disk(release)
+        if not Path(path).exists() or (file_on_disk is not None and file_on_disk.resolve() == Path(path).resolve()):
+            return release.name
     return str(_require_existing("model", path))
 
 
@@ -143,9 +143,9 @@ def _find_vae(record: Mapping[str, Any], model: str) -> Path | None:
     """Returns the VAE's file; None, for the model's own, if both are the same or a released one has moved."""
     from kadr.models.registry import RELEASES_BY_NAME
 
-    path, released = record.get("vae"), RELEASES_BY_NAME.get(model)
-    moved = released is not None and released.vae is not None and not (path and Path(path).exists())
-    return None if moved or path == record.get("model") else _require_existing("VAE", path)
+    path, release = record.get("vae"), RELEASES_BY_NAME.get(model)
+    has_moved = release is not None and release.vae is not None and not (path and Path(path).exists())
+    return None if has_moved or path == record.get("model") else _require_existing("VAE", path)
 
 
 def _find_text_encoder(record: Mapping[str, Any]) -> Path | None:
@@ -155,13 +155,13 @@ def _find_text_encoder(record: Mapping[str, Any]) -> Path | None:
     path = record.get("text_encoder")
     if record.get("model_name") in RELEASES_BY_NAME and not (path and Path(path).exists()):
         print_stderr(
-            f"warning: the text encoder is no longer at {path}; the one that belongs to {record['model_name']} is taken"
+            f"warning: the text encoder is no longer at {path}; the one that belongs to {record['model_name']} is used"
         )
         return None
     return _require_existing("text encoder", path)
 
 
-def _require_existing(what: str, path: str | None, remedy: str = ", or name a model with --model") -> Path:
+def _require_existing(role: str, path: str | None, remedy: str = ", or name a model with --model") -> Path:
     if not path or not Path(path).exists():
-        raise CheckpointError(f"the {what} was {path}, which is no longer there. Put it back{remedy}.")
+        raise CheckpointError(f"the {role} was {path}, which is no longer there. Put it back{remedy}.")
     return Path(path)

@@ -149,31 +149,31 @@ def _build_training(engine: Engine, folder: Path, output: Path, settings: dict[s
 def _run(training: LoRATraining, *, as_json: bool) -> None:
     import time
 
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         with show_progress() as watch:
-            trained = training.run(watch)
+            result = training.run(watch)
     except KeyboardInterrupt:
         print_stderr(f"the training so far is in {training.work_folder}; run the same command again to resume it")
         raise
-    _print_result(trained, time.monotonic() - began, as_json=as_json)
+    _print_result(result, time.monotonic() - start, as_json=as_json)
 
 
-def _print_result(trained: TrainingResult, seconds: float, *, as_json: bool) -> None:
-    before = f", {trained.start_step} of them before" if trained.start_step else ""
-    clips = "clip" if trained.num_examples == 1 else "clips"
-    first = "" if trained.first_loss is None else f"from {trained.first_loss:.4f} "
+def _print_result(result: TrainingResult, seconds: float, *, as_json: bool) -> None:
+    resumed = f" ({result.start_step} of them in earlier runs)" if result.start_step else ""
+    clips = "clip" if result.num_examples == 1 else "clips"
+    first = "" if result.first_loss is None else f"from {result.first_loss:.4f} "
     print_stderr(
-        f"{trained.steps} steps on {trained.num_examples} {clips}{before}, in {format_duration(seconds)}; over fixed "
-        f"examples and sigmas the loss went {first}to {trained.last_loss:.4f}"
+        f"{result.steps} steps{resumed} on {result.num_examples} {clips}, in {format_duration(seconds)}; over fixed "
+        f"examples and sigmas the loss went {first}to {result.last_loss:.4f}"
     )
     report = {
-        "path": str(trained.path),
-        "steps": trained.steps,
-        "start_step": trained.start_step,
-        "num_examples": trained.num_examples,
-        "first_loss": trained.first_loss,
-        "last_loss": trained.last_loss,
+        "path": str(result.path),
+        "steps": result.steps,
+        "start_step": result.start_step,
+        "num_examples": result.num_examples,
+        "first_loss": result.first_loss,
+        "last_loss": result.last_loss,
         "seconds": round(seconds, 3),
     }
-    print(json.dumps(report) if as_json else trained.path)
+    print(json.dumps(report) if as_json else result.path)

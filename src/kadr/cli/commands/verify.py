@@ -18,7 +18,7 @@ from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import PACKAGE_ROOT
 
 VERIFY_EPILOG = "Needs no network where the cache is made of links, as it is everywhere but on most Windows machines."
-SIZE_TOLERANCE = 0.01  # the sizes that the registry states are right to within this share
+SIZE_TOLERANCE = 0.01  # sizes in the registry may be off by this share
 READABLE = "opens"  # the state of a file that came with kadr: the hub has no checksum for it
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name that `kadr models` lists.", show_default=False)]
 
@@ -33,7 +33,7 @@ class Result(NamedTuple):
 def verify(name: Name, as_json: options.Json = False) -> None:
     """Compare the files of a model with the hub's checksums.
 
-    Those of its text encoder and upscaler too. Ends with 1 where one is damaged, or the model itself is not there.
+    Includes those of its text encoder and upscaler. Exits with 1 if a file is damaged, or the model is not on disk.
     """
     results = [result for entry in required_releases(find_release(name)) for result in verify_entry(entry)]
     if as_json:
@@ -91,8 +91,8 @@ def _verify_bundled(entry: Release) -> Iterator[FileVerification]:
     from kadr.checkpoints.header import read_header
 
     file = PACKAGE_ROOT / entry.file
-    beside = file.parent.glob("text_encoder/*.safetensors") if entry.kind == "model" else ()
-    for path in (file, *sorted(beside)):
+    text_encoder = file.parent.glob("text_encoder/*.safetensors") if entry.kind == "model" else ()
+    for path in (file, *sorted(text_encoder)):
         read_header(path)
         yield FileVerification(path.relative_to(file.parent).as_posix(), path, READABLE)
 
@@ -100,24 +100,24 @@ def _verify_bundled(entry: Release) -> Iterator[FileVerification]:
 def _describe_fault(result: Result) -> str:
     entry, file = result
     size = _describe_size(entry, file)
-    again = f"Delete {file.path and file.path.resolve()} and run `kadr models pull {entry.name}`."
+    remedy = f"Delete {file.path and file.path.resolve()} and run `kadr models pull {entry.name}`."
     if file.state == DAMAGED:
-        what = f"its checksum is {file.actual_digest}, and the hub's is {file.expected_digest}"
-        return f"{file.path} is damaged{size and ', ' + size}: {what}. {again}"
+        fault = f"its checksum is {file.actual_digest}, and the hub's is {file.expected_digest}"
+        return f"{file.path} is damaged{size and ', ' + size}: {fault}. {remedy}"
     if size:
-        return f"{file.path} is not what it should be: {size}. {again}"
+        return f"{file.path} is not what it should be: {size}. {remedy}"
     return (
-        f"{file.path} has the right size, and more could not be seen: this cache is made without links, so its "
-        "checksum is only known to the hub, which did not answer. Try again with a network."
+        f"{file.path} has the right size, but its checksum could not be compared: this cache is made without "
+        "links, so only the hub knows the checksum, and it did not answer. Try again with a network."
     )
 
 
 def _describe_size(entry: Release, file: FileVerification) -> str:
-    """Describes a wrong size of a file; "" where it is right or the registry does not state it."""
+    """Describes a wrong size of a file; "" if it is right or the registry does not state it."""
     if file.path is None or len(entry.file_patterns) > 1 or not has_wrong_size(entry, size := file.path.stat().st_size):
         return ""
-    short = "cut short to" if size < (entry.size_bytes or 0) else "grown to"
-    return f"{short} {format_si(size)} of {format_si(entry.size_bytes or 0)} bytes"
+    change = "cut short to" if size < (entry.size_bytes or 0) else "grown to"
+    return f"{change} {format_si(size)} of {format_si(entry.size_bytes or 0)} bytes"
 
 
 def _to_json(result: Result) -> dict[str, str | None]:

@@ -1,1 +1,1 @@
-"""Flags, until they are a request and the options of an engine."""
+"""Flags: their definition, and their translation to a request and the options of an engine."""

@@ -1,4 +1,4 @@
-"""Flags in groups: one object holds them all, and the help has a section for each group."""
+"""Flags in groups: one dataclass has all of them, and the help has a section per group."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def with_flag_groups(flags: type[F]) -> Callable[[Callable[[str, F], None]], Cal
     def wrap(verb: Callable[[str, F], None]) -> Callable[..., None]:
         @wraps(verb)
         def run(prompt: str, **values: Any) -> None:
-            filled = {
+            filled_groups = {
                 name: group(**{flag.name: values[flag.name] for flag in fields(group)})
                 for name, group in groups.items()
             }
-            verb(prompt, flags(**filled))
+            verb(prompt, flags(**filled_groups))
 
         parameters = [
             _first_parameter(verb),

@@ -43,18 +43,16 @@ CONDITIONING_PATHS, CONDITIONING_FRAMES, CONDITIONING_STRENGTHS = (
     "--conditioning_start_frames",
     "--conditioning_strengths",
 )
-OFFLOAD_TO_CPU, OFFLOAD_STAGES_FLAGS = (
-    "--offload_to_cpu",
-    ["--offload", "stages"],
-)  # a switch, with or without a value
+OFFLOAD_TO_CPU = "--offload_to_cpu"  # a switch, with or without a value
+OFFLOAD_STAGES_FLAGS = ["--offload", "stages"]
 MEDIA_FLAGS = ("--image", "--video")
 LORA_FLAG, PROMPT_FLAG = "--lora", "--prompt"
-# Between the parts of one --image, --video or --lora, and between prompts. The system ends every argument at this
-# character, so none of them holds it.
+# Between the values of one --image, --video or --lora, and between prompts. The system ends every argument at this
+# character, so none of them contains it.
 SEPARATOR = "\0"
 BOX_PREFIX = "box="
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_LIKE_A_STRENGTH = re.compile(r"[+-]?[\d.,]+%?|[+-]?(nan|inf)", re.IGNORECASE)  # a strength, by its looks
+_STRENGTH_LIKE = re.compile(r"[+-]?[\d.,]+%?|[+-]?(nan|inf)", re.IGNORECASE)  # looks like a strength, malformed or not
 
 
 class OfficialCommand(GroupedCommand):
@@ -74,12 +72,12 @@ def translate_official(args: Sequence[str]) -> list[str]:
     sides: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     prompts: list[str] = []
-    plain: list[str] = []  # what follows --
+    positional: list[str] = []  # arguments after --
     rest = list(args)
     while rest:
         word = rest.pop(0)
         if word == "--":
-            plain = rest
+            positional = rest
             break
         name, has_value, value = word.partition("=")
         if has_value and name in {
@@ -110,12 +108,12 @@ def translate_official(args: Sequence[str]) -> list[str]:
             _refuse_malformed_strength(rest)
         else:
             translated.append(ALIASES.get(word, word))
-    if prompts and plain:
+    if prompts and positional:
         raise typer.BadParameter(
-            f"a prompt is given as {plain[0]!r} too; give the one or the other.", param_hint=PROMPT_FLAG
+            f"a prompt is given as {positional[0]!r} too; give only one of the two.", param_hint=PROMPT_FLAG
         )
-    last = [SEPARATOR.join(prompts)] if prompts else plain
-    return [*translated, *_size(sides), *_media(lists), *(["--", *last] if last else [])]
+    final_args = [SEPARATOR.join(prompts)] if prompts else positional
+    return [*translated, *_size(sides), *_media(lists), *(["--", *final_args] if final_args else [])]
 
 
 def _pop_value(name: str, rest: list[str]) -> str:
@@ -125,7 +123,7 @@ def _pop_value(name: str, rest: list[str]) -> str:
 
 
 def _pop_switch(rest: list[str]) -> bool:
-    """Returns whether a switch is on; removes the word that says so."""
+    """Returns whether a switch is on; removes its value, if there is one."""
     if rest and rest[0].lower() in ("true", "false", "1", "0", "yes", "no"):
         return rest.pop(0).lower() in ("true", "1", "yes")
     return True
@@ -149,7 +147,7 @@ def _pop_numbers(rest: list[str]) -> list[str]:
 
 def _refuse_malformed_strength(rest: list[str]) -> None:
     """Refuses a malformed strength: a prompt does not look like one."""
-    if rest and _LIKE_A_STRENGTH.fullmatch(rest[0]):
+    if rest and _STRENGTH_LIKE.fullmatch(rest[0]):
         raise typer.BadParameter(
             f"{rest[0]!r} is not a strength: write PATH, a number such as 0.8 and, for a second pass, another.",
             param_hint=LORA_FLAG,
@@ -177,7 +175,7 @@ def _media(lists: Mapping[str, list[str]]) -> list[str]:
     strengths = lists.get(CONDITIONING_STRENGTHS, ["1.0"] * len(media))
     if not len(media) == len(starts) == len(strengths):
         raise typer.BadParameter(
-            f"{len(media)} media, {len(starts)} start frames and {len(strengths)} strengths; give one of each to each.",
+            f"{len(media)} media, {len(starts)} start frames and {len(strengths)} strengths; give equally many.",
             param_hint=CONDITIONING_PATHS,
         )
     items = zip(media, starts, strengths, strict=True)

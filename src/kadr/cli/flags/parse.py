@@ -1,4 +1,4 @@
-"""Parses values of flags; what cannot be parsed is bad usage."""
+"""Parses values of flags; a malformed value is bad usage."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FRAME_RANGE = re.compile(r"(-?\d*):(-?\d*)")
 _LIST_SEPARATOR = re.compile("[/;]")
 
 
-def check_one_of(flag: str, value: str, known: Sequence[str]) -> None:
-    """Refuses a value that is not one of those known."""
-    if value not in known:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}.", param_hint=flag)
+def check_one_of(flag: str, value: str, choices: Sequence[str]) -> None:
+    """Refuses a value that is not one of the choices."""
+    if value not in choices:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(choices)}.", param_hint=flag)
 
 
 def size(text: str | None) -> Size | None:

@@ -29,11 +29,11 @@ DTYPE_NAMES = ("auto", "bfloat16", "float32")
 
 def engine_options(flags: options.ModelFlags) -> dict[str, Any]:
     """Returns device, dtype, weight format, offload and LoRAs, as keywords of `Engine.open`."""
-    chosen: dict[str, Any] = {} if flags.quant == NONE else {"quant": flags.quant}
-    chosen |= {} if flags.offload == OFFLOAD_AUTO else {"offload": flags.offload}
-    chosen |= {"compile_transformer": True} if flags.compile_transformer else {}
-    chosen |= {"merge_loras": True} if flags.merge_loras else {}
-    return {"device": flags.device, "dtype": flags.dtype, **chosen, **lora_options(flags)}
+    keywords: dict[str, Any] = {} if flags.quant == NONE else {"quant": flags.quant}
+    keywords |= {} if flags.offload == OFFLOAD_AUTO else {"offload": flags.offload}
+    keywords |= {"compile_transformer": True} if flags.compile_transformer else {}
+    keywords |= {"merge_loras": True} if flags.merge_loras else {}
+    return {"device": flags.device, "dtype": flags.dtype, **keywords, **lora_options(flags)}
 
 
 def lora_options(flags: options.ModelFlags) -> dict[str, Any]:
@@ -61,21 +61,21 @@ def refuse_second_pass_flags(request: Request, flags: options.ModelFlags) -> Non
 
 
 def warn_unused_flags(request: Request, flags: options.ModelFlags, engine: Engine) -> None:
-    """Warns of flags of a second pass that the recipe does not make."""
-    second = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(parse.lora, flags.lora or ()))
-    if flags.upscaler or flags.second_model or second:
+    """Warns of second-pass flags if the recipe has a single pass."""
+    has_second_strength = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(parse.lora, flags.lora or ()))
+    if flags.upscaler or flags.second_model or has_second_strength:
         from kadr.request.passes import unused_second_pass_options, warn_unused_second_pass  # loads torch
 
         unused = unused_second_pass_options(
             has_upscaler=bool(flags.upscaler),
             has_second_model=bool(flags.second_model),
-            has_second_lora_strength=second,
+            has_second_lora_strength=has_second_strength,
         )
         warn_unused_second_pass(engine.resolve(request), unused)
 
 
 def build_request(prompt: str, flags: options.GenerateFlags | options.PlanFlags) -> Request:
-    """Builds the request; its length is still open where it is given in seconds.
+    """Builds the request; its length stays open if it is given in seconds.
 
     Raises:
         RequestError: a value out of its range.
@@ -154,12 +154,12 @@ def _guidance(flags: options.GuidanceFlags) -> Guidance | None:
 def _refuse_lists(lists: Mapping[str, Any]) -> None:
     """Refuses lists without the sigmas they are for: a recipe's own sigmas are easily mistaken for others."""
     scale, stg, rescale, blocks = lists.values()
-    nested = isinstance(blocks, tuple) and any(isinstance(part, tuple) for part in blocks)
+    has_block_lists = isinstance(blocks, tuple) and any(isinstance(item, tuple) for item in blocks)
     for flag, is_list in (
         ("--guidance", isinstance(scale, tuple)),
         ("--stg", isinstance(stg, tuple)),
         ("--rescale", isinstance(rescale, tuple)),
-        ("--skip-blocks", nested),
+        ("--skip-blocks", has_block_lists),
     ):
         if is_list:
             raise typer.BadParameter(
@@ -200,25 +200,25 @@ def component_options(flags: options.ModelFlags, request: Request) -> dict[str, 
     Raises:
         RequestError: the config file cannot be read, or names something that cannot be found.
     """
-    named: dict[str, Any] = {
+    components: dict[str, Any] = {
         "model": flags.model,
         "upscaler": flags.upscaler,
         "second_model": flags.second_model,
         "text_encoder": flags.text_encoder,
         "vae": flags.vae,
     }
-    named = {name: value for name, value in named.items() if value}
+    components = {name: value for name, value in components.items() if value}
     if flags.config is None:
-        return named
+        return components
     from kadr.request.official_config import OfficialConfig  # loads the YAML reader
 
     config = OfficialConfig.read(flags.config)
     # An upscaler is not fetched for a single pass.
-    return config.engine_arguments(named, include_upscaler=request.multi_scale is not False)
+    return config.engine_arguments(components, include_upscaler=request.multi_scale is not False)
 
 
 def with_duration(request: Request, seconds: float | None, engine: Engine | DryRunEngine) -> Request:
-    """Returns the request with as many frames as last so long, at the frame rate of the request or of the recipe."""
+    """Returns the request with frames for a duration, at the frame rate of the request or of the recipe."""
     if seconds is None:
         return request
     fps = engine.resolve(request).fps

@@ -18,18 +18,18 @@ def format_dry_run(dry_run: DryRun, *, as_json: bool) -> str:
     return json.dumps(dry_run.to_json()) if as_json else "\n".join(_lines(dry_run))
 
 
-def _lines(run: DryRun) -> Iterator[str]:
-    yield from format_columns([*_components(run), *_video(run), *_media(run), *_decoding(run)])
-    for resolved_pass in run.passes:
+def _lines(dry_run: DryRun) -> Iterator[str]:
+    yield from format_columns([*_components(dry_run), *_video(dry_run), *_media(dry_run), *_decoding(dry_run)])
+    for resolved_pass in dry_run.passes:
         yield ""
         yield _headline(resolved_pass)
         yield from format_columns(list(_steps(resolved_pass)))
     yield ""
-    yield f"{run.evaluations} model evaluations."
+    yield f"{dry_run.evaluations} model evaluations."
 
 
-def _components(run: DryRun) -> Iterator[tuple[str, str]]:
-    for component in run.components:
+def _components(dry_run: DryRun) -> Iterator[tuple[str, str]]:
+    for component in dry_run.components:
         yield component.role, f"{component.name}{_disk_state(component)}{_strengths(component)}"
 
 
@@ -47,13 +47,13 @@ def _strengths(component: DryRunComponent) -> str:
     return f", strength {first:g}" + (f", {second:g} in a second pass" if second != first else "")
 
 
-def _video(run: DryRun) -> Iterator[tuple[str, str]]:
-    request, (size, frames) = run.request, run.sampled_dimensions
+def _video(dry_run: DryRun) -> Iterator[tuple[str, str]]:
+    request, (size, frames) = dry_run.request, dry_run.sampled_dimensions
     if request.windows is None:
         yield "prompt", request.prompt
     else:
-        yield from _windows(run, request.windows)
-    if any(resolved_pass.uses_cfg for resolved_pass in run.passes):
+        yield from _windows(dry_run, request.windows)
+    if any(resolved_pass.uses_cfg for resolved_pass in dry_run.passes):
         yield "negative prompt", request.negative_prompt or "(empty)"
     yield "size", f"{request.size}, sampled at {size}"
     yield "frames", f"{request.frames}, sampled as {frames}"
@@ -63,29 +63,29 @@ def _video(run: DryRun) -> Iterator[tuple[str, str]]:
         yield "step cache", str(request.cache)
 
 
-def _windows(run: DryRun, windows: Windows) -> Iterator[tuple[str, str]]:
-    last = len(run.request.prompts)
-    for number, prompt in enumerate(run.request.prompts, 1):
-        which = f"window {number}" if number < last else f"from window {number} on"
-        yield "prompt", f"{prompt} ({which})"
+def _windows(dry_run: DryRun, windows: Windows) -> Iterator[tuple[str, str]]:
+    last = len(dry_run.request.prompts)
+    for number, prompt in enumerate(dry_run.request.prompts, 1):
+        position = f"window {number}" if number < last else f"from window {number} on"
+        yield "prompt", f"{prompt} ({position})"
     settings = f"AdaIN {windows.adain:g}, strength {windows.overlap_strength:g}"
-    lengths = f"{run.window_count} of up to {windows.frames} frames, of which {windows.overlap} overlap"
+    lengths = f"{dry_run.window_count} of up to {windows.frames} frames, of which {windows.overlap} overlap"
     yield "windows", f"{lengths}; {settings}"
     if windows.anchor_strength:
         yield "anchor image", f"the image at frame 0, strength {windows.anchor_strength:g}"
 
 
-def _media(run: DryRun) -> Iterator[tuple[str, str]]:
-    request = run.request
+def _media(dry_run: DryRun) -> Iterator[tuple[str, str]]:
+    request = dry_run.request
     if request.input_video is not None:
         strength = "" if request.denoise_strength is None else f", strength {request.denoise_strength:g}"
         yield "input video", f"{request.input_video}{strength}"
-    for resolved in run.conditions:
+    for resolved in dry_run.conditions:
         kind = "clip" if len(resolved.frames) > 1 else "image"
         yield kind, f"{resolved}{_strength_and_box(resolved.condition)}"
-    for resolved_control in run.controls:
+    for resolved_control in dry_run.controls:
         yield "control", f"{resolved_control.control} (frames 0 to {len(resolved_control.frames) - 1})"
-    if run.conditions or request.input_video is not None:
+    if dry_run.conditions or request.input_video is not None:
         yield "images", f"through H.264 at quality {request.image_crf}, noise {request.image_noise:g}"
 
 
@@ -95,8 +95,8 @@ def _strength_and_box(condition: Condition) -> str:
     return f", strength {condition.strength:g}{box}"
 
 
-def _decoding(run: DryRun) -> Iterator[tuple[str, str]]:
-    request, last = run.request, run.passes[-1].settings
+def _decoding(dry_run: DryRun) -> Iterator[tuple[str, str]]:
+    request, last = dry_run.request, dry_run.passes[-1].settings
     tone_map = f", tone map {last.tone_map:g}" if last.tone_map else ""
     yield "decoding", f"at timestep {request.decode_timestep:g}, noise {request.decode_noise:g}{tone_map}"
 
@@ -114,12 +114,12 @@ def _headline(resolved_pass: ResolvedPass) -> str:
     }
     video = f"{resolved_pass.size}, {resolved_pass.frames} frames at {resolved_pass.fps:g} per second"
     latents = f"{grid.frames}x{grid.height}x{grid.width} latents, {grid.num_tokens} tokens"
-    which = (
+    label = (
         f"pass {resolved_pass.number}"
         if resolved_pass.window_count == 1
         else f"each of {resolved_pass.window_count} windows"
     )
-    return "; ".join([f"{which}: {video}", latents, *(option for option, is_on in options.items() if is_on)])
+    return "; ".join([f"{label}: {video}", latents, *(option for option, is_on in options.items() if is_on)])
 
 
 def _steps(resolved_pass: ResolvedPass) -> Iterator[tuple[str, ...]]:

@@ -15,8 +15,8 @@ import typer
 
 from kadr.errors import Cancelled, KadrError, KadrWarning
 
-EXIT_ERROR, EXIT_CANCELLED = 1, 130  # bad usage is 2, and typer's own
-DEBUG_VARIABLE = "KADR_DEBUG"  # in the environment: anything but nothing or 0 shows tracebacks
+EXIT_ERROR, EXIT_CANCELLED = 1, 130  # bad usage is 2, typer's own code
+DEBUG_VARIABLE = "KADR_DEBUG"  # environment variable: any value but "" and 0 shows tracebacks
 
 
 def print_stderr(line: str) -> None:
@@ -26,7 +26,7 @@ def print_stderr(line: str) -> None:
 
 @contextmanager
 def handle_errors() -> Iterator[None]:
-    """Turns what a verb raises into a line on stderr and an exit code, and each warning into a line."""
+    """Turns an exception of a verb into a line on stderr and an exit code, and each warning into a line."""
     with _print_warnings():
         try:
             yield
@@ -38,7 +38,7 @@ def handle_errors() -> Iterator[None]:
             raise _exit(error, f"error: {error}", EXIT_ERROR) from error
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise  # the reader of stdout has gone: typer ends quietly
+                raise  # the reader of stdout has closed it: typer exits quietly
             raise _exit(error, _unexpected_message(error), EXIT_ERROR) from error
 
 
@@ -61,17 +61,17 @@ def _unexpected_message(error: Exception) -> str:
 
 @contextmanager
 def _print_warnings() -> Iterator[None]:
-    """Shows kadr's own warnings; those of others only where Python was told to (-W, PYTHONWARNINGS)."""
+    """Prints kadr's warnings; prints others only if -W or PYTHONWARNINGS is set."""
 
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, KadrWarning):
             print_stderr(f"warning: {' '.join(str(message).split())}")
         else:
-            usual(message, category, *where, **more)
+            original_showwarning(message, category, *args, **kwargs)
 
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         warnings.simplefilter("always", KadrWarning)
-        usual, warnings.showwarning = warnings.showwarning, show
+        original_showwarning, warnings.showwarning = warnings.showwarning, show
         yield

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from kadr.cli.terminal.errors import print_stderr
 from kadr.pipeline.progress import Progress, Watch
 
-SECONDS_BETWEEN_LINES = 5.0  # seconds between two lines where there is no terminal
+SECONDS_BETWEEN_LINES = 5.0  # without a terminal
 STAGE_LABELS = {
     "text": "encoding the prompt",
     "control": "rendering controls",
@@ -48,7 +48,7 @@ def watch_in_lines(clock: Callable[[], float] = time.monotonic) -> Watch:
 
 @contextmanager
 def _watch_in_bars() -> Iterator[Watch]:
-    # Here, because rich takes as long to load as all of `kadr --help`.
+    # Imported here, because rich takes as long to load as all of `kadr --help`.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
@@ -76,10 +76,10 @@ def _stage_label(progress: Progress) -> str:
     return name if progress.window is None else "{}, window {} of {}".format(name, *progress.window)
 
 
-def _time_left(progress: Progress, before: str = "") -> str:
-    """Returns the time left in the stage; "" where it is unknown or over."""
-    known = progress.eta is not None and progress.step < progress.of
-    return f"{before}{format_duration(progress.eta or 0)} left" if known else ""
+def _time_left(progress: Progress, prefix: str = "") -> str:
+    """Returns the time left in the stage; "" if it is unknown or over."""
+    is_known = progress.eta is not None and progress.step < progress.of
+    return f"{prefix}{format_duration(progress.eta or 0)} left" if is_known else ""
 
 
 def format_duration(seconds: float) -> str:
