@@ -1,6 +1,6 @@
-"""The tree of errors that kadr raises.
+"""The hierarchy of exceptions that kadr raises.
 
-    KadrError                  everything kadr explains; the command line prints it and exits with 1
+    KadrError                  base class of all kadr errors; the command line prints it and exits with 1
     ├── RequestError           the request does not fit: a size, a frame count, a prompt, an unknown model name
     ├── MediaError             an image or a video cannot be read or written
     ├── CheckpointError        a file is not the checkpoint it should be
@@ -11,12 +11,12 @@
 
     KadrWarning                something differs from the request; the command line prints it and goes on
 
-Every message carries the value, the limit and the way out.
+Every message states the value, the limit and the fix.
 """
 
 
 class KadrError(Exception):
-    """Root of the tree: an error whose message is written for the person who reads it."""
+    """Base class of all kadr errors, with a message for the user."""
 
 
 class RequestError(KadrError, ValueError):

@@ -1,1 +1,1 @@
-"""Benchmarks of kadr on this machine: cases, contenders that run in turns, and the figures they give."""
+"""Benchmarks of kadr on this machine: cases, contenders that run alternately, and their results."""

@@ -1,1 +1,1 @@
-"""Checkpoint files: headers, detection, tensors, and modules loaded from them."""
+"""Checkpoint files: reads headers and tensors, detects the model, loads modules, writes and converts files."""

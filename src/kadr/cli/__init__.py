@@ -1,1 +1,1 @@
-"""The command line: one small file per verb. Results go to stdout, messages to stderr."""
+"""The command line: one module per command. Results go to stdout, messages to stderr."""

@@ -1,1 +1,1 @@
-"""Operations with a definition in plain torch and a faster implementation beside it."""
+"""Operations with a reference implementation in plain torch and a faster one."""

@@ -104,15 +104,15 @@ class CapturedGraph:
 
 
 class GraphedCallable:
-    """A function of tensors that replays a CUDA graph for shapes that came before.
+    """Wraps a function of tensors and replays a CUDA graph for input shapes it has seen before.
 
-    The first call with a shape warms up, the second captures, later ones replay: a shape that comes once costs nothing
-    extra. The warm-up also does what a capture may not: compile kernels and try them. The first replay is compared
-    with an eager call before the graph is used.
+    The first call with a shape warms up, the second captures, and later calls replay. A shape used only once adds no
+    cost. The warm-up also compiles kernels and tests them, which is not allowed during capture. The first replay is
+    compared with an eager call before the graph is used.
 
-    For equal shapes the function must do the same work: it must not read values on the host nor have state, and must
-    read what is no argument (weights) from memory that does not move. Off CUDA, and where a capture fails, the function
-    is called directly; a failed capture gives a warning.
+    For equal shapes the function must do the same work: it must not read tensor values on the host, must be
+    stateless, and the tensors that are not arguments (weights) must keep their addresses. Off CUDA, and
+    if a capture fails, the function is called directly; a failed capture gives a warning.
 
     Args:
         function: takes tensors and tuples of them, on one device. Other arguments are part of the shape, and must be

@@ -1,1 +1,1 @@
-"""Images and videos in, videos out: what kadr does to pixels before the model sees them and after it has made them."""
+"""Images and clips: reading, and preprocessing for the model; videos: postprocessing and writing."""

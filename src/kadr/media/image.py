@@ -59,9 +59,8 @@ def prepare_image(
     Raises:
         MediaError: the image is missing, damaged, of an unsupported format or too small; or `crf` is out of range.
 
-    Source: ltx_video/inference.py. The padding is counted in pixels of the output but added to the image at its own
-    resolution, and then everything is resized: a bug of the official code that is kept, without effect where both
-    sides are multiples of 32.
+    Source: ltx_video/inference.py. As in the official code, the padding is computed in output pixels but added
+    before the image is resized. kadr keeps this bug; it has no effect if width and height are multiples of 32.
     """
     sampled_size = sampled_size or size.snap()
     cropped = crop_to_aspect(load_image(image), size, name=_display_name(image))

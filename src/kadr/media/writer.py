@@ -37,14 +37,14 @@ _LIMITED_RANGE, _FULL_RANGE = 1, 2
 
 
 class VideoWriter:
-    """Writes an mp4 (H.264, 4:2:0) frame by frame; it appears, or replaces an older one, only when it is complete.
+    """Writes an mp4 (H.264, 4:2:0) frame by frame; the file appears, or replaces an existing one, once complete.
 
         with VideoWriter("out.mp4", Size(704, 480), fps=24) as writer:
             for frames in chunks:
                 writer.write(frames)
 
-    Until then the frames are in a hidden file beside it, which is removed after any error or interruption. A frame is
-    on disk once the encoder has seen the 40 that follow (its lookahead for rate control).
+    Until then the frames are in a hidden file beside it, which is removed after any error or interruption. The encoder
+    writes a frame only after it has received about 40 more (rate-control lookahead).
 
     Args:
         path: ends in .mp4; its folder exists.
@@ -54,8 +54,8 @@ class VideoWriter:
         metadata: the request, as JSON can hold it; `read_metadata` returns it.
 
     Raises:
-        MediaError: at construction, for every argument that cannot work; in the block, if the frames have another
-            shape or dtype, there are none, or the disk is full.
+        MediaError: at construction, for every argument that cannot work; inside the `with` block, if frames have
+            another shape or dtype, no frame was written, or the disk is full.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""The networks: transformer, video VAE, text encoder, latent upscaler. No file, device or rank is known here."""
+"""The networks (transformer, video VAE, text encoder, latent upscaler) and the registry of releases. Opens no files."""

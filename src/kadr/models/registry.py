@@ -69,9 +69,9 @@ class Release:
         kind: "model", "spatial upscaler", "temporal upscaler", "text encoder" or "LoRA".
         repo: on the Hugging Face Hub; None: bundled with kadr.
         file: within the repository, or within the package; a pattern for a text encoder of many files.
-        size_bytes: of the file, to within 1 %; None if it does not matter.
+        size_bytes: of the file, to within 1 %; None if not recorded.
         num_layers: transformer blocks; distinguishes files of the same name. None: any.
-        vae_family: of the VAE in the file: "0.9", "0.9.1" or "0.9.5"; None: a VAE of its own.
+        vae_family: of the VAE in the file: "0.9", "0.9.1" or "0.9.5"; None: a VAE of none of these families.
         text_encoder: name of the release of the text encoder; None: it is beside the file.
         upscaler: name of the release of the spatial upscaler that the second pass needs.
         vae: name of the release with the VAE, if this one has none.

@@ -92,7 +92,7 @@ class Engine:
             second_model: a model whose transformer and recipe the second pass uses.
             recipe: defaults for what requests leave out, instead of the model's own.
             loras: `Lora`s, paths, or tuples (path, strength) or (path, strength, strength in the second pass). They
-                run beside the weights in any weight format, and a request may set their strengths.
+                are applied as separate matmuls over weights in any format, and a request may set their strengths.
             lora_partial: ignore a LoRA's weights for layers that the transformer lacks, with a warning, instead of
                 refusing the LoRA.
             merge_loras: add the LoRAs to the weights at load time: slightly faster, but rounded to the weight format,
@@ -101,7 +101,7 @@ class Engine:
             dtype: "auto", "bfloat16" or "float32".
             quant: weight format of the transformer in memory, a key of `kadr.quant.weight_formats.WEIGHT_FORMATS`. None
                 keeps the file's own, which is exact. GGUF and fp8 files need no value.
-            offload: what to unload when memory is short: "auto" (the fastest that fits), "none" (nothing), "stages"
+            offload: what to unload or stream: "auto" (the fastest that fits), "none" (nothing), "stages"
                 (each module after its stage) or "blocks" (stream transformer blocks).
             compile_transformer: fuse the transformer's layers with torch.compile, on CUDA. The first video waits for
                 the compiler, close to a minute.

@@ -23,9 +23,9 @@ class Placement:
         workspace_bytes: device bytes besides weights: activations and buffers.
         host_bytes: host bytes of weights, where the device has its own memory.
         seconds: estimated time of the stage.
-        window_count: windows of a long video that the stage makes one after the other; 0 for a video in one piece.
+        window_count: number of windows of a long video that the stage samples in turn; 0 for a video in one piece.
         backend: name of the kernels that compute matrix products or convolutions.
-        reason: why this placement is offered; "" for the default one.
+        reason: why the planner lists this placement, shown to the user; "" for the default one.
     """
 
     dtype: str

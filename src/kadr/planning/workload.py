@@ -21,7 +21,7 @@ class Workload:
         has_conditions: for each pass, whether conditions give tokens their own sigmas.
         guidance_batch: both prompts are evaluated in one batch.
         step_cache: settings of the step cache; None without one.
-        reference_tokens: for each pass, the tokens of controls; () without controls. For a long video see its windows.
+        reference_tokens: for each pass, the tokens of controls; () without controls. For a long video, see `windows`.
         stages: names of the stages that run; empty for all of them.
         windows: windows of a long video, in place of its only pass.
     """

@@ -1,1 +1,1 @@
-"""Weight formats: quantized storage of the weights of finished modules."""
+"""Quantization: weight formats, quantizers, and the layers that replace `Linear`."""

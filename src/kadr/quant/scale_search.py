@@ -1,15 +1,15 @@
 """Search for the scale of each group, or its scale and offset, that quantizes the group with the least error.
 
-That is not the scale that just spans the group, so several candidates are tried, each improved by least squares, and
-the best wins. It is the search of llama.cpp's reference quantizers (`make_qx_quants` and `make_qkx2_quants` in
-ggml-quants.c) with these differences:
+The scale that exactly covers the range of the group is not the best one. The search tries several candidates, refines
+each by least squares and keeps the best. It follows llama.cpp's reference quantizers (`make_qx_quants` and
+`make_qkx2_quants` in ggml-quants.c), with these differences:
 
 - The error of a candidate comes from sums over the group, without another pass over its values.
-- Seven candidates are enough, since the best is rounded and fitted once more, and its scale again after its offset.
+- Seven candidates are enough: the best one is rounded and refitted once, and its scale is refitted after its offset.
 - All formats weight errors as llama.cpp's Q4_K does, by |x| + rms(x).
 
-Scales and offsets are themselves integers times a float16 factor of the block. Values are x (groups, group size, N)
-with N blocks: every step is one operation on many blocks.
+Scales and offsets are stored as integers, each kind times one float16 factor per block. Values are x (groups, group
+size, N) with N blocks: every step is one operation on many blocks.
 """
 
 from __future__ import annotations

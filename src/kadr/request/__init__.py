@@ -1,1 +1,1 @@
-"""The request: as it is asked, and resolved with nothing left open."""
+"""The request, and the request with every value resolved."""

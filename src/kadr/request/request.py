@@ -38,10 +38,11 @@ class Request:
     """Request for one video. A field that is None is taken from the model's recipe.
 
     Args:
-        prompt: what to show. With windows, one prompt for each, separated by |; the last one holds for the rest.
-        size: width and height in pixels, a `Size` or a pair. Sampled at the next multiples of 32 up, then cropped.
-        frames: sampled at the next 8k+1 up, then trimmed.
-        fps: frames per second. The model's positions depend on it: it decides how fast things move.
+        prompt: what to show. With windows, one prompt for each, separated by |; the last one covers all
+            remaining windows.
+        size: width and height in pixels, a `Size` or a pair. Rounded up to multiples of 32 for sampling, then cropped.
+        frames: number of frames; rounded up to 8k+1 for sampling, then trimmed.
+        fps: frames per second. The temporal positions of the tokens are in seconds, so it changes the speed of motion.
         seed: any whole number. The same seed gives the same noise on every device.
         steps: denoising steps.
         sigmas: the schedule itself, decreasing from at most 1, instead of `steps`.
@@ -54,17 +55,17 @@ class Request:
             is off.
         tone_map: how strongly the latents' extremes are compressed before decoding, 0 to 1.
         multi_scale: sample at a smaller size first, upscale the latents, and refine them in a second pass.
-        second_pass: settings of the second pass; those above are the settings of the first, or only, pass. `tone_map`
-            belongs to what is decoded, so it is the second pass's where that has none.
-        downscale_factor: factor of both sides, in the first of two passes.
+        second_pass: settings of the second pass; those above are the settings of the first, or only, pass. Only latents
+            that are decoded are tone-mapped: a second pass without a `tone_map` uses this one.
+        downscale_factor: factor applied to width and height in the first of two passes.
         conditions: images and clips that the video must show.
         controls: clips to follow, through in-context LoRAs.
         lora_strengths: strengths of the engine's LoRAs, in their order: one number each, or (first pass, second pass);
             None keeps those that the engine was opened with.
         windows: sample a long video window by window; None samples it at once.
         input_video: path of a video to start from, instead of pure noise.
-        denoise_strength: how much of `input_video` is made anew: the sigma that sampling begins at, or the nearest
-            below.
+        denoise_strength: sigma at which sampling of `input_video` begins, rounded down to one of the schedule; higher
+            changes more.
         image_noise: noise added to clean condition images at each step, times the square of sigma.
         image_crf: H.264 quality (CRF) that an image is compressed with before it is encoded, as the training clips
             were; 0 is off.

@@ -1,1 +1,1 @@
-"""Diffusion as mathematics: no model, no file."""
+"""Schedules, conditioning, guidance and samplers, on tensors and a model callable: no network, no file."""

@@ -43,12 +43,12 @@ class Guidance:
     Args:
         cfg_scale: CFG scale, away from the negative prompt; 1 is off.
         stg_scale: STG scale, away from the prediction with some transformer blocks perturbed; 0 is off.
-        rescale: how much of the growth of the standard deviation that guidance brings is removed, where `stg_scale`
-            acts; 1 is off, as in the official package, and so is 0.
+        rescale: how far the guided prediction is rescaled to the standard deviation of the conditional one, on steps
+            with STG; 1 and 0 are off, as in the official package.
         skip_blocks: the perturbed blocks, counted from 0.
         stg_mode: "attention_values" (each token attends to itself only), "attention_skip" (attention returns its
             input) or "transformer_block" (the block returns its input).
-        sigmas: not increasing; the sigmas that the lists are for.
+        sigmas: one for each entry of the lists, not increasing.
         cfg_star: scale the unconditional prediction to its projection on the conditional one (CFG-Zero*).
         apg: factor of the guidance's component parallel to the clean prediction (adaptive projected guidance, APG); a
             negative value turns APG off.

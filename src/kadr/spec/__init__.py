@@ -1,1 +1,1 @@
-"""Which components a model has: from headers and the registry, never a weight."""
+"""The components of a model, found from headers and the registry; no weight is read."""

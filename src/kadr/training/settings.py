@@ -28,7 +28,7 @@ CHANGEABLE_ON_RESUME = ("steps",)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Settings of one training.
+    """Settings of one training run.
 
     Args:
         size: size that clips are cropped and resized to, rounded up to multiples of 32 as a video's is.
@@ -37,13 +37,13 @@ class TrainingSettings:
         target_modules: the layers to adapt; see `trainable_lora.TARGET_MODULES`.
         steps: optimizer steps.
         batch_size: examples of a step.
-        learning_rate: learning rate of AdamW, constant after `warmup_steps` steps: so a finished training can be
+        learning_rate: learning rate of AdamW, constant after `warmup_steps` steps, so that a finished run can be
             extended.
         sigma_sampling: distribution of the training sigmas; see `objective.SIGMA_DISTRIBUTIONS`.
         first_frame_conditioning_p: share of steps in which the first latent frame is clean and not part of the loss.
         caption_dropout_p: share of captions replaced by an empty one.
-        references: "off"; "files": a reference beside each clip, whose clean tokens follow the clip's own; or "canny":
-            the clip's own edges as its reference.
+        references: "off"; "files": a reference file for each clip, whose clean tokens are appended to the clip's; or
+            "canny": the clip's own edges as its reference.
         seed: seed of everything random.
     """
 

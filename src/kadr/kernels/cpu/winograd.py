@@ -1,13 +1,13 @@
 """3D convolution by Winograd's algorithm along time (Lavin and Gray, arXiv:1509.09308), with fewer 2D convolutions.
 
-`F23`, F(2, 3): two neighbouring output frames take four 2D convolutions where the direct algorithm takes six. With the
-input frames d0 to d3 that they depend on, and the three taps g0 to g2 of the kernel, each a 2D convolution:
+`F23`, F(2, 3): two neighbouring output frames take four 2D convolutions where the direct algorithm takes six. d0 to
+d3 are the input frames, g0 to g2 the temporal taps of the kernel, and g d is the 2D convolution of d by g:
 
     m1 = g0 (d0 - d2)    m2 = (g0 + g1 + g2)/2 (d1 + d2)    m3 = (g0 - g1 + g2)/2 (d2 - d1)    m4 = g2 (d1 - d3)
     first = m1 + m2 + m3    second = m2 - m3 - m4
 
 `F43`, F(4, 3): four output frames take six 2D convolutions where the direct algorithm takes twelve, with interpolation
-points 0, plus and minus s, plus and minus t, and infinity. With s t = 1, no factor is far from 1; with s = sqrt(1/2)
+points 0, plus and minus s, plus and minus t, and infinity. With s t = 1, all factors stay near 1; with s = sqrt(1/2)
 the error in bfloat16 is three quarters of that with the usual points 1 and 2 (measured).
 
     m0 = g0 (d0 - 5/2 d2 + d4)    m5 = g2 (d1 - 5/2 d3 + d5)
@@ -16,12 +16,11 @@ the error in bfloat16 is three quarters of that with the usual points 1 and 2 (m
     y0 = m0 + (m1 + m2) + (m3 + m4)        y1 = s (m1 - m2) + t (m3 - m4)
     y2 = s^2 (m1 + m2) + t^2 (m3 + m4)     y3 = s^3 (m1 - m2) + t^3 (m3 - m4) + m5
 
-Three output frames are four without the last, in five convolutions. One or two take m0, m1, m2 and m5 of the same
-kernels.
+Three output frames: F(4, 3) without y3, five convolutions. One or two output frames use only m0, m1, m2 and m5.
 
-All is exact but for rounding. A video in channels_last_3d memory is a batch of images in channels_last memory, so the
-frames of all groups go through oneDNN at once, with weights in its memory order; what is added to the output of a
-convolution is added before the sums are rounded.
+The result is exact up to rounding. A video in channels_last_3d memory is a batch of images in channels_last memory, so
+the frames of all groups go through oneDNN at once, with weights in its memory order. oneDNN adds further terms to the
+output of a convolution before it rounds the result.
 """
 
 from __future__ import annotations
