@@ -251,9 +251,8 @@ def vae_decode_activation_bytes(
     pixels = 3 * chunk_frames * prod((SPATIAL_COMPRESSION, SPATIAL_COMPRESSION, grid.height, grid.width))
     caller_bytes = pixels * (itemsize + 1)
     for start in range(0, frames, chunk_frames):
-        _run_stages(
-            ledger, stages, min(chunk_frames, frames - start), caller_bytes, chunk_frames, start + chunk_frames >= frames
-        )
+        is_last = start + chunk_frames >= frames
+        _run_stages(ledger, stages, min(chunk_frames, frames - start), caller_bytes, chunk_frames, is_last)
     return ledger.peak_bytes + activations.KERNEL_WORKSPACE_BYTES
 
 
