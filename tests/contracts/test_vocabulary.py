@@ -36,6 +36,7 @@ ALLOWED = {
     "bends?|bent": (  # names of noise streams, which decide a LoRA's initial bits
         "src/kadr/training/trainable_lora.py",
         "tests/training/test_trainable_lora.py",
+        "tests/text/test_enhance.py",  # a river
     ),
     "noise levels?": ("docs/glossary.md",),  # where a sigma is explained
     "pictures?": (
@@ -79,6 +80,8 @@ RETIRED_NAMES = (
     ("remember", "request/windows.py"),
     ("making", "cli/run.py"),
 )
+# Participles that say nothing of a value: no variable, parameter or field is called so.
+BARE_PARTICIPLES = {"held", "told", "kept", "given", "asked", "shown", "together"}
 DOCSTRINGS_NEVER_BEGIN = ("What", "Whether", "How", "Of")
 
 
@@ -182,6 +185,25 @@ def test_no_module_defines_a_retired_name() -> None:
 
 def test_modules_with_retired_names_exist() -> None:
     assert [where for _, where in RETIRED_NAMES if where != "*" and not (PACKAGE / where).is_file()] == []
+
+
+def test_no_value_is_named_by_a_bare_participle() -> None:
+    found = []
+    for path, tree in package():
+        variables = {
+            node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        found += [f"{path}: {name}" for name in sorted((variables | defined_names(tree)) & BARE_PARTICIPLES)]
+    assert found == []
+
+
+def test_no_two_classes_share_a_name() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for path, tree in package():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(path)
+    assert {name: paths for name, paths in homes.items() if len(paths) > 1} == {}
 
 
 @pytest.mark.parametrize("tree", TREES)

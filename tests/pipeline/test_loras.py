@@ -103,6 +103,7 @@ def test_each_of_two_passes_has_its_own_strength(opened: Callable[..., Engine], 
     assert torch.equal(by_request, latents[1.0, 0.0])
 
 
+@pytest.mark.filterwarnings("ignore:this CPU has no instructions for int8")  # int8-weights stands in for it there
 @pytest.mark.parametrize("scheme", ["int8", "Q8_0", "fp8-weights"])
 def test_quantized_weights_take_loras_merged_or_not(scheme: str, opened: Callable[..., Engine], lora: Path) -> None:
     expected = opened(loras=[lora]).denoise(REQUEST)

@@ -75,11 +75,11 @@ class Components(ModelSpec):
             vae_checkpoint,
             device=device,
             dtype=dtype,
-            second=second_checkpoint,
+            second_checkpoint=second_checkpoint,
             loras=loras,
             quant=quant,
             offload=offload,
-            compiled=compile_transformer,
+            compile_transformer=compile_transformer,
         )
         # No weight format in the key: the text encoder's placement does not change what it computes.
         self.prompt_cache = PromptCache.open(

@@ -16,7 +16,7 @@ from kadr.models.upscaler import UpscalerConfig
 from kadr.sampling.schedules import Schedule
 from kadr.spec.loras import Loras
 from kadr.spec.offload import OFFLOAD_AUTO
-from kadr.spec.options import check_compile, refuse_merging, resolve_scheme
+from kadr.spec.options import check_compile, refuse_merging, resolve_weight_format
 
 UPSCALER_HINT = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."
 TEXT_ENCODER, VAE_ENCODER, VAE_DECODER = "text encoder", "VAE encoder", "VAE decoder"
@@ -37,36 +37,37 @@ class ModelSpec:
     """A model's headers, and the options it runs with on this machine. No weight is in memory.
 
     Args:
-        checkpoint: has the transformer, and the VAE unless `vae` has it.
-        text: the text encoder.
-        vae: another checkpoint for the VAE; None means `checkpoint`.
+        checkpoint: has the transformer, and the VAE unless `vae_checkpoint` has it.
+        text_encoder_checkpoint: the text encoder.
+        vae_checkpoint: another checkpoint for the VAE; None means `checkpoint`.
         device, dtype: see `Engine.open`.
-        second: another checkpoint for the transformer of the second pass.
+        second_checkpoint: another checkpoint for the transformer of the second pass.
         loras: for the transformers of both passes.
-        quant, offload, compiled: see `Engine.open`.
+        quant, offload, compile_transformer: see `Engine.open`.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        text: TextEncoderCheckpoint,
-        vae: Checkpoint | None,
+        text_encoder_checkpoint: TextEncoderCheckpoint,
+        vae_checkpoint: Checkpoint | None,
         *,
         device: str,
         dtype: str,
-        second: Checkpoint | None = None,
+        second_checkpoint: Checkpoint | None = None,
         loras: Loras | None = None,
         quant: str | None = None,
         offload: str = OFFLOAD_AUTO,
-        compiled: bool = False,
+        compile_transformer: bool = False,
     ) -> None:
-        self.checkpoint, self.text_encoder_checkpoint, self.vae_checkpoint = checkpoint, text, vae or checkpoint
-        self.transformer_checkpoints = (checkpoint, second or checkpoint)
+        self.checkpoint = checkpoint
+        self.text_encoder_checkpoint, self.vae_checkpoint = text_encoder_checkpoint, vae_checkpoint or checkpoint
+        self.transformer_checkpoints = (checkpoint, second_checkpoint or checkpoint)
         self.transformer_config = require_components(checkpoint, self.vae_checkpoint)
-        require_matching_text_encoder(text, checkpoint)
-        if second is not None:
-            require_components(second, self.vae_checkpoint)
-            require_matching_text_encoder(text, second)
+        require_matching_text_encoder(text_encoder_checkpoint, checkpoint)
+        if second_checkpoint is not None:
+            require_components(second_checkpoint, self.vae_checkpoint)
+            require_matching_text_encoder(text_encoder_checkpoint, second_checkpoint)
         self.loras = loras or Loras(())
         self.loras.check_fits(self.transformer_checkpoints)
         self.upscaler_checkpoints: dict[str, Checkpoint] = {}
@@ -76,10 +77,10 @@ class ModelSpec:
         )
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device, num_parameters)
-        self.quant, self.offload = resolve_scheme(quant, self.transformer_checkpoints, self.device), offload
+        self.quant, self.offload = resolve_weight_format(quant, self.transformer_checkpoints, self.device), offload
         if self.loras.is_merged:
             refuse_merging(self.transformer_checkpoints)
-        self.compile_transformer = check_compile(compiled, self.device)
+        self.compile_transformer = check_compile(compile_transformer, self.device)
 
     def add_upscaler(self, checkpoint: Checkpoint) -> None:
         """Adds a latent upscaler to run between two passes.

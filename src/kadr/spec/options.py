@@ -25,7 +25,7 @@ from kadr.quant.weight_formats import (
 from kadr.spec.weights import can_multiply_stored_fp8, count_stored_types, is_quantized
 
 
-def resolve_scheme(name: str | None, transformers: Sequence[Checkpoint], device: torch.device) -> str:
+def resolve_weight_format(name: str | None, transformers: Sequence[Checkpoint], device: torch.device) -> str:
     """Returns the quantization scheme of the transformers: the requested one, or the closest this device supports.
 
     Raises:
