@@ -43,7 +43,7 @@ UNIT_AREA = {  # area of a shape of radius 1
 
 
 class Verdict(NamedTuple):
-    """What a clip shows; None where it has no name. In the order of `scenes.SceneKey`, so that the two compare."""
+    """The scene that a clip shows, in the order of `scenes.SceneKey`, so that the two compare; None if unnamed."""
 
     colour: str | None
     shape: str | None

@@ -50,7 +50,7 @@ HELD_OUT_PERCENT = 12
 
 
 class Extent(NamedTuple):
-    """How far a shape of radius 1 extends from its centre."""
+    """Distance that a shape of radius 1 extends from its centre."""
 
     side: float
     up: float
