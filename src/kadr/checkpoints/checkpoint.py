@@ -111,15 +111,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint has none, or its tensors do not fit; see `load.load_weights`.
         """
-        if self.info.transformer is None:
+        config = self.info.transformer
+        if config is None:
             raise self.missing_component_error("transformer")
         source = self.sources["transformer"]
         return load_transformer(
-            self.info.transformer,
-            source,
-            dtype=dtype,
-            is_diffusers=self._is_diffusers,
-            keep_storage_dtype=keep_storage_dtype,
+            config, source, dtype=dtype, is_diffusers=self._is_diffusers, keep_storage_dtype=keep_storage_dtype
         )
 
     def load_vae(

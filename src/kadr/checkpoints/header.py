@@ -183,11 +183,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_offset: int) -> TensorI
                 f"it supports {', '.join(SAFETENSORS_DTYPES)}. Use the bf16 file of this model."
             )
         info = TensorInfo(name, shape, SAFETENSORS_DTYPES[dtype], path, data_offset + begin)
-        if (
-            not all(isinstance(length, int) and length >= 0 for length in shape)
-            or begin < 0
-            or end - begin != info.size_bytes
-        ):
+        is_shape = all(isinstance(length, int) and length >= 0 for length in shape)
+        if not is_shape or begin < 0 or end - begin != info.size_bytes:
             raise ValueError(f"shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

@@ -127,11 +127,8 @@ def fetch(repo: str, file: str) -> Path:
 def fetch_folder(repo: str, patterns: Sequence[str]) -> Path:
     """Downloads the files of a repository that match the patterns, unless they are cached.
 
-    Args:
-        patterns: such as "text_encoder/*"; each must match a file.
-
-    Returns:
-        The folder of the repository in the cache; other files may be missing in it.
+    Each pattern, such as "text_encoder/*", must match a file. Returns the folder of the repository in the cache; other
+    files may be missing in it.
 
     Raises:
         CheckpointError: see `fetch`.
@@ -245,9 +242,7 @@ def _verify_files(files: Iterable[RemoteFile]) -> None:
 
 def _download(file: RemoteFile) -> None:
     """Downloads a file into huggingface_hub's cache, resuming an earlier attempt."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    from huggingface_hub.utils import WeakFileLock
 
     lock = _cache_folder() / ".locks" / _repo_folder(file.repo).name / f"{file.digest}.lock"  # huggingface_hub's own
     for folder in (lock.parent, file.incomplete_path.parent):
@@ -255,18 +250,27 @@ def _download(file: RemoteFile) -> None:
     with WeakFileLock(lock):
         if file.blob_path.exists():  # another process was faster
             return
-        downloaded_bytes = file.incomplete_path.stat().st_size if file.incomplete_path.exists() else 0
-        with file.incomplete_path.open("ab" if downloaded_bytes <= file.size else "wb") as incomplete:
-            http_get(
-                hf_hub_url(file.repo, file.name),
-                incomplete,
-                resume_size=incomplete.tell(),
-                headers=build_hf_headers(),
-                expected_size=file.size,
-                displayed_filename=file.name,
-            )
+        _complete_download(file)
         _verify_digest(file.incomplete_path, file)
         file.incomplete_path.replace(file.blob_path)
+
+
+def _complete_download(file: RemoteFile) -> None:
+    """Downloads what the incomplete file lacks, or all of it if that is larger than the file."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    downloaded_bytes = file.incomplete_path.stat().st_size if file.incomplete_path.exists() else 0
+    with file.incomplete_path.open("ab" if downloaded_bytes <= file.size else "wb") as incomplete:
+        http_get(
+            hf_hub_url(file.repo, file.name),
+            incomplete,
+            resume_size=incomplete.tell(),
+            headers=build_hf_headers(),
+            expected_size=file.size,
+            displayed_filename=file.name,
+        )
 
 
 def _verify_digest(path: Path, file: RemoteFile) -> None:

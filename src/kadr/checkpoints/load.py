@@ -200,15 +200,11 @@ def load_transformer(
     is_diffusers: bool = False,
     keep_storage_dtype: bool = False,
 ) -> Transformer:
-    """Loads a transformer on the CPU.
+    """Loads a transformer on the CPU; `load_weights` documents the other arguments and the CheckpointError.
 
     Args:
         source: its tensors, under file keys without prefix.
         is_diffusers: the file keys are those of a diffusers folder.
-        keep_storage_dtype: see `load_weights`.
-
-    Raises:
-        CheckpointError: see `load_weights`.
     """
     with torch.device("meta"):
         module = Transformer(config)

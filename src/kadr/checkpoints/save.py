@@ -26,6 +26,15 @@ from kadr.sampling.schedules import Schedule
 Materialize = Callable[[str, Tensor], Tensor]
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _HEADER_ALIGNMENT = 8  # bytes; the tensors start at a multiple, so that they can be mapped
+_T5_CONSTANTS = {  # what the config.json of every T5 v1.1 encoder has
+    "feed_forward_proj": "gated-gelu",
+    "is_encoder_decoder": False,
+    "use_cache": False,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
 
 
 def write_single_file(
@@ -167,13 +176,7 @@ def _t5_config_json(config: T5Config, dtype: torch.dtype) -> dict[str, Any]:
         "relative_attention_num_buckets": config.relative_attention_num_buckets,
         "relative_attention_max_distance": config.relative_attention_max_distance,
         "layer_norm_epsilon": config.layer_norm_epsilon,
-        "feed_forward_proj": "gated-gelu",
-        "is_encoder_decoder": False,
-        "use_cache": False,
-        "dropout_rate": 0.0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
+        **_T5_CONSTANTS,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 

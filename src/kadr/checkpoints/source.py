@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from mmap import mmap
 from pathlib import Path
 
 import torch
@@ -55,11 +56,7 @@ class Source:
         metadata: dict[str, str] = {}
         for file in files:
             file_infos, file_metadata = _read_any_header(file)
-            duplicates = infos.keys() & file_infos.keys()
-            if duplicates:
-                raise CheckpointError(
-                    f"{path}: the tensor {min(duplicates)} is in two of its files. Download the folder again."
-                )
+            _refuse_duplicates(path, infos.keys() & file_infos.keys())
             infos |= file_infos
             metadata = metadata or dict(file_metadata)
         return cls(path, infos, metadata)
@@ -116,12 +113,22 @@ class Source:
             raise CheckpointError(
                 f"{info.file} shrank to {len(mapped):,} bytes since it was opened. Download it again."
             )
-        if info.file_offset % info.dtype.itemsize:  # old writers did not align; torch.frombuffer requires it
-            copied = bytearray(mapped[info.file_offset : info.file_offset + info.size_bytes])
-            return torch.frombuffer(copied, dtype=info.dtype).view(info.storage_shape)
-        count = info.size_bytes // info.dtype.itemsize
-        flat = torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=info.file_offset)
-        return flat.view(info.storage_shape)
+        return _view_flat(info, mapped).view(info.storage_shape)
+
+
+def _view_flat(info: TensorInfo, mapped: mmap) -> Tensor:
+    """Returns the values of a tensor on one axis, sharing memory with the map unless they are not aligned."""
+    if info.file_offset % info.dtype.itemsize:  # old writers did not align; torch.frombuffer requires it
+        copied = bytearray(mapped[info.file_offset : info.file_offset + info.size_bytes])
+        return torch.frombuffer(copied, dtype=info.dtype)
+    count = info.size_bytes // info.dtype.itemsize
+    return torch.frombuffer(mapped, dtype=info.dtype, count=count, offset=info.file_offset)
+
+
+def _refuse_duplicates(path: Path, names: Set[str]) -> None:
+    """Refuses a folder in which tensors of these names are in two files."""
+    if names:
+        raise CheckpointError(f"{path}: the tensor {min(names)} is in two of its files. Download the folder again.")
 
 
 def _read_any_header(file: Path) -> tuple[Mapping[str, TensorInfo], Mapping[str, str]]:

@@ -42,10 +42,8 @@ def write_video(
     report = summary(engine, video_file)
     if latents_path is not None:
         save_latents(video_file, latents_path, report)
-    print_stderr(
-        f"{video_file.frames} frames of {video_file.size} at {video_file.fps:g} per second, made in "
-        f"{format_duration(video_file.seconds)}"
-    )
+    frames, duration = video_file.frames, format_duration(video_file.seconds)
+    print_stderr(f"{frames} frames of {video_file.size} at {video_file.fps:g} per second, made in {duration}")
     print(json.dumps(report) if as_json else video_file.path)
 
 

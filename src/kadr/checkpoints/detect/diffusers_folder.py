@@ -7,7 +7,7 @@ blocks. Widths and layer counts are free; the VAE must be built as one of the th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,10 +199,9 @@ def _encoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...],
     is_0_9_5 = str(config.get("down_block_types", ("LTXVideoDownBlock3D",))[-1]) == "LTXVideo095DownBlock3D"
     kinds = config.get("downsample_type", ("conv",) * len(scaling))
     next_widths = widths[1:] if is_0_9_5 else (*widths[1:], widths[-1])
+    levels = zip(widths, next_widths, layer_counts, scaling, kinds, strict=False)
     blocks = []
-    for width, next_width, num_layers, scales, kind in zip(
-        widths, next_widths, layer_counts, scaling, kinds, strict=False
-    ):
+    for width, next_width, num_layers, scales, kind in levels:
         blocks.append(BlockConfig(kind="res_x", num_layers=num_layers))
         if scales and is_0_9_5:
             blocks.append(BlockConfig(kind=_DOWNSAMPLE_KINDS[kind], multiplier=_channel_multiplier(next_width, width)))
@@ -221,8 +220,7 @@ def _decoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...],
     inject_noise = config.get("decoder_inject_noise", (False,) * len(layer_counts))
     residual = config.get("upsample_residual", (False,) * len(widths))
     factors = config.get("upsample_factor", (1,) * len(widths))
-    output_widths = [width // factor for width, factor in zip(widths, factors, strict=True)]
-    input_widths = [*output_widths[1:], widths[-1]]  # of the block that runs before, which stands after it here
+    input_widths, output_widths = _compute_decoder_widths(widths, factors)
     blocks = []
     for i, width in enumerate(output_widths):
         blocks.append(BlockConfig(kind="res_x", num_layers=layer_counts[i], inject_noise=inject_noise[i]))
@@ -233,6 +231,13 @@ def _decoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...],
             blocks.append(BlockConfig(kind="res_x_y", multiplier=multiplier, inject_noise=inject_noise[i]))
     last_block = BlockConfig(kind="res_x", num_layers=layer_counts[-1], inject_noise=inject_noise[-1])
     return (*blocks, last_block), output_widths[0]
+
+
+def _compute_decoder_widths(widths: Sequence[int], factors: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Returns the input and output widths of the decoder's levels, in the order of the encoder."""
+    output_widths = [width // factor for width, factor in zip(widths, factors, strict=True)]
+    input_widths = [*output_widths[1:], widths[-1]]  # of the block that runs before, which stands after it here
+    return input_widths, output_widths
 
 
 def _channel_multiplier(next_width: int, width: int) -> int:

@@ -261,8 +261,12 @@ def _infer_family(
         return "0.9.5"
     if release is not None and release.vae_family is not None:
         return release.vae_family
+    raise _unknown_version_error(source, transformer)
+
+
+def _unknown_version_error(source: Source, transformer: TransformerConfig) -> CheckpointError:
     known = ", ".join(r.name for r in RELEASES if r.num_layers == transformer.num_layers)
-    raise CheckpointError(
+    return CheckpointError(
         f"{source.path} is a 2B transformer without VAE and without a config in its header: its shapes are the same "
         f"in all versions, and its name is none of theirs. Name the version (release=...) or rename the file to one "
         f"of {known}."

@@ -26,7 +26,7 @@ from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
-from kadr.models.transformer import Transformer
+from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.quant.mixes import Mix, assign_types
 from kadr.text.sentencepiece_model import SentencePieceModel, parse_sentencepiece
 from kadr.text.tokenizer import find_tokenizer_file
@@ -58,19 +58,23 @@ def transformer_to_gguf(
     config = checkpoint.info.transformer
     if config is None:
         raise checkpoint.missing_component_error("transformer")
-    with torch.device("meta"):
-        module = Transformer(config)
-    kadr_keys = list(module.state_dict())
-    source = checkpoint.sources["transformer"]
-    source_keys = map_keys(TRANSFORMER_KEYS, kadr_keys, is_diffusers=checkpoint.info.layout == "diffusers")
-    account(module, source, source_keys)
+    source_key_by_output_key = _map_transformer_keys(checkpoint, config)
     release = checkpoint.info.release
     fields = {NAME_KEY: release.name} if release else {}
     fields[CONFIG_KEY] = json.dumps(_complete_config(checkpoint))
-    source_key_by_output_key = {
-        output_key: source_keys[kadr_key] for kadr_key, output_key in map_keys(TRANSFORMER_KEYS, kadr_keys).items()
-    }
+    source = checkpoint.sources["transformer"]
     return _convert(path, LTXV_ARCHITECTURE, mix, fields, source, source_key_by_output_key, watch)
+
+
+def _map_transformer_keys(checkpoint: Checkpoint, config: TransformerConfig) -> dict[str, str]:
+    """Maps key in the GGUF file -> key in the source, whose tensors it checks against the transformer's."""
+    with torch.device("meta"):
+        module = Transformer(config)
+    kadr_keys = list(module.state_dict())
+    source_keys = map_keys(TRANSFORMER_KEYS, kadr_keys, is_diffusers=checkpoint.info.layout == "diffusers")
+    account(module, checkpoint.sources["transformer"], source_keys)
+    output_keys = map_keys(TRANSFORMER_KEYS, kadr_keys)
+    return {output_key: source_keys[kadr_key] for kadr_key, output_key in output_keys.items()}
 
 
 def text_encoder_to_gguf(

@@ -134,12 +134,17 @@ def _read_header(path: Path, parser: GGUFParser) -> GGUFHeader:
         raise ValueError("two tensors have the same name")
     if not infos:
         raise CheckpointError(f"{path} is a GGUF file without tensors. Use the file with the weights.")
-    expected_size, size = max(info.file_offset + info.size_bytes for info in infos.values()), len(parser.data)
+    _refuse_truncated(path, infos, len(parser.data))
+    return GGUFHeader(path, infos, fields)
+
+
+def _refuse_truncated(path: Path, infos: Mapping[str, TensorInfo], size: int) -> None:
+    """Refuses a file of `size` bytes that ends before its last tensor does."""
+    expected_size = max(info.file_offset + info.size_bytes for info in infos.values())
     if size < expected_size:
         raise CheckpointError(
             f"{path} is truncated: it has {size:,} bytes, its header states {expected_size:,}. {_DOWNLOAD_AGAIN}"
         )
-    return GGUFHeader(path, infos, fields)
 
 
 def _tensor_info(header: GGUFHeader, entry: GGUFTensorInfo, data_offset: int) -> TensorInfo:
@@ -150,18 +155,24 @@ def _tensor_info(header: GGUFHeader, entry: GGUFTensorInfo, data_offset: int) ->
             f"supports F32, F16, BF16, {', '.join(GGML_TYPES)}. Use a file of the same model in one of these, such as "
             "Q4_K_M."
         )
-    original_shape = header.read_array(_ORIGINAL_SHAPE + name)
-    if original_shape is not None:
-        if prod(original_shape) != prod(shape):
-            raise ValueError(
-                f"its tensor {name} is {list(shape)}, and its original shape is given as {list(original_shape)}"
-            )
-        shape = tuple(original_shape)
+    shape = _restore_shape(header, name, shape)
     ggml_type = GGML_TYPES[BLOCK_TYPES[type_id]] if type_id in BLOCK_TYPES else None
     if ggml_type is not None and (not shape or shape[-1] % ggml_type.block_size):
         raise ValueError(f"its tensor {name} of {list(shape)} has rows that are not whole blocks of {ggml_type.name}")
     dtype = torch.uint8 if ggml_type else UNQUANTIZED_TYPES[type_id]
     return TensorInfo(name, shape, dtype, header.path, data_offset + offset, ggml_type)
+
+
+def _restore_shape(header: GGUFHeader, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the original shape of a tensor where the header has one, else the stored shape."""
+    original_shape = header.read_array(_ORIGINAL_SHAPE + name)
+    if original_shape is None:
+        return shape
+    if prod(original_shape) != prod(shape):
+        raise ValueError(
+            f"its tensor {name} is {list(shape)}, and its original shape is given as {list(original_shape)}"
+        )
+    return tuple(original_shape)
 
 
 def _type_name(type_id: int) -> str:
@@ -186,11 +197,12 @@ def _refuse_unsupported(path: Path, fields: Mapping[str, Any]) -> None:
             "city96/t5-v1_1-xxl-encoder-gguf."
         )
     if architecture not in (*_UNSPECIFIC_ARCHITECTURES, LTXV_ARCHITECTURE, T5_ENCODER_ARCHITECTURE):
-        is_language_model = (
-            any(name.startswith("tokenizer.") for name in fields) or f"{architecture}.context_length" in fields
-        )
-        kind = "a language model" if is_language_model else "a model of another family"
+        kind = "a language model" if _is_language_model(architecture, fields) else "a model of another family"
         raise CheckpointError(
             f"{path} is {kind} (its architecture is {architecture}). kadr runs LTX-Video 0.9 to 0.9.8 "
             f"({LTXV_ARCHITECTURE}) with the encoder of T5 v1.1 XXL ({T5_ENCODER_ARCHITECTURE})."
         )
+
+
+def _is_language_model(architecture: str | None, fields: Mapping[str, Any]) -> bool:
+    return any(name.startswith("tokenizer.") for name in fields) or f"{architecture}.context_length" in fields

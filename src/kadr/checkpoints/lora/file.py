@@ -117,11 +117,10 @@ class LoraFile:
 
         Args:
             path: a .safetensors, or a folder as PEFT or diffusers write one.
-            allow_partial: leave out unexpected keys, with a warning, instead of refusing the file.
+            allow_partial: leave out keys of no layer of the transformer, with a warning, instead of refusing the file.
 
         Raises:
-            CheckpointError: it is not a LoRA, is for another family of models, is more than pairs of matrices, has one
-                half of a pair, or has keys that belong to no layer of the transformer.
+            CheckpointError: it is no LoRA of this family, has more than matrix pairs, half of a pair, or such keys.
         """
         source = Source.open(_find_weights_file(Path(path)))
         _refuse_unsupported(source)
@@ -399,13 +398,7 @@ def _refuse_unexpected_keys(source: Source, unexpected_keys: Collection[str], al
 
 def _parse_layer(source: Source, name: str, keys_by_role: Mapping[str, str], scaling: LoraScaling) -> LoraLayer:
     """Checks a layer's tensors against each other."""
-    for role, other in (("down", "up"), ("up", "down")):
-        if role not in keys_by_role:
-            key = keys_by_role.get(other) or keys_by_role["alpha"]
-            raise CheckpointError(
-                f"{source.path} has {key}, and not the other half of the pair. The file is incomplete; download it "
-                "again."
-            )
+    _refuse_half_pair(source, keys_by_role)
     down, up = source.infos[keys_by_role["down"]], source.infos[keys_by_role["up"]]
     shapes = f"{source.path}: {down.name} is {_format_shape(down.shape)} and {up.name} is {_format_shape(up.shape)}"
     if any(len(shape) < 2 or any(length != 1 for length in shape[2:]) for shape in (down.shape, up.shape)):
@@ -418,6 +411,17 @@ def _parse_layer(source: Source, name: str, keys_by_role: Mapping[str, str], sca
     rank = down.shape[0]
     alpha, scale = scaling.layer_alpha_and_scale(keys_by_role, rank)
     return LoraLayer(name, keys_by_role["down"], keys_by_role["up"], rank, down.shape[1], up.shape[0], alpha, scale)
+
+
+def _refuse_half_pair(source: Source, keys_by_role: Mapping[str, str]) -> None:
+    """Refuses a layer without one of its two matrices."""
+    for role, other in (("down", "up"), ("up", "down")):
+        if role not in keys_by_role:
+            key = keys_by_role.get(other) or keys_by_role["alpha"]
+            raise CheckpointError(
+                f"{source.path} has {key}, and not the other half of the pair. The file is incomplete; download it "
+                "again."
+            )
 
 
 def _find_linear(module: nn.Module, name: str) -> Linear | None:

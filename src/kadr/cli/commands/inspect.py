@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,12 +121,15 @@ def _format_lora(description: Mapping[str, Any]) -> Iterator[str]:
     if description["reference_downscale"]:
         factor = description["reference_downscale"]
         yield f"in-context LoRA: its control has the size of the video{f' divided by {factor}' if factor > 1 else ''}"
-    unexpected = description["unexpected_keys"]
-    for name in unexpected[:MAX_UNEXPECTED_KEYS]:
-        yield f"unexpected key: {name}"
-    if len(unexpected) > MAX_UNEXPECTED_KEYS:
-        yield f"unexpected keys: {len(unexpected) - MAX_UNEXPECTED_KEYS} more"
+    yield from _format_unexpected_keys(description["unexpected_keys"])
     yield from _fields(description["metadata"])
+
+
+def _format_unexpected_keys(names: Sequence[str]) -> Iterator[str]:
+    for name in names[:MAX_UNEXPECTED_KEYS]:
+        yield f"unexpected key: {name}"
+    if len(names) > MAX_UNEXPECTED_KEYS:
+        yield f"unexpected keys: {len(names) - MAX_UNEXPECTED_KEYS} more"
 
 
 def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:

@@ -41,14 +41,17 @@ def rerun(
     An .mp4 that kadr made stores its request. Prints the path of the new video.
     """
     record = read_video_metadata(file)
-    request = Request.from_json(record["request"])
-    if seed is not None:
-        request = replace(request, seed=seed)
+    request = _parse_request(record, seed)
     output = next_free_path(file, resume=resume) if output is None else choose_output(output, resume=resume)
     refuse_missing_media(request)
     refuse_unwritable(request, output, None)
-    engine = reopen_engine(record, model, device)
-    run.write_video(engine, request, output, as_json=json, resume=resume)
+    run.write_video(reopen_engine(record, model, device), request, output, as_json=json, resume=resume)
+
+
+def _parse_request(record: Mapping[str, Any], seed: int | None) -> Request:
+    """Returns the request that a video stores, with another seed where one is given."""
+    request = Request.from_json(record["request"])
+    return request if seed is None else replace(request, seed=seed)
 
 
 def read_video_metadata(file: Path) -> dict[str, Any]:
@@ -71,12 +74,7 @@ def reopen_engine(record: Mapping[str, Any], model: str | None, device: str | No
     Raises:
         CheckpointError: a file of the model is no longer there.
     """
-    from kadr.version import __version__
-
-    if record.get("version") != __version__:
-        print_stderr(
-            f"warning: made with kadr {record.get('version')}, and this is {__version__}; the frames may differ"
-        )
+    _warn_of_other_version(record.get("version"))
     components = _second_pass_components(record)
     if model is None:
         model = _find_model(record)
@@ -87,6 +85,14 @@ def reopen_engine(record: Mapping[str, Any], model: str | None, device: str | No
     if record.get("compile_transformer") and device.startswith("cuda"):
         engine_options["compile_transformer"] = True
     return run.open_engine(model, **components, device=device, **engine_options)
+
+
+def _warn_of_other_version(version: object) -> None:
+    """Warns that the frames may differ if another version of kadr made the video."""
+    from kadr.version import __version__
+
+    if version != __version__:
+        print_stderr(f"warning: made with kadr {version}, and this is {__version__}; the frames may differ")
 
 
 def _second_pass_components(record: Mapping[str, Any]) -> dict[str, Any]:

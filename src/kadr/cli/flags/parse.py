@@ -74,13 +74,9 @@ def condition(flag: str, text: str) -> Condition:
     if flag != "--video":
         return Condition(media=absolute_path(path), frame=frame_index, strength=strength_value, box=box)
     path, frame_range = _split_frame_range(flag, path)
+    media = absolute_path(path)
     return Condition(
-        media=absolute_path(path),
-        frame=frame_index,
-        strength=strength_value,
-        is_clip=True,
-        frame_range=frame_range,
-        box=box,
+        media=media, frame=frame_index, strength=strength_value, is_clip=True, frame_range=frame_range, box=box
     )
 
 

@@ -200,14 +200,7 @@ def component_options(flags: options.ModelFlags, request: Request) -> dict[str, 
     Raises:
         RequestError: the config file cannot be read, or names something that cannot be found.
     """
-    components: dict[str, Any] = {
-        "model": flags.model,
-        "upscaler": flags.upscaler,
-        "second_model": flags.second_model,
-        "text_encoder": flags.text_encoder,
-        "vae": flags.vae,
-    }
-    components = {name: value for name, value in components.items() if value}
+    components = _collect_components(flags)
     if flags.config is None:
         return components
     from kadr.request.official_config import OfficialConfig  # loads the YAML reader
@@ -215,6 +208,18 @@ def component_options(flags: options.ModelFlags, request: Request) -> dict[str, 
     config = OfficialConfig.read(flags.config)
     # An upscaler is not fetched for a single pass.
     return config.engine_arguments(components, include_upscaler=request.multi_scale is not False)
+
+
+def _collect_components(flags: options.ModelFlags) -> dict[str, Any]:
+    """Returns the components that flags name, as keywords of `Engine.open`."""
+    components: dict[str, Any] = {
+        "model": flags.model,
+        "upscaler": flags.upscaler,
+        "second_model": flags.second_model,
+        "text_encoder": flags.text_encoder,
+        "vae": flags.vae,
+    }
+    return {name: value for name, value in components.items() if value}
 
 
 def with_duration(request: Request, seconds: float | None, engine: Engine | DryRunEngine) -> Request:

@@ -53,12 +53,8 @@ def _watch_in_bars() -> Iterator[Watch]:
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
 
-    columns = (
-        TextColumn("{task.description:<19}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
+    name_column, time_column = TextColumn("{task.description:<19}"), TextColumn("{task.fields[left]}")
+    columns = (name_column, BarColumn(), MofNCompleteColumn(), time_column)
     tasks: dict[str, TaskID] = {}
     with Bars(*columns, console=Console(stderr=True), redirect_stdout=False) as bars:
 
