@@ -176,14 +176,9 @@ class TransformerBlock(nn.Module):
         text_kv_cache, samples = block_inputs.text_kv, block_inputs.samples
         text_kv, bias = text_kv_cache.get(self.cross_attention).for_samples(samples), text_kv_cache.bias
         compute = self.compute_override or self.compute
-        return compute(
-            x,
-            block_inputs.adaln,
-            block_inputs.rope,
-            text_kv,
-            None if bias is None else bias[samples],
-            PERTURBED_VALUES[stg_mode] if stg_mode else None,
-        )
+        sample_bias = None if bias is None else bias[samples]
+        perturbed = PERTURBED_VALUES[stg_mode] if stg_mode else None
+        return compute(x, block_inputs.adaln, block_inputs.rope, text_kv, sample_bias, perturbed)
 
     def compute(
         self,

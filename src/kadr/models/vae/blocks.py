@@ -154,16 +154,8 @@ class ResnetStage(nn.Module):
         inject_noise: bool = False,
     ) -> None:
         super().__init__()
-        self.res_blocks = nn.ModuleList(
-            ResnetBlock3D(
-                channels,
-                channels,
-                causal=causal,
-                timestep_conditioning=timestep_conditioning,
-                inject_noise=inject_noise,
-            )
-            for _ in range(num_layers)
-        )
+        options = {"causal": causal, "timestep_conditioning": timestep_conditioning, "inject_noise": inject_noise}
+        self.res_blocks = nn.ModuleList(ResnetBlock3D(channels, channels, **options) for _ in range(num_layers))
         self.time_embed = TimestepEmbedding(4 * channels) if timestep_conditioning else None
 
     def forward(self, x: Tensor, cache: TemporalCache, timestep: Tensor | None = None) -> Tensor:

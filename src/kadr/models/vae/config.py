@@ -65,12 +65,9 @@ class BlockConfig:
         """Reads ["res_x", 4] or ["compress_all", {"residual": true, "multiplier": 2}]."""
         kind, detail = entry
         if kind not in allowed_kinds:
-            raise CheckpointError(
-                f"the VAE's {list_name} contain a block {kind!r}; known are {', '.join(allowed_kinds)}."
-            )
-        detail = {"num_layers": detail} if isinstance(detail, int) else dict(detail)
-        if kind != "res_x":
-            detail.pop("num_layers", None)  # ["compress_all", 1] is how 0.9 writes a block without layers
+            known = ", ".join(allowed_kinds)
+            raise CheckpointError(f"the VAE's {list_name} contain a block {kind!r}; known are {known}.")
+        detail = _read_detail(kind, detail)
         default_multiplier = 2 if kind == "res_x_y" or kind.endswith("_res") else 1
         block = cls(
             kind=kind,
@@ -80,9 +77,8 @@ class BlockConfig:
             inject_noise=detail.pop("inject_noise", False),
         )
         if detail:
-            raise CheckpointError(
-                f"the VAE's {list_name} set {', '.join(detail)} on {kind!r}, which kadr does not know."
-            )
+            unknown = ", ".join(detail)
+            raise CheckpointError(f"the VAE's {list_name} set {unknown} on {kind!r}, which kadr does not know.")
         return block
 
     def to_header(self) -> list[Any]:
@@ -168,6 +164,14 @@ class VAEConfig:
             "decoder_blocks": [block.to_header() for block in self.decoder_blocks],
             "timestep_conditioning": self.timestep_conditioning,
         }
+
+
+def _read_detail(kind: str, detail: Any) -> dict[str, Any]:
+    """Returns the settings of a block in the header, of which only "res_x" has a number of layers."""
+    detail = {"num_layers": detail} if isinstance(detail, int) else dict(detail)
+    if kind != "res_x":
+        detail.pop("num_layers", None)  # ["compress_all", 1] is how 0.9 writes a block without layers
+    return detail
 
 
 def _parse_blocks(*entries: tuple[str, Any]) -> tuple[BlockConfig, ...]:

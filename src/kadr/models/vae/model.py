@@ -72,10 +72,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: `frames` is not of the form 8k+1, or the chunks have another number of frames.
         """
-        if frames % TEMPORAL_COMPRESSION != 1:
-            raise ValueError(
-                f"{frames} frames; the encoder takes {TEMPORAL_COMPRESSION}k+1 and would lose those beyond"
-            )
+        _check_frames(frames)
         cache, frames_done, outputs = TemporalCache(), 0, []
         for chunk in chunks:
             frames_done += chunk.shape[2]
@@ -116,9 +113,7 @@ class VAE(nn.Module):
         input_chunk_frames: int | None = None,
         chunk_frames: int = CHUNK_FRAMES,
     ) -> Iterator[Tensor]:
-        """Decodes latents chunk by chunk: yields pixels (B, 3, n, H, W) as they are ready.
-
-        The pixels are those of `decode`; memory does not grow with the number of frames.
+        """Yields the pixels of `decode` chunk by chunk, (B, 3, n, H, W), in memory that does not grow with the frames.
 
         Args:
             input_chunk_frames: latent frames taken at a time; None: `chunk_frames`.
@@ -146,3 +141,8 @@ class VAE(nn.Module):
             yield from self.decoder.forward_chunks(
                 self.statistics.denormalise(chunk), cache, timestep, chunk_frames=chunk_frames
             )
+
+
+def _check_frames(frames: int) -> None:
+    if frames % TEMPORAL_COMPRESSION != 1:
+        raise ValueError(f"{frames} frames; the encoder takes {TEMPORAL_COMPRESSION}k+1 and would lose those beyond")
