@@ -47,22 +47,28 @@ def detect_and_undo_rotation(module: nn.Module, velocity: VelocityFunction, nois
         module: the transformer that `velocity` evaluates.
 
     Returns:
-        The block_size size in columns, 0 for whole rows; None if the weights were not rotated.
+        The block size in columns, 0 for whole rows; None if the weights were not rotated.
 
     Raises:
-        ValueError: with no rotation does the model predict as a trained one. The message is the noise correlation of
-            the weights as stored.
+        ValueError: no rotation makes the model predict as a trained one. It gives the noise correlation as stored.
     """
     correlation = noise_correlation(velocity, noise)
     if correlation >= MIN_NOISE_CORRELATION:
         return None
     for size in ROTATION_SIZES:
-        if not rotate_weights(module, size):
-            continue
-        if noise_correlation(velocity, noise) >= MIN_NOISE_CORRELATION:
+        if _try_rotation(module, size, velocity, noise):
             return size
-        rotate_weights(module, size)  # undo: a rotation is its own inverse
     raise ValueError(f"{correlation:.2f}")
+
+
+def _try_rotation(module: nn.Module, size: int, velocity: VelocityFunction, noise: Tensor) -> bool:
+    """Rotates the weights if the model then predicts as a trained one; returns whether it does."""
+    if not rotate_weights(module, size):
+        return False
+    if noise_correlation(velocity, noise) >= MIN_NOISE_CORRELATION:
+        return True
+    rotate_weights(module, size)  # undo: a rotation is its own inverse
+    return False
 
 
 def rotate_weights(module: nn.Module, size: int) -> bool:
