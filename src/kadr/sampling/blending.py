@@ -25,7 +25,11 @@ def blend_window(
     added = window[:, :, 1:]
     if adain_factor:
         added = adain(added, first_window, adain_factor)
-    shared = overlap - 1
+    return _cross_fade(previous, added, overlap - 1)
+
+
+def _cross_fade(previous: Tensor, added: Tensor, shared: int) -> Tensor:
+    """Fades from the last `shared` latents of `previous` to the first of `added`, and returns all of `added`."""
     if not shared:
         return added
     previous_weight = torch.linspace(1, 0, shared + 2)[1:-1].to(added)[:, None, None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,17 @@ def replace_latents(
     region = (..., slice(frame, frame + frames), slice(row, row + rows), slice(column, column + columns))
     video_latents = to_latents(state.tokens[:, :video], state.grid).clone()
     video_latents[region] = torch.lerp(video_latents[region], latents.to(video_latents), strength)
-    old_mask = _conditioning_mask(state)
-    video_mask = to_latents(old_mask[:, :video, None], state.grid).clone()
-    video_mask[region] = strength
     tokens = torch.cat([to_tokens(video_latents), state.tokens[:, video:]], dim=1)
-    mask = torch.cat([to_tokens(video_mask)[..., 0], old_mask[:, video:]], dim=1)
+    mask = _condition_region(state, region, strength)
     return replace(state, tokens=tokens, clean_tokens=tokens, conditioning_mask=mask)
+
+
+def _condition_region(state: LatentState, region: tuple[Any, ...], strength: float) -> Tensor:
+    """Returns the conditioning mask of `state` with `strength` in a region of the video's latents."""
+    video, mask = state.grid.num_tokens, _conditioning_mask(state)
+    video_mask = to_latents(mask[:, :video, None], state.grid).clone()
+    video_mask[region] = strength
+    return torch.cat([to_tokens(video_mask)[..., 0], mask[:, video:]], dim=1)
 
 
 def append_keyframe(
@@ -83,8 +89,7 @@ def add_image_noise(
 ) -> Callable[[int, LatentState, Tensor], LatentState]:
     """Returns a `prepare` of `denoise` that adds noise_scale · sigma² · noise to the fully conditioned tokens.
 
-    The network is still told that these tokens are clean (sigma 0). The noise keeps a conditioning image from freezing
-    the motion around it.
+    The network is still told they are clean (sigma 0). The noise keeps an image from freezing the motion around it.
 
     Args:
         noise_scale: image_cond_noise_scale of the official package; 0 adds nothing.
@@ -95,11 +100,16 @@ def add_image_noise(
         if state.conditioning_mask is None or not noise_scale:
             return state
         noise = draw(index, state.tokens.shape).to(state.tokens)
-        noisy = state.clean_tokens + noise_scale * sigma**2 * noise
-        is_clean = (state.conditioning_mask > 1.0 - SIGMA_TOLERANCE)[..., None]
-        return replace(state, tokens=torch.where(is_clean, noisy, state.tokens))
+        return _add_to_clean_tokens(state, state.conditioning_mask, noise_scale * sigma**2 * noise)
 
     return prepare
+
+
+def _add_to_clean_tokens(state: LatentState, mask: Tensor, noise: Tensor) -> LatentState:
+    """Adds noise (B, N, C) to the clean value of the tokens that are fully conditioned by `mask` (B, N)."""
+    noisy = state.clean_tokens + noise
+    is_clean = (mask > 1.0 - SIGMA_TOLERANCE)[..., None]
+    return replace(state, tokens=torch.where(is_clean, noisy, state.tokens))
 
 
 def _conditioning_mask(state: LatentState) -> Tensor:

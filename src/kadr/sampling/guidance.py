@@ -147,18 +147,24 @@ def combine(
     cond, uncond, perturbed = predictions
     velocity = cond
     if uncond is not None:
-        if guidance.cfg_star:
-            uncond = cfg_star_scale(cond, uncond) * uncond
-        if guidance.apg is not None and guidance.apg >= 0:
-            velocity = adaptive_projected_guidance(cond, uncond, step_guidance.cfg_scale, tokens, sigma, guidance)
-        else:
-            velocity = uncond + step_guidance.cfg_scale * (cond - uncond)
+        velocity = _guide_by_text(cond, uncond, step_guidance.cfg_scale, guidance, tokens, sigma)
     if perturbed is not None:
         velocity = velocity + step_guidance.stg_scale * (cond - perturbed)
         if step_guidance.rescale != 1:
             ratio = _std(cond) / _std(velocity)
             velocity = velocity * (step_guidance.rescale * ratio + (1 - step_guidance.rescale))
     return velocity
+
+
+def _guide_by_text(
+    cond: Tensor, uncond: Tensor, cfg_scale: float, guidance: Guidance, tokens: Tensor, sigma: Tensor
+) -> Tensor:
+    """Computes classifier-free guidance in the variant that `guidance` asks for."""
+    if guidance.cfg_star:
+        uncond = cfg_star_scale(cond, uncond) * uncond
+    if guidance.apg is not None and guidance.apg >= 0:
+        return adaptive_projected_guidance(cond, uncond, cfg_scale, tokens, sigma, guidance)
+    return uncond + cfg_scale * (cond - uncond)
 
 
 def cfg_star_scale(cond: Tensor, uncond: Tensor) -> Tensor:
@@ -183,10 +189,15 @@ def adaptive_projected_guidance(
     if guidance.apg_norm:
         norm = update.square().sum((1, 2), keepdim=True).sqrt()
         update = update * (guidance.apg_norm / norm.clamp(min=EPSILON)).clamp(max=1)
-    unit = torch.nn.functional.normalize(clean.double(), dim=1)
-    parallel = ((update.double() * unit).sum(1, keepdim=True) * unit).to(update.dtype)
+    parallel = _project(update, clean)
     update = update - parallel + (guidance.apg or 0.0) * parallel
     return cond - (cfg_scale - 1) * torch.where(sigma > 0, update / sigma.clamp(min=EPSILON), 0.0)
+
+
+def _project(update: Tensor, clean: Tensor) -> Tensor:
+    """Returns the component of `update` (B, N, C) parallel to `clean`, per channel over all tokens."""
+    unit = torch.nn.functional.normalize(clean.double(), dim=1)
+    return ((update.double() * unit).sum(1, keepdim=True) * unit).to(update.dtype)
 
 
 def _std(x: Tensor) -> Tensor:

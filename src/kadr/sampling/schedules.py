@@ -76,13 +76,7 @@ class Schedule:
         Raises:
             RequestError: no step is left, or a sigma is not in `allowed_sigmas`.
         """
-        if steps < 1:
-            raise RequestError(f"steps is {steps}; at least 1 is needed.")
-        if min(skip_initial, skip_final) < 0 or skip_initial + skip_final >= steps:
-            raise RequestError(
-                f"skip_initial is {skip_initial} and skip_final is {skip_final}; both must be at least 0, and leave "
-                f"at least one of the {steps} steps."
-            )
+        _check_steps(steps, skip_initial, skip_final)
         sigmas = uniform_schedule(steps) if self.sampler == "Uniform" else linear_quadratic_schedule(steps)
         if self.shifting == "SD3":
             sigmas = sd3_shift(sigmas, tokens)
@@ -106,6 +100,16 @@ class Schedule:
                     "Leave out --steps, or give sigmas of that list."
                 )
         return sigmas
+
+
+def _check_steps(steps: int, skip_initial: int, skip_final: int) -> None:
+    if steps < 1:
+        raise RequestError(f"steps is {steps}; at least 1 is needed.")
+    if min(skip_initial, skip_final) < 0 or skip_initial + skip_final >= steps:
+        raise RequestError(
+            f"skip_initial is {skip_initial} and skip_final is {skip_final}; both must be at least 0, and leave "
+            f"at least one of the {steps} steps."
+        )
 
 
 def explicit_sigmas(sigmas: Sequence[float]) -> Tensor:

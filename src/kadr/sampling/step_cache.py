@@ -48,9 +48,8 @@ class StepCache:
 
     def __post_init__(self) -> None:
         if self.kind not in CACHE_KINDS:
-            raise RequestError(
-                f"the kind of step cache is {self.kind!r}; it must be one of {', '.join(CACHE_KINDS)}; None is off."
-            )
+            kinds = ", ".join(CACHE_KINDS)
+            raise RequestError(f"the kind of step cache is {self.kind!r}; it must be one of {kinds}; None is off.")
         # Defaults are filled in at once, so that a video's record has them, whatever a later version takes.
         defaults = (
             {"threshold": DEFAULT_THRESHOLD}
