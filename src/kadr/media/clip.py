@@ -115,8 +115,7 @@ class ClipReader:
             is_seekable = _SEEKABLE.search(container.format.name) is not None
             for frame in islice(_decode_frames(container), max_frames):
                 sample_frame = _to_rgb(frame) if sample_frame is None else sample_frame
-                is_later = frame.pts is not None and frame.pts > (last_pts or 0)
-                if is_seekable and count and frame.key_frame and is_later:
+                if is_seekable and count and _is_later_key_frame(frame, last_pts or 0):
                     seek_points.append(SeekPoint.from_frame(count, frame))
                 last_pts = max(last_pts or 0, frame.pts or 0)
                 count += 1
@@ -246,6 +245,10 @@ def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
             yield container
     except (OSError, av.error.FFmpegError) as error:
         raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_SUPPORTED_CLIPS}") from error
+
+
+def _is_later_key_frame(frame: av.VideoFrame, last_pts: int) -> bool:
+    return bool(frame.key_frame) and frame.pts is not None and frame.pts > last_pts
 
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:

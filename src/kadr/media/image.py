@@ -77,10 +77,9 @@ def prepare_image(
 
 
 def load_image(image: ImageInput) -> Image.Image:
-    """Opens an image, upright and RGB.
+    """Opens an image as RGB, upright by its EXIF orientation; transparency is dropped, as in the official package.
 
-    The EXIF orientation is honoured. The official package ignores it, so the model sees a phone's portrait photograph
-    on its side, which nobody wants. Transparency is dropped, as there.
+    That package ignores the orientation, so the model sees a phone's portrait photograph on its side.
 
     Raises:
         MediaError: the image is missing, damaged, empty, or of an unsupported format.
@@ -89,10 +88,7 @@ def load_image(image: ImageInput) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
     try:
-        if isinstance(image, Image.Image):
-            return _upright_rgb(image, name)
-        with Image.open(image, formats=_FORMATS) as file:
-            return _upright_rgb(file, name)
+        return _open_upright(image, name)
     except FileNotFoundError:
         raise MediaError(f"{name}: there is no such file.") from None
     except UnidentifiedImageError:
@@ -111,11 +107,7 @@ def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the image") -
         MediaError: less than 2x2 pixels would be left.
     """
     width, height = image.size
-    aspect = size.width / size.height
-    if width / height > aspect:
-        cropped_width, cropped_height = int(height * aspect), height
-    else:
-        cropped_width, cropped_height = width, int(width / aspect)
+    cropped_width, cropped_height = _largest_within(width, height, size.width / size.height)
     if min(cropped_width, cropped_height) < 2:
         raise MediaError(
             f"{name} is {width}x{height} pixels; cropped to the aspect of {size} it has "
@@ -124,6 +116,13 @@ def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the image") -
         )
     left, top = (width - cropped_width) // 2, (height - cropped_height) // 2
     return image.crop((left, top, left + cropped_width, top + cropped_height))
+
+
+def _largest_within(width: int, height: int, aspect: float) -> tuple[int, int]:
+    """Returns the width and height of the largest part with that aspect."""
+    if width / height > aspect:
+        return int(height * aspect), height
+    return width, int(width / aspect)
 
 
 def blur(image: torch.Tensor) -> torch.Tensor:
@@ -143,14 +142,11 @@ def blur(image: torch.Tensor) -> torch.Tensor:
 
 
 def compress(image: torch.Tensor, crf: int = DEFAULT_IMAGE_CRF) -> torch.Tensor:
-    """Encodes an image as one frame of H.264, and decodes it again.
+    """Encodes an image as one frame of H.264, and decodes it again; an odd side loses its last pixel.
 
     Args:
-        image: float32 (3, H, W) in [0, 1].
+        image: float32 (3, H, W) in [0, 1], as is the result.
         crf: 1 (best) to 51; 0 returns the image as it is.
-
-    Returns:
-        float32 (3, H, W) in [0, 1]; an odd side loses its last pixel.
 
     Raises:
         MediaError: `crf` is out of range, or the encoder refuses the size.
@@ -163,8 +159,7 @@ def compress(image: torch.Tensor, crf: int = DEFAULT_IMAGE_CRF) -> torch.Tensor:
         return image
     even = image[:, : image.shape[1] // 2 * 2, : image.shape[2] // 2 * 2]
     pixels = (even * 255.0).to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-    decoded = _h264_roundtrip(pixels, crf)
-    return torch.from_numpy(decoded).to(image).permute(2, 0, 1) / 255.0
+    return torch.from_numpy(_h264_roundtrip(pixels, crf)).to(image).permute(2, 0, 1) / 255.0
 
 
 def _h264_roundtrip(pixels: np.ndarray, crf: int) -> np.ndarray:
@@ -172,21 +167,28 @@ def _h264_roundtrip(pixels: np.ndarray, crf: int) -> np.ndarray:
     import av
 
     height, width, _ = pixels.shape
-    file = io.BytesIO()
     try:
-        with av.open(file, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=1, options={"crf": str(crf), "preset": "veryfast"})
-            stream.width, stream.height = width, height
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")))
-            container.mux(stream.encode())
-        file.seek(0)
-        with av.open(file, "r") as container:
+        with av.open(_encode_h264(pixels, crf), "r") as container:
             return next(container.decode(video=0)).to_ndarray(format="rgb24")
     except av.error.FFmpegError as error:
         raise MediaError(
             f"an image of {width}x{height} pixels cannot be compressed as H.264: {error.strerror}. "
             "Make it smaller, or set crf to 0 for no compression."
         ) from error
+
+
+def _encode_h264(pixels: np.ndarray, crf: int) -> io.BytesIO:
+    """Encodes uint8 (H, W, 3) as an MP4 file of one frame."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=1, options={"crf": str(crf), "preset": "veryfast"})
+        stream.width, stream.height = pixels.shape[1], pixels.shape[0]
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    file.seek(0)
+    return file
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
@@ -199,6 +201,13 @@ def _from_array(image: np.ndarray, name: str) -> Image.Image:
         raise MediaError(f"{name} is an array {image.dtype} {image.shape}; give uint8 (height, width, 3).")
     _refuse_empty(image.shape[1], image.shape[0], name)
     return Image.fromarray(np.ascontiguousarray(image))
+
+
+def _open_upright(image: str | os.PathLike[str] | Image.Image, name: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return _upright_rgb(image, name)
+    with Image.open(image, formats=_FORMATS) as file:
+        return _upright_rgb(file, name)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -67,9 +67,7 @@ class VideoWriter:
         crf: int = DEFAULT_CRF,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path = Path(path)
-        self.size = size
-        self.fps = _exact_fps(fps)
+        self.path, self.size, self.fps = Path(path), size, _exact_fps(fps)
         self.crf = crf
         self.frames_written = 0
         _check_target(self.path)
