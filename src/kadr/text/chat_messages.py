@@ -66,18 +66,16 @@ def build_messages(
     next_scenes: Sequence[str] = (),
     omit_images: bool,
 ) -> list[dict[str, Any]]:
-    """Returns the messages of a chat that asks for the enhancement of one scene.
+    """Returns the messages of a chat that asks for the enhancement of `scene`, the user's words.
 
     Args:
-        scene: the user's words.
         previous_scenes, next_scenes: the other scenes of the video, in their order.
         omit_images: do not send the images; the model is told that there are some.
     """
     sends_images = bool(images) and not omit_images
-    image_rules = _WITH_IMAGES if sends_images else _WITHOUT_IMAGES if images else ""
+    system = _TASK + (_WITH_IMAGES if sends_images else _WITHOUT_IMAGES if images else "") + _ANSWER_FORMAT
     text = "\n\n".join([*_other_scenes(scene, previous_scenes, next_scenes), f"The request:\n{scene}"])
     content: Any = [*_image_parts(images), {"type": "text", "text": text}] if sends_images else text
-    system = f"{_TASK}{image_rules}{_ANSWER_FORMAT}"
     return [{"role": "system", "content": system}, {"role": "user", "content": content}]
 
 

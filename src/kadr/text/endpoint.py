@@ -23,10 +23,7 @@ def parse_endpoint_url(url: Any) -> SplitResult:
         raise RequestError(f"the endpoint is {url!r}, which is not a URL. {_URL_EXAMPLE}")
     try:
         parts = urlsplit(url)
-        if "@" in parts.netloc:  # not repeated: it may contain a password
-            raise RequestError(
-                f"the URL of the endpoint contains a user name. Give a key in {KEY_VARIABLE} instead. {_URL_EXAMPLE}"
-            )
+        _refuse_user_name(parts)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.fragment:
             return parts
     except RequestError:
@@ -34,6 +31,13 @@ def parse_endpoint_url(url: Any) -> SplitResult:
     except ValueError:  # an invalid port or address
         pass
     raise RequestError(f"the endpoint is {url!r}, which is not an http or https URL. {_URL_EXAMPLE}")
+
+
+def _refuse_user_name(parts: SplitResult) -> None:
+    if "@" in parts.netloc:  # not repeated: it may contain a password
+        raise RequestError(
+            f"the URL of the endpoint contains a user name. Give a key in {KEY_VARIABLE} instead. {_URL_EXAMPLE}"
+        )
 
 
 def redact_url(url: str) -> str:

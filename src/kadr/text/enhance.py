@@ -242,9 +242,8 @@ def _send(request: urllib.request.Request, deadline: float, redact: Redact) -> b
         with error:
             if 300 <= error.code < 400:
                 location = sanitize(error.headers.get("Location") or "nowhere", redact)
-                raise _HTTPStatusError(
-                    error.code, f"it redirects to {location}; name that URL if you trust it"
-                ) from None
+                reason = f"it redirects to {location}; name that URL if you trust it"
+                raise _HTTPStatusError(error.code, reason) from None
             try:
                 reason = error_message(_read_body(error, deadline), redact)
             except (UnusableAnswer, OSError, http.client.HTTPException):  # the status is enough
