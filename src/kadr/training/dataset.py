@@ -155,11 +155,8 @@ def _require_length(path: Path, count: int, frames: int) -> None:
 
 
 def _find_reference(path: Path, frames: int) -> Path:
-    candidates = [
-        candidate
-        for suffix in (*CLIP_SUFFIXES, *IMAGE_SUFFIXES)
-        if (candidate := path.with_suffix(REFERENCE_SUFFIX + suffix)).is_file()
-    ]
+    paths = [path.with_suffix(REFERENCE_SUFFIX + suffix) for suffix in (*CLIP_SUFFIXES, *IMAGE_SUFFIXES)]
+    candidates = [candidate for candidate in paths if candidate.is_file()]
     if not candidates:
         raise RequestError(
             f"{path.name} has no reference: put one beside it as {path.stem}{REFERENCE_SUFFIX}{path.suffix}."

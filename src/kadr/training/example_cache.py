@@ -66,10 +66,7 @@ def encode_examples(
     Raises:
         MediaError: the folder cannot be written, or a clip cannot be used.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MediaError(f"{folder} cannot be created: {error.strerror or error}. Choose another --output.") from error
+    _create_folder(folder)
     files = [folder / f"{_cache_key(engine, example, settings)}.safetensors" for example in examples]
     missing = [(example, file) for example, file in zip(examples, files, strict=True) if not file.is_file()]
     if missing:
@@ -80,6 +77,13 @@ def encode_examples(
             write_tensors(file, tensors, dtype=torch.float32)
             stage.report(done)
     return [_cached_example(engine, *pair, settings) for pair in zip(examples, files, strict=True)]
+
+
+def _create_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MediaError(f"{folder} cannot be created: {error.strerror or error}. Choose another --output.") from error
 
 
 def example_request(example: Example, settings: TrainingSettings) -> Request:

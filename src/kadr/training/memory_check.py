@@ -61,12 +61,21 @@ def needs_gradient_checkpointing(engine: Engine, settings: TrainingSettings, exa
         return False
     needed = required_bytes(engine, settings, examples, gradient_checkpointing=True)
     if needed.total > free:
-        batch = "a smaller --batch-size, " if settings.batch_size > 1 else ""
-        raise PlanError(
-            f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} GB of weights, "
-            f"{needed.trainable / 1e9:.1f} GB of LoRA matrices, gradients and optimizer state, "
-            f"{needed.activations / 1e9:.1f} GB of activations), and {free / 1e9:.1f} GB are free on {device}. "
-            f"Use {batch}a smaller --size or fewer --frames, or quantize the base weights to 8 bits with --quant int8.",
-            shortfall=needed.total - free,
-        )
+        where = f"{free / 1e9:.1f} GB are free on {device}"
+        message = f"{_describe_need(needed)}, and {where}. {_advise(settings.batch_size)}"
+        raise PlanError(message, shortfall=needed.total - free)
     return True
+
+
+def _describe_need(needed: TrainingBytes) -> str:
+    return (
+        f"training takes about {needed.total / 1e9:.1f} GB ({needed.weights / 1e9:.1f} GB of weights, "
+        f"{needed.trainable / 1e9:.1f} GB of LoRA matrices, gradients and optimizer state, "
+        f"{needed.activations / 1e9:.1f} GB of activations)"
+    )
+
+
+def _advise(batch_size: int) -> str:
+    """Says how to train in less memory."""
+    batch = "a smaller --batch-size, " if batch_size > 1 else ""
+    return f"Use {batch}a smaller --size or fewer --frames, or quantize the base weights to 8 bits with --quant int8."

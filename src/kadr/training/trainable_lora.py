@@ -93,9 +93,13 @@ def add_lora_layers(
         device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
         down = noise_streams.draw(f"lora {_stream_name(name)}", (rank, inputs)) * (3 * inputs) ** -0.5
         lora_layers[name] = TrainableLoRALinear(base, down.to(device), outputs)
-        parent, _, leaf = name.rpartition(".")
-        setattr(transformer.get_submodule(parent), leaf, lora_layers[name])
+        _replace_layer(transformer, name, lora_layers[name])
     return lora_layers
+
+
+def _replace_layer(transformer: Transformer, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(transformer.get_submodule(parent), leaf, layer)
 
 
 def _stream_name(layer: str) -> str:

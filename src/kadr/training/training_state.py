@@ -36,6 +36,13 @@ def save_state(
     Raises:
         CheckpointError: the file cannot be written.
     """
+    tensors = _collect_tensors(lora_layers, optimizer)
+    metadata = {"kadr_training": json.dumps({"step": step, **identity})}
+    write_tensors(path, tensors, dtype=torch.float32, metadata=metadata, fsync=True)
+
+
+def _collect_tensors(lora_layers: Mapping[str, TrainableLoRALinear], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Returns the matrices and their moments by their names in the file."""
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers.items():
         for matrix in MATRICES:
@@ -43,8 +50,7 @@ def save_state(
             tensors[f"{name}.{matrix}"] = parameter
             for moment in MOMENTS:
                 tensors[f"{name}.{matrix}.{moment}"] = optimizer.state[parameter][moment]
-    metadata = {"kadr_training": json.dumps({"step": step, **identity})}
-    write_tensors(path, tensors, dtype=torch.float32, metadata=metadata, fsync=True)
+    return tensors
 
 
 def check_state(path: Path, identity: Mapping[str, Any], steps: int) -> None:
@@ -63,10 +69,8 @@ def check_state(path: Path, identity: Mapping[str, Any], steps: int) -> None:
     header = _header(path)
     _require_same(path, header, identity)
     if header["step"] > steps:
-        raise RequestError(
-            f"{path.parent} holds a training that has done {header['step']} steps, more than the {steps} requested. "
-            "Raise --steps, or choose another --output."
-        )
+        done = f"{path.parent} holds a training that has done {header['step']} steps"
+        raise RequestError(f"{done}, more than the {steps} requested. Raise --steps, or choose another --output.")
 
 
 def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optimizer: torch.optim.AdamW) -> int:
@@ -83,16 +87,23 @@ def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optim
     step = int(_header(path)["step"])
     try:
         with safe_open(path, framework="pt") as file:
-            for name, layer in lora_layers.items():
-                for matrix in MATRICES:
-                    parameter = getattr(layer, matrix)
-                    parameter.data.copy_(file.get_tensor(f"{name}.{matrix}"))
-                    moments = {moment: file.get_tensor(f"{name}.{matrix}.{moment}") for moment in MOMENTS}
-                    state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
-                    optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+            _restore_tensors(file, lora_layers, optimizer, step)
     except Exception as error:  # safetensors raises its own error
         raise _unreadable(path, error) from error
     return step
+
+
+def _restore_tensors(
+    file: Any, lora_layers: Mapping[str, TrainableLoRALinear], optimizer: torch.optim.AdamW, step: int
+) -> None:
+    """Copies the matrices and their moments from an open file."""
+    for name, layer in lora_layers.items():
+        for matrix in MATRICES:
+            parameter = getattr(layer, matrix)
+            parameter.data.copy_(file.get_tensor(f"{name}.{matrix}"))
+            moments = {moment: file.get_tensor(f"{name}.{matrix}.{moment}") for moment in MOMENTS}
+            state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
 
 
 def _header(path: Path) -> dict[str, Any]:
