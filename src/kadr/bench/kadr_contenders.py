@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -69,10 +69,7 @@ def _create_task(stage_case: StageCase, engine: Engine, stack: ExitStack) -> Cal
         encoder = stack.enter_context(components.text_encoder())
         return lambda: encoder(inputs["input_ids"], mask)[mask]
     if stage_case.stage == DIT:
-        module = stack.enter_context(components.transformer())
-        tokens, prompt_embeds = inputs["tokens"].to(dtype), inputs["prompt_embeds"].to(dtype)
-        rope = module.compute_rope(inputs["positions"])
-        return lambda: module(tokens, rope, prompt_embeds, mask, inputs["sigma"])
+        return _create_transformer_task(stack.enter_context(components.transformer()), inputs, dtype)
     if stage_case.stage == ENCODE:
         vae = stack.enter_context(components.vae_encoder())
         pixels = inputs["pixels"].to(dtype)
@@ -89,6 +86,13 @@ def _weight_bytes(stage_case: StageCase, engine: Engine) -> int | None:
         return None
     placement = plan.stage(stage).placement
     return placement.mapped_bytes + placement.private_bytes
+
+
+def _create_transformer_task(module: Any, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+    tokens, prompt_embeds = inputs["tokens"].to(dtype), inputs["prompt_embeds"].to(dtype)
+    mask, sigma = inputs["prompt_attention_mask"], inputs["sigma"]
+    rope = module.compute_rope(inputs["positions"])
+    return lambda: module(tokens, rope, prompt_embeds, mask, sigma)
 
 
 def _create_decode_task(vae: Any, stage_case: StageCase, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -40,9 +40,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
     }
     if device.type == "cuda":
-        description |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-        description["cudnn"] = torch.backends.cudnn.version()
+        description |= _describe_gpu(device)
     return description
+
+
+def _describe_gpu(device: torch.device) -> dict[str, Any]:
+    gpu, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
+    return {"gpu": gpu, "cuda": torch.version.cuda, "cudnn": cudnn}
 
 
 def _cpuinfo_value(*names: str) -> str:

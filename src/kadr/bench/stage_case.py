@@ -130,12 +130,7 @@ class StageCase:
 
         inputs: dict[str, Tensor] = {"prompt_attention_mask": torch.arange(TEXT_LENGTH)[None] < REAL_TOKENS}
         if self.stage == DIT:
-            inputs["tokens"] = randn(1, grid.num_tokens, channels)
-            inputs["positions"] = token_positions(
-                grid, fps=FPS, causal=self.transformer_config.causal_temporal_positioning
-            )[None]
-            inputs["prompt_embeds"] = randn(1, TEXT_LENGTH, self.transformer_config.caption_channels)
-            inputs["sigma"] = torch.full((1, 1), SIGMA)
+            inputs |= self._transformer_inputs(randn)
         elif self.stage == TEXT:
             inputs["input_ids"] = torch.randint(3, 100, (1, TEXT_LENGTH), generator=generator)
         elif self.stage == DECODE:
@@ -144,6 +139,15 @@ class StageCase:
         elif self.stage == ENCODE:
             inputs["pixels"] = randn(1, 3, self.shape.frames, self.shape.size.height, self.shape.size.width).tanh()
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+    def _transformer_inputs(self, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+        grid, config = self.shape.grid, self.transformer_config
+        return {
+            "tokens": randn(1, grid.num_tokens, config.in_channels),
+            "positions": token_positions(grid, fps=FPS, causal=config.causal_temporal_positioning)[None],
+            "prompt_embeds": randn(1, TEXT_LENGTH, config.caption_channels),
+            "sigma": torch.full((1, 1), SIGMA),
+        }
 
     @cached_property
     def flops(self) -> int | None:
