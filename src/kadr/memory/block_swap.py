@@ -34,16 +34,22 @@ def stream_mapped_blocks(blocks: Sequence[nn.Module], *, release: PageAdvice, pr
     """
     next_blocks = [*blocks[1:], *blocks[:1]]  # the last block of a step is followed by the first of the next step
     for block, next_block in zip(blocks, next_blocks, strict=True):
-        block_tensors, next_tensors = module_tensors(block), module_tensors(next_block)
+        _call_before(block, prefetch, module_tensors(next_block))
+        _call_after(block, release, module_tensors(block))
 
-        def before_block(*_: object, tensors: list[Tensor] = next_tensors) -> None:
-            prefetch(tensors)
 
-        def after_block(*_: object, tensors: list[Tensor] = block_tensors) -> None:
-            release(tensors)
+def _call_before(block: nn.Module, advise: PageAdvice, tensors: list[Tensor]) -> None:
+    def before_block(*_: object) -> None:
+        advise(tensors)
 
-        block.register_forward_pre_hook(before_block)
-        block.register_forward_hook(after_block)
+    block.register_forward_pre_hook(before_block)
+
+
+def _call_after(block: nn.Module, advise: PageAdvice, tensors: list[Tensor]) -> None:
+    def after_block(*_: object) -> None:
+        advise(tensors)
+
+    block.register_forward_hook(after_block)
 
 
 class BlockSwapper:

@@ -36,11 +36,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
     if not available[kind]:
         raise RequestError(f"device is {name!r}, but torch finds none here. Leave out --device, or give cpu.")
+    return _parse_device(name)
+
+
+def _parse_device(name: str) -> torch.device:
+    """Parses the name of a device of an available kind, and refuses a number that no GPU has."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise RequestError(f"device is {name!r}; after the colon stands a number, such as cuda:0.") from error
-    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise RequestError(f"device is {name!r}, but there are {count} here, numbered from 0. Leave out the number.")
     return device

@@ -126,14 +126,14 @@ class Components(ModelSpec):
         if self.transformer_override is not None:
             yield self.transformer_override
             return
-        stage, strengths = PASS_STAGES[pass_index], self.loras.strengths(pass_index, lora_strengths)
-        load = partial(self.load_transformer, pass_index)
-        with self._acquire(self.transformer_component(pass_index), stage, load, dtype, with_loras=True) as module:
-            set_lora_strengths(module, strengths, self.device)
-            try:
-                yield module
-            finally:
-                module.clear_cuda_graphs()  # also after a cancelled step: graphs have these strengths recorded
+        strengths = self.loras.strengths(pass_index, lora_strengths)
+        with self._acquire_transformer(pass_index, dtype) as module, _use_strengths(module, strengths, self.device):
+            yield module
+
+    def _acquire_transformer(self, pass_index: int, dtype: torch.dtype | None) -> AbstractContextManager[Transformer]:
+        """Acquires the transformer of a pass; its LoRAs have the strengths that were set last."""
+        stage, load = PASS_STAGES[pass_index], partial(self.load_transformer, pass_index)
+        return self._acquire(self.transformer_component(pass_index), stage, load, dtype, with_loras=True)
 
     @contextmanager
     def override_transformer(self, transformer: Transformer, lora_path: Path) -> Iterator[None]:
@@ -246,6 +246,16 @@ class Components(ModelSpec):
     def stage_dtype(self, stage: str) -> torch.dtype:
         """Returns the dtype of a stage's computation."""
         return DTYPES[self.placement(stage).dtype]
+
+
+@contextmanager
+def _use_strengths(transformer: Transformer, strengths: Sequence[float], device: torch.device) -> Iterator[None]:
+    """Sets the strengths of the LoRAs, and clears the CUDA graphs in the end."""
+    set_lora_strengths(transformer, strengths, device)
+    try:
+        yield
+    finally:
+        transformer.clear_cuda_graphs()  # also after a cancelled step: graphs have these strengths recorded
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

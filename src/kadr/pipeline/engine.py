@@ -43,6 +43,8 @@ from kadr.spec.optional_components import open_default_upscaler, open_second_mod
 from kadr.spec.options import check_compile
 from kadr.version import __version__
 
+LATENT_STAGES = ("text", "encode", "denoise", "upscale", "refine")  # those before the VAE decoder
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -279,14 +281,18 @@ class Engine:
             check_resumable(window_folder_path(path), resume=False)  # refuses to write over an unfinished long video
             yield None
             return
-        placement = self.components.placement("denoise")
-        execution = f"{describe_weights(placement)}, by {placement.backend}, {torch.get_num_threads()} threads"
-        fingerprints = self.components.file_fingerprints(generation.request.media_paths())
-        identity = {**metadata, **fingerprints, EXECUTION_KEY: execution}
+        identity = {**metadata, **self._execution_identity(generation.request)}
         with WindowFolder.open(
             window_folder_path(path), identity, generation.window_latents_shapes(), resume=resume
         ) as window_folder:
             yield window_folder
+
+    def _execution_identity(self, request: Request) -> dict[str, Any]:
+        """Returns what a stored window depends on besides the metadata: contents of files, and how it is computed."""
+        placement = self.components.placement("denoise")
+        execution = f"{describe_weights(placement)}, by {placement.backend}, {torch.get_num_threads()} threads"
+        fingerprints = self.components.file_fingerprints(request.media_paths())
+        return {**fingerprints, EXECUTION_KEY: execution}
 
     def denoise(
         self,
@@ -306,8 +312,7 @@ class Engine:
         Returns:
             Normalised latents (1, C, f, h, w), float32, on the device.
         """
-        stages = ("text", "encode", "denoise", "upscale", "refine")
-        return self._start_generation(request, watch, stages=stages).denoise(noise, init_latents=init_latents)
+        return self._start_generation(request, watch, stages=LATENT_STAGES).denoise(noise, init_latents=init_latents)
 
     def encode_first_condition(self, request: Request, *, watch: Watch = ignore_progress) -> Tensor:
         """Encodes the first condition of the request: normalised latents (1, C, n, h, w), on the device.
@@ -358,10 +363,6 @@ class Engine:
     def metadata(self, request: Request) -> dict[str, Any]:
         """Returns the metadata stored in an mp4: enough to generate the same video again."""
         device, dtype = self.components.device, self.components.dtype
-        # Absolute paths, so that `kadr rerun` works from another folder.
-        conditions = [replace(item, media=_absolute_path(item.media)) for item in request.conditions]
-        controls = tuple(replace(item, media=_absolute_path(item.media)) for item in request.controls)
-        input_video = None if request.input_video is None else _absolute_path(request.input_video)
         return {
             "version": __version__,
             "model_name": self.model_name,
@@ -371,9 +372,7 @@ class Engine:
             "dtype": str(dtype).removeprefix("torch."),
             "quant": self.components.quant,
             "compile_transformer": self.components.compile_transformer,
-            "request": replace(
-                request, conditions=tuple(conditions), controls=controls, input_video=input_video
-            ).to_json(),
+            "request": _with_absolute_paths(request).to_json(),
         }
 
     def _warn_unused_controls(self, request: Request) -> None:
@@ -417,6 +416,14 @@ class Engine:
         except PlanError as error:
             suggestion = suggest_smaller(self.components, workload, generation.request, cached=cached)
             raise PlanError(f"{error} {suggestion}", shortfall=error.shortfall) from error
+
+
+def _with_absolute_paths(request: Request) -> Request:
+    """Returns the request with absolute paths, so that `kadr rerun` works from another folder."""
+    conditions = tuple(replace(item, media=_absolute_path(item.media)) for item in request.conditions)
+    controls = tuple(replace(item, media=_absolute_path(item.media)) for item in request.controls)
+    input_video = None if request.input_video is None else _absolute_path(request.input_video)
+    return replace(request, conditions=conditions, controls=controls, input_video=input_video)
 
 
 def _absolute_path(path: str) -> str:

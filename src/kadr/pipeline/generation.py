@@ -99,24 +99,25 @@ class Generation:
     def build_workload(self, stages: Collection[str] = ()) -> Workload:
         """Returns the workload to plan for. stages: the stages that will run, () for all."""
         media = self.media
-        reference_tokens = (
-            []
-            if self.window_passes
-            else [sum(control.grid.num_tokens for control in inputs.controls) for inputs in media.pass_inputs]
-        )
         return Workload(
             passes=self.passes,
             prompts_to_encode=self.prompt_encoder.uncached_count if not stages or "text" in stages else 0,
             prompt_tokens=self.prompt_encoder.token_counts,
             encode_grids=tuple(media.grids(pass_index) for pass_index in range(len(self.passes))),
             condition_tokens=tuple(sum(map(count_appended_tokens, items)) for items in media.prepared_conditions),
-            reference_tokens=tuple(reference_tokens),
+            reference_tokens=self._count_reference_tokens(),
             has_conditions=tuple(bool(items) for items in media.prepared_conditions),
             guidance_batch=bool(self.request.guidance_batch),
             step_cache=self.request.step_cache,
             stages=frozenset(stages),
             windows=tuple(self._build_window_workload(window_pass) for window_pass in self.window_passes),
         )
+
+    def _count_reference_tokens(self) -> tuple[int, ...]:
+        """Counts the reference tokens of each pass; () for a video in windows."""
+        if self.window_passes:
+            return ()
+        return tuple(sum(control.grid.num_tokens for control in inputs.controls) for inputs in self.media.pass_inputs)
 
     def _build_window_workload(self, resolved_pass: ResolvedPass) -> WindowWorkload:
         inputs, windows = self.media.pass_inputs[resolved_pass.window_index], self.request.windows

@@ -21,6 +21,7 @@ from kadr.planning.plan import format_bytes
 
 T = TypeVar("T")
 StageFunction = Callable[["torch.dtype | None"], T]  # a stage; None runs it in the dtype of its plan
+FramesStageFunction = StageFunction[Iterator[Tensor]]  # a stage that yields frames (n, ...)
 _OOM_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")  # of torch, on CPUs and on Apple GPUs
 
 
@@ -48,9 +49,7 @@ def retry_on_oom(components: Components, stage: str, stage_function: StageFuncti
     return attempt
 
 
-def retry_frames_on_oom(
-    components: Components, stage: str, stage_function: StageFunction[Iterator[Tensor]]
-) -> StageFunction[Iterator[Tensor]]:
+def retry_frames_on_oom(components: Components, stage: str, stage_function: FramesStageFunction) -> FramesStageFunction:
     """Returns a stage function like `retry_on_oom`'s for a stage that yields frames (n, ...), none of them twice."""
 
     def attempt(dtype: torch.dtype | None) -> Iterator[Tensor]:
@@ -65,13 +64,18 @@ def retry_frames_on_oom(
                 raise
             apply_fallback = _prepare_fallback(components, stage, error)
         apply_fallback()
-        for frames in stage_function(dtype):
-            num_skipped = min(num_yielded, len(frames))
-            num_yielded -= num_skipped
-            if num_skipped < len(frames):
-                yield frames[num_skipped:]
+        yield from _skip_frames(stage_function(dtype), num_yielded)
 
     return attempt
+
+
+def _skip_frames(batches: Iterator[Tensor], num_left: int) -> Iterator[Tensor]:
+    """Yields batches of frames (n, ...) without the first `num_left` frames of all."""
+    for frames in batches:
+        num_skipped = min(num_left, len(frames))
+        num_left -= num_skipped
+        if num_skipped < len(frames):
+            yield frames[num_skipped:]
 
 
 def _prepare_fallback(components: Components, stage: str, error: BaseException) -> Callable[[], None]:

@@ -25,6 +25,10 @@ def matmul_backend(dtype: torch.dtype, device: torch.device, weight_format: str,
         return _gpu_backend(device)
     if device.type != "cpu":
         return TORCH
+    return _cpu_matmul_backend(dtype, device, weight_format, is_streamed=is_streamed)
+
+
+def _cpu_matmul_backend(dtype: torch.dtype, device: torch.device, weight_format: str, *, is_streamed: bool) -> str:
     if weight_format == INT8 and int8.has_int8_units():
         return "8-bit units" if is_streamed else f"{_units('VNNI')}, packed weights"
     if not has_bf16_units() or dtype != torch.bfloat16:

@@ -75,18 +75,13 @@ def _choose_cached(plan: Plan) -> frozenset[str]:
     cached: set[str] = set()
     for component in sorted(sizes, key=sizes.__getitem__, reverse=True):
         trial = replace(plan, cached_components=frozenset(cached | {component}))
-        # A second request begins with all of them in memory.
-        total = sum(cached_component_bytes(plan.stages, name) for name in trial.cached_components)
-        peak = max(
-            stage.placement.device_bytes
-            + total
-            - (
-                cached_component_bytes(plan.stages, stage.component)
-                if stage.component in trial.cached_components
-                else 0
-            )
-            for stage in plan.stages
-        )
-        if peak <= plan.free_bytes:
+        if _cached_peak_bytes(trial) <= plan.free_bytes:
             cached.add(component)
     return frozenset(cached)
+
+
+def _cached_peak_bytes(plan: Plan) -> int:
+    """Returns the peak bytes of a second request: it begins with all cached components in memory."""
+    cached_bytes = {name: cached_component_bytes(plan.stages, name) for name in plan.cached_components}
+    total = sum(cached_bytes.values())
+    return max(stage.placement.device_bytes + total - cached_bytes.get(stage.component, 0) for stage in plan.stages)

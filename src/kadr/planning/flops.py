@@ -64,14 +64,17 @@ def perturbed_flops(
         batch: number of perturbed samples.
         mode: STG mode; see `models.transformer.PERTURBED_VALUES`.
     """
-    width = config.width
     block_flops = _block_flops(config, tokens, text_tokens)
-    if mode == TRANSFORMER_BLOCK:
-        saved = block_flops
-    else:  # no queries, keys or logits; no values either unless they replace the attention's output
-        saved = (4 if mode == ATTENTION_VALUES else 6) * tokens * width**2 + 4 * tokens**2 * width
+    saved = block_flops if mode == TRANSFORMER_BLOCK else _perturbed_attention_savings(config, tokens, mode)
     repeated = (config.num_layers - min(blocks)) * block_flops - len(set(blocks)) * saved
-    return batch * (repeated + 2 * tokens * config.in_channels * width)
+    return batch * (repeated + 2 * tokens * config.in_channels * config.width)
+
+
+def _perturbed_attention_savings(config: TransformerConfig, tokens: int, mode: str) -> int:
+    """Returns the FLOPs that a block with perturbed self-attention saves."""
+    # No queries, keys or logits; no values either unless they replace the attention's output.
+    num_projections = 2 if mode == ATTENTION_VALUES else 3
+    return 2 * num_projections * tokens * config.width**2 + 4 * tokens**2 * config.width
 
 
 def _block_flops(config: TransformerConfig, tokens: int, text_tokens: int) -> int:

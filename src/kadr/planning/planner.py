@@ -296,9 +296,7 @@ class Planner:
             weights = weight_bytes(source, self.dtype, option.weight_format, is_prepacked=is_prepacked)
             weights = self._add_lora_bytes(weights, option)
             bytes_read = source.size_bytes * (len(resolved_pass.step_guidance) if option.is_streamed else 1)
-            backend = backends.matmul_backend(
-                self.dtype, self.device, option.weight_format, is_streamed=option.is_streamed
-            )
+            backend = self._matmul_backend(option)
             placements.append(self._placement(option, weights, workspace_bytes, flops, bytes_read, backend))
         assert self.spec.transformer_config_of(pass_index).num_layers
         return StageOptions(
@@ -307,29 +305,41 @@ class Planner:
             placements=tuple(placements),
         )
 
+    def _matmul_backend(self, option: _WeightOption) -> str:
+        return backends.matmul_backend(self.dtype, self.device, option.weight_format, is_streamed=option.is_streamed)
+
     def _transformer_weight_options(self, source: Source) -> list[_WeightOption]:
         """Decides how the transformer's weights may be stored and whether its blocks may be streamed, best first."""
-        scheme, offload = self.spec.quant, self.spec.offload
-        needs_no_conversion = source.dtype == self.dtype or any(
-            info.ggml_type is not None for info in source.infos.values()
-        )
-        merged = self.spec.loras.is_merged
-        resident = [_WeightOption(CONVERTED)]
-        if not needs_no_conversion and not merged:
-            resident.append(_WeightOption(AS_STORED, reason="weights stay as stored"))
-        streamed = [_WeightOption(AS_STORED, is_streamed=True, reason="transformer blocks are streamed")]
-        if merged:
-            # On a CPU blocks can be streamed only from a file.
-            streamed = [] if self.on_cpu else [replace(streamed[0], weight_format=CONVERTED)]
-        if scheme not in (NONE, AUTO_QUANT):
-            resident = [_WeightOption(scheme)]
-            streamed = [] if self.on_cpu else [_WeightOption(scheme, is_streamed=True, reason=streamed[0].reason)]
-        elif scheme == AUTO_QUANT and not is_quantized(source):
-            weight_format = INT8 if not self.on_cpu or has_fast_int8() else INT8_WEIGHT_ONLY
-            resident.append(_WeightOption(weight_format, reason="weights in 8 bits, as --quant auto allows"))
-        if offload == OFFLOAD_NONE:
+        resident = self._resident_weight_options(source)
+        if self.spec.offload == OFFLOAD_NONE:
             return resident
-        return streamed if offload == OFFLOAD_BLOCKS and streamed else resident + streamed
+        streamed = self._streamed_weight_options()
+        return streamed if self.spec.offload == OFFLOAD_BLOCKS and streamed else resident + streamed
+
+    def _resident_weight_options(self, source: Source) -> list[_WeightOption]:
+        """Decides how the weights of a transformer that stays on the device may be stored, best first."""
+        scheme = self.spec.quant
+        if scheme not in (NONE, AUTO_QUANT):
+            return [_WeightOption(scheme)]
+        options = [_WeightOption(CONVERTED)]
+        has_ggml_blocks = any(info.ggml_type is not None for info in source.infos.values())
+        needs_no_conversion = source.dtype == self.dtype or has_ggml_blocks
+        if not needs_no_conversion and not self.spec.loras.is_merged:
+            options.append(_WeightOption(AS_STORED, reason="weights stay as stored"))
+        if scheme == AUTO_QUANT and not is_quantized(source):
+            weight_format = INT8 if not self.on_cpu or has_fast_int8() else INT8_WEIGHT_ONLY
+            options.append(_WeightOption(weight_format, reason="weights in 8 bits, as --quant auto allows"))
+        return options
+
+    def _streamed_weight_options(self) -> list[_WeightOption]:
+        """Decides how the weights of streamed transformer blocks may be stored; [] if they cannot be streamed."""
+        weight_format = CONVERTED if self.spec.loras.is_merged else AS_STORED
+        if self.spec.quant not in (NONE, AUTO_QUANT):
+            weight_format = self.spec.quant
+        # On a CPU blocks can be streamed only from a file.
+        if self.on_cpu and weight_format != AS_STORED:
+            return []
+        return [_WeightOption(weight_format, is_streamed=True, reason="transformer blocks are streamed")]
 
     def _add_lora_bytes(self, weights: WeightBytes, option: _WeightOption) -> WeightBytes:
         """Adds the bytes of LoRAs: their own matrices, or merged weights, which are no longer mapped from the file."""

@@ -107,15 +107,18 @@ class _Conv:
             if not is_last:
                 self.cache.store(count - frames_out * self.temporal_stride, other_bytes + padded_bytes)
         if frames_out:
-            before, after = (count, *self.plane), (frames_out, *self.out_plane)
-            if self.ledger.winograd_frames and self.plane == self.out_plane and self.temporal_stride == 1:
-                workspace_bytes = activations.winograd_workspace_bytes(
-                    self.channels, before, after, self.itemsize, self.ledger.winograd_frames
-                )
-            else:
-                workspace_bytes = activations.conv_workspace_bytes(self.channels, before, after, self.itemsize)
+            workspace_bytes = self._workspace_bytes(count, frames_out)
             self.ledger.record(other_bytes + padded_bytes + frames_out * self.out_frame_bytes + workspace_bytes)
         return frames_out
+
+    def _workspace_bytes(self, frames: int, frames_out: int) -> int:
+        """Returns the workspace of the convolution; `frames` includes the padding."""
+        before, after = (frames, *self.plane), (frames_out, *self.out_plane)
+        if self.ledger.winograd_frames and self.plane == self.out_plane and self.temporal_stride == 1:
+            return activations.winograd_workspace_bytes(
+                self.channels, before, after, self.itemsize, self.ledger.winograd_frames
+            )
+        return activations.conv_workspace_bytes(self.channels, before, after, self.itemsize)
 
 
 class _Stage:
@@ -131,16 +134,18 @@ class _Stage:
         _, down, across = stage.strides
         is_upsampling = stage.kind == DEPTH_TO_SPACE
         self.plane = (plane[0] * down, plane[1] * across) if is_upsampling else (plane[0] // down, plane[1] // across)
-        self.in_frame_bytes, self.out_frame_bytes = (
-            stage.in_channels * prod(plane) * itemsize,
-            stage.out_channels * prod(self.plane) * itemsize,
-        )
+        self.in_frame_bytes = stage.in_channels * prod(plane) * itemsize
+        self.out_frame_bytes = stage.out_channels * prod(self.plane) * itemsize
         strides = stage.strides if stage.kind == STRIDED_CONV else (1, 1, 1)  # others rearrange after stride 1
         self.convs = [
             _Conv(ledger, channels, plane, itemsize, strides, causal=causal) for channels in stage.conv_channels
         ]
         self.skip_caches = [_FrameCache(ledger, self.in_frame_bytes) for _ in self.convs[::2]]
         self.has_started = False
+        self.run = self._run_function()
+
+    def _run_function(self) -> Callable[[int, int, bool], tuple[int, int]]:
+        """Returns the method that runs this kind of stage."""
         runs = {
             RES_X: self._run_res_blocks,
             RES_X_Y: self._run_res_blocks,
@@ -148,7 +153,7 @@ class _Stage:
             SPACE_TO_DEPTH: self._run_space_to_depth,
             CONV_OUT: self._run_conv_out,
         }
-        self.run: Callable[[int, int, bool], tuple[int, int]] = runs.get(stage.kind, self._run_conv)
+        return runs.get(self.stage.kind, self._run_conv)
 
     def _run_conv(self, frames: int, other_bytes: int, is_last: bool) -> tuple[int, int]:
         frames_out = self.convs[0](frames, other_bytes, is_last)
@@ -248,8 +253,7 @@ def vae_decode_activation_bytes(
     stages = tuple(_build_stages(ledger, decoder_stages(config), (grid.height, grid.width), itemsize, causal=False))
     frames = min(grid.frames, STEADY_STATE_FRAMES)
     # The caller holds the last chunk of pixels, and its conversion to bytes, while the next one is decoded.
-    pixels = 3 * chunk_frames * prod((SPATIAL_COMPRESSION, SPATIAL_COMPRESSION, grid.height, grid.width))
-    caller_bytes = pixels * (itemsize + 1)
+    caller_bytes = (itemsize + 1) * 3 * chunk_frames * SPATIAL_COMPRESSION**2 * grid.height * grid.width
     for start in range(0, frames, chunk_frames):
         is_last = start + chunk_frames >= frames
         _run_stages(ledger, stages, min(chunk_frames, frames - start), caller_bytes, chunk_frames, is_last)

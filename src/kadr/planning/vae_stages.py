@@ -121,6 +121,10 @@ def _decoder_stage(block: BlockConfig, width: int, timestep_conditioning: bool) 
         )
     if block.kind == "res_x_y":
         return VAEStage(kind=RES_X_Y, in_channels=width, out_channels=width // block.multiplier, inject_noise=noise)
+    return _upsampling_stage(block, width)
+
+
+def _upsampling_stage(block: BlockConfig, width: int) -> VAEStage:
     out_channels = width // (block.multiplier if block.kind == "compress_all" else 1)
     return VAEStage(
         kind=DEPTH_TO_SPACE,

@@ -132,16 +132,22 @@ class OfficialConfig:
         Raises:
             RequestError: a name is neither a file nor a release.
         """
-        arguments = dict(overrides or {})
-        if "model" not in arguments:
-            arguments["model"] = self._locate("checkpoint_path", self.checkpoint, "model", "--model")
-        if include_upscaler and self.recipe.multi_scale and self.upscaler and "upscaler" not in arguments:
+        overrides = overrides or {}
+        located = self._locate_components(overrides, include_upscaler=include_upscaler)
+        return {**overrides, **located, "recipe": self.recipe}
+
+    def _locate_components(self, overrides: Mapping[str, Any], *, include_upscaler: bool) -> dict[str, Any]:
+        """Locates the components that the file names and `overrides` does not replace."""
+        located: dict[str, Any] = {}
+        if "model" not in overrides:
+            located["model"] = self._locate("checkpoint_path", self.checkpoint, "model", "--model")
+        if include_upscaler and self.recipe.multi_scale and self.upscaler and "upscaler" not in overrides:
             kind = "spatial upscaler"
-            arguments["upscaler"] = [self._locate("spatial_upscaler_model_path", self.upscaler, kind, "--upscaler")]
-        if "text_encoder" not in arguments and self.text_encoder not in (None, registry.TEXT_ENCODER_REPO):
+            located["upscaler"] = [self._locate("spatial_upscaler_model_path", self.upscaler, kind, "--upscaler")]
+        if "text_encoder" not in overrides and self.text_encoder not in (None, registry.TEXT_ENCODER_REPO):
             key = "text_encoder_model_name_or_path"
-            arguments["text_encoder"] = self._locate(key, self.text_encoder, "text encoder", "--text-encoder")
-        return {**arguments, "recipe": self.recipe}
+            located["text_encoder"] = self._locate(key, self.text_encoder, "text encoder", "--text-encoder")
+        return located
 
     def _locate(self, key: str, name: str | None, kind: str, flag: str) -> str:
         context = _ErrorContext(self.path)

@@ -209,20 +209,11 @@ class Request:
         """
         if not isinstance(data, Mapping):
             raise RequestError(f"the request is {data!r}; it must be an object of fields, as `to_json` writes it.")
-        data = dict(data)
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
             raise RequestError(f"the request has {', '.join(sorted(unknown))}, unknown to this version of kadr.")
         try:
-            if data.get("size") is not None:
-                data["size"] = Size.parse(data["size"])
-            data["conditions"] = tuple(Condition(**condition) for condition in data.get("conditions", ()))
-            data["controls"] = tuple(Control(**control) for control in data.get("controls", ()))
-            if isinstance(data.get("guidance"), Mapping):
-                data["guidance"] = Guidance(**data["guidance"])
-            if isinstance(data.get("second_pass"), Mapping):
-                data["second_pass"] = Pass.from_json(data["second_pass"])
-            return cls(**data)
+            return cls(**_parse_fields(data))
         except (TypeError, AttributeError) as error:
             raise RequestError(f"the request cannot be read: {error}. Write it as `to_json` does.") from error
 
@@ -231,6 +222,20 @@ class Request:
         input_videos = () if self.input_video is None else (self.input_video,)
         media = [*(condition.media for condition in self.conditions), *(control.media for control in self.controls)]
         return tuple(Path(path) for path in (*input_videos, *media))
+
+
+def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a request, those that are objects of their own parsed from `to_json`'s form."""
+    parsed = dict(data)
+    if parsed.get("size") is not None:
+        parsed["size"] = Size.parse(parsed["size"])
+    parsed["conditions"] = tuple(Condition(**condition) for condition in parsed.get("conditions", ()))
+    parsed["controls"] = tuple(Control(**control) for control in parsed.get("controls", ()))
+    if isinstance(parsed.get("guidance"), Mapping):
+        parsed["guidance"] = Guidance(**parsed["guidance"])
+    if isinstance(parsed.get("second_pass"), Mapping):
+        parsed["second_pass"] = Pass.from_json(parsed["second_pass"])
+    return parsed
 
 
 def _parse_size(value: Any) -> Size:

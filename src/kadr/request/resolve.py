@@ -61,9 +61,8 @@ def with_second_model(recipe: Recipe, second_model: Release | None) -> Recipe:
 
 def _pass_settings(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:
     if not multi_scale:
-        return request.first_pass().with_defaults(recipe.single_pass or recipe.first_pass).with_defaults(
-            PASS_DEFAULTS
-        ), None
+        single_pass = request.first_pass().with_defaults(recipe.single_pass or recipe.first_pass)
+        return single_pass.with_defaults(PASS_DEFAULTS), None
     if request.second_pass is None and recipe.second_pass is None:
         raise RequestError(
             "two passes are requested, but this model's recipe has only one. Define the second with --second-steps or "

@@ -84,11 +84,7 @@ def _resolve_clip(condition: Condition, frames: int) -> ResolvedCondition:
     if start >= frames:
         raise _out_of_range_error(condition, frames)
     if start % TEMPORAL_COMPRESSION and len(clip) > 1:
-        below = start // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION
-        raise RequestError(
-            f"{condition.media} would begin at frame {start}; a clip must begin at a multiple of "
-            f"{TEMPORAL_COMPRESSION}: {below} or {below + TEMPORAL_COMPRESSION}."
-        )
+        raise _misaligned_start_error(condition, start)
     if is_placed_by_end and at >= frames:
         _warn(
             f"{condition.media} ends at frame {at}, but the video has {frames} frames, so the clip's last "
@@ -101,6 +97,14 @@ def _out_of_range_error(condition: Condition, frames: int) -> RequestError:
     return RequestError(
         f"{condition.media} is placed at frame {condition.frame}, outside a video of {frames} frames. "
         f"Give 0 to {frames - 1}, or more frames."
+    )
+
+
+def _misaligned_start_error(condition: Condition, start: int) -> RequestError:
+    below = start // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION
+    return RequestError(
+        f"{condition.media} would begin at frame {start}; a clip must begin at a multiple of "
+        f"{TEMPORAL_COMPRESSION}: {below} or {below + TEMPORAL_COMPRESSION}."
     )
 
 

@@ -73,22 +73,24 @@ def _open_control_clip(control: Control, frames: int) -> ClipReader:
     sampled_frames = snap_frames(frames)
     clip = open_clip(control.media, control.frame_range, max_frames=sampled_frames + 1)
     if len(clip) < frames:
-        count = probe_video(control.media)[0]
-        in_range = f", {len(clip)} of them in the frame range" if control.frame_range else ""
-        remedy = f"Ask for {len(clip)} or fewer" if len(clip) else "Choose another range"
-        raise RequestError(
-            f"{control.media} has {count} frames{in_range}, but the video has {frames}: a control must be at least as "
-            f"long. {remedy}."
-        )
+        raise _short_clip_error(control, clip, frames)
     if len(clip) > frames:
         of_range = " of its frame range" if control.frame_range else ""
-        warnings.warn(
+        _warn(
             f"{control.media} is longer than the {frames} frames of the video; only the first {frames}{of_range} are "
-            "followed.",
-            KadrWarning,
-            stacklevel=2,
+            "followed."
         )
     return clip.select(min(frame, len(clip) - 1) for frame in range(sampled_frames))
+
+
+def _short_clip_error(control: Control, clip: ClipReader, frames: int) -> RequestError:
+    count = probe_video(control.media)[0]
+    in_range = f", {len(clip)} of them in the frame range" if control.frame_range else ""
+    remedy = f"Ask for {len(clip)} or fewer" if len(clip) else "Choose another range"
+    return RequestError(
+        f"{control.media} has {count} frames{in_range}, but the video has {frames}: a control must be at least as "
+        f"long. {remedy}."
+    )
 
 
 def warn_control_lora_mismatch(request: Request, *, has_loras: bool, has_in_context_lora: bool) -> None:
@@ -99,15 +101,13 @@ def warn_control_lora_mismatch(request: Request, *, has_loras: bool, has_in_cont
         has_in_context_lora: whether the header of one says that it was trained with a reference.
     """
     if has_in_context_lora and not request.controls:
-        warnings.warn(
-            "a LoRA that was trained to follow a reference is given, but no control. Give one with --control.",
-            KadrWarning,
-            stacklevel=2,
-        )
+        _warn("a LoRA that was trained to follow a reference is given, but no control. Give one with --control.")
     if request.controls and not has_loras:
-        warnings.warn(
+        _warn(
             "a control is given, but no LoRA: the model itself was not trained to follow one. Add the in-context LoRA "
-            "that was trained for it with --lora.",
-            KadrWarning,
-            stacklevel=2,
+            "that was trained for it with --lora."
         )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, KadrWarning, stacklevel=3)

@@ -98,19 +98,15 @@ class Windows:
         Raises:
             RequestError: there is no anchor image, or the overlap is too long.
         """
-        if self.anchor_strength and not has_anchor_image:
+        strength = self.anchor_strength
+        if strength and not has_anchor_image:
             raise RequestError(
-                f"anchor_strength is {self.anchor_strength:g}, but there is no image at frame 0. Give one, or leave it "
-                "out."
+                f"anchor_strength is {strength:g}, but there is no image at frame 0. Give one, or leave it out."
             )
         length = snap_frames(self.frames or max(default_frames, MIN_WINDOW_FRAMES))
-        default_overlap = min(
-            DEFAULT_OVERLAP, max(TEMPORAL_COMPRESSION, length * 2 // 3 // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
-        )
-        anchor_strength = (
-            DEFAULT_ANCHOR_STRENGTH * has_anchor_image if self.anchor_strength is None else self.anchor_strength
-        )
-        return replace(self, frames=length, overlap=self.overlap or default_overlap, anchor_strength=anchor_strength)
+        if strength is None:
+            strength = DEFAULT_ANCHOR_STRENGTH * has_anchor_image
+        return replace(self, frames=length, overlap=self.overlap or _default_overlap(length), anchor_strength=strength)
 
     @property
     def latent_frames(self) -> tuple[int, int]:
@@ -155,6 +151,12 @@ class Span(NamedTuple):
     def output_start(self) -> int:
         """First latent frame of the whole video that comes from this window."""
         return self.start + 1 if self.start else 0
+
+
+def _default_overlap(window_frames: int) -> int:
+    """Returns the overlap of windows that long: two thirds at most, in whole latent frames, and at least one."""
+    two_thirds = window_frames * 2 // 3 // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION
+    return min(DEFAULT_OVERLAP, max(TEMPORAL_COMPRESSION, two_thirds))
 
 
 def window_folder_path(video_path: Path) -> Path:

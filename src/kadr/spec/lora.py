@@ -95,14 +95,13 @@ def parse_lora_strengths(values: Any) -> tuple[LoraStrength, ...] | None:
         return None
     if not isinstance(values, tuple | list):
         raise RequestError(f"lora_strengths is {values!r}; it must be a list, one for each LoRA of the engine.")
-    strengths: list[LoraStrength] = []
-    for value in values:
-        if isinstance(value, tuple | list):
-            if len(value) != 2:
-                raise RequestError(
-                    f"a LoRA's strength is {value!r}; it must be one number, or one for each of two passes."
-                )
-            strengths.append((check_lora_strength(value[0]), check_lora_strength(value[1])))
-        else:
-            strengths.append(check_lora_strength(value))
-    return tuple(strengths)
+    return tuple(map(_parse_lora_strength, values))
+
+
+def _parse_lora_strength(value: Any) -> LoraStrength:
+    """Parses the strength of one LoRA: a number, or one for each of two passes."""
+    if not isinstance(value, tuple | list):
+        return check_lora_strength(value)
+    if len(value) != 2:
+        raise RequestError(f"a LoRA's strength is {value!r}; it must be one number, or one for each of two passes.")
+    return check_lora_strength(value[0]), check_lora_strength(value[1])

@@ -212,14 +212,8 @@ def order_upscalers(upscalers: Sequence[Checkpoint], model: Checkpoint) -> dict[
     doubled: set[str] = set()
     for upscaler in upscalers:
         config = require_matching_upscaler(upscaler, model.info.transformer, model.path)
-        kinds = [
-            kind
-            for kind, doubles in (
-                (SPATIAL_UPSCALER, config.spatial_upsample),
-                (TEMPORAL_UPSCALER, config.temporal_upsample),
-            )
-            if doubles
-        ]
+        doubles = {SPATIAL_UPSCALER: config.spatial_upsample, TEMPORAL_UPSCALER: config.temporal_upsample}
+        kinds = [kind for kind, is_doubled in doubles.items() if is_doubled]
         if repeated := [kind for kind in kinds if kind in doubled]:
             raise CheckpointError(f"{upscaler.path} is a second {repeated[0]} upscaler; give one of each kind at most.")
         doubled.update(kinds)

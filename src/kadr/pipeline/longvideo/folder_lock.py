@@ -22,6 +22,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
         MediaError: the folder cannot be created or written.
     """
     lock = FileLock(folder / LOCK_FILE)
+    _acquire_lock(lock, folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire_lock(lock: FileLock, folder: Path) -> None:
+    """Creates the folder if absent, and acquires its lock without waiting."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -33,10 +42,6 @@ def lock_folder(folder: Path) -> Iterator[None]:
         raise MediaError(
             f"the folder {folder} cannot be created or written: {error.strerror or error}. Choose another --output."
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def remove_lock(folder: Path) -> None:

@@ -94,16 +94,18 @@ class DecodeStage:
         for window_index, window_latents in enumerate(windows):
             window_latents = window_latents.to(self.components.device)
             if add_noise:
-                window_noise = (
-                    self.noise_streams.draw(window_stream_name("decode", window_index), window_latents.shape)
-                    if noise is None
-                    else noise
-                )
-                if noise is not None and self.spans:
-                    start = self.spans[window_index].output_start
-                    window_noise = noise[:, :, start : start + window_latents.shape[2]]
+                window_noise = self._window_noise(window_index, window_latents.shape, noise)
                 window_latents = (1 - decode_noise) * window_latents + decode_noise * window_noise.to(window_latents)
             yield tone_map(window_latents, compression)
+
+    def _window_noise(self, window_index: int, shape: torch.Size, noise: Tensor | None) -> Tensor:
+        """Returns the decode noise of a window: its frames of `noise`, or drawn where that is None."""
+        if noise is None:
+            return self.noise_streams.draw(window_stream_name("decode", window_index), shape)
+        if not self.spans:
+            return noise
+        start = self.spans[window_index].output_start
+        return noise[:, :, start : start + shape[2]]
 
 
 class _InjectedNoise:

@@ -56,12 +56,10 @@ class DenoiseStage:
         prompt_embeddings: Sequence[PromptEmbeddings],
         guides: Sequence[Guide] = (),
     ) -> Tensor:
-        """Denoises a pass or window, from latents at its first sigma to clean latents (1, C, f, h, w).
+        """Denoises a pass, or a window with `guides`, from latents (1, C, f, h, w) at its first sigma to clean ones.
 
         Args:
-            noisy_latents: (1, C, f, h, w).
             prompt_embeddings: embeddings of the prompt and, if CFG needs it, the negative prompt.
-            guides: guides of a window.
         """
         state = self._build_state(resolved_pass, noisy_latents, encoded_inputs, guides)
         stage = PASS_STAGES[resolved_pass.number - 1]

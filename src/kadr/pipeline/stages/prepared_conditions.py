@@ -125,17 +125,22 @@ def place_in_pass(
     placed = list(conditions)
     if resolved_pass.fps != request.fps:
         placed = [_at_half_rate(condition) for condition in conditions]
-        for first, second in combinations(range(len(placed)), 2):
-            if conditions_intersect(placed[first], placed[second]):
-                raise RequestError(
-                    f"two images fall on one frame of the first pass, which samples every second frame only: "
-                    f"{conditions[first]} and {conditions[second]}. Move one of them, or leave out the temporal "
-                    "upscaler."
-                )
+        _refuse_intersections(conditions, placed)
     for condition in placed:
         if condition.condition.box is not None:
             _latent_box(condition.condition.box, request, resolved_pass)
     return placed
+
+
+def _refuse_intersections(conditions: Sequence[ResolvedCondition], placed: Sequence[ResolvedCondition]) -> None:
+    """Refuses conditions that fall on one frame where they are `placed` at half the rate."""
+    for first, second in combinations(range(len(placed)), 2):
+        if conditions_intersect(placed[first], placed[second]):
+            raise RequestError(
+                f"two images fall on one frame of the first pass, which samples every second frame only: "
+                f"{conditions[first]} and {conditions[second]}. Move one of them, or leave out the temporal "
+                "upscaler."
+            )
 
 
 def _at_half_rate(condition: ResolvedCondition) -> ResolvedCondition:
@@ -180,15 +185,18 @@ def _latent_box(
         int(column + width < resolved_pass.grid.width),
     )
     if height <= crop[0] + crop[1] or width <= crop[2] + crop[3]:
-        sampled_size = request.size.snap()
-        min_pixels = math.ceil(  # three latents of this pass
-            3 * max(sampled_size.width / resolved_pass.grid.width, sampled_size.height / resolved_pass.grid.height)
-        )
-        raise RequestError(
-            f"box {box} covers {size} pixels of a pass at {resolved_pass.size}: with its margins cut off, nothing is "
-            f"left. Give at least {min_pixels} pixels each way, or place it at the edge."
-        )
+        raise _empty_box_error(box, size, request.size.snap(), resolved_pass)
     return size, (row, column), crop
+
+
+def _empty_box_error(box: Box, size: Size, sampled_size: Size, resolved_pass: ResolvedPass) -> RequestError:
+    grid = resolved_pass.grid
+    # Three latents of this pass.
+    min_pixels = math.ceil(3 * max(sampled_size.width / grid.width, sampled_size.height / grid.height))
+    return RequestError(
+        f"box {box} covers {size} pixels of a pass at {resolved_pass.size}: with its margins cut off, nothing is "
+        f"left. Give at least {min_pixels} pixels each way, or place it at the edge."
+    )
 
 
 def _snap_box_to_grid(box: Box, size: Size, grid: LatentGrid) -> Box:
