@@ -18,9 +18,7 @@ FP8_TEST = "tests/pipeline/test_recipes.py::test_fp8_release_has_the_recipe_of_i
 # Tests of the bundled models, and of each kind of component.
 BUNDLED_TESTS = {
     "demo": "tests/golden/test_demo.py::test_demo_follows_held_out_captions",
-    "demo-distilled": (
-        "tests/golden/test_demo.py::test_distilled_demo_has_nine_tenths_of_the_prompt_adherence"
-    ),
+    "demo-distilled": ("tests/golden/test_demo.py::test_distilled_demo_has_nine_tenths_of_the_prompt_adherence"),
 }
 LORA_TEST = "tests/checkpoints/lora/test_file.py::test_a_released_lora_is_read_whole_and_fits_the_13b_model"
 UPSCALER_TEST = "tests/models/test_upscaler.py::test_upscaler_equals_official_and_diffusers"
