@@ -347,7 +347,7 @@ def measured() -> dict[str, list[int]]:
     command = [sys.executable, "-m", "tests.planning.measure_memory"]
     paths = os.pathsep.join([os.getcwd(), *sys.path])
     process = subprocess.run(
-        command, env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300, check=False
+        command, env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=900, check=False
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
