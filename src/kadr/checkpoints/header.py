@@ -191,3 +191,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_offset: int) -> TensorI
             f"{path}: its header cannot be read at the tensor {name}: {error}. {_DOWNLOAD_AGAIN}"
         ) from error
     return info
+
+
+def format_shape(shape: tuple[int, ...]) -> str:
+    """Returns a shape as messages show it, such as 16x32."""
+    return "x".join(map(str, shape)) or "a scalar"

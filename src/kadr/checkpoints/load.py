@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kadr.checkpoints.fp8_scales import apply_weight_scale, find_weight_scales, scale_tensor_names
-from kadr.checkpoints.header import FP8_DTYPES, TensorInfo
+from kadr.checkpoints.header import FP8_DTYPES, TensorInfo, format_shape
 from kadr.checkpoints.keys import (
     T5_KEYS,
     T5_UNUSED_KEYS,
@@ -22,7 +22,7 @@ from kadr.checkpoints.keys import (
     Key,
     map_keys,
 )
-from kadr.checkpoints.source import Source
+from kadr.checkpoints.source import Source, join_first
 from kadr.errors import CheckpointError
 from kadr.kernels.dequant import dequantize
 from kadr.models.t5 import T5Config, T5Encoder
@@ -34,7 +34,6 @@ from kadr.quant.convert import in_block, replace_module, wrap_stored_weight
 from kadr.quant.layers import Scratch
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_LISTED_TENSORS = 5  # per kind of mismatch in an error
 _T5_EMBEDDING_KEY = "shared.weight"
 _WEIGHT_SUFFIX = ".weight"
 _POSITION_BIAS_KEY = "position_bias.weight"  # small and read whole: not worth keeping block-quantized
@@ -79,7 +78,7 @@ def account(module: nn.Module, source: Source, key_map: Mapping[str, str], *, ig
         (
             "of another shape",
             [
-                f"{name} is {_format_shape(infos[name].shape)}, not {_format_shape(shapes[name])}"
+                f"{name} is {format_shape(infos[name].shape)}, not {format_shape(shapes[name])}"
                 for name in shared
                 if infos[name].shape != shapes[name]
             ],
@@ -91,7 +90,7 @@ def account(module: nn.Module, source: Source, key_map: Mapping[str, str], *, ig
     ]
     if any(names for _, names in mismatches):
         report = "; ".join(
-            f"{len(names)} tensors {problem}: {_join_first(names)}" for problem, names in mismatches if names
+            f"{len(names)} tensors {problem}: {join_first(names)}" for problem, names in mismatches if names
         )
         raise CheckpointError(
             f"{source.path} does not fit its {type(module).__name__.lower()}: {report}. "
@@ -293,14 +292,5 @@ def load_text_encoder(
     return module
 
 
-def _format_shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _join_first(names: list[str]) -> str:
-    listed, rest = names[:MAX_LISTED_TENSORS], len(names) - MAX_LISTED_TENSORS
-    return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")

@@ -24,7 +24,7 @@ from kadr.errors import CheckpointError
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # file stems of the weights in diffusers and transformers folders
 FILE_VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran
-MAX_LISTED_FILES = 5  # in an error
+MAX_LISTED_NAMES = 5  # in an error
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _find_weight_files(folder: Path) -> tuple[Path, ...]:
                 return (file,)
     pickles = sorted(file.name for file in folder.glob("*.bin"))
     pickle = f" (it has {pickles[0]}, a pickle, which kadr never reads: it may run code)" if pickles else ""
-    names = _join_first(f"{stem}.safetensors" for stem in WEIGHT_STEMS)
+    names = join_first(f"{stem}.safetensors" for stem in WEIGHT_STEMS)
     raise CheckpointError(
         f"{folder} has no weights in it{pickle}: none of {names}, nor an index of shards. Name the .safetensors "
         "itself, or download the folder again."
@@ -169,13 +169,14 @@ def _find_shards(index: Path) -> tuple[Path, ...]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of its {len(names)} shards: {_join_first(missing)}. "
+            f"{index.parent} lacks {len(missing)} of its {len(names)} shards: {join_first(missing)}. "
             f"Download them into the folder of {index.name}."
         )
     return tuple(index.parent / name for name in names)
 
 
-def _join_first(names: Iterable[str]) -> str:
+def join_first(names: Iterable[str]) -> str:
+    """Joins the first names of a list for an error, and says how many more there are."""
     names = list(names)
-    listed, rest = names[:MAX_LISTED_FILES], len(names) - MAX_LISTED_FILES
+    listed, rest = names[:MAX_LISTED_NAMES], len(names) - MAX_LISTED_NAMES
     return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kadr.errors import MediaError
+from kadr.media.writer import MAX_CRF
 from kadr.shapes import Size
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
 DEFAULT_IMAGE_CRF = 29
-MAX_CRF = 51  # of 8-bit H.264
 
 # Listed because Pillow would otherwise also try formats that start other programs, such as EPS.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

@@ -7,7 +7,7 @@ matrix takes as many bytes as the plain one, and the four kernels of a convoluti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -19,15 +19,11 @@ from kadr.kernels.cpu.malloc import mmap_large_allocations
 from kadr.kernels.matmul import has_bf16_units, linear, linear_gelu
 from kadr.nn.conv import KERNEL_SIZE, CausalConv3d, ChunkedConv3d
 from kadr.nn.linear import FusedGELU, Linear, QuantizesInput
+from kadr.quant.convert import ReleaseTensors, release_nothing
 from kadr.quant.layers import Int8Linear
 
 # Bytes of the prepacked kernels over those of the weight, by output frames at a time.
 WINOGRAD_BYTES_RATIO = {winograd.F23: 4 / 3, winograd.F43: 2.0}
-ReleaseTensors = Callable[[Iterable[Tensor]], None]
-
-
-def release_nothing(tensors: Iterable[Tensor]) -> None:
-    """Releases nothing: the weights that were replaced are only garbage-collected."""
 
 
 def should_prepack_linears(dtype: torch.dtype, device: torch.device) -> bool:

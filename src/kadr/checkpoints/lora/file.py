@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest
+from kadr.checkpoints.header import format_shape
 from kadr.checkpoints.keys import TRANSFORMER_KEYS, map_keys
 from kadr.checkpoints.lora.key_formats import (
     BLOCKS_PREFIX,
@@ -27,7 +28,7 @@ from kadr.checkpoints.lora.key_formats import (
 )
 from kadr.checkpoints.lora.scaling import PEFT_WEIGHTS_FILE, LoraScaling
 from kadr.checkpoints.save import write_tensors
-from kadr.checkpoints.source import Source
+from kadr.checkpoints.source import Source, join_first
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.models.lora_layers import LoraWeights, LoraWeightsByLayer
 from kadr.models.transformer import Transformer, TransformerConfig
@@ -35,7 +36,6 @@ from kadr.nn.linear import Linear
 
 DIFFUSERS_LORA_FILE = "pytorch_lora_weights.safetensors"
 REFERENCE_DOWNSCALE_KEY = "reference_downscale_factor"  # header of an in-context LoRA: video size / control size
-MAX_LISTED_KEYS = 5  # in an error
 # Header entries that name LTX-2 as the base. Layers alone do not tell: those for video are as wide as the 13B's.
 _BASE_MODEL_KEY = re.compile(r"base_model|architecture|model_name|model_version", re.IGNORECASE)
 _LTX2_NAME = re.compile(r"\bltx[-_ ]?2(?![\db])", re.IGNORECASE)
@@ -199,7 +199,7 @@ class LoraFile:
             return self
         warnings.warn(
             f"{len(missing)} of the {len(self.layers)} layers of {self.path} are not in {model_path} and are left out: "
-            f"{_join_first([self._layer_key_in_file(name) for name in missing])}.",
+            f"{join_first([self._layer_key_in_file(name) for name in missing])}.",
             KadrWarning,
             stacklevel=3,
         )
@@ -390,17 +390,17 @@ def _refuse_unexpected_keys(source: Source, unexpected_keys: Collection[str], al
     )
     if not allow_partial:
         raise CheckpointError(
-            f"{problem}: {_join_first(unexpected_keys)}. Without them the LoRA is incomplete; pass --lora-partial to "
+            f"{problem}: {join_first(unexpected_keys)}. Without them the LoRA is incomplete; pass --lora-partial to "
             "leave them out."
         )
-    warnings.warn(f"{problem}. They are left out: {_join_first(unexpected_keys)}.", KadrWarning, stacklevel=3)
+    warnings.warn(f"{problem}. They are left out: {join_first(unexpected_keys)}.", KadrWarning, stacklevel=3)
 
 
 def _parse_layer(source: Source, name: str, keys_by_role: Mapping[str, str], scaling: LoraScaling) -> LoraLayer:
     """Checks a layer's tensors against each other."""
     _refuse_half_pair(source, keys_by_role)
     down, up = source.infos[keys_by_role["down"]], source.infos[keys_by_role["up"]]
-    shapes = f"{source.path}: {down.name} is {_format_shape(down.shape)} and {up.name} is {_format_shape(up.shape)}"
+    shapes = f"{source.path}: {down.name} is {format_shape(down.shape)} and {up.name} is {format_shape(up.shape)}"
     if any(len(shape) < 2 or any(length != 1 for length in shape[2:]) for shape in (down.shape, up.shape)):
         raise CheckpointError(f"{shapes}; the layers of this family are matrices. It is a LoRA for another model.")
     if down.shape[0] != up.shape[1] or not down.shape[0]:
@@ -430,12 +430,3 @@ def _find_linear(module: nn.Module, name: str) -> Linear | None:
     except AttributeError:
         return None
     return submodule if isinstance(submodule, Linear) else None
-
-
-def _format_shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
-
-
-def _join_first(keys: Collection[str]) -> str:
-    listed, rest = list(keys)[:MAX_LISTED_KEYS], len(keys) - MAX_LISTED_KEYS
-    return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")
