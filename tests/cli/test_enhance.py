@@ -202,13 +202,18 @@ def test_a_server_that_is_down_is_a_warning(kadr: Run, engine: FakeEngine) -> No
 
 
 def test_waiting_can_be_cancelled(kadr: Run, engine: FakeEngine, chat: FakeChat) -> None:
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+
     def interrupt(chat_request: ChatRequest) -> Reply:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return Reply(delay_seconds=60.0)
 
     chat.reply = interrupt
-    with assert_faster_than(10):
-        result = kadr("generate", PROMPT, "--enhance", chat.url)
+    try:
+        with assert_faster_than(10):
+            result = kadr("generate", PROMPT, "--enhance", chat.url)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     assert (result.code, result.out, engine.written_requests, os.listdir()) == (130, "", [], [])
     assert result.err.splitlines()[-1] == "cancelled"
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from kadr.kernels.matmul import has_bf16_units
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import PERTURBED_VALUES, TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
@@ -370,6 +371,9 @@ def measured() -> dict[str, list[int]]:
     ],
 )
 def test_predicted_bytes_match_process_memory(component: str, measured: dict[str, list[int]]) -> None:
+    if component not in measured:
+        assert not has_bf16_units()
+        pytest.skip("this CPU has no units for bfloat16, and oneDNN no bf16 convolution")
     peak, predicted = measured[component]
     # Prepacked convolutions take a little less than predicted: a plan may be too high, and hardly too low.
     bound = 0.15 if "packed" in component else 0.05
