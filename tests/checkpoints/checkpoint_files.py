@@ -69,19 +69,28 @@ def upscaler_shapes(config: UpscalerConfig) -> Shapes:
 
 
 def safetensors_header(
-    shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None
+    shapes: Mapping[str, tuple[int, ...]], *, dtype: str | Mapping[str, str] = "BF16", metadata: Any = None
 ) -> tuple[dict, int]:
-    """Returns the header of a safetensors file and the number of bytes of its tensors."""
+    """Returns the header of a safetensors file and the number of bytes of its tensors.
+
+    Args:
+        dtype: of all tensors, or of each by name.
+    """
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * DTYPE_BYTES[dtype]
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        tensor_dtype = dtype if isinstance(dtype, str) else dtype[name]
+        start, end = end, end + prod(shape) * DTYPE_BYTES[tensor_dtype]
+        entries[name] = {"dtype": tensor_dtype, "shape": list(shape), "data_offsets": [start, end]}
     return entries, end
 
 
 def write_sparse(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: str = "BF16", metadata: Any = None
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: str | Mapping[str, str] = "BF16",
+    metadata: Any = None,
 ) -> Path:
     """Writes a sparse safetensors file of zeros, which takes no disk space."""
     entries, size = safetensors_header(shapes, dtype=dtype, metadata=metadata)

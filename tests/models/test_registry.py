@@ -26,7 +26,7 @@ from kadr.models.registry import (
     find_release,
     required_releases,
 )
-from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.t5 import T5_XXL, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
@@ -38,7 +38,6 @@ HOSTED = [release for release in MODEL_RELEASES if release.repo]
 FP8 = [release for release in HOSTED if release.name.endswith("-fp8")]
 COMPONENTS = [release for release in RELEASES if release.kind != "model" and release.repo]
 BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(self_attention|cross_attention|feed_forward)\.(q|k|v|out|up|down)\.weight")
-T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 
 # Settings of each pass in the official configs, configs/*.yaml of ltx_video.
 PLAIN_2B = ({"steps": 40, "guidance": {"cfg_scale": 3, "stg_scale": 1, "rescale": 0.7, "skip_blocks": (19,)}},)

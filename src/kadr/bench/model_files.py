@@ -20,7 +20,7 @@ from kadr.bench.cases import DEMO, TEXT, Selection
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.errors import CheckpointError
 from kadr.models.registry import find_release
-from kadr.models.t5 import T5Config, T5Encoder
+from kadr.models.t5 import T5_XXL, T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
@@ -29,7 +29,6 @@ from kadr.planning.vae_stages import vae_decoder_parameters, vae_encoder_paramet
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import fetch_release
 
-T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
 # The text encoder where it is not measured: of the width that the transformer needs, and otherwise tiny.
 T5_STUB = replace(T5_XXL, vocab_size=512, num_layers=1, num_heads=1, d_ff=64)
 TRANSFORMERS = {"2b": TRANSFORMER_2B, "13b": TRANSFORMER_13B}

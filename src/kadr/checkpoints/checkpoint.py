@@ -1,4 +1,4 @@
-"""A checkpoint on disk: described from its header at once; modules load on demand."""
+"""A checkpoint: described from its header at once; modules load on demand."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ class CheckpointDescription:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A single file, a GGUF file or a diffusers folder, opened by its header.
+    """A single file, a GGUF file or a diffusers folder, opened by its header or predicted (`checkpoints.predict`).
 
     Args:
+        path: the file or folder; of a predicted one, the file in its repository.
         sources: component -> its tensors; "transformer", "vae" or both; or "upscaler", in a folder beside a "vae".
     """
 
@@ -98,6 +99,11 @@ class Checkpoint:
         return cls(path, info, sources)
 
     @property
+    def is_on_disk(self) -> bool:
+        """False for a predicted checkpoint, which `load_*` refuses to load."""
+        return all(source.is_on_disk for source in self.sources.values())
+
+    @property
     def size_bytes(self) -> int:
         return sum(source.size_bytes for source in self.sources.values())
 
@@ -109,7 +115,8 @@ class Checkpoint:
             keep_storage_dtype: see `load.load_weights`.
 
         Raises:
-            CheckpointError: the checkpoint has none, or its tensors do not fit; see `load.load_weights`.
+            CheckpointError: the checkpoint has none or is not on disk, or its tensors do not fit; see
+                `load.load_weights`.
         """
         config = self.info.transformer
         if config is None:
@@ -162,7 +169,7 @@ class Checkpoint:
                 "num_blocks_per_stage": upscaler.num_blocks_per_stage,
             }
         missing = [name for name in ("transformer", "vae") if name not in self.sources]
-        if not _has_text_encoder(self.path):
+        if not (self.is_on_disk and _has_text_encoder(self.path)):
             missing.append("text encoder")
         return CheckpointDescription(
             path=str(self.path),

@@ -24,6 +24,7 @@ def _same_in_both(kadr: str, official: str) -> Key:
     return Key(kadr, official, official)
 
 
+TRANSFORMER_PREFIX, VAE_PREFIX = "model.diffusion_model.", "vae."  # of the keys in a single file of both
 _KADR_BLOCK, _OFFICIAL_BLOCK = "blocks.{i}", "transformer_blocks.{i}"
 TRANSFORMER_KEYS = (
     Key("proj_in.*", "patchify_proj.*", "proj_in.*"),

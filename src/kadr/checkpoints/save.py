@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from kadr.checkpoints.header import LENGTH_BYTES, SAFETENSORS_DTYPES
-from kadr.checkpoints.keys import T5_KEYS, TRANSFORMER_KEYS, UPSCALER_KEYS, VAE_KEYS, Key, map_keys
+from kadr.checkpoints.keys import (
+    T5_KEYS,
+    TRANSFORMER_KEYS,
+    TRANSFORMER_PREFIX,
+    UPSCALER_KEYS,
+    VAE_KEYS,
+    VAE_PREFIX,
+    Key,
+    map_keys,
+)
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer
@@ -58,20 +67,28 @@ def write_single_file(
     Raises:
         CheckpointError: the file cannot be written.
     """
+    tensors, config_metadata = single_file_content(transformer, vae, schedule)
+    if not tensors:
+        raise ValueError("give a transformer, a VAE or both")
+    full_metadata = {**(metadata or {}), **config_metadata}
+    write_tensors(Path(path), tensors, dtype=dtype, metadata=full_metadata, materialize=materialize)
+
+
+def single_file_content(
+    transformer: Transformer | None, vae: VAE | None, schedule: Schedule
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of an official single file by key, and its metadata."""
     config: dict[str, Any] = {"scheduler": schedule.to_header()}
     if schedule.allowed_sigmas is not None:
         config["allowed_inference_steps"] = list(schedule.allowed_sigmas)
     tensors: dict[str, Tensor] = {}
     if transformer is not None:
         config["transformer"] = transformer.config.to_header()
-        tensors |= _tensors_by_file_key(transformer, TRANSFORMER_KEYS, "model.diffusion_model.")
+        tensors |= tensors_by_file_key(transformer, TRANSFORMER_KEYS, TRANSFORMER_PREFIX)
     if vae is not None:
         config["vae"] = vae.config.to_header()
-        tensors |= _tensors_by_file_key(vae, VAE_KEYS, "vae.")
-    if not tensors:
-        raise ValueError("give a transformer, a VAE or both")
-    full_metadata = {**(metadata or {}), "config": json.dumps(config)}
-    write_tensors(Path(path), tensors, dtype=dtype, metadata=full_metadata, materialize=materialize)
+        tensors |= tensors_by_file_key(vae, VAE_KEYS, VAE_PREFIX)
+    return tensors, {"config": json.dumps(config)}
 
 
 def write_upscaler(
@@ -86,8 +103,13 @@ def write_upscaler(
     Args:
         dtype: the released upscalers are stored in float32, the default.
     """
-    full_metadata = {**(metadata or {}), "config": json.dumps(upscaler.config.to_header())}
-    write_tensors(Path(path), _tensors_by_file_key(upscaler, UPSCALER_KEYS, ""), dtype=dtype, metadata=full_metadata)
+    tensors, config_metadata = upscaler_content(upscaler)
+    write_tensors(Path(path), tensors, dtype=dtype, metadata={**(metadata or {}), **config_metadata})
+
+
+def upscaler_content(upscaler: LatentUpscaler) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of an upscaler's official file by key, and its metadata."""
+    return tensors_by_file_key(upscaler, UPSCALER_KEYS), {"config": json.dumps(upscaler.config.to_header())}
 
 
 def write_text_encoder(
@@ -113,7 +135,7 @@ def write_text_encoder(
         subfolder.mkdir(parents=True, exist_ok=True)
     write_tensors(
         home / "text_encoder" / "model.safetensors",
-        _tensors_by_file_key(text_encoder, T5_KEYS, ""),
+        tensors_by_file_key(text_encoder, T5_KEYS),
         dtype=dtype,
         materialize=materialize,
     )
@@ -157,7 +179,8 @@ def write_tensors(
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-def _tensors_by_file_key(module: nn.Module, table: tuple[Key, ...], prefix: str) -> dict[str, Tensor]:
+def tensors_by_file_key(module: nn.Module, table: tuple[Key, ...], prefix: str = "") -> dict[str, Tensor]:
+    """Returns the tensors of a module by their keys in the official file."""
     state = module.state_dict()
     return {prefix + file_key: state[kadr_key] for kadr_key, file_key in map_keys(table, state).items()}
 

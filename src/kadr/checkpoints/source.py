@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from mmap import mmap
 from pathlib import Path
 
@@ -35,11 +35,14 @@ class Source:
         path: path that was opened, for messages.
         infos: name -> tensor in the header. A name may differ from the one in the file: see `rename_tensors`.
         metadata: metadata of the header; with several files, the first non-empty one.
+        absent_release: name of the release that is not on disk, and whose header this predicts (`checkpoints.predict`);
+            None for files on disk.
     """
 
     path: Path
     infos: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    absent_release: str | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Source:
@@ -60,6 +63,21 @@ class Source:
             infos |= file_infos
             metadata = metadata or dict(file_metadata)
         return cls(path, infos, metadata)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """False where the header is predicted; then no tensor can be read."""
+        return self.absent_release is None
+
+    def refuse_absent(self) -> None:
+        """Refuses to read what is not on disk.
+
+        Raises:
+            CheckpointError: the header is predicted.
+        """
+        if self.absent_release is not None:
+            name = self.absent_release
+            raise CheckpointError(f"{name} is not on disk. Fetch it with `kadr models pull {name}`.")
 
     @property
     def size_bytes(self) -> int:
@@ -93,7 +111,7 @@ class Source:
         Args:
             names: new name -> current name; tensors that it does not mention are left out.
         """
-        return Source(self.path, {new: self.infos[current] for new, current in names.items()}, self.metadata)
+        return replace(self, infos={new: self.infos[current] for new, current in names.items()})
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor in its stored dtype and shape, on the CPU, sharing memory with the file.
@@ -103,8 +121,9 @@ class Source:
 
         Raises:
             KeyError: no such name.
-            CheckpointError: the file is gone or shrank since it was opened.
+            CheckpointError: the file is not on disk, or is gone or shrank since it was opened.
         """
+        self.refuse_absent()
         info = self.infos[name]
         if not info.numel:  # torch takes no empty buffer
             return torch.empty(info.storage_shape, dtype=info.dtype)

@@ -1,4 +1,4 @@
-"""A text encoder on disk: described from its header at once; module and tokenizer load on demand."""
+"""A text encoder: described from its header at once; module and tokenizer load on demand."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from kadr.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextEncoderCheckpoint:
-    """A T5 encoder and its tokenizer, opened by their headers.
+    """A T5 encoder and its tokenizer, opened by their headers or predicted (`checkpoints.predict`).
 
     Args:
-        path: folder of the weights and config.json; or a .gguf, which has everything in it.
+        path: folder of the weights and config.json; or a .gguf, which has everything in it. Of a predicted one, the
+            file or the pattern of files in its repository.
         tokenizer_root: folder in which the tokenizer is looked for; a .gguf itself where `path` is one.
         key_table: table of the file keys in `source`.
     """
@@ -64,6 +65,11 @@ class TextEncoderCheckpoint:
         return cls(folder, home, config, Source.open(folder))
 
     @property
+    def is_on_disk(self) -> bool:
+        """False for a predicted encoder, of which neither weights nor tokenizer can be loaded."""
+        return self.source.is_on_disk
+
+    @property
     def size_bytes(self) -> int:
         return self.source.size_bytes
 
@@ -75,7 +81,7 @@ class TextEncoderCheckpoint:
             keep_storage_dtype: see `load.load_weights`.
 
         Raises:
-            CheckpointError: its tensors do not fit the config; see `load.load_weights`.
+            CheckpointError: it is not on disk, or its tensors do not fit the config; see `load.load_weights`.
         """
         return load_text_encoder(
             self.config, self.source, dtype=dtype, keep_storage_dtype=keep_storage_dtype, key_table=self.key_table
@@ -85,8 +91,9 @@ class TextEncoderCheckpoint:
         """Loads the encoder's tokenizer.
 
         Raises:
-            CheckpointError: there is none, or the encoder's vocabulary is too small for it.
+            CheckpointError: it is not on disk, there is none, or the encoder's vocabulary is too small for it.
         """
+        self.source.refuse_absent()
         pieces = read_gguf_pieces(self.path) if is_gguf(self.path) else None
         tokenizer = (
             Tokenizer.from_sentencepiece(pieces, self.path)

@@ -99,6 +99,9 @@ class T5Config:
         return cls(**{name: header[name] for name in names if name in header})
 
 
+T5_XXL = T5Config(vocab_size=32128, d_model=4096, num_layers=24, num_heads=64, d_kv=64, d_ff=10240)
+
+
 def _refuse(name: str, value: object, supported: str) -> None:
     raise CheckpointError(
         f"The text encoder's {name} is {value!r}; it must be {supported}. Use the encoder of google/t5-v1_1-xxl."

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kadr.checkpoints.detect.unsupported import refuse_unsupported
+from kadr.checkpoints.keys import TRANSFORMER_PREFIX, VAE_PREFIX
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
 # Key prefix -> component. A file of a single component may lack the prefix; then the first word of its keys decides.
-COMPONENT_PREFIXES: Mapping[str, str] = {"model.diffusion_model.": "transformer", "vae.": "vae"}
+COMPONENT_PREFIXES: Mapping[str, str] = {TRANSFORMER_PREFIX: "transformer", VAE_PREFIX: "vae"}
 COMPONENT_BY_FIRST_WORD: Mapping[str, str] = {
     "patchify_proj": "transformer",
     "adaln_single": "transformer",

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -97,9 +97,10 @@ class LoraDescription:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA on disk, opened by its header.
+    """A LoRA, opened by its header or predicted (`checkpoints.predict`).
 
     Args:
+        path: the file or folder; of a predicted one, the file in its repository.
         key_format: see `LoraDescription`.
         layers: kadr's layer name -> adapted layer.
         unexpected_keys: keys that belong to no layer.
@@ -123,6 +124,11 @@ class LoraFile:
             CheckpointError: it is no LoRA of this family, has more than matrix pairs, half of a pair, or such keys.
         """
         source = Source.open(_find_weights_file(Path(path)))
+        return cls.from_source(Path(path), source, allow_partial=allow_partial)
+
+    @classmethod
+    def from_source(cls, path: Path, source: Source, *, allow_partial: bool = False) -> LoraFile:
+        """Matches the tensors of a source to layers; see `open`."""
         _refuse_unsupported(source)
         keys = LoraKeys.parse(source.infos)
         if not any(keys_by_role.keys() & {"down", "up"} for keys_by_role in keys.layers.values()):
@@ -130,11 +136,21 @@ class LoraFile:
         _refuse_unexpected_keys(source, keys.unexpected_keys, allow_partial)
         scaling = LoraScaling.from_source(source, keys.key_format)
         layers = {name: _parse_layer(source, name, keys_by_role, scaling) for name, keys_by_role in keys.layers.items()}
-        return cls(Path(path), source, keys.key_format, layers, keys.unexpected_keys)
+        return cls(path, source, keys.key_format, layers, keys.unexpected_keys)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """False for a predicted LoRA, which `load` refuses to load."""
+        return self.source.is_on_disk
 
     @property
     def sha256(self) -> str:
-        """Checksum of the file; a retrained LoRA often keeps its file name."""
+        """Checksum of the file; a retrained LoRA often keeps its file name.
+
+        Raises:
+            CheckpointError: the file is not on disk.
+        """
+        self.source.refuse_absent()
         return lora_sha256(self.path)
 
     @property
@@ -226,7 +242,7 @@ class LoraFile:
         """Loads the weights of each layer, by kadr's layer name; tensors share memory with the file.
 
         Raises:
-            CheckpointError: a tensor is not finite, or the file is gone.
+            CheckpointError: a tensor is not finite, or the file is not on disk or is gone.
         """
         weights = {}
         for name, layer in self.layers.items():
@@ -326,15 +342,24 @@ def write_lora(
     Raises:
         CheckpointError: the file cannot be written.
     """
-    prefix = {"Comfy": "diffusion_model.", "diffusers": "transformer."}[key_format]
-    key_map = map_keys(
-        TRANSFORMER_KEYS, [f"{name}{WEIGHT_SUFFIX}" for name in additions], is_diffusers=key_format == "diffusers"
-    )
     tensors: dict[str, torch.Tensor] = {}
-    for name, weights in additions.items():
-        layer = prefix + key_map[f"{name}{WEIGHT_SUFFIX}"].removesuffix(WEIGHT_SUFFIX)
-        tensors |= {f"{layer}.lora_A.weight": weights.down, f"{layer}.lora_B.weight": weights.up * weights.scale}
+    for name, (down_key, up_key) in lora_keys(additions, key_format).items():
+        weights = additions[name]
+        tensors |= {down_key: weights.down, up_key: weights.up * weights.scale}
     write_tensors(Path(path), tensors, dtype=dtype, metadata=metadata)
+
+
+def lora_keys(names: Iterable[str], key_format: str = "Comfy") -> dict[str, tuple[str, str]]:
+    """Returns kadr's layer name -> keys of its two matrices, down and up, in a file.
+
+    Args:
+        key_format: see `write_lora`.
+    """
+    prefix = {"Comfy": "diffusion_model.", "diffusers": "transformer."}[key_format]
+    kadr_keys = [f"{name}{WEIGHT_SUFFIX}" for name in names]
+    key_map = map_keys(TRANSFORMER_KEYS, kadr_keys, is_diffusers=key_format == "diffusers")
+    layers = {key.removesuffix(WEIGHT_SUFFIX): prefix + key_map[key].removesuffix(WEIGHT_SUFFIX) for key in kadr_keys}
+    return {name: (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight") for name, layer in layers.items()}
 
 
 def _find_weights_file(path: Path) -> Path:
@@ -393,7 +418,7 @@ def _refuse_unexpected_keys(source: Source, unexpected_keys: Collection[str], al
             f"{problem}: {join_first(unexpected_keys)}. Without them the LoRA is incomplete; pass --lora-partial to "
             "leave them out."
         )
-    warnings.warn(f"{problem}. They are left out: {join_first(unexpected_keys)}.", KadrWarning, stacklevel=3)
+    warnings.warn(f"{problem}. They are left out: {join_first(unexpected_keys)}.", KadrWarning, stacklevel=4)
 
 
 def _parse_layer(source: Source, name: str, keys_by_role: Mapping[str, str], scaling: LoraScaling) -> LoraLayer:

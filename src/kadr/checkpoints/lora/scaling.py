@@ -44,7 +44,7 @@ class LoraScaling:
                 f"{source.path} has PEFT's keys and no {PEFT_CONFIG_FILE} with alpha; alpha defaults to the rank. Keep "
                 f"the config beside it under PEFT's name {PEFT_WEIGHTS_FILE}, or give the folder.",
                 KadrWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return cls(source, config)
 
