@@ -7,15 +7,15 @@ predicted: they are 0.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.detect.single_file import detect_single_file
@@ -24,9 +24,19 @@ from kadr.checkpoints.detect.upscaler import MODEL_KIND
 from kadr.checkpoints.detect.vae_families import FAMILY_SCHEDULES, VAE_FAMILIES
 from kadr.checkpoints.gguf.header import ARCHITECTURE_KEY, T5_ENCODER_ARCHITECTURE
 from kadr.checkpoints.header import TensorInfo
-from kadr.checkpoints.keys import T5_GGUF_KEYS, T5_KEYS, TRANSFORMER_PREFIX, VAE_PREFIX, VAE_UNUSED_KEYS
+from kadr.checkpoints.keys import (
+    T5_GGUF_KEYS,
+    T5_KEYS,
+    TRANSFORMER_KEYS,
+    TRANSFORMER_PREFIX,
+    UPSCALER_KEYS,
+    VAE_KEYS,
+    VAE_PREFIX,
+    VAE_UNUSED_KEYS,
+    Key,
+)
 from kadr.checkpoints.lora.file import LoraFile, lora_keys
-from kadr.checkpoints.save import single_file_content, tensors_by_file_key, upscaler_content
+from kadr.checkpoints.save import single_file_config, tensors_by_file_key
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.kernels.ggml_types import GGML_TYPES
@@ -44,10 +54,11 @@ TRANSFORMER_CONFIGS: Mapping[int, TransformerConfig] = {  # by number of layers
 }
 UPSCALER_CONFIGS = {config.kind: config for config in (SPATIAL_UPSCALER_CONFIG, TEMPORAL_UPSCALER_CONFIG)}
 TEXT_ENCODER_KIND = "text encoder"
-_BLOCK_MATRIX = re.compile(rf"{re.escape(TRANSFORMER_PREFIX)}transformer_blocks\.\d+\.(attn|ff).*\.weight")
-# Pattern of the layers of the 13B transformer that a released LoRA adapts, and its rank: the sizes of the files allow
-# no others.
-_ALL_LAYERS, _BLOCK_LAYERS, _ATTENTION_LAYERS = r".*", r"blocks\..*", r"blocks\.\d+\.(self|cross)_attention\..*"
+Shapes = dict[str, tuple[int, ...]]  # of tensors by key
+_BLOCKS = "transformer_blocks."  # prefix of the blocks' keys, before the index
+# Part of the names of the layers that a released LoRA adapts in the 13B transformer, and its rank: both make the size
+# of its file.
+_ALL_LAYERS, _BLOCK_LAYERS, _ATTENTION_LAYERS = "", "blocks.", "_attention."
 RELEASED_LORAS: Mapping[str, tuple[str, int]] = {
     "ltxv-13b-0.9.7-distilled-lora": (_ALL_LAYERS, 128),
     "ltxv-13b-0.9.7-ic-lora-canny": (_BLOCK_LAYERS, 8),
@@ -65,18 +76,10 @@ def predict_checkpoint(release: Release) -> Checkpoint:
         ValueError: the release is of another kind, or is bundled with kadr and therefore on disk.
     """
     _check_kind(release, MODEL_KIND, *UPSCALER_CONFIGS)
-    if release.kind == MODEL_KIND:
-        tensors, metadata = _model_content(release)
-    else:
-        with torch.device("meta"):
-            upscaler = LatentUpscaler(UPSCALER_CONFIGS[release.kind])
-        tensors, metadata = upscaler_content(upscaler)
     path = Path(release.file)
-    infos = (
-        TensorInfo(name, shape, _storage_dtype(release, name), path, 0)
-        for name, shape in ((name, tuple(tensor.shape)) for name, tensor in tensors.items())
-    )
-    source = _predicted_source(release, infos, metadata)
+    shapes, config = _predict_model(release) if release.kind == MODEL_KIND else _predict_upscaler(release)
+    infos = (TensorInfo(name, shape, _storage_dtype(release, name, shape), path, 0) for name, shape in shapes.items())
+    source = _predicted_source(release, infos, {"config": json.dumps(config)})
     components = split_components(source)
     return Checkpoint(path, detect_single_file(source, components, release=release), components)
 
@@ -92,9 +95,7 @@ def predict_text_encoder(release: Release) -> TextEncoderCheckpoint:
     path = Path(release.file)
     is_gguf = path.suffix == ".gguf"
     key_table = T5_GGUF_KEYS if is_gguf else T5_KEYS
-    with torch.device("meta"):
-        encoder = T5Encoder(T5_XXL)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_by_file_key(encoder, key_table).items()}
+    shapes = _shapes(lambda: T5Encoder(T5_XXL), key_table)
     types = dict.fromkeys(shapes, "F32")
     if is_gguf:
         mix = find_mix(path.stem.rpartition("-")[2])
@@ -113,20 +114,18 @@ def predict_lora(release: Release) -> LoraFile:
         ValueError: the release is of another kind, or is bundled with kadr and therefore on disk.
     """
     _check_kind(release, LORA)
-    layer_pattern, rank = RELEASED_LORAS[release.name]
+    name_part, rank = RELEASED_LORAS[release.name]
     with torch.device("meta"):
-        module = Transformer(TRANSFORMER_13B)
-    linears = {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, Linear) and re.fullmatch(layer_pattern, name)
-    }
-    path = Path(release.file)
-    infos = []
+        module = Transformer(replace(TRANSFORMER_13B, num_layers=1))
+    linears = {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear) and name_part in name}
+    shapes: Shapes = {}
     for name, (down_key, up_key) in lora_keys(linears).items():
-        layer = linears[name]
-        infos.append(TensorInfo(down_key, (rank, layer.in_features), torch.bfloat16, path, 0))
-        infos.append(TensorInfo(up_key, (layer.out_features, rank), torch.bfloat16, path, 0))
+        shapes |= {down_key: (rank, linears[name].in_features), up_key: (linears[name].out_features, rank)}
+    path = Path(release.file)
+    infos = (
+        TensorInfo(name, shape, torch.bfloat16, path, 0)
+        for name, shape in _repeat_block(shapes, TRANSFORMER_13B.num_layers).items()
+    )
     return LoraFile.from_source(path, _predicted_source(release, infos, {}))
 
 
@@ -138,15 +137,38 @@ def predict_schedule(release: Release) -> Schedule:
     return schedule
 
 
-def _model_content(release: Release) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors of a released model on meta by key, and its metadata."""
+def _predict_model(release: Release) -> tuple[Shapes, dict[str, Any]]:
+    """Returns the shapes and the config in the header of a released model."""
     family = _vae_family(release)
     assert release.num_layers is not None
     config = replace(TRANSFORMER_CONFIGS[release.num_layers], causal_temporal_positioning=family == "0.9.5")
+    vae_config = VAE_FAMILIES[family]
+    one_block = _shapes(lambda: Transformer(replace(config, num_layers=1)), TRANSFORMER_KEYS, TRANSFORMER_PREFIX)
+    shapes = _repeat_block(one_block, config.num_layers) | _shapes(lambda: VAE(vae_config), VAE_KEYS, VAE_PREFIX)
+    shapes |= {VAE_PREFIX + key: (vae_config.latent_channels,) for key in VAE_UNUSED_KEYS}
+    return shapes, single_file_config(config, vae_config, predict_schedule(release))
+
+
+def _predict_upscaler(release: Release) -> tuple[Shapes, dict[str, Any]]:
+    """Returns the shapes and the config in the header of a released upscaler."""
+    config = UPSCALER_CONFIGS[release.kind]
+    return _shapes(lambda: LatentUpscaler(config), UPSCALER_KEYS), config.to_header()
+
+
+def _shapes(build: Callable[[], nn.Module], table: tuple[Key, ...], prefix: str = "") -> Shapes:
     with torch.device("meta"):
-        transformer, vae = Transformer(config), VAE(VAE_FAMILIES[family])
-    tensors, metadata = single_file_content(transformer, vae, predict_schedule(release))
-    return tensors | {VAE_PREFIX + key: vae.statistics.mean for key in VAE_UNUSED_KEYS}, metadata
+        module = build()
+    return {key: tuple(tensor.shape) for key, tensor in tensors_by_file_key(module, table, prefix).items()}
+
+
+def _repeat_block(shapes: Shapes, num_layers: int) -> Shapes:
+    """Returns the shapes of a transformer from those of one with a single block, which is quicker to build."""
+    repeated: Shapes = {}
+    for name, shape in shapes.items():
+        before, blocks, after = name.partition(f"{_BLOCKS}0.")
+        names = [f"{before}{_BLOCKS}{block}.{after}" for block in range(num_layers)] if blocks else [name]
+        repeated |= dict.fromkeys(names, shape)
+    return repeated
 
 
 def _vae_family(release: Release) -> str:
@@ -154,11 +176,11 @@ def _vae_family(release: Release) -> str:
     return release.vae_family
 
 
-def _storage_dtype(release: Release, name: str) -> torch.dtype:
+def _storage_dtype(release: Release, name: str, shape: tuple[int, ...]) -> torch.dtype:
     if release.kind != MODEL_KIND or release.version == "0.9":
         return torch.float32
-    is_fp8 = release.name.endswith("-fp8") and _BLOCK_MATRIX.fullmatch(name) is not None
-    return torch.float8_e4m3fn if is_fp8 else torch.bfloat16
+    is_block_matrix = len(shape) == 2 and name.startswith(TRANSFORMER_PREFIX + _BLOCKS) and name.endswith(".weight")
+    return torch.float8_e4m3fn if is_block_matrix and release.name.endswith("-fp8") else torch.bfloat16
 
 
 def _ggml_info(name: str, shape: tuple[int, ...], type_name: str, path: Path) -> TensorInfo:

@@ -27,9 +27,9 @@ from kadr.checkpoints.keys import (
 )
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
-from kadr.models.transformer import Transformer
+from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpscaler
-from kadr.models.vae import VAE
+from kadr.models.vae import VAE, VAEConfig
 from kadr.sampling.schedules import Schedule
 
 Materialize = Callable[[str, Tensor], Tensor]
@@ -67,28 +67,30 @@ def write_single_file(
     Raises:
         CheckpointError: the file cannot be written.
     """
-    tensors, config_metadata = single_file_content(transformer, vae, schedule)
+    tensors: dict[str, Tensor] = {}
+    if transformer is not None:
+        tensors |= tensors_by_file_key(transformer, TRANSFORMER_KEYS, TRANSFORMER_PREFIX)
+    if vae is not None:
+        tensors |= tensors_by_file_key(vae, VAE_KEYS, VAE_PREFIX)
     if not tensors:
         raise ValueError("give a transformer, a VAE or both")
-    full_metadata = {**(metadata or {}), **config_metadata}
+    config = single_file_config(transformer and transformer.config, vae and vae.config, schedule)
+    full_metadata = {**(metadata or {}), "config": json.dumps(config)}
     write_tensors(Path(path), tensors, dtype=dtype, metadata=full_metadata, materialize=materialize)
 
 
-def single_file_content(
-    transformer: Transformer | None, vae: VAE | None, schedule: Schedule
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors of an official single file by key, and its metadata."""
+def single_file_config(
+    transformer: TransformerConfig | None, vae: VAEConfig | None, schedule: Schedule
+) -> dict[str, Any]:
+    """Returns the config in the header of an official single file."""
     config: dict[str, Any] = {"scheduler": schedule.to_header()}
     if schedule.allowed_sigmas is not None:
         config["allowed_inference_steps"] = list(schedule.allowed_sigmas)
-    tensors: dict[str, Tensor] = {}
     if transformer is not None:
-        config["transformer"] = transformer.config.to_header()
-        tensors |= tensors_by_file_key(transformer, TRANSFORMER_KEYS, TRANSFORMER_PREFIX)
+        config["transformer"] = transformer.to_header()
     if vae is not None:
-        config["vae"] = vae.config.to_header()
-        tensors |= tensors_by_file_key(vae, VAE_KEYS, VAE_PREFIX)
-    return tensors, {"config": json.dumps(config)}
+        config["vae"] = vae.to_header()
+    return config
 
 
 def write_upscaler(
@@ -103,13 +105,8 @@ def write_upscaler(
     Args:
         dtype: the released upscalers are stored in float32, the default.
     """
-    tensors, config_metadata = upscaler_content(upscaler)
-    write_tensors(Path(path), tensors, dtype=dtype, metadata={**(metadata or {}), **config_metadata})
-
-
-def upscaler_content(upscaler: LatentUpscaler) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors of an upscaler's official file by key, and its metadata."""
-    return tensors_by_file_key(upscaler, UPSCALER_KEYS), {"config": json.dumps(upscaler.config.to_header())}
+    full_metadata = {**(metadata or {}), "config": json.dumps(upscaler.config.to_header())}
+    write_tensors(Path(path), tensors_by_file_key(upscaler, UPSCALER_KEYS), dtype=dtype, metadata=full_metadata)
 
 
 def write_text_encoder(
