@@ -189,7 +189,7 @@ def _ggml_info(name: str, shape: tuple[int, ...], type_name: str, path: Path) ->
     return TensorInfo(name, shape, torch.float32 if ggml_type is None else torch.uint8, path, 0, ggml_type)
 
 
-def _predicted_source(release: Release, infos: Iterable[TensorInfo], metadata: Mapping[str, Any]) -> Source:
+def _predicted_source(release: Release, infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> Source:
     return Source(Path(release.file), {info.name: info for info in infos}, metadata, absent_release=release.name)
 
 
