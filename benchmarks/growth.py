@@ -116,17 +116,16 @@ def _memory_curve(name: str, x: list[int], measurements: Sequence[Measurement]) 
 def streamed_decode(stage_case: StageCase, stack: ExitStack) -> Iterator[Contender | SkippedContender]:
     """Yields kadr's decoder with its frames dropped as they come, as when they go into a file."""
     engine = stage_case.open_engine(VARIANTS["auto"])
-    components = engine.components
-    components.apply_plan(engine.plan(stage_case.request))
-    vae = stack.enter_context(components.vae_decoder())
-    latents = stage_case.inputs["latents"].to(components.dtype)
+    dtype, generation = engine.spec.dtype, stack.enter_context(engine.start(stage_case.request))
+    vae = stack.enter_context(generation.modules.vae_decoder())
+    latents = stage_case.inputs["latents"].to(dtype)
     timestep = stage_case.inputs["decode_timestep"] if stage_case.vae_config.timestep_conditioning else None
 
     def run() -> None:
         for _ in vae.decode_stream(latents, timestep=timestep):
             pass
 
-    yield Contender(name="kadr auto", run=run, dtype=str(components.dtype).removeprefix("torch."), is_kadr=True)
+    yield Contender(name="kadr auto", run=run, dtype=str(dtype).removeprefix("torch."), is_kadr=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

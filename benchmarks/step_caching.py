@@ -48,7 +48,7 @@ class CacheResult:
 def count_block_calls(engine: Engine) -> Iterator[list[int]]:
     """Counts calls of transformer blocks inside the `with` block."""
     calls = [0]
-    with engine.components.transformer(0, None) as transformer:
+    with engine.start(Request(prompt="a red circle")) as generation, generation.modules.transformer() as transformer:
         hooks = [
             block.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for block in transformer.blocks
         ]

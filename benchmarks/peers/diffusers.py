@@ -15,7 +15,6 @@ from kadr.bench.runner import Contender, SkippedContender
 from kadr.bench.stage_case import NEGATIVE_PROMPT, PROMPT, SEED, StageCase, stored_bytes
 from kadr.media.postprocess import to_uint8
 from kadr.pipeline.progress import ignore_progress
-from kadr.pipeline.stages.text import PromptEncoder
 from kadr.sampling.noise import NoiseStreams
 from tests.oracles import diffusers_transformer, diffusers_vae
 
@@ -102,8 +101,9 @@ def _broadcast_channels(row: Tensor) -> Tensor:
 def create_pipeline_task(stage_case: StageCase, transform: ModuleTransform) -> Callable[[], Tensor]:
     """Returns the pipeline from prompt embeddings to frames, with kadr's noise and sigmas."""
     engine = stage_case.open_engine(VARIANTS["auto"])
-    prompt_embeds = PromptEncoder(engine.components, [PROMPT, NEGATIVE_PROMPT]).encode(ignore_progress)
-    (resolved_pass,) = engine.resolve_passes(stage_case.request)
+    with engine.start(stage_case.request, stages=("text",), prompts=[PROMPT, NEGATIVE_PROMPT]) as generation:
+        prompt_embeds = generation.prompt_encoder.encode(generation.modules, ignore_progress)
+    (resolved_pass,) = engine.resolve(stage_case.request).passes
     pipeline = LTXConditionPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=load_vae(stage_case, transform),

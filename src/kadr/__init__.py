@@ -14,54 +14,105 @@ from typing import TYPE_CHECKING, Any
 from kadr.version import __version__
 
 if TYPE_CHECKING:
-    from kadr.errors import KadrError, KadrWarning
+    from kadr.errors import (
+        Busy,
+        Cancelled,
+        CheckpointError,
+        EnhanceError,
+        KadrError,
+        KadrWarning,
+        MediaError,
+        NonFiniteError,
+        PlanError,
+        RequestError,
+    )
+    from kadr.models.registry import Recipe
+    from kadr.pipeline.dry_run import DryRun
     from kadr.pipeline.engine import Engine
+    from kadr.pipeline.generation import Generation
     from kadr.pipeline.progress import Progress
-    from kadr.pipeline.video import Video
+    from kadr.pipeline.video import Video, VideoFile
+    from kadr.planning.plan import Plan
     from kadr.request.inputs import Condition, Control
     from kadr.request.prompt_enhancement import enhance_prompt
     from kadr.request.request import Request
+    from kadr.request.resolved_request import ResolvedRequest
     from kadr.request.windows import Windows
+    from kadr.sampling.settings import Guidance, Pass
     from kadr.sampling.step_cache import StepCache
     from kadr.shapes import Size
     from kadr.spec.lora import Lora
+    from kadr.spec.model import ModelSpec
     from kadr.text.enhance import Enhancer
 
+# Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
+_HOMES = {
+    "Busy": "kadr.errors",
+    "Cancelled": "kadr.errors",
+    "CheckpointError": "kadr.errors",
+    "Condition": "kadr.request.inputs",
+    "Control": "kadr.request.inputs",
+    "DryRun": "kadr.pipeline.dry_run",
+    "Engine": "kadr.pipeline.engine",
+    "EnhanceError": "kadr.errors",
+    "Enhancer": "kadr.text.enhance",
+    "Generation": "kadr.pipeline.generation",
+    "Guidance": "kadr.sampling.settings",
+    "KadrError": "kadr.errors",
+    "KadrWarning": "kadr.errors",
+    "Lora": "kadr.spec.lora",
+    "MediaError": "kadr.errors",
+    "ModelSpec": "kadr.spec.model",
+    "NonFiniteError": "kadr.errors",
+    "Pass": "kadr.sampling.settings",
+    "Plan": "kadr.planning.plan",
+    "PlanError": "kadr.errors",
+    "Progress": "kadr.pipeline.progress",
+    "Recipe": "kadr.models.registry",
+    "Request": "kadr.request.request",
+    "RequestError": "kadr.errors",
+    "ResolvedRequest": "kadr.request.resolved_request",
+    "Size": "kadr.shapes",
+    "StepCache": "kadr.sampling.step_cache",
+    "Video": "kadr.pipeline.video",
+    "VideoFile": "kadr.pipeline.video",
+    "Windows": "kadr.request.windows",
+    "enhance_prompt": "kadr.request.prompt_enhancement",
+}
 __all__ = [
+    "Busy",
+    "Cancelled",
+    "CheckpointError",
     "Condition",
     "Control",
+    "DryRun",
     "Engine",
+    "EnhanceError",
     "Enhancer",
+    "Generation",
+    "Guidance",
     "KadrError",
     "KadrWarning",
     "Lora",
+    "MediaError",
+    "ModelSpec",
+    "NonFiniteError",
+    "Pass",
+    "Plan",
+    "PlanError",
     "Progress",
+    "Recipe",
     "Request",
+    "RequestError",
+    "ResolvedRequest",
     "Size",
     "StepCache",
     "Video",
+    "VideoFile",
     "Windows",
     "__version__",
     "enhance_prompt",
 ]
-
-# Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
-_HOMES = {
-    "Condition": "kadr.request.inputs",
-    "Control": "kadr.request.inputs",
-    "Engine": "kadr.pipeline.engine",
-    "Enhancer": "kadr.text.enhance",
-    "KadrError": "kadr.errors",
-    "KadrWarning": "kadr.errors",
-    "Lora": "kadr.spec.lora",
-    "Progress": "kadr.pipeline.progress",
-    "Request": "kadr.request.request",
-    "Size": "kadr.shapes",
-    "StepCache": "kadr.sampling.step_cache",
-    "Video": "kadr.pipeline.video",
-    "Windows": "kadr.request.windows",
-    "enhance_prompt": "kadr.request.prompt_enhancement",
-}
 
 
 def __getattr__(name: str) -> Any:

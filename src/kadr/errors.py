@@ -7,6 +7,7 @@
     ├── PlanError              no placement fits in memory
     ├── EnhanceError           a prompt was not enhanced
     ├── NonFiniteError         a stage produced NaN or infinity; carries the stage
+    ├── Busy                   the engine makes another video, and the caller does not wait
     └── Cancelled              the watch callback asked to stop
 
     KadrWarning                something differs from the request; the command line prints it and goes on
@@ -61,6 +62,10 @@ class NonFiniteError(KadrError):
 
 class Cancelled(KadrError):
     """The watch callback raised; its exception is the cause."""
+
+
+class Busy(KadrError):
+    """The engine makes another video, and the caller asked not to wait for it."""
 
 
 class KadrWarning(UserWarning):

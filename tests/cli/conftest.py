@@ -17,8 +17,8 @@ from kadr.models.registry import Recipe
 from kadr.pipeline.progress import Progress
 from kadr.planning.placement import Placement
 from kadr.planning.plan import Plan, StagePlan
+from kadr.request.complete import complete_request
 from kadr.request.request import Request
-from kadr.request.resolve import resolve
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 
@@ -56,8 +56,8 @@ class FakeEngine:
         self.model_name = str(model)
         return self
 
-    def resolve(self, request: Request) -> Request:
-        return resolve(replace(request, input_video=None, denoise_strength=None), RECIPE)  # opens no file
+    def complete_request(self, request: Request) -> Request:
+        return complete_request(replace(request, input_video=None, denoise_strength=None), RECIPE)  # opens no file
 
     def plan(self, request: Request) -> Plan:
         self.requests.append(request)

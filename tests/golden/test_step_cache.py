@@ -19,14 +19,14 @@ def test_step_caching_skips_many_blocks_and_the_video_stays_close() -> None:
     engine = Engine.open("demo", device="cpu", dtype="float32")
     ((caption, _),) = held_out_captions(1, 77)
     request = Request(prompt=caption, seed=0)
-    assert engine.resolve(request).steps == 24
+    assert engine.resolve(request).request.steps == 24
     reference, calls = engine.generate(request), 0
 
     def count_call(*_: object) -> None:
         nonlocal calls
         calls += 1
 
-    with engine.components.transformer(0, None) as transformer:
+    with engine.start(request) as generation, generation.modules.transformer() as transformer:
         all_calls = 2 * 24 * len(transformer.blocks)
         hooks = [block.register_forward_hook(count_call) for block in transformer.blocks]
     for kind, (cache, min_skipped, min_psnr) in CACHES.items():

@@ -92,7 +92,6 @@ def test_compiled_blocks_equal_the_plain_ones(weight_format: str | None) -> None
 
 def test_the_vae_keeps_channels_last_memory_throughout() -> None:
     engine = Engine.open("demo", device="cuda", dtype="bfloat16")
-    engine.components.apply_plan(engine.plan(REQUEST))
     checked = 0
 
     def assert_channels_last(layer: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
@@ -100,7 +99,7 @@ def test_the_vae_keeps_channels_last_memory_throughout() -> None:
         checked += 1
         assert not output.shape[2] or output.movedim(1, -1).is_contiguous(), type(layer).__name__
 
-    with engine.components.vae_decoder() as vae, torch.no_grad():
+    with engine.start(REQUEST) as generation, generation.modules.vae_decoder() as vae, torch.no_grad():
         for layer in vae.modules():
             if isinstance(layer, ChunkedConv3d | ResnetBlock3D | DepthToSpaceUpsample):
                 layer.register_forward_hook(assert_channels_last)

@@ -29,11 +29,13 @@ from torch import Tensor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from kadr.media.image import crop_to_aspect, load_image, prepare_image
+from kadr.pipeline.stages.prepared_frames import OpenedMedia
 from kadr.request.request import Request
-from kadr.request.resolved_conditions import ResolvedCondition, open_input_video, resolve_conditions
+from kadr.request.resolved_conditions import ResolvedCondition, resolve_conditions
+from kadr.request.resolved_media import resolve_input_video
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.settings import Pass
-from kadr.shapes import LatentGrid, Size
+from kadr.shapes import LatentGrid, Size, snap_frames
 from tests.tiny_models import CHANNELS, MODEL_FILE
 
 MODES = {
@@ -201,14 +203,14 @@ def _conditioning_items(request: Request, size: Size) -> list[ConditioningItem] 
     assert request.image_crf is not None
     return [
         ConditioningItem(_condition_pixels(item, size, request.image_crf), item.start_frame, item.condition.strength)
-        for item in resolve_conditions(request)
+        for item in resolve_conditions(request.conditions, request.frames or 1)
     ] or None
 
 
 def _condition_pixels(item: ResolvedCondition, size: Size, crf: int) -> Tensor:
     """Prepares a condition like prepare_conditioning of inference.py: own resolution, margins of the output."""
     images = []
-    for frame in item.frames:
+    for frame in OpenedMedia([item.media]).frames(item.media):
         cropped = crop_to_aspect(load_image(frame), size)
         left, right, top, bottom = size.padding()
         padded_size = Size(cropped.width // 2 * 2 + left + right, cropped.height // 2 * 2 + top + bottom)
@@ -220,7 +222,9 @@ def _initial_video(request: Request, size: Size) -> Tensor | None:
     if request.input_video is None:
         return None
     assert request.image_crf is not None
-    frames = open_input_video(request)
+    count = request.frames or 1
+    media = resolve_input_video(request.input_video, count, snap_frames(count))
+    frames = OpenedMedia([media]).frames(media)
     return torch.cat([prepare_image(frame, size, request.image_crf, resize=True) for frame in frames], dim=2)
 
 
@@ -230,7 +234,8 @@ class _NamedNoise:
     def __init__(self, patch: pytest.MonkeyPatch, request: Request) -> None:
         self.streams = NoiseStreams(request.seed)
         self.frames = request.frames or 1
-        self.keyframe_indices = [i for i, item in enumerate(resolve_conditions(request)) if item.start_frame > 0]
+        conditions = resolve_conditions(request.conditions, self.frames)
+        self.keyframe_indices = [index for index, item in enumerate(conditions) if item.start_frame > 0]
         self.noise_names: list[str] = []
         self.passes = 0
         self.injections = count(1)

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.module_placement import compile_blocks
+from kadr.pipeline.loading.module_placement import compile_blocks
 from kadr.quant.convert import quantize_blocks
 from kadr.sampling.settings import ATTENTION_SKIP, ATTENTION_VALUES
 from tests.oracles import randn

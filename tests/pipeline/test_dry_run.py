@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import MODEL_RELEASES, Recipe, Release
 from kadr.pipeline import dry_run
-from kadr.pipeline.dry_run import DryRunEngine
 from kadr.pipeline.engine import Engine
 from kadr.request.official_config import OfficialConfig
 from kadr.request.request import Request
@@ -62,21 +60,21 @@ def upscaler(home: Path) -> Callable[..., Path]:
 @pytest.mark.usefixtures("nothing_on_disk")
 @pytest.mark.parametrize("model", ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.7-dev-fp8"])
 def test_steps_of_13b_dev_are_the_official_ones(model: str) -> None:
-    run = DryRunEngine.open(model).run(REQUEST)
+    run = Engine.open(model).dry_run(REQUEST)
     for resolved_pass, table in zip(run.passes, (FIRST, SECOND), strict=True):
         expected = [(sigma, values) for *values, sigmas in table for sigma in sigmas]
-        assert resolved_pass.sigmas.tolist() == pytest.approx([sigma for sigma, _ in expected], abs=5e-7)
+        assert list(resolved_pass.sigmas) == pytest.approx([sigma for sigma, _ in expected], abs=5e-7)
         assert [list(step) for step in resolved_pass.step_guidance] == [values for _, values in expected]
     sizes = [(str(resolved_pass.size), resolved_pass.grid.num_tokens) for resolved_pass in run.passes]
     assert sizes == [("800x448", 5600), ("1600x896", 22400)]
-    assert run.evaluations == 62 + 26
+    assert run.resolved.model_evaluations == 62 + 26
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
 def test_sigmas_of_2b_0_9_are_shifted_by_size() -> None:
-    (resolved_pass,) = DryRunEngine.open("ltxv-2b-0.9").run(REQUEST).passes
+    (resolved_pass,) = Engine.open("ltxv-2b-0.9").dry_run(REQUEST).passes
     expected = pytest.approx([1, 0.999301, 0.972873, 0.524141, 0.1], abs=1e-6)
-    assert resolved_pass.sigmas[[0, 1, 20, 38, 39]].tolist() == expected
+    assert [resolved_pass.sigmas[index] for index in (0, 1, 20, 38, 39)] == expected
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
@@ -86,24 +84,24 @@ def test_official_config_gives_the_dry_run_of_its_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(OFFICIAL_CONFIGS[name], "utf-8")
-    by_config = DryRunEngine.open(**OfficialConfig.read("config.yaml").engine_arguments()).run(REQUEST)
-    by_name = DryRunEngine.open(name).run(REQUEST)
+    by_config = Engine.open(**OfficialConfig.read("config.yaml").engine_arguments()).dry_run(REQUEST)
+    by_name = Engine.open(name).dry_run(REQUEST)
     assert [component.path for component in by_config.components] == [None] * len(by_config.components)
     assert by_config.components == by_name.components
     for actual, expected in zip(by_config.passes, by_name.passes, strict=True):
-        assert torch.equal(actual.sigmas, expected.sigmas)
+        assert actual.sigmas == expected.sigmas
         assert actual.step_guidance == expected.step_guidance
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
 @pytest.mark.parametrize("model", [model.name for model in MODEL_RELEASES])
 def test_dry_run_of_every_release_lists_its_components(model: str) -> None:
-    run = DryRunEngine.open(model).run(REQUEST)
+    run = Engine.open(model).dry_run(REQUEST)
     roles = [component.role for component in run.components]
     assert roles[0] == "model"
     assert ("upscaler" in roles) == (len(run.passes) == 2)
-    assert all(component.path or component.size_bytes for component in run.components)
-    assert run.to_json()["evaluations"] == run.evaluations
+    assert all(component.path or component.bytes_to_fetch for component in run.components)
+    assert run.to_json()["evaluations"] == run.resolved.model_evaluations
 
 
 SETTINGS = (
@@ -116,10 +114,10 @@ SETTINGS = (
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_passes_equal_those_of_the_engine(home: Path, settings: dict[str, Any]) -> None:
     request = Request(**{"prompt": "x", "size": (64, 64), "frames": 9, "steps": 4, **settings})
-    dry_run_engine = DryRunEngine.open(home / tiny_models.MODEL_FILE)
+    dry_run_engine = Engine.open(home / tiny_models.MODEL_FILE)
     engine = Engine.open(home / tiny_models.MODEL_FILE, device="cpu")
     assert dry_run_engine.resolve(request) == engine.resolve(request)
-    assert_equal_passes(dry_run_engine.run(request).passes, engine.resolve_passes(request))
+    assert_equal_passes(dry_run_engine.dry_run(request).passes, engine.resolve(request).passes)
 
 
 @pytest.mark.parametrize(
@@ -133,30 +131,30 @@ def test_passes_equal_those_of_the_engine(home: Path, settings: dict[str, Any]) 
 def test_two_passes_equal_those_of_the_engine(home: Path, upscaler: Callable[..., Path], kind: dict[str, bool]) -> None:
     request = Request(prompt="x", size=(128, 96), frames=17, steps=4, second_pass=Pass(sigmas=(0.9, 0.5)))
     components = {"upscaler": [upscaler(**kind)], "second_model": home / tiny_models.MODEL_FILE}
-    dry_run_engine = DryRunEngine.open(home / tiny_models.MODEL_FILE, **components)
+    dry_run_engine = Engine.open(home / tiny_models.MODEL_FILE, **components)
     engine = Engine.open(home / tiny_models.MODEL_FILE, **components, device="cpu")
-    assert_equal_passes(dry_run_engine.run(request).passes, engine.resolve_passes(request))
+    assert_equal_passes(dry_run_engine.dry_run(request).passes, engine.resolve(request).passes)
 
 
 def assert_equal_passes(actual_passes: Any, expected_passes: Any) -> None:
     for actual, expected in zip(actual_passes, expected_passes, strict=True):
-        assert torch.equal(actual.sigmas, expected.sigmas)
+        assert actual.sigmas == expected.sigmas
         assert (actual.size, actual.frames, actual.fps) == (expected.size, expected.frames, expected.fps)
         assert (actual.settings, actual.step_guidance) == (expected.settings, expected.step_guidance)
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
 def test_second_model_brings_its_second_pass() -> None:
-    engine = DryRunEngine.open("ltxv-13b-0.9.8-dev", second_model="ltxv-13b-0.9.8-distilled")
-    run = engine.run(REQUEST)
+    engine = Engine.open("ltxv-13b-0.9.8-dev", second_model="ltxv-13b-0.9.8-distilled")
+    run = engine.dry_run(REQUEST)
     assert [len(resolved_pass.sigmas) for resolved_pass in run.passes] == [27, 3]
     assert [component.name for component in run.components][:2] == ["ltxv-13b-0.9.8-dev", "ltxv-13b-0.9.8-distilled"]
 
 
 @pytest.mark.usefixtures("nothing_on_disk")
 def test_temporal_upscaler_by_name_doubles_the_rate() -> None:
-    engine = DryRunEngine.open("ltxv-13b-0.9.8-dev", upscaler="ltxv-temporal-upscaler-0.9.8")
-    first, second = engine.run(REQUEST).passes
+    engine = Engine.open("ltxv-13b-0.9.8-dev", upscaler="ltxv-temporal-upscaler-0.9.8")
+    first, second = engine.dry_run(REQUEST).passes
     assert (first.size, first.frames, first.fps) == (second.size, 65, 15.0)
     assert (second.frames, second.fps) == (129, 30.0)
 
@@ -185,10 +183,10 @@ def test_dry_run_refuses_what_cannot_work(
     components: dict[str, Any], fields: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     with pytest.raises(error, match=expected):
-        DryRunEngine.open(**components).run(Request(prompt="x", **fields))
+        Engine.open(**components).dry_run(Request(prompt="x", **fields))
 
 
 def test_given_recipe_replaces_that_of_the_model() -> None:
     recipe = Recipe(first_pass=Pass(steps=3), frames=17)
-    run = DryRunEngine.open("demo", recipe=recipe).run(REQUEST)
-    assert (len(run.passes[0].sigmas), run.request.frames) == (3, 17)
+    run = Engine.open("demo", recipe=recipe).dry_run(REQUEST)
+    assert (len(run.passes[0].sigmas), run.resolved.frames) == (3, 17)

@@ -129,7 +129,8 @@ def test_negative_prompt_is_encoded_only_if_cfg_needs_it(
     monkeypatch.setattr(Transformer, "forward", lambda *args: (batches.append(len(args[1])), forward(*args))[1])
     request = replace(REQUEST, guidance=guidance, guidance_batch=guidance_batch, negative_prompt="blue sea")
     engine.denoise(request)
-    tokenizer = engine.components.tokenizer
+    tokenizer = engine.spec.tokenizer
+    assert tokenizer is not None
     expected = [tokenizer.encode(prompt).ids for prompt in ("a red circle", "blue sea")][:prompts]
     assert [ids.tolist() for ids in encoded] == [ids.tolist() for ids in expected]
     assert batches == ([prompts] * 3 if guidance_batch else [1] * 3 * prompts)
@@ -198,7 +199,7 @@ def test_streamed_decode_equals_decode_at_once(engine: Engine, noise_injecting_e
         video = opened.generate(request)
         streams = NoiseStreams(request.seed)
         injection_numbers = iter(range(1, 100))
-        with opened.components.vae_decoder() as vae, torch.no_grad():
+        with opened.start(REQUEST) as generation, generation.modules.vae_decoder() as vae, torch.no_grad():
             timestep = torch.tensor([opened.recipe.decode_timestep])
             whole = vae.decode(
                 video.latents[None],
@@ -264,7 +265,7 @@ def test_request_stored_in_the_file_generates_the_same_video(
     metadata = read_metadata(video_file.path)
     stored_request = Request.from_json(metadata["request"])
     assert stored_request == video_file.request
-    assert metadata["model"] == str(engine.components.checkpoint.path.resolve())
+    assert metadata["model"] == str(engine.spec.checkpoint.path.resolve())
     assert torch.equal(engine.denoise(stored_request)[0], video_file.latents)
     video = engine.generate(stored_request)
     assert video.metadata == metadata
@@ -314,7 +315,7 @@ class RecordingCache(ModuleCache):
     def names_to_keep(self, names: object) -> None: ...
 
     @contextmanager
-    def acquire(self, name: str, load: Callable[[], Any], *, configuration: Any = None) -> Iterator[Any]:
+    def acquire(self, name: str, load: Callable[[], Any], **options: Any) -> Iterator[Any]:
         def load_and_record() -> nn.Module:
             self.events.append(f"{name}, with {len(self.alive)} others")
             module = load()
@@ -322,14 +323,14 @@ class RecordingCache(ModuleCache):
             weakref.finalize(module, self.events.append, f"{name} freed")
             return module
 
-        with super().acquire(name, load_and_record, configuration=configuration) as module:
+        with super().acquire(name, load_and_record, **options) as module:
             yield module
 
 
 @pytest.fixture
 def recording_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingCache]:
     cache = RecordingCache()
-    monkeypatch.setattr(engine.components, "module_cache", cache)
+    monkeypatch.setattr(engine, "_module_cache", cache)
     gc.freeze()  # existing objects, so that each collection is fast
     gc.disable()  # a module must be freed with its last reference, not at the next collection
     yield cache
@@ -363,10 +364,11 @@ def test_without_an_image_no_vae_encoder_is_loaded(engine: Engine, recording_cac
 
 
 def test_vae_encoder_and_decoder_load_without_each_other(engine: Engine, image_condition: Condition) -> None:
-    with engine.components.vae_encoder() as vae:
+    request = replace(REQUEST, conditions=(image_condition,))
+    with engine.start(request) as generation, generation.modules.vae_encoder() as vae:
         assert vae.decoder is None
         assert vae.encoder is not None
-    with engine.components.vae_decoder() as vae:
+    with engine.start(request) as generation, generation.modules.vae_decoder() as vae:
         assert vae.encoder is None
         assert vae.decoder is not None
 
@@ -377,7 +379,7 @@ def test_opening_an_engine_loads_no_weights(home: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(nn.Module, "load_state_dict", refuse)
     engine = Engine.open(home / MODEL_FILE, device="cpu")
-    assert engine.components.transformer_config.in_channels == CHANNELS
+    assert engine.spec.transformer_config.in_channels == CHANNELS
 
 
 # --- progress and cancelling ---------------------------------------------------------------------------------------
@@ -405,7 +407,7 @@ def test_progress_counts_every_stage_from_0_to_its_end(
         assert stage_reports[-1].eta == 0
     assert [report.stage for report in reports] == sorted((r.stage for r in reports), key=stages.index)
     sigmas = [report.sigma for report in reports if report.stage == "denoise"]
-    assert sigmas == [None, *engine.components.schedules[0].get_sigmas(3, tokens=6).tolist()]
+    assert sigmas == [None, *engine.spec.schedules[0].get_sigmas(3, tokens=6).tolist()]
     assert all(report.sigma is None for report in reports if report.stage != "denoise")
 
 

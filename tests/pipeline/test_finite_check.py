@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import tee
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.finite_check import FiniteCheck, NonFiniteFound, is_finite
+from kadr.pipeline.modules import Modules
+from kadr.pipeline.notices import Notices
 from kadr.pipeline.retry import retry_frames_in_fp32, retry_in_fp32
 from kadr.planning.placement import CONVERTED, Placement
 from tests.tiny_models import MODEL_FILE, write_model
@@ -97,6 +100,11 @@ def test_cpu_check_is_immediate() -> None:
 # --- the retry -------------------------------------------------------------------------------------------------------
 
 
+def modules_in(dtype: torch.dtype) -> Any:
+    """Stands for the modules of a generation whose stages are planned in a dtype."""
+    return SimpleNamespace(stage_dtype=lambda stage: dtype, notices=Notices())
+
+
 def fail_until(
     dtype: torch.dtype | None, calls: list[torch.dtype | None], *, until: torch.dtype | None = FLOAT32
 ) -> str:
@@ -109,7 +117,7 @@ def fail_until(
 def test_stage_that_fails_in_bfloat16_is_retried_with_one_warning() -> None:
     calls: list[torch.dtype | None] = []
     with pytest.warns(KadrWarning) as warned:
-        assert retry_in_fp32("denoise", BFLOAT16, lambda dtype: fail_until(dtype, calls)) == "done"
+        assert retry_in_fp32(modules_in(BFLOAT16), "denoise", lambda dtype: fail_until(dtype, calls)) == "done"
     assert calls == [None, FLOAT32]
     (message,) = [str(warning.message) for warning in warned]
     assert message == (
@@ -121,7 +129,7 @@ def test_stage_that_fails_in_bfloat16_is_retried_with_one_warning() -> None:
 def test_stage_in_float32_is_not_retried() -> None:
     calls: list[torch.dtype | None] = []
     with pytest.raises(NonFiniteError, match=r"step 3 of 8, in float32\. .*verify") as caught:
-        retry_in_fp32("denoise", FLOAT32, lambda dtype: fail_until(dtype, calls))
+        retry_in_fp32(modules_in(FLOAT32), "denoise", lambda dtype: fail_until(dtype, calls))
     assert caught.value.stage == "denoise"
     assert calls == [None]
 
@@ -129,7 +137,7 @@ def test_stage_in_float32_is_not_retried() -> None:
 def test_failure_in_float32_after_retry_is_an_error() -> None:
     calls: list[torch.dtype | None] = []
     with pytest.warns(KadrWarning), pytest.raises(NonFiniteError) as caught:
-        retry_in_fp32("refine", BFLOAT16, lambda dtype: fail_until(dtype, calls, until=BFLOAT16))
+        retry_in_fp32(modules_in(BFLOAT16), "refine", lambda dtype: fail_until(dtype, calls, until=BFLOAT16))
     assert caught.value.stage == "refine"
     assert calls == [None, FLOAT32]
 
@@ -146,7 +154,7 @@ def test_fp32_retry_frees_tensors_of_the_first_attempt() -> None:
         return others
 
     with pytest.warns(KadrWarning):
-        assert retry_in_fp32("text", BFLOAT16, run) == 0
+        assert retry_in_fp32(modules_in(BFLOAT16), "text", run) == 0
 
 
 @pytest.mark.parametrize(("first", "second"), [((4, 4), (4, 4, 1)), ((1, 2), (5, 4)), ((), (9,)), ((8,), (1,) * 9)])
@@ -161,7 +169,7 @@ def test_retry_skips_frames_already_yielded(first: tuple[int, ...], second: tupl
             raise NonFiniteFound(f"frame {start + 1} of 9")
 
     with pytest.warns(KadrWarning):
-        frames = torch.cat(list(retry_frames_in_fp32("decode", BFLOAT16, run)))
+        frames = torch.cat(list(retry_frames_in_fp32(modules_in(BFLOAT16), "decode", run)))
     num_yielded = sum(first)
     assert frames.tolist() == [frame + (100 if frame >= num_yielded else 0) for frame in range(9)]
 
@@ -177,14 +185,13 @@ def bf16_engine(home: Path) -> Engine:
 @contextmanager
 def float32_in(engine: Engine, stage: str) -> Iterator[None]:
     """Plans one stage in float32."""
-    components = engine.components
-    placement, changes = components.placement, {"dtype": "float32", "weight_format": CONVERTED, "streamed_blocks": 0}
+    placement, changes = Modules.placement, {"dtype": "float32", "weight_format": CONVERTED, "streamed_blocks": 0}
 
-    def patched(name: str) -> Placement:
-        return replace(placement(name), **changes) if name == stage else placement(name)
+    def patched(self: Modules, name: str) -> Placement:
+        return replace(placement(self, name), **changes) if name == stage else placement(self, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "placement", patched)
+        patch.setattr(Modules, "placement", patched)
         yield
 
 
@@ -332,7 +339,7 @@ def test_fp32_retry_frees_bf16_module_first_and_caches_none(home: Path, monkeypa
     with pytest.warns(KadrWarning):
         engine.denoise(REQUEST)
     assert events[1:] == ["transformer, with 0 others", "transformer in float32, with 0 others"]
-    assert not any("float32" in name for name in engine.components.module_cache.cached_names)
+    assert not any("float32" in name for name in engine._module_cache.cached_names)
 
 
 def test_asynchronous_check_names_the_step_and_yields_no_bad_frame(

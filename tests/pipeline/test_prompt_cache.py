@@ -79,7 +79,8 @@ def test_only_missing_prompts_are_encoded(home: Path, cache: Path, encoded: list
     engine.denoise(replace(REQUEST, guidance=1.0))
     engine.denoise(replace(REQUEST, negative_prompt=BLUE))
     engine.denoise(replace(REQUEST, prompt=BLUE, negative_prompt="a red circle"))
-    encode = engine.components.tokenizer.encode
+    assert engine.spec.tokenizer is not None
+    encode = engine.spec.tokenizer.encode
     assert [ids.tolist() for ids in encoded] == [encode("a red circle").ids.tolist(), encode(BLUE).ids.tolist()]
 
 
@@ -96,15 +97,15 @@ def test_cache_has_only_real_tokens_in_the_computed_dtype(home: Path, cache: Pat
         engine.denoise(replace(REQUEST, guidance=1.0))
         (path,) = (cache / dtype).iterdir()
         (info,) = Source.open(path).infos.values()
-        assert info.shape == (int(engine.components.tokenizer.encode("a red circle").mask.sum()), TEXT_WIDTH)
+        assert engine.spec.tokenizer is not None
+        assert info.shape == (int(engine.spec.tokenizer.encode("a red circle").mask.sum()), TEXT_WIDTH)
         assert info.storage_type == dtype
 
 
 def test_embeddings_of_padding_are_zero(home: Path) -> None:
     engine = open_engine(home, False)
-    prompt_encoder = engine._create_generation(replace(REQUEST, guidance=1.0), lambda progress: None).prompt_encoder
-    with torch.no_grad():
-        (encoded,) = prompt_encoder.encode(lambda progress: None)
+    with engine.start(replace(REQUEST, guidance=1.0)) as generation, torch.no_grad():
+        (encoded,) = generation.prompt_encoder.encode(generation.modules, lambda progress: None)
     assert encoded.mask.any()
     assert encoded.embeddings[encoded.mask].abs().min() > 0
     assert encoded.embeddings[~encoded.mask].abs().max() == 0

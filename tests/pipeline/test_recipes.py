@@ -13,7 +13,7 @@ import torch
 
 from kadr import Engine, Request
 from kadr.models.registry import DISTILLED_SIGMAS, MODEL_RELEASES, RELEASES_BY_NAME
-from kadr.request.resolve import resolve
+from kadr.request.complete import complete_request
 from kadr.sampling.schedules import Schedule
 from kadr.shapes import Size
 from tests.oracles import relative_error
@@ -46,7 +46,7 @@ def test_recipe_of_a_release_gives_the_official_latents(name: str, tmp_path: Pat
     home = write_tiny_release(tmp_path, name)
     upscaler = write_random_upscaler(tmp_path / "upscaler.safetensors") if recipe.multi_scale else None
     engine = Engine.open(home / MODEL_FILE, upscaler=upscaler or (), recipe=recipe, device="cpu")
-    request = resolve(Request(prompt="a red circle moving right", size=Size(96, 96), frames=9, seed=3), recipe)
+    request = complete_request(Request(prompt="a red circle moving right", size=Size(96, 96), frames=9, seed=3), recipe)
     upsampler = official_pipeline.open_upsampler(upscaler) if upscaler else None
     expected = official_pipeline.run_official(official_pipeline.open_pipeline(home), request, upsampler=upsampler)
     latents = engine.denoise(request)

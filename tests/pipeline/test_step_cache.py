@@ -56,7 +56,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 def count_block_calls(engine: Engine) -> Iterator[list[int]]:
     """Counts the calls of each transformer block."""
     calls = [0] * NUM_LAYERS
-    with engine.components.transformer(0, None) as transformer:
+    with engine.start(BASE) as generation, generation.modules.transformer() as transformer:
         hooks = [
             block.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
             for index, block in enumerate(transformer.blocks)

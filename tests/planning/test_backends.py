@@ -9,7 +9,7 @@ from kadr.kernels import mode
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.module_placement import place_module
+from kadr.pipeline.loading.module_placement import place_module
 from kadr.planning import backends
 from kadr.planning.placement import AS_STORED, CONVERTED, Placement
 from kadr.quant.prepack import PrepackedInt8Linear, PrepackedLinear, WinogradConv3d

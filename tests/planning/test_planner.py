@@ -15,9 +15,9 @@ import torch
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
 from kadr.kernels import fp8
-from kadr.pipeline import components
 from kadr.pipeline.engine import Engine
-from kadr.pipeline.module_placement import spread_blocks
+from kadr.pipeline.loading import module_loader
+from kadr.pipeline.loading.module_placement import spread_blocks
 from kadr.planning import planner
 from kadr.planning.placement import AS_STORED, CONVERTED
 from kadr.planning.plan import Plan
@@ -77,7 +77,7 @@ def test_planning_loads_nothing(open_engine: Callable[..., Engine], monkeypatch:
     def acquire(*args: object, **kwargs: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(engine.components.module_cache, "acquire", acquire)
+    monkeypatch.setattr(engine._module_cache, "acquire", acquire)
     engine.plan(replace(REQUEST, guidance=3.0))
 
 
@@ -106,7 +106,7 @@ def test_offload_decides_what_leaves_memory(
     assert formats_and_streaming(plan)["denoise"][1] is is_streamed
     assert bool(plan.cached_components) is is_cached
     engine.generate(REQUEST)
-    assert engine.components.module_cache.cached_names == plan.cached_components
+    assert engine._module_cache.cached_names == plan.cached_components
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_no_fit_is_refused_before_loading_with_a_suggestion(
     big = replace(REQUEST, size=(1024, 1024), frames=121)
     monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
     set_free_bytes(monkeypatch, engine.plan(replace(big, size=(512, 512))).peak_bytes - engine.plan(big).base_bytes)
-    monkeypatch.setattr(engine.components.module_cache, "acquire", lambda *a, **k: pytest.fail("something was loaded"))
+    monkeypatch.setattr(engine._module_cache, "acquire", lambda *a, **k: pytest.fail("something was loaded"))
     with pytest.raises(PlanError, match=r"are missing\. These would fit: .*--size \d+x\d+ --frames \d+\.") as raised:
         engine.generate(big)
     assert raised.value.shortfall > 0
@@ -246,11 +246,14 @@ def test_fp8_file_is_multiplied_as_stored_with_fp8_units(
     cast_as_released(tmp_path / tiny_models.MODEL_FILE, torch.float8_e4m3fn)
     monkeypatch.setattr(fp8, "has_fp8_units", lambda device: True)
     monkeypatch.setattr(fp8, "select_matmul", lambda device, dtype: fp8.FP32_MATMUL)
-    monkeypatch.setattr(components, "may_be_rotated", lambda checkpoint: False)  # it is not trained
+    monkeypatch.setattr(module_loader, "may_be_rotated", lambda checkpoint: False)  # it is not trained
     plain, engine = (Engine.open(tmp_path / tiny_models.MODEL_FILE, quant=quant) for quant in (None, "fp8"))
-    for each_engine in (plain, engine):
-        each_engine.components.apply_plan(each_engine.plan(REQUEST))
-    with plain.components.transformer() as expected, engine.components.transformer() as transformer:
+    with (
+        plain.start(REQUEST) as plain_generation,
+        engine.start(REQUEST) as generation,
+        plain_generation.modules.transformer() as expected,
+        generation.modules.transformer() as transformer,
+    ):
         assert {type(layer) for layer in transformer.blocks[0].modules() if hasattr(layer, "scale")} == {Fp8Linear}
         stored = transformer.blocks[0].self_attention.q.weight
         assert torch.equal(stored.float(), expected.blocks[0].self_attention.q.weight.float())
@@ -261,11 +264,11 @@ def test_cached_module_keeps_no_dequantization_buffer(open_engine: Callable[...,
     """A dequantized weight of 13B is 134 MB, and the plan of the decode stage does not count it."""
     engine = open_engine(quant="int8-weights")
     engine.generate(REQUEST)
-    assert "transformer" in engine.components.module_cache.cached_names
-    with engine.components.transformer() as transformer:
+    assert "transformer" in engine._module_cache.cached_names
+    with engine.start(REQUEST) as generation, generation.modules.transformer() as transformer:
         layer = transformer.blocks[0].feed_forward.up
         assert not layer.scratch._buffers
-        layer(torch.zeros(1, layer.in_features, dtype=engine.components.dtype))
+        layer(torch.zeros(1, layer.in_features, dtype=engine.spec.dtype))
         assert layer.scratch._buffers
     assert not layer.scratch._buffers
 
@@ -275,12 +278,12 @@ def test_without_fp8_units_only_weights_are_fp8_with_a_warning(
 ) -> None:
     with pytest.warns(KadrWarning, match=r"cpu has no fp8 matmuls.*fp8-weights is used instead"):
         engine = open_engine(quant="fp8")
-    assert engine.components.quant == "fp8-weights"
+    assert engine.spec.quant == "fp8-weights"
     tiny_models.write_model(tmp_path / "cast")
     cast_as_released(tmp_path / "cast" / tiny_models.MODEL_FILE, torch.float8_e4m3fn)
     with pytest.warns(KadrWarning, match="cpu has no fp8 matmuls"):
         engine = Engine.open(tmp_path / "cast" / tiny_models.MODEL_FILE, quant="fp8")
-    assert engine.components.quant == "none"
+    assert engine.spec.quant == "none"
 
 
 def test_without_int8_units_only_weights_are_int8_with_a_warning(

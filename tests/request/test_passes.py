@@ -26,7 +26,6 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
-from kadr.pipeline.dry_run import DryRunEngine
 from kadr.request.passes import warn_distilled_guidance
 from kadr.sampling.latents import adain
 from kadr.sampling.schedules import Schedule
@@ -160,7 +159,7 @@ def assert_refused(function: Callable[[], object], kind: type[KadrError], *expec
 @pytest.mark.parametrize("size", [Size(48, 48), Size(96, 64), Size(160, 97), Size(1216, 704), Size(50, 200)])
 def test_first_pass_is_two_thirds_on_a_grid_of_32_and_second_twice_that(opened: Opened, size: Size) -> None:
     sampled_size = size.snap()
-    first, second = opened("spatial").resolve_passes(replace(REQUEST, size=size))
+    first, second = opened("spatial").resolve(replace(REQUEST, size=size)).passes
     sides = [int(side * 0.6666666) // 32 * 32 for side in (sampled_size.width, sampled_size.height)]
     assert first.size == Size(*sides)
     assert second.size == Size(2 * sides[0], 2 * sides[1])
@@ -169,7 +168,7 @@ def test_first_pass_is_two_thirds_on_a_grid_of_32_and_second_twice_that(opened: 
 
 @pytest.mark.parametrize("frames", [1, 2, 9, 10, 17, 24, 25, 33, 97, 121, 257])
 def test_temporal_upscaler_halves_frame_groups_and_rate_of_first_pass(opened: Opened, frames: int) -> None:
-    first, second = opened("temporal").resolve_passes(replace(REQUEST, frames=frames, fps=25))
+    first, second = opened("temporal").resolve(replace(REQUEST, frames=frames, fps=25)).passes
     groups = (snap_frames(frames) - 1) // 8
     assert first.frames == 8 * -(-groups // 2) + 1
     assert second.frames == 2 * first.frames - 1
@@ -182,7 +181,7 @@ def test_temporal_upscaler_halves_frame_groups_and_rate_of_first_pass(opened: Op
 
 @pytest.mark.parametrize("names", [("temporal", "spatial"), ("both",)])
 def test_upscalers_of_both_kinds_halve_size_and_rate_of_first_pass(opened: Opened, names: tuple[str, ...]) -> None:
-    first, second = opened(*names).resolve_passes(REQUEST)
+    first, second = opened(*names).resolve(REQUEST).passes
     assert (first.size, first.frames, first.fps) == (Size(64, 32), 9, 12)
     assert (second.size, second.frames, second.fps) == (Size(128, 64), 17, 24)
 
@@ -196,7 +195,7 @@ def test_two_passes_give_the_requested_frames(opened: Opened, names: tuple[str, 
         stages.append((progress.stage, progress.step, progress.of))
 
     video = engine.generate(request, watch=watch)
-    second = engine.resolve_passes(request)[1].grid
+    second = engine.resolve(request).passes[1].grid
     assert video.frames.shape == (10, 60, 50, 3)
     assert video.latents.shape == (CHANNELS, second.frames, second.height, second.width)
     assert list(dict.fromkeys(stage for stage, _, _ in stages)) == ["text", "denoise", "upscale", "refine", "decode"]
@@ -223,11 +222,11 @@ def test_second_pass_begins_with_noised_upscaled_latents_of_first(
     upscaler_calls = record_calls(monkeypatch, LatentUpscaler)
     transformer_calls = record_calls(monkeypatch, Transformer)
     engine.denoise(REQUEST)
-    with engine.components.latent_statistics() as vae, torch.no_grad():
+    with engine.start(REQUEST) as generation, generation.modules.latent_statistics() as vae, torch.no_grad():
         first = vae.statistics.normalise(upscaler_calls[0][1])
         upscaled = upscaler_calls[0][1]
         for kind in ("spatial", "temporal"):
-            with engine.components.upscaler(kind) as upscaler:
+            with generation.modules.upscaler(kind) as upscaler:
                 upscaled = upscaler(upscaled)
         expected = adain(vae.statistics.normalise(upscaled), first)
     init_latents = transformer_calls[2][1].transpose(1, 2).reshape(expected.shape)  # after two steps of the first pass
@@ -264,7 +263,7 @@ def test_clip_is_refused_in_a_pass_at_half_the_rate(opened: Opened, clip: str, n
                 "every second frame",
                 "Give images, or leave out the temporal upscaler",
             )
-    assert opened("spatial").resolve_passes(request)
+    assert opened("spatial").resolve(request).passes
 
 
 def test_clip_of_one_frame_is_an_image(opened: Opened, clip: str) -> None:
@@ -295,7 +294,7 @@ def test_input_video_is_for_the_first_pass(opened: Opened, clip: str, monkeypatc
     opened("spatial").denoise(request)
     opened("temporal").denoise(request)
     assert encoded == [(1, 3, 9, 32, 64), (1, 3, 9, 64, 128)]
-    first, second = opened("spatial").resolve_passes(request)
+    first, second = opened("spatial").resolve(request).passes
     assert float(first.sigmas[0]) <= 0.9
     assert second.sigmas.tolist() == pytest.approx(SIGMAS)
 
@@ -324,7 +323,7 @@ def test_size_too_small_for_two_passes_is_refused(opened: Opened, size: Size, no
     assert_refused(lambda: opened("spatial").generate(request), RequestError, *expected_texts)
     assert_refused(lambda: opened("both").write(request, tmp_path / "a.mp4"), RequestError, *expected_texts)
     assert list(tmp_path.iterdir()) == []
-    assert opened("temporal").resolve_passes(request)[0].size == size.snap()  # both passes have that size
+    assert opened("temporal").resolve(request).passes[0].size == size.snap()  # both passes have that size
 
 
 # --- upscalers -----------------------------------------------------------------------------------------------------
@@ -364,7 +363,7 @@ def test_options_for_a_second_pass_warn_in_a_single_pass(home: Path) -> None:
     options = {"the upscaler": {"upscaler": upscaler}, "the upscaler and the model": {"upscaler": upscaler}}
     options["the upscaler and the model"]["second_model"] = home / MODEL_FILE
     for names, arguments in options.items():
-        engine = DryRunEngine.open(home / MODEL_FILE, **arguments)
+        engine = Engine.open(home / MODEL_FILE, **arguments)
         with pytest.warns(KadrWarning, match=f"a single pass is run, and {names} given for a second is not used"):
             engine.run(request)
         with warnings.catch_warnings():
@@ -375,7 +374,7 @@ def test_options_for_a_second_pass_warn_in_a_single_pass(home: Path) -> None:
 def test_dry_run_refuses_an_upscaler_for_other_latents(home: Path) -> None:
     upscaler = home / "wide.safetensors"
     expected_texts = ("wide.safetensors", "12 channels", "have 8")
-    assert_refused(lambda: DryRunEngine.open(home / MODEL_FILE, upscaler=upscaler), CheckpointError, *expected_texts)
+    assert_refused(lambda: Engine.open(home / MODEL_FILE, upscaler=upscaler), CheckpointError, *expected_texts)
 
 
 @pytest.mark.parametrize("name", ["ltxv-2b-0.9.5", "t5-v1.1-xxl"])
@@ -391,7 +390,7 @@ def test_two_passes_without_an_upscaler_are_refused(
     expected_texts = ("two passes need a latent upscaler", "--upscaler", "single pass")
     assert_refused(lambda: opened().generate(REQUEST), CheckpointError, *expected_texts)
     assert_refused(lambda: opened().write(REQUEST, tmp_path / "a.mp4"), CheckpointError, *expected_texts)
-    assert_refused(lambda: opened().resolve_passes(REQUEST), CheckpointError, *expected_texts)
+    assert_refused(lambda: opened().resolve(REQUEST).passes, CheckpointError, *expected_texts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -421,13 +420,13 @@ def test_dry_run_refuses_with_the_message_of_a_generation(
     with pytest.raises(KadrError) as caught:
         opened(*names).denoise(request)
     with pytest.raises(type(caught.value), match=re.escape(str(caught.value))):
-        DryRunEngine.open(home / MODEL_FILE, upscaler=[home / f"{name}.safetensors" for name in names]).run(request)
+        Engine.open(home / MODEL_FILE, upscaler=[home / f"{name}.safetensors" for name in names]).dry_run(request)
 
 
 def test_dry_run_refuses_two_upscalers_of_one_kind(home: Path) -> None:
     for names, expected in ((("temporal", "both"), "second temporal"), (("spatial", "spatial"), "second spatial")):
         with pytest.raises(CheckpointError, match=expected):
-            DryRunEngine.open(home / MODEL_FILE, upscaler=[home / f"{name}.safetensors" for name in names])
+            Engine.open(home / MODEL_FILE, upscaler=[home / f"{name}.safetensors" for name in names])
 
 
 # --- another model for the second pass -----------------------------------------------------------------------------
@@ -444,7 +443,7 @@ def test_second_pass_has_weights_positions_and_schedule_of_its_model(
 ) -> None:
     engine = open_two_models(home, other)
     request = replace(REQUEST, second_pass=Pass(steps=4, skip_initial=2, guidance=Guidance(cfg_scale=1.0)))
-    first, second = engine.resolve_passes(request)
+    first, second = engine.resolve(request).passes
     assert first.sigmas.tolist() == LINEAR_QUADRATIC.get_sigmas(2, tokens=first.grid.num_tokens).tolist()
     assert second.sigmas.tolist() == SHIFTED.get_sigmas(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
     steps = record_calls(monkeypatch, Transformer)
@@ -453,7 +452,10 @@ def test_second_pass_has_weights_positions_and_schedule_of_its_model(
     assert [len(module.blocks) for module, _ in steps] == [2, 2, 3, 3]
     weights = {}
     for folder in (home, other):
-        with Engine.open(folder / MODEL_FILE, device="cpu").components.transformer() as transformer:
+        with (
+            Engine.open(folder / MODEL_FILE, device="cpu").start(REQUEST) as generation,
+            generation.modules.transformer() as transformer,
+        ):
             weights[folder] = transformer.state_dict()
     for (module, _), folder in zip(steps, (home, home, other, other), strict=True):
         assert all(torch.equal(weight, weights[folder][name]) for name, weight in module.state_dict().items())
@@ -546,17 +548,17 @@ def test_skipped_block_past_the_last_is_allowed_where_stg_is_off(opened: Opened)
     latents = opened().denoise(replace(single, guidance=stg_guidance(42, 0.0)))
     assert torch.equal(latents, opened().denoise(single))
     early = Guidance(cfg_scale=1.0, stg_scale=(0.0, 1.0), skip_blocks=((7,), (0,)), sigmas=(1.0, 0.5))
-    assert opened().resolve_passes(replace(single, steps=None, sigmas=(1.0, 0.4), guidance=early))
+    assert opened().resolve(replace(single, steps=None, sigmas=(1.0, 0.4), guidance=early)).passes
 
 
 def test_skipped_blocks_are_checked_against_the_model_of_the_pass(home: Path, other: Path) -> None:
     engine = open_two_models(home, other)  # two blocks, and three
     assert engine.resolve_passes(replace(REQUEST, second_pass=Pass(sigmas=SIGMAS, guidance=stg_guidance(2, 1.0))))
     assert_refused(
-        lambda: engine.resolve_passes(replace(REQUEST, guidance=stg_guidance(2, 1.0))), RequestError, "2 blocks, 0 to 1"
+        lambda: engine.resolve(replace(REQUEST, guidance=stg_guidance(2, 1.0))).passes, RequestError, "2 blocks, 0 to 1"
     )
     beyond = replace(REQUEST, second_pass=Pass(sigmas=SIGMAS, guidance=stg_guidance(3, 1.0)))
-    assert_refused(lambda: engine.resolve_passes(beyond), RequestError, "3 blocks, 0 to 2")
+    assert_refused(lambda: engine.resolve(beyond).passes, RequestError, "3 blocks, 0 to 2")
 
 
 FEW_STEPS = replace(REQUEST, steps=None, sigmas=DISTILLED_SIGMAS[:2], second_pass=Pass(sigmas=DISTILLED_SIGMAS[-2:]))
@@ -573,7 +575,7 @@ def test_guidance_of_a_distilled_model_warns_for_each_pass(home: Path, distilled
         (replace(FEW_STEPS, guidance=3.0, second_pass=guided), 2),
     ):
         with pytest.warns(KadrWarning, match="distilled.*Leave it out") as caught:
-            engine.resolve_passes(request)
+            engine.resolve(request)
         assert [name in str(warning.message) for warning in caught] == [True] * times
 
 
@@ -583,23 +585,25 @@ def test_distilled_model_without_guidance_gives_no_warning(home: Path, distilled
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for guidance in (1.0, stg, Guidance(cfg_scale=(1.0, 3.0), sigmas=(0.9, 0.1))):
-            assert engine.resolve_passes(replace(FEW_STEPS, guidance=guidance))
+            assert engine.resolve(replace(FEW_STEPS, guidance=guidance)).passes
 
 
 def test_warning_names_the_distilled_one_of_two_models(home: Path, distilled: Path) -> None:
     second = Pass(sigmas=DISTILLED_SIGMAS[-2:], guidance=Guidance(cfg_scale=2.0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert open_two_models(home, distilled).resolve_passes(replace(FEW_STEPS, guidance=3.0))
-        assert open_two_models(add_upscaler(distilled, home), home).resolve_passes(
-            replace(FEW_STEPS, guidance=1.0, second_pass=second)
+        assert open_two_models(home, distilled).resolve(replace(FEW_STEPS, guidance=3.0)).passes
+        assert (
+            open_two_models(add_upscaler(distilled, home), home)
+            .resolve(replace(FEW_STEPS, guidance=1.0, second_pass=second))
+            .passes
         )
     for engine, request in (
         (open_two_models(home, distilled), replace(FEW_STEPS, guidance=1.0, second_pass=second)),
         (open_two_models(add_upscaler(distilled, home), home), replace(FEW_STEPS, guidance=3.0)),
     ):
         with pytest.warns(KadrWarning) as caught:
-            engine.resolve_passes(request)
+            engine.resolve(request)
         (message,) = [str(warning.message) for warning in caught]
         assert f"{distilled / MODEL_FILE} is distilled" in message
 
@@ -613,7 +617,7 @@ def add_upscaler(distilled: Path, home: Path) -> Path:
 
 
 def test_model_is_distilled_by_its_sigmas_or_by_its_release(opened: Opened) -> None:
-    (resolved_pass,) = opened().resolve_passes(replace(REQUEST, multi_scale=False, second_pass=None, guidance=3.0))
+    (resolved_pass,) = opened().resolve(replace(REQUEST, multi_scale=False, second_pass=None, guidance=3.0)).passes
     for schedule, release in ((DISTILLED, None), (LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-distilled"])):
         with pytest.warns(KadrWarning, match="it was made to run without"):
             warn_distilled_guidance(resolved_pass, "this", schedule, release)

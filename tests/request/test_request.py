@@ -12,7 +12,7 @@ import pytest
 from kadr import Condition, Control, Request, Size, StepCache
 from kadr.errors import KadrError, RequestError
 from kadr.models.registry import DISTILLED_SIGMAS, RELEASES_BY_NAME, Recipe
-from kadr.request.resolve import resolve
+from kadr.request.complete import complete_request
 from kadr.request.windows import Windows
 from kadr.sampling.settings import Guidance, Pass
 
@@ -191,7 +191,7 @@ def test_size_may_be_a_pair_and_lists_become_tuples() -> None:
     assert request.media_paths() == (Path("photo.jpg"),)
 
 
-RESOLVED = resolve(Request(prompt=PROMPT), DISTILLED)
+RESOLVED = complete_request(Request(prompt=PROMPT), DISTILLED)
 
 
 @pytest.mark.parametrize("request_", [FULL, WITH_SIGMAS, TWO_PASSES, FROM_VIDEO, Request(prompt=PROMPT), RESOLVED])
@@ -268,11 +268,11 @@ def test_json_that_is_not_a_request_is_refused(data: Any) -> None:
 
 
 def test_recipe_fills_only_what_a_request_leaves_out() -> None:
-    resolved = resolve(Request(prompt=PROMPT), BASE)
+    resolved = complete_request(Request(prompt=PROMPT), BASE)
     assert (resolved.size, resolved.frames, resolved.fps) == (BASE.size, BASE.frames, BASE.fps)
     assert resolved.first_pass() == replace(BASE.first_pass, stochastic=False, tone_map=0.0)
     request = replace(FULL, multi_scale=False, downscale_factor=0.5)
-    resolved = resolve(request, BASE)
+    resolved = complete_request(request, BASE)
     for field in fields(Request):
         if field.name not in ("guidance", "tone_map") and getattr(request, field.name) is not None:
             assert getattr(resolved, field.name) == getattr(request, field.name), field.name
@@ -283,7 +283,7 @@ def test_falsy_values_are_not_replaced_by_defaults() -> None:
     """0, "" and False count as values."""
     values = {"negative_prompt": "", "stochastic": False, "image_noise": 0.0, "image_crf": 0, "multi_scale": False}
     values |= {"decode_noise": 0.0, "decode_timestep": 0.0, "tone_map": 0.0}
-    resolved = resolve(Request(prompt=PROMPT, **values), DISTILLED)  # type: ignore[arg-type]
+    resolved = complete_request(Request(prompt=PROMPT, **values), DISTILLED)  # type: ignore[arg-type]
     assert {name: getattr(resolved, name) for name in values} == values
 
 
@@ -305,7 +305,7 @@ def test_falsy_values_are_not_replaced_by_defaults() -> None:
 def test_resolved_request_has_either_steps_or_sigmas(
     fields_of_request: dict[str, Any], recipe: Recipe, steps: int | None, sigmas: tuple[float, ...] | None
 ) -> None:
-    resolved = resolve(Request(prompt=PROMPT, **fields_of_request), recipe)
+    resolved = complete_request(Request(prompt=PROMPT, **fields_of_request), recipe)
     assert (resolved.steps, resolved.sigmas) == (steps, sigmas)
 
 
@@ -313,23 +313,23 @@ def test_resolved_request_has_either_steps_or_sigmas(
 def test_resolving_twice_changes_nothing(name: str) -> None:
     recipe = RELEASES_BY_NAME[name].recipe
     for request in (Request(prompt=PROMPT), Request(prompt=PROMPT, steps=5), Request(prompt=PROMPT, guidance=2.0)):
-        once = resolve(request, recipe)
-        assert resolve(once, recipe) == once
+        once = complete_request(request, recipe)
+        assert complete_request(once, recipe) == once
 
 
 def test_number_for_guidance_replaces_only_its_cfg_scale() -> None:
     dev = RELEASES_BY_NAME["ltxv-13b-0.9.8-dev"].recipe
     assert dev.second_pass is not None
-    resolved = resolve(Request(prompt=PROMPT, guidance=5.0), dev)
+    resolved = complete_request(Request(prompt=PROMPT, guidance=5.0), dev)
     assert resolved.guidance == replace(dev.first_pass.guidance, cfg_scale=5.0)
     assert resolved.second_pass == replace(dev.second_pass, stochastic=False, tone_map=0.0)
 
 
 def test_tone_map_belongs_to_the_decoded_pass() -> None:
-    resolved = resolve(Request(prompt=PROMPT, tone_map=0.9), DISTILLED)
+    resolved = complete_request(Request(prompt=PROMPT, tone_map=0.9), DISTILLED)
     assert resolved.second_pass is not None
     assert resolved.second_pass.tone_map == 0.9
-    resolved = resolve(Request(prompt=PROMPT, tone_map=0.9, second_pass=Pass(tone_map=0.1)), DISTILLED)
+    resolved = complete_request(Request(prompt=PROMPT, tone_map=0.9, second_pass=Pass(tone_map=0.1)), DISTILLED)
     assert resolved.second_pass is not None
     assert resolved.second_pass.tone_map == 0.1
 
@@ -348,7 +348,7 @@ def test_two_passes_that_cannot_work_are_refused(
     fields_of_request: dict[str, Any], recipe: Recipe, expected: str
 ) -> None:
     with pytest.raises(RequestError, match=expected):
-        resolve(Request(prompt=PROMPT, **fields_of_request), recipe)
+        complete_request(Request(prompt=PROMPT, **fields_of_request), recipe)
 
 
 def test_request_with_defaults_is_checked_again() -> None:

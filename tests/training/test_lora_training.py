@@ -89,7 +89,7 @@ def test_trained_lora_opens_and_changes_the_video(engine: Engine, folder: Path, 
 
 def test_trained_lora_gives_the_same_velocity_in_diffusers(engine: Engine, folder: Path, tmp_path: Path) -> None:
     result = training(engine, folder, tmp_path / "lora.safetensors", target_modules="attention+feed-forward").run()
-    module = engine.components.load_transformer(0, torch.float32, keep_storage_dtype=False)
+    module = engine.load_transformer()
     inputs, pipeline = Inputs.random(module.config), LTXPipeline(None, None, None, None, diffusers_transformer(module))
     with torch.no_grad():
         base_velocity = velocity(module, inputs)
@@ -321,7 +321,8 @@ def test_cached_tensors_are_the_clip_itself_and_its_prompt_embeddings(
         pixels = [
             normalize_image(np.asarray(crop_to_aspect(load_image(frame), SIZE).resize((64, 32)))) for frame in frames
         ]
-        with engine.components.vae_encoder() as vae, torch.no_grad():
+        vae = engine.spec.vae_checkpoint.load_vae(torch.float32, with_decoder=False)
+        with torch.no_grad():
             expected = vae.encode(torch.stack(pixels, dim=1)[None])
         assert relative_error(tensors["latents"], expected) <= 1e-5
         assert tensors["latents"].shape[2:] == (cached.grid.frames, cached.grid.height, cached.grid.width)
@@ -356,7 +357,6 @@ def test_validation_videos_use_the_lora_as_of_their_step(engine: Engine, folder:
     assert read_metadata(attempt.work_folder / "step-000004-1.mp4")["request"]["prompt"] == "a blue sea"
     early, late = ((attempt.work_folder / f"step-00000{step}-1.mp4").read_bytes() for step in (2, 4))
     assert early != late
-    assert engine.components.transformer_override is None
     for step in (2, 4):
         (described,) = read_metadata(attempt.work_folder / f"step-00000{step}-1.mp4")["loras"]
         assert described["path"] == str(attempt.work_folder / f"step-00000{step}.safetensors")

@@ -147,8 +147,8 @@ def _compute_reference(stage_case: StageCase) -> tuple[Tensor | None, str]:
 
 def _num_parameters(stage_case: StageCase) -> int:
     """Returns how many weights float32 holds at once in this stage."""
-    components = stage_case.open_engine(FLOAT32_VARIANT).components
-    text = text_encoder_parameters(components.text_encoder_checkpoint.config).total
+    spec = stage_case.open_engine(FLOAT32_VARIANT).spec
+    text = text_encoder_parameters(spec.text_encoder_checkpoint.config).total
     half = max(vae_encoder_parameters(stage_case.vae_config).total, vae_decoder_parameters(stage_case.vae_config).total)
     return {"text": text, "encode": half, "decode": half}.get(
         stage_case.stage, transformer_parameters(stage_case.transformer_config).total

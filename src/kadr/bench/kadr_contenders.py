@@ -14,6 +14,9 @@ from kadr.bench.runner import Contender, SkippedContender
 from kadr.bench.stage_case import ContenderFactory, StageCase
 from kadr.errors import RequestError
 from kadr.pipeline.engine import Engine
+from kadr.pipeline.loading.module_placement import place_module
+from kadr.planning.placement import Placement
+from kadr.planning.plan import Plan
 from kadr.planning.vae_activations import ENCODE_CHUNK_FRAMES
 from kadr.planning.vae_stages import vae_encoder_parameters
 
@@ -33,7 +36,7 @@ def kadr_contenders(variants: Iterable[str]) -> ContenderFactory:
             except RequestError as error:  # not on this device
                 yield SkippedContender(f"kadr {variant.name}", str(error))
                 continue
-            configuration = engine.components.dtype, variant.quant, variant.compile
+            configuration = engine.spec.dtype, variant.quant, variant.compile
             if configuration not in configurations:
                 configurations.add(configuration)
                 yield kadr_contender(stage_case, variant, engine, stack)
@@ -43,15 +46,15 @@ def kadr_contenders(variants: Iterable[str]) -> ContenderFactory:
 
 def kadr_contender(stage_case: StageCase, variant: Variant, engine: Engine, stack: ExitStack) -> Contender:
     """Returns the contender of one variant. It holds its module until the stack closes."""
-    run, plan = _create_task(stage_case, engine, stack), engine.components.plan
-    notes = plan.reasons() if plan is not None else []
-    if variant.quant not in (None, engine.components.quant):
-        notes.append(f"weights are stored as {engine.components.quant}: this machine is slow at {variant.quant}")
+    plan = engine.plan(stage_case.request)
+    run, notes = _create_task(stage_case, engine, stack), plan.reasons()
+    if variant.quant not in (None, engine.spec.quant):
+        notes.append(f"weights are stored as {engine.spec.quant}: this machine is slow at {variant.quant}")
     return Contender(
         name=f"kadr {variant.name}",
         run=run,
-        dtype=str(engine.components.dtype).removeprefix("torch."),
-        weight_bytes=_weight_bytes(stage_case, engine),
+        dtype=str(engine.spec.dtype).removeprefix("torch."),
+        weight_bytes=_weight_bytes(stage_case, engine.spec.dtype, plan),
         note="; ".join(notes),
         is_kadr=True,
     )
@@ -59,30 +62,31 @@ def kadr_contender(stage_case: StageCase, variant: Variant, engine: Engine, stac
 
 def _create_task(stage_case: StageCase, engine: Engine, stack: ExitStack) -> Callable[[], Tensor]:
     """Returns the callable that runs the stage."""
-    components, inputs = engine.components, stage_case.inputs
+    inputs, dtype = stage_case.inputs, engine.spec.dtype
     if stage_case.stage == END_TO_END:
         return lambda: torch.from_numpy(engine.generate(stage_case.request).frames)
-    components.apply_plan(engine.plan(stage_case.request))
-    dtype = components.dtype
+    modules = stack.enter_context(engine.start(stage_case.request)).modules
     mask = inputs["prompt_attention_mask"]
     if stage_case.stage == TEXT:
-        encoder = stack.enter_context(components.text_encoder())
+        encoder = stack.enter_context(modules.text_encoder())
         return lambda: encoder(inputs["input_ids"], mask)[mask]
     if stage_case.stage == DIT:
-        return _create_transformer_task(stack.enter_context(components.transformer()), inputs, dtype)
+        return _create_transformer_task(stack.enter_context(modules.transformer()), inputs, dtype)
     if stage_case.stage == ENCODE:
-        vae = stack.enter_context(components.vae_encoder())
+        placement = Placement(dtype=str(dtype).removeprefix("torch."))  # the request's plan has no such stage
+        loaded = modules.loader.load_vae_encoder(dtype, keep_storage_dtype=False).eval().requires_grad_(False)
+        vae = place_module(loaded, placement, modules.device)
         pixels = inputs["pixels"].to(dtype)
         return lambda: vae.encode(pixels, chunk_frames=ENCODE_CHUNK_FRAMES)
-    return _create_decode_task(stack.enter_context(components.vae_decoder()), stage_case, dtype)
+    return _create_decode_task(stack.enter_context(modules.vae_decoder()), stage_case, dtype)
 
 
-def _weight_bytes(stage_case: StageCase, engine: Engine) -> int | None:
+def _weight_bytes(stage_case: StageCase, dtype: torch.dtype, plan: Plan) -> int | None:
     """Returns the bytes of weights in memory at once, by the plan, including pages of files shared with others."""
     if stage_case.stage == ENCODE:  # not in the plan of a request without conditions
-        return engine.components.dtype.itemsize * vae_encoder_parameters(stage_case.vae_config).total
-    plan, stage = engine.components.plan, PLAN_STAGES.get(stage_case.stage)
-    if plan is None or stage is None:
+        return dtype.itemsize * vae_encoder_parameters(stage_case.vae_config).total
+    stage = PLAN_STAGES.get(stage_case.stage)
+    if stage is None:
         return None
     placement = plan.stage(stage).placement
     return placement.mapped_bytes + placement.private_bytes

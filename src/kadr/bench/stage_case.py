@@ -99,7 +99,7 @@ class StageCase:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Default dtype of the engine; peers compute in it too."""
-        return self.open_engine(VARIANTS["auto"]).components.dtype
+        return self.open_engine(VARIANTS["auto"]).spec.dtype
 
     @cached_property
     def request(self) -> Request:
@@ -156,16 +156,15 @@ class StageCase:
         if self.stage == STARTUP:
             return None
         if self.stage == TEXT:
-            return text_encoder_flops(
-                self.open_engine(FLOAT32_VARIANT).components.text_encoder_checkpoint.config, length=TEXT_LENGTH
-            )
+            config = self.open_engine(FLOAT32_VARIANT).spec.text_encoder_checkpoint.config
+            return text_encoder_flops(config, length=TEXT_LENGTH)
         if self.stage == ENCODE:
             return vae_encoder_flops(self.vae_config, grid)
         if self.stage == DECODE:
             return vae_decoder_flops(self.vae_config, grid)
         if self.stage == DIT:
             return transformer_flops(self.transformer_config, grid.num_tokens, text_tokens=TEXT_LENGTH)
-        (resolved_pass,) = self.open_engine(FLOAT32_VARIANT).resolve_passes(self.request)
+        (resolved_pass,) = self.open_engine(FLOAT32_VARIANT).resolve(self.request).passes
         return pass_flops(self.transformer_config, resolved_pass) + vae_decoder_flops(self.vae_config, grid)
 
 

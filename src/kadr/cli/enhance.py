@@ -66,8 +66,9 @@ def enhance_request(
         return request
     from kadr.pipeline.longvideo.window_folder import check_resumable  # loads torch
     from kadr.request import prompt_enhancement
+    from kadr.request.complete import complete_request
 
-    if engine.resolve(request).windows is not None:
+    if complete_request(request, engine.spec.recipe).windows is not None:
         check_resumable(window_folder_path(output), resume=resume)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KadrWarning)  # printed when the video is made

@@ -77,7 +77,7 @@ def summary(engine: Engine, video_file: VideoFile) -> dict[str, Any]:
         "frames": video_file.frames,
         "fps": video_file.fps,
         "seconds": round(video_file.seconds, 3),
-        "model_name": engine.model_name,
+        "model_name": engine.spec.name,
         "seed": video_file.request.seed,
         "request": video_file.request.to_json(),
     }

@@ -183,8 +183,17 @@ def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> C
         return Clip(np.stack(frames), _frame_rate(path, container), _find_request(container.metadata) or {})
 
 
-def probe_video(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
-    """Returns the number of frames of a video and its frame rate. No frame is decoded.
+class ClipHeader(NamedTuple):
+    """Number of frames of a video, its frame rate, and its width and height as stored, before any rotation."""
+
+    frames: int
+    fps: Fraction
+    width: int
+    height: int
+
+
+def probe_video(path: str | os.PathLike[str]) -> ClipHeader:
+    """Returns what a video's headers state. No frame is decoded.
 
     Packets are counted: the number in a header includes frames that an edit list leaves out, as phones and lossless
     cutters write one.
@@ -197,7 +206,7 @@ def probe_video(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
         frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
         if not frames:
             raise MediaError(f"{path} contains no frames.")
-        return frames, _frame_rate(path, container)
+        return ClipHeader(frames, _frame_rate(path, container), stream.width, stream.height)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -31,6 +33,7 @@ DEFAULT_IMAGE_CRF = 29
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _SUPPORTED_IMAGES = "Supported: PNG, JPEG, WebP, BMP, TIFF, GIF and PPM with 8 bits per channel."
 _HIGH_BIT_DEPTH_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION_TAG, _FIRST_SIDEWAYS = 0x0112, 5  # of EXIF: orientations from 5 on exchange width and height
 # Raised by Pillow's readers on damaged files; most are meant for their own dispatch and leak through.
 _READ_ERRORS = (OSError, SyntaxError, ValueError, IndexError, KeyError, struct.error, Image.DecompressionBombError)
 
@@ -87,8 +90,29 @@ def load_image(image: ImageInput) -> Image.Image:
     name = _display_name(image)
     if isinstance(image, np.ndarray):
         return _from_array(image, name)
-    try:
+    with _translate_errors(name):
         return _open_upright(image, name)
+
+
+def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns the width and height of an image, upright as in `load_image`. No pixel is decoded.
+
+    Raises:
+        MediaError: the image is missing, empty, or of an unsupported format.
+    """
+    name = _display_name(path)
+    with _translate_errors(name), Image.open(path, formats=_FORMATS) as file:
+        _refuse_unsupported(file, name)
+        width, height = file.size
+        is_on_its_side = file.getexif().get(_ORIENTATION_TAG, 1) >= _FIRST_SIDEWAYS
+        return (height, width) if is_on_its_side else (width, height)
+
+
+@contextmanager
+def _translate_errors(name: str) -> Iterator[None]:
+    """Turns what Pillow raises in the block into MediaErrors about the image `name`."""
+    try:
+        yield
     except FileNotFoundError:
         raise MediaError(f"{name}: there is no such file.") from None
     except UnidentifiedImageError:
@@ -211,11 +235,15 @@ def _open_upright(image: str | os.PathLike[str] | Image.Image, name: str) -> Ima
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    _refuse_unsupported(image, name)
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _refuse_unsupported(image: Image.Image, name: str) -> None:
     _refuse_empty(*image.size, name)
     if image.mode in _HIGH_BIT_DEPTH_MODES:
         # Pillow would clip these to 8 bits, which turns nearly all of the image white.
         raise MediaError(f"{name} has pixels in mode {image.mode}. {_SUPPORTED_IMAGES}")
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _refuse_empty(width: int, height: int, name: str) -> None:

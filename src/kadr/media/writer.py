@@ -10,7 +10,7 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -51,7 +51,8 @@ class VideoWriter:
         size: both sides even, which 4:2:0 colour demands.
         fps: above 0, up to 1000. Whole numbers and ratios over at most 1001 are kept exactly; 23.976 is 2997/125.
         crf: 0 (lossless) to 51.
-        metadata: the request, as JSON can hold it; `read_metadata` returns it.
+        metadata: the request, as JSON can hold it; `read_metadata` returns it. A function is called when the first
+            frame is written, and again at the end: what only became known meanwhile is in the file too.
 
     Raises:
         MediaError: at construction, for every argument that cannot work; inside the `with` block, if frames have
@@ -65,7 +66,7 @@ class VideoWriter:
         fps: float | Fraction,
         *,
         crf: int = DEFAULT_CRF,
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
         self.path, self.size, self.fps = Path(path), size, _exact_fps(fps)
         self.crf = crf
@@ -74,8 +75,8 @@ class VideoWriter:
         _check_even(size)
         if not 0 <= crf <= MAX_CRF:
             raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAX_CRF}.")
-        # ASCII, because a prompt may contain what is not valid UTF-8, which another tool could corrupt.
-        self._comment = None if metadata is None else json.dumps({COMMENT_KEY: dict(metadata)}, allow_nan=False)
+        self._metadata = metadata if callable(metadata) or metadata is None else lambda: metadata
+        self._comment = self._build_comment()
         self._partial = self.path.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")
 
     def __enter__(self) -> VideoWriter:
@@ -96,6 +97,8 @@ class VideoWriter:
                 f"frames are {pixels.dtype} {pixels.shape}; this file takes uint8 (F, {height}, {width}, 3)."
             )
         with self._translate_errors():
+            if not self.frames_written and len(pixels):
+                self._set_comment()
             for frame in pixels:
                 self._container.mux(self._stream.encode(self._convert(frame)))
                 self.frames_written += 1
@@ -123,18 +126,23 @@ class VideoWriter:
     def _open(self) -> None:
         import av
 
-        # By default mp4 counts a file's duration in 1/1000 s, which no frame rate over 1001 divides, and buffers 32 KiB
-        # of frames.
-        options = {"movflags": "+faststart", "movie_timescale": str(self.fps.numerator), "flush_packets": "1"}
-        self._container = av.open(str(self._partial.absolute()), "w", format="mp4", options=options)
-        if self._comment is not None:
-            self._container.metadata["comment"] = self._comment
+        self._container = av.open(str(self._partial.absolute()), "w", format="mp4", options=self._container_options())
         self._stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": str(self.crf)})
         self._stream.width, self._stream.height = self.size.width, self.size.height
         self._stream.pix_fmt = "yuv420p"
         codec = self._stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _LIMITED_RANGE
+
+    def _build_comment(self) -> str | None:
+        # ASCII, because a prompt may contain what is not valid UTF-8, which another tool could corrupt.
+        return None if self._metadata is None else json.dumps({COMMENT_KEY: dict(self._metadata())}, allow_nan=False)
+
+    def _set_comment(self) -> None:
+        """Sets the comment tag; the container writes its header with the first packet."""
+        self._comment = self._build_comment()
+        if self._comment is not None:
+            self._container.metadata["comment"] = self._comment
 
     def _convert(self, pixels: np.ndarray) -> av.VideoFrame:
         import av
@@ -155,7 +163,34 @@ class VideoWriter:
         with self._translate_errors():
             self._container.mux(self._stream.encode())
             self._container.close()
+            if (comment := self._build_comment()) is not None and comment != self._comment:
+                self._replace_comment(comment)
             os.replace(self._partial, self.path)
+
+    def _replace_comment(self, comment: str) -> None:
+        """Copies the finished file with another comment tag; no frame is encoded again."""
+        import av
+
+        copy = self._partial.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")
+        try:
+            with (
+                av.open(str(self._partial.absolute())) as source,
+                av.open(str(copy.absolute()), "w", format="mp4", options=self._container_options()) as target,
+            ):
+                target.metadata["comment"] = comment
+                stream = target.add_stream_from_template(source.streams.video[0])
+                for packet in source.demux(source.streams.video[0]):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        target.mux(packet)
+            os.replace(copy, self._partial)
+        finally:
+            copy.unlink(missing_ok=True)
+
+    def _container_options(self) -> dict[str, str]:
+        # By default mp4 counts a file's duration in 1/1000 s, which no frame rate over 1001 divides, and buffers 32 KiB
+        # of frames.
+        return {"movflags": "+faststart", "movie_timescale": str(self.fps.numerator), "flush_packets": "1"}
 
     def _discard(self) -> None:
         """Closes and removes the hidden file; after `_finish` it no longer exists, and this does nothing."""

@@ -20,6 +20,7 @@ M = TypeVar("M", bound=nn.Module)
 class _Entry(NamedTuple):
     module: nn.Module
     configuration: Hashable
+    private_bytes: int
 
 
 class ModuleCache:
@@ -39,12 +40,15 @@ class ModuleCache:
         self._entries: dict[str, _Entry] = {}
 
     @contextmanager
-    def acquire(self, name: str, load: Callable[[], M], *, configuration: Hashable = None) -> Iterator[M]:
+    def acquire(
+        self, name: str, load: Callable[[], M], *, configuration: Hashable = None, private_bytes: int = 0
+    ) -> Iterator[M]:
         """Yields the module of that name, loaded unless it is cached.
 
         Args:
             load: loads the module onto the device.
             configuration: how the module is placed; a cached one with another configuration is freed first.
+            private_bytes: bytes of the module that stay in memory while it is cached.
         """
         entry = self._entries.pop(name, None)
         module = entry.module if entry is not None and entry.configuration == configuration else None
@@ -60,7 +64,7 @@ class ModuleCache:
             clear_scratch(module)
             is_kept = name in self.names_to_keep
             if is_kept:
-                self._entries[name] = _Entry(module, configuration)
+                self._entries[name] = _Entry(module, configuration, private_bytes)
             del module
             if is_kept:
                 trim_heap()  # its activations; collecting cycles would take longer than a small model's step
@@ -71,6 +75,11 @@ class ModuleCache:
     def cached_names(self) -> frozenset[str]:
         """Names of the cached modules."""
         return frozenset(self._entries)
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes that the cached modules keep in memory, free to the stage that reuses one."""
+        return sum(entry.private_bytes for entry in tuple(self._entries.values()))
 
     def clear(self, *, keep: Collection[str] = ()) -> None:
         """Frees all cached modules except those named in `keep`."""

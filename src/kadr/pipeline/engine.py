@@ -1,66 +1,61 @@
-"""`Engine`: an open model, and everything that makes a video or a part of one with it."""
+"""`Engine`: an open model, and everything that makes a video or a part of one with it. Threads may share it."""
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from kadr.checkpoints.checkpoint import Checkpoint
-from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
-from kadr.errors import Cancelled, KadrError, PlanError, RequestError
-from kadr.media.writer import VideoWriter
-from kadr.memory.device import pick_device, pick_dtype
-from kadr.models.registry import Recipe, Release
-from kadr.pipeline.components import Components
+from kadr.checkpoints.memory_map import release_pages
+from kadr.errors import Busy, CheckpointError
+from kadr.memory.module_cache import ModuleCache
+from kadr.models.registry import Recipe
+from kadr.models.transformer import Transformer
+from kadr.pipeline.dry_run import DryRun, run_dry
 from kadr.pipeline.generation import Generation
-from kadr.pipeline.longvideo.window_folder import EXECUTION_KEY, WindowFolder, check_resumable
-from kadr.pipeline.progress import Progress, Watch, ignore_progress
-from kadr.pipeline.stages.encode import EncodedInputs
+from kadr.pipeline.loading.module_loader import ModuleLoader
+from kadr.pipeline.metadata import video_metadata, with_notices
+from kadr.pipeline.modules import Modules, TrainedTransformer
+from kadr.pipeline.notices import Notices
+from kadr.pipeline.plan_request import plan_request
+from kadr.pipeline.progress import Watch, ignore_progress
+from kadr.pipeline.prompt_cache import PromptCache
+from kadr.pipeline.stage_access import StageAccess
+from kadr.pipeline.stages.control_networks import fetch_networks
 from kadr.pipeline.stages.text import PromptEncoder
 from kadr.pipeline.video import Video, VideoFile
-from kadr.planning.placement import describe_weights
+from kadr.pipeline.writing import write_video
 from kadr.planning.plan import Plan
-from kadr.planning.planner import Planner
-from kadr.planning.suggest import suggest_smaller
-from kadr.quant.weight_formats import NONE, check_weight_format
-from kadr.request.passes import ResolvedPass, warn_distilled_guidance
+from kadr.request.passes import check_first_sigma
 from kadr.request.request import Request, refuse_overwriting
-from kadr.request.resolve import resolve, warn_single_pass, with_second_model
+from kadr.request.resolve import resolve
 from kadr.request.resolved_controls import warn_control_lora_mismatch
-from kadr.request.windows import window_folder_path
-from kadr.spec.locate import fetch_text_encoder, locate
-from kadr.spec.loras import Loras, check_lora_names
-from kadr.spec.model import order_upscalers, require_components
-from kadr.spec.offload import check_offload
-from kadr.spec.optional_components import open_default_upscaler, open_second_model, open_upscalers
-from kadr.spec.options import check_compile
-from kadr.version import __version__
-
-LATENT_STAGES = ("text", "encode", "denoise", "upscale", "refine")  # those before the VAE decoder
+from kadr.request.resolved_request import ResolvedRequest
+from kadr.spec.model import ModelSpec, SpecOptions
+from kadr.spec.open import fetch_spec, open_spec
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(StageAccess):
     """An open model, known from its headers. A stage reads weights when it needs them.
 
+    One video is made at a time: `generate` waits for the one before. What reads headers alone (`resolve`, `plan`,
+    `dry_run`) never waits.
+
     Args:
-        model_name: the name or path that the model was opened by.
-        release: registry entry of the model; None for an unreleased one.
-        second_model: name and registry entry of the second pass's model; None where both passes use one model.
+        spec: the model.
+        prompt_cache: see `open`.
     """
 
-    model_name: str
-    components: Components
-    recipe: Recipe
-    release: Release | None = None
-    second_model: tuple[str, Release | None] | None = None
+    def __init__(self, spec: ModelSpec, *, prompt_cache: bool | Path = True) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # thread that has the lock
+        self._prompt_cache_location = prompt_cache
+        self._module_cache = ModuleCache(spec.device, release_pages=release_pages)
+        self._use_spec(spec)
 
     @classmethod
     def open(
@@ -82,12 +77,12 @@ class Engine:
         compile_transformer: bool = False,
         prompt_cache: bool | Path = True,
     ) -> Engine:
-        """Opens a model. Reads headers, never weights.
+        """Opens a model. Reads headers, never weights, and fetches nothing: see `prepare`.
 
         Args:
             model: a registry name, an official .safetensors file, a .gguf file or a diffusers folder.
-            text_encoder: a folder with a T5 encoder and its tokenizer; by default the one beside the model, else it is
-                fetched from the hub.
+            text_encoder: a folder with a T5 encoder and its tokenizer; by default the one beside the model, else the
+                one of the registry.
             vae: a checkpoint whose VAE replaces the model's own.
             upscaler: names or paths of latent upscalers for requests with two passes, at most one spatial and one
                 temporal; by default the one released for the model.
@@ -114,89 +109,82 @@ class Engine:
             RequestError: unknown name, device, dtype, weight format or offload mode.
             CheckpointError: a file is missing, damaged, incomplete or not of the LTX-Video family.
         """
-        # Refuse what cannot work before gigabytes are fetched for it: names first, the text encoder last.
-        torch_device = pick_device(device)
-        pick_dtype(dtype, torch_device, 0)
-        check_compile(compile_transformer, torch_device)
-        check_weight_format(quant or NONE)
-        check_offload(offload)
-        check_lora_names(loras)
-        located = locate(model, text_encoder=text_encoder, vae=vae)
-        checkpoint = Checkpoint.open(located.model, release=located.release)
-        separate_vae = Checkpoint.open(located.vae) if located.vae else None
-        require_components(checkpoint, separate_vae or checkpoint)
-        second_checkpoint, second_release = open_second_model(second_model)
-        if second_checkpoint is not None:
-            require_components(second_checkpoint, separate_vae or checkpoint)
-        adapters = Loras(loras, allow_partial=lora_partial, merge=merge_loras)
-        adapters.check_fits((checkpoint, second_checkpoint or checkpoint))
-        upscalers = open_upscalers(upscaler)
-        order_upscalers(upscalers, checkpoint)
-        release = located.release or checkpoint.info.release
-        text_encoder_checkpoint = TextEncoderCheckpoint.open(located.text_encoder or fetch_text_encoder(release))
-        components = Components(
-            checkpoint,
-            text_encoder_checkpoint,
-            separate_vae,
+        options = SpecOptions(
+            model=model,
+            text_encoder=text_encoder,
+            vae=vae,
+            upscaler=upscaler,
+            second_model=second_model,
+            recipe=recipe,
+            loras=loras,
+            lora_partial=lora_partial,
+            merge_loras=merge_loras,
             device=device,
             dtype=dtype,
-            second_checkpoint=second_checkpoint,
-            loras=adapters,
             quant=quant,
             offload=offload,
             compile_transformer=compile_transformer,
-            prompt_cache=prompt_cache,
         )
-        for upscaler_checkpoint in upscalers:
-            components.add_upscaler(upscaler_checkpoint)
-        first_recipe = recipe or (release.recipe if release else Recipe())
-        return cls(
-            model_name=located.name,
-            components=components,
-            recipe=with_second_model(first_recipe, second_release),
-            release=release,
-            second_model=None if second_model is None else (str(second_model), second_release),
-        )
+        return cls(open_spec(options), prompt_cache=prompt_cache)
 
-    def resolve(self, request: Request) -> Request:
-        """Returns the request with the recipe's defaults for everything it leaves out.
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, known from headers; `prepare` replaces it where it fetches something."""
+        return self._loader.spec
 
-        Raises:
-            RequestError: the request has two passes, but the recipe has no second one.
-            MediaError: the input video cannot be read.
-        """
-        return resolve(request, self.recipe)
-
-    def resolve_passes(self, request: Request) -> tuple[ResolvedPass, ...]:
-        """Returns the passes of the request, with sigma and guidance of every step. Loads nothing.
+    def resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
+        """Returns the request with nothing left open; see `request.resolve.resolve`.
 
         Raises:
             RequestError: the request does not fit this model.
+            MediaError: the header of an image or clip cannot be read.
             CheckpointError: the request has two passes, but there is no upscaler.
         """
-        return self._create_generation(request, ignore_progress, read_media=False).passes
+        return request if isinstance(request, ResolvedRequest) else resolve(request, self.spec)
 
-    def plan(self, request: Request) -> Plan:
+    def plan(self, request: Request | ResolvedRequest) -> Plan:
         """Returns the plan of a generation: placement, peak bytes and seconds of each stage, with reasons.
 
-        The plan is arithmetic on headers: no weight is read. Images and clips of the request are read.
+        The plan is arithmetic on headers: nothing is loaded, fetched or changed. The model need not be on disk.
 
         Raises:
             RequestError: the request does not fit this model.
             PlanError: the generation does not fit in memory; carries the shortfall in bytes and suggests what fits.
         """
-        generation = self._create_generation(request, ignore_progress)
-        generation.check_first_sigma()
-        self._warn_unused_controls(request)
-        return self._plan_generation(generation, request)
+        resolved = self.resolve(request)
+        check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
+        self._warn_unused_controls(resolved)
+        encoder = self._prompt_encoder(resolved.all_prompts)
+        return plan_request(self.spec, resolved, encoder, cached=self._module_cache.private_bytes)
 
-    def generate(self, request: Request, *, watch: Watch = ignore_progress) -> Video:
+    def dry_run(self, request: Request | ResolvedRequest) -> DryRun:
+        """Returns what a generation of the request would do. The model need not be on disk.
+
+        Raises:
+            As `resolve`.
+        """
+        return run_dry(self.spec, self.resolve(request))
+
+    def prepare(self, request: Request | ResolvedRequest, *, wait: bool = True) -> None:
+        """Fetches what a generation of the request opens and is not on disk; `generate` does it too.
+
+        Raises:
+            CheckpointError: a file cannot be fetched, or is not what the registry says.
+            Busy: a video is being made, and `wait` is false.
+        """
+        with self._exclusive(wait=wait):
+            self._prepare(request, with_media=True)
+
+    def generate(
+        self, request: Request | ResolvedRequest, *, watch: Watch = ignore_progress, wait: bool = True
+    ) -> Video:
         """Generates one video.
 
         Args:
             request: any `size` in pixels (sampled at the next multiple of 32 and cropped back) and any number of
                 `frames` (sampled as 8k+1 and trimmed back) at `fps`.
-            watch: called with a `Progress` after every step. Raise from it to cancel.
+            watch: called with a `Progress` after every step. Raise `Cancelled` from it to cancel.
+            wait: wait until the engine has made the video before this one.
 
         Returns:
             Video whose `frames` are uint8 (F, H, W, 3): RGB, full range, on the CPU.
@@ -204,24 +192,31 @@ class Engine:
         Raises:
             RequestError: the request does not fit this model. Raised before any weight is loaded.
             MediaError: an image or clip cannot be read.
-            CheckpointError: the weights are damaged or incomplete.
+            CheckpointError: the weights are damaged or incomplete, or cannot be fetched.
             NonFiniteError: a stage produced NaN or infinity; it carries the stage.
-            Cancelled: `watch` raised; its exception is the cause.
+            Busy: another video is being made, and `wait` is false.
+            Cancelled: `watch` raised it.
         """
-        generation = self._start_generation(request, watch)
-        latents = generation.denoise()
-        frames = torch.cat(list(generation.decode(latents))).numpy()
-        request = generation.request
-        return Video(frames, latents[0].cpu(), float(request.fps or 0), request, self.metadata(request))
+        with self.start(request, watch=watch, wait=wait) as generation:
+            resolved, latents = generation.resolved, generation.denoise()
+            frames = np.empty((resolved.frames, resolved.size.height, resolved.size.width, 3), dtype=np.uint8)
+            done = 0
+            for chunk in generation.decode(latents):
+                frames[done : done + len(chunk)] = chunk.numpy()
+                done += len(chunk)
+            notices, metadata = generation.notices, video_metadata(self.spec, resolved)
+        return Video(frames, latents[0].cpu(), resolved.fps, resolved.request, with_notices(metadata, notices), notices)
 
     def write(
         self,
-        request: Request,
+        request: Request | ResolvedRequest,
         path: str | Path,
         *,
         watch: Watch = ignore_progress,
         on_plan: Callable[[Plan], object] | None = None,
         resume: bool = False,
+        transformer: TrainedTransformer | None = None,
+        wait: bool = True,
     ) -> VideoFile:
         """Generates one video into an mp4, and writes frames as they are decoded.
 
@@ -230,215 +225,132 @@ class Engine:
         stored in a folder beside it: `clip.windows` for `clip.mp4`.
 
         Args:
-            watch: as in `generate`.
+            watch, wait: as in `generate`.
             on_plan: called with the plan before anything is loaded.
             resume: continue from the windows that an interrupted generation of the same request has stored.
+            transformer: used instead of the model's own.
 
         Raises:
             As `generate`, and MediaError: the file cannot be written; raised before anything is computed where that
             can be known.
         """
-        began = time.monotonic()
-        refuse_overwriting(request, Path(path))
-        generation = self._start_generation(request, watch)
-        generation.check_first_sigma()
-        request = generation.request
-        fps, metadata = float(request.fps or 0), self.metadata(request)
-        writer = VideoWriter(path, generation.size, fps, metadata=metadata)
-        with self._open_window_folder(generation, Path(path), metadata, resume) as window_folder:
-            if on_plan is not None and self.components.plan is not None:
-                on_plan(self.components.plan)
-            # Sample windows before the writer opens its file: if interrupted, nothing but finished windows remains.
-            windowed = None if window_folder is None else generation.denoise_windows(window_folder)
-            with writer:
-                latents = generation.denoise() if windowed is None else windowed
-                writer.write_all(frames.numpy() for frames in generation.decode(latents))
-            if not isinstance(latents, Tensor):
-                latents = latents.to_tensor()
-            if window_folder is not None:
-                window_folder.remove()
-        return VideoFile(
-            path=Path(path),
-            frames=generation.frames,
-            size=generation.size,
-            fps=fps,
-            seconds=time.monotonic() - began,
-            latents=latents[0].cpu(),
-            request=request,
-        )
+        refuse_overwriting(request.request if isinstance(request, ResolvedRequest) else request, Path(path))
+        with self.start(request, watch=watch, transformer=transformer, wait=wait) as generation:
+            if on_plan is not None:
+                on_plan(generation.plan)
+            metadata = video_metadata(self.spec, generation.resolved, transformer)
+            return write_video(generation, Path(path), metadata, resume=resume)
 
     @contextmanager
-    def _open_window_folder(
-        self, generation: Generation, path: Path, metadata: dict[str, Any], resume: bool
-    ) -> Iterator[WindowFolder | None]:
-        """Yields the folder for the windows of a long video, or None for a video without windows."""
-        if not generation.window_passes:
-            if resume:
-                raise RequestError(
-                    "there is nothing to resume: only a long video, made in windows, is stored before it is finished. "
-                    "Leave out --resume."
-                )
-            check_resumable(window_folder_path(path), resume=False)  # refuses to write over an unfinished long video
-            yield None
-            return
-        identity = {**metadata, **self._execution_identity(generation.request)}
-        with WindowFolder.open(
-            window_folder_path(path), identity, generation.window_latents_shapes(), resume=resume
-        ) as window_folder:
-            yield window_folder
-
-    def _execution_identity(self, request: Request) -> dict[str, Any]:
-        """Returns what a stored window depends on besides the metadata: contents of files, and how it is computed."""
-        placement = self.components.placement("denoise")
-        execution = f"{describe_weights(placement)}, by {placement.backend}, {torch.get_num_threads()} threads"
-        fingerprints = self.components.file_fingerprints(request.media_paths())
-        return {**fingerprints, EXECUTION_KEY: execution}
-
-    def denoise(
+    def start(
         self,
-        request: Request,
+        request: Request | ResolvedRequest,
         *,
-        noise: Tensor | None = None,
-        init_latents: Tensor | None = None,
         watch: Watch = ignore_progress,
-    ) -> Tensor:
-        """Runs every stage before the VAE decoder.
+        stages: Collection[str] = (),
+        prompts: Sequence[str] | None = None,
+        transformer: TrainedTransformer | None = None,
+        wait: bool = True,
+    ) -> Iterator[Generation]:
+        """Yields the planned generation of a request, which has the engine for itself until the block ends.
+
+        Nothing is loaded yet.
 
         Args:
-            noise: initial noise (1, C, f, h, w), instead of the seed's.
-            init_latents: normalised latents (1, C, f, h, w) to start from instead of pure noise. The request's sigmas
-                must then start below 1, by `skip_initial` or `sigmas`.
-
-        Returns:
-            Normalised latents (1, C, f, h, w), float32, on the device.
-        """
-        return self._start_generation(request, watch, stages=LATENT_STAGES).denoise(noise, init_latents=init_latents)
-
-    def encode_first_condition(self, request: Request, *, watch: Watch = ignore_progress) -> Tensor:
-        """Encodes the first condition of the request: normalised latents (1, C, n, h, w), on the device.
-
-        Raises:
-            RequestError: the request has no condition.
-        """
-        if not request.conditions:
-            raise RequestError("the request has no image or clip to encode; give it a Condition.")
-        generation = self._start_generation(request, watch, stages=("encode",))
-        pixels = generation.media.prepared_conditions[0][0].pixels
-        matches = [[item.pixels is pixels for item in inputs.conditions] for inputs in generation.media.pass_inputs]
-        index = next(index for index, row in enumerate(matches) if any(row))
-        return generation.encode_media(indices=(index,))[index].conditions[matches[index].index(True)][1]
-
-    def encode_media(self, request: Request, *, watch: Watch = ignore_progress) -> EncodedInputs:
-        """Encodes conditions, input video and controls of the request, for its first pass or window.
+            stages: the stages that will run; () for all.
+            prompts: prompts to encode instead of the request's.
+            transformer: used instead of the model's own.
+            watch, wait: see `generate`.
 
         Raises:
             As `generate`.
         """
-        return self._start_generation(request, watch, stages=("encode",)).encode_media(indices=(0,))[0]
+        with self._exclusive(wait=wait):
+            needs_media = not stages or not {"encode", "denoise"}.isdisjoint(stages)
+            resolved = self._prepare(request, with_media=needs_media)
+            if transformer is None and (not stages or "denoise" in stages):
+                self._warn_unused_controls(resolved)
+            if not stages:
+                check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
+            encoder = self._prompt_encoder(resolved.all_prompts if prompts is None else prompts)
+            cached = self._module_cache.private_bytes
+            plan = plan_request(self.spec, resolved, encoder, stages=stages, cached=cached)
+            notices = Notices(self.spec.notices)
+            modules = Modules(self._loader, self._module_cache, plan, notices, transformer)
+            yield Generation(resolved, modules, encoder, watch)
 
-    def encode_prompts(
-        self, request: Request, prompts: Sequence[str], *, watch: Watch = ignore_progress
-    ) -> list[Tensor]:
-        """Returns the prompt embeddings (n, D) of each prompt, for its n tokens, on the CPU.
-
-        Args:
-            request: the request to plan for; its own prompt is not encoded.
-        """
-        self._start_generation(request, watch, read_media=False, stages=("text",))
-        prompt_embeddings = PromptEncoder(self.components, prompts).encode(watch)
-        return [item.embeddings[item.mask].cpu() for item in prompt_embeddings]
-
-    def decode(
-        self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore_progress
-    ) -> Tensor:
-        """Decodes normalised latents (1, C, f, h, w) to uint8 (F, H, W, 3) on the CPU, cropped and trimmed.
+    def load_transformer(self, *, keep_storage_dtype: bool = False) -> Transformer:
+        """Loads the transformer of the first pass on the CPU, without a placement, as training takes it.
 
         Args:
-            request: the request that the latents were sampled for; it sets size, frames and decoder settings.
-            noise: decode noise in the shape of the latents, instead of the seed's, for decoders that take noise.
+            keep_storage_dtype: see `checkpoints.load.load_weights`.
+
+        Raises:
+            CheckpointError: the weights are damaged or incomplete, or cannot be fetched.
         """
-        generation = self._start_generation(request, watch, read_media=False, stages=("decode",))
-        return torch.cat(list(generation.decode(latents, noise)))
+        with self._exclusive(wait=True):
+            self._fetch(has_two_passes=False)
+            return self._loader.load_transformer(0, self.spec.dtype, keep_storage_dtype=keep_storage_dtype)
 
-    def metadata(self, request: Request) -> dict[str, Any]:
-        """Returns the metadata stored in an mp4: enough to generate the same video again."""
-        device, dtype = self.components.device, self.components.dtype
-        return {
-            "version": __version__,
-            "model_name": self.model_name,
-            **self.components.component_paths(),
-            **self._lora_metadata(),
-            "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
-            "quant": self.components.quant,
-            "compile_transformer": self.components.compile_transformer,
-            "request": _with_absolute_paths(request).to_json(),
-        }
+    def unload(self) -> None:
+        """Frees the modules that stay in memory for the next video."""
+        with self._exclusive(wait=True):
+            self._module_cache.clear()
 
-    def _warn_unused_controls(self, request: Request) -> None:
-        loras = self.components.loras
-        if self.components.transformer_override is None:
-            warn_control_lora_mismatch(
-                request, has_loras=bool(loras), has_in_context_lora=loras.has_in_context(request.lora_strengths)
+    @contextmanager
+    def _exclusive(self, *, wait: bool) -> Iterator[None]:
+        """Has the engine for itself while the block runs.
+
+        Raises:
+            Busy: another thread has it and `wait` is false, or this thread has it already.
+        """
+        if self._owner == threading.get_ident():
+            raise Busy("this thread is making a video with this engine, as in a watcher. Ask when it is done.")
+        if not self._lock.acquire(blocking=wait):
+            raise Busy("the engine is making another video. Ask later, or wait for it with wait=True.")
+        self._owner = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._owner = None
+            self._lock.release()
+
+    def _prepare(self, request: Request | ResolvedRequest, *, with_media: bool) -> ResolvedRequest:
+        """Fetches what a request needs, and returns it resolved for what is then on disk."""
+        if isinstance(request, ResolvedRequest):
+            resolved = request if with_media else request.without_media()
+        else:
+            resolved = resolve(request, self.spec, with_media=with_media)
+        fetch_networks(resolved.controls)
+        if not self._fetch(has_two_passes=len(resolved.passes) > 1):
+            return resolved
+        fetched = resolve(resolved.request, self.spec, with_media=with_media)
+        if isinstance(request, ResolvedRequest) and fetched != resolved:
+            raise CheckpointError(
+                f"the files of {self.spec.name} that were fetched are not those that the request was resolved for. "
+                "Resolve it again."
             )
+        return fetched
 
-    def _lora_metadata(self) -> dict[str, Any]:
-        """Returns the metadata of the LoRAs; of a transformer in training, that of the LoRA trained so far."""
-        trained = self.components.override_lora_path
-        return (Loras([trained]) if trained is not None else self.components.loras).metadata()
+    def _fetch(self, *, has_two_passes: bool) -> bool:
+        """Fetches what a generation opens and is not on disk. Returns whether that changed the spec."""
+        spec = fetch_spec(self.spec, has_two_passes=has_two_passes)
+        if spec is self.spec:
+            return False
+        self._use_spec(spec)
+        return True
 
-    def _start_generation(
-        self, request: Request, watch: Watch, *, read_media: bool = True, stages: Collection[str] = ()
-    ) -> Generation:
-        """Checks and plans a generation; nothing is loaded yet. stages: the stages that will run, () for all."""
-        generation = self._create_generation(request, watch, read_media=read_media)
-        if not stages or "denoise" in stages:
-            self._warn_unused_controls(request)
-        self.components.apply_plan(self._plan_generation(generation, request, stages))
-        return generation
+    def _use_spec(self, spec: ModelSpec) -> None:
+        self._loader = ModuleLoader(spec)
+        # No weight format in the key: the text encoder's placement does not change what it computes.
+        self._prompt_cache = PromptCache.open(
+            self._prompt_cache_location, spec.text_encoder_checkpoint, dtype=spec.dtype, device=spec.device.type
+        )
 
-    def _create_generation(self, request: Request, watch: Watch, *, read_media: bool = True) -> Generation:
-        unresolved, request = request, self.resolve(request)
-        warn_single_pass(unresolved, request, self.recipe)
-        if request.multi_scale and not self.components.upscaler_checkpoints:
-            self.components.add_upscaler(open_default_upscaler(self.release))
-        generation = Generation(self.components, request, _raise_as_cancelled(watch), read_media=read_media)
-        first_model = (self.model_name, self.release)
-        models = zip((first_model, self.second_model or first_model), self.components.schedules, strict=True)
-        for resolved_pass, ((name, release), schedule) in zip(generation.passes, models, strict=False):
-            warn_distilled_guidance(resolved_pass, name, schedule, release)
-        return generation
+    def _prompt_encoder(self, prompts: Sequence[str]) -> PromptEncoder:
+        return PromptEncoder(self.spec.tokenizer, self._prompt_cache, prompts)
 
-    def _plan_generation(self, generation: Generation, request: Request, stages: Collection[str] = ()) -> Plan:
-        workload, cached = generation.build_workload(stages), self.components.cached_private_bytes
-        try:
-            return Planner(self.components, workload, cached=cached).plan()
-        except PlanError as error:
-            suggestion = suggest_smaller(self.components, workload, generation.request, cached=cached)
-            raise PlanError(f"{error} {suggestion}", shortfall=error.shortfall) from error
-
-
-def _with_absolute_paths(request: Request) -> Request:
-    """Returns the request with absolute paths, so that `kadr rerun` works from another folder."""
-    conditions = tuple(replace(item, media=_absolute_path(item.media)) for item in request.conditions)
-    controls = tuple(replace(item, media=_absolute_path(item.media)) for item in request.controls)
-    input_video = None if request.input_video is None else _absolute_path(request.input_video)
-    return replace(request, conditions=conditions, controls=controls, input_video=input_video)
-
-
-def _absolute_path(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
-
-
-def _raise_as_cancelled(watch: Watch) -> Watch:
-    """Wraps a watcher so that its exceptions become `Cancelled`."""
-
-    def report(progress: Progress) -> None:
-        try:
-            watch(progress)
-        except KadrError:
-            raise
-        except Exception as reason:
-            raise Cancelled(f"cancelled at {progress.stage} {progress.step} of {progress.of}") from reason
-
-    return report
+    def _warn_unused_controls(self, resolved: ResolvedRequest) -> None:
+        loras, strengths = self.spec.loras, resolved.request.lora_strengths
+        has_in_context = loras.has_in_context(strengths)
+        warn_control_lora_mismatch(resolved.request, has_loras=bool(loras), has_in_context_lora=has_in_context)

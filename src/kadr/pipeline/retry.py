@@ -1,22 +1,21 @@
 """Retries a stage that ran out of memory in spite of its plan, or whose result has NaN or infinity.
 
 Out of memory: the plan falls back to the stage's next smaller placement (`Plan.with_fallback`: streamed blocks, fewer
-frames per chunk), all cached modules are freed, and the stage runs once more, with a warning. A second failure is
-raised; so is a `PlanError` if no placement is smaller. NaN or infinity: the stage runs once more in float32.
+frames per chunk), all cached modules are freed, and the stage runs again, with a notice; and so on until no placement
+is smaller, which is a `PlanError`. NaN or infinity: the stage runs once more in float32, with a notice.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kadr.errors import KadrWarning, NonFiniteError, PlanError
-from kadr.pipeline.components import Components
+from kadr.errors import NonFiniteError, PlanError
 from kadr.pipeline.finite_check import NonFiniteFound
+from kadr.pipeline.modules import Modules
 from kadr.planning.plan import format_bytes
 
 T = TypeVar("T")
@@ -32,67 +31,57 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
 
 
-def retry_on_oom(components: Components, stage: str, stage_function: StageFunction[T]) -> StageFunction[T]:
-    """Returns a stage function that retries once with a smaller placement if memory runs out."""
+def retry_on_oom(modules: Modules, stage: str, stage_function: StageFunction[T]) -> StageFunction[T]:
+    """Returns a stage function that retries with ever smaller placements if memory runs out."""
 
     def attempt(dtype: torch.dtype | None) -> T:
-        try:
-            return stage_function(dtype)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            apply_fallback = _prepare_fallback(components, stage, error)
-        # Outside of the handler: the error keeps the first attempt's tensors alive.
-        apply_fallback()
-        return stage_function(dtype)
+        while True:
+            try:
+                return stage_function(dtype)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                apply_fallback = _prepare_fallback(modules, stage, error)
+            # Outside of the handler: the error keeps the attempt's tensors alive.
+            apply_fallback()
 
     return attempt
 
 
-def retry_frames_on_oom(components: Components, stage: str, stage_function: FramesStageFunction) -> FramesStageFunction:
+def retry_frames_on_oom(modules: Modules, stage: str, stage_function: FramesStageFunction) -> FramesStageFunction:
     """Returns a stage function like `retry_on_oom`'s for a stage that yields frames (n, ...), none of them twice."""
 
     def attempt(dtype: torch.dtype | None) -> Iterator[Tensor]:
         num_yielded = 0
-        try:
-            for frames in stage_function(dtype):
-                num_yielded += len(frames)
-                yield frames
-            return
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            apply_fallback = _prepare_fallback(components, stage, error)
-        apply_fallback()
-        yield from _skip_frames(stage_function(dtype), num_yielded)
+        while True:
+            try:
+                for frames in skip_frames(num_yielded, stage_function(dtype)):
+                    num_yielded += len(frames)
+                    yield frames
+                return
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                apply_fallback = _prepare_fallback(modules, stage, error)
+            apply_fallback()
 
     return attempt
 
 
-def _skip_frames(batches: Iterator[Tensor], num_left: int) -> Iterator[Tensor]:
-    """Yields batches of frames (n, ...) without the first `num_left` frames of all."""
-    for frames in batches:
-        num_skipped = min(num_left, len(frames))
-        num_left -= num_skipped
-        if num_skipped < len(frames):
-            yield frames[num_skipped:]
-
-
-def _prepare_fallback(components: Components, stage: str, error: BaseException) -> Callable[[], None]:
-    """Returns a function that warns, frees cached modules and applies the plan with the stage's next placement.
+def _prepare_fallback(modules: Modules, stage: str, error: BaseException) -> Callable[[], None]:
+    """Returns a function that notes it, frees cached modules and applies the plan with the stage's next placement.
 
     Raises:
         PlanError: there is no smaller placement.
     """
-    plan = components.plan
-    fallback_plan = None if plan is None else plan.with_fallback(stage)
-    if plan is None or fallback_plan is None:
+    fallback_plan = modules.plan.with_fallback(stage)
+    if fallback_plan is None:
         raise PlanError(
             f"{stage} ran out of memory in spite of the plan ({_first_line(error)}), and has no placement that takes "
             "less. Close other programs, or request less: a smaller --size or fewer --frames.",
             shortfall=0,
         ) from error
-    planned_bytes = plan.stage(stage).placement.device_bytes
+    planned_bytes = modules.plan.stage(stage).placement.device_bytes
     fallback = fallback_plan.stage(stage).placement
     message = (
         f"{stage} ran out of memory in spite of the plan, which expected {format_bytes(planned_bytes)}; retrying with "
@@ -100,9 +89,9 @@ def _prepare_fallback(components: Components, stage: str, error: BaseException) 
     )
 
     def apply_fallback() -> None:
-        warnings.warn(message, KadrWarning, stacklevel=3)
-        components.module_cache.clear()
-        components.apply_plan(fallback_plan)
+        modules.notices.add(message)
+        modules.module_cache.clear()
+        modules.apply_plan(fallback_plan)
 
     return apply_fallback
 
@@ -111,11 +100,10 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def retry_in_fp32(stage: str, dtype: torch.dtype, stage_function: StageFunction[T]) -> T:
+def retry_in_fp32(modules: Modules, stage: str, stage_function: StageFunction[T]) -> T:
     """Returns a stage's result; runs it again in float32 if it has NaN or infinity in a narrower dtype.
 
     Args:
-        dtype: dtype of the stage's plan.
         stage_function: the stage. Raises `NonFiniteFound`, and then keeps no module.
 
     Raises:
@@ -124,7 +112,7 @@ def retry_in_fp32(stage: str, dtype: torch.dtype, stage_function: StageFunction[
     try:
         return stage_function(None)
     except NonFiniteFound as found:
-        _warn_retry(stage, found.location, dtype)
+        _note_retry(modules, stage, found.location)
     # Outside of the handler: the exception keeps the first attempt's tensors alive.
     try:
         return stage_function(torch.float32)
@@ -132,9 +120,7 @@ def retry_in_fp32(stage: str, dtype: torch.dtype, stage_function: StageFunction[
         raise _non_finite_error(stage, found.location) from None
 
 
-def retry_frames_in_fp32(
-    stage: str, dtype: torch.dtype, stage_function: StageFunction[Iterator[Tensor]]
-) -> Iterator[Tensor]:
+def retry_frames_in_fp32(modules: Modules, stage: str, stage_function: FramesStageFunction) -> Iterator[Tensor]:
     """Yields frames (n, ...) of a stage, like `retry_in_fp32`; none is yielded twice."""
     num_yielded = 0
     try:
@@ -143,7 +129,7 @@ def retry_frames_in_fp32(
             yield frames
         return
     except NonFiniteFound as found:
-        _warn_retry(stage, found.location, dtype)
+        _note_retry(modules, stage, found.location)
     try:
         yield from skip_frames(num_yielded, stage_function(torch.float32))
     except NonFiniteFound as found:
@@ -159,14 +145,13 @@ def skip_frames(count: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
             yield frames[num_skipped:]
 
 
-def _warn_retry(stage: str, location: str, dtype: torch.dtype) -> None:
+def _note_retry(modules: Modules, stage: str, location: str) -> None:
+    dtype = modules.stage_dtype(stage)
     if dtype == torch.float32:
         raise _non_finite_error(stage, location) from None
-    warnings.warn(
+    modules.notices.add(
         f"{stage} produced NaN or infinity at {location} in {str(dtype).removeprefix('torch.')}; retrying in float32, "
-        "which is slower and takes more memory.",
-        KadrWarning,
-        stacklevel=4,
+        "which is slower and takes more memory."
     )
 
 

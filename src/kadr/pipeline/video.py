@@ -23,7 +23,8 @@ class Video:
         latents: float32 (128, f, h, w) on the CPU, normalised.
         fps: frames per second.
         request: the request with the model's defaults.
-        metadata: everything stored in the mp4 beside the frames: version, model, request.
+        metadata: everything stored in the mp4 beside the frames: version, model, request, notices.
+        notices: what was degraded or retried on the way, and why.
     """
 
     frames: np.ndarray
@@ -31,6 +32,7 @@ class Video:
     fps: float
     request: Request
     metadata: dict[str, Any]
+    notices: tuple[str, ...] = ()
 
     @property
     def size(self) -> Size:
@@ -57,6 +59,7 @@ class VideoFile:
         seconds: duration of the whole generation.
         latents: float32 (128, f, h, w) on the CPU, normalised.
         request: the request with the model's defaults.
+        notices: see `Video`.
     """
 
     path: Path
@@ -66,3 +69,4 @@ class VideoFile:
     seconds: float
     latents: Tensor
     request: Request
+    notices: tuple[str, ...] = ()

@@ -36,6 +36,8 @@ class Plan:
         free_bytes: bytes on the device that the request may take.
         stages: in the order they run.
         cached_components: components that stay in memory for the next request.
+        to_fetch: names of the components that are not on disk, and the bytes of each; None where they are not known.
+        notes: what the plan had to assume.
     """
 
     device: str
@@ -43,6 +45,13 @@ class Plan:
     free_bytes: int
     stages: tuple[StagePlan, ...]
     cached_components: frozenset[str] = frozenset()
+    to_fetch: tuple[tuple[str, int | None], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes_to_fetch(self) -> int:
+        """Bytes of the components that are not on disk."""
+        return sum(size or 0 for _, size in self.to_fetch)
 
     @property
     def peak_bytes(self) -> int:
@@ -60,8 +69,15 @@ class Plan:
         return stage.placement.device_bytes + _cached_bytes(earlier, stage.component, self.cached_components)
 
     def stage(self, name: str) -> StagePlan:
-        """Returns the plan of the stage of that name."""
-        return next(stage for stage in self.stages if stage.stage == name)
+        """Returns the plan of the stage of that name.
+
+        Raises:
+            KeyError: the plan has no such stage.
+        """
+        for stage in self.stages:
+            if stage.stage == name:
+                return stage
+        raise KeyError(f"the plan has no stage {name}, only {', '.join(stage.stage for stage in self.stages)}")
 
     def with_fallback(self, stage: str) -> Plan | None:
         """Returns the plan with the next placement of a stage that takes fewer bytes and with no cached components.
@@ -78,8 +94,11 @@ class Plan:
         return replace(self, stages=stages, cached_components=frozenset())
 
     def reasons(self) -> list[str]:
-        """Returns a line per stage that is not in its default placement, and says why."""
-        lines = []
+        """Returns lines: what is to be fetched, what was assumed, and why stages lack their default placement."""
+        lines = [*self.notes]
+        if self.to_fetch:
+            names = ", ".join(name for name, _ in self.to_fetch)
+            lines.insert(0, f"fetch: {format_bytes(self.bytes_to_fetch)} are not on disk: {names}")
         for stage in self.stages:
             reason = stage.placement.reason
             if stage.rejected_placement is not None:
@@ -101,6 +120,7 @@ class Plan:
             "peak_bytes": self.peak_bytes,
             "seconds": round(self.seconds, 1),
             "cached_components": sorted(self.cached_components),
+            "bytes_to_fetch": self.bytes_to_fetch,
             "reasons": self.reasons(),
             "stages": [
                 {

@@ -156,9 +156,7 @@ class Planner:
         return [streamed] if self.on_cpu or offload == OFFLOAD_BLOCKS else [resident, streamed]
 
     def _encode_options(self) -> StageOptions:
-        vae = self.spec.vae_checkpoint
-        config = vae.info.vae
-        assert config is not None
+        config = self.spec.vae_config
         grids = [grid for grids in self.workload.encode_grids for grid in grids]
         # The encoder's convolutions compute pairs of frames: a still image is then a single product.
         winograd_frames = F23 if should_prepack_convs(self.dtype, self.device) else 0
@@ -189,8 +187,7 @@ class Planner:
         return f"the transformer also sees reference tokens of controls: {counts}"
 
     def _decode_options(self) -> StageOptions:
-        config = self.spec.vae_checkpoint.info.vae
-        assert config is not None
+        config = self.spec.vae_config
         grid, backend = self.workload.passes[-1].grid, backends.conv_backend(self.dtype, self.device)
         flops, placements = vae_decoder_flops(config, grid), []
         for chunk_frames, winograd_frames in self._decode_chunkings():
@@ -239,7 +236,7 @@ class Planner:
     def _upscale_options(self) -> StageOptions:
         """Returns one placement: the memory of the largest upscaler, the time of all."""
         grid, largest = self.workload.passes[0].grid, Placement(dtype="float32")
-        for checkpoint in self.spec.upscaler_checkpoints.values():
+        for checkpoint in self.spec.upscalers(has_two_passes=True).values():
             config, source = checkpoint.info.upscaler, checkpoint.sources["upscaler"]
             assert config is not None
             weights = weight_bytes(source, torch.float32, CONVERTED)
@@ -298,7 +295,6 @@ class Planner:
             bytes_read = source.size_bytes * (len(resolved_pass.step_guidance) if option.is_streamed else 1)
             backend = self._matmul_backend(option)
             placements.append(self._placement(option, weights, workspace_bytes, flops, bytes_read, backend))
-        assert self.spec.transformer_config_of(pass_index).num_layers
         return StageOptions(
             stage=PASS_STAGES[pass_index],
             component=self.spec.transformer_component(pass_index),

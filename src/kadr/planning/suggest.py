@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import copy
 from dataclasses import replace
 
 from kadr.errors import PlanError
@@ -11,7 +10,7 @@ from kadr.planning.planner import Planner
 from kadr.planning.workload import WindowWorkload, Workload
 from kadr.quant.weight_formats import INT8
 from kadr.request.passes import ResolvedPass
-from kadr.request.request import Request
+from kadr.request.resolved_request import ResolvedRequest
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, Size, snap_frames
 from kadr.spec.model import ModelSpec
 from kadr.spec.offload import OFFLOAD_AUTO
@@ -20,7 +19,7 @@ from kadr.spec.weights import is_quantized
 Fits = Callable[[ModelSpec, Workload], bool]
 
 
-def suggest_smaller(spec: ModelSpec, workload: Workload, request: Request, *, cached: int = 0) -> str:
+def suggest_smaller(spec: ModelSpec, workload: Workload, request: ResolvedRequest, *, cached: int = 0) -> str:
     """Returns a sentence with the settings that would fit, and with the nearest smaller request that would.
 
     Args:
@@ -59,19 +58,17 @@ def _lighter_settings(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
     ):
         if quant != spec.quant and is_stored_quantized:
             continue
-        lighter_spec = copy(spec)
-        lighter_spec.offload, lighter_spec.quant = offload, quant
         if (offload, quant) != (spec.offload, spec.quant):
-            yield flags, lighter_spec
+            yield flags, replace(spec, offload=offload, quant=quant)
 
 
-def _shorter_window(spec: ModelSpec, workload: Workload, request: Request, fits: Fits) -> str | None:
+def _shorter_window(spec: ModelSpec, workload: Workload, request: ResolvedRequest, fits: Fits) -> str | None:
     """Returns the flag of the longest window with which a long video fits; None if none does."""
     if request.windows is None:
         return None
-    assert request.windows.frames is not None
-    assert request.windows.overlap is not None
-    for frames in range(request.windows.frames - TEMPORAL_COMPRESSION, request.windows.overlap, -TEMPORAL_COMPRESSION):
+    length, overlap = request.windows.latent_frames
+    for latent_frames in range(length - 1, overlap, -1):
+        frames = (latent_frames - 1) * TEMPORAL_COMPRESSION + 1
         windows = tuple(
             replace(
                 window, resolved_pass=replace(window.resolved_pass, frames=min(window.resolved_pass.frames, frames))
@@ -83,7 +80,7 @@ def _shorter_window(spec: ModelSpec, workload: Workload, request: Request, fits:
     return None
 
 
-def _smaller_request(spec: ModelSpec, workload: Workload, request: Request, fits: Fits) -> str | None:
+def _smaller_request(spec: ModelSpec, workload: Workload, request: ResolvedRequest, fits: Fits) -> str | None:
     """Returns the flags of the nearest request that fits: fewer frames at this size, or else a smaller size."""
     for size, frames in _smaller_sizes(request):
         passes = tuple(_resize_pass(resolved_pass, size, frames, request) for resolved_pass in workload.passes)
@@ -93,10 +90,8 @@ def _smaller_request(spec: ModelSpec, workload: Workload, request: Request, fits
     return None
 
 
-def _smaller_sizes(request: Request) -> Iterator[tuple[Size, int]]:
+def _smaller_sizes(request: ResolvedRequest) -> Iterator[tuple[Size, int]]:
     """Yields smaller sizes and frame counts, the nearest first."""
-    assert isinstance(request.size, Size)
-    assert request.frames is not None
     size, frames = request.size, request.frames
     if request.windows is None:
         for count in range(snap_frames(frames) - TEMPORAL_COMPRESSION, frames // 2, -TEMPORAL_COMPRESSION):
@@ -113,8 +108,7 @@ def _smaller_sizes(request: Request) -> Iterator[tuple[Size, int]]:
             yield smaller, count
 
 
-def _resize_window(window: WindowWorkload, size: Size, request: Request) -> WindowWorkload:
-    assert request.frames is not None
+def _resize_window(window: WindowWorkload, size: Size, request: ResolvedRequest) -> WindowWorkload:
     resolved_pass = _resize_pass(window.resolved_pass, size, request.frames, request)
     before, after = window.resolved_pass.grid.num_tokens, resolved_pass.grid.num_tokens
     condition_tokens, reference_tokens = (
@@ -125,9 +119,8 @@ def _resize_window(window: WindowWorkload, size: Size, request: Request) -> Wind
     )
 
 
-def _resize_pass(resolved_pass: ResolvedPass, size: Size, frames: int, request: Request) -> ResolvedPass:
+def _resize_pass(resolved_pass: ResolvedPass, size: Size, frames: int, request: ResolvedRequest) -> ResolvedPass:
     """Scales a pass by the ratio of a smaller request to the original one."""
-    assert isinstance(request.size, Size)
     sides = (
         max(SPATIAL_COMPRESSION, side * new // old // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION)
         for side, new, old in (
@@ -135,7 +128,6 @@ def _resize_pass(resolved_pass: ResolvedPass, size: Size, frames: int, request: 
             (resolved_pass.size.height, size.height, request.size.height),
         )
     )
-    assert request.frames is not None
     return replace(
         resolved_pass, size=Size(*sides), frames=snap_frames(max(1, resolved_pass.frames * frames // request.frames))
     )

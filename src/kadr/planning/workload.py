@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from kadr.request.pass_media import PassCondition, PassMedia
 from kadr.request.passes import ResolvedPass
+from kadr.request.resolved_request import ResolvedRequest
+from kadr.request.windows import Windows
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import LatentGrid
 
@@ -63,3 +67,80 @@ class WindowWorkload:
     condition_tokens: int
     has_conditions: bool
     reference_tokens: int = 0
+
+
+def build_workload(
+    resolved: ResolvedRequest,
+    *,
+    prompt_tokens: tuple[int, ...],
+    prompts_to_encode: int,
+    stages: Collection[str] = (),
+) -> Workload:
+    """Returns the workload of a resolved request.
+
+    Args:
+        prompt_tokens: number of tokens of each of `ResolvedRequest.all_prompts`, or an upper bound.
+        prompts_to_encode, stages: see `Workload`.
+    """
+    return Workload(
+        passes=resolved.passes,
+        prompts_to_encode=prompts_to_encode if not stages or "text" in stages else 0,
+        prompt_tokens=prompt_tokens,
+        encode_grids=tuple(_encode_grids(resolved, pass_index) for pass_index in range(len(resolved.passes))),
+        condition_tokens=tuple(
+            sum(condition.num_appended_tokens for condition in conditions) for conditions in _conditions(resolved)
+        ),
+        reference_tokens=() if resolved.spans else tuple(map(_count_reference_tokens, _media(resolved))),
+        has_conditions=tuple(map(bool, _conditions(resolved))),
+        guidance_batch=resolved.guidance_batch,
+        step_cache=resolved.step_cache,
+        stages=frozenset(stages),
+        windows=_window_workloads(resolved, resolved.windows, prompt_tokens),
+    )
+
+
+def _conditions(resolved: ResolvedRequest) -> tuple[tuple[PassCondition, ...], ...]:
+    """Returns the conditions of each pass."""
+    return resolved.conditions_by_pass or ((),) * len(resolved.passes)
+
+
+def _media(resolved: ResolvedRequest) -> tuple[PassMedia, ...]:
+    """Returns the media of each pass or window."""
+    return resolved.media or (PassMedia(),) * len(resolved.window_passes or resolved.passes)
+
+
+def _encode_grids(resolved: ResolvedRequest, pass_index: int) -> tuple[LatentGrid, ...]:
+    """Returns the latent grids of everything encoded for a pass; of a long video, for all its windows."""
+    media = _media(resolved) if resolved.spans else (_media(resolved)[pass_index],)
+    input_videos = [item.input_video.grid for item in media if item.input_video is not None]
+    references = [control.grid for item in media for control in item.controls]
+    return (*(condition.grid for condition in _conditions(resolved)[pass_index]), *references, *input_videos)
+
+
+def _count_reference_tokens(media: PassMedia) -> int:
+    return sum(control.grid.num_tokens for control in media.controls)
+
+
+def _window_workloads(
+    resolved: ResolvedRequest, windows: Windows | None, prompt_tokens: tuple[int, ...]
+) -> tuple[WindowWorkload, ...]:
+    if windows is None:
+        return ()
+    workloads = []
+    for resolved_pass, media in zip(resolved.window_passes, _media(resolved), strict=True):
+        index, grid = resolved_pass.window_index, resolved_pass.grid
+        guide_frames = (windows.latent_frames[1] if index else 0) + bool(windows.anchor_strength)
+        workloads.append(
+            WindowWorkload(
+                resolved_pass=resolved_pass,
+                prompt_tokens=(
+                    prompt_tokens[resolved.prompt_index(index)],
+                    *prompt_tokens[-1:] * resolved.uses_cfg,
+                ),
+                condition_tokens=sum(condition.num_appended_tokens for condition in media.conditions)
+                + guide_frames * grid.height * grid.width,
+                has_conditions=bool(media.conditions) or guide_frames > 0,
+                reference_tokens=_count_reference_tokens(media),
+            )
+        )
+    return tuple(workloads)

@@ -6,17 +6,19 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TypeVar
 
 from kadr.errors import KadrWarning, RequestError
 from kadr.models.registry import Release
 from kadr.request.request import Request
+from kadr.request.windows import Span
 from kadr.sampling.schedules import Schedule, explicit_sigmas
 from kadr.sampling.settings import Pass, StepGuidance
 from kadr.sampling.step_cache import MIN_STEPS, StepCache
 from kadr.shapes import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, LatentGrid, Size, snap_frames
 from kadr.spec.model import Upscaling
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class ResolvedPass:
         size: in pixels, multiples of 32.
         frames: 8k+1.
         fps: frame rate of the positions.
-        sigmas: fp32 (S), on the CPU.
+        sigmas: fp32 values, decreasing, without the final 0.
         step_guidance: guidance of each step.
         window_index, window_count: index of the window, from 0, and number of windows. For a pass in windows as a
             whole: 0, the number of windows, and the sigmas of the first one.
@@ -42,7 +44,7 @@ class ResolvedPass:
     size: Size
     frames: int
     fps: float
-    sigmas: Tensor
+    sigmas: tuple[float, ...]
     step_guidance: tuple[StepGuidance, ...]
     window_index: int = 0
     window_count: int = 1
@@ -84,24 +86,20 @@ def resolve_passes(
         RequestError: the model does not allow the sigmas, there are too few steps, or the size is too small for two
             passes.
     """
-    assert isinstance(request.size, Size)
-    assert request.frames is not None
-    assert request.fps is not None
-    size, frames, first = request.size.snap(), snap_frames(request.frames), request.first_pass()
+    requested_size, fps, first = known_size(request), known(request.fps), request.first_pass()
+    size, frames = requested_size.snap(), snap_frames(known(request.frames))
     if request.windows is not None:
         return (replace(resolve_window_passes(request, schedules[0])[0], frames=frames),)
     if not request.multi_scale:
-        return (_resolve_pass(1, first, size, frames, request.fps, schedules[0], _max_first_sigma(request)),)
-    assert request.second_pass is not None
-    assert request.downscale_factor is not None
+        return (_resolve_pass(1, first, size, frames, fps, schedules[0], _max_first_sigma(request)),)
     first_size, second_size = (
-        _two_pass_sizes(request.size, request.downscale_factor) if upscaling.spatial else (size, size)
+        _two_pass_sizes(requested_size, known(request.downscale_factor)) if upscaling.spatial else (size, size)
     )
     first_frames, second_frames = _two_pass_frames(frames) if upscaling.temporal else (frames, frames)
-    first_fps = request.fps / 2 if upscaling.temporal else request.fps
+    first_fps = fps / 2 if upscaling.temporal else fps
     return (
         _resolve_pass(1, first, first_size, first_frames, first_fps, schedules[0], _max_first_sigma(request)),
-        _resolve_pass(2, request.second_pass, second_size, second_frames, request.fps, schedules[1], None),
+        _resolve_pass(2, known(request.second_pass), second_size, second_frames, fps, schedules[1], None),
     )
 
 
@@ -111,17 +109,15 @@ def resolve_window_passes(request: Request, schedule: Schedule) -> tuple[Resolve
     Raises:
         RequestError: as `resolve_passes`.
     """
-    if request.windows is None:
+    spans = window_spans(request)
+    if not spans:
         return ()
-    assert isinstance(request.size, Size)
-    assert request.frames is not None
-    assert request.fps is not None
-    size, spans = request.size.snap(), request.windows.spans(request.frames)
+    size, fps = known_size(request).snap(), known(request.fps)
     by_frames: dict[int, ResolvedPass] = {}  # all windows but the last have the same length
     for span in spans:
         if span.frames not in by_frames:
             by_frames[span.frames] = _resolve_pass(
-                1, request.first_pass(), size, span.frames, request.fps, schedule, _max_first_sigma(request)
+                1, request.first_pass(), size, span.frames, fps, schedule, _max_first_sigma(request)
             )
     # If the schedule depends on the number of tokens, the last window may have more steps.
     passes = [by_frames[span.frames] for span in spans]
@@ -137,6 +133,23 @@ def resolve_window_passes(request: Request, schedule: Schedule) -> tuple[Resolve
         )
         for index, (window_pass, span) in enumerate(zip(passes, spans, strict=True))
     )
+
+
+def window_spans(request: Request) -> tuple[Span, ...]:
+    """Returns the windows of a completed request; () for a video in one piece."""
+    return () if request.windows is None else request.windows.spans(known(request.frames))
+
+
+def known(value: T | None) -> T:
+    """Returns a field of a request that `request.complete.complete_request` has filled."""
+    assert value is not None
+    return value
+
+
+def known_size(request: Request) -> Size:
+    """Returns the size of a request; a pair that it was given as is a `Size` since its creation."""
+    assert isinstance(request.size, Size)
+    return request.size
 
 
 def noise_stream_name(resolved_pass: ResolvedPass, name: str) -> str:
@@ -159,24 +172,23 @@ def _resolve_pass(
 ) -> ResolvedPass:
     sigmas = _pass_sigmas(settings, schedule, LatentGrid.for_video(size, frames).num_tokens)
     if max_sigma is not None:
-        allowed_sigmas = sigmas[sigmas <= max_sigma + 1e-6]
-        if not len(allowed_sigmas):
-            lowest = math.ceil(float(sigmas[-1]) * 1e4) / 1e4  # rounded up: below the sigma, it would not help
+        allowed_sigmas = tuple(sigma for sigma in sigmas if sigma <= max_sigma + 1e-6)
+        if not allowed_sigmas:
+            lowest = math.ceil(sigmas[-1] * 1e4) / 1e4  # rounded up: below the sigma, it would not help
             raise RequestError(
                 f"denoise_strength is {max_sigma:g}, below every sigma of the schedule; the lowest is {lowest:g}. "
                 "Give at least that, or more steps."
             )
         sigmas = allowed_sigmas
-    step_guidance = tuple(settings.guidance.at_sigma(float(sigma)) for sigma in sigmas)
+    step_guidance = tuple(settings.guidance.at_sigma(sigma) for sigma in sigmas)
     return ResolvedPass(number, settings, size, frames, fps, sigmas, step_guidance)
 
 
-def _pass_sigmas(settings: Pass, schedule: Schedule, tokens: int) -> Tensor:
+def _pass_sigmas(settings: Pass, schedule: Schedule, tokens: int) -> tuple[float, ...]:
     if settings.sigmas is not None:
-        return schedule.check_allowed(explicit_sigmas(settings.sigmas))
-    assert settings.steps is not None
+        return tuple(schedule.check_allowed(explicit_sigmas(settings.sigmas)).tolist())
     skipped = {"skip_initial": settings.skip_initial, "skip_final": settings.skip_final}
-    return schedule.get_sigmas(settings.steps, tokens=tokens, **skipped)
+    return tuple(schedule.get_sigmas(known(settings.steps), tokens=tokens, **skipped).tolist())
 
 
 def _two_pass_sizes(requested_size: Size, downscale_factor: float) -> tuple[Size, Size]:
@@ -227,7 +239,7 @@ def check_first_sigma(resolved_pass: ResolvedPass, *, has_init_latents: bool) ->
             f"skip_initial is {resolved_pass.settings.skip_initial}, but there is nothing to start from. Leave it out, "
             "or give an input video."
         )
-    if has_init_latents and float(resolved_pass.sigmas[0]) >= 1:
+    if has_init_latents and resolved_pass.sigmas[0] >= 1:
         raise RequestError(
             "there is an input video or initial latents, but the first sigma is 1: nothing of them would remain. "
             "Give a denoise strength below 1, or skip initial steps."
@@ -235,9 +247,13 @@ def check_first_sigma(resolved_pass: ResolvedPass, *, has_init_latents: bool) ->
 
 
 def warn_distilled_guidance(
-    resolved_pass: ResolvedPass, name: str, schedule: Schedule, release: Release | None
+    resolved_pass: ResolvedPass, name: str, release: Release | None, schedule: Schedule
 ) -> None:
-    """Warns where guidance is requested of a distilled model."""
+    """Warns where guidance is requested of a distilled model.
+
+    Args:
+        name, release: of the model; see `spec.model.ModelSpec.names_and_releases`.
+    """
     is_distilled = schedule.allowed_sigmas is not None or (release is not None and release.is_distilled)
     if is_distilled and resolved_pass.uses_cfg:
         warnings.warn(

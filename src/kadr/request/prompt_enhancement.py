@@ -9,11 +9,11 @@ from dataclasses import replace
 from PIL import Image
 
 from kadr.errors import EnhanceError, KadrWarning
-from kadr.media.clip import read_video
+from kadr.media.clip import ClipReader, read_video
 from kadr.media.image import load_image
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
-from kadr.request.resolved_conditions import open_condition_clip
+from kadr.request.resolved_media import resolve_condition_clip
 from kadr.request.windows import PROMPT_SEPARATOR
 from kadr.text.chat_messages import ChatImage
 from kadr.text.enhance import Enhancer
@@ -64,7 +64,8 @@ def condition_images(request: Request) -> tuple[ChatImage, ...]:
 def _first_image(condition: Condition) -> Image.Image:
     """Returns a condition's image, or the first frame of the range of its clip."""
     if condition.is_clip:
-        return Image.fromarray(next(iter(open_condition_clip(condition))))
+        first = resolve_condition_clip(condition.media, condition.frame_range).frame_indices[0]
+        return Image.fromarray(next(iter(ClipReader.open(condition.media, first + 1).select([first]))))
     return load_image(condition.media)
 
 

@@ -1,139 +1,121 @@
-"""Resolving a request: every field that it leaves out is filled from the recipe of its model."""
+"""Resolving a request for a model: from the request, the model's spec and the headers of its media alone.
+
+Nothing here loads a weight, decodes a pixel or uses the network.
+"""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
-from kadr.errors import KadrWarning, RequestError
-from kadr.media.clip import probe_video
-from kadr.media.image import DEFAULT_IMAGE_CRF
-from kadr.models.registry import Recipe, Release
-from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
-from kadr.request.windows import check_prompt_count
-from kadr.sampling.settings import Pass
-
-PASS_DEFAULTS = Pass(stochastic=False, tone_map=0.0)  # where neither request nor recipe has a value
-
-
-def resolve(request: Request, recipe: Recipe) -> Request:
-    """Returns the request with nothing left open: what it leaves out is taken from the recipe.
-
-    Length and frame rate are taken from an input video instead, where there is one. Windows are dropped where a single
-    one covers the whole video.
-
-    Raises:
-        RequestError: two passes are requested, and neither the request nor the recipe defines the second.
-        MediaError: the input video cannot be read.
-    """
-    if request.input_video is not None:
-        request = _with_input_video_defaults(request)
-    if request.windows is not None:
-        request = _with_window_defaults(request, recipe)
-    default_multi_scale = recipe.multi_scale if request.second_pass is None else True
-    multi_scale = default_multi_scale if request.multi_scale is None else request.multi_scale
-    if request.second_pass is not None and not multi_scale:
-        raise RequestError("settings of a second pass are given, but a single pass is requested. Drop one of the two.")
-    first, second = _pass_settings(request, recipe, multi_scale)
-    resolved = request.with_defaults(
-        {
-            "size": recipe.size,
-            "frames": recipe.frames,
-            "fps": recipe.fps,
-            "multi_scale": multi_scale,
-            "downscale_factor": recipe.downscale_factor,
-            "negative_prompt": recipe.negative_prompt,
-            "image_noise": recipe.image_noise,
-            "image_crf": DEFAULT_IMAGE_CRF,
-            "decode_timestep": recipe.decode_timestep,
-            "decode_noise": recipe.decode_noise,
-        }
-    ).with_passes(first, second)
-    return _with_denoise_strength(resolved)
+from kadr.request.complete import complete_request, warn_single_pass
+from kadr.request.pass_media import (
+    PassMedia,
+    check_inside_windows,
+    pass_conditions,
+    pass_control,
+    pass_input_video,
+    window_conditions,
+)
+from kadr.request.passes import (
+    ResolvedPass,
+    check_skip_blocks,
+    known,
+    known_size,
+    resolve_passes,
+    resolve_window_passes,
+    warn_distilled_guidance,
+    warn_step_cache,
+    window_spans,
+)
+from kadr.request.request import Request
+from kadr.request.resolved_conditions import resolve_conditions
+from kadr.request.resolved_controls import resolve_controls
+from kadr.request.resolved_media import resolve_input_video
+from kadr.request.resolved_request import ResolvedRequest
+from kadr.shapes import snap_frames
+from kadr.spec.model import ModelSpec
 
 
-def with_second_model(recipe: Recipe, second_model: Release | None) -> Recipe:
-    """Returns the recipe with the second pass of another model's recipe, if that has one."""
-    if second_model is None or second_model.recipe.second_pass is None:
-        return recipe
-    return replace(recipe, second_pass=second_model.recipe.second_pass, multi_scale=True)
-
-
-def _pass_settings(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:
-    if not multi_scale:
-        single_pass = request.first_pass().with_defaults(recipe.single_pass or recipe.first_pass)
-        return single_pass.with_defaults(PASS_DEFAULTS), None
-    if request.second_pass is None and recipe.second_pass is None:
-        raise RequestError(
-            "two passes are requested, but this model's recipe has only one. Define the second with --second-steps or "
-            "--second-sigmas."
-        )
-    requested = (request.second_pass or Pass()).with_defaults(Pass(tone_map=request.tone_map))
-    second = requested.with_defaults(recipe.second_pass or Pass()).with_defaults(PASS_DEFAULTS)
-    if second.steps is None and second.sigmas is None:
-        raise RequestError("the second pass has neither steps nor sigmas. Give --second-steps or --second-sigmas.")
-    if (second.sigmas is None and not second.skip_initial) or (second.sigmas and second.sigmas[0] >= 1):
-        raise RequestError(
-            "the second pass begins at sigma 1: nothing of the first would remain. Give it sigmas that begin below 1, "
-            "or skip initial steps."
-        )
-    return request.first_pass().with_defaults(recipe.first_pass).with_defaults(PASS_DEFAULTS), second
-
-
-def _with_input_video_defaults(request: Request) -> Request:
-    """Returns the request with the length and frame rate of its input video, where it leaves them out."""
-    assert request.input_video is not None
-    frames, fps = probe_video(request.input_video)
-    return request.with_defaults({"frames": frames, "fps": float(fps)})
-
-
-def _with_window_defaults(request: Request, recipe: Recipe) -> Request:
-    """Returns the request with its windows and their number resolved.
-
-    Raises:
-        RequestError: two passes are requested, or there are more prompts than windows.
-    """
-    assert request.windows is not None
-    first_frames = (0,) if request.frames is None else (0, -request.frames)
-    has_anchor_image = any(
-        condition.frame in first_frames and not condition.is_clip and condition.box is None
-        for condition in request.conditions
-    )
-    windows = request.windows.with_defaults(recipe.frames, has_anchor_image=has_anchor_image)
-    prompts = request.prompts
-    frames = request.frames or (windows.total_frames(len(prompts)) if len(prompts) > 1 else recipe.frames)
-    count = len(windows.spans(frames))
-    check_prompt_count(prompts, count)
-    if count == 1:
-        return replace(request, windows=None, frames=frames)
-    if request.multi_scale or request.second_pass is not None:
-        raise RequestError(
-            f"{count} windows and two passes are requested, but windows are sampled in one pass. Give --single-pass "
-            "and no settings of a second pass, or no windows."
-        )
-    return replace(request, windows=windows, frames=frames, multi_scale=False)
-
-
-def warn_single_pass(original: Request, request: Request, recipe: Recipe) -> None:
-    """Warns where windows replace a recipe's two passes.
+def resolve(request: Request, spec: ModelSpec, *, with_media: bool = True) -> ResolvedRequest:
+    """Returns the request with nothing left open for this model. Deterministic, and reads no more than headers.
 
     Args:
-        original: the request before it was resolved.
-        request: the resolved request.
+        with_media: resolve conditions, controls and input video; decoding alone does not need them.
+
+    Raises:
+        RequestError: the request does not fit this model.
+        MediaError: the header of an image or clip cannot be read.
+        CheckpointError: the request has two passes, but there is no upscaler.
     """
-    if request.windows is not None and recipe.multi_scale and original.multi_scale is None:
-        warnings.warn(
-            "this model's recipe has two passes, but windows are sampled in one pass, at the full size. Pass "
-            "--single-pass to silence this warning.",
-            KadrWarning,
-            stacklevel=2,
+    completed = complete_request(request, spec.recipe)
+    warn_single_pass(request, completed, spec.recipe)
+    upscaling = spec.upscaling(has_two_passes=bool(completed.multi_scale))
+    passes = resolve_passes(completed, spec.schedules, upscaling=upscaling)
+    lora_strengths = _check_passes(passes, completed, spec)
+    window_passes = resolve_window_passes(completed, spec.schedules[0])
+    return ResolvedRequest(
+        request=completed,
+        prompts=completed.prompts,
+        negative_prompt=known(completed.negative_prompt),
+        size=known_size(completed),
+        frames=known(completed.frames),
+        fps=float(known(completed.fps)),
+        seed=completed.seed,
+        passes=passes,
+        windows=completed.windows,
+        window_passes=window_passes,
+        spans=window_spans(completed),
+        **(_resolve_media(completed, passes, window_passes, spec) if with_media else {}),
+        lora_strengths=lora_strengths,
+        image_noise=float(known(completed.image_noise)),
+        image_crf=known(completed.image_crf),
+        decode_timestep=float(known(completed.decode_timestep)),
+        decode_noise=float(known(completed.decode_noise)),
+        guidance_batch=completed.guidance_batch,
+        step_cache=completed.step_cache,
+    )
+
+
+def _check_passes(passes: Sequence[ResolvedPass], request: Request, spec: ModelSpec) -> tuple[tuple[float, ...], ...]:
+    """Refuses passes that this model cannot run, warns of unwise ones, and returns the strengths of LoRAs in each."""
+    strengths = []
+    for pass_index, resolved_pass in enumerate(passes):
+        check_skip_blocks(resolved_pass, spec.transformer_config_of(pass_index).num_layers)
+        warn_step_cache(resolved_pass, request.step_cache)
+        warn_distilled_guidance(resolved_pass, *spec.names_and_releases[pass_index], spec.schedules[pass_index])
+        strengths.append(spec.loras.strengths(pass_index, request.lora_strengths))
+    spec.loras.check_merge(len(passes), spec.transformer_checkpoints)
+    return tuple(strengths)
+
+
+def _resolve_media(
+    request: Request, passes: Sequence[ResolvedPass], window_passes: Sequence[ResolvedPass], spec: ModelSpec
+) -> dict[str, Any]:
+    """Returns the fields of a `ResolvedRequest` that its images and clips decide."""
+    size, frames, fps, spans = known_size(request), known(request.frames), known(request.fps), window_spans(request)
+    conditions = resolve_conditions(request.conditions, frames)
+    if spans:
+        check_inside_windows(conditions, spans)
+    controls = resolve_controls(request.controls, frames)
+    downscale = spec.loras.reference_downscale(request.lora_strengths) if controls else 1
+    path = request.input_video
+    input_video = None if path is None else resolve_input_video(path, frames, snap_frames(frames))
+    by_pass = tuple(pass_conditions(conditions, size, fps, resolved_pass) for resolved_pass in passes)
+    by_window = tuple(window_conditions(by_pass[0], span) for span in spans) or by_pass
+    media = tuple(
+        PassMedia(
+            in_pass,
+            pass_input_video(input_video, size, fps, resolved_pass),
+            tuple(pass_control(control, size, fps, resolved_pass, downscale) for control in controls),
         )
-
-
-def _with_denoise_strength(request: Request) -> Request:
-    """Returns the request with a denoise strength, if it has an input video and no other choice of the first sigma."""
-    if request.input_video is None or request.denoise_strength is not None:
-        return request
-    if request.skip_initial or (request.sigmas and request.sigmas[0] < 1):
-        return request
-    return replace(request, denoise_strength=DEFAULT_DENOISE_STRENGTH)
+        for in_pass, resolved_pass in zip(by_window, window_passes or passes, strict=True)
+    )
+    return {
+        "conditions": conditions,
+        "controls": controls,
+        "input_video": input_video,
+        "conditions_by_pass": by_pass,
+        "media": media,
+        "reference_downscale": downscale,
+    }

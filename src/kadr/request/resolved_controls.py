@@ -1,4 +1,4 @@
-"""Controls resolved for a video: their clips are opened, and checked against its length.
+"""Controls resolved for a video: their clips are checked against its length.
 
 A control becomes reference tokens: its clip is encoded at the size of the pass, and its latents stand beside the
 video's tokens, as an in-context LoRA was trained with.
@@ -7,18 +7,14 @@ video's tokens, as an in-context LoRA was trained with.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kadr.errors import KadrWarning, RequestError
-from kadr.media.clip import ClipReader, probe_video
 from kadr.media.control_maps import import_optional
-from kadr.media.image import load_image
 from kadr.request.inputs import CANNY, DEPTH, POSE, Control
 from kadr.request.request import Request
-from kadr.request.resolved_conditions import Frames, open_clip
+from kadr.request.resolved_media import ResolvedMedia
 from kadr.shapes import snap_frames
 
 # kind -> (module that draws its maps, extra of the package that installs it)
@@ -27,69 +23,61 @@ CONTROL_LIBRARIES = {CANNY: ("cv2", "control"), DEPTH: ("onnxruntime", "depth"),
 
 @dataclass(frozen=True)
 class ResolvedControl:
-    """A control whose clip exists, can be read and is long enough.
+    """A control whose clip exists and is long enough.
 
     Args:
-        frames: one for each sampled frame of the video; those of a clip are decoded when they are iterated over.
+        media: one frame for each sampled frame of the video.
     """
 
     control: Control
-    frames: Frames
-
-    def read_frames(self) -> Iterator[np.ndarray]:
-        """Yields each frame, uint8 (H, W, 3) RGB."""
-        for frame in self.frames:
-            yield frame if isinstance(frame, np.ndarray) else np.asarray(load_image(frame))
+    media: ResolvedMedia
 
 
-def resolve_controls(request: Request) -> list[ResolvedControl]:
-    """Opens all controls of a request whose frames are known.
+def resolve_controls(controls: Sequence[Control], frames: int) -> tuple[ResolvedControl, ...]:
+    """Returns the controls of a video of `frames` frames.
 
     Raises:
         MediaError: a file cannot be read.
         RequestError: a control is shorter than the video, or needs a library that is not installed.
     """
-    for control in request.controls:
+    for control in controls:
         if control.kind in CONTROL_LIBRARIES:
             import_optional(*CONTROL_LIBRARIES[control.kind])
-    return [_resolve_control(control, request) for control in request.controls]
+    return tuple(_resolve_control(control, frames) for control in controls)
 
 
-def _resolve_control(control: Control, request: Request) -> ResolvedControl:
-    assert request.frames is not None
+def _resolve_control(control: Control, frames: int) -> ResolvedControl:
     if control.is_clip:
-        return ResolvedControl(control, _open_control_clip(control, request.frames))
-    load_image(control.media)  # refuses a bad image here
-    if request.frames > 1:
+        return ResolvedControl(control, _resolve_control_clip(control, frames))
+    media = ResolvedMedia.from_image(control.media)
+    if frames > 1:
         raise RequestError(
-            f"{control.media} is an image, but the video has {request.frames} frames. Give a clip of at least as many, "
+            f"{control.media} is an image, but the video has {frames} frames. Give a clip of at least as many, "
             "or ask for one frame."
         )
-    return ResolvedControl(control, [control.media])
+    return ResolvedControl(control, media)
 
 
-def _open_control_clip(control: Control, frames: int) -> ClipReader:
-    """Opens a control's clip, one frame for each sampled frame of the video; its last frame is repeated if needed."""
-    sampled_frames = snap_frames(frames)
-    clip = open_clip(control.media, control.frame_range, max_frames=sampled_frames + 1)
+def _resolve_control_clip(control: Control, frames: int) -> ResolvedMedia:
+    """Returns one frame of a control's clip for each sampled frame of the video; its last is repeated if needed."""
+    clip, header = ResolvedMedia.from_clip(control.media, control.frame_range)
     if len(clip) < frames:
-        raise _short_clip_error(control, clip, frames)
+        raise _short_clip_error(control, len(clip), header.frames, frames)
     if len(clip) > frames:
         of_range = " of its frame range" if control.frame_range else ""
         _warn(
             f"{control.media} is longer than the {frames} frames of the video; only the first {frames}{of_range} are "
             "followed."
         )
-    return clip.select(min(frame, len(clip) - 1) for frame in range(sampled_frames))
+    return clip.select(min(frame, len(clip) - 1) for frame in range(snap_frames(frames)))
 
 
-def _short_clip_error(control: Control, clip: ClipReader, frames: int) -> RequestError:
-    count = probe_video(control.media)[0]
-    in_range = f", {len(clip)} of them in the frame range" if control.frame_range else ""
-    remedy = f"Ask for {len(clip)} or fewer" if len(clip) else "Choose another range"
+def _short_clip_error(control: Control, frames_in_range: int, clip_frames: int, frames: int) -> RequestError:
+    in_range = f", {frames_in_range} of them in the frame range" if control.frame_range else ""
+    remedy = f"Ask for {frames_in_range} or fewer" if frames_in_range else "Choose another range"
     return RequestError(
-        f"{control.media} has {count} frames{in_range}, but the video has {frames}: a control must be at least as "
-        f"long. {remedy}."
+        f"{control.media} has {clip_frames} frames{in_range}, but the video has {frames}: a control must be at least "
+        f"as long. {remedy}."
     )
 
 

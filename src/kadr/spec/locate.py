@@ -1,4 +1,4 @@
-"""Finds the files of a model by its name or path."""
+"""Finds the files of a model by name or path, without fetching anything; and fetches those of a release."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from kadr.models.registry import Release
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 CHECKPOINT_SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
+MODEL, SECOND_MODEL, VAE, UPSCALER, TEXT_ENCODER_ROLE = "model", "second model", "VAE", "upscaler", "text encoder"
+_KINDS = {
+    MODEL: ("model",),
+    SECOND_MODEL: ("model",),
+    VAE: ("model",),
+    UPSCALER: ("spatial upscaler", "temporal upscaler"),
+    TEXT_ENCODER_ROLE: ("text encoder",),
+    registry.LORA: (registry.LORA,),
+}
 _FLAGS = {
     "spatial upscaler": "--upscaler",
     "temporal upscaler": "--upscaler",
@@ -21,88 +30,85 @@ _FLAGS = {
 
 
 @dataclass(frozen=True)
-class LocatedModel:
-    """The files of a model.
+class ModelComponent:
+    """A component of a model, wherever it is.
 
     Args:
-        name: the name or path that was given.
-        text_encoder: None where none was given and none is beside the model; see `fetch_text_encoder`.
-        vae: None where the VAE is in `model`.
-        release: the registry's entry; None for a path, whose header decides.
+        role: "model", "second model", "VAE", "upscaler", "text encoder" or "LoRA".
+        name: the path or registry name that it was given by; "beside the model" for a text encoder there.
+        path: None where it is not on disk.
+        release: the registry's entry; None for a path.
+        strengths: of a LoRA, in the first and the second pass.
     """
 
+    role: str
     name: str
-    model: Path
-    text_encoder: Path | None
-    vae: Path | None
-    release: Release | None
+    path: Path | None
+    release: Release | None = None
+    strengths: tuple[float, float] | None = None
+
+    @property
+    def bytes_to_fetch(self) -> int | None:
+        """Bytes to fetch by the registry; 0 for what is on disk, None where the registry has no size."""
+        if self.path is not None:
+            return 0
+        return None if self.release is None else self.release.size_bytes
 
 
-def locate(model: str | Path, *, text_encoder: str | Path | None = None, vae: str | Path | None = None) -> LocatedModel:
-    """Finds the files of a model; a named file that is not on disk is fetched from the hub.
-
-    Args:
-        text_encoder, vae: a path or a registry name, instead of the model's own.
+def locate(name_or_path: str | Path, role: str) -> ModelComponent:
+    """Finds a component by name or path; a released one need not be on disk.
 
     Raises:
         RequestError: an unknown name, or the name of another kind of release.
-        CheckpointError: a path that does not exist, or a file that cannot be fetched.
+        CheckpointError: a path that does not exist.
     """
-    release = None if is_path(model) else registry.find_release(str(model))
-    if release is not None:
-        _require_model(release)
-    text_encoder_component = None if text_encoder is None else _find_component(text_encoder, "text encoder")
-    vae_component = None if vae is None else _find_component(vae, "model", "VAE")
-    if vae_component is None and release is not None and release.vae is not None:
-        vae_component = registry.RELEASES_BY_NAME[release.vae]
-    path = fetch_release(release) if release else _require_existing(model, "model")
-    return LocatedModel(
-        name=str(model),
-        model=path,
-        vae=_fetch_if_release(vae_component),
-        text_encoder=_fetch_if_release(text_encoder_component) or _text_encoder_beside(path),
-        release=release,
-    )
+    name = str(name_or_path)
+    if is_path(name_or_path):
+        return ModelComponent(role, name, _require_existing(name_or_path, role))
+    if role not in (MODEL, SECOND_MODEL, UPSCALER) and name not in registry.RELEASES_BY_NAME:
+        return ModelComponent(role, name, _require_existing(name_or_path, role))
+    release = registry.find_release(name)
+    if release.kind not in _KINDS[role]:
+        raise _wrong_kind_error(release, role)
+    return ModelComponent(role, name, find_release_on_disk(release), release)
 
 
-def fetch_text_encoder(release: Release | None) -> Path:
-    """Returns the text encoder of a model that has none beside it, fetched if it is not on disk.
+def _wrong_kind_error(release: Release, role: str) -> RequestError:
+    if role in (MODEL, SECOND_MODEL):
+        return RequestError(
+            f"{release.name} is a {release.kind}, not a model. Give it as {_FLAGS[release.kind]}, and a model "
+            "that `kadr models` lists."
+        )
+    if role == UPSCALER:
+        return RequestError(f"{release.name} is a {release.kind}, not an upscaler. `kadr models` lists upscalers.")
+    example = next(entry.name for entry in registry.RELEASES if entry.kind in _KINDS[role] and entry.repo is not None)
+    return RequestError(f"{release.name} is a {release.kind}; for the {role} give a path, or a name such as {example}.")
+
+
+def locate_release(name: str, role: str) -> ModelComponent:
+    """Returns a component that the registry names."""
+    release = registry.RELEASES_BY_NAME[name]
+    return ModelComponent(role, name, find_release_on_disk(release), release)
+
+
+def locate_text_encoder(
+    name_or_path: str | Path | None, model: ModelComponent, release: Release | None
+) -> ModelComponent:
+    """Finds the text encoder: the one that is named, else the one beside the model, else the registry's.
 
     Args:
         release: the model's; None for a model that is not in the registry.
 
     Raises:
-        CheckpointError: it cannot be fetched.
+        RequestError, CheckpointError: as `locate`.
     """
-    return fetch_release(registry.RELEASES_BY_NAME[(release and release.text_encoder) or registry.DEFAULT_TEXT_ENCODER])
-
-
-def fetch_upscaler(release: Release) -> Path:
-    """Returns the upscaler of a model's second pass, fetched if it is not on disk.
-
-    Raises:
-        CheckpointError: it cannot be fetched, or there is none.
-    """
-    if release.upscaler is None:
-        raise CheckpointError(f"no upscaler was released for {release.name}. Give one with --upscaler.")
-    return fetch_release(registry.RELEASES_BY_NAME[release.upscaler])
-
-
-def locate_lora(lora: str | Path) -> Path:
-    """Returns the file or folder of a LoRA given by path or registry name, fetched if it is not on disk.
-
-    Raises:
-        RequestError: the name is not a LoRA's.
-        CheckpointError: the path does not exist, or the file cannot be fetched.
-    """
-    located = _fetch_if_release(_find_component(lora, registry.LORA))
-    assert located is not None
-    return located
-
-
-def check_lora_name(lora: str | Path) -> None:
-    """Checks a LoRA's path or name like `locate_lora`, without fetching."""
-    _find_component(lora, registry.LORA)
+    if name_or_path is not None:
+        return locate(name_or_path, TEXT_ENCODER_ROLE)
+    if model.path is not None:
+        folder = model.path if model.path.is_dir() else model.path.parent
+        if (folder / "text_encoder").is_dir():
+            return ModelComponent(TEXT_ENCODER_ROLE, "beside the model", folder)
+    return locate_release((release and release.text_encoder) or registry.DEFAULT_TEXT_ENCODER, TEXT_ENCODER_ROLE)
 
 
 def fetch_release(release: Release) -> Path:
@@ -144,31 +150,6 @@ def _is_pattern(release: Release) -> bool:
     return "*" in release.file
 
 
-def _require_model(release: Release) -> None:
-    if release.kind != "model":
-        raise RequestError(
-            f"{release.name} is a {release.kind}, not a model. Give it as {_FLAGS[release.kind]}, and a model "
-            "that `kadr models` lists."
-        )
-
-
-def _find_component(name_or_path: str | Path, kind: str, label: str = "") -> Path | Release:
-    """Resolves a component to an existing path, or to a release of that kind."""
-    release = None if Path(name_or_path).exists() else registry.RELEASES_BY_NAME.get(str(name_or_path))
-    if release is None:
-        return _require_existing(name_or_path, label or kind)
-    if release.kind != kind:
-        example = next(entry.name for entry in registry.RELEASES if entry.kind == kind and entry.repo is not None)
-        raise RequestError(
-            f"{release.name} is a {release.kind}; for the {label or kind} give a path, or a name such as {example}."
-        )
-    return release
-
-
-def _fetch_if_release(component: Path | Release | None) -> Path | None:
-    return fetch_release(component) if isinstance(component, Release) else component
-
-
 def _require_existing(path: str | Path, label: str) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
@@ -176,9 +157,3 @@ def _require_existing(path: str | Path, label: str) -> Path:
             f"the {label} {path} does not exist. Give an existing path, or a name that `kadr models` lists."
         )
     return path
-
-
-def _text_encoder_beside(model: Path) -> Path | None:
-    """Returns the text encoder beside a model: in the model's folder, or in the folder of its file."""
-    folder = model if model.is_dir() else model.parent
-    return folder if (folder / "text_encoder").is_dir() else None

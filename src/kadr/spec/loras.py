@@ -1,9 +1,9 @@
-"""The opened LoRAs of a model: checked against it, with the strengths of each pass."""
+"""The LoRAs of a model: checked against it, with the strengths of each pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,42 +12,44 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.lora.file import REFERENCE_DOWNSCALE_KEY, LoraFile
 from kadr.errors import RequestError
 from kadr.models.lora_layers import LoraWeightsByLayer
-from kadr.spec.locate import check_lora_name, locate_lora
 from kadr.spec.lora import Lora, LoraStrength, refuse_merged_twice
 
 
+@dataclass(frozen=True)
 class Loras:
-    """The LoRAs of an engine.
+    """The LoRAs of a model: checked against it, with their default strengths.
 
     Args:
-        loras: see `Lora.parse`.
+        entries: as given.
+        files: their headers, in the same order.
         allow_partial: see `LoraFile.open`.
-        merge: add them to the weights when those are loaded, instead of computing them beside the weights.
+        is_merged: they are added to the weights when those are loaded, instead of computed beside the weights.
     """
 
-    def __init__(self, loras: Sequence[Any], *, allow_partial: bool = False, merge: bool = False) -> None:
-        if not isinstance(loras, list | tuple):
-            raise RequestError(f"loras is {loras!r}; it must be a list, such as [('style.safetensors', 0.8)].")
-        self.entries = tuple(Lora.parse(value) for value in loras)
-        self.files = tuple(LoraFile.open(locate_lora(lora.path), allow_partial=allow_partial) for lora in self.entries)
-        self.allow_partial, self.is_merged = allow_partial, merge and bool(self.entries)
+    entries: tuple[Lora, ...] = ()
+    files: tuple[LoraFile, ...] = ()
+    allow_partial: bool = False
+    is_merged: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.entries)
 
-    def check_fits(self, transformers: Sequence[Checkpoint]) -> None:
-        """Checks that they fit the transformers of both passes; `allow_partial` leaves out layers these lack.
+    def fit_to(self, transformers: Sequence[Checkpoint]) -> Loras:
+        """Returns the LoRAs for the transformers of both passes; `allow_partial` leaves out layers these lack.
 
         Raises:
             CheckpointError: one does not fit.
         """
+        files = self.files
         for checkpoint in {checkpoint.path: checkpoint for checkpoint in transformers}.values():
             config = checkpoint.info.transformer
-            assert config is not None
+            if config is None:
+                raise checkpoint.missing_component_error("transformer")
             if self.allow_partial:
-                self.files = tuple(file.without_missing_layers(config, checkpoint.path) for file in self.files)
-            for file in self.files:
+                files = tuple(file.without_missing_layers(config, checkpoint.path) for file in files)
+            for file in files:
                 file.check_fits(config, checkpoint.path)
+        return replace(self, files=files)
 
     def check_merge(self, num_passes: int, transformers: Sequence[Checkpoint]) -> None:
         """Checks that merged weights can have the strengths of every pass.
@@ -161,16 +163,15 @@ class Loras:
         return metadata | ({"merge_loras": True} if self.is_merged else {})
 
 
-def check_lora_names(loras: Any) -> None:
-    """Refuses LoRAs that do not exist, before gigabytes of a model are fetched for them.
+def parse_loras(loras: Any) -> tuple[Lora, ...]:
+    """Parses the LoRAs of `Engine.open`; see `Lora.parse`.
 
     Raises:
-        RequestError: a name is unknown, or not a LoRA's.
-        CheckpointError: a path does not exist.
+        RequestError: they are not a list of LoRAs.
     """
-    if isinstance(loras, list | tuple):
-        for value in loras:
-            check_lora_name(Lora.parse(value).path)
+    if not isinstance(loras, list | tuple):
+        raise RequestError(f"loras is {loras!r}; it must be a list, such as [('style.safetensors', 0.8)].")
+    return tuple(Lora.parse(value) for value in loras)
 
 
 def is_in_context(file: LoraFile) -> bool:

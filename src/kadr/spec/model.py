@@ -1,22 +1,28 @@
-"""A model opened by its headers: its components, and checks that they fit each other."""
+"""A model known from headers and the registry, and checks that its components fit each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.predict import predict_checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError
-from kadr.memory.device import pick_device, pick_dtype
+from kadr.models.registry import Recipe, Release
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
+from kadr.models.vae import VAEConfig
 from kadr.sampling.schedules import Schedule
+from kadr.spec.locate import MODEL, SECOND_MODEL, UPSCALER, ModelComponent, locate_release
 from kadr.spec.loras import Loras
 from kadr.spec.offload import OFFLOAD_AUTO
-from kadr.spec.options import check_compile, refuse_merging, resolve_weight_format
+from kadr.text.tokenizer import Tokenizer
 
 UPSCALER_HINT = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."
 TEXT_ENCODER, VAE_ENCODER, VAE_DECODER = "text encoder", "VAE encoder", "VAE decoder"
@@ -33,71 +39,118 @@ class Upscaling:
     temporal: bool
 
 
+@dataclass(frozen=True)
+class SpecOptions:
+    """What a model was opened by; see `Engine.open`."""
+
+    model: str | Path = "demo"
+    text_encoder: str | Path | None = None
+    vae: str | Path | None = None
+    upscaler: str | Path | Sequence[str | Path] = ()
+    second_model: str | Path | None = None
+    recipe: Recipe | None = None
+    loras: Sequence[Any] = ()
+    lora_partial: bool = False
+    merge_loras: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    quant: str | None = None
+    offload: str = OFFLOAD_AUTO
+    compile_transformer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelSpec:
-    """A model's headers, and the options it runs with on this machine. No weight is in memory.
+    """A model known from headers and the registry, and the options it runs with on this machine. No weight is read.
+
+    A header that is not on disk is predicted from the registry; see `checkpoints.predict`.
 
     Args:
-        checkpoint: has the transformer, and the VAE unless `vae_checkpoint` has it.
-        text_encoder_checkpoint: the text encoder.
-        vae_checkpoint: another checkpoint for the VAE; None means `checkpoint`.
-        device, dtype: see `Engine.open`.
-        second_checkpoint: another checkpoint for the transformer of the second pass.
-        loras: for the transformers of both passes.
-        quant, offload, compile_transformer: see `Engine.open`.
+        options: what it was opened by.
+        components: its components, and the path of each that is on disk.
+        release: registry entry of the model; None for an unreleased one.
+        recipe: defaults for what requests leave out.
+        transformer_checkpoints: of the first pass and of the second; mostly the same one twice.
+        given_upscalers: upscalers that were given, by kind, in the order in which they run.
+        names_and_releases: of the models of the first pass and of the second.
+        notices: what of the options this device lacks, and what is used instead.
+        quant, offload, compile_transformer: see `Engine.open`; a scheme that this device supports.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        text_encoder_checkpoint: TextEncoderCheckpoint,
-        vae_checkpoint: Checkpoint | None,
-        *,
-        device: str,
-        dtype: str,
-        second_checkpoint: Checkpoint | None = None,
-        loras: Loras | None = None,
-        quant: str | None = None,
-        offload: str = OFFLOAD_AUTO,
-        compile_transformer: bool = False,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.text_encoder_checkpoint, self.vae_checkpoint = text_encoder_checkpoint, vae_checkpoint or checkpoint
-        self.transformer_checkpoints = (checkpoint, second_checkpoint or checkpoint)
-        self.transformer_config = require_components(checkpoint, self.vae_checkpoint)
-        require_matching_text_encoder(text_encoder_checkpoint, checkpoint)
-        if second_checkpoint is not None:
-            require_components(second_checkpoint, self.vae_checkpoint)
-            require_matching_text_encoder(text_encoder_checkpoint, second_checkpoint)
-        self.loras = loras or Loras(())
-        self.loras.check_fits(self.transformer_checkpoints)
-        self.upscaler_checkpoints: dict[str, Checkpoint] = {}
-        checkpoints = {opened.path: opened for opened in (*self.transformer_checkpoints, self.vae_checkpoint)}
-        num_parameters = sum(
-            source.num_parameters for opened in checkpoints.values() for source in opened.sources.values()
-        )
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device, num_parameters)
-        self.quant, self.offload = resolve_weight_format(quant, self.transformer_checkpoints, self.device), offload
-        if self.loras.is_merged:
-            refuse_merging(self.transformer_checkpoints)
-        self.compile_transformer = check_compile(compile_transformer, self.device)
-
-    def add_upscaler(self, checkpoint: Checkpoint) -> None:
-        """Adds a latent upscaler to run between two passes.
-
-        Raises:
-            CheckpointError: it is not an upscaler, is for another model, or one of its kind is there already.
-        """
-        self.upscaler_checkpoints = order_upscalers([*self.upscaler_checkpoints.values(), checkpoint], self.checkpoint)
+    options: SpecOptions
+    components: tuple[ModelComponent, ...]
+    release: Release | None
+    recipe: Recipe
+    transformer_checkpoints: tuple[Checkpoint, Checkpoint]
+    text_encoder_checkpoint: TextEncoderCheckpoint
+    vae_checkpoint: Checkpoint
+    given_upscalers: Mapping[str, Checkpoint]
+    names_and_releases: tuple[tuple[str, Release | None], tuple[str, Release | None]]
+    loras: Loras
+    device: torch.device
+    dtype: torch.dtype
+    quant: str
+    offload: str
+    compile_transformer: bool
+    notices: tuple[str, ...] = ()
 
     @property
-    def upscaling(self) -> Upscaling:
-        """The axes that the upscalers double."""
-        infos = [checkpoint.info for checkpoint in self.upscaler_checkpoints.values()]
+    def name(self) -> str:
+        """The name or path that the model was opened by."""
+        return self.names_and_releases[0][0]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Checkpoint of the first pass's transformer."""
+        return self.transformer_checkpoints[0]
+
+    @property
+    def has_second_model(self) -> bool:
+        """True if the second pass has a transformer of its own."""
+        return self.transformer_checkpoints[1] is not self.checkpoint
+
+    def upscalers(self, *, has_two_passes: bool) -> Mapping[str, Checkpoint]:
+        """Returns the upscalers between two passes by kind: those given, else the one released for the model.
+
+        Raises:
+            CheckpointError: there are two passes, and no upscaler.
+        """
+        if self.given_upscalers or not has_two_passes:
+            return self.given_upscalers
+        component = self.default_upscaler
+        if component is None:
+            raise CheckpointError(
+                "two passes need a latent upscaler, and none belongs to this model. Give one with --upscaler, or use a "
+                "single pass."
+            )
+        return order_upscalers([open_checkpoint(component)], self.checkpoint)
+
+    @property
+    def default_upscaler(self) -> ModelComponent | None:
+        """The upscaler that was released for the model; None if there is none."""
+        if self.release is None or self.release.upscaler is None:
+            return None
+        return locate_release(self.release.upscaler, UPSCALER)
+
+    def upscaling(self, *, has_two_passes: bool) -> Upscaling:
+        """Returns the axes that the upscalers double.
+
+        Raises:
+            CheckpointError: as `upscalers`.
+        """
+        infos = [checkpoint.info for checkpoint in self.upscalers(has_two_passes=has_two_passes).values()]
         configs = [info.upscaler for info in infos if info.upscaler is not None]
         return Upscaling(
             any(config.spatial_upsample for config in configs), any(config.temporal_upsample for config in configs)
         )
+
+    def required_components(self, *, has_two_passes: bool) -> tuple[ModelComponent, ...]:
+        """Returns the components that a generation opens."""
+        default = self.default_upscaler
+        if not has_two_passes or self.given_upscalers or default is None:
+            return self.components
+        models = [item for item in self.components if item.role in (MODEL, SECOND_MODEL)]
+        return (*models, default, *(item for item in self.components if item not in models))
 
     @property
     def schedules(self) -> tuple[Schedule, Schedule]:
@@ -105,26 +158,45 @@ class ModelSpec:
         first, second = self.transformer_checkpoints
         return first.info.schedule, second.info.schedule
 
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        """Config of the first pass's transformer."""
+        return self.transformer_config_of(0)
+
     def transformer_config_of(self, pass_index: int) -> TransformerConfig:
         """Returns the config of the transformer of a pass, 0 or 1."""
-        config = self.transformer_checkpoints[pass_index].info.transformer
-        assert config is not None
-        return config
+        checkpoint = self.transformer_checkpoints[pass_index]
+        if checkpoint.info.transformer is None:
+            raise checkpoint.missing_component_error("transformer")
+        return checkpoint.info.transformer
+
+    @property
+    def vae_config(self) -> VAEConfig:
+        """Config of the VAE."""
+        if self.vae_checkpoint.info.vae is None:
+            raise self.vae_checkpoint.missing_component_error("vae")
+        return self.vae_checkpoint.info.vae
 
     def transformer_component(self, pass_index: int) -> str:
         """Returns the name of the transformer of a pass in the module cache."""
-        return TRANSFORMER if self.transformer_checkpoints[pass_index] is self.checkpoint else SECOND_TRANSFORMER
+        return SECOND_TRANSFORMER if pass_index and self.has_second_model else TRANSFORMER
 
-    def component_paths(self) -> dict[str, str]:
-        """Returns the paths of all components, for a video's metadata."""
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer of the text encoder; None where that is not on disk."""
+        return self.text_encoder_checkpoint.load_tokenizer() if self.text_encoder_checkpoint.is_on_disk else None
+
+    def component_paths(self, *, has_two_passes: bool) -> dict[str, str]:
+        """Returns the paths of the components that a generation opens, for a video's metadata."""
         paths = {
             "model": self.checkpoint.path,
             "text_encoder": self.text_encoder_checkpoint.tokenizer_root,
             "vae": self.vae_checkpoint.path,
         }
-        if self.transformer_checkpoints[1] is not self.checkpoint:
+        if self.has_second_model:
             paths["second_model"] = self.transformer_checkpoints[1].path
-        paths |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in self.upscaler_checkpoints.items()}
+        upscalers = self.upscalers(has_two_passes=has_two_passes)
+        paths |= {f"{kind}_upscaler": checkpoint.path for kind, checkpoint in upscalers.items()}
         # Not resolved: in the hub's cache the link has the file's name, and its target is named by a checksum.
         return {name: str(Path(path).absolute()) for name, path in paths.items()}
 
@@ -147,6 +219,26 @@ class ModelSpec:
 def _fingerprint(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def open_checkpoint(component: ModelComponent, *, known_release: bool = True) -> Checkpoint:
+    """Opens the header of a component, or predicts that of one that is not on disk.
+
+    Args:
+        known_release: the component is the release that it is named by, whatever its header says.
+
+    Raises:
+        CheckpointError: see `Checkpoint.open`.
+    """
+    if component.path is not None:
+        return Checkpoint.open(component.path, release=component.release if known_release else None)
+    return predict_checkpoint(_known_release(component))
+
+
+def _known_release(component: ModelComponent) -> Release:
+    if component.release is None:
+        raise CheckpointError(f"the {component.role} {component.name} is not on disk. Give an existing path.")
+    return component.release
 
 
 def require_components(checkpoint: Checkpoint, vae_checkpoint: Checkpoint) -> TransformerConfig:

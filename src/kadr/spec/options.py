@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.source import Source
-from kadr.errors import CheckpointError, KadrWarning, RequestError
+from kadr.errors import CheckpointError, RequestError
 from kadr.kernels import fp8
 from kadr.memory.device import has_fast_int8
 from kadr.quant.weight_formats import (
@@ -25,7 +25,16 @@ from kadr.quant.weight_formats import (
 from kadr.spec.weights import can_multiply_stored_fp8, count_stored_types, is_quantized
 
 
-def resolve_weight_format(name: str | None, transformers: Sequence[Checkpoint], device: torch.device) -> str:
+class WeightFormatChoice(NamedTuple):
+    """The quantization scheme of the transformers, and why it is not the requested one; "" where it is."""
+
+    name: str
+    notice: str = ""
+
+
+def resolve_weight_format(
+    name: str | None, transformers: Sequence[Checkpoint], device: torch.device
+) -> WeightFormatChoice:
     """Returns the quantization scheme of the transformers: the requested one, or the closest this device supports.
 
     Raises:
@@ -34,7 +43,7 @@ def resolve_weight_format(name: str | None, transformers: Sequence[Checkpoint], 
     """
     scheme = check_weight_format(name or NONE)
     if scheme in (NONE, AUTO_QUANT):
-        return scheme
+        return WeightFormatChoice(scheme)
     for checkpoint in transformers:
         source = checkpoint.sources["transformer"]
         if is_quantized(source) and not (scheme == FP8 and can_multiply_stored_fp8(source)):
@@ -46,25 +55,21 @@ def resolve_weight_format(name: str | None, transformers: Sequence[Checkpoint], 
     if scheme == FP8 and not fp8.has_fp8_units(device):
         return _fp8_weights_fallback([checkpoint.sources["transformer"] for checkpoint in transformers], device)
     if scheme == INT8 and device.type == "cpu" and not has_fast_int8():
-        warnings.warn(
+        notice = (
             f"this CPU has no instructions for int8 matmuls (VNNI), which would make {INT8} slower than no "
-            f"quantization; {INT8_WEIGHT_ONLY} is used instead: weights in 8 bits, matmuls in a wider dtype.",
-            KadrWarning,
-            stacklevel=2,
+            f"quantization; {INT8_WEIGHT_ONLY} is used instead: weights in 8 bits, matmuls in a wider dtype."
         )
-        return INT8_WEIGHT_ONLY
-    return scheme
+        return WeightFormatChoice(INT8_WEIGHT_ONLY, notice)
+    return WeightFormatChoice(scheme)
 
 
-def _fp8_weights_fallback(sources: Sequence[Source], device: torch.device) -> str:
-    """Returns the closest scheme on a device without fp8 matmuls, with a warning."""
-    warnings.warn(
+def _fp8_weights_fallback(sources: Sequence[Source], device: torch.device) -> WeightFormatChoice:
+    """Returns the closest scheme on a device without fp8 matmuls."""
+    notice = (
         f"{device} has no fp8 matmuls (GPUs since Ada and Hopper have them); {FP8_WEIGHT_ONLY} is used instead: "
-        "weights in 8 bits, matmuls in a wider dtype.",
-        KadrWarning,
-        stacklevel=3,
+        "weights in 8 bits, matmuls in a wider dtype."
     )
-    return NONE if any(is_quantized(source) for source in sources) else FP8_WEIGHT_ONLY
+    return WeightFormatChoice(NONE if any(is_quantized(source) for source in sources) else FP8_WEIGHT_ONLY, notice)
 
 
 def refuse_merging(transformers: Sequence[Checkpoint]) -> None:

@@ -127,7 +127,7 @@ def _read_example(path: Path, frames: int, *, references: bool) -> Example:
     if path.suffix.lower() in IMAGE_SUFFIXES:
         load_image(path)
         return Example(path, caption, 1, None, _find_reference(path, 1) if references else None)
-    count, fps = probe_video(path)
+    count, fps = probe_video(path)[:2]
     _require_length(path, count, frames)
     return Example(path, caption, frames, fps, _find_reference(path, frames) if references else None)
 

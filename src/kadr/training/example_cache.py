@@ -128,10 +128,8 @@ def _encode_latents(engine: Engine, example: Example, settings: TrainingSettings
 
 
 def _cached_example(engine: Engine, example: Example, file: Path, settings: TrainingSettings) -> CachedExample:
-    request = engine.resolve(example_request(example, settings))
-    assert request.fps is not None
-    grid = LatentGrid.for_video(settings.size.snap(), example.frames)
-    return CachedExample(example, file, float(request.fps), grid)
+    fps = engine.resolve(example_request(example, settings)).fps
+    return CachedExample(example, file, fps, LatentGrid.for_video(settings.size.snap(), example.frames))
 
 
 def _cache_key(engine: Engine, example: Example, settings: TrainingSettings) -> str:
@@ -140,9 +138,9 @@ def _cache_key(engine: Engine, example: Example, settings: TrainingSettings) -> 
         "version": CACHE_VERSION,
         "request": example_request(example, settings).to_json(),
         "files": [_file_stamp(path) for path in (example.media, example.reference) if path is not None],
-        "vae": _file_stamp(engine.components.vae_checkpoint.path),
-        "text_encoder": _file_stamp(engine.components.text_encoder_checkpoint.tokenizer_root),
-        "dtype": str(engine.components.dtype),
+        "vae": _file_stamp(engine.spec.vae_checkpoint.path),
+        "text_encoder": _file_stamp(engine.spec.text_encoder_checkpoint.tokenizer_root),
+        "dtype": str(engine.spec.dtype),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 

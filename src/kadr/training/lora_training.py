@@ -23,6 +23,7 @@ from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.longvideo.folder_lock import lock_folder
+from kadr.pipeline.modules import TrainedTransformer
 from kadr.pipeline.progress import StageProgress, Watch, ignore_progress
 from kadr.planning.placement import AS_STORED, CONVERTED
 from kadr.quant.convert import quantize_blocks
@@ -121,7 +122,7 @@ class LoRATraining:
             check_state(self._state_path, identity, settings.steps)
             cached_examples = encode_examples(self.engine, examples, settings, self.work_folder / "cache", watch)
             null_text = self._null_text(examples, watch)
-            self.engine.components.module_cache.clear()
+            self.engine.unload()
             module = self._load_transformer()
             layers = add_lora_layers(
                 module,
@@ -131,7 +132,7 @@ class LoRATraining:
             )
             if gradient_checkpointing:
                 enable_gradient_checkpointing(module.blocks)
-            dtype, device = self.engine.components.dtype, self.engine.components.device
+            dtype, device = self.engine.spec.dtype, self.engine.spec.device
             trainer = LoRATrainer(module, layers, cached_examples, settings, dtype, device, null_text)
             return self._train(trainer, identity, watch)
 
@@ -140,7 +141,7 @@ class LoRATraining:
         return self.work_folder / "state.safetensors"
 
     def _check(self) -> None:
-        if self.engine.components.loras:
+        if self.engine.spec.loras:
             raise RequestError(
                 "the model was opened with LoRAs, and the new one would be trained on top. Open it without LoRAs."
             )
@@ -167,22 +168,22 @@ class LoRATraining:
 
     def _load_transformer(self) -> Transformer:
         """Loads the transformer on its device in the requested weight format, not prepacked for any kernel."""
-        components, weight_format = self.engine.components, base_weight_format(self.engine)
-        module = components.load_transformer(0, components.dtype, keep_storage_dtype=weight_format == AS_STORED)
+        spec, weight_format = self.engine.spec, base_weight_format(self.engine)
+        module = self.engine.load_transformer(keep_storage_dtype=weight_format == AS_STORED)
         if weight_format not in (AS_STORED, CONVERTED):
-            quantize_blocks(module, weight_format, device=components.device, release=release_pages)
-        return module.to(components.device)
+            quantize_blocks(module, weight_format, device=spec.device, release=release_pages)
+        return module.to(spec.device)
 
     def _identity(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Returns what must be the same for a training to resume."""
-        components = self.engine.components
+        spec = self.engine.spec
         return {
             **self.settings.to_json(),
-            "model": str(Path(components.transformer_checkpoints[0].path).absolute()),
-            "vae": str(Path(components.vae_checkpoint.path).absolute()),
-            "text_encoder": str(Path(components.text_encoder_checkpoint.tokenizer_root).absolute()),
-            "quant": components.quant,
-            "dtype": str(components.dtype).removeprefix("torch."),
+            "model": str(Path(spec.checkpoint.path).absolute()),
+            "vae": str(Path(spec.vae_checkpoint.path).absolute()),
+            "text_encoder": str(Path(spec.text_encoder_checkpoint.tokenizer_root).absolute()),
+            "quant": spec.quant,
+            "dtype": str(spec.dtype).removeprefix("torch."),
             EXAMPLES_KEY: {example.media.name: example.content_hash() for example in examples},
         }
 
@@ -231,7 +232,7 @@ class LoRATraining:
         settings = self.settings
         metadata = {
             "kadr": __version__,
-            "kadr_base_model": self.engine.model_name,
+            "kadr_base_model": self.engine.spec.name,
             "kadr_steps": str(steps),
             "kadr_settings": json.dumps(settings.to_json()),
             **({"reference_downscale_factor": "1"} if settings.is_in_context else {}),
@@ -264,8 +265,8 @@ class LoRATraining:
         for number, prompt in enumerate(self.validation_prompts, 1):
             example = trainer.examples[(number - 1) % len(trainer.examples)].example
             request = self._validation_request(prompt, number, example.frames, example)
-            with self.engine.components.override_transformer(trainer.transformer, self._snapshot_path(step)):
-                self.engine.write(request, self.work_folder / f"step-{step:06d}-{number}.mp4")
+            transformer = TrainedTransformer(trainer.transformer, self._snapshot_path(step))
+            self.engine.write(request, self.work_folder / f"step-{step:06d}-{number}.mp4", transformer=transformer)
 
 
 def _warn_if_loss_rose(first_loss: float | None, last_loss: float) -> None:

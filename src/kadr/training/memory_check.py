@@ -22,20 +22,18 @@ CHECKPOINTING_THRESHOLD = 0.7  # share of the free memory above which gradient c
 
 def base_weight_format(engine: Engine) -> str:
     """Returns the weight format of the transformer while its LoRA trains; see `planning.placement.Placement`."""
-    components = engine.components
-    if is_quantized(components.transformer_checkpoints[0].sources["transformer"]):
+    spec = engine.spec
+    if is_quantized(spec.checkpoint.sources["transformer"]):
         return AS_STORED
-    return CONVERTED if components.quant in (NONE, AUTO_QUANT) else components.quant
+    return CONVERTED if spec.quant in (NONE, AUTO_QUANT) else spec.quant
 
 
 def required_bytes(
     engine: Engine, settings: TrainingSettings, examples: Sequence[Example], *, gradient_checkpointing: bool
 ) -> TrainingBytes:
     """Returns the memory that a training takes. Args: gradient_checkpointing: see `training_bytes`."""
-    components, config = engine.components, engine.components.transformer_config_of(0)
-    weights = weight_bytes(
-        components.transformer_checkpoints[0].sources["transformer"], components.dtype, base_weight_format(engine)
-    )
+    spec, config = engine.spec, engine.spec.transformer_config
+    weights = weight_bytes(spec.checkpoint.sources["transformer"], spec.dtype, base_weight_format(engine))
     grid = LatentGrid.for_video(settings.size.snap(), max(example.frames for example in examples))
     layers = target_layers(config, settings.target_modules)
     return training_bytes(
@@ -44,7 +42,7 @@ def required_bytes(
         trainable_parameters=sum(settings.rank * (inputs + outputs) for inputs, outputs in layers.values()),
         tokens=grid.num_tokens * (2 if settings.is_in_context else 1),
         batch=settings.batch_size,
-        itemsize=components.dtype.itemsize,
+        itemsize=spec.dtype.itemsize,
         gradient_checkpointing=gradient_checkpointing,
     )
 
@@ -55,7 +53,7 @@ def needs_gradient_checkpointing(engine: Engine, settings: TrainingSettings, exa
     Raises:
         PlanError: the training does not fit with gradient checkpointing either.
     """
-    device = engine.components.device
+    device = engine.spec.device
     free = free_bytes(device)
     if required_bytes(engine, settings, examples, gradient_checkpointing=False).total <= CHECKPOINTING_THRESHOLD * free:
         return False

@@ -288,8 +288,8 @@ def test_an_engine_takes_its_text_encoder_from_a_gguf_file(tmp_path: Path) -> No
     encoder = TextEncoderCheckpoint.open(home).load()
     path = write_text_encoder_gguf(tmp_path / "t5.gguf", encoder, "F32", tiny_models.sentencepiece_model())
     engine = Engine.open(home / tiny_models.MODEL_FILE, text_encoder=path)
-    assert engine.components.text_encoder_checkpoint.path == path
-    assert engine.components.component_paths()["text_encoder"] == str(path)
+    assert engine.spec.text_encoder_checkpoint.path == path
+    assert engine.spec.component_paths(has_two_passes=False)["text_encoder"] == str(path)
 
 
 def test_block_quantized_weights_of_a_text_encoder_are_accounted_for(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from kadr import Engine, Request
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.settings import Guidance
-from kadr.shapes import Size
 from tests.oracles import diffusers_transformer
 
 
@@ -63,17 +62,15 @@ def run_diffusers_long(engine: Engine, request: Request, *, is_unpatched: bool =
     Args:
         is_unpatched: keep the sigmas that diffusers gives conditioned tokens.
     """
-    request = engine.resolve(request)
-    windows, size = request.windows, request.size
+    resolved = engine.resolve(request)
+    request, windows, size = resolved.request, resolved.windows, resolved.size
     assert windows is not None
-    assert isinstance(size, Size)
     assert isinstance(request.guidance, Guidance)
     length, overlap = windows.latent_frames
-    generation = engine._create_generation(request, lambda progress: None)
-    with engine.components.transformer() as kadr_transformer:
+    with engine.start(resolved) as generation, generation.modules.transformer() as kadr_transformer:
         transformer = diffusers_transformer(kadr_transformer)
         scheduler = LTXEulerAncestralRFScheduler(eta=0.0)
-        prompt_embeddings = generation.prompt_encoder.encode(lambda progress: None)
+        prompt_embeddings = generation.prompt_encoder.encode(generation.modules, lambda progress: None)
         conditions = generation.encode_media()[0].conditions
         image_latents = conditions[0][1] if conditions else None
         wrapped = transformer if is_unpatched else _ConditionedTransformer(transformer, scheduler)

@@ -19,7 +19,6 @@ from kadr import Condition, Engine, Request
 from kadr.errors import KadrWarning, PlanError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.models.registry import Recipe
-from kadr.pipeline.longvideo.sampling import conditions_in_window
 from kadr.pipeline.progress import Progress
 from kadr.planning import planner
 from kadr.planning.placement import Placement
@@ -200,20 +199,12 @@ def test_image_at_frame_0_counted_from_the_end_is_the_anchor(engine: Engine, ima
 
 
 def test_image_conditions_the_windows_that_contain_its_frame(engine: Engine, image_condition: Condition) -> None:
-    generation = engine._create_generation(
-        short_request(conditions=(replace(image_condition, frame=30),), frames=73), lambda progress: None
-    )
-    start_frames = [
-        [
-            item.resolved_condition.start_frame
-            for item in conditions_in_window(generation.media.prepared_conditions[0], span)
-        ]
-        for span in generation.spans
-    ]
+    resolved = engine.resolve(short_request(conditions=(replace(image_condition, frame=30),), frames=73))
+    start_frames = [[item.resolved_condition.start_frame for item in media.conditions] for media in resolved.media]
     assert start_frames == [[], [14], [], []]
-    assert [span.first_frame for span in generation.spans] == [0, 16, 32, 48]
-    with_image = engine.denoise(generation.request)
-    without = engine.denoise(replace(generation.request, conditions=()))
+    assert [span.first_frame for span in resolved.spans] == [0, 16, 32, 48]
+    with_image = engine.denoise(resolved.request)
+    without = engine.denoise(replace(resolved.request, conditions=()))
     assert with_image[:, :, :3].equal(without[:, :, :3])
     assert relative_error(with_image[:, :, 4], without[:, :, 4]) > 1e-3
 
@@ -264,10 +255,10 @@ def test_init_latents_with_windows_are_refused(engine_without_weights: Engine) -
 
 
 def test_request_with_windows_survives_json(engine: Engine) -> None:
-    request = engine.resolve(short_request(prompt="birds fly|blue sea"))
+    request = engine.resolve(short_request(prompt="birds fly|blue sea")).request
     assert request.windows == Windows(frames=25, overlap=16, anchor_strength=0.0)
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
-    assert engine.resolve(request) == request
+    assert engine.resolve(request).request == request
     with pytest.raises(RequestError, match="cannot be read"):
         Request.from_json({"prompt": "a", "windows": {"tiles": 3}})
 
@@ -284,11 +275,11 @@ def test_windows_replace_a_recipe_s_two_passes_with_a_warning(home: Path) -> Non
     engine = Engine.open(home / MODEL_FILE, device="cpu", recipe=recipe)
     request = replace(short_request(), sigmas=None, guidance=None)
     with pytest.warns(KadrWarning, match="recipe has two passes, but windows are sampled in one"):
-        (resolved_pass,) = engine.resolve_passes(request)
+        (resolved_pass,) = engine.resolve(request).passes
     assert (len(resolved_pass.sigmas), resolved_pass.window_count) == (3, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", KadrWarning)
-        engine.resolve_passes(replace(request, multi_scale=False))
+        engine.resolve(replace(request, multi_scale=False))
 
 
 # Plan and progress
@@ -343,11 +334,8 @@ def test_window_that_does_not_fit_suggests_a_length_or_size_that_does(
     free_megabytes: int, flag: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan_denoising(request: Request) -> Placement:
-        return (
-            engine._plan_generation(engine._create_generation(request, lambda progress: None), request, ("denoise",))
-            .stages[0]
-            .placement
-        )
+        with engine.start(request, stages=("denoise",)) as generation:
+            return generation.plan.stages[0].placement
 
     request = short_request(size=Size(768, 768), frames=1441, windows=Windows(frames=121))
     monkeypatch.setattr(planner, "free_bytes", lambda device: free_megabytes * 10**6)

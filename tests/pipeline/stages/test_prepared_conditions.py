@@ -23,15 +23,12 @@ from kadr.errors import KadrError, MediaError, RequestError
 from kadr.media.clip import read_video
 from kadr.media.writer import VideoWriter
 from kadr.models.transformer import Transformer
-from kadr.pipeline.stages.prepared_conditions import (
-    PreparedCondition,
-    PreparedFrames,
-    apply_condition,
-    place_in_pass,
-    prepare_condition,
-)
-from kadr.request.passes import ResolvedPass
-from kadr.request.resolved_conditions import ResolvedCondition, open_input_video, resolve_conditions
+from kadr.pipeline.stages.conditions import apply_condition
+from kadr.pipeline.stages.prepared_frames import OpenedMedia
+from kadr.request.pass_media import PassCondition, PassFrames, pass_conditions
+from kadr.request.passes import ResolvedPass, known
+from kadr.request.resolved_conditions import ResolvedCondition, resolve_conditions
+from kadr.request.resolved_media import resolve_input_video
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
@@ -89,12 +86,13 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Media:
 
 
 def resolve_specs(media: Media, *specs: ConditionSpec, **fields: Any) -> list[ResolvedCondition]:
-    return resolve_conditions(replace(REQUEST, conditions=media.conditions(*specs), **fields))
+    request = replace(REQUEST, conditions=media.conditions(*specs), **fields)
+    return list(resolve_conditions(request.conditions, known(request.frames)))
 
 
 def source_indices(item: ResolvedCondition) -> list[int]:
     """Returns the indices of the frames taken from the clip, from their brightness."""
-    return [round((float(np.mean(frame)) - 40) / 5) for frame in item.frames]
+    return [round((float(np.mean(frame)) - 40) / 5) for frame in OpenedMedia([item.media]).frames(item.media)]
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -270,10 +268,10 @@ def test_unusable_input_video_is_refused_before_any_load(
 def test_minimum_denoise_strength_in_the_error_works(engine: Engine, media: Media, steps: int) -> None:
     request = replace(REQUEST, frames=9, steps=steps, input_video=str(media.path("clip 9")), denoise_strength=0.001)
     with pytest.raises(RequestError) as caught:
-        engine.resolve_passes(request)
+        engine.resolve(request)
     named = re.search(r"the lowest is ([0-9.]+[0-9])", str(caught.value))
     assert named
-    assert len(engine.resolve_passes(replace(request, denoise_strength=float(named[1])))[0].sigmas) == 1
+    assert len(engine.resolve(replace(request, denoise_strength=float(named[1]))).passes[0].sigmas) == 1
 
 
 @pytest.mark.parametrize("fields", [{"skip_initial": 2}, {"skip_initial": 1, "skip_final": 1}])
@@ -305,15 +303,16 @@ def test_sampling_starts_at_the_nearest_sigma_not_above_the_strength(
 ) -> None:
     without_input = replace(REQUEST, steps=30, input_video=None)
     with_input = replace(without_input, input_video=str(media.path("clip 25")), denoise_strength=strength)
-    all_sigmas = engine.resolve_passes(without_input)[0].sigmas
-    sigmas = engine.resolve_passes(with_input)[0].sigmas
-    assert sigmas.tolist() == [sigma for sigma in all_sigmas.tolist() if sigma <= strength]
+    all_sigmas = engine.resolve(without_input).passes[0].sigmas
+    sigmas = engine.resolve(with_input).passes[0].sigmas
+    assert list(sigmas) == [sigma for sigma in all_sigmas if sigma <= strength]
     assert 0 < len(sigmas) < len(all_sigmas)
 
 
 def test_last_input_frame_is_repeated_up_to_8k_plus_1(media: Media) -> None:
     request = replace(REQUEST, frames=12, input_video=str(media.path("clip 25")))
-    frames = [round((float(np.mean(frame)) - 40) / 5) for frame in open_input_video(request)]
+    input_video = resolve_input_video(known(request.input_video), 12, 17)
+    frames = [round((float(np.mean(frame)) - 40) / 5) for frame in OpenedMedia([input_video]).frames(input_video)]
     assert frames == [*range(12), *[11] * 5]
 
 
@@ -328,7 +327,7 @@ def test_input_video_is_noised_by_the_first_sigma(
     forward = Transformer.forward
     monkeypatch.setattr(Transformer, "forward", lambda *args: (inputs.append(args[1]), forward(*args))[1])
     engine.denoise(request, noise=noise)
-    (resolved_pass,) = engine.resolve_passes(request)
+    (resolved_pass,) = engine.resolve(request).passes
     sigma = float(resolved_pass.sigmas[0])
     torch.testing.assert_close(to_latents(inputs[0], resolved_pass.grid), (1 - sigma) * encoded + sigma * noise)
 
@@ -437,7 +436,7 @@ def single_pass(request: Request) -> ResolvedPass:
     assert isinstance(size, Size)
     assert frames is not None
     grid = LatentGrid.for_video(size, frames)
-    return ResolvedPass(1, Pass(), grid.video_size, grid.video_frames, float(request.fps or 0), torch.ones(1), ())
+    return ResolvedPass(1, Pass(), grid.video_size, grid.video_frames, float(request.fps or 0), (1.0,), ())
 
 
 def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQUEST) -> LatentState:
@@ -449,11 +448,11 @@ def state_with(item: ResolvedCondition, *, causal: bool, request: Request = REQU
         token_positions(grid, fps=resolved_pass.fps, causal=causal),
         grid,
     )
-    latents = randn(1, CHANNELS, (len(item.frames) - 1) // 8 + 1, grid.height, grid.width, seed=2)
-    pixels = PreparedFrames(item.frames, resolved_pass.size, 0, resolved_pass.size)
+    latents = randn(1, CHANNELS, (len(item.media) - 1) // 8 + 1, grid.height, grid.width, seed=2)
+    frames = PassFrames(item.media, resolved_pass.size, resolved_pass.size)
     return apply_condition(
         state,
-        PreparedCondition(item, pixels),
+        PassCondition(item, frames),
         latents,
         resolved_pass,
         causal=causal,
@@ -523,15 +522,12 @@ def test_transformer_receives_these_positions(engine: Engine, media: Media, monk
 # --- boxes ---------------------------------------------------------------------------------------------------------
 
 
-def apply_in_box(
-    box: tuple[int, int, int, int], size: Size, media: Media
-) -> tuple[LatentState, Tensor, PreparedCondition]:
+def apply_in_box(box: tuple[int, int, int, int], size: Size, media: Media) -> tuple[LatentState, Tensor, PassCondition]:
     """Returns the state of a noise video with random latents in a box, those latents, and the prepared condition."""
     request = replace(REQUEST, size=size, frames=1, image_crf=0)
     resolved_pass = single_pass(request)
     (condition,) = media.conditions(photo(box=box))
-    (item,) = place_in_pass(resolve_conditions(replace(request, conditions=(condition,))), request, resolved_pass)
-    prepared = prepare_condition(item, request, resolved_pass)
+    (prepared,) = pass_conditions(resolve_conditions((condition,), 1), size, 24.0, resolved_pass)
     latents = randn(1, CHANNELS, prepared.grid.frames, prepared.grid.height, prepared.grid.width, seed=5)
     grid = resolved_pass.grid
     noise = randn(1, CHANNELS, 1, grid.height, grid.width, seed=6)

@@ -28,11 +28,11 @@ from kadr.media.writer import VideoWriter
 from kadr.models.lora_layers import merge_loras
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
-from kadr.pipeline.dry_run import DryRunEngine
 from kadr.pipeline.progress import ignore_progress
 from kadr.pipeline.stages.control_networks import NETWORK_FILES, build_map_renderers, fetch_networks
-from kadr.pipeline.stages.prepared_controls import prepare_control
-from kadr.pipeline.stages.text import PromptEncoder
+from kadr.pipeline.stages.encode import Media
+from kadr.pipeline.stages.prepared_frames import OpenedMedia
+from kadr.planning.workload import build_workload
 from kadr.request.resolved_controls import ResolvedControl, resolve_controls
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
@@ -162,9 +162,9 @@ class Oracle:
             guide: latents appended with strength 1 at the first frames.
             stream: prefix of the names of all noise streams.
         """
-        prompts = PromptEncoder(self.engine.components, [request.prompt, request.negative_prompt or ""]).encode(
-            ignore_progress
-        )
+        texts = [request.prompt, request.negative_prompt or ""]
+        with self.engine.start(request, stages=("text",), prompts=texts) as generation:
+            prompts = generation.prompt_encoder.encode(generation.modules, ignore_progress)
         tokens, positions = to_tokens(noise), latent_positions(noise.shape[2:])
         clean, strength = tokens.clone(), torch.zeros(tokens.shape[1])
         for frame, pixels in images.items():
@@ -379,10 +379,13 @@ def test_each_pass_sees_the_control_at_its_own_size(
 ) -> None:
     upscaler = write_random_upscaler(tmp_path / "up.safetensors")
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
-    generation = engine._create_generation(replace(TWO_PASSES, controls=(Control(clips(17)),)), ignore_progress)
-    assert [resolved_pass.size for resolved_pass in generation.passes] == [Size(64, 32), Size(128, 64)]
-    assert generation.build_workload().encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
-    assert [[latents.shape[2:] for latents in inputs.reference_latents] for inputs in generation.encode_media()] == [
+    resolved = engine.resolve(replace(TWO_PASSES, controls=(Control(clips(17)),)))
+    assert [resolved_pass.size for resolved_pass in resolved.passes] == [Size(64, 32), Size(128, 64)]
+    workload = build_workload(resolved, prompt_tokens=(), prompts_to_encode=0)
+    assert workload.encode_grids == ((LatentGrid(3, 1, 2),), (LatentGrid(3, 2, 4),))
+    with engine.start(resolved, stages=("encode",)) as generation:
+        encoded = generation.encode_media()
+    assert [[latents.shape[2:] for latents in inputs.reference_latents] for inputs in encoded] == [
         [(3, 1, 2)],
         [(3, 2, 4)],
     ]
@@ -399,9 +402,7 @@ def test_half_rate_first_pass_reads_every_second_control_frame(
     upscaler = write_random_upscaler(tmp_path / "up.safetensors", upscales_space=False, upscales_time=True)
     engine = Engine.open(home / MODEL_FILE, device="cpu", upscaler=upscaler, loras=[lora()], prompt_cache=False)
     request = replace(TWO_PASSES, controls=(Control(clips(17)),), size=Size(64, 64))
-    first, second = (
-        inputs.controls[0] for inputs in engine._create_generation(request, ignore_progress).media.pass_inputs
-    )
+    first, second = (media.controls[0] for media in engine.resolve(request).media)
     assert list(first.frame_indices) == list(range(0, 17, 2))
     assert list(second.frame_indices) == list(range(17))
     assert engine.denoise(request).shape[2] == 3
@@ -460,11 +461,11 @@ def test_each_window_follows_its_own_frames_as_diffusers_does(
 
 def test_window_reads_the_frames_that_it_samples(opened: Callable[..., Engine], clips: Callable[..., str]) -> None:
     request = replace(LONG, frames=44, controls=(Control(clips(44)),), input_video=clips(44), denoise_strength=0.8)
-    pass_inputs = opened()._create_generation(request, ignore_progress).media.pass_inputs
+    pass_media = opened().resolve(request).media
     expected = [[*range(17)], [*range(16, 33)], [*range(32, 44), *[43] * 5]]
-    assert [[*inputs.controls[0].frames.frame_indices] for inputs in pass_inputs] == expected
-    input_videos = [inputs.input_video for inputs in pass_inputs if inputs.input_video is not None]
-    assert [[*video.frames.frame_indices] for video in input_videos] == expected
+    assert [[*media.controls[0].media.frame_indices] for media in pass_media] == expected
+    input_videos = [media.input_video for media in pass_media if media.input_video is not None]
+    assert [[*video.media.frame_indices] for video in input_videos] == expected
 
 
 def test_long_video_with_a_control_resumes_where_it_was_interrupted(
@@ -504,7 +505,7 @@ def test_a_plan_counts_the_control_of_each_window(opened: Callable[..., Engine],
 
 def source_indices(control: ResolvedControl) -> list[int]:
     """Returns the indices of the frames taken from the clip, from the brightness of the square."""
-    return [round((float(frame.max()) - 60) / 4) for frame in control.read_frames()]
+    return [round((float(frame.max()) - 60) / 4) for frame in OpenedMedia([control.media]).frames(control.media)]
 
 
 @pytest.mark.parametrize(
@@ -520,15 +521,13 @@ def source_indices(control: ResolvedControl) -> list[int]:
 def test_control_frames_match_video_frames_one_by_one(
     clip: int, frame_range: tuple[int, int] | None, frames: int, expected: list[int], clips: Callable[..., str]
 ) -> None:
-    (control,) = resolve_controls(
-        replace(REQUEST, frames=frames, controls=(Control(clips(clip), frame_range=frame_range),))
-    )
+    (control,) = resolve_controls((Control(clips(clip), frame_range=frame_range),), frames)
     assert source_indices(control) == expected
 
 
 def test_longer_control_clip_is_trimmed_with_a_warning(clips: Callable[..., str]) -> None:
     with pytest.warns(KadrWarning, match="is longer than the 9 frames of the video; only the first 9 are followed"):
-        (control,) = resolve_controls(replace(REQUEST, frames=9, controls=(Control(clips(25)),)))
+        (control,) = resolve_controls((Control(clips(25)),), 9)
     assert source_indices(control) == [*range(9)]
 
 
@@ -580,7 +579,7 @@ def test_unusable_control_is_refused_before_any_load(
         assert all(text in str(caught.value) for text in expected_texts), str(caught.value)
     assert list(output_folder.iterdir()) == []
     with pytest.raises(kind, match=re.escape(expected_texts[0])):
-        DryRunEngine.open(engine_without_weights.components.checkpoint.path).run(request)
+        Engine.open(engine_without_weights.spec.checkpoint.path).dry_run(request)
 
 
 @pytest.mark.parametrize(
@@ -608,10 +607,10 @@ def test_sides_that_reference_downscale_does_not_divide_are_refused(
         RequestError, match=r"2 times smaller .* pass 1 is sampled at 160x64: .* multiples of 64\. Ask for 192x64"
     ):
         opened("2", 0.7).plan(request)
-    loras = [(opened("2", 0.7).components.loras.entries[0].path, 0.7)]
-    dry = DryRunEngine.open(opened("2").components.checkpoint.path, loras=loras)
+    loras = [(opened("2", 0.7).spec.loras.entries[0].path, 0.7)]
+    dry = Engine.open(opened("2").spec.checkpoint.path, loras=loras)
     with pytest.raises(RequestError, match=r"multiples of 64\. Ask for 192x64"):
-        dry.run(request)
+        dry.dry_run(request)
 
 
 def test_lora_at_strength_0_does_not_set_the_reference_size(
@@ -629,16 +628,16 @@ def test_loras_with_different_reference_sizes_are_refused(
     engine = Engine.open(home / MODEL_FILE, device="cpu", loras=[lora("2"), lora("3"), lora()], prompt_cache=False)
     with pytest.raises(RequestError, match=r"controls of different sizes: .*2\.safetensors 2, .*3\.safetensors 3"):
         engine.plan(replace(REQUEST, controls=(Control(clips(17)),)))
-    dry = DryRunEngine.open(home / MODEL_FILE, loras=[lora("2"), lora("3")])
+    dry = Engine.open(home / MODEL_FILE, loras=[lora("2"), lora("3")])
     with pytest.raises(RequestError, match="controls of different sizes"):
-        dry.run(replace(REQUEST, controls=(Control(clips(17)),)))
+        dry.dry_run(replace(REQUEST, controls=(Control(clips(17)),)))
     with pytest.warns(KadrWarning, match="trained to follow a reference is given, but no control"):
         engine.plan(REQUEST)
 
 
 def test_one_lora_s_reference_factor_counts_if_others_name_none(home: Path, lora: Callable[..., Path]) -> None:
     engine = Engine.open(home / MODEL_FILE, device="cpu", loras=[lora(), lora("2")], prompt_cache=False)
-    assert engine.components.loras.reference_downscale() == 2
+    assert engine.spec.loras.reference_downscale() == 2
 
 
 def test_control_without_a_lora_gives_a_warning(
@@ -717,13 +716,12 @@ def test_network_is_fetched_and_run_once_for_all_passes(
 def test_encoded_depth_map_is_bright_where_the_network_says_near(
     remote: FakeHub, opened: Callable[..., Engine], clips: Callable[..., str]
 ) -> None:
-    generation = opened()._create_generation(
-        replace(REQUEST, controls=(Control(clips(17), kind="depth"),)), ignore_progress
-    )
-    (map_renderer,) = build_map_renderers(
-        generation.media.resolved_controls, fetch_networks(generation.media.resolved_controls), ignore_progress
-    )
-    control = replace(generation.media.pass_inputs[0].controls[0], map_renderer=map_renderer)
+    resolved = opened().resolve(replace(REQUEST, controls=(Control(clips(17), kind="depth"),)))
+    (control,), (prepared,) = resolved.controls, Media(resolved).prepared_controls.values()
+    frames = OpenedMedia([control.media]).frames(control.media)
+    networks = fetch_networks(resolved.controls)
+    (map_renderer,) = build_map_renderers(resolved.controls, [frames], networks, ignore_progress)
+    control = replace(prepared, map_renderer=map_renderer)
     chunks = torch.cat(list(control.chunks(8, device=torch.device("cpu"), dtype=torch.float32)), dim=2)
     assert chunks.shape == (1, 3, 17, 64, 128)
     assert chunks[0, :, 0, 24:40, 4:28].mean() < chunks[0, :, 16, 24:40, 36:60].mean()  # the square gets redder
@@ -754,9 +752,8 @@ def test_a_plan_fetches_no_network(
 def test_control_map_is_rendered_chunk_by_chunk_on_demand(
     clips: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (control,) = resolve_controls(replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),)))
-    assert isinstance(control.frames, ClipReader)
-    passes = Engine.open("demo", device="cpu").resolve_passes(replace(REQUEST, frames=25))
-    prepared = prepare_control(control, replace(REQUEST, frames=25), passes[0])
+    request = replace(REQUEST, frames=25, controls=(Control(clips(25), kind="canny"),))
+    (prepared,) = Media(Engine.open("demo", device="cpu").resolve(request)).prepared_controls.values()
+    assert isinstance(prepared.frames, ClipReader)
     sizes = [chunk.shape[2] for chunk in prepared.chunks(8, device=torch.device("cpu"), dtype=torch.float32)]
     assert sizes == [8, 8, 8, 1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,9 @@ from kadr.media import clip
 from kadr.media.image import prepare_image
 from kadr.media.writer import VideoWriter
 from kadr.models.vae.encoder import Encoder
-from kadr.pipeline.generation import Generation
-from kadr.pipeline.stages import prepared_conditions
-from kadr.pipeline.stages.encode import Media
-from kadr.pipeline.stages.prepared_conditions import PreparedFrames
-from kadr.request.resolved_conditions import open_input_video
+from kadr.pipeline.stages import prepared_frames
+from kadr.pipeline.stages.prepared_frames import OpenedMedia, PreparedFrames
+from kadr.request.pass_media import pass_input_video
 
 # Without H.264, which takes longer than all the rest.
 REQUEST = Request(prompt="a red circle", size=Size(64, 32), frames=33, fps=24, sigmas=(0.5,), guidance=1.0, image_crf=0)
@@ -63,7 +60,7 @@ def live_counters(monkeypatch: pytest.MonkeyPatch) -> dict[str, LiveCounter]:
     to_rgb, prepare, forward = clip._to_rgb, prepare_image, Encoder.forward
     monkeypatch.setattr(clip, "_to_rgb", lambda frame: counters["decoded"].track(to_rgb(frame)))
     monkeypatch.setattr(
-        prepared_conditions,
+        prepared_frames,
         "prepare_image",
         lambda *args, **kwargs: counters["prepared"].track(prepare(*args, **kwargs)),
     )
@@ -84,8 +81,8 @@ def test_one_chunk_of_a_clip_is_alive_at_a_time_at_any_length(
         request = replace(REQUEST, input_video=str(moving_clip), frames=frame_range[1], denoise_strength=0.9)
     else:
         request = replace(REQUEST, conditions=(Condition(str(moving_clip), frame_range=frame_range),))
-    generation = engine._create_generation(request, lambda progress: None)
-    generation.encode_media()
+    with engine.start(request, stages=("encode",)) as generation:
+        generation.encode_media()
     assert live_counters["chunks"].max_count == 1
     assert live_counters["prepared"].max_count <= 2  # one is copied into its chunk while the next is prepared
     assert live_counters["decoded"].max_count <= 3  # the first frame of the file is kept, for size and format
@@ -112,36 +109,30 @@ def test_streamed_latents_of_a_clip_equal_those_of_all_pixels_at_once(
     condition: dict[str, Any], engine: Engine, moving_clip: Path
 ) -> None:
     request = replace(REQUEST, conditions=(Condition(str(moving_clip), **condition),))
-    generation = engine._create_generation(request, lambda progress: None)
-    ((item, latents),) = generation.encode_media()[0].conditions
-    pixels = all_pixels(item.pixels)
-    expected = [
-        prepare_image(frame, item.pixels.size, item.pixels.crf, item.pixels.sampled_size)
-        for frame in source_frames(moving_clip, item)
-    ]
-    assert torch.equal(pixels, torch.cat(expected, dim=2))
-    with engine.components.vae_encoder() as vae, torch.no_grad():
-        assert torch.equal(latents, vae.encode(pixels, chunk_frames=8))
-        torch.testing.assert_close(latents, vae.encode(pixels), rtol=1e-4, atol=1e-5)
-
-
-def source_frames(path: Path, item: prepared_conditions.PreparedCondition) -> Iterator[np.ndarray]:
-    """Returns the frames of a condition, selected from the whole clip in memory."""
-    reader = item.resolved_condition.frames
-    assert isinstance(reader, clip.ClipReader)
-    return iter(clip.read_video(path).frames[list(reader.frame_indices)])
+    with engine.start(request, stages=("encode",)) as generation:
+        ((item, latents),) = generation.encode_media()[0].conditions
+        prepared = generation.media.prepared_frames[item.frames]
+        pixels = all_pixels(prepared)
+        expected = [
+            prepare_image(frame, prepared.size, prepared.crf, prepared.sampled_size)
+            for frame in clip.read_video(moving_clip).frames[list(item.resolved_condition.media.frame_indices)]
+        ]
+        assert torch.equal(pixels, torch.cat(expected, dim=2))
+        with generation.modules.vae_encoder() as vae, torch.no_grad():
+            assert torch.equal(latents, vae.encode(pixels, chunk_frames=8))
+            torch.testing.assert_close(latents, vae.encode(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_first_pass_reads_the_input_frames_that_it_samples(engine: Engine, moving_clip: Path) -> None:
-    request = engine.resolve(replace(REQUEST, frames=20, input_video=str(moving_clip), denoise_strength=0.9))
-    frames = clip.read_video(moving_clip).frames
-    assert np.array_equal(np.stack(list(open_input_video(request))), frames[[*range(20), *[19] * 5]])
-    generation = Generation(engine.components, request, lambda progress: None)
-    half_rate_pass = replace(generation.passes[0], fps=12.0, frames=17)  # as with a temporal upscaler
-    pixels = Media(request, [half_rate_pass]).pass_inputs[0].input_video
+    resolved = engine.resolve(replace(REQUEST, frames=20, input_video=str(moving_clip), denoise_strength=0.9))
+    frames, media = clip.read_video(moving_clip).frames, resolved.input_video
+    assert media is not None
+    read = np.stack(list(OpenedMedia([media]).frames(media)))
+    assert np.array_equal(read, frames[[*range(20), *[19] * 5]])
+    half_rate_pass = replace(resolved.passes[0], fps=12.0, frames=17)  # as with a temporal upscaler
+    pixels = pass_input_video(media, resolved.size, resolved.fps, half_rate_pass)
     assert pixels is not None
-    assert isinstance(pixels.frames, clip.ClipReader)
-    assert list(pixels.frames.frame_indices) == [*range(0, 20, 2), *[19] * 7]
+    assert list(pixels.media.frame_indices) == [*range(0, 20, 2), *[19] * 7]
     assert pixels.grid.video_frames == 17
 
 
@@ -149,9 +140,10 @@ def test_image_is_read_once_before_any_load(engine: Engine, image_condition: Con
     path = tmp_path / "photo.png"
     path.write_bytes(Path(image_condition.media).read_bytes())
     expected = engine.encode_first_condition(replace(REQUEST, conditions=(image_condition,)))
-    generation = engine._create_generation(replace(REQUEST, conditions=(Condition(str(path)),)), lambda progress: None)
-    path.unlink()
-    assert torch.equal(generation.encode_media()[0].conditions[0][1], expected)
+    request = replace(REQUEST, conditions=(Condition(str(path)),))
+    with engine.start(request, stages=("encode",)) as generation:
+        path.unlink()
+        assert torch.equal(generation.encode_media()[0].conditions[0][1], expected)
 
 
 def test_frames_in_memory_are_used_without_a_copy(engine: Engine, moving_clip: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kadr.cli import enhance, run
 from kadr.cli.flags import options
@@ -13,7 +12,6 @@ from kadr.cli.flags.request import (
     check_choices,
     component_options,
     engine_options,
-    lora_options,
     refuse_second_pass_flags,
     warn_unused_flags,
     with_duration,
@@ -21,6 +19,9 @@ from kadr.cli.flags.request import (
 from kadr.cli.output_path import choose_output, refuse_missing_media, refuse_unwritable
 from kadr.cli.terminal.errors import print_stderr
 from kadr.request.request import Request
+
+if TYPE_CHECKING:
+    from kadr.pipeline.engine import Engine
 
 DEMO_NOTICE = (
     "No --model is named, so the bundled demo draws this: one coloured shape that moves, grows or stands still on a "
@@ -48,7 +49,7 @@ def generate(prompt: options.Prompt, flags: options.GenerateFlags) -> None:
     enhancer = enhance.create_enhancer(flags.enhance)
     if flags.output.dry_run:
         enhance.announce_enhancer(enhancer)
-        _print_dry_run(request, components, flags)
+        print_dry_run(request, run.open_engine(**components, **engine_options(flags.model)), flags)
         return
     output = choose_output(flags.output.output, resume=flags.output.resume)
     refuse_unwritable(request, output, flags.output.save_latents)
@@ -58,21 +59,16 @@ def generate(prompt: options.Prompt, flags: options.GenerateFlags) -> None:
     if flags.model.no_prompt_cache:
         components["prompt_cache"] = False
     engine = run.open_engine(model, **components, **engine_options(flags.model))
-    warn_unused_flags(with_duration(request, flags.video.seconds, engine), flags.model, engine)
+    request = with_duration(request, flags.video.seconds, engine)
+    warn_unused_flags(request, flags.model, engine)
     latents, resume = flags.output.save_latents, flags.output.resume
-    request = enhance.enhance_request(
-        engine, with_duration(request, flags.video.seconds, engine), enhancer, output, resume=resume
-    )
+    request = enhance.enhance_request(engine, request, enhancer, output, resume=resume)
     run.write_video(engine, request, output, latents_path=latents, as_json=flags.output.json, resume=resume)
 
 
-def _print_dry_run(request: Request, component_options: Mapping[str, Any], flags: options.GenerateFlags) -> None:
-    from kadr.cli.terminal import dry_run
-    from kadr.pipeline.dry_run import DryRunEngine  # loads torch
+def print_dry_run(request: Request, engine: Engine, flags: options.GenerateFlags) -> None:
+    """Prints every step of the request, without making it."""
+    from kadr.cli.terminal import dry_run  # loads torch
 
-    engine = DryRunEngine.open(**component_options, **lora_options(flags.model), merge_loras=flags.model.merge_loras)
-    print(
-        dry_run.format_dry_run(
-            engine.run(with_duration(request, flags.video.seconds, engine)), as_json=flags.output.json
-        )
-    )
+    result = engine.dry_run(with_duration(request, flags.video.seconds, engine))
+    print(dry_run.format_dry_run(result, as_json=flags.output.json))

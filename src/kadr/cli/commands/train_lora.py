@@ -141,8 +141,8 @@ def _build_training(engine: Engine, folder: Path, output: Path, settings: dict[s
     from kadr.training.lora_training import LoRATraining
     from kadr.training.settings import TrainingSettings
 
-    size, frames = settings.pop("size") or engine.recipe.size, settings.pop("frames")
-    frames = engine.recipe.frames if frames is None else frames
+    size, frames = settings.pop("size") or engine.spec.recipe.size, settings.pop("frames")
+    frames = engine.spec.recipe.frames if frames is None else frames
     return LoRATraining(engine, folder, output, TrainingSettings(size=size, frames=frames, **settings), **more)
 
 

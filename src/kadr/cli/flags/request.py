@@ -20,7 +20,6 @@ from kadr.sampling.step_cache import CACHE_KINDS, FIRST_BLOCK, TAYLOR, StepCache
 from kadr.spec.offload import OFFLOAD_AUTO, OFFLOAD_MODES
 
 if TYPE_CHECKING:
-    from kadr.pipeline.dry_run import DryRunEngine
     from kadr.pipeline.engine import Engine
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -64,14 +63,15 @@ def warn_unused_flags(request: Request, flags: options.ModelFlags, engine: Engin
     """Warns of second-pass flags if the recipe has a single pass."""
     has_second_strength = any(len(lora) > 2 and lora[1] != lora[2] for lora in map(parse.lora, flags.lora or ()))
     if flags.upscaler or flags.second_model or has_second_strength:
-        from kadr.request.passes import unused_second_pass_options, warn_unused_second_pass  # loads torch
+        from kadr.request.complete import complete_request  # loads torch
+        from kadr.request.passes import unused_second_pass_options, warn_unused_second_pass
 
         unused = unused_second_pass_options(
             has_upscaler=bool(flags.upscaler),
             has_second_model=bool(flags.second_model),
             has_second_lora_strength=has_second_strength,
         )
-        warn_unused_second_pass(engine.resolve(request), unused)
+        warn_unused_second_pass(complete_request(request, engine.spec.recipe), unused)
 
 
 def build_request(prompt: str, flags: options.GenerateFlags | options.PlanFlags) -> Request:
@@ -222,11 +222,13 @@ def _collect_components(flags: options.ModelFlags) -> dict[str, Any]:
     return {name: value for name, value in components.items() if value}
 
 
-def with_duration(request: Request, seconds: float | None, engine: Engine | DryRunEngine) -> Request:
+def with_duration(request: Request, seconds: float | None, engine: Engine) -> Request:
     """Returns the request with frames for a duration, at the frame rate of the request or of the recipe."""
     if seconds is None:
         return request
-    fps = engine.resolve(request).fps
+    from kadr.request.complete import complete_request  # loads torch
+
+    fps = complete_request(request, engine.spec.recipe).fps
     if not 0 < seconds < math.inf or fps is None:
         raise RequestError(f"seconds is {seconds}; it must be a number above 0.")
     return replace(request, frames=max(1, round(seconds * fps)))

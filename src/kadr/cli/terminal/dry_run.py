@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 
 from kadr.cli.terminal.table import format_columns, format_si
-from kadr.pipeline.dry_run import DryRun, DryRunComponent
+from kadr.pipeline.dry_run import DryRun
 from kadr.request.inputs import Condition
 from kadr.request.passes import ResolvedPass
 from kadr.request.windows import Windows
 from kadr.sampling.settings import ATTENTION_VALUES
+from kadr.spec.locate import ModelComponent
 
 
 def format_dry_run(dry_run: DryRun, *, as_json: bool) -> str:
@@ -25,7 +26,7 @@ def _lines(dry_run: DryRun) -> Iterator[str]:
         yield _headline(resolved_pass)
         yield from format_columns(list(_steps(resolved_pass)))
     yield ""
-    yield f"{dry_run.evaluations} model evaluations."
+    yield f"{dry_run.resolved.model_evaluations} model evaluations."
 
 
 def _components(dry_run: DryRun) -> Iterator[tuple[str, str]]:
@@ -33,14 +34,14 @@ def _components(dry_run: DryRun) -> Iterator[tuple[str, str]]:
         yield component.role, f"{component.name}{_disk_state(component)}{_strengths(component)}"
 
 
-def _disk_state(component: DryRunComponent) -> str:
+def _disk_state(component: ModelComponent) -> str:
     if component.path is not None:
         return ""
-    size = f": {format_si(component.size_bytes)} bytes to fetch" if component.size_bytes else ""
+    size = f": {format_si(component.bytes_to_fetch)} bytes to fetch" if component.bytes_to_fetch else ""
     return f", not on disk{size}"
 
 
-def _strengths(component: DryRunComponent) -> str:
+def _strengths(component: ModelComponent) -> str:
     if component.strengths is None:
         return ""
     first, second = component.strengths
@@ -48,24 +49,24 @@ def _strengths(component: DryRunComponent) -> str:
 
 
 def _video(dry_run: DryRun) -> Iterator[tuple[str, str]]:
-    request, (size, frames) = dry_run.request, dry_run.sampled_dimensions
-    if request.windows is None:
-        yield "prompt", request.prompt
+    resolved = dry_run.resolved
+    if resolved.windows is None:
+        yield "prompt", resolved.request.prompt
     else:
-        yield from _windows(dry_run, request.windows)
-    if any(resolved_pass.uses_cfg for resolved_pass in dry_run.passes):
-        yield "negative prompt", request.negative_prompt or "(empty)"
-    yield "size", f"{request.size}, sampled at {size}"
-    yield "frames", f"{request.frames}, sampled as {frames}"
-    yield "fps", f"{request.fps:g}"
-    yield "seed", str(request.seed)
-    if request.cache is not None:
-        yield "step cache", str(request.cache)
+        yield from _windows(dry_run, resolved.windows)
+    if resolved.uses_cfg:
+        yield "negative prompt", resolved.negative_prompt or "(empty)"
+    yield "size", f"{resolved.size}, sampled at {resolved.sampled_size}"
+    yield "frames", f"{resolved.frames}, sampled as {resolved.sampled_frames}"
+    yield "fps", f"{resolved.fps:g}"
+    yield "seed", str(resolved.seed)
+    if resolved.step_cache is not None:
+        yield "step cache", str(resolved.step_cache)
 
 
 def _windows(dry_run: DryRun, windows: Windows) -> Iterator[tuple[str, str]]:
-    last = len(dry_run.request.prompts)
-    for number, prompt in enumerate(dry_run.request.prompts, 1):
+    last = len(dry_run.resolved.prompts)
+    for number, prompt in enumerate(dry_run.resolved.prompts, 1):
         position = f"window {number}" if number < last else f"from window {number} on"
         yield "prompt", f"{prompt} ({position})"
     settings = f"AdaIN {windows.adain:g}, strength {windows.overlap_strength:g}"
@@ -76,17 +77,17 @@ def _windows(dry_run: DryRun, windows: Windows) -> Iterator[tuple[str, str]]:
 
 
 def _media(dry_run: DryRun) -> Iterator[tuple[str, str]]:
-    request = dry_run.request
-    if request.input_video is not None:
-        strength = "" if request.denoise_strength is None else f", strength {request.denoise_strength:g}"
-        yield "input video", f"{request.input_video}{strength}"
-    for resolved in dry_run.conditions:
-        kind = "clip" if len(resolved.frames) > 1 else "image"
-        yield kind, f"{resolved}{_strength_and_box(resolved.condition)}"
-    for resolved_control in dry_run.controls:
-        yield "control", f"{resolved_control.control} (frames 0 to {len(resolved_control.frames) - 1})"
-    if dry_run.conditions or request.input_video is not None:
-        yield "images", f"through H.264 at quality {request.image_crf}, noise {request.image_noise:g}"
+    resolved, denoise_strength = dry_run.resolved, dry_run.resolved.request.denoise_strength
+    if resolved.input_video is not None:
+        strength = "" if denoise_strength is None else f", strength {denoise_strength:g}"
+        yield "input video", f"{resolved.input_video.path}{strength}"
+    for condition in resolved.conditions:
+        kind = "clip" if len(condition.media) > 1 else "image"
+        yield kind, f"{condition}{_strength_and_box(condition.condition)}"
+    for control in resolved.controls:
+        yield "control", f"{control.control} (frames 0 to {len(control.media) - 1})"
+    if resolved.conditions or resolved.input_video is not None:
+        yield "images", f"through H.264 at quality {resolved.image_crf}, noise {resolved.image_noise:g}"
 
 
 def _strength_and_box(condition: Condition) -> str:
@@ -96,9 +97,9 @@ def _strength_and_box(condition: Condition) -> str:
 
 
 def _decoding(dry_run: DryRun) -> Iterator[tuple[str, str]]:
-    request, last = dry_run.request, dry_run.passes[-1].settings
+    resolved, last = dry_run.resolved, dry_run.resolved.passes[-1].settings
     tone_map = f", tone map {last.tone_map:g}" if last.tone_map else ""
-    yield "decoding", f"at timestep {request.decode_timestep:g}, noise {request.decode_noise:g}{tone_map}"
+    yield "decoding", f"at timestep {resolved.decode_timestep:g}, noise {resolved.decode_noise:g}{tone_map}"
 
 
 def _headline(resolved_pass: ResolvedPass) -> str:
@@ -124,8 +125,6 @@ def _headline(resolved_pass: ResolvedPass) -> str:
 
 def _steps(resolved_pass: ResolvedPass) -> Iterator[tuple[str, ...]]:
     yield "step", "sigma", "guidance", "stg", "rescale", "blocks"
-    for number, (sigma, step) in enumerate(
-        zip(resolved_pass.sigmas.tolist(), resolved_pass.step_guidance, strict=True), 1
-    ):
+    for number, (sigma, step) in enumerate(zip(resolved_pass.sigmas, resolved_pass.step_guidance, strict=True), 1):
         values = (f"{value:g}" for value in (sigma, step.cfg_scale, step.stg_scale, step.rescale))
         yield str(number), *values, ",".join(map(str, step.skip_blocks)) or "-"

@@ -6,16 +6,13 @@ So an interrupted generation continues from its stored windows, with the same re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from kadr.errors import RequestError
-from kadr.pipeline.stages.prepared_conditions import PreparedCondition
 from kadr.request.passes import ResolvedPass
-from kadr.request.resolved_conditions import ResolvedCondition
 from kadr.request.windows import Span, Windows
 from kadr.sampling.blending import blend_window
 from kadr.sampling.conditioning import append_keyframe
@@ -154,53 +151,3 @@ def rechunk(latents: Iterable[Tensor], chunk_frames: int) -> Iterator[Tensor]:
         pending = pending[:, :, full_frames:]
     if pending is not None and pending.shape[2]:
         yield pending
-
-
-def conditions_in_window(conditions: Iterable[PreparedCondition], span: Span) -> list[PreparedCondition]:
-    """Returns the conditions that lie wholly inside a window, at their frames in it.
-
-    The first latent of a later window is dropped, because its frame 0 belongs to the end of the window before.
-    """
-    return [
-        replace(
-            condition,
-            resolved_condition=replace(
-                condition.resolved_condition, start_frame=condition.resolved_condition.start_frame - span.first_frame
-            ),
-        )
-        for condition in conditions
-        if _lies_inside(condition.resolved_condition, span)
-    ]
-
-
-def is_anchor_image(condition: PreparedCondition) -> bool:
-    """Tells if a condition is a whole image at frame 0, which can anchor every window of a long video."""
-    return (
-        condition.resolved_condition.start_frame == 0
-        and len(condition.resolved_condition.frames) == 1
-        and condition.resolved_condition.condition.box is None
-    )
-
-
-def check_inside_windows(conditions: Iterable[ResolvedCondition], spans: Sequence[Span]) -> None:
-    """Refuses clips that cross the end of a window.
-
-    Raises:
-        RequestError: a clip does not lie inside one window; names the windows.
-    """
-    for condition in conditions:
-        if not any(_lies_inside(condition, span) for span in spans):
-            ranges = ", ".join(
-                f"{span.first_frame + bool(span.start)} to {span.first_frame + span.frames - 1}" for span in spans[:4]
-            )
-            raise RequestError(
-                f"{condition} does not lie inside one window; the windows cover frames {ranges}"
-                f"{' and so on' if len(spans) > 4 else ''}. Move it, use fewer of its frames (PATH#A:B), or give a "
-                "longer --window."
-            )
-
-
-def _lies_inside(condition: ResolvedCondition, span: Span) -> bool:
-    start = condition.start_frame - span.first_frame
-    min_start = 1 if span.start else 0
-    return min_start <= start and start + len(condition.frames) <= span.frames

@@ -10,8 +10,10 @@ import numpy as np
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError
 from kadr.media.depth import DepthEstimator, DepthMaps
+from kadr.media.image import load_image
 from kadr.media.pose import PoseEstimator
 from kadr.pipeline.progress import StageProgress, Watch
+from kadr.pipeline.stages.prepared_frames import Frames
 from kadr.request.inputs import DEPTH, POSE
 from kadr.request.resolved_controls import ResolvedControl
 
@@ -42,35 +44,36 @@ def fetch_networks(controls: Sequence[ResolvedControl]) -> dict[str, list[Path]]
 
 
 def build_map_renderers(
-    controls: Sequence[ResolvedControl], networks: dict[str, list[Path]], watch: Watch
+    controls: Sequence[ResolvedControl], frames: Sequence[Frames], networks: dict[str, list[Path]], watch: Watch
 ) -> list[MapRenderer | None]:
-    """Runs the networks over all frames; returns a map renderer for each control, None if it needs no network."""
-    count = sum(len(control.frames) for control in controls if control.control.kind in networks)
+    """Runs the networks over all frames; returns a map renderer for each control, None if it needs no network.
+
+    Args:
+        frames: of each control.
+    """
+    kinds = [control.control.kind for control in controls]
+    count = sum(len(item) for kind, item in zip(kinds, frames, strict=True) if kind in networks)
     if not count:
         return [None] * len(controls)
     progress, done = StageProgress("control", count, watch), 0
 
-    def read_frames(control: ResolvedControl) -> Iterator[np.ndarray]:
+    def read(item: Frames) -> Iterator[np.ndarray]:
         nonlocal done
-        for frame in control.read_frames():
-            yield frame
+        for frame in item:
+            yield frame if isinstance(frame, np.ndarray) else np.asarray(load_image(frame))
             done += 1
             progress.report(done)
 
-    return [_build_map_renderer(control, networks, read_frames) for control in controls]
+    return [_build_map_renderer(kind, networks, read(item)) for kind, item in zip(kinds, frames, strict=True)]
 
 
-def _build_map_renderer(
-    control: ResolvedControl,
-    networks: dict[str, list[Path]],
-    read_frames: Callable[[ResolvedControl], Iterator[np.ndarray]],
-) -> MapRenderer | None:
-    if control.control.kind == DEPTH:
+def _build_map_renderer(kind: str, networks: dict[str, list[Path]], frames: Iterator[np.ndarray]) -> MapRenderer | None:
+    if kind == DEPTH:
         estimate_depth = DepthEstimator(*networks[DEPTH])
-        depth_maps = DepthMaps([estimate_depth(frame) for frame in read_frames(control)])
+        depth_maps = DepthMaps([estimate_depth(frame) for frame in frames])
         return lambda frame_index, frame: depth_maps.render(frame_index, frame.shape[1], frame.shape[0])
-    if control.control.kind == POSE:
+    if kind == POSE:
         estimate_poses = PoseEstimator(*networks[POSE])
-        poses = [estimate_poses(frame) for frame in read_frames(control)]
+        poses = [estimate_poses(frame) for frame in frames]
         return lambda frame_index, frame: poses[frame_index].render()
     return None

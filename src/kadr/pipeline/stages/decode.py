@@ -11,17 +11,15 @@ from torch import Tensor
 
 from kadr.media.postprocess import crop_margins, denormalize, resize_frames, to_uint8
 from kadr.models.vae.decoder import CHUNK_FRAMES
-from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import WindowedLatents, rechunk
+from kadr.pipeline.modules import Modules
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_frames_in_fp32, retry_frames_on_oom
-from kadr.request.passes import ResolvedPass, window_stream_name
-from kadr.request.request import Request
-from kadr.request.windows import Span
+from kadr.request.passes import window_stream_name
+from kadr.request.resolved_request import ResolvedRequest
 from kadr.sampling.latents import tone_map
 from kadr.sampling.noise import NoiseStreams
-from kadr.shapes import LatentGrid, Size
 
 
 @dataclass(frozen=True)
@@ -29,15 +27,11 @@ class DecodeStage:
     """Streamed VAE decode of one request.
 
     Args:
-        request: a complete request.
-        last_pass: the pass whose latents are decoded.
-        spans: windows of a long video; () for any other.
+        request: a resolved request; the latents of its last pass are decoded.
     """
 
-    components: Components
-    request: Request
-    last_pass: ResolvedPass
-    spans: tuple[Span, ...]
+    modules: Modules
+    request: ResolvedRequest
     noise_streams: NoiseStreams
     watch: Watch
 
@@ -47,30 +41,27 @@ class DecodeStage:
         Args:
             noise: decode noise in the shape of the latents, instead of the seed's, for decoders that take noise.
         """
-        decode = retry_frames_on_oom(self.components, "decode", partial(self._decode, latents, noise))
-        yield from retry_frames_in_fp32("decode", self.components.stage_dtype("decode"), decode)
+        decode = retry_frames_on_oom(self.modules, "decode", partial(self._decode, latents, noise))
+        yield from retry_frames_in_fp32(self.modules, "decode", decode)
 
     def _decode(
         self, latents: Tensor | WindowedLatents, noise: Tensor | None, dtype: torch.dtype | None
     ) -> Iterator[Tensor]:
         """Decodes as `decode` does, without its retries. dtype: dtype to compute in, instead of the plan's."""
-        components, request = self.components, self.request
-        assert isinstance(request.size, Size)
-        assert request.frames is not None
+        modules, request = self.modules, self.request
         progress = StageProgress("decode", request.frames, self.watch)
-        finite_check = FiniteCheck.for_device(components.device)
-        sampled_size, frames_done = request.size.snap(), 0
-        stage_dtype = dtype or components.stage_dtype("decode")
-        with components.vae_decoder(dtype) as vae:
+        finite_check = FiniteCheck.for_device(modules.device)
+        sampled_size, frames_done = request.sampled_size, 0
+        stage_dtype = dtype or modules.stage_dtype("decode")
+        with modules.vae_decoder(dtype) as vae:
             takes_noise, injected_noise = vae.config.timestep_conditioning, _InjectedNoise(self.noise_streams)
             timestep = None
             if takes_noise:
-                assert request.decode_timestep is not None
-                timestep = torch.full((1,), request.decode_timestep, device=components.device)
-            chunk_frames = components.placement("decode").chunk_frames or CHUNK_FRAMES
+                timestep = torch.full((1,), request.decode_timestep, device=modules.device)
+            chunk_frames = modules.placement("decode").chunk_frames or CHUNK_FRAMES
             prepared = self._prepare_latents(latents, noise, add_noise=takes_noise)
             chunks = rechunk((window_latents.to(stage_dtype) for window_latents in prepared), chunk_frames)
-            count = LatentGrid.for_video(self.last_pass.size, self.last_pass.frames).frames
+            count = request.passes[-1].grid.frames
             for chunk in vae.decode_chunks(
                 chunks, count, timestep=timestep, noise_source=injected_noise, chunk_frames=chunk_frames
             ):
@@ -87,12 +78,10 @@ class DecodeStage:
         self, latents: Tensor | WindowedLatents, noise: Tensor | None, *, add_noise: bool
     ) -> Iterator[Tensor]:
         """Yields the latents window by window: decode noise mixed in if the decoder takes it, then tone mapped."""
-        decode_noise, compression = self.request.decode_noise, self.last_pass.settings.tone_map
-        assert decode_noise is not None
-        assert compression is not None
+        decode_noise, compression = self.request.decode_noise, self.request.passes[-1].settings.tone_map or 0.0
         windows = [latents] if isinstance(latents, Tensor) else latents
         for window_index, window_latents in enumerate(windows):
-            window_latents = window_latents.to(self.components.device)
+            window_latents = window_latents.to(self.modules.device)
             if add_noise:
                 window_noise = self._window_noise(window_index, window_latents.shape, noise)
                 window_latents = (1 - decode_noise) * window_latents + decode_noise * window_noise.to(window_latents)
@@ -102,9 +91,9 @@ class DecodeStage:
         """Returns the decode noise of a window: its frames of `noise`, or drawn where that is None."""
         if noise is None:
             return self.noise_streams.draw(window_stream_name("decode", window_index), shape)
-        if not self.spans:
+        if not self.request.spans:
             return noise
-        start = self.spans[window_index].output_start
+        start = self.request.spans[window_index].output_start
         return noise[:, :, start : start + shape[2]]
 
 

@@ -13,15 +13,15 @@ from torch import Tensor
 from kadr.models.block_inputs import TextKVCache
 from kadr.models.transformer import Transformer
 from kadr.nn.rope import Rope
-from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
 from kadr.pipeline.longvideo.sampling import Guide
+from kadr.pipeline.modules import Modules
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
+from kadr.pipeline.stages.conditions import apply_condition
 from kadr.pipeline.stages.encode import EncodedInputs
-from kadr.pipeline.stages.prepared_conditions import apply_condition
 from kadr.request.passes import ResolvedPass, noise_stream_name
-from kadr.request.request import Request
+from kadr.request.resolved_request import ResolvedRequest
 from kadr.sampling.conditioning import add_image_noise
 from kadr.sampling.guidance import Denoiser, Perturbation, PromptEmbeddings, guided_denoiser
 from kadr.sampling.noise import NoiseStreams
@@ -38,15 +38,13 @@ class DenoiseStage:
     """Sampling of the passes of one request.
 
     Args:
-        request: a complete request.
-        reference_downscale: factor by which the references of in-context LoRAs are smaller than the video.
+        request: a resolved request.
     """
 
-    components: Components
-    request: Request
+    modules: Modules
+    request: ResolvedRequest
     noise_streams: NoiseStreams
     watch: Watch
-    reference_downscale: int = 1
 
     def denoise_pass(
         self,
@@ -65,11 +63,10 @@ class DenoiseStage:
         stage = PASS_STAGES[resolved_pass.number - 1]
         reference_tokens = self._build_reference_tokens(resolved_pass, encoded_inputs)
         sample = partial(self._denoise, resolved_pass, state, reference_tokens, prompt_embeddings)
-        run = retry_on_oom(self.components, stage, sample)
-        return retry_in_fp32(stage, self.components.stage_dtype(stage), run).latents()
+        return retry_in_fp32(self.modules, stage, retry_on_oom(self.modules, stage, sample)).latents()
 
     def _has_causal_positions(self, resolved_pass: ResolvedPass) -> bool:
-        return self.components.transformer_config_of(resolved_pass.number - 1).causal_temporal_positioning
+        return self.modules.spec.transformer_config_of(resolved_pass.number - 1).causal_temporal_positioning
 
     def _build_state(
         self, resolved_pass: ResolvedPass, latents: Tensor, encoded_inputs: EncodedInputs, guides: Sequence[Guide]
@@ -97,7 +94,7 @@ class DenoiseStage:
             encoded_inputs.reference_latents,
             fps=resolved_pass.fps,
             causal=self._has_causal_positions(resolved_pass),
-            downscale=self.reference_downscale,
+            downscale=self.request.reference_downscale,
         )
 
     def _denoise(
@@ -108,11 +105,11 @@ class DenoiseStage:
         prompt_embeddings: Sequence[PromptEmbeddings],
         dtype: torch.dtype | None,
     ) -> LatentState:
-        pass_index, count, device = resolved_pass.number - 1, len(resolved_pass.sigmas), self.components.device
+        pass_index, count, device = resolved_pass.number - 1, len(resolved_pass.sigmas), self.modules.device
         stage, finite_check = PASS_STAGES[pass_index], FiniteCheck.for_device(device)
-        stage_dtype = dtype or self.components.stage_dtype(stage)
-        assert self.request.image_noise is not None
-        with self.components.transformer(pass_index, dtype, self.request.lora_strengths) as transformer:
+        stage_dtype = dtype or self.modules.stage_dtype(stage)
+        strengths = self.request.lora_strengths[pass_index]
+        with self.modules.transformer(pass_index, dtype, strengths) as transformer:
             rope = transformer.compute_rope(_all_positions(state, reference_tokens)[None].to(device))
             is_window = resolved_pass.window_count > 1
             progress = StageProgress(
@@ -127,13 +124,13 @@ class DenoiseStage:
                 location = f" of window {resolved_pass.window_index + 1}" if is_window else ""
                 finite_check.check(state.tokens, f"step {index + 1} of {count}{location}")
                 # The sampler's own sigma is on the device; reading it would wait for the GPU.
-                progress.report(index + 1, float(resolved_pass.sigmas[index]))
+                progress.report(index + 1, resolved_pass.sigmas[index])
 
             embeddings = [item._replace(embeddings=item.embeddings.to(stage_dtype)) for item in prompt_embeddings]
             state = denoise(
                 self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, embeddings),
                 state,
-                resolved_pass.sigmas.to(device),
+                torch.tensor(resolved_pass.sigmas, dtype=torch.float32, device=device),
                 step=stochastic_step(self._step_noise(resolved_pass, "stochastic"))
                 if resolved_pass.settings.stochastic
                 else euler_step,

@@ -1,6 +1,6 @@
-"""Encode stage: reads conditions, input video and controls before anything is loaded, then VAE-encodes them.
+"""Encode stage: opens conditions, input video and controls before anything is loaded, then VAE-encodes them.
 
-Inputs are prepared separately for each pass, or for each window of a long video.
+Inputs are encoded separately for each pass, or for each window of a long video.
 """
 
 from __future__ import annotations
@@ -13,41 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
-from kadr.pipeline.longvideo.sampling import check_inside_windows, conditions_in_window
+from kadr.pipeline.modules import Modules
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.control_networks import build_map_renderers, fetch_networks
-from kadr.pipeline.stages.prepared_conditions import PreparedCondition, PreparedFrames, place_in_pass, prepare_condition
-from kadr.pipeline.stages.prepared_controls import PreparedControl, prepare_control
+from kadr.pipeline.stages.prepared_controls import PreparedControl
+from kadr.pipeline.stages.prepared_frames import OpenedMedia, PreparedFrames
 from kadr.planning.vae_activations import ENCODE_CHUNK_FRAMES
-from kadr.request.passes import ResolvedPass
-from kadr.request.request import Request
-from kadr.request.resolved_conditions import open_input_video, resolve_conditions
-from kadr.request.resolved_controls import resolve_controls
-from kadr.request.windows import Span
-from kadr.shapes import LatentGrid, Size
-
-
-@dataclass(frozen=True)
-class PassInputs:
-    """Prepared images and clips of one pass or window, not yet encoded.
-
-    Args:
-        conditions: conditions at their position in the pass or window.
-        input_video: video to start from; None if there is none.
-        controls: controls of the pass or window.
-    """
-
-    conditions: Sequence[PreparedCondition]
-    input_video: PreparedFrames | None
-    controls: Sequence[PreparedControl]
+from kadr.request.pass_media import PassCondition, PassControl, PassFrames, PassMedia
+from kadr.request.resolved_request import ResolvedRequest
 
 
 @dataclass(frozen=True)
 class EncodedInputs:
-    """Latents of one pass's or window's `PassInputs`.
+    """Latents of one pass's or window's images and clips.
 
     Args:
         conditions: conditions with their latents, each (1, C, n, h, w).
@@ -55,87 +35,38 @@ class EncodedInputs:
         reference_latents: latents of the controls, each (1, C, f, h, w).
     """
 
-    conditions: list[tuple[PreparedCondition, Tensor]]
+    conditions: list[tuple[PassCondition, Tensor]]
     init_latents: Tensor | None = None
     reference_latents: list[Tensor] = field(default_factory=list)
 
 
 class Media:
-    """Images, clips and input video of one complete request.
-
-    Args:
-        window_passes: passes of a long video's windows, with their `spans`; both empty for any other.
-        reference_downscale: returns the factor by which references are smaller than the video; called only if the
-            request has controls.
-        read_files: read the files; decoding alone does not need them.
+    """Images, clips and input video of one request, opened.
 
     Raises:
         MediaError: a file cannot be read, or an image or clip is too small.
-        RequestError: a condition does not fit into the video.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        passes: Sequence[ResolvedPass],
-        window_passes: Sequence[ResolvedPass] = (),
-        spans: Sequence[Span] = (),
-        *,
-        reference_downscale: Callable[[], int] = lambda: 1,
-        read_files: bool = True,
-    ) -> None:
-        self.request = request
-        self.resolved_conditions = resolve_conditions(request) if read_files else []
-        if spans:
-            check_inside_windows(self.resolved_conditions, spans)
-        self.resolved_controls = resolve_controls(request) if read_files else []
-        self.reference_downscale = reference_downscale() if self.resolved_controls else 1
-        self.input_video = open_input_video(request) if read_files and request.input_video is not None else None
-        self.has_windows = bool(spans)
-        self.prepared_conditions = [self._prepare_conditions(resolved_pass) for resolved_pass in passes]
-        conditions_per_pass = (
-            [conditions_in_window(self.prepared_conditions[0], span) for span in spans]
-            if spans
-            else self.prepared_conditions
-        )
-        self.pass_inputs = [
-            PassInputs(conditions, self._prepare_input_video(resolved_pass), self._prepare_controls(resolved_pass))
-            for conditions, resolved_pass in zip(conditions_per_pass, window_passes or passes, strict=True)
-        ]
-
-    def _prepare_conditions(self, resolved_pass: ResolvedPass) -> list[PreparedCondition]:
-        return [
-            prepare_condition(condition, self.request, resolved_pass)
-            for condition in place_in_pass(self.resolved_conditions, self.request, resolved_pass)
-        ]
-
-    def _prepare_controls(self, resolved_pass: ResolvedPass) -> list[PreparedControl]:
-        return [
-            prepare_control(control, self.request, resolved_pass, self.reference_downscale)
-            for control in self.resolved_controls
-        ]
-
-    def _prepare_input_video(self, resolved_pass: ResolvedPass) -> PreparedFrames | None:
-        """Returns the input video for a pass or window, with every second frame for a pass at half the frame rate."""
-        if self.input_video is None or resolved_pass.number > 1:
-            return None
-        request = self.request
-        assert isinstance(request.size, Size)
-        assert request.image_crf is not None
-        frames = self.input_video.select(resolved_pass.clip_frame_indices(request.fps, len(self.input_video)))
-        return PreparedFrames.from_frames(frames, request.size, request.image_crf, resolved_pass.size, resize=True)
-
-    def grids(self, pass_index: int) -> tuple[LatentGrid, ...]:
-        """Returns the latent grids of everything encoded for a pass; of a long video, for all its windows."""
-        pass_inputs = self.pass_inputs if self.has_windows else [self.pass_inputs[pass_index]]
-        input_videos = [inputs.input_video.grid for inputs in pass_inputs if inputs.input_video is not None]
-        references = [control.grid for inputs in pass_inputs for control in inputs.controls]
-        return (*(condition.grid for condition in self.prepared_conditions[pass_index]), *references, *input_videos)
+    def __init__(self, resolved: ResolvedRequest) -> None:
+        self.resolved = resolved
+        uses = [frames.media for item in resolved.media for frames in _frames_of(item)]
+        uses += [control.media for item in resolved.media for control in item.controls]
+        self._opened = OpenedMedia([*uses, *(control.media for control in resolved.controls)])
+        all_frames = [condition.frames for conditions in resolved.conditions_by_pass for condition in conditions]
+        all_frames += [frames for item in resolved.media for frames in _frames_of(item)]
+        self.prepared_frames = {
+            frames: PreparedFrames.from_media(frames, resolved.image_crf, self._opened)
+            for frames in dict.fromkeys(all_frames)
+        }
+        self.prepared_controls = {
+            control: PreparedControl.from_media(control, self._opened)
+            for control in dict.fromkeys(control for item in resolved.media for control in item.controls)
+        }
 
     @torch.no_grad()
     def encode(
         self,
-        components: Components,
+        modules: Modules,
         watch: Watch,
         *,
         control_networks: dict[str, list[Path]] | None = None,
@@ -148,58 +79,74 @@ class Media:
             indices: windows to encode; None: all. Of the others, only the conditions of the first window are encoded,
                 because it may hold the anchor image.
         """
-        if not any(inputs.conditions or inputs.controls or inputs.input_video for inputs in self.pass_inputs):
-            return [EncodedInputs([]) for _ in self.pass_inputs]
-        map_renderers = build_map_renderers(
-            self.resolved_controls,
-            fetch_networks(self.resolved_controls) if control_networks is None else control_networks,
-            watch,
+        media = self.resolved.media
+        if not any(item.conditions or item.controls or item.input_video for item in media):
+            return [EncodedInputs([]) for _ in media]
+        if indices is not None:
+            media = tuple(
+                item if index in indices else PassMedia(() if index else item.conditions)
+                for index, item in enumerate(media)
+            )
+        controls = self._with_map_renderers(
+            fetch_networks(self.resolved.controls) if control_networks is None else control_networks, watch
         )
-        pass_inputs = []
-        for index, inputs in enumerate(self.pass_inputs):
-            controls = [
-                replace(control, map_renderer=map_renderer)
-                for control, map_renderer in zip(inputs.controls, map_renderers, strict=True)
-            ]
-            if indices is None or index in indices:
-                pass_inputs.append(PassInputs(inputs.conditions, inputs.input_video, controls))
-            else:
-                pass_inputs.append(PassInputs([] if index else inputs.conditions, None, []))
-        encode = retry_on_oom(components, "encode", partial(_encode_inputs, components, pass_inputs, watch))
-        return retry_in_fp32("encode", components.stage_dtype("encode"), encode)
+
+        def prepared(key: PassFrames | PassControl) -> PreparedFrames | PreparedControl:
+            return self.prepared_frames[key] if isinstance(key, PassFrames) else controls[key]
+
+        encode = retry_on_oom(modules, "encode", partial(_encode_inputs, modules, media, prepared, watch))
+        return retry_in_fp32(modules, "encode", encode)
+
+    def _with_map_renderers(self, networks: dict[str, list[Path]], watch: Watch) -> dict[PassControl, PreparedControl]:
+        """Returns the prepared controls with the networks' estimates of their frames."""
+        controls = self.resolved.controls
+        frames = [self._opened.frames(control.media) for control in controls]
+        renderers = build_map_renderers(controls, frames, networks, watch)
+        renderer_by_control = {control.control: item for control, item in zip(controls, renderers, strict=True)}
+        return {
+            control: replace(prepared, map_renderer=renderer_by_control[control.control])
+            for control, prepared in self.prepared_controls.items()
+        }
+
+
+def _frames_of(media: PassMedia) -> list[PassFrames]:
+    """Returns the frames of a pass's or window's conditions and input video."""
+    input_video = [] if media.input_video is None else [media.input_video]
+    return [*(condition.frames for condition in media.conditions), *input_video]
 
 
 def _encode_inputs(
-    components: Components, pass_inputs: Sequence[PassInputs], watch: Watch, dtype: torch.dtype | None
+    modules: Modules,
+    media: Sequence[PassMedia],
+    prepared: Callable[[PassFrames | PassControl], PreparedFrames | PreparedControl],
+    watch: Watch,
+    dtype: torch.dtype | None,
 ) -> list[EncodedInputs]:
     """Encodes the inputs of all passes or windows. dtype: dtype to compute in, instead of the plan's."""
-    latents_by_id: dict[int, Tensor] = {}  # keyed by id of the pixels: several windows may show one image
-    count = len({id(condition.pixels) for inputs in pass_inputs for condition in inputs.conditions})
-    count += sum(len(inputs.controls) + (inputs.input_video is not None) for inputs in pass_inputs)
-    device = components.device
+    encoded: dict[PassFrames | PassControl, Tensor] = {}  # several windows may show one image
+    count = len({key for item in media for key in (*_frames_of(item), *item.controls)})
+    device = modules.device
     progress, finite_check = StageProgress("encode", count, watch), FiniteCheck.for_device(device)
-    stage_dtype, done = dtype or components.stage_dtype("encode"), 0
-    with components.vae_encoder(dtype) as vae:
+    stage_dtype = dtype or modules.stage_dtype("encode")
+    with modules.vae_encoder(dtype) as vae:
 
-        def encode(pixels: PreparedFrames | PreparedControl) -> Tensor:
-            nonlocal done
-            if id(pixels) in latents_by_id:
-                return latents_by_id[id(pixels)]
-            chunks = pixels.chunks(ENCODE_CHUNK_FRAMES, device=device, dtype=stage_dtype)
-            latents = vae.encode_stream(chunks, len(pixels.frames)).float()
-            done += 1
-            finite_check.check(latents, f"image or clip {done} of {count}")
-            progress.report(done)
-            latents_by_id[id(pixels)] = latents
-            return latents
+        def encode(key: PassFrames | PassControl) -> Tensor:
+            if key not in encoded:
+                pixels = prepared(key)
+                chunks = pixels.chunks(ENCODE_CHUNK_FRAMES, device=device, dtype=stage_dtype)
+                latents = vae.encode_stream(chunks, len(pixels.frames)).float()
+                encoded[key] = latents
+                finite_check.check(latents, f"image or clip {len(encoded)} of {count}")
+                progress.report(len(encoded))
+            return encoded[key]
 
         encoded_inputs = [
             EncodedInputs(
-                [(condition, encode(condition.pixels)) for condition in inputs.conditions],
-                None if inputs.input_video is None else encode(inputs.input_video),
-                [encode(control) for control in inputs.controls],
+                [(condition, encode(condition.frames)) for condition in item.conditions],
+                None if item.input_video is None else encode(item.input_video),
+                [encode(control) for control in item.controls],
             )
-            for inputs in pass_inputs
+            for item in media
         ]
         finite_check.synchronize()
     return encoded_inputs

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from kadr.errors import KadrWarning
+from kadr.errors import CheckpointError, KadrWarning
 from kadr.models.t5 import T5Encoder
-from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
+from kadr.pipeline.modules import Modules
 from kadr.pipeline.progress import StageProgress, Watch
+from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.sampling.guidance import PromptEmbeddings
-from kadr.text.tokenizer import PromptTokens
+from kadr.text.tokenizer import PromptTokens, Tokenizer
 
 MAX_QUOTED_CHARACTERS = 80  # characters of a prompt that a warning quotes
 
@@ -26,11 +26,12 @@ class PromptEncoder:
     """Encoder of the prompts of one request.
 
     Args:
+        tokenizer: None where the text encoder is not on disk; prompts cannot be encoded then.
         prompts: the prompts and, if CFG needs it, the negative prompt.
     """
 
-    def __init__(self, components: Components, prompts: Sequence[str]) -> None:
-        self.components, self.prompts = components, prompts
+    def __init__(self, tokenizer: Tokenizer | None, prompt_cache: PromptCache, prompts: Sequence[str]) -> None:
+        self.tokenizer, self.prompt_cache, self.prompts = tokenizer, prompt_cache, prompts
 
     @cached_property
     def tokens(self) -> list[PromptTokens]:
@@ -49,53 +50,45 @@ class PromptEncoder:
     @cached_property
     def _embeddings(self) -> list[Tensor | None]:
         """Embeddings (n, D) of each prompt's n real tokens, on the CPU; None for a prompt not yet encoded."""
-        return [self.components.prompt_cache.look_up(tokens) for tokens in self.tokens]
+        return [self.prompt_cache.look_up(tokens) for tokens in self.tokens]
 
     @property
     def uncached_count(self) -> int:
         """Number of prompts that the text encoder must encode."""
         return sum(embeddings is None for embeddings in self._embeddings)
 
-    def encode(self, watch: Watch) -> list[PromptEmbeddings]:
+    def encode(self, modules: Modules, watch: Watch) -> list[PromptEmbeddings]:
         """Returns the prompt embeddings, (1, 256, D) each, on the device; zero at padding tokens.
 
         Raises:
             NonFiniteError: the text encoder produced NaN or infinity, in float32 too.
         """
-        encode = retry_on_oom(self.components, "text", partial(self._encode_uncached, watch))
-        retry_in_fp32("text", self.components.stage_dtype("text"), encode)
-        return [self._pad(tokens, embeddings) for tokens, embeddings in zip(self.tokens, self._embeddings, strict=True)]
+        if self.uncached_count:
+            encode = retry_on_oom(modules, "text", partial(self._encode_uncached, modules, watch))
+            retry_in_fp32(modules, "text", encode)
+        else:
+            progress = StageProgress("text", len(self.prompts), watch)
+            for number in range(1, len(self.prompts) + 1):
+                progress.report(number)
+        embeddings = (item for item in self._embeddings if item is not None)
+        return [_pad(*pair, modules.device) for pair in zip(self.tokens, embeddings, strict=True)]
 
-    def _encode_uncached(self, watch: Watch, dtype: torch.dtype | None) -> None:
+    def _encode_uncached(self, modules: Modules, watch: Watch, dtype: torch.dtype | None) -> None:
         """Encodes the uncached prompts, one by one, so no prompt depends on another or on its failure."""
-        count, finite_check = len(self.prompts), FiniteCheck.for_device(self.components.device)
+        count, finite_check = len(self.prompts), FiniteCheck.for_device(modules.device)
         progress = StageProgress("text", count, watch)
-        with self.components.text_encoder(dtype) if self.uncached_count else nullcontext() as encoder:
+        with modules.text_encoder(dtype) as encoder:
             for index, tokens in enumerate(self.tokens):
                 if self._embeddings[index] is None:
-                    assert encoder is not None
-                    embeddings = self._encode_prompt(encoder, tokens, finite_check, f"prompt {index + 1} of {count}")
-                    self.components.prompt_cache.store(tokens, embeddings)
+                    embeddings = _encode_prompt(encoder, tokens, modules, finite_check, f"{index + 1} of {count}")
+                    self.prompt_cache.store(tokens, embeddings)
                     self._embeddings[index] = embeddings
                 progress.report(index + 1)
 
-    def _encode_prompt(self, encoder: T5Encoder, tokens: PromptTokens, finite_check: FiniteCheck, name: str) -> Tensor:
-        ids, mask = tokens.ids.to(self.components.device), tokens.mask.to(self.components.device)
-        embeddings = encoder(ids, mask)[mask]
-        finite_check.check(embeddings, name)
-        embeddings = embeddings.cpu()
-        finite_check.synchronize()
-        return embeddings
-
-    def _pad(self, tokens: PromptTokens, embeddings: Tensor | None) -> PromptEmbeddings:
-        assert embeddings is not None
-        padded = embeddings.new_zeros(*tokens.ids.shape, embeddings.shape[1])
-        padded[tokens.mask] = embeddings
-        device = self.components.device
-        return PromptEmbeddings(padded.to(device), tokens.mask.to(device))
-
     def _tokenize(self, text: str) -> PromptTokens:
-        tokens = self.components.tokenizer.encode(text)
+        if self.tokenizer is None:
+            raise CheckpointError("the tokenizer is not on disk. Fetch the text encoder first.")
+        tokens = self.tokenizer.encode(text)
         if tokens.truncated_text:
             warnings.warn(
                 f"the prompt {_shorten(text)!r} is longer than {tokens.ids.shape[1]} tokens; truncated: "
@@ -104,6 +97,24 @@ class PromptEncoder:
                 stacklevel=2,
             )
         return tokens
+
+
+def _encode_prompt(
+    encoder: T5Encoder, tokens: PromptTokens, modules: Modules, finite_check: FiniteCheck, number: str
+) -> Tensor:
+    """Returns the embeddings (n, D) of a prompt's n real tokens, on the CPU."""
+    ids, mask = tokens.ids.to(modules.device), tokens.mask.to(modules.device)
+    embeddings = encoder(ids, mask)[mask]
+    finite_check.check(embeddings, f"prompt {number}")
+    embeddings = embeddings.cpu()
+    finite_check.synchronize()
+    return embeddings
+
+
+def _pad(tokens: PromptTokens, embeddings: Tensor, device: torch.device) -> PromptEmbeddings:
+    padded = embeddings.new_zeros(*tokens.ids.shape, embeddings.shape[1])
+    padded[tokens.mask] = embeddings
+    return PromptEmbeddings(padded.to(device), tokens.mask.to(device))
 
 
 def _shorten(text: str) -> str:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import FiniteCheck
+from kadr.pipeline.modules import Modules
 from kadr.pipeline.progress import StageProgress, Watch
+from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.sampling.latents import adain
 
 
-def upscale_latents(components: Components, latents: Tensor, watch: Watch, _: torch.dtype | None) -> Tensor:
-    """Upscales latents for the second pass; AdaIN restores their statistics. Always in float32."""
-    with components.latent_statistics() as vae:
+def upscale_latents(modules: Modules, latents: Tensor, watch: Watch) -> Tensor:
+    """Upscales latents for the second pass; AdaIN restores their statistics. Always in float32.
+
+    Raises:
+        PlanError: memory runs out; an upscaler has a single placement.
+        NonFiniteError: an upscaler produced NaN or infinity.
+    """
+    upscale = retry_on_oom(modules, "upscale", partial(_upscale, modules, latents, watch))
+    return retry_in_fp32(modules, "upscale", upscale)
+
+
+def _upscale(modules: Modules, latents: Tensor, watch: Watch, _: torch.dtype | None) -> Tensor:
+    with modules.latent_statistics() as vae:
         statistics = vae.statistics
         upscaled = statistics.denormalise(latents.float())
-        kinds = components.upscaler_checkpoints
-        progress, finite_check = StageProgress("upscale", len(kinds), watch), FiniteCheck.for_device(components.device)
+        kinds = modules.spec.upscalers(has_two_passes=True)
+        progress, finite_check = StageProgress("upscale", len(kinds), watch), FiniteCheck.for_device(modules.device)
         for step, kind in enumerate(kinds, 1):
-            with components.upscaler(kind) as upscaler:
+            with modules.upscaler(kind) as upscaler:
                 upscaled = upscaler(upscaled)
             finite_check.check(upscaled, f"{kind} upscaler")
             progress.report(step)

@@ -1,0 +1,1 @@
+"""Loading: weights from files to modules, quantized, prepacked and placed."""

@@ -1,0 +1,68 @@
+"""Metadata of a video: enough to generate it again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kadr.checkpoints.lora.file import LoraFile
+from kadr.pipeline.generation import Generation
+from kadr.pipeline.longvideo.window_folder import EXECUTION_KEY
+from kadr.pipeline.modules import TrainedTransformer
+from kadr.planning.placement import describe_weights
+from kadr.request.request import Request
+from kadr.request.resolved_request import ResolvedRequest
+from kadr.spec.lora import Lora
+from kadr.spec.loras import Loras
+from kadr.spec.model import ModelSpec
+from kadr.version import __version__
+
+
+def video_metadata(
+    spec: ModelSpec, resolved: ResolvedRequest, trained: TrainedTransformer | None = None
+) -> dict[str, Any]:
+    """Returns the metadata stored in an mp4, without the notices of its generation."""
+    return {
+        "version": __version__,
+        "model_name": spec.name,
+        **spec.component_paths(has_two_passes=len(resolved.passes) > 1),
+        **(spec.loras if trained is None else _trained_lora(trained)).metadata(),
+        "device": spec.device.type,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "quant": spec.quant,
+        "compile_transformer": spec.compile_transformer,
+        "request": _with_absolute_paths(resolved.request).to_json(),
+    }
+
+
+def with_notices(metadata: dict[str, Any], notices: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the metadata with what was degraded, where anything was."""
+    return {**metadata, "notices": list(notices)} if notices else metadata
+
+
+def window_identity(generation: Generation, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a stored window depends on: the metadata, contents of files, and how it is computed."""
+    placement = generation.modules.placement("denoise")
+    execution = f"{describe_weights(placement)}, by {placement.backend}, {torch.get_num_threads()} threads"
+    fingerprints = generation.spec.file_fingerprints(generation.resolved.request.media_paths())
+    return {**metadata, **fingerprints, EXECUTION_KEY: execution}
+
+
+def _trained_lora(trained: TrainedTransformer) -> Loras:
+    """Returns the LoRA that a transformer is trained with, as trained so far."""
+    return Loras((Lora.parse(trained.lora_path),), (LoraFile.open(trained.lora_path),))
+
+
+def _with_absolute_paths(request: Request) -> Request:
+    """Returns the request with absolute paths, so that `kadr rerun` works from another folder."""
+    conditions = tuple(replace(item, media=_absolute_path(item.media)) for item in request.conditions)
+    controls = tuple(replace(item, media=_absolute_path(item.media)) for item in request.controls)
+    input_video = None if request.input_video is None else _absolute_path(request.input_video)
+    return replace(request, conditions=conditions, controls=controls, input_video=input_video)
+
+
+def _absolute_path(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

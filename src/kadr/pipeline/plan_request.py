@@ -1,0 +1,56 @@
+"""The plan of a resolved request, and what would fit where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from kadr.errors import PlanError
+from kadr.pipeline.stages.text import PromptEncoder
+from kadr.planning.activations import MAX_PROMPT_TOKENS
+from kadr.planning.plan import Plan
+from kadr.planning.planner import Planner
+from kadr.planning.suggest import suggest_smaller
+from kadr.planning.workload import build_workload
+from kadr.request.resolved_request import ResolvedRequest
+from kadr.spec.model import ModelSpec
+
+
+def plan_request(
+    spec: ModelSpec,
+    resolved: ResolvedRequest,
+    prompt_encoder: PromptEncoder,
+    *,
+    stages: Collection[str] = (),
+    cached: int = 0,
+) -> Plan:
+    """Returns the plan of a request.
+
+    Args:
+        stages: the stages that will run; () for all.
+        cached: bytes of cached modules; see `planning.planner.Planner`.
+
+    Raises:
+        PlanError: it does not fit in memory; carries the shortfall in bytes and suggests what fits.
+    """
+    has_tokenizer = prompt_encoder.tokenizer is not None
+    num_prompts = len(prompt_encoder.prompts)
+    workload = build_workload(
+        resolved,
+        prompt_tokens=prompt_encoder.token_counts if has_tokenizer else (MAX_PROMPT_TOKENS,) * num_prompts,
+        prompts_to_encode=prompt_encoder.uncached_count if has_tokenizer else num_prompts,
+        stages=stages,
+    )
+    try:
+        plan = Planner(spec, workload, cached=cached).plan()
+    except PlanError as error:
+        suggestion = suggest_smaller(spec, workload, resolved, cached=cached)
+        raise PlanError(f"{error} {suggestion}", shortfall=error.shortfall) from error
+    components = spec.required_components(has_two_passes=len(resolved.passes) > 1)
+    return replace(
+        plan,
+        to_fetch=tuple((item.name, item.bytes_to_fetch) for item in components if item.path is None),
+        notes=()
+        if has_tokenizer
+        else (f"text: prompts are taken to have {MAX_PROMPT_TOKENS} tokens, the most: the tokenizer is not on disk",),
+    )

@@ -1,0 +1,109 @@
+"""Images and clips opened for a generation: frames are read and prepared as the VAE encoder takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kadr.errors import MediaError
+from kadr.media.clip import ClipReader
+from kadr.media.image import load_image, prepare_image
+from kadr.request.pass_media import PassFrames
+from kadr.request.resolved_media import ResolvedMedia
+from kadr.shapes import Size
+
+Frames = Sequence["str | np.ndarray"] | ClipReader
+
+
+class OpenedMedia:
+    """The images and clips of a request, each decoded once to find damage before anything is loaded.
+
+    Args:
+        media: every use of every file.
+
+    Raises:
+        MediaError: a file cannot be read, or has fewer frames than its header states.
+    """
+
+    def __init__(self, media: Sequence[ResolvedMedia]) -> None:
+        for path in dict.fromkeys(item.path for item in media if not item.is_clip):
+            load_image(path)  # it is read again by its path, which errors name
+        last_frames: dict[str, int] = {}
+        for item in media:
+            if item.is_clip:
+                last_frames[item.path] = max(last_frames.get(item.path, 0), item.frame_indices[-1])
+        self._clips = {path: _open_clip(path, last) for path, last in last_frames.items()}
+
+    def frames(self, media: ResolvedMedia) -> Frames:
+        """Returns the frames of one use of a file; those of a clip are decoded when they are iterated over."""
+        return self._clips[media.path].select(media.frame_indices) if media.is_clip else [media.path]
+
+
+def _open_clip(path: str, last_frame: int) -> ClipReader:
+    clip = ClipReader.open(path, last_frame + 1)
+    if len(clip) <= last_frame:
+        raise MediaError(
+            f"{path} is damaged: its header states at least {last_frame + 1} frames, and {len(clip)} can be read. "
+            "Convert it again, or use fewer of its frames."
+        )
+    return clip
+
+
+@dataclass(frozen=True)
+class PreparedFrames:
+    """Frames for the VAE encoder, prepared when the encoder reads them, and not kept.
+
+    Args:
+        frames: 8k+1 frames.
+        size, crf, sampled_size, resize: see `prepare_image`.
+        image_tensor: a single image, prepared at once: float32 (1, 3, 1, H, W); None for a clip.
+    """
+
+    frames: Frames
+    size: Size
+    crf: int
+    sampled_size: Size
+    resize: bool = False
+    image_tensor: Tensor | None = None
+
+    @classmethod
+    def from_media(cls, pass_frames: PassFrames, crf: int, opened: OpenedMedia) -> PreparedFrames:
+        """Wraps frames, and prepares the first one now, so that unusable ones are refused before any computation.
+
+        Raises:
+            MediaError: see `prepare_image`.
+        """
+        frames = opened.frames(pass_frames.media)
+        size, sampled_size, resize = pass_frames.size, pass_frames.sampled_size, pass_frames.resize
+        image_tensor = prepare_image(first_frame(frames), size, crf, sampled_size, resize=resize)
+        is_single_image = not isinstance(frames, ClipReader)
+        return cls(frames, size, crf, sampled_size, resize, image_tensor if is_single_image else None)
+
+    def chunks(self, chunk_frames: int, *, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yields chunks of `chunk_frames` frames (the last may be shorter), (1, 3, n, H, W) in [-1, 1].
+
+        Raises:
+            MediaError: a file has changed since it was opened.
+        """
+        if self.image_tensor is not None:
+            yield self.image_tensor.to(device, dtype)
+            return
+        images = (prepare_image(f, self.size, self.crf, self.sampled_size, resize=self.resize) for f in self.frames)
+        for start in range(0, len(self.frames), chunk_frames):
+            yield self._stack_chunk(images, min(chunk_frames, len(self.frames) - start)).to(device, dtype)
+
+    def _stack_chunk(self, images: Iterator[Tensor], chunk_frames: int) -> Tensor:
+        chunk = torch.empty(1, 3, chunk_frames, self.sampled_size.height, self.sampled_size.width)
+        for index, image in enumerate(islice(images, chunk_frames)):
+            chunk[:, :, index] = image[:, :, 0]
+        return chunk
+
+
+def first_frame(frames: Frames) -> str | np.ndarray:
+    """Returns a frame that has the size of all."""
+    return frames.sample_frame if isinstance(frames, ClipReader) else frames[0]

@@ -1,0 +1,132 @@
+"""Completing a request: every field that it leaves out is filled from the recipe of its model."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+from kadr.errors import KadrWarning, RequestError
+from kadr.media.clip import probe_video
+from kadr.media.image import DEFAULT_IMAGE_CRF
+from kadr.models.registry import Recipe
+from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
+from kadr.request.windows import check_prompt_count
+from kadr.sampling.settings import Pass
+
+PASS_DEFAULTS = Pass(stochastic=False, tone_map=0.0)  # where neither request nor recipe has a value
+
+
+def complete_request(request: Request, recipe: Recipe) -> Request:
+    """Returns the request with every field that has a default: what it leaves out is taken from the recipe.
+
+    Length and frame rate are taken from an input video instead, where there is one. Windows are dropped where a single
+    one covers the whole video.
+
+    Raises:
+        RequestError: two passes are requested, and neither the request nor the recipe defines the second.
+        MediaError: the input video cannot be read.
+    """
+    if request.input_video is not None:
+        request = _with_input_video_defaults(request)
+    if request.windows is not None:
+        request = _with_window_defaults(request, recipe)
+    default_multi_scale = recipe.multi_scale if request.second_pass is None else True
+    multi_scale = default_multi_scale if request.multi_scale is None else request.multi_scale
+    if request.second_pass is not None and not multi_scale:
+        raise RequestError("settings of a second pass are given, but a single pass is requested. Drop one of the two.")
+    first, second = _pass_settings(request, recipe, multi_scale)
+    completed = request.with_defaults(
+        {
+            "size": recipe.size,
+            "frames": recipe.frames,
+            "fps": recipe.fps,
+            "multi_scale": multi_scale,
+            "downscale_factor": recipe.downscale_factor,
+            "negative_prompt": recipe.negative_prompt,
+            "image_noise": recipe.image_noise,
+            "image_crf": DEFAULT_IMAGE_CRF,
+            "decode_timestep": recipe.decode_timestep,
+            "decode_noise": recipe.decode_noise,
+        }
+    ).with_passes(first, second)
+    return _with_denoise_strength(completed)
+
+
+def _pass_settings(request: Request, recipe: Recipe, multi_scale: bool) -> tuple[Pass, Pass | None]:
+    if not multi_scale:
+        single_pass = request.first_pass().with_defaults(recipe.single_pass or recipe.first_pass)
+        return single_pass.with_defaults(PASS_DEFAULTS), None
+    if request.second_pass is None and recipe.second_pass is None:
+        raise RequestError(
+            "two passes are requested, but this model's recipe has only one. Define the second with --second-steps or "
+            "--second-sigmas."
+        )
+    requested = (request.second_pass or Pass()).with_defaults(Pass(tone_map=request.tone_map))
+    second = requested.with_defaults(recipe.second_pass or Pass()).with_defaults(PASS_DEFAULTS)
+    if second.steps is None and second.sigmas is None:
+        raise RequestError("the second pass has neither steps nor sigmas. Give --second-steps or --second-sigmas.")
+    if (second.sigmas is None and not second.skip_initial) or (second.sigmas and second.sigmas[0] >= 1):
+        raise RequestError(
+            "the second pass begins at sigma 1: nothing of the first would remain. Give it sigmas that begin below 1, "
+            "or skip initial steps."
+        )
+    return request.first_pass().with_defaults(recipe.first_pass).with_defaults(PASS_DEFAULTS), second
+
+
+def _with_input_video_defaults(request: Request) -> Request:
+    """Returns the request with the length and frame rate of its input video, where it leaves them out."""
+    assert request.input_video is not None
+    header = probe_video(request.input_video)
+    return request.with_defaults({"frames": header.frames, "fps": float(header.fps)})
+
+
+def _with_window_defaults(request: Request, recipe: Recipe) -> Request:
+    """Returns the request with its windows and their number resolved.
+
+    Raises:
+        RequestError: two passes are requested, or there are more prompts than windows.
+    """
+    assert request.windows is not None
+    first_frames = (0,) if request.frames is None else (0, -request.frames)
+    has_anchor_image = any(
+        condition.frame in first_frames and not condition.is_clip and condition.box is None
+        for condition in request.conditions
+    )
+    windows = request.windows.with_defaults(recipe.frames, has_anchor_image=has_anchor_image)
+    prompts = request.prompts
+    frames = request.frames or (windows.total_frames(len(prompts)) if len(prompts) > 1 else recipe.frames)
+    count = len(windows.spans(frames))
+    check_prompt_count(prompts, count)
+    if count == 1:
+        return replace(request, windows=None, frames=frames)
+    if request.multi_scale or request.second_pass is not None:
+        raise RequestError(
+            f"{count} windows and two passes are requested, but windows are sampled in one pass. Give --single-pass "
+            "and no settings of a second pass, or no windows."
+        )
+    return replace(request, windows=windows, frames=frames, multi_scale=False)
+
+
+def warn_single_pass(original: Request, request: Request, recipe: Recipe) -> None:
+    """Warns where windows replace a recipe's two passes.
+
+    Args:
+        original: the request before it was completed.
+        request: the completed request.
+    """
+    if request.windows is not None and recipe.multi_scale and original.multi_scale is None:
+        warnings.warn(
+            "this model's recipe has two passes, but windows are sampled in one pass, at the full size. Pass "
+            "--single-pass to silence this warning.",
+            KadrWarning,
+            stacklevel=2,
+        )
+
+
+def _with_denoise_strength(request: Request) -> Request:
+    """Returns the request with a denoise strength, if it has an input video and no other choice of the first sigma."""
+    if request.input_video is None or request.denoise_strength is not None:
+        return request
+    if request.skip_initial or (request.sigmas and request.sigmas[0] < 1):
+        return request
+    return replace(request, denoise_strength=DEFAULT_DENOISE_STRENGTH)

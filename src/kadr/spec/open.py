@@ -1,0 +1,172 @@
+"""Opens a model by names or paths: everything that can be known of it without fetching or loading."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.checkpoints.lora.file import LoraFile
+from kadr.checkpoints.predict import predict_lora, predict_text_encoder
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
+from kadr.errors import KadrWarning
+from kadr.memory.device import pick_device, pick_dtype
+from kadr.models.registry import LORA, Recipe, Release
+from kadr.quant.weight_formats import NONE, check_weight_format
+from kadr.spec.locate import (
+    MODEL,
+    SECOND_MODEL,
+    TEXT_ENCODER_ROLE,
+    UPSCALER,
+    VAE,
+    ModelComponent,
+    fetch_release,
+    locate,
+    locate_release,
+    locate_text_encoder,
+)
+from kadr.spec.lora import Lora
+from kadr.spec.loras import Loras, parse_loras
+from kadr.spec.model import (
+    ModelSpec,
+    SpecOptions,
+    open_checkpoint,
+    order_upscalers,
+    require_components,
+    require_matching_text_encoder,
+)
+from kadr.spec.offload import check_offload
+from kadr.spec.options import check_compile, refuse_merging, resolve_weight_format
+
+
+def open_spec(options: SpecOptions) -> ModelSpec:
+    """Opens a model by its headers. What is not on disk is predicted from the registry, and nothing is fetched.
+
+    Raises:
+        RequestError: unknown name, device, dtype, weight format or offload mode.
+        CheckpointError: a path does not exist; a file is damaged, incomplete or not of the LTX-Video family; or two
+            components do not fit each other.
+    """
+    device = pick_device(options.device)
+    pick_dtype(options.dtype, device, 0)
+    compile_transformer = check_compile(options.compile_transformer, device)
+    check_weight_format(options.quant or NONE)
+    check_offload(options.offload)
+    loras = parse_loras(options.loras)
+    lora_components = [replace(locate(lora.path, LORA), strengths=lora.pass_strengths()) for lora in loras]
+    model = locate(options.model, MODEL)
+    checkpoint = open_checkpoint(model)
+    release = model.release or checkpoint.info.release
+    vae = _locate_vae(options, model)
+    vae_checkpoint = checkpoint if vae is None else open_checkpoint(vae, known_release=False)
+    require_components(checkpoint, vae_checkpoint)
+    second = None if options.second_model is None else locate(options.second_model, SECOND_MODEL)
+    second_checkpoint = checkpoint if second is None else open_checkpoint(second)
+    require_components(second_checkpoint, vae_checkpoint)
+    second_release = None if second is None else second.release or second_checkpoint.info.release
+    transformers = (checkpoint, second_checkpoint)
+    opened_loras = _open_loras(options, loras, lora_components, transformers)
+    names = [options.upscaler] if isinstance(options.upscaler, str | Path) else list(options.upscaler)
+    upscalers = [locate(name, UPSCALER) for name in names]
+    text_encoder = locate_text_encoder(options.text_encoder, model, release)
+    text_encoder_checkpoint = _open_text_encoder(text_encoder)
+    for transformer in transformers:
+        require_matching_text_encoder(text_encoder_checkpoint, transformer)
+    choice = resolve_weight_format(options.quant, transformers, device)
+    if choice.notice:
+        warnings.warn(choice.notice, KadrWarning, stacklevel=3)
+    first_recipe = options.recipe or (release.recipe if release else Recipe())
+    first = (model.name, release)
+    return ModelSpec(
+        options=options,
+        components=tuple(
+            item for item in (model, second, *upscalers, text_encoder, vae, *lora_components) if item is not None
+        ),
+        release=release,
+        recipe=with_second_model(first_recipe, second_release),
+        transformer_checkpoints=transformers,
+        text_encoder_checkpoint=text_encoder_checkpoint,
+        vae_checkpoint=vae_checkpoint,
+        given_upscalers=order_upscalers([open_checkpoint(item) for item in upscalers], checkpoint),
+        names_and_releases=(first, first if second is None else (second.name, second_release)),
+        loras=opened_loras,
+        device=device,
+        dtype=pick_dtype(options.dtype, device, _count_parameters((*transformers, vae_checkpoint))),
+        quant=choice.name,
+        offload=options.offload,
+        compile_transformer=compile_transformer,
+        notices=(choice.notice,) if choice.notice else (),
+    )
+
+
+def with_second_model(recipe: Recipe, second_model: Release | None) -> Recipe:
+    """Returns the recipe with the second pass of another model's recipe, if that has one."""
+    if second_model is None or second_model.recipe.second_pass is None:
+        return recipe
+    return replace(recipe, second_pass=second_model.recipe.second_pass, multi_scale=True)
+
+
+def _locate_vae(options: SpecOptions, model: ModelComponent) -> ModelComponent | None:
+    """Finds the VAE that is given, or that the registry names for a release without one; None for the model's own."""
+    if options.vae is not None:
+        return locate(options.vae, VAE)
+    if model.release is not None and model.release.vae is not None:
+        return locate_release(model.release.vae, VAE)
+    return None
+
+
+def _open_text_encoder(component: ModelComponent) -> TextEncoderCheckpoint:
+    if component.path is not None:
+        return TextEncoderCheckpoint.open(component.path)
+    assert component.release is not None
+    return predict_text_encoder(component.release)
+
+
+def _open_loras(
+    options: SpecOptions,
+    loras: Sequence[Lora],
+    components: Sequence[ModelComponent],
+    transformers: tuple[Checkpoint, Checkpoint],
+) -> Loras:
+    files = tuple(_open_lora(component, allow_partial=options.lora_partial) for component in components)
+    opened = Loras(tuple(loras), files, options.lora_partial, options.merge_loras and bool(loras))
+    opened = opened.fit_to(transformers)
+    if opened.is_merged:
+        refuse_merging(transformers)
+    return opened
+
+
+def _open_lora(component: ModelComponent, *, allow_partial: bool) -> LoraFile:
+    if component.path is not None:
+        return LoraFile.open(component.path, allow_partial=allow_partial)
+    assert component.release is not None
+    return predict_lora(component.release)
+
+
+def _count_parameters(checkpoints: Sequence[Checkpoint]) -> int:
+    by_path = {checkpoint.path: checkpoint for checkpoint in checkpoints}
+    return sum(source.num_parameters for opened in by_path.values() for source in opened.sources.values())
+
+
+def fetch_spec(spec: ModelSpec, *, has_two_passes: bool) -> ModelSpec:
+    """Returns the model with everything that a generation opens on disk; fetches what is not.
+
+    The text encoder comes last: the others may be refused before its gigabytes are fetched.
+
+    Raises:
+        CheckpointError: a file cannot be fetched, or is not what the registry says.
+    """
+    absent = [item for item in spec.required_components(has_two_passes=has_two_passes) if item.path is None]
+    if not absent:
+        return spec
+    for is_text_encoder in (False, True):
+        for component in absent:
+            if (component.role == TEXT_ENCODER_ROLE) == is_text_encoder:
+                assert component.release is not None
+                fetch_release(component.release)
+        spec = open_spec(spec.options)
+        if has_two_passes:
+            spec.upscalers(has_two_passes=True)
+    return spec
