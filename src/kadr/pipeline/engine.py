@@ -35,6 +35,7 @@ from kadr.request.request import Request, refuse_overwriting
 from kadr.request.resolve import resolve, warn_single_pass, with_second_model
 from kadr.request.resolved_controls import warn_control_lora_mismatch
 from kadr.request.windows import window_folder_path
+from kadr.schema import VIDEO_METADATA
 from kadr.spec.locate import fetch_text_encoder, locate
 from kadr.spec.loras import Loras, check_lora_names
 from kadr.spec.model import order_upscalers, require_components
@@ -364,6 +365,7 @@ class Engine:
         """Returns the metadata stored in an mp4: enough to generate the same video again."""
         device, dtype = self.components.device, self.components.dtype
         return {
+            VIDEO_METADATA.key: VIDEO_METADATA.number,
             "version": __version__,
             "model_name": self.model_name,
             **self.components.component_paths(),
