@@ -34,7 +34,7 @@ def engine_without_weights(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> E
     def refuse(name: str, load: Callable[[], nn.Module], **options: Any) -> Any:
         raise AssertionError(f"the {name} was loaded")
 
-    monkeypatch.setattr(engine._module_cache, "acquire", refuse)
+    monkeypatch.setattr(engine._model.module_cache, "acquire", refuse)
     return engine
 
 

@@ -17,6 +17,7 @@ from kadr.request.inputs import Condition
 from kadr.request.official_config import OfficialConfig
 from kadr.request.request import Request
 from kadr.sampling.settings import Guidance, Pass
+from kadr.schema import LATENTS
 from kadr.shapes import Size
 from tests.cli.conftest import CommandResult, FakeEngine
 from tests.request.official_configs import OFFICIAL_CONFIGS
@@ -353,6 +354,7 @@ def test_latents_are_saved_with_the_request(kadr: Run, engine: FakeEngine) -> No
     with safe_open("l.safetensors", "pt") as file:
         assert torch.equal(file.get_tensor("latents"), engine.latents)
         stored = json.loads(file.metadata()["kadr"])
+    assert stored["schema"] == LATENTS.number
     assert Request.from_json(stored["request"]) == engine.resolve(Request(prompt=PROMPT))
     assert sorted(os.listdir()) == ["l.safetensors", "out.mp4"]
 

@@ -12,11 +12,15 @@ import torch
 
 from kadr.checkpoints.save import write_upscaler
 from kadr.cli.terminal.table import format_columns, format_si
+from kadr.media.clip import read_metadata
 from kadr.media.writer import VideoWriter
 from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
+from kadr.schema import REQUEST, VIDEO_METADATA, Schema
 from kadr.shapes import Size
+from kadr.version import __version__
 from tests import lora_files, tiny_models
 from tests.cli.conftest import CommandResult
+from tests.stored_files import STORED_FILES
 
 Run = Callable[..., CommandResult]
 
@@ -115,9 +119,28 @@ def test_video_shows_its_request(kadr: Run, tmp_path: Path) -> None:
     record = {"version": "0.1.0", "request": {"prompt": "a red circle", "frames": 9, "fps": None}}
     with VideoWriter(tmp_path / "v.mp4", Size(64, 64), 24, metadata=record) as writer:
         writer.write(np.zeros((1, 64, 64, 3), np.uint8))
-    assert json.loads(kadr("inspect", tmp_path / "v.mp4", "--json").out) == record
+    assert json.loads(kadr("inspect", tmp_path / "v.mp4", "--json").out) == {"schema": 1, **record}
     lines = kadr("inspect", tmp_path / "v.mp4").out.splitlines()
-    assert lines == ["version  0.1.0", "request", "  prompt  a red circle", "  frames  9"]
+    assert lines == ["schema   1", "version  0.1.0", "request", "  prompt  a red circle", "  frames  9"]
+
+
+def test_video_from_before_schema_numbers_has_number_1(kadr: Run) -> None:
+    description = json.loads(kadr("inspect", STORED_FILES / "video.mp4", "--json").out)
+    assert description == {"schema": 1, **read_metadata(STORED_FILES / "video.mp4")}
+    assert kadr("inspect", STORED_FILES / "video.mp4").out.startswith("schema ")
+
+
+@pytest.mark.parametrize("schema", [VIDEO_METADATA, REQUEST], ids=lambda schema: schema.kind)
+def test_video_of_a_newer_kadr_is_refused_by_name(kadr: Run, tmp_path: Path, schema: Schema) -> None:
+    newer = {"schema": schema.number + 1}
+    record = newer if schema is VIDEO_METADATA else {"request": newer}
+    with VideoWriter(tmp_path / "v.mp4", Size(64, 64), 24, metadata=record) as writer:
+        writer.write(np.zeros((1, 64, 64, 3), np.uint8))
+    result = kadr("inspect", tmp_path / "v.mp4")
+    assert (result.code, result.out) == (1, "")
+    assert f"the {schema.kind} in {tmp_path / 'v.mp4'} has the schema number {schema.number + 1}; " in result.err
+    assert f"; kadr {__version__} reads numbers up to {schema.number}. " in result.err
+    assert "update kadr" in result.err
 
 
 @pytest.mark.parametrize("name", ["absent.safetensors", "absent.mp4", "note.txt", "other.mp4", "."])

@@ -15,10 +15,13 @@ from kadr.media.clip import read_metadata, read_video
 from kadr.media.writer import VideoWriter
 from kadr.request.inputs import Condition
 from kadr.request.request import Request
+from kadr.schema import REQUEST as REQUEST_SCHEMA
+from kadr.schema import VIDEO_METADATA, Schema
 from kadr.shapes import Size
 from kadr.version import __version__
 from tests import tiny_models
 from tests.cli.conftest import CommandResult, FakeEngine
+from tests.stored_files import STORED_FILES
 
 Run = Callable[..., CommandResult]
 WriteVideo = Callable[..., Path]
@@ -177,6 +180,30 @@ def test_another_version_is_pointed_out(kadr: Run, engine: FakeEngine, write_vid
     result = kadr("rerun", write_video(version="0.0.1"))
     assert result.code == 0
     assert "warning: made with kadr 0.0.1" in result.err
+
+
+def test_video_from_before_schema_numbers_is_made_again(kadr: Run, engine: FakeEngine, tmp_path: Path) -> None:
+    stored = read_metadata(STORED_FILES / "video.mp4")
+    assert "schema" not in stored
+    assert "schema" not in stored["request"]
+    result = kadr("rerun", STORED_FILES / "video.mp4", "--output", tmp_path / "again.mp4")
+    assert result.code == 0, result.err
+    assert engine.requests == [Request.from_json(stored["request"])]
+    (request,) = engine.requests
+    assert (request.prompt, request.size, request.frames, request.seed) == ("a red circle", Size(64, 64), 9, 3)
+    assert (engine.open_calls[0][0], engine.open_calls[0][1]["dtype"]) == ("demo", "float32")
+
+
+@pytest.mark.parametrize("schema", [VIDEO_METADATA, REQUEST_SCHEMA], ids=lambda schema: schema.kind)
+def test_video_of_a_newer_kadr_is_refused_by_name(
+    kadr: Run, engine: FakeEngine, write_video: WriteVideo, schema: Schema
+) -> None:
+    newer = {"schema": schema.number + 1}
+    path = write_video(**(newer if schema is VIDEO_METADATA else {"request": {**REQUEST.to_json(), **newer}}))
+    result = kadr("rerun", path)
+    assert (result.code, result.out, engine.open_calls) == (1, "", [])
+    assert f"the {schema.kind} in {path} has the schema number {schema.number + 1}; kadr" in result.err
+    assert "update kadr" in result.err
 
 
 @pytest.mark.parametrize("stored_request", [None, "text", {"prompt": "x", "unknown": 1}])

@@ -330,7 +330,7 @@ class RecordingCache(ModuleCache):
 @pytest.fixture
 def recording_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingCache]:
     cache = RecordingCache()
-    monkeypatch.setattr(engine, "_module_cache", cache)
+    monkeypatch.setattr(engine._model, "module_cache", cache)
     gc.freeze()  # existing objects, so that each collection is fast
     gc.disable()  # a module must be freed with its last reference, not at the next collection
     yield cache

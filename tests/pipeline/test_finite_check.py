@@ -339,7 +339,7 @@ def test_fp32_retry_frees_bf16_module_first_and_caches_none(home: Path, monkeypa
     with pytest.warns(KadrWarning):
         engine.denoise(REQUEST)
     assert events[1:] == ["transformer, with 0 others", "transformer in float32, with 0 others"]
-    assert not any("float32" in name for name in engine._module_cache.cached_names)
+    assert not any("float32" in name for name in engine._model.module_cache.cached_names)
 
 
 def test_asynchronous_check_names_the_step_and_yields_no_bad_frame(

@@ -164,7 +164,7 @@ def test_bad_strengths_are_refused_before_any_load(
     def acquire(*args: object, **kwargs: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(engine._module_cache, "acquire", acquire)
+    monkeypatch.setattr(engine._model.module_cache, "acquire", acquire)
     with pytest.raises(RequestError, match="2 strengths of LoRAs are given, and this engine has 1"):
         engine.generate(replace(REQUEST, lora_strengths=(1, 1)))
     with pytest.raises(RequestError, match="this engine has 0"):

@@ -21,6 +21,7 @@ from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.models.t5 import T5Encoder
 from kadr.pipeline import prompt_cache
 from kadr.pipeline.prompt_cache import PromptCache, cache_home
+from kadr.schema import PROMPT_CACHE_NUMBER
 from kadr.text.tokenizer import PromptTokens
 from tests.tiny_models import MODEL_FILE, TEXT_WIDTH
 
@@ -139,6 +140,20 @@ def test_prompt_dtype_device_and_weight_format_are_in_the_key(text: TextEncoderC
     assert prompt_cache_in(text, cache).look_up(rows_for(text, BLUE)[0]) is None
     for other in ({"dtype": torch.bfloat16}, {"device": "cuda"}, {"weight_format": "Q8_0"}):
         assert prompt_cache_in(text, cache, **other).look_up(tokens) is None
+
+
+def test_another_schema_number_is_another_file(
+    text: TextEncoderCheckpoint, cache: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    tokens, rows = rows_for(text)
+    prompts = prompt_cache_in(text, cache)
+    prompts.store(tokens, rows)
+    for number in (PROMPT_CACHE_NUMBER + 1, PROMPT_CACHE_NUMBER - 1):
+        monkeypatch.setattr(prompt_cache, "PROMPT_CACHE_NUMBER", number)
+        assert prompts.look_up(tokens) is None
+        prompts.store(tokens, rows)
+    assert len(list(cache.iterdir())) == 3
+    assert not recwarn.list
 
 
 def test_changed_files_change_the_key_and_moved_files_do_not(

@@ -77,7 +77,7 @@ def test_planning_loads_nothing(open_engine: Callable[..., Engine], monkeypatch:
     def acquire(*args: object, **kwargs: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(engine._module_cache, "acquire", acquire)
+    monkeypatch.setattr(engine._model.module_cache, "acquire", acquire)
     engine.plan(replace(REQUEST, guidance=3.0))
 
 
@@ -106,7 +106,7 @@ def test_offload_decides_what_leaves_memory(
     assert formats_and_streaming(plan)["denoise"][1] is is_streamed
     assert bool(plan.cached_components) is is_cached
     engine.generate(REQUEST)
-    assert engine._module_cache.cached_names == plan.cached_components
+    assert engine._model.module_cache.cached_names == plan.cached_components
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_no_fit_is_refused_before_loading_with_a_suggestion(
     big = replace(REQUEST, size=(1024, 1024), frames=121)
     monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
     set_free_bytes(monkeypatch, engine.plan(replace(big, size=(512, 512))).peak_bytes - engine.plan(big).base_bytes)
-    monkeypatch.setattr(engine._module_cache, "acquire", lambda *a, **k: pytest.fail("something was loaded"))
+    monkeypatch.setattr(engine._model.module_cache, "acquire", lambda *a, **k: pytest.fail("something was loaded"))
     with pytest.raises(PlanError, match=r"are missing\. These would fit: .*--size \d+x\d+ --frames \d+\.") as raised:
         engine.generate(big)
     assert raised.value.shortfall > 0
@@ -264,7 +264,7 @@ def test_cached_module_keeps_no_dequantization_buffer(open_engine: Callable[...,
     """A dequantized weight of 13B is 134 MB, and the plan of the decode stage does not count it."""
     engine = open_engine(quant="int8-weights")
     engine.generate(REQUEST)
-    assert "transformer" in engine._module_cache.cached_names
+    assert "transformer" in engine._model.module_cache.cached_names
     with engine.start(REQUEST) as generation, generation.modules.transformer() as transformer:
         layer = transformer.blocks[0].feed_forward.up
         assert not layer.scratch._buffers

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import LTXPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kadr import Engine, Request
 from kadr.checkpoints.lora.file import LoraFile
@@ -25,8 +25,9 @@ from kadr.media.image import crop_to_aspect, load_image
 from kadr.models.lora_layers import attach_loras, set_lora_strengths
 from kadr.pipeline.longvideo.folder_lock import lock_folder
 from kadr.pipeline.progress import Progress
+from kadr.schema import TRAINING_STATE
 from kadr.shapes import Size
-from kadr.training import lora_training, memory_check
+from kadr.training import example_cache, lora_training, memory_check
 from kadr.training.dataset import read_dataset
 from kadr.training.example_cache import encode_examples, example_request
 from kadr.training.lora_training import LoRATraining
@@ -36,6 +37,7 @@ from kadr.training.trainable_lora import enable_gradient_checkpointing
 from kadr.training.trainer import LoRATrainer
 from tests.models.test_transformer import Inputs, run_diffusers, velocity
 from tests.oracles import diffusers_transformer, relative_error
+from tests.stored_files import STORED_FILES
 from tests.tiny_models import MODEL_FILE
 from tests.training.conftest import FRAMES, SIZE
 
@@ -307,6 +309,52 @@ def test_examples_are_encoded_once_and_again_when_they_change(
     assert encoded_prompts() == ["a blue sea"]
     (folder / "2.txt").write_text("birds fly")
     assert encoded_prompts() == ["birds fly"]
+
+
+def test_another_number_of_the_cache_is_another_file(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples, cache = read_dataset(folder, FRAMES)[:1], tmp_path / "cache"
+    encode_examples(engine, examples, SETTINGS, cache, lambda progress: None)
+    (first,) = cache.iterdir()
+    for number in (example_cache.EXAMPLE_CACHE_NUMBER - 1, example_cache.EXAMPLE_CACHE_NUMBER + 1):
+        monkeypatch.setattr(example_cache, "EXAMPLE_CACHE_NUMBER", number)
+        (cached,) = encode_examples(engine, examples, SETTINGS, cache, lambda progress: None)
+        assert cached.file != first
+    assert len(list(cache.iterdir())) == 3
+
+
+def copy_stored_state(output: Path, **header: Any) -> Path:
+    """Copies a state that kadr wrote before schema numbers beside the output, and changes entries of its header."""
+    path = output.with_suffix(".training") / "state.safetensors"
+    path.parent.mkdir()
+    with safe_open(STORED_FILES / "state.safetensors", framework="pt") as file:
+        stored = json.loads(file.metadata()["kadr_training"])
+    assert "schema" not in stored
+    metadata = {"kadr_training": json.dumps({**stored, **header})}
+    save_file(load_file(STORED_FILES / "state.safetensors"), path, metadata=metadata)
+    return path
+
+
+def test_state_from_before_schema_numbers_is_resumed(
+    engine: Engine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "lora.safetensors"
+    path = copy_stored_state(output)
+    settings = LoRATraining(engine, folder, output, SETTINGS).settings.to_json()
+    monkeypatch.setattr(LoRATraining, "_identity", lambda *args: settings)  # other paths: the model and the clips
+    result = training(engine, folder, output).run()
+    assert (result.start_step, result.steps) == (2, 4)
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["kadr_training"])["schema"] == TRAINING_STATE.number
+
+
+def test_state_of_a_newer_kadr_is_refused_by_name(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    newer = TRAINING_STATE.number + 1
+    path = copy_stored_state(tmp_path / "lora.safetensors", schema=newer)
+    with pytest.raises(CheckpointError, match=rf"the training state in .* has the schema number {newer}; .* update"):
+        training(engine, folder, tmp_path / "lora.safetensors").run()
+    assert path.exists()
 
 
 def test_cached_tensors_are_the_clip_itself_and_its_prompt_embeddings(

@@ -13,6 +13,7 @@ from kadr.cli.terminal.progress import format_duration, show_progress
 from kadr.errors import RequestError
 from kadr.request.request import Request
 from kadr.request.windows import window_folder_path
+from kadr.schema import LATENTS
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
@@ -87,5 +88,6 @@ def save_latents(video_file: VideoFile, path: Path, summary: dict[str, Any]) -> 
     """Writes the latents, float32 (128, f, h, w), as the tensor "latents", with the request as metadata."""
     from kadr.checkpoints.save import write_tensors
 
-    metadata = {"kadr": json.dumps({key: summary[key] for key in ("model_name", "request")})}
+    stored = LATENTS.stamp({key: summary[key] for key in ("model_name", "request")})
+    metadata = {"kadr": json.dumps(stored)}
     write_tensors(path, {"latents": video_file.latents}, dtype=video_file.latents.dtype, metadata=metadata)

@@ -210,7 +210,9 @@ def probe_video(path: str | os.PathLike[str]) -> ClipHeader:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the request that made a video. No frame is decoded.
+    """Returns the metadata that kadr stored in a video, of any schema number. No frame is decoded.
+
+    `kadr.schema.upgrade_video_metadata` upgrades it.
 
     Raises:
         MediaError: the file is missing, not a video, or contains no request of kadr.

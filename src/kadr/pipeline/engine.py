@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,23 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from kadr.checkpoints.memory_map import release_pages
-from kadr.errors import Busy, CheckpointError
-from kadr.memory.module_cache import ModuleCache
 from kadr.models.registry import Recipe
 from kadr.models.transformer import Transformer
 from kadr.pipeline.dry_run import DryRun, run_dry
 from kadr.pipeline.generation import Generation
-from kadr.pipeline.loading.module_loader import ModuleLoader
 from kadr.pipeline.metadata import video_metadata, with_notices
 from kadr.pipeline.modules import Modules, TrainedTransformer
 from kadr.pipeline.notices import Notices
+from kadr.pipeline.open_model import OpenModel
 from kadr.pipeline.plan_request import plan_request
 from kadr.pipeline.progress import Watch, ignore_progress
-from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.stage_access import StageAccess
-from kadr.pipeline.stages.control_networks import fetch_networks
-from kadr.pipeline.stages.text import PromptEncoder
 from kadr.pipeline.video import Video, VideoFile
 from kadr.pipeline.writing import write_video
 from kadr.planning.plan import Plan
@@ -36,7 +29,7 @@ from kadr.request.resolve import resolve
 from kadr.request.resolved_controls import warn_control_lora_mismatch
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.spec.model import ModelSpec, SpecOptions
-from kadr.spec.open import fetch_spec, open_spec
+from kadr.spec.open import open_spec
 
 
 class Engine(StageAccess):
@@ -51,11 +44,7 @@ class Engine(StageAccess):
     """
 
     def __init__(self, spec: ModelSpec, *, prompt_cache: bool | Path = True) -> None:
-        self._lock = threading.Lock()
-        self._owner: int | None = None  # thread that has the lock
-        self._prompt_cache_location = prompt_cache
-        self._module_cache = ModuleCache(spec.device, release_pages=release_pages)
-        self._use_spec(spec)
+        self._model = OpenModel(spec, prompt_cache)
 
     @classmethod
     def open(
@@ -130,7 +119,7 @@ class Engine(StageAccess):
     @property
     def spec(self) -> ModelSpec:
         """The model, known from headers; `prepare` replaces it where it fetches something."""
-        return self._loader.spec
+        return self._model.spec
 
     def resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
         """Returns the request with nothing left open; see `request.resolve.resolve`.
@@ -154,8 +143,8 @@ class Engine(StageAccess):
         resolved = self.resolve(request)
         check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
         self._warn_unused_controls(resolved)
-        encoder = self._prompt_encoder(resolved.all_prompts)
-        return plan_request(self.spec, resolved, encoder, cached=self._module_cache.private_bytes)
+        encoder = self._model.prompt_encoder(resolved.all_prompts)
+        return plan_request(self.spec, resolved, encoder, cached=self._model.module_cache.private_bytes)
 
     def dry_run(self, request: Request | ResolvedRequest) -> DryRun:
         """Returns what a generation of the request would do. The model need not be on disk.
@@ -172,8 +161,8 @@ class Engine(StageAccess):
             CheckpointError: a file cannot be fetched, or is not what the registry says.
             Busy: a video is being made, and `wait` is false.
         """
-        with self._exclusive(wait=wait):
-            self._prepare(request, with_media=True)
+        with self._model.exclusive(wait=wait):
+            self._model.prepare(request, with_media=True)
 
     def generate(
         self, request: Request | ResolvedRequest, *, watch: Watch = ignore_progress, wait: bool = True
@@ -265,18 +254,18 @@ class Engine(StageAccess):
         Raises:
             As `generate`.
         """
-        with self._exclusive(wait=wait):
+        with self._model.exclusive(wait=wait):
             needs_media = not stages or not {"encode", "denoise"}.isdisjoint(stages)
-            resolved = self._prepare(request, with_media=needs_media)
+            resolved = self._model.prepare(request, with_media=needs_media)
             if transformer is None and (not stages or "denoise" in stages):
                 self._warn_unused_controls(resolved)
             if not stages:
                 check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
-            encoder = self._prompt_encoder(resolved.all_prompts if prompts is None else prompts)
-            cached = self._module_cache.private_bytes
+            encoder = self._model.prompt_encoder(resolved.all_prompts if prompts is None else prompts)
+            cached = self._model.module_cache.private_bytes
             plan = plan_request(self.spec, resolved, encoder, stages=stages, cached=cached)
             notices = Notices(self.spec.notices)
-            modules = Modules(self._loader, self._module_cache, plan, notices, transformer)
+            modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
             yield Generation(resolved, modules, encoder, watch)
 
     def load_transformer(self, *, keep_storage_dtype: bool = False) -> Transformer:
@@ -288,67 +277,14 @@ class Engine(StageAccess):
         Raises:
             CheckpointError: the weights are damaged or incomplete, or cannot be fetched.
         """
-        with self._exclusive(wait=True):
-            self._fetch(has_two_passes=False)
-            return self._loader.load_transformer(0, self.spec.dtype, keep_storage_dtype=keep_storage_dtype)
+        with self._model.exclusive(wait=True):
+            self._model.fetch(has_two_passes=False)
+            return self._model.loader.load_transformer(0, self.spec.dtype, keep_storage_dtype=keep_storage_dtype)
 
     def unload(self) -> None:
         """Frees the modules that stay in memory for the next video."""
-        with self._exclusive(wait=True):
-            self._module_cache.clear()
-
-    @contextmanager
-    def _exclusive(self, *, wait: bool) -> Iterator[None]:
-        """Has the engine for itself while the block runs.
-
-        Raises:
-            Busy: another thread has it and `wait` is false, or this thread has it already.
-        """
-        if self._owner == threading.get_ident():
-            raise Busy("this thread is making a video with this engine, as in a watcher. Ask when it is done.")
-        if not self._lock.acquire(blocking=wait):
-            raise Busy("the engine is making another video. Ask later, or wait for it with wait=True.")
-        self._owner = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._owner = None
-            self._lock.release()
-
-    def _prepare(self, request: Request | ResolvedRequest, *, with_media: bool) -> ResolvedRequest:
-        """Fetches what a request needs, and returns it resolved for what is then on disk."""
-        if isinstance(request, ResolvedRequest):
-            resolved = request if with_media else request.without_media()
-        else:
-            resolved = resolve(request, self.spec, with_media=with_media)
-        fetch_networks(resolved.controls)
-        if not self._fetch(has_two_passes=len(resolved.passes) > 1):
-            return resolved
-        fetched = resolve(resolved.request, self.spec, with_media=with_media)
-        if isinstance(request, ResolvedRequest) and fetched != resolved:
-            raise CheckpointError(
-                f"the files of {self.spec.name} that were fetched are not those that the request was resolved for. "
-                "Resolve it again."
-            )
-        return fetched
-
-    def _fetch(self, *, has_two_passes: bool) -> bool:
-        """Fetches what a generation opens and is not on disk. Returns whether that changed the spec."""
-        spec = fetch_spec(self.spec, has_two_passes=has_two_passes)
-        if spec is self.spec:
-            return False
-        self._use_spec(spec)
-        return True
-
-    def _use_spec(self, spec: ModelSpec) -> None:
-        self._loader = ModuleLoader(spec)
-        # No weight format in the key: the text encoder's placement does not change what it computes.
-        self._prompt_cache = PromptCache.open(
-            self._prompt_cache_location, spec.text_encoder_checkpoint, dtype=spec.dtype, device=spec.device.type
-        )
-
-    def _prompt_encoder(self, prompts: Sequence[str]) -> PromptEncoder:
-        return PromptEncoder(self.spec.tokenizer, self._prompt_cache, prompts)
+        with self._model.exclusive(wait=True):
+            self._model.module_cache.clear()
 
     def _warn_unused_controls(self, resolved: ResolvedRequest) -> None:
         loras, strengths = self.spec.loras, resolved.request.lora_strengths

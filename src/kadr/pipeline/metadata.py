@@ -15,6 +15,7 @@ from kadr.pipeline.modules import TrainedTransformer
 from kadr.planning.placement import describe_weights
 from kadr.request.request import Request
 from kadr.request.resolved_request import ResolvedRequest
+from kadr.schema import VIDEO_METADATA
 from kadr.spec.lora import Lora
 from kadr.spec.loras import Loras
 from kadr.spec.model import ModelSpec
@@ -26,6 +27,7 @@ def video_metadata(
 ) -> dict[str, Any]:
     """Returns the metadata stored in an mp4, without the notices of its generation."""
     return {
+        VIDEO_METADATA.key: VIDEO_METADATA.number,
         "version": __version__,
         "model_name": spec.name,
         **spec.component_paths(has_two_passes=len(resolved.passes) > 1),

@@ -23,9 +23,9 @@ from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError, KadrWarning
 from kadr.memory.device import DTYPES
+from kadr.schema import PROMPT_CACHE_NUMBER
 from kadr.text.tokenizer import PromptTokens
 
-FORMAT_VERSION = 1  # part of every name: another number makes all earlier files unknown
 MAX_CACHE_BYTES = 512_000_000  # bytes of all files; the least recently used are removed first
 FOLDER = "prompts"
 _EMBEDDINGS_KEY, _DIGEST_KEY = "prompt_embeddings", "sha256"
@@ -115,7 +115,7 @@ class PromptCache:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = embeddings.detach().cpu().contiguous()
-            metadata = {_DIGEST_KEY: _digest(rows), "kadr": f"prompt {FORMAT_VERSION}"}
+            metadata = {_DIGEST_KEY: _digest(rows), "kadr": f"prompt {PROMPT_CACHE_NUMBER}"}
             write_tensors(path, {_EMBEDDINGS_KEY: rows}, dtype=rows.dtype, metadata=metadata)
         except (OSError, CheckpointError) as error:
             self._warn_once(error.__cause__ or error)
@@ -140,7 +140,7 @@ class PromptCache:
             return None
         real_ids = tokens.ids[tokens.mask].tolist()
         dependencies = [
-            FORMAT_VERSION,
+            PROMPT_CACHE_NUMBER,
             _fingerprint(self.text_encoder_checkpoint),
             str(self.dtype),
             self.device,

@@ -13,6 +13,7 @@ from kadr.request.inputs import Condition, Control, as_tuple_of
 from kadr.request.windows import Windows, split_prompts
 from kadr.sampling.settings import MAX_STEPS, Guidance, Pass, parse_sigmas
 from kadr.sampling.step_cache import StepCache
+from kadr.schema import REQUEST
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
 from kadr.spec.lora import LoraStrength, parse_lora_strengths
 from kadr.validation import check_bool, check_range
@@ -195,20 +196,23 @@ class Request:
         return replace(self, **{k: v for k, v in defaults.items() if v is not None and getattr(self, k) is None})
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain data that `from_json` reads back to an equal request."""
+        """Returns plain data, with its schema number, that `from_json` reads back to an equal request."""
         data = asdict(self)
         data["size"] = None if self.size is None else str(self.size)
-        return json.loads(json.dumps(data))
+        return REQUEST.stamp(json.loads(json.dumps(data)))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Request:
-        """Reads the result of `to_json`.
+        """Reads the result of `to_json`, of this kadr or of an earlier one.
 
         Raises:
-            RequestError: a field is unknown or missing, or a value is out of its range.
+            RequestError: its schema number is newer than this kadr's, a field is unknown or missing, or a value is out
+                of its range.
         """
         if not isinstance(data, Mapping):
             raise RequestError(f"the request is {data!r}; it must be an object of fields, as `to_json` writes it.")
+        data = REQUEST.upgrade(data)
+        del data[REQUEST.key]
         unknown = set(data) - {field.name for field in fields(cls)}
         if unknown:
             raise RequestError(f"the request has {', '.join(sorted(unknown))}, unknown to this version of kadr.")

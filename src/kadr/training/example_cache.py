@@ -18,14 +18,13 @@ from kadr.errors import CheckpointError, MediaError
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.request.inputs import Control
 from kadr.request.request import Request
+from kadr.schema import EXAMPLE_CACHE_NUMBER
 from kadr.shapes import LatentGrid
 from kadr.training.dataset import Example
 from kadr.training.settings import CANNY, FILES, TrainingSettings
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
-
-CACHE_VERSION = 3  # version of a cache file's contents
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _cached_example(engine: Engine, example: Example, file: Path, settings: Trai
 def _cache_key(engine: Engine, example: Example, settings: TrainingSettings) -> str:
     """Returns a file name that changes with everything that decides the encoded tensors."""
     inputs = {
-        "version": CACHE_VERSION,
+        "version": EXAMPLE_CACHE_NUMBER,
         "request": example_request(example, settings).to_json(),
         "files": [_file_stamp(path) for path in (example.media, example.reference) if path is not None],
         "vae": _file_stamp(engine.spec.vae_checkpoint.path),

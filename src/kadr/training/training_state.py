@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kadr.checkpoints.save import write_tensors
 from kadr.errors import CheckpointError, RequestError
+from kadr.schema import TRAINING_STATE
 from kadr.training.settings import CHANGEABLE_ON_RESUME
 from kadr.training.trainable_lora import TrainableLoRALinear
 
@@ -37,7 +38,7 @@ def save_state(
         CheckpointError: the file cannot be written.
     """
     tensors = _collect_tensors(lora_layers, optimizer)
-    metadata = {"kadr_training": json.dumps({"step": step, **identity})}
+    metadata = {"kadr_training": json.dumps(TRAINING_STATE.stamp({"step": step, **identity}))}
     write_tensors(path, tensors, dtype=torch.float32, metadata=metadata, fsync=True)
 
 
@@ -61,7 +62,7 @@ def check_state(path: Path, identity: Mapping[str, Any], steps: int) -> None:
         steps: total steps requested.
 
     Raises:
-        CheckpointError: the state belongs to another training, or is damaged.
+        CheckpointError: the state belongs to another training, is of a newer kadr, or is damaged.
         RequestError: the training has already done more steps.
     """
     if not path.is_file():
@@ -80,7 +81,7 @@ def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optim
         The number of steps done.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is of a newer kadr, or damaged.
     """
     if not path.is_file():
         return 0
@@ -114,7 +115,7 @@ def _header(path: Path) -> dict[str, Any]:
             raise ValueError("its header has no step")
     except Exception as error:  # safetensors raises its own error
         raise _unreadable(path, error) from error
-    return header
+    return TRAINING_STATE.upgrade(header, path)
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

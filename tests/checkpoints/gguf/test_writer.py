@@ -34,11 +34,13 @@ from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.quant.mixes import assign_types, find_mix
 from kadr.sampling.schedules import Schedule
+from kadr.schema import GGUF
 from kadr.spec.locate import PACKAGE_ROOT
 from tests import tiny_models
 from tests.checkpoints.checkpoint_files import SMALL_VAE, have_same_weights
 from tests.checkpoints.gguf import gguf_files
 from tests.oracles import VAES, diffusers_transformer, diffusers_vae, narrow_vae_config, relative_error
+from tests.stored_files import STORED_FILES
 
 DEMO = PACKAGE_ROOT / "assets" / "demo"
 SPIECE = DEMO / "tokenizer" / "spiece.model"
@@ -114,10 +116,28 @@ def test_the_file_carries_config_schedule_and_vae_family(home: Path, tmp_path: P
     fields = gguf.GGUFReader(tmp_path / "any name.gguf").fields
     values = {name: field.contents() for name, field in fields.items()}
     assert values["general.architecture"] == "ltxv"
+    assert values["kadr.schema"] == GGUF.number
     assert (values["general.file_type"], values["general.quantization_version"]) == (7, gguf.GGML_QUANT_VERSION)
     config = json.loads(values["config"])
     assert config["allowed_inference_steps"] == list(DISTILLED_SCHEDULE.allowed_sigmas or ())
     assert set(config) == {"transformer", "vae", "scheduler", "allowed_inference_steps"}
+
+
+def test_file_from_before_schema_numbers_opens() -> None:
+    path = STORED_FILES / "transformer.gguf"
+    assert "kadr.schema" not in gguf.GGUFReader(path).fields
+    checkpoint = Checkpoint.open(path)
+    assert checkpoint.info.schedule == tiny_models.LINEAR_QUADRATIC
+    assert checkpoint.load_transformer(torch.float32).config == checkpoint.info.transformer
+
+
+@pytest.mark.parametrize("number", [GGUF.number + 1, "1"])
+def test_file_of_a_newer_kadr_is_refused_by_name(tmp_path: Path, number: Any) -> None:
+    path = gguf_files.write_gguf_file(
+        tmp_path / "x.gguf", "ltxv", {"a.weight": (np.zeros((2, 32), np.float32), "F32")}, {"kadr.schema": number}
+    )
+    with pytest.raises(CheckpointError, match=rf"the GGUF header in .*x.gguf has the schema number {number!r};"):
+        Checkpoint.open(path)
 
 
 def test_the_file_carries_the_name_of_its_release(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from kadr import Condition, Engine, Request
-from kadr.errors import Cancelled, CheckpointError, KadrWarning, RequestError
+from kadr.errors import Cancelled, CheckpointError, KadrError, KadrWarning, RequestError
 from kadr.media.clip import read_video
-from kadr.pipeline.longvideo.window_folder import REQUEST_FILE, finished_windows
+from kadr.pipeline.longvideo.window_folder import REQUEST_FILE, WindowFolder, finished_windows, stored_prompt
 from kadr.pipeline.progress import Progress
 from kadr.pipeline.video import VideoFile
 from kadr.request.windows import Windows, window_folder_path
 from kadr.sampling.settings import Guidance
+from kadr.schema import REQUEST, VIDEO_METADATA, WINDOW_FOLDER
 from kadr.shapes import Size
+from tests.stored_files import STORED_FILES
 from tests.tiny_models import MODEL_FILE, write_model
 
 LONG = Request(
@@ -163,7 +166,7 @@ def test_windows_of_another_model_image_or_version_are_refused(output_folder: Pa
         os.utime(path, ns=times[path])
     stored = json.loads((window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).read_text())
     (window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).write_text(
-        json.dumps({**stored, "version": "0.0.1"})
+        json.dumps({**stored, "video": {**stored["video"], "version": "0.0.1"}})
     )
     assert_refused("version is '0.0.1' there")
 
@@ -260,12 +263,43 @@ def test_two_processes_cannot_write_one_video(engine: Engine, output_folder: Pat
     assert [path.name for path in output_folder.iterdir()] == ["clip.mp4"]
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", "null"])
+@pytest.mark.parametrize("text", ["[1]", "{", "null", '{"schema": 2}'])
 def test_unreadable_request_file_is_an_error_that_names_it(text: str, engine: Engine, output_folder: Path) -> None:
     interrupt(engine, output_folder / "clip.mp4")
     (window_folder_path(output_folder / "clip.mp4") / REQUEST_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"request.json cannot be read: .* Delete .*clip.windows"):
         engine.write(LONG, output_folder / "clip.mp4", resume=True)
+
+
+def stored_windows(output_folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A copy of a folder that kadr wrote before schema numbers, and the identity that kadr gives its video now."""
+    folder = Path(shutil.copytree(STORED_FILES / "clip.windows", output_folder / "clip.windows"))
+    identity = json.loads((folder / REQUEST_FILE).read_text())
+    assert "schema" not in identity
+    return folder, VIDEO_METADATA.stamp({**identity, "request": Request.from_json(identity["request"]).to_json()})
+
+
+def test_folder_from_before_schema_numbers_is_resumed(output_folder: Path) -> None:
+    folder, identity = stored_windows(output_folder)
+    with WindowFolder.open(folder, identity, [(1, 8, 4, 2, 2)], resume=True) as windows:
+        assert windows.has(0)
+        assert windows.read(0).shape == (1, 8, 4, 2, 2)
+
+
+@pytest.mark.parametrize("part", ["window folder", "video metadata", "request"])
+def test_folder_of_a_newer_kadr_is_refused_by_name(part: str, output_folder: Path) -> None:
+    folder, identity = stored_windows(output_folder)
+    stored = WINDOW_FOLDER.stamp({"video": identity})
+    parts = {"window folder": stored, "video metadata": identity, "request": identity["request"]}
+    number = {schema.kind: schema.number for schema in (WINDOW_FOLDER, VIDEO_METADATA, REQUEST)}[part]
+    parts[part]["schema"] = number + 1
+    (folder / REQUEST_FILE).write_text(json.dumps(stored))
+    match = rf"the {part} in .*request.json has the schema number {number + 1}; .* up to {number}\. .* update kadr"
+    with pytest.raises(KadrError, match=match), WindowFolder.open(folder, identity, [(1, 8, 4, 2, 2)], resume=True):
+        pass
+    with pytest.raises(KadrError, match=match):
+        stored_prompt(folder, identity["request"]["prompt"])
+    assert finished_windows(folder) == [0]
 
 
 def test_only_kadr_s_files_are_removed(engine: Engine, output_folder: Path) -> None:

@@ -28,6 +28,7 @@ from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.quant.mixes import Mix, assign_types
+from kadr.schema import GGUF
 from kadr.text.sentencepiece_model import SentencePieceModel, parse_sentencepiece
 from kadr.text.tokenizer import find_tokenizer_file
 
@@ -139,7 +140,7 @@ def _convert(
         for name, source_key in source_keys.items()
     ]
     type_fields = {"general.quantization_version": QUANTIZATION_VERSION, "general.file_type": mix.file_type}
-    write_gguf(path, architecture, {**type_fields, **fields}, entries, watch=watch)
+    write_gguf(path, architecture, GGUF.stamp({**type_fields, **fields}), entries, watch=watch)
     source_bytes = sum(info.size_bytes for info in infos.values())
     return ConversionResult(source_bytes, sum(entry.size_bytes for entry in entries), Counter(types.values()))
 

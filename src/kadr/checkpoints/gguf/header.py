@@ -24,6 +24,7 @@ from kadr.checkpoints.gguf.parser import (
 from kadr.checkpoints.header import TensorInfo
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
+from kadr.schema import GGUF
 
 ARCHITECTURE_KEY, NAME_KEY, CONFIG_KEY = "general.architecture", "general.name", "config"
 LTXV_ARCHITECTURE, T5_ENCODER_ARCHITECTURE = "ltxv", "t5encoder"
@@ -101,7 +102,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
 
     Raises:
         CheckpointError: the file is unreadable, damaged, truncated, one of several splits, of another family of models,
-            or has a tensor of a type that kadr does not support.
+            of a newer kadr, or has a tensor of a type that kadr does not support.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -124,7 +125,7 @@ def _read_header(path: Path, parser: GGUFParser) -> GGUFHeader:
         problem = "is big-endian" if is_big_endian else f"is of version {version} of the format"
         raise CheckpointError(f"{path} {problem}; kadr reads versions 2 and 3, little-endian. Use a newer file.")
     num_tensors, num_fields = parser.read_counts()
-    fields = dict(parser.read_field() for _ in range(num_fields))
+    fields = GGUF.upgrade(dict(parser.read_field() for _ in range(num_fields)), path)
     _refuse_unsupported(path, fields)
     entries = [parser.read_tensor_info() for _ in range(num_tensors)]
     data_offset = parser.compute_data_offset(fields.get(ALIGNMENT_KEY, 32))

@@ -14,6 +14,7 @@ from kadr.cli.flags import options
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
+from kadr.schema import VIDEO_METADATA, upgrade_video_metadata
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"}
 TEXT_ENCODER = "text encoder"
@@ -35,7 +36,7 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
     """Describe a file.
 
     For a checkpoint: version, components and missing components, from the header alone. For a LoRA: the layers it
-    adapts, and the model it fits. For a video: its request.
+    adapts, and the model it fits. For a video: its request, and its schema number.
     """
     path = _find_by_name(path.expanduser())
     if path.suffix.lower() in VIDEO_SUFFIXES:
@@ -61,7 +62,9 @@ def _find_by_name(path: Path) -> Path:
 def _video(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.media.clip import read_metadata
 
-    record = read_metadata(path)
+    stored = read_metadata(path)
+    upgrade_video_metadata(stored, path)  # refuses what a newer kadr wrote
+    record = {VIDEO_METADATA.key: VIDEO_METADATA.read_number(stored, path), **stored}
     return record, _fields(record)
 
 

@@ -15,6 +15,7 @@ from kadr.cli.output_path import choose_output, next_free_path, refuse_missing_m
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import CheckpointError, MediaError
 from kadr.request.request import Request
+from kadr.schema import upgrade_video_metadata
 from kadr.spec.locate import find_release_on_disk
 
 if TYPE_CHECKING:
@@ -55,14 +56,15 @@ def _parse_request(record: Mapping[str, Any], seed: int | None) -> Request:
 
 
 def read_video_metadata(file: Path) -> dict[str, Any]:
-    """Returns the metadata that kadr stored in the file.
+    """Returns the metadata that kadr stored in the file, upgraded to the current schemas.
 
     Raises:
-        MediaError: it is not a video, or not one that kadr made.
+        MediaError: it is not a video, not one that kadr made, or one that a newer kadr made.
+        RequestError: its request is of a newer kadr.
     """
     from kadr.media.clip import read_metadata
 
-    record = read_metadata(file)
+    record = upgrade_video_metadata(read_metadata(file), file)
     if not isinstance(record.get("request"), dict):
         raise MediaError(f"{file} stores no request. Only a video that `kadr generate` wrote can be made again.")
     return record

@@ -22,10 +22,12 @@ from torch import Tensor
 from kadr.checkpoints.save import atomic_path, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock
+from kadr.schema import WINDOW_FOLDER, upgrade_video_metadata
 
 REQUEST_FILE = "request.json"
 EXECUTION_KEY = "execution"  # weight format, backend and threads of the transformer: others round differently
 _WINDOW_FILE_NAME, _LATENTS, _DIGEST_KEY = re.compile(r"window-(\d{4,})\.safetensors"), "latents", "sha256"
+_VIDEO_KEY = "video"  # in the request file, beside the schema number: the identity
 _MAX_DIFFERENCES = 3  # differences that an error names
 
 
@@ -37,11 +39,17 @@ def finished_windows(folder: Path) -> list[int]:
 
 
 def stored_prompt(folder: Path, prompt: str) -> tuple[str, str | None] | None:
-    """Returns the stored prompt, and the prompt it was enhanced from if it was; None if the user's prompt differs."""
+    """Returns the stored prompt, and the prompt it was enhanced from if it was; None if the user's prompt differs.
+
+    Raises:
+        CheckpointError, MediaError, RequestError: as `_read_identity`.
+    """
+    if not (folder / REQUEST_FILE).is_file():
+        return None
     try:
-        request = json.loads((folder / REQUEST_FILE).read_text("utf-8"))["request"]
+        request = _read_identity(folder)["request"]
         stored, original = request["prompt"], request["original_prompt"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (LookupError, TypeError):
         return None  # `WindowFolder.open` names what is wrong with the folder
     return (stored, original) if prompt == (stored if original is None else original) else None
 
@@ -95,7 +103,8 @@ class WindowFolder:
         Raises:
             RequestError: there are finished windows that are not to be resumed or belong to another video; or another
                 process has locked the folder.
-            CheckpointError: the folder cannot be written or read.
+            CheckpointError: the folder cannot be written or read, or is of a newer kadr.
+            MediaError: the metadata in it is of a newer kadr.
         """
         identity = json.loads(json.dumps(identity))
         with lock_folder(folder):
@@ -107,8 +116,9 @@ class WindowFolder:
                     opened = cls(folder, _intact_windows(folder, shapes))
                 else:
                     _warn_nothing_to_resume(folder, resume=resume)
+                    stored = WINDOW_FOLDER.stamp({_VIDEO_KEY: identity})
                     with atomic_path(folder / REQUEST_FILE) as temporary:
-                        temporary.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
+                        temporary.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
                 yield opened
             finally:
                 if not finished_windows(folder):  # nothing to resume
@@ -194,16 +204,9 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
 
     Raises:
         RequestError: names the differences.
-        CheckpointError: the stored identity cannot be read.
+        CheckpointError, MediaError, RequestError: as `_read_identity`.
     """
-    file = folder / REQUEST_FILE
-    try:
-        stored = json.loads(file.read_text("utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}. Delete {folder} and start again.") from error
-    differences = list(_differences(stored, identity))
+    differences = list(_differences(_read_identity(folder), identity))
     if execution := [line for name, line in differences if name == EXECUTION_KEY]:
         warnings.warn(
             f"the transformer runs differently than before: {execution[0]}. The remaining windows may be rounded "
@@ -217,6 +220,26 @@ def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
             f"{folder} is of another video: {'; '.join(others[:_MAX_DIFFERENCES])}{more}. Repeat the same request, "
             "delete the folder, or choose another --output."
         )
+
+
+def _read_identity(folder: Path) -> dict[str, Any]:
+    """Reads the stored identity of the video, upgraded to the current schemas.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is of a newer kadr.
+        MediaError, RequestError: the metadata or the request in it is of a newer kadr.
+    """
+    file = folder / REQUEST_FILE
+    try:
+        stored = json.loads(file.read_text("utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("it is not a JSON object")
+        identity = WINDOW_FOLDER.upgrade(stored, file).get(_VIDEO_KEY)
+        if not isinstance(identity, dict):
+            raise ValueError(f"it has no object {_VIDEO_KEY!r}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Delete {folder} and start again.") from error
+    return upgrade_video_metadata(identity, file)
 
 
 def _differences(stored: Any, requested: Any, name: str = "") -> Iterator[tuple[str, str]]:
