@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning
+from kadr.kernels import mode
 from kadr.kernels.cuda_graphs import CudaGraphBackend, GraphedCallable, tensors_in
 
 
@@ -189,6 +190,16 @@ def test_a_failed_capture_warns_once_and_calls_the_function() -> None:
         assert torch.equal(graphed(*inputs()), scale_and_shift(*inputs()))
     assert torch.equal(graphed(*inputs()), scale_and_shift(*inputs()))
     assert graphed.replay_count == 0
+
+
+def test_a_graph_of_one_kernel_mode_is_not_replayed_in_another() -> None:
+    modes: list[str] = []
+    graphed = GraphedCallable(lambda x: modes.append(mode.current()) or x * 2, backend=FakeBackend())
+    for _ in range(3):
+        graphed(torch.ones(2))
+    with mode.override(mode.REFERENCE):
+        graphed(torch.ones(2))
+    assert modes[-1] == mode.REFERENCE
 
 
 @pytest.mark.parametrize("backend", [None, CudaGraphBackend()])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning
+from kadr.kernels import mode
 
 GRAPH_MAX_RELATIVE_ERROR = 0.01  # of a replay against the eager call; a graph that differs by more is dropped
 MAX_GRAPHS = 4  # two passes, with and without STG-perturbed blocks
@@ -138,7 +139,7 @@ class GraphedCallable:
         tensors = tensors_in(arguments)
         if not self._can_capture(tensors):
             return self.function(*arguments)
-        shape = _map_leaves(_shape_key, arguments)
+        shape = mode.current(), _map_leaves(_shape_key, arguments)  # a mode has its own kernels
         if shape in self._graphs:
             self._graphs.move_to_end(shape)
             self.replay_count += 1

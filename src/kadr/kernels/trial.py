@@ -53,7 +53,7 @@ def should_use_kernel(tensors: Iterable[Tensor | None], min_capability: Capabili
     Code under torch.compile keeps the definitions, which the compiler fuses by itself.
     """
     present = [tensor for tensor in tensors if tensor is not None]
-    if mode.current() == mode.REFERENCE or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or mode.current() == mode.REFERENCE:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
         return False
@@ -64,7 +64,7 @@ def should_use_kernel(tensors: Iterable[Tensor | None], min_capability: Capabili
 
 def may_use_kernel(x: Tensor) -> bool:
     """Returns whether a kernel could run on x at all: a cheap first check."""
-    return x.is_cuda or mode.current() == mode.EVERYWHERE
+    return not torch.compiler.is_compiling() and (x.is_cuda or mode.current() == mode.EVERYWHERE)
 
 
 def is_supported(device: torch.device, min_capability: Capability = TRITON_MIN_CAPABILITY) -> bool:
