@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.errors import KadrWarning, RequestError
+from kadr.errors import Cancelled, KadrWarning, RequestError
 from kadr.kernels import attention, dequant, fused, matmul, mode, reference, trial
 from kadr.kernels.ggml_types import GGML_TYPES
 
@@ -203,6 +203,34 @@ def test_out_of_memory_and_nan_inputs_give_no_verdict(kernels: Kernels) -> None:
     assert not trial._verdicts
     fused.norm_modulate(x, scale, shift)
     assert len(trial._verdicts) == 1
+
+
+def test_without_a_verdict_the_output_tensor_has_the_definition(kernels: Kernels) -> None:
+    quantized, out = torch.ones(2, 34, dtype=torch.uint8), torch.zeros(2, 32)
+
+    def wrong_then_out_of_memory(output: Tensor) -> Any:
+        output.fill_(7.0)
+        raise torch.OutOfMemoryError("too little")
+
+    kernels.spoil = wrong_then_out_of_memory
+    fused.dequantize(quantized, GGML_TYPES["Q8_0"], out)
+    assert torch.equal(out, dequant.dequantize(quantized, GGML_TYPES["Q8_0"], torch.zeros(2, 32)))
+    assert not trial._verdicts
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Cancelled("stop"), RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), SystemExit()],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_that_says_nothing_about_a_kernel_is_raised(kernels: Kernels, error: BaseException) -> None:
+    def fail(_: Any) -> Any:
+        raise error
+
+    kernels.spoil = fail
+    with pytest.raises(type(error)):
+        fused.norm_modulate(*branch_input())
+    assert not trial._verdicts
 
 
 def test_inputs_with_gradients_run_the_definition(kernels: Kernels) -> None:

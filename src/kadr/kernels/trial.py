@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kadr.errors import KadrWarning
+from kadr.errors import KadrError, KadrWarning
 from kadr.kernels import mode
+from kadr.kernels.error_kinds import is_fatal_cuda_error, is_out_of_memory
 
 Result = TypeVar("Result")
 Capability = tuple[int, int]
@@ -87,18 +88,21 @@ def _try_kernel(
     module_name: str, definition: Callable[..., Result], arguments: tuple[Any, ...], key: Hashable
 ) -> Result:
     expected = definition(*arguments)
-    if any(expected is argument for argument in arguments):  # an out argument, which the kernel will overwrite
+    has_out_argument = any(expected is argument for argument in arguments)
+    if has_out_argument:  # which the kernel will overwrite
         expected = expected.clone()  # type: ignore[attr-defined]
     try:
         kernel = getattr(import_module(f"kadr.kernels.triton.{module_name}"), definition.__name__)
         output = kernel(*arguments)
         error = _relative_error(output, expected)
-    except torch.OutOfMemoryError:
-        return expected  # the two did not fit side by side, which says nothing about the kernel
     except Exception as failure:  # compilers, linkers and drivers raise their own types
-        return _reject_kernel(key, definition, arguments, f"it fails with {type(failure).__name__}: {failure}")
+        if isinstance(failure, KadrError) or is_fatal_cuda_error(failure):
+            raise
+        if not is_out_of_memory(failure):
+            return _reject_kernel(key, definition, arguments, f"it fails with {type(failure).__name__}: {failure}")
+        error = None  # the two did not fit side by side, which says nothing about the kernel
     if error is None:
-        return expected
+        return definition(*arguments) if has_out_argument else expected
     if error > TRIAL_MAX_RELATIVE_ERROR:
         return _reject_kernel(key, definition, arguments, f"its result is {100 * error:.1f} % off")
     _verdicts[key] = kernel

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning, NonFiniteError, PlanError
+from kadr.kernels.error_kinds import is_out_of_memory
 from kadr.pipeline.components import Components
 from kadr.pipeline.finite_check import NonFiniteFound
 from kadr.planning.plan import format_bytes
@@ -22,14 +23,6 @@ from kadr.planning.plan import format_bytes
 T = TypeVar("T")
 StageFunction = Callable[["torch.dtype | None"], T]  # a stage; None runs it in the dtype of its plan
 FramesStageFunction = StageFunction[Iterator[Tensor]]  # a stage that yields frames (n, ...)
-_OOM_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")  # of torch, on CPUs and on Apple GPUs
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
 
 
 def retry_on_oom(components: Components, stage: str, stage_function: StageFunction[T]) -> StageFunction[T]:
