@@ -73,11 +73,40 @@ def test_request_sets_strengths_and_0_changes_no_bit(
     assert relative_error(half, expected) < 1e-6
 
 
-def test_cancelled_step_clears_cuda_graphs_of_its_strengths(
-    opened: Callable[..., Engine], lora: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def clearings(monkeypatch: pytest.MonkeyPatch) -> list[Transformer]:
+    """Returns a list of the transformers whose CUDA graphs were cleared."""
     cleared: list[Transformer] = []
     monkeypatch.setattr(Transformer, "clear_cuda_graphs", lambda module: cleared.append(module))
+    return cleared
+
+
+def test_cuda_graphs_are_cleared_only_when_a_strength_changes(
+    opened: Callable[..., Engine], lora: Path, clearings: list[Transformer]
+) -> None:
+    engine = opened(loras=[lora])
+    for strength, count in ((1.0, 1), (1.0, 1), (0.5, 2), (0.5, 2), (0.0, 3)):
+        engine.denoise(replace(REQUEST, lora_strengths=(strength,)))
+        assert len(clearings) == count, strength
+    assert all(module is clearings[0] for module in clearings)  # it was cached
+    without_loras = opened()
+    for _ in range(2):
+        without_loras.denoise(REQUEST)
+    assert len(clearings) == 3
+
+
+def test_cuda_graphs_are_cleared_with_the_scratch_buffers_they_recorded(
+    opened: Callable[..., Engine], clearings: list[Transformer]
+) -> None:
+    engine = opened(quant="Q8_0")
+    for count in (1, 2):
+        engine.denoise(REQUEST)
+        assert len(clearings) == count
+
+
+def test_a_cancelled_step_leaves_no_graph_of_other_strengths(
+    opened: Callable[..., Engine], lora: Path, clearings: list[Transformer]
+) -> None:
     engine = opened(loras=[lora])
 
     def cancel(progress: Progress) -> None:
@@ -86,7 +115,9 @@ def test_cancelled_step_clears_cuda_graphs_of_its_strengths(
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate(REQUEST, watch=cancel)
-    assert len(cleared) == 1
+    clearings.clear()
+    engine.denoise(replace(REQUEST, lora_strengths=(0.5,)))
+    assert len(clearings) == 1
 
 
 def test_each_of_two_passes_has_its_own_strength(opened: Callable[..., Engine], lora: Path, tmp_path: Path) -> None:

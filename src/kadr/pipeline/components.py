@@ -29,6 +29,7 @@ from kadr.pipeline.prompt_cache import PromptCache
 from kadr.pipeline.rotation_check import detect_rotation, may_be_rotated
 from kadr.planning.placement import AS_STORED, Placement
 from kadr.planning.plan import Plan
+from kadr.quant.layers import uses_scratch
 from kadr.quant.rotation import rotate_weights
 from kadr.quant.weight_formats import FP8
 from kadr.spec.lora import LoraStrength
@@ -250,12 +251,14 @@ class Components(ModelSpec):
 
 @contextmanager
 def _use_strengths(transformer: Transformer, strengths: Sequence[float], device: torch.device) -> Iterator[None]:
-    """Sets the strengths of the LoRAs, and clears the CUDA graphs in the end."""
-    set_lora_strengths(transformer, strengths, device)
+    """Sets the strengths of the LoRAs, and clears CUDA graphs that have recorded what is no longer so."""
+    if set_lora_strengths(transformer, strengths, device):
+        transformer.clear_cuda_graphs()
     try:
         yield
     finally:
-        transformer.clear_cuda_graphs()  # also after a cancelled step: graphs have these strengths recorded
+        if uses_scratch(transformer):
+            transformer.clear_cuda_graphs()  # the module cache frees the scratch buffers, whose addresses they have
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
