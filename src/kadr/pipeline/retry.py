@@ -57,18 +57,9 @@ def retry_frames_on_oom(components: Components, stage: str, stage_function: Fram
                 raise
             apply_fallback = _prepare_fallback(components, stage, error)
         apply_fallback()
-        yield from _skip_frames(stage_function(dtype), num_yielded)
+        yield from _skip_frames(num_yielded, stage_function(dtype))
 
     return attempt
-
-
-def _skip_frames(batches: Iterator[Tensor], num_left: int) -> Iterator[Tensor]:
-    """Yields batches of frames (n, ...) without the first `num_left` frames of all."""
-    for frames in batches:
-        num_skipped = min(num_left, len(frames))
-        num_left -= num_skipped
-        if num_skipped < len(frames):
-            yield frames[num_skipped:]
 
 
 def _prepare_fallback(components: Components, stage: str, error: BaseException) -> Callable[[], None]:
@@ -138,12 +129,12 @@ def retry_frames_in_fp32(
     except NonFiniteFound as found:
         _warn_retry(stage, found.location, dtype)
     try:
-        yield from skip_frames(num_yielded, stage_function(torch.float32))
+        yield from _skip_frames(num_yielded, stage_function(torch.float32))
     except NonFiniteFound as found:
         raise _non_finite_error(stage, found.location) from None
 
 
-def skip_frames(count: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+def _skip_frames(count: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
     """Yields chunks of frames (n, ...) without the first `count` frames."""
     for frames in chunks:
         num_skipped = min(count, len(frames))
