@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kadr.errors import RequestError
+from kadr.validation import check_range
 
 SPATIAL_COMPRESSION = 32  # pixels per latent position, in height and in width
 TEMPORAL_COMPRESSION = 8  # frames per latent frame, after the first
@@ -26,10 +27,7 @@ class Size:
 
     def __post_init__(self) -> None:
         for name, value in (("width", self.width), ("height", self.height)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise RequestError(f"{name} is {value!r}; it must be a whole number of pixels.")
-            if not 1 <= value <= MAX_SIDE:
-                raise RequestError(f"{name} is {value} pixels; it must lie between 1 and {MAX_SIDE}.")
+            check_range(name, value, 1, MAX_SIDE, " pixels", is_whole=True)
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
@@ -63,10 +61,7 @@ class Size:
 
 def snap_frames(frames: int) -> int:
     """Rounds a frame count up to the form 8k+1."""
-    if not isinstance(frames, int) or isinstance(frames, bool):
-        raise RequestError(f"frames is {frames!r}; it must be a whole number.")
-    if not 1 <= frames <= MAX_FRAMES:
-        raise RequestError(f"frames is {frames}; it must lie between 1 and {MAX_FRAMES}.")
+    check_range("frames", frames, 1, MAX_FRAMES, is_whole=True)
     return -(-(frames - 1) // TEMPORAL_COMPRESSION) * TEMPORAL_COMPRESSION + 1
 
 

@@ -1,4 +1,4 @@
-"""What a user of the library names comes from `kadr`, with signatures that change on purpose only."""
+"""Names for users of the library come from `kadr`, with signatures that change on purpose only."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "kadr"
 FLOORS = (  # from the lowest up; __init__ re-exports the public names and may import all of them
     "errors version",
-    "schema shapes validation",
+    "validation",
+    "schema shapes",
     "kernels sampling media text",
     "nn",
     "models quant",

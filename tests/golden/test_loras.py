@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import lora as lora_benchmark
 from kadr.checkpoints.lora.file import LoraFile
-from kadr.spec.locate import locate_lora
+from kadr.models.registry import find_release
+from kadr.spec.locate import fetch_release
 
 TEAL, CANNY = "demo-lora-teal", "demo-ic-lora-canny"
 VIDEOS = 5
@@ -16,7 +17,7 @@ VIDEOS = 5
 
 @pytest.fixture(scope="module")
 def figures() -> dict:
-    return lora_benchmark.measure_teal(locate_lora(TEAL), VIDEOS)[0]
+    return lora_benchmark.measure_teal(fetch_release(find_release(TEAL)), VIDEOS)[0]
 
 
 @pytest.mark.slow
@@ -34,7 +35,7 @@ def test_strength_0_gives_the_frames_without_the_lora(figures: dict) -> None:
 
 @pytest.mark.slow
 def test_outlines_match_those_of_the_control_clip(tmp_path: Path) -> None:
-    figures, _ = lora_benchmark.measure_edges(locate_lora(CANNY), VIDEOS, tmp_path)
+    figures, _ = lora_benchmark.measure_edges(fetch_release(find_release(CANNY)), VIDEOS, tmp_path)
     scores = figures["outline_overlap"]
     assert figures["wins_with_control"] == VIDEOS
     assert scores["with"] > 0.4
@@ -43,7 +44,7 @@ def test_outlines_match_those_of_the_control_clip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [TEAL, CANNY])
 def test_bundled_loras_are_ordinary_files_of_the_trainer(name: str) -> None:
-    described = LoraFile.open(locate_lora(name)).describe()
+    described = LoraFile.open(fetch_release(find_release(name))).describe()
     assert (described.key_format, described.metadata["kadr_base_model"], described.unexpected_keys) == (
         "Comfy",
         "demo",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kadr.errors import Cancelled, RequestError
 from kadr.kernels import attention
 from kadr.kernels.attention import TORCH_SDPA, AttentionAutotuner, Bucket, Candidate, attend, torch_sdpa
 
@@ -26,13 +32,13 @@ class FakeTimer:
         return self.seconds_by_name[self.running]
 
     def candidate(
-        self, name: str, run: attention.AttentionFunction = torch_sdpa, supports_bias: bool = True
+        self, name: str, run: attention.AttentionFunction = torch_sdpa, supports: Any = lambda *_: True
     ) -> Candidate:
         def recorded(*arguments: Tensor | None) -> Tensor:
             self.running = name
             return run(*arguments)
 
-        return Candidate(name, recorded, supports_bias)
+        return Candidate(name, recorded, supports)
 
 
 class Inputs(NamedTuple):
@@ -86,6 +92,133 @@ def test_a_wrong_or_raising_candidate_is_rejected_however_fast() -> None:
     assert outcomes["all_nan"] == "wrong by nan %"
 
 
+@pytest.mark.parametrize(
+    "kind", [RuntimeError, NotImplementedError, ImportError, TypeError, ValueError, AssertionError]
+)
+def test_errors_of_libraries_reject_a_candidate(kind: type[Exception]) -> None:
+    def refuses(*_: Tensor | None) -> Tensor:
+        raise kind("not for these inputs")
+
+    timer = FakeTimer(refuses=1.0, works=2.0)
+    autotuner = AttentionAutotuner([timer.candidate("refuses", refuses), timer.candidate("works")], timer)
+    assert autotuner.pick(*inputs()).name == "works"
+    assert list(autotuner.outcomes.values()) == [{"refuses": f"{kind.__name__}: not for these inputs", "works": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RequestError("too large"),
+        Cancelled("stop"),
+        KeyboardInterrupt(),
+        KeyError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_pass_and_leave_no_verdict(error: BaseException) -> None:
+    errors = [error]
+
+    def fails_once(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        if errors:
+            raise errors.pop()
+        return torch_sdpa(q, k, v, bias)
+
+    timer = FakeTimer(first=3.0, fails_once=1.0)
+    autotuner = AttentionAutotuner([timer.candidate("first"), timer.candidate("fails_once", fails_once)], timer)
+    with pytest.raises(type(error)):
+        autotuner.pick(*inputs())
+    assert not autotuner.outcomes
+    assert autotuner.pick(*inputs()).name == "fails_once"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_give_no_verdict(value: float) -> None:
+    timer = FakeTimer(a=1.0)
+    autotuner = AttentionAutotuner([timer.candidate("a")], timer)
+    broken = inputs()
+    broken.v[-1, :, 3] = value
+    assert autotuner.pick(*broken) is TORCH_SDPA
+    assert not autotuner.outcomes
+    assert autotuner.pick(*inputs()).name == "a"
+
+
+def test_values_of_zero_reject_no_candidate() -> None:
+    timer = FakeTimer(a=1.0)
+    zeros = inputs()._replace(v=torch.zeros(2, 6, 70, 16))
+    assert AttentionAutotuner([timer.candidate("a")], timer).pick(*zeros).name == "a"
+
+
+def test_threads_time_a_bucket_once() -> None:
+    def slow(*arguments: Any) -> Tensor:
+        time.sleep(0.02)
+        return torch_sdpa(*arguments)
+
+    timer = FakeTimer(slow=1.0)
+    autotuner = AttentionAutotuner([timer.candidate("slow", slow)], timer)
+    barrier = threading.Barrier(4)
+
+    def pick(_: int) -> str:
+        barrier.wait()
+        return autotuner.pick(*inputs()).name
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(pick, range(4))) == ["slow"] * 4
+    assert timer.calls == 1
+
+
+def test_a_trial_leaves_the_warning_filters_of_other_threads() -> None:
+    seen = []
+    timer = FakeTimer(a=1.0)
+    candidate = timer.candidate(
+        "a", lambda *arguments: (seen.append(list(warnings.filters)), torch_sdpa(*arguments))[1]
+    )
+    AttentionAutotuner([candidate], timer).pick(*inputs())
+    assert seen == [list(warnings.filters)] * 2
+
+
+class RecordFlags(TorchDispatchMode):
+    """Records at each operation which backends of attention are enabled in this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[bool, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(enabled_backends())
+        return func(*args, **(kwargs or {}))
+
+
+def enabled_backends() -> tuple[bool, ...]:
+    names = ("cudnn", "flash", "mem_efficient", "math")
+    return tuple(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_gpu_candidates_set_no_flag_of_the_process(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    before = enabled_backends()
+    q, k, v = (tensor.to("meta", torch.bfloat16) for tensor in inputs(70, 50)[:3])
+    bias = torch.zeros(2, 1, 1, 50, device="meta", dtype=torch.bfloat16) if has_bias else None
+    candidates = attention.autotuner_for.__wrapped__(torch.device("cuda")).candidates
+    with RecordFlags() as record:
+        outputs = {each.name: each.run(q, k, v, bias) for each in candidates if not (has_bias and each.name == "flash")}
+    assert outputs.keys() >= {"cuDNN", "efficient"}
+    assert {output.shape for output in outputs.values()} == {q.shape}
+    assert record.seen == {before}
+
+
+@pytest.mark.parametrize("length", [64, 70])
+def test_rows_of_an_aligned_bias_begin_at_multiples_of_16(length: int) -> None:
+    bias = torch.randn(2, 1, 1, length)
+    aligned = attention._align_bias(bias)
+    assert torch.equal(aligned, bias)
+    assert all(stride % 16 == 0 for stride in aligned.stride()[:-1])
+    assert (aligned is bias) is (length == 64)
+
+
 def test_torch_chooses_when_every_candidate_is_rejected() -> None:
     timer = FakeTimer()
     assert AttentionAutotuner([timer.candidate("raises_error", raises_error)], timer).pick(*inputs()) is TORCH_SDPA
@@ -114,13 +247,17 @@ def test_bucket_lengths_round_up_to_powers_of_two() -> None:
     ]
 
 
-def test_a_candidate_without_bias_support_gets_no_bias() -> None:
+def test_a_candidate_is_not_run_for_inputs_it_does_not_support() -> None:
+    def without_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+        return bias is None
+
     timer = FakeTimer(fast=1.0, biased=2.0)
-    autotuner = AttentionAutotuner([timer.candidate("fast", supports_bias=False), timer.candidate("biased")], timer)
+    autotuner = AttentionAutotuner([timer.candidate("fast", supports=without_bias), timer.candidate("biased")], timer)
     bias = torch.zeros(2, 1, 1, 70)
     bias[..., 40:] = -10000.0
     assert autotuner.pick(*inputs()).name == "fast"
     assert autotuner.pick(*inputs()._replace(bias=bias)).name == "biased"
+    assert list(autotuner.outcomes.values())[1] == {"fast": attention.NOT_SUPPORTED, "biased": 2.0}
 
 
 def test_a_candidate_that_ignores_the_bias_is_rejected() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning
+from kadr.kernels import mode
 from kadr.kernels.cuda_graphs import CudaGraphBackend, GraphedCallable, tensors_in
 
 
@@ -189,6 +190,71 @@ def test_a_failed_capture_warns_once_and_calls_the_function() -> None:
         assert torch.equal(graphed(*inputs()), scale_and_shift(*inputs()))
     assert torch.equal(graphed(*inputs()), scale_and_shift(*inputs()))
     assert graphed.replay_count == 0
+
+
+class FailingBackend(FakeBackend):
+    """Fails the first captures with these errors."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        super().__init__()
+        self.errors = list(errors)
+
+    def capture(self, call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+        if self.errors:
+            try:
+                raise self.errors.pop(0)
+            finally:
+                if self.errors and self.errors[0].args == ("at the end of the capture",):
+                    raise self.errors.pop(0)
+        return super().capture(call, device)
+
+
+@pytest.mark.parametrize(
+    "errors",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"),),
+        (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("at the end of the capture")),
+    ],
+    ids=["plain", "hidden"],
+)
+def test_memory_that_ran_out_once_does_not_rule_graphs_out(errors: tuple[BaseException, ...]) -> None:
+    fake = FailingBackend(*errors)
+    graphed = GraphedCallable(scale_and_shift, backend=fake)
+    graphed(*inputs(2))
+    graphed(*inputs())
+    with pytest.warns(KadrWarning, match="capture failed"):
+        assert torch.equal(graphed(*inputs()), scale_and_shift(*inputs()))
+    for _ in range(3):
+        assert torch.equal(graphed(*inputs()), scale_and_shift(*inputs()))
+    assert graphed.replay_count == 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), KeyboardInterrupt()])
+def test_an_error_that_says_nothing_about_a_graph_is_raised(error: BaseException) -> None:
+    graphed = GraphedCallable(scale_and_shift, backend=FailingBackend(error))
+    graphed(*inputs())
+    with pytest.raises(type(error)):
+        graphed(*inputs())
+
+
+def test_outputs_that_are_not_finite_give_no_verdict() -> None:
+    graphed = GraphedCallable(scale_and_shift, backend=FakeBackend())
+    x, table = inputs()
+    graphed(x, table)
+    assert graphed(x * torch.nan, table).isnan().all()
+    assert graphed.replay_count == 0
+    assert torch.equal(graphed(x, table), scale_and_shift(x, table))
+    assert graphed.replay_count == 1
+
+
+def test_a_graph_of_one_kernel_mode_is_not_replayed_in_another() -> None:
+    modes: list[str] = []
+    graphed = GraphedCallable(lambda x: modes.append(mode.current()) or x * 2, backend=FakeBackend())
+    for _ in range(3):
+        graphed(torch.ones(2))
+    with mode.override(mode.REFERENCE):
+        graphed(torch.ones(2))
+    assert modes[-1] == mode.REFERENCE
 
 
 @pytest.mark.parametrize("backend", [None, CudaGraphBackend()])

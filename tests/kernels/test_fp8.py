@@ -98,6 +98,16 @@ def test_the_first_matmul_that_computes_correctly_is_selected(fake_gpu: Callable
         assert fp8.select_matmul(CPU, torch.bfloat16) == FP32_MATMUL
 
 
+def test_memory_that_runs_out_selects_no_matmul(fake_gpu: Callable[..., None]) -> None:
+    def out_of_memory(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    fake_gpu(scaled=out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        fp8.select_matmul(CPU, torch.bfloat16)
+    assert not fp8._selected_matmuls
+
+
 @pytest.mark.parametrize("shape, is_supported", [((48, 64), True), ((40, 64), False), ((48, 72), False)])
 def test_sides_must_be_multiples_of_sixteen(shape: tuple[int, int], is_supported: bool) -> None:
     assert fp8.supports_shape(*shape) is is_supported

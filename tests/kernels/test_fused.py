@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kadr.errors import KadrWarning, RequestError
-from kadr.kernels import dequant, fused, mode, reference, trial
+from kadr.errors import Cancelled, KadrWarning, RequestError
+from kadr.kernels import attention, dequant, fused, matmul, mode, reference, trial
 from kadr.kernels.ggml_types import GGML_TYPES
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -24,9 +27,10 @@ SOURCES = Path(__file__).parents[2] / "src"
 @pytest.fixture(autouse=True)
 def no_mode_and_no_verdicts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(mode.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(mode, "_current_mode", None)
+    mode._environment_mode.cache_clear()
     trial.reset()
     yield
+    mode._environment_mode.cache_clear()
     trial.reset()
 
 
@@ -64,7 +68,7 @@ def branch_input(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Te
 
 def test_the_environment_variable_is_read_at_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mode.current() == mode.AUTO
-    monkeypatch.setattr(mode, "_current_mode", None)
+    mode._environment_mode.cache_clear()
     monkeypatch.setenv(mode.ENVIRONMENT_VARIABLE, "reference")
     assert mode.current() == mode.REFERENCE
     with mode.override(mode.EVERYWHERE):
@@ -84,6 +88,33 @@ def test_an_override_ends_with_its_block_even_in_an_error() -> None:
     with pytest.raises(ZeroDivisionError), mode.override(mode.REFERENCE):
         raise ZeroDivisionError
     assert mode.current() == mode.AUTO
+
+
+def test_threads_run_in_different_modes_at_once() -> None:
+    barrier = threading.Barrier(3)
+
+    def observe(name: str | None) -> list[str]:
+        with mode.override(name) if name else nullcontext():
+            barrier.wait()  # all are in their blocks
+            modes = [mode.current()]
+            barrier.wait()  # until all have looked
+        return [*modes, mode.current()]
+
+    with mode.override(mode.EVERYWHERE), ThreadPoolExecutor(2) as threads:
+        others = [threads.submit(observe, name) for name in (mode.REFERENCE, None)]
+        assert observe(None) == [mode.EVERYWHERE] * 2
+        assert [other.result() for other in others] == [[mode.REFERENCE, mode.AUTO], [mode.AUTO] * 2]
+
+
+def test_the_compiler_traces_dispatch_without_a_graph_break() -> None:
+    def compute(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        h = matmul.linear_gelu(fused.norm_modulate(x, scale, shift), torch.eye(8), None)
+        h = attention.attend(h[None], h[None], h[None])
+        return fused.pixel_norm_modulate_silu(h[..., None])
+
+    with torch.no_grad():
+        compiled = torch.compile(compute, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(*branch_input()), compute(*branch_input()))
 
 
 def test_importing_fused_does_not_import_triton() -> None:
@@ -172,6 +203,34 @@ def test_out_of_memory_and_nan_inputs_give_no_verdict(kernels: Kernels) -> None:
     assert not trial._verdicts
     fused.norm_modulate(x, scale, shift)
     assert len(trial._verdicts) == 1
+
+
+def test_without_a_verdict_the_output_tensor_has_the_definition(kernels: Kernels) -> None:
+    quantized, out = torch.ones(2, 34, dtype=torch.uint8), torch.zeros(2, 32)
+
+    def wrong_then_out_of_memory(output: Tensor) -> Any:
+        output.fill_(7.0)
+        raise torch.OutOfMemoryError("too little")
+
+    kernels.spoil = wrong_then_out_of_memory
+    fused.dequantize(quantized, GGML_TYPES["Q8_0"], out)
+    assert torch.equal(out, dequant.dequantize(quantized, GGML_TYPES["Q8_0"], torch.zeros(2, 32)))
+    assert not trial._verdicts
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Cancelled("stop"), RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), SystemExit()],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_that_says_nothing_about_a_kernel_is_raised(kernels: Kernels, error: BaseException) -> None:
+    def fail(_: Any) -> Any:
+        raise error
+
+    kernels.spoil = fail
+    with pytest.raises(type(error)):
+        fused.norm_modulate(*branch_input())
+    assert not trial._verdicts
 
 
 def test_inputs_with_gradients_run_the_definition(kernels: Kernels) -> None:

@@ -114,6 +114,24 @@ def test_lora_at_strength_0_leaves_only_the_other() -> None:
     assert relative_error(run(both), run(single)) < 1e-6
 
 
+def test_an_equal_strength_keeps_its_tensors() -> None:
+    """CUDA graphs have recorded their addresses."""
+    module = build_transformer()
+    attach_loras(module, [random_lora(), random_lora(1)], torch.float32)
+
+    def scales() -> list[int]:
+        return [id(layer.scale) for layer in lora_linears(module)]
+
+    assert not set_lora_strengths(module, [0.0, 0.0], CPU)
+    assert set_lora_strengths(module, [0.5, 0.0], CPU)
+    before = scales()
+    assert not set_lora_strengths(module, [0.5, 0.0], CPU)
+    assert scales() == before
+    assert set_lora_strengths(module, [0.5, 0.1], CPU)
+    assert set_lora_strengths(module, [0.0, 0.0], CPU)
+    assert all(layer.scale is None for layer in lora_linears(module))
+
+
 def quantizer(scheme: str) -> Callable[[nn.Module], None]:
     return lambda module: quantize_blocks(module, scheme, device=CPU)
 

@@ -353,6 +353,16 @@ def test_cuda_graph_replay_equals_a_plain_run(tiny, mode, masked):
     assert not graphed._cuda_graphs._graphs
 
 
+def test_a_mask_beside_a_text_kv_cache_is_refused(tiny):
+    inputs = batch_inputs(2)
+    rope, text_kv = tiny.compute_rope(inputs.positions), tiny.project_text(inputs.text, None)
+    arguments = (inputs.tokens, rope, text_kv, inputs.text_mask, inputs.sigma)
+    with pytest.raises(ValueError, match="pass it to project_text"):
+        tiny(*arguments)
+    with pytest.raises(ValueError, match="pass it to project_text"):
+        tiny.forward_with_perturbed(*arguments, blocks=(1,), mode=ATTENTION_VALUES)
+
+
 def test_no_cuda_graph_above_the_token_limit(tiny, monkeypatch):
     inputs, backend, graphed = batch_inputs(2), FakeBackend(), deepcopy(tiny)
     monkeypatch.setattr("kadr.models.transformer.CUDA_GRAPH_MAX_TOKENS", inputs.tokens.shape[1] * 2 - 1)

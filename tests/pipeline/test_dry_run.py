@@ -10,7 +10,6 @@ import pytest
 
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.registry import MODEL_RELEASES, Recipe, Release
-from kadr.pipeline import dry_run
 from kadr.pipeline.engine import Engine
 from kadr.request.official_config import OfficialConfig
 from kadr.request.request import Request
@@ -39,9 +38,10 @@ def nothing_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hides every model but the bundled ones."""
 
     def find_bundled(release: Release) -> Path | None:
-        return locate.find_release_on_disk(release) if release.repo is None else None
+        return find_on_disk(release) if release.repo is None else None
 
-    monkeypatch.setattr(dry_run, "find_release_on_disk", find_bundled)
+    find_on_disk = locate.find_release_on_disk
+    monkeypatch.setattr(locate, "find_release_on_disk", find_bundled)
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_bfloat16_video_is_close_to_float32(home: Path, engine: Engine, image_co
     bfloat16_engine = Engine.open(home / MODEL_FILE, device="cpu", dtype="bfloat16")
     request = replace(REQUEST, conditions=(image_condition,))
     first, second = engine.generate(request), bfloat16_engine.generate(request)
-    assert bfloat16_engine.metadata(request)["dtype"] == "bfloat16"
+    assert video_metadata(bfloat16_engine.spec, bfloat16_engine.resolve(request))["dtype"] == "bfloat16"
     assert second.latents.dtype == torch.float32
     assert ((first.latents - second.latents).norm() / first.latents.norm()).item() < 0.03
     assert not torch.equal(first.latents, second.latents)
@@ -276,8 +276,8 @@ def test_request_stored_in_the_file_generates_the_same_video(
 
 
 def test_fields_left_out_of_a_request_come_from_the_recipe(engine: Engine) -> None:
-    resolved = engine.resolve(Request(prompt="a red circle"))
-    recipe = engine.recipe
+    resolved = engine.resolve(Request(prompt="a red circle")).request
+    recipe = engine.spec.recipe
     assert (resolved.size, resolved.frames, resolved.fps) == (recipe.size, recipe.frames, recipe.fps)
     assert resolved.first_pass() == replace(recipe.first_pass, stochastic=False, tone_map=0.0)
     assert (resolved.negative_prompt, resolved.image_noise) == (recipe.negative_prompt, recipe.image_noise)
@@ -292,7 +292,7 @@ def test_fields_left_out_of_a_request_come_from_the_recipe(engine: Engine) -> No
 def test_request_without_steps_takes_those_of_the_recipe(engine: Engine) -> None:
     reports: list[Progress] = []
     engine.denoise(Request(prompt="a red circle", size=(32, 32), frames=1, guidance=1), watch=reports.append)
-    assert max(report.of for report in reports if report.stage == "denoise") == engine.recipe.first_pass.steps
+    assert max(report.of for report in reports if report.stage == "denoise") == engine.spec.recipe.first_pass.steps
 
 
 # --- which modules are in memory, and when -------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import torch
 from kadr import Engine, Lora, Progress, Request
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.models.transformer import Transformer
-from kadr.pipeline import components
+from kadr.pipeline.loading import module_loader
+from kadr.pipeline.metadata import video_metadata
 from kadr.sampling.settings import Pass
 from kadr.spec import locate
 from tests import lora_files, tiny_models
@@ -73,11 +74,40 @@ def test_request_sets_strengths_and_0_changes_no_bit(
     assert relative_error(half, expected) < 1e-6
 
 
-def test_cancelled_step_clears_cuda_graphs_of_its_strengths(
-    opened: Callable[..., Engine], lora: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def clearings(monkeypatch: pytest.MonkeyPatch) -> list[Transformer]:
+    """Returns a list of the transformers whose CUDA graphs were cleared."""
     cleared: list[Transformer] = []
     monkeypatch.setattr(Transformer, "clear_cuda_graphs", lambda module: cleared.append(module))
+    return cleared
+
+
+def test_cuda_graphs_are_cleared_only_when_a_strength_changes(
+    opened: Callable[..., Engine], lora: Path, clearings: list[Transformer]
+) -> None:
+    engine = opened(loras=[lora])
+    for strength, count in ((1.0, 1), (1.0, 1), (0.5, 2), (0.5, 2), (0.0, 3)):
+        engine.denoise(replace(REQUEST, lora_strengths=(strength,)))
+        assert len(clearings) == count, strength
+    assert all(module is clearings[0] for module in clearings)  # it was cached
+    without_loras = opened()
+    for _ in range(2):
+        without_loras.denoise(REQUEST)
+    assert len(clearings) == 3
+
+
+def test_cuda_graphs_are_cleared_with_the_scratch_buffers_they_recorded(
+    opened: Callable[..., Engine], clearings: list[Transformer]
+) -> None:
+    engine = opened(quant="Q8_0")
+    for count in (1, 2):
+        engine.denoise(REQUEST)
+        assert len(clearings) == count
+
+
+def test_a_cancelled_step_leaves_no_graph_of_other_strengths(
+    opened: Callable[..., Engine], lora: Path, clearings: list[Transformer]
+) -> None:
     engine = opened(loras=[lora])
 
     def cancel(progress: Progress) -> None:
@@ -86,7 +116,9 @@ def test_cancelled_step_clears_cuda_graphs_of_its_strengths(
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate(REQUEST, watch=cancel)
-    assert len(cleared) == 1
+    clearings.clear()
+    engine.denoise(replace(REQUEST, lora_strengths=(0.5,)))
+    assert len(clearings) == 1
 
 
 def test_each_of_two_passes_has_its_own_strength(opened: Callable[..., Engine], lora: Path, tmp_path: Path) -> None:
@@ -114,7 +146,7 @@ def test_quantized_weights_take_loras_merged_or_not(scheme: str, opened: Callabl
 
 
 def test_fp8_file_takes_a_lora_only_unmerged(tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components, "may_be_rotated", lambda checkpoint: False)  # random weights
+    monkeypatch.setattr(module_loader, "may_be_rotated", lambda checkpoint: False)  # random weights
     tiny_models.write_model(tmp_path)
     expected = Engine.open(
         tmp_path / tiny_models.MODEL_FILE, device="cpu", dtype="float32", loras=[lora], prompt_cache=False
@@ -225,7 +257,7 @@ def test_lora_may_be_given_by_its_registry_name(
     assert fetched == [
         ("Lightricks/LTX-Video-ICLoRA-canny-13b-0.9.7", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
     ]
-    assert engine.metadata(REQUEST)["loras"] == [lora_metadata(lora, 0.5)]
+    assert video_metadata(engine.spec, engine.resolve(REQUEST))["loras"] == [lora_metadata(lora, 0.5)]
     with pytest.raises(RequestError, match=r"is a LoRA, not a model\. Give it as --lora"):
         Engine.open("ltxv-13b-0.9.7-ic-lora-canny")
     with pytest.raises(RequestError, match=r"is a spatial upscaler; for the LoRA give a path, or a name such as ltxv"):
@@ -252,7 +284,7 @@ def lora_metadata(path: Path, strength: float, second_strength: float | None = N
 
 def test_metadata_names_loras_and_their_hashes(opened: Callable[..., Engine], lora: Path, other_lora: Path) -> None:
     engine = opened(loras=[(lora, 0.5), (other_lora, 1.0, 0.25)], merge_loras=False)
-    metadata = engine.metadata(engine.resolve(REQUEST))
+    metadata = video_metadata(engine.spec, engine.resolve(REQUEST))
     assert metadata["loras"] == [
         lora_metadata(lora, 0.5),
         lora_metadata(other_lora, 1.0, 0.25),

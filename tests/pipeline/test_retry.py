@@ -10,7 +10,7 @@ import torch
 
 from kadr.errors import KadrWarning, PlanError
 from kadr.pipeline.notices import Notices
-from kadr.pipeline.retry import is_out_of_memory, retry_frames_on_oom, retry_on_oom
+from kadr.pipeline.retry import retry_frames_on_oom, retry_on_oom
 from kadr.planning.placement import Placement
 from kadr.planning.plan import Plan, StagePlan
 
@@ -55,21 +55,6 @@ class FailingStage:
             if is_failing and number == self.after:
                 raise self.error
             yield torch.tensor([2 * number, 2 * number + 1])
-
-
-@pytest.mark.parametrize(
-    "error, is_oom",
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
-        (RuntimeError(OOM_MESSAGE), True),
-        (RuntimeError("MPS backend out of memory"), True),
-        (RuntimeError("shapes do not match"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_out_of_memory_errors_are_recognised(error: BaseException, is_oom: bool) -> None:
-    assert is_out_of_memory(error) is is_oom
 
 
 def test_next_placement_is_used_with_a_notice() -> None:

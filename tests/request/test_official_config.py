@@ -182,6 +182,7 @@ def test_bad_value_is_refused_with_its_key_and_file(tmp_path: Path, old: str, ne
         ("  stg_scale: [1]", "  stg_scales: [1]", ["second_pass: stg_scales", "stg_scale?"]),
         ("  stg_scale: [1]", "  precision: bfloat16", ["second_pass: precision", "top of the file"]),
         ("downscale_factor: 0.6666666", "downscale_factor: 1.5", ["downscale_factor", "1.5"]),
+        ("words_threshold: 120", "words_threshold: .nan", ["threshold", "nan", "a number"]),
         ("second_pass:\n  guidance_scale: [1]", "second_pass: twice\nignored:", ["ignored"]),
     ],
 )

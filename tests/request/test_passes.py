@@ -26,6 +26,7 @@ from kadr.models.t5 import T5Encoder
 from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
+from kadr.pipeline.metadata import video_metadata
 from kadr.request.passes import warn_distilled_guidance
 from kadr.sampling.latents import adain
 from kadr.sampling.schedules import Schedule
@@ -296,7 +297,7 @@ def test_input_video_is_for_the_first_pass(opened: Opened, clip: str, monkeypatc
     assert encoded == [(1, 3, 9, 32, 64), (1, 3, 9, 64, 128)]
     first, second = opened("spatial").resolve(request).passes
     assert float(first.sigmas[0]) <= 0.9
-    assert second.sigmas.tolist() == pytest.approx(SIGMAS)
+    assert list(second.sigmas) == pytest.approx(SIGMAS)
 
 
 def test_box_too_small_for_first_pass_is_refused_with_one_that_works(
@@ -365,10 +366,10 @@ def test_options_for_a_second_pass_warn_in_a_single_pass(home: Path) -> None:
     for names, arguments in options.items():
         engine = Engine.open(home / MODEL_FILE, **arguments)
         with pytest.warns(KadrWarning, match=f"a single pass is run, and {names} given for a second is not used"):
-            engine.run(request)
+            engine.dry_run(request)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            engine.run(REQUEST)
+            engine.dry_run(REQUEST)
 
 
 def test_dry_run_refuses_an_upscaler_for_other_latents(home: Path) -> None:
@@ -444,8 +445,8 @@ def test_second_pass_has_weights_positions_and_schedule_of_its_model(
     engine = open_two_models(home, other)
     request = replace(REQUEST, second_pass=Pass(steps=4, skip_initial=2, guidance=Guidance(cfg_scale=1.0)))
     first, second = engine.resolve(request).passes
-    assert first.sigmas.tolist() == LINEAR_QUADRATIC.get_sigmas(2, tokens=first.grid.num_tokens).tolist()
-    assert second.sigmas.tolist() == SHIFTED.get_sigmas(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
+    assert list(first.sigmas) == LINEAR_QUADRATIC.get_sigmas(2, tokens=first.grid.num_tokens).tolist()
+    assert list(second.sigmas) == SHIFTED.get_sigmas(4, tokens=second.grid.num_tokens, skip_initial=2).tolist()
     steps = record_calls(monkeypatch, Transformer)
     rope_calls = record_calls(monkeypatch, Transformer, "compute_rope")
     latents = engine.denoise(request)
@@ -453,7 +454,9 @@ def test_second_pass_has_weights_positions_and_schedule_of_its_model(
     weights = {}
     for folder in (home, other):
         with (
-            Engine.open(folder / MODEL_FILE, device="cpu").start(REQUEST) as generation,
+            Engine.open(folder / MODEL_FILE, device="cpu").start(
+                replace(REQUEST, multi_scale=False, second_pass=None)
+            ) as generation,
             generation.modules.transformer() as transformer,
         ):
             weights[folder] = transformer.state_dict()
@@ -462,9 +465,7 @@ def test_second_pass_has_weights_positions_and_schedule_of_its_model(
     (_, first_positions), (_, second_positions) = rope_calls
     torch.testing.assert_close(first_positions[0, 0].unique() * 24, torch.tensor([0.0, 1.0, 9.0]))  # causal
     torch.testing.assert_close(second_positions[0, 0].unique() * 24, torch.tensor([0.0, 8.0, 16.0]))
-    assert not torch.equal(
-        latents, opened("spatial").denoise(replace(request, second_pass=Pass(sigmas=tuple(second.sigmas.tolist()))))
-    )
+    assert not torch.equal(latents, opened("spatial").denoise(replace(request, second_pass=Pass(sigmas=second.sigmas))))
 
 
 def test_second_model_leaves_first_pass_unchanged(
@@ -482,10 +483,10 @@ def test_same_model_twice_equals_that_model(home: Path, opened: Opened) -> None:
 
 def test_metadata_names_the_second_model_and_the_upscalers(home: Path, other: Path) -> None:
     engine = open_two_models(home, other)
-    metadata = engine.metadata(engine.resolve(REQUEST))
+    metadata = video_metadata(engine.spec, engine.resolve(REQUEST))
     assert metadata["second_model"] == str(other / MODEL_FILE)
     assert metadata["spatial_upscaler"] == str(home / "spatial.safetensors")
-    assert Request.from_json(metadata["request"]) == engine.resolve(REQUEST)
+    assert Request.from_json(metadata["request"]) == engine.resolve(REQUEST).request
 
 
 def test_second_model_of_other_latents_is_refused_before_any_fetch(home: Path, tmp_path: Path, no_fetch: None) -> None:
@@ -553,7 +554,7 @@ def test_skipped_block_past_the_last_is_allowed_where_stg_is_off(opened: Opened)
 
 def test_skipped_blocks_are_checked_against_the_model_of_the_pass(home: Path, other: Path) -> None:
     engine = open_two_models(home, other)  # two blocks, and three
-    assert engine.resolve_passes(replace(REQUEST, second_pass=Pass(sigmas=SIGMAS, guidance=stg_guidance(2, 1.0))))
+    assert engine.resolve(replace(REQUEST, second_pass=Pass(sigmas=SIGMAS, guidance=stg_guidance(2, 1.0))))
     assert_refused(
         lambda: engine.resolve(replace(REQUEST, guidance=stg_guidance(2, 1.0))).passes, RequestError, "2 blocks, 0 to 1"
     )
@@ -620,7 +621,7 @@ def test_model_is_distilled_by_its_sigmas_or_by_its_release(opened: Opened) -> N
     (resolved_pass,) = opened().resolve(replace(REQUEST, multi_scale=False, second_pass=None, guidance=3.0)).passes
     for schedule, release in ((DISTILLED, None), (LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-distilled"])):
         with pytest.warns(KadrWarning, match="it was made to run without"):
-            warn_distilled_guidance(resolved_pass, "this", schedule, release)
+            warn_distilled_guidance(resolved_pass, "this", release, schedule)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_distilled_guidance(resolved_pass, "this", LINEAR_QUADRATIC, RELEASES_BY_NAME["ltxv-2b-0.9.6-dev"])
+        warn_distilled_guidance(resolved_pass, "this", RELEASES_BY_NAME["ltxv-2b-0.9.6-dev"], LINEAR_QUADRATIC)

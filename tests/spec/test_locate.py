@@ -1,4 +1,4 @@
-"""A name is resolved to the files of a model and its components; other kinds are refused before fetching."""
+"""A name is resolved to a component, on disk or not; other kinds are refused, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from kadr import Engine, Request
 from kadr.checkpoints import hub
 from kadr.errors import CheckpointError, RequestError
 from kadr.models import registry
-from kadr.models.registry import DEFAULT_TEXT_ENCODER, TEXT_ENCODER_GGUF, TEXT_ENCODER_REPO, find_release
-from kadr.spec.locate import PACKAGE_ROOT, fetch_text_encoder, fetch_upscaler, find_release_on_disk, locate
+from kadr.models.registry import DEFAULT_TEXT_ENCODER, LORA, TEXT_ENCODER_GGUF, TEXT_ENCODER_REPO, find_release
+from kadr.spec.locate import (
+    MODEL,
+    PACKAGE_ROOT,
+    TEXT_ENCODER_ROLE,
+    UPSCALER_ROLE,
+    VAE,
+    fetch_release,
+    find_release_on_disk,
+    locate,
+    locate_text_encoder,
+)
 
 HUB_FILES = "Lightricks/LTX-Video"
 
 
 @pytest.fixture(autouse=True)
 def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
-    """Requests to a hub that has every file."""
+    """Requests to a hub that has every file; none of them is on disk."""
     requests: list[tuple[str, ...]] = []
 
     def fetch(repo: str, file: str) -> Path:
@@ -30,46 +41,47 @@ def fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
         requests.append((repo, *patterns))
         return tmp_path / "text"
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(hub, "fetch", fetch)
     monkeypatch.setattr(hub, "fetch_folder", fetch_folder)
     return requests
 
 
-def test_a_name_gives_its_file_and_fetches_no_text_encoder(fetched: list[tuple[str, ...]], tmp_path: Path) -> None:
-    files = locate("ltxv-13b-0.9.8-dev")
-    assert files.model == tmp_path / "ltxv-13b-0.9.8-dev.safetensors"
-    assert (files.release, files.text_encoder, files.vae) == (find_release("ltxv-13b-0.9.8-dev"), None, None)
-    assert fetched == [(HUB_FILES, "ltxv-13b-0.9.8-dev.safetensors")]
+def test_named_model_is_located_without_being_fetched(fetched: list[tuple[str, ...]]) -> None:
+    component = locate("ltxv-13b-0.9.8-dev", MODEL)
+    assert (component.path, component.release) == (None, find_release("ltxv-13b-0.9.8-dev"))
+    assert component.bytes_to_fetch == 28_579_000_000
+    assert fetched == []
 
 
-def test_text_encoder_and_upscaler_are_fetched_on_demand(fetched: list[tuple[str, ...]]) -> None:
-    release = find_release("ltxv-13b-0.9.7-dev")
-    fetch_text_encoder(release)
-    fetch_text_encoder(None)
-    fetch_upscaler(release)
-    text = (TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
-    assert fetched == [text, text, (HUB_FILES, "ltxv-spatial-upscaler-0.9.7.safetensors")]
+def test_text_encoder_is_the_named_the_adjacent_or_the_registry_one(tmp_path: Path) -> None:
+    absent, release = locate("ltxv-2b-0.9.5", MODEL), find_release("ltxv-2b-0.9.5")
+    assert locate_text_encoder(None, absent, release).name == DEFAULT_TEXT_ENCODER
+    assert locate_text_encoder(None, absent, None).name == DEFAULT_TEXT_ENCODER
+    assert locate_text_encoder(TEXT_ENCODER_GGUF, absent, release).name == TEXT_ENCODER_GGUF
+    with_gguf = replace(release, text_encoder=TEXT_ENCODER_GGUF)
+    assert locate_text_encoder(None, absent, with_gguf).name == TEXT_ENCODER_GGUF
+    beside = locate_text_encoder(None, locate("demo", MODEL), find_release("demo"))
+    assert beside.path == PACKAGE_ROOT / "assets/demo"
+    given_encoder = tmp_path / "own.gguf"
+    given_encoder.touch()
+    assert locate_text_encoder(given_encoder, absent, release).path == given_encoder
 
 
-def test_a_model_of_one_pass_has_no_upscaler() -> None:
-    with pytest.raises(CheckpointError, match=r"no upscaler was released for ltxv-2b-0\.9\.5.*--upscaler"):
-        fetch_upscaler(find_release("ltxv-2b-0.9.5"))
-
-
-def test_the_vae_comes_from_the_release_that_the_model_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    release = replace(find_release("ltxv-2b-0.9.6-dev"), vae="ltxv-2b-0.9.5")
+def test_vae_comes_from_the_release_that_the_model_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = replace(find_release("ltxv-2b-0.9.6-dev"), vae="ltxv-2b-0.9.1")
     monkeypatch.setitem(registry.RELEASES_BY_NAME, release.name, release)
-    assert locate(release.name).vae == tmp_path / "ltx-video-2b-v0.9.5.safetensors"
-    given_vae = tmp_path / "own.safetensors"
-    given_vae.touch()
-    assert locate(release.name, vae=given_vae).vae == given_vae
+    spec = Engine.open(release.name, device="cpu").spec
+    assert [item.name for item in spec.components if item.role == VAE] == ["ltxv-2b-0.9.1"]
+    assert spec.vae_checkpoint.info.vae_family == "0.9.1"
 
 
-def test_text_encoder_and_vae_may_be_registry_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name, role", [(DEFAULT_TEXT_ENCODER, TEXT_ENCODER_ROLE), ("ltxv-2b-0.9.1", VAE), ("demo-lora-teal", LORA)]
+)
+def test_registry_name_may_come_as_a_path(name: str, role: str) -> None:
     # The command line passes paths.
-    files = locate("demo", text_encoder=Path(DEFAULT_TEXT_ENCODER), vae=Path("ltxv-2b-0.9.1"))
-    assert files.text_encoder == tmp_path / "text"
-    assert files.vae == tmp_path / "ltx-video-2b-v0.9.1.safetensors"
+    assert locate(Path(name), role).release == find_release(name)
 
 
 @pytest.mark.parametrize(
@@ -79,47 +91,55 @@ def test_text_encoder_and_vae_may_be_registry_names(tmp_path: Path) -> None:
         ("ltxv-temporal-upscaler-0.9.7", "is a temporal upscaler, not a model. Give it as --upscaler"),
         (DEFAULT_TEXT_ENCODER, "is a text encoder, not a model. Give it as --text-encoder"),
         (TEXT_ENCODER_GGUF, "is a text encoder, not a model. Give it as --text-encoder"),
+        ("demo-lora-teal", "is a LoRA, not a model. Give it as --lora"),
     ],
 )
-def test_a_component_is_refused_as_a_model(fetched: list[tuple[str, ...]], name: str, error: str) -> None:
+def test_a_component_is_refused_as_a_model(name: str, error: str) -> None:
     with pytest.raises(RequestError, match=f"{name} {error}"):
-        locate(name)
-    assert fetched == []
+        locate(name, MODEL)
 
 
-def test_a_component_of_another_kind_is_refused_with_an_example(fetched: list[tuple[str, ...]]) -> None:
-    with pytest.raises(RequestError, match=rf"demo is a model; for the text encoder .* such as {DEFAULT_TEXT_ENCODER}"):
-        locate("ltxv-2b-0.9.5", text_encoder="demo")
-    with pytest.raises(
-        RequestError, match=rf"{DEFAULT_TEXT_ENCODER} is a text encoder; for the VAE .* such as ltxv-2b-0\.9"
-    ):
-        locate("ltxv-2b-0.9.5", vae=DEFAULT_TEXT_ENCODER)
-    assert fetched == []
+@pytest.mark.parametrize(
+    "name, role, message",
+    [
+        ("demo", TEXT_ENCODER_ROLE, rf"demo is a model; for the text encoder .* such as {DEFAULT_TEXT_ENCODER}"),
+        (DEFAULT_TEXT_ENCODER, VAE, rf"{DEFAULT_TEXT_ENCODER} is a text encoder; for the VAE .* such as ltxv-2b-0\.9"),
+        ("demo", UPSCALER_ROLE, "demo is a model, not an upscaler"),
+    ],
+)
+def test_a_component_of_another_kind_is_refused_with_an_example(name: str, role: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        locate(name, role)
 
 
-def test_a_gguf_text_encoder_is_given_by_name_or_path(fetched: list[tuple[str, ...]], tmp_path: Path) -> None:
-    release = find_release(TEXT_ENCODER_GGUF)
-    assert locate("demo", text_encoder=TEXT_ENCODER_GGUF).text_encoder == tmp_path / release.file
-    model = replace(find_release("ltxv-2b-0.9.5"), text_encoder=TEXT_ENCODER_GGUF)
-    assert fetch_text_encoder(model) == tmp_path / release.file
-    assert fetched == [(release.repo, release.file)] * 2
-    given_encoder = tmp_path / "own.gguf"
-    given_encoder.touch()
-    assert locate("demo", text_encoder=given_encoder).text_encoder == given_encoder
-    with pytest.raises(CheckpointError, match=r"the text encoder folder/t5-Q8_0\.gguf does not exist"):
-        locate("demo", text_encoder="folder/t5-Q8_0.gguf")
-
-
-@pytest.mark.parametrize("component", ["text_encoder", "vae"])
-def test_an_error_names_a_missing_path(component: str) -> None:
+@pytest.mark.parametrize("role", [MODEL, TEXT_ENCODER_ROLE, VAE, UPSCALER_ROLE, LORA])
+def test_an_error_names_a_missing_path(role: str) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere/x does not exist\. Give an existing path, or a name"):
-        locate("demo", **{component: "nowhere/x"})
+        locate("nowhere/x", role)
+
+
+def test_opening_resolving_and_planning_fetch_nothing(fetched: list[tuple[str, ...]]) -> None:
+    engine, request = Engine.open("ltxv-2b-0.9.8-distilled", device="cpu"), Request(prompt="a fox")
+    engine.plan(engine.resolve(request))
+    engine.dry_run(request)
+    assert fetched == []
+
+
+def test_prepare_fetches_the_text_encoder_last(fetched: list[tuple[str, ...]]) -> None:
+    engine = Engine.open("ltxv-2b-0.9.8-distilled", device="cpu")
+    with pytest.raises(CheckpointError):  # this hub's files are empty names
+        engine.prepare(Request(prompt="a fox"))
+    model, upscaler = "ltxv-2b-0.9.8-distilled.safetensors", "ltxv-spatial-upscaler-0.9.8.safetensors"
+    text_encoder = (TEXT_ENCODER_REPO, "text_encoder/*", "tokenizer/*")
+    # The fetched files are not where the cache has them, so they stay absent.
+    assert fetched == [(HUB_FILES, model), (HUB_FILES, upscaler), text_encoder]
 
 
 def test_bundled_models_are_on_disk(fetched: list[tuple[str, ...]]) -> None:
-    files = locate("demo")
-    assert files.model == find_release_on_disk(find_release("demo")) == PACKAGE_ROOT / "assets/demo/demo.safetensors"
-    assert files.text_encoder == files.model.parent
+    component = locate("demo", MODEL)
+    assert component.path == find_release_on_disk(find_release("demo")) == PACKAGE_ROOT / "assets/demo/demo.safetensors"
+    assert component.bytes_to_fetch == 0
+    assert fetch_release(find_release("demo")) == component.path
     assert fetched == []
 
 

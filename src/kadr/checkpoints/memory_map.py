@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -24,6 +25,7 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" e
 # Shared by all sources of a file; an entry dies with the file's last tensor. Inode and mtime in the key distinguish a
 # file from one that replaced it.
 _maps: WeakValueDictionary[tuple[Path, int, int], mmap.mmap] = WeakValueDictionary()
+_maps_lock = threading.Lock()
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -36,10 +38,11 @@ def map_file(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             key = (path, stat.st_ino, stat.st_mtime_ns)
-            mapped = _maps.get(key)
-            if mapped is None:
-                mapped = _maps[key] = _create_map(file.fileno())
-            return mapped
+            with _maps_lock:
+                mapped = _maps.get(key)
+                if mapped is None:
+                    mapped = _maps[key] = _create_map(file.fileno())
+                return mapped
     except (OSError, ValueError) as error:  # ValueError: the file is empty by now
         raise CheckpointError(f"{path} can no longer be read: {error}. Open it again.") from error
 
@@ -61,7 +64,9 @@ def _advise(tensors: Iterable[Tensor], advice: str) -> None:
     option = getattr(mmap, advice, None)
     if option is None:  # a system without madvise, such as Windows
         return
-    maps = [(_address(mapped), mapped) for mapped in list(_maps.values())]
+    with _maps_lock:
+        present = list(_maps.values())
+    maps = [(_address(mapped), mapped) for mapped in present]
     for start, length, mapped in _page_ranges(tensors, maps):
         mapped.madvise(option, start, length)
 

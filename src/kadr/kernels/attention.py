@@ -7,7 +7,7 @@ order of preference is often wrong: on Hopper cuDNN is up to 1.9 times as fast a
 from __future__ import annotations
 
 import importlib.util
-import warnings
+import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -15,11 +15,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
 
 from kadr.kernels import mode
+from kadr.kernels.error_kinds import is_unsupported
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+SupportCheck = Callable[[Tensor, Tensor, Tensor, Tensor | None], bool]
 TIMING_SECONDS = 0.02  # spent on timing one candidate, besides its first run
 MAX_TIMING_RUNS = 200  # within that time
 # A later candidate must take less than this share of the best time so far, so that noise decides nothing.
@@ -27,6 +34,11 @@ MAX_TIME_RATIO = 0.97
 CHECKED_QUERIES, CHECKED_HEADS = 64, 4  # compared with exact attention, spread evenly over one sample
 ATTENTION_MAX_RELATIVE_ERROR = {torch.float32: 1e-3}
 MAX_RELATIVE_ERROR_16BIT = 0.02  # for 16-bit dtypes, where a correct result is about 0.004 off
+EFFICIENT_BIAS_ALIGNMENT = 16  # elements between the rows of a bias of memory-efficient attention
+
+
+def _supports_all(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    return True
 
 
 class Candidate(NamedTuple):
@@ -35,12 +47,12 @@ class Candidate(NamedTuple):
     Args:
         run: q, k, v (B, H, N or M, d) and a bias (B, 1, 1, M) or None -> (B, H, N, d). Raises for inputs that it does
             not support.
-        supports_bias: whether it takes a bias.
+        supports: whether it may be run for such inputs.
     """
 
     name: str
     run: AttentionFunction
-    supports_bias: bool = True
+    supports: SupportCheck = _supports_all
 
 
 class Bucket(NamedTuple):
@@ -65,6 +77,7 @@ def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 TORCH_SDPA = Candidate("torch's choice", torch_sdpa)
+NOT_SUPPORTED = "not supported"  # outcome of a candidate that was not run
 
 
 class AttentionAutotuner:
@@ -76,6 +89,8 @@ class AttentionAutotuner:
 
     Attributes:
         outcomes: for each bucket and candidate, its seconds, or the reason why it was rejected.
+
+    Threads share an autotuner: while one times candidates, the others wait for the outcome.
     """
 
     def __init__(
@@ -84,38 +99,48 @@ class AttentionAutotuner:
         self.candidates, self.measure_seconds = candidates, measure_seconds
         self.outcomes: dict[Bucket, dict[str, float | str]] = {}
         self._fastest_by_bucket: dict[Bucket, Candidate] = {}
+        self._lock = threading.Lock()
 
     def pick(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Candidate:
-        """Returns the fastest correct candidate, or torch's choice if none is. Arguments as for `Candidate.run`."""
-        bucket = Bucket.from_tensors(q, k, bias)
-        if bucket not in self._fastest_by_bucket:
-            if q.is_cuda and torch.cuda.is_current_stream_capturing():
-                return TORCH_SDPA  # nothing can be timed during a capture
-            self._fastest_by_bucket[bucket] = self._find_fastest(bucket, q, k, v, bias)
-        return self._fastest_by_bucket[bucket]
+        """Returns the fastest correct candidate, or torch's choice if none is. Arguments as for `Candidate.run`.
 
-    def _find_fastest(self, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Candidate:
+        An error that says nothing about a candidate, such as memory that ran out, is raised, and nothing is recorded.
+        """
+        bucket = Bucket.from_tensors(q, k, bias)
+        if bucket in self._fastest_by_bucket:
+            return self._fastest_by_bucket[bucket]
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return TORCH_SDPA  # nothing can be timed during a capture
+        with self._lock:
+            if bucket not in self._fastest_by_bucket:
+                if not bool(_sample_exact(q, k, v, bias).isfinite().all()):
+                    return TORCH_SDPA  # no candidate could be checked with these inputs
+                self._find_fastest(bucket, q, k, v, bias)
+            return self._fastest_by_bucket[bucket]
+
+    def _find_fastest(self, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
+        """Tries all candidates and records their outcomes and the fastest."""
         fastest, least_seconds = TORCH_SDPA, float("inf")
-        outcomes = self.outcomes[bucket] = {}
+        outcomes: dict[str, float | str] = {}
         for candidate in self.candidates:
-            if bias is not None and not candidate.supports_bias:
-                continue
             outcome = outcomes[candidate.name] = self.try_candidate(candidate, q, k, v, bias)
             if isinstance(outcome, float) and outcome < MAX_TIME_RATIO * least_seconds:
                 fastest, least_seconds = candidate, outcome
-        return fastest
+        self.outcomes[bucket], self._fastest_by_bucket[bucket] = outcomes, fastest
 
     def try_candidate(self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> float | str:
         """Returns the seconds that a candidate takes, or the reason why it is rejected."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns at length about each backend that does not apply
-            try:
-                error = relative_error(candidate.run(q, k, v, bias), q, k, v, bias)
-                if not error <= ATTENTION_MAX_RELATIVE_ERROR.get(q.dtype, MAX_RELATIVE_ERROR_16BIT):
-                    return f"wrong by {100 * error:.2g} %"
-                return self.measure_seconds(lambda: candidate.run(q, k, v, bias))
-            except Exception as refusal:  # each library raises its own type
-                return f"{type(refusal).__name__}: {refusal}"
+        if not candidate.supports(q, k, v, bias):
+            return NOT_SUPPORTED
+        try:
+            error = relative_error(candidate.run(q, k, v, bias), q, k, v, bias)
+            if not error <= ATTENTION_MAX_RELATIVE_ERROR.get(q.dtype, MAX_RELATIVE_ERROR_16BIT):
+                return f"wrong by {100 * error:.2g} %"
+            return self.measure_seconds(lambda: candidate.run(q, k, v, bias))
+        except Exception as refusal:  # each library raises its own type
+            if not is_unsupported(refusal):
+                raise
+            return f"{type(refusal).__name__}: {refusal}"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -141,15 +166,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 @cache
 def autotuner_for(device: torch.device) -> AttentionAutotuner:
     """Returns the autotuner that `attend` uses on a CUDA device."""
-    backends = {
-        "cuDNN": SDPBackend.CUDNN_ATTENTION,
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
-    candidates = [Candidate(name, _sdpa_with_backend(backend), name != "flash") for name, backend in backends.items()]
+    candidates = [
+        Candidate("cuDNN", _cudnn_attention, _support_check(can_use_cudnn_attention)),
+        Candidate("flash", _flash_attention, _support_check(can_use_flash_attention)),
+        Candidate("efficient", _efficient_attention, _support_check(can_use_efficient_attention)),
+    ]
     is_hopper = torch.cuda.get_device_capability(device)[0] == 9
     if is_hopper and importlib.util.find_spec("flash_attn_interface"):
-        candidates.append(Candidate("flash 3", _flash_attention_3, supports_bias=False))
+        candidates.append(Candidate("flash 3", _flash_attention_3, lambda q, k, v, bias: bias is None))
     return AttentionAutotuner(candidates, measure_cuda_seconds)
 
 
@@ -170,12 +194,39 @@ def _average_cuda_seconds(function: Callable[[], object], runs: int) -> float:
     return start.elapsed_time(end) / 1000 / runs
 
 
-def _sdpa_with_backend(backend: SDPBackend) -> AttentionFunction:
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        with sdpa_kernel(backend):
-            return torch_sdpa(q, k, v, bias)
+def _support_check(can_use: Callable[..., bool]) -> SupportCheck:
+    """Returns a check by torch's own, without the warnings that torch gives where one of its backends is forced."""
 
-    return run
+    def supports(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+        return can_use(SDPAParams(q, k, v, bias, 0.0, False, False), debug=False)
+
+    return supports
+
+
+# The operators below scaled_dot_product_attention. Its context manager for a backend sets flags of the whole process,
+# which other threads would see, and which two threads at once can leave set.
+def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    output: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, bias, False)[0]
+    return output
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return output
+
+
+def _efficient_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    aligned = None if bias is None else _align_bias(bias).expand(q.shape[0], q.shape[1], q.shape[2], -1)
+    output: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, aligned, False)[0]
+    return output
+
+
+def _align_bias(bias: Tensor) -> Tensor:
+    """Returns the bias (B, 1, 1, M) in memory whose rows begin at multiples of `EFFICIENT_BIAS_ALIGNMENT`."""
+    length = bias.shape[-1]
+    if bias.is_contiguous() and length % EFFICIENT_BIAS_ALIGNMENT == 0:
+        return bias
+    return F.pad(bias, (0, -length % EFFICIENT_BIAS_ALIGNMENT))[..., :length]
 
 
 def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -190,11 +241,22 @@ def relative_error(output: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor
 
     The logits of all queries and heads would not fit in memory.
     """
-    heads = torch.linspace(0, q.shape[1] - 1, CHECKED_HEADS, device=q.device).long()
-    rows = torch.linspace(0, q.shape[2] - 1, CHECKED_QUERIES, device=q.device).long()
+    expected, (heads, rows) = _sample_exact(q, k, v, bias), _sampled_indices(q)
+    return float((output[-1][heads][:, rows].float() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def _sample_exact(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Computes attention in fp32 for some queries and heads of the last sample."""
+    heads, rows = _sampled_indices(q)
     queries, keys, values = q[-1][heads][:, rows].float(), k[-1][heads].float(), v[-1][heads].float()
     logits = queries @ keys.transpose(1, 2) / q.shape[3] ** 0.5
     if bias is not None:
         logits += bias[-1].float()
-    expected = logits.softmax(dim=-1) @ values
-    return float((output[-1][heads][:, rows].float() - expected).norm() / expected.norm())
+    return logits.softmax(dim=-1) @ values
+
+
+def _sampled_indices(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the heads and the queries of q (B, H, N, d) that are checked."""
+    counts_and_ends = ((CHECKED_HEADS, q.shape[1] - 1), (CHECKED_QUERIES, q.shape[2] - 1))
+    heads, rows = (torch.linspace(0, end, count, device=q.device).long() for count, end in counts_and_ends)
+    return heads, rows

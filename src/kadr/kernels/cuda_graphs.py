@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from kadr.errors import KadrWarning
+from kadr.kernels import mode
+from kadr.kernels.error_kinds import is_fatal_cuda_error, is_out_of_memory
 
 GRAPH_MAX_RELATIVE_ERROR = 0.01  # of a replay against the eager call; a graph that differs by more is dropped
 MAX_GRAPHS = 4  # two passes, with and without STG-perturbed blocks
@@ -138,7 +140,7 @@ class GraphedCallable:
         tensors = tensors_in(arguments)
         if not self._can_capture(tensors):
             return self.function(*arguments)
-        shape = _map_leaves(_shape_key, arguments)
+        shape = mode.current(), _map_leaves(_shape_key, arguments)  # a mode has its own kernels
         if shape in self._graphs:
             self._graphs.move_to_end(shape)
             self.replay_count += 1
@@ -171,22 +173,46 @@ class GraphedCallable:
         while len(self._graphs) >= self.max_graphs:
             self._graphs.popitem(last=False)
         try:
-            graph = CapturedGraph(self.function, arguments, self._backend)
-            output = graph(arguments)
-            failure = _mismatch(output, graph.run_eagerly())
+            graph, output = self._capture_and_check(arguments)
         except RuntimeError as error:
-            failure = str(error)
-        if failure is None:
-            self._graphs[shape] = graph
-            self.replay_count += 1
+            if is_fatal_cuda_error(error):
+                raise
+            failure, is_memory_short = str(error), _ran_out_of_memory(error)
+        else:
+            if graph is not None:
+                self._graphs[shape] = graph
+                self.replay_count += 1
             return output
-        self._failed_shapes.append(shape)
+        if is_memory_short:  # for now: the shape warms up and is captured again
+            self.clear()
+            self._warmed_up_shapes.remove(shape)
+        else:
+            self._failed_shapes.append(shape)
         warnings.warn(
             f"CUDA graph capture failed, so kernels are launched one by one: {failure}",
             KadrWarning,
             stacklevel=3,
         )
         return self.function(*arguments)
+
+    def _capture_and_check(self, arguments: tuple[Any, ...]) -> tuple[CapturedGraph | None, Any]:
+        """Returns a graph and the output of its first replay; None and the eager output where that is not finite.
+
+        Raises:
+            RuntimeError: the capture or the replay fails, or the replay differs from the eager call.
+        """
+        graph = CapturedGraph(self.function, arguments, self._backend)
+        output, expected = graph(arguments), graph.run_eagerly()
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors_in(expected)):
+            return None, expected  # a comparison would say nothing about the graph
+        if (mismatch := _mismatch(output, expected)) is not None:
+            raise RuntimeError(mismatch)
+        return graph, output
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Returns whether memory ran out; ending the failed capture may have raised another error on top of that."""
+    return error is not None and (is_out_of_memory(error) or _ran_out_of_memory(error.__context__))
 
 
 def _mismatch(replayed: Any, eager: Any) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kadr.errors import KadrWarning
 from kadr.kernels import fused, reference
+from kadr.kernels.error_kinds import is_unsupported
 
 E4M3 = torch.float8_e4m3fn
 FP8_ALIGNMENT = 16  # both sides of a weight must be multiples of this
@@ -104,6 +105,8 @@ def _check_matmul(name: str, device: torch.device, dtype: torch.dtype) -> str | 
     try:
         output = _MATMULS[name](*arguments, dtype).float()
     except Exception as refusal:  # RuntimeError, NotImplementedError, ValueError, by GPU and version
+        if not is_unsupported(refusal):
+            raise  # memory that ran out, say: the next call may succeed
         return f"{type(refusal).__name__}: {refusal}"
     error = float((output - expected).norm() / expected.norm())
     return None if error <= FP8_MAX_RELATIVE_ERROR else f"wrong by {100 * error:.2g} %"

@@ -35,7 +35,8 @@ def hadamard_transform(x: Tensor, block_size: int) -> Tensor:
 @cache
 def _hadamard_matrix(size: int, device: torch.device) -> Tensor:
     """Returns H / sqrt(size), (size, size), symmetric and orthogonal."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / size**0.5).to(device)
+    with torch.inference_mode(False):  # it is cached, and a later caller may need gradients
+        matrix = torch.ones(1, 1)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return (matrix / size**0.5).to(device)

@@ -50,5 +50,6 @@ def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
 
 def uses_onednn(x: Tensor) -> bool:
     """Returns whether oneDNN multiplies x with weights: in bfloat16, on a CPU with units for it."""
-    is_bf16_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16 and has_bf16_units()
-    return is_bf16_cpu and mode.current() != mode.REFERENCE and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return False
+    return has_bf16_units() and mode.current() != mode.REFERENCE

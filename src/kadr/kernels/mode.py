@@ -1,10 +1,12 @@
-"""Process-wide choice between the fast kernels and their definitions in plain torch."""
+"""Choice between the fast kernels and their definitions in plain torch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 
 from kadr.errors import RequestError
 
@@ -16,34 +18,37 @@ MODES = {
     EVERYWHERE: "fast kernels on every device: for tests, where an interpreter stands in for a GPU",
 }
 
-_current_mode: str | None = None  # None until it is first read
+_override: ContextVar[str | None] = ContextVar("kadr kernel mode", default=None)
 
 
 def current() -> str:
-    """Returns the current mode, one of `MODES`: the environment's, read once, or that of an enclosing `override`.
+    """Returns the current mode, one of `MODES`: that of an enclosing `override`, else the environment's, read once.
+
+    torch's compiler cannot trace it: ask `torch.compiler.is_compiling` first.
 
     Raises:
         RequestError: the environment variable is not one of `MODES`.
     """
-    global _current_mode
-    if _current_mode is None:
-        _current_mode = _check(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
-    return _current_mode
+    return _override.get() or _environment_mode()
 
 
 @contextmanager
 def override(name: str) -> Iterator[None]:
-    """Sets the mode for the duration of the block, in all threads.
+    """Sets the mode for the duration of the block, in this thread (or asyncio task) only.
 
     Raises:
         RequestError: `name` is not one of `MODES`.
     """
-    global _current_mode
-    previous, _current_mode = _current_mode, _check(name, "the kernel mode")
+    token = _override.set(_check(name, "the kernel mode"))
     try:
         yield
     finally:
-        _current_mode = previous
+        _override.reset(token)
+
+
+@cache
+def _environment_mode() -> str:
+    return _check(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
 
 
 def _check(name: str, source: str) -> str:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kadr.errors import KadrWarning
+from kadr.errors import KadrError, KadrWarning
 from kadr.kernels import mode
+from kadr.kernels.error_kinds import is_fatal_cuda_error, is_out_of_memory
 
 Result = TypeVar("Result")
 Capability = tuple[int, int]
@@ -53,7 +54,7 @@ def should_use_kernel(tensors: Iterable[Tensor | None], min_capability: Capabili
     Code under torch.compile keeps the definitions, which the compiler fuses by itself.
     """
     present = [tensor for tensor in tensors if tensor is not None]
-    if mode.current() == mode.REFERENCE or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or mode.current() == mode.REFERENCE:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present):
         return False
@@ -64,7 +65,7 @@ def should_use_kernel(tensors: Iterable[Tensor | None], min_capability: Capabili
 
 def may_use_kernel(x: Tensor) -> bool:
     """Returns whether a kernel could run on x at all: a cheap first check."""
-    return x.is_cuda or mode.current() == mode.EVERYWHERE
+    return not torch.compiler.is_compiling() and (x.is_cuda or mode.current() == mode.EVERYWHERE)
 
 
 def is_supported(device: torch.device, min_capability: Capability = TRITON_MIN_CAPABILITY) -> bool:
@@ -87,18 +88,21 @@ def _try_kernel(
     module_name: str, definition: Callable[..., Result], arguments: tuple[Any, ...], key: Hashable
 ) -> Result:
     expected = definition(*arguments)
-    if any(expected is argument for argument in arguments):  # an out argument, which the kernel will overwrite
+    has_out_argument = any(expected is argument for argument in arguments)
+    if has_out_argument:  # which the kernel will overwrite
         expected = expected.clone()  # type: ignore[attr-defined]
     try:
         kernel = getattr(import_module(f"kadr.kernels.triton.{module_name}"), definition.__name__)
         output = kernel(*arguments)
         error = _relative_error(output, expected)
-    except torch.OutOfMemoryError:
-        return expected  # the two did not fit side by side, which says nothing about the kernel
     except Exception as failure:  # compilers, linkers and drivers raise their own types
-        return _reject_kernel(key, definition, arguments, f"it fails with {type(failure).__name__}: {failure}")
+        if isinstance(failure, KadrError) or is_fatal_cuda_error(failure):
+            raise
+        if not is_out_of_memory(failure):
+            return _reject_kernel(key, definition, arguments, f"it fails with {type(failure).__name__}: {failure}")
+        error = None  # the two did not fit side by side, which says nothing about the kernel
     if error is None:
-        return expected
+        return definition(*arguments) if has_out_argument else expected
     if error > TRIAL_MAX_RELATIVE_ERROR:
         return _reject_kernel(key, definition, arguments, f"its result is {100 * error:.1f} % off")
     _verdicts[key] = kernel

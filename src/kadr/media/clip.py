@@ -184,12 +184,31 @@ def read_video(path: str | os.PathLike[str], max_frames: int | None = None) -> C
 
 
 class ClipHeader(NamedTuple):
-    """Number of frames of a video, its frame rate, and its width and height as stored, before any rotation."""
+    """A video as its headers describe it.
+
+    Args:
+        frames: number of frames; of a file that was cut off, of those that are whole.
+        width, height: as stored, before any rotation.
+        is_cut_off: the file ends within a frame.
+    """
 
     frames: int
     fps: Fraction
     width: int
     height: int
+    is_cut_off: bool
+
+    def refuse_cut_off(self, path: str | os.PathLike[str], frames: int | None = None) -> None:
+        """Refuses a file that was cut off before the last of `frames` frames; None means all of them.
+
+        Raises:
+            MediaError: it was.
+        """
+        if self.is_cut_off and (frames is None or self.frames < frames):
+            raise MediaError(
+                f"{path} is damaged: it ends within frame {self.frames + 1}. Copy or download it again, or use only its "
+                f"first {self.frames} frames."
+            )
 
 
 def probe_video(path: str | os.PathLike[str]) -> ClipHeader:
@@ -203,10 +222,13 @@ def probe_video(path: str | os.PathLike[str]) -> ClipHeader:
     """
     with _open_video(path) as container:
         stream = container.streams.video[0]
-        frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        if not frames:
+        frames, is_cut_off = 0, False
+        for packet in container.demux(stream):
+            is_cut_off |= packet.is_corrupt
+            frames += bool(packet.size) and not packet.is_discard and not packet.is_corrupt
+        if not frames and not is_cut_off:
             raise MediaError(f"{path} contains no frames.")
-        return ClipHeader(frames, _frame_rate(path, container), stream.width, stream.height)
+        return ClipHeader(frames, _frame_rate(path, container), stream.width, stream.height, is_cut_off)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from kadr.errors import MediaError
 from kadr.media.writer import MAX_CRF
 from kadr.shapes import Size
+from kadr.validation import is_whole_number
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
@@ -177,7 +178,7 @@ def compress(image: torch.Tensor, crf: int = DEFAULT_IMAGE_CRF) -> torch.Tensor:
 
     Source: ltx_video/pipelines/crf_compressor.py.
     """
-    if not 0 <= crf <= MAX_CRF:
+    if not is_whole_number(crf) or not 0 <= crf <= MAX_CRF:
         raise MediaError(f"crf is {crf}; it must lie between 1 (best) and {MAX_CRF}, or be 0 for no compression.")
     if crf == 0:
         return image

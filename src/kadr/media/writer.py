@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 
 from kadr.errors import MediaError
 from kadr.shapes import Size
+from kadr.validation import is_whole_number
 
 if TYPE_CHECKING:
     import av
@@ -73,7 +74,7 @@ class VideoWriter:
         self.frames_written = 0
         _check_target(self.path)
         _check_even(size)
-        if not 0 <= crf <= MAX_CRF:
+        if not is_whole_number(crf) or not 0 <= crf <= MAX_CRF:
             raise MediaError(f"crf is {crf}; it must lie between 0 (lossless) and {MAX_CRF}.")
         self._metadata = metadata if callable(metadata) or metadata is None else lambda: metadata
         self._comment = self._build_comment()
@@ -231,7 +232,7 @@ def _free_space(folder: Path) -> str:
 
 def _exact_fps(fps: float | Fraction) -> Fraction:
     try:
-        rate = Fraction(fps).limit_denominator(1001)
+        rate = Fraction(0 if isinstance(fps, bool) else fps).limit_denominator(1001)
     except (TypeError, ValueError, OverflowError):
         rate = Fraction(0)
     if not 0 < rate <= MAX_FILE_FPS:

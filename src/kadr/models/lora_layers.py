@@ -48,11 +48,13 @@ def attach_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], dtype: 
         setattr(module.get_submodule(parent), leaf, lora_linear.eval())
 
 
-def set_lora_strengths(module: nn.Module, strengths: Sequence[float], device: torch.device) -> None:
-    """Sets the strength of each LoRA of a module, in the order of `attach_loras`."""
+def set_lora_strengths(module: nn.Module, strengths: Sequence[float], device: torch.device) -> bool:
+    """Sets the strength of each LoRA of a module, in the order of `attach_loras`. Returns whether any changed."""
+    has_changed = False
     for layer in lora_linears(module):
         scales = [torch.full((rank,), strengths[index] * scale) for index, scale, rank in layer.segments]
-        layer.set_scale(torch.cat(scales).to(device))
+        has_changed |= layer.set_scale(torch.cat(scales), device)
+    return has_changed
 
 
 def lora_linears(module: nn.Module) -> Iterable[LoRALinear]:

@@ -296,13 +296,17 @@ class Transformer(nn.Module):
         Args:
             tokens: (B, N, C) normalised latents, frame by frame, row by row.
             rope: the table from `compute_rope`.
-            text: (B, L, T) prompt embeddings, or the result of `project_text`, then without a mask.
-            text_mask: (B, L), true for tokens that are not padding; None if nothing is padded.
+            text: (B, L, T) prompt embeddings, or the result of `project_text`, which has its mask.
+            text_mask: (B, L), true for tokens that are not padding; None if nothing is padded, or for a result of
+                `project_text`.
             sigma: (B, 1) or (B, N) in [0, 1], fp32; the timestep is 1000 times that.
             residual_cache: step cache that may replace the blocks after the first; None: all blocks run.
 
         Returns:
             (B, N, C) in the dtype of the weights.
+
+        Raises:
+            ValueError: a mask beside the result of `project_text`.
         """
         x, block_inputs, temb = self._embed_inputs(tokens, rope, text, text_mask, sigma)
         if residual_cache is not None:
@@ -381,6 +385,8 @@ class Transformer(nn.Module):
         self, tokens: Tensor, rope: Rope, text: Tensor | TextKVCache, text_mask: Tensor | None, sigma: Tensor
     ) -> tuple[Tensor, BlockInputs, Tensor]:
         """Embeds the inputs of the first block, and the timestep (B, 1 or N, D), which `_project_out` needs too."""
+        if isinstance(text, TextKVCache) and text_mask is not None:
+            raise ValueError("text_mask is given with a TextKVCache, which would ignore it; pass it to project_text")
         x = self.proj_in(tokens)
         temb, adaln = self._embed_sigma(sigma, x.dtype)
         text_kv = text if isinstance(text, TextKVCache) else self.project_text(text, text_mask)

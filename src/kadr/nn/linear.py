@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,13 +75,24 @@ class LoRALinear(QuantizesInput):
         self.register_buffer("down", down)
         self.register_buffer("up", up)
         self.scale: Tensor | None = None
+        self._host_scale = torch.zeros(len(down))
 
-    def set_scale(self, scale: Tensor) -> None:
-        """Sets the diagonal of S: fp32 (R), on the device of x.
+    def set_scale(self, scale: Tensor, device: torch.device) -> bool:
+        """Sets the diagonal of S and returns whether that changed it.
 
-        S is not a buffer: block swapping copies buffers asynchronously, and a change could arrive too late.
+        An equal S keeps its tensor, whose address CUDA graphs have recorded. It is not a buffer: block swapping copies
+        buffers asynchronously, and a change could arrive too late.
+
+        Args:
+            scale: fp32 (R), on the CPU.
+            device: that of x.
         """
-        self.scale = scale if bool(scale.any()) else None
+        is_on_device = self.scale is None or self.scale.device.type == device.type
+        if is_on_device and torch.equal(scale, self._host_scale):
+            return False
+        self._host_scale = scale
+        self.scale = scale.to(device) if bool(scale.any()) else None
+        return True
 
     @property
     def is_active(self) -> bool:

@@ -66,7 +66,7 @@ class Generation:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What was degraded so far."""
+        """Says what was degraded so far."""
         return self.modules.notices.messages
 
     def latents_shape(self, resolved_pass: ResolvedPass) -> tuple[int, ...]:

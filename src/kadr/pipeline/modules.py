@@ -26,9 +26,11 @@ from kadr.pipeline.loading.module_placement import place_module
 from kadr.pipeline.notices import Notices
 from kadr.planning.placement import AS_STORED, Placement
 from kadr.planning.plan import Plan
-from kadr.spec.model import PASS_STAGES, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, ModelSpec
+from kadr.quant.layers import uses_scratch
+from kadr.spec.model import PASS_STAGES, TEXT_ENCODER, UPSCALERS, VAE_DECODER, VAE_ENCODER, ModelSpec
 
 M = TypeVar("M", bound=nn.Module)
+STATISTICS = "statistics"  # of the latents: a few kilobytes, always kept
 
 
 class TrainedTransformer(NamedTuple):
@@ -81,8 +83,11 @@ class Modules:
     def apply_plan(self, plan: Plan) -> None:
         """Places modules as the plan says from now on, and frees cached ones that it does not keep."""
         self.plan = plan
-        self.module_cache.names_to_keep = plan.cached_components
-        self.module_cache.clear(keep=plan.cached_components)
+        names = plan.cached_components | {STATISTICS}
+        if UPSCALERS in plan.cached_components:
+            names |= {f"{kind} upscaler" for kind in self.spec.upscalers(has_two_passes=True)}
+        self.module_cache.names_to_keep = names
+        self.module_cache.clear(keep=names)
 
     def text_encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[T5Encoder]:
         """Acquires the text encoder.
@@ -116,13 +121,15 @@ class Modules:
 
     def upscaler(self, kind: str) -> AbstractContextManager[LatentUpscaler]:
         """Acquires a latent upscaler."""
-        load = partial(self.loader.load_upscaler, kind)
-        return self.module_cache.acquire(f"{kind} upscaler", lambda: load().to(self.device))
+        load, private_bytes = partial(self.loader.load_upscaler, kind), self.placement("upscale").private_bytes
+        return self.module_cache.acquire(
+            f"{kind} upscaler", lambda: load().to(self.device), private_bytes=private_bytes
+        )
 
     def latent_statistics(self) -> AbstractContextManager[VAE]:
         """Acquires the VAE without encoder and decoder: the statistics of its latents."""
         load = self.loader.load_latent_statistics
-        return self.module_cache.acquire("statistics", lambda: load().to(self.device))
+        return self.module_cache.acquire(STATISTICS, lambda: load().to(self.device))
 
     def vae_encoder(self, dtype: torch.dtype | None = None) -> AbstractContextManager[VAE]:
         """Acquires the VAE without its decoder; dtype as for `text_encoder`."""
@@ -179,9 +186,11 @@ class Modules:
 
 @contextmanager
 def _use_strengths(transformer: Transformer, strengths: Sequence[float], device: torch.device) -> Iterator[None]:
-    """Sets the strengths of the LoRAs, and clears the CUDA graphs in the end."""
-    set_lora_strengths(transformer, strengths, device)
+    """Sets the strengths of the LoRAs, and clears CUDA graphs that have recorded what is no longer so."""
+    if set_lora_strengths(transformer, strengths, device):
+        transformer.clear_cuda_graphs()
     try:
         yield
     finally:
-        transformer.clear_cuda_graphs()  # also after a cancelled step: graphs have these strengths recorded
+        if uses_scratch(transformer):
+            transformer.clear_cuda_graphs()  # the module cache frees the scratch buffers, whose addresses they have

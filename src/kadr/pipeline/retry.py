@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import NonFiniteError, PlanError
+from kadr.kernels.error_kinds import is_out_of_memory
 from kadr.pipeline.finite_check import NonFiniteFound
 from kadr.pipeline.modules import Modules
 from kadr.planning.plan import format_bytes
@@ -21,14 +22,6 @@ from kadr.planning.plan import format_bytes
 T = TypeVar("T")
 StageFunction = Callable[["torch.dtype | None"], T]  # a stage; None runs it in the dtype of its plan
 FramesStageFunction = StageFunction[Iterator[Tensor]]  # a stage that yields frames (n, ...)
-_OOM_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory")  # of torch, on CPUs and on Apple GPUs
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
 
 
 def retry_on_oom(modules: Modules, stage: str, stage_function: StageFunction[T]) -> StageFunction[T]:
@@ -55,7 +48,7 @@ def retry_frames_on_oom(modules: Modules, stage: str, stage_function: FramesStag
         num_yielded = 0
         while True:
             try:
-                for frames in skip_frames(num_yielded, stage_function(dtype)):
+                for frames in _skip_frames(num_yielded, stage_function(dtype)):
                     num_yielded += len(frames)
                     yield frames
                 return
@@ -131,12 +124,12 @@ def retry_frames_in_fp32(modules: Modules, stage: str, stage_function: FramesSta
     except NonFiniteFound as found:
         _note_retry(modules, stage, found.location)
     try:
-        yield from skip_frames(num_yielded, stage_function(torch.float32))
+        yield from _skip_frames(num_yielded, stage_function(torch.float32))
     except NonFiniteFound as found:
         raise _non_finite_error(stage, found.location) from None
 
 
-def skip_frames(count: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+def _skip_frames(count: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
     """Yields chunks of frames (n, ...) without the first `count` frames."""
     for frames in chunks:
         num_skipped = min(count, len(frames))

@@ -41,7 +41,7 @@ from kadr.quant.prepack import should_prepack_convs, should_prepack_linears
 from kadr.quant.weight_formats import AUTO_QUANT, INT8, INT8_WEIGHT_ONLY, NONE
 from kadr.request.passes import ResolvedPass
 from kadr.sampling.settings import ATTENTION_VALUES
-from kadr.spec.model import PASS_STAGES, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, ModelSpec
+from kadr.spec.model import PASS_STAGES, TEXT_ENCODER, UPSCALERS, VAE_DECODER, VAE_ENCODER, ModelSpec
 from kadr.spec.offload import OFFLOAD_BLOCKS, OFFLOAD_NONE, OFFLOAD_STAGES
 from kadr.spec.weights import is_quantized
 
@@ -234,8 +234,8 @@ class Planner:
         return weight_bytes(replace(source, infos=infos), self.dtype, CONVERTED, winograd_frames=winograd_frames)
 
     def _upscale_options(self) -> StageOptions:
-        """Returns one placement: the memory of the largest upscaler, the time of all."""
-        grid, largest = self.workload.passes[0].grid, Placement(dtype="float32")
+        """Returns one placement: the weights of all upscalers, the workspace of the largest, the time of all."""
+        grid, total = self.workload.passes[0].grid, Placement(dtype="float32")
         for checkpoint in self.spec.upscalers(has_two_passes=True).values():
             config, source = checkpoint.info.upscaler, checkpoint.sources["upscaler"]
             assert config is not None
@@ -244,9 +244,14 @@ class Planner:
             placement = self._placement(
                 _WeightOption(CONVERTED), weights, workspace_bytes, upscaler_flops(config, grid), 0
             )
-            seconds = largest.seconds + placement.seconds
-            largest = replace(max(largest, placement, key=lambda option: option.device_bytes), seconds=seconds)
-        return StageOptions(stage="upscale", component="upscaler", placements=(replace(largest, dtype="float32"),))
+            total = replace(
+                total,
+                mapped_bytes=total.mapped_bytes + placement.mapped_bytes,
+                private_bytes=total.private_bytes + placement.private_bytes,
+                workspace_bytes=max(total.workspace_bytes, placement.workspace_bytes),
+                seconds=total.seconds + placement.seconds,
+            )
+        return StageOptions(stage="upscale", component=UPSCALERS, placements=(total,))
 
     def _windowed_denoise_options(self) -> StageOptions:
         """Returns placements with the memory of the largest window and the time of all."""

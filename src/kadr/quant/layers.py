@@ -48,6 +48,11 @@ def clear_scratch(module: nn.Module) -> None:
             child.scratch.clear()
 
 
+def uses_scratch(module: nn.Module) -> bool:
+    """Returns whether a module dequantizes weights into scratch buffers."""
+    return any(isinstance(child, DequantizingLinear) for child in module.modules())
+
+
 class DequantizingLinear(FusedGELU):
     """Linear layer y = x Wᵀ + b whose W is dequantized into the scratch buffer for each use."""
 

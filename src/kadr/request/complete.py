@@ -77,6 +77,8 @@ def _with_input_video_defaults(request: Request) -> Request:
     """Returns the request with the length and frame rate of its input video, where it leaves them out."""
     assert request.input_video is not None
     header = probe_video(request.input_video)
+    if request.frames is None:
+        header.refuse_cut_off(request.input_video)
     return request.with_defaults({"frames": header.frames, "fps": float(header.fps)})
 
 

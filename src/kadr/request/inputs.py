@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from kadr.errors import RequestError
 from kadr.shapes import MAX_FRAMES
-from kadr.validation import check_bool, check_range, is_number
+from kadr.validation import check_bool, check_range, is_number, is_whole_number
 
 Input = TypeVar("Input", bound="Condition | Control")
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # any other suffix is an image's
@@ -113,7 +113,7 @@ def _check_frame_range(frame_range: Any, media: str, *, is_clip: bool) -> tuple[
 
 
 def _is_range_end(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+    return value is None or is_whole_number(value)
 
 
 def as_tuple_of(kind: type[Input], values: Any, name: str) -> tuple[Input, ...]:

@@ -19,6 +19,7 @@ from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import Recipe
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
+from kadr.validation import is_number
 
 MAX_CONFIG_BYTES = 1 << 20  # the official ones have two kilobytes; a larger file is something else
 PIPELINE_TYPES = ("base", "multi-scale")
@@ -231,7 +232,7 @@ def _check_top_level(context: _ErrorContext, data: Mapping[str, Any]) -> None:
         if not isinstance(value := data.get(key, ""), str):
             raise context.error(key, f"is {value!r}; it must be text.")
     for key in NUMBER_KEYS:
-        if not isinstance(value := data.get(key, 0), int | float) or isinstance(value, bool):
+        if not is_number(value := data.get(key, 0)):
             raise context.error(key, f"is {value!r}; it must be a number.")
     for key, low in (("decode_timestep", 0.0), ("decode_noise_scale", 0.0), ("downscale_factor", 0.01)):
         if not low <= (value := data.get(key, 1)) <= 1:

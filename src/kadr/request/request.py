@@ -16,7 +16,7 @@ from kadr.sampling.step_cache import StepCache
 from kadr.schema import REQUEST
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
 from kadr.spec.lora import LoraStrength, parse_lora_strengths
-from kadr.validation import check_bool, check_range
+from kadr.validation import check_bool, check_range, is_whole_number
 
 MAX_FPS = 240
 DEFAULT_DENOISE_STRENGTH = 0.75
@@ -118,7 +118,7 @@ class Request:
         if self.frames is not None:
             snap_frames(self.frames)
         self._check_windows()
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+        if not is_whole_number(self.seed):
             raise RequestError(f"seed is {self.seed!r}; it must be a whole number.")
         object.__setattr__(self, "conditions", as_tuple_of(Condition, self.conditions, "conditions"))
         object.__setattr__(self, "controls", as_tuple_of(Control, self.controls, "controls"))

@@ -40,13 +40,19 @@ class ResolvedMedia:
         return cls(path, *probe_image(path))
 
     @classmethod
-    def from_clip(cls, path: str, frame_range: FrameRange | None = None) -> tuple[ResolvedMedia, ClipHeader]:
+    def from_clip(
+        cls, path: str, frame_range: FrameRange | None = None, *, max_frames: int | None = None
+    ) -> tuple[ResolvedMedia, ClipHeader]:
         """Reads the headers of a clip; returns the frames of its range, which may be empty, and the header.
 
+        Args:
+            max_frames: number of frames from the first on that are needed; None: all.
+
         Raises:
-            MediaError: it cannot be read.
+            MediaError: it cannot be read, or was cut off before the last frame that is needed.
         """
         header = probe_video(path)
+        header.refuse_cut_off(path, max_frames)
         first, end = frame_range or (None, None)
         indices = tuple(range(header.frames)[first:end])
         return cls(path, header.width, header.height, indices, is_clip=True), header
@@ -83,7 +89,7 @@ def resolve_input_video(path: str, frames: int, sampled_frames: int) -> Resolved
         MediaError: it cannot be read.
         RequestError: it is shorter than the requested video.
     """
-    clip, header = ResolvedMedia.from_clip(path)
+    clip, header = ResolvedMedia.from_clip(path, max_frames=frames)
     if header.frames < frames:
         raise RequestError(
             f"{path} has {header.frames} frames, fewer than the {frames} of the video. Ask for {header.frames} or "

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from kadr.errors import RequestError
 from kadr.shapes import MAX_WINDOW_FRAMES, TEMPORAL_COMPRESSION, snap_frames
+from kadr.validation import check_range, is_whole_number
 
 DEFAULT_OVERLAP, DEFAULT_OVERLAP_STRENGTH, DEFAULT_ADAIN, DEFAULT_ANCHOR_STRENGTH = 24, 1.0, 0.25, 1.0
 MIN_WINDOW_FRAMES = TEMPORAL_COMPRESSION + 1  # two latent frames, of which one may overlap
@@ -43,7 +44,7 @@ class Windows:
 
     def __post_init__(self) -> None:
         if self.frames is not None:
-            if not isinstance(self.frames, int) or isinstance(self.frames, bool):
+            if not is_whole_number(self.frames):
                 raise RequestError(f"a window has {self.frames!r} frames; it must be a whole number.")
             if not 1 < self.frames <= MAX_WINDOW_FRAMES:
                 raise RequestError(
@@ -54,13 +55,15 @@ class Windows:
         if self.overlap is not None:
             self._check_overlap()
         for name in ("overlap_strength", "adain", "anchor_strength"):
-            _check_fraction(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None or name != "anchor_strength":
+                check_range(f"{name} of windows", value, 0.0, 1.0)
         if self.overlap_strength == 0:
             raise RequestError("overlap_strength is 0: windows would be independent of each other. Give more than 0.")
 
     def _check_overlap(self) -> None:
         overlap: Any = self.overlap
-        if not isinstance(overlap, int) or isinstance(overlap, bool):
+        if not is_whole_number(overlap):
             raise RequestError(f"the overlap of windows is {overlap!r}; it must be a whole number of frames.")
         if overlap < TEMPORAL_COMPRESSION or overlap % TEMPORAL_COMPRESSION:
             below = max(TEMPORAL_COMPRESSION, overlap // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION)
@@ -191,10 +194,3 @@ def check_prompt_count(prompts: Sequence[str], window_count: int) -> None:
             f"{len(prompts)} prompts are given, one for each window, but the video has {window_count} "
             f"{'window' if window_count == 1 else 'windows'}. Give more --frames or --seconds, or fewer prompts."
         )
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if value is None and name == "anchor_strength":
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise RequestError(f"{name} of windows is {value!r}; it must be a number between 0 and 1.")

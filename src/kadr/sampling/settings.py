@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from kadr.errors import RequestError
+from kadr.validation import check_bool, check_range, is_number, is_whole_number
 
 ScalarOrList: TypeAlias = "float | tuple[float, ...]"
 BlockIndices: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...]"
@@ -79,8 +80,7 @@ class Guidance:
         if self.stg_mode is not None and self.stg_mode not in STG_MODES:
             hint = " In these models it changes nothing." if self.stg_mode in ("residual", "stg_r") else ""
             raise RequestError(f"the mode of STG is {self.stg_mode!r}; it must be one of {', '.join(STG_MODES)}.{hint}")
-        if not isinstance(self.cfg_star, bool | None):
-            raise RequestError(f"cfg_star is {self.cfg_star!r}; it must be true or false.")
+        check_bool("cfg_star", self.cfg_star)
         _check_number("apg", self.apg, -1.0, 1.0)
         _check_number("apg_norm", self.apg_norm, 0.0, math.inf)
 
@@ -166,8 +166,7 @@ class Pass:
                 raise RequestError("both sigmas and skipped steps are given; give one or the other.")
         if not isinstance(self.guidance, Guidance):
             raise RequestError(f"guidance is {self.guidance!r}; it must be a Guidance.")
-        if not isinstance(self.stochastic, bool | None):
-            raise RequestError(f"stochastic is {self.stochastic!r}; it must be true or false.")
+        check_bool("stochastic", self.stochastic)
 
     def with_defaults(self, defaults: Pass) -> Pass:
         """Returns this pass, with what it leaves open taken from `defaults`."""
@@ -203,7 +202,7 @@ def parse_sigmas(value: Any) -> tuple[float, ...]:
     Raises:
         RequestError: it is not a list of numbers.
     """
-    if not isinstance(value, tuple | list) or not all(_is_number(sigma) for sigma in value):
+    if not isinstance(value, tuple | list) or not all(is_number(sigma) for sigma in value):
         raise RequestError(f"sigmas are {value!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
     return tuple(value)
 
@@ -221,17 +220,9 @@ def _check_scalar_or_list(name: str, scalar_or_list: Any, minimum: float, maximu
 
 def _check_number(name: str, value: Any, minimum: float, maximum: float, *, is_whole: bool = False) -> None:
     """Refuses what is not a number in [minimum, maximum]; None passes."""
-    if value is None:
-        return
-    if not _is_number(value) or (is_whole and not isinstance(value, int)):
-        raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if is_whole else 'number'}.")
-    if not minimum <= value <= maximum:
+    if value is not None:
         hint = {"guidance": "; 1 is off", "stg": "; 0 is off"}.get(name, "")
-        raise RequestError(f"{name} is {value}; it must lie between {minimum:g} and {maximum:g}{hint}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        check_range(name, value, minimum, maximum, hint, is_whole=is_whole)
 
 
 def _parse_blocks(value: Any) -> BlockIndices | None:
@@ -249,7 +240,7 @@ def _parse_blocks(value: Any) -> BlockIndices | None:
 
 
 def _is_block(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_whole_number(value) and value >= 0
 
 
 def _is_nested(blocks: Sequence[Any]) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, prod
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kadr.errors import RequestError
 from kadr.sampling.settings import StepGuidance
+from kadr.validation import check_range
 
 if TYPE_CHECKING:  # a request has a StepCache, and must not wait for torch
     from torch import Tensor
@@ -62,9 +63,11 @@ class StepCache:
                 raise RequestError(f"{name} belongs to the step cache {other!r}; this one is {self.kind!r}.")
             if name in defaults and getattr(self, name) is None:
                 object.__setattr__(self, name, defaults[name])
-        _check_range("threshold", self.threshold, 0.0, 1.0)
-        _check_range("interval", self.interval, 1, MAX_INTERVAL, is_whole=True)
-        _check_range("order", self.order, 1, MAX_ORDER, is_whole=True)
+        if self.kind == FIRST_BLOCK:
+            check_range("the step cache's threshold", self.threshold, 0.0, 1.0)
+        else:
+            check_range("the step cache's interval", self.interval, 1, MAX_INTERVAL, is_whole=True)
+            check_range("the step cache's order", self.order, 1, MAX_ORDER, is_whole=True)
 
     def __str__(self) -> str:
         if self.kind == FIRST_BLOCK:
@@ -91,18 +94,6 @@ class StepCache:
         if isinstance(value, str):
             return cls(value)
         raise RequestError(f"cache is {value!r}; it must be a StepCache, or its kind: {', '.join(CACHE_KINDS)}.")
-
-
-def _check_range(name: str, value: Any, minimum: float, maximum: float, *, is_whole: bool = False) -> None:
-    if value is None:
-        return
-    types = int if is_whole else (int, float)
-    if not isinstance(value, types) or isinstance(value, bool) or not isfinite(value):
-        raise RequestError(
-            f"the step cache's {name} is {value!r}; it must be a {'whole number' if is_whole else 'number'}."
-        )
-    if not minimum <= value <= maximum:
-        raise RequestError(f"the step cache's {name} is {value}; it must lie between {minimum:g} and {maximum:g}.")
 
 
 def relative_l1(current: Tensor, previous: Tensor) -> float:

@@ -12,12 +12,12 @@ from kadr.models.registry import Release
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 CHECKPOINT_SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
-MODEL, SECOND_MODEL, VAE, UPSCALER, TEXT_ENCODER_ROLE = "model", "second model", "VAE", "upscaler", "text encoder"
+MODEL, SECOND_MODEL, VAE, UPSCALER_ROLE, TEXT_ENCODER_ROLE = "model", "second model", "VAE", "upscaler", "text encoder"
 _KINDS = {
     MODEL: ("model",),
     SECOND_MODEL: ("model",),
     VAE: ("model",),
-    UPSCALER: ("spatial upscaler", "temporal upscaler"),
+    UPSCALER_ROLE: ("spatial upscaler", "temporal upscaler"),
     TEXT_ENCODER_ROLE: ("text encoder",),
     registry.LORA: (registry.LORA,),
 }
@@ -63,9 +63,9 @@ def locate(name_or_path: str | Path, role: str) -> ModelComponent:
         CheckpointError: a path that does not exist.
     """
     name = str(name_or_path)
-    if is_path(name_or_path):
-        return ModelComponent(role, name, _require_existing(name_or_path, role))
-    if role not in (MODEL, SECOND_MODEL, UPSCALER) and name not in registry.RELEASES_BY_NAME:
+    is_named = name in registry.RELEASES_BY_NAME and not Path(name_or_path).exists()  # a name may come as a `Path`
+    must_be_named = role in (MODEL, SECOND_MODEL, UPSCALER_ROLE) and not is_path(name_or_path)
+    if not is_named and not must_be_named:
         return ModelComponent(role, name, _require_existing(name_or_path, role))
     release = registry.find_release(name)
     if release.kind not in _KINDS[role]:
@@ -79,7 +79,7 @@ def _wrong_kind_error(release: Release, role: str) -> RequestError:
             f"{release.name} is a {release.kind}, not a model. Give it as {_FLAGS[release.kind]}, and a model "
             "that `kadr models` lists."
         )
-    if role == UPSCALER:
+    if role == UPSCALER_ROLE:
         return RequestError(f"{release.name} is a {release.kind}, not an upscaler. `kadr models` lists upscalers.")
     example = next(entry.name for entry in registry.RELEASES if entry.kind in _KINDS[role] and entry.repo is not None)
     return RequestError(f"{release.name} is a {release.kind}; for the {role} give a path, or a name such as {example}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
-from kadr.validation import is_number
+from kadr.validation import check_range
 
 MAX_LORA_STRENGTH = 10.0  # beyond it any LoRA makes noise: the value was probably meant as a percentage
 LoraStrength = float | tuple[float, float]  # for all passes, or for the first and the second
@@ -75,13 +75,8 @@ def check_lora_strength(value: Any) -> float:
     Raises:
         RequestError: it is not a number, or too large.
     """
-    if not is_number(value):
-        raise RequestError(f"the strength of a LoRA is {value!r}; it must be a number.")
-    if abs(value) > MAX_LORA_STRENGTH:
-        raise RequestError(
-            f"the strength of a LoRA is {value:g}; it must lie between {-MAX_LORA_STRENGTH:g} and "
-            f"{MAX_LORA_STRENGTH:g}, and 1 is as it was trained."
-        )
+    limit = MAX_LORA_STRENGTH
+    check_range("the strength of a LoRA", value, -limit, limit, "; 1 is as it was trained")
     return float(value)
 
 

@@ -19,13 +19,13 @@ from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae import VAEConfig
 from kadr.sampling.schedules import Schedule
-from kadr.spec.locate import MODEL, SECOND_MODEL, UPSCALER, ModelComponent, locate_release
+from kadr.spec.locate import MODEL, SECOND_MODEL, UPSCALER_ROLE, ModelComponent, locate_release
 from kadr.spec.loras import Loras
 from kadr.spec.offload import OFFLOAD_AUTO
 from kadr.text.tokenizer import Tokenizer
 
 UPSCALER_HINT = "Give one such as ltxv-spatial-upscaler-0.9.8; `kadr models` lists them."
-TEXT_ENCODER, VAE_ENCODER, VAE_DECODER = "text encoder", "VAE encoder", "VAE decoder"
+TEXT_ENCODER, VAE_ENCODER, VAE_DECODER, UPSCALERS = "text encoder", "VAE encoder", "VAE decoder", "upscaler"
 TRANSFORMER, SECOND_TRANSFORMER = "transformer", "second transformer"
 PASS_STAGES = ("denoise", "refine")
 SPATIAL_UPSCALER, TEMPORAL_UPSCALER = "spatial", "temporal"
@@ -41,7 +41,7 @@ class Upscaling:
 
 @dataclass(frozen=True)
 class SpecOptions:
-    """What a model was opened by; see `Engine.open`."""
+    """Arguments that a model was opened by; see `Engine.open`."""
 
     model: str | Path = "demo"
     text_encoder: str | Path | None = None
@@ -130,7 +130,7 @@ class ModelSpec:
         """The upscaler that was released for the model; None if there is none."""
         if self.release is None or self.release.upscaler is None:
             return None
-        return locate_release(self.release.upscaler, UPSCALER)
+        return locate_release(self.release.upscaler, UPSCALER_ROLE)
 
     def upscaling(self, *, has_two_passes: bool) -> Upscaling:
         """Returns the axes that the upscalers double.

@@ -11,7 +11,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.lora.file import LoraFile
 from kadr.checkpoints.predict import predict_lora, predict_text_encoder
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
-from kadr.errors import KadrWarning
+from kadr.errors import CheckpointError, KadrWarning
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import LORA, Recipe, Release
 from kadr.quant.weight_formats import NONE, check_weight_format
@@ -19,7 +19,7 @@ from kadr.spec.locate import (
     MODEL,
     SECOND_MODEL,
     TEXT_ENCODER_ROLE,
-    UPSCALER,
+    UPSCALER_ROLE,
     VAE,
     ModelComponent,
     fetch_release,
@@ -69,7 +69,8 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     transformers = (checkpoint, second_checkpoint)
     opened_loras = _open_loras(options, loras, lora_components, transformers)
     names = [options.upscaler] if isinstance(options.upscaler, str | Path) else list(options.upscaler)
-    upscalers = [locate(name, UPSCALER) for name in names]
+    upscalers = [locate(name, UPSCALER_ROLE) for name in names]
+    given_upscalers = order_upscalers([open_checkpoint(item) for item in upscalers], checkpoint)
     text_encoder = locate_text_encoder(options.text_encoder, model, release)
     text_encoder_checkpoint = _open_text_encoder(text_encoder)
     for transformer in transformers:
@@ -89,7 +90,7 @@ def open_spec(options: SpecOptions) -> ModelSpec:
         transformer_checkpoints=transformers,
         text_encoder_checkpoint=text_encoder_checkpoint,
         vae_checkpoint=vae_checkpoint,
-        given_upscalers=order_upscalers([open_checkpoint(item) for item in upscalers], checkpoint),
+        given_upscalers=given_upscalers,
         names_and_releases=(first, first if second is None else (second.name, second_release)),
         loras=opened_loras,
         device=device,
@@ -169,4 +170,10 @@ def fetch_spec(spec: ModelSpec, *, has_two_passes: bool) -> ModelSpec:
         spec = open_spec(spec.options)
         if has_two_passes:
             spec.upscalers(has_two_passes=True)
+    absent = [item for item in spec.required_components(has_two_passes=has_two_passes) if item.path is None]
+    if absent:
+        raise CheckpointError(
+            f"{absent[0].name} was fetched, and is not in the hub's cache. Fetch it with `kadr models pull "
+            f"{absent[0].name}`."
+        )
     return spec

@@ -35,6 +35,7 @@ from kadr.text.chat_completion import (
 )
 from kadr.text.chat_messages import ChatImage, build_messages
 from kadr.text.endpoint import KEY_VARIABLE, check_key, completions_url, is_loopback, parse_endpoint_url, redact_url
+from kadr.validation import is_number
 from kadr.version import __version__
 
 DEFAULT_TIMEOUT = 60.0  # seconds
@@ -99,7 +100,7 @@ class Enhancer:
             raise RequestError(f"the chat model is {self.model!r}; give its name, or leave it out.")
         if self.key is not None:
             check_key(self.key, url)
-        if not isinstance(self.timeout, int | float) or not 0 < self.timeout <= MAX_TIMEOUT:
+        if not is_number(self.timeout) or not 0 < self.timeout <= MAX_TIMEOUT:
             raise RequestError(f"the timeout is {self.timeout!r}; it must be above 0 and at most {MAX_TIMEOUT:g} s.")
 
     @property

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,6 +43,31 @@ with retain_freed_memory():
     nested = resident_mb() - before
 print(outside, after_mmap, inside, nested, resident_mb() - before)
 """
+
+
+def test_thresholds_follow_the_blocks_of_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[int, int] = {}
+    monkeypatch.setattr(malloc, "_mallopt", lambda: lambda option, value: options.update({option: value}) or 1)
+    monkeypatch.setattr(malloc._Process, "is_tuned", True)
+    first, second = threading.Event(), threading.Event()
+
+    def allocate_while_others_come_and_go() -> None:
+        with malloc.retain_freed_memory(), malloc.mmap_large_allocations():
+            first.set()
+            assert second.wait(10)
+
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(allocate_while_others_come_and_go)
+        assert first.wait(10)
+        with malloc.retain_freed_memory():
+            assert options[-3] == malloc.MMAP_THRESHOLD  # the other thread still allocates what stays
+            with malloc.mmap_large_allocations():
+                pass
+            assert options[-3] == malloc.MMAP_THRESHOLD
+            second.set()
+            other.result()
+            assert options[-3] == malloc.RUNNING_MMAP_THRESHOLD
+    assert options[-3] == malloc.MMAP_THRESHOLD
 
 
 @linux

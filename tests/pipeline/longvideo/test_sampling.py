@@ -236,7 +236,7 @@ def test_clip_across_a_window_end_is_refused_and_one_inside_is_used(engine: Engi
         ({"windows": {"frames": -5}}, "a window has -5 frames; it must have between 9 and 4097"),
         ({"windows": {"frames": 24.5}}, "a window has 24.5 frames; it must be a whole number"),
         ({"windows": {"overlap_strength": 0}}, "windows would be independent of each other"),
-        ({"windows": {"adain": 1.5}}, "adain of windows is 1.5; it must be a number between 0 and 1"),
+        ({"windows": {"adain": 1.5}}, "adain of windows is 1.5; it must lie between 0 and 1"),
         ({"windows": 121}, "windows is 121; it must be a Windows"),
         ({"windows": None, "frames": 5000}, "a video sampled at once has at most 4097"),
     ],

@@ -285,16 +285,16 @@ def test_skipped_initial_sigmas_need_an_input_to_start_from(
 def test_length_and_rate_default_to_those_of_the_input_video(engine: Engine, media: Media) -> None:
     request = replace(REQUEST, frames=None, fps=None, input_video=str(media.path("clip 9")))
     resolved = engine.resolve(request)
-    assert (resolved.frames, resolved.fps, resolved.denoise_strength) == (9, 20.0, 0.75)
+    assert (resolved.frames, resolved.fps, resolved.request.denoise_strength) == (9, 20.0, 0.75)
     explicit = engine.resolve(replace(request, frames=4, fps=30, denoise_strength=0.5))
-    assert (explicit.frames, explicit.fps, explicit.denoise_strength) == (4, 30, 0.5)
+    assert (explicit.frames, explicit.fps, explicit.request.denoise_strength) == (4, 30, 0.5)
 
 
 def test_explicit_first_sigma_leaves_denoise_strength_unset(engine: Engine, media: Media) -> None:
     request = replace(REQUEST, input_video=str(media.path("clip 25")))
-    assert engine.resolve(replace(request, skip_initial=1)).denoise_strength is None
-    assert engine.resolve(replace(request, steps=None, sigmas=(0.9, 0.5))).denoise_strength is None
-    assert engine.resolve(replace(request, steps=None, sigmas=(1.0, 0.5))).denoise_strength == 0.75
+    assert engine.resolve(replace(request, skip_initial=1)).request.denoise_strength is None
+    assert engine.resolve(replace(request, steps=None, sigmas=(0.9, 0.5))).request.denoise_strength is None
+    assert engine.resolve(replace(request, steps=None, sigmas=(1.0, 0.5))).request.denoise_strength == 0.75
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.5, 0.75, 0.9])
@@ -568,7 +568,7 @@ def test_box_conditions_the_official_latents_anywhere_on_the_grid(media: Media) 
                 apply_in_box(box, size, media)
             continue
         state, latents, prepared = apply_in_box(box, size, media)
-        assert prepared.pixels.sampled_size == Size(pixels.shape[-1], pixels.shape[-2])
+        assert prepared.frames.sampled_size == Size(pixels.shape[-1], pixels.shape[-2])
         assert torch.equal(latents, box_latents)
         rows, columns = slice(row, row + cropped.shape[-2]), slice(column, column + cropped.shape[-1])
         expected = torch.zeros(down, across, dtype=torch.bool)
@@ -584,7 +584,7 @@ def test_box_keeps_its_size_at_every_position(media: Media) -> None:
     """Off the grid too, where halves round up: three latents, with one cropped on each side inside the video."""
     for x in range(0, 97, 8):
         state, _, prepared = apply_in_box((x, 0, 96, 64), Size(192, 64), media)
-        assert prepared.pixels.sampled_size == Size(96, 64), x
+        assert prepared.frames.sampled_size == Size(96, 64), x
         column = (x + 16) // 32
         first, end = column + (column > 0), column + 3 - (column + 3 < 6)
         assert conditioned_latents(state).tolist() == [[first <= index < end for index in range(6)]] * 2, x
@@ -594,7 +594,7 @@ def test_box_keeps_its_size_at_every_position(media: Media) -> None:
 def test_box_of_the_whole_video_conditions_all_of_it(side: int, media: Media) -> None:
     size = Size(side, 130 - side)
     state, _, prepared = apply_in_box((0, 0, size.width, size.height), size, media)
-    assert prepared.pixels.sampled_size == size.snap()
+    assert prepared.frames.sampled_size == size.snap()
     assert conditioned_latents(state).all()
 
 

@@ -146,17 +146,6 @@ def test_image_is_read_once_before_any_load(engine: Engine, image_condition: Con
         assert torch.equal(generation.encode_media()[0].conditions[0][1], expected)
 
 
-def test_frames_in_memory_are_used_without_a_copy(engine: Engine, moving_clip: Path) -> None:
-    frames = list(clip.read_video(moving_clip, 9).frames)
-    size = Size(64, 32)
-    from_memory, from_file = (
-        PreparedFrames.from_frames(frames, size, 29, size),
-        PreparedFrames.from_frames(clip.ClipReader.open(moving_clip, 9), size, 29, size),
-    )
-    assert from_memory.frames is frames
-    assert torch.equal(all_pixels(from_memory), all_pixels(from_file))
-
-
 def test_clip_too_small_for_the_size_is_refused_before_any_load(engine_without_weights: Engine, tmp_path: Path) -> None:
     path = tmp_path / "thin.mp4"
     with VideoWriter(path, Size(256, 2), 24) as writer:

@@ -13,6 +13,7 @@ from typing import Any
 from kadr.checkpoints.lora.key_formats import PEFT, strip_prefix, strip_role
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning
+from kadr.validation import is_number
 
 PEFT_WEIGHTS_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # in a folder that PEFT wrote
 LORA_ADAPTER_METADATA_KEY = "lora_adapter_metadata"  # diffusers' copy of that config, in the header
@@ -62,7 +63,7 @@ class LoraScaling:
             alpha = self._alpha_by_pattern(strip_prefix(layer))
         else:
             return None, 1.0
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= MAX_ALPHA:
+        if not is_number(alpha) or abs(alpha) > MAX_ALPHA:
             value = repr(alpha)[:40]
             raise CheckpointError(f"{self.source.path}: alpha of {layer} is {value}, not a number. Download it again.")
         return float(alpha), alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -40,17 +41,15 @@ def tune_malloc() -> bool:
 
 @contextmanager
 def retain_freed_memory() -> Iterator[None]:
-    """Keeps freed blocks for reuse while a model runs, and returns them all to the system afterwards.
+    """Keeps freed blocks for reuse while a model runs, and returns them all to the system after the last one.
 
-    Does nothing in a process that did not call `tune_malloc`.
+    Models of several threads may run at once. Does nothing in a process that did not call `tune_malloc`.
     """
-    _Process.running_models += 1
-    _set_thresholds(RUNNING_MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD)
+    _count(models=1)
     try:
         yield
     finally:
-        _Process.running_models -= 1
-        if not _Process.running_models and _set_thresholds(MMAP_THRESHOLD, MMAP_THRESHOLD):
+        if _count(models=-1) and not _Process.running_models:
             ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -58,21 +57,32 @@ def retain_freed_memory() -> Iterator[None]:
 def mmap_large_allocations() -> Iterator[None]:
     """Gives large blocks their own pages also inside `retain_freed_memory`.
 
-    For allocations that stay: among those that come and go, they would fragment the heap.
+    For allocations that stay: among those that come and go, they would fragment the heap. Applies to all threads while
+    one of them is in such a block.
     """
-    if not _Process.running_models:
-        yield
-        return
-    _set_thresholds(MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD)
+    _count(mmapping=1)
     try:
         yield
     finally:
-        _set_thresholds(RUNNING_MMAP_THRESHOLD, RUNNING_TRIM_THRESHOLD)
+        _count(mmapping=-1)
 
 
 class _Process:
     is_tuned = False  # `tune_malloc` was called
-    running_models = 0  # `retain_freed_memory` blocks that are active
+    running_models = 0  # `retain_freed_memory` blocks that are active, in all threads
+    mmapping_blocks = 0  # `mmap_large_allocations` blocks that are active, in all threads
+    lock = threading.Lock()  # held while these counts and the thresholds change
+
+
+def _count(*, models: int = 0, mmapping: int = 0) -> bool:
+    """Adds to the counts of active blocks and sets the thresholds that they call for; False where that is not done."""
+    with _Process.lock:
+        _Process.running_models += models
+        _Process.mmapping_blocks += mmapping
+        if not _Process.running_models:
+            return _set_thresholds(MMAP_THRESHOLD, MMAP_THRESHOLD)
+        threshold = MMAP_THRESHOLD if _Process.mmapping_blocks else RUNNING_MMAP_THRESHOLD
+        return _set_thresholds(threshold, RUNNING_TRIM_THRESHOLD)
 
 
 def _set_thresholds(mmap_threshold: int, trim_threshold: int) -> bool:

@@ -16,9 +16,9 @@ PIXEL_NORM_DTYPES = (torch.float32, torch.bfloat16)
 
 def is_supported(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> bool:
     """Returns whether `pixel_norm_modulate_silu` can replace its definition for these inputs."""
-    if x.device.type != "cpu" or x.dtype not in PIXEL_NORM_DTYPES or mode.current() == mode.REFERENCE:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.numel():
         return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
+    if x.device.type != "cpu" or x.dtype not in PIXEL_NORM_DTYPES or mode.current() == mode.REFERENCE:
         return False
     return x.movedim(1, -1).is_contiguous() and (scale is None) == (shift is None)
 
