@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from kadr.errors import RequestError
+from kadr.validation import check_fields, is_number
 
 ScalarOrList: TypeAlias = "float | tuple[float, ...]"
 BlockIndices: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...]"
@@ -185,12 +186,11 @@ class Pass:
         """Reads the result of `dataclasses.asdict` after a round trip through JSON.
 
         Raises:
-            RequestError: a value is out of its range.
-            TypeError: a field does not exist.
+            RequestError: a field does not exist, or a value is out of its range.
         """
-        data = dict(data)
+        data = dict(check_fields(cls, data, "a pass"))
         if isinstance(data.get("guidance"), Mapping):
-            data["guidance"] = Guidance(**data["guidance"])
+            data["guidance"] = Guidance(**check_fields(Guidance, data["guidance"], "guidance"))
         return cls(**data)
 
 
@@ -203,7 +203,7 @@ def parse_sigmas(value: Any) -> tuple[float, ...]:
     Raises:
         RequestError: it is not a list of numbers.
     """
-    if not isinstance(value, tuple | list) or not all(_is_number(sigma) for sigma in value):
+    if not isinstance(value, tuple | list) or not all(is_number(sigma) for sigma in value):
         raise RequestError(f"sigmas are {value!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
     return tuple(value)
 
@@ -223,15 +223,11 @@ def _check_number(name: str, value: Any, minimum: float, maximum: float, *, is_w
     """Refuses what is not a number in [minimum, maximum]; None passes."""
     if value is None:
         return
-    if not _is_number(value) or (is_whole and not isinstance(value, int)):
+    if not is_number(value) or (is_whole and not isinstance(value, int)):
         raise RequestError(f"{name} is {value!r}; it must be a {'whole number' if is_whole else 'number'}.")
     if not minimum <= value <= maximum:
         hint = {"guidance": "; 1 is off", "stg": "; 0 is off"}.get(name, "")
         raise RequestError(f"{name} is {value}; it must lie between {minimum:g} and {maximum:g}{hint}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _parse_blocks(value: Any) -> BlockIndices | None:

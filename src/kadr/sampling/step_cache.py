@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, prod
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from kadr.errors import RequestError
 from kadr.sampling.settings import StepGuidance
+from kadr.validation import check_fields, is_number
 
 if TYPE_CHECKING:  # a request has a StepCache, and must not wait for torch
     from torch import Tensor
@@ -81,13 +82,12 @@ class StepCache:
         """Returns a cache from itself, its kind, or the result of `dataclasses.asdict`; None is off.
 
         Raises:
-            RequestError: it is none of these.
-            TypeError: a field does not exist.
+            RequestError: it is none of these, or a field does not exist.
         """
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, dict):
-            return cls(**value)
+            return cls(**check_fields(cls, value, "cache"))
         if isinstance(value, str):
             return cls(value)
         raise RequestError(f"cache is {value!r}; it must be a StepCache, or its kind: {', '.join(CACHE_KINDS)}.")
@@ -96,8 +96,7 @@ class StepCache:
 def _check_range(name: str, value: Any, minimum: float, maximum: float, *, is_whole: bool = False) -> None:
     if value is None:
         return
-    types = int if is_whole else (int, float)
-    if not isinstance(value, types) or isinstance(value, bool) or not isfinite(value):
+    if not is_number(value) or (is_whole and not isinstance(value, int)):
         raise RequestError(
             f"the step cache's {name} is {value!r}; it must be a {'whole number' if is_whole else 'number'}."
         )
