@@ -7,7 +7,7 @@
     ├── PlanError              no placement fits in memory
     ├── EnhanceError           a prompt was not enhanced
     ├── NonFiniteError         a stage produced NaN or infinity; carries the stage
-    └── Cancelled              the watch callback asked to stop
+    └── Cancelled              the work was asked to stop
 
     KadrWarning                something differs from the request; the command line prints it and goes on
 
@@ -60,7 +60,7 @@ class NonFiniteError(KadrError):
 
 
 class Cancelled(KadrError):
-    """The watch callback raised; its exception is the cause."""
+    """The work was asked to stop: by its `CancelToken`, or by a `watch` callback that raised this."""
 
 
 class KadrWarning(UserWarning):

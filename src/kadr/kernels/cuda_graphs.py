@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kadr.cancellation import check_cancelled, use_token
 from kadr.errors import KadrWarning
 
 GRAPH_MAX_RELATIVE_ERROR = 0.01  # of a replay against the eager call; a graph that differs by more is dropped
@@ -135,6 +136,7 @@ class GraphedCallable:
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls `function`, or replays its graph. The result belongs to the caller: no later call overwrites it."""
+        check_cancelled()
         tensors = tensors_in(arguments)
         if not self._can_capture(tensors):
             return self.function(*arguments)
@@ -146,8 +148,9 @@ class GraphedCallable:
         if shape in self._failed_shapes:
             return self.function(*arguments)
         if shape not in self._warmed_up_shapes:
-            self._warmed_up_shapes.append(shape)
-            return self._warm_up(arguments)
+            output = self._warm_up(arguments)
+            self._warmed_up_shapes.append(shape)  # only now: a warm-up that was cancelled has compiled but some kernels
+            return output
         return self._capture_and_replay(shape, arguments)
 
     def clear(self) -> None:
@@ -171,7 +174,8 @@ class GraphedCallable:
         while len(self._graphs) >= self.max_graphs:
             self._graphs.popitem(last=False)
         try:
-            graph = CapturedGraph(self.function, arguments, self._backend)
+            with use_token(None):  # a capture takes milliseconds, and must not end halfway
+                graph = CapturedGraph(self.function, arguments, self._backend)
             output = graph(arguments)
             failure = _mismatch(output, graph.run_eagerly())
         except RuntimeError as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
 from kadr.media.writer import COMMENT_KEY, swscale_flags
 
@@ -194,7 +195,7 @@ def probe_video(path: str | os.PathLike[str]) -> tuple[int, Fraction]:
     """
     with _open_video(path) as container:
         stream = container.streams.video[0]
-        frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        frames = sum(map(_is_shown, container.demux(stream)))
         if not frames:
             raise MediaError(f"{path} contains no frames.")
         return frames, _frame_rate(path, container)
@@ -223,9 +224,16 @@ def _frame_rate(path: str | os.PathLike[str], container: InputContainer) -> Frac
     return Fraction(fps)
 
 
+def _is_shown(packet: av.Packet) -> bool:
+    check_cancelled()
+    return bool(packet.size) and not packet.is_discard
+
+
 def _decode_frames(container: InputContainer) -> Iterator[av.VideoFrame]:
     # PyAV's default, threads within a frame: with threads across frames FFmpeg silently ends a damaged file early.
-    yield from container.decode(container.streams.video[0])
+    for frame in container.decode(container.streams.video[0]):
+        check_cancelled()
+        yield frame
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.memory_map import release_pages
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.kernels.cpu.malloc import retain_freed_memory
-from kadr.memory.device import DTYPES
+from kadr.memory.device import DTYPES, move_module
 from kadr.memory.module_cache import ModuleCache
 from kadr.models.lora_layers import merge_loras, set_lora_strengths
 from kadr.models.t5 import T5Encoder
@@ -171,7 +171,7 @@ class Components(ModelSpec):
         """Acquires a latent upscaler, in float32 as in the official package."""
         checkpoint = self.upscaler_checkpoints[kind]
         return self.module_cache.acquire(
-            f"{kind} upscaler", lambda: checkpoint.load_upscaler(torch.float32).to(self.device)
+            f"{kind} upscaler", lambda: move_module(checkpoint.load_upscaler(torch.float32), self.device)
         )
 
     def latent_statistics(self) -> AbstractContextManager[VAE]:

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kadr.cancellation import CancelToken, cancellable
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
-from kadr.errors import Cancelled, KadrError, PlanError, RequestError
+from kadr.errors import PlanError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import Recipe, Release
 from kadr.pipeline.components import Components
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.longvideo.window_folder import EXECUTION_KEY, WindowFolder, check_resumable
-from kadr.pipeline.progress import Progress, Watch, ignore_progress
+from kadr.pipeline.progress import Watch, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
 from kadr.pipeline.stages.text import PromptEncoder
 from kadr.pipeline.video import Video, VideoFile
@@ -190,13 +191,14 @@ class Engine:
         self._warn_unused_controls(request)
         return self._plan_generation(generation, request)
 
-    def generate(self, request: Request, *, watch: Watch = ignore_progress) -> Video:
+    def generate(self, request: Request, *, watch: Watch = ignore_progress, cancel: CancelToken | None = None) -> Video:
         """Generates one video.
 
         Args:
             request: any `size` in pixels (sampled at the next multiple of 32 and cropped back) and any number of
                 `frames` (sampled as 8k+1 and trimmed back) at `fps`.
-            watch: called with a `Progress` after every step. Raise from it to cancel.
+            watch: called with a `Progress` after every step. Raise `Cancelled` from it to cancel.
+            cancel: cancels the work, from any thread or signal handler; see `CancelToken`. None takes the current one.
 
         Returns:
             Video whose `frames` are uint8 (F, H, W, 3): RGB, full range, on the CPU.
@@ -206,11 +208,12 @@ class Engine:
             MediaError: an image or clip cannot be read.
             CheckpointError: the weights are damaged or incomplete.
             NonFiniteError: a stage produced NaN or infinity; it carries the stage.
-            Cancelled: `watch` raised; its exception is the cause.
+            Cancelled: `cancel` was cancelled, or `watch` raised it.
         """
-        generation = self._start_generation(request, watch)
-        latents = generation.denoise()
-        frames = torch.cat(list(generation.decode(latents))).numpy()
+        with cancellable(cancel):
+            generation = self._start_generation(request, watch)
+            latents = generation.denoise()
+            frames = torch.cat(list(generation.decode(latents))).numpy()
         request = generation.request
         return Video(frames, latents[0].cpu(), float(request.fps or 0), request, self.metadata(request))
 
@@ -222,6 +225,7 @@ class Engine:
         watch: Watch = ignore_progress,
         on_plan: Callable[[Plan], object] | None = None,
         resume: bool = False,
+        cancel: CancelToken | None = None,
     ) -> VideoFile:
         """Generates one video into an mp4, and writes frames as they are decoded.
 
@@ -230,7 +234,7 @@ class Engine:
         stored in a folder beside it: `clip.windows` for `clip.mp4`.
 
         Args:
-            watch: as in `generate`.
+            watch, cancel: as in `generate`. Cancelled, it leaves nothing but the finished windows of a long video.
             on_plan: called with the plan before anything is loaded.
             resume: continue from the windows that an interrupted generation of the same request has stored.
 
@@ -238,6 +242,18 @@ class Engine:
             As `generate`, and MediaError: the file cannot be written; raised before anything is computed where that
             can be known.
         """
+        with cancellable(cancel):
+            return self._write(request, path, watch, on_plan, resume=resume)
+
+    def _write(
+        self,
+        request: Request,
+        path: str | Path,
+        watch: Watch,
+        on_plan: Callable[[Plan], object] | None,
+        *,
+        resume: bool,
+    ) -> VideoFile:
         began = time.monotonic()
         refuse_overwriting(request, Path(path))
         generation = self._start_generation(request, watch)
@@ -301,6 +317,7 @@ class Engine:
         noise: Tensor | None = None,
         init_latents: Tensor | None = None,
         watch: Watch = ignore_progress,
+        cancel: CancelToken | None = None,
     ) -> Tensor:
         """Runs every stage before the VAE decoder.
 
@@ -308,11 +325,14 @@ class Engine:
             noise: initial noise (1, C, f, h, w), instead of the seed's.
             init_latents: normalised latents (1, C, f, h, w) to start from instead of pure noise. The request's sigmas
                 must then start below 1, by `skip_initial` or `sigmas`.
+            watch, cancel: as in `generate`.
 
         Returns:
             Normalised latents (1, C, f, h, w), float32, on the device.
         """
-        return self._start_generation(request, watch, stages=LATENT_STAGES).denoise(noise, init_latents=init_latents)
+        with cancellable(cancel):
+            generation = self._start_generation(request, watch, stages=LATENT_STAGES)
+            return generation.denoise(noise, init_latents=init_latents)
 
     def encode_first_condition(self, request: Request, *, watch: Watch = ignore_progress) -> Tensor:
         """Encodes the first condition of the request: normalised latents (1, C, n, h, w), on the device.
@@ -349,16 +369,24 @@ class Engine:
         return [item.embeddings[item.mask].cpu() for item in prompt_embeddings]
 
     def decode(
-        self, latents: Tensor, request: Request, *, noise: Tensor | None = None, watch: Watch = ignore_progress
+        self,
+        latents: Tensor,
+        request: Request,
+        *,
+        noise: Tensor | None = None,
+        watch: Watch = ignore_progress,
+        cancel: CancelToken | None = None,
     ) -> Tensor:
         """Decodes normalised latents (1, C, f, h, w) to uint8 (F, H, W, 3) on the CPU, cropped and trimmed.
 
         Args:
             request: the request that the latents were sampled for; it sets size, frames and decoder settings.
             noise: decode noise in the shape of the latents, instead of the seed's, for decoders that take noise.
+            watch, cancel: as in `generate`.
         """
-        generation = self._start_generation(request, watch, read_media=False, stages=("decode",))
-        return torch.cat(list(generation.decode(latents, noise)))
+        with cancellable(cancel):
+            generation = self._start_generation(request, watch, read_media=False, stages=("decode",))
+            return torch.cat(list(generation.decode(latents, noise)))
 
     def metadata(self, request: Request) -> dict[str, Any]:
         """Returns the metadata stored in an mp4: enough to generate the same video again."""
@@ -402,7 +430,7 @@ class Engine:
         warn_single_pass(unresolved, request, self.recipe)
         if request.multi_scale and not self.components.upscaler_checkpoints:
             self.components.add_upscaler(open_default_upscaler(self.release))
-        generation = Generation(self.components, request, _raise_as_cancelled(watch), read_media=read_media)
+        generation = Generation(self.components, request, watch, read_media=read_media)
         first_model = (self.model_name, self.release)
         models = zip((first_model, self.second_model or first_model), self.components.schedules, strict=True)
         for resolved_pass, ((name, release), schedule) in zip(generation.passes, models, strict=False):
@@ -428,17 +456,3 @@ def _with_absolute_paths(request: Request) -> Request:
 
 def _absolute_path(path: str) -> str:
     return str(Path(path).expanduser().resolve())
-
-
-def _raise_as_cancelled(watch: Watch) -> Watch:
-    """Wraps a watcher so that its exceptions become `Cancelled`."""
-
-    def report(progress: Progress) -> None:
-        try:
-            watch(progress)
-        except KadrError:
-            raise
-        except Exception as reason:
-            raise Cancelled(f"cancelled at {progress.stage} {progress.step} of {progress.of}") from reason
-
-    return report
