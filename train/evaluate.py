@@ -136,7 +136,7 @@ def two_pass_sharpness(engine: Engine, captions: Sequence[tuple[str, Scene]]) ->
     for seed, (caption, scene) in enumerate(captions):
         two_passes = engine.generate(Request(prompt=caption, seed=seed, size=(256, 256), multi_scale=True))
         request = Request(prompt=caption, seed=seed, size=(128, 128), multi_scale=False)
-        request = request.with_passes(engine.recipe.first_pass, None)
+        request = request.with_passes(engine.spec.recipe.first_pass, None)
         resized = np.stack([np.asarray(Image.fromarray(f).resize((256, 256), Image.Resampling.BICUBIC))
                             for f in engine.generate(request).frames])  # fmt: skip
         steepness.append(

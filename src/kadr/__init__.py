@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kadr.version import __version__
 
 if TYPE_CHECKING:
+    from kadr.cancellation import CancelToken
     from kadr.errors import (
         Busy,
         Cancelled,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 # Loaded when first asked for: `import kadr` and `kadr --help` must not wait for torch.
 _HOMES = {
     "Busy": "kadr.errors",
+    "CancelToken": "kadr.cancellation",
     "Cancelled": "kadr.errors",
     "CheckpointError": "kadr.errors",
     "Condition": "kadr.request.inputs",
@@ -81,6 +83,7 @@ _HOMES = {
 }
 __all__ = [
     "Busy",
+    "CancelToken",
     "Cancelled",
     "CheckpointError",
     "Condition",

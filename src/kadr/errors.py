@@ -8,7 +8,7 @@
     ├── EnhanceError           a prompt was not enhanced
     ├── NonFiniteError         a stage produced NaN or infinity; carries the stage
     ├── Busy                   the engine makes another video, and the caller does not wait
-    └── Cancelled              the watch callback asked to stop
+    └── Cancelled              the work was asked to stop
 
     KadrWarning                something differs from the request; the command line prints it and goes on
 
@@ -61,7 +61,7 @@ class NonFiniteError(KadrError):
 
 
 class Cancelled(KadrError):
-    """The watch callback raised; its exception is the cause."""
+    """The work was asked to stop: by its `CancelToken`, or by a `watch` callback that raised this."""
 
 
 class Busy(KadrError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from typing import Any
 
 from kadr.errors import RequestError
@@ -41,3 +43,26 @@ def check_bool(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool | None):
         raise RequestError(f"{name} is {value!r}; it must be true or false.")
+
+
+def check_fields(kind: type, data: Any, name: str) -> Mapping[str, Any]:
+    """Returns the data of a dataclass, if it names only fields of that, and all those without a default.
+
+    Args:
+        kind: the dataclass.
+        data: plain data, as JSON can hold it.
+        name: what it is, for the message.
+
+    Raises:
+        RequestError: it is not an object of fields, or names a wrong one. Values are not looked at.
+    """
+    if not isinstance(data, Mapping):
+        raise RequestError(f"{name} is {data!r}; it must be an object of fields, as `to_json` writes it.")
+    known = [field for field in fields(kind) if field.init]
+    names = [field.name for field in known]
+    if unknown := [str(key) for key in data if key not in names]:
+        raise RequestError(f"{name} has {', '.join(sorted(unknown))}, unknown to this version of kadr.")
+    required = [field.name for field in known if field.default is MISSING and field.default_factory is MISSING]
+    if missing := [field_name for field_name in required if field_name not in data]:
+        raise RequestError(f"{name} lacks {', '.join(missing)}. Write it as `to_json` does.")
+    return data

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from kadr.cancellation import cancellable
 from kadr.cli import run
 from kadr.cli.main import main
 from kadr.models.registry import Recipe
@@ -80,13 +81,14 @@ class FakeEngine:
         resolved = self.resolve(request)
         partial = path.with_name(".part.mp4")
         partial.write_bytes(b"half")
-        try:
-            for step in range(3):
-                watch(Progress("denoise", step, 2, eta=1.0))
-            self.on_half_written()
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with cancellable():
+            try:
+                for step in range(3):
+                    watch(Progress("denoise", step, 2, eta=1.0))
+                self.on_half_written()
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
         return SimpleNamespace(
             path=path,
             frames=resolved.frames,

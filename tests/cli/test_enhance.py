@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,10 +16,8 @@ from kadr.request.request import Request
 from tests.cli.conftest import CommandResult, FakeEngine
 from tests.fakechat import (
     PARAGRAPH,
-    ChatRequest,
     FakeChat,
     Reply,
-    assert_faster_than,
     chat_completion,
     error_reply,
     serve_fake_chat,
@@ -199,23 +195,6 @@ def test_a_server_that_is_down_is_a_warning(kadr: Run, engine: FakeEngine) -> No
     result = kadr("generate", PROMPT, "--enhance", url)
     assert (result.code, engine.written_requests) == (0, [Request(prompt=PROMPT)])
     assert "refuses the connection" in result.err
-
-
-def test_waiting_can_be_cancelled(kadr: Run, engine: FakeEngine, chat: FakeChat) -> None:
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
-
-    def interrupt(chat_request: ChatRequest) -> Reply:
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        return Reply(delay_seconds=60.0)
-
-    chat.reply = interrupt
-    try:
-        with assert_faster_than(10):
-            result = kadr("generate", PROMPT, "--enhance", chat.url)
-    finally:
-        signal.signal(signal.SIGINT, heard)
-    assert (result.code, result.out, engine.written_requests, os.listdir()) == (130, "", [], [])
-    assert result.err.splitlines()[-1] == "cancelled"
 
 
 @pytest.mark.parametrize("json_flag", [[], ["--json"]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 from kadr.cli.terminal import progress
 from kadr.pipeline.progress import Progress
 from kadr.version import __version__
-from tests.cli.conftest import CommandResult, FakeEngine
+from tests.cli.conftest import CommandResult
 
 Run = Callable[..., CommandResult]
 SOURCES = Path(__file__).parents[2] / "src"
@@ -63,12 +62,6 @@ def test_bad_usage_ends_with_2(kadr: Run, args: list[str]) -> None:
     result = kadr(*args)
     assert (result.code, result.out) == (2, "")
     assert "Error: No such" in result.err
-
-
-def test_sigterm_cancels(kadr: Run, engine: FakeEngine) -> None:
-    engine.on_half_written = lambda: signal.raise_signal(signal.SIGTERM)
-    result = kadr("generate", "x")
-    assert (result.code, os.listdir()) == (130, [])
 
 
 def test_lines_come_every_few_seconds_and_at_the_end_of_a_stage(capsys: pytest.CaptureFixture[str]) -> None:

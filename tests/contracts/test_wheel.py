@@ -44,7 +44,7 @@ def test_wheel_carries_its_licence_and_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
         assert "Apache License" in archive.read(names["licenses/LICENSE"]).decode()
-        assert "kadr = kadr.cli.main:main" in archive.read(names["entry_points.txt"]).decode()
+        assert "kadr = kadr.__main__:main" in archive.read(names["entry_points.txt"]).decode()
 
 
 def test_wheel_is_under_35_megabytes(wheel: Path) -> None:

@@ -451,12 +451,10 @@ def test_second_pass_has_weights_positions_and_schedule_of_its_model(
     rope_calls = record_calls(monkeypatch, Transformer, "compute_rope")
     latents = engine.denoise(request)
     assert [len(module.blocks) for module, _ in steps] == [2, 2, 3, 3]
-    weights = {}
+    weights, single = {}, replace(REQUEST, multi_scale=False, second_pass=None)
     for folder in (home, other):
         with (
-            Engine.open(folder / MODEL_FILE, device="cpu").start(
-                replace(REQUEST, multi_scale=False, second_pass=None)
-            ) as generation,
+            Engine.open(folder / MODEL_FILE, device="cpu").start(single) as generation,
             generation.modules.transformer() as transformer,
         ):
             weights[folder] = transformer.state_dict()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,35 @@ def test_json_may_leave_out_fields_with_defaults() -> None:
 def test_json_that_is_not_a_request_is_refused(data: Any) -> None:
     with pytest.raises(RequestError):
         Request.from_json(data)
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "", [], [[]], [1], {}, {"a": 1}, 1.5, -1, 10**400, True, None], ids=lambda v: repr(v)[:9]
+)
+def test_wrong_data_in_any_field_raises_nothing_but_request_error(value: Any) -> None:
+    complete = {**FULL.to_json(), "conditions": [asdict(PHOTO)], "controls": [asdict(Control("a.mp4"))]}
+    nested = ("guidance", "second_pass", "windows", "cache")
+    changes = [{**complete, name: value} for name in complete]
+    changes += [{**complete, name: {field: value}} for name in nested for field in _fields_of(name)]
+    changes += [{**complete, "conditions": [{"media": "a.mp4", field.name: value}]} for field in fields(Condition)]
+    changes += [{**complete, "controls": [{"media": "a.mp4", field.name: value}]} for field in fields(Control)]
+    for data in changes:
+        with suppress(RequestError):
+            Request.from_json(data)
+
+
+def _fields_of(name: str) -> list[str]:
+    kinds = {"guidance": Guidance, "second_pass": Pass, "windows": Windows, "cache": StepCache}
+    return [field.name for field in fields(kinds[name])]
+
+
+def test_bug_of_our_own_is_no_request_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(Request, "_check_windows", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        Request.from_json({"prompt": PROMPT})
 
 
 # --- resolving ----------------------------------------------------------------------------------------------------

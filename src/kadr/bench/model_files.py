@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from zlib import crc32
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kadr.bench.cases import DEMO, TEXT, Selection
+from kadr.cancellation import remove_if_ended
 from kadr.checkpoints.save import write_single_file, write_text_encoder
 from kadr.errors import CheckpointError
 from kadr.models.registry import find_release
@@ -84,7 +86,7 @@ def open_model_files(name: str, selection: Selection, models_folder: Path | None
     Raises:
         CheckpointError: the disk has no room for them.
     """
-    with tempfile.TemporaryDirectory(prefix="kadr-bench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="kadr-bench-") as scratch, remove_if_ended(partial(shutil.rmtree, scratch)):
         if name == DEMO:
             path = fetch_release(find_release(DEMO))
             yield ModelFiles(name, path, path.parent, Path(scratch))

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from kadr.cancellation import check_cancelled
+
 SHA256_HEX_DIGITS, GIT_SHA1_HEX_DIGITS = 64, 40
 READ_BYTES = 1 << 22  # per read
 _DIGEST = re.compile(f"[0-9a-f]{{{GIT_SHA1_HEX_DIGITS}}}|[0-9a-f]{{{SHA256_HEX_DIGITS}}}")
@@ -31,6 +33,7 @@ def compute_digest(path: Path, *, like: str, watch: Callable[[int], object] = la
         digest.update(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
         while data := file.read(READ_BYTES):
+            check_cancelled()
             digest.update(data)
             watch(len(data))
     return digest.hexdigest()

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from kadr.cancellation import check_cancelled, uninterruptible_wait
 from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest, is_digest
-from kadr.errors import CheckpointError
+from kadr.errors import Cancelled, CheckpointError
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -230,6 +231,7 @@ def _fetch_large_files(repo: str, patterns: Sequence[str]) -> list[RemoteFile]:
         [file for file in files if file.is_lfs and not file.blob_path.exists()] if _supports_symlinks() else []
     )
     for file in sorted(large_files, key=lambda file: file.size):
+        check_cancelled()
         _download(file)
     return [file for file in files if file not in large_files]
 
@@ -265,12 +267,27 @@ def _complete_download(file: RemoteFile) -> None:
     with file.incomplete_path.open("ab" if downloaded_bytes <= file.size else "wb") as incomplete:
         http_get(
             hf_hub_url(file.repo, file.name),
-            incomplete,
+            cast(BinaryIO, _CancellableFile(incomplete)),
             resume_size=incomplete.tell(),
             headers=build_hf_headers(),
             expected_size=file.size,
             displayed_filename=file.name,
         )
+
+
+class _CancellableFile:
+    """A file whose `write` looks at the token: huggingface_hub calls it for each chunk of a download."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        """Raises: Cancelled: the work is cancelled."""
+        check_cancelled()
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _verify_digest(path: Path, file: RemoteFile) -> None:
@@ -291,8 +308,10 @@ def _supports_symlinks() -> bool:
 @contextmanager
 def _translate_errors(repo: str, patterns: Iterable[str]) -> Iterator[None]:
     try:
-        yield
-    except CheckpointError:
+        check_cancelled()
+        with uninterruptible_wait():
+            yield
+    except (CheckpointError, Cancelled):
         raise
     except Exception as error:  # huggingface_hub's errors, and those of the HTTP client it is built on
         raise _as_checkpoint_error(repo, ", ".join(patterns), error) from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled
 from kadr.checkpoints.fp8_scales import apply_weight_scale, find_weight_scales, scale_tensor_names
 from kadr.checkpoints.header import FP8_DTYPES, TensorInfo, format_shape
 from kadr.checkpoints.keys import (
@@ -62,6 +63,7 @@ def load_weights(
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or of an unsupported dtype.
+        Cancelled: the work is cancelled; looked at before each tensor.
     """
     account(module, source, key_map, ignored_keys=ignored_keys)
     assign(module, source, key_map, dtype=dtype, keep_storage_dtype=keep_storage_dtype)
@@ -118,6 +120,7 @@ def assign(
     reader = _WeightReader(source, key_map, dtype, keep_storage_dtype)
     state, stored_weights = {}, {}
     for kadr_key in module.state_dict():
+        check_cancelled()
         if reader.keeps_storage(kadr_key, module):
             stored_weights[kadr_key.removesuffix(_WEIGHT_SUFFIX)] = reader.read_stored_weight(kadr_key)
         else:

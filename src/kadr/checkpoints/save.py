@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from kadr.cancellation import remove_if_ended
 from kadr.checkpoints.header import LENGTH_BYTES, SAFETENSORS_DTYPES
 from kadr.checkpoints.keys import (
     T5_KEYS,
@@ -231,15 +233,19 @@ def _atomic_file(path: Path, *, fsync: bool = False) -> Iterator[BinaryIO]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path, renamed to `path` when the block succeeds and deleted when it fails.
 
+    It is also deleted when the process ends at once; see `cancellation.remove_if_ended`.
+
     Raises:
         CheckpointError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}. Write it elsewhere.") from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    remove = partial(temporary.unlink, missing_ok=True)
+    with remove_if_ended(remove):
+        try:
+            yield temporary
+            temporary.replace(path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{path} cannot be written: {reason}. Write it elsewhere.") from error
+        finally:
+            remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from kadr.cli.commands import bench, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.flags.official import OfficialCommand
 from kadr.cli.terminal.errors import handle_errors
+from kadr.cli.terminal.signals import handle_signals
 from kadr.kernels.cpu.malloc import tune_malloc
 from kadr.version import __version__
 
@@ -51,9 +51,13 @@ app.add_typer(models.app, name="models")
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line, handles signals, and ends the process with its exit code."""
+    with handle_signals():
+        run(args)
+
+
+def run(args: Sequence[str] | None = None) -> None:
     """Runs the command line and ends the process with its exit code."""
-    # Treat TERM as Ctrl-C, so that half-written files are removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     tune_malloc()
     app(args=args, prog_name="kadr")
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kadr.cancellation import check_cancelled, use_token
 from kadr.errors import KadrWarning
 from kadr.kernels import mode
 from kadr.kernels.error_kinds import is_fatal_cuda_error, is_out_of_memory
@@ -137,6 +138,7 @@ class GraphedCallable:
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls `function`, or replays its graph. The result belongs to the caller: no later call overwrites it."""
+        check_cancelled()
         tensors = tensors_in(arguments)
         if not self._can_capture(tensors):
             return self.function(*arguments)
@@ -148,8 +150,9 @@ class GraphedCallable:
         if shape in self._failed_shapes:
             return self.function(*arguments)
         if shape not in self._warmed_up_shapes:
-            self._warmed_up_shapes.append(shape)
-            return self._warm_up(arguments)
+            output = self._warm_up(arguments)
+            self._warmed_up_shapes.append(shape)  # only now: a warm-up that was cancelled has compiled but some kernels
+            return output
         return self._capture_and_replay(shape, arguments)
 
     def clear(self) -> None:
@@ -201,7 +204,8 @@ class GraphedCallable:
         Raises:
             RuntimeError: the capture or the replay fails, or the replay differs from the eager call.
         """
-        graph = CapturedGraph(self.function, arguments, self._backend)
+        with use_token(None):  # a capture takes milliseconds, and must not end halfway
+            graph = CapturedGraph(self.function, arguments, self._backend)
         output, expected = graph(arguments), graph.run_eagerly()
         if not all(bool(tensor.isfinite().all()) for tensor in tensors_in(expected)):
             return None, expected  # a comparison would say nothing about the graph

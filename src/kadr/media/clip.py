@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
 from kadr.media.writer import COMMENT_KEY, swscale_flags
 
@@ -206,8 +207,8 @@ class ClipHeader(NamedTuple):
         """
         if self.is_cut_off and (frames is None or self.frames < frames):
             raise MediaError(
-                f"{path} is damaged: it ends within frame {self.frames + 1}. Copy or download it again, or use only its "
-                f"first {self.frames} frames."
+                f"{path} is damaged: it ends within frame {self.frames + 1}. Copy or download it again, or use only "
+                f"its first {self.frames} frames."
             )
 
 
@@ -224,6 +225,7 @@ def probe_video(path: str | os.PathLike[str]) -> ClipHeader:
         stream = container.streams.video[0]
         frames, is_cut_off = 0, False
         for packet in container.demux(stream):
+            check_cancelled()
             is_cut_off |= packet.is_corrupt
             frames += bool(packet.size) and not packet.is_discard and not packet.is_corrupt
         if not frames and not is_cut_off:
@@ -258,7 +260,9 @@ def _frame_rate(path: str | os.PathLike[str], container: InputContainer) -> Frac
 
 def _decode_frames(container: InputContainer) -> Iterator[av.VideoFrame]:
     # PyAV's default, threads within a frame: with threads across frames FFmpeg silently ends a damaged file early.
-    yield from container.decode(container.streams.video[0])
+    for frame in container.decode(container.streams.video[0]):
+        check_cancelled()
+        yield frame
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
 from kadr.media.control_maps import import_optional
 
@@ -45,6 +46,7 @@ class DepthEstimator:
         Raises:
             MediaError: the network's output has another shape, or is not finite.
         """
+        check_cancelled()
         resized = Image.fromarray(image).resize(self._input_size(*image.shape[:2]), Image.Resampling.BICUBIC)
         mean, std = (np.asarray(values, np.float32) for values in (MEAN, STD))
         scaled = (np.asarray(resized, np.float32) / 255 - mean) / std

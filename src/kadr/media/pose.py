@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
 from kadr.media.control_maps import import_optional
 
@@ -73,10 +74,12 @@ class PoseEstimator:
         """Estimates the poses of the people in an image, uint8 (H, W, 3) RGB."""
         height, width, _ = image.shape
         bgr = np.ascontiguousarray(image[..., ::-1])  # the library takes images as OpenCV reads them
+        check_cancelled()
         boxes, classes = self.detector(bgr)
         boxes = boxes[classes == PERSON_CLASS]
         if not len(boxes):  # or it would look for one person in the whole image
             return Poses(np.zeros((0, 134, 2)), np.zeros((0, 134)), width, height)
+        check_cancelled()
         keypoints, scores = self.pose_model(bgr, bboxes=boxes)
         return Poses(keypoints, scores, width, height)
 

@@ -12,7 +12,8 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import copy_context
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from kadr.cancellation import check_cancelled, remove_if_ended
 from kadr.errors import MediaError
 from kadr.shapes import Size
 from kadr.validation import is_whole_number
@@ -58,6 +60,7 @@ class VideoWriter:
     Raises:
         MediaError: at construction, for every argument that cannot work; inside the `with` block, if frames have
             another shape or dtype, no frame was written, or the disk is full.
+        Cancelled: the work is cancelled; looked at before each frame.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class VideoWriter:
         self._metadata = metadata if callable(metadata) or metadata is None else lambda: metadata
         self._comment = self._build_comment()
         self._partial = self.path.with_name(f".kadr-{secrets.token_hex(6)}.part.mp4")
+        self._registration = ExitStack()  # of the hidden file, for a process that ends at once
 
     def __enter__(self) -> VideoWriter:
+        self._registration.enter_context(remove_if_ended(self._remove_partial))
         try:
             with self._translate_errors():
                 self._open()
@@ -101,6 +106,7 @@ class VideoWriter:
             if not self.frames_written and len(pixels):
                 self._set_comment()
             for frame in pixels:
+                check_cancelled()
                 self._container.mux(self._stream.encode(self._convert(frame)))
                 self.frames_written += 1
 
@@ -111,7 +117,7 @@ class VideoWriter:
             for frames in chunks:
                 if writing is not None:
                     writing.result()
-                writing = thread.submit(self.write, frames)
+                writing = thread.submit(copy_context().run, self.write, frames)
             if writing is not None:
                 writing.result()
 
@@ -162,7 +168,10 @@ class VideoWriter:
         if not self.frames_written:
             raise MediaError(f"{self.path} was not written: it got no frames.")
         with self._translate_errors():
-            self._container.mux(self._stream.encode())
+            for packet in self._stream.codec_context.encode_lazy():  # the frames of the lookahead
+                check_cancelled()
+                packet.stream = self._stream
+                self._container.mux(packet)
             self._container.close()
             if (comment := self._build_comment()) is not None and comment != self._comment:
                 self._replace_comment(comment)
@@ -199,7 +208,11 @@ class VideoWriter:
             with suppress(Exception):  # closing writes the index, which fails again where the disk is full
                 self._container.close()
         with suppress(OSError):
-            self._partial.unlink(missing_ok=True)
+            self._remove_partial()
+        self._registration.close()
+
+    def _remove_partial(self) -> None:
+        self._partial.unlink(missing_ok=True)
 
     @contextmanager
     def _translate_errors(self) -> Iterator[None]:

@@ -12,6 +12,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled
+
 PageAdvice = Callable[[Iterable[Tensor]], None]
 _SLOT_ALIGNMENT = 256  # bytes; alignment of tensors within a slot, the best for CUDA kernels
 NUM_SLOTS = 2  # on the device: one for the block that runs, one that is being filled
@@ -71,7 +73,7 @@ class BlockSwapper:
         self.copy_stream = (
             _CudaCopyStream(device, pin_memory=pin_memory) if device.type == "cuda" else _SyncCopyStream()
         )
-        self.host_weights = [self.copy_stream.to_host(_block_tensors(block)) for block in self.blocks]
+        self.host_weights = [self._to_host(block) for block in self.blocks]
         slot_bytes = max((_aligned_bytes(weights) for weights in self.host_weights), default=0)
         count = min(NUM_SLOTS, len(self.blocks))
         self.slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(count)]
@@ -79,6 +81,10 @@ class BlockSwapper:
         for index, block in enumerate(self.blocks):
             block.register_forward_pre_hook(lambda *_, index=index: self._before_block(index))
             block.register_forward_hook(lambda *_, index=index: self._after_block(index))
+
+    def _to_host(self, block: nn.Module) -> list[Tensor]:
+        check_cancelled()
+        return self.copy_stream.to_host(_block_tensors(block))
 
     def _before_block(self, index: int) -> None:
         slot = self._copy_to_slot(index)

@@ -6,12 +6,16 @@ import ctypes
 import sys
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
+from torch import nn
 
+from kadr.cancellation import check_cancelled
 from kadr.errors import RequestError
 
+M = TypeVar("M", bound=nn.Module)
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Limit and use of a container's memory: cgroup v2, then v1.
@@ -87,6 +91,19 @@ def _arm_has(feature: str) -> bool:
             return any(feature in line for line in info if line.startswith("Features"))
     except OSError:
         return False
+
+
+def move_module(module: M, device: torch.device) -> M:
+    """Moves a module to a device, one layer after the other, and returns it.
+
+    Raises:
+        Cancelled: the work is cancelled; looked at before each layer.
+    """
+    for child in module.modules():
+        check_cancelled()
+        if not any(child.children()):
+            child.to(device)
+    return module.to(device)  # the parameters of modules that have children
 
 
 def free_bytes(device: torch.device) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled, current_token
+from kadr.kernels.run_ahead import limit_run_ahead
 from kadr.models.block_inputs import BlockInputs
 from kadr.sampling.guidance import Perturbation
 from kadr.sampling.step_cache import ResidualCache
@@ -28,10 +31,12 @@ def run_blocks_cached(
     Returns:
         (B, N, D), and (rows, N, D) if `perturbation` is not None.
     """
+    _check_before_block(x)
     first_output = blocks[0](x, block_inputs)
     first_outputs = [first_output]
     if perturbation is not None:
         rows = perturbation.rows
+        check_cancelled()
         first_outputs.append(
             blocks[0](x[rows], block_inputs.for_samples(rows), perturbation.mode)
             if 0 in perturbation.blocks
@@ -63,6 +68,7 @@ def run_blocks(
     x = hidden_states.pop(0)
     if perturbation is None:
         for block in blocks[first_block:]:
+            _check_before_block(x)
             x = block(x, block_inputs)
         return (x,)
     perturbed = hidden_states.pop() if hidden_states else None
@@ -71,8 +77,23 @@ def run_blocks(
     for index, block in enumerate(blocks[first_block:], first_block):
         if index == branch_block:
             perturbed = x[perturbation.rows]  # both branches are equal up to here
+        _check_before_block(x)
         x = block(x, block_inputs)
         if index >= branch_block:
+            check_cancelled()
             perturbed = block(perturbed, perturbed_inputs, perturbation.mode if index in perturbation.blocks else None)
     assert perturbed is not None
     return x, perturbed
+
+
+def _check_before_block(x: Tensor) -> None:
+    """Stops cancelled work before the block that takes x (B, N, D), and in training after its backward pass.
+
+    Raises:
+        Cancelled: the work is cancelled.
+    """
+    check_cancelled()
+    limit_run_ahead(x)
+    token = current_token()
+    if token is not None and x.requires_grad and torch.is_grad_enabled():
+        x.register_hook(lambda _: token.check())  # autograd may run it in a thread of its own, without the context

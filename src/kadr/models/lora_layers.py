@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled
 from kadr.nn.linear import Linear, LoRALinear
 
 _MERGE_ROWS = 1024  # rows of a weight that are merged at a time, to keep their fp32 copies small
@@ -39,6 +40,7 @@ def attach_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], dtype: 
         dtype: of the computation.
     """
     for name in dict.fromkeys(name for lora in loras for name in lora):
+        check_cancelled()
         layer_loras = [(index, lora[name]) for index, lora in enumerate(loras) if name in lora]
         down = torch.cat([weights.down.to(dtype) for _, weights in layer_loras])
         up = torch.cat([weights.up.to(dtype) for _, weights in layer_loras], dim=1)
@@ -83,6 +85,7 @@ def merge_loras(module: nn.Module, loras: Sequence[LoraWeightsByLayer], strength
 def _merge_weight(weight: Tensor, loras: Sequence[tuple[float, LoraWeights]]) -> Tensor:
     merged = torch.empty_like(weight)  # a new tensor: the old one may be a mapping of the file
     for rows in (slice(start, start + _MERGE_ROWS) for start in range(0, len(weight), _MERGE_ROWS)):
+        check_cancelled()
         total = weight[rows].float()
         for strength, lora in loras:
             total = total.addmm(lora.up[rows].float(), lora.down.float(), alpha=strength * lora.scale)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled
 from kadr.errors import CheckpointError
 from kadr.nn.init import init_normal
 from kadr.nn.linear import Linear
@@ -229,6 +230,7 @@ class T5Encoder(nn.Module):
         x = self.embedding(ids)
         bias = self._attention_bias(mask).to(x.dtype)
         for block in self.blocks:
+            check_cancelled()
             x = block(x, bias)
         return self.final_norm(x)
 

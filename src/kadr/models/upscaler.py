@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled
 from kadr.errors import CheckpointError
 from kadr.models.vae.blocks import depth_to_space
 from kadr.models.vae.config import Strides
@@ -154,9 +155,12 @@ class LatentUpscaler(nn.Module):
         """
         x = F.silu(self.norm_in(self.conv_in(latents)))
         for block in self.res_blocks:
+            check_cancelled()
             x = block(x)
+        check_cancelled()
         x = self._upsample(x)
         for block in self.post_upsample_res_blocks:
+            check_cancelled()
             x = block(x)
         return self.conv_out(x)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled
+from kadr.kernels.run_ahead import limit_run_ahead
 from kadr.nn.temporal_cache import TemporalCache, cat_frames
 
 KERNEL_SIZE = 3
@@ -26,7 +28,12 @@ class ChunkedConv3d(nn.Module):
         Args:
             cache: frames of the chunks before.
             add_bias: False where the caller adds the bias itself, fused with another addition.
+
+        Raises:
+            Cancelled: the work is cancelled; looked at before every convolution.
         """
+        check_cancelled()
+        limit_run_ahead(x)
         # Around a single first frame, all padding frames are copies of it.
         is_repeated_frame = cache.get(self) is None and x.shape[2] == 1 and (self.causal or cache.is_last_chunk)
         padded = self._pad_frames(x, cache)

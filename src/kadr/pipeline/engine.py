@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kadr.cancellation import CancelToken, cancellable
 from kadr.models.registry import Recipe
 from kadr.models.transformer import Transformer
 from kadr.pipeline.dry_run import DryRun, run_dry
@@ -165,7 +166,12 @@ class Engine(StageAccess):
             self._model.prepare(request, with_media=True)
 
     def generate(
-        self, request: Request | ResolvedRequest, *, watch: Watch = ignore_progress, wait: bool = True
+        self,
+        request: Request | ResolvedRequest,
+        *,
+        watch: Watch = ignore_progress,
+        cancel: CancelToken | None = None,
+        wait: bool = True,
     ) -> Video:
         """Generates one video.
 
@@ -173,6 +179,7 @@ class Engine(StageAccess):
             request: any `size` in pixels (sampled at the next multiple of 32 and cropped back) and any number of
                 `frames` (sampled as 8k+1 and trimmed back) at `fps`.
             watch: called with a `Progress` after every step. Raise `Cancelled` from it to cancel.
+            cancel: cancels the work, from any thread or signal handler; see `CancelToken`. None takes the current one.
             wait: wait until the engine has made the video before this one.
 
         Returns:
@@ -184,9 +191,9 @@ class Engine(StageAccess):
             CheckpointError: the weights are damaged or incomplete, or cannot be fetched.
             NonFiniteError: a stage produced NaN or infinity; it carries the stage.
             Busy: another video is being made, and `wait` is false.
-            Cancelled: `watch` raised it.
+            Cancelled: `cancel` was cancelled, or `watch` raised it.
         """
-        with self.start(request, watch=watch, wait=wait) as generation:
+        with self.start(request, watch=watch, cancel=cancel, wait=wait) as generation:
             resolved, latents = generation.resolved, generation.denoise()
             frames = np.empty((resolved.frames, resolved.size.height, resolved.size.width, 3), dtype=np.uint8)
             done = 0
@@ -205,6 +212,7 @@ class Engine(StageAccess):
         on_plan: Callable[[Plan], object] | None = None,
         resume: bool = False,
         transformer: TrainedTransformer | None = None,
+        cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> VideoFile:
         """Generates one video into an mp4, and writes frames as they are decoded.
@@ -214,7 +222,7 @@ class Engine(StageAccess):
         stored in a folder beside it: `clip.windows` for `clip.mp4`.
 
         Args:
-            watch, wait: as in `generate`.
+            watch, cancel, wait: as in `generate`. Cancelled, it leaves nothing but finished windows of a long video.
             on_plan: called with the plan before anything is loaded.
             resume: continue from the windows that an interrupted generation of the same request has stored.
             transformer: used instead of the model's own.
@@ -224,7 +232,7 @@ class Engine(StageAccess):
             can be known.
         """
         refuse_overwriting(request.request if isinstance(request, ResolvedRequest) else request, Path(path))
-        with self.start(request, watch=watch, transformer=transformer, wait=wait) as generation:
+        with self.start(request, watch=watch, transformer=transformer, cancel=cancel, wait=wait) as generation:
             if on_plan is not None:
                 on_plan(generation.plan)
             metadata = video_metadata(self.spec, generation.resolved, transformer)
@@ -239,6 +247,7 @@ class Engine(StageAccess):
         stages: Collection[str] = (),
         prompts: Sequence[str] | None = None,
         transformer: TrainedTransformer | None = None,
+        cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> Iterator[Generation]:
         """Yields the planned generation of a request, which has the engine for itself until the block ends.
@@ -249,12 +258,12 @@ class Engine(StageAccess):
             stages: the stages that will run; () for all.
             prompts: prompts to encode instead of the request's.
             transformer: used instead of the model's own.
-            watch, wait: see `generate`.
+            watch, cancel, wait: see `generate`.
 
         Raises:
             As `generate`.
         """
-        with self._model.exclusive(wait=wait):
+        with cancellable(cancel) as token, self._model.exclusive(wait=wait):
             needs_media = not stages or not {"encode", "denoise"}.isdisjoint(stages)
             resolved = self._model.prepare(request, with_media=needs_media)
             if transformer is None and (not stages or "denoise" in stages):
@@ -266,7 +275,7 @@ class Engine(StageAccess):
             plan = plan_request(self.spec, resolved, encoder, stages=stages, cached=cached)
             notices = Notices(self.spec.notices)
             modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
-            yield Generation(resolved, modules, encoder, watch)
+            yield Generation(resolved, modules, encoder, watch, token)
 
     def load_transformer(self, *, keep_storage_dtype: bool = False) -> Transformer:
         """Loads the transformer of the first pass on the CPU, without a placement, as training takes it.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kadr.cancellation import CancelToken
 from kadr.errors import RequestError
 from kadr.pipeline.longvideo.sampling import (
     Guide,
@@ -42,17 +43,31 @@ class Generation:
         modules: of the model, on disk until a stage needs them.
         prompt_encoder: of the request's prompts.
         watch: called after every step.
+        token: cancels it; see `cancel`.
     """
 
     def __init__(
-        self, resolved: ResolvedRequest, modules: Modules, prompt_encoder: PromptEncoder, watch: Watch
+        self,
+        resolved: ResolvedRequest,
+        modules: Modules,
+        prompt_encoder: PromptEncoder,
+        watch: Watch,
+        token: CancelToken,
     ) -> None:
+        self._token = token
         self.resolved, self.modules, self.prompt_encoder, self.watch = resolved, modules, prompt_encoder, watch
         self.noise_streams = NoiseStreams(resolved.seed)
         self.device = modules.device
         # Opened before any weight: an unreadable file must cost nothing.
         self.media = Media(resolved)
         self.denoise_stage = DenoiseStage(modules, resolved, self.noise_streams, watch)
+
+    def cancel(self, reason: str = "") -> None:
+        """Stops the work within a second or a layer, whichever is longer, with `Cancelled`, and leaves nothing.
+
+        Any thread and any signal handler may call it, any number of times.
+        """
+        self._token.cancel(reason)
 
     @property
     def spec(self) -> ModelSpec:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kadr.kernels.cpu.malloc import retain_freed_memory
-from kadr.memory.device import DTYPES
+from kadr.memory.device import DTYPES, move_module
 from kadr.memory.module_cache import ModuleCache
 from kadr.models.lora_layers import set_lora_strengths
 from kadr.models.t5 import T5Encoder
@@ -123,7 +123,7 @@ class Modules:
         """Acquires a latent upscaler."""
         load, private_bytes = partial(self.loader.load_upscaler, kind), self.placement("upscale").private_bytes
         return self.module_cache.acquire(
-            f"{kind} upscaler", lambda: load().to(self.device), private_bytes=private_bytes
+            f"{kind} upscaler", lambda: move_module(load(), self.device), private_bytes=private_bytes
         )
 
     def latent_statistics(self) -> AbstractContextManager[VAE]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from kadr.cancellation import check_cancelled
 from kadr.checkpoints.memory_map import release_pages
 from kadr.errors import Busy, CheckpointError
 from kadr.memory.module_cache import ModuleCache
@@ -19,6 +20,8 @@ from kadr.request.resolve import resolve
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.spec.model import ModelSpec
 from kadr.spec.open import fetch_spec
+
+CHECK_SECONDS = 0.2  # between looks at the token of one who waits
 
 
 class OpenModel:
@@ -45,12 +48,15 @@ class OpenModel:
         """Has the engine for itself while the block runs.
 
         Raises:
+            Cancelled: the work was cancelled while it waited.
             Busy: another thread has it and `wait` is false, or this thread has it already.
         """
         if self._owner == threading.get_ident():
             raise Busy("this thread is making a video with this engine, as in a watcher. Ask when it is done.")
-        if not self._lock.acquire(blocking=wait):
-            raise Busy("the engine is making another video. Ask later, or wait for it with wait=True.")
+        while not self._lock.acquire(timeout=CHECK_SECONDS if wait else 0):
+            if not wait:
+                raise Busy("the engine is making another video. Ask later, or wait for it with wait=True.")
+            check_cancelled()
         self._owner = threading.get_ident()
         try:
             yield

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from kadr.cancellation import CancelToken
 from kadr.errors import RequestError
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.modules import TrainedTransformer
@@ -32,6 +33,7 @@ class StageAccess:
         stages: Collection[str] = (),
         prompts: Sequence[str] | None = None,
         transformer: TrainedTransformer | None = None,
+        cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> AbstractContextManager[Generation]:
         """See `Engine.start`."""
@@ -43,6 +45,7 @@ class StageAccess:
         noise: Tensor | None = None,
         init_latents: Tensor | None = None,
         watch: Watch = ignore_progress,
+        cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> Tensor:
         """Runs every stage before the VAE decoder.
@@ -51,12 +54,12 @@ class StageAccess:
             noise: initial noise (1, C, f, h, w), instead of the seed's.
             init_latents: normalised latents (1, C, f, h, w) to start from instead of pure noise. The request's sigmas
                 must then start below 1, by `skip_initial` or `sigmas`.
-            watch, wait: see `Engine.generate`.
+            watch, cancel, wait: see `Engine.generate`.
 
         Returns:
             Normalised latents (1, C, f, h, w), float32, on the device.
         """
-        with self.start(request, watch=watch, stages=LATENT_STAGES, wait=wait) as generation:
+        with self.start(request, watch=watch, stages=LATENT_STAGES, cancel=cancel, wait=wait) as generation:
             return generation.denoise(noise, init_latents=init_latents)
 
     def decode(
@@ -66,6 +69,7 @@ class StageAccess:
         *,
         noise: Tensor | None = None,
         watch: Watch = ignore_progress,
+        cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> Tensor:
         """Decodes normalised latents (1, C, f, h, w) to uint8 (F, H, W, 3) on the CPU, cropped and trimmed.
@@ -73,9 +77,9 @@ class StageAccess:
         Args:
             request: the request that the latents were sampled for; it sets size, frames and decoder settings.
             noise: decode noise in the shape of the latents, instead of the seed's, for decoders that take noise.
-            watch, wait: see `Engine.generate`.
+            watch, cancel, wait: see `Engine.generate`.
         """
-        with self.start(request, watch=watch, stages=("decode",), wait=wait) as generation:
+        with self.start(request, watch=watch, stages=("decode",), cancel=cancel, wait=wait) as generation:
             return torch.cat(list(generation.decode(latents, noise)))
 
     def encode_prompts(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled
 from kadr.errors import CheckpointError
 from kadr.kernels import fp8, int8, reference
 from kadr.kernels.ggml_types import GGML_TYPES, GGMLType
@@ -100,6 +101,7 @@ def quantize_blocks(
         return
     refuse_quantized(module)
     for name, linear in linears_in_blocks(module):
+        check_cancelled()
         weight, bias = linear.weight.detach(), linear.bias
         try:
             quantized = _quantized_layer(
@@ -189,5 +191,8 @@ def _quantize_in_slices(
     weight: Tensor, quantize_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Applies `quantize_rows` to a slice of the rows at a time, because its temporaries are in float32."""
-    quantized = [quantize_rows(rows) for rows in weight.split(max(1, 4_194_304 // weight.shape[1]))]
+    quantized = []
+    for rows in weight.split(max(1, 4_194_304 // weight.shape[1])):
+        check_cancelled()
+        quantized.append(quantize_rows(rows))
     return torch.cat([codes for codes, _ in quantized]), torch.cat([scale for _, scale in quantized])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kadr.cancellation import check_cancelled
 from kadr.kernels.ggml_types import GGMLType
 from kadr.quant.kquants import fp16_bytes, pack_bits, q2_k, q3_k, q4_k, q5_k, q6_k, to_uint8
 from kadr.quant.scale_search import safe_reciprocal
@@ -37,6 +38,7 @@ def quantize(weight: Tensor, ggml_type: GGMLType) -> Tensor:
     quantize_blocks = _QUANTIZERS[ggml_type.name]
     step = max(1, GGML_SLICE_ELEMENTS // max(1, columns))
     for start in range(0, rows, step):
+        check_cancelled()
         part = slice(start, start + step)
         rows_part = weight[part].float()
         _require_finite(rows_part)

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from kadr.cancellation import check_cancelled
 from kadr.kernels import int8, mode
 from kadr.kernels.cpu import winograd
 from kadr.kernels.cpu.malloc import mmap_large_allocations
@@ -129,6 +130,7 @@ def prepack_linears(module: nn.Module, *, release: ReleaseTensors = release_noth
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
+            check_cancelled()
             if isinstance(child, Linear) and should_prepack_linears(child.weight.dtype, child.weight.device):
                 weight = child.weight.detach()
                 setattr(parent, name, PrepackedLinear(weight, child.bias).eval())
@@ -148,6 +150,7 @@ def prepack_convs(
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
+            check_cancelled()
             if isinstance(child, CausalConv3d) and set(child.stride) == {1}:
                 weight = child.weight.detach()
                 prepacked = WinogradConv3d(child, winograd_frames).eval()

@@ -16,7 +16,7 @@ from kadr.sampling.step_cache import StepCache
 from kadr.schema import REQUEST
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
 from kadr.spec.lora import LoraStrength, parse_lora_strengths
-from kadr.validation import check_bool, check_range, is_whole_number
+from kadr.validation import check_bool, check_fields, check_range, is_whole_number
 
 MAX_FPS = 240
 DEFAULT_DENOISE_STRENGTH = 0.75
@@ -213,13 +213,7 @@ class Request:
             raise RequestError(f"the request is {data!r}; it must be an object of fields, as `to_json` writes it.")
         data = REQUEST.upgrade(data)
         del data[REQUEST.key]
-        unknown = set(data) - {field.name for field in fields(cls)}
-        if unknown:
-            raise RequestError(f"the request has {', '.join(sorted(unknown))}, unknown to this version of kadr.")
-        try:
-            return cls(**_parse_fields(data))
-        except (TypeError, AttributeError) as error:
-            raise RequestError(f"the request cannot be read: {error}. Write it as `to_json` does.") from error
+        return cls(**_parse_fields(check_fields(cls, data, "the request")))
 
     def media_paths(self) -> tuple[Path, ...]:
         """Returns the paths of the images and clips that the request reads."""
@@ -231,12 +225,16 @@ class Request:
 def _parse_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a request, those that are objects of their own parsed from `to_json`'s form."""
     parsed = dict(data)
-    if parsed.get("size") is not None:
-        parsed["size"] = Size.parse(parsed["size"])
-    parsed["conditions"] = tuple(Condition(**condition) for condition in parsed.get("conditions", ()))
-    parsed["controls"] = tuple(Control(**control) for control in parsed.get("controls", ()))
+    if (size := parsed.get("size")) is not None:
+        if not isinstance(size, str):
+            raise RequestError(f"size is {size!r}; write WIDTHxHEIGHT in pixels, such as 704x480.")
+        parsed["size"] = Size.parse(size)
+    for name, kind in (("conditions", Condition), ("controls", Control)):
+        if not isinstance(items := parsed.get(name, ()), list | tuple):
+            raise RequestError(f"{name} are {items!r}; they must be a list.")
+        parsed[name] = tuple(kind(**check_fields(kind, item, f"one of the {name}")) for item in items)
     if isinstance(parsed.get("guidance"), Mapping):
-        parsed["guidance"] = Guidance(**parsed["guidance"])
+        parsed["guidance"] = Guidance(**check_fields(Guidance, parsed["guidance"], "guidance"))
     if isinstance(parsed.get("second_pass"), Mapping):
         parsed["second_pass"] = Pass.from_json(parsed["second_pass"])
     return parsed

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from kadr.errors import RequestError
 from kadr.shapes import MAX_WINDOW_FRAMES, TEMPORAL_COMPRESSION, snap_frames
-from kadr.validation import check_range, is_whole_number
+from kadr.validation import check_fields, check_range, is_whole_number
 
 DEFAULT_OVERLAP, DEFAULT_OVERLAP_STRENGTH, DEFAULT_ADAIN, DEFAULT_ANCHOR_STRENGTH = 24, 1.0, 0.25, 1.0
 MIN_WINDOW_FRAMES = TEMPORAL_COMPRESSION + 1  # two latent frames, of which one may overlap
@@ -82,13 +82,12 @@ class Windows:
         """Returns windows from a `Windows` or a dictionary of its fields; None stays None.
 
         Raises:
-            RequestError: `value` is none of these.
-            TypeError: a field does not exist.
+            RequestError: `value` is none of these, or a field does not exist.
         """
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, dict):
-            return cls(**value)
+            return cls(**check_fields(cls, value, "windows"))
         raise RequestError(f"windows is {value!r}; it must be a Windows.")
 
     def with_defaults(self, default_frames: int, *, has_anchor_image: bool) -> Windows:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from kadr.errors import RequestError
-from kadr.validation import check_bool, check_range, is_number, is_whole_number
+from kadr.validation import check_bool, check_fields, check_range, is_number, is_whole_number
 
 ScalarOrList: TypeAlias = "float | tuple[float, ...]"
 BlockIndices: TypeAlias = "tuple[int, ...] | tuple[tuple[int, ...], ...]"
@@ -184,12 +184,11 @@ class Pass:
         """Reads the result of `dataclasses.asdict` after a round trip through JSON.
 
         Raises:
-            RequestError: a value is out of its range.
-            TypeError: a field does not exist.
+            RequestError: a field does not exist, or a value is out of its range.
         """
-        data = dict(data)
+        data = dict(check_fields(cls, data, "a pass"))
         if isinstance(data.get("guidance"), Mapping):
-            data["guidance"] = Guidance(**data["guidance"])
+            data["guidance"] = Guidance(**check_fields(Guidance, data["guidance"], "guidance"))
         return cls(**data)
 
 

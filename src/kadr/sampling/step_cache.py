@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kadr.errors import RequestError
 from kadr.sampling.settings import StepGuidance
-from kadr.validation import check_range
+from kadr.validation import check_fields, check_range
 
 if TYPE_CHECKING:  # a request has a StepCache, and must not wait for torch
     from torch import Tensor
@@ -84,13 +84,12 @@ class StepCache:
         """Returns a cache from itself, its kind, or the result of `dataclasses.asdict`; None is off.
 
         Raises:
-            RequestError: it is none of these.
-            TypeError: a field does not exist.
+            RequestError: it is none of these, or a field does not exist.
         """
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, dict):
-            return cls(**value)
+            return cls(**check_fields(cls, value, "cache"))
         if isinstance(value, str):
             return cls(value)
         raise RequestError(f"cache is {value!r}; it must be a StepCache, or its kind: {', '.join(CACHE_KINDS)}.")

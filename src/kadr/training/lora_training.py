@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kadr.cancellation import CancelToken, cancellable
 from kadr.checkpoints.lora.file import write_lora
 from kadr.checkpoints.memory_map import release_pages
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.writer import VideoWriter
+from kadr.memory.device import move_module
 from kadr.models.transformer import Transformer
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.longvideo.folder_lock import lock_folder
@@ -101,8 +103,12 @@ class LoRATraining:
         """Folder of the cache, the state, the log and the validation videos."""
         return self.output.with_suffix(".training")
 
-    def run(self, watch: Watch = ignore_progress) -> TrainingResult:
+    def run(self, watch: Watch = ignore_progress, *, cancel: CancelToken | None = None) -> TrainingResult:
         """Trains, or resumes where an earlier run ended.
+
+        Args:
+            watch: as for `Engine.generate`.
+            cancel: cancels the training, from any thread. The steps that are done are saved first.
 
         Raises:
             MediaError: a clip or a folder cannot be used.
@@ -110,7 +116,12 @@ class LoRATraining:
             RequestError: a validation video cannot be generated, or another run trains in the work folder.
             CheckpointError: the work folder holds another training; or as `Engine.generate`.
             NonFiniteError: the loss is NaN or infinite.
+            Cancelled: `cancel` was cancelled, or `watch` raised it.
         """
+        with cancellable(cancel):
+            return self._run(watch)
+
+    def _run(self, watch: Watch) -> TrainingResult:
         self._check()
         settings = self.settings
         examples = read_dataset(
@@ -172,7 +183,7 @@ class LoRATraining:
         module = self.engine.load_transformer(keep_storage_dtype=weight_format == AS_STORED)
         if weight_format not in (AS_STORED, CONVERTED):
             quantize_blocks(module, weight_format, device=spec.device, release=release_pages)
-        return module.to(spec.device)
+        return move_module(module, spec.device)
 
     def _identity(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Returns what must be the same for a training to resume."""

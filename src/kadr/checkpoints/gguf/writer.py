@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kadr.cancellation import cancellable, check_cancelled
 from kadr.checkpoints.header import FP8_DTYPES
 from kadr.checkpoints.memory_map import release_pages
 from kadr.checkpoints.save import atomic_path
@@ -68,6 +69,7 @@ def write_gguf(
 
     Raises:
         CheckpointError: the disk is full, the file cannot be written, or a weight is not finite.
+        Cancelled: the current token is cancelled; looked at before each slice of a tensor.
     """
     _check_disk_space(path, sum(entry.size_bytes for entry in tensors))
     writer = gguf.GGUFWriter(None, architecture)
@@ -77,7 +79,7 @@ def write_gguf(
         shape = (*entry.shape[:-1], entry.row_bytes)
         ggml_type = gguf.GGMLQuantizationType[entry.type_name]
         writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), entry.size_bytes, ggml_type)
-    with atomic_path(path) as temporary:
+    with cancellable(), atomic_path(path) as temporary:
         try:
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
@@ -110,6 +112,7 @@ def _encode_tensor(tensor: OutputTensor, path: Path) -> Tensor:
     encoded = torch.empty(len(rows), tensor.row_bytes, dtype=torch.uint8)
     step = max(1, WRITER_SLICE_ELEMENTS // rows.shape[1])
     for start in range(0, len(rows), step):
+        check_cancelled()
         row_slice = rows[start : start + step]
         encoded[start : start + step] = _encode_rows(row_slice, tensor, path)
         release_pages([row_slice])

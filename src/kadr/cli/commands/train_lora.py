@@ -12,7 +12,7 @@ from kadr.cli import run
 from kadr.cli.flags import options, parse
 from kadr.cli.terminal.errors import print_stderr
 from kadr.cli.terminal.progress import format_duration, show_progress
-from kadr.errors import MediaError
+from kadr.errors import Cancelled, MediaError
 
 if TYPE_CHECKING:
     from kadr.pipeline.engine import Engine
@@ -153,7 +153,7 @@ def _run(training: LoRATraining, *, as_json: bool) -> None:
     try:
         with show_progress() as watch:
             result = training.run(watch)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Cancelled):
         print_stderr(f"the training so far is in {training.work_folder}; run the same command again to resume it")
         raise
     _print_result(result, time.monotonic() - start, as_json=as_json)

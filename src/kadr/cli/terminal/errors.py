@@ -13,9 +13,10 @@ from typing import Any
 
 import typer
 
+from kadr.cli.terminal.signals import CANCELLED, EXIT_CANCELLED
 from kadr.errors import Cancelled, KadrError, KadrWarning
 
-EXIT_ERROR, EXIT_CANCELLED = 1, 130  # bad usage is 2, typer's own code
+EXIT_ERROR = 1  # bad usage is 2, typer's own code
 DEBUG_VARIABLE = "KADR_DEBUG"  # environment variable: any value but "" and 0 shows tracebacks
 
 
@@ -33,7 +34,7 @@ def handle_errors() -> Iterator[None]:
         except (typer.Exit, typer.BadParameter):
             raise
         except (KeyboardInterrupt, Cancelled) as error:
-            raise _exit(error, "cancelled", EXIT_CANCELLED) from error
+            raise _exit(error, CANCELLED, EXIT_CANCELLED) from error
         except KadrError as error:
             raise _exit(error, f"error: {error}", EXIT_ERROR) from error
         except Exception as error:

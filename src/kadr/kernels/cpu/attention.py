@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kadr.cancellation import check_cancelled
 from kadr.kernels.matmul import uses_onednn
 
 MAX_LOGIT_BYTES = 4_000_000  # logits computed at a time
@@ -57,6 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bf16_logits: bool = False) -> Ten
         for head in range(0, heads, head_step):
             part = slice(head, head + head_step)
             for start in range(0, queries, query_step):
+                check_cancelled()
                 rows = slice(start, start + query_step)
                 output[sample, rows, part] = _softmax_attention(scaled_q[part, rows], keys[part], values[part], logits)
     return output.transpose(1, 2)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from kadr.cancellation import check_cancelled
 from kadr.checkpoints.memory_map import prefetch_pages, release_pages
 from kadr.kernels import fp8, mode
 from kadr.kernels.cpu.winograd import F23
 from kadr.memory.block_swap import BlockSwapper, stream_mapped_blocks
-from kadr.memory.device import DTYPES
+from kadr.memory.device import DTYPES, move_module
 from kadr.models.lora_layers import LoraWeightsByLayer, attach_loras
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
@@ -56,7 +57,8 @@ def place_module(
             )  # chosen by trial, which must run outside of the compiler
         compile_blocks(module)
     if not placement.streamed_blocks:
-        return optimize_for_device(module.to(device), DTYPES[placement.dtype], device, placement.winograd_frames)
+        module = move_module(module, device)
+        return optimize_for_device(module, DTYPES[placement.dtype], device, placement.winograd_frames)
     blocks = list(blocks_of(module))
     if device.type == "cpu":
         stream_mapped_blocks(blocks, release=release_pages, prefetch=prefetch_pages)
@@ -94,5 +96,6 @@ def _move_other_tensors(module: nn.Module, excluded_blocks: list[nn.Module], dev
     """Moves all tensors of a module to a device, except those of some of its blocks."""
     excluded = {id(tensor) for block in excluded_blocks for tensor in (*block.parameters(), *block.buffers())}
     for tensor in (*module.parameters(), *module.buffers()):
+        check_cancelled()
         if id(tensor) not in excluded:
             tensor.data = tensor.data.to(device)

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from kadr.cancellation import remove_if_ended
 from kadr.checkpoints.save import atomic_path, write_tensors
 from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.pipeline.longvideo.folder_lock import lock_folder, remove_lock
@@ -107,7 +109,7 @@ class WindowFolder:
             MediaError: the metadata in it is of a newer kadr.
         """
         identity = json.loads(json.dumps(identity))
-        with lock_folder(folder):
+        with lock_folder(folder), remove_if_ended(partial(_remove_without_windows, folder)):
             opened = cls(folder)
             try:
                 check_resumable(folder, resume=resume)
@@ -121,9 +123,7 @@ class WindowFolder:
                         temporary.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
                 yield opened
             finally:
-                if not finished_windows(folder):  # nothing to resume
-                    (folder / REQUEST_FILE).unlink(missing_ok=True)
-                    remove_lock(folder)
+                _remove_without_windows(folder)
 
     def has(self, index: int) -> bool:
         return index in self._indices
@@ -152,6 +152,13 @@ class WindowFolder:
         for index in finished_windows(self.folder):
             _window_file(self.folder, index).unlink()
         self._indices.clear()
+
+
+def _remove_without_windows(folder: Path) -> None:
+    """Deletes a folder that has no finished window: there is nothing to resume."""
+    if not finished_windows(folder):
+        (folder / REQUEST_FILE).unlink(missing_ok=True)
+        remove_lock(folder)
 
 
 def _warn_nothing_to_resume(folder: Path, *, resume: bool) -> None:
