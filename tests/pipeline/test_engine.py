@@ -48,7 +48,7 @@ def are_equal(first: Video, second: Video) -> bool:
 # --- seeds --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [{}, {"stochastic": True}, {"guidance": 1.0}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"sampler": "euler_stochastic"}, {"guidance": 1.0}], ids=str)
 def test_the_same_seed_gives_the_same_video_bit_for_bit(
     engine: Engine, noise_injecting_engine: Engine, image_condition: Condition, change: dict[str, Any]
 ) -> None:
@@ -278,7 +278,7 @@ def test_fields_left_out_of_a_request_come_from_the_recipe(engine: Engine) -> No
     resolved = engine.resolve(Request(prompt="a red circle"))
     recipe = engine.recipe
     assert (resolved.size, resolved.frames, resolved.fps) == (recipe.size, recipe.frames, recipe.fps)
-    assert resolved.first_pass() == replace(recipe.first_pass, stochastic=False, tone_map=0.0)
+    assert resolved.first_pass() == replace(recipe.first_pass, sampler="euler", tone_map=0.0)
     assert (resolved.negative_prompt, resolved.image_noise) == (recipe.negative_prompt, recipe.image_noise)
     assert (resolved.multi_scale, resolved.second_pass) == (False, None)
     assert (resolved.decode_timestep, resolved.decode_noise, resolved.image_crf) == (

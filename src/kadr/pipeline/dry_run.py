@@ -16,6 +16,7 @@ from kadr.models.registry import DISTILLED_SIGMAS, Recipe, Release
 from kadr.models.transformer import TransformerConfig
 from kadr.pipeline.stages.encode import Media
 from kadr.request.passes import (
+    Evaluation,
     ResolvedPass,
     check_first_sigma,
     check_skip_blocks,
@@ -239,7 +240,7 @@ class DryRunEngine:
             *self.other_components,
         ]
         evaluations = sum(
-            step.model_evaluations for resolved_pass in windows or passes for step in resolved_pass.step_guidance
+            at.model_evaluations for resolved_pass in windows or passes for at in resolved_pass.evaluation_guidance
         )
         return DryRun(
             tuple(components),
@@ -358,18 +359,27 @@ def _suggest_names(kinds: Iterable[str]) -> str:
 
 def _pass_json(resolved_pass: ResolvedPass) -> dict[str, Any]:
     guidance = resolved_pass.settings.guidance
-    steps = zip(resolved_pass.sigmas.tolist(), resolved_pass.step_guidance, strict=True)
     return {
         "number": resolved_pass.number,
         "size": str(resolved_pass.size),
         "frames": resolved_pass.frames,
         "fps": resolved_pass.fps,
         "latent_grid": [resolved_pass.grid.frames, resolved_pass.grid.height, resolved_pass.grid.width],
-        "stochastic": bool(resolved_pass.settings.stochastic),
+        "sampler": resolved_pass.settings.sampler,
         "tone_map": resolved_pass.settings.tone_map,
         "stg_mode": guidance.stg_mode,
         "cfg_star": bool(guidance.cfg_star),
         "apg": guidance.apg,
         "apg_norm": guidance.apg_norm,
-        "steps": [{"sigma": sigma, **step._asdict(), "evaluations": step.model_evaluations} for sigma, step in steps],
+        "steps": [_step_json(step) for step in resolved_pass.evaluations],
+    }
+
+
+def _step_json(step: Sequence[Evaluation]) -> dict[str, Any]:
+    first, *later = step
+    return {
+        "sigma": first.sigma,
+        **first.guidance._asdict(),
+        "evaluations": sum(evaluation.guidance.model_evaluations for evaluation in step),
+        "intermediate": [{"sigma": sigma, **guidance._asdict()} for sigma, guidance in later],
     }

@@ -49,7 +49,7 @@ def build_request(**fields: Any) -> Request:
         "seed": 5,
         "sigmas": SIGMAS,
         "guidance": Guidance(cfg_scale=3.0, stg_scale=0.0),
-        "stochastic": False,
+        "sampler": "euler",
         "image_noise": 0.0,
         "windows": Windows(frames=41, overlap=24, overlap_strength=1.0, adain=0.25),
     }

@@ -57,7 +57,7 @@ def uninterrupted(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> V
     """Long video with an anchor image and fresh noise at every step."""
     home = tmp_path_factory.mktemp("uninterrupted")
     Image.new("RGB", (64, 64), (200, 30, 40)).save(home / "first.png")
-    request = replace(LONG, conditions=(Condition(str(home / "first.png")),), stochastic=True)
+    request = replace(LONG, conditions=(Condition(str(home / "first.png")),), sampler="euler_stochastic")
     return engine.write(request, home / "whole.mp4")
 
 
