@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -94,53 +96,61 @@ class StageTimes:
     longest_gap: float
 
 
-def measure_mode(mode: Mode, engine: Engine, folder: Path, moments: int, draw: random.Random) -> dict[str, StageTimes]:
-    """Cancels `moments` generations, spread over the stages by their share of the time, at least a few in each.
+def measure_mode(
+    mode: Mode, open_engine: Callable[[], Engine], folder: Path, moments: int, draw: random.Random
+) -> dict[str, StageTimes]:
+    """Cancels `moments` generations, as many in each stage, each of an engine that has loaded nothing yet.
 
     Raises:
-        RuntimeError: a cancelled generation left a file that it should not, or the one after it has other frames.
+        RuntimeError: a cancelled generation left a file that it should not.
     """
     output = folder / "out.mp4"
-    spans, gaps = _time_stages(mode, engine, output)
+    durations, gaps = _time_stages(mode, open_engine(), output)
     output.unlink()
-    results = {stage: StageTimes([], gaps.get(stage, 0.0)) for stage in spans}
-    per_stage = max(1, moments // len(spans))
-    for stage, (start, end) in spans.items():
-        for _ in range(per_stage):
+    results = {stage: StageTimes([], gaps.get(stage, 0.0)) for stage in durations}
+    for stage, duration in durations.items():
+        for _ in range(max(1, moments // len(durations))):
             token = TimedToken()
-            seconds = _cancel_at(mode, engine, output, token, draw.uniform(start, end))
+            seconds = _cancel_in(stage, draw.uniform(0.0, duration), mode, open_engine(), output, token)
             if seconds is not None:
-                results.setdefault(token.cancelled_in, StageTimes([], 0.0)).stops.append(seconds)
+                results[token.cancelled_in].stops.append(seconds)
             _check_folder(mode, stage, folder)
     return results
 
 
-def _time_stages(mode: Mode, engine: Engine, output: Path) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-    """Returns stage -> its begin and end, in seconds from the start, and stage -> the longest gap, of a whole video."""
-    token, began = TimedToken(), time.monotonic()
-    spans: dict[str, tuple[float, float]] = {PREPARE: (0.0, 0.0)}
+def _time_stages(mode: Mode, engine: Engine, output: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the seconds of each stage of a whole video, and the longest time between two looks in each."""
+    token, durations, began = TimedToken(), {PREPARE: 0.0}, time.monotonic()
 
     def watch(progress: Progress) -> None:
-        now = time.monotonic() - began
-        spans[token.stage] = spans[token.stage][0], now
+        nonlocal began
+        now = time.monotonic()
+        durations[token.stage] += now - began
+        durations.setdefault(progress.stage, 0.0)
+        began = now
         token.watch(progress)
-        spans.setdefault(progress.stage, (now, now))
 
     engine.write(mode.request, output, watch=watch, cancel=token)
-    return spans, token.longest_gap
+    return durations, token.longest_gap
 
 
-def _cancel_at(mode: Mode, engine: Engine, output: Path, token: TimedToken, moment: float) -> float | None:
-    """Cancels a generation after `moment` seconds; returns the seconds it then takes to stop, None if it had ended."""
-    timer = threading.Timer(moment, token.cancel)
-    timer.start()
+def _cancel_in(stage: str, delay: float, mode: Mode, engine: Engine, output: Path, token: TimedToken) -> float | None:
+    """Cancels `delay` seconds after a stage has begun; returns the seconds to stop, None if the video was finished."""
+    timer = threading.Timer(delay, token.cancel)
+
+    def watch(progress: Progress) -> None:
+        token.watch(progress)
+        if progress.stage == stage and timer.ident is None:
+            timer.start()
+
+    if stage == PREPARE:
+        timer.start()
     try:
-        engine.write(mode.request, output, watch=token.watch, cancel=token)
+        engine.write(mode.request, output, watch=watch, cancel=token)
     except Cancelled:
         return time.monotonic() - token.cancelled_at
     finally:
         timer.cancel()
-        timer.join()
     output.unlink()
     return None
 
@@ -157,7 +167,9 @@ def demo_modes(inputs: Path) -> list[Mode]:
     """Returns every kind of generation, on the demo."""
     clip = inputs / "clip.mp4"
     with VideoWriter(clip, DEMO_SIZE, 24) as writer:
-        writer.write(np.random.default_rng(0).integers(0, 256, (25, *reversed(DEMO_SIZE), 3), dtype=np.uint8))
+        writer.write(
+            np.random.default_rng(0).integers(0, 256, (25, DEMO_SIZE.height, DEMO_SIZE.width, 3), dtype=np.uint8)
+        )
     base = Request(prompt=PROMPT, size=DEMO_SIZE, frames=25, seed=0, sigmas=(1.0, 0.7, 0.4), multi_scale=False)
     two_passes = {"multi_scale": True, "second_pass": Pass(sigmas=(0.8, 0.4)), "downscale_factor": 0.5}
     lora = {"loras": ["demo-ic-lora-canny"]}
@@ -173,17 +185,17 @@ def demo_modes(inputs: Path) -> list[Mode]:
 
 def wide_modes() -> list[Mode]:
     """Returns generations at 1024x1024 of a model as wide as the 2B."""
-    base = Request(prompt=PROMPT, size=WIDE_SIZE, frames=25, seed=0, sigmas=(1.0, 0.7), multi_scale=False)
+    base = Request(prompt=PROMPT, size=WIDE_SIZE, frames=9, seed=0, sigmas=(1.0, 0.7), multi_scale=False)
     return [Mode("text to video", "2b", base, {}), Mode("quantized to Q4_K", "2b", base, {"quant": "Q4_K"})]
 
 
 @contextmanager
-def open_engine(mode: Mode, num_layers: int, models_folder: Path | None) -> Iterator[Engine]:
-    """Yields the engine of a mode; the prompt cache is off, so that every generation encodes its prompt."""
+def engine_opener(mode: Mode, num_layers: int, models_folder: Path | None) -> Iterator[Callable[[], Engine]]:
+    """Yields a function that opens a mode's engine, without a prompt cache, so that every prompt is encoded."""
     selection = Selection(models=(mode.model,), num_layers=None if mode.model == DEMO else num_layers)
     with open_model_files(mode.model, selection, models_folder) as files:
         folder = None if mode.model == DEMO else files.text_encoder_folder
-        yield Engine.open(files.path, text_encoder=folder, prompt_cache=False, **mode.options)
+        yield partial(Engine.open, files.path, text_encoder=folder, prompt_cache=False, **mode.options)
 
 
 def format_table(results: Sequence[tuple[Mode, str, StageTimes]]) -> str:
@@ -214,9 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with ExitStack() as stack:
             inputs, folder = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
             for mode in make_modes[model](inputs):
-                with open_engine(mode, flags.num_layers, flags.models_folder) as engine:
-                    times = measure_mode(mode, engine, folder, flags.moments, draw)
+                with engine_opener(mode, flags.num_layers, flags.models_folder) as open_engine:
+                    times = measure_mode(mode, open_engine, folder, flags.moments, draw)
                 results += [(mode, stage, stage_times) for stage, stage_times in times.items()]
+                print(f"{mode.model}, {mode.name}: done", file=sys.stderr)
     print(format_table(results))
 
 

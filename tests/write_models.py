@@ -111,7 +111,7 @@ def _guidance_cells(guidance: Guidance) -> tuple[str, ...]:
 
 def _format_extras(settings: Pass) -> str:
     extras = {
-        "stochastic sampling": settings.stochastic,
+        f"sampler `{settings.sampler}`": settings.sampler,
         "CFG-star": settings.guidance.cfg_star,
         f"tone map {settings.tone_map}": settings.tone_map,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import CheckpointError, KadrError, MediaError, RequestError
+from kadr.validation import check_bool
 from kadr.version import __version__
 
 FIRST_NUMBER = 1  # that of data without a number: kadr wrote none at first
@@ -88,8 +89,25 @@ def _put_video_under_own_key(identity: dict[str, Any]) -> dict[str, Any]:
     return {"video": identity}
 
 
+def _name_samplers(request: dict[str, Any]) -> dict[str, Any]:
+    """Request 1 -> 2: each pass names its sampler, where `stochastic` was true, false or null.
+
+    Raises:
+        RequestError: `stochastic` is none of these.
+    """
+    if isinstance(request.get("second_pass"), dict):
+        request = {**request, "second_pass": _name_samplers(request["second_pass"])}
+    if "stochastic" not in request:
+        return request
+    upgraded = {name: value for name, value in request.items() if name != "stochastic"}
+    if (is_stochastic := request["stochastic"]) is None:
+        return upgraded
+    check_bool("stochastic", is_stochastic)
+    return {**upgraded, "sampler": "euler_stochastic" if is_stochastic else "euler"}
+
+
 # A request that a user writes has no number either: an upgrade must leave fields of later numbers as they are.
-REQUEST = Schema("request", RequestError, upgrades=())
+REQUEST = Schema("request", RequestError, upgrades=(_name_samplers,))
 VIDEO_METADATA = Schema("video metadata", MediaError)
 LATENTS = Schema("latents", CheckpointError)
 WINDOW_FOLDER = Schema("window folder", CheckpointError, upgrades=(_put_video_under_own_key,))

@@ -142,6 +142,7 @@ def test_json_holds_request_and_steps(kadr: Run) -> None:
         "rescale": 1,
         "skip_blocks": [42],
         "evaluations": 1,
+        "intermediate": [],
     }
     assert report["passes"][1]["steps"][0] == step
     assert (report["passes"][1]["tone_map"], report["request"]["prompt"]) == (0.6, "x")

@@ -19,11 +19,10 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 _MODEL = """--model --config --upscaler --second-model --text-encoder --vae --lora --lora-partial --merge-loras
     --device --dtype --no-prompt-cache --quant --compile --offload"""
 _REST = """--image --video --control --input-video --denoise-strength --image-noise --image-crf --steps --sigmas
-    --skip-initial --skip-final --stochastic --no-stochastic --cache --cache-threshold --cache-interval --guidance
-    --guidance-sigmas
+    --skip-initial --skip-final --sampler --cache --cache-threshold --cache-interval --guidance --guidance-sigmas
     --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch
-    --multi-scale --single-pass --second-steps --second-sigmas --second-skip-initial --second-guidance
-    --second-tone-map --tone-map --decode-timestep --decode-noise"""
+    --multi-scale --single-pass --second-steps --second-sigmas --second-skip-initial --second-sampler
+    --second-guidance --second-tone-map --tone-map --decode-timestep --decode-noise"""
 _WINDOWS = "--window --overlap --overlap-strength --adain --anchor-strength"
 VERBS = {
     "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --enhance --enhance-model

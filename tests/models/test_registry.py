@@ -41,7 +41,9 @@ BLOCK_MATRIX = re.compile(r"blocks\.\d+\.(self_attention|cross_attention|feed_fo
 
 # Settings of each pass in the official configs, configs/*.yaml of ltx_video.
 PLAIN_2B = ({"steps": 40, "guidance": {"cfg_scale": 3, "stg_scale": 1, "rescale": 0.7, "skip_blocks": (19,)}},)
-STOCHASTIC_2B = ({"steps": 8, "stochastic": True, "guidance": {"cfg_scale": 1, "stg_scale": 0, "rescale": 1}},)
+STOCHASTIC_2B = (
+    {"steps": 8, "sampler": "euler_stochastic", "guidance": {"cfg_scale": 1, "stg_scale": 0, "rescale": 1}},
+)
 NO_GUIDANCE = {"cfg_scale": 1, "stg_scale": 0, "rescale": 1, "skip_blocks": (42,)}
 DISTILLED = (
     {"sigmas": (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725), "guidance": NO_GUIDANCE},

@@ -165,7 +165,7 @@ def _official_pass(settings: Pass) -> dict[str, Any]:
         "guidance_timesteps": None if guidance.sigmas is None else list(guidance.sigmas),
         "skip_layer_strategy": MODES[guidance.stg_mode or "attention_values"],
         "cfg_star_rescale": bool(guidance.cfg_star),
-        "stochastic_sampling": bool(settings.stochastic),
+        "stochastic_sampling": settings.sampler == "euler_stochastic",
         "tone_map_compression_ratio": settings.tone_map or 0.0,
     }
 

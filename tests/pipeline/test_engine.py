@@ -49,7 +49,7 @@ def are_equal(first: Video, second: Video) -> bool:
 # --- seeds --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [{}, {"stochastic": True}, {"guidance": 1.0}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"sampler": "euler_stochastic"}, {"guidance": 1.0}], ids=str)
 def test_the_same_seed_gives_the_same_video_bit_for_bit(
     engine: Engine, noise_injecting_engine: Engine, image_condition: Condition, change: dict[str, Any]
 ) -> None:
@@ -201,7 +201,7 @@ def test_streamed_decode_equals_decode_at_once(engine: Engine, noise_injecting_e
         streams = NoiseStreams(request.seed)
         injection_numbers = iter(range(1, 100))
         with opened.start(REQUEST) as generation, generation.modules.vae_decoder() as vae, torch.no_grad():
-            timestep = torch.tensor([opened.recipe.decode_timestep])
+            timestep = torch.tensor([opened.spec.recipe.decode_timestep])
             whole = vae.decode(
                 video.latents[None],
                 timestep=timestep,
@@ -280,7 +280,7 @@ def test_fields_left_out_of_a_request_come_from_the_recipe(engine: Engine) -> No
     resolved = engine.resolve(Request(prompt="a red circle")).request
     recipe = engine.spec.recipe
     assert (resolved.size, resolved.frames, resolved.fps) == (recipe.size, recipe.frames, recipe.fps)
-    assert resolved.first_pass() == replace(recipe.first_pass, stochastic=False, tone_map=0.0)
+    assert resolved.first_pass() == replace(recipe.first_pass, sampler="euler", tone_map=0.0)
     assert (resolved.negative_prompt, resolved.image_noise) == (recipe.negative_prompt, recipe.image_noise)
     assert (resolved.multi_scale, resolved.second_pass) == (False, None)
     assert (resolved.decode_timestep, resolved.decode_noise, resolved.image_crf) == (

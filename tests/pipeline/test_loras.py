@@ -251,10 +251,10 @@ def test_lora_of_another_model_is_refused_at_open(opened: Callable[..., Engine],
 def test_lora_may_be_given_by_its_registry_name(
     opened: Callable[..., Engine], lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched: list[tuple[str, str]] = []
-    monkeypatch.setattr(locate.hub, "fetch", lambda repo, file: fetched.append((repo, file)) or lora)
+    looked_up: list[tuple[str, str]] = []
+    monkeypatch.setattr(locate.hub, "cached_file", lambda repo, file: looked_up.append((repo, file)) or lora)
     engine = opened(loras=[("ltxv-13b-0.9.7-ic-lora-canny", 0.5)])
-    assert fetched == [
+    assert looked_up[:1] == [
         ("Lightricks/LTX-Video-ICLoRA-canny-13b-0.9.7", "ltxv-097-ic-lora-canny-control-comfyui.safetensors")
     ]
     assert video_metadata(engine.spec, engine.resolve(REQUEST))["loras"] == [lora_metadata(lora, 0.5)]
@@ -289,4 +289,4 @@ def test_metadata_names_loras_and_their_hashes(opened: Callable[..., Engine], lo
         lora_metadata(lora, 0.5),
         lora_metadata(other_lora, 1.0, 0.25),
     ]
-    assert "loras" not in opened().metadata(REQUEST)
+    assert "loras" not in video_metadata(opened().spec, opened().resolve(REQUEST))

@@ -45,7 +45,7 @@ REQUEST = Request(
     fps=24.0,
     steps=2,
     guidance=3.0,
-    stochastic=False,
+    sampler="euler",
     image_crf=29,
     image_noise=0.15,
     decode_timestep=0.05,
@@ -85,8 +85,8 @@ def test_stg_perturbs_the_conditional_samples_unlike_official_mask() -> None:
         return tokens, tokens[perturbation.rows] if perturbation else None
 
     text = PromptEmbeddings(torch.zeros(2, 3, 4), torch.ones(2, 3))
-    denoiser = guided_denoiser(model, text, text, STG, [STG.at_sigma(1.0)], guidance_batch=True)
-    denoiser(0, randn(2, 5, 4), torch.ones(2, 1))
+    denoiser = guided_denoiser(model, text, text, STG, guidance_batch=True)
+    denoiser(1.0, randn(2, 5, 4), torch.ones(2, 1))
     assert [(perturbation.blocks, perturbation.rows) for perturbation in perturbations] == [((1,), slice(2, None))]
 
 
@@ -111,11 +111,10 @@ def test_batch_of_videos_is_guided_like_each_by_itself(mode: str, guidance_batch
         for seed in (2, 3)
     ]
     guidance = replace(STG, stg_mode=mode, rescale=0.7, cfg_star=True)
-    steps = [guidance.at_sigma(1.0)]
-    both = guided_denoiser(model, *texts, guidance, steps, guidance_batch=guidance_batch)(0, tokens, sigma)
+    both = guided_denoiser(model, *texts, guidance, guidance_batch=guidance_batch)(1.0, tokens, sigma)
     for row in (slice(1), slice(1, 2)):
         row_texts = [PromptEmbeddings(text.embeddings[row], text.mask[row]) for text in texts]
-        single = guided_denoiser(model, *row_texts, guidance, steps)(0, tokens[row], sigma[row])
+        single = guided_denoiser(model, *row_texts, guidance)(1.0, tokens[row], sigma[row])
         assert relative_error(both[row], single) <= 1e-5
 
 
@@ -159,7 +158,7 @@ def test_two_passes_encode_the_prompt_once(
     engine: Engine, pipeline: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = Pass(
-        sigmas=(0.7,), guidance=Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0), stochastic=False, tone_map=0.0
+        sigmas=(0.7,), guidance=Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0), sampler="euler", tone_map=0.0
     )
     request = replace(REQUEST, size=Size(128, 128), multi_scale=True, second_pass=second)
     encode_counts: Counter[str] = Counter()

@@ -48,7 +48,7 @@ PLAIN: dict[str, Any] = {
     "seed": 5,
     "steps": 4,
     "guidance": 3.0,
-    "stochastic": False,
+    "sampler": "euler",
     "image_noise": 0.15,
     "image_crf": 29,
     "decode_timestep": 0.05,
@@ -106,7 +106,7 @@ CASES = {
     ),
     "text, the last two sigmas skipped": make_case("0.9.5", steps=6, skip_final=2),
     "text, the last sigma of SD3 skipped": make_case("0.9", steps=4, skip_final=1),
-    "text, stochastic": make_case("0.9.5", guidance=1.0, stochastic=True),
+    "text, stochastic": make_case("0.9.5", guidance=1.0, sampler="euler_stochastic"),
     "text, the sigmas of the distilled": make_case(
         "0.9.8 distilled", steps=None, sigmas=DISTILLED_SIGMAS[:7], guidance=1.0
     ),
@@ -126,8 +126,8 @@ CASES = {
     "image at 0.3, the distilled's sigmas": make_case(
         "0.9.8 distilled", 0.3, steps=None, sigmas=DISTILLED_SIGMAS, guidance=1.0
     ),
-    "image, stochastic": make_case("0.9.5", 1.0, stochastic=True, guidance=1.0),
-    "image at 0.6, stochastic": make_case("0.9.1", 0.6, stochastic=True),
+    "image, stochastic": make_case("0.9.5", 1.0, sampler="euler_stochastic", guidance=1.0),
+    "image at 0.6, stochastic": make_case("0.9.1", 0.6, sampler="euler_stochastic"),
     "image, uncompressed": make_case("0.9.5", 1.0, image_crf=0, steps=2),
     "image, an odd size": make_case("0.9.5", 1.0, steps=2, **ODD),
     "stg, attention values": make_case("0.9.5", guidance=guidance(rescale=1.0)),
@@ -150,10 +150,10 @@ CASES = {
     ),
     "guidance and stg with an image": make_case("0.9.5", 0.8, guidance=guidance(cfg_star=True)),
     "clip at 0": conditioned(("clip", 0, 1.0)),
-    "clip at 0, strength 0.6, stochastic": conditioned(("clip", 0, 0.6), stochastic=True),
+    "clip at 0, strength 0.6, stochastic": conditioned(("clip", 0, 0.6), sampler="euler_stochastic"),
     "keyframe": conditioned(("image", 13, 1.0)),
     "keyframe, strength 0.5, not causal": conditioned(("image", 13, 0.5), model="0.9"),
-    "keyframe, stochastic": conditioned(("image", 24, 0.7), stochastic=True),
+    "keyframe, stochastic": conditioned(("image", 24, 0.7), sampler="euler_stochastic"),
     "sequence": conditioned(("long clip", 8, 1.0)),
     "sequence, strength 0.7": conditioned(("long clip", 8, 0.7), guidance=guidance()),
     "sequence of the first two latents alone": conditioned(("clip", 16, 1.0)),
@@ -185,7 +185,7 @@ CASES = {
             "sigmas": None,
             "steps": 5,
             "skip_final": 1,
-            "second_pass": Pass(steps=6, skip_initial=4, guidance=guidance(), stochastic=True, tone_map=0.0),
+            "second_pass": Pass(steps=6, skip_initial=4, guidance=guidance(), sampler="euler_stochastic", tone_map=0.0),
         },
     ),
     "two passes with an image and a keyframe": conditioned(

@@ -95,7 +95,7 @@ def test_passes_override_the_keys_at_the_top(tmp_path: Path) -> None:
     recipe = read_config(tmp_path, text).recipe
     assert recipe.second_pass is not None
     for settings in (recipe.first_pass, recipe.second_pass):
-        assert settings.stochastic
+        assert settings.sampler == "euler_stochastic"
         assert settings.guidance.cfg_scale == 1
 
 

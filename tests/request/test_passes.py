@@ -190,7 +190,7 @@ def test_upscalers_of_both_kinds_halve_size_and_rate_of_first_pass(opened: Opene
 @pytest.mark.parametrize("names", [("spatial",), ("temporal",), ("temporal", "spatial")], ids=str)
 def test_two_passes_give_the_requested_frames(opened: Opened, names: tuple[str, ...]) -> None:
     engine, stages = opened(*names), []
-    request = replace(REQUEST, size=Size(50, 60), frames=10, stochastic=True, tone_map=0.5)
+    request = replace(REQUEST, size=Size(50, 60), frames=10, sampler="euler_stochastic", tone_map=0.5)
 
     def watch(progress: Progress) -> None:
         stages.append((progress.stage, progress.step, progress.of))

@@ -31,7 +31,7 @@ FULL = Request(
     guidance=3,
     guidance_batch=True,
     negative_prompt="",
-    stochastic=False,
+    sampler="euler",
     cache=StepCache("taylor", interval=2),
     conditions=(Condition(media="/a b/photo.jpg", strength=0.6),),
     controls=(Control(media="/a b/walk.mp4", kind="canny", frame_range=(3, None)),),
@@ -42,7 +42,7 @@ FULL = Request(
     original_prompt='Kreis "кадр"',
 )
 WINDOWS = Windows(frames=41, overlap=16, overlap_strength=0.75, adain=0.5, anchor_strength=0.25)
-WITH_SIGMAS = Request(prompt=PROMPT, sigmas=DISTILLED_SIGMAS, stochastic=True, windows=WINDOWS)
+WITH_SIGMAS = Request(prompt=PROMPT, sigmas=DISTILLED_SIGMAS, sampler="euler_stochastic", windows=WINDOWS)
 LIST_GUIDANCE = Guidance(
     cfg_scale=(1.0, 4.0),
     stg_scale=(0.0, 2.0),
@@ -64,7 +64,7 @@ TWO_PASSES = Request(
     second_pass=Pass(
         sigmas=(0.9, 0.5),
         guidance=Guidance(cfg_scale=2.5, stg_scale=1.0, skip_blocks=(0, 7)),
-        stochastic=True,
+        sampler="euler_stochastic",
         tone_map=0.6,
     ),
     conditions=(
@@ -104,10 +104,10 @@ REFUSED: list[tuple[str, Any, str]] = [  # field, bad value, text of the message
     *(("skip_final", value, "skip_final") for value in (-1, 0.5, "1", None)),
     *(("guidance", value, "between 1 and 100; 1 is off") for value in (0.99, 0, -3, 101)),
     *(("guidance", value, "must be a number") for value in (NAN, INFINITY, "3")),
+    *((name, value, "true or false") for name in ("guidance_batch", "multi_scale") for value in ("no", 1)),
     *(
-        (name, value, "true or false")
-        for name in ("guidance_batch", "stochastic", "multi_scale")
-        for value in ("no", 1)
+        ("sampler", value, "must be one of euler, euler_stochastic")
+        for value in ("heun", "", "Euler", 1, True, ["euler"])
     ),
     *(("second_pass", value, "must be a Pass") for value in ({"steps": 3}, 3, "abc")),
     *(("conditions", value, "Condition") for value in (["photo.jpg"], PHOTO, "photo.jpg", None, [None])),
@@ -253,6 +253,8 @@ def test_json_may_leave_out_fields_with_defaults() -> None:
         {"prompt": PROMPT, "second_pass": {"sigmas": [0.5], "stochastic": "no"}},
         {"prompt": PROMPT, "multi_scale": "no"},
         {"prompt": PROMPT, "stochastic": 1},
+        {"prompt": PROMPT, "sampler": "heun"},
+        {"prompt": PROMPT, "second_pass": {"sigmas": [0.5], "sampler": "heun"}},
         {"prompt": PROMPT, "guidance_batch": "false"},
         "abc",
         [PROMPT],
@@ -294,13 +296,20 @@ def test_bug_of_our_own_is_no_request_error(monkeypatch: pytest.MonkeyPatch) -> 
         Request.from_json({"prompt": PROMPT})
 
 
+@pytest.mark.parametrize("stored, sampler", [(True, "euler_stochastic"), (False, "euler"), (None, None)])
+def test_stored_stochastic_becomes_a_sampler_in_both_passes(stored: bool | None, sampler: str | None) -> None:
+    data = {"prompt": PROMPT, "stochastic": stored, "second_pass": {"sigmas": [0.5], "stochastic": stored}}
+    expected = Request(prompt=PROMPT, sampler=sampler, second_pass=Pass(sigmas=(0.5,), sampler=sampler))
+    assert Request.from_json(data) == expected
+
+
 # --- resolving ----------------------------------------------------------------------------------------------------
 
 
 def test_recipe_fills_only_what_a_request_leaves_out() -> None:
     resolved = complete_request(Request(prompt=PROMPT), BASE)
     assert (resolved.size, resolved.frames, resolved.fps) == (BASE.size, BASE.frames, BASE.fps)
-    assert resolved.first_pass() == replace(BASE.first_pass, stochastic=False, tone_map=0.0)
+    assert resolved.first_pass() == replace(BASE.first_pass, sampler="euler", tone_map=0.0)
     request = replace(FULL, multi_scale=False, downscale_factor=0.5)
     resolved = complete_request(request, BASE)
     for field in fields(Request):
@@ -311,7 +320,7 @@ def test_recipe_fills_only_what_a_request_leaves_out() -> None:
 
 def test_falsy_values_are_not_replaced_by_defaults() -> None:
     """0, "" and False count as values."""
-    values = {"negative_prompt": "", "stochastic": False, "image_noise": 0.0, "image_crf": 0, "multi_scale": False}
+    values = {"negative_prompt": "", "sampler": "euler", "image_noise": 0.0, "image_crf": 0, "multi_scale": False}
     values |= {"decode_noise": 0.0, "decode_timestep": 0.0, "tone_map": 0.0}
     resolved = complete_request(Request(prompt=PROMPT, **values), DISTILLED)  # type: ignore[arg-type]
     assert {name: getattr(resolved, name) for name in values} == values
@@ -352,7 +361,7 @@ def test_number_for_guidance_replaces_only_its_cfg_scale() -> None:
     assert dev.second_pass is not None
     resolved = complete_request(Request(prompt=PROMPT, guidance=5.0), dev)
     assert resolved.guidance == replace(dev.first_pass.guidance, cfg_scale=5.0)
-    assert resolved.second_pass == replace(dev.second_pass, stochastic=False, tone_map=0.0)
+    assert resolved.second_pass == replace(dev.second_pass, sampler="euler", tone_map=0.0)
 
 
 def test_tone_map_belongs_to_the_decoded_pass() -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from kadr.sampling.guidance import (
-    Denoiser,
     Perturbation,
     PromptEmbeddings,
     adaptive_projected_guidance,
     cfg_star_scale,
     guided_denoiser,
 )
+from kadr.sampling.samplers import Denoiser
 from kadr.sampling.settings import Guidance
 
 WIDTH, CHANNELS, TOKENS, LENGTH = 12, 5, 7, 6
@@ -59,10 +59,8 @@ POSITIVE, NEGATIVE = prompt_embeddings(1, 5), prompt_embeddings(2, 2)
 
 
 def make_denoiser(model: MixingModel, *, guidance_batch: bool = False, batch: int = 1, **values: Any) -> Denoiser:
-    guidance = Guidance(**values)
-    steps = [guidance.at_sigma(0.5)]
     prompts = (prompt_embeddings(1, 5, batch), prompt_embeddings(2, 2, batch))
-    return guided_denoiser(model, *prompts, guidance, steps, guidance_batch=guidance_batch)
+    return guided_denoiser(model, *prompts, Guidance(**values), guidance_batch=guidance_batch)
 
 
 @pytest.fixture(params=["one sigma", "a sigma per token"])
@@ -84,8 +82,8 @@ GUIDANCE_VALUES: Sequence[dict[str, Any]] = (
 def test_guidance_in_one_batch_equals_separate_evaluations(values: dict[str, Any], batch: int, sigma: Tensor) -> None:
     tokens, sigma = randn(batch, TOKENS, CHANNELS, seed=3), sigma.expand(batch, -1)
     separate_model, batched_model = MixingModel(), MixingModel()
-    separate = make_denoiser(separate_model, batch=batch, **values)(0, tokens, sigma)
-    batched = make_denoiser(batched_model, batch=batch, guidance_batch=True, **values)(0, tokens, sigma)
+    separate = make_denoiser(separate_model, batch=batch, **values)(0.5, tokens, sigma)
+    batched = make_denoiser(batched_model, batch=batch, guidance_batch=True, **values)(0.5, tokens, sigma)
     torch.testing.assert_close(separate, batched, rtol=1e-6, atol=1e-6)
     has_cfg = values.get("cfg_scale", 1.0) > 1
     assert separate_model.evaluated_shapes == [(batch, TOKENS, CHANNELS)] * (1 + has_cfg)
@@ -96,7 +94,7 @@ def test_cfg_extrapolates_from_uncond_to_cond_by_its_scale(sigma: Tensor) -> Non
     tokens, model = randn(1, TOKENS, CHANNELS, seed=4), MixingModel()
     (cond, _), (uncond, _) = model(tokens, sigma, POSITIVE), model(tokens, sigma, NEGATIVE)
     for scale in (3.0, 7.5):
-        velocity = make_denoiser(model, cfg_scale=scale)(0, tokens, sigma)
+        velocity = make_denoiser(model, cfg_scale=scale)(0.5, tokens, sigma)
         torch.testing.assert_close(velocity, uncond + scale * (cond - uncond))
 
 
@@ -104,7 +102,7 @@ def test_cfg_scale_1_evaluates_the_model_once_and_changes_nothing(sigma: Tensor)
     tokens, model = randn(1, TOKENS, CHANNELS, seed=5), MixingModel()
     cond, _ = model(tokens, sigma, POSITIVE)
     model.evaluated_shapes.clear()
-    assert torch.equal(make_denoiser(model, cfg_scale=1.0)(0, tokens, sigma), cond)
+    assert torch.equal(make_denoiser(model, cfg_scale=1.0)(0.5, tokens, sigma), cond)
     assert model.evaluated_shapes == [(1, TOKENS, CHANNELS)]
 
 
@@ -112,7 +110,7 @@ def test_cfg_scale_1_evaluates_the_model_once_and_changes_nothing(sigma: Tensor)
 def test_stg_perturbs_the_conditional_rows_only(guidance_batch: bool, sigma: Tensor) -> None:
     tokens, model = randn(2, TOKENS, CHANNELS, seed=6), MixingModel()
     values = {"cfg_scale": 3.0, "stg_scale": 1.0, "skip_blocks": (2, 5), "stg_mode": "attention_skip"}
-    make_denoiser(model, guidance_batch=guidance_batch, batch=2, **values)(0, tokens, sigma.expand(2, -1))
+    make_denoiser(model, guidance_batch=guidance_batch, batch=2, **values)(0.5, tokens, sigma.expand(2, -1))
     rows = slice(2, None) if guidance_batch else slice(None)
     assert model.perturbations == [Perturbation((2, 5), "attention_skip", rows)]
 
@@ -120,7 +118,7 @@ def test_stg_perturbs_the_conditional_rows_only(guidance_batch: bool, sigma: Ten
 def test_stg_moves_away_from_the_perturbed_prediction(sigma: Tensor) -> None:
     tokens, model = randn(1, TOKENS, CHANNELS, seed=7), MixingModel()
     cond, _ = model(tokens, sigma, POSITIVE)
-    velocity = make_denoiser(model, stg_scale=2.0, skip_blocks=(0,))(0, tokens, sigma)
+    velocity = make_denoiser(model, stg_scale=2.0, skip_blocks=(0,))(0.5, tokens, sigma)
     torch.testing.assert_close(velocity, cond + 2.0 * (cond - (cond * 0.5 - 0.1)))
 
 
@@ -128,7 +126,7 @@ def test_stg_without_blocks_changes_nothing_and_costs_nothing(sigma: Tensor) -> 
     tokens, model = randn(1, TOKENS, CHANNELS, seed=8), MixingModel()
     cond, _ = model(tokens, sigma, POSITIVE)
     model.evaluated_shapes.clear()
-    assert torch.equal(make_denoiser(model, stg_scale=4.0, skip_blocks=())(0, tokens, sigma), cond)
+    assert torch.equal(make_denoiser(model, stg_scale=4.0, skip_blocks=())(0.5, tokens, sigma), cond)
     assert len(model.evaluated_shapes) == 1
     assert not model.perturbations
 
@@ -137,19 +135,19 @@ def test_stg_without_blocks_changes_nothing_and_costs_nothing(sigma: Tensor) -> 
 def test_rescale_interpolates_the_standard_deviation(rescale: float, sigma: Tensor) -> None:
     tokens, model = randn(1, TOKENS, CHANNELS, seed=9), MixingModel()
     cond, _ = model(tokens, sigma, POSITIVE)
-    unscaled = make_denoiser(model, stg_scale=3.0, skip_blocks=(0,))(0, tokens, sigma)
-    rescaled = make_denoiser(model, stg_scale=3.0, skip_blocks=(0,), rescale=rescale)(0, tokens, sigma)
+    unscaled = make_denoiser(model, stg_scale=3.0, skip_blocks=(0,))(0.5, tokens, sigma)
+    rescaled = make_denoiser(model, stg_scale=3.0, skip_blocks=(0,), rescale=rescale)(0.5, tokens, sigma)
     torch.testing.assert_close(rescaled.std(), rescale * cond.std() + (1 - rescale) * unscaled.std())
     torch.testing.assert_close(rescaled / rescaled.std(), unscaled / unscaled.std())
 
 
 def test_rescale_is_off_at_1_and_without_stg(sigma: Tensor) -> None:
     tokens, model = randn(1, TOKENS, CHANNELS, seed=10), MixingModel()
-    unscaled = make_denoiser(model, stg_scale=3.0, skip_blocks=(0,))(0, tokens, sigma)
-    rescale_1 = make_denoiser(model, stg_scale=3.0, skip_blocks=(0,), rescale=1.0)(0, tokens, sigma)
+    unscaled = make_denoiser(model, stg_scale=3.0, skip_blocks=(0,))(0.5, tokens, sigma)
+    rescale_1 = make_denoiser(model, stg_scale=3.0, skip_blocks=(0,), rescale=1.0)(0.5, tokens, sigma)
     assert torch.equal(rescale_1, unscaled)
-    without_stg = make_denoiser(model, cfg_scale=3.0)(0, tokens, sigma)
-    assert torch.equal(make_denoiser(model, cfg_scale=3.0, rescale=0.5)(0, tokens, sigma), without_stg)
+    without_stg = make_denoiser(model, cfg_scale=3.0)(0.5, tokens, sigma)
+    assert torch.equal(make_denoiser(model, cfg_scale=3.0, rescale=0.5)(0.5, tokens, sigma), without_stg)
 
 
 def test_cfg_star_makes_the_difference_orthogonal_to_uncond() -> None:
@@ -186,7 +184,15 @@ def test_apg_leaves_clean_tokens_unguided_and_limits_the_norm() -> None:
 
 
 def test_cfg_without_a_negative_prompt_raises() -> None:
-    guidance = Guidance(cfg_scale=2.0)
-    denoiser = guided_denoiser(MixingModel(), POSITIVE, None, guidance, [guidance.at_sigma(0.5)])
+    denoiser = guided_denoiser(MixingModel(), POSITIVE, None, Guidance(cfg_scale=2.0))
     with pytest.raises(ValueError, match="negative prompt"):
-        denoiser(0, randn(1, TOKENS, CHANNELS, seed=22), torch.tensor([[0.5]]))
+        denoiser(0.5, randn(1, TOKENS, CHANNELS, seed=22), torch.tensor([[0.5]]))
+
+
+def test_lists_are_looked_up_by_the_sigma_of_the_evaluation() -> None:
+    """A sampler may evaluate between the sigmas of its schedule."""
+    tokens, token_sigmas = randn(1, TOKENS, CHANNELS, seed=1), torch.tensor([[0.7]])
+    by_list = make_denoiser(MixingModel(), cfg_scale=(1.0, 4.0), sigmas=(0.8, 0.5))
+    for sigma, scale in ((0.9, 1.0), (0.8, 1.0), (0.79, 4.0), (0.1, 4.0)):
+        expected = make_denoiser(MixingModel(), cfg_scale=scale)(sigma, tokens, token_sigmas)
+        assert torch.equal(by_list(sigma, tokens, token_sigmas), expected)

@@ -96,10 +96,10 @@ def test_lists_that_do_not_fit_their_sigmas_are_refused_on_use(values: dict[str,
 
 
 def test_a_pass_takes_its_timing_from_the_defaults_as_a_whole() -> None:
-    distilled = Pass(sigmas=(1.0, 0.7, 0.4), stochastic=False, tone_map=0.6)
+    distilled = Pass(sigmas=(1.0, 0.7, 0.4), sampler="euler", tone_map=0.6)
     assert Pass().with_defaults(distilled) == distilled
     assert Pass(steps=5).with_defaults(distilled).sigmas is None
-    assert Pass(skip_final=1).with_defaults(distilled) == Pass(steps=3, skip_final=1, stochastic=False, tone_map=0.6)
+    assert Pass(skip_final=1).with_defaults(distilled) == Pass(steps=3, skip_final=1, sampler="euler", tone_map=0.6)
     assert Pass(sigmas=(0.9,)).with_defaults(Pass(steps=8, skip_initial=2)) == Pass(sigmas=(0.9,))
 
 

@@ -13,7 +13,7 @@ from ltx_video.schedulers.rf import RectifiedFlowScheduler
 from torch import Tensor
 
 from kadr.sampling.positions import token_positions
-from kadr.sampling.samplers import euler_step
+from kadr.sampling.samplers import euler_step, next_sigma
 from kadr.sampling.schedules import explicit_sigmas
 from kadr.sampling.state import LatentState, to_latents, to_tokens
 from kadr.shapes import LatentGrid
@@ -93,7 +93,7 @@ def test_a_conditioned_token_stays_until_the_sampler_reaches_its_sigma(sigma: fl
 
 
 def test_steps_with_conditioned_tokens_equal_the_official_pipeline() -> None:
-    state, all_sigmas = conditioned_state(masks()), torch.cat([SIGMAS, torch.zeros(1)])
+    state = conditioned_state(masks())
     scheduler = RectifiedFlowScheduler()
     scheduler.set_timesteps(timesteps=SIGMAS.tolist())
     pipeline = SimpleNamespace(scheduler=scheduler)
@@ -102,5 +102,6 @@ def test_steps_with_conditioned_tokens_equal_the_official_pipeline() -> None:
         velocity = randn(1, GRID.num_tokens, 5, seed=10 + index)
         token_sigmas = state.sigma_per_token(sigma)
         tokens = LTXVideoPipeline.denoising_step(pipeline, tokens, velocity, token_sigmas, masks(), sigma, {})
-        state = state.advance(euler_step(index, state.tokens, velocity, token_sigmas, all_sigmas), sigma)
+        following = next_sigma(token_sigmas, SIGMAS)
+        state = state.advance(euler_step(state.tokens, velocity, token_sigmas, following), sigma)
         assert torch.equal(state.tokens, tokens)

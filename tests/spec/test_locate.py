@@ -104,7 +104,7 @@ def test_a_component_is_refused_as_a_model(name: str, error: str) -> None:
     [
         ("demo", TEXT_ENCODER_ROLE, rf"demo is a model; for the text encoder .* such as {DEFAULT_TEXT_ENCODER}"),
         (DEFAULT_TEXT_ENCODER, VAE, rf"{DEFAULT_TEXT_ENCODER} is a text encoder; for the VAE .* such as ltxv-2b-0\.9"),
-        ("demo", UPSCALER_ROLE, "demo is a model, not an upscaler"),
+        ("demo", UPSCALER_ROLE, r"demo is a model; for the upscaler give a path, or a name such as ltxv-spatial"),
     ],
 )
 def test_a_component_of_another_kind_is_refused_with_an_example(name: str, role: str, message: str) -> None:

@@ -171,11 +171,11 @@ class StageCase:
 def pass_flops(config: TransformerConfig, resolved_pass: ResolvedPass) -> int:
     """Returns the FLOPs of all model evaluations of a pass."""
     total, tokens = 0, resolved_pass.grid.num_tokens
-    for step in resolved_pass.step_guidance:
-        total += (1 + (step.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=TEXT_LENGTH)
-        if step.stg_scale > 0 and step.skip_blocks:
+    for guidance in resolved_pass.evaluation_guidance:
+        total += (1 + (guidance.cfg_scale > 1)) * transformer_flops(config, tokens, text_tokens=TEXT_LENGTH)
+        if guidance.stg_scale > 0 and guidance.skip_blocks:
             mode = resolved_pass.settings.guidance.stg_mode or ATTENTION_VALUES
-            total += perturbed_flops(config, tokens, step.skip_blocks, mode, text_tokens=TEXT_LENGTH)
+            total += perturbed_flops(config, tokens, guidance.skip_blocks, mode, text_tokens=TEXT_LENGTH)
     return total
 
 

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from kadr.errors import RequestError
+from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import Guidance, Pass
 from kadr.shapes import Size
 
@@ -118,7 +119,7 @@ UPSCALER = "ltxv-spatial-upscaler-0.9.8"
 _2B_GUIDANCE = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, skip_blocks=(19,))
 _2B = Recipe(first_pass=Pass(steps=40, guidance=_2B_GUIDANCE))
 _2B_DISTILLED = Recipe(
-    first_pass=Pass(steps=8, guidance=Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0), stochastic=True)
+    first_pass=Pass(steps=8, guidance=Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0), sampler=EULER_STOCHASTIC)
 )
 _NO_GUIDANCE = Guidance(cfg_scale=1.0, stg_scale=0.0, rescale=1.0, skip_blocks=(42,))
 _DISTILLED = Recipe(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kadr.request.passes import (
+    Evaluation,
     ResolvedPass,
     check_first_sigma,
     unused_second_pass_options,
@@ -99,18 +101,27 @@ def warn_unused_options(spec: ModelSpec, resolved: ResolvedRequest) -> None:
 
 def _pass_json(resolved_pass: ResolvedPass) -> dict[str, Any]:
     guidance = resolved_pass.settings.guidance
-    steps = zip(resolved_pass.sigmas, resolved_pass.step_guidance, strict=True)
     return {
         "number": resolved_pass.number,
         "size": str(resolved_pass.size),
         "frames": resolved_pass.frames,
         "fps": resolved_pass.fps,
         "latent_grid": [resolved_pass.grid.frames, resolved_pass.grid.height, resolved_pass.grid.width],
-        "stochastic": bool(resolved_pass.settings.stochastic),
+        "sampler": resolved_pass.settings.sampler,
         "tone_map": resolved_pass.settings.tone_map,
         "stg_mode": guidance.stg_mode,
         "cfg_star": bool(guidance.cfg_star),
         "apg": guidance.apg,
         "apg_norm": guidance.apg_norm,
-        "steps": [{"sigma": sigma, **step._asdict(), "evaluations": step.model_evaluations} for sigma, step in steps],
+        "steps": [_step_json(step) for step in resolved_pass.evaluations],
+    }
+
+
+def _step_json(step: Sequence[Evaluation]) -> dict[str, Any]:
+    first, *later = step
+    return {
+        "sigma": first.sigma,
+        **first.guidance._asdict(),
+        "evaluations": sum(evaluation.guidance.model_evaluations for evaluation in step),
+        "intermediate": [{"sigma": sigma, **guidance._asdict()} for sigma, guidance in later],
     }

@@ -266,8 +266,6 @@ class Engine(StageAccess):
         with cancellable(cancel) as token, self._model.exclusive(wait=wait):
             needs_media = not stages or not {"encode", "denoise"}.isdisjoint(stages)
             resolved = self._model.prepare(request, with_media=needs_media)
-            if transformer is None and (not stages or "denoise" in stages):
-                self._warn_unused_controls(resolved)
             if not stages:
                 check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
             encoder = self._model.prompt_encoder(resolved.all_prompts if prompts is None else prompts)
@@ -275,7 +273,10 @@ class Engine(StageAccess):
             plan = plan_request(self.spec, resolved, encoder, stages=stages, cached=cached)
             notices = Notices(self.spec.notices)
             modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
-            yield Generation(resolved, modules, encoder, watch, token)
+            generation = Generation(resolved, modules, encoder, watch, token)
+            if transformer is None and (not stages or "denoise" in stages):
+                self._warn_unused_controls(resolved)
+            yield generation
 
     def load_transformer(self, *, keep_storage_dtype: bool = False) -> Transformer:
         """Loads the transformer of the first pass on the CPU, without a placement, as training takes it.

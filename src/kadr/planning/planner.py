@@ -297,7 +297,7 @@ class Planner:
             is_prepacked = not option.is_streamed and should_prepack_linears(self.dtype, self.device)
             weights = weight_bytes(source, self.dtype, option.weight_format, is_prepacked=is_prepacked)
             weights = self._add_lora_bytes(weights, option)
-            bytes_read = source.size_bytes * (len(resolved_pass.step_guidance) if option.is_streamed else 1)
+            bytes_read = source.size_bytes * (len(resolved_pass.evaluation_guidance) if option.is_streamed else 1)
             backend = self._matmul_backend(option)
             placements.append(self._placement(option, weights, workspace_bytes, flops, bytes_read, backend))
         return StageOptions(
@@ -364,7 +364,7 @@ class Planner:
             batch=batch,
             text_tokens=longest,
             per_token_sigmas=self.workload.has_per_token_sigmas(pass_index),
-            perturbed_samples=int(any(step.stg_scale > 0 and step.skip_blocks for step in resolved_pass.step_guidance)),
+            perturbed_samples=int(any(at.stg_scale > 0 and at.skip_blocks for at in resolved_pass.evaluation_guidance)),
             fused_gelu=should_prepack_linears(self.dtype, self.device),
         )
         loras = self.spec.loras
@@ -403,12 +403,12 @@ class Planner:
         num_sigmas = 2 if self.workload.has_per_token_sigmas(pass_index) else 1
         longest, loras = max(prompt_tokens), self.spec.loras
         lora_total = 0 if loras.is_merged else lora_flops(sum(loras.parameter_counts), tokens)
-        for step in resolved_pass.step_guidance:
+        for guidance in resolved_pass.evaluation_guidance:
             evaluation = transformer_flops(config, tokens, text_tokens=longest, num_sigmas=num_sigmas)
-            total += (1 + (step.cfg_scale > 1)) * (evaluation + lora_total)
-            if step.stg_scale > 0 and step.skip_blocks:
+            total += (1 + (guidance.cfg_scale > 1)) * (evaluation + lora_total)
+            if guidance.stg_scale > 0 and guidance.skip_blocks:
                 mode = resolved_pass.settings.guidance.stg_mode or ATTENTION_VALUES
-                total += perturbed_flops(config, tokens, step.skip_blocks, mode, text_tokens=longest)
+                total += perturbed_flops(config, tokens, guidance.skip_blocks, mode, text_tokens=longest)
         return total
 
     def _placement(

@@ -11,9 +11,10 @@ from kadr.media.image import DEFAULT_IMAGE_CRF
 from kadr.models.registry import Recipe
 from kadr.request.request import DEFAULT_DENOISE_STRENGTH, Request
 from kadr.request.windows import check_prompt_count
+from kadr.sampling.samplers import EULER
 from kadr.sampling.settings import Pass
 
-PASS_DEFAULTS = Pass(stochastic=False, tone_map=0.0)  # where neither request nor recipe has a value
+PASS_DEFAULTS = Pass(sampler=EULER, tone_map=0.0)  # where neither request nor recipe has a value
 
 
 def complete_request(request: Request, recipe: Recipe) -> Request:

@@ -18,6 +18,7 @@ import yaml
 from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import Recipe
+from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
 from kadr.validation import is_number
 
@@ -49,7 +50,7 @@ PASS_KEYS: Mapping[str, str] = {
     "timesteps": "sigmas",
     "skip_initial_inference_steps": "skip_initial",
     "skip_final_inference_steps": "skip_final",
-    "stochastic_sampling": "stochastic",
+    "stochastic_sampling": "sampler",
     "tone_map_compression_ratio": "tone_map",
 }
 LIST_KEYS = ("guidance_scale", "stg_scale", "rescaling_scale")  # a list has an entry for each guidance_timesteps
@@ -291,8 +292,10 @@ def _parse_section(context: _ErrorContext, data: Mapping[str, Any], name: str) -
 def _check_settings(context: _ErrorContext, values: Mapping[str, Any]) -> None:
     """Checks each value by itself, so that an error names its key."""
     for key, value in values.items():
-        if key == "stochastic_sampling" and not isinstance(value, bool):
-            raise context.error(key, f"is {value!r}; it must be true or false.")
+        if key == "stochastic_sampling":
+            if not isinstance(value, bool):
+                raise context.error(key, f"is {value!r}; it must be true or false.")
+            continue
         kind, field = (Pass, PASS_KEYS[key]) if key in PASS_KEYS else (Guidance, GUIDANCE_KEYS[key])
         settings = context.build(key, kind, **{field: value})
         if isinstance(settings, Pass) and settings.sigmas is not None and not _is_decreasing(settings.sigmas):
@@ -323,7 +326,7 @@ def _parse_pass(context: _ErrorContext, values: Mapping[str, Any], stg_mode: str
     )
     context.build("guidance_timesteps", guidance.check_lists)
     settings = {PASS_KEYS[key]: value for key, value in values.items() if key in PASS_KEYS}
-    settings["stochastic"] = settings.get("stochastic") or None  # off is left open
+    settings["sampler"] = EULER_STOCHASTIC if settings.get("sampler") else None  # off is left open
     return context.build("timesteps", Pass, **settings, guidance=guidance)
 
 

@@ -6,12 +6,14 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 from kadr.errors import KadrWarning, RequestError
 from kadr.models.registry import Release
 from kadr.request.request import Request
 from kadr.request.windows import Span
+from kadr.sampling.samplers import EULER, SAMPLERS
 from kadr.sampling.schedules import Schedule, explicit_sigmas
 from kadr.sampling.settings import Pass, StepGuidance
 from kadr.sampling.step_cache import MIN_STEPS, StepCache
@@ -21,9 +23,16 @@ from kadr.spec.model import Upscaling
 T = TypeVar("T")
 
 
+class Evaluation(NamedTuple):
+    """One call of the denoiser: its sigma, and the guidance there."""
+
+    sigma: float
+    guidance: StepGuidance
+
+
 @dataclass(frozen=True)
 class ResolvedPass:
-    """A pass with nothing left open: its size, sigmas and guidance of every step.
+    """A pass with nothing left open: its size, sigmas, and guidance of every evaluation.
 
     Args:
         number: 1 or 2.
@@ -32,7 +41,7 @@ class ResolvedPass:
         frames: 8k+1.
         fps: frame rate of the positions.
         sigmas: fp32 values, decreasing, without the final 0.
-        step_guidance: guidance of each step.
+        evaluations: calls of the denoiser, step by step: a sampler may have several in a step.
         window_index, window_count: index of the window, from 0, and number of windows. For a pass in windows as a
             whole: 0, the number of windows, and the sigmas of the first one.
         first_frame: pixel frame of the whole video that is the window's frame 0.
@@ -45,7 +54,7 @@ class ResolvedPass:
     frames: int
     fps: float
     sigmas: tuple[float, ...]
-    step_guidance: tuple[StepGuidance, ...]
+    evaluations: tuple[tuple[Evaluation, ...], ...]
     window_index: int = 0
     window_count: int = 1
     first_frame: int = 0
@@ -58,9 +67,19 @@ class ResolvedPass:
         return LatentGrid.for_video(self.size, self.frames)
 
     @property
+    def step_guidance(self) -> tuple[StepGuidance, ...]:
+        """Guidance of each step, at the sigma that it begins from."""
+        return tuple(step[0].guidance for step in self.evaluations)
+
+    @property
+    def evaluation_guidance(self) -> tuple[StepGuidance, ...]:
+        """Guidance of every call of the denoiser, in their order."""
+        return tuple(evaluation.guidance for step in self.evaluations for evaluation in step)
+
+    @property
     def uses_cfg(self) -> bool:
-        """True if any step needs the negative prompt."""
-        return any(step.cfg_scale > 1 for step in self.step_guidance)
+        """True if any evaluation needs the negative prompt."""
+        return any(guidance.cfg_scale > 1 for guidance in self.evaluation_guidance)
 
     def clip_frame_indices(self, video_fps: float | None, clip_frames: int) -> list[int]:
         """Returns the frames of a clip that belong to the pass's frames; every second one, if it samples only those.
@@ -83,9 +102,10 @@ def resolve_passes(
         upscaling: what the available upscalers double.
 
     Raises:
-        RequestError: the model does not allow the sigmas, there are too few steps, or the size is too small for two
-            passes.
+        RequestError: the model does not allow the sigmas, there are too few steps, the size is too small for two
+            passes, or a step cache does not fit the sampler.
     """
+    _refuse_step_cache(request)
     requested_size, fps, first = known_size(request), known(request.fps), request.first_pass()
     size, frames = requested_size.snap(), snap_frames(known(request.frames))
     if request.windows is not None:
@@ -101,6 +121,22 @@ def resolve_passes(
         _resolve_pass(1, first, first_size, first_frames, first_fps, schedules[0], _max_first_sigma(request)),
         _resolve_pass(2, known(request.second_pass), second_size, second_frames, fps, schedules[1], None),
     )
+
+
+def _refuse_step_cache(request: Request) -> None:
+    """Refuses a step cache together with a sampler that evaluates the model more than once in a step.
+
+    Raises:
+        RequestError: both are requested.
+    """
+    passes = filter(None, (request.first_pass(), request.second_pass))
+    for sampler in (settings.sampler or EULER for settings in passes):
+        count = len(SAMPLERS[sampler].evaluation_sigmas(1.0, 0.5))
+        if request.step_cache is not None and count > 1:
+            raise RequestError(
+                f"the step cache is {request.step_cache.kind!r}, and the sampler {sampler!r} has {count} evaluations "
+                f"in a step; a step cache allows 1. Leave out the cache, or use the sampler {EULER!r}."
+            )
 
 
 def resolve_window_passes(request: Request, schedule: Schedule) -> tuple[ResolvedPass, ...]:
@@ -180,8 +216,22 @@ def _resolve_pass(
                 "Give at least that, or more steps."
             )
         sigmas = allowed_sigmas
-    step_guidance = tuple(settings.guidance.at_sigma(sigma) for sigma in sigmas)
-    return ResolvedPass(number, settings, size, frames, fps, sigmas, step_guidance)
+    evaluations = _evaluations(settings, sigmas)
+    if schedule.allowed_sigmas is not None and any(len(step) > 1 for step in evaluations):
+        raise RequestError(
+            f"this model was distilled for the sigmas {', '.join(map(str, schedule.allowed_sigmas))}; the sampler "
+            f"{settings.sampler!r} evaluates it between them. Use the sampler {EULER!r}."
+        )
+    return ResolvedPass(number, settings, size, frames, fps, sigmas, evaluations)
+
+
+def _evaluations(settings: Pass, sigmas: Sequence[float]) -> tuple[tuple[Evaluation, ...], ...]:
+    """Returns the evaluations of each step: the sampler says at which sigmas they are."""
+    sampler = SAMPLERS[settings.sampler or EULER]
+    return tuple(
+        tuple(Evaluation(sigma, settings.guidance.at_sigma(sigma)) for sigma in sampler.evaluation_sigmas(*step))
+        for step in pairwise([*sigmas, 0.0])
+    )
 
 
 def _pass_sigmas(settings: Pass, schedule: Schedule, tokens: int) -> tuple[float, ...]:
@@ -212,12 +262,12 @@ def _two_pass_frames(frames: int) -> tuple[int, int]:
 
 
 def check_skip_blocks(resolved_pass: ResolvedPass, num_layers: int) -> None:
-    """Refuses a skipped block that the transformer does not have, if a step would skip it.
+    """Refuses a skipped block that the transformer does not have, if an evaluation would skip it.
 
     Raises:
         RequestError: a block is past the last one.
     """
-    skipped = {block for step in resolved_pass.step_guidance if step.stg_scale > 0 for block in step.skip_blocks}
+    skipped = {block for step in resolved_pass.evaluation_guidance if step.stg_scale > 0 for block in step.skip_blocks}
     if unknown := sorted(block for block in skipped if block >= num_layers):
         raise RequestError(
             f"skip_blocks has {', '.join(map(str, unknown))}; this model has {num_layers} blocks, 0 to "

@@ -11,7 +11,7 @@ from typing import Any
 from kadr.errors import RequestError
 from kadr.request.inputs import Condition, Control, as_tuple_of
 from kadr.request.windows import Windows, split_prompts
-from kadr.sampling.settings import MAX_STEPS, Guidance, Pass, parse_sigmas
+from kadr.sampling.settings import MAX_STEPS, Guidance, Pass, check_sampler, parse_sigmas
 from kadr.sampling.step_cache import StepCache
 from kadr.schema import REQUEST
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
@@ -51,7 +51,7 @@ class Request:
         guidance: CFG scale, 1 is off; or a `Guidance`.
         guidance_batch: evaluate the conditional and unconditional predictions in one batch instead of in turn.
         negative_prompt: what to guide away from.
-        stochastic: add fresh noise at every step, as some distilled models require.
+        sampler: a name of `kadr.sampling.samplers.SAMPLERS`; "euler_stochastic" is what some distilled models require.
         cache: skip transformer blocks on some steps, a `StepCache` or its kind; faster, but changes the video. None
             is off.
         tone_map: how strongly the latents' extremes are compressed before decoding, 0 to 1.
@@ -87,7 +87,7 @@ class Request:
     guidance: Guidance | float | None = None
     guidance_batch: bool = False
     negative_prompt: str | None = None
-    stochastic: bool | None = None
+    sampler: str | None = None
     cache: StepCache | str | None = None
     tone_map: float | None = None
     multi_scale: bool | None = None
@@ -133,8 +133,9 @@ class Request:
                 check_range(name, value, low, high, is_whole=is_whole)
         for name in ("skip_initial", "skip_final"):
             check_range(name, getattr(self, name), 0, MAX_STEPS, is_whole=True)
-        for name in ("guidance_batch", "stochastic", "multi_scale"):
+        for name in ("guidance_batch", "multi_scale"):
             check_bool(name, getattr(self, name))
+        check_sampler(self.sampler)
         if not isinstance(self.second_pass, Pass | None):
             raise RequestError(f"second_pass is {self.second_pass!r}; it must be a Pass.")
         if self.sigmas is not None and (self.steps is not None or self.skip_initial or self.skip_final):
@@ -181,7 +182,7 @@ class Request:
             skip_initial=self.skip_initial,
             skip_final=self.skip_final,
             guidance=self.guidance if isinstance(self.guidance, Guidance) else Guidance(),
-            stochastic=self.stochastic,
+            sampler=self.sampler,
             tone_map=self.tone_map,
         )
 

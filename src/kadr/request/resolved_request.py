@@ -92,4 +92,4 @@ class ResolvedRequest:
     def model_evaluations(self) -> int:
         """Number of model evaluations, over all passes and windows."""
         passes = self.window_passes or self.passes
-        return sum(step.model_evaluations for resolved_pass in passes for step in resolved_pass.step_guidance)
+        return sum(at.model_evaluations for resolved_pass in passes for at in resolved_pass.evaluation_guidance)

@@ -87,7 +87,7 @@ def insert_clip(
 def add_image_noise(
     noise_scale: float, draw: Callable[[int, torch.Size], Tensor]
 ) -> Callable[[int, LatentState, Tensor], LatentState]:
-    """Returns a `prepare` of `denoise` that adds noise_scale · sigma² · noise to the fully conditioned tokens.
+    """Returns a `prepare` of a sampler that adds noise_scale · sigma² · noise to the fully conditioned tokens.
 
     The network is still told they are clean (sigma 0). The noise keeps an image from freezing the motion around it.
 

@@ -6,12 +6,12 @@ guidance (STG).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from kadr.sampling.samplers import Denoiser
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, StepGuidance
 
 EPSILON = 1e-8  # keeps the factor of CFG-Zero* and the step of APG finite
@@ -47,9 +47,6 @@ class VelocityModel(Protocol):
     ) -> tuple[Tensor, Tensor | None]: ...
 
 
-Denoiser = Callable[[int, Tensor, Tensor], Tensor]  # step, tokens (B, N, C), sigma (B, 1 or N) -> velocity
-
-
 class Predictions(NamedTuple):
     """Velocities (B, N, C): conditional (the prompt), unconditional (the negative prompt) and perturbed (STG)."""
 
@@ -63,38 +60,37 @@ def guided_denoiser(
     prompt_embeddings: PromptEmbeddings,
     negative_embeddings: PromptEmbeddings | None,
     guidance: Guidance,
-    step_guidance: Sequence[StepGuidance],
     *,
     guidance_batch: bool = False,
 ) -> Denoiser:
     """Returns a denoiser that evaluates the model as guidance needs it and gives the guided velocity.
 
     Args:
-        negative_embeddings: needed where a step's CFG scale is above 1.
-        guidance: for what does not change from step to step.
-        step_guidance: one for each step.
+        negative_embeddings: needed where the CFG scale is above 1.
+        guidance: an evaluation looks its lists up by its sigma.
         guidance_batch: evaluate both prompts in one batch: twice the activations, fewer kernel launches, the same
             numbers.
     """
-    # One object for all steps: a model may cache what it computes from prompt embeddings.
+    # One object for all evaluations: a model may cache what it computes from prompt embeddings.
     both_embeddings = (
         PromptEmbeddings(*(torch.cat(pair) for pair in zip(negative_embeddings, prompt_embeddings, strict=True)))
         if negative_embeddings and guidance_batch
         else None
     )
 
-    def guided_velocity(index: int, tokens: Tensor, sigma: Tensor) -> Tensor:
+    def guided_velocity(sigma: float, tokens: Tensor, token_sigmas: Tensor) -> Tensor:
+        step_guidance = guidance.at_sigma(sigma)
         predictions = _evaluate(
             model,
             tokens,
-            sigma,
+            token_sigmas,
             prompt_embeddings,
             negative_embeddings,
             both_embeddings,
-            step_guidance[index],
+            step_guidance,
             guidance.stg_mode or ATTENTION_VALUES,
         )
-        return combine(predictions, step_guidance[index], guidance, tokens, sigma)
+        return combine(predictions, step_guidance, guidance, tokens, token_sigmas)
 
     return guided_velocity
 
@@ -109,7 +105,7 @@ def _evaluate(
     step_guidance: StepGuidance,
     stg_mode: str,
 ) -> Predictions:
-    """Runs the model evaluations of one step.
+    """Runs the model evaluations at one sigma.
 
     Args:
         both_embeddings: the negative prompt and the prompt, if they are evaluated in one batch.

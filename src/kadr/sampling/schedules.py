@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kadr.errors import CheckpointError, RequestError
 
-SAMPLERS = ("Uniform", "LinearQuadratic")
+SCHEDULE_SAMPLERS = ("Uniform", "LinearQuadratic")
 SHIFTINGS = (None, "SD3")
 THRESHOLD_NOISE = 0.025  # how far from pure noise the first, linear half of a linear-quadratic schedule goes
 SHIFT_LOW, SHIFT_HIGH = (1024, 0.95), (4096, 2.05)  # (tokens, shift): the two points that SD3's line goes through
@@ -39,8 +39,10 @@ class Schedule:
     allowed_sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise CheckpointError(f"the scheduler's sampler is {self.sampler!r}; kadr knows {', '.join(SAMPLERS)}.")
+        if self.sampler not in SCHEDULE_SAMPLERS:
+            raise CheckpointError(
+                f"the scheduler's sampler is {self.sampler!r}; kadr knows {', '.join(SCHEDULE_SAMPLERS)}."
+            )
         if self.shifting not in SHIFTINGS:
             raise CheckpointError(f"the scheduler's shifting is {self.shifting!r}; kadr knows SD3 and none.")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from kadr.errors import RequestError
+from kadr.sampling.samplers import SAMPLERS
 from kadr.validation import check_bool, check_fields, check_range, is_number, is_whole_number
 
 ScalarOrList: TypeAlias = "float | tuple[float, ...]"
@@ -21,7 +22,7 @@ MAX_STEPS = 1000
 
 
 class StepGuidance(NamedTuple):
-    """The guidance of one step: the fields of `Guidance` that may be lists, with one value each."""
+    """The guidance at one sigma: the fields of `Guidance` that may be lists, with one value each."""
 
     cfg_scale: float
     stg_scale: float
@@ -30,7 +31,7 @@ class StepGuidance(NamedTuple):
 
     @property
     def model_evaluations(self) -> int:
-        """Forward passes of the transformer in the step: conditional, unconditional (CFG), perturbed (STG)."""
+        """Forward passes of the transformer at that sigma: conditional, unconditional (CFG), perturbed (STG)."""
         return 1 + (self.cfg_scale > 1) + (self.stg_scale > 0)
 
 
@@ -38,8 +39,8 @@ class StepGuidance(NamedTuple):
 class Guidance:
     """Classifier-free guidance (CFG) and spatio-temporal guidance (STG) of a pass. None leaves a value to the recipe.
 
-    A list has one value for each entry of `sigmas`: a step at sigma s takes the value of the first entry that is at
-    most s, and the last value if there is none.
+    A list has one value for each entry of `sigmas`: an evaluation at sigma s takes the value of the first entry that is
+    at most s, and the last value if there is none.
 
     Args:
         cfg_scale: CFG scale, away from the negative prompt; 1 is off.
@@ -90,7 +91,7 @@ class Guidance:
         return replace(self, **{name: getattr(defaults, name) for name in unset})
 
     def at_sigma(self, sigma: float) -> StepGuidance:
-        """Returns the guidance of a step at `sigma`; what is still open is off.
+        """Returns the guidance of an evaluation at `sigma`; what is still open is off.
 
         Raises:
             RequestError: a list and `sigmas` differ in length.
@@ -143,7 +144,7 @@ class Pass:
         sigmas: the sigmas themselves, decreasing from at most 1, instead of `steps`.
         skip_initial, skip_final: sigmas left out at the front and at the back of the schedule.
         guidance: what it leaves open is off.
-        stochastic: every step adds fresh noise instead of following the flow ODE.
+        sampler: a name of `samplers.SAMPLERS`.
         tone_map: how strongly the extremes of the latents are compressed before they are decoded, in [0, 1].
     """
 
@@ -152,7 +153,7 @@ class Pass:
     skip_initial: int = 0
     skip_final: int = 0
     guidance: Guidance = field(default_factory=Guidance)
-    stochastic: bool | None = None
+    sampler: str | None = None
     tone_map: float | None = None
 
     def __post_init__(self) -> None:
@@ -166,7 +167,7 @@ class Pass:
                 raise RequestError("both sigmas and skipped steps are given; give one or the other.")
         if not isinstance(self.guidance, Guidance):
             raise RequestError(f"guidance is {self.guidance!r}; it must be a Guidance.")
-        check_bool("stochastic", self.stochastic)
+        check_sampler(self.sampler)
 
     def with_defaults(self, defaults: Pass) -> Pass:
         """Returns this pass, with what it leaves open taken from `defaults`."""
@@ -176,7 +177,7 @@ class Pass:
             merged = replace(merged, **{name: getattr(defaults, name) for name in timing})
         elif merged.sigmas is None and merged.steps is None:
             merged = replace(merged, steps=defaults.steps or (len(defaults.sigmas) if defaults.sigmas else None))
-        unset = {n: getattr(defaults, n) for n in ("stochastic", "tone_map") if getattr(merged, n) is None}
+        unset = {n: getattr(defaults, n) for n in ("sampler", "tone_map") if getattr(merged, n) is None}
         return replace(merged, **unset)
 
     @classmethod
@@ -204,6 +205,16 @@ def parse_sigmas(value: Any) -> tuple[float, ...]:
     if not isinstance(value, tuple | list) or not all(is_number(sigma) for sigma in value):
         raise RequestError(f"sigmas are {value!r}; they must be a list of numbers, such as (1.0, 0.9, 0.5).")
     return tuple(value)
+
+
+def check_sampler(name: Any) -> None:
+    """Refuses what is not the name of a sampler; None passes.
+
+    Raises:
+        RequestError: it is not one.
+    """
+    if name is not None and (not isinstance(name, str) or name not in SAMPLERS):
+        raise RequestError(f"the sampler is {name!r}; it must be one of {', '.join(SAMPLERS)}.")
 
 
 def _check_scalar_or_list(name: str, scalar_or_list: Any, minimum: float, maximum: float) -> ScalarOrList | None:

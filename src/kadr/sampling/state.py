@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kadr.shapes import LatentGrid
+
+if TYPE_CHECKING:  # a request checks the name of its sampler, and must not wait for torch
+    from torch import Tensor
 
 SIGMA_TOLERANCE = 1e-6  # two sigmas nearer than this are the same
 
@@ -52,13 +53,19 @@ class LatentState:
         """Returns the sigma of each token, (B, N), when the sampler is at `sigma`; (B, 1) without conditions."""
         if self.conditioning_mask is None:
             return sigma.expand(len(self.tokens), 1)
-        return torch.minimum(sigma, 1.0 - self.conditioning_mask)
+        return sigma.minimum(1.0 - self.conditioning_mask)
+
+    def is_moving(self, sigma: Tensor) -> Tensor:
+        """Tells which tokens a step from `sigma` moves, (B, N) bool; (B, 1) without conditions.
+
+        A conditioned token stays until 1 - its mask reaches `sigma`.
+        """
+        return sigma - SIGMA_TOLERANCE < self.sigma_per_token(sigma)
 
     def advance(self, tokens: Tensor, sigma: Tensor) -> LatentState:
         """Returns the state after a step from `sigma`. A conditioned token stays until 1 - its mask reaches `sigma`."""
         if self.conditioning_mask is not None:
-            moves = sigma - SIGMA_TOLERANCE < 1.0 - self.conditioning_mask
-            tokens = torch.where(moves[..., None], tokens, self.tokens)
+            tokens = tokens.where(self.is_moving(sigma)[..., None], self.tokens)
         return replace(self, tokens=tokens)
 
     def latents(self) -> Tensor:

@@ -8,8 +8,9 @@ the first block, and after the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from kadr.validation import check_fields, check_range
 
 if TYPE_CHECKING:  # a request has a StepCache, and must not wait for torch
     from torch import Tensor
+
+    from kadr.sampling.samplers import Denoiser
 
 FIRST_BLOCK, TAYLOR = "first-block", "taylor"
 CACHE_KINDS = (FIRST_BLOCK, TAYLOR)
@@ -171,12 +174,13 @@ class PassCache:
         self._must_compute, self._last_computed = True, 0
         self._is_skipped: bool | None = None  # this step; None until it is decided
 
-    def wrap(self, denoiser: Callable[[int, Tensor, Tensor], Tensor]) -> Callable[[int, Tensor, Tensor], Tensor]:
-        """Returns a denoiser that calls `begin_step` before each step."""
+    def wrap(self, denoiser: Denoiser) -> Denoiser:
+        """Returns a denoiser that begins the next step of the pass with each call."""
+        steps = count()
 
-        def cached_denoiser(index: int, tokens: Tensor, sigma: Tensor) -> Tensor:
-            self.begin_step(index)
-            return denoiser(index, tokens, sigma)
+        def cached_denoiser(sigma: float, tokens: Tensor, token_sigmas: Tensor) -> Tensor:
+            self.begin_step(next(steps))
+            return denoiser(sigma, tokens, token_sigmas)
 
         return cached_denoiser
 

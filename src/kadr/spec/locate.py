@@ -79,8 +79,6 @@ def _wrong_kind_error(release: Release, role: str) -> RequestError:
             f"{release.name} is a {release.kind}, not a model. Give it as {_FLAGS[release.kind]}, and a model "
             "that `kadr models` lists."
         )
-    if role == UPSCALER_ROLE:
-        return RequestError(f"{release.name} is a {release.kind}, not an upscaler. `kadr models` lists upscalers.")
     example = next(entry.name for entry in registry.RELEASES if entry.kind in _KINDS[role] and entry.repo is not None)
     return RequestError(f"{release.name} is a {release.kind}; for the {role} give a path, or a name such as {example}.")
 

@@ -48,7 +48,7 @@ def build_request(**fields: Any) -> Request:
         "seed": 5,
         "sigmas": SIGMAS,
         "guidance": Guidance(cfg_scale=3.0, stg_scale=0.0),
-        "stochastic": False,
+        "sampler": "euler",
         "image_noise": 0.0,
         "windows": Windows(frames=41, overlap=24, overlap_strength=1.0, adain=0.25),
     }
@@ -259,7 +259,7 @@ def test_request_with_windows_survives_json(engine: Engine) -> None:
     assert request.windows == Windows(frames=25, overlap=16, anchor_strength=0.0)
     assert Request.from_json(json.loads(json.dumps(request.to_json()))) == request
     assert engine.resolve(request).request == request
-    with pytest.raises(RequestError, match="cannot be read"):
+    with pytest.raises(RequestError, match="unknown to this version"):
         Request.from_json({"prompt": "a", "windows": {"tiles": 3}})
 
 

@@ -60,7 +60,7 @@ def uninterrupted(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> V
     """Long video with an anchor image and fresh noise at every step."""
     home = tmp_path_factory.mktemp("uninterrupted")
     Image.new("RGB", (64, 64), (200, 30, 40)).save(home / "first.png")
-    request = replace(LONG, conditions=(Condition(str(home / "first.png")),), stochastic=True)
+    request = replace(LONG, conditions=(Condition(str(home / "first.png")),), sampler="euler_stochastic")
     return engine.write(request, home / "whole.mp4")
 
 
@@ -252,11 +252,13 @@ def test_window_folder_that_is_a_symlink_stays_one(engine: Engine, output_folder
     assert sorted(path.name for path in output_folder.iterdir()) == ["clip.mp4", "clip.windows", "elsewhere"]
 
 
-def test_two_processes_cannot_write_one_video(engine: Engine, output_folder: Path) -> None:
+def test_two_engines_cannot_write_one_video(engine: Engine, home: Path, output_folder: Path) -> None:
+    other = Engine.open(home / MODEL_FILE, device="cpu", prompt_cache=False)
+
     def write_another(progress: Progress) -> None:
         if progress.stage == "denoise" and progress.step == 1:
             with pytest.raises(RequestError, match=r"another process is writing to .*clip.windows"):
-                engine.write(replace(LONG, seed=9), output_folder / "clip.mp4")
+                other.write(replace(LONG, seed=9), output_folder / "clip.mp4")
 
     video_file = engine.write(LONG, output_folder / "clip.mp4", watch=write_another)
     assert video_file.latents.equal(engine.denoise(LONG)[0])

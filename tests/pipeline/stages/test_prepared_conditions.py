@@ -286,8 +286,8 @@ def test_length_and_rate_default_to_those_of_the_input_video(engine: Engine, med
     request = replace(REQUEST, frames=None, fps=None, input_video=str(media.path("clip 9")))
     resolved = engine.resolve(request)
     assert (resolved.frames, resolved.fps, resolved.request.denoise_strength) == (9, 20.0, 0.75)
-    explicit = engine.resolve(replace(request, frames=4, fps=30, denoise_strength=0.5))
-    assert (explicit.frames, explicit.fps, explicit.request.denoise_strength) == (4, 30, 0.5)
+    explicit = engine.resolve(replace(request, frames=4, fps=30, denoise_strength=0.8))
+    assert (explicit.frames, explicit.fps, explicit.request.denoise_strength) == (4, 30, 0.8)
 
 
 def test_explicit_first_sigma_leaves_denoise_strength_unset(engine: Engine, media: Media) -> None:

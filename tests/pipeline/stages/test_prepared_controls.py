@@ -324,7 +324,9 @@ def test_a_control_changes_no_noise(
 
     monkeypatch.setattr(NoiseStreams, "draw", draw)
     request = replace(
-        REQUEST, stochastic=True, conditions=(image_condition, replace(image_condition, frame=KEYFRAME, strength=0.5))
+        REQUEST,
+        sampler="euler_stochastic",
+        conditions=(image_condition, replace(image_condition, frame=KEYFRAME, strength=0.5)),
     )
     opened().denoise(request)
     drawn_without_control = list(drawn)

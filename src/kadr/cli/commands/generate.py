@@ -45,17 +45,17 @@ def generate(prompt: options.Prompt, flags: options.GenerateFlags) -> None:
     request = build_request(prompt, flags)
     refuse_second_pass_flags(request, flags.model)
     components = component_options(flags.model, request)
+    is_demo, model = "model" not in components, components.pop("model", "demo")
     refuse_missing_media(request)
     enhancer = enhance.create_enhancer(flags.enhance)
     if flags.output.dry_run:
         enhance.announce_enhancer(enhancer)
-        print_dry_run(request, run.open_engine(**components, **engine_options(flags.model)), flags)
+        print_dry_run(request, run.open_engine(model, **components, **engine_options(flags.model)), flags)
         return
     output = choose_output(flags.output.output, resume=flags.output.resume)
     refuse_unwritable(request, output, flags.output.save_latents)
-    if "model" not in components:
+    if is_demo:
         print_stderr(DEMO_NOTICE)
-    model = components.pop("model", "demo")
     if flags.model.no_prompt_cache:
         components["prompt_cache"] = False
     engine = run.open_engine(model, **components, **engine_options(flags.model))

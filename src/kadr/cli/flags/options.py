@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kadr.sampling.samplers import SAMPLERS
+
 
 def flag(name: str, metavar: str | None, help: str) -> Any:
     return typer.Option(name, metavar=metavar, help=help, show_default=False)
@@ -194,10 +196,7 @@ class DenoisingFlags:
     sigmas: Annotated[_Text, flag("--sigmas", "1.0,0.9,...", "The sigma schedule, instead of --steps.")] = None
     skip_initial: Annotated[int, flag("--skip-initial", "N", "Skip the first N sigmas.")] = 0
     skip_final: Annotated[int, flag("--skip-final", "N", "Skip the last N sigmas.")] = 0
-    stochastic: Annotated[
-        _Switch,
-        flag("--stochastic/--no-stochastic", None, "Add fresh noise at every step, as some distilled models need."),
-    ] = None
+    sampler: Annotated[_Text, flag("--sampler", "|".join(SAMPLERS), "How each step is made.")] = None
     cache: Annotated[
         str, flag("--cache", "none|first-block|taylor", "Skip transformer blocks on some steps: faster, other frames.")
     ] = "none"
@@ -247,6 +246,7 @@ class SecondPassFlags:
     second_steps: Annotated[_Int, flag("--second-steps", "N", "Its number of steps.")] = None
     second_sigmas: Annotated[_Text, flag("--second-sigmas", "0.9,0.7,...", "Its sigma schedule.")] = None
     second_skip_initial: Annotated[_Int, flag("--second-skip-initial", "N", "Skip its first N sigmas.")] = None
+    second_sampler: Annotated[_Text, flag("--second-sampler", "NAME", "Its sampler.")] = None
     second_guidance: Annotated[_Float, flag("--second-guidance", "X", "Its CFG scale.")] = None
     second_tone_map: Annotated[_Float, flag("--second-tone-map", "X", "Its tone map.")] = None
 

@@ -93,7 +93,7 @@ def build_request(prompt: str, flags: options.GenerateFlags | options.PlanFlags)
         sigmas=parse.floats("--sigmas", denoising.sigmas),
         skip_initial=denoising.skip_initial,
         skip_final=denoising.skip_final,
-        stochastic=denoising.stochastic,
+        sampler=denoising.sampler,
         cache=_cache(denoising),
         guidance=_guidance(flags.guidance),
         guidance_batch=flags.guidance.guidance_batch,
@@ -173,6 +173,7 @@ def _second(flags: options.SecondPassFlags) -> Pass | None:
         "steps": flags.second_steps,
         "sigmas": parse.floats("--second-sigmas", flags.second_sigmas),
         "skip_initial": flags.second_skip_initial,
+        "sampler": flags.second_sampler,
         "guidance": None if flags.second_guidance is None else Guidance(cfg_scale=flags.second_guidance),
         "tone_map": flags.second_tone_map,
     }

@@ -10,6 +10,7 @@ from kadr.pipeline.dry_run import DryRun
 from kadr.request.inputs import Condition
 from kadr.request.passes import ResolvedPass
 from kadr.request.windows import Windows
+from kadr.sampling.samplers import EULER
 from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.spec.locate import ModelComponent
 
@@ -106,9 +107,9 @@ def _headline(resolved_pass: ResolvedPass) -> str:
     grid, settings = resolved_pass.grid, resolved_pass.settings
     guidance = settings.guidance
     options = {
-        "fresh noise at every step": bool(settings.stochastic),
+        f"sampler {settings.sampler}": settings.sampler != EULER,
         f"STG by {guidance.stg_mode or ATTENTION_VALUES}": any(
-            step.stg_scale > 0 for step in resolved_pass.step_guidance
+            step.stg_scale > 0 for step in resolved_pass.evaluation_guidance
         ),
         "CFG*": bool(guidance.cfg_star) and resolved_pass.uses_cfg,
         f"APG {guidance.apg}": guidance.apg is not None and guidance.apg >= 0 and resolved_pass.uses_cfg,
@@ -125,6 +126,7 @@ def _headline(resolved_pass: ResolvedPass) -> str:
 
 def _steps(resolved_pass: ResolvedPass) -> Iterator[tuple[str, ...]]:
     yield "step", "sigma", "guidance", "stg", "rescale", "blocks"
-    for number, (sigma, step) in enumerate(zip(resolved_pass.sigmas, resolved_pass.step_guidance, strict=True), 1):
-        values = (f"{value:g}" for value in (sigma, step.cfg_scale, step.stg_scale, step.rescale))
-        yield str(number), *values, ",".join(map(str, step.skip_blocks)) or "-"
+    for number, step in enumerate(resolved_pass.evaluations, 1):
+        for index, (sigma, guidance) in enumerate(step):
+            values = (f"{value:g}" for value in (sigma, guidance.cfg_scale, guidance.stg_scale, guidance.rescale))
+            yield str(number) if index == 0 else "", *values, ",".join(map(str, guidance.skip_blocks)) or "-"

@@ -23,11 +23,11 @@ from kadr.pipeline.stages.encode import EncodedInputs
 from kadr.request.passes import ResolvedPass, noise_stream_name
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.sampling.conditioning import add_image_noise
-from kadr.sampling.guidance import Denoiser, Perturbation, PromptEmbeddings, guided_denoiser
+from kadr.sampling.guidance import Perturbation, PromptEmbeddings, guided_denoiser
 from kadr.sampling.noise import NoiseStreams
 from kadr.sampling.positions import token_positions
 from kadr.sampling.reference_tokens import ReferenceTokens
-from kadr.sampling.samplers import denoise, euler_step, stochastic_step
+from kadr.sampling.samplers import EULER, SAMPLERS, Denoiser
 from kadr.sampling.state import LatentState
 from kadr.sampling.step_cache import PassCache
 from kadr.spec.model import PASS_STAGES
@@ -120,20 +120,17 @@ class DenoiseStage:
                 (resolved_pass.window_index + 1, resolved_pass.window_count) if is_window else None,
             )
 
-            def watch(index: int, _: Tensor, state: LatentState) -> None:
+            def watch(index: int, sigma: float, state: LatentState) -> None:
                 location = f" of window {resolved_pass.window_index + 1}" if is_window else ""
                 finite_check.check(state.tokens, f"step {index + 1} of {count}{location}")
-                # The sampler's own sigma is on the device; reading it would wait for the GPU.
-                progress.report(index + 1, resolved_pass.sigmas[index])
+                progress.report(index + 1, sigma)
 
             embeddings = [item._replace(embeddings=item.embeddings.to(stage_dtype)) for item in prompt_embeddings]
-            state = denoise(
+            state = SAMPLERS[resolved_pass.settings.sampler or EULER].sample(
                 self._build_denoiser(resolved_pass, transformer, rope, reference_tokens, embeddings),
                 state,
                 torch.tensor(resolved_pass.sigmas, dtype=torch.float32, device=device),
-                step=stochastic_step(self._step_noise(resolved_pass, "stochastic"))
-                if resolved_pass.settings.stochastic
-                else euler_step,
+                noise=self._step_noise(resolved_pass, "stochastic"),
                 prepare=add_image_noise(self.request.image_noise, self._step_noise(resolved_pass, "condition")),
                 watch=watch,
             )
@@ -176,7 +173,6 @@ class DenoiseStage:
             cond,
             uncond,
             resolved_pass.settings.guidance,
-            resolved_pass.step_guidance,
             guidance_batch=self.request.guidance_batch,
         )
         return denoiser if pass_cache is None else pass_cache.wrap(denoiser)
