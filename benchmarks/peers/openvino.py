@@ -19,7 +19,7 @@ from benchmarks.peers import diffusers
 from kadr.bench.runner import Contender, SkippedContender, error_line
 from kadr.bench.stage_case import StageCase
 from kadr.memory.device import free_bytes, trim_heap
-from kadr.planning.parameters import transformer_parameters
+from kadr.planning.costs.parameters import transformer_parameters
 
 NAME = "OpenVINO"
 HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}

@@ -21,7 +21,7 @@ from kadr.bench.runner import Contender, SkippedContender
 from kadr.bench.stage_case import PROMPT, StageCase
 from kadr.bench.startup import Program
 from kadr.models.vae.config import VAE_0_9_5, VAEConfig
-from kadr.planning.vae_flops import vae_decoder_flops
+from kadr.planning.costs.vae_flops import vae_decoder_flops
 from tests.oracles import DIFFUSERS_VAES
 
 NAME = "LTXPipeline"

@@ -25,8 +25,8 @@ from kadr.bench.stage_case import TEXT_LENGTH, StageCase
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, RequestError
 from kadr.models.transformer import TransformerConfig
-from kadr.planning.flops import perturbed_flops, transformer_flops
-from kadr.planning.vae_flops import vae_decoder_flops
+from kadr.planning.costs.flops import perturbed_flops, transformer_flops
+from kadr.planning.costs.vae_flops import vae_decoder_flops
 from tests.tiny_models import vae_config
 
 SMALL = TransformerConfig(num_layers=3, num_heads=4, head_dim=16, caption_channels=4096)

@@ -11,7 +11,7 @@ from benchmarks import growth, report
 from kadr.bench import runner
 from kadr.bench.cases import VideoShape
 from kadr.models.transformer import TRANSFORMER_2B
-from kadr.planning.flops import transformer_flops
+from kadr.planning.costs.flops import transformer_flops
 from kadr.shapes import Size
 from tests import doc_tables
 

@@ -17,8 +17,8 @@ from kadr import Engine, KadrWarning, Request, StepCache
 from kadr.cli.main import main
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
-from kadr.planning import activations
-from kadr.planning.planner import HEAP_FRAGMENTATION
+from kadr.planning.costs import activations
+from kadr.planning.options.context import HEAP_FRAGMENTATION
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Guidance, StepGuidance
 from kadr.sampling.step_cache import PassCache

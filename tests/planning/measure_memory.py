@@ -15,8 +15,8 @@ from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
-from kadr.planning import activations
-from kadr.planning.vae_activations import vae_decode_activation_bytes, vae_encode_activation_bytes
+from kadr.planning.costs import activations
+from kadr.planning.costs.vae_activations import vae_decode_activation_bytes, vae_encode_activation_bytes
 from kadr.quant.prepack import prepack_convs, should_prepack_linears
 from kadr.shapes import LatentGrid
 

@@ -21,8 +21,8 @@ from kadr.models.transformer import PERTURBED_VALUES, TRANSFORMER_2B, TRANSFORME
 from kadr.models.upscaler import LatentUpscaler, UpscalerConfig
 from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
-from kadr.planning import activations, vae_activations
-from kadr.planning.flops import (
+from kadr.planning.costs import activations, vae_activations
+from kadr.planning.costs.flops import (
     estimate_seconds,
     perturbed_flops,
     text_encoder_flops,
@@ -30,9 +30,9 @@ from kadr.planning.flops import (
     transformer_flops,
     upscaler_flops,
 )
-from kadr.planning.parameters import text_encoder_parameters, transformer_parameters, upscaler_parameters
-from kadr.planning.vae_flops import vae_decoder_flops, vae_encoder_flops
-from kadr.planning.vae_stages import latent_statistics_parameters, vae_decoder_parameters, vae_encoder_parameters
+from kadr.planning.costs.parameters import text_encoder_parameters, transformer_parameters, upscaler_parameters
+from kadr.planning.costs.vae_flops import vae_decoder_flops, vae_encoder_flops
+from kadr.planning.costs.vae_stages import latent_statistics_parameters, vae_decoder_parameters, vae_encoder_parameters
 from kadr.quant.prepack import should_prepack_linears
 from kadr.sampling.settings import TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid

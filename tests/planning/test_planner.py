@@ -15,13 +15,14 @@ import torch
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.errors import CheckpointError, KadrWarning, PlanError, RequestError
 from kadr.kernels import fp8
+from kadr.memory.device import has_fast_int8
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.loading import module_loader
 from kadr.pipeline.loading.module_placement import spread_blocks
 from kadr.planning import planner
+from kadr.planning.costs.weight_bytes import weight_bytes
 from kadr.planning.placement import AS_STORED, CONVERTED
 from kadr.planning.plan import Plan
-from kadr.planning.weight_bytes import weight_bytes
 from kadr.quant.layers import Fp8Linear
 from kadr.quant.prepack import should_prepack_convs
 from kadr.request.inputs import Condition
@@ -224,7 +225,7 @@ def test_auto_quant_uses_8_bits_only_if_stored_weights_do_not_fit(
     monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
     assert formats_and_streaming(engine.plan(REQUEST))["denoise"] == (CONVERTED, False)
     formats = [placement.weight_format for placement in engine.plan(REQUEST).stage("denoise").fallbacks]
-    assert formats == [AS_STORED, "int8" if planner.has_fast_int8() else "int8-weights"]  # the file is in float32
+    assert formats == [AS_STORED, "int8" if has_fast_int8() else "int8-weights"]  # the file is in float32
 
 
 @pytest.mark.parametrize(

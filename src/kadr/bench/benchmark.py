@@ -21,8 +21,8 @@ from kadr.bench.runner import Contender, Measurement, SkippedContender, cuda_clo
 from kadr.bench.stage_case import ContenderFactory, StageCase
 from kadr.bench.startup import startup_contenders
 from kadr.memory.device import free_bytes, pick_device
-from kadr.planning.parameters import text_encoder_parameters, transformer_parameters
-from kadr.planning.vae_stages import vae_decoder_parameters, vae_encoder_parameters
+from kadr.planning.costs.parameters import text_encoder_parameters, transformer_parameters
+from kadr.planning.costs.vae_stages import vae_decoder_parameters, vae_encoder_parameters
 
 WARM_UPS = {"cuda": 3}  # warm-up runs by device type; 1 elsewhere
 MAX_ROUNDS = {STARTUP: 3}  # rounds at most: every start-up is a process

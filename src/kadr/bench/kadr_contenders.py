@@ -15,10 +15,10 @@ from kadr.bench.stage_case import ContenderFactory, StageCase
 from kadr.errors import RequestError
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.loading.module_placement import place_module
+from kadr.planning.costs.vae_activations import ENCODE_CHUNK_FRAMES
+from kadr.planning.costs.vae_stages import vae_encoder_parameters
 from kadr.planning.placement import Placement
 from kadr.planning.plan import Plan
-from kadr.planning.vae_activations import ENCODE_CHUNK_FRAMES
-from kadr.planning.vae_stages import vae_encoder_parameters
 
 PLAN_STAGES = {TEXT: "text", DIT: "denoise", DECODE: "decode"}  # the names of these stages in a plan
 

@@ -26,8 +26,8 @@ from kadr.models.t5 import T5_XXL, T5Config, T5Encoder
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, Transformer, TransformerConfig
 from kadr.models.vae import VAE
 from kadr.models.vae.config import VAE_0_9_5
-from kadr.planning.parameters import text_encoder_parameters, transformer_parameters
-from kadr.planning.vae_stages import vae_decoder_parameters, vae_encoder_parameters
+from kadr.planning.costs.parameters import text_encoder_parameters, transformer_parameters
+from kadr.planning.costs.vae_stages import vae_decoder_parameters, vae_encoder_parameters
 from kadr.sampling.schedules import Schedule
 from kadr.spec.locate import fetch_release
 

@@ -31,9 +31,9 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
 from kadr.pipeline.engine import Engine
-from kadr.planning import activations
-from kadr.planning.flops import perturbed_flops, text_encoder_flops, transformer_flops
-from kadr.planning.vae_flops import vae_decoder_flops, vae_encoder_flops
+from kadr.planning.costs import activations
+from kadr.planning.costs.flops import perturbed_flops, text_encoder_flops, transformer_flops
+from kadr.planning.costs.vae_flops import vae_decoder_flops, vae_encoder_flops
 from kadr.request.passes import ResolvedPass
 from kadr.request.request import Request
 from kadr.sampling.positions import token_positions

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kadr.errors import PlanError
 from kadr.pipeline.stages.text import PromptEncoder
-from kadr.planning.activations import MAX_PROMPT_TOKENS
+from kadr.planning.costs.activations import MAX_PROMPT_TOKENS
 from kadr.planning.plan import Plan
 from kadr.planning.planner import Planner
 from kadr.planning.suggest import suggest_smaller

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from kadr.errors import PlanError
 from kadr.memory.device import free_bytes
 from kadr.pipeline.engine import Engine
+from kadr.planning.costs.training_bytes import TrainingBytes, training_bytes
+from kadr.planning.costs.weight_bytes import weight_bytes
 from kadr.planning.placement import AS_STORED, CONVERTED
-from kadr.planning.training import TrainingBytes, training_bytes
-from kadr.planning.weight_bytes import weight_bytes
 from kadr.quant.weight_formats import AUTO_QUANT, NONE
 from kadr.shapes import LatentGrid
 from kadr.spec.weights import is_quantized

@@ -20,7 +20,7 @@ from kadr.pipeline.retry import retry_in_fp32, retry_on_oom
 from kadr.pipeline.stages.control_networks import build_map_renderers, fetch_networks
 from kadr.pipeline.stages.prepared_controls import PreparedControl
 from kadr.pipeline.stages.prepared_frames import OpenedMedia, PreparedFrames
-from kadr.planning.vae_activations import ENCODE_CHUNK_FRAMES
+from kadr.planning.costs.vae_activations import ENCODE_CHUNK_FRAMES
 from kadr.request.pass_media import PassCondition, PassControl, PassFrames, PassMedia
 from kadr.request.resolved_request import ResolvedRequest
 

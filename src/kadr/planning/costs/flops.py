@@ -11,8 +11,8 @@ from math import prod
 from kadr.models.t5 import T5Config
 from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
-from kadr.planning.activations import MAX_PROMPT_TOKENS
-from kadr.planning.parameters import time_embed_parameters
+from kadr.planning.costs.activations import MAX_PROMPT_TOKENS
+from kadr.planning.costs.parameters import time_embed_parameters
 from kadr.sampling.settings import ATTENTION_VALUES, TRANSFORMER_BLOCK
 from kadr.shapes import LatentGrid
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from kadr.models.vae.config import BlockConfig, Strides, VAEConfig
-from kadr.planning.parameters import ParameterCounts, time_embed_parameters
+from kadr.planning.costs.parameters import ParameterCounts, time_embed_parameters
 
 CONV_IN, CONV_OUT = "conv_in", "conv_out"  # first and last convolution; adaLN modulates the decoder's last one
 RES_X, RES_X_Y = "res_x", "res_x_y"  # residual blocks; one residual block that changes the width

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kadr.models.transformer import TransformerConfig
-from kadr.planning.activations import MAX_PROMPT_TOKENS
+from kadr.planning.costs.activations import MAX_PROMPT_TOKENS
 
 # Bytes of a trainable parameter, all in fp32: itself, its gradient, and AdamW's two moments.
 BYTES_PER_TRAINABLE_PARAMETER = 16

@@ -16,8 +16,8 @@ from math import prod
 from kadr.models.vae.config import Strides, VAEConfig
 from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.nn.conv import KERNEL_SIZE
-from kadr.planning import activations
-from kadr.planning.vae_stages import (
+from kadr.planning.costs import activations
+from kadr.planning.costs.vae_stages import (
     CONV_OUT,
     DEPTH_TO_SPACE,
     RES_X,

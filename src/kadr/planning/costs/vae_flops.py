@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kadr.models.vae.config import VAEConfig
 from kadr.nn.timestep_embedding import SINUSOID_WIDTH
-from kadr.planning.vae_stages import (
+from kadr.planning.costs.vae_stages import (
     DEPTH_TO_SPACE,
     RES_X,
     RES_X_Y,

@@ -1,0 +1,1 @@
+"""Arithmetic of bytes and FLOPs: activations, weights and work of every component, from configs and headers."""

@@ -1,0 +1,109 @@
+"""A request to plan on a device, and how a placement is made of an option's bytes and work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from kadr.planning import backends
+from kadr.planning.calibration import measure_matmul_rate
+from kadr.planning.costs.flops import estimate_seconds
+from kadr.planning.costs.weight_bytes import WeightBytes
+from kadr.planning.placement import Placement
+from kadr.planning.workload import Workload
+from kadr.quant.weight_formats import INT8
+from kadr.spec.model import ModelSpec
+
+DISK_BYTES_PER_SECOND = 1.5e9  # assumed rate at which weights are read from files
+MATMUL_SPEEDUP = {INT8: 1.6}  # matrix products in 8 bits against those in the dtype
+HEAP_FRAGMENTATION = 0.35  # of a stage's workspace: free memory that the host's heap keeps between blocks. Measured.
+
+
+@dataclass(frozen=True)
+class WeightOption:
+    """A weight format of a component and why it is offered; see `Placement`. is_streamed: its blocks are streamed."""
+
+    weight_format: str
+    is_streamed: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """A model and the work that it is to do."""
+
+    spec: ModelSpec
+    workload: Workload
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the stages run on."""
+        return self.spec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Default dtype of the computation."""
+        return self.spec.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in it."""
+        return self.spec.dtype.itemsize
+
+    @property
+    def on_cpu(self) -> bool:
+        """True where the host's memory is the device's."""
+        return self.spec.device.type == "cpu"
+
+    @cached_property
+    def flops_per_second(self) -> float:
+        """FLOPs per second of a matrix product on this device."""
+        return measure_matmul_rate(self.dtype, self.device)
+
+    def placement(
+        self,
+        option: WeightOption,
+        weights: WeightBytes,
+        workspace_bytes: int,
+        flops: int,
+        bytes_read: int,
+        backend: str = backends.TORCH,
+    ) -> Placement:
+        """Returns a placement with the bytes and the time of an option.
+
+        Args:
+            flops: work of the stage.
+            bytes_read: bytes that it reads from files.
+            backend: see `Placement`.
+        """
+        rate = self.flops_per_second * MATMUL_SPEEDUP.get(option.weight_format, 1.0)
+        placement = Placement(
+            dtype=str(self.dtype).removeprefix("torch."),
+            weight_format=option.weight_format,
+            mapped_bytes=weights.mapped,
+            private_bytes=weights.private,
+            workspace_bytes=workspace_bytes + int(HEAP_FRAGMENTATION * workspace_bytes * self.on_cpu) + weights.scratch,
+            seconds=estimate_seconds(flops, rate, bytes_read=bytes_read, disk_bytes_per_second=DISK_BYTES_PER_SECOND),
+            backend=backend,
+            reason=option.reason,
+        )
+        if not self.on_cpu:
+            placement = replace(placement, mapped_bytes=0, private_bytes=weights.mapped + weights.private)
+        return self._stream_blocks(placement, weights) if option.is_streamed else placement
+
+    def _stream_blocks(self, placement: Placement, weights: WeightBytes) -> Placement:
+        """Returns the placement with blocks in memory only while they run."""
+        if self.on_cpu:
+            # One block runs; what the system has read ahead of the next one does not count as the process's.
+            mapped = weights.mapped - weights.mapped_blocks + weights.largest_mapped_block
+            return replace(placement, streamed_blocks=weights.num_blocks, mapped_bytes=mapped)
+        all_blocks = weights.all_blocks_total
+        block = all_blocks // max(1, weights.num_blocks)
+        return replace(
+            placement,
+            streamed_blocks=weights.num_blocks,
+            private_bytes=placement.private_bytes - all_blocks + 2 * block,  # two slots; see `memory.block_swap`
+            host_bytes=all_blocks,
+        )
