@@ -57,7 +57,13 @@ class FakeEngine:
         self.model_name = str(model)
         return self
 
-    def complete_request(self, request: Request) -> Request:
+    @property
+    def spec(self) -> SimpleNamespace:
+        """Name and recipe of the model."""
+        return SimpleNamespace(name=self.model_name, recipe=RECIPE)
+
+    def complete(self, request: Request) -> Request:
+        """Returns the request with the recipe's defaults."""
         return complete_request(replace(request, input_video=None, denoise_strength=None), RECIPE)  # opens no file
 
     def plan(self, request: Request) -> Plan:
@@ -78,7 +84,7 @@ class FakeEngine:
         self.resume_flags.append(resume)
         self.written_requests.append(request)
         on_plan(self.plan(request))
-        resolved = self.resolve(request)
+        resolved = self.complete(request)
         partial = path.with_name(".part.mp4")
         partial.write_bytes(b"half")
         with cancellable():

@@ -87,7 +87,7 @@ def test_dry_run_lists_controls(kadr: Run, clip: str) -> None:
     assert result.code == 0
     assert f"control          canny of {path} (frames 0 to 8)" in result.out.splitlines()
     assert "a control is given, but no LoRA" in result.err
-    report = json.loads(kadr(*args, "--json", "--lora", "ltxv-13b-0.9.7-ic-lora-canny").out)
+    report = json.loads(kadr(*args, "--json", "--lora", "demo-ic-lora-canny").out)
     assert report["controls"] == [{"media": path, "kind": "canny", "frames": 9}]
     assert report["request"]["controls"] == [{"media": path, "kind": "canny", "frame_range": None}]
 

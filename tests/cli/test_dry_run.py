@@ -14,7 +14,6 @@ from PIL import Image
 
 from kadr.media.writer import VideoWriter
 from kadr.models.registry import Release
-from kadr.pipeline import dry_run
 from kadr.shapes import Size
 from kadr.spec import locate
 from tests import lora_files
@@ -48,10 +47,12 @@ step  sigma    guidance  stg  rescale  blocks
 def nothing_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An empty working directory, and no model on disk but the demo."""
 
-    def find_bundled(release: Release) -> Path | None:
-        return locate.find_release_on_disk(release) if release.repo is None else None
+    find_on_disk = locate.find_release_on_disk
 
-    monkeypatch.setattr(dry_run, "find_release_on_disk", find_bundled)
+    def find_bundled(release: Release) -> Path | None:
+        return find_on_disk(release) if release.repo is None else None
+
+    monkeypatch.setattr(locate, "find_release_on_disk", find_bundled)
     monkeypatch.chdir(tmp_path)
 
 

@@ -307,7 +307,7 @@ def test_demo_is_announced_only_where_no_model_is_named(kadr: Run, engine: FakeE
 
 def test_json_is_one_object_with_the_request(kadr: Run, engine: FakeEngine) -> None:
     report = json.loads(kadr("generate", PROMPT, "--model", "demo", "--seed", "5", "--json").out)
-    assert Request.from_json(report.pop("request")) == engine.resolve(Request(prompt=PROMPT, seed=5))
+    assert Request.from_json(report.pop("request")) == engine.complete(Request(prompt=PROMPT, seed=5))
     expected = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "seed": 5}
     expected["model_name"] = "demo"
     assert report == expected
@@ -355,7 +355,7 @@ def test_latents_are_saved_with_the_request(kadr: Run, engine: FakeEngine) -> No
         assert torch.equal(file.get_tensor("latents"), engine.latents)
         stored = json.loads(file.metadata()["kadr"])
     assert stored["schema"] == LATENTS.number
-    assert Request.from_json(stored["request"]) == engine.resolve(Request(prompt=PROMPT))
+    assert Request.from_json(stored["request"]) == engine.complete(Request(prompt=PROMPT))
     assert sorted(os.listdir()) == ["l.safetensors", "out.mp4"]
 
 
@@ -453,9 +453,13 @@ def test_plan_prints_the_plan_and_makes_no_file(kadr: Run, engine: FakeEngine) -
     assert not list(Path().iterdir())
 
 
-def test_plan_fetches_nothing(kadr: Run, engine: FakeEngine) -> None:
-    result = kadr("plan", PROMPT, "--model", "ltxv-2b-0.9.5")
-    assert result.code == 1
-    assert "ltxv-2b-0.9.5" in result.err
-    assert "kadr models pull" in result.err
-    assert not engine.open_calls
+def test_plan_of_a_model_that_is_not_on_disk_says_what_to_fetch(
+    kadr: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))  # no test uses the network
+    result = kadr("plan", PROMPT, "--model", "ltxv-2b-0.9.5", "--size", "256x192", "--frames", "9", "--json")
+    report = json.loads(result.out)
+    assert result.code == 0
+    assert report["bytes_to_fetch"] == 6_341_000_000 + 19_060_000_000
+    assert "fetch: 25.4 GB are not on disk: ltxv-2b-0.9.5, t5-v1.1-xxl" in report["reasons"]
+    assert list(tmp_path.iterdir()) == []

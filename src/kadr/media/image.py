@@ -132,6 +132,20 @@ def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the image") -
         MediaError: less than 2x2 pixels would be left.
     """
     width, height = image.size
+    cropped_width, cropped_height = check_crop(width, height, size, name=name)
+    left, top = (width - cropped_width) // 2, (height - cropped_height) // 2
+    return image.crop((left, top, left + cropped_width, top + cropped_height))
+
+
+def check_crop(width: int, height: int, size: Size, *, name: str) -> tuple[int, int]:
+    """Returns the width and height of the largest part of an image with the aspect of `size`.
+
+    Args:
+        name: of the image in messages.
+
+    Raises:
+        MediaError: less than 2x2 pixels would be left.
+    """
     cropped_width, cropped_height = _largest_within(width, height, size.width / size.height)
     if min(cropped_width, cropped_height) < 2:
         raise MediaError(
@@ -139,8 +153,7 @@ def crop_to_aspect(image: Image.Image, size: Size, *, name: str = "the image") -
             f"{cropped_width}x{cropped_height}, and at least 2x2 are needed. Use a larger image or a size of a similar "
             "aspect."
         )
-    left, top = (width - cropped_width) // 2, (height - cropped_height) // 2
-    return image.crop((left, top, left + cropped_width, top + cropped_height))
+    return cropped_width, cropped_height
 
 
 def _largest_within(width: int, height: int, aspect: float) -> tuple[int, int]:

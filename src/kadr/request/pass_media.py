@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from kadr.errors import RequestError
+from kadr.media.image import check_crop
 from kadr.request.inputs import Control
 from kadr.request.passes import ResolvedPass
 from kadr.request.resolved_conditions import Box, ResolvedCondition, conditions_intersect
@@ -126,6 +127,7 @@ def pass_conditions(
     Raises:
         RequestError: a box reaches outside the video or is empty after its crop; or the pass samples every second
             frame, and a condition is a clip or two images fall on one frame.
+        MediaError: an image is too small.
     """
     placed = list(conditions)
     if resolved_pass.fps != fps:
@@ -136,9 +138,21 @@ def pass_conditions(
 
 def _place(condition: ResolvedCondition, size: Size, resolved_pass: ResolvedPass) -> PassCondition:
     if condition.condition.box is None:
+        _refuse_small_image(condition.media, size)
         return PassCondition(condition, PassFrames(condition.media, size, resolved_pass.size))
     box_size, offset, crop = _latent_box(condition.condition.box, size, resolved_pass)
+    _refuse_small_image(condition.media, box_size)
     return PassCondition(condition, PassFrames(condition.media, box_size, box_size), offset, crop)
+
+
+def _refuse_small_image(media: ResolvedMedia, size: Size) -> None:
+    """Refuses an image that is too small; a clip, whose frames may be rotated, is looked at when it is opened.
+
+    Raises:
+        MediaError: less than 2x2 pixels would be left of it.
+    """
+    if not media.is_clip:
+        check_crop(media.width, media.height, size, name=media.path)
 
 
 def window_conditions(conditions: Sequence[PassCondition], span: Span) -> tuple[PassCondition, ...]:
@@ -203,6 +217,7 @@ def pass_control(
     Raises:
         RequestError: the sides of the pass are not divisible by the factor.
     """
+    _refuse_small_image(control.media, size)
     unit = SPATIAL_COMPRESSION * reference_downscale
     if resolved_pass.size.width % unit or resolved_pass.size.height % unit:
         raise RequestError(
