@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,11 @@ from kadr import Request, Windows
 from kadr.errors import MediaError, RequestError
 from kadr.media.image import prepare_image
 from kadr.media.writer import VideoWriter
-from kadr.request.inputs import Condition
+from kadr.request.inputs import Condition, Control
 from kadr.sampling.settings import Guidance, Pass
 from kadr.sampling.step_cache import StepCache
 from kadr.shapes import Size, snap_frames
-from kadr.spec.lora import check_lora_strength
+from kadr.spec.lora import Lora, check_lora_strength
 from kadr.text.enhance import Enhancer
 from kadr.training.settings import TrainingSettings
 from kadr.validation import check_range, is_number, is_whole_number
@@ -102,3 +103,21 @@ def test_both_limits_of_a_range_belong_to_it() -> None:
         check_range("x", 2.0, 1, 3, is_whole=True)
     assert [is_number(value) for value in (1, 1.5, True, NAN, None)] == [True, True, False, False, False]
     assert [is_whole_number(value) for value in (1, 1.5, True, None)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("value", [None, 5, "", ["photo.png"]], ids=repr)
+def test_value_that_is_not_a_path_is_refused(value: Any) -> None:
+    for build in (Condition, Control, Lora, lambda path: REQUEST(input_video=5 if path is None else path)):
+        with pytest.raises(RequestError, match="it must be a path"):
+            build(value)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["a"], b"a"], ids=repr)
+def test_prompt_that_is_not_text_is_refused_with_its_value(prompt: Any) -> None:
+    with pytest.raises(RequestError, match=re.escape(f"the prompt is {prompt!r}; it must be text")):
+        Request(prompt=prompt)
+
+
+def test_size_that_is_not_text_is_refused() -> None:
+    with pytest.raises(RequestError, match="size is 5; write WIDTHxHEIGHT"):
+        Size.parse(5)  # type: ignore[arg-type]

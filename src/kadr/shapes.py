@@ -35,7 +35,7 @@ class Size:
     @classmethod
     def parse(cls, text: str) -> Size:
         """Parses a size such as "704x480"."""
-        width, cross, height = text.lower().replace("×", "x").partition("x")
+        width, cross, height = str(text).lower().replace("×", "x").partition("x")
         if not (cross and width.strip().isdecimal() and height.strip().isdecimal()):
             raise RequestError(f"size is {text!r}; write WIDTHxHEIGHT in pixels, such as 704x480.")
         return cls(int(width), int(height))

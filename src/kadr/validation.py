@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -43,6 +44,16 @@ def check_bool(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool | None):
         raise RequestError(f"{name} is {value!r}; it must be true or false.")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Refuses a value that cannot be the path of a file.
+
+    Raises:
+        RequestError: with the value.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise RequestError(f"{name} is {value!r}; it must be a path.")
 
 
 def check_fields(kind: type, data: Any, name: str) -> Mapping[str, Any]:

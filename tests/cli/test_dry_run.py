@@ -107,17 +107,18 @@ def test_every_official_config_has_a_dry_run(kadr: Run, name: str) -> None:
 
 def test_loras_are_listed_and_those_on_disk_are_checked(kadr: Run, tmp_path: Path) -> None:
     lora = tmp_path / "style.safetensors"
-    lora_files.write_lora_file(lora, lora_files.block_pairs(("attn1.to_q",), num_layers=1, width=192))
+    lora_files.write_lora_file(lora, lora_files.block_pairs(("attn1.to_q",), num_layers=1, width=4096))
+    model, absent_lora = "ltxv-13b-0.9.7-dev", "ltxv-13b-0.9.7-ic-lora-pose"
     result = kadr(
-        "generate", "a", "--lora", lora, "0.5", "--lora", "ltxv-13b-0.9.7-ic-lora-pose", "1", "0", "--dry-run"
+        "generate", "a", "--model", model, "--lora", lora, "0.5", "--lora", absent_lora, "1", "0", "--dry-run"
     )
     assert result.code == 0, result.err
     lora_lines = [" ".join(line.split()) for line in result.out.splitlines() if line.startswith("LoRA")]
     absent = "LoRA ltxv-13b-0.9.7-ic-lora-pose, not on disk: 151 M bytes to fetch, strength 1, 0 in a second pass"
     assert lora_lines == [f"LoRA {lora}, strength 0.5", absent]
-    lora_files.write_lora_file(lora, lora_files.block_pairs(("attn1.to_q",), num_layers=1, width=2048))
-    result = kadr("generate", "a", "--lora", lora, "--dry-run")
-    assert (result.code, "does not fit" in result.err) == (1, True)
+    for other in (lora, absent_lora):
+        result = kadr("generate", "a", "--model", "demo", "--lora", other, "--dry-run")
+        assert (result.code, "does not fit" in result.err) == (1, True)
 
 
 def test_json_holds_request_and_steps(kadr: Run) -> None:

@@ -185,13 +185,23 @@ def test_unknown_model_name_is_refused_with_the_nearest(name: str, nearest: str)
         ({"dtype": "fp16"}, "'fp16'.*auto, bfloat16 or float32"),
         ({"text_encoder": "/gone/t5"}, "/gone/t5"),
         ({"vae": "/gone/vae.safetensors"}, "/gone/vae.safetensors"),
+        ({"model": None}, "model is None; it must be a path"),
+        ({"text_encoder": 5}, "text_encoder is 5; it must be a path"),
+        ({"vae": ""}, "vae is ''; it must be a path"),
+        ({"second_model": 5}, "second_model is 5; it must be a path"),
+        ({"upscaler": None}, "upscaler is None; it must be a name, a path"),
+        ({"loras": [("", 1)]}, "the path of a LoRA is ''"),
+        ({"recipe": {"steps": 5}}, "recipe is .* it must be a Recipe"),
+        ({"device": None}, "device is None; it must be one of"),
+        ({"quant": 5}, "quant is 5; it must be one of"),
+        ({"prompt_cache": None}, "prompt_cache is None; it must be a path"),
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("no_hub")
-def test_bad_engine_option_is_refused_before_any_fetch(options: dict[str, str], expected: str) -> None:
+def test_bad_engine_option_is_refused_before_any_fetch(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(KadrError, match=expected):
-        Engine.open("ltxv-2b-0.9.5", **options)
+        Engine.open(**{"model": "ltxv-2b-0.9.5", **options})
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -214,6 +224,70 @@ def test_missing_or_unfit_components_are_refused_before_any_fetch(home: Path, tm
         Engine.open(home / MODEL_FILE, vae=vae_path)
     with pytest.raises(CheckpointError, match="has no transformer"):
         Engine.open(vae_path)
+
+
+# --- values of another type ----------------------------------------------------------------------------------------
+
+ENGINE_METHODS: dict[str, Callable[[Engine, Any], object]] = {
+    "resolve": Engine.resolve,
+    "plan": Engine.plan,
+    "dry_run": Engine.dry_run,
+    "prepare": Engine.prepare,
+    "generate": Engine.generate,
+    "write": lambda engine, request: engine.write(request, "a.mp4"),
+    "denoise": Engine.denoise,
+    "decode": lambda engine, request: engine.decode(torch.zeros(SHAPE), request),
+}
+
+
+@pytest.mark.parametrize("method", ENGINE_METHODS.values(), ids=ENGINE_METHODS)
+@pytest.mark.parametrize("value", [None, "a red circle", {"prompt": "a red circle"}, Request], ids=str)
+def test_what_is_not_a_request_is_refused(
+    engine_without_weights: Engine, method: Callable[[Engine, Any], object], value: Any
+) -> None:
+    with pytest.raises(RequestError, match="it must be a Request"):
+        method(engine_without_weights, value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"watch": None}, "watch is None; it must be a function"),
+        ({"cancel": True}, "cancel is True; it must be a CancelToken"),
+        ({"stages": ("denose",)}, "'denose'.*it must be a list of stages: text, control"),
+        ({"stages": "denoise"}, "stages is 'denoise'; it must be a list"),
+    ],
+    ids=str,
+)
+def test_argument_of_another_type_is_refused_before_any_load(
+    engine_without_weights: Engine, arguments: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(RequestError, match=expected), engine_without_weights.start(REQUEST, **arguments):
+        pass
+
+
+@pytest.mark.parametrize("path", [None, 5, ""])
+def test_output_that_is_not_a_path_is_refused_before_any_load(engine_without_weights: Engine, path: Any) -> None:
+    with pytest.raises(RequestError, match=r"the path of the video is .* it must be a path"):
+        engine_without_weights.write(REQUEST, path)
+
+
+@pytest.mark.parametrize("prompts", [None, "a", [], ["a", 5]], ids=str)
+def test_prompts_that_are_not_texts_are_refused_before_any_load(engine_without_weights: Engine, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="they must be a list of texts"):
+        engine_without_weights.encode_prompts(REQUEST, prompts)
+
+
+def test_latents_that_are_not_a_tensor_are_refused_before_any_load(engine_without_weights: Engine) -> None:
+    array: Any = torch.zeros(SHAPE).numpy()
+    for call in (
+        lambda: engine_without_weights.decode(array, REQUEST),
+        lambda: engine_without_weights.decode(None, REQUEST),  # type: ignore[arg-type]
+        lambda: engine_without_weights.denoise(REQUEST, noise=array),
+        lambda: engine_without_weights.denoise(REQUEST, init_latents=array),
+    ):
+        with pytest.raises(RequestError, match=r"it must be a torch.Tensor \(1, 8, 2, 1, 2\)"):
+            call()
 
 
 # --- damaged weights -----------------------------------------------------------------------------------------------

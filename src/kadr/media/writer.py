@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from kadr.cancellation import check_cancelled, remove_if_ended
 from kadr.errors import MediaError
 from kadr.shapes import Size
-from kadr.validation import is_whole_number
+from kadr.validation import check_path, is_whole_number
 
 if TYPE_CHECKING:
     import av
@@ -72,6 +72,7 @@ class VideoWriter:
         crf: int = DEFAULT_CRF,
         metadata: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
+        check_path("the path of the video", path)
         self.path, self.size, self.fps = Path(path), size, _exact_fps(fps)
         self.crf = crf
         self.frames_written = 0

@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         RequestError: unknown or unavailable device.
     """
-    kind = name.partition(":")[0]
+    kind = str(name).partition(":")[0]
     if kind not in DEVICES:
         raise RequestError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}.")
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

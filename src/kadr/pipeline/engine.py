@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kadr.cancellation import CancelToken, cancellable
+from kadr.errors import RequestError
 from kadr.models.registry import Recipe
 from kadr.models.transformer import Transformer
 from kadr.pipeline.dry_run import DryRun, run_dry
@@ -19,18 +20,19 @@ from kadr.pipeline.modules import Modules, TrainedTransformer
 from kadr.pipeline.notices import Notices
 from kadr.pipeline.open_model import OpenModel
 from kadr.pipeline.plan_request import plan_request
-from kadr.pipeline.progress import Watch, ignore_progress
+from kadr.pipeline.progress import STAGES, Watch, ignore_progress
 from kadr.pipeline.stage_access import StageAccess
 from kadr.pipeline.video import Video, VideoFile
 from kadr.pipeline.writing import write_video
 from kadr.planning.plan import Plan
 from kadr.request.passes import check_first_sigma
-from kadr.request.request import Request, refuse_overwriting
+from kadr.request.request import Request, check_request, refuse_overwriting
 from kadr.request.resolve import resolve
 from kadr.request.resolved_controls import warn_control_lora_mismatch
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.spec.model import ModelSpec, SpecOptions
 from kadr.spec.open import open_spec
+from kadr.validation import check_path
 
 
 class Engine(StageAccess):
@@ -231,7 +233,9 @@ class Engine(StageAccess):
             As `generate`, and MediaError: the file cannot be written; raised before anything is computed where that
             can be known.
         """
-        refuse_overwriting(request.request if isinstance(request, ResolvedRequest) else request, Path(path))
+        check_path("the path of the video", path)
+        original = request.request if isinstance(request, ResolvedRequest) else check_request(request)
+        refuse_overwriting(original, Path(path))
         with self.start(request, watch=watch, transformer=transformer, cancel=cancel, wait=wait) as generation:
             if on_plan is not None:
                 on_plan(generation.plan)
@@ -263,6 +267,7 @@ class Engine(StageAccess):
         Raises:
             As `generate`.
         """
+        _check_arguments(watch, stages, cancel)
         with cancellable(cancel) as token, self._model.exclusive(wait=wait):
             needs_media = not stages or not {"encode", "denoise"}.isdisjoint(stages)
             resolved = self._model.prepare(request, with_media=needs_media)
@@ -300,3 +305,13 @@ class Engine(StageAccess):
         loras, strengths = self.spec.loras, resolved.request.lora_strengths
         has_in_context = loras.has_in_context(strengths)
         warn_control_lora_mismatch(resolved.request, has_loras=bool(loras), has_in_context_lora=has_in_context)
+
+
+def _check_arguments(watch: Any, stages: Any, cancel: Any) -> None:
+    """Refuses arguments of `Engine.start` of another type, and unknown stages."""
+    if not callable(watch):
+        raise RequestError(f"watch is {watch!r}; it must be a function that takes a Progress. Leave it out for none.")
+    if not isinstance(cancel, CancelToken | None):
+        raise RequestError(f"cancel is {cancel!r}; it must be a CancelToken, or None.")
+    if isinstance(stages, str) or not set(stages) <= set(STAGES):
+        raise RequestError(f"stages is {stages!r}; it must be a list of stages: {', '.join(STAGES)}.")

@@ -171,7 +171,7 @@ class Generation:
 
         Latents of a long video may come window by window.
         """
-        if isinstance(latents, Tensor):
+        if not isinstance(latents, WindowedLatents):
             self._require_shape(self.resolved.passes[-1], latents=latents, noise=noise)
             spans = self.resolved.spans
             latents = WindowedLatents.from_latents(latents, spans) if spans else latents.to(self.device)
@@ -206,7 +206,11 @@ class Generation:
     def _require_shape(self, resolved_pass: ResolvedPass, **tensors: Tensor | None) -> None:
         shape = self.latents_shape(resolved_pass)
         for name, tensor in tensors.items():
-            if tensor is not None and tuple(tensor.shape) != shape:
+            if tensor is None and name != "latents":  # the others are optional
+                continue
+            if not isinstance(tensor, Tensor):
+                raise RequestError(f"{name}: the type is {type(tensor).__name__}; it must be a torch.Tensor {shape}.")
+            if tuple(tensor.shape) != shape:
                 raise RequestError(
                     f"{name}: the shape is {tuple(tensor.shape)}; for {resolved_pass.size} and {resolved_pass.frames} "
                     f"frames it must be {shape}."

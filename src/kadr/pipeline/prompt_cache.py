@@ -25,6 +25,7 @@ from kadr.errors import CheckpointError, KadrWarning
 from kadr.memory.device import DTYPES
 from kadr.schema import PROMPT_CACHE_NUMBER
 from kadr.text.tokenizer import PromptTokens
+from kadr.validation import check_path
 
 MAX_CACHE_BYTES = 512_000_000  # bytes of all files; the least recently used are removed first
 FOLDER = "prompts"
@@ -87,7 +88,10 @@ class PromptCache:
         Args:
             location: the folder; True is `prompts` in `cache_home`, False disables the cache.
         """
-        folder = Path(location).expanduser() if not isinstance(location, bool) else None
+        folder = None
+        if not isinstance(location, bool):
+            check_path("prompt_cache", location)
+            folder = Path(location).expanduser()
         if location is True:
             with suppress(RuntimeError):
                 folder = cache_home() / FOLDER

@@ -89,7 +89,12 @@ class StageAccess:
 
         Args:
             request: the request to plan for; its own prompt is not encoded.
+
+        Raises:
+            RequestError: `prompts` is not a list of texts.
         """
+        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise RequestError(f'prompts are {prompts!r}; they must be a list of texts, such as ["a red circle"].')
         with self.start(request, watch=watch, stages=("text",), prompts=prompts) as generation:
             return generation.encode_prompts()
 

@@ -35,6 +35,6 @@ def check_weight_format(name: str) -> str:
         RequestError: there is none.
     """
     for weight_format in WEIGHT_FORMATS:
-        if weight_format.lower() == name.lower():
+        if weight_format.lower() == str(name).lower():
             return weight_format
     raise RequestError(f"quant is {name!r}; it must be one of {', '.join(WEIGHT_FORMATS)}.")

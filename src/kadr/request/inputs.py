@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from kadr.errors import RequestError
 from kadr.shapes import MAX_FRAMES
-from kadr.validation import check_bool, check_range, is_number, is_whole_number
+from kadr.validation import check_bool, check_path, check_range, is_number, is_whole_number
 
 Input = TypeVar("Input", bound="Condition | Control")
 CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")  # any other suffix is an image's
@@ -38,6 +38,7 @@ class Condition:
     box: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
+        check_path("media of a condition", self.media)
         object.__setattr__(self, "media", str(self.media))
         check_range("strength", self.strength, 0.0, 1.0)
         if self.strength == 0:
@@ -82,6 +83,7 @@ class Control:
     frame_range: tuple[int | None, int | None] | None = None
 
     def __post_init__(self) -> None:
+        check_path("media of a control", self.media)
         object.__setattr__(self, "media", str(self.media))
         if self.kind not in CONTROL_KINDS:
             raise RequestError(f"the kind of control is {self.kind!r}; it must be one of {', '.join(CONTROL_KINDS)}.")

@@ -16,7 +16,7 @@ from kadr.sampling.step_cache import StepCache
 from kadr.schema import REQUEST
 from kadr.shapes import MAX_WINDOW_FRAMES, Size, snap_frames
 from kadr.spec.lora import LoraStrength, parse_lora_strengths
-from kadr.validation import check_bool, check_fields, check_range, is_whole_number
+from kadr.validation import check_bool, check_fields, check_path, check_range, is_whole_number
 
 MAX_FPS = 240
 DEFAULT_DENOISE_STRENGTH = 0.75
@@ -106,7 +106,9 @@ class Request:
     original_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
+        if not isinstance(self.prompt, str):
+            raise RequestError(f"the prompt is {self.prompt!r}; it must be text: say what to show.")
+        if not self.prompt.strip():
             raise RequestError("the prompt is empty; say what to show, in quotes.")
         if not isinstance(self.negative_prompt, str | None):
             raise RequestError(f"the negative prompt is {self.negative_prompt!r}; it must be text.")
@@ -162,6 +164,7 @@ class Request:
             if self.denoise_strength is not None:
                 raise RequestError(f"denoise_strength is {self.denoise_strength}, but no input video is given.")
             return
+        check_path("input_video", self.input_video)
         object.__setattr__(self, "input_video", str(self.input_video))
         if self.denoise_strength is not None:
             check_range("denoise_strength", self.denoise_strength, 0.0, 1.0)
@@ -245,6 +248,17 @@ def _parse_size(value: Any) -> Size:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise RequestError(f"size is {value!r}; it must be a Size or a pair, (width, height) in pixels.")
     return Size(*value)
+
+
+def check_request(value: Any) -> Request:
+    """Returns a value that is a request.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if not isinstance(value, Request):
+        raise RequestError(f'the request is {value!r:.80}; it must be a Request, such as Request(prompt="a fox").')
+    return value
 
 
 def refuse_overwriting(request: Request, output: Path) -> None:

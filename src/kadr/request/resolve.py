@@ -28,7 +28,7 @@ from kadr.request.passes import (
     warn_step_cache,
     window_spans,
 )
-from kadr.request.request import Request
+from kadr.request.request import Request, check_request
 from kadr.request.resolved_conditions import resolve_conditions
 from kadr.request.resolved_controls import resolve_controls
 from kadr.request.resolved_media import resolve_input_video
@@ -48,7 +48,7 @@ def resolve(request: Request, spec: ModelSpec, *, with_media: bool = True) -> Re
         MediaError: the header of an image or clip cannot be read.
         CheckpointError: the request has two passes, but there is no upscaler.
     """
-    completed = complete_request(request, spec.recipe)
+    completed = complete_request(check_request(request), spec.recipe)
     warn_single_pass(request, completed, spec.recipe)
     upscaling = spec.upscaling(has_two_passes=bool(completed.multi_scale))
     passes = resolve_passes(completed, spec.schedules, upscaling=upscaling)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kadr.errors import RequestError
-from kadr.validation import check_range
+from kadr.validation import check_path, check_range
 
 MAX_LORA_STRENGTH = 10.0  # beyond it any LoRA makes noise: the value was probably meant as a percentage
 LoraStrength = float | tuple[float, float]  # for all passes, or for the first and the second
@@ -29,6 +29,7 @@ class Lora:
     second_strength: float | None = None
 
     def __post_init__(self) -> None:
+        check_path("the path of a LoRA", self.path)
         object.__setattr__(self, "path", str(self.path))
         for value in (self.strength, self.second_strength):
             if value is not None:

@@ -11,7 +11,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.lora.file import LoraFile
 from kadr.checkpoints.predict import predict_lora, predict_text_encoder
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
-from kadr.errors import CheckpointError, KadrWarning
+from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import LORA, Recipe, Release
 from kadr.quant.weight_formats import NONE, check_weight_format
@@ -39,6 +39,7 @@ from kadr.spec.model import (
 )
 from kadr.spec.offload import check_offload
 from kadr.spec.options import check_compile, refuse_merging, resolve_weight_format
+from kadr.validation import check_path
 
 
 def open_spec(options: SpecOptions) -> ModelSpec:
@@ -49,6 +50,7 @@ def open_spec(options: SpecOptions) -> ModelSpec:
         CheckpointError: a path does not exist; a file is damaged, incomplete or not of the LTX-Video family; or two
             components do not fit each other.
     """
+    _check_types(options)
     device = pick_device(options.device)
     pick_dtype(options.dtype, device, 0)
     compile_transformer = check_compile(options.compile_transformer, device)
@@ -68,8 +70,7 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     second_release = None if second is None else second.release or second_checkpoint.info.release
     transformers = (checkpoint, second_checkpoint)
     opened_loras = _open_loras(options, loras, lora_components, transformers)
-    names = [options.upscaler] if isinstance(options.upscaler, str | Path) else list(options.upscaler)
-    upscalers = [locate(name, UPSCALER_ROLE) for name in names]
+    upscalers = [locate(name, UPSCALER_ROLE) for name in _upscaler_names(options)]
     given_upscalers = order_upscalers([open_checkpoint(item) for item in upscalers], checkpoint)
     text_encoder = locate_text_encoder(options.text_encoder, model, release)
     text_encoder_checkpoint = _open_text_encoder(text_encoder)
@@ -107,6 +108,25 @@ def with_second_model(recipe: Recipe, second_model: Release | None) -> Recipe:
     if second_model is None or second_model.recipe.second_pass is None:
         return recipe
     return replace(recipe, second_pass=second_model.recipe.second_pass, multi_scale=True)
+
+
+def _check_types(options: SpecOptions) -> None:
+    """Refuses paths that are not paths, and a recipe that is not a `Recipe`."""
+    check_path("model", options.model)
+    for name in ("text_encoder", "vae", "second_model"):
+        if getattr(options, name) is not None:
+            check_path(name, getattr(options, name))
+    if not isinstance(options.upscaler, str | Path | list | tuple):
+        raise RequestError(f"upscaler is {options.upscaler!r}; it must be a name, a path, or a list of them.")
+    for upscaler in _upscaler_names(options):
+        check_path("upscaler", upscaler)
+    if not isinstance(options.recipe, Recipe | None):
+        raise RequestError(f"recipe is {options.recipe!r}; it must be a Recipe, or None for the model's own.")
+
+
+def _upscaler_names(options: SpecOptions) -> Sequence[str | Path]:
+    """Returns the upscalers that were named, one or several."""
+    return [options.upscaler] if isinstance(options.upscaler, str | Path) else options.upscaler
 
 
 def _locate_vae(options: SpecOptions, model: ModelComponent) -> ModelComponent | None:
