@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PlanError,
         RequestError,
     )
+    from kadr.media.clip import read_metadata
     from kadr.models.registry import Recipe
     from kadr.pipeline.dry_run import DryRun
     from kadr.pipeline.engine import Engine
@@ -80,6 +81,7 @@ _HOMES = {
     "VideoFile": "kadr.pipeline.video",
     "Windows": "kadr.request.windows",
     "enhance_prompt": "kadr.request.prompt_enhancement",
+    "read_metadata": "kadr.media.clip",
 }
 __all__ = [
     "Busy",
@@ -115,6 +117,7 @@ __all__ = [
     "Windows",
     "__version__",
     "enhance_prompt",
+    "read_metadata",
 ]
 
 

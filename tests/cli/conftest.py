@@ -103,6 +103,7 @@ class FakeEngine:
             seconds=1.5,
             latents=self.latents,
             request=resolved,
+            notices=(),
         )
 
 

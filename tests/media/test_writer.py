@@ -188,6 +188,22 @@ def test_the_request_is_read_back_unchanged(tmp_path):
     assert read_metadata(path) == REQUEST == read_video(path).metadata
 
 
+def test_what_becomes_known_while_frames_are_written_is_in_the_file(tmp_path):
+    known = {"notices": []}
+    path, frames = tmp_path / "out.mp4", grey_frames(5)
+    with VideoWriter(path, SIZE, 24, metadata=lambda: known) as writer:
+        known["notices"] = ["first"]
+        writer.write(frames[:3])
+        known["notices"] = ["first", "second"]
+        writer.write(frames[3:])
+    assert read_metadata(path) == known
+    plain = read_video(write_video(tmp_path / "plain.mp4", frames))
+    again = read_video(path)
+    assert np.array_equal(again.frames, plain.frames)
+    assert again.fps == plain.fps
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.mp4", "plain.mp4"]
+
+
 def test_a_long_prompt_and_one_that_is_not_valid_text_survive(tmp_path):
     request = {"prompt": "ш" * 100_000, "negative_prompt": "\udce9"}
     assert read_metadata(write_video(tmp_path / "out.mp4", grey_frames(1), metadata=request)) == request

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kadr import Condition, Engine, KadrWarning, Progress, Request, Size, Video
 from kadr.errors import NonFiniteError
+from kadr.media.clip import read_metadata, read_video
 from kadr.media.writer import VideoWriter
 from kadr.memory.module_cache import ModuleCache
 from kadr.models.t5 import T5Encoder
@@ -361,3 +362,22 @@ def test_asynchronous_check_names_the_step_and_yields_no_bad_frame(
         frames = np.concatenate(written) if written else good.frames[:0]
         assert np.array_equal(frames, good.frames[: len(frames)])
         assert (len(frames) > 0) == (stage == "decode")
+
+
+def test_retry_is_a_notice_of_the_video_and_in_the_file(
+    bf16_engine: Engine, output_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bf16_engine.generate(REQUEST).notices == ()
+    spoil_decoder(monkeypatch, (BFLOAT16,))  # the file's header is written before
+    request = replace(REQUEST, frames=30, steps=1)
+    with pytest.warns(KadrWarning, match=r"^decode"):
+        video = bf16_engine.generate(request)
+    with pytest.warns(KadrWarning, match=r"^decode"):
+        video_file = bf16_engine.write(request, output_folder / "a.mp4")
+    (notice,) = video.notices
+    assert notice.startswith("decode produced NaN or infinity at frame ")
+    assert video_file.notices == video.notices
+    assert video.metadata["notices"] == read_metadata(video_file.path)["notices"] == [notice]
+    assert np.array_equal(
+        read_video(video_file.path).frames[0], read_video(video.save(output_folder / "b.mp4")).frames[0]
+    )

@@ -92,6 +92,16 @@ def test_plan_has_no_text_stage_if_all_prompts_are_cached(home: Path, cache: Pat
     assert [stage.stage for stage in engine.plan(REQUEST).stages] == ["denoise", "decode"]
 
 
+def test_prompts_to_encode_are_planned_whatever_the_request_has_cached(home: Path, cache: Path) -> None:
+    engine = open_engine(home, cache)
+    engine.denoise(REQUEST)
+    with engine.start(REQUEST, stages=("text",), prompts=[BLUE]) as generation:
+        assert [stage.stage for stage in generation.plan.stages] == ["text"]
+    with engine.start(REQUEST, stages=("text",)) as generation:
+        assert generation.plan.stages == ()
+        assert len(generation.encode_prompts()) == 2  # from the cache: no module is acquired
+
+
 def test_cache_has_only_real_tokens_in_the_computed_dtype(home: Path, cache: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         engine = open_engine(home, cache / dtype, dtype)

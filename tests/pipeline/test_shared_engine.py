@@ -16,10 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from kadr import Condition, Engine, Progress, Request, Size, Windows
+from kadr import CancelToken, Condition, Engine, Progress, Request, Size, Windows
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
-from kadr.errors import Busy, Cancelled
+from kadr.errors import Busy, Cancelled, RequestError
 
 SMALL = Request(prompt="a red circle moving right", size=Size(64, 64), frames=9, steps=2)
 MAX_GROWTH = 10e6  # bytes that 45 videos may add to the process
@@ -149,6 +149,35 @@ def test_cancelled_video_leaves_the_engine_to_the_next() -> None:
     with pytest.raises(Cancelled):
         engine.generate(SMALL, watch=cancel)
     assert np.array_equal(engine.generate(SMALL, wait=False).frames, expected)
+
+
+def test_generation_is_used_inside_its_block_for_its_stages() -> None:
+    engine = Engine.open("demo", device="cpu")
+    with (
+        engine.start(SMALL, stages=("text",)) as generation,
+        pytest.raises(RequestError, match="denoise is not planned"),
+    ):
+        generation.denoise()
+    with engine.start(SMALL) as generation:
+        latents = generation.denoise()
+    with pytest.raises(RequestError, match="has ended"):
+        list(generation.decode(latents))
+
+
+def test_generation_is_cancelled_from_another_thread() -> None:
+    engine = Engine.open("demo", device="cpu")
+    request = replace(SMALL, steps=1000)
+    with engine.start(request) as generation:
+        threading.Timer(0.05, generation.cancel, ["enough"]).start()
+        with pytest.raises(Cancelled, match="enough"):
+            generation.denoise()
+
+
+def test_one_who_waits_can_be_cancelled(occupied: Engine) -> None:
+    token = CancelToken()
+    threading.Timer(0.05, token.cancel).start()
+    with pytest.raises(Cancelled):
+        occupied.generate(SMALL, cancel=token)
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ def summary(engine: Engine, video_file: VideoFile) -> dict[str, Any]:
         "model_name": engine.spec.name,
         "seed": video_file.request.seed,
         "request": video_file.request.to_json(),
+        "notices": list(video_file.notices),
     }
 
 

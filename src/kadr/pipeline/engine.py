@@ -281,7 +281,10 @@ class Engine(StageAccess):
             generation = Generation(resolved, modules, encoder, watch, token)
             if transformer is None and (not stages or "denoise" in stages):
                 self._warn_unused_controls(resolved)
-            yield generation
+            try:
+                yield generation
+            finally:
+                modules.close()
 
     def load_transformer(self, *, keep_storage_dtype: bool = False) -> Transformer:
         """Loads the transformer of the first pass on the CPU, without a placement, as training takes it.

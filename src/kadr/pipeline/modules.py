@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from kadr.errors import RequestError
 from kadr.kernels.cpu.malloc import retain_freed_memory
 from kadr.memory.device import DTYPES, move_module
 from kadr.memory.module_cache import ModuleCache
@@ -67,8 +68,13 @@ class Modules:
             notices,
             transformer,
         )
+        self._is_closed = False
         self.plan = plan
         self.apply_plan(plan)
+
+    def close(self) -> None:
+        """Refuses to acquire modules from now on: the engine may be another generation's."""
+        self._is_closed = True
 
     @property
     def spec(self) -> ModelSpec:
@@ -176,7 +182,19 @@ class Modules:
             yield module
 
     def placement(self, stage: str) -> Placement:
-        """Returns the plan's placement of a stage."""
+        """Returns the plan's placement of a stage.
+
+        Raises:
+            RequestError: the generation was started for other stages, or has ended.
+        """
+        if self._is_closed:
+            raise RequestError("the generation has ended; use it inside the block of `Engine.start`.")
+        planned = [stage_plan.stage for stage_plan in self.plan.stages]
+        if stage not in planned:
+            raise RequestError(
+                f"the generation was started for {', '.join(planned) or 'no stage'}, and {stage} is not planned. Start "
+                "it without `stages`."
+            )
         return self.plan.stage(stage).placement
 
     def stage_dtype(self, stage: str) -> torch.dtype:

@@ -81,7 +81,7 @@ class Media:
         """
         media = self.resolved.media
         if not any(item.conditions or item.controls or item.input_video for item in media):
-            return [EncodedInputs([]) for _ in media]
+            return [EncodedInputs([]) for _ in self.resolved.window_passes or self.resolved.passes]
         if indices is not None:
             media = tuple(
                 item if index in indices else PassMedia(() if index else item.conditions)
