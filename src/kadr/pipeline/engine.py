@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kadr.cancellation import CancelToken, cancellable
-from kadr.errors import RequestError
+from kadr.cancellation import CancelToken
 from kadr.models.registry import Recipe
-from kadr.models.transformer import Transformer
 from kadr.pipeline.dry_run import DryRun, run_dry
-from kadr.pipeline.generation import Generation
 from kadr.pipeline.metadata import video_metadata, with_notices
-from kadr.pipeline.modules import Modules, TrainedTransformer
-from kadr.pipeline.notices import Notices
-from kadr.pipeline.open_model import OpenModel
+from kadr.pipeline.modules import TrainedTransformer
 from kadr.pipeline.plan_request import plan_request
-from kadr.pipeline.progress import STAGES, Watch, ignore_progress
+from kadr.pipeline.progress import Watch, ignore_progress
 from kadr.pipeline.stage_access import StageAccess
 from kadr.pipeline.video import Video, VideoFile
 from kadr.pipeline.writing import write_video
 from kadr.planning.plan import Plan
 from kadr.request.passes import check_first_sigma
 from kadr.request.request import Request, check_request, refuse_overwriting
-from kadr.request.resolve import resolve
-from kadr.request.resolved_controls import warn_control_lora_mismatch
 from kadr.request.resolved_request import ResolvedRequest
-from kadr.spec.model import ModelSpec, SpecOptions
+from kadr.spec.model import SpecOptions
 from kadr.spec.open import open_spec
 from kadr.validation import check_path
 
@@ -45,9 +37,6 @@ class Engine(StageAccess):
         spec: the model.
         prompt_cache: see `open`.
     """
-
-    def __init__(self, spec: ModelSpec, *, prompt_cache: bool | Path = True) -> None:
-        self._model = OpenModel(spec, prompt_cache)
 
     @classmethod
     def open(
@@ -118,21 +107,6 @@ class Engine(StageAccess):
             compile_transformer=compile_transformer,
         )
         return cls(open_spec(options), prompt_cache=prompt_cache)
-
-    @property
-    def spec(self) -> ModelSpec:
-        """The model, known from headers; `prepare` replaces it where it fetches something."""
-        return self._model.spec
-
-    def resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
-        """Returns the request with nothing left open; see `request.resolve.resolve`.
-
-        Raises:
-            RequestError: the request does not fit this model.
-            MediaError: the header of an image or clip cannot be read.
-            CheckpointError: the request has two passes, but there is no upscaler.
-        """
-        return request if isinstance(request, ResolvedRequest) else resolve(request, self.spec)
 
     def plan(self, request: Request | ResolvedRequest) -> Plan:
         """Returns the plan of a generation: placement, peak bytes and seconds of each stage, with reasons.
@@ -241,80 +215,3 @@ class Engine(StageAccess):
                 on_plan(generation.plan)
             metadata = video_metadata(self.spec, generation.resolved, transformer)
             return write_video(generation, Path(path), metadata, resume=resume)
-
-    @contextmanager
-    def start(
-        self,
-        request: Request | ResolvedRequest,
-        *,
-        watch: Watch = ignore_progress,
-        stages: Collection[str] = (),
-        prompts: Sequence[str] | None = None,
-        transformer: TrainedTransformer | None = None,
-        cancel: CancelToken | None = None,
-        wait: bool = True,
-    ) -> Iterator[Generation]:
-        """Yields the planned generation of a request, which has the engine for itself until the block ends.
-
-        Nothing is loaded yet.
-
-        Args:
-            stages: the stages that will run; () for all.
-            prompts: prompts to encode instead of the request's.
-            transformer: used instead of the model's own.
-            watch, cancel, wait: see `generate`.
-
-        Raises:
-            As `generate`.
-        """
-        _check_arguments(watch, stages, cancel)
-        with cancellable(cancel) as token, self._model.exclusive(wait=wait):
-            needs_media = not stages or not {"encode", "denoise"}.isdisjoint(stages)
-            resolved = self._model.prepare(request, with_media=needs_media)
-            if not stages:
-                check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
-            encoder = self._model.prompt_encoder(resolved.all_prompts if prompts is None else prompts)
-            cached = self._model.module_cache.private_bytes
-            plan = plan_request(self.spec, resolved, encoder, stages=stages, cached=cached)
-            notices = Notices(self.spec.notices)
-            modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
-            generation = Generation(resolved, modules, encoder, watch, token)
-            if transformer is None and (not stages or "denoise" in stages):
-                self._warn_unused_controls(resolved)
-            try:
-                yield generation
-            finally:
-                modules.close()
-
-    def load_transformer(self, *, keep_storage_dtype: bool = False) -> Transformer:
-        """Loads the transformer of the first pass on the CPU, without a placement, as training takes it.
-
-        Args:
-            keep_storage_dtype: see `checkpoints.load.load_weights`.
-
-        Raises:
-            CheckpointError: the weights are damaged or incomplete, or cannot be fetched.
-        """
-        with self._model.exclusive(wait=True):
-            self._model.fetch(has_two_passes=False)
-            return self._model.loader.load_transformer(0, self.spec.dtype, keep_storage_dtype=keep_storage_dtype)
-
-    def unload(self) -> None:
-        """Frees the modules that stay in memory for the next video."""
-        with self._model.exclusive(wait=True):
-            self._model.module_cache.clear()
-
-    def _warn_unused_controls(self, resolved: ResolvedRequest) -> None:
-        loras, strengths = self.spec.loras, resolved.request.lora_strengths
-        has_in_context = loras.has_in_context(strengths)
-        warn_control_lora_mismatch(resolved.request, has_loras=bool(loras), has_in_context_lora=has_in_context)
-
-
-def _check_arguments(watch: Any, stages: Any, cancel: Any) -> None:
-    """Refuses arguments of `Engine.start` of another type, and unknown stages."""
-    if not callable(watch):
-        raise RequestError(f"watch is {watch!r}; it must be a function that takes a Progress. Leave it out for none.")
-    if not isinstance(cancel, CancelToken | None):
-        raise RequestError(f"cancel is {cancel!r}; it must be a CancelToken, or None.")
-    if isinstance(stages, str) or not set(stages) <= set(STAGES):
-        raise RequestError(f"stages is {stages!r}; it must be a list of stages: {', '.join(STAGES)}.")

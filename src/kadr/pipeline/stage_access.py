@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kadr.cancellation import CancelToken
+from kadr.cancellation import CancelToken, cancellable
 from kadr.errors import RequestError
+from kadr.models.transformer import Transformer
 from kadr.pipeline.generation import Generation
-from kadr.pipeline.modules import TrainedTransformer
-from kadr.pipeline.progress import Watch, ignore_progress
+from kadr.pipeline.modules import Modules, TrainedTransformer
+from kadr.pipeline.notices import Notices
+from kadr.pipeline.open_model import OpenModel
+from kadr.pipeline.plan_request import plan_request
+from kadr.pipeline.progress import STAGES, Watch, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
+from kadr.request.passes import check_first_sigma
 from kadr.request.request import Request
+from kadr.request.resolve import resolve
+from kadr.request.resolved_controls import warn_control_lora_mismatch
 from kadr.request.resolved_request import ResolvedRequest
+from kadr.spec.model import ModelSpec
 
 LATENT_STAGES = ("text", "encode", "denoise", "upscale", "refine")  # those before the VAE decoder
 
 
 class StageAccess:
-    """Runs some stages of a request; the base of `Engine`. Errors are those of `Engine.generate`."""
+    """An open model, and single stages of its generations; the base of `Engine`, whose `generate` lists the errors.
 
-    @abstractmethod
+    Args:
+        spec: the model.
+        prompt_cache: see `Engine.open`.
+    """
+
+    def __init__(self, spec: ModelSpec, *, prompt_cache: bool | Path = True) -> None:
+        self._model = OpenModel(spec, prompt_cache)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, known from headers; `prepare` replaces it where it fetches something."""
+        return self._model.spec
+
+    def resolve(self, request: Request | ResolvedRequest) -> ResolvedRequest:
+        """Returns the request with nothing left open; see `request.resolve.resolve`.
+
+        Raises:
+            RequestError: the request does not fit this model.
+            MediaError: the header of an image or clip cannot be read.
+            CheckpointError: the request has two passes, but there is no upscaler.
+        """
+        return request if isinstance(request, ResolvedRequest) else resolve(request, self.spec)
+
+    @contextmanager
     def start(
         self,
         request: Request | ResolvedRequest,
@@ -35,8 +67,38 @@ class StageAccess:
         transformer: TrainedTransformer | None = None,
         cancel: CancelToken | None = None,
         wait: bool = True,
-    ) -> AbstractContextManager[Generation]:
-        """See `Engine.start`."""
+    ) -> Iterator[Generation]:
+        """Yields the planned generation of a request, which has the engine for itself until the block ends.
+
+        Nothing is loaded yet.
+
+        Args:
+            stages: the stages that will run; () for all.
+            prompts: prompts to encode instead of the request's.
+            transformer: used instead of the model's own.
+            watch, cancel, wait: see `generate`.
+
+        Raises:
+            As `generate`.
+        """
+        _check_arguments(watch, stages, cancel)
+        with cancellable(cancel) as token, self._model.exclusive(wait=wait):
+            needs_media = not stages or not {"encode", "denoise"}.isdisjoint(stages)
+            resolved = self._model.prepare(request, with_media=needs_media)
+            if not stages:
+                check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
+            encoder = self._model.prompt_encoder(resolved.all_prompts if prompts is None else prompts)
+            cached = self._model.module_cache.private_bytes
+            plan = plan_request(self.spec, resolved, encoder, stages=stages, cached=cached)
+            notices = Notices(self.spec.notices)
+            modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
+            generation = Generation(resolved, modules, encoder, watch, token)
+            if transformer is None and (not stages or "denoise" in stages):
+                self._warn_unused_controls(resolved)
+            try:
+                yield generation
+            finally:
+                modules.close()
 
     def denoise(
         self,
@@ -116,3 +178,36 @@ class StageAccess:
         """Encodes conditions, input video and controls of the request, for its first pass or window."""
         with self.start(request, watch=watch, stages=("encode",)) as generation:
             return generation.encode_media(indices=(0,))[0]
+
+    def load_transformer(self, *, keep_storage_dtype: bool = False) -> Transformer:
+        """Loads the transformer of the first pass on the CPU, without a placement, as training takes it.
+
+        Args:
+            keep_storage_dtype: see `checkpoints.load.load_weights`.
+
+        Raises:
+            CheckpointError: the weights are damaged or incomplete, or cannot be fetched.
+        """
+        with self._model.exclusive(wait=True):
+            self._model.fetch(has_two_passes=False)
+            return self._model.loader.load_transformer(0, self.spec.dtype, keep_storage_dtype=keep_storage_dtype)
+
+    def unload(self) -> None:
+        """Frees the modules that stay in memory for the next video."""
+        with self._model.exclusive(wait=True):
+            self._model.module_cache.clear()
+
+    def _warn_unused_controls(self, resolved: ResolvedRequest) -> None:
+        loras, strengths = self.spec.loras, resolved.request.lora_strengths
+        has_in_context = loras.has_in_context(strengths)
+        warn_control_lora_mismatch(resolved.request, has_loras=bool(loras), has_in_context_lora=has_in_context)
+
+
+def _check_arguments(watch: Any, stages: Any, cancel: Any) -> None:
+    """Refuses arguments of `Engine.start` of another type, and unknown stages."""
+    if not callable(watch):
+        raise RequestError(f"watch is {watch!r}; it must be a function that takes a Progress. Leave it out for none.")
+    if not isinstance(cancel, CancelToken | None):
+        raise RequestError(f"cancel is {cancel!r}; it must be a CancelToken, or None.")
+    if isinstance(stages, str) or not set(stages) <= set(STAGES):
+        raise RequestError(f"stages is {stages!r}; it must be a list of stages: {', '.join(STAGES)}.")

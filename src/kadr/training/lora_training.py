@@ -134,7 +134,7 @@ class LoRATraining:
             cached_examples = encode_examples(self.engine, examples, settings, self.work_folder / "cache", watch)
             null_text = self._null_text(examples, watch)
             self.engine.unload()
-            module = self._load_transformer()
+            module = _load_transformer(self.engine)
             layers = add_lora_layers(
                 module,
                 target_layers(module.config, settings.target_modules),
@@ -176,14 +176,6 @@ class LoRATraining:
             return None
         request = example_request(examples[0], self.settings)
         return self.engine.encode_prompts(request, [""], watch=watch)[0].float()
-
-    def _load_transformer(self) -> Transformer:
-        """Loads the transformer on its device in the requested weight format, not prepacked for any kernel."""
-        spec, weight_format = self.engine.spec, base_weight_format(self.engine)
-        module = self.engine.load_transformer(keep_storage_dtype=weight_format == AS_STORED)
-        if weight_format not in (AS_STORED, CONVERTED):
-            quantize_blocks(module, weight_format, device=spec.device, release=release_pages)
-        return move_module(module, spec.device)
 
     def _identity(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Returns what must be the same for a training to resume."""
@@ -278,6 +270,15 @@ class LoRATraining:
             request = self._validation_request(prompt, number, example.frames, example)
             transformer = TrainedTransformer(trainer.transformer, self._snapshot_path(step))
             self.engine.write(request, self.work_folder / f"step-{step:06d}-{number}.mp4", transformer=transformer)
+
+
+def _load_transformer(engine: Engine) -> Transformer:
+    """Loads the transformer on its device in the requested weight format, not prepacked for any kernel."""
+    spec, weight_format = engine.spec, base_weight_format(engine)
+    module = engine.load_transformer(keep_storage_dtype=weight_format == AS_STORED)
+    if weight_format not in (AS_STORED, CONVERTED):
+        quantize_blocks(module, weight_format, device=spec.device, release=release_pages)
+    return move_module(module, spec.device)
 
 
 def _warn_if_loss_rose(first_loss: float | None, last_loss: float) -> None:
