@@ -98,7 +98,7 @@ def test_distilled_demo_has_nine_tenths_of_the_prompt_adherence(distilled: Engin
     distilled_adherence = prompt_adherence(
         distilled, held_out_captions(TEXT_CAPTIONS, SEED), multi_scale=False, size=(128, 128)
     )
-    assert len(distilled.recipe.first_pass.sigmas or ()) == 6
+    assert len(distilled.spec.recipe.first_pass.sigmas or ()) == 6
     for name, share in adherence.items():
         assert distilled_adherence[name] >= 0.9 * share, name
 

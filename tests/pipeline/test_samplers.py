@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ from kadr import Condition, Control, Engine, Request
 from kadr.cli.main import main
 from kadr.errors import RequestError
 from kadr.media.writer import VideoWriter
-from kadr.pipeline.dry_run import DryRunEngine
 from kadr.request.windows import Windows
 from kadr.sampling import guidance as guiding
 from kadr.sampling.noise import NoiseStreams
@@ -61,17 +60,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-class Engines(NamedTuple):
-    """The tiny model with an in-context LoRA, opened as an engine and for dry runs."""
-
-    engine: Engine
-    dry_run: DryRunEngine
-
-    @classmethod
-    def open(cls, **arguments: Any) -> Engines:
-        return cls(Engine.open(**arguments, device="cpu", prompt_cache=False), DryRunEngine.open(**arguments))
-
-
 @pytest.fixture(scope="module")
 def arguments(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     lora = lora_files.write_lora_file(tmp_path_factory.mktemp("lora") / "lora.safetensors", lora_files.block_pairs())
@@ -79,18 +67,18 @@ def arguments(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def engines(arguments: dict[str, Any]) -> Engines:
-    return Engines.open(**arguments)
+def engine(arguments: dict[str, Any]) -> Engine:
+    return Engine.open(**arguments, device="cpu", prompt_cache=False)
 
 
 @pytest.fixture(scope="module")
-def two_pass_engines(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Engines:
+def two_pass_engine(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Engine:
     upscaler = write_random_upscaler(tmp_path_factory.mktemp("upscaler") / "upscaler.safetensors")
-    return Engines.open(**arguments, upscaler=upscaler)
+    return Engine.open(**arguments, upscaler=upscaler, device="cpu", prompt_cache=False)
 
 
 Conditioned = Callable[[str], Request]
-Check = Callable[[Engines, Request], None]
+Check = Callable[[Engine, Request], None]
 
 
 @pytest.fixture
@@ -131,12 +119,12 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Check:
 
     monkeypatch.setattr(guiding, "combine", combine)
 
-    def check_request(engines: Engines, request: Request) -> None:
+    def check_request(engine: Engine, request: Request) -> None:
         evaluations[0] = 0
-        latents = engines.engine.denoise(request)
+        latents = engine.denoise(request)
         assert latents.isfinite().all()
-        assert evaluations[0] == engines.dry_run.run(request).evaluations
-        assert torch.equal(engines.engine.denoise(request), latents)
+        assert evaluations[0] == engine.dry_run(request).resolved.model_evaluations
+        assert torch.equal(engine.denoise(request), latents)
 
     return check_request
 
@@ -144,40 +132,40 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Check:
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampler_takes_every_guidance_mode(
-    check: Check, engines: Engines, conditioned: Conditioned, sampler: str, guidance: str
+    check: Check, engine: Engine, conditioned: Conditioned, sampler: str, guidance: str
 ) -> None:
     for request in (BASE, conditioned("image at 0.6")):
-        check(engines, replace(request, sampler=sampler, guidance=GUIDANCE[guidance]))
+        check(engine, replace(request, sampler=sampler, guidance=GUIDANCE[guidance]))
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_sampler_takes_every_condition(
-    check: Check, engines: Engines, conditioned: Conditioned, sampler: str, condition: str
+    check: Check, engine: Engine, conditioned: Conditioned, sampler: str, condition: str
 ) -> None:
-    check(engines, replace(conditioned(condition), sampler=sampler, guidance=GUIDANCE["CFG"]))
+    check(engine, replace(conditioned(condition), sampler=sampler, guidance=GUIDANCE["CFG"]))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_each_of_two_passes_has_its_own_sampler(check: Check, two_pass_engines: Engines, sampler: str) -> None:
+def test_each_of_two_passes_has_its_own_sampler(check: Check, two_pass_engine: Engine, sampler: str) -> None:
     second_pass = Pass(sigmas=(0.7, 0.4), sampler="res_2s")
     request = replace(BASE, size=(128, 128), downscale_factor=0.5, sampler=sampler, second_pass=second_pass)
-    check(two_pass_engines, request)
-    assert [step.settings.sampler for step in two_pass_engines.dry_run.run(request).passes] == [sampler, "res_2s"]
+    check(two_pass_engine, request)
+    assert [step.settings.sampler for step in two_pass_engine.dry_run(request).passes] == [sampler, "res_2s"]
 
 
 @pytest.mark.parametrize("name", SECOND_ORDER)
 def test_frames_of_a_second_order_sampler_are_finite_and_differ(
-    engines: Engines, conditioned: Conditioned, name: str
+    engine: Engine, conditioned: Conditioned, name: str
 ) -> None:
     request = replace(conditioned("several"), guidance_batch=True, guidance=GUIDANCE["CFG"])
-    euler, second = (engines.engine.generate(replace(request, sampler=sampler)).frames for sampler in ("euler", name))
+    euler, second = (engine.generate(replace(request, sampler=sampler)).frames for sampler in ("euler", name))
     assert euler.shape == second.shape
     assert not np.array_equal(euler, second)
 
 
 def test_samplers_draw_the_same_noise(
-    engines: Engines, conditioned: Conditioned, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, conditioned: Conditioned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
     original_draw = NoiseStreams.draw
@@ -189,16 +177,16 @@ def test_samplers_draw_the_same_noise(
     monkeypatch.setattr(NoiseStreams, "draw", draw)
     names = {}
     for sampler in SAMPLERS:
-        engines.engine.denoise(replace(conditioned("several"), sampler=sampler))
+        engine.denoise(replace(conditioned("several"), sampler=sampler))
         names[sampler] = set(drawn)
         drawn.clear()
     assert names["res_2s"] == names["euler"]
     assert names["euler_stochastic"] - names["euler"] == {f"stochastic {step}" for step in range(len(SIGMAS))}
 
 
-def test_guidance_of_a_second_evaluation_is_that_of_its_own_sigma(engines: Engines) -> None:
+def test_guidance_of_a_second_evaluation_is_that_of_its_own_sigma(engine: Engine) -> None:
     request = replace(BASE, sampler="res_2s", guidance=GUIDANCE["CFG between two steps"])
-    (resolved_pass,) = engines.dry_run.run(request).passes
+    (resolved_pass,) = engine.dry_run(request).passes
     scales = [[(round(sigma, 3), guidance.cfg_scale) for sigma, guidance in step] for step in resolved_pass.evaluations]
     assert scales == [
         [(1.0, 1.0), (0.894, 1.0)],
@@ -209,32 +197,32 @@ def test_guidance_of_a_second_evaluation_is_that_of_its_own_sigma(engines: Engin
     assert resolved_pass.uses_cfg
 
 
-def test_plan_counts_every_evaluation(engines: Engines) -> None:
+def test_plan_counts_every_evaluation(engine: Engine) -> None:
     """Four steps of RES 2S are planned as the seven Euler steps that have as many evaluations."""
-    (resolved_pass,) = engines.engine.resolve_passes(replace(BASE, sampler="res_2s"))
+    (resolved_pass,) = engine.resolve(replace(BASE, sampler="res_2s")).passes
     sigmas = tuple(evaluation.sigma for step in resolved_pass.evaluations for evaluation in step)
     assert len(sigmas) == 7
     by_res, by_euler = (
-        engines.engine.plan(request).stage("denoise").placement.seconds
+        engine.plan(request).stage("denoise").placement.seconds
         for request in (replace(BASE, sampler="res_2s"), replace(BASE, sigmas=sigmas))
     )
     assert by_res == by_euler
 
 
 @pytest.mark.parametrize("name", SECOND_ORDER)
-def test_step_cache_with_several_evaluations_per_step_is_refused(engines: Engines, name: str) -> None:
+def test_step_cache_with_several_evaluations_per_step_is_refused(engine: Engine, name: str) -> None:
     refused = replace(BASE, sampler=name, cache="taylor")
-    for resolve in (engines.engine.plan, engines.engine.denoise, engines.engine.resolve_passes):
+    for resolve in (engine.plan, engine.denoise, engine.resolve):
         with pytest.raises(RequestError, match=f"step cache is 'taylor', and the sampler '{name}' has 2 evaluations"):
             resolve(refused)
 
 
 @pytest.mark.parametrize("name", SECOND_ORDER)
 def test_sampler_between_the_sigmas_of_a_distilled_model_is_refused(name: str) -> None:
-    engine = DryRunEngine.open("demo-distilled")
-    assert engine.run(Request(prompt="x", sampler="euler_stochastic")).evaluations > 0
+    engine = Engine.open("demo-distilled", device="cpu")
+    assert engine.dry_run(Request(prompt="x", sampler="euler_stochastic")).resolved.model_evaluations > 0
     with pytest.raises(RequestError, match=f"distilled for the sigmas .*the sampler '{name}' evaluates it between"):
-        engine.run(Request(prompt="x", sampler=name))
+        engine.dry_run(Request(prompt="x", sampler=name))
 
 
 @pytest.mark.parametrize("flag", ["--sampler", "--second-sampler"])

@@ -381,7 +381,10 @@ def test_dry_run_refuses_an_upscaler_for_other_latents(home: Path) -> None:
 @pytest.mark.parametrize("name", ["ltxv-2b-0.9.5", "t5-v1.1-xxl"])
 def test_name_that_is_not_an_upscaler_is_refused(name: str, home: Path, no_fetch: None) -> None:
     assert_refused(
-        lambda: Engine.open(home / MODEL_FILE, upscaler=name, device="cpu"), RequestError, name, "not an upscaler"
+        lambda: Engine.open(home / MODEL_FILE, upscaler=name, device="cpu"),
+        RequestError,
+        name,
+        "for the upscaler give a path",
     )
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from kadr.errors import RequestError
+from kadr.errors import MediaError, RequestError
 from kadr.media.image import check_crop
 from kadr.request.inputs import Control
 from kadr.request.passes import ResolvedPass
@@ -138,21 +139,28 @@ def pass_conditions(
 
 def _place(condition: ResolvedCondition, size: Size, resolved_pass: ResolvedPass) -> PassCondition:
     if condition.condition.box is None:
-        _refuse_small_image(condition.media, size)
+        _refuse_too_small(condition.media, size)
         return PassCondition(condition, PassFrames(condition.media, size, resolved_pass.size))
     box_size, offset, crop = _latent_box(condition.condition.box, size, resolved_pass)
-    _refuse_small_image(condition.media, box_size)
+    _refuse_too_small(condition.media, box_size)
     return PassCondition(condition, PassFrames(condition.media, box_size, box_size), offset, crop)
 
 
-def _refuse_small_image(media: ResolvedMedia, size: Size) -> None:
-    """Refuses an image that is too small; a clip, whose frames may be rotated, is looked at when it is opened.
+def _refuse_too_small(media: ResolvedMedia, size: Size) -> None:
+    """Refuses media that are too small; a clip, whose frames may be rotated, if it is so either way.
 
     Raises:
         MediaError: less than 2x2 pixels would be left of it.
     """
-    if not media.is_clip:
+    try:
         check_crop(media.width, media.height, size, name=media.path)
+    except MediaError:
+        if not media.is_clip:
+            raise
+        with suppress(MediaError):
+            check_crop(media.height, media.width, size, name=media.path)
+            return
+        raise
 
 
 def window_conditions(conditions: Sequence[PassCondition], span: Span) -> tuple[PassCondition, ...]:
@@ -217,7 +225,7 @@ def pass_control(
     Raises:
         RequestError: the sides of the pass are not divisible by the factor.
     """
-    _refuse_small_image(control.media, size)
+    _refuse_too_small(control.media, size)
     unit = SPATIAL_COMPRESSION * reference_downscale
     if resolved_pass.size.width % unit or resolved_pass.size.height % unit:
         raise RequestError(

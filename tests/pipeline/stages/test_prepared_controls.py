@@ -736,7 +736,7 @@ def test_network_that_cannot_be_fetched_is_an_error_before_any_load(
     engine_without_weights: Engine, clips: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr("kadr.pipeline.engine.warn_control_lora_mismatch", lambda request, **kwargs: None)
+    monkeypatch.setattr("kadr.pipeline.stage_access.warn_control_lora_mismatch", lambda request, **kwargs: None)
     with pytest.raises(
         CheckpointError, match=r"onnx/model\.onnx of onnx-community.*already shows the depth needs no network"
     ):
