@@ -395,3 +395,7 @@ def test_request_with_defaults_is_checked_again() -> None:
         Request(prompt=PROMPT).with_defaults({"guidance": 0.0})
     with pytest.raises(RequestError, match="fps"):
         replace(FULL, fps=0)
+
+
+def test_prompt_may_be_the_first_argument() -> None:
+    assert Request(PROMPT, seed=3) == Request(prompt=PROMPT, seed=3)

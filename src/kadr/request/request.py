@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Request:
         original_prompt: the user's own words, where `prompt` was enhanced; no model reads them.
     """
 
-    prompt: str
+    prompt: str = field(kw_only=False)
     size: Size | tuple[int, int] | None = None
     frames: int | None = None
     fps: float | None = None

@@ -115,8 +115,10 @@ class ModelSpec:
         Raises:
             CheckpointError: there are two passes, and no upscaler.
         """
-        if self.given_upscalers or not has_two_passes:
-            return self.given_upscalers
+        return self.given_upscalers if self.given_upscalers or not has_two_passes else self._released_upscalers
+
+    @cached_property
+    def _released_upscalers(self) -> Mapping[str, Checkpoint]:
         component = self.default_upscaler
         if component is None:
             raise CheckpointError(
