@@ -309,7 +309,7 @@ def test_json_is_one_object_with_the_request(kadr: Run, engine: FakeEngine) -> N
     report = json.loads(kadr("generate", PROMPT, "--model", "demo", "--seed", "5", "--json").out)
     assert Request.from_json(report.pop("request")) == engine.complete(Request(prompt=PROMPT, seed=5))
     expected = {"path": "out.mp4", "size": "64x64", "frames": 9, "fps": 24.0, "seconds": 1.5, "seed": 5}
-    expected["model_name"] = "demo"
+    expected |= {"model_name": "demo", "notices": []}
     assert report == expected
 
 
