@@ -16,6 +16,15 @@ from tests import tiny_models
 WIDTH = 64  # of the tiny transformer
 ATTENTION = tuple(f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0"))
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+OUTER_LAYERS = {  # name -> in and out features, of 13B
+    "patchify_proj": (128, 4096),
+    "adaln_single.emb.timestep_embedder.linear_1": (256, 4096),
+    "adaln_single.emb.timestep_embedder.linear_2": (4096, 4096),
+    "adaln_single.linear": (4096, 6 * 4096),
+    "caption_projection.linear_1": (4096, 4096),
+    "caption_projection.linear_2": (4096, 4096),
+    "proj_out": (4096, 128),
+}
 RANK = 4
 Pairs = Mapping[str, tuple[Tensor, Tensor]]  # layer name in the single file -> down (r, in), up (out, r)
 

@@ -41,7 +41,7 @@ from tests.checkpoints.checkpoint_files import (
     write_sparse,
 )
 from tests.checkpoints.gguf import gguf_files
-from tests.lora_files import ATTENTION, FEED_FORWARD, comfy
+from tests.lora_files import ATTENTION, FEED_FORWARD, OUTER_LAYERS, comfy
 
 HOSTED = [release for release in RELEASES if release.repo is not None]
 MODELS = [release for release in HOSTED if release.kind == "model"]
@@ -51,15 +51,6 @@ TEXT_ENCODERS = [find_release(DEFAULT_TEXT_ENCODER), find_release(TEXT_ENCODER_G
 VAES = {"0.9": VAE_0_9, "0.9.1": VAE_0_9_1, "0.9.5": VAE_0_9_5}
 OLD_SCHEDULE = Schedule(sampler="Uniform", shifting="SD3", shift_terminal=0.1)
 UNUSED_STATISTICS = ("mean-of-stds", "mean-of-stds_over_std-of-means", "channel")
-OUTER_LAYERS = {  # name -> in and out features, of 13B
-    "patchify_proj": (128, 4096),
-    "adaln_single.emb.timestep_embedder.linear_1": (256, 4096),
-    "adaln_single.emb.timestep_embedder.linear_2": (4096, 4096),
-    "adaln_single.linear": (4096, 6 * 4096),
-    "caption_projection.linear_1": (4096, 4096),
-    "caption_projection.linear_2": (4096, 4096),
-    "proj_out": (4096, 128),
-}
 # Rank, and the layers that are adapted in each block and around the blocks.
 LORA_LAYERS = {
     "ltxv-13b-0.9.7-distilled-lora": (128, (*ATTENTION, *FEED_FORWARD), OUTER_LAYERS),

@@ -48,6 +48,17 @@ class ModelComponent:
     strengths: tuple[float, float] | None = None
 
     @property
+    def known_release(self) -> Release:
+        """The registry's entry.
+
+        Raises:
+            CheckpointError: it was given by a path.
+        """
+        if self.release is None:
+            raise CheckpointError(f"the {self.role} {self.name} is not on disk. Give an existing path.")
+        return self.release
+
+    @property
     def bytes_to_fetch(self) -> int | None:
         """Bytes to fetch by the registry; 0 for what is on disk, None where the registry has no size."""
         if self.path is not None:

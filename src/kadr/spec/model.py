@@ -148,8 +148,7 @@ class ModelSpec:
 
     def required_components(self, *, has_two_passes: bool) -> tuple[ModelComponent, ...]:
         """Returns the components that a generation opens."""
-        default = self.default_upscaler
-        if not has_two_passes or self.given_upscalers or default is None:
+        if not has_two_passes or self.given_upscalers or (default := self.default_upscaler) is None:
             return self.components
         models = [item for item in self.components if item.role in (MODEL, SECOND_MODEL)]
         return (*models, default, *(item for item in self.components if item not in models))
@@ -234,13 +233,7 @@ def open_checkpoint(component: ModelComponent, *, known_release: bool = True) ->
     """
     if component.path is not None:
         return Checkpoint.open(component.path, release=component.release if known_release else None)
-    return predict_checkpoint(_known_release(component))
-
-
-def _known_release(component: ModelComponent) -> Release:
-    if component.release is None:
-        raise CheckpointError(f"the {component.role} {component.name} is not on disk. Give an existing path.")
-    return component.release
+    return predict_checkpoint(component.known_release)
 
 
 def require_components(checkpoint: Checkpoint, vae_checkpoint: Checkpoint) -> TransformerConfig:

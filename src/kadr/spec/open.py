@@ -141,8 +141,7 @@ def _locate_vae(options: SpecOptions, model: ModelComponent) -> ModelComponent |
 def _open_text_encoder(component: ModelComponent) -> TextEncoderCheckpoint:
     if component.path is not None:
         return TextEncoderCheckpoint.open(component.path)
-    assert component.release is not None
-    return predict_text_encoder(component.release)
+    return predict_text_encoder(component.known_release)
 
 
 def _open_loras(
@@ -162,8 +161,7 @@ def _open_loras(
 def _open_lora(component: ModelComponent, *, allow_partial: bool) -> LoraFile:
     if component.path is not None:
         return LoraFile.open(component.path, allow_partial=allow_partial)
-    assert component.release is not None
-    return predict_lora(component.release)
+    return predict_lora(component.known_release)
 
 
 def _count_parameters(checkpoints: Sequence[Checkpoint]) -> int:
@@ -185,8 +183,7 @@ def fetch_spec(spec: ModelSpec, *, has_two_passes: bool) -> ModelSpec:
     for is_text_encoder in (False, True):
         for component in absent:
             if (component.role == TEXT_ENCODER_ROLE) == is_text_encoder:
-                assert component.release is not None
-                fetch_release(component.release)
+                fetch_release(component.known_release)
         spec = open_spec(spec.options)
         if has_two_passes:
             spec.upscalers(has_two_passes=True)

@@ -18,6 +18,7 @@ from tests.lora_files import (
     ATTENTION,
     FEED_FORWARD,
     NAMINGS,
+    OUTER_LAYERS,
     RANK,
     block_pairs,
     comfy,
@@ -313,16 +314,9 @@ def test_a_released_lora_is_read_whole_and_fits_the_13b_model(name: str, file: P
     naming, targets, rank, has_outer_layers = RELEASED[name]
     pairs = block_pairs(targets, num_layers=48, rank=rank, width=4096)
     if has_outer_layers:
-        sizes = {
-            "patchify_proj": (128, 4096),
-            "adaln_single.emb.timestep_embedder.linear_1": (256, 4096),
-            "adaln_single.emb.timestep_embedder.linear_2": (4096, 4096),
-            "adaln_single.linear": (4096, 6 * 4096),
-            "caption_projection.linear_1": (4096, 4096),
-            "caption_projection.linear_2": (4096, 4096),
-            "proj_out": (4096, 128),
+        pairs |= {
+            name: (torch.ones(1, inputs), torch.ones(outputs, 1)) for name, (inputs, outputs) in OUTER_LAYERS.items()
         }
-        pairs |= {name: (torch.ones(1, inputs), torch.ones(outputs, 1)) for name, (inputs, outputs) in sizes.items()}
         assert len(pairs) == 974 // 2  # tensors of the released file
     lora = LoraFile.open(write_lora_file(file, pairs, naming))
     assert (lora.model_size, len(lora.layers), lora.unexpected_keys) == ("13B", len(pairs), ())
