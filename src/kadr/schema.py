@@ -20,6 +20,7 @@ Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 # Caches are never upgraded or refused: the number is part of a file's name, so another one is another file.
 PROMPT_CACHE_NUMBER = 1
+CALIBRATION_NUMBER = 1
 EXAMPLE_CACHE_NUMBER = 3
 
 

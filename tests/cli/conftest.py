@@ -70,7 +70,7 @@ class FakeEngine:
         self.requests.append(request)
         placement = Placement(dtype="bfloat16", private_bytes=10**9, seconds=60.0, reason="it is a fake")
         stage = StagePlan(stage="denoise", component="transformer", placement=placement)
-        return Plan(device="cpu", base_bytes=0, free_bytes=2 * 10**9, stages=(stage,))
+        return Plan(device="cpu", base_bytes=0, free_bytes=2 * 10**9, stages=(stage,), is_calibrated=True)
 
     def write(
         self,

@@ -28,7 +28,7 @@ VERBS = {
     "generate": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt --enhance --enhance-model
         --enhance-required --enhance-timeout {_WINDOWS} --output --resume --json --dry-run
         --save-latents {_MODEL} {_REST}""",
-    "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json
+    "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json --calibrate
         {_MODEL} {_REST}""",
     "rerun": "FILE --output --seed --model --device --resume --json",
     "inspect": "PATH --json",

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from kadr import Engine, KadrWarning, Progress, Request, Size
+from kadr.cache_home import cache_home
 from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.models.t5 import T5Encoder
 from kadr.pipeline import prompt_cache
-from kadr.pipeline.prompt_cache import PromptCache, cache_home
+from kadr.pipeline.prompt_cache import PromptCache
 from kadr.schema import PROMPT_CACHE_NUMBER
 from kadr.text.tokenizer import PromptTokens
 from tests.tiny_models import MODEL_FILE, TEXT_WIDTH

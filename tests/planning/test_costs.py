@@ -23,7 +23,6 @@ from kadr.models.vae import VAE, VAEConfig
 from kadr.models.vae.config import VAE_0_9, VAE_0_9_1, VAE_0_9_5
 from kadr.planning.costs import activations, vae_activations
 from kadr.planning.costs.flops import (
-    estimate_seconds,
     perturbed_flops,
     text_encoder_flops,
     text_kv_flops,
@@ -330,11 +329,6 @@ def test_decoder_bytes_do_not_grow_in_steady_state() -> None:
     )
     assert steady == pytest.approx(long, rel=0.01)
     assert long == longer
-
-
-def test_seconds_include_computing_and_reading() -> None:
-    assert estimate_seconds(10**12, 10**11) == 10
-    assert estimate_seconds(10**12, 10**11, bytes_read=3 * 10**9, disk_bytes_per_second=10**9) == 13
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,8 @@ def test_plan_converts_to_text_and_to_plain_data() -> None:
     text = str(plan)
     assert text.split()[:6] == ["stage", "component", "weights", "backend", "peak", "time"]
     assert "as stored, computed in bfloat16, 28 blocks streamed" in text
-    assert "peak 520 MB on cpu, of 520 MB available; about 4 s" in text
+    expected = "peak 520 MB on cpu, of 520 MB available; about 2 s to 10 s, uncalibrated: run `kadr plan --calibrate`"
+    assert expected in text
     data = plan.to_json()
     assert data["peak_bytes"] == plan.peak_bytes
     assert [stage["stage"] for stage in data["stages"]] == ["text", "denoise"]
@@ -145,3 +146,32 @@ def test_plan_converts_to_text_and_to_plain_data() -> None:
 )
 def test_seconds_are_formatted_in_the_usual_unit(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_calibrated_plan_says_one_time_and_uncalibrated_a_range() -> None:
+    plan = plan_in(stage_options(text=(placement(10),), denoise=(placement(10),)), 100)
+    data = plan.to_json()
+    assert (data["calibrated"], data["seconds"], data["seconds_range"]) == (False, 4.0, [1.6, 10.0])
+    calibrated = replace(plan, is_calibrated=True, startup_seconds=3.0).with_startup()
+    assert calibrated.summary().endswith("; about 7 s")
+    data = calibrated.to_json()
+    assert (data["calibrated"], data["seconds"], data["startup_seconds"]) == (True, 7.0, 3.0)
+    least, most = calibrated.seconds_range
+    assert most - least < plan.seconds_range[1] - plan.seconds_range[0] + 3
+
+
+def test_loading_counts_once_for_a_cached_component() -> None:
+    loading = placement(10, load_seconds=5.0)
+    first, second = stage_options(denoise=(loading,), refine=(loading,))
+    shared = [replace(first, component="transformer"), replace(second, component="transformer")]
+    plan = plan_in(shared, 1000)
+    assert [plan.stage_seconds(stage) for stage in plan.stages] == [7.0, 2.0]
+    assert [stage["load_seconds"] for stage in plan.to_json()["stages"]] == [5.0, 0.0]
+    assert replace(plan, loaded_components=frozenset({"transformer"})).seconds == 4.0
+    assert replace(plan, cached_components=frozenset()).seconds == 14.0
+
+
+def test_module_that_is_not_cached_is_loaded_for_every_window() -> None:
+    plan = plan_in(stage_options(denoise=(placement(10, load_seconds=5.0, window_count=3),)), 1000)
+    assert plan.seconds == 7.0
+    assert replace(plan, cached_components=frozenset()).seconds == 17.0

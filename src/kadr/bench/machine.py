@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from kadr.bench.runner import Contender
+from kadr.memory.cpu import cpu_model, cpuinfo_value
 from kadr.version import __version__
 
 # The instruction sets of matrix products, by their names in Linux.
@@ -26,10 +27,10 @@ MATMUL_SIDES = {"cpu": 4096, "cuda": 8192}
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Returns the machine and the versions of the software as plain data."""
     description: dict[str, Any] = {
-        "cpu": _cpuinfo_value("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_model() or platform.processor() or platform.machine(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in _cpuinfo_value("flags", "Features").split()],
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in cpuinfo_value("flags", "Features").split()],
         "memory": psutil.virtual_memory().total,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # over the last minute, by all programs
         "system": platform.platform(terse=True),
@@ -47,16 +48,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def _describe_gpu(device: torch.device) -> dict[str, Any]:
     gpu, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
     return {"gpu": gpu, "cuda": torch.version.cuda, "cudnn": cudnn}
-
-
-def _cpuinfo_value(*names: str) -> str:
-    """Returns what Linux says of the first core under one of these names; "" on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    fields = (line.partition(":") for line in lines)
-    return next((value.strip() for name, _, value in fields if name.strip() in names), "")
 
 
 def revision() -> str | None:

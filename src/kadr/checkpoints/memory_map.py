@@ -6,6 +6,7 @@ next access reads it again, usually from the page cache.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import sys
@@ -21,6 +22,8 @@ from kadr.errors import CheckpointError
 
 # Without it Linux would reserve memory for pages that are never written, and refuse files larger than the memory.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # Python names it from 3.13 on
+
+SAMPLED_RANGES, SAMPLED_PAGES = 64, 16  # of a file, and of a range; see `cached_fraction`
 
 # Shared by all sources of a file; an entry dies with the file's last tensor. Inode and mtime in the key distinguish a
 # file from one that replaced it.
@@ -92,3 +95,27 @@ def _create_map(descriptor: int) -> mmap.mmap:
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)
+
+
+def cached_fraction(path: Path) -> float:
+    """Returns about how much of a file the system has in its page cache, from 0 to 1; 1 where it does not tell.
+
+    Looks at `SAMPLED_RANGES` ranges of the file, spread evenly, and reads nothing.
+    """
+    mincore = getattr(ctypes.CDLL(None), "mincore", None) if sys.platform == "linux" else None
+    try:
+        mapped = map_file(path)
+    except CheckpointError:
+        return 1.0
+    pages = len(mapped) // mmap.PAGESIZE
+    if mincore is None or not pages:
+        return 1.0
+    count, address, present, looked_at = min(SAMPLED_PAGES, pages), _address(mapped), 0, 0
+    states = (ctypes.c_ubyte * count)()
+    for index in range(SAMPLED_RANGES):
+        first = (pages - count) * index // max(1, SAMPLED_RANGES - 1)
+        start = ctypes.c_void_p(address + first * mmap.PAGESIZE)
+        if mincore(start, ctypes.c_size_t(count * mmap.PAGESIZE), states):
+            return 1.0
+        present, looked_at = present + sum(state & 1 for state in states), looked_at + count
+    return present / looked_at

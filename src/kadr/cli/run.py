@@ -28,6 +28,14 @@ def open_engine(model: str | Path, **options: Any) -> Engine:
     return Engine.open(model, **options)
 
 
+def calibrate(engine: Engine) -> None:
+    """Measures how fast this machine is and stores it for later plans. Progress goes to stderr."""
+    from kadr.pipeline.calibrate import calibrate_machine  # loads torch
+
+    path = calibrate_machine(engine.spec, report=lambda step: print_stderr(f"calibration: {step}"))
+    print_stderr(f"calibration: stored in {path}")
+
+
 def write_video(
     engine: Engine,
     request: Request,

@@ -10,6 +10,7 @@ import numpy as np
 
 from kadr.cancellation import CancelToken
 from kadr.models.registry import Recipe
+from kadr.pipeline.calibrate import calibrate_machine
 from kadr.pipeline.dry_run import DryRun, run_dry
 from kadr.pipeline.metadata import video_metadata, with_notices
 from kadr.pipeline.modules import TrainedTransformer
@@ -121,7 +122,8 @@ class Engine(StageAccess):
         check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
         self._warn_unused_controls(resolved)
         encoder = self._model.prompt_encoder(resolved.all_prompts)
-        return plan_request(self.spec, resolved, encoder, cached=self._model.module_cache.private_bytes)
+        cache = self._model.module_cache
+        return plan_request(self.spec, resolved, encoder, cached=cache.private_bytes, loaded=cache.cached_names)
 
     def dry_run(self, request: Request | ResolvedRequest) -> DryRun:
         """Returns what a generation of the request would do. The model need not be on disk.
@@ -131,8 +133,12 @@ class Engine(StageAccess):
         """
         return run_dry(self.spec, self.resolve(request))
 
-    def prepare(self, request: Request | ResolvedRequest, *, wait: bool = True) -> None:
+    def prepare(self, request: Request | ResolvedRequest, *, calibrate: bool = False, wait: bool = True) -> None:
         """Fetches what a generation of the request opens and is not on disk; `generate` does it too.
+
+        Args:
+            calibrate: then measure how fast this machine is, for about a minute, and store that for later plans.
+                `generate` never does: no first video waits for it.
 
         Raises:
             CheckpointError: a file cannot be fetched, or is not what the registry says.
@@ -140,6 +146,8 @@ class Engine(StageAccess):
         """
         with self._model.exclusive(wait=wait):
             self._model.prepare(request, with_media=True)
+            if calibrate:
+                calibrate_machine(self.spec)
 
     def generate(
         self,

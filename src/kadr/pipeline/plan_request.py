@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from kadr.errors import PlanError
 from kadr.pipeline.stages.text import PromptEncoder
+from kadr.planning.calibration.storage import current_calibration
 from kadr.planning.costs.activations import MAX_PROMPT_TOKENS
 from kadr.planning.plan import Plan
 from kadr.planning.planner import Planner
@@ -23,12 +24,13 @@ def plan_request(
     *,
     stages: Collection[str] = (),
     cached: int = 0,
+    loaded: frozenset[str] = frozenset(),
 ) -> Plan:
     """Returns the plan of a request.
 
     Args:
         stages: the stages that will run; () for all.
-        cached: bytes of cached modules; see `planning.planner.Planner`.
+        cached, loaded: bytes and names of cached modules; see `planning.planner.Planner`.
 
     Raises:
         PlanError: it does not fit in memory; carries the shortfall in bytes and suggests what fits.
@@ -41,10 +43,11 @@ def plan_request(
         prompts_to_encode=prompt_encoder.uncached_count if has_tokenizer else num_prompts,
         stages=stages,
     )
+    calibration = current_calibration(spec.dtype, spec.device)
     try:
-        plan = Planner(spec, workload, cached=cached).plan()
+        plan = Planner(spec, workload, calibration, cached=cached, loaded=loaded).plan()
     except PlanError as error:
-        suggestion = suggest_smaller(spec, workload, resolved, cached=cached)
+        suggestion = suggest_smaller(spec, workload, resolved, calibration, cached=cached)
         raise PlanError(f"{error} {suggestion}", shortfall=error.shortfall) from error
     components = spec.required_components(has_two_passes=len(resolved.passes) > 1)
     return replace(

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kadr.cache_home import cache_home
 from kadr.checkpoints.save import write_tensors
 from kadr.checkpoints.source import Source
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
@@ -31,22 +31,6 @@ MAX_CACHE_BYTES = 512_000_000  # bytes of all files; the least recently used are
 FOLDER = "prompts"
 _EMBEDDINGS_KEY, _DIGEST_KEY = "prompt_embeddings", "sha256"
 _PROMPT_FILE_NAME = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.\d+\.part)?")
-
-
-def cache_home() -> Path:
-    """Returns the folder of kadr's caches: $KADR_CACHE, else a folder in the system's place for caches.
-
-    Raises:
-        RuntimeError: this user has no home directory.
-    """
-    if kadr_cache := os.environ.get("KADR_CACHE"):
-        return Path(kadr_cache).expanduser()
-    xdg_cache = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(xdg_cache):  # the standard says to ignore relative ones
-        return Path(xdg_cache) / "kadr"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "kadr" / "cache"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "kadr"
 
 
 class PromptCache:

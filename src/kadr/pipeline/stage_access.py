@@ -88,8 +88,10 @@ class StageAccess:
             if not stages:
                 check_first_sigma(resolved.passes[0], has_init_latents=resolved.input_video is not None)
             encoder = self._model.prompt_encoder(resolved.all_prompts if prompts is None else prompts)
-            cached = self._model.module_cache.private_bytes
-            plan = plan_request(self.spec, resolved, encoder, stages=stages, cached=cached)
+            cache = self._model.module_cache
+            plan = plan_request(
+                self.spec, resolved, encoder, stages=stages, cached=cache.private_bytes, loaded=cache.cached_names
+            )
             notices = Notices(self.spec.notices)
             modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
             generation = Generation(resolved, modules, encoder, watch, token)

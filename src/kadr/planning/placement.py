@@ -22,7 +22,8 @@ class Placement:
         private_bytes: device bytes of all other weights.
         workspace_bytes: device bytes besides weights: activations and buffers.
         host_bytes: host bytes of weights, where the device has its own memory.
-        seconds: estimated time of the stage.
+        seconds: estimated time of the stage, with its module loaded.
+        load_seconds: estimated time of loading the module: reading, converting, quantizing and prepacking its weights.
         window_count: number of windows of a long video that the stage samples in turn; 0 for a video in one piece.
         backend: name of the kernels that compute matrix products or convolutions.
         reason: why the planner lists this placement, shown to the user; "" for the default one.
@@ -38,6 +39,7 @@ class Placement:
     workspace_bytes: int = 0
     host_bytes: int = 0
     seconds: float = 0.0
+    load_seconds: float = 0.0
     window_count: int = 0
     backend: str = "torch"
     reason: str = ""

@@ -8,6 +8,9 @@ from typing import Any
 
 from kadr.planning.placement import Placement, describe_weights
 
+# The seconds that a request takes lie between these multiples of the estimate, by whether the machine was measured.
+TIME_FACTORS = {True: (0.75, 1.35), False: (0.4, 2.5)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
@@ -36,6 +39,10 @@ class Plan:
         free_bytes: bytes on the device that the request may take.
         stages: in the order they run.
         cached_components: components that stay in memory for the next request.
+        loaded_components: components that are in memory before it.
+        is_calibrated: times come from measurements of this machine; else from assumptions.
+        startup_seconds: time that a program takes before the request.
+        counts_startup: that time counts, as for a command.
         to_fetch: names of the components that are not on disk, and the bytes of each; None where they are not known.
         notes: what the plan had to assume.
     """
@@ -45,6 +52,10 @@ class Plan:
     free_bytes: int
     stages: tuple[StagePlan, ...]
     cached_components: frozenset[str] = frozenset()
+    loaded_components: frozenset[str] = frozenset()
+    is_calibrated: bool = False
+    startup_seconds: float = 0.0
+    counts_startup: bool = False
     to_fetch: tuple[tuple[str, int | None], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -60,8 +71,26 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimated time of all stages."""
-        return sum(stage.placement.seconds for stage in self.stages)
+        """Estimated time of all stages, and of starting the program where that counts. Downloads do not."""
+        return self.startup_seconds * self.counts_startup + sum(map(self.stage_seconds, self.stages))
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """Least and most seconds that a request of this estimate takes; see `TIME_FACTORS`."""
+        below, above = TIME_FACTORS[self.is_calibrated]
+        return self.seconds * below, self.seconds * above
+
+    def stage_seconds(self, stage: StagePlan) -> float:
+        """Returns a stage's estimated time; its module is loaded unless it is cached, for each window if need be."""
+        return stage.placement.seconds + self.stage_load_seconds(stage)
+
+    def stage_load_seconds(self, stage: StagePlan) -> float:
+        """Returns the part of a stage's time that loads its module."""
+        is_kept = stage.component in self.cached_components
+        earlier = self.loaded_components | {item.component for item in self.stages[: self.stages.index(stage)]}
+        if is_kept and stage.component in earlier:
+            return 0.0
+        return stage.placement.load_seconds * (1 if is_kept else max(1, stage.placement.window_count))
 
     def stage_bytes(self, stage: StagePlan) -> int:
         """Returns a stage's peak in bytes, with the components that earlier stages left in memory."""
@@ -78,6 +107,10 @@ class Plan:
             if stage.stage == name:
                 return stage
         raise KeyError(f"the plan has no stage {name}, only {', '.join(stage.stage for stage in self.stages)}")
+
+    def with_startup(self) -> Plan:
+        """Returns the plan of a command, whose time begins with the start of its process."""
+        return replace(self, counts_startup=True)
 
     def with_fallback(self, stage: str) -> Plan | None:
         """Returns the plan with the next placement of a stage that takes fewer bytes and with no cached components.
@@ -119,6 +152,9 @@ class Plan:
             "base_bytes": self.base_bytes,
             "peak_bytes": self.peak_bytes,
             "seconds": round(self.seconds, 1),
+            "seconds_range": [round(bound, 1) for bound in self.seconds_range],
+            "calibrated": self.is_calibrated,
+            "startup_seconds": round(self.startup_seconds, 1),
             "cached_components": sorted(self.cached_components),
             "bytes_to_fetch": self.bytes_to_fetch,
             "reasons": self.reasons(),
@@ -135,7 +171,8 @@ class Plan:
                     "workspace_bytes": stage.placement.workspace_bytes,
                     "host_bytes": stage.placement.host_bytes,
                     "peak_bytes": self.base_bytes + self.stage_bytes(stage),
-                    "seconds": round(stage.placement.seconds, 1),
+                    "seconds": round(self.stage_seconds(stage), 1),
+                    "load_seconds": round(self.stage_load_seconds(stage), 1),
                 }
                 for stage in self.stages
             ],
@@ -145,7 +182,7 @@ class Plan:
         rows = [("stage", "component", "weights", "backend", "peak", "time")]
         for stage in self.stages:
             placement, peak = stage.placement, format_bytes(self.base_bytes + self.stage_bytes(stage))
-            cells = describe_weights(placement), placement.backend, peak, format_seconds(placement.seconds)
+            cells = describe_weights(placement), placement.backend, peak, format_seconds(self.stage_seconds(stage))
             rows.append((stage.stage, stage.component, *cells))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -154,7 +191,13 @@ class Plan:
     def summary(self) -> str:
         """Returns peak, available memory and time in one line."""
         peak, available = format_bytes(self.peak_bytes), format_bytes(self.base_bytes + self.free_bytes)
-        return f"peak {peak} on {self.device}, of {available} available; about {format_seconds(self.seconds)}"
+        return f"peak {peak} on {self.device}, of {available} available; {self._describe_time()}"
+
+    def _describe_time(self) -> str:
+        if self.is_calibrated:
+            return f"about {format_seconds(self.seconds)}"
+        least, most = map(format_seconds, self.seconds_range)
+        return f"about {least} to {most}, uncalibrated: run `kadr plan --calibrate`"
 
 
 def _cached_bytes(earlier_stages: Sequence[StagePlan], component: str, cached_components: frozenset[str]) -> int:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from kadr.memory.device import free_bytes, resident_bytes
+from kadr.planning.calibration.calibration import Calibration
 from kadr.planning.choose import make_plan
 from kadr.planning.options.context import StageContext
 from kadr.planning.options.denoise import denoise_options, windowed_denoise_options
@@ -35,11 +36,22 @@ class Planner:
 
     Args:
         spec: the model, known from headers.
+        calibration: how fast the machine is.
         cached: private bytes of cached modules, free to the stage that reuses one.
+        loaded: names of the components whose modules are cached.
     """
 
-    def __init__(self, spec: ModelSpec, workload: Workload, *, cached: int = 0) -> None:
-        self.spec, self.workload, self.cached = spec, workload, cached
+    def __init__(
+        self,
+        spec: ModelSpec,
+        workload: Workload,
+        calibration: Calibration,
+        *,
+        cached: int = 0,
+        loaded: frozenset[str] = frozenset(),
+    ) -> None:
+        self.spec, self.workload, self.calibration = spec, workload, calibration
+        self.cached, self.loaded = cached, loaded
 
     def plan(self) -> Plan:
         """Returns the plan.
@@ -58,6 +70,12 @@ class Planner:
             free_bytes=int(free * (1 - RESERVED_FRACTION)),
             free_host_bytes=int(host * (1 - RESERVED_FRACTION)),
         )
+        plan = replace(
+            plan,
+            loaded_components=self.loaded,
+            is_calibrated=self.calibration.is_measured,
+            startup_seconds=self.calibration.startup_seconds,
+        )
         return replace(plan, cached_components=frozenset()) if self.spec.offload == OFFLOAD_STAGES else plan
 
     def stage_options(self) -> Iterator[StageOptions]:
@@ -67,7 +85,7 @@ class Planner:
                 yield options
 
     def _all_stage_options(self) -> Iterator[StageOptions]:
-        context = StageContext(self.spec, self.workload)
+        context = StageContext(self.spec, self.workload, self.calibration)
         if self.workload.prompts_to_encode:
             yield text_options(context)
         if any(self.workload.encode_grids):

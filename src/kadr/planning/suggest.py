@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from kadr.errors import PlanError
+from kadr.planning.calibration.calibration import Calibration
 from kadr.planning.planner import Planner
 from kadr.planning.workload import WindowWorkload, Workload
 from kadr.quant.weight_formats import INT8
@@ -19,15 +20,17 @@ from kadr.spec.weights import is_quantized
 Fits = Callable[[ModelSpec, Workload], bool]
 
 
-def suggest_smaller(spec: ModelSpec, workload: Workload, request: ResolvedRequest, *, cached: int = 0) -> str:
+def suggest_smaller(
+    spec: ModelSpec, workload: Workload, request: ResolvedRequest, calibration: Calibration, *, cached: int = 0
+) -> str:
     """Returns a sentence with the settings that would fit, and with the nearest smaller request that would.
 
     Args:
-        cached: private bytes of cached modules; see `Planner`.
+        calibration, cached: see `Planner`.
     """
 
     def fits(spec: ModelSpec, workload: Workload) -> bool:
-        return _fits(Planner(spec, workload, cached=cached))
+        return _fits(Planner(spec, workload, calibration, cached=cached))
 
     suggestions = [flags for flags, lighter_spec in _lighter_settings(spec) if fits(lighter_spec, workload)]
     smaller = _shorter_window(spec, workload, request, fits) or _smaller_request(spec, workload, request, fits)

@@ -25,7 +25,8 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     """Print what a video would take: memory and time, stage by stage.
 
     Takes the flags of `kadr generate`, and prints the placement of each component and the reason for it. If nothing
-    fits, it exits with an error that says what would.
+    fits, it exits with an error that says what would. The time is a wide range until --calibrate
+    has measured the machine.
     """
     check_choices(flags)
     request = build_request(prompt, flags)
@@ -34,5 +35,8 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     refuse_missing_media(request)
     model = components.pop("model", "demo")
     engine = run.open_engine(model, **components, **engine_options(flags.model))
-    video_plan = engine.plan(with_duration(request, flags.video.seconds, engine))
+    request = with_duration(request, flags.video.seconds, engine)
+    if flags.output.calibrate:
+        run.calibrate(engine)
+    video_plan = engine.plan(request).with_startup()
     print(json.dumps(video_plan.to_json()) if flags.output.json else video_plan)

@@ -285,6 +285,9 @@ class PlanOutputFlags:
     """Output"""
 
     json: Json = False
+    calibrate: Annotated[
+        bool, flag("--calibrate", None, "First measure how fast this machine is, for about a minute, and remember it.")
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ def _block_flops(config: TransformerConfig, tokens: int, text_tokens: int) -> in
     return 28 * tokens * width**2 + 4 * tokens * (tokens + text_tokens) * width
 
 
+def self_attention_flops(config: TransformerConfig, tokens: int) -> int:
+    """Returns the FLOPs of the logits and the outputs of self-attention in all blocks: 4 N² D each."""
+    return config.num_layers * 4 * tokens**2 * config.width
+
+
 def text_encoder_flops(config: T5Config, *, batch: int = 1, length: int = MAX_PROMPT_TOKENS) -> int:
     """Returns the FLOPs of encoding a prompt: 2 L (4 D I + 3 D H) + 4 L² I per block.
 
@@ -104,16 +109,3 @@ def upscaler_flops(config: UpscalerConfig, grid: LatentGrid) -> int:
         + 27 * width**2 * 2 * config.num_blocks_per_stage * (before + after)
         + taps * width**2 * prod(config.scale_factors) * before
     )
-
-
-def estimate_seconds(
-    flops: int, flops_per_second: float, *, bytes_read: int = 0, disk_bytes_per_second: float | None = None
-) -> float:
-    """Estimates the seconds of a stage.
-
-    Args:
-        flops_per_second: rate of matrix products; see `planning.calibration`.
-        bytes_read: bytes of weights that are read from files.
-        disk_bytes_per_second: rate at which they are read; None if weights are in memory.
-    """
-    return flops / flops_per_second + (bytes_read / disk_bytes_per_second if disk_bytes_per_second else 0.0)

@@ -21,9 +21,7 @@ from kadr.shapes import SPATIAL_COMPRESSION, LatentGrid
 
 def vae_encoder_flops(config: VAEConfig, grid: LatentGrid) -> int:
     """Returns the FLOPs of encoding a video whose latents have `grid`."""
-    positions = (SPATIAL_COMPRESSION // config.patch_size) ** 2 * grid.height * grid.width
-    stages = _stage_positions(encoder_stages(config), grid.video_frames, positions)
-    return sum(_stage_flops(*stage) for stage in stages)
+    return sum(stage_flops(*stage) for stage in encoder_stage_positions(config, grid))
 
 
 def vae_decoder_flops(config: VAEConfig, grid: LatentGrid) -> int:
@@ -31,8 +29,18 @@ def vae_decoder_flops(config: VAEConfig, grid: LatentGrid) -> int:
 
     See performance.md, B.2.
     """
-    stages = _stage_positions(decoder_stages(config), grid.frames, grid.height * grid.width)
-    return sum(_stage_flops(*stage) for stage in stages)
+    return sum(stage_flops(*stage) for stage in decoder_stage_positions(config, grid))
+
+
+def encoder_stage_positions(config: VAEConfig, grid: LatentGrid) -> Iterator[tuple[VAEStage, int, int, int, int]]:
+    """Yields the encoder's stages for a video whose latents have `grid`; see `_stage_positions`."""
+    positions = (SPATIAL_COMPRESSION // config.patch_size) ** 2 * grid.height * grid.width
+    return _stage_positions(encoder_stages(config), grid.video_frames, positions)
+
+
+def decoder_stage_positions(config: VAEConfig, grid: LatentGrid) -> Iterator[tuple[VAEStage, int, int, int, int]]:
+    """Yields the decoder's stages for latents of `grid`; see `_stage_positions`."""
+    return _stage_positions(decoder_stages(config), grid.frames, grid.height * grid.width)
 
 
 def _stage_positions(
@@ -54,7 +62,7 @@ def _stage_positions(
             frames, positions = output
 
 
-def _stage_flops(stage: VAEStage, frames: int, positions: int, frames_out: int, positions_out: int) -> int:
+def stage_flops(stage: VAEStage, frames: int, positions: int, frames_out: int, positions_out: int) -> int:
     """Returns the FLOPs of one stage: convolutions, the 1 x 1 x 1 convolution of a skip path, timestep embedding."""
     channel_products = sum(before * after for before, after in stage.conv_channels)
     flops = 2 * TAPS * channel_products * frames_out * positions_out

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 
 from kadr.planning import backends
-from kadr.planning.calibration import measure_matmul_rate
-from kadr.planning.costs.flops import estimate_seconds
+from kadr.planning.calibration.calibration import Calibration
 from kadr.planning.costs.weight_bytes import WeightBytes
 from kadr.planning.placement import Placement
 from kadr.planning.workload import Workload
-from kadr.quant.weight_formats import INT8
 from kadr.spec.model import ModelSpec
 
-DISK_BYTES_PER_SECOND = 1.5e9  # assumed rate at which weights are read from files
-MATMUL_SPEEDUP = {INT8: 1.6}  # matrix products in 8 bits against those in the dtype
 HEAP_FRAGMENTATION = 0.35  # of a stage's workspace: free memory that the host's heap keeps between blocks. Measured.
 
 
@@ -32,10 +27,11 @@ class WeightOption:
 
 @dataclass(frozen=True)
 class StageContext:
-    """A model and the work that it is to do."""
+    """A model, the work that it is to do, and how fast the machine is."""
 
     spec: ModelSpec
     workload: Workload
+    calibration: Calibration
 
     @property
     def device(self) -> torch.device:
@@ -57,35 +53,25 @@ class StageContext:
         """True where the host's memory is the device's."""
         return self.spec.device.type == "cpu"
 
-    @cached_property
-    def flops_per_second(self) -> float:
-        """FLOPs per second of a matrix product on this device."""
-        return measure_matmul_rate(self.dtype, self.device)
-
     def placement(
         self,
         option: WeightOption,
         weights: WeightBytes,
         workspace_bytes: int,
-        flops: int,
-        bytes_read: int,
         backend: str = backends.TORCH,
+        *,
+        seconds: float,
+        load_seconds: float,
     ) -> Placement:
-        """Returns a placement with the bytes and the time of an option.
-
-        Args:
-            flops: work of the stage.
-            bytes_read: bytes that it reads from files.
-            backend: see `Placement`.
-        """
-        rate = self.flops_per_second * MATMUL_SPEEDUP.get(option.weight_format, 1.0)
+        """Returns a placement with the bytes and the time of an option; other arguments as for `Placement`."""
         placement = Placement(
             dtype=str(self.dtype).removeprefix("torch."),
             weight_format=option.weight_format,
             mapped_bytes=weights.mapped,
             private_bytes=weights.private,
             workspace_bytes=workspace_bytes + int(HEAP_FRAGMENTATION * workspace_bytes * self.on_cpu) + weights.scratch,
-            seconds=estimate_seconds(flops, rate, bytes_read=bytes_read, disk_bytes_per_second=DISK_BYTES_PER_SECOND),
+            seconds=seconds,
+            load_seconds=load_seconds,
             backend=backend,
             reason=option.reason,
         )

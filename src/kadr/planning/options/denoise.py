@@ -8,16 +8,17 @@ from kadr.checkpoints.source import Source
 from kadr.memory.device import has_fast_int8
 from kadr.models.transformer import CUDA_GRAPH_MAX_TOKENS
 from kadr.planning import backends
+from kadr.planning.calibration import calibration as speeds
 from kadr.planning.costs import activations
-from kadr.planning.costs.flops import lora_flops, perturbed_flops, text_kv_flops, transformer_flops
 from kadr.planning.costs.weight_bytes import WeightBytes, weight_bytes
 from kadr.planning.options.context import StageContext, WeightOption
 from kadr.planning.placement import AS_STORED, CONVERTED, StageOptions
+from kadr.planning.timing.transformer import EvaluationTimer, pass_seconds
+from kadr.planning.timing.weights import weight_seconds
 from kadr.planning.workload import WindowWorkload
 from kadr.quant.prepack import should_prepack_linears
-from kadr.quant.weight_formats import AUTO_QUANT, INT8, INT8_WEIGHT_ONLY, NONE
+from kadr.quant.weight_formats import AUTO_QUANT, FP8, INT8, INT8_WEIGHT_ONLY, NONE
 from kadr.request.passes import ResolvedPass
-from kadr.sampling.settings import ATTENTION_VALUES
 from kadr.spec.model import PASS_STAGES
 from kadr.spec.offload import OFFLOAD_BLOCKS, OFFLOAD_NONE
 from kadr.spec.weights import is_quantized
@@ -46,7 +47,7 @@ def windowed_denoise_options(context: StageContext) -> StageOptions:
             reference_tokens=(window.reference_tokens,),
             windows=(),
         )
-        options = denoise_options(StageContext(context.spec, workload), 0, window.resolved_pass)
+        options = denoise_options(replace(context, workload=workload), 0, window.resolved_pass)
         counted_options.append((1 + len(others), options))
     placements = []
     for by_group in zip(*(options.placements for _, options in counted_options), strict=True):
@@ -62,15 +63,25 @@ def denoise_options(context: StageContext, pass_index: int, resolved_pass: Resol
     source = context.spec.transformer_checkpoints[pass_index].sources["transformer"]
     tokens = resolved_pass.grid.num_tokens + context.workload.extra_tokens(pass_index)
     workspace_bytes = _workspace_bytes(context, pass_index, resolved_pass, tokens)
-    flops = _flops(context, pass_index, resolved_pass, tokens)
     placements = []
     for option in _weight_options(context, source):
         is_prepacked = not option.is_streamed and should_prepack_linears(context.dtype, context.device)
         weights = weight_bytes(source, context.dtype, option.weight_format, is_prepacked=is_prepacked)
         weights = _add_lora_bytes(context, weights, option)
-        bytes_read = source.size_bytes * (len(resolved_pass.evaluation_guidance) if option.is_streamed else 1)
+        times = weight_seconds(
+            context.calibration,
+            source,
+            context.dtype,
+            option.weight_format,
+            device=context.device,
+            is_streamed=option.is_streamed,
+            is_prepacked=is_prepacked,
+        )
+        seconds = _seconds(context, pass_index, resolved_pass, tokens, option, times.per_use, is_prepacked=is_prepacked)
         backend = _matmul_backend(context, option)
-        placements.append(context.placement(option, weights, workspace_bytes, flops, bytes_read, backend))
+        placements.append(
+            context.placement(option, weights, workspace_bytes, backend, seconds=seconds, load_seconds=times.load)
+        )
     return StageOptions(
         stage=PASS_STAGES[pass_index],
         component=context.spec.transformer_component(pass_index),
@@ -176,16 +187,33 @@ def _prompt_tokens(context: StageContext, resolved_pass: ResolvedPass) -> tuple[
     return context.workload.prompt_tokens if resolved_pass.uses_cfg else context.workload.prompt_tokens[:1]
 
 
-def _flops(context: StageContext, pass_index: int, resolved_pass: ResolvedPass, tokens: int) -> int:
-    config, prompt_tokens = context.spec.transformer_config_of(pass_index), _prompt_tokens(context, resolved_pass)
-    total = text_kv_flops(config, text_tokens=sum(prompt_tokens))
-    num_sigmas = 2 if context.workload.has_per_token_sigmas(pass_index) else 1
-    longest, loras = max(prompt_tokens), context.spec.loras
-    lora_total = 0 if loras.is_merged else lora_flops(sum(loras.parameter_counts), tokens)
-    for guidance in resolved_pass.evaluation_guidance:
-        evaluation = transformer_flops(config, tokens, text_tokens=longest, num_sigmas=num_sigmas)
-        total += (1 + (guidance.cfg_scale > 1)) * (evaluation + lora_total)
-        if guidance.stg_scale > 0 and guidance.skip_blocks:
-            mode = resolved_pass.settings.guidance.stg_mode or ATTENTION_VALUES
-            total += perturbed_flops(config, tokens, guidance.skip_blocks, mode, text_tokens=longest)
-    return total
+def _seconds(
+    context: StageContext,
+    pass_index: int,
+    resolved_pass: ResolvedPass,
+    tokens: int,
+    option: WeightOption,
+    weights_per_use: float,
+    *,
+    is_prepacked: bool,
+) -> float:
+    """Returns the seconds of a pass, with the transformer loaded."""
+    prompt_tokens, loras = _prompt_tokens(context, resolved_pass), context.spec.loras
+    timer = EvaluationTimer(
+        calibration=context.calibration,
+        config=context.spec.transformer_config_of(pass_index),
+        kernel=_layer_kernel(option.weight_format, is_prepacked=is_prepacked),
+        tokens=tokens,
+        text_tokens=max(prompt_tokens),
+        num_sigmas=2 if context.workload.has_per_token_sigmas(pass_index) else 1,
+        weights_per_use=weights_per_use,
+        lora_parameters=0 if loras.is_merged else sum(loras.parameter_counts),
+    )
+    return pass_seconds(timer, resolved_pass, prompt_tokens, guidance_batch=context.workload.guidance_batch)
+
+
+def _layer_kernel(weight_format: str, *, is_prepacked: bool) -> str:
+    """Returns the kernel of the transformer's layers, by its name in a calibration."""
+    if weight_format in (INT8, FP8):
+        return speeds.INT8
+    return speeds.PREPACKED if is_prepacked and weight_format == CONVERTED else speeds.PLAIN

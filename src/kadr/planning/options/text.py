@@ -5,10 +5,11 @@ from __future__ import annotations
 from kadr.checkpoints.source import Source
 from kadr.planning import backends
 from kadr.planning.costs import activations
-from kadr.planning.costs.flops import text_encoder_flops
 from kadr.planning.costs.weight_bytes import weight_bytes
 from kadr.planning.options.context import StageContext, WeightOption
 from kadr.planning.placement import AS_STORED, CONVERTED, StageOptions
+from kadr.planning.timing.transformer import text_encoder_seconds
+from kadr.planning.timing.weights import weight_seconds
 from kadr.spec.model import TEXT_ENCODER
 from kadr.spec.offload import OFFLOAD_BLOCKS, OFFLOAD_NONE
 
@@ -18,14 +19,23 @@ MIN_STREAM_BYTES = 500_000_000  # a text encoder of no more bytes is not worth s
 def text_options(context: StageContext) -> StageOptions:
     checkpoint = context.spec.text_encoder_checkpoint
     workspace_bytes = activations.text_encoder_activation_bytes(checkpoint.config, context.itemsize)
-    flops = context.workload.prompts_to_encode * text_encoder_flops(checkpoint.config)
+    prompts, calibration = context.workload.prompts_to_encode, context.calibration
     placements = []
     for option in _weight_options(context, checkpoint.source):
         weights = weight_bytes(checkpoint.source, context.dtype, option.weight_format, is_text_encoder=True)
         # Never prepacked, as a streamed module: it runs once.
         backend = backends.matmul_backend(context.dtype, context.device, option.weight_format, is_streamed=True)
+        times = weight_seconds(
+            calibration,
+            checkpoint.source,
+            context.dtype,
+            option.weight_format,
+            device=context.device,
+            is_streamed=option.is_streamed,
+        )
+        seconds = text_encoder_seconds(calibration, checkpoint.config, prompts, times.per_use)
         placements.append(
-            context.placement(option, weights, workspace_bytes, flops, checkpoint.source.size_bytes, backend)
+            context.placement(option, weights, workspace_bytes, backend, seconds=seconds, load_seconds=times.load)
         )
     return StageOptions(stage="text", component=TEXT_ENCODER, placements=tuple(placements))
 

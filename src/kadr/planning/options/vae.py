@@ -6,21 +6,24 @@ from dataclasses import replace
 
 import torch
 
+from kadr.checkpoints.source import Source
 from kadr.kernels.cpu.winograd import F23, F43
 from kadr.models.vae.decoder import CHUNK_FRAMES
 from kadr.planning import backends
+from kadr.planning.calibration import calibration as speeds
 from kadr.planning.costs import activations
-from kadr.planning.costs.flops import upscaler_flops
 from kadr.planning.costs.vae_activations import vae_decode_activation_bytes, vae_encode_activation_bytes
-from kadr.planning.costs.vae_flops import vae_decoder_flops, vae_encoder_flops
 from kadr.planning.costs.weight_bytes import WeightBytes, weight_bytes
 from kadr.planning.options.context import StageContext, WeightOption
 from kadr.planning.placement import CONVERTED, Placement, StageOptions
+from kadr.planning.timing.vae import upscale_seconds, vae_decode_seconds, vae_encode_seconds
+from kadr.planning.timing.weights import weight_seconds
 from kadr.quant.prepack import should_prepack_convs
 from kadr.spec.model import UPSCALERS, VAE_DECODER, VAE_ENCODER
 
-# Decoding time by `winograd_frames`, against convolutions without Winograd. Measured.
-WINOGRAD_TIME_RATIO = {0: 1.0, F23: 0.75, F43: 0.6}
+# Kernel of convolutions by `winograd_frames`.
+CONV_KERNELS = {0: speeds.PLAIN_CONV, F23: speeds.WINOGRAD_2, F43: speeds.WINOGRAD_4}
+SMALL_CHUNK_COST = 0.1  # share of the decoding time that each frame less in a chunk adds. Measured.
 # Decoded frames on their way into a file: the video encoder itself; copies of a chunk in float32, as it is scaled,
 # resized and converted to bytes; and the frames that the encoder looks ahead at. Measured.
 CODEC_BYTES, FRAME_COPIES, LOOKAHEAD_FRAMES, LOOKAHEAD_BYTES_PER_PIXEL = 25_000_000, 8, 60, 3
@@ -34,11 +37,17 @@ def encode_options(context: StageContext) -> StageOptions:
     workspace_bytes = max(
         vae_encode_activation_bytes(config, grid, context.itemsize, winograd_frames=winograd_frames) for grid in grids
     )
-    flops = sum(vae_encoder_flops(config, grid) for grid in grids)
+    kernel = CONV_KERNELS[winograd_frames]
+    image_kernel = speeds.WINOGRAD_IMAGE if winograd_frames else kernel
+    seconds = sum(
+        vae_encode_seconds(context.calibration, config, grid, image_kernel if grid.frames == 1 else kernel)
+        for grid in grids
+    )
     backend = backends.conv_backend(context.dtype, context.device)
     weights = _weight_bytes(context, "encoder", winograd_frames)
     option = WeightOption(CONVERTED, reason=_reference_reason(context))
-    placement = context.placement(option, weights, workspace_bytes, flops, 0, backend)
+    load_seconds = _load_seconds(context, "encoder", winograd_frames)
+    placement = context.placement(option, weights, workspace_bytes, backend, seconds=seconds, load_seconds=load_seconds)
     placement = replace(placement, winograd_frames=winograd_frames)
     return StageOptions(stage="encode", component=VAE_ENCODER, placements=(placement,))
 
@@ -60,7 +69,7 @@ def _reference_reason(context: StageContext) -> str:
 def decode_options(context: StageContext) -> StageOptions:
     config = context.spec.vae_config
     grid, backend = context.workload.passes[-1].grid, backends.conv_backend(context.dtype, context.device)
-    flops, placements = vae_decoder_flops(config, grid), []
+    placements = []
     for chunk_frames, winograd_frames in _decode_chunkings(context):
         workspace_bytes = vae_decode_activation_bytes(
             config, grid, context.itemsize, chunk_frames=chunk_frames, winograd_frames=winograd_frames
@@ -72,18 +81,30 @@ def decode_options(context: StageContext) -> StageOptions:
             reason = "its Winograd convolutions compute 2 frames at a time"
         weights = _weight_bytes(context, "decoder", winograd_frames)
         option = WeightOption(CONVERTED, reason=reason)
-        placement = context.placement(option, weights, workspace_bytes, flops, 0, backend)
-        seconds = placement.seconds * WINOGRAD_TIME_RATIO[winograd_frames]
-        seconds *= 1 + 0.1 * (CHUNK_FRAMES - chunk_frames)
-        placements.append(
-            replace(
-                placement,
-                chunk_frames=chunk_frames,
-                winograd_frames=winograd_frames,
-                seconds=seconds,
-            )
+        placement = context.placement(
+            option,
+            weights,
+            workspace_bytes,
+            backend,
+            seconds=_decode_seconds(context, chunk_frames, winograd_frames),
+            load_seconds=_load_seconds(context, "decoder", winograd_frames),
         )
+        placements.append(replace(placement, chunk_frames=chunk_frames, winograd_frames=winograd_frames))
     return StageOptions(stage="decode", component=VAE_DECODER, placements=tuple(placements))
+
+
+def _decode_seconds(context: StageContext, chunk_frames: int, winograd_frames: int) -> float:
+    """Returns the seconds of decoding and of writing the frames into a file.
+
+    Frames are encoded while the next ones are decoded. On a CPU both share its cores; beside a GPU the longer counts.
+    """
+    last_pass, calibration = context.workload.passes[-1], context.calibration
+    decode = vae_decode_seconds(calibration, context.spec.vae_config, last_pass.grid, CONV_KERNELS[winograd_frames]) * (
+        1 + SMALL_CHUNK_COST * (CHUNK_FRAMES - chunk_frames)
+    )
+    pixels = last_pass.size.width * last_pass.size.height * last_pass.frames
+    write = pixels * calibration.rate(speeds.WRITE)
+    return decode + write if context.on_cpu else max(decode, write)
 
 
 def _decode_chunkings(context: StageContext) -> list[tuple[int, int]]:
@@ -103,9 +124,25 @@ def _output_bytes(context: StageContext, chunk_frames: int) -> int:
 
 
 def _weight_bytes(context: StageContext, half: str, winograd_frames: int) -> WeightBytes:
+    return weight_bytes(_half(context, half), context.dtype, CONVERTED, winograd_frames=winograd_frames)
+
+
+def _load_seconds(context: StageContext, half: str, winograd_frames: int) -> float:
+    kernel = CONV_KERNELS[winograd_frames] if winograd_frames else ""
+    return weight_seconds(
+        context.calibration,
+        _half(context, half),
+        context.dtype,
+        CONVERTED,
+        device=context.device,
+        conv_kernel=kernel,
+    ).load
+
+
+def _half(context: StageContext, half: str) -> Source:
+    """Returns the tensors of the VAE's "encoder" or "decoder"."""
     source = context.spec.vae_checkpoint.sources["vae"]
-    infos = {name: info for name, info in source.infos.items() if name.startswith(f"{half}.")}
-    return weight_bytes(replace(source, infos=infos), context.dtype, CONVERTED, winograd_frames=winograd_frames)
+    return replace(source, infos={name: info for name, info in source.infos.items() if name.startswith(f"{half}.")})
 
 
 def upscale_options(context: StageContext) -> StageOptions:
@@ -116,8 +153,13 @@ def upscale_options(context: StageContext) -> StageOptions:
         assert config is not None
         weights = weight_bytes(source, torch.float32, CONVERTED)
         workspace_bytes = activations.upscaler_activation_bytes(config, grid)
+        times = weight_seconds(context.calibration, source, torch.float32, CONVERTED, device=context.device)
         placement = context.placement(
-            WeightOption(CONVERTED), weights, workspace_bytes, upscaler_flops(config, grid), 0
+            WeightOption(CONVERTED),
+            weights,
+            workspace_bytes,
+            seconds=upscale_seconds(context.calibration, config, grid),
+            load_seconds=times.load,
         )
         total = replace(
             total,
@@ -125,5 +167,6 @@ def upscale_options(context: StageContext) -> StageOptions:
             private_bytes=total.private_bytes + placement.private_bytes,
             workspace_bytes=max(total.workspace_bytes, placement.workspace_bytes),
             seconds=total.seconds + placement.seconds,
+            load_seconds=total.load_seconds + placement.load_seconds,
         )
     return StageOptions(stage="upscale", component=UPSCALERS, placements=(total,))

@@ -1,4 +1,4 @@
-"""Measures how fast this machine multiplies matrices, once per process."""
+"""Measures how fast this machine multiplies matrices, once per process: the estimate of a machine not calibrated."""
 
 from __future__ import annotations
 

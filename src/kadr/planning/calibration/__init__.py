@@ -1,0 +1,1 @@
+"""The speed of this machine: measured once, stored on disk, and read by every plan."""

@@ -1,0 +1,98 @@
+"""Calibrations on disk: one JSON file for each machine, device, dtype and number of threads.
+
+The file's name is a hash of everything that the measured times depend on. A file that is missing, damaged, of another
+machine or of another layout means that this machine is uncalibrated; it is never an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kadr.cache_home import cache_home
+from kadr.checkpoints.save import atomic_path
+from kadr.errors import CheckpointError
+from kadr.kernels import mode
+from kadr.memory.cpu import cpu_model
+from kadr.planning.calibration.calibration import Calibration
+from kadr.planning.calibration.probe import measure_matmul_rate
+from kadr.schema import CALIBRATION_NUMBER
+from kadr.version import __version__
+
+CALIBRATION_FOLDER = "calibration"
+_SCHEMA_KEY, _MACHINE_KEY = "schema", "machine"
+
+
+def describe_target(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Returns everything that measured times depend on, as plain data."""
+    description: dict[str, Any] = {
+        "cpu": cpu_model() or platform.processor() or platform.machine(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernels": mode.current(),
+        "torch": torch.__version__,
+        "kadr": __version__,
+    }
+    if device.type == "cuda":
+        description["gpu"] = torch.cuda.get_device_name(device)
+    return description
+
+
+def calibration_file(dtype: torch.dtype, device: torch.device) -> Path:
+    """Returns the file of this machine's calibration.
+
+    Raises:
+        RuntimeError: this user has no home directory.
+    """
+    described = json.dumps([CALIBRATION_NUMBER, describe_target(dtype, device)], sort_keys=True)
+    return cache_home() / CALIBRATION_FOLDER / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
+
+
+def load_calibration(dtype: torch.dtype, device: torch.device) -> Calibration | None:
+    """Returns the stored calibration of this machine; None if there is none that can be read."""
+    try:
+        data = json.loads(calibration_file(dtype, device).read_text("utf-8"))
+        if data[_SCHEMA_KEY] != CALIBRATION_NUMBER or data[_MACHINE_KEY] != describe_target(dtype, device):
+            return None
+        return Calibration.from_json(data)
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def current_calibration(dtype: torch.dtype, device: torch.device) -> Calibration:
+    """Returns the stored calibration of this machine, else what is assumed of it after one quick measurement."""
+    stored = load_calibration(dtype, device)
+    return stored or Calibration.from_matmul_rate(measure_matmul_rate(dtype, device))
+
+
+def store_calibration(calibration: Calibration, dtype: torch.dtype, device: torch.device) -> Path:
+    """Stores the calibration of this machine and returns its file.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+        RuntimeError: this user has no home directory.
+    """
+    path = calibration_file(dtype, device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.parent} cannot be created: {error.strerror or error}. Set KADR_CACHE to a writable folder."
+        ) from error
+    data = {
+        _SCHEMA_KEY: CALIBRATION_NUMBER,
+        _MACHINE_KEY: describe_target(dtype, device),
+        **calibration.to_json(),
+    }
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    return path
