@@ -44,10 +44,12 @@ def write_video(
     latents_path: Path | None = None,
     as_json: bool = False,
     resume: bool = False,
+    kernels: Any = None,
 ) -> None:
-    """Makes the video and prints its path, or a JSON summary, on stdout. resume: as for `Engine.write`."""
+    """Makes the video and prints its path, or a JSON summary, on stdout. resume, kernels: as for `Engine.write`."""
     with _report_finished_windows(output), show_progress() as watch:
-        video_file = engine.write(request, output, watch=watch, on_plan=print_plan, resume=resume)
+        recorded = {"kernels": kernels} if kernels else {}
+        video_file = engine.write(request, output, watch=watch, on_plan=print_plan, resume=resume, **recorded)
     report = summary(engine, video_file)
     if latents_path is not None:
         save_latents(video_file, latents_path, report)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from torch.backends.cuda import (
     can_use_flash_attention,
 )
 
+from kadr.errors import KadrWarning
 from kadr.kernels import mode
 from kadr.kernels.error_kinds import is_unsupported
 
@@ -70,6 +72,18 @@ class Bucket(NamedTuple):
         query_length, key_length = (1 << (length - 1).bit_length() for length in (q.shape[2], k.shape[2]))
         return cls(q.device, q.dtype, q.shape[3], query_length, key_length, bias is not None)
 
+    @property
+    def key(self) -> str:
+        """Names the bucket in stored choices. Devices of one kind share it."""
+        dtype, bias = str(self.dtype).removeprefix("torch."), " with bias" if self.has_bias else ""
+        sizes = f"{self.query_length}x{self.key_length}, head dim {self.head_dim}"
+        return f"{_KEY_PREFIX} {self.device.type} {dtype} {sizes}{bias}"
+
+
+def is_key_for(key: str, device: torch.device) -> bool:
+    """Returns whether a key names a bucket of a kind of device."""
+    return key.startswith(f"{_KEY_PREFIX} {device.type} ")
+
 
 def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Calls scaled_dot_product_attention with the backend that torch picks."""
@@ -77,6 +91,7 @@ def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 TORCH_SDPA = Candidate("torch's choice", torch_sdpa)
+_KEY_PREFIX = "attention"  # of a bucket's key, before the kind of device
 NOT_SUPPORTED = "not supported"  # outcome of a candidate that was not run
 
 
@@ -99,7 +114,31 @@ class AttentionAutotuner:
         self.candidates, self.measure_seconds = candidates, measure_seconds
         self.outcomes: dict[Bucket, dict[str, float | str]] = {}
         self._fastest_by_bucket: dict[Bucket, Candidate] = {}
+        self._restored: dict[str, str] = {}  # key of a bucket -> name of the candidate to use there
         self._lock = threading.Lock()
+
+    def choices(self) -> dict[str, str]:
+        """Returns the name of the candidate that each bucket uses, by the bucket's key."""
+        return {bucket.key: candidate.name for bucket, candidate in dict(self._fastest_by_bucket).items()}
+
+    def restore(self, choices: Mapping[str, str], *, override: bool = False) -> dict[str, str]:
+        """Uses these candidates for their buckets, as soon as each has been checked with the bucket's first inputs.
+
+        Args:
+            choices: as `choices` returned them.
+            override: also where another candidate was chosen or restored before.
+
+        Returns:
+            The choices that are not among the candidates.
+        """
+        names = {candidate.name for candidate in (*self.candidates, TORCH_SDPA)}
+        known = {key: name for key, name in choices.items() if name in names}
+        with self._lock:
+            self._restored = {**self._restored, **known} if override else {**known, **self._restored}
+            if override:
+                for bucket in [b for b, c in self._fastest_by_bucket.items() if known.get(b.key, c.name) != c.name]:
+                    del self._fastest_by_bucket[bucket]
+        return {key: name for key, name in choices.items() if name not in names}
 
     def pick(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Candidate:
         """Returns the fastest correct candidate, or torch's choice if none is. Arguments as for `Candidate.run`.
@@ -119,7 +158,19 @@ class AttentionAutotuner:
             return self._fastest_by_bucket[bucket]
 
     def _find_fastest(self, bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-        """Tries all candidates and records their outcomes and the fastest."""
+        """Tries the restored candidate, else all, and records their outcomes and the fastest."""
+        if (restored := self._restored_candidate(bucket)) is not None:
+            outcome = self.try_candidate(restored, q, k, v, bias)
+            self.outcomes[bucket] = {restored.name: outcome}
+            if isinstance(outcome, float):
+                self._fastest_by_bucket[bucket] = restored
+                return
+            warnings.warn(
+                f"{restored.name}, which computed {bucket.key} before, cannot do so here: {outcome}. The fastest "
+                "of the others is used, which may round differently.",
+                KadrWarning,
+                stacklevel=4,
+            )
         fastest, least_seconds = TORCH_SDPA, float("inf")
         outcomes: dict[str, float | str] = {}
         for candidate in self.candidates:
@@ -127,6 +178,10 @@ class AttentionAutotuner:
             if isinstance(outcome, float) and outcome < MAX_TIME_RATIO * least_seconds:
                 fastest, least_seconds = candidate, outcome
         self.outcomes[bucket], self._fastest_by_bucket[bucket] = outcomes, fastest
+
+    def _restored_candidate(self, bucket: Bucket) -> Candidate | None:
+        name = self._restored.get(bucket.key)
+        return next((candidate for candidate in (*self.candidates, TORCH_SDPA) if candidate.name == name), None)
 
     def try_candidate(self, candidate: Candidate, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> float | str:
         """Returns the seconds that a candidate takes, or the reason why it is rejected."""

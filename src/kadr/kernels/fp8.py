@@ -72,6 +72,15 @@ def select_matmul(device: torch.device, dtype: torch.dtype) -> str:
     return _selected_matmuls[device, dtype]
 
 
+def selected_matmuls(device: torch.device) -> dict[str, str]:
+    """Returns the matmuls that were selected on a device, by the dtype of their output."""
+    return {
+        f"fp8 matmul {device.type} {str(dtype).removeprefix('torch.')}": name
+        for (owner, dtype), name in _selected_matmuls.items()
+        if owner.type == device.type
+    }
+
+
 def reset() -> None:
     """Clears the selected matmuls, so that they are checked again."""
     _selected_matmuls.clear()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from kadr.kernels.choices import record_choices, restore_choices
 from kadr.planning.calibration.measure import Report, measure_machine, report_nothing
-from kadr.planning.calibration.storage import store_calibration
+from kadr.planning.calibration.storage import load_calibration, store_calibration
 from kadr.spec.model import ModelSpec
 
 
@@ -19,4 +21,12 @@ def calibrate_machine(spec: ModelSpec, report: Report = report_nothing) -> Path:
         CheckpointError: the file cannot be written.
         Cancelled: the work is cancelled.
     """
-    return store_calibration(measure_machine(spec.dtype, spec.device, report), spec.dtype, spec.device)
+    calibration = measure_machine(spec.dtype, spec.device, report)
+    calibration = replace(calibration, kernels=record_choices(spec.device))
+    return store_calibration(calibration, spec.dtype, spec.device)
+
+
+def restore_calibrated_kernels(spec: ModelSpec) -> None:
+    """Uses the kernels that were chosen when the machine was calibrated, where this process has chosen none."""
+    if spec.device.type != "cpu" and (calibration := load_calibration(spec.dtype, spec.device)) is not None:
+        restore_choices(calibration.kernels, spec.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from kadr.cancellation import CancelToken
 from kadr.models.registry import Recipe
 from kadr.pipeline.calibrate import calibrate_machine
 from kadr.pipeline.dry_run import DryRun, run_dry
-from kadr.pipeline.metadata import video_metadata, with_notices
+from kadr.pipeline.metadata import restore_kernels, video_metadata, with_outcome
 from kadr.pipeline.modules import TrainedTransformer
 from kadr.pipeline.plan_request import plan_request
 from kadr.pipeline.progress import Watch, ignore_progress
@@ -184,8 +184,8 @@ class Engine(StageAccess):
             for chunk in generation.decode(latents):
                 frames[done : done + len(chunk)] = chunk.numpy()
                 done += len(chunk)
-            notices, metadata = generation.notices, video_metadata(self.spec, resolved)
-        return Video(frames, latents[0].cpu(), resolved.fps, resolved.request, with_notices(metadata, notices), notices)
+            notices, metadata = generation.notices, with_outcome(video_metadata(self.spec, resolved), generation)
+        return Video(frames, latents[0].cpu(), resolved.fps, resolved.request, metadata, notices)
 
     def write(
         self,
@@ -196,6 +196,7 @@ class Engine(StageAccess):
         on_plan: Callable[[Plan], object] | None = None,
         resume: bool = False,
         transformer: TrainedTransformer | None = None,
+        kernels: Mapping[str, str] | None = None,
         cancel: CancelToken | None = None,
         wait: bool = True,
     ) -> VideoFile:
@@ -210,6 +211,7 @@ class Engine(StageAccess):
             on_plan: called with the plan before anything is loaded.
             resume: continue from the windows that an interrupted generation of the same request has stored.
             transformer: used instead of the model's own.
+            kernels: "kernels" of another video's metadata: they are used again, for the same frames.
 
         Raises:
             As `generate`, and MediaError: the file cannot be written; raised before anything is computed where that
@@ -221,5 +223,6 @@ class Engine(StageAccess):
         with self.start(request, watch=watch, transformer=transformer, cancel=cancel, wait=wait) as generation:
             if on_plan is not None:
                 on_plan(generation.plan)
+            restore_kernels(generation, kernels)
             metadata = video_metadata(self.spec, generation.resolved, transformer)
             return write_video(generation, Path(path), metadata, resume=resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from kadr.checkpoints.lora.file import LoraFile
+from kadr.kernels.choices import record_choices, restore_choices
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.longvideo.window_folder import EXECUTION_KEY
 from kadr.pipeline.modules import TrainedTransformer
@@ -20,6 +22,8 @@ from kadr.spec.lora import Lora
 from kadr.spec.loras import Loras
 from kadr.spec.model import ModelSpec
 from kadr.version import __version__
+
+KERNELS_KEY = "kernels"  # in the metadata: the kernels that were chosen by timing
 
 
 def video_metadata(
@@ -40,9 +44,29 @@ def video_metadata(
     }
 
 
-def with_notices(metadata: dict[str, Any], notices: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the metadata with what was degraded, where anything was."""
-    return {**metadata, "notices": list(notices)} if notices else metadata
+def with_outcome(metadata: dict[str, Any], generation: Generation) -> dict[str, Any]:
+    """Returns the metadata with the kernels that were chosen by timing, and with what was degraded, if anything."""
+    outcome = {KERNELS_KEY: record_choices(generation.device), "notices": list(generation.notices)}
+    return {**metadata, **{key: value for key, value in outcome.items() if value}}
+
+
+def restore_kernels(generation: Generation, choices: Any) -> None:
+    """Uses the kernels that a video or a folder of windows recorded; what this machine lacks is a notice.
+
+    Args:
+        choices: as recorded; anything else is ignored.
+    """
+    if not isinstance(choices, Mapping):
+        return
+    recorded = {str(key): str(name) for key, name in choices.items()}
+    if recorded.items() <= record_choices(generation.device).items():
+        return
+    generation.modules.module_cache.clear()  # a cached transformer may have CUDA graphs of other kernels
+    if missing := restore_choices(recorded, generation.device, override=True):
+        generation.modules.notices.add(
+            f"kernels that were used before are not on this machine: {'; '.join(missing)}. Others are used, which may "
+            "round differently."
+        )
 
 
 def window_identity(generation: Generation, metadata: dict[str, Any]) -> dict[str, Any]:

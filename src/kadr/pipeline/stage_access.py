@@ -13,6 +13,7 @@ from torch import Tensor
 from kadr.cancellation import CancelToken, cancellable
 from kadr.errors import RequestError
 from kadr.models.transformer import Transformer
+from kadr.pipeline.calibrate import restore_calibrated_kernels
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.modules import Modules, TrainedTransformer
 from kadr.pipeline.notices import Notices
@@ -92,6 +93,7 @@ class StageAccess:
             plan = plan_request(
                 self.spec, resolved, encoder, stages=stages, cached=cache.private_bytes, loaded=cache.cached_names
             )
+            restore_calibrated_kernels(self.spec)
             notices = Notices(self.spec.notices)
             modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
             generation = Generation(resolved, modules, encoder, watch, token)

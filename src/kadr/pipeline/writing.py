@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from kadr.errors import RequestError
+from kadr.kernels.choices import record_choices
 from kadr.media.writer import VideoWriter
 from kadr.pipeline.generation import Generation
 from kadr.pipeline.longvideo.window_folder import WindowFolder, check_resumable
-from kadr.pipeline.metadata import window_identity, with_notices
+from kadr.pipeline.metadata import restore_kernels, window_identity, with_outcome
 from kadr.pipeline.video import VideoFile
 from kadr.request.windows import window_folder_path
 
@@ -30,7 +32,7 @@ def write_video(generation: Generation, path: Path, metadata: dict[str, Any], *,
         As `Engine.write`.
     """
     began, resolved = time.monotonic(), generation.resolved
-    writer = VideoWriter(path, resolved.size, resolved.fps, metadata=lambda: with_notices(metadata, generation.notices))
+    writer = VideoWriter(path, resolved.size, resolved.fps, metadata=lambda: with_outcome(metadata, generation))
     with _open_window_folder(generation, path, metadata, resume) as window_folder:
         # Sample windows before the writer opens its file: if interrupted, nothing but finished windows remains.
         windowed = None if window_folder is None else generation.denoise_windows(window_folder)
@@ -68,6 +70,8 @@ def _open_window_folder(
         check_resumable(folder, resume=False)  # refuses to write over an unfinished long video
         yield None
         return
-    identity = window_identity(generation, metadata)
-    with WindowFolder.open(folder, identity, generation.window_latents_shapes(), resume=resume) as window_folder:
+    identity, shapes = window_identity(generation, metadata), generation.window_latents_shapes()
+    record = partial(record_choices, generation.device)
+    with WindowFolder.open(folder, identity, shapes, resume=resume, record_kernels=record) as window_folder:
+        restore_kernels(generation, window_folder.kernels)
         yield window_folder

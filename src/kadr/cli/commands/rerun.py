@@ -46,7 +46,8 @@ def rerun(
     output = next_free_path(file, resume=resume) if output is None else choose_output(output, resume=resume)
     refuse_missing_media(request)
     refuse_unwritable(request, output, None)
-    run.write_video(reopen_engine(record, model, device), request, output, as_json=json, resume=resume)
+    engine = reopen_engine(record, model, device)
+    run.write_video(engine, request, output, as_json=json, resume=resume, kernels=record.get("kernels"))
 
 
 def _parse_request(record: Mapping[str, Any], seed: int | None) -> Request:

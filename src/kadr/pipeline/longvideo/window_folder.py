@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ REQUEST_FILE = "request.json"
 EXECUTION_KEY = "execution"  # weight format, backend and threads of the transformer: others round differently
 _WINDOW_FILE_NAME, _LATENTS, _DIGEST_KEY = re.compile(r"window-(\d{4,})\.safetensors"), "latents", "sha256"
 _VIDEO_KEY = "video"  # in the request file, beside the schema number: the identity
+_KERNELS_KEY = "kernels"  # beside it: the kernels that were chosen by timing. Others are no other video
 _MAX_DIFFERENCES = 3  # differences that an error names
 
 
@@ -85,15 +86,25 @@ class WindowFolder:
     Args:
         folder: existing folder of this video.
         indices: indices of the finished windows.
+        record_kernels: returns the kernels that were chosen by timing so far; stored with each window.
     """
 
-    def __init__(self, folder: Path, indices: Collection[int] = ()) -> None:
-        self.folder, self._indices = folder, set(indices)
+    def __init__(
+        self, folder: Path, indices: Collection[int] = (), record_kernels: Callable[[], Mapping[str, str]] = dict
+    ) -> None:
+        self.folder, self._indices, self._record_kernels = folder, set(indices), record_kernels
+        self.kernels = _read_kernels(folder) if self._indices else {}  # of the windows that are finished
 
     @classmethod
     @contextmanager
     def open(
-        cls, folder: Path, identity: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], *, resume: bool
+        cls,
+        folder: Path,
+        identity: Mapping[str, Any],
+        shapes: Sequence[tuple[int, ...]],
+        *,
+        resume: bool,
+        record_kernels: Callable[[], Mapping[str, str]] = dict,
     ) -> Iterator[WindowFolder]:
         """Creates or resumes the folder of a video, and locks it against other processes.
 
@@ -101,6 +112,7 @@ class WindowFolder:
             identity: everything that the latents depend on, serialisable as JSON.
             shapes: shape of each window's latents. A damaged window, or one of another shape, is deleted with a
                 warning and sampled again.
+            record_kernels: see `WindowFolder`.
 
         Raises:
             RequestError: there are finished windows that are not to be resumed or belong to another video; or another
@@ -110,17 +122,15 @@ class WindowFolder:
         """
         identity = json.loads(json.dumps(identity))
         with lock_folder(folder), remove_if_ended(partial(_remove_without_windows, folder)):
-            opened = cls(folder)
+            opened = cls(folder, record_kernels=record_kernels)
             try:
                 check_resumable(folder, resume=resume)
                 if finished_windows(folder):
                     _check_identity(folder, identity)
-                    opened = cls(folder, _intact_windows(folder, shapes))
+                    opened = cls(folder, _intact_windows(folder, shapes), record_kernels)
                 else:
                     _warn_nothing_to_resume(folder, resume=resume)
-                    stored = WINDOW_FOLDER.stamp({_VIDEO_KEY: identity})
-                    with atomic_path(folder / REQUEST_FILE) as temporary:
-                        temporary.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
+                    _write_request_file(folder, {_VIDEO_KEY: identity})
                 yield opened
             finally:
                 _remove_without_windows(folder)
@@ -136,6 +146,9 @@ class WindowFolder:
             _window_file(self.folder, index), {_LATENTS: latents}, dtype=torch.float32, metadata=metadata, fsync=True
         )
         self._indices.add(index)
+        if (kernels := dict(self._record_kernels())) != self.kernels:
+            self.kernels = kernels
+            _write_request_file(self.folder, {_VIDEO_KEY: _read_identity(self.folder), _KERNELS_KEY: kernels})
 
     def read(self, index: int) -> Tensor:
         """Raises: CheckpointError: the file is missing or damaged."""
@@ -152,6 +165,20 @@ class WindowFolder:
         for index in finished_windows(self.folder):
             _window_file(self.folder, index).unlink()
         self._indices.clear()
+
+
+def _write_request_file(folder: Path, data: Mapping[str, Any]) -> None:
+    with atomic_path(folder / REQUEST_FILE) as temporary:
+        temporary.write_text(json.dumps(WINDOW_FOLDER.stamp(data), indent=1) + "\n", "utf-8")
+
+
+def _read_kernels(folder: Path) -> dict[str, str]:
+    """Returns the kernels that computed the stored windows; {} where none were recorded."""
+    try:
+        kernels = json.loads((folder / REQUEST_FILE).read_text("utf-8")).get(_KERNELS_KEY)
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return kernels if isinstance(kernels, dict) else {}
 
 
 def _remove_without_windows(folder: Path) -> None:
