@@ -259,7 +259,7 @@ def small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "QUANTIZED_SIDE", 256)
     monkeypatch.setattr(rates, "VIDEO_FRAMES", 4)
     monkeypatch.setattr("kadr.planning.calibration.clock.SECONDS_PER_TASK", 0.0)
-    monkeypatch.setattr(measure, "measure_startup", lambda: {"start-up": 2.0})
+    monkeypatch.setattr(measure, "measure_startup", lambda device: {"start-up": 2.0})
 
 
 @pytest.mark.usefixtures("small_measurements")
@@ -278,8 +278,8 @@ def test_measured_machine_has_every_curve_and_rate(cache: Path) -> None:
 
 
 def test_start_up_that_cannot_be_measured_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "STARTUP_CODE", "raise SystemExit(1)")
-    assert rates.measure_startup() == {}
+    monkeypatch.setattr(rates, "STARTUP_ARGUMENTS", ("generate", "--no-such-flag"))
+    assert rates.measure_startup(CPU) == {}
 
 
 def test_quick_probe_is_far_shorter_than_a_calibration() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -46,7 +47,7 @@ def measure_machine(dtype: torch.dtype, device: torch.device, report: Report = r
         ("converting weights", rates.conversions),
         ("quantizing weights", rates.quantizing),
         ("writing an mp4", rates.writing),
-        ("start-up", measure_startup),
+        ("start-up", partial(measure_startup, device)),
     ):
         report(step)
         measured |= task()
