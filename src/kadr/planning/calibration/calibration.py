@@ -166,8 +166,8 @@ class Calibration:
 
 # Times against those of a plain linear layer with the same FLOPs, on a machine that was not measured.
 ASSUMED_BLOCK_RATIOS = {PLAIN: 1.1, INT8: 0.7}
-ASSUMED_ATTENTION_RATIO = 2.0
-ASSUMED_CONV_RATIOS = {PLAIN_CONV: 1.5, WINOGRAD_2: 1.2, WINOGRAD_4: 1.0, WINOGRAD_IMAGE: 0.5}
+ASSUMED_ATTENTION_RATIO = 1.5
+ASSUMED_CONV_RATIOS = {PLAIN_CONV: 1.2, WINOGRAD_2: 0.9, WINOGRAD_4: 0.7, WINOGRAD_IMAGE: 0.4}
 # Measured on a CPU with two cores and AVX2; a dequantization or quantization that is not named takes CONVERT.
 ASSUMED_RATES: Mapping[str, float] = {
     READ: 1 / 1.5e9,
@@ -176,7 +176,7 @@ ASSUMED_RATES: Mapping[str, float] = {
     CONVERT: 1.5e-9,
     PREPACK: 2e-9,
     **{prepack_conv_rate(kernel): 1e-8 for kernel in (WINOGRAD_2, WINOGRAD_4, WINOGRAD_IMAGE)},
-    WRITE: 5e-8,
+    WRITE: 1e-7,
     START_UP: 4.0,
 }
 

@@ -156,6 +156,8 @@ class LayerMeter:
         with _default_dtype(self.dtype), self.device:
             block = nn.ModuleList([ResnetBlock3D(channels, channels, causal=is_causal)]).eval().requires_grad_(False)
         _fill(block)
+        if self._on_gpu:
+            block.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         x = self._randn(1, channels, CONV_FRAMES[kernel], side, side)
 
         def run() -> Tensor:

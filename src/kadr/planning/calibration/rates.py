@@ -103,8 +103,9 @@ class RateMeter:
             rates[PREPACK] = self._prepack_seconds() / SIDE**2
         for name, layer in self._dequantizing_layers():
             out = torch.empty(SIDE, SIDE, dtype=self.dtype, device=self.device)
-            task = partial(layer.to(self.device).dequantize_into, out)
-            rates[dequantize_rate(name)] = self.clock.fastest(task) / SIDE**2
+            with suppress(RuntimeError, TypeError):  # a device may lack a storage type
+                task = partial(layer.to(self.device).dequantize_into, out)
+                rates[dequantize_rate(name)] = self.clock.fastest(task) / SIDE**2
         return rates
 
     def _prepack_seconds(self) -> float:
@@ -127,12 +128,13 @@ class RateMeter:
     def quantizing(self) -> dict[str, float]:
         """Measures quantizing weights while they are loaded: seconds per weight, by format."""
         rates = {}
-        for name in (INT8, INT8_WEIGHT_ONLY, FP8_WEIGHT_ONLY, *GGML_TYPES):
+        for name in (INT8, INT8_WEIGHT_ONLY, FP8, FP8_WEIGHT_ONLY, *GGML_TYPES):
             module = nn.Module()
             module.blocks = nn.ModuleList([_linear(QUANTIZED_SIDE, self.dtype)])
-            task = partial(quantize_blocks, module, name, device=self.device)
-            rates[quantize_rate(name)] = self.clock.once(task) / QUANTIZED_SIDE**2
-        return rates | {quantize_rate(FP8): rates[quantize_rate(FP8_WEIGHT_ONLY)]}
+            with suppress(RuntimeError, TypeError):  # likewise
+                task = partial(quantize_blocks, module, name, device=self.device)
+                rates[quantize_rate(name)] = self.clock.once(task) / QUANTIZED_SIDE**2
+        return rates
 
     def writing(self) -> dict[str, float]:
         """Measures converting decoded frames to bytes and encoding them into an mp4: seconds per pixel."""
