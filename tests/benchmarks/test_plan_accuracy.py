@@ -25,6 +25,6 @@ def test_arguments_of_a_demo_case_have_its_flags_and_image(tmp_path: Path) -> No
 
 
 def test_row_has_both_ratios() -> None:
-    row = table_row("a", {"peak_bytes": 2 * 10**9, "seconds": 30.0}, [10**9, 40.0])
+    row = table_row("a", {"peak_bytes": 2 * 10**9, "seconds": 30.0}, [10**9, 40.0, 60.0])
     assert len(row) == len(COLUMNS)
     assert row == ["a", "2.00 GB", "1.00 GB", "2.00", "30.0 s", "40.0 s", "0.75"]

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kadr.checkpoints import keys
+from kadr.checkpoints import keys, load
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.keys import VAE_UNUSED_KEYS
 from kadr.checkpoints.load import load_weights
@@ -456,3 +456,16 @@ def test_a_folder_that_is_not_a_text_encoder_is_refused(tmp_path: Path, files: d
 def test_a_file_given_as_text_encoder_is_refused_with_the_folder(path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is neither a folder nor a GGUF file, so .*text_encoder/.*or a \.gguf"):
         TextEncoderCheckpoint.open(path)
+
+
+def test_pages_of_a_converted_tensor_are_released_and_of_a_shared_one_kept(
+    vae: VAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, released = tmp_path / "vae.safetensors", []
+    write_single_file(path, vae=vae, schedule=Schedule(sampler="Uniform"), dtype=torch.bfloat16)
+    monkeypatch.setattr(load, "release_pages", lambda tensors: released.extend(tensors))
+    Checkpoint.open(path).load_vae(torch.bfloat16)
+    assert released == []
+    converted = Checkpoint.open(path).load_vae(torch.float32).state_dict()
+    assert len(released) == len(converted)
+    assert {tensor.dtype for tensor in released} == {torch.bfloat16}

@@ -23,6 +23,7 @@ from kadr.checkpoints.keys import (
     Key,
     map_keys,
 )
+from kadr.checkpoints.memory_map import release_pages
 from kadr.checkpoints.source import Source, join_first
 from kadr.errors import CheckpointError
 from kadr.kernels.dequant import dequantize
@@ -186,8 +187,14 @@ class _WeightReader:
         if info.ggml_type is not None:
             assert self.dtype is not None
             output = torch.empty(len(tensor), info.numel // max(1, len(tensor)), dtype=self.dtype)
-            return dequantize(tensor, info.ggml_type, output).view(info.shape)
-        return tensor if self.dtype is None else apply_weight_scale(tensor, self._read_scale(file_key), self.dtype)
+            converted = dequantize(tensor, info.ggml_type, output).view(info.shape)
+        elif self.dtype is None:
+            return tensor
+        else:
+            converted = apply_weight_scale(tensor, self._read_scale(file_key), self.dtype)
+        if converted.data_ptr() != tensor.data_ptr():
+            release_pages([tensor])  # else the file would be in memory beside what was made of it
+        return converted
 
     def _read_scale(self, file_key: str) -> Tensor | None:
         scale_key = self.scale_keys.get(file_key)
