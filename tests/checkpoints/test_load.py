@@ -28,6 +28,7 @@ from kadr.models.transformer import Transformer
 from kadr.models.upscaler import LatentUpscaler
 from kadr.models.vae import VAE
 from kadr.quant.layers import ScaledLinear
+from kadr.sampling.schedules import Schedule
 from tests.checkpoints.checkpoint_files import (
     LINEAR_QUADRATIC,
     SMALL_T5,

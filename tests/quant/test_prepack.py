@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -236,3 +237,13 @@ def test_matmul_takes_wider_weights_under_autocast() -> None:
         assert torch.equal(matmul.linear(x, weight, bias), F.linear(x, weight, bias))
         expected = F.gelu(F.linear(x, weight, bias), approximate="tanh")
         assert torch.equal(matmul.linear_gelu(x, weight, bias), expected)
+
+
+def test_plain_weights_are_freed_while_the_next_are_prepacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    convs = [CausalConv3d(4, 4, causal=True) for _ in range(5)]
+    module = nn.ModuleList(nn.Sequential(conv) for conv in convs)
+    weights = [weakref.ref(conv) for conv in convs]
+    del convs
+    alive: list[int] = []
+    prepack_convs(module, release=lambda _: alive.append(sum(reference() is not None for reference in weights)))
+    assert alive == [5, 4, 3, 2, 1]

@@ -122,13 +122,18 @@ class WinogradConv3d(ChunkedConv3d):
         return self.kernels
 
 
+def _parents(module: nn.Module) -> list[nn.Module]:
+    """Returns the modules that have children. A list of the layers too would keep their plain weights in memory."""
+    return [item for item in module.modules() if any(item.children())]
+
+
 def prepack_linears(module: nn.Module, *, release: ReleaseTensors = release_nothing) -> None:
     """Prepacks the linear layers of a module, one after the other: those in bfloat16, and those in 8-bit integers.
 
     Args:
         release: called with each weight that was replaced.
     """
-    for parent in list(module.modules()):
+    for parent in _parents(module):
         for name, child in list(parent.named_children()):
             check_cancelled()
             if isinstance(child, Linear) and should_prepack_linears(child.weight.dtype, child.weight.device):
@@ -148,7 +153,7 @@ def prepack_convs(
         winograd_frames: output frames at a time, `winograd.F23` or `winograd.F43`.
         release: called with each weight that was replaced.
     """
-    for parent in list(module.modules()):
+    for parent in _parents(module):
         for name, child in list(parent.named_children()):
             check_cancelled()
             if isinstance(child, CausalConv3d) and set(child.stride) == {1}:
