@@ -175,3 +175,13 @@ def test_module_that_is_not_cached_is_loaded_for_every_window() -> None:
     plan = plan_in(stage_options(denoise=(placement(10, load_seconds=5.0, window_count=3),)), 1000)
     assert plan.seconds == 7.0
     assert replace(plan, cached_components=frozenset()).seconds == 17.0
+
+
+def test_only_memory_that_the_process_did_not_have_before_takes_time() -> None:
+    options = stage_options(
+        text=(placement(300, 100),), denoise=(placement(100, 200),), decode=(placement(500, 100, mapped=900),)
+    )
+    plan = replace(plan_in(options, 2000), cached_components=frozenset(), seconds_per_new_byte=1 / MB)
+    assert [plan.stage_load_seconds(stage) for stage in plan.stages] == [400, 0, 200]
+    loaded = replace(plan, loaded_components=frozenset({"decode component"}))
+    assert [loaded.stage_load_seconds(stage) for stage in loaded.stages] == [0, 0, 100]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
 from kadr.kernels.choices import record_choices, restore_choices
+from kadr.memory.device import trim_heap
 from kadr.planning.calibration.measure import Report, measure_machine, report_nothing
 from kadr.planning.calibration.storage import load_calibration, store_calibration
 from kadr.spec.model import ModelSpec
@@ -22,6 +24,8 @@ def calibrate_machine(spec: ModelSpec, report: Report = report_nothing) -> Path:
         Cancelled: the work is cancelled.
     """
     calibration = measure_machine(spec.dtype, spec.device, report)
+    gc.collect()
+    trim_heap()  # what was measured with
     calibration = replace(calibration, kernels=record_choices(spec.device))
     return store_calibration(calibration, spec.dtype, spec.device)
 

@@ -43,6 +43,7 @@ class Plan:
         is_calibrated: times come from measurements of this machine; else from assumptions.
         startup_seconds: time that a program takes before the request.
         counts_startup: that time counts, as for a command.
+        seconds_per_new_byte: time of a byte of memory that the process did not have before.
         to_fetch: names of the components that are not on disk, and the bytes of each; None where they are not known.
         notes: what the plan had to assume.
     """
@@ -56,6 +57,7 @@ class Plan:
     is_calibrated: bool = False
     startup_seconds: float = 0.0
     counts_startup: bool = False
+    seconds_per_new_byte: float = 0.0
     to_fetch: tuple[tuple[str, int | None], ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -85,12 +87,24 @@ class Plan:
         return stage.placement.seconds + self.stage_load_seconds(stage)
 
     def stage_load_seconds(self, stage: StagePlan) -> float:
-        """Returns the part of a stage's time that loads its module."""
+        """Returns the part of a stage's time that loads its module and takes memory from the system."""
+        new_memory_seconds = self._new_bytes(stage) * self.seconds_per_new_byte
         is_kept = stage.component in self.cached_components
         earlier = self.loaded_components | {item.component for item in self.stages[: self.stages.index(stage)]}
         if is_kept and stage.component in earlier:
-            return 0.0
-        return stage.placement.load_seconds * (1 if is_kept else max(1, stage.placement.window_count))
+            return new_memory_seconds
+        num_loads = 1 if is_kept else max(1, stage.placement.window_count)
+        return stage.placement.load_seconds * num_loads + new_memory_seconds
+
+    def _new_bytes(self, stage: StagePlan) -> int:
+        """Returns the bytes, besides pages of files, by which a stage takes more memory than anything before it."""
+        loaded = self.loaded_components.intersection(item.component for item in self.stages)
+        before = [sum(cached_component_bytes(self.stages, name) for name in loaded)]
+        before += map(self._anonymous_bytes, self.stages[: self.stages.index(stage)])
+        return max(0, self._anonymous_bytes(stage) - max(before))
+
+    def _anonymous_bytes(self, stage: StagePlan) -> int:
+        return self.stage_bytes(stage) - stage.placement.mapped_bytes
 
     def stage_bytes(self, stage: StagePlan) -> int:
         """Returns a stage's peak in bytes, with the components that earlier stages left in memory."""

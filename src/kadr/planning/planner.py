@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from kadr.memory.device import free_bytes, resident_bytes
-from kadr.planning.calibration.calibration import Calibration
+from kadr.planning.calibration.calibration import NEW_MEMORY, Calibration
 from kadr.planning.choose import make_plan
 from kadr.planning.options.context import StageContext
 from kadr.planning.options.denoise import denoise_options, windowed_denoise_options
@@ -75,6 +75,7 @@ class Planner:
             loaded_components=self.loaded,
             is_calibrated=self.calibration.is_measured,
             startup_seconds=self.calibration.startup_seconds,
+            seconds_per_new_byte=self.calibration.rate(NEW_MEMORY) if on_cpu else 0.0,
         )
         return replace(plan, cached_components=frozenset()) if self.spec.offload == OFFLOAD_STAGES else plan
 

@@ -14,11 +14,14 @@ T = TypeVar("T")
 PLAIN, PREPACKED, INT8 = "plain", "prepacked", "int8"
 # Kernels of convolutions: plain; Winograd with 4 or 2 frames at a time; Winograd of a still image.
 PLAIN_CONV, WINOGRAD_4, WINOGRAD_2, WINOGRAD_IMAGE = "plain", "winograd 4", "winograd 2", "winograd image"
-# Rates: seconds for each byte (READ, MAP, UPLOAD), weight (CONVERT, PREPACK), pixel (WRITE) or run (START_UP).
-READ, MAP, UPLOAD, CONVERT, PREPACK, WRITE, START_UP = (
+# Rates: seconds for each byte (READ, MAP, UPLOAD, NEW_MEMORY), weight (CONVERT, PREPACK), pixel (WRITE) or run
+# (START_UP). NEW_MEMORY is memory that the process did not have before: the system clears it, and a virtual machine
+# gets it from its host, which can take longer than to compute what it holds.
+READ, MAP, UPLOAD, NEW_MEMORY, CONVERT, PREPACK, WRITE, START_UP = (
     "read",
     "map",
     "upload",
+    "new memory",
     "convert",
     "prepack",
     "write",
@@ -173,6 +176,7 @@ ASSUMED_RATES: Mapping[str, float] = {
     READ: 1 / 1.5e9,
     MAP: 1 / 5e9,
     UPLOAD: 1 / 1e10,
+    NEW_MEMORY: 1 / 2e9,
     CONVERT: 1.5e-9,
     PREPACK: 2e-9,
     **{prepack_conv_rate(kernel): 1e-8 for kernel in (WINOGRAD_2, WINOGRAD_4, WINOGRAD_IMAGE)},

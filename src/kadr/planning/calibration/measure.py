@@ -43,6 +43,7 @@ def measure_machine(dtype: torch.dtype, device: torch.device, report: Report = r
         if prepack_seconds is not None:
             measured[prepack_conv_rate(kernel)] = prepack_seconds
     for step, task in (
+        ("new memory", rates.new_memory),
         ("reading weights", rates.reading),
         ("converting weights", rates.conversions),
         ("quantizing weights", rates.quantizing),

@@ -62,14 +62,23 @@ class StageContext:
         *,
         seconds: float,
         load_seconds: float,
+        buffer_bytes: int = 0,
     ) -> Placement:
-        """Returns a placement with the bytes and the time of an option; other arguments as for `Placement`."""
+        """Returns a placement with the bytes and the time of an option; other arguments as for `Placement`.
+
+        Args:
+            workspace_bytes: of the module's tensors, between which the heap keeps free memory.
+            buffer_bytes: workspace that lies outside of the heap, or is taken once.
+        """
         placement = Placement(
             dtype=str(self.dtype).removeprefix("torch."),
             weight_format=option.weight_format,
             mapped_bytes=weights.mapped,
             private_bytes=weights.private,
-            workspace_bytes=workspace_bytes + int(HEAP_FRAGMENTATION * workspace_bytes * self.on_cpu) + weights.scratch,
+            workspace_bytes=workspace_bytes
+            + int(HEAP_FRAGMENTATION * workspace_bytes * self.on_cpu)
+            + buffer_bytes
+            + weights.scratch,
             seconds=seconds,
             load_seconds=load_seconds,
             backend=backend,

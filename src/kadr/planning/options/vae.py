@@ -73,7 +73,7 @@ def decode_options(context: StageContext) -> StageOptions:
     for chunk_frames, winograd_frames in _decode_chunkings(context):
         workspace_bytes = vae_decode_activation_bytes(
             config, grid, context.itemsize, chunk_frames=chunk_frames, winograd_frames=winograd_frames
-        ) + _output_bytes(context, chunk_frames)
+        )
         reason = ""
         if chunk_frames != CHUNK_FRAMES:
             reason = f"the decoder works in chunks of {chunk_frames} latent frames"
@@ -88,6 +88,7 @@ def decode_options(context: StageContext) -> StageOptions:
             backend,
             seconds=_decode_seconds(context, chunk_frames, winograd_frames),
             load_seconds=_load_seconds(context, "decoder", winograd_frames),
+            buffer_bytes=_output_bytes(context, chunk_frames),
         )
         placements.append(replace(placement, chunk_frames=chunk_frames, winograd_frames=winograd_frames))
     return StageOptions(stage="decode", component=VAE_DECODER, placements=tuple(placements))
