@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def cache_that_keeps(*names: str) -> ModuleCache:
-    cache = ModuleCache(CPU, release_pages=lambda tensors: None)
+    cache = ModuleCache(CPU)
     cache.names_to_keep = frozenset(names)
     return cache
 
@@ -120,9 +120,10 @@ def test_other_configuration_is_freed_before_the_new_one_loads() -> None:
         assert load.count == 2
 
 
-def test_mapped_pages_are_released_even_if_the_module_is_kept() -> None:
+def test_mapped_pages_are_released_even_if_the_module_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     released: list[torch.Tensor] = []
-    cache = ModuleCache(CPU, release_pages=released.extend)
+    monkeypatch.setattr("kadr.memory.module_cache.release_pages", released.extend)
+    cache = ModuleCache(CPU)
     cache.names_to_keep = {"a"}
     with cache.acquire("a", CountingLoader()) as module:
         assert not released

@@ -303,7 +303,7 @@ class RecordingCache(ModuleCache):
     """Module cache that records when modules are loaded and freed."""
 
     def __init__(self) -> None:
-        super().__init__(torch.device("cpu"), release_pages=lambda tensors: None)
+        super().__init__(torch.device("cpu"))
         self.events: list[str] = []
         self.alive: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 

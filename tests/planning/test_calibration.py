@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from kadr.checkpoints.memory_map import cached_fraction
 from kadr.errors import CheckpointError
+from kadr.memory.mapped_files import cached_fraction
 from kadr.models.transformer import TRANSFORMER_2B, TransformerConfig
 from kadr.models.vae.config import VAE_0_9_5
 from kadr.pipeline.engine import Engine

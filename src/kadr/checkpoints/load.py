@@ -23,10 +23,10 @@ from kadr.checkpoints.keys import (
     Key,
     map_keys,
 )
-from kadr.checkpoints.memory_map import release_pages
 from kadr.checkpoints.source import Source, join_first
 from kadr.errors import CheckpointError
 from kadr.kernels.dequant import dequantize
+from kadr.memory.mapped_files import release_pages
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpscaler, UpscalerConfig

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kadr.checkpoints.gguf.header import is_gguf, read_gguf_header
 from kadr.checkpoints.header import TensorInfo, read_header
-from kadr.checkpoints.memory_map import map_file
 from kadr.errors import CheckpointError
+from kadr.memory.mapped_files import map_file
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # file stems of the weights in diffusers and transformers folders
 FILE_VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran

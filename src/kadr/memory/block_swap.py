@@ -1,12 +1,12 @@
-"""Block swapping: modules whose blocks are in memory only while they run.
+"""Block swapping: modules whose blocks are on the device only while they run.
 
-On a CPU, weights lie in mapped files: a block's pages are read when it runs and released after it. On a GPU, blocks
-wait on the host and are copied into one of two slots on the device, the next one while the present one runs.
+Blocks wait on the host and are copied into one of two slots on the device, the next one while the present one runs.
+(On a CPU, pages of mapped files are released and read again instead: `mapped_files.stream_blocks`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -14,44 +14,8 @@ from torch import Tensor, nn
 
 from kadr.cancellation import check_cancelled
 
-PageAdvice = Callable[[Iterable[Tensor]], None]
 _SLOT_ALIGNMENT = 256  # bytes; alignment of tensors within a slot, the best for CUDA kernels
 NUM_SLOTS = 2  # on the device: one for the block that runs, one that is being filled
-
-
-def module_tensors(module: nn.Module) -> list[Tensor]:
-    """Returns the parameters and buffers of a module, each once."""
-    return [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
-
-
-def stream_mapped_blocks(blocks: Sequence[nn.Module], *, release: PageAdvice, prefetch: PageAdvice) -> None:
-    """Streams the blocks of a module on the CPU: their pages are in memory only while they run.
-
-    Results are bit-identical: only when pages are in memory changes.
-
-    Args:
-        blocks: in the order they run; their weights lie in mapped files.
-        release: releases the pages under tensors.
-        prefetch: has the system read the pages under tensors ahead.
-    """
-    next_blocks = [*blocks[1:], *blocks[:1]]  # the last block of a step is followed by the first of the next step
-    for block, next_block in zip(blocks, next_blocks, strict=True):
-        _call_before(block, prefetch, module_tensors(next_block))
-        _call_after(block, release, module_tensors(block))
-
-
-def _call_before(block: nn.Module, advise: PageAdvice, tensors: list[Tensor]) -> None:
-    def before_block(*_: object) -> None:
-        advise(tensors)
-
-    block.register_forward_pre_hook(before_block)
-
-
-def _call_after(block: nn.Module, advise: PageAdvice, tensors: list[Tensor]) -> None:
-    def after_block(*_: object) -> None:
-        advise(tensors)
-
-    block.register_forward_hook(after_block)
 
 
 class BlockSwapper:

@@ -10,8 +10,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from kadr.memory.block_swap import PageAdvice, module_tensors
 from kadr.memory.device import trim_heap
+from kadr.memory.mapped_files import module_tensors, release_pages
 from kadr.quant.layers import clear_scratch
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,15 +28,11 @@ class ModuleCache:
 
     A module kept on the CPU still releases its mapped pages, which the system keeps cached for as long as memory is not
     needed elsewhere, and its buffers of dequantized weights. Its private weights stay.
-
-    Args:
-        release_pages: releases the pages under tensors.
     """
 
-    def __init__(self, device: torch.device, *, release_pages: PageAdvice) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.names_to_keep: Collection[str] = frozenset()
-        self._release_pages = release_pages
         self._entries: dict[str, _Entry] = {}
 
     @contextmanager
@@ -60,7 +56,7 @@ class ModuleCache:
         try:
             yield module  # type: ignore[misc]
         finally:
-            self._release_pages(module_tensors(module))
+            release_pages(module_tensors(module))
             clear_scratch(module)
             is_kept = name in self.names_to_keep
             if is_kept:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kadr.cancellation import check_cancelled
-from kadr.checkpoints.memory_map import release_pages
 from kadr.errors import Busy, CheckpointError
 from kadr.memory.module_cache import ModuleCache
 from kadr.pipeline.loading.module_loader import ModuleLoader
@@ -35,7 +34,7 @@ class OpenModel:
         self._lock = threading.Lock()
         self._owner: int | None = None  # thread that has the lock
         self._prompt_cache_location = prompt_cache
-        self.module_cache = ModuleCache(spec.device, release_pages=release_pages)
+        self.module_cache = ModuleCache(spec.device)
         self._use_spec(spec)
 
     @property

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kadr.cancellation import CancelToken, cancellable
 from kadr.checkpoints.lora.file import write_lora
-from kadr.checkpoints.memory_map import release_pages
 from kadr.errors import KadrWarning, MediaError, NonFiniteError, RequestError
 from kadr.media.writer import VideoWriter
 from kadr.memory.device import move_module
+from kadr.memory.mapped_files import release_pages
 from kadr.models.transformer import Transformer
 from kadr.pipeline.engine import Engine
 from kadr.pipeline.longvideo.folder_lock import lock_folder

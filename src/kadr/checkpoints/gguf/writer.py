@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kadr.cancellation import cancellable, check_cancelled
 from kadr.checkpoints.header import FP8_DTYPES
-from kadr.checkpoints.memory_map import release_pages
 from kadr.checkpoints.save import atomic_path
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
+from kadr.memory.mapped_files import release_pages
 from kadr.quant.ggml import quantize
 
 UNQUANTIZED_DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from kadr.cancellation import check_cancelled
-from kadr.checkpoints.memory_map import prefetch_pages, release_pages
 from kadr.kernels import fp8, mode
 from kadr.kernels.cpu.winograd import F23
-from kadr.memory.block_swap import BlockSwapper, stream_mapped_blocks
+from kadr.memory.block_swap import BlockSwapper
 from kadr.memory.device import DTYPES, move_module
+from kadr.memory.mapped_files import release_pages, stream_blocks
 from kadr.models.lora_layers import LoraWeightsByLayer, attach_loras
 from kadr.models.transformer import Transformer
 from kadr.models.vae import VAE
@@ -61,7 +61,7 @@ def place_module(
         return optimize_for_device(module, DTYPES[placement.dtype], device, placement.winograd_frames)
     blocks = list(blocks_of(module))
     if device.type == "cpu":
-        stream_mapped_blocks(blocks, release=release_pages, prefetch=prefetch_pages)
+        stream_blocks(blocks)
         return module
     streamed = spread_blocks(len(blocks), placement.streamed_blocks)
     _move_other_tensors(module, [block for index, block in enumerate(blocks) if index in streamed], device)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from kadr.checkpoints.header import FP8_DTYPES
-from kadr.checkpoints.memory_map import map_file, release_pages
 from kadr.errors import MediaError
 from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.media.postprocess import denormalize, to_uint8
 from kadr.media.writer import VideoWriter
 from kadr.memory.device import free_bytes
+from kadr.memory.mapped_files import map_file, release_pages
 from kadr.nn.linear import Linear
 from kadr.planning.calibration.calibration import (
     CONVERT,

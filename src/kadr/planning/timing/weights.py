@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from kadr.checkpoints.header import TensorInfo
-from kadr.checkpoints.memory_map import cached_fraction
 from kadr.checkpoints.source import Source
+from kadr.memory.mapped_files import cached_fraction
 from kadr.planning.calibration.calibration import (
     CONVERT,
     MAP,

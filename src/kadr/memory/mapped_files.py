@@ -11,12 +11,14 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kadr.errors import CheckpointError
 
@@ -61,6 +63,30 @@ def release_pages(tensors: Iterable[Tensor]) -> None:
 def prefetch_pages(tensors: Iterable[Tensor]) -> None:
     """Asks the system to read the pages of tensors that share memory with a file, without waiting for them."""
     _advise(tensors, "MADV_WILLNEED")
+
+
+def module_tensors(module: nn.Module) -> list[Tensor]:
+    """Returns the parameters and buffers of a module, each once."""
+    return [tensor.detach() for tensor in chain(module.parameters(), module.buffers())]
+
+
+def stream_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Streams the blocks of a module on the CPU: their pages are in memory only while they run.
+
+    Results are bit-identical: only when pages are in memory changes.
+
+    Args:
+        blocks: in the order they run; their weights lie in mapped files.
+    """
+    next_blocks = [*blocks[1:], *blocks[:1]]  # the last block of a step is followed by the first of the next step
+    for block, next_block in zip(blocks, next_blocks, strict=True):
+        block.register_forward_pre_hook(partial(_ignore_call, prefetch_pages, module_tensors(next_block)))
+        block.register_forward_hook(partial(_ignore_call, release_pages, module_tensors(block)))
+
+
+def _ignore_call(advise: Callable[[Iterable[Tensor]], None], tensors: list[Tensor], *_: object) -> None:
+    """Advises about the pages of tensors, as a hook of a module: ignores the arguments of the module's call."""
+    advise(tensors)
 
 
 def _advise(tensors: Iterable[Tensor], advice: str) -> None:
