@@ -6,9 +6,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from kadr import Engine, Request, Size
+from kadr import Control, Engine, Request, Size
+from kadr.media.writer import VideoWriter
 from kadr.models.registry import MODEL_RELEASES
 from kadr.planning import planner
 
@@ -62,3 +64,14 @@ def test_lora_that_is_not_on_disk_is_planned() -> None:
     difference = with_lora.bytes_to_fetch - without.bytes_to_fetch
     assert difference == pytest.approx(1_325_000_000)
     assert with_lora.stage("denoise").placement.private_bytes > without.stage("denoise").placement.private_bytes
+
+
+def test_plan_names_the_networks_that_a_control_would_fetch(tmp_path: Path) -> None:
+    pixels = np.zeros((9, 64, 64, 3), np.uint8)
+    with VideoWriter(tmp_path / "clip.mp4", Size(64, 64), 24) as writer:
+        writer.write(pixels)
+    engine = Engine.open("demo", device="cpu", loras=["demo-ic-lora-canny"])
+    control = Control(tmp_path / "clip.mp4", kind="pose")
+    plan = engine.plan(Request(prompt="a red circle", size=Size(64, 64), frames=9, controls=(control,)))
+    assert [name for name, _ in plan.to_fetch] == ["yzd-v/DWPose/yolox_l.onnx", "yzd-v/DWPose/dw-ll_ucoco_384.onnx"]
+    assert "yolox_l.onnx (of unknown size)" in plan.reasons()[0]

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from kadr.errors import PlanError
+from kadr.pipeline.stages.control_networks import networks_to_fetch
 from kadr.pipeline.stages.text import PromptEncoder
 from kadr.planning.calibration.storage import current_calibration
 from kadr.planning.costs.activations import MAX_PROMPT_TOKENS
@@ -52,7 +53,10 @@ def plan_request(
     components = spec.required_components(has_two_passes=len(resolved.passes) > 1)
     return replace(
         plan,
-        to_fetch=tuple((item.name, item.bytes_to_fetch) for item in components if item.path is None),
+        to_fetch=(
+            *((item.name, item.bytes_to_fetch) for item in components if item.path is None),
+            *((name, None) for name in networks_to_fetch(resolved.controls)),
+        ),
         notes=()
         if has_tokenizer
         else (f"text: prompts are taken to have {MAX_PROMPT_TOKENS} tokens, the most: the tokenizer is not on disk",),

@@ -144,7 +144,7 @@ class Plan:
         """Returns lines: what is to be fetched, what was assumed, and why stages lack their default placement."""
         lines = [*self.notes]
         if self.to_fetch:
-            names = ", ".join(name for name, _ in self.to_fetch)
+            names = ", ".join(name if size else f"{name} (of unknown size)" for name, size in self.to_fetch)
             lines.insert(0, f"fetch: {format_bytes(self.bytes_to_fetch)} are not on disk: {names}")
         for stage in self.stages:
             reason = stage.placement.reason

@@ -25,6 +25,16 @@ NETWORK_FILES = {  # repository and files on the hub
 MapRenderer = Callable[[int, np.ndarray], np.ndarray]  # frame index and frame -> its control map, uint8 (H, W, 3)
 
 
+def networks_to_fetch(controls: Sequence[ResolvedControl]) -> list[str]:
+    """Returns the files of the networks that the controls' kinds need and that are not on disk, as repository/file."""
+    return [
+        f"{repository}/{file}"
+        for kind in sorted({control.control.kind for control in controls} & NETWORK_FILES.keys())
+        for repository, file in ((NETWORK_FILES[kind][0], file) for file in NETWORK_FILES[kind][1])
+        if hub.cached_file(repository, file) is None
+    ]
+
+
 def fetch_networks(controls: Sequence[ResolvedControl]) -> dict[str, list[Path]]:
     """Fetches the networks that the controls' kinds need, and returns their files by kind.
 
