@@ -22,7 +22,6 @@ from kadr.models.registry import (
     UPSCALER,
     Recipe,
     Release,
-    find_by_file_stem,
     find_release,
     required_releases,
 )
@@ -169,7 +168,6 @@ def test_component_is_the_official_file(name: str) -> None:
     assert (component.kind, component.repo, component.file) == OFFICIAL_COMPONENTS[name]
     assert component.version in name
     assert required_releases(component) == (component,)
-    assert find_by_file_stem(component.file_stem) is None  # it is not a model
 
 
 @pytest.mark.parametrize("fp8", FP8, ids=lambda release: release.name)
@@ -234,21 +232,6 @@ def test_unknown_name_suggests_similar_names(name: str, suggestion: str) -> None
 def test_name_similar_to_none_lists_all() -> None:
     with pytest.raises(RequestError, match=r"Known are demo, .*ltxv-2b-0\.9,.*t5-v1\.1-xxl"):
         find_release("zzzzzzzz")
-
-
-@pytest.mark.parametrize("release", HOSTED, ids=lambda release: release.name)
-def test_model_is_found_by_file_stem_and_by_name(release: Release) -> None:
-    assert (
-        find_by_file_stem(release.file_stem)
-        is find_by_file_stem(release.file_stem.upper())
-        is find_by_file_stem(release.name)
-        is release
-    )
-    assert find_by_file_stem(release.file_stem + "-copy") is None
-
-
-def test_file_called_demo_is_not_the_demo() -> None:
-    assert find_by_file_stem("demo") is None
 
 
 @pytest.fixture(scope="module")

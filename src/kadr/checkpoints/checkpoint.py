@@ -49,6 +49,7 @@ class CheckpointDescription:
     Args:
         kind: see `CheckpointInfo.kind`.
         registry_name: name in the registry; None for an unreleased checkpoint, or where several releases match.
+        release_candidates: names of those releases.
         sampler: None for an upscaler, which has no schedule.
         missing_components: components that a generation needs and this checkpoint lacks; empty for an upscaler.
     """
@@ -58,6 +59,7 @@ class CheckpointDescription:
     layout: str
     version: str
     registry_name: str | None
+    release_candidates: tuple[str, ...]
     vae_family: str | None
     sampler: str | None
     components: tuple[ComponentDescription, ...]
@@ -177,6 +179,7 @@ class Checkpoint:
             layout=info.layout,
             version=info.version,
             registry_name=info.release.name if info.release else None,
+            release_candidates=tuple(release.name for release in info.release_candidates),
             vae_family=info.vae_family,
             sampler=info.schedule.sampler if is_model else None,
             components=tuple(

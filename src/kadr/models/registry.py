@@ -353,12 +353,20 @@ def find_release(name: str) -> Release:
     raise RequestError(f"there is no model named {name!r}. {advice} To open a file, pass its path.")
 
 
+def find_model_release(name: str) -> Release:
+    """Returns the release of a model that `release` of `Engine.open` names.
+
+    Raises:
+        RequestError: there is none.
+    """
+    release = RELEASES_BY_NAME.get(name)
+    if release is None or release.kind != "model":
+        names = ", ".join(model.name for model in MODEL_RELEASES)
+        raise RequestError(f"release is {name!r}; it must be the name of a released model: one of {names}.")
+    return release
+
+
 def required_releases(release: Release) -> tuple[Release, ...]:
     """Returns the releases that a model needs: itself and those that it names. A component needs only itself."""
     names = (release.upscaler, release.vae, release.text_encoder)
     return tuple(dict.fromkeys([release, *(RELEASES_BY_NAME[name] for name in names if name is not None)]))
-
-
-def find_by_file_stem(stem: str) -> Release | None:
-    """Returns the model whose file (without folder and suffix) or name is `stem`; None if there is none."""
-    return next((r for r in MODEL_RELEASES if r.repo is not None and stem.lower() in (r.file_stem, r.name)), None)

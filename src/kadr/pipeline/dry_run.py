@@ -49,6 +49,7 @@ class DryRun:
                 {
                     "role": component.role,
                     "name": component.name,
+                    "release": component.release.name if component.release else None,
                     "path": component.path and str(component.path),
                     "bytes_to_fetch": component.bytes_to_fetch,
                     "strengths": component.strengths,

@@ -44,6 +44,7 @@ class Engine(StageAccess):
         cls,
         model: str | Path = "demo",
         *,
+        release: str | None = None,
         text_encoder: str | Path | None = None,
         vae: str | Path | None = None,
         upscaler: str | Path | Sequence[str | Path] = (),
@@ -63,8 +64,10 @@ class Engine(StageAccess):
 
         Args:
             model: a registry name, an official .safetensors file, a .gguf file or a diffusers folder.
-            text_encoder: a folder with a T5 encoder and its tokenizer; by default the one beside the model, else the
-                one of the registry.
+            release: the registry name of the release that a file or folder is, or was trained from, where neither its
+                header nor its tensors nor its name tell; its recipe is used.
+            text_encoder: a folder with a T5 encoder and its tokenizer, a .safetensors or a .gguf of the encoder, or a
+                registry name; by default the one in the model's file or beside it, else the one of the registry.
             vae: a checkpoint whose VAE replaces the model's own.
             upscaler: names or paths of latent upscalers for requests with two passes, at most one spatial and one
                 temporal; by default the one released for the model.
@@ -93,6 +96,7 @@ class Engine(StageAccess):
         """
         options = SpecOptions(
             model=model,
+            release=release,
             text_encoder=text_encoder,
             vae=vae,
             upscaler=upscaler,

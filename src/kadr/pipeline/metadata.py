@@ -34,6 +34,7 @@ def video_metadata(
         VIDEO_METADATA.key: VIDEO_METADATA.number,
         "version": __version__,
         "model_name": spec.name,
+        "release": spec.release.name if spec.release else None,
         **spec.component_paths(has_two_passes=len(resolved.passes) > 1),
         **(spec.loras if trained is None else _trained_lora(trained)).metadata(),
         "device": spec.device.type,

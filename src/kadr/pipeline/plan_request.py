@@ -53,6 +53,7 @@ def plan_request(
     components = spec.required_components(has_two_passes=len(resolved.passes) > 1)
     return replace(
         plan,
+        release=spec.release.name if spec.release else None,
         to_fetch=(
             *((item.name, item.bytes_to_fetch) for item in components if item.path is None),
             *((name, None) for name in networks_to_fetch(resolved.controls)),

@@ -45,6 +45,7 @@ class Plan:
         counts_startup: that time counts, as for a command.
         seconds_per_new_byte: time of a byte of memory that the process did not have before.
         to_fetch: names of the components that are not on disk, and the bytes of each; None where they are not known.
+        release: name of the model's release, whose recipe fills in what the request leaves out; None if unreleased.
         notes: what the plan had to assume.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     counts_startup: bool = False
     seconds_per_new_byte: float = 0.0
     to_fetch: tuple[tuple[str, int | None], ...] = ()
+    release: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -142,7 +144,7 @@ class Plan:
 
     def reasons(self) -> list[str]:
         """Returns lines: what is to be fetched, what was assumed, and why stages lack their default placement."""
-        lines = [*self.notes]
+        lines = [f"release: {self.release}", *self.notes] if self.release else [*self.notes]
         if self.to_fetch:
             names = ", ".join(name if size else f"{name} (of unknown size)" for name, size in self.to_fetch)
             lines.insert(0, f"fetch: {format_bytes(self.bytes_to_fetch)} are not on disk: {names}")
@@ -161,6 +163,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data, as `kadr plan --json` prints it."""
         return {
+            "release": self.release,
             "device": self.device,
             "free_bytes": self.free_bytes,
             "base_bytes": self.base_bytes,

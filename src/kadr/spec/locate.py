@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kadr.checkpoints import hub
@@ -37,7 +37,7 @@ class ModelComponent:
         role: "model", "second model", "VAE", "upscaler", "text encoder" or "LoRA".
         name: the path or registry name that it was given by; "beside the model" for a text encoder there.
         path: None where it is not on disk.
-        release: the registry's entry; None for a path.
+        release: the registry's entry; of a path, the release that it was detected or stated to be, or None.
         strengths: of a LoRA, in the first and the second pass.
     """
 
@@ -92,6 +92,23 @@ def _wrong_kind_error(release: Release, role: str) -> RequestError:
         )
     example = next(entry.name for entry in registry.RELEASES if entry.kind in _KINDS[role] and entry.repo is not None)
     return RequestError(f"{release.name} is a {release.kind}; for the {role} give a path, or a name such as {example}.")
+
+
+def with_stated_release(model: ModelComponent, name: str | None) -> ModelComponent:
+    """Returns a model with the release that the user says it is.
+
+    Raises:
+        RequestError: there is no such release, or the model was given by the name of another one.
+    """
+    if name is None:
+        return model
+    release = registry.find_model_release(name)
+    if model.release not in (None, release):
+        raise RequestError(
+            f"{model.name} is a release itself, and --release says it is {name}. --release is for a file or a folder: "
+            "leave it out."
+        )
+    return replace(model, release=release)
 
 
 def locate_release(name: str, role: str) -> ModelComponent:

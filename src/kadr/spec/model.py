@@ -44,6 +44,7 @@ class SpecOptions:
     """Arguments that a model was opened by; see `Engine.open`."""
 
     model: str | Path = "demo"
+    release: str | None = None
     text_encoder: str | Path | None = None
     vae: str | Path | None = None
     upscaler: str | Path | Sequence[str | Path] = ()

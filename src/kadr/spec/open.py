@@ -15,6 +15,7 @@ from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.memory.device import pick_device, pick_dtype
 from kadr.models.registry import LORA, Recipe, Release
 from kadr.quant.weight_formats import NONE, check_weight_format
+from kadr.spec.known_release import require_known_recipe, warn_unknown_second_release
 from kadr.spec.locate import (
     MODEL,
     SECOND_MODEL,
@@ -26,6 +27,7 @@ from kadr.spec.locate import (
     locate,
     locate_release,
     locate_text_encoder,
+    with_stated_release,
 )
 from kadr.spec.lora import Lora
 from kadr.spec.loras import Loras, parse_loras
@@ -58,16 +60,22 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     check_offload(options.offload)
     loras = parse_loras(options.loras)
     lora_components = [replace(locate(lora.path, LORA), strengths=lora.pass_strengths()) for lora in loras]
-    model = locate(options.model, MODEL)
+    model = with_stated_release(locate(options.model, MODEL), options.release)
     checkpoint = open_checkpoint(model)
-    release = model.release or checkpoint.info.release
+    model = replace(model, release=model.release or checkpoint.info.release)
+    release = model.release
     vae = _locate_vae(options, model)
     vae_checkpoint = checkpoint if vae is None else open_checkpoint(vae, known_release=False)
     require_components(checkpoint, vae_checkpoint)
+    if release is None and options.recipe is None:
+        require_known_recipe(checkpoint)
     second = None if options.second_model is None else locate(options.second_model, SECOND_MODEL)
     second_checkpoint = checkpoint if second is None else open_checkpoint(second)
     require_components(second_checkpoint, vae_checkpoint)
-    second_release = None if second is None else second.release or second_checkpoint.info.release
+    if second is not None:
+        second = replace(second, release=second.release or second_checkpoint.info.release)
+        warn_unknown_second_release(second, second_checkpoint)
+    second_release = None if second is None else second.release
     transformers = (checkpoint, second_checkpoint)
     opened_loras = _open_loras(options, loras, lora_components, transformers)
     upscalers = [locate(name, UPSCALER_ROLE) for name in _upscaler_names(options)]
@@ -120,6 +128,8 @@ def _check_types(options: SpecOptions) -> None:
         raise RequestError(f"upscaler is {options.upscaler!r}; it must be a name, a path, or a list of them.")
     for upscaler in _upscaler_names(options):
         check_path("upscaler", upscaler)
+    if not isinstance(options.release, str | None):
+        raise RequestError(f"release is {options.release!r}; it must be the name of a released model, or None.")
     if not isinstance(options.recipe, Recipe | None):
         raise RequestError(f"recipe is {options.recipe!r}; it must be a Recipe, or None for the model's own.")
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from kadr.checkpoints.detect.single_file import CheckpointInfo, confirm_release
+from kadr.checkpoints.detect.releases import ReleaseFacts, family_of_match, match_release, path_names
+from kadr.checkpoints.detect.single_file import CheckpointInfo
 from kadr.checkpoints.detect.upscaler import checkpoint_kind
 from kadr.checkpoints.detect.vae_families import FAMILY_SCHEDULES, find_vae_family, version_label
+from kadr.checkpoints.header import FP8_DTYPES
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 from kadr.models.registry import Release
@@ -84,39 +86,67 @@ def open_diffusers_folder(path: Path, *, release: Release | None = None) -> tupl
     sources = {component: Source.open(folder) for component, folder in folders.items()}
     vae = read_vae_config(configs["vae"], folders["vae"]) if "vae" in folders else None
     vae_family = find_vae_family(vae) if vae else None
-    # The family whose positions and sigmas the model follows, with or without a VAE in the folder.
-    transformer, family = None, vae_family or (release.vae_family if release else None)
+    transformer = None
     if "transformer" in folders:
-        config = configs["transformer"]
-        family = family or _infer_transformer_family(path, config)
-        transformer = read_transformer_config(config, folders["transformer"], causal_positions=family == "0.9.5")
+        # Whether positions are causal is settled below.
+        transformer = read_transformer_config(configs["transformer"], folders["transformer"], causal_positions=True)
     upscaler = read_upscaler_config(configs["upscaler"], folders["upscaler"]) if "upscaler" in folders else None
-    release = confirm_release(
-        path, release, transformer, vae_family, kind=checkpoint_kind(transformer, upscaler), is_explicit=True
+    scheduler_file = path / "scheduler" / "scheduler_config.json"
+    dtype = sources.get("transformer", next(iter(sources.values()))).dtype
+    facts = ReleaseFacts(
+        kind=checkpoint_kind(transformer, upscaler),
+        transformer=transformer,
+        vae_families=_possible_families(transformer, vae_family, scheduler_file),
+        stores_fp8=dtype in FP8_DTYPES,
     )
-    schedule = read_schedule(path / "scheduler" / "scheduler_config.json", family or "0.9.5")
+    match = match_release(path, facts, _release_names(path, folders, configs), explicit=release)
+    # The family whose positions and sigmas the model follows, with or without a VAE in the folder.
+    family = next(iter(facts.vae_families), "0.9.5")
+    if transformer is not None:
+        family = family if facts.vae_families else family_of_match(path, match)
+        transformer = replace(transformer, causal_temporal_positioning=family == "0.9.5")
+    schedule = read_schedule(scheduler_file, family)
     info = CheckpointInfo(
-        version=release.version if release else version_label(transformer, vae_family, upscaler),
-        release=release,
+        version=match.release.version if match.release else version_label(transformer, vae_family, upscaler),
+        release=match.release,
         layout="diffusers",
         transformer=transformer,
         vae=vae,
         vae_family=vae_family,
         schedule=schedule,
-        dtype=sources.get("transformer", next(iter(sources.values()))).dtype,
+        dtype=dtype,
         upscaler=upscaler,
+        release_candidates=match.candidates,
+        contradicted_name=match.contradicted_name,
     )
     return info, sources
 
 
-def _infer_transformer_family(path: Path, config: Mapping[str, Any]) -> str:
-    """Returns the VAE family whose positions and sigmas a transformer without VAE follows."""
-    if config.get("num_layers") == TRANSFORMER_13B.num_layers:
-        return "0.9.5"
-    raise CheckpointError(
-        f"{path} has a transformer and no VAE, so its version is open: 0.9.5, or an earlier one. "
-        "Put the vae folder of the same model beside it, or name the version (release=...)."
-    )
+def _possible_families(
+    transformer: TransformerConfig | None, vae_family: str | None, scheduler_file: Path
+) -> tuple[str, ...]:
+    """Returns the VAE families that the model may follow: by its VAE, its size or its scheduler; () if none tells."""
+    if vae_family is not None:
+        return (vae_family,)
+    if transformer is not None and transformer.num_layers == TRANSFORMER_13B.num_layers:
+        return ("0.9.5",)
+    if transformer is None or not scheduler_file.is_file():
+        return ()
+    has_shift = read_json(scheduler_file).get("use_dynamic_shifting", False)
+    return ("0.9", "0.9.1") if has_shift else ("0.9.5",)
+
+
+def _release_names(path: Path, folders: Mapping[str, Path], configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the names that may tell the release: of the folder, of its repository, and those in its configs.
+
+    diffusers writes into `_name_or_path` where a model was loaded from before it was saved.
+    """
+    index = path / "model_index.json"
+    stated: list[Mapping[str, Any]] = [read_json(index)] if index.is_file() else []
+    stated += [configs["transformer"]] if "transformer" in configs else []
+    origins = [PurePosixPath(str(config.get("_name_or_path", "")).replace("\\", "/")) for config in stated]
+    names = [origin.parent.name if origin.name in COMPONENT_FOLDERS else origin.name for origin in origins]
+    return [*path_names(path, is_component=path in folders.values()), *filter(None, names)]
 
 
 def read_transformer_config(config: Mapping[str, Any], folder: Path, *, causal_positions: bool) -> TransformerConfig:

@@ -1,7 +1,7 @@
 """Detects the model in a single file.
 
-The header's config is believed first, then the tensor shapes, then the file name; what they leave open is an error that
-asks for it.
+The header's config is believed first, then the tensor shapes, then names (`releases`); where they leave open how the
+model computes, an error asks for it.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from kadr.checkpoints.detect.upscaler import MODEL_KIND, checkpoint_kind, detect_upscaler_config, find_upscaler_release
+from kadr.checkpoints.detect.releases import ReleaseFacts, ReleaseMatch, family_of_match, match_release, path_names
+from kadr.checkpoints.detect.upscaler import checkpoint_kind, detect_upscaler_config, find_upscaler_release
 from kadr.checkpoints.detect.vae_families import FAMILY_SCHEDULES, VAE_FAMILIES, find_vae_family, version_label
 from kadr.checkpoints.gguf.header import ARCHITECTURE_KEY, NAME_KEY
 from kadr.checkpoints.header import FP8_DTYPES
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
-from kadr.models.registry import MODEL_RELEASES, RELEASES, RELEASES_BY_NAME, Recipe, Release, find_by_file_stem
+from kadr.models.registry import RELEASES_BY_NAME, Release
 from kadr.models.transformer import TRANSFORMER_2B, TRANSFORMER_13B, TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae.config import VAEConfig
@@ -38,12 +38,14 @@ class CheckpointInfo:
 
     Args:
         version: such as "0.9.6-dev" where `release` is known; else what is certain, such as "0.9.5 or later".
-        release: the released model this is; None where its name and its header leave that open.
+        release: the released model this is; None where header, shapes and names leave that open.
         layout: "single file", "GGUF" or "diffusers".
         transformer, vae, upscaler: configs of the components; None where the component is not in the checkpoint.
         vae_family: "0.9", "0.9.1" or "0.9.5", the VAE that the model was trained with; None for another VAE.
         schedule: schedule of the model's sigmas; for an upscaler, that of the models it belongs to.
         dtype: storage dtype of most weights; uint8 for block-quantized ones.
+        release_candidates: the releases that it may be, where `release` is None and several fit.
+        contradicted_name: a name of the file or folder that points to a release which the weights are not.
     """
 
     version: str
@@ -55,6 +57,8 @@ class CheckpointInfo:
     schedule: Schedule
     dtype: torch.dtype
     upscaler: UpscalerConfig | None = None
+    release_candidates: tuple[Release, ...] = ()
+    contradicted_name: str | None = None
 
     @property
     def kind(self) -> str:
@@ -77,7 +81,7 @@ def detect_single_file(
 
     Args:
         components: its components; see `split.split_components`.
-        release: the release that the user says it is; None looks up the file name.
+        release: the release that the user says it is; None detects it.
 
     Raises:
         CheckpointError: the header cannot be parsed, the file contradicts `release`, or neither header, shapes nor
@@ -87,30 +91,29 @@ def detect_single_file(
     upscaler = detect_upscaler_config(components["upscaler"], config) if "upscaler" in components else None
     vae, vae_family = _detect_vae(source, components.get("vae"), config)
     transformer = _detect_transformer(source, components.get("transformer"), config)
+    dtype = next((components[name] for name in ("transformer", "upscaler") if name in components), source).dtype
     allowed_sigmas = config.get("allowed_inference_steps")
-    detected_release = confirm_release(
-        source.path,
-        release or _find_release_by_name(source, upscaler),
-        transformer,
-        vae_family,
+    facts = ReleaseFacts(
         kind=checkpoint_kind(transformer, upscaler),
+        transformer=transformer,
+        vae_families=_possible_families(config, transformer, vae_family),
         allowed_sigmas=allowed_sigmas,
-        is_explicit=release is not None,
+        stores_fp8=dtype in FP8_DTYPES,
     )
+    stated = release or _find_stated_release(source, upscaler, facts)
+    match = match_release(source.path, facts, _release_names(source), explicit=stated)
     if "scheduler" in config:
         schedule = _parse_config_entry(
             source, "scheduler", lambda: Schedule.from_header(config["scheduler"], allowed_sigmas)
         )
     else:
-        schedule = FAMILY_SCHEDULES[_infer_family(source, config, transformer, vae_family, detected_release)]
+        schedule = FAMILY_SCHEDULES[_infer_family(source, facts, match)]
     if transformer is not None and "transformer" not in config:
-        is_causal = _infer_family(source, config, transformer, vae_family, detected_release) == "0.9.5"
+        is_causal = _infer_family(source, facts, match) == "0.9.5"
         transformer = replace(transformer, causal_temporal_positioning=is_causal)
-    dtype = next((components[name] for name in ("transformer", "upscaler") if name in components), source).dtype
-    detected_release = detected_release or _find_release_by_sigmas(transformer, schedule, dtype)
     return CheckpointInfo(
-        version=detected_release.version if detected_release else version_label(transformer, vae_family, upscaler),
-        release=detected_release,
+        version=match.release.version if match.release else version_label(transformer, vae_family, upscaler),
+        release=match.release,
         layout="GGUF" if _is_gguf(source) else "single file",
         transformer=transformer,
         vae=vae,
@@ -118,18 +121,26 @@ def detect_single_file(
         schedule=schedule,
         dtype=dtype,
         upscaler=upscaler,
+        release_candidates=match.candidates,
+        contradicted_name=match.contradicted_name,
     )
 
 
-def _find_release_by_name(source: Source, upscaler: UpscalerConfig | None) -> Release | None:
-    """Finds the release with this file name; for a GGUF file, first the one its `general.name` states."""
-    stem = source.path.stem
+def _find_stated_release(source: Source, upscaler: UpscalerConfig | None, facts: ReleaseFacts) -> Release | None:
+    """Finds the release that kadr wrote into a GGUF file, or an upscaler's by its file name, unless contradicted."""
     if upscaler is not None:
-        return find_upscaler_release(stem, upscaler)
-    stated_release = RELEASES_BY_NAME.get(source.metadata.get(NAME_KEY, ""))
-    if stated_release is not None and stated_release.kind == MODEL_KIND:
-        return stated_release
-    return find_by_file_stem(_GGUF_TYPE_SUFFIX.sub("", stem) if _is_gguf(source) else stem)
+        release = find_upscaler_release(source.path.stem, upscaler)
+    else:
+        release = RELEASES_BY_NAME.get(source.metadata.get(NAME_KEY, ""))
+    return None if release is None or facts.contradictions(release) else release
+
+
+def _release_names(source: Source) -> list[str]:
+    """Returns the names that may tell the release: of the file, its folder or repository, and in a GGUF header."""
+    if not _is_gguf(source):
+        return path_names(source.path)
+    names = [_GGUF_TYPE_SUFFIX.sub("", name) for name in path_names(source.path)]
+    return [*names, *filter(None, [source.metadata.get(NAME_KEY)])]
 
 
 def _is_gguf(source: Source) -> bool:
@@ -202,96 +213,21 @@ def _parse_config_entry(source: Source, entry: str, parse: Callable[[], _T]) -> 
         ) from error
 
 
-def confirm_release(
-    path: Path,
-    release: Release | None,
-    transformer: TransformerConfig | None,
-    vae_family: str | None,
-    *,
-    kind: str,
-    allowed_sigmas: object = None,
-    is_explicit: bool,
-) -> Release | None:
-    """Returns the named release if nothing in the checkpoint contradicts it, else None.
-
-    Args:
-        release: the release that the user or the file name states.
-        vae_family: family of the VAE the model was trained with.
-        kind: see `CheckpointInfo.kind`.
-        allowed_sigmas: the sigmas that the header restricts the model to.
-        is_explicit: the user named the release, so a contradiction is an error.
-
-    Raises:
-        CheckpointError: `is_explicit`, and the checkpoint contradicts the release.
-    """
-    if release is None:
-        return None
-    num_layers = transformer.num_layers if transformer else None
-    contradictions = [
-        f"{label} {actual}, not {expected}"
-        for label, actual, expected in (
-            ("it is a", kind, release.kind),
-            ("layers:", num_layers, release.num_layers),
-            ("VAE:", vae_family, release.vae_family),
-        )
-        if actual is not None and expected is not None and actual != expected
-    ]
-    if allowed_sigmas is not None and release.recipe.first_pass.sigmas is None:
-        contradictions.append("it was distilled for certain sigmas")
-    if contradictions and is_explicit:
-        raise CheckpointError(f"{path} is not {release.name}: {'; '.join(contradictions)}. Leave the name out.")
-    return None if contradictions else release
-
-
-def _infer_family(
-    source: Source,
-    config: Mapping[str, Any],
-    transformer: TransformerConfig | None,
-    vae_family: str | None,
-    release: Release | None,
-) -> str:
-    """Returns the VAE family whose positions and sigmas a file follows, where its header does not say."""
+def _possible_families(
+    config: Mapping[str, Any], transformer: TransformerConfig | None, vae_family: str | None
+) -> tuple[str, ...]:
+    """Returns the VAE families that the model may follow: by its VAE, or else by the positions in its header."""
     if vae_family is not None:
-        return vae_family
-    if transformer is None:
+        return (vae_family,)
+    if transformer is None or "transformer" not in config:
+        return ()
+    return ("0.9.5",) if transformer.causal_temporal_positioning else ("0.9", "0.9.1")
+
+
+def _infer_family(source: Source, facts: ReleaseFacts, match: ReleaseMatch) -> str:
+    """Returns the VAE family whose positions and sigmas a file follows, where its header does not say."""
+    if facts.vae_families:
+        return facts.vae_families[0]
+    if facts.transformer is None or facts.transformer.num_layers == TRANSFORMER_13B.num_layers:
         return "0.9.5"
-    if "transformer" in config:
-        return "0.9.5" if transformer.causal_temporal_positioning else "0.9"
-    if transformer.num_layers == TRANSFORMER_13B.num_layers:
-        return "0.9.5"
-    if release is not None and release.vae_family is not None:
-        return release.vae_family
-    raise _unknown_version_error(source, transformer)
-
-
-def _unknown_version_error(source: Source, transformer: TransformerConfig) -> CheckpointError:
-    known = ", ".join(r.name for r in RELEASES if r.num_layers == transformer.num_layers)
-    return CheckpointError(
-        f"{source.path} is a 2B transformer without VAE and without a config in its header: its shapes are the same "
-        f"in all versions, and its name is none of theirs. Name the version (release=...) or rename the file to one "
-        f"of {known}."
-    )
-
-
-def _find_release_by_sigmas(
-    transformer: TransformerConfig | None, schedule: Schedule, dtype: torch.dtype
-) -> Release | None:
-    """Finds the distilled release with the same allowed sigmas."""
-    if transformer is None or schedule.allowed_sigmas is None:
-        return None
-    return next(
-        (
-            release
-            for release in reversed(MODEL_RELEASES)
-            if release.num_layers == transformer.num_layers
-            and _recipe_sigmas(release.recipe) == set(schedule.allowed_sigmas)
-            and release.name.endswith("fp8") == (dtype in FP8_DTYPES)
-        ),
-        None,
-    )
-
-
-def _recipe_sigmas(recipe: Recipe) -> set[float]:
-    """Returns the explicit sigmas of both passes."""
-    passes = (recipe.first_pass, recipe.second_pass)
-    return {sigma for settings in passes if settings is not None for sigma in settings.sigmas or ()}
+    return family_of_match(source.path, match)

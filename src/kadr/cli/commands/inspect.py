@@ -32,7 +32,7 @@ Target = Annotated[
 ]
 
 
-def inspect(path: Target, as_json: options.Json = False) -> None:
+def inspect(path: Target, release: options.Release = None, as_json: options.Json = False) -> None:
     """Describe a file.
 
     For a checkpoint: version, components and missing components, from the header alone. For a LoRA: the layers it
@@ -42,7 +42,7 @@ def inspect(path: Target, as_json: options.Json = False) -> None:
     if path.suffix.lower() in VIDEO_SUFFIXES:
         description, lines = _video(path)
     else:
-        description, lines = _weights(path)
+        description, lines = _weights(path, release)
     print(json.dumps(description) if as_json else "\n".join(lines))
 
 
@@ -80,7 +80,7 @@ def _fields(record: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name:<{width}}  {text}"
 
 
-def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
+def _weights(path: Path, release: str | None) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.lora.file import is_lora
     from kadr.checkpoints.text_encoder import is_text_encoder
 
@@ -88,7 +88,7 @@ def _weights(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
         raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
     if is_text_encoder(path):
         return _text_encoder(path)
-    return _lora(path) if is_lora(path) else _checkpoint(path)
+    return _lora(path) if is_lora(path) else _checkpoint(path, release)
 
 
 def _text_encoder(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
@@ -135,12 +135,13 @@ def _format_unexpected_keys(names: Sequence[str]) -> Iterator[str]:
         yield f"unexpected keys: {len(names) - MAX_UNEXPECTED_KEYS} more"
 
 
-def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
+def _checkpoint(path: Path, release: str | None) -> tuple[dict[str, Any], Iterator[str]]:
     from kadr.checkpoints.checkpoint import Checkpoint
     from kadr.checkpoints.detect.upscaler import MODEL_KIND
     from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
+    from kadr.models.registry import find_model_release
 
-    info = Checkpoint.open(path).describe()
+    info = Checkpoint.open(path, release=None if release is None else find_model_release(release)).describe()
     description = {"path": str(path), "family": "LTX-Video", **asdict(info)}
     description["components"] = list(description["components"])
     if info.kind != MODEL_KIND:
@@ -154,6 +155,8 @@ def _checkpoint(path: Path) -> tuple[dict[str, Any], Iterator[str]]:
 def _format_checkpoint(description: Mapping[str, Any]) -> Iterator[str]:
     name = f" ({description['registry_name']})" if description["registry_name"] else ""
     yield f"{description['family']} {description['version']}{name}, {description['layout']}"
+    if description["release_candidates"]:
+        yield f"release: one of {', '.join(description['release_candidates'])}; pass the one it is with --release"
     yield f"VAE of {description['vae_family'] or 'no released family'}, sigmas by {description['sampler']}"
     yield from _format_components(description["components"])
     for component in description["missing_components"]:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kadr.cli.flags import options
 from kadr.cli.flags.parse import check_one_of
 from kadr.cli.terminal.errors import print_stderr
 from kadr.cli.terminal.progress import show_progress
 from kadr.cli.terminal.table import format_si
 from kadr.errors import CheckpointError, RequestError
-from kadr.models.registry import DEFAULT_TEXT_ENCODER, Release, find_release
+from kadr.models.registry import DEFAULT_TEXT_ENCODER, Release, find_model_release, find_release
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
 from kadr.spec.locate import fetch_release, is_path
@@ -41,7 +42,7 @@ Type = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")]
 
 
-def quantize(source: Input, output: Output, type: Type, force: Force = False) -> None:
+def quantize(source: Input, output: Output, type: Type, release: options.Release = None, force: Force = False) -> None:
     """Quantize a transformer or a text encoder.
 
     Prints the path of the GGUF file. It holds no VAE: pass the model's own file with --vae.
@@ -52,9 +53,9 @@ def quantize(source: Input, output: Output, type: Type, force: Force = False) ->
     output = output.expanduser()
     if output.exists() and not force:
         raise RequestError(f"{output} exists already. Pass --force to replace it, or write to another path.")
-    path, release = _find_source(source)
+    path, named_release = _find_source(source, release)
     with show_progress() as watch:
-        result, note = _write_quantized(path, release, output, find_mix(type), _watch_tensors(watch))
+        result, note = _write_quantized(path, named_release, output, find_mix(type), _watch_tensors(watch))
     types = ", ".join(f"{name} ({count})" for name, count in result.type_counts.items())
     print_stderr(f"{format_si(result.source_bytes)} bytes before, {format_si(result.output_bytes)} now: {types}")
     if note:
@@ -62,14 +63,16 @@ def quantize(source: Input, output: Output, type: Type, force: Force = False) ->
     print(output)
 
 
-def _find_source(source: str) -> tuple[Path, Release | None]:
-    """Returns the files, and the release where the registry names them; fetches what is not on disk."""
+def _find_source(source: str, stated_release: str | None) -> tuple[Path, Release | None]:
+    """Returns the files, and the release where it is named or stated; fetches what is not on disk."""
     if is_path(source):
         path = Path(source).expanduser()
         if not path.exists():
             raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
-        return path, None
+        return path, None if stated_release is None else find_model_release(stated_release)
     release = find_release(source)
+    if stated_release not in (None, release.name):
+        raise RequestError(f"{source} is a release itself; --release is for a file or a folder. Leave it out.")
     if release.kind not in ("model", "text encoder"):
         raise RequestError(f"{source} is a {release.kind}: small enough. Only models and text encoders are quantized.")
     if release.file.endswith(SUFFIX):

@@ -33,6 +33,7 @@ def rerun(
     output: options.RerunOutput = None,
     seed: options.RerunSeed = None,
     model: options.Model = None,
+    release: options.Release = None,
     device: options.RerunDevice = None,
     resume: options.Resume = False,
     json: options.Json = False,
@@ -46,7 +47,7 @@ def rerun(
     output = next_free_path(file, resume=resume) if output is None else choose_output(output, resume=resume)
     refuse_missing_media(request)
     refuse_unwritable(request, output, None)
-    engine = reopen_engine(record, model, device)
+    engine = reopen_engine(record, model, device, release=release)
     run.write_video(engine, request, output, as_json=json, resume=resume, kernels=record.get("kernels"))
 
 
@@ -71,23 +72,40 @@ def read_video_metadata(file: Path) -> dict[str, Any]:
     return record
 
 
-def reopen_engine(record: Mapping[str, Any], model: str | None, device: str | None) -> Engine:
+def reopen_engine(
+    record: Mapping[str, Any], model: str | None, device: str | None, *, release: str | None = None
+) -> Engine:
     """Opens the engine that made the video, unless a model or a device is named.
+
+    Args:
+        release: of a model that is named by a path; the video's own has the release that the video states.
 
     Raises:
         CheckpointError: a file of the model is no longer there.
     """
     _warn_of_other_version(record.get("version"))
     components = _second_pass_components(record)
+    recipe: dict[str, Any] = {} if release is None else {"release": release}
     if model is None:
         model = _find_model(record)
+        recipe = recipe or _stored_recipe(record, model)
         components |= {"text_encoder": _find_text_encoder(record), "vae": _find_vae(record, model)}
     device = device or str(record.get("device", "auto"))
     engine_options: dict[str, Any] = {name: str(record[name]) for name in ("dtype", "quant") if record.get(name)}
     engine_options |= _lora_options(record)
     if record.get("compile_transformer") and device.startswith("cuda"):
         engine_options["compile_transformer"] = True
-    return run.open_engine(model, **components, device=device, **engine_options)
+    return run.open_engine(model, **components, **recipe, device=device, **engine_options)
+
+
+def _stored_recipe(record: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """Returns the release or the recipe of the video's own model if that is a file, as keywords of `Engine.open`."""
+    from kadr.models.registry import RELEASES_BY_NAME, Recipe
+
+    if model in RELEASES_BY_NAME or "release" not in record:
+        return {}
+    # The request of a video states all settings, so a model of no known release needs no recipe.
+    return {"recipe": Recipe()} if record["release"] is None else {"release": str(record["release"])}
 
 
 def _warn_of_other_version(version: object) -> None:

@@ -68,13 +68,16 @@ Quant = Annotated[str, _flag("--quant", "none|int8|fp8|Q8_0|...", "Quantize the 
 Device = Annotated[str, _flag("--device", "auto|cpu|cuda|mps", "Device to compute on. [default: auto]")]
 Dtype = Annotated[str, _flag("--dtype", "auto|bfloat16|float32", "Dtype to compute in. [default: auto]")]
 Seed = Annotated[int, _flag("--seed", "N", "Seed of everything random. [default: 0]")]
-TextEncoder = Annotated[Path | None, _flag("--text-encoder", "NAME|PATH", "Folder of the T5 text encoder, or a .gguf.")]
+TextEncoder = Annotated[
+    Path | None, _flag("--text-encoder", "NAME|PATH", "T5 text encoder: a .safetensors, a .gguf or a folder.")
+]
 Vae = Annotated[Path | None, _flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")]
 
 
 def train_lora(
     folder: Folder,
     model: options.Model = None,
+    release: options.Release = None,
     output: Output = Path("lora.safetensors"),
     size: SizeFlag = None,
     frames: Frames = None,
@@ -108,7 +111,7 @@ def train_lora(
     for name, value in (("--validate-every", validate_every), ("--save-every", save_every)):
         if value < 1:
             raise typer.BadParameter(f"{value} is below 1.", param_hint=name)
-    engine_options: dict[str, Any] = {"text_encoder": text_encoder, "vae": vae} | (
+    engine_options: dict[str, Any] = {"release": release, "text_encoder": text_encoder, "vae": vae} | (
         {} if quant == "none" else {"quant": quant}
     )
     engine = run.open_engine(model or "demo", device=device, dtype=dtype, **engine_options)

@@ -20,6 +20,10 @@ Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to show, in 
 Model = Annotated[
     str | None, flag("--model", "NAME|PATH", "A name of `kadr models`, a .safetensors, a .gguf or a diffusers folder.")
 ]
+Release = Annotated[
+    str | None,
+    flag("--release", "NAME", "The release that a file or folder is, where nothing in it tells: of `kadr models`."),
+]
 RerunDevice = Annotated[
     str | None, flag("--device", "auto|cpu|cuda|mps", "Device to compute on. [default: as FILE says]")
 ]
@@ -103,6 +107,7 @@ class ModelFlags:
     """The model"""
 
     model: Model = None
+    release: Release = None
     config: Annotated[
         Path | None, flag("--config", "FILE.yaml", "Take model and recipe from an official pipeline config.")
     ] = None
@@ -111,7 +116,7 @@ class ModelFlags:
     ] = None
     second_model: Annotated[_Text, flag("--second-model", "NAME|PATH", "Use this model for the second pass.")] = None
     text_encoder: Annotated[
-        Path | None, flag("--text-encoder", "NAME|PATH", "Folder of the T5 text encoder and its tokenizer, or a .gguf.")
+        Path | None, flag("--text-encoder", "NAME|PATH", "T5 text encoder: a .safetensors, a .gguf or a folder.")
     ] = None
     vae: Annotated[Path | None, flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")] = None
     lora: Annotated[

@@ -215,6 +215,7 @@ def _collect_components(flags: options.ModelFlags) -> dict[str, Any]:
     """Returns the components that flags name, as keywords of `Engine.open`."""
     components: dict[str, Any] = {
         "model": flags.model,
+        "release": flags.release,
         "upscaler": flags.upscaler,
         "second_model": flags.second_model,
         "text_encoder": flags.text_encoder,

@@ -32,7 +32,12 @@ def _lines(dry_run: DryRun) -> Iterator[str]:
 
 def _components(dry_run: DryRun) -> Iterator[tuple[str, str]]:
     for component in dry_run.components:
-        yield component.role, f"{component.name}{_disk_state(component)}{_strengths(component)}"
+        yield component.role, f"{component.name}{_release(component)}{_disk_state(component)}{_strengths(component)}"
+
+
+def _release(component: ModelComponent) -> str:
+    release = component.release
+    return "" if release is None or release.name == component.name else f", release {release.name}"
 
 
 def _disk_state(component: ModelComponent) -> str:
