@@ -30,6 +30,7 @@ COMPONENT_TESTS = {
     "t5-v1.1-xxl-q8-gguf": (
         "tests/checkpoints/gguf/test_gguf.py::test_a_llama_cpp_text_encoder_opens_with_weights_and_tokenizer"
     ),
+    "t5-v1.1-tokenizer": "tests/spec/test_tokenizer.py::test_a_missing_tokenizer_is_fetched_once_and_alone",
 }
 
 

@@ -16,8 +16,8 @@ from kadr.cli.flags.official import (
 from kadr.cli.main import app
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
-_MODEL = """--model --config --upscaler --second-model --text-encoder --vae --lora --lora-partial --merge-loras
-    --device --dtype --no-prompt-cache --quant --compile --offload"""
+_MODEL = """--model --release --config --upscaler --second-model --text-encoder --vae --lora --lora-partial
+    --merge-loras --device --dtype --no-prompt-cache --quant --compile --offload"""
 _REST = """--image --video --control --input-video --denoise-strength --image-noise --image-crf --steps --sigmas
     --skip-initial --skip-final --sampler --cache --cache-threshold --cache-interval --guidance --guidance-sigmas
     --stg --rescale --skip-blocks --stg-mode --cfg-star --no-cfg-star --apg --apg-norm --guidance-batch
@@ -30,12 +30,13 @@ VERBS = {
         --save-latents {_MODEL} {_REST}""",
     "plan": f"""PROMPT --size --frames --seconds --fps --seed --negative-prompt {_WINDOWS} --json --calibrate
         {_MODEL} {_REST}""",
-    "rerun": "FILE --output --seed --model --device --resume --json",
-    "inspect": "PATH --json",
-    "train-lora": """DIR --model --output --size --frames --rank --target-modules --steps --batch-size --learning-rate
-        --sigma-sampling --first-frame-conditioning-p --caption-dropout-p --references --validation-prompt
-        --validate-every --save-every --skip-broken --quant --device --dtype --seed --text-encoder --vae --json""",
-    "quantize": "IN OUT --type --force",
+    "rerun": "FILE --output --seed --model --release --device --resume --json",
+    "inspect": "PATH --release --json",
+    "train-lora": """DIR --model --release --output --size --frames --rank --target-modules --steps --batch-size
+        --learning-rate --sigma-sampling --first-frame-conditioning-p --caption-dropout-p --references
+        --validation-prompt --validate-every --save-every --skip-broken --quant --device --dtype --seed
+        --text-encoder --vae --json""",
+    "quantize": "IN OUT --type --release --force",
     "bench": """--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder
         --json""",
     "models": "--json",

@@ -123,6 +123,7 @@ OFFICIAL_COMPONENTS = {
     ),
     "t5-v1.1-xxl": ("text encoder", "PixArt-alpha/PixArt-XL-2-1024-MS", "text_encoder/*"),
     "t5-v1.1-xxl-q8-gguf": ("text encoder", "city96/t5-v1_1-xxl-encoder-gguf", "t5-v1_1-xxl-encoder-Q8_0.gguf"),
+    "t5-v1.1-tokenizer": ("tokenizer", "PixArt-alpha/PixArt-XL-2-1024-MS", "tokenizer/spiece.model"),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 
 from kadr.checkpoints.detect.diffusers_folder import open_diffusers_folder
 from kadr.checkpoints.detect.single_file import CheckpointInfo, detect_single_file
-from kadr.checkpoints.detect.split import split_components
+from kadr.checkpoints.detect.split import TEXT_ENCODER_COMPONENT, split_components
 from kadr.checkpoints.detect.upscaler import MODEL_KIND
 from kadr.checkpoints.load import load_transformer, load_upscaler, load_vae
 from kadr.checkpoints.source import Source
@@ -73,11 +73,13 @@ class Checkpoint:
     Args:
         path: the file or folder; of a predicted one, the file in its repository.
         sources: component -> its tensors; "transformer", "vae" or both; or "upscaler", in a folder beside a "vae".
+        holds_text_encoder: the file has a text encoder in it too, which `TextEncoderCheckpoint.open` opens.
     """
 
     path: Path
     info: CheckpointInfo
     sources: Mapping[str, Source]
+    holds_text_encoder: bool = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, release: Release | None = None) -> Checkpoint:
@@ -93,12 +95,11 @@ class Checkpoint:
         """
         path = Path(path)
         if path.is_dir():
-            info, sources = open_diffusers_folder(path, release=release)
-        else:
-            source = Source.open(path)
-            sources = split_components(source)
-            info = detect_single_file(source, sources, release=release)
-        return cls(path, info, sources)
+            return cls(path, *open_diffusers_folder(path, release=release))
+        source = Source.open(path)
+        sources = split_components(source)
+        holds_text_encoder = sources.pop(TEXT_ENCODER_COMPONENT, None) is not None
+        return cls(path, detect_single_file(source, sources, release=release), sources, holds_text_encoder)
 
     @property
     def is_on_disk(self) -> bool:
@@ -171,7 +172,7 @@ class Checkpoint:
                 "num_blocks_per_stage": upscaler.num_blocks_per_stage,
             }
         missing = [name for name in ("transformer", "vae") if name not in self.sources]
-        if not (self.is_on_disk and _has_text_encoder(self.path)):
+        if not self.holds_text_encoder and not (self.is_on_disk and _has_text_encoder(self.path)):
             missing.append("text encoder")
         return CheckpointDescription(
             path=str(self.path),

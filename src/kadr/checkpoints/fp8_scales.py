@@ -1,7 +1,8 @@
 """Scaled fp8 weights, as ComfyUI writes them.
 
 `x.scale_weight` (some files: `x.weight_scale`), a scalar or one per row, multiplies `x.weight`. The scale of the
-activations (`scale_input`) is for fp8 matmuls, which kadr does not run on these files; `scaled_fp8` marks the file.
+activations (`scale_input`) is for fp8 matmuls, which kadr does not run on these files; `scaled_fp8` marks the file,
+`x.comfy_quant` a layer (`comfy_quant`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from kadr.checkpoints.header import TensorInfo
 
 SCALED_FP8_MARKER = "scaled_fp8"
+COMFY_QUANT_SUFFIX = ".comfy_quant"
 _WEIGHT_SUFFIX = ".weight"
 _WEIGHT_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _INPUT_SCALE_SUFFIXES = (".scale_input", ".input_scale")
@@ -33,7 +35,7 @@ def find_weight_scales(infos: Mapping[str, TensorInfo], weights: Iterable[str]) 
 
 def scale_tensor_names(infos: Mapping[str, TensorInfo]) -> set[str]:
     """Returns the keys of scales and markers, which are not weights."""
-    suffixes = (f".{SCALED_FP8_MARKER}", *_WEIGHT_SCALE_SUFFIXES, *_INPUT_SCALE_SUFFIXES)
+    suffixes = (f".{SCALED_FP8_MARKER}", COMFY_QUANT_SUFFIX, *_WEIGHT_SCALE_SUFFIXES, *_INPUT_SCALE_SUFFIXES)
     return {name for name in infos if name == SCALED_FP8_MARKER or name.endswith(suffixes)}
 
 

@@ -25,6 +25,8 @@ def _same_in_both(kadr: str, official: str) -> Key:
 
 
 TRANSFORMER_PREFIX, VAE_PREFIX = "model.diffusion_model.", "vae."  # of the keys in a single file of both
+BARE_TRANSFORMER_PREFIX = "diffusion_model."  # in ComfyUI's exports of a transformer
+TEXT_ENCODER_PREFIX = "text_encoders.t5xxl."  # in files that hold the text encoder too
 _KADR_BLOCK, _OFFICIAL_BLOCK = "blocks.{i}", "transformer_blocks.{i}"
 TRANSFORMER_KEYS = (
     Key("proj_in.*", "patchify_proj.*", "proj_in.*"),

@@ -10,14 +10,17 @@ import torch
 
 from kadr.checkpoints.checkpoint import ComponentDescription, describe_component
 from kadr.checkpoints.detect.diffusers_folder import read_json
+from kadr.checkpoints.detect.split import COMPONENT_PREFIXES, TEXT_ENCODER_COMPONENT
+from kadr.checkpoints.detect.t5_file import find_t5_prefix, open_t5_file
 from kadr.checkpoints.gguf.header import T5_ENCODER_ARCHITECTURE, is_gguf, read_gguf_header
 from kadr.checkpoints.gguf.t5_fields import open_gguf_text_encoder, read_gguf_pieces
 from kadr.checkpoints.keys import T5_GGUF_KEYS, T5_KEYS, Key
 from kadr.checkpoints.load import load_text_encoder
-from kadr.checkpoints.source import Source
+from kadr.checkpoints.source import Source, join_first
 from kadr.errors import CheckpointError
 from kadr.models.t5 import T5Config, T5Encoder
-from kadr.text.tokenizer import Tokenizer
+from kadr.text.sentencepiece_model import SentencePieceModel
+from kadr.text.tokenizer import Tokenizer, find_tokenizer_file
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,11 @@ class TextEncoderCheckpoint:
     """A T5 encoder and its tokenizer, opened by their headers or predicted (`checkpoints.predict`).
 
     Args:
-        path: folder of the weights and config.json; or a .gguf, which has everything in it. Of a predicted one, the
-            file or the pattern of files in its repository.
-        tokenizer_root: folder in which the tokenizer is looked for; a .gguf itself where `path` is one.
+        path: folder of the weights and config.json; or a .gguf, which has everything in it; or a .safetensors. Of a
+            predicted one, the file or the pattern of files in its repository.
+        tokenizer_root: folder in which the tokenizer is looked for; the file itself where `path` is one.
         key_table: table of the file keys in `source`.
+        tokenizer_path: a tokenizer from elsewhere, for an encoder without one.
     """
 
     path: Path
@@ -36,6 +40,7 @@ class TextEncoderCheckpoint:
     config: T5Config
     source: Source
     key_table: tuple[Key, ...] = T5_KEYS
+    tokenizer_path: Path | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TextEncoderCheckpoint:
@@ -43,7 +48,8 @@ class TextEncoderCheckpoint:
 
         Args:
             path: the encoder's own folder, with the tokenizer in it or in a folder `tokenizer` in or beside it; or
-                the folder that has `text_encoder` and `tokenizer` in it; or a .gguf.
+                the folder that has `text_encoder` and `tokenizer` in it; or a .gguf; or a .safetensors of the encoder,
+                or of a model with the encoder in it, with the tokenizer beside it.
 
         Raises:
             CheckpointError: it is not a text encoder that kadr runs.
@@ -51,12 +57,14 @@ class TextEncoderCheckpoint:
         home = Path(path)
         if is_gguf(home):
             return cls(home, home, *open_gguf_text_encoder(home), key_table=T5_GGUF_KEYS)
+        if home.is_file():
+            return cls(home, home, *open_t5_file(home))
         folder = home / "text_encoder" if (home / "text_encoder").is_dir() else home
         if not (folder / "config.json").is_file():
-            state = "has no config.json" if folder.is_dir() else "is neither a folder nor a GGUF file"
+            state = "has no config.json" if folder.is_dir() else "is neither a folder nor a file"
             raise CheckpointError(
                 f"{folder} {state}, so it is not a text encoder. Give the folder with text_encoder/ and tokenizer/ in "
-                "it, such as that of PixArt-alpha/PixArt-XL-2-1024-MS, or a .gguf of the encoder."
+                f"it, such as that of PixArt-alpha/PixArt-XL-2-1024-MS, or a file of the encoder{_files_in(folder)}."
             )
         try:
             config = T5Config.from_header(read_json(folder / "config.json"))
@@ -94,11 +102,11 @@ class TextEncoderCheckpoint:
             CheckpointError: it is not on disk, there is none, or the encoder's vocabulary is too small for it.
         """
         self.source.refuse_absent()
-        pieces = read_gguf_pieces(self.path) if is_gguf(self.path) else None
+        pieces = self._stored_pieces()
         tokenizer = (
             Tokenizer.from_sentencepiece(pieces, self.path)
             if pieces is not None
-            else Tokenizer.open(self.tokenizer_root)
+            else Tokenizer.open(self.tokenizer_path or self.tokenizer_root)
         )
         if tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
@@ -106,6 +114,19 @@ class TextEncoderCheckpoint:
                 f"vocabulary ends at {self.config.vocab_size - 1}. Use tokenizer and encoder of the same release."
             )
         return tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """True if a tokenizer is in the file or beside the encoder, or was found elsewhere."""
+        if self.tokenizer_path is not None or self._stored_pieces() is not None:
+            return True
+        try:
+            return find_tokenizer_file(self.tokenizer_root).is_file()
+        except CheckpointError:
+            return False
+
+    def _stored_pieces(self) -> SentencePieceModel | None:
+        return read_gguf_pieces(self.path) if is_gguf(self.path) else None
 
     def describe(self) -> ComponentDescription:
         """Describes the encoder from its header."""
@@ -117,7 +138,9 @@ class TextEncoderCheckpoint:
 def is_text_encoder(path: Path) -> bool:
     """Returns whether a path is a text encoder and not a model."""
     if not path.is_dir():
-        return is_gguf(path) and read_gguf_header(path).architecture == T5_ENCODER_ARCHITECTURE
+        if is_gguf(path):
+            return read_gguf_header(path).architecture == T5_ENCODER_ARCHITECTURE
+        return path.suffix == ".safetensors" and _is_text_encoder_file(path)
     if (path / "transformer").exists() or (path / "vae").exists():
         return False
     if (path / "text_encoder").is_dir():
@@ -126,3 +149,19 @@ def is_text_encoder(path: Path) -> bool:
         return read_json(path / "config.json").get("model_type") == "t5"
     except CheckpointError:
         return False
+
+
+def _is_text_encoder_file(path: Path) -> bool:
+    """Returns whether a .safetensors has a T5 encoder and no component of a model."""
+    try:
+        infos = Source.open(path).infos
+    except CheckpointError:
+        return False  # whoever opens it reports the error
+    of_model = tuple(prefix for prefix, kind in COMPONENT_PREFIXES.items() if kind != TEXT_ENCODER_COMPONENT)
+    return find_t5_prefix(infos) is not None and not any(name.startswith(of_model) for name in infos)
+
+
+def _files_in(folder: Path) -> str:
+    """Names the files in a folder that may be a text encoder, for an error."""
+    files = sorted(entry.name for suffix in ("*.safetensors", "*.gguf") for entry in folder.glob(suffix))
+    return f", such as one of those in it: {join_first(files)}" if files else ", a .safetensors or a .gguf"

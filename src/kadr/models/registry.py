@@ -67,7 +67,7 @@ class Release:
     Args:
         name: for `Engine.open`.
         version: of the LTX-Video family.
-        kind: "model", "spatial upscaler", "temporal upscaler", "text encoder" or "LoRA".
+        kind: "model", "spatial upscaler", "temporal upscaler", "text encoder", "tokenizer" or "LoRA".
         repo: on the Hugging Face Hub; None: bundled with kadr.
         file: within the repository, or within the package; a pattern for a text encoder of many files.
         size_bytes: of the file, to within 1 %; None if not recorded.
@@ -114,6 +114,7 @@ _OPEN_RAIL = "OpenRAIL-M, ltx-video-2b-v0.9.5.license.txt in the repository"
 _OPEN_WEIGHTS = "LTXV Open Weights License 0.X, LTX-Video-Open-Weights-License-0.X.txt in the repository"
 LORA = "LoRA"
 DEFAULT_TEXT_ENCODER, TEXT_ENCODER_GGUF = "t5-v1.1-xxl", "t5-v1.1-xxl-q8-gguf"
+TOKENIZER = "t5-v1.1-tokenizer"
 UPSCALER = "ltxv-spatial-upscaler-0.9.8"
 
 _2B_GUIDANCE = Guidance(cfg_scale=3.0, stg_scale=1.0, rescale=0.7, skip_blocks=(19,))
@@ -332,6 +333,15 @@ RELEASES: tuple[Release, ...] = (
         repo="city96/t5-v1_1-xxl-encoder-gguf",
         file="t5-v1_1-xxl-encoder-Q8_0.gguf",
         size_bytes=5_061_000_000,
+        licence="Apache-2.0",
+    ),
+    Release(  # for a text encoder's file that comes without one
+        name=TOKENIZER,
+        version="1.1",
+        kind="tokenizer",
+        repo=TEXT_ENCODER_REPO,
+        file="tokenizer/spiece.model",
+        size_bytes=792_000,
         licence="Apache-2.0",
     ),
 )

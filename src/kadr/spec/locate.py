@@ -13,6 +13,7 @@ from kadr.models.registry import Release
 PACKAGE_ROOT = Path(__file__).parents[1]
 CHECKPOINT_SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
 MODEL, SECOND_MODEL, VAE, UPSCALER_ROLE, TEXT_ENCODER_ROLE = "model", "second model", "VAE", "upscaler", "text encoder"
+TOKENIZER_ROLE = "tokenizer"
 _KINDS = {
     MODEL: ("model",),
     SECOND_MODEL: ("model",),
@@ -34,8 +35,9 @@ class ModelComponent:
     """A component of a model, wherever it is.
 
     Args:
-        role: "model", "second model", "VAE", "upscaler", "text encoder" or "LoRA".
-        name: the path or registry name that it was given by; "beside the model" for a text encoder there.
+        role: "model", "second model", "VAE", "upscaler", "text encoder", "tokenizer" or "LoRA".
+        name: the path or registry name that it was given by; "beside the model" or "in the model" for a text encoder
+            there.
         path: None where it is not on disk.
         release: the registry's entry; of a path, the release that it was detected or stated to be, or None.
         strengths: of a LoRA, in the first and the second pass.
@@ -86,6 +88,8 @@ def locate(name_or_path: str | Path, role: str) -> ModelComponent:
 
 def _wrong_kind_error(release: Release, role: str) -> RequestError:
     if role in (MODEL, SECOND_MODEL):
+        if release.kind not in _FLAGS:
+            return RequestError(f"{release.name} is a {release.kind}, not a model. Give one that `kadr models` lists.")
         return RequestError(
             f"{release.name} is a {release.kind}, not a model. Give it as {_FLAGS[release.kind]}, and a model "
             "that `kadr models` lists."
@@ -118,11 +122,16 @@ def locate_release(name: str, role: str) -> ModelComponent:
 
 
 def locate_text_encoder(
-    name_or_path: str | Path | None, model: ModelComponent, release: Release | None
+    name_or_path: str | Path | None,
+    model: ModelComponent,
+    release: Release | None,
+    *,
+    is_in_model: bool = False,
 ) -> ModelComponent:
-    """Finds the text encoder: the one that is named, else the one beside the model, else the registry's.
+    """Finds the text encoder: the one that is named, or is in the model's file, or beside it, else the registry's.
 
     Args:
+        is_in_model: the model's file has a text encoder in it.
         release: the model's; None for a model that is not in the registry.
 
     Raises:
@@ -131,6 +140,8 @@ def locate_text_encoder(
     if name_or_path is not None:
         return locate(name_or_path, TEXT_ENCODER_ROLE)
     if model.path is not None:
+        if is_in_model:
+            return ModelComponent(TEXT_ENCODER_ROLE, "in the model", model.path)
         folder = model.path if model.path.is_dir() else model.path.parent
         if (folder / "text_encoder").is_dir():
             return ModelComponent(TEXT_ENCODER_ROLE, "beside the model", folder)

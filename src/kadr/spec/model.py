@@ -19,7 +19,7 @@ from kadr.models.transformer import TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae import VAEConfig
 from kadr.sampling.schedules import Schedule
-from kadr.spec.locate import MODEL, SECOND_MODEL, UPSCALER_ROLE, ModelComponent, locate_release
+from kadr.spec.locate import MODEL, SECOND_MODEL, TOKENIZER_ROLE, UPSCALER_ROLE, ModelComponent, locate_release
 from kadr.spec.loras import Loras
 from kadr.spec.offload import OFFLOAD_AUTO
 from kadr.text.tokenizer import Tokenizer
@@ -185,8 +185,11 @@ class ModelSpec:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Tokenizer of the text encoder; None where that is not on disk."""
-        return self.text_encoder_checkpoint.load_tokenizer() if self.text_encoder_checkpoint.is_on_disk else None
+        """Tokenizer of the text encoder; None where it is not on disk."""
+        is_absent = any(item.role == TOKENIZER_ROLE and item.path is None for item in self.components)
+        if is_absent or not self.text_encoder_checkpoint.is_on_disk:
+            return None
+        return self.text_encoder_checkpoint.load_tokenizer()
 
     def component_paths(self, *, has_two_passes: bool) -> dict[str, str]:
         """Returns the paths of the components that a generation opens, for a video's metadata."""

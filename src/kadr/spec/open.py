@@ -20,6 +20,7 @@ from kadr.spec.locate import (
     MODEL,
     SECOND_MODEL,
     TEXT_ENCODER_ROLE,
+    TOKENIZER_ROLE,
     UPSCALER_ROLE,
     VAE,
     ModelComponent,
@@ -41,6 +42,7 @@ from kadr.spec.model import (
 )
 from kadr.spec.offload import check_offload
 from kadr.spec.options import check_compile, refuse_merging, resolve_weight_format
+from kadr.spec.tokenizer import add_tokenizer, fetch_tokenizer
 from kadr.validation import check_path
 
 
@@ -80,8 +82,8 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     opened_loras = _open_loras(options, loras, lora_components, transformers)
     upscalers = [locate(name, UPSCALER_ROLE) for name in _upscaler_names(options)]
     given_upscalers = order_upscalers([open_checkpoint(item) for item in upscalers], checkpoint)
-    text_encoder = locate_text_encoder(options.text_encoder, model, release)
-    text_encoder_checkpoint = _open_text_encoder(text_encoder)
+    text_encoder = locate_text_encoder(options.text_encoder, model, release, is_in_model=checkpoint.holds_text_encoder)
+    text_encoder_checkpoint, tokenizer = add_tokenizer(_open_text_encoder(text_encoder))
     for transformer in transformers:
         require_matching_text_encoder(text_encoder_checkpoint, transformer)
     choice = resolve_weight_format(options.quant, transformers, device)
@@ -89,11 +91,10 @@ def open_spec(options: SpecOptions) -> ModelSpec:
         warnings.warn(choice.notice, KadrWarning, stacklevel=3)
     first_recipe = options.recipe or (release.recipe if release else Recipe())
     first = (model.name, release)
+    components = (model, second, *upscalers, text_encoder, tokenizer, vae, *lora_components)
     return ModelSpec(
         options=options,
-        components=tuple(
-            item for item in (model, second, *upscalers, text_encoder, vae, *lora_components) if item is not None
-        ),
+        components=tuple(item for item in components if item is not None),
         release=release,
         recipe=with_second_model(first_recipe, second_release),
         transformer_checkpoints=transformers,
@@ -192,7 +193,11 @@ def fetch_spec(spec: ModelSpec, *, has_two_passes: bool) -> ModelSpec:
         return spec
     for is_text_encoder in (False, True):
         for component in absent:
-            if (component.role == TEXT_ENCODER_ROLE) == is_text_encoder:
+            if (component.role == TEXT_ENCODER_ROLE) != is_text_encoder:
+                continue
+            if component.role == TOKENIZER_ROLE:
+                fetch_tokenizer(spec.text_encoder_checkpoint)
+            else:
                 fetch_release(component.known_release)
         spec = open_spec(spec.options)
         if has_two_passes:

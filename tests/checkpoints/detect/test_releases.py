@@ -195,7 +195,7 @@ def test_a_renamed_single_file_is_asked_for_too(tmp_path: Path) -> None:
     assert spec.recipe == find_release("ltxv-13b-0.9.7-distilled").recipe
 
 
-def test_a_release_of_other_tensors_is_refused_and_the_error_lists_fitting_ones(tmp_path: Path) -> None:
+def test_a_release_of_other_tensors_is_refused_with_those_that_fit(tmp_path: Path) -> None:
     path = write_file(tmp_path / "mine.safetensors")
     with pytest.raises(CheckpointError, match=r"is not ltxv-2b-0\.9\.5: layers: 48, not 28") as error:
         Engine.open(path, release="ltxv-2b-0.9.5", device="cpu")

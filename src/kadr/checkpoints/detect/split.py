@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kadr.checkpoints.detect.unsupported import refuse_unsupported
-from kadr.checkpoints.keys import TRANSFORMER_PREFIX, VAE_PREFIX
+from kadr.checkpoints.comfy_quant import check_quantized_layers
+from kadr.checkpoints.detect.unsupported import T5_KIND, T5_WAY_OUT, refuse_unsupported
+from kadr.checkpoints.keys import BARE_TRANSFORMER_PREFIX, TEXT_ENCODER_PREFIX, TRANSFORMER_PREFIX, VAE_PREFIX
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
 # Key prefix -> component. A file of a single component may lack the prefix; then the first word of its keys decides.
-COMPONENT_PREFIXES: Mapping[str, str] = {TRANSFORMER_PREFIX: "transformer", VAE_PREFIX: "vae"}
+TEXT_ENCODER_COMPONENT = "text encoder"
+COMPONENT_PREFIXES: Mapping[str, str] = {
+    TRANSFORMER_PREFIX: "transformer",
+    BARE_TRANSFORMER_PREFIX: "transformer",
+    VAE_PREFIX: "vae",
+    TEXT_ENCODER_PREFIX: TEXT_ENCODER_COMPONENT,
+}
 COMPONENT_BY_FIRST_WORD: Mapping[str, str] = {
     "patchify_proj": "transformer",
     "adaln_single": "transformer",
@@ -35,12 +42,13 @@ def split_components(source: Source) -> dict[str, Source]:
     """Splits a single file into its components, each under its keys without prefix.
 
     Returns:
-        A "transformer", a "vae" or both; or an "upscaler".
+        A "transformer", a "vae" or both, and the "text encoder" that a file may hold too; or an "upscaler".
 
     Raises:
         CheckpointError: it is a file of another kind, or has tensors of no component.
     """
     refuse_unsupported(source)
+    check_quantized_layers(source, ("", *COMPONENT_PREFIXES))
     keys: dict[str, dict[str, str]] = {}  # component -> key without prefix -> key in the file
     unexpected = []
     for file_key in source.infos:
@@ -57,6 +65,8 @@ def split_components(source: Source) -> dict[str, Source]:
             f"tensors belong to no component that kadr knows, such as {', '.join(unexpected[:5]) or 'none at all'}. "
             "Name an official .safetensors (`kadr models` lists them) or a diffusers folder."
         )
+    if keys.keys() == {TEXT_ENCODER_COMPONENT}:
+        raise CheckpointError(f"{source.path} is {T5_KIND}. {T5_WAY_OUT}")
     if "upscaler" in keys and len(keys) > 1:
         raise CheckpointError(
             f"{source.path} has tensors of an upscaler, such as {next(iter(keys['upscaler']))}, among those of a "

@@ -10,6 +10,8 @@ from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
 
 _SUPPORTED_MODELS = "kadr runs LTX-Video 0.9 to 0.9.8 (`kadr models` lists them)."
+T5_KIND = "a T5 text encoder, not a model"
+T5_WAY_OUT = "Open the model, and give the encoder beside it (--text-encoder)."
 # Pattern of a tensor name, what the file is, and the way out. The first match counts.
 _UNSUPPORTED: tuple[tuple[re.Pattern[str], str, str], ...] = (
     (
@@ -26,19 +28,13 @@ _UNSUPPORTED: tuple[tuple[re.Pattern[str], str, str], ...] = (
     ),
     (
         re.compile(r"^(encoder\.block\.\d+\.layer\.|shared\.weight$|enc\.blk\.)"),
-        "a T5 text encoder, not a model",
-        "Open the model, and give the encoder beside it (--text-encoder).",
+        T5_KIND,
+        T5_WAY_OUT,
     ),
     (
         re.compile(r"^(proj_in\.weight|time_embed\.|latents_mean$|(en|de)coder\.mid_block\.)"),
         "one component of a diffusers folder",
         "Give the folder instead: the one with transformer/ and vae/ in it, or the component's own.",
-    ),
-    (
-        # Read without the marker, its weights would come out wrong.
-        re.compile(r"(^|\.)comfy_quant$"),
-        "a checkpoint in ComfyUI's mixed precision, which kadr does not read",
-        "Use the bf16 file of the same model, or an fp8 file with or without scales.",
     ),
 )
 _LTX2_CLASS = "AVTransformer3DModel"

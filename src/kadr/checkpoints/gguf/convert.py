@@ -181,7 +181,7 @@ def _find_pieces(text_encoder: TextEncoderCheckpoint) -> SentencePieceModel:
     text_encoder.load_tokenizer()  # refuses a tokenizer that does not fit
     if is_gguf(text_encoder.path) and (stored := read_gguf_pieces(text_encoder.path)) is not None:
         return stored
-    file = find_tokenizer_file(text_encoder.tokenizer_root)
+    file = find_tokenizer_file(text_encoder.tokenizer_path or text_encoder.tokenizer_root)
     if file.suffix == ".json":
         raise CheckpointError(
             f"the tokenizer of {text_encoder.tokenizer_root} is {file}, but a GGUF file needs the pieces of a "

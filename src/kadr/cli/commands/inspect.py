@@ -22,7 +22,7 @@ MAX_UNEXPECTED_KEYS = 20  # unexpected keys of a LoRA that are listed; --json ha
 REMEDIES = {
     "transformer": "give a checkpoint with one as --model, and this one as --vae",
     "vae": "give a checkpoint with one as --vae",
-    TEXT_ENCODER: "fetched from the hub, or give a folder or a .gguf as --text-encoder",
+    TEXT_ENCODER: "fetched from the hub, or give a file or a folder as --text-encoder",
 }
 Target = Annotated[
     Path,
@@ -141,13 +141,14 @@ def _checkpoint(path: Path, release: str | None) -> tuple[dict[str, Any], Iterat
     from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
     from kadr.models.registry import find_model_release
 
-    info = Checkpoint.open(path, release=None if release is None else find_model_release(release)).describe()
+    checkpoint = Checkpoint.open(path, release=None if release is None else find_model_release(release))
+    info = checkpoint.describe()
     description = {"path": str(path), "family": "LTX-Video", **asdict(info)}
     description["components"] = list(description["components"])
     if info.kind != MODEL_KIND:
         return description, _format_upscaler(description)
     if TEXT_ENCODER not in info.missing_components:
-        folder = path if path.is_dir() else path.parent
+        folder = path if path.is_dir() or checkpoint.holds_text_encoder else path.parent
         description["components"].append(asdict(TextEncoderCheckpoint.open(folder).describe()))
     return description, _format_checkpoint(description)
 

@@ -31,7 +31,7 @@ Input = Annotated[
     str,
     typer.Argument(
         metavar="IN",
-        help="A .safetensors, a diffusers folder, a text encoder's folder, a .gguf that is not quantized; or a name.",
+        help="A .safetensors, a diffusers folder, a text encoder, a .gguf that is not quantized; or a name.",
         show_default=False,
     ),
 ]
@@ -89,13 +89,16 @@ def _write_quantized(
     from kadr.checkpoints.checkpoint import Checkpoint
     from kadr.checkpoints.gguf.convert import text_encoder_to_gguf, transformer_to_gguf
     from kadr.checkpoints.text_encoder import TextEncoderCheckpoint, is_text_encoder
+    from kadr.spec.tokenizer import fetch_tokenizer
 
     if is_text_encoder(path):
-        return text_encoder_to_gguf(TextEncoderCheckpoint.open(path), output, mix, watch=watch), ""
+        text_encoder = fetch_tokenizer(TextEncoderCheckpoint.open(path))
+        return text_encoder_to_gguf(text_encoder, output, mix, watch=watch), ""
     checkpoint = Checkpoint.open(path, release=release)
     result = transformer_to_gguf(checkpoint, output, mix, watch=watch)
     vae = f": give it with --vae {path}" if checkpoint.info.has_vae else ", nor was it in the input"
-    return result, f"the VAE is not in this file{vae}"
+    missing_text_encoder = f"; nor is the text encoder: --text-encoder {path}" if checkpoint.holds_text_encoder else ""
+    return result, f"the VAE is not in this file{vae}{missing_text_encoder}"
 
 
 def _watch_tensors(watch: Watch) -> Callable[[int, int], None]:
