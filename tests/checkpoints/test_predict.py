@@ -23,6 +23,7 @@ from kadr.models.registry import (
     LORA,
     RELEASES,
     TEXT_ENCODER_GGUF,
+    TOKENIZER,
     Release,
     find_release,
 )
@@ -95,7 +96,7 @@ def _model_dtype(release: Release, name: str, shape: tuple[int, ...]) -> str:
 
 
 def test_every_release_that_is_fetched_is_predicted() -> None:
-    assert {*MODELS, *UPSCALERS, *LORAS, *TEXT_ENCODERS} == {*HOSTED}
+    assert {*MODELS, *UPSCALERS, *LORAS, *TEXT_ENCODERS} == {*HOSTED} - {find_release(TOKENIZER)}  # it has no tensors
     assert RELEASED_LORAS.keys() == {release.name for release in LORAS}
 
 

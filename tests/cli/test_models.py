@@ -17,6 +17,7 @@ from kadr.models.registry import (
     RELEASES,
     TEXT_ENCODER_GGUF,
     TEXT_ENCODER_REPO,
+    TOKENIZER,
     find_release,
 )
 from tests.cli.conftest import CommandResult
@@ -68,7 +69,7 @@ def test_list_shows_sizes_of_what_is_on_disk(kadr: Run, remote: FakeHub) -> None
     for args in (["models", "--json"], ["models", "list", "--json"]):
         entries = {entry["name"]: entry for entry in json.loads(kadr(*args).out)}
         on_disk = {name for name, entry in entries.items() if entry["on_disk"] and entry["repo"]}
-        assert on_disk == {NAME, UPSCALER, DEFAULT_TEXT_ENCODER}
+        assert on_disk == {NAME, UPSCALER, DEFAULT_TEXT_ENCODER, TOKENIZER}
         assert entries[NAME]["bytes"] == len(FILES[MODEL_FILE])
         assert entries[DEFAULT_TEXT_ENCODER]["bytes"] == sum(map(len, TEXT_FILES.values()))
         assert (entries[UPSCALER]["kind"], entries[UPSCALER]["repo"]) == ("spatial upscaler", LTX_VIDEO_REPO)

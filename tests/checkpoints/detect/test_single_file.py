@@ -351,7 +351,6 @@ def test_without_a_header_unknown_upscaler_shapes_are_refused(tmp_path: Path, ch
         ("model.diffusion_model.video_embeddings_connector.learnable_registers", "is LTX-2"),
         ("text_embedding_projection.aggregate_embed.weight", "is LTX-2"),
         ("post_upsample_res_blocks.0.conv1.weight", "has tensors of an upscaler.*Use the two files"),
-        ("model.diffusion_model.transformer_blocks.0.attn1.to_q.comfy_quant", "ComfyUI's mixed precision.*bf16 file"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "is a T5 text encoder.*--text-encoder"),
         ("shared.weight", "is a T5 text encoder"),
         ("proj_in.weight", "one component of a diffusers folder"),
