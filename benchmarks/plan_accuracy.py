@@ -100,6 +100,8 @@ def cli_arguments(case: PlanCase, folder: Path, scratch: Path) -> list[str]:
         transformer = _quantize(files.path, case.gguf) if case.gguf else files.path
         arguments += ["--model", str(transformer), "--vae", str(files.path), *TWO_STEP_FLAGS.split()]
         arguments += ["--text-encoder", str(files.text_encoder_folder)]
+        if case.num_layers is None:  # random weights of released sizes, which kadr asks for
+            arguments += ["--release", f"ltxv-{case.model}-0.9.8-distilled"]
     if case.has_first_image:
         Image.linear_gradient("L").convert("RGB").save(scratch / "first.png")
         arguments += ["--image", str(scratch / "first.png"), "0"]

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from kadr.checkpoints.save import write_upscaler
+from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.media.clip import read_metadata
 from kadr.media.writer import VideoWriter
@@ -19,6 +22,7 @@ from kadr.schema import REQUEST, VIDEO_METADATA, Schema
 from kadr.shapes import Size
 from kadr.version import __version__
 from tests import lora_files, tiny_models
+from tests.checkpoints.text_encoder_files import encoder_tensors, with_prefix, write
 from tests.cli.conftest import CommandResult
 from tests.stored_files import STORED_FILES
 
@@ -52,6 +56,16 @@ def test_checkpoint_is_described_in_json(kadr: Run, model_folder: Path) -> None:
     assert components["text encoder"]["sizes"]["vocab_size"] == tiny_models.t5_config().vocab_size
     file_bytes = (model_folder / tiny_models.MODEL_FILE).stat().st_size
     assert 0.9 * file_bytes < components["transformer"]["size_bytes"] + components["vae"]["size_bytes"] < file_bytes
+
+
+def test_text_encoder_in_the_models_file_is_a_component(kadr: Run, model_folder: Path, tmp_path: Path) -> None:
+    encoder = encoder_tensors(TextEncoderCheckpoint.open(model_folder).load(torch.float32))
+    prefixed = with_prefix("text_encoders.t5xxl.transformer.", encoder)
+    with safe_open(model_folder / tiny_models.MODEL_FILE, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(model_folder / tiny_models.MODEL_FILE) | prefixed
+    lines = kadr("inspect", write(tmp_path / "all.safetensors", tensors, metadata)).out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == ["component", "transformer", "vae", "text encoder"]
 
 
 def test_missing_component_is_named_with_its_remedy(kadr: Run, model_folder: Path, tmp_path: Path) -> None:

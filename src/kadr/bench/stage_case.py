@@ -28,6 +28,7 @@ from kadr.bench.cases import (
 from kadr.bench.model_files import ModelFiles
 from kadr.bench.runner import Contender, SkippedContender
 from kadr.checkpoints.checkpoint import Checkpoint
+from kadr.models.registry import Recipe
 from kadr.models.transformer import TransformerConfig
 from kadr.models.vae import VAEConfig
 from kadr.pipeline.engine import Engine
@@ -85,9 +86,10 @@ class StageCase:
         return config
 
     def open_engine(self, variant: Variant) -> Engine:
-        """Opens the model as a user would."""
+        """Opens the model as a user would; a random one is of no release, and the request sets what is measured."""
         return Engine.open(
             self.files.path,
+            recipe=Recipe(),
             text_encoder=self.files.text_encoder_folder,
             device=str(self.device),
             dtype=variant.dtype,

@@ -195,6 +195,16 @@ def test_a_renamed_single_file_is_asked_for_too(tmp_path: Path) -> None:
     assert spec.recipe == find_release("ltxv-13b-0.9.7-distilled").recipe
 
 
+def test_a_second_model_of_unknown_release_is_a_warning_that_helps(tmp_path: Path) -> None:
+    first, second = write_file(tmp_path / "ltxv-13b-0.9.8-dev.safetensors"), write_file(tmp_path / "mine.safetensors")
+    with pytest.warns(KadrWarning, match=f"Put one of these names into its name.*: {', '.join(SAME_13B)}"):
+        recipe = Engine.open(first, second_model=second, device="cpu").spec.recipe
+    assert recipe == find_release("ltxv-13b-0.9.8-dev").recipe
+    renamed = second.rename(tmp_path / "mine-ltxv-13b-0.9.8-distilled.safetensors")
+    recipe = Engine.open(first, second_model=renamed, device="cpu").spec.recipe
+    assert recipe.second_pass == find_release("ltxv-13b-0.9.8-distilled").recipe.second_pass
+
+
 def test_a_release_of_other_tensors_is_refused_with_those_that_fit(tmp_path: Path) -> None:
     path = write_file(tmp_path / "mine.safetensors")
     with pytest.raises(CheckpointError, match=r"is not ltxv-2b-0\.9\.5: layers: 48, not 28") as error:
