@@ -66,6 +66,18 @@ def test_another_engine_on_the_same_files_gives_the_same_video(home: Path, engin
     assert are_equal(engine.generate(REQUEST), Engine.open(home / MODEL_FILE, device="cpu").generate(REQUEST))
 
 
+def test_length_of_the_files_header_does_not_change_the_video(home: Path, engine: Engine, tmp_path: Path) -> None:
+    """A longer header moves the weights, which lie in memory as in the file: in float32 they are used in place."""
+    expected, content = engine.generate(REQUEST), (home / MODEL_FILE).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    for spaces in (4, 8, 20):
+        path = tmp_path / f"longer by {spaces}.safetensors"
+        header = (length + spaces).to_bytes(8, "little") + content[8 : 8 + length] + b" " * spaces
+        path.write_bytes(header + content[8 + length :])
+        longer = Engine.open(path, text_encoder=home, device="cpu", prompt_cache=False)
+        assert are_equal(longer.generate(REQUEST), expected)
+
+
 def test_another_seed_gives_another_video(engine: Engine) -> None:
     first, second = engine.generate(REQUEST), engine.generate(replace(REQUEST, seed=8))
     assert not np.array_equal(first.frames, second.frames)
