@@ -1,6 +1,7 @@
 """Conditions resolved for a video: their media are placed at a frame, and checked against each other.
 
-A clip is trimmed to 8k+1 frames as trim_conditioning_sequence of the official package does, with a warning.
+A clip is trimmed to 8k+1 frames as trim_conditioning_sequence of the official package does, with a warning: by the
+frames that are asked for, not by the 8k+1 that are sampled.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def resolve_conditions(conditions: Sequence[Condition], frames: int) -> tuple[Re
 
 
 def _resolve_condition(condition: Condition, frames: int) -> ResolvedCondition:
-    """Returns the condition in a video of `frames` frames, which is sampled at the next 8k+1 up."""
+    """Returns the condition in a video of `frames` frames."""
     if condition.is_clip:
         return _resolve_clip(condition, frames)
     start = condition.frame if condition.frame >= 0 else frames + condition.frame
@@ -67,11 +68,12 @@ def _resolve_condition(condition: Condition, frames: int) -> ResolvedCondition:
 
 
 def _resolve_clip(condition: Condition, frames: int) -> ResolvedCondition:
+    """Returns a clip at its frame. One placed by its end may end in the frames that are sampled and not shown."""
     sampled_frames, is_placed_by_end = snap_frames(frames), condition.frame < 0
     at = sampled_frames + condition.frame if is_placed_by_end else condition.frame  # its last frame, or its first
     if not 0 <= at < (sampled_frames if is_placed_by_end else frames):
         raise _out_of_range_error(condition, frames)
-    max_frames = at + 1 if is_placed_by_end else sampled_frames - at
+    max_frames = at + 1 if is_placed_by_end else frames - at
     clip = _trim_clip(condition, resolve_condition_clip(condition.media, condition.frame_range), max_frames)
     start = at + 1 - len(clip) if is_placed_by_end else at
     if start >= frames:

@@ -80,7 +80,9 @@ def resolve_condition_clip(path: str, frame_range: FrameRange | None) -> Resolve
 
 
 def resolve_input_video(path: str, frames: int, sampled_frames: int) -> ResolvedMedia:
-    """Returns the 8k+1 frames of an input video that a request needs; its last frame is repeated to fill them up.
+    """Returns the 8k+1 frames of an input video that a request needs; if it is shorter, its last frame is repeated.
+
+    Frames past the requested ones share a latent frame with those, so they are read too, as in the official script.
 
     Args:
         frames, sampled_frames: of the video, as requested and as sampled.
@@ -95,4 +97,5 @@ def resolve_input_video(path: str, frames: int, sampled_frames: int) -> Resolved
             f"{path} has {header.frames} frames, fewer than the {frames} of the video. Ask for {header.frames} or "
             "fewer."
         )
-    return clip.select(min(frame, frames - 1) for frame in range(sampled_frames))
+    readable = frames if header.is_cut_off else header.frames  # what follows a cut is not worth refusing the file
+    return clip.select(min(frame, readable - 1) for frame in range(sampled_frames))

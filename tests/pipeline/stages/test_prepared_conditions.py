@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from kadr.request.resolved_media import resolve_input_video
 from kadr.sampling.positions import token_positions
 from kadr.sampling.settings import Pass
 from kadr.sampling.state import LatentState, to_latents
-from kadr.shapes import LatentGrid
+from kadr.shapes import LatentGrid, snap_frames
 from tests.oracles import randn
 from tests.tiny_models import CHANNELS, MODEL_FILE, write_random_upscaler
 
@@ -309,11 +312,19 @@ def test_sampling_starts_at_the_nearest_sigma_not_above_the_strength(
     assert 0 < len(sigmas) < len(all_sigmas)
 
 
-def test_last_input_frame_is_repeated_up_to_8k_plus_1(media: Media) -> None:
-    request = replace(REQUEST, frames=12, input_video=str(media.path("clip 25")))
-    input_video = resolve_input_video(known(request.input_video), 12, 17)
-    frames = [round((float(np.mean(frame)) - 40) / 5) for frame in OpenedMedia([input_video]).frames(input_video)]
-    assert frames == [*range(12), *[11] * 5]
+@pytest.mark.parametrize(("length", "expected"), [(12, [*range(12), *[11] * 5]), (14, [*range(14), *[13] * 3])])
+def test_last_frame_of_a_short_input_video_is_repeated(length: int, expected: list[int], media: Media) -> None:
+    assert input_frames(media, f"clip {length}", 12) == expected
+
+
+def test_input_video_gives_the_frames_that_are_sampled_and_not_shown(media: Media) -> None:
+    assert input_frames(media, "clip 25", 12) == [*range(17)]
+
+
+def input_frames(media: Media, name: str, frames: int) -> list[int]:
+    """Returns the indices of the frames that an input video gives, from their brightness."""
+    input_video = resolve_input_video(str(media.path(name)), frames, snap_frames(frames))
+    return [round((float(np.mean(frame)) - 40) / 5) for frame in OpenedMedia([input_video]).frames(input_video)]
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.95])
@@ -343,6 +354,8 @@ TRIMMED: dict[str, tuple[ConditionSpec, int, tuple[int, list[int]], tuple[int, i
     "longer than the video": (clip(33), 25, (0, [*range(25)]), (33, 25)),
     "longer than the rest": (clip(17, frame=16), 25, (16, [*range(9)]), (17, 9)),
     "room for one frame": (clip(9, frame=24), 25, (24, [0]), (9, 1)),
+    "of a length that is not 8k+1": (clip(25), 20, (0, [*range(17)]), (25, 20)),
+    "a group that is not shown whole": (clip(9, frame=16), 18, (16, [0]), (9, 2)),
     "one too many, by its end": (clip(10, frame=-1), 25, (16, [*range(1, 10)]), (10, 25)),
     "longer than the video, by its end": (clip(33, frame=-1), 25, (0, [*range(8, 33)]), (33, 25)),
     "longer than the frames before its end": (clip(25, frame=-9), 25, (0, [*range(8, 25)]), (25, 17)),
@@ -367,7 +380,6 @@ WHOLE: dict[str, tuple[ConditionSpec, int, tuple[int, list[int]]]] = {
     "at the front": (clip(9), 25, (0, [*range(9)])),
     "in the middle": (clip(9, frame=8), 25, (8, [*range(9)])),
     "all of it": (clip(25), 25, (0, [*range(25)])),
-    "in trimmed frames": (clip(9, frame=16), 18, (16, [*range(9)])),
     "by its end": (clip(9, frame=-1), 25, (16, [*range(9)])),
     "by its end, before the last group": (clip(9, frame=-9), 25, (8, [*range(9)])),
     "by its end, from the beginning": (clip(25, frame=-1), 25, (0, [*range(25)])),
@@ -390,6 +402,71 @@ def test_clip_of_8k_plus_1_frames_keeps_its_position_without_warning(case: str, 
         warnings.simplefilter("error")
         (item,) = resolve_specs(media, spec, frames=frames)
     assert (item.start_frame, source_indices(item)) == expected
+
+
+class OfficialReader:
+    """Reads a clip for the official script, in place of imageio's reader."""
+
+    def __init__(self, path: str) -> None:
+        self.frames = read_video(path).frames
+
+    def count_frames(self) -> int:
+        return len(self.frames)
+
+    def get_data(self, index: int) -> np.ndarray:
+        return self.frames[index]
+
+    def close(self) -> None:
+        pass
+
+
+def as_official_pixels(image: Any, height: int, width: int, just_crop: bool) -> Tensor:
+    """Converts a PIL image to (1, 3, 1, H, W) in [-1, 1]: the size does not decide which frames are read."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+
+
+@pytest.fixture
+def official_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Imports the official script, without imageio and torchvision, by which it reads and resizes frames."""
+    name, transforms = "ltx_video.inference", "torchvision.transforms.functional"
+    for absent in ("imageio", "torchvision", "torchvision.transforms", transforms, name):
+        monkeypatch.setitem(sys.modules, absent, ModuleType(absent))
+    monkeypatch.setattr(sys.modules["torchvision"], "transforms", sys.modules["torchvision.transforms"], raising=False)
+    monkeypatch.setattr(sys.modules["torchvision.transforms"], "functional", sys.modules[transforms], raising=False)
+    monkeypatch.setattr(sys.modules["imageio"], "get_reader", OfficialReader, raising=False)
+    del sys.modules[name]
+    script = importlib.import_module(name)
+    monkeypatch.setattr(script, "load_image_to_tensor_with_resize_and_crop", as_official_pixels)
+    return script
+
+
+def shown_indices(pixels: Tensor) -> list[int]:
+    """Returns which frames of a clip of `Media` these pixels (1, 3, F, H, W) in [-1, 1] are."""
+    return [round(((float(frame.mean()) + 1) * 127.5 - 40) / 5) for frame in pixels[0].unbind(1)]
+
+
+@pytest.mark.filterwarnings("ignore::kadr.KadrWarning")
+@pytest.mark.parametrize(("length", "start"), [(25, 0), (17, 0), (9, 8), (10, 8), (9, 16)])
+@pytest.mark.parametrize("frames", [17, 18, 20, 24, 25])
+def test_long_clip_is_cut_where_the_official_script_cuts_it(
+    frames: int, length: int, start: int, media: Media, official_script: ModuleType
+) -> None:
+    path = str(media.path(f"clip {length}"))
+    trim = partial(LTXVideoPipeline.trim_conditioning_sequence, SimpleNamespace(video_scale_factor=8))
+    pipeline = SimpleNamespace(trim_conditioning_sequence=trim)
+    (official,) = official_script.prepare_conditioning([path], [1.0], [start], 48, 48, frames, (0,) * 4, pipeline)
+    (item,) = resolve_specs(media, clip(length, frame=start), frames=frames)
+    assert source_indices(item) == shown_indices(official.media_item)
+    assert item.start_frame == official.media_frame_number
+
+
+@pytest.mark.parametrize("frames", [9, 12, 17, 20])
+def test_input_video_gives_the_frames_that_the_official_script_reads(
+    frames: int, media: Media, official_script: ModuleType
+) -> None:
+    path, padded = str(media.path("clip 25")), ((frames - 2) // 8 + 1) * 8 + 1  # as in its infer()
+    official = official_script.load_media_file(path, 48, 48, padded, (0,) * 4)
+    assert input_frames(media, "clip 25", frames) == shown_indices(official)
 
 
 def test_clip_ending_in_trimmed_frames_warns_with_the_length_to_ask_for(media: Media) -> None:
