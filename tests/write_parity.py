@@ -19,6 +19,7 @@ PARITY_STAGES = (
     "sigmas",
     "text encoder",
     "image",
+    "clip",
     "VAE encode",
     "transformer",
     "perturbed transformer",

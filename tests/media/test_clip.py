@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
+from av.video.reformatter import Interpolation
 
 from kadr.media import clip
+from kadr.media.writer import VideoWriter
+from kadr.shapes import Size
+from tests.oracles import relative_error
 
 FRAMES, KEYFRAME_INTERVAL = 100, 20  # of a file; between its keyframes
 FILES = {
@@ -113,3 +119,30 @@ def test_frames_that_an_edit_list_leaves_out_are_not_counted(tmp_path: Path) -> 
         assert container.streams.video[0].frames == FRAMES
     assert clip.probe_video(cut)[0] == FRAMES - KEYFRAME_INTERVAL == len(clip.ClipReader.open(cut))
     assert np.array_equal(clip.read_video(cut).frames, clip.read_video(path).frames[KEYFRAME_INTERVAL:])
+
+
+def coloured_discs() -> np.ndarray:
+    """Returns frames (9, 96, 128, 3) of three discs in pure colours that fade at the rim, moving over a grey ramp."""
+    y, x = np.mgrid[:96, :128]
+    frames = np.repeat(np.linspace(40, 200, 128)[None, None, :, None], 96, 1) * np.ones((9, 1, 1, 3))
+    for index, frame in enumerate(frames):
+        for channel, (row, column) in enumerate([(30, 30), (60, 70), (40, 100)]):
+            inside = np.clip(1 - np.hypot(y - row - index, x - column + 2 * index) / 24, 0, 1)[..., None]
+            frame[:] = inside * 255 * np.eye(3)[channel] + (1 - inside) * frame
+    return frames.round().astype(np.uint8)
+
+
+def test_chroma_is_read_closer_to_the_truth_than_by_the_official_reader(
+    tmp_path: Path, parity: Callable[[str, str, str, float], float]
+) -> None:
+    """imageio has FFmpeg convert with its default flags, which repeat each chroma sample; it was bit-equal to this."""
+    path, truth = tmp_path / "discs.mp4", coloured_discs()
+    with VideoWriter(path, Size(128, 96), 24) as writer:
+        writer.write(truth)
+    with av.open(str(path)) as container:
+        decoded = container.decode(video=0)
+        official = [frame.reformat(format="rgb24", interpolation=Interpolation.BICUBIC) for frame in decoded]
+    readings = clip.read_video(path).frames, [frame.to_ndarray() for frame in official], truth
+    ours, theirs, exact = (torch.from_numpy(np.stack(frames)).float() for frames in readings)
+    assert relative_error(ours, exact) < 0.8 * relative_error(theirs, exact)
+    assert 1e-3 < parity("clip", "4:2:0, chroma interpolated", "official", relative_error(ours, theirs)) <= 1e-1
