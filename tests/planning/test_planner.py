@@ -225,7 +225,8 @@ def test_auto_quant_uses_8_bits_only_if_stored_weights_do_not_fit(
     monkeypatch.setattr(planner, "RESERVED_FRACTION", 0.0)
     assert formats_and_streaming(engine.plan(REQUEST))["denoise"] == (CONVERTED, False)
     formats = [placement.weight_format for placement in engine.plan(REQUEST).stage("denoise").fallbacks]
-    assert formats == [AS_STORED, "int8" if has_fast_int8() else "int8-weights"]  # the file is in float32
+    in_8_bits = "int8" if has_fast_int8(torch.device("cpu")) else "int8-weights"
+    assert formats == [AS_STORED, in_8_bits]  # the file is in float32
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_without_fp8_units_only_weights_are_fp8_with_a_warning(
 def test_without_int8_units_only_weights_are_int8_with_a_warning(
     open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options, "has_fast_int8", lambda: False)
+    monkeypatch.setattr(options, "has_fast_int8", lambda device: False)
     with pytest.warns(KadrWarning, match=r"no instructions for int8 matmuls \(VNNI\).*int8-weights is used instead"):
         engine = open_engine(quant="int8")
     assert engine.plan(REQUEST).stage("denoise").placement.weight_format == "int8-weights"

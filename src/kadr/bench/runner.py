@@ -166,7 +166,7 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     squared_error = squared_norm = 0.0
     for rows, expected in zip(result.flatten(0, -2).split(1024), reference.flatten(0, -2).split(1024), strict=True):
         expected = expected.double().cpu()
-        squared_error += float((rows.double().cpu() - expected).square().sum())
+        squared_error += float((rows.cpu().double() - expected).square().sum())
         squared_norm += float(expected.square().sum())
     return (squared_error / squared_norm) ** 0.5 if squared_norm else float(squared_error > 0)
 

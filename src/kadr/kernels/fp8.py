@@ -54,7 +54,9 @@ def scaled_matmul(
 
 def has_fp8_units(device: torch.device) -> bool:
     """Returns whether a device multiplies 8-bit floats faster than wider ones."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_MIN_CAPABILITY
+    if device.type != "cuda" or torch.version.hip is not None:  # AMD's numbers mean other things than NVIDIA's
+        return False
+    return torch.cuda.get_device_capability(device) >= FP8_MIN_CAPABILITY
 
 
 def supports_shape(out_features: int, in_features: int) -> bool:

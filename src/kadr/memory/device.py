@@ -23,6 +23,9 @@ _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+BF16_MIN_CAPABILITY = (8, 0)  # Ampere, the first NVIDIA GPUs with bfloat16
+INT8_MIN_CAPABILITY = (7, 5)  # Turing, the first with int8 matmuls
+BF16_MIN_MACOS = (14, 0)
 FP32_MAX_PARAMETERS = 500_000_000  # a model of fewer parameters runs in fp32: that costs little anywhere
 
 
@@ -56,7 +59,7 @@ def _parse_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
-    """Returns the dtype of that name. "auto" is bfloat16, but float32 for small models and CPUs without bfloat16 units.
+    """Returns the dtype of that name. "auto" is bfloat16, but float32 for small models and devices without bfloat16.
 
     On such CPUs bfloat16 products run many times slower than float32 ones (pytorch issue 146508).
 
@@ -64,15 +67,47 @@ def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
         parameters: parameter count of the model.
 
     Raises:
-        RequestError: unknown dtype.
+        RequestError: unknown dtype, or one that the device does not have at all.
     """
+    if name == "bfloat16" and device.type == "mps" and not has_bfloat16(device):
+        raise RequestError("dtype is 'bfloat16', which this Mac has from macOS 14 on. Leave out --dtype.")
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
         raise RequestError(f"dtype is {name!r}; it must be auto, {' or '.join(DTYPES)}.")
-    if parameters < FP32_MAX_PARAMETERS or (device.type == "cpu" and not _cpu_has_bfloat16()):
-        return torch.float32
-    return torch.bfloat16
+    return torch.bfloat16 if parameters >= FP32_MAX_PARAMETERS and has_bfloat16(device) else torch.float32
+
+
+def explain_dtype(name: str, device: torch.device, parameters: int) -> str:
+    """Returns why a GPU computes a large model in float32, or slowly in bfloat16; "" where it does neither."""
+    if device.type == "cpu" or parameters < FP32_MAX_PARAMETERS or has_bfloat16(device):
+        return ""
+    remedy = "Ampere and later GPUs have it" if device.type == "cuda" else "it needs macOS 14"
+    fact = f"{device} has no bfloat16 ({remedy})"
+    if name == "auto":
+        return f"{fact}: float32 is used, which takes twice the memory."
+    return "" if name == "float32" else f"{fact} and emulates it slowly. Leave out --dtype."
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Returns whether a device computes in bfloat16 itself."""
+    if device.type == "cpu":
+        return _cpu_has_bfloat16()
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(*BF16_MIN_MACOS)
+    return _has_capability(device, BF16_MIN_CAPABILITY)
+
+
+def can_hold(device: torch.device, dtype: torch.dtype) -> bool:
+    """Returns whether a device has tensors of a dtype: MPS has no float64 and no 8-bit floats."""
+    return device.type != "mps" or not (dtype == torch.float64 or (dtype.is_floating_point and dtype.itemsize == 1))
+
+
+def _has_capability(device: torch.device, minimum: tuple[int, int]) -> bool:
+    """Returns whether a CUDA device has this compute capability; true on ROCm, which counts differently."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return device.type == "cuda"
+    return torch.cuda.get_device_capability(device) >= minimum
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -80,8 +115,10 @@ def _cpu_has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() or _arm_has("bf16")
 
 
-def has_fast_int8() -> bool:
-    """Returns whether the CPU has units for int8 products: VNNI or AMX on x86, the dot products of Arm."""
+def has_fast_int8(device: torch.device) -> bool:
+    """Returns whether a device has int8 matmuls: a CPU with VNNI, AMX or Arm's dot products, a GPU from Turing on."""
+    if device.type != "cpu":
+        return _has_capability(device, INT8_MIN_CAPABILITY)
     return torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported() or _arm_has("asimddp")
 
 

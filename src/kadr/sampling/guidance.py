@@ -192,8 +192,9 @@ def adaptive_projected_guidance(
 
 def _project(update: Tensor, clean: Tensor) -> Tensor:
     """Returns the component of `update` (B, N, C) parallel to `clean`, per channel over all tokens."""
-    unit = torch.nn.functional.normalize(clean.double(), dim=1)
-    return ((update.double() * unit).sum(1, keepdim=True) * unit).to(update.dtype)
+    precise = torch.float32 if clean.device.type == "mps" else torch.float64  # which MPS does not have
+    unit = torch.nn.functional.normalize(clean.to(precise), dim=1)
+    return ((update.to(precise) * unit).sum(1, keepdim=True) * unit).to(update.dtype)
 
 
 def _std(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from kadr.checkpoints.lora.file import LoraFile
 from kadr.checkpoints.predict import predict_lora, predict_text_encoder
 from kadr.checkpoints.text_encoder import TextEncoderCheckpoint
 from kadr.errors import CheckpointError, KadrWarning, RequestError
-from kadr.memory.device import pick_device, pick_dtype
+from kadr.memory.device import explain_dtype, pick_device, pick_dtype
 from kadr.models.registry import LORA, Recipe, Release
 from kadr.quant.weight_formats import NONE, check_weight_format
 from kadr.spec.known_release import require_known_recipe, warn_unknown_second_release
@@ -86,9 +86,11 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     text_encoder_checkpoint, tokenizer = add_tokenizer(_open_text_encoder(text_encoder))
     for transformer in transformers:
         require_matching_text_encoder(text_encoder_checkpoint, transformer)
+    parameters = _count_parameters((*transformers, vae_checkpoint))
     choice = resolve_weight_format(options.quant, transformers, device)
-    if choice.notice:
-        warnings.warn(choice.notice, KadrWarning, stacklevel=3)
+    notices = tuple(filter(None, (choice.notice, explain_dtype(options.dtype, device, parameters))))
+    for notice in notices:
+        warnings.warn(notice, KadrWarning, stacklevel=3)
     first_recipe = options.recipe or (release.recipe if release else Recipe())
     first = (model.name, release)
     components = (model, second, *upscalers, text_encoder, tokenizer, vae, *lora_components)
@@ -104,11 +106,11 @@ def open_spec(options: SpecOptions) -> ModelSpec:
         names_and_releases=(first, first if second is None else (second.name, second_release)),
         loras=opened_loras,
         device=device,
-        dtype=pick_dtype(options.dtype, device, _count_parameters((*transformers, vae_checkpoint))),
+        dtype=pick_dtype(options.dtype, device, parameters),
         quant=choice.name,
         offload=options.offload,
         compile_transformer=compile_transformer,
-        notices=(choice.notice,) if choice.notice else (),
+        notices=notices,
     )
 
 

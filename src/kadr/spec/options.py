@@ -12,7 +12,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, RequestError
 from kadr.kernels import fp8
-from kadr.memory.device import has_fast_int8
+from kadr.memory.device import can_hold, has_fast_int8
 from kadr.quant.weight_formats import (
     AUTO_QUANT,
     FP8,
@@ -54,10 +54,14 @@ def resolve_weight_format(
             )
     if scheme == FP8 and not fp8.has_fp8_units(device):
         return _fp8_weights_fallback([checkpoint.sources["transformer"] for checkpoint in transformers], device)
-    if scheme == INT8 and device.type == "cpu" and not has_fast_int8():
+    if scheme == FP8_WEIGHT_ONLY and not can_hold(device, torch.float8_e4m3fn):
+        notice = f"{device} has no 8-bit floats; {INT8_WEIGHT_ONLY} is used instead: weights in 8-bit integers."
+        return WeightFormatChoice(INT8_WEIGHT_ONLY, notice)
+    if scheme == INT8 and not has_fast_int8(device):
+        on_cpu = "this CPU has no instructions for int8 matmuls (VNNI)"
         notice = (
-            f"this CPU has no instructions for int8 matmuls (VNNI), which would make {INT8} slower than no "
-            f"quantization; {INT8_WEIGHT_ONLY} is used instead: weights in 8 bits, matmuls in a wider dtype."
+            f"{on_cpu if device.type == 'cpu' else f'{device} has no int8 matmuls'}, which would make {INT8} slower "
+            f"than no quantization; {INT8_WEIGHT_ONLY} is used instead: weights in 8 bits, matmuls in a wider dtype."
         )
         return WeightFormatChoice(INT8_WEIGHT_ONLY, notice)
     return WeightFormatChoice(scheme)
@@ -65,11 +69,12 @@ def resolve_weight_format(
 
 def _fp8_weights_fallback(sources: Sequence[Source], device: torch.device) -> WeightFormatChoice:
     """Returns the closest scheme on a device without fp8 matmuls."""
+    closest = FP8_WEIGHT_ONLY if can_hold(device, torch.float8_e4m3fn) else INT8_WEIGHT_ONLY
     notice = (
-        f"{device} has no fp8 matmuls (GPUs since Ada and Hopper have them); {FP8_WEIGHT_ONLY} is used instead: "
-        "weights in 8 bits, matmuls in a wider dtype."
+        f"{device} has no fp8 matmuls (GPUs since Ada and Hopper have them); {closest} is used instead: weights in 8 "
+        "bits, matmuls in a wider dtype."
     )
-    return WeightFormatChoice(NONE if any(is_quantized(source) for source in sources) else FP8_WEIGHT_ONLY, notice)
+    return WeightFormatChoice(NONE if any(is_quantized(source) for source in sources) else closest, notice)
 
 
 def refuse_merging(transformers: Sequence[Checkpoint]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from kadr.checkpoints.header import FP8_DTYPES, TensorInfo
 from kadr.checkpoints.source import Source
+from kadr.memory.device import can_hold
 
 # Key prefixes of the blocks in every layout; the index of the block follows.
 BLOCK_PREFIXES = ("transformer_blocks.", "encoder.block.", "enc.blk.")
@@ -30,6 +31,11 @@ def is_quantized(source: Source) -> bool:
         for name, info in source.infos.items()
         if block_index(name) is not None
     )
+
+
+def can_stay_stored(source: Source, device: torch.device) -> bool:
+    """Returns whether a device can hold the weights of the blocks as they are stored."""
+    return all(can_hold(device, info.dtype) for name, info in source.infos.items() if block_index(name) is not None)
 
 
 def can_multiply_stored_fp8(source: Source) -> bool:

@@ -11,7 +11,7 @@ from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.fp8_scales import find_weight_scales
 from kadr.checkpoints.header import FP8_DTYPES
 from kadr.errors import CheckpointError, KadrWarning
-from kadr.memory.device import move_module
+from kadr.memory.device import can_hold, move_module
 from kadr.quant.rotation import FULL_ROW, MIN_NOISE_CORRELATION, detect_and_undo_rotation
 from kadr.sampling.positions import token_positions
 from kadr.shapes import LatentGrid
@@ -38,6 +38,8 @@ def detect_rotation(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
     Raises:
         CheckpointError: no rotation gives the prediction of a trained model.
     """
+    if not can_hold(device, torch.float8_e4m3fn):
+        device = torch.device("cpu")
     module = move_module(checkpoint.load_transformer(dtype, keep_storage_dtype=True), device)
     config = module.config
     noise = torch.randn(1, PROBE_GRID.num_tokens, config.in_channels, generator=torch.Generator().manual_seed(0))

@@ -84,7 +84,7 @@ class LayerMeter:
 
     def block_kernels(self) -> list[str]:
         """Returns the kernels of transformer layers that this machine has."""
-        has_int8 = self._on_gpu or has_fast_int8()
+        has_int8 = has_fast_int8(self.device)
         can_prepack = should_prepack_linears(self.dtype, self.device)
         return [PLAIN, *[PREPACKED] * can_prepack, *[INT8] * has_int8]
 

@@ -21,7 +21,7 @@ from kadr.quant.weight_formats import AUTO_QUANT, FP8, INT8, INT8_WEIGHT_ONLY, N
 from kadr.request.passes import ResolvedPass
 from kadr.spec.model import PASS_STAGES
 from kadr.spec.offload import OFFLOAD_BLOCKS, OFFLOAD_NONE
-from kadr.spec.weights import is_quantized
+from kadr.spec.weights import can_stay_stored, is_quantized
 
 
 def windowed_denoise_options(context: StageContext) -> StageOptions:
@@ -98,7 +98,7 @@ def _weight_options(context: StageContext, source: Source) -> list[WeightOption]
     resident = _resident_weight_options(context, source)
     if context.spec.offload == OFFLOAD_NONE:
         return resident
-    streamed = _streamed_weight_options(context)
+    streamed = _streamed_weight_options(context, source)
     return streamed if context.spec.offload == OFFLOAD_BLOCKS and streamed else resident + streamed
 
 
@@ -110,17 +110,19 @@ def _resident_weight_options(context: StageContext, source: Source) -> list[Weig
     options = [WeightOption(CONVERTED)]
     has_ggml_blocks = any(info.ggml_type is not None for info in source.infos.values())
     needs_no_conversion = source.dtype == context.dtype or has_ggml_blocks
-    if not needs_no_conversion and not context.spec.loras.is_merged:
+    can_stay = can_stay_stored(source, context.device) and not context.spec.loras.is_merged
+    if can_stay and not needs_no_conversion:
         options.append(WeightOption(AS_STORED, reason="weights stay as stored"))
     if scheme == AUTO_QUANT and not is_quantized(source):
-        weight_format = INT8 if not context.on_cpu or has_fast_int8() else INT8_WEIGHT_ONLY
+        weight_format = INT8 if has_fast_int8(context.device) else INT8_WEIGHT_ONLY
         options.append(WeightOption(weight_format, reason="weights in 8 bits, as --quant auto allows"))
     return options
 
 
-def _streamed_weight_options(context: StageContext) -> list[WeightOption]:
+def _streamed_weight_options(context: StageContext, source: Source) -> list[WeightOption]:
     """Decides how the weights of streamed transformer blocks may be stored; [] if they cannot be streamed."""
-    weight_format = CONVERTED if context.spec.loras.is_merged else AS_STORED
+    is_converted = context.spec.loras.is_merged or not can_stay_stored(source, context.device)
+    weight_format = CONVERTED if is_converted else AS_STORED
     if context.spec.quant not in (NONE, AUTO_QUANT):
         weight_format = context.spec.quant
     # On a CPU blocks can be streamed only from a file.

@@ -12,6 +12,7 @@ from kadr.planning.timing.transformer import text_encoder_seconds
 from kadr.planning.timing.weights import weight_seconds
 from kadr.spec.model import TEXT_ENCODER
 from kadr.spec.offload import OFFLOAD_BLOCKS, OFFLOAD_NONE
+from kadr.spec.weights import can_stay_stored
 
 MIN_STREAM_BYTES = 500_000_000  # a text encoder of no more bytes is not worth streaming
 
@@ -46,8 +47,9 @@ def _weight_options(context: StageContext, source: Source) -> list[WeightOption]
     Above `MIN_STREAM_BYTES` it is always streamed on a CPU, and on a GPU if it does not fit or offload is "blocks".
     A smaller one is streamed only if it does not fit. Offload "none" keeps it resident.
     """
+    weight_format = AS_STORED if can_stay_stored(source, context.device) else CONVERTED
     streamed = WeightOption(
-        AS_STORED, is_streamed=True, reason="the text encoder is streamed block by block, once per prompt"
+        weight_format, is_streamed=True, reason="the text encoder is streamed block by block, once per prompt"
     )
     resident = WeightOption(CONVERTED)
     offload = context.spec.offload
