@@ -103,3 +103,14 @@ def test_terminal_gets_a_bar_per_stage(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0:00"), (61.0, "1:01"), (3723.2, "1:02:03")])
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
     assert progress.format_duration(seconds) == text
+
+
+def test_letters_that_the_terminal_lacks_are_printed_as_escapes() -> None:
+    """As on Windows, whose pipes and consoles often have 256 letters; stdout would raise otherwise."""
+    process = subprocess.run(
+        [sys.executable, "-m", "kadr", "generate", "кадр", "--dry-run", "--model", "demo"],
+        env={**os.environ, "PYTHONIOENCODING": "cp1252", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert rb"\u043a\u0430\u0434\u0440" in process.stdout

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -59,6 +61,9 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(args: Sequence[str] | None = None) -> None:
     """Runs the command line and ends the process with its exit code."""
     tune_malloc()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a prompt may have letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     app(args=args, prog_name="kadr")
 
 
