@@ -97,13 +97,17 @@ def load_state(path: Path, lora_layers: Mapping[str, TrainableLoRALinear], optim
 def _restore_tensors(
     file: Any, lora_layers: Mapping[str, TrainableLoRALinear], optimizer: torch.optim.AdamW, step: int
 ) -> None:
-    """Copies the matrices and their moments from an open file."""
+    """Copies the matrices and their moments from an open file.
+
+    Nothing may share memory with the file: Windows does not replace a file that is mapped, and the next state is
+    written over it.
+    """
     for name, layer in lora_layers.items():
         for matrix in MATRICES:
             parameter = getattr(layer, matrix)
             parameter.data.copy_(file.get_tensor(f"{name}.{matrix}"))
             moments = {moment: file.get_tensor(f"{name}.{matrix}.{moment}") for moment in MOMENTS}
-            state = {moment: tensor.to(parameter.device) for moment, tensor in moments.items()}
+            state = {moment: tensor.to(parameter.device, copy=True) for moment, tensor in moments.items()}
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
 
 
