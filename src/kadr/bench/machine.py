@@ -52,7 +52,7 @@ def _describe_gpu(device: torch.device) -> dict[str, Any]:
 
 def revision() -> str | None:
     """Returns the commit of this package, with "+" for uncommitted changes; None outside a repository."""
-    run_git = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    run_git = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, encoding="utf-8", check=True)
     try:
         commit = run_git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
         return commit + ("+" if run_git(["git", "status", "--porcelain", "."]).stdout.strip() else "")

@@ -23,7 +23,7 @@ def host_peak_bytes(task: Task) -> int | None:
     """
     trim_heap()
     try:
-        RESET_FILE.write_text(_FORGET_PEAK)
+        RESET_FILE.write_text(_FORGET_PEAK, "utf-8")
         before = _resident()["RSS"]
     except OSError:
         return None
@@ -42,7 +42,7 @@ def process_peak_bytes(pid: int) -> int | None:
 
 
 def _resident(status: Path = STATUS_FILE) -> dict[str, int]:
-    return {name: int(size) * 1024 for name, size in _LINE.findall(status.read_text())}
+    return {name: int(size) * 1024 for name, size in _LINE.findall(status.read_text("utf-8", "replace"))}
 
 
 def cuda_peak_bytes(task: Task) -> int | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from kadr.cancellation import check_cancelled, uninterruptible_wait
 from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest, is_digest
 from kadr.errors import Cancelled, CheckpointError
+from kadr.file_names import replace_file
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -254,7 +255,7 @@ def _download(file: RemoteFile) -> None:
             return
         _complete_download(file)
         _verify_digest(file.incomplete_path, file)
-        file.incomplete_path.replace(file.blob_path)
+        replace_file(file.incomplete_path, file.blob_path)
 
 
 def _complete_download(file: RemoteFile) -> None:

@@ -28,6 +28,7 @@ from kadr.checkpoints.keys import (
     map_keys,
 )
 from kadr.errors import CheckpointError
+from kadr.file_names import replace_file
 from kadr.models.t5 import T5Config, T5Encoder
 from kadr.models.transformer import Transformer, TransformerConfig
 from kadr.models.upscaler import LatentUpscaler
@@ -243,7 +244,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with remove_if_ended(remove):
         try:
             yield temporary
-            temporary.replace(path)
+            replace_file(temporary, path)
         except OSError as error:
             reason = error.strerror or error
             raise CheckpointError(f"{path} cannot be written: {reason}. Write it elsewhere.") from error

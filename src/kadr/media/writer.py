@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 
 from kadr.cancellation import check_cancelled, remove_if_ended
 from kadr.errors import MediaError
+from kadr.file_names import is_allowed_name, replace_file
 from kadr.shapes import Size
 from kadr.validation import check_path, is_whole_number
 
@@ -176,7 +177,23 @@ class VideoWriter:
             self._container.close()
             if (comment := self._build_comment()) is not None and comment != self._comment:
                 self._replace_comment(comment)
-            os.replace(self._partial, self.path)
+            self._take_name()
+
+    def _take_name(self) -> None:
+        """Gives the finished file its name; where that is refused, another one, because the video must not be lost.
+
+        Raises:
+            MediaError: names the file that has the video.
+        """
+        try:
+            replace_file(self._partial, self.path)
+        except PermissionError as error:
+            kept = self.path.with_stem(f"{self.path.stem}-{self._partial.name.split('.')[1]}")
+            replace_file(self._partial, kept)
+            raise MediaError(
+                f"{self.path} could not be replaced: {error.strerror or error}; another program may have it open. The "
+                f"video is complete, as {kept}. Rename it once {self.path.name} is closed."
+            ) from error
 
     def _replace_comment(self, comment: str) -> None:
         """Copies the finished file with another comment tag; no frame is encoded again."""
@@ -194,7 +211,7 @@ class VideoWriter:
                     if packet.dts is not None:
                         packet.stream = stream
                         target.mux(packet)
-            os.replace(copy, self._partial)
+            replace_file(copy, self._partial)
         finally:
             copy.unlink(missing_ok=True)
 
@@ -270,6 +287,8 @@ def _check_target(path: Path) -> None:
         raise MediaError(
             f"{path} ends in {path.suffix or 'nothing'!r}; only .mp4 can be written. Name it {path.stem}.mp4."
         )
+    if not is_allowed_name(path.name):
+        raise MediaError(f"Windows allows no file named {path.name}. Choose another name, such as out.mp4.")
     if not folder.exists():
         raise MediaError(f"the folder {folder} does not exist. Make it first: mkdir -p {shlex.quote(str(folder))}")
     if not folder.is_dir():

@@ -13,7 +13,7 @@ def cpu_model() -> str:
 def cpuinfo_value(*names: str) -> str:
     """Returns what Linux says of the first core under one of these names; "" on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         return ""
     fields = (line.partition(":") for line in lines)

@@ -124,7 +124,7 @@ def has_fast_int8(device: torch.device) -> bool:
 
 def _arm_has(feature: str) -> bool:
     try:
-        with open("/proc/cpuinfo") as info:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
             return any(feature in line for line in info if line.startswith("Features"))
     except OSError:
         return False
@@ -171,7 +171,7 @@ def _cgroup_free_bytes() -> int:
     """Returns the free memory under a container's limit, on Linux; sys.maxsize without one."""
     for limit, used in _CGROUP_FILES:
         try:
-            limit_text, used_text = Path(limit).read_text(), Path(used).read_text()
+            limit_text, used_text = Path(limit).read_text("utf-8"), Path(used).read_text("utf-8")
         except OSError:
             continue
         if limit_text.strip().isdecimal():
@@ -186,7 +186,7 @@ def _inactive_file_bytes() -> int:
         ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
     ):
         try:
-            lines = Path(path).read_text().splitlines()
+            lines = Path(path).read_text("utf-8").splitlines()
         except OSError:
             continue
         return next((int(line.split()[1]) for line in lines if line.startswith(f"{key} ")), 0)

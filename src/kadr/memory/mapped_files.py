@@ -117,7 +117,7 @@ def _address(mapped: mmap.mmap) -> int:
 
 
 def _create_map(descriptor: int) -> mmap.mmap:
-    if os.name != "posix":
+    if sys.platform == "win32":
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=protection)

@@ -20,7 +20,7 @@ EXIT_CANCELLED = 130
 CANCELLING = "cancelling after this layer; once more ends at once"
 CANCELLED = "cancelled"
 _SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Windows has no SIGHUP, others have no SIGBREAK
 
 
 @contextmanager

@@ -27,6 +27,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        with suppress(OSError):  # Windows does not delete a lock that is held, so `remove_lock` left the folder
+            folder.rmdir()
 
 
 def _acquire_lock(lock: FileLock, folder: Path) -> None:

@@ -1,0 +1,179 @@
+"""Every call that is not the same on Linux, macOS and Windows is listed here with what makes it safe there.
+
+A new one fails until it is listed. docs/reference/support.md says on which systems kadr was run.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "kadr"
+# Modules of which every use is looked at, but for names that are the same everywhere.
+SYSTEM_MODULES = (
+    "os",
+    "signal",
+    "socket",
+    "mmap",
+    "ctypes",
+    "subprocess",
+    "fcntl",
+    "resource",
+    "select",
+    "msvcrt",
+    "pty",
+)
+SYSTEM_MODULES += ("multiprocessing", "termios", "pwd", "grp", "winreg", "syslog", "platform")
+PORTABLE = {
+    *("os.path", "os.environ", "os.PathLike", "os.urandom", "os.getpid", "os.scandir", "os.fspath", "os.sep"),
+    *("subprocess.Popen", "subprocess.DEVNULL", "subprocess.SubprocessError", "subprocess.CalledProcessError"),
+    *("subprocess.TimeoutExpired", "mmap.mmap", "mmap.PAGESIZE", "mmap.ACCESS_READ", "socket.socket", "socket.timeout"),
+    *("ctypes.c_ubyte", "ctypes.c_void_p", "ctypes.c_size_t", "platform.platform", "platform.processor"),
+    *("platform.machine", "platform.python_version"),
+}
+PATH_METHODS = ("rename", "symlink_to", "hardlink_to", "readlink", "chmod", "unlink", "rmdir", "samefile", "madvise")
+PATH_METHODS += ("is_mount", "owner", "group", "as_uri", "is_fifo", "is_socket")
+LOCKS = ("FileLock", "WeakFileLock", "NamedTemporaryFile")
+SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
+
+# Call -> what makes it safe on all systems, and the modules that have it.
+CALLS: dict[str, tuple[str, set[str]]] = {
+    ".madvise": ("only if mmap names the advice, which it does not on Windows", {"memory/mapped_files.py"}),
+    ".rmdir": ("OSError is suppressed", {"pipeline/longvideo/folder_lock.py"}),
+    ".samefile": ("only of files that exist; knows that names differ in case alone", {"request/request.py"}),
+    ".unlink": (
+        "of files that kadr has closed and copied from; of leftovers, OSError is suppressed",
+        {
+            "checkpoints/hub.py",
+            "checkpoints/save.py",
+            "media/writer.py",
+            "pipeline/longvideo/folder_lock.py",
+            "pipeline/longvideo/window_folder.py",
+            "pipeline/prompt_cache.py",
+        },
+    ),
+    "/proc": ("OSError means unknown", {"bench/peak_memory.py", "memory/cpu.py", "memory/device.py"}),
+    "/sys": ("OSError means no limit", {"memory/device.py"}),
+    "FileLock": ("filelock has a lock of each system", {"pipeline/longvideo/folder_lock.py"}),
+    "WeakFileLock": ("huggingface_hub's, by filelock", {"checkpoints/hub.py"}),
+    "ctypes.CDLL": (
+        "only on Linux, and only functions that it has",
+        {"kernels/cpu/malloc.py", "memory/device.py", "memory/mapped_files.py"},
+    ),
+    "mmap.ACCESS_COPY": ("only on Windows", {"memory/mapped_files.py"}),
+    "mmap.MAP_PRIVATE": ("not on Windows", {"memory/mapped_files.py"}),
+    "mmap.PROT_READ": ("not on Windows", {"memory/mapped_files.py"}),
+    "mmap.PROT_WRITE": ("not on Windows", {"memory/mapped_files.py"}),
+    "os.POSIX_FADV_DONTNEED": ("only if os has posix_fadvise", {"planning/calibration/rates.py"}),
+    "os.W_OK": ("see os.access", {"media/writer.py", "training/lora_training.py"}),
+    "os.X_OK": ("see os.access", {"media/writer.py"}),
+    "os._exit": ("exists everywhere", {"cli/terminal/signals.py"}),
+    "os.access": (
+        "refuses early; Windows may say yes, and writing then fails",
+        {"media/writer.py", "training/lora_training.py"},
+    ),
+    "os.cpu_count": ("may be None, which is stored as it is", {"planning/calibration/storage.py"}),
+    "os.fstat": ("inode and time only tell files apart; both exist on NTFS", {"memory/mapped_files.py"}),
+    "os.fsync": (
+        "of files open for writing, never of folders; of one open for reading only if os has posix_fadvise",
+        {"checkpoints/save.py", "planning/calibration/rates.py"},
+    ),
+    "os.getloadavg": ("only if os has it, which it has not on Windows", {"bench/machine.py"}),
+    "os.posix_fadvise": ("only if os has it", {"planning/calibration/rates.py"}),
+    "os.readlink": (
+        "only of a path that is a link",
+        {"checkpoints/verify.py"},
+    ),
+    "os.replace": ("tries again on Windows while another program has a file open", {"file_names.py"}),
+    "os.utime": ("OSError is suppressed", {"pipeline/prompt_cache.py"}),
+    "os.write": ("to stderr; OSError is suppressed", {"cli/terminal/signals.py"}),
+    "signal.SIG_IGN": ("exists everywhere", {"cli/terminal/signals.py"}),
+    "signal.getsignal": ("of signals that this system has", {"cli/terminal/signals.py"}),
+    "signal.set_wakeup_fd": ("of a socket, which Windows demands", {"cli/terminal/signals.py"}),
+    "signal.signal": ("of signals that this system has", {"cli/terminal/signals.py"}),
+    "socket.socketpair": ("exists on Windows since Python 3.5", {"cli/terminal/signals.py"}),
+    "subprocess.run": (
+        "of sys.executable, or of git; failing means unknown",
+        {"bench/machine.py", "planning/calibration/rates.py"},
+    ),
+}
+
+
+def found_calls(source: str) -> Iterator[str]:
+    """Yields the calls and names in a module's source that are not the same on all systems."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = f"{node.value.id}.{node.attr}" if isinstance(node.value, ast.Name) else ""
+            if name.partition(".")[0] in SYSTEM_MODULES:
+                yield from {name} - PORTABLE
+            elif node.attr in PATH_METHODS:
+                yield f".{node.attr}"
+        elif isinstance(node, ast.ImportFrom) and node.module in SYSTEM_MODULES:
+            yield from {f"{node.module}.{alias.name}" for alias in node.names} - PORTABLE
+        elif isinstance(node, ast.Call):
+            yield from _calls_by_name(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
+            yield from (folder for folder in SYSTEM_FOLDERS if node.value.startswith(f"{folder}/"))
+
+
+def _calls_by_name(node: ast.Call) -> Iterator[str]:
+    function = node.func
+    keywords = {keyword.arg for keyword in node.keywords}
+    if isinstance(function, ast.Name) and function.id in LOCKS:
+        yield function.id
+    if isinstance(function, ast.Name) and function.id == "open" and "encoding" not in keywords:
+        yield "open without an encoding"
+    if not isinstance(function, ast.Attribute):
+        return
+    if function.attr == "replace" and len(node.args) == 1 and not keywords:  # str.replace takes two
+        yield ".replace"
+    if function.attr == "read_text" and not node.args and "encoding" not in keywords:
+        yield "read_text without an encoding"
+    if function.attr == "write_text" and len(node.args) < 2 and "encoding" not in keywords:
+        yield "write_text without an encoding"
+    if function.attr in ("run", "Popen") and {"text", "universal_newlines"} & keywords and "encoding" not in keywords:
+        yield "subprocess text without an encoding"
+
+
+def calls_in_package() -> dict[str, set[str]]:
+    """Returns each call that is not the same everywhere, and the modules that have it."""
+    modules: dict[str, set[str]] = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        for name in found_calls(path.read_text("utf-8")):
+            modules[name].add(path.relative_to(PACKAGE).as_posix())
+    return dict(modules)
+
+
+def test_calls_that_are_not_the_same_everywhere_are_listed_with_a_guard() -> None:
+    assert calls_in_package() == {name: modules for name, (_, modules) in CALLS.items()}
+    assert all(guard for guard, _ in CALLS.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import os\nos.kill(os.getpid(), 9)", ["os.kill"]),
+        ("from os import fork", ["os.fork"]),
+        ("import fcntl\nfcntl.flock(1, 2)", ["fcntl.flock"]),
+        ("path.rename(other)", [".rename"]),
+        ("path.replace(other)", [".replace"]),
+        ("text.replace('a', 'b')", []),
+        ("partial(path.unlink, missing_ok=True)", [".unlink"]),
+        ("open('a')", ["open without an encoding"]),
+        ("open('a', encoding='utf-8')", []),
+        ("path.read_text()", ["read_text without an encoding"]),
+        ("path.read_text('utf-8')", []),
+        ("path.write_text('a')", ["write_text without an encoding"]),
+        ("run('git', text=True)", []),
+        ("subprocess.run('git', text=True)", ["subprocess text without an encoding", "subprocess.run"]),
+        ("Path('/proc/self')", ["/proc"]),
+        ("NamedTemporaryFile()", ["NamedTemporaryFile"]),
+    ],
+)
+def test_unportable_call_is_noticed(source: str, expected: list[str]) -> None:
+    assert sorted(found_calls(source)) == expected
