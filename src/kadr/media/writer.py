@@ -188,11 +188,11 @@ class VideoWriter:
         try:
             replace_file(self._partial, self.path)
         except PermissionError as error:
-            kept = self.path.with_stem(f"{self.path.stem}-{self._partial.name.split('.')[1]}")
-            replace_file(self._partial, kept)
+            other_path = self.path.with_stem(f"{self.path.stem}-{self._partial.name.split('.')[1]}")
+            replace_file(self._partial, other_path)
             raise MediaError(
                 f"{self.path} could not be replaced: {error.strerror or error}; another program may have it open. The "
-                f"video is complete, as {kept}. Rename it once {self.path.name} is closed."
+                f"video is complete, as {other_path}. Rename it once {self.path.name} is closed."
             ) from error
 
     def _replace_comment(self, comment: str) -> None:
