@@ -256,10 +256,10 @@ def test_a_truncated_file_is_refused(tmp_path, model):
 def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "spiece.model").touch()
 
-    def denied(self: Path) -> bytes:
+    def denied(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr("kadr.text.tokenizer.open_regular", denied)
     with pytest.raises(CheckpointError, match=r"spiece.model cannot be read: Permission denied"):
         Tokenizer.open(tmp_path)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -34,8 +36,24 @@ def test_hidden_files_are_skipped_and_a_byte_order_mark_is_stripped(folder: Path
 def test_clips_in_subfolders_are_warned_of(folder: Path, make_clip: MakeClip) -> None:
     (folder / "more").mkdir()
     make_clip(folder / "more" / "9.mp4")
-    with pytest.warns(KadrWarning, match=r"1 clips and images in subfolders of .*, such as more/9\.mp4, are not"):
+    with pytest.warns(KadrWarning, match=r"clips and images in subfolders of .*, such as more/9\.mp4, are not"):
         assert len(read_dataset(folder, 9)) == 4
+
+
+def test_only_one_folder_down_is_searched_for_clips(folder: Path, make_clip: MakeClip) -> None:
+    (folder / "more" / "deeper").mkdir(parents=True)
+    make_clip(folder / "more" / "deeper" / "9.mp4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(read_dataset(folder, 9)) == 4  # the folder may be the whole disk
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_caption_that_is_a_named_pipe_is_refused(folder: Path) -> None:
+    (folder / "1.txt").unlink()
+    os.mkfifo(folder / "1.txt")
+    with pytest.raises(MediaError, match=r"1\.txt cannot be read as UTF-8 text: it is a named pipe"):
+        read_dataset(folder, 9)
 
 
 def test_a_reference_is_not_an_example(folder: Path, make_clip: MakeClip) -> None:

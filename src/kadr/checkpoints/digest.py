@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kadr.cancellation import check_cancelled
+from kadr.regular_file import open_regular
 
 SHA256_HEX_DIGITS, GIT_SHA1_HEX_DIGITS = 64, 40
 READ_BYTES = 1 << 22  # per read
@@ -31,7 +32,7 @@ def compute_digest(path: Path, *, like: str, watch: Callable[[int], object] = la
     digest = hashlib.sha256() if len(like) == SHA256_HEX_DIGITS else hashlib.sha1(usedforsecurity=False)
     if len(like) == GIT_SHA1_HEX_DIGITS:
         digest.update(f"blob {path.stat().st_size}\0".encode())
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while data := file.read(READ_BYTES):
             check_cancelled()
             digest.update(data)

@@ -17,6 +17,7 @@ import torch
 
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGMLType
+from kadr.regular_file import open_regular
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -102,8 +103,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         CheckpointError: the file is absent, unreadable, truncated, or in another format.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = path.stat().st_size
             start = file.read(512)
             refuse_other_format(path, start, size)
             length = int.from_bytes(start[:LENGTH_BYTES], "little")

@@ -21,6 +21,7 @@ from kadr.checkpoints.gguf.header import is_gguf, read_gguf_header
 from kadr.checkpoints.header import TensorInfo, read_header
 from kadr.errors import CheckpointError
 from kadr.memory.mapped_files import map_file
+from kadr.regular_file import read_text
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")  # file stems of the weights in diffusers and transformers folders
 FILE_VARIANTS = ("", ".bf16", ".fp16")  # the unmarked one first: it is what the authors ran
@@ -179,7 +180,7 @@ def _find_weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _find_shards(index: Path) -> tuple[Path, ...]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+        weight_map: dict[str, str] = json.loads(read_text(index))["weight_map"]
         names = sorted(set(weight_map.values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it names no file, or one in another folder")

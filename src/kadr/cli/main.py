@@ -11,8 +11,15 @@ import typer
 
 from kadr.cli.commands import bench, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.flags.official import OfficialCommand
-from kadr.cli.terminal.errors import handle_errors
+from kadr.cli.terminal.errors import (
+    EXIT_ERROR,
+    explain_stdout_error,
+    handle_errors,
+    print_stderr,
+    print_stdout,
+)
 from kadr.cli.terminal.signals import handle_signals
+from kadr.errors import KadrError
 from kadr.kernels.cpu.malloc import tune_malloc
 from kadr.version import __version__
 
@@ -29,7 +36,7 @@ app = typer.Typer(
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        print(f"kadr {__version__}")
+        print_stdout(f"kadr {__version__}")
         raise typer.Exit
 
 
@@ -64,7 +71,11 @@ def run(args: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a prompt may have letters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
-    app(args=args, prog_name="kadr")
+    try:
+        app(args=args, prog_name="kadr")
+    except (KadrError, OSError) as error:  # of --version and --help, which no verb prints
+        print_stderr(f"error: {explain_stdout_error(error) if isinstance(error, OSError) else error}")
+        sys.exit(EXIT_ERROR)
 
 
 if __name__ == "__main__":

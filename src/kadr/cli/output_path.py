@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import count
 from pathlib import Path
 
 from kadr.errors import MediaError, RequestError
+from kadr.regular_file import NotRegularFileError, require_regular
 from kadr.request.request import Request, refuse_overwriting
 from kadr.request.windows import WINDOWS_SUFFIX, window_folder_path
 from kadr.shapes import Size
@@ -60,11 +62,18 @@ def _unfinished_video(path: Path) -> Path:
 
 
 def refuse_missing_media(request: Request) -> None:
-    """Refuses images and clips that do not exist, before anything is loaded or fetched.
+    """Refuses images and clips that do not exist or are not regular files, before anything is loaded or fetched.
 
     Raises:
         MediaError: names them.
     """
+    for path in request.media_paths():
+        try:
+            require_regular(path)
+        except NotRegularFileError as error:
+            raise MediaError(f"{path} cannot be read: {error}.") from error
+        except OSError:
+            continue  # named below, with all the others
     absent = [str(path) for path in request.media_paths() if not path.is_file()]
     if absent:
         raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the image or clip.")
@@ -82,9 +91,19 @@ def refuse_unwritable(request: Request, output: Path, latents_path: Path | None)
     refuse_overwriting(request, output)
     size = request.size if isinstance(request.size, Size) else Size(2, 2)
     VideoWriter(output, size, request.fps or 24)  # refuses a file that it could not write
-    if latents_path is None:
-        return
+    if latents_path is not None:
+        _refuse_unwritable_latents(latents_path)
+
+
+def _refuse_unwritable_latents(latents_path: Path) -> None:
+    folder = latents_path.parent
+    if latents_path.is_dir():
+        raise MediaError(
+            f"{latents_path} is a folder. Name a file in it, such as {latents_path / 'latents.safetensors'}."
+        )
     if latents_path.suffix != ".safetensors":
         raise MediaError(f"{latents_path} does not end in .safetensors. Name it {latents_path.stem}.safetensors.")
-    if not latents_path.parent.is_dir():
-        raise MediaError(f"the folder {latents_path.parent} does not exist. Make it first, or choose another.")
+    if not folder.is_dir():
+        raise MediaError(f"the folder {folder} does not exist. Make it first, or choose another.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MediaError(f"the folder {folder} may not be written to by this user. Choose another.")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.progress import format_duration, show_progress
 from kadr.errors import RequestError
 from kadr.request.request import Request
@@ -55,7 +55,8 @@ def write_video(
         save_latents(video_file, latents_path, report)
     frames, duration = video_file.frames, format_duration(video_file.seconds)
     print_stderr(f"{frames} frames of {video_file.size} at {video_file.fps:g} per second, made in {duration}")
-    print(json.dumps(report) if as_json else video_file.path)
+    outcome = f"the video is written to {video_file.path}, but its path could not be printed:"
+    print_stdout(json.dumps(report) if as_json else video_file.path, outcome=outcome)
 
 
 @contextmanager

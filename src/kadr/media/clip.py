@@ -22,6 +22,7 @@ import numpy as np
 from kadr.cancellation import check_cancelled
 from kadr.errors import MediaError
 from kadr.media.writer import COMMENT_KEY, swscale_flags
+from kadr.regular_file import require_regular
 
 if TYPE_CHECKING:
     import av
@@ -270,9 +271,8 @@ def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
     """Opens a video for reading; errors in the block become MediaErrors too."""
     import av
 
-    if not Path(path).is_file():
-        raise MediaError(f"{path}: there is no such file.")
     try:
+        require_regular(path)
         # An absolute path, because FFmpeg takes "name:..." for an address.
         name, options = str(Path(path).absolute()), {"format_whitelist": _CONTAINER_FORMATS}
         # Tags may not be UTF-8: other programs write any bytes, and files get damaged.
@@ -280,6 +280,8 @@ def _open_video(path: str | os.PathLike[str]) -> Iterator[InputContainer]:
             if not container.streams.video:
                 raise MediaError(f"{path} contains no video. {_SUPPORTED_CLIPS}")
             yield container
+    except FileNotFoundError:
+        raise MediaError(f"{path}: there is no such file.") from None
     except (OSError, av.error.FFmpegError) as error:
         raise MediaError(f"{path} cannot be read as a video: {error.strerror or error}. {_SUPPORTED_CLIPS}") from error
 

@@ -19,10 +19,11 @@ from typing import TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from kadr.errors import MediaError
 from kadr.media.writer import MAX_CRF
+from kadr.regular_file import require_regular
 from kadr.shapes import Size
 from kadr.validation import is_whole_number
 
@@ -102,7 +103,7 @@ def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:
         MediaError: the image is missing, empty, or of an unsupported format.
     """
     name = _display_name(path)
-    with _translate_errors(name), Image.open(path, formats=_FORMATS) as file:
+    with _translate_errors(name), _open_image(path) as file:
         _refuse_unsupported(file, name)
         width, height = file.size
         is_on_its_side = file.getexif().get(_ORIENTATION_TAG, 1) >= _FIRST_SIDEWAYS
@@ -244,8 +245,14 @@ def _from_array(image: np.ndarray, name: str) -> Image.Image:
 def _open_upright(image: str | os.PathLike[str] | Image.Image, name: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return _upright_rgb(image, name)
-    with Image.open(image, formats=_FORMATS) as file:
+    with _open_image(image) as file:
         return _upright_rgb(file, name)
+
+
+def _open_image(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
+    """Opens an image; its pixels are decoded when they are needed."""
+    require_regular(path)
+    return Image.open(path, formats=_FORMATS)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:

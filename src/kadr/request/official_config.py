@@ -18,6 +18,7 @@ import yaml
 from kadr.errors import RequestError
 from kadr.models import registry
 from kadr.models.registry import Recipe
+from kadr.regular_file import read_text
 from kadr.sampling.samplers import EULER_STOCHASTIC
 from kadr.sampling.settings import ATTENTION_VALUES, Guidance, Pass
 from kadr.validation import is_number
@@ -197,9 +198,9 @@ def _load_yaml(path: Path) -> Mapping[Any, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise RequestError(f"{path} has {path.stat().st_size} bytes, too many for a config. {advice}")
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = yaml.safe_load(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
+        reason = "it is not text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise RequestError(f"the config {path} cannot be read: {reason}. {advice}") from error
     except yaml.YAMLError as error:
         raise RequestError(f"{path} is not YAML: {' '.join(str(error).split())}. {advice}") from error

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kadr.errors import CheckpointError, RequestError
+from kadr.regular_file import open_regular
 from kadr.text.sentencepiece_model import SentencePieceModel, serialize_sentencepiece
 
 MAX_SEQUENCE_LENGTH = 256  # tokens, as the released transformers were trained
@@ -71,7 +72,8 @@ class Tokenizer:
         """
         file = find_tokenizer_file(path)
         try:
-            data = file.read_bytes()
+            with open_regular(file) as opened:
+                data = opened.read()
         except OSError as error:
             raise CheckpointError(
                 f"{file} cannot be read: {error.strerror}. Make it readable, or name another."

@@ -8,17 +8,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 from kadr.checkpoints.digest import SHA256_HEX_DIGITS, compute_digest
 from kadr.errors import KadrError, KadrWarning, MediaError, RequestError
 from kadr.media.clip import ClipReader, probe_video
 from kadr.media.image import load_image
+from kadr.regular_file import read_text
 from kadr.request.inputs import CLIP_SUFFIXES
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 REFERENCE_SUFFIX = ".reference"  # before the ending of a clip's reference: walk.mp4 has walk.reference.mp4
 CAPTION_SUFFIX = ".txt"
+MAX_SUBFOLDER_ENTRIES = 10_000  # that are looked at for a warning: the folder may be the whole disk
 MAX_LISTED_EXAMPLES = 10  # unusable files that an error or warning names
 
 
@@ -105,12 +108,13 @@ def _is_media_file(path: Path) -> bool:
 
 
 def _warn_of_subfolders(folder: Path) -> None:
-    """Warns of clips in subfolders, which are not read."""
-    nested = [path for path in folder.rglob("*") if path.parent != folder and _is_media_file(path)]
-    if nested:
+    """Warns of clips one folder down, which are not read."""
+    entries = islice(folder.glob("*/*"), MAX_SUBFOLDER_ENTRIES)
+    nested = next((path.relative_to(folder) for path in entries if _is_media_file(path)), None)
+    if nested is not None:
         warnings.warn(
-            f"{len(nested)} clips and images in subfolders of {folder}, such as {nested[0].relative_to(folder)}, "
-            "are not read: only files in the folder itself are.",
+            f"clips and images in subfolders of {folder}, such as {nested}, are not read: only files in the folder "
+            "itself are.",
             KadrWarning,
             stacklevel=3,
         )
@@ -135,7 +139,7 @@ def _read_example(path: Path, frames: int, *, references: bool) -> Example:
 def _read_caption(path: Path) -> str:
     caption_path = path.with_suffix(CAPTION_SUFFIX)
     try:
-        caption = " ".join(caption_path.read_text("utf-8-sig").split())
+        caption = " ".join(read_text(caption_path, "utf-8-sig").split())
     except FileNotFoundError:
         raise RequestError(f"{path.name} has no caption: describe it in {caption_path.name}.") from None
     except (OSError, UnicodeDecodeError) as error:

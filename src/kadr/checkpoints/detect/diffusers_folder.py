@@ -23,6 +23,7 @@ from kadr.models.registry import Release
 from kadr.models.transformer import TRANSFORMER_13B, TransformerConfig
 from kadr.models.upscaler import UpscalerConfig
 from kadr.models.vae.config import BlockConfig, VAEConfig
+from kadr.regular_file import read_text
 from kadr.sampling.schedules import Schedule
 
 COMPONENT_BY_CLASS: Mapping[str, str] = {
@@ -312,7 +313,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, unreadable or not a JSON object.
     """
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = json.loads(read_text(file))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing. Download the whole folder.") from error
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from kadr.checkpoints.gguf.parser import (
 from kadr.checkpoints.header import TensorInfo
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
+from kadr.regular_file import open_regular
 from kadr.schema import GGUF
 
 ARCHITECTURE_KEY, NAME_KEY, CONFIG_KEY = "general.architecture", "general.name", "config"
@@ -91,7 +92,7 @@ class GGUFHeader:
 def is_gguf(path: Path) -> bool:
     """Returns whether a file starts with GGUF's magic bytes."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
@@ -105,7 +106,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
             of a newer kadr, or has a tensor of a type that kadr does not support.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return _read_header(path, GGUFParser(mapped))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Make it readable.") from error

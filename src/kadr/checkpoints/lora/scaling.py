@@ -13,6 +13,7 @@ from typing import Any
 from kadr.checkpoints.lora.key_formats import PEFT, strip_prefix, strip_role
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError, KadrWarning
+from kadr.regular_file import read_text
 from kadr.validation import is_number
 
 PEFT_WEIGHTS_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # in a folder that PEFT wrote
@@ -88,7 +89,7 @@ def _read_adapter_config(source: Source) -> Mapping[str, Any]:
             header_config = json.loads(source.metadata[LORA_ADAPTER_METADATA_KEY])
             config = {key.removeprefix("transformer."): value for key, value in header_config.items()}
         elif source.path.name == PEFT_WEIGHTS_FILE and config_file.is_file():
-            config = dict(json.loads(config_file.read_text("utf-8")))
+            config = dict(json.loads(read_text(config_file)))
         else:
             return {}
     except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:

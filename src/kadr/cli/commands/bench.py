@@ -19,7 +19,7 @@ from kadr.bench.cases import (
     VideoShape,
 )
 from kadr.bench.text_report import report_lines
-from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.errors import RequestError
 
 ALL_STAGES, ALL_VARIANTS = ",".join(BENCH_STAGES), ",".join(DEFAULT_VARIANTS)
@@ -88,4 +88,4 @@ def bench(
     from kadr.bench.benchmark import run_benchmark
 
     results = run_benchmark(selection, models_folder=model_folder, log=print_stderr)
-    print(json.dumps(results) if json_ else "\n".join(report_lines(results)))
+    print_stdout(json.dumps(results) if json_ else "\n".join(report_lines(results)))

@@ -17,7 +17,7 @@ from kadr.cli.flags.request import (
     with_duration,
 )
 from kadr.cli.output_path import choose_output, refuse_missing_media, refuse_unwritable
-from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.request.request import Request
 
 if TYPE_CHECKING:
@@ -71,4 +71,4 @@ def print_dry_run(request: Request, engine: Engine, flags: options.GenerateFlags
     from kadr.cli.terminal import dry_run  # loads torch
 
     result = engine.dry_run(with_duration(request, flags.video.seconds, engine))
-    print(dry_run.format_dry_run(result, as_json=flags.output.json))
+    print_stdout(dry_run.format_dry_run(result, as_json=flags.output.json))

@@ -10,7 +10,7 @@ import typer
 
 from kadr.cli.commands import pull, verify
 from kadr.cli.flags import options
-from kadr.cli.terminal.errors import handle_errors, print_stderr
+from kadr.cli.terminal.errors import handle_errors, print_stderr, print_stdout
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.models.registry import RELEASES, Release
 from kadr.spec.locate import find_release_on_disk
@@ -37,11 +37,11 @@ def list_models(as_json: options.Json = False) -> None:
     """
     entries = [_entry(release, find_release_on_disk(release)) for release in RELEASES]
     if as_json:
-        print(json.dumps(entries))
+        print_stdout(json.dumps(entries))
         return
     header = ("name", "kind", "version", "bytes", "on disk", "licence")
     rows = [_row(release, entry) for release, entry in zip(RELEASES, entries, strict=True)]
-    print("\n".join(format_columns([header, *rows])))
+    print_stdout("\n".join(format_columns([header, *rows])))
     print_stderr(MODELS_EPILOG)
 
 

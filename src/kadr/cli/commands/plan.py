@@ -16,6 +16,7 @@ from kadr.cli.flags.request import (
     with_duration,
 )
 from kadr.cli.output_path import refuse_missing_media
+from kadr.cli.terminal.errors import print_stdout
 
 PLAN_EPILOG = "The flags are those of `kadr generate`. Nothing is loaded or fetched: the model need not be on disk."
 
@@ -39,4 +40,4 @@ def plan(prompt: options.Prompt, flags: options.PlanFlags) -> None:
     if flags.output.calibrate:
         run.calibrate(engine)
     video_plan = engine.plan(request).with_startup()
-    print(json.dumps(video_plan.to_json()) if flags.output.json else video_plan)
+    print_stdout(json.dumps(video_plan.to_json()) if flags.output.json else video_plan)

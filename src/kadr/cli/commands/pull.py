@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kadr.checkpoints import hub
 from kadr.cli.commands.verify import Name, require_intact, verify_entry
 from kadr.cli.flags import options
-from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.table import format_si
 from kadr.models.registry import Release, find_release, required_releases
 from kadr.spec.locate import fetch_release, find_release_on_disk
@@ -44,9 +44,9 @@ def pull(name: Name, as_json: options.Json = False) -> None:
             {"name": entry.name, "kind": entry.kind, "path": str(path), "fetched": entry in to_fetch}
             for entry, path in paths.items()
         ]
-        print(json.dumps({"name": name, "files": files}))
+        print_stdout(json.dumps({"name": name, "files": files}))
     else:
-        print("\n".join(map(str, paths.values())))
+        print_stdout("\n".join(map(str, paths.values())))
 
 
 def _announce(entries: Sequence[Release], to_fetch: Mapping[Release, Sequence[RemoteFile]]) -> None:

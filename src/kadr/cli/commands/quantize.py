@@ -10,7 +10,7 @@ import typer
 
 from kadr.cli.flags import options
 from kadr.cli.flags.parse import check_one_of
-from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.progress import show_progress
 from kadr.cli.terminal.table import format_si
 from kadr.errors import CheckpointError, RequestError
@@ -60,7 +60,7 @@ def quantize(source: Input, output: Output, type: Type, release: options.Release
     print_stderr(f"{format_si(result.source_bytes)} bytes before, {format_si(result.output_bytes)} now: {types}")
     if note:
         print_stderr(note)
-    print(output)
+    print_stdout(output, outcome=f"{output} is written, but its path could not be printed:")
 
 
 def _find_source(source: str, stated_release: str | None) -> tuple[Path, Release | None]:

@@ -10,7 +10,7 @@ import typer
 
 from kadr.cli import run
 from kadr.cli.flags import options, parse
-from kadr.cli.terminal.errors import print_stderr
+from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.progress import format_duration, show_progress
 from kadr.errors import Cancelled, MediaError
 
@@ -179,4 +179,5 @@ def _print_result(result: TrainingResult, seconds: float, *, as_json: bool) -> N
         "last_loss": result.last_loss,
         "seconds": round(seconds, 3),
     }
-    print(json.dumps(report) if as_json else result.path)
+    outcome = f"the LoRA is written to {result.path}, but its path could not be printed:"
+    print_stdout(json.dumps(report) if as_json else result.path, outcome=outcome)

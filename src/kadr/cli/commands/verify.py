@@ -12,6 +12,7 @@ import typer
 from kadr.checkpoints import hub
 from kadr.checkpoints.verify import ABSENT, DAMAGED, UNVERIFIED, FileVerification, verify_files
 from kadr.cli.flags import options
+from kadr.cli.terminal.errors import print_stdout
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.errors import CheckpointError
 from kadr.models.registry import Release, find_release, required_releases
@@ -37,10 +38,10 @@ def verify(name: Name, as_json: options.Json = False) -> None:
     """
     results = [result for entry in required_releases(find_release(name)) for result in verify_entry(entry)]
     if as_json:
-        print(json.dumps({"name": name, "files": [_to_json(result) for result in results]}))
+        print_stdout(json.dumps({"name": name, "files": [_to_json(result) for result in results]}))
     else:
         rows = [("file", "of", "state"), *((file.name, entry.name, file.state) for entry, file in results)]
-        print("\n".join(format_columns(rows)))
+        print_stdout("\n".join(format_columns(rows)))
     require_intact(results, required_name=name)
 
 

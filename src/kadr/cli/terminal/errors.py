@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -21,8 +21,34 @@ DEBUG_VARIABLE = "KADR_DEBUG"  # environment variable: any value but "" and 0 sh
 
 
 def print_stderr(line: str) -> None:
-    """Prints a message to stderr; stdout is for data."""
-    print(line, file=sys.stderr)
+    """Prints a message to stderr; stdout is for data. A message that cannot be printed is no reason to stop."""
+    with suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def print_stdout(result: object, *, outcome: str = "") -> None:
+    """Prints a result to stdout.
+
+    Args:
+        outcome: says in the error what is done in spite of it, as a sentence.
+
+    Raises:
+        KadrError: stdout cannot be written, as on a full disk.
+        BrokenPipeError: whoever read stdout has closed it.
+    """
+    try:
+        print(result, flush=True)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise KadrError(f"{outcome} {explain_stdout_error(error)}".lstrip()) from error
+
+
+def explain_stdout_error(error: OSError) -> str:
+    """Returns the line about a stdout that cannot be written; nothing more is written to it when the process ends."""
+    with suppress(OSError, ValueError):  # ValueError: it has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return f"stdout cannot be written: {error.strerror or error}. Redirect it to a place with room."
 
 
 @contextmanager
