@@ -182,10 +182,13 @@ def test_killed_video_resumes_to_the_same_frames(tmp_path: Path, kadr: Run) -> N
     assert process.wait() == -signal.SIGKILL
     count = len(finished_windows(folder))
     assert 2 <= count < 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.windows"]  # and no file that looks like a video
+    *locks, windows = sorted(path.name for path in tmp_path.iterdir())
+    assert windows == "clip.windows"  # and no file that looks like a video
+    assert [name.endswith(".lock") for name in locks] == [True]  # nobody could remove it; the next command does
     refused = kadr("generate", *args, "--output", clip)
     assert refused.code == 1
     assert f"clip.windows holds {count} finished windows" in refused.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.windows"]
     resumed = kadr("generate", *args, "--output", clip, "--resume")
     assert resumed.code == 0, resumed.err
     assert "denoising, window 4 of 4: 24 of 24" in resumed.err

@@ -1,12 +1,15 @@
-"""Output paths: a file is replaced only if the user named it, and unwritable paths are refused early."""
+"""Output paths: only a named file is replaced, names are reserved, and unwritable paths are refused early."""
 
 from __future__ import annotations
 
 import os
 import re
-from itertools import count
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain, count
 from pathlib import Path
 
+from kadr.cli.reservation import Reservation, hold, reserve_file
 from kadr.errors import MediaError, RequestError
 from kadr.regular_file import NotRegularFileError, require_regular
 from kadr.request.request import Request, refuse_overwriting
@@ -16,30 +19,57 @@ from kadr.shapes import Size
 DEFAULT_OUTPUT = "out.mp4"
 
 
-def choose_output(requested_path: Path | None, *, resume: bool = False) -> Path:
-    """Returns the path of the video. Never replaces a file that was not named, or an unfinished video.
+@contextmanager
+def reserve_output(
+    request: Request,
+    requested_path: Path | None,
+    *,
+    beside: Path | None = None,
+    latents_path: Path | None = None,
+    resume: bool = False,
+) -> Iterator[Path]:
+    """Chooses the path of the video, and reserves it and that of the latents while the block runs.
+
+    Never replaces a file that was not named, an unfinished video, or what another process writes.
 
     Args:
+        requested_path: a file, or a folder for a new file; None for a new file.
+        beside: gives a new file its folder and name, such as clip-2.mp4 for clip.mp4; by default out.mp4.
         resume: resume an interrupted long video.
 
     Raises:
-        RequestError: several videos are unfinished.
+        RequestError: several videos are unfinished, another process writes the file, or the video would replace a clip
+            it is made from.
+        MediaError: a file cannot be written there.
     """
-    if requested_path is not None and not requested_path.is_dir():
-        return requested_path
-    return next_free_path(Path(requested_path or "") / DEFAULT_OUTPUT, resume=resume)
+    with ExitStack() as reservations:
+        if requested_path is not None and not requested_path.is_dir():
+            path = requested_path
+            _refuse_unwritable(request, path, latents_path)
+            reservations.enter_context(reserve_file(path, flag="--output"))
+        else:
+            first_path = (beside or Path(DEFAULT_OUTPUT)) if requested_path is None else requested_path / DEFAULT_OUTPUT
+            unfinished = _unfinished_video(first_path) if resume else None
+            reservation = _reserve_new(first_path) if unfinished is None else unfinished
+            reservations.enter_context(hold(reservation))
+            path = reservation.path
+            _refuse_unwritable(request, path, latents_path)
+        if latents_path is not None:
+            reservations.enter_context(reserve_file(latents_path, flag="--save-latents"))
+        yield path
 
 
-def next_free_path(path: Path, *, resume: bool = False) -> Path:
-    """Returns the path, or the next free one of clip-2.mp4, clip-3.mp4, ...; to resume, that of the unfinished video.
-
-    Raises:
-        RequestError: as `choose_output`.
-    """
-    if resume:
-        return _unfinished_video(path)
+def _reserve_new(path: Path) -> Reservation:
+    """Reserves the path, or the next free one of clip-2.mp4, clip-3.mp4, ..."""
     numbered_paths = (path.with_stem(f"{path.stem}-{number}") for number in count(2))
-    return path if _is_free(path) else next(filter(_is_free, numbered_paths))
+    for candidate in filter(_is_free, chain([path], numbered_paths)):
+        reservation = Reservation(candidate)
+        if not reservation.acquire():
+            continue
+        if _is_free(candidate):  # the process that had reserved it may have written it just now
+            return reservation
+        reservation.release()
+    raise AssertionError("there is always another number")
 
 
 def _is_free(path: Path) -> bool:
@@ -50,15 +80,25 @@ def _has_windows(folder: Path) -> bool:
     return any(folder.glob("window-*.safetensors"))
 
 
-def _unfinished_video(path: Path) -> Path:
-    """Returns the unfinished video among the numbered names of `path`; `path` if there is none."""
+def _unfinished_video(path: Path) -> Reservation | None:
+    """Reserves the unfinished video among the numbered names of `path`; returns None if there is none.
+
+    Videos that other processes are making are not unfinished.
+    """
     numbered = re.compile(rf"{re.escape(path.stem)}(-\d+)?{re.escape(WINDOWS_SUFFIX)}")
     siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-    unfinished = sorted(folder for folder in siblings if numbered.fullmatch(folder.name) and _has_windows(folder))
-    if len(unfinished) > 1:
-        names = ", ".join(str(folder.with_suffix(path.suffix)) for folder in unfinished)
+    folders = sorted(folder for folder in siblings if numbered.fullmatch(folder.name) and _has_windows(folder))
+    reservations = [Reservation(folder.with_suffix(path.suffix)) for folder in folders]
+    acquired = [reservation for reservation in reservations if reservation.acquire()]
+    if len(acquired) > 1:
+        for reservation in acquired:
+            reservation.release()
+        names = ", ".join(str(reservation.path) for reservation in acquired)
         raise RequestError(f"several videos are unfinished: {names}. Name the one to resume with --output.")
-    return unfinished[0].with_suffix(path.suffix) if unfinished else path
+    if reservations and not acquired:
+        names = ", ".join(str(reservation.path) for reservation in reservations)
+        raise RequestError(f"another process is writing {names}. Wait until it ends, or leave out --resume.")
+    return acquired[0] if acquired else None
 
 
 def refuse_missing_media(request: Request) -> None:
@@ -79,7 +119,7 @@ def refuse_missing_media(request: Request) -> None:
         raise MediaError(f"there is no file {', '.join(absent)}. Check the path of the image or clip.")
 
 
-def refuse_unwritable(request: Request, output: Path, latents_path: Path | None) -> None:
+def _refuse_unwritable(request: Request, output: Path, latents_path: Path | None) -> None:
     """Refuses output files that cannot be written, before anything is loaded or fetched.
 
     Raises:

@@ -16,7 +16,7 @@ from kadr.cli.flags.request import (
     warn_unused_flags,
     with_duration,
 )
-from kadr.cli.output_path import choose_output, refuse_missing_media, refuse_unwritable
+from kadr.cli.output_path import refuse_missing_media, reserve_output
 from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.request.request import Request
 
@@ -52,18 +52,17 @@ def generate(prompt: options.Prompt, flags: options.GenerateFlags) -> None:
         enhance.announce_enhancer(enhancer)
         print_dry_run(request, run.open_engine(model, **components, **engine_options(flags.model)), flags)
         return
-    output = choose_output(flags.output.output, resume=flags.output.resume)
-    refuse_unwritable(request, output, flags.output.save_latents)
-    if is_demo:
-        print_stderr(DEMO_NOTICE)
-    if flags.model.no_prompt_cache:
-        components["prompt_cache"] = False
-    engine = run.open_engine(model, **components, **engine_options(flags.model))
-    request = with_duration(request, flags.video.seconds, engine)
-    warn_unused_flags(request, flags.model, engine)
     latents, resume = flags.output.save_latents, flags.output.resume
-    request = enhance.enhance_request(engine, request, enhancer, output, resume=resume)
-    run.write_video(engine, request, output, latents_path=latents, as_json=flags.output.json, resume=resume)
+    with reserve_output(request, flags.output.output, latents_path=latents, resume=resume) as output:
+        if is_demo:
+            print_stderr(DEMO_NOTICE)
+        if flags.model.no_prompt_cache:
+            components["prompt_cache"] = False
+        engine = run.open_engine(model, **components, **engine_options(flags.model))
+        request = with_duration(request, flags.video.seconds, engine)
+        warn_unused_flags(request, flags.model, engine)
+        request = enhance.enhance_request(engine, request, enhancer, output, resume=resume)
+        run.write_video(engine, request, output, latents_path=latents, as_json=flags.output.json, resume=resume)
 
 
 def print_dry_run(request: Request, engine: Engine, flags: options.GenerateFlags) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from kadr.cli import run
 from kadr.cli.flags import options
-from kadr.cli.output_path import choose_output, next_free_path, refuse_missing_media, refuse_unwritable
+from kadr.cli.output_path import refuse_missing_media, reserve_output
 from kadr.cli.terminal.errors import print_stderr
 from kadr.errors import CheckpointError, MediaError
 from kadr.request.request import Request
@@ -44,11 +44,10 @@ def rerun(
     """
     record = read_video_metadata(file)
     request = _parse_request(record, seed)
-    output = next_free_path(file, resume=resume) if output is None else choose_output(output, resume=resume)
     refuse_missing_media(request)
-    refuse_unwritable(request, output, None)
-    engine = reopen_engine(record, model, device, release=release)
-    run.write_video(engine, request, output, as_json=json, resume=resume, kernels=record.get("kernels"))
+    with reserve_output(request, output, beside=file, resume=resume) as reserved_path:
+        engine = reopen_engine(record, model, device, release=release)
+        run.write_video(engine, request, reserved_path, as_json=json, resume=resume, kernels=record.get("kernels"))
 
 
 def _parse_request(record: Mapping[str, Any], seed: int | None) -> Request:
