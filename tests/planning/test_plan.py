@@ -142,7 +142,8 @@ def test_plan_converts_to_text_and_to_plain_data() -> None:
 
 
 @pytest.mark.parametrize(
-    "seconds, text", [(0.2, "a second"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h")]
+    "seconds, text",
+    [(0.2, "a second"), (119, "119 s"), (150, "2 min"), (7000, "117 min"), (9000, "2.5 h"), (950_000, "11 days")],
 )
 def test_seconds_are_formatted_in_the_usual_unit(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text

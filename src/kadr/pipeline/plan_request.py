@@ -12,7 +12,7 @@ from kadr.planning.calibration.storage import current_calibration
 from kadr.planning.costs.activations import MAX_PROMPT_TOKENS
 from kadr.planning.plan import Plan
 from kadr.planning.planner import Planner
-from kadr.planning.suggest import suggest_smaller
+from kadr.planning.suggest import suggest_smaller, warn_if_long
 from kadr.planning.workload import build_workload
 from kadr.request.resolved_request import ResolvedRequest
 from kadr.spec.model import ModelSpec
@@ -26,11 +26,13 @@ def plan_request(
     stages: Collection[str] = (),
     cached: int = 0,
     loaded: frozenset[str] = frozenset(),
+    warns_if_long: bool = False,
 ) -> Plan:
     """Returns the plan of a request.
 
     Args:
         stages: the stages that will run; () for all.
+        warns_if_long: warn if it will take over an hour, and say what takes less.
         cached, loaded: bytes and names of cached modules; see `planning.planner.Planner`.
 
     Raises:
@@ -50,6 +52,8 @@ def plan_request(
     except PlanError as error:
         suggestion = suggest_smaller(spec, workload, resolved, calibration, cached=cached)
         raise PlanError(f"{error} {suggestion}", shortfall=error.shortfall) from error
+    if warns_if_long:
+        warn_if_long(spec, workload, resolved, calibration, plan)
     components = spec.required_components(has_two_passes=len(resolved.passes) > 1)
     return replace(
         plan,

@@ -91,7 +91,13 @@ class StageAccess:
             encoder = self._model.prompt_encoder(resolved.all_prompts if prompts is None else prompts)
             cache = self._model.module_cache
             plan = plan_request(
-                self.spec, resolved, encoder, stages=stages, cached=cache.private_bytes, loaded=cache.cached_names
+                self.spec,
+                resolved,
+                encoder,
+                stages=stages,
+                cached=cache.private_bytes,
+                loaded=cache.cached_names,
+                warns_if_long=True,
             )
             restore_calibrated_kernels(self.spec)
             notices = Notices(self.spec.notices)

@@ -208,13 +208,14 @@ class Plan:
     def summary(self) -> str:
         """Returns peak, available memory and time in one line."""
         peak, available = format_bytes(self.peak_bytes), format_bytes(self.base_bytes + self.free_bytes)
-        return f"peak {peak} on {self.device}, of {available} available; {self._describe_time()}"
+        uncalibrated = "" if self.is_calibrated else ", uncalibrated: run `kadr plan --calibrate`"
+        return f"peak {peak} on {self.device}, of {available} available; {self.describe_time()}{uncalibrated}"
 
-    def _describe_time(self) -> str:
+    def describe_time(self) -> str:
+        """Returns the time in words; on a machine that was not measured, from least to most."""
         if self.is_calibrated:
             return f"about {format_seconds(self.seconds)}"
-        least, most = map(format_seconds, self.seconds_range)
-        return f"about {least} to {most}, uncalibrated: run `kadr plan --calibrate`"
+        return "about {} to {}".format(*map(format_seconds, self.seconds_range))
 
 
 def _cached_bytes(earlier_stages: Sequence[StagePlan], component: str, cached_components: frozenset[str]) -> int:
@@ -234,7 +235,9 @@ def format_seconds(seconds: float) -> str:
         return "a second"
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def format_bytes(size: int) -> str:

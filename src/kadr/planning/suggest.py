@@ -1,12 +1,15 @@
-"""Suggests settings and a smaller request that fit into memory, for one that does not."""
+"""Suggests smaller requests: one that fits into memory, for one that does not, and one that takes less than an hour."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from kadr.errors import PlanError
+from kadr.errors import KadrWarning, PlanError
+from kadr.models.registry import MODEL_RELEASES, Recipe
 from kadr.planning.calibration.calibration import Calibration
+from kadr.planning.plan import Plan
 from kadr.planning.planner import Planner
 from kadr.planning.workload import WindowWorkload, Workload
 from kadr.quant.weight_formats import INT8
@@ -17,6 +20,7 @@ from kadr.spec.model import ModelSpec
 from kadr.spec.offload import OFFLOAD_AUTO
 from kadr.spec.weights import is_quantized
 
+LONG_SECONDS = 3600  # of a generation: one that takes more says so before it begins
 Fits = Callable[[ModelSpec, Workload], bool]
 
 
@@ -39,6 +43,65 @@ def suggest_smaller(
     if not suggestions:
         return "Nothing smaller fits either: close other programs, or use a machine with more memory."
     return f"These would fit: {'; '.join(suggestions)}."
+
+
+def warn_if_long(
+    spec: ModelSpec, workload: Workload, request: ResolvedRequest, calibration: Calibration, plan: Plan
+) -> None:
+    """Warns of a generation that will take over an hour, with what would take less.
+
+    Args:
+        calibration: see `Planner`.
+        plan: of the workload.
+    """
+    if plan.seconds <= LONG_SECONDS:
+        return
+    ways_out = [way for way in (_shorter_request(spec, workload, request, calibration), _distilled(spec)) if way]
+    advice = "; ".join(ways_out) if ways_out else "nothing much smaller takes less than an hour on this device"
+    warnings.warn(f"this will take {plan.describe_time()}. To shorten it: {advice}.", KadrWarning, stacklevel=4)
+
+
+def _shorter_request(
+    spec: ModelSpec, workload: Workload, request: ResolvedRequest, calibration: Calibration
+) -> str | None:
+    """Returns the flags of the nearest smaller request that takes less than an hour; None if none does."""
+    for size, frames in _shorter_sizes(request, spec.recipe):
+        try:
+            plan = Planner(spec, _shrink(workload, size, frames, request), calibration).plan()
+        except PlanError:
+            continue
+        if plan.seconds <= LONG_SECONDS:
+            return f"--size {size} --frames {frames} would take {plan.describe_time()}"
+    return None
+
+
+def _shorter_sizes(request: ResolvedRequest, recipe: Recipe) -> Iterator[tuple[Size, int]]:
+    """Yields sizes and frame counts that take less time: fewer frames, smaller sizes, and what the model is good at."""
+    size, frames = request.size, request.frames
+    smaller = size
+    counts = [frames * step // 20 for step in range(19, 9, -1)]
+    if request.windows is None:
+        counts = [snap_frames(count) for count in counts if count > 0]
+    counts = [count for count in dict.fromkeys(counts) if 1 < count < frames]
+    yield from ((size, count) for count in counts)
+    for smaller in _smaller_sides(size):
+        yield smaller, frames
+        yield from ((smaller, count) for count in counts[-1:])
+    while min(smaller.width, smaller.height) >= 2 * max(recipe.size.width, recipe.size.height):
+        smaller = Size(smaller.width // 2, smaller.height // 2).snap()
+        yield from ((smaller, count) for count in (frames, *counts[-1:]))
+    if recipe.size.width <= size.width and recipe.size.height <= size.height and recipe.frames <= frames:
+        yield recipe.size, recipe.frames
+
+
+def _distilled(spec: ModelSpec) -> str | None:
+    """Returns the model that was distilled from one like this to run in few steps; None if there is none."""
+    release = spec.release
+    if release is None or release.is_distilled:
+        return None
+    family = (release.repo, release.num_layers)
+    names = [other.name for other in MODEL_RELEASES if other.is_distilled and (other.repo, other.num_layers) == family]
+    return f"--model {names[-1].removesuffix('-fp8')} takes fewer steps" if names else None
 
 
 def _fits(planner: Planner) -> bool:
@@ -86,11 +149,17 @@ def _shorter_window(spec: ModelSpec, workload: Workload, request: ResolvedReques
 def _smaller_request(spec: ModelSpec, workload: Workload, request: ResolvedRequest, fits: Fits) -> str | None:
     """Returns the flags of the nearest request that fits: fewer frames at this size, or else a smaller size."""
     for size, frames in _smaller_sizes(request):
-        passes = tuple(_resize_pass(resolved_pass, size, frames, request) for resolved_pass in workload.passes)
-        windows = tuple(_resize_window(window, size, request) for window in workload.windows)
-        if fits(spec, replace(workload, passes=passes, windows=windows)):
+        if fits(spec, _shrink(workload, size, frames, request)):
             return f"--size {size} --frames {frames}"
     return None
+
+
+def _shrink(workload: Workload, size: Size, frames: int, request: ResolvedRequest) -> Workload:
+    """Returns the workload of a smaller request; of a long video, with the windows that so many frames need."""
+    passes = tuple(_resize_pass(resolved_pass, size, frames, request) for resolved_pass in workload.passes)
+    num_windows = len(request.windows.spans(frames)) if request.windows is not None else 0
+    windows = tuple(_resize_window(window, size, request) for window in workload.windows[:num_windows])
+    return replace(workload, passes=passes, windows=windows)
 
 
 def _smaller_sizes(request: ResolvedRequest) -> Iterator[tuple[Size, int]]:
@@ -99,16 +168,17 @@ def _smaller_sizes(request: ResolvedRequest) -> Iterator[tuple[Size, int]]:
     if request.windows is None:
         for count in range(snap_frames(frames) - TEMPORAL_COMPRESSION, frames // 2, -TEMPORAL_COMPRESSION):
             yield size, count
-    for step in range(19, 4, -1):
-        smaller = Size(
-            *(
-                max(SPATIAL_COMPRESSION, side * step // 20 // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION)
-                for side in (size.width, size.height)
-            )
-        )
+    for smaller in _smaller_sides(size):
         # The number of windows of a long video costs no memory.
         for count in (frames, snap_frames(max(1, frames // 2)), 1) if request.windows is None else (frames,):
             yield smaller, count
+
+
+def _smaller_sides(size: Size) -> Iterator[Size]:
+    """Yields sizes of about the same aspect, from 95 % to 25 % of the sides."""
+    for step in range(19, 4, -1):
+        sides = (side * step // 20 // SPATIAL_COMPRESSION * SPATIAL_COMPRESSION for side in (size.width, size.height))
+        yield Size(*(max(SPATIAL_COMPRESSION, side) for side in sides))
 
 
 def _resize_window(window: WindowWorkload, size: Size, request: ResolvedRequest) -> WindowWorkload:
