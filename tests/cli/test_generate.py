@@ -300,7 +300,10 @@ def test_path_goes_to_stdout_and_messages_to_stderr(kadr: Run, engine: FakeEngin
     assert messages == ["denoising: 2 of 2", "9 frames of 64x64 at 24 per second, made in 0:02"]
 
 
-def test_demo_is_announced_only_where_no_model_is_named(kadr: Run, engine: FakeEngine) -> None:
+def test_demo_is_announced_only_where_no_model_is_named(
+    kadr: Run, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KADR_CACHE", str(tmp_path / "cache"))  # where no notice was printed today
     assert "kadr models" in kadr("generate", PROMPT).err.splitlines()[0]
     assert "kadr models" not in kadr("generate", PROMPT, "--model", "demo").err
 

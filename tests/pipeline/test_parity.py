@@ -104,6 +104,8 @@ CASES = {
     "text, no negative prompt, whitespace around the prompt": make_case(
         "0.9.5", prompt="  birds fly \n", negative_prompt=""
     ),
+    "text, an empty prompt": make_case("0.9.5", prompt="", steps=2),
+    "text, an empty prompt without guidance": make_case("0.9.5", prompt=" \n", steps=2, guidance=1.0),
     "text, the last two sigmas skipped": make_case("0.9.5", steps=6, skip_final=2),
     "text, the last sigma of SD3 skipped": make_case("0.9", steps=4, skip_final=1),
     "text, stochastic": make_case("0.9.5", guidance=1.0, sampler="euler_stochastic"),

@@ -217,8 +217,8 @@ def test_bad_validation_prompts_and_outputs_are_refused_at_the_start(
 ) -> None:
     monkeypatch.setattr(lora_training, "read_dataset", lambda *args, **kwargs: pytest.fail("the folder was read"))
     output = tmp_path / "lora.safetensors"
-    with pytest.raises(RequestError, match="the prompt is empty"):
-        training(engine, folder, output, validation_prompts=("a red circle", "")).run()
+    with pytest.raises(RequestError, match="the prompt is 5"):
+        training(engine, folder, output, validation_prompts=("a red circle", 5)).run()
     with pytest.raises(KadrError, match="63x31"):
         training(engine, folder, output, validation_prompts=("a red circle",), size=Size(63, 31)).run()
     (tmp_path / "folder.safetensors").mkdir()

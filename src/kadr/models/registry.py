@@ -6,6 +6,7 @@ models of 0.9.7 and 0.9.8 have the same recipes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -77,12 +78,16 @@ class Release:
         upscaler: name of the release of the spatial upscaler that the second pass needs.
         vae: name of the release with the VAE, if this one has none.
         recipe: defaults of a model.
+        description: says in a sentence what it is.
+        words: kind of words -> all words, or phrases, of that kind that the model was trained with; {} for a model that
+            was trained with the whole language.
     """
 
     name: str
     version: str
     file: str
     licence: str
+    description: str
     kind: str = "model"
     repo: str | None = LTX_VIDEO_REPO
     size_bytes: int | None = None
@@ -92,6 +97,12 @@ class Release:
     upscaler: str | None = None
     vae: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+
+    @property
+    def known_words(self) -> frozenset[str]:
+        """Single words that the model was trained with; empty for a model that was trained with the whole language."""
+        return frozenset(word for phrases in self.words.values() for phrase in phrases for word in phrase.split())
 
     @property
     def file_stem(self) -> str:
@@ -152,6 +163,23 @@ _13B_DEV = Recipe(
         ),
     ),
 )
+# All words of the captions that the demo was trained with: `train.scenes` draws and captions them.
+_DEMO_WORDS = {
+    "colours": ("red", "green", "blue", "yellow", "white", "orange", "purple", "cyan"),
+    "shapes": ("circle", "square", "triangle", "ring"),
+    "backgrounds": ("black", "gray", "navy", "brown"),
+    "motions": (
+        *("moving left", "moving right", "moving up", "moving down", "moving to the left", "moving to the right"),
+        *("moving upward", "moving downward", "sliding left", "sliding right", "rising", "falling", "growing"),
+        *("getting bigger", "expanding", "shrinking", "getting smaller", "standing still", "staying in place"),
+        *("not moving", "moves", "slides", "rises", "falls", "grows", "gets", "expands", "shrinks", "stands", "stays"),
+        "does not move",
+    ),
+    "sizes": ("small", "medium", "large"),
+    "speeds": ("slowly", "quickly"),
+    "other words": ("a", "an", "the", "is", "and", "on", "with", "background"),
+}
+_DEMO_SCENES = "one coloured shape that moves, grows, shrinks or stands still on a plain background, and nothing else"
 DEMO_SIGMAS = (1.0, 0.92, 0.82, 0.68, 0.5, 0.28)
 _DEMO_DEFAULTS: dict[str, Any] = {"negative_prompt": "", "fps": 24.0, "frames": 25, "downscale_factor": 0.5}
 _DEMO = Recipe(
@@ -169,11 +197,20 @@ _DEMO_DISTILLED = Recipe(
 )
 
 
+def _describe_model(name: str, version: str) -> str:
+    """Describes a released model by what its name says."""
+    parameters = "13 billion" if "13b" in name else "2 billion"
+    kind = "distilled to few steps without guidance" if "distilled" in version else "trained to be guided"
+    weights = ", with the matrices of the blocks in 8 bits" if name.endswith("-fp8") else ""
+    return f"LTX-Video {version.partition('-')[0]} with {parameters} parameters, {kind}{weights}"
+
+
 def _model_release(name: str, version: str, file: str, size: int, num_layers: int, **overrides: Any) -> Release:
     fields: dict[str, Any] = {
         "vae_family": "0.9.5",
         "text_encoder": DEFAULT_TEXT_ENCODER,
         "licence": _OPEN_WEIGHTS,
+        "description": _describe_model(name, version),
         **overrides,
     }
     return Release(
@@ -193,22 +230,33 @@ def _multi_scale_release(size: str, version: str, recipe: Recipe, fp8: str) -> R
     return _model_release(name, version, name, _FILE_BYTES[size + fp8], num_layers, upscaler=upscaler, recipe=recipe)
 
 
+_DOUBLED = {"spatial": "width and height", "temporal": "frame rate"}
+
+
 def _upscaler_release(kind: str, version: str, size: int) -> Release:
     return Release(
         name=f"ltxv-{kind}-upscaler-{version}",
         version=version,
         kind=f"{kind} upscaler",
+        description=f"doubles the {_DOUBLED[kind]} of latents, between two passes of a 2B or 13B model",
         file=f"ltxv-{kind}-upscaler-{version}.safetensors",
         licence=_OPEN_WEIGHTS,
         size_bytes=size,
     )
 
 
-def _lora_release(name: str, version: str, repo: str, file: str, size: int) -> Release:
+def _lora_release(name: str, version: str, repo: str, file: str, size: int, description: str) -> Release:
     base_licence = f"{_OPEN_WEIGHTS.partition(',')[0]}, as of the model it is for; see the repository"
     licence = _OPEN_WEIGHTS if repo == LTX_VIDEO_REPO else base_licence
     return Release(
-        name=name, version=version, kind=LORA, repo=repo, file=f"{file}.safetensors", licence=licence, size_bytes=size
+        name=name,
+        version=version,
+        kind=LORA,
+        repo=repo,
+        file=f"{file}.safetensors",
+        licence=licence,
+        size_bytes=size,
+        description=description,
     )
 
 
@@ -229,6 +277,8 @@ RELEASES: tuple[Release, ...] = (
         licence="Apache-2.0",
         upscaler="demo-upscaler",
         recipe=_DEMO,
+        description=f"a small model that comes with kadr and draws {_DEMO_SCENES}",
+        words=_DEMO_WORDS,
     ),
     Release(
         name="demo-distilled",
@@ -239,6 +289,8 @@ RELEASES: tuple[Release, ...] = (
         upscaler="demo-upscaler",
         vae="demo",
         recipe=_DEMO_DISTILLED,
+        description="the demo, distilled to few steps without guidance, in two passes",
+        words=_DEMO_WORDS,
     ),
     _model_release(
         "ltxv-2b-0.9",
@@ -287,6 +339,7 @@ RELEASES: tuple[Release, ...] = (
         name="demo-upscaler",
         version="demo",
         kind="spatial upscaler",
+        description="doubles width and height of the demo's latents, between two passes",
         repo=None,
         file="assets/demo/demo-upscaler.safetensors",
         licence="Apache-2.0",
@@ -299,13 +352,22 @@ RELEASES: tuple[Release, ...] = (
             repo=None,
             file=f"assets/demo/demo-{lora}.safetensors",
             licence="Apache-2.0",
+            description=description,
         )
-        for lora in ("lora-teal", "ic-lora-canny")
+        for lora, description in (
+            ("lora-teal", "LoRA of the demo that draws red as teal, a colour that the demo does not know"),
+            ("ic-lora-canny", "in-context LoRA of the demo that follows the edges of a control clip"),
+        )
     ),
     *(_upscaler_release("spatial", version, 505_000_000) for version in ("0.9.7", "0.9.8")),
     *(_upscaler_release("temporal", version, 524_000_000) for version in ("0.9.7", "0.9.8")),
     _lora_release(
-        "ltxv-13b-0.9.7-distilled-lora", "0.9.7", LTX_VIDEO_REPO, "ltxv-13b-0.9.7-distilled-lora128", 1_325_000_000
+        "ltxv-13b-0.9.7-distilled-lora",
+        "0.9.7",
+        LTX_VIDEO_REPO,
+        "ltxv-13b-0.9.7-distilled-lora128",
+        1_325_000_000,
+        "LoRA that makes a 13B dev model run in few steps without guidance, as its distilled one does",
     ),
     *(
         _lora_release(
@@ -314,6 +376,7 @@ RELEASES: tuple[Release, ...] = (
             f"Lightricks/LTX-Video-ICLoRA-{control}-13b-{version}",
             file,
             size_bytes,
+            f"in-context LoRA of the 13B models for the {control} of a control clip",
         )
         for (control, version), (file, size_bytes) in _IC_LORAS.items()
     ),
@@ -321,6 +384,7 @@ RELEASES: tuple[Release, ...] = (
         name=DEFAULT_TEXT_ENCODER,
         version="1.1",
         kind="text encoder",
+        description="T5 v1.1 XXL, the text encoder of all released models, with its tokenizer",
         repo=TEXT_ENCODER_REPO,
         file="text_encoder/*",
         size_bytes=19_060_000_000,
@@ -330,6 +394,7 @@ RELEASES: tuple[Release, ...] = (
         name=TEXT_ENCODER_GGUF,
         version="1.1",
         kind="text encoder",
+        description="T5 v1.1 XXL in 8 bits, with its tokenizer, in one GGUF file",
         repo="city96/t5-v1_1-xxl-encoder-gguf",
         file="t5-v1_1-xxl-encoder-Q8_0.gguf",
         size_bytes=5_061_000_000,

@@ -22,6 +22,7 @@ from kadr.pipeline.plan_request import plan_request
 from kadr.pipeline.progress import STAGES, Watch, ignore_progress
 from kadr.pipeline.stages.encode import EncodedInputs
 from kadr.request.passes import check_first_sigma
+from kadr.request.prompt_words import warn_of_prompts
 from kadr.request.request import Request
 from kadr.request.resolve import resolve
 from kadr.request.resolved_controls import warn_control_lora_mismatch
@@ -103,6 +104,8 @@ class StageAccess:
             notices = Notices(self.spec.notices)
             modules = Modules(self._model.loader, self._model.module_cache, plan, notices, transformer)
             generation = Generation(resolved, modules, encoder, watch, token)
+            if prompts is None and (not stages or "text" in stages):
+                warn_of_prompts(resolved, self.spec)
             if transformer is None and (not stages or "denoise" in stages):
                 self._warn_unused_controls(resolved)
             try:

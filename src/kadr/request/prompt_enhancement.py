@@ -46,7 +46,8 @@ def enhance_prompt(request: Request, enhancer: Enhancer) -> Request:
         warnings.warn(f"{error} The prompt is used as it was written.", KadrWarning, stacklevel=2)
         return request
     prompt = f" {PROMPT_SEPARATOR} ".join(enhanced_scenes)
-    return replace(request, prompt=prompt, original_prompt=request.original_prompt or request.prompt)
+    original = request.prompt if request.original_prompt is None else request.original_prompt
+    return replace(request, prompt=prompt, original_prompt=original)
 
 
 def condition_images(request: Request) -> tuple[ChatImage, ...]:

@@ -39,8 +39,8 @@ class Request:
     """Request for one video. A field that is None is taken from the model's recipe.
 
     Args:
-        prompt: what to show. With windows, one prompt for each, separated by |; the last one covers all
-            remaining windows.
+        prompt: what to show. An empty one is a lone end of sequence, as in the official package. With windows, one
+            prompt for each, separated by |; the last one covers all remaining windows.
         size: width and height in pixels, a `Size` or a pair. Rounded up to multiples of 32 for sampling, then cropped.
         frames: number of frames; rounded up to 8k+1 for sampling, then trimmed.
         fps: frames per second. The temporal positions of the tokens are in seconds, so it changes the speed of motion.
@@ -108,11 +108,9 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str):
             raise RequestError(f"the prompt is {self.prompt!r}; it must be text: say what to show.")
-        if not self.prompt.strip():
-            raise RequestError("the prompt is empty; say what to show, in quotes.")
         if not isinstance(self.negative_prompt, str | None):
             raise RequestError(f"the negative prompt is {self.negative_prompt!r}; it must be text.")
-        if self.original_prompt is not None and (not isinstance(self.original_prompt, str) or not self.original_prompt):
+        if not isinstance(self.original_prompt, str | None):
             raise RequestError(f"original_prompt is {self.original_prompt!r}; it must be text, or None.")
         if not isinstance(self.size, Size | None):
             object.__setattr__(self, "size", _parse_size(self.size))

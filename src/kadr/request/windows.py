@@ -170,11 +170,11 @@ def split_prompts(prompt: str) -> tuple[str, ...]:
     """Splits a prompt into the prompts of windows.
 
     Raises:
-        RequestError: one is empty.
+        RequestError: one of several is empty.
     """
     prompts = tuple(part.strip() for part in prompt.split(PROMPT_SEPARATOR))
     for number, window_prompt in enumerate(prompts, 1):
-        if not window_prompt:
+        if not window_prompt and len(prompts) > 1:
             raise RequestError(
                 f"prompt {number} of {len(prompts)} is empty; write what each window shows, separated by "
                 f'{PROMPT_SEPARATOR}: "a fox runs {PROMPT_SEPARATOR} the fox sleeps".'

@@ -17,7 +17,8 @@ from kadr.cli.flags.request import (
     with_duration,
 )
 from kadr.cli.output_path import refuse_missing_media, reserve_output
-from kadr.cli.terminal.errors import print_stderr, print_stdout
+from kadr.cli.terminal.daily_notice import print_daily
+from kadr.cli.terminal.errors import print_stdout
 from kadr.request.request import Request
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 DEMO_NOTICE = (
     "No --model is named, so the bundled demo draws this: one coloured shape that moves, grows or stands still on a "
-    "plain background, and nothing else. Real models: kadr models"
+    "plain background, and nothing else. Its words: kadr models info demo. Real models: kadr models"
 )
 GENERATE_EPILOG = (
     "The model's recipe fills in what you leave out. The official script's flags work too: --num_frames, "
@@ -55,7 +56,7 @@ def generate(prompt: options.Prompt, flags: options.GenerateFlags) -> None:
     latents, resume = flags.output.save_latents, flags.output.resume
     with reserve_output(request, flags.output.output, latents_path=latents, resume=resume) as output:
         if is_demo:
-            print_stderr(DEMO_NOTICE)
+            print_daily("demo", DEMO_NOTICE)
         if flags.model.no_prompt_cache:
             components["prompt_cache"] = False
         engine = run.open_engine(model, **components, **engine_options(flags.model))

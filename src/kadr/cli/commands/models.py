@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from kadr.cli.commands import pull, verify
+from kadr.cli.commands import model_info, pull, verify
 from kadr.cli.flags import options
 from kadr.cli.terminal.errors import handle_errors, print_stderr, print_stdout
 from kadr.cli.terminal.table import format_columns, format_si
@@ -16,8 +16,9 @@ from kadr.models.registry import RELEASES, Release
 from kadr.spec.locate import find_release_on_disk
 
 MODELS_EPILOG = (
-    "`kadr models pull NAME` fetches a model with all it needs, `kadr models verify NAME` compares it with the hub's "
-    "checksums. `kadr generate --model NAME` also fetches what is not on disk."
+    "`kadr models info NAME` tells what is known of one, `kadr models pull NAME` fetches a model with all it needs, "
+    "`kadr models verify NAME` compares it with the hub's checksums. `kadr generate --model NAME` also fetches what is "
+    "not on disk."
 )
 
 
@@ -53,6 +54,7 @@ def _entry(release: Release, path: Path | None) -> dict[str, Any]:
         "bytes": verify.bytes_on_disk(release, path) if path else release.size_bytes,
         "on_disk": str(path) if path else None,
         "licence": release.licence,
+        "description": release.description,
         "repo": release.repo,
         "file": release.file,
     }
@@ -69,5 +71,6 @@ def _row(release: Release, entry: dict[str, Any]) -> tuple[str, ...]:
 app = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 app.callback(epilog=MODELS_EPILOG)(handle_errors()(models))
 app.command("list")(handle_errors()(list_models))
+app.command("info")(handle_errors()(model_info.info))
 app.command("pull", epilog=pull.PULL_EPILOG)(handle_errors()(pull.pull))
 app.command("verify", epilog=verify.VERIFY_EPILOG)(handle_errors()(verify.verify))

@@ -1,0 +1,99 @@
+"""Prompts that the model cannot know: words outside a small vocabulary, and no words at all."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from kadr.errors import KadrWarning, RequestError
+from kadr.models.registry import find_release
+from kadr.pipeline.engine import Engine
+from kadr.request.prompt_words import unknown_words
+from kadr.request.request import Request
+from kadr.request.windows import Windows, split_prompts
+from train import scenes
+
+DEMO = find_release("demo")
+KNOWN = "a red circle moving right on a black background"
+
+
+def prompt_warnings(engine: Engine, request: Request) -> list[str]:
+    """Starts a generation, without a stage, and returns what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with engine.start(request):
+            pass
+    return [str(warning.message) for warning in caught if issubclass(warning.category, KadrWarning)]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.open("demo", device="cpu", prompt_cache=False)
+
+
+def test_the_demos_words_are_those_of_its_training_captions() -> None:
+    captions = list(scenes.vocabulary_corpus(rounds=2))
+    assert DEMO.known_words == {word.strip(".,;").lower() for caption in captions for word in caption.split()}
+    assert all(unknown_words(caption, DEMO) == [] for caption in captions)
+    kinds = {"colours": scenes.COLOURS, "shapes": scenes.SHAPES, "backgrounds": scenes.BACKGROUNDS}
+    assert {kind: DEMO.words[kind] for kind in kinds} == {kind: tuple(words) for kind, words in kinds.items()}
+    assert DEMO.words["sizes"] == tuple(scenes.SIZES)
+    assert DEMO.words["speeds"] == tuple(filter(None, scenes.SPEEDS))
+    participles = [phrase for phrases in scenes.MOTION_PARTICIPLES.values() for phrase in phrases]
+    assert {word for phrase in participles for word in phrase.split()} <= {
+        word for phrase in DEMO.words["motions"] for word in phrase.split()
+    }
+    assert find_release("demo-distilled").words == DEMO.words
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        (KNOWN, []),
+        ("Small, white ring; growing.", []),
+        ("a grey fox", ["grey", "fox"]),
+        ("a RED circle", ["RED"]),  # the demo's captions have capitals at the start only
+        ("3 circles", ["3", "circles"]),
+        ("лиса", ["лиса"]),
+        ("", []),
+    ],
+)
+def test_words_outside_the_captions_are_found(prompt: str, expected: list[str]) -> None:
+    assert unknown_words(prompt, DEMO) == expected
+
+
+def test_unknown_words_get_one_warning_that_names_them(engine: Engine) -> None:
+    (text,) = prompt_warnings(engine, Request("a fox on a grey background", size=(64, 64), frames=9))
+    assert text == (
+        "demo was not trained with 'fox', 'grey', so the video need not show it; its words: `kadr models info demo`"
+    )
+    assert prompt_warnings(engine, Request(KNOWN, size=(64, 64), frames=9)) == []
+    (text,) = prompt_warnings(engine, Request(f"{KNOWN} | {KNOWN} fox", frames=41, windows=Windows(frames=25)))
+    assert "'fox'" in text
+
+
+def test_a_long_list_of_unknown_words_is_cut(engine: Engine) -> None:
+    prompt = " ".join(f"word{number}" for number in range(50)) + " " + "x" * 10_000 + "\x1b[31m"
+    text = next(text for text in prompt_warnings(engine, Request(prompt)) if "not trained with" in text)
+    assert "'word7' and 44 more" in text
+    (text,) = prompt_warnings(engine, Request("x" * 1000))[-1:]
+    assert len(text) < 500
+
+
+def test_a_lora_may_know_words_of_its_own() -> None:
+    engine = Engine.open("demo", loras=["demo-lora-teal"], device="cpu", prompt_cache=False)
+    assert prompt_warnings(engine, Request("a teal circle", size=(64, 64), frames=9)) == []
+
+
+@pytest.mark.parametrize("windows", [None, Windows(frames=25)])
+def test_an_empty_prompt_is_warned_of(engine: Engine, windows: Windows | None) -> None:
+    request = Request("", size=(64, 64), frames=41 if windows else 9, windows=windows)
+    assert Request.from_json(request.to_json()) == request
+    assert prompt_warnings(engine, request) == ["the prompt is empty: the model decides what to show."]
+
+
+def test_one_of_several_prompts_may_not_be_empty() -> None:
+    assert split_prompts(" ") == ("",)
+    with pytest.raises(RequestError, match="prompt 2 of 3 is empty"):
+        split_prompts("a | | b")
