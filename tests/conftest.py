@@ -68,9 +68,11 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Points the cache to a temporary folder, away from the user's own."""
+    """Points the cache and the config file to temporary folders, away from the user's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KADR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        patch.delenv("KADR_MODELS", raising=False)
         yield
 
 

@@ -1,4 +1,4 @@
-"""The folder of kadr's caches on disk."""
+"""The folders of kadr's caches and of its config file on disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,27 @@ def cache_home() -> Path:
     """
     if kadr_cache := os.environ.get("KADR_CACHE"):
         return Path(kadr_cache).expanduser()
-    xdg_cache = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(xdg_cache):  # the standard says to ignore relative ones
-        return Path(xdg_cache) / "kadr"
+    if (xdg_home := _absolute_from_environment("XDG_CACHE_HOME")) is not None:
+        return xdg_home / "kadr"
     if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local) / "kadr" / "cache"
     return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "kadr"
+
+
+def config_home() -> Path:
+    """Returns the folder of kadr's config file, in the system's place for settings.
+
+    Raises:
+        RuntimeError: this user has no home directory.
+    """
+    if (xdg_home := _absolute_from_environment("XDG_CONFIG_HOME")) is not None:
+        return xdg_home / "kadr"
+    if sys.platform == "win32" and (roaming := os.environ.get("APPDATA")):
+        return Path(roaming) / "kadr"
+    return Path.home() / ("Library/Application Support" if sys.platform == "darwin" else ".config") / "kadr"
+
+
+def _absolute_from_environment(variable: str) -> Path | None:
+    """Returns an absolute path of the environment; the XDG standard says to ignore relative ones."""
+    text = os.environ.get(variable, "")
+    return Path(text) if os.path.isabs(text) else None

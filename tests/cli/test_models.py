@@ -20,6 +20,7 @@ from kadr.models.registry import (
     TOKENIZER,
     find_release,
 )
+from tests import tiny_models
 from tests.cli.conftest import CommandResult
 from tests.fakehub import FakeHub, digest, serve_fake_hub
 
@@ -306,3 +307,37 @@ def test_help_of_models_names_every_verb(kadr: Run) -> None:
     assert result.code == 0
     assert all(verb in result.out for verb in ("list", "pull", "verify"))
     assert kadr("models", "pull").code == 2
+
+
+def test_list_shows_models_in_folders_and_goes_on_after_broken_ones(kadr: Run, tmp_path: Path) -> None:
+    tiny_models.write_model(tmp_path / "checkpoints" / "sub")
+    broken = tmp_path / "loras" / "a\x1b[31m.safetensors"
+    broken.parent.mkdir()
+    broken.write_bytes(b"")
+    (tmp_path / "loras" / "b.safetensors").write_bytes(b"no header")
+    for args in (["models"], ["models", "list"]):
+        result = kadr(*args, "--models-dir", tmp_path)
+        assert result.code == 0, result.err
+        assert "\x1b" not in result.out
+        rows = result.out.split("\n\n")[1].splitlines()
+        assert [row.split()[:2] for row in rows[1:]] == [
+            ["sub/model.safetensors", "checkpoints"],
+            ["sub/text_encoder", "checkpoints"],
+            ["'a\\x1b[31m.safetensors'", "loras"],
+            ["b.safetensors", "loras"],
+        ]
+        assert "is not a safetensors file" in rows[-1]
+    entries = json.loads(kadr("models", "--models-dir", tmp_path, "--json").out)[len(RELEASES) :]
+    assert [(entry["name"], entry["dtype"], bool(entry["problem"])) for entry in entries] == [
+        ("sub/model.safetensors", "float32", False),
+        ("sub/text_encoder", None, True),  # it belongs into a folder of encoders
+        ("a\x1b[31m.safetensors", None, True),
+        ("b.safetensors", None, True),
+    ]
+
+
+def test_configured_folder_that_is_gone_is_a_warning(kadr: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KADR_MODELS", "/nowhere")
+    result = kadr("models")
+    assert result.code == 0
+    assert "warning: /nowhere is configured as a folder of models, and has none in it now" in result.err

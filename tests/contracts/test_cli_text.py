@@ -16,7 +16,7 @@ from kadr.cli.flags.official import (
 from kadr.cli.main import app
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
-_MODEL = """--model --release --config --upscaler --second-model --text-encoder --vae --lora --lora-partial
+_MODEL = """--model --release --config --upscaler --second-model --text-encoder --vae --models-dir --lora --lora-partial
     --merge-loras --device --dtype --no-prompt-cache --quant --compile --offload"""
 _REST = """--image --video --control --input-video --denoise-strength --image-noise --image-crf --steps --sigmas
     --skip-initial --skip-final --sampler --cache --cache-threshold --cache-interval --guidance --guidance-sigmas
@@ -39,7 +39,7 @@ VERBS = {
     "quantize": "IN OUT --type --release --force",
     "bench": """--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder
         --json""",
-    "models": "--json",
+    "models": "--models-dir --json",
 }
 OFFICIAL = """--num_frames --frame_rate --num_inference_steps --guidance_scale --negative_prompt --output_path
     --image_cond_noise_scale --skip_initial_inference_steps --skip_final_inference_steps --decode_timestep

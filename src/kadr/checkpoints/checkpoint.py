@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from kadr.checkpoints.detect.diffusers_folder import open_diffusers_folder
 from kadr.checkpoints.detect.single_file import CheckpointInfo, detect_single_file
 from kadr.checkpoints.detect.split import TEXT_ENCODER_COMPONENT, split_components
 from kadr.checkpoints.detect.upscaler import MODEL_KIND
+from kadr.checkpoints.gguf.origins import TEXT_ENCODER_FIELD, VAE_FIELD, ComponentOrigin
 from kadr.checkpoints.load import load_transformer, load_upscaler, load_vae
 from kadr.checkpoints.source import Source
 from kadr.errors import CheckpointError
@@ -52,6 +53,7 @@ class CheckpointDescription:
         release_candidates: names of those releases.
         sampler: None for an upscaler, which has no schedule.
         missing_components: components that a generation needs and this checkpoint lacks; empty for an upscaler.
+        origins: missing component -> the release or path that the file takes it from, where it remembers one.
     """
 
     path: str
@@ -64,6 +66,7 @@ class CheckpointDescription:
     sampler: str | None
     components: tuple[ComponentDescription, ...]
     missing_components: tuple[str, ...]
+    origins: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,15 @@ class Checkpoint:
                 describe_component(name, self.sources[name], component_sizes) for name, component_sizes in sizes.items()
             ),
             missing_components=tuple(missing) if is_model else (),
+            origins=self._remembered_origins(missing),
         )
+
+    def _remembered_origins(self, missing: Collection[str]) -> dict[str, str]:
+        """Returns missing component -> its name or path, for those that the file remembers."""
+        metadata = self.sources["transformer"].metadata if "transformer" in self.sources else {}
+        fields = {"vae": VAE_FIELD, "text encoder": TEXT_ENCODER_FIELD}
+        found = {name: ComponentOrigin.from_metadata(metadata, fields[name]) for name in missing if name in fields}
+        return {name: origin.name or origin.path or "" for name, origin in found.items() if origin is not None}
 
     @property
     def _is_diffusers(self) -> bool:

@@ -422,8 +422,7 @@ def find_release(name: str) -> Release:
     """
     if (release := RELEASES_BY_NAME.get(name)) is not None:
         return release
-    same_prefix = [known for known in RELEASES_BY_NAME if name and known.startswith(name)]
-    similar = list(dict.fromkeys([*same_prefix, *get_close_matches(name.lower(), RELEASES_BY_NAME, n=3)]))[:3]
+    similar = similar_names(name)
     advice = f"Did you mean {', '.join(similar)}?" if similar else f"Known are {', '.join(RELEASES_BY_NAME)}."
     raise RequestError(f"there is no model named {name!r}. {advice} To open a file, pass its path.")
 
@@ -439,6 +438,12 @@ def find_model_release(name: str) -> Release:
         names = ", ".join(model.name for model in MODEL_RELEASES)
         raise RequestError(f"release is {name!r}; it must be the name of a released model: one of {names}.")
     return release
+
+
+def similar_names(name: str) -> list[str]:
+    """Returns up to three names of releases that a misspelt one may have meant."""
+    same_prefix = [known for known in RELEASES_BY_NAME if name and known.startswith(name)]
+    return list(dict.fromkeys([*same_prefix, *get_close_matches(name.lower(), RELEASES_BY_NAME, n=3)]))[:3]
 
 
 def required_releases(release: Release) -> tuple[Release, ...]:

@@ -50,6 +50,7 @@ class Engine(StageAccess):
         upscaler: str | Path | Sequence[str | Path] = (),
         second_model: str | Path | None = None,
         recipe: Recipe | None = None,
+        models_dirs: Sequence[str | Path] = (),
         loras: Sequence[Any] = (),
         lora_partial: bool = False,
         merge_loras: bool = False,
@@ -67,12 +68,15 @@ class Engine(StageAccess):
             release: the registry name of the release that a file or folder is, or was trained from, where neither its
                 header nor its tensors nor its name tell; its recipe is used.
             text_encoder: a folder with a T5 encoder and its tokenizer, a .safetensors or a .gguf of the encoder, or a
-                registry name; by default the one in the model's file or beside it, else the one of the registry.
-            vae: a checkpoint whose VAE replaces the model's own.
+                registry name, also of a model, for its encoder; by default the one in the model's file, or that a GGUF
+                file remembers, or beside the model, else the one of the registry.
+            vae: a checkpoint whose VAE replaces the model's own, or the one that a GGUF file remembers.
             upscaler: names or paths of latent upscalers for requests with two passes, at most one spatial and one
                 temporal; by default the one released for the model.
             second_model: a model whose transformer and recipe the second pass uses.
             recipe: defaults for what requests leave out, instead of the model's own.
+            models_dirs: folders arranged as ComfyUI's `models`, or its extra_model_paths.yaml. A name that is neither a
+                path nor a release is looked up in them, then in those of $KADR_MODELS and of kadr's config file.
             loras: `Lora`s, paths, or tuples (path, strength) or (path, strength, strength in the second pass). They
                 are applied as separate matmuls over weights in any format, and a request may set their strengths.
             lora_partial: ignore a LoRA's weights for layers that the transformer lacks, with a warning, instead of
@@ -102,6 +106,7 @@ class Engine(StageAccess):
             upscaler=upscaler,
             second_model=second_model,
             recipe=recipe,
+            models_dirs=models_dirs,
             loras=loras,
             lora_partial=lora_partial,
             merge_loras=merge_loras,

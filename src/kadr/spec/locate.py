@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kadr.checkpoints import hub
-from kadr.errors import CheckpointError, RequestError
+from kadr.errors import CheckpointError, KadrWarning, RequestError
 from kadr.models import registry
 from kadr.models.registry import Release
+from kadr.spec.model_folders import (
+    CHECKPOINT_SUFFIXES,
+    LORA_KINDS,
+    MODEL_KINDS,
+    NO_FOLDERS,
+    TEXT_ENCODER_KINDS,
+    UPSCALER_KINDS,
+    VAE_KINDS,
+    ModelFolders,
+    is_name,
+)
 
 PACKAGE_ROOT = Path(__file__).parents[1]
-CHECKPOINT_SUFFIXES = {".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin"}
 MODEL, SECOND_MODEL, VAE, UPSCALER_ROLE, TEXT_ENCODER_ROLE = "model", "second model", "VAE", "upscaler", "text encoder"
 TOKENIZER_ROLE = "tokenizer"
 _KINDS = {
@@ -21,6 +34,15 @@ _KINDS = {
     UPSCALER_ROLE: ("spatial upscaler", "temporal upscaler"),
     TEXT_ENCODER_ROLE: ("text encoder",),
     registry.LORA: (registry.LORA,),
+}
+# Role -> kinds of the folders of models that are searched for it, in this order.
+KINDS_BY_ROLE: Mapping[str, tuple[str, ...]] = {
+    MODEL: MODEL_KINDS,
+    SECOND_MODEL: MODEL_KINDS,
+    VAE: VAE_KINDS,
+    UPSCALER_ROLE: UPSCALER_KINDS,
+    TEXT_ENCODER_ROLE: TEXT_ENCODER_KINDS,
+    registry.LORA: LORA_KINDS,
 }
 _FLAGS = {
     "spatial upscaler": "--upscaler",
@@ -68,22 +90,66 @@ class ModelComponent:
         return None if self.release is None else self.release.size_bytes
 
 
-def locate(name_or_path: str | Path, role: str) -> ModelComponent:
+def locate(name_or_path: str | Path, role: str, folders: ModelFolders = NO_FOLDERS) -> ModelComponent:
     """Finds a component by name or path; a released one need not be on disk.
+
+    An existing path comes first, then a release, then the folders of models: a release means the same weights on every
+    machine, whatever its folders have.
+
+    Args:
+        role: as in `ModelComponent`.
+        folders: where a name is looked up that is neither a path nor a release.
 
     Raises:
         RequestError: an unknown name, or the name of another kind of release.
-        CheckpointError: a path that does not exist.
+        CheckpointError: a path that does not exist, or a name that leads out of the folders.
     """
     name = str(name_or_path)
-    is_named = name in registry.RELEASES_BY_NAME and not Path(name_or_path).exists()  # a name may come as a `Path`
+    is_present = os.path.exists(Path(name_or_path).expanduser())
+    is_named = name in registry.RELEASES_BY_NAME and not is_present  # a name may come as a `Path`
+    if not is_present and (found := locate_in_folders(name, role, folders)) is not None:
+        if not is_named:
+            return found
+        _warn_of_clash(name, found)
     must_be_named = role in (MODEL, SECOND_MODEL, UPSCALER_ROLE) and not is_path(name_or_path)
     if not is_named and not must_be_named:
-        return ModelComponent(role, name, _require_existing(name_or_path, role))
+        return ModelComponent(role, name, _require_existing(name_or_path, role, folders))
+    if not is_named and folders:
+        raise _not_found_error(name, role, folders)
     release = registry.find_release(name)
     if release.kind not in _KINDS[role]:
         raise _wrong_kind_error(release, role)
     return ModelComponent(role, name, find_release_on_disk(release), release)
+
+
+def locate_in_folders(name: str, role: str, folders: ModelFolders) -> ModelComponent | None:
+    """Finds a component by its name in the folders of models alone; never by a path or outside of them.
+
+    Returns:
+        None where the folders have no such name, or it is no name; see `model_folders.split_name`.
+
+    Raises:
+        RequestError: the name fits several files.
+        CheckpointError: a symbolic link leads out of the folders.
+    """
+    path = folders.find(name, KINDS_BY_ROLE[role]) if folders and is_name(name) else None
+    return None if path is None else ModelComponent(role, name, path)
+
+
+def _warn_of_clash(name: str, found: ModelComponent) -> None:
+    path = found.path
+    assert path is not None
+    remedy = "Rename it" if path.is_dir() else f"To open the file, write {path.name}"
+    warnings.warn(f"{name} is a release, which is used, and also {path}. {remedy}.", KadrWarning, stacklevel=4)
+
+
+def _not_found_error(name: str, role: str, folders: ModelFolders) -> RequestError:
+    similar = registry.similar_names(name)
+    hint = f" Did you mean {', '.join(similar)}?" if similar else ""
+    return RequestError(
+        f"there is no {role} named {name!r}, neither a release nor in the folders of models ({folders.describe()})."
+        f"{hint} `kadr models` lists both; to open a file, pass its path."
+    )
 
 
 def _wrong_kind_error(release: Release, role: str) -> RequestError:
@@ -125,27 +191,46 @@ def locate_text_encoder(
     name_or_path: str | Path | None,
     model: ModelComponent,
     release: Release | None,
+    folders: ModelFolders = NO_FOLDERS,
     *,
     is_in_model: bool = False,
 ) -> ModelComponent:
     """Finds the text encoder: the one that is named, or is in the model's file, or beside it, else the registry's.
 
     Args:
-        is_in_model: the model's file has a text encoder in it.
+        name_or_path: also the name of a released model, which means that model's text encoder.
         release: the model's; None for a model that is not in the registry.
+        folders: as for `locate`.
+        is_in_model: the model's file has a text encoder in it.
 
     Raises:
         RequestError, CheckpointError: as `locate`.
     """
     if name_or_path is not None:
-        return locate(name_or_path, TEXT_ENCODER_ROLE)
-    if model.path is not None:
-        if is_in_model:
-            return ModelComponent(TEXT_ENCODER_ROLE, "in the model", model.path)
-        folder = model.path if model.path.is_dir() else model.path.parent
-        if (folder / "text_encoder").is_dir():
-            return ModelComponent(TEXT_ENCODER_ROLE, "beside the model", folder)
+        named = registry.RELEASES_BY_NAME.get(str(name_or_path))
+        if named is not None and named in registry.MODEL_RELEASES and not Path(name_or_path).exists():
+            return text_encoder_of_release(named)
+        return locate(name_or_path, TEXT_ENCODER_ROLE, folders)
+    if is_in_model and model.path is not None:
+        return ModelComponent(TEXT_ENCODER_ROLE, "in the model", model.path)
+    if (folder := text_encoder_folder(model)) is not None:
+        return ModelComponent(TEXT_ENCODER_ROLE, "beside the model", folder)
     return locate_release((release and release.text_encoder) or registry.DEFAULT_TEXT_ENCODER, TEXT_ENCODER_ROLE)
+
+
+def text_encoder_of_release(release: Release) -> ModelComponent:
+    """Returns the text encoder of a released model; that of a bundled one lies beside its file."""
+    if release.text_encoder is not None:
+        return locate_release(release.text_encoder, TEXT_ENCODER_ROLE)
+    return ModelComponent(TEXT_ENCODER_ROLE, release.name, fetch_release(release).parent)
+
+
+def text_encoder_folder(model: ModelComponent) -> Path | None:
+    """Returns the folder with a `text_encoder` in it that a model on disk is, or lies in; None if there is none."""
+    if model.path is None:
+        return None
+    folder = model.path if model.path.is_dir() else model.path.parent
+    return folder if (folder / "text_encoder").is_dir() else None
 
 
 def fetch_release(release: Release) -> Path:
@@ -187,10 +272,11 @@ def _is_pattern(release: Release) -> bool:
     return "*" in release.file
 
 
-def _require_existing(path: str | Path, label: str) -> Path:
+def _require_existing(path: str | Path, label: str, folders: ModelFolders = NO_FOLDERS) -> Path:
     path = Path(path).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
+        searched = f" The folders of models do not have it either: {folders.describe()}." if folders else ""
         raise CheckpointError(
-            f"the {label} {path} does not exist. Give an existing path, or a name that `kadr models` lists."
+            f"the {label} {path} does not exist. Give an existing path, or a name that `kadr models` lists.{searched}"
         )
     return path

@@ -50,6 +50,7 @@ class SpecOptions:
     upscaler: str | Path | Sequence[str | Path] = ()
     second_model: str | Path | None = None
     recipe: Recipe | None = None
+    models_dirs: Sequence[str | Path] = ()
     loras: Sequence[Any] = ()
     lora_partial: bool = False
     merge_loras: bool = False

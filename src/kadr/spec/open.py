@@ -22,12 +22,9 @@ from kadr.spec.locate import (
     TEXT_ENCODER_ROLE,
     TOKENIZER_ROLE,
     UPSCALER_ROLE,
-    VAE,
     ModelComponent,
     fetch_release,
     locate,
-    locate_release,
-    locate_text_encoder,
     with_stated_release,
 )
 from kadr.spec.lora import Lora
@@ -40,8 +37,10 @@ from kadr.spec.model import (
     require_components,
     require_matching_text_encoder,
 )
+from kadr.spec.model_folders import ModelFolders
 from kadr.spec.offload import check_offload
 from kadr.spec.options import check_compile, refuse_merging, resolve_weight_format
+from kadr.spec.origins import find_text_encoder, locate_vae
 from kadr.spec.tokenizer import add_tokenizer, fetch_tokenizer
 from kadr.validation import check_path
 
@@ -60,18 +59,19 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     compile_transformer = check_compile(options.compile_transformer, device)
     check_weight_format(options.quant or NONE)
     check_offload(options.offload)
+    folders = ModelFolders.open(options.models_dirs)
     loras = parse_loras(options.loras)
-    lora_components = [replace(locate(lora.path, LORA), strengths=lora.pass_strengths()) for lora in loras]
-    model = with_stated_release(locate(options.model, MODEL), options.release)
+    lora_components = [replace(locate(lora.path, LORA, folders), strengths=lora.pass_strengths()) for lora in loras]
+    model = with_stated_release(locate(options.model, MODEL, folders), options.release)
     checkpoint = open_checkpoint(model)
     model = replace(model, release=model.release or checkpoint.info.release)
     release = model.release
-    vae = _locate_vae(options, model)
+    vae = locate_vae(options.vae, model, checkpoint, folders)
     vae_checkpoint = checkpoint if vae is None else open_checkpoint(vae, known_release=False)
     require_components(checkpoint, vae_checkpoint)
     if release is None and options.recipe is None:
         require_known_recipe(checkpoint)
-    second = None if options.second_model is None else locate(options.second_model, SECOND_MODEL)
+    second = None if options.second_model is None else locate(options.second_model, SECOND_MODEL, folders)
     second_checkpoint = checkpoint if second is None else open_checkpoint(second)
     require_components(second_checkpoint, vae_checkpoint)
     if second is not None:
@@ -80,9 +80,9 @@ def open_spec(options: SpecOptions) -> ModelSpec:
     second_release = None if second is None else second.release
     transformers = (checkpoint, second_checkpoint)
     opened_loras = _open_loras(options, loras, lora_components, transformers)
-    upscalers = [locate(name, UPSCALER_ROLE) for name in _upscaler_names(options)]
+    upscalers = [locate(name, UPSCALER_ROLE, folders) for name in _upscaler_names(options)]
     given_upscalers = order_upscalers([open_checkpoint(item) for item in upscalers], checkpoint)
-    text_encoder = locate_text_encoder(options.text_encoder, model, release, is_in_model=checkpoint.holds_text_encoder)
+    text_encoder = find_text_encoder(options.text_encoder, model, checkpoint, release, folders)
     text_encoder_checkpoint, tokenizer = add_tokenizer(_open_text_encoder(text_encoder))
     for transformer in transformers:
         require_matching_text_encoder(text_encoder_checkpoint, transformer)
@@ -140,15 +140,6 @@ def _check_types(options: SpecOptions) -> None:
 def _upscaler_names(options: SpecOptions) -> Sequence[str | Path]:
     """Returns the upscalers that were named, one or several."""
     return [options.upscaler] if isinstance(options.upscaler, str | Path) else options.upscaler
-
-
-def _locate_vae(options: SpecOptions, model: ModelComponent) -> ModelComponent | None:
-    """Finds the VAE that is given, or that the registry names for a release without one; None for the model's own."""
-    if options.vae is not None:
-        return locate(options.vae, VAE)
-    if model.release is not None and model.release.vae is not None:
-        return locate_release(model.release.vae, VAE)
-    return None
 
 
 def _open_text_encoder(component: ModelComponent) -> TextEncoderCheckpoint:

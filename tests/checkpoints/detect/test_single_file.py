@@ -403,6 +403,7 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
         "vae_family": "0.9.1",
         "sampler": "Uniform",
         "missing_components": ("text encoder",),
+        "origins": {},
     }
     assert transformer == {
         "name": "transformer",
@@ -435,6 +436,7 @@ def test_an_upscaler_is_described_without_missing_components(tmp_path: Path) -> 
         "vae_family": None,
         "sampler": None,
         "missing_components": (),
+        "origins": {},
     }
     assert component == {
         "name": "upscaler",

@@ -1,10 +1,10 @@
-"""`kadr models`: lists, fetches and verifies released models."""
+"""`kadr models`: lists released models and those in folders; fetches and verifies released ones."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,7 +14,12 @@ from kadr.cli.terminal.errors import handle_errors, print_stderr, print_stdout
 from kadr.cli.terminal.table import format_columns, format_si
 from kadr.models.registry import RELEASES, Release
 from kadr.spec.locate import find_release_on_disk
+from kadr.spec.model_folders import ModelFolders
 
+if TYPE_CHECKING:
+    from kadr.spec.folder_listing import ListedModel
+
+MAX_STATE = 200  # characters of a problem in the table; --json has all
 MODELS_EPILOG = (
     "`kadr models info NAME` tells what is known of one, `kadr models pull NAME` fetches a model with all it needs, "
     "`kadr models verify NAME` compares it with the hub's checksums. `kadr generate --model NAME` also fetches what is "
@@ -22,28 +27,75 @@ MODELS_EPILOG = (
 )
 
 
-def models(context: typer.Context, as_json: options.Json = False) -> None:
-    """List released models; fetch them, verify them.
+def models(context: typer.Context, models_dir: options.ModelsDir = None, as_json: options.Json = False) -> None:
+    """List released models and those in your folders; fetch and verify released ones.
 
     Prints their licences and sizes, and whether they are on disk.
     """
     if context.invoked_subcommand is None:
-        list_models(as_json)
+        list_models(models_dir, as_json)
 
 
-def list_models(as_json: options.Json = False) -> None:
-    """List released models, and the components they need.
+def list_models(models_dir: options.ModelsDir = None, as_json: options.Json = False) -> None:
+    """List released models, the components they need, and the models in your folders.
 
-    Prints their licences and sizes, and whether they are on disk.
+    Prints licences and sizes, and whether a release is on disk; of a file in a folder its dtype, and the reason if kadr
+    does not open it.
     """
     entries = [_entry(release, find_release_on_disk(release)) for release in RELEASES]
+    found = _list_folders(ModelFolders.open(models_dir or ()))
     if as_json:
-        print_stdout(json.dumps(entries))
+        print_stdout(json.dumps([*entries, *map(_folder_entry, found)]))
         return
     header = ("name", "kind", "version", "bytes", "on disk", "licence")
     rows = [_row(release, entry) for release, entry in zip(RELEASES, entries, strict=True)]
     print_stdout("\n".join(format_columns([header, *rows])))
+    if found:
+        folder_rows = [("name", "folder", "bytes", "dtype", "state"), *map(_folder_row, found)]
+        print_stdout("\n" + "\n".join(format_columns(folder_rows)))
     print_stderr(MODELS_EPILOG)
+
+
+def _list_folders(folders: ModelFolders) -> list[ListedModel]:
+    """Returns the models in the folders; says which folders are not there."""
+    for path in folders.missing:
+        print_stderr(f"warning: {path} is configured as a folder of models, and has none in it now")
+    if not folders.folders:
+        return []
+    from kadr.spec.folder_listing import list_models  # loads torch
+
+    return list(list_models(folders))
+
+
+def _folder_entry(model: ListedModel) -> dict[str, Any]:
+    """Returns the object of --json for a model in a folder."""
+    entry = model.entry
+    return {
+        "name": entry.name,
+        "kind": entry.kind,
+        "version": None,
+        "bytes": model.size_bytes,
+        "on_disk": str(entry.path),
+        "licence": None,
+        "repo": None,
+        "file": str(entry.path),
+        "dtype": model.dtype,
+        "problem": entry.problem,
+    }
+
+
+def _folder_row(model: ListedModel) -> tuple[str, ...]:
+    entry = model.entry
+    name = entry.name if entry.name.isprintable() else ascii(entry.name)
+    return name, entry.kind, format_si(model.size_bytes), model.dtype or "", _state(entry.problem)
+
+
+def _state(problem: str | None) -> str:
+    """Returns "ok", or the problem on one line: file names and headers may have any character."""
+    if problem is None:
+        return "ok"
+    line = "".join(char if char.isprintable() else " " for char in problem)
+    return line if len(line) <= MAX_STATE else f"{line[: MAX_STATE - 3]}..."
 
 
 def _entry(release: Release, path: Path | None) -> dict[str, Any]:

@@ -31,6 +31,10 @@ RerunSeed = Annotated[int | None, flag("--seed", "N", "Seed to use instead of th
 RerunOutput = Annotated[
     Path | None, flag("--output", "PATH", "The .mp4 to write or replace. [default: a new name beside FILE]")
 ]
+ModelsDir = Annotated[
+    list[str] | None,
+    flag("--models-dir", "DIR", "Also look names up in this folder, arranged as ComfyUI's models; may be repeated."),
+]
 Resume = Annotated[bool, flag("--resume", None, "Resume a long video from the finished windows beside it.")]
 Json = Annotated[bool, flag("--json", None, "Print one JSON object instead.")]
 
@@ -116,9 +120,11 @@ class ModelFlags:
     ] = None
     second_model: Annotated[_Text, flag("--second-model", "NAME|PATH", "Use this model for the second pass.")] = None
     text_encoder: Annotated[
-        Path | None, flag("--text-encoder", "NAME|PATH", "T5 text encoder: a .safetensors, a .gguf or a folder.")
+        Path | None,
+        flag("--text-encoder", "NAME|PATH", "T5 text encoder: a .safetensors, a .gguf, a folder or a model's name."),
     ] = None
     vae: Annotated[Path | None, flag("--vae", "NAME|PATH", "Take the VAE from this checkpoint.")] = None
+    models_dir: ModelsDir = None
     lora: Annotated[
         list[str] | None,
         flag(

@@ -220,6 +220,7 @@ def _collect_components(flags: options.ModelFlags) -> dict[str, Any]:
         "second_model": flags.second_model,
         "text_encoder": flags.text_encoder,
         "vae": flags.vae,
+        "models_dirs": flags.models_dir,
     }
     return {name: value for name, value in components.items() if value}
 
