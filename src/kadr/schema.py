@@ -107,13 +107,18 @@ def _name_samplers(request: dict[str, Any]) -> dict[str, Any]:
     return {**upgraded, "sampler": "euler_stochastic" if is_stochastic else "euler"}
 
 
+def _remember_no_components(fields: dict[str, Any]) -> dict[str, Any]:
+    """GGUF header 1 -> 2: it may say where the VAE and the text encoder come from; an older one does not."""
+    return fields
+
+
 # A request that a user writes has no number either: an upgrade must leave fields of later numbers as they are.
 REQUEST = Schema("request", RequestError, upgrades=(_name_samplers,))
 VIDEO_METADATA = Schema("video metadata", MediaError)
 LATENTS = Schema("latents", CheckpointError)
 WINDOW_FOLDER = Schema("window folder", CheckpointError, upgrades=(_put_video_under_own_key,))
 TRAINING_STATE = Schema("training state", CheckpointError)
-GGUF = Schema("GGUF header", CheckpointError, key="kadr.schema")
+GGUF = Schema("GGUF header", CheckpointError, upgrades=(_remember_no_components,), key="kadr.schema")
 
 
 def upgrade_video_metadata(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:

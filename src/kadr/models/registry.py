@@ -404,6 +404,7 @@ RELEASES: tuple[Release, ...] = (
         name=TOKENIZER,
         version="1.1",
         kind="tokenizer",
+        description="tokenizer of T5 v1.1, for files of the text encoder that come without one",
         repo=TEXT_ENCODER_REPO,
         file="tokenizer/spiece.model",
         size_bytes=792_000,

@@ -85,7 +85,9 @@ def component_origins(model: ModelComponent, checkpoint: Checkpoint) -> dict[str
     else:
         if checkpoint.info.has_vae:
             origins[VAE_FIELD] = ComponentOrigin(path=str(checkpoint.path.absolute()))
-        if (folder := text_encoder_folder(model)) is not None:
+        if checkpoint.holds_text_encoder:
+            origins[TEXT_ENCODER_FIELD] = ComponentOrigin(path=str(checkpoint.path.absolute()))
+        elif (folder := text_encoder_folder(model)) is not None:
             origins[TEXT_ENCODER_FIELD] = ComponentOrigin(path=str(folder.absolute()))
     return {field: origin for field, origin in origins.items() if origin is not None}
 

@@ -18,6 +18,7 @@ from kadr.checkpoints.detect.single_file import read_header_config
 from kadr.checkpoints.detect.vae_families import VAE_FAMILIES
 from kadr.checkpoints.fp8_scales import apply_weight_scale, find_weight_scales
 from kadr.checkpoints.gguf.header import CONFIG_KEY, LTXV_ARCHITECTURE, NAME_KEY, T5_ENCODER_ARCHITECTURE, is_gguf
+from kadr.checkpoints.gguf.origins import ComponentOrigin
 from kadr.checkpoints.gguf.t5_fields import read_gguf_pieces, text_encoder_fields
 from kadr.checkpoints.gguf.writer import OutputTensor, WriteWatch, write_gguf
 from kadr.checkpoints.keys import T5_GGUF_KEYS, T5_UNUSED_KEYS, TRANSFORMER_KEYS, map_keys
@@ -49,9 +50,17 @@ class ConversionResult:
 
 
 def transformer_to_gguf(
-    checkpoint: Checkpoint, path: Path, mix: Mix, *, watch: WriteWatch = lambda done, of: None
+    checkpoint: Checkpoint,
+    path: Path,
+    mix: Mix,
+    *,
+    origins: Mapping[str, ComponentOrigin] | None = None,
+    watch: WriteWatch = lambda done, of: None,
 ) -> ConversionResult:
     """Writes the transformer of a checkpoint to a GGUF file.
+
+    Args:
+        origins: field -> origin of a component that is not in the file; see `spec.origins.component_origins`.
 
     Raises:
         CheckpointError: it has none, is quantized already, or see `write_gguf`.
@@ -63,6 +72,8 @@ def transformer_to_gguf(
     release = checkpoint.info.release
     fields = {NAME_KEY: release.name} if release else {}
     fields[CONFIG_KEY] = json.dumps(_complete_config(checkpoint))
+    for field, origin in (origins or {}).items():
+        fields |= origin.to_fields(field)
     source = checkpoint.sources["transformer"]
     return _convert(path, LTXV_ARCHITECTURE, mix, fields, source, source_key_by_output_key, watch)
 

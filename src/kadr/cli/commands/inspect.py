@@ -162,7 +162,9 @@ def _format_checkpoint(description: Mapping[str, Any]) -> Iterator[str]:
     yield f"VAE of {description['vae_family'] or 'no released family'}, sigmas by {description['sampler']}"
     yield from _format_components(description["components"])
     for component in description["missing_components"]:
-        yield f"missing: {component} ({REMEDIES.get(component, 'give it beside this one')})"
+        origin = description["origins"].get(component)
+        remedy = f"taken from {origin}" if origin else REMEDIES.get(component, "give it beside this one")
+        yield f"missing: {component} ({remedy})"
 
 
 def _format_upscaler(description: Mapping[str, Any]) -> Iterator[str]:

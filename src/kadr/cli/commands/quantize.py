@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +17,10 @@ from kadr.cli.terminal.errors import print_stderr, print_stdout
 from kadr.cli.terminal.progress import show_progress
 from kadr.cli.terminal.table import format_si
 from kadr.errors import CheckpointError, RequestError
-from kadr.models.registry import DEFAULT_TEXT_ENCODER, Release, find_model_release, find_release
+from kadr.models.registry import DEFAULT_TEXT_ENCODER, MODEL_RELEASES, Release, find_model_release, find_release
 from kadr.pipeline.progress import StageProgress, Watch
 from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
-from kadr.spec.locate import fetch_release, is_path
+from kadr.spec.locate import MODEL, PACKAGE_ROOT, ModelComponent, fetch_release, is_path
 
 if TYPE_CHECKING:
     from kadr.checkpoints.gguf.convert import ConversionResult
@@ -26,6 +29,8 @@ QUANTIZE_EPILOG = (
     "Types are listed from large to small: fewer bits make a smaller file that is farther from the model. "
     "Q5_K, Q4_K and Q3_K mean their _M."
 )
+EXAMPLE_PROMPT = "a red circle moving right on a black background"  # in the command that is printed
+EXAMPLE_MODEL = "ltxv-2b-0.9.8-distilled"  # the smallest of those with the released text encoder
 SUFFIX = ".gguf"
 Input = Annotated[
     str,
@@ -45,7 +50,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it is there
 def quantize(source: Input, output: Output, type: Type, release: options.Release = None, force: Force = False) -> None:
     """Quantize a transformer or a text encoder.
 
-    Prints the path of the GGUF file. It holds no VAE: pass the model's own file with --vae.
+    Prints the path of the GGUF file, and on stderr a command that uses it. The file remembers where its VAE and its
+    text encoder come from.
     """
     check_one_of("--type", type.upper(), MIX_NAMES)
     if output.suffix.lower() != SUFFIX:
@@ -55,11 +61,10 @@ def quantize(source: Input, output: Output, type: Type, release: options.Release
         raise RequestError(f"{output} exists already. Pass --force to replace it, or write to another path.")
     path, named_release = _find_source(source, release)
     with show_progress() as watch:
-        result, note = _write_quantized(path, named_release, output, find_mix(type), _watch_tensors(watch))
+        result, notes = _write_quantized(path, named_release, output, find_mix(type), _watch_tensors(watch))
     types = ", ".join(f"{name} ({count})" for name, count in result.type_counts.items())
     print_stderr(f"{format_si(result.source_bytes)} bytes before, {format_si(result.output_bytes)} now: {types}")
-    if note:
-        print_stderr(note)
+    print_stderr("\n".join(notes))
     print_stdout(output, outcome=f"{output} is written, but its path could not be printed:")
 
 
@@ -84,21 +89,47 @@ def _find_source(source: str, stated_release: str | None) -> tuple[Path, Release
 
 def _write_quantized(
     path: Path, release: Release | None, output: Path, mix: Mix, watch: Callable[[int, int], None]
-) -> tuple[ConversionResult, str]:
-    """Writes the file; returns the result, and a note on what the file lacks."""
+) -> tuple[ConversionResult, list[str]]:
+    """Writes the file; returns the result, and notes: what the file lacks, and the command that uses it."""
     from kadr.checkpoints.checkpoint import Checkpoint
     from kadr.checkpoints.gguf.convert import text_encoder_to_gguf, transformer_to_gguf
+    from kadr.checkpoints.gguf.origins import TEXT_ENCODER_FIELD, VAE_FIELD
     from kadr.checkpoints.text_encoder import TextEncoderCheckpoint, is_text_encoder
+    from kadr.spec.origins import component_origins
     from kadr.spec.tokenizer import fetch_tokenizer
 
     if is_text_encoder(path):
-        text_encoder = fetch_tokenizer(TextEncoderCheckpoint.open(path))
-        return text_encoder_to_gguf(text_encoder, output, mix, watch=watch), ""
+        text_encoder_checkpoint = fetch_tokenizer(TextEncoderCheckpoint.open(path))
+        result = text_encoder_to_gguf(text_encoder_checkpoint, output, mix, watch=watch)
+        return result, [_usage(_model_with_text_encoder(path, release), "--text-encoder", str(output))]
     checkpoint = Checkpoint.open(path, release=release)
-    result = transformer_to_gguf(checkpoint, output, mix, watch=watch)
-    vae = f": give it with --vae {path}" if checkpoint.info.has_vae else ", nor was it in the input"
-    missing_text_encoder = f"; nor is the text encoder: --text-encoder {path}" if checkpoint.holds_text_encoder else ""
-    return result, f"the VAE is not in this file{vae}{missing_text_encoder}"
+    origins = component_origins(ModelComponent(MODEL, str(path), path, release), checkpoint)
+    result = transformer_to_gguf(checkpoint, output, mix, origins=origins, watch=watch)
+    vae, text_encoder = origins.get(VAE_FIELD), origins.get(TEXT_ENCODER_FIELD)
+    if vae is None:
+        note = "the VAE is not in this file, nor was it in the input: replace VAE in the command"
+        return result, [note, _usage(str(output), "--vae", "VAE")]
+    note = f"the VAE is not in this file, which remembers it: {vae.name or vae.path}"
+    if text_encoder is not None:
+        note += f"; and its text encoder: {text_encoder.name or text_encoder.path}"
+    return result, [note, _usage(str(output))]
+
+
+def _usage(model: str, *more: str) -> str:
+    """Returns the command that uses a file, for a shell."""
+    return f"use it: {_join(('kadr', 'generate', EXAMPLE_PROMPT, '--model', model, *more))}"
+
+
+def _join(args: Sequence[str]) -> str:
+    return subprocess.list2cmdline(args) if sys.platform == "win32" else shlex.join(args)
+
+
+def _model_with_text_encoder(path: Path, release: Release | None) -> str:
+    """Returns the name of a released model with this text encoder; MODEL where none is known."""
+    if release is not None:
+        return EXAMPLE_MODEL
+    bundled = (model.name for model in MODEL_RELEASES if path.resolve() == (PACKAGE_ROOT / model.file).parent)
+    return next(bundled, "MODEL")
 
 
 def _watch_tensors(watch: Watch) -> Callable[[int, int], None]:
