@@ -37,6 +37,7 @@ VERBS = {
         --validation-prompt --validate-every --save-every --skip-broken --quant --device --dtype --seed
         --text-encoder --vae --json""",
     "quantize": "IN OUT --type --release --force",
+    "convert": "IN OUT --dtype --force",
     "bench": """--model --size --stage --schedule --variant --num-layers --rounds --no-reference --device --model-folder
         --json""",
     "models": "--models-dir --json",

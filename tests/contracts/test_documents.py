@@ -72,6 +72,20 @@ def test_models_page_names_a_test_for_every_release() -> None:
         assert TEST_REFERENCE.search(row)
 
 
+def test_interop_page_shows_every_cell_by_a_test() -> None:
+    table = doc_tables.read_table((DOCS / "reference" / "interop.md").read_text("utf-8"), "interop")
+    _, _, *lines = table.splitlines()
+    assert len(lines) > 10
+    for line in lines:
+        kind, opened, written, *readers = [cell.strip() for cell in line.strip("|").split("|")]
+        cells = [opened, written, *readers]
+        assert len(cells) == 6, kind
+        assert all(cell == "–" or TEST_REFERENCE.fullmatch(cell) for cell in cells), kind
+        assert opened != "–", kind
+        # A file that kadr writes is read by another program, and one that it does not write by none.
+        assert (written != "–") == any(cell != "–" for cell in readers), kind
+
+
 def test_parity_page_lists_exactly_the_tests_using_parity() -> None:
     """To update the table: make parity."""
     table = doc_tables.read_table(write_parity.PAGE.read_text("utf-8"), write_parity.NAME)

@@ -139,18 +139,18 @@ def write_text_encoder(
         dtype=dtype,
         materialize=materialize,
     )
-    _write_json(home / "text_encoder" / "config.json", _t5_config_json(text_encoder.config, dtype))
+    write_json(home / "text_encoder" / "config.json", _t5_config_json(text_encoder.config, dtype))
     name = "tokenizer.json" if tokenizer_file.suffix == ".json" else "spiece.model"
     with _atomic_file(home / "tokenizer" / name) as file, tokenizer_file.open("rb") as source:
         shutil.copyfileobj(source, file)
-    _write_json(home / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
+    write_json(home / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
 
 
 def write_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None = None,
     materialize: Materialize | None = None,
     fsync: bool = False,
@@ -160,14 +160,16 @@ def write_tensors(
     The same tensors give the same bytes.
 
     Args:
+        dtype: of every tensor; None keeps the dtype of each.
         fsync: wait until the file is on disk, so that a power cut leaves the new file or the old one.
         materialize: (name, tensor) -> the tensor's values, called when it is written; `tensors` may then be on meta.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, tensor in sorted(tensors.items()):
-        start, end = end, end + prod(tensor.shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        stored_dtype = dtype or tensor.dtype
+        start, end = end, end + prod(tensor.shape) * stored_dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[stored_dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     header_bytes = json.dumps(header, separators=(",", ":")).encode()
     header_bytes += b" " * (-(LENGTH_BYTES + len(header_bytes)) % _HEADER_ALIGNMENT)
     with _atomic_file(path, fsync=fsync) as file:
@@ -175,7 +177,7 @@ def write_tensors(
         file.write(header_bytes)
         for name, tensor in sorted(tensors.items()):
             tensor = tensor if materialize is None else materialize(name, tensor)
-            flat = tensor.detach().to("cpu", dtype).contiguous().reshape(-1)
+            flat = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
 
 
@@ -215,7 +217,8 @@ _TOKENIZER_CONFIG: Mapping[str, Any] = {
 }
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object to a file, atomically."""
     with _atomic_file(path) as file:
         file.write(json.dumps(content, indent=2).encode() + b"\n")
 
@@ -250,3 +253,59 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise CheckpointError(f"{path} cannot be written: {reason}. Write it elsewhere.") from error
         finally:
             remove()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder, renamed to `path` when the block succeeds and deleted when it fails.
+
+    A folder that is at `path` is replaced. See also `atomic_path`.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    remove = partial(shutil.rmtree, temporary, ignore_errors=True)
+    with remove_if_ended(remove):
+        try:
+            temporary.mkdir()
+            yield temporary
+            _replace_folder(temporary, path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{path} cannot be written: {reason}. Write it elsewhere.") from error
+        finally:
+            remove()
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Renames a folder to a path; no system replaces a folder that is not empty, so an older one steps aside first."""
+    if not os.path.lexists(path):
+        new.rename(path)
+        return
+    old = new.with_suffix(".old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_disk_space(path: Path, size: int) -> None:
+    """Refuses to write a file or folder of `size` bytes where it does not fit.
+
+    Raises:
+        CheckpointError: there is no folder for it, or not enough space.
+    """
+    if not path.parent.is_dir():
+        raise CheckpointError(
+            f"{path} cannot be written: there is no folder {path.parent}. Create it, or write elsewhere."
+        )
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise CheckpointError(
+            f"{path} will take {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Free some, or write "
+            "elsewhere."
+        )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kadr.cli.commands import bench, generate, inspect, models, plan, quantize, rerun, train_lora
+from kadr.cli.commands import bench, convert, generate, inspect, models, plan, quantize, rerun, train_lora
 from kadr.cli.flags.official import OfficialCommand
 from kadr.cli.terminal.errors import (
     EXIT_ERROR,
@@ -55,6 +55,7 @@ app.command(epilog=rerun.RERUN_EPILOG)(handle_errors()(rerun.rerun))
 app.command()(handle_errors()(inspect.inspect))
 app.command("train-lora", epilog=train_lora.TRAIN_LORA_EPILOG)(handle_errors()(train_lora.train_lora))
 app.command(epilog=quantize.QUANTIZE_EPILOG)(handle_errors()(quantize.quantize))
+app.command(epilog=convert.CONVERT_EPILOG)(handle_errors()(convert.convert))
 app.command(epilog=bench.BENCH_EPILOG)(handle_errors()(bench.bench))
 app.add_typer(models.app, name="models")
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kadr.checkpoints import save
 from kadr.checkpoints.checkpoint import Checkpoint
 from kadr.checkpoints.gguf import writer
 from kadr.checkpoints.gguf.convert import ConversionResult, text_encoder_to_gguf, transformer_to_gguf
@@ -367,8 +368,8 @@ def test_a_missing_folder_or_disk_space_is_refused_before_writing(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"there is no folder .*/absent\. Create it"):
         convert_transformer(home, tmp_path / "absent" / "x.gguf", "Q8_0")
-    usage = writer.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = save.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match=r"x\.gguf will take 0\.0 GB, and its disk has 0\.0 GB free"):
         convert_transformer(home, tmp_path / "x.gguf", "Q8_0")
     assert os.listdir(tmp_path) == []

@@ -32,10 +32,12 @@ COMPONENT_BY_CLASS: Mapping[str, str] = {
     "LTXLatentUpsamplerModel": "upscaler",
 }
 COMPONENT_FOLDERS: Mapping[str, str] = {"transformer": "transformer", "vae": "vae", "upscaler": "latent_upsampler"}
+# In model_index.json: the sigmas that a model is restricted to, for which diffusers has no key. As in official headers.
+ALLOWED_SIGMAS_KEY = "_allowed_inference_steps"
 _LTX2_CLASS_PREFIXES = ("LTX2", "AVTransformer")
 
 # Keys that change the computation, with the only value released weights use; an absent key means this value too.
-_TRANSFORMER_REQUIRED: Mapping[str, Any] = {
+TRANSFORMER_REQUIRED: Mapping[str, Any] = {
     "activation_fn": "gelu-approximate",
     "attention_bias": True,
     "attention_out_bias": True,
@@ -45,7 +47,7 @@ _TRANSFORMER_REQUIRED: Mapping[str, Any] = {
     "patch_size_t": 1,
     "qk_norm": "rms_norm_across_heads",
 }
-_VAE_REQUIRED: Mapping[str, Any] = {
+VAE_REQUIRED: Mapping[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
     "patch_size_t": 1,
@@ -54,7 +56,7 @@ _VAE_REQUIRED: Mapping[str, Any] = {
     "encoder_causal": True,
     "decoder_causal": False,
 }
-_SHIFT_REQUIRED: Mapping[str, Any] = {
+SHIFT_REQUIRED: Mapping[str, Any] = {
     "base_shift": 0.95,
     "max_shift": 2.05,
     "base_image_seq_len": 1024,
@@ -62,7 +64,7 @@ _SHIFT_REQUIRED: Mapping[str, Any] = {
     "shift": 1.0,
     "num_train_timesteps": 1000,
 }
-_DOWNSAMPLE_KINDS = {
+DOWNSAMPLE_KINDS = {
     "spatial": "compress_space_res",
     "temporal": "compress_time_res",
     "spatiotemporal": "compress_all_res",
@@ -94,10 +96,12 @@ def open_diffusers_folder(path: Path, *, release: Release | None = None) -> tupl
     upscaler = read_upscaler_config(configs["upscaler"], folders["upscaler"]) if "upscaler" in folders else None
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     dtype = sources.get("transformer", next(iter(sources.values()))).dtype
+    allowed_sigmas = _read_allowed_sigmas(path / "model_index.json")
     facts = ReleaseFacts(
         kind=checkpoint_kind(transformer, upscaler),
         transformer=transformer,
         vae_families=_possible_families(transformer, vae_family, scheduler_file),
+        allowed_sigmas=allowed_sigmas,
         stores_fp8=dtype in FP8_DTYPES,
     )
     match = match_release(path, facts, _release_names(path, folders, configs), explicit=release)
@@ -106,7 +110,7 @@ def open_diffusers_folder(path: Path, *, release: Release | None = None) -> tupl
     if transformer is not None:
         family = family if facts.vae_families else family_of_match(path, match)
         transformer = replace(transformer, causal_temporal_positioning=family == "0.9.5")
-    schedule = read_schedule(scheduler_file, family)
+    schedule = replace(read_schedule(scheduler_file, family), allowed_sigmas=allowed_sigmas)
     info = CheckpointInfo(
         version=match.release.version if match.release else version_label(transformer, vae_family, upscaler),
         release=match.release,
@@ -152,7 +156,7 @@ def _release_names(path: Path, folders: Mapping[str, Path], configs: Mapping[str
 
 def read_transformer_config(config: Mapping[str, Any], folder: Path, *, causal_positions: bool) -> TransformerConfig:
     """Reads transformer/config.json; whether positions are causal is not in it."""
-    _check_required_values(config, _TRANSFORMER_REQUIRED, folder)
+    _check_required_values(config, TRANSFORMER_REQUIRED, folder)
     transformer = TransformerConfig(
         num_layers=_get_positive_int(config, "num_layers", folder),
         num_heads=_get_positive_int(config, "num_attention_heads", folder),
@@ -172,7 +176,7 @@ def read_vae_config(config: Mapping[str, Any], folder: Path) -> VAEConfig:
     Raises:
         CheckpointError: it is built as none of the three families.
     """
-    _check_required_values(config, _VAE_REQUIRED, folder)
+    _check_required_values(config, VAE_REQUIRED, folder)
     try:
         timestep_conditioning = bool(config.get("timestep_conditioning", False))
         encoder_blocks, encoder_width = _encoder_blocks(config)
@@ -213,13 +217,27 @@ def read_schedule(file: Path, vae_family: str) -> Schedule:
     """
     if not file.is_file():
         return FAMILY_SCHEDULES[vae_family]
-    config = read_json(file)
+    return parse_schedule(read_json(file), file)
+
+
+def parse_schedule(config: Mapping[str, Any], file: Path) -> Schedule:
+    """Returns the schedule that the content of a scheduler_config.json means; see `read_schedule`."""
     if not config.get("use_dynamic_shifting", False):
         return FAMILY_SCHEDULES["0.9.5"]
-    _check_required_values(config, _SHIFT_REQUIRED, file)
+    _check_required_values(config, SHIFT_REQUIRED, file)
     if config.get("time_shift_type", "exponential") != "exponential":
         raise CheckpointError(f"{file} shifts by {config['time_shift_type']!r}; kadr knows only 'exponential'.")
     return replace(FAMILY_SCHEDULES["0.9"], shift_terminal=config.get("shift_terminal"))
+
+
+def _read_allowed_sigmas(file: Path) -> tuple[float, ...] | None:
+    """Reads the sigmas that model_index.json restricts the model to; None where it does not."""
+    sigmas = read_json(file).get(ALLOWED_SIGMAS_KEY) if file.is_file() else None
+    if sigmas is None:
+        return None
+    if not isinstance(sigmas, list) or not all(isinstance(sigma, float | int) for sigma in sigmas):
+        raise CheckpointError(f"{file}: {ALLOWED_SIGMAS_KEY} must be a list of numbers. Download it again.")
+    return tuple(float(sigma) for sigma in sigmas)
 
 
 def _encoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...], int]:
@@ -235,7 +253,7 @@ def _encoder_blocks(config: Mapping[str, Any]) -> tuple[tuple[BlockConfig, ...],
     for width, next_width, num_layers, scales, kind in levels:
         blocks.append(BlockConfig(kind="res_x", num_layers=num_layers))
         if scales and is_0_9_5:
-            blocks.append(BlockConfig(kind=_DOWNSAMPLE_KINDS[kind], multiplier=_channel_multiplier(next_width, width)))
+            blocks.append(BlockConfig(kind=DOWNSAMPLE_KINDS[kind], multiplier=_channel_multiplier(next_width, width)))
         elif scales:
             blocks.append(BlockConfig(kind="compress_all"))
         if not is_0_9_5 and next_width != width:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from kadr.cancellation import cancellable, check_cancelled
 from kadr.checkpoints.header import FP8_DTYPES
-from kadr.checkpoints.save import atomic_path
+from kadr.checkpoints.save import atomic_path, check_disk_space
 from kadr.errors import CheckpointError
 from kadr.kernels.ggml_types import GGML_TYPES
 from kadr.memory.mapped_files import release_pages
@@ -71,7 +70,7 @@ def write_gguf(
         CheckpointError: the disk is full, the file cannot be written, or a weight is not finite.
         Cancelled: the current token is cancelled; looked at before each slice of a tensor.
     """
-    _check_disk_space(path, sum(entry.size_bytes for entry in tensors))
+    check_disk_space(path, sum(entry.size_bytes for entry in tensors))
     writer = gguf.GGUFWriter(None, architecture)
     for name, value in fields.items():
         _add_field(writer, name, value)
@@ -135,16 +134,3 @@ def _encode_rows(rows: Tensor, tensor: OutputTensor, path: Path) -> Tensor:
     if tensor.type_name in GGML_TYPES:
         return quantize(values, GGML_TYPES[tensor.type_name])
     return values.to(UNQUANTIZED_DTYPES[tensor.type_name]).contiguous().view(torch.uint8)
-
-
-def _check_disk_space(path: Path, size: int) -> None:
-    if not path.parent.is_dir():
-        raise CheckpointError(
-            f"{path} cannot be written: there is no folder {path.parent}. Create it, or write elsewhere."
-        )
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise CheckpointError(
-            f"{path} will take {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB free. Free some, or write "
-            "elsewhere."
-        )

@@ -13,14 +13,14 @@ import typer
 
 from kadr.cli.flags import options
 from kadr.cli.flags.parse import check_one_of
+from kadr.cli.input_path import find_input
 from kadr.cli.terminal.errors import print_stderr, print_stdout
-from kadr.cli.terminal.progress import show_progress
+from kadr.cli.terminal.progress import report_tensors, show_progress
 from kadr.cli.terminal.table import format_si
-from kadr.errors import CheckpointError, RequestError
-from kadr.models.registry import DEFAULT_TEXT_ENCODER, MODEL_RELEASES, Release, find_model_release, find_release
-from kadr.pipeline.progress import StageProgress, Watch
+from kadr.errors import RequestError
+from kadr.models.registry import DEFAULT_TEXT_ENCODER, MODEL_RELEASES, Release
 from kadr.quant.mixes import MIX_NAMES, Mix, find_mix
-from kadr.spec.locate import MODEL, PACKAGE_ROOT, ModelComponent, fetch_release, is_path
+from kadr.spec.locate import MODEL, PACKAGE_ROOT, ModelComponent, find_release_on_disk
 
 if TYPE_CHECKING:
     from kadr.checkpoints.gguf.convert import ConversionResult
@@ -59,32 +59,28 @@ def quantize(source: Input, output: Output, type: Type, release: options.Release
     output = output.expanduser()
     if output.exists() and not force:
         raise RequestError(f"{output} exists already. Pass --force to replace it, or write to another path.")
-    path, named_release = _find_source(source, release)
+    path, known_release = find_input(source, _refuse_release, release)
     with show_progress() as watch:
-        result, notes = _write_quantized(path, named_release, output, find_mix(type), _watch_tensors(watch))
+        result, notes = _write_quantized(path, known_release, output, find_mix(type), report_tensors("quantize", watch))
     types = ", ".join(f"{name} ({count})" for name, count in result.type_counts.items())
     print_stderr(f"{format_si(result.source_bytes)} bytes before, {format_si(result.output_bytes)} now: {types}")
     print_stderr("\n".join(notes))
     print_stdout(output, outcome=f"{output} is written, but its path could not be printed:")
 
 
-def _find_source(source: str, stated_release: str | None) -> tuple[Path, Release | None]:
-    """Returns the files, and the release where it is named or stated; fetches what is not on disk."""
-    if is_path(source):
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise CheckpointError(f"{path} does not exist. Check the path; `kadr models` lists what is known by name.")
-        return path, None if stated_release is None else find_model_release(stated_release)
-    release = find_release(source)
-    if stated_release not in (None, release.name):
-        raise RequestError(f"{source} is a release itself; --release is for a file or a folder. Leave it out.")
+def _refuse_release(release: Release) -> None:
+    """Refuses a release that cannot be quantized.
+
+    Raises:
+        RequestError: it is neither a model nor a text encoder, or is quantized already.
+    """
+    name = release.name
     if release.kind not in ("model", "text encoder"):
-        raise RequestError(f"{source} is a {release.kind}: small enough. Only models and text encoders are quantized.")
+        raise RequestError(f"{name} is a {release.kind}: small enough. Only models and text encoders are quantized.")
     if release.file.endswith(SUFFIX):
         raise RequestError(
-            f"{source} is quantized already; quantizing it again loses precision twice. Use {DEFAULT_TEXT_ENCODER}."
+            f"{name} is quantized already; quantizing it again loses precision twice. Use {DEFAULT_TEXT_ENCODER}."
         )
-    return fetch_release(release), release
 
 
 def _write_quantized(
@@ -103,7 +99,9 @@ def _write_quantized(
         result = text_encoder_to_gguf(text_encoder_checkpoint, output, mix, watch=watch)
         return result, [_usage(_model_with_text_encoder(path, release), "--text-encoder", str(output))]
     checkpoint = Checkpoint.open(path, release=release)
-    origins = component_origins(ModelComponent(MODEL, str(path), path, release), checkpoint)
+    is_release = release is not None and find_release_on_disk(release) == path  # and not a file that it was stated for
+    model = ModelComponent(MODEL, str(path), path, release if is_release else None)
+    origins = component_origins(model, checkpoint)
     result = transformer_to_gguf(checkpoint, output, mix, origins=origins, watch=watch)
     vae, text_encoder = origins.get(VAE_FIELD), origins.get(TEXT_ENCODER_FIELD)
     if vae is None:
@@ -130,17 +128,3 @@ def _model_with_text_encoder(path: Path, release: Release | None) -> str:
         return EXAMPLE_MODEL
     bundled = (model.name for model in MODEL_RELEASES if path.resolve() == (PACKAGE_ROOT / model.file).parent)
     return next(bundled, "MODEL")
-
-
-def _watch_tensors(watch: Watch) -> Callable[[int, int], None]:
-    """Returns a callback that reports counts of tensors as progress of a stage."""
-    stage: StageProgress | None = None
-
-    def report(done: int, of: int) -> None:
-        nonlocal stage
-        if stage is None:
-            stage = StageProgress("quantize", of, watch)
-        else:
-            stage.report(done)
-
-    return report

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kadr.cli.terminal.errors import print_stderr
-from kadr.pipeline.progress import Progress, Watch
+from kadr.pipeline.progress import Progress, StageProgress, Watch
 
 SECONDS_BETWEEN_LINES = 5.0  # without a terminal
 STAGE_LABELS = {
@@ -83,3 +83,17 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def report_tensors(name: str, watch: Watch) -> Callable[[int, int], None]:
+    """Returns a callback that reports counts of tensors, done and in all, as progress of a stage of this name."""
+    stage: StageProgress | None = None
+
+    def report(done: int, of: int) -> None:
+        nonlocal stage
+        if stage is None:
+            stage = StageProgress(name, of, watch)
+        else:
+            stage.report(done)
+
+    return report

@@ -1,0 +1,1 @@
+"""Converts checkpoints between the official single file and a diffusers folder."""
